@@ -1,0 +1,23 @@
+"""The one error type that a command line turns into a single line and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave. The message names the offending value and says what to do about it."""
+
+
+def run_cli(main: Callable[[], int | None]) -> None:
+    """Run `main`; a `UserError` becomes one line on standard error and exit code 2, Ctrl-C becomes 130."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code or 0)

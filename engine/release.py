@@ -1,0 +1,95 @@
+"""Release folders: `config.yaml` (kind and constructor arguments), `model.safetensors`, `README.md`.
+
+A release is what inference loads and what ships; training state lives in `engine.checkpoint`. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from engine.errors import UserError
+
+
+def save_release(folder: str | Path, kind: str, config: dict[str, Any], state: dict[str, Tensor], card: str) -> Path:
+    """Write a release folder in one move: `folder` either holds the whole release or is as it was before.
+
+    Floating tensors are stored as they come; pass `half(state)` to ship half precision.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        OmegaConf.save(OmegaConf.create({"kind": kind, **config}), staging / "config.yaml")
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, staging / "model.safetensors")
+        (staging / "README.md").write_text(card)
+        staging.chmod(0o755)
+        if folder.exists():
+            previous = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+            os.replace(folder, previous / "release")
+            os.replace(staging, folder)
+            shutil.rmtree(previous)
+        else:
+            os.replace(staging, folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return folder
+
+
+def half(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Floating tensors as float16: half the download, and under 1e-3 relative rounding of each weight."""
+    return {k: v.to(torch.float16) if v.is_floating_point() else v for k, v in state.items()}
+
+
+def read_release(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(constructor arguments, state dict in float32) of a release of `kind`.
+
+    Raises:
+        UserError: the folder or a file is missing, the release is of another kind, or a file is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"weights folder not found: {folder} (give a folder with config.yaml and model.safetensors)")
+    for name in ("config.yaml", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"weights folder {folder} has no {name}: it is not a release folder, or was copied in part")
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
+    except Exception as error:  # yaml and omegaconf raise a dozen types for a damaged file
+        raise UserError(f"{folder / 'config.yaml'} cannot be read as YAML: {error}") from error
+    found = config.pop("kind", None) if isinstance(config, dict) else None
+    if found != kind:
+        raise UserError(f"weights folder {folder} holds a model of kind {found!r}, but {kind!r} is needed")
+    try:
+        state = load_file(folder / "model.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder / 'model.safetensors'} is damaged ({error}); copy or download it again") from error
+    return config, {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """`load_state_dict` that tells a user in one line which keys or shapes do not fit.
+
+    Raises:
+        UserError: with the first missing, unexpected or wrongly shaped key.
+    """
+    own = module.state_dict()
+    for what, keys in (("lacks", own.keys() - state.keys()), ("has an unexpected", state.keys() - own.keys())):
+        if keys:
+            raise UserError(f"{source} {what} tensor {min(keys)!r} ({len(keys)} such): config and weights do not match")
+    for key, value in own.items():
+        if value.shape != state[key].shape:
+            raise UserError(
+                f"{source} has {key!r} with shape {tuple(state[key].shape)}, the config asks for {tuple(value.shape)}"
+            )
+    module.load_state_dict(state)
