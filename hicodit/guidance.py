@@ -1,0 +1,78 @@
+"""EPFG: predictor-free guidance by several conditions at once (DEmoFace, arXiv 2502.01046; used by HiCoDiT).
+
+Axes: G guidance branches, N real tokens. A branch is the network run with some conditions present and the rest null:
+`none`, `all`, `identity`, `expression`, `lip`. The paper's displayed equation does not survive in any stored text, so the
+four readings that its words allow are all here; log posteriors are combined with these exponents of the `none` branch:
+
+    A  2 - w_all - W    product of the joint and the composed score
+    B  1 - w_all - W    one base score plus guidance terms
+    C  as A on posteriors, renormalised
+    D  as B on posteriors, renormalised (the default: w_all = 1 and all others 0 is the conditional model itself)
+
+with W = w_identity + w_expression + w_lip. A and B act on scores, which carry the odds a / (1 - a) of a token being
+unmasked: A squares that factor, so it changes the reveal schedule even without guidance; under B the total rate is free.
+C and D keep the schedule (arXiv 2507.08965 on why that matters).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from engine.errors import UserError
+
+BRANCHES = ("none", "all", "identity", "expression", "lip")
+READINGS = ("A", "B", "C", "D")
+
+
+@dataclass(frozen=True)
+class GuidanceScales:
+    """The four scales (HiCoDiT: LRS3 2.5, 1.25, 1.5, 2.0; LRS2 the same with all = 2.25) and the reading of the formula."""
+
+    all: float = 1.0
+    identity: float = 0.0
+    expression: float = 0.0
+    lip: float = 0.0
+    reading: str = "D"
+
+    def __post_init__(self) -> None:
+        if self.reading not in READINGS:
+            raise UserError(f"guidance reading {self.reading!r} is not one of {', '.join(READINGS)}")
+
+    def exponents(self) -> dict[str, float]:
+        """Exponent of every branch that takes part, in `BRANCHES` order; a zero exponent drops its branch."""
+        singles = self.identity + self.expression + self.lip
+        base = 2.0 if self.reading in "AC" else 1.0
+        values = (base - self.all - singles, self.all, self.identity, self.expression, self.lip)
+        return {name: value for name, value in zip(BRANCHES, values, strict=True) if value != 0}
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Branches that have to be computed."""
+        return tuple(self.exponents())
+
+    def unguided(self) -> GuidanceScales:
+        """The conditional model alone."""
+        return replace(self, all=1.0, identity=0.0, expression=0.0, lip=0.0, reading="D")
+
+
+def guided_log_posterior(log_p: Tensor, scales: GuidanceScales, log_odds: Tensor | None = None) -> Tensor:
+    """Combine branch log posteriors (G, ..., N), in the order of `scales.branches`, into one (..., N).
+
+    Readings C and D return a normalised log posterior. A and B return the log of an unnormalised one, to which
+    `log_odds` = log(a / (1 - a)) = -log(exp(sigma) - 1), of a shape that broadcasts against (..., N), contributes the
+    powers of the unmasking odds that the product of scores carries beyond the first.
+    """
+    weights = list(scales.exponents().values())
+    out = torch.einsum("g,g...->...", torch.tensor(weights, dtype=log_p.dtype, device=log_p.device), log_p)
+    if scales.reading in "CD":
+        return out.log_softmax(-1)
+    extra_powers = sum(weights) - 1  # 1 for A, 0 for B
+    return out + extra_powers * log_odds if log_odds is not None else out
+
+
+def guided_log_score(log_p: Tensor, scales: GuidanceScales, log_odds: Tensor) -> Tensor:
+    """Guided log scores (..., N): the guided posterior times the unmasking odds."""
+    return guided_log_posterior(log_p, scales, log_odds) + log_odds

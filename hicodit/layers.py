@@ -1,0 +1,120 @@
+"""Transformer blocks with adaptive layer norm, as in SEDD / DiT, and HiCoDiT's dual-scale variant.
+
+Axes: B batch, L sequence, C width, H heads, D head width (C = H * D), E condition width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def rotary_table(length: int, head_dim: int, device: torch.device, base: float = 10000.0) -> Tensor:
+    """Angles (L, D/2) of rotary positions."""
+    inverse = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    return torch.outer(torch.arange(length, device=device, dtype=torch.float32), inverse)
+
+
+def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate x (B, H, L, D) by angles (L, D/2); halves are paired (not neighbours)."""
+    cos, sin = angles.cos(), angles.sin()
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str = "sdpa") -> Tensor:
+    """Attention over (B, H, L, D); mask (B, 1, 1, L) is True at keys to use.
+
+    `backend="flash"` takes the flash-attn kernel where it applies (CUDA, half precision, nothing masked).
+    """
+    if backend == "flash" and mask is None and q.is_cuda and q.dtype != torch.float32:
+        from flash_attn import flash_attn_func  # optional extra
+
+        out = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, L, H, D)
+        return out.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class TimeEmbedding(nn.Module):
+    """Noise level (B,) -> (B, E): 128 cosines and 128 sines of sigma itself, then an MLP (SEDD)."""
+
+    def __init__(self, cond_dim: int, frequencies: int = 256) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(frequencies, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        half = self.frequencies // 2
+        steps = torch.arange(half, device=sigma.device, dtype=torch.float32)
+        angles = sigma.float()[:, None] * torch.exp(-math.log(10000.0) * steps / half)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
+
+
+class ScaleNorm(nn.Module):
+    """Layer norm with a gain and no bias, then (1 + scale) * x + shift."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight) * (1 + scale) + shift
+
+
+class AdaLNBlock(nn.Module):
+    """Pre-norm attention and MLP, both modulated and gated by a condition (B, E).
+
+    With `temporal` scales (B, L, 2) given, the modulated input of attention and of the MLP is also multiplied by one
+    scalar a frame: gamma_t * [(1 + gamma_c) * LN(h) + beta_c], HiCoDiT's dual-scale AdaLN.
+    """
+
+    def __init__(
+        self, width: int, heads: int, cond_dim: int, mlp_ratio: int = 4, dropout: float = 0.0, attention: str = "sdpa"
+    ) -> None:
+        super().__init__()
+        self.heads, self.attention = heads, attention
+        self.norm1, self.norm2 = ScaleNorm(width), ScaleNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, mlp_ratio * width), nn.GELU(approximate="tanh"), nn.Linear(mlp_ratio * width, width)
+        )
+        self.modulation = nn.Linear(cond_dim, 6 * width)
+        self.dropout = nn.Dropout(dropout)
+        nn.init.zeros_(self.modulation.weight)  # gates start at 0: a new block is the identity
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(
+        self, h: Tensor, cond: Tensor, angles: Tensor, mask: Tensor | None = None, temporal: Tensor | None = None
+    ) -> Tensor:
+        """h (B, L, C), cond (B, E), angles (L, D/2), mask (B, 1, 1, L), temporal (B, L, 2) -> (B, L, C)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond)[:, None].chunk(6, -1)  # each (B, 1, C)
+        x = self.norm1(h, shift1, scale1)
+        if temporal is not None:
+            x = x * temporal[..., :1]
+        q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.heads)
+        x = attend(apply_rotary(q, angles), apply_rotary(k, angles), v, mask, self.attention)
+        h = h + gate1 * self.dropout(self.out(rearrange(x, "b h l d -> b l (h d)")))
+        x = self.norm2(h, shift2, scale2)
+        if temporal is not None:
+            x = x * temporal[..., 1:]
+        return h + gate2 * self.dropout(self.mlp(x))
+
+
+class AdaLNFinal(nn.Module):
+    """Last modulated norm before the heads: (B, L, C) and (B, E) -> (B, L, C)."""
+
+    def __init__(self, width: int, cond_dim: int) -> None:
+        super().__init__()
+        self.norm = ScaleNorm(width)
+        self.modulation = nn.Linear(cond_dim, 2 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, h: Tensor, cond: Tensor) -> Tensor:
+        shift, scale = self.modulation(cond)[:, None].chunk(2, -1)
+        return self.norm(h, shift, scale)

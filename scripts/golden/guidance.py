@@ -1,0 +1,28 @@
+"""Golden cases `epfg_*`: the four readings of multi-condition guidance."""
+
+from __future__ import annotations
+
+import torch
+
+from hicodit.diffusion import LogLinearNoise, log_expm1
+from hicodit.guidance import READINGS, GuidanceScales, guided_log_score
+from scripts.golden import Case, runner
+
+SHORT = {"none": "u", "all": "all", "identity": "id", "expression": "emo", "lip": "lip"}
+
+
+@runner("epfg_")
+def guidance(case: Case):
+    noise, t = LogLinearNoise(case.meta["eps"]), case.inputs["t"]
+    log_odds = -log_expm1(noise.sigma(t)).unsqueeze(-1)
+
+    def guided(scale_set: str, reading: str) -> torch.Tensor:
+        s = case.meta["scales"][scale_set]
+        scales = GuidanceScales(s["all"], s["id"], s["emo"], s["lip"], reading)
+        log_p = torch.stack([case.inputs[f"log_p_{SHORT[branch]}"] for branch in scales.branches])
+        return guided_log_score(log_p, scales, log_odds)
+
+    out = {f"log_score.{name}.{r}": guided(name, r) for name in case.meta["scales"] for r in READINGS}
+    reveal = torch.stack([guided("lrs3", r).exp().sum(-1) for r in READINGS])
+    out["euler_unmask_prob_per_dt"] = noise.rate(t) * reveal
+    return {name: value for name, value in out.items() if name in case.outputs}
