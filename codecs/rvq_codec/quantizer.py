@@ -1,0 +1,154 @@
+"""Factorised residual vector quantisation with normalised search (DAC, Kumar et al., 2023; van den Oord et al., 2017).
+
+Axes: B batch, C latent channels, D code channels, K codes of a book, Q levels, T frames. Codes are (B, Q, T) int64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.errors import UserError
+from engine.nn.dac import WNConv1d
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What the residual quantiser made of a latent.
+
+    Attributes:
+        latent: (B, C, T), the sum of the levels in use.
+        codes: (B, Q, T) int64.
+        commitment, codebook: (Q,) weighted losses of each level, mean over channels, time and batch.
+        levels: (Q, B, C, T), the out-projected vector of each level before quantiser dropout.
+    """
+
+    latent: Tensor
+    codes: Tensor
+    commitment: Tensor
+    codebook: Tensor
+    levels: Tensor
+
+
+class VectorQuantizer(nn.Module):
+    """One level: project C -> D, choose the nearest row of the code book, project D -> C.
+
+    The search compares L2-normalised vectors if `normalize`; what is looked up is always the row as it is. With
+    D == C there are no projections.
+    """
+
+    def __init__(self, channels: int, codebook_size: int, codebook_dim: int, normalize: bool = True):
+        super().__init__()
+        self.normalize = normalize
+        self.projected = channels != codebook_dim
+        self.in_project = WNConv1d(channels, codebook_dim, 1) if self.projected else nn.Identity()
+        self.out_project = WNConv1d(codebook_dim, channels, 1) if self.projected else nn.Identity()
+        self.codebook = nn.Embedding(codebook_size, codebook_dim)
+
+    def distances(self, e: Tensor) -> Tensor:
+        """Squared distances (B, T, K) of projected vectors (B, D, T) to all rows, in the released expanded form."""
+        e, rows = e.transpose(1, 2), self.codebook.weight
+        if self.normalize:
+            e, rows = F.normalize(e, dim=-1), F.normalize(rows, dim=-1)
+        return e.square().sum(-1, keepdim=True) - 2 * (e @ rows.T) + rows.square().sum(-1)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Codes (B, T) -> rows (B, D, T), before the output projection."""
+        return self.codebook(codes).transpose(1, 2)
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """Codes (B, T) -> (B, C, T)."""
+        return self.out_project(self.lookup(codes))
+
+    def forward(self, residual: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(B, C, T) -> quantised (B, C, T), codes (B, T), squared errors (B,) for the encoder and for the code book."""
+        e = self.in_project(residual)
+        codes = (-self.distances(e.detach())).argmax(-1)
+        rows = self.lookup(codes)
+        to_encoder = (e - rows.detach()).square().mean((1, 2))
+        to_codebook = (rows - e.detach()).square().mean((1, 2))
+        return self.out_project(e + (rows - e).detach()), codes, to_encoder, to_codebook
+
+
+class ResidualQuantizer(nn.Module):
+    """Q levels, each quantising what the ones before left over.
+
+    Args:
+        channels: of the latent.
+        levels, codebook_size, codebook_dim: Q, K, D.
+        normalize: search with L2-normalised vectors.
+        dropout: share of a training batch that keeps only its first n levels, n uniform in 1..Q.
+        commitment, codebook: weights of the two losses.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        levels: int,
+        codebook_size: int,
+        codebook_dim: int,
+        normalize: bool = True,
+        dropout: float = 0.0,
+        commitment: float = 0.25,
+        codebook: float = 1.0,
+    ):
+        super().__init__()
+        self.dropout, self.commitment, self.codebook = dropout, commitment, codebook
+        self.quantizers = nn.ModuleList(
+            VectorQuantizer(channels, codebook_size, codebook_dim, normalize) for _ in range(levels)
+        )
+
+    def forward(self, z: Tensor, levels: int | None = None) -> Quantized:
+        """Quantise (B, C, T) with the first `levels` levels.
+
+        In training mode all levels run and `levels` is ignored; quantiser dropout masks, for the first
+        int(B * dropout) items, the levels from a random one on: they add neither to the sum nor to the losses, but
+        their residual is still updated.
+        """
+        count = len(self.quantizers) if self.training or levels is None else levels
+        if not 1 <= count <= len(self.quantizers):
+            raise UserError(f"levels={levels}: this quantiser has levels 1..{len(self.quantizers)}")
+        kept = torch.full((z.shape[0],), len(self.quantizers) + 1, device=z.device)
+        dropped = int(z.shape[0] * self.dropout) if self.training else 0
+        if dropped:
+            kept[:dropped] = torch.randint(1, len(self.quantizers) + 1, (dropped,), device=z.device)
+        residual, total = z, torch.zeros_like(z)
+        codes, commitment, codebook, vectors = [], [], [], []
+        for i, quantizer in enumerate(self.quantizers[:count]):
+            q, index, to_encoder, to_codebook = quantizer(residual)
+            use = (i < kept).to(z.dtype)
+            total = total + q * use[:, None, None]
+            residual = residual - q
+            codes.append(index)
+            commitment.append(self.commitment * (to_encoder * use).mean())
+            codebook.append(self.codebook * (to_codebook * use).mean())
+            vectors.append(q)
+        return Quantized(
+            total, torch.stack(codes, 1), torch.stack(commitment), torch.stack(codebook), torch.stack(vectors)
+        )
+
+    @torch.no_grad()
+    def quantize(self, z: Tensor, levels: int | None = None) -> Tensor:
+        """Codes (B, levels, T) of (B, C, T): the forward pass of evaluation, whatever mode the module is in."""
+        training = self.training
+        self.eval()
+        try:
+            return self(z, levels).codes
+        finally:
+            self.train(training)
+
+    def embed(self, codes: Tensor, levels: int | None = None) -> Tensor:
+        """Sum (B, C, T) of the looked-up, out-projected vectors of the first `levels` levels of codes (B, Q, T).
+
+        Raises:
+            UserError: more levels asked for than the codes or the quantiser have.
+        """
+        count = codes.shape[1] if levels is None else levels
+        if not 1 <= count <= min(codes.shape[1], len(self.quantizers)):
+            raise UserError(
+                f"levels={count}: the codes have {codes.shape[1]} levels and the quantiser {len(self.quantizers)}"
+            )
+        return sum(self.quantizers[i].embed(codes[:, i]) for i in range(count))

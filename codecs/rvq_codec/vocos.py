@@ -1,0 +1,105 @@
+"""Vocos decoder (Siuzdak, 2023): ConvNeXt blocks at the frame rate, then one inverse STFT.
+
+Axes: B batch, C channels, T frames, F = n_fft / 2 + 1 frequency bins, N = T * hop samples. Released key names.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ConvNeXtBlock(nn.Module):
+    """Depthwise conv k7, LayerNorm, two linear layers with GELU between, a learned scale, plus the input. (B, C, T)."""
+
+    def __init__(self, dim: int, intermediate: int, scale: float):
+        super().__init__()
+        self.dwconv = nn.Conv1d(dim, dim, 7, padding=3, groups=dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pwconv1 = nn.Linear(dim, intermediate)
+        self.pwconv2 = nn.Linear(intermediate, dim)
+        self.gamma = nn.Parameter(torch.full((dim,), scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.dwconv(x).transpose(1, 2))
+        h = self.pwconv2(F.gelu(self.pwconv1(h)))
+        return x + (self.gamma * h).transpose(1, 2)
+
+
+class VocosBackbone(nn.Module):
+    """(B, in_channels, T) -> (B, T, dim)."""
+
+    def __init__(self, in_channels: int, dim: int, intermediate: int, layers: int):
+        super().__init__()
+        self.embed = nn.Conv1d(in_channels, dim, 7, padding=3)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.convnext = nn.ModuleList(ConvNeXtBlock(dim, intermediate, 1 / layers) for _ in range(layers))
+        self.final_layer_norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.embed(x).transpose(1, 2)).transpose(1, 2)
+        for block in self.convnext:
+            x = block(x)
+        return self.final_layer_norm(x.transpose(1, 2))
+
+
+class ISTFT(nn.Module):
+    """Overlap-add with a periodic Hann window that returns exactly T * hop samples.
+
+    (n_fft - hop) / 2 samples are cut from both ends of sum and envelope before one is divided by the other.
+    """
+
+    def __init__(self, n_fft: int, hop: int):
+        super().__init__()
+        self.n_fft, self.hop = n_fft, hop
+        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+
+    def _overlap_add(self, frames: Tensor) -> Tensor:
+        """(B, n_fft, T) -> (B, T * hop)."""
+        length = (frames.shape[-1] - 1) * self.hop + self.n_fft
+        wave = F.fold(frames, (1, length), (1, self.n_fft), stride=(1, self.hop))[:, 0, 0]
+        cut = (self.n_fft - self.hop) // 2
+        return wave[:, cut : length - cut]
+
+    def forward(self, spectrum: Tensor) -> Tensor:
+        """Complex (B, F, T) -> (B, T * hop)."""
+        frames = torch.fft.irfft(spectrum, self.n_fft, dim=1) * self.window[:, None]
+        envelope = self.window.square()[None, :, None].expand(1, -1, frames.shape[-1])
+        return self._overlap_add(frames) / self._overlap_add(envelope)
+
+
+class ISTFTHead(nn.Module):
+    """Log-magnitude and phase of every bin from a frame's features, then the inverse STFT. (B, T, dim) -> (B, N)."""
+
+    def __init__(self, dim: int, n_fft: int, hop: int):
+        super().__init__()
+        self.out = nn.Linear(dim, n_fft + 2)
+        self.istft = ISTFT(n_fft, hop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        magnitude, phase = self.out(x).to(self.istft.window.dtype).transpose(1, 2).chunk(2, dim=1)
+        # No spectrum of a wave in [-1, 1] needs more than 100: a guard against exp running away early in training.
+        magnitude = magnitude.exp().clamp_max(100)
+        return self.istft(torch.complex(magnitude * phase.cos(), magnitude * phase.sin()))
+
+
+class VocosDecoder(nn.Module):
+    """(B, in_channels, T) -> (B, 1, T * hop), not clamped.
+
+    Args:
+        in_channels, dim, intermediate, layers: of the ConvNeXt backbone.
+        n_fft, hop: of the inverse STFT; n_fft - hop must be even.
+    """
+
+    def __init__(self, in_channels: int, dim: int, intermediate: int, layers: int, n_fft: int, hop: int):
+        super().__init__()
+        self.backbone = VocosBackbone(in_channels, dim, intermediate, layers)
+        self.head = ISTFTHead(dim, n_fft, hop)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv1d, nn.Linear)):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x)).unsqueeze(1)

@@ -1,0 +1,1 @@
+"""Network blocks, discriminators and losses that more than one codec needs."""

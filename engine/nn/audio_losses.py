@@ -1,0 +1,147 @@
+"""Losses of wave generators: multi-scale mel, multi-resolution STFT, least-squares GAN, feature matching.
+
+Axes: B batch, N samples, F frequency bins, M mel bands, T frames. Waves are (B, N) or (B, 1, N). Everything that
+takes a logarithm runs in the precision of its buffers (float32), whatever autocast says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def mel_filters(sample_rate: int, n_fft: int, n_mels: int, f_min: float = 0.0, f_max: float | None = None) -> Tensor:
+    """Slaney mel filter bank (F, M) with area normalisation, computed in float64, returned in float32.
+
+    The scale is linear below 1 kHz (3 mel for 200 Hz) and logarithmic above (27 mel for a factor of 6.4).
+    """
+
+    def to_mel(hertz: float) -> float:
+        return 3 * hertz / 200 if hertz < 1000 else 15 + 27 * math.log(hertz / 1000) / math.log(6.4)
+
+    f_max = sample_rate / 2 if f_max is None else f_max
+    mels = torch.linspace(to_mel(f_min), to_mel(f_max), n_mels + 2, dtype=torch.float64)
+    edges = torch.where(mels < 15, mels * 200 / 3, 1000 * torch.exp((mels - 15) * math.log(6.4) / 27))
+    bins = torch.arange(n_fft // 2 + 1, dtype=torch.float64)[:, None] * (sample_rate / n_fft)
+    low, centre, high = edges[:-2], edges[1:-1], edges[2:]
+    triangles = torch.minimum((bins - low) / (centre - low), (high - bins) / (high - centre)).clamp_min(0)
+    return (triangles * (2 / (high - low))).float()
+
+
+def _flat(wave: Tensor) -> Tensor:
+    return wave.squeeze(1) if wave.ndim == 3 else wave
+
+
+def _magnitude(wave: Tensor, n_fft: int, hop: int, window: Tensor, floor: float) -> Tensor:
+    """STFT magnitude (B, F, T), centred, reflect-padded; powers of `floor` and more keep gradients finite."""
+    spectrum = torch.stft(_flat(wave).to(window.dtype), n_fft, hop, window.numel(), window, return_complex=True)
+    return torch.view_as_real(spectrum).square().sum(-1).clamp_min(floor).sqrt()
+
+
+class MelSpectrogram(nn.Module):
+    """Slaney mel bands of the STFT magnitude: (B, N) -> (B, M, T). Hop is a quarter of the window."""
+
+    def __init__(self, sample_rate: int, n_mels: int, window: int):
+        super().__init__()
+        self.n_fft, self.hop = window, window // 4
+        self.register_buffer("window", torch.hann_window(window), persistent=False)
+        self.register_buffer("filters", mel_filters(sample_rate, window, n_mels), persistent=False)
+
+    def forward(self, wave: Tensor) -> Tensor:
+        return self.filters.T @ _magnitude(wave, self.n_fft, self.hop, self.window, 1e-20)
+
+
+class MultiScaleMelLoss(nn.Module):
+    """Sum over resolutions of the mean |log10 mel(fake) - log10 mel(real)| (DAC, Kumar et al., 2023, section 3.4).
+
+    Args:
+        sample_rate: of both waves.
+        n_mels, windows: bands and window length of each resolution; the hop is a quarter of the window.
+        clamp: mel magnitudes are at least this before the logarithm.
+    """
+
+    def __init__(
+        self,
+        sample_rate: int,
+        n_mels: Sequence[int] = (5, 10, 20, 40, 80, 160, 320),
+        windows: Sequence[int] = (32, 64, 128, 256, 512, 1024, 2048),
+        clamp: float = 1e-5,
+    ):
+        super().__init__()
+        self.clamp = clamp
+        self.scales = nn.ModuleList(MelSpectrogram(sample_rate, m, w) for m, w in zip(n_mels, windows, strict=True))
+
+    def forward(self, fake: Tensor, real: Tensor) -> Tensor:
+        with torch.autocast(fake.device.type, enabled=False):
+            total = fake.new_zeros((), dtype=torch.float32)
+            for scale in self.scales:
+                with torch.no_grad():
+                    target = scale(real).clamp_min(self.clamp).log10()
+                total = total + (scale(fake).clamp_min(self.clamp).log10() - target).abs().mean()
+        return total
+
+
+class MultiResolutionSTFTLoss(nn.Module):
+    """Spectral convergence plus mean log-magnitude distance, averaged over resolutions (Yamamoto et al., 2020).
+
+    Args:
+        resolutions: (n_fft, hop, window) each.
+    """
+
+    def __init__(self, resolutions: Sequence[Sequence[int]] = ((512, 128, 512), (2048, 512, 2048))):
+        super().__init__()
+        self.resolutions = [tuple(r) for r in resolutions]
+        for i, (_, _, window) in enumerate(self.resolutions):
+            self.register_buffer(f"window_{i}", torch.hann_window(window), persistent=False)
+
+    def forward(self, fake: Tensor, real: Tensor) -> Tensor:
+        with torch.autocast(fake.device.type, enabled=False):
+            total = fake.new_zeros((), dtype=torch.float32)
+            for i, (n_fft, hop, _) in enumerate(self.resolutions):
+                window = getattr(self, f"window_{i}")
+                with torch.no_grad():
+                    target = _magnitude(real, n_fft, hop, window, 1e-20)
+                found = _magnitude(fake, n_fft, hop, window, 1e-20)
+                convergence = torch.linalg.vector_norm(target - found) / torch.linalg.vector_norm(target)
+                total = total + convergence + ((found + 1e-7).log() - (target + 1e-7).log()).abs().mean()
+        return total / len(self.resolutions)
+
+
+def discriminator_loss(real: list[list[Tensor]], fake: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
+    """Least-squares GAN (Mao et al., 2017), the discriminator's side: (loss on real, loss on fake), summed over
+    sub-discriminators. `real` and `fake` are what a discriminator returned: feature maps, logits last."""
+    return (
+        sum((maps[-1].float() - 1).square().mean() for maps in real),
+        sum(maps[-1].float().square().mean() for maps in fake),
+    )
+
+
+def generator_loss(fake: list[list[Tensor]]) -> Tensor:
+    """Least-squares GAN, the generator's side, summed over sub-discriminators."""
+    return sum((maps[-1].float() - 1).square().mean() for maps in fake)
+
+
+def feature_matching_loss(real: list[list[Tensor]], fake: list[list[Tensor]]) -> Tensor:
+    """Mean |real - fake| of every feature map (logits excluded), summed over maps and sub-discriminators."""
+    return sum(
+        (a.detach() - b).abs().float().mean()
+        for of_real, of_fake in zip(real, fake, strict=True)
+        for a, b in zip(of_real[:-1], of_fake[:-1], strict=True)
+    )
+
+
+def warmup_decay_lr(
+    step: int,
+    start: float = 1e-5,
+    peak: float = 1e-4,
+    end: float = 2e-5,
+    warmup: int = 3000,
+    decay: int = 400_000,
+) -> float:
+    """Learning rate of X-Codec-2.0's trainer: quadratic from `start` to `peak`, then linear to `end`, then constant."""
+    if step < warmup:
+        return start + (peak - start) * (step / warmup) ** 2
+    return peak + (end - peak) * min(1.0, (step - warmup) / decay)

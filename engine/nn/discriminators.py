@@ -1,0 +1,137 @@
+"""Wave discriminators: multi-period (HiFi-GAN, Kong et al., 2020) and multi-resolution magnitude spectrogram.
+
+Axes: B batch, N samples, P period, F frequency bins, T frames. Both map a wave (B, 1, N) to a list with one entry a
+sub-discriminator; an entry is the list of its activated feature maps with the logits last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.nn.dac import WNConv2d
+
+
+class PeriodDiscriminator(nn.Module):
+    """Looks at every P-th sample: (B, 1, N) viewed as (B, 1, N / P, P), convolved along the long axis only."""
+
+    def __init__(self, period: int, channels: int, growth: int, max_channels: int):
+        super().__init__()
+        self.period = period
+        widths = [1] + [min(channels * growth**j, max_channels) for j in range(5)]
+        self.convs = nn.ModuleList(
+            nn.Sequential(
+                WNConv2d(widths[j], widths[j + 1], (5, 1), stride=(3 if j < 4 else 1, 1), padding=(2, 0)),
+                nn.LeakyReLU(0.1),
+            )
+            for j in range(5)
+        )
+        self.output_conv = WNConv2d(widths[-1], 1, (2, 1), padding=(1, 0))
+
+    def forward(self, wave: Tensor) -> list[Tensor]:
+        x = F.pad(wave, (0, -wave.shape[-1] % self.period), mode="reflect")
+        x = x.unflatten(-1, (-1, self.period))
+        maps = []
+        for conv in self.convs:
+            x = conv(x)
+            maps.append(x)
+        return [*maps, self.output_conv(x).flatten(1)]
+
+
+class MultiPeriodDiscriminator(nn.Module):
+    """One `PeriodDiscriminator` a period; widths are channels * growth^j, at most `max_channels`."""
+
+    def __init__(
+        self,
+        periods: Sequence[int] = (2, 3, 5, 7, 11),
+        channels: int = 16,
+        growth: int = 4,
+        max_channels: int = 512,
+    ):
+        super().__init__()
+        self.discriminators = nn.ModuleList(PeriodDiscriminator(p, channels, growth, max_channels) for p in periods)
+
+    def forward(self, wave: Tensor) -> list[list[Tensor]]:
+        return [discriminator(wave) for discriminator in self.discriminators]
+
+
+class SpectrogramDiscriminator(nn.Module):
+    """Two-dimensional convolutions on the STFT magnitude (B, 1, F, T) of one resolution.
+
+    Args:
+        n_fft, hop, window: of a centred, reflect-padded STFT with a periodic Hann window.
+        channels, max_channels: width of the first map, doubled by every later one up to the cap.
+        kernels: size of the first, and of the last two convolutions.
+        strides: of the convolutions between, whose kernels are 2 * stride + 1.
+    """
+
+    def __init__(
+        self,
+        n_fft: int,
+        hop: int,
+        window: int,
+        channels: int,
+        max_channels: int,
+        kernels: Sequence[int],
+        strides: Sequence[int],
+    ):
+        super().__init__()
+        self.n_fft, self.hop = n_fft, hop
+        self.register_buffer("window", torch.hann_window(window), persistent=False)
+        first, last = kernels
+        self.model = nn.ModuleDict()
+        self._add(1, channels, first, 2)
+        width = channels
+        for stride in strides:
+            wider = min(2 * width, max_channels)
+            self._add(width, wider, 2 * stride + 1, stride)
+            width = wider
+        wider = min(2 * width, max_channels)
+        self._add(width, wider, last, 1)
+        self.model[f"layer_{len(self.model)}"] = WNConv2d(wider, 1, last, padding=last // 2)
+
+    def _add(self, in_channels: int, out_channels: int, kernel: int, stride: int) -> None:
+        conv = WNConv2d(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2)
+        self.model[f"layer_{len(self.model)}"] = nn.Sequential(conv, nn.LeakyReLU(0.2))
+
+    def forward(self, wave: Tensor) -> list[Tensor]:
+        with torch.autocast(wave.device.type, enabled=False):
+            x = wave.squeeze(1).to(self.window.dtype)
+            spectrum = torch.stft(x, self.n_fft, self.hop, self.window.numel(), self.window, return_complex=True)
+            power = torch.view_as_real(spectrum).square().sum(-1)
+            x = power.clamp(1e-7, 1e3).sqrt().unsqueeze(1)
+        maps = []
+        for layer in self.model.values():
+            x = layer(x)
+            maps.append(x)
+        return maps
+
+
+class MultiResolutionDiscriminator(nn.Module):
+    """One `SpectrogramDiscriminator` a resolution; `hop_sizes` defaults to half of each window."""
+
+    def __init__(
+        self,
+        fft_sizes: Sequence[int] = (78, 126, 206, 334, 542, 876, 1418, 2296),
+        hop_sizes: Sequence[int] | None = None,
+        win_lengths: Sequence[int] | None = None,
+        channels: int = 32,
+        max_channels: int = 512,
+        kernels: Sequence[int] = (5, 3),
+        strides: Sequence[int] = (2, 2, 2),
+    ):
+        super().__init__()
+        windows = win_lengths or fft_sizes
+        hops = hop_sizes or [window // 2 for window in windows]
+        self.model = nn.ModuleDict(
+            {
+                f"disc_{i}": SpectrogramDiscriminator(n_fft, hop, window, channels, max_channels, kernels, strides)
+                for i, (n_fft, hop, window) in enumerate(zip(fft_sizes, hops, windows, strict=True))
+            }
+        )
+
+    def forward(self, wave: Tensor) -> list[list[Tensor]]:
+        return [discriminator(wave) for discriminator in self.model.values()]
