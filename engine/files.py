@@ -1,0 +1,43 @@
+"""Output files appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from engine.errors import UserError
+
+
+@contextmanager
+def atomic_output(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path in the folder of `path` (same suffix); it replaces `path` when the block succeeds.
+
+    Missing folders are made. An existing `path` stays as it was when the block fails.
+
+    Raises:
+        UserError: the folder cannot be made or written, `path` is a folder, or the disk is full.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; give a file name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; give a folder that can be written") from error
+    staging = Path(name)
+    try:
+        yield staging
+        umask = os.umask(0)  # mkstemp makes files only the owner can read; the result gets ordinary rights
+        os.umask(umask)
+        staging.chmod(0o666 & ~umask)
+        os.replace(staging, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with suppress(FileNotFoundError):
+            staging.unlink()

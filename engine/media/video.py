@@ -1,0 +1,203 @@
+"""Video files as arrays of RGB frames.
+
+Axes: T frames, H height, W width, N samples.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from engine.errors import UserError
+from engine.files import atomic_output
+from engine.media.audio import write_wav
+from engine.media.ffmpeg import check_readable, command, last_line, probe, source
+
+CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
+
+
+def read_video(path: str | Path, fps: float = 25.0, max_side: int | None = None) -> np.ndarray:
+    """All frames of a video, resampled to `fps` by time stamps, rotation applied.
+
+    Args:
+        path: a video file of any size and frame rate.
+        fps: frames a second of the result; frames are repeated or dropped, never blended.
+        max_side: the longer side is scaled down to at most this many pixels.
+
+    Returns:
+        (T, H, W, 3) uint8 RGB, T >= 1, square pixels.
+
+    Raises:
+        UserError: no such file, a folder, not a media file, no video stream, zero frames, or damaged.
+    """
+    return np.concatenate(list(iter_video(path, fps, max_side)))
+
+
+def iter_video(
+    path: str | Path, fps: float = 25.0, max_side: int | None = None, block: int = 64
+) -> Iterator[np.ndarray]:
+    """The frames of `read_video` in blocks of at most `block` frames, in constant memory."""
+    path = check_readable(path)
+    # A video stream may begin after the sound does: its first frame then stands from time zero on, so that frame
+    # and sample indices share their origin.
+    filters = [f"fps={fps!r}:start_time=0", "scale=w='max(1,round(iw*sar))':h=ih", "setsar=1"]
+    if max_side is not None:
+        filters.append(f"scale=w='min(iw,{max_side})':h='min(ih,{max_side})':force_original_aspect_ratio=decrease")
+    # PPM pictures name their own size, which after rotation and scaling is ffmpeg's to decide.
+    arguments = ["-map", "0:V:0", "-vf", ",".join(filters), "-fps_mode", "passthrough"]
+    arguments += ["-sws_flags", "bicubic+accurate_rnd+full_chroma_int+bitexact"]
+    arguments += ["-c:v", "ppm", "-pix_fmt", "rgb24", "-f", "image2pipe", "pipe:1"]
+    count = 0
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command("-v", "error", *source(path), *arguments),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+        )
+        try:
+            frames = []
+            while (frame := _read_ppm(process.stdout)) is not None:
+                frames.append(frame)
+                count += 1
+                if len(frames) == block:
+                    yield np.stack(frames)
+                    frames = []
+            code = process.wait()
+            log.seek(0)
+            complaint = last_line(log.read().decode(errors="replace"))
+            if count == 0:
+                if probe(path).video is None:
+                    raise UserError(f"{path} has no video stream")
+                raise UserError(f"{path} has zero frames that can be decoded ({complaint})")
+            if code != 0:
+                raise UserError(f"{path} is damaged: only its first {count} frames can be decoded ({complaint})")
+            if frames:
+                yield np.stack(frames)
+        finally:  # also when the caller stops early
+            process.kill()
+            process.stdout.close()
+            process.wait()
+
+
+def write_video(
+    path: str | Path,
+    frames: np.ndarray | Iterable[np.ndarray],
+    fps: float,
+    audio: np.ndarray | None = None,
+    rate: int | None = None,
+    crf: int = 18,
+) -> None:
+    """Write H.264 (yuv420p), with AAC sound if `audio` is given; the file appears whole or not at all.
+
+    Args:
+        path: .mp4, .mov or .mkv.
+        frames: (T, H, W, 3) uint8 RGB, or an iterable of (H, W, 3). An odd side is extended by repeating its last
+            pixel, as 4:2:0 chroma needs even sides.
+        fps: frames a second.
+        audio: (N,) float mono in [-1, 1] at `rate` Hz.
+        crf: x264 quality, lower is better.
+
+    Raises:
+        UserError: no frames, an unknown suffix, or an output that cannot be written.
+    """
+    frames = iter(frames)
+    first = next(frames, None)
+    if first is None:
+        raise UserError(f"cannot write {path}: there are zero frames")
+    first = _even(first)
+    height, width = first.shape[:2]
+    with tempfile.TemporaryDirectory() as scratch, atomic_output(path) as staging, tempfile.TemporaryFile() as log:
+        raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", repr(float(fps)), "-i", "pipe:0"]
+        sound = _sound_arguments(audio, rate, Path(scratch))
+        encode = [*_h264(crf), "-f", _container(path), f"file:{staging}"]
+        call = [word for word in command("-v", "error", *raw, *sound, *encode) if word != "-nostdin"]
+        process = subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log)
+        try:
+            process.stdin.write(first.tobytes())
+            for frame in frames:
+                frame = _even(frame)
+                assert frame.shape == first.shape, f"frame {frame.shape} in a video of {first.shape}"
+                process.stdin.write(frame.tobytes())
+            process.stdin.close()
+        except BrokenPipeError:
+            pass  # ffmpeg ended early; its exit code and message are read below
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        if process.wait() != 0:
+            log.seek(0)
+            raise UserError(f"cannot write {path}: {last_line(log.read().decode(errors='replace'))}")
+
+
+def mux_audio(video_path: str | Path, wave: np.ndarray, rate: int, out_path: str | Path, crf: int = 18) -> None:
+    """Write the picture of `video_path` with new sound: H.264 is copied, anything else re-encoded; sound is AAC.
+
+    Args:
+        wave: (N,) float mono in [-1, 1] at `rate` Hz, beginning at the video's time zero.
+        out_path: .mp4, .mov or .mkv; may be `video_path` itself.
+
+    Raises:
+        UserError: the video cannot be read or has no video stream, or the output cannot be written.
+    """
+    codec = probe(video_path).video
+    if codec is None:
+        raise UserError(f"{video_path} has no video stream")
+    with tempfile.TemporaryDirectory() as scratch, atomic_output(out_path) as staging:
+        inputs = [*source(video_path), *_sound_arguments(wave, rate, Path(scratch)), "-map", "0:V:0", "-map", "1:a:0"]
+        even = ["-vf", "scale='ceil(iw/2)*2':'ceil(ih/2)*2'"]
+        choices = [[*even, *_h264(crf)]]
+        if codec == "h264":  # falls back to encoding where a copy fails, as for streams without time stamps
+            choices.insert(0, ["-c:v", "copy", *_BITEXACT])
+        for choice in choices:
+            call = command("-v", "error", *inputs, *choice, "-f", _container(out_path), f"file:{staging}")
+            done = subprocess.run(call, capture_output=True, text=True, errors="replace")
+            if done.returncode == 0:
+                return
+        raise UserError(f"cannot write {out_path}: {last_line(done.stderr)}")
+
+
+_BITEXACT = ["-fflags", "+bitexact", "-map_metadata", "-1", "-movflags", "+faststart"]
+
+
+def _h264(crf: int) -> list[str]:
+    # One thread: x264's output depends on the thread count, and the same input should give the same bytes.
+    video = ["-c:v", "libx264", "-crf", str(crf), "-pix_fmt", "yuv420p", "-threads", "1", "-flags:v", "+bitexact"]
+    return [*video, *_BITEXACT]
+
+
+def _container(path: str | Path) -> str:
+    suffix = Path(path).suffix.lower()
+    if suffix not in CONTAINERS:
+        raise UserError(f"cannot write {path}: a video's name must end in {', '.join(CONTAINERS)}")
+    return CONTAINERS[suffix]
+
+
+def _sound_arguments(audio: np.ndarray | None, rate: int | None, scratch: Path) -> list[str]:
+    if audio is None:
+        return []
+    assert rate is not None, "audio needs its rate"
+    write_wav(scratch / "sound.wav", audio, rate)
+    return ["-i", f"file:{scratch / 'sound.wav'}", "-c:a", "aac", "-b:a", "128k", "-flags:a", "+bitexact"]
+
+
+def _even(frame: np.ndarray) -> np.ndarray:
+    assert frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3, (frame.dtype, frame.shape)
+    height, width = frame.shape[:2]
+    return np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+
+
+def _read_ppm(stream: BinaryIO) -> np.ndarray | None:
+    """The next (H, W, 3) picture of a stream of binary PPM files, None at its end."""
+    if stream.readline() != b"P6\n":
+        return None
+    width, height = map(int, stream.readline().split())
+    stream.readline()  # the largest value, 255
+    data = stream.read(width * height * 3)
+    return np.frombuffer(data, np.uint8).reshape(height, width, 3) if len(data) == width * height * 3 else None
