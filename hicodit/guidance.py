@@ -1,8 +1,8 @@
 """EPFG: predictor-free guidance by several conditions at once (DEmoFace, arXiv 2502.01046; used by HiCoDiT).
 
 Axes: G guidance branches, N real tokens. A branch is the network run with some conditions present and the rest null:
-`none`, `all`, `identity`, `expression`, `lip`. The paper's displayed equation does not survive in any stored text, so the
-four readings that its words allow are all here; log posteriors are combined with these exponents of the `none` branch:
+`none`, `all`, `identity`, `expression`, `lip`. The paper's displayed equation does not survive in any stored text, so
+all four readings that its words allow are here, told apart by the exponent that they give the `none` branch:
 
     A  2 - w_all - W    product of the joint and the composed score
     B  1 - w_all - W    one base score plus guidance terms
@@ -10,7 +10,8 @@ four readings that its words allow are all here; log posteriors are combined wit
     D  as B on posteriors, renormalised (the default: w_all = 1 and all others 0 is the conditional model itself)
 
 with W = w_identity + w_expression + w_lip. A and B act on scores, which carry the odds a / (1 - a) of a token being
-unmasked: A squares that factor, so it changes the reveal schedule even without guidance; under B the total rate is free.
+unmasked: A squares that factor, so it changes the reveal schedule even without guidance; under B the total rate is
+free.
 C and D keep the schedule (arXiv 2507.08965 on why that matters).
 """
 
@@ -29,7 +30,7 @@ READINGS = ("A", "B", "C", "D")
 
 @dataclass(frozen=True)
 class GuidanceScales:
-    """The four scales (HiCoDiT: LRS3 2.5, 1.25, 1.5, 2.0; LRS2 the same with all = 2.25) and the reading of the formula."""
+    """The four scales and the reading of the formula. HiCoDiT: LRS3 2.5, 1.25, 1.5, 2.0; LRS2 2.25 for `all`."""
 
     all: float = 1.0
     identity: float = 0.0

@@ -159,7 +159,7 @@ def race_sampler(
     """SEDD's own sampler: one joint exponential race over all V columns a position and step.
 
     The same distribution as `sample(method="euler")`, drawn as the reference program draws it. `score` maps
-    (tokens (B, ...), sigma (B,)) to scores (B, ..., V); `uniforms` yields one tensor a step and one for the last denoise.
+    (tokens (B, ...), sigma (B,)) to scores (B, ..., V); `uniforms` yields one tensor a step, then the last denoise's.
     """
     times = torch.linspace(1, end, steps + 1)
     h = torch.tensor((1 - end) / steps)

@@ -1,4 +1,4 @@
-"""The plain SEDD transformer on one token sequence (arXiv 2310.16834): the reference that HiCoDiT's blocks are checked by.
+"""The plain SEDD transformer on one token sequence (arXiv 2310.16834): HiCoDiT's blocks are checked by it.
 
 Axes: B batch, L sequence, V = N + 1 columns.
 """

@@ -88,7 +88,7 @@ def is_buffer(key: str) -> bool:
 
 
 def load_case(path: Path) -> Case:
-    """Read `CASE.safetensors` and `CASE.keys.json`; names ending in `_f16` are widened to float32 and lose the ending."""
+    """Read `CASE.safetensors` and `CASE.keys.json`; names ending in `_f16` are widened and lose the ending."""
     inputs, outputs = {}, {}
     with safe_open(path, "pt") as file:
         meta = json.loads((file.metadata() or {}).get("meta", "{}"))
