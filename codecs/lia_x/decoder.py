@@ -1,0 +1,104 @@
+"""LIA-X's decoder: a style code and a source's feature maps become a picture, through a pyramid of warps.
+
+Axes: B pictures, C channels, S side of a level's square maps, D style, M motion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lia_x.ops import ConvLayer, FlowResBlock, MotionBasis, ResBlock, StyledConv, ToFlow, ToRGB
+
+
+class LevelState(NamedTuple):
+    """What one level hands to the next.
+
+    Attributes:
+        hidden: generated and warped features, (B, C, S, S).
+        refined: the source's warped features after refinement, (B, C, S, S).
+        flow: raw flow and mask logits, (B, 3, S, S).
+        picture: (B, 3, S, S), not clamped.
+    """
+
+    hidden: Tensor
+    refined: Tensor | None
+    flow: Tensor | None
+    picture: Tensor | None
+
+
+class Level(nn.Module):
+    """One resolution: doubles the size, predicts the flow, warps the source's features, adds to the picture."""
+
+    def __init__(self, in_channels: int, channels: int, style_dim: int, depth: int, first: bool):
+        super().__init__()
+        self.grow = StyledConv(in_channels, channels, style_dim, up=True)
+        self.flow_blocks = nn.ModuleList(FlowResBlock(channels, channels, style_dim) for _ in range(depth))
+        self.to_flow = ToFlow(channels, style_dim)
+        self.carry = None if first else ConvLayer(in_channels, channels, 3, "up")
+        self.refine_blocks = nn.Sequential(*(ResBlock(channels, channels) for _ in range(depth)))
+        self.to_rgb = ToRGB(channels)
+
+    def forward(self, below: LevelState, style: Tensor, source: Tensor) -> LevelState:
+        """`source` is the source picture's feature map of this level, (B, C, S, S)."""
+        hidden = self.grow(below.hidden, style)
+        for block in self.flow_blocks:
+            hidden = block(hidden, style)
+        warp, hidden, flow = self.to_flow(hidden, style, source, below.flow)
+        if self.carry is not None:
+            warp = warp + self.carry(below.refined)
+        refined = self.refine_blocks(warp)
+        return LevelState(hidden, refined, flow, self.to_rgb(refined, below.picture))
+
+
+class Decoder(nn.Module):
+    """Motion navigation and the pyramid of levels.
+
+    Args:
+        widths: channels by level, coarsest (side 2 * base) to finest (side base * 2^levels).
+        base: side of the learnt constant that the pyramid starts from.
+        style_dim, motion_dim: D, M.
+        depth: residual blocks in each of a level's two branches.
+    """
+
+    def __init__(self, widths: Sequence[int], base: int, style_dim: int, motion_dim: int, depth: int):
+        super().__init__()
+        self.directions = MotionBasis(style_dim, motion_dim)
+        self.constant = nn.Parameter(torch.randn(1, widths[0], base, base))
+        self.first = StyledConv(widths[0], widths[0], style_dim)
+        self.levels = nn.ModuleList(
+            Level(below, width, style_dim, depth, first=i == 0)
+            for i, (below, width) in enumerate(pairwise([widths[0], *widths]))
+        )
+
+    def navigate(
+        self, style: Tensor, target: Tensor | None = None, source: Tensor | None = None, start: Tensor | None = None
+    ) -> Tensor:
+        """The style moved along the motion directions.
+
+        Nothing given: the style itself. `target` alone: absolute motion, style + direction(target). With `source` and
+        `start`: relative motion, style + direction(target) - direction(start) + direction(source).
+
+        Args:
+            style: (B, D); target, source, start: motion codes (B, M).
+        """
+        if target is None:
+            return style
+        if source is None or start is None:
+            return style + self.directions(target)
+        return style + (self.directions(target) - self.directions(start)) + self.directions(source)
+
+    def forward(self, style: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        """Navigated styles (B, D) and one source's (or B sources') feature maps -> pictures (B, 3, S, S), not clamped.
+
+        Feature maps with a batch of one serve every style.
+        """
+        count = style.shape[0]
+        state = LevelState(self.first(self.constant.expand(count, -1, -1, -1), style), None, None, None)
+        for level, source in zip(self.levels, maps, strict=True):
+            state = level(state, style, source.expand(count, -1, -1, -1))
+        return state.picture

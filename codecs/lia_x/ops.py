@@ -1,0 +1,255 @@
+"""Building blocks of the LIA-X networks: the StyleGAN2 family (Karras et al., 2020) in plain PyTorch.
+
+Axes: B pictures, C channels, O output channels, H height, W width, K kernel side, D style.
+Feature maps are (B, C, H, W), styles (B, D). Weights are stored at unit variance and scaled by 1/sqrt(fan-in) when used
+("equalised"), so that every weight learns at the same pace.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BLUR = (1.0, 3.0, 3.0, 1.0)  # the low-pass filter of every re-sampling step, one axis, before normalisation
+
+
+def blur_kernel(gain: float = 1.0) -> Tensor:
+    """The (4, 4) low-pass kernel, summing to `gain`."""
+    taps = torch.tensor(BLUR) / sum(BLUR)
+    return torch.outer(taps, taps) * gain
+
+
+def blur(x: Tensor, pad: tuple[int, int], gain: float = 1.0, stride: int = 1) -> Tensor:
+    """Zero-pad both axes by `pad` = (before, after), low-pass, keep every `stride`-th value.
+
+    (B, C, H, W) -> (B, C, H', W') with H' = (H + before + after - 4) // stride + 1.
+    """
+    channels = x.shape[1]
+    kernel = blur_kernel(gain).to(x).expand(channels, 1, 4, 4)
+    return F.conv2d(F.pad(x, (*pad, *pad)), kernel, stride=stride, groups=channels)
+
+
+def upsample(x: Tensor) -> Tensor:
+    """Twice the size by zero insertion and low-pass (gain 4, pad (2, 1)). (B, C, H, W) -> (B, C, 2H, 2W).
+
+    Even outputs are (x[i-1] + 3 x[i]) / 4 and odd ones (3 x[i] + x[i+1]) / 4 on each axis, with zeros outside: bilinear
+    interpolation between pixel centres of the zero-padded map.
+    """
+    x = F.interpolate(F.pad(x, (1, 1, 1, 1)), scale_factor=2, mode="bilinear", align_corners=False)
+    return x[..., 2:-2, 2:-2]
+
+
+def scaled_leaky_relu(x: Tensor) -> Tensor:
+    """sqrt(2) * leaky ReLU with slope 0.2: keeps the variance of a normal input near one."""
+    return F.leaky_relu(x, 0.2) * math.sqrt(2)
+
+
+class EqualConv2d(nn.Module):
+    """Equalised convolution without bias; `padding` zeros on every side."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, padding: int = 0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel, kernel))
+        self.scale = 1 / math.sqrt(in_channels * kernel**2)
+        self.padding = padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight * self.scale, padding=self.padding)
+
+
+class EqualLinear(nn.Module):
+    """Equalised linear layer. (..., in) -> (..., out). `bias` is the initial value of every bias."""
+
+    def __init__(self, in_features: int, out_features: int, bias: float = 0.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_features, in_features))
+        self.bias = nn.Parameter(torch.full((out_features,), bias))
+        self.scale = 1 / math.sqrt(in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.scale, self.bias)
+
+
+class ConvLayer(nn.Module):
+    """Equalised convolution, optionally re-sampled, with bias and activation unless `activate` is False.
+
+    Args:
+        resample: "" keeps the size, "down" halves it (floor) after a blur, "up" doubles it before the convolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, resample: str = "", activate: bool = True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if activate else None
+        self.scale = 1 / math.sqrt(in_channels * kernel**2)
+        self.kernel, self.resample = kernel, resample
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight * self.scale
+        if self.resample == "down" and self.kernel == 1:  # a 1x1 convolution commutes with dropping pixels
+            x = F.conv2d(blur(x, (1, 1), stride=2), weight)
+        elif self.resample == "down":
+            pad = self.kernel + 1  # of the blur, both sides together; the convolution itself does not pad
+            x = F.conv2d(blur(x, ((pad + 1) // 2, pad // 2)), weight, stride=2)
+        else:
+            x = F.conv2d(upsample(x) if self.resample == "up" else x, weight, padding=self.kernel // 2)
+        return x if self.bias is None else scaled_leaky_relu(x + self.bias[:, None, None])
+
+
+class ModulatedConv2d(nn.Module):
+    """Convolution whose input channels are scaled by a style, then normalised per output channel ("demodulated").
+
+    Scaling the *maps* by the style, and the result by the norm that the scaled weight would have, equals scaling the
+    weight of each picture (Karras et al., 2020, equations 1 and 3), and lets a batch share one convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        style_dim: int,
+        demodulate: bool = True,
+        up: bool = False,
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel, kernel))
+        self.modulation = EqualLinear(style_dim, in_channels, bias=1.0)
+        self.scale = 1 / math.sqrt(in_channels * kernel**2)
+        self.demodulate, self.up, self.padding = demodulate, up, kernel // 2
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        """(B, C, H, W), (B, D) -> (B, O, H, W), or (B, O, 2H, 2W) when up-sampling."""
+        gain = self.modulation(style) * self.scale
+        x = x * gain[:, :, None, None]
+        if self.up:
+            x = blur(F.conv_transpose2d(x, self.weight.transpose(0, 1), stride=2), (1, 1), gain=4)
+        else:
+            x = F.conv2d(x, self.weight, padding=self.padding)
+        if self.demodulate:
+            power = gain.square() @ self.weight.square().sum((2, 3)).T  # (B, O)
+            x = x * torch.rsqrt(power + 1e-8)[:, :, None, None]
+        return x
+
+
+class StyledConv(nn.Module):
+    """Demodulated 3x3 convolution, bias and activation; twice the size if `up`."""
+
+    def __init__(self, in_channels: int, out_channels: int, style_dim: int, up: bool = False):
+        super().__init__()
+        self.conv = ModulatedConv2d(in_channels, out_channels, 3, style_dim, up=up)
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        return scaled_leaky_relu(self.conv(x, style) + self.bias[:, None, None])
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions and a 1x1 skip, summed and divided by sqrt(2); half the size if `down`.
+
+    The skip is the identity where neither width nor size changes.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, down: bool = False):
+        super().__init__()
+        resample = "down" if down else ""
+        self.conv1 = ConvLayer(in_channels, out_channels, 3)
+        self.conv2 = ConvLayer(out_channels, out_channels, 3, resample)
+        same = in_channels == out_channels and not down
+        self.skip = nn.Identity() if same else ConvLayer(in_channels, out_channels, 1, resample, activate=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.conv2(self.conv1(x)) + self.skip(x)) / math.sqrt(2)
+
+
+class FlowResBlock(nn.Module):
+    """Styled convolution, then a normalised styled residual whose gain `gamma` starts near zero."""
+
+    def __init__(self, in_channels: int, out_channels: int, style_dim: int):
+        super().__init__()
+        self.conv1 = StyledConv(in_channels, out_channels, style_dim)
+        self.norm = nn.GroupNorm(math.gcd(32, out_channels), out_channels, eps=1e-5)
+        self.conv2 = StyledConv(out_channels, out_channels, style_dim)
+        self.gamma = nn.Parameter(torch.full((1, out_channels, 1, 1), 1e-5))
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        x = self.conv1(x, style)
+        return x + self.gamma * self.conv2(self.norm(x), style)
+
+
+class ToRGB(nn.Module):
+    """A picture from a feature map, added to the up-sampled picture of the level below."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = ConvLayer(channels, 3, 1)
+        self.bias = nn.Parameter(torch.zeros(1, 3, 1, 1))
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        x = self.conv(x) + self.bias
+        return x if skip is None else x + upsample(skip)
+
+
+class ToFlow(nn.Module):
+    """Warps the source's features by a predicted flow and blends them into the generated ones by a predicted mask."""
+
+    def __init__(self, channels: int, style_dim: int):
+        super().__init__()
+        self.conv = ModulatedConv2d(channels, 3, 1, style_dim, demodulate=False)
+        self.bias = nn.Parameter(torch.zeros(1, 3, 1, 1))
+
+    def forward(
+        self, x: Tensor, style: Tensor, source: Tensor, skip: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Square maps x and source (B, C, S, S), style (B, D), skip (B, 3, S/2, S/2): logits of the level below.
+
+        Returns:
+            The masked warp (B, C, S, S), the blend (B, C, S, S), and the raw logits (B, 3, S, S): displacement along
+            x and along y before tanh, mask before the sigmoid.
+        """
+        logits = self.conv(x, style) + self.bias
+        if skip is not None:
+            logits = logits + upsample(skip)
+        line = torch.linspace(-1, 1, x.shape[-1], device=x.device, dtype=logits.dtype)
+        base = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)  # (S, S, 2): x, then y
+        grid = base + torch.tanh(logits[:, :2]).permute(0, 2, 3, 1)
+        mask = torch.sigmoid(logits[:, 2:])
+        warp = F.grid_sample(source, grid, mode="bilinear", padding_mode="zeros", align_corners=True) * mask
+        return warp, warp + (1 - mask) * x, logits
+
+
+class MotionBasis(nn.Module):
+    """Orthonormal motion directions in style space: the Q of a reduced QR decomposition of a learnt matrix.
+
+    Column signs are those of LAPACK's Householder QR, which released weights rely on. The decomposition is done in
+    float32; without gradients it is done once for each value of the weight.
+    """
+
+    def __init__(self, style_dim: int, motion_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(style_dim, motion_dim))
+        self._cached: tuple[tuple, Tensor] | None = None
+
+    def directions(self) -> Tensor:
+        """(D, motion): one unit vector a column."""
+        weight = self.weight
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return self._decompose(weight)
+        state = (weight.data_ptr(), weight._version, weight.device, weight.dtype)
+        if self._cached is None or self._cached[0] != state:
+            with torch.inference_mode(False):  # a cached inference tensor could not be used under autograd later
+                self._cached = (state, self._decompose(weight.detach()))
+        return self._cached[1]
+
+    @staticmethod
+    def _decompose(weight: Tensor) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):
+            return torch.linalg.qr(weight.float() + 1e-8).Q
+
+    def forward(self, motion: Tensor) -> Tensor:
+        """Motion codes (B, motion) -> displacements in style space (B, D), float32."""
+        with torch.autocast(motion.device.type, enabled=False):
+            return motion.float() @ self.directions().T

@@ -1,0 +1,35 @@
+"""Pictures between bytes and the network's [-1, 1].
+
+Axes: T frames, H height, W width, S side of the network's square.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def video_to_tensor(frames: np.ndarray, size: int) -> Tensor:
+    """Bytes (T, H, W, 3) RGB -> (T, 3, S, S) in [-1, 1], resized bilinearly with anti-aliasing, aspect not kept.
+
+    This is how LIA-X's own tools prepare a driving video; crop to a square round the face first.
+    """
+    video = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    if video.shape[-2:] != (size, size):
+        video = F.interpolate(video, (size, size), mode="bilinear", align_corners=False, antialias=True)
+    return video
+
+
+def identity_to_tensor(frame: np.ndarray, size: int) -> Tensor:
+    """Bytes (H, W, 3) RGB -> (3, S, S) in [-1, 1], resized by area averages as Talker-T2AV's renderer does."""
+    frame = cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA)
+    return torch.from_numpy(frame).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_bytes(pictures: Tensor) -> np.ndarray:
+    """(T, 3, S, S) -> bytes (T, S, S, 3): clamped to [-1, 1], (x + 1) / 2 * 255, truncated."""
+    scaled = (pictures.clamp(-1, 1) + 1) / 2 * 255
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
