@@ -36,6 +36,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str = 
 
         out = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, L, H, D)
         return out.transpose(1, 2)
+    if q.device.type == "cpu" and q.requires_grad:
+        with torch.autocast("cpu", enabled=False):  # bfloat16 attention on a CPU runs backward three times slower
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 

@@ -216,7 +216,7 @@ class HiCoDiT(nn.Module):
         )
 
     def _embed(self, conditions: Conditions, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Each condition given (row 0) and null (row 1): lip (2, B, L, C), identity (2, B, E), expression (2, B, L, E)"""
+        """Given (row 0) and null (row 1) of each: lip (2, B, L, C), identity (2, B, E), expression (2, B, L, E)."""
         null_lip = self.null_lip.expand_as(conditions.lip)
         lip = self.lip_proj(torch.stack([conditions.lip.to(null_lip.dtype), null_lip]))
         lip = lip.repeat_interleave(TOKENS_PER_FRAME, 2)
@@ -264,7 +264,7 @@ class HiCoDiT(nn.Module):
 
         Only the asked positions pass the heads. With `normalised` off the rows are log unnormalised posteriors.
         """
-        batch, levels, length = where.shape
+        batch = len(where)
         clip, level, frame = where.nonzero(as_tuple=True)
         out = hidden[0][0].new_zeros(prepared.branches, len(clip), self.config.codes, dtype=torch.float32)
         for stage, (h, cond), rows in zip(self.stages, hidden, prepared.rows):

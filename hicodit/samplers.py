@@ -58,16 +58,18 @@ def sample(
     config: SamplerConfig,
     generators: list[torch.Generator],
     normalised: bool = True,
+    known: Tensor | None = None,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Tensor:
     """Sample tokens (B, K, max L) for frame counts `lengths` (B,); positions past a sample's length stay `mask_id`.
 
     `normalised` says that the posterior sums to one, so that which tokens to reveal can be drawn without it.
-    `generators`: one a sample, on the CPU. `on_step` is told how many steps are done.
+    `generators`: one a sample, on the CPU. `known` (B, K, max L): tokens that are kept, `mask_id` where one is wanted.
+    `on_step` is told how many steps are done.
     """
     device, batch = lengths.device, len(lengths)
     valid = (torch.arange(int(lengths.max()), device=device) < lengths[:, None])[:, None].expand(-1, levels, -1)
-    x = torch.full(valid.shape, mask_id, device=device)
+    x = torch.full(valid.shape, mask_id, device=device) if known is None else known.clone()
 
     def uniform(where: Tensor, columns: int = 1) -> Tensor:
         """Uniforms (M, columns) in float64 (float32 truncates the race's noise, arXiv 2409.02908)."""
@@ -82,7 +84,6 @@ def sample(
         weights = (log_q - log_q.amax(-1, keepdim=True)).exp()
         return dd.sample_categorical(weights, uniform(where, weights.shape[-1]))
 
-    total = lengths * levels  # (B,) tokens to reveal
     if config.method == "euler":
         times = torch.linspace(1, config.end, config.steps + 1, dtype=torch.float64)
         for step in range(config.steps):
@@ -107,16 +108,17 @@ def sample(
             x[masked] = draw(posterior(x, t, masked), masked)
         return x
 
+    wanted = (x == mask_id) & valid
+    total = wanted.flatten(1).sum(1)  # (B,) tokens to reveal
     rank = torch.full(valid.shape, math.inf, device=device)  # (B, K, L) place of a position in the order of revealing
-    for b, generator in enumerate(generators):
-        order = torch.randperm(int(total[b]), generator=generator).to(device, rank.dtype)
-        rank[b, :, : lengths[b]] = order.view(levels, -1)
+    orders = [torch.randperm(n, generator=g) for n, g in zip(total.tolist(), generators)]
+    rank[wanted] = torch.cat(orders).to(device, rank.dtype)
     for step in range(config.steps):
         fraction = (step + 1) / config.steps
         left = 1 - fraction if config.method == "fixed_count" else math.cos(math.pi / 2 * fraction)
         keep_masked = torch.floor(total * (left if step + 1 < config.steps else 0.0))  # (B,)
         masked = (x == mask_id) & valid
-        t = (masked.flatten(1).sum(1) / total).clamp(min=config.end)
+        t = (masked.flatten(1).sum(1) / lengths / levels).clamp(min=config.end)
         if config.method == "fixed_count":
             reveal = masked & (rank < (total - keep_masked)[:, None, None])
             if reveal.any():

@@ -1,0 +1,127 @@
+"""Condition encoders: pictures of a face to lip features, a face embedding and expression probabilities.
+
+Axes: B batch, T video frames (25 a second), F face pictures, H = W picture side, E feature width.
+
+The tiny encoders here are trained together with the tiny model. Released encoders (AV-HuBERT, ArcFace, POSTER2) take
+their place behind the same three call signatures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hicodit.conditions.types import EXPRESSIONS
+from hicodit.layers import AdaLNBlock, rotary_table
+
+
+@dataclass(frozen=True)
+class TinyEncoderConfig:
+    """Sizes of the tiny encoders. phonemes: classes of the auxiliary frame-wise phoneme loss (0: no such head)."""
+
+    mouth_size: int = 48
+    face_size: int = 64
+    lip_dim: int = 192
+    lip_blocks: int = 1
+    lip_heads: int = 6
+    face_dim: int = 128
+    face_width: int = 24
+    phonemes: int = 0
+
+
+class TinyLipEncoder(nn.Module):
+    """Grey mouth pictures (B, T, H, W) in [0, 1] to lip features (B, T, E).
+
+    A strided convolution stack a frame, a convolution over five frames, then attention over time.
+    """
+
+    def __init__(self, config: TinyEncoderConfig) -> None:
+        super().__init__()
+        c = config
+        self.frame = nn.Sequential(
+            nn.Conv2d(1, 24, 6, stride=4, padding=1),
+            nn.GELU(),
+            nn.Conv2d(24, 48, 4, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(48, 96, 4, stride=2, padding=1),
+            nn.GELU(),
+            nn.Flatten(),
+        )
+        side = c.mouth_size // 16
+        self.project = nn.Linear(96 * side * side, c.lip_dim)
+        self.norm = nn.LayerNorm(c.lip_dim)
+        self.context = nn.Conv1d(c.lip_dim, c.lip_dim, 5, padding=2, groups=c.lip_heads)
+        self.blocks = nn.ModuleList(AdaLNBlock(c.lip_dim, c.lip_heads, 1) for _ in range(c.lip_blocks))
+        for block in self.blocks:
+            nn.init.constant_(block.modulation.bias, 0.0)
+            block.modulation.bias.data.view(6, -1)[[2, 5]] = 1.0  # unconditioned: gates open from the start
+        self.phoneme_head = nn.Linear(c.lip_dim, c.phonemes) if c.phonemes else None
+
+    def forward(self, mouth: Tensor, frames: Tensor) -> Tensor:
+        """mouth (B, T, H, W) in [0, 1], frames (B,) valid frames -> (B, T, E)."""
+        batch, time = mouth.shape[:2]
+        mean = mouth.mean((-1, -2), keepdim=True)  # every picture brings its own brightness and contrast
+        mouth = (mouth - mean) / (mouth.std((-1, -2), keepdim=True) + 0.05)
+        h = self.project(self.frame(mouth.flatten(0, 1)[:, None]).unflatten(0, (batch, time)))
+        valid = torch.arange(time, device=mouth.device) < frames[:, None]  # (B, T)
+        h = self.norm(h) * valid[..., None]
+        h = h + F.gelu(self.context(h.transpose(1, 2))).transpose(1, 2)
+        angles = rotary_table(time, h.shape[-1] // self.blocks[0].heads, h.device)
+        mask = None if bool(valid.all()) else valid[:, None, None]
+        cond = h.new_zeros(batch, 1)
+        for block in self.blocks:
+            h = block(h, cond, angles, mask)
+        return h
+
+
+class _FaceTrunk(nn.Module):
+    """Face pictures (n, 3, H, W) in [0, 1] to (n, E)."""
+
+    def __init__(self, config: TinyEncoderConfig, out: int) -> None:
+        super().__init__()
+        w, side = config.face_width, config.face_size // 16
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, w, 6, stride=4, padding=1),
+            nn.GELU(),
+            nn.Conv2d(w, 2 * w, 4, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(2 * w, 2 * w, 4, stride=2, padding=1),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Linear(2 * w * side * side, out),
+        )
+
+    def forward(self, faces: Tensor) -> Tensor:
+        return self.layers(2 * faces - 1)
+
+
+class TinyIdentityEncoder(_FaceTrunk):
+    """Face pictures (B, F, 3, H, W) in [0, 1] to one embedding a clip (B, E): the mean of unit vectors."""
+
+    def __init__(self, config: TinyEncoderConfig) -> None:
+        super().__init__(config, config.face_dim)
+
+    def forward(self, faces: Tensor) -> Tensor:
+        each = super().forward(faces.flatten(0, 1)).unflatten(0, faces.shape[:2])
+        return F.normalize(each, dim=-1).mean(1) * each.shape[-1] ** 0.5
+
+
+class TinyExpressionEncoder(_FaceTrunk):
+    """Face pictures (n, 3, H, W) in [0, 1] to expression logits (n, 7)."""
+
+    def __init__(self, config: TinyEncoderConfig) -> None:
+        super().__init__(config, len(EXPRESSIONS))
+
+
+class ConditionEncoders(nn.Module):
+    """The three encoders of a model, and the picture sizes that they want."""
+
+    def __init__(self, config: TinyEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.lip = TinyLipEncoder(config)
+        self.identity = TinyIdentityEncoder(config)
+        self.expression = TinyExpressionEncoder(config)

@@ -1,0 +1,124 @@
+"""Face tracking and crops: frames of a clip to mouth and face pictures.
+
+Axes: T frames, H height, W width. Boxes are (x, y, w, h) in pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import cv2
+import numpy as np
+
+from engine.errors import UserError
+
+DETECT_EVERY = 5  # frames between detections: 0.2 s at 25 fps, far below the time in which a head moves away
+DETECT_SIDE = 320  # longer image side that the detector sees
+MIN_COVERAGE = 0.3  # share of looked-at frames that must show a face
+SMOOTH_SECONDS = 0.4
+MOUTH_CENTRE, MOUTH_SIDE = (0.5, 0.77), 0.56  # of the detector's box
+FACE_SIDE = 1.1
+
+
+class FaceDetector(Protocol):
+    """Finds faces in one frame (H, W, 3) uint8 RGB: boxes (n, 4) float, best first, n may be 0."""
+
+    def __call__(self, frame: np.ndarray) -> np.ndarray: ...
+
+
+class HaarDetector:
+    """OpenCV's frontal-face cascade, which ships with its wheel (Apache-2.0): no download."""
+
+    def __init__(self, name: str = "haarcascade_frontalface_alt2.xml") -> None:
+        self.cascade = cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / name))
+
+    def __call__(self, frame: np.ndarray) -> np.ndarray:
+        grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
+        scale = min(1.0, DETECT_SIDE / max(grey.shape))
+        if scale < 1:
+            grey = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        margin = max(grey.shape) // 8  # a face that touches the border is found with room around it
+        grey = cv2.copyMakeBorder(grey, margin, margin, margin, margin, cv2.BORDER_REPLICATE)
+        smallest = max(24, min(grey.shape) // 6)
+        found = self.cascade.detectMultiScale(grey, scaleFactor=1.1, minNeighbors=3, minSize=(smallest, smallest))
+        boxes = np.asarray(found, dtype=np.float64).reshape(-1, 4)
+        boxes[:, :2] -= margin
+        boxes /= scale
+        return boxes[np.argsort(-boxes[:, 2], kind="stable")]
+
+
+@dataclass(frozen=True)
+class FaceTrack:
+    """One face through a clip: smoothed boxes (T, 4), and the share of looked-at frames in which it was seen."""
+
+    boxes: np.ndarray
+    coverage: float
+
+
+def track_face(frames: np.ndarray, detector: FaceDetector, fps: float = 25.0) -> FaceTrack:
+    """Follow the largest face through frames (T, H, W, 3).
+
+    Every `DETECT_EVERY`-th frame is looked at; gaps are filled linearly, then a running median removes jumps and a
+    Gaussian the jitter.
+
+    Raises:
+        UserError: too few of the frames show a face.
+    """
+    looked = np.unique(np.append(np.arange(0, len(frames), DETECT_EVERY), len(frames) - 1))
+    found = [(i, boxes[0]) for i in looked if len(boxes := detector(frames[i]))]
+    coverage = len(found) / len(looked)
+    if coverage < MIN_COVERAGE or not found:
+        raise UserError(
+            f"no face found: {len(found)} of {len(looked)} frames that were looked at show one (at least "
+            f"{MIN_COVERAGE:.0%} must); give a clip with a frontal, lit face"
+        )
+    at = np.array([i for i, _ in found])
+    boxes = np.stack([box for _, box in found])
+    centre = boxes[:, :2] + boxes[:, 2:] / 2
+    seen = np.column_stack([centre, boxes[:, 2:]])
+    window = np.abs(at[:, None] - at[None, :]) <= fps  # one second to either side
+    seen = np.stack([np.median(seen[near], 0) for near in window])
+    every = np.stack([np.interp(np.arange(len(frames)), at, column) for column in seen.T], 1)
+    every = _gaussian(every, SMOOTH_SECONDS * fps / 2)
+    every[:, :2] -= every[:, 2:] / 2
+    return FaceTrack(every, coverage)
+
+
+def _gaussian(values: np.ndarray, sigma: float) -> np.ndarray:
+    """Smooth (T, n) over time; ends are weighted by what is there."""
+    distance = np.arange(len(values))
+    reach = int(3 * sigma) + 1
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    weight = np.convolve(np.ones(len(distance)), kernel, "full")[reach : reach + len(values)]
+    columns = [np.convolve(c, kernel, "full")[reach : reach + len(values)] / weight for c in values.T]
+    return np.stack(columns, 1)
+
+
+def _crop(frame: np.ndarray, centre: np.ndarray, side: float, size: int) -> np.ndarray:
+    """Square of `side` pixels around `centre`, resampled to (size, size); outside pixels repeat the border."""
+    scale = size / side
+    shift = size / 2 - scale * centre
+    matrix = np.array([[scale, 0, shift[0] - 0.5 * (1 - scale)], [0, scale, shift[1] - 0.5 * (1 - scale)]])
+    if scale < 0.5:  # bilinear sampling alone would skip pixels
+        blur = 0.5 / scale
+        frame = cv2.GaussianBlur(frame, (0, 0), blur * 0.5)
+    return cv2.warpAffine(frame, matrix, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
+def crop_mouth(frames: np.ndarray, track: FaceTrack, size: int) -> np.ndarray:
+    """Grey mouth pictures (T, size, size) uint8."""
+    out = np.empty((len(frames), size, size), np.uint8)
+    for i, (frame, (x, y, w, h)) in enumerate(zip(frames, track.boxes)):
+        centre = np.array([x + MOUTH_CENTRE[0] * w, y + MOUTH_CENTRE[1] * h])
+        out[i] = _crop(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), centre, MOUTH_SIDE * w, size)
+    return out
+
+
+def crop_face(frames: np.ndarray, track: FaceTrack, size: int) -> np.ndarray:
+    """Face pictures (T, size, size, 3) uint8 RGB."""
+    out = np.empty((len(frames), size, size, 3), np.uint8)
+    for i, (frame, (x, y, w, h)) in enumerate(zip(frames, track.boxes)):
+        out[i] = _crop(frame, np.array([x + w / 2, y + h / 2]), FACE_SIDE * w, size)
+    return out

@@ -1,0 +1,185 @@
+"""Features of a corpus, made once: crops, GE2E embeddings and RVQ tokens, in shards of safetensors.
+
+Axes: T video frames of all clips of a shard in a row, L = 2 T token frames, n clips of a shard, F face pictures a clip.
+
+FEATURES/SPLIT/visual-00000.safetensors: mouth (T, S, S) uint8, faces (n, F, S', S', 3) uint8, ge2e (n, 256), expression
+(n,) uint8, phoneme (T,) uint8 (0 is silence), frames (n,) int32. FEATURES/SPLIT/tokens-DIGEST-00000.safetensors: tokens
+(L, K) int16 of the tokenizer with that digest. Visual shards do not depend on the tokenizer, so a new one costs little.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engine.errors import UserError
+from engine.files import atomic_output
+from engine.media.audio import read_audio
+from engine.media.video import read_video
+from engine.metrics.speaker import SpeakerEncoder
+from hicodit.conditions.face import HaarDetector, crop_face, crop_mouth, track_face
+from hicodit.conditions.types import EXPRESSIONS
+from rvq_codec import RVQCodec
+
+SHARD_CLIPS = 200
+FACE_PICTURES = 4
+FPS = 25.0
+
+
+def read_manifest(corpus: Path, split: str) -> list[dict]:
+    """The clips of a split, in order.
+
+    Raises:
+        UserError: the corpus has no such split.
+    """
+    path = corpus / f"{split}.jsonl"
+    if not path.is_file():
+        raise UserError(f"no manifest {path}: make the corpus first (python scripts/make_synthetic_corpus.py --help)")
+    return [json.loads(line) for line in path.read_text().splitlines() if line]
+
+
+def shard_count(corpus: Path, split: str) -> int:
+    return -(-len(read_manifest(corpus, split)) // SHARD_CLIPS)
+
+
+def token_digest(codec: RVQCodec) -> str:
+    """Eight hex digits that change when, and only when, the tokens of a wave can change."""
+    digest = hashlib.sha256()
+    for module in (codec.encoder, codec.quantizer):
+        for name, value in sorted(module.state_dict().items()):
+            digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:8]
+
+
+def phoneme_labels(phonemes: list, frames: int, symbols: list[str]) -> np.ndarray:
+    """Index (T,) of the phoneme at each frame's centre, counted from 1 in `symbols`; 0 where none sounds."""
+    labels = np.zeros(frames, np.uint8)
+    for symbol, start, end in phonemes:
+        if symbol in symbols:
+            first, last = (int(np.ceil(t * FPS - 0.5)) for t in (start, end))
+            labels[max(first, 0) : max(last, 0)] = symbols.index(symbol) + 1
+    return labels
+
+
+def make_visual_shard(
+    corpus: Path, split: str, index: int, out: Path, mouth_size: int, face_size: int, symbols: list[str]
+) -> list[tuple[str, str]]:
+    """Write one visual shard (unless it is there); returns (clip, reason) of clips that had to be left out."""
+    path = out / split / f"visual-{index:05d}.safetensors"
+    listing = path.with_suffix(".json")
+    if path.is_file() and listing.is_file():
+        return [tuple(pair) for pair in json.loads(listing.read_text())["skipped"]]
+    detector, speaker = HaarDetector(), SpeakerEncoder()
+    kept, skipped, columns = (
+        [],
+        [],
+        {"mouth": [], "faces": [], "ge2e": [], "expression": [], "phoneme": [], "frames": []},
+    )
+    for clip in read_manifest(corpus, split)[index * SHARD_CLIPS : (index + 1) * SHARD_CLIPS]:
+        try:
+            frames = read_video(corpus / split / f"{clip['id']}.mp4", FPS)
+            track = track_face(frames, detector)
+            ge2e = speaker.embed(read_audio(corpus / split / f"{clip['id']}.wav", 16_000), 16_000)
+        except UserError as error:
+            skipped.append((clip["id"], str(error)))
+            continue
+        pictures = np.linspace(0, len(frames) - 1, FACE_PICTURES + 2).round().astype(int)[1:-1]
+        faces = crop_face(frames, track, face_size)[pictures]
+        columns["mouth"].append(crop_mouth(frames, track, mouth_size))
+        columns["faces"].append(faces[None])
+        columns["ge2e"].append(np.asarray(ge2e, np.float32)[None])
+        columns["expression"].append(np.array([EXPRESSIONS.index(clip["expression"])], np.uint8))
+        columns["phoneme"].append(phoneme_labels(clip["phonemes"], len(frames), symbols))
+        columns["frames"].append(np.array([len(frames)], np.int32))
+        kept.append({"id": clip["id"], "text": clip["text"], "voice": clip["voice"]})
+    if not kept:
+        raise UserError(f"no clip of {corpus / split} could be used; the first: {skipped[0][0]}: {skipped[0][1]}")
+    tensors = {name: torch.from_numpy(np.concatenate(parts)) for name, parts in columns.items()}
+    with atomic_output(path) as partial:
+        save_file(tensors, partial)
+    with atomic_output(listing) as partial:
+        partial.write_text(json.dumps({"clips": kept, "skipped": skipped}))
+    return skipped
+
+
+@torch.no_grad()
+def make_token_shard(corpus: Path, split: str, index: int, out: Path, codec: RVQCodec) -> None:
+    """Write the tokens of the clips of one visual shard (unless they are there)."""
+    path = out / split / f"tokens-{token_digest(codec)}-{index:05d}.safetensors"
+    if path.is_file():
+        return
+    clips = json.loads((out / split / f"visual-{index:05d}.json").read_text())["clips"]
+    frames = load_file(out / split / f"visual-{index:05d}.safetensors")["frames"].tolist()
+    tokens = []
+    for clip, count in zip(clips, frames):
+        wave = torch.from_numpy(read_audio(corpus / split / f"{clip['id']}.wav", codec.sample_rate))
+        samples = count * codec.sample_rate // int(FPS)
+        wave = torch.nn.functional.pad(wave, (0, max(0, samples - len(wave))))[:samples]
+        codes = codec.encode(wave[None, None])[0]  # (K, L)
+        assert codes.shape[1] == 2 * count, (codes.shape, count)
+        tokens.append(codes.T.to(torch.int16))
+    with atomic_output(path) as partial:
+        save_file({"tokens": torch.cat(tokens)}, partial)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip's features: mouth (T, S, S) uint8, faces (F, S', S', 3) uint8, tokens (2 T, K), and labels."""
+
+    mouth: Tensor
+    faces: Tensor
+    tokens: Tensor
+    ge2e: Tensor
+    expression: int
+    phoneme: Tensor
+    info: dict
+
+
+class FeatureSplit:
+    """All shards of a split, memory-mapped."""
+
+    def __init__(self, folder: str | Path, digest: str) -> None:
+        folder = Path(folder)
+        paths = sorted(folder.glob("visual-*.safetensors"))
+        if not paths:
+            raise UserError(f"no features in {folder}: make them with python scripts/prepare_features.py")
+        self.shards, self.places = [], []
+        for number, path in enumerate(paths):
+            tokens = path.with_name(path.name.replace("visual-", f"tokens-{digest}-"))
+            if not tokens.is_file():
+                raise UserError(
+                    f"no tokens of tokenizer {digest} at {tokens}: run python scripts/prepare_features.py again"
+                )
+            shard = load_file(path) | load_file(tokens)
+            shard["info"] = json.loads(path.with_suffix(".json").read_text())["clips"]
+            shard["ends"] = torch.cumsum(shard["frames"].long(), 0).tolist()
+            self.shards.append(shard)
+            self.places += [(number, i) for i in range(len(shard["info"]))]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def frames(self, index: int) -> int:
+        number, i = self.places[index]
+        return int(self.shards[number]["frames"][i])
+
+    def __getitem__(self, index: int) -> Clip:
+        number, i = self.places[index]
+        shard = self.shards[number]
+        end, start = shard["ends"][i], shard["ends"][i] - int(shard["frames"][i])
+        return Clip(
+            mouth=shard["mouth"][start:end],
+            faces=shard["faces"][i],
+            tokens=shard["tokens"][2 * start : 2 * end].long(),
+            ge2e=shard["ge2e"][i],
+            expression=int(shard["expression"][i]),
+            phoneme=shard["phoneme"][start:end].long(),
+            info=shard["info"][i],
+        )

@@ -1,0 +1,235 @@
+"""A silent clip in, a waveform out.
+
+Axes: B batch, T video frames (25 a second), L = 2 T token frames, K token levels, N samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from engine.errors import UserError
+from engine.media.video import read_video
+from hicodit.conditions.face import FaceDetector, HaarDetector, crop_face, crop_mouth, track_face
+from hicodit.conditions.types import Conditions
+from hicodit.diffusion import LogLinearNoise, log_expm1
+from hicodit.guidance import GuidanceScales, guided_log_posterior
+from hicodit.model import TOKENS_PER_FRAME, HiCoDiT
+from hicodit.samplers import SamplerConfig, sample
+from hicodit.system import HiCoDiTSystem
+from rvq_codec import RVQCodec
+
+FPS = 25.0
+MIN_FRAMES = 5  # 0.2 s
+BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "hicodit_tiny"
+
+# A clip longer than the model was trained on is done in windows. A window starts from the last tokens of the one before
+# it, which the sampler keeps, so there is no seam to hide; the very last tokens of a window had no future to look at and
+# are done again. Starts are whole seconds, so that expression windows stay aligned.
+WINDOW, OVERLAP, REDO = 100, 25, 5  # video frames
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Pictures of one clip: mouth (T, S, S) uint8 grey, faces (T, S', S', 3) uint8 RGB."""
+
+    mouth: np.ndarray
+    faces: np.ndarray
+
+
+@dataclass(frozen=True)
+class Speech:
+    """What a clip said: wave (N,) float32 at `rate` Hz, tokens (K, L), and what it was made from."""
+
+    wave: np.ndarray
+    rate: int
+    tokens: np.ndarray
+    crops: Crops
+    expression: np.ndarray  # (J,) class of each half second
+
+
+def guided_posterior(
+    model: HiCoDiT, conditions: Conditions, scales: GuidanceScales
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The posterior that a sampler asks: all guidance branches in one forward, time-independent work done here, once."""
+    if scales.reading in "AB" and not model.config.normalised:
+        raise UserError("guidance readings A and B are defined here on normalised heads; use C or D")
+    noise, prepared = LogLinearNoise(), model.prepare(conditions, scales.branches)
+
+    def posterior(tokens: Tensor, t: Tensor, where: Tensor) -> Tensor:
+        sigma = noise.sigma(t.float())
+        log_p = model.log_posterior(model(tokens, sigma, prepared), prepared, where)
+        clip = where.nonzero(as_tuple=True)[0]
+        return guided_log_posterior(log_p, scales, -log_expm1(sigma)[clip, None])
+
+    return posterior
+
+
+@torch.inference_mode()
+def generate(
+    model: HiCoDiT,
+    conditions: Conditions,
+    sampler: SamplerConfig,
+    scales: GuidanceScales,
+    seeds: Sequence[int],
+    on_step: Callable[[int], None] = lambda step: None,
+) -> list[Tensor]:
+    """Tokens (K, L) of each clip. The same seed gives a clip the same tokens, whatever shares its batch."""
+    levels, mask_id = model.config.levels, model.mask_id
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    frames = conditions.frames.tolist()
+    done = [torch.full((levels, TOKENS_PER_FRAME * n), mask_id) for n in frames]
+    starts = [list(range(0, max(1, n - OVERLAP), WINDOW - OVERLAP)) for n in frames]
+    for turn in range(max(map(len, starts))):
+        clips = [b for b, own in enumerate(starts) if turn < len(own)]
+        spans = [(starts[b][turn], min(starts[b][turn] + WINDOW, frames[b])) for b in clips]
+        part = window(conditions, clips, spans)
+        known = pad_sequence(
+            [done[b][:, TOKENS_PER_FRAME * s : TOKENS_PER_FRAME * e].T for b, (s, e) in zip(clips, spans)],
+            batch_first=True,
+            padding_value=mask_id,
+        ).transpose(1, 2)
+        tokens = sample(
+            guided_posterior(model, part, scales),
+            TOKENS_PER_FRAME * part.frames,
+            levels,
+            mask_id,
+            sampler,
+            [generators[b] for b in clips],
+            normalised=scales.reading in "CD" and model.config.normalised,
+            known=known.to(part.frames.device),
+            on_step=on_step,
+        ).cpu()
+        for row, b, (start, end) in zip(tokens, clips, spans):
+            done[b][:, TOKENS_PER_FRAME * start : TOKENS_PER_FRAME * end] = row[:, : TOKENS_PER_FRAME * (end - start)]
+            if end < frames[b]:
+                done[b][:, TOKENS_PER_FRAME * (end - REDO) :] = mask_id
+    return done
+
+
+def window(conditions: Conditions, clips: list[int], spans: list[tuple[int, int]]) -> Conditions:
+    """The conditions of video frames [start, end) of some clips."""
+    lip = pad_sequence([conditions.lip[b, s:e] for b, (s, e) in zip(clips, spans)], batch_first=True)
+    expression = [conditions.expression[b, 2 * s // 25 : -(-2 * e // 25)] for b, (s, e) in zip(clips, spans)]
+    frames = torch.tensor([e - s for s, e in spans], device=lip.device)
+    return Conditions(lip, conditions.identity[clips], pad_sequence(expression, batch_first=True), frames)
+
+
+class HiCoDiTPipeline:
+    """Silent clips to speech.
+
+    pipeline = HiCoDiTPipeline.from_pretrained()
+    speech = pipeline("clip.mp4", seed=0)        # speech.wave (N,) float32, speech.rate
+    """
+
+    def __init__(
+        self,
+        system: HiCoDiTSystem,
+        codec: RVQCodec,
+        sampler: SamplerConfig,
+        guidance: GuidanceScales,
+        device: torch.device | str = "cpu",
+        detector: FaceDetector | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        self.system, self.codec = system.to(self.device).eval(), codec.to(self.device).eval()
+        self.sampler, self.guidance = sampler, guidance
+        self.detector = detector or HaarDetector()
+        wanted = (system.model.config.levels, system.model.config.codes)
+        if wanted != (codec.levels, codec.codebook_size):
+            raise UserError(
+                f"the model speaks {wanted[0]} levels of {wanted[1]} codes, the tokenizer has {codec.levels} of "
+                f"{codec.codebook_size}: give the tokenizer that the model was trained with"
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path = BUNDLED, device: torch.device | str = "cpu", codec: str | Path | None = None
+    ) -> HiCoDiTPipeline:
+        """Load a release folder; its tokenizer is looked for beside it unless `codec` names another folder.
+
+        Raises:
+            UserError: a folder is missing, of another model, or with wrong shapes.
+        """
+        system, config = HiCoDiTSystem.load(folder)
+        codec = RVQCodec.from_pretrained(codec or Path(folder).resolve().parent / config.get("codec", "rvq_tiny"))
+        sampler, guidance = SamplerConfig(**config.get("sampler", {})), GuidanceScales(**config.get("guidance", {}))
+        return cls(system, codec, sampler, guidance, device)
+
+    def crops(self, video: str | Path | np.ndarray) -> Crops:
+        """Mouth and face pictures of a clip: a file of any size and frame rate, or frames (T, H, W, 3) uint8 at 25 fps.
+
+        Raises:
+            UserError: not a readable video, shorter than 0.2 s, or no face found.
+        """
+        name = "the clip" if isinstance(video, np.ndarray) else str(video)
+        frames = video if isinstance(video, np.ndarray) else read_video(video, FPS, max_side=1280)
+        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+            raise UserError(f"frames of shape {frames.shape} and type {frames.dtype}: give (T, H, W, 3) uint8 RGB")
+        if len(frames) < MIN_FRAMES:
+            raise UserError(
+                f"{name} has {len(frames) / FPS:.2f} s of video; at least {MIN_FRAMES / FPS:.1f} s is needed"
+            )
+        try:
+            track = track_face(frames, self.detector, FPS)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        sizes = self.system.encoders.config
+        return Crops(crop_mouth(frames, track, sizes.mouth_size), crop_face(frames, track, sizes.face_size))
+
+    @torch.inference_mode()
+    def conditions(self, crops: Sequence[Crops], identity: np.ndarray | None = None) -> Conditions:
+        """Conditions of a batch of clips; `identity` (256,) is a reference voice's GE2E vector for all of them."""
+
+        def pad(arrays: list[np.ndarray]) -> Tensor:
+            tensors = [torch.from_numpy(a).to(self.device).float() / 255 for a in arrays]
+            return pad_sequence(tensors, batch_first=True)
+
+        frames = torch.tensor([len(c.mouth) for c in crops], device=self.device)
+        if identity is not None:
+            identity = torch.as_tensor(identity, dtype=torch.float32, device=self.device).expand(len(crops), -1)
+        faces = pad([c.faces for c in crops]).movedim(-1, 2)
+        return self.system.conditions(pad([c.mouth for c in crops]), faces, frames, identity)
+
+    @torch.inference_mode()
+    def speak(self, tokens: Sequence[Tensor]) -> list[np.ndarray]:
+        """Waves (N,) of token clips (K, L)."""
+        return [self.codec.decode(t[None].to(self.device))[0, 0].clamp(-1, 1).cpu().numpy() for t in tokens]
+
+    def run(
+        self,
+        crops: Sequence[Crops],
+        seeds: Sequence[int],
+        identity: np.ndarray | None = None,
+        on_step: Callable[[int], None] = lambda step: None,
+    ) -> list[Speech]:
+        """A batch of clips whose faces are already cut out."""
+        conditions = self.conditions(crops, identity)
+        tokens = generate(self.system.model, conditions, self.sampler, self.guidance, seeds, on_step)
+        expressions = conditions.expression.cpu().numpy()
+        windows = [-(-2 * len(c.mouth) // 25) for c in crops]
+        return [
+            Speech(wave, self.codec.sample_rate, t.numpy(), c, e[:w])
+            for wave, t, c, e, w in zip(self.speak(tokens), tokens, crops, expressions, windows)
+        ]
+
+    def __call__(
+        self,
+        video: str | Path | np.ndarray,
+        seed: int = 0,
+        identity: np.ndarray | None = None,
+        **sampler: object,
+    ) -> Speech:
+        """Speech of one clip; keyword arguments override fields of the sampler (`steps=16`, `method="confidence"`)."""
+        own = self.sampler
+        self.sampler = replace(own, **sampler)
+        try:
+            return self.run([self.crops(video)], [seed], identity)[0]
+        finally:
+            self.sampler = own

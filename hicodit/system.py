@@ -1,0 +1,73 @@
+"""A HiCoDiT model with its condition encoders: what is trained, released and loaded as one.
+
+Axes: B batch, T video frames, F face pictures, S picture side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.errors import UserError
+from engine.release import half, load_strict, read_release, save_release
+from hicodit.conditions.encoders import ConditionEncoders, TinyEncoderConfig
+from hicodit.conditions.types import Conditions, window_expressions
+from hicodit.model import HiCoDiT, ModelConfig
+
+KIND = "hicodit"
+
+
+class HiCoDiTSystem(nn.Module):
+    """The score network and the three condition encoders."""
+
+    def __init__(self, model: ModelConfig, encoders: TinyEncoderConfig) -> None:
+        super().__init__()
+        if (model.lip_dim, model.face_dim) != (encoders.lip_dim, encoders.face_dim):
+            raise UserError(
+                f"the model wants lip and face features of width {model.lip_dim} and {model.face_dim}, "
+                f"the encoders give {encoders.lip_dim} and {encoders.face_dim}"
+            )
+        self.model = HiCoDiT(model)
+        self.encoders = ConditionEncoders(encoders)
+
+    def conditions(self, mouth: Tensor, faces: Tensor, frames: Tensor, identity: Tensor | None = None) -> Conditions:
+        """What the pictures of a batch of clips say.
+
+        Args:
+            mouth: (B, T, S, S) grey in [0, 1]. faces: (B, T, 3, S', S') in [0, 1]. frames: (B,) valid frames.
+            identity: (B, 256) GE2E embeddings of reference voices instead of what the faces say.
+        """
+        lip = self.encoders.lip(mouth, frames)
+        if identity is None:
+            picks = [(frames * share).long() for share in (0.2, 0.4, 0.6, 0.8)]
+            chosen = [faces[range(len(faces)), pick] for pick in picks]
+            identity = self.model.adapt_identity(self.encoders.identity(torch.stack(chosen, 1)))
+        expression = [
+            window_expressions(self.encoders.expression(clip[: int(n)]).float().softmax(-1))
+            for clip, n in zip(faces, frames)
+        ]
+        return Conditions(lip, identity, nn.utils.rnn.pad_sequence(expression, batch_first=True), frames)
+
+    def save(self, folder: Path, card: str, extra: dict[str, Any]) -> None:
+        """Write a release folder; `extra` holds the tokenizer's name and the sampling defaults."""
+        config = {"model": asdict(self.model.config), "encoders": asdict(self.encoders.config), **extra}
+        save_release(folder, KIND, config, half(self.state_dict()), card)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> tuple[HiCoDiTSystem, dict[str, Any]]:
+        """The system of a release folder, in eval mode, and its whole config.
+
+        Raises:
+            UserError: the folder is missing, of another model, or its shapes do not fit its config.
+        """
+        config, state = read_release(folder, KIND)
+        try:
+            system = cls(ModelConfig(**config["model"]), TinyEncoderConfig(**config["encoders"]))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{Path(folder) / 'config.yaml'} does not describe a HiCoDiT model: {error}") from error
+        load_strict(system, state, folder)
+        return system.eval(), config

@@ -1,0 +1,135 @@
+"""What the trainer needs to train HiCoDiT: losses of a batch, validation by a recogniser, release.
+
+Axes: B batch, T video frames, L = 2 T token frames, K token levels, J expression windows, M masked positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.trainer import Task
+from hicodit.conditions.encoders import TinyEncoderConfig
+from hicodit.conditions.types import Conditions
+from hicodit.diffusion import LogLinearNoise, perturb, posterior_entropy, stratified_times
+from hicodit.guidance import GuidanceScales
+from hicodit.model import TOKENS_PER_FRAME, ModelConfig
+from hicodit.samplers import SamplerConfig
+from hicodit.system import HiCoDiTSystem
+
+MIN_TIME = 1e-3  # of the training draw; not the schedule's eps, not the sampler's end
+
+
+class HiCoDiTTask(Task):
+    """Multi-level denoising score entropy, identity alignment, and the tiny encoders' own losses.
+
+    Args:
+        model, encoders: sizes and switches.
+        codec: release folder of the tokenizer.
+        features: prepared features (`scripts/prepare_features.py`); splits `seen` and `unseen` are validated on.
+        grammar: JSGF grammar of the validation recogniser.
+        identity_weight: of the L1 loss between the face's and the voice's GE2E vector (the paper: 100; 0 is an ablation).
+        phoneme_weight, expression_weight: of the auxiliary losses that train the tiny encoders; not in the paper, whose
+            encoders come trained.
+        sampler, guidance: defaults that the release carries.
+        validate_clips: clips of each held-out split to synthesise.
+    """
+
+    def __init__(
+        self,
+        model: dict[str, Any],
+        encoders: dict[str, Any],
+        codec: str,
+        features: str,
+        grammar: str,
+        identity_weight: float = 100.0,
+        phoneme_weight: float = 0.2,
+        expression_weight: float = 0.1,
+        sampler: dict[str, Any] | None = None,
+        guidance: dict[str, Any] | None = None,
+        validate_clips: int = 24,
+        recipe: str = "",
+    ) -> None:
+        super().__init__()
+        self.system = HiCoDiTSystem(ModelConfig(**model), TinyEncoderConfig(**encoders))
+        self.codec, self.features, self.grammar, self.recipe = Path(codec), Path(features), Path(grammar), recipe
+        self.identity_weight, self.phoneme_weight = identity_weight, phoneme_weight
+        self.expression_weight, self.validate_clips = expression_weight, validate_clips
+        self.sampler, self.guidance = SamplerConfig(**(sampler or {})), GuidanceScales(**(guidance or {}))
+        self.noise = LogLinearNoise()
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"model": self.system}
+
+    def tokens(self, batch: dict[str, Tensor]) -> int:
+        return TOKENS_PER_FRAME * int(batch["frames"].sum()) * self.system.model.config.levels
+
+    def forward(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+        """Losses of a batch; identity and expression come from the sound's side, as the paper trains them."""
+        model, encoders = self.system.model, self.system.encoders
+        frames, tokens = batch["frames"], batch["tokens"]
+        lip = encoders.lip(batch["mouth"], frames)
+        windows = -(-2 * lip.shape[1] // 25)
+        conditions = Conditions(lip, batch["ge2e"], batch["expression"][:, None].expand(-1, windows), frames)
+        losses = self.diffusion_losses(conditions, tokens)
+
+        voice = model.adapt_identity(encoders.identity(batch["face"][:, None]))
+        losses["identity"] = self.identity_weight * F.l1_loss(voice.float(), batch["ge2e"])
+        expression = encoders.expression(batch["face"]).float()
+        losses["expression"] = self.expression_weight * F.cross_entropy(expression, batch["expression"])
+        if encoders.lip.phoneme_head is not None and self.phoneme_weight:
+            real = torch.arange(lip.shape[1], device=lip.device) < frames[:, None]
+            logits = encoders.lip.phoneme_head(lip)[real].float()
+            losses["phoneme"] = self.phoneme_weight * F.cross_entropy(logits, batch["phoneme"][real])
+        losses["loss"] = sum(losses.values())
+        return losses
+
+    def diffusion_losses(self, conditions: Conditions, tokens: Tensor) -> dict[str, Tensor]:
+        """Score entropy by group of levels. tokens (B, K, L); one t a clip, masks independent by level and frame.
+
+        The paper's sum over tokens is divided by their number, so that batch size and clip length do not change the
+        scale that gradient clipping sees.
+        """
+        model = self.system.model
+        c, device = model.config, tokens.device
+        t = stratified_times(len(tokens), MIN_TIME).to(device)
+        noisy = perturb(tokens, self.noise.sigma(t), model.mask_id, torch.rand(tokens.shape, device=device))
+        valid = torch.arange(tokens.shape[2], device=device) < TOKENS_PER_FRAME * conditions.frames[:, None]
+        where = (noisy == model.mask_id) & valid[:, None]
+        prepared = model.prepare(conditions, keep=model.draw_keep(len(tokens), device))
+        log_q = model.log_posterior(model(noisy, self.noise.sigma(t), prepared), prepared, where)[0]
+        at = t[:, None, None].expand(tokens.shape)[where]
+        entropy = posterior_entropy(log_q, tokens[where], at, self.noise)
+        low = where.nonzero(as_tuple=True)[1] < c.low_levels
+        count = valid.sum() * c.levels
+        return {"dse_low": entropy[low].sum() / count, "dse_high": entropy[~low].sum() / count}
+
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        """Synthesise held-out clips from their pictures alone; word error rates when the recogniser is installed."""
+        from hicodit.evaluation import evaluate_features
+
+        results = {}
+        for split in ("seen", "unseen"):
+            scores = evaluate_features(
+                self.system,
+                self.codec,
+                self.features / split,
+                self.grammar,
+                self.validate_clips,
+                self.sampler,
+                self.guidance,
+                folder / split if step else None,
+            )
+            results |= {f"{name}_{split}": value for name, value in scores.items()}
+        return results
+
+    def release(self, folder: Path, results: dict[str, float]) -> None:
+        lines = "\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(results.items()))
+        card = f"# HiCoDiT\n\n{self.recipe}\n\n| measured | |\n|---|---|\n{lines}\n"
+        extra = {"codec": self.codec.name, "sampler": asdict(self.sampler), "guidance": asdict(self.guidance)}
+        self.system.save(folder, card, extra)
