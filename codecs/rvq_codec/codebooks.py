@@ -1,0 +1,79 @@
+"""Life of the code books: warm start by k-means, restart of dead codes, usage.
+
+Axes: M vectors, C latent channels, D code channels, K codes of a book, Q levels, T frames.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rvq_codec.quantizer import ResidualQuantizer
+
+
+def kmeans(x: Tensor, count: int, normalize: bool, generator: torch.Generator, rounds: int = 20) -> Tensor:
+    """Centres (count, D) of vectors (M, D); by direction if `normalize`, but the centres are means of the vectors.
+
+    Empty clusters restart from random vectors.
+    """
+    keys = F.normalize(x, dim=-1) if normalize else x
+    centres = x[torch.randint(len(x), (count,), generator=generator)]
+    for _ in range(rounds):
+        rows = F.normalize(centres, dim=-1) if normalize else centres
+        nearest = (rows.square().sum(-1) - 2 * keys @ rows.T).argmin(-1)
+        size = torch.bincount(nearest, minlength=count)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, x)
+        fresh = x[torch.randint(len(x), (count,), generator=generator)]
+        centres = torch.where(size[:, None] > 0, sums / size.clamp_min(1)[:, None], fresh)
+    return centres
+
+
+@torch.no_grad()
+def warm_start(quantizer: ResidualQuantizer, latents: Tensor, generator: torch.Generator) -> None:
+    """Initialise every level from latents (M, C): projections are the first D principal axes of what the levels before
+    left over, the code book is their k-means."""
+    residual = latents
+    for level in quantizer.quantizers:
+        if level.projected:
+            dim = level.codebook.embedding_dim
+            axes = torch.linalg.eigh((residual.T @ residual).double()).eigenvectors[:, -dim:].to(residual.dtype)
+            _set_conv(level.in_project, axes.T)
+            _set_conv(level.out_project, axes)
+        e = level.in_project(residual.T[None])[0].T
+        level.codebook.weight.copy_(kmeans(e, level.codebook.num_embeddings, level.normalize, generator))
+        residual = residual - level(residual.T[None])[0][0].T
+
+
+def _set_conv(conv, weight: Tensor) -> None:
+    conv.weight_v.copy_(weight[..., None])
+    conv.weight_g.copy_(torch.linalg.vector_norm(conv.weight_v, dim=(1, 2), keepdim=True))
+    conv.bias.zero_()
+
+
+@torch.no_grad()
+def restart_dead_codes(
+    quantizer: ResidualQuantizer, latents: Tensor, counts: Tensor, generator: torch.Generator
+) -> int:
+    """Move every code with a zero in `counts` (Q, K) to a random projected residual of `latents` (M, C)."""
+    moved, residual = 0, latents
+    for level, count in zip(quantizer.quantizers, counts, strict=True):
+        e = level.in_project(residual.T[None])[0].T
+        dead = (count == 0).nonzero().flatten()
+        if len(dead):
+            level.codebook.weight[dead] = e[torch.randint(len(e), (len(dead),), generator=generator)]
+            moved += len(dead)
+        residual = residual - level(residual.T[None])[0][0].T
+    return moved
+
+
+def count_codes(codes: Tensor, codebook_size: int) -> Tensor:
+    """How often each code of each level occurs: codes (B, Q, T) -> (Q, K)."""
+    flat = codes.transpose(0, 1).flatten(1)
+    return torch.stack([torch.bincount(level, minlength=codebook_size) for level in flat])
+
+
+def perplexity(counts: Tensor) -> Tensor:
+    """exp of the entropy of each level's codes, 1..K: counts (Q, K) -> (Q,)."""
+    p = counts.double() / counts.sum(-1, keepdim=True).clamp_min(1)
+    return torch.special.entr(p).sum(-1).exp()

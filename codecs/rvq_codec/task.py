@@ -1,0 +1,208 @@
+"""Training of the RVQ codec: mel, adversarial and feature losses with a discriminator update before the generator's.
+
+Axes: B batch, N samples, C latent channels, Q levels, K codes of a book, M pooled latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.media.audio import write_wav
+from engine.nn.audio_losses import (
+    MultiResolutionSTFTLoss,
+    MultiScaleMelLoss,
+    discriminator_loss,
+    feature_matching_loss,
+    generator_loss,
+)
+from engine.nn.discriminators import MultiPeriodDiscriminator, MultiResolutionDiscriminator
+from rvq_codec.codebooks import count_codes, restart_dead_codes, warm_start
+from rvq_codec.codec import RVQCodec, RVQCodecConfig
+from rvq_codec.data import load_clips
+from rvq_codec.evaluation import evaluate, resynthesise
+
+
+class WaveDiscriminators(nn.Module):
+    """Multi-period and multi-resolution discriminators as one: wave (B, 1, N) -> feature maps and logits of each."""
+
+    def __init__(self, period: Mapping[str, Any], spectrogram: Mapping[str, Any]):
+        super().__init__()
+        self.period = MultiPeriodDiscriminator(**period)
+        self.spectrogram = MultiResolutionDiscriminator(**spectrogram)
+
+    def forward(self, wave: Tensor) -> list[list[Tensor]]:
+        return self.period(wave) + self.spectrogram(wave)
+
+
+class RVQCodecTask(nn.Module):
+    """Losses, schedule of stages, validation and release of an `RVQCodec`.
+
+    Stages are steps of one run: a plain autoencoder until `quantizer_start`; then the code books are initialised by
+    k-means and join in; from `gan_start` on the discriminators do; from `freeze_step` on only the decoder learns, so
+    that codes made by any later checkpoint are the same.
+
+    Args:
+        codec: fields of `RVQCodecConfig`.
+        mel: `n_mels` and `windows` of the mel loss.
+        weights: of the losses `mel`, `stft`, `feature` and `adversarial`; commitment and codebook weights are the
+            codec's own.
+        period, spectrogram: arguments of the two families of discriminators.
+        quantizer_start, gan_start, freeze_step: see above; None never.
+        restart_every: steps between two restarts of dead codes.
+        pool: M, latents kept for k-means and for restarts.
+        init: release folder to start from instead of random weights.
+        validation: `root`, `splits`, `clips` (per split) and `levels` of validation; None turns it off.
+    """
+
+    def __init__(
+        self,
+        codec: Mapping[str, Any],
+        mel: Mapping[str, Any],
+        weights: Mapping[str, float],
+        period: Mapping[str, Any],
+        spectrogram: Mapping[str, Any],
+        quantizer_start: int = 0,
+        gan_start: int | None = 0,
+        freeze_step: int | None = None,
+        restart_every: int = 100,
+        pool: int = 16_384,
+        init: str | None = None,
+        validation: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        config = RVQCodecConfig(**codec)
+        self.codec = RVQCodec.from_pretrained(init) if init else RVQCodec(config)
+        self.discriminator = WaveDiscriminators(period, spectrogram)
+        self.mel_loss = MultiScaleMelLoss(config.sample_rate, **mel)
+        self.stft_loss = MultiResolutionSTFTLoss()
+        self.weights = dict(weights)
+        self.quantizer_start, self.gan_start, self.freeze_step = quantizer_start, gan_start, freeze_step
+        self.restart_every, self.warm_started = restart_every, bool(init)
+        self.validation = validation
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("pooled", torch.zeros(pool, config.latent_channels))
+        self.register_buffer("counts", torch.zeros(config.levels, config.codebook_size, dtype=torch.int64))
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"discriminator": self.discriminator, "generator": self.codec}
+
+    def tokens(self, batch: dict[str, Tensor]) -> int:
+        """Codec frames of a batch."""
+        return batch["wave"].shape[0] * self.codec.frames(batch["wave"].shape[-1])
+
+    def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
+        """Losses of a part; batch["wave"] is (B, 1, N). The codec runs once a step, for both parts."""
+        if part == "discriminator":
+            return self._discriminator_losses(batch)
+        losses = self._generator_losses(batch)
+        if self.training:
+            self.step += 1
+        return losses
+
+    def _frozen(self) -> bool:
+        return self.freeze_step is not None and int(self.step) >= self.freeze_step
+
+    def _adversarial(self) -> bool:
+        return self.gan_start is not None and int(self.step) >= self.gan_start
+
+    def _run(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Forward pass of the codec, kept in the batch for the next part."""
+        if "_run" not in batch:
+            step, wave = int(self.step), batch["wave"]
+            quantising = step >= self.quantizer_start
+            if self.training and not self._frozen():
+                self._tend_codebooks(step)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen()):
+                z = self.codec.encoder(wave)
+                quantized = self.codec.quantizer(z) if quantising else None
+            fake = self.codec.decoder(quantized.latent if quantising else z)
+            length = min(fake.shape[-1], wave.shape[-1])
+            if self.training:
+                self._remember(z.detach(), quantized)
+            batch["_run"] = {"fake": fake[..., :length], "real": wave[..., :length], "quantized": quantized}
+        return batch["_run"]
+
+    def _discriminator_losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        run = self._run(batch)
+        self.discriminator.requires_grad_(True)
+        if not self._adversarial():
+            return {"loss": sum(p.sum() for p in self.discriminator.parameters()) * 0.0}
+        real, fake = discriminator_loss(self.discriminator(run["real"]), self.discriminator(run["fake"].detach()))
+        return {"loss": real + fake, "real": real.detach(), "fake": fake.detach()}
+
+    def _generator_losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        run, weights = self._run(batch), self.weights
+        losses = {"mel": self.mel_loss(run["fake"], run["real"]), "stft": self.stft_loss(run["fake"], run["real"])}
+        total = weights["mel"] * losses["mel"] + weights["stft"] * losses["stft"]
+        if run["quantized"] is not None and not self._frozen():
+            losses["commitment"] = run["quantized"].commitment.sum()
+            losses["codebook"] = run["quantized"].codebook.sum()
+            total = total + losses["commitment"] + losses["codebook"]
+        if self._adversarial():
+            self.discriminator.requires_grad_(False)  # its own update is over: only the way to the wave is needed
+            with torch.no_grad():
+                of_real = self.discriminator(run["real"])
+            of_fake = self.discriminator(run["fake"])
+            losses["adversarial"] = generator_loss(of_fake)
+            losses["feature"] = feature_matching_loss(of_real, of_fake)
+            total = total + weights["adversarial"] * losses["adversarial"] + weights["feature"] * losses["feature"]
+        return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
+
+    @torch.no_grad()
+    def _remember(self, z: Tensor, quantized) -> None:
+        """Shift the batch's latents into the pool and count its codes."""
+        vectors = z.transpose(1, 2).flatten(0, 1).float()[: len(self.pooled)]
+        self.pooled.copy_(torch.cat([self.pooled[len(vectors) :], vectors]))
+        if quantized is not None:
+            self.counts += count_codes(quantized.codes, self.codec.codebook_size)
+
+    def _tend_codebooks(self, step: int) -> None:
+        """Warm start at `quantizer_start`, restarts of dead codes later; every process does the same."""
+        first = step == self.quantizer_start and not self.warm_started
+        due = step > self.quantizer_start and (step - self.quantizer_start) % self.restart_every == 0
+        if not (first or due):
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.broadcast(self.pooled, 0)
+            torch.distributed.broadcast(self.counts, 0)
+        generator = torch.Generator().manual_seed(step)
+        latents = self.pooled[self.pooled.abs().sum(1) > 0]  # rows that have not been filled yet are zero
+        if len(latents):
+            if first:
+                warm_start(self.codec.quantizer, latents, generator)
+            else:
+                restart_dead_codes(self.codec.quantizer, latents, self.counts, generator)
+        self.counts.zero_()
+
+    @torch.no_grad()
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        """Metrics on the first held-out clips; writes the first clip of each split, as it was and decoded."""
+        if self.validation is None:
+            return {}
+        results: dict[str, float] = {}
+        root, rate = Path(self.validation["root"]), self.codec.sample_rate
+        device = self.pooled.device
+        for split in self.validation["splits"]:
+            clips = load_clips(root, split, self.validation["clips"], rate)
+            found = evaluate(self.codec, clips, self.validation["levels"], root / "grammar.jsgf")
+            for name, value in found.items():
+                if isinstance(value, list):
+                    value = sum(value) / len(value)
+                results[f"{split}/{name}"] = value
+            _, waves = resynthesise(self.codec, clips[0], [self.codec.levels])
+            decoded = waves[self.codec.levels]
+            pair = (torch.from_numpy(x)[None, None].to(device) for x in (decoded, clips[0].wave))
+            results[f"{split}/mel"] = self.mel_loss(*pair).item()
+            write_wav(folder / f"{split}-original.wav", clips[0].wave, rate)
+            write_wav(folder / f"{split}-decoded.wav", decoded, rate)
+        return results
+
+    def release(self, folder: Path, results: dict) -> None:
+        """Write the codec as a release folder."""
+        lines = "\n".join(f"- {name}: {value:.4g}" for name, value in sorted(results.items()))
+        self.codec.save(folder, f"# RVQ codec\n\nAt step {int(self.step)}:\n\n{lines}\n")
