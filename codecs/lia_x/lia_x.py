@@ -154,12 +154,13 @@ class LiaX(nn.Module):
             Frames (T, 3, S, S), not clamped; the first is the (edited) source itself.
         """
         identity, codes = self.identity(source), self.motion(driving, chunk)
-        edited = self._edited(source, edit_indices, edit_values)
+        edited = self._edited(identity, edit_indices, edit_values)
         return torch.cat(list(self._decode(identity, chunk, codes, edited, codes[:1])))
 
     def edit_image(self, picture: Tensor, edit_indices: Sequence[int], edit_values: Sequence[float]) -> Tensor:
         """(3, S, S) with amounts added to entries of its motion code -> (1, 3, S, S), not clamped."""
-        return self.render(picture, self._edited(picture, edit_indices, edit_values), 1)
+        identity = self.identity(picture)
+        return self.render(identity, self._edited(identity, edit_indices, edit_values))
 
     def edit_video(
         self, video: Tensor, edit_indices: Sequence[int], edit_values: Sequence[float], chunk: int = 8
@@ -182,9 +183,10 @@ class LiaX(nn.Module):
         up = torch.ones(16, dtype=torch.float64)
         second = torch.cat([up, -up]) if any(edit_values[6:10]) else torch.cat([-up, up])
         amounts = torch.cat([up, -up, second])[:, None] * (torch.tensor(edit_values, dtype=torch.float64) / 16)
-        codes = self._edited(picture, edit_indices, [0.0] * len(edit_values)).repeat(64, 1)
+        identity = self.identity(picture)
+        codes = self._edited(identity, edit_indices, [0.0] * len(edit_values)).repeat(64, 1)
         codes[:, list(edit_indices)] += amounts.cumsum(0).to(codes)
-        return self.render(picture, codes, chunk)
+        return self.render(identity, codes, chunk)
 
     @torch.no_grad()
     def _decode(self, identity: Identity, chunk: int, target: Tensor, *relative: Tensor) -> Iterator[Tensor]:
@@ -192,16 +194,16 @@ class LiaX(nn.Module):
             style = self.decoder.navigate(identity.style, codes, *relative)
             yield self.decoder(style, identity.maps)
 
-    def _edited(self, picture: Tensor, indices: Sequence[int], values: Sequence[float]) -> Tensor:
-        """The picture's motion code (1, M) with `values` added at `indices`."""
+    @torch.no_grad()
+    def _edited(self, identity: Identity, indices: Sequence[int], values: Sequence[float]) -> Tensor:
+        """The identity picture's own motion code (1, M) with `values` added at `indices`."""
         if len(indices) != len(values):
             raise UserError(f"{len(indices)} edit indices but {len(values)} values: give one value for each index")
+        last = self.config.motion_dim - 1
         for index in indices:
-            if not 0 <= index < self.config.motion_dim:
-                raise UserError(
-                    f"edit index {index}: this model's motion codes have entries 0..{self.config.motion_dim - 1}"
-                )
-        code = self.motion(picture[None] if picture.ndim == 3 else picture)
+            if not 0 <= index <= last:
+                raise UserError(f"edit index {index}: this model's motion codes have entries 0..{last}")
+        code = self.encoder.to_motion(identity.style)
         for index, value in zip(indices, values, strict=True):
             code[:, index] += value
         return code

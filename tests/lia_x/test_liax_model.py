@@ -1,0 +1,172 @@
+"""LIA-X as a whole, at toy size. Axes: T frames, S side."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine.errors import UserError
+from lia_x import LiaX, LiaXConfig
+from lia_x.lia_x import load_released, released_config
+from lia_x.names import from_released, released_kernels, released_names, to_released
+from lia_x.pictures import identity_to_tensor, to_bytes, video_to_tensor
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "codecs"
+TINY = LiaXConfig(style_dim=16, motion_dim=4, scale=1, size=48, width=4, max_width=8, depth=1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return LiaX(TINY).eval()
+
+
+@pytest.fixture(scope="module")
+def video():
+    return torch.rand(5, 3, 48, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.mark.parametrize(("size", "base", "levels"), [(512, 4, 7), (128, 4, 5), (96, 3, 5), (64, 4, 4)])
+def test_sizes(size, base, levels):
+    config = LiaXConfig(size=size, scale=1)
+    assert (config.base, len(config.widths)) == (base, levels)
+    assert config.widths[-1] == 64
+
+
+def test_released_network_has_the_released_keys_and_shapes():
+    shapes = {key: tuple(shape) for key, shape in json.loads((GOLDEN / "liax_full.keys.json").read_text()).items()}
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    assert released_config(state) == LiaXConfig()
+    with torch.device("meta"):
+        model = LiaX(LiaXConfig())
+    assert {key: tuple(value.shape) for key, value in to_released(model).items()} == shapes
+
+
+def test_released_names_round_trip(model, video):
+    state = to_released(model)
+    assert {key for key in state if key.endswith(".kernel")} == set(released_kernels(model))
+    again = load_released(state, "test", TINY)
+    codes = model.motion(video)
+    assert torch.equal(again.motion(video), codes)
+    assert torch.equal(again.render(video[0], codes[:1]), model.render(video[0], codes[:1]))
+    without_kernels = {key: value for key, value in state.items() if not key.endswith(".kernel")}
+    assert from_released(model, without_kernels).keys() == model.state_dict().keys()
+    assert set(released_names(model)) == set(model.state_dict())
+
+
+def test_damaged_released_states_are_refused(model):
+    state = to_released(model)
+    with pytest.raises(UserError, match="lacks"):
+        from_released(model, {key: value for key, value in state.items() if key != "dec.direction.weight"})
+    with pytest.raises(UserError, match="unknown"):
+        from_released(model, {**state, "dec.extra": torch.zeros(1)})
+    with pytest.raises(UserError, match="low-pass"):
+        from_released(model, {**state, "dec.rgb2.up.kernel": torch.zeros(4, 4)})
+    with pytest.raises(UserError, match="shape"):
+        load_released({**state, "dec.direction.weight": torch.zeros(16, 3)}, "test", TINY)
+
+
+def test_chunks_do_not_change_the_result(model, video):
+    codes = model.motion(video, chunk=5)
+    torch.testing.assert_close(model.motion(video, chunk=2), codes)
+    frames = model.render(video[0], codes, chunk=5)
+    assert frames.shape == (5, 3, 48, 48)
+    torch.testing.assert_close(model.render(video[0], codes, chunk=2), frames, rtol=1e-3, atol=1e-4)
+    assert [len(part) for part in model.render_chunks(video[0], codes, chunk=2)] == [2, 2, 1]
+
+
+def test_motion_code_moves_the_picture(model, video):
+    codes = torch.zeros(2, 4)
+    codes[1, 2] = 1.0
+    still, moved = model.render(video[0], codes)
+    assert (still - moved).abs().max() > 1e-3
+
+
+def test_animate_starts_from_the_edited_source(model, video):
+    frames = model.animate(video[4], video[:3], [1, 3], [0.2, -0.1], chunk=2)
+    torch.testing.assert_close(frames[:1], model.edit_image(video[4], [1, 3], [0.2, -0.1]), rtol=1e-3, atol=1e-4)
+    edited = model.edit_video(video, [1], [0.2])
+    torch.testing.assert_close(edited[:1], model.edit_image(video[0], [1], [0.2]), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        model.animate(video[0], video), model.render(video[0], model.motion(video)), rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("mouth", [False, True])
+def test_interpolation_order(video, mouth):
+    model = LiaX(LiaXConfig(style_dim=16, motion_dim=12, scale=1, size=48, width=4, max_width=8, depth=1)).eval()
+    seen = []
+    model.render = lambda picture, motion, chunk: seen.append(motion)
+    values = [0.0] * 10
+    values[7 if mouth else 0] = 0.8
+    model.interpolate_image(video[0], list(range(10)), values)
+    index = 7 if mouth else 0
+    path = (seen[0] - model.motion(video[:1]))[:, index] / 0.8
+    assert path.shape == (64,)
+    expected = {0: 1 / 16, 15: 1.0, 31: 0.0, 47: 1.0 if mouth else -1.0, 63: 0.0}
+    for frame, value in expected.items():
+        assert path[frame].item() == pytest.approx(value, abs=1e-5)
+    with pytest.raises(UserError, match="ten"):
+        model.interpolate_image(video[0], [0], [0.5])
+
+
+def test_training_pass_gives_gradients_everywhere(video):
+    torch.manual_seed(0)
+    model = LiaX(TINY)
+    pictures, motion = model(video[:2], video[2:4])
+    (pictures.square().mean() + motion.abs().mean()).backward()
+    assert pictures.shape == (2, 3, 48, 48) and motion.shape == (2, 4)
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_release_folder_round_trip(model, video, tmp_path):
+    again = LiaX.from_pretrained(model.save(tmp_path / "release", "card"))
+    assert again.config == TINY
+    torch.testing.assert_close(again.motion(video), model.motion(video), rtol=1e-2, atol=1e-2)
+
+
+def test_unreadable_official_files(tmp_path):
+    (tmp_path / "lia-x.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match="not a readable"):
+        LiaX.from_pretrained(tmp_path)
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "lia-x.pt")
+    with pytest.raises(UserError, match="flat"):
+        LiaX.from_pretrained(tmp_path / "lia-x.pt")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "lia-x.pt")
+    with pytest.raises(UserError, match="not a LIA-X"):
+        LiaX.from_pretrained(tmp_path / "lia-x.pt")
+
+
+def test_wrong_inputs_say_what_to_give(model, video):
+    with pytest.raises(UserError, match="48 x 48"):
+        model.motion(torch.zeros(2, 3, 64, 64))
+    with pytest.raises(UserError, match="without frames"):
+        model.motion(torch.zeros(0, 3, 48, 48))
+    with pytest.raises(UserError, match="floats"):
+        model.motion(torch.zeros(2, 3, 48, 48, dtype=torch.uint8))
+    with pytest.raises(UserError, match=r"\(frames, 4\)"):
+        model.render(video[0], torch.zeros(2, 5))
+    with pytest.raises(UserError, match="chunk=0"):
+        model.render(video[0], torch.zeros(2, 4), chunk=0)
+    with pytest.raises(UserError, match="edit index 4"):
+        model.edit_image(video[0], [4], [0.1])
+
+
+@pytest.mark.parametrize("change", [{"size": 100}, {"size": 3}, {"motion_dim": 17}, {"depth": 0}, {"width": 1.5}])
+def test_wrong_configs(change):
+    with pytest.raises(UserError, match=next(iter(change))):
+        LiaXConfig(**{"style_dim": 16, "motion_dim": 4, "scale": 1, **change})
+
+
+def test_pictures_to_and_from_bytes():
+    frames = np.random.default_rng(0).integers(0, 256, (2, 48, 48, 3), dtype=np.uint8)
+    tensor = video_to_tensor(frames, 48)
+    assert tensor.min() >= -1 and tensor.max() <= 1
+    assert np.abs(to_bytes(tensor).astype(int) - frames).max() <= 1  # truncation may lose one step
+    assert to_bytes(torch.tensor([-3.0, 0.0, 3.0]).reshape(1, 3, 1, 1)).tolist() == [[[[0, 127, 255]]]]
+    assert video_to_tensor(frames, 32).shape == (2, 3, 32, 32)
+    assert identity_to_tensor(frames[0], 24).shape == (3, 24, 24)
+    flat = np.full((60, 40, 3), 255, np.uint8)
+    assert torch.equal(identity_to_tensor(flat, 24), torch.ones(3, 24, 24))
