@@ -67,7 +67,7 @@ class HiCoDiTDataset:
 
     @staticmethod
     def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Pad to the longest: mouth (B, T, S, S), face (B, 3, S', S'), tokens (B, K, L), phoneme (B, T), frames (B,)."""
+        """Padded: mouth (B, T, S, S), face (B, 3, S', S'), tokens (B, K, L), phoneme (B, T), frames (B,)."""
         frames = [len(item["mouth"]) for item in items]
         longest = max(frames)
         batch = {name: torch.stack([item[name] for item in items]) for name in ("face", "ge2e", "expression")}

@@ -29,9 +29,9 @@ FPS = 25.0
 MIN_FRAMES = 5  # 0.2 s
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "hicodit_tiny"
 
-# A clip longer than the model was trained on is done in windows. A window starts from the last tokens of the one before
-# it, which the sampler keeps, so there is no seam to hide; the very last tokens of a window had no future to look at and
-# are done again. Starts are whole seconds, so that expression windows stay aligned.
+# A clip longer than the model was trained on is done in windows. A window starts from the last tokens of the one
+# before it, which the sampler keeps, so there is no seam to hide; the very last tokens of a window had no future to
+# look at and are done again. Starts are whole seconds, so that expression windows stay aligned.
 WINDOW, OVERLAP, REDO = 100, 25, 5  # video frames
 
 
@@ -57,9 +57,7 @@ class Speech:
 def guided_posterior(
     model: HiCoDiT, conditions: Conditions, scales: GuidanceScales
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The posterior that a sampler asks: all guidance branches in one forward, time-independent work done here, once."""
-    if scales.reading in "AB" and not model.config.normalised:
-        raise UserError("guidance readings A and B are defined here on normalised heads; use C or D")
+    """What a sampler asks: all guidance branches in one forward, time-independent work done here, once."""
     noise, prepared = LogLinearNoise(), model.prepare(conditions, scales.branches)
 
     def posterior(tokens: Tensor, t: Tensor, where: Tensor) -> Tensor:
@@ -102,7 +100,7 @@ def generate(
             mask_id,
             sampler,
             [generators[b] for b in clips],
-            normalised=scales.reading in "CD" and model.config.normalised,
+            normalised=scales.reading in "CD",
             known=known.to(part.frames.device),
             on_step=on_step,
         ).cpu()
