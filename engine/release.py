@@ -77,8 +77,10 @@ def read_release(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[st
     return config, {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
 
-def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path, assign: bool = False) -> None:
     """`load_state_dict` that tells a user in one line which keys or shapes do not fit.
+
+    `assign` makes the tensors of `state` the module's own: for a module built on the meta device.
 
     Raises:
         UserError: with the first missing, unexpected or wrongly shaped key.
@@ -92,4 +94,4 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path)
             raise UserError(
                 f"{source} has {key!r} with shape {tuple(state[key].shape)}, the config asks for {tuple(value.shape)}"
             )
-    module.load_state_dict(state)
+    module.load_state_dict(state, assign=assign)

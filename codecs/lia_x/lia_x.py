@@ -275,13 +275,7 @@ def load_released(state: dict[str, Tensor], source: str | Path, config: LiaXConf
     """A `LiaX` that holds the tensors of `state` (released names); nothing is initialised or copied."""
     with torch.device("meta"):
         model = LiaX(config or released_config(state))
-    state = from_released(model, state)
-    for key, value in model.named_parameters():
-        if value.shape != state[key].shape:
-            raise UserError(
-                f"{source} has {key!r} with shape {tuple(state[key].shape)}, the config asks for {tuple(value.shape)}"
-            )
-    model.load_state_dict(state, assign=True)
+    load_strict(model, from_released(model, state), source, assign=True)
     return model.eval()
 
 

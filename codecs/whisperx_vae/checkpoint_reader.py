@@ -1,0 +1,104 @@
+"""Tensors and plain containers out of a pickled training checkpoint, without running anything that it names.
+
+A Lightning checkpoint pickles its configuration as objects of other packages. Here every class or function outside a
+short list of tensor builders becomes an inert stand-in that only remembers what it was given.
+"""
+
+from __future__ import annotations
+
+import pickle
+import types
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.errors import UserError
+
+_TENSOR_BUILDERS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")
+
+
+class StandIn:
+    """Takes the place of an object of any class: swallows constructor arguments, items and state."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> StandIn:
+        self = object.__new__(cls)
+        self.arguments, self.items, self.state = args, [], None
+        return self
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def append(self, item: Any) -> None:
+        self.items.append(item)
+
+    def extend(self, items: Any) -> None:
+        self.items.extend(items)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items.append((key, value))
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch._utils" and name in _TENSOR_BUILDERS:
+            return getattr(torch._utils, name)
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch", "Size"):
+            return torch.Size
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        return type(name, (StandIn,), {"__module__": f"stand_in.{module}"})
+
+
+def _load(file: Any, **kwargs: Any) -> Any:
+    return _Unpickler(file, **kwargs).load()
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The dict that `torch.save` wrote to `path`, with stand-ins for foreign objects. Tensors stay on disk until used.
+
+    Raises:
+        UserError: the file is missing, damaged, of the format before PyTorch 1.6, or not a dict.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except FileNotFoundError:
+        raise UserError(f"no such checkpoint: {path}") from None
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"{path} is not a readable checkpoint ({error}); download it again") from error
+    if any(name.endswith("constants.pkl") for name in names):  # torch.load would hand a program to its interpreter
+        raise UserError(f"{path} is a TorchScript program, not a checkpoint")
+    restricted = types.SimpleNamespace(__name__="restricted_pickle", Unpickler=_Unpickler, load=_load)
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=restricted)
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); download it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint's dict")
+    return content
+
+
+def plain(value: Any) -> Any:
+    """Dicts, lists and scalars out of stand-ins for OmegaConf nodes; None for what is neither.
+
+    A container node's state has `_content` (a dict or list of nodes), a value node's has `_val`.
+    """
+    if isinstance(value, StandIn):
+        state = value.state if isinstance(value.state, dict) else {}
+        return plain(state["_content"]) if "_content" in state else plain(state.get("_val"))
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items() if isinstance(key, str)}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value if isinstance(value, str | int | float) else None

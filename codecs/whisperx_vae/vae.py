@@ -1,0 +1,211 @@
+"""WhisperX-VAE: 24-kHz speech as 25 Gaussian latents a second, with Whisper's states added to the acoustic features.
+
+Axes: B batch, N samples at 24 kHz, T latent frames, C hidden channels, Z latent channels, M mel bands, F mel frames.
+Waves (B, 1, N) in [-1, 1], latents (B, T, Z). One latent frame is `hop` samples, two Whisper frames, four mel frames.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from engine.errors import UserError
+from engine.nn.dac import DACDecoder, DACEncoder, WNConv1d
+from engine.release import half, load_strict, read_release, save_release
+from whisperx_vae.features import HOP, RATE, log_mel, pad_or_trim
+
+KIND = "whisperx_vae"
+
+
+@dataclass(frozen=True)
+class WhisperXVAEConfig:
+    """Constructor arguments of `WhisperXVAE`; the defaults are the released network (`encoder_width` as far as known).
+
+    Attributes:
+        sample_rate: of the waves, in Hz.
+        encoder_width, encoder_ratios: of the DAC encoder; the product of the ratios is the hop.
+        hidden: C, width of the encoder's output and of the Whisper states.
+        latent_dim: Z.
+        decoder_width, decoder_ratios: of the DAC decoder.
+        mel_bands: M.
+        whisper_context: Whisper frames (50 a second) of its fixed window; twice as many mel frames go in.
+        whisper_heads, whisper_layers: of the Whisper encoder.
+    """
+
+    sample_rate: int = 24_000
+    encoder_width: int = 64
+    encoder_ratios: tuple[int, ...] = (2, 4, 10, 12)
+    hidden: int = 1280
+    latent_dim: int = 32
+    decoder_width: int = 1536
+    decoder_ratios: tuple[int, ...] = (12, 10, 4, 2)
+    mel_bands: int = 128
+    whisper_context: int = 1500
+    whisper_heads: int = 20
+    whisper_layers: int = 32
+
+    def __post_init__(self):
+        object.__setattr__(self, "encoder_ratios", tuple(self.encoder_ratios))
+        object.__setattr__(self, "decoder_ratios", tuple(self.decoder_ratios))
+        if math.prod(self.encoder_ratios) != math.prod(self.decoder_ratios):
+            raise UserError(
+                f"encoder_ratios={list(self.encoder_ratios)} and decoder_ratios={list(self.decoder_ratios)} have "
+                "different products: they must make the same hop"
+            )
+        if self.hidden % (2 * self.whisper_heads):
+            raise UserError(f"hidden={self.hidden} must be an even multiple of whisper_heads={self.whisper_heads}")
+        if self.decoder_width % 2 ** len(self.decoder_ratios):
+            raise UserError(
+                f"decoder_width={self.decoder_width} cannot be halved {len(self.decoder_ratios)} times, "
+                f"once for each of decoder_ratios={list(self.decoder_ratios)}"
+            )
+
+    @property
+    def hop(self) -> int:
+        """Samples of a latent frame."""
+        return math.prod(self.encoder_ratios)
+
+    @property
+    def max_frames(self) -> int:
+        """Latent frames that fit Whisper's window."""
+        return self.whisper_context // 2
+
+
+def build_whisper(config: WhisperXVAEConfig) -> WhisperEncoder:
+    """Transformers' Whisper encoder: mel (B, M, 2 * context) -> states (B, context, C)."""
+    return WhisperEncoder(
+        WhisperConfig(
+            num_mel_bins=config.mel_bands,
+            max_source_positions=config.whisper_context,
+            d_model=config.hidden,
+            encoder_attention_heads=config.whisper_heads,
+            encoder_layers=config.whisper_layers,
+            encoder_ffn_dim=4 * config.hidden,
+            dropout=0.0,
+            encoder_layerdrop=0.0,
+        )
+    )
+
+
+class WhisperXVAE(nn.Module):
+    """Acoustic encoder, Whisper encoder, Gaussian bottleneck, acoustic decoder.
+
+    Attributes:
+        sample_rate: in Hz.
+        hop: samples of a latent frame.
+        latent_dim: Z.
+    """
+
+    def __init__(self, config: WhisperXVAEConfig):
+        super().__init__()
+        self.config = config
+        self.sample_rate, self.hop, self.latent_dim = config.sample_rate, config.hop, config.latent_dim
+        self.encoder = DACEncoder(config.encoder_width, config.encoder_ratios, config.hidden)
+        self.whisper = build_whisper(config)
+        self.in_proj = WNConv1d(config.hidden, 2 * config.latent_dim, 1)
+        self.out_proj = WNConv1d(config.latent_dim, config.hidden, 1)
+        self.decoder = DACDecoder(config.hidden, config.decoder_width, config.decoder_ratios)
+
+    def frames(self, samples: int) -> int:
+        """Latent frames of a wave of `samples` samples: floor(N / 960) for the released ratios."""
+        return self.encoder.frames(samples)
+
+    def mel(self, wave16: Tensor) -> Tensor:
+        """16-kHz waves (B, N16), cut or zero-padded to Whisper's window -> (B, M, 2 * context)."""
+        window = 2 * self.config.whisper_context * HOP
+        return log_mel(pad_or_trim(wave16, window), self.config.mel_bands)
+
+    def semantic(self, mel: Tensor) -> Tensor:
+        """Mel (B, M, 2 * context) -> Whisper's last states (B, context, C), 50 a second.
+
+        Raises:
+            UserError: the mel is not of Whisper's window length.
+        """
+        expected = (self.config.mel_bands, 2 * self.config.whisper_context)
+        if mel.ndim != 3 or mel.shape[1:] != expected:
+            raise UserError(f"mel of shape {tuple(mel.shape)}: give (batch, {expected[0]}, {expected[1]})")
+        return self.whisper(mel).last_hidden_state
+
+    def posterior(self, wave: Tensor, mel: Tensor) -> tuple[Tensor, Tensor]:
+        """Wave (B, 1, N), mel (B, M, 2 * context) -> mean and raw scale, both (B, Z, T).
+
+        Nothing is cropped to a multiple of the hop: the samples beyond it reach the last frames.
+
+        Raises:
+            UserError: the wave has another shape, is too short for one frame, or longer than Whisper's window.
+        """
+        if wave.ndim != 3 or wave.shape[1] != 1:
+            raise UserError(f"wave of shape {tuple(wave.shape)}: give mono waves of shape (batch, 1, samples)")
+        frames, most = self.frames(wave.shape[-1]), self.config.max_frames
+        if frames < 1:
+            raise UserError(f"wave of {wave.shape[-1]} samples is too short: give {self.encoder.min_samples} or more")
+        if frames > most:
+            raise UserError(
+                f"wave of {wave.shape[-1]} samples is longer than Whisper's window: give {most * self.hop} or fewer"
+            )
+        states = self.semantic(mel)[:, : 2 * frames].transpose(1, 2)
+        hidden = self.encoder(wave) + F.avg_pool1d(states, 2)
+        mean, scale = self.in_proj(hidden).chunk(2, dim=1)
+        return mean, scale
+
+    @torch.no_grad()
+    def encode(self, wave: Tensor, mel: Tensor) -> Tensor:
+        """Wave (B, 1, N) at 24 kHz and mel (B, M, 2 * context) of the same sound -> posterior means (B, T, Z)."""
+        return self.posterior(wave, mel)[0].transpose(1, 2)
+
+    @torch.no_grad()
+    def encode_audio(self, wave24: Tensor, wave16: Tensor) -> Tensor:
+        """One recording at 24 and at 16 kHz (each resampled from the original), (N,) and (N16,) -> latents (T, Z).
+
+        What exceeds Whisper's window (30 s) is cut off. Computed on the model's device.
+        """
+        device = self.in_proj.weight_g.device
+        frames = min(int(len(wave16) / RATE * self.sample_rate / self.hop), self.config.max_frames)
+        wave = wave24[: max(1, frames) * self.hop].to(device)
+        return self.encode(wave[None, None], self.mel(wave16[None].to(device)))[0]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, T, Z) -> waves (B, 1, hop * T) in (-1, 1).
+
+        Raises:
+            UserError: the latents have another shape or no frame.
+        """
+        if latents.ndim != 3 or latents.shape[2] != self.latent_dim or not latents.shape[1]:
+            raise UserError(
+                f"latents of shape {tuple(latents.shape)}: give (batch, frames, {self.latent_dim}) with a frame or more"
+            )
+        return self.decoder(self.out_proj(latents.transpose(1, 2)))
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> WhisperXVAE:
+        """Load a release folder of this project, or the official Lightning checkpoint (the file or its folder).
+
+        Raises:
+            UserError: the path or a file is missing or damaged, or keys or shapes do not fit.
+        """
+        from whisperx_vae.released import find_checkpoint, load_checkpoint
+
+        checkpoint = find_checkpoint(Path(path))
+        if checkpoint is not None:
+            return load_checkpoint(checkpoint)
+        arguments, state = read_release(path, KIND)
+        try:
+            config = WhisperXVAEConfig(**arguments)
+        except TypeError as error:
+            raise UserError(f"{Path(path) / 'config.yaml'}: {error}") from error
+        model = cls(config)
+        load_strict(model, state, path)
+        return model.eval()
+
+    def save(self, folder: str | Path, card: str) -> Path:
+        """Write a release folder in half precision, with `card` as its README."""
+        config = asdict(self.config)
+        config.update(encoder_ratios=list(self.config.encoder_ratios), decoder_ratios=list(self.config.decoder_ratios))
+        return save_release(folder, KIND, config, half(self.state_dict()), card)
