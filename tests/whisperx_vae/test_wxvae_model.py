@@ -1,0 +1,101 @@
+"""WhisperX-VAE at toy size. Axes: B batch, N samples, T latent frames, Z latent channels."""
+
+import math
+
+import pytest
+import torch
+
+from engine.errors import UserError
+from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
+
+TINY = WhisperXVAEConfig(
+    encoder_width=4,
+    hidden=32,
+    latent_dim=6,
+    decoder_width=32,
+    mel_bands=20,
+    whisper_context=50,
+    whisper_heads=2,
+    whisper_layers=1,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return WhisperXVAE(TINY).eval()
+
+
+def waves(batch, samples, seed=0):
+    return torch.rand(batch, samples, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.mark.parametrize(("samples", "frames"), [(960, 1), (1919, 1), (1920, 2), (7677, 7)])
+def test_frame_count(model, samples, frames):
+    mel = model.mel(waves(2, 16_000))
+    latents = model.encode(waves(2, samples)[:, None], mel)
+    assert latents.shape == (2, frames, 6) and frames == model.frames(samples)
+    assert model.decode(latents).shape == (2, 1, 960 * frames)
+
+
+def test_states_are_averaged_in_pairs(model):
+    """With a silent acoustic branch, latent t is the projection of the mean of Whisper's states 2t and 2t + 1."""
+    wave, mel = waves(1, 4800)[:, None], model.mel(waves(1, 16_000))
+    states = model.semantic(mel)
+    pairs = (states[:, 0:10:2] + states[:, 1:10:2]) / 2
+    hidden = model.encoder(wave) + pairs.transpose(1, 2)
+    mean = model.in_proj(hidden)[:, :6]
+    torch.testing.assert_close(model.encode(wave, mel), mean.transpose(1, 2))
+    torch.testing.assert_close(model.posterior(wave, mel)[1], model.in_proj(hidden)[:, 6:])
+
+
+def test_samples_beyond_the_last_frame_count(model):
+    """The wave is not cropped to a multiple of the hop: its last samples reach the last frame."""
+    wave, mel = waves(1, 2300)[:, None], model.mel(waves(1, 16_000))
+    assert not torch.equal(model.encode(wave, mel), model.encode(wave[..., :1920], mel))
+
+
+def test_recordings_are_cut_to_whispers_window(model):
+    latents = model.encode_audio(waves(1, 60_000)[0], waves(1, 40_000)[0])  # 2.5 s; the window is 1 s
+    assert latents.shape == (25, 6)
+    assert model.encode_audio(waves(1, 12_000)[0], waves(1, 8_000)[0]).shape == (12, 6)
+
+
+def test_wrong_inputs_say_what_to_give(model):
+    mel = model.mel(waves(1, 16_000))
+    with pytest.raises(UserError, match="959 samples is too short: give 960"):
+        model.encode(torch.zeros(1, 1, 959), mel)
+    with pytest.raises(UserError, match="longer than Whisper's window: give 24000"):
+        model.encode(torch.zeros(1, 1, 26 * 960), mel)
+    with pytest.raises(UserError, match=r"mel of shape \(1, 20, 98\)"):
+        model.encode(torch.zeros(1, 1, 960), mel[..., :98])
+    with pytest.raises(UserError, match="mono"):
+        model.encode(torch.zeros(1, 960), mel)
+    for shape in ((1, 0, 6), (1, 6, 5), (6, 5)):
+        with pytest.raises(UserError, match="latents of shape"):
+            model.decode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"decoder_ratios": (2, 2)}, "decoder_ratios"), ({"hidden": 33}, "hidden"), ({"decoder_width": 20}, "halved")],
+)
+def test_wrong_configs(change, word):
+    with pytest.raises(UserError, match=word):
+        WhisperXVAEConfig(**change)
+
+
+def test_gradients_reach_both_encoders(model):
+    wave, mel = waves(1, 1920)[:, None], model.mel(waves(1, 16_000))
+    mean, scale = model.posterior(wave, mel)
+    (model.decode(mean.transpose(1, 2)).square().mean() + scale.square().mean()).backward()
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    model.zero_grad(set_to_none=True)
+    assert missing == []
+
+
+def test_release_folder_round_trip(model, tmp_path):
+    again = WhisperXVAE.from_pretrained(model.save(tmp_path / "release", "card"))
+    assert again.config == TINY and math.prod(again.config.encoder_ratios) == again.hop == 960
+    wave, mel = waves(1, 4800)[:, None], model.mel(waves(1, 16_000))
+    torch.testing.assert_close(again.encode(wave, mel), model.encode(wave, mel), rtol=2e-2, atol=2e-2)

@@ -1,0 +1,144 @@
+"""The released checkpoint: names, sizes, strictness, and a reader that runs nothing."""
+
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from engine.errors import UserError
+from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
+from whisperx_vae.checkpoint_reader import StandIn, plain, read_checkpoint
+from whisperx_vae.released import from_released, load_released, released_config, to_released
+
+KEYS = Path(__file__).parents[1] / "golden" / "codecs" / "wxvae_full_encode_in64.keys.json"
+TINY = WhisperXVAEConfig(
+    encoder_width=4,
+    hidden=64,  # one attention head of Whisper's head size
+    latent_dim=6,
+    decoder_width=32,
+    whisper_context=50,
+    whisper_heads=1,
+    whisper_layers=1,
+)
+HYPER = {
+    "cfg": {
+        "dataset": {"sr": 24000},
+        "model": {
+            "codec_encoder": {"in_dim": 4, "ratios": [2, 4, 10, 12], "hidden_dim": 64},
+            "codec_decoder": {"hidden_dim": 32, "ratios": [12, 10, 4, 2], "z_dim": 6},
+        },
+    }
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return WhisperXVAE(TINY).eval()
+
+
+@pytest.fixture
+def checkpoint(model, tmp_path):
+    """A Lightning-like file: training-only tensors beside the needed ones, and an OmegaConf node."""
+
+    def write(state=None, hyper=HYPER):
+        state = to_released(model.state_dict()) if state is None else state
+        state = {**state, "discriminator.convs.0.weight": torch.zeros(3)}
+        state["semantic_model.decoder.token_embedding.weight"] = torch.zeros(4, 2)
+        content = {"state_dict": state, "epoch": 0, "hyper_parameters": OmegaConf.create(hyper), "optimizer": [{}]}
+        torch.save(content, tmp_path / "epoch=0-step=480000.ckpt")
+        return tmp_path / "epoch=0-step=480000.ckpt"
+
+    return write
+
+
+def test_released_network_takes_every_key_of_its_inference_subset():
+    shapes = {key: tuple(shape) for key, shape in json.loads(KEYS.read_text()).items()}
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    assert released_config(state) == WhisperXVAEConfig(encoder_width=64)
+    with torch.device("meta"):
+        ours = {key: tuple(value.shape) for key, value in WhisperXVAE(WhisperXVAEConfig()).state_dict().items()}
+    assert {key: tuple(value.shape) for key, value in from_released(state).items()} == ours
+    inference = {key for key in shapes if not key.startswith("semantic_model.decoder.")}
+    assert len(inference) == 731
+    assert set(to_released(dict.fromkeys(ours))) == inference
+
+
+def test_checkpoint_with_foreign_objects(checkpoint, model):
+    loaded = WhisperXVAE.from_pretrained(checkpoint().parent)
+    assert loaded.config == TINY
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+
+
+def test_absent_position_table_is_computed(checkpoint, model):
+    state = to_released(model.state_dict())
+    del state["semantic_model.encoder.positional_embedding"]
+    again = load_released(state, "test", TINY)
+    assert torch.equal(again.whisper.embed_positions.weight, model.whisper.embed_positions.weight)
+
+
+def test_missing_and_misshapen_tensors_are_refused(checkpoint, model):
+    state = to_released(model.state_dict())
+    with pytest.raises(UserError, match="lacks"):
+        WhisperXVAE.from_pretrained(checkpoint({k: v for k, v in state.items() if k != "CodecDec.model.0.bias"}))
+    with pytest.raises(UserError, match="shape"):
+        WhisperXVAE.from_pretrained(checkpoint({**state, "CodecDec.model.0.bias": torch.zeros(3)}))
+    with pytest.raises(UserError, match="not a WhisperX-VAE"):
+        WhisperXVAE.from_pretrained(checkpoint({"a": torch.zeros(1)}))
+
+
+def test_contradicting_configuration_is_refused(checkpoint):
+    hyper = json.loads(json.dumps(HYPER))
+    hyper["cfg"]["model"]["codec_encoder"]["in_dim"] = 80
+    with pytest.raises(UserError, match=r"codec_encoder.in_dim=80, its weights have 4"):
+        WhisperXVAE.from_pretrained(checkpoint(hyper=hyper))
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_nothing_that_a_checkpoint_names_is_run(tmp_path):
+    target = str(tmp_path / "made")
+    torch.save({"tensor": torch.ones(2), "bomb": Bomb(target)}, tmp_path / "a.ckpt")
+    content = read_checkpoint(tmp_path / "a.ckpt")
+    assert not Path(target).exists()
+    assert isinstance(content["bomb"], StandIn)
+    assert torch.equal(content["tensor"], torch.ones(2))
+    pickle.loads(pickle.dumps(Bomb(target)))  # the bomb is live
+    assert Path(target).exists()
+
+
+def test_omegaconf_nodes_become_plain(tmp_path):
+    tree = {"a": {"b": [1, 2.5, "x"], "c": True}, "d": None}
+    torch.save({"node": OmegaConf.create(tree)}, tmp_path / "a.ckpt")
+    assert plain(read_checkpoint(tmp_path / "a.ckpt")["node"]) == tree
+
+
+def test_unreadable_files(tmp_path):
+    (tmp_path / "a.ckpt").write_bytes(b"no checkpoint")
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        WhisperXVAE.from_pretrained(tmp_path / "a.ckpt")
+    torch.save([1, 2], tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match="holds a list"):
+        WhisperXVAE.from_pretrained(tmp_path / "a.ckpt")
+    with zipfile.ZipFile(tmp_path / "a.ckpt", "a") as archive:
+        archive.writestr("archive/constants.pkl", b"")
+    with pytest.raises(UserError, match="TorchScript"):
+        WhisperXVAE.from_pretrained(tmp_path)
+    (tmp_path / "b.ckpt").write_bytes(b"")
+    with pytest.raises(UserError, match="holds 2 checkpoints"):
+        WhisperXVAE.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="weights folder not found"):
+        WhisperXVAE.from_pretrained(tmp_path / "absent")
