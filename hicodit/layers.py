@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 
 def rotary_table(length: int, head_dim: int, device: torch.device, base: float = 10000.0) -> Tensor:
-    """Angles (L, D/2) of rotary positions."""
+    """Cosines and sines (2, L, D/2) of rotary positions."""
     inverse = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    return torch.outer(torch.arange(length, device=device, dtype=torch.float32), inverse)
+    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), inverse)
+    return torch.stack([angles.cos(), angles.sin()])
 
 
-def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate x (B, H, L, D) by angles (L, D/2); halves are paired (not neighbours)."""
-    cos, sin = angles.cos(), angles.sin()
+def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate x (B, H, L, D) by a table (2, L, D/2); halves are paired (not neighbours)."""
+    cos, sin = table
     a, b = x.float().chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
@@ -92,15 +93,15 @@ class AdaLNBlock(nn.Module):
         nn.init.zeros_(self.modulation.bias)
 
     def forward(
-        self, h: Tensor, cond: Tensor, angles: Tensor, mask: Tensor | None = None, temporal: Tensor | None = None
+        self, h: Tensor, cond: Tensor, rotary: Tensor, mask: Tensor | None = None, temporal: Tensor | None = None
     ) -> Tensor:
-        """h (B, L, C), cond (B, E), angles (L, D/2), mask (B, 1, 1, L), temporal (B, L, 2) -> (B, L, C)."""
+        """h (B, L, C), cond (B, E), rotary (2, L, D/2), mask (B, 1, 1, L), temporal (B, L, 2) -> (B, L, C)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond)[:, None].chunk(6, -1)  # each (B, 1, C)
         x = self.norm1(h, shift1, scale1)
         if temporal is not None:
             x = x * temporal[..., :1]
         q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.heads)
-        x = attend(apply_rotary(q, angles), apply_rotary(k, angles), v, mask, self.attention)
+        x = attend(apply_rotary(q, rotary), apply_rotary(k, rotary), v, mask, self.attention)
         h = h + gate1 * self.dropout(self.out(rearrange(x, "b h l d -> b l (h d)")))
         x = self.norm2(h, shift2, scale2)
         if temporal is not None:
@@ -109,7 +110,7 @@ class AdaLNBlock(nn.Module):
 
 
 class AdaLNFinal(nn.Module):
-    """Last modulated norm before the heads: (B, L, C) and (B, E) -> (B, L, C)."""
+    """Last modulated norm before the heads."""
 
     def __init__(self, width: int, cond_dim: int) -> None:
         super().__init__()
@@ -118,6 +119,7 @@ class AdaLNFinal(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, h: Tensor, cond: Tensor) -> Tensor:
-        shift, scale = self.modulation(cond)[:, None].chunk(2, -1)
+    def forward(self, h: Tensor, cond: Tensor, row: Tensor) -> Tensor:
+        """h (..., C), cond (B, E), row (...) of cond for each vector of h, or broadcasting to it -> (..., C)."""
+        shift, scale = self.modulation(cond)[row].chunk(2, -1)
         return self.norm(h, shift, scale)

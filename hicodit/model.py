@@ -82,7 +82,7 @@ class Prepared:
 
     stages: tuple[StageInputs, ...]
     rows: tuple[Tensor, ...]  # per stage (G * B,): which of its rows serves each branch and clip
-    angles: Tensor  # (L, D/2)
+    rotary: Tensor  # (2, L, D/2)
     mask: Tensor | None  # (B, 1, 1, L), True at real frames; None when there is no padding
     branches: int
     lengths: Tensor  # (B,) token frames
@@ -123,7 +123,7 @@ class Stage(nn.Module):
         h = self.fuse_tokens(embedded).repeat(copies, 1, 1) + companion
         mask = shared.mask.repeat(copies, 1, 1, 1) if shared.mask is not None else None
         for i, block in enumerate(self.blocks):
-            h = block(h, cond, shared.angles, mask, inputs.temporal[i] if inputs.temporal is not None else None)
+            h = block(h, cond, shared.rotary, mask, inputs.temporal[i] if inputs.temporal is not None else None)
         return h
 
 
@@ -209,7 +209,7 @@ class HiCoDiT(nn.Module):
         return Prepared(
             stages=tuple(stages),
             rows=tuple(rows),
-            angles=rotary_table(length, self.config.width // self.config.heads, device),
+            rotary=rotary_table(length, self.config.width // self.config.heads, device),
             mask=None if bool(valid.all()) else valid[:, None, None],
             branches=count,
             lengths=TOKENS_PER_FRAME * conditions.frames,
@@ -268,11 +268,12 @@ class HiCoDiT(nn.Module):
         clip, level, frame = where.nonzero(as_tuple=True)
         out = hidden[0][0].new_zeros(prepared.branches, len(clip), self.config.codes, dtype=torch.float32)
         for stage, (h, cond), rows in zip(self.stages, hidden, prepared.rows):
-            normed = stage.final(h, cond)[rows].unflatten(0, (prepared.branches, batch))  # (G, B, L, C)
+            rows = rows.view(prepared.branches, batch)
             for i, head in enumerate(stage.heads):
                 at = (level == stage.first + i).nonzero()[:, 0]
                 if len(at):
-                    out[:, at] = head(normed[:, clip[at], frame[at]]).float()
+                    row = rows[:, clip[at]]  # (G, m)
+                    out[:, at] = head(stage.final(h[row, frame[at]], cond, row)).float()
         if self.config.normalised:
             return out.log_softmax(-1)
         return out - torch.log(torch.tensor(float(self.config.codes)))

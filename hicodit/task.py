@@ -31,9 +31,9 @@ class HiCoDiTTask(Task):
     Args:
         model, encoders: sizes and switches.
         codec: release folder of the tokenizer.
-        features: from `scripts/prepare_features.py`; splits `seen` and `unseen` are validated on.
+        features: of `scripts/prepare_features.py`; splits `seen` and `unseen` validate.
         grammar: JSGF grammar of the validation recogniser.
-        identity_weight: of the L1 loss between the face's and the voice's GE2E vector (the paper: 100; 0 is an ablation).
+        identity_weight: of the L1 loss between the GE2E vectors of face and voice (the paper: 100; 0 is an ablation).
         phoneme_weight, expression_weight: of the auxiliary losses that train the tiny encoders; not in the paper, whose
             encoders come trained.
         sampler, guidance: defaults that the release carries.

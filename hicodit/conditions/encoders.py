@@ -69,11 +69,11 @@ class TinyLipEncoder(nn.Module):
         valid = torch.arange(time, device=mouth.device) < frames[:, None]  # (B, T)
         h = self.norm(h) * valid[..., None]
         h = h + F.gelu(self.context(h.transpose(1, 2))).transpose(1, 2)
-        angles = rotary_table(time, h.shape[-1] // self.blocks[0].heads, h.device)
+        rotary = rotary_table(time, h.shape[-1] // self.blocks[0].heads, h.device)
         mask = None if bool(valid.all()) else valid[:, None, None]
         cond = h.new_zeros(batch, 1)
         for block in self.blocks:
-            h = block(h, cond, angles, mask)
+            h = block(h, cond, rotary, mask)
         return h
 
 
