@@ -43,7 +43,8 @@ class SEDDNetwork(nn.Module):
         rotary = rotary_table(x.shape[1], h.shape[-1] // self.blocks[0].heads, h.device)
         for block in self.blocks:
             h = block(h, cond, rotary)
-        return to_log_score(self.head(self.final(h, cond, torch.arange(len(h), device=h.device)[:, None])), x, sigma, self.scale_by_sigma)
+        rows = torch.arange(len(h), device=h.device)[:, None]
+        return to_log_score(self.head(self.final(h, cond, rows)), x, sigma, self.scale_by_sigma)
 
     def load_released(self, state: dict[str, Tensor]) -> None:
         """Load a state dict by the released program's key names, strictly."""
