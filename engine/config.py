@@ -1,0 +1,292 @@
+"""Composing the YAML files of configs/ with what was typed, and speaking with people about it.
+
+Hydra composes; this module gives help that reads like help, finds the nearest valid name for a mistyped one, and checks
+types against the defaults. There are no Hydra output folders and no change of directory.
+
+YAML comments are the documentation: the comment beside a key is its meaning in `--help`, the first comment of a group's
+file is the description of that choice.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from engine.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+HELP_WORDS = ("--help", "-h", "--cfg", "job")
+
+
+def load(config_name: str, argv: Sequence[str], help_text: str, configs: Path = CONFIGS) -> DictConfig:
+    """Compose `configs/{config_name}.yaml` with the overrides in `argv` (`key=value`, `group=choice`).
+
+    `--help` prints help and ends the program; `--cfg` prints the composed config and does so too. A key `name` that
+    is `???` takes the name of the chosen `experiment`.
+
+    Args:
+        help_text: what the program does, then a line `Examples:` and examples. Overrides and choices go in between.
+
+    Raises:
+        UserError: an unknown key or choice (the nearest are named), a wrong type, or a missing mandatory value.
+    """
+    flags = [word for word in argv if word in HELP_WORDS]
+    wants_help, wants_config = "--help" in flags or "-h" in flags, "--cfg" in flags
+    words = [word for word in argv if word not in HELP_WORDS]
+    config, choices = _compose(config_name, words, configs)
+    if wants_help:
+        print(_help(config_name, help_text, config, choices, configs))
+        raise SystemExit(0)
+    if wants_config:
+        print(OmegaConf.to_yaml(config), end="")
+        raise SystemExit(0)
+    _check_complete(config, choices, configs)
+    return config
+
+
+def build(config: DictConfig, **extra: Any) -> Any:
+    """Call the `_target_` of a config node with its other keys as plain Python values, and `extra`.
+
+    Raises:
+        UserError: as the target raised it, or because the target or its arguments do not exist.
+    """
+    try:
+        return hydra.utils.instantiate(config, _convert_="all", **extra)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from error
+        if isinstance(error.__cause__, TypeError) and "argument" in str(error.__cause__):
+            raise UserError(f"{config.get('_target_')}: {error.__cause__}") from error
+        raise
+
+
+def _compose(config_name: str, words: Sequence[str], configs: Path) -> tuple[DictConfig, dict[str, str]]:
+    """(config, group -> choice). Groups are applied first, so that values are checked against what they brought."""
+    groups, values = [], list(words)
+    while True:  # an experiment may bring groups of its own, whose choices can be set as well
+        base, choices = _hydra(config_name, groups, configs)
+        found = [word for word in values if _name(word) in choices]
+        if not found:
+            break
+        for word in found:
+            _check_choice(word, configs)
+        groups += found
+        values = [word for word in values if word not in found]
+    checked = [_check_value(word, base, [*choices]) for word in values]
+    config, choices = _hydra(config_name, [*groups, *checked], configs)
+    if OmegaConf.is_missing(config, "name") and choices.get("experiment"):
+        config.name = choices["experiment"]
+    return config, choices
+
+
+def _hydra(config_name: str, overrides: list[str], configs: Path) -> tuple[DictConfig, dict[str, str]]:
+    try:
+        with hydra.initialize_config_dir(config_dir=str(configs), version_base="1.3"):
+            config = hydra.compose(config_name, overrides=overrides, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"configuration: {_one_line(error)}") from error
+    choices = {key: choice for key, choice in config.hydra.runtime.choices.items() if not key.startswith("hydra/")}
+    OmegaConf.set_struct(config, False)
+    del config["hydra"]
+    OmegaConf.set_struct(config, True)
+    return config, choices
+
+
+def _name(word: str) -> str:
+    """The key or group of an override, without the +, ++ or ~ in front."""
+    key, equals, _ = word.partition("=")
+    if not equals and not key.startswith("~"):
+        raise UserError(f"unknown argument {word!r}: settings are written key=value; --help lists them")
+    return key.lstrip("+~")
+
+
+def _options(group: str, configs: Path) -> list[str]:
+    return sorted(path.stem for path in (configs / group.partition("@")[0]).glob("*.yaml"))
+
+
+def _check_choice(word: str, configs: Path) -> None:
+    key, _, choice = word.partition("=")
+    group = _name(word)
+    options = _options(group, configs)
+    if key.startswith("~") or choice in options or choice in ("null", ""):
+        return
+    raise UserError(f"{group}={choice} does not exist; {_nearest(choice, options)}")
+
+
+def _check_value(word: str, base: DictConfig, groups: list[str]) -> str:
+    """`word`, quoted for Hydra's grammar where it stands for a string; its key must exist and its type fit."""
+    key, _, text = word.partition("=")
+    if key.startswith(("+", "~")):  # adding and deleting is Hydra's business
+        return word
+    known = dict(_walk(base))
+    if key not in known:
+        raise UserError(f"unknown setting {key!r}; {_nearest(key, [*known, *groups])}")
+    default = known[key]
+    if isinstance(default, str) and default != "???" and text != "null" and not re.match(r"['\"]|.*\$\{", text):
+        return f"{key}={_quoted(text)}"
+    override = _parse(word) or _parse(f"{key}={_quoted(text)}")  # paths with commas, brackets or spaces are strings
+    assert override is not None
+    value = override.value()
+    expected = _mismatch(default, value)
+    if expected:
+        raise UserError(f"{key}={text} is not {expected} (default: {_shown(default)})")
+    return override.input_line
+
+
+def _parse(word: str) -> Override | None:
+    try:
+        override = OverridesParser.create().parse_override(word)
+    except HydraException:
+        return None
+    return None if override.is_sweep_override() or override.type != OverrideType.CHANGE else override
+
+
+def _quoted(text: str) -> str:
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    trailing = len(escaped) - len(escaped.rstrip("\\"))
+    return f"'{escaped}{trailing * chr(92)}'"
+
+
+def _mismatch(default: Any, value: Any) -> str | None:
+    """What `value` should have been, or None if it fits the default's type. `???` and null defaults take anything."""
+    if value is None or default is None or default == "???" or (isinstance(value, str) and "${" in value):
+        return None
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "true or false"
+    if isinstance(default, int):
+        return None if isinstance(value, int) and not isinstance(value, bool) else "a whole number"
+    if isinstance(default, float):
+        return None if isinstance(value, int | float) and not isinstance(value, bool) else "a number"
+    if isinstance(default, list):
+        return None if isinstance(value, list) else "a list, as in [1,2]"
+    if isinstance(default, dict):
+        return None if isinstance(value, dict) else "a group of settings; set the ones inside it"
+    return None
+
+
+def _walk(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, default) of every node; `???` where mandatory, the text where interpolated."""
+    plain = OmegaConf.to_container(config, resolve=False) if isinstance(config, DictConfig) else config
+    for key, value in plain.items():
+        yield f"{prefix}{key}", value
+        if isinstance(value, dict):
+            yield from _walk(value, f"{prefix}{key}.")
+
+
+def _nearest(wrong: str, names: Sequence[str]) -> str:
+    """A phrase with the names most like `wrong`; for a dotted key, names with a similar last word count too."""
+    names = list(dict.fromkeys(names))
+    close = difflib.get_close_matches(wrong, names, n=3, cutoff=0.6)
+    leaf = wrong.rpartition(".")[2]
+    leaves = {}
+    for name in names:
+        leaves.setdefault(name.rpartition(".")[2], []).append(name)
+    for match in difflib.get_close_matches(leaf, list(leaves), n=3, cutoff=0.7):
+        close += [name for name in leaves[match] if name not in close]
+    if close:
+        close.sort(key=lambda name: -difflib.SequenceMatcher(None, wrong, name).ratio())
+        return f"did you mean {' or '.join(close[:3])}?"
+    return f"there are: {', '.join(sorted(names)[:12])}" if names else "there are none"
+
+
+def _check_complete(config: DictConfig, choices: dict[str, str], configs: Path) -> None:
+    missing = [key for key, value in _walk(config) if value == "???"]
+    if missing and "experiment" in choices and not choices["experiment"]:
+        raise UserError(
+            f"choose a recipe with experiment=NAME; there are: {', '.join(_options('experiment', configs))}"
+        )
+    if missing:
+        raise UserError(f"missing: {' '.join(f'{key}=...' for key in sorted(missing))} (see --help)")
+    try:
+        OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"configuration: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split("\nset HYDRA_FULL_ERROR")[0].split())
+
+
+# --- help ---
+
+
+def _help(name: str, text: str, config: DictConfig, choices: dict[str, str], configs: Path) -> str:
+    about, _, examples = text.partition("Examples:")
+    values = dict(_walk(config))
+    lines = [about.strip(), "", "Settings, as key=value (default):"]
+    sources = [(configs / f"{name}.yaml", "")]
+    for group, choice in choices.items():
+        folder, _, package = group.partition("@")
+        if choice and folder != "experiment":
+            sources.append((configs / folder / f"{choice}.yaml", package or folder.replace("/", ".")))
+    rows = []
+    for path, prefix in sources:
+        for key, meaning in _comments(path):
+            full = f"{prefix}.{key}" if prefix else key
+            if full in values:
+                rows.append((full, _shown(values[full]), meaning))
+    rows = list({row[0]: row for row in rows}.values())
+    width = max((len(row[0]) for row in rows), default=0)
+    shown = min(24, max((len(row[1]) for row in rows), default=0))
+    lines += [f"  {key:<{width}}  {default:<{shown}}  {meaning}" for key, default, meaning in rows]
+    for group, choice in choices.items():
+        lines += ["", f"{group}=..." + (f" ({choice})" if choice else "") + ":"]
+        options = _options(group, configs)
+        width = max(map(len, options), default=0)
+        lines += [
+            f"  {option:<{width}}  {_headline(configs / group.partition('@')[0] / f'{option}.yaml')}".rstrip()
+            for option in options
+        ]
+    lines += ["", "  --help         this text; after an experiment=NAME with that recipe's defaults"]
+    lines += ["  --cfg          the whole composed config, as YAML"]
+    if examples:
+        lines += ["", "Examples:", *(f"  {line.strip()}" for line in examples.strip().splitlines())]
+    return "\n".join(lines)
+
+
+def _comments(path: Path) -> Iterator[tuple[str, str]]:
+    """(dotted key, comment) of a YAML file's lines that have a comment, after those of the files it is based on."""
+    text = path.read_text()
+    for base in re.findall(r"^\s*-\s+(\w+)\s*$", text.partition("defaults:")[2], re.MULTILINE):
+        if base != "_self_" and (path.parent / f"{base}.yaml").is_file():
+            yield from _comments(path.parent / f"{base}.yaml")
+    stack: list[tuple[int, str]] = []
+    for line in text.splitlines():
+        match = re.match(r"^(\s*)([A-Za-z_]\w*):(.*)$", line)
+        if not match:
+            continue
+        indent = len(match[1])
+        while stack and stack[-1][0] >= indent:
+            stack.pop()
+        stack.append((indent, match[2]))
+        comment = re.search(r"\s#\s*(.+)$", match[3])
+        if comment:
+            yield ".".join(name for _, name in stack), comment[1].strip()
+
+
+def _headline(path: Path) -> str:
+    """The first comment line of a YAML file that is not an `@package` line."""
+    for line in path.read_text().splitlines():
+        if line.startswith("#") and "@package" not in line:
+            return line.lstrip("# ").strip()
+    return ""
+
+
+def _shown(value: Any) -> str:
+    if value == "???":
+        return "needed"
+    if isinstance(value, dict):
+        return ""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value).replace("'", "")

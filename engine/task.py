@@ -1,0 +1,92 @@
+"""What a model brings to the trainer, and the settings of a run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from engine.errors import UserError
+
+
+class Task(nn.Module):
+    """What is trained: networks, losses, validation, and how the result is released."""
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Optimiser name -> module whose parameters it owns, in update order. A GAN: discriminator, generator."""
+        raise NotImplementedError
+
+    def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
+        """Losses of `part`, weighted: `loss` is what is minimised, the others (scalars) are logged.
+
+        A result that the next part needs too may be stored in `batch`.
+        """
+        raise NotImplementedError
+
+    def tokens(self, batch: dict[str, Any]) -> int:
+        """How many tokens (frames) a batch holds, for the log."""
+        return 0
+
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        """Figures of merit, measured in eval mode with averaged weights in one process; may write into `folder`."""
+        return {}
+
+    def release(self, folder: Path, results: dict[str, float]) -> None:
+        """Write a release folder of the present weights (averaged ones are swapped in); see `engine.release`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The fields of configs/trainer/*.yaml, where each is explained. Every field must be given."""
+
+    steps: int
+    batch_size: int
+    accumulate: int
+    lr: float
+    betas: tuple[float, float]
+    weight_decay: float
+    warmup: int
+    schedule: str
+    min_lr_ratio: float
+    clip: float | None
+    ema_decay: float
+    precision: str
+    device: str
+    compile: bool
+    workers: int
+    log_every: int
+    validate_every: int
+    checkpoint_every: int
+    keep: int
+    seed: int
+    wandb: str
+
+    def __post_init__(self) -> None:
+        words = {
+            "schedule": ("constant", "cosine"),
+            "precision": ("fp32", "bf16"),
+            "device": ("auto", "cpu", "cuda"),
+            "wandb": ("off", "offline", "online"),
+        }
+        for name, allowed in words.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"trainer.{name}={getattr(self, name)} is unknown; choose {', '.join(allowed)}")
+        for name in ("steps", "batch_size", "accumulate", "log_every", "validate_every", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"trainer.{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"trainer.ema_decay={self.ema_decay} must be in [0, 1)")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step `step` (from 0): linear warm-up, then constant or cosine to `min_lr_ratio`."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return self.lr
+        progress = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+        cosine = 0.5 * (1 + math.cos(math.pi * progress))
+        return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * cosine)

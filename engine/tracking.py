@@ -1,0 +1,100 @@
+"""The record of a run: RUN/log.jsonl always, wandb if asked for."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from engine.errors import UserError
+
+
+class Tracker:
+    """Appends one JSON object a record to `run/log.jsonl`.
+
+    Args:
+        run: the run's folder.
+        step: where the run goes on; records of later steps, written before a kill, are dropped.
+        wandb: `off`, `offline` (kept in `run`) or `online`.
+        config: stored with the wandb run.
+    """
+
+    def __init__(self, run: Path, step: int, wandb: str, config: dict[str, Any]):
+        run.mkdir(parents=True, exist_ok=True)
+        path = run / "log.jsonl"
+        kept = [line for line in path.read_text().splitlines() if _step(line) <= step] if path.exists() else []
+        path.write_text("".join(f"{line}\n" for line in kept))
+        self._file = path.open("a")
+        self._wandb = None
+        if wandb != "off":
+            try:
+                import wandb as package  # slow to import, and most runs do without
+            except ImportError as error:
+                raise UserError(
+                    f"trainer.wandb={wandb} needs wandb ({error}): install it or set trainer.wandb=off"
+                ) from error
+            self._wandb = package.init(
+                project="speaking-faces", name=run.name, id=run.name, resume="allow", dir=run, mode=wandb, config=config
+            )
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Store a record; it has a `step`."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+class Window:
+    """Sums over the steps since the last log line; losses stay on the device until the line is written."""
+
+    def __init__(self) -> None:
+        self.start, self.wait, self.steps, self.tokens = time.perf_counter(), 0.0, 0, 0
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = defaultdict(int)
+
+    def add(self, values: dict[str, Tensor], prefix: str) -> None:
+        """Take in one step's scalars; a skipped step adds none."""
+        for key, value in values.items():
+            self.sums[prefix + key] = self.sums.get(prefix + key, 0) + value.detach()
+            self.counts[prefix + key] += 1
+
+    def means(self) -> dict[str, float]:
+        return {key: float(value) / self.counts[key] for key, value in self.sums.items()}
+
+    def rates(self, samples: int, processes: int) -> dict[str, float]:
+        """Speed of all processes together, from `samples` a step; `data_wait` is the share of time without data."""
+        seconds = time.perf_counter() - self.start
+        return {
+            "samples_per_s": self.steps * samples / seconds,
+            "tokens_per_s": self.tokens * processes / seconds,
+            "data_wait": self.wait / seconds,
+            "step_s": seconds / self.steps,
+        }
+
+
+def progress_line(step: int, steps: int, means: dict[str, float], lr: float, rates: dict[str, float]) -> str:
+    """One line for a person."""
+    values = " ".join(f"{key} {value:.4f}" for key, value in means.items())
+    eta = timedelta(seconds=round((steps - step) * rates["step_s"]))
+    return (
+        f"step {step:,}/{steps:,} | {values} | lr {lr:.2e} | {rates['samples_per_s']:.1f} samples/s "
+        f"{rates['tokens_per_s']:,.0f} tokens/s wait {rates['data_wait']:.0%} | ETA {eta}"
+    )
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut short by a kill

@@ -1,0 +1,64 @@
+"""Train any model: `python train.py experiment=NAME`, or `torchrun --nproc_per_node=N train.py experiment=NAME`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from engine import distributed
+from engine.config import build, load
+from engine.errors import UserError, run_cli
+from engine.trainer import Trainer
+
+HELP = """
+Train a model. A recipe (experiment=NAME) brings the task, the data and the trainer's numbers; every one of them can be
+set on the command line. The run's folder gets checkpoints/, log.jsonl, validation/ and, at the end, release/ with the
+averaged weights. The same command after a stop or a crash goes on where the last checkpoint is.
+
+Examples:
+python train.py experiment=hicodit_synthetic
+python train.py experiment=hicodit_synthetic trainer=gpu trainer.batch_size=64 run=runs/big_batch
+torchrun --nproc_per_node=2 train.py experiment=hicodit_synthetic
+python train.py experiment=hicodit_synthetic --help
+"""
+
+
+def main() -> None:
+    config = load("train", sys.argv[1:], HELP)
+    distributed.start(config.trainer.device)
+    try:
+        make_data(config.data)
+        torch.manual_seed(config.trainer.seed)  # initial weights
+        trainer = Trainer(
+            build(config.task),
+            build(config.data.train),
+            OmegaConf.to_container(config.trainer, resolve=True),
+            run=config.run,
+            record=OmegaConf.to_container(config, resolve=True),
+            fresh=config.fresh,
+        )
+        results = trainer.fit()
+        if results is not None:
+            trainer.release(Path(config.run) / "release", results)
+    finally:
+        distributed.stop()
+
+
+def make_data(data: DictConfig) -> None:
+    """Run `data.generate` (script, arguments) if `data.root` holds no finished corpus; rank 0 does, the others wait."""
+    command = data.get("generate")
+    if command and distributed.is_main() and not (Path(data.root) / "corpus.json").is_file():
+        script, *arguments = map(str, command)
+        print(f"making the data: {script} {' '.join(arguments)}", flush=True)
+        code = subprocess.run([sys.executable, Path(__file__).resolve().parent / script, *arguments]).returncode
+        if code != 0:
+            raise UserError(f"{script} failed (exit {code}), so there is no data in {data.root}")
+    distributed.barrier()
+
+
+if __name__ == "__main__":
+    run_cli(main)
