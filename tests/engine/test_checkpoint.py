@@ -1,0 +1,127 @@
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from engine import checkpoint
+from engine.errors import UserError
+
+
+def state(value=1.0):
+    return {
+        "model.weight": torch.full((3, 4), value),
+        "model.count": torch.tensor(7),
+        "optim.model.weight.exp_avg": torch.full((3, 4), value / 2),
+    }
+
+
+def save(root, step, keep=3):
+    return checkpoint.save(root, step, state(float(step)), {"config": {"lr": 0.1}}, keep)
+
+
+def data_file(folder):
+    return next(folder.glob("*.distcp"))
+
+
+def test_round_trip(tmp_path):
+    folder = save(tmp_path, 10)
+    assert folder.name == "step-00000010"
+    read = state(0.0)
+    info = checkpoint.load(folder, read)
+    assert info["step"] == 10 and info["config"] == {"lr": 0.1}
+    for key, value in state(10.0).items():
+        assert torch.equal(read[key], value)
+
+
+def test_the_last_few_are_kept(tmp_path):
+    for step in (5, 10, 15, 20):
+        save(tmp_path, step, keep=2)
+    assert checkpoint.steps(tmp_path) == [15, 20]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000015", "step-00000020"]
+
+
+def truncate(folder):
+    os.truncate(data_file(folder), 100)
+
+
+def flip_a_bit(folder):
+    data = bytearray(data_file(folder).read_bytes())
+    data[len(data) // 2] ^= 1
+    data_file(folder).write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (truncate, "is not as it was written"),
+        (flip_a_bit, "is not as it was written"),
+        (lambda folder: data_file(folder).unlink(), "is missing"),
+        (lambda folder: (folder / ".metadata").unlink(), ".metadata is missing"),
+        (lambda folder: (folder / "info.json").unlink(), "info.json is missing"),
+        (lambda folder: (folder / "info.json").write_text('{"step": 2'), "cannot be read"),
+        (lambda folder: (folder / "info.json").write_text("[]"), "cannot be read"),
+    ],
+)
+def test_damaged_one_is_skipped_and_said_so(tmp_path, harm, said):
+    good, bad = save(tmp_path, 1), save(tmp_path, 2)
+    lines = []
+    assert checkpoint.newest(tmp_path, lines.append) == bad and lines == []
+    harm(bad)
+    assert checkpoint.newest(tmp_path, lines.append) == good
+    assert len(lines) == 1 and said in lines[0] and str(bad) in lines[0]
+
+
+def test_half_written_one_is_never_seen_and_is_cleared_away(tmp_path):
+    save(tmp_path, 1)
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / ".step-00000009.writing")
+    assert checkpoint.newest(tmp_path) == tmp_path / "step-00000001"
+    save(tmp_path, 2)
+    assert not list(tmp_path.glob(".step-*"))
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert checkpoint.newest(tmp_path / "nothing") is None
+
+
+def test_unwritable_place_is_one_line_and_leaves_the_last_one(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        save(tmp_path / "file", 1)
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    good = save(tmp_path, 1)
+
+    def full(*_, **__):
+        (tmp_path / ".step-00000002.writing").mkdir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.dcp, "save", full)
+    with pytest.raises(
+        UserError, match=r"step-00000002 cannot be written.*No space left.*earlier checkpoints are intact"
+    ):
+        save(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == [good.name]
+    assert checkpoint.damage(good) is None
+
+
+def test_tensors_of_another_model(tmp_path):
+    folder = save(tmp_path, 1)
+    other = state()
+    other["model.weight"] = torch.zeros(2, 2)
+    with pytest.raises(UserError, match=r"'model.weight' with shape \(3, 4\), the model has \(2, 2\)"):
+        checkpoint.load(folder, other)
+    with pytest.raises(UserError, match=r"lacks 'model\.new'"):
+        checkpoint.load(folder, state() | {"model.new": torch.zeros(1)})
+    with pytest.raises(UserError, match=r"has 'model\.count', which the model lacks"):
+        checkpoint.load(folder, {k: v for k, v in state().items() if k != "model.count"})
+    extra = state() | {"optim.model.bias.exp_avg": torch.zeros(1)}  # a parameter that never had a gradient
+    checkpoint.load(folder, extra)
+    assert "optim.model.bias.exp_avg" not in extra
+
+
+def test_info_is_json_that_a_person_can_read(tmp_path):
+    info = json.loads((save(tmp_path, 3) / "info.json").read_text())
+    assert set(info["files"]) == {".metadata", data_file(tmp_path / "step-00000003").name}

@@ -1,0 +1,165 @@
+import re
+
+import pytest
+
+from engine.config import build, load
+from engine.errors import UserError
+
+FILES = {
+    "main.yaml": """
+defaults:
+  - _self_
+  - trainer: cpu
+  - experiment: null
+name: ???
+input: clips/a.mp4   # a clip
+reference: null      # a voice
+count: 3             # how many
+ratio: 0.5
+flag: false
+sizes: [1, 2]
+sampler:
+  steps: 64          # evaluations
+  kind: euler
+""",
+    "trainer/cpu.yaml": "# plain processor\nlr: 1.0e-3   # learning rate\nsteps: 10\n",
+    "trainer/gpu.yaml": "# a CUDA device\ndefaults:\n  - cpu\n  - _self_\nsteps: 20\n",
+    "experiment/tiny_talker.yaml": """# @package _global_
+# the small one
+defaults:
+  - /model@task.model: small
+  - override /trainer: gpu
+task:
+  _target_: collections.Counter
+""",
+    "model/small.yaml": "width: 8   # channels\n",
+    "model/large.yaml": "width: 64   # channels\n",
+    "sampler/other.yaml": "steps: 1\n",
+}
+EXPERIMENT = "experiment=tiny_talker"
+
+
+@pytest.fixture
+def compose(tmp_path):
+    for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return lambda *words: load("main", words, "Does a thing.\n\nExamples:\nrun it", tmp_path)
+
+
+def test_composition(compose):
+    config = compose(EXPERIMENT, "count=5", "task.model.width=9", "trainer.lr=1", "model@task.model=large")
+    assert (config.name, config.count, config.trainer.steps, config.trainer.lr) == ("tiny_talker", 5, 20, 1)
+    assert config.task.model.width == 9 and "hydra" not in config
+    assert compose(EXPERIMENT, "trainer=cpu").trainer.steps == 10
+    assert compose(EXPERIMENT, "name=mine").name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["cuont=1"], "unknown setting 'cuont'; did you mean count"),
+        ([EXPERIMENT, "trainer.stepps=1"], "unknown setting 'trainer.stepps'; did you mean trainer.steps"),
+        ([EXPERIMENT, "task.model.widht=1"], "did you mean task.model.width"),
+        ([EXPERIMENT, "width=1"], "did you mean task.model.width"),
+        (["lr=1"], "did you mean trainer.lr?"),
+        (["trianer=gpu"], "did you mean trainer"),
+        (["trainer=gpuu"], "trainer=gpuu does not exist; did you mean gpu?"),
+        ([EXPERIMENT, "model@task.model=lrage"], "did you mean large?"),
+        (["experiment=tiny_taker"], "did you mean tiny_talker?"),
+        (["experiment=zzz"], "there are: tiny_talker"),
+        (["count=many"], r"count=many is not a whole number \(default: 3\)"),
+        (["count=1.5"], "not a whole number"),
+        (["ratio=half"], "ratio=half is not a number"),
+        (["flag=3"], "flag=3 is not true or false"),
+        (["sizes=3"], "sizes=3 is not a list"),
+        (["sampler=3"], "sampler=3 is not a group of settings"),
+        (["input"], "unknown argument 'input'"),
+        (["--count=3"], "unknown setting '--count'; did you mean count"),
+        ([], "choose a recipe with experiment=NAME; there are: tiny_talker"),
+        ([EXPERIMENT, "reference=${nowhere}"], "nowhere"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_what_is_valid(compose, words, message):
+    with pytest.raises(UserError, match=message) as caught:
+        compose(*words)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "My clip (1).mp4",
+        "a,b.mp4",
+        "it's=x.mp4",
+        "x[1",
+        "{a}.mp4",
+        "~/x.mp4",
+        "é.mp4",
+        "end\\",
+        "a\\'b",
+        "$HOME",
+        "a b",
+    ],
+)
+def test_any_file_name_can_be_given(compose, name):
+    config = compose(EXPERIMENT, f"input={name}", f"reference={name}")
+    assert config.input == config.reference == name
+
+
+def test_a_number_for_a_text_setting_stays_text(compose):
+    assert compose(EXPERIMENT, "input=2024").input == "2024"
+    assert compose(EXPERIMENT, "input=null").input is None
+
+
+def test_missing_value(compose, tmp_path):
+    with (tmp_path / "experiment/tiny_talker.yaml").open("a") as file:
+        file.write("corpus: ???\n")
+    with pytest.raises(UserError, match=r"missing: corpus=\.\.\."):
+        compose(EXPERIMENT)
+
+
+def test_help_reads_like_help(compose, capsys):
+    with pytest.raises(SystemExit) as ended:
+        compose("--help")
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert text.startswith("Does a thing.") and text.rstrip().endswith("run it")
+    for row in (
+        r"count +3 +how many",
+        r"input +clips/a.mp4 +a clip",
+        r"sampler.steps +64 +evaluations",
+        r"trainer.lr +0.001 +learning rate",
+        r"gpu +a CUDA device",
+        r"tiny_talker +the small one",
+    ):
+        assert re.search(rf"^  {row}$", text, re.MULTILINE), row
+    with pytest.raises(SystemExit):
+        compose(EXPERIMENT, "-h")
+    assert re.search(r"task.model.width +8 +channels", capsys.readouterr().out)
+
+
+def test_cfg_prints_the_composed_config(compose, capsys):
+    with pytest.raises(SystemExit) as ended:
+        compose(EXPERIMENT, "count=8", "--cfg", "job")
+    assert ended.value.code == 0
+    assert "count: 8" in capsys.readouterr().out
+
+
+def test_build_shows_user_errors_as_they_are(compose):
+    config = compose(EXPERIMENT)
+    config.task = {"_target_": "engine.media.video.read_video", "path": "nowhere.mp4"}
+    with pytest.raises(UserError, match=r"^no such file: nowhere\.mp4$"):
+        build(config.task)
+    config.task = {"_target_": "engine.media.video.read_video", "path": "a.mp4", "speed": 3}
+    with pytest.raises(UserError, match="unexpected keyword argument 'speed'"):
+        build(config.task)
+
+
+def test_the_repository_config_has_help_and_choices(capsys):
+    with pytest.raises(SystemExit):
+        load("train", ["--help"], "Train.")
+    text = capsys.readouterr().out
+    for choice in ("cpu", "gpu", "ddp"):
+        assert re.search(rf"^  {choice} +\w", text, re.MULTILINE)
+    assert "trainer.lr" in text and "trainer.wandb" in text

@@ -1,0 +1,224 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from toy_task import CONFIG, ToyGAN, ToyRegression, ToySet
+
+from engine.errors import UserError
+from engine.trainer import Trainer, TrainerConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMES = ("samples_per_s", "tokens_per_s", "data_wait", "step_s")
+
+
+def trainer(run, dataset=None, task=ToyGAN, fresh=False, **changes):
+    torch.manual_seed(0)
+    return Trainer(task(), dataset or ToySet(), CONFIG | changes, run, fresh=fresh)
+
+
+def records(run):
+    lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def assert_same_state(one, two):
+    a, b = one._state(), two._state()
+    assert a.keys() == b.keys() and len(a) > 20
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+@pytest.mark.parametrize("trouble", ["term", "crash"])
+def test_interrupted_run_equals_unbroken_to_the_last_digit(tmp_path, trouble):
+    whole = trainer(tmp_path / "whole")
+    assert whole.fit() is not None
+    # Sample 8 * 12 + 3 belongs to step 13: SIGTERM saves that step, a crash falls back to the checkpoint of step 10.
+    first = trainer(tmp_path / "broken", ToySet(trouble_at=8 * 12 + 3, trouble=trouble))
+    if trouble == "term":
+        assert first.fit() is None and first.step == 13
+    else:
+        with pytest.raises(RuntimeError, match="died"):
+            first.fit()
+        assert first.step == 12
+    second = trainer(tmp_path / "broken")
+    second.fit()
+    assert second.step == 20
+    assert_same_state(whole, second)
+    assert records(tmp_path / "whole") == records(tmp_path / "broken")
+
+
+def test_the_comparison_can_fail(tmp_path):
+    one, two = trainer(tmp_path / "a"), trainer(tmp_path / "b", seed=1)
+    one.fit(), two.fit()
+    assert records(tmp_path / "a") != records(tmp_path / "b")
+    with pytest.raises(AssertionError):
+        assert_same_state(one, two)
+
+
+def test_worker_processes_change_nothing(tmp_path):
+    plain, parallel = trainer(tmp_path / "a", steps=6), trainer(tmp_path / "b", steps=6, workers=2)
+    plain.fit(), parallel.fit()
+    assert_same_state(plain, parallel)
+
+
+def test_finished_run_is_not_trained_again_and_fresh_starts_anew(tmp_path):
+    trainer(tmp_path, steps=6).fit()
+    again = trainer(tmp_path, ToySet(trouble_at=1), steps=6)  # would crash at the first sample
+    assert again.fit() is not None and again.step == 6
+    with pytest.raises(RuntimeError, match="died"):
+        trainer(tmp_path, ToySet(trouble_at=1), fresh=True).fit()
+
+
+def test_every_sample_is_seen_once_an_epoch():
+    from engine.seeding import MicroBatches
+
+    class Indices(ToySet):
+        def __getitem__(self, index, generator):
+            return torch.tensor(index)
+
+    batches = MicroBatches(Indices(size=10), size=4, seed=3)
+    seen = torch.cat([batches[i]["x"] for i in range(5)]).tolist()
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:]
+    assert batches[1]["x"].tolist() == seen[4:8]  # going back gives the same batch
+
+
+def test_it_learns_and_logs_what_it_says(tmp_path, capsys):
+    run = trainer(tmp_path, task=ToyRegression, steps=150, lr=0.05, clip=None, log_every=50, validate_every=1000)
+    run.fit()
+    lines = records(tmp_path)
+    assert [line["step"] for line in lines] == [50, 100, 150, 150]
+    assert lines[2]["loss"] < 0.05 * lines[0]["loss"]
+    assert {"loss", "grad_norm", "lr", "skipped"} <= lines[0].keys()
+    assert "ETA" in capsys.readouterr().out
+
+
+def test_averaged_weights_are_validated_and_released(tmp_path):
+    run = trainer(tmp_path)
+    results = run.fit()
+    live, average = run.task.generator[0].weight, run.ema.averages["generator.0.weight"]
+    assert not torch.equal(live, average)
+    assert results["weight"] == pytest.approx(average.sum().item(), abs=1e-7)
+    run.release(tmp_path / "release", results)
+    released = torch.load(tmp_path / "release" / "weights.pt", weights_only=True)
+    assert torch.equal(released["generator.0.weight"], average)
+    assert torch.equal(run.task.generator[0].weight, live)  # swapped back
+
+
+def test_accumulation_equals_the_larger_batch(tmp_path):
+    small = trainer(tmp_path / "a", task=ToyRegression, batch_size=4, accumulate=2)
+    large = trainer(tmp_path / "b", task=ToyRegression, batch_size=8, accumulate=1)
+    small.fit(), large.fit()
+    torch.testing.assert_close(small.task.model.weight, large.task.model.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_not_finite_loss_skips_the_step(tmp_path, capsys):
+    run = trainer(tmp_path, ToySet(trouble_at=20, trouble="nan"))
+    run.fit()
+    assert run.skipped == 1 and run.skipped_in_a_row == 0
+    assert all(p.isfinite().all() for p in run.task.parameters())
+    assert "step 3 skipped" in capsys.readouterr().out
+
+
+def test_ten_losses_in_a_row_that_are_not_finite_stop_the_run(tmp_path):
+    run = trainer(tmp_path, ToySet(trouble_at=17, trouble="nan", span=10_000))
+    with pytest.raises(UserError, match="stopped at step 12: loss not finite 10 times in a row"):
+        run.fit()
+
+
+def test_bf16_autocast_trains(tmp_path):
+    run = trainer(tmp_path, precision="bf16", steps=5)
+    run.fit()
+    assert run.task.generator[0].weight.dtype == torch.float32
+    assert math.isfinite(records(tmp_path)[-2]["generator/loss"])
+
+
+def test_learning_rate_schedule():
+    config = TrainerConfig(**(CONFIG | {"steps": 105, "lr": 1.0}))
+    rates = [config.lr_at(step) for step in range(105)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[55] == pytest.approx(0.55) and config.lr_at(105) == pytest.approx(0.1)
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    constant = TrainerConfig(**(CONFIG | {"schedule": "constant"}))
+    assert constant.lr_at(19) == CONFIG["lr"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": "linear"}, "trainer.schedule=linear is unknown; choose constant, cosine"),
+        ({"steps": 0}, "trainer.steps=0 must be at least 1"),
+        ({"ema_decay": 1.0}, "trainer.ema_decay=1.0"),
+        ({"extra": 1}, "unexpected keyword argument 'extra'"),
+        ({"device": "tpu"}, "trainer.device=tpu is unknown"),
+    ],
+)
+def test_wrong_settings_are_one_line(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path, **changes)
+
+
+def test_a_changed_model_is_told_in_one_line(tmp_path):
+    trainer(tmp_path, steps=2).fit()
+    with pytest.raises(UserError, match="the model was changed since"):
+        trainer(tmp_path, task=ToyRegression).fit()
+
+
+def torchrun(processes, script, *arguments, cwd=ROOT):
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "codecs", Path(__file__).parent)))
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run(
+        [*launcher, str(ROOT / script), *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=300,
+    )
+
+
+def train_arguments(run, **changes):
+    settings = CONFIG | {"log_every": 1} | changes
+    words = [
+        f"trainer.{k}={str(v).lower() if isinstance(v, bool) else v}".replace(" ", "") for k, v in settings.items()
+    ]
+    target = "task={_target_: toy_task.ToyGAN}"
+    return ["name=toy", f"run={run}", target, "data={train: {_target_: toy_task.ToySet}}", *words]
+
+
+def test_train_script_trains_releases_and_goes_on(tmp_path):
+    done = torchrun(1, "train.py", *train_arguments(tmp_path / "run", steps=6), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/release/weights.pt").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}  # no outputs/ or .hydra folders
+    info = json.loads((tmp_path / "run/checkpoints/step-00000006/info.json").read_text())
+    assert info["config"]["trainer"]["steps"] == 6
+    again = torchrun(1, "train.py", *train_arguments(tmp_path / "run", steps=8), cwd=tmp_path)
+    assert "resumed from" in again.stdout and "step 8/8" in again.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_loss_curve_of_one(tmp_path):
+    # Two processes draw the random numbers (dropout too) of one process that accumulates twice as much.
+    constant = {"schedule": "constant"}
+    one = torchrun(1, "train.py", *train_arguments(tmp_path / "one", accumulate=4, **constant))
+    two = torchrun(2, "train.py", *train_arguments(tmp_path / "two", accumulate=2, **constant))
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    a, b = records(tmp_path / "one"), records(tmp_path / "two")
+    assert len(a) == len(b) == 23
+    for left, right in zip(a, b):
+        assert left == pytest.approx(right, rel=1e-5, abs=1e-6)
+    # Stopped half way and resumed on two processes: the same to the last digit.
+    first = torchrun(2, "train.py", *train_arguments(tmp_path / "parts", accumulate=2, steps=10, **constant))
+    rest = torchrun(2, "train.py", *train_arguments(tmp_path / "parts", accumulate=2, **constant))
+    assert first.returncode == rest.returncode == 0, first.stderr + rest.stderr
+    assert records(tmp_path / "parts")[-1] == b[-1]
+    losses = [[r["generator/loss"] for r in records(tmp_path / name) if "lr" in r] for name in ("two", "parts")]
+    assert losses[0] == losses[1]

@@ -1,0 +1,112 @@
+"""A two-part task and a dataset that show everything the trainer promises, in a few hundred parameters."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import torch
+from torch import nn
+
+from engine.trainer import Task
+
+CONFIG = {
+    "steps": 20,
+    "batch_size": 4,
+    "accumulate": 2,
+    "lr": 1e-2,
+    "betas": [0.9, 0.99],
+    "weight_decay": 0.1,
+    "warmup": 5,
+    "schedule": "cosine",
+    "min_lr_ratio": 0.1,
+    "clip": 1.0,
+    "ema_decay": 0.99,
+    "precision": "fp32",
+    "device": "cpu",
+    "compile": False,
+    "workers": 0,
+    "log_every": 1,
+    "validate_every": 7,
+    "checkpoint_every": 5,
+    "keep": 2,
+    "seed": 0,
+    "wandb": "off",
+}
+
+
+class ToySet:
+    """37 vectors, an odd number so that batches straddle epochs; the augmentation is noise.
+
+    `trouble_at` / `trouble`: what happens when the sample at that call is fetched: term, crash, nan.
+    """
+
+    def __init__(self, size: int = 37, trouble_at: int | None = None, trouble: str = "crash", span: int = 1):
+        self.x = torch.randn(size, 4, generator=torch.Generator().manual_seed(0))
+        self.calls, self.trouble_at, self.trouble, self.span = 0, trouble_at, trouble, span
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int, generator: torch.Generator) -> torch.Tensor:
+        self.calls += 1
+        sample = self.x[index] + 0.1 * torch.randn(4, generator=generator)
+        if self.trouble_at is not None and self.trouble_at <= self.calls < self.trouble_at + self.span:
+            if self.trouble == "crash":
+                raise RuntimeError("the machine died")
+            if self.trouble == "term":
+                os.kill(os.getpid(), signal.SIGTERM)
+            if self.trouble == "nan":
+                return sample * float("nan")
+        return sample
+
+    def collate(self, items: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"x": torch.stack(items)}
+
+
+class ToyGAN(Task):
+    """A dropout autoencoder with a discriminator; the generator's result is stored for the second part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Dropout(0.1), nn.Linear(8, 4))
+        self.discriminator = nn.Linear(4, 1)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"discriminator": self.discriminator, "generator": self.generator}
+
+    def tokens(self, batch):
+        return batch["x"].shape[0]
+
+    def forward(self, batch, part):
+        if part == "discriminator":
+            self.seen += len(batch["x"])
+            batch["y"] = self.generator(batch["x"])
+            real, fake = self.discriminator(batch["x"]), self.discriminator(batch["y"].detach())
+            return {"loss": (real - 1).square().mean() + fake.square().mean()}
+        reconstruction = (batch["y"] - batch["x"]).square().mean()
+        adversarial = (self.discriminator(batch["y"]) - 1).square().mean()
+        return {"loss": reconstruction + 0.1 * adversarial, "reconstruction": reconstruction}
+
+    def validate(self, step, folder):
+        assert not self.training
+        return {"weight": self.generator[0].weight.sum().item()}
+
+    def release(self, folder, results):
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(self.state_dict(), folder / "weights.pt")
+
+
+class ToyRegression(Task):
+    """One part, learns x -> 2 x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Linear(4, 4)
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"model": self.model}
+
+    def forward(self, batch, part):
+        return {"loss": (self.model(batch["x"]) - 2 * batch["x"]).square().mean()}

@@ -1,0 +1,86 @@
+"""Import arrows point one way, and the source root `codecs/` leaves Python's own module of that name alone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CODECS = {"rvq_codec", "whisperx_vae", "lia_x"}
+MODELS = {"hicodit", "talker_t2av"}
+ALL = CODECS | MODELS | {"engine", "scripts", "train", "infer"}
+ALLOWED = {
+    "engine": {"engine"},
+    **{codec: {codec, "engine"} for codec in CODECS},
+    **{model: {model, "engine"} | CODECS for model in MODELS},
+    **{top: {"scripts", "engine"} | CODECS | MODELS for top in ("scripts", "train", "infer")},
+}
+
+
+def imported_names(tree: ast.AST) -> set[str]:
+    """Top-level names that a module imports, by statement or `import_module("...")`; relative imports stay inside."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            function = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if function in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                names.add(node.args[0].value.split(".")[0])
+    return names
+
+
+def violations(root: Path) -> list[str]:
+    """`file imports package` for every import against the arrows."""
+    found = []
+    for unit, allowed in ALLOWED.items():
+        places = [root / unit, root / "codecs" / unit, root / f"{unit}.py"]
+        files = [f for place in places for f in ([place] if place.suffix == ".py" else sorted(place.rglob("*.py")))]
+        for file in files:
+            if file.is_file():
+                wrong = imported_names(ast.parse(file.read_text())) & ALL - allowed
+                found += [f"{file.relative_to(root)} imports {name}" for name in sorted(wrong)]
+    return found
+
+
+def test_no_import_runs_backwards():
+    assert violations(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("engine/metrics/new.py", "import hicodit.task"),
+        ("engine/new.py", "from rvq_codec import RVQCodec"),
+        ("codecs/rvq_codec/new.py", "from lia_x import blocks"),
+        ("codecs/lia_x/new.py", "import hicodit"),
+        ("hicodit/new.py", "def f():\n    from talker_t2av import model"),
+        ("talker_t2av/new.py", "import scripts.golden"),
+        ("hicodit/new.py", "import importlib\nimportlib.import_module('talker_t2av.task')"),
+        ("scripts/new.py", "import train"),
+    ],
+)
+def test_the_check_sees_a_backward_import(tmp_path, file, line):
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_text(line)
+    assert len(violations(tmp_path)) == 1
+    path.write_text("from engine import errors\nfrom . import sibling\nimport numpy")
+    assert violations(tmp_path) == []
+
+
+def test_standard_codecs_and_the_three_packages_import_together():
+    script = (
+        "import codecs, rvq_codec, whisperx_vae, lia_x\n"
+        "assert codecs.lookup('utf-8').name == 'utf-8' and callable(codecs.open)\n"
+        "assert '/codecs/' in rvq_codec.__file__.replace(chr(92), '/'), rvq_codec.__file__\n"
+        "assert not hasattr(codecs, '__path__')\n"
+    )
+    path = ":".join(map(str, (ROOT, ROOT / "codecs")))
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, env={"PYTHONPATH": path})
