@@ -32,23 +32,32 @@ def kmeans(x: Tensor, count: int, normalize: bool, generator: torch.Generator, r
 @torch.no_grad()
 def warm_start(quantizer: ResidualQuantizer, latents: Tensor, generator: torch.Generator) -> None:
     """Initialise every level from latents (M, C): projections are the first D principal axes of what the levels before
-    left over, the code book is their k-means."""
-    residual = latents
+    left over, the code book is their k-means.
+
+    All code vectors are scaled by one number that gives those of the first level unit variance, so that the losses of
+    the quantiser have the same weight whatever the latents' scale.
+    """
+    residual, scale = latents, None
     for level in quantizer.quantizers:
         if level.projected:
             dim = level.codebook.embedding_dim
-            axes = torch.linalg.eigh((residual.T @ residual).double()).eigenvectors[:, -dim:].to(residual.dtype)
-            _set_conv(level.in_project, axes.T)
-            _set_conv(level.out_project, axes)
+            mean = residual.mean(0)
+            centred = (residual - mean).double()
+            values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
+            axes = vectors[:, -dim:].to(residual.dtype)
+            if scale is None:
+                scale = values[-dim:].mean().sqrt().to(residual.dtype)
+            _set_conv(level.in_project, axes.T / scale, -(axes.T @ mean) / scale)
+            _set_conv(level.out_project, axes * scale, mean)
         e = level.in_project(residual.T[None])[0].T
         level.codebook.weight.copy_(kmeans(e, level.codebook.num_embeddings, level.normalize, generator))
         residual = residual - level(residual.T[None])[0][0].T
 
 
-def _set_conv(conv, weight: Tensor) -> None:
+def _set_conv(conv, weight: Tensor, bias: Tensor) -> None:
     conv.weight_v.copy_(weight[..., None])
     conv.weight_g.copy_(torch.linalg.vector_norm(conv.weight_v, dim=(1, 2), keepdim=True))
-    conv.bias.zero_()
+    conv.bias.copy_(bias)
 
 
 @torch.no_grad()

@@ -126,10 +126,14 @@ class RVQCodec(nn.Module):
         """Frames of a wave of `samples` samples: floor((N + 13) / 480) for the released ratios."""
         return self.encoder.frames(samples)
 
-    def forward(self, wave: Tensor) -> tuple[Tensor, Quantized]:
-        """Training pass: (B, 1, N) -> (wave (B, 1, hop * frames(N)), what the quantiser made)."""
-        quantized = self.quantizer(self.encoder(wave))
-        return self.decoder(quantized.latent), quantized
+    def forward(self, wave: Tensor, quantize: bool = True) -> tuple[Tensor, Tensor, Quantized | None]:
+        """Training pass: (B, 1, N) -> wave (B, 1, hop * frames(N)), latent (B, C, L), what the quantiser made.
+
+        Without `quantize` the decoder gets the latent as it is, and the last result is None.
+        """
+        z = self.encoder(wave)
+        quantized = self.quantizer(z) if quantize else None
+        return self.decoder(z if quantized is None else quantized.latent), z, quantized
 
     @torch.no_grad()
     def encode(self, wave: Tensor, levels: int | None = None) -> Tensor:

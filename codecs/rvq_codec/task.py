@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.errors import UserError
 from engine.media.audio import write_wav
 from engine.nn.audio_losses import (
     MultiResolutionSTFTLoss,
@@ -21,6 +22,7 @@ from engine.nn.audio_losses import (
     generator_loss,
 )
 from engine.nn.discriminators import MultiPeriodDiscriminator, MultiResolutionDiscriminator
+from engine.task import Task
 from rvq_codec.codebooks import count_codes, restart_dead_codes, warm_start
 from rvq_codec.codec import RVQCodec, RVQCodecConfig
 from rvq_codec.data import load_clips
@@ -39,12 +41,12 @@ class WaveDiscriminators(nn.Module):
         return self.period(wave) + self.spectrogram(wave)
 
 
-class RVQCodecTask(nn.Module):
+class RVQCodecTask(Task):
     """Losses, schedule of stages, validation and release of an `RVQCodec`.
 
     Stages are steps of one run: a plain autoencoder until `quantizer_start`; then the code books are initialised by
-    k-means and join in; from `gan_start` on the discriminators do; from `freeze_step` on only the decoder learns, so
-    that codes made by any later checkpoint are the same.
+    k-means and join in; from `gan_start` on the discriminators do. Steps count the batches of one process, so that with
+    accumulation a step of the trainer is several.
 
     Args:
         codec: fields of `RVQCodecConfig`.
@@ -52,7 +54,8 @@ class RVQCodecTask(nn.Module):
         weights: of the losses `mel`, `stft`, `feature` and `adversarial`; commitment and codebook weights are the
             codec's own.
         period, spectrogram: arguments of the two families of discriminators.
-        quantizer_start, gan_start, freeze_step: see above; None never.
+        quantizer_start, gan_start: see above; None for no discriminators at all.
+        decoder_only: encoder and quantiser keep the weights of `init`, so that codes stay the same.
         restart_every: steps between two restarts of dead codes.
         pool: M, latents kept for k-means and for restarts.
         init: release folder to start from instead of random weights.
@@ -68,7 +71,7 @@ class RVQCodecTask(nn.Module):
         spectrogram: Mapping[str, Any],
         quantizer_start: int = 0,
         gan_start: int | None = 0,
-        freeze_step: int | None = None,
+        decoder_only: bool = False,
         restart_every: int = 100,
         pool: int = 16_384,
         init: str | None = None,
@@ -81,7 +84,13 @@ class RVQCodecTask(nn.Module):
         self.mel_loss = MultiScaleMelLoss(config.sample_rate, **mel)
         self.stft_loss = MultiResolutionSTFTLoss()
         self.weights = dict(weights)
-        self.quantizer_start, self.gan_start, self.freeze_step = quantizer_start, gan_start, freeze_step
+        if decoder_only:
+            if not init:
+                raise UserError("task.decoder_only=true needs task.init: the release whose codes are to be kept")
+            self.codec.encoder.requires_grad_(False)
+            self.codec.quantizer.requires_grad_(False)
+        self.decoder_only = decoder_only
+        self.quantizer_start, self.gan_start = quantizer_start, gan_start
         self.restart_every, self.warm_started = restart_every, bool(init)
         self.validation = validation
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -104,9 +113,6 @@ class RVQCodecTask(nn.Module):
             self.step += 1
         return losses
 
-    def _frozen(self) -> bool:
-        return self.freeze_step is not None and int(self.step) >= self.freeze_step
-
     def _adversarial(self) -> bool:
         return self.gan_start is not None and int(self.step) >= self.gan_start
 
@@ -114,13 +120,9 @@ class RVQCodecTask(nn.Module):
         """Forward pass of the codec, kept in the batch for the next part."""
         if "_run" not in batch:
             step, wave = int(self.step), batch["wave"]
-            quantising = step >= self.quantizer_start
-            if self.training and not self._frozen():
+            if self.training and not self.decoder_only:
                 self._tend_codebooks(step)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen()):
-                z = self.codec.encoder(wave)
-                quantized = self.codec.quantizer(z) if quantising else None
-            fake = self.codec.decoder(quantized.latent if quantising else z)
+            fake, z, quantized = self.codec(wave, quantize=step >= self.quantizer_start)
             length = min(fake.shape[-1], wave.shape[-1])
             if self.training:
                 self._remember(z.detach(), quantized)
@@ -139,7 +141,7 @@ class RVQCodecTask(nn.Module):
         run, weights = self._run(batch), self.weights
         losses = {"mel": self.mel_loss(run["fake"], run["real"]), "stft": self.stft_loss(run["fake"], run["real"])}
         total = weights["mel"] * losses["mel"] + weights["stft"] * losses["stft"]
-        if run["quantized"] is not None and not self._frozen():
+        if run["quantized"] is not None and not self.decoder_only:
             losses["commitment"] = run["quantized"].commitment.sum()
             losses["codebook"] = run["quantized"].codebook.sum()
             total = total + losses["commitment"] + losses["codebook"]
@@ -162,14 +164,14 @@ class RVQCodecTask(nn.Module):
             self.counts += count_codes(quantized.codes, self.codec.codebook_size)
 
     def _tend_codebooks(self, step: int) -> None:
-        """Warm start at `quantizer_start`, restarts of dead codes later; every process does the same."""
+        """Warm start at `quantizer_start`, restarts of dead codes later.
+
+        The trainer sends buffers from rank 0 to all processes before a step, so every process does the same.
+        """
         first = step == self.quantizer_start and not self.warm_started
         due = step > self.quantizer_start and (step - self.quantizer_start) % self.restart_every == 0
         if not (first or due):
             return
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.broadcast(self.pooled, 0)
-            torch.distributed.broadcast(self.counts, 0)
         generator = torch.Generator().manual_seed(step)
         latents = self.pooled[self.pooled.abs().sum(1) > 0]  # rows that have not been filled yet are zero
         if len(latents):
