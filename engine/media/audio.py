@@ -21,6 +21,8 @@ from engine.media.ffmpeg import check_readable, command, last_line, probe, sourc
 
 def resample(wave: Tensor, source_rate: int, target_rate: int) -> Tensor:
     """(..., N) at `source_rate` -> (..., ceil(N * target_rate / source_rate)); windowed sinc of torchaudio."""
+    if wave.shape[-1] == 0:
+        return wave
     return torchaudio.functional.resample(wave, int(source_rate), int(target_rate))
 
 

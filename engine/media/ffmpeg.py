@@ -72,9 +72,9 @@ def probe(path: str | Path) -> Streams:
     """
     path = check_readable(path)
     report = subprocess.run(command(*source(path)), capture_output=True, text=True, errors="replace").stderr
-    if "Input #0" not in report:
-        raise UserError(f"{path} is not a video or audio file that ffmpeg can read")
     lines = [line for line in report.splitlines() if line.lstrip().startswith("Stream #0:")]
+    if not lines:
+        raise UserError(f"{path} is not a video or audio file that ffmpeg can read")
     video = [m[1] for line in lines if "(attached pic)" not in line and (m := re.search(r": Video: (\w+)", line))]
     audio = [m[1] for line in lines if (m := re.search(r": Audio: (\w+)", line))]
     return Streams(video[0] if video else None, audio[0] if audio else None)

@@ -1,0 +1,257 @@
+import hashlib
+import subprocess
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from engine.errors import UserError
+from engine.files import atomic_output
+from engine.media.audio import read_audio, resample, write_wav
+from engine.media.ffmpeg import command, probe
+from engine.media.video import iter_video, mux_audio, read_video, write_video
+
+RATE = 24_000
+
+
+def counting_frames(count, height=64, width=96):
+    """Frame i has a grey level of 16 + 4 i on its left half, and 200 in its top right quarter."""
+    frames = np.full((count, height, width, 3), 100, np.uint8)
+    frames[:, :, : width // 2] = (16 + 4 * np.arange(count))[:, None, None, None]
+    frames[:, : height // 2, width // 2 :] = 200
+    return frames
+
+
+def numbers(frames):
+    """The frame numbers that `counting_frames` painted."""
+    return np.round((frames[:, 8:-8, 8:32].mean((1, 2, 3)) - 16) / 4).astype(int)
+
+
+def tone(seconds, hz=440.0, rate=RATE):
+    return (0.4 * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+def ffmpeg(*arguments):
+    subprocess.run(command("-v", "error", *map(str, arguments)), check=True)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    path = tmp_path_factory.mktemp("media") / "clip.mp4"
+    write_video(path, counting_frames(30), 25, tone(1.2), RATE)
+    return path
+
+
+def test_video_round_trip(clip):
+    frames = read_video(clip)
+    assert frames.shape == (30, 64, 96, 3) and frames.dtype == np.uint8
+    assert np.abs(frames.astype(int) - counting_frames(30)).mean() < 3
+    assert numbers(frames).tolist() == list(range(30))
+
+
+def test_blocks_are_the_same_video(clip):
+    blocks = list(iter_video(clip, block=7))
+    assert [len(block) for block in blocks] == [7, 7, 7, 7, 2]
+    assert np.array_equal(np.concatenate(blocks), read_video(clip))
+    stream = iter_video(clip, block=7)
+    next(stream)
+    stream.close()  # stopping early leaves no process behind
+
+
+@pytest.mark.parametrize(("fps", "expected"), [(50.0, 60), (12.5, 15), (30000 / 1001, 36)])
+def test_frame_rate_is_changed_by_time_stamps(clip, fps, expected):
+    found = numbers(read_video(clip, fps))
+    assert len(found) == expected
+    assert np.abs(found - np.arange(expected) * 25 / fps).max() <= 1
+
+
+def test_variable_frame_rate(tmp_path):
+    # Ten frames at 25 fps, then ten at 12.5 fps.
+    write_video(tmp_path / "a.mp4", counting_frames(20), 25)
+    times = "setpts='if(lt(N,10),N,10+2*(N-10))/25/TB'"
+    ffmpeg("-i", tmp_path / "a.mp4", "-vf", times, "-fps_mode", "vfr", "-crf", 10, tmp_path / "vfr.mp4")
+    found = numbers(read_video(tmp_path / "vfr.mp4"))
+    assert found[:10].tolist() == list(range(10))
+    assert found[10:29:2].tolist() == list(range(10, 20))
+
+
+def test_picture_that_begins_late_keeps_time_with_the_sound(tmp_path, clip):
+    late = tmp_path / "late.mkv"
+    ffmpeg("-itsoffset", 0.4, "-i", clip, "-i", clip, "-map", "0:v", "-map", "1:a", "-c", "copy", late)
+    found = numbers(read_video(late))
+    assert found[:10].tolist() == [0] * 10
+    assert found[10:].tolist() == list(range(30))
+
+
+def test_rotation_is_applied(tmp_path, clip):
+    ffmpeg("-display_rotation", 90, "-i", clip, "-c", "copy", tmp_path / "turned.mp4")
+    frames = read_video(tmp_path / "turned.mp4")
+    assert frames.shape == (30, 96, 64, 3)
+    upright = read_video(clip)
+    turned = [np.rot90(upright, k, (1, 2)) for k in (1, 3)]
+    errors = [np.abs(frames.astype(int) - t).mean() for t in turned]
+    assert min(errors) < 1 < max(errors)
+
+
+def test_size_limit_and_odd_sizes(tmp_path):
+    write_video(tmp_path / "odd.mp4", counting_frames(5, 63, 97), 25)
+    frames = read_video(tmp_path / "odd.mp4")
+    assert frames.shape == (5, 64, 98, 3)  # 4:2:0 needs even sides: the last pixel is repeated
+    assert np.abs(frames[:, -1].astype(int) - frames[:, -2]).mean() < 3
+    assert read_video(tmp_path / "odd.mp4", max_side=48).shape == (5, 31, 48, 3)
+    assert read_video(tmp_path / "odd.mp4", max_side=500).shape == frames.shape
+
+
+def test_pixels_that_are_not_square(tmp_path, clip):
+    ffmpeg("-i", clip, "-vf", "setsar=2", "-frames:v", 3, tmp_path / "wide.mp4")
+    assert read_video(tmp_path / "wide.mp4").shape == (3, 64, 192, 3)
+
+
+def test_same_input_gives_the_same_bytes(tmp_path, clip):
+    write_video(tmp_path / "again.mp4", counting_frames(30), 25, tone(1.2), RATE)
+    digest = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (clip, tmp_path / "again.mp4")]
+    assert digest[0] == digest[1]
+
+
+def test_frames_may_be_streamed(tmp_path, clip):
+    write_video(tmp_path / "streamed.mp4", (frame for frame in counting_frames(30)), 25, tone(1.2), RATE)
+    assert (tmp_path / "streamed.mp4").read_bytes() == clip.read_bytes()
+
+
+def test_sound_of_a_video(clip):
+    wave = read_audio(clip, RATE)
+    assert wave.dtype == np.float32 and abs(len(wave) - 1.2 * RATE) < 1100  # AAC frames hold 1024 samples
+    assert np.abs(wave[2000:26000] - tone(1.2)[2000:26000]).max() < 0.02  # in time to the sample
+
+
+def test_new_sound_copies_h264_and_encodes_the_rest(tmp_path, clip):
+    wave = tone(1.2, 880)
+    mux_audio(clip, wave, RATE, tmp_path / "new.mp4")
+    assert np.array_equal(read_video(tmp_path / "new.mp4"), read_video(clip))
+    assert probe(tmp_path / "new.mp4").video == "h264" and probe(tmp_path / "new.mp4").audio == "aac"
+    assert np.abs(read_audio(tmp_path / "new.mp4", RATE)[2000:26000] - wave[2000:26000]).max() < 0.02
+    ffmpeg("-i", clip, "-c:v", "mpeg4", "-q:v", 2, "-vf", "crop=95:63:0:0", "-an", tmp_path / "old.avi")
+    mux_audio(tmp_path / "old.avi", wave, RATE, tmp_path / "old.mp4")
+    assert probe(tmp_path / "old.mp4").video == "h264" and len(read_video(tmp_path / "old.mp4")) == 30
+    mux_audio(tmp_path / "new.mp4", wave, RATE, tmp_path / "new.mp4")  # in place
+
+
+def test_wav_round_trip_and_channels(tmp_path):
+    wave = tone(0.5)
+    write_wav(tmp_path / "a.wav", torch.from_numpy(wave), RATE)
+    assert soundfile.info(tmp_path / "a.wav").subtype == "PCM_16"
+    assert np.abs(read_audio(tmp_path / "a.wav", RATE) - wave).max() < 1e-4
+    assert len(read_audio(tmp_path / "a.wav", 16_000)) == 8000
+    write_wav(tmp_path / "loud.wav", 3 * wave, RATE)
+    loud = read_audio(tmp_path / "loud.wav", RATE)
+    assert 0.99 < loud.max() <= 1.0 and loud.min() >= -1.0  # clipped, not wrapped around
+    stereo = np.stack([wave, np.zeros_like(wave)], 1)
+    soundfile.write(tmp_path / "stereo.flac", stereo, RATE)
+    assert np.abs(read_audio(tmp_path / "stereo.flac", RATE) - wave / 2).max() < 1e-3
+
+
+def test_resampling_keeps_a_tone():
+    wave = resample(torch.from_numpy(tone(1.0)), RATE, 16_000)
+    assert wave.shape == (16_000,)
+    expected = torch.from_numpy(tone(1.0, rate=16_000))
+    assert (wave - expected)[200:-200].abs().max() < 2e-3
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory, clip):
+    folder = tmp_path_factory.mktemp("wrong")
+    (folder / "notes.txt").write_text("not a video\n" * 500)  # ffmpeg itself would play this as ANSI art
+    (folder / "list.m3u8").write_text(f"#EXTM3U\n#EXTINF:1,\n{clip}\n#EXT-X-ENDLIST\n")
+    (folder / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(50_000))
+    (folder / "empty.mp4").touch()
+    write_wav(folder / "sound.wav", tone(0.2), RATE)
+    write_video(folder / "silent.mp4", counting_frames(5), 25)
+    soundfile.write(folder / "no_samples.wav", np.zeros(0), RATE)
+    whole = (folder / "silent.mp4").read_bytes()
+    (folder / "headless.mp4").write_bytes(whole[: whole.index(b"mdat") + 40])  # index in front, pictures cut off
+    (folder / "headed.mp4").write_bytes(whole[:300])
+    ffmpeg("-f", "lavfi", "-i", "color=red:s=32x32", "-frames:v", 1, folder / "picture.png")
+    ffmpeg("-i", folder / "sound.wav", "-i", folder / "picture.png", "-map", 0, "-map", 1, folder / "cover.mp3")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.mp4", "no such file"),
+        (".", "is a folder"),
+        ("notes.txt", "is not a video or audio file"),
+        ("list.m3u8", "is not a video or audio file"),
+        ("noise.mp4", "is not a video or audio file"),
+        ("picture.png", "is not a video or audio file"),
+        ("headed.mp4", "is not a video or audio file"),
+        ("empty.mp4", "is empty"),
+        ("sound.wav", "has no video stream"),
+        ("cover.mp3", "has no video stream"),
+        ("headless.mp4", "has zero frames"),
+    ],
+)
+def test_bad_video_is_one_line(wrong, name, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read_video(wrong / name)
+    assert "\n" not in str(caught.value) and str(wrong) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.wav", "no such file"),
+        (".", "is a folder"),
+        ("notes.txt", "is not a video or audio file"),
+        ("silent.mp4", "has no audio stream"),
+        ("no_samples.wav", "has zero audio samples"),
+    ],
+)
+def test_bad_audio_is_one_line(wrong, name, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read_audio(wrong / name, RATE)
+    assert "\n" not in str(caught.value)
+
+
+def test_outputs_that_cannot_be_written(tmp_path, clip):
+    (tmp_path / "file").write_text("")
+    for path, message in [
+        (tmp_path, "is a folder"),
+        (tmp_path / "file" / "x.mp4", "cannot write"),
+        (tmp_path / "x.gif", r"must end in \.mp4"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            write_video(path, counting_frames(2), 25)
+        with pytest.raises(UserError, match=message):
+            mux_audio(clip, tone(0.1), RATE, path)
+    with pytest.raises(UserError, match="zero frames"):
+        write_video(tmp_path / "x.mp4", counting_frames(0), 25)
+    with pytest.raises(UserError, match="cannot write"):
+        write_wav(tmp_path / "file" / "x.wav", tone(0.1), RATE)
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+
+def test_failure_leaves_the_old_output_and_no_scraps(tmp_path):
+    write_video(tmp_path / "x.mp4", counting_frames(3), 25)
+    before = (tmp_path / "x.mp4").read_bytes()
+
+    def breaking():
+        yield from counting_frames(2)
+        raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        write_video(tmp_path / "x.mp4", breaking(), 25)
+    with pytest.raises(UserError, match="No space left"), atomic_output(tmp_path / "x.mp4"):
+        raise OSError(28, "No space left on device")
+    assert (tmp_path / "x.mp4").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["x.mp4"]
+
+
+def test_names_that_look_like_options_or_addresses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("-y.mp4", "http:x.mp4", "a b%03d.mp4"):
+        write_video(name, counting_frames(3), 25, tone(0.12), RATE)
+        assert len(read_video(name)) == 3
+        mux_audio(name, tone(0.12), RATE, name)
+        assert len(read_audio(name, RATE)) > 0

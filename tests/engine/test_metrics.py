@@ -1,0 +1,152 @@
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.errors import UserError
+from engine.metrics.recogniser import Recogniser, edit_distance, word_error_rate
+from engine.metrics.speaker import SpeakerEncoder
+from engine.metrics.speech import f0_and_energy, pesq_wb, stoi
+
+RATE = 24_000
+GRAMMAR = """#JSGF V1.0;
+grammar commands;
+public <command> = (bin | lay | place | set) (blue | green | red | white) (at | by | in | with)
+  (alpha | bravo | charlie | delta) (zero | one | two | three) (again | now | please | soon);
+"""
+SENTENCES = ["place red with delta three please", "set white by charlie zero soon", "lay green in bravo two again"]
+
+
+@pytest.fixture(scope="module")
+def spoken():
+    """(rate, waves) of the sentences, by espeak-ng's default English voice."""
+    import ctypes
+
+    loader = pytest.importorskip("espeakng_loader")
+    library = ctypes.CDLL(loader.get_library_path())
+    rate = library.espeak_Initialize(2, 0, str(Path(loader.get_data_path())).encode(), 0)
+    pieces = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+    def collect(samples, count, _):
+        if samples and count > 0:
+            pieces.append(np.ctypeslib.as_array(samples, (count,)).astype(np.float32) / 32768)
+        return 0
+
+    library.espeak_SetSynthCallback(collect)
+    library.espeak_SetVoiceByName(b"en-us")
+    waves = []
+    for sentence in SENTENCES:
+        pieces.clear()
+        library.espeak_Synth(sentence.encode(), len(sentence) + 1, 0, 0, 0, 1, None, None)
+        library.espeak_Synchronize()
+        waves.append(np.concatenate(pieces))
+    return rate, waves
+
+
+def test_recogniser_hears_the_words_whatever_came_before(spoken, tmp_path):
+    pytest.importorskip("pocketsphinx")
+    rate, waves = spoken
+    (tmp_path / "grammar.jsgf").write_text(GRAMMAR)
+    recogniser = Recogniser(tmp_path / "grammar.jsgf")
+    heard = [recogniser.transcribe(wave, rate) for wave in waves]
+    assert word_error_rate(SENTENCES, heard) < 0.1
+    assert word_error_rate(SENTENCES, heard[1:] + heard[:1]) > 0.6  # the wrong clip's words do not fit
+    backwards = [recogniser.transcribe(wave, rate) for wave in waves[::-1]]
+    assert backwards[::-1] == heard
+    scores = []
+    for _ in range(2):
+        recogniser.transcribe(waves[0], rate)
+        scores.append(recogniser._decoder.hyp().score)
+        recogniser.transcribe(waves[1], rate)
+    assert scores[0] == scores[1]
+    assert recogniser.transcribe(np.zeros(8000), rate) == recogniser.transcribe(np.zeros(0), rate) == ""
+
+
+def test_grammar_mistakes_are_one_line(tmp_path):
+    pytest.importorskip("pocketsphinx")
+    with pytest.raises(UserError, match="no such grammar file"):
+        Recogniser(tmp_path / "nothing.jsgf")
+    with pytest.raises(UserError, match="cannot use this grammar"):
+        Recogniser("#JSGF V1.0;\ngrammar (;")
+    with pytest.raises(UserError, match="cannot use this grammar"):
+        Recogniser(GRAMMAR.replace("green", "grxxn"))
+
+
+def test_word_error_rate():
+    assert word_error_rate(["a b c d"], ["a b c d"]) == 0
+    assert word_error_rate(["a b c d"], ["a x c"]) == 0.5  # one substitution, one deletion
+    assert word_error_rate(["a b", "c d"], ["a b e", "C D"]) == 0.25  # one insertion
+    assert word_error_rate(["a b"], [""]) == 1
+    assert edit_distance("kitten", "sitting") == 3
+    with pytest.raises(UserError, match="no words"):
+        word_error_rate([""], ["a"])
+
+
+def test_speaker_embedding(spoken):
+    pytest.importorskip("resemblyzer")
+    rate, waves = spoken
+    encoder = SpeakerEncoder()
+    one, two = encoder.embed(waves[0], rate), encoder.embed(waves[1], rate)
+    higher = encoder.embed(waves[1], rate * 3 // 2)  # played faster: another voice
+    assert one.shape == (256,) and one.dtype == np.float32
+    assert np.linalg.norm(one) == pytest.approx(1, abs=1e-5)
+    assert one @ two > one @ higher + 0.05
+    for nothing in (np.zeros(rate), np.zeros(0)):
+        with pytest.raises(UserError, match="no speaker embedding"):
+            encoder.embed(nothing, rate)
+
+
+def test_intelligibility_and_quality_fall_with_noise(spoken):
+    pytest.importorskip("pystoi")
+    pytest.importorskip("pesq")
+    rate, waves = spoken
+    noise = np.random.default_rng(0).standard_normal(len(waves[0])).astype(np.float32)
+    versions = [waves[0], waves[0] + 0.01 * noise, waves[0] + 0.1 * noise]
+    clear = [stoi(waves[0], version, rate) for version in versions]
+    quality = [pesq_wb(waves[0], version, rate) for version in versions]
+    assert clear[0] > 0.999 > clear[1] > 0.9 > clear[2]
+    assert quality[0] > 4.5 > quality[1] > quality[2]
+    with pytest.raises(UserError, match="PESQ cannot be computed"):
+        pesq_wb(np.zeros(rate), np.zeros(rate), rate)
+
+
+@pytest.mark.parametrize("hz", [75.0, 120.5, 220.0, 440.0])
+def test_f0_of_a_buzz(hz):
+    time = np.arange(RATE) / RATE
+    buzz = sum(np.sin(2 * np.pi * hz * k * time) / k for k in range(1, 9)) * 0.2
+    f0, energy = f0_and_energy(buzz, RATE)
+    assert f0.shape == energy.shape == (101,)
+    assert np.abs(f0[5:-5] / hz - 1).max() < 2e-3
+    quieter = f0_and_energy(buzz / 10, RATE)[1]
+    assert np.abs(energy - quieter - 20)[5:-5].max() < 0.01
+
+
+def test_f0_follows_a_glide_and_is_zero_without_a_voice(spoken):
+    time = np.arange(RATE) / RATE
+    glide = np.sin(2 * np.pi * np.cumsum(100 + 100 * time) / RATE)
+    f0, _ = f0_and_energy(np.concatenate([glide, np.zeros(RATE // 2)]), RATE)
+    assert np.abs(f0[5:95] - (100 + np.arange(5, 95))).max() < 3
+    assert not f0[105:].any()
+    noise = np.random.default_rng(0).standard_normal(RATE) * 0.1
+    assert (f0_and_energy(noise, RATE)[0] > 0).mean() < 0.02
+    rate, waves = spoken
+    f0, _ = f0_and_energy(waves[0], rate)
+    voiced = f0[f0 > 0]
+    assert 0.4 < len(voiced) / len(f0) < 0.95 and 70 < np.median(voiced) < 180
+
+
+@pytest.mark.parametrize(
+    ("module", "call"),
+    [
+        ("pocketsphinx", lambda: Recogniser(GRAMMAR)),
+        ("resemblyzer", SpeakerEncoder),
+        ("pystoi", lambda: stoi(np.zeros(RATE), np.zeros(RATE), RATE)),
+        ("pesq", lambda: pesq_wb(np.zeros(RATE), np.zeros(RATE), RATE)),
+    ],
+)
+def test_missing_package_names_the_extra(monkeypatch, module, call):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=r"pip install -e '\.\[eval\]'"):
+        call()
