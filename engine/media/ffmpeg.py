@@ -72,7 +72,7 @@ def probe(path: str | Path) -> Streams:
     """
     path = check_readable(path)
     report = subprocess.run(command(*source(path)), capture_output=True, text=True, errors="replace").stderr
-    lines = [line for line in report.splitlines() if line.lstrip().startswith("Stream #0:")]
+    lines = [line for line in report.splitlines() if re.match(r"\s*Stream #0:.*: (Video|Audio): ", line)]
     if not lines:
         raise UserError(f"{path} is not a video or audio file that ffmpeg can read")
     video = [m[1] for line in lines if "(attached pic)" not in line and (m := re.search(r": Video: (\w+)", line))]
