@@ -49,14 +49,12 @@ def main() -> None:
 
 
 def make_data(data: DictConfig) -> None:
-    """Run `data.generate` (script, arguments) if `data.root` holds no finished corpus; rank 0 does, the others wait."""
-    command = data.get("generate")
-    if command and distributed.is_main() and not (Path(data.root) / "corpus.json").is_file():
+    """Run the scripts of `data.make` in order (rank 0; the others wait). Each does only what is not done yet."""
+    for command in data.get("make") or () if distributed.is_main() else ():
         script, *arguments = map(str, command)
-        print(f"making the data: {script} {' '.join(arguments)}", flush=True)
         code = subprocess.run([sys.executable, Path(__file__).resolve().parent / script, *arguments]).returncode
         if code != 0:
-            raise UserError(f"{script} failed (exit {code}), so there is no data in {data.root}")
+            raise UserError(f"{script} {' '.join(arguments)} failed (exit {code}), so there is no data in {data.root}")
     distributed.barrier()
 
 

@@ -58,6 +58,14 @@ def token_digest(codec: RVQCodec) -> str:
     return digest.hexdigest()[:8]
 
 
+def shard_is_made(out: Path, split: str, index: int, codec: RVQCodec | None) -> bool:
+    """Whether a shard's pictures are there, and its tokens too if a tokenizer is given."""
+    names = [f"visual-{index:05d}.json"]
+    if codec is not None:
+        names.append(f"tokens-{token_digest(codec)}-{index:05d}.safetensors")
+    return all((out / split / name).is_file() for name in names)
+
+
 def phoneme_labels(phonemes: list, frames: int, symbols: list[str]) -> np.ndarray:
     """Index (T,) of the phoneme at each frame's centre, counted from 1 in `symbols`; 0 where none sounds."""
     labels = np.zeros(frames, np.uint8)

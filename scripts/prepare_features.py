@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from engine.errors import UserError, run_cli
 from hicodit.conditions.encoders import TinyEncoderConfig
-from hicodit.features import make_token_shard, make_visual_shard, read_manifest, shard_count
+from hicodit.features import make_token_shard, make_visual_shard, read_manifest, shard_count, shard_is_made
 from rvq_codec import RVQCodec
 
 
@@ -51,12 +51,15 @@ def main() -> None:
         raise UserError(f"--workers {args.workers}: give 1 or more")
     out = args.corpus / "features"
     codec = None if args.codec == "none" else Path(args.codec)
-    if codec is not None:
-        RVQCodec.from_pretrained(codec)  # a wrong folder is told before any work
+    loaded = RVQCodec.from_pretrained(codec) if codec is not None else None
     symbols = sorted({p[0] for clip in read_manifest(args.corpus, "train") for p in clip["phonemes"]})
     out.mkdir(parents=True, exist_ok=True)
     (out / "phonemes.json").write_text(json.dumps(symbols))
     jobs = [(split, i) for split in args.splits for i in range(shard_count(args.corpus, split))]
+    jobs = [job for job in jobs if not shard_is_made(out, *job, loaded)]
+    if not jobs:
+        print(f"all features in {out} are there")
+        return
     work = partial(_make, corpus=args.corpus, out=out, codec=codec, symbols=symbols)
     with get_context("spawn").Pool(min(args.workers, len(jobs))) as pool:
         results = list(tqdm(pool.imap(work, jobs), total=len(jobs), unit="shard", mininterval=5))

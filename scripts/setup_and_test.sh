@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Sets up .venv with the development extra and runs lint and tests.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash scripts/setup.sh dev
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/python -m pytest "$@"
