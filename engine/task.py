@@ -22,7 +22,9 @@ class Task(nn.Module):
     def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
         """Losses of `part`, weighted: `loss` is what is minimised, the others (scalars) are logged.
 
-        A result that the next part needs too may be stored in `batch`.
+        A result that the next part needs too may be stored in `batch`. Random draws come from torch's default
+        generator, which is seeded for every step. Parameters that are changed in place (code books) must change alike
+        in every process: draw for that from a generator seeded by a buffer, as the default one differs.
         """
         raise NotImplementedError
 

@@ -83,12 +83,13 @@ class Trainer:
         self.losses: nn.Module = _Losses(task)
         if distributed.world_size() > 1:
             # No device_ids: with them DDP copies the batch, and what one part stores in it would be lost to the next.
-            # Buffers are sent by `_train_step`: DDP would overwrite those that a stored result's backward needs.
+            # Buffers are sent by `_share_buffers`: DDP would overwrite those that a stored result's backward needs.
             self.losses = DistributedDataParallel(
                 self.losses,
                 find_unused_parameters=len(self.optimisers) > 1,
                 broadcast_buffers=False,
             )
+        self.buffers = [name for name, _ in task.named_buffers() if name in task.state_dict()]
         self.step = self.skipped = self.skipped_in_a_row = 0
 
     def fit(self) -> dict[str, float] | None:
@@ -158,7 +159,7 @@ class Trainer:
     def _train_step(self, batches: list[dict[str, Any]], window: Window, stop: _Stop) -> bool:
         """One update of every part; gives whether any process was asked to stop."""
         lr, bad, stopping = self.config.lr_at(self.step), False, False
-        distributed.broadcast(self.task.buffers())
+        self._share_buffers()
         for part, optimiser in self.optimisers.items():
             losses = self._gradients(part, batches)
             healthy = losses["loss"].isfinite() & losses["grad_norm"].isfinite()
@@ -206,6 +207,10 @@ class Trainer:
                 f"lower trainer.lr ({self.config.lr}) or go back to an earlier checkpoint"
             )
 
+    def _share_buffers(self) -> None:
+        """Rank 0's persistent buffers count, in training as in checkpoints."""
+        distributed.broadcast(self.task.get_buffer(name) for name in self.buffers)
+
     def _first_batch(self) -> int:
         """Number of this process's first micro-batch of the present step; the next ones lie `world_size` apart."""
         return self.step * self.config.accumulate * distributed.world_size() + distributed.rank()
@@ -243,6 +248,7 @@ class Trainer:
         return state
 
     def _save(self) -> None:
+        self._share_buffers()
         info = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "config": self.record}
         checkpoint.save(self.run / "checkpoints", self.step, self._state(), info, self.config.keep)
 
