@@ -1,6 +1,6 @@
 """Random crops of a speech corpus, and its held-out clips.
 
-Axes: B batch, N samples.
+Axes: B batch, N samples, Q levels, L frames.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.media.audio import read_audio
+from rvq_codec.codec import RVQCodec
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class SpeechCrops(torch.utils.data.Dataset):
             with soundfile.SoundFile(path) as file:
                 if file.samplerate != self.sample_rate or file.channels != 1:
                     raise UserError(
-                        f"{path}: {file.samplerate} Hz, {file.channels} channels; need {self.sample_rate}, 1"
+                        f"{path} is not mono at {self.sample_rate} Hz: {file.channels} channels at {file.samplerate} Hz"
                     )
                 spare = max(0, file.frames - self.samples)
                 file.seek(int(torch.randint(spare + 1, (), generator=generator)))
@@ -101,3 +102,45 @@ class SpeechCrops(torch.utils.data.Dataset):
     def collate(items: list[Tensor]) -> dict[str, Tensor]:
         """{"wave": (B, 1, samples)}."""
         return {"wave": torch.stack(items)}
+
+
+class CodedCrops(torch.utils.data.Dataset):
+    """Crops with their codes, for training the decoder alone: a clip is encoded whole, once, when it is first used.
+
+    Args:
+        root, split: as in `SpeechCrops`.
+        codec: release folder of the codec whose codes are decoded.
+        frames: length of a crop; shorter clips are padded with silence at the end.
+    """
+
+    def __init__(self, root: str | Path, codec: str, split: str = "train", frames: int = 50):
+        self.codec, self.frames = RVQCodec.from_pretrained(codec), frames
+        folder = Path(root) / split
+        self.paths = [folder / f"{row['clip_id']}.wav" for row in read_manifest(root, split)]
+        self._coded: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def _code(self, index: int) -> tuple[Tensor, Tensor]:
+        """(wave (hop * L,) float16, codes (Q, L) int16) of a whole clip of at least `frames` frames."""
+        hop = self.codec.hop
+        wave = torch.from_numpy(read_audio(self.paths[index], self.codec.sample_rate))
+        wave = torch.nn.functional.pad(wave, (0, max(0, self.frames * hop - len(wave))))
+        wave = wave[: len(wave) // hop * hop]
+        codes = self.codec.encode(wave[None, None])[0]
+        return wave.half(), codes[:, : len(wave) // hop].short()
+
+    def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """{"wave": (1, frames * hop), "codes": (Q, frames)}, as a function of (index, state of `generator`)."""
+        if index not in self._coded:
+            self._coded[index] = self._code(index)
+        wave, codes = self._coded[index]
+        start = int(torch.randint(codes.shape[-1] - self.frames + 1, (), generator=generator))
+        hop, stop = self.codec.hop, start + self.frames
+        return {"wave": wave[None, start * hop : stop * hop].float(), "codes": codes[:, start:stop].long()}
+
+    @staticmethod
+    def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """{"wave": (B, 1, N), "codes": (B, Q, L)}."""
+        return {name: torch.stack([item[name] for item in items]) for name in items[0]}

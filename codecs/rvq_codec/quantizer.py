@@ -111,10 +111,7 @@ class ResidualQuantizer(nn.Module):
         count = len(self.quantizers) if self.training or levels is None else levels
         if not 1 <= count <= len(self.quantizers):
             raise UserError(f"levels={levels}: this quantiser has levels 1..{len(self.quantizers)}")
-        kept = torch.full((z.shape[0],), len(self.quantizers) + 1, device=z.device)
-        dropped = int(z.shape[0] * self.dropout) if self.training else 0
-        if dropped:
-            kept[:dropped] = torch.randint(1, len(self.quantizers) + 1, (dropped,), device=z.device)
+        kept = self._levels_kept(z)
         residual, total = z, torch.zeros_like(z)
         codes, commitment, codebook, vectors = [], [], [], []
         for i, quantizer in enumerate(self.quantizers[:count]):
@@ -130,6 +127,14 @@ class ResidualQuantizer(nn.Module):
             total, torch.stack(codes, 1), torch.stack(commitment), torch.stack(codebook), torch.stack(vectors)
         )
 
+    def _levels_kept(self, batch: Tensor) -> Tensor:
+        """How many levels each item of a batch uses: (B,), all of them except for those that dropout chose."""
+        count, size = len(self.quantizers), batch.shape[0]
+        kept = torch.full((size,), count, device=batch.device)
+        dropped = int(size * self.dropout) if self.training else 0
+        kept[:dropped] = torch.randint(1, count + 1, (dropped,), device=batch.device)
+        return kept
+
     @torch.no_grad()
     def quantize(self, z: Tensor, levels: int | None = None) -> Tensor:
         """Codes (B, levels, T) of (B, C, T): the forward pass of evaluation, whatever mode the module is in."""
@@ -143,6 +148,8 @@ class ResidualQuantizer(nn.Module):
     def embed(self, codes: Tensor, levels: int | None = None) -> Tensor:
         """Sum (B, C, T) of the looked-up, out-projected vectors of the first `levels` levels of codes (B, Q, T).
 
+        In training mode quantiser dropout may leave an item fewer levels.
+
         Raises:
             UserError: more levels asked for than the codes or the quantiser have.
         """
@@ -151,4 +158,6 @@ class ResidualQuantizer(nn.Module):
             raise UserError(
                 f"levels={count}: the codes have {codes.shape[1]} levels and the quantiser {len(self.quantizers)}"
             )
-        return sum(self.quantizers[i].embed(codes[:, i]) for i in range(count))
+        kept = self._levels_kept(codes)
+        vectors = (self.quantizers[i].embed(codes[:, i]) * (i < kept)[:, None, None] for i in range(count))
+        return sum(vectors)

@@ -51,8 +51,8 @@ class RVQCodecTask(Task):
     Args:
         codec: fields of `RVQCodecConfig`.
         mel: `n_mels` and `windows` of the mel loss.
-        weights: of the losses `mel`, `stft`, `feature` and `adversarial`; commitment and codebook weights are the
-            codec's own.
+        weights: of the losses `mel`, `stft`, `waveform` (mean absolute error over mean absolute value), `feature` and
+            `adversarial`; commitment and codebook weights are the codec's own.
         period, spectrogram: arguments of the two families of discriminators.
         quantizer_start, gan_start: see above; None for no discriminators at all.
         decoder_only: encoder and quantiser keep the weights of `init`, so that codes stay the same.
@@ -105,7 +105,10 @@ class RVQCodecTask(Task):
         return batch["wave"].shape[0] * self.codec.frames(batch["wave"].shape[-1])
 
     def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
-        """Losses of a part; batch["wave"] is (B, 1, N). The codec runs once a step, for both parts."""
+        """Losses of a part; batch["wave"] is (B, 1, N). The codec runs once a step, for both parts.
+
+        If the batch has "codes" (B, Q, L), the wave's own, only the decoder runs.
+        """
         if part == "discriminator":
             return self._discriminator_losses(batch)
         losses = self._generator_losses(batch)
@@ -122,9 +125,12 @@ class RVQCodecTask(Task):
             step, wave = int(self.step), batch["wave"]
             if self.training and not self.decoder_only:
                 self._tend_codebooks(step)
-            fake, z, quantized = self.codec(wave, quantize=step >= self.quantizer_start)
+            if "codes" in batch:
+                fake, z, quantized = self.codec.decoder(self.codec.quantizer.embed(batch["codes"])), None, None
+            else:
+                fake, z, quantized = self.codec(wave, quantize=step >= self.quantizer_start)
             length = min(fake.shape[-1], wave.shape[-1])
-            if self.training:
+            if self.training and not self.decoder_only:
                 self._remember(z.detach(), quantized)
             batch["_run"] = {"fake": fake[..., :length], "real": wave[..., :length], "quantized": quantized}
         return batch["_run"]
@@ -139,8 +145,13 @@ class RVQCodecTask(Task):
 
     def _generator_losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         run, weights = self._run(batch), self.weights
-        losses = {"mel": self.mel_loss(run["fake"], run["real"]), "stft": self.stft_loss(run["fake"], run["real"])}
-        total = weights["mel"] * losses["mel"] + weights["stft"] * losses["stft"]
+        fake, real = run["fake"], run["real"]
+        losses = {"mel": self.mel_loss(fake, real)}
+        if weights["stft"]:
+            losses["stft"] = self.stft_loss(fake, real)
+        if weights["waveform"]:
+            losses["waveform"] = (fake - real).abs().mean() / real.abs().mean().clamp_min(1e-4)
+        total = sum(weights[name] * value for name, value in losses.items())
         if run["quantized"] is not None and not self.decoder_only:
             losses["commitment"] = run["quantized"].commitment.sum()
             losses["codebook"] = run["quantized"].codebook.sum()
@@ -148,8 +159,8 @@ class RVQCodecTask(Task):
         if self._adversarial():
             self.discriminator.requires_grad_(False)  # its own update is over: only the way to the wave is needed
             with torch.no_grad():
-                of_real = self.discriminator(run["real"])
-            of_fake = self.discriminator(run["fake"])
+                of_real = self.discriminator(real)
+            of_fake = self.discriminator(fake)
             losses["adversarial"] = generator_loss(of_fake)
             losses["feature"] = feature_matching_loss(of_real, of_fake)
             total = total + weights["adversarial"] * losses["adversarial"] + weights["feature"] * losses["feature"]

@@ -1,0 +1,212 @@
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from engine.errors import UserError
+from rvq_codec import RVQCodec, RVQCodecConfig
+from rvq_codec.codebooks import count_codes, kmeans, perplexity, restart_dead_codes, warm_start
+from rvq_codec.codec import build_quantizer
+from rvq_codec.vocos import ISTFT
+
+SMALL = RVQCodecConfig(
+    encoder_width=4,
+    ratios=(3, 4, 5),
+    latent_channels=12,
+    levels=4,
+    codebook_size=16,
+    codebook_dim=4,
+    vocos_dim=16,
+    vocos_intermediate=24,
+    vocos_layers=2,
+    n_fft=180,
+    hop=60,
+)
+
+
+@pytest.fixture
+def codec():
+    torch.manual_seed(0)
+    return RVQCodec(SMALL).eval()
+
+
+def wave(samples, batch=1, seed=0):
+    return 0.1 * torch.randn(batch, 1, samples, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("samples", [53, 60, 119, 120, 601, 1234])
+def test_round_trip_shapes_and_length_rule(codec, samples):
+    codes = codec.encode(wave(samples, batch=2))
+    assert codes.shape == (2, 4, codec.frames(samples)) and codes.dtype == torch.int64
+    with torch.no_grad():
+        assert codec.decode(codes).shape == (2, 1, 60 * codes.shape[-1])
+
+
+def test_length_rule_of_the_released_ratios():
+    encoder = RVQCodec(RVQCodecConfig(encoder_width=2, latent_channels=8, vocos_dim=8, vocos_layers=1)).encoder
+    for samples in (0, 1, 466, 467, 946, 947, 959, 960, 24_000):
+        assert encoder.frames(samples) == (samples + 13) // 480
+    assert encoder.min_samples == 467
+
+
+def test_fewer_levels_are_a_prefix(codec):
+    full = codec.encode(wave(600))
+    assert torch.equal(codec.encode(wave(600), levels=2), full[:, :2])
+    with torch.no_grad():
+        few = codec.decode(full, levels=2)
+        assert torch.equal(few, codec.decode(full[:, :2]))
+        assert not torch.allclose(few, codec.decode(full))
+
+
+def test_encoding_keeps_the_mode(codec):
+    codec.train()
+    codec.encode(wave(600))
+    assert codec.quantizer.training
+
+
+def test_a_wave_is_coded_alike_alone_and_in_a_batch(codec):
+    waves = wave(600, batch=3)
+    together = codec.encode(waves)
+    assert all(torch.equal(codec.encode(waves[i : i + 1])[0], together[i]) for i in range(3))
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda c: c.encode(torch.zeros(1, 51)), "shape (1, 51)"),
+        (lambda c: c.encode(torch.zeros(1, 2, 600)), "shape (1, 2, 600)"),
+        (lambda c: c.encode(torch.zeros(1, 1, 5)), "5 samples is too short"),
+        (lambda c: c.decode(torch.zeros(1, 4, 0, dtype=torch.int64)), "shape (1, 4, 0)"),
+        (lambda c: c.decode(torch.full((1, 4, 3), 16)), "0..15"),
+        (lambda c: c.decode(torch.zeros(1, 2, 3, dtype=torch.int64), levels=3), "levels=3"),
+        (lambda c: c.decode(torch.zeros(1, 5, 3, dtype=torch.int64)), "levels=5"),
+        (lambda c: c.quantizer(torch.zeros(1, 12, 3), 9), "levels=9"),
+        (lambda c: RVQCodec(RVQCodecConfig(ratios=(2, 2))), "hop of 4"),
+        (lambda c: RVQCodecConfig(decoder="wavenet"), "wavenet"),
+    ],
+)
+def test_errors_name_the_value(codec, call, words):
+    with pytest.raises(UserError) as error:
+        call(codec)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_release_and_back(codec, tmp_path):
+    with torch.no_grad():
+        for p in codec.parameters():
+            p.copy_(p.half())  # what a release can hold
+    codec.save(tmp_path / "release", "# card\n")
+    again = RVQCodec.from_pretrained(tmp_path / "release")
+    assert again.config == SMALL and not again.training
+    codes = codec.encode(wave(900))
+    assert torch.equal(again.encode(wave(900)), codes)
+    with torch.no_grad():
+        assert torch.equal(again.decode(codes), codec.decode(codes))
+
+
+@pytest.mark.parametrize("decoder", ["vocos", "conv"])
+def test_released_files(tmp_path, decoder):
+    config = RVQCodecConfig(**{**SMALL.__dict__, "decoder": decoder, "conv_width": 16, "conv_ratios": (5, 4, 3)})
+    torch.manual_seed(1)
+    codec = RVQCodec(config).eval()
+    files = {"model": {}, "model_1": {"model.head.istft.window": torch.hann_window(180)}}
+    if decoder == "conv":
+        files["model_1"].clear()
+    for key, value in codec.state_dict().items():
+        part, _, rest = key.partition(".")
+        if part == "encoder":
+            files["model"][rest] = value
+        else:
+            files["model_1"][{"quantizer": key, "decoder": f"model.{rest.removeprefix('model.')}"}[part]] = value
+    folder = tmp_path / "acoustic_codec"
+    folder.mkdir()
+    for name, state in files.items():
+        save_file({k: v.clone() for k, v in state.items()}, folder / f"{name}.safetensors")
+    for place in (tmp_path, folder):
+        again = RVQCodec.from_pretrained(place, config)
+        assert all(torch.equal(v, again.state_dict()[k]) for k, v in codec.state_dict().items())
+
+    key = next(iter(files["model"]))
+    save_file({k: v.clone() for k, v in files["model"].items() if k != key}, folder / "model.safetensors")
+    with pytest.raises(UserError, match="lacks tensor"):
+        RVQCodec.from_pretrained(tmp_path, config)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no model\.safetensors"):
+        RVQCodec.from_pretrained(tmp_path, config)
+
+
+def test_istft_inverts_an_stft():
+    n_fft, hop, frames = 180, 60, 12
+    x = wave(hop * frames, seed=3)[:, 0]
+    padded = torch.nn.functional.pad(x, ((n_fft - hop) // 2,) * 2)
+    spectrum = torch.stft(padded, n_fft, hop, window=torch.hann_window(n_fft), center=False, return_complex=True)
+    torch.testing.assert_close(ISTFT(n_fft, hop)(spectrum), x, atol=1e-6, rtol=0)
+
+
+def test_quantizer_without_projections():
+    quantizer = build_quantizer(RVQCodecConfig(latent_channels=4, codebook_dim=4, levels=3, codebook_size=8)).eval()
+    assert set(quantizer.state_dict()) == {f"quantizers.{i}.codebook.weight" for i in range(3)}
+    z = torch.randn(2, 4, 5)
+    result = quantizer(z)
+    torch.testing.assert_close(result.latent, quantizer.embed(result.codes))
+
+
+def test_gradients_reach_every_weight(codec):
+    codec.train()
+    out, _, quantized = codec(wave(600, batch=2))
+    (out.square().sum() + quantized.commitment.sum() + quantized.codebook.sum()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in codec.parameters())
+    assert codec.encoder.block[0].weight_v.grad.abs().sum() > 0
+
+
+def test_quantizer_dropout_masks_sum_and_losses():
+    torch.manual_seed(0)
+    quantizer = build_quantizer(SMALL)
+    z = torch.randn(64, 12, 5)
+    quantizer.dropout = 1.0
+    dropped = quantizer.train()(z)
+    quantizer.dropout = 0.0
+    kept = quantizer(z)
+    assert torch.equal(dropped.codes, kept.codes)  # all levels are still searched
+    partial = kept.levels.cumsum(0)  # (Q, B, C, T): the sums of the first n levels
+    match = (partial - dropped.latent).abs().amax((2, 3)) < 1e-5
+    assert match.any(0).all() and match.any(1).all()  # every item is one of them, and every n occurs
+    assert torch.allclose(dropped.commitment[0], kept.commitment[0])
+    assert (dropped.commitment[1:] < kept.commitment[1:]).all()
+
+
+def test_warm_start_beats_random_books_and_restart_fills_dead_codes():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(6, 12, generator=generator)
+    latents = 30 * torch.randn(2000, 6, generator=generator) @ mixing + 100  # far from zero and of large scale
+    quantizer = build_quantizer(SMALL).eval()
+    z = latents.T[None]
+
+    def error():
+        return (quantizer(z).latent - z).square().mean() / latents.var(0).mean()
+
+    before = error()
+    warm_start(quantizer, latents, generator)
+    assert error() < 0.2 < before
+    assert quantizer(z).codebook[0] < 1  # unit scale, whatever the latents' scale
+    counts = count_codes(quantizer(z).codes, 16)
+    assert (counts > 0).all()
+    with torch.no_grad():
+        quantizer.quantizers[2].codebook.weight[3] = -quantizer.quantizers[2].codebook.weight[5] * 1e3
+    counts[2, 3] = 0
+    rows = quantizer.quantizers[2].codebook.weight.clone()
+    assert restart_dead_codes(quantizer, latents, counts, generator) == 1
+    changed = (quantizer.quantizers[2].codebook.weight != rows).any(1).nonzero().flatten()
+    assert changed.tolist() == [3]
+
+
+def test_kmeans_finds_separate_clusters():
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.tensor([[5.0, 0.0], [0.0, 5.0], [-5.0, -5.0]])
+    x = centres.repeat(100, 1) + 0.1 * torch.randn(300, 2, generator=generator)
+    found = kmeans(x, 3, False, generator)
+    assert (torch.cdist(centres, found).amin(1) < 0.1).all()
+
+
+def test_perplexity():
+    counts = torch.tensor([[5, 5, 5, 5], [7, 0, 0, 0], [0, 3, 3, 0]])
+    torch.testing.assert_close(perplexity(counts), torch.tensor([4.0, 1.0, 2.0], dtype=torch.float64))

@@ -1,0 +1,169 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from engine.errors import UserError
+from engine.media.audio import write_wav
+from rvq_codec import RVQCodec
+from rvq_codec.data import SpeechCrops, load_clips, read_manifest
+from rvq_codec.task import RVQCodecTask
+
+CODEC = {
+    "encoder_width": 4,
+    "ratios": [3, 4, 5],
+    "latent_channels": 12,
+    "levels": 3,
+    "codebook_size": 16,
+    "codebook_dim": 4,
+    "vocos_dim": 16,
+    "vocos_intermediate": 24,
+    "vocos_layers": 1,
+    "n_fft": 180,
+    "hop": 60,
+}
+
+
+def make_task(**changes):
+    torch.manual_seed(0)
+    arguments = {
+        "codec": CODEC,
+        "mel": {"n_mels": [10, 40], "windows": [128, 512]},
+        "weights": {"mel": 15.0, "stft": 1.0, "waveform": 2.0, "feature": 2.0, "adversarial": 1.0},
+        "period": {"periods": [2, 3], "channels": 2, "max_channels": 4},
+        "spectrogram": {"fft_sizes": [128], "channels": 2, "max_channels": 4},
+        "pool": 500,
+    }
+    return RVQCodecTask(**(arguments | changes))
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    (tmp_path / "train").mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for i, samples in enumerate((9600, 2880)):
+        write_wav(tmp_path / "train" / f"c{i}.wav", 0.1 * rng.standard_normal(samples), 24_000)
+        rows.append({"clip_id": f"c{i}", "text": "lay blue"})
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def step(task, wave, optimisers):
+    batch, losses = {"wave": wave}, {}
+    for part in task.parts():
+        task.zero_grad(set_to_none=True)
+        losses[part] = task(batch, part)
+        losses[part]["loss"].backward()
+        optimisers[part].step()
+    return losses
+
+
+def train(task, steps, wave=None):
+    wave = 0.1 * torch.randn(4, 1, 2400, generator=torch.Generator().manual_seed(1)) if wave is None else wave
+    parts = task.train().parts()
+    optimisers = {k: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad]) for k, m in parts.items()}
+    return [step(task, wave, optimisers) for _ in range(steps)]
+
+
+def test_stages_follow_the_schedule():
+    task = make_task(quantizer_start=2, gan_start=3)
+    logs = train(task, 5)
+    assert "codebook" not in logs[1]["generator"] and "codebook" in logs[2]["generator"]
+    assert "adversarial" not in logs[2]["generator"] and "adversarial" in logs[3]["generator"]
+    assert float(logs[2]["discriminator"]["loss"].detach()) == 0 < float(logs[3]["discriminator"]["loss"].detach())
+    assert int(task.step) == 5
+    total = logs[4]["generator"]
+    expected = sum(w * total[k] for k, w in task.weights.items()) + total["commitment"] + total["codebook"]
+    torch.testing.assert_close(total["loss"].detach(), expected)
+
+
+def test_each_part_moves_only_its_own_weights():
+    task = make_task()
+    batch = {"wave": 0.1 * torch.randn(2, 1, 2400)}
+    task.train()
+    task(batch, "discriminator")["loss"].backward()
+    assert all(p.grad is None for p in task.codec.parameters())
+    assert any(p.grad.abs().sum() > 0 for p in task.discriminator.parameters())
+    task.zero_grad(set_to_none=True)
+    task(batch, "generator")["loss"].backward()
+    assert all(p.grad is None for p in task.discriminator.parameters())
+    assert task.codec.encoder.block[0].weight_v.grad.abs().sum() > 0
+
+
+def test_the_codec_runs_once_a_step():
+    task, calls = make_task(), []
+    task.codec.register_forward_hook(lambda *_: calls.append(1))
+    train(task, 2)
+    assert len(calls) == 2
+
+
+def test_it_learns():
+    torch.manual_seed(0)
+    time = torch.arange(2400) / 24_000
+    wave = torch.stack([0.3 * torch.sin(2 * np.pi * f * time) for f in (150, 300, 440, 700)])[:, None]
+    logs = train(make_task(gan_start=None, quantizer_start=10), 40, wave)
+    first, last = (float(np.mean([log["generator"]["mel"] for log in part])) for part in (logs[:5], logs[-5:]))
+    assert last < 0.7 * first
+
+
+def test_decoder_only_keeps_the_codes(tmp_path):
+    make_task().release(tmp_path / "release", {"mel": 1.0})
+    task = make_task(init=str(tmp_path / "release"), decoder_only=True)
+    before = {k: v.clone() for k, v in task.codec.state_dict().items()}
+    train(task, 2)
+    after = task.codec.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in after if k.startswith(("encoder.", "quantizer.")))
+    assert not all(torch.equal(before[k], after[k]) for k in after if k.startswith("decoder."))
+    task.release(tmp_path / "again", {})
+    wave = torch.randn(1, 1, 2400)
+    first, second = (RVQCodec.from_pretrained(tmp_path / name) for name in ("release", "again"))
+    assert torch.equal(first.encode(wave), second.encode(wave))
+    with pytest.raises(UserError, match=r"task\.init"):
+        make_task(decoder_only=True)
+
+
+def test_dead_codes_restart():
+    task = make_task(gan_start=None, restart_every=3)
+    train(task, 3)
+    with torch.no_grad():
+        for level in task.codec.quantizer.quantizers:  # all but one code out of reach
+            level.codebook.weight[1:] = -level.codebook.weight[:1]
+    used = (task.counts > 0).sum()
+    task.counts.zero_()
+    task.counts[:, 0] = 1
+    train(task, 1)
+    assert all(len(level.codebook.weight.unique(dim=0)) > 8 for level in task.codec.quantizer.quantizers), used
+
+
+def test_crops_depend_on_the_generator_alone(corpus):
+    data = SpeechCrops(corpus, samples=4800)
+    assert len(data) == 2
+
+    def crop(index, seed):
+        return data.__getitem__(index, torch.Generator().manual_seed(seed))
+
+    assert torch.equal(crop(0, 1), crop(0, 1)) and not torch.equal(crop(0, 1), crop(0, 2))
+    short = crop(1, 1)
+    assert short.shape == (1, 4800) and short[0, 2880:].abs().sum() == 0
+    assert data.collate([crop(0, 1), short])["wave"].shape == (2, 1, 4800)
+
+
+def test_validation_on_clips(corpus, tmp_path):
+    task = make_task(validation={"root": corpus, "splits": ["train"], "clips": 2, "levels": [1, 3]}).eval()
+    (corpus / "grammar.jsgf").write_text("#JSGF V1.0; grammar g; public <s> = lay blue;")
+    results = task.validate(0, tmp_path)
+    assert 1 <= results["train/perplexity"] <= 16 and results["train/mel"] > 0
+    assert (tmp_path / "train-decoded.wav").is_file()
+    assert load_clips(corpus, "train", 1, 24_000)[0].text == "lay blue"
+
+
+def test_data_errors(corpus):
+    with pytest.raises(UserError, match="no manifest"):
+        read_manifest(corpus, "test")
+    with pytest.raises(UserError, match="mono at 16000 Hz"):
+        SpeechCrops(corpus, sample_rate=16_000).__getitem__(0, torch.Generator())
+    (corpus / "train.jsonl").write_text("not json")
+    with pytest.raises(UserError, match="not JSON lines"):
+        SpeechCrops(corpus)
