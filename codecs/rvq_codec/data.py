@@ -50,7 +50,7 @@ def load_clips(root: str | Path, split: str, count: int, rate: int) -> list[Clip
     """The first `count` clips of a split, whole, at `rate` Hz."""
     rows = read_manifest(root, split)[:count]
     folder = Path(root) / split
-    return [Clip(r["clip_id"], r["text"], read_audio(folder / f"{r['clip_id']}.wav", rate)) for r in rows]
+    return [Clip(r["id"], r["text"], read_audio(folder / f"{r['id']}.wav", rate)) for r in rows]
 
 
 class SpeechCrops(torch.utils.data.Dataset):
@@ -75,7 +75,7 @@ class SpeechCrops(torch.utils.data.Dataset):
     ):
         self.sample_rate, self.samples, self.gain_db, self.repeat = sample_rate, samples, gain_db, repeat
         folder = Path(root) / split
-        self.paths = [folder / f"{row['clip_id']}.wav" for row in read_manifest(root, split)]
+        self.paths = [folder / f"{row['id']}.wav" for row in read_manifest(root, split)]
 
     def __len__(self) -> int:
         return len(self.paths) * self.repeat
@@ -116,7 +116,7 @@ class CodedCrops(torch.utils.data.Dataset):
     def __init__(self, root: str | Path, codec: str, split: str = "train", frames: int = 50):
         self.codec, self.frames = RVQCodec.from_pretrained(codec), frames
         folder = Path(root) / split
-        self.paths = [folder / f"{row['clip_id']}.wav" for row in read_manifest(root, split)]
+        self.paths = [folder / f"{row['id']}.wav" for row in read_manifest(root, split)]
         self._coded: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:

@@ -45,7 +45,7 @@ def corpus(tmp_path):
     rows = []
     for i, samples in enumerate((9600, 2880)):
         write_wav(tmp_path / "train" / f"c{i}.wav", 0.1 * rng.standard_normal(samples), 24_000)
-        rows.append({"clip_id": f"c{i}", "text": "lay blue"})
+        rows.append({"id": f"c{i}", "text": "lay blue"})
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp_path
 
