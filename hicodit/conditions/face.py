@@ -17,7 +17,7 @@ from engine.errors import UserError
 DETECT_EVERY = 5  # frames between detections: 0.2 s at 25 fps, far below the time in which a head moves away
 DETECT_SIDE = 320  # longer image side that the detector sees
 MIN_COVERAGE = 0.3  # share of looked-at frames that must show a face
-SMOOTH_SECONDS = 0.4
+SMOOTH_SECONDS = 0.5
 MOUTH_CENTRE, MOUTH_SIDE = (0.5, 0.77), 0.56  # of the detector's box
 FACE_SIDE = 1.1
 
@@ -60,8 +60,8 @@ class FaceTrack:
 def track_face(frames: np.ndarray, detector: FaceDetector, fps: float = 25.0) -> FaceTrack:
     """Follow the largest face through frames (T, H, W, 3).
 
-    Every `DETECT_EVERY`-th frame is looked at; gaps are filled linearly, then a running median removes jumps and a
-    Gaussian the jitter.
+    Every `DETECT_EVERY`-th frame is looked at. Detections far from the median of their neighbourhood are dropped, then
+    a line fitted to each neighbourhood gives the box of every frame: it follows a moving head, and not the jitter.
 
     Raises:
         UserError: too few of the frames show a face.
@@ -78,22 +78,31 @@ def track_face(frames: np.ndarray, detector: FaceDetector, fps: float = 25.0) ->
     boxes = np.stack([box for _, box in found])
     centre = boxes[:, :2] + boxes[:, 2:] / 2
     seen = np.column_stack([centre, boxes[:, 2:]])
-    window = np.abs(at[:, None] - at[None, :]) <= fps  # one second to either side
-    seen = np.stack([np.median(seen[near], 0) for near in window])
-    every = np.stack([np.interp(np.arange(len(frames)), at, column) for column in seen.T], 1)
-    every = _gaussian(every, SMOOTH_SECONDS * fps / 2)
-    every[:, :2] -= every[:, 2:] / 2
-    return FaceTrack(every, coverage)
+    near = np.abs(at[:, None] - at[None, :]) <= fps  # one second to either side
+    middle = np.stack([np.median(seen[n], 0) for n in near])
+    moved = np.abs(seen[:, :2] - middle[:, :2]).max(1) / middle[:, 2]
+    good = (moved < 0.5) & (np.abs(np.log(seen[:, 2] / middle[:, 2])) < 0.25)
+    boxes = _local_lines(at[good] / fps, seen[good], np.arange(len(frames)) / fps)
+    boxes[:, :2] -= boxes[:, 2:] / 2
+    return FaceTrack(boxes, coverage)
 
 
-def _gaussian(values: np.ndarray, sigma: float) -> np.ndarray:
-    """Smooth (T, n) over time; ends are weighted by what is there."""
-    distance = np.arange(len(values))
-    reach = int(3 * sigma) + 1
-    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
-    weight = np.convolve(np.ones(len(distance)), kernel, "full")[reach : reach + len(values)]
-    columns = [np.convolve(c, kernel, "full")[reach : reach + len(values)] / weight for c in values.T]
-    return np.stack(columns, 1)
+def _local_lines(at: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Locally weighted linear regression: values (n, k) seen at times (n,) -> (m, k) at times `wanted` (m,).
+
+    Widths get only a local mean: a head does not grow while it is out of sight.
+    """
+    out = np.empty((len(wanted), values.shape[1]))
+    for i, time in enumerate(wanted):
+        offset = at - time
+        weight = np.exp(-0.5 * (offset / SMOOTH_SECONDS) ** 2) + 1e-9
+        mean_offset = np.average(offset, weights=weight)
+        mean = np.average(values, axis=0, weights=weight)
+        centred = offset - mean_offset
+        slope = (weight * centred) @ (values - mean) / (weight @ centred**2 + 0.1 * weight.sum() * SMOOTH_SECONDS**2)
+        slope[2:] = 0
+        out[i] = mean - slope * mean_offset
+    return out
 
 
 def _crop(frame: np.ndarray, centre: np.ndarray, side: float, size: int) -> np.ndarray:

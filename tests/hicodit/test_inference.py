@@ -1,0 +1,125 @@
+"""`infer.py` as a person uses it: outputs, folders of clips, and one line for every kind of bad input."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import talking_head
+from omegaconf import OmegaConf
+
+from engine.errors import UserError
+from engine.media.ffmpeg import probe
+from engine.media.video import read_video, write_video
+from hicodit.inference import checked, run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def config(release, source, output, **changes):
+    base = OmegaConf.load(ROOT / "configs" / "infer.yaml")
+    base.pop("defaults")
+    return OmegaConf.merge(base, {"weights": str(release), "input": str(source), "output": str(output), **changes})
+
+
+def test_one_clip_gives_wave_video_and_figure(release, clip, tmp_path):
+    assert run(config(release, clip, tmp_path)) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["head.mp4", "head.png", "head.wav"]
+    wave, rate = soundfile.read(tmp_path / "head.wav")
+    assert rate == 24_000 and len(wave) == 40 * 960
+    assert len(read_video(tmp_path / "head.mp4")) == 40
+    assert probe(tmp_path / "head.mp4").audio
+
+
+def test_any_size_and_frame_rate(release, tmp_path):
+    write_video(tmp_path / "in" / "odd.mp4", talking_head(45, 301), 30)
+    assert run(config(release, tmp_path / "in", tmp_path / "out", figure=False)) == 0
+    wave, rate = soundfile.read(tmp_path / "out" / "odd.wav")
+    assert abs(len(wave) / rate - 1.5) < 0.05
+
+
+def test_a_bad_clip_in_a_folder_does_not_stop_the_rest(release, clip, tmp_path, capsys):
+    clips = tmp_path / "in"
+    clips.mkdir()
+    shutil.copy(clip, clips / "a.mp4")
+    (clips / "b.mp4").write_bytes(b"this is no video")
+    shutil.copy(clip, clips / "c.mp4")
+    assert run(config(release, clips, tmp_path / "out", figure=False, batch_size=2)) == 1
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.mp4", "a.wav", "c.mp4", "c.wav"]
+    assert "b.mp4" in capsys.readouterr().err
+
+
+def bad_inputs(folder: Path, clip: Path):
+    (folder / "text.mp4").write_text("no video")
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "cut.mp4").write_bytes(clip.read_bytes()[:300])
+    soundfile.write(folder / "sound.wav", np.zeros(8000), 16_000)
+    write_video(folder / "short.mp4", talking_head(3), 25)
+    write_video(folder / "grey.mp4", np.full((30, 96, 96, 3), 90, np.uint8), 25)
+    (folder / "none").mkdir()
+    return ["missing.mp4", "text.mp4", "empty.mp4", "cut.mp4", "sound.wav", "short.mp4", "grey.mp4", "none"]
+
+
+def test_every_bad_input_is_one_line_and_leaves_nothing(release, clip, tmp_path):
+    for name in bad_inputs(tmp_path, clip):
+        with pytest.raises(UserError) as error:
+            run(config(release, tmp_path / name, tmp_path / "out", figure=False))
+        assert "\n" not in str(error.value) and name in str(error.value), name
+        assert not list((tmp_path / "out").glob("*")), name
+
+
+def test_bad_weights(release, clip, tmp_path):
+    for weights, message in (
+        (tmp_path / "nowhere", "not found"),
+        (release.parent / "codec", "rvq_codec"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(config(weights, clip, tmp_path / "out"))
+    from safetensors.torch import load_file, save_file
+
+    wrong = tmp_path / "wrong"
+    shutil.copytree(release, wrong)
+    state = load_file(wrong / "model.safetensors")
+    state["model.null_lip"] = torch.zeros(5)
+    save_file(state, wrong / "model.safetensors")
+    with pytest.raises(UserError, match=r"null_lip.*\(5,\)"):
+        run(config(wrong, clip, tmp_path / "out"))
+    (wrong / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="damaged"):
+        run(config(wrong, clip, tmp_path / "out"))
+
+
+def test_an_output_that_is_there_survives_a_failed_run(release, clip, tmp_path):
+    (tmp_path / "head.wav").write_text("keep me")
+    with pytest.raises(UserError):
+        run(config(tmp_path / "nowhere", clip, tmp_path))
+    assert (tmp_path / "head.wav").read_text() == "keep me"
+    run(config(release, clip, tmp_path, figure=False))
+    assert (tmp_path / "head.wav").stat().st_size > 1000
+
+
+def test_unwritable_output(release, clip, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="output="):
+        run(config(release, clip, tmp_path / "file"))
+
+
+@pytest.mark.parametrize(("key", "value"), [("sampler.steps", "many"), ("batch_size", 1.5), ("guidance.lip", "loud")])
+def test_wrong_types(release, clip, tmp_path, key, value):
+    wrong = config(release, clip, tmp_path)
+    OmegaConf.update(wrong, key, value)
+    with pytest.raises(UserError, match=key.split(".")[-1]):
+        checked(wrong)
+
+
+def test_command_line_exits_2_without_a_traceback():
+    for arguments in (["input=missing.mp4"], ["sampler.step=3"], ["device=tpu", "input=README.md"]):
+        done = subprocess.run(
+            [sys.executable, ROOT / "infer.py", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120
+        )
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr

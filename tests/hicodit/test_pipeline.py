@@ -1,0 +1,104 @@
+"""From clip to speech with a random tiny release: shapes, seeds, windows, batches."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import talking_head
+
+from engine.errors import UserError
+from hicodit.conditions.face import HaarDetector, crop_mouth, track_face
+from hicodit.pipeline import OVERLAP, REDO, WINDOW, HiCoDiTPipeline, generate
+
+
+@pytest.fixture(scope="module")
+def pipeline(release):
+    return HiCoDiTPipeline.from_pretrained(release)
+
+
+def test_speech_has_the_clips_length(pipeline, clip):
+    speech = pipeline(clip)
+    assert speech.wave.shape == (40 * 960,) and speech.rate == 24_000
+    assert speech.tokens.shape == (12, 80) and speech.tokens.max() < 16
+    assert np.isfinite(speech.wave).all() and len(speech.expression) == 4
+
+
+def test_same_seed_same_speech(pipeline, clip):
+    assert np.array_equal(pipeline(clip, seed=1).wave, pipeline(clip, seed=1).wave)
+    assert not np.array_equal(pipeline(clip, seed=1).tokens, pipeline(clip, seed=2).tokens)
+
+
+def test_overrides_do_not_stick(pipeline, clip):
+    before = pipeline.sampler
+    pipeline(clip, steps=1, method="fixed_count")
+    assert pipeline.sampler == before
+
+
+def test_a_clip_in_a_batch_is_the_clip_alone(pipeline):
+    long, short = pipeline.crops(talking_head(40)), pipeline.crops(talking_head(20))
+    together = pipeline.run([long, short], [0, 1])
+    assert np.array_equal(together[1].tokens, pipeline.run([short], [1])[0].tokens)
+
+
+def test_windows_keep_what_was_said_and_leave_no_gap(pipeline):
+    """A long clip begins as its first window does alone: later windows start from kept tokens."""
+    frames = WINDOW + 60
+    crops = pipeline.crops(talking_head(frames))
+    conditions = pipeline.conditions([crops])
+    whole = generate(pipeline.system.model, conditions, pipeline.sampler, pipeline.guidance, [0])[0]
+    assert whole.shape == (12, 2 * frames) and whole.max() < 16
+    first = replace(
+        conditions, lip=conditions.lip[:, :WINDOW], expression=conditions.expression[:, : 2 * WINDOW // 25],
+        frames=torch.tensor([WINDOW]),
+    )  # fmt: skip
+    alone = generate(pipeline.system.model, first, pipeline.sampler, pipeline.guidance, [0])[0]
+    kept = 2 * (WINDOW - REDO)
+    assert torch.equal(whole[:, :kept], alone[:, :kept])
+    assert 0 < REDO < OVERLAP < WINDOW and (WINDOW - OVERLAP) % 25 == 0
+
+
+def test_reference_identity_changes_speech(pipeline, clip):
+    crops = [pipeline.crops(clip)]
+    voice = np.eye(256, dtype=np.float32)[3]
+    assert not np.array_equal(pipeline.run(crops, [0])[0].tokens, pipeline.run(crops, [0], voice)[0].tokens)
+
+
+def test_reading_a_is_run_on_unnormalised_posteriors(pipeline, clip):
+    pipeline_a = HiCoDiTPipeline(
+        pipeline.system, pipeline.codec, pipeline.sampler, replace(pipeline.guidance, all=1.5, lip=0.5, reading="A")
+    )
+    assert pipeline_a(clip).tokens.max() < 16
+
+
+def test_face_track_follows_a_moving_head():
+    canvas = np.full((60, 160, 240, 3), 150, np.uint8)
+    head = talking_head(60)
+    for i in range(60):
+        canvas[i, 16:144, i : i + 128] = head[i]
+    track = track_face(canvas, HaarDetector())
+    centre = track.boxes[:, 0] + track.boxes[:, 2] / 2
+    assert np.abs(np.diff(centre[10:50]).mean() - 1) < 0.15 and track.coverage > 0.9
+    assert crop_mouth(canvas, track, 48).shape == (60, 48, 48)
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        (np.zeros((30, 64, 64, 3), np.uint8), "no face found"),
+        (talking_head(4), "0.16 s"),
+        (np.zeros((30, 64, 64), np.uint8), "RGB"),
+    ],
+)
+def test_bad_frames(pipeline, frames, message):
+    with pytest.raises(UserError, match=message):
+        pipeline.crops(frames)
+
+
+def test_a_tokenizer_of_another_size_is_refused(pipeline, release, tmp_path):
+    from rvq_codec import RVQCodec
+
+    other = RVQCodec(replace(pipeline.codec.config, codebook_size=8))
+    other.save(tmp_path / "other", "a test")
+    with pytest.raises(UserError, match="16 codes"):
+        HiCoDiTPipeline.from_pretrained(release, codec=tmp_path / "other")
