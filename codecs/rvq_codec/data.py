@@ -54,14 +54,19 @@ def load_clips(root: str | Path, split: str, count: int, rate: int) -> list[Clip
 
 
 class SpeechCrops(torch.utils.data.Dataset):
-    """Crops of the WAV files of ROOT/SPLIT, one a clip and epoch, with a random gain.
+    """Random crops of the WAV files of ROOT/SPLIT, one a clip and epoch.
 
     Args:
         root, split: the corpus folder and the split whose manifest names the clips.
         sample_rate: that the files must have.
         samples: length of a crop, a multiple of the codec's hop; shorter clips are padded with zeros at the end.
         gain_db: gains are uniform in -gain_db..0 dB.
-        repeat: how often an epoch visits each clip.
+        codec: release folder; crops then carry their codes, for training its decoder alone. A clip is encoded whole,
+            once, when it is first used; there is no gain.
+
+    Raises:
+        UserError: no manifest, or `samples` is no multiple of the hop of `codec`; and, when a crop is taken, a file
+            that is missing, is no audio, or is not mono at `sample_rate`.
     """
 
     def __init__(
@@ -71,76 +76,63 @@ class SpeechCrops(torch.utils.data.Dataset):
         sample_rate: int = 24_000,
         samples: int = 24_000,
         gain_db: float = 6.0,
-        repeat: int = 1,
+        codec: str | None = None,
     ):
-        self.sample_rate, self.samples, self.gain_db, self.repeat = sample_rate, samples, gain_db, repeat
+        self.sample_rate, self.samples, self.gain_db = sample_rate, samples, gain_db
         folder = Path(root) / split
         self.paths = [folder / f"{row['id']}.wav" for row in read_manifest(root, split)]
-
-    def __len__(self) -> int:
-        return len(self.paths) * self.repeat
-
-    def __getitem__(self, index: int, generator: torch.Generator | None = None) -> Tensor:
-        """(1, samples), as a function of (index, state of `generator`)."""
-        path = self.paths[index % len(self.paths)]
-        try:
-            with soundfile.SoundFile(path) as file:
-                if file.samplerate != self.sample_rate or file.channels != 1:
-                    raise UserError(
-                        f"{path} is not mono at {self.sample_rate} Hz: {file.channels} channels at {file.samplerate} Hz"
-                    )
-                spare = max(0, file.frames - self.samples)
-                file.seek(int(torch.randint(spare + 1, (), generator=generator)))
-                wave = file.read(self.samples, dtype="float32")
-        except soundfile.LibsndfileError as error:
-            raise UserError(f"{path} cannot be read ({error})") from error
-        gain = 10 ** (-self.gain_db * torch.rand((), generator=generator) / 20)
-        wave = torch.from_numpy(wave) * gain
-        return torch.nn.functional.pad(wave, (0, self.samples - len(wave)))[None]
-
-    @staticmethod
-    def collate(items: list[Tensor]) -> dict[str, Tensor]:
-        """{"wave": (B, 1, samples)}."""
-        return {"wave": torch.stack(items)}
-
-
-class CodedCrops(torch.utils.data.Dataset):
-    """Crops with their codes, for training the decoder alone: a clip is encoded whole, once, when it is first used.
-
-    Args:
-        root, split: as in `SpeechCrops`.
-        codec: release folder of the codec whose codes are decoded.
-        frames: length of a crop; shorter clips are padded with silence at the end.
-    """
-
-    def __init__(self, root: str | Path, codec: str, split: str = "train", frames: int = 50):
-        self.codec, self.frames = RVQCodec.from_pretrained(codec), frames
-        folder = Path(root) / split
-        self.paths = [folder / f"{row['id']}.wav" for row in read_manifest(root, split)]
+        self.codec = RVQCodec.from_pretrained(codec) if codec else None
         self._coded: dict[int, tuple[Tensor, Tensor]] = {}
+        if self.codec and samples % self.codec.hop:
+            raise UserError(f"samples={samples}: give a multiple of the codec's hop of {self.codec.hop}")
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def _code(self, index: int) -> tuple[Tensor, Tensor]:
-        """(wave (hop * L,) float16, codes (Q, L) int16) of a whole clip of at least `frames` frames."""
-        hop = self.codec.hop
-        wave = torch.from_numpy(read_audio(self.paths[index], self.codec.sample_rate))
-        wave = torch.nn.functional.pad(wave, (0, max(0, self.frames * hop - len(wave))))
-        wave = wave[: len(wave) // hop * hop]
-        codes = self.codec.encode(wave[None, None])[0]
-        return wave.half(), codes[:, : len(wave) // hop].short()
-
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """{"wave": (1, frames * hop), "codes": (Q, frames)}, as a function of (index, state of `generator`)."""
-        if index not in self._coded:
-            self._coded[index] = self._code(index)
-        wave, codes = self._coded[index]
-        start = int(torch.randint(codes.shape[-1] - self.frames + 1, (), generator=generator))
-        hop, stop = self.codec.hop, start + self.frames
-        return {"wave": wave[None, start * hop : stop * hop].float(), "codes": codes[:, start:stop].long()}
+        """{"wave": (1, samples)}, with a codec also {"codes": (Q, samples / hop)}; a function of (index, generator)."""
+        if self.codec:
+            return self._coded_crop(index, generator)
+        with self._open(index) as file:
+            file.seek(_draw(file.frames - self.samples, generator))
+            wave = torch.from_numpy(file.read(self.samples, dtype="float32"))
+        gain = 10 ** (-self.gain_db * torch.rand((), generator=generator) / 20)
+        return {"wave": _pad(wave * gain, self.samples)[None]}
 
     @staticmethod
     def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """{"wave": (B, 1, N), "codes": (B, Q, L)}."""
+        """{"wave": (B, 1, N)} and, with a codec, {"codes": (B, Q, L)}."""
         return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+    def _open(self, index: int) -> soundfile.SoundFile:
+        path = self.paths[index]
+        try:
+            file = soundfile.SoundFile(path)
+        except (soundfile.LibsndfileError, OSError) as error:
+            raise UserError(f"{path} cannot be read ({error})") from error
+        if file.samplerate != self.sample_rate or file.channels != 1:
+            found = f"{file.channels} channels at {file.samplerate} Hz"
+            raise UserError(f"{path} is not mono at {self.sample_rate} Hz: {found}")
+        return file
+
+    def _coded_crop(self, index: int, generator: torch.Generator | None) -> dict[str, Tensor]:
+        hop = self.codec.hop
+        if index not in self._coded:  # kept small: a corpus of hours stays in memory
+            with self._open(index) as file:
+                wave = _pad(torch.from_numpy(file.read(dtype="float32")), self.samples)
+            codes = self.codec.encode(wave[None, None])[0]
+            self._coded[index] = wave.half(), codes[:, : len(wave) // hop].short()
+        wave, codes = self._coded[index]
+        first, count = _draw(codes.shape[-1] - self.samples // hop, generator), self.samples // hop
+        crop = wave[first * hop : first * hop + self.samples].float()
+        return {"wave": crop[None], "codes": codes[:, first : first + count].long()}
+
+
+def _draw(spare: int, generator: torch.Generator | None) -> int:
+    """A random start in 0..spare."""
+    return int(torch.randint(max(0, spare) + 1, (), generator=generator))
+
+
+def _pad(wave: Tensor, samples: int) -> Tensor:
+    """Zeros at the end of (N,) up to `samples`."""
+    return torch.nn.functional.pad(wave, (0, max(0, samples - len(wave))))

@@ -5,6 +5,8 @@ Axes: B batch, C channels, T frames, F = n_fft / 2 + 1 frequency bins, N = T * h
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -100,6 +102,10 @@ class VocosDecoder(nn.Module):
             if isinstance(module, (nn.Conv1d, nn.Linear)):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+        # Phases pi k put a frame's energy in its middle; at the published phase 0 it is at the edge, where the window
+        # vanishes, and training begins with silence.
+        bins = torch.arange(n_fft // 2 + 1)
+        self.head.out.bias.data[n_fft // 2 + 1 :] = math.pi * (bins % 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.backbone(x)).unsqueeze(1)

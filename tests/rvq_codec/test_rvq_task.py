@@ -144,10 +144,30 @@ def test_crops_depend_on_the_generator_alone(corpus):
     def crop(index, seed):
         return data.__getitem__(index, torch.Generator().manual_seed(seed))
 
-    assert torch.equal(crop(0, 1), crop(0, 1)) and not torch.equal(crop(0, 1), crop(0, 2))
-    short = crop(1, 1)
+    assert torch.equal(crop(0, 1)["wave"], crop(0, 1)["wave"])
+    assert not torch.equal(crop(0, 1)["wave"], crop(0, 2)["wave"])
+    short = crop(1, 1)["wave"]
     assert short.shape == (1, 4800) and short[0, 2880:].abs().sum() == 0
-    assert data.collate([crop(0, 1), short])["wave"].shape == (2, 1, 4800)
+    assert data.collate([crop(0, 1), crop(1, 1)])["wave"].shape == (2, 1, 4800)
+
+
+def test_coded_crops_train_the_decoder_alone(corpus, tmp_path):
+    make_task().release(tmp_path / "release", {})
+    release = str(tmp_path / "release")
+    data = SpeechCrops(corpus, samples=2400, codec=release)
+    items = [data.__getitem__(i, torch.Generator().manual_seed(i)) for i in (0, 1, 0)]
+    codec = RVQCodec.from_pretrained(release)
+    whole = torch.from_numpy(load_clips(corpus, "train", 1, 24_000)[0].wave)[None, None]
+    codes = codec.encode(whole)[0]
+    starts = [f for f in range(codes.shape[-1] - 39) if torch.equal(codes[:, f : f + 40], items[0]["codes"])]
+    assert any(torch.allclose(whole[0, :, f * 60 : f * 60 + 2400], items[0]["wave"], atol=1e-3) for f in starts)
+
+    task = make_task(init=release, decoder_only=True).train()
+    task.codec.encoder.register_forward_hook(lambda *_: pytest.fail("the encoder ran"))
+    task(data.collate(items), "generator")["loss"].backward()
+    assert task.codec.decoder.head.out.weight.grad.abs().sum() > 0
+    with pytest.raises(UserError, match="hop of 60"):
+        SpeechCrops(corpus, samples=2401, codec=release)
 
 
 def test_validation_on_clips(corpus, tmp_path):
@@ -163,7 +183,7 @@ def test_data_errors(corpus):
     with pytest.raises(UserError, match="no manifest"):
         read_manifest(corpus, "test")
     with pytest.raises(UserError, match="mono at 16000 Hz"):
-        SpeechCrops(corpus, sample_rate=16_000).__getitem__(0, torch.Generator())
+        SpeechCrops(corpus, sample_rate=16_000)[0]
     (corpus / "train.jsonl").write_text("not json")
     with pytest.raises(UserError, match="not JSON lines"):
         SpeechCrops(corpus)
