@@ -1,0 +1,138 @@
+"""Make the synthetic talking-face corpus: GRID-style sentences spoken by espeak-ng voices and shown by drawn faces.
+
+Three splits: train; seen (training voices, held-out sentences); unseen (held-out voices, held-out sentences). Each clip
+is H.264 video (128 x 128, 25 fps, no sound), a 24 kHz mono WAV of exactly 960 samples a frame, and a JSON description.
+A clip depends on the seed, its split and its number alone. Run the same command again to finish an interrupted corpus;
+ask for more clips to extend one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from engine.errors import UserError, run_cli
+from scripts.synthetic.contact_sheet import contact_sheet
+from scripts.synthetic.corpus import FRAME, RATE, VERSION, ClipMaker, clip_id, is_done, write_text
+from scripts.synthetic.sentences import SPLITS, grammar
+from scripts.synthetic.voices import load_voices
+
+_maker: ClipMaker
+
+
+def _start(root: Path, seed: int) -> None:
+    global _maker
+    _maker = ClipMaker(root, seed)
+
+
+def _make(job: tuple[str, int]) -> int:
+    return _maker.make(*job)["frames"]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python scripts/make_synthetic_corpus.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the corpus; made if it does not exist")
+    parser.add_argument("--clips", type=int, default=4000, help="training clips (default: %(default)s)")
+    parser.add_argument(
+        "--test-clips", type=int, default=240, help="clips in each held-out split (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another corpus (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes; the result is the same (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    for name, least in (("clips", 1), ("test_clips", 0), ("seed", 0), ("workers", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give {least} or more")
+    return args
+
+
+def prepare(root: Path, seed: int) -> None:
+    """Make the folders, or refuse a folder that holds another corpus."""
+    try:
+        for split in SPLITS:
+            (root / split).mkdir(parents=True, exist_ok=True)
+        for part in root.glob("*/.*.part"):
+            part.unlink()
+    except OSError as error:
+        raise UserError(f"--out {root}: cannot write there ({error.strerror}); choose another folder") from error
+    about = root / "corpus.json"
+    if about.is_file():
+        old = json.loads(about.read_text())
+        if (old.get("seed"), old.get("version")) != (seed, VERSION):
+            raise UserError(
+                f"--out {root} holds a corpus of seed {old.get('seed')}, version {old.get('version')}; "
+                f"this one would be seed {seed}, version {VERSION}: choose another folder"
+            )
+
+
+def generate(jobs: list[tuple[str, int]], root: Path, seed: int, workers: int) -> None:
+    """Make the clips, with progress: a bar on a terminal, a line every ten seconds in a log."""
+    context = multiprocessing.get_context("spawn")
+    terminal = sys.stderr.isatty()
+    begin = spoken = time.monotonic()
+    frames = 0
+    with (
+        context.Pool(min(workers, len(jobs)), _start, (root, seed)) as pool,
+        tqdm(total=len(jobs), unit="clip", disable=not terminal) as bar,
+    ):
+        for done, count in enumerate(pool.imap_unordered(_make, jobs, chunksize=1), 1):
+            frames += count
+            bar.update()
+            now = time.monotonic()
+            if not terminal and (now - spoken > 10 or done == len(jobs)):
+                spoken, rate = now, done / (now - begin)
+                left = (len(jobs) - done) / rate
+                print(
+                    f"{done}/{len(jobs)} clips, {rate:.1f} clips/s, {frames / (now - begin):.0f} frames/s, "
+                    f"{left:.0f} s left",
+                    flush=True,
+                )
+
+
+def main() -> None:
+    args = parse()
+    root, counts = args.out, {"train": args.clips, "seen": args.test_clips, "unseen": args.test_clips}
+    prepare(root, args.seed)
+    about = {
+        "version": VERSION,
+        "seed": args.seed,
+        "clips": counts,
+        "rate": RATE,
+        "samples_per_frame": FRAME,
+        "voices": {
+            "train": sum(not v.held_out for v in load_voices()),
+            "held_out": sum(v.held_out for v in load_voices()),
+        },
+    }
+    write_text(root / "corpus.json", json.dumps(about | {"complete": False}, indent=1) + "\n")
+    write_text(root / "grammar.jsgf", grammar())
+    jobs = [(split, i) for split in SPLITS for i in range(counts[split]) if not is_done(root, split, i)]
+    total = sum(counts.values())
+    print(f"{total} clips in {root}: {total - len(jobs)} there already, {len(jobs)} to make", flush=True)
+    if jobs:
+        generate(jobs, root, args.seed, args.workers)
+    for split in SPLITS:
+        lines = ((root / split / clip_id(split, i)).with_suffix(".json").read_text() for i in range(counts[split]))
+        write_text(root / f"{split}.jsonl", "".join(line + "\n" for line in lines))
+    sheet = cv2.imencode(".png", np.ascontiguousarray(contact_sheet()[..., ::-1]))[1].tobytes()
+    part = root / ".contact_sheet.png.part"
+    part.write_bytes(sheet)
+    part.replace(root / "contact_sheet.png")
+    write_text(root / "corpus.json", json.dumps(about | {"complete": True}, indent=1) + "\n")
+    print(f"done: {root}", flush=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,70 @@
+"""Seven expressions as prosody and as a facial pose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+EXPRESSIONS = ("neutral", "happy", "sad", "surprised", "fearful", "disgusted", "angry")
+SHARES = (0.4, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1)
+
+
+@dataclass(frozen=True)
+class Prosody:
+    """espeak-ng pitch and pitch range (0-99, 50 is the voice's own), speed against neutral, loudness in dB."""
+
+    pitch: float = 50
+    span: float = 50
+    speed: float = 1.0
+    gain: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pose:
+    """Facial pose in units of the neutral face: brow height and inner-end rise, eye opening, mouth-corner lift,
+    mouth widening, upper-lip lift (a sneer), nose wrinkle. Zero is neutral."""
+
+    brow: float = 0.0
+    brow_inner: float = 0.0
+    eyes: float = 0.0
+    corner: float = 0.0
+    widen: float = 0.0
+    sneer: float = 0.0
+    blush: float = 0.0
+
+
+PROSODY = {
+    "neutral": Prosody(),
+    "happy": Prosody(pitch=61, span=80, speed=1.06, gain=2.5),
+    "sad": Prosody(pitch=40, span=14, speed=0.84, gain=-6.0),
+    "surprised": Prosody(pitch=72, span=94, speed=0.98, gain=3.5),
+    "fearful": Prosody(pitch=66, span=28, speed=1.14, gain=-3.0),
+    "disgusted": Prosody(pitch=43, span=36, speed=0.9, gain=-1.0),
+    "angry": Prosody(pitch=54, span=68, speed=1.09, gain=5.5),
+}
+POSES = {
+    "neutral": Pose(),
+    "happy": Pose(brow=0.25, brow_inner=0.1, eyes=-0.22, corner=1.0, widen=0.12, blush=0.7),
+    "sad": Pose(brow=0.1, brow_inner=1.0, eyes=-0.3, corner=-0.85, widen=-0.04),
+    "surprised": Pose(brow=1.25, brow_inner=0.15, eyes=0.5, corner=0.0, widen=-0.08),
+    "fearful": Pose(brow=0.75, brow_inner=0.85, eyes=0.38, corner=-0.5, widen=0.08),
+    "disgusted": Pose(brow=-0.45, brow_inner=-0.3, eyes=-0.38, corner=-0.55, sneer=1.0),
+    "angry": Pose(brow=-0.6, brow_inner=-1.0, eyes=-0.05, corner=-0.4, widen=0.05, sneer=0.25),
+}
+
+
+def draw_expression(rng: np.random.Generator) -> tuple[str, float]:
+    """An expression and its intensity (0.75 to 1), which scales both the voice and the face."""
+    return EXPRESSIONS[rng.choice(len(EXPRESSIONS), p=SHARES)], float(rng.uniform(0.75, 1.0))
+
+
+def prosody(expression: str, intensity: float) -> Prosody:
+    """The expression's prosody at an intensity of 0 (neutral) to 1."""
+    rest, full = PROSODY["neutral"], PROSODY[expression]
+    return Prosody(*(a + (b - a) * intensity for a, b in zip(vars(rest).values(), vars(full).values())))
+
+
+def pose(expression: str, intensity: float) -> Pose:
+    """The expression's facial pose at an intensity of 0 (neutral) to 1."""
+    return Pose(*(value * intensity for value in vars(POSES[expression]).values()))

@@ -1,0 +1,332 @@
+"""Who a face is: identity parameters tied to the voice, and the still parts of the portrait.
+
+Lengths are in pixels of the 128-pixel picture; drawing is at `SCALE` times that. Colours are RGB."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+SIZE, SCALE = 128, 2
+CANVAS = SIZE * SCALE
+_SHIFT = 4  # fractional bits of OpenCV's drawing coordinates
+HAIR_STYLES = ("bald", "buzz", "short", "side", "curly", "bob", "long", "bun")
+
+_SKINS = ((246, 212, 184), (240, 200, 168), (231, 184, 143), (212, 158, 115), (184, 128, 88), (150, 100, 68))
+_HAIRS = ((38, 28, 24), (66, 42, 28), (106, 68, 38), (150, 100, 52), (212, 170, 96), (160, 72, 38), (150, 148, 146))
+_EYES = ((92, 60, 36), (60, 92, 140), (72, 110, 76), (110, 120, 130), (56, 40, 30))
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The looks of one face (pixels, RGB, or shares of 1)."""
+
+    half_width: float
+    chin: float
+    jaw: float
+    top: float
+    skin: tuple[int, int, int]
+    hair: tuple[int, int, int]
+    hair_style: str
+    hairline: float
+    brow: float
+    eye: tuple[int, int, int]
+    eye_gap: float
+    eye_size: float
+    nose_width: float
+    nose_length: float
+    mouth_y: float
+    mouth_width: float
+    lip: float
+    lip_colour: tuple[int, int, int]
+    beard: float
+    glasses: bool
+    freckles: int
+    ears: float
+    shirt: tuple[int, int, int]
+    back: tuple[int, int, int]
+    detail_seed: int
+
+
+def design(seed: int, pitch: float, formants: float) -> Identity:
+    """An identity from a voice: a low pitch and low formants make a long, broad, square-jawed face with heavy brows;
+    a high pitch and high formants a small, round one with fuller lips. The rest is drawn from the seed."""
+    rng = np.random.default_rng([seed, 0xFACE])
+    size = float(np.clip((1.2 - formants) / 0.36, 0, 1))  # 1: a long vocal tract
+    deep = float(np.clip((235 - pitch) / 163, 0, 1))  # 1: a low voice
+    grey = deep > 0.6 and rng.random() < 0.35
+    skin = np.array(_SKINS[int(np.clip(rng.normal(0.5 + 4.2 * size, 1.0), 0, 5))]) * rng.normal(1, 0.03) + rng.normal(
+        0, 1.8, 3
+    )
+    hair = _HAIRS[6] if grey else _HAIRS[int(rng.integers(0, 6))]
+    low, high = ("bald", "buzz", "short", "side", "curly"), ("side", "curly", "bob", "long", "bun")
+    style = str(rng.choice(low if rng.random() < 0.15 + 0.7 * deep else high))
+    redness = rng.uniform(0.25, 0.5) + 0.35 * (1 - deep)
+    lip = skin * (1 - redness) * np.array([0.98, 0.82, 0.84]) + redness * np.array([196, 52, 70])
+    hue = rng.uniform(0, 180)
+    bright = bool(skin.mean() < 165)
+    return Identity(
+        half_width=31.0 + 4.0 * size + rng.normal(0, 1.0),
+        chin=108.5 + 3.0 * size + rng.normal(0, 0.8),
+        jaw=float(np.clip(0.98 - 0.3 * deep + rng.normal(0, 0.05), 0.62, 1.05)),
+        top=24.0 - 2.0 * size + rng.normal(0, 1.0),
+        skin=_rgb(np.minimum(skin, 246)),
+        hair=_rgb(np.array(hair) + rng.normal(0, 6, 3)),
+        hair_style=style,
+        hairline=rng.uniform(0.42, 0.6),
+        brow=1.2 + 1.7 * deep + rng.uniform(-0.3, 0.5),
+        eye=_EYES[int(rng.integers(0, 5))],
+        eye_gap=14.4 + 1.6 * size + rng.normal(0, 0.5),
+        eye_size=7.9 - 0.9 * size + rng.normal(0, 0.3),
+        nose_width=5.6 + 2.2 * deep + rng.normal(0, 0.4),
+        nose_length=15.0 + 3.0 * size + rng.normal(0, 0.7),
+        mouth_y=90.5 + 1.5 * size,
+        mouth_width=15.6 + 1.2 * size + rng.normal(0, 0.3),
+        lip=4.6 - 1.3 * deep + rng.normal(0, 0.35),
+        lip_colour=_rgb(lip),
+        beard=float(rng.uniform(0.35, 1.0)) if deep > 0.62 and rng.random() < 0.5 else 0.0,
+        glasses=bool(rng.random() < 0.25),
+        freckles=int(rng.integers(14, 34)) if rng.random() < 0.22 else 0,
+        ears=rng.uniform(4.2, 6.4),
+        shirt=_hsv(hue + rng.uniform(50, 130), rng.uniform(90, 190), rng.uniform(80, 210)),
+        back=_hsv(hue, rng.uniform(25, 80), rng.uniform(205, 235) if bright else rng.uniform(105, 150)),
+        detail_seed=int(rng.integers(2**31)),
+    )
+
+
+def _rgb(values: np.ndarray) -> tuple[int, int, int]:
+    r, g, b = (round(float(v)) for v in np.clip(values, 0, 255))
+    return r, g, b
+
+
+def _hsv(h: float, s: float, v: float) -> tuple[int, int, int]:
+    pixel = cv2.cvtColor(np.array([[[h % 180, s, v]]], np.uint8), cv2.COLOR_HSV2RGB)
+    return _rgb(pixel[0, 0])
+
+
+def shade(colour, factor: float) -> tuple[int, int, int]:
+    """A colour made darker (below 1) or lighter (above 1)."""
+    return _rgb(np.asarray(colour, float) * factor)
+
+
+def mix(a, b, share: float) -> tuple[int, int, int]:
+    """`share` of colour `b` in colour `a`."""
+    return _rgb(np.asarray(a, float) * (1 - share) + np.asarray(b, float) * share)
+
+
+def fixed(points: np.ndarray) -> np.ndarray:
+    """Points (N, 2) in picture pixels to OpenCV's fixed-point drawing coordinates."""
+    return np.rint(np.asarray(points) * (SCALE << _SHIFT)).astype(np.int32)
+
+
+def fill(canvas: np.ndarray, points: np.ndarray, colour) -> None:
+    """Fill an antialiased polygon."""
+    cv2.fillPoly(canvas, [fixed(points)], colour, cv2.LINE_AA, _SHIFT)
+
+
+def line(canvas: np.ndarray, points: np.ndarray, colour, width: float) -> None:
+    """Draw an antialiased open line; `width` in picture pixels."""
+    cv2.polylines(canvas, [fixed(points)], False, colour, max(1, round(width * SCALE)), cv2.LINE_AA, _SHIFT)
+
+
+def ellipse(cx: float, cy: float, rx: float, ry: float, start: float = 0, end: float = 360, n: int = 40) -> np.ndarray:
+    """Points of an elliptic arc, angles in degrees, clockwise from the right."""
+    angle = np.radians(np.linspace(start, end, n))
+    return np.stack([cx + rx * np.cos(angle), cy + ry * np.sin(angle)], 1)
+
+
+def outline(who: Identity, grow: float = 0.0) -> np.ndarray:
+    """The face's outline, (N, 2), clockwise from the right temple; `grow` pixels outside it."""
+    middle = 0.5 * (who.top + who.chin) - 1
+    angle = np.radians(np.linspace(0, 360, 90, endpoint=False))
+    c, s = np.cos(angle), np.sin(angle)
+    lower = s > 0
+    power = np.where(lower, who.jaw, 0.9)
+    x = 64 + (who.half_width + grow) * np.sign(c) * np.abs(c) ** power * np.where(lower, 1 - 0.07 * s, 1)
+    y = middle + s * np.where(lower, who.chin - middle + grow, middle - who.top + grow)
+    return np.stack([x, y], 1)
+
+
+def backdrop(who: Identity, light: float) -> np.ndarray:
+    """Background, shoulders and neck, (CANVAS, CANVAS, 3) uint8."""
+    y, x = np.mgrid[0:CANVAS, 0:CANVAS].astype(np.float32) / CANVAS
+    glow = 1.1 * light - 0.28 * y - 0.25 * ((x - 0.5 + 0.15 * light) ** 2)
+    canvas = np.clip(np.array(who.back, np.float32) * glow[..., None], 0, 255).astype(np.uint8)
+    neck = who.half_width * 0.56
+    body = np.array(
+        [[64 - neck - 3, 110], [30, 117], [12, 124], [4, 140], [124, 140], [116, 124], [98, 117], [64 + neck + 3, 110]]
+    )
+    fill(canvas, body, who.shirt)
+    fill(
+        canvas,
+        np.array([[64 - neck, 90], [64 - neck - 1, 114], [64, 124], [64 + neck + 1, 114], [64 + neck, 90]]),
+        shade(who.skin, 0.78),
+    )
+    line(canvas, np.array([[64 - neck - 2, 112], [64, 125], [64 + neck + 2, 112]]), shade(who.shirt, 0.72), 1.5)
+    return canvas
+
+
+def head(who: Identity, back: np.ndarray, light: float) -> tuple[np.ndarray, np.ndarray]:
+    """The still head on the backdrop, (CANVAS, CANVAS, 3) uint8, and its coverage (CANVAS, CANVAS) uint8."""
+    rng = np.random.default_rng(who.detail_seed)
+    canvas, cover = back.copy(), np.zeros((CANVAS, CANVAS), np.uint8)
+    face = outline(who)
+
+    def paint(points: np.ndarray, colour) -> None:
+        fill(canvas, points, colour)
+        fill(cover, points, 255)
+
+    middle = 0.5 * (who.top + who.chin)
+    _hair_behind(who, paint, middle)
+    if who.hair_style in ("bob", "long"):
+        neck = who.half_width * 0.56
+        fill(
+            canvas,
+            np.array([[64 - neck, 88], [64 - neck, 113], [64, 122], [64 + neck, 113], [64 + neck, 88]]),
+            shade(who.skin, 0.78 * light),
+        )
+    for side in (-1, 1):
+        x = 64 + side * (who.half_width + 0.4 * who.ears - 1.5)
+        paint(ellipse(x, middle + 3, 0.62 * who.ears, 1.45 * who.ears), shade(who.skin, 0.93))
+        fill(canvas, ellipse(x + 0.4 * side, middle + 3, 0.3 * who.ears, 0.95 * who.ears), shade(who.skin, 0.78))
+    paint(face, who.skin)
+    inside = np.zeros_like(cover)
+    fill(inside, face, 255)
+    _shading(who, canvas, inside, light)
+    if who.beard:
+        _beard(who, canvas, inside)
+    for _ in range(who.freckles):
+        x, y = 64 + rng.choice((-1, 1)) * rng.uniform(5, 22), rng.uniform(66, 80)
+        fill(canvas, ellipse(x, y, 0.7, 0.6, n=8), shade(who.skin, 0.8))
+    _nose(who, canvas)
+    _hair_front(who, paint, canvas, rng)
+    return canvas, cover
+
+
+def _shading(who: Identity, canvas: np.ndarray, inside: np.ndarray, light: float) -> None:
+    """Soft light from one side, darker towards the outline, warm cheeks."""
+    y, x = np.mgrid[0:CANVAS, 0:CANVAS].astype(np.float32) / SCALE
+    u, v = (x - 64) / who.half_width, (y - 66) / 44
+    level = 1.06 - 0.17 * (u**2 + 0.6 * v**2) - 0.07 * u - 0.03 * v
+    level += 0.05 * np.exp(-((u * 1.4) ** 2) - ((y - 45) / 9) ** 2)
+    level -= 0.06 * np.exp(-(((np.abs(x - 64) - who.eye_gap) / 9) ** 2) - ((y - 61) / 6) ** 2)
+    colour = np.array(who.skin, np.float32) * (level * (0.5 + 0.5 * light))[..., None]
+    cheek = 0.12 * np.exp(-(((np.abs(x - 64) - 19) / 8) ** 2) - ((y - 77) / 7) ** 2)[..., None]
+    colour = colour * (1 - cheek) + np.array([214, 92, 84], np.float32) * cheek
+    share = (inside.astype(np.float32) / 255)[..., None]
+    canvas[:] = np.clip(canvas * (1 - share) + colour * share, 0, 255).astype(np.uint8)
+
+
+def _beard(who: Identity, canvas: np.ndarray, inside: np.ndarray) -> None:
+    mask = np.zeros_like(inside)
+    shape = outline(who)
+    low = shape[shape[:, 1] > 74]
+    fill(mask, low, 255)
+    clear = ellipse(64, 72, who.half_width * 0.76, who.mouth_y - 72 - 6.5)
+    fill(mask, clear, 0)
+    fill(mask, ellipse(64, who.mouth_y + 1, who.mouth_width + 3, 8), 0)
+    fill(
+        mask,
+        np.array(
+            [
+                [64 - 15, who.mouth_y - 3],
+                [64, who.mouth_y - 10],
+                [64 + 15, who.mouth_y - 3],
+                [64 + 13, who.mouth_y - 6],
+                [64, who.mouth_y - 11.5],
+                [64 - 13, who.mouth_y - 6],
+            ]
+        ),
+        255,
+    )
+    mask = cv2.GaussianBlur(np.minimum(mask, inside), (0, 0), 2.0)
+    share = (mask.astype(np.float32) / 255 * 0.75 * who.beard)[..., None]
+    canvas[:] = (canvas * (1 - share) + np.array(who.hair, np.float32) * share).astype(np.uint8)
+
+
+def _nose(who: Identity, canvas: np.ndarray) -> None:
+    tip, w = 62 + who.nose_length, who.nose_width
+    dark, light = shade(who.skin, 0.74), shade(who.skin, 1.1)
+    side = np.array([[64 + 3.2, 62], [64 + 3.0, tip - 7], [64 + w * 0.8, tip - 2.5]])
+    line(canvas, side, shade(who.skin, 0.86), 0.9)
+    fill(canvas, ellipse(63.2, tip - 5, 1.3, 4.5), light)
+    line(
+        canvas,
+        np.array(
+            [
+                [64 - w, tip - 2],
+                [64 - w + 0.8, tip + 0.6],
+                [64 - 2.2, tip],
+                [64, tip + 1.4],
+                [64 + 2.2, tip],
+                [64 + w - 0.8, tip + 0.6],
+                [64 + w, tip - 2],
+            ]
+        ),
+        dark,
+        0.9,
+    )
+    for s in (-1, 1):
+        fill(canvas, ellipse(64 + s * w * 0.55, tip + 0.2, 1.5, 0.8, n=12), shade(who.skin, 0.5))
+
+
+def _hair_behind(who: Identity, paint, middle: float) -> None:
+    dark, w = shade(who.hair, 0.72), who.half_width
+    if who.hair_style == "long":
+        paint(
+            np.concatenate(
+                [
+                    ellipse(64, middle - 8, w + 7, middle - who.top + 1, 180, 360),
+                    [[64 + w + 9, 112], [64 + w - 2, 122], [64 - w + 2, 122], [64 - w - 9, 112]],
+                ]
+            ),
+            dark,
+        )
+    elif who.hair_style == "bob":
+        paint(
+            np.concatenate(
+                [
+                    ellipse(64, middle - 8, w + 7, middle - who.top + 1, 180, 360),
+                    [[64 + w + 8, 92], [64 + w - 1, 99], [64 - w + 1, 99], [64 - w - 8, 92]],
+                ]
+            ),
+            dark,
+        )
+    elif who.hair_style == "bun":
+        paint(ellipse(64, who.top - 5, 11, 9), dark)
+        paint(ellipse(64, who.top - 6, 9, 7), who.hair)
+
+
+def _hair_front(who: Identity, paint, canvas: np.ndarray, rng: np.random.Generator) -> None:
+    """The hair over the forehead: an outer curve above the skull and a hairline that leaves the forehead free."""
+    if who.hair_style == "bald":
+        fill(canvas, ellipse(56, who.top + 8, 6, 3.2), shade(who.skin, 1.12))
+        return
+    middle, w = 0.5 * (who.top + who.chin), who.half_width
+    rise = {"buzz": 1.0, "short": 3.0, "side": 4.5, "curly": 5.0, "bob": 4.0, "long": 4.0, "bun": 2.0}[who.hair_style]
+    down = {"bob": 92, "long": 104}.get(who.hair_style, middle - 4)
+    spread = {"buzz": 0.6, "bun": 0.8, "short": 1.8}.get(who.hair_style, 2.8)
+    outer = ellipse(64, middle - 8, w + spread, middle - 8 - who.top + rise, 180, 360)
+    line_y = who.top + who.hairline * (58 - who.top) - 2
+    temple = w - (3.5 if who.hair_style in ("bob", "long") else 1.2)
+    t = np.linspace(1, -1, 31)
+    part = {"side": 0.42, "long": -0.1, "bob": 0.0}.get(who.hair_style, 0.0)
+    depth = 1.0 if who.hair_style in ("side", "long", "bob") else 0.0
+    arch = line_y + (middle - 8 - line_y) * np.abs(t) ** (3.2 if depth else 4.5)
+    arch += depth * 5.5 * (np.abs(t - part) - 0.5) * (1 - np.abs(t) ** 6)
+    if who.hair_style == "curly":
+        arch += 1.2 * np.sin(np.linspace(0, 9 * np.pi, 31))
+        for a in np.linspace(190, 350, 13):
+            x, y = ellipse(64, middle - 8, w + 1, middle - 8 - who.top + 2.5, a, a, 1)[0]
+            paint(ellipse(x, y, 5.2, 5.0, n=18), shade(who.hair, rng.uniform(0.86, 1.06)))
+    inner = np.stack([64 + temple * t, arch], 1)
+    sides_right = np.array([[64 + w + spread, down], [64 + temple, down]])
+    sides_left = np.array([[64 - temple, down], [64 - w - spread, down]])
+    colour = mix(who.hair, who.skin, 0.25) if who.hair_style == "buzz" else who.hair
+    paint(np.concatenate([outer, sides_right, inner, sides_left]), colour)
+    crown = ellipse(58, middle - 10, w * 0.72, middle - 10 - who.top + rise * 0.3, 215, 300)
+    if who.hair_style != "buzz":
+        line(canvas, crown, mix(shade(who.hair, 1.25), (255, 255, 255), 0.12), 1.6)
+        line(canvas, inner, shade(who.hair, 0.8), 0.8)

@@ -1,0 +1,143 @@
+"""espeak-ng through its C API: speech with phoneme events.
+
+`espeakng-loader` brings the library and its data. Voices of our own are files in a private copy of the data folder that
+is made when the synthesiser starts."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import espeakng_loader
+import numpy as np
+
+_SYNCHRONOUS = 2  # AUDIO_OUTPUT_SYNCHRONOUS: samples go to the callback, no sound device
+_PHONEME_EVENTS, _DONT_EXIT = 1, 0x8000
+_RATE, _PITCH, _RANGE = 1, 3, 4  # espeak_PARAMETER
+_EVENT_PHONEME = 7
+_UTF8 = 1
+
+
+class _Event(ctypes.Structure):
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 8),
+    )
+
+
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """Speech at espeak-ng's rate: `wave` (N,) float32 in [-1, 1], `phonemes` as (symbol, start s, end s)."""
+
+    wave: np.ndarray
+    rate: int
+    phonemes: list[tuple[str, float, float]]
+
+
+class Synthesizer:
+    """Speaks with the given voice files.
+
+    `voices` maps a voice's name to the lines of its espeak-ng voice file. Only one synthesiser can live in a process,
+    because the library's state is global."""
+
+    def __init__(self, voices: dict[str, str]) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="espeak-voices-")
+        data = Path(self._folder.name) / "espeak-ng-data"
+        source = Path(espeakng_loader.get_data_path())
+        (data / "voices" / "!v").mkdir(parents=True)
+        (data / "lang" / "gmw").mkdir(parents=True)
+        # one language only: the library lists at most 349 voices
+        for name in ("phondata", "phonindex", "phontab", "intonations", "en_dict", "lang/gmw/en-US"):
+            (data / name).symlink_to(source / name)
+        for name, text in voices.items():
+            (data / "voices" / "!v" / name).write_text(f"language variant\nname {name}\n{text}\n")
+        self._library = ctypes.CDLL(espeakng_loader.get_library_path())
+        options = _PHONEME_EVENTS | _DONT_EXIT
+        self._rate = self._library.espeak_Initialize(_SYNCHRONOUS, 0, str(data).encode(), options)
+        if self._rate <= 0:
+            raise RuntimeError(f"espeak-ng did not start with the data in {data}")
+        self._library.espeak_ng_SetRandSeed(1)  # breath noise is seeded by the clock otherwise
+        self._callback = _CALLBACK(self._receive)
+        self._library.espeak_SetSynthCallback(self._callback)
+        self._blocks: list[np.ndarray] = []
+        self._events: list[tuple[str, int]] = []
+
+    def _receive(self, samples, count, events) -> int:
+        if samples and count > 0:
+            self._blocks.append(np.ctypeslib.as_array(samples, (count,)).copy())
+        i = 0
+        while events[i].type:
+            if events[i].type == _EVENT_PHONEME:
+                self._events.append((events[i].name.decode(), events[i].sample))
+            i += 1
+        return 0
+
+    def speak(self, text: str, voice: str, pitch: int = 50, span: int = 50, words_per_minute: int = 160) -> Utterance:
+        """Speak `text`. `pitch` and `span` (pitch range) are espeak-ng's 0-99, 50 being the voice's own.
+
+        The library's flutter and noise generators carry state from one call to the next; a forked child always starts
+        from the same state, which makes an utterance a function of the arguments alone."""
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.close(read)
+                with os.fdopen(write, "wb") as pipe:
+                    pickle.dump(self._speak(text, voice, pitch, span, words_per_minute), pipe)
+                code = 0
+            finally:
+                os._exit(code)
+        os.close(write)
+        with os.fdopen(read, "rb") as pipe:
+            result = pipe.read()
+        _, status = os.waitpid(child, 0)
+        if status:
+            raise RuntimeError(f"espeak-ng failed on {text!r} with voice {voice!r}")
+        wave, events = pickle.loads(result)
+        return Utterance(wave.astype(np.float32) / 32768.0, self._rate, _phonemes(events, len(wave), self._rate))
+
+    def _speak(self, text: str, voice: str, pitch: int, span: int, words_per_minute: int):
+        library = self._library
+        if library.espeak_SetVoiceByName(f"en-us+{voice}".encode()):
+            raise RuntimeError(f"espeak-ng has no voice {voice!r}")
+        for parameter, value in ((_RATE, words_per_minute), (_PITCH, pitch), (_RANGE, span)):
+            library.espeak_SetParameter(parameter, value, 0)
+        data = text.encode()
+        if library.espeak_Synth(data, len(data) + 1, 0, 1, 0, _UTF8, None, None):
+            raise RuntimeError(f"espeak-ng cannot speak {text!r}")
+        return np.concatenate(self._blocks), self._events
+
+
+def _phonemes(events: list[tuple[str, int]], samples: int, rate: int) -> list[tuple[str, float, float]]:
+    """Events (symbol, start sample) to intervals, without stress marks and pauses.
+
+    A coda /l/ has no samples of its own (the vowel glides into it); it gets the last third of the sound before it."""
+    starts = [min(start, samples) for _, start in events] + [samples]
+    intervals: list[tuple[str, float, float]] = []
+    for i, (name, _) in enumerate(events):
+        symbol = name.strip("',%=_|").rstrip("#")
+        if not symbol.strip(":;"):
+            continue
+        start, end = starts[i] / rate, starts[i + 1] / rate
+        if end <= start and intervals:
+            before, first, last = intervals[-1]
+            start = last - (last - first) / 3
+            intervals[-1] = (before, first, start)
+            end = last
+        if end > start:
+            intervals.append((symbol, start, end))
+    return intervals
