@@ -99,6 +99,8 @@ def generate(jobs: list[tuple[str, int]], root: Path, seed: int, workers: int) -
                     f"{left:.0f} s left",
                     flush=True,
                 )
+        pool.close()
+        pool.join()  # workers that end by themselves remove their voice folders
 
 
 def main() -> None:

@@ -69,8 +69,8 @@ class Face:
         self.who, self.light = who, light
         self._back = backdrop(who, light)
         art, cover = head(who, self._back, light)
-        self._art = cv2.multiply(art, cv2.merge([cover] * 3), scale=1 / 255)
-        self._bare = cv2.bitwise_not(cover)
+        # colour times coverage, and what the backdrop keeps
+        self._art = np.dstack([cv2.multiply(art, cv2.merge([cover] * 3), scale=1 / 255), cv2.bitwise_not(cover)])
         self._mouth = MouthPainter(who, light)
         self._y, self._x = np.mgrid[0:CANVAS, 0:CANVAS].astype(np.float32)
         low, high = (who.mouth_y - 4) * SCALE, (who.chin - 2) * SCALE
@@ -95,7 +95,9 @@ class Face:
         def place(points: np.ndarray) -> np.ndarray:
             """Head coordinates to picture coordinates."""
             x, y = points[:, 0] - 64.0, points[:, 1] - 104.0
-            return np.stack([c * x - s * y + ox, s * x + c * y + oy], 1)
+            placed = np.empty((len(points), 2))
+            placed[:, 0], placed[:, 1] = c * x - s * y + ox, s * x + c * y + oy
+            return placed
 
         drop = self._mouth.chin_drop(mouth)
         px, py = ox * SCALE, oy * SCALE
@@ -104,8 +106,8 @@ class Face:
         map_y = c * dy - s * dx + np.float32(pivot[1] * SCALE) - np.float32(drop * SCALE) * self._fall
         map_x, map_y = cv2.convertMaps(map_x, map_y, cv2.CV_16SC2)
         moved = cv2.remap(self._art, map_x, map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        bare = cv2.remap(self._bare, map_x, map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        canvas = cv2.add(moved, cv2.multiply(self._back, cv2.merge([bare] * 3), scale=1 / 255))
+        bare = cv2.cvtColor(cv2.extractChannel(moved, 3), cv2.COLOR_GRAY2RGB)
+        canvas = cv2.add(cv2.cvtColor(moved, cv2.COLOR_RGBA2RGB), cv2.multiply(self._back, bare, scale=1 / 255))
         self._eyes(canvas, place, look, motion, i)
         self._brows(canvas, place, look, float(motion.brow[i]))
         self._mouth.paint(canvas, place, mouth, look)

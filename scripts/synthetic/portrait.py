@@ -4,6 +4,7 @@ Lengths are in pixels of the 128-pixel picture; drawing is at `SCALE` times that
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import cv2
@@ -96,8 +97,8 @@ def design(seed: int, pitch: float, formants: float) -> Identity:
     )
 
 
-def _rgb(values: np.ndarray) -> tuple[int, int, int]:
-    r, g, b = (round(float(v)) for v in np.clip(values, 0, 255))
+def _rgb(values) -> tuple[int, int, int]:
+    r, g, b = (round(min(255.0, max(0.0, float(v)))) for v in values)
     return r, g, b
 
 
@@ -108,12 +109,12 @@ def _hsv(h: float, s: float, v: float) -> tuple[int, int, int]:
 
 def shade(colour, factor: float) -> tuple[int, int, int]:
     """A colour made darker (below 1) or lighter (above 1)."""
-    return _rgb(np.asarray(colour, float) * factor)
+    return _rgb([value * factor for value in colour])
 
 
 def mix(a, b, share: float) -> tuple[int, int, int]:
     """`share` of colour `b` in colour `a`."""
-    return _rgb(np.asarray(a, float) * (1 - share) + np.asarray(b, float) * share)
+    return _rgb([x * (1 - share) + y * share for x, y in zip(a, b)])
 
 
 def fixed(points: np.ndarray) -> np.ndarray:
@@ -133,8 +134,16 @@ def line(canvas: np.ndarray, points: np.ndarray, colour, width: float) -> None:
 
 def ellipse(cx: float, cy: float, rx: float, ry: float, start: float = 0, end: float = 360, n: int = 40) -> np.ndarray:
     """Points of an elliptic arc, angles in degrees, clockwise from the right."""
+    cosine, sine = _arc(start, end, n)
+    points = np.empty((n, 2))
+    points[:, 0], points[:, 1] = cx + rx * cosine, cy + ry * sine
+    return points
+
+
+@functools.cache
+def _arc(start: float, end: float, n: int) -> tuple[np.ndarray, np.ndarray]:
     angle = np.radians(np.linspace(start, end, n))
-    return np.stack([cx + rx * np.cos(angle), cy + ry * np.sin(angle)], 1)
+    return np.cos(angle), np.sin(angle)
 
 
 def outline(who: Identity, grow: float = 0.0) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The corpus's voices: espeak-ng voice files drawn at random, chosen so that a speaker encoder tells them apart.
 
-`voices.json` keeps the choice; `python -m scripts.synthetic.voices --out voices.json` makes it again."""
+`voices.json` keeps the choice that the corpus uses. `python -m scripts.synthetic.voices --out FILE` chooses again by the
+same method; the kept choice was made before espeak-ng's noise was seeded, so a new one need not equal it."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from engine.errors import UserError, run_cli
 from scripts.synthetic import sentences
+from scripts.synthetic.expression import EXPRESSIONS
 from scripts.synthetic.speech import Synthesizer
 
 VOICES_FILE = Path(__file__).with_name("voices.json")
@@ -81,9 +83,10 @@ def farthest_points(embeddings: np.ndarray, accept, count: int) -> list[int]:
     return chosen
 
 
-def select_voices(train: int, held_out: int, candidates: int, seed: int, max_error: float) -> dict:
+def select_voices(train: int, held_out: int, spare: int, candidates: int, seed: int, max_error: float) -> dict:
     """Choose voices: drawn at random, understood by the recogniser, then farthest points of GE2E embeddings.
-    Every few voices in the order of choice one is held out, so that both groups span the same range."""
+    Every few voices in the order of choice one is held out, so that both groups span the same range. `spare` training
+    voices too many are chosen, and those dropped that the recogniser understands worst over all expressions."""
     from engine.metrics.recogniser import Recogniser, word_error_rate
     from engine.metrics.speaker import SpeakerEncoder
     from scripts.synthetic.corpus import speak
@@ -115,10 +118,23 @@ def select_voices(train: int, held_out: int, candidates: int, seed: int, max_err
         heard = [recogniser.transcribe(wave, 24000) for wave in speech]
         return word_error_rate(texts + texts[:4] * 2, heard) <= max_error
 
-    chosen = farthest_points(vectors, clear, train + held_out)
-    every = (train + held_out) // held_out
+    def error(index: int, key: int) -> float:
+        """WER over five neutral sentences and one of each expression."""
+        spoken, heard = [], []
+        for k, expression in enumerate(("neutral",) * 5 + EXPRESSIONS):
+            rng = np.random.default_rng([seed, key, k])
+            spoken.append(sentences.draw_sentence(rng, "train"))
+            wave, _ = speak(synthesizer, spoken[-1], pool[index], expression, float(rng.uniform(0.75, 1)), rng)
+            heard.append(recogniser.transcribe(wave, 24000))
+        return word_error_rate(spoken, heard)
+
+    total = train + held_out + spare
+    chosen = farthest_points(vectors, clear, total)
+    every = total // held_out
     groups = {i: k % every == every - 1 and k // every < held_out for k, i in enumerate(chosen)}
-    order = sorted(chosen, key=lambda i: groups[i])
+    errors = {i: error(i, k) for k, i in enumerate(chosen) if not groups[i]}
+    dropped = set(sorted(errors, key=errors.get, reverse=True)[:spare])
+    order = sorted((i for i in chosen if i not in dropped), key=lambda i: groups[i])
     voices = []
     for number, i in enumerate(order):
         lines, pitch, formants = drawn[i]
@@ -129,8 +145,12 @@ def select_voices(train: int, held_out: int, candidates: int, seed: int, max_err
         "largest_cosine_train": round(float(cosine[:train, :train].max()), 4),
         "largest_cosine_all": round(float(cosine.max()), 4),
     }
-    arguments = {"train": train, "held_out": held_out, "candidates": candidates, "seed": seed, "max_error": max_error}
-    return {"arguments": arguments, "results": report, "voices": [vars(voice) for voice in voices]}
+    arguments = {"train": train, "held_out": held_out, "spare": spare, "candidates": candidates, "seed": seed}
+    return {
+        "arguments": arguments | {"max_error": max_error},
+        "results": report,
+        "voices": [vars(voice) for voice in voices],
+    }
 
 
 def main() -> None:
@@ -138,13 +158,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=VOICES_FILE, help="the JSON file to write")
     parser.add_argument("--train", type=int, default=32, help="training voices")
     parser.add_argument("--held-out", type=int, default=8, help="voices kept out of training")
+    parser.add_argument(
+        "--spare", type=int, default=8, help="more training voices, of which the least clear are dropped"
+    )
     parser.add_argument("--candidates", type=int, default=180, help="voices to draw and choose from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-error", type=float, default=0.03, help="largest recogniser WER of a chosen voice")
     args = parser.parse_args()
-    if args.train < 1 or args.held_out < 1:
-        raise UserError(f"--train {args.train} --held-out {args.held_out}: both must be 1 or more")
-    chosen = select_voices(args.train, args.held_out, args.candidates, args.seed, args.max_error)
+    if args.train < 1 or args.held_out < 1 or args.spare < 0:
+        raise UserError(
+            f"--train {args.train} --held-out {args.held_out} --spare {args.spare}: give at least 1, 1 and 0 voices"
+        )
+    chosen = select_voices(args.train, args.held_out, args.spare, args.candidates, args.seed, args.max_error)
     part = args.out.with_suffix(".part")
     part.write_text(json.dumps(chosen, indent=1) + "\n")
     part.replace(args.out)

@@ -137,7 +137,9 @@ def test_phonemes_lie_in_the_clip_and_where_the_sound_is(corpus):
 def test_closures_close_the_mouth(symbol):
     column = MOUTH.index("open")
     for offset in np.linspace(0, 0.04, 9):  # wherever the frame grid falls
-        track = mouth_track([("A:", 0.2, 0.4 + offset), (symbol, 0.4 + offset, 0.45 + offset), ("a", 0.45 + offset, 0.8)], 25)
+        track = mouth_track(
+            [("A:", 0.2, 0.4 + offset), (symbol, 0.4 + offset, 0.45 + offset), ("a", 0.45 + offset, 0.8)], 25
+        )
         assert track[5:20, column].max() > 0.6
         assert track[9:14, column].min() < 0.02
 
