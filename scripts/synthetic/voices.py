@@ -1,7 +1,7 @@
 """The corpus's voices: espeak-ng voice files drawn at random, chosen so that a speaker encoder tells them apart.
 
-`voices.json` keeps the choice that the corpus uses. `python -m scripts.synthetic.voices --out FILE` chooses again by the
-same method; the kept choice was made before espeak-ng's noise was seeded, so a new one need not equal it."""
+`voices.json` keeps the choice that the corpus uses. `python -m scripts.synthetic.voices --out FILE` chooses again by
+the same method; the kept choice was made before espeak-ng's noise was seeded, so a new one need not equal it."""
 
 from __future__ import annotations
 
