@@ -41,8 +41,11 @@ class HaarDetector:
             grey = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         margin = max(grey.shape) // 8  # a face that touches the border is found with room around it
         grey = cv2.copyMakeBorder(grey, margin, margin, margin, margin, cv2.BORDER_REPLICATE)
-        smallest = max(24, min(grey.shape) // 6)
-        found = self.cascade.detectMultiScale(grey, scaleFactor=1.1, minNeighbors=3, minSize=(smallest, smallest))
+        found: tuple = ()
+        for share in (3, 8):  # a large face is found at once; small ones are looked for only where there is none
+            if len(found) == 0:
+                least = max(24, min(grey.shape) // share)
+                found = self.cascade.detectMultiScale(grey, scaleFactor=1.1, minNeighbors=3, minSize=(least, least))
         boxes = np.asarray(found, dtype=np.float64).reshape(-1, 4)
         boxes[:, :2] -= margin
         boxes /= scale

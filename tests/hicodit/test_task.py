@@ -1,0 +1,141 @@
+"""Training HiCoDiT on a handful of made-up clips: losses, ablations, exact resume through the trainer, release."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from engine.trainer import Trainer
+from hicodit.data import HiCoDiTDataset, augment_mouth
+from hicodit.features import FeatureSplit, phoneme_labels, token_digest
+from hicodit.pipeline import HiCoDiTPipeline
+from hicodit.task import HiCoDiTTask
+from rvq_codec import RVQCodec
+
+MODEL = {
+    "codes": 16, "width": 32, "heads": 4, "low_blocks": 1, "high_blocks": 1, "cond_dim": 16, "lip_dim": 32,
+    "face_dim": 16, "dropout": 0.0,
+}  # fmt: skip
+ENCODERS = {"lip_dim": 32, "lip_heads": 4, "face_dim": 16, "face_width": 4, "phonemes": 5}
+TRAINER = {
+    "steps": 4, "batch_size": 3, "accumulate": 1, "lr": 3e-3, "betas": [0.9, 0.98], "weight_decay": 0.01, "warmup": 0,
+    "schedule": "constant", "min_lr_ratio": 1.0, "clip": 1.0, "ema_decay": 0.9, "precision": "fp32", "device": "cpu",
+    "compile": False, "workers": 0, "log_every": 2, "validate_every": 100, "checkpoint_every": 2, "keep": 2, "seed": 0,
+    "wandb": "off",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(release, tmp_path_factory):
+    """Features of six made-up clips, in three splits; words are a function of the mouth pictures."""
+    root = tmp_path_factory.mktemp("features")
+    digest = token_digest(RVQCodec.from_pretrained(release.parent / "codec"))
+    g = torch.Generator().manual_seed(0)
+    for split in ("train", "seen", "unseen"):
+        frames = [12, 15, 13, 16, 14, 13]
+        total = sum(frames)
+        level = torch.randint(0, 16, (total, 1), generator=g)
+        tensors = {
+            "mouth": (level * 16).to(torch.uint8)[:, :, None].expand(-1, 48, 48).contiguous(),
+            "faces": torch.randint(0, 255, (6, 4, 64, 64, 3), generator=g).to(torch.uint8),
+            "ge2e": torch.nn.functional.normalize(torch.rand(6, 256, generator=g), dim=-1),
+            "expression": torch.arange(6).to(torch.uint8),
+            "phoneme": (level[:, 0] % 5).to(torch.uint8),
+            "frames": torch.tensor(frames, dtype=torch.int32),
+        }
+        (root / split).mkdir()
+        save_file(tensors, root / split / "visual-00000.safetensors")
+        clips = [{"id": f"{split}_{i}", "text": "bin blue at alpha one now", "voice": i} for i in range(6)]
+        (root / split / "visual-00000.json").write_text(json.dumps({"clips": clips, "skipped": []}))
+        tokens = level.repeat_interleave(2, 0).expand(-1, 12).to(torch.int16).contiguous()
+        save_file({"tokens": tokens}, root / split / f"tokens-{digest}-00000.safetensors")
+    return root
+
+
+def make_task(corpus, release, **changes):
+    model = MODEL | changes.pop("model", {})
+    torch.manual_seed(0)
+    arguments = {"model": model, "encoders": ENCODERS, "codec": str(release.parent / "codec"), "features": str(corpus)}
+    return HiCoDiTTask(**arguments, grammar="none.jsgf", **changes)
+
+
+def make_data(corpus, release):
+    return HiCoDiTDataset(corpus / "train", release.parent / "codec")
+
+
+def batch_of(corpus, release):
+    data = make_data(corpus, release)
+    return data.collate([data.__getitem__(i, torch.Generator().manual_seed(i)) for i in range(4)])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"model": {"hierarchical": False}}, {"model": {"dual_scale": False}}, {"identity_weight": 0.0}],
+    ids=["full", "flat", "single_scale", "no_identity_loss"],
+)
+def test_every_parameter_learns_and_the_loss_falls(corpus, release, changes):
+    task = make_task(corpus, release, **changes)
+    batch, optimiser, losses = batch_of(corpus, release), torch.optim.Adam(task.parameters(), 3e-3), []
+    for step in range(40):
+        torch.manual_seed(step % 4)
+        out = task(batch, "model")
+        optimiser.zero_grad()
+        out["loss"].backward()
+        optimiser.step()
+        losses.append((out["dse_low"] + out["dse_high"]).item())
+    assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
+    silent = {n for n, p in task.named_parameters() if p.grad is None or not p.grad.any()}
+    allowed = ("identity_adapter", "encoders.identity") if changes.get("identity_weight") == 0.0 else ()
+    assert not {n for n in silent if not any(a in n for a in allowed)}
+
+
+def test_a_padded_batch_has_the_loss_of_its_clips(corpus, release):
+    """Padding takes no part: tokens and pictures past a clip's end can be anything."""
+    task, batch = make_task(corpus, release).eval(), batch_of(corpus, release)
+    torch.manual_seed(3)
+    before = task(batch, "model")["loss"]
+    for i, n in enumerate(batch["frames"].tolist()):
+        batch["tokens"][i, :, 2 * n :] = 7
+        batch["phoneme"][i, n:] = 3
+    torch.manual_seed(3)
+    assert torch.allclose(before, task(batch, "model")["loss"], rtol=1e-5)
+
+
+def test_trains_resumes_and_releases_through_the_trainer(corpus, release, tmp_path):
+    config = dict(TRAINER)
+    trainer = Trainer(make_task(corpus, release), make_data(corpus, release), config, tmp_path / "whole")
+    trainer.fit()
+    Trainer(make_task(corpus, release), make_data(corpus, release), config | {"steps": 2}, tmp_path / "parts").fit()
+    second = Trainer(make_task(corpus, release), make_data(corpus, release), config, tmp_path / "parts")
+    second.fit()
+    for (name, a), b in zip(trainer.task.state_dict().items(), second.task.state_dict().values()):
+        assert torch.equal(a, b), name
+    second.release(release.parent / "trained", {"wer_seen": 0.5})
+    assert "wer_seen" in (release.parent / "trained" / "README.md").read_text()
+    assert HiCoDiTPipeline.from_pretrained(release.parent / "trained").system.model.config.codes == 16
+
+
+def test_dataset_is_a_function_of_its_generator(corpus, release):
+    data = make_data(corpus, release)
+    a, b, c = (data.__getitem__(0, torch.Generator().manual_seed(s))["mouth"] for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert augment_mouth(torch.rand(3, 48, 48), torch.Generator().manual_seed(0)).shape == (3, 48, 48)
+
+
+def test_clips_come_out_of_shards_as_they_went_in(corpus, release):
+    digest = token_digest(RVQCodec.from_pretrained(release.parent / "codec"))
+    split = FeatureSplit(corpus / "train", digest)
+    clip = split[1]
+    assert len(split) == 6 and clip.mouth.shape == (15, 48, 48) and clip.tokens.shape == (30, 12)
+    assert torch.equal(clip.tokens[::2, 0] * 16, clip.mouth[:, 0, 0].long())
+
+
+def test_a_missing_tokenizer_says_what_to_run(corpus):
+    with pytest.raises(ValueError, match="prepare_features"):
+        FeatureSplit(corpus / "train", "00000000")
+
+
+def test_phoneme_labels_at_frame_centres():
+    labels = phoneme_labels([["a", 0.02, 0.10], ["?", 0.10, 0.14], ["b", 0.14, 0.2]], 5, ["a", "b"])
+    assert labels.tolist() == [1, 1, 0, 2, 2]

@@ -1,0 +1,41 @@
+"""The bundled weights: small, carded, and able to do the README's main job."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from engine.media.ffmpeg import probe
+from hicodit.pipeline import HiCoDiTPipeline
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+RELEASES = [folder for folder in ASSETS.iterdir() if (folder / "model.safetensors").is_file()]
+
+
+def test_assets_stay_small():
+    assert sum(p.stat().st_size for p in ASSETS.rglob("*") if p.is_file()) < 25e6
+
+
+@pytest.mark.parametrize("folder", RELEASES, ids=lambda p: p.name)
+def test_every_release_has_a_card_with_command_seed_and_results(folder):
+    card = (folder / "README.md").read_text()
+    assert "train.py experiment=" in card and "seed" in card and "| " in card
+
+
+def test_the_silent_clip_is_silent_and_speaks_intelligibly():
+    recogniser = pytest.importorskip("engine.metrics.recogniser")
+    pytest.importorskip("pocketsphinx")
+    clip = ASSETS / "demo" / "silent.mp4"
+    assert not probe(clip).audio
+    speech = HiCoDiTPipeline.from_pretrained()(clip, seed=0)
+    said = (ASSETS / "demo" / "silent.txt").read_text().split()
+    heard = recogniser.Recogniser(ASSETS / "demo" / "grammar.jsgf").transcribe(speech.wave, speech.rate)
+    assert recogniser.word_error_rate([" ".join(said)], [heard]) <= 1 / len(said), heard
+
+
+def test_speech_of_the_bundled_model_is_not_clipped_or_silent(tmp_path):
+    speech = HiCoDiTPipeline.from_pretrained()(ASSETS / "demo" / "silent.mp4", seed=0, steps=8)
+    level = 20 * np.log10(np.sqrt(np.mean(np.square(speech.wave))) + 1e-9)
+    assert -40 < level < -6 and np.mean(np.abs(speech.wave) > 0.99) < 1e-3
+    soundfile.write(tmp_path / "x.wav", speech.wave, speech.rate)
