@@ -30,21 +30,32 @@ def kmeans(x: Tensor, count: int, normalize: bool, generator: torch.Generator, r
 
 
 @torch.no_grad()
-def warm_start(quantizer: ResidualQuantizer, latents: Tensor, generator: torch.Generator) -> None:
+def warm_start(
+    quantizer: ResidualQuantizer,
+    latents: Tensor,
+    generator: torch.Generator,
+    first_levels: int = 0,
+    first_channels: int = 0,
+) -> None:
     """Initialise every level from latents (M, C): projections are the first D principal axes of what the levels before
     left over, the code book is their k-means.
 
     All code vectors are scaled by one number that gives those of the first level unit variance, so that the losses of
     the quantiser have the same weight whatever the latents' scale.
+
+    Args:
+        first_levels, first_channels: the first so many levels look at the first so many channels only.
     """
     residual, scale = latents, None
-    for level in quantizer.quantizers:
+    for i, level in enumerate(quantizer.quantizers):
         if level.projected:
             dim = level.codebook.embedding_dim
-            mean = residual.mean(0)
-            centred = (residual - mean).double()
+            seen = first_channels if i < first_levels else residual.shape[1]
+            mean, axes = torch.zeros_like(residual[0]), residual.new_zeros(residual.shape[1], dim)
+            mean[:seen] = residual[:, :seen].mean(0)
+            centred = (residual - mean)[:, :seen].double()
             values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
-            axes = vectors[:, -dim:].to(residual.dtype)
+            axes[:seen] = vectors[:, -dim:].to(residual.dtype)
             if scale is None:
                 scale = values[-dim:].mean().sqrt().to(residual.dtype)
             _set_conv(level.in_project, axes.T / scale, -(axes.T @ mean) / scale)
@@ -55,8 +66,9 @@ def warm_start(quantizer: ResidualQuantizer, latents: Tensor, generator: torch.G
 
 
 def _set_conv(conv, weight: Tensor, bias: Tensor) -> None:
-    conv.weight_v.copy_(weight[..., None])
-    conv.weight_g.copy_(torch.linalg.vector_norm(conv.weight_v, dim=(1, 2), keepdim=True))
+    gain = torch.linalg.vector_norm(weight, dim=1)[:, None, None]
+    conv.weight_g.copy_(gain)
+    conv.weight_v.copy_(torch.where(gain > 0, weight[..., None], 1.0))  # a direction of length 0 cannot be normalised
     conv.bias.copy_(bias)
 
 

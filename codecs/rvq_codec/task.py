@@ -27,6 +27,7 @@ from rvq_codec.codebooks import count_codes, restart_dead_codes, warm_start
 from rvq_codec.codec import RVQCodec, RVQCodecConfig
 from rvq_codec.data import load_clips
 from rvq_codec.evaluation import evaluate, resynthesise
+from rvq_codec.features import SpeechFeatures
 
 
 class WaveDiscriminators(nn.Module):
@@ -44,9 +45,10 @@ class WaveDiscriminators(nn.Module):
 class RVQCodecTask(Task):
     """Losses, schedule of stages, validation and release of an `RVQCodec`.
 
-    Stages are steps of one run: a plain autoencoder until `quantizer_start`; then the code books are initialised by
-    k-means and join in; from `gan_start` on the discriminators do. Steps count the batches of one process, so that with
-    accumulation a step of the trainer is several.
+    Stages are steps of one run. With `features`, until their `until` the encoder regresses speech features while the
+    decoder learns from the features themselves. Then a plain autoencoder until `quantizer_start`, where the code books
+    are initialised by k-means and join in; from `gan_start` on the discriminators do. Steps count the batches of one
+    process, so that with accumulation a step of the trainer is several.
 
     Args:
         codec: fields of `RVQCodecConfig`.
@@ -54,6 +56,8 @@ class RVQCodecTask(Task):
         weights: of the losses `mel`, `stft`, `waveform` (mean absolute error over mean absolute value), `feature` and
             `adversarial`; commitment and codebook weights are the codec's own.
         period, spectrogram: arguments of the two families of discriminators.
+        features: `mel_bands` and `low_samples` (together the latent's channels), `until`, and `envelope_levels`: how
+            many levels are initialised to see the mel bands only. None for no such stage.
         quantizer_start, gan_start: see above; None for no discriminators at all.
         decoder_only: encoder and quantiser keep the weights of `init`, so that codes stay the same.
         restart_every: steps between two restarts of dead codes.
@@ -69,6 +73,7 @@ class RVQCodecTask(Task):
         weights: Mapping[str, float],
         period: Mapping[str, Any],
         spectrogram: Mapping[str, Any],
+        features: Mapping[str, int] | None = None,
         quantizer_start: int = 0,
         gan_start: int | None = 0,
         decoder_only: bool = False,
@@ -90,6 +95,16 @@ class RVQCodecTask(Task):
             self.codec.encoder.requires_grad_(False)
             self.codec.quantizer.requires_grad_(False)
         self.decoder_only = decoder_only
+        self.features, self.features_until, self.envelope_levels = None, 0, 0
+        if features:
+            bands, low = features["mel_bands"], features["low_samples"]
+            if bands + low != config.latent_channels or config.hop % low:
+                raise UserError(
+                    f"features: {bands} mel bands and {low} low-band samples must add up to the "
+                    f"{config.latent_channels} latent channels, and {low} must divide the hop of {config.hop}"
+                )
+            self.features = SpeechFeatures(bands, low, config.sample_rate, config.hop)
+            self.features_until, self.envelope_levels = features["until"], features["envelope_levels"]
         self.quantizer_start, self.gan_start = quantizer_start, gan_start
         self.restart_every, self.warm_started = restart_every, bool(init)
         self.validation = validation
@@ -125,7 +140,10 @@ class RVQCodecTask(Task):
             step, wave = int(self.step), batch["wave"]
             if self.training and not self.decoder_only:
                 self._tend_codebooks(step)
-            if "codes" in batch:
+            regression = None
+            if step < self.features_until:
+                fake, z, quantized, regression = self._from_features(wave)
+            elif "codes" in batch:
                 fake, z, quantized = self.codec.decoder(self.codec.quantizer.embed(batch["codes"])), None, None
             else:
                 fake, z, quantized = self.codec(wave, quantize=step >= self.quantizer_start)
@@ -133,7 +151,19 @@ class RVQCodecTask(Task):
             if self.training and not self.decoder_only:
                 self._remember(z.detach(), quantized)
             batch["_run"] = {"fake": fake[..., :length], "real": wave[..., :length], "quantized": quantized}
+            batch["_run"]["regression"] = regression
         return batch["_run"]
+
+    def _from_features(self, wave: Tensor) -> tuple[Tensor, Tensor, None, Tensor]:
+        """Wave decoded from the features, latent, nothing quantised, and the mean square of latent - features."""
+        with torch.no_grad(), torch.autocast(wave.device.type, enabled=False):
+            features = self.features(wave.float())
+        z = self.codec.encoder(wave)
+        length = min(z.shape[-1], features.shape[-1])
+        regression = (z[..., :length] - features[..., :length]).square().mean()
+        # The decoder will see latents that are coarser than the features.
+        noise = 0.3 * torch.rand(len(features), 1, 1, device=z.device) * torch.randn_like(features)
+        return self.codec.decoder(features + noise), z, None, regression
 
     def _discriminator_losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         run = self._run(batch)
@@ -152,6 +182,9 @@ class RVQCodecTask(Task):
         if weights["waveform"]:
             losses["waveform"] = (fake - real).abs().mean() / real.abs().mean().clamp_min(1e-4)
         total = sum(weights[name] * value for name, value in losses.items())
+        if run["regression"] is not None:
+            losses["features"] = run["regression"]
+            total = total + losses["features"]
         if run["quantized"] is not None and not self.decoder_only:
             losses["commitment"] = run["quantized"].commitment.sum()
             losses["codebook"] = run["quantized"].codebook.sum()
@@ -187,7 +220,8 @@ class RVQCodecTask(Task):
         latents = self.pooled[self.pooled.abs().sum(1) > 0]  # rows that have not been filled yet are zero
         if len(latents):
             if first:
-                warm_start(self.codec.quantizer, latents, generator)
+                bands = self.features.mel_bands if self.features else 0
+                warm_start(self.codec.quantizer, latents, generator, self.envelope_levels, bands)
             else:
                 restart_dead_codes(self.codec.quantizer, latents, self.counts, generator)
         self.counts.zero_()

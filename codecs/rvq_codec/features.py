@@ -1,0 +1,65 @@
+"""Speech features that a codec's latent can be taught before its decoder exists: an envelope, and where the pulses are.
+
+An autoencoder with a Vocos decoder learns slowly from nothing: until the latent says something the decoder cannot use
+it, and phases stay constants. Regressing these features teaches an encoder in minutes, while a decoder learns from the
+features themselves. Log-mel bands alone are not enough: with the true magnitudes but constant phases PESQ stays under
+1.9, with true phases below 1 kHz it is 2.7.
+
+Axes: B batch, N samples, M mel bands, S low-band samples of a frame, T frames.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.nn.audio_losses import mel_filters
+
+WINDOW = 1024
+
+
+class SpeechFeatures(nn.Module):
+    """(B, 1, N) -> (B, M + S, N / hop): standardised log-mel bands, then the wave below 850 Hz.
+
+    Frame t describes the samples hop * t .. hop * (t + 1): the mel window is centred in it, and the S low-band samples
+    are spaced evenly over it, divided by the band's level in three frames.
+
+    Args:
+        mel_bands, low_samples: M, S; S must divide the hop.
+        sample_rate, hop: of the codec.
+    """
+
+    def __init__(self, mel_bands: int, low_samples: int, sample_rate: int, hop: int, cutoff: float = 850.0):
+        super().__init__()
+        assert hop % low_samples == 0, "low-band samples are evenly spaced"
+        self.mel_bands, self.low_samples, self.hop = mel_bands, low_samples, hop
+        self.stride = hop // low_samples
+        half = 20 * self.stride
+        t = torch.arange(-half, half) + 0.5
+        taps = 2 * cutoff / sample_rate * torch.sinc(2 * cutoff / sample_rate * t)
+        taps = taps * (0.5 + 0.5 * torch.cos(math.pi * t / half))
+        self.register_buffer("taps", taps[None, None], persistent=False)
+        self.register_buffer("window", torch.hann_window(WINDOW), persistent=False)
+        self.register_buffer("filters", mel_filters(sample_rate, WINDOW, mel_bands), persistent=False)
+        self.standardise = nn.BatchNorm1d(mel_bands, affine=False, momentum=None)
+
+    def forward(self, wave: Tensor) -> Tensor:
+        return torch.cat([self.standardise(self._log_mel(wave[:, 0])), self._low_band(wave)], 1)
+
+    def _log_mel(self, wave: Tensor) -> Tensor:
+        frames = wave.shape[-1] // self.hop
+        padded = F.pad(wave, ((WINDOW - self.hop) // 2, WINDOW // 2))
+        spectrum = torch.fft.rfft(padded.unfold(-1, WINDOW, self.hop)[:, :frames] * self.window)
+        return (spectrum.abs() @ self.filters).clamp_min(1e-4).log10().transpose(1, 2)
+
+    def _low_band(self, wave: Tensor) -> Tensor:
+        frames, half = wave.shape[-1] // self.hop, self.taps.shape[-1] // 2
+        # Sample j of a frame is centred at stride * (j + 1/2).
+        low = F.conv1d(F.pad(wave, (half - self.stride // 2, half)), self.taps, stride=self.stride)
+        low = low[:, 0, : frames * self.low_samples].unflatten(1, (frames, self.low_samples))
+        power = low.square().mean(-1)[:, None]
+        level = F.avg_pool1d(F.pad(power, (1, 1), mode="replicate"), 3, 1)[:, 0].sqrt()
+        return (low / (level[..., None] + 2e-3)).transpose(1, 2)
