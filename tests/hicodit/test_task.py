@@ -137,5 +137,5 @@ def test_a_missing_tokenizer_says_what_to_run(corpus):
 
 
 def test_phoneme_labels_at_frame_centres():
-    labels = phoneme_labels([["a", 0.02, 0.10], ["?", 0.10, 0.14], ["b", 0.14, 0.2]], 5, ["a", "b"])
+    labels = phoneme_labels([["a", 0.02, 0.10], ["?", 0.10, 0.13], ["b", 0.13, 0.2]], 5, ["a", "b"])
     assert labels.tolist() == [1, 1, 0, 2, 2]
