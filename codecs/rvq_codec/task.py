@@ -6,6 +6,7 @@ Axes: B batch, N samples, C latent channels, Q levels, K codes of a book, M pool
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,18 @@ class WaveDiscriminators(nn.Module):
 
     def forward(self, wave: Tensor) -> list[list[Tensor]]:
         return self.period(wave) + self.spectrogram(wave)
+
+
+def _load(folder: str, config: RVQCodecConfig) -> RVQCodec:
+    """The codec of a release, with the training settings of `config`, which must describe the same networks."""
+    codec = RVQCodec.from_pretrained(folder)
+    names = ("quantizer_dropout", "commitment", "codebook", "conv_width", "conv_ratios")
+    for name, value in asdict(codec.config).items():
+        if name not in names and value != getattr(config, name):
+            raise UserError(f"task.init={folder} has {name}={value}, but task.codec asks for {getattr(config, name)}")
+    quantizer = codec.quantizer
+    quantizer.dropout, quantizer.commitment, quantizer.codebook = (getattr(config, name) for name in names[:3])
+    return codec
 
 
 class RVQCodecTask(Task):
@@ -84,7 +97,7 @@ class RVQCodecTask(Task):
     ):
         super().__init__()
         config = RVQCodecConfig(**codec)
-        self.codec = RVQCodec.from_pretrained(init) if init else RVQCodec(config)
+        self.codec = _load(init, config) if init else RVQCodec(config)
         self.discriminator = WaveDiscriminators(period, spectrogram)
         self.mel_loss = MultiScaleMelLoss(config.sample_rate, **mel)
         self.stft_loss = MultiResolutionSTFTLoss()

@@ -215,3 +215,11 @@ def test_features_follow_the_wave():
     expected = torch.sin(2 * np.pi * 200 * at)
     assert torch.corrcoef(torch.stack([samples, expected]))[0, 1] > 0.99
     assert both[1, 20:, 5:-5].abs().max() < 0.2 * both[0, 20:, 5:-5].abs().max()
+
+
+def test_init_must_be_the_same_codec(tmp_path):
+    make_task().release(tmp_path / "release", {})
+    task = make_task(init=str(tmp_path / "release"), codec=CODEC | {"quantizer_dropout": 0.1})
+    assert task.codec.quantizer.dropout == 0.1
+    with pytest.raises(UserError, match=r"levels=3, but task\.codec asks for 2"):
+        make_task(init=str(tmp_path / "release"), codec=CODEC | {"levels": 2})
