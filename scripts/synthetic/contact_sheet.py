@@ -5,28 +5,27 @@ from __future__ import annotations
 import numpy as np
 
 from scripts.synthetic.expression import EXPRESSIONS, pose
-from scripts.synthetic.face import Face, draw_motion
+from scripts.synthetic.face import Face, Motion, draw_motion
 from scripts.synthetic.portrait import design
 from scripts.synthetic.visemes import FPS, mouth_track
 from scripts.synthetic.voices import load_voices
 
-_SOUNDS = ("m", "f", "T", "s", "l", "S", "u:", "oU", "i:", "E", "a", "A:")
+SOUNDS = ("m", "f", "T", "s", "l", "S", "u:", "oU", "i:", "E", "a", "A:")
 _STEP = 0.32  # s a sound
 
 
-def contact_sheet(rows: int = 10) -> np.ndarray:
-    """(rows * 128, 12 * 128, 3) uint8 RGB: one identity and expression a row, one sound a column."""
+def contact_sheet(rows: int = 10, sounds: tuple[str, ...] = SOUNDS) -> np.ndarray:
+    """One identity and expression a row, one espeak-ng phoneme a column: (rows * 128, sounds * 128, 3) uint8 RGB."""
     voices = load_voices()
     chosen = [voices[i * len(voices) // rows] for i in range(rows)]
-    phonemes = [(sound, i * _STEP, (i + 1) * _STEP) for i, sound in enumerate(_SOUNDS)]
-    frames = round(len(_SOUNDS) * _STEP * FPS)
-    track = mouth_track(phonemes, frames)
-    shown = [int((i + 0.5) * _STEP * FPS) for i in range(len(_SOUNDS))]
+    phonemes = [(sound, i * _STEP, (i + 1) * _STEP) for i, sound in enumerate(sounds)]
+    frames = round(len(sounds) * _STEP * FPS)
+    shown = [int((i + 0.5) * _STEP * FPS) for i in range(len(sounds))]
+    track = mouth_track(phonemes, frames)[shown]
     sheet = []
     for row, voice in enumerate(chosen):
-        rng = np.random.default_rng(row)
-        motion = draw_motion(rng, frames, np.zeros(frames))
+        motion = draw_motion(np.random.default_rng(row), frames, np.zeros(frames))
+        motion = Motion(*(values[shown] for values in vars(motion).values()))
         face = Face(design(voice.face_seed, voice.pitch, voice.formants))
-        video = face.render(track, pose(EXPRESSIONS[row % len(EXPRESSIONS)], 1.0), motion)
-        sheet.append(np.concatenate([video[i] for i in shown], 1))
+        sheet.append(np.concatenate(face.render(track, pose(EXPRESSIONS[row % len(EXPRESSIONS)], 1.0), motion), 1))
     return np.concatenate(sheet)

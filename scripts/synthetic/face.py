@@ -26,7 +26,7 @@ from scripts.synthetic.portrait import (
     mix,
     shade,
 )
-from scripts.synthetic.visemes import FPS, MOUTH
+from scripts.synthetic.visemes import FPS, MOUTH, mouth_track
 
 
 @dataclass(frozen=True)
@@ -189,8 +189,6 @@ def find_face_seed(number: int, pitch: float, formants: float) -> int:
 
 def _test_frames(seed: int, pitch: float, formants: float):
     """Grey frames of all expressions with varied mouths, heads and light."""
-    from scripts.synthetic.visemes import mouth_track
-
     rng = np.random.default_rng(seed)
     for light in (0.93, 1.07):
         face = Face(design(seed, pitch, formants), light)

@@ -21,7 +21,7 @@ from scripts.synthetic.face import Face, draw_motion
 from scripts.synthetic.portrait import design
 from scripts.synthetic.sentences import SLOTS, SPLITS, draw_sentence, split_of
 from scripts.synthetic.visemes import FPS, MOUTH, mouth_track
-from scripts.synthetic.voices import load_voices
+from scripts.synthetic.voices import VOICES_FILE, draw_voice, load_voices
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -146,7 +146,8 @@ def test_closures_close_the_mouth(symbol):
 
 def test_mouth_moves_smoothly_and_shapes_differ():
     track = mouth_track([("A:", 0.2, 0.5), ("i:", 0.5, 0.8), ("u:", 0.8, 1.1)], 32)
-    assert np.abs(np.diff(track, axis=0)).max() < 0.85
+    steps, ranges = np.abs(np.diff(track, axis=0)).max(0), np.ptp(track, axis=0)
+    assert (steps <= 0.8 * ranges).all()  # a change takes more than one frame
     opening, width = track[:, MOUTH.index("open")], track[:, MOUTH.index("width")]
     assert opening[8] > 0.9 and width[16] > 0.8 and width[23] < -0.8
 
@@ -178,6 +179,13 @@ def test_voices_meet_the_floor():
     assert sum(not v.held_out for v in voices) >= 32 and sum(v.held_out for v in voices) >= 8
     assert [v.number for v in voices] == list(range(len(voices)))
     assert len({v.lines for v in voices}) == len({v.face_seed for v in voices}) == len(voices)
+
+
+def test_voices_are_draws_of_the_recorded_selection():
+    arguments = json.loads(VOICES_FILE.read_text())["arguments"]
+    drawn = [draw_voice(arguments["seed"] * 100_000 + i) for i in range(arguments["candidates"])]
+    traits = {lines: (round(pitch, 1), round(formants, 4)) for lines, pitch, formants in drawn}
+    assert all(traits.get(v.lines) == (v.pitch, v.formants) for v in load_voices())
 
 
 def test_resample_keeps_a_tone():
