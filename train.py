@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from engine import distributed
 from engine.config import build, load
 from engine.errors import UserError, run_cli
+from engine.metrics.optional import need
 from engine.trainer import Trainer
 
 HELP = """
@@ -49,7 +50,13 @@ def main() -> None:
 
 
 def make_data(data: DictConfig) -> None:
-    """Run the scripts of `data.make` in order (rank 0; the others wait). Each does only what is not done yet."""
+    """Run the scripts of `data.make` in order (rank 0; the others wait). Each does only what is not done yet.
+
+    Raises:
+        UserError: a package of `data.needs` is not installed, or a script failed.
+    """
+    for package in data.get("needs") or ():
+        need(package, package)
     for command in data.get("make") or () if distributed.is_main() else ():
         script, *arguments = map(str, command)
         code = subprocess.run([sys.executable, Path(__file__).resolve().parent / script, *arguments]).returncode

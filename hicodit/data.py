@@ -18,15 +18,18 @@ SHIFT = 3  # pixels by which a mouth crop may be off in training: the tracker's 
 
 
 def augment_mouth(mouth: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift, mirror and relight mouth pictures (T, S, S) in [0, 1], the same way through the clip."""
+    """Shift, mirror and relight mouth pictures (T, S, S) in [0, 1], the same way through the clip.
+
+    Brightness and contrast need no change: the lip encoder takes them out of every picture.
+    """
     dx, dy = torch.randint(-SHIFT, SHIFT + 1, (2,), generator=generator).tolist()
     side = mouth.shape[-1]
     padded = F.pad(mouth[:, None], (SHIFT,) * 4, mode="replicate")[:, 0]
     mouth = padded[:, SHIFT + dy : SHIFT + dy + side, SHIFT + dx : SHIFT + dx + side]
-    flip, gain, gamma = torch.rand(3, generator=generator).tolist()
+    flip, gamma = torch.rand(2, generator=generator).tolist()
     if flip < 0.5:
         mouth = mouth.flip(-1)
-    return (mouth.clamp(0, 1) ** (0.7 + 0.6 * gamma)) * (0.7 + 0.6 * gain)
+    return mouth ** (0.7 + 0.6 * gamma)
 
 
 class HiCoDiTDataset:
@@ -48,6 +51,7 @@ class HiCoDiTDataset:
         return self.size
 
     def __getitem__(self, index: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """mouth (T, S, S) and face (3, S', S') in [0, 1], tokens (2 T, K), ge2e (256,), expression (), phoneme (T,)."""
         clip: Clip = self.split[index]
         mouth = clip.mouth.float() / 255
         if self.augment:

@@ -107,7 +107,7 @@ def score_entropy(log_score: Tensor, x: Tensor, x0: Tensor, sigma: Tensor, mask_
     return torch.where(x == mask_id, entropy, 0)
 
 
-def posterior_entropy(log_q: Tensor, x0: Tensor, t: Tensor, noise: LogLinearNoise) -> Tensor:
+def weighted_score_entropy(log_q: Tensor, x0: Tensor, t: Tensor, noise: LogLinearNoise) -> Tensor:
     """sigma'(t) times the score entropy of masked tokens, from their log posterior: (M, N), (M,), (M,) -> (M,).
 
     Equal to `noise.rate(t) * score_entropy(...)` with `log_score = log_q - log(exp(sigma) - 1)`; written so that a

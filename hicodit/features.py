@@ -9,7 +9,6 @@ FEATURES/SPLIT/visual-00000.safetensors: mouth (T, S, S) uint8, faces (n, F, S',
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from engine.media.video import read_video
 from engine.metrics.speaker import SpeakerEncoder
 from hicodit.conditions.face import HaarDetector, crop_face, crop_mouth, track_face
 from hicodit.conditions.types import EXPRESSIONS
+from hicodit.system import token_digest
 from rvq_codec import RVQCodec
 
 SHARD_CLIPS = 200
@@ -49,21 +49,17 @@ def shard_count(corpus: Path, split: str) -> int:
     return -(-len(read_manifest(corpus, split)) // SHARD_CLIPS)
 
 
-def token_digest(codec: RVQCodec) -> str:
-    """Eight hex digits that change when, and only when, the tokens of a wave can change."""
-    digest = hashlib.sha256()
-    for module in (codec.encoder, codec.quantizer):
-        for name, value in sorted(module.state_dict().items()):
-            digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()[:8]
-
-
-def shard_is_made(out: Path, split: str, index: int, codec: RVQCodec | None) -> bool:
-    """Whether a shard's pictures are there, and its tokens too if a tokenizer is given."""
-    names = [f"visual-{index:05d}.json"]
-    if codec is not None:
-        names.append(f"tokens-{token_digest(codec)}-{index:05d}.safetensors")
-    return all((out / split / name).is_file() for name in names)
+def shard_is_made(corpus: Path, split: str, index: int, out: Path, symbols: list[str], codec: RVQCodec | None) -> bool:
+    """Whether a shard holds just the clips and phonemes that it should, and its tokens too if a tokenizer is given."""
+    listing = out / split / f"visual-{index:05d}.json"
+    if not listing.is_file():
+        return False
+    made = json.loads(listing.read_text())
+    wanted = {clip["id"] for clip in read_manifest(corpus, split)[index * SHARD_CLIPS : (index + 1) * SHARD_CLIPS]}
+    held = {clip["id"] for clip in made["clips"]} | {name for name, _ in made["skipped"]}
+    if held != wanted or made["symbols"] != symbols:
+        return False
+    return codec is None or (out / split / f"tokens-{token_digest(codec)}-{index:05d}.safetensors").is_file()
 
 
 def phoneme_labels(phonemes: list, frames: int, symbols: list[str]) -> np.ndarray:
@@ -82,8 +78,10 @@ def make_visual_shard(
     """Write one visual shard (unless it is there); returns (clip, reason) of clips that had to be left out."""
     path = out / split / f"visual-{index:05d}.safetensors"
     listing = path.with_suffix(".json")
-    if path.is_file() and listing.is_file():
+    if shard_is_made(corpus, split, index, out, symbols, None):
         return [tuple(pair) for pair in json.loads(listing.read_text())["skipped"]]
+    for stale in (listing, *listing.parent.glob(f"tokens-*-{index:05d}.safetensors")):
+        stale.unlink(missing_ok=True)
     detector, speaker = HaarDetector(), SpeakerEncoder()
     kept, skipped, columns = (
         [],
@@ -93,14 +91,14 @@ def make_visual_shard(
     for clip in read_manifest(corpus, split)[index * SHARD_CLIPS : (index + 1) * SHARD_CLIPS]:
         try:
             frames = read_video(corpus / split / f"{clip['id']}.mp4", FPS)
-            track = track_face(frames, detector)
+            boxes = track_face([frames], detector)
             ge2e = speaker.embed(read_audio(corpus / split / f"{clip['id']}.wav", 16_000), 16_000)
         except UserError as error:
             skipped.append((clip["id"], str(error)))
             continue
         pictures = np.linspace(0, len(frames) - 1, FACE_PICTURES + 2).round().astype(int)[1:-1]
-        faces = crop_face(frames, track, face_size)[pictures]
-        columns["mouth"].append(crop_mouth(frames, track, mouth_size))
+        faces = crop_face(frames[pictures], boxes[pictures], face_size)
+        columns["mouth"].append(crop_mouth(frames, boxes, mouth_size))
         columns["faces"].append(faces[None])
         columns["ge2e"].append(np.asarray(ge2e, np.float32)[None])
         columns["expression"].append(np.array([EXPRESSIONS.index(clip["expression"])], np.uint8))
@@ -113,7 +111,7 @@ def make_visual_shard(
     with atomic_output(path) as partial:
         save_file(tensors, partial)
     with atomic_output(listing) as partial:
-        partial.write_text(json.dumps({"clips": kept, "skipped": skipped}))
+        partial.write_text(json.dumps({"clips": kept, "skipped": skipped, "symbols": symbols}))
     return skipped
 
 
@@ -173,10 +171,6 @@ class FeatureSplit:
 
     def __len__(self) -> int:
         return len(self.places)
-
-    def frames(self, index: int) -> int:
-        number, i = self.places[index]
-        return int(self.shards[number]["frames"][i])
 
     def __getitem__(self, index: int) -> Clip:
         number, i = self.places[index]

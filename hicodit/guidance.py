@@ -17,7 +17,8 @@ C and D keep the schedule (arXiv 2507.08965 on why that matters).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,7 +41,10 @@ class GuidanceScales:
 
     def __post_init__(self) -> None:
         if self.reading not in READINGS:
-            raise UserError(f"guidance reading {self.reading!r} is not one of {', '.join(READINGS)}")
+            raise UserError(f"guidance.reading={self.reading!r} is not one of {', '.join(READINGS)}")
+        for name in ("all", "identity", "expression", "lip"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"guidance.{name}={getattr(self, name)} must be a number")
 
     def exponents(self) -> dict[str, float]:
         """Exponent of every branch that takes part, in `BRANCHES` order; a zero exponent drops its branch."""
@@ -53,10 +57,6 @@ class GuidanceScales:
     def branches(self) -> tuple[str, ...]:
         """Branches that have to be computed."""
         return tuple(self.exponents())
-
-    def unguided(self) -> GuidanceScales:
-        """The conditional model alone."""
-        return replace(self, all=1.0, identity=0.0, expression=0.0, lip=0.0, reading="D")
 
 
 def guided_log_posterior(log_p: Tensor, scales: GuidanceScales, log_odds: Tensor | None = None) -> Tensor:

@@ -10,20 +10,22 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
+from engine.distributed import pick_device
 from engine.errors import UserError
 from engine.media.audio import read_audio, write_wav
 from engine.media.video import mux_audio
 from engine.metrics.speaker import SpeakerEncoder
-from hicodit.pipeline import Crops, HiCoDiTPipeline, Speech
+from hicodit.pipeline import BUNDLED, Crops, HiCoDiTPipeline, Speech, window_count
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")
 
@@ -50,9 +52,9 @@ class InferConfig:
     """Types of configs/infer.yaml; what each field means stands there."""
 
     model: str = "hicodit"
-    weights: str = ""
+    weights: str | None = None
     codec: str | None = None
-    input: str = ""
+    input: str | None = None
     output: str = ""
     reference_audio: str | None = None
     seed: int = 0
@@ -76,37 +78,52 @@ def checked(config: DictConfig) -> InferConfig:
         raise UserError(f"{error.full_key or 'config'}: {reason}") from error
 
 
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
+def find_clips(source: Path, output: Path) -> list[Path]:
+    """The clip itself, or the video files of a folder in order of name.
 
-
-def find_clips(source: Path) -> list[Path]:
-    """The clip itself, or the video files of a folder in order of name."""
+    Raises:
+        UserError: nothing there, two clips that would share output files, or a clip that its own output would replace.
+    """
     if not source.exists():
         raise UserError(f"no such file or folder: input={source}")
     if source.is_file():
-        return [source]
-    clips = sorted(p for p in source.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES)
+        clips = [source]
+    else:
+        clips = sorted(p for p in source.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES)
     if not clips:
         raise UserError(f"no clip in folder input={source}: looked for {', '.join(VIDEO_SUFFIXES)}")
+    names: dict[str, Path] = {}
+    for clip in clips:
+        other = names.setdefault(clip.stem, clip)
+        if other != clip:
+            raise UserError(f"{other} and {clip} would both be written to {output / clip.stem}.mp4: rename one")
+        for target in outputs_of(clip, output):
+            if target.resolve() == clip.resolve():
+                raise UserError(f"output={output} would replace the clip {clip} itself: choose another folder")
+            if target.is_dir():
+                raise UserError(f"cannot write {target}: it is a folder")
     return clips
 
 
-def check_writable(folder: Path) -> None:
-    """Fail before any work, not after it."""
+def outputs_of(clip: Path, folder: Path) -> list[Path]:
+    return [folder / f"{clip.stem}{suffix}" for suffix in (".mp4", ".png", ".wav")]
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Make `folder` and fail before any work if it cannot be written; it goes again if nothing came into it."""
+    existed = folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise UserError(f"cannot write to output={folder}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        if not existed and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def write_outputs(clip: Path, speech: Speech, folder: Path, figure: bool) -> list[Path]:
@@ -139,55 +156,57 @@ def run(config: DictConfig) -> int:
     c = checked(config)
     if c.batch_size < 1:
         raise UserError(f"batch_size={c.batch_size} must be at least 1")
-    clips, output = find_clips(Path(c.input)), Path(c.output)
-    check_writable(output)
-    device = pick_device(c.device)
-    pipeline = HiCoDiTPipeline.from_pretrained(c.weights, device, c.codec)
-    pipeline.sampler = replace(pipeline.sampler, **_given(c.sampler))
-    pipeline.guidance = replace(pipeline.guidance, **_given(c.guidance))
-    identity = None
-    if c.reference_audio is not None:
-        identity = SpeakerEncoder().embed(read_audio(c.reference_audio, 16_000), 16_000)
+    output = Path(c.output)
+    clips = find_clips(Path(c.input) if c.input else BUNDLED.parent / "demo" / "silent.mp4", output)
+    with writable(output):
+        pipeline = HiCoDiTPipeline.from_pretrained(c.weights or BUNDLED, pick_device(c.device), c.codec)
+        pipeline.sampler = replace(pipeline.sampler, **_given(c.sampler))
+        pipeline.guidance = replace(pipeline.guidance, **_given(c.guidance))
+        identity = None
+        if c.reference_audio is not None:
+            identity = SpeakerEncoder().embed(read_audio(c.reference_audio, 16_000), 16_000)
+        return _speak_all(pipeline, clips, output, c, identity)
 
-    failed: list[tuple[Path, str]] = []
-    start, spoken, single = time.monotonic(), 0.0, len(clips) == 1
-    passes = -(-len(clips) // c.batch_size)
-    with tqdm(
-        total=passes * pipeline.sampler.steps, unit="step", disable=not sys.stderr.isatty(), leave=False
-    ) as progress:
+
+def _speak_all(
+    pipeline: HiCoDiTPipeline, clips: list[Path], output: Path, c: InferConfig, identity: np.ndarray | None
+) -> int:
+    failed: list[str] = []
+    start, spoken = time.monotonic(), 0.0
+
+    def fail(error: UserError) -> None:
+        if len(clips) == 1:
+            raise error
+        failed.append(str(error))
+        print(f"failed: {error}", file=sys.stderr, flush=True)
+
+    with tqdm(total=0, unit="step", disable=not sys.stderr.isatty(), leave=False) as progress:
         for first in range(0, len(clips), c.batch_size):
             group: list[tuple[Path, Crops]] = []
             for clip in clips[first : first + c.batch_size]:
                 try:
                     group.append((clip, pipeline.crops(clip)))
                 except UserError as error:
-                    if single:
-                        raise
-                    failed.append((clip, str(error)))
-                    print(f"failed: {error}", file=sys.stderr, flush=True)
+                    fail(error)
             if not group:
                 continue
+            progress.total += pipeline.sampler.steps * max(window_count(len(crops.mouth)) for _, crops in group)
             seeds = [c.seed] * len(group)
-            speeches = pipeline.run([crops for _, crops in group], seeds, identity, lambda _: progress.update())
+            speeches = pipeline.run([k for _, k in group], seeds, identity, on_step=lambda _: progress.update())
             for (clip, _), speech in zip(group, speeches):
-                written = write_outputs(clip, speech, output, c.figure)
+                try:
+                    written = write_outputs(clip, speech, output, c.figure)
+                except UserError as error:
+                    fail(error)
+                    continue
                 spoken += len(speech.wave) / speech.rate
                 tqdm.write(f"{clip} -> {', '.join(p.name for p in written)}", file=sys.stdout)
-    elapsed = time.monotonic() - start
-    done = len(clips) - len(failed)
+    elapsed, done = time.monotonic() - start, len(clips) - len(failed)
     if not done:
-        raise UserError(f"none of the {len(clips)} clips of input={c.input} could be done; the first: {failed[0][1]}")
-    print(f"{done} of {len(clips)} clips in {output}: {spoken:.1f} s of speech in {elapsed:.1f} s on {device}")
+        raise UserError(f"none of the {len(clips)} clips of input={c.input} could be done; the first: {failed[0]}")
+    print(f"{done} of {len(clips)} clips in {output}: {spoken:.1f} s of speech in {elapsed:.1f} s on {pipeline.device}")
     return 1 if failed else 0
 
 
 def _given(overrides: SamplerOverrides | GuidanceOverrides) -> dict[str, object]:
     return {name: value for name, value in vars(overrides).items() if value is not None}
-
-
-def mel_picture(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Log-mel spectrogram (80, frames) in dB for the eye."""
-    from torchaudio.transforms import MelSpectrogram
-
-    mel = MelSpectrogram(rate, n_fft=1024, hop_length=rate // 100, n_mels=80)(torch.from_numpy(wave))
-    return 10 * torch.log10(mel.clamp(min=1e-8)).numpy()

@@ -7,6 +7,16 @@ The paper's network is two stages. Low: levels 1-2; lip features joined by chann
 through AdaLN. High: levels 3-12; the low stage's output joined the same way, expression and time through dual-scale
 AdaLN. The flat ablation is one stage of all levels that takes all conditions. Nothing here depends on diffusion time
 except `forward`: `prepare` computes the rest once a clip, for all guidance branches.
+
+What no source states was chosen here (inferred):
+- a group of levels enters as the mean of its levels' embeddings (DEmoFace), one table of N + 1 rows a level;
+- both fusions are a linear layer from 2C to C after concatenation, here as two layers that are added;
+- lip features are repeated twice to reach 50 a second; a half-second window scales 25 tokens;
+- heads of levels 1-2 read the low stage, the others the high stage, each after a modulated norm;
+- gamma_t multiplies without a "1 +" and starts at 1; every other modulation starts at 0;
+- a null condition is a learned vector, for expression a row of its table; positions are rotary;
+- masks are drawn independently by level and frame, under one time a clip;
+- heads give normalised log posteriors, and the AdaLN condition is 128 wide.
 """
 
 from __future__ import annotations
@@ -18,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.errors import UserError
 from hicodit.conditions.types import NO_EXPRESSION, Conditions
 from hicodit.layers import AdaLNBlock, AdaLNFinal, TimeEmbedding, rotary_table
 
@@ -85,7 +96,6 @@ class Prepared:
     rotary: Tensor  # (2, L, D/2)
     mask: Tensor | None  # (B, 1, 1, L), True at real frames; None when there is no padding
     branches: int
-    lengths: Tensor  # (B,) token frames
 
 
 class Stage(nn.Module):
@@ -133,6 +143,11 @@ class HiCoDiT(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = c = config
+        if c.width % (2 * c.heads) or not 0 < c.low_levels < c.levels or c.attention not in ("sdpa", "flash"):
+            raise UserError(
+                f"model: width={c.width} must be a multiple of 2 x heads={c.heads}, low_levels={c.low_levels} lie "
+                f"between 0 and levels={c.levels}, and attention={c.attention!r} be sdpa or flash"
+            )
         self.time = TimeEmbedding(c.cond_dim)
         self.lip_proj = nn.Sequential(nn.Linear(c.lip_dim, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
         self.identity_proj = nn.Sequential(
@@ -190,7 +205,9 @@ class HiCoDiT(nn.Module):
         if keep is None:
             patterns = [[name in GIVEN[branch] for name in CONDITIONS] for branch in branches]
             keep = torch.tensor(patterns, device=device)[:, None].expand(-1, batch, -1)
-        named = [tuple(row) for row in keep[:, 0].tolist()]  # only used where all clips share a pattern
+        else:
+            assert len(keep) == 1, "patterns of clips are for one branch: rows are merged by their first clip's pattern"
+        named = [tuple(row) for row in keep[:, 0].tolist()]
         count = len(keep)
         lip, identity, expression = self._embed(conditions, length)
         valid = torch.arange(length, device=device) < TOKENS_PER_FRAME * conditions.frames[:, None]  # (B, L)
@@ -212,7 +229,6 @@ class HiCoDiT(nn.Module):
             rotary=rotary_table(length, self.config.width // self.config.heads, device),
             mask=None if bool(valid.all()) else valid[:, None, None],
             branches=count,
-            lengths=TOKENS_PER_FRAME * conditions.frames,
         )
 
     def _embed(self, conditions: Conditions, length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -271,9 +287,8 @@ class HiCoDiT(nn.Module):
             rows = rows.view(prepared.branches, batch)
             for i, head in enumerate(stage.heads):
                 at = (level == stage.first + i).nonzero()[:, 0]
-                if len(at):
-                    row = rows[:, clip[at]]  # (G, m)
-                    out[:, at] = head(stage.final(h[row, frame[at]], cond, row)).float()
+                row = rows[:, clip[at]]  # (G, m)
+                out[:, at] = head(stage.final(h[row, frame[at]], cond, row)).float()
         if self.config.normalised:
             return out.log_softmax(-1)
         return out - torch.log(torch.tensor(float(self.config.codes)))

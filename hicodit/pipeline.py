@@ -5,7 +5,7 @@ Axes: B batch, T video frames (25 a second), L = 2 T token frames, K token level
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,24 +15,25 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from engine.errors import UserError
-from engine.media.video import read_video
+from engine.media.video import iter_video
 from hicodit.conditions.face import FaceDetector, HaarDetector, crop_face, crop_mouth, track_face
 from hicodit.conditions.types import Conditions
 from hicodit.diffusion import LogLinearNoise, log_expm1
 from hicodit.guidance import GuidanceScales, guided_log_posterior
 from hicodit.model import TOKENS_PER_FRAME, HiCoDiT
 from hicodit.samplers import SamplerConfig, sample
-from hicodit.system import HiCoDiTSystem
+from hicodit.system import HiCoDiTSystem, token_digest
 from rvq_codec import RVQCodec
 
 FPS = 25.0
 MIN_FRAMES = 5  # 0.2 s
+MAX_SIDE = 640  # larger frames are scaled down; the crops need far less
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "hicodit_tiny"
 
 # A clip longer than the model was trained on is done in windows. A window starts from the last tokens of the one
 # before it, which the sampler keeps, so there is no seam to hide; the very last tokens of a window had no future to
 # look at and are done again. Starts are whole seconds, so that expression windows stay aligned.
-WINDOW, OVERLAP, REDO = 100, 25, 5  # video frames
+WINDOW, OVERLAP, REDO = 75, 25, 5  # video frames
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,20 @@ def generate(
     seeds: Sequence[int],
     on_step: Callable[[int], None] = lambda step: None,
 ) -> list[Tensor]:
-    """Tokens (K, L) of each clip. The same seed gives a clip the same tokens, whatever shares its batch."""
+    """Tokens (K, L) of each clip. A clip's draws depend on its seed alone; what shares its batch changes only rounding.
+
+    Raises:
+        UserError: guidance reading A or B with a sampler that plans its own reveal schedule.
+    """
+    if scales.reading in "AB" and sampler.method != "euler":
+        raise UserError(
+            f"guidance.reading={scales.reading} changes the reveal schedule: use sampler.method=euler, or C, D"
+        )
     levels, mask_id = model.config.levels, model.mask_id
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     frames = conditions.frames.tolist()
     done = [torch.full((levels, TOKENS_PER_FRAME * n), mask_id) for n in frames]
-    starts = [list(range(0, max(1, n - OVERLAP), WINDOW - OVERLAP)) for n in frames]
+    starts = [[i * (WINDOW - OVERLAP) for i in range(window_count(n))] for n in frames]
     for turn in range(max(map(len, starts))):
         clips = [b for b, own in enumerate(starts) if turn < len(own)]
         spans = [(starts[b][turn], min(starts[b][turn] + WINDOW, frames[b])) for b in clips]
@@ -109,6 +118,11 @@ def generate(
             if end < frames[b]:
                 done[b][:, TOKENS_PER_FRAME * (end - REDO) :] = mask_id
     return done
+
+
+def window_count(frames: int) -> int:
+    """Windows that a clip of so many video frames is done in."""
+    return max(1, -(-(frames - OVERLAP) // (WINDOW - OVERLAP)))
 
 
 def window(conditions: Conditions, clips: list[int], spans: list[tuple[int, int]]) -> Conditions:
@@ -150,15 +164,26 @@ class HiCoDiTPipeline:
     def from_pretrained(
         cls, folder: str | Path = BUNDLED, device: torch.device | str = "cpu", codec: str | Path | None = None
     ) -> HiCoDiTPipeline:
-        """Load a release folder; its tokenizer is looked for beside it unless `codec` names another folder.
+        """Load a release folder; its tokenizer is the one beside it, or the bundled one, unless `codec` names another.
 
         Raises:
             UserError: a folder is missing, of another model, or with wrong shapes.
         """
         system, config = HiCoDiTSystem.load(folder)
-        codec = RVQCodec.from_pretrained(codec or Path(folder).resolve().parent / config.get("codec", "rvq_tiny"))
-        sampler, guidance = SamplerConfig(**config.get("sampler", {})), GuidanceScales(**config.get("guidance", {}))
-        return cls(system, codec, sampler, guidance, device)
+        if codec is None:
+            name = config.get("codec", "rvq_tiny")
+            places = [Path(folder).resolve().parent / name, BUNDLED.parent / name]
+            codec = next((place for place in places if place.is_dir()), places[0])
+        loaded = RVQCodec.from_pretrained(codec)
+        if config.get("token_digest") not in (None, token_digest(loaded)):
+            raise UserError(
+                f"tokenizer {codec} makes other tokens than those that {folder} was trained on: name its own"
+            )
+        try:
+            sampler, guidance = SamplerConfig(**config.get("sampler", {})), GuidanceScales(**config.get("guidance", {}))
+        except TypeError as error:
+            raise UserError(f"{Path(folder) / 'config.yaml'}: {error}") from error
+        return cls(system, loaded, sampler, guidance, device)
 
     def crops(self, video: str | Path | np.ndarray) -> Crops:
         """Mouth and face pictures of a clip: a file of any size and frame rate, or frames (T, H, W, 3) uint8 at 25 fps.
@@ -166,20 +191,29 @@ class HiCoDiTPipeline:
         Raises:
             UserError: not a readable video, shorter than 0.2 s, or no face found.
         """
-        name = "the clip" if isinstance(video, np.ndarray) else str(video)
-        frames = video if isinstance(video, np.ndarray) else read_video(video, FPS, max_side=1280)
-        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
-            raise UserError(f"frames of shape {frames.shape} and type {frames.dtype}: give (T, H, W, 3) uint8 RGB")
-        if len(frames) < MIN_FRAMES:
-            raise UserError(
-                f"{name} has {len(frames) / FPS:.2f} s of video; at least {MIN_FRAMES / FPS:.1f} s is needed"
-            )
+        array = isinstance(video, np.ndarray)
+        name = "the clip" if array else str(video)
+        if array and (video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8):
+            raise UserError(f"frames of shape {video.shape} and type {video.dtype}: give (T, H, W, 3) uint8 RGB")
+
+        def blocks() -> Iterator[np.ndarray]:
+            """The clip from its start, a piece at a time: files are read again rather than kept in memory."""
+            return iter([video]) if array else iter_video(video, FPS, MAX_SIDE)
+
+        frames = sum(len(block) for block in blocks())
+        if frames < MIN_FRAMES:
+            raise UserError(f"{name} has {frames / FPS:.2f} s of video; at least {MIN_FRAMES / FPS:.1f} s is needed")
         try:
-            track = track_face(frames, self.detector, FPS)
+            boxes = track_face(blocks(), self.detector, FPS)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
-        sizes = self.system.encoders.config
-        return Crops(crop_mouth(frames, track, sizes.mouth_size), crop_face(frames, track, sizes.face_size))
+        sizes, mouth, faces, start = self.system.encoders.config, [], [], 0
+        for block in blocks():
+            part = boxes[start : start + len(block)]
+            mouth.append(crop_mouth(block, part, sizes.mouth_size))
+            faces.append(crop_face(block, part, sizes.face_size))
+            start += len(block)
+        return Crops(np.concatenate(mouth), np.concatenate(faces))
 
     @torch.inference_mode()
     def conditions(self, crops: Sequence[Crops], identity: np.ndarray | None = None) -> Conditions:
@@ -205,11 +239,12 @@ class HiCoDiTPipeline:
         crops: Sequence[Crops],
         seeds: Sequence[int],
         identity: np.ndarray | None = None,
+        sampler: SamplerConfig | None = None,
         on_step: Callable[[int], None] = lambda step: None,
     ) -> list[Speech]:
         """A batch of clips whose faces are already cut out."""
         conditions = self.conditions(crops, identity)
-        tokens = generate(self.system.model, conditions, self.sampler, self.guidance, seeds, on_step)
+        tokens = generate(self.system.model, conditions, sampler or self.sampler, self.guidance, seeds, on_step)
         expressions = conditions.expression.cpu().numpy()
         windows = [-(-2 * len(c.mouth) // 25) for c in crops]
         return [
@@ -225,9 +260,4 @@ class HiCoDiTPipeline:
         **sampler: object,
     ) -> Speech:
         """Speech of one clip; keyword arguments override fields of the sampler (`steps=16`, `method="confidence"`)."""
-        own = self.sampler
-        self.sampler = replace(own, **sampler)
-        try:
-            return self.run([self.crops(video)], [seed], identity)[0]
-        finally:
-            self.sampler = own
+        return self.run([self.crops(video)], [seed], identity, replace(self.sampler, **sampler))[0]

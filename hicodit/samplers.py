@@ -46,8 +46,9 @@ class SamplerConfig:
             raise UserError(f"sampler.method={self.method!r} is not one of {', '.join(METHODS)}")
         if self.steps < 1:
             raise UserError(f"sampler.steps={self.steps} must be at least 1")
-        if self.temperature < 0 or self.choice_noise < 0:
-            raise UserError("sampler.temperature and sampler.choice_noise must not be negative")
+        for name in ("temperature", "choice_noise"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"sampler.{name}={getattr(self, name)} must be 0 or more")
 
 
 def sample(
@@ -126,11 +127,11 @@ def sample(
         else:
             log_q = posterior(x, t, masked)
             candidate = draw(log_q, masked)
-            surety = log_q.gather(-1, candidate[:, None])[:, 0].double()
+            confidence = log_q.gather(-1, candidate[:, None])[:, 0].double()
             noise = -torch.log(dd.exponential_noise(uniform(masked)[:, 0]))  # Gumbel
             at = t.double()[:, None, None].expand(masked.shape)[masked]
             score = torch.full(masked.shape, -math.inf, dtype=torch.float64, device=device)
-            score[masked] = surety + config.choice_noise * at * noise
+            score[masked] = confidence + config.choice_noise * at * noise
             place = score.flatten(1).argsort(1, descending=True).argsort(1).view(masked.shape)
             reveal = masked & (place < (masked.flatten(1).sum(1) - keep_masked)[:, None, None])
             x[reveal] = candidate[reveal[masked]]

@@ -5,6 +5,7 @@ Axes: B batch, T video frames, F face pictures, S picture side.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,18 @@ from engine.release import half, load_strict, read_release, save_release
 from hicodit.conditions.encoders import ConditionEncoders, TinyEncoderConfig
 from hicodit.conditions.types import Conditions, window_expressions
 from hicodit.model import HiCoDiT, ModelConfig
+from rvq_codec import RVQCodec
 
 KIND = "hicodit"
+
+
+def token_digest(codec: RVQCodec) -> str:
+    """Eight hex digits that change when, and only when, the tokens of a wave can change."""
+    digest = hashlib.sha256()
+    for module in (codec.encoder, codec.quantizer):
+        for name, value in sorted(module.state_dict().items()):
+            digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
 class HiCoDiTSystem(nn.Module):
@@ -33,6 +44,12 @@ class HiCoDiTSystem(nn.Module):
             )
         self.model = HiCoDiT(model)
         self.encoders = ConditionEncoders(encoders)
+
+    def compile(self, *arguments: Any, **options: Any) -> None:
+        """Compile the transformer blocks: everything around them is small and changes shape with every batch."""
+        for stage in self.model.stages:
+            for block in stage.blocks:
+                block.compile(*arguments, **options)
 
     def conditions(self, mouth: Tensor, faces: Tensor, frames: Tensor, identity: Tensor | None = None) -> Conditions:
         """What the pictures of a batch of clips say.

@@ -13,14 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.errors import UserError
 from engine.trainer import Task
 from hicodit.conditions.encoders import TinyEncoderConfig
 from hicodit.conditions.types import Conditions
-from hicodit.diffusion import LogLinearNoise, perturb, posterior_entropy, stratified_times
+from hicodit.diffusion import LogLinearNoise, perturb, stratified_times, weighted_score_entropy
 from hicodit.guidance import GuidanceScales
 from hicodit.model import TOKENS_PER_FRAME, ModelConfig
 from hicodit.samplers import SamplerConfig
-from hicodit.system import HiCoDiTSystem
+from hicodit.system import HiCoDiTSystem, token_digest
+from rvq_codec import RVQCodec
 
 MIN_TIME = 1e-3  # of the training draw; not the schedule's eps, not the sampler's end
 VALIDATION_STEPS = 16  # enough to tell runs apart, at a quarter of the cost
@@ -34,7 +36,9 @@ class HiCoDiTTask(Task):
         codec: release folder of the tokenizer.
         features: of `scripts/prepare_features.py`; splits `seen` and `unseen` validate.
         grammar: JSGF grammar of the validation recogniser.
-        identity_weight: of the L1 loss between the GE2E vectors of face and voice (the paper: 100; 0 is an ablation).
+        identity_weight: of the L1 loss (a mean over the 256 values) between the GE2E vectors of face and voice; the
+            paper says 100, 0 is an ablation. It reaches only the identity adapter and the face encoder, so its balance
+            with the rest, whose sum over tokens is a mean here, matters only to gradient clipping.
         phoneme_weight, expression_weight: of the auxiliary losses that train the tiny encoders; not in the paper, whose
             encoders come trained.
         sampler, guidance: defaults that the release carries.
@@ -63,6 +67,13 @@ class HiCoDiTTask(Task):
         self.expression_weight, self.validate_clips = expression_weight, validate_clips
         self.sampler, self.guidance = SamplerConfig(**(sampler or {})), GuidanceScales(**(guidance or {}))
         self.noise = LogLinearNoise()
+        tokenizer = RVQCodec.from_pretrained(codec)
+        self.token_digest, c = token_digest(tokenizer), self.system.model.config
+        if (c.levels, c.codes) != (tokenizer.levels, tokenizer.codebook_size):
+            raise UserError(
+                f"task.model has {c.levels} levels of {c.codes} codes, tokenizer {codec} has {tokenizer.levels} of "
+                f"{tokenizer.codebook_size}: set task.model.levels and task.model.codes to those"
+            )
 
     def parts(self) -> dict[str, nn.Module]:
         return {"model": self.system}
@@ -83,7 +94,7 @@ class HiCoDiTTask(Task):
         losses["identity"] = self.identity_weight * F.l1_loss(voice.float(), batch["ge2e"])
         expression = encoders.expression(batch["face"]).float()
         losses["expression"] = self.expression_weight * F.cross_entropy(expression, batch["expression"])
-        if encoders.lip.phoneme_head is not None and self.phoneme_weight:
+        if encoders.lip.phoneme_head is not None:
             real = torch.arange(lip.shape[1], device=lip.device) < frames[:, None]
             logits = encoders.lip.phoneme_head(lip)[real].float()
             losses["phoneme"] = self.phoneme_weight * F.cross_entropy(logits, batch["phoneme"][real])
@@ -105,7 +116,7 @@ class HiCoDiTTask(Task):
         prepared = model.prepare(conditions, keep=model.draw_keep(len(tokens), device))
         log_q = model.log_posterior(model(noisy, self.noise.sigma(t), prepared), prepared, where)[0]
         at = t[:, None, None].expand(tokens.shape)[where]
-        entropy = posterior_entropy(log_q, tokens[where], at, self.noise)
+        entropy = weighted_score_entropy(log_q, tokens[where], at, self.noise)
         low = where.nonzero(as_tuple=True)[1] < c.low_levels
         count = valid.sum() * c.levels
         return {"dse_low": entropy[low].sum() / count, "dse_high": entropy[~low].sum() / count}
@@ -132,5 +143,10 @@ class HiCoDiTTask(Task):
     def release(self, folder: Path, results: dict[str, float]) -> None:
         lines = "\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(results.items()))
         card = f"# HiCoDiT\n\n{self.recipe}\n\n| measured | |\n|---|---|\n{lines}\n"
-        extra = {"codec": self.codec.name, "sampler": asdict(self.sampler), "guidance": asdict(self.guidance)}
+        extra = {
+            "codec": self.codec.name,
+            "token_digest": self.token_digest,
+            "sampler": asdict(self.sampler),
+            "guidance": asdict(self.guidance),
+        }
         self.system.save(folder, card, extra)

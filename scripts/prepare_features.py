@@ -10,15 +10,14 @@ used (no face found, damaged file) is listed at the end and in its shard's JSON,
 from __future__ import annotations
 
 import argparse
-import json
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from engine.errors import UserError, run_cli
+from engine.progress import track
 from hicodit.conditions.encoders import TinyEncoderConfig
 from hicodit.features import make_token_shard, make_visual_shard, read_manifest, shard_count, shard_is_made
 from rvq_codec import RVQCodec
@@ -54,15 +53,14 @@ def main() -> None:
     loaded = RVQCodec.from_pretrained(codec) if codec is not None else None
     symbols = sorted({p[0] for clip in read_manifest(args.corpus, "train") for p in clip["phonemes"]})
     out.mkdir(parents=True, exist_ok=True)
-    (out / "phonemes.json").write_text(json.dumps(symbols))
     jobs = [(split, i) for split in args.splits for i in range(shard_count(args.corpus, split))]
-    jobs = [job for job in jobs if not shard_is_made(out, *job, loaded)]
+    jobs = [job for job in jobs if not shard_is_made(args.corpus, *job, out, symbols, loaded)]
     if not jobs:
         print(f"all features in {out} are there")
         return
     work = partial(_make, corpus=args.corpus, out=out, codec=codec, symbols=symbols)
     with get_context("spawn").Pool(min(args.workers, len(jobs))) as pool:
-        results = list(tqdm(pool.imap(work, jobs), total=len(jobs), unit="shard", mininterval=5))
+        results = list(track(pool.imap(work, jobs), len(jobs), "shards"))
     skipped = [pair for shard in results for pair in shard]
     for clip, reason in skipped:
         print(f"left out {clip}: {reason}")

@@ -17,4 +17,4 @@ def need(module: str, package: str, extra: str = "eval") -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"this needs {package} ({error}): install it with  pip install -e '.[{extra}]'") from error
+        raise UserError(f"this needs {package} ({error}): install it with  bash scripts/setup.sh {extra}") from error

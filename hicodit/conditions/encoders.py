@@ -9,6 +9,7 @@ their place behind the same three call signatures.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,24 @@ from torch import Tensor, nn
 
 from hicodit.conditions.types import EXPRESSIONS
 from hicodit.layers import AdaLNBlock, rotary_table
+
+
+class LipEncoder(Protocol):
+    """Mouth pictures (B, T, H, W) in [0, 1] and valid frames (B,) to lip features (B, T, E)."""
+
+    def __call__(self, mouth: Tensor, frames: Tensor) -> Tensor: ...
+
+
+class IdentityEncoder(Protocol):
+    """Face pictures (B, F, 3, H, W) in [0, 1] to one face embedding a clip (B, E)."""
+
+    def __call__(self, faces: Tensor) -> Tensor: ...
+
+
+class ExpressionEncoder(Protocol):
+    """Face pictures (n, 3, H, W) in [0, 1] to logits (n, 7) over `EXPRESSIONS`."""
+
+    def __call__(self, faces: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -122,6 +141,6 @@ class ConditionEncoders(nn.Module):
     def __init__(self, config: TinyEncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.lip = TinyLipEncoder(config)
-        self.identity = TinyIdentityEncoder(config)
-        self.expression = TinyExpressionEncoder(config)
+        self.lip: LipEncoder = TinyLipEncoder(config)
+        self.identity: IdentityEncoder = TinyIdentityEncoder(config)
+        self.expression: ExpressionEncoder = TinyExpressionEncoder(config)

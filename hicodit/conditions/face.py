@@ -5,7 +5,7 @@ Axes: T frames, H height, W width. Boxes are (x, y, w, h) in pixels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -52,29 +52,26 @@ class HaarDetector:
         return boxes[np.argsort(-boxes[:, 2], kind="stable")]
 
 
-@dataclass(frozen=True)
-class FaceTrack:
-    """One face through a clip: smoothed boxes (T, 4), and the share of looked-at frames in which it was seen."""
+def track_face(blocks: Iterable[np.ndarray], detector: FaceDetector, fps: float = 25.0) -> np.ndarray:
+    """Follow the largest face through a clip given as blocks of frames (n, H, W, 3): boxes (T, 4).
 
-    boxes: np.ndarray
-    coverage: float
-
-
-def track_face(frames: np.ndarray, detector: FaceDetector, fps: float = 25.0) -> FaceTrack:
-    """Follow the largest face through frames (T, H, W, 3).
-
-    Every `DETECT_EVERY`-th frame is looked at. Detections far from the median of their neighbourhood are dropped, then
-    a line fitted to each neighbourhood gives the box of every frame: it follows a moving head, and not the jitter.
+    Every `DETECT_EVERY`-th frame is looked at. Detections far from the usual place of their neighbourhood are dropped,
+    then a line fitted to each neighbourhood gives the box of every frame: it follows a moving head, and not the jitter.
 
     Raises:
         UserError: too few of the frames show a face.
     """
-    looked = np.unique(np.append(np.arange(0, len(frames), DETECT_EVERY), len(frames) - 1))
-    found = [(i, boxes[0]) for i in looked if len(boxes := detector(frames[i]))]
-    coverage = len(found) / len(looked)
-    if coverage < MIN_COVERAGE or not found:
+    found, looked, frames = [], 0, 0
+    for block in blocks:
+        for i in range(-frames % DETECT_EVERY, len(block), DETECT_EVERY):
+            looked += 1
+            boxes = detector(block[i])
+            if len(boxes):
+                found.append((frames + i, boxes[0]))
+        frames += len(block)
+    if not found or len(found) < MIN_COVERAGE * looked:
         raise UserError(
-            f"no face found: {len(found)} of {len(looked)} frames that were looked at show one (at least "
+            f"no face found: {len(found)} of {looked} frames that were looked at show one (at least "
             f"{MIN_COVERAGE:.0%} must); give a clip with a frontal, lit face"
         )
     at = np.array([i for i, _ in found])
@@ -82,12 +79,13 @@ def track_face(frames: np.ndarray, detector: FaceDetector, fps: float = 25.0) ->
     centre = boxes[:, :2] + boxes[:, 2:] / 2
     seen = np.column_stack([centre, boxes[:, 2:]])
     near = np.abs(at[:, None] - at[None, :]) <= fps  # one second to either side
-    middle = np.stack([np.median(seen[n], 0) for n in near])
+    # The middle one by width, not a mean: where two faces take turns as the largest, one of them is followed.
+    middle = np.stack([seen[n][np.argsort(seen[n][:, 2], kind="stable")[n.sum() // 2]] for n in near])
     moved = np.abs(seen[:, :2] - middle[:, :2]).max(1) / middle[:, 2]
     good = (moved < 0.5) & (np.abs(np.log(seen[:, 2] / middle[:, 2])) < 0.25)
-    boxes = _local_lines(at[good] / fps, seen[good], np.arange(len(frames)) / fps)
+    boxes = _local_lines(at[good] / fps, seen[good], np.arange(frames) / fps)
     boxes[:, :2] -= boxes[:, 2:] / 2
-    return FaceTrack(boxes, coverage)
+    return boxes
 
 
 def _local_lines(at: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -119,18 +117,18 @@ def _crop(frame: np.ndarray, centre: np.ndarray, side: float, size: int) -> np.n
     return cv2.warpAffine(frame, matrix, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
-def crop_mouth(frames: np.ndarray, track: FaceTrack, size: int) -> np.ndarray:
-    """Grey mouth pictures (T, size, size) uint8."""
+def crop_mouth(frames: np.ndarray, boxes: np.ndarray, size: int) -> np.ndarray:
+    """Grey mouth pictures (T, size, size) uint8 from frames (T, H, W, 3) and face boxes (T, 4)."""
     out = np.empty((len(frames), size, size), np.uint8)
-    for i, (frame, (x, y, w, h)) in enumerate(zip(frames, track.boxes)):
+    for i, (frame, (x, y, w, h)) in enumerate(zip(frames, boxes, strict=True)):
         centre = np.array([x + MOUTH_CENTRE[0] * w, y + MOUTH_CENTRE[1] * h])
         out[i] = _crop(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), centre, MOUTH_SIDE * w, size)
     return out
 
 
-def crop_face(frames: np.ndarray, track: FaceTrack, size: int) -> np.ndarray:
-    """Face pictures (T, size, size, 3) uint8 RGB."""
+def crop_face(frames: np.ndarray, boxes: np.ndarray, size: int) -> np.ndarray:
+    """Face pictures (T, size, size, 3) uint8 RGB from frames (T, H, W, 3) and face boxes (T, 4)."""
     out = np.empty((len(frames), size, size, 3), np.uint8)
-    for i, (frame, (x, y, w, h)) in enumerate(zip(frames, track.boxes)):
+    for i, (frame, (x, y, w, h)) in enumerate(zip(frames, boxes, strict=True)):
         out[i] = _crop(frame, np.array([x + w / 2, y + h / 2]), FACE_SIDE * w, size)
     return out

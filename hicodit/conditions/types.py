@@ -34,21 +34,13 @@ class Conditions:
     def batch(self) -> int:
         return len(self.frames)
 
-    def to(self, device: torch.device | str) -> Conditions:
-        return Conditions(*(getattr(self, name).to(device) for name in ("lip", "identity", "expression", "frames")))
 
-
-def window_of_frame(frames: int, fps: float = 25.0, device: torch.device | None = None) -> Tensor:
-    """Index (T,) of the half-second window that each video frame falls into."""
-    return torch.floor(torch.arange(frames, device=device) / (fps * WINDOW_SECONDS)).long()
-
-
-def window_expressions(probabilities: Tensor, fps: float = 25.0) -> Tensor:
-    """Frame-wise class probabilities (T, 7) to one class a half second (J,).
+def window_expressions(probabilities: Tensor) -> Tensor:
+    """Frame-wise class probabilities (T, 7) at 25 frames a second to one class a half second (J,).
 
     The most frequent class of a window wins, ties go to the larger summed probability; a last partial window counts.
     """
-    window = window_of_frame(len(probabilities), fps, probabilities.device)
+    window = 2 * torch.arange(len(probabilities), device=probabilities.device) // 25
     votes = torch.nn.functional.one_hot(probabilities.argmax(-1), probabilities.shape[-1]).to(probabilities.dtype)
     size = (int(window[-1]) + 1, probabilities.shape[-1])
     counts = torch.zeros(size, dtype=probabilities.dtype, device=probabilities.device).index_add_(0, window, votes)

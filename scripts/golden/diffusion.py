@@ -61,7 +61,7 @@ def cross_entropy(case: Case):
     masked = i["xt"] == mask_id
     t = i["t"][:, None].expand_as(i["xt"])
     token_loss = torch.zeros_like(t)
-    token_loss[masked] = dd.posterior_entropy(log_q[masked], i["x0"][masked], t[masked], schedule)
+    token_loss[masked] = dd.weighted_score_entropy(log_q[masked], i["x0"][masked], t[masked], schedule)
     return {
         "log_score": log_score,
         "entropy": dd.score_entropy(log_score, i["xt"], i["x0"], sigma, mask_id),

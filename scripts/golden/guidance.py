@@ -23,6 +23,9 @@ def guidance(case: Case):
         return guided_log_score(log_p, scales, log_odds)
 
     out = {f"log_score.{name}.{r}": guided(name, r) for name in case.meta["scales"] for r in READINGS}
-    reveal = torch.stack([guided("lrs3", r).exp().sum(-1) for r in READINGS])
-    out["euler_unmask_prob_per_dt"] = noise.rate(t) * reveal
+    if "euler_unmask_prob_per_dt" in case.outputs:
+        # The stored rates are those of one scale set: LRS3 where it is there.
+        name = "lrs3" if "lrs3" in case.meta["scales"] else next(iter(case.meta["scales"]))
+        reveal = torch.stack([guided(name, r).exp().sum(-1) for r in READINGS])
+        out["euler_unmask_prob_per_dt"] = noise.rate(t) * reveal
     return {name: value for name, value in out.items() if name in case.outputs}

@@ -6,7 +6,7 @@ from torch import nn
 
 from hicodit.conditions import Conditions
 from hicodit.conditions.types import window_expressions
-from hicodit.diffusion import LogLinearNoise, posterior_entropy
+from hicodit.diffusion import LogLinearNoise, weighted_score_entropy
 from hicodit.guidance import BRANCHES
 from hicodit.model import HiCoDiT, ModelConfig
 
@@ -105,9 +105,9 @@ def test_single_scale_has_no_temporal_part():
 
 def test_loss_is_cross_entropy_over_t_when_normalised_and_more_otherwise():
     log_q, x0, t = torch.randn(6, 16).log_softmax(-1), torch.randint(0, 16, (6,)), torch.full((6,), 0.25)
-    loss = posterior_entropy(log_q, x0, t, LogLinearNoise())
+    loss = weighted_score_entropy(log_q, x0, t, LogLinearNoise())
     assert torch.allclose(loss, -log_q[range(6), x0] / 0.25, rtol=1e-4)
-    assert (posterior_entropy(log_q + 0.5, x0, t, LogLinearNoise()) > loss).all()
+    assert (weighted_score_entropy(log_q + 0.5, x0, t, LogLinearNoise()) > loss).all()
 
 
 def test_condition_dropout_rates():

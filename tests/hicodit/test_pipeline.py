@@ -9,7 +9,7 @@ from conftest import talking_head
 
 from engine.errors import UserError
 from hicodit.conditions.face import HaarDetector, crop_mouth, track_face
-from hicodit.pipeline import OVERLAP, REDO, WINDOW, HiCoDiTPipeline, generate
+from hicodit.pipeline import OVERLAP, REDO, WINDOW, HiCoDiTPipeline, generate, window_count
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,7 @@ def test_windows_keep_what_was_said_and_leave_no_gap(pipeline):
     kept = 2 * (WINDOW - REDO)
     assert torch.equal(whole[:, :kept], alone[:, :kept])
     assert 0 < REDO < OVERLAP < WINDOW and (WINDOW - OVERLAP) % 25 == 0
+    assert [window_count(n) for n in (5, WINDOW, WINDOW + 1, 2 * WINDOW - OVERLAP, 2 * WINDOW)] == [1, 1, 2, 2, 3]
 
 
 def test_reference_identity_changes_speech(pipeline, clip):
@@ -76,10 +77,23 @@ def test_face_track_follows_a_moving_head():
     head = talking_head(60)
     for i in range(60):
         canvas[i, 16:144, i : i + 128] = head[i]
-    track = track_face(canvas, HaarDetector())
-    centre = track.boxes[:, 0] + track.boxes[:, 2] / 2
-    assert np.abs(np.diff(centre[10:50]).mean() - 1) < 0.15 and track.coverage > 0.9
-    assert crop_mouth(canvas, track, 48).shape == (60, 48, 48)
+    boxes = track_face([canvas[:33], canvas[33:]], HaarDetector())
+    centre = boxes[:, 0] + boxes[:, 2] / 2
+    assert np.abs(np.diff(centre[10:50]).mean() - 1) < 0.15
+    assert crop_mouth(canvas, boxes, 48).shape == (60, 48, 48)
+
+
+def test_of_two_faces_that_take_turns_one_is_followed():
+    """Where the detector's favourite alternates, the track stays on a face instead of the empty middle."""
+
+    def detector(frame):
+        left = frame[0, 0, 0] % 2 == 0
+        return np.array([[10.0, 10, 40, 40] if left else [200.0, 10, 41, 41]])
+
+    frames = np.zeros((100, 80, 260, 3), np.uint8)
+    frames[:, 0, 0, 0] = np.arange(100) // 5
+    x = track_face([frames], detector)[:, 0]
+    assert ((np.abs(x - 10) < 5) | (np.abs(x - 200) < 5)).all()
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,7 @@ def test_a_padded_batch_has_the_loss_of_its_clips(corpus, release):
     for i, n in enumerate(batch["frames"].tolist()):
         batch["tokens"][i, :, 2 * n :] = 7
         batch["phoneme"][i, n:] = 3
+        batch["mouth"][i, n:] = 0.7
     torch.manual_seed(3)
     assert torch.allclose(before, task(batch, "model")["loss"], rtol=1e-5)
 
