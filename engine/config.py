@@ -227,8 +227,9 @@ def _help(name: str, text: str, config: DictConfig, choices: dict[str, str], con
     sources = [(configs / f"{name}.yaml", "")]
     for group, choice in choices.items():
         folder, _, package = group.partition("@")
-        if choice and folder != "experiment":
-            sources.append((configs / folder / f"{choice}.yaml", package or folder.replace("/", ".")))
+        if choice:
+            prefix = "" if folder == "experiment" else package or folder.replace("/", ".")  # recipes are global
+            sources.append((configs / folder / f"{choice}.yaml", prefix))
     rows = []
     for path, prefix in sources:
         for key, meaning in _comments(path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from engine.errors import UserError
 from engine.media.audio import write_wav
 from engine.metrics.recogniser import Recogniser, word_error_rate
+from engine.progress import track
 from hicodit.features import FeatureSplit, token_digest
 from hicodit.guidance import GuidanceScales
 from hicodit.pipeline import Crops, HiCoDiTPipeline, Speech
@@ -32,15 +33,18 @@ def synthesise(
     crops: Sequence[Crops],
     seed: int = 0,
     batch: int = 16,
-    on_clip: Callable[[int], None] = lambda done: None,
+    expressions: Sequence[np.ndarray] | None = None,
 ) -> list[Speech]:
-    """Speech of many clips, batched with clips of like length; clip i is drawn with seed + i."""
+    """Speech of many clips, batched with clips of like length; clip i is drawn with seed + i.
+
+    `expressions` (each (J,) classes of half seconds) replaces what the faces show.
+    """
     order = sorted(range(len(crops)), key=lambda i: len(crops[i].mouth))
+    groups = [order[start : start + batch] for start in range(0, len(order), batch)]
     out: dict[int, Speech] = {}
-    for start in range(0, len(order), batch):
-        group = order[start : start + batch]
-        out |= zip(group, pipeline.run([crops[i] for i in group], [seed + i for i in group]))
-        on_clip(len(out))
+    for group in track(groups, len(groups), "batches"):
+        shown = [expressions[i] for i in group] if expressions is not None else None
+        out |= zip(group, pipeline.run([crops[i] for i in group], [seed + i for i in group], expressions=shown))
     return [out[i] for i in range(len(crops))]
 
 

@@ -21,7 +21,7 @@ from hicodit.conditions.types import Conditions
 from hicodit.diffusion import LogLinearNoise, log_expm1
 from hicodit.guidance import GuidanceScales, guided_log_posterior
 from hicodit.model import TOKENS_PER_FRAME, HiCoDiT
-from hicodit.samplers import SamplerConfig, sample
+from hicodit.samplers import Posterior, SamplerConfig, sample
 from hicodit.system import HiCoDiTSystem, token_digest
 from rvq_codec import RVQCodec
 
@@ -55,9 +55,7 @@ class Speech:
     expression: np.ndarray  # (J,) class of each half second
 
 
-def guided_posterior(
-    model: HiCoDiT, conditions: Conditions, scales: GuidanceScales
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def guided_posterior(model: HiCoDiT, conditions: Conditions, scales: GuidanceScales) -> Posterior:
     """What a sampler asks: all guidance branches in one forward, time-independent work done here, once."""
     noise, prepared = LogLinearNoise(), model.prepare(conditions, scales.branches)
 
@@ -77,6 +75,7 @@ def generate(
     sampler: SamplerConfig,
     scales: GuidanceScales,
     seeds: Sequence[int],
+    posterior_of: Callable[[HiCoDiT, Conditions, GuidanceScales], Posterior] = guided_posterior,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> list[Tensor]:
     """Tokens (K, L) of each clip. A clip's draws depend on its seed alone; what shares its batch changes only rounding.
@@ -103,7 +102,7 @@ def generate(
             padding_value=mask_id,
         ).transpose(1, 2)
         tokens = sample(
-            guided_posterior(model, part, scales),
+            posterior_of(model, part, scales),
             TOKENS_PER_FRAME * part.frames,
             levels,
             mask_id,
@@ -240,11 +239,18 @@ class HiCoDiTPipeline:
         seeds: Sequence[int],
         identity: np.ndarray | None = None,
         sampler: SamplerConfig | None = None,
+        expressions: Sequence[np.ndarray] | None = None,
         on_step: Callable[[int], None] = lambda step: None,
     ) -> list[Speech]:
-        """A batch of clips whose faces are already cut out."""
+        """A batch of clips whose faces are already cut out.
+
+        `identity` (256,) and `expressions` (each (J,), repeated to the clip's length) replace what the faces show.
+        """
         conditions = self.conditions(crops, identity)
-        tokens = generate(self.system.model, conditions, sampler or self.sampler, self.guidance, seeds, on_step)
+        if expressions is not None:
+            shown = np.stack([np.resize(e, conditions.expression.shape[1]) for e in expressions])
+            conditions = replace(conditions, expression=torch.from_numpy(shown).to(conditions.expression))
+        tokens = generate(self.system.model, conditions, sampler or self.sampler, self.guidance, seeds, on_step=on_step)
         expressions = conditions.expression.cpu().numpy()
         windows = [-(-2 * len(c.mouth) // 25) for c in crops]
         return [

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import UserError, run_cli
+from engine.files import atomic_output
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = {
@@ -74,9 +75,9 @@ def main() -> None:
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "results": rows,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{date.today().isoformat()}-ablations.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    with atomic_output(path) as partial:
+        partial.write_text(json.dumps(record, indent=1) + "\n")
     print(path)
 
 

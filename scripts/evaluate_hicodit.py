@@ -21,15 +21,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from safetensors.torch import load_file
 
 from engine.errors import UserError, run_cli
+from engine.files import atomic_output
 from engine.media.audio import read_audio
 from engine.metrics.recogniser import Recogniser, word_error_rate
 from engine.metrics.speaker import SpeakerEncoder
 from engine.metrics.speech import f0_and_energy
+from hicodit.conditions import EXPRESSIONS
+from hicodit.evaluation import synthesise
 from hicodit.features import read_manifest
-from hicodit.pipeline import Crops, HiCoDiTPipeline, generate
+from hicodit.pipeline import HiCoDiTPipeline
 
 RATE = 24_000
 
@@ -48,7 +51,7 @@ class Measures:
 
     @staticmethod
     def prosody(waves: list[np.ndarray]) -> np.ndarray:
-        """(clips, 2): pitch range in semitones between the 10th and 90th percentile, loudness of speech in dB."""
+        """(clips, 2): pitch range in semitones between the 10th and 90th percentile, mean power in dB."""
         rows = []
         for wave in waves:
             f0, _ = f0_and_energy(wave, RATE)
@@ -70,26 +73,6 @@ def derangement(size: int, rng: np.random.Generator) -> np.ndarray:
     return out
 
 
-def synthesise(
-    pipeline: HiCoDiTPipeline, crops: list[Crops], batch: int, expressions: list[np.ndarray] | None = None
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Waves and shown expressions of clips; `expressions` (each (J,)) replaces what the faces show."""
-    order = sorted(range(len(crops)), key=lambda i: len(crops[i].mouth))
-    waves: dict[int, np.ndarray] = {}
-    shown: dict[int, np.ndarray] = {}
-    for start in tqdm(range(0, len(order), batch), unit="batch", mininterval=5):
-        group = order[start : start + batch]
-        conditions = pipeline.conditions([crops[i] for i in group])
-        if expressions is not None:
-            windows = conditions.expression.shape[1]
-            other = np.stack([np.resize(expressions[i], windows) for i in group])
-            conditions = replace(conditions, expression=torch.from_numpy(other).to(conditions.expression))
-        tokens = generate(pipeline.system.model, conditions, pipeline.sampler, pipeline.guidance, group)
-        waves |= zip(group, pipeline.speak(tokens))
-        shown |= zip(group, conditions.expression.cpu().numpy())
-    return [waves[i] for i in range(len(crops))], [shown[i] for i in range(len(crops))]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, default=Path("data/synthetic"))
@@ -97,6 +80,7 @@ def main() -> None:
     parser.add_argument("--codec", type=Path, default=None, help="tokenizer (default: the one beside the weights)")
     parser.add_argument("--clips", type=int, default=200, help="clips of each split (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--splits", nargs="+", default=["seen", "unseen"])
     parser.add_argument("--steps", type=int, help="sampling steps (default: the release's)")
     parser.add_argument("--method", help="sampler (default: the release's)")
@@ -127,7 +111,8 @@ def main() -> None:
                 lost.append(str(error))
         truth = [read_audio(args.corpus / split / f"{c['id']}.wav", RATE) for c in clips]
         text = [c["text"] for c in clips]
-        waves, shown = synthesise(pipeline, crops, args.batch)
+        speech = synthesise(pipeline, crops, args.seed, args.batch)
+        waves, shown = [said.wave for said in speech], [said.expression for said in speech]
         heard = measures.words(waves)
         rng = np.random.default_rng(0)
         shuffled = derangement(len(clips), rng)
@@ -145,14 +130,15 @@ def main() -> None:
                 ]
             r["wer_clean"] = word_error_rate(text, measures.words(truth))
             r["wer_resynthesis"] = word_error_rate(text, measures.words(resynthesis))
-            r |= identity(measures, truth, waves, resynthesis, [c["voice"] for c in clips])
+            known = training_voices(args.corpus) if split == "seen" else None
+            r |= identity(measures, truth, waves, resynthesis, [c["voice"] for c in clips], known)
             labels = [c["expression"] for c in clips]
             r["expression_recognised"] = float(
-                np.mean([np.bincount(s).argmax() == _index(label) for s, label in zip(shown, labels)])
+                np.mean([np.bincount(s).argmax() == EXPRESSIONS.index(label) for s, label in zip(shown, labels)])
             )
             true_prosody, own = measures.prosody(truth), measures.prosody(waves)
-            swapped, _ = synthesise(pipeline, crops, args.batch, [shown[i] for i in shuffled])
-            other = measures.prosody(swapped)
+            swapped = synthesise(pipeline, crops, args.seed, args.batch, [shown[i] for i in shuffled])
+            other = measures.prosody([said.wave for said in swapped])
             for column, name in enumerate(("pitch_range", "energy")):
                 r[f"{name}_correlation"] = correlation(true_prosody[:, column], own[:, column])
                 r[f"{name}_correlation_shuffled"] = correlation(true_prosody[:, column], other[:, column])
@@ -170,16 +156,22 @@ def main() -> None:
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "results": results,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{date.today().isoformat()}-hicodit.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    with atomic_output(path) as partial:
+        partial.write_text(json.dumps(record, indent=1) + "\n")
     print(path)
 
 
-def _index(label: str) -> int:
-    from hicodit.conditions import EXPRESSIONS
-
-    return EXPRESSIONS.index(label)
+def training_voices(corpus: Path) -> dict[int, np.ndarray]:
+    """Mean GE2E vector (256,) of every voice over the training clips, from the prepared features."""
+    sums: dict[int, list[np.ndarray]] = {}
+    for path in sorted((corpus / "features" / "train").glob("visual-*.safetensors")):
+        clips = json.loads(path.with_suffix(".json").read_text())["clips"]
+        for clip, vector in zip(clips, load_file(path)["ge2e"].numpy()):
+            sums.setdefault(clip["voice"], []).append(vector)
+    if not sums:
+        raise UserError(f"no training features in {corpus}: run python scripts/prepare_features.py")
+    return {voice: np.mean(vectors, 0) for voice, vectors in sums.items()}
 
 
 def identity(
@@ -188,20 +180,36 @@ def identity(
     waves: list[np.ndarray],
     resynthesis: list[np.ndarray],
     voices: list[int],
+    known: dict[int, np.ndarray] | None,
 ) -> dict[str, float]:
-    """How often the output is nearest to its own voice's mean GE2E vector, among all voices of the split."""
-    true, own = measures.voices(truth), measures.voices(waves)
-    names = sorted(set(voices))
-    means = np.stack([true[[v == name for v in voices]].mean(0) for name in names])
-    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    """How often the output's GE2E vector is nearest to its own voice's mean among all voices.
+
+    The means are those of `known` voices, or else of the true clips of the split, each clip left out of its own mean.
+    """
+    true = measures.voices(truth)
+    labels = np.array(voices)
+    names = sorted(known) if known else sorted(set(voices))
+    sums = np.stack([known[n] for n in names]) if known else np.stack([true[labels == n].sum(0) for n in names])
     target = np.array([names.index(v) for v in voices])
-    return {
-        "voices": len(names),
-        "voice_first": float(np.mean((own @ means.T).argmax(1) == target)),
-        "voice_first_clean": float(np.mean((true @ means.T).argmax(1) == target)),
-        "voice_first_resynthesis": float(np.mean((measures.voices(resynthesis) @ means.T).argmax(1) == target)),
-        "voice_similarity": float(np.mean(np.sum(own * means[target], 1))),
-    }
+
+    def scores(vectors: np.ndarray) -> np.ndarray:
+        """Cosines (clips, voices)."""
+        out = np.empty((len(vectors), len(names)))
+        for i, vector in enumerate(vectors):
+            means = sums.copy()
+            if not known:
+                means[target[i]] -= true[i]
+            means /= np.linalg.norm(means, axis=1, keepdims=True) + 1e-9
+            out[i] = means @ vector
+        return out
+
+    result: dict[str, float] = {"voices": len(names)}
+    compared = {"": measures.voices(waves), "_clean": true, "_resynthesis": measures.voices(resynthesis)}
+    for name, vectors in compared.items():
+        cosines = scores(vectors)
+        result[f"voice_first{name}"] = float(np.mean(cosines.argmax(1) == target))
+        result[f"voice_similarity{name}"] = float(np.mean(cosines[np.arange(len(target)), target]))
+    return result
 
 
 if __name__ == "__main__":
