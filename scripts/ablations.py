@@ -51,8 +51,13 @@ def main() -> None:
     rows = {}
     for name, overrides in VARIANTS.items():
         run, out = args.runs / f"ablation_{name}", args.runs / f"ablation_{name}" / "evaluation"
-        settings = [f"trainer.steps={args.steps}", f"trainer.validate_every={10**9}", f"data.root={args.corpus}"]
-        settings += [f"task.codec={args.codec}", f"run={run}", "task.validate_clips=4", "trainer.ema_decay=0.99"]
+        settings = [
+            f"trainer.steps={args.steps}",
+            f"trainer.validate_every={10**9}",
+            f"data.root={args.corpus}",
+            "trainer.checkpoint_every=1000000",
+        ]
+        settings += [f"task.codec={args.codec}", f"run={run}", "task.validate_clips=2", "trainer.ema_decay=0.99"]
         call("train.py", "experiment=hicodit_synthetic", *settings, *overrides)
         call(
             "scripts/evaluate_hicodit.py", "--corpus", args.corpus, "--weights", str(run / "release"),

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 extras="${1:-}"
 for candidate in "${PYTHON:-}" python3.12 python3.11 python3; do
     if [ -n "$candidate" ] && command -v "$candidate" >/dev/null &&
-        "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'; then
+        "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
         python="$candidate"
         break
     fi
