@@ -1,0 +1,27 @@
+"""The README's promises that can be checked cheaply."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_first_block_runs_the_main_job_and_the_second_the_tests():
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    assert "infer.py" in blocks[0] and blocks[0].count("\n") == 1
+    assert "setup_and_test.sh" in blocks[1] and blocks[1].count("\n") == 1
+    assert "scripts/setup_and_test.sh" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_file_that_it_names_is_there():
+    named = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README) + re.findall(
+        r"`((?:scripts|hicodit|configs)/[\w/]+\.\w+)`", README
+    )
+    assert named
+    missing = [name for name in named if not (ROOT / name).is_file()]
+    assert not missing
+
+
+def test_no_placeholder_is_left():
+    assert not re.findall(r"@[A-Z]+@", README)
