@@ -32,7 +32,9 @@ def save_release(folder: str | Path, kind: str, config: dict[str, Any], state: d
         OmegaConf.save(OmegaConf.create({"kind": kind, **config}), staging / "config.yaml")
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, staging / "model.safetensors")
         (staging / "README.md").write_text(card)
-        staging.chmod(0o755)
+        staging.chmod(0o755)  # temporary folders and safetensors files begin as their owner's alone
+        for path in staging.iterdir():
+            path.chmod(0o644)
         if folder.exists():
             previous = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
             os.replace(folder, previous / "release")
