@@ -148,5 +148,5 @@ def test_f0_follows_a_glide_and_is_zero_without_a_voice(spoken):
 )
 def test_missing_package_names_the_extra(monkeypatch, module, call):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match="setup.sh eval"):
+    with pytest.raises(UserError, match=r"setup\.sh eval"):
         call()
