@@ -13,13 +13,12 @@ import json
 import platform
 import subprocess
 import sys
-from datetime import date
 from pathlib import Path
 
 import torch
 
 from engine.errors import UserError, run_cli
-from engine.files import atomic_output
+from scripts.record import write_record
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = {
@@ -72,18 +71,16 @@ def main() -> None:
             **{f"{key}_{split}": value for split, r in measured.items() for key, value in r.items()},
         }
         print(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in rows[name].items()), flush=True)
-    record = {
-        "date": date.today().isoformat(),
-        "what": "HiCoDiT ablations, equal training",
-        "arguments": {k: str(v) for k, v in vars(args).items()},
-        "hardware": {"processor": platform.machine(), "threads": torch.get_num_threads()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "results": rows,
-    }
-    path = args.out / f"{date.today().isoformat()}-ablations.json"
-    with atomic_output(path) as partial:
-        partial.write_text(json.dumps(record, indent=1) + "\n")
-    print(path)
+    print(
+        write_record(
+            args.out,
+            "ablations",
+            "HiCoDiT ablations, equal training",
+            {"processor": platform.machine(), "threads": torch.get_num_threads()},
+            rows,
+            arguments={k: str(v) for k, v in vars(args).items()},
+        )
+    )
 
 
 if __name__ == "__main__":

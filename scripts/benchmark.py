@@ -14,13 +14,12 @@ step, the plain reading is slower still: that ratio is reported apart.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import resource
 import statistics
 import time
 from collections.abc import Callable
-from datetime import date
+from dataclasses import asdict
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,7 +31,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.config import CONFIGS
 from engine.errors import UserError, run_cli
-from engine.files import atomic_output
 from hicodit.conditions import Conditions
 from hicodit.conditions.encoders import TinyEncoderConfig
 from hicodit.diffusion import LogLinearNoise, log_expm1
@@ -41,6 +39,7 @@ from hicodit.model import HiCoDiT, ModelConfig
 from hicodit.pipeline import WINDOW, generate, guided_posterior, window, window_count
 from hicodit.samplers import Posterior, SamplerConfig
 from hicodit.system import HiCoDiTSystem
+from scripts.record import write_record
 
 GUIDANCE = GuidanceScales(2.5, 1.25, 1.5, 2.0, "D")  # the paper's for LRS3
 
@@ -216,18 +215,9 @@ def main() -> None:
     name = (
         torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or platform.machine()
     )
-    record = {
-        "date": date.today().isoformat(),
-        "what": "HiCoDiT sampling",
-        "hardware": {"device": name, "threads": args.threads},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "guidance": GUIDANCE.__dict__,
-        "results": results,
-    }
-    path = args.out / f"{date.today().isoformat()}-sampling-{args.device}.json"
-    with atomic_output(path) as partial:
-        partial.write_text(json.dumps(record, indent=1) + "\n")
-    print(path)
+    hardware = {"device": name, "threads": args.threads}
+    name = f"sampling-{args.device}"
+    print(write_record(args.out, name, "HiCoDiT sampling", hardware, results, guidance=asdict(GUIDANCE)))
 
 
 if __name__ == "__main__":

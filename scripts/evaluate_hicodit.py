@@ -16,7 +16,6 @@ import json
 import platform
 import time
 from dataclasses import asdict, replace
-from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,6 @@ import torch
 from safetensors.torch import load_file
 
 from engine.errors import UserError, run_cli
-from engine.files import atomic_output
 from engine.media.audio import read_audio
 from engine.metrics.recogniser import Recogniser, word_error_rate
 from engine.metrics.speaker import SpeakerEncoder
@@ -33,6 +31,7 @@ from hicodit.conditions import EXPRESSIONS
 from hicodit.evaluation import synthesise
 from hicodit.features import read_manifest
 from hicodit.pipeline import HiCoDiTPipeline
+from scripts.record import write_record
 
 RATE = 24_000
 
@@ -150,20 +149,18 @@ def main() -> None:
         r["seconds"] = time.monotonic() - start
         results[split] = r
         print(split, json.dumps(r, indent=1), flush=True)
-    record = {
-        "date": date.today().isoformat(),
-        "what": "HiCoDiT on held-out splits, video only",
-        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "sampler": asdict(pipeline.sampler),
-        "guidance": asdict(pipeline.guidance),
-        "hardware": {"processor": platform.machine(), "threads": torch.get_num_threads()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "results": results,
-    }
-    path = args.out / f"{date.today().isoformat()}-hicodit.json"
-    with atomic_output(path) as partial:
-        partial.write_text(json.dumps(record, indent=1) + "\n")
-    print(path)
+    print(
+        write_record(
+            args.out,
+            "hicodit",
+            "HiCoDiT on held-out splits, video only",
+            {"processor": platform.machine(), "threads": torch.get_num_threads()},
+            results,
+            arguments={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+            sampler=asdict(pipeline.sampler),
+            guidance=asdict(pipeline.guidance),
+        )
+    )
 
 
 def training_voices(corpus: Path) -> dict[int, np.ndarray]:
