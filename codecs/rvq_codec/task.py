@@ -43,15 +43,28 @@ class WaveDiscriminators(nn.Module):
         return self.period(wave) + self.spectrogram(wave)
 
 
-def _load(folder: str, config: RVQCodecConfig) -> RVQCodec:
-    """The codec of a release, with the training settings of `config`, which must describe the same networks."""
-    codec = RVQCodec.from_pretrained(folder)
-    names = ("quantizer_dropout", "commitment", "codebook", "conv_width", "conv_ratios")
-    for name, value in asdict(codec.config).items():
-        if name not in names and value != getattr(config, name):
-            raise UserError(f"task.init={folder} has {name}={value}, but task.codec asks for {getattr(config, name)}")
-    quantizer = codec.quantizer
-    quantizer.dropout, quantizer.commitment, quantizer.codebook = (getattr(config, name) for name in names[:3])
+SETTINGS = ("quantizer_dropout", "commitment", "codebook", "conv_width", "conv_ratios")  # not of the networks' shapes
+DECODER = ("decoder", "vocos_dim", "vocos_intermediate", "vocos_layers", "n_fft")
+
+
+def _load(folder: str, config: RVQCodecConfig, decoder_only: bool) -> RVQCodec:
+    """The codec of a release, with the training settings of `config`, which must describe the same networks.
+
+    With `decoder_only`, the decoder may be another one; it then starts from random weights.
+    """
+    old = RVQCodec.from_pretrained(folder)
+    differing = [name for name, value in asdict(old.config).items() if value != getattr(config, name)]
+    for name in differing:
+        if name not in SETTINGS and not (decoder_only and name in DECODER):
+            raise UserError(
+                f"task.init={folder} has {name}={getattr(old.config, name)}, "
+                f"but task.codec asks for {getattr(config, name)}"
+            )
+    codec = RVQCodec(config)
+    codec.encoder.load_state_dict(old.encoder.state_dict())
+    codec.quantizer.load_state_dict(old.quantizer.state_dict())
+    if not set(differing) & set(DECODER):
+        codec.decoder.load_state_dict(old.decoder.state_dict())
     return codec
 
 
@@ -72,7 +85,8 @@ class RVQCodecTask(Task):
         features: `mel_bands` and `low_samples` (together the latent's channels), `until`, and `envelope_levels`: how
             many levels are initialised to see the mel bands only. None for no such stage.
         quantizer_start, gan_start: see above; None for no discriminators at all.
-        decoder_only: encoder and quantiser keep the weights of `init`, so that codes stay the same.
+        decoder_only: encoder and quantiser keep the weights of `init`, so that codes stay the same; a decoder of
+            another size than `init`'s starts from random weights.
         restart_every: steps between two restarts of dead codes.
         pool: M, latents kept for k-means and for restarts.
         init: release folder to start from instead of random weights.
@@ -97,7 +111,7 @@ class RVQCodecTask(Task):
     ):
         super().__init__()
         config = RVQCodecConfig(**codec)
-        self.codec = _load(init, config) if init else RVQCodec(config)
+        self.codec = _load(init, config, decoder_only) if init else RVQCodec(config)
         self.discriminator = WaveDiscriminators(period, spectrogram)
         self.mel_loss = MultiScaleMelLoss(config.sample_rate, **mel)
         self.stft_loss = MultiResolutionSTFTLoss()
