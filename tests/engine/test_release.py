@@ -1,0 +1,41 @@
+"""What a release folder keeps of the weights."""
+
+import pytest
+import torch
+
+from engine.errors import UserError
+from engine.release import compact, half, read_release, save_release
+
+
+def state() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    big = torch.randn(64, 32, 3, generator=generator) * torch.logspace(-4, 2, 64)[:, None, None]
+    big[5] = 0
+    return {
+        "a.weight": big,
+        "b.weight": big.clone(),
+        "bias": torch.randn(64, generator=generator),
+        "n": torch.tensor(7),
+    }
+
+
+def test_eight_bits_cost_a_quarter_and_under_half_a_percent_of_a_rows_largest(tmp_path):
+    old = state()
+    save_release(tmp_path / "r", "toy", {"x": 1}, compact(old, exact=("b.",)), "card")
+    config, new = read_release(tmp_path / "r", "toy")
+    assert config == {"x": 1} and new.keys() == old.keys()
+    error = (new["a.weight"] - old["a.weight"]).flatten(1).abs().amax(1)
+    assert (error <= old["a.weight"].flatten(1).abs().amax(1) * 0.5 / 127 + 1e-12).all()
+    assert error.max() > 0
+    assert torch.equal(new["b.weight"], old["b.weight"].half().float())  # asked to be kept
+    assert torch.equal(new["bias"], old["bias"].half().float()) and new["n"] == 7
+    assert all(v.dtype in (torch.float32, torch.int64) for v in new.values())
+    size = (tmp_path / "r" / "model.safetensors").stat().st_size
+    save_release(tmp_path / "r", "toy", {}, half(old), "card")
+    assert size < 0.8 * (tmp_path / "r" / "model.safetensors").stat().st_size
+
+
+def test_a_release_of_another_kind_is_refused(tmp_path):
+    save_release(tmp_path / "r", "toy", {}, state(), "card")
+    with pytest.raises(UserError, match="'toy', but 'other' is needed"):
+        read_release(tmp_path / "r", "other")
