@@ -13,7 +13,7 @@ from transformers.models.whisper.modeling_whisper import sinusoids
 
 from engine.errors import UserError
 from engine.release import load_strict
-from whisperx_vae.checkpoint_reader import plain, read_checkpoint
+from engine.safe_pickle import plain, read_checkpoint
 from whisperx_vae.vae import WhisperXVAE, WhisperXVAEConfig
 
 POSITIONS = "whisper.embed_positions.weight"

@@ -1,8 +1,6 @@
 """The released checkpoint: names, sizes, strictness, and a reader that runs nothing."""
 
 import json
-import os
-import pickle
 import zipfile
 from pathlib import Path
 
@@ -12,7 +10,6 @@ from omegaconf import OmegaConf
 
 from engine.errors import UserError
 from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
-from whisperx_vae.checkpoint_reader import StandIn, plain, read_checkpoint
 from whisperx_vae.released import from_released, load_released, released_config, to_released
 
 KEYS = Path(__file__).parents[1] / "golden" / "codecs" / "wxvae_full_encode_in64.keys.json"
@@ -99,31 +96,6 @@ def test_contradicting_configuration_is_refused(checkpoint):
     hyper["cfg"]["model"]["codec_encoder"]["in_dim"] = 80
     with pytest.raises(UserError, match=r"codec_encoder.in_dim=80, its weights have 4"):
         WhisperXVAE.from_pretrained(checkpoint(hyper=hyper))
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def test_nothing_that_a_checkpoint_names_is_run(tmp_path):
-    target = str(tmp_path / "made")
-    torch.save({"tensor": torch.ones(2), "bomb": Bomb(target)}, tmp_path / "a.ckpt")
-    content = read_checkpoint(tmp_path / "a.ckpt")
-    assert not Path(target).exists()
-    assert isinstance(content["bomb"], StandIn)
-    assert torch.equal(content["tensor"], torch.ones(2))
-    pickle.loads(pickle.dumps(Bomb(target)))  # the bomb is live
-    assert Path(target).exists()
-
-
-def test_omegaconf_nodes_become_plain(tmp_path):
-    tree = {"a": {"b": [1, 2.5, "x"], "c": True}, "d": None}
-    torch.save({"node": OmegaConf.create(tree)}, tmp_path / "a.ckpt")
-    assert plain(read_checkpoint(tmp_path / "a.ckpt")["node"]) == tree
 
 
 def test_unreadable_files(tmp_path):

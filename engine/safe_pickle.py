@@ -1,12 +1,13 @@
 """Tensors and plain containers out of a pickled training checkpoint, without running anything that it names.
 
-A Lightning checkpoint pickles its configuration as objects of other packages. Here every class or function outside a
-short list of tensor builders becomes an inert stand-in that only remembers what it was given.
+Training scripts pickle their configuration, meters and optimisers as objects of their own packages. Here every class or
+function outside a short list of tensor builders becomes an inert stand-in that only remembers what it was given.
 """
 
 from __future__ import annotations
 
 import pickle
+import tarfile
 import types
 import zipfile
 from collections import OrderedDict
@@ -17,6 +18,7 @@ import torch
 
 from engine.errors import UserError
 
+_OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled number that torch.save began with before 1.6
 _TENSOR_BUILDERS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")
 
 
@@ -65,23 +67,28 @@ def _load(file: Any, **kwargs: Any) -> Any:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The dict that `torch.save` wrote to `path`, with stand-ins for foreign objects. Tensors stay on disk until used.
+    """The dict that `torch.save` wrote to `path`, with stand-ins for foreign objects.
+
+    Tensors of the zip format stay on disk until used; those of the format before PyTorch 1.6 are read at once.
 
     Raises:
-        UserError: the file is missing, damaged, of the format before PyTorch 1.6, or not a dict.
+        UserError: the file is missing, damaged, a TorchScript program, or not a dict.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+        with open(path, "rb") as file:
+            old = file.read(len(_OLD_MAGIC)) == _OLD_MAGIC and not tarfile.is_tarfile(path)
+        if not old:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+            if any(name.endswith("constants.pkl") for name in names):  # torch.load would run a program's interpreter
+                raise UserError(f"{path} is a TorchScript program, not a checkpoint")
     except FileNotFoundError:
         raise UserError(f"no such checkpoint: {path}") from None
     except (zipfile.BadZipFile, OSError) as error:
         raise UserError(f"{path} is not a readable checkpoint ({error}); download it again") from error
-    if any(name.endswith("constants.pkl") for name in names):  # torch.load would hand a program to its interpreter
-        raise UserError(f"{path} is a TorchScript program, not a checkpoint")
     restricted = types.SimpleNamespace(__name__="restricted_pickle", Unpickler=_Unpickler, load=_load)
     try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=restricted)
+        content = torch.load(path, map_location="cpu", mmap=not old, weights_only=False, pickle_module=restricted)
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); download it again") from error
     if not isinstance(content, dict):
