@@ -26,7 +26,7 @@ from engine.errors import UserError, run_cli
 from engine.media.audio import read_audio
 from engine.metrics.recogniser import Recogniser, word_error_rate
 from engine.metrics.speaker import SpeakerEncoder
-from engine.metrics.speech import f0_and_energy
+from engine.metrics.speech import pitch
 from hicodit.conditions import EXPRESSIONS
 from hicodit.evaluation import synthesise
 from hicodit.features import read_manifest
@@ -53,7 +53,7 @@ class Measures:
         """(clips, 2): pitch range in semitones between the 10th and 90th percentile, mean power in dB."""
         rows = []
         for wave in waves:
-            f0, _ = f0_and_energy(wave, RATE)
+            f0 = pitch(wave, RATE)
             voiced = f0[f0 > 0]
             spread = 12 * np.log2(np.percentile(voiced, 90) / np.percentile(voiced, 10)) if len(voiced) > 4 else 0.0
             rows.append((spread, 10 * np.log10(np.mean(np.square(wave)) + 1e-10)))
@@ -78,7 +78,12 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=Path("assets/hicodit_tiny"))
     parser.add_argument("--codec", type=Path, default=None, help="tokenizer (default: the one beside the weights)")
     parser.add_argument("--clips", type=int, default=200, help="clips of each split (default: %(default)s)")
-    parser.add_argument("--expression-clips", type=int, default=60, help="clips made again with other expressions")
+    parser.add_argument(
+        "--expression-clips",
+        type=int,
+        default=60,
+        help="clips whose prosody is measured",
+    )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--splits", nargs="+", default=["seen", "unseen"])
@@ -136,15 +141,17 @@ def main() -> None:
             r["expression_recognised"] = float(
                 np.mean([np.bincount(s).argmax() == EXPRESSIONS.index(label) for s, label in zip(shown, labels)])
             )
-            few = min(args.expression_clips, len(clips))
+            few = min(args.expression_clips, len(clips))  # finding the pitch takes as long as the clip lasts
             other = derangement(few, rng)  # whose expressions each clip is given
             swapped = synthesise(pipeline, crops[:few], args.seed, args.batch, [shown[i] for i in other])
-            true_prosody, own = measures.prosody(truth), measures.prosody(waves)
+            true_prosody, own = measures.prosody(truth[:few]), measures.prosody(waves[:few])
+            coded = measures.prosody(resynthesis[:few])
             given = measures.prosody([said.wave for said in swapped])
             for column, name in enumerate(("pitch_range", "energy")):
                 true = true_prosody[:, column]
+                r[f"{name}_correlation_resynthesis"] = correlation(true, coded[:, column])
                 r[f"{name}_correlation"] = correlation(true, own[:, column])
-                r[f"{name}_correlation_expressions_shuffled"] = correlation(true[:few], given[:, column])
+                r[f"{name}_correlation_expressions_shuffled"] = correlation(true, given[:, column])
                 r[f"{name}_correlation_to_the_expression_shown"] = correlation(true[other], given[:, column])
         r["seconds"] = time.monotonic() - start
         results[split] = r

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from engine.errors import UserError
 from engine.media.audio import resample
@@ -42,59 +41,17 @@ def pesq_wb(reference: np.ndarray, degraded: np.ndarray, rate: int) -> float:
         raise UserError(f"PESQ cannot be computed: {why}") from error
 
 
-def f0_and_energy(
-    wave: np.ndarray | Tensor,
-    rate: int,
-    hop: float = 0.01,
-    floor: float = 60.0,
-    ceiling: float = 500.0,
-    voicing: float = 0.45,
-    octave_cost: float = 0.02,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Fundamental frequency and energy of every analysis frame.
+def pitch(wave: np.ndarray, rate: int, floor: float = 60.0, ceiling: float = 500.0) -> np.ndarray:
+    """Fundamental frequency (F,) in Hz of every 16 ms, 0 where unvoiced, by pYIN (Mauch & Dixon 2014).
 
-    The candidate of a frame is the highest peak of its autocorrelation divided by the autocorrelation of the window
-    (Boersma 1993, "Accurate short-term analysis of the fundamental frequency"), with his octave cost; a median over
-    five frames stands in for his path search.
+    Its path search matters: frame by frame, resynthesised speech loses so many octaves that the pitch ranges of clips
+    no longer correlate with those of the originals (0.62, against 0.89 with pYIN, 20 clips).
 
     Args:
         wave: (N,) at `rate` Hz.
-        hop: seconds between frames; frame i is centred at i * hop.
-        floor, ceiling: the range searched, in Hz. The window is three periods of `floor` long.
-        voicing: least correlation of a voiced frame.
-        octave_cost: preference for the higher of two equal peaks, in units of correlation per octave.
-
-    Returns:
-        (F,) Hz, 0 where unvoiced; (F,) energy in dB of full scale, at least -100. F = floor(N / (hop rate)) + 1.
+        floor, ceiling: the range searched, in Hz.
     """
-    wave = torch.as_tensor(np.asarray(wave), dtype=torch.float32)
-    step, width = round(hop * rate), 2 * round(1.5 * rate / floor)
-    padded = torch.nn.functional.pad(wave, (width // 2, width // 2))
-    frames = padded.unfold(0, width, step)
-    window = torch.hann_window(width)
-    energy = 10 * torch.log10((frames * window).square().sum(1) / window.square().sum() + 1e-10)
-
-    centred = (frames - frames.mean(1, keepdim=True)) * window
-    size = 1 << (2 * width - 1).bit_length()
-    low, high = int(rate / ceiling), min(int(rate / floor) + 1, width - 2)
-
-    def autocorrelation(x: Tensor) -> Tensor:
-        r = torch.fft.irfft(torch.fft.rfft(x, size).abs().square(), size)[..., : high + 2]
-        return r / r[..., :1].clamp_min(1e-12)
-
-    correlation = autocorrelation(centred) / autocorrelation(window)
-    lags = torch.arange(low, high + 1)
-    here, before, after = correlation[:, lags], correlation[:, lags - 1], correlation[:, lags + 1]
-    peak = (here > before) & (here >= after)
-    score = torch.where(peak, here - octave_cost * torch.log2(lags * floor / rate), -torch.inf)
-    best = score.argmax(1, keepdim=True)
-    a, b, c = (x.gather(1, best).squeeze(1) for x in (before, here, after))
-    shift = 0.5 * (a - c) / (a - 2 * b + c).clamp_max(-1e-9)  # vertex of the parabola through the three points
-    f0 = rate / (lags[best.squeeze(1)] + shift)
-
-    # Frames 50 dB under the loudest are background, however periodic.
-    voiced = peak.any(1) & (b > voicing) & (energy > energy.max() - 50) & (energy > -90)
-    f0 = torch.where(voiced, f0, 0.0)
-    neighbours = torch.nn.functional.pad(f0, (2, 2)).unfold(0, 5, 1)
-    f0 = torch.where(voiced, neighbours.median(1).values, 0.0)
-    return f0.numpy(), energy.numpy()
+    librosa, low_rate = need("librosa", "librosa"), 12_000
+    wave = resample(torch.as_tensor(np.asarray(wave), dtype=torch.float32), rate, low_rate).numpy()
+    f0, _, _ = librosa.pyin(wave, fmin=floor, fmax=ceiling, sr=low_rate, frame_length=768, hop_length=192)
+    return np.nan_to_num(f0)
