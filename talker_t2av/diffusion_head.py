@@ -1,0 +1,159 @@
+"""Diffusion heads: the next patch of one stream from the language model's hidden state.
+
+Axes: N examples (2 B rows while sampling with guidance), C channels, P frames of a patch, K context frames, D width,
+G width of the global condition, n solver steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from talker_t2av.flow_matching import (
+    DROP_COND,
+    DROP_MU,
+    FlowDraws,
+    drop,
+    euler,
+    flow_loss,
+    guide,
+    noised,
+    solver_times,
+    zero_steps,
+)
+from talker_t2av.layers import Transformer
+
+
+def time_features(u: Tensor, width: int) -> Tensor:
+    """Sines, then cosines (N, width) of 1000 u at width/2 frequencies from 1 down to 1/10000, both included."""
+    half = width // 2
+    steps = torch.arange(half, device=u.device, dtype=torch.float32)
+    angles = 1000 * u.float()[:, None] * torch.exp(steps * (-math.log(10000) / (half - 1)))
+    return torch.cat([angles.sin(), angles.cos()], -1)
+
+
+class TimeMLP(nn.Module):
+    """A scalar time (N,) to a vector (N, D)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(time_features(u, self.linear_1.in_features))))
+
+
+class DiffusionHead(nn.Module):
+    """Velocity of a noisy patch. The sequence is [mu + time; global condition; context frames; patch]."""
+
+    def __init__(
+        self, channels: int, global_dim: int, width: int, layers: int, heads: int, max_positions: int = 1024
+    ) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(channels, width)
+        self.cond_proj = nn.Linear(channels, width)
+        self.global_cond_proj = nn.Linear(global_dim, width)
+        self.out_proj = nn.Linear(width, channels)
+        self.time_mlp = TimeMLP(width)
+        self.delta_time_mlp = TimeMLP(width)
+        self.decoder = Transformer(width, width, layers, heads, max_positions)
+
+    def time(self, t: Tensor, dt: Tensor | None = None) -> Tensor:
+        """Time vector (N, D); an absent dt is 0, which still has a vector."""
+        return self.time_mlp(t) + self.delta_time_mlp(torch.zeros_like(t[:1]) if dt is None else dt)
+
+    def context(self, cond: Tensor, global_cond: Tensor) -> Tensor:
+        """What no time and no mu changes, projected: cond (N, C, K), global_cond (N, G) -> (N, 1 + K, D)."""
+        tokens = [self.global_cond_proj(global_cond)[:, None], self.cond_proj(cond.transpose(1, 2))]
+        return self.decoder.input_proj(torch.cat(tokens, 1))
+
+    def denoise(self, x: Tensor, first: Tensor, context: Tensor) -> Tensor:
+        """Velocity (N, C, P) from x (N, C, P), the projected first token (N, D) and `context`."""
+        patch = self.decoder.input_proj(self.in_proj(x.transpose(1, 2)))
+        sequence = torch.cat([first[:, None], context, patch], 1)
+        length = sequence.shape[1]
+        return self.out_proj(self.decoder.run(sequence, slice(length - x.shape[-1], length))).transpose(1, 2)
+
+    def forward(
+        self, x: Tensor, mu: Tensor, t: Tensor, cond: Tensor, global_cond: Tensor, dt: Tensor | None = None
+    ) -> Tensor:
+        """x (N, C, P), mu (N, D), t (N,), cond (N, C, K), global_cond (N, G) -> velocity (N, C, P)."""
+        first = self.decoder.input_proj(mu + self.time(t, dt))
+        return self.denoise(x, first, self.context(cond, global_cond))
+
+
+class FlowHead(nn.Module):
+    """A diffusion head with its sampler and its loss."""
+
+    def __init__(self, estimator: DiffusionHead) -> None:
+        super().__init__()
+        self.estimator = estimator
+
+    def branches(
+        self, mu: Tensor, cond: Tensor, global_cond: Tensor, times: Tensor, unconditional: bool
+    ) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+        """(x, i) -> velocities with and without mu at times[i], evaluated as one batch; everything else comes first.
+
+        Without `unconditional` both are the conditional one. The unconditional keeps context and global condition.
+        """
+        net, copies = self.estimator, 2 if unconditional else 1
+        context = net.context(cond, global_cond).repeat(copies, 1, 1)
+        given = torch.cat([mu, torch.zeros_like(mu)]) if unconditional else mu
+        first = net.decoder.input_proj(given + net.time(times[:-1].to(mu.device))[:, None])  # (n, N, D)
+
+        def evaluate(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
+            both = net.denoise(x.repeat(copies, 1, 1), first[i], context)
+            return both[: len(x)], both[-len(x) :]
+
+        return evaluate
+
+    @torch.no_grad()
+    def sample(
+        self,
+        mu: Tensor,
+        cond: Tensor,
+        global_cond: Tensor,
+        noise: Tensor,
+        steps: int = 10,
+        temperature: float = 1.0,
+        guidance: float = 1.0,
+        sway: float = 1.0,
+        zero_star: bool = True,
+    ) -> Tensor:
+        """Draw a patch (B, C, P) in the layout of `noise`.
+
+        Args:
+            mu: (B, D) hidden states.
+            cond: (B, C, K) frames before the patch, zeros where there are none.
+            global_cond: (B, G) speaker embedding or first motion frame.
+            noise: (B, C, P) standard normal, scaled here by `temperature`.
+            guidance: 1 evaluates no unconditional branch.
+            sway, zero_star: see `solver_times` and `guide`; `zero_star` also leaves out the first steps.
+        """
+        times = solver_times(steps, sway)
+        evaluate = self.branches(mu, cond, global_cond, times, guidance != 1)
+
+        def velocity(x: Tensor, i: int) -> Tensor:
+            conditional, unconditional = evaluate(x, i)
+            return conditional if guidance == 1 else guide(conditional, unconditional, guidance, zero_star)
+
+        return euler(velocity, temperature * noise, times, zero_steps(steps) if zero_star else 0)
+
+    def loss(
+        self,
+        x1: Tensor,
+        mu: Tensor,
+        cond: Tensor,
+        global_cond: Tensor,
+        draws: FlowDraws | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Flow-matching loss (scalar) of patches x1 (N, C, P), N may be 0; mask (N, 1, P) marks frames that count."""
+        draws = draws or FlowDraws.sample(x1)
+        mu, cond = drop(mu, draws.u_mu, DROP_MU), drop(cond, draws.u_cond, DROP_COND)
+        return flow_loss(self.estimator(noised(x1, draws), mu, draws.t, cond, global_cond), x1, draws.z, mask)

@@ -1,0 +1,106 @@
+"""Optimal-transport flow matching: times, guidance, solver and the parts of the loss. Knows no network.
+
+t = 1 is noise and t = 0 is data, x_t = (1 - t) x1 + t z, and the velocity is z - x1.
+
+Axes: B batch (N examples in training), C channels, P frames of a patch, n solver steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.errors import UserError
+
+DROP_MU, DROP_COND = 0.1, 0.05  # training probability of an example without mu, without context frames
+ZERO_SHARE = 0.04  # of the steps whose velocity CFG-Zero* takes as zero
+TIME_MEAN = -0.4  # of the log-normal training times
+
+
+def solver_times(steps: int, sway: float = 1.0) -> Tensor:
+    """Times (n + 1,) from 1 to 0, float32 on the CPU; sway 1 makes the steps fine near the noise, sway 0 even."""
+    if steps < 1:
+        raise UserError(f"steps={steps} must be at least 1")
+    u = torch.linspace(1, 0, steps + 1)
+    return u + sway * (torch.cos(math.pi / 2 * u) - 1 + u)
+
+
+def zero_steps(steps: int) -> int:
+    """How many steps at the noise end CFG-Zero* leaves out (arXiv 2503.18886): one up to 48 steps."""
+    return max(1, math.floor(ZERO_SHARE * (steps + 1)))
+
+
+def guide(conditional: Tensor, unconditional: Tensor, guidance: float, zero_star: bool = True) -> Tensor:
+    """Classifier-free guidance a v_u + g (v_c - a v_u) of velocities (B, C, P).
+
+    With `zero_star`, a is each sample's projection of v_c on v_u (CFG-Zero*); else 1.
+    """
+    if zero_star:
+        dot = (conditional * unconditional).sum((1, 2), keepdim=True)
+        unconditional = dot / (unconditional.square().sum((1, 2), keepdim=True) + 1e-8) * unconditional
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def euler(velocity: Callable[[Tensor, int], Tensor], x: Tensor, times: Tensor, skip: int = 0) -> Tensor:
+    """Integrate from times[0] to times[-1].
+
+    Args:
+        velocity: (x, i) -> dx/dt at times[i].
+        skip: first steps in which x stays as it is and `velocity` is not called.
+    """
+    lengths = (times[:-1] - times[1:]).tolist()
+    for i in range(skip, len(lengths)):
+        x = x - lengths[i] * velocity(x, i)
+    return x
+
+
+def log_normal_times(normal: Tensor) -> Tensor:
+    """Training times in (0, 1) from standard normal draws."""
+    return torch.sigmoid(normal + TIME_MEAN)
+
+
+@dataclass(frozen=True)
+class FlowDraws:
+    """The random numbers of one loss.
+
+    u_mu, u_cond: (N,) uniform; an example keeps mu, its context, where they exceed DROP_MU, DROP_COND.
+    t: (N,) times. z: (N, C, P) noise.
+    """
+
+    u_mu: Tensor
+    u_cond: Tensor
+    t: Tensor
+    z: Tensor
+
+    @classmethod
+    def sample(cls, x1: Tensor) -> FlowDraws:
+        """Draws for targets x1 (N, C, P), from torch's default generator."""
+        u_mu, u_cond = torch.rand(2, len(x1), device=x1.device)
+        normal = torch.randn(len(x1), device=x1.device)
+        return cls(u_mu, u_cond, log_normal_times(normal), torch.randn_like(x1))
+
+
+def drop(x: Tensor, u: Tensor, probability: float) -> Tensor:
+    """x (N, ...) with zeros where u (N,) does not exceed `probability`."""
+    return x * (u > probability).view(-1, *[1] * (x.ndim - 1))
+
+
+def noised(x1: Tensor, draws: FlowDraws) -> Tensor:
+    """x_t (N, C, P)."""
+    t = draws.t[:, None, None]
+    return (1 - t) * x1 + t * draws.z
+
+
+def flow_loss(predicted: Tensor, x1: Tensor, z: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Squared error of a predicted velocity (N, C, P), averaged over channels and the frames of `mask` (N, 1, P).
+
+    Without an example it is 0, and its graph still reaches the parameters.
+    """
+    error = (predicted.float() - (z - x1)).square().mean(1)
+    if mask is None:
+        return error.sum() / max(1, error.numel())
+    return (mask[:, 0] * error).sum() / mask.sum()

@@ -1,0 +1,145 @@
+"""Talker-T2AV: a Qwen3 backbone between patch encoders and diffusion heads. Parameter names are the released ones.
+
+Axes: B batch, T tokens, M patches, P frames of a patch, Ds / Dm speech / motion channels, D width.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from engine.errors import UserError
+from engine.release import half, load_strict, read_release, save_release
+from talker_t2av import names
+from talker_t2av.diffusion_head import DiffusionHead, FlowHead
+from talker_t2av.patch_encoder import PatchEncoder
+from talker_t2av.stop_predictor import StopPredictor
+
+KIND = "talker_t2av"
+TTS, T2AV = 0, 1  # rows of the task embedding
+FPS = 25  # latent frames a second, speech and motion
+
+
+@dataclass(frozen=True)
+class TalkerConfig:
+    """Sizes and switches; the defaults are the released model's.
+
+    llm: fields of `transformers.Qwen3Config`; its hidden size is the width of every part.
+    patch_size: frames of a token. delay: patches by which motion lags behind speech. context: patches before the one
+        to draw that its diffusion head sees.
+    repeats: times that an example enters a training step. motion_weight: of the motion loss.
+    """
+
+    llm: dict[str, Any]
+    patch_size: int = 4
+    delay: int = 0
+    context: int = 1
+    speech_dim: int = 32
+    motion_dim: int = 40
+    speaker_dim: int = 256
+    encoder_layers: int = 4
+    encoder_heads: int = 8
+    head_layers: int = 8
+    head_heads: int = 8
+    max_positions: int = 1024
+    repeats: int = 2
+    motion_weight: float = 10.0
+
+
+class TalkerT2AV(nn.Module):
+    """Text and patches of speech and motion in, hidden states out; heads that draw the next patches from them."""
+
+    def __init__(self, config: TalkerConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        llm = Qwen3Config(**{"rope_theta": 1e6, "tie_word_embeddings": True, "use_cache": False, **c.llm})
+        self.width = width = llm.hidden_size
+        for name, heads in (("encoder_heads", c.encoder_heads), ("head_heads", c.head_heads)):
+            if width % (2 * heads):
+                raise UserError(f"model.{name}={heads}: llm.hidden_size={width} must be a multiple of twice that")
+        self.llm = Qwen3ForCausalLM(llm)
+        self.projector_speech = nn.Sequential(OrderedDict(linear1=nn.Linear(c.speech_dim, width)))
+        self.projector_motion = nn.Sequential(OrderedDict(linear1=nn.Linear(c.motion_dim, width)))
+        encoder = (width, width, c.encoder_layers, c.encoder_heads, c.max_positions)
+        self.speech_patch_encoder = PatchEncoder(*encoder)
+        self.motion_patch_encoder = PatchEncoder(*encoder)
+        head = (width, c.head_layers, c.head_heads, c.max_positions)
+        self.speech_cfm = FlowHead(DiffusionHead(c.speech_dim, c.speaker_dim, *head))
+        self.motion_cfm = FlowHead(DiffusionHead(c.motion_dim, c.motion_dim, *head))
+        self.head_stop = StopPredictor(width)
+        self.task_embedding = nn.Embedding(2, width)
+        self.motion_pad_emb = nn.Parameter(torch.zeros(1, 1, width))  # instead of a motion token when there is none
+
+    def embed_text(self, ids: Tensor) -> Tensor:
+        """Token ids (B, T) -> (B, T, D)."""
+        return self.llm.model.embed_tokens(ids)
+
+    def speech_tokens(self, latents: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Speech latents (..., P, Ds) -> tokens (..., D). Frames outside `valid` (..., P) are zero after projection."""
+        return self.speech_patch_encoder(_masked(self.projector_speech(latents), valid))
+
+    def motion_tokens(self, motion: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Normalised motion (..., P, Dm) -> tokens (..., D), as `speech_tokens`."""
+        return self.motion_patch_encoder(_masked(self.projector_motion(motion), valid))
+
+    def backbone(self, embeds: Tensor, mask: Tensor | None = None, **cache: Any) -> Tensor:
+        """Hidden states (B, T, D) after the final norm. mask (B, S): 1 at real tokens; `cache` as Qwen3Model."""
+        return self.llm.model(inputs_embeds=embeds, attention_mask=mask, **cache).last_hidden_state
+
+    @classmethod
+    def from_released(cls, source: str | Path | dict[str, Tensor], config: TalkerConfig | None = None) -> TalkerT2AV:
+        """The official checkpoint: a folder or file of safetensors, or a state dict, in float32 and eval mode.
+
+        Sizes come from the tensors' shapes. A rotary table is used as stored, and computed where it is absent.
+
+        Raises:
+            UserError: a file or tensor is missing, or a shape does not fit `config`.
+        """
+        state = source if isinstance(source, dict) else names.read_safetensors(source)
+        config = config or TalkerConfig(**names.released_fields(state))
+        with torch.device("meta"):
+            model = cls(config)
+        return model.take(state, "the state dict" if isinstance(source, dict) else source)
+
+    def take(self, state: dict[str, Tensor], source: str | Path) -> TalkerT2AV:
+        """Make the tensors of `state` (released names) the model's own, in float32; gives the model in eval mode."""
+        state = names.complete({k: v.float() for k, v in state.items()}, self)
+        load_strict(self, state, source, assign=True)
+        self.llm.tie_weights()
+        # The language model's frequencies are no part of a state dict: a model made on the meta device lacks them.
+        self.llm.model.rotary_emb = type(self.llm.model.rotary_emb)(config=self.llm.config)
+        return self.eval()
+
+    def save(self, folder: str | Path, card: str, extra: dict[str, Any] | None = None) -> None:
+        """Write a release folder in half precision; `extra` joins `model` in its config.yaml."""
+        save_release(folder, KIND, {"model": asdict(self.config), **(extra or {})}, half(names.stored(self)), card)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> TalkerT2AV:
+        """The model of a release folder, in eval mode. Raises UserError, as `load` does."""
+        return cls.load(folder)[0]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> tuple[TalkerT2AV, dict[str, Any]]:
+        """The model of a release folder, in eval mode, and the folder's whole config.
+
+        Raises:
+            UserError: the folder is missing, of another model, or its shapes do not fit its config.
+        """
+        config, state = read_release(folder, KIND)
+        try:
+            with torch.device("meta"):
+                model = cls(TalkerConfig(**config["model"]))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{Path(folder) / 'config.yaml'} does not describe a Talker-T2AV model: {error}") from error
+        return model.take(state, folder), config
+
+
+def _masked(x: Tensor, valid: Tensor | None) -> Tensor:
+    return x if valid is None else x * valid[..., None]

@@ -1,0 +1,154 @@
+"""Released checkpoints of Talker-T2AV: files, keys that may be absent, sizes, and the two warm starts.
+
+Our parameters bear the released names, so that loading is: read all shards, complete, load strictly.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from engine.errors import UserError
+
+EMBEDDINGS, LM_HEAD = "llm.model.embed_tokens.weight", "llm.lm_head.weight"  # tied
+ROTARY = ".rope.w"
+FOREIGN = ("pretrained_speech_encoder.", "spk.")  # codec and speaker encoder, which have files of their own
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a file, or of a folder's `*.safetensors`, merged in the order of their names.
+
+    Raises:
+        UserError: there is none, a shard is missing, or a file is damaged.
+    """
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{path} has no *.safetensors file: give the folder of the downloaded checkpoint")
+    for name in _expected_shards(path, files):
+        if not (path / name).is_file():
+            raise UserError(f"{path} lacks {name}, a part of the checkpoint: copy or download it again")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            state |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is damaged ({error}); copy or download it again") from error
+    return state
+
+
+def _expected_shards(path: Path, files: list[Path]) -> list[str]:
+    """Names that the index, or the numbers in the files' own names, promise."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted(set(json.loads(index.read_text()).get("weight_map", {}).values()))
+    numbered = re.fullmatch(r"(.*-)\d+(-of-)(\d+)(\.safetensors)", files[0].name)
+    if path.is_file() or not numbered:
+        return []
+    start, of, total, end = numbered.groups()
+    return [f"{start}{i:0{len(total)}d}{of}{total}{end}" for i in range(1, int(total) + 1)]
+
+
+def complete(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """`state` with the keys that a file may lack (tied output layer, rotary tables), without those of other models."""
+    out = {key: value for key, value in state.items() if not key.startswith(FOREIGN)}
+    if EMBEDDINGS in out:
+        out[LM_HEAD] = out[EMBEDDINGS]
+    for name, module in model.named_modules():
+        if name.endswith(".rope"):
+            out.setdefault(f"{name}.w", module.table("cpu"))
+    return out
+
+
+def stored(model: nn.Module) -> dict[str, Tensor]:
+    """What a release of ours holds: no tied copy, no rotary table that is the exact one."""
+    exact = {f"{n}.w" for n, m in model.named_modules() if n.endswith(".rope") and m.w.equal(m.table(m.w.device))}
+    return {k: v for k, v in model.state_dict().items() if k != LM_HEAD and k not in exact}
+
+
+def released_fields(state: dict[str, Tensor]) -> dict[str, Any]:
+    """Fields of `TalkerConfig` that the shapes of a released checkpoint tell.
+
+    Numbers of heads follow from the rotary tables; where they are absent, heads are as published. Patch size, delay,
+    and context leave no trace in the shapes and are as published, too.
+
+    Raises:
+        UserError: a tensor that tells a size is missing.
+    """
+    try:
+        vocabulary, width = state[EMBEDDINGS].shape
+        layer = "llm.model.layers.0."
+        head_dim = len(state[layer + "self_attn.q_norm.weight"])
+        fields = {
+            "llm": {
+                "vocab_size": vocabulary,
+                "hidden_size": width,
+                "head_dim": head_dim,
+                "num_attention_heads": len(state[layer + "self_attn.q_proj.weight"]) // head_dim,
+                "num_key_value_heads": len(state[layer + "self_attn.k_proj.weight"]) // head_dim,
+                "intermediate_size": len(state[layer + "mlp.gate_proj.weight"]),
+                "num_hidden_layers": _layers(state, "llm.model.layers.{}.input_layernorm.weight"),
+            },
+            "speech_dim": state["projector_speech.linear1.weight"].shape[1],
+            "motion_dim": state["projector_motion.linear1.weight"].shape[1],
+            "speaker_dim": state["speech_cfm.estimator.global_cond_proj.weight"].shape[1],
+            "encoder_layers": _layers(state, "speech_patch_encoder.blocks.{}.norm1.scale"),
+            "head_layers": _layers(state, "speech_cfm.estimator.decoder.blocks.{}.norm1.scale"),
+        }
+    except KeyError as error:
+        raise UserError(f"not a Talker-T2AV checkpoint: it has no tensor {error}") from error
+    for field, owner in (("encoder_heads", "speech_patch_encoder"), ("head_heads", "speech_cfm.estimator.decoder")):
+        table = state.get(owner + ROTARY)
+        if table is not None:
+            fields |= {field: width // (2 * table.shape[1]), "max_positions": len(table)}
+    return fields
+
+
+def _layers(state: dict[str, Tensor], pattern: str) -> int:
+    return next(i for i in count() if pattern.format(i) not in state)
+
+
+def from_tts(key: str) -> str:
+    """Our name of a tensor of the speech-only predecessor, whose single head was called `motion_cfm`."""
+    key = re.sub(r"^motion_cfm\.", "speech_cfm.", key)
+    key = key.replace(".spk_proj.", ".global_cond_proj.").replace("patch_encoder.in_proj.", "patch_encoder.input_proj.")
+    return re.sub(r"^patch_encoder\.", "speech_patch_encoder.", key)
+
+
+def from_projector(key: str) -> str:
+    """Our name of a tensor of a projector checkpoint."""
+    key = key.replace("first_motion_proj", "global_cond_proj")
+    return re.sub(r"^patch_encoder\.", "speech_patch_encoder.", key)
+
+
+WARM_STARTS = {"tts": from_tts, "projector": from_projector}
+
+
+def warm_start(model: nn.Module, source: str | Path | dict[str, Tensor], kind: str) -> list[str]:
+    """Copy into `model` what fits of a checkpoint of `kind` ("tts" or "projector"); gives the names that were set.
+
+    A joint checkpoint must not be read as "tts": its motion head would land in the speech head.
+
+    Raises:
+        UserError: the kind is unknown, nothing fits, or a joint checkpoint is given as "tts".
+    """
+    if kind not in WARM_STARTS:
+        raise UserError(f"warm start kind {kind!r} is unknown; choose {', '.join(WARM_STARTS)}")
+    state = source if isinstance(source, dict) else read_safetensors(source)
+    label = "the state dict" if isinstance(source, dict) else source
+    if kind == "tts" and any(key.startswith("speech_cfm.") for key in state):
+        raise UserError(f"{label} is no speech-only checkpoint: it has a speech head beside the motion head")
+    own = model.state_dict()
+    renamed = {WARM_STARTS[kind](key): value for key, value in state.items()}
+    fits = {key: value for key, value in renamed.items() if key in own and own[key].shape == value.shape}
+    if not fits:
+        raise UserError(f"{label} shares no tensor with the model: it is no {kind} checkpoint of these sizes")
+    model.load_state_dict(fits, strict=False)
+    return sorted(fits)
