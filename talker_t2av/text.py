@@ -1,0 +1,122 @@
+"""Text to the language model's tokens: a chat of two turns, the assistant's turn being placeholders for patches.
+
+One class serves both tokenizers. Qwen3's comes from the released checkpoint's folder; the tiny model's is a byte-level
+one made here (`byte_tokenizer`), saved in the same files, with a shorter chat template.
+
+Axes: none; token ids are lists.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from engine.errors import UserError
+
+SPEECH, MOTION = "<SPEECH_FRAME>", "<MOTION_FRAME>"  # the second is in the released vocabulary, but in no sequence
+MAX_TOKENS = 1000  # of a training sequence; longer ones are cut on the right
+FILES = ("tokenizer.json", "tokenizer_config.json")
+BYTE_TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|end|>"
+BYTE_SPECIALS = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
+
+
+class TalkerTokenizer:
+    """A Hugging Face tokenizer with a chat template and the two frame tokens, which are added if they are missing.
+
+    Attributes:
+        speech_id: the placeholder of a patch.
+        pad_id: fills batches on the right.
+        vocab_size: ids are below it; the embedding table must have as many rows or more.
+        tail: the tokens after the placeholders.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        missing = [token for token in (SPEECH, MOTION) if token not in tokenizer.get_added_vocab()]
+        if missing:
+            tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+        self.speech_id: int = tokenizer.convert_tokens_to_ids(SPEECH)
+        self.pad_id: int = tokenizer.pad_token_id
+        self.vocab_size = len(tokenizer)
+        self._reserved = sorted(tokenizer.get_added_vocab())
+        self.tail = self._parts("")[1]
+
+    def prompt(self, text: str) -> list[int]:
+        """The tokens before the placeholders.
+
+        Raises:
+            UserError: the text holds one of the tokenizer's control tokens.
+        """
+        for token in self._reserved:
+            if token in text:
+                raise UserError(f"the text holds {token}, which is a control token: leave it out")
+        return self._parts(text)[0]
+
+    def sequence(self, text: str, patches: int, limit: int = MAX_TOKENS) -> tuple[list[int], tuple[int, int]]:
+        """The whole training sequence, cut to `limit` tokens, and the span [first placeholder, last + 1)."""
+        return assemble(self.prompt(text), self.tail, self.speech_id, patches, limit)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer's files into a release folder."""
+        self.tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> TalkerTokenizer:
+        """The tokenizer of a folder, ours or the released checkpoint's.
+
+        Raises:
+            UserError: the folder has no tokenizer, a damaged one, or one without a chat template.
+        """
+        folder = Path(folder)
+        if not any((folder / name).is_file() for name in (FILES[0], "vocab.json")):
+            raise UserError(f"{folder} has no tokenizer ({FILES[0]}): copy or download the whole folder")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # a damaged file raises whatever its parser raises
+            raise UserError(f"the tokenizer of {folder} cannot be read ({error}); copy or download it again") from error
+        if tokenizer.chat_template is None or tokenizer.pad_token_id is None:
+            raise UserError(f"the tokenizer of {folder} has no chat template or no padding token: it is not Qwen3's")
+        return cls(tokenizer)
+
+    def _parts(self, text: str) -> tuple[list[int], list[int]]:
+        turns = [{"role": "user", "content": text}, {"role": "assistant", "content": SPEECH}]
+        rendered = self.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=False, enable_thinking=False
+        )
+        # Special tokens part a text before anything else is done, so both sides can be encoded by themselves.
+        before, _, after = rendered.rpartition(SPEECH)
+        return tuple(self.tokenizer.encode(part, add_special_tokens=False) for part in (before, after))
+
+
+def assemble(
+    prompt: list[int], tail: list[int], speech_id: int, patches: int, limit: int = MAX_TOKENS
+) -> tuple[list[int], tuple[int, int]]:
+    """(prompt, placeholders, tail) cut to `limit` tokens, and the span of the placeholders that are left.
+
+    The span is (-1, -1) where none is left.
+    """
+    ids = [*prompt, *[speech_id] * patches, *tail][:limit]
+    start, end = len(prompt), min(len(prompt) + patches, limit)
+    return ids, (start, end) if end > start else (-1, -1)
+
+
+def byte_tokenizer() -> TalkerTokenizer:
+    """A tokenizer without a trained vocabulary: 256 bytes, four control tokens, the two frame tokens; 262 in all.
+
+    Texts are put in lower case and their ends trimmed.
+    """
+    alphabet = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=BYTE_SPECIALS[0],
+        additional_special_tokens=[*BYTE_SPECIALS[1:], SPEECH, MOTION],
+        chat_template=BYTE_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+    return TalkerTokenizer(fast)
