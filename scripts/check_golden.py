@@ -17,12 +17,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from engine.errors import UserError, run_cli
 from scripts import golden
 
-RUNNER_MODULES = ("diffusion", "guidance", "rvq", "whisperx_vae", "lia_x", "conditions", "talker")
+RUNNER_MODULES = (
+    "diffusion",
+    "guidance",
+    "rvq",
+    "whisperx_vae",
+    "lia_x",
+    "conditions",
+    "faces",
+    "voices",
+    "talker",
+    "talker_generation",
+)
 FORMULA, SMALL, FULL = 1e-5, 1e-4, 5e-4  # relative tolerance by kind of case
+ROUNDING = 2e-6  # of an output's largest magnitude, where a case measured how it amplifies rounding
 FULL_SIZE = 20_000_000  # weights from which a network counts as full-size
 
 
@@ -49,7 +62,8 @@ def compare(case: golden.Case, name: str, value: object) -> Comparison:
     """One output against the stored one.
 
     Floats: within the kind's relative tolerance of the output's mean magnitude, or twenty times the case's float32
-    floor, or ten times its stated sensitivity, whichever is larger. Integers: equal, unless a stored margin says that
+    floor, or ten times its stated sensitivity, whichever is larger. A case that measured the change of each output under
+    rounding of its inputs allows 1e-5, ten times that change, or ROUNDING of the output's largest magnitude. Integers: equal, unless a stored margin says that
     the decision was a near tie.
     """
     expected = case.outputs[name]
@@ -72,6 +86,11 @@ def compare(case: golden.Case, name: str, value: object) -> Comparison:
     floor = (case.meta.get("noise_f32") or {}).get(name) or {}
     floor = float(floor.get("max_abs", 0.0)) if isinstance(floor, dict) else float(floor)
     sensitivity = case.meta.get("sensitivity") or 0.0
+    if isinstance(sensitivity, dict) and "max_abs_change" in sensitivity:
+        largest = expected[~expected.isinf()].abs().max().item() if expected.numel() else 0.0
+        change = float(sensitivity["max_abs_change"].get(name, 0.0))
+        tolerance = max(FORMULA, 10 * change, ROUNDING * largest)
+        return Comparison(name, worst, worst / max(scale, 1e-30), tolerance if worst == worst else -1.0, change)
     sensitivity = sensitivity.get(name, 0.0) if isinstance(sensitivity, dict) else sensitivity
     if isinstance(sensitivity, dict):
         sensitivity = sensitivity.get("max_abs", 0.0)
@@ -81,7 +100,7 @@ def compare(case: golden.Case, name: str, value: object) -> Comparison:
 
 def check(case: golden.Case) -> list[Comparison]:
     """Run a case; every stored output must be produced or openly skipped."""
-    produced = golden.find_runner(case.name)(case)
+    produced = golden.find_runner(case.name, case.meta)(case)
     missing = case.outputs.keys() - produced.keys() - case.skipped.keys()
     if missing:
         raise ValueError(f"outputs that nothing produced: {', '.join(sorted(missing))}")
@@ -108,7 +127,9 @@ def main() -> int:
     counts = {"pass": 0, "FAIL": 0, "not built": 0}
     for path in files:
         start, skipped = time.monotonic(), {}
-        if golden.find_runner(path.stem) is None:
+        with safe_open(path, "pt") as file:
+            meta = golden.read_meta(file)
+        if golden.find_runner(path.stem, meta) is None:
             counts["not built"] += 1
             print(f"not built  {path.stem}: no runner for this component yet", flush=True)
             continue
