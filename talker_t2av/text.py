@@ -106,9 +106,9 @@ def assemble(
 def byte_tokenizer(texts: Iterable[str] = (), merges: int = 512) -> TalkerTokenizer:
     """A byte-level tokenizer made here: 256 bytes, four control tokens, the two frame tokens, 262 in all.
 
-    With `texts`, up to `merges` merges are learned from them by byte-pair encoding (Sennrich et al., 2016), inside words
-    only. In a small vocabulary of words, each becomes one token: a small model then has six things to align with a
-    sentence's sound instead of thirty. Any other text still comes apart into bytes.
+    With `texts`, up to `merges` merges are learned from them by byte-pair encoding (Sennrich et al., 2016), inside
+    words only. In a small vocabulary of words, each becomes one token: a small model then has six things to align with
+    a sentence's sound instead of thirty. Any other text still comes apart into bytes.
 
     Texts are put in lower case and their ends trimmed.
     """
