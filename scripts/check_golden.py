@@ -36,6 +36,7 @@ RUNNER_MODULES = (
 )
 FORMULA, SMALL, FULL = 1e-5, 1e-4, 5e-4  # relative tolerance by kind of case
 ROUNDING = 2e-6  # of an output's largest magnitude, where a case measured how it amplifies rounding
+PICTURE = 1e-3  # share of a uint8 picture's values that rounding may leave one level off
 FULL_SIZE = 20_000_000  # weights from which a network counts as full-size
 
 
@@ -62,9 +63,10 @@ def compare(case: golden.Case, name: str, value: object) -> Comparison:
     """One output against the stored one.
 
     Floats: within the kind's relative tolerance of the output's mean magnitude, or twenty times the case's float32
-    floor, or ten times its stated sensitivity, whichever is larger. A case that measured the change of each output under
-    rounding of its inputs allows 1e-5, ten times that change, or ROUNDING of the output's largest magnitude. Integers: equal, unless a stored margin says that
-    the decision was a near tie.
+    floor, or ten times its stated sensitivity, whichever is larger. A case that measured how
+    much rounding of its inputs changes an output allows ten times that, or 1e-5, or ROUNDING of the largest magnitude.
+    Integers: equal, unless a stored margin says that the decision was a near tie; grey levels of pictures may differ by
+    one in `PICTURE` of the pixels.
     """
     expected = case.outputs[name]
     actual = torch.as_tensor(value).detach().cpu()
@@ -73,6 +75,9 @@ def compare(case: golden.Case, name: str, value: object) -> Comparison:
     actual = actual.reshape(expected.shape)
     if not expected.is_floating_point():
         wrong = actual.to(expected.dtype) != expected
+        if expected.dtype == torch.uint8:  # a picture: its official transform came out of another OpenCV's solver
+            step = (actual.int() - expected.int()).abs()
+            wrong &= (step > 1) | (wrong.double().mean() > PICTURE)
         margin = case.outputs.get("margin")
         if margin is not None and margin.shape == expected.shape:
             wrong &= margin > 1e-5

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from talker_t2av.layers import Rotary
 
 EMBEDDINGS, LM_HEAD = "llm.model.embed_tokens.weight", "llm.lm_head.weight"  # tied
 ROTARY = ".rope.w"
@@ -62,14 +63,14 @@ def complete(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     if EMBEDDINGS in out:
         out[LM_HEAD] = out[EMBEDDINGS]
     for name, module in model.named_modules():
-        if name.endswith(".rope"):
+        if isinstance(module, Rotary):
             out.setdefault(f"{name}.w", module.table("cpu"))
     return out
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:
     """What a release of ours holds: no tied copy, no rotary table that is the exact one."""
-    exact = {f"{n}.w" for n, m in model.named_modules() if n.endswith(".rope") and m.w.equal(m.table(m.w.device))}
+    exact = {f"{n}.w" for n, m in model.named_modules() if isinstance(m, Rotary) and m.w.equal(m.table(m.w.device))}
     return {k: v for k, v in model.state_dict().items() if k != LM_HEAD and k not in exact}
 
 

@@ -26,4 +26,4 @@ class PatchEncoder(Transformer):
         frames = self.input_proj(x.flatten(0, -3))
         cls = self.cls_token[0].expand(len(frames), -1, -1).to(frames.dtype)
         tokens = self.run(torch.cat([cls, frames], 1), slice(0, 1))
-        return tokens.view(*x.shape[:-2], -1)
+        return tokens.view(*x.shape[:-2], tokens.shape[-1])

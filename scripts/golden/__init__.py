@@ -2,7 +2,7 @@
 
 A runner is a function `(case) -> {output name: tensor}` registered for a case-name prefix; it may leave outputs out
 only by naming them in `case.skip(name, why)`. Which runner serves a case follows from the prefix and the case's own
-metadata, never from a list of case names.
+metadata, never from a list of case names; a case that names its runner in `meta["runner"]` gets that one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 RUNNERS: dict[str, Callable] = {}  # prefix -> (case) -> {output name: tensor}
+META_RUNNERS: dict[str, Callable] = {}  # the same, by the word in a case's meta["runner"]
 
 
 def runner(*prefixes: str) -> Callable:
@@ -34,8 +35,20 @@ def runner(*prefixes: str) -> Callable:
     return register
 
 
-def find_runner(name: str) -> Callable[[Case], dict[str, Any]] | None:
-    """The registered runner with the longest prefix of `name`, or None."""
+def meta_runner(*words: str) -> Callable:
+    """Register the decorated function for every case whose `meta["runner"]` is one of `words`."""
+
+    def register(function: Callable) -> Callable:
+        META_RUNNERS.update(dict.fromkeys(words, function))
+        return function
+
+    return register
+
+
+def find_runner(name: str, meta: dict[str, Any]) -> Callable[[Case], dict[str, Any]] | None:
+    """The runner that the case's metadata names; without such a word, the one with the longest prefix of `name`."""
+    if "runner" in meta:
+        return META_RUNNERS.get(meta["runner"])
     matches = [prefix for prefix in RUNNERS if name.startswith(prefix)]
     return RUNNERS[max(matches, key=len)] if matches else None
 
@@ -87,11 +100,16 @@ def is_buffer(key: str) -> bool:
     return key.rsplit(".", 1)[-1] in ("kernel", "window") or key.endswith("encoder.positional_embedding")
 
 
+def read_meta(file: Any) -> dict[str, Any]:
+    """The metadata of an open case."""
+    return json.loads((file.metadata() or {}).get("meta", "{}"))
+
+
 def load_case(path: Path) -> Case:
     """Read `CASE.safetensors` and `CASE.keys.json`; names ending in `_f16` are widened and lose the ending."""
     inputs, outputs = {}, {}
     with safe_open(path, "pt") as file:
-        meta = json.loads((file.metadata() or {}).get("meta", "{}"))
+        meta = read_meta(file)
         for full in file.keys():  # noqa: SIM118  (a safetensors handle is not a dict)
             side, _, name = full.partition(".")
             value = file.get_tensor(full)

@@ -1,0 +1,200 @@
+"""The training forward: tokens, hidden states, flow-matching examples and losses of a batch, without a loop over it.
+
+Axes: B batch, T0 text and placeholder tokens (T = T0 + 1 with the task token), F frames, M patches, P frames of a
+patch, p context patches, N examples, C channels, D width.
+
+Every example is a pair (row, patch); pairs are listed row by row, so that random draws come in the order of the
+official program. An empty list of examples costs nothing and still connects every parameter to the loss, as
+distributed training needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from talker_t2av.flow_matching import FlowDraws
+from talker_t2av.model import FPS, T2AV, TTS, TalkerT2AV
+from talker_t2av.stop_predictor import stop_labels, stop_loss
+
+
+@dataclass(frozen=True)
+class TalkerBatch:
+    """Padded training samples.
+
+    input_ids, attention_mask: (B, T0), padded on the right.
+    speech_span: (B, 2) first placeholder and one past the last; (-1, -1) where there is none.
+    speech: (B, F, Ds) latents. speech_frames: (B,) how many count.
+    motion: (B, Fm, Dm) normalised. motion_frames: (B,); 0 makes a row TTS.
+    speaker: (B, G) embeddings.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    speech_span: Tensor
+    speech: Tensor
+    speech_frames: Tensor
+    motion: Tensor
+    motion_frames: Tensor
+    speaker: Tensor
+
+    @classmethod
+    def of(cls, batch: dict[str, Tensor]) -> TalkerBatch:
+        """From a dict that may hold more."""
+        return cls(**{field.name: batch[field.name] for field in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a diffusion head trains on: x1 (N, C, P), mu (N, D), cond (N, C, p P), global_cond (N, G)."""
+
+    x1: Tensor
+    mu: Tensor
+    cond: Tensor
+    global_cond: Tensor
+
+
+@dataclass(frozen=True)
+class TrainingForward:
+    """Everything before the losses.
+
+    embeds, hidden: (B, T, D). mask: (B, T). labels: (B, T) of the stop head and their pos_weight.
+    """
+
+    embeds: Tensor
+    mask: Tensor
+    hidden: Tensor
+    speech: Examples
+    motion: Examples
+    labels: Tensor
+    pos_weight: Tensor
+
+
+def training_forward(model: TalkerT2AV, batch: TalkerBatch, task: Tensor | None = None) -> TrainingForward:
+    """Run the backbone and gather the examples of both heads, each `repeats` times in a row.
+
+    Args:
+        task: (B,) rows of the task embedding; else T2AV where there is motion.
+    """
+    c = model.config
+    with_motion = batch.motion_frames > 0
+    if task is None:
+        task = torch.where(with_motion, T2AV, TTS)
+    embeds = torch.cat([model.task_embedding(task)[:, None], model.embed_text(batch.input_ids)], 1)
+    mask = F.pad(batch.attention_mask, (1, 0), value=1)
+    span = batch.speech_span + (batch.speech_span[:, :1] >= 0)
+    start, slots = span[:, 0], (span[:, 1] - span[:, 0]).clamp(min=0)
+
+    speech = _Stream.of(batch.speech, batch.speech_frames, c.patch_size)
+    motion = _Stream.of(batch.motion, batch.motion_frames, c.patch_size)
+    filled = torch.where(with_motion, torch.maximum(speech.patches, motion.patches + c.delay), speech.patches)
+    filled = torch.minimum(filled, slots)
+    embeds = _fill_slots(model, embeds, start, filled, speech, motion, with_motion)
+    hidden = model.backbone(embeds, mask)
+
+    labels, pos_weight = stop_labels(start, span[:, 1] - start, embeds.shape[1], c.patch_size, FPS)
+    first_motion = batch.motion[:, 0] if batch.motion.shape[1] else batch.motion.new_zeros(len(task), c.motion_dim)
+    return TrainingForward(
+        embeds,
+        mask,
+        hidden,
+        _examples(hidden, start, slots, speech, batch.speaker, c.context, c.repeats),
+        _examples(hidden, start + c.delay, slots, motion, first_motion, c.context, c.repeats),
+        labels,
+        pos_weight,
+    )
+
+
+def training_losses(
+    model: TalkerT2AV, forward: TrainingForward, speech: FlowDraws | None = None, motion: FlowDraws | None = None
+) -> dict[str, Tensor]:
+    """`speech`, `motion` (weighted), `stop`, and their sum `loss`.
+
+    Args:
+        speech, motion: given draws of the two heads; by default each draws its own, speech first.
+    """
+    s, m = forward.speech, forward.motion
+    losses = {
+        "speech": model.speech_cfm.loss(s.x1, s.mu, s.cond, s.global_cond, speech),
+        "motion": model.config.motion_weight * model.motion_cfm.loss(m.x1, m.mu, m.cond, m.global_cond, motion),
+        "stop": stop_loss(model.head_stop(forward.hidden), forward.labels, forward.pos_weight),
+    }
+    losses["loss"] = sum(losses.values())
+    return losses
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """One stream cut into patches: latents (B, M, P, C), zero from `frames` (B,) on; patches (B,) that hold a frame."""
+
+    latents: Tensor
+    frames: Tensor
+    patches: Tensor
+
+    @classmethod
+    def of(cls, latents: Tensor, frames: Tensor, size: int) -> _Stream:
+        length = latents.shape[1]
+        frames = frames.clamp(max=length)
+        real = torch.arange(length, device=latents.device) < frames[:, None]
+        latents = F.pad(latents * real[..., None], (0, 0, 0, -length % size))
+        return cls(latents.unflatten(1, (-1, size)), frames, (frames + size - 1) // size)
+
+    def gather(self, row: Tensor, patch: Tensor) -> tuple[Tensor, Tensor]:
+        """Patches (N, P, C) and which of their frames are real (N, P); a patch outside the stream has none."""
+        count, size = self.latents.shape[1:3]
+        if count == 0:
+            return self.latents.new_zeros(len(row), size, self.latents.shape[-1]), row.new_zeros(len(row), size).bool()
+        frame = patch[:, None] * size + torch.arange(size, device=patch.device)
+        real = (frame >= 0) & (frame < self.frames[row][:, None])
+        return self.latents[row, patch.clamp(0, count - 1)], real
+
+
+def _fill_slots(
+    model: TalkerT2AV,
+    embeds: Tensor,
+    start: Tensor,
+    filled: Tensor,
+    speech: _Stream,
+    motion: _Stream,
+    with_motion: Tensor,
+) -> Tensor:
+    """Put the tokens of the first `filled` (B,) patches into each row's slots; other slots keep their embedding."""
+    longest = embeds.shape[1]
+    row, patch = (torch.arange(longest, device=start.device) < filled[:, None]).nonzero(as_tuple=True)
+    tokens = model.speech_tokens(*speech.gather(row, patch))
+    seen = with_motion[row]
+    moving = seen.nonzero()[:, 0]
+    moves = model.motion_tokens(*motion.gather(row[moving], patch[moving] - model.config.delay))
+    pad = model.motion_pad_emb[0] * ~seen[:, None]
+    tokens = (tokens + pad).index_add(0, moving, moves.to(tokens.dtype))
+    return embeds.index_put((row, start[row] + patch), tokens.to(embeds.dtype))
+
+
+def _examples(
+    hidden: Tensor, start: Tensor, slots: Tensor, stream: _Stream, global_cond: Tensor, context: int, repeats: int
+) -> Examples:
+    """Patch j of a row is predicted from position start + j - 1. Rows with one patch or without slots give none.
+
+    Padded frames of the last patch are targets, too. Rows whose span was cut go on while positions last.
+    """
+    count, tokens = stream.latents.shape[1], hidden.shape[1]
+    place = torch.arange(count, device=hidden.device)
+    position = start[:, None] + place - 1
+    rows = (slots > 0) & (stream.patches > 1)
+    chosen = rows[:, None] & (place < stream.patches[:, None]) & ((place == 0) | (position < tokens))
+    row, patch = chosen.nonzero(as_tuple=True)
+    row, patch = row.repeat_interleave(repeats), patch.repeat_interleave(repeats)
+
+    padded = F.pad(stream.latents, (0, 0, 0, 0, context, 0))  # patches before the first are zeros
+    window = patch[:, None] + torch.arange(context + 1, device=patch.device)
+    frames = padded[row[:, None], window]  # (N, p + 1, P, C): context, then the target
+    mu = hidden[row, position[row, patch].clamp(max=tokens - 1)]
+    return Examples(
+        x1=frames[:, -1].transpose(1, 2),
+        mu=mu,
+        cond=frames[:, :-1].flatten(1, 2).transpose(1, 2),
+        global_cond=global_cond[row],
+    )
