@@ -1,72 +1,30 @@
-"""Random crops of a speech corpus, and its held-out clips.
+"""Random crops of a speech corpus together with their codes.
 
 Axes: B batch, N samples, Q levels, L frames.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import soundfile
 import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.media.audio import read_audio
+from engine.media.corpus import SpeechCrops, draw, pad
 from rvq_codec.codec import RVQCodec
 
 
-@dataclass(frozen=True)
-class Clip:
-    """One held-out clip: its name, its words, its wave (N,)."""
-
-    name: str
-    text: str
-    wave: np.ndarray
-
-
-def read_manifest(root: str | Path, split: str) -> list[dict]:
-    """Rows of ROOT/SPLIT.jsonl.
-
-    Raises:
-        UserError: the manifest is missing, empty or not JSON lines.
-    """
-    path = Path(root) / f"{split}.jsonl"
-    if not path.is_file():
-        raise UserError(f"no manifest {path}: make the corpus with scripts/make_synthetic_corpus.py, or set data.root")
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON lines ({error})") from error
-    if not rows:
-        raise UserError(f"{path} lists no clips")
-    return rows
-
-
-def load_clips(root: str | Path, split: str, count: int, rate: int) -> list[Clip]:
-    """The first `count` clips of a split, whole, at `rate` Hz."""
-    rows = read_manifest(root, split)[:count]
-    folder = Path(root) / split
-    return [Clip(r["id"], r["text"], read_audio(folder / f"{r['id']}.wav", rate)) for r in rows]
-
-
-class SpeechCrops(torch.utils.data.Dataset):
-    """Random crops of the WAV files of ROOT/SPLIT, one a clip and epoch.
+class CodedCrops(SpeechCrops):
+    """Crops that carry their codes, for training a decoder alone. A clip is encoded whole, once, when it is first used.
 
     Args:
-        root, split: the corpus folder and the split whose manifest names the clips.
-        sample_rate: that the files must have.
-        samples: length of a crop, a multiple of the codec's hop; shorter clips are padded with zeros at the end.
-        gain_db: gains are uniform in -gain_db..0 dB.
-        codec: release folder; crops then carry their codes, for training its decoder alone. A clip is encoded whole,
-            once, when it is first used; there is no gain.
+        codec: release folder; None for crops without codes.
+        samples: length of a crop, a multiple of the codec's hop.
+        root, split, sample_rate, gain_db: as in `SpeechCrops`; with a codec there is no gain.
 
     Raises:
-        UserError: no manifest, or `samples` is no multiple of the hop of `codec`; and, when a crop is taken, a file
-            that is missing, is no audio, or is not mono at `sample_rate`.
+        UserError: as in `SpeechCrops`, or `samples` is no multiple of the hop.
     """
 
     def __init__(
@@ -78,61 +36,23 @@ class SpeechCrops(torch.utils.data.Dataset):
         gain_db: float = 6.0,
         codec: str | None = None,
     ):
-        self.sample_rate, self.samples, self.gain_db = sample_rate, samples, gain_db
-        folder = Path(root) / split
-        self.paths = [folder / f"{row['id']}.wav" for row in read_manifest(root, split)]
+        super().__init__(root, split, sample_rate, samples, gain_db)
         self.codec = RVQCodec.from_pretrained(codec) if codec else None
         self._coded: dict[int, tuple[Tensor, Tensor]] = {}
         if self.codec and samples % self.codec.hop:
             raise UserError(f"samples={samples}: give a multiple of the codec's hop of {self.codec.hop}")
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """{"wave": (1, samples)}, with a codec also {"codes": (Q, samples / hop)}; a function of (index, generator)."""
-        if self.codec:
-            return self._coded_crop(index, generator)
-        with self._open(index) as file:
-            file.seek(_draw(file.frames - self.samples, generator))
-            wave = torch.from_numpy(file.read(self.samples, dtype="float32"))
-        gain = 10 ** (-self.gain_db * torch.rand((), generator=generator) / 20)
-        return {"wave": _pad(wave * gain, self.samples)[None]}
-
-    @staticmethod
-    def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """{"wave": (B, 1, N)} and, with a codec, {"codes": (B, Q, L)}."""
-        return {name: torch.stack([item[name] for item in items]) for name in items[0]}
-
-    def _open(self, index: int) -> soundfile.SoundFile:
-        path = self.paths[index]
-        try:
-            file = soundfile.SoundFile(path)
-        except (soundfile.LibsndfileError, OSError) as error:
-            raise UserError(f"{path} cannot be read ({error})") from error
-        if file.samplerate != self.sample_rate or file.channels != 1:
-            found = f"{file.channels} channels at {file.samplerate} Hz"
-            raise UserError(f"{path} is not mono at {self.sample_rate} Hz: {found}")
-        return file
-
-    def _coded_crop(self, index: int, generator: torch.Generator | None) -> dict[str, Tensor]:
+        if not self.codec:
+            return super().__getitem__(index, generator)
         hop = self.codec.hop
         if index not in self._coded:  # kept small: a corpus of hours stays in memory
-            with self._open(index) as file:
-                wave = _pad(torch.from_numpy(file.read(dtype="float32")), self.samples)
+            with self.open(index) as file:
+                wave = pad(torch.from_numpy(file.read(dtype="float32")), self.samples)
             codes = self.codec.encode(wave[None, None])[0]
             self._coded[index] = wave.half(), codes[:, : len(wave) // hop].short()
         wave, codes = self._coded[index]
-        first, count = _draw(codes.shape[-1] - self.samples // hop, generator), self.samples // hop
+        first, count = draw(codes.shape[-1] - self.samples // hop, generator), self.samples // hop
         crop = wave[first * hop : first * hop + self.samples].float()
         return {"wave": crop[None], "codes": codes[:, first : first + count].long()}
-
-
-def _draw(spare: int, generator: torch.Generator | None) -> int:
-    """A random start in 0..spare."""
-    return int(torch.randint(max(0, spare) + 1, (), generator=generator))
-
-
-def _pad(wave: Tensor, samples: int) -> Tensor:
-    """Zeros at the end of (N,) up to `samples`."""
-    return torch.nn.functional.pad(wave, (0, max(0, samples - len(wave))))

@@ -5,19 +5,16 @@ Axes: N samples, Q levels, K codes.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from engine.errors import UserError
-from engine.metrics.recogniser import Recogniser, word_error_rate
-from engine.metrics.speech import pesq_wb, stoi
+from engine.media.corpus import Clip
+from engine.metrics.resynthesis import fit_length, score
 from rvq_codec.codebooks import count_codes, perplexity
 from rvq_codec.codec import RVQCodec
-from rvq_codec.data import Clip
 
 
 @torch.no_grad()
@@ -27,8 +24,7 @@ def resynthesise(codec: RVQCodec, clip: Clip, levels: Sequence[int]) -> tuple[to
     codes = codec.encode(torch.from_numpy(clip.wave)[None, None].to(device))
     waves = {}
     for n in levels:
-        wave = codec.decode(codes, n)[0, 0].float().cpu().numpy()[: len(clip.wave)]
-        waves[n] = np.pad(wave, (0, len(clip.wave) - len(wave)))
+        waves[n] = fit_length(codec.decode(codes, n)[0, 0].float().cpu().numpy(), len(clip.wave))
     return codes.cpu(), waves
 
 
@@ -45,29 +41,14 @@ def evaluate(
         `wer_clean`, `wer_N`, `pesq_N`, `stoi_N` (those whose package is installed; means over clips, word error rate
         over words), `perplexity` and `used` (share of codes that occur), each a list with one entry a level.
     """
-    have = {name: importlib.util.find_spec(name) is not None for name in ("pocketsphinx", "pesq", "pystoi")}
-    recogniser = Recogniser(grammar) if grammar and have["pocketsphinx"] else None
     counts = torch.zeros(codec.levels, codec.codebook_size, dtype=torch.int64)
-    scores: dict[str, list[float]] = {}
-    heard: dict[str, list[str]] = {}
+    versions: dict[str, list[np.ndarray]] = {str(n): [] for n in levels}
     for clip in clips:
         codes, waves = resynthesise(codec, clip, levels)
         counts += count_codes(codes, codec.codebook_size)
-        if recogniser:
-            heard.setdefault("wer_clean", []).append(recogniser.transcribe(clip.wave, codec.sample_rate))
         for n, wave in waves.items():
-            if recogniser:
-                heard.setdefault(f"wer_{n}", []).append(recogniser.transcribe(wave, codec.sample_rate))
-            if have["pystoi"]:
-                scores.setdefault(f"stoi_{n}", []).append(stoi(clip.wave, wave, codec.sample_rate))
-            if have["pesq"]:
-                try:
-                    scores.setdefault(f"pesq_{n}", []).append(pesq_wb(clip.wave, wave, codec.sample_rate))
-                except UserError:  # no speech found in the clip
-                    continue
-    texts = [clip.text for clip in clips]
-    results: dict[str, float | list[float]] = {k: word_error_rate(texts, v) for k, v in heard.items()}
-    results |= {k: float(np.mean(v)) for k, v in scores.items() if v}
+            versions[str(n)].append(wave)
+    results: dict[str, float | list[float]] = dict(score(clips, versions, codec.sample_rate, grammar))
     results["perplexity"] = [round(x, 1) for x in perplexity(counts).tolist()]
     results["used"] = [round(x, 3) for x in (counts > 0).double().mean(-1).tolist()]
     return results

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.media.audio import write_wav
+from engine.media.corpus import load_clips
 from engine.nn.audio_losses import (
     MultiResolutionSTFTLoss,
     MultiScaleMelLoss,
@@ -22,26 +23,12 @@ from engine.nn.audio_losses import (
     feature_matching_loss,
     generator_loss,
 )
-from engine.nn.discriminators import MultiPeriodDiscriminator, MultiResolutionDiscriminator
+from engine.nn.discriminators import WaveDiscriminators
 from engine.task import Task
 from rvq_codec.codebooks import count_codes, restart_dead_codes, warm_start
 from rvq_codec.codec import RVQCodec, RVQCodecConfig
-from rvq_codec.data import load_clips
 from rvq_codec.evaluation import evaluate, resynthesise
 from rvq_codec.features import SpeechFeatures
-
-
-class WaveDiscriminators(nn.Module):
-    """Multi-period and multi-resolution discriminators as one: wave (B, 1, N) -> feature maps and logits of each."""
-
-    def __init__(self, period: Mapping[str, Any], spectrogram: Mapping[str, Any]):
-        super().__init__()
-        self.period = MultiPeriodDiscriminator(**period)
-        self.spectrogram = MultiResolutionDiscriminator(**spectrogram)
-
-    def forward(self, wave: Tensor) -> list[list[Tensor]]:
-        return self.period(wave) + self.spectrogram(wave)
-
 
 SETTINGS = ("quantizer_dropout", "commitment", "codebook", "conv_width", "conv_ratios")  # not of the networks' shapes
 DECODER = ("decoder", "vocos_dim", "vocos_intermediate", "vocos_layers", "n_fft")

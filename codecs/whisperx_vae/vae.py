@@ -7,6 +7,7 @@ Waves (B, 1, N) in [-1, 1], latents (B, T, Z). One latent frame is `hop` samples
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from engine.errors import UserError
+from engine.media.audio import resample
 from engine.nn.dac import DACDecoder, DACEncoder, WNConv1d
 from engine.release import half, load_strict, read_release, save_release
 from whisperx_vae.features import HOP, RATE, log_mel, pad_or_trim
@@ -133,6 +135,10 @@ class WhisperXVAE(nn.Module):
             raise UserError(f"mel of shape {tuple(mel.shape)}: give (batch, {expected[0]}, {expected[1]})")
         return self.whisper(mel).last_hidden_state
 
+    def pooled_states(self, mel: Tensor, frames: int) -> Tensor:
+        """Mel (B, M, 2 * context) -> the first `frames` averages of two Whisper states each, (B, C, T)."""
+        return F.avg_pool1d(self.semantic(mel)[:, : 2 * frames].transpose(1, 2), 2)
+
     def posterior(self, wave: Tensor, mel: Tensor) -> tuple[Tensor, Tensor]:
         """Wave (B, 1, N), mel (B, M, 2 * context) -> mean and raw scale, both (B, Z, T).
 
@@ -150,9 +156,11 @@ class WhisperXVAE(nn.Module):
             raise UserError(
                 f"wave of {wave.shape[-1]} samples is longer than Whisper's window: give {most * self.hop} or fewer"
             )
-        states = self.semantic(mel)[:, : 2 * frames].transpose(1, 2)
-        hidden = self.encoder(wave) + F.avg_pool1d(states, 2)
-        mean, scale = self.in_proj(hidden).chunk(2, dim=1)
+        return self.project(wave, self.pooled_states(mel, frames))
+
+    def project(self, wave: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Wave (B, 1, N), pooled Whisper states (B, C, T) -> mean and raw scale, both (B, Z, T)."""
+        mean, scale = self.in_proj(self.encoder(wave) + states).chunk(2, dim=1)
         return mean, scale
 
     @torch.no_grad()
@@ -171,6 +179,34 @@ class WhisperXVAE(nn.Module):
         wave = wave24[: max(1, frames) * self.hop].to(device)
         return self.encode(wave[None, None], self.mel(wave16[None].to(device)))[0]
 
+    @torch.no_grad()
+    def encode_wave(self, wave: Tensor) -> Tensor:
+        """Waves (B, 1, N) at 24 kHz of any length -> posterior means (B, N // hop, Z), computed on the model's device.
+
+        What is longer than Whisper's window is encoded in windows that overlap by a quarter; every frame is taken from
+        a window in which it is at least an eighth of the window away from a cut.
+
+        Raises:
+            UserError: the wave has another shape or is shorter than one frame.
+        """
+        if wave.ndim != 3 or wave.shape[1] != 1:
+            raise UserError(f"wave of shape {tuple(wave.shape)}: give mono waves of shape (batch, 1, samples)")
+        frames, most = wave.shape[-1] // self.hop, self.config.max_frames
+        wave = wave.to(self.in_proj.weight_g.device)
+        wave16 = resample(wave[:, 0], self.sample_rate, RATE)
+        if frames <= most:
+            return self.encode(wave[..., : frames * self.hop], self.mel(wave16))
+        latents = wave.new_empty(len(wave), frames, self.latent_dim)
+        margin = most // 8
+        starts = [*range(0, frames - most, most - 2 * margin), frames - most]
+        for start in starts:
+            piece = wave[..., start * self.hop : (start + most) * self.hop]
+            first = start * self.hop * RATE // self.sample_rate
+            found = self.encode(piece, self.mel(wave16[:, first:]))
+            skipped = margin if start else 0
+            latents[:, start + skipped : start + most] = found[:, skipped:]
+        return latents
+
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, T, Z) -> waves (B, 1, hop * T) in (-1, 1).
 
@@ -182,6 +218,28 @@ class WhisperXVAE(nn.Module):
                 f"latents of shape {tuple(latents.shape)}: give (batch, frames, {self.latent_dim}) with a frame or more"
             )
         return self.decoder(self.out_proj(latents.transpose(1, 2)))
+
+    @torch.no_grad()
+    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Latents (B, t, Z), chunk after chunk, t >= 0 -> waves (B, 1, n), whose sum is `decode` of all latents.
+
+        A frame's sound depends on `decoder.reach` frames before and after it (8 each, 0.32 s, in the released network).
+        So it is given out as soon as that many later frames are there, and decoded with that many earlier ones: chunks
+        join exactly, up to the rounding of convolutions of another length (1e-5 in float32). The last wave comes when
+        `chunks` ends; a chunk that completes no frame yields nothing.
+        """
+        before, after = self.decoder.reach
+        kept: Tensor | None = None  # the latest frames, of which the first `known` have been given out
+        known = 0
+        for chunk in chunks:
+            kept = chunk if kept is None else torch.cat([kept, chunk], 1)
+            ready = kept.shape[1] - after
+            if ready > known:
+                yield self.decode(kept)[..., known * self.hop : ready * self.hop]
+                dropped = max(0, ready - before)
+                kept, known = kept[:, dropped:], ready - dropped
+        if kept is not None and kept.shape[1] > known:
+            yield self.decode(kept)[..., known * self.hop :]
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> WhisperXVAE:

@@ -6,7 +6,8 @@ sub-discriminator; an entry is the list of its activated feature maps with the l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -135,3 +136,15 @@ class MultiResolutionDiscriminator(nn.Module):
 
     def forward(self, wave: Tensor) -> list[list[Tensor]]:
         return [discriminator(wave) for discriminator in self.model.values()]
+
+
+class WaveDiscriminators(nn.Module):
+    """Multi-period and multi-resolution discriminators as one: wave (B, 1, N) -> feature maps and logits of each."""
+
+    def __init__(self, period: Mapping[str, Any], spectrogram: Mapping[str, Any]):
+        super().__init__()
+        self.period = MultiPeriodDiscriminator(**period)
+        self.spectrogram = MultiResolutionDiscriminator(**spectrogram)
+
+    def forward(self, wave: Tensor) -> list[list[Tensor]]:
+        return self.period(wave) + self.spectrogram(wave)

@@ -6,8 +6,9 @@ import torch
 
 from engine.errors import UserError
 from engine.media.audio import write_wav
+from engine.media.corpus import SpeechCrops, load_clips, read_manifest
 from rvq_codec import RVQCodec
-from rvq_codec.data import SpeechCrops, load_clips, read_manifest
+from rvq_codec.data import CodedCrops
 from rvq_codec.features import SpeechFeatures
 from rvq_codec.task import RVQCodecTask
 
@@ -157,7 +158,7 @@ def test_crops_depend_on_the_generator_alone(corpus):
 def test_coded_crops_train_the_decoder_alone(corpus, tmp_path):
     make_task().release(tmp_path / "release", {})
     release = str(tmp_path / "release")
-    data = SpeechCrops(corpus, samples=2400, codec=release)
+    data = CodedCrops(corpus, samples=2400, codec=release)
     items = [data.__getitem__(i, torch.Generator().manual_seed(i)) for i in (0, 1, 0)]
     codec = RVQCodec.from_pretrained(release)
     whole = torch.from_numpy(load_clips(corpus, "train", 1, 24_000)[0].wave)[None, None]
@@ -170,7 +171,7 @@ def test_coded_crops_train_the_decoder_alone(corpus, tmp_path):
     task(data.collate(items), "generator")["loss"].backward()
     assert task.codec.decoder.head.out.weight.grad.abs().sum() > 0
     with pytest.raises(UserError, match="hop of 60"):
-        SpeechCrops(corpus, samples=2401, codec=release)
+        CodedCrops(corpus, samples=2401, codec=release)
 
 
 def test_validation_on_clips(corpus, tmp_path):

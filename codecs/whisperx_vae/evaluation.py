@@ -1,0 +1,47 @@
+"""What is left of speech after the way through the latents: word error rate, PESQ, STOI; and the latents' statistics.
+
+Axes: N samples, T latent frames, Z latent channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.media.corpus import Clip
+from engine.metrics.resynthesis import fit_length, score
+from whisperx_vae.vae import WhisperXVAE
+
+
+@torch.no_grad()
+def resynthesise(codec: WhisperXVAE, clip: Clip) -> tuple[Tensor, np.ndarray]:
+    """(latents (T, Z), wave decoded from them, cut or padded to the clip's length)."""
+    latents = codec.encode_wave(torch.from_numpy(clip.wave)[None, None])
+    wave = codec.decode(latents)[0, 0].float().cpu().numpy()
+    return latents[0].cpu(), fit_length(wave, len(clip.wave))
+
+
+def evaluate(codec: WhisperXVAE, clips: Sequence[Clip], grammar: str | Path | None = None) -> dict[str, float]:
+    """Metrics over whole clips.
+
+    Args:
+        grammar: of the recogniser; without it, or without pocketsphinx, no word error rate.
+
+    Returns:
+        `wer_clean`, `wer_decoded`, `pesq_decoded`, `stoi_decoded` (those whose package is installed; see
+        `engine.metrics.resynthesis`), `latent_mean` (largest absolute mean of a channel), `latent_std` (mean over
+        channels) and `latent_speed` (root mean square of a channel's change from frame to frame over its deviation).
+    """
+    pairs = [resynthesise(codec, clip) for clip in clips]
+    results = score(clips, {"decoded": [wave for _, wave in pairs]}, codec.sample_rate, grammar)
+    latents = torch.cat([z for z, _ in pairs])
+    steps = torch.cat([z.diff(dim=0) for z, _ in pairs])
+    deviation = latents.std(0)
+    results["latent_mean"] = latents.mean(0).abs().max().item()
+    results["latent_std"] = deviation.mean().item()
+    results["latent_speed"] = (steps.square().mean(0).sqrt() / deviation.clamp_min(1e-6)).mean().item()
+    return results

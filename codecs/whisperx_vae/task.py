@@ -1,0 +1,226 @@
+"""Training of the WhisperX-VAE: mel, adversarial, feature-matching, KL and semantic losses.
+
+The paper's trainer is not published; losses and their order are those of X-Codec-2.0's, with a Gaussian bottleneck in
+place of the quantiser.
+
+Axes: B batch, N samples, T latent frames, C hidden channels, Z latent channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.errors import UserError
+from engine.media.audio import resample, write_wav
+from engine.media.corpus import load_clips
+from engine.nn.audio_losses import MultiScaleMelLoss, discriminator_loss, feature_matching_loss, generator_loss
+from engine.nn.discriminators import WaveDiscriminators
+from engine.task import Task
+from whisperx_vae.evaluation import evaluate, resynthesise
+from whisperx_vae.features import RATE
+from whisperx_vae.targets import LatentTargets
+from whisperx_vae.vae import WhisperXVAE, WhisperXVAEConfig
+
+INITIAL_SCALE = -1.5  # softplus gives 0.2: the posterior begins narrower than the prior
+
+
+def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
+    """mean^2 + std^2 - log std^2 - 1, summed over channels, averaged over batch and time: twice the KL divergence of
+    N(mean, std) from N(0, 1). Both (B, Z, T)."""
+    return (mean.square() + std.square() - 2 * std.log() - 1).sum(1).mean()
+
+
+def semantic_loss(found: Tensor, wanted: Tensor) -> Tensor:
+    """Mean square error plus one minus the cosine between frames; both (B, C, T)."""
+    return F.mse_loss(found, wanted) + (1 - F.cosine_similarity(found, wanted, dim=1)).mean()
+
+
+class WhisperXVAETask(Task):
+    """Losses, stages, validation and release of a `WhisperXVAE`.
+
+    With `targets`, the latent's means regress speech features (`whisperx_vae.targets`) all the time, and until their
+    `until` the decoder learns from the features themselves; then from samples of the posterior. From `gan_start` on the
+    discriminators join in. Steps count the batches of one process.
+
+    The semantic branch: with `whisper`, the encoder of a trained Whisper, frozen, as in the paper. Without it, as in
+    the tiny model, it is trained jointly from random weights. Its input is the log-mel spectrogram, which holds the
+    words in plain sight, whereas the acoustic encoder has to find them in the wave first: so words reach the 25 Hz
+    latent within minutes, and a branch frozen at random would add features that no one has chosen. The semantic loss
+    then keeps what this branch says from being lost in the bottleneck; it does not teach the branch itself.
+
+    Args:
+        codec: fields of `WhisperXVAEConfig`.
+        mel: `n_mels`, `windows`, `clamp` of the mel loss.
+        weights: of the losses `mel`, `adversarial`, `feature`, `kl`, `semantic` and, with `targets`, `targets`.
+        period, spectrogram: arguments of the two families of discriminators.
+        targets: `root`, `split` and `clips` that the features' statistics are taken from, `until`, and `noise`: the
+            largest deviation of the noise on features that the decoder sees. None for no features at all.
+        gan_start: see above; None for no discriminators.
+        whisper: folder or hub name of a transformers Whisper model.
+        init: release folder to start from instead of random weights.
+        validation: `root`, `splits` and `clips` (per split); None turns it off.
+    """
+
+    def __init__(
+        self,
+        codec: Mapping[str, Any],
+        mel: Mapping[str, Any],
+        weights: Mapping[str, float],
+        period: Mapping[str, Any],
+        spectrogram: Mapping[str, Any],
+        targets: Mapping[str, Any] | None = None,
+        gan_start: int | None = 0,
+        whisper: str | None = None,
+        init: str | None = None,
+        validation: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        config = WhisperXVAEConfig(**codec)
+        self.codec = _load(init, config) if init else WhisperXVAE(config)
+        if not init:
+            with torch.no_grad():
+                self.codec.in_proj.bias[config.latent_dim :] = INITIAL_SCALE
+        self.frozen_whisper = whisper is not None
+        if self.frozen_whisper:
+            _load_whisper(self.codec, whisper)
+        self.semantic_head = nn.Conv1d(config.hidden, config.hidden, 1)
+        self.discriminator = WaveDiscriminators(period, spectrogram)
+        self.mel_loss = MultiScaleMelLoss(config.sample_rate, **mel)
+        self.weights, self.gan_start, self.validation = dict(weights), gan_start, validation
+        self.targets, self.targets_until, self.noise = None, 0, 0.0
+        if targets:
+            clips = load_clips(targets["root"], targets["split"], targets["clips"], config.sample_rate)
+            self.targets = LatentTargets(config.latent_dim, config.sample_rate, self.codec.hop)
+            self.targets.fit([torch.from_numpy(clip.wave) for clip in clips])
+            self.targets_until, self.noise = targets["until"], targets["noise"]
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def parts(self) -> dict[str, nn.Module]:
+        generator = nn.ModuleDict({"codec": self.codec, "semantic_head": self.semantic_head})
+        return {"discriminator": self.discriminator, "generator": generator}
+
+    def train(self, mode: bool = True) -> WhisperXVAETask:
+        super().train(mode)
+        if self.frozen_whisper:
+            self.codec.whisper.eval()
+        return self
+
+    def tokens(self, batch: dict[str, Tensor]) -> int:
+        """Latent frames of a batch."""
+        return batch["wave"].shape[0] * self.codec.frames(batch["wave"].shape[-1])
+
+    def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
+        """Losses of a part; batch["wave"] is (B, 1, N), N a multiple of the hop and at most Whisper's window. The codec
+        runs once a step, for both parts."""
+        if "_run" not in batch:
+            batch["_run"] = self._run(batch["wave"])
+        if part == "discriminator":
+            return self._discriminator_losses(batch["_run"])
+        losses = self._generator_losses(batch["_run"])
+        if self.training:
+            self.step += 1
+        return losses
+
+    def _adversarial(self) -> bool:
+        return self.gan_start is not None and int(self.step) >= self.gan_start
+
+    def _run(self, wave: Tensor) -> dict[str, Any]:
+        """Forward pass of the codec: what the losses need."""
+        codec, frames = self.codec, self.codec.frames(wave.shape[-1])
+        with torch.autocast(wave.device.type, enabled=False):
+            mel = codec.mel(resample(wave[:, 0].float(), codec.sample_rate, RATE))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_whisper):
+            states = codec.pooled_states(mel, frames)
+        mean, scale = (x.float() for x in codec.project(wave, states))
+        std = F.softplus(scale) + 1e-4
+        targets = self.targets(wave) if self.targets else None
+        from_targets = int(self.step) < self.targets_until
+        if from_targets:  # the decoder will see latents that are coarser than the features
+            width = self.noise * torch.rand(len(wave), 1, 1, device=wave.device)
+            latent = targets + width * torch.randn_like(targets)
+        else:
+            latent = mean + std * torch.randn_like(std)
+        hidden = codec.out_proj(latent)
+        run = {"real": wave, "fake": codec.decoder(hidden), "mean": mean, "std": std, "targets": targets}
+        # Where the branch itself is trained, its states are what is to be kept, not what may be changed to fit.
+        return run | {"states": states.detach(), "semantic": self.semantic_head(hidden), "from_targets": from_targets}
+
+    def _discriminator_losses(self, run: dict[str, Any]) -> dict[str, Tensor]:
+        self.discriminator.requires_grad_(True)
+        if not self._adversarial():
+            return {"loss": sum(p.sum() for p in self.discriminator.parameters()) * 0.0}
+        real, fake = discriminator_loss(self.discriminator(run["real"]), self.discriminator(run["fake"].detach()))
+        return {"loss": real + fake, "real": real.detach(), "fake": fake.detach()}
+
+    def _generator_losses(self, run: dict[str, Any]) -> dict[str, Tensor]:
+        fake, real = run["fake"], run["real"]
+        losses = {
+            "mel": self.mel_loss(fake, real),
+            "semantic": semantic_loss(run["semantic"].float(), run["states"].float()),
+        }
+        if run["targets"] is not None:
+            losses["targets"] = (run["mean"] - run["targets"]).square().mean()
+        if run["from_targets"]:
+            idle = 0.0 * (run["std"].sum() + run["mean"].sum())  # every parameter has a gradient in every step
+        else:
+            idle, losses["kl"] = 0.0, kl_divergence(run["mean"], run["std"])
+        if self._adversarial():
+            self.discriminator.requires_grad_(False)  # its own update is over: only the way to the wave is needed
+            with torch.no_grad():
+                of_real = self.discriminator(real)
+            of_fake = self.discriminator(fake)
+            losses["adversarial"] = generator_loss(of_fake)
+            losses["feature"] = feature_matching_loss(of_real, of_fake)
+        total = idle + sum(self.weights[name] * value for name, value in losses.items())
+        return {"loss": total, "std": run["std"].mean().detach(), **{k: v.detach() for k, v in losses.items()}}
+
+    @torch.no_grad()
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        """Metrics on the first held-out clips; writes the first clip of each split, as it was and decoded."""
+        if self.validation is None:
+            return {}
+        results: dict[str, float] = {}
+        root, rate = Path(self.validation["root"]), self.codec.sample_rate
+        for split in self.validation["splits"]:
+            clips = load_clips(root, split, self.validation["clips"], rate)
+            found = evaluate(self.codec, clips, root / "grammar.jsgf")
+            results |= {f"{split}/{name}": value for name, value in found.items()}
+            _, decoded = resynthesise(self.codec, clips[0])
+            pair = (torch.from_numpy(x)[None, None].to(self.step.device) for x in (decoded, clips[0].wave))
+            results[f"{split}/mel"] = self.mel_loss(*pair).item()
+            write_wav(folder / f"{split}-original.wav", clips[0].wave, rate)
+            write_wav(folder / f"{split}-decoded.wav", decoded, rate)
+        return results
+
+    def release(self, folder: Path, results: dict) -> None:
+        """Write the codec as a release folder."""
+        lines = "\n".join(f"- {name}: {value:.4g}" for name, value in sorted(results.items()))
+        self.codec.save(folder, f"# WhisperX-VAE\n\nAt step {int(self.step)}:\n\n{lines}\n")
+
+
+def _load(folder: str, config: WhisperXVAEConfig) -> WhisperXVAE:
+    codec = WhisperXVAE.from_pretrained(folder)
+    if codec.config != config:
+        raise UserError(f"task.init={folder} has {codec.config}, but task.codec asks for {config}")
+    return codec
+
+
+def _load_whisper(codec: WhisperXVAE, name: str) -> None:
+    """Give `codec` the encoder of a transformers Whisper, frozen."""
+    from transformers import WhisperModel
+
+    try:
+        encoder = WhisperModel.from_pretrained(name).encoder
+    except OSError as error:
+        raise UserError(f"task.whisper={name} is no folder or hub name of a Whisper model") from error
+    found = {k: tuple(v.shape) for k, v in encoder.state_dict().items()}
+    if found != {k: tuple(v.shape) for k, v in codec.whisper.state_dict().items()}:
+        raise UserError(f"task.whisper={name} has other sizes than task.codec: choose hidden, whisper_* and mel_bands")
+    codec.whisper.load_state_dict(encoder.state_dict())
+    codec.whisper.requires_grad_(False)

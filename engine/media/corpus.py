@@ -1,0 +1,117 @@
+"""A speech corpus on disk: ROOT/SPLIT.jsonl names clips, ROOT/SPLIT/ID.wav holds them. Whole clips and random crops.
+
+Axes: B batch, N samples.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+
+from engine.errors import UserError
+from engine.media.audio import read_audio
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One held-out clip: its name, its words, its wave (N,)."""
+
+    name: str
+    text: str
+    wave: np.ndarray
+
+
+def read_manifest(root: str | Path, split: str) -> list[dict]:
+    """Rows of ROOT/SPLIT.jsonl.
+
+    Raises:
+        UserError: the manifest is missing, empty or not JSON lines.
+    """
+    path = Path(root) / f"{split}.jsonl"
+    if not path.is_file():
+        raise UserError(f"no manifest {path}: make the corpus with scripts/make_synthetic_corpus.py, or set data.root")
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON lines ({error})") from error
+    if not rows:
+        raise UserError(f"{path} lists no clips")
+    return rows
+
+
+def load_clips(root: str | Path, split: str, count: int, rate: int) -> list[Clip]:
+    """The first `count` clips of a split, whole, at `rate` Hz."""
+    rows = read_manifest(root, split)[:count]
+    folder = Path(root) / split
+    return [Clip(r["id"], r["text"], read_audio(folder / f"{r['id']}.wav", rate)) for r in rows]
+
+
+class SpeechCrops(torch.utils.data.Dataset):
+    """Random crops of the WAV files of ROOT/SPLIT, one a clip and epoch.
+
+    Args:
+        root, split: the corpus folder and the split whose manifest names the clips.
+        sample_rate: that the files must have.
+        samples: length of a crop; shorter clips are padded with zeros at the end.
+        gain_db: gains are uniform in -gain_db..0 dB.
+
+    Raises:
+        UserError: no manifest; and, when a crop is taken, a file that is missing, is no audio, or is not mono at
+            `sample_rate`.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str = "train",
+        sample_rate: int = 24_000,
+        samples: int = 24_000,
+        gain_db: float = 6.0,
+    ):
+        self.sample_rate, self.samples, self.gain_db = sample_rate, samples, gain_db
+        folder = Path(root) / split
+        self.paths = [folder / f"{row['id']}.wav" for row in read_manifest(root, split)]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """{"wave": (1, samples)}, a function of (index, generator)."""
+        with self.open(index) as file:
+            file.seek(draw(file.frames - self.samples, generator))
+            wave = torch.from_numpy(file.read(self.samples, dtype="float32"))
+        gain = 10 ** (-self.gain_db * torch.rand((), generator=generator) / 20)
+        return {"wave": pad(wave * gain, self.samples)[None]}
+
+    @staticmethod
+    def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Every entry stacked: {"wave": (B, 1, N)}."""
+        return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+    def open(self, index: int) -> soundfile.SoundFile:
+        """The WAV file of clip `index`, checked."""
+        path = self.paths[index]
+        try:
+            file = soundfile.SoundFile(path)
+        except (soundfile.LibsndfileError, OSError) as error:
+            raise UserError(f"{path} cannot be read ({error})") from error
+        if file.samplerate != self.sample_rate or file.channels != 1:
+            found = f"{file.channels} channels at {file.samplerate} Hz"
+            raise UserError(f"{path} is not mono at {self.sample_rate} Hz: {found}")
+        return file
+
+
+def draw(spare: int, generator: torch.Generator | None) -> int:
+    """A random start in 0..spare."""
+    return int(torch.randint(max(0, spare) + 1, (), generator=generator))
+
+
+def pad(wave: Tensor, samples: int) -> Tensor:
+    """Zeros at the end of (N,) up to `samples`."""
+    return torch.nn.functional.pad(wave, (0, max(0, samples - len(wave))))
