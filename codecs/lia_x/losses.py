@@ -1,0 +1,122 @@
+"""Losses between pictures, and the networks that they need.
+
+Axes: B pictures, C channels, S side, H height, W width. Pictures are (B, 3, S, S) in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.errors import UserError
+from engine.metrics.optional import need
+from engine.metrics.picture import ssim_map
+from lia_x.ops import ConvLayer, EqualLinear, ResBlock
+
+VGG_TAPS = (1, 6, 11, 20, 29)  # torchvision's indices of relu1_1, relu2_1, relu3_1, relu4_1, relu5_1
+
+
+def region_weights(size: int, regions: Sequence[Mapping[str, float]]) -> Tensor:
+    """How much each pixel counts, (1, 1, S, S), 1 on average.
+
+    Args:
+        regions: boxes `left`, `top`, `right`, `bottom` in shares of the side, that count `weight` times as much as
+            what no box covers; of overlapping boxes the last one counts.
+    """
+    weights = torch.ones(size, size)
+    for box in regions:
+        left, top, right, bottom = (round(box[side] * size) for side in ("left", "top", "right", "bottom"))
+        if not (0 <= left < right <= size and 0 <= top < bottom <= size and box["weight"] > 0):
+            raise UserError(f"task.regions: {dict(box)} is no box inside the picture with a positive weight")
+        weights[top:bottom, left:right] = box["weight"]
+    return (weights / weights.mean())[None, None]
+
+
+def pyramid_l1(fake: Tensor, real: Tensor, weights: Tensor, levels: int) -> Tensor:
+    """Weighted mean absolute difference, averaged over `levels` sizes, each half the one before."""
+    total = fake.new_zeros(())
+    for level in range(levels):
+        if level:
+            fake, real, weights = (F.avg_pool2d(x, 2) for x in (fake, real, weights))
+        total = total + (weights * (fake - real).abs()).mean()
+    return total / levels
+
+
+def structural(fake: Tensor, real: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean of 1 - SSIM of the pictures' brightness."""
+    crop = (weights.shape[-1] - ssim_map(fake[:1, :1], real[:1, :1], 2.0).shape[-1]) // 2
+    similarity = ssim_map(fake.mean(1, keepdim=True), real.mean(1, keepdim=True), 2.0)
+    return (weights[..., crop:-crop, crop:-crop] * (1 - similarity)).mean()
+
+
+class Perceptual(nn.Module):
+    """Distance of VGG-19 features over a picture pyramid (Johnson et al., 2016; LIA's trainer, Wang et al., 2022).
+
+    Args:
+        weights: file with torchvision's `vgg19` state dict (its ImageNet weights).
+
+    Raises:
+        UserError: no torchvision, or the file is missing or is not that state dict.
+    """
+
+    def __init__(self, weights: str | Path):
+        super().__init__()
+        features = need("torchvision", "the perceptual loss").models.vgg19().features
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+            features.load_state_dict(
+                {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
+            )
+        except (OSError, RuntimeError, AttributeError, pickle.UnpicklingError) as error:
+            raise UserError(f"task.vgg={weights} is not torchvision's vgg19 weights: {error}") from error
+        cuts = [0, *(tap + 1 for tap in VGG_TAPS)]
+        self.stages = nn.ModuleList(features[a:b] for a, b in pairwise(cuts))
+        self.requires_grad_(False)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
+
+    def forward(self, fake: Tensor, real: Tensor, levels: int = 4) -> Tensor:
+        """Sum over stages, mean over `levels` sizes of the mean absolute difference of features."""
+        total = fake.new_zeros(())
+        for level in range(levels):
+            if level:
+                fake, real = F.avg_pool2d(fake, 2), F.avg_pool2d(real, 2)
+            x, y = (((p.clamp(-1, 1) + 1) / 2 - self.mean) / self.std for p in (fake, real))
+            for stage in self.stages:
+                x, y = stage(x), stage(y)
+                total = total + (x - y).abs().mean()
+        return total / levels
+
+
+class Discriminator(nn.Module):
+    """StyleGAN2's residual discriminator (Karras et al., 2020) for square pictures.
+
+    Args:
+        size: S, 4 times a power of two.
+        width: channels at full size; they double with each halving of the side, up to `max_width`.
+    """
+
+    def __init__(self, size: int, width: int, max_width: int):
+        super().__init__()
+        halvings = (size // 4).bit_length() - 1
+        if size < 8 or size != 4 << halvings:
+            raise UserError(f"size={size}: the discriminator takes 4 times a power of two, such as 64, 128 or 512")
+        widths = [min(max_width, width << n) for n in range(halvings + 1)]
+        self.stem = ConvLayer(3, widths[0], 1)
+        self.blocks = nn.Sequential(*(ResBlock(a, b, down=True) for a, b in pairwise(widths)))
+        self.last = ConvLayer(widths[-1] + 1, widths[-1], 3)
+        self.hidden = EqualLinear(widths[-1] * 16, widths[-1])
+        self.out = EqualLinear(widths[-1], 1)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """(B, 3, S, S) -> logits (B,), positive for real. The batch's spread is one more channel."""
+        x = self.blocks(self.stem(pictures))
+        spread = (x.var(0, unbiased=False) + 1e-8).sqrt().mean()
+        x = self.last(torch.cat([x, spread.expand(len(x), 1, *x.shape[2:])], 1)).flatten(1)
+        return self.out(F.leaky_relu(self.hidden(x), 0.2))[:, 0]
