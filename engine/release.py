@@ -5,6 +5,7 @@ A release is what inference loads and what ships; training state lives in `engin
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -134,3 +135,12 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path,
                 f"{source} has {key!r} with shape {tuple(state[key].shape)}, the config asks for {tuple(value.shape)}"
             )
     module.load_state_dict(state, assign=assign)
+
+
+def weights_digest(*modules: nn.Module) -> str:
+    """Eight hex digits that change when, and only when, a tensor of the modules does: tells stale features apart."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, value in sorted(module.state_dict().items()):
+            digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:8]

@@ -5,7 +5,6 @@ Axes: B batch, T video frames, F face pictures, S picture side.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.release import half, load_strict, read_release, save_release
+from engine.release import half, load_strict, read_release, save_release, weights_digest
 from hicodit.conditions.encoders import ConditionEncoders, TinyEncoderConfig
 from hicodit.conditions.types import Conditions, window_expressions
 from hicodit.model import HiCoDiT, ModelConfig
@@ -25,11 +24,7 @@ KIND = "hicodit"
 
 def token_digest(codec: RVQCodec) -> str:
     """Eight hex digits that change when, and only when, the tokens of a wave can change."""
-    digest = hashlib.sha256()
-    for module in (codec.encoder, codec.quantizer):
-        for name, value in sorted(module.state_dict().items()):
-            digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()[:8]
+    return weights_digest(codec.encoder, codec.quantizer)
 
 
 class HiCoDiTSystem(nn.Module):
