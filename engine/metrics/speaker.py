@@ -1,5 +1,8 @@
 """Speaker identity: the GE2E embedding (Wan et al. 2018, arXiv:1710.10467) of Resemblyzer.
 
+Code and weights are those of the PyPI package Resemblyzer (Apache-2.0), which carries `pretrained.pt`: nothing is
+downloaded.
+
 Axes: N samples.
 """
 
@@ -22,6 +25,10 @@ RATE = 16_000
 class SpeakerEncoder:
     """Waveform -> GE2E embedding; the dot product of two embeddings is their cosine similarity.
 
+    Attributes:
+        network: Resemblyzer's encoder of mel spectrograms, an `nn.Module`.
+        audio: Resemblyzer's module of what is done to a wave before.
+
     Raises:
         UserError: Resemblyzer is not installed.
     """
@@ -29,9 +36,10 @@ class SpeakerEncoder:
     def __init__(self, device: str | torch.device = "cpu"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old import paths inside webrtcvad and Resemblyzer
-            self._resemblyzer = need("resemblyzer", "Resemblyzer")
+            resemblyzer = need("resemblyzer", "Resemblyzer")
+        self.audio = resemblyzer.audio
         with contextlib.redirect_stdout(io.StringIO()):
-            self._encoder = self._resemblyzer.VoiceEncoder(device, verbose=False)
+            self.network = resemblyzer.VoiceEncoder(device, verbose=False)
 
     def embed(self, wave: np.ndarray, rate: int) -> np.ndarray:
         """(N,) float samples at `rate` Hz -> (256,) float32 of unit length, non-negative.
@@ -46,7 +54,7 @@ class SpeakerEncoder:
             raise UserError("no speaker embedding: the audio is silent")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            speech = self._resemblyzer.preprocess_wav(wave)
+            speech = self.audio.preprocess_wav(wave)
         if len(speech) == 0:
             raise UserError("no speaker embedding: no speech was found in the audio")
-        return self._encoder.embed_utterance(speech)
+        return self.network.embed_utterance(speech)

@@ -5,9 +5,15 @@ Axes: B batch, N samples, T frames, K hidden states, C channels.
 
 from __future__ import annotations
 
+from unittest import mock
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.metrics.speaker import SpeakerEncoder as GE2E
+from engine.metrics.syncnet import SyncNet, mfcc, sync_score
+from hicodit.conditions.poster2 import POSTER2
 from scripts.golden import Case, runner
 from talker_t2av.speaker import EcapaTDNN, SpeakerEncoder, mix_states, standardise
 from talker_t2av.speaker_names import LARGE, WAVLM, head_sizes, our_name
@@ -72,3 +78,123 @@ def run_wavlm(case: Case) -> dict[str, Tensor]:
     }
     mixed = mix_states(states, encoder.feature_weight)
     return out | head_outputs(encoder.head, mixed)
+
+
+# --- GE2E ---
+
+
+@runner("ge2e_net", "ge2e_pretrained")
+@torch.no_grad()
+def run_ge2e_network(case: Case) -> dict[str, Tensor]:
+    """With the case's weights, or with those of the package where it has none."""
+    network = GE2E().network
+    if case.keys:
+        weights = case.weights()
+        missing, unexpected = network.load_state_dict(weights, strict=False)
+        # The package's own checkpoint has two more entries, of the training loss.
+        if missing or set(unexpected) - {"similarity_weight", "similarity_bias"}:
+            raise ValueError(f"{case.name}: missing {missing}, unexpected {unexpected}")
+    return {"embedding": network(case.inputs["mels"])}
+
+
+@runner("ge2e_slices")
+def run_ge2e_slices(case: Case) -> dict[str, Tensor]:
+    """Rows (n_samples, 10 rate, 100 coverage, wave start and stop, mel start and stop) for the settings of the case."""
+    network = GE2E().network
+    settings = list(dict.fromkeys((int(row[1]), int(row[2])) for row in case.outputs["rows"]))
+    rows = []
+    for samples in case.inputs["n_samples"].tolist():
+        for rate, coverage in settings:
+            slices = network.compute_partial_slices(samples, rate / 10, coverage / 100)
+            rows += [[samples, rate, coverage, w.start, w.stop, m.start, m.stop] for w, m in zip(*slices)]
+    return {"rows": torch.tensor(rows)}
+
+
+class _GivenFlags:
+    """In place of webrtcvad's detector: says what the case says, window by window."""
+
+    def __init__(self, flags: Tensor):
+        self.flags = iter(flags.bool().tolist())
+
+    def is_speech(self, *_: object, **__: object) -> bool:
+        return next(self.flags)
+
+
+@runner("ge2e_audio")
+def run_ge2e_audio(case: Case) -> dict[str, Tensor]:
+    audio = GE2E().audio
+    wave = case.inputs["wav"].numpy()
+    loud = 30 * wave
+    target = audio.audio_norm_target_dBFS
+    normalised = audio.normalize_volume(wave, target, increase_only=True)
+
+    def trim(flags: Tensor) -> np.ndarray:
+        with mock.patch.object(audio.webrtcvad, "Vad", lambda mode: _GivenFlags(flags)):
+            return audio.trim_long_silences(normalised)
+
+    trimmed, other = trim(case.inputs["vad_flags"]), trim(case.inputs["other_flags"])
+    peaks = [np.abs(audio.normalize_volume(loud, target, increase_only=True)).max(), np.abs(loud).max()]
+    out = {
+        "normalised": normalised,
+        "mel": audio.wav_to_mel_spectrogram(normalised),
+        "trimmed": trimmed,
+        "trimmed_len": [len(trimmed), len(other)],
+        "trimmed_other_sum": [np.sum(other, dtype=np.float64)],
+        "loud_unchanged_peak": peaks,
+    }
+    return {name: torch.as_tensor(np.asarray(value)) for name, value in out.items()}
+
+
+# --- POSTER V2 ---
+
+
+@runner("poster")
+@torch.no_grad()
+def run_poster(case: Case) -> dict[str, Tensor]:
+    weights = case.weights()
+    names = tuple(map(str, range(len(weights["VIT.head.linear.weight"]))))  # in the network's own order
+    model = POSTER2.from_released(weights, names, case.name)
+    picture = case.inputs["image_rgb"]
+    pictures = picture if picture.ndim == 4 else picture[None]
+    x = model.normalise(pictures.permute(0, 3, 1, 2).float() / 255)
+    small = model.shrink(x)
+    maps = model.fuse(x)
+    out = {"tokens": model.tokens(maps), "logits": model.logits(x)}
+    named = {"ffn": maps, "ir": model.ir_back(small), "landmark": model.face_landback(small)}
+    for name, levels in named.items():
+        out |= {f"{name}{i}_mean": level.mean((-1, -2)) for i, level in enumerate(levels, 1)}
+    return out
+
+
+# --- SyncNet ---
+
+
+@runner("syncnet_net")
+@torch.no_grad()
+def run_syncnet(case: Case) -> dict[str, Tensor]:
+    model = SyncNet.from_released(case.weights(), case.name)
+    frames = case.inputs["frames_bgr"]
+    frames = (frames if frames.ndim == 5 else frames[None]).permute(0, 4, 1, 2, 3).float()
+    return {
+        "audio": model.audio(case.inputs["mfcc"]),
+        "lip": model.lip(frames),
+        "lip_feature": model.lip_features(frames),
+    }
+
+
+@runner("syncnet_mfcc")
+def run_mfcc(case: Case) -> dict[str, Tensor]:
+    return {"mfcc": torch.from_numpy(mfcc(case.inputs["wav_int16"].numpy()))}
+
+
+@runner("syncnet_offset")
+def run_offset(case: Case) -> dict[str, Tensor]:
+    score = sync_score(case.inputs["lip"], case.inputs["audio"])
+    return {
+        "dists": score.distances,
+        "mean_dist": score.distances.mean(0),
+        "framewise_confidence": score.frame_confidence,
+        "lse_c": torch.tensor(score.confidence),
+        "lse_d": torch.tensor(score.distance),
+        "offset": torch.tensor(score.offset),
+    }

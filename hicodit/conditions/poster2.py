@@ -1,0 +1,364 @@
+"""POSTER V2 (Mao et al. 2023, arXiv:2301.12149): a face to one of seven expressions.
+
+Weights: `affectnet-7-model_best.pth` or `raf-db-model_best.pth`, linked in the README of Talented-Q/POSTER_V2. The code
+there is MIT; the weights were trained on AffectNet or RAF-DB, which are for research only. Module names are those of
+the checkpoints; what their forward pass never uses is left out.
+
+Axes: n faces, C channels, H = W map side, N = H W positions, D token width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.errors import UserError
+from engine.release import load_strict
+from engine.safe_pickle import read_checkpoint
+from hicodit.conditions.types import EXPRESSIONS
+
+SIDE, BACKBONE_SIDE = 224, 112
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HEAD_WIDTH = 32
+
+# The expressions in the order of the classes of each checkpoint.
+CLASSES = {
+    "affectnet": EXPRESSIONS,
+    "raf": ("surprised", "fearful", "disgusted", "happy", "sad", "angry", "neutral"),
+}
+_UNUSED = ("VIT.CON1.", "VIT.IRLinear", "VIT.eca_block.", "VIT.patch_embed.", "ir_back.output_layer.")
+_UNUSED += ("face_landback.output_layer.",)
+
+
+# --- the landmark network: MobileFaceNet (Chen et al. 2018, arXiv:1804.07573) without its embedding ---
+
+
+class _ConvNorm(nn.Module):
+    """Convolution without bias, batch norm and, unless `linear`, PReLU."""
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1, linear: bool = False
+    ):
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(outputs)
+        self.prelu = None if linear else nn.PReLU(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x))
+        return x if self.prelu is None else self.prelu(x)
+
+
+class _Bottleneck(nn.Module):
+    """Widen, filter every channel by itself, narrow; plus the input where `residual`."""
+
+    def __init__(self, inputs: int, outputs: int, middle: int, stride: int = 1, residual: bool = False):
+        super().__init__()
+        self.conv = _ConvNorm(inputs, middle)
+        self.conv_dw = _ConvNorm(middle, middle, 3, stride, groups=middle)
+        self.project = _ConvNorm(middle, outputs, linear=True)
+        self.residual = residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.project(self.conv_dw(self.conv(x)))
+        return x + y if self.residual else y
+
+
+class _Bottlenecks(nn.Module):
+    def __init__(self, width: int, middle: int, count: int):
+        super().__init__()
+        self.model = nn.Sequential(*(_Bottleneck(width, width, middle, residual=True) for _ in range(count)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+class LandmarkBackbone(nn.Module):
+    """Pictures (n, 3, 112, 112) to maps (n, 64, 28, 28), (n, 128, 14, 14), (n, 512, 7, 7)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = _ConvNorm(3, 64, 3, 2)
+        self.conv2_dw = _ConvNorm(64, 64, 3, groups=64)
+        self.conv_23 = _Bottleneck(64, 64, 128, 2)
+        self.conv_3 = _Bottlenecks(64, 128, 4)
+        self.conv_34 = _Bottleneck(64, 128, 256, 2)
+        self.conv_4 = _Bottlenecks(128, 256, 6)
+        self.conv_45 = _Bottleneck(128, 128, 512, 2)
+        self.conv_5 = _Bottlenecks(128, 256, 2)
+        self.conv_6_sep = _ConvNorm(128, 512)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        first = self.conv_3(self.conv_23(self.conv2_dw(self.conv1(x))))
+        second = self.conv_4(self.conv_34(first))
+        return first, second, self.conv_6_sep(self.conv_5(self.conv_45(second)))
+
+
+# --- the image network: the first three stages of IR-50 (Deng et al. 2019, arXiv:1801.07698) ---
+
+
+class _IRBlock(nn.Module):
+    """Norm, convolution, PReLU, strided convolution, norm, plus the (strided) input; no activation after the sum."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        if inputs == outputs:
+            self.shortcut_layer: nn.Module = nn.MaxPool2d(1, stride)
+        else:
+            shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.shortcut_layer = nn.Sequential(shortcut, nn.BatchNorm2d(outputs))
+        self.res_layer = nn.Sequential(
+            nn.BatchNorm2d(inputs),
+            nn.Conv2d(inputs, outputs, 3, 1, 1, bias=False),
+            nn.PReLU(outputs),
+            nn.Conv2d(outputs, outputs, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut_layer(x) + self.res_layer(x)
+
+
+class ImageBackbone(nn.Module):
+    """Pictures (n, 3, 112, 112) to maps (n, 64, 56, 56), (n, 128, 28, 28), (n, 256, 14, 14)."""
+
+    def __init__(self):
+        super().__init__()
+        self.input_layer = nn.Sequential(nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64))
+        self.body1, self.body2, self.body3 = (
+            nn.Sequential(_IRBlock(inputs, outputs, 2), *(_IRBlock(outputs, outputs, 1) for _ in range(count - 1)))
+            for inputs, outputs, count in ((64, 64, 3), (64, 128, 4), (128, 256, 14))
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        first = self.body1(self.input_layer(x))
+        second = self.body2(first)
+        return first, second, self.body3(second)
+
+
+# --- where both meet ---
+
+
+class CrossAttention(nn.Module):
+    """Landmark features ask the image features: queries (n, N, C) unprojected, keys and values from (n, N, C).
+
+    The window of the original is the whole map of `side` by `side` positions.
+    """
+
+    def __init__(self, width: int, side: int):
+        super().__init__()
+        self.heads = width // HEAD_WIDTH
+        self.qkv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * side - 1) ** 2, self.heads))
+        at = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")).flatten(1)
+        offset = at[:, :, None] - at[:, None] + side - 1  # (2, N, N)
+        self.register_buffer("index", offset[0] * (2 * side - 1) + offset[1], persistent=False)
+
+    def forward(self, image: Tensor, landmark: Tensor) -> Tensor:
+        key, value = self.qkv(image).unflatten(-1, (2, self.heads, HEAD_WIDTH)).permute(2, 0, 3, 1, 4)
+        query = landmark.unflatten(-1, (self.heads, HEAD_WIDTH)).transpose(1, 2)
+        bias = self.relative_position_bias_table[self.index].permute(2, 0, 1)
+        out = F.scaled_dot_product_attention(query, key, value, bias.expand(len(query), -1, -1, -1))
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class _Norm(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+class _MLP(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class _GatedMLP(nn.Module):
+    """Adds attention, then an MLP, each under a learned gain a channel: positions (n, N, C)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.gamma1, self.gamma2 = (nn.Parameter(torch.full((width,), 1e-5)) for _ in range(2))
+        self.mlp, self.norm = _MLP(width), nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, attention: Tensor) -> Tensor:
+        x = x + self.gamma1 * attention
+        return x + self.gamma2 * self.mlp(self.norm(x))
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.attn, self.mlp = _Attention(width, heads), _MLP(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class _ChannelGate(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear1, self.linear2 = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.linear2(F.relu(self.linear1(x))).sigmoid()
+
+
+class TokenClassifier(nn.Module):
+    """Tokens (n, 147, D) and a class token through two transformer blocks to logits (n, classes)."""
+
+    def __init__(self, tokens: int = 147, width: int = 768, heads: int = 8, blocks: int = 2, classes: int = 7):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens + 1, width))
+        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(blocks))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.se_block = _ChannelGate(width)
+        self.head = nn.ModuleDict({"linear": nn.Linear(width, classes)})
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.head["linear"](self.se_block(self.norm(x)[:, 0]))
+
+
+def _to_map(x: Tensor) -> Tensor:
+    """(n, N, C) -> (n, C, H, W) of a square map."""
+    side = round(x.shape[1] ** 0.5)
+    return x.transpose(1, 2).unflatten(-1, (side, side))
+
+
+def _to_positions(x: Tensor) -> Tensor:
+    """(n, C, H, W) -> (n, N, C)."""
+    return x.flatten(2).transpose(1, 2)
+
+
+class POSTER2(nn.Module):
+    """Faces to expression logits over `EXPRESSIONS`, as `hicodit.conditions.encoders.ExpressionEncoder` says.
+
+    Args:
+        classes: the expressions in the order of the network's outputs; see `CLASSES`.
+    """
+
+    def __init__(self, classes: tuple[str, ...] = EXPRESSIONS):
+        super().__init__()
+        self.classes = classes
+        self.face_landback, self.ir_back = LandmarkBackbone(), ImageBackbone()
+        self.last_face_conv = nn.Conv2d(512, 256, 3, padding=1)
+        self.conv1, self.conv2, self.conv3 = (nn.Conv2d(c, c, 3, 2, 1) for c in (64, 128, 256))
+        self.window1, self.window2, self.window3 = (_Norm(c) for c in (64, 128, 256))
+        self.attn1, self.attn2, self.attn3 = (CrossAttention(c, s) for c, s in ((64, 28), (128, 14), (256, 7)))
+        self.ffn1, self.ffn2, self.ffn3 = (_GatedMLP(c) for c in (64, 128, 256))
+        self.embed_q = nn.Sequential(nn.Conv2d(64, 768, 3, 2, 1), nn.Conv2d(768, 768, 3, 2, 1))
+        self.embed_k = nn.Sequential(nn.Conv2d(128, 768, 3, 2, 1))
+        self.embed_v = nn.ModuleDict({"proj": nn.Conv2d(256, 768, 1)})
+        self.VIT = TokenClassifier(classes=len(classes))
+
+    @staticmethod
+    def shrink(x: Tensor) -> Tensor:
+        """(n, 3, 224, 224) -> (n, 3, 112, 112) for both backbones: every second pixel, as the original does."""
+        return F.interpolate(x, size=(BACKBONE_SIDE, BACKBONE_SIDE))
+
+    def fuse(self, x: Tensor) -> list[Tensor]:
+        """Normalised pictures (n, 3, 224, 224) -> maps (n, 64, 28, 28), (n, 128, 14, 14), (n, 256, 7, 7)."""
+        small = self.shrink(x)
+        first, second, third = self.face_landback(small)
+        landmarks = first, second, self.last_face_conv(third)
+        maps = []
+        for i, (landmark, image) in enumerate(zip(landmarks, self.ir_back(small)), 1):
+            image = _to_positions(getattr(self, f"conv{i}")(image))
+            image = getattr(self, f"window{i}")(image)
+            attention = getattr(self, f"attn{i}")(image, _to_positions(landmark))
+            maps.append(_to_map(getattr(self, f"ffn{i}")(image, attention)))
+        return maps
+
+    def tokens(self, maps: list[Tensor]) -> Tensor:
+        """The three maps -> tokens (n, 147, D)."""
+        embedded = self.embed_q(maps[0]), self.embed_k(maps[1]), self.embed_v["proj"](maps[2])
+        return torch.cat([_to_positions(x) for x in embedded], 1)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Normalised pictures (n, 3, 224, 224) -> logits (n, classes) in the network's own order."""
+        return self.VIT(self.tokens(self.fuse(x)))
+
+    def normalise(self, faces: Tensor) -> Tensor:
+        """Pictures (n, 3, H, W) in [0, 1], RGB -> (n, 3, 224, 224) as the network wants them."""
+        if faces.shape[-2:] != (SIDE, SIDE):
+            faces = F.interpolate(faces, size=(SIDE, SIDE), mode="bilinear", antialias=True)
+        mean, std = (torch.tensor(v, device=faces.device, dtype=faces.dtype)[:, None, None] for v in (MEAN, STD))
+        return (faces - mean) / std
+
+    def forward(self, faces: Tensor) -> Tensor:
+        """Face pictures (n, 3, H, W) in [0, 1], RGB, aligned -> logits (n, 7) over `EXPRESSIONS`.
+
+        A sequence of them becomes one class a half second by `hicodit.conditions.types.window_expressions`.
+        """
+        order = [self.classes.index(name) for name in EXPRESSIONS]
+        return self.logits(self.normalise(faces))[:, order]
+
+    @classmethod
+    def from_released(
+        cls, state: Mapping[str, Tensor], classes: tuple[str, ...], source: str | Path = "POSTER V2"
+    ) -> POSTER2:
+        """The network with the tensors of a checkpoint's state dict, strict on all that the forward pass uses.
+
+        Raises:
+            UserError: a tensor is missing or has another shape.
+        """
+        with torch.device("meta"):
+            model = cls(classes)
+        for attention, side in zip((model.attn1, model.attn2, model.attn3), (28, 14, 7)):
+            attention.index = CrossAttention(HEAD_WIDTH, side).index  # a buffer that no checkpoint has
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+        kept = {key: value for key, value in state.items() if not _is_unused(key)}
+        load_strict(model, kept, source, assign=True)
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> POSTER2:
+        """A released checkpoint; the order of its classes follows from its name ("affectnet" or "raf" in it).
+
+        The meters that its training script pickled along are not rebuilt: nothing in the file is executed.
+
+        Raises:
+            UserError: the file is missing or damaged, its name tells neither data set, or tensors do not fit.
+        """
+        path = Path(path)
+        found = [classes for word, classes in CLASSES.items() if word in path.name.lower()]
+        if len(found) != 1:
+            raise UserError(f"{path}: the name must contain 'affectnet' or 'raf', which tells the order of the classes")
+        content = read_checkpoint(path)
+        state = content.get("state_dict", content)
+        if not isinstance(state, dict):
+            raise UserError(f"{path} has no state_dict: it is not a POSTER V2 checkpoint")
+        return cls.from_released({k: v for k, v in state.items() if isinstance(v, Tensor)}, found[0], path)
+
+
+def _is_unused(key: str) -> bool:
+    return key.startswith(_UNUSED) or (key.startswith("VIT.blocks.") and ".conv." in key)
