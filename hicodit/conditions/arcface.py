@@ -1,0 +1,124 @@
+"""ArcFace's iresnet (arXiv 1801.07698): aligned faces to identity embeddings, and its released weights.
+
+Axes: B batch, F face pictures of a clip, n pictures, C channels, H = W picture side, E = 512 embedding.
+
+Weights: https://github.com/deepinsight/insightface, `arcface_torch` (a `backbone.pth` for each network and training set).
+The code there is MIT, the models are for non-commercial research only. They are not part of this project.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.errors import UserError
+from engine.release import load_strict
+from engine.safe_pickle import read_checkpoint
+from hicodit.conditions.align import ARCFACE_SIDE
+
+IRESNET50, IRESNET100 = (3, 4, 14, 3), (3, 13, 30, 3)
+WIDTHS = (64, 128, 256, 512)
+
+
+class _Block(nn.Module):
+    """(n, C, H, W) -> (n, C', H / stride, W / stride); nothing follows the sum."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv1 = nn.Conv2d(channels, out, 3, 1, 1, bias=False)
+        self.bn2, self.prelu = nn.BatchNorm2d(out), nn.PReLU(out)
+        self.conv2 = nn.Conv2d(out, out, 3, stride, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out)
+        self.downsample = None
+        if stride != 1 or channels != out:
+            self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bn3(self.conv2(self.prelu(self.bn2(self.conv1(self.bn1(x))))))
+        return h + (x if self.downsample is None else self.downsample(x))
+
+
+class ArcFace(nn.Module):
+    """Identity from faces in ArcFace's pose: an `IdentityEncoder`. Names of parameters are the released ones.
+
+    Args:
+        blocks: residual blocks of each of the four stages.
+    """
+
+    def __init__(self, blocks: tuple[int, ...] = IRESNET100) -> None:
+        super().__init__()
+        self.blocks = tuple(blocks)
+        self.conv1 = nn.Conv2d(3, WIDTHS[0], 3, 1, 1, bias=False)
+        self.bn1, self.prelu = nn.BatchNorm2d(WIDTHS[0]), nn.PReLU(WIDTHS[0])
+        channels = WIDTHS[0]
+        for number, (width, count) in enumerate(zip(WIDTHS, self.blocks), 1):
+            stage = [_Block(channels if i == 0 else width, width, 2 if i == 0 else 1) for i in range(count)]
+            self.add_module(f"layer{number}", nn.Sequential(*stage))
+            channels = width
+        side = ARCFACE_SIDE // 16
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.fc = nn.Linear(channels * side * side, 512)
+        self.features = nn.BatchNorm1d(512)
+
+    def maps(self, pictures: Tensor) -> list[Tensor]:
+        """What each stage gives for pictures (n, 3, 112, 112) RGB in [-1, 1]."""
+        x, out = self.prelu(self.bn1(self.conv1(pictures))), []
+        for number in range(1, 5):
+            x = getattr(self, f"layer{number}")(x)
+            out.append(x)
+        return out
+
+    def embed(self, pictures: Tensor) -> Tensor:
+        """Pictures (n, 3, 112, 112) RGB in [-1, 1] to embeddings (n, 512), not normalised."""
+        return self.features(self.fc(self.bn2(self.maps(pictures)[-1]).flatten(1)))
+
+    def forward(self, faces: Tensor) -> Tensor:
+        """Faces (B, F, 3, H, H) RGB in [0, 1], H a multiple of 112 -> (B, 512): the mean of unit vectors times sqrt(512).
+
+        How many pictures HiCoDiT takes is not reported; the scale makes the values of order one for the adapter.
+        """
+        each = F.normalize(self.embed(prepare_faces(faces.flatten(0, 1))), dim=-1).unflatten(0, faces.shape[:2])
+        return each.mean(1) * each.shape[-1] ** 0.5
+
+    @classmethod
+    def from_released(cls, path: str | Path) -> ArcFace:
+        """The network of an `arcface_torch` file, in eval mode; its depth follows from the names in it.
+
+        Raises:
+            UserError: the file is missing, damaged, or lacks a tensor.
+        """
+        state = {k: v for k, v in read_checkpoint(Path(path)).items() if isinstance(v, Tensor)}
+        return load_released(state, path)
+
+
+def prepare_faces(faces: Tensor) -> Tensor:
+    """Faces (n, 3, H, H) in [0, 1] to the network's (n, 3, 112, 112) in [-1, 1]; larger ones are averaged down."""
+    factor, rest = divmod(faces.shape[-1], ARCFACE_SIDE)
+    if factor < 1 or rest or faces.shape[-1] != faces.shape[-2]:
+        raise UserError(f"faces of {faces.shape[-1]} x {faces.shape[-2]} pixels: ArcFace needs 112 x 112 or a multiple")
+    return 2 * (F.avg_pool2d(faces, factor) if factor > 1 else faces) - 1
+
+
+def load_released(state: dict[str, Tensor], source: str | Path) -> ArcFace:
+    """An `ArcFace` in eval mode with the tensors of `state` (released names), strictly.
+
+    Raises:
+        UserError: a tensor is missing or has another shape.
+    """
+    state = {
+        key.removeprefix("module."): value.float() if value.is_floating_point() else value
+        for key, value in state.items()
+    }
+    found = {tuple(map(int, m.groups())) for key in state if (m := re.match(r"layer([1-4])\.(\d+)\.", key))}
+    blocks = tuple(sum(stage == number for stage, _ in found) for number in range(1, 5))
+    if not all(blocks):
+        raise UserError(f"{source} holds no ArcFace network: it has no tensor layer1.0.* to layer4.0.*")
+    with torch.device("meta"):
+        model = ArcFace(blocks)
+    load_strict(model, state, source, assign=True)
+    return model.eval()

@@ -1,0 +1,264 @@
+"""AV-HuBERT's video path (arXiv 2201.02184): mouth pictures to lip features, and its released checkpoint.
+
+Axes: B batch, T video frames (25 a second), H = W picture side, C channels, E model width.
+
+Weights: https://github.com/facebookresearch/av_hubert, `large_vox_iter5.pt` (AV-HuBERT Large, pre-trained on LRS3 and
+VoxCeleb2), under the "AV-HuBERT License" of Meta: non-commercial research only. They are not part of this project.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.errors import UserError
+from engine.release import load_strict
+from engine.safe_pickle import StandIn, plain, read_checkpoint
+
+VIEW = 88  # side of the picture that the network sees
+MEAN, DEVIATION = 0.421, 0.165  # of grey values in [0, 1]
+
+
+@dataclass(frozen=True)
+class AVHubertConfig:
+    """Sizes; the defaults are AV-HuBERT Large."""
+
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    hidden: int = 4096
+    conv_kernel: int = 128
+    conv_groups: int = 16
+    norm_first: bool = True  # false: layer norms after the residual sums
+
+
+def prepare_mouth(mouth: Tensor) -> Tensor:
+    """Mouth pictures (..., H, W) in [0, 1] to the network's view (..., 88, 88): centre crop, fixed mean and deviation.
+
+    Raises:
+        UserError: pictures smaller than the view.
+    """
+    height, width = mouth.shape[-2:]
+    if min(height, width) < VIEW:
+        raise UserError(f"mouth pictures of {width} x {height} pixels: AV-HuBERT needs at least {VIEW} x {VIEW}")
+    top, left = (height - VIEW) // 2, (width - VIEW) // 2
+    return (mouth[..., top : top + VIEW, left : left + VIEW] - MEAN) / DEVIATION
+
+
+class _Block(nn.Module):
+    """ResNet basic block with learned slopes: (n, C, H, W) -> (n, C', H / stride, W / stride)."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
+        self.bn1, self.relu1 = nn.BatchNorm2d(out), nn.PReLU(out)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.bn2, self.relu2 = nn.BatchNorm2d(out), nn.PReLU(out)
+        self.downsample = None
+        if stride != 1 or channels != out:
+            self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
+        return self.relu2(h + (x if self.downsample is None else self.downsample(x)))
+
+
+class VideoFrontEnd(nn.Module):
+    """A convolution over five frames, then ResNet-18 a frame: (B, T, 88, 88) -> (B, T, 512)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv3d(1, 64, (5, 7, 7), (1, 2, 2), (2, 3, 3), bias=False),
+            nn.BatchNorm3d(64),
+            nn.PReLU(64),
+            nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)),
+        )
+        stages, channels = [], 64
+        for out, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+            stages.append(nn.Sequential(_Block(channels, out, stride), _Block(out, out, 1)))
+            channels = out
+        self.stages = nn.Sequential(*stages)
+
+    def forward(self, video: Tensor) -> Tensor:
+        stem = self.stem(video[:, None]).transpose(1, 2)  # (B, T, 64, 22, 22)
+        return self.stages(stem.flatten(0, 1)).mean((-1, -2)).unflatten(0, stem.shape[:2])
+
+
+class _Layer(nn.Module):
+    """Transformer layer (B, T, E) -> (B, T, E); `attend` (B, 1, 1, T) is true for keys that may be seen."""
+
+    def __init__(self, c: AVHubertConfig) -> None:
+        super().__init__()
+        self.heads, self.norm_first = c.heads, c.norm_first
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(c.width, c.width) for _ in range(4))
+        self.attention_norm, self.final_norm = nn.LayerNorm(c.width), nn.LayerNorm(c.width)
+        self.fc1, self.fc2 = nn.Linear(c.width, c.hidden), nn.Linear(c.hidden, c.width)
+
+    def attention(self, x: Tensor, attend: Tensor | None) -> Tensor:
+        q, k, v = (
+            p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v, attend).transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor, attend: Tensor | None) -> Tensor:
+        if self.norm_first:
+            x = x + self.attention(self.attention_norm(x), attend)
+            return x + self.fc2(F.gelu(self.fc1(self.final_norm(x))))
+        x = self.attention_norm(x + self.attention(x, attend))
+        return self.final_norm(x + self.fc2(F.gelu(self.fc1(x))))
+
+
+class AVHubert(nn.Module):
+    """Lip features from mouth pictures: a `LipEncoder` for pictures of at least 88 x 88."""
+
+    def __init__(self, config: AVHubertConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.front_end = VideoFrontEnd()
+        self.video_proj = nn.Linear(512, c.width)
+        self.fusion_norm = nn.LayerNorm(2 * c.width)
+        self.fusion_proj = nn.Linear(2 * c.width, c.width)
+        # The released kernel is a direction and a gain; only their product is needed here.
+        self.position = nn.Conv1d(c.width, c.width, c.conv_kernel, padding=c.conv_kernel // 2, groups=c.conv_groups)
+        self.layers = nn.ModuleList(_Layer(c) for _ in range(c.layers))
+        self.norm = nn.LayerNorm(c.width)
+
+    def forward(self, mouth: Tensor, frames: Tensor) -> Tensor:
+        """mouth (B, T, H, W) in [0, 1], frames (B,) valid frames -> (B, T, E), the last hidden states."""
+        valid = torch.arange(mouth.shape[1], device=mouth.device) < frames[:, None]
+        video = prepare_mouth(mouth) * valid[..., None, None]  # past its end a clip is as if cut there
+        return self.encode(self.fuse(self.video_proj(self.front_end(video))), None if bool(valid.all()) else valid)
+
+    def fuse(self, video: Tensor, audio: Tensor | None = None) -> Tensor:
+        """Projected video features, and audio ones or zeros in their place: each (B, T, E) -> (B, T, E)."""
+        audio = torch.zeros_like(video) if audio is None else audio
+        return self.fusion_proj(self.fusion_norm(torch.cat([audio, video], -1)))
+
+    def encode(self, x: Tensor, valid: Tensor | None = None, layer: int | None = None) -> Tensor:
+        """The transformer on fused features (B, T, E).
+
+        Args:
+            valid: (B, T), false for padded frames.
+            layer: return what this layer (counted from 1) gives, without the last layer norm, instead.
+        """
+        attend = None
+        if valid is not None:
+            x, attend = x * valid[..., None], valid[:, None, None]
+        position = self.position(x.transpose(1, 2)).transpose(1, 2)
+        x = x + F.gelu(position[:, : x.shape[1]])  # an even kernel gives one frame too many
+        if not self.config.norm_first:
+            x = self.norm(x)
+        for block in self.layers[:layer]:
+            x = block(x, attend)
+        return self.norm(x) if self.config.norm_first and layer is None else x
+
+    @classmethod
+    def from_released(cls, path: str | Path) -> AVHubert:
+        """The video path of a released checkpoint, pre-trained or fine-tuned, in eval mode.
+
+        Sizes come from the weights, heads and the place of the norms from the configuration in the file. Nothing that
+        the file's pickle names is run.
+
+        Raises:
+            UserError: the file is missing, damaged, or lacks a tensor.
+        """
+        content = read_checkpoint(Path(path))
+        state = content.get("model")
+        if not isinstance(state, dict):
+            raise UserError(f"{path} has no entry 'model': it is not an AV-HuBERT checkpoint")
+        state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        return load_released(state, path, released_config(state, path, content.get("cfg", content.get("args"))))
+
+
+_NAMES = (
+    (r"feature_extractor_video\.resnet\.frontend3D\.", "front_end.stem."),
+    (r"feature_extractor_video\.proj\.", "video_proj."),
+    (r"layer_norm\.", "fusion_norm."),
+    (r"post_extract_proj\.", "fusion_proj."),
+    (r"encoder\.pos_conv\.0\.", "position."),
+    (r"encoder\.layer_norm\.", "norm."),
+)
+
+
+def our_name(key: str) -> str | None:
+    """Our name of a released tensor, or None for one that the video path does not need."""
+    key = key.removeprefix("encoder.w2v_model.")  # where fine-tuned checkpoints keep the encoder
+    stage = re.fullmatch(r"feature_extractor_video\.resnet\.trunk\.layer(\d)\.(.+)", key)
+    if stage:
+        return f"front_end.stages.{int(stage[1]) - 1}.{stage[2]}"
+    layer = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", key)
+    if layer:
+        part = layer[2].replace("self_attn_layer_norm", "attention_norm").replace("final_layer_norm", "final_norm")
+        return f"layers.{layer[1]}.{part.removeprefix('self_attn.')}"
+    for theirs, ours in _NAMES:
+        if re.match(theirs, key):
+            return re.sub(f"^{theirs}", ours, key)
+    return None
+
+
+def from_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The video path's tensors of `state` under our names; the position kernel is multiplied out."""
+    out = {our_name(key): value for key, value in state.items()}
+    out.pop(None, None)
+    if "position.weight_v" in out and "position.weight_g" in out:
+        direction, gain = out.pop("position.weight_v").float(), out.pop("position.weight_g").float()
+        out["position.weight"] = gain * direction / direction.norm(dim=(0, 1), keepdim=True)  # one gain a kernel tap
+    return out
+
+
+def load_released(state: dict[str, Tensor], source: str | Path, config: AVHubertConfig) -> AVHubert:
+    """An `AVHubert` in eval mode with the tensors of `state` (released names), strictly.
+
+    Raises:
+        UserError: a tensor is missing or has another shape.
+    """
+    with torch.device("meta"):
+        model = AVHubert(config)
+    ours = {k: v.float() if v.is_floating_point() else v for k, v in from_released(state).items()}
+    load_strict(model, ours, source, assign=True)
+    return model.eval()
+
+
+def released_config(state: dict[str, Tensor], source: str | Path, settings: Any = None) -> AVHubertConfig:
+    """Sizes from shapes (released names), the rest from the pickled `settings` where they say it, else as published.
+
+    Raises:
+        UserError: a tensor that tells a size is missing.
+    """
+    shapes = {our_name(key): value.shape for key, value in state.items()}
+    try:
+        kernel, hidden = shapes["position.weight_v"], shapes["layers.0.fc1.weight"]
+    except KeyError as error:
+        raise UserError(f"{source} lacks tensor {error}: it is not an AV-HuBERT checkpoint") from error
+    width = kernel[0]
+    said = _settings(settings)
+    return AVHubertConfig(
+        width=width,
+        layers=1 + max(int(k.split(".")[1]) for k in shapes if k and k.startswith("layers.")),
+        heads=said.get("encoder_attention_heads", width // 64),
+        hidden=hidden[0],
+        conv_kernel=kernel[2],
+        conv_groups=width // kernel[1],
+        norm_first=said.get("layer_norm_first", True),
+    )
+
+
+def _settings(node: Any) -> dict[str, Any]:
+    """The model's settings in a fairseq configuration: of the pre-trained model where a fine-tuned one wraps it."""
+    if isinstance(node, StandIn) and isinstance(node.state, dict) and "_content" not in node.state:
+        node = node.state  # an argparse namespace of older files
+    node = plain(node)
+    if not isinstance(node, dict):
+        return {}
+    inner = node.get("model")
+    if not isinstance(inner, dict):
+        return node
+    wrapped = inner.get("w2v_args")
+    return _settings(wrapped) if isinstance(wrapped, dict) else inner
