@@ -9,6 +9,8 @@ the picture's left, the eye on its right, nose, mouth corner on the left, on the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 
@@ -119,31 +121,35 @@ def fill_landmarks(landmarks: np.ndarray, present: np.ndarray) -> np.ndarray:
     return filled.reshape(landmarks.shape)
 
 
-def avhubert_matrices(landmarks: np.ndarray, mean_stable: np.ndarray = MEAN_STABLE) -> np.ndarray:
-    """AV-HuBERT's transforms (T, 2, 3) from 68 landmarks (T, 68, 2).
+def avhubert_matrices(points: np.ndarray, mean_points: np.ndarray = MEAN_STABLE, window: int = WINDOW) -> np.ndarray:
+    """AV-HuBERT's transforms (T, 2, 3) from points (T, P, 2) of every frame onto those of the mean face (P, 2).
 
-    Landmarks are averaged over up to `WINDOW` frames that BEGIN at the current one; the last full window serves all
-    frames after its first.
+    Points are averaged over up to `window` frames that BEGIN at the current one; the last full window serves all frames
+    after its first.
     """
-    window = min(len(landmarks), WINDOW)
-    full = len(landmarks) - window + 1
-    matrices = [similarity(landmarks[i : i + window].mean(0)[list(STABLE)], mean_stable) for i in range(full)]
+    window = min(len(points), window)
+    full = len(points) - window + 1
+    matrices = [similarity(points[i : i + window].mean(0), mean_points) for i in range(full)]
     return np.stack(matrices + [matrices[-1]] * (window - 1))
 
 
 def avhubert_mouth(
-    frames: np.ndarray, landmarks: np.ndarray, mean_stable: np.ndarray = MEAN_STABLE
+    frames: np.ndarray,
+    landmarks: np.ndarray,
+    mean_stable: np.ndarray = MEAN_STABLE,
+    stable: Sequence[int] = STABLE,
+    window: int = WINDOW,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mouth pictures as AV-HuBERT's own preparation cuts them, without its detour over a lossy file.
 
     Args:
-        frames: (T, H, W, 3) uint8 RGB. landmarks: (T, 68, 2) of every frame. mean_stable: (5, 2) the mean face's
-            `STABLE` points.
+        frames: (T, H, W, 3) uint8 RGB. landmarks: (T, 68, 2) of every frame. mean_stable: (P, 2) the mean face's
+            points of numbers `stable`. window: frames over which landmarks are averaged.
 
     Returns:
         mouth (T, 96, 96) uint8 grey, matrices (T, 2, 3), and mouth centres (T, 2) in the 256 x 256 frame.
     """
-    matrices = avhubert_matrices(landmarks, mean_stable)
+    matrices = avhubert_matrices(landmarks[:, list(stable)], mean_stable, window)
     centres = np.stack([_apply(m, points[MOUTH]).mean(0) for m, points in zip(matrices, landmarks)])
     mouths = []
     for frame, matrix, centre in zip(frames, matrices, centres):
@@ -155,11 +161,13 @@ def avhubert_mouth(
     return np.stack(mouths), matrices, centres
 
 
-def auto_avsr_mouth(frames: np.ndarray, landmarks: np.ndarray, mean_face: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def auto_avsr_mouth(
+    frames: np.ndarray, landmarks: np.ndarray, mean_face: np.ndarray, stable: Sequence[int] = AUTO_AVSR_STABLE
+) -> tuple[np.ndarray, np.ndarray]:
     """Mouth pictures as Auto-AVSR cuts them.
 
-    The averaging window is centred, shorter at the ends, and moved to the current frame's own middle; eight points fix
-    the transform by least median of squares; grey comes before the warp.
+    The averaging window is centred, shorter at the ends, and moved to the current frame's own middle; the `stable` points
+    fix the transform by least median of squares; grey comes before the warp.
 
     Args:
         frames: (T, H, W, 3) uint8 RGB. landmarks: (T, 68, 2) of every frame. mean_face: (68, 2) in a 256 x 256 frame.
@@ -170,7 +178,7 @@ def auto_avsr_mouth(frames: np.ndarray, landmarks: np.ndarray, mean_face: np.nda
     Raises:
         UserError: a mouth lies too far from the middle of the picture, or no transform fits.
     """
-    mouths, matrices, stable = [], [], list(AUTO_AVSR_STABLE)
+    mouths, matrices, stable = [], [], list(stable)
     for i, frame in enumerate(frames):
         half = min(WINDOW // 2, i, len(frames) - 1 - i)
         smooth = landmarks[i - half : i + half + 1].mean(0)

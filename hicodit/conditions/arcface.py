@@ -2,8 +2,8 @@
 
 Axes: B batch, F face pictures of a clip, n pictures, C channels, H = W picture side, E = 512 embedding.
 
-Weights: https://github.com/deepinsight/insightface, `arcface_torch` (a `backbone.pth` for each network and training set).
-The code there is MIT, the models are for non-commercial research only. They are not part of this project.
+Weights: https://github.com/deepinsight/insightface, `arcface_torch` (a `backbone.pth` a network and training
+set). The code there is MIT, the models are for non-commercial research only. They are not part of this project.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ class ArcFace(nn.Module):
         return self.features(self.fc(self.bn2(self.maps(pictures)[-1]).flatten(1)))
 
     def forward(self, faces: Tensor) -> Tensor:
-        """Faces (B, F, 3, H, H) RGB in [0, 1], H a multiple of 112 -> (B, 512): the mean of unit vectors times sqrt(512).
+        """Faces (B, F, 3, H, H) RGB in [0, 1], H a multiple of 112 -> (B, 512).
 
-        How many pictures HiCoDiT takes is not reported; the scale makes the values of order one for the adapter.
+        The mean of the pictures' unit vectors, times sqrt(512). How many pictures HiCoDiT takes is not reported; the scale makes the values of order one for the adapter.
         """
         each = F.normalize(self.embed(prepare_faces(faces.flatten(0, 1))), dim=-1).unflatten(0, faces.shape[:2])
         return each.mean(1) * each.shape[-1] ** 0.5

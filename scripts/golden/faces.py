@@ -76,8 +76,9 @@ def _rgb(pictures: Tensor) -> np.ndarray:
 def mouth_avhubert(case: Case) -> dict[str, Tensor | np.ndarray]:
     i = {name: value.numpy() for name, value in case.inputs.items()}
     landmarks = align.fill_landmarks(i["landmarks"], i["present"])
-    stable = i["mean_face"][list(align.STABLE)]
-    mouth, matrix, centre = align.avhubert_mouth(_rgb(case.inputs["frames_bgr"]), landmarks, stable)
+    stable, window = case.meta.get("stable", align.STABLE), case.meta.get("window", align.WINDOW)
+    mean = i["mean_face"][list(stable)]
+    mouth, matrix, centre = align.avhubert_mouth(_rgb(case.inputs["frames_bgr"]), landmarks, mean, stable, window)
     homogeneous = np.concatenate([matrix, np.broadcast_to([0.0, 0.0, 1.0], (len(matrix), 1, 3))], 1)
     return {"landmarks_interpolated": landmarks, "matrix": homogeneous, "mouth_centre": centre, "crop_grey": mouth}
 
@@ -86,7 +87,8 @@ def mouth_avhubert(case: Case) -> dict[str, Tensor | np.ndarray]:
 def mouth_auto_avsr(case: Case) -> dict[str, np.ndarray]:
     i = {name: value.numpy() for name, value in case.inputs.items()}
     landmarks = align.fill_landmarks(i["landmarks"], i["present"])
-    mouth, matrix = align.auto_avsr_mouth(_rgb(case.inputs["frames_bgr"]), landmarks, i["mean_face"])
+    stable = case.meta.get("stable", align.AUTO_AVSR_STABLE)
+    mouth, matrix = align.auto_avsr_mouth(_rgb(case.inputs["frames_bgr"]), landmarks, i["mean_face"], stable)
     return {"matrix": matrix, "crop_grey": mouth}
 
 
