@@ -166,8 +166,8 @@ def auto_avsr_mouth(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mouth pictures as Auto-AVSR cuts them.
 
-    The averaging window is centred, shorter at the ends, and moved to the current frame's own middle; the `stable` points
-    fix the transform by least median of squares; grey comes before the warp.
+    The averaging window is centred, shorter at the ends, and moved to the current frame's own middle; the `stable`
+    points fix the transform by least median of squares; grey comes before the warp.
 
     Args:
         frames: (T, H, W, 3) uint8 RGB. landmarks: (T, 68, 2) of every frame. mean_face: (68, 2) in a 256 x 256 frame.

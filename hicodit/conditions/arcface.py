@@ -80,7 +80,8 @@ class ArcFace(nn.Module):
     def forward(self, faces: Tensor) -> Tensor:
         """Faces (B, F, 3, H, H) RGB in [0, 1], H a multiple of 112 -> (B, 512).
 
-        The mean of the pictures' unit vectors, times sqrt(512). How many pictures HiCoDiT takes is not reported; the scale makes the values of order one for the adapter.
+        The mean of the pictures' unit vectors, times sqrt(512). How many pictures HiCoDiT takes is not reported; the
+        scale makes the values of order one for the adapter.
         """
         each = F.normalize(self.embed(prepare_faces(faces.flatten(0, 1))), dim=-1).unflatten(0, faces.shape[:2])
         return each.mean(1) * each.shape[-1] ** 0.5
