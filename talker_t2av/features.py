@@ -55,7 +55,9 @@ class FeatureEncoders:
         """
         ours = (Path(speaker) / "config.yaml").is_file()
         voice = (VoiceEncoder if ours else SpeakerEncoder).from_pretrained(speaker)
-        return cls(WhisperXVAE.from_pretrained(speech), LiaX.from_pretrained(motion), voice)
+        # Channels last: the same convolutions in nearly half the time on a CPU.
+        pictures = LiaX.from_pretrained(motion).to(memory_format=torch.channels_last)
+        return cls(WhisperXVAE.from_pretrained(speech), pictures, voice)
 
     def digests(self) -> dict[str, str]:
         """By tensor of the feature files, the digest of what makes it."""
@@ -129,7 +131,8 @@ def encode(clips: Sequence[Source], encoders: FeatureEncoders, wanted: Sequence[
             own["speaker"] = encoders.speaker.embed(wave)
     if "motion" in wanted:
         for own, clip in zip(features, clips):
-            own["motion"] = encoders.motion.motion(video_to_tensor(clip.frames, encoders.motion.config.size))
+            video = video_to_tensor(clip.frames, encoders.motion.config.size)
+            own["motion"] = encoders.motion.motion(video.contiguous(memory_format=torch.channels_last))
     return [{name: x.cpu().half().contiguous() for name, x in own.items()} for own in features]
 
 
