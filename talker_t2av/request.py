@@ -71,6 +71,7 @@ class Compat:
     round_prefix: seconds of prefix become the nearest number of frames (half to even), else they are cut.
     whole_patches: a prefix is cut to whole patches.
     bf16_motion: reference motion is rounded to bfloat16.
+    keeps_prefix: the result begins with the prefix.
     """
 
     prepend_task: bool = True
@@ -83,6 +84,7 @@ class Compat:
     round_prefix: bool = True
     whole_patches: bool = True
     bf16_motion: bool = False
+    keeps_prefix: bool = False
 
     def prefix_frames(self, seconds: float, available: int, patch_size: int) -> int:
         """Frames of a prefix of `seconds`, of the `available` ones of the reference."""
@@ -96,9 +98,15 @@ class Compat:
 
 
 PAPER = Compat()
-GENERATE_SPEECH = Compat(stop_hits=3, first_test=6, extra_patches=25, whole_patches=False)
+GENERATE_SPEECH = Compat(stop_hits=3, first_test=6, extra_patches=25, whole_patches=False, keeps_prefix=True)
 GENERATE_SPEECH_MOTION = Compat(
-    prefix_motion=False, motion_waits=True, trim=False, stop_hits=3, first_test=7, extra_patches=15
+    prefix_motion=False,
+    motion_waits=True,
+    trim=False,
+    stop_hits=3,
+    first_test=7,
+    extra_patches=15,
+    keeps_prefix=True,
 )
 SCRIPT = Compat(
     prepend_task=False,
@@ -109,6 +117,7 @@ SCRIPT = Compat(
     extra_patches=15,
     round_prefix=False,
     bf16_motion=True,
+    keeps_prefix=True,
 )
 
 

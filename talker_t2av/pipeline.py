@@ -1,0 +1,230 @@
+"""Text, voices and faces in, speech and talking faces out.
+
+    pipeline = TalkerPipeline.from_pretrained()
+    talk = pipeline.t2av("set red in hotel three again", reference_audio="voice.wav", reference_video="face.mp4")
+    for chunk in pipeline.stream(Job("tts", "hello", reference_audio="voice.wav")): play(chunk.wave)
+
+Axes: N samples at 24 kHz, F frames at 25 a second, S picture side, Dm motion channels, Ds speech channels.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lia_x.pictures import to_bytes
+from talker_t2av.data import HOP, RATE
+from talker_t2av.generation import Collector, Result, Step, generate_steps
+from talker_t2av.model import FPS
+from talker_t2av.prepare import Job, Prepared, prepare
+from talker_t2av.request import Sampling
+from talker_t2av.system import BUNDLED, TalkerSystem
+
+__all__ = ["Chunk", "Job", "Talk", "TalkerPipeline"]
+
+
+@dataclass(frozen=True)
+class Talk:
+    """What came out of one job.
+
+    Attributes:
+        wave: (N,) float32 in [-1, 1] at 24 kHz. In a2v the given sound.
+        frames: (F, S, S, 3) uint8 at 25 frames a second; None where no face is drawn (tts, v2a).
+        speech: (F, Ds) new latents, motion: (F, Dm) new motion, not normalised; None where given or absent.
+        stopped: the model found the end; False: the limit cut it off, or a given stream told the length.
+    """
+
+    wave: np.ndarray
+    frames: np.ndarray | None
+    speech: Tensor | None
+    motion: Tensor | None
+    stopped: bool
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a stream: wave (n,) at 24 kHz and frames (f, S, S, 3) or None. Sound may lag behind the picture."""
+
+    wave: np.ndarray
+    frames: np.ndarray | None
+
+
+class TalkerPipeline:
+    """Generation from files. `sampling` may be replaced.
+
+    Args:
+        system: the networks.
+        sampling: of the diffusion heads; by default the release's own.
+    """
+
+    rate = RATE
+    fps = FPS
+
+    def __init__(self, system: TalkerSystem, sampling: Sampling | None = None) -> None:
+        self.system = system
+        self.sampling = sampling or system.sampling
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path = BUNDLED,
+        device: torch.device | str = "cpu",
+        codecs: Mapping[str, str | Path] | None = None,
+    ) -> TalkerPipeline:
+        """Load a release folder of ours, or a folder with the released files; see `TalkerSystem.load`."""
+        return cls(TalkerSystem.load(folder, codecs).to(device))
+
+    def t2av(self, text: str, reference_audio: str | None, reference_video: str, **more: Any) -> Talk:
+        """Say a text with a voice and a face; `more` are fields of `Job`. The voice may be the video's sound."""
+        return self(Job("t2av", text, reference_audio, reference_video, **more))
+
+    def tts(self, text: str, reference_audio: str, **more: Any) -> Talk:
+        """Say a text with a voice."""
+        return self(Job("tts", text, reference_audio, **more))
+
+    def a2v(self, audio: str, reference_video: str, text: str = "", **more: Any) -> Talk:
+        """Let a face say a given sound; `text` is what the sound says."""
+        return self(Job("a2v", text, reference_video=reference_video, audio=audio, **more))
+
+    def v2a(self, video: str, reference_audio: str | None = None, text: str = "", **more: Any) -> Talk:
+        """Give a clip a voice; `text` is what its lips say."""
+        return self(Job("v2a", text, reference_audio, video=video, **more))
+
+    def __call__(self, job: Job) -> Talk:
+        return self.run([job])[0]
+
+    def run(self, jobs: Sequence[Job], on_step: Callable[[Step], None] = lambda step: None) -> list[Talk]:
+        """Several jobs; those of one mode are one batch."""
+        return self.finish([prepare(job, self.system) for job in jobs], on_step)
+
+    def finish(self, prepared: Sequence[Prepared], on_step: Callable[[Step], None] = lambda step: None) -> list[Talk]:
+        """Jobs that are prepared, each mode a batch, in the given order."""
+        order = sorted(range(len(prepared)), key=lambda i: (prepared[i].job.mode, prepared[i].job.compat))
+        talks: dict[int, Talk] = {}
+        for _, group in groupby(order, key=lambda i: (prepared[i].job.mode, prepared[i].job.compat)):
+            rows = list(group)
+            batch = [prepared[i] for i in rows]
+            collect = Collector(self.system.model, [p.request for p in batch], batch[0].mode, batch[0].compat)
+            for step in self._steps(batch, check_every=1 if self.system.device.type == "cpu" else 4):
+                collect.add(step)
+                on_step(step)
+            talks |= {i: self._talk(p, result) for i, p, result in zip(rows, batch, collect.results())}
+        return [talks[i] for i in range(len(prepared))]
+
+    @torch.no_grad()
+    def stream(self, job: Job) -> Iterator[Chunk]:
+        """One job, piece by piece as patches arrive.
+
+        The pieces put together are the result of `run`: samples to 1e-4, pictures to one level of 255. Sound comes as
+        soon as the decoder has heard as many later frames as it looks ahead.
+        """
+        prepared = prepare(job, self.system)
+        fresh: list[Tensor] = []  # motion (P, Dm) that is not shown yet
+        face = Face(self.system, prepared)
+        limit = (prepared.frames or 0) * HOP or None
+        done = 0
+        for wave in self._waves(prepared, fresh):
+            wave = wave[: limit - done] if limit is not None else wave
+            done += len(wave)
+            frames = face.show(fresh)
+            fresh.clear()
+            if len(wave) or frames is not None:
+                yield Chunk(wave, frames)
+
+    def _steps(self, batch: Sequence[Prepared], check_every: int) -> Iterator[Step]:
+        requests, first = [p.request for p in batch], batch[0]
+        return generate_steps(
+            self.system.model, requests, first.mode, self.sampling, first.compat, check_every=check_every
+        )
+
+    def _waves(self, prepared: Prepared, fresh: list[Tensor]) -> Iterator[np.ndarray]:
+        """Sound (n,) as patches arrive; puts their motion into `fresh`."""
+        size = self.system.model.config.patch_size
+        if prepared.wave is not None:
+            position = 0
+            for step in self._steps([prepared], 1):
+                if step.motion is not None:
+                    fresh.append(step.motion[0])
+                    yield prepared.wave[position : position + size * HOP]
+                    position += size * HOP
+            return
+        held: deque[Tensor] = deque()  # speech whose motion is yet to come
+        keep = not prepared.compat.trim
+
+        def latents() -> Iterator[Tensor]:
+            if len(prepared.prefix_speech):
+                yield prepared.prefix_speech[None].to(self.system.device)
+            for step in self._steps([prepared], 1):
+                if not step.rows:
+                    break
+                held.append(step.speech)
+                if step.motion is not None:
+                    fresh.append(step.motion[0])
+                if step.motion is not None or prepared.mode.motion != "generated":
+                    yield held.popleft()
+            if keep:
+                yield from held
+
+        skip = 0 if prepared.compat.keeps_prefix else len(prepared.prefix_speech) * HOP
+        for piece in self.system.encoders.speech.decode_stream(latents()):
+            wave = _samples(piece)
+            yield wave[skip:]
+            skip = max(0, skip - len(wave))
+        if fresh:
+            yield np.zeros(0, np.float32)
+
+    @torch.no_grad()
+    def _talk(self, prepared: Prepared, result: Result) -> Talk:
+        motion = None
+        if result.motion is not None:
+            motion = self.system.stats.restore(result.motion.cpu())
+        wave = prepared.wave
+        if wave is None:
+            before = prepared.prefix_speech.to(self.system.device)
+            wave = _samples(self.system.encoders.speech.decode(torch.cat([before, result.speech])[None]))
+            wave = wave if prepared.compat.keeps_prefix else wave[len(before) * HOP :]
+            wave = wave[: prepared.frames * HOP] if prepared.frames else wave
+        frames = Face(self.system, prepared).show([] if result.motion is None else [result.motion])
+        speech = None if result.speech is None else result.speech.cpu()
+        return Talk(np.asarray(wave), frames, speech, motion, result.stopped)
+
+
+class Face:
+    """Draws the face of a job, which moves on from picture to picture."""
+
+    def __init__(self, system: TalkerSystem, prepared: Prepared) -> None:
+        self.system = system
+        self.left = prepared.frames  # how many are still to come, where it is known
+        self.identity = None
+        if prepared.picture is not None:
+            self.identity = system.encoders.motion.identity(prepared.picture.to(system.device))
+        self.before = prepared.prefix_motion if prepared.compat.keeps_prefix else prepared.prefix_motion[:0]
+
+    def show(self, patches: list[Tensor]) -> np.ndarray | None:
+        """Frames (F, S, S, 3) of new normalised motion, each (f, Dm); None where there is nothing to draw.
+
+        The first call also shows the prefix where it belongs to the result; no more come than a given sound lasts.
+        """
+        if self.identity is None or not patches:
+            return None
+        motion = torch.cat([self.before, self.system.stats.restore(torch.cat(patches).cpu())])
+        self.before = self.before[:0]
+        if self.left is not None:
+            motion = motion[: self.left]
+            self.left -= len(motion)
+        if not len(motion):
+            return None
+        parts = self.system.encoders.motion.render_chunks(self.identity, motion)
+        return np.concatenate([to_bytes(part) for part in parts])
+
+
+def _samples(wave: Tensor) -> np.ndarray:
+    return wave[0, 0].clamp(-1, 1).cpu().numpy()

@@ -1,0 +1,98 @@
+"""A whole Talker-T2AV of a few thousand random weights, and files for it.
+
+Axes: F frames, N samples.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.media.audio import write_wav
+from engine.media.video import write_video
+from lia_x import LiaX, LiaXConfig
+from talker_t2av.model import TalkerConfig, TalkerT2AV
+from talker_t2av.request import Request
+from talker_t2av.speaker import VoiceEncoder, VoiceEncoderConfig
+from talker_t2av.text import byte_tokenizer
+from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
+
+DS, DM = 4, 5
+LLM = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "intermediate_size": 48,
+    "max_position_embeddings": 512,
+}
+
+
+def tiny_model(delay: int = 0, context: int = 1, seed: int = 0) -> TalkerT2AV:
+    """Random weights, with a stop head whose verdict changes from step to step."""
+    torch.manual_seed(seed)
+    config = TalkerConfig(
+        LLM, delay=delay, context=context, speech_dim=DS, motion_dim=DM, encoder_layers=1, encoder_heads=2,
+        head_layers=2, head_heads=2, max_positions=32,
+    )  # fmt: skip
+    model = TalkerT2AV(config).eval()
+    torch.nn.init.normal_(model.motion_pad_emb)
+    model.head_stop.head.weight.data *= 30
+    return model
+
+
+def request(length: int = 6, seed: int = 0, speech: int = 0, motion: int = 0, **more) -> Request:
+    """A prompt of `length` tokens with random conditions, and so many given frames of each stream."""
+    g = torch.Generator().manual_seed(1000 + seed)
+    return Request(
+        prompt=torch.randint(0, 250, (length,), generator=g).tolist(),
+        speaker=torch.randn(256, generator=g),
+        speech=torch.randn(speech, DS, generator=g),
+        motion=torch.randn(motion, DM, generator=g),
+        first_motion=torch.randn(DM, generator=g),
+        seed=seed,
+        **more,
+    )
+
+
+def save_talker(root: Path, delay: int = 0) -> Path:
+    """The releases `talker`, `speech`, `motion`, `voice` in `root`; gives the first."""
+    model, words = tiny_model(delay), byte_tokenizer()
+    torch.manual_seed(1)
+    speech = WhisperXVAEConfig(
+        encoder_width=2, hidden=16, latent_dim=DS, decoder_width=16, mel_bands=20, whisper_context=50,
+        whisper_heads=2, whisper_layers=1,
+    )  # fmt: skip
+    motion = LiaXConfig(style_dim=8, motion_dim=DM, scale=1, size=32, width=4, max_width=8, depth=1)
+    WhisperXVAE(speech).save(root / "speech", "card")
+    LiaX(motion).save(root / "motion", "card")
+    VoiceEncoder(VoiceEncoderConfig(bands=20, channels=16, pooled=16, bottleneck=4)).save(root / "voice", "card")
+    model.save(
+        root / "talker",
+        "card",
+        {
+            "motion": {"mean": [0.1] * DM, "std": [0.5] * DM},
+            "codecs": {"speech": "speech", "motion": "motion", "speaker": "voice"},
+            "sampling": {"steps": 3, "temperature": 0.8, "guidance": 1.5},
+        },
+    )
+    words.save(root / "talker")
+    return root / "talker"
+
+
+def voice_file(path: Path, seconds: float = 0.8, seed: int = 0) -> Path:
+    rng = np.random.default_rng(seed)
+    write_wav(path, 0.2 * rng.standard_normal(round(24_000 * seconds)), 24_000)
+    return path
+
+
+def face_file(path: Path, frames: int = 15, height: int = 48, width: int = 64, seed: int = 0, sound: bool = False):
+    rng = np.random.default_rng(seed)
+    pictures = rng.integers(0, 255, (frames, height, width, 3), np.uint8)
+    audio = 0.2 * rng.standard_normal(960 * frames) if sound else None
+    write_video(path, pictures, 25, audio, 24_000 if sound else None)
+    return path

@@ -1,0 +1,147 @@
+"""The loop: it does what training does, in all modes; batches change nothing; ends and guards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from talker_fixtures import request, tiny_model
+
+from engine.errors import UserError
+from talker_t2av.generation import generate, generate_steps
+from talker_t2av.losses import TalkerBatch, training_forward
+from talker_t2av.request import MODES, SCRIPT, Sampling
+
+SAMPLING = Sampling(steps=3, temperature=0.8, guidance=1.5)
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_hidden_states_are_those_of_training(mode, delay, prefix):
+    """What the heads see equals the training forward on the finished utterance."""
+    model, size, patches = tiny_model(delay), 4, 6
+    given = {
+        "t2av": (4 * prefix, 4 * prefix),
+        "tts": (4 * prefix, 0),
+        "a2v": (4 * (prefix + patches) - 1, 4 * prefix),
+        "v2a": (4 * prefix, 4 * (prefix + patches)),
+    }[mode]
+    asked = request(speech=given[0], motion=given[1], prefix=prefix, max_patches=patches)
+    steps = list(generate_steps(model, [asked], MODES[mode], SAMPLING, use_stop=False))
+    result = generate(model, [asked], MODES[mode], SAMPLING, use_stop=False)[0]
+    speech = asked.speech if result.speech is None else torch.cat([asked.speech, result.speech])
+    motion = asked.motion if result.motion is None else torch.cat([asked.motion, result.motion])
+    assert -(-len(speech) // size) == prefix + patches
+    assert len(motion) == (0 if mode == "tts" else 4 * (prefix + patches))
+    slots = prefix + patches + (delay if mode != "tts" else 0)
+    start = len(asked.prompt)
+    with torch.no_grad():
+        forward = training_forward(
+            model,
+            TalkerBatch(
+                input_ids=torch.tensor([[*asked.prompt, *[7] * slots]]),
+                attention_mask=torch.ones(1, start + slots, dtype=torch.long),
+                speech_span=torch.tensor([[start, start + slots]]),
+                speech=speech[None],
+                speech_frames=torch.tensor([len(speech)]),
+                motion=motion[None],
+                motion_frames=torch.tensor([len(motion)]),
+                speaker=asked.speaker[None],
+            ),
+        )
+    # The state before slot j is at position start + j, as the task token comes first.
+    ours = torch.cat([step.hidden for step in steps])
+    same = patches if mode == "t2av" else len(ours)  # later slots hold speech that is trimmed
+    theirs = forward.hidden[0, start + prefix : start + prefix + same]
+    torch.testing.assert_close(ours[:same], theirs, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+@pytest.mark.parametrize("mode", MODES)
+def test_eight_rows_at_once_are_eight_rows_one_by_one(mode, delay):
+    model = tiny_model(delay, context=2)
+    rows = []
+    for seed in range(8):
+        prefix = seed % 3
+        streams = {"t2av": (prefix, prefix), "tts": (prefix, 0), "a2v": (prefix + 2 + seed, prefix)}
+        speech, motion = streams.get(mode, (prefix, prefix + 9 - seed))
+        rows.append(
+            request(3 + 2 * seed, seed, 4 * speech, 4 * motion, prefix=prefix, max_patches=4 + seed, min_patches=1 + seed % 4)
+        )
+    together = generate(model, rows, MODES[mode], SAMPLING)
+    lengths = set()
+    for row, result in zip(rows, together):
+        alone = generate(model, [row], MODES[mode], SAMPLING)[0]
+        assert alone.stopped == result.stopped
+        for a, b in ((alone.speech, result.speech), (alone.motion, result.motion)):
+            assert (a is None) == (b is None)
+            if a is not None:
+                lengths.add(len(a))
+                torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    assert len(lengths) > 2  # rows did end at different times
+
+
+def test_looking_seldom_at_the_stop_head_changes_nothing():
+    model = tiny_model()
+    rows = [request(5, seed, max_patches=12, min_patches=2) for seed in range(6)]
+    often = generate(model, rows, MODES["t2av"], SAMPLING, check_every=1)
+    seldom = generate(model, rows, MODES["t2av"], SAMPLING, check_every=4)
+    assert any(r.stopped for r in often)
+    for a, b in zip(often, seldom):
+        assert a.stopped == b.stopped
+        torch.testing.assert_close(a.motion, b.motion, atol=1e-5, rtol=0)
+
+
+class Verdicts(torch.nn.Module):
+    """A stop head with a script: one probability a test."""
+
+    def __init__(self, hits: str) -> None:
+        super().__init__()
+        self.hits = iter(hits)
+
+    def forward(self, hidden):
+        return torch.full((len(hidden),), 9.0 if next(self.hits) == "x" else -9.0)
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+def test_the_first_hit_ends_a_row_and_what_lags_is_trimmed(delay):
+    model = tiny_model(delay)
+    model.head_stop = Verdicts("...x")
+    result = generate(model, [request(min_patches=2, max_patches=30)], MODES["t2av"], SAMPLING)[0]
+    # tests begin before slot 2 + delay, and the fourth one hits: 5 + delay slots, the last `delay` for motion alone
+    assert result.stopped and len(result.speech) == len(result.motion) == 4 * 5
+
+
+def test_the_official_program_waits_for_three_hits_in_a_row():
+    model = tiny_model()
+    model.head_stop = Verdicts("xx.xxx")
+    result = generate(model, [request(max_patches=30)], MODES["t2av"], SAMPLING, SCRIPT)[0]
+    assert result.stopped and len(result.speech) == 4 * (7 + 5)
+
+
+def test_limits():
+    model = tiny_model()
+    model.head_stop = Verdicts("." * 99)
+    result = generate(model, [request(max_patches=5)], MODES["tts"], SAMPLING)[0]
+    assert not result.stopped and len(result.speech) == 20 and result.motion is None
+    with pytest.raises(UserError, match="nothing to generate"):
+        generate(model, [request(max_patches=0)], MODES["tts"], SAMPLING)
+    with pytest.raises(UserError, match="less text"):
+        generate(model, [request(length=510, max_patches=5)], MODES["tts"], SAMPLING)
+
+
+def test_a_seed_decides_and_only_a_seed():
+    model = tiny_model()
+    first, second = (request(max_patches=3, min_patches=3, seed=s) for s in (1, 2))
+    same = generate(model, [first], MODES["t2av"], SAMPLING)[0]
+    torch.manual_seed(99)
+    assert torch.equal(same.speech, generate(model, [first], MODES["t2av"], SAMPLING)[0].speech)
+    other = generate(model, [type(first)(**{**vars(first), "seed": 5})], MODES["t2av"], SAMPLING)[0]
+    assert not torch.allclose(same.speech, other.speech, atol=1e-2)
+    assert second.seed != first.seed
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"temperature": -1.0}, {"guidance": 99.0}])
+def test_sampling_settings_are_checked(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        Sampling(**wrong)
