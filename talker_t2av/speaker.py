@@ -266,6 +266,12 @@ class VoiceEncoderConfig:
     embedding: int = 256
 
 
+def level_mel(wave: Tensor, bands: int) -> Tensor:
+    """Wave (..., N) at 16 kHz -> log-mel (..., M, T) with its largest value at 1: the loudness of a wave drops out."""
+    mel = log_mel(wave, bands)
+    return mel - mel.amax((-2, -1), keepdim=True) + 1
+
+
 class VoiceEncoder(nn.Module):
     """Wave to speaker embedding, small: ECAPA-TDNN on log-mel bands."""
 
@@ -279,8 +285,8 @@ class VoiceEncoder(nn.Module):
         return self.head(mel)
 
     def features(self, wave: Tensor) -> Tensor:
-        """Wave (N,) or (B, N) at 16 kHz -> log-mel (M, T) or (B, M, T), 100 frames a second; loudness drops out."""
-        return log_mel(wave, self.config.bands)
+        """Wave (N,) or (B, N) at 16 kHz -> log-mel (M, T) or (B, M, T), 100 frames a second; see `level_mel`."""
+        return level_mel(wave, self.config.bands)
 
     @torch.no_grad()
     def embed(self, wave: Tensor) -> Tensor:

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from engine.errors import UserError
 from engine.media.audio import read_audio
 from engine.task import Task
-from talker_t2av.speaker import RATE, VoiceEncoder, VoiceEncoderConfig
-from whisperx_vae.features import log_mel
+from talker_t2av.speaker import RATE, VoiceEncoder, VoiceEncoderConfig, level_mel
 
 FRAMES_A_SECOND = 100
 
@@ -73,7 +72,7 @@ class VoiceClips:
         """(M, T) of a whole clip, kept in half precision: a small corpus stays in memory."""
         if index not in self._mels:
             wave = torch.from_numpy(read_audio(self.folder / f"{self.names[index]}.wav", RATE))
-            self._mels[index] = log_mel(wave, self.bands).half()
+            self._mels[index] = level_mel(wave, self.bands).half()
         return self._mels[index].float()
 
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -1,0 +1,70 @@
+"""SyncNet: stored numbers of MFCC and scores, released names, and a whole clip."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import scripts.golden.voices  # noqa: F401
+from engine.errors import UserError
+from engine.metrics.syncnet import SHIFT, SyncNet, mfcc, sync_score
+from scripts.check_golden import check
+from scripts.golden import load_case
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "conditions"
+
+
+@pytest.mark.parametrize(("name", "output"), [("syncnet_mfcc", "mfcc"), ("syncnet_offset", "framewise_confidence")])
+def test_case(name, output):
+    case = load_case(GOLDEN / f"{name}.safetensors")
+    results = check(case)
+    assert results and all(r.passed for r in results), [r for r in results if not r.passed]
+    case.outputs[output] = case.outputs[output] * (1 + 1e-3)
+    assert [r.output for r in check(case) if not r.passed] == [output]
+
+
+def test_names_and_shapes_are_the_released_ones():
+    keys = json.loads((GOLDEN / "syncnet_net.keys.json").read_text())
+    with torch.device("meta"):
+        own = SyncNet().state_dict()
+    assert {name: list(value.shape) for name, value in own.items()} == keys
+
+
+@pytest.mark.parametrize("early", [-4, 0, 7])
+def test_offset_is_the_shift_of_the_sound(early):
+    torch.manual_seed(0)
+    lip = torch.randn(60, 16)
+    score = sync_score(lip, torch.roll(lip, -early, 0))
+    assert score.offset == early
+    assert score.distance < score.distance + score.confidence
+    assert score.frame_confidence[20:40].min() > 1
+    assert score.distances.shape == (60, 2 * SHIFT + 1)
+
+
+def test_silence_and_short_sounds_have_finite_mfcc():
+    assert np.isfinite(mfcc(np.zeros(1600))).all()
+    assert mfcc(np.ones(100)).shape == (13, 1)
+    assert mfcc(np.ones(560)).shape == (13, 2)
+    assert mfcc(np.ones(561)).shape == (13, 3)
+
+
+def test_a_clip_is_cut_into_windows_and_turned_to_bgr():
+    torch.manual_seed(0)
+    model = SyncNet().eval()
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 255, (8, 40, 40, 3), dtype=np.uint8)
+    wave = 0.1 * rng.standard_normal(640 * 7 + 100).astype(np.float32)
+    lip, audio = model.embed(frames, wave)
+    assert lip.shape == audio.shape == (2, 1024)
+    other, _ = model.embed(frames[..., ::-1], wave)
+    assert not torch.allclose(lip, other)
+    with pytest.raises(UserError, match="more than 5 frames"):
+        model.embed(frames[:5], wave)
+
+
+def test_a_foreign_file_is_refused(tmp_path):
+    torch.save({"netcnnaud.0.weight": torch.zeros(1)}, tmp_path / "syncnet_v2.model")
+    with pytest.raises(UserError, match="lacks tensor"):
+        SyncNet.from_pretrained(tmp_path / "syncnet_v2.model")

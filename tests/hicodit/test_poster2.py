@@ -1,0 +1,78 @@
+"""POSTER V2: released names, the order of classes, pictures of any size."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.errors import UserError
+from hicodit.conditions.poster2 import CLASSES, POSTER2, CrossAttention, _is_unused
+from hicodit.conditions.types import EXPRESSIONS
+
+KEYS = Path(__file__).parents[1] / "golden" / "conditions" / "poster_v2_7.keys.json"
+
+
+@pytest.fixture(scope="module")
+def state():
+    keys = json.loads(KEYS.read_text())
+    generator = torch.Generator().manual_seed(0)
+    values = {}
+    for key, shape in keys.items():
+        if _is_unused(key):
+            values[key] = torch.empty(shape, device="meta")
+        elif len(shape) < 2:
+            values[key] = torch.ones(shape) if "weight" in key or "running_var" in key else torch.zeros(shape)
+        else:
+            values[key] = torch.randn(shape, generator=generator) / max(1, torch.Size(shape[1:]).numel()) ** 0.5
+    return values
+
+
+def test_names_are_the_released_ones_and_the_unused_are_left_out(state):
+    model = POSTER2.from_released({f"module.{key}": value for key, value in state.items()}, EXPRESSIONS)
+    own = model.state_dict()
+    assert own.keys() == {key for key in state if not _is_unused(key)}
+    assert len(own) == len(state) - sum(map(_is_unused, state)) < len(state)
+    incomplete = {key: value for key, value in state.items() if key != "attn2.proj.bias"}
+    with pytest.raises(UserError, match=r"attn2\.proj\.bias"):
+        POSTER2.from_released(incomplete, EXPRESSIONS)
+
+
+@torch.no_grad()
+def test_classes_are_put_in_the_order_of_the_expressions(state):
+    faces = torch.rand(1, 3, 96, 96)
+    model = POSTER2.from_released(state, CLASSES["raf"])
+    own, given = model.logits(model.normalise(faces)), model(faces)
+    assert given.shape == (1, 7) and given.std() > 0
+    for i, name in enumerate(CLASSES["raf"]):
+        assert torch.allclose(given[:, EXPRESSIONS.index(name)], own[:, i], atol=1e-5)
+
+
+def test_class_orders_are_permutations():
+    assert all(sorted(order) == sorted(EXPRESSIONS) for order in CLASSES.values())
+
+
+def test_cross_attention_follows_the_bias_of_relative_positions():
+    torch.manual_seed(0)
+    attention = CrossAttention(32, 3)
+    torch.nn.init.eye_(attention.proj.weight)
+    torch.nn.init.zeros_(attention.proj.bias)
+    with torch.no_grad():  # only "the image position one to the right of the asking one" is looked at
+        attention.relative_position_bias_table.fill_(-1e4)
+        attention.relative_position_bias_table[2 * 5 + 1] = 0.0  # rows equal, asking column - seen column = -1
+        image, landmark = torch.randn(1, 9, 32), torch.zeros(1, 9, 32)
+        value = attention.qkv(image)[..., 32:]
+        out = attention(image, landmark)
+    for row in range(3):
+        for column in range(2):
+            here = 3 * row + column
+            assert torch.allclose(out[0, here], value[0, here + 1], atol=1e-5)
+
+
+def test_the_file_name_tells_the_classes(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "best.pth")
+    with pytest.raises(UserError, match="'affectnet' or 'raf'"):
+        POSTER2.from_pretrained(tmp_path / "best.pth")
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "raf-db-model_best.pth")
+    with pytest.raises(UserError, match="lacks tensor"):
+        POSTER2.from_pretrained(tmp_path / "raf-db-model_best.pth")

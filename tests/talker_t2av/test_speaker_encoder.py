@@ -1,0 +1,190 @@
+"""Speaker encoders: released names, unequal lengths, the small encoder's release, and its training by distillation."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import scripts.golden.voices  # noqa: F401
+from engine.errors import UserError
+from engine.media.audio import write_wav
+from engine.release import load_strict
+from scripts.check_golden import check
+from scripts.golden import load_case
+from talker_t2av.speaker import EcapaTDNN, SpeakerEncoder, VoiceEncoder, VoiceEncoderConfig
+from talker_t2av.speaker_names import LARGE, conv_layers, head_sizes, our_name, released_name, wavlm_config
+from talker_t2av.speaker_task import VoiceClips, VoiceEncoderTask, voice_means
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "conditions"
+SIZES = {"bands": 16, "channels": 16, "pooled": 24, "bottleneck": 8, "embedding": 12}
+TINY = {
+    **LARGE,
+    "encoder_layers": 2,
+    "encoder_embed_dim": 16,
+    "encoder_ffn_embed_dim": 24,
+    "encoder_attention_heads": 2,
+    "conv_feature_layers": "[(8,10,5)] + [(8,3,2)] * 4 + [(8,2,2)] * 2",
+    "conv_pos": 8,
+    "conv_pos_groups": 2,
+    "num_buckets": 16,
+    "max_distance": 20,
+}
+
+
+def released_keys():
+    keys = json.loads((GOLDEN / "wavlm_ecapa_large.keys.json").read_text())
+    return {name: torch.empty(shape, device="meta") for name, shape in keys.items()}
+
+
+def tiny_encoder(**changes):
+    torch.manual_seed(0)
+    original = TINY | changes
+    encoder = SpeakerEncoder(wavlm_config(original), original["normalize"], channels=8, pooled=8, bottleneck=8)
+    return encoder.eval()
+
+
+def test_released_names_are_those_of_the_full_size_encoder():
+    state = released_keys()
+    with torch.device("meta"):
+        encoder = SpeakerEncoder(wavlm_config(LARGE), **head_sizes(state))
+    load_strict(encoder, {our_name(k): v for k, v in state.items()}, "keys", assign=True)
+    assert all(released_name(our_name(key)) == key for key in state)
+    assert sum(p.numel() for p in encoder.parameters()) == pytest.approx(323_863_961, abs=20_000)  # running statistics
+
+
+@pytest.mark.parametrize("changes", [{}, {"extractor_mode": "default", "layer_norm_first": False, "conv_bias": True}])
+def test_a_state_by_released_names_makes_the_same_encoder(changes):
+    encoder = tiny_encoder(**changes)
+    mode = (TINY | changes)["extractor_mode"]
+    state = {released_name(name, mode): value for name, value in encoder.state_dict().items()}
+    again = SpeakerEncoder.from_released({**state, "training.only": torch.zeros(3)}, TINY | changes)
+    wave = torch.randn(4000)
+    assert torch.equal(again.embed(wave), encoder.embed(wave))
+    del state["bn.weight"]
+    with pytest.raises(UserError, match=r"head\.bn\.weight"):
+        SpeakerEncoder.from_released(state, TINY | changes)
+
+
+def test_padding_does_not_change_the_valid_frames():
+    encoder = tiny_encoder()
+    long, short = torch.randn(6400), torch.randn(4880)
+    with torch.no_grad():
+        together, alone = encoder.hidden_states([long, short]), encoder.hidden_states([short])
+    whole = alone.shape[2]
+    assert together.shape[:2] == (3, 2)
+    # The original counts frames by equal blocks, so that the last valid frame may see a little of the padding.
+    assert torch.allclose(together[:, 1, : whole - 6], alone[:, 0, : whole - 6], atol=5e-2)
+    assert torch.allclose(together[:, 0], encoder.hidden_states([long])[:, 0], atol=1e-5)
+
+
+def test_golden_case_of_padded_waves():
+    case = load_case(GOLDEN / "wavlm_padded.safetensors")
+    assert all(r.passed for r in check(case))
+    case.outputs["hidden_states"] = case.outputs["hidden_states"] * (1 + 1e-3)
+    assert not all(r.passed for r in check(case))
+
+
+def test_loudness_drops_out_and_short_waves_are_refused():
+    encoder = tiny_encoder()
+    wave = torch.randn(8000)
+    assert torch.allclose(encoder.embed(wave), encoder.embed(0.5 * wave), atol=1e-3)
+    for bad in (torch.zeros(100), torch.zeros(1, 8000)):
+        with pytest.raises(UserError, match="reference voice of shape"):
+            encoder.embed(bad)
+
+
+def test_unsupported_variants_are_named():
+    with pytest.raises(UserError, match="gru_rel_pos=False"):
+        wavlm_config(LARGE | {"gru_rel_pos": False})
+    with pytest.raises(UserError, match="conv_feature_layers"):
+        conv_layers("__import__('os').getcwd()")
+    with pytest.raises(UserError, match="multiple of 8"):
+        EcapaTDNN(4, channels=12)
+    with pytest.raises(UserError, match=r"layer1\.conv\.weight"):
+        head_sizes({})
+
+
+def test_missing_and_foreign_files(tmp_path):
+    with pytest.raises(UserError, match="download_checkpoints"):
+        SpeakerEncoder.from_pretrained(tmp_path)
+    torch.save({"model": {"layer1.conv.weight": torch.zeros(8, 4, 5)}}, tmp_path / "wavlm_large_finetune.pth")
+    with pytest.raises(UserError, match="not a WavLM-ECAPA speaker encoder"):
+        SpeakerEncoder.from_pretrained(tmp_path)
+
+
+def test_voice_encoder_release(tmp_path):
+    torch.manual_seed(0)
+    encoder = VoiceEncoder(VoiceEncoderConfig(**SIZES)).eval()
+    encoder.save(tmp_path / "voice", "card")
+    again = VoiceEncoder.from_pretrained(tmp_path / "voice")
+    wave = torch.randn(16_000)
+    embedding = encoder.embed(wave)
+    assert embedding.shape == (12,)
+    assert torch.allclose(again.embed(wave), embedding, atol=5e-3)  # half precision
+    assert torch.allclose(encoder.embed(0.3 * wave), embedding, atol=1e-3)  # loudness drops out
+    with pytest.raises(UserError, match="reference voice"):
+        encoder.embed(wave[:1000])
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Three voices of buzzes, each with a GE2E direction of its own."""
+    rng = np.random.default_rng(0)
+    time = np.arange(24_000 * 6 // 5) / 24_000
+    for split, count in (("train", 12), ("seen", 6), ("unseen", 6)):
+        (tmp_path / "features" / split).mkdir(parents=True)
+        (tmp_path / split).mkdir()
+        clips, ge2e = [], np.zeros((count, 12), np.float32)
+        for i in range(count):
+            voice = i % 3
+            wave = np.sin(2 * np.pi * (120 + 200 * voice) * time + rng.uniform(0, 6)) ** 9
+            write_wav(tmp_path / split / f"c{i}.wav", 0.3 * wave + 0.003 * rng.standard_normal(len(time)), 24_000)
+            clips.append({"id": f"c{i}", "voice": voice + 7})
+            ge2e[i, 4 * voice : 4 * voice + 4] = 0.5
+        place = tmp_path / "features" / split / "visual-00000.safetensors"
+        save_file({"ge2e": torch.from_numpy(ge2e)}, place)
+        place.with_suffix(".json").write_text(json.dumps({"clips": clips}))
+    return tmp_path
+
+
+def test_distillation_learns_the_voices(corpus, tmp_path):
+    torch.manual_seed(0)
+    clips = VoiceClips(corpus, bands=16, seconds=1.0)
+    task = VoiceEncoderTask(SIZES, corpus, recipe="Recipe.")
+    optimiser = torch.optim.AdamW(task.parameters(), lr=1e-2)
+    losses = []
+    for step in range(25):
+        generator = torch.Generator().manual_seed(step)
+        batch = clips.collate([clips.__getitem__(i, generator) for i in range(12)])
+        assert batch["mel"].shape == (12, 16, 100)
+        result = task(batch, "encoder")
+        optimiser.zero_grad()
+        result["loss"].backward()
+        optimiser.step()
+        losses.append(result["distance"].item())
+    assert losses[-1] < 0.3 * losses[0]
+    task.eval()
+    results = task.validate(25, tmp_path)
+    assert results["seen/nearest_voice"] == results["unseen/nearest_voice"] == 1.0
+    assert results["seen/cosine"] > 0.8
+    task.release(tmp_path / "release", results)
+    assert "Recipe." in (tmp_path / "release" / "README.md").read_text()
+
+
+def test_crops_are_functions_of_the_generator_and_short_clips_repeat(corpus):
+    clips = VoiceClips(corpus, bands=16, seconds=2.0)  # the clips last 1.2 s
+    one, same = (clips.__getitem__(3, torch.Generator().manual_seed(5)) for _ in range(2))
+    other = clips.__getitem__(3, torch.Generator().manual_seed(6))
+    assert one["mel"].shape == (16, 200)
+    assert torch.equal(one["mel"], same["mel"]) and not torch.equal(one["mel"], other["mel"])
+    assert int(one["voice"]) == 0 and clips.voices[3] == 7  # classes count from 0
+    with pytest.raises(UserError, match="prepare_features"):
+        VoiceClips(corpus, split="absent")
+
+
+def test_voice_means_are_units_in_the_order_of_the_voices():
+    means = voice_means(torch.tensor([[2.0, 0.0], [0.0, 3.0], [0.0, 1.0]]), torch.tensor([9, 4, 4]))
+    assert torch.allclose(means, torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
