@@ -21,7 +21,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.scale.shape, self.scale, 1e-6)
+        return F.rms_norm(x, self.scale.shape, self.scale.to(x.dtype), 1e-6)
 
 
 class Rotary(nn.Module):

@@ -168,8 +168,8 @@ def _fill_slots(
     seen = with_motion[row]
     moving = seen.nonzero()[:, 0]
     moves = model.motion_tokens(*motion.gather(row[moving], patch[moving] - model.config.delay))
-    pad = model.motion_pad_emb[0] * ~seen[:, None]
-    tokens = (tokens + pad).index_add(0, moving, moves.to(tokens.dtype))
+    tokens = tokens + model.motion_pad_emb[0] * ~seen[:, None]
+    tokens = tokens.index_add(0, moving, moves.to(tokens.dtype))
     return embeds.index_put((row, start[row] + patch), tokens.to(embeds.dtype))
 
 

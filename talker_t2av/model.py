@@ -64,6 +64,8 @@ class TalkerT2AV(nn.Module):
             if width % (2 * heads):
                 raise UserError(f"model.{name}={heads}: llm.hidden_size={width} must be a multiple of twice that")
         self.llm = Qwen3ForCausalLM(llm)
+        # For training from nothing: words on the scale of the other tokens, which Qwen's 0.02 would drown.
+        nn.init.normal_(self.llm.model.embed_tokens.weight)
         self.projector_speech = nn.Sequential(OrderedDict(linear1=nn.Linear(c.speech_dim, width)))
         self.projector_motion = nn.Sequential(OrderedDict(linear1=nn.Linear(c.motion_dim, width)))
         encoder = (width, width, c.encoder_layers, c.encoder_heads, c.max_positions)

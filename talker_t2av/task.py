@@ -1,0 +1,172 @@
+"""What the trainer needs to train Talker-T2AV: losses of a batch, validation by a recogniser, release.
+
+Axes: B batch, T frames, Ds / Dm speech / motion channels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.errors import UserError
+from engine.media.audio import write_wav
+from engine.metrics.recogniser import Recogniser, word_error_rate
+from engine.task import Task
+from talker_t2av import names
+from talker_t2av.data import MotionStats, TalkerShards, byte_tokenizer
+from talker_t2av.generation import Result, generate
+from talker_t2av.losses import TalkerBatch, training_forward, training_losses
+from talker_t2av.model import FPS, TalkerConfig, TalkerT2AV
+from talker_t2av.request import MODES, Request, Sampling
+from talker_t2av.text import TalkerTokenizer
+from whisperx_vae.vae import WhisperXVAE
+
+WAVES = 4  # that a validation keeps of each split
+
+
+class TalkerTask(Task):
+    """Flow matching of speech and motion patches, and the stop head, on precomputed latents.
+
+    A2V and V2A need no training of their own: training feeds both true streams back whatever is drawn from the hidden
+    states, so that a given stream looks the same at inference.
+
+    Args:
+        model: fields of `TalkerConfig`.
+        features: folder whose talker/ holds latents and stats.json; its held-out splits validate.
+        codecs: release folders `speech`, `motion`, `speaker` that made the latents. The release carries their names;
+            validation decodes with the first.
+        tokenizer: folder with a tokenizer; None is the byte-level one.
+        warm_start: `tts` or `projector`, a folder of safetensors each; see `names.warm_start`.
+        freeze_embeddings: leave the word embeddings as they are.
+        checkpointing: recompute the backbone's activations in the backward pass, to save memory.
+        sampling: `steps`, `temperature`, `guidance`: defaults that the release carries.
+        validation: `splits`, and `clips` of each to synthesise; `grammar`: JSGF file of the recogniser. None turns it
+            off.
+        recipe: a sentence for the card.
+    """
+
+    def __init__(
+        self,
+        model: Mapping[str, Any],
+        features: str,
+        codecs: Mapping[str, str],
+        tokenizer: str | None = None,
+        warm_start: Mapping[str, str] | None = None,
+        freeze_embeddings: bool = False,
+        checkpointing: bool = False,
+        sampling: Mapping[str, Any] | None = None,
+        validation: Mapping[str, Any] | None = None,
+        recipe: str = "",
+    ) -> None:
+        super().__init__()
+        self.model = TalkerT2AV(TalkerConfig(**model))
+        self.words = TalkerTokenizer.from_pretrained(tokenizer) if tokenizer else byte_tokenizer()
+        rows = self.model.llm.config.vocab_size
+        if self.words.vocab_size > rows:
+            raise UserError(
+                f"task.model.llm.vocab_size={rows} has to be {self.words.vocab_size} or more for this tokenizer"
+            )
+        self.features, self.codecs, self.tokenizer = Path(features), dict(codecs), tokenizer
+        self.stats = MotionStats.read(self.features / "talker" / "stats.json")
+        if len(self.stats.mean) != self.model.config.motion_dim:
+            raise UserError(
+                f"{self.features} holds motion of {len(self.stats.mean)} channels, task.model.motion_dim="
+                f"{self.model.config.motion_dim}: set it to that"
+            )
+        self.sampling, self.validation, self.recipe = Sampling(**(sampling or {})), validation, recipe
+        for kind, folder in (warm_start or {}).items():
+            found = names.warm_start(self.model, folder, kind)
+            print(f"{len(found)} tensors from {folder}", flush=True)
+        if freeze_embeddings:
+            self.model.llm.model.embed_tokens.weight.requires_grad_(False)
+        if checkpointing:
+            self.model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"model": self.model}
+
+    def tokens(self, batch: dict[str, Tensor]) -> int:
+        """Tokens of the language model."""
+        return int(batch["attention_mask"].sum())
+
+    def forward(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+        """Losses of a batch; see `data.collate`."""
+        return training_losses(self.model, training_forward(self.model, TalkerBatch.of(batch)))
+
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        """Speak held-out sentences: word error rate, and how well the stop head finds the end."""
+        if self.validation is None:
+            return {}
+        device = self.model.task_embedding.weight.device
+        codec = WhisperXVAE.from_pretrained(self.codecs["speech"]).to(device)
+        results: dict[str, float] = {}
+        c = self.model.config
+        for split in self.validation["splits"]:
+            shards = TalkerShards(self.features, split, "t2av", self.tokenizer, c.patch_size, c.delay)
+            count = min(self.validation["clips"], len(shards))
+            chosen = torch.linspace(0, len(shards) - 1, count).round().long().tolist()
+            spoken, frames = speak(self.model, shards, chosen, self.sampling)
+            waves = [codec.decode(r.speech[None])[0, 0].cpu().numpy() for r in spoken]
+            for i, wave in list(zip(chosen, waves))[: WAVES if step else 0]:
+                write_wav(folder / f"{shards.rows[i]['id']}.wav", wave, codec.sample_rate)
+            late = [abs(len(r.speech) - n) / FPS for r, n in zip(spoken, frames)]
+            scores = {
+                "stopped": sum(r.stopped for r in spoken) / count,
+                "length_error": sum(late) / count,  # seconds; a sentence may well be said at another pace
+            }
+            scores |= _word_errors(self.validation["grammar"], shards, chosen, waves, codec.sample_rate)
+            results |= {f"{name}_{split}": value for name, value in scores.items()}
+        return results
+
+    def release(self, folder: Path, results: dict[str, float]) -> None:
+        """A release folder with the tokenizer's files beside the model's."""
+        lines = "\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(results.items()))
+        card = f"# Talker-T2AV\n\n{self.recipe}\n\n| measured | |\n|---|---|\n{lines}\n"
+        extra = {
+            "motion": {"mean": self.stats.mean.tolist(), "std": self.stats.std.tolist()},
+            "codecs": {stream: Path(path).name for stream, path in self.codecs.items()},
+            "digests": json.loads((self.features / "talker" / "stats.json").read_text()).get("digests", {}),
+            "sampling": asdict(self.sampling),
+        }
+        self.model.save(folder, card, extra)
+        self.words.save(folder)
+
+
+def speak(
+    model: TalkerT2AV, shards: TalkerShards, chosen: list[int], sampling: Sampling
+) -> tuple[list[Result], list[int]]:
+    """Say the sentences of some clips, each with its clip's voice and first motion frame; and the clips' frames."""
+    requests, frames = [], []
+    for i in chosen:
+        item = shards[i]
+        length = len(item["speech"])
+        requests.append(
+            Request(
+                prompt=shards.words.prompt(shards.rows[i]["text"]),
+                speaker=item["speaker"],
+                speech=item["speech"][:0],
+                motion=item["motion"][:0],
+                first_motion=item["motion"][0],
+                max_patches=2 * -(-length // model.config.patch_size),
+                seed=i,
+            )
+        )
+        frames.append(length)
+    return generate(model, requests, MODES["t2av"], sampling), frames
+
+
+def _word_errors(grammar: str, shards: TalkerShards, chosen: list[int], waves: list, rate: int) -> dict[str, float]:
+    """{} with a line that says why, where the recogniser is not installed: it is an extra."""
+    try:
+        recogniser = Recogniser(grammar)
+    except UserError as error:
+        print(f"no word error rate: {error}", flush=True)
+        return {}
+    heard = [recogniser.transcribe(wave, rate) for wave in waves]
+    return {"wer": word_error_rate([shards.rows[i]["text"] for i in chosen], heard)}
