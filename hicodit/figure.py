@@ -9,19 +9,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
-from torchaudio.transforms import MelSpectrogram
 
+from engine.media.audio import mel_picture
 from hicodit.conditions.types import EXPRESSIONS, WINDOW_SECONDS
 from hicodit.pipeline import FPS, Speech
 
 MOUTHS = 24
-
-
-def mel_picture(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Log-mel spectrogram (80, frames) in dB for the eye."""
-    mel = MelSpectrogram(rate, n_fft=1024, hop_length=rate // 100, n_mels=80)(torch.from_numpy(wave))
-    return 10 * torch.log10(mel.clamp(min=1e-8)).numpy()
 
 
 def draw(speech: Speech, path: Path) -> None:

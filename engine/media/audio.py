@@ -60,6 +60,12 @@ def write_wav(path: str | Path, wave: np.ndarray | Tensor, rate: int) -> None:
             raise UserError(f"cannot write {path}: {error}") from error
 
 
+def mel_picture(wave: np.ndarray, rate: int) -> np.ndarray:
+    """Log-mel spectrogram (80, frames) in dB for the eye, 100 frames a second."""
+    mel = torchaudio.transforms.MelSpectrogram(rate, n_fft=1024, hop_length=rate // 100, n_mels=80)
+    return 10 * torch.log10(mel(torch.from_numpy(wave)).clamp(min=1e-8)).numpy()
+
+
 def _read_with_ffmpeg(path: Path, rate: int) -> np.ndarray:
     # Sound that begins later than the picture is filled with silence, so that sample and frame indices share their
     # origin.

@@ -1,0 +1,113 @@
+"""Measures of the evaluation on made cases, and the whole command on a corpus of drawn faces that hum."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from talker_fixtures import save_talker
+
+from engine.media.audio import write_wav
+from engine.media.video import write_video
+from scripts import evaluate_talker
+from scripts.evaluate_talker import PARTS, endings
+from scripts.synthetic.expression import pose
+from scripts.synthetic.face import Face, draw_motion
+from scripts.synthetic.mouth_opening import MouthReader
+from scripts.synthetic.portrait import design
+from scripts.synthetic.visemes import mouth_track
+from scripts.synthetic.voices import load_voices
+from talker_t2av.evaluation import loudness, speech_end, synchrony
+from talker_t2av.pipeline import Talk
+
+RATE = 24_000
+GRAMMAR = Path(__file__).parents[2] / "assets" / "demo" / "grammar.jsgf"
+
+
+def hum(*spans: tuple[float, float], seconds: float) -> np.ndarray:
+    """A tone in the given spans of seconds, room tone elsewhere."""
+    t = np.arange(round(seconds * RATE)) / RATE
+    on = sum((t >= a) & (t < b) for a, b in spans)
+    return (0.3 * np.sin(2 * np.pi * 220 * t) * on + 1e-3 * np.random.default_rng(0).standard_normal(len(t))).astype(
+        "f4"
+    )
+
+
+def test_speech_ends_where_its_energy_does():
+    assert speech_end(hum((0.2, 0.5), (0.8, 1.23), seconds=1.5), RATE) == pytest.approx(1.23, abs=0.011)
+    assert speech_end(hum((0.2, 1.0), seconds=1.0), RATE) == pytest.approx(1.0)
+    assert speech_end(np.zeros(RATE), RATE) == 0
+
+
+def test_synchrony_finds_the_shift():
+    wave = hum((0.2, 0.4), (0.8, 0.9), (1.3, 1.7), seconds=2.4)
+    mouth = loudness(wave, RATE)
+    assert synchrony(mouth, wave, RATE) == pytest.approx(1)
+    early = np.roll(mouth, -5)  # the mouth 200 ms ahead of the sound
+    assert synchrony(early, wave, RATE, -5) > 0.99 > 0.5 > synchrony(early, wave, RATE)
+    late = np.roll(mouth, 5)
+    assert synchrony(late, wave, RATE, 5) > 0.99 > 0.5 > synchrony(late, wave, RATE)
+    assert synchrony(np.zeros(60), wave, RATE) == 0
+
+
+def test_endings_tell_late_cut_and_endless_apart():
+    def talk(quiet: float, stopped: bool = True) -> Talk:
+        return Talk(hum((0.1, 1.0), seconds=1.0 + quiet), None, None, None, stopped)
+
+    found = endings([talk(0.15), talk(0.28), talk(0.5), talk(0.0), talk(0.2, stopped=False)])
+    shares = {name: found[name] for name in ("ends_in_time", "ends_late", "ends_cut", "endless")}
+    assert shares == pytest.approx({"ends_in_time": 0.4, "ends_late": 0.2, "ends_cut": 0.2, "endless": 0.2})
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Two speakers with two clips each for training and one held-out clip each."""
+    root = tmp_path_factory.mktemp("humming")
+    for split, texts in (
+        ("train", ["set red in hotel three again", "bin blue at alpha one now"]),
+        ("seen", ["lay it"]),
+    ):
+        rows = []
+        for voice in load_voices()[:2]:
+            for text in texts:
+                name = f"{split}_{len(rows):06d}"
+                spans = [(0.08, 0.2), (0.48, 0.6)]
+                track = mouth_track([("A:", a, b) for a, b in spans], 20)
+                who = design(voice.face_seed, voice.pitch, voice.formants)
+                still = draw_motion(np.random.default_rng(len(rows)), 20, np.zeros(20))
+                write_video(root / split / f"{name}.mp4", Face(who).render(track, pose("neutral", 1.0), still), 25)
+                write_wav(root / split / f"{name}.wav", hum(*spans, seconds=0.8), RATE)
+                rows.append({"id": name, "split": split, "text": text, "voice": voice.number, "expression": "neutral"})
+        (root / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "grammar.jsgf").write_text(GRAMMAR.read_text())
+    return root
+
+
+def test_the_whole_command(corpus, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pocketsphinx")
+    weights = save_talker(tmp_path)
+    monkeypatch.setattr(evaluate_talker, "MouthReader", lambda: MouthReader(8))
+    arguments = ["--corpus", corpus, "--weights", weights, "--clips", 2, "--out", tmp_path / "out"]
+    arguments += ["--figure", tmp_path / "figure.png"]
+    monkeypatch.setattr("sys.argv", ["evaluate_talker", *map(str, arguments)])
+    evaluate_talker.main()
+    (path,) = (tmp_path / "out").glob("*-talker_t2av.json")
+    results = json.loads(path.read_text())["results"]
+    assert set(results) == {"true", *PARTS}
+    assert all(np.isfinite(value) for part in results.values() for value in part.values())
+    true = results["true"]
+    assert true["synchrony_true_pairs"] > 0.5 > true["synchrony_true_pairs_200ms_late"]
+    assert results["stream"]["join_error_sound"] < 1e-4 and results["stream"]["join_error_picture_of_255"] <= 1
+    assert results["batch"]["difference_speech"] < 1e-4 and results["batch"]["difference_motion"] < 1e-4
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    assert "synchrony_true_pairs" in capsys.readouterr().out
+
+
+def test_a_figure_needs_its_part(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "sys.argv", ["x", "--parts", "tts", "--figure", str(tmp_path / "a.png"), "--out", str(tmp_path)]
+    )
+    with pytest.raises(ValueError, match="--figure"):
+        evaluate_talker.main()
