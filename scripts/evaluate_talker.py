@@ -9,7 +9,8 @@ Every sentence is said with the voice and the face of another clip of the same s
   end of the wave. An utterance is in time when that is at most 0.3 s, cut when it is under 0.02 s (true clips: 0.12 s
   and more), endless when the limit ended it;
 - t2av, a2v, v2a: synchrony, the correlation of mouth opening (read from the pictures) with loudness, as it is and with
-  the sound moved by 200 ms, beside that of the true clips and of true motion drawn by the motion codec;
+  the sound moved by 200 ms, beside that of the true clips and of true motion drawn by the motion codec (and the
+  correlation of what is read with the opening that was drawn);
 - stream: patches drawn before the first sound; the largest difference between the joined chunks and the whole;
 - batch: the largest difference of latents between batches of 8 and singles, and the speed of both.
 
@@ -152,7 +153,9 @@ def floors(pipeline: TalkerPipeline, clips: HeldOut, measures: Measures) -> dict
     for frames, reference in zip(pictures, clips.references):
         face = identity_to_tensor(clips.frames(reference)[0], motion.config.size)
         drawn.append(to_bytes(motion.render(face, motion.motion(video_to_tensor(frames, motion.config.size)))))
+    readings = [np.corrcoef(measures.opening(f), row["mouth"]["open"])[0, 1] for f, row in zip(pictures, clips.rows)]
     return {
+        "mouth_reader_against_drawn": float(np.mean(readings)),
         "wer_clean": word_error_rate(clips.texts, measures.words(waves)),
         "wer_resynthesis": word_error_rate(clips.texts, measures.words(decoded)),
         **measures.synchrony(pictures, waves, "true_pairs"),

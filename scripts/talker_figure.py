@@ -16,14 +16,14 @@ from talker_t2av.evaluation import loudness
 from talker_t2av.model import FPS
 from talker_t2av.pipeline import Talk, TalkerPipeline
 
-FACES = 12
+FACES = 10
 
 
 def draw(talk: Talk, text: str, opening: np.ndarray, path: Path) -> None:
     """Write the figure as PNG; `opening` (T,) is that of the mouth in each frame."""
     rate, seconds = TalkerPipeline.rate, len(talk.frames) / FPS
     figure, (top, middle, bottom) = plt.subplots(
-        3, 1, figsize=(12, 5.6), height_ratios=(1.15, 2.2, 1), constrained_layout=True, sharex=True
+        3, 1, figsize=(12, 5.4), height_ratios=(1, 2, 1), constrained_layout=True, sharex=True
     )
     picks = ((np.arange(FACES) + 0.5) * len(talk.frames) / FACES).astype(int)
     top.imshow(np.concatenate(talk.frames[picks], 1), aspect="auto", extent=(0, seconds, 0, 1))
@@ -37,7 +37,8 @@ def draw(talk: Talk, text: str, opening: np.ndarray, path: Path) -> None:
     bottom.plot(times[: len(level)], level / max(level.max(), 1e-9), label="loudness")
     bottom.set_xlim(0, seconds)
     bottom.set_xlabel("seconds")
-    bottom.legend(loc="upper right", fontsize=8)
+    bottom.set_ylim(-0.05, 1.5)
+    bottom.legend(loc="upper right", ncols=2, fontsize=8)
     with atomic_output(path) as staging:
         figure.savefig(staging, dpi=100)
     plt.close(figure)

@@ -17,7 +17,7 @@ from scripts.synthetic.expression import pose
 from scripts.synthetic.face import Face, draw_motion
 from scripts.synthetic.mouth_opening import MouthReader
 from scripts.synthetic.portrait import design
-from scripts.synthetic.visemes import mouth_track
+from scripts.synthetic.visemes import MOUTH, mouth_track
 from scripts.synthetic.voices import load_voices
 from talker_t2av.evaluation import loudness, speech_end, synchrony
 from talker_t2av.pipeline import Talk
@@ -79,7 +79,8 @@ def corpus(tmp_path_factory) -> Path:
                 still = draw_motion(np.random.default_rng(len(rows)), 20, np.zeros(20))
                 write_video(root / split / f"{name}.mp4", Face(who).render(track, pose("neutral", 1.0), still), 25)
                 write_wav(root / split / f"{name}.wav", hum(*spans, seconds=0.8), RATE)
-                rows.append({"id": name, "split": split, "text": text, "voice": voice.number, "expression": "neutral"})
+                row = {"id": name, "split": split, "text": text, "voice": voice.number, "expression": "neutral"}
+                rows.append(row | {"mouth": {"open": track[:, MOUTH.index("open")].tolist()}})
         (root / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (root / "grammar.jsgf").write_text(GRAMMAR.read_text())
     return root
@@ -98,6 +99,7 @@ def test_the_whole_command(corpus, tmp_path, monkeypatch, capsys):
     assert set(results) == {"true", *PARTS}
     assert all(np.isfinite(value) for part in results.values() for value in part.values())
     true = results["true"]
+    assert true["mouth_reader_against_drawn"] > 0.9
     assert true["synchrony_true_pairs"] > 0.5 > true["synchrony_true_pairs_200ms_late"]
     assert results["stream"]["join_error_sound"] < 1e-4 and results["stream"]["join_error_picture_of_255"] <= 1
     assert results["batch"]["difference_speech"] < 1e-4 and results["batch"]["difference_motion"] < 1e-4
