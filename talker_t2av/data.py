@@ -360,24 +360,24 @@ class TalkerFiles:
 class Paired:
     """Half T2AV and half TTS in each batch: an item is one example of each set, so a batch has twice its size in rows.
 
-    The larger set gives the length; every item of it is used once an epoch, those of the smaller one in turn.
+    The larger set gives the length; every item of it is used once an epoch, those of the smaller one in turn. Without
+    `t2av` every example is TTS.
     """
 
-    def __init__(self, t2av: TrainingSet, tts: TrainingSet) -> None:
-        self.sets = (t2av, tts)
+    def __init__(self, t2av: TrainingSet | None, tts: TrainingSet) -> None:
+        self.sets = [tts] if t2av is None else [t2av, tts]
 
     def __len__(self) -> int:
         return max(map(len, self.sets))
 
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> list[dict[str, Tensor]]:
-        t2av, tts = self.sets
-        # Half the set apart: where both hold the same clips, a batch does not show a clip twice.
-        other = (index + len(self) // 2) % len(tts)
-        return [t2av.__getitem__(index % len(t2av), generator), tts.__getitem__(other, generator)]
+        # Sets lie apart from each other: where both hold the same clips, a batch does not show a clip twice.
+        apart = [index + i * len(self) // 2 for i in range(len(self.sets))]
+        return [examples.__getitem__(at % len(examples), generator) for examples, at in zip(self.sets, apart)]
 
     def collate(self, items: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
         """T2AV rows first, then as many TTS rows; see `collate`."""
-        return self.sets[0].collate([pair[side] for side in (0, 1) for pair in items])
+        return self.sets[0].collate([row[side] for side in range(len(self.sets)) for row in items])
 
 
 def _checked_task(task: str) -> str:

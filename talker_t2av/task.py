@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from engine.errors import UserError
 from engine.media.audio import write_wav
 from engine.metrics.recogniser import Recogniser, word_error_rate
+from engine.release import load_strict
 from engine.task import Task
 from talker_t2av import names
 from talker_t2av.data import MotionStats, TalkerShards, byte_tokenizer
@@ -42,6 +43,7 @@ class TalkerTask(Task):
         codecs: release folders `speech`, `motion`, `speaker` that made the latents. The release carries their names;
             validation decodes with the first.
         tokenizer: folder with a tokenizer; None is the byte-level one.
+        init: release folder of a model of the same sizes to go on from.
         warm_start: `tts` or `projector`, a folder of safetensors each; see `names.warm_start`.
         freeze_embeddings: leave the word embeddings as they are.
         checkpointing: recompute the backbone's activations in the backward pass, to save memory.
@@ -57,6 +59,7 @@ class TalkerTask(Task):
         features: str,
         codecs: Mapping[str, str],
         tokenizer: str | None = None,
+        init: str | None = None,
         warm_start: Mapping[str, str] | None = None,
         freeze_embeddings: bool = False,
         checkpointing: bool = False,
@@ -80,6 +83,8 @@ class TalkerTask(Task):
                 f"{self.model.config.motion_dim}: set it to that"
             )
         self.sampling, self.validation, self.recipe = Sampling(**(sampling or {})), validation, recipe
+        if init:
+            load_strict(self.model, TalkerT2AV.from_pretrained(init).state_dict(), f"task.init={init}")
         for kind, folder in (warm_start or {}).items():
             found = names.warm_start(self.model, folder, kind)
             print(f"{len(found)} tensors from {folder}", flush=True)
