@@ -20,11 +20,11 @@ from hicodit.system import HiCoDiTSystem
 from rvq_codec import RVQCodec
 
 
-def feature_crops(split: FeatureSplit, index: int) -> Crops:
-    """Crops of a prepared clip; each frame takes the nearest of the stored face pictures."""
+def feature_crops(split: FeatureSplit, index: int, every: int = 1) -> Crops:
+    """Crops of a prepared clip; each frame in `every` takes the nearest of the stored face pictures."""
     clip = split[index]
     frames = len(clip.mouth)
-    nearest = (np.arange(frames) * len(clip.faces)) // frames
+    nearest = (np.arange(0, frames, every) * len(clip.faces)) // frames
     return Crops(clip.mouth.numpy(), clip.faces.numpy()[nearest])
 
 
@@ -64,7 +64,7 @@ def evaluate_features(
     device = next(system.parameters()).device
     pipeline = HiCoDiTPipeline(system, loaded, sampler, guidance, device)
     chosen = torch.linspace(0, len(split) - 1, min(clips, len(split))).round().long().tolist()
-    speech = synthesise(pipeline, [feature_crops(split, i) for i in chosen])
+    speech = synthesise(pipeline, [feature_crops(split, i, system.encoders.config.picture_every) for i in chosen])
     if folder is not None:
         for i, said in list(zip(chosen, speech))[:4]:
             write_wav(folder / f"{split[i].info['id']}.wav", said.wave, said.rate)

@@ -23,7 +23,9 @@ from engine.files import atomic_output
 from engine.media.audio import read_audio
 from engine.media.video import read_video
 from engine.metrics.speaker import SpeakerEncoder
-from hicodit.conditions.face import HaarDetector, crop_face, crop_mouth, track_face
+from hicodit.conditions.detectors import HaarDetector
+from hicodit.conditions.face import track_face
+from hicodit.conditions.released import EncoderConfig
 from hicodit.conditions.types import EXPRESSIONS
 from hicodit.system import token_digest
 from rvq_codec import RVQCodec
@@ -73,7 +75,7 @@ def phoneme_labels(phonemes: list, frames: int, symbols: list[str]) -> np.ndarra
 
 
 def make_visual_shard(
-    corpus: Path, split: str, index: int, out: Path, mouth_size: int, face_size: int, symbols: list[str]
+    corpus: Path, split: str, index: int, out: Path, encoders: EncoderConfig, symbols: list[str]
 ) -> list[tuple[str, str]]:
     """Write one visual shard (unless it is there); returns (clip, reason) of clips that had to be left out."""
     path = out / split / f"visual-{index:05d}.safetensors"
@@ -91,14 +93,14 @@ def make_visual_shard(
     for clip in read_manifest(corpus, split)[index * SHARD_CLIPS : (index + 1) * SHARD_CLIPS]:
         try:
             frames = read_video(corpus / split / f"{clip['id']}.mp4", FPS)
-            boxes = track_face([frames], detector)
+            track = track_face([frames], detector)
             ge2e = speaker.embed(read_audio(corpus / split / f"{clip['id']}.wav", 16_000), 16_000)
         except UserError as error:
             skipped.append((clip["id"], str(error)))
             continue
         pictures = np.linspace(0, len(frames) - 1, FACE_PICTURES + 2).round().astype(int)[1:-1]
-        faces = crop_face(frames[pictures], boxes[pictures], face_size)
-        columns["mouth"].append(crop_mouth(frames, boxes, mouth_size))
+        faces = encoders.cut_faces(frames[pictures], track[pictures])
+        columns["mouth"].append(encoders.cut_mouth(frames, track))
         columns["faces"].append(faces[None])
         columns["ge2e"].append(np.asarray(ge2e, np.float32)[None])
         columns["expression"].append(np.array([EXPRESSIONS.index(clip["expression"])], np.uint8))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from engine.errors import UserError
 from engine.media.video import iter_video
-from hicodit.conditions.face import FaceDetector, HaarDetector, crop_face, crop_mouth, track_face
+from hicodit.conditions.detectors import FaceDetector, HaarDetector
+from hicodit.conditions.face import FaceTrack, given_track, track_face
+from hicodit.conditions.strip import Strip
 from hicodit.conditions.types import Conditions
 from hicodit.diffusion import LogLinearNoise, log_expm1
 from hicodit.guidance import GuidanceScales, guided_log_posterior
@@ -38,10 +41,14 @@ WINDOW, OVERLAP, REDO = 75, 25, 5  # video frames
 
 @dataclass(frozen=True)
 class Crops:
-    """Pictures of one clip: mouth (T, S, S) uint8 grey, faces (T, S', S', 3) uint8 RGB."""
+    """Pictures of one clip: mouth (T, S, S) uint8 grey, faces (F, S', S', 3) uint8 RGB, and where they were cut.
+
+    One face picture every `picture_every` frames, as the config of the model's encoders says.
+    """
 
     mouth: np.ndarray
     faces: np.ndarray
+    track: FaceTrack | None = None
 
 
 @dataclass(frozen=True)
@@ -161,14 +168,23 @@ class HiCoDiTPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path = BUNDLED, device: torch.device | str = "cpu", codec: str | Path | None = None
+        cls,
+        folder: str | Path = BUNDLED,
+        device: torch.device | str = "cpu",
+        codec: str | Path | None = None,
+        encoders: str | None = None,
+        detector: FaceDetector | None = None,
     ) -> HiCoDiTPipeline:
         """Load a release folder; its tokenizer is the one beside it, or the bundled one, unless `codec` names another.
+
+        Args:
+            encoders: folder of the checkpoints of a model with released encoders, if not the one at training.
+            detector: what finds faces; OpenCV's cascade if None.
 
         Raises:
             UserError: a folder is missing, of another model, or with wrong shapes.
         """
-        system, config = HiCoDiTSystem.load(folder)
+        system, config = HiCoDiTSystem.load(folder, encoders)
         if codec is None:
             name = config.get("codec", "rvq_tiny")
             places = [Path(folder).resolve().parent / name, BUNDLED.parent / name]
@@ -182,10 +198,22 @@ class HiCoDiTPipeline:
             sampler, guidance = SamplerConfig(**config.get("sampler", {})), GuidanceScales(**config.get("guidance", {}))
         except TypeError as error:
             raise UserError(f"{Path(folder) / 'config.yaml'}: {error}") from error
-        return cls(system, loaded, sampler, guidance, device)
+        return cls(system, loaded, sampler, guidance, device, detector)
 
-    def crops(self, video: str | Path | np.ndarray) -> Crops:
+    def crops(
+        self,
+        video: str | Path | np.ndarray,
+        face: str | int = "largest",
+        face_box: Any = None,
+        strip: str | Path | None = None,
+    ) -> Crops:
         """Mouth and face pictures of a clip: a file of any size and frame rate, or frames (T, H, W, 3) uint8 at 25 fps.
+
+        Args:
+            face: which of several: "largest", "central", or its number by size from 1 on.
+            face_box: where the face is, instead of looking for it; see `hicodit.conditions.face.given_track`. Pixels
+                are those of the clip as it is shown.
+            strip: where to write a picture of what was found, for a person to check.
 
         Raises:
             UserError: not a readable video, shorter than 0.2 s, or no face found.
@@ -199,20 +227,31 @@ class HiCoDiTPipeline:
             """The clip from its start, a piece at a time: files are read again rather than kept in memory."""
             return iter([video]) if array else iter_video(video, FPS, MAX_SIDE)
 
-        frames = sum(len(block) for block in blocks())
+        frames = sum(len(block) for block in blocks())  # also the first look at the whole file
         if frames < MIN_FRAMES:
             raise UserError(f"{name} has {frames / FPS:.2f} s of video; at least {MIN_FRAMES / FPS:.1f} s is needed")
         try:
-            boxes = track_face(blocks(), self.detector, FPS)
+            if face_box is None:
+                track = track_face(blocks(), self.detector, FPS, face)
+            else:
+                shown = video.shape[2] if array else next(iter_video(video, FPS, block=1)).shape[2]
+                track = given_track(face_box, frames, FPS).scaled(next(blocks()).shape[2] / shown)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
-        sizes, mouth, faces, start = self.system.encoders.config, [], [], 0
+        config, mouth, faces, start = self.system.encoders.config, [], [], 0
+        drawing = Strip(track, FPS) if strip is not None else None
         for block in blocks():
-            part = boxes[start : start + len(block)]
-            mouth.append(crop_mouth(block, part, sizes.mouth_size))
-            faces.append(crop_face(block, part, sizes.face_size))
+            part = track[start : start + len(block)]
+            mouth.append(config.cut_mouth(block, part))
+            picked = np.arange(-start % config.picture_every, len(block), config.picture_every)
+            if len(picked):
+                faces.append(config.cut_faces(block[picked], part[picked]))
+            if drawing is not None:
+                drawing.add(block, mouth[-1], start)
             start += len(block)
-        return Crops(np.concatenate(mouth), np.concatenate(faces))
+        if drawing is not None:
+            drawing.write(strip)
+        return Crops(np.concatenate(mouth), np.concatenate(faces), track)
 
     @torch.inference_mode()
     def conditions(self, crops: Sequence[Crops], identity: np.ndarray | None = None) -> Conditions:
@@ -225,7 +264,7 @@ class HiCoDiTPipeline:
         frames = torch.tensor([len(c.mouth) for c in crops], device=self.device)
         if identity is not None:
             identity = torch.as_tensor(identity, dtype=torch.float32, device=self.device).expand(len(crops), -1)
-        faces = pad([c.faces for c in crops]).movedim(-1, 2)
+        faces = pad([c.faces for c in crops]).movedim(-1, 2)  # (B, F, 3, S', S')
         return self.system.conditions(pad([c.mouth for c in crops]), faces, frames, identity)
 
     @torch.inference_mode()

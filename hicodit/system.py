@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.release import half, load_strict, read_release, save_release, weights_digest
-from hicodit.conditions.encoders import ConditionEncoders, TinyEncoderConfig
+from hicodit.conditions.released import EncoderConfig, encoder_config, make_encoders
 from hicodit.conditions.types import Conditions, window_expressions
 from hicodit.model import HiCoDiT, ModelConfig
 from rvq_codec import RVQCodec
@@ -28,9 +28,12 @@ def token_digest(codec: RVQCodec) -> str:
 
 
 class HiCoDiTSystem(nn.Module):
-    """The score network and the three condition encoders."""
+    """The score network and the three condition encoders.
 
-    def __init__(self, model: ModelConfig, encoders: TinyEncoderConfig) -> None:
+    Released encoders are used, but they are not part of the state that is trained, saved and loaded.
+    """
+
+    def __init__(self, model: ModelConfig, encoders: EncoderConfig) -> None:
         super().__init__()
         if (model.lip_dim, model.face_dim) != (encoders.lip_dim, encoders.face_dim):
             raise UserError(
@@ -38,7 +41,7 @@ class HiCoDiTSystem(nn.Module):
                 f"the encoders give {encoders.lip_dim} and {encoders.face_dim}"
             )
         self.model = HiCoDiT(model)
-        self.encoders = ConditionEncoders(encoders)
+        self.encoders = make_encoders(encoders)
 
     def compile(self, *arguments: Any, **options: Any) -> None:
         """Compile the transformer blocks: everything around them is small and changes shape with every batch."""
@@ -50,18 +53,19 @@ class HiCoDiTSystem(nn.Module):
         """What the pictures of a batch of clips say.
 
         Args:
-            mouth: (B, T, S, S) grey in [0, 1]. faces: (B, T, 3, S', S') in [0, 1]. frames: (B,) valid frames.
+            mouth: (B, T, S, S) grey in [0, 1]. faces: (B, F, 3, S', S') in [0, 1], one every
+                `picture_every` frames as the encoders' config says. frames: (B,) valid frames.
             identity: (B, 256) GE2E embeddings of reference voices instead of what the faces say.
         """
-        lip = self.encoders.lip(mouth, frames)
+        lip, every = self.encoders.lip(mouth, frames), self.encoders.config.picture_every
         if identity is None:
-            picks = [(frames * share).long() for share in (0.2, 0.4, 0.6, 0.8)]
+            picks = [(frames * share).long() // every for share in (0.2, 0.4, 0.6, 0.8)]
             chosen = [faces[range(len(faces)), pick] for pick in picks]
             identity = self.model.adapt_identity(self.encoders.identity(torch.stack(chosen, 1)))
-        expression = [
-            window_expressions(self.encoders.expression(clip[: int(n)]).float().softmax(-1))
-            for clip, n in zip(faces, frames)
-        ]
+        expression = []
+        for clip, n in zip(faces, frames.tolist()):
+            shown = self.encoders.expression(clip[: -(-n // every)]).float().softmax(-1)
+            expression.append(window_expressions(shown.repeat_interleave(every, 0)[:n]))
         return Conditions(lip, identity, nn.utils.rnn.pad_sequence(expression, batch_first=True), frames)
 
     def save(self, folder: Path, card: str, extra: dict[str, Any]) -> None:
@@ -70,15 +74,19 @@ class HiCoDiTSystem(nn.Module):
         save_release(folder, KIND, config, half(self.state_dict()), card)
 
     @classmethod
-    def load(cls, folder: str | Path) -> tuple[HiCoDiTSystem, dict[str, Any]]:
+    def load(cls, folder: str | Path, encoders: str | None = None) -> tuple[HiCoDiTSystem, dict[str, Any]]:
         """The system of a release folder, in eval mode, and its whole config.
+
+        Args:
+            encoders: folder of the released encoders' checkpoints, where it is another than at training.
 
         Raises:
             UserError: the folder is missing, of another model, or its shapes do not fit its config.
         """
         config, state = read_release(folder, KIND)
         try:
-            system = cls(ModelConfig(**config["model"]), TinyEncoderConfig(**config["encoders"]))
+            chosen = encoder_config(config["encoders"] | ({"folder": encoders} if encoders is not None else {}))
+            system = cls(ModelConfig(**config["model"]), chosen)
         except (KeyError, TypeError) as error:
             raise UserError(f"{Path(folder) / 'config.yaml'} does not describe a HiCoDiT model: {error}") from error
         load_strict(system, state, folder)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.trainer import Task
-from hicodit.conditions.encoders import TinyEncoderConfig
+from hicodit.conditions.released import encoder_config
 from hicodit.conditions.types import Conditions
 from hicodit.diffusion import LogLinearNoise, perturb, stratified_times, weighted_score_entropy
 from hicodit.guidance import GuidanceScales
@@ -40,7 +40,7 @@ class HiCoDiTTask(Task):
             paper says 100, 0 is an ablation. It reaches only the identity adapter and the face encoder, so its balance
             with the rest, whose sum over tokens is a mean here, matters only to gradient clipping.
         phoneme_weight, expression_weight: of the auxiliary losses that train the tiny encoders; not in the paper, whose
-            encoders come trained.
+            encoders come trained (encoders.kind "released").
         sampler, guidance: defaults that the release carries.
         validate_clips: clips of each held-out split to synthesise.
     """
@@ -61,7 +61,7 @@ class HiCoDiTTask(Task):
         recipe: str = "",
     ) -> None:
         super().__init__()
-        self.system = HiCoDiTSystem(ModelConfig(**model), TinyEncoderConfig(**encoders))
+        self.system = HiCoDiTSystem(ModelConfig(**model), encoder_config(encoders))
         self.codec, self.features, self.grammar, self.recipe = Path(codec), Path(features), Path(grammar), recipe
         self.identity_weight, self.phoneme_weight = identity_weight, phoneme_weight
         self.expression_weight, self.validate_clips = expression_weight, validate_clips
@@ -92,9 +92,10 @@ class HiCoDiTTask(Task):
 
         voice = model.adapt_identity(encoders.identity(batch["face"][:, None]))
         losses["identity"] = self.identity_weight * F.l1_loss(voice.float(), batch["ge2e"])
-        expression = encoders.expression(batch["face"]).float()
-        losses["expression"] = self.expression_weight * F.cross_entropy(expression, batch["expression"])
-        if encoders.lip.phoneme_head is not None:
+        if encoders.learns:
+            expression = encoders.expression(batch["face"]).float()
+            losses["expression"] = self.expression_weight * F.cross_entropy(expression, batch["expression"])
+        if encoders.learns and encoders.lip.phoneme_head is not None:
             real = torch.arange(lip.shape[1], device=lip.device) < frames[:, None]
             logits = encoders.lip.phoneme_head(lip)[real].float()
             losses["phoneme"] = self.phoneme_weight * F.cross_entropy(logits, batch["phoneme"][real])

@@ -18,18 +18,17 @@ import torch
 
 from engine.errors import UserError, run_cli
 from engine.progress import track
-from hicodit.conditions.encoders import TinyEncoderConfig
+from hicodit.conditions.released import encoder_config
 from hicodit.features import make_token_shard, make_visual_shard, read_manifest, shard_count, shard_is_made
 from rvq_codec import RVQCodec
 
 
 def _make(
-    job: tuple[str, int], corpus: Path, out: Path, codec: Path | None, symbols: list[str]
+    job: tuple[str, int], corpus: Path, out: Path, codec: Path | None, symbols: list[str], encoders: str
 ) -> list[tuple[str, str]]:
     split, index = job
     torch.set_num_threads(1)
-    sizes = TinyEncoderConfig()
-    skipped = make_visual_shard(corpus, split, index, out, sizes.mouth_size, sizes.face_size, symbols)
+    skipped = make_visual_shard(corpus, split, index, out, encoder_config({"kind": encoders}), symbols)
     if codec is not None:
         make_token_shard(corpus, split, index, out, RVQCodec.from_pretrained(codec))
     return skipped
@@ -45,10 +44,16 @@ def main() -> None:
     )
     parser.add_argument("--splits", nargs="+", default=["train", "seen", "unseen"], help="default: all three")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
+    parser.add_argument(
+        "--encoders",
+        choices=("tiny", "released"),
+        default="tiny",
+        help="whose pictures: of the tiny encoders or of the released ones (default: %(default)s)",
+    )
     args = parser.parse_args()
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: give 1 or more")
-    out = args.corpus / "features"
+    out = args.corpus / ("features" if args.encoders == "tiny" else f"features_{args.encoders}")
     codec = None if args.codec == "none" else Path(args.codec)
     loaded = RVQCodec.from_pretrained(codec) if codec is not None else None
     symbols = sorted({p[0] for clip in read_manifest(args.corpus, "train") for p in clip["phonemes"]})
@@ -58,7 +63,7 @@ def main() -> None:
     if not jobs:
         print(f"all features in {out} are there")
         return
-    work = partial(_make, corpus=args.corpus, out=out, codec=codec, symbols=symbols)
+    work = partial(_make, corpus=args.corpus, out=out, codec=codec, symbols=symbols, encoders=args.encoders)
     with get_context("spawn").Pool(min(args.workers, len(jobs))) as pool:
         results = list(track(pool.imap(work, jobs), len(jobs), "shards"))
     skipped = [pair for shard in results for pair in shard]

@@ -100,10 +100,42 @@ def align_face(picture: np.ndarray, points: np.ndarray, size: int = ARCFACE_SIDE
     return warp(picture, face_matrix(points, size), size)
 
 
+def face_picture(picture: np.ndarray, points: np.ndarray, size: int) -> np.ndarray:
+    """`align_face` for a picture much larger than `size`."""
+    matrix = face_matrix(points, size)
+    return warp(_blurred(picture, matrix), matrix, size)
+
+
 def face_matrix(points: np.ndarray, size: int = ARCFACE_SIDE) -> np.ndarray:
     """(2, 3): five points (5, 2) onto ArcFace's; pixel centres stay pixel centres in pictures of another size."""
     target = ARCFACE_POINTS if size == ARCFACE_SIDE else (ARCFACE_POINTS + 0.5) * (size / ARCFACE_SIDE) - 0.5
     return similarity(np.asarray(points, np.float32), target.astype(np.float32))
+
+
+def mouth_picture(picture: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Mouth (96, 96) uint8 grey of `picture` (H, W, 3) in AV-HuBERT's pose, from five points (5, 2), smoothed already.
+
+    Eyes and mouth take the place of the 68 landmarks: detectors without a large download find no more.
+    """
+    matrix = similarity(_eyes_and_mouth(points), _MEAN_EYES_AND_MOUTH)
+    corner = np.clip(_apply(matrix, points[3:]).mean(0), MOUTH_SIDE / 2, FRAME_SIDE - MOUTH_SIDE / 2) - MOUTH_SIDE / 2
+    matrix[:, 2] -= corner.round()
+    return cv2.cvtColor(warp(_blurred(picture, matrix), matrix, MOUTH_SIDE), cv2.COLOR_RGB2GRAY)
+
+
+def _eyes_and_mouth(points: np.ndarray) -> np.ndarray:
+    """Five points (5, 2) -> both eyes and the middle of the mouth (3, 2)."""
+    return np.stack([points[0], points[1], points[3:].mean(0)])
+
+
+# An eye's middle is halfway between its corners (36 and 39, 42 and 45).
+_MEAN_EYES_AND_MOUTH = np.stack([MEAN_STABLE[1:3].mean(0), MEAN_STABLE[3:5].mean(0), MEAN_MOUTH])
+
+
+def _blurred(picture: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """`picture`, without detail that is too fine for what `matrix` makes of it: bilinear sampling would skip pixels."""
+    scale = np.sqrt(abs(np.linalg.det(matrix[:, :2])))
+    return cv2.GaussianBlur(picture, (0, 0), 0.25 / scale) if scale < 0.5 else picture
 
 
 def fill_landmarks(landmarks: np.ndarray, present: np.ndarray) -> np.ndarray:

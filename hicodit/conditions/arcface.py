@@ -87,7 +87,7 @@ class ArcFace(nn.Module):
         return each.mean(1) * each.shape[-1] ** 0.5
 
     @classmethod
-    def from_released(cls, path: str | Path) -> ArcFace:
+    def from_pretrained(cls, path: str | Path) -> ArcFace:
         """The network of an `arcface_torch` file, in eval mode; its depth follows from the names in it.
 
         Raises:

@@ -160,7 +160,7 @@ class AVHubert(nn.Module):
         return self.norm(x) if self.config.norm_first and layer is None else x
 
     @classmethod
-    def from_released(cls, path: str | Path) -> AVHubert:
+    def from_pretrained(cls, path: str | Path) -> AVHubert:
         """The video path of a released checkpoint, pre-trained or fine-tuned, in eval mode.
 
         Sizes come from the weights, heads and the place of the norms from the configuration in the file. Nothing that

@@ -2,19 +2,21 @@
 
 Axes: B batch, T video frames (25 a second), F face pictures, H = W picture side, E feature width.
 
-The tiny encoders here are trained together with the tiny model. Released encoders (AV-HuBERT, ArcFace, POSTER2) take
-their place behind the same three call signatures.
+The tiny encoders here are trained together with the tiny model. Released encoders (AV-HuBERT, ArcFace, POSTER V2; see
+`hicodit.conditions.released`) take their place behind the same three call signatures.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hicodit.conditions.face import FaceTrack, crop_face, crop_mouth
 from hicodit.conditions.types import EXPRESSIONS
 from hicodit.layers import AdaLNBlock, rotary_table
 
@@ -41,6 +43,9 @@ class ExpressionEncoder(Protocol):
 class TinyEncoderConfig:
     """Sizes of the tiny encoders. phonemes: classes of the auxiliary frame-wise phoneme loss (0: no such head)."""
 
+    picture_every: ClassVar[int] = 1  # video frames to a face picture
+
+    kind: str = "tiny"
     mouth_size: int = 48
     face_size: int = 64
     lip_dim: int = 192
@@ -49,6 +54,14 @@ class TinyEncoderConfig:
     face_dim: int = 128
     face_width: int = 24
     phonemes: int = 0
+
+    def cut_mouth(self, frames: np.ndarray, track: FaceTrack) -> np.ndarray:
+        """Mouth pictures (T, S, S) uint8 grey of frames (T, H, W, 3), for `lip`."""
+        return crop_mouth(frames, track.boxes, self.mouth_size)
+
+    def cut_faces(self, frames: np.ndarray, track: FaceTrack) -> np.ndarray:
+        """Face pictures (T, S', S', 3) uint8 RGB of frames (T, H, W, 3), for `identity` and `expression`."""
+        return crop_face(frames, track.boxes, self.face_size)
 
 
 class TinyLipEncoder(nn.Module):
@@ -136,7 +149,9 @@ class TinyExpressionEncoder(_FaceTrunk):
 
 
 class ConditionEncoders(nn.Module):
-    """The three encoders of a model, and the picture sizes that they want."""
+    """The three encoders of a model, trained with it."""
+
+    learns = True
 
     def __init__(self, config: TinyEncoderConfig) -> None:
         super().__init__()

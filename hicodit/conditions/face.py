@@ -1,98 +1,194 @@
-"""Face tracking and crops: frames of a clip to mouth and face pictures.
+"""Following a face through a clip, and cutting its pictures out by box.
 
-Axes: T frames, H height, W width. Boxes are (x, y, w, h) in pixels.
+Axes: T frames, H height, W width, n detections. Boxes are (x, y, w, h), points (x, y), in pixels.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import cv2
 import numpy as np
 
 from engine.errors import UserError
+from hicodit.conditions.detectors import BOX, POINTS, FaceDetector, with_points
 
 DETECT_EVERY = 5  # frames between detections: 0.2 s at 25 fps, far below the time in which a head moves away
-DETECT_SIDE = 320  # longer image side that the detector sees
-MIN_COVERAGE = 0.3  # share of looked-at frames that must show a face
+MAX_GAP = 1.0  # seconds without a detection over which a face is taken to have been there
+MIN_COVERAGE = 0.3  # share of a clip that must show the face
 SMOOTH_SECONDS = 0.5
 MOUTH_CENTRE, MOUTH_SIDE = (0.5, 0.77), 0.56  # of the detector's box
 FACE_SIDE = 1.1
+ADVICE = "give a clip with a frontal, lit face, or say where it is (face_box)"
 
 
-class FaceDetector(Protocol):
-    """Finds faces in one frame (H, W, 3) uint8 RGB: boxes (n, 4) float, best first, n may be 0."""
+@dataclass(frozen=True)
+class FaceTrack:
+    """One face through a clip: boxes (T, 4), points (T, 5, 2), and `seen` (T,), false where it was out of sight.
 
-    def __call__(self, frame: np.ndarray) -> np.ndarray: ...
+    Frames out of sight carry the place where the face was seen nearest in time.
+    """
 
+    boxes: np.ndarray
+    points: np.ndarray
+    seen: np.ndarray
 
-class HaarDetector:
-    """OpenCV's frontal-face cascade, which ships with its wheel (Apache-2.0): no download."""
+    def __len__(self) -> int:
+        return len(self.boxes)
 
-    def __init__(self, name: str = "haarcascade_frontalface_alt2.xml") -> None:
-        self.cascade = cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / name))
+    def __getitem__(self, frames: Any) -> FaceTrack:
+        """The track of some frames: a slice, or indices."""
+        return FaceTrack(self.boxes[frames], self.points[frames], self.seen[frames])
 
-    def __call__(self, frame: np.ndarray) -> np.ndarray:
-        grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
-        scale = min(1.0, DETECT_SIDE / max(grey.shape))
-        if scale < 1:
-            grey = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        margin = max(grey.shape) // 8  # a face that touches the border is found with room around it
-        grey = cv2.copyMakeBorder(grey, margin, margin, margin, margin, cv2.BORDER_REPLICATE)
-        found: tuple = ()
-        for share in (3, 8):  # a large face is found at once; small ones are looked for only where there is none
-            if len(found) == 0:
-                least = max(24, min(grey.shape) // share)
-                found = self.cascade.detectMultiScale(grey, scaleFactor=1.1, minNeighbors=3, minSize=(least, least))
-        boxes = np.asarray(found, dtype=np.float64).reshape(-1, 4)
-        boxes[:, :2] -= margin
-        boxes /= scale
-        return boxes[np.argsort(-boxes[:, 2], kind="stable")]
+    def scaled(self, factor: float) -> FaceTrack:
+        """The track in pictures of `factor` times the size."""
+        return FaceTrack(self.boxes * factor, self.points * factor, self.seen)
+
+    def unseen(self, fps: float) -> str:
+        """The stretches out of sight, as "2.0-3.4 s, 7.1-8.0 s"; empty if there are none."""
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], ~self.seen, [0]]).astype(int)))
+        return ", ".join(f"{a / fps:.1f}-{b / fps:.1f} s" for a, b in edges.reshape(-1, 2))
 
 
-def track_face(blocks: Iterable[np.ndarray], detector: FaceDetector, fps: float = 25.0) -> np.ndarray:
-    """Follow the largest face through a clip given as blocks of frames (n, H, W, 3): boxes (T, 4).
+def track_face(
+    blocks: Iterable[np.ndarray], detector: FaceDetector, fps: float = 25.0, face: str | int = "largest"
+) -> FaceTrack:
+    """Follow one face through a clip given as blocks of frames (n, H, W, 3).
 
-    Every `DETECT_EVERY`-th frame is looked at. Detections far from the usual place of their neighbourhood are dropped,
-    then a line fitted to each neighbourhood gives the box of every frame: it follows a moving head, and not the jitter.
+    Every `DETECT_EVERY`-th frame is looked at, and detections that lie near each other in time and place are linked. Of
+    the stretches that come of it, those that one person could have made (one after the other: after a cut, or back in
+    view) form a track. A line fitted to each neighbourhood gives the face of every frame: it follows a moving head, and
+    not the jitter. Gaps of up to `MAX_GAP` seconds are interpolated.
+
+    Args:
+        face: "largest" or "central" of several faces, or its number by size, counted from 1.
 
     Raises:
-        UserError: too few of the frames show a face.
+        UserError: too little of the clip shows that face; the message says which seconds do not.
     """
-    found, looked, frames = [], 0, 0
+    if not (face in ("largest", "central") or (isinstance(face, int) and face >= 1)):
+        raise UserError(f"face={face} is unknown: give largest, central, or a number from 1 on")
+    found, frames, size = [], 0, (1, 1)
     for block in blocks:
         for i in range(-frames % DETECT_EVERY, len(block), DETECT_EVERY):
-            looked += 1
-            boxes = detector(block[i])
-            if len(boxes):
-                found.append((frames + i, boxes[0]))
-        frames += len(block)
-    if not found or len(found) < MIN_COVERAGE * looked:
+            found.append((frames + i, with_points(detector(block[i]))))
+        frames, size = frames + len(block), block.shape[2:0:-1]
+    stretches = _link(found, fps)
+    people = _people(stretches, np.array(size) / 2 if face == "central" else None)
+    if not people:
+        raise UserError(f"no face found in any of its {frames / fps:.1f} s: {ADVICE}")
+    number = face if isinstance(face, int) else 1
+    if number > len(people):
+        raise UserError(f"face={face}: no more than {len(people)} can be told apart in it")
+    track = _smooth(people[number - 1], frames, fps)
+    if track.seen.mean() < MIN_COVERAGE:
         raise UserError(
-            f"no face found: {len(found)} of {looked} frames that were looked at show one (at least "
-            f"{MIN_COVERAGE:.0%} must); give a clip with a frontal, lit face"
+            f"no face found in {1 - track.seen.mean():.0%} of it (at {track.unseen(fps)}), at most "
+            f"{1 - MIN_COVERAGE:.0%} may lack one: {ADVICE}"
         )
-    at = np.array([i for i, _ in found])
-    boxes = np.stack([box for _, box in found])
-    centre = boxes[:, :2] + boxes[:, 2:] / 2
-    seen = np.column_stack([centre, boxes[:, 2:]])
-    near = np.abs(at[:, None] - at[None, :]) <= fps  # one second to either side
-    # The middle one by width, not a mean: where two faces take turns as the largest, one of them is followed.
+    return track
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Detections (n, 14) of one face in the frames `at` (n,), with no long gap."""
+
+    at: np.ndarray
+    faces: np.ndarray
+
+
+def _link(found: list[tuple[int, np.ndarray]], fps: float) -> list[_Stretch]:
+    """Faces (n, 14) of frames in order of time to stretches; one or two detections beside longer ones are mistakes."""
+    open_, done = [], []
+    for at, new in found:
+        done += [s for s in open_ if at - s[-1][0] > MAX_GAP * fps]
+        open_ = [s for s in open_ if at - s[-1][0] <= MAX_GAP * fps]
+        costs = sorted(
+            (cost, i, j)
+            for i, stretch in enumerate(open_)
+            for j, each in enumerate(new)
+            if (cost := _distance(stretch, at, each, fps)) < 1
+        )
+        taken, used = set(), set()
+        for _, i, j in costs:  # nearest pairs first
+            if i not in used and j not in taken:
+                open_[i].append((at, new[j]))
+                used.add(i)
+                taken.add(j)
+        open_ += [[(at, each)] for j, each in enumerate(new) if j not in taken]
+    stretches = [_Stretch(np.array([a for a, _ in s]), np.stack([f for _, f in s])) for s in done + open_]
+    enough = [s for s in stretches if len(s.at) >= 3]
+    return enough or stretches
+
+
+def _distance(stretch: list[tuple[int, np.ndarray]], at: int, face: np.ndarray, fps: float) -> float:
+    """How unlikely it is that `face` in frame `at` goes on a stretch; from 1 on it does not."""
+    when, last = stretch[-1]
+    reach = 0.4 + (at - when) / fps  # face widths that a head may have moved
+    moved = np.abs(face[:2] + face[2:4] / 2 - last[:2] - last[2:4] / 2).max() / max(last[2], face[2])
+    return max(moved / reach, abs(np.log(face[2] / last[2])) / 0.4)
+
+
+def _people(stretches: list[_Stretch], middle: np.ndarray | None) -> list[list[_Stretch]]:
+    """Stretches by person, the most prominent person first: stretches that overlap in time belong to several."""
+
+    def weight(s: _Stretch) -> float:
+        size = s.faces[:, 2]
+        if middle is None:
+            return float((size**2).sum())
+        offset = np.linalg.norm(s.faces[:, :2] + s.faces[:, 2:4] / 2 - middle, axis=1) / middle.max()
+        return float(np.exp(-4 * offset).sum())
+
+    left, people = sorted(stretches, key=weight, reverse=True), []
+    while left:
+        person: list[_Stretch] = []
+        for stretch in left:
+            if all(stretch.at[-1] < s.at[0] or stretch.at[0] > s.at[-1] for s in person):
+                person.append(stretch)
+        left = [s for s in left if not any(s is mine for mine in person)]
+        people.append(sorted(person, key=lambda s: s.at[0]))
+    return people
+
+
+def _smooth(person: list[_Stretch], frames: int, fps: float) -> FaceTrack:
+    """The face of every frame, each from the stretch nearest in time; stretches are smoothed one by one."""
+    time = np.arange(frames)
+    starts, ends = (np.array([s.at[i] for s in person]) for i in (0, -1))
+    away = np.maximum(np.maximum(starts[:, None] - time, time - ends[:, None]), 0)
+    nearest = away.argmin(0)
+    values = np.empty((frames, POINTS.stop))
+    for i, stretch in enumerate(person):
+        mine = np.flatnonzero(nearest == i)
+        wanted = np.clip(mine, stretch.at[0] - DETECT_EVERY, stretch.at[-1] + DETECT_EVERY)
+        good = _plausible(stretch, fps)
+        values[mine] = _local_lines(stretch.at[good] / fps, stretch.faces[good], wanted / fps)
+    seen = away.min(0) <= DETECT_EVERY // 2
+    seen[max(ends) :] |= frames - max(ends) <= DETECT_EVERY  # nothing was looked at after it
+    return FaceTrack(values[:, BOX], values[:, POINTS].reshape(-1, 5, 2), seen)
+
+
+def _plausible(stretch: _Stretch, fps: float) -> np.ndarray:
+    """Which detections (n,) lie where those of one second to either side usually do."""
+    centre = stretch.faces[:, :2] + stretch.faces[:, 2:4] / 2
+    seen = np.column_stack([centre, stretch.faces[:, 2:4]])
+    near = np.abs(stretch.at[:, None] - stretch.at[None, :]) <= fps
     middle = np.stack([seen[n][np.argsort(seen[n][:, 2], kind="stable")[n.sum() // 2]] for n in near])
     moved = np.abs(seen[:, :2] - middle[:, :2]).max(1) / middle[:, 2]
     good = (moved < 0.5) & (np.abs(np.log(seen[:, 2] / middle[:, 2])) < 0.25)
-    boxes = _local_lines(at[good] / fps, seen[good], np.arange(frames) / fps)
-    boxes[:, :2] -= boxes[:, 2:] / 2
-    return boxes
+    return good if good.any() else ~good
 
 
-def _local_lines(at: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Locally weighted linear regression: values (n, k) seen at times (n,) -> (m, k) at times `wanted` (m,).
+def _local_lines(at: np.ndarray, faces: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Locally weighted linear regression: faces (n, 14) seen at times (n,) -> (m, 14) at times `wanted` (m,).
 
     Widths get only a local mean: a head does not grow while it is out of sight.
     """
+    values = faces.copy()
+    values[:, :2] += values[:, 2:4] / 2  # centres move; corners also shift as sizes flicker
     out = np.empty((len(wanted), values.shape[1]))
     for i, time in enumerate(wanted):
         offset = at - time
@@ -101,9 +197,61 @@ def _local_lines(at: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.n
         mean = np.average(values, axis=0, weights=weight)
         centred = offset - mean_offset
         slope = (weight * centred) @ (values - mean) / (weight @ centred**2 + 0.1 * weight.sum() * SMOOTH_SECONDS**2)
-        slope[2:] = 0
+        slope[2:4] = 0
         out[i] = mean - slope * mean_offset
+    out[:, :2] -= out[:, 2:4] / 2
     return out
+
+
+def read_boxes(text: str) -> Any:
+    """The boxes that `face_box=` names, for `given_track`: "x,y,w,h", or the path of a JSON file.
+
+    Raises:
+        UserError: neither.
+    """
+    if text.endswith(".json"):
+        try:
+            return json.loads(Path(text).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"face_box={text}: cannot be read as JSON ({error})") from error
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f"face_box={text}: give x,y,w,h in pixels, or a .json file") from None
+
+
+def given_track(boxes: Any, frames: int, fps: float = 25.0) -> FaceTrack:
+    """A track from boxes that the user gives instead of a detector's.
+
+    Args:
+        boxes: one box [x, y, w, h] for the whole clip; or a list of boxes, one a frame; or a list of
+            {"time": seconds, "box": [x, y, w, h]}, between which boxes move in a line. A box reaches from the forehead
+            to the chin.
+
+    Raises:
+        UserError: none of these, a box without area, or fewer boxes than frames.
+    """
+    try:
+        if isinstance(boxes[0], dict):
+            keys = sorted(boxes, key=lambda key: key["time"])
+            times = np.array([float(key["time"]) for key in keys])
+            corners = np.array([key["box"] for key in keys], np.float64).reshape(-1, 4)
+            values = np.stack([np.interp(np.arange(frames) / fps, times, c) for c in corners.T], 1)
+        else:
+            values = np.array(boxes, np.float64)
+            values = np.tile(values, (frames, 1)) if values.shape == (4,) else values[:frames]
+            values = values.reshape(-1, 4)
+    except (TypeError, ValueError, KeyError, IndexError) as error:
+        raise UserError(
+            f"face_box={str(boxes)[:80]}: give x,y,w,h, or a JSON list of one box a frame or of "
+            '{"time": seconds, "box": [x, y, w, h]}'
+        ) from error
+    if len(values) < frames:
+        raise UserError(f"face_box has boxes for {len(values)} frames, the clip has {frames} at {fps:g} a second")
+    if not (np.isfinite(values).all() and (values[:, 2:] > 0).all()):
+        raise UserError(f"face_box={str(boxes)[:80]}: widths and heights must be larger than 0")
+    faces = with_points(values)
+    return FaceTrack(faces[:, BOX], faces[:, POINTS].reshape(-1, 5, 2), np.ones(frames, bool))
 
 
 def _crop(frame: np.ndarray, centre: np.ndarray, side: float, size: int) -> np.ndarray:

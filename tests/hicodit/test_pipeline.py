@@ -8,7 +8,8 @@ import torch
 from conftest import talking_head
 
 from engine.errors import UserError
-from hicodit.conditions.face import HaarDetector, crop_mouth, track_face
+from hicodit.conditions.detectors import HaarDetector
+from hicodit.conditions.face import crop_mouth, track_face
 from hicodit.pipeline import OVERLAP, REDO, WINDOW, HiCoDiTPipeline, generate, window_count
 
 
@@ -77,7 +78,7 @@ def test_face_track_follows_a_moving_head():
     head = talking_head(60)
     for i in range(60):
         canvas[i, 16:144, i : i + 128] = head[i]
-    boxes = track_face([canvas[:33], canvas[33:]], HaarDetector())
+    boxes = track_face([canvas[:33], canvas[33:]], HaarDetector()).boxes
     centre = boxes[:, 0] + boxes[:, 2] / 2
     assert np.abs(np.diff(centre[10:50]).mean() - 1) < 0.15
     assert crop_mouth(canvas, boxes, 48).shape == (60, 48, 48)
@@ -92,7 +93,7 @@ def test_of_two_faces_that_take_turns_one_is_followed():
 
     frames = np.zeros((100, 80, 260, 3), np.uint8)
     frames[:, 0, 0, 0] = np.arange(100) // 5
-    x = track_face([frames], detector)[:, 0]
+    x = track_face([frames], detector).boxes[:, 0]
     assert ((np.abs(x - 10) < 5) | (np.abs(x - 200) < 5)).all()
 
 

@@ -1,0 +1,154 @@
+"""The paper's condition encoders with their released weights: AV-HuBERT Large, ArcFace, POSTER V2.
+
+Axes: B batch, T video frames (25 a second), F face pictures of a clip, n pictures, S picture side, E feature width.
+
+Their licences (see each class) allow research only, so they are not part of this project or of its releases: a model
+that uses them names a folder of checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.errors import UserError
+from hicodit.conditions.align import MOUTH_SIDE, face_picture, mouth_picture
+from hicodit.conditions.arcface import IRESNET100, ArcFace
+from hicodit.conditions.avhubert import AVHubert, AVHubertConfig
+from hicodit.conditions.encoders import ConditionEncoders, TinyEncoderConfig
+from hicodit.conditions.face import FaceTrack
+from hicodit.conditions.poster2 import POSTER2
+
+SPAN, MARGIN = 500, 50  # video frames that AV-HuBERT sees at once, and those of them at each end that are only context
+PICTURES = 16  # that POSTER V2 sees at once
+
+
+@dataclass(frozen=True)
+class ReleasedEncoderConfig:
+    """Where the checkpoints are.
+
+    folder: of the three files; None gives networks with random weights, to measure time and memory.
+    lip_file, identity_file, expression_file: in that folder.
+    picture_every: video frames to a face picture. The paper classifies every frame; the class of a half second changes
+        little with fewer, and POSTER V2 is the slowest of the three.
+    lip, identity_blocks: sizes of the networks with random weights.
+    """
+
+    kind: str = "released"
+    folder: str | None = None
+    lip_file: str = "large_vox_iter5.pt"
+    identity_file: str = "arcface_r100.pth"
+    expression_file: str = "affectnet-7-model_best.pth"
+    picture_every: int = 5
+    lip: dict[str, Any] = field(default_factory=dict)
+    identity_blocks: tuple[int, ...] = IRESNET100
+    face_dim: int = 512
+    face_size: int = 224  # ArcFace's pose at twice its size, for POSTER V2
+    mouth_size: int = MOUTH_SIDE
+
+    def __post_init__(self) -> None:
+        if self.picture_every < 1:
+            raise UserError(f"encoders.picture_every={self.picture_every}: give 1 or more video frames")
+
+    @property
+    def lip_dim(self) -> int:
+        return AVHubertConfig(**self.lip).width
+
+    def cut_mouth(self, frames: np.ndarray, track: FaceTrack) -> np.ndarray:
+        """Mouth pictures (T, 96, 96) uint8 grey of frames (T, H, W, 3), for `lip`."""
+        return np.stack([mouth_picture(frame, points) for frame, points in zip(frames, track.points, strict=True)])
+
+    def cut_faces(self, frames: np.ndarray, track: FaceTrack) -> np.ndarray:
+        """Face pictures (T, 224, 224, 3) uint8 RGB of frames (T, H, W, 3), for `identity` and `expression`."""
+        pairs = zip(frames, track.points, strict=True)
+        return np.stack([face_picture(frame, points, self.face_size) for frame, points in pairs])
+
+
+EncoderConfig = TinyEncoderConfig | ReleasedEncoderConfig
+
+
+class ReleasedEncoders:
+    """The three released encoders. Read when first used; no part of the model's state: never trained or saved."""
+
+    learns = False
+
+    def __init__(self, config: ReleasedEncoderConfig) -> None:
+        self.config = config
+        self._networks: dict[str, nn.Module] = {}
+
+    def __deepcopy__(self, memo: dict) -> ReleasedEncoders:
+        return self
+
+    def _network(self, name: str, device: torch.device) -> nn.Module:
+        if name not in self._networks:
+            self._networks[name] = self._read(name).eval().requires_grad_(False)
+        return self._networks[name].to(device)
+
+    def _read(self, name: str) -> nn.Module:
+        c = self.config
+        if c.folder is None:
+            random = {
+                "lip": lambda: AVHubert(AVHubertConfig(**c.lip)),
+                "identity": lambda: ArcFace(c.identity_blocks),
+                "expression": POSTER2,
+            }
+            return random[name]()
+        if not Path(c.folder).is_dir():
+            raise UserError(f"no folder of encoder checkpoints: encoders.folder={c.folder}")
+        kinds = {"lip": AVHubert, "identity": ArcFace, "expression": POSTER2}
+        network = kinds[name].from_pretrained(Path(c.folder) / getattr(c, f"{name}_file"))
+        if name == "lip" and network.config.width != c.lip_dim:
+            raise UserError(
+                f"{c.lip_file} gives lip features of width {network.config.width}, the model wants {c.lip_dim}"
+            )
+        return network
+
+    @torch.no_grad()
+    def lip(self, mouth: Tensor, frames: Tensor) -> Tensor:
+        """Mouth pictures (B, T, S, S) in [0, 1] to lip features (B, T, E). Long clips go in overlapping spans."""
+        network, time = self._network("lip", mouth.device), mouth.shape[1]
+        if time <= SPAN:
+            return network(mouth, frames)
+        out, keep = [], SPAN - 2 * MARGIN
+        for start in range(0, time, keep):
+            first = max(start - MARGIN, 0)
+            part = mouth[:, first : start + keep + MARGIN]
+            left = (frames - first).clamp(1, part.shape[1])  # a clip that is over still needs a frame to attend to
+            out.append(network(part, left)[:, start - first :][:, :keep])
+        return torch.cat(out, 1)
+
+    @torch.no_grad()
+    def identity(self, faces: Tensor) -> Tensor:
+        """Face pictures (B, F, 3, S, S) in [0, 1] to (B, 512)."""
+        return self._network("identity", faces.device)(faces)
+
+    @torch.no_grad()
+    def expression(self, faces: Tensor) -> Tensor:
+        """Face pictures (n, 3, S, S) in [0, 1] to expression logits (n, 7)."""
+        network = self._network("expression", faces.device)
+        return torch.cat([network(part) for part in faces.split(PICTURES)])
+
+
+def encoder_config(values: dict[str, Any]) -> EncoderConfig:
+    """The configuration that `values` (of a YAML file) describe: `kind` is "tiny", the default, or "released".
+
+    Raises:
+        UserError: another kind, or a field that it does not have.
+    """
+    kinds = {"tiny": TinyEncoderConfig, "released": ReleasedEncoderConfig}
+    kind = values.get("kind", "tiny")
+    if kind not in kinds:
+        raise UserError(f"encoders.kind={kind} is unknown: choose {' or '.join(kinds)}")
+    try:
+        return kinds[kind](**values)
+    except TypeError as error:
+        raise UserError(f"encoders of kind {kind}: {error}") from error
+
+
+def make_encoders(config: EncoderConfig) -> ConditionEncoders | ReleasedEncoders:
+    return ConditionEncoders(config) if isinstance(config, TinyEncoderConfig) else ReleasedEncoders(config)
