@@ -1,0 +1,120 @@
+"""The batched training forward against the loop over rows, and the stop head's labels."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from talker_fixtures import DM, DS, tiny_model
+
+from scripts.plain_talker import plain_losses
+from talker_t2av.flow_matching import FlowDraws
+from talker_t2av.losses import TalkerBatch, training_forward, training_losses
+from talker_t2av.stop_predictor import IGNORED, stop_labels, stop_loss
+
+
+def batch_of(rows: list[tuple], delay: int = 0, extra: int = 2, seed: int = 0) -> TalkerBatch:
+    """Rows (prompt tokens, speech frames, motion frames, slots that are cut off or None for no span)."""
+    g = torch.Generator().manual_seed(seed)
+    ids, spans = [], []
+    for prompt, speech, motion, cut in rows:
+        slots = max(-(-speech // 4), motion // 4 + delay if motion else 0)
+        if cut is None:
+            length, span = prompt + extra, (-1, -1)
+        else:
+            span = (prompt, prompt + slots - cut)
+            length = span[1] + (0 if cut else extra)
+        ids.append(torch.randint(0, 250, (length,), generator=g))
+        spans.append(span)
+    longest = max(map(len, ids))
+    frames, motions = max(r[1] for r in rows), max(r[2] for r in rows)
+    return TalkerBatch(
+        input_ids=torch.stack([F.pad(x, (0, longest - len(x))) for x in ids]),
+        attention_mask=torch.stack([(torch.arange(longest) < len(x)).long() for x in ids]),
+        speech_span=torch.tensor(spans),
+        speech=torch.randn(len(rows), frames, DS, generator=g),
+        speech_frames=torch.tensor([r[1] for r in rows]),
+        motion=torch.randn(len(rows), motions, DM, generator=g),
+        motion_frames=torch.tensor([r[2] for r in rows]),
+        speaker=torch.randn(len(rows), 256, generator=g),
+    )
+
+
+ROWS = {
+    "mixed": [(5, 14, 12, 0), (7, 9, 0, 0), (4, 21, 20, 0)],
+    "speech only": [(5, 14, 0, 0), (4, 8, 0, 0)],
+    "no span, one patch": [(5, 9, 8, 0), (6, 4, 0, None), (4, 3, 4, 0), (3, 13, 12, 0)],
+    "cut": [(20, 30, 28, 4), (6, 13, 12, 0)],
+}
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize(("delay", "context"), [(0, 1), (2, 2)])
+def test_the_batched_forward_equals_the_loop(rows, delay, context):
+    model, batch = tiny_model(delay, context), batch_of(rows, delay)
+    forward = training_forward(model, batch)
+    torch.manual_seed(0)
+    draws = {name: FlowDraws.sample(getattr(forward, name).x1) for name in ("speech", "motion")}
+    losses = training_losses(model, forward, **draws)
+    losses["loss"].backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    plain = plain_losses(model, batch, **draws)
+    plain["loss"].backward()
+    for name, value in plain.items():
+        torch.testing.assert_close(losses[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    for name, p in model.named_parameters():
+        expected = p.grad if p.grad is not None else torch.zeros_like(p)
+        torch.testing.assert_close(gradients[name], expected, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_padding_changes_nothing():
+    model, batch = tiny_model(), batch_of(ROWS["mixed"])
+    wider = replace(
+        batch,
+        input_ids=F.pad(batch.input_ids, (0, 3), value=9),
+        attention_mask=F.pad(batch.attention_mask, (0, 3)),
+        speech=F.pad(batch.speech, (0, 0, 0, 7), value=5.0),
+        motion=F.pad(batch.motion, (0, 0, 0, 8), value=5.0),
+    )
+    torch.manual_seed(0)
+    one = training_losses(model, training_forward(model, batch))
+    torch.manual_seed(0)
+    two = training_losses(model, training_forward(model, wider))
+    torch.testing.assert_close(one["loss"], two["loss"])
+
+
+def test_every_parameter_has_a_gradient_whatever_the_batch_holds():
+    for rows in ROWS.values():
+        model = tiny_model()
+        training_losses(model, training_forward(model, batch_of(rows)))["loss"].backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_task_follows_the_motion_unless_it_is_given():
+    model, batch = tiny_model(), batch_of(ROWS["mixed"])
+    table = model.task_embedding.weight
+    assert torch.equal(training_forward(model, batch).embeds[:, 0], table[[1, 0, 1]])
+    assert torch.equal(training_forward(model, batch, torch.tensor([0, 0, 1])).embeds[:, 0], table[[0, 0, 1]])
+
+
+def test_repeats_follow_each_other_and_draw_their_own_noise():
+    model, batch = tiny_model(), batch_of(ROWS["mixed"])
+    assert model.config.repeats == 2
+    x1 = training_forward(model, batch).speech.x1
+    assert torch.equal(x1[::2], x1[1::2]) and not torch.equal(x1[0], x1[2])
+
+
+def test_stop_labels_mark_the_last_patch_and_leave_two_before_it():
+    labels, weight = stop_labels(torch.tensor([2, 1, 0]), torch.tensor([6, 9, 0]), 8)
+    none = IGNORED
+    assert labels.tolist() == [[none, none, 0, 0, 0, none, none, 1], [none, *[0] * 7], [none] * 8]
+    assert weight == 3  # of the first row; the second runs past the end
+
+
+def test_stop_loss_weighs_positives_and_skips_unlabelled_positions():
+    labels = torch.tensor([[0, IGNORED, 1]])
+    logits = torch.tensor([[-50.0, 3.0, 0.0]])
+    expected = 0.3 * 4 * torch.log(torch.tensor(2.0)) / 2
+    torch.testing.assert_close(stop_loss(logits, labels, torch.tensor(4.0)), expected)
+    assert stop_loss(logits, torch.full((1, 3), IGNORED), torch.tensor(1.0)) == 0

@@ -1,0 +1,182 @@
+"""The model's files: released checkpoints with and without their optional keys, shards, warm starts, our releases."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from talker_fixtures import tiny_model
+
+from engine.errors import UserError
+from talker_t2av.layers import Block, Rotary, Transformer
+from talker_t2av.model import TalkerConfig, TalkerT2AV
+from talker_t2av.names import EMBEDDINGS, LM_HEAD, read_safetensors, stored, warm_start
+
+DROPPED = ("llm.lm_head.weight", "rope.w")
+
+
+def answer(model: TalkerT2AV) -> torch.Tensor:
+    """A number of every part."""
+    g = torch.Generator().manual_seed(3)
+    c = model.config
+    with torch.no_grad():
+        hidden = model.backbone(model.embed_text(torch.arange(6)[None]))[:, -1]
+        hidden = hidden + model.speech_tokens(torch.randn(1, 4, c.speech_dim, generator=g))
+        hidden = hidden + model.motion_tokens(torch.randn(1, 4, c.motion_dim, generator=g))
+        out = [model.head_stop(hidden)]
+        for head, channels, given in (
+            (model.speech_cfm, c.speech_dim, c.speaker_dim),
+            (model.motion_cfm, c.motion_dim, c.motion_dim),
+        ):
+            noise, cond = torch.randn(2, 1, channels, 4, generator=g)
+            out.append(head.sample(hidden, cond, torch.randn(1, given, generator=g), noise, 3, 1.0, 2.0).flatten())
+    return torch.cat(out)
+
+
+def released_state(model: TalkerT2AV) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def test_a_released_state_loads_with_and_without_its_optional_keys():
+    model = tiny_model()
+    full = released_state(model)
+    assert LM_HEAD in full
+    full["spk.some.weight"] = full["pretrained_speech_encoder.x"] = torch.zeros(2)
+    lean = {key: value for key, value in full.items() if not key.endswith(DROPPED)}
+    for state in (full, lean):
+        loaded = TalkerT2AV.from_released(state, model.config)
+        torch.testing.assert_close(answer(loaded), answer(model))
+        assert loaded.llm.lm_head.weight is loaded.llm.model.embed_tokens.weight
+        assert not loaded.training
+    lean.pop("head_stop.proj.bias")
+    with pytest.raises(UserError, match=r"head_stop\.proj\.bias"):
+        TalkerT2AV.from_released(lean, model.config)
+
+
+def test_sizes_are_read_from_the_shapes():
+    model = tiny_model(context=2)
+    config = TalkerT2AV.from_released(released_state(model)).config
+    wanted = model.config
+    assert config.llm == {k: v for k, v in wanted.llm.items() if k != "max_position_embeddings"}
+    for name in ("speech_dim", "motion_dim", "encoder_layers", "encoder_heads", "head_layers", "head_heads"):
+        assert getattr(config, name) == getattr(wanted, name), name
+    assert config.max_positions == wanted.max_positions
+
+
+def test_a_stored_rotary_table_is_used_as_it_is():
+    model = tiny_model()
+    state = released_state(model)
+    exact = answer(model)
+    for key in state:
+        if key.endswith("rope.w"):
+            state[key] = state[key].bfloat16()
+    rounded = TalkerT2AV.from_released(state, model.config)
+    assert rounded.speech_patch_encoder.rope.w.dtype == torch.float32
+    assert not torch.allclose(answer(rounded), exact, atol=1e-6)
+    assert any(key.endswith("rope.w") for key in stored(rounded))  # and kept in a release of ours
+    assert not any(key.endswith("rope.w") for key in stored(model))
+
+
+def test_shards_are_merged_and_a_missing_one_is_named(tmp_path):
+    model = tiny_model()
+    state = stored(model)
+    keys = sorted(state)
+    halves = keys[: len(keys) // 2], keys[len(keys) // 2 :]
+    for i, part in enumerate(halves, 1):
+        save_file({k: state[k].contiguous() for k in part}, tmp_path / f"model-0000{i}-of-00002.safetensors")
+    torch.testing.assert_close(answer(TalkerT2AV.from_released(tmp_path, model.config)), answer(model))
+    (tmp_path / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match="lacks model-00001-of-00002"):
+        read_safetensors(tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match="damaged"):
+        read_safetensors(tmp_path / "model-00002-of-00002.safetensors")
+    with pytest.raises(UserError, match=r"no \*\.safetensors"):
+        read_safetensors(tmp_path / "nowhere")
+
+
+def test_a_release_of_ours_comes_back(tmp_path):
+    model = tiny_model()
+    model.save(tmp_path / "out", "card", {"sampling": {"steps": 3}})
+    loaded, config = TalkerT2AV.load(tmp_path / "out")
+    assert config["sampling"] == {"steps": 3} and loaded.config == model.config
+    torch.testing.assert_close(answer(loaded), answer(model), rtol=0.02, atol=0.02)  # half precision
+    assert not any(p.is_meta for p in (*loaded.parameters(), *loaded.buffers()))
+
+
+def test_a_speech_only_checkpoint_warms_the_speech_head(tmp_path):
+    source, model = tiny_model(seed=1), tiny_model(seed=2)
+    before = released_state(model)
+    old = {}
+    for key, value in source.state_dict().items():
+        if key.startswith("motion_") or key == LM_HEAD:
+            continue
+        key = key.replace("speech_cfm.", "motion_cfm.").replace(".global_cond_proj.", ".spk_proj.")
+        key = key.replace("speech_patch_encoder.input_proj.", "patch_encoder.in_proj.")
+        old[key.replace("speech_patch_encoder.", "patch_encoder.")] = value.clone()
+    old["head_stop.proj.weight"] = torch.zeros(3)  # of another shape: left as it is
+    save_file(old, tmp_path / "model.safetensors")
+    names = warm_start(model, tmp_path, "tts")
+    state = model.state_dict()
+    for key, value in source.state_dict().items():
+        kept = key.startswith("motion_") or key == "head_stop.proj.weight"
+        assert torch.equal(state[key], before[key] if kept else value), key
+        assert (key in names) == (not kept and key != LM_HEAD)
+
+
+def test_a_warm_start_that_cannot_be_meant_is_refused():
+    model = tiny_model()
+    with pytest.raises(UserError, match="speech head beside the motion head"):
+        warm_start(model, released_state(model), "tts")
+    with pytest.raises(UserError, match="shares no tensor"):
+        warm_start(model, {"x": torch.zeros(1)}, "projector")
+    with pytest.raises(UserError, match="'other' is unknown"):
+        warm_start(model, {}, "other")
+
+
+def test_a_projector_checkpoint_renames():
+    model = tiny_model()
+    bias = torch.full_like(model.motion_cfm.estimator.global_cond_proj.bias, 7.0)
+    state = {"motion_cfm.estimator.first_motion_proj.bias": bias, "patch_encoder.norm.scale": bias}
+    assert warm_start(model, state, "projector") == [
+        "motion_cfm.estimator.global_cond_proj.bias",
+        "speech_patch_encoder.norm.scale",
+    ]
+    assert torch.equal(model.speech_patch_encoder.norm.scale, bias)
+
+
+def test_kept_positions_are_those_of_the_whole_sequence():
+    torch.manual_seed(0)
+    block, rotary, x = Block(16, 2), Rotary(8, 12), torch.randn(3, 9, 16)
+    whole = block(x, rotary)
+    for keep in (slice(0, 1), slice(5, 9)):
+        torch.testing.assert_close(block(x, rotary, keep), whole[:, keep])
+
+
+def test_a_transformer_has_no_causal_mask():
+    torch.manual_seed(0)
+    net = Transformer(4, 16, 2, 2, 12)
+    x = torch.randn(1, 6, 16)
+    changed = x.clone()
+    changed[:, 5] += 1
+    first = slice(0, 1)
+    assert (net.run(x, first) - net.run(changed, first)).abs().max() > 1e-4
+
+
+def test_a_patch_of_no_frames_has_a_token():
+    model = tiny_model()
+    frames = torch.randn(1, 1, 4, model.config.speech_dim)
+    none = torch.zeros(1, 1, 4, dtype=torch.bool)
+    empty = model.speech_tokens(frames, none)
+    torch.testing.assert_close(empty, model.speech_tokens(torch.randn_like(frames), none))
+    assert empty.abs().max() > 0.1
+    assert (model.speech_tokens(torch.zeros_like(frames)) - empty).abs().max() > 1e-3  # the projector has a bias
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    config = tiny_model().config
+    with pytest.raises(UserError, match="encoder_heads=5"):
+        TalkerT2AV(TalkerConfig(config.llm, encoder_heads=5, head_heads=2))
+
+
+def test_the_embedding_table_is_tied():
+    model = tiny_model()
+    assert EMBEDDINGS in dict(model.named_parameters()) and LM_HEAD not in dict(model.named_parameters())
