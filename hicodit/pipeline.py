@@ -31,12 +31,39 @@ from rvq_codec import RVQCodec
 FPS = 25.0
 MIN_FRAMES = 5  # 0.2 s
 MAX_SIDE = 640  # larger frames are scaled down; the crops need far less
+KEPT = 256 * 2**20  # bytes of decoded frames: 3 min at 128 pixels square, 15 s at 640 x 360
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "hicodit_tiny"
 
 # A clip longer than the model was trained on is done in windows. A window starts from the last tokens of the one
 # before it, which the sampler keeps, so there is no seam to hide; the very last tokens of a window had no future to
 # look at and are done again. Starts are whole seconds, so that expression windows stay aligned.
 WINDOW, OVERLAP, REDO = 75, 25, 5  # video frames
+
+
+class ClipFrames:
+    """Frames of a video file in blocks (t, H, W, 3), from its start each time it is iterated over.
+
+    A clip of up to `KEPT` bytes is decoded once and kept; a longer one is decoded each time, so that memory stays flat.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = path
+        self._kept: list[np.ndarray] | None = None
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        blocks, size = [], 0
+        for block in iter_video(self._path, FPS, MAX_SIDE):
+            size += block.nbytes
+            if size <= KEPT:
+                blocks.append(block)
+            else:
+                blocks.clear()
+            yield block
+        if size <= KEPT:
+            self._kept = blocks
 
 
 @dataclass(frozen=True)
@@ -223,24 +250,21 @@ class HiCoDiTPipeline:
         if array and (video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8):
             raise UserError(f"frames of shape {video.shape} and type {video.dtype}: give (T, H, W, 3) uint8 RGB")
 
-        def blocks() -> Iterator[np.ndarray]:
-            """The clip from its start, a piece at a time: files are read again rather than kept in memory."""
-            return iter([video]) if array else iter_video(video, FPS, MAX_SIDE)
-
-        frames = sum(len(block) for block in blocks())  # also the first look at the whole file
+        blocks = [video] if array else ClipFrames(video)
+        frames = sum(map(len, blocks))  # also the first look at the whole file
         if frames < MIN_FRAMES:
             raise UserError(f"{name} has {frames / FPS:.2f} s of video; at least {MIN_FRAMES / FPS:.1f} s is needed")
         try:
             if face_box is None:
-                track = track_face(blocks(), self.detector, FPS, face)
+                track = track_face(blocks, self.detector, FPS, face)
             else:
                 shown = video.shape[2] if array else next(iter_video(video, FPS, block=1)).shape[2]
-                track = given_track(face_box, frames, FPS).scaled(next(blocks()).shape[2] / shown)
+                track = given_track(face_box, frames, FPS).scaled(next(iter(blocks)).shape[2] / shown)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
         config, mouth, faces, start = self.system.encoders.config, [], [], 0
         drawing = Strip(track, FPS) if strip is not None else None
-        for block in blocks():
+        for block in blocks:
             part = track[start : start + len(block)]
             mouth.append(config.cut_mouth(block, part))
             picked = np.arange(-start % config.picture_every, len(block), config.picture_every)

@@ -8,6 +8,7 @@ import torch
 from conftest import talking_head
 
 from engine.errors import UserError
+from hicodit import pipeline as pipeline_module
 from hicodit.conditions.detectors import HaarDetector
 from hicodit.conditions.face import crop_mouth, track_face
 from hicodit.pipeline import OVERLAP, REDO, WINDOW, HiCoDiTPipeline, generate, window_count
@@ -95,6 +96,22 @@ def test_of_two_faces_that_take_turns_one_is_followed():
     frames[:, 0, 0, 0] = np.arange(100) // 5
     x = track_face([frames], detector).boxes[:, 0]
     assert ((np.abs(x - 10) < 5) | (np.abs(x - 200) < 5)).all()
+
+
+@pytest.mark.parametrize(("kept", "times"), [(2**20, 3), (2**28, 1)])
+def test_short_clips_are_decoded_once_and_long_ones_never_kept(pipeline, clip, monkeypatch, kept, times):
+    """The clip has 1.9 MB of pixels."""
+    expected, calls, read = pipeline.crops(clip), [], pipeline_module.iter_video
+
+    def counted(*arguments, **options):
+        calls.append(arguments)
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(pipeline_module, "iter_video", counted)
+    monkeypatch.setattr(pipeline_module, "KEPT", kept)
+    crops = pipeline.crops(clip)
+    assert len(calls) == times
+    assert np.array_equal(crops.mouth, expected.mouth) and np.array_equal(crops.faces, expected.faces)
 
 
 @pytest.mark.parametrize(
