@@ -62,6 +62,7 @@ class WhisperXVAETask(Task):
         targets: `root`, `split` and `clips` that the features' statistics are taken from, `until`, and `noise`: the
             largest deviation of the noise on features that the decoder sees. None for no features at all.
         gan_start: see above; None for no discriminators.
+        decoder_only: the latents stay those of `init`: only the decoder learns, from samples of the posterior.
         whisper: folder or hub name of a transformers Whisper model.
         init: release folder to start from instead of random weights.
         validation: `root`, `splits` and `clips` (per split); None turns it off.
@@ -76,6 +77,7 @@ class WhisperXVAETask(Task):
         spectrogram: Mapping[str, Any],
         targets: Mapping[str, Any] | None = None,
         gan_start: int | None = 0,
+        decoder_only: bool = False,
         whisper: str | None = None,
         init: str | None = None,
         validation: Mapping[str, Any] | None = None,
@@ -86,10 +88,15 @@ class WhisperXVAETask(Task):
         if not init:
             with torch.no_grad():
                 self.codec.in_proj.bias[config.latent_dim :] = INITIAL_SCALE
-        self.frozen_whisper = whisper is not None
+        self.frozen_whisper, self.decoder_only = whisper is not None, decoder_only
         if self.frozen_whisper:
             _load_whisper(self.codec, whisper)
         self.semantic_head = nn.Conv1d(config.hidden, config.hidden, 1)
+        if decoder_only:
+            if not init or targets:
+                raise UserError("task.decoder_only=true needs task.init, the release to go on from, and targets=null")
+            for module in (self.codec.encoder, self.codec.whisper, self.codec.in_proj, self.semantic_head):
+                module.requires_grad_(False)
         self.discriminator = WaveDiscriminators(period, spectrogram)
         self.mel_loss = MultiScaleMelLoss(config.sample_rate, **mel)
         self.weights, self.gan_start, self.validation = dict(weights), gan_start, validation
@@ -116,8 +123,8 @@ class WhisperXVAETask(Task):
         return batch["wave"].shape[0] * self.codec.frames(batch["wave"].shape[-1])
 
     def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
-        """Losses of a part; batch["wave"] is (B, 1, N), N a multiple of the hop and at most Whisper's window. The codec
-        runs once a step, for both parts."""
+        """Losses of a part; batch["wave"] is (B, 1, N), at most Whisper's window. The codec runs once a step, for both
+        parts."""
         if "_run" not in batch:
             batch["_run"] = self._run(batch["wave"])
         if part == "discriminator":
@@ -132,12 +139,14 @@ class WhisperXVAETask(Task):
 
     def _run(self, wave: Tensor) -> dict[str, Any]:
         """Forward pass of the codec: what the losses need."""
-        codec, frames = self.codec, self.codec.frames(wave.shape[-1])
+        codec, frames = self.codec, wave.shape[-1] // self.codec.hop
+        wave = wave[..., : frames * codec.hop]
         with torch.autocast(wave.device.type, enabled=False):
             mel = codec.mel(resample(wave[:, 0].float(), codec.sample_rate, RATE))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_whisper):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not (self.frozen_whisper or self.decoder_only)):
             states = codec.pooled_states(mel, frames)
-        mean, scale = (x.float() for x in codec.project(wave, states))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.decoder_only):
+            mean, scale = (x.float() for x in codec.project(wave, states))
         std = F.softplus(scale) + 1e-4
         targets = self.targets(wave) if self.targets else None
         from_targets = int(self.step) < self.targets_until
@@ -160,16 +169,15 @@ class WhisperXVAETask(Task):
 
     def _generator_losses(self, run: dict[str, Any]) -> dict[str, Tensor]:
         fake, real = run["fake"], run["real"]
-        losses = {
-            "mel": self.mel_loss(fake, real),
-            "semantic": semantic_loss(run["semantic"].float(), run["states"].float()),
-        }
-        if run["targets"] is not None:
-            losses["targets"] = (run["mean"] - run["targets"]).square().mean()
-        if run["from_targets"]:
-            idle = 0.0 * (run["std"].sum() + run["mean"].sum())  # every parameter has a gradient in every step
-        else:
-            idle, losses["kl"] = 0.0, kl_divergence(run["mean"], run["std"])
+        losses, idle = {"mel": self.mel_loss(fake, real)}, 0.0
+        if not self.decoder_only:
+            losses["semantic"] = semantic_loss(run["semantic"].float(), run["states"].float())
+            if run["targets"] is not None:
+                losses["targets"] = (run["mean"] - run["targets"]).square().mean()
+            if run["from_targets"]:
+                idle = 0.0 * (run["std"].sum() + run["mean"].sum())  # every parameter has a gradient in every step
+            else:
+                losses["kl"] = kl_divergence(run["mean"], run["std"])
         if self._adversarial():
             self.discriminator.requires_grad_(False)  # its own update is over: only the way to the wave is needed
             with torch.no_grad():
@@ -187,9 +195,10 @@ class WhisperXVAETask(Task):
             return {}
         results: dict[str, float] = {}
         root, rate = Path(self.validation["root"]), self.codec.sample_rate
+        grammar = root / "grammar.jsgf"  # corpora of free speech have none: then no word error rate
         for split in self.validation["splits"]:
             clips = load_clips(root, split, self.validation["clips"], rate)
-            found = evaluate(self.codec, clips, root / "grammar.jsgf")
+            found = evaluate(self.codec, clips, grammar if grammar.is_file() else None)
             results |= {f"{split}/{name}": value for name, value in found.items()}
             _, decoded = resynthesise(self.codec, clips[0])
             pair = (torch.from_numpy(x)[None, None].to(self.step.device) for x in (decoded, clips[0].wave))

@@ -1,0 +1,215 @@
+"""Training of the WhisperX-VAE at toy size. Axes: B batch, N samples, T latent frames, Z latent channels."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import WhisperConfig, WhisperModel
+
+from engine.config import load
+from engine.errors import UserError
+from engine.media.audio import write_wav
+from engine.media.corpus import load_clips
+from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
+from whisperx_vae.evaluation import evaluate, resynthesise
+from whisperx_vae.targets import SUBFRAMES, LatentTargets
+from whisperx_vae.task import WhisperXVAETask, kl_divergence, semantic_loss
+
+CODEC = {
+    "encoder_width": 2,
+    "encoder_ratios": [12, 10, 4, 2],
+    "hidden": 16,
+    "latent_dim": 8,
+    "decoder_width": 16,
+    "decoder_ratios": [12, 10, 4, 2],
+    "mel_bands": 20,
+    "whisper_context": 20,
+    "whisper_heads": 2,
+    "whisper_layers": 1,
+}
+
+
+def speech(samples=7200, seed=0):
+    """(1, N): a gliding buzz in noise, loud and soft."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(samples) / 24_000
+    buzz = np.tanh(3 * np.sin(2 * np.pi * (100 + 30 * seed + 200 * t) * t)) * (0.3 + 0.2 * np.sin(30 * t + seed))
+    return torch.from_numpy((buzz + 0.01 * rng.standard_normal(samples)).astype(np.float32))[None]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    root = tmp_path_factory.mktemp("corpus")
+    for split in ("train", "seen"):
+        (root / split).mkdir()
+        rows = []
+        for i in range(6):
+            write_wav(root / split / f"c{i}.wav", speech(24_000, i)[0], 24_000)
+            rows.append({"id": f"c{i}", "text": "lay blue"})
+        (root / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root
+
+
+def make_task(**changes):
+    torch.manual_seed(0)
+    arguments = {
+        "codec": CODEC,
+        "mel": {"n_mels": [10, 40], "windows": [128, 512], "clamp": 1e-4},
+        "weights": {"mel": 15.0, "adversarial": 1.0, "feature": 2.0, "kl": 0.01, "semantic": 1.0, "targets": 1.0},
+        "period": {"periods": [2], "channels": 2, "max_channels": 4},
+        "spectrogram": {"fft_sizes": [128], "channels": 2, "max_channels": 4},
+        "gan_start": None,
+    }
+    return WhisperXVAETask(**(arguments | changes))
+
+
+def targets_of(corpus, **changes):
+    return {"root": corpus, "split": "train", "clips": 6, "until": 2, "noise": 0.3} | changes
+
+
+def train(task, steps, lr=5e-3):
+    wave = torch.stack([speech(seed=s) for s in range(3)])
+    parts, logs = task.train().parts(), []
+    optimisers = {k: torch.optim.AdamW(m.parameters(), lr=lr) for k, m in parts.items()}
+    for _ in range(steps):
+        batch, losses = {"wave": wave}, {}
+        for part in parts:
+            task.zero_grad(set_to_none=True)
+            losses[part] = task(batch, part)
+            losses[part]["loss"].backward()
+            unused = [n for n, p in parts[part].named_parameters() if p.requires_grad and p.grad is None]
+            assert unused == [], "a parameter without a gradient stops distributed training"
+            optimisers[part].step()
+        logs.append(losses)
+    return logs
+
+
+def test_stages_follow_the_schedule(corpus):
+    task = make_task(targets=targets_of(corpus), gan_start=3)
+    logs = [log["generator"] for log in train(task, 4)]
+    assert ["kl" in log for log in logs] == [False, False, True, True]
+    assert ["adversarial" in log for log in logs] == [False, False, False, True]
+    assert all("targets" in log for log in logs) and int(task.step) == 4
+    assert "targets" not in train(make_task(), 1)[0]["generator"]
+
+
+def test_losses_fall(corpus):
+    logs = [log["generator"] for log in train(make_task(targets=targets_of(corpus, until=8)), 12, lr=1e-2)]
+    for name in ("mel", "targets", "semantic"):
+        assert logs[-1][name] < 0.9 * logs[0][name], name
+
+
+def test_the_decoder_alone(corpus, tmp_path):
+    make_task().release(tmp_path / "release", {})
+    task = make_task(init=str(tmp_path / "release"), decoder_only=True, gan_start=0)
+    wave = speech(6720)[None]
+    latents = task.codec.encode_wave(wave)
+    sound = task.codec.decode(latents)
+    train(task, 2)
+    assert torch.equal(task.codec.encode_wave(wave), latents)
+    assert not torch.equal(task.codec.decode(latents), sound)
+    with pytest.raises(UserError, match=r"task\.init"):
+        make_task(decoder_only=True)
+
+
+def test_the_posterior_is_sampled_in_training_and_its_mean_taken_at_inference():
+    task = make_task()
+    wave = speech(6720)[None]
+    with torch.no_grad():
+        first, second = (task._run(wave) for _ in range(2))
+    assert torch.equal(first["mean"], second["mean"]) and not torch.equal(first["fake"], second["fake"])
+    codec = task.codec.eval()
+    assert torch.equal(codec.encode_wave(wave), codec.encode_wave(wave))
+    torch.testing.assert_close(codec.encode_wave(wave), first["mean"].transpose(1, 2))
+
+
+def test_kl_is_twice_the_divergence_from_the_prior():
+    mean, std = torch.randn(2, 3, 4), torch.rand(2, 3, 4) + 0.1
+    prior = torch.distributions.Normal(torch.zeros(()), torch.ones(()))
+    exact = torch.distributions.kl_divergence(torch.distributions.Normal(mean, std), prior)
+    torch.testing.assert_close(kl_divergence(mean, std), 2 * exact.sum(1).mean())
+
+
+def test_semantic_loss():
+    x = torch.randn(2, 5, 7)
+    assert semantic_loss(x, x).abs() < 1e-6
+    torch.testing.assert_close(semantic_loss(-x, x), 4 * x.square().mean() + 2)
+
+
+def test_targets_are_standardised_and_without_phases(corpus):
+    waves = [speech(24_000, i)[0] for i in range(6)]
+    targets = LatentTargets(12, 24_000, 960, mel_bands=20).fit(waves)
+    found = targets(torch.stack(waves)[:, None])
+    assert found.shape == (6, 12, 25)
+    flat = found.transpose(1, 2).flatten(0, 1)
+    torch.testing.assert_close(flat.mean(0), torch.zeros(12), rtol=0, atol=1e-3)
+    torch.testing.assert_close(flat.std(0), torch.ones(12), rtol=0, atol=0.01)
+    correlation = torch.corrcoef(flat[:, : 12 - 2 * SUBFRAMES].T)
+    torch.testing.assert_close(correlation, torch.eye(12 - 2 * SUBFRAMES), rtol=0, atol=0.01)
+    torch.testing.assert_close(targets(-torch.stack(waves)[:, None]), found)
+
+
+def test_pitch_and_voicing():
+    targets = LatentTargets(12, 24_000, 960)
+    t = torch.arange(24_000) / 24_000
+    low, high = (torch.tanh(5 * torch.sin(2 * torch.pi * f * t)) * 0.3 for f in (100, 200))
+    noise = 0.3 * torch.randn(24_000, generator=torch.Generator().manual_seed(0))
+    source = targets._source(torch.stack([low, high, noise]))[:, 3:-3]
+    voicing, pitch = source.split(SUBFRAMES, -1)
+    assert voicing[:2].min() > 0.95 and voicing[2].mean() < 0.5
+    torch.testing.assert_close(pitch[1] - pitch[0], torch.ones_like(pitch[0]), rtol=0, atol=0.05)
+    torch.testing.assert_close(pitch[0], torch.full_like(pitch[0], np.log2(100 / 150)), rtol=0, atol=0.05)
+
+
+def test_a_given_whisper_is_frozen(tmp_path):
+    sizes = WhisperConfig(
+        num_mel_bins=20, max_source_positions=20, d_model=16, encoder_layers=1, encoder_attention_heads=2,
+        encoder_ffn_dim=64, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=64, vocab_size=60,
+        pad_token_id=1, bos_token_id=2, eos_token_id=3, decoder_start_token_id=2,
+    )  # fmt: skip
+    whisper = WhisperModel(sizes)
+    whisper.save_pretrained(tmp_path / "whisper")
+    task = make_task(whisper=str(tmp_path / "whisper"))
+    before = {k: v.clone() for k, v in whisper.encoder.state_dict().items()}
+    encoder = [v.clone() for v in task.codec.encoder.state_dict().values()]
+    train(task, 2)
+    for name, value in task.codec.whisper.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert not task.codec.whisper.training and task.codec.encoder.training
+    assert any(not torch.equal(a, b) for a, b in zip(encoder, task.codec.encoder.state_dict().values(), strict=True))
+    with pytest.raises(UserError, match="other sizes"):
+        make_task(whisper=str(tmp_path / "whisper"), codec=CODEC | {"whisper_layers": 2})
+    with pytest.raises(UserError, match=r"task\.whisper=/no/where"):
+        make_task(whisper="/no/where")
+
+
+def test_validation_and_release(corpus, tmp_path):
+    task = make_task(validation={"root": corpus, "splits": ["seen"], "clips": 2}).eval()
+    results = task.validate(0, tmp_path)
+    assert {"seen/mel", "seen/latent_std", "seen/latent_speed"} <= results.keys()
+    assert (tmp_path / "seen-decoded.wav").is_file()
+    task.release(tmp_path / "release", results)
+    codec = WhisperXVAE.from_pretrained(tmp_path / "release")
+    assert codec.config == WhisperXVAEConfig(**CODEC)
+    assert make_task(init=str(tmp_path / "release")).codec.config == codec.config
+    with pytest.raises(UserError, match=r"task\.init"):
+        make_task(init=str(tmp_path / "release"), codec=CODEC | {"mel_bands": 30})
+
+
+def test_evaluation_figures(corpus):
+    codec = make_task().codec.eval()
+    clips = load_clips(corpus, "seen", 2, 24_000)
+    results = evaluate(codec, clips)
+    latents = torch.cat([resynthesise(codec, clip)[0] for clip in clips])
+    assert latents.shape == (50, 8) and len(resynthesise(codec, clips[0])[1]) == len(clips[0].wave)
+    assert results["latent_std"] == pytest.approx(latents.std(0).mean().item())
+    assert results["latent_mean"] == pytest.approx(latents.mean(0).abs().max().item())
+
+
+def test_recipes_compose():
+    paper = load("train", ["experiment=whisperx_vae_paper"], "")
+    assert WhisperXVAEConfig(**paper.task.codec) == WhisperXVAEConfig()
+    assert paper.task.whisper and paper.task.targets is None
+    tiny = load("train", ["experiment=whisperx_vae_synthetic"], "")
+    assert WhisperXVAEConfig(**tiny.task.codec).max_frames * 960 == tiny.data.train.samples
