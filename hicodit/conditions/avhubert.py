@@ -174,7 +174,7 @@ class AVHubert(nn.Module):
         if not isinstance(state, dict):
             raise UserError(f"{path} has no entry 'model': it is not an AV-HuBERT checkpoint")
         state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-        return load_released(state, path, released_config(state, path, content.get("cfg", content.get("args"))))
+        return load_released(state, path, released_config(state, path, content.get("cfg") or content.get("args")))
 
 
 _NAMES = (

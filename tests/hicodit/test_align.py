@@ -1,0 +1,90 @@
+"""Similarities, warps and landmark handling; official numbers of the mouth's preparation."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+import scripts.golden.faces  # noqa: F401
+from engine.errors import UserError
+from hicodit.conditions import align
+from scripts.check_golden import check
+from scripts.golden import load_case
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "conditions"
+RNG = np.random.default_rng(0)
+PICTURE = cv2.GaussianBlur(RNG.integers(0, 256, (90, 120, 3), dtype=np.uint8), (0, 0), 1.5)
+
+
+def turn(angle: float, scale: float, shift: tuple[float, float]) -> np.ndarray:
+    c, s = scale * np.cos(angle), scale * np.sin(angle)
+    return np.array([[c, -s, shift[0]], [s, c, shift[1]]])
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("avhubert_*.safetensors")), ids=lambda p: p.stem)
+def test_case(path):
+    results = check(load_case(path))
+    assert results and all(r.passed for r in results), results
+
+
+def test_similarity_is_found_again_and_never_mirrors():
+    points, true = RNG.normal(size=(7, 2)), turn(2.5, 3.1, (40.0, -7.0))
+    target = points @ true[:, :2].T + true[:, 2]
+    assert np.allclose(align.similarity(points, target), true)
+    mirrored = align.similarity(points, points * [-1, 1])
+    assert np.linalg.det(mirrored[:, :2]) > 0
+    with pytest.raises(UserError, match="one point"):
+        align.similarity(np.ones((5, 2)), target[:5])
+
+
+def test_warp_moves_pixels_exactly_and_is_black_outside():
+    shifted = align.warp(PICTURE, turn(0, 1, (10, 5)), 60)
+    assert np.array_equal(shifted[5:, 10:], PICTURE[:55, :50])
+    assert not shifted[:5].any() and not shifted[:, :10].any()
+
+
+def test_warp_is_opencvs_within_its_fixed_point_positions():
+    matrix = turn(0.3, 0.8, (20.0, 3.0))
+    theirs = cv2.warpAffine(PICTURE, matrix, (64, 64))
+    difference = np.abs(align.warp(PICTURE, matrix, 64).astype(int) - theirs)
+    assert difference.max() <= 6 and difference.mean() < 0.5
+
+
+def test_aligned_face_puts_the_eyes_where_arcface_wants_them():
+    points = align.ARCFACE_POINTS @ turn(0.4, 0.6, (0, 0))[:, :2].T.astype(np.float32) + 20
+    for size in (112, 224):
+        matrix = align.face_matrix(points, size)
+        at = points @ matrix[:, :2].T + matrix[:, 2]
+        assert np.allclose((at + 0.5) * 112 / size - 0.5, align.ARCFACE_POINTS, atol=1e-3)
+        assert align.align_face(PICTURE, points, size).shape == (size, size, 3)
+
+
+def test_missing_landmarks_lie_between_their_neighbours():
+    landmarks = np.arange(6.0)[:, None, None] * np.ones((6, 4, 2))
+    present = np.array([False, True, False, False, True, False])
+    filled = align.fill_landmarks(np.where(present[:, None, None], landmarks, 99), present)
+    assert np.allclose(filled[:, 0, 0], [1, 1, 2, 3, 4, 4])
+    with pytest.raises(UserError, match="no frame"):
+        align.fill_landmarks(landmarks, np.zeros(6, bool))
+
+
+def test_landmarks_are_averaged_forwards():
+    """The transform of frame 0 of AV-HuBERT's preparation depends on the frames after it, not on those before."""
+    points = np.tile(align.MEAN_STABLE, (20, 1, 1))
+    points[12:] += 5
+    shift = align.avhubert_matrices(points)[:, 0, 2]
+    assert shift[0] == pytest.approx(0, abs=1e-9) and shift[1] == pytest.approx(-5 / 12)
+    assert np.allclose(shift[8:], shift[8])  # the last full window serves the rest
+    assert align.avhubert_matrices(points[:3]).shape == (3, 2, 3)
+
+
+def test_mouth_picture_holds_the_mouth_in_its_middle_and_stays_inside():
+    points = np.array([[45.0, 30], [75, 30], [60, 45], [50, 62], [70, 62]])
+    picture = np.zeros((90, 120, 3), np.uint8)
+    cv2.circle(picture, (60, 62), 4, (255, 255, 255), -1)
+    mouth = align.mouth_picture(picture, points)
+    y, x = np.argwhere(mouth > 128).mean(0)
+    assert mouth.shape == (96, 96) and abs(x - 47.5) < 1.5 and abs(y - 47.5) < 1.5
+    upright = align.mouth_picture(np.rot90(picture).copy(), points[:, ::-1] * [1, -1] + [0, 119])
+    assert np.abs(upright.astype(int) - mouth).mean() < 2  # a head that lies on its side is set upright

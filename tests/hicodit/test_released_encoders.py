@@ -1,0 +1,211 @@
+"""Released encoders: names and sizes of their checkpoints, what they do with batches, HiCoDiT composed with them."""
+
+import json
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors import safe_open
+from torch import nn
+
+from engine.errors import UserError
+from hicodit.conditions import arcface, avhubert, released
+from hicodit.conditions.arcface import ArcFace
+from hicodit.conditions.avhubert import AVHubert, AVHubertConfig
+from hicodit.conditions.encoders import TinyEncoderConfig
+from hicodit.conditions.released import ReleasedEncoderConfig, ReleasedEncoders, encoder_config
+from hicodit.guidance import GuidanceScales
+from hicodit.model import ModelConfig
+from hicodit.pipeline import HiCoDiTPipeline
+from hicodit.samplers import SamplerConfig
+from hicodit.system import HiCoDiTSystem
+from rvq_codec import RVQCodec
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "conditions"
+SMALL = {"width": 16, "layers": 2, "heads": 2, "hidden": 32, "conv_kernel": 8, "conv_groups": 4}
+
+
+def shapes(name: str) -> dict[str, torch.Size]:
+    return {key: torch.Size(shape) for key, shape in json.loads((GOLDEN / f"{name}.keys.json").read_text()).items()}
+
+
+def hubert_state(name: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        key: torch.rand(shape, generator=generator) if shape else torch.tensor(0) for key, shape in shapes(name).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def small_hubert():
+    torch.manual_seed(0)
+    return AVHubert(AVHubertConfig(**SMALL)).eval()
+
+
+def test_large_checkpoint_has_every_tensor_of_the_network():
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes("avhubert_large").items()}
+    assert avhubert.released_config(state, "test") == AVHubertConfig()
+    with torch.device("meta"):
+        ours = {key: value.shape for key, value in AVHubert(AVHubertConfig()).state_dict().items()}
+    renamed = {key: value.shape for key, value in avhubert.from_released(state).items()}
+    assert renamed == ours
+    unused = {key for key in state if avhubert.our_name(key) is None}
+    assert {key.split(".")[0] for key in unused} == {
+        "feature_extractor_audio", "final_proj", "label_embs_concat", "mask_emb"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("wrapped", ["pre-trained", "fine-tuned", "namespace"])
+def test_fairseq_files_are_read_without_fairseq(tmp_path, wrapped):
+    """Heads and the place of the norms come from the configuration, which is pickled in three ways."""
+    state, said = hubert_state("avhubert_small"), {"encoder_attention_heads": 4, "layer_norm_first": False}
+    content = {"model": state, "cfg": {"model": OmegaConf.create(said)}, "extra": Namespace(a=1)}
+    if wrapped == "fine-tuned":
+        state = {f"encoder.w2v_model.{key}": value for key, value in state.items()} | {"decoder.x": torch.zeros(2)}
+        content = {"model": state, "cfg": OmegaConf.create({"model": {"w2v_args": {"model": said}, "heads": 9}})}
+    elif wrapped == "namespace":
+        content = {"model": state, "args": Namespace(**said), "cfg": None}
+    torch.save(content, tmp_path / "a.pt")
+    model = AVHubert.from_pretrained(tmp_path / "a.pt")
+    assert (model.config.heads, model.config.norm_first, model.config.layers) == (4, False, 3)
+    assert model(torch.rand(1, 3, 96, 96), torch.tensor([3])).shape == (1, 3, 48)
+
+
+def test_files_that_are_something_else(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="'model'"):
+        AVHubert.from_pretrained(tmp_path / "a.pt")
+    torch.save({"model": {"x": torch.zeros(1)}}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="not an AV-HuBERT checkpoint"):
+        AVHubert.from_pretrained(tmp_path / "a.pt")
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="no ArcFace network"):
+        ArcFace.from_pretrained(tmp_path / "a.pt")
+    with pytest.raises(UserError, match="no such checkpoint"):
+        ArcFace.from_pretrained(tmp_path / "absent.pth")
+
+
+@torch.no_grad()
+def test_a_clip_in_a_batch_is_the_clip_alone(small_hubert):
+    mouth = torch.rand(2, 9, 96, 96)
+    together = small_hubert(mouth, torch.tensor([9, 5]))
+    alone = small_hubert(mouth[1:, :5], torch.tensor([5]))
+    assert torch.allclose(together[1, :5], alone[0], atol=1e-5)
+    with pytest.raises(UserError, match="88 x 88"):
+        small_hubert(mouth[..., :80], torch.tensor([9, 9]))
+
+
+@torch.no_grad()
+def test_long_clips_go_in_spans_that_join(small_hubert, monkeypatch):
+    """With the transformer's layers away what is left sees a few frames only, so spans must join without a trace."""
+    network = AVHubert(replace(small_hubert.config, layers=0)).eval()
+    encoders = ReleasedEncoders(ReleasedEncoderConfig())
+    encoders._networks["lip"] = network
+    mouth, frames = torch.rand(2, 34, 88, 88), torch.tensor([34, 23])
+    whole = encoders.lip(mouth, frames)
+    monkeypatch.setattr(released, "SPAN", 20)
+    monkeypatch.setattr(released, "MARGIN", 6)
+    parts = encoders.lip(mouth, frames)
+    assert parts.shape == whole.shape
+    assert torch.allclose(parts[0], whole[0], atol=1e-5)
+    assert torch.allclose(parts[1, :23], whole[1, :23], atol=1e-5)
+
+
+def test_arcface_names_and_depth():
+    with torch.device("meta"):
+        ours = {key: value.shape for key, value in ArcFace().state_dict().items()}
+    assert ours == shapes("arcface_iresnet100")
+
+
+@torch.no_grad()
+def test_arcface_file_and_pictures(tmp_path):
+    torch.manual_seed(0)
+    model = ArcFace((1, 1, 1, 1)).eval()
+    torch.save({f"module.{key}": value for key, value in model.state_dict().items()}, tmp_path / "backbone.pth")
+    loaded = ArcFace.from_pretrained(tmp_path / "backbone.pth")
+    faces = torch.rand(1, 2, 3, 112, 112)
+    out = loaded(faces)
+    assert loaded.blocks == (1, 1, 1, 1) and torch.equal(out, model(faces))
+    each = torch.nn.functional.normalize(model.embed(2 * faces[0] - 1), dim=-1)
+    assert torch.allclose(out[0], each.mean(0) * 512**0.5, atol=1e-5)
+    large = faces.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    assert torch.allclose(loaded(large), out, atol=1e-4)
+    with pytest.raises(UserError, match="112"):
+        arcface.prepare_faces(torch.rand(1, 3, 100, 100))
+
+
+def test_encoder_choice_is_a_configuration():
+    assert encoder_config({"lip_dim": 8}) == TinyEncoderConfig(lip_dim=8)
+    assert encoder_config({"kind": "released"}).lip_dim == 1024
+    with pytest.raises(UserError, match="kind=huge"):
+        encoder_config({"kind": "huge"})
+    with pytest.raises(UserError, match="lip_size"):
+        encoder_config({"kind": "released", "lip_size": 3})
+
+
+class Expression(nn.Module):
+    """In place of the large classifier: the class is how bright a picture is."""
+
+    def forward(self, faces):
+        return torch.nn.functional.one_hot((faces.mean((1, 2, 3)) * 6.99).long(), 7).float() * 9
+
+
+@pytest.fixture(scope="module")
+def system():
+    torch.manual_seed(0)
+    config = ReleasedEncoderConfig(lip=SMALL, identity_blocks=(1, 1, 1, 1))
+    model = ModelConfig(
+        codes=16, width=32, heads=4, low_blocks=1, high_blocks=1, cond_dim=16, lip_dim=16, face_dim=512, dropout=0.0
+    )
+    system = HiCoDiTSystem(model, config)
+    system.encoders._networks["expression"] = Expression()
+    return system.eval()
+
+
+def test_a_clip_speaks_through_released_encoders(system, release, clip, tmp_path):
+    codec = RVQCodec.from_pretrained(release.parent / "codec")
+    pipeline = HiCoDiTPipeline(system, codec, SamplerConfig(steps=2), GuidanceScales())
+    crops = pipeline.crops(clip, strip=tmp_path / "strip.png")
+    assert crops.mouth.shape == (40, 96, 96) and crops.faces.shape == (8, 224, 224, 3)
+    assert (tmp_path / "strip.png").stat().st_size > 5000
+    speech = pipeline.run([crops], [0])[0]
+    assert speech.wave.shape == (40 * 960,) and len(speech.expression) == 4
+    brightness = crops.faces.mean((1, 2, 3)) / 255
+    assert set(speech.expression) <= set((brightness * 6.99).astype(int).tolist())
+
+
+def test_released_weights_are_not_part_of_a_release(system, tmp_path):
+    system.save(tmp_path / "release", "a test", {})
+    with safe_open(tmp_path / "release" / "model.safetensors", "pt") as file:
+        assert all(key.startswith("model.") for key in file.keys())  # noqa: SIM118
+    again, config = HiCoDiTSystem.load(tmp_path / "release")
+    assert config["encoders"]["kind"] == "released" and again.encoders.config.lip_dim == 16
+    moved, _ = HiCoDiTSystem.load(tmp_path / "release", encoders=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"encoders\.folder=.*nowhere"):
+        moved.encoders.identity(torch.rand(1, 1, 3, 112, 112))
+
+
+def test_training_leaves_released_encoders_alone(system):
+    """Losses of the tiny encoders are absent, and no gradient reaches the released ones."""
+    from hicodit.task import HiCoDiTTask
+
+    task = HiCoDiTTask.__new__(HiCoDiTTask)
+    nn.Module.__init__(task)
+    from hicodit.diffusion import LogLinearNoise
+
+    task.system, task.noise = system, LogLinearNoise()
+    task.identity_weight, task.phoneme_weight, task.expression_weight = 100.0, 0.2, 0.1
+    batch = {
+        "mouth": torch.rand(2, 6, 96, 96), "face": torch.rand(2, 3, 112, 112), "frames": torch.tensor([6, 4]),
+        "tokens": torch.randint(0, 16, (2, 12, 12)), "ge2e": torch.rand(2, 256), "expression": torch.tensor([0, 3]),
+        "phoneme": torch.zeros(2, 6, dtype=torch.long),
+    }  # fmt: skip
+    losses = task.forward(batch, "model")
+    assert set(losses) == {"dse_low", "dse_high", "identity", "loss"}
+    losses["loss"].backward()
+    assert all(p.grad is None for network in system.encoders._networks.values() for p in network.parameters())
+    assert np.isfinite(losses["loss"].item()) and any(p.grad is not None for p in system.parameters())
