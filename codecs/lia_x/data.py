@@ -6,7 +6,7 @@ Axes: N clips, K frames that are kept of a clip, S side of the network's square.
 from __future__ import annotations
 
 import hashlib
-import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -16,25 +16,8 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.files import atomic_output
+from engine.media.corpus import read_manifest
 from engine.progress import track
-
-
-def clip_ids(root: str | Path, split: str) -> list[str]:
-    """Names of the clips in ROOT/SPLIT.jsonl, in its order.
-
-    Raises:
-        UserError: the manifest is missing, empty, or not JSON lines with an "id".
-    """
-    path = Path(root) / f"{split}.jsonl"
-    if not path.is_file():
-        raise UserError(f"no manifest {path}: make the corpus with scripts/make_synthetic_corpus.py, or set data.root")
-    try:
-        ids = [json.loads(line)["id"] for line in path.read_text().splitlines() if line.strip()]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not JSON lines with an id each ({error!r})") from error
-    if not ids:
-        raise UserError(f"{path} lists no clips")
-    return ids
 
 
 def sample_frames(path: str | Path, count: int, size: int, shift: float = 0.5) -> np.ndarray:
@@ -50,7 +33,7 @@ def sample_frames(path: str | Path, count: int, size: int, shift: float = 0.5) -
     """
     capture = cv2.VideoCapture(str(path))
     total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
-    wanted = ((np.arange(count) + shift) * total / count).astype(int)
+    wanted = _positions(total, count, shift)
     frames: list[np.ndarray] = []
     for position in range(total):
         if not capture.grab():
@@ -78,41 +61,69 @@ class FramePairs(torch.utils.data.Dataset):
         size: S.
         frames: K, at least 2.
         cache: folder for the decoded frames.
+        tracks: names of known movements, one number a frame, that the manifest has under `mouth`.
 
     Raises:
-        UserError: no manifest, a clip that cannot be read, or fewer than two frames a clip.
+        UserError: no manifest, a clip that cannot be read, fewer than two frames a clip, or a track that is missing.
     """
 
-    def __init__(self, root: str | Path, size: int, cache: str | Path, split: str = "train", frames: int = 12):
+    def __init__(
+        self,
+        root: str | Path,
+        size: int,
+        cache: str | Path,
+        split: str = "train",
+        frames: int = 12,
+        tracks: Sequence[str] = (),
+    ):
         if frames < 2:
             raise UserError(f"data.train.frames={frames}: a pair needs 2 or more frames of a clip")
-        ids = clip_ids(root, split)
+        rows = read_manifest(root, split)
+        ids = [row["id"] for row in rows]
+        phases = np.random.default_rng(0).random(len(ids))  # one for all clips would miss what is periodic
         digest = hashlib.blake2b("\n".join(ids).encode(), digest_size=4).hexdigest()
         path = Path(cache) / f"frames-{split}-{size}px-{frames}-{digest}.npy"
         if not path.is_file():
-            _decode([Path(root) / split / f"{name}.mp4" for name in ids], path, size, frames)
+            _decode([Path(root) / split / f"{name}.mp4" for name in ids], path, size, phases, frames)
         self.pictures = np.load(path, mmap_mode="r")  # (N, K, S, S, 3)
+        self.tracks = None  # (N, K, L)
+        if tracks:
+            self.tracks = torch.stack([_tracks(row, tracks, frames, phase) for row, phase in zip(rows, phases)])
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """{"frames": (2, S, S, 3) bytes}; a function of (index, generator)."""
+        """{"frames": (2, S, S, 3) bytes}, with tracks also {"tracks": (2, L)}; a function of (index, generator)."""
         chosen = torch.randperm(self.pictures.shape[1], generator=generator)[:2].tolist()
-        return {"frames": torch.from_numpy(np.stack([self.pictures[index, k] for k in chosen]))}
+        item = {"frames": torch.from_numpy(np.stack([self.pictures[index, k] for k in chosen]))}
+        return item if self.tracks is None else item | {"tracks": self.tracks[index, chosen]}
 
     @staticmethod
     def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """{"frames": (B, 2, S, S, 3) bytes}."""
-        return {"frames": torch.stack([item["frames"] for item in items])}
+        """{"frames": (B, 2, S, S, 3) bytes} and, with tracks, {"tracks": (B, 2, L)}."""
+        return {name: torch.stack([item[name] for item in items]) for name in items[0]}
 
 
-def _decode(paths: list[Path], out: Path, size: int, frames: int) -> None:
+def _positions(total: int, count: int, shift: float) -> np.ndarray:
+    """Indices (count,) of evenly spaced frames out of `total`."""
+    return ((np.arange(count) + shift) * total / count).astype(int)
+
+
+def _tracks(row: dict, names: Sequence[str], frames: int, phase: float) -> Tensor:
+    """The named movements (K, L) at the frames that `sample_frames` takes."""
+    for name in names:
+        if name not in row.get("mouth", {}):
+            raise UserError(f"data.train.tracks: the manifest has no mouth track {name!r} of clip {row['id']}")
+    values = torch.tensor([row["mouth"][name] for name in names]).T
+    return values[_positions(len(values), frames, phase)]
+
+
+def _decode(paths: list[Path], out: Path, size: int, phases: np.ndarray, frames: int) -> None:
     """Write the frames of all clips as one array (N, K, S, S, 3)."""
-    draws = np.random.default_rng(0).random(len(paths))  # the same phase in every clip would miss what is periodic
     with atomic_output(out) as partial:
         shape = (len(paths), frames, size, size, 3)
         array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
         for i, path in track(enumerate(paths), len(paths), "clips"):
-            array[i] = sample_frames(path, frames, size, float(draws[i]))
+            array[i] = sample_frames(path, frames, size, float(phases[i]))
         array.flush()

@@ -95,10 +95,10 @@ class Decoder(nn.Module):
     def forward(self, style: Tensor, maps: Sequence[Tensor]) -> Tensor:
         """Navigated styles (B, D) and one source's (or B sources') feature maps -> pictures (B, 3, S, S), not clamped.
 
-        Feature maps with a batch of one serve every style.
+        Feature maps with a batch of one serve every style. Fewer maps than levels give the picture of that level.
         """
         count = style.shape[0]
         state = LevelState(self.first(self.constant.expand(count, -1, -1, -1), style), None, None, None)
-        for level, source in zip(self.levels, maps, strict=True):
+        for level, source in zip(self.levels, maps, strict=False):
             state = level(state, style, source.expand(count, -1, -1, -1))
         return state.picture

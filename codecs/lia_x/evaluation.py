@@ -5,6 +5,7 @@ Axes: T frames, S side, H height, W width, M motion. Frames are RGB bytes (T, S,
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.media.corpus import read_manifest
 from engine.media.video import read_video
 from engine.metrics.picture import psnr, ssim
-from lia_x.data import clip_ids
 from lia_x.lia_x import LiaX
 from lia_x.pictures import identity_to_tensor, to_bytes, video_to_tensor
 
@@ -45,51 +46,41 @@ def region(frames: np.ndarray, box: Mapping[str, float]) -> np.ndarray:
     return frames[:, top:bottom, left:right]
 
 
-def mouth_change(frames: np.ndarray, box: Mapping[str, float]) -> np.ndarray:
-    """How dark the mouth is, (T,): the share of the box that is much darker than the box's median brightness.
+def measure(clips: Sequence[RebuiltClip], regions: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Means over clips.
 
-    An open mouth shows its dark inside; teeth, tongue and lips change the figure, but alike in true and rebuilt frames.
+    Args:
+        regions: boxes by name, in shares of the side.
+
+    Returns:
+        `psnr` (dB) and `ssim` of the whole picture; NAME`_psnr` of a region, and NAME`_movement`: the share of the
+        region's variance in time that the rebuilt frames explain (1: all; 0: as good as the clip's mean picture);
+        `roughness` of the codes: mean square of their second differences over their variance in time (white noise: 6).
     """
-    grey = region(frames, box).mean(-1)
-    return (grey < 0.6 * np.median(grey, axis=(1, 2), keepdims=True)).mean((1, 2))
+    found: dict[str, list[float]] = defaultdict(list)
+    for clip in clips:
+        found["psnr"].append(psnr(_as_batch(clip.true), _as_batch(clip.rebuilt)))
+        found["ssim"].append(ssim(_as_batch(clip.true), _as_batch(clip.rebuilt)))
+        for name, box in regions.items():
+            true, rebuilt = (region(frames, box).astype(np.float64) for frames in (clip.true, clip.rebuilt))
+            found[f"{name}_psnr"].append(psnr(torch.from_numpy(true), torch.from_numpy(rebuilt)))
+            variance = np.square(true - true.mean(0)).sum()
+            if variance > 0:
+                found[f"{name}_movement"].append(float(1 - np.square(true - rebuilt).sum() / variance))
+        if len(clip.motion) > 2:
+            variance = clip.motion.var(0).sum().clamp_min(1e-12)
+            found["roughness"].append(float(clip.motion.diff(n=2, dim=0).square().mean(0).sum() / variance))
+    return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def _as_batch(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
 
-def measure(clips: Sequence[RebuiltClip], mouth: Mapping[str, float]) -> dict[str, float]:
-    """Means over clips.
-
-    Returns:
-        `psnr` and `ssim` of the whole picture, `mouth_psnr` of the box, `still_psnr` and `still_mouth_psnr` of a
-        first frame that stands still (what motion codes have to beat), `mouth_correlation` of the mouths' darkness
-        in true and rebuilt frames, `roughness`: mean square of the codes' second differences over their variance in
-        time (white noise: 6).
-    """
-    found: dict[str, list[float]] = {}
-    for clip in clips:
-        still = np.broadcast_to(clip.true[:1], clip.true.shape)
-        pairs = {"psnr": (clip.true, clip.rebuilt), "still_psnr": (clip.true, still)}
-        for name, (a, b) in pairs.items():
-            found.setdefault(name, []).append(psnr(_as_batch(a), _as_batch(b)))
-            a, b = region(a, mouth), region(b, mouth)
-            found.setdefault(name.replace("psnr", "mouth_psnr"), []).append(psnr(_as_batch(a), _as_batch(b)))
-        found.setdefault("ssim", []).append(ssim(_as_batch(clip.true), _as_batch(clip.rebuilt)))
-        a, b = mouth_change(clip.true, mouth), mouth_change(clip.rebuilt, mouth)
-        if a.std() > 0:
-            found.setdefault("mouth_correlation", []).append(float(np.corrcoef(a, b)[0, 1]) if b.std() > 0 else 0.0)
-        variance = clip.motion.var(0).sum().clamp_min(1e-12)
-        found.setdefault("roughness", []).append(float(clip.motion.diff(n=2, dim=0).square().mean(0).sum() / variance))
-    return {name: float(np.mean(values)) for name, values in found.items()}
-
-
-def evaluate(
-    codec: LiaX, root: str | Path, split: str, count: int, mouth: Mapping[str, float]
-) -> tuple[dict[str, float], list[RebuiltClip]]:
-    """`measure` on the first `count` clips of ROOT/SPLIT, and those clips."""
-    clips = [rebuild(codec, Path(root) / split / f"{name}.mp4") for name in clip_ids(root, split)[:count]]
-    return measure(clips, mouth), clips
+def rebuild_clips(codec: LiaX, root: str | Path, split: str, count: int) -> list[RebuiltClip]:
+    """The first `count` clips of ROOT/SPLIT, rebuilt."""
+    rows = read_manifest(root, split)[:count]
+    return [rebuild(codec, Path(root) / split / f"{row['id']}.mp4") for row in rows]
 
 
 def strip(clips: Sequence[RebuiltClip], columns: int = 12) -> np.ndarray:

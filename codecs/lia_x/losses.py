@@ -50,8 +50,9 @@ def pyramid_l1(fake: Tensor, real: Tensor, weights: Tensor, levels: int) -> Tens
 
 def structural(fake: Tensor, real: Tensor, weights: Tensor) -> Tensor:
     """Weighted mean of 1 - SSIM of the pictures' brightness."""
-    crop = (weights.shape[-1] - ssim_map(fake[:1, :1], real[:1, :1], 2.0).shape[-1]) // 2
-    similarity = ssim_map(fake.mean(1, keepdim=True), real.mean(1, keepdim=True), 2.0)
+    fake, real = (x.mean(1, keepdim=True) + 1 for x in (fake, real))  # SSIM compares positive means
+    similarity = ssim_map(fake, real, 2.0)
+    crop = (weights.shape[-1] - similarity.shape[-1]) // 2
     return (weights[..., crop:-crop, crop:-crop] * (1 - similarity)).mean()
 
 
@@ -82,7 +83,7 @@ class Perceptual(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
 
     def forward(self, fake: Tensor, real: Tensor, levels: int = 4) -> Tensor:
-        """Sum over stages, mean over `levels` sizes of the mean absolute difference of features."""
+        """Sum over stages and over `levels` sizes of the mean absolute difference of features."""
         total = fake.new_zeros(())
         for level in range(levels):
             if level:
@@ -91,7 +92,7 @@ class Perceptual(nn.Module):
             for stage in self.stages:
                 x, y = stage(x), stage(y)
                 total = total + (x - y).abs().mean()
-        return total / levels
+        return total
 
 
 class Discriminator(nn.Module):

@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.errors import UserError
 from engine.task import Task
-from lia_x.evaluation import evaluate, strip
+from lia_x.evaluation import measure, rebuild_clips, strip
 from lia_x.lia_x import LiaX, LiaXConfig
 from lia_x.losses import Discriminator, Perceptual, pyramid_l1, region_weights, structural
+
+MOTION_GAIN = 4.0  # of the first motion codes over those of equalised weights
 
 
 class LiaXTask(Task):
@@ -33,12 +36,16 @@ class LiaXTask(Task):
             adversarial 0 there is no discriminator.
         pyramid: sizes of the L1 loss, each half the one before.
         regions: parts of the picture that count more in L1 and structural losses; see `region_weights`.
+        growth: `levels` of the pyramid that are left out, and the step `until` which: the finest ones cost most, and
+            movement is learned at small sizes. None: all from the start. Steps count the batches of one process.
+        guide: `weight` of a loss that, until step `until`, teaches the first motion codes to be the batch's "tracks"
+            times `scale` (known movements of the corpus; the other codes are free). None: no such loss.
         motion_noise: deviation of the Gaussian noise on the motion codes that the decoder gets. It makes neighbouring
             codes mean neighbouring pictures, and the sparsity loss from merely shrinking the codes.
         discriminator: `width` and `max_width`.
         vgg: file of torchvision's vgg19 weights.
-        validation: `root`, `splits`, `clips` (per split) and `mouth` (a box as in `regions`) of validation; None
-            turns it off.
+        validation: `root`, `splits`, `clips` (per split) and `regions` (boxes by name); None: no
+            validation.
     """
 
     def __init__(
@@ -47,6 +54,8 @@ class LiaXTask(Task):
         weights: Mapping[str, float],
         pyramid: int = 4,
         regions: Sequence[Mapping[str, float]] = (),
+        growth: Mapping[str, int] | None = None,
+        guide: Mapping[str, float] | None = None,
         motion_noise: float = 0.0,
         discriminator: Mapping[str, int] | None = None,
         vgg: str | None = None,
@@ -57,15 +66,17 @@ class LiaXTask(Task):
         # Random flows would first have to be unlearnt: displacements of the whole picture are in their reach.
         for level in self.codec.decoder.levels:
             nn.init.zeros_(level.to_flow.conv.weight)
-        self.weights, self.pyramid, self.motion_noise, self.validation = (
-            dict(weights),
-            pyramid,
-            motion_noise,
-            validation,
-        )
+        # Codes that are small beside the styles they move are noise to the decoder, which learns to do without them.
+        with torch.no_grad():
+            self.codec.encoder.to_motion.weight.mul_(MOTION_GAIN)
+        self.weights, self.pyramid, self.motion_noise = dict(weights), pyramid, motion_noise
+        self.growth, self.guide, self.validation = growth, guide, validation
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("region", region_weights(self.codec.config.size, regions), persistent=False)
         self.discriminator = self.perceptual = None
         if weights["adversarial"]:
+            if growth:
+                raise UserError("task.growth with an adversarial loss: the discriminator takes pictures of one size")
             self.discriminator = Discriminator(self.codec.config.size, **discriminator)
         if weights["perceptual"]:
             self.perceptual = Perceptual(vgg)
@@ -79,20 +90,32 @@ class LiaXTask(Task):
         return 2 * len(batch["frames"])
 
     def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
-        """Losses of a part; batch["frames"] is (B, 2, S, S, 3) bytes. The codec runs once a step, for both parts."""
+        """Losses of a part; batch["frames"] is (B, 2, S, S, 3) bytes, batch["tracks"] (B, 2, L).
+
+        The codec runs once a step, for both parts.
+        """
         if "_run" not in batch:
             frames = batch["frames"].flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1
-            batch["_run"] = frames, *self._rebuild(frames)
+            fake, motion = self._rebuild(frames)
+            batch["_run"] = F.interpolate(frames, fake.shape[-2:], mode="area"), fake, motion
         real, fake, motion = batch["_run"]
         if part == "discriminator":
             return self._discriminator_losses(real, fake.detach())
-        return self._generator_losses(real, fake, motion)
+        losses = self._generator_losses(real, fake, motion, batch.get("tracks"))
+        if self.training:
+            self.step += 1
+        return losses
+
+    def _under_way(self, stage: Mapping[str, float] | None) -> bool:
+        return stage is not None and int(self.step) < stage["until"]
 
     def _rebuild(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Frames (2 B, 3, S, S), pairs side by side -> each from its partner, and the motion codes (2 B, M)."""
         codec = self.codec
         style, maps = codec.encoder(frames)
         motion = codec.encoder.to_motion(style)
+        if self._under_way(self.growth):
+            maps = maps[: -self.growth["levels"]]
         partner = torch.arange(len(frames), device=frames.device) ^ 1
         noisy = motion + self.motion_noise * torch.randn_like(motion)
         style = codec.decoder.navigate(style[partner], noisy)
@@ -103,17 +126,22 @@ class LiaXTask(Task):
         of_real, of_fake = (F.softplus(sign * self.discriminator(x)).mean() for sign, x in ((-1, real), (1, fake)))
         return {"loss": of_real + of_fake, "real": of_real.detach(), "fake": of_fake.detach()}
 
-    def _generator_losses(self, real: Tensor, fake: Tensor, motion: Tensor) -> dict[str, Tensor]:
+    def _generator_losses(self, real: Tensor, fake: Tensor, motion: Tensor, tracks: Tensor | None) -> dict[str, Tensor]:
         real, fake = real.float(), fake.float()
-        losses = {"l1": pyramid_l1(fake, real, self.region, self.pyramid), "sparsity": motion.abs().mean()}
+        region = F.interpolate(self.region, real.shape[-2:], mode="area")
+        losses = {"l1": pyramid_l1(fake, real, region, self.pyramid), "sparsity": motion.abs().mean()}
         if self.weights["structural"]:
-            losses["structural"] = structural(fake, real, self.region)
+            losses["structural"] = structural(fake, real, region)
         if self.perceptual is not None:
             losses["perceptual"] = self.perceptual(fake, real)
         if self.discriminator is not None:
             self.discriminator.requires_grad_(False)  # its own update is over: only the way to the picture is needed
             losses["adversarial"] = F.softplus(-self.discriminator(fake)).mean()
         total = sum(self.weights[name] * value for name, value in losses.items())
+        if self._under_way(self.guide):
+            tracks = tracks.flatten(0, 1) * self.guide["scale"]
+            losses["guide"] = (motion[:, : tracks.shape[1]].float() - tracks).square().mean()
+            total = total + self.guide["weight"] * losses["guide"]
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
@@ -122,9 +150,8 @@ class LiaXTask(Task):
             return {}
         results: dict[str, float] = {}
         for split in self.validation["splits"]:
-            found, clips = evaluate(
-                self.codec, self.validation["root"], split, self.validation["clips"], self.validation["mouth"]
-            )
+            clips = rebuild_clips(self.codec, self.validation["root"], split, self.validation["clips"])
+            found = measure(clips, self.validation["regions"])
             results |= {f"{split}/{name}": value for name, value in found.items()}
             picture = strip(clips[:4])
             cv2.imwrite(str(folder / f"{split}.png"), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))

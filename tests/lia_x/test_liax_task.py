@@ -1,0 +1,236 @@
+"""Training of LIA-X at toy size. Axes: B pairs, S side."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from engine.errors import UserError
+from engine.media.video import write_video
+from engine.metrics.picture import psnr, ssim, ssim_map
+from lia_x import LiaX
+from lia_x.data import FramePairs, sample_frames
+from lia_x.evaluation import RebuiltClip, measure, rebuild_clips, strip
+from lia_x.losses import Discriminator, Perceptual, pyramid_l1, region_weights, structural
+from lia_x.task import LiaXTask
+
+CODEC = {"style_dim": 16, "motion_dim": 4, "scale": 1, "size": 32, "width": 4, "max_width": 8, "depth": 1}
+WEIGHTS = {"l1": 10.0, "structural": 1.0, "perceptual": 0.0, "adversarial": 1.0, "sparsity": 0.01}
+BOX = {"left": 0.25, "top": 0.5, "right": 0.75, "bottom": 1.0}
+
+
+def make_task(**changes):
+    torch.manual_seed(0)
+    arguments = {"codec": CODEC, "weights": WEIGHTS, "pyramid": 2, "discriminator": {"width": 4, "max_width": 8}}
+    return LiaXTask(**(arguments | changes))
+
+
+def moving_square(frames: int, size: int = 32) -> np.ndarray:
+    """(T, S, S, 3) bytes: a bright square that moves down a grey picture."""
+    video = np.full((frames, size, size, 3), 90, np.uint8)
+    for t in range(frames):
+        top = 4 + t * (size - 16) // frames
+        video[t, top : top + 8, 12:20] = (230, 200, 40)
+    return video
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    root = tmp_path_factory.mktemp("corpus")
+    rows = []
+    for i, frames in enumerate((10, 3)):
+        write_video(root / "train" / f"c{i}.mp4", moving_square(frames), 25)
+        rows.append({"id": f"c{i}", "mouth": {"open": [t / 10 for t in range(frames)], "width": [-1.0] * frames}})
+    (root / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root
+
+
+def batch(pairs=2):
+    video = torch.from_numpy(moving_square(2 * pairs))
+    return {"frames": video.view(pairs, 2, *video.shape[1:])}
+
+
+def test_pairs_come_from_the_cache_and_are_functions_of_the_generator(corpus, tmp_path):
+    data = FramePairs(corpus, 32, tmp_path, frames=5)
+    assert data.pictures.shape == (2, 5, 32, 32, 3)
+    (cached,) = tmp_path.iterdir()
+    stamp = cached.stat().st_mtime_ns
+    again = FramePairs(corpus, 32, tmp_path, frames=5)
+    assert cached.stat().st_mtime_ns == stamp
+    draw = [d.__getitem__(0, torch.Generator().manual_seed(3))["frames"] for d in (data, again)]
+    assert torch.equal(*draw) and draw[0].shape == (2, 32, 32, 3)
+    assert not torch.equal(draw[0][0], draw[0][1])
+    other = data.__getitem__(0, torch.Generator().manual_seed(5))["frames"]
+    assert not torch.equal(draw[0], other)
+    assert data.collate([data[0], data[1]])["frames"].shape == (2, 2, 32, 32, 3)
+    with pytest.raises(UserError, match="2 or more"):
+        FramePairs(corpus, 32, tmp_path, frames=1)
+
+
+def test_tracks_belong_to_the_frames(corpus, tmp_path):
+    data = FramePairs(corpus, 32, tmp_path, frames=5, tracks=["width", "open"])
+    item = data.__getitem__(0, torch.Generator().manual_seed(3))
+    assert item["tracks"].shape == (2, 2) and (item["tracks"][:, 0] == -1).all()
+    tops = [int(frame[:, 16, 0].argmax()) for frame in item["frames"]]  # of the square, which moves 1.6 pixels a frame
+    assert tops == pytest.approx([4 + 16 * float(value) for value in item["tracks"][:, 1]], abs=1.5)
+    assert data.collate([item, item])["tracks"].shape == (2, 2, 2)
+    with pytest.raises(UserError, match="no mouth track 'nose'"):
+        FramePairs(corpus, 32, tmp_path, frames=5, tracks=["nose"])
+
+
+def test_sampled_frames_spread_over_the_clip_and_repeat_in_short_ones(corpus):
+    frames = sample_frames(corpus / "train" / "c0.mp4", 5, 32, shift=0.0)
+    truth = moving_square(10)[::2]
+    assert np.abs(frames.astype(int) - truth).mean() < 8
+    short = sample_frames(corpus / "train" / "c1.mp4", 5, 16, shift=0.0)
+    assert short.shape == (5, 16, 16, 3) and np.array_equal(short[0], short[1])
+    with pytest.raises(UserError, match="no frames"):
+        sample_frames(corpus / "train.jsonl", 5, 32)
+
+
+def test_each_frame_is_rebuilt_from_its_partner():
+    task = make_task().eval()
+    frames = torch.rand(4, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        fake, motion = task._rebuild(frames)
+        expected, codes = task.codec(frames[[1, 0, 3, 2]], frames)
+    torch.testing.assert_close(fake, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(motion, codes, rtol=1e-4, atol=1e-5)
+
+
+def test_each_part_moves_only_its_own_weights():
+    task = make_task(motion_noise=0.1)
+    both = batch()
+    task(both, "discriminator")["loss"].backward()
+    assert all(p.grad is None for p in task.codec.parameters())
+    assert all(p.grad is not None for p in task.discriminator.parameters())
+    task.zero_grad(set_to_none=True)
+    losses = task(both, "generator")
+    losses["loss"].backward()
+    assert all(p.grad is None for p in task.discriminator.parameters())
+    assert task.codec.encoder.to_motion.weight.grad.abs().sum() > 0
+    expected = sum(weight * losses[name] for name, weight in WEIGHTS.items() if weight)
+    torch.testing.assert_close(losses["loss"].detach(), expected)
+    assert task.tokens(both) == 4
+
+
+def test_small_pictures_and_taught_codes_come_first():
+    weights = WEIGHTS | {"adversarial": 0.0}
+    task = make_task(weights=weights, growth={"levels": 1, "until": 2}, guide={"weight": 2.0, "scale": 3.0, "until": 1})
+    first = batch() | {"tracks": torch.zeros(2, 2, 3)}
+    losses = task(first, "generator")
+    _, fake, motion = first["_run"]
+    assert fake.shape == (4, 3, 16, 16)
+    assert losses["guide"] == pytest.approx(motion[:, :3].square().mean().item())
+    ones = batch() | {"tracks": torch.ones(2, 2, 3)}
+    assert "guide" not in task(ones, "generator")
+    third = batch()
+    task(third, "generator")
+    assert third["_run"][1].shape == (4, 3, 32, 32) and int(task.step) == 3
+    with pytest.raises(UserError, match="growth"):
+        make_task(growth={"levels": 1, "until": 2})
+
+
+def test_training_learns_to_move(tmp_path):
+    task = make_task(weights=WEIGHTS | {"structural": 0.0, "adversarial": 0.0, "sparsity": 0.0})
+    assert list(task.parts()) == ["generator"]
+    optimiser = torch.optim.Adam(task.codec.parameters(), lr=0.02, betas=(0.9, 0.99))
+    video = torch.from_numpy(moving_square(8))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(120):
+        chosen = torch.randperm(8, generator=generator).view(4, 2)
+        optimiser.zero_grad()
+        task({"frames": video[chosen]}, "generator")["loss"].backward()
+        optimiser.step()
+    true = video.permute(0, 3, 1, 2).float() / 127.5 - 1
+    codec = task.codec.eval()
+    rebuilt = codec.render(true[0], codec.motion(true))
+    still = (true - true[:1])[1:].square().mean()
+    assert (rebuilt - true)[1:].square().mean() < 0.5 * still
+    task.release(tmp_path / "release", {"seen/psnr": 1.0})
+    again = LiaX.from_pretrained(tmp_path / "release")
+    torch.testing.assert_close(again.motion(true), codec.motion(true), rtol=0.02, atol=0.02)
+
+
+def test_validation_measures_and_draws(corpus, tmp_path):
+    validation = {"root": str(corpus), "splits": ["train"], "clips": 2, "regions": {"low": BOX}}
+    task = make_task(validation=validation).eval()
+    results = task.validate(0, tmp_path)
+    names = ("psnr", "ssim", "low_psnr", "low_movement", "roughness")
+    assert set(results) == {f"train/{name}" for name in names}
+    assert (tmp_path / "train.png").is_file()
+    clips = rebuild_clips(task.codec, corpus, "train", 1)
+    assert strip(clips, columns=3).shape == (64, 96, 3)
+    assert np.abs(clips[0].true.astype(int) - moving_square(10)).mean() < 8
+    assert make_task().validate(0, tmp_path) == {}
+
+
+def test_measures_of_known_clips():
+    true = moving_square(10)
+    line = torch.arange(10.0)[:, None] * torch.ones(4)
+    perfect = measure([RebuiltClip("a", true, true.copy(), line)], {"low": BOX})
+    assert perfect["psnr"] == float("inf") and perfect["low_movement"] == 1
+    assert perfect["ssim"] == pytest.approx(1) and perfect["roughness"] == pytest.approx(0)
+    mean = np.repeat(true.mean(0, keepdims=True).round().astype(np.uint8), len(true), 0)
+    assert measure([RebuiltClip("a", true, mean, line)], {"low": BOX})["low_movement"] == pytest.approx(0, abs=0.01)
+
+
+def test_psnr_and_ssim_of_known_pictures():
+    a = torch.full((1, 1, 16, 16), 100.0)
+    assert psnr(a, a + 10) == pytest.approx(20 * np.log10(25.5))
+    # Flat pictures have no structure: only the means' term is left.
+    assert ssim(a, a + 10) == pytest.approx((2 * 100 * 110 + 6.5025) / (100**2 + 110**2 + 6.5025), rel=1e-6)
+    noise = torch.rand(2, 3, 20, 24, generator=torch.Generator().manual_seed(0)) * 255
+    assert ssim(noise, noise) == pytest.approx(1) and ssim(noise, noise.flip(0)) < 0.3
+    assert ssim_map(noise, noise).shape == (2, 3, 10, 14)
+    with pytest.raises(UserError, match="11 pixels"):
+        ssim(noise[..., :8], noise[..., :8])
+
+
+def test_ssim_follows_scikit_image():
+    metrics = pytest.importorskip("skimage.metrics")
+    rng = np.random.default_rng(0)
+    a = rng.random((32, 40)) * 255
+    b = np.clip(a + rng.normal(0, 30, a.shape), 0, 255)
+    expected = metrics.structural_similarity(
+        a, b, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+    )
+    assert ssim(*(torch.from_numpy(x)[None, None] for x in (a, b))) == pytest.approx(expected, abs=1e-6)
+
+
+def test_regions_count_more():
+    weights = region_weights(32, [BOX | {"weight": 5.0}])
+    assert weights.mean() == pytest.approx(1) and weights[0, 0, 20, 16] == pytest.approx(5 * weights[0, 0, 0, 0].item())
+    real, inside, outside = torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32)
+    inside[..., 18:28, 10:20], outside[..., 2:12, 10:20] = 1.0, 1.0
+    assert pyramid_l1(inside, real, weights, 3) == pytest.approx(5 * pyramid_l1(outside, real, weights, 3).item())
+    noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert structural(noise, noise, weights) == pytest.approx(0, abs=1e-5)
+    assert structural(noise, noise.flip(-1), weights) > 0.5
+    with pytest.raises(UserError, match="no box"):
+        region_weights(32, [BOX | {"weight": 0.0}])
+
+
+def test_discriminator_and_its_sizes():
+    network = Discriminator(32, 4, 8)
+    assert network(torch.rand(3, 3, 32, 32)).shape == (3,)
+    for size in (48, 4):
+        with pytest.raises(UserError, match="power of two"):
+            Discriminator(size, 4, 8)
+
+
+def test_perceptual_loss_takes_torchvision_weights(tmp_path):
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    state = {k: v for k, v in models.vgg19().state_dict().items() if k.startswith("features.")}
+    torch.save(state, tmp_path / "vgg19.pth")
+    loss = Perceptual(tmp_path / "vgg19.pth")
+    assert not any(p.requires_grad for p in loss.parameters())
+    x = (torch.rand(1, 3, 32, 32) * 2 - 1).requires_grad_()
+    value = loss(x, torch.zeros(1, 3, 32, 32), levels=2)
+    value.backward()
+    assert value > 0 and x.grad.abs().sum() > 0
+    assert loss(x, x.detach(), levels=2) == 0
+    with pytest.raises(UserError, match="vgg19"):
+        Perceptual(tmp_path / "missing.pth")
