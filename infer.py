@@ -1,17 +1,20 @@
-"""Sample from a model: `python infer.py input=CLIP.mp4 output=DIR`. With no arguments, the bundled clip speaks."""
+"""Sample from a model: `python infer.py [model=NAME] [key=value ...]`. With no arguments, the bundled clip speaks."""
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 from engine.config import load
 from engine.errors import UserError, run_cli
 
-HELP = """
+HICODIT = """
 Give a silent clip of a talking face its voice. For each clip NAME the output folder gets NAME.wav, NAME.mp4 (the clip
 with its new sound) and NAME.png (mouth crops, spectrogram, token levels). input may be a folder: its clips are done in
 batches, and one that fails is reported while the rest go on (exit code 1 at the end). Files that are there already are
 replaced only when the new ones are complete.
+
+For talking faces from text or sound: python infer.py model=talker_t2av --help
 
 Examples:
 python infer.py
@@ -20,14 +23,37 @@ python infer.py input=clips/ output=spoken batch_size=16 sampler.steps=16
 python infer.py input=clip.mp4 reference_audio=voice.wav guidance.all=2.0 guidance.lip=1.0
 """
 
+TALKER = """
+Make a face talk. mode=t2av: a text becomes speech and a talking face; tts: speech alone; a2v: a face moves to a given
+sound, which stays as it is, sample for sample; v2a: a clip gets a voice, its pictures stay untouched. The output folder
+gets NAME.wav and, but for tts, NAME.mp4. Of jobs=FILE.jsonl, one that fails is reported while the rest go on (exit code
+1 at the end). Files that are there already are replaced only when the new ones are complete.
+
+Examples:
+python infer.py model=talker_t2av
+python infer.py model=talker_t2av mode=t2av text="set red in hotel three" reference_audio=V.wav reference_video=F.mp4
+python infer.py model=talker_t2av mode=tts text="lay green by alpha one now" reference_audio=V.wav output=spoken seed=3
+python infer.py model=talker_t2av mode=a2v audio=speech.wav reference_video=F.mp4 text="what it says"
+python infer.py model=talker_t2av mode=v2a video=silent.mp4 reference_audio=V.wav text="what the lips say"
+python infer.py model=talker_t2av jobs=many.jsonl batch_size=16 sampling.steps=6 sampling.guidance=1
+python infer.py model=talker_t2av weights=DOWNLOADED text="hello" reference_audio=V.wav reference_video=F.mp4
+"""
+
+JOBS = {  # model: its config, its help, the module whose `run` does the job
+    "hicodit": ("infer", HICODIT, "hicodit.inference"),
+    "talker_t2av": ("infer_talker", TALKER, "talker_t2av.inference"),
+}
+
 
 def main() -> int:
-    config = load("infer", sys.argv[1:], HELP)
-    if config.model != "hicodit":
-        raise UserError(f"model={config.model} is unknown; choose hicodit")
-    from hicodit.inference import run  # after the arguments are checked: importing torch takes seconds
-
-    return run(config)
+    chosen = [word for word in sys.argv[1:] if word.startswith("model=")]  # Hydra would look for a group of that name
+    words = [word for word in sys.argv[1:] if word not in chosen]
+    model = chosen[-1].removeprefix("model=") if chosen else "hicodit"
+    if model not in JOBS:
+        raise UserError(f"model={model} is unknown; choose {', '.join(JOBS)}")
+    name, help_text, module = JOBS[model]
+    config = load(name, words, help_text)
+    return import_module(module).run(config)  # after the arguments are checked: importing torch takes seconds
 
 
 if __name__ == "__main__":

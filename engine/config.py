@@ -13,7 +13,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from engine.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+T = TypeVar("T")
 HELP_WORDS = ("--help", "-h", "--cfg", "job")
 
 
@@ -68,6 +69,19 @@ def build(config: DictConfig, **extra: Any) -> Any:
         if isinstance(error.__cause__, TypeError) and "argument" in str(error.__cause__):
             raise UserError(f"{config.get('_target_')}: {error.__cause__}") from error
         raise
+
+
+def typed(config: DictConfig, schema: type[T]) -> T:
+    """The composed config as an instance of the dataclass `schema`, its types checked.
+
+    Raises:
+        UserError: a value has the wrong type.
+    """
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{error.full_key or 'config'}: {reason}") from error
 
 
 def _compose(config_name: str, words: Sequence[str], configs: Path) -> tuple[DictConfig, dict[str, str]]:

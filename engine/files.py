@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -41,3 +42,44 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             staging.unlink()
+
+
+@contextmanager
+def writable(folder: str | Path) -> Iterator[None]:
+    """Make `folder` and fail before any work if it cannot be written; it goes again if nothing came into it.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    folder = Path(folder)
+    existed = folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to output={folder}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        if not existed and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+@contextmanager
+def all_or_none(folder: str | Path) -> Iterator[Path]:
+    """Give a temporary folder inside `folder`; its files move there together when the block succeeds.
+
+    Raises:
+        UserError: a file cannot be written or moved.
+    """
+    folder = Path(folder)
+    staging = Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
+    try:
+        yield staging
+        for path in sorted(staging.iterdir()):
+            os.replace(path, folder / path.name)
+    except OSError as error:
+        raise UserError(f"cannot write to output={folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -5,23 +5,19 @@ Axes: T video frames, N samples.
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 from tqdm import tqdm
 
+from engine.config import typed
 from engine.distributed import pick_device
 from engine.errors import UserError
+from engine.files import all_or_none, writable
 from engine.media.audio import read_audio, write_wav
 from engine.media.video import mux_audio
 from engine.metrics.speaker import SpeakerEncoder
@@ -71,11 +67,7 @@ def checked(config: DictConfig) -> InferConfig:
     Raises:
         UserError: a value has the wrong type.
     """
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(InferConfig), config))
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{error.full_key or 'config'}: {reason}") from error
+    return typed(config, InferConfig)
 
 
 def find_clips(source: Path, output: Path) -> list[Path]:
@@ -109,42 +101,17 @@ def outputs_of(clip: Path, folder: Path) -> list[Path]:
     return [folder / f"{clip.stem}{suffix}" for suffix in (".mp4", ".png", ".wav")]
 
 
-@contextmanager
-def writable(folder: Path) -> Iterator[None]:
-    """Make `folder` and fail before any work if it cannot be written; it goes again if nothing came into it."""
-    existed = folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to output={folder}: {error.strerror or error}") from error
-    try:
-        yield
-    finally:
-        if not existed and not any(folder.iterdir()):
-            folder.rmdir()
-
-
 def write_outputs(clip: Path, speech: Speech, folder: Path, figure: bool) -> list[Path]:
-    """Write all files of a clip, or none: they are made aside and moved in when all are there."""
-    staging = Path(tempfile.mkdtemp(prefix=".speech-", dir=folder))
-    try:
+    """Write all files of a clip, or none."""
+    with all_or_none(folder) as staging:
         write_wav(staging / f"{clip.stem}.wav", speech.wave, speech.rate)
         mux_audio(clip, speech.wave, speech.rate, staging / f"{clip.stem}.mp4")
         if figure:
             from hicodit.figure import draw  # matplotlib takes a second to import
 
             draw(speech, staging / f"{clip.stem}.png")
-        written = []
-        for path in sorted(staging.iterdir()):
-            os.replace(path, folder / path.name)
-            written.append(folder / path.name)
-        return written
-    except OSError as error:
-        raise UserError(f"cannot write to output={folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        names = [path.name for path in sorted(staging.iterdir())]
+    return [folder / name for name in names]
 
 
 def run(config: DictConfig) -> int:

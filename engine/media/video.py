@@ -163,6 +163,34 @@ def mux_audio(video_path: str | Path, wave: np.ndarray, rate: int, out_path: str
         raise UserError(f"cannot write {out_path}: {last_line(done.stderr)}")
 
 
+LOSSLESS = ("aac", "mp3", "flac", "alac", "ac3", "eac3", "opus")  # what an .mp4 takes over as it is
+
+
+def join_audio(video_path: str | Path, audio_path: str | Path, out_path: str | Path) -> None:
+    """Write the picture of one file with the sound of another, both exactly as they are.
+
+    Compressed sound is copied; whole-number PCM, as of WAV files, is packed as FLAC, which decodes to the same samples.
+
+    Args:
+        video_path: with a video stream that the container takes, such as H.264.
+        out_path: .mp4, .mov or .mkv.
+
+    Raises:
+        UserError: a file cannot be read or lacks its stream, or the output cannot be written.
+    """
+    sound = probe(audio_path).audio
+    for path, found, kind in ((video_path, probe(video_path).video, "video"), (audio_path, sound, "audio")):
+        if found is None:
+            raise UserError(f"{path} has no {kind} stream")
+    codec = ["-c:a", "copy"] if sound in LOSSLESS else ["-c:a", "flac", "-compression_level", "5"]
+    with atomic_output(out_path) as staging:
+        inputs = [*source(video_path), *source(audio_path), "-map", "0:V:0", "-map", "1:a:0", "-c:v", "copy"]
+        call = command("-v", "error", *inputs, *codec, *_BITEXACT, "-f", _container(out_path), f"file:{staging}")
+        done = subprocess.run(call, capture_output=True, text=True, errors="replace")
+        if done.returncode != 0:
+            raise UserError(f"cannot write {out_path}: {last_line(done.stderr)}")
+
+
 _BITEXACT = ["-fflags", "+bitexact", "-map_metadata", "-1", "-movflags", "+faststart"]
 
 

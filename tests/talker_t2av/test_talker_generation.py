@@ -66,7 +66,15 @@ def test_eight_rows_at_once_are_eight_rows_one_by_one(mode, delay):
         streams = {"t2av": (prefix, prefix), "tts": (prefix, 0), "a2v": (prefix + 2 + seed, prefix)}
         speech, motion = streams.get(mode, (prefix, prefix + 9 - seed))
         rows.append(
-            request(3 + 2 * seed, seed, 4 * speech, 4 * motion, prefix=prefix, max_patches=4 + seed, min_patches=1 + seed % 4)
+            request(
+                3 + 2 * seed,
+                seed,
+                4 * speech,
+                4 * motion,
+                prefix=prefix,
+                max_patches=4 + seed,
+                min_patches=1 + seed % 4,
+            )
         )
     together = generate(model, rows, MODES[mode], SAMPLING)
     lengths = set()

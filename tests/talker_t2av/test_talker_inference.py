@@ -1,0 +1,164 @@
+"""`infer.py model=talker_t2av` as a person uses it: files out, many jobs, one line for every kind of mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from omegaconf import OmegaConf
+from talker_fixtures import face_file, save_talker, voice_file
+
+from engine.errors import UserError
+from engine.media.ffmpeg import command, probe
+from engine.media.video import read_video
+from talker_t2av.inference import InferConfig, read_jobs, run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("talker")
+    rng = np.random.default_rng(5)
+    soundfile.write(root / "stereo.wav", 0.1 * rng.standard_normal((20_011, 2)), 22_050, subtype="PCM_24")
+    return {
+        "weights": str(save_talker(root)),
+        "voice": str(voice_file(root / "voice.wav")),
+        "stereo": str(root / "stereo.wav"),
+        "face": str(face_file(root / "face.mp4")),
+    }
+
+
+def config(files, output, **changes):
+    base = OmegaConf.load(ROOT / "configs" / "infer_talker.yaml")
+    base.pop("defaults")
+    return OmegaConf.merge(base, {"weights": files["weights"], "output": str(output), "max_seconds": 0.64, **changes})
+
+
+def decoded(path: str | Path, *arguments: str) -> bytes:
+    return subprocess.run(command("-v", "error", "-i", str(path), *arguments, "-"), capture_output=True).stdout
+
+
+def test_four_modes_write_their_files_and_keep_what_was_given(files, tmp_path):
+    voice, face = {"reference_audio": files["voice"]}, {"reference_video": files["face"]}
+    assert run(config(files, tmp_path, mode="t2av", text="hi", **voice, **face)) == 0
+    assert run(config(files, tmp_path, mode="tts", text="hi", seed=4, **voice)) == 0
+    assert run(config(files, tmp_path, mode="a2v", audio=files["stereo"], **face)) == 0
+    assert run(config(files, tmp_path, mode="v2a", video=files["face"], **voice)) == 0
+    names = ["a2v.mp4", "a2v.wav", "t2av.mp4", "t2av.wav", "tts.wav", "v2a.mp4", "v2a.wav"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+
+    wave, rate = soundfile.read(tmp_path / "t2av.wav")
+    assert rate == 24_000 and len(read_video(tmp_path / "t2av.mp4")) * 960 == len(wave)
+    assert probe(tmp_path / "t2av.mp4").audio == "aac"
+    pcm = ["-map", "0:a", "-f", "s32le", "-c:a", "pcm_s32le"]
+    assert (tmp_path / "a2v.wav").read_bytes() == Path(files["stereo"]).read_bytes()
+    assert len(decoded(files["stereo"], *pcm)) == 20_011 * 2 * 4
+    assert decoded(tmp_path / "a2v.mp4", *pcm) == decoded(files["stereo"], *pcm)
+    assert len(read_video(tmp_path / "a2v.mp4")) == -(-20_011 * 25 // 22_050)
+    packets = ["-map", "0:v", "-c", "copy", "-f", "framemd5"]
+    assert decoded(tmp_path / "v2a.mp4", *packets) == decoded(files["face"], *packets) != b""
+    assert len(soundfile.read(tmp_path / "v2a.wav")[0]) == 15 * 960
+
+
+def test_many_jobs_and_one_that_fails(files, tmp_path, capsys):
+    lines = [
+        {"text": "one", "name": "first"},
+        {"text": "two", "reference_audio": "nowhere.wav"},
+        {"mode": "t2av", "text": "three", "reference_video": files["face"], "seed": 3},
+    ]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    asked = config(
+        files, tmp_path / "out", mode="tts", reference_audio=files["voice"], jobs=str(tmp_path / "jobs.jsonl")
+    )
+    assert run(asked) == 1
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0003.mp4", "0003.wav", "first.wav"]
+    said = capsys.readouterr()
+    assert "nowhere.wav" in said.err and "2 of 3 jobs" in said.out
+    again = config(files, tmp_path / "again", mode="tts", text="one", reference_audio=files["voice"], name="first")
+    run(again)
+    first, alone = (soundfile.read(tmp_path / folder / "first.wav")[0] for folder in ("out", "again"))
+    np.testing.assert_allclose(first, alone, atol=2 / 32768)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1"),
+        ("[1]", "give an object"),
+        ('{"txt": "a"}', "unknown setting 'txt'"),
+        ('{"text": 3}', "text=3"),
+        ('{"text": "a", "seed": "x"}', "seed='x'"),
+        ('{"text": "a", "seed": 1.5}', "seed=1.5"),
+        ('{"text": "a", "name": "a/b"}', "without folders"),
+        ('{"text": "a"}\n{"text": "b", "name": "0001"}', "two jobs"),
+        ('{"text": ""}', "needs text"),
+        ("", "no line"),
+    ],
+)
+def test_bad_lines(files, tmp_path, line, message):
+    (tmp_path / "jobs.jsonl").write_text(line)
+    asked = config(files, tmp_path, mode="tts", reference_audio=files["voice"], jobs=str(tmp_path / "jobs.jsonl"))
+    with pytest.raises(UserError, match=message) as error:
+        run(asked)
+    assert "\n" not in str(error.value)
+
+
+def test_every_mistake_is_one_line_and_leaves_nothing(files, tmp_path):
+    base = {"mode": "t2av", "text": "a", "reference_audio": files["voice"], "reference_video": files["face"]}
+    output = tmp_path / "out"
+    for change, message in (
+        ({"mode": "vv"}, "mode=vv"),
+        ({"weights": str(tmp_path / "nowhere")}, "not found"),
+        ({"weights": str(Path(files["weights"]).parent / "voice")}, "voice_encoder"),
+        ({"codecs": {"speech": str(tmp_path / "nowhere")}}, "nowhere"),
+        ({"sampling": {"steps": 0}}, "steps=0"),
+        ({"sampling": {"guidance": -1.0}}, "guidance=-1"),
+        ({"reference_video": files["voice"]}, "no video"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"seed": "x"}, "seed"),
+        ({"name": ".."}, "name"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            run(config(files, output, **{**base, **change}))
+        assert "\n" not in str(error.value) and not output.exists(), change
+    with pytest.raises(UserError, match="would replace the input"):
+        run(config(files, Path(files["face"]).parent, **base, name="face"))
+
+
+def test_the_bundled_model_works_on_the_demo_where_nothing_is_given():
+    def job(**given):
+        return read_jobs(InferConfig(**given))[0][1]
+
+    for mode in ("t2av", "tts", "a2v", "v2a"):
+        one = job(mode=mode)
+        files = (one.reference_audio, one.reference_video, one.audio, one.video)
+        assert one.text and all(Path(f).is_file() for f in files if f) and any(files)
+    assert job(text="hello").text == "hello" and job(mode="v2a", video="x.mp4").text == ""
+    assert job(mode="t2av", reference_video="x.mp4").reference_audio is None  # its own sound
+    with pytest.raises(UserError, match="reference_audio"):
+        job(mode="tts", text="a", weights="folder")
+
+
+def test_the_command_line_itself(files, tmp_path):
+    def infer(*words):
+        call = [sys.executable, "infer.py", "model=talker_t2av", *words]
+        environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'codecs'}", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+        return subprocess.run(call, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+    shown = infer("--help")
+    assert shown.returncode == 0 and "prefix_seconds" in shown.stdout and "mode=v2a" in shown.stdout
+    text = "it's 007, really: [yes]"
+    done = infer(
+        "mode=tts", f"text={text}", f"reference_audio={files['voice']}", f"weights={files['weights']}",
+        "max_seconds=0.32", f"output={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "tts.wav").is_file() and "1 of 1 jobs" in done.stdout
+    wrong = infer("mode=t2av", "modee=x")
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "Traceback" not in wrong.stderr

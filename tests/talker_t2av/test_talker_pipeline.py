@@ -1,0 +1,163 @@
+"""From files to speech and faces: four jobs, streams that add up, what is given stays as it is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from talker_fixtures import DM, face_file, save_talker, voice_file
+
+from engine.errors import UserError
+from engine.media.audio import read_audio
+from talker_t2av.pipeline import Job, TalkerPipeline
+from talker_t2av.prepare import encode_motion, read_square
+from talker_t2av.system import TalkerSystem
+
+TEXT = "set red"
+
+
+@pytest.fixture(scope="module", params=[(0, 0.0), (1, 0.33)], ids=["plain", "delay and prefix"])
+def pipeline(request, tmp_path_factory) -> TalkerPipeline:
+    root = tmp_path_factory.mktemp("talker")
+    delay, prefix = request.param
+    pipeline = TalkerPipeline.from_pretrained(save_talker(root, delay))
+    pipeline.prefix = prefix
+    pipeline.files = {
+        "voice": str(voice_file(root / "voice.wav")),
+        "long": str(voice_file(root / "long.wav", 1.111, seed=3)),
+        "face": str(face_file(root / "face.mp4")),
+        "talking": str(face_file(root / "talking.mp4", frames=10, sound=True)),
+    }
+    return pipeline
+
+
+def jobs_of(pipeline: TalkerPipeline) -> dict[str, Job]:
+    files, more = pipeline.files, {"prefix_seconds": pipeline.prefix}
+    voice, face = files["voice"], files["face"]
+    return {
+        "t2av": Job("t2av", TEXT, voice, face, max_seconds=1.0, min_seconds=0.5, **more),
+        "tts": Job("tts", TEXT, voice, max_seconds=1.0, min_seconds=0.5, **more),
+        "a2v": Job("a2v", TEXT, voice, face, audio=files["long"], **more),
+        "v2a": Job("v2a", TEXT, voice, face, video=face, **more),
+    }
+
+
+def test_four_jobs_at_once(pipeline):
+    jobs = list(jobs_of(pipeline).values())
+    t2av, tts, a2v, v2a = pipeline.run(jobs)
+    assert t2av.frames.shape[1:] == (32, 32, 3) and len(t2av.wave) == 960 * len(t2av.frames)
+    assert t2av.motion.shape == (len(t2av.frames), DM) and 12 <= len(t2av.frames) <= 28
+    assert tts.frames is None and len(tts.wave) == 960 * len(tts.speech)
+    given = read_audio(pipeline.files["long"], 24_000)
+    assert np.array_equal(a2v.wave, given) and len(a2v.frames) == -(-len(given) // 960) and a2v.speech is None
+    assert v2a.frames is None and len(v2a.wave) == 15 * 960 and v2a.motion is None
+    assert not (a2v.stopped or v2a.stopped)
+    for talk, job in zip((t2av, tts, a2v, v2a), jobs):
+        assert np.abs(talk.wave).max() <= 1
+        alone = pipeline(job)
+        np.testing.assert_allclose(alone.wave, talk.wave, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["t2av", "tts", "a2v", "v2a"])
+def test_a_stream_adds_up_to_the_whole(pipeline, mode):
+    job = jobs_of(pipeline)[mode]
+    whole, chunks = pipeline(job), list(pipeline.stream(job))
+    wave = np.concatenate([chunk.wave for chunk in chunks])
+    assert len(chunks) > 1 and wave.shape == whole.wave.shape
+    np.testing.assert_allclose(wave, whole.wave, atol=1e-4)
+    pictures = [chunk.frames for chunk in chunks if chunk.frames is not None]
+    if whole.frames is None:
+        assert not pictures
+    else:
+        frames = np.concatenate(pictures).astype(int)
+        assert frames.shape == whole.frames.shape and np.abs(frames - whole.frames).max() <= 1
+
+
+def test_a_stream_speaks_before_it_knows_the_end(pipeline):
+    """The first sound comes when the decoder has heard its look-ahead, not at the end."""
+    steps, original = [], pipeline._steps
+    pipeline._steps = lambda *a, **k: (steps.append(s) or s for s in original(*a, **k))
+    job = Job("tts", TEXT, pipeline.files["voice"], max_seconds=3.0, min_seconds=3.0)
+    try:
+        first = next(chunk for chunk in pipeline.stream(job) if len(chunk.wave))
+    finally:
+        del pipeline._steps
+    reach = pipeline.system.encoders.speech.decoder.reach[1]
+    assert len(first.wave) and len(steps) == reach // 4 + 1 < 19
+
+
+def test_official_switches_keep_the_prefix(pipeline):
+    files = pipeline.files
+    job = Job("t2av", TEXT, files["voice"], files["face"], compat="official", prefix_seconds=0.33)
+    talk, stream = pipeline(job), list(pipeline.stream(job))
+    delay = pipeline.system.model.config.delay
+    assert talk.stopped or len(talk.speech) == 4 * (max(5, 3 + delay) - 2 - delay + 15)
+    assert len(talk.wave) == 960 * (len(talk.speech) + 8 + 4 * delay) and len(talk.frames) == 8 + len(talk.motion)
+    np.testing.assert_allclose(np.concatenate([c.wave for c in stream]), talk.wave, atol=1e-4)
+    tts = pipeline(Job("tts", TEXT, files["voice"], compat="official", prefix_seconds=0.42))
+    assert len(tts.wave) == 960 * (len(tts.speech) + 10)  # not cut to whole patches
+
+
+def test_the_video_may_bring_the_voice_and_a_file_the_motion(pipeline, tmp_path):
+    files, saved = pipeline.files, tmp_path / "motion.pt"
+    job = Job("t2av", TEXT, reference_video=files["talking"], max_seconds=0.64, min_seconds=0.64)
+    one = pipeline(job)
+    torch.save(encode_motion(pipeline.system, read_square(files["talking"], 10)), saved)
+    two = pipeline(Job(**{**vars(job), "reference_motion": str(saved)}))
+    np.testing.assert_allclose(one.wave, two.wave, atol=1e-4)
+    torch.save(torch.zeros(3, DM + 1), saved)
+    with pytest.raises(UserError, match="reference_motion"):
+        pipeline(Job(**{**vars(job), "reference_motion": str(saved)}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mode": "t2a"}, "mode=t2a"),
+        ({"compat": "old"}, "compat=old"),
+        ({"text": " "}, "needs text"),
+        ({"reference_video": None}, "reference_video"),
+        ({"mode": "tts", "reference_video": None, "reference_audio": None}, "reference_audio"),
+        ({"mode": "a2v"}, "audio=FILE"),
+        ({"mode": "v2a"}, "video=FILE"),
+        ({"mode": "a2v", "audio": "x", "compat": "official"}, "compat=official"),
+        ({"prefix_seconds": -1}, "prefix_seconds=-1"),
+        ({"max_seconds": 99}, "max_seconds=99"),
+        ({"mode": "a2v", "audio": "x", "reference_audio": None, "prefix_seconds": 1}, "needs both"),
+    ],
+)
+def test_jobs_are_checked(fields, message):
+    with pytest.raises(UserError, match=message) as error:
+        Job(**{"mode": "t2av", "text": "a", "reference_audio": "a.wav", "reference_video": "v.mp4", **fields})
+    assert "\n" not in str(error.value)
+
+
+def test_files_are_checked(pipeline, tmp_path):
+    files = pipeline.files
+    long = str(voice_file(tmp_path / "long.wav", 30.5))
+    for job, message in (
+        (Job("tts", TEXT, "nowhere.wav"), "nowhere.wav"),
+        (Job("t2av", TEXT, files["voice"], files["voice"]), "no video"),
+        (Job("t2av", TEXT, reference_video=files["face"]), "has no sound"),
+        (Job("a2v", TEXT, reference_video=files["face"], audio=long), "at most 30 s"),
+        (Job("tts", TEXT, files["voice"], prefix_seconds=0.05), "no whole patch"),
+        (Job("tts", "<|end|>", files["voice"]), "control token"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pipeline(job)
+
+
+def test_folders_are_checked(pipeline, tmp_path):
+    released = tmp_path / "released"
+    released.mkdir()
+    for name in ("model.safetensors", "tokenizer.json", "sub/epoch=0-step=480000.ckpt", "sub/lia-x.pt"):
+        with pytest.raises(UserError, match="download_checkpoints") as error:
+            TalkerSystem.load(released)
+        wanted = "*.ckpt" if name.endswith(".ckpt") else name.rpartition("/")[2]
+        assert wanted in str(error.value) and "\n" not in str(error.value)
+        (released / name).parent.mkdir(exist_ok=True)
+        (released / name).write_bytes(b"")
+    with pytest.raises(UserError, match=r"wavlm_large_finetune\.pth"):
+        TalkerSystem.load(released)
+    with pytest.raises(UserError, match="not found"):
+        TalkerSystem.load(tmp_path / "nowhere")
