@@ -24,6 +24,7 @@ from talker_t2av.data import MotionStats, TalkerShards, byte_tokenizer
 from talker_t2av.generation import Result, generate
 from talker_t2av.losses import TalkerBatch, training_forward, training_losses
 from talker_t2av.model import FPS, TalkerConfig, TalkerT2AV
+from talker_t2av.released_motion import MEAN, STD
 from talker_t2av.request import MODES, Request, Sampling
 from talker_t2av.text import TalkerTokenizer
 from whisperx_vae.vae import WhisperXVAE
@@ -39,25 +40,25 @@ class TalkerTask(Task):
 
     Args:
         model: fields of `TalkerConfig`.
-        features: folder whose talker/ holds latents and stats.json; its held-out splits validate.
         codecs: release folders `speech`, `motion`, `speaker` that made the latents. The release carries their names;
             validation decodes with the first.
+        stats: the motion's statistics, as scripts/prepare_talker.py writes them; None: those of the released model.
         tokenizer: folder with a tokenizer; None is the byte-level one.
         init: release folder of a model of the same sizes to go on from.
         warm_start: `tts` or `projector`, a folder of safetensors each; see `names.warm_start`.
         freeze_embeddings: leave the word embeddings as they are.
         checkpointing: recompute the backbone's activations in the backward pass, to save memory.
         sampling: `steps`, `temperature`, `guidance`: defaults that the release carries.
-        validation: `splits`, and `clips` of each to synthesise; `grammar`: JSGF file of the recogniser. None turns it
-            off.
+        validation: `root` of prepared latents, `splits`, and `clips` of each to synthesise; `grammar`: JSGF file of the
+            recogniser. None turns it off.
         recipe: a sentence for the card.
     """
 
     def __init__(
         self,
         model: Mapping[str, Any],
-        features: str,
         codecs: Mapping[str, str],
+        stats: str | None = None,
         tokenizer: str | None = None,
         init: str | None = None,
         warm_start: Mapping[str, str] | None = None,
@@ -75,12 +76,14 @@ class TalkerTask(Task):
             raise UserError(
                 f"task.model.llm.vocab_size={rows} has to be {self.words.vocab_size} or more for this tokenizer"
             )
-        self.features, self.codecs, self.tokenizer = Path(features), dict(codecs), tokenizer
-        self.stats = MotionStats.read(self.features / "talker" / "stats.json")
-        if len(self.stats.mean) != self.model.config.motion_dim:
+        self.codecs, self.tokenizer, self.digests = dict(codecs), tokenizer, {}
+        self.stats = MotionStats(torch.tensor(MEAN), torch.tensor(STD))
+        if stats:
+            self.stats, self.digests = MotionStats.read(stats), json.loads(Path(stats).read_text()).get("digests", {})
+        channels = self.model.config.motion_dim
+        if len(self.stats.mean) != channels:
             raise UserError(
-                f"{self.features} holds motion of {len(self.stats.mean)} channels, task.model.motion_dim="
-                f"{self.model.config.motion_dim}: set it to that"
+                f"task.model.motion_dim={channels}, but the motion has {len(self.stats.mean)}: set it to that"
             )
         self.sampling, self.validation, self.recipe = Sampling(**(sampling or {})), validation, recipe
         if init:
@@ -113,7 +116,7 @@ class TalkerTask(Task):
         results: dict[str, float] = {}
         c = self.model.config
         for split in self.validation["splits"]:
-            shards = TalkerShards(self.features, split, "t2av", self.tokenizer, c.patch_size, c.delay)
+            shards = TalkerShards(self.validation["root"], split, "t2av", self.tokenizer, c.patch_size, c.delay)
             count = min(self.validation["clips"], len(shards))
             chosen = torch.linspace(0, len(shards) - 1, count).round().long().tolist()
             spoken, frames = speak(self.model, shards, chosen, self.sampling)
@@ -136,7 +139,7 @@ class TalkerTask(Task):
         extra = {
             "motion": {"mean": self.stats.mean.tolist(), "std": self.stats.std.tolist()},
             "codecs": {stream: Path(path).name for stream, path in self.codecs.items()},
-            "digests": json.loads((self.features / "talker" / "stats.json").read_text()).get("digests", {}),
+            "digests": self.digests,
             "sampling": asdict(self.sampling),
         }
         self.model.save(folder, card, extra)
