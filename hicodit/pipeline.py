@@ -185,7 +185,7 @@ class HiCoDiTPipeline:
         self.device = torch.device(device)
         self.system, self.codec = system.to(self.device).eval(), codec.to(self.device).eval()
         self.sampler, self.guidance = sampler, guidance
-        self.detector = detector or HaarDetector()
+        self.detector = detector
         wanted = (system.model.config.levels, system.model.config.codes)
         if wanted != (codec.levels, codec.codebook_size):
             raise UserError(
@@ -256,7 +256,8 @@ class HiCoDiTPipeline:
             raise UserError(f"{name} has {frames / FPS:.2f} s of video; at least {MIN_FRAMES / FPS:.1f} s is needed")
         try:
             if face_box is None:
-                track = track_face(blocks, self.detector, FPS, face)
+                detector = self.detector or HaarDetector(every_size=face != "largest")
+                track = track_face(blocks, detector, FPS, face)
             else:
                 shown = video.shape[2] if array else next(iter_video(video, FPS, block=1)).shape[2]
                 track = given_track(face_box, frames, FPS).scaled(next(iter(blocks)).shape[2] / shown)

@@ -51,10 +51,15 @@ def box_of_points(points: np.ndarray) -> np.ndarray:
 
 
 class HaarDetector:
-    """OpenCV's frontal-face cascade, which ships with its wheel (Apache-2.0): no download."""
+    """OpenCV's frontal-face cascade, which ships with its wheel (Apache-2.0): no download.
 
-    def __init__(self, name: str = "haarcascade_frontalface_alt2.xml") -> None:
-        self.cascade = cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / name))
+    Args:
+        every_size: look for small faces also where there is a large one, at twice the time.
+    """
+
+    def __init__(self, every_size: bool = False) -> None:
+        self.every_size = every_size
+        self.cascade = cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / "haarcascade_frontalface_alt2.xml"))
 
     def __call__(self, frame: np.ndarray) -> np.ndarray:
         grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
@@ -64,7 +69,7 @@ class HaarDetector:
         margin = max(grey.shape) // 8  # a face that touches the border is found with room around it
         grey = cv2.copyMakeBorder(grey, margin, margin, margin, margin, cv2.BORDER_REPLICATE)
         found: tuple = ()
-        for share in (3, 8):  # a large face is found at once; small ones are looked for only where there is none
+        for share in (8,) if self.every_size else (3, 8):  # a large face is found at once, small ones if there is none
             if len(found) == 0:
                 least = max(24, min(grey.shape) // share)
                 found = self.cascade.detectMultiScale(grey, scaleFactor=1.1, minNeighbors=3, minSize=(least, least))

@@ -175,8 +175,11 @@ def _plausible(stretch: _Stretch, fps: float) -> np.ndarray:
     """Which detections (n,) lie where those of one second to either side usually do."""
     centre = stretch.faces[:, :2] + stretch.faces[:, 2:4] / 2
     seen = np.column_stack([centre, stretch.faces[:, 2:4]])
-    near = np.abs(stretch.at[:, None] - stretch.at[None, :]) <= fps
-    middle = np.stack([seen[n][np.argsort(seen[n][:, 2], kind="stable")[n.sum() // 2]] for n in near])
+    first = np.searchsorted(stretch.at, stretch.at - fps)
+    last = np.searchsorted(stretch.at, stretch.at + fps, side="right")
+    near = [seen[a:b] for a, b in zip(first, last)]
+    # The middle one by width, not a mean: where two faces were taken for one, one of them is followed.
+    middle = np.stack([n[np.argsort(n[:, 2], kind="stable")[len(n) // 2]] for n in near])
     moved = np.abs(seen[:, :2] - middle[:, :2]).max(1) / middle[:, 2]
     good = (moved < 0.5) & (np.abs(np.log(seen[:, 2] / middle[:, 2])) < 0.25)
     return good if good.any() else ~good
@@ -187,11 +190,13 @@ def _local_lines(at: np.ndarray, faces: np.ndarray, wanted: np.ndarray) -> np.nd
 
     Widths get only a local mean: a head does not grow while it is out of sight.
     """
-    values = faces.copy()
-    values[:, :2] += values[:, 2:4] / 2  # centres move; corners also shift as sizes flicker
-    out = np.empty((len(wanted), values.shape[1]))
+    centred_faces = faces.copy()
+    centred_faces[:, :2] += faces[:, 2:4] / 2  # centres move; corners also shift as sizes flicker
+    out = np.empty((len(wanted), faces.shape[1]))
+    far = 8 * SMOOTH_SECONDS  # whose weight is nothing; a stretch has no gap as long
     for i, time in enumerate(wanted):
-        offset = at - time
+        near = slice(*np.searchsorted(at, (time - far, time + far)))
+        offset, values = at[near] - time, centred_faces[near]
         weight = np.exp(-0.5 * (offset / SMOOTH_SECONDS) ** 2) + 1e-9
         mean_offset = np.average(offset, weights=weight)
         mean = np.average(values, axis=0, weights=weight)

@@ -1,0 +1,235 @@
+"""Face tracking on made videos of every hard kind: each gives the right track, or one clear line."""
+
+import json
+import subprocess
+import weakref
+
+import cv2
+import numpy as np
+import pytest
+from conftest import draw_face, talking_head
+
+from engine.errors import UserError
+from engine.media.ffmpeg import command
+from engine.media.video import iter_video, read_video, write_video
+from hicodit.conditions.detectors import FRONTAL, HaarDetector, YuNetDetector, box_of_points, with_points
+from hicodit.conditions.face import DETECT_EVERY, given_track, read_boxes, track_face
+from hicodit.conditions.strip import Strip
+
+SIDE = 96  # of a drawn head; its face box is about 0.7 of it
+HAAR, THOROUGH = HaarDetector(), HaarDetector(every_size=True)
+
+
+def scene(frames: int, heads: list, size: tuple[int, int] = (120, 320)) -> np.ndarray:
+    """Frames (T, H, W, 3) with drawn heads; each is a function of the frame number to (x, y, side) or None."""
+    out = np.full((frames, *size, 3), (150, 160, 170), np.uint8)
+    for i in range(frames):
+        for place in heads:
+            where = place(i)
+            if where is not None:
+                x, y, side = where
+                head = draw_face(0.5 + 0.5 * np.sin(i), side)
+                out[i, y : y + side, x : x + side] = head[: size[0] - y, : size[1] - x]
+    return out
+
+
+def middle(track) -> np.ndarray:
+    return track.boxes[:, 0] + track.boxes[:, 2] / 2
+
+
+def near(track, frames, x: float) -> bool:
+    """Whether the box's centre is within a tenth of a head of x in these frames, sizes included."""
+    part = track[frames]
+    return bool((np.abs(middle(part) - x) < SIDE / 8).all() and (part.boxes[:, 2] > SIDE / 3).all())
+
+
+def test_of_two_faces_the_larger_the_central_or_the_numbered_one_is_followed():
+    large, central = (lambda i: (5, 5, 112)), (lambda i: (130, 20, 64))
+    video = scene(30, [large, central])
+    assert near(track_face([video], HAAR), slice(None), 5 + 56)
+    assert near(track_face([video], THOROUGH, face="central"), slice(None), 130 + 32)
+    assert near(track_face([video], THOROUGH, face=1), slice(None), 5 + 56)
+    assert near(track_face([video], THOROUGH, face=2), slice(None), 130 + 32)
+    with pytest.raises(UserError, match=r"face=3: no more than 2"):
+        track_face([video], THOROUGH, face=3)
+    for wrong in ("smallest", 0):
+        with pytest.raises(UserError, match=f"face={wrong} is unknown"):
+            track_face([video], HAAR, face=wrong)
+
+
+def test_two_faces_that_cross_keep_their_sizes():
+    """The nearer head passes in front of the other: the track stays on it."""
+
+    def front(i):
+        return (10 + 3 * i, 5, 112)
+
+    track = track_face([scene(60, [lambda i: (140, 30, 64), front])], HAAR)
+    assert np.abs(middle(track) - (10 + 56 + 3 * np.arange(60)))[5:55].max() < 20
+
+
+def test_a_face_that_leaves_and_comes_back_elsewhere():
+    def head(i):
+        return (10, 10, SIDE) if i < 40 else (200, 10, SIDE) if i >= 90 else None
+
+    track = track_face([scene(130, [head])], HAAR)
+    assert near(track, slice(0, 38), 10 + 48) and near(track, slice(92, None), 200 + 48)
+    assert track.seen[:38].all() and not track.seen[45:85].any() and track.seen[92:].all()
+    assert track.unseen(25.0).startswith("1.") and track.unseen(25.0).endswith(" s") and "," not in track.unseen(25.0)
+
+
+def test_short_gaps_are_interpolated():
+    """A hand before the face for 0.6 s while the head moves on."""
+
+    def head(i):
+        return None if 30 <= i < 45 else (10 + i, 10, SIDE)
+
+    track = track_face([scene(90, [head])], HAAR)
+    assert track.seen.all() and track.unseen(25.0) == ""
+    assert np.abs(middle(track) - (10 + 48 + np.arange(90))).max() < 10
+
+
+def test_a_cut_is_not_smoothed_over():
+    def head(i):
+        return (10, 10, SIDE) if i < 50 else (210, 10, SIDE)
+
+    track = track_face([scene(100, [head])], HAAR)
+    assert near(track, slice(0, 48), 58) and near(track, slice(53, None), 258)
+    assert track.seen.all()
+
+
+def test_a_zoom_is_followed():
+    track = track_face([scene(60, [lambda i: (60, 4, 60 + (50 * i) // 59)])], HAAR)
+    assert track.boxes[-1, 2] > 1.4 * track.boxes[0, 2]
+
+
+def test_single_false_detections_are_dropped():
+    def detector(frame):
+        boxes = [[100.0, 10, 60, 60]] if frame[0, 0, 0] % 3 else []
+        return np.array(boxes + ([[10.0, 10, 90, 90]] if frame[0, 0, 0] in (4, 11) else [])).reshape(-1, 4)
+
+    frames = np.zeros((100, 8, 8, 3), np.uint8)
+    frames[:, 0, 0, 0] = np.arange(100) // DETECT_EVERY
+    assert np.allclose(track_face([frames], detector).boxes, [100, 10, 60, 60])
+
+
+def test_no_face_is_refused_with_the_seconds():
+    blank = scene(60, [])
+    with pytest.raises(UserError, match=r"no face found in any of its 2\.4 s"):
+        track_face([blank], HAAR)
+    rare = scene(100, [lambda i: (100, 10, SIDE) if i < 16 else None])
+    with pytest.raises(UserError, match=r"\d+% of it \(at 0\.[67]-4\.0 s\)"):
+        track_face([rare], HAAR)
+
+
+def test_a_face_at_the_border_and_odd_sizes():
+    video = scene(30, [lambda i: (0, 0, SIDE)], (97, 131))
+    assert near(track_face([video], HAAR), slice(None), 48)
+
+
+def test_dark_and_noisy_pictures():
+    rng = np.random.default_rng(0)
+    video = scene(30, [lambda i: (90, 10, SIDE)])
+    video = np.clip(video * 0.3 + rng.normal(0, 6, video.shape), 0, 255).astype(np.uint8)
+    assert near(track_face([video], HAAR), slice(None), 138)
+
+
+@pytest.mark.parametrize("kind", ["rotated", "variable rate", "no sound, 60 fps", "large"])
+def test_files(tmp_path, kind):
+    """What only a file can be; the track is in the picture as a player shows it."""
+    video = scene(50, [lambda i: (200, 10, SIDE)])
+    write_video(tmp_path / "a.mp4", video, 25)
+    arguments = {
+        "rotated": (["-display_rotation", "90"], ["-c", "copy"]),
+        "variable rate": ([], ["-vf", "setpts='if(lt(N,20),N,20+2*(N-20))/25/TB'", "-fps_mode", "vfr"]),
+        "no sound, 60 fps": ([], ["-an", "-r", "60"]),
+        "large": ([], ["-vf", "scale=1280:480"]),
+    }[kind]
+    call = command("-v", "error", *arguments[0], "-i", str(tmp_path / "a.mp4"), *arguments[1], str(tmp_path / "b.mp4"))
+    subprocess.run(call, check=True)
+    if kind == "rotated":  # turned by 90 degrees, the drawn face lies on its side and nothing else is there
+        assert read_video(tmp_path / "b.mp4").shape[1:3] == (320, 120)
+        upright = [np.ascontiguousarray(np.rot90(block, -1, (1, 2))) for block in iter_video(tmp_path / "b.mp4")]
+        assert near(track_face(upright, HAAR), slice(None), 248)
+        return
+    track = track_face(iter_video(tmp_path / "b.mp4", 25.0, 640), HAAR)
+    assert len(track) == {"variable rate": 80, "no sound, 60 fps": 50, "large": 50}[kind]
+    scale = 2 if kind == "large" else 1
+    assert np.abs(middle(track) - 248 * scale).max() < 12 * scale
+
+
+def test_a_long_clip_is_never_held_in_memory():
+    """Frames go by, only their detections stay: of forty blocks no more than two are alive at once."""
+    alive: list[weakref.ref] = []
+
+    def blocks():
+        for _ in range(40):
+            block = np.zeros((50, 8, 8, 3), np.uint8)
+            alive.append(weakref.ref(block))
+            yield block
+            del block
+            assert sum(reference() is not None for reference in alive) <= 2
+
+    track = track_face(blocks(), lambda frame: np.array([[10.0, 10, 40, 40]]))
+    assert len(track) == 2000 and track.seen.all()
+
+
+def test_boxes_that_the_user_gives(tmp_path):
+    assert np.allclose(given_track(read_boxes("10,20,30,40"), 7).boxes, [10, 20, 30, 40])
+    path = tmp_path / "track.json"
+    path.write_text(json.dumps([{"time": 0, "box": [0, 0, 50, 50]}, {"time": 1, "box": [25, 0, 50, 50]}]))
+    moving = given_track(read_boxes(str(path)), 40)
+    assert np.allclose(moving.boxes[:26, 0], np.arange(26)) and np.allclose(moving.boxes[26:, 0], 25)
+    path.write_text(json.dumps([[i, 0, 50, 50] for i in range(9)]))
+    assert np.allclose(given_track(read_boxes(str(path)), 9).boxes[:, 0], np.arange(9))
+    for text, message in (("1,2,3", "give x,y,w,h"), ("1,2,0,4", "larger than 0"), ("left", "give x,y,w,h")):
+        with pytest.raises(UserError, match=message):
+            given_track(read_boxes(text), 9)
+    with pytest.raises(UserError, match="boxes for 9 frames, the clip has 10"):
+        given_track(read_boxes(str(path)), 10)
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"track\.json"):
+        read_boxes(str(path))
+
+
+def test_boxes_and_points_agree():
+    box = np.array([30.0, 40, 80, 80])
+    points = with_points(box[None])[0, 4:].reshape(5, 2)
+    assert np.allclose(points, box[:2] + FRONTAL * 80)
+    assert np.allclose(box_of_points(points), box)
+    turned = points.copy()
+    turned[:, 0] = 70 + (points[:, 0] - 70) * 0.5  # a turned head is narrower, and no smaller
+    assert np.allclose(box_of_points(turned)[2:], 80)
+
+
+def test_points_of_a_detector_are_kept():
+    points = np.array([20.0, 30, 60, 34, 40, 50, 25, 70, 58, 73])
+
+    def detector(frame):
+        return np.concatenate([box_of_points(points.reshape(5, 2)), points])[None]
+
+    assert np.allclose(track_face([np.zeros((20, 90, 90, 3), np.uint8)], detector).points, points.reshape(5, 2))
+
+
+def test_yunet_needs_its_file(tmp_path):
+    with pytest.raises(UserError, match="face_detection_yunet_2023mar"):
+        YuNetDetector(tmp_path / "absent.onnx")
+    (tmp_path / "wrong.onnx").write_bytes(b"no network")
+    with pytest.raises(UserError, match="not the YuNet network"):
+        YuNetDetector(tmp_path / "wrong.onnx")
+
+
+def test_strip_shows_what_was_seen(tmp_path):
+    video = talking_head(30)
+    track = track_face([video], HAAR)
+    track.seen[15:] = False
+    strip = Strip(track, 25.0)
+    for start in (0, 16):
+        part = video[start : start + 16]
+        strip.add(part, part[..., 0][:, :48, :48].copy(), start)
+    strip.write(tmp_path / "strip.png")
+    picture = cv2.imread(str(tmp_path / "strip.png"))
+    assert picture.shape[1] == 10 * 160
+    green, red = picture[-1, 100], picture[-1, -100]
+    assert green[1] > green[2] and red[2] > red[1]
+    with pytest.raises(UserError, match=r"\.png"):
+        strip.write(tmp_path / "strip.jpg")
