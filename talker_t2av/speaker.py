@@ -23,7 +23,7 @@ from transformers import WavLMConfig, WavLMModel
 from engine.errors import UserError
 from engine.release import half, load_strict, read_release, save_release
 from engine.safe_pickle import read_checkpoint
-from talker_t2av.speaker_names import FILE, LARGE, head_sizes, our_name, wavlm_config
+from talker_t2av.speaker_names import FILE, LARGE, TRAINING_ONLY, head_sizes, our_name, wavlm_config
 from whisperx_vae.features import RATE, log_mel
 
 KIND = "voice_encoder"
@@ -215,7 +215,7 @@ class SpeakerEncoder(nn.Module):
     def from_released(
         cls, state: Mapping[str, Tensor], original: Mapping[str, Any] = LARGE, source: str | Path = FILE
     ) -> SpeakerEncoder:
-        """The encoder with the tensors of `state` (released names), strict; entries of training alone are left out.
+        """The encoder with the tensors of `state` (released names), strict; those of the training loss are left out.
 
         Args:
             original: WavLM's configuration by the original's field names.
@@ -226,14 +226,13 @@ class SpeakerEncoder(nn.Module):
         """
         with torch.device("meta"):
             encoder = cls(wavlm_config(original), original["normalize"], **head_sizes(state))
-        renamed = {our_name(key): value for key, value in state.items()}
+        renamed = {our_name(key): value for key, value in state.items() if not key.startswith(TRAINING_ONLY)}
         projection = "wavlm.feature_projection.projection."
         if projection + "weight" not in renamed:  # the original has none where the widths agree
             width = original["encoder_embed_dim"]
             renamed |= {projection + "weight": torch.eye(width), projection + "bias": torch.zeros(width)}
-        wanted = encoder.state_dict().keys()
-        kept = {k: v.float() if v.is_floating_point() else v for k, v in renamed.items() if k in wanted}
-        load_strict(encoder, kept, source, assign=True)
+        renamed = {k: v.float() if v.is_floating_point() else v for k, v in renamed.items()}
+        load_strict(encoder, renamed, source, assign=True)
         return encoder.eval()
 
     @classmethod

@@ -17,6 +17,7 @@ from engine.errors import UserError
 
 FILE = "wavlm_large_finetune.pth"
 WAVLM = "feature_extract.model."
+TRAINING_ONLY = "loss_calculator."
 
 # WavLM-Large, by the original's own field names; the released file holds no configuration of it.
 LARGE: dict[str, Any] = {

@@ -148,8 +148,7 @@ class VoiceEncoderTask(Task):
 
     def release(self, folder: Path, results: dict[str, float]) -> None:
         """Write the encoder as a release folder."""
-        lines = "\n".join(f"- {name}: {value:.4g}" for name, value in sorted(results.items()))
-        self.encoder.save(folder, f"# Voice encoder\n\n{self.recipe}\n\n{lines}\n")
+        self.encoder.save(folder, card(self.encoder, self.recipe, results))
 
 
 @torch.no_grad()
@@ -172,6 +171,36 @@ def evaluate(encoder: VoiceEncoder, root: Path) -> dict[str, float]:
         results[f"seen/nearest_voice{suffix}"] = _nearest(seen[column], seen[0], train[column], train[0])
         results[f"unseen/nearest_voice{suffix}"] = _nearest_other(unseen[column], unseen[0])
     return results
+
+
+def card(encoder: VoiceEncoder, recipe: str, results: Mapping[str, float]) -> str:
+    """README of a release."""
+    config, millions = encoder.config, sum(p.numel() for p in encoder.parameters()) / 1e6
+    table = "\n".join(f"| {name} | {value:.3f} |" for name, value in sorted(results.items()))
+    return f"""# Voice encoder
+
+16-kHz wave -> {config.embedding} numbers that tell voices apart: ECAPA-TDNN on {config.bands} log-mel bands,
+{millions:.2f} M weights in half precision. Trained on espeak-ng speech of the synthetic corpus only,
+to repeat the GE2E embeddings of Resemblyzer; it is no speaker encoder for other voices. The numbers are
+not of unit length (about {config.embedding**0.5:.0f}); loudness drops out. Apache-2.0, like the repository.
+
+```python
+from talker_t2av.speaker import VoiceEncoder
+embedding = VoiceEncoder.from_pretrained("FOLDER").embed(wave)  # (N,) at 16 kHz, a quarter of a second or more
+```
+
+{recipe}
+
+## Results
+
+`cosine`: with GE2E, whole clips. `nearest_voice`: share of clips nearest to the mean embedding of their
+own voice, among the training voices (seen; means of training clips) or among the held-out voices (unseen;
+means of the other unseen clips); `_ge2e`: the same of GE2E itself.
+
+| figure | value |
+|---|---|
+{table}
+"""
 
 
 def _nearest(embeddings: Tensor, voices: Tensor, enrolled: Tensor, enrolled_voices: Tensor) -> float:

@@ -27,7 +27,7 @@ RATE = 16_000
 SIDE = 224
 WINDOW = 5  # video frames
 STEPS = 20  # MFCC frames beside them
-SHIFT = 15  # largest shift that is looked at, in video frames
+SHIFT = 15  # largest shift that the published scores look at, in video frames
 BATCH = 20
 
 
@@ -206,14 +206,18 @@ class SyncScore:
 
         Smoothed by a median over nine windows; beyond the ends are zeros.
         """
-        raw = self.distances.mean(0).median() - self.distances[:, SHIFT - self.offset]
+        mean = self.distances.mean(0)
+        raw = mean.median() - self.distances[:, mean.argmin()]
         return nn.functional.pad(raw, (4, 4)).unfold(0, 9, 1).median(-1).values
 
 
-def sync_score(lip: Tensor, audio: Tensor) -> SyncScore:
-    """Embeddings (W, D) of lips and sound, window by window -> score. Beyond the ends the sound is a zero vector."""
-    padded = nn.functional.pad(audio, (0, 0, SHIFT, SHIFT)).unfold(0, 2 * SHIFT + 1, 1)  # (W, D, S)
+def sync_score(lip: Tensor, audio: Tensor, shift: int = SHIFT) -> SyncScore:
+    """Embeddings (W, D) of lips and sound, window by window -> score over shifts of -shift..shift windows.
+
+    Beyond the ends the sound is a zero vector.
+    """
+    padded = nn.functional.pad(audio, (0, 0, shift, shift)).unfold(0, 2 * shift + 1, 1)  # (W, D, S)
     distances = (lip[..., None] - padded + 1e-6).norm(dim=1)
     mean = distances.mean(0)
     least, at = mean.min(0)
-    return SyncScore(float(mean.median() - least), float(least), SHIFT - int(at), distances)
+    return SyncScore(float(mean.median() - least), float(least), shift - int(at), distances)

@@ -60,9 +60,12 @@ def test_a_state_by_released_names_makes_the_same_encoder(changes):
     encoder = tiny_encoder(**changes)
     mode = (TINY | changes)["extractor_mode"]
     state = {released_name(name, mode): value for name, value in encoder.state_dict().items()}
-    again = SpeakerEncoder.from_released({**state, "training.only": torch.zeros(3)}, TINY | changes)
+    loss = {"loss_calculator.projection.weight": torch.zeros(3)}
+    again = SpeakerEncoder.from_released(state | loss, TINY | changes)
     wave = torch.randn(4000)
     assert torch.equal(again.embed(wave), encoder.embed(wave))
+    with pytest.raises(UserError, match="unexpected tensor"):
+        SpeakerEncoder.from_released({**state, "linear.wieght": torch.zeros(3)}, TINY | changes)
     del state["bn.weight"]
     with pytest.raises(UserError, match=r"head\.bn\.weight"):
         SpeakerEncoder.from_released(state, TINY | changes)
