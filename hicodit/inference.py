@@ -21,7 +21,9 @@ from engine.files import all_or_none, writable
 from engine.media.audio import read_audio, write_wav
 from engine.media.video import mux_audio
 from engine.metrics.speaker import SpeakerEncoder
-from hicodit.pipeline import BUNDLED, Crops, HiCoDiTPipeline, Speech, window_count
+from hicodit.conditions.detectors import YuNetDetector
+from hicodit.conditions.face import read_boxes
+from hicodit.pipeline import BUNDLED, FPS, Crops, HiCoDiTPipeline, Speech, window_count
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")
 
@@ -57,6 +59,11 @@ class InferConfig:
     device: str = "auto"
     batch_size: int = 8
     figure: bool = True
+    face: str = "largest"
+    face_box: str | None = None
+    detector: str | None = None
+    debug: bool = False
+    encoders: str | None = None
     sampler: SamplerOverrides = field(default_factory=SamplerOverrides)
     guidance: GuidanceOverrides = field(default_factory=GuidanceOverrides)
 
@@ -126,7 +133,10 @@ def run(config: DictConfig) -> int:
     output = Path(c.output)
     clips = find_clips(Path(c.input) if c.input else BUNDLED.parent / "demo" / "silent.mp4", output)
     with writable(output):
-        pipeline = HiCoDiTPipeline.from_pretrained(c.weights or BUNDLED, pick_device(c.device), c.codec)
+        detector = YuNetDetector(c.detector) if c.detector else None
+        pipeline = HiCoDiTPipeline.from_pretrained(
+            c.weights or BUNDLED, pick_device(c.device), c.codec, c.encoders, detector
+        )
         pipeline.sampler = replace(pipeline.sampler, **_given(c.sampler))
         pipeline.guidance = replace(pipeline.guidance, **_given(c.guidance))
         identity = None
@@ -138,6 +148,7 @@ def run(config: DictConfig) -> int:
 def _speak_all(
     pipeline: HiCoDiTPipeline, clips: list[Path], output: Path, c: InferConfig, identity: np.ndarray | None
 ) -> int:
+    face, box = int(c.face) if c.face.isdecimal() else c.face, read_boxes(c.face_box) if c.face_box else None
     failed: list[str] = []
     start, spoken = time.monotonic(), 0.0
 
@@ -152,7 +163,8 @@ def _speak_all(
             group: list[tuple[Path, Crops]] = []
             for clip in clips[first : first + c.batch_size]:
                 try:
-                    group.append((clip, pipeline.crops(clip)))
+                    strip = output / f"{clip.stem}_face.png" if c.debug else None
+                    group.append((clip, pipeline.crops(clip, face, box, strip)))
                 except UserError as error:
                     fail(error)
             if not group:
@@ -160,14 +172,16 @@ def _speak_all(
             progress.total += pipeline.sampler.steps * max(window_count(len(crops.mouth)) for _, crops in group)
             seeds = [c.seed] * len(group)
             speeches = pipeline.run([k for _, k in group], seeds, identity, on_step=lambda _: progress.update())
-            for (clip, _), speech in zip(group, speeches):
+            for (clip, crops), speech in zip(group, speeches):
                 try:
                     written = write_outputs(clip, speech, output, c.figure)
                 except UserError as error:
                     fail(error)
                     continue
                 spoken += len(speech.wave) / speech.rate
-                tqdm.write(f"{clip} -> {', '.join(p.name for p in written)}", file=sys.stdout)
+                unseen = crops.track.unseen(FPS)
+                note = f" (no face seen at {unseen})" if unseen else ""
+                tqdm.write(f"{clip} -> {', '.join(p.name for p in written)}{note}", file=sys.stdout)
     elapsed, done = time.monotonic() - start, len(clips) - len(failed)
     if not done:
         raise UserError(f"none of the {len(clips)} clips of input={c.input} could be done; the first: {failed[0]}")

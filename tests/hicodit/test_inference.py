@@ -146,3 +146,22 @@ def test_command_line_exits_2_without_a_traceback():
         )
         assert done.returncode == 2, done.stderr
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_the_face_can_be_named_and_checked(release, clip, tmp_path):
+    given = {"face_box": "30,24,68,68", "debug": True, "figure": False}
+    assert run(config(release, clip, tmp_path / "box", **given)) == 0
+    assert sorted(p.name for p in (tmp_path / "box").iterdir()) == ["head.mp4", "head.wav", "head_face.png"]
+    with pytest.raises(UserError, match="face=2"):
+        run(config(release, clip, tmp_path / "two", face="2"))
+    with pytest.raises(UserError, match=r"detector at absent\.onnx"):
+        run(config(release, clip, tmp_path / "two", detector="absent.onnx"))
+    assert not (tmp_path / "two").exists()
+
+
+def test_seconds_without_a_face_are_reported(release, tmp_path, capsys):
+    video = talking_head(100)
+    video[40:80] = 150
+    write_video(tmp_path / "gap.mp4", video, 25)
+    assert run(config(release, tmp_path / "gap.mp4", tmp_path / "out", figure=False)) == 0
+    assert "(no face seen at 1." in capsys.readouterr().out
