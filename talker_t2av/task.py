@@ -107,6 +107,7 @@ class TalkerTask(Task):
         """Losses of a batch; see `data.collate`."""
         return training_losses(self.model, training_forward(self.model, TalkerBatch.of(batch)))
 
+    @torch.no_grad()
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         """Speak held-out sentences: word error rate, and how well the stop head finds the end."""
         if self.validation is None:

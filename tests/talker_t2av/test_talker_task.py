@@ -1,0 +1,170 @@
+"""Training of Talker-T2AV on prepared latents and on recordings, validation and release."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from talker_fixtures import DM, DS, LLM, save_talker, voice_file
+
+from engine.errors import UserError
+from talker_t2av.data import Paired, TalkerShards
+from talker_t2av.losses import TalkerBatch, training_forward
+from talker_t2av.model import TalkerT2AV
+from talker_t2av.names import EMBEDDINGS
+from talker_t2av.recordings import recordings
+from talker_t2av.task import TalkerTask
+from talker_t2av.text import TalkerTokenizer
+
+TEXTS = ["lay blue", "set red now", "bin green at two"]
+MODEL = {
+    "llm": LLM,
+    "speech_dim": DS,
+    "motion_dim": DM,
+    "encoder_layers": 1,
+    "encoder_heads": 2,
+    "head_layers": 2,
+    "head_heads": 2,
+    "max_positions": 16,
+    "repeats": 1,
+    "motion_weight": 1.0,
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Prepared latents of two splits, statistics, a grammar, and releases of random codecs."""
+    root = tmp_path_factory.mktemp("corpus")
+    g = torch.Generator().manual_seed(0)
+    for split in ("train", "seen"):
+        rows = []
+        (root / "talker" / split).mkdir(parents=True)
+        for i, text in enumerate(TEXTS):
+            frames = 14 + 3 * i
+            latents = {
+                "speech": torch.randn(frames, DS, generator=g),
+                "motion": 0.5 * torch.randn(frames, DM, generator=g) + 0.1,
+                "speaker": torch.randn(256, generator=g),
+            }
+            name = f"{split}_{i}"
+            save_file({k: v.half() for k, v in latents.items()}, root / "talker" / split / f"{name}.safetensors")
+            rows.append({"id": name, "text": text})
+        (root / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    stats = {"motion_mean": [0.1] * DM, "motion_std": [0.5] * DM, "digests": {"speech": "abc"}}
+    (root / "talker" / "stats.json").write_text(json.dumps(stats))
+    (root / "grammar.jsgf").write_text("#JSGF V1.0;\ngrammar g;\npublic <g> = (lay blue) | (set red now);\n")
+    save_talker(root / "releases")
+    return root
+
+
+def make_task(root, **changes) -> TalkerTask:
+    torch.manual_seed(0)
+    arguments = {
+        "model": MODEL,
+        "codecs": {"speech": str(root / "releases" / "speech"), "motion": "some/motion", "speaker": "some/voice"},
+        "stats": str(root / "talker" / "stats.json"),
+        "sampling": {"steps": 2, "temperature": 0.5, "guidance": 1.5},
+    }
+    return TalkerTask(**(arguments | changes))
+
+
+def pairs(root) -> Paired:
+    return Paired(TalkerShards(root, "train", "t2av"), TalkerShards(root, "train", "tts"))
+
+
+def a_batch(root) -> dict[str, torch.Tensor]:
+    data = pairs(root)
+    return data.collate([data.__getitem__(i, torch.Generator().manual_seed(i)) for i in range(3)])
+
+
+def test_a_batch_is_learned(root):
+    task, batch = make_task(root), a_batch(root)
+    optimiser = torch.optim.AdamW(task.parts()["model"].parameters(), lr=3e-3)
+    found = []
+    for step in range(30):
+        torch.manual_seed(step)
+        losses = task(batch, "model")
+        values = {name: float(value.detach()) for name, value in losses.items()}
+        assert math.isclose(values["loss"], values["speech"] + values["motion"] + values["stop"], rel_tol=1e-5)
+        optimiser.zero_grad()
+        losses["loss"].backward()
+        optimiser.step()
+        found.append(values["loss"])
+    assert sum(found[-10:]) < 0.8 * sum(found[:10])
+
+
+def test_half_of_a_batch_is_speech_only(root):
+    task, batch = make_task(root), a_batch(root)
+    assert (batch["motion_frames"] > 0).tolist() == [True] * 3 + [False] * 3
+    embeds = training_forward(task.model, TalkerBatch.of(batch)).embeds
+    assert torch.equal(embeds[:, 0], task.model.task_embedding.weight[[1, 1, 1, 0, 0, 0]])
+    assert task.tokens(batch) == int(batch["attention_mask"].sum())
+
+
+def test_validation_speaks_held_out_sentences(root, tmp_path):
+    pytest.importorskip("pocketsphinx")
+    checks = {"root": str(root), "splits": ["seen"], "clips": 2, "grammar": str(root / "grammar.jsgf")}
+    task = make_task(root, validation=checks).eval()
+    results = task.validate(5, tmp_path)
+    assert results.keys() == {"wer_seen", "stopped_seen", "length_error_seen"}
+    assert 0 <= results["stopped_seen"] <= 1 and results["length_error_seen"] >= 0
+    assert len(list(tmp_path.glob("*.wav"))) == 2
+    assert make_task(root).validate(5, tmp_path) == {}
+
+
+def test_a_release_holds_all_that_inference_needs(root, tmp_path):
+    task = make_task(root)
+    task.release(tmp_path / "out", {"wer_seen": 0.5})
+    model, config = TalkerT2AV.load(tmp_path / "out")
+    assert model.config == task.model.config
+    assert config["codecs"] == {"speech": "speech", "motion": "motion", "speaker": "voice"}
+    assert config["motion"]["mean"] == pytest.approx([0.1] * DM) and config["digests"] == {"speech": "abc"}
+    assert config["sampling"] == {"steps": 2, "temperature": 0.5, "guidance": 1.5}
+    words = TalkerTokenizer.from_pretrained(tmp_path / "out")
+    assert words.prompt("lay blue") == task.words.prompt("lay blue")
+    assert "wer_seen | 0.5" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_frozen_embeddings_and_checkpointing_leave_the_losses(root):
+    batch = a_batch(root)
+    found = []
+    for changes, frozen in (({}, []), ({"freeze_embeddings": True, "checkpointing": True}, [EMBEDDINGS])):
+        task = make_task(root, **changes).train()
+        torch.manual_seed(0)
+        found.append(task(batch, "model")["loss"])
+        found[-1].backward()
+        assert [name for name, p in task.model.named_parameters() if p.grad is None] == frozen
+    torch.testing.assert_close(*found)
+
+
+def test_a_warm_start_is_taken(root, tmp_path):
+    value = torch.full((32,), 3.0)
+    save_file({"patch_encoder.norm.scale": value}, tmp_path / "model.safetensors")
+    task = make_task(root, warm_start={"tts": str(tmp_path)})
+    assert torch.equal(task.model.speech_patch_encoder.norm.scale.data, value)
+
+
+def test_mistakes_are_named(root):
+    with pytest.raises(UserError, match="vocab_size=200 has to be 262"):
+        make_task(root, model=MODEL | {"llm": LLM | {"vocab_size": 200}})
+    with pytest.raises(UserError, match="motion_dim=7, but the motion has 5"):
+        make_task(root, model=MODEL | {"motion_dim": 7})
+
+
+def test_recordings_of_a_csv_become_pairs(root, tmp_path):
+    lines = ["motion_pt_path,wav_path,text"]
+    for i, text in enumerate(TEXTS[:2]):
+        voice_file(tmp_path / f"{i}.wav", 0.6 + 0.2 * i, i)
+        torch.save(torch.randn(15 + 5 * i, DM).half(), tmp_path / f"{i}.pt")
+        lines.append(f"{i}.pt,{i}.wav,{text}")
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    codecs = {"speech": str(root / "releases" / "speech"), "speaker": str(root / "releases" / "voice")}
+    stats = str(root / "talker" / "stats.json")
+    data = recordings(codecs, csv=str(tmp_path / "list.csv"), root=str(tmp_path), stats=stats)
+    batch = data.collate([data.__getitem__(i, torch.Generator()) for i in range(len(data))])
+    assert batch["motion_frames"].tolist() == [12, 20, 0, 0]
+    assert batch["speech"].shape[2] == DS and batch["speaker"].shape == (4, 256)
+    assert torch.isfinite(make_task(root)(batch, "model")["loss"])
+    with pytest.raises(UserError, match=r"data\.train\.csv"):
+        recordings(codecs)
