@@ -7,6 +7,7 @@ Half the size of the half precision that training releases; loading is the same.
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -32,6 +33,9 @@ def main() -> None:
         raise UserError(f"--exact {unknown[0]}: no tensor of {args.release} begins so; the first is {min(state)}")
     card = args.release / "README.md"
     save_release(args.out, kind, config, compact(state, tuple(args.exact)), card.read_text() if card.is_file() else "")
+    for path in args.release.iterdir():  # a tokenizer's files
+        if path.is_file() and not (args.out / path.name).exists():
+            shutil.copyfile(path, args.out / path.name)
     before, after = ((folder / "model.safetensors").stat().st_size / 1e6 for folder in (args.release, args.out))
     print(f"{args.out}: {after:.1f} MB, was {before:.1f} MB")
 
