@@ -6,6 +6,7 @@ Axes: B pairs, S side, M motion.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,26 @@ from lia_x.lia_x import LiaX, LiaXConfig
 from lia_x.losses import Discriminator, Perceptual, pyramid_l1, region_weights, structural
 
 MOTION_GAIN = 4.0  # of the first motion codes over those of equalised weights
+
+
+def _start(config: LiaXConfig) -> LiaX:
+    """Random weights, but no flow yet and larger motion codes."""
+    codec = LiaX(config)
+    # Random flows would first have to be unlearnt: displacements of the whole picture are in their reach.
+    for level in codec.decoder.levels:
+        nn.init.zeros_(level.to_flow.conv.weight)
+    # Codes that are small beside the styles they move are noise to the decoder, which learns to do without them.
+    with torch.no_grad():
+        codec.encoder.to_motion.weight.mul_(MOTION_GAIN)
+    return codec
+
+
+def _load(folder: str, config: LiaXConfig) -> LiaX:
+    codec = LiaX.from_pretrained(folder)
+    for name, value in asdict(codec.config).items():
+        if value != getattr(config, name):
+            raise UserError(f"task.init={folder} has {name}={value}, but task.codec asks for {getattr(config, name)}")
+    return codec.train()
 
 
 class LiaXTask(Task):
@@ -42,6 +63,8 @@ class LiaXTask(Task):
             times `scale` (known movements of the corpus; the other codes are free). None: no such loss.
         motion_noise: deviation of the Gaussian noise on the motion codes that the decoder gets. It makes neighbouring
             codes mean neighbouring pictures, and the sparsity loss from merely shrinking the codes.
+        init: release folder to start from instead of random weights.
+        decoder_only: the encoder keeps the weights of `init`, so that motion codes stay the same.
         discriminator: `width` and `max_width`.
         vgg: file of torchvision's vgg19 weights.
         validation: `root`, `splits`, `clips` (per split) and `regions` (boxes by name); None: no
@@ -57,18 +80,18 @@ class LiaXTask(Task):
         growth: Mapping[str, int] | None = None,
         guide: Mapping[str, float] | None = None,
         motion_noise: float = 0.0,
+        init: str | None = None,
+        decoder_only: bool = False,
         discriminator: Mapping[str, int] | None = None,
         vgg: str | None = None,
         validation: Mapping[str, Any] | None = None,
     ):
         super().__init__()
-        self.codec = LiaX(LiaXConfig(**codec))
-        # Random flows would first have to be unlearnt: displacements of the whole picture are in their reach.
-        for level in self.codec.decoder.levels:
-            nn.init.zeros_(level.to_flow.conv.weight)
-        # Codes that are small beside the styles they move are noise to the decoder, which learns to do without them.
-        with torch.no_grad():
-            self.codec.encoder.to_motion.weight.mul_(MOTION_GAIN)
+        self.codec = _load(init, LiaXConfig(**codec)) if init else _start(LiaXConfig(**codec))
+        if decoder_only:
+            if not init:
+                raise UserError("task.decoder_only=true needs task.init: the release whose codes are to be kept")
+            self.codec.encoder.requires_grad_(False)
         self.weights, self.pyramid, self.motion_noise = dict(weights), pyramid, motion_noise
         self.growth, self.guide, self.validation = growth, guide, validation
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))

@@ -133,13 +133,16 @@ def test_small_pictures_and_taught_codes_come_first():
 
 
 def test_training_learns_to_move(tmp_path):
-    task = make_task(weights=WEIGHTS | {"structural": 0.0, "adversarial": 0.0, "sparsity": 0.0})
+    codec = CODEC | {"size": 16}
+    task = make_task(codec=codec, weights=WEIGHTS | {"structural": 0.0, "adversarial": 0.0, "sparsity": 0.0})
     assert list(task.parts()) == ["generator"]
-    optimiser = torch.optim.Adam(task.codec.parameters(), lr=0.02, betas=(0.9, 0.99))
-    video = torch.from_numpy(moving_square(8))
+    optimiser = torch.optim.Adam(task.codec.parameters(), lr=0.01, betas=(0.9, 0.99))
+    video = torch.full((4, 16, 16, 3), 40, dtype=torch.uint8)
+    for t in range(4):
+        video[t, 2 * t : 2 * t + 9] = 220  # about half of the picture: the median of no pixel is the best guess
     generator = torch.Generator().manual_seed(0)
-    for _ in range(120):
-        chosen = torch.randperm(8, generator=generator).view(4, 2)
+    for _ in range(60):
+        chosen = torch.randperm(4, generator=generator).view(2, 2)
         optimiser.zero_grad()
         task({"frames": video[chosen]}, "generator")["loss"].backward()
         optimiser.step()
@@ -147,10 +150,26 @@ def test_training_learns_to_move(tmp_path):
     codec = task.codec.eval()
     rebuilt = codec.render(true[0], codec.motion(true))
     still = (true - true[:1])[1:].square().mean()
-    assert (rebuilt - true)[1:].square().mean() < 0.5 * still
-    task.release(tmp_path / "release", {"seen/psnr": 1.0})
-    again = LiaX.from_pretrained(tmp_path / "release")
-    torch.testing.assert_close(again.motion(true), codec.motion(true), rtol=0.02, atol=0.02)
+    assert (rebuilt - true)[1:].square().mean() < 0.4 * still
+
+
+def test_decoder_alone_goes_on_from_a_release(tmp_path):
+    make_task().release(tmp_path / "release", {"seen/psnr": 1.0})
+    weights = WEIGHTS | {"adversarial": 0.0}
+    task = make_task(weights=weights, init=str(tmp_path / "release"), decoder_only=True)
+    released = LiaX.from_pretrained(tmp_path / "release")
+    parameters = [p for p in task.parts()["generator"].parameters() if p.requires_grad]
+    optimiser = torch.optim.Adam(parameters, lr=1e-3)
+    task(batch(), "generator")["loss"].backward()
+    optimiser.step()
+    picture = torch.rand(1, 3, 32, 32)
+    assert torch.equal(task.codec.motion(picture), released.motion(picture))
+    moved = task.codec.decoder.levels[-1].to_rgb.bias - released.decoder.levels[-1].to_rgb.bias
+    assert moved.abs().min() > 1e-4  # more than the rounding of a release
+    with pytest.raises(UserError, match="depth=1"):
+        make_task(codec=CODEC | {"depth": 2}, init=str(tmp_path / "release"))
+    with pytest.raises(UserError, match=r"task\.init"):
+        make_task(decoder_only=True)
 
 
 def test_validation_measures_and_draws(corpus, tmp_path):
