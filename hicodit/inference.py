@@ -185,7 +185,9 @@ def _speak_all(
     elapsed, done = time.monotonic() - start, len(clips) - len(failed)
     if not done:
         raise UserError(f"none of the {len(clips)} clips of input={c.input} could be done; the first: {failed[0]}")
+    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in pipeline.seconds.items())
     print(f"{done} of {len(clips)} clips in {output}: {spoken:.1f} s of speech in {elapsed:.1f} s on {pipeline.device}")
+    print(f"of which {stages}")
     return 1 if failed else 0
 
 

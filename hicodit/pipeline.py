@@ -5,7 +5,10 @@ Axes: B batch, T video frames (25 a second), L = 2 T token frames, K token level
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -186,6 +189,7 @@ class HiCoDiTPipeline:
         self.system, self.codec = system.to(self.device).eval(), codec.to(self.device).eval()
         self.sampler, self.guidance = sampler, guidance
         self.detector = detector
+        self.seconds: Counter[str] = Counter()  # wall time spent in each stage so far
         wanted = (system.model.config.levels, system.model.config.codes)
         if wanted != (codec.levels, codec.codebook_size):
             raise UserError(
@@ -251,18 +255,24 @@ class HiCoDiTPipeline:
             raise UserError(f"frames of shape {video.shape} and type {video.dtype}: give (T, H, W, 3) uint8 RGB")
 
         blocks = [video] if array else ClipFrames(video)
-        frames = sum(map(len, blocks))  # also the first look at the whole file
+        with self._stage("reading"):
+            frames = sum(map(len, blocks))  # also the first look at the whole file
         if frames < MIN_FRAMES:
             raise UserError(f"{name} has {frames / FPS:.2f} s of video; at least {MIN_FRAMES / FPS:.1f} s is needed")
         try:
-            if face_box is None:
-                detector = self.detector or HaarDetector(every_size=face != "largest")
-                track = track_face(blocks, detector, FPS, face)
-            else:
-                shown = video.shape[2] if array else next(iter_video(video, FPS, block=1)).shape[2]
-                track = given_track(face_box, frames, FPS).scaled(next(iter(blocks)).shape[2] / shown)
+            with self._stage("tracking"):
+                if face_box is None:
+                    detector = self.detector or HaarDetector(every_size=face != "largest")
+                    track = track_face(blocks, detector, FPS, face)
+                else:
+                    shown = video.shape[2] if array else next(iter_video(video, FPS, block=1)).shape[2]
+                    track = given_track(face_box, frames, FPS).scaled(next(iter(blocks)).shape[2] / shown)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
+        with self._stage("crops"):
+            return self._cut(blocks, track, strip)
+
+    def _cut(self, blocks: Iterable[np.ndarray], track: FaceTrack, strip: str | Path | None) -> Crops:
         config, mouth, faces, start = self.system.encoders.config, [], [], 0
         drawing = Strip(track, FPS) if strip is not None else None
         for block in blocks:
@@ -277,6 +287,14 @@ class HiCoDiTPipeline:
         if drawing is not None:
             drawing.write(strip)
         return Crops(np.concatenate(mouth), np.concatenate(faces), track)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
 
     @torch.inference_mode()
     def conditions(self, crops: Sequence[Crops], identity: np.ndarray | None = None) -> Conditions:
@@ -310,16 +328,21 @@ class HiCoDiTPipeline:
 
         `identity` (256,) and `expressions` (each (J,), repeated to the clip's length) replace what the faces show.
         """
-        conditions = self.conditions(crops, identity)
+        with self._stage("encoders"):
+            conditions = self.conditions(crops, identity)
         if expressions is not None:
             shown = np.stack([np.resize(e, conditions.expression.shape[1]) for e in expressions])
             conditions = replace(conditions, expression=torch.from_numpy(shown).to(conditions.expression))
-        tokens = generate(self.system.model, conditions, sampler or self.sampler, self.guidance, seeds, on_step=on_step)
+        with self._stage("tokens"):
+            settings = sampler or self.sampler, self.guidance
+            tokens = generate(self.system.model, conditions, *settings, seeds, on_step=on_step)
+        with self._stage("wave"):
+            waves = self.speak(tokens)
         expressions = conditions.expression.cpu().numpy()
         windows = [-(-2 * len(c.mouth) // 25) for c in crops]
         return [
             Speech(wave, self.codec.sample_rate, t.numpy(), c, e[:w])
-            for wave, t, c, e, w in zip(self.speak(tokens), tokens, crops, expressions, windows)
+            for wave, t, c, e, w in zip(waves, tokens, crops, expressions, windows)
         ]
 
     def __call__(
