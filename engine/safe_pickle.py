@@ -97,13 +97,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Dicts, lists and scalars out of stand-ins for OmegaConf nodes; None for what is neither.
+    """Dicts, lists and scalars out of stand-ins for configuration objects; None for what is neither.
 
-    A container node's state has `_content` (a dict or list of nodes), a value node's has `_val`.
+    An OmegaConf container's state has `_content` (a dict or list of nodes), an OmegaConf value's has `_val`; any other
+    object, such as an argparse namespace, becomes the dict of its attributes.
     """
     if isinstance(value, StandIn):
         state = value.state if isinstance(value.state, dict) else {}
-        return plain(state["_content"]) if "_content" in state else plain(state.get("_val"))
+        return plain(state.get("_content", state.get("_val", state or None)))
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items() if isinstance(key, str)}
     if isinstance(value, list | tuple):

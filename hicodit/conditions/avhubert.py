@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.release import load_strict
-from engine.safe_pickle import StandIn, plain, read_checkpoint
+from engine.safe_pickle import plain, read_checkpoint
 
 VIEW = 88  # side of the picture that the network sees
 MEAN, DEVIATION = 0.421, 0.165  # of grey values in [0, 1]
@@ -252,8 +252,6 @@ def released_config(state: dict[str, Tensor], source: str | Path, settings: Any 
 
 def _settings(node: Any) -> dict[str, Any]:
     """The model's settings in a fairseq configuration: of the pre-trained model where a fine-tuned one wraps it."""
-    if isinstance(node, StandIn) and isinstance(node.state, dict) and "_content" not in node.state:
-        node = node.state  # an argparse namespace of older files
     node = plain(node)
     if not isinstance(node, dict):
         return {}

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from engine.config import load
 from engine.errors import UserError
 from engine.media.audio import write_wav
 from engine.media.video import write_video
@@ -63,9 +64,9 @@ def test_large_checkpoint_has_every_tensor_of_the_network():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("wrapped", ["pre-trained", "fine-tuned", "namespace"])
+@pytest.mark.parametrize("wrapped", ["pre-trained", "fine-tuned", "namespace", "namespace within"])
 def test_fairseq_files_are_read_without_fairseq(tmp_path, wrapped):
-    """Heads and the place of the norms come from the configuration, which is pickled in three ways."""
+    """Heads and the place of the norms come from the configuration, which is pickled in several ways."""
     state, said = hubert_state("avhubert_small"), {"encoder_attention_heads": 4, "layer_norm_first": False}
     content = {"model": state, "cfg": {"model": OmegaConf.create(said)}, "extra": Namespace(a=1)}
     if wrapped == "fine-tuned":
@@ -73,6 +74,8 @@ def test_fairseq_files_are_read_without_fairseq(tmp_path, wrapped):
         content = {"model": state, "cfg": OmegaConf.create({"model": {"w2v_args": {"model": said}, "heads": 9}})}
     elif wrapped == "namespace":
         content = {"model": state, "args": Namespace(**said), "cfg": None}
+    elif wrapped == "namespace within":
+        content = {"model": state, "args": None, "cfg": {"model": Namespace(**said), "task": None}}
     torch.save(content, tmp_path / "a.pt")
     model = AVHubert.from_pretrained(tmp_path / "a.pt")
     assert (model.config.heads, model.config.norm_first, model.config.layers) == (4, False, 3)
@@ -149,6 +152,13 @@ def test_encoder_choice_is_a_configuration():
         encoder_config({"kind": "huge"})
     with pytest.raises(UserError, match="lip_size"):
         encoder_config({"kind": "released", "lip_size": 3})
+
+
+def test_the_papers_recipe_fits_its_encoders():
+    config = load("train", ["experiment=hicodit_paper", "task.codec=x", "task.encoders.folder=y"], "")
+    encoders = encoder_config(OmegaConf.to_container(config.task.encoders))
+    assert isinstance(encoders, ReleasedEncoderConfig) and encoders.folder == "y"
+    assert (encoders.lip_dim, encoders.face_dim) == (config.task.model.lip_dim, config.task.model.face_dim)
 
 
 class Expression(nn.Module):
