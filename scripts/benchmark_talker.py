@@ -7,10 +7,10 @@ training: a forward and backward pass of the batched training forward and of the
 (scripts/plain_talker.py), on the same batches and draws, in turn; the losses must agree. Half of the rows are T2AV,
 lengths are drawn between `--shortest` and `--longest`. Times are processor time, which other programs disturb less.
 
-generation: T2AV with random weights, by parts, and against the plain reading (scripts/plain_talker_generation.py), whose
-latents are compared; eight rows at once against one by one; the codecs, with LIA-X over several frames at once and frame
-by frame. Each size runs in a process of its own, so that peak memory is its own. At most `--patches` patches are
-computed, and times scale to `--seconds`.
+generation: T2AV with random weights, by parts, and against the plain reading (scripts/plain_talker_generation.py),
+whose latents are compared; eight rows at once against one by one; the codecs, with LIA-X over several frames at once
+and frame by frame. Each size runs in a process of its own, so that peak memory is its own. At most `--patches` patches
+are computed, and times scale to `--seconds`.
 
 Axes: T frames, S picture side; else those of talker_t2av/losses.py.
 """

@@ -23,8 +23,9 @@ from engine.errors import UserError
 from engine.files import all_or_none, writable
 from engine.media.audio import write_wav
 from engine.media.video import join_audio, mux_audio, write_video
+from talker_t2av.generation import step_limit
 from talker_t2av.pipeline import Job, Talk, TalkerPipeline
-from talker_t2av.prepare import Prepared, prepare
+from talker_t2av.prepare import Prepared
 from talker_t2av.system import ASSETS, BUNDLED
 
 DEMO = ASSETS / "demo"
@@ -184,15 +185,20 @@ def _talk_all(pipeline: TalkerPipeline, jobs: Sequence[tuple[str, Job]], output:
         failed.append(str(error))
         print(f"failed: {name}: {error}", file=sys.stderr, flush=True)
 
-    with tqdm(total=len(jobs), unit="job", disable=not sys.stderr.isatty(), leave=False) as progress:
+    with tqdm(total=0, unit="patch", disable=not sys.stderr.isatty(), leave=False) as progress:
         for first in range(0, len(jobs), batch_size):
             group: list[tuple[str, Prepared]] = []
             for name, job in jobs[first : first + batch_size]:
                 try:
-                    group.append((name, prepare(job, pipeline.system)))
+                    group.append((name, pipeline.prepare(job)))
                 except UserError as error:
                     fail(name, error)
-            talks = pipeline.finish([p for _, p in group])
+            # The longest that each may last: what the model ends before counts as done.
+            most = sum(step_limit(pipeline.system.model, p.request, p.mode) for _, p in group)
+            progress.total += most
+            before = progress.n
+            talks = pipeline.finish([p for _, p in group], lambda step: progress.update(len(step.rows)))
+            progress.update(before + most - progress.n)
             for (name, prepared), talk in zip(group, talks):
                 try:
                     written = write_outputs(prepared.job, name, talk, output)
@@ -201,12 +207,12 @@ def _talk_all(pipeline: TalkerPipeline, jobs: Sequence[tuple[str, Job]], output:
                     continue
                 talked += len(talk.wave) / pipeline.rate
                 tqdm.write(f"{name}: {', '.join(written)}{_remark(prepared, talk)}", file=sys.stdout)
-            progress.update(batch_size)
     elapsed, done = time.monotonic() - start, len(jobs) - len(failed)
     if not done:
         raise UserError(f"none of the {len(jobs)} jobs could be done; the first: {failed[0]}")
     device = pipeline.system.device
     print(f"{done} of {len(jobs)} jobs in {output}: {talked:.1f} s of speech in {elapsed:.1f} s on {device}")
+    print("of which " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in pipeline.seconds.items()))
     return 1 if failed else 0
 
 

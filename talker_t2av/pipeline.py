@@ -9,8 +9,10 @@ Axes: N samples at 24 kHz, F frames at 25 a second, S picture side, Dm motion ch
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -63,6 +65,9 @@ class TalkerPipeline:
     Args:
         system: the networks.
         sampling: of the diffusion heads; by default the release's own.
+
+    Attributes:
+        seconds: wall time of each stage, of all jobs so far.
     """
 
     rate = RATE
@@ -71,6 +76,7 @@ class TalkerPipeline:
     def __init__(self, system: TalkerSystem, sampling: Sampling | None = None) -> None:
         self.system = system
         self.sampling = sampling or system.sampling
+        self.seconds = dict.fromkeys(("files", "patches", "sound", "pictures"), 0.0)
 
     @classmethod
     def from_pretrained(
@@ -101,22 +107,29 @@ class TalkerPipeline:
     def __call__(self, job: Job) -> Talk:
         return self.run([job])[0]
 
-    def run(self, jobs: Sequence[Job], on_step: Callable[[Step], None] = lambda step: None) -> list[Talk]:
+    def run(self, jobs: Sequence[Job]) -> list[Talk]:
         """Several jobs; those of one mode are one batch."""
-        return self.finish([prepare(job, self.system) for job in jobs], on_step)
+        return list(self.finish([self.prepare(job) for job in jobs]))
+
+    def prepare(self, job: Job) -> Prepared:
+        """Read and encode a job's files. Raises UserError, as `prepare.prepare` does."""
+        with self._clock("files"):
+            return prepare(job, self.system)
 
     def finish(self, prepared: Sequence[Prepared], on_step: Callable[[Step], None] = lambda step: None) -> list[Talk]:
-        """Jobs that are prepared, each mode a batch, in the given order."""
+        """Jobs that are prepared, each mode a batch; the results in the given order."""
         order = sorted(range(len(prepared)), key=lambda i: (prepared[i].job.mode, prepared[i].job.compat))
         talks: dict[int, Talk] = {}
         for _, group in groupby(order, key=lambda i: (prepared[i].job.mode, prepared[i].job.compat)):
             rows = list(group)
             batch = [prepared[i] for i in rows]
             collect = Collector(self.system.model, [p.request for p in batch], batch[0].mode, batch[0].compat)
-            for step in self._steps(batch, check_every=1 if self.system.device.type == "cpu" else 4):
-                collect.add(step)
-                on_step(step)
-            talks |= {i: self._talk(p, result) for i, p, result in zip(rows, batch, collect.results())}
+            with self._clock("patches"):
+                for step in self._steps(batch, check_every=1 if self.system.device.type == "cpu" else 4):
+                    collect.add(step)
+                    on_step(step)
+                results = collect.results()
+            talks |= {i: self._talk(p, result) for i, p, result in zip(rows, batch, results)}
         return [talks[i] for i in range(len(prepared))]
 
     @torch.no_grad()
@@ -181,6 +194,14 @@ class TalkerPipeline:
         if fresh:
             yield np.zeros(0, np.float32)
 
+    @contextmanager
+    def _clock(self, stage: str) -> Iterator[None]:
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.monotonic() - begin
+
     @torch.no_grad()
     def _talk(self, prepared: Prepared, result: Result) -> Talk:
         motion = None
@@ -189,10 +210,12 @@ class TalkerPipeline:
         wave = prepared.wave
         if wave is None:
             before = prepared.prefix_speech.to(self.system.device)
-            wave = _samples(self.system.encoders.speech.decode(torch.cat([before, result.speech])[None]))
+            with self._clock("sound"):
+                wave = _samples(self.system.encoders.speech.decode(torch.cat([before, result.speech])[None]))
             wave = wave if prepared.compat.keeps_prefix else wave[len(before) * HOP :]
             wave = wave[: prepared.frames * HOP] if prepared.frames else wave
-        frames = Face(self.system, prepared).show([] if result.motion is None else [result.motion])
+        with self._clock("pictures"):
+            frames = Face(self.system, prepared).show([] if result.motion is None else [result.motion])
         speech = None if result.speech is None else result.speech.cpu()
         return Talk(np.asarray(wave), frames, speech, motion, result.stopped)
 

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.errors import UserError
 from engine.media.audio import read_audio, resample
-from engine.media.ffmpeg import probe
+from engine.media.ffmpeg import check_readable, probe
 from engine.media.video import iter_video
 from lia_x.pictures import identity_to_tensor, video_to_tensor
 from talker_t2av.data import HOP, MAX_FRAMES, RATE, RATE16
@@ -26,6 +27,7 @@ from talker_t2av.system import TalkerSystem
 from whisperx_vae.features import pad_or_trim
 
 COMPAT = {"paper": {}, "official": {"tts": GENERATE_SPEECH, "t2av": SCRIPT}}
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 PAUSE, BYTE = 1.5, 0.15  # seconds: an utterance takes at most PAUSE + BYTE a byte of text, slow speech included
 
 
@@ -37,7 +39,7 @@ class Job:
         mode: t2av, tts, a2v or v2a.
         text: what is said; in a2v and v2a too, the model was trained with it. It may be empty there.
         reference_audio: a file with the voice. If absent: the given audio (a2v), else the sound of the videos.
-        reference_video: a file with the face; its first frame is animated (t2av, a2v).
+        reference_video: a file with the face, also a picture; its first frame is animated (t2av, a2v).
         reference_motion: a torch file (F, Dm) of its motion codes, which else come from the frames.
         reference_text: what the reference says, if it serves as a prefix that the text goes on from.
         audio: a2v: the sound to which the face moves. video: v2a: the clip that gets a voice.
@@ -162,7 +164,7 @@ class Reference:
         if self.job.mode == "a2v":
             return self.job.audio
         for video in (self.job.reference_video, self.job.video):
-            if video and probe(video).audio:
+            if video and Path(video).suffix.lower() not in PICTURES and probe(video).audio:
                 return video
         raise UserError(f"{self.job.reference_video or self.job.video} has no sound: give reference_audio=FILE")
 
@@ -210,16 +212,20 @@ def prepare(job: Job, system: TalkerSystem) -> Prepared:
         _check_given(total, f"audio={job.audio}")
         given_speech = torch.cat([speech, encode_speech(system, np.pad(wave, (0, total * HOP - len(wave))))])
     if mode.motion == "given":
+        if Path(job.video).suffix.lower() in PICTURES:
+            raise UserError(f"video={job.video} is a picture: give the clip that is to get a voice")
         clip = read_square(job.video, MAX_FRAMES + 1)
         total = len(clip)
         _check_given(total, f"video={job.video}")
         new = encode_motion(system, clip)
         new = torch.cat([new, new[-1:].expand(-total % size, -1)])  # motion comes in whole patches
         given_motion = torch.cat([normalised, system.stats.normalise(new)])
-    seconds = job.prefix_seconds if compat is GENERATE_SPEECH else None
+    speaker = torch.zeros(c.speaker_dim)  # of no use where no speech is drawn
+    if mode.speech == "generated":
+        speaker = reference.speaker(job.prefix_seconds if compat is GENERATE_SPEECH else None)
     request = Request(
         prompt=system.tokenizer.prompt(f"{job.reference_text} {job.text}".strip()),
-        speaker=reference.speaker(seconds),
+        speaker=speaker,
         speech=given_speech,
         motion=given_motion,
         first_motion=first_motion,
@@ -239,21 +245,34 @@ def max_patches(job: Job, patch_size: int) -> int:
 
 
 def read_square(path: str | Path, count: int) -> np.ndarray:
-    """The centred square of the first `count` frames of a video, (F, S, S, 3) uint8.
+    """The centred square of the first `count` frames of a video, or of a picture, (F, S, S, 3) uint8.
 
     There is no face detector here: the face should fill the square, as in the videos that LIA-X was trained on.
     """
+    if Path(path).suffix.lower() in PICTURES:
+        return _square(_picture(path))
     blocks, have = [], 0
     for block in iter_video(path, FPS, block=min(count, 64)):
         blocks.append(block)
         have += len(block)
         if have >= count:
             break
-    frames = np.concatenate(blocks)[:count]
+    return _square(np.concatenate(blocks)[:count])
+
+
+def _square(frames: np.ndarray) -> np.ndarray:
     height, width = frames.shape[1:3]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     return frames[:, top : top + side, left : left + side]
+
+
+def _picture(path: str | Path) -> np.ndarray:
+    """(1, H, W, 3) uint8 RGB of a picture file."""
+    picture = cv2.imread(str(check_readable(path)), cv2.IMREAD_COLOR)
+    if picture is None:
+        raise UserError(f"{path} cannot be read as a picture")
+    return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)[None]
 
 
 def encode_speech(system: TalkerSystem, wave: Tensor | np.ndarray) -> Tensor:

@@ -30,13 +30,17 @@ LLM = {
     "intermediate_size": 48,
     "max_position_embeddings": 512,
 }
+VAE = WhisperXVAEConfig(
+    encoder_width=2, hidden=16, latent_dim=DS, decoder_width=16, mel_bands=20, whisper_context=50, whisper_heads=2,
+    whisper_layers=1,
+)  # fmt: skip
 
 
-def tiny_model(delay: int = 0, context: int = 1, seed: int = 0) -> TalkerT2AV:
+def tiny_model(delay: int = 0, context: int = 1, seed: int = 0, motion_dim: int = DM) -> TalkerT2AV:
     """Random weights, with a stop head whose verdict changes from step to step."""
     torch.manual_seed(seed)
     config = TalkerConfig(
-        LLM, delay=delay, context=context, speech_dim=DS, motion_dim=DM, encoder_layers=1, encoder_heads=2,
+        LLM, delay=delay, context=context, speech_dim=DS, motion_dim=motion_dim, encoder_layers=1, encoder_heads=2,
         head_layers=2, head_heads=2, max_positions=32,
     )  # fmt: skip
     model = TalkerT2AV(config).eval()
@@ -63,12 +67,8 @@ def save_talker(root: Path, delay: int = 0) -> Path:
     """The releases `talker`, `speech`, `motion`, `voice` in `root`; gives the first."""
     model, words = tiny_model(delay), byte_tokenizer()
     torch.manual_seed(1)
-    speech = WhisperXVAEConfig(
-        encoder_width=2, hidden=16, latent_dim=DS, decoder_width=16, mel_bands=20, whisper_context=50,
-        whisper_heads=2, whisper_layers=1,
-    )  # fmt: skip
     motion = LiaXConfig(style_dim=8, motion_dim=DM, scale=1, size=32, width=4, max_width=8, depth=1)
-    WhisperXVAE(speech).save(root / "speech", "card")
+    WhisperXVAE(VAE).save(root / "speech", "card")
     LiaX(motion).save(root / "motion", "card")
     VoiceEncoder(VoiceEncoderConfig(bands=20, channels=16, pooled=16, bottleneck=4)).save(root / "voice", "card")
     model.save(

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import cv2
 import numpy as np
 import pytest
 import torch
-from talker_fixtures import DM, face_file, save_talker, voice_file
+from safetensors.torch import save_file
+from talker_fixtures import DM, VAE, face_file, save_talker, tiny_model, voice_file
 
 from engine.errors import UserError
 from engine.media.audio import read_audio
+from lia_x import LiaX, LiaXConfig
+from talker_t2av.names import LM_HEAD
 from talker_t2av.pipeline import Job, TalkerPipeline
 from talker_t2av.prepare import encode_motion, read_square
+from talker_t2av.request import Sampling
 from talker_t2av.system import TalkerSystem
+from talker_t2av.text import byte_tokenizer
+from whisperx_vae import WhisperXVAE
+from whisperx_vae.released import to_released
 
 TEXT = "set red"
 
@@ -161,3 +171,31 @@ def test_folders_are_checked(pipeline, tmp_path):
         TalkerSystem.load(released)
     with pytest.raises(UserError, match="not found"):
         TalkerSystem.load(tmp_path / "nowhere")
+
+
+def test_a_folder_with_the_released_files(tmp_path):
+    """Model and speech codec under their released names, in folders of their own; the large ones replaced by ours."""
+    folder, ours = tmp_path / "hub", tmp_path / "ours"
+    model = tiny_model(motion_dim=40)
+    (folder / "Talker-T2AV").mkdir(parents=True)
+    (folder / "WhisperX-VAE").mkdir()
+    state = {name: value.clone() for name, value in model.state_dict().items() if name != LM_HEAD}
+    save_file(state, folder / "Talker-T2AV" / "model.safetensors")
+    byte_tokenizer().save(folder / "Talker-T2AV")
+    torch.manual_seed(1)
+    vae = replace(VAE, whisper_heads=1)  # a released file does not tell the number of heads
+    codec = WhisperXVAE(vae).eval()
+    torch.save({"state_dict": to_released(codec.state_dict())}, folder / "WhisperX-VAE" / "epoch=0-step=480000.ckpt")
+    save_talker(ours)
+    lia = LiaXConfig(style_dim=40, motion_dim=40, scale=1, size=32, width=4, max_width=8, depth=1)
+    LiaX(lia).save(ours / "motion40", "card")
+
+    codecs = {"motion": ours / "motion40", "speaker": ours / "voice"}
+    pipeline = TalkerPipeline.from_pretrained(folder, codecs=codecs)
+    assert pipeline.sampling == Sampling() and len(pipeline.system.stats.mean) == 40
+    for name, value in pipeline.system.model.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    voice, face = str(voice_file(tmp_path / "v.wav")), str(tmp_path / "face.png")
+    cv2.imwrite(face, np.full((40, 50, 3), 90, np.uint8))
+    talk = pipeline.t2av(TEXT, voice, face, max_seconds=0.32)
+    assert np.isfinite(talk.wave).all() and talk.frames.shape[1:] == (32, 32, 3)
