@@ -6,7 +6,7 @@ Axes: N clips, K frames that are kept of a clip, S side of the network's square.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import cv2
@@ -61,7 +61,8 @@ class FramePairs(torch.utils.data.Dataset):
         size: S.
         frames: K, at least 2.
         cache: folder for the decoded frames.
-        tracks: names of known movements, one number a frame, that the manifest has under `mouth`.
+        tracks: known movements, one number a frame, that the manifest has under `mouth` or `pose`, and the factor of
+            each.
 
     Raises:
         UserError: no manifest, a clip that cannot be read, fewer than two frames a clip, or a track that is missing.
@@ -74,7 +75,7 @@ class FramePairs(torch.utils.data.Dataset):
         cache: str | Path,
         split: str = "train",
         frames: int = 12,
-        tracks: Sequence[str] = (),
+        tracks: Mapping[str, float] | None = None,
     ):
         if frames < 2:
             raise UserError(f"data.train.frames={frames}: a pair needs 2 or more frames of a clip")
@@ -110,12 +111,13 @@ def _positions(total: int, count: int, shift: float) -> np.ndarray:
     return ((np.arange(count) + shift) * total / count).astype(int)
 
 
-def _tracks(row: dict, names: Sequence[str], frames: int, phase: float) -> Tensor:
-    """The named movements (K, L) at the frames that `sample_frames` takes."""
-    for name in names:
-        if name not in row.get("mouth", {}):
-            raise UserError(f"data.train.tracks: the manifest has no mouth track {name!r} of clip {row['id']}")
-    values = torch.tensor([row["mouth"][name] for name in names]).T
+def _tracks(row: dict, factors: Mapping[str, float], frames: int, phase: float) -> Tensor:
+    """The named movements times their factors, (K, L), at the frames that `sample_frames` takes."""
+    known = row.get("mouth", {}) | row.get("pose", {})
+    for name in factors:
+        if name not in known:
+            raise UserError(f"data.train.tracks: the manifest has no track {name!r} of clip {row['id']}")
+    values = torch.tensor([known[name] for name in factors]).T * torch.tensor(list(factors.values()))
     return values[_positions(len(values), frames, phase)]
 
 

@@ -60,7 +60,7 @@ class LiaXTask(Task):
         growth: `levels` of the pyramid that are left out, and the step `until` which: the finest ones cost most, and
             movement is learned at small sizes. None: all from the start. Steps count the batches of one process.
         guide: `weight` of a loss that, until step `until`, teaches the first motion codes to be the batch's "tracks"
-            times `scale` (known movements of the corpus; the other codes are free). None: no such loss.
+            (known movements of the corpus; the other codes are free). None: no such loss.
         motion_noise: deviation of the Gaussian noise on the motion codes that the decoder gets. It makes neighbouring
             codes mean neighbouring pictures, and the sparsity loss from merely shrinking the codes.
         init: release folder to start from instead of random weights.
@@ -162,8 +162,8 @@ class LiaXTask(Task):
             losses["adversarial"] = F.softplus(-self.discriminator(fake)).mean()
         total = sum(self.weights[name] * value for name, value in losses.items())
         if self._under_way(self.guide):
-            tracks = tracks.flatten(0, 1) * self.guide["scale"]
-            losses["guide"] = (motion[:, : tracks.shape[1]].float() - tracks).square().mean()
+            known = tracks.flatten(0, 1)
+            losses["guide"] = (motion[:, : known.shape[1]].float() - known).square().mean()
             total = total + self.guide["weight"] * losses["guide"]
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
 

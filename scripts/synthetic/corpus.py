@@ -14,7 +14,7 @@ import imageio_ffmpeg
 import numpy as np
 
 from scripts.synthetic.expression import draw_expression, pose, prosody
-from scripts.synthetic.face import Face, draw_motion
+from scripts.synthetic.face import Face, Motion, draw_motion
 from scripts.synthetic.portrait import SIZE, design
 from scripts.synthetic.sentences import SPLITS, draw_sentence
 from scripts.synthetic.speech import Synthesizer
@@ -73,6 +73,15 @@ def loudness(wave: np.ndarray) -> np.ndarray:
     return level / max(1e-6, level.max())
 
 
+def pose_tracks(motion: Motion) -> dict[str, list[float]]:
+    """Head and eye motion by name, one number a frame: pixels, degrees, shares; see `Motion`."""
+    x, y = motion.shift.T
+    gaze_x, gaze_y = motion.gaze.T
+    tracks = {"shift_x": x, "shift_y": y, "turn": motion.turn, "blink": motion.blink}
+    tracks |= {"gaze_x": gaze_x, "gaze_y": gaze_y, "brow": motion.brow}
+    return {name: [round(float(value), 3) for value in values] for name, values in tracks.items()}
+
+
 def clip_id(split: str, index: int) -> str:
     return f"{split}_{index:06d}"
 
@@ -116,6 +125,7 @@ class ClipMaker:
             "seconds": frames / FPS,
             "face": vars(who) | {"light": round(light, 4)},
             "mouth": {key: [round(float(v), 3) for v in column] for key, column in zip(MOUTH, mouth.T)},
+            "pose": pose_tracks(motion),
             "seed": self._seed,
         }
         folder = self._root / split

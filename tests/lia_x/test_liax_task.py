@@ -69,14 +69,14 @@ def test_pairs_come_from_the_cache_and_are_functions_of_the_generator(corpus, tm
 
 
 def test_tracks_belong_to_the_frames(corpus, tmp_path):
-    data = FramePairs(corpus, 32, tmp_path, frames=5, tracks=["width", "open"])
+    data = FramePairs(corpus, 32, tmp_path, frames=5, tracks={"width": 1.0, "open": 2.0})
     item = data.__getitem__(0, torch.Generator().manual_seed(3))
     assert item["tracks"].shape == (2, 2) and (item["tracks"][:, 0] == -1).all()
     tops = [int(frame[:, 16, 0].argmax()) for frame in item["frames"]]  # of the square, which moves 1.6 pixels a frame
-    assert tops == pytest.approx([4 + 16 * float(value) for value in item["tracks"][:, 1]], abs=1.5)
+    assert tops == pytest.approx([4 + 8 * float(value) for value in item["tracks"][:, 1]], abs=1.5)
     assert data.collate([item, item])["tracks"].shape == (2, 2, 2)
-    with pytest.raises(UserError, match="no mouth track 'nose'"):
-        FramePairs(corpus, 32, tmp_path, frames=5, tracks=["nose"])
+    with pytest.raises(UserError, match="no track 'nose'"):
+        FramePairs(corpus, 32, tmp_path, frames=5, tracks={"nose": 1.0})
 
 
 def test_sampled_frames_spread_over_the_clip_and_repeat_in_short_ones(corpus):
@@ -117,7 +117,7 @@ def test_each_part_moves_only_its_own_weights():
 
 def test_small_pictures_and_taught_codes_come_first():
     weights = WEIGHTS | {"adversarial": 0.0}
-    task = make_task(weights=weights, growth={"levels": 1, "until": 2}, guide={"weight": 2.0, "scale": 3.0, "until": 1})
+    task = make_task(weights=weights, growth={"levels": 1, "until": 2}, guide={"weight": 2.0, "until": 1})
     first = batch() | {"tracks": torch.zeros(2, 2, 3)}
     losses = task(first, "generator")
     _, fake, motion = first["_run"]

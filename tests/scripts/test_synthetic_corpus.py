@@ -117,7 +117,7 @@ def test_clip_files_agree(corpus):
             assert about["size"] == (128, 128) and about["fps"] == FPS and about["codec"] == "h264"
             assert sum(1 for _ in reader) == entry["frames"] == round(entry["seconds"] * FPS)
             assert entry["expression"] in EXPRESSIONS
-            assert all(len(values) == entry["frames"] for values in entry["mouth"].values())
+            assert all(len(values) == entry["frames"] for values in [*entry["mouth"].values(), *entry["pose"].values()])
 
 
 def test_phonemes_lie_in_the_clip_and_where_the_sound_is(corpus):
