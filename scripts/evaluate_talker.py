@@ -12,7 +12,8 @@ Every sentence is said with the voice and the face of another clip of the same s
   the sound moved by 200 ms, beside that of the true clips and of true motion drawn by the motion codec (and the
   correlation of what is read with the opening that was drawn);
 - stream: patches drawn before the first sound; the largest difference between the joined chunks and the whole;
-- batch: the largest difference of latents between batches of 8 and singles, and the speed of both.
+- batch: the largest difference of latents between a batch of 8 and singles (and its median over clips, and that of
+  the first patch: rounding errors are fed back and grow from patch to patch), and the speed of both.
 
 Prints a table and writes DATE-talker_t2av.json to --out; --figure also writes a picture of the first t2av clip.
 """
@@ -213,17 +214,18 @@ def measure_batch(pipeline: TalkerPipeline, jobs: Sequence[Job]) -> dict[str, fl
 
     singles, slow = timed([[request] for request in requests])
     together, fast = timed([requests])
-    difference = {"speech": 0.0, "motion": 0.0}
-    for a, b in zip(singles, together):
-        for stream in difference:
-            one, other = getattr(a, stream), getattr(b, stream)
-            same = one.shape == other.shape
-            worst = float((one - other).abs().max()) if same else float("inf")
-            difference[stream] = max(difference[stream], worst)
-    return {
-        "clips": len(jobs),
-        "difference_speech": difference["speech"],
-        "difference_motion": difference["motion"],
+    figures: dict[str, float] = {"clips": len(jobs)}
+    size = pipeline.system.model.config.patch_size
+    for stream in ("speech", "motion"):
+        pairs = [(getattr(a, stream), getattr(b, stream)) for a, b in zip(singles, together)]
+        worst = [float((a - b).abs().max()) if a.shape == b.shape else float("inf") for a, b in pairs]
+        first = [float((a[:size] - b[:size]).abs().max()) for a, b in pairs]  # before rounding errors are fed back
+        figures |= {
+            f"difference_{stream}": max(worst),
+            f"difference_{stream}_median": float(np.median(worst)),
+            f"difference_{stream}_first_patch": max(first),
+        }
+    return figures | {
         "seconds_of_speech_a_second_singles": sum(len(r.speech) for r in singles) / FPS / slow,
         "seconds_of_speech_a_second_batch": sum(len(r.speech) for r in together) / FPS / fast,
         "speed_ratio": slow / fast,
