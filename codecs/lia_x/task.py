@@ -88,6 +88,9 @@ class LiaXTask(Task):
     ):
         super().__init__()
         self.codec = _load(init, LiaXConfig(**codec)) if init else _start(LiaXConfig(**codec))
+        if growth:  # levels that wait add nothing to the enlarged picture, then little by little
+            for level in self.codec.decoder.levels[-growth["levels"] :]:
+                nn.init.zeros_(level.to_rgb.conv.weight)
         if decoder_only:
             if not init:
                 raise UserError("task.decoder_only=true needs task.init: the release whose codes are to be kept")
