@@ -23,6 +23,8 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -171,6 +173,7 @@ def measure_generation(job: dict[str, Any]) -> dict[str, Any]:
     patches = min(whole, job["patches"])
     request = random_request(model, patches)
     result: dict[str, Any] = {k: job[k] for k in ("model", "seconds", "steps")} | {"timed_patches": patches}
+    result["s_of_a_patch"] = size / FPS
     result["parameters"] = sum(p.numel() for p in model.parameters())
     generate(model, [random_request(model, 1)], mode, Sampling(job["steps"]))  # warm up
     _, prefill = clocked(lambda: next(generate_steps(model, [request], mode, Sampling(1, 0.3, 1.0))))
@@ -207,27 +210,20 @@ def measure_generation(job: dict[str, Any]) -> dict[str, Any]:
     _, total = clocked(lambda: generate(model, [request], mode, sampling))
     by_part = {f"{name}_s_a_patch": seconds / patches for name, seconds in parts.seconds.items()}
     result["parts"] = by_part | {"rest_s_a_patch": (total - sum(parts.seconds.values())) / patches}
-    result |= measure_codecs(job, model, sampling, whole)
-    loop = result[f"guidance_{job['guidance'][0]:g}"]["s_a_patch"] * whole
-    spoken = whole * size / FPS
-    result["real_time_factor"] = {
-        "speech_and_motion": loop / spoken,
-        "with_sound": (loop + result["decode_s"]) / spoken,
-        "with_pictures": (loop + result["decode_s"] + result["render_s"]) / spoken,
-    }
+    result |= measure_sound(job, model, sampling, whole)
     result["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return result
 
 
-def measure_codecs(job: dict[str, Any], model: TalkerT2AV, sampling: Sampling, whole: int) -> dict[str, Any]:
-    """The decoders of the same size, with random weights: sound, pictures, and the time to the first sound."""
+def codec_config(codec: str, size: str) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.load(CONFIGS / "codec" / f"{codec}_{size}.yaml"))
+
+
+def measure_sound(job: dict[str, Any], model: TalkerT2AV, sampling: Sampling, whole: int) -> dict[str, Any]:
+    """The sound decoder of the same size, with random weights, and the time to the first sound."""
     c = model.config
-
-    def config_of(name: str) -> dict[str, Any]:
-        return OmegaConf.to_container(OmegaConf.load(CONFIGS / "codec" / f"{name}_{job['model']}.yaml"))
-
     with torch.device("meta"):  # its encoder and Whisper stay there
-        vae = WhisperXVAE(WhisperXVAEConfig(**config_of("whisperx_vae"))).eval()
+        vae = WhisperXVAE(WhisperXVAEConfig(**codec_config("whisperx_vae", job["model"]))).eval()
     vae.out_proj.to_empty(device="cpu"), vae.decoder.to_empty(device="cpu")
     for parameter in [*vae.out_proj.parameters(), *vae.decoder.parameters()]:
         torch.nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else torch.nn.init.ones_(parameter)
@@ -241,37 +237,59 @@ def measure_codecs(job: dict[str, Any], model: TalkerT2AV, sampling: Sampling, w
             yield step.speech
 
     _, first = clocked(lambda: next(iter(vae.decode_stream(latents()))))
-
-    lia = LiaX(LiaXConfig(**config_of("lia_x"))).eval()
-    side, count = lia.config.size, job["rendered"]
-    identity = lia.identity(torch.rand(3, side, side) * 2 - 1)
-    codes = 0.1 * torch.randn(count, c.motion_dim)
-    lia.render(identity, codes[:1])
-    _, batched = clocked(lambda: lia.render(identity, codes))
-    _, single = clocked(lambda: lia.render(identity, codes, chunk=1))
-    scale = whole * c.patch_size
     return {
-        "decode_s": decode / frames * scale,
         "decode_s_a_patch": decode / frames * c.patch_size,
         "first_sound_s": first,
         "patches_before_first_sound": len(before),
-        "render_s": batched / count * scale,
-        "render_s_a_patch": batched / count * c.patch_size,
-        "frames_a_second": count / batched,
-        "frames_a_second_one_by_one": count / single,
     }
 
 
+@torch.no_grad()
+def measure_pictures(job: dict[str, Any]) -> dict[str, Any]:
+    """LIA-X of the same size, with random weights: several frames at once, and one by one."""
+    torch.set_num_threads(job["threads"])
+    torch.manual_seed(0)
+    lia = LiaX(LiaXConfig(**codec_config("lia_x", job["model"]))).eval()
+    side, count = lia.config.size, job["rendered"]
+    identity = lia.identity(torch.rand(3, side, side) * 2 - 1)
+    codes = 0.1 * torch.randn(count, lia.config.motion_dim)
+    lia.render(identity, codes[:1])
+    _, batched = clocked(lambda: lia.render(identity, codes))
+    _, single = clocked(lambda: lia.render(identity, codes, chunk=1))
+    return {
+        "render_s_a_frame": batched / count,
+        "frames_a_second": count / batched,
+        "frames_a_second_one_by_one": count / single,
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def alone(call: Callable[[dict[str, Any]], dict[str, Any]], job: dict[str, Any]) -> dict[str, Any]:
+    """The result of a call in a process of its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        try:
+            return pool.submit(call, job).result()
+        except BrokenProcessPool as error:
+            raise UserError(f"--models {job['model']}: the process was killed, as for want of memory") from error
+
+
 def run_generation(args: argparse.Namespace) -> None:
-    results = []
+    what = "Talker-T2AV generation (T2AV, random weights): processor time by part, and against the plain reading"
+    hardware = {"machine": platform.machine(), "threads": args.threads}
     for model in args.models:
         job = {k: getattr(args, k) for k in ("threads", "seconds", "steps", "guidance")} | {"model": model}
         few = model != "tiny"
         job["patches"] = args.patches or (4 if few else 10**6)
         job |= {"decoded": 25 if few else 10**6, "rendered": 2 if few else 64, "rows": 1 if few else args.rows}
-        with get_context("spawn").Pool(1) as pool:
-            results.append(pool.apply(measure_generation, (job,)))
-        r = results[-1]
+        r = alone(measure_generation, job)
+        r["pictures"] = alone(measure_pictures, job)
+        loop, sound = r[f"guidance_{args.guidance[0]:g}"]["s_a_patch"], r["decode_s_a_patch"]
+        picture, patch = r["pictures"]["render_s_a_frame"], r["s_of_a_patch"]
+        r["real_time_factor"] = {
+            "speech_and_motion": loop / patch,
+            "with_sound": (loop + sound) / patch,
+            "with_pictures": (loop + sound) / patch + picture * FPS,
+        }
         ratios = ", ".join(f"{r[f'guidance_{g:g}']['speed_up']:.2f}x at guidance {g:g}" for g in args.guidance)
         print(
             f"{model}: real-time factor {r['real_time_factor']['speech_and_motion']:.2f} "
@@ -280,10 +298,8 @@ def run_generation(args: argparse.Namespace) -> None:
             f"{r['peak_memory_mb']:.0f} MB",
             flush=True,
         )
-    what = "Talker-T2AV generation (T2AV, random weights): processor time by part, and against the plain reading"
-    settings = {name: value for name, value in vars(args).items() if name != "out"}
-    hardware = {"machine": platform.machine(), "threads": args.threads}
-    print(write_record(args.out, "talker-generation", what, hardware, results, arguments=settings))
+        settings = {name: value for name, value in vars(args).items() if name not in ("out", "models")}
+        print(write_record(args.out, f"talker-generation-{model}", what, hardware, r, arguments=settings), flush=True)
 
 
 def main() -> None:
