@@ -253,7 +253,8 @@ def measure_pictures(job: dict[str, Any]) -> dict[str, Any]:
     side, count = lia.config.size, job["rendered"]
     identity = lia.identity(torch.rand(3, side, side) * 2 - 1)
     codes = 0.1 * torch.randn(count, lia.config.motion_dim)
-    lia.render(identity, codes[:1])
+    if count > 2:  # to warm up; at full size one frame takes long enough
+        lia.render(identity, codes[:1])
     _, batched = clocked(lambda: lia.render(identity, codes))
     _, single = clocked(lambda: lia.render(identity, codes, chunk=1))
     return {
