@@ -4,7 +4,7 @@
 
 PSNR and SSIM of the frames, PSNR and explained movement of mouth and eyes, correlation of the mouth's opening read off
 true and rebuilt frames (drawn faces only), frames a second in batches over time and one by one. Prints a table, and
-writes benchmarks/DATE-NAME.json and a strip of true frames above rebuilt ones, NAME.png.
+writes benchmarks/DATE-NAME.json and a strip of true frames above rebuilt ones, NAME.jpg.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", default=["seen", "unseen"], help="default: seen unseen")
     parser.add_argument("--clips", type=int, default=24, help="first clips of each split (default: %(default)s)")
     parser.add_argument("--chunk", type=int, default=16, help="frames of a batch when timing (default: %(default)s)")
-    parser.add_argument("--strip", type=Path, help="picture to write (default: OUT/NAME.png)")
+    parser.add_argument("--strip", type=Path, help="picture to write (default: OUT/NAME.jpg)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder (default: %(default)s)")
     args = parser.parse_args()
     if args.clips < 1:
@@ -58,7 +58,7 @@ def main() -> None:
     )
 
     name = Path(args.weights).resolve().name
-    picture = args.strip or args.out / f"{name}.png"
+    picture = args.strip or args.out / f"{name}.jpg"
     with atomic_output(picture) as partial:
         cv2.imwrite(str(partial), cv2.cvtColor(strip(shown), cv2.COLOR_RGB2BGR))
     hardware = {"threads": torch.get_num_threads(), "cpu": platform.machine()}
