@@ -9,8 +9,9 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from omegaconf import OmegaConf
@@ -19,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engine.errors import UserError
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def save_release(folder: str | Path, kind: str, config: dict[str, Any], state: dict[str, Tensor], card: str) -> Path:
@@ -135,6 +138,21 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path,
                 f"{source} has {key!r} with shape {tuple(state[key].shape)}, the config asks for {tuple(value.shape)}"
             )
     module.load_state_dict(state, assign=assign)
+
+
+def load_release(folder: str | Path, kind: str, build: Callable[[dict[str, Any]], M]) -> M:
+    """The module of a release of `kind` in eval mode; `build` makes it from the constructor arguments.
+
+    Raises:
+        UserError: as `read_release` and `load_strict`, or `build` does not take such arguments.
+    """
+    arguments, state = read_release(folder, kind)
+    try:
+        module = build(arguments)
+    except TypeError as error:
+        raise UserError(f"{Path(folder) / 'config.yaml'}: {error}") from error
+    load_strict(module, state, folder)
+    return module.eval()
 
 
 def weights_digest(*modules: nn.Module) -> str:

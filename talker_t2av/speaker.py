@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import WavLMConfig, WavLMModel
 
 from engine.errors import UserError
-from engine.release import half, load_strict, read_release, save_release
+from engine.release import half, load_release, load_strict, save_release
 from engine.safe_pickle import read_checkpoint
 from talker_t2av.speaker_names import FILE, LARGE, TRAINING_ONLY, head_sizes, our_name, wavlm_config
 from whisperx_vae.features import RATE, log_mel
@@ -303,13 +303,7 @@ class VoiceEncoder(nn.Module):
         Raises:
             UserError: the folder or a file is missing or damaged, or it is no voice encoder.
         """
-        arguments, state = read_release(folder, KIND)
-        try:
-            encoder = cls(VoiceEncoderConfig(**arguments))
-        except TypeError as error:
-            raise UserError(f"{Path(folder) / 'config.yaml'}: {error}") from error
-        load_strict(encoder, state, folder)
-        return encoder.eval()
+        return load_release(folder, KIND, lambda arguments: cls(VoiceEncoderConfig(**arguments)))
 
     def save(self, folder: str | Path, card: str) -> Path:
         """Write a release folder in half precision, with `card` as its README."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.release import half, load_strict, read_release, save_release
+from engine.release import half, load_release, load_strict, save_release
 from lia_x.decoder import Decoder
 from lia_x.encoder import Encoder
 from lia_x.names import from_released
@@ -243,14 +243,7 @@ class LiaX(nn.Module):
             path = path / RELEASED_FILE
         if path.is_file():
             return _load_official(path)
-        arguments, state = read_release(path, KIND)
-        try:
-            config = LiaXConfig(**arguments)
-        except TypeError as error:
-            raise UserError(f"{path / 'config.yaml'}: {error}") from error
-        model = cls(config)
-        load_strict(model, state, path)
-        return model.eval()
+        return load_release(path, KIND, lambda arguments: cls(LiaXConfig(**arguments)))
 
     def save(self, folder: str | Path, card: str) -> Path:
         """Write a release folder in half precision, with `card` as its README."""

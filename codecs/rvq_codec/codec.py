@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.nn.dac import DACDecoder, DACEncoder
-from engine.release import half, load_strict, read_release, save_release
+from engine.release import half, load_release, load_strict, save_release
 from rvq_codec.quantizer import Quantized, ResidualQuantizer
 from rvq_codec.vocos import VocosDecoder
 
@@ -179,13 +179,7 @@ class RVQCodec(nn.Module):
                 codec = cls(config or RVQCodecConfig())
                 load_strict(codec, read_released(place, codec.config), place)
                 return codec.eval()
-        arguments, state = read_release(folder, KIND)
-        try:
-            codec = cls(RVQCodecConfig(**arguments))
-        except TypeError as error:
-            raise UserError(f"{folder / 'config.yaml'}: {error}") from error
-        load_strict(codec, state, folder)
-        return codec.eval()
+        return load_release(folder, KIND, lambda arguments: cls(RVQCodecConfig(**arguments)))
 
     def save(self, folder: str | Path, card: str) -> Path:
         """Write a release folder in half precision, with `card` as its README."""

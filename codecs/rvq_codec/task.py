@@ -19,9 +19,6 @@ from engine.media.corpus import load_clips
 from engine.nn.audio_losses import (
     MultiResolutionSTFTLoss,
     MultiScaleMelLoss,
-    discriminator_loss,
-    feature_matching_loss,
-    generator_loss,
 )
 from engine.nn.discriminators import WaveDiscriminators
 from engine.task import Task
@@ -181,11 +178,7 @@ class RVQCodecTask(Task):
 
     def _discriminator_losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         run = self._run(batch)
-        self.discriminator.requires_grad_(True)
-        if not self._adversarial():
-            return {"loss": sum(p.sum() for p in self.discriminator.parameters()) * 0.0}
-        real, fake = discriminator_loss(self.discriminator(run["real"]), self.discriminator(run["fake"].detach()))
-        return {"loss": real + fake, "real": real.detach(), "fake": fake.detach()}
+        return self.discriminator.own_losses(run["real"], run["fake"], self._adversarial())
 
     def _generator_losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         run, weights = self._run(batch), self.weights
@@ -204,12 +197,7 @@ class RVQCodecTask(Task):
             losses["codebook"] = run["quantized"].codebook.sum()
             total = total + losses["commitment"] + losses["codebook"]
         if self._adversarial():
-            self.discriminator.requires_grad_(False)  # its own update is over: only the way to the wave is needed
-            with torch.no_grad():
-                of_real = self.discriminator(real)
-            of_fake = self.discriminator(fake)
-            losses["adversarial"] = generator_loss(of_fake)
-            losses["feature"] = feature_matching_loss(of_real, of_fake)
+            losses |= self.discriminator.generator_losses(real, fake)
             total = total + weights["adversarial"] * losses["adversarial"] + weights["feature"] * losses["feature"]
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
 

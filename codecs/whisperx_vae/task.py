@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from engine.errors import UserError
 from engine.media.audio import resample, write_wav
 from engine.media.corpus import load_clips
-from engine.nn.audio_losses import MultiScaleMelLoss, discriminator_loss, feature_matching_loss, generator_loss
+from engine.nn.audio_losses import MultiScaleMelLoss
 from engine.nn.discriminators import WaveDiscriminators
 from engine.task import Task
 from whisperx_vae.evaluation import evaluate, resynthesise
@@ -128,7 +128,8 @@ class WhisperXVAETask(Task):
         if "_run" not in batch:
             batch["_run"] = self._run(batch["wave"])
         if part == "discriminator":
-            return self._discriminator_losses(batch["_run"])
+            run = batch["_run"]
+            return self.discriminator.own_losses(run["real"], run["fake"], self._adversarial())
         losses = self._generator_losses(batch["_run"])
         if self.training:
             self.step += 1
@@ -160,13 +161,6 @@ class WhisperXVAETask(Task):
         # Where the branch itself is trained, its states are what is to be kept, not what may be changed to fit.
         return run | {"states": states.detach(), "semantic": self.semantic_head(hidden), "from_targets": from_targets}
 
-    def _discriminator_losses(self, run: dict[str, Any]) -> dict[str, Tensor]:
-        self.discriminator.requires_grad_(True)
-        if not self._adversarial():
-            return {"loss": sum(p.sum() for p in self.discriminator.parameters()) * 0.0}
-        real, fake = discriminator_loss(self.discriminator(run["real"]), self.discriminator(run["fake"].detach()))
-        return {"loss": real + fake, "real": real.detach(), "fake": fake.detach()}
-
     def _generator_losses(self, run: dict[str, Any]) -> dict[str, Tensor]:
         fake, real = run["fake"], run["real"]
         losses, idle = {"mel": self.mel_loss(fake, real)}, 0.0
@@ -179,12 +173,7 @@ class WhisperXVAETask(Task):
             else:
                 losses["kl"] = kl_divergence(run["mean"], run["std"])
         if self._adversarial():
-            self.discriminator.requires_grad_(False)  # its own update is over: only the way to the wave is needed
-            with torch.no_grad():
-                of_real = self.discriminator(real)
-            of_fake = self.discriminator(fake)
-            losses["adversarial"] = generator_loss(of_fake)
-            losses["feature"] = feature_matching_loss(of_real, of_fake)
+            losses |= self.discriminator.generator_losses(real, fake)
         total = idle + sum(self.weights[name] * value for name, value in losses.items())
         return {"loss": total, "std": run["std"].mean().detach(), **{k: v.detach() for k, v in losses.items()}}
 

@@ -20,7 +20,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from engine.errors import UserError
 from engine.media.audio import resample
 from engine.nn.dac import DACDecoder, DACEncoder, WNConv1d
-from engine.release import half, load_strict, read_release, save_release
+from engine.release import half, load_release, save_release
 from whisperx_vae.features import HOP, RATE, log_mel, pad_or_trim
 
 KIND = "whisperx_vae"
@@ -253,14 +253,7 @@ class WhisperXVAE(nn.Module):
         checkpoint = find_checkpoint(Path(path))
         if checkpoint is not None:
             return load_checkpoint(checkpoint)
-        arguments, state = read_release(path, KIND)
-        try:
-            config = WhisperXVAEConfig(**arguments)
-        except TypeError as error:
-            raise UserError(f"{Path(path) / 'config.yaml'}: {error}") from error
-        model = cls(config)
-        load_strict(model, state, path)
-        return model.eval()
+        return load_release(path, KIND, lambda arguments: cls(WhisperXVAEConfig(**arguments)))
 
     def save(self, folder: str | Path, card: str) -> Path:
         """Write a release folder in half precision, with `card` as its README."""

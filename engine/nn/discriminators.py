@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.nn.audio_losses import discriminator_loss, feature_matching_loss, generator_loss
 from engine.nn.dac import WNConv2d
 
 
@@ -148,3 +149,19 @@ class WaveDiscriminators(nn.Module):
 
     def forward(self, wave: Tensor) -> list[list[Tensor]]:
         return self.period(wave) + self.spectrogram(wave)
+
+    def own_losses(self, real: Tensor, fake: Tensor, active: bool) -> dict[str, Tensor]:
+        """Losses of the discriminators' update; not `active`, one of 0 that still reaches every parameter."""
+        self.requires_grad_(True)
+        if not active:
+            return {"loss": sum(p.sum() for p in self.parameters()) * 0.0}
+        on_real, on_fake = discriminator_loss(self(real), self(fake.detach()))
+        return {"loss": on_real + on_fake, "real": on_real.detach(), "fake": on_fake.detach()}
+
+    def generator_losses(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+        """`adversarial` and `feature` losses of the generator's update, which follows the discriminators' own."""
+        self.requires_grad_(False)  # only the way to the wave is needed
+        with torch.no_grad():
+            of_real = self(real)
+        of_fake = self(fake)
+        return {"adversarial": generator_loss(of_fake), "feature": feature_matching_loss(of_real, of_fake)}
