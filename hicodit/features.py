@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.faces.detectors import HaarDetector
+from engine.faces.track import track_face
 from engine.files import atomic_output
 from engine.media.audio import read_audio
 from engine.media.video import read_video
 from engine.metrics.speaker import SpeakerEncoder
-from hicodit.conditions.detectors import HaarDetector
-from hicodit.conditions.face import track_face
 from hicodit.conditions.released import EncoderConfig
 from hicodit.conditions.types import EXPRESSIONS
 from hicodit.system import token_digest

@@ -17,12 +17,12 @@ from tqdm import tqdm
 from engine.config import typed
 from engine.distributed import pick_device
 from engine.errors import UserError
+from engine.faces.detectors import YuNetDetector
+from engine.faces.track import read_boxes
 from engine.files import all_or_none, writable
 from engine.media.audio import read_audio, write_wav
 from engine.media.video import mux_audio
 from engine.metrics.speaker import SpeakerEncoder
-from hicodit.conditions.detectors import YuNetDetector
-from hicodit.conditions.face import read_boxes
 from hicodit.pipeline import BUNDLED, FPS, Crops, HiCoDiTPipeline, Speech, window_count
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from engine.errors import UserError
+from engine.faces.detectors import FaceDetector, HaarDetector
+from engine.faces.strip import Strip
+from engine.faces.track import FaceTrack, given_track, track_face
 from engine.media.video import iter_video
-from hicodit.conditions.detectors import FaceDetector, HaarDetector
-from hicodit.conditions.face import FaceTrack, given_track, track_face
-from hicodit.conditions.strip import Strip
 from hicodit.conditions.types import Conditions
 from hicodit.diffusion import LogLinearNoise, log_expm1
 from hicodit.guidance import GuidanceScales, guided_log_posterior
@@ -242,7 +242,7 @@ class HiCoDiTPipeline:
 
         Args:
             face: which of several: "largest", "central", or its number by size from 1 on.
-            face_box: where the face is, instead of looking for it; see `hicodit.conditions.face.given_track`. Pixels
+            face_box: where the face is, instead of looking for it; see `engine.faces.track.given_track`. Pixels
                 are those of the clip as it is shown.
             strip: where to write a picture of what was found, for a person to check.
 

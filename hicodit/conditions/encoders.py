@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hicodit.conditions.face import FaceTrack, crop_face, crop_mouth
+from engine.faces.track import FaceTrack
+from hicodit.conditions.crops import crop_face, crop_mouth
 from hicodit.conditions.types import EXPRESSIONS
 from hicodit.layers import AdaLNBlock, rotary_table
 

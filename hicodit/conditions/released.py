@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.faces.track import FaceTrack
 from hicodit.conditions.align import MOUTH_SIDE, face_picture, mouth_picture
 from hicodit.conditions.arcface import IRESNET100, ArcFace
 from hicodit.conditions.avhubert import AVHubert, AVHubertConfig
 from hicodit.conditions.encoders import ConditionEncoders, TinyEncoderConfig
-from hicodit.conditions.face import FaceTrack
 from hicodit.conditions.poster2 import POSTER2
 
 SPAN, MARGIN = 500, 50  # video frames that AV-HuBERT sees at once, and those of them at each end that are only context

@@ -1,9 +1,8 @@
-"""A tiny release with random weights, and a drawn talking head, for everything that needs a whole pipeline."""
+"""A tiny release with random weights, and a clip of a drawn talking head, for everything that needs a whole pipeline."""
 
-import cv2
-import numpy as np
 import pytest
 import torch
+from drawn_faces import talking_head
 
 from engine.media.video import write_video
 from hicodit.conditions.encoders import TinyEncoderConfig
@@ -30,29 +29,6 @@ def release(tmp_path_factory):
         torch.nn.init.normal_(parameter, std=0.3)
     system.save(root / "hicodit", "a test", {"codec": "codec", "sampler": {"method": "euler", "steps": 3}})
     return root / "hicodit"
-
-
-def draw_face(opening: float, side: int = 128) -> np.ndarray:
-    """A frontal face that OpenCV's cascade finds; `opening` of the mouth in [0, 1]."""
-    s = side / 128
-    image = np.full((side, side, 3), (150, 160, 170), np.uint8)
-
-    def ellipse(x, y, a, b, colour):
-        cv2.ellipse(image, (int(x * s), int(y * s)), (int(a * s), int(b * s)), 0, 0, 360, colour, -1, cv2.LINE_AA)
-
-    ellipse(64, 66, 36, 46, (225, 185, 155))
-    ellipse(64, 34, 36, 18, (70, 45, 30))
-    for x in (49, 79):
-        ellipse(x, 60, 8, 4, (250, 250, 250))
-        ellipse(x, 60, 4, 4, (40, 30, 25))
-        cv2.line(image, (int((x - 9) * s), int(51 * s)), (int((x + 9) * s), int(51 * s)), (70, 45, 30), int(3 * s))
-    cv2.line(image, (int(64 * s), int(62 * s)), (int(62 * s), int(76 * s)), (175, 130, 105), int(3 * s))
-    ellipse(64, 90, 14, 3 + 8 * opening, (150, 60, 60))
-    return image
-
-
-def talking_head(frames: int, side: int = 128) -> np.ndarray:
-    return np.stack([draw_face(0.5 + 0.5 * np.sin(i), side) for i in range(frames)])
 
 
 @pytest.fixture(scope="session")

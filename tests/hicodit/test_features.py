@@ -7,16 +7,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import talking_head
+from drawn_faces import talking_head
 from safetensors.torch import load_file
 
 from engine.errors import UserError
+from engine.faces.detectors import HaarDetector
+from engine.faces.track import track_face
 from engine.media.audio import write_wav
 from engine.media.video import read_video, write_video
 from hicodit import features
-from hicodit.conditions.detectors import HaarDetector
 from hicodit.conditions.encoders import TinyEncoderConfig
-from hicodit.conditions.face import track_face
 from hicodit.features import FeatureSplit, make_token_shard, make_visual_shard, phoneme_labels, shard_is_made
 from hicodit.system import token_digest
 from rvq_codec import RVQCodec

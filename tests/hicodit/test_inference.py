@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import talking_head
+from drawn_faces import talking_head
 from omegaconf import OmegaConf
 
 from engine.errors import UserError

@@ -5,12 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import talking_head
+from drawn_faces import talking_head
 
 from engine.errors import UserError
+from engine.faces.detectors import HaarDetector
+from engine.faces.track import track_face
 from hicodit import pipeline as pipeline_module
-from hicodit.conditions.detectors import HaarDetector
-from hicodit.conditions.face import crop_mouth, track_face
+from hicodit.conditions.crops import crop_mouth
 from hicodit.pipeline import OVERLAP, REDO, WINDOW, HiCoDiTPipeline, generate, window_count
 
 

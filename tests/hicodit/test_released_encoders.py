@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import talking_head
+from drawn_faces import talking_head
 from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file

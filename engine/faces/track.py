@@ -1,4 +1,4 @@
-"""Following a face through a clip, and cutting its pictures out by box.
+"""Following a face through a clip.
 
 Axes: T frames, H height, W width, n detections. Boxes are (x, y, w, h), points (x, y), in pixels.
 """
@@ -11,18 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from engine.errors import UserError
-from hicodit.conditions.detectors import BOX, POINTS, FaceDetector, with_points
+from engine.faces.detectors import BOX, POINTS, FaceDetector, with_points
 
 DETECT_EVERY = 5  # frames between detections: 0.2 s at 25 fps, far below the time in which a head moves away
 MAX_GAP = 1.0  # seconds without a detection over which a face is taken to have been there
 MIN_COVERAGE = 0.3  # share of a clip that must show the face
 SMOOTH_SECONDS = 0.5
-MOUTH_CENTRE, MOUTH_SIDE = (0.5, 0.77), 0.56  # of the detector's box
-FACE_SIDE = 1.1
 ADVICE = "give a clip with a frontal, lit face, or say where it is (face_box)"
 
 
@@ -257,31 +254,3 @@ def given_track(boxes: Any, frames: int, fps: float = 25.0) -> FaceTrack:
         raise UserError(f"face_box={str(boxes)[:80]}: widths and heights must be larger than 0")
     faces = with_points(values)
     return FaceTrack(faces[:, BOX], faces[:, POINTS].reshape(-1, 5, 2), np.ones(frames, bool))
-
-
-def _crop(frame: np.ndarray, centre: np.ndarray, side: float, size: int) -> np.ndarray:
-    """Square of `side` pixels around `centre`, resampled to (size, size); outside pixels repeat the border."""
-    scale = size / side
-    shift = size / 2 - scale * centre
-    matrix = np.array([[scale, 0, shift[0] - 0.5 * (1 - scale)], [0, scale, shift[1] - 0.5 * (1 - scale)]])
-    if scale < 0.5:  # bilinear sampling alone would skip pixels
-        blur = 0.5 / scale
-        frame = cv2.GaussianBlur(frame, (0, 0), blur * 0.5)
-    return cv2.warpAffine(frame, matrix, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-
-
-def crop_mouth(frames: np.ndarray, boxes: np.ndarray, size: int) -> np.ndarray:
-    """Grey mouth pictures (T, size, size) uint8 from frames (T, H, W, 3) and face boxes (T, 4)."""
-    out = np.empty((len(frames), size, size), np.uint8)
-    for i, (frame, (x, y, w, h)) in enumerate(zip(frames, boxes, strict=True)):
-        centre = np.array([x + MOUTH_CENTRE[0] * w, y + MOUTH_CENTRE[1] * h])
-        out[i] = _crop(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), centre, MOUTH_SIDE * w, size)
-    return out
-
-
-def crop_face(frames: np.ndarray, boxes: np.ndarray, size: int) -> np.ndarray:
-    """Face pictures (T, size, size, 3) uint8 RGB from frames (T, H, W, 3) and face boxes (T, 4)."""
-    out = np.empty((len(frames), size, size, 3), np.uint8)
-    for i, (frame, (x, y, w, h)) in enumerate(zip(frames, boxes, strict=True)):
-        out[i] = _crop(frame, np.array([x + w / 2, y + h / 2]), FACE_SIDE * w, size)
-    return out

@@ -7,14 +7,14 @@ import weakref
 import cv2
 import numpy as np
 import pytest
-from conftest import draw_face, talking_head
+from drawn_faces import draw_face, talking_head
 
 from engine.errors import UserError
+from engine.faces.detectors import FRONTAL, HaarDetector, YuNetDetector, box_of_points, with_points
+from engine.faces.strip import Strip
+from engine.faces.track import DETECT_EVERY, given_track, read_boxes, track_face
 from engine.media.ffmpeg import command
 from engine.media.video import iter_video, read_video, write_video
-from hicodit.conditions.detectors import FRONTAL, HaarDetector, YuNetDetector, box_of_points, with_points
-from hicodit.conditions.face import DETECT_EVERY, given_track, read_boxes, track_face
-from hicodit.conditions.strip import Strip
 
 SIDE = 96  # of a drawn head; its face box is about 0.7 of it
 HAAR, THOROUGH = HaarDetector(), HaarDetector(every_size=True)

@@ -11,8 +11,8 @@ import cv2
 import numpy as np
 
 from engine.errors import UserError
+from engine.faces.track import FaceTrack
 from engine.files import atomic_output
-from hicodit.conditions.face import FaceTrack
 
 COLUMNS, SIDE, BAR = 10, 160, 12  # pictures of the clip, their width, height of the bar, in pixels
 SEEN, UNSEEN = (70, 170, 90), (200, 60, 60)
