@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from engine import distributed
 from engine.config import build, load
 from engine.errors import UserError, run_cli
+from engine.lora import add_lora
 from engine.metrics.optional import need
 from engine.trainer import Trainer
 
@@ -30,21 +32,24 @@ python train.py experiment=hicodit_synthetic --help
 
 def main() -> None:
     config = load("train", sys.argv[1:], HELP)
+    command = shlex.join(["python", "train.py", *sys.argv[1:]])
     distributed.start(config.trainer.device)
     try:
         make_data(config.data)
         torch.manual_seed(config.trainer.seed)  # initial weights
+        task = build(config.task)
+        if config.lora.rank:
+            add_lora(task, **config.lora)
         trainer = Trainer(
-            build(config.task),
+            task,
             build(config.data.train),
             OmegaConf.to_container(config.trainer, resolve=True),
             run=config.run,
-            record=OmegaConf.to_container(config, resolve=True),
+            record={**OmegaConf.to_container(config, resolve=True), "command": command},
             fresh=config.fresh,
         )
-        results = trainer.fit()
-        if results is not None:
-            trainer.release(Path(config.run) / "release", results)
+        if trainer.fit() is not None:
+            trainer.release(Path(config.run) / "release")
     finally:
         distributed.stop()
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -128,6 +129,27 @@ def load(folder: str | Path, state: dict[str, Tensor]) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    return json.loads((folder / INFO).read_text())
+
+
+def read(folder: str | Path, prefixes: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors whose keys begin with one of `prefixes`, info): whole, in this one process, whichever processes wrote
+    them."""
+    folder = Path(folder)
+    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    state = {
+        key: torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
+        for key, entry in stored.items()
+        if key.startswith(prefixes)
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, checkpoint_id=folder, no_dist=True)
+    return state, info(folder)
+
+
+def info(folder: Path) -> dict[str, Any]:
+    """What was stored beside the tensors: step, config, and what else `save` was given."""
     return json.loads((folder / INFO).read_text())
 
 

@@ -157,7 +157,7 @@ def _is_whole(path: Path, suffix: str) -> bool:
 
 
 @lru_cache
-def _reach(address: str) -> None:
+def reach(address: str) -> None:
     """One quick request: huggingface_hub would try for half a minute and say so line by line."""
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=TIMEOUT).close()
@@ -169,7 +169,7 @@ def _reach(address: str) -> None:
 
 
 def _from_hub(place: HubFile, staging: Path, endpoint: str | None, force: bool) -> Path:
-    _reach(endpoint or constants.ENDPOINT)
+    reach(endpoint or constants.ENDPOINT)
     try:
         return Path(
             hf_hub_download(

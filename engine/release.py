@@ -20,22 +20,57 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.hub import release_folder
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def save_release(folder: str | Path, kind: str, config: dict[str, Any], state: dict[str, Tensor], card: str) -> Path:
+def save_release(
+    folder: str | Path,
+    kind: str,
+    config: dict[str, Any],
+    state: dict[str, Tensor],
+    card: str,
+    files: Path | None = None,
+) -> Path:
     """Write a release folder in one move: `folder` either holds the whole release or is as it was before.
 
     Tensors are stored as they come; pass `half(state)` or `compact(state)` to ship less.
+
+    Args:
+        files: folder whose files join the release, such as a tokenizer's.
+
+    Raises:
+        UserError: `folder` holds something else than a release, or cannot be written.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not _is_release(folder)):
+        raise UserError(f"{folder} exists and is no release folder: it is not replaced, name another one")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return _replace(folder, kind, config, state, card, files)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"release {folder} cannot be written: {why}") from error
+
+
+def _is_release(folder: Path) -> bool:
+    try:
+        return "kind" in OmegaConf.load(folder / "config.yaml") and (folder / "model.safetensors").is_file()
+    except Exception:  # yaml and omegaconf raise a dozen types
+        return False
+
+
+def _replace(
+    folder: Path, kind: str, config: dict[str, Any], state: dict[str, Tensor], card: str, files: Path | None
+) -> Path:
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         OmegaConf.save(OmegaConf.create({"kind": kind, **config}), staging / "config.yaml")
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, staging / "model.safetensors")
         (staging / "README.md").write_text(card)
+        for path in files.iterdir() if files else ():
+            shutil.copyfile(path, staging / path.name)
         staging.chmod(0o755)  # temporary folders and safetensors files begin as their owner's alone
         for path in staging.iterdir():
             path.chmod(0o644)
@@ -95,12 +130,12 @@ def _expand(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_release(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(constructor arguments, state dict in float32) of a release of `kind`.
+    """(constructor arguments, state dict in float32) of a release of `kind`: a folder, or a name on the hub.
 
     Raises:
         UserError: the folder or a file is missing, the release is of another kind, or a file is damaged.
     """
-    folder = Path(folder)
+    folder = release_folder(folder)
     if not folder.is_dir():
         raise UserError(f"weights folder not found: {folder} (give a folder with config.yaml and model.safetensors)")
     for name in ("config.yaml", "model.safetensors"):

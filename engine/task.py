@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.export import Release, card, write
 
 
 class Task(nn.Module):
-    """What is trained: networks, losses, validation, and how the result is released."""
+    """What is trained: networks, losses, validation, and what a release of the result holds."""
+
+    lora_scale: float | None = None  # of the low-rank updates; see `engine.lora`
 
     def parts(self) -> dict[str, nn.Module]:
         """Optimiser name -> module whose parameters it owns, in update order. A GAN: discriminator, generator."""
@@ -36,9 +40,24 @@ class Task(nn.Module):
         """Figures of merit, measured in eval mode with averaged weights in one process; may write into `folder`."""
         return {}
 
+    def released(self) -> Release | None:
+        """What a release holds beside its weights; None: this task is not released."""
+        return None
+
+    def release_files(self, folder: Path) -> None:
+        """Write further files of a release (a tokenizer) into `folder`."""
+
+    def adapted(self) -> nn.Module | None:
+        """Whose linear layers low-rank adaptation updates; None: this task has no such training."""
+        return None
+
     def release(self, folder: Path, results: dict[str, float]) -> None:
-        """Write a release folder of the present weights (averaged ones are swapped in); see `engine.release`."""
-        raise NotImplementedError
+        """Write a release folder of the present weights."""
+        release = self.released()
+        assert release is not None, f"{type(self).__name__} is not released"
+        with TemporaryDirectory() as files:
+            self.release_files(Path(files))
+            write(folder, release, self.state_dict(), card(release, {}, results, 0, 0), Path(files))
 
 
 @dataclass(frozen=True)

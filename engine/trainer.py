@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine import checkpoint, distributed
 from engine.ema import ExponentialMovingAverage
 from engine.errors import UserError
+from engine.export import describe, export
 from engine.seeding import MicroBatches, TrainingSet, seed_for
 from engine.task import Task, TrainerConfig
 from engine.tracking import Tracker, Window, progress_line
@@ -101,6 +102,8 @@ class Trainer:
         """
         c = self.config
         self._resume()
+        if distributed.is_main():
+            describe(self.run, self.task)
         tracker = Tracker(self.run, self.step, c.wandb, self.record) if distributed.is_main() else None
         self._say(f"{self._count()}; {c.steps - self.step:,} of {c.steps:,} steps to go on {self._where()}")
         self.task.train()
@@ -148,11 +151,10 @@ class Trainer:
         distributed.barrier()
         return results
 
-    def release(self, folder: str | Path, results: dict[str, float]) -> None:
-        """Write a release folder of the averaged weights (rank 0; the others wait)."""
+    def release(self, folder: str | Path) -> None:
+        """Write a release folder from the last checkpoint (rank 0; the others wait)."""
         if distributed.is_main():
-            with self._released_weights():
-                self.task.release(Path(folder), results)
+            export(self.run, folder)
             self._say(f"released to {folder}")
         distributed.barrier()
 

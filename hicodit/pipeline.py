@@ -22,6 +22,7 @@ from engine.errors import UserError
 from engine.faces.detectors import FaceDetector, HaarDetector
 from engine.faces.strip import Strip
 from engine.faces.track import FaceTrack, given_track, track_face
+from engine.hub import release_folder
 from engine.media.video import iter_video
 from hicodit.conditions.types import Conditions
 from hicodit.diffusion import LogLinearNoise, log_expm1
@@ -206,7 +207,9 @@ class HiCoDiTPipeline:
         encoders: str | None = None,
         detector: FaceDetector | None = None,
     ) -> HiCoDiTPipeline:
-        """Load a release folder; its tokenizer is the one beside it, or the bundled one, unless `codec` names another.
+        """Load a release folder or a release on the hub (OWNER/NAME).
+
+        Its tokenizer is the one in it or beside it, or the bundled one, unless `codec` names another.
 
         Args:
             encoders: folder of the checkpoints of a model with released encoders, if not the one at training.
@@ -215,11 +218,12 @@ class HiCoDiTPipeline:
         Raises:
             UserError: a folder is missing, of another model, or with wrong shapes.
         """
+        folder = release_folder(folder)
         system, config = HiCoDiTSystem.load(folder, encoders)
         if codec is None:
             name = config.get("codec", "rvq_tiny")
-            places = [Path(folder).resolve().parent / name, BUNDLED.parent / name]
-            codec = next((place for place in places if place.is_dir()), places[0])
+            places = [folder / name, folder.resolve().parent / name, BUNDLED.parent / name]
+            codec = next((place for place in places if place.is_dir()), places[1])
         loaded = RVQCodec.from_pretrained(codec)
         if config.get("token_digest") not in (None, token_digest(loaded)):
             raise UserError(

@@ -70,8 +70,11 @@ class HiCoDiTSystem(nn.Module):
 
     def save(self, folder: Path, card: str, extra: dict[str, Any]) -> None:
         """Write a release folder; `extra` holds the tokenizer's name and the sampling defaults."""
-        config = {"model": asdict(self.model.config), "encoders": asdict(self.encoders.config), **extra}
-        save_release(folder, KIND, config, half(self.state_dict()), card)
+        save_release(folder, KIND, self.arguments() | extra, half(self.state_dict()), card)
+
+    def arguments(self) -> dict[str, Any]:
+        """What `load` makes the same networks from."""
+        return {"model": asdict(self.model.config), "encoders": asdict(self.encoders.config)}
 
     @classmethod
     def load(cls, folder: str | Path, encoders: str | None = None) -> tuple[HiCoDiTSystem, dict[str, Any]]:

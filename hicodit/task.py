@@ -14,14 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.trainer import Task
+from engine.export import Release
+from engine.release import load_strict
+from engine.task import Task
 from hicodit.conditions.released import encoder_config
 from hicodit.conditions.types import Conditions
 from hicodit.diffusion import LogLinearNoise, perturb, stratified_times, weighted_score_entropy
 from hicodit.guidance import GuidanceScales
 from hicodit.model import TOKENS_PER_FRAME, ModelConfig
 from hicodit.samplers import SamplerConfig
-from hicodit.system import HiCoDiTSystem, token_digest
+from hicodit.system import KIND, HiCoDiTSystem, token_digest
 from rvq_codec import RVQCodec
 
 MIN_TIME = 1e-3  # of the training draw; not the schedule's eps, not the sampler's end
@@ -43,6 +45,7 @@ class HiCoDiTTask(Task):
             encoders come trained (encoders.kind "released").
         sampler, guidance: defaults that the release carries.
         validate_clips: clips of each held-out split to synthesise.
+        init: release folder of the same sizes and tokens to go on from.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class HiCoDiTTask(Task):
         guidance: dict[str, Any] | None = None,
         validate_clips: int = 24,
         recipe: str = "",
+        init: str | None = None,
     ) -> None:
         super().__init__()
         self.system = HiCoDiTSystem(ModelConfig(**model), encoder_config(encoders))
@@ -74,6 +78,11 @@ class HiCoDiTTask(Task):
                 f"task.model has {c.levels} levels of {c.codes} codes, tokenizer {codec} has {tokenizer.levels} of "
                 f"{tokenizer.codebook_size}: set task.model.levels and task.model.codes to those"
             )
+        if init:
+            start, made = HiCoDiTSystem.load(init)
+            if made.get("token_digest") not in (None, self.token_digest):
+                raise UserError(f"init={init} speaks other tokens than task.codec={codec} makes: name its own")
+            load_strict(self.system, start.state_dict(), f"init={init}")
 
     def parts(self) -> dict[str, nn.Module]:
         return {"model": self.system}
@@ -141,13 +150,24 @@ class HiCoDiTTask(Task):
             results |= {f"{name}_{split}": value for name, value in scores.items()}
         return results
 
-    def release(self, folder: Path, results: dict[str, float]) -> None:
-        lines = "\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(results.items()))
-        card = f"# HiCoDiT\n\n{self.recipe}\n\n| measured | |\n|---|---|\n{lines}\n"
+    def adapted(self) -> nn.Module:
+        """The score network; the condition encoders stay as they are."""
+        return self.system.model
+
+    def released(self) -> Release:
         extra = {
             "codec": self.codec.name,
             "token_digest": self.token_digest,
             "sampler": asdict(self.sampler),
             "guidance": asdict(self.guidance),
         }
-        self.system.save(folder, card, extra)
+        return Release(
+            kind=KIND,
+            config=self.system.arguments() | extra,
+            module="system",
+            title="HiCoDiT",
+            about=f"Silent video of a face to speech (arXiv 2604.15923), in tokens of `{self.codec.name}`.",
+            usage="from hicodit.pipeline import HiCoDiTPipeline\n\n"
+            'speech = HiCoDiTPipeline.from_pretrained("FOLDER")("clip.mp4", seed=0)',
+            lora_scale=self.lora_scale,
+        )

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.files import atomic_output
+from engine.hub import release_folder
 from engine.media.audio import read_audio, resample
 from engine.media.corpus import read_manifest
 from engine.media.video import read_video
@@ -53,7 +54,8 @@ class FeatureEncoders:
         Raises:
             UserError: a folder or file is missing, damaged, or of another model.
         """
-        ours = (Path(speaker) / "config.yaml").is_file()
+        speaker = release_folder(speaker)
+        ours = (speaker / "config.yaml").is_file()
         voice = (VoiceEncoder if ours else SpeakerEncoder).from_pretrained(speaker)
         # Channels last: the same convolutions in nearly half the time on a CPU.
         pictures = LiaX.from_pretrained(motion).to(memory_format=torch.channels_last)

@@ -62,9 +62,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary, keep: slice | None = None) -> Tensor:
         """x (B, L, D) -> (B, Q, D)."""
         width = x.shape[-1]
-        if keep is None:
+        if keep is None or type(self.qkv) is not nn.Linear:  # low-rank updates are beside the layer's own weight
             q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
-            q = rotary(q)
+            q = rotary(q) if keep is None else rotary(q[:, keep], keep)
         else:
             q = F.linear(x[:, keep], self.qkv.weight[:width]).unflatten(-1, (self.heads, -1))
             k, v = F.linear(x, self.qkv.weight[width:]).unflatten(-1, (2, self.heads, -1)).unbind(2)

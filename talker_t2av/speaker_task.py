@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.export import Release
 from engine.media.audio import read_audio
+from engine.release import load_strict
 from engine.task import Task
-from talker_t2av.speaker import RATE, VoiceEncoder, VoiceEncoderConfig, level_mel
+from talker_t2av.speaker import KIND, RATE, VoiceEncoder, VoiceEncoderConfig, level_mel
 
 FRAMES_A_SECOND = 100
 
@@ -106,6 +109,7 @@ class VoiceEncoderTask(Task):
         temperature: the cosines are divided by it.
         noise: standard deviation of the noise on the log-mel in training.
         recipe: a sentence for the card.
+        init: release folder of the same sizes to go on from.
     """
 
     def __init__(
@@ -116,9 +120,12 @@ class VoiceEncoderTask(Task):
         temperature: float = 0.05,
         noise: float = 0.05,
         recipe: str = "",
+        init: str | None = None,
     ):
         super().__init__()
         self.encoder = VoiceEncoder(VoiceEncoderConfig(**encoder))
+        if init:
+            load_strict(self.encoder, VoiceEncoder.from_pretrained(init).state_dict(), f"init={init}")
         self.root, self.recipe = Path(root), recipe
         self.voice_weight, self.temperature, self.noise = voice_weight, temperature, noise
         _, voices, ge2e = read_targets(self.root / "features", "train")
@@ -146,9 +153,24 @@ class VoiceEncoderTask(Task):
         """Cosine with GE2E and nearest-voice accuracy of whole held-out clips; see `nearest_voice`."""
         return evaluate(self.encoder, self.root)
 
-    def release(self, folder: Path, results: dict[str, float]) -> None:
-        """Write the encoder as a release folder."""
-        self.encoder.save(folder, card(self.encoder, self.recipe, results))
+    def released(self) -> Release:
+        config, millions = self.encoder.config, sum(p.numel() for p in self.encoder.parameters()) / 1e6
+        about = f"""16-kHz wave -> {config.embedding} numbers that tell voices apart: ECAPA-TDNN on {config.bands}
+log-mel bands, {millions:.2f} M weights. Trained to repeat the GE2E embeddings of Resemblyzer, it knows the voices of
+its data only. The numbers are not of unit length (about {config.embedding**0.5:.0f}); loudness drops out.
+
+`cosine`: with GE2E, whole clips. `nearest_voice`: share of clips nearest to the mean embedding of their own voice,
+among the training voices (seen; means of training clips) or among the held-out voices (unseen; means of the other
+unseen clips); `_ge2e`: the same of GE2E itself."""
+        return Release(
+            kind=KIND,
+            config=asdict(config),
+            module="encoder",
+            title="Voice encoder",
+            about=about,
+            usage="from talker_t2av.speaker import VoiceEncoder\n\n"
+            'embedding = VoiceEncoder.from_pretrained("FOLDER").embed(wave)  # (N,) at 16 kHz',
+        )
 
 
 @torch.no_grad()
@@ -171,36 +193,6 @@ def evaluate(encoder: VoiceEncoder, root: Path) -> dict[str, float]:
         results[f"seen/nearest_voice{suffix}"] = _nearest(seen[column], seen[0], train[column], train[0])
         results[f"unseen/nearest_voice{suffix}"] = _nearest_other(unseen[column], unseen[0])
     return results
-
-
-def card(encoder: VoiceEncoder, recipe: str, results: Mapping[str, float]) -> str:
-    """README of a release."""
-    config, millions = encoder.config, sum(p.numel() for p in encoder.parameters()) / 1e6
-    table = "\n".join(f"| {name} | {value:.3f} |" for name, value in sorted(results.items()))
-    return f"""# Voice encoder
-
-16-kHz wave -> {config.embedding} numbers that tell voices apart: ECAPA-TDNN on {config.bands} log-mel bands,
-{millions:.2f} M weights in half precision. Trained on espeak-ng speech of the synthetic corpus only,
-to repeat the GE2E embeddings of Resemblyzer; it is no speaker encoder for other voices. The numbers are
-not of unit length (about {config.embedding**0.5:.0f}); loudness drops out. Apache-2.0, like the repository.
-
-```python
-from talker_t2av.speaker import VoiceEncoder
-embedding = VoiceEncoder.from_pretrained("FOLDER").embed(wave)  # (N,) at 16 kHz, a quarter of a second or more
-```
-
-{recipe}
-
-## Results
-
-`cosine`: with GE2E, whole clips. `nearest_voice`: share of clips nearest to the mean embedding of their
-own voice, among the training voices (seen; means of training clips) or among the held-out voices (unseen;
-means of the other unseen clips); `_ge2e`: the same of GE2E itself.
-
-| figure | value |
-|---|---|
-{table}
-"""
 
 
 def _nearest(embeddings: Tensor, voices: Tensor, enrolled: Tensor, enrolled_voices: Tensor) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import UserError
+from engine.hub import release_folder
 from lia_x.lia_x import RELEASED_FILE as LIA_X_FILE
 from talker_t2av.data import MotionStats
 from talker_t2av.features import FeatureEncoders
@@ -77,16 +78,17 @@ class TalkerSystem:
 
     @classmethod
     def load(cls, folder: str | Path = BUNDLED, codecs: Mapping[str, str | Path] | None = None) -> TalkerSystem:
-        """A release folder of ours, or a folder (with subfolders) that holds the released files.
+        """A release folder of ours, here or on the hub, or a folder (with subfolders) that holds the released files.
 
         Args:
             codecs: folders of the codecs and the speaker encoder instead of those that the release names: any of
-                `speech`, `motion`, `speaker`. A name in a release is looked for beside it, then among the bundled ones.
+                `speech`, `motion`, `speaker`. A name in a release is looked for in it, beside it, and among the bundled
+                ones.
 
         Raises:
             UserError: a file is missing (the message says which and how to get it), damaged, or does not fit.
         """
-        folder = Path(folder)
+        folder = release_folder(folder)
         if not folder.is_dir():
             raise UserError(f"weights folder not found: {folder}")
         if (folder / "config.yaml").is_file():
@@ -98,8 +100,8 @@ class TalkerSystem:
         model, config = TalkerT2AV.load(folder)
         for stream, bundled in CODECS.items():
             name = (config.get("codecs") or {}).get(stream, bundled)
-            places = [folder.resolve().parent / name, ASSETS / name]
-            codecs.setdefault(stream, next((place for place in places if place.is_dir()), places[0]))
+            places = [folder / name, folder.resolve().parent / name, ASSETS / name]
+            codecs.setdefault(stream, next((place for place in places if place.is_dir()), places[1]))
         encoders = FeatureEncoders.load(**codecs)
         made = encoders.digests()
         for stream, digest in (config.get("digests") or {}).items():

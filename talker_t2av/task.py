@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.export import Release
 from engine.media.audio import write_wav
 from engine.metrics.recogniser import Recogniser, word_error_rate
 from engine.release import load_strict
@@ -23,7 +24,7 @@ from talker_t2av import names
 from talker_t2av.data import MotionStats, TalkerShards, byte_tokenizer
 from talker_t2av.generation import Result, generate
 from talker_t2av.losses import TalkerBatch, training_forward, training_losses
-from talker_t2av.model import FPS, TalkerConfig, TalkerT2AV
+from talker_t2av.model import FPS, KIND, TalkerConfig, TalkerT2AV
 from talker_t2av.released_motion import MEAN, STD
 from talker_t2av.request import MODES, Request, Sampling
 from talker_t2av.text import TalkerTokenizer
@@ -87,7 +88,7 @@ class TalkerTask(Task):
             )
         self.sampling, self.validation, self.recipe = Sampling(**(sampling or {})), validation, recipe
         if init:
-            load_strict(self.model, TalkerT2AV.from_pretrained(init).state_dict(), f"task.init={init}")
+            load_strict(self.model, TalkerT2AV.from_pretrained(init).state_dict(), f"init={init}")
         for kind, folder in (warm_start or {}).items():
             found = names.warm_start(self.model, folder, kind)
             print(f"{len(found)} tensors from {folder}", flush=True)
@@ -133,17 +134,31 @@ class TalkerTask(Task):
             results |= {f"{name}_{split}": value for name, value in scores.items()}
         return results
 
-    def release(self, folder: Path, results: dict[str, float]) -> None:
-        """A release folder with the tokenizer's files beside the model's."""
-        lines = "\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(results.items()))
-        card = f"# Talker-T2AV\n\n{self.recipe}\n\n| measured | |\n|---|---|\n{lines}\n"
+    def adapted(self) -> nn.Module:
+        """Backbone, patch encoders and heads."""
+        return self.model
+
+    def released(self) -> Release:
         extra = {
             "motion": {"mean": self.stats.mean.tolist(), "std": self.stats.std.tolist()},
             "codecs": {stream: Path(path).name for stream, path in self.codecs.items()},
             "digests": self.digests,
             "sampling": asdict(self.sampling),
         }
-        self.model.save(folder, card, extra)
+        return Release(
+            kind=KIND,
+            config={"model": asdict(self.model.config), **extra},
+            module="model",
+            title="Talker-T2AV",
+            about="Text, a voice and a face to speech and a talking face.",
+            usage="from talker_t2av.pipeline import TalkerPipeline\n\n"
+            'talk = TalkerPipeline.from_pretrained("FOLDER").t2av("hello", "voice.wav", "face.mp4")',
+            left_out=tuple(sorted(self.model.state_dict().keys() - names.stored(self.model).keys())),
+            lora_scale=self.lora_scale,
+        )
+
+    def release_files(self, folder: Path) -> None:
+        """The tokenizer's."""
         self.words.save(folder)
 
 

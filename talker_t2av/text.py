@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from engine.errors import UserError
+from engine.hub import release_folder
 
 SPEECH, MOTION = "<SPEECH_FRAME>", "<MOTION_FRAME>"  # the second is in the released vocabulary, but in no sequence
 MAX_TOKENS = 1000  # of a training sequence; longer ones are cut on the right
@@ -70,7 +71,7 @@ class TalkerTokenizer:
         Raises:
             UserError: the folder has no tokenizer, a damaged one, or one without a chat template.
         """
-        folder = Path(folder)
+        folder = release_folder(folder)
         if not any((folder / name).is_file() for name in (FILES[0], "vocab.json")):
             raise UserError(f"{folder} has no tokenizer ({FILES[0]}): copy or download the whole folder")
         try:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.hub import release_folder
 from engine.release import half, load_release, load_strict, save_release
 from lia_x.decoder import Decoder
 from lia_x.encoder import Encoder
@@ -238,7 +239,7 @@ class LiaX(nn.Module):
         Raises:
             UserError: the path or a file is missing or damaged, or keys or shapes do not fit.
         """
-        path = Path(path)
+        path = release_folder(path)
         if (path / RELEASED_FILE).is_file():
             path = path / RELEASED_FILE
         if path.is_file():

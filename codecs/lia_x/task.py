@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.export import Release
 from engine.task import Task
 from lia_x.evaluation import measure, rebuild_clips, strip
-from lia_x.lia_x import LiaX, LiaXConfig
+from lia_x.lia_x import KIND, LiaX, LiaXConfig
 from lia_x.losses import Discriminator, Perceptual, pyramid_l1, region_weights, structural
 
 MOTION_GAIN = 4.0  # of the first motion codes over those of equalised weights
@@ -183,7 +184,12 @@ class LiaXTask(Task):
             cv2.imwrite(str(folder / f"{split}.png"), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
         return results
 
-    def release(self, folder: Path, results: dict) -> None:
-        """Write the codec as a release folder."""
-        lines = "\n".join(f"- {name}: {value:.4g}" for name, value in sorted(results.items()))
-        self.codec.save(folder, f"# LIA-X\n\nMeasured on held-out clips:\n\n{lines}\n")
+    def released(self) -> Release:
+        return Release(
+            kind=KIND,
+            config=asdict(self.codec.config),
+            module="codec",
+            title="LIA-X",
+            about="Portrait video to motion codes, one a frame, and back to video with a source picture.",
+            usage='from lia_x import LiaX\n\ncodec = LiaX.from_pretrained("FOLDER")',
+        )

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.hub import release_folder
 from engine.nn.dac import DACDecoder, DACEncoder
 from engine.release import half, load_release, load_strict, save_release
 from rvq_codec.quantizer import Quantized, ResidualQuantizer
@@ -173,7 +174,7 @@ class RVQCodec(nn.Module):
         Raises:
             UserError: the folder or a file is missing or damaged, or keys or shapes do not fit.
         """
-        folder = Path(folder)
+        folder = release_folder(folder)
         for place in (folder / "acoustic_codec", folder):
             if (place / "model_1.safetensors").is_file():
                 codec = cls(config or RVQCodecConfig())

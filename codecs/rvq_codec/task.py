@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.export import Release
 from engine.media.audio import write_wav
 from engine.media.corpus import load_clips
 from engine.nn.audio_losses import (
@@ -23,7 +24,7 @@ from engine.nn.audio_losses import (
 from engine.nn.discriminators import WaveDiscriminators
 from engine.task import Task
 from rvq_codec.codebooks import count_codes, restart_dead_codes, warm_start
-from rvq_codec.codec import RVQCodec, RVQCodecConfig
+from rvq_codec.codec import KIND, RVQCodec, RVQCodecConfig
 from rvq_codec.evaluation import evaluate, resynthesise
 from rvq_codec.features import SpeechFeatures
 
@@ -251,7 +252,13 @@ class RVQCodecTask(Task):
             write_wav(folder / f"{split}-decoded.wav", decoded, rate)
         return results
 
-    def release(self, folder: Path, results: dict) -> None:
-        """Write the codec as a release folder."""
-        lines = "\n".join(f"- {name}: {value:.4g}" for name, value in sorted(results.items()))
-        self.codec.save(folder, f"# RVQ codec\n\nAt step {int(self.step)}:\n\n{lines}\n")
+    def released(self) -> Release:
+        return Release(
+            kind=KIND,
+            config=asdict(self.codec.config),
+            module="codec",
+            title="RVQ codec",
+            about="A 24-kHz wave to discrete tokens, and back.",
+            usage="from rvq_codec import RVQCodec\n\n"
+            'codes = RVQCodec.from_pretrained("FOLDER").encode(wave)  # (B, 1, N) at 24 kHz',
+        )

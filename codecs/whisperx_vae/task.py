@@ -9,6 +9,7 @@ Axes: B batch, N samples, T latent frames, C hidden channels, Z latent channels.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.export import Release
 from engine.media.audio import resample, write_wav
 from engine.media.corpus import load_clips
 from engine.nn.audio_losses import MultiScaleMelLoss
@@ -25,7 +27,7 @@ from engine.task import Task
 from whisperx_vae.evaluation import evaluate, resynthesise
 from whisperx_vae.features import RATE
 from whisperx_vae.targets import LatentTargets
-from whisperx_vae.vae import WhisperXVAE, WhisperXVAEConfig
+from whisperx_vae.vae import KIND, WhisperXVAE, WhisperXVAEConfig
 
 INITIAL_SCALE = -1.5  # softplus gives 0.2: the posterior begins narrower than the prior
 
@@ -196,10 +198,16 @@ class WhisperXVAETask(Task):
             write_wav(folder / f"{split}-decoded.wav", decoded, rate)
         return results
 
-    def release(self, folder: Path, results: dict) -> None:
-        """Write the codec as a release folder."""
-        lines = "\n".join(f"- {name}: {value:.4g}" for name, value in sorted(results.items()))
-        self.codec.save(folder, f"# WhisperX-VAE\n\nAt step {int(self.step)}:\n\n{lines}\n")
+    def released(self) -> Release:
+        return Release(
+            kind=KIND,
+            config=asdict(self.codec.config),
+            module="codec",
+            title="WhisperX-VAE",
+            about="A 24-kHz wave to latents, 25 a second, and back.",
+            usage="from whisperx_vae import WhisperXVAE\n\n"
+            'latents = WhisperXVAE.from_pretrained("FOLDER").encode_wave(wave)  # (B, 1, N) at 24 kHz',
+        )
 
 
 def _load(folder: str, config: WhisperXVAEConfig) -> WhisperXVAE:

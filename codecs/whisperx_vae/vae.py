@@ -18,6 +18,7 @@ from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from engine.errors import UserError
+from engine.hub import release_folder
 from engine.media.audio import resample
 from engine.nn.dac import DACDecoder, DACEncoder, WNConv1d
 from engine.release import half, load_release, save_release
@@ -250,7 +251,8 @@ class WhisperXVAE(nn.Module):
         """
         from whisperx_vae.released import find_checkpoint, load_checkpoint
 
-        checkpoint = find_checkpoint(Path(path))
+        path = release_folder(path)
+        checkpoint = find_checkpoint(path)
         if checkpoint is not None:
             return load_checkpoint(checkpoint)
         return load_release(path, KIND, lambda arguments: cls(WhisperXVAEConfig(**arguments)))

@@ -10,6 +10,7 @@ import torch
 from toy_task import CONFIG, ToyGAN, ToyRegression, ToySet
 
 from engine.errors import UserError
+from engine.release import read_release
 from engine.trainer import Trainer, TrainerConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,9 +105,9 @@ def test_averaged_weights_are_validated_and_released(tmp_path):
     live, average = run.task.generator[0].weight, run.ema.averages["generator.0.weight"]
     assert not torch.equal(live, average)
     assert results["weight"] == pytest.approx(average.sum().item(), abs=1e-7)
-    run.release(tmp_path / "release", results)
-    released = torch.load(tmp_path / "release" / "weights.pt", weights_only=True)
-    assert torch.equal(released["generator.0.weight"], average)
+    run.release(tmp_path / "release")
+    _, released = read_release(tmp_path / "release", "toy")
+    assert torch.equal(released["0.weight"], average.half().float())
     assert torch.equal(run.task.generator[0].weight, live)  # swapped back
 
 
@@ -196,7 +197,7 @@ def train_arguments(run, **changes):
 def test_train_script_trains_releases_and_goes_on(tmp_path):
     done = torchrun(1, "train.py", *train_arguments(tmp_path / "run", steps=6), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run/release/weights.pt").is_file()
+    assert (tmp_path / "run/release/model.safetensors").is_file()
     assert {path.name for path in tmp_path.iterdir()} == {"run"}  # no outputs/ or .hydra folders
     info = json.loads((tmp_path / "run/checkpoints/step-00000006/info.json").read_text())
     assert info["config"]["trainer"]["steps"] == 6

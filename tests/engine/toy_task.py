@@ -8,6 +8,7 @@ import signal
 import torch
 from torch import nn
 
+from engine.export import Release
 from engine.trainer import Task
 
 CONFIG = {
@@ -93,9 +94,8 @@ class ToyGAN(Task):
         assert not self.training
         return {"weight": self.generator[0].weight.sum().item()}
 
-    def release(self, folder, results):
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(self.state_dict(), folder / "weights.pt")
+    def released(self):
+        return Release("toy", {"width": 8}, "generator", "Toy", "An autoencoder.", "load('FOLDER')")
 
 
 class ToyRegression(Task):

@@ -192,7 +192,7 @@ def test_no_network_is_one_line_and_nothing_is_left(tmp_path, monkeypatch, capsy
 
 @pytest.fixture
 def hub(server):
-    download._reach.cache_clear()
+    download.reach.cache_clear()
     server.files["/owner/repo/resolve/rev/folder/w.bin"] = DATA
     return HubFile("owner/repo", "folder/w.bin", "rev")
 

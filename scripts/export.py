@@ -1,0 +1,48 @@
+"""Make a release folder from a training run: `python scripts/export.py runs/NAME FOLDER`.
+
+The folder gets the averaged weights of the run's newest whole checkpoint (model.safetensors, half precision),
+config.yaml, and a card with data, recipe and the figures of the last validation. It works while the run goes on, on any
+machine that has the run's folder, whichever number of processes wrote it; `from_pretrained` reads the result. A release
+that is there is replaced in one move; a folder with anything else is left alone. For 8-bit weights:
+scripts/compact_release.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from engine import checkpoint
+from engine.config import build
+from engine.errors import UserError, run_cli
+from engine.export import DESCRIPTION, export
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of the run, with checkpoints/")
+    parser.add_argument("folder", type=Path, help="release folder to write")
+    parser.add_argument("--step", type=int, help="checkpoint to take instead of the newest one")
+    args = parser.parse_args()
+    if not args.run.is_dir():
+        raise UserError(f"no run in {args.run}: give the folder that train.py wrote")
+    task = None if (args.run / DESCRIPTION).is_file() else rebuilt(args.run)
+    found = export(args.run, args.folder, args.step, task)
+    print(
+        f"{args.folder}: {found.name} of {args.run}, {(args.folder / 'model.safetensors').stat().st_size / 1e6:.1f} MB"
+    )
+
+
+def rebuilt(run: Path):
+    """The task of a run that does not say what its release holds, made anew from its config; needs its data."""
+    found = checkpoint.newest(run / "checkpoints")
+    config = checkpoint.info(found).get("config") if found else None
+    if not config or "task" not in config:
+        raise UserError(f"{run} has neither {DESCRIPTION} nor a checkpoint with a config: there is nothing to export")
+    return build(OmegaConf.create(config["task"]))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,231 @@
+"""From a run's folder to a release, and a release by its name on the hub."""
+
+import json
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from omegaconf import OmegaConf
+from toy_task import CONFIG, ToyGAN, ToyRegression, ToySet
+
+from engine import hub
+from engine.config import CONFIGS
+from engine.download import reach
+from engine.errors import UserError, run_cli
+from engine.export import card, export, last_validation
+from engine.release import read_release, save_release
+from engine.trainer import Trainer
+from scripts import export as script
+
+RECORD = {
+    "command": "python train.py experiment=toy",
+    "task": {"recipe": "A toy's recipe.", "init": "assets/old"},
+    "data": {
+        "root": "data/toys",
+        "train": {"_target_": "toys.Set"},
+        "make": [["scripts/make.py", "--out", "data/toys"]],
+    },
+    "trainer": CONFIG,
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of 20 steps, with checkpoints of steps 15 and 20."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    torch.manual_seed(0)
+    trainer = Trainer(ToyGAN(), ToySet(), CONFIG, folder, RECORD)
+    trainer.fit()
+    return trainer
+
+
+def test_a_run_alone_makes_the_release(run, tmp_path, capsys, monkeypatch):
+    there = tmp_path / "elsewhere"
+    shutil.copytree(run.run, there)
+    monkeypatch.setattr("sys.argv", ["export.py", str(there), str(tmp_path / "out")])
+    script.main()
+    assert "step-00000020 of" in capsys.readouterr().out
+    config, state = read_release(tmp_path / "out", "toy")
+    assert config == {"width": 8}
+    averages = {k.removeprefix("generator."): v for k, v in run.ema.averages.items() if k.startswith("generator.")}
+    assert state.keys() == averages.keys()
+    assert all(torch.equal(state[k], averages[k].half().float()) for k in state)
+    assert not torch.equal(state["0.weight"], run.task.generator[0].weight.detach().half().float())
+    text = (tmp_path / "out" / "README.md").read_text()
+    weight = last_validation(there / "log.jsonl", 20)[0]["weight"]
+    for words in ("# Toy", f"| weight | {weight:.4g} |", "`toys.Set`, `data/toys`", "python scripts/make.py --out"):
+        assert words in text
+    for words in ("A toy's recipe.", "python train.py experiment=toy", "2 x 4 samples", "seed 0", "`assets/old`"):
+        assert words in text
+
+
+def test_an_older_step_has_the_figures_of_its_time(run, tmp_path):
+    export(run.run, tmp_path / "out", step=15)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "(step 14; the weights are of step 15)" in text
+    with pytest.raises(UserError, match=r"no checkpoint to export of step 3: .* is missing"):
+        export(run.run, tmp_path / "out", step=3)
+
+
+def test_only_a_release_or_nothing_is_replaced(run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    with pytest.raises(UserError, match="mine exists and is no release folder"):
+        export(run.run, tmp_path / "mine")
+    assert [p.name for p in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
+    export(run.run, tmp_path / "out", step=15)
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    export(run.run, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "out"]
+
+
+def test_a_write_that_fails_leaves_the_release_that_is_there(run, tmp_path, monkeypatch):
+    export(run.run, tmp_path / "out")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("engine.release.save_file", full)
+    with pytest.raises(UserError, match="out cannot be written: No space left on device"):
+        export(run.run, tmp_path / "out", step=15)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_cannot_be_exported_is_one_line(run, tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    unreleased = Trainer(ToyRegression(), ToySet(), CONFIG | {"steps": 1}, tmp_path / "regression")
+    unreleased.fit()
+    with pytest.raises(UserError, match=r"release\.json cannot be read"):
+        export(tmp_path / "regression", tmp_path / "out")
+    for folder, words in ((tmp_path, "neither release.json nor a checkpoint"), (tmp_path / "none", "no run in")):
+        monkeypatch.setattr("sys.argv", ["export.py", str(folder), str(tmp_path / "out")])
+        with pytest.raises(SystemExit) as end:
+            run_cli(script.main)
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and words in error and error.count("\n") == 1
+
+
+def test_the_last_validation_is_found_among_cut_lines(tmp_path):
+    log = tmp_path / "log.jsonl"
+    rows = [{"step": 1, "loss": 2.0}, {"step": 2, "validation/wer": 0.5}, {"step": 9, "validation/wer": 0.1}]
+    log.write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 10, "valid')
+    assert last_validation(log, 8) == ({"wer": 0.5}, 2)
+    assert last_validation(log, 1) == ({}, 0) == last_validation(tmp_path / "none", 1)
+
+
+def test_a_card_without_a_config_is_short(run):
+    text = card(run.task.released(), {}, {}, 0, 0)
+    assert "Recipe" not in text and "Data" not in text and text.startswith("# Toy\n\nAn autoencoder.")
+
+
+def test_every_recipe_takes_init():
+    for path in (CONFIGS / "experiment").glob("*.yaml"):
+        recipe = OmegaConf.load(path)
+        own = [name for name in recipe.defaults if isinstance(name, str) and name != "_self_"]
+        if not own:  # the others are based on one of these
+            assert OmegaConf.to_container(recipe.task)["init"] == "${init}", path.stem
+
+
+# --- the hub ---
+
+
+@pytest.fixture
+def release(tmp_path):
+    save_release(tmp_path / "made", "toy", {"width": 8}, {"w": torch.arange(3.0)}, "card")
+    return tmp_path / "made"
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    hub._fetched.cache_clear()
+    reach.cache_clear()
+    yield tmp_path / "cache"
+    hub._fetched.cache_clear()
+    reach.cache_clear()
+
+
+@pytest.fixture
+def server(release, monkeypatch):
+    """A hub with one repository, `someone/toy`."""
+    commit = "1" * 40
+    files = {path.name: path.read_bytes() for path in release.iterdir()}
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_HEAD(self):
+            self.do_GET(body=False)
+
+        def do_GET(self, body=True):
+            data = files.get(self.path.rpartition("/")[2]) if "/someone/toy/resolve/" in self.path else None
+            if self.path.startswith("/api/models/someone/toy/tree/"):
+                found = [{"type": "file", "path": n, "size": len(d), "oid": "0"} for n, d in files.items()]
+                data = json.dumps(found).encode()
+            elif self.path.startswith("/api/models/someone/toy/"):
+                data = json.dumps({"id": "someone/toy", "sha": commit, "siblings": []}).encode()
+            self.send_response(200 if data is not None else 404)
+            for name, value in {
+                "Content-Length": len(data or b""),
+                "Content-Type": "application/json",
+                "ETag": f'"{hash(data)}"',
+                "X-Repo-Commit": commit,
+                **({} if data is not None else {"X-Error-Code": "RepoNotFound"}),
+            }.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            if body and data:
+                self.wfile.write(data)
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    use_endpoint(monkeypatch, f"http://127.0.0.1:{httpd.server_address[1]}")
+    yield httpd
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def use_endpoint(monkeypatch, address):
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+
+
+def test_a_name_on_the_hub_is_fetched_and_then_kept(server, empty_cache, monkeypatch):
+    config, state = read_release("someone/toy", "toy")
+    assert config == {"width": 8} and torch.equal(state["w"], torch.arange(3.0))
+    hub._fetched.cache_clear()
+    reach.cache_clear()
+    use_endpoint(monkeypatch, "http://127.0.0.1:9")  # nobody there
+    assert torch.equal(read_release("someone/toy", "toy")[1]["w"], torch.arange(3.0))
+    with pytest.raises(UserError, match=r"someone/other is no folder here, and no copy .* cannot be reached") as error:
+        read_release("someone/other", "toy")
+    assert "\n" not in str(error.value)
+
+
+def test_a_name_that_the_hub_has_not_is_one_line(server, empty_cache):
+    with pytest.raises(UserError, match="someone/else is no folder here, and the hub does not give it") as error:
+        read_release("someone/else", "toy")
+    assert "\n" not in str(error.value)
+
+
+def test_offline_is_one_line(empty_cache, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"no copy from the hub was kept \(HF_HUB_OFFLINE is set\)"):
+        read_release("someone/toy", "toy")
+
+
+def test_a_mistyped_path_is_no_name(empty_cache, tmp_path):
+    (tmp_path / "assets").mkdir()
+    for place in ("assets/hicodit_tinny", "/no/where", "./a/b", "a/b/c", "nothing"):
+        assert hub.release_folder(place) == Path(place)
+        with pytest.raises(UserError, match="weights folder not found"):
+            read_release(place, "toy")
