@@ -1,0 +1,103 @@
+"""One clip on its way through the stages.
+
+Axes: T video frames (25 a second), H height, W width, N samples at 24 kHz, N16 at 16 kHz.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from engine.errors import UserError
+from engine.faces.track import FaceTrack
+
+FPS, RATE, RATE16 = 25, 24_000, 16_000
+HOP, HOP16 = RATE // FPS, RATE16 // FPS
+LONGEST_KEY = 80
+
+
+class Suspicious(UserError):
+    """A clip failed in a way that may be the machine's fault; when many do so in a row, the job stops."""
+
+
+@dataclass(frozen=True)
+class SourceClip:
+    """What a source knows of a clip before its files are opened. Paths are relative to the source's root.
+
+    Attributes:
+        key: of the sample: letters, digits, _ and -; unique in the split.
+        video: its pictures, None if there are none. audio: its sound, None if the video carries it.
+        text: what is said, None if unknown. text_file: a file that tells it (a JSON with the key `text`, or lines of
+            which one begins with `Text:`, or plain text).
+        phonemes: [symbol, start, end] with times in seconds.
+        motion: a torch file (T, Dm) of motion codes.
+    """
+
+    key: str
+    video: str | None = None
+    audio: str | None = None
+    text: str | None = None
+    text_file: str | None = None
+    speaker: str | None = None
+    language: str | None = None
+    expression: str | None = None
+    phonemes: list | None = None
+    motion: str | None = None
+
+    @property
+    def source(self) -> str:
+        return self.video or self.audio or self.motion or self.key
+
+
+@dataclass
+class Clip:
+    """A clip with what the stages have made of it.
+
+    Attributes:
+        info: of the source. root: folder of its paths.
+        frames: (T, H, W, 3) uint8 RGB, None without pictures. wave: (N,) float32, N = T * 960; wave16: (N16,), T * 640.
+        track: of the face in the frames.
+        facts: for KEY.json. tensors: for KEY.safetensors. files: further members by suffix.
+    """
+
+    info: SourceClip
+    root: Path
+    frames: np.ndarray | None = None
+    wave: np.ndarray | None = None
+    wave16: np.ndarray | None = None
+    track: FaceTrack | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
+    length: int = 0  # T
+
+    def path(self, name: str) -> Path:
+        return self.root / name
+
+
+class Stage(Protocol):
+    """One step of the preparation: changes the clip, or raises a UserError, whose message is why the clip is refused.
+
+    Attributes:
+        needs: what a clip must have: "frames", "text", "phonemes" or nothing; else the stage passes it by.
+    """
+
+    needs: str
+
+    def __call__(self, clip: Clip) -> None: ...
+
+
+def make_key(path: str) -> str:
+    """A key from a relative path: folders and odd characters become -, a long one is cut and gets a digest."""
+    key = re.sub(r"[^A-Za-z0-9_-]+", "-", path).strip("-") or "clip"
+    return key if len(key) <= LONGEST_KEY else with_digest(key, path)
+
+
+def with_digest(key: str, path: str) -> str:
+    return f"{key[: LONGEST_KEY - 9]}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"

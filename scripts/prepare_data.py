@@ -1,0 +1,29 @@
+"""Prepare training shards from raw recordings: `python scripts/prepare_data.py source=NAME output=FOLDER`."""
+
+from __future__ import annotations
+
+import sys
+
+from engine.config import load
+from engine.errors import run_cli
+from scripts.preparation.job import prepare
+
+HELP = """
+Turn raw recordings into training shards: OUTPUT/SPLIT/000000.tar with the features that both models train on, a JSON
+beside each, index.json for the whole split, and quarantine.jsonl with every clip that was refused, where and why.
+A killed job goes on where it stopped, with the same result; several processes or machines share the work by shard.
+
+Examples:
+python scripts/prepare_data.py source.root=data/synthetic output=data/shards workers=2
+python scripts/prepare_data.py source=lrs3 source.root=/data/lrs3 output=/data/lrs3_shards splits=[trainval]
+torchrun --nproc_per_node=8 scripts/prepare_data.py source=voxceleb2 source.root=/data/vox2 output=/data/vox2_shards
+python scripts/prepare_data.py source=voxceleb2 --help
+"""
+
+
+def main() -> None:
+    prepare(load("prepare", sys.argv[1:], HELP))
+
+
+if __name__ == "__main__":
+    run_cli(main)

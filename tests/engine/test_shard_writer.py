@@ -1,0 +1,130 @@
+"""Axes: T frames, D channels."""
+
+import errno
+import io
+import json
+import os
+import tarfile
+import zlib
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from engine.errors import UserError
+from engine.shards.writer import SplitWriter, keep, refuse
+
+KEYS = [f"clip_{i}" for i in range(7)]
+PLAN = {"stages": {"decode": {"max_side": 3}}}
+ABOUT = {"split": "train", "symbols": None}
+
+
+def members(key):
+    number = KEYS.index(key)
+    motion = torch.arange(6.0).reshape(3, 2).half() + number
+    about = {"key": key, "frames": 3, "seconds": 0.12}
+    return {"json": json.dumps(about).encode(), "safetensors": save({"motion": motion}), "wav": b"x" * number}
+
+
+def write(writer, keys=KEYS, stop_before_packing=False):
+    for shard in writer.mine:
+        for key in writer.missing(shard):
+            work = writer.begin(shard)
+            if key not in keys:
+                continue
+            if key == "clip_4":
+                refuse(work, key, "a/4.mp4", "face", "no face")
+            else:
+                keep(work, key, members(key))
+        if not (writer.is_made(shard) or writer.missing(shard) or stop_before_packing):
+            writer.pack(shard)
+
+
+def make(folder, rank=0, world=1, plan=PLAN):
+    return SplitWriter(folder, KEYS, 3, plan, "motion", rank, world)
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    writer = make(folder)
+    write(writer)
+    assert writer.finish(ABOUT) is not None
+    return folder
+
+
+def test_shards_are_plain_tar_files_and_the_sidecar_says_where_their_members_are(whole):
+    index = json.loads((whole / "index.json").read_text())
+    assert [s["clips"] for s in index["shards"]] == [3, 2, 1] and index["clips"] == 6
+    for shard in index["shards"]:
+        data = (whole / f"{shard['name']}.tar").read_bytes()
+        assert (len(data), zlib.crc32(data)) == (shard["bytes"], shard["crc32"])
+        sidecar = json.loads((whole / f"{shard['name']}.json").read_text())
+        names = []
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            for info in tar:
+                assert (info.mtime, info.uid, info.gid, info.uname, info.gname) == (0, 0, 0, "", "")
+                names.append(info.name)
+        assert names == [f"{s['key']}.{suffix}" for s in sidecar["samples"] for suffix in ("json", "safetensors", "wav")]
+        for sample in sidecar["samples"]:
+            for suffix, value in members(sample["key"]).items():
+                offset, size = sample["members"][suffix]
+                assert data[offset : offset + size] == value
+
+
+def test_index_has_the_moments_of_all_frames_and_the_refusals(whole):
+    index = json.loads((whole / "index.json").read_text())
+    motion = torch.cat([load(members(key)["safetensors"])["motion"] for key in KEYS if key != "clip_4"]).double()
+    torch.testing.assert_close(torch.tensor(index["motion_mean"]), motion.mean(0), check_dtype=False)
+    torch.testing.assert_close(torch.tensor(index["motion_std"]), motion.std(0), check_dtype=False)
+    assert index["rejected"] == {"face": 1} and index["split"] == "train"
+    line = {"key": "clip_4", "source": "a/4.mp4", "stage": "face", "reason": "no face"}
+    assert [json.loads(x) for x in (whole / "quarantine.jsonl").read_text().splitlines()] == [line]
+
+
+@pytest.mark.parametrize("kept", [["clip_2"], KEYS[:3], KEYS[:5], KEYS])
+def test_work_broken_off_anywhere_ends_in_the_same_bytes(whole, tmp_path, kept):
+    write(make(tmp_path), kept, stop_before_packing=True)
+    (tmp_path / ".work-000000" / "clip_9.part").write_bytes(b"half")
+    (tmp_path / ".work-000000" / ".shard").write_bytes(b"half")
+    writer = make(tmp_path)
+    assert [k for shard in writer.mine for k in writer.missing(shard)] == [k for k in KEYS if k not in kept]
+    write(writer)
+    writer.finish(ABOUT)
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_processes_may_change_in_number_and_end_in_any_order(whole, tmp_path):
+    first, other = make(tmp_path, 0, 2), make(tmp_path, 1, 2)
+    assert list(first.mine) == [0, 2] and list(other.mine) == [1]
+    write(first)
+    assert first.finish(ABOUT) is None and not (tmp_path / "index.json").exists()
+    assert (tmp_path / ".work-process-1").exists()  # the other one was killed here
+    alone = make(tmp_path)
+    write(alone)
+    assert alone.finish(ABOUT) == json.loads((whole / "index.json").read_text())
+    again = make(tmp_path, 1, 2)
+    assert again.finish(ABOUT) is not None  # whoever comes late writes the same
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_a_folder_is_of_one_plan(whole):
+    with pytest.raises(UserError, match=r"begun with stages\.decode\.max_side=3, not 4"):
+        make(whole, plan={"stages": {"decode": {"max_side": 4}}})
+
+
+def test_a_full_disk_is_one_line_and_nothing_half_written_gets_a_name(tmp_path, monkeypatch):
+    writer = make(tmp_path)
+    work = writer.begin(0)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot write .*clip_0\.tar: No space left on device"):
+        keep(work, "clip_0", members("clip_0"))
+    assert writer.missing(0) == KEYS[:3]

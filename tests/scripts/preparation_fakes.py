@@ -1,0 +1,46 @@
+"""Stages for tests: quick, and bad in all the ways in which a clip can be."""
+
+import errno
+import os
+import signal
+import time
+
+import torch
+
+from engine.errors import UserError
+
+
+class Brightness:
+    """A feature of the pictures, and disasters by the name of the clip."""
+
+    needs = ""
+
+    def __init__(self, pause: float = 0.0):
+        self.pause = pause
+
+    def digests(self):
+        return {"fake": "01234567"}
+
+    def __call__(self, clip):
+        name = clip.info.key
+        if "segfault" in name:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if "hang" in name:
+            time.sleep(60)
+        if "refuse" in name:
+            raise UserError(f"{clip.path(clip.info.source)}: not wanted")
+        if "bug" in name:
+            raise ZeroDivisionError("at 0x7f0011223344")
+        if "full" in name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        time.sleep(self.pause)
+        clip.tensors["motion"] = torch.from_numpy(clip.frames.mean((1, 2))).half()
+
+
+class Missing:
+    """A stage whose package is not there."""
+
+    needs = ""
+
+    def __init__(self):
+        raise UserError("this needs nothing (no module): install it")
