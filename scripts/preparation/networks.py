@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.faces.detectors import HaarDetector, YuNetDetector
+from engine.faces.track import track_face
 from engine.media.audio import resample
 from engine.metrics.speaker import SpeakerEncoder as GE2EEncoder
 from engine.release import weights_digest
-from engine.faces.detectors import HaarDetector, YuNetDetector
-from engine.faces.track import track_face
 from hicodit.conditions.released import encoder_config
 from hicodit.conditions.types import EXPRESSIONS
 from hicodit.features import FACE_PICTURES, phoneme_labels
@@ -67,7 +67,7 @@ class Crops:
 
 
 class Labels:
-    """What the source tells by itself: the expression () as an index into `EXPRESSIONS`, the phoneme of each frame (T,).
+    """What the source tells by itself: the expression (), an index into `EXPRESSIONS`; each frame's phoneme (T,).
 
     Args:
         symbols: the phonemes that count, from 1 on; 0 is silence.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -97,10 +98,8 @@ class Pool:
     def _next(self, worker: _Worker, task: Task | None, attempt: int = 1) -> None:
         worker.task, worker.since, worker.attempt = task, time.monotonic(), attempt
         if task is not None:
-            try:
+            with suppress(BrokenPipeError, ConnectionResetError):  # it died while idle: `run` finds its pipe closed
                 worker.connection.send(task)
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # it died while idle: `run` finds its end of the pipe closed
 
     def _died(self, worker: _Worker) -> Outcome | None:
         """A fresh process in place of a dead one, with its task once more; the outcome where that is too often."""

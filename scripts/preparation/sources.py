@@ -1,4 +1,4 @@
-"""Where clips come from: one class a folder layout; each lists the clips of a split in an order that does not change."""
+"""Where clips come from: a class for each folder layout, which lists the clips of a split in a fixed order."""
 
 from __future__ import annotations
 
@@ -105,8 +105,9 @@ class VoxCeleb2(Source):
 
 
 class LRS2(Source):
-    """ROOT/{main,pretrain}/VIDEO/00001.mp4 and .txt; ROOT/{train,val,test}.txt list clips of main, pretrain.txt those of
-    pretrain (without the list: all of them).
+    """ROOT/{main,pretrain}/VIDEO/00001.mp4 and .txt.
+
+    ROOT/{train,val,test}.txt list clips of main, pretrain.txt those of pretrain (without that list: all of them).
     """
 
     LISTS = ("pretrain", "train", "val", "test")

@@ -69,7 +69,9 @@ def test_shards_are_plain_tar_files_and_the_sidecar_says_where_their_members_are
             for info in tar:
                 assert (info.mtime, info.uid, info.gid, info.uname, info.gname) == (0, 0, 0, "", "")
                 names.append(info.name)
-        assert names == [f"{s['key']}.{suffix}" for s in sidecar["samples"] for suffix in ("json", "safetensors", "wav")]
+        assert names == [
+            f"{s['key']}.{suffix}" for s in sidecar["samples"] for suffix in ("json", "safetensors", "wav")
+        ]
         for sample in sidecar["samples"]:
             for suffix, value in members(sample["key"]).items():
                 offset, size = sample["members"][suffix]

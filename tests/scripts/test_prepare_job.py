@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from engine.errors import UserError
 from engine.media.audio import write_wav
 from engine.media.video import write_video
 from scripts.preparation.job import prepare
