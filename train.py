@@ -15,12 +15,14 @@ from engine.config import build, load
 from engine.errors import UserError, run_cli
 from engine.lora import add_lora
 from engine.metrics.optional import need
+from engine.signals import REQUEUE
 from engine.trainer import Trainer
 
 HELP = """
 Train a model. A recipe (experiment=NAME) brings the task, the data and the trainer's numbers; every one of them can be
 set on the command line. The run's folder gets checkpoints/, log.jsonl, validation/ and, at the end, release/ with the
-averaged weights. The same command after a stop or a crash goes on where the last checkpoint is.
+averaged weights. The same command after a stop or a crash goes on where the last checkpoint is. SIGTERM, SIGUSR1 or
+Ctrl-C: save and leave with exit code 75.
 
 Examples:
 python train.py experiment=hicodit_synthetic
@@ -30,7 +32,7 @@ python train.py experiment=hicodit_synthetic --help
 """
 
 
-def main() -> None:
+def main() -> int | None:
     config = load("train", sys.argv[1:], HELP)
     command = shlex.join(["python", "train.py", *sys.argv[1:]])
     distributed.start(config.trainer.device)
@@ -48,8 +50,9 @@ def main() -> None:
             record={**OmegaConf.to_container(config, resolve=True), "command": command},
             fresh=config.fresh,
         )
-        if trainer.fit() is not None:
-            trainer.release(Path(config.run) / "release")
+        if trainer.fit() is None:
+            return REQUEUE
+        trainer.release(Path(config.run) / "release")
     finally:
         distributed.stop()
 

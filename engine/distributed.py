@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 
+T = TypeVar("T")
 PATIENCE = timedelta(hours=4)  # the other ranks wait this long while rank 0 makes data or validates
 
 
@@ -80,12 +82,37 @@ def mean(values: dict[str, float], device: torch.device) -> dict[str, float]:
     return {key: means[key] for key in values}
 
 
-def any_true(flags: Tensor) -> list[bool]:
-    """(n,) flags -> for each, whether it is set in any process. Waits for the device."""
+def maximum(values: Tensor) -> list[float]:
+    """(n,) finite values -> the largest of each over the processes. Waits for the device."""
     if dist.is_initialized():
-        flags = flags.to(torch.int32)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return [bool(flag) for flag in flags.tolist()]
+        values = values.clone()
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values.tolist()
+
+
+def gather(value: object, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every process's `value`, in order of rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def fail(message: str) -> NoReturn:
+    """End a run for a reason that every process knows: one says it, the others leave with the same exit code.
+
+    Raises:
+        UserError: in the main process.
+    """
+    if is_main():
+        raise UserError(message)
+    raise SystemExit(2)
+
+
+def restarted() -> bool:
+    """Whether torchrun or SLURM started this command again by itself, after a failure or a preemption."""
+    return any(int(os.environ.get(name, 0)) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
@@ -95,10 +122,16 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
             dist.broadcast(tensor, 0)
 
 
-def broadcast_object(value: object) -> object:
-    """Rank 0's `value`, in every process."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, 0)
+def from_main(action: Callable[[], T]) -> T:
+    """The main process's result of `action`, in every process; a `UserError` of it ends them all."""
+    box: list[Any] = [None, None]
+    if is_main():
+        try:
+            box[0] = action()
+        except UserError as error:
+            box[1] = str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, 0)
+    if box[1] is not None:
+        fail(box[1])
     return box[0]

@@ -42,14 +42,22 @@ class MicroBatches(torch.utils.data.Dataset):
         self._order: Callable[[int], torch.Tensor] | None = None
 
     def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.dataset.collate(
+            [
+                self.dataset.__getitem__(index, generator_for(self.seed, "sample", position))
+                for position, index in self.samples(number)
+            ]
+        )
+
+    def samples(self, number: int) -> list[tuple[int, int]]:
+        """(position among all epochs, index in the dataset) of every sample of batch `number`."""
         if self._order is None:  # made in the worker process, as a cache cannot be pickled
             self._order = lru_cache(maxsize=2)(self._permutation)
-        items = []
+        samples = []
         for position in range(number * self.size, (number + 1) * self.size):
             epoch, offset = divmod(position, len(self.dataset))
-            index = int(self._order(epoch)[offset])
-            items.append(self.dataset.__getitem__(index, generator_for(self.seed, "sample", position)))
-        return self.dataset.collate(items)
+            samples.append((position, int(self._order(epoch)[offset])))
+        return samples
 
     def _permutation(self, epoch: int) -> torch.Tensor:
         return torch.randperm(len(self.dataset), generator=generator_for(self.seed, "epoch", epoch))

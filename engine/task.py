@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -83,8 +84,13 @@ class TrainerConfig:
     validate_every: int
     checkpoint_every: int
     keep: int
+    best: str | None
+    spike: float | None
+    give_up_after: int
     seed: int
     wandb: str
+    peak_tflops: float | None
+    profile: int
 
     def __post_init__(self) -> None:
         words = {
@@ -96,9 +102,15 @@ class TrainerConfig:
         for name, allowed in words.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"trainer.{name}={getattr(self, name)} is unknown; choose {', '.join(allowed)}")
-        for name in ("steps", "batch_size", "accumulate", "log_every", "validate_every", "checkpoint_every", "keep"):
+        counts = ("steps", "batch_size", "accumulate", "log_every", "validate_every", "checkpoint_every", "keep")
+        for name in (*counts, "give_up_after"):
             if getattr(self, name) < 1:
                 raise UserError(f"trainer.{name}={getattr(self, name)} must be at least 1")
+        for name in ("spike", "peak_tflops"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise UserError(f"trainer.{name}={getattr(self, name)} must be above 0, or null")
+        if self.best is not None and not re.fullmatch(r"(min|max) \S+", self.best):
+            raise UserError(f"trainer.best={self.best} is not `min NAME` or `max NAME`, as in 'min wer'")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"trainer.ema_decay={self.ema_decay} must be in [0, 1)")
 

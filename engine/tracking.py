@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.files import atomic_output
+from engine.speed import Utilisation
 
 
 class Tracker:
@@ -28,7 +31,8 @@ class Tracker:
         run.mkdir(parents=True, exist_ok=True)
         path = run / "log.jsonl"
         kept = [line for line in path.read_text().splitlines() if _step(line) <= step] if path.exists() else []
-        path.write_text("".join(f"{line}\n" for line in kept))
+        with atomic_output(path) as partial:  # a kill must not cost the log of the steps before
+            partial.write_text("".join(f"{line}\n" for line in kept))
         self._file = path.open("a")
         self._wandb = None
         if wandb != "off":
@@ -43,14 +47,22 @@ class Tracker:
             )
 
     def write(self, record: dict[str, Any]) -> None:
-        """Store a record; it has a `step`."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Store a record; it has a `step`.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self._file.name}: {error.strerror or error}") from error
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # the disk is full, which was said
+            self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -72,24 +84,30 @@ class Window:
     def means(self) -> dict[str, float]:
         return {key: float(value) / self.counts[key] for key, value in self.sums.items()}
 
-    def rates(self, samples: int, processes: int) -> dict[str, float]:
-        """Speed of all processes together, from `samples` a step; `data_wait` is the share of time without data."""
+    def rates(self, samples: int, processes: int, use: Utilisation) -> dict[str, float]:
+        """Speed of all processes together, from `samples` a step; `data_wait` is the share of time without data, `mfu`
+        this process's utilisation of its device."""
         seconds = time.perf_counter() - self.start
         return {
             "samples_per_s": self.steps * samples / seconds,
             "tokens_per_s": self.tokens * processes / seconds,
+            **use.share(self.tokens, self.steps, seconds),
             "data_wait": self.wait / seconds,
             "step_s": seconds / self.steps,
         }
 
 
-def progress_line(step: int, steps: int, means: dict[str, float], lr: float, rates: dict[str, float]) -> str:
-    """One line for a person."""
+def progress_line(
+    step: int, steps: int, means: dict[str, float], lr: float, rates: dict[str, float], peak: float | None
+) -> str:
+    """One line for a person; `peak` in TFLOP/s is what `mfu` is a share of."""
     values = " ".join(f"{key} {value:.4f}" for key, value in means.items())
     eta = timedelta(seconds=round((steps - step) * rates["step_s"]))
+    use = f"MFU {rates['mfu']:.1%} of {peak:,.0f} TFLOP/s " if "mfu" in rates else ""
     return (
         f"step {step:,}/{steps:,} | {values} | lr {lr:.2e} | {rates['samples_per_s']:.1f} samples/s "
-        f"{rates['tokens_per_s']:,.0f} tokens/s wait {rates['data_wait']:.0%} | ETA {eta}"
+        f"{rates['tokens_per_s']:,.0f} tokens/s {use}{rates['memory_gib']:.1f} GiB wait {rates['data_wait']:.0%} "
+        f"| ETA {eta}"
     )
 
 

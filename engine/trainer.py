@@ -7,13 +7,12 @@ random numbers as one process with `accumulate` W times larger.
 
 from __future__ import annotations
 
+import errno
 import math
-import signal
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,22 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine import checkpoint, distributed
+from engine.checkpoint import Checkpoints
 from engine.ema import ExponentialMovingAverage
 from engine.errors import UserError
 from engine.export import describe, export
+from engine.guard import StepGuard
 from engine.seeding import MicroBatches, TrainingSet, seed_for
+from engine.signals import StopRequest, ignore_in_worker
+from engine.speed import Utilisation, memory_gib, peak_tflops, tracing
 from engine.task import Task, TrainerConfig
 from engine.tracking import Tracker, Window, progress_line
 
-GIVE_UP_AFTER = 10  # steps in a row without a finite loss
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Trainer:
-    """Trains `task` on `dataset` in the folder `run`: checkpoints/, validation/, log.jsonl.
+    """Trains `task` on `dataset` in the folder `run`: checkpoints/, validation/, log.jsonl, bad_batches.jsonl.
 
     Args:
         task: see `Task`; it is moved to the device.
@@ -41,7 +44,7 @@ class Trainer:
         config: the fields of `TrainerConfig`.
         run: folder of this run; an earlier run in it is continued.
         record: the whole config, kept with checkpoints and log.
-        fresh: ignore earlier checkpoints.
+        fresh: delete earlier checkpoints, unless torchrun or SLURM started this process again by itself.
 
     Raises:
         UserError: a setting is out of range, or the folder holds a run of another model.
@@ -63,6 +66,7 @@ class Trainer:
         if len(dataset) == 0:
             raise UserError("the training set is empty")
         self.run, self.record, self.fresh = Path(run), record or {}, fresh
+        self.code = checkpoint.code_version()
         self.device = distributed.pick_device(self.config.device)
         self.task, self.dataset = task.to(self.device), dataset
         self.parameters, self.optimisers = {}, {}
@@ -91,14 +95,22 @@ class Trainer:
                 broadcast_buffers=False,
             )
         self.buffers = [name for name, _ in task.named_buffers() if name in task.state_dict()]
-        self.step = self.skipped = self.skipped_in_a_row = 0
+        self.batches = MicroBatches(dataset, self.config.batch_size, self.config.seed)
+        self.checkpoints = Checkpoints(self.run / "checkpoints", self.config.keep, self.config.best)
+        self.guard = StepGuard(self.run, self.config.spike)
+        self.use = Utilisation(peak_tflops(self.config.peak_tflops, self.device))
+        self.step = self.position = 0  # steps done; batches used for them, in all processes together
+        self.trouble: str | None = None  # what this process could not write; training ends at the next step
 
     def fit(self) -> dict[str, float] | None:
         """Train to `config.steps` and validate.
 
         Returns:
-            The results of the last validation ({} on ranks other than 0). None: stopped by SIGTERM or Ctrl-C, after
-            a checkpoint; run again to go on.
+            The results of the last validation ({} on ranks other than 0). None: stopped by SIGTERM, SIGUSR1 or
+            Ctrl-C, after a checkpoint; run again to go on.
+
+        Raises:
+            UserError: too many steps in a row had to be left out, or the disk is full; the last checkpoint is whole.
         """
         c = self.config
         self._resume()
@@ -107,48 +119,57 @@ class Trainer:
         tracker = Tracker(self.run, self.step, c.wandb, self.record) if distributed.is_main() else None
         self._say(f"{self._count()}; {c.steps - self.step:,} of {c.steps:,} steps to go on {self._where()}")
         self.task.train()
-        with _Stop() as stop:
-            batches, window, stopping = self._batches(), Window(), False
-            while self.step < c.steps and not stopping:
-                begin = time.perf_counter()
-                batch = [_to(next(batches), self.device) for _ in range(c.accumulate)]
-                window.wait += time.perf_counter() - begin
-                stopping = self._train_step(batch, window, stop)
-                self.step += 1
-                leaving = stopping or self.step == c.steps
-                if self.step % c.log_every == 0 or leaving:
-                    self._log(window, tracker)
-                    window = Window()
-                begin = time.perf_counter()
-                if self.step % c.checkpoint_every == 0 or leaving:
-                    self._save()
-                if self.step % c.validate_every == 0 and not leaving:
-                    self.validate(tracker)
-                window.start += time.perf_counter() - begin  # neither counts in the rates
-        results = None
-        if self.step < c.steps:
-            self._say(f"stopped at step {self.step:,}, saved; the same command goes on from here")
-        else:
-            results = self.validate(tracker)
-        if tracker:
-            tracker.close()
-        return results
+        try:
+            with StopRequest() as stop, tracing(self.run / "profile", c.profile, distributed.rank()) as trace:
+                batches, window, stopping = self._load(), Window(), False
+                while self.step < c.steps and not stopping:
+                    begin = time.perf_counter()
+                    batch = [_to(next(batches), self.device) for _ in range(c.accumulate)]
+                    window.wait += time.perf_counter() - begin
+                    with self.use.counting(sum(self.task.tokens(b) for b in batch)):
+                        stopping = self._train_step(batch, window, stop)
+                    if trace:
+                        trace.step()
+                    leaving = stopping or self.step == c.steps
+                    if self.step % c.log_every == 0 or leaving:
+                        self._log(window, tracker)
+                        window = Window()
+                    begin = time.perf_counter()
+                    validating = self.step % c.validate_every == 0 and not leaving
+                    if self.step % c.checkpoint_every == 0 or leaving or (validating and c.best):
+                        self._save()
+                    if validating:
+                        self.validate(tracker)
+                    window.start += time.perf_counter() - begin  # neither counts in the rates
+            self.checkpoints.wait()
+            results = None
+            if self.step < c.steps:
+                self._say(f"stopped at step {self.step:,}, saved; the same command goes on from here")
+            else:
+                results = self.validate(tracker)
+                self._end_in_trouble()
+            return results
+        finally:
+            self.checkpoints.close()
+            if tracker:
+                tracker.close()
 
     def validate(self, tracker: Tracker | None = None) -> dict[str, float]:
         """`task.validate` with averaged weights on rank 0 ({} on the others, which wait)."""
         results: dict[str, float] = {}
         if distributed.is_main():
             folder = self.run / "validation" / f"step-{self.step:08d}"
-            folder.mkdir(parents=True, exist_ok=True)
             torch.manual_seed(seed_for(self.config.seed, "validate"))
-            with self._released_weights():
+            with self._noting_trouble(), self._released_weights():
+                folder.mkdir(parents=True, exist_ok=True)
                 results = {k: float(v) for k, v in self.task.validate(self.step, folder).items()}
-            self._say(f"step {self.step:,} | validation " + " ".join(f"{k} {v:.4g}" for k, v in results.items()))
-            if tracker:
-                tracker.write({"step": self.step, **{f"validation/{k}": v for k, v in results.items()}})
-            if not any(folder.iterdir()):
-                folder.rmdir()
+                self._say(f"step {self.step:,} | validation " + " ".join(f"{k} {v:.4g}" for k, v in results.items()))
+                if tracker:
+                    tracker.write({"step": self.step, **{f"validation/{k}": v for k, v in results.items()}})
+                if not any(folder.iterdir()):
+                    folder.rmdir()
         distributed.barrier()
+        self.checkpoints.note(self.step, results)
         return results
 
     def release(self, folder: str | Path) -> None:
@@ -158,15 +179,21 @@ class Trainer:
             self._say(f"released to {folder}")
         distributed.barrier()
 
-    def _train_step(self, batches: list[dict[str, Any]], window: Window, stop: _Stop) -> bool:
+    def _train_step(self, batches: list[dict[str, Any]], window: Window, stop: StopRequest) -> bool:
         """One update of every part; gives whether any process was asked to stop."""
-        lr, bad, stopping = self.config.lr_at(self.step), False, False
+        lr, objection, stopping = self.config.lr_at(self.step), None, False
         self._share_buffers()
         for part, optimiser in self.optimisers.items():
-            losses = self._gradients(part, batches)
-            healthy = losses["loss"].isfinite() & losses["grad_norm"].isfinite()
-            bad, stopping = distributed.any_true(torch.stack([~healthy, torch.tensor(stop.asked, device=self.device)]))
-            if bad:  # later parts may depend on this one: the rest of the step is left out
+            losses, each = self._gradients(part, batches)
+            figures = torch.stack([losses["loss"], losses["grad_norm"]]).double()
+            bad, asked, trouble = (~figures.isfinite()).any(), stop.asked, self.trouble or self.checkpoints.problem
+            flags = torch.stack([bad, *torch.tensor([asked, bool(trouble)], device=self.device)])
+            bad, stopping, trouble, loss, norm = distributed.maximum(torch.cat([flags, figures.nan_to_num()]))
+            if trouble:
+                self._end_in_trouble()
+            objection = self.guard.objection(part, {"loss": loss, "grad_norm": norm}, finite=not bad)
+            if objection:  # later parts may depend on this one: the rest of the step is left out
+                self._skip(part, objection, batches, each)
                 break
             for group in optimiser.param_groups:
                 group["lr"] = lr
@@ -175,60 +202,98 @@ class Trainer:
         self.task.zero_grad(set_to_none=True)
         window.steps += 1
         window.tokens += sum(self.task.tokens(batch) for batch in batches)
-        if bad:
-            self._count_skipped()
-        else:
-            self.skipped_in_a_row = 0
+        if not objection:
+            self.guard.passed()
             self.ema.update(self.step)
-        return stopping
+        self.step += 1
+        self.position += self.config.accumulate * distributed.world_size()
+        return bool(stopping)
 
-    def _gradients(self, part: str, batches: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Leave the clipped gradients of `part` over all micro-batches; gives the mean losses and `grad_norm`."""
+    def _gradients(self, part: str, batches: list[dict[str, Any]]) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Leave the clipped gradients of `part` over all micro-batches; gives the mean losses with `grad_norm`, and
+        the loss of each micro-batch."""
         self.task.zero_grad(set_to_none=True)
+        each = []
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
-        for micro, batch in enumerate(batches):
-            number = self._first_batch() + micro * distributed.world_size()
+        for micro, (number, batch) in enumerate(zip(self._numbers(), batches)):
             torch.manual_seed(seed_for(self.config.seed, "step", part, number))
             waits = micro < len(batches) - 1 and isinstance(self.losses, DistributedDataParallel)
             with self.losses.no_sync() if waits else nullcontext():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
                     losses = self.losses(batch, part)
                 (losses["loss"] / len(batches)).backward()
+            each.append(losses["loss"].detach())
             for name, value in losses.items():
                 totals[name] += value.detach().float() / len(batches)
         clip = self.config.clip or math.inf
         totals["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters[part].values(), clip)
-        return totals
+        return totals, each
 
-    def _count_skipped(self) -> None:
-        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
-        self._say(f"step {self.step + 1:,} skipped: loss or gradient is not finite ({self.skipped} so far)")
-        if self.skipped_in_a_row >= GIVE_UP_AFTER:
-            raise UserError(
-                f"training stopped at step {self.step + 1}: loss not finite {GIVE_UP_AFTER} times in a row; "
-                f"lower trainer.lr ({self.config.lr}) or go back to an earlier checkpoint"
+    def _skip(self, part: str, reason: str, batches: list[dict[str, Any]], losses: list[Tensor]) -> None:
+        """Count this step as left out, write down its batches, and give up after too many in a row."""
+        mine = [
+            {
+                "rank": distributed.rank(),
+                "batch": number,
+                "loss": float(loss) if loss.isfinite() else str(float(loss)),
+                "samples": [index for _, index in self.batches.samples(number)],
+                **({"keys": list(batch["keys"])} if "keys" in batch else {}),
+            }
+            for number, batch, loss in zip(self._numbers(), batches, losses)
+        ]
+        everyone = [entry for entries in distributed.gather(mine) for entry in entries]
+        self.guard.skip()
+        self._say(f"step {self.step + 1:,} skipped: {reason} ({self.guard.skipped} so far)")
+        if distributed.is_main():
+            with self._noting_trouble():
+                self.guard.write_down({"step": self.step + 1, "part": part, "reason": reason, "batches": everyone})
+        if self.guard.in_a_row >= self.config.give_up_after:
+            distributed.fail(
+                f"training stopped at step {self.step + 1}: {reason}, {self.guard.in_a_row} steps in a row left out; "
+                f"their samples are named in {self.guard.path}: mend them, or lower trainer.lr ({self.config.lr})"
             )
+
+    @contextmanager
+    def _noting_trouble(self) -> Iterator[None]:
+        """What goes wrong in one process, such as a full disk, is kept until all of them can end together."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            self.trouble = str(error)
+        except UserError as error:
+            self.trouble = str(error)
+
+    def _end_in_trouble(self) -> None:
+        """Stop everywhere if any process could not write something."""
+        for trouble in distributed.gather(self.trouble or self.checkpoints.problem):
+            if trouble:
+                distributed.fail(f"training stopped after step {self.step}: {trouble}")
 
     def _share_buffers(self) -> None:
         """Rank 0's persistent buffers count, in training as in checkpoints."""
         distributed.broadcast(self.task.get_buffer(name) for name in self.buffers)
 
-    def _first_batch(self) -> int:
-        """Number of this process's first micro-batch of the present step; the next ones lie `world_size` apart."""
-        return self.step * self.config.accumulate * distributed.world_size() + distributed.rank()
-
-    def _batches(self) -> Iterator[dict[str, Any]]:
+    def _numbers(self) -> range:
+        """Numbers of this process's micro-batches of the present step."""
         world = distributed.world_size()
-        numbers = range(self._first_batch(), self.config.steps * self.config.accumulate * world, world)
-        workers = self.config.workers
+        first = self.position + distributed.rank()
+        return range(first, first + self.config.accumulate * world, world)
+
+    def _load(self) -> Iterator[dict[str, Any]]:
+        """This process's micro-batches of the steps to come."""
+        world, workers = distributed.world_size(), self.config.workers
+        first, count = self.position + distributed.rank(), (self.config.steps - self.step) * self.config.accumulate
         return iter(
             torch.utils.data.DataLoader(
-                MicroBatches(self.dataset, self.config.batch_size, self.config.seed),
+                self.batches,
                 batch_size=None,
-                sampler=numbers,
+                sampler=range(first, first + count * world, world),
                 num_workers=workers,
                 prefetch_factor=4 if workers else None,
                 pin_memory=self.device.type == "cuda",
+                worker_init_fn=ignore_in_worker,
             )
         )
 
@@ -251,17 +316,15 @@ class Trainer:
 
     def _save(self) -> None:
         self._share_buffers()
-        info = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "config": self.record}
-        checkpoint.save(self.run / "checkpoints", self.step, self._state(), info, self.config.keep)
+        info = {"position": self.position, **self.guard.state(), "config": self.record, "code": self.code}
+        self.checkpoints.save(self.step, self._state(), info)
 
     def _resume(self) -> None:
         root = self.run / "checkpoints"
-        if self.fresh:
-            if distributed.is_main():
-                checkpoint.remove_all(root)
-            distributed.barrier()
+        if self.fresh and not distributed.restarted():
+            distributed.from_main(lambda: checkpoint.remove_all(root))
             return
-        folder = distributed.broadcast_object(checkpoint.newest(root, self._say) if distributed.is_main() else None)
+        folder = distributed.from_main(lambda: checkpoint.newest(root, self._say))
         if folder is None:
             return
         for part, optimiser in self.optimisers.items():
@@ -274,17 +337,22 @@ class Trainer:
             for name, p in self.parameters[part].items():
                 if f"optim.{part}.{name}.step" not in state:
                     del optimiser.state[p]
-        self.step, self.skipped, self.skipped_in_a_row = info["step"], info["skipped"], info["skipped_in_a_row"]
+        self.step = info["step"]
+        # Checkpoints without a position are of runs that never changed their number of processes.
+        self.position = info.get("position", self.step * self.config.accumulate * distributed.world_size())
+        self.guard.load_state(info)
         self._say(f"resumed from {folder}")
 
     def _log(self, window: Window, tracker: Tracker | None) -> None:
         c, world = self.config, distributed.world_size()
         means = distributed.mean(window.means(), self.device)
-        rates = window.rates(c.accumulate * c.batch_size * world, world)
+        rates = window.rates(c.accumulate * c.batch_size * world, world, self.use)
+        (rates["memory_gib"],) = distributed.maximum(torch.tensor([memory_gib(self.device)], device=self.device))
         if tracker:
             lr = c.lr_at(self.step - 1)
-            tracker.write({"step": self.step, **means, "lr": lr, **rates, "skipped": self.skipped})
-            self._say(progress_line(self.step, c.steps, means, lr, rates))
+            with self._noting_trouble():
+                tracker.write({"step": self.step, **means, "lr": lr, **rates, "skipped": self.guard.skipped})
+            self._say(progress_line(self.step, c.steps, means, lr, rates, self.use.peak))
 
     def _count(self) -> str:
         counts = {part: sum(p.numel() for p in ps.values()) for part, ps in self.parameters.items()}
@@ -295,7 +363,8 @@ class Trainer:
 
     def _say(self, line: str) -> None:
         if distributed.is_main():
-            print(line, flush=True)
+            with suppress(OSError):  # its file may be on the full disk
+                print(line, flush=True)
 
 
 class _Losses(nn.Module):
@@ -308,28 +377,6 @@ class _Losses(nn.Module):
     def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
         losses = self.task(batch, part)
         return {k: v if k == "loss" else v.detach() for k, v in losses.items()}
-
-
-class _Stop:
-    """Turns the first SIGTERM or Ctrl-C into `asked`; a second one acts as usual."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _Stop:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _: object) -> None:
-        self.asked = True
-        signal.signal(number, self._previous[number])
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -1,11 +1,14 @@
 import json
 import os
 import shutil
+import subprocess
+import threading
 
 import pytest
 import torch
 
 from engine import checkpoint
+from engine.checkpoint import Checkpoints
 from engine.errors import UserError
 
 
@@ -17,8 +20,13 @@ def state(value=1.0):
     }
 
 
-def save(root, step, keep=3):
-    return checkpoint.save(root, step, state(float(step)), {"config": {"lr": 0.1}}, keep)
+def save(root, step, keep=3, best=None, **results):
+    checkpoints = Checkpoints(root, keep, best)
+    folder = checkpoints.save(step, state(float(step)), {"config": {"lr": 0.1}})
+    checkpoints.wait()
+    if results:
+        checkpoints.note(step, results)
+    return folder
 
 
 def data_file(folder):
@@ -40,6 +48,39 @@ def test_the_last_few_are_kept(tmp_path):
         save(tmp_path, step, keep=2)
     assert checkpoint.steps(tmp_path) == [15, 20]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000015", "step-00000020"]
+
+
+def test_the_best_is_kept_too(tmp_path):
+    for step, wer in ((5, 0.9), (10, 0.2), (15, float("nan")), (20, 0.5), (25, 0.4)):
+        save(tmp_path, step, keep=1, best="min wer", wer=wer)
+    assert checkpoint.steps(tmp_path) == [10, 25] and checkpoint.best(tmp_path, "min wer") == 10
+    assert checkpoint.best(tmp_path, "max wer") == 25 and checkpoint.best(tmp_path, "max stoi") is None
+
+
+def test_what_changes_after_the_call_is_not_saved(tmp_path, monkeypatch):
+    begin, original = threading.Event(), checkpoint.dcp.save
+    monkeypatch.setattr(checkpoint.dcp, "save", lambda *a, **k: begin.wait(10) and original(*a, **k))
+    checkpoints, live = Checkpoints(tmp_path, 2), state(1.0)
+    folder = checkpoints.save(1, live, {})
+    live["model.weight"].fill_(9.0)  # training goes on
+    assert not folder.exists()
+    begin.set()
+    checkpoints.wait()
+    read = state(0.0)
+    checkpoint.load(folder, read)
+    assert torch.equal(read["model.weight"], torch.ones(3, 4))
+
+
+def test_all_damaged_is_told_and_not_taken_for_a_fresh_start(tmp_path):
+    truncate(save(tmp_path, 1))
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
+        checkpoint.newest(tmp_path, lambda _: None)
+
+
+def test_damaged_later_ones_go_when_a_new_one_is_written(tmp_path):
+    save(tmp_path, 5), truncate(save(tmp_path, 10))
+    save(tmp_path, 7, keep=2)
+    assert checkpoint.steps(tmp_path) == [5, 7]
 
 
 def truncate(folder):
@@ -91,20 +132,27 @@ def test_unwritable_place_is_one_line_and_leaves_the_last_one(tmp_path):
         save(tmp_path / "file", 1)
 
 
-def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
-    good = save(tmp_path, 1)
-
-    def full(*_, **__):
-        (tmp_path / ".step-00000002.writing").mkdir()
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint.dcp, "save", full)
-    with pytest.raises(
-        UserError, match=r"step-00000002 cannot be written.*No space left.*earlier checkpoints are intact"
-    ):
-        save(tmp_path, 2)
-    assert [path.name for path in tmp_path.iterdir()] == [good.name]
-    assert checkpoint.damage(good) is None
+@pytest.mark.parametrize("spare", [0, 4096, 3 * 4096])
+def test_full_disk_keeps_the_last_checkpoint(tmp_path, spare):
+    """A real one: 256 KiB in memory, filled up but for `spare` bytes."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(tmp_path)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("mounting needs root")
+    try:
+        good = save(tmp_path / "runs", 1)
+        free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_bsize
+        (tmp_path / "ballast").write_bytes(bytes(free - spare))
+        with pytest.raises(
+            UserError, match=r"step-00000002 cannot be written: .*No space left.*earlier checkpoints are intact$"
+        ) as caught:
+            save(tmp_path / "runs", 2)
+        assert "\n" not in str(caught.value)
+        assert [path.name for path in (tmp_path / "runs").iterdir()] == [good.name]
+        assert checkpoint.damage(good) is None
+        (tmp_path / "ballast").unlink()
+        assert checkpoint.damage(save(tmp_path / "runs", 2)) is None
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_tensors_of_another_model(tmp_path):

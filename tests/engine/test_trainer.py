@@ -1,6 +1,8 @@
+import gzip
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from engine.release import read_release
 from engine.trainer import Trainer, TrainerConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMES = ("samples_per_s", "tokens_per_s", "data_wait", "step_s")
+TIMES = ("samples_per_s", "tokens_per_s", "data_wait", "step_s", "memory_gib")
 
 
 def trainer(run, dataset=None, task=ToyGAN, fresh=False, **changes):
@@ -34,13 +36,13 @@ def assert_same_state(one, two):
         assert torch.equal(a[key], b[key]), key
 
 
-@pytest.mark.parametrize("trouble", ["term", "crash"])
+@pytest.mark.parametrize("trouble", ["term", "usr1", "crash"])
 def test_interrupted_run_equals_unbroken_to_the_last_digit(tmp_path, trouble):
     whole = trainer(tmp_path / "whole")
     assert whole.fit() is not None
-    # Sample 8 * 12 + 3 belongs to step 13: SIGTERM saves that step, a crash falls back to the checkpoint of step 10.
+    # Sample 8 * 12 + 3 belongs to step 13: a signal saves that step, a crash falls back to the checkpoint of step 10.
     first = trainer(tmp_path / "broken", ToySet(trouble_at=8 * 12 + 3, trouble=trouble))
-    if trouble == "term":
+    if trouble != "crash":
         assert first.fit() is None and first.step == 13
     else:
         with pytest.raises(RuntimeError, match="died"):
@@ -121,15 +123,106 @@ def test_accumulation_equals_the_larger_batch(tmp_path):
 def test_not_finite_loss_skips_the_step(tmp_path, capsys):
     run = trainer(tmp_path, ToySet(trouble_at=20, trouble="nan"))
     run.fit()
-    assert run.skipped == 1 and run.skipped_in_a_row == 0
+    assert run.guard.skipped == 1 and run.guard.in_a_row == 0
     assert all(p.isfinite().all() for p in run.task.parameters())
     assert "step 3 skipped" in capsys.readouterr().out
 
 
-def test_ten_losses_in_a_row_that_are_not_finite_stop_the_run(tmp_path):
-    run = trainer(tmp_path, ToySet(trouble_at=17, trouble="nan", span=10_000))
-    with pytest.raises(UserError, match="stopped at step 12: loss not finite 10 times in a row"):
+def test_too_many_bad_steps_in_a_row_stop_the_run_and_their_samples_are_named(tmp_path):
+    run = trainer(tmp_path, ToySet(trouble_at=17, trouble="nan", span=10_000), give_up_after=4)
+    with pytest.raises(
+        UserError, match=r"stopped at step 6: loss or gradient is not finite, 4 steps in a row left out"
+    ):
         run.fit()
+    lines = [json.loads(line) for line in (tmp_path / "bad_batches.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 4, 5, 6] and lines[0]["part"] == "discriminator"
+    batch = lines[0]["batches"][1]  # step 3 takes batches 4 and 5
+    assert batch == {"rank": 0, "batch": 5, "loss": "nan", "samples": [i for _, i in run.batches.samples(5)]}
+
+
+def test_spike_is_left_out_and_training_goes_on(tmp_path, capsys):
+    run = trainer(tmp_path, ToySet(trouble_at=8 * 120 + 1, trouble="spike"), task=ToyRegression, steps=130, spike=20)
+    run.fit()
+    assert run.guard.skipped == 1
+    assert "step 121 skipped: loss" in capsys.readouterr().out
+    unguarded = trainer(tmp_path / "b", ToySet(trouble_at=8 * 120 + 1, trouble="spike"), task=ToyRegression, steps=130)
+    unguarded.fit()
+    assert unguarded.guard.skipped == 0
+
+
+def test_checkpoints_say_where_and_by_what_code(tmp_path):
+    trainer(tmp_path, steps=6).fit()
+    info = json.loads((tmp_path / "checkpoints/step-00000006/info.json").read_text())
+    assert info["position"] == 12 and info["code"]
+
+
+def test_other_number_of_processes_goes_on_in_the_data_where_it_stopped(tmp_path):
+    # Two processes used four batches a step; the one that goes on with half as many must start at batch 20, not 10.
+    trainer(tmp_path, steps=5, accumulate=4).fit()
+    run = trainer(tmp_path, steps=7, accumulate=2)
+    run._resume()
+    assert list(run._numbers()) == [20, 21]
+    assert len(list(run._load())) == 4
+
+
+def test_checkpoint_without_a_position_goes_on(tmp_path):
+    trainer(tmp_path, steps=5).fit()
+    info = tmp_path / "checkpoints/step-00000005/info.json"
+    info.write_text(
+        json.dumps({k: v for k, v in json.loads(info.read_text()).items() if k not in ("position", "figures")})
+    )
+    run = trainer(tmp_path, steps=6)
+    run.fit()
+    assert run.position == 12
+
+
+def test_best_by_validation_is_kept(tmp_path):
+    run = trainer(tmp_path, keep=1, best="max weight", validate_every=4, checkpoint_every=100)
+    run.fit()
+    folders = {p.name: json.loads((p / "results.json").read_text()) for p in (tmp_path / "checkpoints").iterdir()}
+    seen = {line["step"]: line["validation/weight"] for line in records(tmp_path) if "validation/weight" in line}
+    best = max(seen, key=seen.get)
+    assert f"step-{best:08d}" in folders and "step-00000020" in folders and len(folders) <= 2
+
+
+@pytest.mark.parametrize(
+    ("limit", "what"), [(20_000, "checkpoint .*step-00000015"), (2_000, "cannot write .*log.jsonl")]
+)
+def test_full_disk_is_one_line_and_the_last_checkpoint_is_whole(tmp_path, limit, what):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(UserError, match=f"training stopped after step .*{what}.*File too large"):
+            trainer(tmp_path, ToySet(trouble_at=8 * 12 + 3, trouble="full", span=limit)).fit()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    run = trainer(tmp_path)
+    run.fit()
+    whole = trainer(tmp_path / "whole")
+    whole.fit()
+    assert_same_state(whole, run)
+
+
+def test_utilisation_against_a_stated_peak(tmp_path, capsys):
+    run = trainer(tmp_path, task=ToyRegression, batch_size=4, accumulate=2, peak_tflops=1e-6, steps=4, log_every=4)
+    run.fit()
+    # Forward and weight gradient of a 4 x 4 matrix for 8 samples; the input needs no gradient.
+    assert run.use._counted == (2 * 2 * 4 * 4 * 8, 0)
+    line = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert line["mfu"] == pytest.approx(512 / line["step_s"] / 1e6, rel=1e-6)
+    assert "of 0 TFLOP/s" in capsys.readouterr().out and line["memory_gib"] > 0.05
+
+
+def test_counting_changes_no_digit(tmp_path):
+    plain, counted = trainer(tmp_path / "a", steps=6), trainer(tmp_path / "b", steps=6, peak_tflops=1.0)
+    plain.fit(), counted.fit()
+    assert_same_state(plain, counted)
+
+
+def test_trace_by_one_override(tmp_path):
+    trainer(tmp_path, steps=9, profile=2).fit()
+    with gzip.open(tmp_path / "profile/rank0.json.gz", "rt") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"ProfilerStep#5", "ProfilerStep#6", "aten::linear"} <= names and "ProfilerStep#7" not in names
 
 
 def test_bf16_autocast_trains(tmp_path):
@@ -155,6 +248,8 @@ def test_learning_rate_schedule():
         ({"schedule": "linear"}, "trainer.schedule=linear is unknown; choose constant, cosine"),
         ({"steps": 0}, "trainer.steps=0 must be at least 1"),
         ({"ema_decay": 1.0}, "trainer.ema_decay=1.0"),
+        ({"best": "wer"}, "trainer.best=wer is not `min NAME` or `max NAME`"),
+        ({"spike": 0}, "trainer.spike=0 must be above 0"),
         ({"extra": 1}, "unexpected keyword argument 'extra'"),
         ({"device": "tpu"}, "trainer.device=tpu is unknown"),
     ],
@@ -187,9 +282,7 @@ def torchrun(processes, script, *arguments, cwd=ROOT):
 
 def train_arguments(run, **changes):
     settings = CONFIG | {"log_every": 1} | changes
-    words = [
-        f"trainer.{k}={str(v).lower() if isinstance(v, bool) else v}".replace(" ", "") for k, v in settings.items()
-    ]
+    words = [f"trainer.{k}={json.dumps(v)}".replace(" ", "") for k, v in settings.items()]
     target = "task={_target_: toy_task.ToyGAN}"
     return ["name=toy", f"run={run}", target, "data={train: {_target_: toy_task.ToySet}}", *words]
 

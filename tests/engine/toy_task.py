@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 
 import torch
@@ -31,15 +32,21 @@ CONFIG = {
     "validate_every": 7,
     "checkpoint_every": 5,
     "keep": 2,
+    "best": None,
+    "spike": None,
+    "give_up_after": 10,
     "seed": 0,
     "wandb": "off",
+    "peak_tflops": None,
+    "profile": 0,
 }
 
 
 class ToySet:
     """37 vectors, an odd number so that batches straddle epochs; the augmentation is noise.
 
-    `trouble_at` / `trouble`: what happens when the sample at that call is fetched: term, crash, nan.
+    `trouble_at` / `trouble`: what happens when the sample at that call is fetched: term, usr1, crash, nan, spike,
+    full (no file may grow beyond `span` bytes).
     """
 
     def __init__(self, size: int = 37, trouble_at: int | None = None, trouble: str = "crash", span: int = 1):
@@ -55,8 +62,13 @@ class ToySet:
         if self.trouble_at is not None and self.trouble_at <= self.calls < self.trouble_at + self.span:
             if self.trouble == "crash":
                 raise RuntimeError("the machine died")
-            if self.trouble == "term":
-                os.kill(os.getpid(), signal.SIGTERM)
+            if self.trouble in ("term", "usr1"):
+                for _ in range(2):  # a scheduler and torchrun may both say it
+                    os.kill(os.getpid(), signal.SIGTERM if self.trouble == "term" else signal.SIGUSR1)
+            if self.trouble == "full":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (self.span, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            if self.trouble == "spike":
+                return sample * 1000
             if self.trouble == "nan":
                 return sample * float("nan")
         return sample

@@ -1,0 +1,63 @@
+"""Which training steps count: those with losses and gradients that are finite and not far above what is usual."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+SETTLED = 100  # steps that count before spikes are looked for
+DECAY = 0.99  # of the running figures
+
+
+class StepGuard:
+    """Judges steps, counts those left out in a row, and writes down their batches.
+
+    All processes must give it the same figures, so that they decide alike. Its state goes into checkpoints.
+
+    Args:
+        run: folder of the run; `bad_batches.jsonl` in it gets a line for each step left out.
+        spike: a loss or gradient norm above its running mean by more than `spike` running mean absolute deviations
+            is a spike. None: no value that is finite is.
+    """
+
+    def __init__(self, run: Path, spike: float | None):
+        self.path, self.spike = run / "bad_batches.jsonl", spike
+        self.skipped = self.in_a_row = 0
+        self.figures: dict[str, list[float]] = {}  # name -> [mean, mean absolute deviation, steps]
+
+    def objection(self, part: str, figures: dict[str, float], finite: bool) -> str | None:
+        """Why the step of `part` must not count, or None; then its `figures` (loss, grad_norm) are taken in."""
+        if not finite:
+            return "loss or gradient is not finite"
+        for name, value in figures.items():
+            mean, spread, steps = self.figures.get(f"{part}/{name}", (value, 0.0, 0))
+            if self.spike is not None and steps >= SETTLED and value > mean + self.spike * spread:
+                return f"{name} {value:.4g} is far above its running mean {mean:.4g} (usual deviation {spread:.2g})"
+        for name, value in figures.items():
+            mean, spread, steps = self.figures.get(f"{part}/{name}", (value, 0.0, 0))
+            rate = max(1 - DECAY, 1 / (steps + 1))  # a plain mean at first
+            spread += rate * (abs(value - mean) - spread)
+            self.figures[f"{part}/{name}"] = [mean + rate * (value - mean), spread, steps + 1]
+        return None
+
+    def passed(self) -> None:
+        """The step counts."""
+        self.in_a_row = 0
+
+    def skip(self) -> None:
+        """The step does not count."""
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+
+    def write_down(self, record: dict[str, Any]) -> None:
+        """Add a line about a step left out. Raises OSError."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def state(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "skipped_in_a_row": self.in_a_row, "figures": self.figures}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.skipped, self.in_a_row = state["skipped"], state["skipped_in_a_row"]
+        self.figures = state.get("figures", {})  # older checkpoints have none
