@@ -7,12 +7,14 @@ import resource
 import signal
 
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
+from engine.config import CONFIGS
 from engine.export import Release
 from engine.trainer import Task
 
-CONFIG = {
+CONFIG = OmegaConf.to_container(OmegaConf.load(CONFIGS / "trainer/cpu.yaml")) | {
     "steps": 20,
     "batch_size": 4,
     "accumulate": 2,
@@ -20,25 +22,10 @@ CONFIG = {
     "betas": [0.9, 0.99],
     "weight_decay": 0.1,
     "warmup": 5,
-    "schedule": "cosine",
-    "min_lr_ratio": 0.1,
-    "clip": 1.0,
     "ema_decay": 0.99,
-    "precision": "fp32",
-    "device": "cpu",
-    "compile": False,
-    "workers": 0,
     "log_every": 1,
     "validate_every": 7,
     "checkpoint_every": 5,
-    "keep": 2,
-    "best": None,
-    "spike": None,
-    "give_up_after": 10,
-    "seed": 0,
-    "wandb": "off",
-    "peak_tflops": None,
-    "profile": 0,
 }
 
 

@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
+from engine.config import CONFIGS
 from engine.trainer import Trainer
 from hicodit.data import HiCoDiTDataset, augment_mouth
 from hicodit.features import FeatureSplit, phoneme_labels, token_digest
@@ -18,11 +20,9 @@ MODEL = {
     "face_dim": 16, "dropout": 0.0,
 }  # fmt: skip
 ENCODERS = {"lip_dim": 32, "lip_heads": 4, "face_dim": 16, "face_width": 4, "phonemes": 5}
-TRAINER = {
-    "steps": 4, "batch_size": 3, "accumulate": 1, "lr": 3e-3, "betas": [0.9, 0.98], "weight_decay": 0.01, "warmup": 0,
-    "schedule": "constant", "min_lr_ratio": 1.0, "clip": 1.0, "ema_decay": 0.9, "precision": "fp32", "device": "cpu",
-    "compile": False, "workers": 0, "log_every": 2, "validate_every": 100, "checkpoint_every": 2, "keep": 2, "seed": 0,
-    "wandb": "off",
+TRAINER = OmegaConf.to_container(OmegaConf.load(CONFIGS / "trainer/cpu.yaml")) | {
+    "steps": 4, "batch_size": 3, "lr": 3e-3, "warmup": 0, "schedule": "constant", "min_lr_ratio": 1.0, "ema_decay": 0.9,
+    "log_every": 2, "validate_every": 100, "checkpoint_every": 2,
 }  # fmt: skip
 
 
