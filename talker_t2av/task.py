@@ -88,6 +88,9 @@ class TalkerTask(Task):
             )
         self.sampling, self.validation, self.recipe = Sampling(**(sampling or {})), validation, recipe
         if init:
+            own = TalkerTokenizer.from_pretrained(init).tokenizer.get_vocab()
+            if own != self.words.tokenizer.get_vocab():
+                raise UserError(f"init={init} knows other words than task.tokenizer={tokenizer}: set it to {init}, too")
             load_strict(self.model, TalkerT2AV.from_pretrained(init).state_dict(), f"init={init}")
         for kind, folder in (warm_start or {}).items():
             found = names.warm_start(self.model, folder, kind)

@@ -64,7 +64,7 @@ class LiaXTask(Task):
             (known movements of the corpus; the other codes are free). None: no such loss.
         motion_noise: deviation of the Gaussian noise on the motion codes that the decoder gets. It makes neighbouring
             codes mean neighbouring pictures, and the sparsity loss from merely shrinking the codes.
-        init: release folder to start from instead of random weights.
+        init: release folder to start from instead of random weights; all its levels stay, whatever `growth` says.
         decoder_only: the encoder keeps the weights of `init`, so that motion codes stay the same.
         discriminator: `width` and `max_width`.
         vgg: file of torchvision's vgg19 weights.
@@ -89,6 +89,7 @@ class LiaXTask(Task):
     ):
         super().__init__()
         self.codec = _load(init, LiaXConfig(**codec)) if init else _start(LiaXConfig(**codec))
+        growth = None if init else growth
         if growth:  # levels that wait add nothing to the enlarged picture, then little by little
             for level in self.codec.decoder.levels[-growth["levels"] :]:
                 nn.init.zeros_(level.to_rgb.conv.weight)

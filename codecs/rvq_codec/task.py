@@ -74,7 +74,8 @@ class RVQCodecTask(Task):
             another size than `init`'s starts from random weights.
         restart_every: steps between two restarts of dead codes.
         pool: M, latents kept for k-means and for restarts.
-        init: release folder to start from instead of random weights.
+        init: release folder to start from instead of random weights; its code books are in use from the first step, so
+            `features` and `quantizer_start` do not count.
         validation: `root`, `splits`, `clips` (per split) and `levels` of validation; None turns it off.
     """
 
@@ -107,6 +108,8 @@ class RVQCodecTask(Task):
             self.codec.encoder.requires_grad_(False)
             self.codec.quantizer.requires_grad_(False)
         self.decoder_only = decoder_only
+        if init:
+            features, quantizer_start = None, 0
         self.features, self.features_until, self.envelope_levels = None, 0, 0
         if features:
             bands, low = features["mel_bands"], features["low_samples"]

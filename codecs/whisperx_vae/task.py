@@ -66,7 +66,7 @@ class WhisperXVAETask(Task):
         gan_start: see above; None for no discriminators.
         decoder_only: the latents stay those of `init`: only the decoder learns, from samples of the posterior.
         whisper: folder or hub name of a transformers Whisper model.
-        init: release folder to start from instead of random weights.
+        init: release folder to start from instead of random weights; the decoder then never learns from features.
         validation: `root`, `splits` and `clips` (per split); None turns it off.
     """
 
@@ -107,7 +107,7 @@ class WhisperXVAETask(Task):
             clips = load_clips(targets["root"], targets["split"], targets["clips"], config.sample_rate)
             self.targets = LatentTargets(config.latent_dim, config.sample_rate, self.codec.hop)
             self.targets.fit([torch.from_numpy(clip.wave) for clip in clips])
-            self.targets_until, self.noise = targets["until"], targets["noise"]
+            self.targets_until, self.noise = 0 if init else targets["until"], targets["noise"]
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def parts(self) -> dict[str, nn.Module]:

@@ -1,6 +1,8 @@
 """Training HiCoDiT on a handful of made-up clips: losses, ablations, exact resume through the trainer, release."""
 
 import json
+import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from engine.config import CONFIGS
+from engine.errors import UserError
+from engine.lora import add_lora
 from engine.trainer import Trainer
 from hicodit.data import HiCoDiTDataset, augment_mouth
 from hicodit.features import FeatureSplit, phoneme_labels, token_digest
@@ -57,7 +61,7 @@ def make_task(corpus, release, **changes):
     model = MODEL | changes.pop("model", {})
     torch.manual_seed(0)
     arguments = {"model": model, "encoders": ENCODERS, "codec": str(release.parent / "codec"), "features": str(corpus)}
-    return HiCoDiTTask(**arguments, grammar="none.jsgf", **changes)
+    return HiCoDiTTask(**(arguments | {"grammar": "none.jsgf"} | changes))
 
 
 def make_data(corpus, release):
@@ -114,6 +118,43 @@ def test_trains_resumes_and_releases_through_the_trainer(corpus, release, tmp_pa
         assert torch.equal(a, b), name
     second.release(release.parent / "trained")
     assert HiCoDiTPipeline.from_pretrained(release.parent / "trained").system.model.config.codes == 16
+
+
+def test_low_rank_updates_learn_alone_and_end_up_in_the_weights(corpus, release, tmp_path):
+    pytest.importorskip("peft")
+    old = HiCoDiTPipeline.from_pretrained(release).system
+    encoders = asdict(old.encoders.config)
+    task = make_task(corpus, release, init=str(release), model=asdict(old.model.config), encoders=encoders)
+    before = {k: v.clone() for k, v in task.state_dict().items()}
+    add_lora(task, 2, 4.0)
+    learns = {n for n, p in task.named_parameters() if p.requires_grad}
+    assert learns and all("lora_" in name and name.startswith("system.model.") for name in learns)
+    trainer = Trainer(task, make_data(corpus, release), TRAINER | {"ema_decay": 0.0}, tmp_path / "run")
+    trainer.fit()
+    idle = {n for n, p in task.named_parameters() if "lora_B" in n and not p.any()}
+    assert idle == set(), "these layers are used past their module's forward"
+    trainer.release(release.parent / "adapted")
+    new = HiCoDiTPipeline.from_pretrained(release.parent / "adapted").system
+    changed = {k for k, v in new.state_dict().items() if not torch.equal(v, before[f"system.{k}"])}
+    assert changed == {n.removeprefix("system.").split(".lora_")[0] + ".weight" for n in learns}
+    batch = batch_of(corpus, release)
+    losses = []
+    for system in (task.system, new):
+        task.system = system.eval()
+        torch.manual_seed(0)
+        losses.append(float(task.eval()(batch, "model")["loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)  # half precision
+    torch.manual_seed(0)
+    task.load_state_dict(before)
+    assert float(task(batch, "model")["loss"]) != pytest.approx(losses[0], rel=2e-3)
+
+
+def test_a_start_from_other_tokens_is_refused(corpus, release, tmp_path):
+    shutil.copytree(release, tmp_path / "other")
+    config = (tmp_path / "other" / "config.yaml").read_text()
+    (tmp_path / "other" / "config.yaml").write_text(config + "token_digest: abcd1234\n")
+    with pytest.raises(UserError, match="speaks other tokens than"):
+        make_task(corpus, release, init=str(tmp_path / "other"))
 
 
 def test_dataset_is_a_function_of_its_generator(corpus, release):

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from talker_fixtures import DM, DS, LLM, save_talker, voice_file
 
 from engine.errors import UserError
+from engine.lora import add_lora
 from talker_t2av.data import Paired, TalkerShards
 from talker_t2av.losses import TalkerBatch, training_forward
 from talker_t2av.model import TalkerT2AV
@@ -143,6 +144,46 @@ def test_a_warm_start_is_taken(root, tmp_path):
     save_file({"patch_encoder.norm.scale": value}, tmp_path / "model.safetensors")
     task = make_task(root, warm_start={"tts": str(tmp_path)})
     assert torch.equal(task.model.speech_patch_encoder.norm.scale.data, value)
+
+
+def test_low_rank_updates_reach_backbone_and_heads_and_end_up_in_the_weights(root, tmp_path):
+    pytest.importorskip("peft")
+    make_task(root).release(tmp_path / "old", {})
+    task = make_task(root, init=str(tmp_path / "old"))
+    start = {k: v.clone() for k, v in task.state_dict().items()}
+    add_lora(task, 2, 4.0)
+    learns = [p for p in task.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(learns, lr=1e-2)
+    batch = a_batch(root)
+    for step in range(2):
+        torch.manual_seed(step)
+        optimiser.zero_grad()
+        task(batch, "model")["loss"].backward()
+        optimiser.step()
+    idle = {n for n, p in task.named_parameters() if "lora_B" in n and not p.any()}
+    assert idle == set(), "these layers are used past their module's forward"
+    adapted = {n.removeprefix("model.").split(".")[0] for n, p in task.named_parameters() if p.requires_grad}
+    assert adapted >= {"llm", "speech_cfm", "motion_cfm", "speech_patch_encoder", "motion_patch_encoder"}
+    task.release(tmp_path / "new", {})
+    model = TalkerT2AV.from_pretrained(tmp_path / "new")
+    losses = []
+    for network in (task.model, model):
+        task.model = network
+        torch.manual_seed(0)
+        losses.append(float(task.eval()(batch, "model")["loss"].detach()))
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)  # half precision
+    task.load_state_dict(start)
+    torch.manual_seed(0)
+    assert float(task(batch, "model")["loss"].detach()) != pytest.approx(losses[0], rel=2e-3)
+
+
+def test_a_start_with_other_words_is_refused(root, tmp_path):
+    make_task(root).release(tmp_path / "old", {})
+    data = json.loads((tmp_path / "old" / "tokenizer.json").read_text())
+    data["added_tokens"][-1]["content"] = "<other>"
+    (tmp_path / "old" / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match="knows other words than"):
+        make_task(root, init=str(tmp_path / "old"))
 
 
 def test_mistakes_are_named(root):
