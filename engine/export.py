@@ -52,13 +52,20 @@ class Release:
 
 
 def describe(run: Path, task: Task) -> None:
-    """Keep in the run's folder what its release will hold beside the weights."""
+    """Keep in the run's folder what its release will hold beside the weights.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     release, files = task.released(), run / FILES
     if release is None:
         return
-    shutil.rmtree(files, ignore_errors=True)
-    files.mkdir(parents=True)
-    task.release_files(files)
+    try:
+        shutil.rmtree(files, ignore_errors=True)
+        files.mkdir(parents=True)
+        task.release_files(files)
+    except OSError as error:
+        raise UserError(f"cannot write {files}: {error.strerror or error}") from error
     with atomic_output(run / DESCRIPTION) as staging:
         staging.write_text(json.dumps(asdict(release), indent=1) + "\n")
 

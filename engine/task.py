@@ -38,7 +38,10 @@ class Task(nn.Module):
         return 0
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """Figures of merit, measured in eval mode with averaged weights in one process; may write into `folder`."""
+        """Figures of merit, measured in eval mode with averaged weights in one process.
+
+        A few fixed clips are written into `folder` as WAV, PNG and MP4 files, which trackers show.
+        """
         return {}
 
     def released(self) -> Release | None:
@@ -89,6 +92,7 @@ class TrainerConfig:
     give_up_after: int
     seed: int
     wandb: str
+    tensorboard: bool
     peak_tflops: float | None
     profile: int
 

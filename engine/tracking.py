@@ -1,4 +1,4 @@
-"""The record of a run: RUN/log.jsonl always, wandb if asked for."""
+"""The record of a run: RUN/log.jsonl always, wandb and TensorBoard if asked for."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.files import atomic_output
+from engine.sinks import Sink, TensorBoardSink, WandbSink, send_media
 from engine.speed import Utilisation
 
 
@@ -24,27 +25,19 @@ class Tracker:
         run: the run's folder.
         step: where the run goes on; records of later steps, written before a kill, are dropped.
         wandb: `off`, `offline` (kept in `run`) or `online`.
+        tensorboard: whether event files are written, too.
         config: stored with the wandb run.
     """
 
-    def __init__(self, run: Path, step: int, wandb: str, config: dict[str, Any]):
+    def __init__(self, run: Path, step: int, wandb: str, tensorboard: bool, config: dict[str, Any]):
         run.mkdir(parents=True, exist_ok=True)
         path = run / "log.jsonl"
         kept = [line for line in path.read_text().splitlines() if _step(line) <= step] if path.exists() else []
         with atomic_output(path) as partial:  # a kill must not cost the log of the steps before
             partial.write_text("".join(f"{line}\n" for line in kept))
         self._file = path.open("a")
-        self._wandb = None
-        if wandb != "off":
-            try:
-                import wandb as package  # slow to import, and most runs do without
-            except ImportError as error:
-                raise UserError(
-                    f"trainer.wandb={wandb} needs wandb ({error}): install it or set trainer.wandb=off"
-                ) from error
-            self._wandb = package.init(
-                project="speaking-faces", name=run.name, id=run.name, resume="allow", dir=run, mode=wandb, config=config
-            )
+        self._sinks: list[Sink] = [WandbSink(run, wandb, config)] if wandb != "off" else []
+        self._sinks += [TensorBoardSink(run, step)] if tensorboard else []
 
     def write(self, record: dict[str, Any]) -> None:
         """Store a record; it has a `step`.
@@ -57,14 +50,19 @@ class Tracker:
             self._file.flush()
         except OSError as error:
             raise UserError(f"cannot write {self._file.name}: {error.strerror or error}") from error
-        if self._wandb is not None:
-            self._wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+        values = {k: v for k, v in record.items() if k != "step" and v is not None}
+        for sink in self._sinks:
+            sink.scalars(values, record["step"])
+
+    def media(self, step: int, folder: Path) -> None:
+        """Show the sounds, pictures and videos that a validation wrote into `folder`."""
+        send_media(folder, "validation", step, self._sinks)
 
     def close(self) -> None:
         with suppress(OSError):  # the disk is full, which was said
             self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for sink in self._sinks:
+            sink.close()
 
 
 class Window:

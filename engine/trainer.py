@@ -114,9 +114,8 @@ class Trainer:
         """
         c = self.config
         self._resume()
-        if distributed.is_main():
-            describe(self.run, self.task)
-        tracker = Tracker(self.run, self.step, c.wandb, self.record) if distributed.is_main() else None
+        distributed.from_main(lambda: describe(self.run, self.task))
+        tracker = Tracker(self.run, self.step, c.wandb, c.tensorboard, self.record) if distributed.is_main() else None
         self._say(f"{self._count()}; {c.steps - self.step:,} of {c.steps:,} steps to go on {self._where()}")
         self.task.train()
         try:
@@ -166,6 +165,7 @@ class Trainer:
                 self._say(f"step {self.step:,} | validation " + " ".join(f"{k} {v:.4g}" for k, v in results.items()))
                 if tracker:
                     tracker.write({"step": self.step, **{f"validation/{k}": v for k, v in results.items()}})
+                    tracker.media(self.step, folder)
                 if not any(folder.iterdir()):
                     folder.rmdir()
         distributed.barrier()
@@ -174,10 +174,8 @@ class Trainer:
 
     def release(self, folder: str | Path) -> None:
         """Write a release folder from the last checkpoint (rank 0; the others wait)."""
-        if distributed.is_main():
-            export(self.run, folder)
-            self._say(f"released to {folder}")
-        distributed.barrier()
+        distributed.from_main(lambda: export(self.run, folder))
+        self._say(f"released to {folder}")
 
     def _train_step(self, batches: list[dict[str, Any]], window: Window, stop: StopRequest) -> bool:
         """One update of every part; gives whether any process was asked to stop."""

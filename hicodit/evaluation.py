@@ -10,14 +10,17 @@ import torch
 
 from engine.errors import UserError
 from engine.media.audio import write_wav
+from engine.media.video import write_video
 from engine.metrics.recogniser import Recogniser, word_error_rate
 from engine.progress import track
 from hicodit.features import FeatureSplit, token_digest
 from hicodit.guidance import GuidanceScales
-from hicodit.pipeline import Crops, HiCoDiTPipeline, Speech
+from hicodit.pipeline import FPS, Crops, HiCoDiTPipeline, Speech
 from hicodit.samplers import SamplerConfig
 from hicodit.system import HiCoDiTSystem
 from rvq_codec import RVQCodec
+
+WAVES, VIDEOS = 4, 2  # that a validation keeps of each split
 
 
 def feature_crops(split: FeatureSplit, index: int, every: int = 1) -> Crops:
@@ -58,7 +61,10 @@ def evaluate_features(
     guidance: GuidanceScales,
     folder: Path | None,
 ) -> dict[str, float]:
-    """Word error rate of `clips` prepared clips, from their pictures alone; the first four waves go to `folder`."""
+    """Word error rate of `clips` prepared clips, from their pictures alone.
+
+    Four waves go to `folder`, and two videos of the mouths that they were read from.
+    """
     loaded = RVQCodec.from_pretrained(codec)
     split = FeatureSplit(features, token_digest(loaded))
     device = next(system.parameters()).device
@@ -66,8 +72,11 @@ def evaluate_features(
     chosen = torch.linspace(0, len(split) - 1, min(clips, len(split))).round().long().tolist()
     speech = synthesise(pipeline, [feature_crops(split, i, system.encoders.config.picture_every) for i in chosen])
     if folder is not None:
-        for i, said in list(zip(chosen, speech))[:4]:
+        for n, (i, said) in enumerate(list(zip(chosen, speech))[:WAVES]):
             write_wav(folder / f"{split[i].info['id']}.wav", said.wave, said.rate)
+            if n < VIDEOS:
+                mouth = said.crops.mouth.repeat(4, 1).repeat(4, 2)[..., None].repeat(3, 3)
+                write_video(folder / f"{split[i].info['id']}.mp4", mouth, FPS, said.wave, said.rate)
     try:
         recogniser = Recogniser(grammar)
     except UserError as error:  # the recogniser is an extra; training goes on without it

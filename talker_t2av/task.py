@@ -11,15 +11,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.export import Release
 from engine.media.audio import write_wav
+from engine.media.video import iter_video, write_video
 from engine.metrics.recogniser import Recogniser, word_error_rate
 from engine.release import load_strict
 from engine.task import Task
+from lia_x.lia_x import LiaX
+from lia_x.pictures import identity_to_tensor, to_bytes
 from talker_t2av import names
 from talker_t2av.data import MotionStats, TalkerShards, byte_tokenizer
 from talker_t2av.generation import Result, generate
@@ -30,7 +34,7 @@ from talker_t2av.request import MODES, Request, Sampling
 from talker_t2av.text import TalkerTokenizer
 from whisperx_vae.vae import WhisperXVAE
 
-WAVES = 4  # that a validation keeps of each split
+WAVES, VIDEOS = 4, 2  # that a validation keeps of each split
 
 
 class TalkerTask(Task):
@@ -128,6 +132,8 @@ class TalkerTask(Task):
             waves = [codec.decode(r.speech[None])[0, 0].cpu().numpy() for r in spoken]
             for i, wave in list(zip(chosen, waves))[: WAVES if step else 0]:
                 write_wav(folder / f"{shards.rows[i]['id']}.wav", wave, codec.sample_rate)
+            if step:
+                self._draw(folder, split, [shards.rows[i]["id"] for i in chosen], spoken, waves, codec.sample_rate)
             late = [abs(len(r.speech) - n) / FPS for r, n in zip(spoken, frames)]
             scores = {
                 "stopped": sum(r.stopped for r in spoken) / count,
@@ -136,6 +142,20 @@ class TalkerTask(Task):
             scores |= _word_errors(self.validation["grammar"], shards, chosen, waves, codec.sample_rate)
             results |= {f"{name}_{split}": value for name, value in scores.items()}
         return results
+
+    def _draw(
+        self, folder: Path, split: str, ids: list[str], spoken: list[Result], waves: list[np.ndarray], rate: int
+    ) -> None:
+        """Talking faces of the first clips, from each clip's own first frame; nothing where there are no pictures."""
+        clips = [Path(self.validation["root"]) / split / f"{name}.mp4" for name in ids[:VIDEOS]]
+        if not all(clip.is_file() for clip in clips):
+            return
+        codec = LiaX.from_pretrained(self.codecs["motion"]).to(self.model.task_embedding.weight.device)
+        for clip, result, wave in zip(clips, spoken, waves):
+            face = identity_to_tensor(next(iter_video(clip, FPS, block=1))[0], codec.config.size)
+            if result.motion is not None and len(result.motion):
+                pictures = codec.render(face, self.stats.restore(result.motion.cpu()))
+                write_video(folder / clip.name, to_bytes(pictures), FPS, wave, rate)
 
     def adapted(self) -> nn.Module:
         """Backbone, patch encoders and heads."""

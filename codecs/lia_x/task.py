@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.export import Release
+from engine.media.video import write_video
 from engine.task import Task
 from lia_x.evaluation import measure, rebuild_clips, strip
 from lia_x.lia_x import KIND, LiaX, LiaXConfig
 from lia_x.losses import Discriminator, Perceptual, pyramid_l1, region_weights, structural
 
+FPS = 25.0  # of clips
 MOTION_GAIN = 4.0  # of the first motion codes over those of equalised weights
 
 
@@ -173,7 +176,8 @@ class LiaXTask(Task):
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """Figures of merit on the first held-out clips of each split; writes strips of true and rebuilt frames."""
+        """Figures of merit on the first held-out clips of each split; writes strips of true and rebuilt frames, and the
+        first clip as a video of both."""
         if self.validation is None:
             return {}
         results: dict[str, float] = {}
@@ -182,6 +186,8 @@ class LiaXTask(Task):
             found = measure(clips, self.validation["regions"])
             results |= {f"{split}/{name}": value for name, value in found.items()}
             picture = strip(clips[:4])
+            pair = np.concatenate([clips[0].true, clips[0].rebuilt], 2)
+            write_video(folder / f"{split}.mp4", pair, FPS)
             cv2.imwrite(str(folder / f"{split}.png"), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
         return results
 

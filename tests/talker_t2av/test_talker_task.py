@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
-from talker_fixtures import DM, DS, LLM, save_talker, voice_file
+from talker_fixtures import DM, DS, LLM, face_file, save_talker, voice_file
 
 from engine.errors import UserError
 from engine.lora import add_lora
+from engine.media.ffmpeg import probe
 from talker_t2av.data import Paired, TalkerShards
 from talker_t2av.losses import TalkerBatch, training_forward
 from talker_t2av.model import TalkerT2AV
@@ -106,11 +107,15 @@ def test_half_of_a_batch_is_speech_only(root):
 def test_validation_speaks_held_out_sentences(root, tmp_path):
     pytest.importorskip("pocketsphinx")
     checks = {"root": str(root), "splits": ["seen"], "clips": 2, "grammar": str(root / "grammar.jsgf")}
-    task = make_task(root, validation=checks).eval()
+    for i in (0, 2):
+        face_file(root / "seen" / f"seen_{i}.mp4")
+    codecs = {name: str(root / "releases" / name) for name in ("speech", "motion", "speaker")}
+    task = make_task(root, validation=checks, codecs=codecs).eval()
     results = task.validate(5, tmp_path)
     assert results.keys() == {"wer_seen", "stopped_seen", "length_error_seen"}
     assert 0 <= results["stopped_seen"] <= 1 and results["length_error_seen"] >= 0
-    assert len(list(tmp_path.glob("*.wav"))) == 2
+    for name in ("seen_0", "seen_2"):
+        assert probe(tmp_path / f"{name}.wav").audio and probe(tmp_path / f"{name}.mp4").video
     assert make_task(root).validate(5, tmp_path) == {}
 
 

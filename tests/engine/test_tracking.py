@@ -1,0 +1,98 @@
+"""What trackers show of a run: figures, and whatever media a validation writes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from toy_task import CONFIG, ToyGAN, ToySet
+
+from engine.errors import UserError
+from engine.media.audio import write_wav
+from engine.media.video import write_video
+from engine.sinks import spectrogram
+from engine.tracking import Tracker
+from engine.trainer import Trainer
+
+
+def tone(hertz: float) -> np.ndarray:
+    return 0.5 * np.sin(2 * np.pi * hertz * np.arange(12_000) / 24_000)
+
+
+class Showing(ToyGAN):
+    def validate(self, step, folder):
+        write_wav(folder / "seen" / "a.wav", tone(440), 24_000)
+        Image.fromarray(np.full((6, 8, 3), 200, np.uint8)).save(folder / "strip.png")
+        write_video(folder / "b.mp4", np.full((10, 32, 48, 3), 90, np.uint8), 25)
+        (folder / "notes.txt").write_text("nothing to show")
+        return super().validate(step, folder)
+
+
+def train(run, steps=7, **changes):
+    torch.manual_seed(0)
+    trainer = Trainer(Showing(), ToySet(), CONFIG | {"steps": steps, "checkpoint_every": 5} | changes, run)
+    trainer.fit()
+
+
+def test_tensorboard_has_figures_sounds_spectrograms_pictures_and_videos(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tmp_path / "run", tensorboard=True)
+    train(tmp_path / "run", steps=9, tensorboard=True)  # goes on, in a second event file
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), {"images": 0, "audio": 0, "scalars": 0})
+    events.Reload()
+    logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["generator/loss"] for row in logged if "generator/loss" in row}
+    found = {event.step: event.value for event in events.Scalars("generator/loss")}
+    assert found == pytest.approx(losses) and sorted(found) == list(range(1, 10))
+    assert {event.step for event in events.Scalars("validation/weight")} == {7, 9}
+    (sound, _) = events.Audio("validation/seen/a/sound")
+    assert sound.sample_rate == 24_000 and sound.step == 7 and sound.length_frames == 12_000
+    tags = set(events.Tags()["images"])
+    assert tags == {"validation/seen/a/spectrogram", "validation/strip/picture", "validation/b/video"}
+    video = events.Images("validation/b/video")[0]
+    assert video.encoded_image_string[:4] == b"GIF8" and (video.width, video.height) == (48, 32)
+    assert (tmp_path / "run" / "validation" / "step-00000007" / "notes.txt").is_file()
+
+
+def test_wandb_keeps_figures_and_media_offline(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logged = []
+    log = wandb.sdk.wandb_run.Run.log
+    monkeypatch.setattr(
+        wandb.sdk.wandb_run.Run,
+        "log",
+        lambda self, data, step: (logged.append((step, data)), log(self, data, step=step)),
+    )
+    train(tmp_path / "a run", wandb="offline")
+    names = {name: type(value).__name__ for _, data in logged for name, value in data.items()}
+    assert names["validation/seen/a/sound"] == "Audio" and names["validation/b/video"] == "Video"
+    assert names["validation/seen/a/spectrogram"] == names["validation/strip/picture"] == "Image"
+    assert {step for step, data in logged if "generator/loss" in data} == set(range(1, 8))
+    (offline,) = (tmp_path / "a run" / "wandb").glob("offline-run-*")
+    assert {path.suffix for path in (offline / "files" / "media").rglob("*.*")} == {".wav", ".png", ".mp4"}
+
+
+def test_a_spectrogram_shows_the_tone_where_it_is(tmp_path):
+    rows = []
+    for hertz in (300, 3000):
+        write_wav(tmp_path / "a.wav", tone(hertz), 24_000)
+        picture = spectrogram(tmp_path / "a.wav")
+        assert picture.shape[0] == 240 and picture.shape[2] == 3 and picture.dtype == np.uint8
+        rows.append(int(picture.sum((1, 2)).argmax()))
+    assert rows[0] > rows[1] + 60  # low tones are low in the picture
+
+
+def test_without_a_tracker_nothing_is_read_and_a_missing_one_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.sinks.spectrogram", lambda path: pytest.fail("nobody sees it"))
+    train(tmp_path / "plain")
+    assert not (tmp_path / "plain" / "tensorboard").exists() and not (tmp_path / "plain" / "wandb").exists()
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r"needs TensorBoard .*setup.sh tensorboard"):
+        Tracker(tmp_path / "run", 0, "off", True, {})
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(UserError, match=r"trainer.wandb=offline needs wandb"):
+        Tracker(tmp_path / "run", 0, "offline", False, {})
