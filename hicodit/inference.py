@@ -180,7 +180,7 @@ def _speak_all(
                     continue
                 spoken += len(speech.wave) / speech.rate
                 unseen = crops.track.unseen(FPS)
-                note = f" (no face seen at {unseen})" if unseen else ""
+                note = f" (face seen in {crops.track.coverage:.0%}; not at {unseen})" if unseen else ""
                 tqdm.write(f"{clip} -> {', '.join(p.name for p in written)}{note}", file=sys.stdout)
     elapsed, done = time.monotonic() - start, len(clips) - len(failed)
     if not done:

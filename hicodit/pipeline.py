@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from engine.errors import UserError
-from engine.faces.detectors import FaceDetector, HaarDetector
+from engine.faces.clip import ClipFrames, find_face, place_face
+from engine.faces.detectors import FaceDetector
 from engine.faces.strip import Strip
-from engine.faces.track import FaceTrack, given_track, track_face
+from engine.faces.track import FaceError, FaceTrack
 from engine.hub import release_folder
-from engine.media.video import iter_video
 from hicodit.conditions.types import Conditions
 from hicodit.diffusion import LogLinearNoise, log_expm1
 from hicodit.guidance import GuidanceScales, guided_log_posterior
@@ -34,40 +34,12 @@ from rvq_codec import RVQCodec
 
 FPS = 25.0
 MIN_FRAMES = 5  # 0.2 s
-MAX_SIDE = 640  # larger frames are scaled down; the crops need far less
-KEPT = 256 * 2**20  # bytes of decoded frames: 3 min at 128 pixels square, 15 s at 640 x 360
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "hicodit_tiny"
 
 # A clip longer than the model was trained on is done in windows. A window starts from the last tokens of the one
 # before it, which the sampler keeps, so there is no seam to hide; the very last tokens of a window had no future to
 # look at and are done again. Starts are whole seconds, so that expression windows stay aligned.
 WINDOW, OVERLAP, REDO = 75, 25, 5  # video frames
-
-
-class ClipFrames:
-    """Frames of a video file in blocks (t, H, W, 3), from its start each time it is iterated over.
-
-    A clip of up to `KEPT` bytes is decoded once and kept; a longer one is decoded each time, so that memory stays flat.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self._path = path
-        self._kept: list[np.ndarray] | None = None
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        if self._kept is not None:
-            yield from self._kept
-            return
-        blocks, size = [], 0
-        for block in iter_video(self._path, FPS, MAX_SIDE):
-            size += block.nbytes
-            if size <= KEPT:
-                blocks.append(block)
-            else:
-                blocks.clear()
-            yield block
-        if size <= KEPT:
-            self._kept = blocks
 
 
 @dataclass(frozen=True)
@@ -258,23 +230,22 @@ class HiCoDiTPipeline:
         if array and (video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8):
             raise UserError(f"frames of shape {video.shape} and type {video.dtype}: give (T, H, W, 3) uint8 RGB")
 
-        blocks = [video] if array else ClipFrames(video)
-        with self._stage("reading"):
-            frames = sum(map(len, blocks))  # also the first look at the whole file
-        if frames < MIN_FRAMES:
-            raise UserError(f"{name} has {frames / FPS:.2f} s of video; at least {MIN_FRAMES / FPS:.1f} s is needed")
+        clip = [video] if array else ClipFrames(video, FPS)
         try:
-            with self._stage("tracking"):
+            with self._stage("tracking"):  # this is also the first look at the whole file
                 if face_box is None:
-                    detector = self.detector or HaarDetector(every_size=face != "largest")
-                    track = track_face(blocks, detector, FPS, face)
+                    track = find_face(clip, FPS, face, self.detector)
                 else:
-                    shown = video.shape[2] if array else next(iter_video(video, FPS, block=1)).shape[2]
-                    track = given_track(face_box, frames, FPS).scaled(next(iter(blocks)).shape[2] / shown)
-        except UserError as error:
+                    track = place_face(clip, face_box, FPS)
+        except FaceError as error:
             raise UserError(f"{name}: {error}") from error
+        if len(track) < MIN_FRAMES:
+            seconds = len(track) / FPS
+            raise UserError(f"{name} has {seconds:.2f} s of video; at least {MIN_FRAMES / FPS:.1f} s is needed")
         with self._stage("crops"):
-            return self._cut(blocks, track, strip)
+            if not array:
+                clip, track = clip.sharper(track)
+            return self._cut(clip, track, strip)
 
     def _cut(self, blocks: Iterable[np.ndarray], track: FaceTrack, strip: str | Path | None) -> Crops:
         config, mouth, faces, start = self.system.encoders.config, [], [], 0

@@ -6,6 +6,8 @@ import numpy as np
 
 def draw_face(opening: float, side: int = 128) -> np.ndarray:
     """A frontal face that OpenCV's cascade finds; `opening` of the mouth in [0, 1]."""
+    if side < 128:
+        return cv2.resize(draw_face(opening), (side, side), interpolation=cv2.INTER_AREA)
     s = side / 128
     image = np.full((side, side, 3), (150, 160, 170), np.uint8)
 
@@ -25,3 +27,16 @@ def draw_face(opening: float, side: int = 128) -> np.ndarray:
 
 def talking_head(frames: int, side: int = 128) -> np.ndarray:
     return np.stack([draw_face(0.5 + 0.5 * np.sin(i), side) for i in range(frames)])
+
+
+def scene(frames: int, heads: list, size: tuple[int, int] = (120, 320)) -> np.ndarray:
+    """Frames (T, H, W, 3) with drawn heads; each is a function of the frame number to (x, y, side) or None."""
+    out = np.full((frames, *size, 3), (150, 160, 170), np.uint8)
+    for i in range(frames):
+        for place in heads:
+            where = place(i)
+            if where is not None:
+                x, y, side = where
+                head = draw_face(0.5 + 0.5 * np.sin(i), side)
+                out[i, y : y + side, x : x + side] = head[: size[0] - y, : size[1] - x]
+    return out

@@ -55,28 +55,65 @@ class HaarDetector:
 
     Args:
         every_size: look for small faces also where there is a large one, at twice the time.
+        fine: look only for faces that are too small otherwise, down to a 20th of the picture's longer side.
+        angle: look for heads that stand upright once the picture is turned by so many degrees, anticlockwise.
     """
 
-    def __init__(self, every_size: bool = False) -> None:
-        self.every_size = every_size
+    def __init__(self, every_size: bool = False, fine: bool = False, angle: float = 0.0) -> None:
+        self.fine, self.angle = fine, angle
+        # A large face is found at once; small ones are looked for where there is none.
+        self.shares = (8,) if every_size else (3, 8)
         self.cascade = cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / "haarcascade_frontalface_alt2.xml"))
 
     def __call__(self, frame: np.ndarray) -> np.ndarray:
-        grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
-        scale = min(1.0, DETECT_SIDE / max(grey.shape))
-        if scale < 1:
-            grey = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        margin = max(grey.shape) // 8  # a face that touches the border is found with room around it
-        grey = cv2.copyMakeBorder(grey, margin, margin, margin, margin, cv2.BORDER_REPLICATE)
-        found: tuple = ()
-        for share in (8,) if self.every_size else (3, 8):  # a large face is found at once, small ones if there is none
+        boxes, _, back = self._look(frame)
+        faces = with_points(boxes[np.argsort(-boxes[:, 2], kind="stable")])
+        if self.angle:  # boxes stay upright round their middle
+            middle = _apply(back, faces[:, :2] + faces[:, 2:4] / 2)
+            faces[:, :2] = middle - faces[:, 2:4] / 2
+            faces[:, POINTS] = _apply(back, faces[:, POINTS].reshape(-1, 2)).reshape(-1, 10)
+        return faces
+
+    def evidence(self, frame: np.ndarray) -> int:
+        """How many of the places and sizes tried agree on the likeliest face: 4-13 for mistakes, 10-90 for faces."""
+        return max(self._look(frame)[1], default=0)
+
+    def _look(self, frame: np.ndarray) -> tuple[np.ndarray, list[int], np.ndarray]:
+        """Boxes (n, 4) in the turned picture, how many tries agree on each, and the way back from it (2, 3)."""
+        picture, scale = _at_most(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), (1 + self.fine) * DETECT_SIDE)
+        size = max(picture.shape)
+        margin = size // 2 if self.angle else size // 8  # a face that touches the border is found with room around it
+        picture = cv2.copyMakeBorder(picture, margin, margin, margin, margin, cv2.BORDER_REPLICATE)
+        middle = picture.shape[1] / 2 - 0.5, picture.shape[0] / 2 - 0.5
+        turn = cv2.getRotationMatrix2D(middle, self.angle, 1.0)
+        if self.angle:
+            picture = cv2.warpAffine(picture, turn, picture.shape[::-1], borderMode=cv2.BORDER_REPLICATE)
+        limits = [{"minSize": (24, 24), "maxSize": (DETECT_SIDE // 4, DETECT_SIDE // 4)}]
+        if not self.fine:
+            side = min(picture.shape) - 2 * margin * bool(self.angle)
+            limits = [{"minSize": (least, least)} for least in (max(24, side // share) for share in self.shares)]
+        found, agree = (), ()
+        for limit in limits:
             if len(found) == 0:
-                least = max(24, min(grey.shape) // share)
-                found = self.cascade.detectMultiScale(grey, scaleFactor=1.1, minNeighbors=3, minSize=(least, least))
+                found, agree = self.cascade.detectMultiScale2(picture, scaleFactor=1.1, minNeighbors=3, **limit)
         boxes = np.asarray(found, dtype=np.float64).reshape(-1, 4)
+        back = cv2.invertAffineTransform(turn)
+        back[:, 2] = (back[:, 2] + back[:, :2] @ (margin, margin) - margin) / scale
         boxes[:, :2] -= margin
-        boxes /= scale
-        return boxes[np.argsort(-boxes[:, 2], kind="stable")]
+        return boxes / scale, [int(n) for n in agree], back
+
+
+def _apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Points (n, 2) through a matrix (2, 3)."""
+    return points @ matrix[:, :2].T + matrix[:, 2]
+
+
+def _at_most(picture: np.ndarray, side: int) -> tuple[np.ndarray, float]:
+    """`picture` scaled down to a longer side of at most `side`, and the factor."""
+    scale = min(1.0, side / max(picture.shape[:2]))
+    if scale < 1:
+        picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    return picture, scale
 
 
 class YuNetDetector:
@@ -97,10 +134,7 @@ class YuNetDetector:
             raise UserError(f"{path} is not the YuNet network that OpenCV runs: {error.err}") from error
 
     def __call__(self, frame: np.ndarray) -> np.ndarray:
-        scale = min(1.0, DETECT_SIDE / max(frame.shape[:2]))
-        picture = cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
-        if scale < 1:
-            picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        picture, scale = _at_most(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), DETECT_SIDE)
         self.network.setInputSize(picture.shape[1::-1])
         found = self.network.detect(picture)[1]
         if found is None:

@@ -23,6 +23,10 @@ SMOOTH_SECONDS = 0.5
 ADVICE = "give a clip with a frontal, lit face, or say where it is (face_box)"
 
 
+class FaceError(UserError):
+    """The face that is asked for cannot be followed through the clip; the message leaves the clip's name out."""
+
+
 @dataclass(frozen=True)
 class FaceTrack:
     """One face through a clip: boxes (T, 4), points (T, 5, 2), and `seen` (T,), false where it was out of sight.
@@ -45,6 +49,17 @@ class FaceTrack:
         """The track in pictures of `factor` times the size."""
         return FaceTrack(self.boxes * factor, self.points * factor, self.seen)
 
+    @property
+    def roll(self) -> np.ndarray:
+        """(T,) how far each head is tilted, in radians: the direction from the eye on the left to that on the right."""
+        across = self.points[:, 1] - self.points[:, 0]
+        return np.arctan2(across[:, 1], across[:, 0]).round(6)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the frames in which the face was seen."""
+        return float(self.seen.mean())
+
     def unseen(self, fps: float) -> str:
         """The stretches out of sight, as "2.0-3.4 s, 7.1-8.0 s"; empty if there are none."""
         edges = np.flatnonzero(np.diff(np.concatenate([[0], ~self.seen, [0]]).astype(int)))
@@ -65,7 +80,8 @@ def track_face(
         face: "largest" or "central" of several faces, or its number by size, counted from 1.
 
     Raises:
-        UserError: too little of the clip shows that face; the message says which seconds do not.
+        FaceError: fewer faces than the number, or too little of the clip shows it; the message says which seconds.
+        UserError: an unknown `face`.
     """
     if not (face in ("largest", "central") or (isinstance(face, int) and face >= 1)):
         raise UserError(f"face={face} is unknown: give largest, central, or a number from 1 on")
@@ -77,14 +93,14 @@ def track_face(
     stretches = _link(found, fps)
     people = _people(stretches, np.array(size) / 2 if face == "central" else None)
     if not people:
-        raise UserError(f"no face found in any of its {frames / fps:.1f} s: {ADVICE}")
+        raise FaceError(f"no face found in any of its {frames / fps:.1f} s: {ADVICE}")
     number = face if isinstance(face, int) else 1
     if number > len(people):
-        raise UserError(f"face={face}: no more than {len(people)} can be told apart in it")
+        raise FaceError(f"face={face}: no more than {len(people)} can be told apart in it")
     track = _smooth(people[number - 1], frames, fps)
-    if track.seen.mean() < MIN_COVERAGE:
-        raise UserError(
-            f"no face found in {1 - track.seen.mean():.0%} of it (at {track.unseen(fps)}), at most "
+    if track.coverage < MIN_COVERAGE:
+        raise FaceError(
+            f"no face found in {1 - track.coverage:.0%} of it (at {track.unseen(fps)}), at most "
             f"{1 - MIN_COVERAGE:.0%} may lack one: {ADVICE}"
         )
     return track
@@ -125,30 +141,56 @@ def _link(found: list[tuple[int, np.ndarray]], fps: float) -> list[_Stretch]:
 def _distance(stretch: list[tuple[int, np.ndarray]], at: int, face: np.ndarray, fps: float) -> float:
     """How unlikely it is that `face` in frame `at` goes on a stretch; from 1 on it does not."""
     when, last = stretch[-1]
-    reach = 0.4 + (at - when) / fps  # face widths that a head may have moved
-    moved = np.abs(face[:2] + face[2:4] / 2 - last[:2] - last[2:4] / 2).max() / max(last[2], face[2])
-    return max(moved / reach, abs(np.log(face[2] / last[2])) / 0.4)
+    return _change(last, face, reach=0.4 + (at - when) / fps)
+
+
+def _change(one: np.ndarray, other: np.ndarray, reach: float) -> float:
+    """How unlikely it is that two faces (14,) are one person's; `reach`: face widths that the head may have moved."""
+    moved = np.abs(other[:2] + other[2:4] / 2 - one[:2] - one[2:4] / 2).max() / max(one[2], other[2])
+    return max(moved / reach, abs(np.log(other[2] / one[2])) / 0.4)
 
 
 def _people(stretches: list[_Stretch], middle: np.ndarray | None) -> list[list[_Stretch]]:
     """Stretches by person, the most prominent person first: stretches that overlap in time belong to several."""
 
-    def weight(s: _Stretch) -> float:
-        size = s.faces[:, 2]
+    def weight(chain: list[_Stretch]) -> float:
+        faces = np.concatenate([s.faces for s in chain])
         if middle is None:
-            return float((size**2).sum())
-        offset = np.linalg.norm(s.faces[:, :2] + s.faces[:, 2:4] / 2 - middle, axis=1) / middle.max()
+            return float((faces[:, 2] ** 2).sum())
+        offset = np.linalg.norm(faces[:, :2] + faces[:, 2:4] / 2 - middle, axis=1) / middle.max()
         return float(np.exp(-4 * offset).sum())
 
-    left, people = sorted(stretches, key=weight, reverse=True), []
+    left, people = sorted(_chains(stretches), key=weight, reverse=True), []
     while left:
-        person: list[_Stretch] = []
-        for stretch in left:
-            if all(stretch.at[-1] < s.at[0] or stretch.at[0] > s.at[-1] for s in person):
-                person.append(stretch)
-        left = [s for s in left if not any(s is mine for mine in person)]
+        person, rest = [], []
+        for chain in left:
+            apart = all(a.at[-1] < b.at[0] or b.at[-1] < a.at[0] for a in chain for b in person)
+            (person if apart else rest).extend(chain if apart else [chain])
+        left = rest
         people.append(sorted(person, key=lambda s: s.at[0]))
     return people
+
+
+def _chains(stretches: list[_Stretch]) -> list[list[_Stretch]]:
+    """Stretches in chains: a face that comes back where it went, at the same size, is the same person's."""
+    costs = sorted(
+        (cost, b.at[0] - a.at[-1], i, j)
+        for i, a in enumerate(stretches)
+        for j, b in enumerate(stretches)
+        if a.at[-1] < b.at[0] and (cost := _change(a.faces[-1], b.faces[0], reach=0.6)) < 1
+    )
+    after: dict[int, int] = {}
+    for _, _, i, j in costs:  # the likeliest pairs first
+        if i not in after and j not in after.values():
+            after[i] = j
+    chains = []
+    for i in range(len(stretches)):
+        if i not in after.values():
+            chain = [i]
+            while chain[-1] in after:
+                chain.append(after[chain[-1]])
+            chains.append([stretches[k] for k in chain])
+    return chains
 
 
 def _smooth(person: list[_Stretch], frames: int, fps: float) -> FaceTrack:
@@ -231,7 +273,7 @@ def given_track(boxes: Any, frames: int, fps: float = 25.0) -> FaceTrack:
             to the chin.
 
     Raises:
-        UserError: none of these, a box without area, or fewer boxes than frames.
+        UserError: none of these, a box without area, or fewer boxes than frames (a FaceError).
     """
     try:
         if isinstance(boxes[0], dict):
@@ -249,7 +291,7 @@ def given_track(boxes: Any, frames: int, fps: float = 25.0) -> FaceTrack:
             '{"time": seconds, "box": [x, y, w, h]}'
         ) from error
     if len(values) < frames:
-        raise UserError(f"face_box has boxes for {len(values)} frames, the clip has {frames} at {fps:g} a second")
+        raise FaceError(f"face_box has boxes for {len(values)} frames, the clip has {frames} at {fps:g} a second")
     if not (np.isfinite(values).all() and (values[:, 2:] > 0).all()):
         raise UserError(f"face_box={str(boxes)[:80]}: widths and heights must be larger than 0")
     faces = with_points(values)

@@ -74,7 +74,8 @@ def probe(path: str | Path) -> Streams:
     report = subprocess.run(command(*source(path)), capture_output=True, text=True, errors="replace").stderr
     lines = [line for line in report.splitlines() if re.match(r"\s*Stream #0:.*: (Video|Audio): ", line)]
     if not lines:
-        raise UserError(f"{path} is not a video or audio file that ffmpeg can read")
+        cut = " (its index is missing: the file is not complete)" if "moov atom not found" in report else ""
+        raise UserError(f"{path} is not a video or audio file that ffmpeg can read{cut}")
     video = [m[1] for line in lines if "(attached pic)" not in line and (m := re.search(r": Video: (\w+)", line))]
     audio = [m[1] for line in lines if (m := re.search(r": Audio: (\w+)", line))]
     return Streams(video[0] if video else None, audio[0] if audio else None)

@@ -5,6 +5,7 @@ Axes: T frames, H height, W width, N samples.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -38,51 +39,71 @@ def read_video(path: str | Path, fps: float = 25.0, max_side: int | None = None)
     return np.concatenate(list(iter_video(path, fps, max_side)))
 
 
+BLOCK_BYTES = 64 * 2**20  # of one block of frames: 25 frames of 1280 x 720
+SHORT = 0.5  # seconds by which the picture of a damaged file may fall short of the length that the file states
+
+
 def iter_video(
     path: str | Path, fps: float = 25.0, max_side: int | None = None, block: int = 64
 ) -> Iterator[np.ndarray]:
-    """The frames of `read_video` in blocks of at most `block` frames, in constant memory."""
+    """The frames of `read_video` in blocks of at most `block` frames and `BLOCK_BYTES`, in constant memory.
+
+    Interlaced frames are turned into whole ones. Where the picture changes its size, it keeps that of its first frame.
+    """
     path = check_readable(path)
-    # A video stream may begin after the sound does: its first frame then stands from time zero on, so that frame
-    # and sample indices share their origin.
-    filters = [f"fps={fps!r}:start_time=0", "scale=w='max(1,round(iw*sar))':h=ih", "setsar=1"]
+    # The first `scale` and `-reinit_filter 0` are for pictures that change their size: ffmpeg would else begin anew in
+    # the midst, at time zero. Frames that are not marked as interlaced pass the second filter untouched. A video stream
+    # may begin after the sound does: its first frame then stands from time zero on, so that frame and sample indices
+    # share their origin.
+    filters = ["scale=iw:ih", "bwdif=mode=send_frame:deint=interlaced", f"fps={fps!r}:start_time=0"]
+    filters += ["scale=w='max(1,round(iw*sar))':h=ih", "setsar=1"]
     if max_side is not None:
         filters.append(f"scale=w='min(iw,{max_side})':h='min(ih,{max_side})':force_original_aspect_ratio=decrease")
     # PPM pictures name their own size, which after rotation and scaling is ffmpeg's to decide.
     arguments = ["-map", "0:V:0", "-vf", ",".join(filters), "-fps_mode", "passthrough"]
     arguments += ["-sws_flags", "bicubic+accurate_rnd+full_chroma_int+bitexact"]
     arguments += ["-c:v", "ppm", "-pix_fmt", "rgb24", "-f", "image2pipe", "pipe:1"]
+    call = command("-v", "level+info", "-nostats", "-reinit_filter", "0", *source(path), *arguments)
     count = 0
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            command("-v", "error", *source(path), *arguments),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=log,
-        )
+        process = subprocess.Popen(call, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
         try:
-            frames = []
+            frames, have = None, 0
             while (frame := _read_ppm(process.stdout)) is not None:
-                frames.append(frame)
-                count += 1
-                if len(frames) == block:
-                    yield np.stack(frames)
-                    frames = []
+                if frames is None:
+                    frames = np.empty((max(1, min(block, BLOCK_BYTES // frame.nbytes)), *frame.shape), np.uint8)
+                frames[have] = frame
+                have, count = have + 1, count + 1
+                if have == len(frames):
+                    yield frames
+                    frames, have = None, 0
             code = process.wait()
             log.seek(0)
-            complaint = last_line(log.read().decode(errors="replace"))
-            if count == 0:
-                if probe(path).video is None:
-                    raise UserError(f"{path} has no video stream")
-                raise UserError(f"{path} has zero frames that can be decoded ({complaint})")
-            if code != 0:
-                raise UserError(f"{path} is damaged: only its first {count} frames can be decoded ({complaint})")
-            if frames:
-                yield np.stack(frames)
+            _check_decoded(path, code, log.read().decode(errors="replace"), count, fps)
+            if have:
+                yield frames[:have]
         finally:  # also when the caller stops early
             process.kill()
             process.stdout.close()
             process.wait()
+
+
+def _check_decoded(path: Path, code: int, log: str, count: int, fps: float) -> None:
+    """Raise UserError unless ffmpeg, which said `log`, gave the whole picture; it often ends well without its end."""
+    errors = [line for line in log.splitlines() if "[error]" in line or "[fatal]" in line]
+    complaint = last_line("\n".join(errors))
+    if count == 0:
+        if probe(path).video is None:
+            raise UserError(f"{path} has no video stream")
+        raise UserError(f"{path} has zero frames that can be decoded ({complaint})")
+    stated = re.search(r"Duration: (\d+):(\d\d):(\d\d\.\d+)", log)
+    seconds = sum(float(n) * unit for n, unit in zip(stated.groups(), (3600, 60, 1))) if stated else 0.0
+    if code != 0 or (errors and count / fps < seconds - SHORT):
+        of = f" of {seconds:.1f}" if stated else ""
+        raise UserError(
+            f"{path} is damaged: only the first {count / fps:.1f}{of} s of its picture can be decoded ({complaint}): "
+            "get a whole copy, or cut out the good part"
+        )
 
 
 def write_video(

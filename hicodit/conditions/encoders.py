@@ -58,11 +58,11 @@ class TinyEncoderConfig:
 
     def cut_mouth(self, frames: np.ndarray, track: FaceTrack) -> np.ndarray:
         """Mouth pictures (T, S, S) uint8 grey of frames (T, H, W, 3), for `lip`."""
-        return crop_mouth(frames, track.boxes, self.mouth_size)
+        return crop_mouth(frames, track, self.mouth_size)
 
     def cut_faces(self, frames: np.ndarray, track: FaceTrack) -> np.ndarray:
         """Face pictures (T, S', S', 3) uint8 RGB of frames (T, H, W, 3), for `identity` and `expression`."""
-        return crop_face(frames, track.boxes, self.face_size)
+        return crop_face(frames, track, self.face_size)
 
 
 class TinyLipEncoder(nn.Module):

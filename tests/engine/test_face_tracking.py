@@ -7,7 +7,7 @@ import weakref
 import cv2
 import numpy as np
 import pytest
-from drawn_faces import draw_face, talking_head
+from drawn_faces import scene, talking_head
 
 from engine.errors import UserError
 from engine.faces.detectors import FRONTAL, HaarDetector, YuNetDetector, box_of_points, with_points
@@ -18,19 +18,6 @@ from engine.media.video import iter_video, read_video, write_video
 
 SIDE = 96  # of a drawn head; its face box is about 0.7 of it
 HAAR, THOROUGH = HaarDetector(), HaarDetector(every_size=True)
-
-
-def scene(frames: int, heads: list, size: tuple[int, int] = (120, 320)) -> np.ndarray:
-    """Frames (T, H, W, 3) with drawn heads; each is a function of the frame number to (x, y, side) or None."""
-    out = np.full((frames, *size, 3), (150, 160, 170), np.uint8)
-    for i in range(frames):
-        for place in heads:
-            where = place(i)
-            if where is not None:
-                x, y, side = where
-                head = draw_face(0.5 + 0.5 * np.sin(i), side)
-                out[i, y : y + side, x : x + side] = head[: size[0] - y, : size[1] - x]
-    return out
 
 
 def middle(track) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A tiny release with random weights, and a clip of a drawn talking head, for everything that needs a whole pipeline."""
+"""A tiny release with random weights, and a clip of a drawn talking head, for what needs a whole pipeline."""
 
 import pytest
 import torch

@@ -1,0 +1,151 @@
+"""A clip in which a face is looked for: its frames as often as they are needed, and where the face is.
+
+Axes: T frames, H height, W width, n frames of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.faces.detectors import FaceDetector, HaarDetector
+from engine.faces.track import FaceError, FaceTrack, given_track, track_face
+from engine.media.video import iter_video
+
+MAX_SIDE = 640  # in which a face is looked for; larger frames are scaled down
+GOOD_WIDTH = 140  # pixels of a face from which crops gain nothing more: in AV-HuBERT's pose it has as many
+KEPT = 256 * 2**20  # bytes of decoded frames: 3 min at 128 pixels square, 15 s at 640 x 360
+LOOKS, LOOK_EVERY = (
+    8,
+    31,
+)  # frames of the beginning that show how the head stands, and their distance
+SURE = 14  # tries of the cascade that agree on a face; mistakes have up to 13
+TILTS = (-30, 30)  # degrees anticlockwise by which the picture is turned
+TURNS = {90: "on its side", 180: "upside down", 270: "on its side"}
+
+
+class ClipFrames:
+    """Frames of a video file in blocks (n, H, W, 3), from its start each time it is iterated over.
+
+    A clip of up to `KEPT` bytes is decoded once and kept; a longer one is decoded each time, so that memory stays flat.
+
+    Args:
+        path: a video file.
+        fps: frames a second.
+        max_side: larger frames are scaled down to this longer side.
+    """
+
+    def __init__(self, path: str | Path, fps: float, max_side: int = MAX_SIDE) -> None:
+        self.path, self.fps, self.max_side = path, fps, max_side
+        self.size = (0, 0)  # height and width of the frames, known after the first
+        self._kept: list[np.ndarray] | None = None
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        blocks, size = [], 0
+        for block in iter_video(self.path, self.fps, self.max_side):
+            self.size = block.shape[1:3]
+            size += block.nbytes
+            if size <= KEPT:
+                blocks.append(block)
+            else:
+                blocks.clear()
+            yield block
+        if size <= KEPT:
+            self._kept = blocks
+
+    @cached_property
+    def shown(self) -> tuple[int, int]:
+        """Height and width of the picture as a player shows it."""
+        return next(iter_video(self.path, self.fps, block=1)).shape[1:3]
+
+    def sharper(self, track: FaceTrack) -> tuple[ClipFrames, FaceTrack]:
+        """These frames, gone through once, and their track; larger ones, if the face is small and the file has them."""
+        width = float(np.median(track.boxes[track.seen, 2]))
+        if width > 0.7 * GOOD_WIDTH or max(self.size) < self.max_side:
+            return self, track
+        side = min(max(self.shown), round(self.max_side * GOOD_WIDTH / width))
+        if side <= self.max_side:
+            return self, track
+        return ClipFrames(self.path, self.fps, side), track.scaled(side / self.max_side)
+
+
+def find_face(
+    clip: Iterable[np.ndarray], fps: float, face: str | int = "largest", detector: FaceDetector | None = None
+) -> FaceTrack:
+    """`track_face` with a detector, or with OpenCV's cascade.
+
+    Where the cascade is not sure, it also looks for heads that are tilted or very small.
+
+    Args:
+        clip: blocks of frames (n, H, W, 3); it must give them again each time it is iterated over.
+
+    Raises:
+        FaceError: too little of the clip shows the face, or the picture stands on its head or side.
+        UserError: an unknown `face`.
+    """
+    if detector is not None:
+        return track_face(clip, detector, fps, face)
+    looks: list[np.ndarray] = []
+    track, error = None, None
+    try:
+        track = track_face(_noting(clip, looks), HaarDetector(every_size=face != "largest"), fps, face)
+    except FaceError as caught:
+        error = caught
+    upright = _evidence(looks, 0)
+    if track is not None and upright >= SURE:
+        return track
+    others = {angle: _evidence(looks, angle) for angle in (*TILTS, *TURNS)}
+    angle = max(others, key=others.__getitem__)
+    if others[angle] > max(2 * upright, SURE):
+        if angle in TURNS:
+            words = f"there is a face {TURNS[angle]}: turn the picture by {angle} degrees anticlockwise first"
+            raise FaceError(f"{error}; {words}" if error else words)
+        return track_face(clip, HaarDetector(every_size=face != "largest", angle=angle), fps, face)
+    if track is not None:
+        return track
+    try:
+        return track_face(clip, HaarDetector(fine=True), fps, face)
+    except FaceError:
+        raise error from None
+
+
+def _noting(clip: Iterable[np.ndarray], looks: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """The blocks of a clip; a few frames of its beginning are put into `looks`."""
+    for block in clip:
+        looks.extend(block[::LOOK_EVERY][: LOOKS - len(looks)].copy())
+        yield block
+
+
+def _evidence(looks: list[np.ndarray], angle: float) -> float:
+    """How sure the cascade is of the faces that it finds in frames turned by `angle`; 0 where most have none."""
+    detector = HaarDetector(angle=angle)
+    values = [detector.evidence(frame) for frame in looks]
+    return float(np.median([v for v in values if v])) if 2 * sum(v > 0 for v in values) >= len(looks) else 0.0
+
+
+def place_face(clip: ClipFrames | list[np.ndarray], boxes: Any, fps: float) -> FaceTrack:
+    """The track of boxes that the user gives, in pixels of the picture as it is shown; see `given_track`.
+
+    Raises:
+        UserError: no boxes; a FaceError: fewer than frames, or one that lies outside the picture.
+    """
+    frames, used = 0, (1, 1)
+    for block in clip:
+        frames, used = frames + len(block), block.shape[1:3]
+    height, width = clip.shown if isinstance(clip, ClipFrames) else used
+    track = given_track(boxes, frames, fps)
+    middle = track.boxes[:, :2] + track.boxes[:, 2:] / 2
+    outside = ((middle < 0) | (middle > (width, height))).any(1)
+    if outside.any():
+        box = ",".join(f"{value:g}" for value in track.boxes[outside.argmax()])
+        raise FaceError(
+            f"face_box={box} at {outside.argmax() / fps:.1f} s lies outside the picture of {width} x {height} pixels"
+        )
+    return track.scaled(used[1] / width)

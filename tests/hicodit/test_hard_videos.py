@@ -1,0 +1,259 @@
+"""Videos of every hard kind: each gives the face's track and mouth pictures, or one clear line and exit code 2.
+
+Made here with ffmpeg from drawn faces; the real clip, where it is, stands at the end. "Where" is the middle of the face
+as a share of the width of the picture that a player shows.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from drawn_faces import draw_face, scene
+
+from engine.errors import UserError, run_cli
+from engine.faces.clip import ClipFrames
+from engine.media.audio import write_wav
+from engine.media.ffmpeg import command
+from engine.media.video import write_video
+from hicodit.pipeline import HiCoDiTPipeline
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO, REAL = ROOT / "assets" / "demo" / "silent.mp4", ROOT.parent / "shared" / "samples" / "reference_video.mp4"
+FRAMES, SIZE, HEAD = 30, (160, 208), 112
+WHERE = (30 + HEAD / 2) / 208
+
+
+def ffmpeg(*arguments):
+    subprocess.run(command("-v", "error", "-threads", "1", *map(str, arguments)), check=True)
+
+
+def head(i):
+    return 30, 30, HEAD
+
+
+@pytest.fixture(scope="module")
+def pipeline(release):
+    return HiCoDiTPipeline.from_pretrained(release)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Folder with the plain clip, nearly lossless, and a sound."""
+    folder = tmp_path_factory.mktemp("base")
+    write_video(folder / "plain.mp4", scene(FRAMES, [head], SIZE), 25, crf=5)
+    write_wav(folder / "sound.wav", 0.1 * np.sin(np.arange(24_000 * 2) / 20).astype(np.float32), 24_000)
+    return folder
+
+
+def remade(*options, name="b.mp4", before=()):
+    """A kind that ffmpeg makes of the plain clip."""
+
+    def make(base, folder):
+        ffmpeg(*before, "-i", base / "plain.mp4", *options, folder / name)
+        return folder / name
+
+    return make
+
+
+def drawn(frames, heads, size=SIZE, side=HEAD):
+    """A kind that is drawn: heads as `scene` takes them."""
+
+    def make(base, folder):
+        write_video(folder / "drawn.mp4", scene(frames, heads, size), 25)
+        return folder / "drawn.mp4"
+
+    return make
+
+
+def turned(turn, rotation):
+    """Pictures turned by `transpose=turn`, and marked so that players turn them by `rotation` degrees."""
+
+    def make(base, folder):
+        ffmpeg("-i", base / "plain.mp4", "-vf", turn, folder / "side.mp4")
+        ffmpeg("-display_rotation", rotation, "-i", folder / "side.mp4", "-c", "copy", folder / "marked.mp4")
+        return folder / "marked.mp4"
+
+    return make
+
+
+def late_picture(base, folder):
+    ffmpeg("-itsoffset", 0.4, "-i", base / "plain.mp4", "-i", base / "sound.wav", "-c:v", "copy", folder / "late.mkv")
+    return folder / "late.mkv"
+
+
+def long_sound(base, folder):
+    ffmpeg("-i", base / "plain.mp4", "-i", base / "sound.wav", "-c:v", "copy", folder / "sound.mp4")
+    return folder / "sound.mp4"
+
+
+def cover(base, folder, media="plain.mp4"):
+    ffmpeg("-i", base / "plain.mp4", "-vf", "negate", "-frames:v", 1, folder / "cover.png")
+    inputs = ["-i", folder / "cover.png", "-i", base / media, "-map", 1, "-map", 0]
+    if media.endswith(".wav"):
+        ffmpeg(*inputs, folder / "song.mp3")
+        return folder / "song.mp3"
+    ffmpeg(*inputs, "-c", "copy", "-disposition:v:1", "attached_pic", folder / "cover.mp4")
+    return folder / "cover.mp4"
+
+
+def picture_of_sound(base, folder):
+    return cover(base, folder, "sound.wav")
+
+
+def changing_size(base, folder):
+    for name, size in (("a", "208x160"), ("b", "416x320")):
+        ffmpeg("-i", base / "plain.mp4", "-s", size, "-t", 0.6, folder / f"{name}.ts")
+    (folder / "both.ts").write_bytes((folder / "a.ts").read_bytes() + (folder / "b.ts").read_bytes())
+    return folder / "both.ts"
+
+
+def cut_off(name, *options, share=0.6):
+    """The first part of a file's bytes."""
+
+    def make(base, folder):
+        whole = remade(*options, name=name)(base, folder)
+        whole.write_bytes(whole.read_bytes()[: int(share * whole.stat().st_size)])
+        return whole
+
+    return make
+
+
+def overwritten_tail(base, folder):
+    whole = remade("-g", 10, name="tail.mkv")(base, folder)
+    data = whole.read_bytes()
+    whole.write_bytes(data[: len(data) // 2] + np.random.default_rng(0).bytes(len(data) - len(data) // 2))
+    return whole
+
+
+def bundled(*options):
+    """A kind that ffmpeg makes of the bundled clip, whose face is drawn with more care."""
+
+    def make(base, folder):
+        ffmpeg("-i", DEMO, *options, folder / "b.mp4")
+        return folder / "b.mp4"
+
+    return make
+
+
+def profile(base, folder):
+    """A head from the side: one eye, a nose that sticks out, half a mouth."""
+    picture = np.full((*SIZE, 3), (150, 160, 170), np.uint8)
+    half = draw_face(0.5)[:, 20:58]
+    picture[20:148, 60:98] = half
+    write_video(folder / "profile.mp4", [picture] * 20, 25)
+    return folder / "profile.mp4"
+
+
+INTERLACED = ("-vf", "fps=50,tinterlace=interleave_top,fieldorder=tff", "-flags", "+ilme+ildct")
+VARIABLE = ("-vf", "setpts='if(lt(N,20),N,20+2*(N-20))/25/TB'", "-fps_mode", "vfr")
+COME_BACK = [lambda i: head(i) if i < 20 or i >= 60 else None]
+CUT = [lambda i: (0, 30, HEAD) if i < 30 else (96, 30, HEAD)]
+TWO = [lambda i: (5, 60, 80), lambda i: (96, 30, HEAD)]
+
+# kind: (made by, least and most frames, where the face is at the beginning and at the end, share of frames that see it)
+TRACKS = {
+    "plain, no sound": (remade("-an", "-c", "copy"), 30, 30, WHERE, WHERE, 1),
+    "odd sizes": (remade("-vf", "crop=171:159:0:0", "-pix_fmt", "yuv444p"), 30, 30, 86 / 171, 86 / 171, 1),
+    "stored on its side": (turned("transpose=1", 90), 30, 30, WHERE, WHERE, 1),
+    "stored upside down": (turned("hflip,vflip", 180), 30, 30, WHERE, WHERE, 1),
+    "variable frame rate": (remade(*VARIABLE), 40, 40, WHERE, WHERE, 1),
+    "60 frames a second": (remade("-r", 60), 30, 30, WHERE, WHERE, 1),
+    "12 frames a second": (remade("-r", 12), 29, 34, WHERE, WHERE, 1),
+    "sound that is longer": (long_sound, 30, 30, WHERE, WHERE, 1),
+    "picture that begins late": (late_picture, 40, 40, WHERE, WHERE, 1),
+    "two faces": (drawn(30, TWO), 30, 30, 152 / 208, 152 / 208, 1),
+    "a cut": (drawn(60, CUT), 60, 60, 56 / 208, 152 / 208, 1),
+    "leaves and comes back": (drawn(80, COME_BACK), 80, 80, WHERE, WHERE, 0.5),
+    "very short": (remade("-frames:v", 5), 5, 5, WHERE, WHERE, 1),
+    "very large": (remade("-vf", "scale=3840:-1", "-frames:v", 5, "-c:v", "mpeg4"), 5, 5, WHERE, WHERE, 1),
+    "upright format": (remade("-vf", "pad=208:416:0:128"), 30, 30, WHERE, WHERE, 1),
+    "10 bits": (remade("-pix_fmt", "yuv420p10le"), 30, 30, WHERE, WHERE, 1),
+    "full colour": (remade("-pix_fmt", "yuv444p"), 30, 30, WHERE, WHERE, 1),
+    "grey": (remade("-pix_fmt", "gray"), 30, 30, WHERE, WHERE, 1),
+    "pixels that are not square": (remade("-vf", "scale=104:160,setsar=2"), 30, 30, WHERE, WHERE, 1),
+    "interlaced": (remade(*INTERLACED, "-c:v", "mpeg2video", "-q:v", 2, name="b.mpg"), 29, 30, WHERE, WHERE, 1),
+    "webm": (remade("-c:v", "libvpx-vp9", "-deadline", "realtime", name="b.webm"), 30, 30, WHERE, WHERE, 1),
+    "mkv": (remade("-c", "copy", name="b.mkv"), 30, 30, WHERE, WHERE, 1),
+    "avi": (remade("-c:v", "mpeg4", "-q:v", 3, name="b.avi"), 30, 30, WHERE, WHERE, 1),
+    "gif": (remade("-r", 10, name="b.gif"), 29, 35, WHERE, WHERE, 1),
+    "mov of an editor": (remade("-c:v", "prores_ks", name="b.mov"), 30, 30, WHERE, WHERE, 1),
+    "trimmed without encoding": (remade("-c", "copy", before=("-ss", 0.52)), 16, 30, WHERE, WHERE, 1),
+    "a cover picture": (cover, 30, 30, WHERE, WHERE, 1),
+    "a leading black second": (remade("-vf", "tpad=start_duration=1"), 55, 55, WHERE, WHERE, 30 / 55),
+    "changes its size": (changing_size, 30, 31, WHERE, WHERE, 1),
+    "a tiny face": (drawn(20, [lambda i: (400, 200, 60)], (360, 640)), 20, 20, 430 / 640, 430 / 640, 1),
+    "a tilted head": (bundled("-vf", "rotate=0.5:c=gray"), 57, 57, 0.47, 0.47, 1),
+    "dark": (remade("-vf", "eq=brightness=-0.35:contrast=0.5"), 30, 30, WHERE, WHERE, 1),
+}
+
+# kind: (made by, what the line says)
+REFUSALS = {
+    "too short": (remade("-frames:v", 3), "0.12 s of video; at least 0.2 s"),
+    "one picture as a gif": (remade("-frames:v", 1, name="b.gif"), "at least 0.2 s"),
+    "no face": (remade("-vf", "crop=30:160:0:0"), r"no face found in any of its 1\.2 s"),
+    "too little of a face": (drawn(80, [lambda i: head(i) if i < 11 else None]), r"at 0\.[56]-3\.2 s"),
+    "upside down": (bundled("-vf", "hflip,vflip"), "there is a face upside down"),
+    "on its side": (bundled("-vf", "transpose=1"), "a face on its side: turn the picture by 90 degrees anticlockwise"),
+    "profile": (profile, "no face found"),
+    "corrupt tail": (overwritten_tail, r"damaged: only the first 0\.\d of 1\.2 s"),
+    "mkv cut off": (cut_off("b.mkv", "-g", 5), r"damaged: only the first 0\.\d of 1\.2 s"),
+    "mp4 cut off": (cut_off("b.mp4"), "its index is missing"),
+    "mp4 for the web, cut off": (cut_off("b.mp4", "-movflags", "faststart", "-g", 5), "damaged: only"),
+    "sound with a cover": (picture_of_sound, "no video stream"),
+}
+
+
+@pytest.mark.parametrize("kind", TRACKS)
+def test_track(pipeline, base, tmp_path, kind):
+    make, least, most, first, last, share = TRACKS[kind]
+    path = make(base, tmp_path)
+    crops = pipeline.crops(path, strip=tmp_path / "strip.png")
+    track = crops.track
+    assert least <= len(track) == len(crops.mouth) <= most
+    assert abs(track.coverage - share) < 0.06
+    centre = track.boxes[:, 0] + track.boxes[:, 2] / 2
+    picture = next(iter(ClipFrames(path, 25.0))).shape[2]
+    assert abs(centre[0] / picture - first) < 0.04 and abs(centre[-1] / picture - last) < 0.04
+    # The mouth is darker than the skin that surrounds it, and in the middle of its picture.
+    seen = crops.mouth[track.seen].astype(float)
+    assert seen[:, 20:28, 20:28].mean() < seen[:, 20:28, [2, 3, 44, 45]].mean() - 10
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_refusal(pipeline, base, tmp_path, capsys, kind):
+    make, message = REFUSALS[kind]
+    path = make(base, tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run_cli(lambda: pipeline.crops(path) and None)
+    line = capsys.readouterr().err
+    assert ended.value.code == 2 and line.startswith(f"error: {path}") and line.count("\n") == 1
+    assert re.search(message, line), line
+
+
+# kind: (filter, least share of frames that see the face, or what the line says)
+REAL_KINDS = {
+    "as it is": ("null", 1.0),
+    "small in a large picture": ("scale=200:-1,pad=1280:720:900:300", 0.9),
+    "tilted by 30 degrees": ("rotate=0.5", 0.9),
+    "moving about": ("crop=360:512:'100*sin(t*2)+76':0", 0.9),
+    "dark and noisy": ("eq=brightness=-0.3:contrast=0.4,noise=alls=20:allf=t", 0.9),
+    "upside down": ("hflip,vflip", "upside down"),
+}
+
+
+@pytest.mark.skipif(not REAL.is_file(), reason=f"the real clip {REAL} is absent")
+@pytest.mark.parametrize("kind", REAL_KINDS)
+def test_the_real_clip(pipeline, tmp_path, kind):
+    """Of a real speaker, the mouth lies in the middle: the lips are darker than the skin above and below them."""
+    chain, expected = REAL_KINDS[kind]
+    ffmpeg("-i", REAL, "-vf", chain, "-t", 1.6, "-an", tmp_path / "real.mp4")
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            pipeline.crops(tmp_path / "real.mp4")
+        return
+    crops = pipeline.crops(tmp_path / "real.mp4")
+    assert crops.track.coverage >= expected
+    rows = np.median(crops.mouth[:, :, 16:32].astype(float), (0, 2))
+    assert rows[18:34].min() < 0.85 * min(rows[:6].mean(), rows[-6:].mean())
