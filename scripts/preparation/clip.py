@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +39,7 @@ class SourceClip:
             which one begins with `Text:`, or plain text).
         phonemes: [symbol, start, end] with times in seconds.
         motion: a torch file (T, Dm) of motion codes.
+        packed: (tar file, offset, size) of those of its paths that lie in tar files.
     """
 
     key: str
@@ -49,6 +52,7 @@ class SourceClip:
     expression: str | None = None
     phonemes: list | None = None
     motion: str | None = None
+    packed: Mapping[str, tuple[str, int, int]] = field(default_factory=dict)
 
     @property
     def source(self) -> str:
@@ -63,7 +67,8 @@ class Clip:
         info: of the source. root: folder of its paths.
         frames: (T, H, W, 3) uint8 RGB, None without pictures. wave: (N,) float32, N = T * 960; wave16: (N16,), T * 640.
         track: of the face in the frames.
-        facts: for KEY.json. tensors: for KEY.safetensors. files: further members by suffix.
+        heard: what recognisers heard in it, by their names.
+        facts: for KEY.json. tensors: for KEY.safetensors. files: further members by suffix. length: T.
     """
 
     info: SourceClip
@@ -75,17 +80,35 @@ class Clip:
     facts: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
-    length: int = 0  # T
+    heard: dict[str, Any] = field(default_factory=dict)
+    length: int = 0
+    unpacked: tempfile.TemporaryDirectory | None = None
 
     def path(self, name: str) -> Path:
-        return self.root / name
+        """Where one of the source's files is; what lies in a tar file is taken out first, until `close`."""
+        if name not in self.info.packed:
+            return self.root / name
+        if self.unpacked is None:
+            self.unpacked = tempfile.TemporaryDirectory()
+        path = Path(self.unpacked.name) / name
+        if not path.exists():
+            tar, offset, size = self.info.packed[name]
+            with (self.root / tar).open("rb") as file:
+                file.seek(offset)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(file.read(size))
+        return path
+
+    def close(self) -> None:
+        if self.unpacked is not None:
+            self.unpacked.cleanup()
 
 
 class Stage(Protocol):
     """One step of the preparation: changes the clip, or raises a UserError, whose message is why the clip is refused.
 
     Attributes:
-        needs: what a clip must have: "frames", "text", "phonemes" or nothing; else the stage passes it by.
+        needs: "frames" for a stage that passes clips without pictures by, else "".
     """
 
     needs: str

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from engine.config import build
@@ -25,24 +26,28 @@ from scripts.preparation.worker import Outcome, Setup, Task, stage_settings
 
 @dataclass
 class Timing:
-    """Seconds of the workers by stage, and the number of clips that each stage saw."""
+    """By stage, the seconds of the workers on the clock and of the processor, and the number of clips that it saw."""
 
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    wall: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    processor: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     clips: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     frames: int = 0
 
     def add(self, outcome: Outcome) -> None:
         self.frames += outcome.frames
-        for stage, seconds in outcome.seconds.items():
-            self.seconds[stage] += seconds
+        for stage, (wall, processor) in outcome.seconds.items():
+            self.wall[stage] += wall
+            self.processor[stage] += processor
             self.clips[stage] += 1
 
     def table(self) -> str:
-        total = sum(self.seconds.values())
-        lines = [f"{'stage':<14}{'clips':>8}{'s/clip':>10}{'share':>8}"]
-        for stage, seconds in self.seconds.items():
-            mean, share = seconds / self.clips[stage], seconds / max(total, 1e-9)
-            lines.append(f"{stage:<14}{self.clips[stage]:>8}{mean:>10.4f}{share:>8.1%}")
+        total = max(sum(self.wall.values()), 1e-9)
+        lines = [f"{'stage':<14}{'clips':>8}{'s/clip':>10}{'CPU s/clip':>12}{'share':>8}"]
+        for stage, wall in self.wall.items():
+            count = self.clips[stage]
+            lines.append(
+                f"{stage:<14}{count:>8}{wall / count:>10.4f}{self.processor[stage] / count:>12.4f}{wall / total:>8.1%}"
+            )
         return "\n".join(lines)
 
 
@@ -111,12 +116,17 @@ def _check(config: DictConfig) -> None:
 
 def chosen_stages(config: DictConfig, source: Source) -> dict[str, dict[str, Any]]:
     """Settings by stage of those that are used and for which the source has what they need."""
-    stages = OmegaConf.to_container(config.stages, resolve=True)
+    stages = OmegaConf.to_container(config, resolve=True)["stages"]
     if not stages["decode"]["use"]:
         raise UserError("stages.decode.use=false: without it there is nothing to prepare")
-    if stages["crops"]["use"] and not stages["face"]["use"] and source.frames:
-        raise UserError("stages.face.use=false: the crops need the face; set stages.crops.use=false too")
     used = {name: stage for name, stage in stages.items() if stage.pop("use")}
+    if not source.frames:
+        blind = [name for name, stage in used.items() if hydra.utils.get_class(stage["_target_"]).needs == "frames"]
+        print(f"left out, as the source has no pictures: {', '.join(blind)}")
+        return {name: stage for name, stage in used.items() if name not in blind}
+    for name in used.keys() & {"crops", "expression"}:
+        if "face" not in used:
+            raise UserError(f"stages.face.use=false: {name} needs the face; set stages.{name}.use=false too")
     return used
 
 

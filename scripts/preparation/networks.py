@@ -12,38 +12,19 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.faces.detectors import HaarDetector, YuNetDetector
-from engine.faces.track import track_face
 from engine.media.audio import resample
 from engine.metrics.speaker import SpeakerEncoder as GE2EEncoder
 from engine.release import weights_digest
+from hicodit.conditions.poster2 import POSTER2
 from hicodit.conditions.released import encoder_config
 from hicodit.conditions.types import EXPRESSIONS
 from hicodit.features import FACE_PICTURES, phoneme_labels
 from hicodit.system import token_digest
 from lia_x.pictures import video_to_tensor
 from rvq_codec import RVQCodec
-from scripts.preparation.clip import FPS, RATE, RATE16, Clip
+from scripts.preparation.clip import RATE, RATE16, Clip
 from talker_t2av.features import load_motion, load_speaker, motion_digest, speech_digest
 from whisperx_vae.vae import WhisperXVAE
-
-
-class Face:
-    """Follows a face through the frames; a clip that does not show one for long enough is refused.
-
-    Args:
-        detector: the file face_detection_yunet_2023mar.onnx; None: OpenCV's cascade.
-        face: of several faces: largest, central, or a number by size from 1 on.
-    """
-
-    needs = "frames"
-
-    def __init__(self, detector: str | None = None, face: str | int = "largest") -> None:
-        self.detector = HaarDetector() if detector is None else YuNetDetector(detector)
-        self.face = face
-
-    def __call__(self, clip: Clip) -> None:
-        clip.track = track_face([clip.frames], self.detector, FPS, self.face)
 
 
 class Crops:
@@ -86,6 +67,29 @@ class Labels:
             clip.tensors["expression"] = torch.tensor(EXPRESSIONS.index(expression), dtype=torch.uint8)
         if phonemes is not None and self.symbols:
             clip.tensors["phoneme"] = torch.from_numpy(phoneme_labels(phonemes, clip.length, self.symbols))
+
+
+class Expression:
+    """Mean probabilities (7,) of the expressions over the clip, by POSTER V2; a label of the source stands.
+
+    Args:
+        weights: the released file (its licence is for research only), e.g. affectnet-7-model_best.pth.
+        every: video frames to a picture that is looked at.
+    """
+
+    needs = "frames"
+
+    def __init__(self, weights: str, device: torch.device, every: int = 5) -> None:
+        self.network, self.device, self.every = POSTER2.from_pretrained(weights).to(device).eval(), device, every
+        self.cut = encoder_config({"kind": "released"}).cut_faces
+
+    def __call__(self, clip: Clip) -> None:
+        assert clip.track is not None, "the stage expression comes after the stage face"
+        if "expression" not in clip.tensors:
+            at = slice(0, clip.length, self.every)
+            faces = torch.from_numpy(self.cut(clip.frames[at], clip.track[at])).permute(0, 3, 1, 2)
+            parts = [self.network(part.to(self.device).float() / 255) for part in faces.split(16)]
+            clip.tensors["expression"] = torch.cat(parts).softmax(-1).mean(0).float().cpu()
 
 
 class GE2E:

@@ -6,6 +6,7 @@ is tried once more in a fresh process, and given up when that one dies too.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,10 +23,12 @@ ATTEMPTS = 2
 
 @dataclass
 class _Worker:
+    """A process, its end of the pipe, and its task. since: when it began with the task; infinity: not yet ready."""
+
     process: BaseProcess
     connection: Connection
     task: Task | None = None
-    since: float = 0.0
+    since: float = math.inf
     attempt: int = 0
 
 
@@ -50,7 +53,7 @@ class Pool:
     def __enter__(self) -> Pool:
         try:
             for worker in self.workers:
-                self.digests = self._await_ready(worker)
+                self._receive(worker)
         except BaseException:
             self.__exit__()
             raise
@@ -70,46 +73,60 @@ class Pool:
             UserError: a worker cannot go on, as on a full disk.
         """
         for worker in self.workers:
-            self._next(worker, next(tasks, None))
-        while busy := {worker.connection: worker for worker in self.workers if worker.task}:
-            first = min(worker.since for worker in busy.values())
-            ready = wait(list(busy), timeout=max(0.05, first + self.timeout - time.monotonic()))
-            for connection in ready:
-                worker = busy[connection]
-                task = worker.task
-                try:
-                    word, answer = connection.recv()
-                except (EOFError, ConnectionResetError):
-                    outcome = self._died(worker)
-                else:
-                    if word == "error":
-                        raise UserError(answer)
-                    outcome = answer
+            self._give(worker, next(tasks, None))
+        while busy := [worker for worker in self.workers if worker.task]:
+            first = min(worker.since for worker in busy) + self.timeout - time.monotonic()
+            wait([worker.connection for worker in busy], timeout=min(max(0.05, first), 60))
+            for worker in busy:
+                task, outcome = worker.task, None
+                if worker.connection.poll():
+                    outcome = self._receive(worker)
+                elif time.monotonic() - worker.since > self.timeout:
+                    self._replace(worker)
+                    outcome = Outcome("crash", f"took longer than {self.timeout:g} s", suspicious=True)
                 if outcome is not None:
                     yield task, outcome
-                    self._next(worker, next(tasks, None))
-            for connection, worker in busy.items():
-                if connection not in ready and time.monotonic() - worker.since > self.timeout:
-                    task = worker.task
-                    self._replace(worker)
-                    yield task, Outcome("crash", f"took longer than {self.timeout:g} s", suspicious=True)
-                    self._next(worker, next(tasks, None))
+                    self._give(worker, next(tasks, None))
 
-    def _next(self, worker: _Worker, task: Task | None, attempt: int = 1) -> None:
-        worker.task, worker.since, worker.attempt = task, time.monotonic(), attempt
+    def _receive(self, worker: _Worker) -> Outcome | None:
+        """What a worker says: an outcome; or None when it says that it is ready, or dies and is replaced."""
+        try:
+            word, answer = worker.connection.recv()
+        except (EOFError, ConnectionResetError):
+            return self._died(worker)
+        if word == "error":
+            raise UserError(answer)
+        if word == "ready":
+            self.digests, worker.since = answer, time.monotonic()
+            return None
+        return answer
+
+    def _give(self, worker: _Worker, task: Task | None, attempt: int = 1) -> None:
+        worker.task, worker.attempt = task, attempt
+        if worker.since < math.inf:
+            worker.since = time.monotonic()
         if task is not None:
-            with suppress(BrokenPipeError, ConnectionResetError):  # it died while idle: `run` finds its pipe closed
+            with suppress(BrokenPipeError, ConnectionResetError):  # it died while idle: its pipe will say so
                 worker.connection.send(task)
 
     def _died(self, worker: _Worker) -> Outcome | None:
-        """A fresh process in place of a dead one, with its task once more; the outcome where that is too often."""
+        """A fresh process in place of a dead one, with its task once more; the outcome where that is too often.
+
+        Raises:
+            UserError: it died before it was ready, for which no clip can be blamed.
+        """
         worker.process.join()
         code, task, attempt = worker.process.exitcode, worker.task, worker.attempt
+        what = f"signal {-code}" if code and code < 0 else f"exit code {code}"
+        if worker.since == math.inf:
+            raise UserError(
+                f"a worker process ended with {what} while loading its networks: is there memory for so many "
+                "(workers=...)?"
+            )
         self._replace(worker)
         if attempt < ATTEMPTS:
-            self._next(worker, task, attempt + 1)
+            self._give(worker, task, attempt + 1)
             return None
-        what = f"signal {-code}" if code and code < 0 else f"exit code {code}"
         return Outcome("crash", f"the process died at this clip, {ATTEMPTS} times ({what})", suspicious=True)
 
     def _replace(self, worker: _Worker) -> None:
@@ -117,8 +134,7 @@ class Pool:
         worker.process.join()
         worker.connection.close()
         fresh = self._start()
-        worker.process, worker.connection = fresh.process, fresh.connection
-        self._await_ready(worker)
+        worker.process, worker.connection, worker.since = fresh.process, fresh.connection, math.inf
 
     def _start(self) -> _Worker:
         context = get_context("spawn")
@@ -127,16 +143,3 @@ class Pool:
         process.start()
         theirs.close()
         return _Worker(process, ours)
-
-    def _await_ready(self, worker: _Worker) -> dict[str, str]:
-        try:
-            word, answer = worker.connection.recv()
-        except (EOFError, ConnectionResetError):
-            worker.process.join()
-            raise UserError(
-                f"a worker process ended with exit code {worker.process.exitcode} while loading its networks: "
-                "is there memory for so many (workers=...)?"
-            ) from None
-        if word == "error":
-            raise UserError(answer)
-        return answer

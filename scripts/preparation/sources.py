@@ -118,7 +118,7 @@ class LRS2(Source):
     def read(self, split: str) -> Iterator[SourceClip]:
         folder = "pretrain" if split == "pretrain" else "main"
         listing = self.root / f"{split}.txt"
-        names = _lines(listing) if listing.is_file() else _walk(self.root / folder, 1, ".mp4")
+        names = read_lines(listing) if listing.is_file() else _walk(self.root / folder, 1, ".mp4")
         for name in names:
             name = name.split()[0]  # the test list marks some clips after their names
             yield _with_text(folder, name)
@@ -185,5 +185,13 @@ def _walk(folder: Path, depth: int, suffix: str) -> Iterator[str]:
             yield entry.name.removesuffix(suffix)
 
 
-def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+def read_lines(path: Path) -> list[str]:
+    """The lines of a list that are not blank.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the list {path} cannot be read ({error})") from error

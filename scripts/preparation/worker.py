@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import inspect
+import os
 import re
 import signal
 import sys
@@ -50,13 +51,13 @@ class Outcome:
     Attributes:
         stage, reason: where and why it was refused; "" if it is in its work folder.
         suspicious: refused for what may be the machine's fault.
-        seconds: by stage. frames: of the clip, at 25 a second.
+        seconds: by stage, on the clock and of the processor. frames: of the clip, at 25 a second.
     """
 
     stage: str = ""
     reason: str = ""
     suspicious: bool = False
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     frames: int = 0
 
 
@@ -97,9 +98,17 @@ def process(task: Task, stages: Mapping[str, Stage]) -> Outcome:
     Raises:
         UserError: the disk is full, or something else that no clip can be blamed for.
     """
-    clip, seconds = Clip(task.clip, task.root), {}
+    clip = Clip(task.clip, task.root)
+    try:
+        return _process(clip, task, stages)
+    finally:
+        clip.close()
+
+
+def _process(clip: Clip, task: Task, stages: Mapping[str, Stage]) -> Outcome:
+    seconds: dict[str, tuple[float, float]] = {}
     for name, stage in stages.items():
-        start = time.perf_counter()
+        start = _clocks()
         try:
             if not (stage.needs == "frames" and clip.info.video is None):
                 stage(clip)
@@ -108,15 +117,25 @@ def process(task: Task, stages: Mapping[str, Stage]) -> Outcome:
             known = isinstance(error, UserError)
             reason = str(error) if known else f"{type(error).__name__}: {error}"
             suspicious = isinstance(error, Suspicious) or not known
-            return Outcome(name, _tidy(reason, task.root), suspicious, seconds)
+            return Outcome(name, _tidy(reason, clip), suspicious, seconds)
         finally:
-            seconds[name] = time.perf_counter() - start
-    start = time.perf_counter()
+            seconds[name] = _since(start)
+    start = _clocks()
     members = {"json": dumps({"key": task.clip.key, **clip.facts})}
     members["safetensors"] = save({name: tensor.contiguous() for name, tensor in clip.tensors.items()})
     keep(task.work, task.clip.key, members | clip.files)
-    seconds["write"] = time.perf_counter() - start
+    seconds["write"] = _since(start)
     return Outcome(seconds=seconds, frames=clip.length)
+
+
+def _clocks() -> tuple[float, float]:
+    """The time, and what this process and its finished children have had of the processor."""
+    return time.perf_counter(), sum(os.times()[:4])
+
+
+def _since(start: tuple[float, float]) -> tuple[float, float]:
+    wall, processor = _clocks()
+    return wall - start[0], processor - start[1]
 
 
 def _check_blameable(error: BaseException) -> None:
@@ -127,9 +146,11 @@ def _check_blameable(error: BaseException) -> None:
         at = at.__cause__ or at.__context__
 
 
-def _tidy(reason: str, root: Path) -> str:
+def _tidy(reason: str, clip: Clip) -> str:
     """One line that is the same whenever and wherever the clip fails."""
-    reason = " ".join(reason.replace(f"{root}/", "").split())
+    for folder in (clip.root, clip.unpacked.name if clip.unpacked else clip.root):
+        reason = reason.replace(f"{folder}/", "")
+    reason = " ".join(reason.split())
     reason = re.sub(r"0x[0-9a-fA-F]{6,}", "0x", reason)
     return reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}..."
 
@@ -160,5 +181,9 @@ def _die_with_parent() -> None:
 
 def stage_settings(stages: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What the index tells of the stages."""
-    hidden: Sequence[str] = ("_target_", "use")
-    return [{"name": n, "settings": {k: v for k, v in c.items() if k not in hidden}} for n, c in stages.items()]
+
+    def shown(settings: Mapping[str, Any], hidden: Sequence[str]) -> dict[str, Any]:
+        inner = ("device",)  # of an engine: where it runs says nothing of what it makes
+        return {k: shown(v, inner) if isinstance(v, Mapping) else v for k, v in settings.items() if k not in hidden}
+
+    return [{"name": name, "settings": shown(config, ("_target_",))} for name, config in stages.items()]

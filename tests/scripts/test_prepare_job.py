@@ -10,8 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drawn_faces import draw_face
 from omegaconf import OmegaConf
 
+from engine.config import load
+from engine.errors import UserError
 from engine.media.audio import write_wav
 from engine.media.video import write_video
 from scripts.preparation.job import prepare
@@ -26,9 +29,12 @@ def clip_row(name, number=0):
     return {"id": name, "text": f"clip {number}", "voice": number, "expression": "happy", "phonemes": phonemes}
 
 
-def write_clip(root, split, name, number):
+def write_clip(root, split, name, number, noise=False):
     rng = np.random.default_rng(number)
-    frames = np.repeat(rng.integers(0, 255, (FRAMES, 4, 4, 3), np.uint8), 8, 1).repeat(8, 2)
+    if noise:
+        frames = np.repeat(rng.integers(0, 255, (FRAMES, 4, 4, 3), np.uint8), 32, 1).repeat(32, 2)
+    else:
+        frames = np.stack([draw_face((number + i) % 5 / 5) for i in range(FRAMES)])
     write_video(root / split / f"{name}.mp4", frames, 25)
     write_wav(root / split / f"{name}.wav", rng.normal(0, 0.1, FRAMES * 960), 24_000)
 
@@ -117,7 +123,7 @@ def test_killed_processes_go_on_and_end_in_the_same_bytes(corpus, tmp_path):
     output = tmp_path / "shards"
     processes = [launch(corpus, output, rank, 0.3) for rank in (0, 1)]
     before = time.monotonic()
-    while clips_done(output) < 3 and time.monotonic() - before < 60:
+    while clips_done(output) < 3 and time.monotonic() - before < 240:
         time.sleep(0.02)
     for process in processes:
         os.kill(process.pid, signal.SIGKILL)  # its worker goes with it
@@ -129,3 +135,84 @@ def test_killed_processes_go_on_and_end_in_the_same_bytes(corpus, tmp_path):
     expected = tmp_path / "whole"
     prepare(settings(corpus, expected, stages={"brightness": {"pause": 0.3}}))
     assert contents(output) == contents(expected)
+
+
+def test_bad_clips_are_listed_with_their_reasons_and_the_others_prepared(tmp_path):
+    """Every way in which a file can be bad, and stages that refuse, raise, crash and hang."""
+    root, output, split = tmp_path / "corpus", tmp_path / "shards", tmp_path / "corpus" / "train"
+    names = ["good0", "truncated", "empty", "text", "nosound", "good1", "short", "missing", "noface", "codec"]
+    names += ["refuse", "segfault", "good2", "bug", "hang", "lengths", "good3"]
+    for number, name in enumerate(names):
+        write_clip(root, "train", name, number, noise=name == "noface")
+    write_manifest(root, "train", names)
+    whole = (split / "truncated.mp4").read_bytes()
+    (split / "truncated.mp4").write_bytes(whole[: len(whole) // 2])
+    (split / "empty.mp4").write_bytes(b"")
+    (split / "text.mp4").write_text("this is no video\n" * 100)
+    (split / "nosound.wav").write_bytes((split / "nosound.wav").read_bytes()[:44])
+    write_wav(split / "short.wav", np.zeros(960), 24_000)
+    (split / "missing.mp4").unlink()
+    (split / "codec.mp4").write_bytes(whole.replace(b"avc1", b"xxxx"))
+    write_wav(split / "lengths.wav", np.zeros(60 * 960), 24_000)
+    stages = {"face": {"use": True, "_target_": "scripts.preparation.faces.Face"}}
+    config = settings(root, output, workers=2, clip_timeout=10, stages=stages)
+    prepare(config)
+    index = json.loads((output / "train" / "index.json").read_text())
+    keys = [
+        sample["key"]
+        for shard in index["shards"]
+        for sample in json.loads((output / "train" / f"{shard['name']}.json").read_text())["samples"]
+    ]
+    assert keys == [name for name in names if name.startswith("good")]
+    lines = [json.loads(line) for line in (output / "train" / "quarantine.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in lines] == [name for name in names if not name.startswith("good")]
+    said = {line["key"]: (line["stage"], line["reason"]) for line in lines}
+    for name, (stage, words) in {
+        "truncated": ("decode", "train/truncated.mp4"),
+        "empty": ("decode", "train/empty.mp4 is empty (0 bytes)"),
+        "text": ("decode", "train/text.mp4"),
+        "nosound": ("decode", "zero audio samples"),
+        "short": ("decode", "they must be of one length"),
+        "missing": ("decode", "no such file: train/missing.mp4"),
+        "noface": ("face", "no face found"),
+        "codec": ("decode", "train/codec.mp4"),
+        "refuse": ("brightness", "train/refuse.mp4: not wanted"),
+        "segfault": ("crash", "died at this clip, 2 times (signal 11)"),
+        "bug": ("brightness", "ZeroDivisionError: at 0x"),
+        "hang": ("crash", "took longer than 10 s"),
+        "lengths": ("decode", "they must be of one length"),
+    }.items():
+        assert said[name][0] == stage and words in said[name][1], (name, said[name])
+    assert index["rejected"] == {"brightness": 2, "crash": 2, "decode": 8, "face": 1}
+    assert {line["source"] for line in lines} == {f"train/{line['key']}.mp4" for line in lines}
+
+
+def test_what_is_no_fault_of_the_clips_stops_the_job(corpus, tmp_path):
+    bad = tmp_path / "corpus"
+    names = [f"bug{i}" for i in range(4)]
+    for number, name in enumerate(names):
+        write_clip(bad, "train", name, number)
+    write_manifest(bad, "train", names)
+    with pytest.raises(UserError, match=r"3 clips in a row failed, .*bug2\.mp4.* in stage brightness: ZeroDivision"):
+        prepare(settings(bad, tmp_path / "a", patience=3))
+    assert not list((tmp_path / "a").rglob("bug*"))  # none is held to be done
+    (bad / "train" / "bug0.mp4").rename(bad / "train" / "full.mp4")
+    (bad / "train" / "bug0.wav").rename(bad / "train" / "full.wav")
+    write_manifest(bad, "train", ["full"])
+    with pytest.raises(UserError, match="No space left on device"):
+        prepare(settings(bad, tmp_path / "b"))
+    with pytest.raises(UserError, match="this needs nothing"):
+        missing = {"brightness": {"_target_": "preparation_fakes.Missing"}}
+        prepare(settings(corpus, tmp_path / "c", stages=missing))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file"):
+        prepare(settings(corpus, tmp_path / "file" / "d"))
+    with pytest.raises(UserError, match=r"rank=2 must be in 0\.\.world_size-1"):
+        prepare(settings(corpus, tmp_path / "e", rank=2, world_size=2))
+
+
+def test_the_command_line(tmp_path):
+    config = load("prepare", ["output=x", "source=lrs3", "source.root=/data/lrs3"], "help")
+    assert [name for name, stage in config.stages.items() if stage.use][:3] == ["decode", "face", "crops"]
+    with pytest.raises(UserError, match=r"unknown setting 'stages\.fase\.use'; did you mean stages\.face\.use"):
+        load("prepare", ["output=x", "stages.fase.use=false"], "help")
