@@ -89,14 +89,17 @@ def check(path: Path, file: RemoteFile) -> None:
         raise DamagedError(f"{path} has SHA-256 {digest.hexdigest()[:12]}... instead of {file.sha256[:12]}...")
 
 
-def fetch(file: RemoteFile, folder: str | Path, endpoint: str | None = None, pause: float = 1.0) -> bool:
-    """Have `file` in `folder`: True if it was fetched, False if a good one was there. Progress on standard error.
+def fetch(
+    file: RemoteFile, folder: str | Path, endpoint: str | None = None, pause: float = 1.0, progress: bool = True
+) -> bool:
+    """Have `file` in `folder`: True if it was fetched, False if a good one was there.
 
     What arrives is kept under FOLDER/.partial until it is whole and verified; a stopped download goes on from there.
 
     Args:
         endpoint: of the hub; None for the usual one.
         pause: seconds before a second attempt; doubled for each further one.
+        progress: show it on standard error.
 
     Raises:
         NoNetworkError: the server cannot be reached.
@@ -118,7 +121,7 @@ def fetch(file: RemoteFile, folder: str | Path, endpoint: str | None = None, pau
             else:
                 arrived = staging / f"{file.path.replace('/', '-')}.part"
                 arrived.parent.mkdir(parents=True, exist_ok=True)
-                _from_url(file.source, arrived, file.size, pause)
+                _from_url(file.source, arrived, file.size, pause, progress)
             try:
                 check(arrived, file)
                 break
@@ -195,7 +198,7 @@ def _from_hub(place: HubFile, staging: Path, endpoint: str | None, force: bool) 
         raise
 
 
-def _from_url(url: str, part: Path, size: int | None, pause: float) -> None:
+def _from_url(url: str, part: Path, size: int | None, pause: float, progress: bool) -> None:
     """Fill `part` from where it ends, with new attempts while each brings something."""
     fruitless, why = 0, ""
     while fruitless < FRUITLESS:
@@ -208,7 +211,7 @@ def _from_url(url: str, part: Path, size: int | None, pause: float) -> None:
         if fruitless:
             time.sleep(pause * 2 ** (fruitless - 1))
         try:
-            if _attempt(url, part, have):
+            if _attempt(url, part, have, progress):
                 return
             why = "the answer ended early"
         except urllib.error.HTTPError as error:
@@ -227,7 +230,7 @@ def _from_url(url: str, part: Path, size: int | None, pause: float) -> None:
     raise UserError(f"{url} did not arrive whole ({why}): run the command again to go on")
 
 
-def _attempt(url: str, part: Path, have: int) -> bool:
+def _attempt(url: str, part: Path, have: int, progress: bool) -> bool:
     """One request for the bytes from `have` on; whether the file is now as long as the server says."""
     headers = {"User-Agent": "speaking-faces", **({"Range": f"bytes={have}-"} if have else {})}
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as answer:
@@ -238,7 +241,7 @@ def _attempt(url: str, part: Path, have: int) -> bool:
         start = have if goes_on else 0
         with part.open("ab" if goes_on else "wb") as out:
             blocks = _blocks(answer)
-            if length is not None and int(length) > BLOCK:
+            if progress and length is not None and int(length) > BLOCK:
                 blocks = track(blocks, -(-int(length) // BLOCK), "MiB")
             for block in blocks:
                 out.write(block)

@@ -70,6 +70,8 @@ class TrainerConfig:
 
     steps: int
     batch_size: int
+    batch_tokens: int | None
+    by_length: bool
     accumulate: int
     lr: float
     betas: tuple[float, float]
@@ -115,6 +117,8 @@ class TrainerConfig:
                 raise UserError(f"trainer.{name}={getattr(self, name)} must be above 0, or null")
         if self.best is not None and not re.fullmatch(r"(min|max) \S+", self.best):
             raise UserError(f"trainer.best={self.best} is not `min NAME` or `max NAME`, as in 'min wer'")
+        if self.batch_tokens is not None and self.batch_tokens < 1:
+            raise UserError(f"trainer.batch_tokens={self.batch_tokens} must be at least 1, or null")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"trainer.ema_decay={self.ema_decay} must be in [0, 1)")
 

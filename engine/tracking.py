@@ -82,7 +82,7 @@ class Window:
     def means(self) -> dict[str, float]:
         return {key: float(value) / self.counts[key] for key, value in self.sums.items()}
 
-    def rates(self, samples: int, processes: int, use: Utilisation) -> dict[str, float]:
+    def rates(self, samples: float, processes: int, use: Utilisation) -> dict[str, float]:
         """Speed of all processes together, from `samples` a step; `data_wait` is the share of time without data, `mfu`
         this process's utilisation of its device."""
         seconds = time.perf_counter() - self.start

@@ -26,7 +26,7 @@ from engine.ema import ExponentialMovingAverage
 from engine.errors import UserError
 from engine.export import describe, export
 from engine.guard import StepGuard
-from engine.seeding import MicroBatches, TrainingSet, seed_for
+from engine.seeding import MicroBatches, TrainingSet, seed_for, unwrapped
 from engine.signals import StopRequest, ignore_in_worker
 from engine.speed import Utilisation, memory_gib, peak_tflops, tracing
 from engine.task import Task, TrainerConfig
@@ -68,7 +68,7 @@ class Trainer:
         self.run, self.record, self.fresh = Path(run), record or {}, fresh
         self.code = checkpoint.code_version()
         self.device = distributed.pick_device(self.config.device)
-        self.task, self.dataset = task.to(self.device), dataset
+        self.task = task.to(self.device)
         self.parameters, self.optimisers = {}, {}
         for part, module in task.parts().items():
             self.parameters[part] = {k: p for k, p in module.named_parameters() if p.requires_grad}
@@ -95,7 +95,8 @@ class Trainer:
                 broadcast_buffers=False,
             )
         self.buffers = [name for name, _ in task.named_buffers() if name in task.state_dict()]
-        self.batches = MicroBatches(dataset, self.config.batch_size, self.config.seed)
+        c = self.config
+        self.batches = MicroBatches(dataset, c.batch_size, c.seed, c.batch_tokens, c.by_length)
         self.checkpoints = Checkpoints(self.run / "checkpoints", self.config.keep, self.config.best)
         self.guard = StepGuard(self.run, self.config.spike)
         self.use = Utilisation(peak_tflops(self.config.peak_tflops, self.device))
@@ -283,7 +284,7 @@ class Trainer:
         """This process's micro-batches of the steps to come."""
         world, workers = distributed.world_size(), self.config.workers
         first, count = self.position + distributed.rank(), (self.config.steps - self.step) * self.config.accumulate
-        return iter(
+        return unwrapped(
             torch.utils.data.DataLoader(
                 self.batches,
                 batch_size=None,
@@ -344,7 +345,7 @@ class Trainer:
     def _log(self, window: Window, tracker: Tracker | None) -> None:
         c, world = self.config, distributed.world_size()
         means = distributed.mean(window.means(), self.device)
-        rates = window.rates(c.accumulate * c.batch_size * world, world, self.use)
+        rates = window.rates(c.accumulate * self.batches.mean_size() * world, world, self.use)
         (rates["memory_gib"],) = distributed.maximum(torch.tensor([memory_gib(self.device)], device=self.device))
         if tracker:
             lr = c.lr_at(self.step - 1)

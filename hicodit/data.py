@@ -5,13 +5,20 @@ Axes: B batch, T video frames, L = 2 T token frames, K token levels, S picture s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.errors import UserError
+from engine.seeding import Blocks
+from engine.shards.reader import Reading, ShardSplit
+from engine.shards.source import is_remote
 from hicodit.features import Clip, FeatureSplit, token_digest
+from hicodit.model import TOKENS_PER_FRAME
 from rvq_codec import RVQCodec
 
 SHIFT = 3  # pixels by which a mouth crop may be off in training: the tracker's own jitter and more
@@ -32,20 +39,82 @@ def augment_mouth(mouth: Tensor, generator: torch.Generator) -> Tensor:
     return mouth ** (0.7 + 0.6 * gamma)
 
 
+class ShardedClips:
+    """Clips of a split of prepared shards (scripts/prepare_data.py), as `FeatureSplit` gives them.
+
+    Raises:
+        UserError: the shards are missing or damaged, lack pictures or tokens, or another tokenizer made them.
+    """
+
+    TENSORS = ("mouth", "faces", "tokens", "ge2e", "expression", "phoneme")
+
+    def __init__(self, source: str | Path, digest: str, reading: Reading | None = None) -> None:
+        self.shards = ShardSplit(source, reading)
+        self.shards.check_made_with({"rvq": digest})
+        self.frames = self.shards.frames
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, index: int) -> Clip:
+        info, tensors = self.shards.read(index, self.TENSORS)
+        missing = [name for name in self.TENSORS[:5] if name not in tensors]
+        if missing:
+            raise UserError(f"{self.shards.source}: clip {info['key']} has no {', '.join(missing)}: prepare that too")
+        expression, frames = tensors["expression"], len(tensors["mouth"])
+        return Clip(
+            mouth=tensors["mouth"],
+            faces=tensors["faces"],
+            tokens=tensors["tokens"].long(),
+            ge2e=tensors["ge2e"],
+            expression=int(expression.argmax() if expression.ndim else expression),
+            phoneme=tensors.get("phoneme", torch.zeros(frames, dtype=torch.uint8)).long(),
+            info=info | {"id": info["key"]},
+        )
+
+
+def open_clips(folder: str | Path, digest: str, reading: Reading | None = None) -> FeatureSplit | ShardedClips:
+    """The clips of one split: shards where there is an index.json or a URL, else features of prepare_features.py."""
+    if is_remote(folder) or (Path(folder) / "index.json").is_file():
+        return ShardedClips(folder, digest, reading)
+    return FeatureSplit(folder, digest)
+
+
 class HiCoDiTDataset:
     """Clips of a prepared split, for `engine.trainer`.
 
     Args:
-        folder: features of one split.
+        folder: features or shards of one split, the latter also behind a URL.
         codec: release folder of the tokenizer whose tokens are wanted.
         augment: shift, mirror and relight the mouth pictures.
         limit: use only the first clips.
+        shards: fields of `engine.shards.reader.Reading`.
     """
 
-    def __init__(self, folder: str | Path, codec: str | Path, augment: bool = True, limit: int | None = None) -> None:
-        self.split = FeatureSplit(folder, token_digest(RVQCodec.from_pretrained(codec)))
-        self.augment = augment
+    def __init__(
+        self,
+        folder: str | Path,
+        codec: str | Path,
+        augment: bool = True,
+        limit: int | None = None,
+        shards: Mapping[str, Any] | None = None,
+    ) -> None:
+        tokenizer = RVQCodec.from_pretrained(codec)
+        self.split = open_clips(folder, token_digest(tokenizer), Reading(**(shards or {})))
+        self.augment, self.levels = augment, tokenizer.levels
         self.size = min(limit or len(self.split), len(self.split))
+        self.blocks: Blocks | None = None
+        if isinstance(self.split, ShardedClips):
+            self.blocks = self.split.shards.blocks(self.size)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each clip, all levels counted, (n,)."""
+        return self.split.frames[: self.size] * TOKENS_PER_FRAME * self.levels
+
+    def prefetch(self, spans: list[tuple[int, int]]) -> None:
+        """Clips [first, last) come next."""
+        self.split.shards.prefetch(spans)
 
     def __len__(self) -> int:
         return self.size

@@ -13,17 +13,18 @@ from engine.media.audio import write_wav
 from engine.media.video import write_video
 from engine.metrics.recogniser import Recogniser, word_error_rate
 from engine.progress import track
-from hicodit.features import FeatureSplit, token_digest
+from hicodit.data import ShardedClips, open_clips
+from hicodit.features import FeatureSplit
 from hicodit.guidance import GuidanceScales
 from hicodit.pipeline import FPS, Crops, HiCoDiTPipeline, Speech
 from hicodit.samplers import SamplerConfig
-from hicodit.system import HiCoDiTSystem
+from hicodit.system import HiCoDiTSystem, token_digest
 from rvq_codec import RVQCodec
 
 WAVES, VIDEOS = 4, 2  # that a validation keeps of each split
 
 
-def feature_crops(split: FeatureSplit, index: int, every: int = 1) -> Crops:
+def feature_crops(split: FeatureSplit | ShardedClips, index: int, every: int = 1) -> Crops:
     """Crops of a prepared clip; each frame in `every` takes the nearest of the stored face pictures."""
     clip = split[index]
     frames = len(clip.mouth)
@@ -54,8 +55,8 @@ def synthesise(
 def evaluate_features(
     system: HiCoDiTSystem,
     codec: Path,
-    features: Path,
-    grammar: Path,
+    features: str | Path,
+    grammar: Path | None,
     clips: int,
     sampler: SamplerConfig,
     guidance: GuidanceScales,
@@ -63,10 +64,11 @@ def evaluate_features(
 ) -> dict[str, float]:
     """Word error rate of `clips` prepared clips, from their pictures alone.
 
-    Four waves go to `folder`, and two videos of the mouths that they were read from.
+    Four waves go to `folder`, and two videos of the mouths that they were read from. Without a grammar for the
+    recogniser nothing is measured.
     """
     loaded = RVQCodec.from_pretrained(codec)
-    split = FeatureSplit(features, token_digest(loaded))
+    split = open_clips(features, token_digest(loaded))
     device = next(system.parameters()).device
     pipeline = HiCoDiTPipeline(system, loaded, sampler, guidance, device)
     chosen = torch.linspace(0, len(split) - 1, min(clips, len(split))).round().long().tolist()
@@ -77,6 +79,8 @@ def evaluate_features(
             if n < VIDEOS:
                 mouth = said.crops.mouth.repeat(4, 1).repeat(4, 2)[..., None].repeat(3, 3)
                 write_video(folder / f"{split[i].info['id']}.mp4", mouth, FPS, said.wave, said.rate)
+    if grammar is None:
+        return {}
     try:
         recogniser = Recogniser(grammar)
     except UserError as error:  # the recogniser is an extra; training goes on without it

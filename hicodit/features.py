@@ -170,6 +170,7 @@ class FeatureSplit:
             shard["ends"] = torch.cumsum(shard["frames"].long(), 0).tolist()
             self.shards.append(shard)
             self.places += [(number, i) for i in range(len(shard["info"]))]
+        self.frames = torch.cat([shard["frames"] for shard in self.shards]).long()
 
     def __len__(self) -> int:
         return len(self.places)

@@ -5,6 +5,7 @@ Axes: B batch, T video frames, L = 2 T token frames, K token levels, J expressio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from engine.errors import UserError
 from engine.export import Release
 from engine.release import load_strict
+from engine.shards.source import join
 from engine.task import Task
 from hicodit.conditions.released import encoder_config
 from hicodit.conditions.types import Conditions
@@ -36,8 +38,8 @@ class HiCoDiTTask(Task):
     Args:
         model, encoders: sizes and switches.
         codec: release folder of the tokenizer.
-        features: of `scripts/prepare_features.py`; splits `seen` and `unseen` validate.
-        grammar: JSGF grammar of the validation recogniser.
+        features: of `scripts/prepare_features.py`, or shards of `scripts/prepare_data.py`, also behind a URL.
+        grammar: JSGF grammar of the validation recogniser; None: waves are written, but not measured.
         identity_weight: of the L1 loss (a mean over the 256 values) between the GE2E vectors of face and voice; the
             paper says 100, 0 is an ablation. It reaches only the identity adapter and the face encoder, so its balance
             with the rest, whose sum over tokens is a mean here, matters only to gradient clipping.
@@ -45,6 +47,7 @@ class HiCoDiTTask(Task):
             encoders come trained (encoders.kind "released").
         sampler, guidance: defaults that the release carries.
         validate_clips: clips of each held-out split to synthesise.
+        validate_splits: the held-out splits; none turns validation off.
         init: release folder of the same sizes and tokens to go on from.
     """
 
@@ -54,21 +57,24 @@ class HiCoDiTTask(Task):
         encoders: dict[str, Any],
         codec: str,
         features: str,
-        grammar: str,
+        grammar: str | None,
         identity_weight: float = 100.0,
         phoneme_weight: float = 0.2,
         expression_weight: float = 0.1,
         sampler: dict[str, Any] | None = None,
         guidance: dict[str, Any] | None = None,
         validate_clips: int = 24,
+        validate_splits: Sequence[str] = ("seen", "unseen"),
         recipe: str = "",
         init: str | None = None,
     ) -> None:
         super().__init__()
         self.system = HiCoDiTSystem(ModelConfig(**model), encoder_config(encoders))
-        self.codec, self.features, self.grammar, self.recipe = Path(codec), Path(features), Path(grammar), recipe
+        self.codec, self.features, self.recipe = Path(codec), features, recipe
+        self.grammar = Path(grammar) if grammar else None
         self.identity_weight, self.phoneme_weight = identity_weight, phoneme_weight
         self.expression_weight, self.validate_clips = expression_weight, validate_clips
+        self.validate_splits = validate_splits
         self.sampler, self.guidance = SamplerConfig(**(sampler or {})), GuidanceScales(**(guidance or {}))
         self.noise = LogLinearNoise()
         tokenizer = RVQCodec.from_pretrained(codec)
@@ -136,11 +142,11 @@ class HiCoDiTTask(Task):
         from hicodit.evaluation import evaluate_features
 
         results = {}
-        for split in ("seen", "unseen"):
+        for split in self.validate_splits:
             scores = evaluate_features(
                 self.system,
                 self.codec,
-                self.features / split,
+                join(self.features, split),
                 self.grammar,
                 self.validate_clips,
                 replace(self.sampler, steps=min(self.sampler.steps, VALIDATION_STEPS)),

@@ -28,6 +28,7 @@ from engine.errors import UserError
 from engine.media.audio import read_audio
 from engine.media.corpus import read_manifest
 from engine.seeding import TrainingSet
+from engine.shards.source import read_json
 from talker_t2av.model import FPS
 from talker_t2av.text import MAX_TOKENS, TalkerTokenizer, assemble, byte_tokenizer
 
@@ -51,13 +52,13 @@ class MotionStats:
 
     @classmethod
     def read(cls, path: str | Path) -> MotionStats:
-        """From a JSON file with `motion_mean` and `motion_std`.
+        """From a JSON file, or its URL, with `motion_mean` and `motion_std`.
 
         Raises:
             UserError: the file is missing or has no such lists of one length.
         """
         try:
-            stats = json.loads(Path(path).read_text())
+            stats = read_json(path)
             mean, std = (torch.tensor(stats[name], dtype=torch.float32) for name in ("motion_mean", "motion_std"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read as motion statistics ({error!r}): make them again") from error
@@ -240,7 +241,7 @@ def cut_recording(wave: Tensor, wave16: Tensor, motion: Tensor, start: int = 0) 
 # --- sets for the trainer ---
 
 
-def _layout(tokenizer: str | Path | None, patch_size: int, delay: int) -> tuple[TalkerTokenizer, Layout]:
+def open_layout(tokenizer: str | Path | None, patch_size: int, delay: int) -> tuple[TalkerTokenizer, Layout]:
     words = TalkerTokenizer.from_pretrained(tokenizer) if tokenizer else byte_tokenizer()
     return words, Layout(words.speech_id, words.tail, patch_size, delay)
 
@@ -269,27 +270,33 @@ class TalkerShards:
         limit: int | None = None,
     ) -> None:
         self.folder = Path(root) / "talker" / split
-        self.task = _checked_task(task)
-        self.words, self.layout = _layout(tokenizer, patch_size, delay)
+        self.task = checked_task(task)
+        self.words, self.layout = open_layout(tokenizer, patch_size, delay)
         self.stats = MotionStats.read(Path(root) / "talker" / "stats.json")
         self.rows = read_manifest(root, split)[:limit]
+        known = all("frames" in row for row in self.rows)
+        self.frames = torch.tensor([row["frames"] for row in self.rows]) if known else None  # (n,)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """The example of clip `index`; the window of a clip over 30 s is drawn from the generator."""
-        row = self.rows[index]
-        path = self.folder / f"{row['id']}.safetensors"
-        try:
-            latents = {name: value.float() for name, value in load_file(path).items()}
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read ({error}): run scripts/prepare_talker.py") from error
+        row, latents = self.read(index)
         speech, motion = latents["speech"], self.stats.normalise(latents["motion"])
         start = int(torch.randint(window_range(len(speech)) + 1, (), generator=generator))
         speech = speech[start : start + MAX_FRAMES]
         motion = motion[start : start + MAX_FRAMES] if self.task == "t2av" else motion[:0]
         return self.layout.example(self.words.prompt(row["text"]), speech, len(speech), motion, latents["speaker"])
+
+    def read(self, index: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The row of clip `index`, and its speech (F, Ds), motion (Fm, Dm) and speaker (G,), float32."""
+        row = self.rows[index]
+        path = self.folder / f"{row['id']}.safetensors"
+        try:
+            return row, {name: value.float() for name, value in load_file(path).items()}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read ({error}): run scripts/prepare_talker.py") from error
 
     def collate(self, items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """See `collate`."""
@@ -320,7 +327,7 @@ class TalkerFiles:
         if not rows:
             raise UserError("the data set has no rows: check its lists")
         self.rows, self.stats, self.codec, self.speaker = rows, stats, codec, speaker
-        self.words, self.layout = _layout(tokenizer, patch_size, delay)
+        self.words, self.layout = open_layout(tokenizer, patch_size, delay)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -380,7 +387,7 @@ class Paired:
         return self.sets[0].collate([row[side] for side in range(len(self.sets)) for row in items])
 
 
-def _checked_task(task: str) -> str:
+def checked_task(task: str) -> str:
     if task not in ("t2av", "tts"):
         raise UserError(f"task={task} is unknown; choose t2av or tts")
     return task

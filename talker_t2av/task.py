@@ -5,7 +5,6 @@ Axes: B batch, T frames, Ds / Dm speech / motion channels.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +30,7 @@ from talker_t2av.losses import TalkerBatch, training_forward, training_losses
 from talker_t2av.model import FPS, KIND, TalkerConfig, TalkerT2AV
 from talker_t2av.released_motion import MEAN, STD
 from talker_t2av.request import MODES, Request, Sampling
+from talker_t2av.shards import digests_of, open_examples
 from talker_t2av.text import TalkerTokenizer
 from whisperx_vae.vae import WhisperXVAE
 
@@ -47,15 +47,16 @@ class TalkerTask(Task):
         model: fields of `TalkerConfig`.
         codecs: release folders `speech`, `motion`, `speaker` that made the latents. The release carries their names;
             validation decodes with the first.
-        stats: the motion's statistics, as scripts/prepare_talker.py writes them; None: those of the released model.
+        stats: the motion's statistics, as scripts/prepare_talker.py writes them, or the index.json of training shards,
+            also behind a URL; None: those of the released model.
         tokenizer: folder with a tokenizer; None is the byte-level one.
         init: release folder of a model of the same sizes to go on from.
         warm_start: `tts` or `projector`, a folder of safetensors each; see `names.warm_start`.
         freeze_embeddings: leave the word embeddings as they are.
         checkpointing: recompute the backbone's activations in the backward pass, to save memory.
         sampling: `steps`, `temperature`, `guidance`: defaults that the release carries.
-        validation: `root` of prepared latents, `splits`, and `clips` of each to synthesise; `grammar`: JSGF file of the
-            recogniser. None turns it off.
+        validation: `root` of prepared latents or shards, `splits`, and `clips` of each to synthesise; `grammar`: JSGF
+            file of the recogniser, None if there is none. None turns it off.
         recipe: a sentence for the card.
     """
 
@@ -81,10 +82,10 @@ class TalkerTask(Task):
             raise UserError(
                 f"task.model.llm.vocab_size={rows} has to be {self.words.vocab_size} or more for this tokenizer"
             )
-        self.codecs, self.tokenizer, self.digests = dict(codecs), tokenizer, {}
+        self.codecs, self.tokenizer, self.stats_file, self.digests = dict(codecs), tokenizer, stats, {}
         self.stats = MotionStats(torch.tensor(MEAN), torch.tensor(STD))
         if stats:
-            self.stats, self.digests = MotionStats.read(stats), json.loads(Path(stats).read_text()).get("digests", {})
+            self.stats, self.digests = MotionStats.read(stats), digests_of(stats)
         channels = self.model.config.motion_dim
         if len(self.stats.mean) != channels:
             raise UserError(
@@ -125,7 +126,8 @@ class TalkerTask(Task):
         results: dict[str, float] = {}
         c = self.model.config
         for split in self.validation["splits"]:
-            shards = TalkerShards(self.validation["root"], split, "t2av", self.tokenizer, c.patch_size, c.delay)
+            layout = {"tokenizer": self.tokenizer, "patch_size": c.patch_size, "delay": c.delay}
+            shards = open_examples(self.validation["root"], split, stats=self.stats_file, **layout)
             count = min(self.validation["clips"], len(shards))
             chosen = torch.linspace(0, len(shards) - 1, count).round().long().tolist()
             spoken, frames = speak(self.model, shards, chosen, self.sampling)
@@ -139,7 +141,8 @@ class TalkerTask(Task):
                 "stopped": sum(r.stopped for r in spoken) / count,
                 "length_error": sum(late) / count,  # seconds; a sentence may well be said at another pace
             }
-            scores |= _word_errors(self.validation["grammar"], shards, chosen, waves, codec.sample_rate)
+            if self.validation["grammar"]:
+                scores |= _word_errors(self.validation["grammar"], shards, chosen, waves, codec.sample_rate)
             results |= {f"{name}_{split}": value for name, value in scores.items()}
         return results
 

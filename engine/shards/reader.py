@@ -1,0 +1,225 @@
+"""Any sample of a prepared split, read where it lies inside its tar; nothing is unpacked.
+
+SPLIT/index.json lists the shards with their sizes and checksums and says what made the features; SPLIT/000000.json
+lists a shard's samples and the place of each member in SPLIT/000000.tar. See docs/data.md for the format.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.errors import UserError
+from engine.seeding import Blocks
+from engine.shards.source import CachedFiles, Files, LocalFiles, checksum, is_remote, join
+
+VERSION = 1
+OPEN_SHARDS = 64  # file handles that a process keeps
+HEADER = 2048  # bytes; most headers of a sample's tensors are shorter
+DTYPES = {
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How shards are read and in which order; the fields of `data.shards` in configs/data/shards.yaml.
+
+    cache, cache_gb: folder and size limit of the copies of remote shards.
+    verify: compare each shard's checksum when a process first opens it.
+    window: shards whose clips are shuffled together; None shuffles all clips of the split.
+    streams: parts into which the shards are dealt each epoch; process r of as many reads one part only.
+    """
+
+    cache: str = "data/cache"
+    cache_gb: float = 50.0
+    verify: bool = True
+    window: int | None = None
+    streams: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("window", "streams"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"data.shards.{name}={value} must be at least 1")
+        if self.window is None and self.streams != 1:
+            raise UserError(
+                f"data.shards.streams={self.streams} needs data.shards.window, the shards shuffled together"
+            )
+
+
+class ShardSplit:
+    """All samples of a split: sample i is (its JSON, its tensors).
+
+    May be used in forked and in spawned worker processes.
+
+    Args:
+        source: folder or URL that holds index.json.
+        reading: see `Reading`.
+
+    Attributes:
+        index: the split's index.json.
+        frames: (n,) int64, of every sample.
+        sizes: samples of each shard.
+
+    Raises:
+        UserError: the index or a sidecar is missing, damaged, of another version, or they do not fit together.
+    """
+
+    def __init__(self, source: str | Path, reading: Reading | None = None) -> None:
+        self.reading = r = reading or Reading()
+        self.source = str(source)
+        self.files: Files = (
+            CachedFiles(self.source, r.cache, round(r.cache_gb * 1e9)) if is_remote(source) else LocalFiles(source)
+        )
+        self.index = self.files.index()
+        if self.index.get("version") != VERSION:
+            raise UserError(f"{source}: shards of version {self.index.get('version')}, this program reads {VERSION}")
+        self.shards: list[dict[str, Any]] = self.index["shards"]
+        self.sizes: list[int] = [shard["clips"] for shard in self.shards]
+        with ThreadPoolExecutor(16) as pool:  # a URL answers many at once
+            tables = list(pool.map(self._table, self.shards))
+        if not sum(self.sizes):
+            raise UserError(f"{source} has no samples")
+        self.frames = torch.from_numpy(np.concatenate([frames for frames, _ in tables]))
+        self._places = np.concatenate([places for _, places in tables])  # (n, 2, 2): json, safetensors x offset, size
+        self._ends = np.cumsum(self.sizes)
+        self._handles: OrderedDict[int, BinaryIO] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_handles": OrderedDict()}
+
+    def __getitem__(self, index: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The JSON and all tensors of a sample."""
+        return self.read(index)
+
+    def read(self, index: int, names: Collection[str] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The JSON of a sample, and those of its tensors that are named and present (None: all).
+
+        Raises:
+            UserError: the sample's shard is missing or damaged.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        shard = int(np.searchsorted(self._ends, index, "right"))
+        handle = self._open(shard)
+        (json_at, json_size), (at, size) = self._places[index].tolist()
+        try:
+            info = json.loads(_bytes(handle, json_at, json_size))
+            return info, _tensors(handle, at, size, names)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            path = self.files.tar(self.shards[shard])
+            raise UserError(f"shard {path} is damaged ({error}): copy it or prepare it again") from error
+
+    def blocks(self, limit: int | None = None) -> Blocks | None:
+        """The shards of the first `limit` samples as the trainer's blocks; None if all samples are shuffled at once."""
+        if self.reading.window is None:
+            return None
+        ends = self._ends if limit is None else self._ends.clip(max=limit)
+        return Blocks(np.diff(ends, prepend=0).tolist(), self.reading.window, self.reading.streams)
+
+    def prefetch(self, items: Iterable[tuple[int, int]]) -> None:
+        """Fetch the shards of samples [first, last) in the background, where they come from afar."""
+        spans = (np.searchsorted(self._ends, (first, last - 1), "right") for first, last in items)
+        self.files.prefetch(self.shards[i] for first, last in spans for i in range(first, last + 1))
+
+    def check_made_with(self, digests: dict[str, str]) -> None:
+        """Compare the weights that made the features with those in use.
+
+        Args:
+            digests: by kind of codec (a name in the index), the digest of the weights in use.
+
+        Raises:
+            UserError: a feature is not there, or other weights made it.
+        """
+        made = self.index.get("digests") or {}
+        for kind, digest in digests.items():
+            if not made.get(kind):
+                raise UserError(f"{self.source} holds no features of {kind}: prepare them with that stage")
+            if made[kind] != digest:
+                raise UserError(
+                    f"{self.source} was made with {kind} {made[kind]}, but {kind} {digest} is in use: name the one it "
+                    "was made with, or prepare the shards again"
+                )
+
+    def _table(self, shard: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        sidecar, name = self.files.sidecar(shard), join(self.source, f"{shard['name']}.json")
+        try:
+            same = (sidecar["bytes"], sidecar["crc32"], len(sidecar["samples"])) == (
+                shard["bytes"],
+                shard["crc32"],
+                shard["clips"],
+            )
+            frames = np.array([sample["frames"] for sample in sidecar["samples"]], np.int64)
+            members = [[s["members"]["json"], s["members"]["safetensors"]] for s in sidecar["samples"]]
+            places = np.array(members, np.int64).reshape(-1, 2, 2)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{name} is damaged ({error!r}): copy it or prepare it again") from error
+        if not same:
+            raise UserError(f"{name} does not belong to this index.json: copy both again")
+        return frames, places
+
+    def _open(self, shard: int) -> BinaryIO:
+        if shard not in self._handles:
+            known = self.shards[shard]
+            path = self.files.tar(known)
+            if self.reading.verify and isinstance(self.files, LocalFiles) and checksum(path) != known["crc32"]:
+                raise UserError(f"shard {path} is damaged (its checksum is wrong): copy it or prepare it again")
+            self._handles[shard] = path.open("rb", buffering=0)
+            if len(self._handles) > OPEN_SHARDS:
+                self._handles.popitem(last=False)  # the file closes with its last reference
+        self._handles.move_to_end(shard)
+        return self._handles[shard]
+
+
+def _bytes(file: BinaryIO, at: int, size: int) -> bytearray:
+    buffer = bytearray(size)
+    if os.preadv(file.fileno(), [buffer], at) != size:
+        raise ValueError("it ends early")
+    return buffer
+
+
+def _tensors(file: BinaryIO, at: int, size: int, names: Collection[str] | None) -> dict[str, Tensor]:
+    """The named tensors of a safetensors member, without reading the others: 8 bytes of length, a JSON header, data."""
+    head = _bytes(file, at, min(size, HEADER))
+    length = int.from_bytes(head[:8], "little")
+    if length > size - 8:
+        raise ValueError("a safetensors header runs past its member")
+    header = json.loads((head if 8 + length <= len(head) else _bytes(file, at, 8 + length))[8 : 8 + length])
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__" or (names is not None and name not in names):
+            continue
+        first, last = entry["data_offsets"]
+        if 8 + length + last > size:
+            raise ValueError(f"{name} runs past its member")
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        if first == last:
+            tensors[name] = torch.empty(shape, dtype=dtype)
+        else:
+            tensors[name] = torch.frombuffer(_bytes(file, at + 8 + length + first, last - first), dtype=dtype).reshape(
+                shape
+            )
+    return tensors

@@ -1,0 +1,213 @@
+"""Where shards lie: in a folder, or behind a URL, whose files come through a cache on the local disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from filelock import FileLock
+
+from engine.download import NoNetworkError, RemoteFile, fetch
+from engine.errors import UserError
+from engine.files import atomic_output
+
+BLOCK = 1 << 22
+PAUSE = 1.0  # seconds before a second attempt; doubled for each further one
+AHEAD = 2  # shards that a process fetches at once while it trains
+
+
+def is_remote(source: str | Path) -> bool:
+    """Whether `source` is a URL (https://..., s3://...) and no path."""
+    return "://" in str(source)
+
+
+def join(source: str | Path, *names: str) -> str:
+    """A path or URL below `source`."""
+    return "/".join([str(source).rstrip("/"), *names])
+
+
+def read_json(source: str | Path) -> Any:
+    """The JSON at a path or URL, as it is now.
+
+    Raises:
+        UserError: it is missing, cannot be reached, or is no JSON.
+    """
+    try:
+        if not is_remote(source):
+            return json.loads(Path(source).read_text())
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "file.json"
+            _get(str(source), path)
+            return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"{source} cannot be read ({reason})") from error
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    crc = 0
+    with path.open("rb") as stream:
+        while block := stream.read(BLOCK):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+class Files(Protocol):
+    """The files of one split. `shard` is an entry of the index: name, bytes, crc32."""
+
+    def index(self) -> dict[str, Any]: ...
+
+    def sidecar(self, shard: dict[str, Any]) -> dict[str, Any]: ...
+
+    def tar(self, shard: dict[str, Any]) -> Path: ...
+
+    def prefetch(self, shards: Iterable[dict[str, Any]]) -> None: ...
+
+
+class LocalFiles:
+    """A folder, as `scripts/prepare_data.py` leaves it."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def index(self) -> dict[str, Any]:
+        path = self.folder / "index.json"
+        if not path.is_file():
+            raise UserError(f"no prepared shards in {self.folder}: make them with python scripts/prepare_data.py")
+        return read_json(path)
+
+    def sidecar(self, shard: dict[str, Any]) -> dict[str, Any]:
+        return read_json(self.folder / f"{shard['name']}.json")
+
+    def tar(self, shard: dict[str, Any]) -> Path:
+        """The shard's path. Raises UserError if it is missing or not as long as the index says."""
+        path = self.folder / f"{shard['name']}.tar"
+        if not path.is_file():
+            raise UserError(
+                f"shard {path} is missing: copy it again, or prepare it with python scripts/prepare_data.py"
+            )
+        if path.stat().st_size != shard["bytes"]:
+            raise UserError(f"shard {path} is damaged: {path.stat().st_size:,} bytes instead of {shard['bytes']:,}")
+        return path
+
+    def prefetch(self, shards: Iterable[dict[str, Any]]) -> None:
+        """Nothing: they are here."""
+
+
+class CachedFiles:
+    """A URL with a folder of copies, which all processes of a machine share.
+
+    A copy appears whole and verified or not at all, and is fetched by one process while the others wait. When the
+    copies grow past the limit, those that were opened longest ago are deleted; a process that is reading one goes on
+    reading it.
+
+    Args:
+        url: of the split; http(s), or any that fsspec has a package for.
+        cache: folder of copies, of any number of URLs.
+        limit: of the copies, in bytes.
+    """
+
+    def __init__(self, url: str, cache: str | Path, limit: int) -> None:
+        self.url, self.cache, self.limit = url, Path(cache), limit
+        self._index = read_json(join(url, "index.json"))
+        known = json.dumps([url, self._index], sort_keys=True).encode()
+        self.folder = self.cache / hashlib.blake2b(known, digest_size=8).hexdigest()  # another index, other copies
+        largest = max((shard["bytes"] for shard in self._index["shards"]), default=0)
+        if limit < 2 * largest:
+            raise UserError(f"a shard cache of {limit / 1e9:g} GB is too small for {url}: give {4 * largest / 1e9:.1f}")
+        self._pool: tuple[int, ThreadPoolExecutor] | None = None
+        self._asked: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_pool": None, "_asked": set()}
+
+    def index(self) -> dict[str, Any]:
+        return self._index
+
+    def sidecar(self, shard: dict[str, Any]) -> dict[str, Any]:
+        return read_json(self._have(f"{shard['name']}.json"))
+
+    def tar(self, shard: dict[str, Any]) -> Path:
+        """The path of the shard's copy, fetched now if it is not there. Raises UserError if it does not come whole."""
+        path = self._have(f"{shard['name']}.tar", shard)
+        with suppress(OSError):
+            os.utime(path)  # the deletion goes by this time
+        return path
+
+    def prefetch(self, shards: Iterable[dict[str, Any]]) -> None:
+        """Fetch shards in the background. What goes wrong shows when the shard is opened."""
+        if self._pool is None or self._pool[0] != os.getpid():  # threads do not live on in a forked process
+            self._pool, self._asked = (os.getpid(), ThreadPoolExecutor(AHEAD)), set()
+        for shard in shards:
+            if shard["name"] not in self._asked and not (self.folder / f"{shard['name']}.tar").is_file():
+                self._asked.add(shard["name"])
+                done = self._pool[1].submit(self._have, f"{shard['name']}.tar", shard)
+                done.add_done_callback(lambda _, name=shard["name"]: self._asked.discard(name))
+
+    def _have(self, name: str, shard: dict[str, Any] | None = None) -> Path:
+        path = self.folder / name
+        if path.is_file():
+            return path
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / f"{name}.lock"):
+            if path.is_file():  # another process has just fetched it
+                return path
+            arrival = self.folder / ".arriving" / name
+            for attempt in (1, 2):
+                _get(join(self.url, name), arrival, shard and shard["bytes"])
+                if shard is None or (arrival.stat().st_size, checksum(arrival)) == (shard["bytes"], shard["crc32"]):
+                    break
+                arrival.unlink()
+                if attempt == 2:
+                    raise UserError(f"shard {join(self.url, name)} is damaged: twice it came with another checksum")
+            os.replace(arrival, path)
+            self._make_room(path)
+        return path
+
+    def _make_room(self, newest: Path) -> None:
+        copies = []
+        for path in self.cache.glob("*/*.tar"):
+            with suppress(FileNotFoundError):  # another process deletes, too
+                copies.append((path.stat().st_mtime, path.stat().st_size, path))
+        total = sum(size for _, size, _ in copies)
+        for _, size, path in sorted(copies):
+            if total <= self.limit:
+                return
+            if path != newest:
+                path.unlink(missing_ok=True)
+                total -= size
+
+
+def _get(url: str, path: Path, size: int | None = None) -> None:
+    """Copy a URL's file to `path`, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if urlsplit(url).scheme in ("http", "https"):
+        try:
+            fetch(RemoteFile(path.name, url, size), path.parent, pause=PAUSE, progress=False)
+        except NoNetworkError:
+            raise
+        except UserError as error:
+            raise UserError(f"{url} could not be fetched: {error}") from error
+        return
+    import fsspec  # slow to import, and most runs do without
+
+    try:
+        with fsspec.open(url, "rb") as stream, atomic_output(path) as staging, staging.open("wb") as out:
+            while block := stream.read(BLOCK):
+                out.write(block)
+    except (OSError, ValueError, ImportError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{url} could not be fetched: {error}") from error

@@ -1,0 +1,180 @@
+"""Which items make a batch: every item once an epoch, few blocks at a time, like lengths together, nothing stored."""
+
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+from toy_task import ToySet
+
+from engine.errors import UserError
+from engine.seeding import Blocks, MicroBatches, seed_for
+
+N = 203
+
+
+class Listed(ToySet):
+    """Items are their own numbers and what their generator draws; lengths spread over a factor of ten."""
+
+    def __init__(self, blocks=None, packed=False, size=N):
+        super().__init__(size)
+        self.lengths = torch.randint(10, 100, (size,), generator=torch.Generator().manual_seed(1))
+        self.blocks, self.packed, self.told = blocks, packed, []
+
+    def __getitem__(self, index, generator):
+        return torch.tensor([index, int(torch.randint(2**31, (), generator=generator))])
+
+    def prefetch(self, spans):
+        self.told = spans
+
+
+def blocks(window=3, streams=1, size=N):
+    sizes = [17, 9, 0, 20, 13] * (size // 59) + [size % 59]
+    return Blocks(sizes, window, streams)
+
+
+def items(batches, number):
+    return batches[number]["x"][:, 0].tolist()
+
+
+def epoch_of(batches, streams=1, epochs=1, by_length=False):
+    """Items of the first epochs, by stream, from however many batches they take."""
+    each = N // streams
+    out = []
+    for stream in range(streams):
+        seen, turn = [], 0
+        while len(seen) < epochs * each:
+            seen += items(batches, turn * streams + stream)
+            turn += 1
+        assert not by_length or len(seen) == epochs * each  # epochs end with a batch
+        out.append([seen[e * each : (e + 1) * each] for e in range(epochs)])
+    return out
+
+
+SETTINGS = {"count": {}, "like lengths": {"by_length": True}, "tokens": {"tokens": 700}}
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+@pytest.mark.parametrize("where", ["anywhere", "blocks", "packed"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_item_comes_once_an_epoch(setting, where, streams):
+    if where == "anywhere" and streams > 1:
+        pytest.skip("streams are of blocks")
+    order = None if where == "anywhere" else blocks(streams=streams)
+    batches = MicroBatches(Listed(order, where == "packed"), 8, 0, **SETTINGS[setting])
+    one, two = [], []
+    for first, second in epoch_of(batches, streams, 2, by_length=setting != "count"):
+        one += first
+        two += second
+    for epoch in (one, two):
+        counts = Counter(epoch)
+        assert max(counts.values()) == 1 and len(counts) == N // streams * streams
+    assert one != two
+    batches = MicroBatches(Listed(order, where == "packed"), 8, 1, **SETTINGS[setting])
+    assert epoch_of(batches, streams)[0][0] != one[: N // streams]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_any_number_gives_the_same_batch_at_any_time(setting):
+    """A resumed run asks for late batches first, in other processes."""
+    batches = MicroBatches(Listed(blocks(streams=2)), 8, 0, **SETTINGS[setting])
+    forward = [batches[i]["x"] for i in range(120)]
+    again = pickle.loads(pickle.dumps(batches))
+    for i in (119, 3, 64, 118, 0):
+        assert torch.equal(again[i]["x"], forward[i])
+    assert len({tuple(map(int, x.flatten())) for x in forward}) == 120
+
+
+def test_draws_of_an_item_change_from_epoch_to_epoch():
+    batches = MicroBatches(Listed(), 8, 0, tokens=700)
+    draws = {}
+    for i in range(60):
+        for index, draw in batches[i]["x"].tolist():
+            draws.setdefault(index, set()).add(draw)
+    assert len(draws) == N and min(map(len, draws.values())) >= 2
+
+
+def test_a_stream_has_few_blocks_in_use(capsys):
+    """Until a window of blocks is used up, nothing comes from elsewhere; and the dataset is told of what comes next."""
+    order = blocks(window=3, streams=2)
+    data = Listed(order)
+    batches = MicroBatches(data, 8, 0)
+    starts = torch.tensor(order.sizes).cumsum(0)
+    for stream in range(2):
+        seen = torch.tensor([i for turn in range(12) for i in items(batches, 2 * turn + stream)])
+        block = torch.searchsorted(starts, seen, right=True).tolist()
+        last = {b: i for i, b in enumerate(block)}
+        first = {b: block.index(b) for b in last}
+        used = [sum(first[b] <= i <= last[b] for b in last) for i in range(len(block))]
+        assert max(used) <= 3 and len(last) > 5
+        assert block != sorted(block)
+    told = data.told
+    number, have = 23, items(batches, 23)
+    assert all(any(a <= i < b for a, b in told) for i in have)  # and of those in use
+    ahead = {i for turn in range(12, 14) for i in items(batches, 2 * turn + number % 2)}
+    assert any(a <= i < b for a, b in told for i in ahead - set(have))
+
+
+def test_windows_that_hold_everything_mix_everything():
+    batches = MicroBatches(Listed(blocks(window=100)), 8, 0)
+    starts = torch.tensor(blocks().sizes).cumsum(0)
+    block = torch.searchsorted(starts, torch.tensor(items(batches, 0) + items(batches, 1)), right=True)
+    assert len(block.unique()) > 4
+
+
+@pytest.mark.parametrize("order", [None, blocks(window=4)], ids=["anywhere", "blocks"])
+def test_batches_by_length_pad_little_and_keep_to_the_budget(order):
+    data = Listed(order)
+
+    def padding(batches, count):
+        real = padded = 0
+        for i in range(count):
+            lengths = data.lengths[items(batches, i)]
+            real, padded = real + int(lengths.sum()), padded + len(lengths) * int(lengths.max())
+        return 1 - real / padded
+
+    assert padding(MicroBatches(data, 8, 0), 50) > 0.3
+    assert padding(MicroBatches(data, 8, 0, by_length=True), 50) < 0.12
+    budget = MicroBatches(data, 8, 0, tokens=700)
+    assert padding(budget, 50) < 0.15
+    sizes = []
+    for i in range(50):
+        lengths = data.lengths[items(budget, i)]
+        assert len(lengths) * int(lengths.max()) <= 700
+        sizes.append(len(lengths))
+    assert max(sizes) > 2 * min(sizes)
+    longest = [int(data.lengths[items(budget, i)].max()) for i in range(50)]
+    assert longest[:10] != sorted(longest[:10], reverse=True)  # long ones do not come first
+    assert budget.mean_size() == pytest.approx(sum(sizes) / 50, rel=0.2)
+
+
+def test_packed_batches_are_filled_to_the_budget_in_random_order():
+    data = Listed(packed=True)
+    batches = MicroBatches(data, 8, 0, tokens=700)
+    fills = [int(data.lengths[items(batches, i)].sum()) for i in range(10)]
+    assert all(600 < fill <= 700 for fill in fills)
+    spread = [int(data.lengths[items(batches, i)].max() - data.lengths[items(batches, i)].min()) for i in range(10)]
+    assert min(spread) > 40
+
+
+def test_an_item_over_the_budget_goes_alone():
+    data = Listed()
+    batches = MicroBatches(data, 8, 0, tokens=30)
+    assert all(len(items(batches, i)) <= 3 for i in range(200))
+    assert sorted(epoch_of(batches, by_length=True)[0][0]) == list(range(N))
+
+
+def test_order_without_blocks_is_as_it_always_was():
+    """Runs that were begun before there were shards go on with the same data."""
+    batches = MicroBatches(Listed(), 4, 3)
+    expected = torch.randperm(N, generator=torch.Generator().manual_seed(seed_for(3, "epoch", 0)))[8:12]
+    assert items(batches, 2) == expected.tolist()
+    draw = torch.randint(2**31, (), generator=torch.Generator().manual_seed(seed_for(3, "sample", 8)))
+    assert int(batches[2]["x"][0, 1]) == int(draw)
+
+
+def test_settings_that_cannot_work_are_one_line():
+    with pytest.raises(UserError, match="ToySet does not know the lengths"):
+        MicroBatches(ToySet(), 8, 0, tokens=10)
+    with pytest.raises(UserError, match="streams=6, but there are only 5 clips"):
+        MicroBatches(Listed(Blocks([5], 1, 6), size=5), 8, 0)
