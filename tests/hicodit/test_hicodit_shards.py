@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from shard_files import write_split
 
+from engine.config import CONFIGS
 from engine.errors import UserError
 from engine.trainer import Trainer
 from hicodit.data import HiCoDiTDataset, ShardedClips
@@ -20,11 +22,9 @@ MODEL = {
     "face_dim": 16, "dropout": 0.0,
 }  # fmt: skip
 ENCODERS = {"lip_dim": 32, "lip_heads": 4, "face_dim": 16, "face_width": 4, "phonemes": 5}
-TRAINER = {
-    "steps": 20, "batch_size": 2, "accumulate": 1, "lr": 3e-3, "betas": [0.9, 0.98], "weight_decay": 0.01, "warmup": 0,
-    "schedule": "constant", "min_lr_ratio": 1.0, "clip": 1.0, "ema_decay": 0.9, "precision": "fp32", "device": "cpu",
-    "compile": False, "workers": 0, "log_every": 1, "validate_every": 100, "checkpoint_every": 100, "keep": 2, "seed": 0,
-    "wandb": "off",
+TRAINER = OmegaConf.to_container(OmegaConf.load(CONFIGS / "trainer/cpu.yaml")) | {
+    "steps": 20, "batch_size": 2, "lr": 3e-3, "warmup": 0, "schedule": "constant", "ema_decay": 0.9, "log_every": 1,
+    "validate_every": 100, "checkpoint_every": 100,
 }  # fmt: skip
 FRAMES = [4, 8, 3, 6, 9, 2, 5, 7, 3]
 
