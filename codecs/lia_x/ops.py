@@ -3,6 +3,9 @@
 Axes: B pictures, C channels, O output channels, H height, W width, K kernel side, D style.
 Feature maps are (B, C, H, W), styles (B, D). Weights are stored at unit variance and scaled by 1/sqrt(fan-in) when used
 ("equalised"), so that every weight learns at the same pace.
+
+Gains, biases and sums are folded into weights or into one pass over a map where they can be: a map of 512 x 512 pixels
+and 128 channels is 134 MB, and each pass costs about a sixth of a convolution on a CPU.
 """
 
 from __future__ import annotations
@@ -42,9 +45,12 @@ def upsample(x: Tensor) -> Tensor:
     return x[..., 2:-2, 2:-2]
 
 
-def scaled_leaky_relu(x: Tensor) -> Tensor:
-    """sqrt(2) * leaky ReLU with slope 0.2: keeps the variance of a normal input near one."""
-    return F.leaky_relu(x, 0.2) * math.sqrt(2)
+ACTIVATION_GAIN = math.sqrt(2)  # keeps the variance of a normal input near one; goes through the leaky ReLU
+
+
+def leaky_relu(x: Tensor) -> Tensor:
+    """Slope 0.2, in place; the gain is the caller's."""
+    return F.leaky_relu(x, 0.2, inplace=True)
 
 
 class EqualConv2d(nn.Module):
@@ -87,9 +93,10 @@ class ConvLayer(nn.Module):
         self.scale = 1 / math.sqrt(in_channels * kernel**2)
         self.kernel, self.resample = kernel, resample
 
-    def forward(self, x: Tensor) -> Tensor:
-        # The activation's gain goes through the leaky ReLU into weight and bias: two passes less over the map.
-        gain = 1.0 if self.bias is None else math.sqrt(2)
+    def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
+        """(B, C, H, W) -> (B, O, H', W'), times a positive `gain`."""
+        if self.bias is not None:
+            gain = gain * ACTIVATION_GAIN
         weight, bias = self.weight * (self.scale * gain), None if self.bias is None else self.bias * gain
         if self.resample == "down" and self.kernel == 1:  # a 1x1 convolution commutes with dropping pixels
             x = F.conv2d(blur(x, (1, 1), stride=2), weight, bias)
@@ -98,7 +105,7 @@ class ConvLayer(nn.Module):
             x = F.conv2d(blur(x, ((pad + 1) // 2, pad // 2)), weight, bias, stride=2)
         else:
             x = F.conv2d(upsample(x) if self.resample == "up" else x, weight, bias, padding=self.kernel // 2)
-        return x if self.bias is None else F.leaky_relu(x, 0.2)
+        return x if self.bias is None else leaky_relu(x)
 
 
 class ModulatedConv2d(nn.Module):
@@ -125,16 +132,24 @@ class ModulatedConv2d(nn.Module):
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         """(B, C, H, W), (B, D) -> (B, O, H, W), or (B, O, 2H, 2W) when up-sampling."""
+        x, norm = self.convolve(x, style)
+        return x if norm is None else x * norm
+
+    def convolve(self, x: Tensor, style: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `forward`, but the factor (B, O, 1, 1) that demodulates is still to be applied; None if there is none."""
         gain = self.modulation(style) * self.scale
-        x = x * gain[:, :, None, None]
-        if self.up:
-            x = blur(F.conv_transpose2d(x, self.weight.transpose(0, 1), stride=2), (1, 1), gain=4)
+        if self.weight.shape[2] == 1 and not self.up:  # a small matrix: scaling it is less than scaling the map
+            weight = self.weight[:, :, 0, 0] * gain[:, None]  # (B, O, C)
+            x = (weight @ x.flatten(2)).unflatten(2, x.shape[2:])
+        elif self.up:
+            x = F.conv_transpose2d(x * gain[:, :, None, None], self.weight.transpose(0, 1), stride=2)
+            x = blur(x, (1, 1), gain=4)
         else:
-            x = F.conv2d(x, self.weight, padding=self.padding)
-        if self.demodulate:
-            power = gain.square() @ self.weight.square().sum((2, 3)).T  # (B, O)
-            x = x * torch.rsqrt(power + 1e-8)[:, :, None, None]
-        return x
+            x = F.conv2d(x * gain[:, :, None, None], self.weight, padding=self.padding)
+        if not self.demodulate:
+            return x, None
+        power = gain.square() @ self.weight.square().sum((2, 3)).T  # (B, O)
+        return x, torch.rsqrt(power + 1e-8)[:, :, None, None]
 
 
 class StyledConv(nn.Module):
@@ -146,7 +161,9 @@ class StyledConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        return scaled_leaky_relu(self.conv(x, style) + self.bias[:, None, None])
+        x, norm = self.conv.convolve(x, style)
+        bias = (self.bias * ACTIVATION_GAIN)[:, None, None].to(x.dtype)
+        return leaky_relu(torch.addcmul(bias, x, (norm * ACTIVATION_GAIN).to(x.dtype)))
 
 
 class ResBlock(nn.Module):
@@ -164,7 +181,9 @@ class ResBlock(nn.Module):
         self.skip = nn.Identity() if same else ConvLayer(in_channels, out_channels, 1, resample, activate=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.conv2(self.conv1(x)) + self.skip(x)) / math.sqrt(2)
+        half = math.sqrt(0.5)  # halves the variance of the sum
+        x, residual = self.skip(x), self.conv2(self.conv1(x), half)
+        return torch.add(residual, x, alpha=half)
 
 
 class FlowResBlock(nn.Module):
@@ -179,7 +198,8 @@ class FlowResBlock(nn.Module):
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         x = self.conv1(x, style)
-        return x + self.gamma * self.conv2(self.norm(x), style)
+        residual = self.conv2(self.norm(x), style)
+        return torch.addcmul(x, residual, self.gamma.to(x.dtype))
 
 
 class ToRGB(nn.Module):
@@ -220,7 +240,7 @@ class ToFlow(nn.Module):
         grid = base + torch.tanh(logits[:, :2]).permute(0, 2, 3, 1)
         mask = torch.sigmoid(logits[:, 2:])
         warp = F.grid_sample(source, grid, mode="bilinear", padding_mode="zeros", align_corners=True) * mask
-        return warp, warp + (1 - mask) * x, logits
+        return warp, torch.addcmul(warp, 1 - mask, x), logits
 
 
 class MotionBasis(nn.Module):
