@@ -1,0 +1,203 @@
+"""Curves of training runs from their logs, several runs in one figure:
+
+    python scripts/plot_run.py runs/NAME [runs/OTHER ...] [--out curves.png]
+
+A panel each for every loss, gradient norms, learning rate, tokens a second, and every figure of the validations; where
+the same figure was measured on seen and unseen clips, one panel has both (seen: line, unseen: dashes). Losses are drawn
+as they were logged, pale, and smoothed. It can be run while training goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from engine.errors import UserError, run_cli
+from engine.files import atomic_output
+
+LEFT_OUT = re.compile(r"step|samples_per_s|data_wait|step_s|mfu|memory_gib|skipped")
+COLUMNS, WIDTH, HEIGHT = 4, 4.2, 2.7  # of the grid; inches of a panel
+WIDE = 30  # a positive curve whose largest value is this many times its smallest is drawn on a logarithmic scale
+
+Curve = tuple[np.ndarray, np.ndarray]  # steps, values
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or their log.jsonl")
+    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="picture to write: .png, .svg or .pdf")
+    parser.add_argument("--only", default="", help="regular expression: only panels whose name it matches somewhere")
+    parser.add_argument(
+        "--smooth", type=int, help="logged points that a smoothed value averages; 1: none; a 25th if not given"
+    )
+    args = parser.parse_args()
+    if args.out.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--out {args.out}: its name must end in .png, .svg or .pdf")
+    if args.smooth is not None and args.smooth < 1:
+        raise UserError(f"--smooth {args.smooth}: give 1 or more points")
+    try:
+        wanted = re.compile(args.only)
+    except re.error as error:
+        raise UserError(f"--only {args.only} is no regular expression: {error}") from error
+    curves = {label: read_curves(run) for label, run in zip(labels(args.runs), args.runs)}
+    names = [name for name in panels(curves.values()) if wanted.search(name)]
+    if not names:
+        raise UserError(
+            f"nothing to draw: no logged figure matches --only {args.only}" if args.only else "the logs are empty"
+        )
+    draw(curves, names, args.smooth, args.out)
+    print(f"{args.out}: {len(names)} panels, {len(curves)} {'run' if len(curves) == 1 else 'runs'}")
+
+
+def labels(runs: Sequence[Path]) -> list[str]:
+    """A name for each run: its folder's, with as many folders above it as tell it from the others.
+
+    Raises:
+        UserError: a run is given twice.
+    """
+    folders = [(run.parent if run.suffix == ".jsonl" else run).resolve() for run in runs]
+    for run, folder in zip(runs, folders):
+        if folders.count(folder) > 1:
+            raise UserError(f"{run} is given twice")
+    for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
+        found = ["/".join(folder.parts[-depth:]) for folder in folders]
+        if len(set(found)) == len(found):
+            break
+    return found
+
+
+def read_curves(run: Path) -> dict[str, Curve]:
+    """What a run's log says of each name, in the order of their first appearance; lines that were cut are passed over.
+
+    Raises:
+        UserError: there is no log.
+    """
+    path = run if run.suffix == ".jsonl" else run / "log.jsonl"
+    if not path.is_file():
+        raise UserError(f"no log in {run}: give the folder of a run, which has log.jsonl")
+    found: dict[str, dict[float, float]] = {}
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+            step = float(record["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        for name, value in record.items():
+            drawable = isinstance(value, int | float) and math.isfinite(value)
+            if drawable and not LEFT_OUT.fullmatch(name):
+                found.setdefault(name, {})[step] = value
+    drawn = {
+        name: points for name, points in found.items() if any(points.values())
+    }  # parts that never ran are all zero
+    return {name: (np.array(list(points)), np.array(list(points.values()))) for name, points in drawn.items()}
+
+
+def panels(runs) -> list[str]:
+    """Panels in reading order: losses, gradient norms, learning rate, speed, validation."""
+    names = list(dict.fromkeys(panel(name)[0] for run in runs for name in run))
+
+    def rank(name: str) -> tuple[int, int]:
+        last = name.split("/")[-1]
+        kinds = (
+            name.startswith("validation/"),
+            last == "tokens_per_s",
+            last == "lr",
+            last == "grad_norm",
+            last != "loss",
+        )
+        return next((5 - i for i, is_kind in enumerate(kinds) if is_kind), 0), names.index(name)
+
+    return sorted(names, key=rank)
+
+
+def panel(name: str) -> tuple[str, str]:
+    """(panel, line style) of a logged name: seen and unseen clips share a panel."""
+    if not name.startswith("validation/"):
+        return name, "-"
+    shared = re.sub(r"(?<![a-z])(un)?seen(?![a-z])[/_]?|_(un)?seen$", "", name)
+    return shared, "--" if "unseen" in name else "-"
+
+
+def smoothed(values: np.ndarray, points: int) -> np.ndarray:
+    """Mean of the `points` values round each one; of fewer at the ends, as many before as after."""
+    if points < 2 or len(values) < 3:
+        return values
+    at = np.arange(len(values))
+    half = np.minimum(points // 2, np.minimum(at, at[::-1]))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return (sums[at + half + 1] - sums[at - half]) / (2 * half + 1)
+
+
+def draw(runs: dict[str, dict[str, Curve]], names: list[str], smooth: int | None, path: Path) -> None:
+    """Write the figure: a panel a name, a colour a run."""
+    columns = min(COLUMNS, len(names))
+    rows = -(-len(names) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(WIDTH * columns, HEIGHT * rows + 0.4), squeeze=False, layout="constrained"
+    )
+    colours = dict(zip(runs, plt.rcParams["axes.prop_cycle"].by_key()["color"] * len(runs)))
+    for axis, name in zip(axes.flat, names):
+        fill(axis, name, runs, colours, smooth)
+    for axis in list(axes.flat)[len(names) :]:
+        axis.set_visible(False)
+    last = max(steps.max() for curves in runs.values() for steps, _ in curves.values())
+    for i, axis in enumerate(axes.flat):
+        axis.set_xlim(0, 1.02 * last)
+        if i + columns >= len(names):
+            axis.set_xlabel("step")
+    handles = [Line2D([], [], color=colours[label], label=label) for label in runs]
+    if any(panel(name)[1] == "--" for run in runs.values() for name in run):
+        for what, style, inside in (("seen", "-", "0.4"), ("unseen", "--", "white")):
+            handles.append(Line2D([], [], color="0.4", ls=style, marker="o", ms=4, mfc=inside, label=what))
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(6, len(handles)), frameon=False)
+    with atomic_output(path) as staging:
+        figure.savefig(staging, dpi=110)
+    plt.close(figure)
+
+
+def fill(axis: Axes, name: str, runs: dict[str, dict[str, Curve]], colours: dict[str, str], smooth: int | None) -> None:
+    """One panel."""
+    drawn = [
+        (label, panel(own)[1], *curve)
+        for label, curves in runs.items()
+        for own, curve in curves.items()
+        if panel(own)[0] == name
+    ]
+    lowest, highest = min(v.min() for *_, v in drawn), max(v.max() for *_, v in drawn)
+    logarithmic = lowest > 0 and highest > WIDE * lowest and name != "lr"
+    if logarithmic:
+        axis.set_yscale("log")
+    for label, style, steps, values in drawn:
+        line = {"color": colours[label], "lw": 1.6, "ls": style}
+        if name.startswith("validation/"):
+            axis.plot(steps, values, **line, marker="o", ms=4, mfc="white" if style == "--" else None)
+            continue
+        if name == "lr":
+            axis.plot(steps, values, **line)
+            continue
+        axis.plot(steps, values, color=colours[label], lw=0.6, alpha=0.35)
+        points = smooth if smooth is not None else max(1, len(values) // 25)
+        mean = np.exp(smoothed(np.log(values), points)) if logarithmic else smoothed(values, points)
+        axis.plot(steps, mean, **line)
+    if lowest >= 0 and name.startswith("validation/") and not logarithmic:
+        axis.set_ylim(0, 1.08 * highest or 1)
+    title = name.replace("tokens_per_s", "tokens/s").replace("grad_norm", "gradient norm").replace("_", " ")
+    axis.set_title(title, fontsize=10)
+    axis.grid(alpha=0.25)
+    axis.tick_params(labelsize=8)
+
+
+if __name__ == "__main__":
+    run_cli(main)

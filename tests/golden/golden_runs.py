@@ -1,0 +1,229 @@
+"""Four seeded training steps of every task at toy size on made data, through the trainer; their losses are in git.
+
+    python tests/golden/golden_runs.py [NAME ...]     # writes tests/golden/losses/NAME.json anew
+
+Write them anew only for a change that is meant to change training, and say in the commit which figures moved and why.
+
+Axes: B batch, T video frames, L = 2 T token frames, K token levels, F latent frames, N samples, S picture side.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engine.config import CONFIGS
+from engine.task import Task
+from engine.trainer import Trainer
+from hicodit.data import HiCoDiTDataset
+from hicodit.task import HiCoDiTTask
+from lia_x.task import LiaXTask
+from rvq_codec import RVQCodec, RVQCodecConfig
+from rvq_codec.task import RVQCodecTask
+from talker_t2av.data import Layout, collate
+from talker_t2av.speaker_task import VoiceEncoderTask
+from talker_t2av.task import TalkerTask
+from talker_t2av.text import byte_tokenizer
+from whisperx_vae.task import WhisperXVAETask
+
+FOLDER = Path(__file__).parent / "losses"
+DIGITS = 7  # of a printed loss: what float32 holds
+TRAINER = OmegaConf.to_container(OmegaConf.load(CONFIGS / "trainer/cpu.yaml")) | {
+    "steps": 4, "accumulate": 1, "lr": 1e-3, "betas": [0.9, 0.98], "weight_decay": 0.01, "warmup": 2,
+    "schedule": "cosine", "min_lr_ratio": 0.1, "clip": 1.0, "ema_decay": 0.9, "precision": "fp32", "seed": 0,
+    "log_every": 1, "validate_every": 100, "checkpoint_every": 100,
+}  # fmt: skip
+NOT_LOSSES = ("samples_per_s", "tokens_per_s", "data_wait", "step_s", "mfu", "memory_gib", "lr", "skipped")
+WAVES = {"period": {"periods": [2, 3], "channels": 2, "max_channels": 4}}
+WAVES |= {"spectrogram": {"fft_sizes": [128], "channels": 2, "max_channels": 4}}
+
+
+class Made:
+    """A training set of items that are there already, taken `batch` at once."""
+
+    def __init__(
+        self, items: list[Any], collate: Callable[[list[Any]], dict[str, Tensor]] | None = None, batch: int = 2
+    ) -> None:
+        self.items, self.own, self.batch = items, collate, batch
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int, generator: torch.Generator) -> Any:
+        return self.items[index]
+
+    def collate(self, items: list[Any]) -> dict[str, Tensor]:
+        return self.own(items) if self.own else {k: torch.stack([item[k] for item in items]) for k in items[0]}
+
+
+def waves(count: int, samples: int) -> Tensor:
+    """(count, 1, N): gliding tones in noise, at 24 kHz."""
+    g, t = torch.Generator().manual_seed(1), torch.arange(samples) / 24_000
+    pitch = torch.linspace(100, 300, count)[:, None]
+    return (0.3 * torch.sin(2 * torch.pi * pitch * (1 + t) * t) + 0.02 * torch.randn(count, samples, generator=g))[
+        :, None
+    ]
+
+
+def hicodit(folder: Path) -> tuple[Task, Made]:
+    codec = RVQCodecConfig(
+        encoder_width=2, ratios=(8, 5, 4, 3), latent_channels=8, codebook_size=16, codebook_dim=4, vocos_dim=8,
+        vocos_intermediate=8, vocos_layers=1, n_fft=960,
+    )  # fmt: skip
+    RVQCodec(codec).save(folder / "codec", "made for a test")
+    model = {
+        "codes": 16, "width": 32, "heads": 4, "low_blocks": 1, "high_blocks": 1, "cond_dim": 16, "lip_dim": 32,
+        "face_dim": 16, "dropout": 0.1,
+    }  # fmt: skip
+    encoders = {"lip_dim": 32, "lip_heads": 4, "face_dim": 16, "face_width": 4, "phonemes": 5}
+    g = torch.Generator().manual_seed(0)
+    items = []
+    for frames in (12, 15, 13):
+        items.append(
+            {
+                "mouth": torch.rand(frames, 48, 48, generator=g),
+                "face": torch.rand(3, 64, 64, generator=g),
+                "tokens": torch.randint(16, (2 * frames, 12), generator=g),
+                "ge2e": torch.nn.functional.normalize(torch.rand(256, generator=g), dim=-1),
+                "expression": torch.tensor(len(items)),
+                "phoneme": torch.randint(5, (frames,), generator=g),
+            }
+        )
+    task = HiCoDiTTask(model, encoders, str(folder / "codec"), "none", "none.jsgf")
+    return task, Made(items, HiCoDiTDataset.collate)
+
+
+def talker_t2av(folder: Path, with_motion: bool = True) -> tuple[Task, Made]:
+    llm = {
+        "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16,
+        "num_key_value_heads": 1, "intermediate_size": 48, "max_position_embeddings": 512,
+    }  # fmt: skip
+    model = {
+        "llm": llm, "speech_dim": 4, "motion_dim": 5, "encoder_layers": 1, "encoder_heads": 2, "head_layers": 2,
+        "head_heads": 2, "max_positions": 16, "repeats": 2, "motion_weight": 1.0,
+    }  # fmt: skip
+    stats = {"motion_mean": [0.0] * 5, "motion_std": [1.0] * 5}
+    (folder / "stats.json").write_text(json.dumps(stats))
+    words = byte_tokenizer()
+    layout, g, pairs = Layout(words.speech_id, words.tail), torch.Generator().manual_seed(0), []
+    for i, text in enumerate(("lay blue", "set red now", "bin green at two")):
+        frames = 14 + 3 * i
+        speech, motion, speaker = (torch.randn(*shape, generator=g) for shape in ((frames, 4), (frames, 5), (256,)))
+        kinds = (motion, motion[:0]) if with_motion else (motion[:0],)
+        pairs.append([layout.example(words.prompt(text), speech, frames, kind, speaker) for kind in kinds])
+
+    def together(items: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
+        return collate([row for kind in zip(*items) for row in kind], words.pad_id, 4)
+
+    return TalkerTask(model, {"speech": "a", "motion": "b", "speaker": "c"}, str(folder / "stats.json")), Made(
+        pairs, together
+    )
+
+
+def talker_tts(folder: Path) -> tuple[Task, Made]:
+    return talker_t2av(folder, with_motion=False)
+
+
+def rvq_codec(folder: Path) -> tuple[Task, Made]:
+    """Features; code books; both with discriminators, after a restart of dead codes.
+
+    The warm start by k-means is left out: its axes have the signs that a machine's eigenvectors happen to have.
+    """
+    codec = {
+        "encoder_width": 4, "ratios": [3, 4, 5], "latent_channels": 12, "levels": 3, "codebook_size": 16,
+        "codebook_dim": 4, "vocos_dim": 16, "vocos_intermediate": 24, "vocos_layers": 1, "n_fft": 180, "hop": 60,
+    }  # fmt: skip
+    weights = {"mel": 15.0, "stft": 0.0, "waveform": 2.0, "feature": 2.0, "adversarial": 1.0}
+    features = {"mel_bands": 8, "low_samples": 4, "until": 1, "envelope_levels": 1}
+    mel = {"n_mels": [10, 40], "windows": [128, 512], "clamp": 1e-4}
+    task = RVQCodecTask(
+        codec, mel, weights, **WAVES, features=features, quantizer_start=0, gan_start=2, restart_every=2, pool=500
+    )
+    return task, Made([{"wave": wave} for wave in waves(3, 2400)])
+
+
+def whisperx_vae(folder: Path) -> tuple[Task, Made]:
+    """Two steps without discriminators and two with them."""
+    codec = {
+        "encoder_width": 2, "encoder_ratios": [12, 10, 4, 2], "hidden": 16, "latent_dim": 8, "decoder_width": 16,
+        "decoder_ratios": [12, 10, 4, 2], "mel_bands": 20, "whisper_context": 20, "whisper_heads": 2,
+        "whisper_layers": 1,
+    }  # fmt: skip
+    weights = {"mel": 15.0, "adversarial": 1.0, "feature": 2.0, "kl": 0.01, "semantic": 1.0, "targets": 1.0}
+    task = WhisperXVAETask(codec, {"n_mels": [10, 40], "windows": [128, 512]}, weights, **WAVES, gan_start=2)
+    return task, Made([{"wave": wave} for wave in waves(3, 6720)])
+
+
+def lia_x(folder: Path) -> tuple[Task, Made]:
+    codec = {"style_dim": 16, "motion_dim": 4, "scale": 1, "size": 32, "width": 4, "max_width": 8, "depth": 1}
+    weights = {"l1": 10.0, "structural": 1.0, "perceptual": 0.0, "adversarial": 1.0, "sparsity": 0.01}
+    items = []
+    for i in range(3):
+        frames = torch.full((2, 32, 32, 3), 90 + 20 * i, dtype=torch.uint8)
+        for t, top in enumerate((4, 16)):
+            frames[t, top : top + 8, 8 + 4 * i : 16 + 4 * i] = torch.tensor([230, 200, 40], dtype=torch.uint8)
+        items.append({"frames": frames, "tracks": torch.tensor([[0.2, -0.1 * i], [-0.4, 0.3]])})
+    sizes = {"width": 4, "max_width": 8}
+    guide = {"weight": 2.0, "until": 2}
+    return LiaXTask(codec, weights, pyramid=2, guide=guide, motion_noise=0.05, discriminator=sizes), Made(items)
+
+
+def voice_encoder(folder: Path) -> tuple[Task, Made]:
+    g = torch.Generator().manual_seed(0)
+    ge2e = torch.nn.functional.normalize(torch.rand(6, 256, generator=g), dim=-1)
+    (folder / "features" / "train").mkdir(parents=True)
+    save_file({"ge2e": ge2e}, folder / "features" / "train" / "visual-00000.safetensors")
+    clips = [{"id": f"c{i}", "voice": i // 2} for i in range(6)]
+    (folder / "features" / "train" / "visual-00000.json").write_text(json.dumps({"clips": clips}))
+    task = VoiceEncoderTask({"bands": 20, "channels": 16, "pooled": 16, "bottleneck": 4, "embedding": 256}, folder)
+    mels = torch.randn(6, 20, 50, generator=g)
+    items = [{"mel": mels[i], "ge2e": ge2e[i], "voice": torch.tensor(i // 2)} for i in range(6)]
+    return task, Made(items, batch=5)  # batch norm of two is as good as a sign
+
+
+RUNS = {run.__name__: run for run in (hicodit, talker_t2av, talker_tts, rvq_codec, whisperx_vae, lia_x, voice_encoder)}
+
+
+def machine() -> dict[str, str]:
+    """What rounding depends on."""
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in (info.read_text().splitlines() if info.is_file() else ())
+             if line.startswith("model name")]  # fmt: skip
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"processor": (names or [platform.machine()])[0], "kernels": capability, "torch": torch.__version__}
+
+
+def losses_of(name: str) -> list[dict[str, float]]:
+    """Logged losses of each step of a run, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            torch.manual_seed(0)
+            task, data = RUNS[name](folder)
+            task.validate = lambda step, folder: {}
+            Trainer(task, data, TRAINER | {"batch_size": data.batch}, folder / "run").fit()
+            lines = map(json.loads, (folder / "run" / "log.jsonl").read_text().splitlines())
+            steps = [{k: v for k, v in line.items() if k not in NOT_LOSSES} for line in lines if "lr" in line]
+    finally:
+        torch.set_num_threads(threads)
+    return [{k: float(f"{v:.{DIGITS}g}") for k, v in step.items()} for step in steps]
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or RUNS:
+        rows = ",\n".join(f"  {json.dumps(row)}" for row in losses_of(name))
+        path = FOLDER / f"{name}.json"
+        path.write_text(f'{{\n "machine": {json.dumps(machine())},\n "steps": [\n{rows}\n ]\n}}\n')
+        print(path)
