@@ -59,6 +59,8 @@ class InferConfig:
     reference_text: str = ""
     audio: str | None = None
     video: str | None = None
+    crop: str = "face"
+    face_box: str | None = None
     jobs: str | None = None
     name: str | None = None
     output: str = ""
@@ -217,8 +219,10 @@ def _talk_all(pipeline: TalkerPipeline, jobs: Sequence[tuple[str, Job]], output:
 
 
 def _remark(prepared: Prepared, talk: Talk) -> str:
-    cut = prepared.mode.open_ended and not talk.stopped
-    return " (cut off at the longest length allowed: see max_seconds)" if cut else ""
+    remarks = [prepared.remark] if prepared.remark else []
+    if prepared.mode.open_ended and not talk.stopped:
+        remarks.append("cut off at the longest length allowed: see max_seconds")
+    return f" ({'; '.join(remarks)})" if remarks else ""
 
 
 def _job_of_line(line: str, common: dict[str, Any], number: str) -> tuple[str, Job]:

@@ -8,26 +8,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.errors import UserError
 from engine.media.audio import read_audio, resample
-from engine.media.ffmpeg import check_readable, probe
-from engine.media.video import iter_video
+from engine.media.ffmpeg import probe
 from lia_x.pictures import identity_to_tensor, video_to_tensor
 from talker_t2av.data import HOP, MAX_FRAMES, RATE, RATE16
+from talker_t2av.faces import CROPS, Square, find_square, is_picture, read_square
 from talker_t2av.model import FPS
 from talker_t2av.request import GENERATE_SPEECH, MODES, PAPER, SCRIPT, Compat, Mode, Request
 from talker_t2av.system import TalkerSystem
 from whisperx_vae.features import pad_or_trim
 
 COMPAT = {"paper": {}, "official": {"tts": GENERATE_SPEECH, "t2av": SCRIPT}}
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 PAUSE, BYTE = 1.5, 0.15  # seconds: an utterance takes at most PAUSE + BYTE a byte of text, slow speech included
 
 
@@ -39,10 +36,13 @@ class Job:
         mode: t2av, tts, a2v or v2a.
         text: what is said; in a2v and v2a too, the model was trained with it. It may be empty there.
         reference_audio: a file with the voice. If absent: the given audio (a2v), else the sound of the videos.
-        reference_video: a file with the face, also a picture; its first frame is animated (t2av, a2v).
+        reference_video: a file with the face, also a picture; the first frame that shows it is animated (t2av, a2v).
         reference_motion: a torch file (F, Dm) of its motion codes, which else come from the frames.
         reference_text: what the reference says, if it serves as a prefix that the text goes on from.
         audio: a2v: the sound to which the face moves. video: v2a: the clip that gets a voice.
+        crop: what of the videos is used: "face", the square round it, or "centre", the largest square in the middle.
+        face_box: where the face is, instead of looking for it, in `video`, else in `reference_video`; see
+            `engine.faces.track.read_boxes`.
         prefix_seconds: of the reference that the new streams continue, to take over its style.
         min_seconds, max_seconds: of what is generated; max None: from the length of the text.
         compat: paper, or official for the departures of the released programs (t2av and tts).
@@ -57,6 +57,8 @@ class Job:
     reference_text: str = ""
     audio: str | None = None
     video: str | None = None
+    crop: str = "face"
+    face_box: str | None = None
     prefix_seconds: float = 0.0
     min_seconds: float = 0.16
     max_seconds: float | None = None
@@ -64,7 +66,7 @@ class Job:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("mode", MODES), ("compat", COMPAT)):
+        for name, allowed in (("mode", MODES), ("compat", COMPAT), ("crop", CROPS)):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name}={getattr(self, name)} is unknown; choose {', '.join(allowed)}")
         if self.compat == "official" and self.mode not in COMPAT["official"]:
@@ -101,6 +103,7 @@ class Prepared:
         prefix_motion: (F, Dm) motion of the prefix, not normalised.
         picture: (3, S, S) in [-1, 1], the face; None where none is drawn.
         wave: (N,) given sound at 24 kHz (a2v). frames: how many come out at most, where a given stream tells it.
+        remark: what the user should know of the files, or "".
     """
 
     job: Job
@@ -112,6 +115,7 @@ class Prepared:
     picture: Tensor | None
     wave: np.ndarray | None
     frames: int | None
+    remark: str = ""
 
 
 class Reference:
@@ -126,9 +130,10 @@ class Reference:
         return torch.from_numpy(read_audio(self._voice_file(), RATE).copy())
 
     @cached_property
-    def frames(self) -> np.ndarray:
-        """(F, S, S, 3) uint8 of the face."""
-        return read_square(self.job.reference_video, self.count)
+    def square(self) -> Square:
+        """Where the face is in its video."""
+        box = None if self.job.mode == "v2a" else self.job.face_box
+        return find_square(self.job.reference_video, self.count, self.job.crop, box)
 
     def speaker(self, seconds: float | None = None) -> Tensor:
         """(G,) of the voice. The official `generate_speech` hears its prefix only, or 30 s filled up with silence."""
@@ -142,9 +147,11 @@ class Reference:
         return encode_speech(self.system, self.wave)
 
     def motion(self) -> Tensor:
-        """(F, Dm) motion of the face, not normalised."""
+        """(F, Dm) motion of the face, not normalised; of the first frame that shows it, if one is all."""
         if self.job.reference_motion is None:
-            return encode_motion(self.system, self.frames)
+            start = self.square.first if self.count == 1 else 0
+            blocks = read_square(self.job.reference_video, self.square, self.count, start)
+            return torch.cat([encode_motion(self.system, block) for block in blocks])
         path, wanted = self.job.reference_motion, self.system.model.config.motion_dim
         try:
             motion = torch.load(path, map_location="cpu", weights_only=True)
@@ -155,8 +162,9 @@ class Reference:
         return motion.float()[: self.count]
 
     def picture(self) -> Tensor:
-        """(3, S, S) of the face's first frame."""
-        return identity_to_tensor(self.frames[0], self.system.encoders.motion.config.size)
+        """(3, S, S) of the first frame that shows the face."""
+        blocks = read_square(self.job.reference_video, self.square, 1, self.square.first)
+        return identity_to_tensor(next(blocks)[0], self.system.encoders.motion.config.size)
 
     def _voice_file(self) -> str:
         if self.job.reference_audio:
@@ -164,7 +172,7 @@ class Reference:
         if self.job.mode == "a2v":
             return self.job.audio
         for video in (self.job.reference_video, self.job.video):
-            if video and Path(video).suffix.lower() not in PICTURES and probe(video).audio:
+            if video and not is_picture(video) and probe(video).audio:
                 return video
         raise UserError(f"{self.job.reference_video or self.job.video} has no sound: give reference_audio=FILE")
 
@@ -205,19 +213,19 @@ def prepare(job: Job, system: TalkerSystem) -> Prepared:
         limit = compat.limit(patches, prefix, c.delay if moving else 0)
     speech = speech[: prefix * size] if compat is SCRIPT else speech[:frames]
 
-    wave, total, given_speech, given_motion = None, None, speech, normalised
+    wave, total, given_speech, given_motion, remark = None, None, speech, normalised, ""
     if mode.speech == "given":
         wave = read_audio(job.audio, RATE)
         total = -(-len(wave) // HOP)
         _check_given(total, f"audio={job.audio}")
         given_speech = torch.cat([speech, encode_speech(system, np.pad(wave, (0, total * HOP - len(wave))))])
     if mode.motion == "given":
-        if Path(job.video).suffix.lower() in PICTURES:
+        if is_picture(job.video):
             raise UserError(f"video={job.video} is a picture: give the clip that is to get a voice")
-        clip = read_square(job.video, MAX_FRAMES + 1)
-        total = len(clip)
+        square = find_square(job.video, MAX_FRAMES, job.crop, job.face_box)
+        new = torch.cat([encode_motion(system, b) for b in read_square(job.video, square, MAX_FRAMES + 1)])
+        total, remark = len(new), square.remark
         _check_given(total, f"video={job.video}")
-        new = encode_motion(system, clip)
         new = torch.cat([new, new[-1:].expand(-total % size, -1)])  # motion comes in whole patches
         given_motion = torch.cat([normalised, system.stats.normalise(new)])
     speaker = torch.zeros(c.speaker_dim)  # of no use where no speech is drawn
@@ -234,45 +242,16 @@ def prepare(job: Job, system: TalkerSystem) -> Prepared:
         min_patches=min(limit, max(1, round(job.min_seconds * FPS / size))),
         seed=job.seed,
     )
-    picture = reference.picture() if mode.motion == "generated" else None
-    return Prepared(job, request, mode, compat, speech, kept, picture, wave, total)
+    picture = None
+    if mode.motion == "generated":
+        picture, remark = reference.picture(), reference.square.remark
+    return Prepared(job, request, mode, compat, speech, kept, picture, wave, total, remark)
 
 
 def max_patches(job: Job, patch_size: int) -> int:
     """Most patches of an open-ended job: from `max_seconds`, or from the text's length in bytes, 30 s at most."""
     seconds = job.max_seconds or min(MAX_FRAMES / FPS, PAUSE + BYTE * len(job.text.encode()))
     return max(1, -(-round(seconds * FPS) // patch_size))
-
-
-def read_square(path: str | Path, count: int) -> np.ndarray:
-    """The centred square of the first `count` frames of a video, or of a picture, (F, S, S, 3) uint8.
-
-    There is no face detector here: the face should fill the square, as in the videos that LIA-X was trained on.
-    """
-    if Path(path).suffix.lower() in PICTURES:
-        return _square(_picture(path))
-    blocks, have = [], 0
-    for block in iter_video(path, FPS, block=min(count, 64)):
-        blocks.append(block)
-        have += len(block)
-        if have >= count:
-            break
-    return _square(np.concatenate(blocks)[:count])
-
-
-def _square(frames: np.ndarray) -> np.ndarray:
-    height, width = frames.shape[1:3]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return frames[:, top : top + side, left : left + side]
-
-
-def _picture(path: str | Path) -> np.ndarray:
-    """(1, H, W, 3) uint8 RGB of a picture file."""
-    picture = cv2.imread(str(check_readable(path)), cv2.IMREAD_COLOR)
-    if picture is None:
-        raise UserError(f"{path} cannot be read as a picture")
-    return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)[None]
 
 
 def encode_speech(system: TalkerSystem, wave: Tensor | np.ndarray) -> Tensor:

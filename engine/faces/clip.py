@@ -37,10 +37,11 @@ class ClipFrames:
         path: a video file.
         fps: frames a second.
         max_side: larger frames are scaled down to this longer side.
+        frames: of the beginning, that are read; None: all.
     """
 
-    def __init__(self, path: str | Path, fps: float, max_side: int = MAX_SIDE) -> None:
-        self.path, self.fps, self.max_side = path, fps, max_side
+    def __init__(self, path: str | Path, fps: float, max_side: int = MAX_SIDE, frames: int | None = None) -> None:
+        self.path, self.fps, self.max_side, self.frames = path, fps, max_side, frames
         self.size = (0, 0)  # height and width of the frames, known after the first
         self._kept: list[np.ndarray] | None = None
 
@@ -48,8 +49,11 @@ class ClipFrames:
         if self._kept is not None:
             yield from self._kept
             return
-        blocks, size = [], 0
+        blocks, size, left = [], 0, self.frames
         for block in iter_video(self.path, self.fps, self.max_side):
+            if left is not None:
+                block = block[:left]
+                left -= len(block)
             self.size = block.shape[1:3]
             size += block.nbytes
             if size <= KEPT:
@@ -57,6 +61,8 @@ class ClipFrames:
             else:
                 blocks.clear()
             yield block
+            if left == 0:
+                break
         if size <= KEPT:
             self._kept = blocks
 
@@ -73,7 +79,7 @@ class ClipFrames:
         side = min(max(self.shown), round(self.max_side * GOOD_WIDTH / width))
         if side <= self.max_side:
             return self, track
-        return ClipFrames(self.path, self.fps, side), track.scaled(side / self.max_side)
+        return ClipFrames(self.path, self.fps, side, self.frames), track.scaled(side / self.max_side)
 
 
 def find_face(

@@ -1,0 +1,110 @@
+"""The square of a clip or picture that the motion codec sees: round the face, where one is found.
+
+Axes: F frames, H height, W width, S side of the square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from engine.errors import UserError
+from engine.faces.clip import ClipFrames, find_face, place_face
+from engine.faces.track import FaceError, read_boxes
+from engine.media.ffmpeg import check_readable
+from engine.media.video import iter_video
+from lia_x.crop import centre_square, portrait_square
+from talker_t2av.model import FPS
+
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+CROPS = ("face", "centre")
+LOOKED_AT = 10 * FPS  # frames of a reference in which the face is looked for, where only its first is used
+
+
+@dataclass(frozen=True)
+class Square:
+    """Where the frames of a file are cut: the same square in all of them, as LIA-X has it.
+
+    Attributes:
+        left, top, side: in pixels of the picture as it is shown.
+        first: the first frame that shows the face.
+        remark: what the user should know, or "".
+    """
+
+    left: int
+    top: int
+    side: int
+    first: int = 0
+    remark: str = ""
+
+    def cut(self, frames: np.ndarray) -> np.ndarray:
+        """Frames (F, H, W, 3) -> (F, S, S, 3)."""
+        return frames[:, self.top : self.top + self.side, self.left : self.left + self.side]
+
+
+def find_square(path: str | Path, count: int, crop: str = "face", face_box: str | None = None) -> Square:
+    """The square round the face in the first `count` frames of a video, or in a picture.
+
+    Where no face is found, as in a drawing, it is the largest one in the middle, and `remark` says so.
+
+    Args:
+        crop: "face", or "centre" for the middle without looking.
+        face_box: where the face is, as `engine.faces.track.read_boxes` takes it.
+
+    Raises:
+        UserError: the file cannot be read, or `face_box` is wrong.
+    """
+    if is_picture(path):
+        picture = read_picture(path)
+        clip, (height, width) = [picture], picture.shape[1:3]
+    else:
+        clip = ClipFrames(path, float(FPS), frames=max(count, LOOKED_AT))
+        height, width = clip.shown
+    if crop == "centre" and face_box is None:
+        return Square(*centre_square(height, width))
+    try:
+        if face_box is not None:
+            track = place_face(clip, read_boxes(face_box), float(FPS))
+        else:
+            track = find_face(clip, float(FPS))
+    except FaceError as error:
+        if face_box is not None:
+            raise UserError(f"{path}: {error}") from error
+        return Square(*centre_square(height, width), remark=f"{path}: {error}; its middle is used as the face")
+    used = clip[0].shape[1:3] if isinstance(clip, list) else clip.size
+    box = np.median(track.boxes[track.seen], axis=0) * (max(height, width) / max(used))
+    return Square(*portrait_square(box, height, width), first=int(track.seen.argmax()))
+
+
+def read_square(path: str | Path, square: Square, count: int, start: int = 0) -> Iterator[np.ndarray]:
+    """The square of `count` frames of a video, from frame `start` on, or of a picture: blocks (n, S, S, 3) uint8.
+
+    Fewer come where the video ends.
+    """
+    if is_picture(path):
+        yield square.cut(read_picture(path))
+        return
+    at = 0
+    for block in iter_video(path, float(FPS), block=min(start + count, 64)):
+        part = block[max(0, start - at) : max(0, start + count - at)]
+        if len(part):
+            yield square.cut(part)
+        at += len(block)
+        if at >= start + count:
+            break
+
+
+def is_picture(path: str | Path) -> bool:
+    return Path(path).suffix.lower() in PICTURES
+
+
+def read_picture(path: str | Path) -> np.ndarray:
+    """(1, H, W, 3) uint8 RGB of a picture file."""
+    picture = cv2.imread(str(check_readable(path)), cv2.IMREAD_COLOR)
+    if picture is None:
+        raise UserError(f"{path} cannot be read as a picture")
+    return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)[None]

@@ -1,0 +1,89 @@
+"""The square that the motion codec sees: round the face of a real clip, and the whole of a clip that was cut before."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from drawn_faces import draw_face, scene
+
+from engine.errors import UserError
+from engine.media.video import read_video, write_video
+from lia_x.crop import centre_square, portrait_square
+from talker_t2av.faces import Square, find_square, read_square
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO, REAL = ROOT / "assets" / "demo" / "silent.mp4", ROOT.parent / "shared" / "samples" / "reference_video.mp4"
+
+
+def frames_of(path, square, count=1, start=0):
+    return np.concatenate(list(read_square(path, square, count, start)))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A face of 128 pixels at the right of a wide clip, after half a second of black."""
+    path = tmp_path_factory.mktemp("wide") / "wide.mp4"
+    video = scene(40, [lambda i: (300, 60, 128)], (240, 480))
+    video[:12] = 0
+    write_video(path, video, 25)
+    return path
+
+
+def test_a_square_round_the_face_of_a_wide_clip(wide):
+    square = find_square(wide, 1)
+    assert abs(square.left + square.side / 2 - 364) < 12 and 120 < square.side < 200
+    assert 8 <= square.first <= 16 and square.remark == ""
+    shown = frames_of(wide, square, 1, square.first)
+    assert shown.shape == (1, square.side, square.side, 3) and shown.mean() > 60
+    assert np.array_equal(frames_of(wide, square, 5, 14), square.cut(read_video(wide)[14:19]))
+    assert len(frames_of(wide, square, 99)) == 40
+
+
+def test_large_frames_keep_their_pixels(tmp_path, wide):
+    """The face is looked for in smaller pictures; the square is in pixels of the clip itself."""
+    video = np.stack([cv2.resize(frame, (1440, 720)) for frame in read_video(wide)[14:22]])
+    write_video(tmp_path / "large.mp4", video, 25)
+    small, large = find_square(wide, 1), find_square(tmp_path / "large.mp4", 1)
+    assert abs(large.side - 3 * small.side) < 40 and abs(large.left - 3 * small.left) < 40
+    assert frames_of(tmp_path / "large.mp4", large).shape[1] == large.side
+
+
+def test_clips_that_were_cropped_before_stay_whole():
+    assert find_square(DEMO, 1) == Square(0, 0, 128)
+    if not REAL.is_file():
+        pytest.skip(f"the real clip {REAL} is absent")
+    assert find_square(REAL, 1) == Square(0, 0, 512)  # the published crop of a real speaker
+
+
+def test_where_no_face_is_found_the_middle_is_used_and_said(tmp_path):
+    write_video(tmp_path / "grey.mp4", np.full((10, 48, 64, 3), 90, np.uint8), 25)
+    square = find_square(tmp_path / "grey.mp4", 1)
+    assert (square.left, square.top, square.side) == (8, 0, 48)
+    assert "no face found" in square.remark and "its middle is used" in square.remark
+    assert find_square(tmp_path / "grey.mp4", 1, crop="centre").remark == ""
+
+
+def test_the_user_says_where_the_face_is(wide):
+    square = find_square(wide, 1, face_box="20,60,80,80")
+    assert abs(square.left + square.side / 2 - 71) < 2 and square.side == round(1.78 * 80)
+    with pytest.raises(UserError, match=r"wide\.mp4: face_box=900,60,80,80 .* outside the picture of 480 x 240"):
+        find_square(wide, 1, face_box="900,60,80,80")
+    with pytest.raises(UserError, match="give x,y,w,h"):
+        find_square(wide, 1, face_box="there")
+
+
+def test_pictures(tmp_path):
+    picture = np.full((300, 500, 3), (150, 160, 170), np.uint8)
+    picture[100:228, 40:168] = draw_face(0.3)
+    cv2.imwrite(str(tmp_path / "face.png"), picture[..., ::-1])
+    square = find_square(tmp_path / "face.png", 1)
+    assert abs(square.left + square.side / 2 - 104) < 14
+    assert frames_of(tmp_path / "face.png", square).shape[0] == 1
+
+
+def test_squares_stay_inside_the_picture():
+    for box in ([0, 0, 100, 100], [560, 300, 100, 100], [200, -50, 300, 300], [-30, 100, 60, 60]):
+        left, top, side = portrait_square(np.array(box), 360, 640)
+        assert 0 <= left <= 640 - side and 0 <= top <= 360 - side and 0 < side <= 360
+    assert centre_square(48, 64) == (8, 0, 48) and centre_square(64, 48) == (0, 8, 48)
