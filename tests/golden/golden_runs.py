@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -195,12 +196,14 @@ RUNS = {run.__name__: run for run in (hicodit, talker_t2av, talker_tts, rvq_code
 
 
 def machine() -> dict[str, str]:
-    """What rounding depends on."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in (info.read_text().splitlines() if info.is_file() else ())
-             if line.startswith("model name")]  # fmt: skip
-    capability = torch.backends.cpu.get_cpu_capability()
-    return {"processor": (names or [platform.machine()])[0], "kernels": capability, "torch": torch.__version__}
+    """What rounding depends on: the processor, the kernels that PyTorch picks for it, and PyTorch."""
+    processor, info = platform.machine(), Path("/proc/cpuinfo")
+    if info.is_file():
+        first = info.read_text().split("\n\n")[0]
+        fields = dict(re.findall(r"^(cpu family|model name|model|stepping)\s*:\s*(.*?)\s*$", first, re.MULTILINE))
+        processor = " ".join(fields.get(name, "") for name in ("model name", "cpu family", "model", "stepping")).strip()
+    kernels = torch.backends.cpu.get_cpu_capability()
+    return {"processor": processor or platform.machine(), "kernels": kernels, "torch": torch.__version__}
 
 
 def losses_of(name: str) -> list[dict[str, float]]:
