@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from engine.faces.detectors import HaarDetector, YuNetDetector
-from engine.faces.track import track_face
+from engine.faces.clip import find_face
+from engine.faces.detectors import YuNetDetector
 from scripts.preparation.clip import FPS, Clip
 
 
@@ -11,15 +11,15 @@ class Face:
     """Follows a face through the frames; a clip that does not show one for long enough is refused.
 
     Args:
-        detector: the file face_detection_yunet_2023mar.onnx; None: OpenCV's cascade.
+        detector: the file face_detection_yunet_2023mar.onnx; None: OpenCV's cascade, also tilted and fine.
         face: of several faces: largest, central, or a number by size from 1 on.
     """
 
     needs = "frames"
 
     def __init__(self, detector: str | None = None, face: str | int = "largest") -> None:
-        self.detector = HaarDetector() if detector is None else YuNetDetector(detector)
+        self.detector = YuNetDetector(detector) if detector else None
         self.face = face
 
     def __call__(self, clip: Clip) -> None:
-        clip.track = track_face([clip.frames], self.detector, FPS, self.face)
+        clip.track = find_face([clip.frames], FPS, self.face, self.detector)

@@ -13,6 +13,8 @@ from engine.errors import UserError
 from engine.media.corpus import read_manifest
 from scripts.preparation.clip import SourceClip, make_key, with_digest
 
+SOUNDS = (".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus")
+
 
 class Source:
     """A data set on disk.
@@ -137,7 +139,7 @@ class LRS3(Source):
 
 class Folder(Source):
     """Any folder with a table: a CSV file with a column `path`, and `audio`, `text`, `speaker`, `language`,
-    `expression`, `split` if they are known.
+    `expression`, `split` if they are known. A path to a sound file is a clip without pictures.
 
     Args:
         root: folder of the relative paths.
@@ -161,7 +163,9 @@ class Folder(Source):
         for row in self.rows:
             if (row.get("split") or "train") == split:
                 known = {name: row.get(name) or None for name in ("audio", "text", "speaker", "language", "expression")}
-                yield SourceClip(make_key(os.path.splitext(row["path"])[0]), video=row["path"], **known)
+                stem, suffix = os.path.splitext(row["path"])
+                known["audio" if suffix.lower() in SOUNDS else "video"] = row["path"]
+                yield SourceClip(make_key(stem), **known)
 
 
 def _with_text(folder: str, name: str) -> SourceClip:

@@ -73,7 +73,8 @@ def test_a_folder_with_a_table(tmp_path):
     assert source.splits() == ["train", "val"]
     (clip,) = source.clips("train")
     assert (clip.key, clip.text, clip.speaker, clip.audio) == ("a-1", "one", None, None)
-    assert source.clips("val")[0].text is None
+    pictures, sound = source.clips("val")
+    assert (pictures.text, pictures.video, sound.video, sound.audio) == (None, "b.mov", None, "c.flac")
 
 
 def test_keys_are_unique_or_the_source_is_refused(tmp_path):
