@@ -96,12 +96,13 @@ class VoxCeleb2(Source):
         return [name for name in ("dev", "test") if (self.root / name / "mp4").is_dir()]
 
     def read(self, split: str) -> Iterator[SourceClip]:
+        has_sounds = (self.root / split / "aac").is_dir()  # spares a million looks where it is not
         for name in _walk(self.root / split / "mp4", 2, ".mp4"):
             sound = f"{split}/aac/{name}.m4a"
             yield SourceClip(
                 key=make_key(name),
                 video=f"{split}/mp4/{name}.mp4",
-                audio=sound if (self.root / sound).is_file() else None,
+                audio=sound if has_sounds and (self.root / sound).is_file() else None,
                 speaker=name.partition("/")[0],
             )
 

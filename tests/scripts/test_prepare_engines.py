@@ -9,18 +9,8 @@ from engine.media.audio import read_audio
 from scripts.preparation.engines import VoiceWindows, Whisper
 
 RATE = 16_000
-SPECIAL = [
-    "endoftext",
-    "startoftranscript",
-    "en",
-    "de",
-    "translate",
-    "transcribe",
-    "startoflm",
-    "startofprev",
-    "nospeech",
-    "notimestamps",
-]
+SPECIAL = ["endoftext", "startoftranscript", "en", "de", "translate", "transcribe"]
+SPECIAL += ["startoflm", "startofprev", "nospeech", "notimestamps"]
 
 
 @pytest.fixture(scope="module")

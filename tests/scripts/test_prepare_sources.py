@@ -65,9 +65,8 @@ def test_lrs3_and_the_words_of_its_texts(tmp_path):
 
 
 def test_a_folder_with_a_table(tmp_path):
-    rows = [
-        {"path": p, "text": t, "speaker": "", "split": s} for p, t, s in (("a/1.mp4", "one", ""), ("b.mov", "", "val"))
-    ]
+    rows = [("a/1.mp4", "one", ""), ("b.mov", "", "val"), ("c.flac", "", "val")]
+    rows = [{"path": path, "text": text, "speaker": "", "split": split} for path, text, split in rows]
     write_csv(tmp_path / "clips.csv", rows)
     source = Folder(tmp_path)
     assert source.splits() == ["train", "val"]
