@@ -81,16 +81,20 @@ def main() -> None:
         print(done.stdout, end="", flush=True)
         if done.returncode:
             raise UserError(f"infer.py ended with exit code {done.returncode}; what it said stands above")
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # ffmpeg's share is far smaller
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    peak, cpu, load = used.ru_maxrss / 2**20, used.ru_utime + used.ru_stime, os.getloadavg()[1]
     stages = {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+) s", done.stdout.split("of which")[-1])}
     spoken = float(re.search(r"([\d.]+) s of speech", done.stdout)[1])
-    estimate = wall + stages["tokens"] * (PAPER_STEPS / args.steps - 1)
-    print(f"peak memory {peak:.1f} GB, {wall:.0f} s of wall time, start and loading included")
-    print(f"with {PAPER_STEPS} steps about {estimate:.0f} s for {spoken:.1f} s of speech")
+    estimate = cpu / wall * (wall + stages["tokens"] * (PAPER_STEPS / args.steps - 1))
+    print(f"peak memory {peak:.1f} GB; {wall:.0f} s of wall time, {cpu:.0f} s of CPU time, start and loading included")
+    print(f"(load average {load:.1f} on {os.cpu_count()} cores: other work stretches wall time)")
+    print(f"with {PAPER_STEPS} steps about {estimate:.0f} s of CPU time for {spoken:.1f} s of speech")
     if args.record:
-        results = {"seconds_by_stage": stages, "wall_seconds": wall, "peak_gb": peak, "speech_seconds": spoken}
-        results |= {"estimated_wall_seconds_64_steps": estimate, "parameters_millions": sizes}
-        hardware = {"device": platform.processor() or platform.machine(), "threads": args.threads}
+        results = {"wall_seconds_by_stage": stages, "wall_seconds": wall, "cpu_seconds": cpu, "peak_gb": peak}
+        results |= {"speech_seconds": spoken, "estimated_cpu_seconds_64_steps": estimate}
+        results |= {"parameters_millions": sizes}
+        hardware = {"device": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+        hardware |= {"threads": args.threads, "load_average_5_min": load}
         command = f"python scripts/full_size_demo.py --input {args.input.name} --steps {args.steps}"
         what = "infer.py on a real clip, all networks at full size with random weights"
         print(write_record(args.record, "full-size-infer-cpu", what, hardware, results, command=command))

@@ -14,12 +14,17 @@ from engine.errors import UserError
 from engine.faces.track import FaceTrack
 from engine.files import atomic_output
 
-COLUMNS, SIDE, BAR = 10, 160, 12  # pictures of the clip, their width, height of the bar, in pixels
-SEEN, UNSEEN = (70, 170, 90), (200, 60, 60)
+COLUMNS, SIDE, GAP, BAR, LINE = 10, 192, 4, 14, 24  # moments; their width, distance, bar and line of text, in pixels
+CLOSE = 1.5  # side of the close-up, in face boxes
+SEEN, UNSEEN, GREY, WHITE = (60, 200, 90), (230, 60, 60), (40, 40, 40), (255, 255, 255)
 
 
 class Strip:
-    """Frames of the clip with box and points, the mouth pictures under them, and a bar: green where a face is seen."""
+    """Ten moments of a clip: the frame with the face's box, the face with its points, and the mouth as it was cut.
+
+    Above them stands how much of the clip shows the face, below them a bar of its whole length: green where it does,
+    red where it does not. Every moment has the colour of its place in the bar.
+    """
 
     def __init__(self, track: FaceTrack, fps: float) -> None:
         self.track, self.fps = track, fps
@@ -29,20 +34,26 @@ class Strip:
     def add(self, frames: np.ndarray, mouth: np.ndarray, start: int) -> None:
         """The next block of frames (n, H, W, 3), from frame `start` on, and its mouth pictures (n, S, S)."""
         for i in sorted(self.picks & set(range(start, start + len(frames)))):
-            frame, part = frames[i - start].copy(), self.track[i]
+            frame, part = frames[i - start], self.track[i]
             colour = SEEN if part.seen else UNSEEN
-            width = max(1, round(frame.shape[1] / SIDE))
             x, y, w, h = part.boxes
-            cv2.rectangle(frame, (round(x), round(y)), (round(x + w), round(y + h)), colour, width)
-            for px, py in part.points:
-                cv2.circle(frame, (round(px), round(py)), 2 * width, colour, -1)
-            size = (SIDE, max(1, round(SIDE * frame.shape[0] / frame.shape[1])))
-            picture = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
-            label = f"{i / self.fps:.1f} s"
-            cv2.putText(picture, label, (5, 15), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 3, cv2.LINE_AA)
-            cv2.putText(picture, label, (5, 15), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 255, 255), 1, cv2.LINE_AA)
+            scale = SIDE / frame.shape[1]
+            size = SIDE, max(1, round(SIDE * frame.shape[0] / frame.shape[1]))
+            whole = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+            corners = np.round(np.array([x, y, x + w, y + h]) * scale).astype(int).tolist()
+            cv2.rectangle(whole, corners[:2], corners[2:], colour, 2)
+            _write(whole, f"{i / self.fps:.1f} s" + ("" if part.seen else " not seen"), (5, 15))
+
+            scale = SIDE / (CLOSE * w)
+            shift = SIDE / 2 - scale * np.array([x + w / 2, y + h / 2])
+            matrix = np.array([[scale, 0, shift[0]], [0, scale, shift[1]]])
+            close = cv2.warpAffine(frame, matrix, (SIDE, SIDE), flags=cv2.INTER_AREA)
+            for point in part.points:
+                cv2.circle(close, np.round(point * scale + shift).astype(int).tolist(), 3, colour, -1, cv2.LINE_AA)
             lips = cv2.resize(cv2.cvtColor(mouth[i - start], cv2.COLOR_GRAY2RGB), (SIDE, SIDE))
-            self.columns.append(np.concatenate([picture, lips]))
+            column = np.concatenate([whole, close, lips])
+            column[:, : GAP // 2] = column[:, -GAP // 2 :] = colour
+            self.columns.append(column)
 
     def write(self, path: str | Path) -> None:
         """Write the PNG.
@@ -53,8 +64,19 @@ class Strip:
         if Path(path).suffix.lower() != ".png":
             raise UserError(f"cannot write {path}: the picture of the face track is a .png")
         picture = np.concatenate(self.columns, 1)
-        where = np.arange(picture.shape[1]) * len(self.track) // picture.shape[1]
+        width, seconds = picture.shape[1], len(self.track) / self.fps
+        head = np.full((LINE, width, 3), GREY, np.uint8)
+        unseen = self.track.unseen(self.fps)
+        told = f"face seen in {self.track.coverage:.0%} of {seconds:.1f} s" + (f"; not at {unseen}" if unseen else "")
+        _write(head, f"{told}.  From above: frame, face and its points, mouth as the model sees it", (5, 17))
+        where = np.arange(width) * len(self.track) // width
         bar = np.where(self.track.seen[where, None], SEEN, UNSEEN).astype(np.uint8)
-        picture = np.concatenate([picture, np.repeat(bar[None], BAR, 0)])
+        picture = np.concatenate([head, picture, np.repeat(bar[None], BAR, 0)])
         with atomic_output(path) as partial:
             cv2.imwrite(str(partial), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+
+
+def _write(picture: np.ndarray, text: str, where: tuple[int, int]) -> None:
+    """White letters with a black rim, which can be read on anything."""
+    for colour, width in (((0, 0, 0), 3), (WHITE, 1)):
+        cv2.putText(picture, text, where, cv2.FONT_HERSHEY_SIMPLEX, 0.45, colour, width, cv2.LINE_AA)

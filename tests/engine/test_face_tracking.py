@@ -7,9 +7,10 @@ import weakref
 import cv2
 import numpy as np
 import pytest
-from drawn_faces import scene, talking_head
+from drawn_faces import draw_face, scene, talking_head
 
 from engine.errors import UserError
+from engine.faces.clip import ClipFrames, find_face, place_face
 from engine.faces.detectors import FRONTAL, HaarDetector, YuNetDetector, box_of_points, with_points
 from engine.faces.strip import Strip
 from engine.faces.track import DETECT_EVERY, given_track, read_boxes, track_face
@@ -215,8 +216,76 @@ def test_strip_shows_what_was_seen(tmp_path):
         strip.add(part, part[..., 0][:, :48, :48].copy(), start)
     strip.write(tmp_path / "strip.png")
     picture = cv2.imread(str(tmp_path / "strip.png"))
-    assert picture.shape[1] == 10 * 160
+    assert picture.shape[1] == 10 * 192
     green, red = picture[-1, 100], picture[-1, -100]
     assert green[1] > green[2] and red[2] > red[1]
     with pytest.raises(UserError, match=r"\.png"):
         strip.write(tmp_path / "strip.jpg")
+
+
+class FakeYuNet:
+    """Stands in for `cv2.FaceDetectorYN`, whose network file cannot be had here: one face with points, or none."""
+
+    def __init__(self, row):
+        self.row, self.sizes, self.pictures = row, [], []
+
+    def setInputSize(self, size):
+        self.sizes.append(size)
+
+    def detect(self, picture):
+        self.pictures.append(picture)
+        return 1, None if self.row is None else np.array([self.row], np.float32)
+
+
+def test_yunet_is_called_as_opencv_documents_it(tmp_path, monkeypatch):
+    """BGR pictures of at most 320 pixels with their size announced; what comes back is scaled to the frame."""
+    box, points = [60, 40, 50, 70], [70, 60, 100, 62, 86, 76, 74, 92, 98, 93]
+    fake, asked = FakeYuNet([*box, *points, 0.93]), []
+    (tmp_path / "yunet.onnx").write_bytes(b"stands in for the network")
+    monkeypatch.setattr(cv2.FaceDetectorYN, "create", lambda *arguments: asked.append(arguments) or fake)
+    detector = YuNetDetector(tmp_path / "yunet.onnx", score=0.8)
+    assert asked[0][0] == str(tmp_path / "yunet.onnx") and asked[0][3:] == (0.8, 0.3, 5000)
+    frame = np.zeros((480, 640, 3), np.uint8)
+    frame[..., 0] = 200  # red
+    faces = detector(frame)
+    assert fake.sizes == [(320, 240)] and fake.pictures[0].shape == (240, 320, 3)
+    assert fake.pictures[0][0, 0].tolist() == [0, 0, 200]  # BGR
+    assert faces.shape == (1, 14) and np.allclose(faces[0, 4:], np.array(points) * 2)
+    assert np.allclose(faces[0, :4], box_of_points(np.array(points).reshape(5, 2) * 2))
+    track = track_face([np.stack([frame] * 20)], detector)
+    assert np.allclose(track.points[7], np.array(points).reshape(5, 2) * 2) and 0 < track.roll[0] < 0.2
+    fake.row = None
+    assert detector(frame).shape == (0, 14)
+
+
+def test_a_small_face_in_a_large_file_is_cut_from_larger_frames(tmp_path):
+    head = draw_face(0.5, 128)
+    frame = np.full((720, 1280, 3), (150, 160, 170), np.uint8)
+    frame[300:428, 900:1028] = head
+    write_video(tmp_path / "large.mp4", [frame] * 10, 25)
+    clip = ClipFrames(tmp_path / "large.mp4", 25.0)
+    track = find_face(clip, 25.0)
+    assert clip.size == (360, 640) and clip.shown == (720, 1280)
+    sharp, moved = clip.sharper(track)
+    assert sharp.max_side == 1280 and np.abs(middle(moved) - 964).max() < 16
+    assert next(iter(sharp)).shape[1:3] == (720, 1280)
+    assert np.allclose(moved.boxes, 2 * track.boxes)
+
+
+def test_faces_that_come_back_are_the_same_persons():
+    """The larger of two leaves for two seconds: its two appearances go together, and the other is not taken for it."""
+
+    def large(i):
+        return None if 40 <= i < 90 else (180, 5, 112)
+
+    detector = HaarDetector(every_size=True)
+    track = track_face([scene(150, [large, lambda i: (20, 30, 80)])], detector)
+    assert near(track, track.seen, 180 + 56) and 0.6 < track.coverage < 0.75
+    assert near(track_face([scene(150, [large, lambda i: (20, 30, 80)])], detector, face=2), slice(None), 60)
+
+
+def test_boxes_outside_the_picture_are_refused():
+    frames = np.zeros((10, 80, 120, 3), np.uint8)
+    with pytest.raises(UserError, match=r"face_box=200,10,30,30 at 0\.0 s lies outside the picture of 120 x 80 pixels"):
+        place_face([frames], [200, 10, 30, 30], 25.0)
+    assert np.allclose(place_face([frames], [20, 10, 30, 30], 25.0).boxes, [20, 10, 30, 30])
