@@ -124,9 +124,12 @@ def chosen_stages(config: DictConfig, source: Source) -> dict[str, dict[str, Any
         blind = [name for name, stage in used.items() if hydra.utils.get_class(stage["_target_"]).needs == "frames"]
         print(f"left out, as the source has no pictures: {', '.join(blind)}")
         return {name: stage for name, stage in used.items() if name not in blind}
-    for name in used.keys() & {"crops", "expression"}:
-        if "face" not in used:
-            raise UserError(f"stages.face.use=false: {name} needs the face; set stages.{name}.use=false too")
+    for name in ("crops", "expression", "motion") if "face" not in used else ():
+        if name in used and used[name].get("crop") != "centre":
+            raise UserError(
+                f"stages.face.use=false, but {name} needs the face: set stages.{name}.use=false too"
+                + (", or stages.motion.crop=centre" if name == "motion" else "")
+            )
     return used
 
 

@@ -20,9 +20,11 @@ from hicodit.conditions.released import encoder_config
 from hicodit.conditions.types import EXPRESSIONS
 from hicodit.features import FACE_PICTURES, phoneme_labels
 from hicodit.system import token_digest
+from lia_x.crop import centre_square, portrait_square
 from lia_x.pictures import video_to_tensor
 from rvq_codec import RVQCodec
 from scripts.preparation.clip import RATE, RATE16, Clip
+from talker_t2av.faces import CROPS, Square
 from talker_t2av.features import load_motion, load_speaker, motion_digest, speech_digest
 from whisperx_vae.vae import WhisperXVAE
 
@@ -155,21 +157,31 @@ class Motion:
 
     Args:
         codec: release folder of LIA-X.
+        crop: "face" for the square round the face, as generation cuts it; "centre" for the largest in the middle.
     """
 
     needs = "frames"
 
-    def __init__(self, codec: str, device: torch.device) -> None:
-        self.codec = load_motion(codec).to(device).eval()
+    def __init__(self, codec: str, device: torch.device, crop: str = "face") -> None:
+        if crop not in CROPS:
+            raise UserError(f"stages.motion.crop={crop} is unknown: choose {' or '.join(CROPS)}")
+        self.codec, self.crop = load_motion(codec).to(device).eval(), crop
 
     def digests(self) -> dict[str, str]:
         return {"lia_x": motion_digest(self.codec)}
 
     def __call__(self, clip: Clip) -> None:
         if "motion" not in clip.tensors:
-            video = video_to_tensor(clip.frames, self.codec.config.size)
+            video = video_to_tensor(self._square(clip).cut(clip.frames), self.codec.config.size)
             motion = self.codec.motion(video.contiguous(memory_format=torch.channels_last))
             clip.tensors["motion"] = _half(motion)
+
+    def _square(self, clip: Clip) -> Square:
+        height, width = clip.frames.shape[1:3]
+        if self.crop == "centre":
+            return Square(*centre_square(height, width))
+        assert clip.track is not None, "the stage motion comes after the stage face"
+        return Square(*portrait_square(np.median(clip.track.boxes[clip.track.seen], axis=0), height, width))
 
 
 class Voice:
