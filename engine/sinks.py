@@ -77,7 +77,14 @@ class WandbSink:
         self._wandb = wandb
         name = re.sub(r"[^\w-]+", "-", run.name)  # an id has no dots, slashes or spaces
         self._run = wandb.init(
-            project="speaking-faces", name=run.name, id=name, resume="allow", dir=run, mode=mode, config=config
+            project="speaking-faces",
+            name=run.name,
+            id=name,
+            resume="allow",
+            dir=run,
+            mode=mode,
+            config=config,
+            settings=wandb.Settings(quiet=True),
         )
 
     def scalars(self, values: dict[str, float], step: int) -> None:

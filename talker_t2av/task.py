@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from engine.errors import UserError
 from engine.export import Release
 from engine.media.audio import write_wav
-from engine.media.video import iter_video, write_video
+from engine.media.video import write_video
 from engine.metrics.recogniser import Recogniser, word_error_rate
 from engine.release import load_strict
 from engine.task import Task
@@ -25,6 +25,7 @@ from lia_x.lia_x import LiaX
 from lia_x.pictures import identity_to_tensor, to_bytes
 from talker_t2av import names
 from talker_t2av.data import MotionStats, TalkerShards, byte_tokenizer
+from talker_t2av.faces import find_square, read_square
 from talker_t2av.generation import Result, generate
 from talker_t2av.losses import TalkerBatch, training_forward, training_losses
 from talker_t2av.model import FPS, KIND, TalkerConfig, TalkerT2AV
@@ -155,7 +156,8 @@ class TalkerTask(Task):
             return
         codec = LiaX.from_pretrained(self.codecs["motion"]).to(self.model.task_embedding.weight.device)
         for clip, result, wave in zip(clips, spoken, waves):
-            face = identity_to_tensor(next(iter_video(clip, FPS, block=1))[0], codec.config.size)
+            (frame,) = next(read_square(clip, find_square(clip, 1), 1))
+            face = identity_to_tensor(frame, codec.config.size)
             if result.motion is not None and len(result.motion):
                 pictures = codec.render(face, self.stats.restore(result.motion.cpu()))
                 write_video(folder / clip.name, to_bytes(pictures), FPS, wave, rate)
