@@ -89,6 +89,7 @@ class HiCoDiTDataset:
         augment: shift, mirror and relight the mouth pictures.
         limit: use only the first clips.
         shards: fields of `engine.shards.reader.Reading`.
+        packed: the model leaves padding out, so a batch's tokens are counted without it.
     """
 
     def __init__(
@@ -98,10 +99,11 @@ class HiCoDiTDataset:
         augment: bool = True,
         limit: int | None = None,
         shards: Mapping[str, Any] | None = None,
+        packed: bool = False,
     ) -> None:
         tokenizer = RVQCodec.from_pretrained(codec)
         self.split = open_clips(folder, token_digest(tokenizer), Reading(**(shards or {})))
-        self.augment, self.levels = augment, tokenizer.levels
+        self.augment, self.levels, self.packed = augment, tokenizer.levels, packed
         self.size = min(limit or len(self.split), len(self.split))
         self.blocks: Blocks | None = None
         if isinstance(self.split, ShardedClips):

@@ -1,6 +1,7 @@
 """Transformer blocks with adaptive layer norm, as in SEDD / DiT, and HiCoDiT's dual-scale variant.
 
-Axes: B batch, L sequence, C width, H heads, D head width (C = H * D), E condition width.
+Axes: B batch, L sequence, N real positions of a packed batch, C width, H heads, D head width (C = H * D), E condition
+width.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from engine.nn.packing import Packing
 
 
 def rotary_table(length: int, head_dim: int, device: torch.device, base: float = 10000.0) -> Tensor:
@@ -27,11 +30,14 @@ def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str = "sdpa") -> Tensor:
-    """Attention over (B, H, L, D); mask (B, 1, 1, L) is True at keys to use.
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Packing | None, backend: str = "sdpa") -> Tensor:
+    """Attention over (B, H, L, D); mask (B, 1, 1, L) is True at keys to use. With a packing over (H, N, D).
 
     `backend="flash"` takes the flash-attn kernel where it applies (CUDA, half precision, nothing masked).
     """
+    if isinstance(mask, Packing):
+        keys = mask.valid[:, None, None]
+        return mask.attend(q, k, v, lambda *padded: attend(*padded, keys, backend))
     if backend == "flash" and mask is None and q.is_cuda and q.dtype != torch.float32:
         from flash_attn import flash_attn_func  # optional extra
 
@@ -93,16 +99,26 @@ class AdaLNBlock(nn.Module):
         nn.init.zeros_(self.modulation.bias)
 
     def forward(
-        self, h: Tensor, cond: Tensor, rotary: Tensor, mask: Tensor | None = None, temporal: Tensor | None = None
+        self,
+        h: Tensor,
+        cond: Tensor,
+        rotary: Tensor,
+        mask: Tensor | Packing | None = None,
+        temporal: Tensor | None = None,
     ) -> Tensor:
-        """h (B, L, C), cond (B, E), rotary (2, L, D/2), mask (B, 1, 1, L), temporal (B, L, 2) -> (B, L, C)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond)[:, None].chunk(6, -1)  # each (B, 1, C)
+        """h (B, L, C), cond (B, E), rotary (2, L, D/2), mask (B, 1, 1, L), temporal (B, L, 2) -> (B, L, C).
+
+        With a packing as mask: h (N, C), cond (B, E), rotary (2, N, D/2), temporal (N, 2) -> (N, C).
+        """
+        modulation = self.modulation(cond)
+        modulation = modulation[mask.row] if isinstance(mask, Packing) else modulation[:, None]
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)  # each (B, 1, C) or (N, C)
         x = self.norm1(h, shift1, scale1)
         if temporal is not None:
             x = x * temporal[..., :1]
-        q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.heads)
+        q, k, v = rearrange(self.qkv(x), "... l (three h d) -> three ... h l d", three=3, h=self.heads)
         x = attend(apply_rotary(q, rotary), apply_rotary(k, rotary), v, mask, self.attention)
-        h = h + gate1 * self.dropout(self.out(rearrange(x, "b h l d -> b l (h d)")))
+        h = h + gate1 * self.dropout(self.out(rearrange(x, "... h l d -> ... l (h d)")))
         x = self.norm2(h, shift2, scale2)
         if temporal is not None:
             x = x * temporal[..., 1:]

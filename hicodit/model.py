@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.nn.packing import Packing
 from hicodit.conditions.types import NO_EXPRESSION, Conditions
 from hicodit.layers import AdaLNBlock, AdaLNFinal, TimeEmbedding, rotary_table
 
@@ -53,6 +54,7 @@ class ModelConfig:
     cond_dim: width of the AdaLN condition (inferred: 128 as in SEDD).
     drop_all, drop_each: training probability of dropping all conditions, else each by itself.
     keep_single: training probability of keeping exactly one condition (not in the paper: 0).
+    packed: training leaves the padding of a batch out of all blocks; losses are the same.
     """
 
     levels: int = 12
@@ -75,6 +77,7 @@ class ModelConfig:
     drop_each: float = 0.1
     keep_single: float = 0.0
     attention: str = "sdpa"
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Prepared:
     stages: tuple[StageInputs, ...]
     rows: tuple[Tensor, ...]  # per stage (G * B,): which of its rows serves each branch and clip
     rotary: Tensor  # (2, L, D/2)
-    mask: Tensor | None  # (B, 1, 1, L), True at real frames; None when there is no padding
+    mask: Tensor | Packing | None  # (B, 1, 1, L), True at real frames; None when there is no padding
     branches: int
 
 
@@ -130,11 +133,27 @@ class Stage(nn.Module):
         """tokens (B, K, L), companion (U * B, L, C), cond (U * B, E) -> hidden (U * B, L, C)."""
         copies = len(cond) // len(tokens)
         embedded = torch.stack([table(tokens[:, self.first + i]) for i, table in enumerate(self.embeddings)]).mean(0)
+        if isinstance(shared.mask, Packing):
+            return self._packed(embedded, companion, cond, shared.rotary, shared.mask, inputs.temporal)
         h = self.fuse_tokens(embedded).repeat(copies, 1, 1) + companion
         mask = shared.mask.repeat(copies, 1, 1, 1) if shared.mask is not None else None
         for i, block in enumerate(self.blocks):
             h = block(h, cond, shared.rotary, mask, inputs.temporal[i] if inputs.temporal is not None else None)
         return h
+
+    def _packed(
+        self,
+        embedded: Tensor,
+        companion: Tensor,
+        cond: Tensor,
+        rotary: Tensor,
+        packing: Packing,
+        temporal: Tensor | None,
+    ) -> Tensor:
+        h = self.fuse_tokens(packing.pack(embedded)) + packing.pack(companion)
+        for i, block in enumerate(self.blocks):
+            h = block(h, cond, rotary, packing, packing.pack(temporal[i]) if temporal is not None else None)
+        return packing.unpack(h)
 
 
 class HiCoDiT(nn.Module):
@@ -202,6 +221,7 @@ class HiCoDiT(nn.Module):
         """
         batch, device = conditions.batch, conditions.lip.device
         length = TOKENS_PER_FRAME * conditions.lip.shape[1]
+        training = keep is not None
         if keep is None:
             patterns = [[name in GIVEN[branch] for name in CONDITIONS] for branch in branches]
             keep = torch.tensor(patterns, device=device)[:, None].expand(-1, batch, -1)
@@ -223,13 +243,12 @@ class HiCoDiT(nn.Module):
             index = torch.tensor(place, device=device)[:, None] * batch + torch.arange(batch, device=device)
             rows.append(index.flatten())
             previous = index
-        return Prepared(
-            stages=tuple(stages),
-            rows=tuple(rows),
-            rotary=rotary_table(length, self.config.width // self.config.heads, device),
-            mask=None if bool(valid.all()) else valid[:, None, None],
-            branches=count,
-        )
+        rotary = rotary_table(length, self.config.width // self.config.heads, device)
+        mask: Tensor | Packing | None = None if bool(valid.all()) else valid[:, None, None]
+        if self.config.packed and training and mask is not None:
+            mask = Packing.of(valid)
+            rotary = rotary[:, mask.position]
+        return Prepared(tuple(stages), tuple(rows), rotary, mask, count)
 
     def _embed(self, conditions: Conditions, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """Given (row 0) and null (row 1) of each: lip (2, B, L, C), identity (2, B, E), expression (2, B, L, E)."""

@@ -42,6 +42,7 @@ class HiCoDiTSystem(nn.Module):
             )
         self.model = HiCoDiT(model)
         self.encoders = make_encoders(encoders)
+        self.encoders.lip.packed = model.packed
 
     def compile(self, *arguments: Any, **options: Any) -> None:
         """Compile the transformer blocks: everything around them is small and changes shape with every batch."""

@@ -93,7 +93,7 @@ def training_forward(model: TalkerT2AV, batch: TalkerBatch, task: Tensor | None 
     filled = torch.where(with_motion, torch.maximum(speech.patches, motion.patches + c.delay), speech.patches)
     filled = torch.minimum(filled, slots)
     embeds = _fill_slots(model, embeds, start, filled, speech, motion, with_motion)
-    hidden = model.backbone(embeds, mask)
+    hidden = model.packed_backbone(embeds, mask) if c.packed else model.backbone(embeds, mask)
 
     labels, pos_weight = stop_labels(start, span[:, 1] - start, embeds.shape[1], c.patch_size, FPS)
     first_motion = batch.motion[:, 0] if batch.motion.shape[1] else batch.motion.new_zeros(len(task), c.motion_dim)

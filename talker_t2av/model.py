@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, Qwen3Config, Qwen3ForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from engine.errors import UserError
+from engine.nn.packing import Packing
 from engine.release import half, load_strict, read_release, save_release
 from talker_t2av import names
 from talker_t2av.diffusion_head import DiffusionHead, FlowHead
@@ -22,6 +25,7 @@ from talker_t2av.patch_encoder import PatchEncoder
 from talker_t2av.stop_predictor import StopPredictor
 
 KIND = "talker_t2av"
+PACKED = "packed_sdpa"  # our name for it among the attention functions of transformers
 TTS, T2AV = 0, 1  # rows of the task embedding
 FPS = 25  # latent frames a second, speech and motion
 
@@ -34,6 +38,7 @@ class TalkerConfig:
     patch_size: frames of a token. delay: patches by which motion lags behind speech. context: patches before the one
         to draw that its diffusion head sees.
     repeats: times that an example enters a training step. motion_weight: of the motion loss.
+    packed: training leaves the padding of a batch out of the language model; losses are the same.
     """
 
     llm: dict[str, Any]
@@ -50,6 +55,25 @@ class TalkerConfig:
     max_positions: int = 1024
     repeats: int = 2
     motion_weight: float = 10.0
+    packed: bool = False
+
+
+def _attention(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, packing: Packing | None = None, **more: Any
+) -> tuple[Tensor, None]:
+    """Qwen3's attention: over (1, H, N, h) inside the clips of a packing, else as usual."""
+    if packing is None:
+        return sdpa_attention_forward(module, q, k, v, mask, **more)
+    k, v = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (k, v))
+
+    def dense(*padded: Tensor) -> Tensor:  # padding lies on the right: no real token sees it
+        return nn.functional.scaled_dot_product_attention(*padded, is_causal=True, scale=more["scaling"])
+
+    return packing.attend(q[0], k[0], v[0], dense, causal=True).transpose(0, 1)[None], None
+
+
+AttentionInterface.register(PACKED, _attention)
+AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 
 class TalkerT2AV(nn.Module):
@@ -64,6 +88,8 @@ class TalkerT2AV(nn.Module):
             if width % (2 * heads):
                 raise UserError(f"model.{name}={heads}: llm.hidden_size={width} must be a multiple of twice that")
         self.llm = Qwen3ForCausalLM(llm)
+        if c.packed:
+            self.llm.set_attn_implementation(PACKED)
         # For training from nothing: words on the scale of the other tokens, which Qwen's 0.02 would drown.
         nn.init.normal_(self.llm.model.embed_tokens.weight)
         self.projector_speech = nn.Sequential(OrderedDict(linear1=nn.Linear(c.speech_dim, width)))
@@ -89,6 +115,17 @@ class TalkerT2AV(nn.Module):
     def motion_tokens(self, motion: Tensor, valid: Tensor | None = None) -> Tensor:
         """Normalised motion (..., P, Dm) -> tokens (..., D), as `speech_tokens`."""
         return self.motion_patch_encoder(_masked(self.projector_motion(motion), valid))
+
+    def packed_backbone(self, embeds: Tensor, mask: Tensor) -> Tensor:
+        """`backbone` without a cache, on the real tokens alone; hidden states at padding are zero."""
+        packing = Packing.of(mask.bool())
+        hidden = self.llm.model(
+            inputs_embeds=packing.pack(embeds)[None],
+            position_ids=packing.position[None],
+            attention_mask={"full_attention": None},  # what a token sees is the packing's business
+            packing=packing,
+        ).last_hidden_state
+        return packing.unpack(hidden[0])
 
     def backbone(self, embeds: Tensor, mask: Tensor | None = None, **cache: Any) -> Tensor:
         """Hidden states (B, T, D) after the final norm. mask (B, S): 1 at real tokens; `cache` as Qwen3Model."""

@@ -135,11 +135,19 @@ def open_examples(
 
 
 class Pairs(Paired):
-    """`Paired` with what the trainer needs for batches by length and for shards."""
+    """`Paired` with what the trainer needs for batches by length and for shards.
+
+    packed: the model leaves padding out.
+    """
+
+    packed = False
 
     @property
     def lengths(self) -> Tensor | None:
-        """Patches of each pair, (n,): of its longer example, twice, as both are padded to it. Text is not counted."""
+        """Patches of each pair, (n,): of both examples if packed, else twice the longer's, as both are padded to it.
+
+        Text is not counted. None where the frames are not known.
+        """
         sides = []
         for i, examples in enumerate(self.sets):
             frames = getattr(examples, "frames", None)
@@ -147,7 +155,7 @@ class Pairs(Paired):
                 return None
             at = (torch.arange(len(self)) + i * len(self) // 2) % len(examples)
             sides.append(-(-frames[at].clamp(max=MAX_FRAMES) // examples.layout.patch_size))
-        return len(sides) * torch.stack(sides).amax(0)
+        return sum(sides) if self.packed else len(sides) * torch.stack(sides).amax(0)
 
     @property
     def blocks(self) -> Blocks | None:
@@ -182,6 +190,7 @@ def pairs(
     delay: int = 0,
     limit: int | None = None,
     shards: Mapping[str, Any] | None = None,
+    packed: bool = False,
 ) -> Pairs:
     """A split of prepared latents or shards, half T2AV and half TTS in each batch.
 
@@ -191,6 +200,7 @@ def pairs(
         tts_root: of the TTS half, where it is another data set.
         codecs, stats: as in `PreparedShards`; prepared latents have their own statistics and are not checked.
         shards: fields of `engine.shards.reader.Reading`.
+        packed: the model leaves padding out.
     """
     reading = Reading(**(shards or {}))
     layout = {"tokenizer": tokenizer, "patch_size": patch_size, "delay": delay, "limit": limit}
@@ -200,4 +210,6 @@ def pairs(
     }
     if "tts" not in sets:
         raise UserError(f"data.train.tasks={list(tasks)}: give [t2av, tts] or [tts]")
-    return Pairs(sets.get("t2av"), sets["tts"])
+    both = Pairs(sets.get("t2av"), sets["tts"])
+    both.packed = packed
+    return both

@@ -179,3 +179,27 @@ def test_a_root_tells_what_it_holds(root):
     assert type(open_examples(root / "shards", "train")) is PreparedShards
     index = root / "shards" / "train" / "index.json"
     assert digests_of(index) == digests_of(root / "talker" / "stats.json")
+
+
+def test_packed_batches_have_the_losses_and_gradients_of_padded_ones(root):
+    items = from_shards(root)
+    batch = items.collate([items.__getitem__(i, torch.Generator().manual_seed(i)) for i in range(5)])
+    found = []
+    for packed in (False, True):
+        torch.manual_seed(0)
+        task = TalkerTask(MODEL | {"packed": packed}, codecs(root), str(root / "talker" / "stats.json"))
+        torch.manual_seed(1)
+        losses = task(batch, "model")
+        losses["loss"].backward()
+        found.append((losses, {name: p.grad for name, p in task.named_parameters()}))
+    (one, a), (two, b) = found
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_a_packed_batch_is_counted_without_padding(root):
+    data = from_shards(root)
+    data.packed = True
+    frames = data.sets[0].frames
+    expected = [-(-int(frames[i]) // 4) - (-int(frames[(i + 3) % 7]) // 4) for i in range(7)]
+    assert data.lengths.tolist() == expected
