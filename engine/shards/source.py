@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
 import zlib
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -127,11 +127,11 @@ class CachedFiles:
         largest = max((shard["bytes"] for shard in self._index["shards"]), default=0)
         if limit < 2 * largest:
             raise UserError(f"a shard cache of {limit / 1e9:g} GB is too small for {url}: give {4 * largest / 1e9:.1f}")
-        self._pool: tuple[int, ThreadPoolExecutor] | None = None
+        self._slots: tuple[int, threading.Semaphore] | None = None
         self._asked: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_pool": None, "_asked": set()}
+        return self.__dict__ | {"_slots": None, "_asked": set()}
 
     def index(self) -> dict[str, Any]:
         return self._index
@@ -148,13 +148,18 @@ class CachedFiles:
 
     def prefetch(self, shards: Iterable[dict[str, Any]]) -> None:
         """Fetch shards in the background. What goes wrong shows when the shard is opened."""
-        if self._pool is None or self._pool[0] != os.getpid():  # threads do not live on in a forked process
-            self._pool, self._asked = (os.getpid(), ThreadPoolExecutor(AHEAD)), set()
+        if self._slots is None or self._slots[0] != os.getpid():  # threads do not live on in a forked process
+            self._slots, self._asked = (os.getpid(), threading.Semaphore(AHEAD)), set()
         for shard in shards:
             if shard["name"] not in self._asked and not (self.folder / f"{shard['name']}.tar").is_file():
                 self._asked.add(shard["name"])
-                done = self._pool[1].submit(self._have, f"{shard['name']}.tar", shard)
-                done.add_done_callback(lambda _, name=shard["name"]: self._asked.discard(name))
+                # No pool: a process would not end before its pool's last download.
+                threading.Thread(target=self._fetch_ahead, args=(shard,), daemon=True).start()
+
+    def _fetch_ahead(self, shard: dict[str, Any]) -> None:
+        with self._slots[1], suppress(UserError):
+            self._have(f"{shard['name']}.tar", shard)
+        self._asked.discard(shard["name"])
 
     def _have(self, name: str, shard: dict[str, Any] | None = None) -> Path:
         path = self.folder / name

@@ -1,0 +1,36 @@
+"""Recipes take their data from shards by one word."""
+
+import pytest
+
+from engine.config import load
+
+
+@pytest.mark.parametrize(
+    ("words", "place", "split", "held_out"),
+    [
+        (["hicodit_synthetic", "data=shards", "data.root=https://host/x"], "https://host/x/train", "train", []),
+        (["hicodit_synthetic", "data=voxceleb2"], "data/shards/voxceleb2/dev", "dev", ["test"]),
+        (["hicodit_paper", "data=lrs3", "task.codec=c", "task.encoders.folder=e"], "data/shards/lrs3/trainval", "trainval", ["test"]),
+        (["hicodit_synthetic"], "data/synthetic/features/train", "train", ["seen", "unseen"]),
+    ],
+)  # fmt: skip
+def test_hicodit(words, place, split, held_out):
+    config = load("train", [f"experiment={words[0]}", *words[1:]], "")
+    assert config.data.train.folder == place and config.data.split == split
+    assert config.task.validate_splits == held_out
+    assert (config.data.train.shards is None) == (config.data.make is not None)  # what is made here are no shards
+
+
+@pytest.mark.parametrize(
+    ("words", "root", "tasks", "stats"),
+    [
+        (["talker_synthetic", "data=shards", "data.root=s3://b/x"], "s3://b/x", ["t2av", "tts"], "s3://b/x/train/index.json"),
+        (["talker_synthetic_tts", "data=shards", "data.root=x"], "x", ["tts"], "x/train/index.json"),
+        (["talker_synthetic", "data=emilia"], "data/shards/emilia", ["tts"], None),
+        (["talker_synthetic"], "data/synthetic", ["t2av", "tts"], "data/synthetic/talker/stats.json"),
+    ],
+)  # fmt: skip
+def test_talker(words, root, tasks, stats):
+    config = load("train", [f"experiment={words[0]}", *words[1:]], "")
+    assert config.data.train.root == root and config.data.train.tasks == tasks
+    assert config.data.train.stats == config.task.stats == stats
