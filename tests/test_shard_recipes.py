@@ -4,13 +4,15 @@ import pytest
 
 from engine.config import load
 
+PAPER = ["task.codec=c", "task.encoders.folder=e"]
+
 
 @pytest.mark.parametrize(
     ("words", "place", "split", "held_out"),
     [
         (["hicodit_synthetic", "data=shards", "data.root=https://host/x"], "https://host/x/train", "train", []),
         (["hicodit_synthetic", "data=voxceleb2"], "data/shards/voxceleb2/dev", "dev", ["test"]),
-        (["hicodit_paper", "data=lrs3", "task.codec=c", "task.encoders.folder=e"], "data/shards/lrs3/trainval", "trainval", ["test"]),
+        (["hicodit_paper", "data=lrs3", *PAPER], "data/shards/lrs3/trainval", "trainval", ["test"]),
         (["hicodit_synthetic"], "data/synthetic/features/train", "train", ["seen", "unseen"]),
     ],
 )  # fmt: skip
