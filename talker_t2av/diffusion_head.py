@@ -25,7 +25,7 @@ from talker_t2av.flow_matching import (
     solver_times,
     zero_steps,
 )
-from talker_t2av.layers import Transformer
+from talker_t2av.layers import Transformer, with_enough_rows
 
 
 def time_features(u: Tensor, width: int) -> Tensor:
@@ -102,7 +102,7 @@ class FlowHead(nn.Module):
         Without `unconditional` both are the conditional one. The unconditional keeps context and global condition.
         """
         net, copies = self.estimator, 2 if unconditional else 1
-        context = net.context(cond, global_cond).repeat(copies, 1, 1)
+        context = with_enough_rows(net.context, cond, global_cond).repeat(copies, 1, 1)
         given = torch.cat([mu, torch.zeros_like(mu)]) if unconditional else mu
         first = net.decoder.input_proj(given + net.time(times[:-1].to(mu.device))[:, None])  # (n, N, D)
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from engine.errors import UserError
 from engine.seeding import generator_for
 from talker_t2av.kv_cache import KVCache
+from talker_t2av.layers import with_enough_rows
 from talker_t2av.model import T2AV, TTS, TalkerT2AV
 from talker_t2av.request import PAPER, Compat, Mode, Request, Sampling
 
@@ -223,12 +224,12 @@ def generate_steps(
         new_speech = new_motion = None
         if mode.speech == "generated":
             new_speech = draw("speech", index)
-            token = model.speech_tokens(new_speech)
+            token = with_enough_rows(model.speech_tokens, new_speech)
         else:
             token = speech.at(rows, slots)
         if mode.motion == "generated" and index >= delay:
             new_motion = draw("motion", index - delay)
-            token = token + model.motion_tokens(new_motion)
+            token = token + with_enough_rows(model.motion_tokens, new_motion)
         elif mode.motion == "absent":
             token = token + model.motion_pad_emb[0]
         elif not compat.motion_waits:

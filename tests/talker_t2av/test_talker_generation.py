@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import talker_fixtures
 import torch
-from talker_fixtures import request, tiny_model
+from talker_fixtures import LLM, request, tiny_model
 
 from engine.errors import UserError
 from talker_t2av.generation import generate, generate_steps
 from talker_t2av.losses import TalkerBatch, training_forward
+from talker_t2av.model import TalkerConfig, TalkerT2AV
 from talker_t2av.request import MODES, SCRIPT, Sampling
 
 SAMPLING = Sampling(steps=3, temperature=0.8, guidance=1.5)
@@ -87,6 +89,23 @@ def test_eight_rows_at_once_are_eight_rows_one_by_one(mode, delay):
                 lengths.add(len(a))
                 torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
     assert len(lengths) > 2  # rows did end at different times
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="the rounding of MKL's routines is what is tested")
+@pytest.mark.parametrize("mode", ["t2av", "v2a"])
+def test_a_row_is_the_same_to_the_last_bit_whatever_rows_are_beside_it(mode, monkeypatch):
+    monkeypatch.setattr(talker_fixtures, "DS", 16)  # widths that fill vectors: a remainder is rounded in another way
+    monkeypatch.setattr(talker_fixtures, "DM", 16)
+    torch.manual_seed(0)
+    sizes = {"encoder_layers": 1, "encoder_heads": 2, "head_layers": 2, "head_heads": 2, "max_positions": 32}
+    model = TalkerT2AV(TalkerConfig(LLM | {"hidden_size": 48}, speech_dim=16, motion_dim=16, **sizes)).eval()
+    given = 24 if mode == "v2a" else 0
+    rows = [request(3 + 2 * seed, seed, motion=given, max_patches=6) for seed in range(6)]
+    sampling = Sampling(steps=4, temperature=0.8, guidance=1.5)
+    together = generate(model, rows, MODES[mode], sampling, use_stop=False)
+    for count in (1, 2):
+        some = generate(model, rows[:count], MODES[mode], sampling, use_stop=False)
+        assert all(torch.equal(a.speech, b.speech) for a, b in zip(some, together))
 
 
 def test_looking_seldom_at_the_stop_head_changes_nothing():
