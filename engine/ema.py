@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class ExponentialMovingAverage:
     """Averages of all parameters that require gradients; buffers and frozen weights are not averaged.
 
+    Of sharded parameters every process averages its own shards.
+
     Args:
         decay: weight of the old average. Update n uses min(decay, (1 + n) / (10 + n)), so that the random start is
-            forgotten in short runs too. 0 makes the average equal to the weights.
+            forgotten in short runs too. 0: the weights are their own average, and nothing is kept.
     """
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
-        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad and decay}
         self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def update(self, count: int) -> None:
         """Take in the weights after update number `count` (from 0)."""
         decay = min(self.decay, (1 + count) / (10 + count))
-        weights = [p.detach() for p in self.parameters.values()]
-        torch._foreach_lerp_(list(self.averages.values()), weights, 1 - decay)
+        if self.averages:
+            torch._foreach_lerp_(_local(self.averages.values()), _local(self.parameters.values()), 1 - decay)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within the block the module has the averages as its weights."""
+        """Within the block the module, which must not be sharded, has the averages as its weights."""
         self._swap()
         try:
             yield
@@ -44,3 +47,8 @@ class ExponentialMovingAverage:
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self.averages)
+
+
+def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This process's shards of sharded tensors; others as they are."""
+    return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]

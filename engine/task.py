@@ -24,6 +24,17 @@ class Task(nn.Module):
         """Optimiser name -> module whose parameters it owns, in update order. A GAN: discriminator, generator."""
         raise NotImplementedError
 
+    def blocks(self) -> list[nn.Module]:
+        """Repeated modules with most of the weights and activations, none within another, used by calling them.
+
+        Each is sharded, compiled and recomputed in the backward pass by itself, if the trainer is told to do so.
+        """
+        return []
+
+    def whole(self) -> list[nn.Module]:
+        """Modules whose parameters `forward` changes in place, outside of `blocks`: they are never sharded."""
+        return []
+
     def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
         """Losses of `part`, weighted: `loss` is what is minimised, the others (scalars) are logged.
 
@@ -83,6 +94,8 @@ class TrainerConfig:
     ema_decay: float
     precision: str
     device: str
+    parallel: str
+    checkpointing: bool
     compile: bool
     workers: int
     log_every: int
@@ -103,6 +116,7 @@ class TrainerConfig:
             "schedule": ("constant", "cosine"),
             "precision": ("fp32", "bf16"),
             "device": ("auto", "cpu", "cuda"),
+            "parallel": ("ddp", "fsdp", "hybrid"),
             "wandb": ("off", "offline", "online"),
         }
         for name, allowed in words.items():

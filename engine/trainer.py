@@ -12,13 +12,12 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from engine import checkpoint, distributed
 from engine.checkpoint import Checkpoints
@@ -26,6 +25,7 @@ from engine.ema import ExponentialMovingAverage
 from engine.errors import UserError
 from engine.export import describe, export
 from engine.guard import StepGuard
+from engine.parallel import ParallelTask, adamw
 from engine.seeding import MicroBatches, TrainingSet, seed_for, unwrapped
 from engine.signals import StopRequest, ignore_in_worker
 from engine.speed import Utilisation, memory_gib, peak_tflops, tracing
@@ -69,31 +69,12 @@ class Trainer:
         self.code = checkpoint.code_version()
         self.device = distributed.pick_device(self.config.device)
         self.task = task.to(self.device)
+        self.parallel = ParallelTask(self.task, self.config, self.device)
         self.parameters, self.optimisers = {}, {}
         for part, module in task.parts().items():
             self.parameters[part] = {k: p for k, p in module.named_parameters() if p.requires_grad}
-            # Gains and biases are not decayed.
-            groups = [
-                [p for p in self.parameters[part].values() if (p.ndim >= 2) == matrix] for matrix in (True, False)
-            ]
-            self.optimisers[part] = torch.optim.AdamW(
-                [{"params": g, "weight_decay": d} for g, d in zip(groups, (self.config.weight_decay, 0.0)) if g],
-                lr=self.config.lr,
-                betas=tuple(self.config.betas),
-                fused=self.device.type == "cuda",
-            )
-            if self.config.compile:
-                module.compile()
+            self.optimisers[part] = adamw(self.parameters[part].values(), self.config)
         self.ema = ExponentialMovingAverage(task, self.config.ema_decay)
-        self.losses: nn.Module = _Losses(task)
-        if distributed.world_size() > 1:
-            # No device_ids: with them DDP copies the batch, and what one part stores in it would be lost to the next.
-            # Buffers are sent by `_share_buffers`: DDP would overwrite those that a stored result's backward needs.
-            self.losses = DistributedDataParallel(
-                self.losses,
-                find_unused_parameters=len(self.optimisers) > 1,
-                broadcast_buffers=False,
-            )
         self.buffers = [name for name, _ in task.named_buffers() if name in task.state_dict()]
         c = self.config
         self.batches = MicroBatches(dataset, c.batch_size, c.seed, c.batch_tokens, c.by_length)
@@ -157,12 +138,12 @@ class Trainer:
     def validate(self, tracker: Tracker | None = None) -> dict[str, float]:
         """`task.validate` with averaged weights on rank 0 ({} on the others, which wait)."""
         results: dict[str, float] = {}
-        if distributed.is_main():
-            folder = self.run / "validation" / f"step-{self.step:08d}"
-            torch.manual_seed(seed_for(self.config.seed, "validate"))
-            with self._noting_trouble(), self._released_weights():
+        with self._noting_trouble(), self.parallel.released(self.ema) as task:
+            if task is not None:
+                folder = self.run / "validation" / f"step-{self.step:08d}"
+                torch.manual_seed(seed_for(self.config.seed, "validate"))
                 folder.mkdir(parents=True, exist_ok=True)
-                results = {k: float(v) for k, v in self.task.validate(self.step, folder).items()}
+                results = {k: float(v) for k, v in task.validate(self.step, folder).items()}
                 self._say(f"step {self.step:,} | validation " + " ".join(f"{k} {v:.4g}" for k, v in results.items()))
                 if tracker:
                     tracker.write({"step": self.step, **{f"validation/{k}": v for k, v in results.items()}})
@@ -216,16 +197,14 @@ class Trainer:
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         for micro, (number, batch) in enumerate(zip(self._numbers(), batches)):
             torch.manual_seed(seed_for(self.config.seed, "step", part, number))
-            waits = micro < len(batches) - 1 and isinstance(self.losses, DistributedDataParallel)
-            with self.losses.no_sync() if waits else nullcontext():
+            with self.parallel.micro_batch(last=micro == len(batches) - 1):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                    losses = self.losses(batch, part)
+                    losses = self.parallel.losses(batch, part)
                 (losses["loss"] / len(batches)).backward()
             each.append(losses["loss"].detach())
             for name, value in losses.items():
                 totals[name] += value.detach().float() / len(batches)
-        clip = self.config.clip or math.inf
-        totals["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters[part].values(), clip)
+        totals["grad_norm"] = self.parallel.clip(self.parameters[part].values(), self.config.clip or math.inf)
         return totals, each
 
     def _skip(self, part: str, reason: str, batches: list[dict[str, Any]], losses: list[Tensor]) -> None:
@@ -296,13 +275,6 @@ class Trainer:
             )
         )
 
-    @contextmanager
-    def _released_weights(self) -> Iterator[None]:
-        self.task.eval()
-        with self.ema.swapped_in(), torch.no_grad():
-            yield
-        self.task.train()
-
     def _state(self) -> dict[str, Tensor]:
         """Everything that training changes, as a flat dict of tensors (references, not copies)."""
         state = {f"model.{k}": v for k, v in self.task.state_dict().items()}
@@ -328,7 +300,7 @@ class Trainer:
             return
         for part, optimiser in self.optimisers.items():
             for p in self.parameters[part].values():  # AdamW makes its state at its first step; loading needs it now
-                count = torch.zeros((), device=p.device if self.device.type == "cuda" else "cpu")
+                count = torch.zeros((), device=p.device)
                 optimiser.state[p] = {"step": count, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         state = self._state()
         info = checkpoint.load(folder, state)
@@ -358,24 +330,13 @@ class Trainer:
         return "training " + ", ".join(f"{part} ({count / 1e6:.2f} M parameters)" for part, count in counts.items())
 
     def _where(self) -> str:
-        return f"{distributed.world_size()} x {self.device.type}, {self.config.precision}"
+        world, c = distributed.world_size(), self.config
+        return f"{world} x {self.device.type}{f' ({c.parallel})' if world > 1 else ''}, {c.precision}"
 
     def _say(self, line: str) -> None:
         if distributed.is_main():
             with suppress(OSError):  # its file may be on the full disk
                 print(line, flush=True)
-
-
-class _Losses(nn.Module):
-    """The task as DDP needs it: of what it returns, only `loss` may be attached to the graph."""
-
-    def __init__(self, task: Task):
-        super().__init__()
-        self.task = task
-
-    def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
-        losses = self.task(batch, part)
-        return {k: v if k == "loss" else v.detach() for k, v in losses.items()}
 
 
 def _to(value: Any, device: torch.device) -> Any:

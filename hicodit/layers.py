@@ -72,7 +72,8 @@ class ScaleNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.weight) * (1 + scale) + shift
+        gain = self.weight.to(x.dtype)  # half precision where shards of weights travel so
+        return F.layer_norm(x, x.shape[-1:], gain) * (1 + scale) + shift
 
 
 class AdaLNBlock(nn.Module):

@@ -44,12 +44,6 @@ class HiCoDiTSystem(nn.Module):
         self.encoders = make_encoders(encoders)
         self.encoders.lip.packed = model.packed
 
-    def compile(self, *arguments: Any, **options: Any) -> None:
-        """Compile the transformer blocks: everything around them is small and changes shape with every batch."""
-        for stage in self.model.stages:
-            for block in stage.blocks:
-                block.compile(*arguments, **options)
-
     def conditions(self, mouth: Tensor, faces: Tensor, frames: Tensor, identity: Tensor | None = None) -> Conditions:
         """What the pictures of a batch of clips say.
 

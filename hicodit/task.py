@@ -23,6 +23,7 @@ from hicodit.conditions.released import encoder_config
 from hicodit.conditions.types import Conditions
 from hicodit.diffusion import LogLinearNoise, perturb, stratified_times, weighted_score_entropy
 from hicodit.guidance import GuidanceScales
+from hicodit.layers import AdaLNBlock
 from hicodit.model import TOKENS_PER_FRAME, ModelConfig
 from hicodit.samplers import SamplerConfig
 from hicodit.system import KIND, HiCoDiTSystem, token_digest
@@ -92,6 +93,9 @@ class HiCoDiTTask(Task):
 
     def parts(self) -> dict[str, nn.Module]:
         return {"model": self.system}
+
+    def blocks(self) -> list[nn.Module]:
+        return [module for module in self.modules() if isinstance(module, AdaLNBlock)]
 
     def tokens(self, batch: dict[str, Tensor]) -> int:
         return TOKENS_PER_FRAME * int(batch["frames"].sum()) * self.system.model.config.levels

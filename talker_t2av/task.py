@@ -27,6 +27,7 @@ from talker_t2av import names
 from talker_t2av.data import MotionStats, TalkerShards, byte_tokenizer
 from talker_t2av.faces import find_square, read_square
 from talker_t2av.generation import Result, generate
+from talker_t2av.layers import Block
 from talker_t2av.losses import TalkerBatch, training_forward, training_losses
 from talker_t2av.model import FPS, KIND, TalkerConfig, TalkerT2AV
 from talker_t2av.released_motion import MEAN, STD
@@ -54,7 +55,6 @@ class TalkerTask(Task):
         init: release folder of a model of the same sizes to go on from.
         warm_start: `tts` or `projector`, a folder of safetensors each; see `names.warm_start`.
         freeze_embeddings: leave the word embeddings as they are.
-        checkpointing: recompute the backbone's activations in the backward pass, to save memory.
         sampling: `steps`, `temperature`, `guidance`: defaults that the release carries.
         validation: `root` of prepared latents or shards, `splits`, and `clips` of each to synthesise; `grammar`: JSGF
             file of the recogniser, None if there is none. None turns it off.
@@ -70,7 +70,6 @@ class TalkerTask(Task):
         init: str | None = None,
         warm_start: Mapping[str, str] | None = None,
         freeze_embeddings: bool = False,
-        checkpointing: bool = False,
         sampling: Mapping[str, Any] | None = None,
         validation: Mapping[str, Any] | None = None,
         recipe: str = "",
@@ -103,11 +102,13 @@ class TalkerTask(Task):
             print(f"{len(found)} tensors from {folder}", flush=True)
         if freeze_embeddings:
             self.model.llm.model.embed_tokens.weight.requires_grad_(False)
-        if checkpointing:
-            self.model.llm.gradient_checkpointing_enable({"use_reentrant": False})
 
     def parts(self) -> dict[str, nn.Module]:
         return {"model": self.model}
+
+    def blocks(self) -> list[nn.Module]:
+        """Layers of the language model, of the patch encoders and of the diffusion heads."""
+        return [*self.model.llm.model.layers, *(m for m in self.model.modules() if isinstance(m, Block))]
 
     def tokens(self, batch: dict[str, Tensor]) -> int:
         """Tokens of the language model."""

@@ -116,6 +116,9 @@ class LiaXTask(Task):
         parts: dict[str, nn.Module] = {"generator": self.codec}
         return {"discriminator": self.discriminator, **parts} if self.discriminator else parts
 
+    def blocks(self) -> list[nn.Module]:
+        return [*self.codec.encoder.blocks, *self.codec.decoder.levels]
+
     def tokens(self, batch: dict[str, Tensor]) -> int:
         """Frames of a batch."""
         return 2 * len(batch["frames"])

@@ -21,12 +21,14 @@ from engine.nn.audio_losses import (
     MultiResolutionSTFTLoss,
     MultiScaleMelLoss,
 )
+from engine.nn.dac import DownBlock, UpBlock
 from engine.nn.discriminators import WaveDiscriminators
 from engine.task import Task
 from rvq_codec.codebooks import count_codes, restart_dead_codes, warm_start
 from rvq_codec.codec import KIND, RVQCodec, RVQCodecConfig
 from rvq_codec.evaluation import evaluate, resynthesise
 from rvq_codec.features import SpeechFeatures
+from rvq_codec.vocos import ConvNeXtBlock
 
 SETTINGS = ("quantizer_dropout", "commitment", "codebook", "conv_width", "conv_ratios")  # not of the networks' shapes
 DECODER = ("decoder", "vocos_dim", "vocos_intermediate", "vocos_layers", "n_fft")
@@ -129,6 +131,13 @@ class RVQCodecTask(Task):
 
     def parts(self) -> dict[str, nn.Module]:
         return {"discriminator": self.discriminator, "generator": self.codec}
+
+    def blocks(self) -> list[nn.Module]:
+        return [m for m in self.codec.modules() if isinstance(m, (DownBlock, UpBlock, ConvNeXtBlock))]
+
+    def whole(self) -> list[nn.Module]:
+        """Code books are initialised and restarted in place."""
+        return [self.codec.quantizer]
 
     def tokens(self, batch: dict[str, Tensor]) -> int:
         """Codec frames of a batch."""

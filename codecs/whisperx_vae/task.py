@@ -22,6 +22,7 @@ from engine.export import Release
 from engine.media.audio import resample, write_wav
 from engine.media.corpus import load_clips
 from engine.nn.audio_losses import MultiScaleMelLoss
+from engine.nn.dac import DownBlock, UpBlock
 from engine.nn.discriminators import WaveDiscriminators
 from engine.task import Task
 from whisperx_vae.evaluation import evaluate, resynthesise
@@ -113,6 +114,10 @@ class WhisperXVAETask(Task):
     def parts(self) -> dict[str, nn.Module]:
         generator = nn.ModuleDict({"codec": self.codec, "semantic_head": self.semantic_head})
         return {"discriminator": self.discriminator, "generator": generator}
+
+    def blocks(self) -> list[nn.Module]:
+        units = [m for m in self.codec.modules() if isinstance(m, (DownBlock, UpBlock))]
+        return [*units, *self.codec.whisper.layers]
 
     def train(self, mode: bool = True) -> WhisperXVAETask:
         super().train(mode)

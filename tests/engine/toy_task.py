@@ -109,3 +109,43 @@ class ToyRegression(Task):
 
     def forward(self, batch, part):
         return {"loss": (self.model(batch["x"]) - 2 * batch["x"]).square().mean()}
+
+
+class ToyBlock(nn.Module):
+    """(B, 8) -> (B, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 5), nn.GELU(), nn.Dropout(0.1), nn.Linear(5, 8))
+
+    def forward(self, x):
+        return x + self.net(x)
+
+
+class ToyShift(nn.Module):
+    """Adds a parameter that is bounded in place, as code books are moved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.clamp_(-0.02, 0.02)
+        return x + self.weight
+
+
+class ToyBlocks(ToyGAN):
+    """`ToyGAN` with blocks, a frozen and a tied weight, and one that is changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = nn.Sequential(nn.Linear(4, 8), ToyBlock(), ToyBlock(), nn.Linear(8, 4), ToyShift())
+        self.tied, self.frozen = nn.Linear(4, 1), nn.Linear(4, 4).requires_grad_(False)
+        self.tied.weight = self.discriminator.weight
+
+    def blocks(self):
+        return [self.generator[1], self.generator[2]]
+
+    def whole(self):
+        return [self.generator[4]]

@@ -180,3 +180,8 @@ def test_a_missing_tokenizer_says_what_to_run(corpus):
 def test_phoneme_labels_at_frame_centres():
     labels = phoneme_labels([["a", 0.02, 0.10], ["?", 0.10, 0.13], ["b", 0.13, 0.2]], 5, ["a", "b"])
     assert labels.tolist() == [1, 1, 0, 2, 2]
+
+
+def test_recomputed_and_compiled_blocks_leave_the_losses(corpus, release, prepared_blocks_change_nothing):
+    batch = batch_of(corpus, release)
+    prepared_blocks_change_nothing(lambda: make_task(corpus, release, model={"dropout": 0.2}), batch)

@@ -253,3 +253,7 @@ def test_perceptual_loss_takes_torchvision_weights(tmp_path):
     assert loss(x, x.detach(), levels=2) == 0
     with pytest.raises(UserError, match="vgg19"):
         Perceptual(tmp_path / "missing.pth")
+
+
+def test_recomputed_blocks_leave_the_losses(prepared_blocks_change_nothing):
+    prepared_blocks_change_nothing(make_task, batch(), compiled=False)

@@ -224,3 +224,7 @@ def test_init_must_be_the_same_codec(tmp_path):
     assert task.codec.quantizer.dropout == 0.1
     with pytest.raises(UserError, match=r"levels=3, but task\.codec asks for 2"):
         make_task(init=str(tmp_path / "release"), codec=CODEC | {"levels": 2})
+
+
+def test_recomputed_blocks_leave_the_losses(prepared_blocks_change_nothing):
+    prepared_blocks_change_nothing(make_task, {"wave": 0.1 * torch.randn(2, 1, 2400)}, compiled=False)

@@ -213,3 +213,7 @@ def test_recipes_compose():
     assert paper.task.whisper and paper.task.targets is None
     tiny = load("train", ["experiment=whisperx_vae_synthetic"], "")
     assert WhisperXVAEConfig(**tiny.task.codec).max_frames * 960 == tiny.data.train.samples
+
+
+def test_recomputed_blocks_leave_the_losses(prepared_blocks_change_nothing):
+    prepared_blocks_change_nothing(make_task, {"wave": speech()[None]}, compiled=False)

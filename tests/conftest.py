@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from engine.parallel import prepare_blocks
+from engine.task import Task
+
+
+def _losses(task: Task, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Losses and gradients of one step of a task."""
+    found, batch = {}, dict(batch)
+    task.train()
+    for part in task.parts():
+        torch.manual_seed(0)
+        task.zero_grad()
+        losses = task(batch, part)
+        losses["loss"].backward()
+        found |= {f"{part}/{name}": value.detach() for name, value in losses.items()}
+        found |= {f"{part}/{name}": p.grad for name, p in task.named_parameters() if p.grad is not None}
+    return found
+
+
+@pytest.fixture
+def prepared_blocks_change_nothing(monkeypatch) -> Callable[..., None]:
+    """Asserts that losses and gradients stay the same when blocks are recomputed, and one of each kind compiled.
+
+    Compiled here means captured: the graphs are run by PyTorch, as a C++ compiler would take minutes.
+    """
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+
+    def check(make_task: Callable[[], Task], batch: dict[str, Any], compiled: bool = True) -> None:
+        plain, task, calls = _losses(make_task(), batch), make_task(), []
+        for block in task.blocks():
+            block.register_forward_hook(lambda *_: calls.append(1))
+        prepare_blocks(task, compiled=False, recomputed=True)
+        found = [_losses(task, batch)]
+        assert len(calls) >= len(task.blocks()) > 0
+        if compiled:
+            task = make_task()
+            chosen = list({type(block): block for block in task.blocks()}.values())
+            task.blocks = lambda: chosen
+            prepare_blocks(task, compiled=True, recomputed=True)
+            found.append(_losses(task, batch))
+        for other in found:
+            assert other.keys() == plain.keys()
+            for name, value in plain.items():
+                torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+    return check

@@ -1,0 +1,48 @@
+"""Train toy tasks one after the other in the processes of one torchrun: parallel_runs.py JOBS, a JSON list.
+
+A job: {"run": folder, "changes": of CONFIG, "node": processes that count as one machine}. Writes RUN/weights.pt, the
+averages, and RUN/facts.json: what only the running processes can tell.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from toy_task import CONFIG, ToyBlocks, ToySet
+
+from engine import distributed
+from engine.ema import _local
+from engine.trainer import Trainer
+
+
+def run(job: dict) -> None:
+    torch.manual_seed(0)
+    folder, trainer = Path(job["run"]), Trainer(ToyBlocks(), ToySet(), CONFIG | job["changes"], job["run"])
+    plain, count = dist.reduce_scatter_tensor, 0
+
+    def counted(*arguments, **options):
+        nonlocal count
+        count += 1
+        return plain(*arguments, **options)
+
+    dist.reduce_scatter_tensor = counted
+    trainer.fit()
+    dist.reduce_scatter_tensor = plain
+    with trainer.parallel.released(trainer.ema) as task:
+        if task is not None:
+            torch.save(task.state_dict(), folder / "weights.pt")
+            held = sum(p.numel() for p in _local(trainer.task.parameters()))
+            (folder / "facts.json").write_text(json.dumps({"reduced": count, "held": held}))
+
+
+if __name__ == "__main__":
+    distributed.start("cpu")
+    for each in json.loads(sys.argv[1]):
+        os.environ["LOCAL_WORLD_SIZE"] = str(each["node"])
+        run(each)
+    distributed.stop()

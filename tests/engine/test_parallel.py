@@ -1,0 +1,146 @@
+"""Several processes against one: the same toy run in every way of spreading it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import parallel_runs
+import pytest
+import torch
+from toy_task import CONFIG, ToyBlocks, ToyRegression, ToySet
+
+from engine.errors import UserError
+from engine.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMON = {"schedule": "constant", "validate_every": 1000, "checkpoint_every": 1000, "steps": 6}
+GLOBAL = 4  # batches of a step, over all processes
+
+
+def job(run, processes, node=None, **changes):
+    changes = COMMON | {"accumulate": GLOBAL // processes} | changes
+    return {"run": str(run), "node": node or processes, "changes": changes}
+
+
+def together(processes, jobs):
+    """Run the jobs in `processes` new processes, as torchrun would."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "codecs")))
+    shared = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, str(Path(__file__).with_name("parallel_runs.py")), json.dumps(jobs)]
+    started = []
+    for rank in range(processes):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        started.append(
+            subprocess.Popen(command, env=os.environ | shared | own, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        )
+    for process in started:
+        assert process.wait(300) == 0, process.stderr.read().decode()
+
+
+def alone(run, **changes):
+    parallel_runs.run(job(run, 1, **changes))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of finished runs, by name."""
+    root = tmp_path_factory.mktemp("runs")
+    alone(root / "one")
+    alone(root / "1_2_1", steps=2)
+    jobs = [
+        job(root / "ddp", 2),
+        job(root / "fsdp", 2, parallel="fsdp", peak_tflops=0.1),
+        job(root / "ddp_bf16", 2, precision="bf16"),
+        job(root / "fsdp_bf16", 2, precision="bf16", parallel="fsdp"),
+        job(root / "machines", 2, node=1, parallel="hybrid", checkpointing=True),
+        job(root / "1_2_1", 2, parallel="fsdp", steps=4),  # a checkpoint of one process, and then one for one
+        job(root / "changing", 2, steps=2),
+        job(root / "changing", 2, parallel="fsdp", steps=4),
+        job(root / "changing", 2),
+    ]
+    together(2, jobs)
+    alone(root / "1_2_1")
+    return root
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    keys = ("discriminator/loss", "generator/loss", "generator/grad_norm", "discriminator/grad_norm")
+    return torch.tensor([[line[key] for key in keys] for line in lines if "lr" in line], dtype=torch.float64)
+
+
+def released(run):
+    return torch.load(run / "weights.pt", weights_only=True)
+
+
+def assert_equal_runs(one, two, tolerance=1e-5):
+    a, b = losses(one), losses(two)
+    assert a.shape == (COMMON["steps"], 4)
+    assert ((a - b) / a).abs().max() < tolerance
+    # Released weights are averages, gathered from shards; a tied weight stays tied, a frozen one is there.
+    mine, its = released(one), released(two)
+    assert mine.keys() == its.keys() and "tied.weight" in mine and "frozen.weight" in mine
+    for name, value in mine.items():
+        assert type(its[name]) is torch.Tensor
+        if name != "seen":  # every process counts its own
+            torch.testing.assert_close(its[name], value, rtol=100 * tolerance, atol=10 * tolerance, msg=name)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "machines", "1_2_1", "changing"])
+def test_every_way_gives_the_run_of_one_process(runs, name):
+    assert_equal_runs(runs / "one", runs / name)
+
+
+@pytest.mark.slow
+def test_two_machines_of_two_processes_do_too(runs):
+    together(4, [job(runs / "2x2", 4, node=2, parallel="hybrid")])
+    assert_equal_runs(runs / "one", runs / "2x2")
+
+
+def test_half_precision_shards_as_copies_do(runs):
+    assert_equal_runs(runs / "ddp_bf16", runs / "fsdp_bf16", tolerance=0.02)
+    assert not torch.equal(losses(runs / "one"), losses(runs / "fsdp_bf16"))
+
+
+def test_shards_are_held_and_reduced_once_a_step(runs):
+    facts = {name: json.loads((runs / name / "facts.json").read_text()) for name in ("ddp", "fsdp", "machines")}
+    whole = sum(p.numel() for p in ToyBlocks().parameters())
+    assert facts["ddp"]["held"] == whole
+    assert whole / 2 <= facts["fsdp"]["held"] < 0.6 * whole
+    assert facts["machines"]["held"] == whole  # one process a machine: each holds a copy
+    # The root in both parts and two blocks in the generator's, however many batches are accumulated.
+    assert facts["fsdp"]["reduced"] == 4 * COMMON["steps"]
+
+
+def test_the_average_is_of_the_shards(runs):
+    from engine import checkpoint
+
+    state = {f"ema.{k}": torch.zeros_like(p) for k, p in ToyBlocks().named_parameters() if p.requires_grad}
+    folder = checkpoint.newest(runs / "fsdp" / "checkpoints")
+    stored = checkpoint.dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    assert {key for key in stored if key.startswith("ema.")} == state.keys()
+    checkpoint.dcp.load(state, checkpoint_id=folder, no_dist=True)
+    weights = released(runs / "fsdp")
+    for key, value in state.items():
+        assert torch.equal(value, weights[key.removeprefix("ema.")])
+
+
+def test_no_average_is_kept_without_a_decay(tmp_path):
+    alone(tmp_path, ema_decay=0.0, steps=2)
+    torch.manual_seed(0)
+    again = Trainer(ToyBlocks(), ToySet(), CONFIG | job(tmp_path, 1, ema_decay=0.0, steps=2)["changes"], tmp_path)
+    again.fit()
+    assert again.ema.averages == {}
+    assert torch.equal(released(tmp_path)["generator.0.weight"], again.task.generator[0].weight)
+
+
+@pytest.mark.parametrize("setting", ["compile", "checkpointing"])
+def test_a_task_without_blocks_says_so(tmp_path, setting):
+    with pytest.raises(UserError, match=f"trainer.{setting}=true: ToyRegression has no blocks"):
+        Trainer(ToyRegression(), ToySet(), CONFIG | {setting: True}, tmp_path)
