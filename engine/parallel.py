@@ -124,12 +124,17 @@ class ParallelTask:
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: TrainerConfig) -> torch.optim.AdamW:
-    """The optimiser of a part, fused. Gains and biases are not decayed."""
+    """The optimiser of a part. Gains and biases are not decayed.
+
+    Fused on CUDA; on processors fusing changes last digits, and golden losses with them.
+    """
+    parameters = list(parameters)
     groups = [
         {"params": group, "weight_decay": config.weight_decay if matrix else 0.0}
         for (matrix, _), group in _by_kind(parameters).items()
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), fused=True)
+    fused = all(p.is_cuda for p in parameters)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), fused=fused)
 
 
 def _by_kind(parameters: Iterable[nn.Parameter]) -> dict[tuple[bool, bool], list[nn.Parameter]]:
