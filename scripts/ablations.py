@@ -55,6 +55,7 @@ def main() -> None:
             f"trainer.validate_every={10**9}",
             f"data.root={args.corpus}",
             "trainer.checkpoint_every=1000000",
+            f"trainer.warmup={args.steps // 10}",
         ]
         settings += [f"task.codec={args.codec}", f"run={run}", "task.validate_clips=2", "trainer.ema_decay=0.99"]
         call("train.py", "experiment=hicodit_synthetic", *settings, *overrides)
