@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import sys
 import time
 from pathlib import Path
 
@@ -176,7 +177,8 @@ def main() -> None:
     hardware = {"device": platform.processor() or platform.machine(), "threads": 1}
     if args.device.startswith("cuda"):
         hardware = {"device": torch.cuda.get_device_name()}
-    print(write_record(args.out, f"packing-{args.device}", "padded, by length, packed", hardware, results))
+    about = {"command": " ".join(["python", *sys.argv])}
+    print(write_record(args.out, f"packing-{args.device}", "padded, by length, packed", hardware, results, **about))
 
 
 if __name__ == "__main__":
