@@ -276,8 +276,7 @@ class HiCoDiTPipeline:
         """Conditions of a batch of clips; `identity` (256,) is a reference voice's GE2E vector for all of them."""
 
         def pad(arrays: list[np.ndarray]) -> Tensor:
-            tensors = [torch.from_numpy(a).to(self.device).float() / 255 for a in arrays]
-            return pad_sequence(tensors, batch_first=True)
+            return pad_sequence([torch.from_numpy(a).to(self.device) for a in arrays], batch_first=True)
 
         frames = torch.tensor([len(c.mouth) for c in crops], device=self.device)
         if identity is not None:

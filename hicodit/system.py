@@ -20,11 +20,17 @@ from hicodit.model import HiCoDiT, ModelConfig
 from rvq_codec import RVQCodec
 
 KIND = "hicodit"
+PICTURES = 512  # face pictures whose expression is read at once
 
 
 def token_digest(codec: RVQCodec) -> str:
     """Eight hex digits that change when, and only when, the tokens of a wave can change."""
     return weights_digest(codec.encoder, codec.quantizer)
+
+
+def _unit(pictures: Tensor) -> Tensor:
+    """Bytes to [0, 1]; floats stay as they are."""
+    return pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures
 
 
 class HiCoDiTSystem(nn.Module):
@@ -48,18 +54,19 @@ class HiCoDiTSystem(nn.Module):
         """What the pictures of a batch of clips say.
 
         Args:
-            mouth: (B, T, S, S) grey in [0, 1]. faces: (B, F, 3, S', S') in [0, 1], one every
-                `picture_every` frames as the encoders' config says. frames: (B,) valid frames.
+            mouth: (B, T, S, S) grey. faces: (B, F, 3, S', S'), one every `picture_every` frames as the encoders'
+                config says. Both in [0, 1], or uint8. frames: (B,) valid frames.
             identity: (B, 256) GE2E embeddings of reference voices instead of what the faces say.
         """
-        lip, every = self.encoders.lip(mouth, frames), self.encoders.config.picture_every
+        lip, every = self.encoders.lip(_unit(mouth), frames), self.encoders.config.picture_every
         if identity is None:
             picks = [(frames * share).long() // every for share in (0.2, 0.4, 0.6, 0.8)]
             chosen = [faces[range(len(faces)), pick] for pick in picks]
-            identity = self.model.adapt_identity(self.encoders.identity(torch.stack(chosen, 1)))
+            identity = self.model.adapt_identity(self.encoders.identity(_unit(torch.stack(chosen, 1))))
         expression = []
         for clip, n in zip(faces, frames.tolist()):
-            shown = self.encoders.expression(clip[: -(-n // every)]).float().softmax(-1)
+            parts = clip[: -(-n // every)].split(PICTURES)  # of a long clip, all at once would take gigabytes
+            shown = torch.cat([self.encoders.expression(_unit(part)) for part in parts]).float().softmax(-1)
             expression.append(window_expressions(shown.repeat_interleave(every, 0)[:n]))
         return Conditions(lip, identity, nn.utils.rnn.pad_sequence(expression, batch_first=True), frames)
 

@@ -18,7 +18,7 @@ from engine.media.video import iter_video
 
 MAX_SIDE = 640  # in which a face is looked for; larger frames are scaled down
 GOOD_WIDTH = 140  # pixels of a face from which crops gain nothing more: in AV-HuBERT's pose it has as many
-KEPT = 256 * 2**20  # bytes of decoded frames: 3 min at 128 pixels square, 15 s at 640 x 360
+KEPT = 128 * 2**20  # bytes of decoded frames: 1.5 min at 128 pixels square, 7 s at 640 x 360
 LOOKS, LOOK_EVERY = (
     8,
     31,
