@@ -121,7 +121,8 @@ def _process(clip: Clip, task: Task, stages: Mapping[str, Stage]) -> Outcome:
         finally:
             seconds[name] = _since(start)
     start = _clocks()
-    members = {"json": dumps({"key": task.clip.key, **clip.facts})}
+    facts = {"key": task.clip.key, **clip.facts, "text": clip.facts["text"] or ""}  # readers want a string
+    members = {"json": dumps(facts)}
     members["safetensors"] = save({name: tensor.contiguous() for name, tensor in clip.tensors.items()})
     keep(task.work, task.clip.key, members | clip.files)
     seconds["write"] = _since(start)

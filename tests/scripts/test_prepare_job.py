@@ -17,7 +17,11 @@ from engine.config import load
 from engine.errors import UserError
 from engine.media.audio import write_wav
 from engine.media.video import write_video
+from engine.shards.writer import read_members
+from scripts.preparation.clip import SourceClip
 from scripts.preparation.job import prepare
+from scripts.preparation.media import Decode
+from scripts.preparation.worker import Task, process
 
 ROOT = Path(__file__).resolve().parents[2]
 FRAMES = 14
@@ -216,3 +220,23 @@ def test_the_command_line(tmp_path):
     assert [name for name, stage in config.stages.items() if stage.use][:3] == ["decode", "face", "crops"]
     with pytest.raises(UserError, match=r"unknown setting 'stages\.fase\.use'; did you mean stages\.face\.use"):
         load("prepare", ["output=x", "stages.fase.use=false"], "help")
+
+
+def test_tasks_of_a_slurm_array_are_processes_of_the_job():
+    environment = {
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_CPUS_PER_TASK": "3",
+        "PYTHON": "echo",
+        "PATH": os.environ["PATH"],
+    }
+    environment |= {f"SLURM_ARRAY_TASK_{name}": value for name, value in (("ID", "7"), ("MIN", "4"), ("COUNT", "8"))}
+    script = ROOT / "scripts" / "cluster" / "prepare_slurm.sbatch"
+    done = subprocess.run(["bash", script, "output=a b"], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "scripts/prepare_data.py rank=3 world_size=8 workers=3 output=a b\n"
+
+
+def test_a_clip_of_which_nobody_tells_the_text_has_an_empty_one(corpus, tmp_path):
+    clip = SourceClip("a", "train/clip0.mp4", "train/clip0.wav")
+    assert process(Task(clip, corpus, tmp_path), {"decode": Decode()}).stage == ""
+    facts = next(json.loads(data) for suffix, _, data in read_members((tmp_path / "a.tar").read_bytes()))
+    assert facts["text"] == "" and facts["frames"] == FRAMES and facts["expression"] is None
