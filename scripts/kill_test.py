@@ -1,16 +1,15 @@
 """Kills a short training again and again at random moments and compares the end with that of an unbroken run.
 
-The run is a real one: `engine.trainer` in a torchrun agent with restarts, `--ranks` processes over gloo, each with a
-data loading process, checkpoints every few steps, validation, the best one kept. The five ways to die:
+The run is a real one: `engine.trainer` in `--ranks` processes over gloo, checkpoints every few steps, validation, the
+best one kept. The five ways to die, after each of which the same group is started again:
 
-    group     SIGKILL to the agent and all its processes
-    rank      SIGKILL to one process; the agent has to bring the group back by itself
-    term      SIGTERM to the agent
-    usr1      SIGUSR1 to one process; all have to save and leave, and the agent starts them again
+    group     SIGKILL to all processes
+    rank      SIGKILL to one process; the others have to leave by themselves
+    term      SIGTERM to all processes, as a scheduler sends it
+    usr1      SIGUSR1 to one process; all have to save and leave
     disk      from now on no file can be written (RLIMIT_FSIZE 0 in every process)
 
-Processes are forked from this one, so that a life costs no imports; everything else is as under torchrun. Exit code 1:
-a difference, a step lost that had to be kept, or a group that did not come back.
+Processes are forked from this one, so that a life costs no imports. Exit code 1: a difference.
 """
 
 from __future__ import annotations
@@ -23,17 +22,18 @@ import random
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from engine import checkpoint, distributed
 from engine.config import CONFIGS
@@ -44,8 +44,9 @@ from engine.trainer import Trainer
 from scripts.record import write_record
 
 KINDS = ("group", "rank", "term", "usr1", "disk")
+FAR = 1_000_000  # steps of a run that is killed
 STARTING = 0.15  # share of kills that may fall before the first step after a start
-PATIENCE = 120.0  # seconds until a group that does not come back is a failure
+PATIENCE = 120.0  # seconds until a group that does not start or leave is a failure
 
 
 class Vectors:
@@ -84,7 +85,7 @@ class Autoencoder(Task):
 def settings(steps: int) -> dict[str, Any]:
     """Constant learning rate: a longer run begins as a shorter one."""
     return OmegaConf.to_container(OmegaConf.load(CONFIGS / "trainer/cpu.yaml")) | {
-        "steps": steps, "batch_size": 4, "lr": 1e-3, "warmup": 10, "schedule": "constant", "workers": 1, "log_every": 1,
+        "steps": steps, "batch_size": 4, "lr": 1e-3, "warmup": 10, "schedule": "constant", "log_every": 1,
         "validate_every": 30, "checkpoint_every": 10, "best": "min weight",
     }  # fmt: skip
 
@@ -100,72 +101,51 @@ def train(run: str, steps: int) -> int:
         distributed.stop()
 
 
-def worker(run: str, steps: int) -> None:
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_DFL)  # as in a fresh interpreter, not as in the agent it is forked from
-    run_cli(lambda: train(run, steps))
-
-
 class Group:
-    """An agent with its processes, in a process group of its own, forked from here."""
+    """Processes of one run, forked from here as torchrun would start them."""
 
     def __init__(self, run: Path, steps: int, ranks: int, output: int):
         sys.stdout.flush(), sys.stderr.flush()
-        self.agent = os.fork()
-        if self.agent == 0:
-            os.setsid()
-            os.dup2(output, 1), os.dup2(output, 2)
-            config = LaunchConfig(
-                min_nodes=1,
-                max_nodes=1,
-                nproc_per_node=ranks,
-                rdzv_backend="c10d",
-                rdzv_endpoint="localhost:0",
-                run_id=str(os.getpid()),
-                max_restarts=1000,
-                monitor_interval=0.1,
-                start_method="fork",
-            )
-            code = 1
-            try:
-                elastic_launch(config, worker)(str(run), steps)
-                code = 0
-            finally:
-                os._exit(code)
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        self.processes: list[int] = []
+        for rank in range(ranks):
+            process = os.fork()
+            if process == 0:
+                os.dup2(output, 1), os.dup2(output, 2)
+                where = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": ranks, "RANK": rank}
+                os.environ.update({key: str(value) for key, value in where.items()})
+                code = 1
+                try:
+                    run_cli(lambda: train(str(run), steps))
+                except SystemExit as leaving:
+                    code = leaving.code
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    sys.stdout.flush(), sys.stderr.flush()
+                    os._exit(code)
+            self.processes.append(process)
 
-    def processes(self) -> list[int]:
-        """Ids of the training processes, as far as they are there."""
-        try:
-            text = Path(f"/proc/{self.agent}/task/{self.agent}/children").read_text()
-        except OSError:
-            return []
-        return [int(word) for word in text.split() if b"resource_tracker" not in _command(int(word))]
+    def signal(self, number: int, processes: list[int] | None = None) -> None:
+        for process in self.processes if processes is None else processes:
+            os.kill(process, number)  # not waited for yet, so its id is still its own
 
-    def alive(self) -> bool:
-        if self.agent and os.waitpid(self.agent, os.WNOHANG)[0]:
-            self.agent = 0
-        return self.agent != 0
+    def wait(self, seconds: float) -> list[int]:
+        """Until all have left; gives their exit codes (below 0: of a signal).
 
-    def wait(self, seconds: float) -> None:
-        """Until the agent has left."""
-        end = time.monotonic() + seconds
-        while self.alive():
-            if time.monotonic() > end:
-                self.kill()
-                raise UserError(f"the agent was still there after {seconds:.0f} s")
-            time.sleep(0.05)
-
-    def kill(self) -> None:
-        os.killpg(self.agent, signal.SIGKILL)
-        os.waitpid(self.agent, 0)
-        self.agent = 0
-
-
-def _command(process: int) -> bytes:
-    try:
-        return Path(f"/proc/{process}/cmdline").read_bytes()
-    except OSError:
-        return b""
+        Raises:
+            UserError: one does not leave.
+        """
+        end, codes = time.monotonic() + seconds, []
+        for process in self.processes:
+            while (left := os.waitpid(process, os.WNOHANG))[0] == 0:
+                if time.monotonic() > end:
+                    raise UserError(f"process {process} was still there after {seconds:.0f} s; see the output")
+                time.sleep(0.02)
+            codes.append(os.waitstatus_to_exitcode(left[1]))
+        return codes
 
 
 def last_step(run: Path) -> int:
@@ -176,69 +156,52 @@ def last_step(run: Path) -> int:
         return 0
 
 
-def wait_for_life(group: Group, run: Path, starting: bool) -> None:
-    """Until all processes are there and, unless they may still be `starting`, they train."""
+def wait_for_life(run: Path) -> None:
+    """Until a group that was just started has done a step."""
     begin, log = time.time(), run / "log.jsonl"
-    while not group.processes() or not (starting or (log.exists() and log.stat().st_mtime > begin)):
-        if time.time() - begin > PATIENCE or not group.alive():
-            raise UserError("the group did not come back; see the output")
+    while not (log.exists() and log.stat().st_mtime > begin):
+        if time.time() - begin > PATIENCE:
+            raise UserError("the group does not train; see the output")
         time.sleep(0.02)
 
 
 def strike(kind: str, group: Group, chance: random.Random) -> None:
-    """Do it; afterwards the agent has left (group, term) or has a new group to start (the others)."""
-    processes = group.processes()
-    if kind == "group":
-        group.kill()
-    elif kind == "term":
-        os.kill(group.agent, signal.SIGTERM)
-        group.wait(PATIENCE)
-    elif processes:
-        for process in processes if kind == "disk" else [chance.choice(processes)]:
-            try:
-                if kind == "disk":
-                    resource.prlimit(process, resource.RLIMIT_FSIZE, (0, 0))
-                else:
-                    os.kill(process, signal.SIGKILL if kind == "rank" else signal.SIGUSR1)
-            except ProcessLookupError:  # it has just left
-                continue
+    one = [chance.choice(group.processes)]
+    if kind == "disk":
+        for process in group.processes:
+            resource.prlimit(process, resource.RLIMIT_FSIZE, (0, 0))
+    elif kind in ("group", "rank"):
+        group.signal(signal.SIGKILL, one if kind == "rank" else None)
+    else:
+        group.signal(signal.SIGTERM if kind == "term" else signal.SIGUSR1, one if kind == "usr1" else None)
 
 
-def broken(
-    run: Path, kills: int, ranks: int, pause: float, seed: int, sink: subprocess.Popen
-) -> tuple[int, list[dict]]:
-    """Kill `kills` times; gives the steps to train altogether and what happened."""
-    chance, events, group, far = random.Random(seed), [], None, 1_000_000
+def broken(run: Path, kills: int, ranks: int, pause: float, seed: int, sink: subprocess.Popen) -> list[dict]:
+    """Kill `kills` times; gives what happened."""
+    chance, events = random.Random(seed), []
     kinds = [KINDS[i % len(KINDS)] for i in range(kills)]
     chance.shuffle(kinds)
     for number, kind in enumerate(kinds, 1):
-        if group is None or not group.alive():
-            group = Group(run, far, ranks, sink.stdin.fileno())
-        wait_for_life(group, run, starting=chance.random() < STARTING)
+        begin = time.monotonic()
+        group = Group(run, FAR, ranks, sink.stdin.fileno())
+        if chance.random() > STARTING:
+            wait_for_life(run)
         time.sleep(chance.uniform(0, pause))
-        before = {"processes": len(group.processes()), "step": last_step(run)}
-        begin, strike_processes = time.monotonic(), set(group.processes())
         strike(kind, group, chance)
-        if kind in ("rank", "usr1", "disk") and strike_processes:  # they must all go, and others must come
-            while strike_processes & set(group.processes()) or not group.processes():
-                if time.monotonic() - begin > PATIENCE or not group.alive():
-                    raise UserError(f"kill {number} ({kind}): the group did not come back; see the output")
-                time.sleep(0.05)
+        codes = group.wait(PATIENCE)
         reached = last_step(run)
         saved = checkpoint.newest(run / "checkpoints", lambda line: print(line, flush=True))
         kept = int(saved.name.split("-")[1]) if saved else 0
-        events.append({"kind": kind, **before, "reached": reached, "kept": kept, "lost": max(0, reached - kept)})
+        events.append({"kind": kind, "codes": codes, "reached": reached, "kept": kept, "lost": max(0, reached - kept)})
         print(f"{number}/{kills} {events[-1]} {time.monotonic() - begin:.1f} s", flush=True)
-    if group.alive():
-        group.kill()
-    return last_step(run) + 25, events
+    return events
 
 
 def whole(run: Path, steps: int, ranks: int, sink: subprocess.Popen) -> None:
-    group = Group(run, steps, ranks, sink.stdin.fileno())
-    group.wait(3600)
-    if last_step(run) != steps:
-        raise UserError(f"{run} ended at step {last_step(run)}, not {steps}; see the output")
+    """Train to `steps`."""
+    codes = Group(run, steps, ranks, sink.stdin.fileno()).wait(1800)
+    if any(codes):
+        raise UserError(f"{run} ended with exit codes {codes}; see the output")
 
 
 def differences(one: Path, two: Path, steps: int) -> list[str]:
@@ -280,7 +243,8 @@ def main() -> int:
         with (root / "output.txt").open("wb") as output:
             # Through a pipe: where no file can be written the training's words must still come out.
             sink = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=output, start_new_session=True)
-            steps, events = broken(one, args.kills, args.ranks, args.pause, args.seed, sink)
+            events = broken(one, args.kills, args.ranks, args.pause, args.seed, sink)
+            steps = last_step(one) + 25
             whole(one, steps, args.ranks, sink)
             whole(two, steps, args.ranks, sink)
             sink.stdin.close()
