@@ -96,7 +96,7 @@ def export(run: str | Path, folder: str | Path, step: int | None = None, task: T
     averaged = {k.removeprefix("ema."): v for k, v in state.items() if k.startswith("ema.")}
     weights = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")} | averaged
     results, at = last_validation(run / "log.jsonl", info["step"])
-    write(folder, release, weights, card(release, info.get("config") or {}, results, info["step"], at), run / FILES)
+    write(folder, release, weights, card(release, info, results, at), run / FILES)
     return found
 
 
@@ -124,12 +124,14 @@ def last_validation(log: Path, step: int) -> tuple[dict[str, float], int]:
     return found
 
 
-def card(release: Release, config: Mapping[str, Any], results: Mapping[str, float], step: int, at: int) -> str:
+def card(release: Release, info: Mapping[str, Any], results: Mapping[str, float], at: int = 0) -> str:
     """Model card: what it is, how it is loaded, data, recipe, figures.
 
     Args:
-        config: of the run. results: figures of the validation after step `at`. step: of the weights.
+        info: of the checkpoint: `step`, `config` and `code`, where there are any. results: figures of the validation
+            after step `at`.
     """
+    config, step = info.get("config") or {}, info.get("step", 0)
     data, trainer, task = (config.get(name) or {} for name in ("data", "trainer", "task"))
     parts = [f"# {release.title}", release.about, f"```python\n{release.usage}\n```"]
     if results:
@@ -151,6 +153,8 @@ def card(release: Release, config: Mapping[str, Any], results: Mapping[str, floa
     if task.get("init"):
         how = "low-rank updates, merged" if release.lora_scale is not None else "all weights"
         recipe += f" Fine-tuned from `{task['init']}` ({how})."
+    if info.get("code"):
+        recipe += f" Code: {info['code']}."
     if recipe:
         parts.append(f"## Recipe\n\n{recipe.strip()}")
     if config:

@@ -72,7 +72,7 @@ class Task(nn.Module):
         assert release is not None, f"{type(self).__name__} is not released"
         with TemporaryDirectory() as files:
             self.release_files(Path(files))
-            write(folder, release, self.state_dict(), card(release, {}, results, 0, 0), Path(files))
+            write(folder, release, self.state_dict(), card(release, {}, results), Path(files))
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ def test_a_run_alone_makes_the_release(run, tmp_path, capsys, monkeypatch):
         assert words in text
     for words in ("A toy's recipe.", "python train.py experiment=toy", "2 x 4 samples", "seed 0", "`assets/old`"):
         assert words in text
+    assert f"Code: {run.code}." in text
 
 
 def test_an_older_step_has_the_figures_of_its_time(run, tmp_path):
@@ -69,6 +70,21 @@ def test_an_older_step_has_the_figures_of_its_time(run, tmp_path):
     assert "(step 14; the weights are of step 15)" in text
     with pytest.raises(UserError, match=r"no checkpoint to export of step 3: .* is missing"):
         export(run.run, tmp_path / "out", step=3)
+
+
+def test_the_best_step_is_asked_for_by_a_rule(run, tmp_path, monkeypatch, capsys):
+    there = tmp_path / "run"
+    shutil.copytree(run.run, there)
+    for step, weight in ((15, 0.1), (20, 0.4)):
+        (there / "checkpoints" / f"step-{step:08d}" / "results.json").write_text(json.dumps({"weight": weight}))
+    for rule, step in (("min weight", 15), ("max weight", 20)):
+        monkeypatch.setattr("sys.argv", ["export.py", str(there), str(tmp_path / "out"), "--best", rule])
+        script.main()
+        assert f"step-{step:08d} of" in capsys.readouterr().out
+    for rule, words in (("min wer", "no checkpoint of .* such a figure"), ("weight", "is not 'min NAME'")):
+        monkeypatch.setattr("sys.argv", ["export.py", str(there), str(tmp_path / "out"), "--best", rule])
+        with pytest.raises(UserError, match=words):
+            script.main()
 
 
 def test_only_a_release_or_nothing_is_replaced(run, tmp_path):
@@ -121,7 +137,7 @@ def test_the_last_validation_is_found_among_cut_lines(tmp_path):
 
 
 def test_a_card_without_a_config_is_short(run):
-    text = card(run.task.released(), {}, {}, 0, 0)
+    text = card(run.task.released(), {}, {})
     assert "Recipe" not in text and "Data" not in text and text.startswith("# Toy\n\nAn autoencoder.")
 
 

@@ -132,6 +132,16 @@ def test_small_pictures_and_taught_codes_come_first():
         make_task(growth={"levels": 1, "until": 2})
 
 
+def test_a_start_from_a_release_keeps_all_levels(tmp_path):
+    weights = WEIGHTS | {"adversarial": 0.0}
+    make_task(weights=weights).release(tmp_path / "release", {})
+    task = make_task(weights=weights, init=str(tmp_path / "release"), growth={"levels": 1, "until": 9})
+    assert all(level.to_rgb.conv.weight.any() for level in task.codec.decoder.levels)
+    both = batch()
+    task(both, "generator")
+    assert both["_run"][1].shape == (4, 3, 32, 32)
+
+
 def test_training_learns_to_move(tmp_path):
     codec = CODEC | {"size": 16}
     task = make_task(codec=codec, weights=WEIGHTS | {"structural": 0.0, "adversarial": 0.0, "sparsity": 0.0})

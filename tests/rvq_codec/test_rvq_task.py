@@ -222,6 +222,9 @@ def test_init_must_be_the_same_codec(tmp_path):
     make_task().release(tmp_path / "release", {})
     task = make_task(init=str(tmp_path / "release"), codec=CODEC | {"quantizer_dropout": 0.1})
     assert task.codec.quantizer.dropout == 0.1
+    features = {"mel_bands": 8, "low_samples": 4, "until": 9, "envelope_levels": 1}
+    again = make_task(init=str(tmp_path / "release"), features=features, quantizer_start=9, gan_start=None)
+    assert "codebook" in train(again, 1)[0]["generator"]  # the stages of a new codec are over
     with pytest.raises(UserError, match=r"levels=3, but task\.codec asks for 2"):
         make_task(init=str(tmp_path / "release"), codec=CODEC | {"levels": 2})
 

@@ -192,7 +192,8 @@ def test_validation_and_release(corpus, tmp_path):
     task.release(tmp_path / "release", results)
     codec = WhisperXVAE.from_pretrained(tmp_path / "release")
     assert codec.config == WhisperXVAEConfig(**CODEC)
-    assert make_task(init=str(tmp_path / "release")).codec.config == codec.config
+    again = make_task(init=str(tmp_path / "release"), targets=targets_of(corpus, until=9))
+    assert again.codec.config == codec.config and "kl" in train(again, 1)[0]["generator"]
     with pytest.raises(UserError, match=r"task\.init"):
         make_task(init=str(tmp_path / "release"), codec=CODEC | {"mel_bands": 30})
 
