@@ -24,10 +24,13 @@ set on the command line. The run's folder gets checkpoints/, log.jsonl, validati
 averaged weights. The same command after a stop or a crash goes on where the last checkpoint is. SIGTERM, SIGUSR1 or
 Ctrl-C: save and leave with exit code 75.
 
+Fine-tuning: init=FOLDER starts from a release (or OWNER/NAME on the hub), lora.rank=N trains low-rank updates alone.
+
 Examples:
 python train.py experiment=hicodit_synthetic
 python train.py experiment=hicodit_synthetic trainer=gpu trainer.batch_size=64 run=runs/big_batch
 torchrun --nproc_per_node=2 train.py experiment=hicodit_synthetic
+python train.py experiment=talker_synthetic init=assets/talker_t2av_tiny lora.rank=8 trainer.lr=1e-4 run=runs/adapted
 python train.py experiment=hicodit_synthetic --help
 """
 
@@ -35,6 +38,8 @@ python train.py experiment=hicodit_synthetic --help
 def main() -> int | None:
     config = load("train", sys.argv[1:], HELP)
     command = shlex.join(["python", "train.py", *sys.argv[1:]])
+    if config.lora.rank and not config.task.get("init"):
+        raise UserError(f"lora.rank={config.lora.rank} adapts a release: name it with init=FOLDER")
     distributed.start(config.trainer.device)
     try:
         make_data(config.data)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from toy_task import ToyGAN
 
+import train
 from engine.errors import UserError
 from engine.lora import add_lora, merged
 
@@ -30,6 +31,13 @@ def test_merged_weights_are_those_of_peft():
     for key in plain:
         torch.testing.assert_close(ours[key], theirs[key])
     assert not any(p.requires_grad for p in task.discriminator.parameters())
+
+
+def test_random_weights_are_not_adapted(monkeypatch):
+    words = ["name=toy", "task={_target_: toy_task.ToyGAN}", "data={train: {_target_: toy_task.ToySet}}", "lora.rank=8"]
+    monkeypatch.setattr("sys.argv", ["train.py", *words])
+    with pytest.raises(UserError, match=r"lora.rank=8 adapts a release: name it with init=FOLDER"):
+        train.main()
 
 
 def test_refusals_are_one_line(monkeypatch):
