@@ -13,6 +13,8 @@ import torch
 from toy_task import CONFIG, ToyBlocks, ToyRegression, ToySet
 
 from engine.errors import UserError
+from engine.export import export
+from engine.release import read_release
 from engine.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,6 +97,15 @@ def assert_equal_runs(one, two, tolerance=1e-5):
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "machines", "1_2_1", "changing"])
 def test_every_way_gives_the_run_of_one_process(runs, name):
     assert_equal_runs(runs / "one", runs / name)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp_bf16", "machines", "1_2_1"])
+def test_one_process_exports_what_several_wrote(runs, tmp_path, name):
+    export(runs / name, tmp_path / "out")
+    state, whole = read_release(tmp_path / "out", "toy")[1], released(runs / name)
+    assert state.keys() == {k.removeprefix("generator.") for k in whole if k.startswith("generator.")}
+    for key, value in state.items():
+        assert torch.equal(value, whole[f"generator.{key}"].half().float()), key
 
 
 @pytest.mark.slow
