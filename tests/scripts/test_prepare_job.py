@@ -125,13 +125,13 @@ def clips_done(output):
 def test_killed_processes_go_on_and_end_in_the_same_bytes(corpus, tmp_path):
     """Two processes of which both are killed with SIGKILL in mid-clip, then one finishes the other's shards."""
     output = tmp_path / "shards"
-    processes = [launch(corpus, output, rank, 0.3) for rank in (0, 1)]
+    both = [launch(corpus, output, rank, 0.3) for rank in (0, 1)]
     before = time.monotonic()
     while clips_done(output) < 3 and time.monotonic() - before < 240:
         time.sleep(0.02)
-    for process in processes:
-        os.kill(process.pid, signal.SIGKILL)  # its worker goes with it
-        process.wait()
+    for each in both:
+        os.kill(each.pid, signal.SIGKILL)  # its worker goes with it
+        each.wait()
     broken = contents(output)
     assert 3 <= clips_done(output) < 9 and "train/index.json" not in broken
     prepare(settings(corpus, output, stages={"brightness": {"pause": 0.3}}))
