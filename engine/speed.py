@@ -26,11 +26,11 @@ PEAKS = {
 _ATEN = torch.ops.aten
 # Attention on processors, which torch's counter leaves out.
 _PROCESSOR_ATTENTION = {
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATEN._scaled_dot_product_flash_attention],
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        _ATEN._scaled_dot_product_flash_attention_backward
-    ],
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _ATEN._scaled_dot_product_flash_attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _ATEN._scaled_dot_product_flash_attention_backward,
 }
+# The counter wraps formulas that it is given; those of the registry are wrapped already.
+_PROCESSOR_ATTENTION = {op: flop_registry[like].__wrapped__ for op, like in _PROCESSOR_ATTENTION.items()}
 
 
 def peak_tflops(stated: float | None, device: torch.device) -> float | None:

@@ -1,6 +1,7 @@
 """Losses of one recipe by one process, by two with copies (DDP) and by two with shards (FSDP2), one global batch.
 
-    python scripts/compare_parallel.py experiment=hicodit_synthetic data.root=CORPUS 'data.make=[]' 'task.validate_splits=[]'
+    python scripts/compare_parallel.py experiment=hicodit_synthetic data.root=CORPUS 'data.make=[]' \\
+        task.validate_clips=1 task.sampler.steps=2
 
 Arguments are train.py's. Runs are in float32 and must differ by rounding only: the largest relative difference of any
 loss of any step goes to benchmarks/.
