@@ -232,7 +232,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the order of kinds")
     parser.add_argument("--folder", type=Path, help="where the runs are kept; a temporary one if not given")
     parser.add_argument("--record", type=Path, help="folder for a dated record, as benchmarks")
+    parser.add_argument("--worker", type=Path, help="be one process of a torchrun group that trains in this folder")
+    parser.add_argument("--worker-steps", type=int, default=FAR)
     args = parser.parse_args()
+    if args.worker:
+        return train(str(args.worker), args.worker_steps)
     with tempfile.TemporaryDirectory() as temporary:
         root = args.folder or Path(temporary)
         root.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,54 @@
+"""The kill test with a few kills, and what a scheduler sees; 50 kills are in benchmarks/."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.signals import REQUEUE
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "codecs"))), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+def test_killed_five_ways_the_run_ends_as_the_unbroken_one(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.kill_test",
+        "--kills",
+        "5",
+        "--pause",
+        "0.5",
+        "--folder",
+        tmp_path / "runs",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(done.stdout[done.stdout.rindex("\n{") :])
+    assert results["different"] == [] and set(results["kills"].values()) == {1} and results["resumed"] >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_launcher_asked_to_stop_saves_and_answers_requeue(tmp_path, number):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "scripts.launch", "--standalone", "--nproc_per_node=1", "-m", "scripts.kill_test"]
+    launcher = subprocess.Popen(
+        [*command, "--worker", run], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+    )
+    end = time.monotonic() + 200
+    while not (run / "log.jsonl").exists():
+        assert launcher.poll() is None and time.monotonic() < end
+        time.sleep(0.1)
+    launcher.send_signal(number)
+    said, _ = launcher.communicate(timeout=100)
+    assert launcher.returncode == REQUEUE
+    assert "saved; the same command goes on from here" in said
+    assert list((run / "checkpoints").glob("step-*/info.json"))
