@@ -271,7 +271,7 @@ def main() -> int:
         if args.record:
             write_record(
                 args.record,
-                "kill-test",
+                "training-kills",
                 f"{args.kills} kills at random moments of a run of {args.ranks} processes, against an unbroken run",
                 {"machine": platform.machine(), "processes": args.ranks, "cores": os.cpu_count()},
                 results,
