@@ -2,7 +2,9 @@
 
 A mode says of speech and of motion whether it is generated, given or absent. The text is a prefix; frames of a
 generated stream that are given are its beginning, which it continues. Slot j of the sequence holds speech patch j and
-motion patch j - delay, as in training; slots that are known beforehand enter the backbone together.
+motion patch j - delay, as in training; of a given stream it holds patch j + 1 if the model has tasks for that, so that
+a patch is drawn with the other stream's patch of its time known. Slots that are known beforehand enter the backbone
+together.
 
 The end: training labels the hidden state after the last slot's token as the stop, and leaves the two states before it
 without a label. So the first hit ends an utterance, and the patches before it are all of it. The official program waits
@@ -26,7 +28,7 @@ from engine.errors import UserError
 from engine.seeding import generator_for
 from talker_t2av.kv_cache import KVCache
 from talker_t2av.layers import with_enough_rows
-from talker_t2av.model import T2AV, TTS, TalkerT2AV
+from talker_t2av.model import A2V, T2AV, TTS, V2A, TalkerT2AV
 from talker_t2av.request import PAPER, Compat, Mode, Request, Sampling
 
 Stream = Literal["speech", "motion"]
@@ -106,6 +108,29 @@ def seeded_noise(model: TalkerT2AV, requests: Sequence[Request]) -> Noise:
     return noise
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A mode's row of the task embedding, and which patch of each stream slot 0 holds."""
+
+    task: int
+    speech: int = 0
+    motion: int = 0
+
+    @classmethod
+    def of(cls, model: TalkerT2AV, mode: Mode) -> Plan:
+        delay = model.config.delay
+        if mode.motion == "absent":
+            return cls(TTS)
+        if model.config.tasks > 2 and not mode.open_ended:
+            return cls(V2A, motion=1) if mode.motion == "given" else cls(A2V, speech=1, motion=-delay)
+        return cls(T2AV, motion=-delay)
+
+    @property
+    def first_slot(self) -> int:
+        """-1 where the token before the slots holds something, too."""
+        return -1 if self.task in (V2A, A2V) else 0
+
+
 def prefill(
     model: TalkerT2AV,
     requests: Sequence[Request],
@@ -115,19 +140,24 @@ def prefill(
     motion: Given | None,
 ) -> list[Tensor]:
     """What enters the backbone before the first step, (T, D) for each row: task, text, slots known beforehand."""
-    task = model.task_embedding.weight[TTS if mode.motion == "absent" else T2AV]
+    plan = Plan.of(model, mode)
+    task, first = model.task_embedding.weight[plan.task], plan.first_slot
     rows = []
     for row, request in enumerate(requests):
         ids = torch.tensor(request.prompt, device=task.device)
-        slots = speech.slots(row, 0, request.prefix)
+        slots = speech.slots(row, first + plan.speech, request.prefix - first)
         if mode.motion == "absent":
             slots = slots + model.motion_pad_emb[0]
         elif compat.prefix_motion:
-            slots = slots + motion.slots(row, -model.config.delay, request.prefix)
+            slots = slots + motion.slots(row, first + plan.motion, request.prefix - first)
         if not compat.prepend_task:
             slots = torch.cat([slots[:1] + task, slots[1:]]) if len(slots) else slots
-        first = [task[None]] if compat.prepend_task else []
-        rows.append(torch.cat([*first, model.embed_text(ids[None])[0], slots]))
+        before = model.embed_text(ids[None])[0]
+        if compat.prepend_task:
+            before = torch.cat([task[None], before])
+        if first:
+            before, slots = torch.cat([before[:-1], before[-1:] + slots[:1]]), slots[1:]
+        rows.append(torch.cat([before, slots]))
     return rows
 
 
@@ -170,6 +200,7 @@ def generate_steps(
     testing = use_stop and mode.open_ended
     limits = [step_limit(model, request, mode) for request in requests]
     first_tests = [max(compat.first_test, request.min_patches + delay) for request in requests]
+    plan = Plan.of(model, mode)
     speech, motion = given_tokens(model, requests, mode)
     prompts = prefill(model, requests, mode, compat, speech, motion)
     longest = max(map(len, prompts))
@@ -226,14 +257,14 @@ def generate_steps(
             new_speech = draw("speech", index)
             token = with_enough_rows(model.speech_tokens, new_speech)
         else:
-            token = speech.at(rows, slots)
+            token = speech.at(rows, [slot + plan.speech for slot in slots])
         if mode.motion == "generated" and index >= delay:
             new_motion = draw("motion", index - delay)
             token = token + with_enough_rows(model.motion_tokens, new_motion)
         elif mode.motion == "absent":
             token = token + model.motion_pad_emb[0]
         elif not compat.motion_waits:
-            token = token + motion.at(rows, [slot - c.delay for slot in slots])
+            token = token + motion.at(rows, [slot + plan.motion for slot in slots])
         yield Step(index, ended, rows, stop, hidden, new_speech, new_motion, token)
         if index + 1 < max(limits[row] for row in rows):
             hidden = cache.feed(model, token[:, None])

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from talker_t2av.flow_matching import FlowDraws
-from talker_t2av.model import FPS, T2AV, TTS, TalkerT2AV
+from talker_t2av.model import A2V, FPS, T2AV, TTS, V2A, TalkerT2AV
 from talker_t2av.stop_predictor import stop_labels, stop_loss
 
 
@@ -73,11 +73,15 @@ class TrainingForward:
     pos_weight: Tensor
 
 
-def training_forward(model: TalkerT2AV, batch: TalkerBatch, task: Tensor | None = None) -> TrainingForward:
+def training_forward(
+    model: TalkerT2AV, batch: TalkerBatch, task: Tensor | None = None, heard: Tensor | None = None
+) -> TrainingForward:
     """Run the backbone and gather the examples of both heads, each `repeats` times in a row.
 
     Args:
-        task: (B,) rows of the task embedding; else T2AV where there is motion.
+        task: (B,) rows of the task embedding; else T2AV where there is motion. A stream that a task takes as given is
+            seen a patch ahead and is no example.
+        heard: (B, F, Ds) speech up to each patch as the model knows it, where that is not the speech it has to draw.
     """
     c = model.config
     with_motion = batch.motion_frames > 0
@@ -92,7 +96,8 @@ def training_forward(model: TalkerT2AV, batch: TalkerBatch, task: Tensor | None 
     motion = _Stream.of(batch.motion, batch.motion_frames, c.patch_size)
     filled = torch.where(with_motion, torch.maximum(speech.patches, motion.patches + c.delay), speech.patches)
     filled = torch.minimum(filled, slots)
-    embeds = _fill_slots(model, embeds, start, filled, speech, motion, with_motion)
+    known = speech if heard is None else _Stream.of(heard, batch.speech_frames, c.patch_size)
+    embeds = _fill_slots(model, embeds, start, filled, known, motion, with_motion, task)
     hidden = model.packed_backbone(embeds, mask) if c.packed else model.backbone(embeds, mask)
 
     labels, pos_weight = stop_labels(start, span[:, 1] - start, embeds.shape[1], c.patch_size, FPS)
@@ -101,8 +106,8 @@ def training_forward(model: TalkerT2AV, batch: TalkerBatch, task: Tensor | None 
         embeds,
         mask,
         hidden,
-        _examples(hidden, start, slots, speech, batch.speaker, c.context, c.repeats),
-        _examples(hidden, start + c.delay, slots, motion, first_motion, c.context, c.repeats),
+        _examples(hidden, start, slots * (task != A2V), speech, known, batch.speaker, c.context, c.repeats),
+        _examples(hidden, start + c.delay, slots * (task != V2A), motion, motion, first_motion, c.context, c.repeats),
         labels,
         pos_weight,
     )
@@ -124,6 +129,19 @@ def training_losses(
     }
     losses["loss"] = sum(losses.values())
     return losses
+
+
+def drifted(speech: Tensor, frames: Tensor, deviation: float, knot: int = 8) -> Tensor:
+    """Speech (B, F, Ds) whose time runs ahead and lags behind, by Gaussian amounts of some `deviation` in frames.
+
+    The amounts are drawn every `knot` frames and run straight in between; `frames` (B,) count.
+    """
+    count = speech.shape[1]
+    amounts = deviation * torch.randn(len(speech), 1, count // knot + 2, device=speech.device)
+    amounts = F.interpolate(amounts, scale_factor=knot, mode="linear", align_corners=False)[:, 0, :count]
+    place = (torch.arange(count, device=speech.device) + amounts).round().long()
+    place = torch.minimum(place.clamp(min=0), (frames[:, None] - 1).clamp(min=0))
+    return speech.gather(1, place[..., None].expand_as(speech))
 
 
 @dataclass(frozen=True)
@@ -160,25 +178,42 @@ def _fill_slots(
     speech: _Stream,
     motion: _Stream,
     with_motion: Tensor,
+    task: Tensor,
 ) -> Tensor:
-    """Put the tokens of the first `filled` (B,) patches into each row's slots; other slots keep their embedding."""
-    longest = embeds.shape[1]
-    row, patch = (torch.arange(longest, device=start.device) < filled[:, None]).nonzero(as_tuple=True)
-    tokens = model.speech_tokens(*speech.gather(row, patch))
+    """Put the tokens of the first `filled` (B,) patches into each row's slots; other slots keep their embedding.
+
+    Rows with a given stream have a slot -1, the token before the first slot, which keeps its embedding besides.
+    """
+    heard, watched = task == A2V, task == V2A
+    place = torch.arange(-1, embeds.shape[1], device=start.device)
+    begin = -((heard | watched) & (filled > 0)).long()
+    row, column = ((place >= begin[:, None]) & (place < filled[:, None])).nonzero(as_tuple=True)
+    patch = place[column]
+    tokens = model.speech_tokens(*speech.gather(row, patch + heard[row]))
     seen = with_motion[row]
     moving = seen.nonzero()[:, 0]
-    moves = model.motion_tokens(*motion.gather(row[moving], patch[moving] - model.config.delay))
+    shift = torch.where(watched, 1, -model.config.delay)[row[moving]]
+    moves = model.motion_tokens(*motion.gather(row[moving], patch[moving] + shift))
     tokens = tokens + model.motion_pad_emb[0] * ~seen[:, None]
     tokens = tokens.index_add(0, moving, moves.to(tokens.dtype))
-    return embeds.index_put((row, start[row] + patch), tokens.to(embeds.dtype))
+    at = (row, start[row] + patch)
+    return embeds.index_put(at, tokens.to(embeds.dtype) + embeds[at] * (patch < 0)[:, None])
 
 
 def _examples(
-    hidden: Tensor, start: Tensor, slots: Tensor, stream: _Stream, global_cond: Tensor, context: int, repeats: int
+    hidden: Tensor,
+    start: Tensor,
+    slots: Tensor,
+    stream: _Stream,
+    known: _Stream,
+    global_cond: Tensor,
+    context: int,
+    repeats: int,
 ) -> Examples:
-    """Patch j of a row is predicted from position start + j - 1. Rows with one patch or without slots give none.
+    """Patch j of a row is predicted from position start + j - 1 and the `known` frames before it.
 
-    Padded frames of the last patch are targets, too. Rows whose span was cut go on while positions last.
+    Rows with one patch or without slots give none. Padded frames of the last patch are targets, too. Rows whose span
+    was cut go on while positions last.
     """
     count, tokens = stream.latents.shape[1], hidden.shape[1]
     place = torch.arange(count, device=hidden.device)
@@ -188,13 +223,12 @@ def _examples(
     row, patch = chosen.nonzero(as_tuple=True)
     row, patch = row.repeat_interleave(repeats), patch.repeat_interleave(repeats)
 
-    padded = F.pad(stream.latents, (0, 0, 0, 0, context, 0))  # patches before the first are zeros
-    window = patch[:, None] + torch.arange(context + 1, device=patch.device)
-    frames = padded[row[:, None], window]  # (N, p + 1, P, C): context, then the target
+    padded = F.pad(known.latents, (0, 0, 0, 0, context, 0))  # patches before the first are zeros
+    window = patch[:, None] + torch.arange(context, device=patch.device)
     mu = hidden[row, position[row, patch].clamp(max=tokens - 1)]
     return Examples(
-        x1=frames[:, -1].transpose(1, 2),
+        x1=stream.latents[row, patch].transpose(1, 2),
         mu=mu,
-        cond=frames[:, :-1].flatten(1, 2).transpose(1, 2),
+        cond=padded[row[:, None], window].flatten(1, 2).transpose(1, 2),  # (N, p, P, C) before
         global_cond=global_cond[row],
     )

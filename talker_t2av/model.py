@@ -26,7 +26,7 @@ from talker_t2av.stop_predictor import StopPredictor
 
 KIND = "talker_t2av"
 PACKED = "packed_sdpa"  # our name for it among the attention functions of transformers
-TTS, T2AV = 0, 1  # rows of the task embedding
+TTS, T2AV, V2A, A2V = range(4)  # rows of the task embedding; released models have the first two
 FPS = 25  # latent frames a second, speech and motion
 
 
@@ -39,6 +39,9 @@ class TalkerConfig:
         to draw that its diffusion head sees.
     repeats: times that an example enters a training step. motion_weight: of the motion loss.
     packed: training leaves the padding of a batch out of the language model; losses are the same.
+    tasks: rows of the task embedding. 2, as released: V2A and A2V bear T2AV's mark, and a patch is drawn before the
+        given stream's patch of the same time is heard or seen. 4: they have marks of their own, with which slot j holds
+        patch j + 1 of the given stream, and the last token before the slots its patch 0 too.
     """
 
     llm: dict[str, Any]
@@ -56,6 +59,7 @@ class TalkerConfig:
     repeats: int = 2
     motion_weight: float = 10.0
     packed: bool = False
+    tasks: int = 2
 
 
 def _attention(
@@ -84,6 +88,8 @@ class TalkerT2AV(nn.Module):
         self.config = c = config
         llm = Qwen3Config(**{"rope_theta": 1e6, "tie_word_embeddings": True, "use_cache": False, **c.llm})
         self.width = width = llm.hidden_size
+        if c.tasks not in (2, 4):
+            raise UserError(f"model.tasks={c.tasks}: give 2 (tts, t2av) or 4 (and v2a, a2v)")
         for name, heads in (("encoder_heads", c.encoder_heads), ("head_heads", c.head_heads)):
             if width % (2 * heads):
                 raise UserError(f"model.{name}={heads}: llm.hidden_size={width} must be a multiple of twice that")
@@ -101,7 +107,7 @@ class TalkerT2AV(nn.Module):
         self.speech_cfm = FlowHead(DiffusionHead(c.speech_dim, c.speaker_dim, *head))
         self.motion_cfm = FlowHead(DiffusionHead(c.motion_dim, c.motion_dim, *head))
         self.head_stop = StopPredictor(width)
-        self.task_embedding = nn.Embedding(2, width)
+        self.task_embedding = nn.Embedding(c.tasks, width)
         self.motion_pad_emb = nn.Parameter(torch.zeros(1, 1, width))  # instead of a motion token when there is none
 
     def embed_text(self, ids: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from engine.errors import UserError
 from talker_t2av.layers import Rotary
 
+TASKS = "task_embedding.weight"
 EMBEDDINGS, LM_HEAD = "llm.model.embed_tokens.weight", "llm.lm_head.weight"  # tied
 ROTARY = ".rope.w"
 FOREIGN = ("pretrained_speech_encoder.", "spk.")  # codec and speaker encoder, which have files of their own
@@ -66,6 +68,12 @@ def complete(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, Rotary):
             out.setdefault(f"{name}.w", module.table("cpu"))
     return out
+
+
+def with_tasks(state: dict[str, Tensor], tasks: int) -> dict[str, Tensor]:
+    """`state` with so many rows of the task embedding at least; new ones begin as the last one, T2AV's."""
+    table = state[TASKS]
+    return state | {TASKS: torch.cat([table, table[-1:].expand(max(0, tasks - len(table)), -1)])}
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:

@@ -28,8 +28,8 @@ from talker_t2av.data import MotionStats, TalkerShards, byte_tokenizer
 from talker_t2av.faces import find_square, read_square
 from talker_t2av.generation import Result, generate
 from talker_t2av.layers import Block
-from talker_t2av.losses import TalkerBatch, training_forward, training_losses
-from talker_t2av.model import FPS, KIND, TalkerConfig, TalkerT2AV
+from talker_t2av.losses import TalkerBatch, drifted, training_forward, training_losses
+from talker_t2av.model import A2V, FPS, KIND, T2AV, TTS, V2A, TalkerConfig, TalkerT2AV
 from talker_t2av.released_motion import MEAN, STD
 from talker_t2av.request import MODES, Request, Sampling
 from talker_t2av.shards import digests_of, open_examples
@@ -42,8 +42,9 @@ WAVES, VIDEOS = 4, 2  # that a validation keeps of each split
 class TalkerTask(Task):
     """Flow matching of speech and motion patches, and the stop head, on precomputed latents.
 
-    A2V and V2A need no training of their own: training feeds both true streams back whatever is drawn from the hidden
-    states, so that a given stream looks the same at inference.
+    A2V and V2A can do without training of their own: training feeds both true streams back whatever is drawn from the
+    hidden states, so that a given stream looks the same at inference. What is drawn then has not seen the given patch
+    of its own time; with `dubbing` it is trained to.
 
     Args:
         model: fields of `TalkerConfig`.
@@ -52,7 +53,10 @@ class TalkerTask(Task):
         stats: the motion's statistics, as scripts/prepare_talker.py writes them, or the index.json of training shards,
             also behind a URL; None: those of the released model.
         tokenizer: folder with a tokenizer; None is the byte-level one.
-        init: release folder of a model of the same sizes to go on from.
+        init: release folder of a model of the same sizes to go on from; it may have fewer tasks.
+        dubbing: `v2a` and `a2v`: shares of the rows with motion that are trained as these; needs model.tasks=4. True
+            speech so far tells all about the time, so that motion would not be looked at: V2A rows have heard it up to
+            some frames early or late, Gaussian with deviation `drift`.
         warm_start: `tts` or `projector`, a folder of safetensors each; see `names.warm_start`.
         freeze_embeddings: leave the word embeddings as they are.
         sampling: `steps`, `temperature`, `guidance`: defaults that the release carries.
@@ -68,6 +72,7 @@ class TalkerTask(Task):
         stats: str | None = None,
         tokenizer: str | None = None,
         init: str | None = None,
+        dubbing: Mapping[str, float] | None = None,
         warm_start: Mapping[str, str] | None = None,
         freeze_embeddings: bool = False,
         sampling: Mapping[str, Any] | None = None,
@@ -82,6 +87,9 @@ class TalkerTask(Task):
             raise UserError(
                 f"task.model.llm.vocab_size={rows} has to be {self.words.vocab_size} or more for this tokenizer"
             )
+        self.dubbing = dubbing
+        if dubbing and self.model.config.tasks < 4:
+            raise UserError("task.dubbing needs task.model.tasks=4: V2A and A2V have no mark of their own with fewer")
         self.codecs, self.tokenizer, self.stats_file, self.digests = dict(codecs), tokenizer, stats, {}
         self.stats = MotionStats(torch.tensor(MEAN), torch.tensor(STD))
         if stats:
@@ -96,7 +104,8 @@ class TalkerTask(Task):
             own = TalkerTokenizer.from_pretrained(init).tokenizer.get_vocab()
             if own != self.words.tokenizer.get_vocab():
                 raise UserError(f"init={init} knows other words than task.tokenizer={tokenizer}: set it to {init}, too")
-            load_strict(self.model, TalkerT2AV.from_pretrained(init).state_dict(), f"init={init}")
+            state = TalkerT2AV.from_pretrained(init).state_dict()
+            load_strict(self.model, names.with_tasks(state, self.model.config.tasks), f"init={init}")
         for kind, folder in (warm_start or {}).items():
             found = names.warm_start(self.model, folder, kind)
             print(f"{len(found)} tensors from {folder}", flush=True)
@@ -116,7 +125,21 @@ class TalkerTask(Task):
 
     def forward(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
         """Losses of a batch; see `data.collate`."""
-        return training_losses(self.model, training_forward(self.model, TalkerBatch.of(batch)))
+        rows, task, heard = TalkerBatch.of(batch), self._tasks(batch), None
+        if task is not None:
+            heard = drifted(rows.speech, rows.speech_frames, self.dubbing["drift"])
+            heard = torch.where((task == V2A)[:, None, None], heard, rows.speech)
+        return training_losses(self.model, training_forward(self.model, rows, task, heard))
+
+    def _tasks(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """(B,) rows of the task embedding; None: what the model takes them for."""
+        if not self.dubbing:
+            return None
+        moving = batch["motion_frames"] > 0
+        u = torch.rand(len(moving), device=moving.device)
+        task = torch.where(u < self.dubbing["v2a"], V2A, T2AV)
+        task = torch.where(u >= 1 - self.dubbing["a2v"], A2V, task)
+        return torch.where(moving, task, TTS)
 
     @torch.no_grad()
     def validate(self, step: int, folder: Path) -> dict[str, float]:

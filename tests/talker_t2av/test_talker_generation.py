@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import talker_fixtures
 import torch
@@ -19,9 +21,10 @@ SAMPLING = Sampling(steps=3, temperature=0.8, guidance=1.5)
 @pytest.mark.parametrize("delay", [0, 2])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("prefix", [0, 3])
-def test_hidden_states_are_those_of_training(mode, delay, prefix):
+@pytest.mark.parametrize("tasks", [2, 4])
+def test_hidden_states_are_those_of_training(mode, delay, prefix, tasks):
     """What the heads see equals the training forward on the finished utterance."""
-    model, size, patches = tiny_model(delay), 4, 6
+    model, size, patches = tiny_model(delay, tasks=tasks), 4, 6
     given = {
         "t2av": (4 * prefix, 4 * prefix),
         "tts": (4 * prefix, 0),
@@ -50,6 +53,7 @@ def test_hidden_states_are_those_of_training(mode, delay, prefix):
                 motion_frames=torch.tensor([len(motion)]),
                 speaker=asked.speaker[None],
             ),
+            torch.tensor([("tts", "t2av", "v2a", "a2v").index(mode)]) if tasks == 4 else None,
         )
     # The state before slot j is at position start + j, as the task token comes first.
     ours = torch.cat([step.hidden for step in steps])
@@ -58,10 +62,10 @@ def test_hidden_states_are_those_of_training(mode, delay, prefix):
     torch.testing.assert_close(ours[:same], theirs, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("delay", [0, 1])
+@pytest.mark.parametrize(("delay", "tasks"), [(0, 2), (1, 2), (1, 4)])
 @pytest.mark.parametrize("mode", MODES)
-def test_eight_rows_at_once_are_eight_rows_one_by_one(mode, delay):
-    model = tiny_model(delay, context=2)
+def test_eight_rows_at_once_are_eight_rows_one_by_one(mode, delay, tasks):
+    model = tiny_model(delay, context=2, tasks=tasks)
     rows = []
     for seed in range(8):
         prefix = seed % 3
@@ -106,6 +110,21 @@ def test_a_row_is_the_same_to_the_last_bit_whatever_rows_are_beside_it(mode, mon
     for count in (1, 2):
         some = generate(model, rows[:count], MODES[mode], sampling, use_stop=False)
         assert all(torch.equal(a.speech, b.speech) for a, b in zip(some, together))
+
+
+@pytest.mark.parametrize(("tasks", "known"), [(2, 0), (4, 1)])
+@pytest.mark.parametrize("mode", ["v2a", "a2v"])
+def test_a_patch_is_drawn_with_the_given_patch_of_its_time_known_if_there_are_tasks_for_it(mode, tasks, known):
+    model, changed = tiny_model(tasks=tasks), 3
+    given = "motion" if mode == "v2a" else "speech"
+    asked = request(**{given: 24})
+    stream = getattr(asked, given).clone()
+    stream[4 * changed] += 1.0
+    steps = [
+        list(generate_steps(model, [row], MODES[mode], SAMPLING)) for row in (asked, replace(asked, **{given: stream}))
+    ]
+    same = [torch.equal(a.hidden, b.hidden) for a, b in zip(*steps)]
+    assert same.index(False) == changed + 1 - known
 
 
 def test_looking_seldom_at_the_stop_head_changes_nothing():

@@ -104,6 +104,21 @@ def test_half_of_a_batch_is_speech_only(root):
     assert task.tokens(batch) == int(batch["attention_mask"].sum())
 
 
+def test_dubbing_gives_rows_with_motion_the_tasks_of_given_streams(root, tmp_path):
+    dubbing = {"v2a": 0.4, "a2v": 0.3, "drift": 1.5}
+    make_task(root).release(tmp_path / "two", {})
+    task = make_task(root, model=MODEL | {"tasks": 4}, init=str(tmp_path / "two"), dubbing=dubbing)
+    table = task.model.task_embedding.weight
+    assert torch.equal(table[2], table[1]) and torch.equal(table[3], table[1])
+    batch = {"motion_frames": torch.arange(4000) % 2}
+    counts = task._tasks(batch)[1::2].bincount(minlength=4) / 2000
+    torch.testing.assert_close(counts, torch.tensor([0.0, 0.3, 0.4, 0.3]), atol=0.05, rtol=0)
+    assert not task._tasks(batch)[::2].any()
+    assert torch.isfinite(task(a_batch(root), "model")["loss"])
+    with pytest.raises(UserError, match="tasks=4"):
+        make_task(root, dubbing=dubbing)
+
+
 def test_validation_speaks_held_out_sentences(root, tmp_path):
     pytest.importorskip("pocketsphinx")
     checks = {"root": str(root), "splits": ["seen"], "clips": 2, "grammar": str(root / "grammar.jsgf")}
