@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 # Dense bf16 tensor-core TFLOP/s without sparsity, as in NVIDIA's data sheets of the products (H100, H200 and B200 state
 # twice the figure, with sparsity). The first name that is found in the device's name counts.
@@ -24,13 +24,22 @@ PEAKS = {
     "RTX 4090": 165.2,
 }
 _ATEN = torch.ops.aten
-# Attention on processors, which torch's counter leaves out.
-_PROCESSOR_ATTENTION = {
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: _ATEN._scaled_dot_product_flash_attention,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _ATEN._scaled_dot_product_flash_attention_backward,
-}
-# The counter wraps formulas that it is given; those of the registry are wrapped already.
-_PROCESSOR_ATTENTION = {op: flop_registry[like].__wrapped__ for op, like in _PROCESSOR_ATTENTION.items()}
+
+
+def _attention(query: tuple, key: tuple, value: tuple, *_: Any, **__: Any) -> int:
+    """Operations of attention; keys and values may have fewer heads than queries, which torch's formula refuses."""
+    return sdpa_flop_count(query, *((x[0], query[1], *x[2:]) for x in (key, value)))
+
+
+def _attention_backward(gradient: tuple, query: tuple, key: tuple, value: tuple, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(gradient, query, *((x[0], query[1], *x[2:]) for x in (key, value)))
+
+
+# For processors torch's counter has no formula.
+_ATTENTION = {}
+for _name in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"):
+    _ATTENTION[getattr(_ATEN, f"_scaled_dot_product_{_name}")] = _attention
+    _ATTENTION[getattr(_ATEN, f"_scaled_dot_product_{_name}_backward")] = _attention_backward
 
 
 def peak_tflops(stated: float | None, device: torch.device) -> float | None:
@@ -62,7 +71,7 @@ class Utilisation:
         # Compiled code hides its operations: this one step runs without.
         with (
             torch.compiler.set_stance("force_eager"),
-            FlopCounterMode(display=False, custom_mapping=_PROCESSOR_ATTENTION) as counter,
+            FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter,
         ):
             yield
         self._counted = counter.get_total_flops(), tokens

@@ -1,13 +1,16 @@
+import pytest
 import torch
 
 from engine.speed import Utilisation
 
 
-def test_attention_on_a_processor_is_counted():
+@pytest.mark.parametrize("heads", [4, 2], ids=["one_to_one", "grouped"])
+def test_attention_on_a_processor_is_counted(heads):
     """Axes: B batch, H heads, L sequence, D head width."""
     b, h, length, d = 2, 4, 64, 16
     q, use = torch.randn(b, h, length, d, requires_grad=True), Utilisation(peak=1e-6)
+    k = torch.randn(b, heads, length, d, requires_grad=True)
     with use.counting(tokens=1):
-        torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
+        torch.nn.functional.scaled_dot_product_attention(q, k, k, enable_gqa=heads < h).sum().backward()
     forward = 2 * 2 * b * h * length * length * d  # two matrix products; five in the backward pass
     assert use.share(tokens=1, steps=1, seconds=7.0)["mfu"] == forward * 3.5 / 7.0 / 1e6
