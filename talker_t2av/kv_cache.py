@@ -76,7 +76,8 @@ class KVCache:
 
         positions = (place - self.padding).clamp(min=0)
         with _attention(model, EACH_ROW if self.each_row else None):
-            hidden = with_enough_rows(run, embeds, positions)
+            # Several tokens of a row are rows enough of every product.
+            hidden = with_enough_rows(run, embeds, positions) if len(place) == 1 else run(embeds, positions)
         self.length = end
         return hidden[:, -1]
 
