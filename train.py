@@ -55,11 +55,13 @@ def main() -> int | None:
             record={**OmegaConf.to_container(config, resolve=True), "command": command},
             fresh=config.fresh,
         )
-        if trainer.fit() is None:
-            return REQUEUE
-        trainer.release(Path(config.run) / "release")
+        code = REQUEUE if trainer.fit() is None else None
+        if code is None:
+            trainer.release(Path(config.run) / "release")
     finally:
         distributed.stop()
+    distributed.leave(code)
+    return code
 
 
 def make_data(data: DictConfig) -> None:
