@@ -58,9 +58,9 @@ def stop() -> None:
 def leave(code: int | None) -> None:
     """End this process at once if it is one of several; else do nothing.
 
-    Whoever holds a gloo group last frees it and, with the interpreter's lock in hand, waits for gloo's thread, which may
-    be waiting for that lock to free a tensor (PyTorch 2.11): on a crowded machine a run that was done never ended. Call
-    this while the trainer is still referred to, after everything is written.
+    Whoever holds a gloo group last frees it and, with the interpreter's lock in hand, waits for gloo's thread, which
+    may be waiting for that lock to free a tensor (PyTorch 2.11): on a crowded machine a run that was done never ended.
+    Call this while the trainer is still referred to, after everything is written.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
