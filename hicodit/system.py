@@ -48,7 +48,8 @@ class HiCoDiTSystem(nn.Module):
             )
         self.model = HiCoDiT(model)
         self.encoders = make_encoders(encoders)
-        self.encoders.lip.packed = model.packed
+        if self.encoders.learns:
+            self.encoders.lip.packed = model.packed
 
     def conditions(self, mouth: Tensor, faces: Tensor, frames: Tensor, identity: Tensor | None = None) -> Conditions:
         """What the pictures of a batch of clips say.
