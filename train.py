@@ -55,13 +55,11 @@ def main() -> int | None:
             record={**OmegaConf.to_container(config, resolve=True), "command": command},
             fresh=config.fresh,
         )
-        code = REQUEUE if trainer.fit() is None else None
-        if code is None:
-            trainer.release(Path(config.run) / "release")
+        if trainer.fit() is None:
+            return REQUEUE
+        trainer.release(Path(config.run) / "release")
     finally:
         distributed.stop()
-    distributed.leave(code)
-    return code
 
 
 def make_data(data: DictConfig) -> None:
@@ -81,4 +79,4 @@ def make_data(data: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, distributed.leave)

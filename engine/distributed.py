@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -50,22 +51,24 @@ def start(wish: str) -> torch.device:
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group.
+
+    The groups are never freed: whoever frees a gloo group waits for its thread with the interpreter's lock in hand, and
+    the thread may be waiting for that lock to free a tensor (PyTorch 2.11), so that runs ended, but did not leave.
+    """
     if dist.is_initialized():
+        for group in dist.distributed_c10d._world.pg_map:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
         dist.destroy_process_group()
 
 
-def leave(code: int | None) -> None:
-    """End this process at once if it is one of several; else do nothing.
-
-    Whoever holds a gloo group last frees it and, with the interpreter's lock in hand, waits for gloo's thread, which
-    may be waiting for that lock to free a tensor (PyTorch 2.11): on a crowded machine a run that was done never ended.
-    Call this while the trainer is still referred to, after everything is written.
-    """
+def leave(code: int) -> NoReturn:
+    """End this process: at once if it is one of several, as gloo's threads outlive `stop`."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code or 0)
+        os._exit(code)
+    sys.exit(code)
 
 
 def rank() -> int:

@@ -10,8 +10,11 @@ class UserError(ValueError):
     """A mistake in what the user gave. The message names the offending value and says what to do about it."""
 
 
-def run_cli(main: Callable[[], int | None]) -> None:
-    """Run `main`; a `UserError` becomes one line on standard error and exit code 2, Ctrl-C becomes 130."""
+def run_cli(main: Callable[[], int | None], leave: Callable[[int], None] = sys.exit) -> None:
+    """Run `main`; a `UserError` becomes one line on standard error and exit code 2, Ctrl-C becomes 130.
+
+    `leave` ends the process with the exit code.
+    """
     try:
         code = main()
     except UserError as error:
@@ -20,4 +23,4 @@ def run_cli(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    sys.exit(code or 0)
+    leave(code or 0)
