@@ -222,12 +222,14 @@ def download(group: str, folder: Path, endpoint: str | None = None, pause: float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("group", choices=[*CATALOGUE, "all"], help="which files")
+    parser.add_argument("group", nargs="?", choices=[*CATALOGUE, "all"], help="which files; --list: all if not given")
     parser.add_argument("--to", type=Path, default=Path("checkpoints"), help="folder (default: %(default)s)")
     parser.add_argument("--list", action="store_true", help="only say what there is and whether it is here")
     args = parser.parse_args()
     if args.list:
-        print("\n".join(listing(args.group, args.to)))
+        print("\n".join(listing(args.group or "all", args.to)))
+    elif args.group is None:
+        parser.error(f"say which files: {', '.join([*CATALOGUE, 'all'])}")
     else:
         download(args.group, args.to)
 
