@@ -146,6 +146,8 @@ def _check_value(word: str, base: DictConfig, groups: list[str]) -> str:
     if key not in known:
         raise UserError(f"unknown setting {key!r}; {_nearest(key, [*known, *groups])}")
     default = known[key]
+    if isinstance(default, str) and "${" in default:
+        default = _resolved(base, key, default)
     if isinstance(default, str) and default != "???" and text != "null" and not re.match(r"['\"]|.*\$\{", text):
         return f"{key}={_quoted(text)}"
     override = _parse(word) or _parse(f"{key}={_quoted(text)}")  # paths with commas, brackets or spaces are strings
@@ -155,6 +157,17 @@ def _check_value(word: str, base: DictConfig, groups: list[str]) -> str:
     if expected:
         raise UserError(f"{key}={text} is not {expected} (default: {_shown(default)})")
     return override.input_line
+
+
+def _resolved(base: DictConfig, key: str, text: str) -> Any:
+    """What an interpolated default stands for, so that the type it has counts; its text where that is not known yet."""
+    try:
+        value = OmegaConf.select(base, key)
+    except OmegaConfBaseException:
+        return text
+    if OmegaConf.is_config(value):
+        return OmegaConf.to_container(value, resolve=False)
+    return text if value is None else value
 
 
 def _parse(word: str) -> Override | None:

@@ -18,6 +18,7 @@ from engine.export import Release
 from engine.media.audio import write_wav
 from engine.media.corpus import load_clips
 from engine.nn.audio_losses import (
+    CompressedSpectrumLoss,
     MultiResolutionSTFTLoss,
     MultiScaleMelLoss,
 )
@@ -66,8 +67,8 @@ class RVQCodecTask(Task):
     Args:
         codec: fields of `RVQCodecConfig`.
         mel: `n_mels` and `windows` of the mel loss.
-        weights: of the losses `mel`, `stft`, `waveform` (mean absolute error over mean absolute value), `feature` and
-            `adversarial`; commitment and codebook weights are the codec's own.
+        weights: of the losses `mel`, `stft`, `spectrum` (compressed complex spectra), `feature` and `adversarial`;
+            commitment and codebook weights are the codec's own.
         period, spectrogram: arguments of the two families of discriminators.
         features: `mel_bands` and `low_samples` (together the latent's channels), `until`, and `envelope_levels`: how
             many levels are initialised to see the mel bands only. None for no such stage.
@@ -103,6 +104,7 @@ class RVQCodecTask(Task):
         self.discriminator = WaveDiscriminators(period, spectrogram)
         self.mel_loss = MultiScaleMelLoss(config.sample_rate, **mel)
         self.stft_loss = MultiResolutionSTFTLoss()
+        self.spectrum_loss = CompressedSpectrumLoss()
         self.weights = dict(weights)
         if decoder_only:
             if not init:
@@ -199,8 +201,8 @@ class RVQCodecTask(Task):
         losses = {"mel": self.mel_loss(fake, real)}
         if weights["stft"]:
             losses["stft"] = self.stft_loss(fake, real)
-        if weights["waveform"]:
-            losses["waveform"] = (fake - real).abs().mean() / real.abs().mean().clamp_min(1e-4)
+        if weights["spectrum"]:
+            losses["spectrum"] = self.spectrum_loss(fake, real)
         total = sum(weights[name] * value for name, value in losses.items())
         if run["regression"] is not None:
             losses["features"] = run["regression"]

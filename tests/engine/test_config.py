@@ -18,6 +18,7 @@ count: 3             # how many
 ratio: 0.5
 flag: false
 sizes: [1, 2]
+splits: ${sizes}
 sampler:
   steps: 64          # evaluations
   kind: euler
@@ -110,6 +111,12 @@ def test_any_file_name_can_be_given(compose, name):
 def test_a_number_for_a_text_setting_stays_text(compose):
     assert compose(EXPERIMENT, "input=2024").input == "2024"
     assert compose(EXPERIMENT, "input=null").input is None
+
+
+def test_a_list_behind_an_interpolation_is_a_list(compose):
+    assert compose(EXPERIMENT, "name=x", "splits=[3]").splits == [3]
+    with pytest.raises(UserError, match="splits=3 is not a list"):
+        compose(EXPERIMENT, "name=x", "splits=3")
 
 
 def test_missing_value(compose, tmp_path):

@@ -32,7 +32,7 @@ def make_task(**changes):
     arguments = {
         "codec": CODEC,
         "mel": {"n_mels": [10, 40], "windows": [128, 512]},
-        "weights": {"mel": 15.0, "stft": 1.0, "waveform": 2.0, "feature": 2.0, "adversarial": 1.0},
+        "weights": {"mel": 15.0, "stft": 1.0, "spectrum": 2.0, "feature": 2.0, "adversarial": 1.0},
         "period": {"periods": [2, 3], "channels": 2, "max_channels": 4},
         "spectrogram": {"fft_sizes": [128], "channels": 2, "max_channels": 4},
         "pool": 500,
