@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.faces.detectors import HaarDetector
-from engine.faces.track import track_face
+from engine.faces.clip import find_face
 from engine.files import atomic_output
 from engine.media.audio import read_audio
+from engine.media.corpus import read_manifest
 from engine.media.video import read_video
 from engine.metrics.speaker import SpeakerEncoder
 from hicodit.conditions.released import EncoderConfig
@@ -33,18 +33,6 @@ from rvq_codec import RVQCodec
 SHARD_CLIPS = 200
 FACE_PICTURES = 4
 FPS = 25.0
-
-
-def read_manifest(corpus: Path, split: str) -> list[dict]:
-    """The clips of a split, in order.
-
-    Raises:
-        UserError: the corpus has no such split.
-    """
-    path = corpus / f"{split}.jsonl"
-    if not path.is_file():
-        raise UserError(f"no manifest {path}: make the corpus first (python scripts/make_synthetic_corpus.py --help)")
-    return [json.loads(line) for line in path.read_text().splitlines() if line]
 
 
 def shard_count(corpus: Path, split: str) -> int:
@@ -84,7 +72,7 @@ def make_visual_shard(
         return [tuple(pair) for pair in json.loads(listing.read_text())["skipped"]]
     for stale in (listing, *listing.parent.glob(f"tokens-*-{index:05d}.safetensors")):
         stale.unlink(missing_ok=True)
-    detector, speaker = HaarDetector(), SpeakerEncoder()
+    speaker = SpeakerEncoder()
     kept, skipped, columns = (
         [],
         [],
@@ -93,7 +81,7 @@ def make_visual_shard(
     for clip in read_manifest(corpus, split)[index * SHARD_CLIPS : (index + 1) * SHARD_CLIPS]:
         try:
             frames = read_video(corpus / split / f"{clip['id']}.mp4", FPS)
-            track = track_face([frames], detector)
+            track = find_face([frames], FPS)
             ge2e = speaker.embed(read_audio(corpus / split / f"{clip['id']}.wav", 16_000), 16_000)
         except UserError as error:
             skipped.append((clip["id"], str(error)))

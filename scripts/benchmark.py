@@ -3,12 +3,14 @@
     python scripts/benchmark.py                              # tiny and base, 2 and 10 s clips, 64 steps with guidance
     python scripts/benchmark.py --models tiny --seconds 2 --no-plain
 
-Weights are random (base has no others), guidance is the paper's for LRS3 with five branches; base has condition encoders
-of the released sizes (AV-HuBERT Large, ArcFace, POSTER V2). Each setting runs in a process of its own, so that peak memory is its own. After a whole run to warm up, `--timed-steps` steps a window are
-timed; a run is `--steps` times the median step, plus what is done once a clip. The plain reading of the paper runs the
-guidance branches one by one, prepares their conditions again at every step and computes all heads at all positions;
-the benchmark checks that it gives the same tokens. With the condition encoders also run again for every branch and
-step, the plain reading is slower still: that ratio is reported apart.
+Weights are random (base has no others), guidance is the paper's for LRS3 with five branches; base has condition
+encoders of the released sizes (AV-HuBERT Large, ArcFace, POSTER V2). Each setting runs in a process of its own, so that
+peak memory is its own. After a whole run to warm up, `--timed-steps` steps a window are timed; a run is `--steps` times
+the median step, plus what is done once a clip.
+
+The plain reading of the paper runs the guidance branches one by one, prepares their conditions again at every step and
+computes all heads at all positions; the benchmark checks that it gives the same tokens. `speed_up` leaves the condition
+encoders out of both; `speed_up_with_encoders` lets the plain reading run them, too, again for every branch and step.
 """
 
 from __future__ import annotations

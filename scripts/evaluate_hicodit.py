@@ -24,12 +24,12 @@ from safetensors.torch import load_file
 
 from engine.errors import UserError, run_cli
 from engine.media.audio import read_audio
+from engine.media.corpus import read_manifest
 from engine.metrics.recogniser import Recogniser, word_error_rate
 from engine.metrics.speaker import SpeakerEncoder
 from engine.metrics.speech import pitch
 from hicodit.conditions import EXPRESSIONS
 from hicodit.evaluation import synthesise
-from hicodit.features import read_manifest
 from hicodit.pipeline import HiCoDiTPipeline
 from scripts.record import write_record
 

@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 from engine.errors import UserError, run_cli
+from engine.media.corpus import read_manifest
 from engine.progress import track
 from hicodit.conditions.released import encoder_config
-from hicodit.features import make_token_shard, make_visual_shard, read_manifest, shard_count, shard_is_made
+from hicodit.features import make_token_shard, make_visual_shard, shard_count, shard_is_made
 from rvq_codec import RVQCodec
 
 
