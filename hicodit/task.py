@@ -50,6 +50,7 @@ class HiCoDiTTask(Task):
         validate_clips: clips of each held-out split to synthesise.
         validate_splits: the held-out splits; none turns validation off.
         init: release folder of the same sizes and tokens to go on from.
+        new_tokens: `init` may speak the tokens of another tokenizer: its token embeddings and heads start anew.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class HiCoDiTTask(Task):
         validate_splits: Sequence[str] = ("seen", "unseen"),
         recipe: str = "",
         init: str | None = None,
+        new_tokens: bool = False,
     ) -> None:
         super().__init__()
         self.system = HiCoDiTSystem(ModelConfig(**model), encoder_config(encoders))
@@ -86,10 +88,21 @@ class HiCoDiTTask(Task):
                 f"{tokenizer.codebook_size}: set task.model.levels and task.model.codes to those"
             )
         if init:
-            start, made = HiCoDiTSystem.load(init)
-            if made.get("token_digest") not in (None, self.token_digest):
-                raise UserError(f"init={init} speaks other tokens than task.codec={codec} makes: name its own")
-            load_strict(self.system, start.state_dict(), f"init={init}")
+            self._start_from(init, new_tokens)
+
+    def _start_from(self, init: str, new_tokens: bool) -> None:
+        """Take over the weights of a release."""
+        start, made = HiCoDiTSystem.load(init)
+        state = start.state_dict()
+        if made.get("token_digest") not in (None, self.token_digest):
+            if not new_tokens:
+                raise UserError(
+                    f"init={init} speaks other tokens than task.codec={self.codec} makes: name its own tokenizer, or "
+                    "let its token embeddings and heads start anew with task.new_tokens=true"
+                )
+            own = self.system.state_dict()
+            state |= {key: own[key] for key in own if ".embeddings." in key or ".heads." in key}
+        load_strict(self.system, state, f"init={init}")
 
     def parts(self) -> dict[str, nn.Module]:
         return {"model": self.system}

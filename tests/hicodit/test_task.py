@@ -157,6 +157,17 @@ def test_a_start_from_other_tokens_is_refused(corpus, release, tmp_path):
         make_task(corpus, release, init=str(tmp_path / "other"))
 
 
+def test_a_start_with_new_tokens_takes_all_but_their_tables(corpus, release, tmp_path):
+    other = make_task(corpus, release).system
+    for parameter in other.parameters():
+        torch.nn.init.normal_(parameter)
+    other.save(tmp_path / "other", "card", {"codec": "codec", "token_digest": "abcd1234"})
+    ours = make_task(corpus, release, init=str(tmp_path / "other"), new_tokens=True).system.state_dict()
+    kept = {key for key, value in other.state_dict().items() if torch.equal(ours[key].half(), value.half())}
+    tables = {key for key in ours if "embeddings" in key or "heads" in key}
+    assert ours.keys() - tables <= kept and tables and not any("embeddings" in key for key in kept)
+
+
 def test_dataset_is_a_function_of_its_generator(corpus, release):
     data = make_data(corpus, release)
     a, b, c = (data.__getitem__(0, torch.Generator().manual_seed(s))["mouth"] for s in (1, 1, 2))
