@@ -21,7 +21,7 @@ class CodedCrops(SpeechCrops):
     Args:
         codec: release folder; None for crops without codes.
         samples: length of a crop, a multiple of the codec's hop.
-        root, split, sample_rate, gain_db: as in `SpeechCrops`; with a codec there is no gain.
+        root, split, sample_rate, gain_db, speed: as in `SpeechCrops`; with a codec, waves stay as they are.
 
     Raises:
         UserError: as in `SpeechCrops`, or `samples` is no multiple of the hop.
@@ -35,8 +35,9 @@ class CodedCrops(SpeechCrops):
         samples: int = 24_000,
         gain_db: float = 6.0,
         codec: str | None = None,
+        speed: float = 0.0,
     ):
-        super().__init__(root, split, sample_rate, samples, gain_db)
+        super().__init__(root, split, sample_rate, samples, gain_db, speed)
         self.codec = RVQCodec.from_pretrained(codec) if codec else None
         self._coded: dict[int, tuple[Tensor, Tensor]] = {}
         if self.codec and samples % self.codec.hop:

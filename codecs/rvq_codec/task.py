@@ -70,8 +70,10 @@ class RVQCodecTask(Task):
         weights: of the losses `mel`, `stft`, `spectrum` (compressed complex spectra), `feature` and `adversarial`;
             commitment and codebook weights are the codec's own.
         period, spectrogram: arguments of the two families of discriminators.
-        features: `mel_bands` and `low_samples` (together the latent's channels), `until`, and `envelope_levels`: how
-            many levels are initialised to see the mel bands only. None for no such stage.
+        features: `mel_bands` and `low_samples` (together the latent's channels), `until`, and what stays of them after
+            it: the first `envelope_levels` levels see the mel bands only, which are regressed on with weight `keep`.
+            So the first levels hold words and timbre, and pulses, which no face tells, come later. None for no such
+            stage.
         quantizer_start, gan_start: see above; None for no discriminators at all.
         decoder_only: encoder and quantiser keep the weights of `init`, so that codes stay the same; a decoder of
             another size than `init`'s starts from random weights.
@@ -114,7 +116,7 @@ class RVQCodecTask(Task):
         self.decoder_only = decoder_only
         if init:
             features, quantizer_start = None, 0
-        self.features, self.features_until, self.envelope_levels = None, 0, 0
+        self.features, self.features_until, self.envelope_levels, self.keep = None, 0, 0, 0.0
         if features:
             bands, low = features["mel_bands"], features["low_samples"]
             if bands + low != config.latent_channels or config.hop % low:
@@ -124,6 +126,7 @@ class RVQCodecTask(Task):
                 )
             self.features = SpeechFeatures(bands, low, config.sample_rate, config.hop)
             self.features_until, self.envelope_levels = features["until"], features["envelope_levels"]
+            self.keep = features["keep"]
         self.quantizer_start, self.gan_start = quantizer_start, gan_start
         self.restart_every, self.warm_started = restart_every, bool(init)
         self.validation = validation
@@ -173,6 +176,8 @@ class RVQCodecTask(Task):
                 fake, z, quantized = self.codec.decoder(self.codec.quantizer.embed(batch["codes"])), None, None
             else:
                 fake, z, quantized = self.codec(wave, quantize=step >= self.quantizer_start)
+                if self.keep:
+                    regression = self.keep * self._distance(z, self._target(wave), self.features.mel_bands)
             length = min(fake.shape[-1], wave.shape[-1])
             if self.training and not self.decoder_only:
                 self._remember(z.detach(), quantized)
@@ -182,14 +187,21 @@ class RVQCodecTask(Task):
 
     def _from_features(self, wave: Tensor) -> tuple[Tensor, Tensor, None, Tensor]:
         """Wave decoded from the features, latent, nothing quantised, and the mean square of latent - features."""
-        with torch.no_grad(), torch.autocast(wave.device.type, enabled=False):
-            features = self.features(wave.float())
-        z = self.codec.encoder(wave)
-        length = min(z.shape[-1], features.shape[-1])
-        regression = (z[..., :length] - features[..., :length]).square().mean()
+        features, z = self._target(wave), self.codec.encoder(wave)
+        regression = self._distance(z, features)
         # The decoder will see latents that are coarser than the features.
         noise = 0.3 * torch.rand(len(features), 1, 1, device=z.device) * torch.randn_like(features)
         return self.codec.decoder(features + noise), z, None, regression
+
+    def _target(self, wave: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(wave.device.type, enabled=False):
+            return self.features(wave.float())
+
+    @staticmethod
+    def _distance(z: Tensor, features: Tensor, channels: int | None = None) -> Tensor:
+        """Mean square of latent - features over the first `channels` channels and the frames that both have."""
+        length = min(z.shape[-1], features.shape[-1])
+        return (z[:, :channels, :length] - features[:, :channels, :length]).square().mean()
 
     def _discriminator_losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         run = self._run(batch)
@@ -229,6 +241,10 @@ class RVQCodecTask(Task):
 
         The trainer sends buffers from rank 0 to all processes before a step, so every process does the same.
         """
+        if self.keep and step > self.quantizer_start:
+            with torch.no_grad():
+                for level in self.codec.quantizer.quantizers[: self.envelope_levels]:
+                    level.in_project.weight_v[:, self.features.mel_bands :] = 0
         first = step == self.quantizer_start and not self.warm_started
         due = step > self.quantizer_start and (step - self.quantizer_start) % self.restart_every == 0
         if not (first or due):

@@ -6,16 +6,20 @@ Axes: B batch, N samples.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import torch
+import torchaudio
 from torch import Tensor
 
 from engine.errors import UserError
 from engine.media.audio import read_audio
+
+SPEED_STEP = 0.05
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class SpeechCrops(torch.utils.data.Dataset):
         sample_rate: that the files must have.
         samples: length of a crop; shorter clips are padded with zeros at the end.
         gain_db: gains are uniform in -gain_db..0 dB.
+        speed: half of the crops are played slower or faster by up to this share, in steps of `SPEED_STEP`. Pitch and
+            formants move along, which makes more voices than there are.
 
     Raises:
         UserError: no manifest; and, when a crop is taken, a file that is missing, is no audio, or is not mono at
@@ -73,8 +79,9 @@ class SpeechCrops(torch.utils.data.Dataset):
         sample_rate: int = 24_000,
         samples: int = 24_000,
         gain_db: float = 6.0,
+        speed: float = 0.0,
     ):
-        self.sample_rate, self.samples, self.gain_db = sample_rate, samples, gain_db
+        self.sample_rate, self.samples, self.gain_db, self.speed = sample_rate, samples, gain_db, speed
         folder = Path(root) / split
         self.paths = [folder / f"{row['id']}.wav" for row in read_manifest(root, split)]
 
@@ -83,11 +90,24 @@ class SpeechCrops(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """{"wave": (1, samples)}, a function of (index, generator)."""
+        faster, samples = self._draw_speed(generator), self.samples
+        if faster:
+            samples = math.ceil(samples * (1 + faster * SPEED_STEP))
         with self.open(index) as file:
-            file.seek(draw(file.frames - self.samples, generator))
-            wave = torch.from_numpy(file.read(self.samples, dtype="float32"))
+            file.seek(draw(file.frames - samples, generator))
+            wave = torch.from_numpy(file.read(samples, dtype="float32"))
+        if faster:
+            unit = round(1 / SPEED_STEP)
+            wave = torchaudio.functional.resample(wave, unit + faster, unit)[: self.samples]
         gain = 10 ** (-self.gain_db * torch.rand((), generator=generator) / 20)
         return {"wave": pad(wave * gain, self.samples)[None]}
+
+    def _draw_speed(self, generator: torch.Generator | None) -> int:
+        """Steps of speed, 0 for half of the crops."""
+        most = round(self.speed / SPEED_STEP)
+        if not most or torch.rand((), generator=generator) < 0.5:
+            return 0
+        return int(torch.randint(-most, most + 1, (), generator=generator))
 
     @staticmethod
     def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
