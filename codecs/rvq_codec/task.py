@@ -126,7 +126,7 @@ class RVQCodecTask(Task):
                 )
             self.features = SpeechFeatures(bands, low, config.sample_rate, config.hop)
             self.features_until, self.envelope_levels = features["until"], features["envelope_levels"]
-            self.keep = features["keep"]
+            self.keep = features.get("keep", 0.0)
         self.quantizer_start, self.gan_start = quantizer_start, gan_start
         self.restart_every, self.warm_started = restart_every, bool(init)
         self.validation = validation

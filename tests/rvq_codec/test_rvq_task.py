@@ -203,6 +203,28 @@ def test_features_are_regressed_while_the_decoder_learns():
         make_task(features=features | {"mel_bands": 9})
 
 
+def test_first_levels_keep_to_the_envelope():
+    features = {"mel_bands": 8, "low_samples": 4, "until": 1, "envelope_levels": 1, "keep": 1.0}
+    task = make_task(features=features, quantizer_start=1, gan_start=None)
+    logs = train(task, 5)
+    assert all("features" in log["generator"] for log in logs)
+    task._tend_codebooks(5)
+    first, second = (level.in_project.weight_v for level in task.codec.quantizer.quantizers[:2])
+    assert not first[:, 8:].any() and first[:, :8].all() and second.all()
+
+
+def test_crops_at_other_speeds_move_the_pitch(tmp_path):
+    (tmp_path / "train").mkdir()
+    wave = 0.3 * np.sin(2 * np.pi * 1000 * np.arange(48_000) / 24_000)
+    write_wav(tmp_path / "train" / "a.wav", wave.astype(np.float32), 24_000)
+    (tmp_path / "train.jsonl").write_text('{"id": "a", "text": ""}')
+    crops = SpeechCrops(tmp_path, samples=24_000, speed=0.1)
+    draws = [crops.__getitem__(0, torch.Generator().manual_seed(seed))["wave"] for seed in range(40)]
+    assert {len(draw[0]) for draw in draws} == {24_000}
+    found = {int(torch.fft.rfft(draw[0]).abs().argmax()) for draw in draws}  # bins of 1 Hz
+    assert found == {900, 950, 1000, 1050, 1100}
+
+
 def test_features_follow_the_wave():
     features = SpeechFeatures(20, 12, 24_000, 480)
     time = torch.arange(24_000) / 24_000
