@@ -176,7 +176,7 @@ def measure(job: dict) -> dict:
         result |= {
             "plain_step_ms_median": 1e3 * plain,
             "speed_up": plain / median,
-            "speed_up_with_encoders": (plain + len(GUIDANCE.branches) * encoders) / median,
+            "speed_up_with_encoders": (plain + len(GUIDANCE.branches) * encoders / windows) / median,
             "same_tokens": torch.equal(fast, slow),
         }
     return result
