@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.export import Release
-from engine.media.audio import write_wav
-from engine.media.corpus import load_clips
+from engine.metrics.resynthesis import validate_codec
 from engine.nn.audio_losses import (
     CompressedSpectrumLoss,
     MultiResolutionSTFTLoss,
@@ -264,23 +263,16 @@ class RVQCodecTask(Task):
         """Metrics on the first held-out clips; writes the first clip of each split, as it was and decoded."""
         if self.validation is None:
             return {}
-        results: dict[str, float] = {}
-        root, rate = Path(self.validation["root"]), self.codec.sample_rate
-        device = self.pooled.device
-        for split in self.validation["splits"]:
-            clips = load_clips(root, split, self.validation["clips"], rate)
-            found = evaluate(self.codec, clips, self.validation["levels"], root / "grammar.jsgf")
-            for name, value in found.items():
-                if isinstance(value, list):
-                    value = sum(value) / len(value)
-                results[f"{split}/{name}"] = value
-            _, waves = resynthesise(self.codec, clips[0], [self.codec.levels])
-            decoded = waves[self.codec.levels]
-            pair = (torch.from_numpy(x)[None, None].to(device) for x in (decoded, clips[0].wave))
-            results[f"{split}/mel"] = self.mel_loss(*pair).item()
-            write_wav(folder / f"{split}-original.wav", clips[0].wave, rate)
-            write_wav(folder / f"{split}-decoded.wav", decoded, rate)
-        return results
+        codec, levels = self.codec, self.validation["levels"]
+        return validate_codec(
+            self.validation,
+            codec.sample_rate,
+            folder,
+            measure=lambda clips, grammar: evaluate(codec, clips, levels, grammar),
+            decode=lambda clip: resynthesise(codec, clip, [codec.levels])[1][codec.levels],
+            distance=self.mel_loss,
+            device=self.step.device,
+        )
 
     def released(self) -> Release:
         return Release(

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.export import Release
-from engine.media.audio import resample, write_wav
+from engine.media.audio import resample
 from engine.media.corpus import load_clips
+from engine.metrics.resynthesis import validate_codec
 from engine.nn.audio_losses import MultiScaleMelLoss
 from engine.nn.dac import DownBlock, UpBlock
 from engine.nn.discriminators import WaveDiscriminators
@@ -189,19 +190,16 @@ class WhisperXVAETask(Task):
         """Metrics on the first held-out clips; writes the first clip of each split, as it was and decoded."""
         if self.validation is None:
             return {}
-        results: dict[str, float] = {}
-        root, rate = Path(self.validation["root"]), self.codec.sample_rate
-        grammar = root / "grammar.jsgf"  # corpora of free speech have none: then no word error rate
-        for split in self.validation["splits"]:
-            clips = load_clips(root, split, self.validation["clips"], rate)
-            found = evaluate(self.codec, clips, grammar if grammar.is_file() else None)
-            results |= {f"{split}/{name}": value for name, value in found.items()}
-            _, decoded = resynthesise(self.codec, clips[0])
-            pair = (torch.from_numpy(x)[None, None].to(self.step.device) for x in (decoded, clips[0].wave))
-            results[f"{split}/mel"] = self.mel_loss(*pair).item()
-            write_wav(folder / f"{split}-original.wav", clips[0].wave, rate)
-            write_wav(folder / f"{split}-decoded.wav", decoded, rate)
-        return results
+        codec = self.codec
+        return validate_codec(
+            self.validation,
+            codec.sample_rate,
+            folder,
+            measure=lambda clips, grammar: evaluate(codec, clips, grammar),
+            decode=lambda clip: resynthesise(codec, clip)[1],
+            distance=self.mel_loss,
+            device=self.step.device,
+        )
 
     def released(self) -> Release:
         return Release(

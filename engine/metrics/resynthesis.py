@@ -6,13 +6,17 @@ Axes: N samples.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from engine.errors import UserError
-from engine.media.corpus import Clip
+from engine.media.audio import write_wav
+from engine.media.corpus import Clip, load_clips
 from engine.metrics.recogniser import Recogniser, word_error_rate
 from engine.metrics.speech import pesq_wb, stoi
 
@@ -54,6 +58,38 @@ def score(
                     continue
             if scores:
                 results[f"pesq_{name}"] = float(np.mean(scores))
+    return results
+
+
+def validate_codec(
+    settings: Mapping[str, Any],
+    rate: int,
+    folder: Path,
+    measure: Callable[[list[Clip], Path | None], Mapping[str, Any]],
+    decode: Callable[[Clip], np.ndarray],
+    distance: Callable[[Tensor, Tensor], Tensor],
+    device: torch.device,
+) -> dict[str, float]:
+    """Validation of a wave codec on held-out clips; writes the first clip of each split to `folder`, as it was and
+    decoded.
+
+    Args:
+        settings: `root` of the corpus, `splits`, and `clips` of each.
+        measure: clips and the recogniser's grammar, None where the corpus (of free speech) has none, to figures; of a
+            list the mean is taken.
+        decode: a clip to its wave after coding.
+        distance: of decoded wave and wave, both (1, N) on `device`; reported as `mel`.
+    """
+    root, results = Path(settings["root"]), {}
+    grammar = root / "grammar.jsgf"
+    for split in settings["splits"]:
+        clips = load_clips(root, split, settings["clips"], rate)
+        found = measure(clips, grammar if grammar.is_file() else None)
+        results |= {f"{split}/{name}": float(np.mean(value)) for name, value in found.items()}
+        wave, decoded = clips[0].wave, decode(clips[0])
+        results[f"{split}/mel"] = distance(*(torch.from_numpy(x)[None].to(device) for x in (decoded, wave))).item()
+        write_wav(folder / f"{split}-original.wav", wave, rate)
+        write_wav(folder / f"{split}-decoded.wav", decoded, rate)
     return results
 
 
