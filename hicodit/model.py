@@ -301,13 +301,16 @@ class HiCoDiT(nn.Module):
         """
         batch = len(where)
         clip, level, frame = where.nonzero(as_tuple=True)
-        out = hidden[0][0].new_zeros(prepared.branches, len(clip), self.config.codes, dtype=torch.float32)
+        parts, order = [], []
         for stage, (h, cond), rows in zip(self.stages, hidden, prepared.rows):
             rows = rows.view(prepared.branches, batch)
             for i, head in enumerate(stage.heads):
                 at = (level == stage.first + i).nonzero()[:, 0]
                 row = rows[:, clip[at]]  # (G, m)
-                out[:, at] = head(stage.final(h[row, frame[at]], cond, row)).float()
+                parts.append(head(stage.final(h[row, frame[at]], cond, row)).float())
+                order.append(at)
+        # Put in order once: filling a tensor level by level would copy its whole gradient for every level.
+        out = torch.cat(parts, 1)[:, torch.cat(order).argsort()]
         if self.config.normalised:
             return out.log_softmax(-1)
         return out - torch.log(torch.tensor(float(self.config.codes)))
