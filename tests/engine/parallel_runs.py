@@ -46,3 +46,4 @@ if __name__ == "__main__":
         os.environ["LOCAL_WORLD_SIZE"] = str(each["node"])
         run(each)
     distributed.stop()
+    distributed.leave(0)  # threads of gloo that are left would sometimes abort a normal end
