@@ -193,6 +193,7 @@ class RVQCodecTask(Task):
         return self.codec.decoder(features + noise), z, None, regression
 
     def _target(self, wave: Tensor) -> Tensor:
+        """Features (B, C, L) that the latent is taught."""
         with torch.no_grad(), torch.autocast(wave.device.type, enabled=False):
             return self.features(wave.float())
 
@@ -236,7 +237,7 @@ class RVQCodecTask(Task):
             self.counts += count_codes(quantized.codes, self.codec.codebook_size)
 
     def _tend_codebooks(self, step: int) -> None:
-        """Warm start at `quantizer_start`, restarts of dead codes later.
+        """Warm start at `quantizer_start`, restarts of dead codes later; the first levels are kept to the mel bands.
 
         The trainer sends buffers from rank 0 to all processes before a step, so every process does the same.
         """

@@ -6,7 +6,6 @@ Axes: B batch, N samples.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from engine.errors import UserError
 from engine.media.audio import read_audio
 
-SPEED_STEP = 0.05
+SPEED_STEPS = 20  # steps of speed that make it twice as fast
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class SpeechCrops(torch.utils.data.Dataset):
         sample_rate: that the files must have.
         samples: length of a crop; shorter clips are padded with zeros at the end.
         gain_db: gains are uniform in -gain_db..0 dB.
-        speed: half of the crops are played slower or faster by up to this share, in steps of `SPEED_STEP`. Pitch and
+        speed: half of the crops are played slower or faster by up to this share, in steps of a twentieth. Pitch and
             formants move along, which makes more voices than there are.
 
     Raises:
@@ -90,21 +89,19 @@ class SpeechCrops(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """{"wave": (1, samples)}, a function of (index, generator)."""
-        faster, samples = self._draw_speed(generator), self.samples
-        if faster:
-            samples = math.ceil(samples * (1 + faster * SPEED_STEP))
+        faster = self._draw_speed(generator)
+        samples = -(-self.samples * (SPEED_STEPS + faster) // SPEED_STEPS)
         with self.open(index) as file:
             file.seek(draw(file.frames - samples, generator))
             wave = torch.from_numpy(file.read(samples, dtype="float32"))
         if faster:
-            unit = round(1 / SPEED_STEP)
-            wave = torchaudio.functional.resample(wave, unit + faster, unit)[: self.samples]
+            wave = torchaudio.functional.resample(wave, SPEED_STEPS + faster, SPEED_STEPS)[: self.samples]
         gain = 10 ** (-self.gain_db * torch.rand((), generator=generator) / 20)
         return {"wave": pad(wave * gain, self.samples)[None]}
 
     def _draw_speed(self, generator: torch.Generator | None) -> int:
         """Steps of speed, 0 for half of the crops."""
-        most = round(self.speed / SPEED_STEP)
+        most = round(self.speed * SPEED_STEPS)
         if not most or torch.rand((), generator=generator) < 0.5:
             return 0
         return int(torch.randint(-most, most + 1, (), generator=generator))
