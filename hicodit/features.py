@@ -73,11 +73,8 @@ def make_visual_shard(
     for stale in (listing, *listing.parent.glob(f"tokens-*-{index:05d}.safetensors")):
         stale.unlink(missing_ok=True)
     speaker = SpeakerEncoder()
-    kept, skipped, columns = (
-        [],
-        [],
-        {"mouth": [], "faces": [], "ge2e": [], "expression": [], "phoneme": [], "frames": []},
-    )
+    kept, skipped = [], []
+    columns = {name: [] for name in ("mouth", "faces", "ge2e", "expression", "phoneme", "frames")}
     for clip in read_manifest(corpus, split)[index * SHARD_CLIPS : (index + 1) * SHARD_CLIPS]:
         try:
             frames = read_video(corpus / split / f"{clip['id']}.mp4", FPS)

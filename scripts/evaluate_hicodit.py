@@ -78,12 +78,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=Path("assets/hicodit_tiny"))
     parser.add_argument("--codec", type=Path, default=None, help="tokenizer (default: the one beside the weights)")
     parser.add_argument("--clips", type=int, default=200, help="clips of each split (default: %(default)s)")
-    parser.add_argument(
-        "--expression-clips",
-        type=int,
-        default=60,
-        help="clips whose prosody is measured",
-    )
+    parser.add_argument("--expression-clips", type=int, default=60, help="clips whose prosody is measured")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--splits", nargs="+", default=["seen", "unseen"])

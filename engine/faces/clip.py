@@ -19,10 +19,7 @@ from engine.media.video import iter_video
 MAX_SIDE = 640  # in which a face is looked for; larger frames are scaled down
 GOOD_WIDTH = 140  # pixels of a face from which crops gain nothing more: in AV-HuBERT's pose it has as many
 KEPT = 128 * 2**20  # bytes of decoded frames: 1.5 min at 128 pixels square, 7 s at 640 x 360
-LOOKS, LOOK_EVERY = (
-    8,
-    31,
-)  # frames of the beginning that show how the head stands, and their distance
+LOOKS, LOOK_EVERY = 8, 31  # frames of the beginning that show how the head stands, and their distance
 SURE = 14  # tries of the cascade that agree on a face; mistakes have up to 13
 TILTS = (-30, 30)  # degrees anticlockwise by which the picture is turned
 TURNS = {90: "on its side", 180: "upside down", 270: "on its side"}
