@@ -155,6 +155,32 @@ def read_release(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[st
     return config, _expand(state)
 
 
+def release_kind(folder: Path) -> str:
+    """Kind of the model that a release folder holds.
+
+    Raises:
+        UserError: `folder` is no release folder.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"no release in {folder}: give a folder with config.yaml and model.safetensors")
+    return OmegaConf.load(folder / "config.yaml").get("kind")
+
+
+def rewrite_release(source: Path, out: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    """Write a release of any kind with its tensors changed; card and further files, such as a tokenizer's, stay.
+
+    Raises:
+        UserError: as `release_kind`, `read_release` and `save_release` do.
+    """
+    kind = release_kind(source)
+    config, state = read_release(source, kind)
+    card = source / "README.md"
+    save_release(out, kind, config, change(state), card.read_text() if card.is_file() else "")
+    for path in source.iterdir():
+        if path.is_file() and not (out / path.name).exists():
+            shutil.copyfile(path, out / path.name)
+
+
 def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path, assign: bool = False) -> None:
     """`load_state_dict` that tells a user in one line which keys or shapes do not fit.
 

@@ -1,8 +1,8 @@
 """Average the weights of releases of one model: `python scripts/average_releases.py OUT A:0.7 B:0.3 --only decoder.`
 
 Fine-tuned weights averaged with those they began from, or with each other, often do better on held-out data than any of
-them (Wortsman et al. 2022, arXiv 2203.05482 and 2109.01903). Settings, card and all that is not averaged are the first
-release's.
+them (Wortsman et al. 2022, arXiv 2203.05482 and 2109.01903). Settings, card, other files and all that is not averaged
+are the first release's.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from engine.errors import UserError, run_cli
-from engine.release import half, read_release, save_release
+from engine.release import half, read_release, release_kind, rewrite_release
 
 
 def average(
@@ -59,15 +58,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     folders, shares = zip(*map(_split, args.releases))
-    first = folders[0]
-    if not (first / "config.yaml").is_file():
-        raise UserError(f"no release in {first}: give a folder with config.yaml and model.safetensors")
-    kind = OmegaConf.load(first / "config.yaml").get("kind")
-    config, state = read_release(first, kind)
-    states = [state, *(read_release(folder, kind)[1] for folder in folders[1:])]
-    card = first / "README.md"
-    averaged = half(average(states, list(shares), tuple(args.only)))
-    save_release(args.out, kind, config, averaged, card.read_text() if card.is_file() else "")
+    kind = release_kind(folders[0])
+    others = [read_release(folder, kind)[1] for folder in folders[1:]]
+    rewrite_release(folders[0], args.out, lambda first: half(average([first, *others], list(shares), tuple(args.only))))
     print(f"{args.out}: " + " + ".join(f"{share:g} x {folder}" for folder, share in zip(folders, shares)))
 
 
