@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--codec", default="assets/rvq_tiny")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
+    parser.add_argument("overrides", nargs="*", metavar="SETTING", help="of train.py, for all, e.g. data.clips=2000")
     args = parser.parse_args()
     if args.steps < 1 or args.clips < 2:
         raise UserError("--steps must be at least 1 and --clips at least 2")
@@ -58,7 +59,7 @@ def main() -> None:
             f"trainer.warmup={args.steps // 10}",
         ]
         settings += [f"task.codec={args.codec}", f"run={run}", "task.validate_clips=2", "trainer.ema_decay=0.99"]
-        call("train.py", "experiment=hicodit_synthetic", *settings, *overrides)
+        call("train.py", "experiment=hicodit_synthetic", *settings, *args.overrides, *overrides)
         call(
             "scripts/evaluate_hicodit.py", "--corpus", args.corpus, "--weights", str(run / "release"),
             "--codec", args.codec, "--clips", str(args.clips), "--steps", str(args.sampling_steps), "--out", str(out),
