@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.media.corpus import SpeechCrops, draw, pad
+from engine.media.corpus import SpeechCrops, at_speed, draw, pad
 from rvq_codec.codec import RVQCodec
 
 
@@ -21,7 +21,8 @@ class CodedCrops(SpeechCrops):
     Args:
         codec: release folder; None for crops without codes.
         samples: length of a crop, a multiple of the codec's hop.
-        root, split, sample_rate, gain_db, speed: as in `SpeechCrops`; with a codec, waves stay as they are.
+        root, split, sample_rate, gain_db, speed: as in `SpeechCrops`; with a codec, gains stay as they are, and a clip
+            keeps the speed that its number draws.
 
     Raises:
         UserError: as in `SpeechCrops`, or `samples` is no multiple of the hop.
@@ -47,13 +48,18 @@ class CodedCrops(SpeechCrops):
         """{"wave": (1, samples)}, with a codec also {"codes": (Q, samples / hop)}; a function of (index, generator)."""
         if not self.codec:
             return super().__getitem__(index, generator)
-        hop = self.codec.hop
-        if index not in self._coded:  # kept small: a corpus of hours stays in memory
-            with self.open(index) as file:
-                wave = pad(torch.from_numpy(file.read(dtype="float32")), self.samples)
-            codes = self.codec.encode(wave[None, None])[0]
-            self._coded[index] = wave.half(), codes[:, : len(wave) // hop].short()
-        wave, codes = self._coded[index]
+        hop, (wave, codes) = self.codec.hop, self._clip(index)
         first, count = draw(codes.shape[-1] - self.samples // hop, generator), self.samples // hop
         crop = wave[first * hop : first * hop + self.samples].float()
         return {"wave": crop[None], "codes": codes[:, first : first + count].long()}
+
+    def _clip(self, index: int) -> tuple[Tensor, Tensor]:
+        """Wave (N,) and codes (Q, L) of a whole clip, in small types: a corpus of hours stays in memory."""
+        if index not in self._coded:
+            faster = self.draw_speed(torch.Generator().manual_seed(index))
+            with self.open(index) as file:
+                wave = at_speed(torch.from_numpy(file.read(dtype="float32")), faster)
+            wave = pad(wave, self.samples).half()
+            codes = self.codec.encode(wave.float()[None, None])[0]
+            self._coded[index] = wave, codes[:, : len(wave) // self.codec.hop].short()
+        return self._coded[index]

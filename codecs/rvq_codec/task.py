@@ -18,6 +18,7 @@ from engine.export import Release
 from engine.metrics.resynthesis import validate_codec
 from engine.nn.audio_losses import (
     CompressedSpectrumLoss,
+    DisturbanceLoss,
     MultiResolutionSTFTLoss,
     MultiScaleMelLoss,
 )
@@ -66,8 +67,8 @@ class RVQCodecTask(Task):
     Args:
         codec: fields of `RVQCodecConfig`.
         mel: `n_mels` and `windows` of the mel loss.
-        weights: of the losses `mel`, `stft`, `spectrum` (compressed complex spectra), `feature` and `adversarial`;
-            commitment and codebook weights are the codec's own.
+        weights: of the losses `mel`, `stft`, `spectrum` (compressed complex spectra), `disturbance` (of loudness, after
+            PESQ), `feature` and `adversarial`; commitment and codebook weights are the codec's own.
         period, spectrogram: arguments of the two families of discriminators.
         features: `mel_bands` and `low_samples` (together the latent's channels), `until`, and what stays of them after
             it: the first `envelope_levels` levels see the mel bands only, which are regressed on with weight `keep`.
@@ -106,6 +107,7 @@ class RVQCodecTask(Task):
         self.mel_loss = MultiScaleMelLoss(config.sample_rate, **mel)
         self.stft_loss = MultiResolutionSTFTLoss()
         self.spectrum_loss = CompressedSpectrumLoss()
+        self.disturbance_loss = DisturbanceLoss(config.sample_rate)
         self.weights = dict(weights)
         if decoder_only:
             if not init:
@@ -215,6 +217,8 @@ class RVQCodecTask(Task):
             losses["stft"] = self.stft_loss(fake, real)
         if weights["spectrum"]:
             losses["spectrum"] = self.spectrum_loss(fake, real)
+        if weights["disturbance"]:
+            losses["disturbance"] = self.disturbance_loss(fake, real)
         total = sum(weights[name] * value for name, value in losses.items())
         if run["regression"] is not None:
             losses["features"] = run["regression"]

@@ -89,17 +89,16 @@ class SpeechCrops(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """{"wave": (1, samples)}, a function of (index, generator)."""
-        faster = self._draw_speed(generator)
+        faster = self.draw_speed(generator)
         samples = -(-self.samples * (SPEED_STEPS + faster) // SPEED_STEPS)
         with self.open(index) as file:
             file.seek(draw(file.frames - samples, generator))
             wave = torch.from_numpy(file.read(samples, dtype="float32"))
-        if faster:
-            wave = torchaudio.functional.resample(wave, SPEED_STEPS + faster, SPEED_STEPS)[: self.samples]
+        wave = at_speed(wave, faster)[: self.samples]
         gain = 10 ** (-self.gain_db * torch.rand((), generator=generator) / 20)
         return {"wave": pad(wave * gain, self.samples)[None]}
 
-    def _draw_speed(self, generator: torch.Generator | None) -> int:
+    def draw_speed(self, generator: torch.Generator | None) -> int:
         """Steps of speed, 0 for half of the crops."""
         most = round(self.speed * SPEED_STEPS)
         if not most or torch.rand((), generator=generator) < 0.5:
@@ -127,6 +126,11 @@ class SpeechCrops(torch.utils.data.Dataset):
 def draw(spare: int, generator: torch.Generator | None) -> int:
     """A random start in 0..spare."""
     return int(torch.randint(max(0, spare) + 1, (), generator=generator))
+
+
+def at_speed(wave: Tensor, faster: int) -> Tensor:
+    """(N,) played `faster` steps of speed faster, or slower below 0; pitch and formants move along."""
+    return torchaudio.functional.resample(wave, SPEED_STEPS + faster, SPEED_STEPS) if faster else wave
 
 
 def pad(wave: Tensor, samples: int) -> Tensor:

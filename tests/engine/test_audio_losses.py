@@ -3,6 +3,8 @@ import torch
 import torchaudio
 
 from engine.nn.audio_losses import (
+    CompressedSpectrumLoss,
+    DisturbanceLoss,
     MultiResolutionSTFTLoss,
     MultiScaleMelLoss,
     discriminator_loss,
@@ -46,6 +48,55 @@ def test_gradients_are_finite_on_silence():
     loss = MultiScaleMelLoss(24_000, (10, 40), (128, 512))(fake, torch.zeros(1, 1, 4800))
     (loss + MultiResolutionSTFTLoss(((512, 128, 512),))(fake, torch.randn(1, 1, 4800))).backward()
     assert fake.grad.isfinite().all()
+
+
+def test_compressed_spectrum_hears_phases_and_levels():
+    real = 0.1 * torch.randn(1, 4800, generator=torch.Generator().manual_seed(0))
+    loss = CompressedSpectrumLoss()
+    assert loss(real, real) == 0
+    assert 0 < loss(0.9 * real, real) < loss(-real, real)  # the same magnitudes, all phases wrong
+
+
+def vowel(rate, seconds=1.0):
+    """Harmonics of 120 Hz under a spectrum that falls, loud and soft in turn."""
+    time = torch.arange(int(seconds * rate)) / rate
+    tones = sum(torch.sin(2 * torch.pi * 120 * n * time + n * n) / n for n in range(1, 40))
+    return 0.05 * tones * (1.2 + torch.sin(2 * torch.pi * 3 * time))
+
+
+def test_disturbance_falls_with_the_noise_as_pesq_does():
+    pesq = pytest.importorskip("pesq").pesq
+    real = vowel(16_000, 2.0)
+    noise = torch.randn(len(real), generator=torch.Generator().manual_seed(0)) * real.std()
+    loss, drops, scores = DisturbanceLoss(16_000), [], []
+    for decibels in (5, 15, 25, 35, 60):
+        fake = real + noise * 10 ** (-decibels / 20)
+        drops.append(float(loss(fake[None], real[None])))
+        scores.append(pesq(16_000, real.numpy(), fake.numpy(), "wb"))
+    assert sorted(drops, reverse=True) == drops and sorted(scores) == scores
+    assert drops[0] > 2 and drops[-1] < 0.2
+
+
+def test_disturbance_is_of_what_is_heard():
+    real, loss = vowel(24_000)[None, None].repeat(2, 1, 1), DisturbanceLoss(24_000)
+    assert loss(real, real) < 1e-2
+    time = torch.arange(24_000) / 24_000
+
+    def tone(hertz):
+        return loss(real + 0.01 * torch.sin(2 * torch.pi * hertz * time), real)
+
+    assert tone(10_000) < 0.05 < tone(3_060)  # over 8 kHz; between two harmonics
+    assert torch.isclose(loss(0.1 * 0.7 * real, 0.1 * real), loss(0.7 * real, real))  # levels are relative
+    assert torch.isclose(DisturbanceLoss(16_000)(0.5 * vowel(16_000)[None], vowel(16_000)[None]),
+                         loss(0.5 * real, real), rtol=0.05)  # fmt: skip
+
+
+def test_disturbance_has_gradients_everywhere():
+    for real in (vowel(24_000)[None], torch.zeros(1, 24_000)):
+        for start in (real, torch.zeros_like(real), real + 0.01 * torch.randn_like(real)):
+            fake = start.clone().requires_grad_()
+            DisturbanceLoss(24_000)(fake, real).backward()
+            assert fake.grad.isfinite().all()
 
 
 def test_gan_losses():

@@ -144,7 +144,7 @@ def rvq_codec(folder: Path) -> tuple[Task, Made]:
         "encoder_width": 4, "ratios": [3, 4, 5], "latent_channels": 12, "levels": 3, "codebook_size": 16,
         "codebook_dim": 4, "vocos_dim": 16, "vocos_intermediate": 24, "vocos_layers": 1, "n_fft": 180, "hop": 60,
     }  # fmt: skip
-    weights = {"mel": 15.0, "stft": 0.0, "spectrum": 2.0, "feature": 2.0, "adversarial": 1.0}
+    weights = {"mel": 15.0, "stft": 0.0, "spectrum": 2.0, "disturbance": 0.0, "feature": 2.0, "adversarial": 1.0}
     features = {"mel_bands": 8, "low_samples": 4, "until": 1, "envelope_levels": 1, "keep": 0.5}
     mel = {"n_mels": [10, 40], "windows": [128, 512], "clamp": 1e-4}
     task = RVQCodecTask(

@@ -32,7 +32,7 @@ def make_task(**changes):
     arguments = {
         "codec": CODEC,
         "mel": {"n_mels": [10, 40], "windows": [128, 512]},
-        "weights": {"mel": 15.0, "stft": 1.0, "spectrum": 2.0, "feature": 2.0, "adversarial": 1.0},
+        "weights": {"mel": 15.0, "stft": 1.0, "spectrum": 2.0, "disturbance": 1.0, "feature": 2.0, "adversarial": 1.0},
         "period": {"periods": [2, 3], "channels": 2, "max_channels": 4},
         "spectrogram": {"fft_sizes": [128], "channels": 2, "max_channels": 4},
         "pool": 500,
@@ -223,6 +223,18 @@ def test_crops_at_other_speeds_move_the_pitch(tmp_path):
     assert {len(draw[0]) for draw in draws} == {24_000}
     found = {int(torch.fft.rfft(draw[0]).abs().argmax()) for draw in draws}  # bins of 1 Hz
     assert found == {900, 950, 1000, 1050, 1100}
+
+
+def test_coded_clips_keep_their_speed(corpus, tmp_path):
+    make_task().release(tmp_path / "release", {})
+    crops, plain = (
+        CodedCrops(corpus, samples=2400, codec=str(tmp_path / "release"), speed=speed) for speed in (0.5, 0.0)
+    )
+    whole = [len(crops._clip(i)[0]) for i in range(2)]
+    assert whole == [len(crops._clip(i)[0]) for i in range(2)]
+    assert whole != [len(plain._clip(i)[0]) for i in range(2)]
+    wave, codes = crops._clip(0)
+    assert torch.equal(codes.long(), crops.codec.encode(wave.float()[None, None])[0][:, : codes.shape[-1]])
 
 
 def test_features_follow_the_wave():
