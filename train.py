@@ -13,8 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from engine import distributed
 from engine.config import build, load
 from engine.errors import UserError, run_cli
+from engine.hub import release_folder
 from engine.lora import add_lora
 from engine.metrics.optional import need
+from engine.seeding import check_seed
 from engine.signals import REQUEUE
 from engine.trainer import Trainer
 
@@ -42,6 +44,7 @@ def main() -> int | None:
         raise UserError(f"lora.rank={config.lora.rank} adapts a release: name it with init=FOLDER")
     distributed.start(config.trainer.device)
     try:
+        check_inputs(config)
         make_data(config.data)
         torch.manual_seed(config.trainer.seed)  # initial weights
         task = build(config.task)
@@ -60,6 +63,19 @@ def main() -> int | None:
         trainer.release(Path(config.run) / "release")
     finally:
         distributed.stop()
+
+
+def check_inputs(config: DictConfig) -> None:
+    """Find the releases that the task starts from, before hours of making data for it.
+
+    Raises:
+        UserError: one is missing, or the seed cannot be used.
+    """
+    check_seed(config.trainer.seed)
+    codecs = config.task.get("codecs") or {}
+    for key, named in (("init", config.task.get("init")), ("codec", config.task.get("codec")), *codecs.items()):
+        if isinstance(named, str) and not release_folder(named).is_dir():
+            raise UserError(f"{key}={named}: there is no such folder")
 
 
 def make_data(data: DictConfig) -> None:

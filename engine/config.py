@@ -97,7 +97,12 @@ def _compose(config_name: str, words: Sequence[str], configs: Path) -> tuple[Dic
         groups += found
         values = [word for word in values if word not in found]
     checked = [_check_value(word, base, [*choices]) for word in values]
-    config, choices = _hydra(config_name, [*groups, *checked], configs)
+    folders = [word for word in checked if (configs / _name(word)).is_dir() and word[0] not in "+~"]
+    config, choices = _hydra(config_name, [*groups, *(word for word in checked if word not in folders)], configs)
+    for word in folders:  # settings that share a folder's name, which Hydra would take for a choice from it
+        override = _parse(word)
+        assert override is not None
+        OmegaConf.update(config, override.key_or_group, override.value())
     if OmegaConf.is_missing(config, "name") and choices.get("experiment"):
         config.name = choices["experiment"]
     return config, choices

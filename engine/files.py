@@ -46,13 +46,13 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def writable(folder: str | Path) -> Iterator[None]:
-    """Make `folder` and fail before any work if it cannot be written; it goes again if nothing came into it.
+    """Make `folder` and fail before any work if it cannot be written; what was made goes again if it stays empty.
 
     Raises:
         UserError: it cannot be made or written.
     """
     folder = Path(folder)
-    existed = folder.exists()
+    made = [place for place in (folder, *folder.parents) if not place.exists()]  # innermost first
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -62,8 +62,9 @@ def writable(folder: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if not existed and not any(folder.iterdir()):
-            folder.rmdir()
+        for place in made:
+            with suppress(OSError):  # not empty
+                place.rmdir()
 
 
 @contextmanager

@@ -166,6 +166,24 @@ def release_kind(folder: Path) -> str:
     return OmegaConf.load(folder / "config.yaml").get("kind")
 
 
+def companion(folder: Path, named: Any, kind: str, bundled: Path) -> str:
+    """The release of `kind` that a model's release in `folder` goes with, such as its tokenizer.
+
+    Looked for by its folder's name in `folder`, beside it and among the `bundled` ones, and else where it was when the
+    model was trained: at `named`, a path or a name on the hub.
+
+    Raises:
+        UserError: `named` is no text.
+    """
+    if not isinstance(named, str):
+        raise UserError(f"{folder / 'config.yaml'} names {named!r} as its {kind}: a folder was expected")
+    for place in (folder, folder.resolve().parent, bundled):
+        found = place / Path(named).name
+        if found.is_dir() and (not (found / "config.yaml").is_file() or release_kind(found) == kind):
+            return str(found)  # files of other programs have no config.yaml
+    return named
+
+
 def rewrite_release(source: Path, out: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
     """Write a release of any kind with its tensors changed; card and further files, such as a tokenizer's, stay.
 

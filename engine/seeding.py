@@ -25,6 +25,15 @@ from engine.errors import UserError
 POOL = 64  # batches' worth of items that are sorted by length together: more means less padding and less chance
 
 
+def check_seed(seed: int) -> None:
+    """
+    Raises:
+        UserError: torch cannot be seeded with it.
+    """
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed={seed} must be a whole number from 0 to 2^63 - 1")
+
+
 def seed_for(*names: str | int) -> int:
     """A 63-bit seed that depends on every name and on their order, and on nothing else."""
     return int.from_bytes(hashlib.blake2b(repr(names).encode(), digest_size=8).digest(), "big") >> 1

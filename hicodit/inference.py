@@ -5,7 +5,9 @@ Axes: T video frames, N samples.
 
 from __future__ import annotations
 
+import shutil
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,8 +25,10 @@ from engine.files import all_or_none, writable
 from engine.media.audio import read_audio, write_wav
 from engine.media.video import mux_audio
 from engine.metrics.speaker import SpeakerEncoder
+from engine.seeding import check_seed
 from hicodit.pipeline import BUNDLED, FPS, Crops, HiCoDiTPipeline, Speech, window_count
 
+FACE = "_face.png"  # ending of the picture of a face track
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")
 
 
@@ -34,6 +38,7 @@ class SamplerOverrides:
     steps: int | None = None
     temperature: float | None = None
     choice_noise: float | None = None
+    window: int | None = None
 
 
 @dataclass
@@ -77,26 +82,30 @@ def checked(config: DictConfig) -> InferConfig:
     return typed(config, InferConfig)
 
 
-def find_clips(source: Path, output: Path) -> list[Path]:
+def find_clips(source: Path, output: Path, debug: bool = False) -> list[Path]:
     """The clip itself, or the video files of a folder in order of name.
 
     Raises:
         UserError: nothing there, two clips that would share output files, or a clip that its own output would replace.
     """
-    if not source.exists():
-        raise UserError(f"no such file or folder: input={source}")
+    try:
+        source.stat()
+    except OSError as error:
+        raise UserError(f"no such file or folder: input={source} ({error.strerror})") from error
     if source.is_file():
         clips = [source]
-    else:
+    elif source.is_dir():
         clips = sorted(p for p in source.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES)
-    if not clips:
-        raise UserError(f"no clip in folder input={source}: looked for {', '.join(VIDEO_SUFFIXES)}")
-    names: dict[str, Path] = {}
+        if not clips:
+            raise UserError(f"no clip in folder input={source}: looked for {', '.join(VIDEO_SUFFIXES)}")
+    else:
+        raise UserError(f"input={source} is neither a file nor a folder")
+    owners: dict[Path, Path] = {}
     for clip in clips:
-        other = names.setdefault(clip.stem, clip)
-        if other != clip:
-            raise UserError(f"{other} and {clip} would both be written to {output / clip.stem}.mp4: rename one")
-        for target in outputs_of(clip, output):
+        for target in outputs_of(clip, output, debug):
+            other = owners.setdefault(target, clip)
+            if other != clip:
+                raise UserError(f"{other} and {clip} would both be written to {target}: rename one")
             if target.resolve() == clip.resolve():
                 raise UserError(f"output={output} would replace the clip {clip} itself: choose another folder")
             if target.is_dir():
@@ -104,13 +113,16 @@ def find_clips(source: Path, output: Path) -> list[Path]:
     return clips
 
 
-def outputs_of(clip: Path, folder: Path) -> list[Path]:
-    return [folder / f"{clip.stem}{suffix}" for suffix in (".mp4", ".png", ".wav")]
+def outputs_of(clip: Path, folder: Path, debug: bool = False) -> list[Path]:
+    suffixes = (".mp4", ".png", ".wav", FACE) if debug else (".mp4", ".png", ".wav")
+    return [folder / f"{clip.stem}{suffix}" for suffix in suffixes]
 
 
-def write_outputs(clip: Path, speech: Speech, folder: Path, figure: bool) -> list[Path]:
-    """Write all files of a clip, or none."""
+def write_outputs(clip: Path, speech: Speech, folder: Path, figure: bool, strip: Path | None = None) -> list[Path]:
+    """Write all files of a clip, or none; the picture `strip` of its face track is copied."""
     with all_or_none(folder) as staging:
+        if strip is not None:
+            shutil.copyfile(strip, staging / strip.name)
         write_wav(staging / f"{clip.stem}.wav", speech.wave, speech.rate)
         mux_audio(clip, speech.wave, speech.rate, staging / f"{clip.stem}.mp4")
         if figure:
@@ -131,7 +143,8 @@ def run(config: DictConfig) -> int:
     if c.batch_size < 1:
         raise UserError(f"batch_size={c.batch_size} must be at least 1")
     output = Path(c.output)
-    clips = find_clips(Path(c.input) if c.input else BUNDLED.parent / "demo" / "silent.mp4", output)
+    check_seed(c.seed)
+    clips = find_clips(Path(c.input) if c.input else BUNDLED.parent / "demo" / "silent.mp4", output, c.debug)
     with writable(output):
         detector = YuNetDetector(c.detector) if c.detector else None
         pipeline = HiCoDiTPipeline.from_pretrained(
@@ -152,29 +165,36 @@ def _speak_all(
     failed: list[str] = []
     start, spoken = time.monotonic(), 0.0
 
+    def strip_of(clip: Path) -> Path | None:
+        return Path(strips) / f"{clip.stem}{FACE}" if c.debug else None
+
     def fail(error: UserError) -> None:
         if len(clips) == 1:
             raise error
         failed.append(str(error))
         print(f"failed: {error}", file=sys.stderr, flush=True)
 
-    with tqdm(total=0, unit="step", disable=not sys.stderr.isatty(), leave=False) as progress:
+    with (
+        tempfile.TemporaryDirectory() as strips,
+        tqdm(total=0, unit="step", disable=not sys.stderr.isatty(), leave=False) as progress,
+    ):
         for first in range(0, len(clips), c.batch_size):
             group: list[tuple[Path, Crops]] = []
             for clip in clips[first : first + c.batch_size]:
                 try:
-                    strip = output / f"{clip.stem}_face.png" if c.debug else None
-                    group.append((clip, pipeline.crops(clip, face, box, strip)))
+                    group.append((clip, pipeline.crops(clip, face, box, strip_of(clip))))
                 except UserError as error:
                     fail(error)
             if not group:
                 continue
-            progress.total += pipeline.sampler.steps * max(window_count(len(crops.mouth)) for _, crops in group)
+            progress.total += pipeline.sampler.steps * max(
+                window_count(len(crops.mouth), int(FPS) * pipeline.sampler.window) for _, crops in group
+            )
             seeds = [c.seed] * len(group)
             speeches = pipeline.run([k for _, k in group], seeds, identity, on_step=lambda _: progress.update())
             for (clip, crops), speech in zip(group, speeches):
                 try:
-                    written = write_outputs(clip, speech, output, c.figure)
+                    written = write_outputs(clip, speech, output, c.figure, strip_of(clip))
                 except UserError as error:
                     fail(error)
                     continue

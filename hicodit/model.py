@@ -162,7 +162,12 @@ class HiCoDiT(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = c = config
-        if c.width % (2 * c.heads) or not 0 < c.low_levels < c.levels or c.attention not in ("sdpa", "flash"):
+        if (
+            c.heads < 1
+            or c.width % (2 * c.heads)
+            or not 0 < c.low_levels < c.levels
+            or c.attention not in ("sdpa", "flash")
+        ):
             raise UserError(
                 f"model: width={c.width} must be a multiple of 2 x heads={c.heads}, low_levels={c.low_levels} lie "
                 f"between 0 and levels={c.levels}, and attention={c.attention!r} be sdpa or flash"

@@ -24,6 +24,7 @@ from engine.faces.detectors import FaceDetector
 from engine.faces.strip import Strip
 from engine.faces.track import FaceError, FaceTrack
 from engine.hub import release_folder
+from engine.release import companion
 from hicodit.conditions.types import Conditions
 from hicodit.diffusion import LogLinearNoise, log_expm1
 from hicodit.guidance import GuidanceScales, guided_log_posterior
@@ -31,15 +32,16 @@ from hicodit.model import TOKENS_PER_FRAME, HiCoDiT
 from hicodit.samplers import Posterior, SamplerConfig, sample
 from hicodit.system import HiCoDiTSystem, token_digest
 from rvq_codec import RVQCodec
+from rvq_codec.codec import KIND as CODEC
 
 FPS = 25.0
 MIN_FRAMES = 5  # 0.2 s
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "hicodit_tiny"
 
-# A clip longer than the model was trained on is done in windows. A window starts from the last tokens of the one
-# before it, which the sampler keeps, so there is no seam to hide; the very last tokens of a window had no future to
-# look at and are done again. Starts are whole seconds, so that expression windows stay aligned.
-WINDOW, OVERLAP, REDO = 75, 25, 5  # video frames
+# A clip longer than the sampler's window is done in several. A window starts from the last tokens of the one before it,
+# which the sampler keeps, so there is no seam to hide; the very last tokens of a window had no future to look at and
+# are done again. Starts are whole seconds, so that expression windows stay aligned.
+OVERLAP, REDO = 25, 5  # video frames
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,14 @@ def generate(
             f"guidance.reading={scales.reading} changes the reveal schedule: use sampler.method=euler, or C, D"
         )
     levels, mask_id = model.config.levels, model.mask_id
+    most = int(FPS) * sampler.window
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     frames = conditions.frames.tolist()
     done = [torch.full((levels, TOKENS_PER_FRAME * n), mask_id) for n in frames]
-    starts = [[i * (WINDOW - OVERLAP) for i in range(window_count(n))] for n in frames]
+    starts = [[i * (most - OVERLAP) for i in range(window_count(n, most))] for n in frames]
     for turn in range(max(map(len, starts))):
         clips = [b for b, own in enumerate(starts) if turn < len(own)]
-        spans = [(starts[b][turn], min(starts[b][turn] + WINDOW, frames[b])) for b in clips]
+        spans = [(starts[b][turn], min(starts[b][turn] + most, frames[b])) for b in clips]
         part = window(conditions, clips, spans)
         known = pad_sequence(
             [done[b][:, TOKENS_PER_FRAME * s : TOKENS_PER_FRAME * e].T for b, (s, e) in zip(clips, spans)],
@@ -129,9 +132,9 @@ def generate(
     return done
 
 
-def window_count(frames: int) -> int:
-    """Windows that a clip of so many video frames is done in."""
-    return max(1, -(-(frames - OVERLAP) // (WINDOW - OVERLAP)))
+def window_count(frames: int, most: int) -> int:
+    """Windows of at most `most` video frames that a clip of so many is done in."""
+    return max(1, -(-(frames - OVERLAP) // (most - OVERLAP)))
 
 
 def window(conditions: Conditions, clips: list[int], spans: list[tuple[int, int]]) -> Conditions:
@@ -181,7 +184,7 @@ class HiCoDiTPipeline:
     ) -> HiCoDiTPipeline:
         """Load a release folder or a release on the hub (OWNER/NAME).
 
-        Its tokenizer is the one in it or beside it, or the bundled one, unless `codec` names another.
+        Its tokenizer is the one in it or beside it, or a bundled one, or that of its training; `codec` names another.
 
         Args:
             encoders: folder of the checkpoints of a model with released encoders, if not the one at training.
@@ -193,13 +196,11 @@ class HiCoDiTPipeline:
         folder = release_folder(folder)
         system, config = HiCoDiTSystem.load(folder, encoders)
         if codec is None:
-            name = config.get("codec", "rvq_tiny")
-            places = [folder / name, folder.resolve().parent / name, BUNDLED.parent / name]
-            codec = next((place for place in places if place.is_dir()), places[1])
+            codec = companion(folder, config.get("codec", "rvq_tiny"), CODEC, BUNDLED.parent)
         loaded = RVQCodec.from_pretrained(codec)
         if config.get("token_digest") not in (None, token_digest(loaded)):
             raise UserError(
-                f"tokenizer {codec} makes other tokens than those that {folder} was trained on: name its own"
+                f"tokenizer {codec} makes other tokens than {folder} was trained on: name its own with codec="
             )
         try:
             sampler, guidance = SamplerConfig(**config.get("sampler", {})), GuidanceScales(**config.get("guidance", {}))

@@ -33,12 +33,15 @@ class SamplerConfig:
     steps: network calls (the paper uses 64); `euler` adds a last one that leaves no mask.
     temperature: of the token draw; 0 takes the most likely token.
     choice_noise: Gumbel noise on the confidences, annealed to 0 with t (`confidence` only).
+    window: seconds of a clip that are drawn at once, as long as what the model was trained on; longer clips are done in
+        windows that overlap by a second (see `hicodit.pipeline.generate`).
     """
 
     method: str = "euler"
     steps: int = 64
     temperature: float = 1.0
     choice_noise: float = 4.5
+    window: int = 3
     end: float = 1e-5
 
     def __post_init__(self) -> None:
@@ -46,6 +49,8 @@ class SamplerConfig:
             raise UserError(f"sampler.method={self.method!r} is not one of {', '.join(METHODS)}")
         if self.steps < 1:
             raise UserError(f"sampler.steps={self.steps} must be at least 1")
+        if self.window < 2:
+            raise UserError(f"sampler.window={self.window} must be at least 2 seconds")
         for name in ("temperature", "choice_noise"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"sampler.{name}={getattr(self, name)} must be 0 or more")

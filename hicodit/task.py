@@ -179,7 +179,7 @@ class HiCoDiTTask(Task):
 
     def released(self) -> Release:
         extra = {
-            "codec": self.codec.name,
+            "codec": str(self.codec),
             "token_digest": self.token_digest,
             "sampler": asdict(self.sampler),
             "guidance": asdict(self.guidance),

@@ -39,7 +39,7 @@ from hicodit.conditions.released import EncoderConfig, ReleasedEncoderConfig
 from hicodit.diffusion import LogLinearNoise, log_expm1
 from hicodit.guidance import GuidanceScales, guided_log_posterior
 from hicodit.model import HiCoDiT, ModelConfig
-from hicodit.pipeline import WINDOW, generate, guided_posterior, window, window_count
+from hicodit.pipeline import FPS, generate, guided_posterior, window, window_count
 from hicodit.samplers import Posterior, SamplerConfig
 from hicodit.system import HiCoDiTSystem
 from scripts.record import write_record
@@ -115,7 +115,9 @@ def measure(job: dict) -> dict:
     system = build(job["model"]).to(device)
     crops = pictures(job["seconds"], system.encoders.config, device)
     model, steps, timed = system.model, job["steps"], job["timed_steps"]
-    windows = window_count(int(crops[2]))
+    settings = SamplerConfig("euler", timed)
+    most = int(FPS) * settings.window
+    windows = window_count(int(crops[2]), most)
 
     def run(posterior_of: Callable) -> tuple[Tensor, list[float], float]:
         """Tokens, seconds of each step, seconds of the whole."""
@@ -127,7 +129,7 @@ def measure(job: dict) -> dict:
             ends.append(time.perf_counter())
 
         conditions = system.conditions(*crops)
-        tokens = generate(model, conditions, SamplerConfig("euler", timed), GUIDANCE, [0], posterior_of, on_step)[0]
+        tokens = generate(model, conditions, settings, GUIDANCE, [0], posterior_of, on_step)[0]
         whole = time.perf_counter() - begin
         # A window's first step also holds what is done once; it is left out of the step times.
         each = [b - a for i, (a, b) in enumerate(pairwise(ends), 1) if i % timed]
@@ -145,7 +147,7 @@ def measure(job: dict) -> dict:
     _wait(device)
     encoders = time.perf_counter() - start
 
-    length = 2 * min(int(crops[2]), WINDOW)
+    length = 2 * min(int(crops[2]), most)
     part = window(conditions, [0], [(0, length // 2)])
     posterior = guided_posterior(model, part, GUIDANCE)
     tokens = torch.full((1, model.config.levels, length), model.mask_id, device=device)

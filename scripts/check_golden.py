@@ -132,13 +132,13 @@ def main() -> int:
     counts = {"pass": 0, "FAIL": 0, "not built": 0}
     for path in files:
         start, skipped = time.monotonic(), {}
-        with safe_open(path, "pt") as file:
-            meta = golden.read_meta(file)
-        if golden.find_runner(path.stem, meta) is None:
-            counts["not built"] += 1
-            print(f"not built  {path.stem}: no runner for this component yet", flush=True)
-            continue
         try:
+            with safe_open(path, "pt") as file:
+                meta = golden.read_meta(file)
+            if golden.find_runner(path.stem, meta) is None:
+                counts["not built"] += 1
+                print(f"not built  {path.stem}: no runner for this component yet", flush=True)
+                continue
             case = golden.load_case(path)
             skipped = case.skipped
             results = check(case)

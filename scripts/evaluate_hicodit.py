@@ -187,13 +187,17 @@ def identity(
 ) -> dict[str, float]:
     """How often the output's GE2E vector is nearest to its own voice's mean among all voices.
 
-    The means are those of `known` voices, or else of the true clips of the split, each clip left out of its own mean.
+    The means are those of `known` voices, or else of the true clips of the split, each clip left out of its own mean;
+    then only clips whose voice has another clip count, and nothing is said where there are none.
     """
     true = measures.voices(truth)
     labels = np.array(voices)
     names = sorted(known) if known else sorted(set(voices))
     sums = np.stack([known[n] for n in names]) if known else np.stack([true[labels == n].sum(0) for n in names])
     target = np.array([names.index(v) for v in voices])
+    counted = np.array([known is not None or voices.count(v) > 1 for v in voices])
+    if not counted.any():
+        return {}
 
     def scores(vectors: np.ndarray) -> np.ndarray:
         """Cosines (clips, voices)."""
@@ -210,8 +214,9 @@ def identity(
     compared = {"": measures.voices(waves), "_clean": true, "_resynthesis": measures.voices(resynthesis)}
     for name, vectors in compared.items():
         cosines = scores(vectors)
-        result[f"voice_first{name}"] = float(np.mean(cosines.argmax(1) == target))
-        result[f"voice_similarity{name}"] = float(np.mean(cosines[np.arange(len(target)), target]))
+        own = cosines[np.arange(len(target)), target]
+        result[f"voice_first{name}"] = float(np.mean((cosines.argmax(1) == target)[counted]))
+        result[f"voice_similarity{name}"] = float(np.mean(own[counted]))
     return result
 
 

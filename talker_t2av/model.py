@@ -91,7 +91,7 @@ class TalkerT2AV(nn.Module):
         if c.tasks not in (2, 4):
             raise UserError(f"model.tasks={c.tasks}: give 2 (tts, t2av) or 4 (and v2a, a2v)")
         for name, heads in (("encoder_heads", c.encoder_heads), ("head_heads", c.head_heads)):
-            if width % (2 * heads):
+            if heads < 1 or width % (2 * heads):
                 raise UserError(f"model.{name}={heads}: llm.hidden_size={width} must be a multiple of twice that")
         self.llm = Qwen3ForCausalLM(llm)
         if c.packed:

@@ -13,18 +13,23 @@ import torch
 
 from engine.errors import UserError
 from engine.hub import release_folder
+from engine.release import companion
+from lia_x.lia_x import KIND as LIA_X
 from lia_x.lia_x import RELEASED_FILE as LIA_X_FILE
 from talker_t2av.data import MotionStats
 from talker_t2av.features import FeatureEncoders
 from talker_t2av.model import TalkerT2AV
 from talker_t2av.released_motion import MEAN, STD
 from talker_t2av.request import Sampling
+from talker_t2av.speaker import KIND as VOICE
 from talker_t2av.speaker_names import FILE as SPEAKER_FILE
 from talker_t2av.text import TalkerTokenizer
+from whisperx_vae.vae import KIND as WHISPERX_VAE
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUNDLED = ASSETS / "talker_t2av_tiny"
 CODECS = {"speech": "whisperx_vae_tiny", "motion": "lia_x_tiny", "speaker": "voice_tiny"}  # of the bundled model
+KINDS = {"speech": WHISPERX_VAE, "motion": LIA_X, "speaker": VOICE}
 MODEL, TOKENIZER = "the Talker-T2AV model", "the tokenizer"
 RELEASED_CODECS = {
     "speech": "the WhisperX-VAE checkpoint",
@@ -82,8 +87,8 @@ class TalkerSystem:
 
         Args:
             codecs: folders of the codecs and the speaker encoder instead of those that the release names: any of
-                `speech`, `motion`, `speaker`. A name in a release is looked for in it, beside it, and among the bundled
-                ones.
+                `speech`, `motion`, `speaker`. Those are looked for in it, beside it, among the bundled ones, and
+                where they were when it was trained.
 
         Raises:
             UserError: a file is missing (the message says which and how to get it), damaged, or does not fit.
@@ -99,9 +104,8 @@ class TalkerSystem:
     def _load_ours(cls, folder: Path, codecs: dict[str, str | Path]) -> TalkerSystem:
         model, config = TalkerT2AV.load(folder)
         for stream, bundled in CODECS.items():
-            name = (config.get("codecs") or {}).get(stream, bundled)
-            places = [folder / name, folder.resolve().parent / name, ASSETS / name]
-            codecs.setdefault(stream, next((place for place in places if place.is_dir()), places[1]))
+            named = (config.get("codecs") or {}).get(stream, bundled)
+            codecs.setdefault(stream, companion(folder, named, KINDS[stream], ASSETS))
         encoders = FeatureEncoders.load(**codecs)
         made = encoders.digests()
         for stream, digest in (config.get("digests") or {}).items():

@@ -48,7 +48,7 @@ class TalkerTask(Task):
 
     Args:
         model: fields of `TalkerConfig`.
-        codecs: release folders `speech`, `motion`, `speaker` that made the latents. The release carries their names;
+        codecs: release folders `speech`, `motion`, `speaker` that made the latents. The release names them;
             validation decodes with the first.
         stats: the motion's statistics, as scripts/prepare_talker.py writes them, or the index.json of training shards,
             also behind a URL; None: those of the released model.
@@ -193,7 +193,7 @@ class TalkerTask(Task):
     def released(self) -> Release:
         extra = {
             "motion": {"mean": self.stats.mean.tolist(), "std": self.stats.std.tolist()},
-            "codecs": {stream: Path(path).name for stream, path in self.codecs.items()},
+            "codecs": {stream: str(path) for stream, path in self.codecs.items()},
             "digests": self.digests,
             "sampling": asdict(self.sampling),
         }

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
+import tempfile
+from pathlib import Path
 from types import ModuleType
+
+from filelock import FileLock
 
 from engine.errors import UserError
 
@@ -18,3 +23,18 @@ def need(module: str, package: str, extra: str = "eval") -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(f"this needs {package} ({error}): install it with  bash scripts/setup.sh {extra}") from error
+
+
+def need_librosa() -> ModuleType:
+    """Import librosa with all that is used of it here, one process at a time.
+
+    Its functions are compiled when they are imported for the first time after an installation, into a cache that two
+    processes at once leave broken: every later import then ends in a segmentation fault (numba issue 10128).
+
+    Raises:
+        UserError: it is not installed.
+    """
+    librosa = need("librosa", "librosa")
+    with FileLock(Path(tempfile.gettempdir()) / f"librosa-{os.getuid()}.lock"):
+        _ = librosa.pyin, librosa.feature.melspectrogram  # librosa imports its modules as they are named
+    return librosa

@@ -17,7 +17,7 @@ import torch
 
 from engine.errors import UserError
 from engine.media.audio import resample
-from engine.metrics.optional import need
+from engine.metrics.optional import need, need_librosa
 
 RATE = 16_000
 
@@ -37,6 +37,7 @@ class SpeakerEncoder:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old import paths inside webrtcvad and Resemblyzer
             resemblyzer = need("resemblyzer", "Resemblyzer")
+            need_librosa()  # which Resemblyzer calls
         self.audio = resemblyzer.audio
         with contextlib.redirect_stdout(io.StringIO()):
             self.network = resemblyzer.VoiceEncoder(device, verbose=False)

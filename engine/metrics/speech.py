@@ -10,7 +10,7 @@ import torch
 
 from engine.errors import UserError
 from engine.media.audio import resample
-from engine.metrics.optional import need
+from engine.metrics.optional import need, need_librosa
 
 RATE = 16_000
 
@@ -51,7 +51,7 @@ def pitch(wave: np.ndarray, rate: int, floor: float = 60.0, ceiling: float = 500
         wave: (N,) at `rate` Hz.
         floor, ceiling: the range searched, in Hz.
     """
-    librosa, low_rate = need("librosa", "librosa"), 12_000
+    librosa, low_rate = need_librosa(), 12_000
     wave = resample(torch.as_tensor(np.asarray(wave), dtype=torch.float32), rate, low_rate).numpy()
     f0, _, _ = librosa.pyin(wave, fmin=floor, fmax=ceiling, sr=low_rate, frame_length=768, hop_length=192)
     return np.nan_to_num(f0)

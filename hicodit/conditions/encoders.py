@@ -41,6 +41,20 @@ class ExpressionEncoder(Protocol):
     def __call__(self, faces: Tensor) -> Tensor: ...
 
 
+def in_spans(lip: LipEncoder, mouth: Tensor, frames: Tensor, span: int, margin: int) -> Tensor:
+    """`lip` of clips of any length, at most `span` frames at once, `margin` of them at each inner end context only."""
+    time = mouth.shape[1]
+    if time <= span:
+        return lip(mouth, frames)
+    out, keep = [], span - 2 * margin
+    for start in range(0, time, keep):
+        first = max(start - margin, 0)
+        part = mouth[:, first : start + keep + margin]
+        left = (frames - first).clamp(1, part.shape[1])  # a clip that is over still needs a frame to attend to
+        out.append(lip(part, left)[:, start - first :][:, :keep])
+    return torch.cat(out, 1)
+
+
 @dataclass(frozen=True)
 class TinyEncoderConfig:
     """Sizes of the tiny encoders. phonemes: classes of the auxiliary frame-wise phoneme loss (0: no such head)."""
@@ -66,8 +80,11 @@ class TinyEncoderConfig:
         return crop_face(frames, track, self.face_size)
 
 
+SPAN, MARGIN = 100, 20  # video frames that the tiny lip encoder sees at once, a little more than it is trained on
+
+
 class TinyLipEncoder(nn.Module):
-    """Grey mouth pictures (B, T, H, W) in [0, 1] to lip features (B, T, E).
+    """Grey mouth pictures (B, T, H, W) in [0, 1] to lip features (B, T, E). Long clips go in overlapping spans.
 
     A strided convolution stack a frame, a convolution over five frames, then attention over time.
     """
@@ -97,6 +114,9 @@ class TinyLipEncoder(nn.Module):
 
     def forward(self, mouth: Tensor, frames: Tensor) -> Tensor:
         """mouth (B, T, H, W) in [0, 1], frames (B,) valid frames -> (B, T, E)."""
+        return in_spans(self._encode, mouth, frames, SPAN, MARGIN)
+
+    def _encode(self, mouth: Tensor, frames: Tensor) -> Tensor:
         batch, time = mouth.shape[:2]
         mean = mouth.mean((-1, -2), keepdim=True)  # every picture brings its own brightness and contrast
         mouth = (mouth - mean) / (mouth.std((-1, -2), keepdim=True) + 0.05)

@@ -21,7 +21,7 @@ from engine.faces.track import FaceTrack
 from hicodit.conditions.align import MOUTH_SIDE, face_picture, mouth_picture
 from hicodit.conditions.arcface import IRESNET100, ArcFace
 from hicodit.conditions.avhubert import AVHubert, AVHubertConfig
-from hicodit.conditions.encoders import ConditionEncoders, TinyEncoderConfig
+from hicodit.conditions.encoders import ConditionEncoders, TinyEncoderConfig, in_spans
 from hicodit.conditions.poster2 import POSTER2
 
 SPAN, MARGIN = 500, 50  # video frames that AV-HuBERT sees at once, and those of them at each end that are only context
@@ -111,16 +111,7 @@ class ReleasedEncoders:
     @torch.no_grad()
     def lip(self, mouth: Tensor, frames: Tensor) -> Tensor:
         """Mouth pictures (B, T, S, S) in [0, 1] to lip features (B, T, E). Long clips go in overlapping spans."""
-        network, time = self._network("lip", mouth.device), mouth.shape[1]
-        if time <= SPAN:
-            return network(mouth, frames)
-        out, keep = [], SPAN - 2 * MARGIN
-        for start in range(0, time, keep):
-            first = max(start - MARGIN, 0)
-            part = mouth[:, first : start + keep + MARGIN]
-            left = (frames - first).clamp(1, part.shape[1])  # a clip that is over still needs a frame to attend to
-            out.append(network(part, left)[:, start - first :][:, :keep])
-        return torch.cat(out, 1)
+        return in_spans(self._network("lip", mouth.device), mouth, frames, SPAN, MARGIN)
 
     @torch.no_grad()
     def identity(self, faces: Tensor) -> Tensor:

@@ -1,3 +1,5 @@
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -133,6 +135,20 @@ def test_pitch_follows_a_glide_and_is_zero_without_a_voice(spoken):
     f0 = pitch(waves[0], rate)
     voiced = f0[f0 > 0]
     assert 0.4 < len(voiced) / len(f0) < 0.95 and 70 < np.median(voiced) < 180
+
+
+def test_processes_that_start_together_leave_librosa_whole(tmp_path):
+    """Without a lock one compiles what another has half compiled, and the mixture ends every later process."""
+    pytest.importorskip("librosa")
+    call = "import time; time.sleep({}); import numpy; from engine.metrics.speech import pitch"
+    call += "; print(len(pitch(numpy.sin(numpy.arange(12_000) / 20), 12_000)))"
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    for _ in range(2):  # compiled, then from the cache
+        processes = [
+            subprocess.Popen([sys.executable, "-c", call.format(delay)], env=environment, stdout=subprocess.PIPE)
+            for delay in (0, 0.4, 0.8)
+        ]
+        assert [(p.communicate()[0], p.returncode) for p in processes] == [(b"63\n", 0)] * 3
 
 
 @pytest.mark.parametrize(

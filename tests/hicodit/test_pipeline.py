@@ -12,7 +12,9 @@ from engine.faces import clip as clip_module
 from engine.faces.detectors import HaarDetector
 from engine.faces.track import track_face
 from hicodit.conditions.crops import crop_mouth
-from hicodit.pipeline import OVERLAP, REDO, WINDOW, HiCoDiTPipeline, generate, window_count
+from hicodit.pipeline import OVERLAP, REDO, HiCoDiTPipeline, generate, window_count
+
+WINDOW = 75  # video frames
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,15 @@ def test_windows_keep_what_was_said_and_leave_no_gap(pipeline):
     kept = 2 * (WINDOW - REDO)
     assert torch.equal(whole[:, :kept], alone[:, :kept])
     assert 0 < REDO < OVERLAP < WINDOW and (WINDOW - OVERLAP) % 25 == 0
-    assert [window_count(n) for n in (5, WINDOW, WINDOW + 1, 2 * WINDOW - OVERLAP, 2 * WINDOW)] == [1, 1, 2, 2, 3]
+    assert pipeline.sampler.window == 3
+    counts = [window_count(n, WINDOW) for n in (5, WINDOW, WINDOW + 1, 2 * WINDOW - OVERLAP, 2 * WINDOW)]
+    assert counts == [
+        1,
+        1,
+        2,
+        2,
+        3,
+    ]
 
 
 def test_reference_identity_changes_speech(pipeline, clip):
