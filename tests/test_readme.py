@@ -1,7 +1,10 @@
 """The README's promises that can be checked cheaply."""
 
+import json
 import re
 from pathlib import Path
+
+from scripts.record import portable
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -21,6 +24,16 @@ def test_every_file_that_it_names_is_there():
     assert named
     missing = [name for name in named if not (ROOT / name).is_file()]
     assert not missing
+
+
+def test_records_name_no_folder_of_the_machine_that_measured():
+    for path in (ROOT / "benchmarks").glob("*.json"):
+        record = json.loads(path.read_text())
+        assert record == portable(record), path
+    assert portable({"a": ["x=/home/me/corpus y", "/a/b"], "url": "https://host/b"}) == {
+        "a": ["x=corpus y", "b"],
+        "url": "https://host/b",
+    }
 
 
 def test_no_placeholder_is_left():

@@ -1,8 +1,10 @@
 import re
 
 import pytest
+from omegaconf import OmegaConf
 
-from engine.config import build, load
+import train
+from engine.config import CONFIGS, build, load
 from engine.errors import UserError
 
 FILES = {
@@ -36,6 +38,7 @@ task:
     "model/small.yaml": "width: 8   # channels\n",
     "model/large.yaml": "width: 64   # channels\n",
     "sampler/other.yaml": "steps: 1\n",
+    "reference/loud.yaml": "# no choice of main.yaml\nx: 1\n",
 }
 EXPERIMENT = "experiment=tiny_talker"
 
@@ -106,6 +109,40 @@ def test_mistakes_are_one_line_that_names_what_is_valid(compose, words, message)
 def test_any_file_name_can_be_given(compose, name):
     config = compose(EXPERIMENT, f"input={name}", f"reference={name}")
     assert config.input == config.reference == name
+
+
+def test_a_setting_may_share_a_folders_name(compose):
+    assert compose("name=x", "reference=a, b.wav").reference == "a, b.wav"
+    assert compose("name=x", "reference=null").reference is None
+
+
+@pytest.mark.parametrize(("name", "needed"), [("infer", []), ("infer_talker", []), ("prepare", ["output=o"])])
+def test_every_setting_of_the_repository_can_be_set(name, needed):
+    plain = OmegaConf.load(CONFIGS / f"{name}.yaml")
+    del plain["defaults"]
+    for key, value in OmegaConf.to_container(plain).items():
+        if (not isinstance(value, dict) and value is None) or isinstance(value, str):
+            config = load(name, [*needed, f"{key}=x"], "")
+            assert config[key] == "x", key
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_descriptions_are_whole(path):
+    lines = [line for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line]
+    assert lines and not lines[0].endswith((";", ",", "with", "the"))
+    assert len(lines) == 1 or not lines[1][2].islower()  # --help shows the first line alone
+
+
+def test_the_papers_recipe_asks_for_what_it_cannot_have():
+    with pytest.raises(UserError, match=r"task\.codec=\.\.\. task\.encoders\.folder=\.\.\."):
+        load("train", ["experiment=hicodit_paper"], "")
+
+
+@pytest.mark.parametrize("word", ["init=missing", "task.codec=missing", "trainer.seed=-1"])
+def test_training_looks_at_what_it_starts_from_before_it_makes_data(word):
+    config = load("train", ["experiment=hicodit_synthetic", word], "")
+    with pytest.raises(UserError, match=re.escape(word.split(".")[-1])):
+        train.check_inputs(config)
 
 
 def test_a_number_for_a_text_setting_stays_text(compose):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.errors import UserError
-from engine.release import compact, half, read_release, save_release
+from engine.release import compact, companion, half, read_release, save_release
 
 
 def state() -> dict[str, torch.Tensor]:
@@ -39,3 +39,17 @@ def test_a_release_of_another_kind_is_refused(tmp_path):
     save_release(tmp_path / "r", "toy", {}, state(), "card")
     with pytest.raises(UserError, match="'toy', but 'other' is needed"):
         read_release(tmp_path / "r", "other")
+
+
+def test_a_companion_is_found_in_the_release_beside_it_bundled_or_where_it_was(tmp_path):
+    model, bundled = tmp_path / "run" / "release", tmp_path / "assets"
+    save_release(model, "model", {}, state(), "card")
+    trained_with = tmp_path / "codec_run" / "release"  # a folder of the model's own name
+    save_release(trained_with, "codec", {}, state(), "card")
+    assert companion(model, str(trained_with), "codec", bundled) == str(trained_with)
+    assert companion(model, "owner/codec", "codec", bundled) == "owner/codec"
+    for place in (bundled, model.parent, model):
+        save_release(place / "tiny", "codec", {}, state(), "card")
+        assert companion(model, "x/tiny", "codec", bundled) == str(place / "tiny")
+    with pytest.raises(UserError, match=r"names 5 as its codec"):
+        companion(model, 5, "codec", bundled)

@@ -1,5 +1,7 @@
 """Reference numbers of the diffusion process and of guidance (tests/golden/conditions)."""
 
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 import scripts.golden.diffusion
 import scripts.golden.guidance  # noqa: F401
-from scripts.check_golden import check
+from scripts.check_golden import check, main
 from scripts.golden import load_case
 
 CASES = sorted((Path(__file__).parent.parent / "golden" / "conditions").glob("*.safetensors"))
@@ -31,3 +33,13 @@ def test_nan_fails():
     case = load_case(next(p for p in MINE if p.stem == "sedd_noise_f32"))
     case.inputs["t"] = torch.full_like(case.inputs["t"], float("nan"))
     assert not any(r.passed for r in check(case))
+
+
+def test_a_damaged_file_fails_and_the_others_run(tmp_path, monkeypatch, capsys):
+    for suffix in (".safetensors", ".keys.json"):
+        shutil.copy(CASES[0].parent / f"epfg_n7{suffix}", tmp_path)
+    (tmp_path / "aaa.safetensors").write_bytes(b"junk")
+    monkeypatch.setattr(sys, "argv", ["check_golden.py", str(tmp_path)])
+    assert main() == 1
+    text = capsys.readouterr().out
+    assert "FAIL       aaa" in text and "pass       epfg_n7" in text and "1 passed, 1 failed, 0 not built" in text

@@ -1,5 +1,6 @@
 """`infer.py` as a person uses it: outputs, folders of clips, and one line for every kind of bad input."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,16 @@ def test_every_bad_input_is_one_line_and_leaves_nothing(release, clip, tmp_path)
         assert not list((tmp_path / "out").glob("*")), name
 
 
+def test_what_is_no_file_and_no_seed(release, clip, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in (("pipe", "neither a file nor a folder"), ("x" * 300, "no such file or folder")):
+        with pytest.raises(UserError, match=message):
+            run(config(release, tmp_path / name, tmp_path / "new" / "out"))
+    with pytest.raises(UserError, match="seed=99999999999999999999"):
+        run(config(release, clip, tmp_path / "new" / "out", seed=99999999999999999999))
+    assert not (tmp_path / "new").exists()
+
+
 def test_bad_weights(release, clip, tmp_path):
     for weights, message in (
         (tmp_path / "nowhere", "not found"),
@@ -83,6 +94,14 @@ def test_bad_weights(release, clip, tmp_path):
 
     wrong = tmp_path / "wrong"
     shutil.copytree(release, wrong)
+    settings = OmegaConf.load(wrong / "config.yaml")
+    for key, value, message in (("codec", 5, "names 5 as its rvq_codec"), ("model.heads", 0, "heads=0")):
+        changed = OmegaConf.merge(settings, {})
+        OmegaConf.update(changed, key, value)
+        OmegaConf.save(changed, wrong / "config.yaml")
+        with pytest.raises(UserError, match=message):
+            run(config(wrong, clip, tmp_path / "out"))
+    OmegaConf.save(settings, wrong / "config.yaml")
     state = load_file(wrong / "model.safetensors")
     state["model.null_lip"] = torch.zeros(5)
     save_file(state, wrong / "model.safetensors")
@@ -94,7 +113,8 @@ def test_bad_weights(release, clip, tmp_path):
 
 
 def test_an_output_that_is_there_survives_a_failed_run(release, clip, tmp_path, monkeypatch):
-    (tmp_path / "head.wav").write_text("keep me")
+    for name in ("head.wav", "head_face.png"):
+        (tmp_path / name).write_text("keep me")
 
     def full_disk(*_):
         raise UserError("no space left on the disk")
@@ -102,9 +122,9 @@ def test_an_output_that_is_there_survives_a_failed_run(release, clip, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr("hicodit.inference.mux_audio", full_disk)  # the wave is written by then
         with pytest.raises(UserError, match="no space"):
-            run(config(release, clip, tmp_path))
-    assert [p.name for p in tmp_path.iterdir()] == ["head.wav"]
-    assert (tmp_path / "head.wav").read_text() == "keep me"
+            run(config(release, clip, tmp_path, debug=True))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["head.wav", "head_face.png"]
+    assert all(path.read_text() == "keep me" for path in tmp_path.iterdir())
     run(config(release, clip, tmp_path, figure=False))
     assert (tmp_path / "head.wav").stat().st_size > 1000
 
@@ -119,10 +139,17 @@ def test_a_clip_is_never_replaced_by_its_own_output(release, clip, tmp_path):
     assert (tmp_path / "a.mp4").read_bytes() == clip.read_bytes()
 
 
+def test_pictures_of_faces_are_outputs_too(release, clip, tmp_path):
+    for name in ("a.mp4", "a_face.mp4"):
+        shutil.copy(clip, tmp_path / name)
+    with pytest.raises(UserError, match=r"both be written to .*a_face\.png"):
+        run(config(release, tmp_path, tmp_path / "out", debug=True))
+
+
 def test_a_failed_run_leaves_no_folder(release, clip, tmp_path):
     with pytest.raises(UserError):
-        run(config(tmp_path / "nowhere", clip, tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
+        run(config(tmp_path / "nowhere", clip, tmp_path / "new" / "out"))
+    assert not (tmp_path / "new").exists()
 
 
 def test_unwritable_output(release, clip, tmp_path):

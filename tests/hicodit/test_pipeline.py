@@ -12,6 +12,7 @@ from engine.faces import clip as clip_module
 from engine.faces.detectors import HaarDetector
 from engine.faces.track import track_face
 from hicodit.conditions.crops import crop_mouth
+from hicodit.conditions.encoders import TinyEncoderConfig, TinyLipEncoder
 from hicodit.pipeline import OVERLAP, REDO, HiCoDiTPipeline, generate, window_count
 
 WINDOW = 75  # video frames
@@ -70,6 +71,29 @@ def test_windows_keep_what_was_said_and_leave_no_gap(pipeline):
         2,
         3,
     ]
+
+
+def test_the_window_is_the_samplers(pipeline):
+    conditions = pipeline.conditions([pipeline.crops(talking_head(WINDOW + 5))])
+    counts = []
+    for seconds in (3, 4):
+        sampler, steps = replace(pipeline.sampler, window=seconds), []
+        generate(pipeline.system.model, conditions, sampler, pipeline.guidance, [0], on_step=steps.append)
+        counts.append(len(steps))
+    assert counts[0] == 2 * counts[1]  # two windows of three seconds, one of four
+    with pytest.raises(UserError, match="window=1"):
+        replace(pipeline.sampler, window=1)
+
+
+@torch.no_grad()
+def test_long_clips_go_through_the_lip_encoder_in_spans_that_join(monkeypatch):
+    """Without attention what is left sees a few frames only, so spans must join without a trace."""
+    encoder = TinyLipEncoder(TinyEncoderConfig(lip_blocks=1)).eval()
+    encoder.blocks = encoder.blocks[:1]
+    monkeypatch.setattr(encoder.blocks[0], "forward", lambda h, *_: h)
+    mouth, frames = torch.rand(2, 130, 48, 48), torch.tensor([130, 90])
+    parts, whole = encoder(mouth, frames), encoder._encode(mouth, frames)
+    assert torch.allclose(parts[0], whole[0], atol=1e-5) and torch.allclose(parts[1, :90], whole[1, :90], atol=1e-5)
 
 
 def test_reference_identity_changes_speech(pipeline, clip):
