@@ -51,6 +51,8 @@ def writable(folder: str | Path) -> Iterator[None]:
     Raises:
         UserError: it cannot be made or written.
     """
+    if not str(folder):
+        raise UserError("output= is empty: name a folder")
     folder = Path(folder)
     made = [place for place in (folder, *folder.parents) if not place.exists()]  # innermost first
     try:

@@ -145,7 +145,7 @@ def run(config: DictConfig) -> int:
     output = Path(c.output)
     check_seed(c.seed)
     clips = find_clips(Path(c.input) if c.input else BUNDLED.parent / "demo" / "silent.mp4", output, c.debug)
-    with writable(output):
+    with writable(c.output):
         detector = YuNetDetector(c.detector) if c.detector else None
         pipeline = HiCoDiTPipeline.from_pretrained(
             c.weights or BUNDLED, pick_device(c.device), c.codec, c.encoders, detector

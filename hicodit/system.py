@@ -90,6 +90,8 @@ class HiCoDiTSystem(nn.Module):
             UserError: the folder is missing, of another model, or its shapes do not fit its config.
         """
         config, state = read_release(folder, KIND)
+        if encoders is not None and config.get("encoders", {}).get("kind", "tiny") == "tiny":
+            raise UserError(f"encoders={encoders}: the model in {folder} has encoders of its own, leave this out")
         try:
             chosen = encoder_config(config["encoders"] | ({"folder": encoders} if encoders is not None else {}))
             system = cls(ModelConfig(**config["model"]), chosen)

@@ -89,7 +89,7 @@ def run(config: DictConfig) -> int:
     jobs = read_jobs(c)
     for name, job in jobs:
         _check_outputs(job, name, output)
-    with writable(output):
+    with writable(c.output):
         codecs = {stream: folder for stream, folder in vars(c.codecs).items() if folder}
         pipeline = TalkerPipeline.from_pretrained(c.weights or BUNDLED, pick_device(c.device), codecs)
         given = {name: value for name, value in vars(c.sampling).items() if value is not None}

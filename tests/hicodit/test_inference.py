@@ -156,6 +156,10 @@ def test_unwritable_output(release, clip, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="output="):
         run(config(release, clip, tmp_path / "file"))
+    with pytest.raises(UserError, match="output= is empty"):
+        run(config(release, clip, ""))
+    with pytest.raises(UserError, match="encoders of its own"):
+        run(config(release, clip, tmp_path / "out", encoders=str(tmp_path)))
 
 
 @pytest.mark.parametrize(("key", "value"), [("sampler.steps", "many"), ("batch_size", 1.5), ("guidance.lip", "loud")])
