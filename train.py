@@ -72,10 +72,11 @@ def check_inputs(config: DictConfig) -> None:
         UserError: one is missing, or the seed cannot be used.
     """
     check_seed(config.trainer.seed)
-    codecs = config.task.get("codecs") or {}
-    for key, named in (("init", config.task.get("init")), ("codec", config.task.get("codec")), *codecs.items()):
-        if isinstance(named, str) and not release_folder(named).is_dir():
-            raise UserError(f"{key}={named}: there is no such folder")
+    named = {"init": config.task.get("init"), "task.codec": config.task.get("codec")}
+    named |= {f"task.codecs.{stream}": codec for stream, codec in (config.task.get("codecs") or {}).items()}
+    for key, place in named.items():
+        if isinstance(place, str) and not release_folder(place).exists():
+            raise UserError(f"{key}={place}: there is no such file or folder")
 
 
 def make_data(data: DictConfig) -> None:

@@ -179,9 +179,17 @@ def companion(folder: Path, named: Any, kind: str, bundled: Path) -> str:
         raise UserError(f"{folder / 'config.yaml'} names {named!r} as its {kind}: a folder was expected")
     for place in (folder, folder.resolve().parent, bundled):
         found = place / Path(named).name
-        if found.is_dir() and (not (found / "config.yaml").is_file() or release_kind(found) == kind):
-            return str(found)  # files of other programs have no config.yaml
+        if found.is_dir() and not _is_other(found, kind):
+            return str(found)
     return named
+
+
+def _is_other(folder: Path, kind: str) -> bool:
+    """Whether a folder is a release of another kind; other programs' files and damaged releases are their reader's."""
+    try:
+        return release_kind(folder) not in (kind, None)
+    except Exception:  # yaml and omegaconf raise a dozen types for a damaged file
+        return False
 
 
 def rewrite_release(source: Path, out: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:

@@ -25,12 +25,12 @@ from engine.errors import UserError
 POOL = 64  # batches' worth of items that are sorted by length together: more means less padding and less chance
 
 
-def check_seed(seed: int) -> None:
+def check_seed(seed: int | None) -> None:
     """
     Raises:
         UserError: torch cannot be seeded with it.
     """
-    if not 0 <= seed < 2**63:
+    if seed is None or not 0 <= seed < 2**63:
         raise UserError(f"seed={seed} must be a whole number from 0 to 2^63 - 1")
 
 

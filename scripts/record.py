@@ -20,7 +20,8 @@ def portable(value: Any) -> Any:
         return {key: portable(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [portable(part) for part in value]
-    return re.sub(r"(^|[\s=])/(?:[^/\s]+/)+", r"\1", value) if isinstance(value, str) else value
+    # A slash after a name or another slash is of a relative path or of an address.
+    return re.sub(r"(?<![\w/.:-])/(?:[\w.-]+/)+(?=[\w.])", "", value) if isinstance(value, str) else value
 
 
 def write_record(folder: Path, name: str, what: str, hardware: dict[str, Any], results: Any, **about: Any) -> Path:

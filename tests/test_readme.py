@@ -30,8 +30,9 @@ def test_records_name_no_folder_of_the_machine_that_measured():
     for path in (ROOT / "benchmarks").glob("*.json"):
         record = json.loads(path.read_text())
         assert record == portable(record), path
-    assert portable({"a": ["x=/home/me/corpus y", "/a/b"], "url": "https://host/b"}) == {
-        "a": ["x=corpus y", "b"],
+        assert not re.search(r"[\"'=\[]/(?!/)\w", path.read_text()), path
+    assert portable({"a": ["x=/home/me/corpus y", "/a/b", "['/a/b/c', d/e]"], "url": "https://host/b"}) == {
+        "a": ["x=corpus y", "b", "['c', d/e]"],
         "url": "https://host/b",
     }
 

@@ -26,9 +26,9 @@ def need(module: str, package: str, extra: str = "eval") -> ModuleType:
 
 
 def need_librosa() -> ModuleType:
-    """Import librosa with all that is used of it here, one process at a time.
+    """Import librosa with those of its vectorised functions that are used here, one process at a time.
 
-    Its functions are compiled when they are imported for the first time after an installation, into a cache that two
+    They are compiled when they are imported for the first time after an installation, into a cache that two
     processes at once leave broken: every later import then ends in a segmentation fault (numba issue 10128).
 
     Raises:

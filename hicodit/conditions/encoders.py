@@ -42,17 +42,26 @@ class ExpressionEncoder(Protocol):
 
 
 def in_spans(lip: LipEncoder, mouth: Tensor, frames: Tensor, span: int, margin: int) -> Tensor:
-    """`lip` of clips of any length, at most `span` frames at once, `margin` of them at each inner end context only."""
-    time = mouth.shape[1]
-    if time <= span:
+    """`lip` of clips of any length, at most `span` frames at once, `margin` of them at each inner end context only.
+
+    A clip of up to `span` frames is encoded whole, whatever its batch is padded to: its features are its own.
+    """
+    whole = frames <= span
+    if bool(whole.all()):
         return lip(mouth, frames)
-    out, keep = [], span - 2 * margin
-    for start in range(0, time, keep):
+    if bool(whole.any()):
+        most = int(frames[whole].max())
+        out = [lip(mouth[whole, :most], frames[whole]), in_spans(lip, mouth[~whole], frames[~whole], span, margin)]
+        both = mouth.new_zeros(*mouth.shape[:2], out[0].shape[-1], dtype=out[0].dtype)
+        both[whole, :most], both[~whole] = out
+        return both
+    parts, keep = [], span - 2 * margin
+    for start in range(0, mouth.shape[1], keep):
         first = max(start - margin, 0)
         part = mouth[:, first : start + keep + margin]
         left = (frames - first).clamp(1, part.shape[1])  # a clip that is over still needs a frame to attend to
-        out.append(lip(part, left)[:, start - first :][:, :keep])
-    return torch.cat(out, 1)
+        parts.append(lip(part, left)[:, start - first :][:, :keep])
+    return torch.cat(parts, 1)
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class TinyEncoderConfig:
         return crop_face(frames, track, self.face_size)
 
 
-SPAN, MARGIN = 100, 20  # video frames that the tiny lip encoder sees at once, a little more than it is trained on
+SPAN, MARGIN = 100, 20  # video frames of a long clip that the tiny lip encoder sees at once; it is trained on up to 80
 
 
 class TinyLipEncoder(nn.Module):
@@ -114,6 +123,8 @@ class TinyLipEncoder(nn.Module):
 
     def forward(self, mouth: Tensor, frames: Tensor) -> Tensor:
         """mouth (B, T, H, W) in [0, 1], frames (B,) valid frames -> (B, T, E)."""
+        if self.training:  # as long as they are; and FSDP's processes must all run the blocks equally often
+            return self._encode(mouth, frames)
         return in_spans(self._encode, mouth, frames, SPAN, MARGIN)
 
     def _encode(self, mouth: Tensor, frames: Tensor) -> Tensor:

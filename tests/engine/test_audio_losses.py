@@ -91,6 +91,13 @@ def test_disturbance_is_of_what_is_heard():
                          loss(0.5 * real, real), rtol=0.05)  # fmt: skip
 
 
+def test_disturbance_counts_to_the_last_frame():
+    real = vowel(16_000, 70 * 0.016)  # 69 frames, in pieces of 20 that start every 10
+    fake = real.clone()
+    fake[-2000:] += 0.05 * torch.randn(2000, generator=torch.Generator().manual_seed(0))
+    assert DisturbanceLoss(16_000)(fake[None], real[None]) > 0.1
+
+
 def test_disturbance_has_gradients_everywhere():
     for real in (vowel(24_000)[None], torch.zeros(1, 24_000)):
         for start in (real, torch.zeros_like(real), real + 0.01 * torch.randn_like(real)):

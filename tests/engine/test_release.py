@@ -51,5 +51,7 @@ def test_a_companion_is_found_in_the_release_beside_it_bundled_or_where_it_was(t
     for place in (bundled, model.parent, model):
         save_release(place / "tiny", "codec", {}, state(), "card")
         assert companion(model, "x/tiny", "codec", bundled) == str(place / "tiny")
+    (model / "tiny" / "config.yaml").write_text("kind: [codec")  # damaged: its reader tells
+    assert companion(model, "x/tiny", "codec", bundled) == str(model / "tiny")
     with pytest.raises(UserError, match=r"names 5 as its codec"):
         companion(model, 5, "codec", bundled)

@@ -96,6 +96,20 @@ def test_long_clips_go_through_the_lip_encoder_in_spans_that_join(monkeypatch):
     assert torch.allclose(parts[0], whole[0], atol=1e-5) and torch.allclose(parts[1, :90], whole[1, :90], atol=1e-5)
 
 
+@torch.no_grad()
+def test_lip_features_do_not_depend_on_what_shares_the_batch(monkeypatch):
+    encoder, mouth = TinyLipEncoder(TinyEncoderConfig()).eval(), torch.rand(3, 130, 48, 48)
+    frames = torch.tensor([95, 130, 120])
+    together = encoder(mouth, frames)
+    for i, n in enumerate(frames.tolist()):
+        alone = encoder(mouth[i : i + 1, :n], frames[i : i + 1])
+        assert torch.allclose(together[i, :n], alone[0], atol=1e-4), i
+    calls = []
+    monkeypatch.setattr(encoder, "_encode", lambda mouth, frames: calls.append(len(mouth)))
+    encoder.train()(mouth, frames)
+    assert calls == [3]  # in training every process runs the blocks once
+
+
 def test_reference_identity_changes_speech(pipeline, clip):
     crops = [pipeline.crops(clip)]
     voice = np.eye(256, dtype=np.float32)[3]
