@@ -7,8 +7,9 @@ import pytest
 from golden_runs import FOLDER, RUNS, losses_of, machine
 
 # On another processor or torch, sums are taken in another order. In float32 that moved these figures by at most 2e-5 of
-# their size (SSIM of LIA-X; the others by 6e-6) when AVX2 and baseline kernels were forced on an AVX-512 machine.
-TOLERANCE = 1e-4
+# their size (SSIM of LIA-X; the others by 6e-6) when AVX2 and baseline kernels were forced on an AVX-512 machine; an
+# Intel processor moved a gradient norm of the RVQ codec's third step, which is large, by 1.4e-4 of what an AMD one gave.
+TOLERANCE = 5e-4
 SMALL = 1e-6  # nothing at all beside the losses, of the order of one
 
 
@@ -37,7 +38,7 @@ def test_losses_are_those_in_git(name):
 def test_a_changed_digit_is_seen_where_it_can_be():
     golden = json.loads((FOLDER / "hicodit.json").read_text())["steps"]
     name = "loss"
-    for factor, exact, other in ((1 + 3e-7, True, False), (1 + 3e-4, True, True)):
+    for factor, exact, other in ((1 + 3e-7, True, False), (1 + 2e-3, True, True)):
         moved = [dict(step) for step in golden]
         moved[2][name] = float(f"{moved[2][name] * factor:.7g}")
         for same_machine, seen in ((True, exact), (False, other)):

@@ -139,7 +139,11 @@ def test_a_release_holds_all_that_inference_needs(root, tmp_path):
     task.release(tmp_path / "out", {"wer_seen": 0.5})
     model, config = TalkerT2AV.load(tmp_path / "out")
     assert model.config == task.model.config
-    assert config["codecs"] == {"speech": "speech", "motion": "motion", "speaker": "voice"}
+    assert config["codecs"] == {
+        "speech": str(root / "releases" / "speech"),
+        "motion": "some/motion",
+        "speaker": "some/voice",
+    }
     assert config["motion"]["mean"] == pytest.approx([0.1] * DM) and config["digests"] == {"speech": "abc"}
     assert config["sampling"] == {"steps": 2, "temperature": 0.5, "guidance": 1.5}
     words = TalkerTokenizer.from_pretrained(tmp_path / "out")
