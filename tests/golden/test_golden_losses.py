@@ -8,7 +8,7 @@ from golden_runs import FOLDER, RUNS, losses_of, machine
 
 # On another processor or torch, sums are taken in another order. In float32 that moved these figures by at most 2e-5 of
 # their size (SSIM of LIA-X; the others by 6e-6) when AVX2 and baseline kernels were forced on an AVX-512 machine; an
-# Intel processor moved a gradient norm of the RVQ codec's third step, which is large, by 1.4e-4 of what an AMD one gave.
+# Intel processor moved a gradient norm of the RVQ codec's third step (it is large) by 1.4e-4 of what an AMD one gave.
 TOLERANCE = 5e-4
 SMALL = 1e-6  # nothing at all beside the losses, of the order of one
 
