@@ -7,9 +7,10 @@ import pytest
 from golden_runs import FOLDER, RUNS, losses_of, machine
 
 # On another processor or torch, sums are taken in another order. In float32 that moved these figures by at most 2e-5 of
-# their size (SSIM of LIA-X; the others by 6e-6) when AVX2 and baseline kernels were forced on an AVX-512 machine; an
-# Intel processor moved a gradient norm of the RVQ codec's third step (it is large) by 1.4e-4 of what an AMD one gave.
-TOLERANCE = 5e-4
+# their size (SSIM of LIA-X; the others by 6e-6) when AVX2 and baseline kernels were forced on an AVX-512 machine. Norms
+# of gradients move more: the RVQ codec's in its third step by 1.4e-4, between an AMD and an Intel processor.
+TOLERANCE = 1e-4
+NORM_TOLERANCE = 5e-4
 SMALL = 1e-6  # nothing at all beside the losses, of the order of one
 
 
@@ -19,7 +20,8 @@ def differences(wanted: list[dict[str, float]], found: list[dict[str, float]], e
     for old, new in zip(wanted, found):
         for name in sorted(old.keys() | new.keys()):
             a, b = old.get(name), new.get(name)
-            same = a == b if exact or None in (a, b) else math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=SMALL)
+            allowed = NORM_TOLERANCE if name.endswith("grad_norm") else TOLERANCE
+            same = a == b if exact or None in (a, b) else math.isclose(a, b, rel_tol=allowed, abs_tol=SMALL)
             if not same:
                 lines.append(f"step {old['step']:.0f} {name}: was {a}, is {b}")
     return lines
@@ -38,7 +40,7 @@ def test_losses_are_those_in_git(name):
 def test_a_changed_digit_is_seen_where_it_can_be():
     golden = json.loads((FOLDER / "hicodit.json").read_text())["steps"]
     name = "loss"
-    for factor, exact, other in ((1 + 3e-7, True, False), (1 + 2e-3, True, True)):
+    for factor, exact, other in ((1 + 3e-7, True, False), (1 + 3e-4, True, True)):
         moved = [dict(step) for step in golden]
         moved[2][name] = float(f"{moved[2][name] * factor:.7g}")
         for same_machine, seen in ((True, exact), (False, other)):
