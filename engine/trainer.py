@@ -122,7 +122,7 @@ class Trainer:
                     if validating:
                         self.validate(tracker)
                     window.start += time.perf_counter() - begin  # neither counts in the rates
-            self.checkpoints.wait()
+            self._end_in_trouble(wait=True)
             results = None
             if self.step < c.steps:
                 self._say(f"stopped at step {self.step:,}, saved; the same command goes on from here")
@@ -150,7 +150,7 @@ class Trainer:
                     tracker.media(self.step, folder)
                 if not any(folder.iterdir()):
                     folder.rmdir()
-        distributed.barrier()
+        self._end_in_trouble(wait=True)
         self.checkpoints.note(self.step, results)
         return results
 
@@ -243,8 +243,10 @@ class Trainer:
         except UserError as error:
             self.trouble = str(error)
 
-    def _end_in_trouble(self) -> None:
-        """Stop everywhere if any process could not write something."""
+    def _end_in_trouble(self, wait: bool = False) -> None:
+        """Stop everywhere if any process could not write something; `wait` for the checkpoint in work first."""
+        if wait:
+            self.checkpoints.close()
         for trouble in distributed.gather(self.trouble or self.checkpoints.problem):
             if trouble:
                 distributed.fail(f"training stopped after step {self.step}: {trouble}")
@@ -286,6 +288,7 @@ class Trainer:
         return state
 
     def _save(self) -> None:
+        self._end_in_trouble(wait=True)
         self._share_buffers()
         info = {"position": self.position, **self.guard.state(), "config": self.record, "code": self.code}
         self.checkpoints.save(self.step, self._state(), info)

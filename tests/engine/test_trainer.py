@@ -190,9 +190,15 @@ def test_best_by_validation_is_kept(tmp_path):
 )
 def test_full_disk_is_one_line_and_the_last_checkpoint_is_whole(tmp_path, limit, what):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_the_disk():
+        run.checkpoints.close()  # that of step 10 is whole before, however slow the disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+
+    run = trainer(tmp_path, ToySet(trouble_at=8 * 12 + 3, trouble=fill_the_disk))
     try:
         with pytest.raises(UserError, match=f"training stopped after step .*{what}.*File too large"):
-            trainer(tmp_path, ToySet(trouble_at=8 * 12 + 3, trouble="full", span=limit)).fit()
+            run.fit()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     run = trainer(tmp_path)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
+from collections.abc import Callable
 
 import torch
 from omegaconf import OmegaConf
@@ -32,11 +32,17 @@ CONFIG = OmegaConf.to_container(OmegaConf.load(CONFIGS / "trainer/cpu.yaml")) | 
 class ToySet:
     """37 vectors, an odd number so that batches straddle epochs; the augmentation is noise.
 
-    `trouble_at` / `trouble`: what happens when the sample at that call is fetched: term, usr1, crash, nan, spike,
-    full (no file may grow beyond `span` bytes).
+    `trouble_at` / `trouble`: what happens when the sample at that call is fetched: term, usr1, crash, nan, spike, or a
+    function that is called. The two of numbers last for `span` samples.
     """
 
-    def __init__(self, size: int = 37, trouble_at: int | None = None, trouble: str = "crash", span: int = 1):
+    def __init__(
+        self,
+        size: int = 37,
+        trouble_at: int | None = None,
+        trouble: str | Callable[[], None] = "crash",
+        span: int = 1,
+    ):
         self.x = torch.randn(size, 4, generator=torch.Generator().manual_seed(0))
         self.calls, self.trouble_at, self.trouble, self.span = 0, trouble_at, trouble, span
 
@@ -52,8 +58,8 @@ class ToySet:
             if self.trouble in ("term", "usr1"):
                 for _ in range(2):  # a scheduler and torchrun may both say it
                     os.kill(os.getpid(), signal.SIGTERM if self.trouble == "term" else signal.SIGUSR1)
-            if self.trouble == "full":
-                resource.setrlimit(resource.RLIMIT_FSIZE, (self.span, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            if callable(self.trouble):
+                self.trouble()
             if self.trouble == "spike":
                 return sample * 1000
             if self.trouble == "nan":
