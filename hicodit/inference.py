@@ -26,7 +26,7 @@ from engine.media.audio import read_audio, write_wav
 from engine.media.video import mux_audio
 from engine.metrics.speaker import SpeakerEncoder
 from engine.seeding import check_seed
-from hicodit.pipeline import BUNDLED, FPS, Crops, HiCoDiTPipeline, Speech, window_count
+from hicodit.pipeline import BUNDLED, FPS, Crops, HiCoDiTPipeline, Speech, windows
 
 FACE = "_face.png"  # ending of the picture of a face track
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")
@@ -187,9 +187,8 @@ def _speak_all(
                     fail(error)
             if not group:
                 continue
-            progress.total += pipeline.sampler.steps * max(
-                window_count(len(crops.mouth), int(FPS) * pipeline.sampler.window) for _, crops in group
-            )
+            rounds = max(len(windows(len(crops.mouth), pipeline.sampler)) for _, crops in group)
+            progress.total += pipeline.sampler.steps * rounds
             seeds = [c.seed] * len(group)
             speeches = pipeline.run([k for _, k in group], seeds, identity, on_step=lambda _: progress.update())
             for (clip, crops), speech in zip(group, speeches):

@@ -100,14 +100,13 @@ def generate(
             f"guidance.reading={scales.reading} changes the reveal schedule: use sampler.method=euler, or C, D"
         )
     levels, mask_id = model.config.levels, model.mask_id
-    most = int(FPS) * sampler.window
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     frames = conditions.frames.tolist()
     done = [torch.full((levels, TOKENS_PER_FRAME * n), mask_id) for n in frames]
-    starts = [[i * (most - OVERLAP) for i in range(window_count(n, most))] for n in frames]
-    for turn in range(max(map(len, starts))):
-        clips = [b for b, own in enumerate(starts) if turn < len(own)]
-        spans = [(starts[b][turn], min(starts[b][turn] + most, frames[b])) for b in clips]
+    every = [windows(n, sampler) for n in frames]
+    for turn in range(max(map(len, every))):
+        clips = [b for b, own in enumerate(every) if turn < len(own)]
+        spans = [every[b][turn] for b in clips]
         part = window(conditions, clips, spans)
         known = pad_sequence(
             [done[b][:, TOKENS_PER_FRAME * s : TOKENS_PER_FRAME * e].T for b, (s, e) in zip(clips, spans)],
@@ -132,9 +131,11 @@ def generate(
     return done
 
 
-def window_count(frames: int, most: int) -> int:
-    """Windows of at most `most` video frames that a clip of so many is done in."""
-    return max(1, -(-(frames - OVERLAP) // (most - OVERLAP)))
+def windows(frames: int, sampler: SamplerConfig) -> list[tuple[int, int]]:
+    """The overlapping windows [start, end), in video frames, that a clip of so many frames is done in."""
+    most = int(FPS) * sampler.window
+    count = max(1, -(-(frames - OVERLAP) // (most - OVERLAP)))
+    return [(start, min(start + most, frames)) for start in range(0, count * (most - OVERLAP), most - OVERLAP)]
 
 
 def window(conditions: Conditions, clips: list[int], spans: list[tuple[int, int]]) -> Conditions:

@@ -39,7 +39,7 @@ from hicodit.conditions.released import EncoderConfig, ReleasedEncoderConfig
 from hicodit.diffusion import LogLinearNoise, log_expm1
 from hicodit.guidance import GuidanceScales, guided_log_posterior
 from hicodit.model import HiCoDiT, ModelConfig
-from hicodit.pipeline import FPS, generate, guided_posterior, window, window_count
+from hicodit.pipeline import generate, guided_posterior, window, windows
 from hicodit.samplers import Posterior, SamplerConfig
 from hicodit.system import HiCoDiTSystem
 from scripts.record import write_record
@@ -116,8 +116,8 @@ def measure(job: dict) -> dict:
     crops = pictures(job["seconds"], system.encoders.config, device)
     model, steps, timed = system.model, job["steps"], job["timed_steps"]
     settings = SamplerConfig("euler", timed)
-    most = int(FPS) * settings.window
-    windows = window_count(int(crops[2]), most)
+    spans = windows(int(crops[2]), settings)
+    rounds = len(spans)
 
     def run(posterior_of: Callable) -> tuple[Tensor, list[float], float]:
         """Tokens, seconds of each step, seconds of the whole."""
@@ -139,15 +139,15 @@ def measure(job: dict) -> dict:
     fast, each, whole = run(guided_posterior)
     median = statistics.median(each)
     quartiles = statistics.quantiles(each, n=4) if len(each) > 3 else [median] * 3
-    once = max(0.0, whole - timed * windows * median)
-    seconds = once + steps * windows * median
+    once = max(0.0, whole - timed * rounds * median)
+    seconds = once + steps * rounds * median
     _wait(device)
     start = time.perf_counter()
     conditions = system.conditions(*crops)
     _wait(device)
     encoders = time.perf_counter() - start
 
-    length = 2 * min(int(crops[2]), most)
+    length = 2 * spans[0][1]
     part = window(conditions, [0], [(0, length // 2)])
     posterior = guided_posterior(model, part, GUIDANCE)
     tokens = torch.full((1, model.config.levels, length), model.mask_id, device=device)
@@ -159,15 +159,15 @@ def measure(job: dict) -> dict:
     result = {
         **{k: job[k] for k in ("model", "seconds", "steps", "timed_steps", "threads", "device")},
         "parameters": sum(p.numel() for p in model.parameters()),
-        "windows": windows,
+        "windows": rounds,
         "step_ms_median": 1e3 * median,
         "step_ms_quartiles": [1e3 * quartiles[0], 1e3 * quartiles[2]],
         "once_s": once,
         "encoders_s": encoders,
         "sampling_s": seconds,
         "real_time_factor": seconds / job["seconds"],
-        "network_evaluations": (steps + 1) * windows * len(GUIDANCE.branches),
-        "forward_passes": (steps + 1) * windows,
+        "network_evaluations": (steps + 1) * rounds * len(GUIDANCE.branches),
+        "forward_passes": (steps + 1) * rounds,
         "peak_memory_mb": peak / 2**20,
         "matrix_rate_gflops": job["matrix_rate"] / 1e9,
         "share_of_matrix_rate": counter.get_total_flops() / median / job["matrix_rate"],
@@ -178,7 +178,7 @@ def measure(job: dict) -> dict:
         result |= {
             "plain_step_ms_median": 1e3 * plain,
             "speed_up": plain / median,
-            "speed_up_with_encoders": (plain + len(GUIDANCE.branches) * encoders / windows) / median,
+            "speed_up_with_encoders": (plain + len(GUIDANCE.branches) * encoders / rounds) / median,
             "same_tokens": torch.equal(fast, slow),
         }
     return result

@@ -13,7 +13,7 @@ from engine.faces.detectors import HaarDetector
 from engine.faces.track import track_face
 from hicodit.conditions.crops import crop_mouth
 from hicodit.conditions.encoders import TinyEncoderConfig, TinyLipEncoder
-from hicodit.pipeline import OVERLAP, REDO, HiCoDiTPipeline, generate, window_count
+from hicodit.pipeline import OVERLAP, REDO, HiCoDiTPipeline, generate, windows
 
 WINDOW = 75  # video frames
 
@@ -64,7 +64,8 @@ def test_windows_keep_what_was_said_and_leave_no_gap(pipeline):
     assert 0 < REDO < OVERLAP < WINDOW and (WINDOW - OVERLAP) % 25 == 0
     assert pipeline.sampler.window == 3
     lengths = (5, WINDOW, WINDOW + 1, 2 * WINDOW - OVERLAP, 2 * WINDOW)
-    assert [window_count(n, WINDOW) for n in lengths] == [1, 1, 2, 2, 3]
+    assert [len(windows(n, pipeline.sampler)) for n in lengths] == [1, 1, 2, 2, 3]
+    assert windows(WINDOW + 1, pipeline.sampler) == [(0, WINDOW), (WINDOW - OVERLAP, WINDOW + 1)]
 
 
 def test_the_window_is_the_samplers(pipeline):
