@@ -130,7 +130,7 @@ class TrainerConfig:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise UserError(f"trainer.{name}={getattr(self, name)} must be above 0, or null")
         if self.best is not None and not re.fullmatch(r"(min|max) \S+", self.best):
-            raise UserError(f"trainer.best={self.best} is not `min NAME` or `max NAME`, as in 'min wer'")
+            raise UserError(f"trainer.best={self.best} is not `min NAME` or `max NAME`, as in 'min wer_seen'")
         if self.batch_tokens is not None and self.batch_tokens < 1:
             raise UserError(f"trainer.batch_tokens={self.batch_tokens} must be at least 1, or null")
         if not 0 <= self.ema_decay < 1:

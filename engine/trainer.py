@@ -150,6 +150,11 @@ class Trainer:
                     tracker.media(self.step, folder)
                 if not any(folder.iterdir()):
                     folder.rmdir()
+                if self.config.best and self.config.best.split()[1] not in results:
+                    self._say(
+                        f"trainer.best={self.config.best!r}: no best is kept, as the validation gives "
+                        f"{', '.join(results) or 'no figures'}"
+                    )
         self._end_in_trouble(wait=True)
         self.checkpoints.note(self.step, results)
         return results

@@ -52,6 +52,18 @@ def shard_is_made(corpus: Path, split: str, index: int, out: Path, symbols: list
     return codec is None or (out / split / f"tokens-{token_digest(codec)}-{index:05d}.safetensors").is_file()
 
 
+def drop_shards_beyond(corpus: Path, split: str, out: Path) -> int:
+    """Delete the shards that a corpus has had when it was larger, or training would go on with them; gives how many."""
+    count, dropped = shard_count(corpus, split), 0
+    for path in (out / split).glob("visual-*.safetensors"):
+        number = path.stem.removeprefix("visual-")
+        if int(number) >= count:
+            for part in (path, path.with_suffix(".json"), *path.parent.glob(f"tokens-*-{number}.safetensors")):
+                part.unlink(missing_ok=True)
+            dropped += 1
+    return dropped
+
+
 def phoneme_labels(phonemes: list, frames: int, symbols: list[str]) -> np.ndarray:
     """Index (T,) of the phoneme at each frame's centre, counted from 1 in `symbols`; 0 where none sounds."""
     labels = np.zeros(frames, np.uint8)

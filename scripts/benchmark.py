@@ -178,7 +178,7 @@ def measure(job: dict) -> dict:
         result |= {
             "plain_step_ms_median": 1e3 * plain,
             "speed_up": plain / median,
-            "speed_up_with_encoders": (plain + len(GUIDANCE.branches) * encoders / rounds) / median,
+            "speed_up_with_encoders": steps * (rounds * plain + len(GUIDANCE.branches) * encoders) / seconds,
             "same_tokens": torch.equal(fast, slow),
         }
     return result

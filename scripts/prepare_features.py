@@ -3,8 +3,9 @@
     python scripts/prepare_features.py --corpus data/synthetic --codec assets/rvq_tiny --workers 2
 
 Reads a corpus in the layout of make_synthetic_corpus.py and writes shards of 200 clips to CORPUS/features. Shards that
-are there already are kept, so a killed run continues, and another tokenizer only adds its tokens. A clip that cannot be
-used (no face found, damaged file) is listed at the end and in its shard's JSON, and the rest go on.
+are there already are kept, so a killed run continues, and another tokenizer only adds its tokens; those of a corpus
+that was larger once are deleted. A clip that cannot be used (no face found, damaged file) is listed at the end and in
+its shard's JSON, and the rest go on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from engine.errors import UserError, run_cli
 from engine.media.corpus import read_manifest
 from engine.progress import track
 from hicodit.conditions.released import encoder_config
-from hicodit.features import make_token_shard, make_visual_shard, shard_count, shard_is_made
+from hicodit.features import drop_shards_beyond, make_token_shard, make_visual_shard, shard_count, shard_is_made
 from rvq_codec import RVQCodec
 
 
@@ -59,6 +60,8 @@ def main() -> None:
     loaded = RVQCodec.from_pretrained(codec) if codec is not None else None
     symbols = sorted({p[0] for clip in read_manifest(args.corpus, "train") for p in clip["phonemes"]})
     out.mkdir(parents=True, exist_ok=True)
+    if dropped := sum(drop_shards_beyond(args.corpus, split, out) for split in args.splits):
+        print(f"deleted {dropped} shards of {out}: the corpus has fewer clips than when they were made")
     jobs = [(split, i) for split in args.splits for i in range(shard_count(args.corpus, split))]
     jobs = [job for job in jobs if not shard_is_made(args.corpus, *job, out, symbols, loaded)]
     if not jobs:

@@ -1,6 +1,6 @@
 """Prepare shards with processes that are killed again and again, and compare them with those of an unbroken run.
 
-    python scripts/prepare_kill_test.py --reference data/shards --output /tmp/broken --kills 5 -- \
+    python scripts/prepare_kill_test.py --reference data/shards --output data/broken --kills 5 -- \
         source.root=data/synthetic splits=[seen] clips_per_shard=50
 
 What follows -- are settings of scripts/prepare_data.py, the same as of the unbroken run. Its processes run under

@@ -2,7 +2,7 @@
 c10d rendezvous over a cable of veth. One process is killed on the way; both agents have to bring the group back, and
 the run must end with the same weights as one on a single node with as many processes.
 
-    python -m scripts.two_nodes --folder /tmp/two_nodes
+    python -m scripts.two_nodes --folder runs/two_nodes
 """
 
 from __future__ import annotations

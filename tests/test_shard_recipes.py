@@ -1,8 +1,15 @@
 """Recipes take their data from shards by one word."""
 
+from dataclasses import replace
+
 import pytest
+import torch
+from omegaconf import OmegaConf
 
 from engine.config import load
+from engine.errors import UserError
+from hicodit.conditions.encoders import TinyLipEncoder
+from hicodit.conditions.released import encoder_config
 
 PAPER = ["task.codec=c", "task.encoders.folder=e"]
 
@@ -21,6 +28,17 @@ def test_hicodit(words, place, split, held_out):
     assert config.data.train.folder == place and config.data.split == split
     assert config.task.validate_splits == held_out
     assert (config.data.train.shards is None) == (config.data.make is not None)  # what is made here are no shards
+
+
+def test_the_papers_model_with_small_encoders():
+    words = ["encoders@task.encoders=tiny", "task.encoders.lip_heads=32", "data=synthetic", "task.codec=c"]
+    config = load("train", ["experiment=hicodit_paper", *words], "")
+    encoders = encoder_config(OmegaConf.to_container(config.task.encoders, resolve=True))
+    with torch.device("meta"):
+        assert TinyLipEncoder(encoders).project.out_features == config.task.model.lip_dim == 1024
+    with pytest.raises(UserError, match="lip_heads=6 does not divide lip_dim=1024"):
+        replace(encoders, lip_heads=6)
+    assert config.data.train.folder == "data/synthetic/features/train"
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.errors import UserError
 from engine.faces.track import FaceTrack
 from engine.nn.packing import Packing
 from hicodit.conditions.crops import crop_face, crop_mouth
@@ -79,6 +80,10 @@ class TinyEncoderConfig:
     face_dim: int = 128
     face_width: int = 24
     phonemes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.lip_heads < 1 or self.lip_dim % self.lip_heads:
+            raise UserError(f"encoders.lip_heads={self.lip_heads} does not divide lip_dim={self.lip_dim}")
 
     def cut_mouth(self, frames: np.ndarray, track: FaceTrack) -> np.ndarray:
         """Mouth pictures (T, S, S) uint8 grey of frames (T, H, W, 3), for `lip`."""

@@ -185,6 +185,11 @@ def test_best_by_validation_is_kept(tmp_path):
     assert f"step-{best:08d}" in folders and "step-00000020" in folders and len(folders) <= 2
 
 
+def test_a_figure_that_the_validation_does_not_give_is_told(tmp_path, capsys):
+    trainer(tmp_path, steps=8, best="min wer").fit()
+    assert "trainer.best='min wer': no best is kept, as the validation gives weight" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("limit", "what"), [(20_000, "checkpoint .*step-00000015"), (2_000, "cannot write .*log.jsonl")]
 )

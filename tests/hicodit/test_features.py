@@ -17,7 +17,14 @@ from engine.media.audio import write_wav
 from engine.media.video import read_video, write_video
 from hicodit import features
 from hicodit.conditions.encoders import TinyEncoderConfig
-from hicodit.features import FeatureSplit, make_token_shard, make_visual_shard, phoneme_labels, shard_is_made
+from hicodit.features import (
+    FeatureSplit,
+    drop_shards_beyond,
+    make_token_shard,
+    make_visual_shard,
+    phoneme_labels,
+    shard_is_made,
+)
 from hicodit.system import token_digest
 from rvq_codec import RVQCodec
 
@@ -92,6 +99,24 @@ def test_shards_are_kept_until_the_clips_or_phonemes_change(corpus, tmp_path):
     make(corpus, out)
     assert load_file(path)["frames"].tolist() == [12]
     assert not tokens.exists()  # they belonged to other clips
+
+
+def test_shards_of_a_corpus_that_was_larger_are_deleted(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "SHARD_CLIPS", 1)
+    out, codec = tmp_path / "features" / "train", "tokens-01234567"
+    for index in (0, 2):
+        make_visual_shard(corpus, "train", index, out.parent, SIZES, SYMBOLS)
+        (out / f"{codec}-{index:05d}.safetensors").touch()
+    assert drop_shards_beyond(corpus, "train", out.parent) == 0
+    rows = [json.loads(line) for line in (corpus / "train.jsonl").read_text().splitlines()]
+    write_rows(corpus, rows[:2])
+    assert drop_shards_beyond(corpus, "train", out.parent) == 1
+    assert sorted(path.name for path in out.iterdir()) == [
+        f"{codec}-00000.safetensors",
+        "visual-00000.json",
+        "visual-00000.safetensors",
+    ]
+    assert drop_shards_beyond(corpus, "train", tmp_path / "none yet") == 0
 
 
 def test_a_split_without_any_face_is_refused(corpus, tmp_path):
