@@ -156,7 +156,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         demo = Demo(Path(folder), args.weights, args.talker, args.device)
         try:
-            page(gr, demo).launch(server_name=args.host, server_port=args.port, share=False)
+            page(gr, demo).launch(server_name=args.host, server_port=args.port, share=False, show_error=True)
         except OSError as error:
             raise UserError(f"cannot listen on {args.host}:{args.port} ({error}): give another --port") from error
 
