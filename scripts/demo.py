@@ -156,9 +156,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         demo = Demo(Path(folder), args.weights, args.talker, args.device)
         try:
-            page(gr, demo).launch(server_name=args.host, server_port=args.port, share=False, show_error=True)
+            shown = page(gr, demo)
+            shown.launch(
+                server_name=args.host, server_port=args.port, share=False, show_error=True, quiet=True,
+                prevent_thread_lock=True,
+            )  # fmt: skip
         except OSError as error:
-            raise UserError(f"cannot listen on {args.host}:{args.port} ({error}): give another --port") from error
+            raise UserError(f"cannot listen on {args.host}:{args.port}: give another --port") from error
+        print(f"open http://{args.host}:{args.port} in a browser; Ctrl-C ends", flush=True)
+        shown.block_thread()
 
 
 if __name__ == "__main__":
