@@ -120,7 +120,7 @@ def page(gr: Any, demo: Demo) -> Any:
         with gr.Tab("A silent clip speaks (HiCoDiT)"):
             with gr.Row():
                 with gr.Column():
-                    clip = gr.Video(CLIP, label="clip of a talking face; its sound is not listened to")
+                    clip = gr.Video(CLIP, height=280, label="clip of a talking face; its sound is not listened to")
                     voice = gr.Audio(type="filepath", label="a voice instead of the face's (needs the eval extra)")
                     steps = gr.Slider(1, 128, demo._hicodit.sampler.steps, step=1, label="sampling steps")
                     temperature = gr.Slider(0, 1.5, demo._hicodit.sampler.temperature, label="temperature")
@@ -135,7 +135,7 @@ def page(gr: Any, demo: Demo) -> Any:
                     mode = gr.Radio(MODES, value="t2av", label="what happens")
                     text = gr.Textbox("set blue by hotel four now", label="text")
                     voice = gr.Audio(VOICE, type="filepath", label="voice; of a2v the sound")
-                    face = gr.Video(CLIP, label="face; of v2a the clip")
+                    face = gr.Video(CLIP, height=280, label="face; of v2a the clip")
                     seed = gr.Number(0, precision=0, label="seed")
                     button = gr.Button("Talk", variant="primary")
                 with gr.Column():

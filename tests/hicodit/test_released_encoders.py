@@ -146,7 +146,7 @@ def test_arcface_file_and_pictures(tmp_path):
 
 
 def test_encoder_choice_is_a_configuration():
-    assert encoder_config({"lip_dim": 8}) == TinyEncoderConfig(lip_dim=8)
+    assert encoder_config({"lip_dim": 12}) == TinyEncoderConfig(lip_dim=12)
     assert encoder_config({"kind": "released"}).lip_dim == 1024
     with pytest.raises(UserError, match="kind=huge"):
         encoder_config({"kind": "huge"})
