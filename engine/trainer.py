@@ -122,7 +122,7 @@ class Trainer:
                     if validating:
                         self.validate(tracker)
                     window.start += time.perf_counter() - begin  # neither counts in the rates
-            self._end_in_trouble(wait=True)
+            self._end_in_trouble()
             results = None
             if self.step < c.steps:
                 self._say(f"stopped at step {self.step:,}, saved; the same command goes on from here")
@@ -155,7 +155,7 @@ class Trainer:
                         f"trainer.best={self.config.best!r}: no best is kept, as the validation gives "
                         f"{', '.join(results) or 'no figures'}"
                     )
-        self._end_in_trouble(wait=True)
+        self._end_in_trouble()
         self.checkpoints.note(self.step, results)
         return results
 
@@ -248,10 +248,9 @@ class Trainer:
         except UserError as error:
             self.trouble = str(error)
 
-    def _end_in_trouble(self, wait: bool = False) -> None:
-        """Stop everywhere if any process could not write something; `wait` for the checkpoint in work first."""
-        if wait:
-            self.checkpoints.close()
+    def _end_in_trouble(self) -> None:
+        """Wait for the checkpoint in work; stop everywhere if any process could not write something."""
+        self.checkpoints.close()
         for trouble in distributed.gather(self.trouble or self.checkpoints.problem):
             if trouble:
                 distributed.fail(f"training stopped after step {self.step}: {trouble}")
@@ -293,7 +292,7 @@ class Trainer:
         return state
 
     def _save(self) -> None:
-        self._end_in_trouble(wait=True)
+        self._end_in_trouble()
         self._share_buffers()
         info = {"position": self.position, **self.guard.state(), "config": self.record, "code": self.code}
         self.checkpoints.save(self.step, self._state(), info)

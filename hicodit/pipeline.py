@@ -134,8 +134,8 @@ def generate(
 def windows(frames: int, sampler: SamplerConfig) -> list[tuple[int, int]]:
     """The overlapping windows [start, end), in video frames, that a clip of so many frames is done in."""
     most = int(FPS) * sampler.window
-    count = max(1, -(-(frames - OVERLAP) // (most - OVERLAP)))
-    return [(start, min(start + most, frames)) for start in range(0, count * (most - OVERLAP), most - OVERLAP)]
+    starts = range(0, max(1, frames - OVERLAP), most - OVERLAP)
+    return [(start, min(start + most, frames)) for start in starts]
 
 
 def window(conditions: Conditions, clips: list[int], spans: list[tuple[int, int]]) -> Conditions:

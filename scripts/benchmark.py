@@ -148,7 +148,7 @@ def measure(job: dict) -> dict:
     encoders = time.perf_counter() - start
 
     length = 2 * spans[0][1]
-    part = window(conditions, [0], [(0, length // 2)])
+    part = window(conditions, [0], spans[:1])
     posterior = guided_posterior(model, part, GUIDANCE)
     tokens = torch.full((1, model.config.levels, length), model.mask_id, device=device)
     where = torch.zeros_like(tokens, dtype=torch.bool)

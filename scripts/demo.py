@@ -10,7 +10,6 @@ import argparse
 import tempfile
 from collections.abc import Callable
 from functools import cached_property, wraps
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ from engine.media.audio import read_audio
 from engine.metrics.optional import need
 from engine.metrics.speaker import SpeakerEncoder
 from engine.seeding import check_seed
-from hicodit import inference as hicodit
+from hicodit.inference import write_outputs as write_speech
 from hicodit.pipeline import BUNDLED, HiCoDiTPipeline
-from talker_t2av import inference as talker_t2av
+from talker_t2av.inference import write_outputs as write_talk
 from talker_t2av.pipeline import TalkerPipeline
 from talker_t2av.prepare import Job
 from talker_t2av.system import BUNDLED as BUNDLED_TALKER
@@ -38,7 +37,7 @@ MODES = [
 
 
 class Demo:
-    """What the buttons do. A model is loaded when its button is first pressed.
+    """What the buttons do. A model is loaded when it is first asked for.
 
     Args:
         folder: every call writes its files into a new folder in it.
@@ -48,21 +47,19 @@ class Demo:
     def __init__(
         self, folder: Path, weights: str | Path = BUNDLED, talker: str | Path = BUNDLED_TALKER, device: str = "auto"
     ) -> None:
-        self._folder, self._calls = folder, count()
-        self._weights, self._talker_weights, self._device = weights, talker, pick_device(device)
+        self._folder, self._device = folder, pick_device(device)
+        self._weights, self._talker_weights = weights, talker
 
     @cached_property
-    def _hicodit(self) -> HiCoDiTPipeline:
+    def hicodit(self) -> HiCoDiTPipeline:
         return HiCoDiTPipeline.from_pretrained(self._weights, self._device)
 
     @cached_property
-    def _talker(self) -> TalkerPipeline:
+    def talker(self) -> TalkerPipeline:
         return TalkerPipeline.from_pretrained(self._talker_weights, self._device)
 
     def _new_folder(self) -> Path:
-        folder = self._folder / f"{next(self._calls):05d}"
-        folder.mkdir()
-        return folder
+        return Path(tempfile.mkdtemp(dir=self._folder))
 
     def speak(
         self, clip: str | None, voice: str | None, steps: float, temperature: float, seed: float
@@ -76,10 +73,9 @@ class Demo:
             raise UserError("give a clip of a talking face")
         check_seed(int(seed))
         identity = SpeakerEncoder().embed(read_audio(voice, 16_000), 16_000) if voice else None
-        speech = self._hicodit(clip, int(seed), identity, steps=int(steps), temperature=float(temperature))
-        folder = self._new_folder()
-        hicodit.write_outputs(Path(clip), speech, folder, figure=True)
-        return str(folder / f"{Path(clip).stem}.mp4"), str(folder / f"{Path(clip).stem}.png")
+        speech = self.hicodit(clip, int(seed), identity, steps=int(steps), temperature=float(temperature))
+        video, drawing, _ = write_speech(Path(clip), speech, self._new_folder(), figure=True)  # by name; the last: .wav
+        return str(video), str(drawing)
 
     def talk(
         self, mode: str, text: str, voice: str | None, face: str | None, seed: float
@@ -98,7 +94,7 @@ class Demo:
         }[mode]
         job = Job(mode, text or "", seed=int(seed), **{name: path for name, path in fields.items() if path})
         folder = self._new_folder()
-        names = talker_t2av.write_outputs(job, mode, self._talker(job), folder)
+        names = write_talk(job, mode, self.talker(job), folder)
         made = str(folder / names[-1])
         return (None, made) if mode == "tts" else (made, None)
 
@@ -122,8 +118,8 @@ def page(gr: Any, demo: Demo) -> Any:
                 with gr.Column():
                     clip = gr.Video(CLIP, height=280, label="clip of a talking face; its sound is not listened to")
                     voice = gr.Audio(type="filepath", label="a voice instead of the face's (needs the eval extra)")
-                    steps = gr.Slider(1, 128, demo._hicodit.sampler.steps, step=1, label="sampling steps")
-                    temperature = gr.Slider(0, 1.5, demo._hicodit.sampler.temperature, label="temperature")
+                    steps = gr.Slider(1, 128, demo.hicodit.sampler.steps, step=1, label="sampling steps")
+                    temperature = gr.Slider(0, 1.5, demo.hicodit.sampler.temperature, label="temperature")
                     seed = gr.Number(0, precision=0, label="seed")
                     button = gr.Button("Speak", variant="primary")
                 with gr.Column():
