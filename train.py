@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from engine import distributed
 from engine.config import build, load
 from engine.errors import UserError, run_cli
 from engine.hub import release_folder
-from engine.lora import add_lora
 from engine.metrics.optional import need
 from engine.seeding import check_seed
-from engine.signals import REQUEUE
-from engine.trainer import Trainer
+from engine.training import distributed
+from engine.training.lora import add_lora
+from engine.training.signals import REQUEUE
+from engine.training.trainer import Trainer
 
 HELP = """
 Train a model. A recipe (experiment=NAME) brings the task, the data and the trainer's numbers; every one of them can be

@@ -1,6 +1,7 @@
 """Release folders: `config.yaml` (kind and constructor arguments), `model.safetensors`, `README.md`.
 
-A release is what inference loads and what ships; training state lives in `engine.checkpoint`. Nothing is unpickled.
+A release is what inference loads and what ships; training state lives in `engine.training.checkpoint`. Nothing is
+unpickled.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def open_clips(folder: str | Path, digest: str, reading: Reading | None = None) 
 
 
 class HiCoDiTDataset:
-    """Clips of a prepared split, for `engine.trainer`.
+    """Clips of a prepared split, for `engine.training.trainer`.
 
     Args:
         folder: features or shards of one split, the latter also behind a URL.

@@ -17,7 +17,6 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from engine.config import typed
-from engine.distributed import pick_device
 from engine.errors import UserError
 from engine.faces.detectors import YuNetDetector
 from engine.faces.track import read_boxes
@@ -26,6 +25,7 @@ from engine.media.audio import read_audio, write_wav
 from engine.media.video import mux_audio
 from engine.metrics.speaker import SpeakerEncoder
 from engine.seeding import check_seed
+from engine.training.distributed import pick_device
 from hicodit.pipeline import BUNDLED, FPS, Crops, HiCoDiTPipeline, Speech, windows
 
 FACE = "_face.png"  # ending of the picture of a face track

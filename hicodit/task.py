@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.export import Release
 from engine.release import load_strict
 from engine.shards.source import join
-from engine.task import Task
+from engine.training.export import Release
+from engine.training.task import Task
 from hicodit.conditions.released import encoder_config
 from hicodit.conditions.types import Conditions
 from hicodit.diffusion import LogLinearNoise, perturb, stratified_times, weighted_score_entropy

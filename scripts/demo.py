@@ -13,17 +13,17 @@ from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any
 
-from engine.distributed import pick_device
 from engine.errors import UserError, run_cli
 from engine.media.audio import read_audio
 from engine.metrics.optional import need
 from engine.metrics.speaker import SpeakerEncoder
 from engine.seeding import check_seed
+from engine.training.distributed import pick_device
 from hicodit.inference import write_outputs as write_speech
 from hicodit.pipeline import BUNDLED, HiCoDiTPipeline
 from talker_t2av.inference import write_outputs as write_talk
+from talker_t2av.jobs import Job
 from talker_t2av.pipeline import TalkerPipeline
-from talker_t2av.prepare import Job
 from talker_t2av.system import BUNDLED as BUNDLED_TALKER
 
 EXAMPLES = BUNDLED.parent / "demo"

@@ -3,8 +3,8 @@
     python scripts/evaluate_codec.py --weights assets/rvq_tiny --data data/synthetic
     python scripts/evaluate_codec.py --kind whisperx_vae --weights assets/whisperx_vae_tiny --data data/synthetic
 
-Resynthesises whole clips, prints a table, and writes benchmarks/DATE-NAME.json. The RVQ codec decodes from the first 1,
-2, 4 and all levels, and the use of its code books is counted; of the WhisperX-VAE the statistics of its latents are
+Resynthesises whole clips, prints a table, and writes benchmarks/results/DATE-NAME.json. The RVQ codec decodes from the first
+1, 2, 4 and all levels, and the use of its code books is counted; of the WhisperX-VAE the statistics of its latents are
 given. Figures whose package (pocketsphinx, pesq, pystoi; the `eval` extra) is not installed are left out.
 """
 
@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.record import write_record
 from engine.errors import run_cli
 from engine.media.corpus import Clip, load_clips
 from rvq_codec import evaluation as rvq
 from rvq_codec.codec import RVQCodec
-from scripts.record import write_record
 from whisperx_vae import evaluation as vae
-from whisperx_vae.vae import WhisperXVAE
+from whisperx_vae.codec import WhisperXVAE
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", default=["seen", "unseen"], help="default: seen unseen")
     parser.add_argument("--clips", type=int, default=100, help="first clips of each split (default: %(default)s)")
     parser.add_argument("--levels", type=int, nargs="+", default=[1, 2, 4, 12], help="of RVQ; default: 1 2 4 12")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)")
     args = parser.parse_args()
 
     codec = (RVQCodec if args.kind == "rvq_codec" else WhisperXVAE).from_pretrained(args.weights)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.record import write_record
 from engine.errors import UserError, run_cli
 from engine.media.audio import read_audio
 from engine.media.corpus import read_manifest
@@ -31,7 +32,6 @@ from engine.metrics.speech import pitch
 from hicodit.conditions import EXPRESSIONS
 from hicodit.evaluation import synthesise
 from hicodit.pipeline import HiCoDiTPipeline
-from scripts.record import write_record
 
 RATE = 24_000
 
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--guidance", nargs=4, type=float, metavar=("ALL", "IDENTITY", "EXPRESSION", "LIP"))
     parser.add_argument("--words-only", action="store_true", help="word error rates only")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     if args.clips < 2 or args.batch < 1:
         raise UserError("--clips must be at least 2 and --batch at least 1")

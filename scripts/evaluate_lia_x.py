@@ -4,7 +4,7 @@
 
 PSNR and SSIM of the frames, PSNR and explained movement of mouth and eyes, correlation of the mouth's opening read off
 true and rebuilt frames (drawn faces only), frames a second in batches over time and one by one. Prints a table, and
-writes benchmarks/DATE-NAME.json and a strip of true frames above rebuilt ones, NAME.jpg.
+writes benchmarks/results/DATE-NAME.json and a strip of true frames above rebuilt ones, NAME.jpg.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import cv2
 import numpy as np
 import torch
 
+from benchmarks.record import write_record
+from corpora.synthetic.mouth_opening import MouthReader
 from engine.errors import UserError, run_cli
 from engine.files import atomic_output
 from lia_x import LiaX
 from lia_x.evaluation import RebuiltClip, measure, rebuild_clips, strip
-from scripts.record import write_record
-from scripts.synthetic.mouth_opening import MouthReader
 
 REGIONS = {
     "eyes": {"left": 0.27, "top": 0.36, "right": 0.73, "bottom": 0.58},
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=24, help="first clips of each split (default: %(default)s)")
     parser.add_argument("--chunk", type=int, default=16, help="frames of a batch when timing (default: %(default)s)")
     parser.add_argument("--strip", type=Path, help="picture to write (default: OUT/NAME.jpg)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)")
     args = parser.parse_args()
     if args.clips < 1:
         raise UserError(f"--clips {args.clips}: give 1 or more")

@@ -31,6 +31,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.record import write_record
+from corpora.synthetic.mouth_opening import MouthReader
 from engine.errors import UserError, run_cli
 from engine.media.audio import read_audio
 from engine.media.corpus import read_manifest
@@ -39,14 +41,12 @@ from engine.metrics.recogniser import Recogniser, word_error_rate
 from engine.metrics.resynthesis import fit_length
 from engine.progress import track
 from lia_x.pictures import identity_to_tensor, to_bytes, video_to_tensor
-from scripts.record import write_record
-from scripts.synthetic.mouth_opening import MouthReader
-from scripts.talker_figure import draw
 from talker_t2av.evaluation import speech_end, synchrony
+from talker_t2av.figure import draw
 from talker_t2av.generation import generate
+from talker_t2av.jobs import prepare
 from talker_t2av.model import FPS
 from talker_t2av.pipeline import Job, Talk, TalkerPipeline
-from talker_t2av.prepare import prepare
 
 PARTS = ("t2av", "tts", "v2a", "a2v", "stream", "batch")
 SHIFT = 5  # frames: 200 ms
@@ -293,7 +293,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--figure", type=Path, help="PNG of the first t2av clip")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)")
     args = parser.parse_args()
     if args.clips < 2 or args.batch < 1:
         raise UserError(f"--clips {args.clips} must be at least 2 and --batch {args.batch} at least 1")

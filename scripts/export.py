@@ -15,10 +15,10 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from engine import checkpoint
 from engine.config import build
 from engine.errors import UserError, run_cli
-from engine.export import DESCRIPTION, export
+from engine.training import checkpoint
+from engine.training.export import DESCRIPTION, export
 
 
 def main() -> None:

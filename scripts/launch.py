@@ -1,4 +1,4 @@
-"""torchrun whose exit code says what the trainer said: 75 (`engine.signals.REQUEUE`) for a run stopped and saved.
+"""torchrun whose exit code says what the trainer said: 75 (`engine.training.signals.REQUEUE`) if stopped and saved.
 
 torchrun answers 1 whatever its processes answered, and knows nothing of SIGUSR1. The arguments are torchrun's:
 
@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
-from engine.signals import REQUEUE
+from engine.training.signals import REQUEUE
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 

@@ -18,11 +18,11 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from corpora.synthetic.contact_sheet import contact_sheet
+from corpora.synthetic.corpus import FRAME, RATE, VERSION, ClipMaker, clip_id, is_done, write_text
+from corpora.synthetic.sentences import SPLITS, grammar
+from corpora.synthetic.voices import load_voices
 from engine.errors import UserError, run_cli
-from scripts.synthetic.contact_sheet import contact_sheet
-from scripts.synthetic.corpus import FRAME, RATE, VERSION, ClipMaker, clip_id, is_done, write_text
-from scripts.synthetic.sentences import SPLITS, grammar
-from scripts.synthetic.voices import load_voices
 
 _maker: ClipMaker
 

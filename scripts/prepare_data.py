@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
+from corpora.preparation.job import prepare
 from engine.config import load
 from engine.errors import run_cli
-from scripts.preparation.job import prepare
 
 HELP = """
 Turn raw recordings into training shards: OUTPUT/SPLIT/000000.tar with the features that both models train on, a JSON

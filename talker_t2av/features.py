@@ -27,12 +27,12 @@ from engine.hub import release_folder
 from engine.media.audio import read_audio, resample
 from engine.media.corpus import read_manifest
 from engine.media.video import read_video
+from engine.nn.mel import RATE
 from engine.release import weights_digest
-from lia_x.lia_x import LiaX
+from lia_x.codec import LiaX
 from lia_x.pictures import video_to_tensor
-from talker_t2av.speaker import SpeakerEncoder, VoiceEncoder
-from whisperx_vae.features import RATE
-from whisperx_vae.vae import WhisperXVAE
+from talker_t2av.speaker.encoder import SpeakerEncoder, VoiceEncoder
+from whisperx_vae.codec import WhisperXVAE
 
 FPS = 25
 SLACK = 2  # frames by which sound and picture of a clip may differ; the longer is cut

@@ -18,14 +18,14 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from engine.config import typed
-from engine.distributed import pick_device
 from engine.errors import UserError
 from engine.files import all_or_none, writable
 from engine.media.audio import write_wav
 from engine.media.video import join_audio, mux_audio, write_video
+from engine.training.distributed import pick_device
 from talker_t2av.generation import step_limit
+from talker_t2av.jobs import Prepared
 from talker_t2av.pipeline import Job, Talk, TalkerPipeline
-from talker_t2av.prepare import Prepared
 from talker_t2av.system import ASSETS, BUNDLED
 
 DEMO = ASSETS / "demo"

@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 from engine.errors import UserError
 from engine.nn.packing import Packing
 from engine.release import half, load_strict, read_release, save_release
-from talker_t2av import names
+from talker_t2av import released as names
 from talker_t2av.diffusion_head import DiffusionHead, FlowHead
 from talker_t2av.patch_encoder import PatchEncoder
 from talker_t2av.stop_predictor import StopPredictor

@@ -25,8 +25,8 @@ from torch import Tensor
 from lia_x.pictures import to_bytes
 from talker_t2av.data import HOP, RATE
 from talker_t2av.generation import Collector, Result, Step, generate_steps
+from talker_t2av.jobs import Job, Prepared, prepare
 from talker_t2av.model import FPS
-from talker_t2av.prepare import Job, Prepared, prepare
 from talker_t2av.request import Sampling
 from talker_t2av.system import BUNDLED, TalkerSystem
 

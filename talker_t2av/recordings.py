@@ -16,8 +16,8 @@ from torch import Tensor
 from engine.errors import UserError
 from talker_t2av.data import MotionStats, Paired, Row, TalkerFiles, read_csv, read_tts_list, read_txt
 from talker_t2av.released_motion import MEAN, STD
-from talker_t2av.speaker import SpeakerEncoder, VoiceEncoder
-from whisperx_vae.vae import WhisperXVAE
+from talker_t2av.speaker.encoder import SpeakerEncoder, VoiceEncoder
+from whisperx_vae.codec import WhisperXVAE
 
 
 class Encoders:

@@ -14,17 +14,17 @@ import torch
 from engine.errors import UserError
 from engine.hub import release_folder
 from engine.release import companion
-from lia_x.lia_x import KIND as LIA_X
-from lia_x.lia_x import RELEASED_FILE as LIA_X_FILE
+from lia_x.codec import KIND as LIA_X
+from lia_x.codec import RELEASED_FILE as LIA_X_FILE
 from talker_t2av.data import MotionStats
 from talker_t2av.features import FeatureEncoders
 from talker_t2av.model import TalkerT2AV
 from talker_t2av.released_motion import MEAN, STD
 from talker_t2av.request import Sampling
-from talker_t2av.speaker import KIND as VOICE
-from talker_t2av.speaker_names import FILE as SPEAKER_FILE
+from talker_t2av.speaker.encoder import KIND as VOICE
+from talker_t2av.speaker.released import FILE as SPEAKER_FILE
 from talker_t2av.text import TalkerTokenizer
-from whisperx_vae.vae import KIND as WHISPERX_VAE
+from whisperx_vae.codec import KIND as WHISPERX_VAE
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUNDLED = ASSETS / "talker_t2av_tiny"

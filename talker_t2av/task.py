@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.export import Release
 from engine.media.audio import write_wav
 from engine.media.video import write_video
 from engine.metrics.recogniser import Recogniser, word_error_rate
 from engine.release import load_strict
-from engine.task import Task
-from lia_x.lia_x import LiaX
+from engine.training.export import Release
+from engine.training.task import Task
+from lia_x.codec import LiaX
 from lia_x.pictures import identity_to_tensor, to_bytes
-from talker_t2av import names
+from talker_t2av import released as names
 from talker_t2av.data import MotionStats, TalkerShards, byte_tokenizer
 from talker_t2av.faces import find_square, read_square
 from talker_t2av.generation import Result, generate
@@ -34,7 +34,7 @@ from talker_t2av.released_motion import MEAN, STD
 from talker_t2av.request import MODES, Request, Sampling
 from talker_t2av.shards import digests_of, open_examples
 from talker_t2av.text import TalkerTokenizer
-from whisperx_vae.vae import WhisperXVAE
+from whisperx_vae.codec import WhisperXVAE
 
 WAVES, VIDEOS = 4, 2  # that a validation keeps of each split
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.parallel import prepare_blocks
-from engine.task import Task
+from engine.training.parallel import prepare_blocks
+from engine.training.task import Task
 
 
 def _losses(task: Task, batch: dict[str, Any]) -> dict[str, torch.Tensor]:

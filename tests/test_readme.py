@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from scripts.record import portable
+from benchmarks.record import portable
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -27,7 +27,7 @@ def test_every_file_that_it_names_is_there():
 
 
 def test_records_name_no_folder_of_the_machine_that_measured():
-    for path in (ROOT / "benchmarks").glob("*.json"):
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
         record = json.loads(path.read_text())
         assert record == portable(record), path
         assert not re.search(r"[\"'=\[]/(?!/)\w", path.read_text()), path

@@ -1,5 +1,5 @@
 """Portrait video as motion codes: picture + (T, 40) codes at 25 frames a second <-> frames (LIA-X)."""
 
-from lia_x.lia_x import Identity, LiaX, LiaXConfig
+from lia_x.codec import Identity, LiaX, LiaXConfig
 
 __all__ = ["Identity", "LiaX", "LiaXConfig"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.media.corpus import read_manifest
 from engine.media.video import read_video
 from engine.metrics.picture import psnr, ssim
-from lia_x.lia_x import LiaX
+from lia_x.codec import LiaX
 from lia_x.pictures import identity_to_tensor, to_bytes, video_to_tensor
 
 

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.export import Release
 from engine.media.video import write_video
-from engine.task import Task
+from engine.training.export import Release
+from engine.training.task import Task
+from lia_x.codec import KIND, LiaX, LiaXConfig
 from lia_x.evaluation import measure, rebuild_clips, strip
-from lia_x.lia_x import KIND, LiaX, LiaXConfig
 from lia_x.losses import Discriminator, Perceptual, pyramid_l1, region_weights, structural
 
 FPS = 25.0  # of clips

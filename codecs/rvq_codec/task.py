@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.export import Release
 from engine.metrics.resynthesis import validate_codec
 from engine.nn.audio_losses import (
     CompressedSpectrumLoss,
@@ -24,11 +23,12 @@ from engine.nn.audio_losses import (
 )
 from engine.nn.dac import DownBlock, UpBlock
 from engine.nn.discriminators import WaveDiscriminators
-from engine.task import Task
+from engine.training.export import Release
+from engine.training.task import Task
 from rvq_codec.codebooks import count_codes, restart_dead_codes, warm_start
 from rvq_codec.codec import KIND, RVQCodec, RVQCodecConfig
 from rvq_codec.evaluation import evaluate, resynthesise
-from rvq_codec.features import SpeechFeatures
+from rvq_codec.latent_targets import SpeechFeatures
 from rvq_codec.vocos import ConvNeXtBlock
 
 SETTINGS = ("quantizer_dropout", "commitment", "codebook", "conv_width", "conv_ratios")  # not of the networks' shapes

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.media.corpus import Clip
 from engine.metrics.resynthesis import fit_length, score
-from whisperx_vae.vae import WhisperXVAE
+from whisperx_vae.codec import WhisperXVAE
 
 
 @torch.no_grad()

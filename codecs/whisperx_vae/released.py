@@ -14,7 +14,7 @@ from transformers.models.whisper.modeling_whisper import sinusoids
 from engine.errors import UserError
 from engine.release import load_strict
 from engine.safe_pickle import plain, read_checkpoint
-from whisperx_vae.vae import WhisperXVAE, WhisperXVAEConfig
+from whisperx_vae.codec import WhisperXVAE, WhisperXVAEConfig
 
 POSITIONS = "whisper.embed_positions.weight"
 HEAD_SIZE = 64  # of every published Whisper

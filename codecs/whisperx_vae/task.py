@@ -18,18 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.export import Release
 from engine.media.audio import resample
 from engine.media.corpus import load_clips
 from engine.metrics.resynthesis import validate_codec
 from engine.nn.audio_losses import MultiScaleMelLoss
 from engine.nn.dac import DownBlock, UpBlock
 from engine.nn.discriminators import WaveDiscriminators
-from engine.task import Task
+from engine.nn.mel import RATE
+from engine.training.export import Release
+from engine.training.task import Task
+from whisperx_vae.codec import KIND, WhisperXVAE, WhisperXVAEConfig
 from whisperx_vae.evaluation import evaluate, resynthesise
-from whisperx_vae.features import RATE
-from whisperx_vae.targets import LatentTargets
-from whisperx_vae.vae import KIND, WhisperXVAE, WhisperXVAEConfig
+from whisperx_vae.latent_targets import LatentTargets
 
 INITIAL_SCALE = -1.5  # softplus gives 0.2: the posterior begins narrower than the prior
 
@@ -48,8 +48,8 @@ def semantic_loss(found: Tensor, wanted: Tensor) -> Tensor:
 class WhisperXVAETask(Task):
     """Losses, stages, validation and release of a `WhisperXVAE`.
 
-    With `targets`, the latent's means regress speech features (`whisperx_vae.targets`) all the time, and until their
-    `until` the decoder learns from the features themselves; then from samples of the posterior. From `gan_start` on the
+    With `targets`, the latent's means regress speech features (`whisperx_vae.latent_targets`) all the time, and until
+    their `until` the decoder learns from the features themselves; then from samples of the posterior. From `gan_start` on the
     discriminators join in. Steps count the batches of one process.
 
     The semantic branch: with `whisper`, the encoder of a trained Whisper, frozen, as in the paper. Without it, as in

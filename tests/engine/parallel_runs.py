@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from toy_task import CONFIG, ToyBlocks, ToySet
 
-from engine import distributed
-from engine.ema import _local
-from engine.trainer import Trainer
+from engine.training import distributed
+from engine.training.ema import _local
+from engine.training.trainer import Trainer
 
 
 def run(job: dict) -> None:

@@ -7,9 +7,9 @@ import threading
 import pytest
 import torch
 
-from engine import checkpoint
-from engine.checkpoint import Checkpoints
 from engine.errors import UserError
+from engine.training import checkpoint
+from engine.training.checkpoint import Checkpoints
 
 
 def state(value=1.0):

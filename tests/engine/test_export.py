@@ -16,9 +16,9 @@ from engine import hub
 from engine.config import CONFIGS
 from engine.download import reach
 from engine.errors import UserError, run_cli
-from engine.export import card, export, last_validation
 from engine.release import read_release, save_release
-from engine.trainer import Trainer
+from engine.training.export import card, export, last_validation
+from engine.training.trainer import Trainer
 from scripts import export as script
 
 RECORD = {

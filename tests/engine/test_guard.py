@@ -1,6 +1,6 @@
 import random
 
-from engine.guard import SETTLED, StepGuard
+from engine.training.guard import SETTLED, StepGuard
 
 
 def settled(run, spike=20.0, offset=0.0):

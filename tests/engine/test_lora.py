@@ -6,7 +6,7 @@ from toy_task import ToyGAN
 
 import train
 from engine.errors import UserError
-from engine.lora import add_lora, merged
+from engine.training.lora import add_lora, merged
 
 
 class Adaptable(ToyGAN):

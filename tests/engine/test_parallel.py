@@ -13,9 +13,9 @@ import torch
 from toy_task import CONFIG, ToyBlocks, ToyRegression, ToySet
 
 from engine.errors import UserError
-from engine.export import export
 from engine.release import read_release
-from engine.trainer import Trainer
+from engine.training.export import export
+from engine.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = {"schedule": "constant", "validate_every": 1000, "checkpoint_every": 1000, "steps": 6}
@@ -130,7 +130,7 @@ def test_shards_are_held_and_reduced_once_a_step(runs):
 
 
 def test_the_average_is_of_the_shards(runs):
-    from engine import checkpoint
+    from engine.training import checkpoint
 
     state = {f"ema.{k}": torch.zeros_like(p) for k, p in ToyBlocks().named_parameters() if p.requires_grad}
     folder = checkpoint.newest(runs / "fsdp" / "checkpoints")

@@ -3,8 +3,8 @@ import signal
 
 import pytest
 
-from engine import signals
-from engine.signals import StopRequest
+from engine.training import signals
+from engine.training.signals import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])

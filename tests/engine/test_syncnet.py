@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-import scripts.golden.voices  # noqa: F401
+import tests.golden.runners.voices  # noqa: F401
 from engine.errors import UserError
 from engine.metrics.syncnet import SHIFT, SyncNet, mfcc, sync_score
-from scripts.check_golden import check
-from scripts.golden import load_case
+from tests.golden.check import check
+from tests.golden.runners import load_case
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "conditions"
 

@@ -11,9 +11,9 @@ from toy_task import CONFIG, ToyGAN, ToySet
 from engine.errors import UserError
 from engine.media.audio import write_wav
 from engine.media.video import write_video
-from engine.sinks import spectrogram
-from engine.tracking import Tracker
-from engine.trainer import Trainer
+from engine.training.sinks import spectrogram
+from engine.training.tracking import Tracker
+from engine.training.trainer import Trainer
 
 
 def tone(hertz: float) -> np.ndarray:
@@ -87,7 +87,7 @@ def test_a_spectrogram_shows_the_tone_where_it_is(tmp_path):
 
 
 def test_without_a_tracker_nothing_is_read_and_a_missing_one_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.sinks.spectrogram", lambda path: pytest.fail("nobody sees it"))
+    monkeypatch.setattr("engine.training.sinks.spectrogram", lambda path: pytest.fail("nobody sees it"))
     train(tmp_path / "plain")
     assert not (tmp_path / "plain" / "tensorboard").exists() and not (tmp_path / "plain" / "wandb").exists()
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)

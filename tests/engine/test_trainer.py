@@ -13,7 +13,7 @@ from toy_task import CONFIG, ToyGAN, ToyRegression, ToySet
 
 from engine.errors import UserError
 from engine.release import read_release
-from engine.trainer import Trainer, TrainerConfig
+from engine.training.trainer import Trainer, TrainerConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = ("samples_per_s", "tokens_per_s", "data_wait", "step_s", "memory_gib")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from engine.speed import Utilisation
+from engine.training.speed import Utilisation
 
 
 @pytest.mark.parametrize("heads", [4, 2], ids=["one_to_one", "grouped"])

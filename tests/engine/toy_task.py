@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from engine.config import CONFIGS
-from engine.export import Release
-from engine.trainer import Task
+from engine.training.export import Release
+from engine.training.trainer import Task
 
 CONFIG = OmegaConf.to_container(OmegaConf.load(CONFIGS / "trainer/cpu.yaml")) | {
     "steps": 20,

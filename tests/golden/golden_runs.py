@@ -24,15 +24,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.config import CONFIGS
-from engine.task import Task
-from engine.trainer import Trainer
+from engine.training.task import Task
+from engine.training.trainer import Trainer
 from hicodit.data import HiCoDiTDataset
 from hicodit.task import HiCoDiTTask
 from lia_x.task import LiaXTask
 from rvq_codec import RVQCodec, RVQCodecConfig
 from rvq_codec.task import RVQCodecTask
 from talker_t2av.data import Layout, collate
-from talker_t2av.speaker_task import VoiceEncoderTask
+from talker_t2av.speaker.task import VoiceEncoderTask
 from talker_t2av.task import TalkerTask
 from talker_t2av.text import byte_tokenizer
 from whisperx_vae.task import WhisperXVAETask

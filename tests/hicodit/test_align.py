@@ -6,11 +6,11 @@ import cv2
 import numpy as np
 import pytest
 
-import scripts.golden.faces  # noqa: F401
+import tests.golden.runners.faces  # noqa: F401
 from engine.errors import UserError
 from hicodit.conditions import align
-from scripts.check_golden import check
-from scripts.golden import load_case
+from tests.golden.check import check
+from tests.golden.runners import load_case
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "conditions"
 RNG = np.random.default_rng(0)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import scripts.golden.diffusion
-import scripts.golden.guidance  # noqa: F401
-from scripts.check_golden import check, main
-from scripts.golden import load_case
+import tests.golden.runners.diffusion
+import tests.golden.runners.guidance  # noqa: F401
+from tests.golden.check import check, main
+from tests.golden.runners import load_case
 
 CASES = sorted((Path(__file__).parent.parent / "golden" / "conditions").glob("*.safetensors"))
 MINE = [path for path in CASES if path.stem.startswith(("sedd_", "epfg_"))]

@@ -10,7 +10,7 @@ from shard_files import write_split
 
 from engine.config import CONFIGS
 from engine.errors import UserError
-from engine.trainer import Trainer
+from engine.training.trainer import Trainer
 from hicodit.data import HiCoDiTDataset, ShardedClips
 from hicodit.features import FeatureSplit
 from hicodit.system import token_digest

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from engine.config import CONFIGS
 from engine.errors import UserError
-from engine.lora import add_lora
-from engine.trainer import Trainer
+from engine.training.lora import add_lora
+from engine.training.trainer import Trainer
 from hicodit.data import HiCoDiTDataset, augment_mouth
 from hicodit.features import FeatureSplit, phoneme_labels, token_digest
 from hicodit.pipeline import HiCoDiTPipeline

@@ -9,9 +9,9 @@ import torch
 
 from engine.errors import UserError
 from lia_x import LiaX, LiaXConfig
-from lia_x.lia_x import load_released, released_config
-from lia_x.names import from_released, released_kernels, released_names, to_released
+from lia_x.codec import load_released, released_config
 from lia_x.pictures import identity_to_tensor, to_bytes, video_to_tensor
+from lia_x.released import from_released, released_kernels, released_names, to_released
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "codecs"
 TINY = LiaXConfig(style_dim=16, motion_dim=4, scale=1, size=48, width=4, max_width=8, depth=1)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-import scripts.golden.rvq  # noqa: F401
+import tests.golden.runners.rvq  # noqa: F401
 from rvq_codec.codec import RVQCodecConfig, build_decoder, build_encoder, build_quantizer
-from scripts.check_golden import check
-from scripts.golden import load_case
+from tests.golden.check import check
+from tests.golden.runners import load_case
 
 FOLDER = Path(__file__).parents[1] / "golden" / "codecs"
 CASES = sorted([*FOLDER.glob("mgct_*.safetensors"), *FOLDER.glob("disc_*.safetensors")])

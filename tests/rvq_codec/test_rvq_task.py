@@ -9,7 +9,7 @@ from engine.media.audio import write_wav
 from engine.media.corpus import SpeechCrops, load_clips, read_manifest
 from rvq_codec import RVQCodec
 from rvq_codec.data import CodedCrops
-from rvq_codec.features import SpeechFeatures
+from rvq_codec.latent_targets import SpeechFeatures
 from rvq_codec.task import RVQCodecTask
 
 CODEC = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.signals import REQUEUE
+from engine.training.signals import REQUEUE
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "codecs"))), "OMP_NUM_THREADS": "1"}
@@ -21,7 +21,7 @@ def test_killed_five_ways_the_run_ends_as_the_unbroken_one(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "scripts.kill_test",
+        "tests.trials.kill_test",
         "--kills",
         "5",
         "--pause",
@@ -39,7 +39,15 @@ def test_killed_five_ways_the_run_ends_as_the_unbroken_one(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_launcher_asked_to_stop_saves_and_answers_requeue(tmp_path, number):
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "scripts.launch", "--standalone", "--nproc_per_node=1", "-m", "scripts.kill_test"]
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.launch",
+        "--standalone",
+        "--nproc_per_node=1",
+        "-m",
+        "tests.trials.kill_test",
+    ]
     launcher = subprocess.Popen(
         [*command, "--worker", run], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
     )

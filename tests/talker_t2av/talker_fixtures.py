@@ -15,7 +15,7 @@ from engine.media.video import write_video
 from lia_x import LiaX, LiaXConfig
 from talker_t2av.model import TalkerConfig, TalkerT2AV
 from talker_t2av.request import Request
-from talker_t2av.speaker import VoiceEncoder, VoiceEncoderConfig
+from talker_t2av.speaker.encoder import VoiceEncoder, VoiceEncoderConfig
 from talker_t2av.text import byte_tokenizer
 from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
 

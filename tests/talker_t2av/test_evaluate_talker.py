@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from talker_fixtures import save_talker
 
+from corpora.synthetic.expression import pose
+from corpora.synthetic.face import Face, draw_motion
+from corpora.synthetic.mouth_opening import MouthReader
+from corpora.synthetic.portrait import design
+from corpora.synthetic.visemes import MOUTH, mouth_track
+from corpora.synthetic.voices import load_voices
 from engine.media.audio import write_wav
 from engine.media.video import write_video
 from scripts import evaluate_talker
 from scripts.evaluate_talker import PARTS, endings
-from scripts.synthetic.expression import pose
-from scripts.synthetic.face import Face, draw_motion
-from scripts.synthetic.mouth_opening import MouthReader
-from scripts.synthetic.portrait import design
-from scripts.synthetic.visemes import MOUTH, mouth_track
-from scripts.synthetic.voices import load_voices
 from talker_t2av.evaluation import loudness, speech_end, synchrony
 from talker_t2av.pipeline import Talk
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import scripts.golden.voices  # noqa: F401
+import tests.golden.runners.voices  # noqa: F401
 from engine.errors import UserError
 from engine.media.audio import write_wav
 from engine.release import load_strict
-from scripts.check_golden import check
-from scripts.golden import load_case
-from talker_t2av.speaker import EcapaTDNN, SpeakerEncoder, VoiceEncoder, VoiceEncoderConfig
-from talker_t2av.speaker_names import LARGE, conv_layers, head_sizes, our_name, released_name, wavlm_config
-from talker_t2av.speaker_task import VoiceClips, VoiceEncoderTask, voice_means
+from talker_t2av.speaker.encoder import EcapaTDNN, SpeakerEncoder, VoiceEncoder, VoiceEncoderConfig
+from talker_t2av.speaker.released import LARGE, conv_layers, head_sizes, our_name, released_name, wavlm_config
+from talker_t2av.speaker.task import VoiceClips, VoiceEncoderTask, voice_means
+from tests.golden.check import check
+from tests.golden.runners import load_case
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "conditions"
 SIZES = {"bands": 16, "channels": 16, "pooled": 24, "bottleneck": 8, "embedding": 12}

@@ -25,7 +25,7 @@ from talker_t2av.features import (
     stale_clips,
     write_stats,
 )
-from talker_t2av.speaker import VoiceEncoder, VoiceEncoderConfig
+from talker_t2av.speaker.encoder import VoiceEncoder, VoiceEncoderConfig
 from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
 
 FRAMES = (9, 12, 9)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-import scripts.golden.talker_generation  # noqa: F401
-from scripts.check_golden import check
-from scripts.golden import load_case
+import tests.golden.runners.talker_generation  # noqa: F401
+from tests.golden.check import check
+from tests.golden.runners import load_case
 
 FOLDER = Path(__file__).parents[1] / "golden" / "talker_generation"
 CASES = sorted(path.stem for path in FOLDER.glob("*.safetensors"))

@@ -7,10 +7,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-import scripts.golden.talker  # noqa: F401
-from scripts.check_golden import check
-from scripts.golden import load_case
+import tests.golden.runners.talker  # noqa: F401
 from talker_t2av.model import TalkerConfig, TalkerT2AV
+from tests.golden.check import check
+from tests.golden.runners import load_case
 
 FOLDER = Path(__file__).parents[1] / "golden" / "talker"
 CASES = sorted(path.stem for path in FOLDER.glob("*.safetensors"))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from talker_fixtures import DM, DS, tiny_model
 
-from scripts.plain_talker import plain_losses
+from benchmarks.plain_talker import plain_losses
 from talker_t2av.flow_matching import FlowDraws
 from talker_t2av.losses import TalkerBatch, training_forward, training_losses
 from talker_t2av.stop_predictor import IGNORED, stop_labels, stop_loss

@@ -8,7 +8,7 @@ from talker_fixtures import tiny_model
 from engine.errors import UserError
 from talker_t2av.layers import Block, Rotary, Transformer
 from talker_t2av.model import TalkerConfig, TalkerT2AV
-from talker_t2av.names import EMBEDDINGS, LM_HEAD, read_safetensors, stored, warm_start
+from talker_t2av.released import EMBEDDINGS, LM_HEAD, read_safetensors, stored, warm_start
 
 DROPPED = ("llm.lm_head.weight", "rope.w")
 

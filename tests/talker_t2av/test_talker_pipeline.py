@@ -15,9 +15,9 @@ from engine.errors import UserError
 from engine.media.audio import read_audio
 from lia_x import LiaX, LiaXConfig
 from talker_t2av.faces import find_square, read_square
-from talker_t2av.names import LM_HEAD
+from talker_t2av.jobs import encode_motion
 from talker_t2av.pipeline import Job, TalkerPipeline
-from talker_t2av.prepare import encode_motion
+from talker_t2av.released import LM_HEAD
 from talker_t2av.request import Sampling
 from talker_t2av.system import TalkerSystem
 from talker_t2av.text import byte_tokenizer

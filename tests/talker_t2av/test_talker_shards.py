@@ -14,7 +14,7 @@ from engine.config import CONFIGS
 from engine.errors import UserError
 from engine.seeding import MicroBatches
 from engine.shards.reader import Reading
-from engine.trainer import Trainer
+from engine.training.trainer import Trainer
 from talker_t2av.data import Paired, TalkerShards
 from talker_t2av.features import FeatureEncoders
 from talker_t2av.shards import PreparedShards, digests_of, open_examples, pairs

@@ -9,13 +9,13 @@ from safetensors.torch import save_file
 from talker_fixtures import DM, DS, LLM, face_file, save_talker, voice_file
 
 from engine.errors import UserError
-from engine.lora import add_lora
 from engine.media.ffmpeg import probe
+from engine.training.lora import add_lora
 from talker_t2av.data import Paired, TalkerShards
 from talker_t2av.losses import TalkerBatch, training_forward
 from talker_t2av.model import TalkerT2AV
-from talker_t2av.names import EMBEDDINGS
 from talker_t2av.recordings import recordings
+from talker_t2av.released import EMBEDDINGS
 from talker_t2av.task import TalkerTask
 from talker_t2av.text import TalkerTokenizer
 

@@ -13,7 +13,7 @@ from engine.media.audio import write_wav
 from engine.media.corpus import load_clips
 from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
 from whisperx_vae.evaluation import evaluate, resynthesise
-from whisperx_vae.targets import SUBFRAMES, LatentTargets
+from whisperx_vae.latent_targets import SUBFRAMES, LatentTargets
 from whisperx_vae.task import WhisperXVAETask, kl_divergence, semantic_loss
 
 CODEC = {

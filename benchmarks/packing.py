@@ -1,0 +1,185 @@
+"""Measure what padding costs in training: padded batches by count, by length, and packed ones.
+
+    python -m benchmarks.packing                          # both tiny models, two spreads of clip lengths
+    python -m benchmarks.packing --models hicodit_base --tokens 4800 --batches 1
+
+Random clips of the given lengths make batches of about as many real tokens each. A token is HiCoDiT's at one level of
+the codec, or a patch of Talker-T2AV. Timed is a training step's forward and backward pass, in seconds of processor time
+on one thread (a busy machine then changes little), on CUDA in wall time. The share of padding is that of an epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from benchmarks.record import write_record
+from engine.config import CONFIGS
+from engine.errors import run_cli
+from engine.seeding import MicroBatches, generator_for
+from engine.training.task import Task
+from hicodit.data import HiCoDiTDataset
+from hicodit.model import TOKENS_PER_FRAME
+from hicodit.task import HiCoDiTTask
+from talker_t2av.data import Layout, collate
+from talker_t2av.task import TalkerTask
+
+FPS = 25
+SPREADS = {"0.5-6 s": (2.2, 0.6, 0.5, 6.2), "2-20 s": (6.0, 0.5, 2.0, 20.0)}  # log-normal: median, sigma, ends
+WAYS = ("padded", "by length", "packed")
+
+
+class Clips:
+    """Clips of random content: HiCoDiT's items, or pairs of Talker-T2AV, of which the second is speech alone."""
+
+    def __init__(self, model: str, spread: str, packed: bool, count: int = 2000) -> None:
+        median, sigma, low, high = SPREADS[spread]
+        draw = torch.randn(count, generator=generator_for("lengths", spread))
+        self.frames = (FPS * (median * (sigma * draw).exp()).clamp(low, high)).round().long()
+        self.talker, self.packed = model.startswith("talker"), packed
+        self.layout = Layout(speech_id=256, tail=[257])
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    @property
+    def lengths(self) -> Tensor:
+        if not self.talker:
+            return self.frames * TOKENS_PER_FRAME
+        patches = -(-self.frames // 4)
+        both = torch.stack([patches, patches.roll(-(len(self) // 2))])
+        return both.sum(0) if self.packed else 2 * both.amax(0)
+
+    def real(self, index: int) -> int:
+        """Tokens of an item without padding."""
+        if not self.talker:
+            return int(self.frames[index]) * TOKENS_PER_FRAME
+        return sum(-(-int(self.frames[i]) // 4) for i in (index, (index + len(self) // 2) % len(self)))
+
+    def __getitem__(self, index: int, generator: torch.Generator) -> dict | list[dict]:
+        n = int(self.frames[index])
+        if not self.talker:
+            return {
+                "mouth": torch.rand(n, 48, 48, generator=generator),
+                "face": torch.rand(3, 64, 64, generator=generator),
+                "tokens": torch.randint(256, (TOKENS_PER_FRAME * n, 12), generator=generator),
+                "ge2e": torch.rand(256, generator=generator) / 16,
+                "expression": torch.tensor(0),
+                "phoneme": torch.zeros(n, dtype=torch.long),
+            }
+        other = int(self.frames[(index + len(self) // 2) % len(self)])
+        return [self._example(n, n, generator), self._example(other, 0, generator)]
+
+    def _example(self, speech: int, motion: int, generator: torch.Generator) -> dict[str, Tensor]:
+        prompt = torch.randint(250, (2 + 2 * speech // FPS,), generator=generator).tolist()  # two words a second
+        streams = (torch.randn(n, width, generator=generator) for n, width in ((speech, 32), (motion, 40)))
+        latents, codes = streams
+        return self.layout.example(prompt, latents, speech, codes, torch.randn(256, generator=generator))
+
+    def collate(self, items: list) -> dict[str, Tensor]:
+        if not self.talker:
+            return HiCoDiTDataset.collate(items)
+        return collate([pair[side] for side in (0, 1) for pair in items], 0, 4)
+
+
+def build(name: str, packed: bool) -> Task:
+    torch.manual_seed(0)
+    model = OmegaConf.to_container(OmegaConf.load(CONFIGS / "model" / f"{name}.yaml")) | {"packed": packed}
+    if name.startswith("talker"):
+        return TalkerTask(model, {"speech": "none"})
+    model |= {"codes": 256, "dropout": 0.0}
+    encoders = {"lip_dim": model["lip_dim"], "lip_heads": model["lip_dim"] // 32, "face_dim": model["face_dim"]}
+    return HiCoDiTTask(model, encoders, "assets/rvq_tiny", "none", None)
+
+
+def seconds(task: Task, batch: dict[str, Tensor], precision: str) -> float:
+    """Of one forward and backward pass."""
+    device = next(task.parameters()).device
+    cuda = device.type == "cuda"
+    batch = {name: value.to(device) for name, value in batch.items()}
+    clock = time.perf_counter if cuda else time.process_time
+    torch.manual_seed(0)
+    torch.cuda.synchronize() if cuda else None
+    start = clock()
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        loss = task(batch, "model")["loss"]
+    loss.backward()
+    torch.cuda.synchronize() if cuda else None
+    task.zero_grad(set_to_none=True)
+    return clock() - start
+
+
+def measure(name: str, spread: str, tokens: int, batches: int, device: str, precision: str) -> dict:
+    """All ways on one model and spread; the ways take turns, so that a change of the machine meets all of them."""
+    plans, tasks = {}, {False: build(name, False).to(device), True: build(name, True).to(device)}
+    for way in WAYS:
+        packed = way == "packed"
+        clips = Clips(name, spread, packed)
+        budget = None if way == "padded" else tokens
+        size = max(1, round(tokens / (sum(map(clips.real, range(200))) / 200)))
+        plans[way] = MicroBatches(clips, size, 0, budget), tasks[packed]
+    spent, done = dict.fromkeys(WAYS, 0.0), dict.fromkeys(WAYS, 0)
+    for number in range(-1, batches):
+        for way, (plan, task) in plans.items():
+            at = max(number, 0)
+            took = seconds(task, plan[at], precision)
+            if number >= 0:  # the first one warms up
+                spent[way] += took
+                done[way] += sum(plan.dataset.real(index) for _, index in plan.samples(at))
+    result = {"model": name, "lengths": spread, "tokens": tokens, "batches": batches, "ways": {}}
+    for way, (plan, _) in plans.items():
+        result["ways"][way] = {
+            "tokens_per_s": done[way] / spent[way],
+            "ratio": done[way] / spent[way] / (done["padded"] / spent["padded"]),
+            "padding": 0.0 if way == "packed" else padding(plan),
+            "clips_in_a_batch": plan.mean_size(),
+        }
+    return result
+
+
+def padding(plan: MicroBatches, batches: int = 50) -> float:
+    """Share of the positions of `batches` batches that hold nothing."""
+    real = padded = 0
+    for number in range(batches):
+        chosen = [index for _, index in plan.samples(number)]
+        per_item = plan.dataset.lengths[chosen]
+        real, padded = real + sum(map(plan.dataset.real, chosen)), padded + len(chosen) * int(per_item.max())
+    return 1 - real / padded
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [path.stem for path in sorted((CONFIGS / "model").glob("*.yaml"))]
+    parser.add_argument("--models", nargs="+", choices=names, default=["hicodit_tiny", "talker_t2av_tiny"])
+    parser.add_argument("--lengths", nargs="+", choices=SPREADS, default=list(SPREADS))
+    parser.add_argument("--tokens", type=int, help="real tokens of a batch (default: 2400; Talker-T2AV 600)")
+    parser.add_argument("--batches", type=int, default=4, help="of each way that are timed (default: %(default)s)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results = []
+    for name in args.models:
+        for spread in args.lengths:
+            tokens = args.tokens or (600 if name.startswith("talker") else 2400)
+            results.append(measure(name, spread, tokens, args.batches, args.device, args.precision))
+            ways = results[-1]["ways"].items()
+            line = ", ".join(f"{w} {r['tokens_per_s']:.0f} tokens/s ({r['ratio']:.2f}x)" for w, r in ways)
+            print(f"{name}, clips of {spread}: {line}", flush=True)
+    hardware = {"device": platform.processor() or platform.machine(), "threads": 1}
+    if args.device.startswith("cuda"):
+        hardware = {"device": torch.cuda.get_device_name()}
+    about = {"command": " ".join(["python", *sys.argv])}
+    print(write_record(args.out, f"packing-{args.device}", "padded, by length, packed", hardware, results, **about))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,289 @@
+"""LIA-X: a portrait video as one identity picture and a short motion code a frame (Wang et al., 2025).
+
+Axes: T frames, S side of the square picture, D style, M motion.
+Pictures are RGB in [-1, 1], (3, S, S); videos (T, 3, S, S); motion codes (T, M).
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from engine.errors import UserError
+from engine.hub import release_folder
+from engine.release import half, load_release, load_strict, save_release
+from lia_x.decoder import Decoder
+from lia_x.encoder import Encoder
+from lia_x.released import from_released
+
+KIND = "lia_x"
+RELEASED_FILE = "lia-x.pt"
+
+
+@dataclass(frozen=True)
+class LiaXConfig:
+    """Constructor arguments of `LiaX`; the defaults are the released network.
+
+    Attributes:
+        style_dim: width of the style code before `scale`.
+        motion_dim: M, the number of motion directions.
+        scale: multiplies every width.
+        size: S; 2^levels times a base of 2, 3 or 4 (512 = 4 * 2^7, 96 = 3 * 2^5).
+        width: channels at full size before `scale`; they double with each halving of the side.
+        max_width: their upper bound before `scale`.
+        depth: residual blocks in each of a level's two branches.
+    """
+
+    style_dim: int = 512
+    motion_dim: int = 40
+    scale: int = 2
+    size: int = 512
+    width: int = 64
+    max_width: int = 512
+    depth: int = 4
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{name}={value!r}: give a positive whole number")
+        if self.motion_dim > self.style_dim * self.scale:
+            raise UserError(
+                f"motion_dim={self.motion_dim} exceeds the style's {self.style_dim * self.scale} dimensions: "
+                "that many orthogonal directions do not exist"
+            )
+        if self.base > 4 or self.base == self.size:
+            raise UserError(f"size={self.size}: give 2, 3 or 4 times a power of two, such as 96, 128, 256 or 512")
+
+    @property
+    def base(self) -> int:
+        """Side of the coarsest map."""
+        base = self.size
+        while base > 4 and base % 2 == 0:
+            base //= 2
+        return base
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels by level, from side 2 * base to side `size`."""
+        halvings = range((self.size // self.base).bit_length() - 2, -1, -1)
+        return [min(self.max_width, self.width << n) * self.scale for n in halvings]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What rendering needs of the identity picture.
+
+    Attributes:
+        style: (1, D), not yet moved along any motion direction.
+        maps: feature maps (1, C, side, side), coarsest first.
+    """
+
+    style: Tensor
+    maps: list[Tensor]
+
+
+class LiaX(nn.Module):
+    """Encoder, motion directions and decoder.
+
+    The calls under "inference" run without gradients on the module's device, in chunks over time; a trainer uses
+    `encoder` and `decoder` (or `forward`) directly.
+    """
+
+    def __init__(self, config: LiaXConfig):
+        super().__init__()
+        self.config = config
+        style_dim = config.style_dim * config.scale
+        self.encoder = Encoder(config.widths, config.base, style_dim, config.motion_dim)
+        self.decoder = Decoder(config.widths, config.base, style_dim, config.motion_dim, config.depth)
+
+    def forward(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Training pass, absolute motion: sources and targets (B, 3, S, S) of the same faces.
+
+        Returns:
+            Reconstructed targets (B, 3, S, S) and the targets' motion codes (B, M).
+        """
+        style, maps = self.encoder(source)
+        motion = self.encoder.motion(target)
+        return self.decoder(self.decoder.navigate(style, motion), maps), motion
+
+    # Inference ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def identity(self, picture: Tensor) -> Identity:
+        """(3, S, S) -> what every frame of this face is rendered from."""
+        style, maps = self.encoder(self._pictures(picture[None] if picture.ndim == 3 else picture, "picture", one=True))
+        return Identity(style, maps)
+
+    @torch.no_grad()
+    def motion(self, video: Tensor, chunk: int = 8) -> Tensor:
+        """(T, 3, S, S) -> absolute motion codes (T, M)."""
+        video = self._pictures(video, "video", move=False)
+        device = self._device()
+        return torch.cat([self.encoder.motion(part.to(device)) for part in video.split(_checked_chunk(chunk))])
+
+    def render(self, identity: Tensor | Identity, motion: Tensor, chunk: int = 8) -> Tensor:
+        """Identity picture (3, S, S) and absolute motion codes (T, M) -> frames (T, 3, S, S), not clamped."""
+        return torch.cat(list(self.render_chunks(identity, motion, chunk)))
+
+    def render_chunks(self, identity: Tensor | Identity, motion: Tensor, chunk: int = 8) -> Iterator[Tensor]:
+        """`render`, `chunk` frames at a time: at 512 pixels a minute of float frames takes 4.7 GB."""
+        identity = identity if isinstance(identity, Identity) else self.identity(identity)
+        motion = self._codes(motion)
+        return self._decode(identity, chunk, motion)
+
+    def animate(
+        self,
+        source: Tensor,
+        driving: Tensor,
+        edit_indices: Sequence[int] = (),
+        edit_values: Sequence[float] = (),
+        chunk: int = 8,
+    ) -> Tensor:
+        """The source's face with the driving video's movement *relative to its first frame*.
+
+        Args:
+            source: (3, S, S) or (1, 3, S, S).
+            driving: (T, 3, S, S).
+            edit_indices, edit_values: amounts added to entries of the source's motion code before.
+
+        Returns:
+            Frames (T, 3, S, S), not clamped; the first is the (edited) source itself.
+        """
+        identity, codes = self.identity(source), self.motion(driving, chunk)
+        edited = self._edited(identity, edit_indices, edit_values)
+        return torch.cat(list(self._decode(identity, chunk, codes, edited, codes[:1])))
+
+    def edit_image(self, picture: Tensor, edit_indices: Sequence[int], edit_values: Sequence[float]) -> Tensor:
+        """(3, S, S) with amounts added to entries of its motion code -> (1, 3, S, S), not clamped."""
+        identity = self.identity(picture)
+        return self.render(identity, self._edited(identity, edit_indices, edit_values))
+
+    def edit_video(
+        self, video: Tensor, edit_indices: Sequence[int], edit_values: Sequence[float], chunk: int = 8
+    ) -> Tensor:
+        """(T, 3, S, S) with the same edit in every frame: `animate` with the first frame as the source."""
+        return self.animate(video[0], video, edit_indices, edit_values, chunk)
+
+    def interpolate_image(
+        self, picture: Tensor, edit_indices: Sequence[int], edit_values: Sequence[float], chunk: int = 8
+    ) -> Tensor:
+        """64 frames that swing the given entries of the motion code: (3, S, S) -> (64, 3, S, S), not clamped.
+
+        Up by `edit_values` in 16 steps and back. Then the same once more if any of the values 6 to 9 is non-zero (the
+        demo's mouth controls), else down by as much and back.
+        """
+        if len(edit_values) < 10:
+            raise UserError(
+                f"{len(edit_values)} edit values: interpolation takes ten or more (the demo has 14 controls)"
+            )
+        up = torch.ones(16, dtype=torch.float64)
+        second = torch.cat([up, -up]) if any(edit_values[6:10]) else torch.cat([-up, up])
+        amounts = torch.cat([up, -up, second])[:, None] * (torch.tensor(edit_values, dtype=torch.float64) / 16)
+        identity = self.identity(picture)
+        codes = self._edited(identity, edit_indices, [0.0] * len(edit_values)).repeat(64, 1)
+        codes[:, list(edit_indices)] += amounts.cumsum(0).to(codes)
+        return self.render(identity, codes, chunk)
+
+    @torch.no_grad()
+    def _decode(self, identity: Identity, chunk: int, target: Tensor, *relative: Tensor) -> Iterator[Tensor]:
+        for codes in target.split(_checked_chunk(chunk)):
+            style = self.decoder.navigate(identity.style, codes, *relative)
+            yield self.decoder(style, identity.maps)
+
+    @torch.no_grad()
+    def _edited(self, identity: Identity, indices: Sequence[int], values: Sequence[float]) -> Tensor:
+        """The identity picture's own motion code (1, M) with `values` added at `indices`."""
+        if len(indices) != len(values):
+            raise UserError(f"{len(indices)} edit indices but {len(values)} values: give one value for each index")
+        last = self.config.motion_dim - 1
+        for index in indices:
+            if not 0 <= index <= last:
+                raise UserError(f"edit index {index}: this model's motion codes have entries 0..{last}")
+        code = self.encoder.to_motion(identity.style)
+        for index, value in zip(indices, values, strict=True):
+            code[:, index] += value
+        return code
+
+    def _device(self) -> torch.device:
+        return self.decoder.constant.device
+
+    def _pictures(self, pictures: Tensor, what: str, one: bool = False, move: bool = True) -> Tensor:
+        side = self.config.size
+        if pictures.ndim != 4 or pictures.shape[1:] != (3, side, side) or (one and len(pictures) != 1):
+            raise UserError(
+                f"{what} of shape {tuple(pictures.shape)}: this model takes {'one' if one else ''} RGB pictures of "
+                f"{side} x {side} (lia_x.pictures resizes them)"
+            )
+        if not len(pictures):
+            raise UserError(f"{what} without frames: give one or more")
+        if not pictures.is_floating_point():
+            raise UserError(f"{what} of {pictures.dtype}: give floats in [-1, 1] (lia_x.pictures converts bytes)")
+        return pictures.to(self._device()) if move else pictures
+
+    def _codes(self, motion: Tensor) -> Tensor:
+        if motion.ndim != 2 or motion.shape[1] != self.config.motion_dim or not len(motion):
+            raise UserError(f"motion of shape {tuple(motion.shape)}: give (frames, {self.config.motion_dim})")
+        return motion.to(self._device(), torch.float32)
+
+    # Files -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> LiaX:
+        """Load a release folder of this project, or the official `lia-x.pt` (the file, or a folder that holds it).
+
+        Raises:
+            UserError: the path or a file is missing or damaged, or keys or shapes do not fit.
+        """
+        path = release_folder(path)
+        if (path / RELEASED_FILE).is_file():
+            path = path / RELEASED_FILE
+        if path.is_file():
+            return _load_official(path)
+        return load_release(path, KIND, lambda arguments: cls(LiaXConfig(**arguments)))
+
+    def save(self, folder: str | Path, card: str) -> Path:
+        """Write a release folder in half precision, with `card` as its README."""
+        return save_release(folder, KIND, asdict(self.config), half(self.state_dict()), card)
+
+
+def released_config(state: dict[str, Tensor]) -> LiaXConfig:
+    """The config of a state dict in released names: the widths follow from the shapes, the rest is the same for all.
+
+    Raises:
+        UserError: a tensor that tells a width is missing.
+    """
+    try:
+        style_dim, motion_dim = state["dec.direction.weight"].shape
+        scale = state["enc.enc_2r.block1.0.weight"].shape[0] // LiaXConfig.width
+    except KeyError as error:
+        raise UserError(f"not a LIA-X checkpoint: it has no tensor {error}") from error
+    return LiaXConfig(style_dim=style_dim // max(scale, 1), motion_dim=motion_dim, scale=scale)
+
+
+def load_released(state: dict[str, Tensor], source: str | Path, config: LiaXConfig | None = None) -> LiaX:
+    """A `LiaX` that holds the tensors of `state` (released names); nothing is initialised or copied."""
+    with torch.device("meta"):
+        model = LiaX(config or released_config(state))
+    load_strict(model, from_released(model, state), source, assign=True)
+    return model.eval()
+
+
+def _load_official(path: Path) -> LiaX:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"{path} is not a readable LIA-X checkpoint ({error}); download it again") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} is not a flat state dict: give the official {RELEASED_FILE}")
+    return load_released({key: value.float() for key, value in state.items()}, path)
+
+
+def _checked_chunk(chunk: int) -> int:
+    if chunk < 1:
+        raise UserError(f"chunk={chunk}: give 1 or more frames at a time")
+    return chunk

@@ -1,0 +1,264 @@
+"""WhisperX-VAE: 24-kHz speech as 25 Gaussian latents a second, with Whisper's states added to the acoustic features.
+
+Axes: B batch, N samples at 24 kHz, T latent frames, C hidden channels, Z latent channels, M mel bands, F mel frames.
+Waves (B, 1, N) in [-1, 1], latents (B, T, Z). One latent frame is `hop` samples, two Whisper frames, four mel frames.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from engine.errors import UserError
+from engine.hub import release_folder
+from engine.media.audio import resample
+from engine.nn.dac import DACDecoder, DACEncoder, WNConv1d
+from engine.nn.mel import HOP, RATE, log_mel, pad_or_trim
+from engine.release import half, load_release, save_release
+
+KIND = "whisperx_vae"
+
+
+@dataclass(frozen=True)
+class WhisperXVAEConfig:
+    """Constructor arguments of `WhisperXVAE`; the defaults are the released network (`encoder_width` as far as known).
+
+    Attributes:
+        sample_rate: of the waves, in Hz.
+        encoder_width, encoder_ratios: of the DAC encoder; the product of the ratios is the hop.
+        hidden: C, width of the encoder's output and of the Whisper states.
+        latent_dim: Z.
+        decoder_width, decoder_ratios: of the DAC decoder.
+        mel_bands: M.
+        whisper_context: Whisper frames (50 a second) of its fixed window; twice as many mel frames go in.
+        whisper_heads, whisper_layers: of the Whisper encoder.
+    """
+
+    sample_rate: int = 24_000
+    encoder_width: int = 64
+    encoder_ratios: tuple[int, ...] = (2, 4, 10, 12)
+    hidden: int = 1280
+    latent_dim: int = 32
+    decoder_width: int = 1536
+    decoder_ratios: tuple[int, ...] = (12, 10, 4, 2)
+    mel_bands: int = 128
+    whisper_context: int = 1500
+    whisper_heads: int = 20
+    whisper_layers: int = 32
+
+    def __post_init__(self):
+        object.__setattr__(self, "encoder_ratios", tuple(self.encoder_ratios))
+        object.__setattr__(self, "decoder_ratios", tuple(self.decoder_ratios))
+        if math.prod(self.encoder_ratios) != math.prod(self.decoder_ratios):
+            raise UserError(
+                f"encoder_ratios={list(self.encoder_ratios)} and decoder_ratios={list(self.decoder_ratios)} have "
+                "different products: they must make the same hop"
+            )
+        if self.hidden % (2 * self.whisper_heads):
+            raise UserError(f"hidden={self.hidden} must be an even multiple of whisper_heads={self.whisper_heads}")
+        if self.decoder_width % 2 ** len(self.decoder_ratios):
+            raise UserError(
+                f"decoder_width={self.decoder_width} cannot be halved {len(self.decoder_ratios)} times, "
+                f"once for each of decoder_ratios={list(self.decoder_ratios)}"
+            )
+
+    @property
+    def hop(self) -> int:
+        """Samples of a latent frame."""
+        return math.prod(self.encoder_ratios)
+
+    @property
+    def max_frames(self) -> int:
+        """Latent frames that fit Whisper's window."""
+        return self.whisper_context // 2
+
+
+def build_whisper(config: WhisperXVAEConfig) -> WhisperEncoder:
+    """Transformers' Whisper encoder: mel (B, M, 2 * context) -> states (B, context, C)."""
+    return WhisperEncoder(
+        WhisperConfig(
+            num_mel_bins=config.mel_bands,
+            max_source_positions=config.whisper_context,
+            d_model=config.hidden,
+            encoder_attention_heads=config.whisper_heads,
+            encoder_layers=config.whisper_layers,
+            encoder_ffn_dim=4 * config.hidden,
+            dropout=0.0,
+            encoder_layerdrop=0.0,
+        )
+    )
+
+
+class WhisperXVAE(nn.Module):
+    """Acoustic encoder, Whisper encoder, Gaussian bottleneck, acoustic decoder.
+
+    Attributes:
+        sample_rate: in Hz.
+        hop: samples of a latent frame.
+        latent_dim: Z.
+    """
+
+    def __init__(self, config: WhisperXVAEConfig):
+        super().__init__()
+        self.config = config
+        self.sample_rate, self.hop, self.latent_dim = config.sample_rate, config.hop, config.latent_dim
+        self.encoder = DACEncoder(config.encoder_width, config.encoder_ratios, config.hidden)
+        self.whisper = build_whisper(config)
+        self.in_proj = WNConv1d(config.hidden, 2 * config.latent_dim, 1)
+        self.out_proj = WNConv1d(config.latent_dim, config.hidden, 1)
+        self.decoder = DACDecoder(config.hidden, config.decoder_width, config.decoder_ratios)
+
+    def frames(self, samples: int) -> int:
+        """Latent frames of a wave of `samples` samples: floor(N / 960) for the released ratios."""
+        return self.encoder.frames(samples)
+
+    def mel(self, wave16: Tensor) -> Tensor:
+        """16-kHz waves (B, N16), cut or zero-padded to Whisper's window -> (B, M, 2 * context)."""
+        window = 2 * self.config.whisper_context * HOP
+        return log_mel(pad_or_trim(wave16, window), self.config.mel_bands)
+
+    def semantic(self, mel: Tensor) -> Tensor:
+        """Mel (B, M, 2 * context) -> Whisper's last states (B, context, C), 50 a second.
+
+        Raises:
+            UserError: the mel is not of Whisper's window length.
+        """
+        expected = (self.config.mel_bands, 2 * self.config.whisper_context)
+        if mel.ndim != 3 or mel.shape[1:] != expected:
+            raise UserError(f"mel of shape {tuple(mel.shape)}: give (batch, {expected[0]}, {expected[1]})")
+        return self.whisper(mel).last_hidden_state
+
+    def pooled_states(self, mel: Tensor, frames: int) -> Tensor:
+        """Mel (B, M, 2 * context) -> the first `frames` averages of two Whisper states each, (B, C, T)."""
+        return F.avg_pool1d(self.semantic(mel)[:, : 2 * frames].transpose(1, 2), 2)
+
+    def posterior(self, wave: Tensor, mel: Tensor) -> tuple[Tensor, Tensor]:
+        """Wave (B, 1, N), mel (B, M, 2 * context) -> mean and raw scale, both (B, Z, T).
+
+        Nothing is cropped to a multiple of the hop: the samples beyond it reach the last frames.
+
+        Raises:
+            UserError: the wave has another shape, is too short for one frame, or longer than Whisper's window.
+        """
+        if wave.ndim != 3 or wave.shape[1] != 1:
+            raise UserError(f"wave of shape {tuple(wave.shape)}: give mono waves of shape (batch, 1, samples)")
+        frames, most = self.frames(wave.shape[-1]), self.config.max_frames
+        if frames < 1:
+            raise UserError(f"wave of {wave.shape[-1]} samples is too short: give {self.encoder.min_samples} or more")
+        if frames > most:
+            raise UserError(
+                f"wave of {wave.shape[-1]} samples is longer than Whisper's window: give {most * self.hop} or fewer"
+            )
+        return self.project(wave, self.pooled_states(mel, frames))
+
+    def project(self, wave: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Wave (B, 1, N), pooled Whisper states (B, C, T) -> mean and raw scale, both (B, Z, T)."""
+        mean, scale = self.in_proj(self.encoder(wave) + states).chunk(2, dim=1)
+        return mean, scale
+
+    @torch.no_grad()
+    def encode(self, wave: Tensor, mel: Tensor) -> Tensor:
+        """Wave (B, 1, N) at 24 kHz and mel (B, M, 2 * context) of the same sound -> posterior means (B, T, Z)."""
+        return self.posterior(wave, mel)[0].transpose(1, 2)
+
+    @torch.no_grad()
+    def encode_audio(self, wave24: Tensor, wave16: Tensor) -> Tensor:
+        """One recording at 24 and at 16 kHz (each resampled from the original), (N,) and (N16,) -> latents (T, Z).
+
+        What exceeds Whisper's window (30 s) is cut off. Computed on the model's device.
+        """
+        device = self.in_proj.weight_g.device
+        frames = min(int(len(wave16) / RATE * self.sample_rate / self.hop), self.config.max_frames)
+        wave = wave24[: max(1, frames) * self.hop].to(device)
+        return self.encode(wave[None, None], self.mel(wave16[None].to(device)))[0]
+
+    @torch.no_grad()
+    def encode_wave(self, wave: Tensor) -> Tensor:
+        """Waves (B, 1, N) at 24 kHz of any length -> posterior means (B, N // hop, Z), computed on the model's device.
+
+        What is longer than Whisper's window is encoded in windows that overlap by a quarter; every frame is taken from
+        a window in which it is at least an eighth of the window away from a cut.
+
+        Raises:
+            UserError: the wave has another shape or is shorter than one frame.
+        """
+        if wave.ndim != 3 or wave.shape[1] != 1:
+            raise UserError(f"wave of shape {tuple(wave.shape)}: give mono waves of shape (batch, 1, samples)")
+        frames, most = wave.shape[-1] // self.hop, self.config.max_frames
+        wave = wave.to(self.in_proj.weight_g.device)
+        wave16 = resample(wave[:, 0], self.sample_rate, RATE)
+        if frames <= most:
+            return self.encode(wave[..., : frames * self.hop], self.mel(wave16))
+        latents = wave.new_empty(len(wave), frames, self.latent_dim)
+        margin = most // 8
+        starts = [*range(0, frames - most, most - 2 * margin), frames - most]
+        for start in starts:
+            piece = wave[..., start * self.hop : (start + most) * self.hop]
+            first = start * self.hop * RATE // self.sample_rate
+            found = self.encode(piece, self.mel(wave16[:, first:]))
+            skipped = margin if start else 0
+            latents[:, start + skipped : start + most] = found[:, skipped:]
+        return latents
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, T, Z) -> waves (B, 1, hop * T) in (-1, 1).
+
+        Raises:
+            UserError: the latents have another shape or no frame.
+        """
+        if latents.ndim != 3 or latents.shape[2] != self.latent_dim or not latents.shape[1]:
+            raise UserError(
+                f"latents of shape {tuple(latents.shape)}: give (batch, frames, {self.latent_dim}) with a frame or more"
+            )
+        return self.decoder(self.out_proj(latents.transpose(1, 2)))
+
+    @torch.no_grad()
+    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Latents (B, t, Z), chunk after chunk, t >= 0 -> waves (B, 1, n), whose sum is `decode` of all latents.
+
+        A frame's sound depends on `decoder.reach` frames before and after it (8 each, 0.32 s, in the released network).
+        So it is given out as soon as that many later frames are there, and decoded with that many earlier ones: chunks
+        join exactly, up to the rounding of convolutions of another length (1e-5 in float32). The last wave comes when
+        `chunks` ends; a chunk that completes no frame yields nothing.
+        """
+        before, after = self.decoder.reach
+        kept: Tensor | None = None  # the latest frames, of which the first `known` have been given out
+        known = 0
+        for chunk in chunks:
+            kept = chunk if kept is None else torch.cat([kept, chunk], 1)
+            ready = kept.shape[1] - after
+            if ready > known:
+                yield self.decode(kept)[..., known * self.hop : ready * self.hop]
+                dropped = max(0, ready - before)
+                kept, known = kept[:, dropped:], ready - dropped
+        if kept is not None and kept.shape[1] > known:
+            yield self.decode(kept)[..., known * self.hop :]
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> WhisperXVAE:
+        """Load a release folder of this project, or the official Lightning checkpoint (the file or its folder).
+
+        Raises:
+            UserError: the path or a file is missing or damaged, or keys or shapes do not fit.
+        """
+        from whisperx_vae.released import find_checkpoint, load_checkpoint
+
+        path = release_folder(path)
+        checkpoint = find_checkpoint(path)
+        if checkpoint is not None:
+            return load_checkpoint(checkpoint)
+        return load_release(path, KIND, lambda arguments: cls(WhisperXVAEConfig(**arguments)))
+
+    def save(self, folder: str | Path, card: str) -> Path:
+        """Write a release folder in half precision, with `card` as its README."""
+        config = asdict(self.config)
+        config.update(encoder_ratios=list(self.config.encoder_ratios), decoder_ratios=list(self.config.decoder_ratios))
+        return save_release(folder, KIND, config, half(self.state_dict()), card)

@@ -1,0 +1,1 @@
+"""Corpora: the synthetic one, and the preparation of real recordings as shards."""

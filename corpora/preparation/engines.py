@@ -1,0 +1,198 @@
+"""What the filters hear with: recognisers, speaker counters, an enhancer. Each is a small class around a kept package.
+
+Weights come from the Hugging Face hub by name, or from a folder. Only `VoiceWindows` has its weights in its package.
+
+Axes: N samples at 16 kHz, W windows of a clip, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from corpora.preparation.clip import RATE16
+from engine.errors import UserError
+from engine.metrics.optional import need
+from engine.metrics.speaker import SpeakerEncoder
+from engine.training.distributed import pick_device
+
+WINDOW = 30 * RATE16  # of Whisper
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What a recogniser makes of a clip: its words, its language ("en"), how sure it is of the language (0 to 1)."""
+
+    text: str
+    language: str
+    probability: float
+
+
+class Recogniser(Protocol):
+    """Sound (N,) float32 to words. name: tells recognisers apart."""
+
+    name: str
+
+    def __call__(self, wave: np.ndarray) -> Heard: ...
+
+
+class SpeakerCounter(Protocol):
+    """Sound (N,) float32 to the seconds that each of its speakers talks, the longest first."""
+
+    def __call__(self, wave: np.ndarray) -> list[float]: ...
+
+
+class Enhancer(Protocol):
+    """Noisy sound (N,) float32 at `rate` Hz to clean sound (N,)."""
+
+    rate: int
+
+    def __call__(self, wave: np.ndarray) -> np.ndarray: ...
+
+
+class Whisper:
+    """OpenAI's Whisper (Radford et al. 2022, arXiv:2212.04356) through transformers: words and language.
+
+    Weights: openai/whisper-large-v3 and its smaller sisters (Apache-2.0).
+
+    Args:
+        name: on the hub, or a folder.
+        device: auto, cpu or cuda.
+    """
+
+    def __init__(self, name: str = "openai/whisper-large-v3", device: str = "auto") -> None:
+        from transformers import WhisperForConditionalGeneration, WhisperProcessor  # half a minute on a busy machine
+
+        self.name, self.device = name, pick_device(device)
+        self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
+        try:
+            self.processor = WhisperProcessor.from_pretrained(name)
+            model = WhisperForConditionalGeneration.from_pretrained(name, dtype=self.dtype)
+        except (OSError, ValueError) as error:
+            raise UserError(f"Whisper {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+        self.model = model.to(self.device).eval()
+
+    @torch.inference_mode()
+    def __call__(self, wave: np.ndarray) -> Heard:
+        long = len(wave) > WINDOW
+        more = {"truncation": False, "padding": "longest"} if long else {}
+        inputs = self.processor(wave, sampling_rate=RATE16, return_tensors="pt", return_attention_mask=True, **more)
+        features, mask = inputs["input_features"].to(self.device, self.dtype), inputs["attention_mask"].to(self.device)
+        language, probability = self._language(features[..., : WINDOW // 160])
+        ids = self.model.generate(
+            features, attention_mask=mask, language=language, task="transcribe", return_timestamps=long
+        )
+        return Heard(self.processor.batch_decode(ids, skip_special_tokens=True)[0].strip(), language, probability)
+
+    def _language(self, features: torch.Tensor) -> tuple[str, float]:
+        """The likeliest language of the first window: Whisper's first token after the start names it."""
+        tokens = self.model.generation_config.lang_to_id
+        start = torch.tensor([[self.model.config.decoder_start_token_id]], device=self.device)
+        logits = self.model(features, decoder_input_ids=start).logits[0, -1].float()  # (V,)
+        chances = logits[list(tokens.values())].softmax(0)
+        best = int(chances.argmax())
+        return list(tokens)[best].strip("<|>"), float(chances[best])
+
+
+@cache
+def whisper(name: str = "openai/whisper-large-v3", device: str = "auto") -> Whisper:
+    """One `Whisper` for all stages of a process that ask for the same."""
+    return Whisper(name, device)
+
+
+class Wav2Vec2:
+    """English letters by wav2vec 2.0 with CTC (Baevski et al. 2020, arXiv:2006.11477) through transformers.
+
+    It knows no language model, so it does not share Whisper's inventions: a second opinion where no text is given.
+    Weights: facebook/wav2vec2-large-960h-lv60-self (Apache-2.0).
+    """
+
+    def __init__(self, name: str = "facebook/wav2vec2-large-960h-lv60-self", device: str = "auto") -> None:
+        from transformers import Wav2Vec2ForCTC, Wav2Vec2Processor
+
+        self.name, self.device = name, pick_device(device)
+        try:
+            self.processor = Wav2Vec2Processor.from_pretrained(name)
+            model = Wav2Vec2ForCTC.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise UserError(f"wav2vec 2.0 {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+        self.model = model.to(self.device).eval()
+
+    @torch.inference_mode()
+    def __call__(self, wave: np.ndarray) -> Heard:
+        values = self.processor(wave, sampling_rate=RATE16, return_tensors="pt")["input_values"]
+        ids = self.model(values.to(self.device)).logits.argmax(-1)
+        return Heard(self.processor.batch_decode(ids)[0].lower(), "en", 1.0)
+
+
+class VoiceWindows:
+    """A rough count with no download: GE2E embeddings of windows of 1.6 s that are unlike the clip's most typical one.
+
+    It sees a change of speakers, not speakers at the same time, and no turn under about a second.
+
+    Args:
+        least: cosine from which on a window is of the same voice.
+    """
+
+    def __init__(self, least: float = 0.65, device: str = "auto") -> None:
+        self.encoder, self.least = SpeakerEncoder(pick_device(device)), least
+
+    def __call__(self, wave: np.ndarray) -> list[float]:
+        seconds = len(wave) / RATE16
+        speech = self.encoder.audio.preprocess_wav(np.asarray(wave, np.float32))
+        if len(speech) == 0:
+            raise UserError("no speech was found in its sound")
+        windows = self.encoder.network.embed_utterance(speech, return_partials=True, rate=4)[1]  # (W, 256)
+        likeness = windows @ windows.T / np.outer(*2 * [np.linalg.norm(windows, axis=1)])
+        own = (likeness[likeness.mean(0).argmax()] >= self.least).mean()
+        return [float(own * seconds), float((1 - own) * seconds)]
+
+
+class Pyannote:
+    """Speaker diarisation by pyannote.audio (MIT).
+
+    Weights: pyannote/speaker-diarization-community-1 (CC BY 4.0); its terms are accepted once on the hub, with the
+    account that `hf auth login` uses on this machine.
+    """
+
+    def __init__(self, name: str = "pyannote/speaker-diarization-community-1", device: str = "auto") -> None:
+        package = need("pyannote.audio", "pyannote.audio", "prepare")
+        try:
+            self.pipeline = package.Pipeline.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise UserError(f"diarisation {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+        if self.pipeline is None:  # its way of saying that the terms are not accepted
+            raise UserError(f"diarisation {name} cannot be loaded: accept its terms on the hub, then `hf auth login`")
+        self.pipeline.to(pick_device(device))
+
+    def __call__(self, wave: np.ndarray) -> list[float]:
+        result = self.pipeline({"waveform": torch.from_numpy(wave)[None], "sample_rate": RATE16})
+        turns = getattr(result, "speaker_diarization", result)  # version 4 wraps what version 3 gives
+        return [float(seconds) for _, seconds in turns.chart()]
+
+
+class SpeechBrain:
+    """Speech enhancement by SpeechBrain (Apache-2.0): MetricGAN+ (Fu et al. 2021, arXiv:2104.03538).
+
+    Weights: speechbrain/metricgan-plus-voicebank (Apache-2.0). It works at 16 kHz: nothing above 8 kHz is left.
+    """
+
+    rate = RATE16
+
+    def __init__(self, name: str = "speechbrain/metricgan-plus-voicebank", device: str = "auto") -> None:
+        package = need("speechbrain.inference.enhancement", "speechbrain", "prepare")
+        try:
+            self.model = package.SpectralMaskEnhancement.from_hparams(
+                source=name, run_opts={"device": str(pick_device(device))}
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"enhancer {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+    @torch.inference_mode()
+    def __call__(self, wave: np.ndarray) -> np.ndarray:
+        clean = self.model.enhance_batch(torch.from_numpy(wave)[None], lengths=torch.ones(1))
+        return clean[0].cpu().numpy()

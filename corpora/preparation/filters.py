@@ -1,0 +1,129 @@
+"""Stages that keep clips out: another language, several speakers, words that are not those heard; and enhancement.
+
+The paper filters VoxCeleb2 in this way; what hears is behind the small interfaces of `corpora.preparation.engines`.
+
+Axes: N samples.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import torch
+
+from corpora.preparation.clip import RATE, RATE16, Clip, Suspicious
+from corpora.preparation.engines import Enhancer, Heard, Recogniser, SpeakerCounter
+from engine.errors import UserError
+from engine.media.audio import resample
+from engine.metrics.recogniser import word_error_rate
+
+
+def hear(clip: Clip, recogniser: Recogniser) -> Heard:
+    """What a recogniser hears in a clip; it listens once, for all stages."""
+    if recogniser.name not in clip.heard:
+        clip.heard[recogniser.name] = recogniser(clip.wave16)
+    return clip.heard[recogniser.name]
+
+
+def plain_words(text: str) -> str:
+    """Lower case, without punctuation: recognisers differ in both."""
+    return " ".join(re.sub(r"[^\w' ]+", " ", text.lower()).split())
+
+
+class Language:
+    """Keeps clips in some languages.
+
+    Args:
+        recogniser: tells the language.
+        languages: that are kept.
+        least: how sure the recogniser must be.
+    """
+
+    needs = ""
+
+    def __init__(self, recogniser: Recogniser, languages: list[str], least: float = 0.5) -> None:
+        self.recogniser, self.languages, self.least = recogniser, languages, least
+
+    def __call__(self, clip: Clip) -> None:
+        heard = hear(clip, self.recogniser)
+        if heard.language not in self.languages:
+            raise UserError(f"language {heard.language}, wanted are {', '.join(self.languages)}")
+        if heard.probability < self.least:
+            raise UserError(f"language {heard.language} with probability {heard.probability:.2f}, under {self.least}")
+        clip.facts["language"] = heard.language
+
+
+class SingleSpeaker:
+    """Keeps clips in which one person speaks.
+
+    Args:
+        counter: tells who speaks how long.
+        others: seconds that all others together may speak.
+    """
+
+    needs = ""
+
+    def __init__(self, counter: SpeakerCounter, others: float = 0.5) -> None:
+        self.counter, self.others = counter, others
+
+    def __call__(self, clip: Clip) -> None:
+        seconds = self.counter(clip.wave16)
+        if not seconds:
+            raise UserError("nobody speaks in it")
+        if sum(seconds[1:]) > self.others:
+            raise UserError(f"other speakers talk for {sum(seconds[1:]):.1f} s, at most {self.others:g} s are allowed")
+
+
+class Enhance:
+    """Takes noise out of the sound.
+
+    Args:
+        enhancer: does it, at its own rate.
+    """
+
+    needs = ""
+
+    def __init__(self, enhancer: Enhancer) -> None:
+        self.enhancer = enhancer
+
+    def __call__(self, clip: Clip) -> None:
+        own = resample(torch.from_numpy(clip.wave), RATE, self.enhancer.rate).numpy()
+        clean = np.asarray(self.enhancer(own), np.float32)
+        if clean.shape != own.shape or not np.isfinite(clean).all():
+            raise UserError(f"the enhancer made {clean.shape} finite samples of {own.shape}: it cannot take this clip")
+        back = torch.from_numpy(clean.clip(-1, 1))
+        clip.wave = resample(back, self.enhancer.rate, RATE).numpy()[: len(clip.wave)]
+        clip.wave16 = resample(back, self.enhancer.rate, RATE16).numpy()[: len(clip.wave16)]
+        clip.heard.clear()
+
+
+class Transcription:
+    """Keeps clips whose words are heard: those of the text or, without one, those that two recognisers agree upon.
+
+    Args:
+        recogniser: listens to every clip.
+        second: listens to clips without a text, whose words then are those of `recogniser`.
+        most: word error rate (a fraction of the words) up to which a clip is kept.
+    """
+
+    needs = ""
+
+    def __init__(self, recogniser: Recogniser, second: Recogniser | None = None, most: float = 0.3) -> None:
+        self.recogniser, self.second, self.most = recogniser, second, most
+
+    def __call__(self, clip: Clip) -> None:
+        heard = hear(clip, self.recogniser).text
+        text = clip.facts.get("text")
+        if text is None and self.second is None:
+            raise Suspicious("it has no text to compare with: set stages.transcription.second, or leave the stage out")
+        expected, other = (text, heard) if text is not None else (heard, hear(clip, self.second).text)
+        expected, other = plain_words(expected), plain_words(other)
+        if not expected:
+            raise UserError("no words: its text is empty" if text is not None else "no words were heard")
+        rate = word_error_rate([expected], [other])
+        if rate > self.most:
+            whose = "its text" if text is not None else "a second recogniser"
+            raise UserError(f"the words heard differ from {whose}: word error rate {rate:.2f}, over {self.most:g}")
+        if text is None:
+            clip.facts["text"] = heard

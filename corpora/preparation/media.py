@@ -1,0 +1,133 @@
+"""Stages that read, judge by length and keep the media themselves.
+
+Axes: T video frames (25 a second), N samples at 24 kHz, N16 at 16 kHz.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+
+from corpora.preparation.clip import FPS, HOP, HOP16, RATE, RATE16, Clip, Suspicious
+from engine.errors import UserError
+from engine.media.audio import read_audio
+from engine.media.video import iter_video, write_video
+
+
+class Decode:
+    """Reads a clip: pictures at 25 a second, sound at 24 and 16 kHz, both cut to the shorter; its words.
+
+    Args:
+        min_seconds, max_seconds: shorter and longer clips are refused.
+        max_side: pictures are scaled down to this longer side; None: not.
+        max_mismatch: seconds by which sound and picture may differ in length.
+    """
+
+    needs = ""
+
+    def __init__(
+        self,
+        min_seconds: float = 0.5,
+        max_seconds: float = 60.0,
+        max_side: int | None = None,
+        max_mismatch: float = 0.2,
+    ) -> None:
+        self.min_seconds, self.max_seconds, self.max_side = min_seconds, max_seconds, max_side
+        self.max_mismatch = max_mismatch
+
+    def __call__(self, clip: Clip) -> None:
+        info = clip.info
+        for name in (info.video, info.audio, info.motion, info.text_file):
+            if name is not None and not clip.path(name).exists():
+                raise Suspicious(f"no such file: {name}")
+        text = info.text if info.text_file is None else read_text(clip.path(info.text_file))
+        if info.video is not None:
+            clip.frames = self._frames(clip.path(info.video))
+        sound = clip.path(info.audio or info.video)
+        clip.wave = read_audio(sound, RATE)
+        motion = read_motion(clip.path(info.motion)) if info.motion else None
+        lengths = {"sound": len(clip.wave) // HOP}
+        lengths |= {"picture": len(clip.frames)} if clip.frames is not None else {}
+        lengths |= {"motion": len(motion)} if motion is not None else {}
+        clip.length = length = min(lengths.values())
+        told = ", ".join(f"{count / FPS:.2f} s of {what}" for what, count in lengths.items())
+        if max(lengths.values()) - length > self.max_mismatch * FPS:
+            raise UserError(f"{told}: they must be of one length")
+        if not self.min_seconds <= length / FPS <= self.max_seconds:
+            raise UserError(f"{told}: wanted are {self.min_seconds:g} to {self.max_seconds:g} s")
+        wave16 = read_audio(sound, RATE16)[: length * HOP16]
+        clip.wave16 = np.pad(wave16, (0, length * HOP16 - len(wave16)))
+        clip.wave = clip.wave[: length * HOP]
+        if not (np.isfinite(clip.wave).all() and np.isfinite(clip.wave16).all()):
+            raise UserError("its sound has samples that are no numbers")
+        if clip.frames is not None:
+            clip.frames = clip.frames[:length]
+        if motion is not None:
+            clip.tensors["motion"] = motion[:length]
+        clip.facts |= {"text": text, "speaker": info.speaker, "language": info.language, "expression": info.expression}
+        clip.facts |= {"frames": length, "seconds": length / FPS, "source": info.source}
+        if info.phonemes is not None:
+            clip.facts["phonemes"] = info.phonemes
+
+    def _frames(self, path: Path) -> np.ndarray:
+        """All frames; reading stops, and memory with it, where a clip gets too long."""
+        blocks, count = [], 0
+        for block in iter_video(path, FPS, self.max_side):
+            blocks.append(block)
+            count += len(block)
+            if count > (self.max_seconds + self.max_mismatch) * FPS:
+                raise UserError(f"longer than {self.max_seconds:g} s")
+        return np.concatenate(blocks)
+
+
+class KeepMedia:
+    """Puts the decoded pictures (H.264) and sound (24 kHz, 16 bits) into the shard, as KEY.mp4 and KEY.wav."""
+
+    needs = ""
+
+    def __call__(self, clip: Clip) -> None:
+        if clip.frames is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                write_video(Path(folder) / "clip.mp4", clip.frames, FPS)
+                clip.files["mp4"] = (Path(folder) / "clip.mp4").read_bytes()
+        sound = io.BytesIO()
+        pcm = np.round(clip.wave.clip(-1, 1) * 32767).astype(np.int16)
+        soundfile.write(sound, pcm, RATE, subtype="PCM_16", format="WAV")
+        clip.files["wav"] = sound.getvalue()
+
+
+def read_text(path: Path) -> str:
+    """The words of a .json file (`text`), of the line `Text:` of a .txt file, or all of one without such a line.
+
+    Raises:
+        UserError: the file cannot be read as text or as JSON.
+    """
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".json":
+            return str(json.loads(content).get("text") or "")
+    except (OSError, UnicodeDecodeError, ValueError, AttributeError) as error:
+        raise UserError(f"the text {path} cannot be read ({error})") from error
+    told = [line.partition(":")[2] for line in content.splitlines() if line.startswith("Text:")]
+    return " ".join((told[0] if told else content).split())
+
+
+def read_motion(path: Path) -> torch.Tensor:
+    """Motion codes (T, Dm) float16 of a torch file, which is not allowed to execute anything.
+
+    Raises:
+        UserError: the file is damaged or holds no such tensor.
+    """
+    try:
+        motion = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many types for a damaged file
+        raise UserError(f"{path} cannot be read as a motion tensor ({type(error).__name__})") from error
+    if not isinstance(motion, torch.Tensor) or motion.ndim != 2 or not len(motion) or not motion.isfinite().all():
+        raise UserError(f"{path} holds no finite motion tensor (frames, channels)")
+    return motion.half().contiguous()

@@ -1,0 +1,145 @@
+"""Worker processes that a clip may crash or hang without harm to the job.
+
+`concurrent.futures` gives up a whole pool when one process dies and cannot tell which task was to blame; here the task
+is tried once more in a fresh process, and given up when that one dies too.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+
+from corpora.preparation.worker import Outcome, Setup, Task, run_worker
+from engine.errors import UserError
+
+ATTEMPTS = 2
+
+
+@dataclass
+class _Worker:
+    """A process, its end of the pipe, and its task. since: when it began with the task; infinity: not yet ready."""
+
+    process: BaseProcess
+    connection: Connection
+    task: Task | None = None
+    since: float = math.inf
+    attempt: int = 0
+
+
+class Pool:
+    """`count` worker processes. A context: leaving it ends them.
+
+    Args:
+        timeout: seconds that one clip may take.
+
+    Attributes:
+        digests: of the networks, as the workers loaded them.
+
+    Raises:
+        UserError: the stages cannot be built.
+    """
+
+    def __init__(self, count: int, setup: Setup, timeout: float) -> None:
+        self.setup, self.timeout = setup, timeout
+        self.workers = [self._start() for _ in range(count)]
+        self.digests: dict[str, str] = {}
+
+    def __enter__(self) -> Pool:
+        try:
+            for worker in self.workers:
+                self._receive(worker)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers:
+            worker.process.kill()
+        for worker in self.workers:
+            worker.process.join()
+            worker.connection.close()
+
+    def run(self, tasks: Iterator[Task]) -> Iterator[tuple[Task, Outcome]]:
+        """Every task with its outcome, in the order in which they are done; a task is taken when a worker is free.
+
+        Raises:
+            UserError: a worker cannot go on, as on a full disk.
+        """
+        for worker in self.workers:
+            self._give(worker, next(tasks, None))
+        while busy := [worker for worker in self.workers if worker.task]:
+            first = min(worker.since for worker in busy) + self.timeout - time.monotonic()
+            wait([worker.connection for worker in busy], timeout=min(max(0.05, first), 60))
+            for worker in busy:
+                task, outcome = worker.task, None
+                if worker.connection.poll():
+                    outcome = self._receive(worker)
+                elif time.monotonic() - worker.since > self.timeout:
+                    self._replace(worker)
+                    outcome = Outcome("crash", f"took longer than {self.timeout:g} s", suspicious=True)
+                if outcome is not None:
+                    yield task, outcome
+                    self._give(worker, next(tasks, None))
+
+    def _receive(self, worker: _Worker) -> Outcome | None:
+        """What a worker says: an outcome; or None when it says that it is ready, or dies and is replaced."""
+        try:
+            word, answer = worker.connection.recv()
+        except (EOFError, ConnectionResetError):
+            return self._died(worker)
+        if word == "error":
+            raise UserError(answer)
+        if word == "ready":
+            self.digests, worker.since = answer, time.monotonic()
+            return None
+        return answer
+
+    def _give(self, worker: _Worker, task: Task | None, attempt: int = 1) -> None:
+        worker.task, worker.attempt = task, attempt
+        if worker.since < math.inf:
+            worker.since = time.monotonic()
+        if task is not None:
+            with suppress(BrokenPipeError, ConnectionResetError):  # it died while idle: its pipe will say so
+                worker.connection.send(task)
+
+    def _died(self, worker: _Worker) -> Outcome | None:
+        """A fresh process in place of a dead one, with its task once more; the outcome where that is too often.
+
+        Raises:
+            UserError: it died before it was ready, for which no clip can be blamed.
+        """
+        worker.process.join()
+        code, task, attempt = worker.process.exitcode, worker.task, worker.attempt
+        what = f"signal {-code}" if code and code < 0 else f"exit code {code}"
+        if worker.since == math.inf:
+            raise UserError(
+                f"a worker process ended with {what} while loading its networks: is there memory for so many "
+                "(workers=...)?"
+            )
+        self._replace(worker)
+        if attempt < ATTEMPTS:
+            self._give(worker, task, attempt + 1)
+            return None
+        return Outcome("crash", f"the process died at this clip, {ATTEMPTS} times ({what})", suspicious=True)
+
+    def _replace(self, worker: _Worker) -> None:
+        worker.process.kill()
+        worker.process.join()
+        worker.connection.close()
+        fresh = self._start()
+        worker.process, worker.connection, worker.since = fresh.process, fresh.connection, math.inf
+
+    def _start(self) -> _Worker:
+        context = get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=run_worker, args=(theirs, self.setup), daemon=True)
+        process.start()
+        theirs.close()
+        return _Worker(process, ours)

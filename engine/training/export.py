@@ -1,0 +1,163 @@
+"""From a training run to a release folder: averaged weights of a checkpoint, config, and a card with the run's figures.
+
+A run says at its start, in RUN/release.json, what its release will hold beside the weights. With that, a checkpoint and
+the log, a release is made without the model's code, its data, or the processes that trained it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from engine.errors import UserError
+from engine.files import atomic_output
+from engine.release import half, save_release
+from engine.training import checkpoint
+from engine.training.lora import merged
+
+if TYPE_CHECKING:
+    from engine.training.task import Task
+
+DESCRIPTION, FILES = "release.json", "release_files"  # in a run's folder
+
+
+@dataclass(frozen=True)
+class Release:
+    """What a release holds beside its weights.
+
+    Attributes:
+        kind: of the model; see `engine.release`.
+        config: constructor arguments, and what else inference needs; JSON can hold it.
+        module: name of the task's submodule that is released.
+        title: of the card. about: what the model is, a sentence or two. usage: Python lines that load "FOLDER".
+        left_out: tensors of the module that loading does not need.
+        lora_scale: factor of low-rank updates, which are added to the weights they update; None: there are none.
+    """
+
+    kind: str
+    config: dict[str, Any]
+    module: str
+    title: str
+    about: str
+    usage: str
+    left_out: tuple[str, ...] = ()
+    lora_scale: float | None = None
+
+
+def describe(run: Path, task: Task) -> None:
+    """Keep in the run's folder what its release will hold beside the weights.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    release, files = task.released(), run / FILES
+    if release is None:
+        return
+    try:
+        shutil.rmtree(files, ignore_errors=True)
+        files.mkdir(parents=True)
+        task.release_files(files)
+    except OSError as error:
+        raise UserError(f"cannot write {files}: {error.strerror or error}") from error
+    with atomic_output(run / DESCRIPTION) as staging:
+        staging.write_text(json.dumps(asdict(release), indent=1) + "\n")
+
+
+def export(run: str | Path, folder: str | Path, step: int | None = None, task: Task | None = None) -> Path:
+    """Write the release of a run's newest whole checkpoint, or of that of `step`; gives the checkpoint's folder.
+
+    Works in one process whichever way the checkpoint was written. Figures are those of the last validation up to it.
+
+    Args:
+        task: tells what `release.json` does, for runs that have none.
+
+    Raises:
+        UserError: the run has no such checkpoint or no description, or `folder` cannot be replaced.
+    """
+    run = Path(run)
+    found = checkpoint.newest(run / "checkpoints") if step is None else run / "checkpoints" / f"step-{step:08d}"
+    problem = "there is none" if found is None else checkpoint.damage(found) if step is not None else None
+    if found is None or problem:
+        raise UserError(f"{run} has no checkpoint to export{f' of step {step}' if step is not None else ''}: {problem}")
+    if task is not None:
+        describe(run, task)
+    try:
+        release = Release(**json.loads((run / DESCRIPTION).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{run / DESCRIPTION} cannot be read ({error}): was the run started by train.py?") from error
+    state, info = checkpoint.read(found, ("model.", "ema."))
+    averaged = {k.removeprefix("ema."): v for k, v in state.items() if k.startswith("ema.")}
+    weights = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")} | averaged
+    results, at = last_validation(run / "log.jsonl", info["step"])
+    write(folder, release, weights, card(release, info, results, at), run / FILES)
+    return found
+
+
+def write(folder: str | Path, release: Release, state: Mapping[str, Tensor], text: str, files: Path | None) -> None:
+    """Write a release in half precision from a task's state dict, with `text` as its card and the files of `files`."""
+    prefix = f"{release.module}."
+    own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    if release.lora_scale is not None:
+        own = merged(own, release.lora_scale)
+    kept = {k: v for k, v in own.items() if k not in release.left_out}
+    save_release(folder, release.kind, release.config, half(kept), text, files)
+
+
+def last_validation(log: Path, step: int) -> tuple[dict[str, float], int]:
+    """(figures, step) of the last validation at or before `step`; ({}, 0) where there is none."""
+    found: tuple[dict[str, float], int] = {}, 0
+    for line in log.read_text().splitlines() if log.is_file() else ():
+        try:
+            record = json.loads(line)
+            figures = {k.removeprefix("validation/"): v for k, v in record.items() if k.startswith("validation/")}
+            if figures and found[1] <= record["step"] <= step:
+                found = figures, record["step"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # a line cut short by a kill
+    return found
+
+
+def card(release: Release, info: Mapping[str, Any], results: Mapping[str, float], at: int = 0) -> str:
+    """Model card: what it is, how it is loaded, data, recipe, figures.
+
+    Args:
+        info: of the checkpoint: `step`, `config` and `code`, where there are any. results: figures of the validation
+            after step `at`.
+    """
+    config, step = info.get("config") or {}, info.get("step", 0)
+    data, trainer, task = (config.get(name) or {} for name in ("data", "trainer", "task"))
+    parts = [f"# {release.title}", release.about, f"```python\n{release.usage}\n```"]
+    if results:
+        late = "" if at == step else f" (step {at:,}; the weights are of step {step:,})"
+        rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in sorted(results.items()))
+        parts.append(f"## Results\n\nLast validation of the run{late}, averaged weights:\n\n| | |\n|---|---|\n{rows}")
+    if data:
+        made = "".join(f"    python {' '.join(map(str, command))}\n" for command in data.get("make") or ())
+        source = (data.get("train") or {}).get("_target_", "")
+        root = f", `{data['root']}`" if data.get("root") else ""
+        parts.append(f"## Data\n\n`{source}`{root}." + (f" Made with\n\n{made}" if made else ""))
+    recipe = str(task.get("recipe") or "")
+    if config.get("command"):
+        recipe += f"\n\n    {config['command']}\n"
+    if trainer:
+        batch = f"{trainer.get('accumulate')} x {trainer.get('batch_size')}"
+        recipe += f"\nStep {step:,} of {trainer.get('steps'):,}, {batch} samples a step and process, seed "
+        recipe += f"{trainer.get('seed')}, {trainer.get('precision')}."
+    if task.get("init"):
+        how = "low-rank updates, merged" if release.lora_scale is not None else "all weights"
+        recipe += f" Fine-tuned from `{task['init']}` ({how})."
+    if info.get("code"):
+        recipe += f" Code: {info['code']}."
+    if recipe:
+        parts.append(f"## Recipe\n\n{recipe.strip()}")
+    if config:
+        parts.append(f"The run's whole config:\n\n```yaml\n{OmegaConf.to_yaml(OmegaConf.create(dict(config)))}```")
+    parts.append("No licence is chosen here: name one before the weights are passed on.")
+    return "\n\n".join(part.strip() for part in parts) + "\n"

@@ -1,0 +1,147 @@
+"""What a model brings to the trainer, and the settings of a run."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor, nn
+
+from engine.errors import UserError
+from engine.training.export import Release, card, write
+
+
+class Task(nn.Module):
+    """What is trained: networks, losses, validation, and what a release of the result holds."""
+
+    lora_scale: float | None = None  # of the low-rank updates; see `engine.training.lora`
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Optimiser name -> module whose parameters it owns, in update order. A GAN: discriminator, generator."""
+        raise NotImplementedError
+
+    def blocks(self) -> list[nn.Module]:
+        """Repeated modules with most of the weights and activations, none within another, used by calling them.
+
+        Each is sharded, compiled and recomputed in the backward pass by itself, if the trainer is told to do so.
+        """
+        return []
+
+    def whole(self) -> list[nn.Module]:
+        """Modules whose parameters `forward` changes in place, outside of `blocks`: they are never sharded."""
+        return []
+
+    def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
+        """Losses of `part`, weighted: `loss` is what is minimised, the others (scalars) are logged.
+
+        A result that the next part needs too may be stored in `batch`. Random draws come from torch's default
+        generator, which is seeded for every step. Parameters that are changed in place (code books) must change alike
+        in every process: draw for that from a generator seeded by a buffer, as the default one differs.
+        """
+        raise NotImplementedError
+
+    def tokens(self, batch: dict[str, Any]) -> int:
+        """How many tokens (frames) a batch holds, for the log."""
+        return 0
+
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        """Figures of merit, measured in eval mode with averaged weights in one process.
+
+        A few fixed clips are written into `folder` as WAV, PNG and MP4 files, which trackers show.
+        """
+        return {}
+
+    def released(self) -> Release | None:
+        """What a release holds beside its weights; None: this task is not released."""
+        return None
+
+    def release_files(self, folder: Path) -> None:
+        """Write further files of a release (a tokenizer) into `folder`."""
+
+    def adapted(self) -> nn.Module | None:
+        """Whose linear layers low-rank adaptation updates; None: this task has no such training."""
+        return None
+
+    def release(self, folder: Path, results: dict[str, float]) -> None:
+        """Write a release folder of the present weights."""
+        release = self.released()
+        assert release is not None, f"{type(self).__name__} is not released"
+        with TemporaryDirectory() as files:
+            self.release_files(Path(files))
+            write(folder, release, self.state_dict(), card(release, {}, results), Path(files))
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The fields of configs/trainer/*.yaml, where each is explained. Every field must be given."""
+
+    steps: int
+    batch_size: int
+    batch_tokens: int | None
+    by_length: bool
+    accumulate: int
+    lr: float
+    betas: tuple[float, float]
+    weight_decay: float
+    warmup: int
+    schedule: str
+    min_lr_ratio: float
+    clip: float | None
+    ema_decay: float
+    precision: str
+    device: str
+    parallel: str
+    checkpointing: bool
+    compile: bool
+    workers: int
+    log_every: int
+    validate_every: int
+    checkpoint_every: int
+    keep: int
+    best: str | None
+    spike: float | None
+    give_up_after: int
+    seed: int
+    wandb: str
+    tensorboard: bool
+    peak_tflops: float | None
+    profile: int
+
+    def __post_init__(self) -> None:
+        words = {
+            "schedule": ("constant", "cosine"),
+            "precision": ("fp32", "bf16"),
+            "device": ("auto", "cpu", "cuda"),
+            "parallel": ("ddp", "fsdp", "hybrid"),
+            "wandb": ("off", "offline", "online"),
+        }
+        for name, allowed in words.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"trainer.{name}={getattr(self, name)} is unknown; choose {', '.join(allowed)}")
+        counts = ("steps", "batch_size", "accumulate", "log_every", "validate_every", "checkpoint_every", "keep")
+        for name in (*counts, "give_up_after"):
+            if getattr(self, name) < 1:
+                raise UserError(f"trainer.{name}={getattr(self, name)} must be at least 1")
+        for name in ("spike", "peak_tflops"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise UserError(f"trainer.{name}={getattr(self, name)} must be above 0, or null")
+        if self.best is not None and not re.fullmatch(r"(min|max) \S+", self.best):
+            raise UserError(f"trainer.best={self.best} is not `min NAME` or `max NAME`, as in 'min wer_seen'")
+        if self.batch_tokens is not None and self.batch_tokens < 1:
+            raise UserError(f"trainer.batch_tokens={self.batch_tokens} must be at least 1, or null")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"trainer.ema_decay={self.ema_decay} must be in [0, 1)")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step `step` (from 0): linear warm-up, then constant or cosine to `min_lr_ratio`."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return self.lr
+        progress = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+        cosine = 0.5 * (1 + math.cos(math.pi * progress))
+        return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * cosine)

@@ -1,0 +1,116 @@
+"""The record of a run: RUN/log.jsonl always, wandb and TensorBoard if asked for."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from engine.errors import UserError
+from engine.files import atomic_output
+from engine.training.sinks import Sink, TensorBoardSink, WandbSink, send_media
+from engine.training.speed import Utilisation
+
+
+class Tracker:
+    """Appends one JSON object a record to `run/log.jsonl`.
+
+    Args:
+        run: the run's folder.
+        step: where the run goes on; records of later steps, written before a kill, are dropped.
+        wandb: `off`, `offline` (kept in `run`) or `online`.
+        tensorboard: whether event files are written, too.
+        config: stored with the wandb run.
+    """
+
+    def __init__(self, run: Path, step: int, wandb: str, tensorboard: bool, config: dict[str, Any]):
+        run.mkdir(parents=True, exist_ok=True)
+        path = run / "log.jsonl"
+        kept = [line for line in path.read_text().splitlines() if _step(line) <= step] if path.exists() else []
+        with atomic_output(path) as partial:  # a kill must not cost the log of the steps before
+            partial.write_text("".join(f"{line}\n" for line in kept))
+        self._file = path.open("a")
+        self._sinks: list[Sink] = [WandbSink(run, wandb, config)] if wandb != "off" else []
+        self._sinks += [TensorBoardSink(run, step)] if tensorboard else []
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Store a record; it has a `step`.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self._file.name}: {error.strerror or error}") from error
+        values = {k: v for k, v in record.items() if k != "step" and v is not None}
+        for sink in self._sinks:
+            sink.scalars(values, record["step"])
+
+    def media(self, step: int, folder: Path) -> None:
+        """Show the sounds, pictures and videos that a validation wrote into `folder`."""
+        send_media(folder, "validation", step, self._sinks)
+
+    def close(self) -> None:
+        with suppress(OSError):  # the disk is full, which was said
+            self._file.close()
+        for sink in self._sinks:
+            sink.close()
+
+
+class Window:
+    """Sums over the steps since the last log line; losses stay on the device until the line is written."""
+
+    def __init__(self) -> None:
+        self.start, self.wait, self.steps, self.tokens = time.perf_counter(), 0.0, 0, 0
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = defaultdict(int)
+
+    def add(self, values: dict[str, Tensor], prefix: str) -> None:
+        """Take in one step's scalars; a skipped step adds none."""
+        for key, value in values.items():
+            self.sums[prefix + key] = self.sums.get(prefix + key, 0) + value.detach()
+            self.counts[prefix + key] += 1
+
+    def means(self) -> dict[str, float]:
+        return {key: float(value) / self.counts[key] for key, value in self.sums.items()}
+
+    def rates(self, samples: float, processes: int, use: Utilisation) -> dict[str, float]:
+        """Speed of all processes together, from `samples` a step; `data_wait` is the share of time without data, `mfu`
+        this process's utilisation of its device."""
+        seconds = time.perf_counter() - self.start
+        return {
+            "samples_per_s": self.steps * samples / seconds,
+            "tokens_per_s": self.tokens * processes / seconds,
+            **use.share(self.tokens, self.steps, seconds),
+            "data_wait": self.wait / seconds,
+            "step_s": seconds / self.steps,
+        }
+
+
+def progress_line(
+    step: int, steps: int, means: dict[str, float], lr: float, rates: dict[str, float], peak: float | None
+) -> str:
+    """One line for a person; `peak` in TFLOP/s is what `mfu` is a share of."""
+    values = " ".join(f"{key} {value:.4f}" for key, value in means.items())
+    eta = timedelta(seconds=round((steps - step) * rates["step_s"]))
+    use = f"MFU {rates['mfu']:.1%} of {peak:,.0f} TFLOP/s " if "mfu" in rates else ""
+    return (
+        f"step {step:,}/{steps:,} | {values} | lr {lr:.2e} | {rates['samples_per_s']:.1f} samples/s "
+        f"{rates['tokens_per_s']:,.0f} tokens/s {use}{rates['memory_gib']:.1f} GiB wait {rates['data_wait']:.0%} "
+        f"| ETA {eta}"
+    )
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut short by a kill

@@ -1,0 +1,29 @@
+"""Make Talker's local tokenizer: bytes, and the words of a corpus as merges.
+
+python scripts/make_tokenizer.py --corpus data/synthetic --out data/synthetic/talker/tokenizer
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from engine.errors import run_cli
+from engine.media.corpus import read_manifest
+from talker_t2av.text import byte_tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, default=Path("data/synthetic"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the tokenizer's files")
+    parser.add_argument("--merges", type=int, default=240, help="at most; 0 leaves bytes alone (default: %(default)s)")
+    args = parser.parse_args()
+    texts = [row["text"] for row in read_manifest(args.corpus, "train")] if args.merges else []
+    words = byte_tokenizer(texts, args.merges)
+    words.save(args.out)
+    print(f"{args.out}: {words.vocab_size} ids")
+
+
+if __name__ == "__main__":
+    run_cli(main)

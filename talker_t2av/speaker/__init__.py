@@ -1,0 +1,1 @@
+"""The encoder of reference voices: WavLM with an ECAPA-TDNN head."""

@@ -1,0 +1,318 @@
+"""Speaker encoders: a voice to the 256 numbers that both diffusion heads are conditioned on.
+
+`SpeakerEncoder` is the released one, WavLM-Large (Chen et al. 2022, arXiv:2110.13900) under an ECAPA-TDNN head
+(Desplanques et al. 2020, arXiv:2005.07143). Its weights are `wavlm_large_finetune.pth` of microsoft/UniSpeech,
+downstreams/speaker_verification (repository licence CC BY-SA 3.0; WavLM itself is published in microsoft/unilm under
+MIT). `VoiceEncoder` is the same head, small, on log-mel bands; its weights are trained here (Apache-2.0).
+
+Axes: B batch, N samples at 16 kHz, T frames, K hidden states, C channels, M mel bands, D embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import WavLMConfig, WavLMModel
+
+from engine.errors import UserError
+from engine.nn.mel import RATE, log_mel
+from engine.release import half, load_release, load_strict, save_release
+from engine.safe_pickle import read_checkpoint
+from talker_t2av.speaker.released import FILE, LARGE, TRAINING_ONLY, head_sizes, our_name, wavlm_config
+
+KIND = "voice_encoder"
+SCALE = 8  # parts of a Res2 convolution
+MIN_SAMPLES = RATE // 4  # less than a quarter of a second tells nothing of a voice
+
+
+class ConvReluNorm(nn.Module):
+    """Convolution, ReLU, batch norm, in this order: (B, C, T) -> (B, C', T)."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int = 1):
+        super().__init__()
+        self.conv = nn.Conv1d(inputs, outputs, kernel, padding=kernel // 2)
+        self.bn = nn.BatchNorm1d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(F.relu(self.conv(x)))
+
+
+class Res2Conv(nn.Module):
+    """Eight parts of the channels; all but the last pass a convolution that also sees its left neighbour's result."""
+
+    def __init__(self, channels: int, dilation: int):
+        super().__init__()
+        width = channels // SCALE
+        self.convs = nn.ModuleList(
+            nn.Conv1d(width, width, 3, padding=dilation, dilation=dilation) for _ in range(SCALE - 1)
+        )
+        self.bns = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(SCALE - 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        *parts, last = x.chunk(SCALE, 1)
+        results: list[Tensor] = []
+        for part, conv, norm in zip(parts, self.convs, self.bns):
+            total = part + results[-1] if results else part
+            results.append(norm(F.relu(conv(total))))
+        return torch.cat([*results, last], 1)
+
+
+class SqueezeExcite(nn.Module):
+    """Every channel times a gate in (0, 1) that is computed from all channels' means over time."""
+
+    def __init__(self, channels: int, bottleneck: int):
+        super().__init__()
+        self.linear1 = nn.Linear(channels, bottleneck)
+        self.linear2 = nn.Linear(bottleneck, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.linear2(F.relu(self.linear1(x.mean(-1)))).sigmoid()[..., None]
+
+
+class SERes2Block(nn.Module):
+    """Pointwise, Res2 and pointwise convolutions, squeeze-excite, and the block's input: (B, C, T) -> (B, C, T)."""
+
+    def __init__(self, channels: int, dilation: int, bottleneck: int):
+        super().__init__()
+        self.Conv1dReluBn1 = ConvReluNorm(channels, channels)
+        self.Res2Conv1dReluBn = Res2Conv(channels, dilation)
+        self.Conv1dReluBn2 = ConvReluNorm(channels, channels)
+        self.SE_Connect = SqueezeExcite(channels, bottleneck)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.SE_Connect(self.Conv1dReluBn2(self.Res2Conv1dReluBn(self.Conv1dReluBn1(x))))
+
+
+class AttentiveStatistics(nn.Module):
+    """Mean and standard deviation over time under an attention of each channel: (B, C, T) -> (B, 2 C)."""
+
+    def __init__(self, channels: int, bottleneck: int):
+        super().__init__()
+        self.linear1 = nn.Conv1d(channels, bottleneck, 1)
+        self.linear2 = nn.Conv1d(bottleneck, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.linear2(self.linear1(x).tanh()).softmax(-1)
+        mean = (weight * x).sum(-1)
+        variance = (weight * x.square()).sum(-1) - mean.square()
+        return torch.cat([mean, variance.clamp_min(1e-9).sqrt()], 1)
+
+
+class EcapaTDNN(nn.Module):
+    """Frame features (B, C, T) to embeddings (B, D), which are not of unit length. Tensor names are the released ones.
+
+    Args:
+        inputs: C, channels of the features.
+        channels: of the three blocks; a multiple of 8.
+        pooled: channels of the attentive statistics.
+        bottleneck: of squeeze-excite and of the attention.
+        embedding: D.
+    """
+
+    def __init__(
+        self, inputs: int, channels: int = 512, pooled: int = 1536, bottleneck: int = 128, embedding: int = 256
+    ):
+        super().__init__()
+        if channels % SCALE:
+            raise UserError(f"ECAPA-TDNN with {channels} channels: give a multiple of {SCALE}")
+        self.layer1 = ConvReluNorm(inputs, channels, 5)
+        self.layer2 = SERes2Block(channels, 2, bottleneck)
+        self.layer3 = SERes2Block(channels, 3, bottleneck)
+        self.layer4 = SERes2Block(channels, 4, bottleneck)
+        self.conv = nn.Conv1d(3 * channels, pooled, 1)
+        self.pooling = AttentiveStatistics(pooled, bottleneck)
+        self.bn = nn.BatchNorm1d(2 * pooled)
+        self.linear = nn.Linear(2 * pooled, embedding)
+
+    def forward(self, features: Tensor) -> Tensor:
+        first = self.layer1(features)
+        second = self.layer2(first)
+        third = self.layer3(second)
+        fourth = self.layer4(third)
+        pooled = self.pooling(F.relu(self.conv(torch.cat([second, third, fourth], 1))))
+        return self.linear(self.bn(pooled))
+
+
+def mix_states(states: Tensor, weight: Tensor) -> Tensor:
+    """Hidden states (K, B, T, C) and their logits (K,) -> mixed features (B, C, T)."""
+    return torch.einsum("k,kbtc->bct", weight.softmax(0), states)
+
+
+def standardise(features: Tensor) -> Tensor:
+    """(B, C, T) with zero mean and unit variance over time in every channel, as the head of WavLM wants them."""
+    return F.instance_norm(features + 1e-6)
+
+
+class SpeakerEncoder(nn.Module):
+    """Wave to speaker embedding: WavLM's mixed hidden states through ECAPA-TDNN.
+
+    Args:
+        config: of WavLM.
+        normalize: bring each wave to zero mean and unit variance first (WavLM-Large does).
+        head: arguments of `EcapaTDNN` besides `inputs`.
+    """
+
+    def __init__(self, config: WavLMConfig, normalize: bool = True, **head: int):
+        super().__init__()
+        self.normalize = normalize
+        self.wavlm = WavLMModel(config)
+        self.feature_weight = nn.Parameter(torch.zeros(config.num_hidden_layers + 1))
+        self.head = EcapaTDNN(config.hidden_size, **head)
+
+    def normalise(self, wave: Tensor) -> Tensor:
+        """(..., N) -> zero mean, unit variance over N; the wave as it is where the model was trained so."""
+        return F.layer_norm(wave, wave.shape[-1:]) if self.normalize else wave
+
+    def hidden_states(self, waves: Sequence[Tensor]) -> Tensor:
+        """Waves (N_i,) of any lengths -> (K, B, T, C): the input of each layer, then the encoder's normalised output.
+
+        Shorter waves are padded with zeros after their normalisation, and their padded frames are masked; the rows of
+        masked frames mean nothing.
+        """
+        lengths = [len(wave) for wave in waves]
+        batch = nn.utils.rnn.pad_sequence([self.normalise(wave) for wave in waves], batch_first=True)
+        frames = int(self.wavlm._get_feat_extract_output_lengths(torch.tensor(batch.shape[1])))
+        mask = None
+        if min(lengths) < batch.shape[1]:
+            # The original cuts the batch into as many equal blocks as there are frames; a frame is padding when its
+            # whole block is. WavLMModel counts frames from samples, so it is told just enough samples for as many.
+            block = batch.shape[1] // frames
+            valid = [min(frames, -(-length // block)) for length in lengths]
+            needed = torch.tensor([self._samples_of(count) for count in valid], device=batch.device)
+            mask = torch.arange(batch.shape[1], device=batch.device) < needed[:, None]
+        out = self.wavlm(batch, attention_mask=mask, output_hidden_states=True)
+        # The last of `hidden_states` is normalised in transformers 4 but not in 5; `last_hidden_state` is in both.
+        return torch.stack([*out.hidden_states[:-1], out.last_hidden_state])
+
+    def _samples_of(self, frames: int) -> int:
+        """Fewest samples that give `frames` frames."""
+        config = self.wavlm.config
+        for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride)):
+            frames = (frames - 1) * stride + kernel
+        return frames
+
+    def forward(self, waves: Tensor) -> Tensor:
+        """Waves (B, N) at 16 kHz without padding -> (B, D)."""
+        states = self.hidden_states(list(waves))
+        return self.head(standardise(mix_states(states, self.feature_weight)))
+
+    @torch.no_grad()
+    def embed(self, wave: Tensor) -> Tensor:
+        """Wave (N,) at 16 kHz -> (256,); raw values, not of unit length.
+
+        Raises:
+            UserError: the wave is not one-dimensional or is shorter than a quarter of a second.
+        """
+        return self(_checked(wave)[None])[0]
+
+    @classmethod
+    def from_released(
+        cls, state: Mapping[str, Tensor], original: Mapping[str, Any] = LARGE, source: str | Path = FILE
+    ) -> SpeakerEncoder:
+        """The encoder with the tensors of `state` (released names), strict; those of the training loss are left out.
+
+        Args:
+            original: WavLM's configuration by the original's field names.
+            source: where the state is from, for messages.
+
+        Raises:
+            UserError: a tensor is missing or has another shape.
+        """
+        with torch.device("meta"):
+            encoder = cls(wavlm_config(original), original["normalize"], **head_sizes(state))
+        renamed = {our_name(key): value for key, value in state.items() if not key.startswith(TRAINING_ONLY)}
+        projection = "wavlm.feature_projection.projection."
+        if projection + "weight" not in renamed:  # the original has none where the widths agree
+            width = original["encoder_embed_dim"]
+            renamed |= {projection + "weight": torch.eye(width), projection + "bias": torch.zeros(width)}
+        renamed = {k: v.float() if v.is_floating_point() else v for k, v in renamed.items()}
+        load_strict(encoder, renamed, source, assign=True)
+        return encoder.eval()
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> SpeakerEncoder:
+        """The released `wavlm_large_finetune.pth`, or a folder that holds it. Nothing in the file is executed.
+
+        Raises:
+            UserError: the file is missing or damaged, or tensors are missing or of another shape.
+        """
+        path = Path(path) / FILE if Path(path).is_dir() else Path(path)
+        if not path.is_file():
+            raise UserError(
+                f"no speaker encoder {path}: get it with  python scripts/download_checkpoints.py talker_t2av --to DIR"
+            )
+        content = read_checkpoint(path)
+        state = content.get("model", content)
+        if not isinstance(state, dict):
+            raise UserError(f"{path} has no state dict under 'model': it is not {FILE}")
+        return cls.from_released({k: v for k, v in state.items() if isinstance(v, Tensor)}, source=path)
+
+
+@dataclass(frozen=True)
+class VoiceEncoderConfig:
+    """Sizes of a `VoiceEncoder`; the head's are explained at `EcapaTDNN`."""
+
+    bands: int = 80
+    channels: int = 96
+    pooled: int = 256
+    bottleneck: int = 48
+    embedding: int = 256
+
+
+def level_mel(wave: Tensor, bands: int) -> Tensor:
+    """Wave (..., N) at 16 kHz -> log-mel (..., M, T) with its largest value at 1: the loudness of a wave drops out."""
+    mel = log_mel(wave, bands)
+    return mel - mel.amax((-2, -1), keepdim=True) + 1
+
+
+class VoiceEncoder(nn.Module):
+    """Wave to speaker embedding, small: ECAPA-TDNN on log-mel bands."""
+
+    def __init__(self, config: VoiceEncoderConfig):
+        super().__init__()
+        self.config = config
+        self.head = EcapaTDNN(config.bands, config.channels, config.pooled, config.bottleneck, config.embedding)
+
+    def forward(self, mel: Tensor) -> Tensor:
+        """Log-mel (B, M, T) of `features` -> (B, D)."""
+        return self.head(mel)
+
+    def features(self, wave: Tensor) -> Tensor:
+        """Wave (N,) or (B, N) at 16 kHz -> log-mel (M, T) or (B, M, T), 100 frames a second; see `level_mel`."""
+        return level_mel(wave, self.config.bands)
+
+    @torch.no_grad()
+    def embed(self, wave: Tensor) -> Tensor:
+        """Wave (N,) at 16 kHz -> (256,); raw values, not of unit length.
+
+        Raises:
+            UserError: the wave is not one-dimensional or is shorter than a quarter of a second.
+        """
+        return self(self.features(_checked(wave)[None]))[0]
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> VoiceEncoder:
+        """Load a release folder.
+
+        Raises:
+            UserError: the folder or a file is missing or damaged, or it is no voice encoder.
+        """
+        return load_release(folder, KIND, lambda arguments: cls(VoiceEncoderConfig(**arguments)))
+
+    def save(self, folder: str | Path, card: str) -> Path:
+        """Write a release folder in half precision, with `card` as its README."""
+        return save_release(folder, KIND, asdict(self.config), half(self.state_dict()), card)
+
+
+def _checked(wave: Tensor) -> Tensor:
+    if wave.ndim != 1 or len(wave) < MIN_SAMPLES:
+        raise UserError(
+            f"reference voice of shape {tuple(wave.shape)}: give one channel of {MIN_SAMPLES} samples or more at 16 kHz"
+        )
+    return wave

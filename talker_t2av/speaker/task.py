@@ -1,0 +1,210 @@
+"""Training of the small voice encoder by distillation from GE2E embeddings (Wan et al. 2018, arXiv:1710.10467).
+
+Axes: B batch, M mel bands, T frames, D embedding, V voices, n clips.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from engine.errors import UserError
+from engine.media.audio import read_audio
+from engine.release import load_strict
+from engine.training.export import Release
+from engine.training.task import Task
+from talker_t2av.speaker.encoder import KIND, RATE, VoiceEncoder, VoiceEncoderConfig, level_mel
+
+FRAMES_A_SECOND = 100
+
+
+def read_targets(features: Path, split: str) -> tuple[list[str], Tensor, Tensor]:
+    """Clip names, voice numbers (n,) and GE2E embeddings (n, D) of a split's features.
+
+    Raises:
+        UserError: there are none.
+    """
+    paths = sorted((features / split).glob("visual-*.safetensors"))
+    if not paths:
+        raise UserError(f"no features in {features / split}: make them with python scripts/prepare_features.py")
+    names, voices, embeddings = [], [], []
+    for path in paths:
+        clips = json.loads(path.with_suffix(".json").read_text())["clips"]
+        names += [clip["id"] for clip in clips]
+        voices += [clip["voice"] for clip in clips]
+        with safe_open(path, "pt") as shard:
+            embeddings.append(shard.get_tensor("ge2e"))
+    return names, torch.tensor(voices), torch.cat(embeddings)
+
+
+def voice_means(embeddings: Tensor, voices: Tensor) -> Tensor:
+    """Unit-length mean embedding (V, D) of each voice number that occurs, in ascending order."""
+    units = F.normalize(embeddings, dim=-1)
+    return F.normalize(torch.stack([units[voices == v].mean(0) for v in voices.unique()]), dim=-1)
+
+
+class VoiceClips:
+    """Random log-mel crops of the clips of a split, with their GE2E embeddings and voices.
+
+    Args:
+        root: corpus folder; its features must be there.
+        split: of the corpus.
+        bands: of the log-mel.
+        seconds: of a crop; a shorter clip is repeated.
+    """
+
+    def __init__(self, root: str | Path, split: str = "train", bands: int = 80, seconds: float = 1.0):
+        self.folder, self.bands = Path(root) / split, bands
+        self.frames = round(seconds * FRAMES_A_SECOND)
+        self.names, self.voices, self.ge2e = read_targets(Path(root) / "features", split)
+        self.classes = torch.searchsorted(self.voices.unique(), self.voices)
+        self._mels: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def mel(self, index: int) -> Tensor:
+        """(M, T) of a whole clip, kept in half precision: a small corpus stays in memory."""
+        if index not in self._mels:
+            wave = torch.from_numpy(read_audio(self.folder / f"{self.names[index]}.wav", RATE))
+            self._mels[index] = level_mel(wave, self.bands).half()
+        return self._mels[index].float()
+
+    def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """mel (M, T), ge2e (D,), voice (): a function of (index, generator)."""
+        mel = self.mel(index)
+        mel = mel.repeat(1, -(-self.frames // mel.shape[1]))
+        start = int(torch.randint(mel.shape[1] - self.frames + 1, (), generator=generator))
+        return {
+            "mel": mel[:, start : start + self.frames],
+            "ge2e": self.ge2e[index],
+            "voice": self.classes[index],
+        }
+
+    @staticmethod
+    def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """mel (B, M, T), ge2e (B, D), voice (B,)."""
+        return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+class VoiceEncoderTask(Task):
+    """Distil GE2E into a `VoiceEncoder`.
+
+    The loss is the squared distance between the embedding and sqrt(D) times the clip's GE2E embedding, a unit vector:
+    twice one minus the cosine where the lengths agree. A cross entropy over the cosines with the mean GE2E embeddings
+    of the training voices is added, so that voices which lie close together are told apart.
+
+    Args:
+        encoder: fields of `VoiceEncoderConfig`.
+        root: corpus folder with features.
+        voice_weight: of the cross entropy.
+        temperature: the cosines are divided by it.
+        noise: standard deviation of the noise on the log-mel in training.
+        recipe: a sentence for the card.
+        init: release folder of the same sizes to go on from.
+    """
+
+    def __init__(
+        self,
+        encoder: Mapping[str, Any],
+        root: str | Path,
+        voice_weight: float = 0.1,
+        temperature: float = 0.05,
+        noise: float = 0.05,
+        recipe: str = "",
+        init: str | None = None,
+    ):
+        super().__init__()
+        self.encoder = VoiceEncoder(VoiceEncoderConfig(**encoder))
+        if init:
+            load_strict(self.encoder, VoiceEncoder.from_pretrained(init).state_dict(), f"init={init}")
+        self.root, self.recipe = Path(root), recipe
+        self.voice_weight, self.temperature, self.noise = voice_weight, temperature, noise
+        _, voices, ge2e = read_targets(self.root / "features", "train")
+        self.register_buffer("means", voice_means(ge2e, voices), persistent=False)
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"encoder": self.encoder}
+
+    def tokens(self, batch: dict[str, Tensor]) -> int:
+        """Mel frames of a batch."""
+        return batch["mel"].shape[0] * batch["mel"].shape[-1]
+
+    def forward(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+        """Losses; batch: see `VoiceClips`."""
+        mel = batch["mel"]
+        embedding = self.encoder(mel + self.noise * torch.randn_like(mel))
+        distance = (embedding / embedding.shape[-1] ** 0.5 - batch["ge2e"]).square().sum(-1).mean()
+        cosines = F.normalize(embedding, dim=-1) @ self.means.T
+        voice = F.cross_entropy(cosines / self.temperature, batch["voice"])
+        cosine = F.cosine_similarity(embedding, batch["ge2e"]).mean()
+        loss = distance + self.voice_weight * voice
+        return {"loss": loss, "distance": distance.detach(), "voice": voice.detach(), "cosine": cosine.detach()}
+
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        """Cosine with GE2E and nearest-voice accuracy of whole held-out clips; see `nearest_voice`."""
+        return evaluate(self.encoder, self.root)
+
+    def released(self) -> Release:
+        config, millions = self.encoder.config, sum(p.numel() for p in self.encoder.parameters()) / 1e6
+        about = f"""16-kHz wave -> {config.embedding} numbers that tell voices apart: ECAPA-TDNN on {config.bands}
+log-mel bands, {millions:.2f} M weights. Trained to repeat the GE2E embeddings of Resemblyzer, it knows the voices of
+its data only. The numbers are not of unit length (about {config.embedding**0.5:.0f}); loudness drops out.
+
+`cosine`: with GE2E, whole clips. `nearest_voice`: share of clips nearest to the mean embedding of their own voice,
+among the training voices (seen; means of training clips) or among the held-out voices (unseen; means of the other
+unseen clips); `_ge2e`: the same of GE2E itself."""
+        return Release(
+            kind=KIND,
+            config=asdict(config),
+            module="encoder",
+            title="Voice encoder",
+            about=about,
+            usage="from talker_t2av.speaker.encoder import VoiceEncoder\n\n"
+            'embedding = VoiceEncoder.from_pretrained("FOLDER").embed(wave)  # (N,) at 16 kHz',
+        )
+
+
+@torch.no_grad()
+def evaluate(encoder: VoiceEncoder, root: Path) -> dict[str, float]:
+    """Figures of an encoder on the corpus at `root`, and the same of GE2E itself.
+
+    Seen voices: the nearest of the voices' mean embeddings over training clips. Unseen voices have no training clips;
+    each clip is compared with the means of the other unseen clips of every voice.
+    """
+    encoder.eval()
+    embeddings, results = {}, {}
+    for split in ("train", "seen", "unseen"):
+        clips = VoiceClips(root, split, encoder.config.bands)
+        count = min(len(clips), 8 * len(clips.voices.unique())) if split == "train" else len(clips)
+        own = torch.stack([encoder(clips.mel(i)[None])[0] for i in range(count)])
+        embeddings[split] = clips.voices[:count], own, clips.ge2e[:count]
+        results[f"{split}/cosine"] = F.cosine_similarity(own, clips.ge2e[:count]).mean().item()
+    for column, suffix in ((1, ""), (2, "_ge2e")):
+        train, seen, unseen = (embeddings[split] for split in ("train", "seen", "unseen"))
+        results[f"seen/nearest_voice{suffix}"] = _nearest(seen[column], seen[0], train[column], train[0])
+        results[f"unseen/nearest_voice{suffix}"] = _nearest_other(unseen[column], unseen[0])
+    return results
+
+
+def _nearest(embeddings: Tensor, voices: Tensor, enrolled: Tensor, enrolled_voices: Tensor) -> float:
+    """Share of `embeddings` (n, D) whose nearest voice mean of the enrolled ones is their own voice's."""
+    best = (F.normalize(embeddings, dim=-1) @ voice_means(enrolled, enrolled_voices).T).argmax(1)
+    return (enrolled_voices.unique()[best] == voices).float().mean().item()
+
+
+def _nearest_other(embeddings: Tensor, voices: Tensor) -> float:
+    """As `_nearest`, each clip against means of all other clips."""
+    right = 0.0
+    for i in range(len(voices)):
+        others = torch.arange(len(voices)) != i
+        right += _nearest(embeddings[i : i + 1], voices[i : i + 1], embeddings[others], voices[others])
+    return right / len(voices)

@@ -1,0 +1,51 @@
+"""The reading of mouth openings from pictures, on voices and mouth tracks that its fit never saw."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+
+from corpora.synthetic.expression import pose
+from corpora.synthetic.face import Face, draw_motion
+from corpora.synthetic.mouth_opening import MouthReader
+from corpora.synthetic.portrait import design
+from corpora.synthetic.visemes import MOUTH, mouth_track
+from corpora.synthetic.voices import load_voices
+
+PHONEMES = [
+    ("b", 0.15, 0.2),
+    ("I", 0.2, 0.35),
+    ("n", 0.35, 0.45),
+    ("w", 0.45, 0.55),
+    ("aI", 0.55, 0.8),
+    ("t", 0.8, 0.9),
+]
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return MouthReader(24)
+
+
+def clip(voice, expression, seed):
+    track = mouth_track(PHONEMES, 26)
+    motion = draw_motion(np.random.default_rng(seed), 26, np.linspace(0, 1, 26))
+    frames = Face(design(voice.face_seed, voice.pitch, voice.formants)).render(track, pose(expression, 0.9), motion)
+    return frames, track[:, MOUTH.index("open")]
+
+
+@pytest.mark.parametrize("expression", ["neutral", "happy", "sad", "disgusted"])
+def test_readings_follow_the_drawn_opening(reader, expression):
+    for voice in [voice for voice in load_voices() if voice.held_out][:3]:
+        frames, opening = clip(voice, expression, voice.number)
+        assert np.corrcoef(reader(frames), opening)[0, 1] > 0.9
+
+
+def test_readings_survive_another_size_and_blur(reader):
+    frames, opening = clip(next(voice for voice in load_voices() if voice.held_out), "angry", 3)
+    small = np.stack(
+        [cv2.GaussianBlur(cv2.resize(f, (96, 96), interpolation=cv2.INTER_AREA), (0, 0), 1) for f in frames]
+    )
+    assert np.corrcoef(reader(small), opening)[0, 1] > 0.9
+    assert np.abs(reader(small) - reader(frames)).max() < 0.2

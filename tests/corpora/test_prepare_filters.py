@@ -1,0 +1,92 @@
+"""The filters, with engines that hear what they are told to."""
+
+import numpy as np
+import pytest
+
+from corpora.preparation.clip import Clip, SourceClip, Suspicious
+from corpora.preparation.engines import Heard, Pyannote, SpeechBrain
+from corpora.preparation.filters import Enhance, Language, SingleSpeaker, Transcription, plain_words
+from engine.errors import UserError
+
+
+class Hears:
+    def __init__(self, text, language="en", probability=0.9, name="fake"):
+        self.name, self.heard, self.calls = name, Heard(text, language, probability), 0
+
+    def __call__(self, wave):
+        self.calls += 1
+        return self.heard
+
+
+def clip(text=None):
+    made = Clip(SourceClip("a"), ".", wave=np.zeros(2400, np.float32), wave16=np.zeros(1600, np.float32))
+    made.facts["text"] = text
+    return made
+
+
+def test_language():
+    kept = clip()
+    Language(Hears("", "de"), ["en", "de"])(kept)
+    assert kept.facts["language"] == "de"
+    with pytest.raises(UserError, match="language fr, wanted are en, de"):
+        Language(Hears("", "fr"), ["en", "de"])(clip())
+    with pytest.raises(UserError, match=r"probability 0\.40, under 0\.5"):
+        Language(Hears("", "en", 0.4), ["en"])(clip())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "kept"), [([3.0], True), ([3.0, 0.2, 0.2], True), ([3.0, 0.6], False), ([], False)]
+)
+def test_single_speaker(seconds, kept):
+    stage = SingleSpeaker(lambda wave: seconds, others=0.5)
+    if kept:
+        stage(clip())
+    else:
+        with pytest.raises(UserError):
+            stage(clip())
+
+
+def test_transcription_against_the_text_and_between_recognisers():
+    listens = Hears("Hello, there. It's me!")
+    both = clip("hello there it's me")
+    Language(listens, ["en"])(both)
+    Transcription(listens, most=0.0)(both)
+    assert listens.calls == 1  # once for all stages
+    with pytest.raises(UserError, match=r"differ from its text: word error rate 0\.50, over 0\.3"):
+        Transcription(listens)(clip("hello where is me"))
+    with pytest.raises(UserError, match="its text is empty"):
+        Transcription(listens)(clip("..."))
+    without = clip()
+    Transcription(listens, Hears("hello there its me", name="second"))(without)
+    assert without.facts["text"] == "Hello, there. It's me!"
+    with pytest.raises(UserError, match="differ from a second recogniser"):
+        Transcription(listens, Hears("good bye", name="second"))(clip())
+    with pytest.raises(Suspicious, match="no text to compare with"):
+        Transcription(listens)(clip())
+    assert plain_words("It's  TWO-fold, yes?") == "it's two fold yes"
+
+
+def test_enhancement_replaces_the_sound_at_both_rates():
+    class Half:
+        rate = 16_000
+
+        def __call__(self, wave):
+            return wave / 2
+
+    noisy = clip()
+    time = np.arange(2400, dtype=np.float32) / 24_000
+    noisy.wave = np.sin(2 * np.pi * 440 * time)
+    noisy.heard["fake"] = Heard("old", "en", 1.0)
+    before = noisy.wave.copy()
+    Enhance(Half())(noisy)
+    assert len(noisy.wave) == 2400 and len(noisy.wave16) == 1600 and not noisy.heard
+    assert np.abs(noisy.wave - before / 2)[100:-100].max() < 0.01
+    with pytest.raises(UserError, match="enhancer made"):
+        Enhance(type("Cuts", (), {"rate": 16_000, "__call__": lambda self, wave: wave[1:]})())(noisy)
+
+
+@pytest.mark.parametrize(("engine", "package"), [(Pyannote, "pyannote.audio"), (SpeechBrain, "speechbrain")])
+def test_a_missing_package_is_one_line(engine, package, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(UserError, match=rf"this needs {package} .* install it with  bash scripts/setup.sh prepare"):
+        engine(device="cpu")

@@ -1,0 +1,242 @@
+"""The preparation job with a quick stage in place of the networks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from drawn_faces import draw_face
+from omegaconf import OmegaConf
+
+from corpora.preparation.clip import SourceClip
+from corpora.preparation.job import prepare
+from corpora.preparation.media import Decode
+from corpora.preparation.worker import Task, process
+from engine.config import load
+from engine.errors import UserError
+from engine.media.audio import write_wav
+from engine.media.video import write_video
+from engine.shards.writer import read_members
+
+ROOT = Path(__file__).resolve().parents[2]
+FRAMES = 14
+SYMBOLS = ["a", "b"]
+
+
+def clip_row(name, number=0):
+    phonemes = [[SYMBOLS[number % 2], 0.1, 0.3]]
+    return {"id": name, "text": f"clip {number}", "voice": number, "expression": "happy", "phonemes": phonemes}
+
+
+def write_clip(root, split, name, number, noise=False):
+    rng = np.random.default_rng(number)
+    if noise:
+        frames = np.repeat(rng.integers(0, 255, (FRAMES, 4, 4, 3), np.uint8), 32, 1).repeat(32, 2)
+    else:
+        frames = np.stack([draw_face((number + i) % 5 / 5) for i in range(FRAMES)])
+    write_video(root / split / f"{name}.mp4", frames, 25)
+    write_wav(root / split / f"{name}.wav", rng.normal(0, 0.1, FRAMES * 960), 24_000)
+
+
+def write_manifest(root, split, names):
+    rows = [clip_row(name, number) for number, name in enumerate(names)]
+    (root / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    root = tmp_path_factory.mktemp("corpus")
+    names = [f"clip{i}" for i in range(9)]
+    for number, name in enumerate(names):
+        write_clip(root, "train", name, number)
+    write_manifest(root, "train", names)
+    return root
+
+
+def settings(root, output, **changes):
+    config = {
+        "source": {"_target_": "corpora.preparation.sources.Synthetic", "root": str(root)},
+        "output": str(output),
+        "splits": ["train"],
+        "clips_per_shard": 4,
+        "limit": None,
+        "workers": 1,
+        "device": "cpu",
+        "clip_timeout": 60,
+        "patience": 25,
+        "rank": 0,
+        "world_size": 1,
+        "stages": {
+            "decode": {"use": True, "_target_": "corpora.preparation.media.Decode"},
+            "crops": {"use": False},
+            "brightness": {"use": True, "_target_": "preparation_fakes.Brightness"},
+        },
+    }
+    return OmegaConf.merge(config, changes)
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole")
+    prepare(settings(corpus, output))
+    return output
+
+
+def test_an_unbroken_run(whole, corpus):
+    index = json.loads((whole / "train" / "index.json").read_text())
+    assert index["clips"] == 9 and [s["clips"] for s in index["shards"]] == [4, 4, 1]
+    assert index["seconds"] == pytest.approx(9 * FRAMES / 25) and index["symbols"] == SYMBOLS
+    assert index["digests"] == {"fake": "01234567"} and len(index["motion_mean"]) == 3
+    assert [stage["name"] for stage in index["stages"]] == ["decode", "brightness"]
+    assert sorted(os.listdir(whole / "train")) == [
+        ".plan.json",
+        *(f"00000{i}.{kind}" for i in range(3) for kind in ("json", "tar")),
+        "index.json",
+        "quarantine.jsonl",
+    ]
+
+
+def launch(corpus, output, rank, pause):
+    """One process of two, as a process of its own that can be killed."""
+    config = settings(corpus, output, rank=rank, world_size=2, stages={"brightness": {"pause": pause}})
+    program = (
+        "import sys; from omegaconf import OmegaConf; from corpora.preparation.job import prepare\n"
+        "if __name__ == '__main__': prepare(OmegaConf.create(sys.argv[1]))"
+    )
+    path = output.parent / "program.py"
+    path.write_text(program)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'codecs'}:{ROOT / 'tests' / 'scripts'}"}
+    return subprocess.Popen([sys.executable, path, OmegaConf.to_yaml(config)], env=environment, start_new_session=True)
+
+
+def clips_done(output):
+    return len(list(output.rglob(".work-0*/*.tar"))) + 4 * len(list(output.rglob("0*.tar")))
+
+
+def test_killed_processes_go_on_and_end_in_the_same_bytes(corpus, tmp_path):
+    """Two processes of which both are killed with SIGKILL in mid-clip, then one finishes the other's shards."""
+    output = tmp_path / "shards"
+    both = [launch(corpus, output, rank, 0.3) for rank in (0, 1)]
+    before = time.monotonic()
+    while clips_done(output) < 3 and time.monotonic() - before < 240:
+        time.sleep(0.02)
+    for each in both:
+        os.kill(each.pid, signal.SIGKILL)  # its worker goes with it
+        each.wait()
+    broken = contents(output)
+    assert 3 <= clips_done(output) < 9 and "train/index.json" not in broken
+    prepare(settings(corpus, output, stages={"brightness": {"pause": 0.3}}))
+    assert not [name for name in contents(output) if ".work" in name]
+    expected = tmp_path / "whole"
+    prepare(settings(corpus, expected, stages={"brightness": {"pause": 0.3}}))
+    assert contents(output) == contents(expected)
+
+
+def test_bad_clips_are_listed_with_their_reasons_and_the_others_prepared(tmp_path):
+    """Every way in which a file can be bad, and stages that refuse, raise, crash and hang."""
+    root, output, split = tmp_path / "corpus", tmp_path / "shards", tmp_path / "corpus" / "train"
+    names = ["good0", "truncated", "empty", "text", "nosound", "good1", "short", "missing", "noface", "codec"]
+    names += ["refuse", "segfault", "good2", "bug", "hang", "lengths", "good3"]
+    for number, name in enumerate(names):
+        write_clip(root, "train", name, number, noise=name == "noface")
+    write_manifest(root, "train", names)
+    whole = (split / "truncated.mp4").read_bytes()
+    (split / "truncated.mp4").write_bytes(whole[: len(whole) // 2])
+    (split / "empty.mp4").write_bytes(b"")
+    (split / "text.mp4").write_text("this is no video\n" * 100)
+    (split / "nosound.wav").write_bytes((split / "nosound.wav").read_bytes()[:44])
+    write_wav(split / "short.wav", np.zeros(960), 24_000)
+    (split / "missing.mp4").unlink()
+    (split / "codec.mp4").write_bytes(whole.replace(b"avc1", b"xxxx"))
+    write_wav(split / "lengths.wav", np.zeros(60 * 960), 24_000)
+    stages = {"face": {"use": True, "_target_": "corpora.preparation.faces.Face"}}
+    config = settings(root, output, workers=2, clip_timeout=10, stages=stages)
+    prepare(config)
+    index = json.loads((output / "train" / "index.json").read_text())
+    keys = [
+        sample["key"]
+        for shard in index["shards"]
+        for sample in json.loads((output / "train" / f"{shard['name']}.json").read_text())["samples"]
+    ]
+    assert keys == [name for name in names if name.startswith("good")]
+    lines = [json.loads(line) for line in (output / "train" / "quarantine.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in lines] == [name for name in names if not name.startswith("good")]
+    said = {line["key"]: (line["stage"], line["reason"]) for line in lines}
+    for name, (stage, words) in {
+        "truncated": ("decode", "train/truncated.mp4"),
+        "empty": ("decode", "train/empty.mp4 is empty (0 bytes)"),
+        "text": ("decode", "train/text.mp4"),
+        "nosound": ("decode", "zero audio samples"),
+        "short": ("decode", "they must be of one length"),
+        "missing": ("decode", "no such file: train/missing.mp4"),
+        "noface": ("face", "no face found"),
+        "codec": ("decode", "train/codec.mp4"),
+        "refuse": ("brightness", "train/refuse.mp4: not wanted"),
+        "segfault": ("crash", "died at this clip, 2 times (signal 11)"),
+        "bug": ("brightness", "ZeroDivisionError: at 0x"),
+        "hang": ("crash", "took longer than 10 s"),
+        "lengths": ("decode", "they must be of one length"),
+    }.items():
+        assert said[name][0] == stage and words in said[name][1], (name, said[name])
+    assert index["rejected"] == {"brightness": 2, "crash": 2, "decode": 8, "face": 1}
+    assert {line["source"] for line in lines} == {f"train/{line['key']}.mp4" for line in lines}
+
+
+def test_what_is_no_fault_of_the_clips_stops_the_job(corpus, tmp_path):
+    bad = tmp_path / "corpus"
+    names = [f"bug{i}" for i in range(4)]
+    for number, name in enumerate(names):
+        write_clip(bad, "train", name, number)
+    write_manifest(bad, "train", names)
+    with pytest.raises(UserError, match=r"3 clips in a row failed, .*bug2\.mp4.* in stage brightness: ZeroDivision"):
+        prepare(settings(bad, tmp_path / "a", patience=3))
+    assert not list((tmp_path / "a").rglob("bug*"))  # none is held to be done
+    (bad / "train" / "bug0.mp4").rename(bad / "train" / "full.mp4")
+    (bad / "train" / "bug0.wav").rename(bad / "train" / "full.wav")
+    write_manifest(bad, "train", ["full"])
+    with pytest.raises(UserError, match="No space left on device"):
+        prepare(settings(bad, tmp_path / "b"))
+    with pytest.raises(UserError, match="this needs nothing"):
+        missing = {"brightness": {"_target_": "preparation_fakes.Missing"}}
+        prepare(settings(corpus, tmp_path / "c", stages=missing))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file"):
+        prepare(settings(corpus, tmp_path / "file" / "d"))
+    with pytest.raises(UserError, match=r"rank=2 must be in 0\.\.world_size-1"):
+        prepare(settings(corpus, tmp_path / "e", rank=2, world_size=2))
+
+
+def test_the_command_line(tmp_path):
+    config = load("prepare", ["output=x", "source=lrs3", "source.root=/data/lrs3"], "help")
+    assert [name for name, stage in config.stages.items() if stage.use][:3] == ["decode", "face", "crops"]
+    with pytest.raises(UserError, match=r"unknown setting 'stages\.fase\.use'; did you mean stages\.face\.use"):
+        load("prepare", ["output=x", "stages.fase.use=false"], "help")
+
+
+def test_tasks_of_a_slurm_array_are_processes_of_the_job():
+    environment = {
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_CPUS_PER_TASK": "3",
+        "PYTHON": "echo",
+        "PATH": os.environ["PATH"],
+    }
+    environment |= {f"SLURM_ARRAY_TASK_{name}": value for name, value in (("ID", "7"), ("MIN", "4"), ("COUNT", "8"))}
+    script = ROOT / "scripts" / "cluster" / "prepare_slurm.sbatch"
+    done = subprocess.run(["bash", script, "output=a b"], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "scripts/prepare_data.py rank=3 world_size=8 workers=3 output=a b\n"
+
+
+def test_a_clip_of_which_nobody_tells_the_text_has_an_empty_one(corpus, tmp_path):
+    clip = SourceClip("a", "train/clip0.mp4", "train/clip0.wav")
+    assert process(Task(clip, corpus, tmp_path), {"decode": Decode()}).stage == ""
+    facts = next(json.loads(data) for suffix, _, data in read_members((tmp_path / "a.tar").read_bytes()))
+    assert facts["text"] == "" and facts["frames"] == FRAMES and facts["expression"] is None

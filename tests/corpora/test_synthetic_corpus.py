@@ -1,0 +1,198 @@
+"""The synthetic corpus: deterministic, resumable, with disjoint splits and faces that show what is said."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import wave
+from pathlib import Path
+
+import cv2
+import imageio_ffmpeg
+import numpy as np
+import pytest
+
+from corpora.synthetic.corpus import resample
+from corpora.synthetic.expression import EXPRESSIONS, pose, prosody
+from corpora.synthetic.face import Face, draw_motion
+from corpora.synthetic.portrait import design
+from corpora.synthetic.sentences import SLOTS, SPLITS, draw_sentence, split_of
+from corpora.synthetic.visemes import FPS, MOUTH, mouth_track
+from corpora.synthetic.voices import VOICES_FILE, draw_voice, load_voices
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def make(out: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "scripts/make_synthetic_corpus.py", "--out", str(out), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
+
+
+def digests(root: Path) -> dict[str, str]:
+    files = [f for f in sorted(root.rglob("*")) if f.is_file()]
+    return {str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def entries(root: Path, split: str) -> list[dict]:
+    return [json.loads(line) for line in (root / f"{split}.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("corpus") / "two_workers"
+    done = make(root, "--clips", "6", "--test-clips", "2", "--seed", "3", "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def test_worker_count_changes_no_byte(corpus, tmp_path):
+    done = make(tmp_path / "one", "--clips", "6", "--test-clips", "2", "--seed", "3", "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    one, two = digests(tmp_path / "one"), digests(corpus)
+    assert one == two
+    assert len(one) == 10 * 3 + 3 + 3  # clips; manifests; grammar, contact sheet, corpus.json
+
+
+def test_an_interrupted_corpus_is_finished_the_same(corpus, tmp_path):
+    root = tmp_path / "copy"
+    subprocess.run(["cp", "-a", str(corpus), str(root)], check=True)
+    (root / "train" / "train_000001.json").unlink()  # killed before the last file was written
+    (root / "train" / "train_000002.wav").unlink()
+    (root / "seen" / ".seen_000000.mp4.part").write_bytes(b"half a file")
+    (root / "train.jsonl").unlink()
+    kept = (root / "train" / "train_000003.mp4").stat().st_mtime_ns
+    done = make(root, "--clips", "6", "--test-clips", "2", "--seed", "3", "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    assert "8 there already, 2 to make" in done.stdout
+    assert digests(root) == digests(corpus)
+    assert (root / "train" / "train_000003.mp4").stat().st_mtime_ns == kept
+
+
+def test_another_seed_makes_another_corpus_elsewhere_only(corpus):
+    done = make(corpus, "--clips", "6", "--test-clips", "2", "--seed", "4")
+    assert done.returncode == 2
+    assert "seed 3" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [("--clips", "0"), ("--workers", "0"), ("--clips", "many")])
+def test_user_mistakes_exit_2(tmp_path, arguments):
+    done = make(tmp_path / "no", *arguments)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert not (tmp_path / "no").exists()
+
+
+def test_splits_are_disjoint(corpus):
+    texts = {split: {entry["text"] for entry in entries(corpus, split)} for split in SPLITS}
+    voices = {split: {entry["voice"] for entry in entries(corpus, split)} for split in SPLITS}
+    for a, b in (("train", "seen"), ("train", "unseen"), ("seen", "unseen")):
+        assert not texts[a] & texts[b]
+    assert voices["seen"] <= {v.number for v in load_voices() if not v.held_out}
+    assert not voices["unseen"] & (voices["train"] | voices["seen"])
+    assert voices["unseen"] <= {v.number for v in load_voices() if v.held_out}
+
+
+def test_large_draws_stay_in_their_split():
+    rng = np.random.default_rng(0)
+    drawn = {split: {draw_sentence(rng, split) for _ in range(2000)} for split in SPLITS}
+    assert all(split_of(text) == split for split, texts in drawn.items() for text in texts)
+    assert not drawn["train"] & (drawn["seen"] | drawn["unseen"])
+    words = {word for text in drawn["train"] for word in text.split()}
+    assert words == {word for slot in SLOTS for word in slot}
+
+
+def test_clip_files_agree(corpus):
+    for split in SPLITS:
+        for entry in entries(corpus, split):
+            stem = corpus / split / entry["id"]
+            assert json.loads(stem.with_suffix(".json").read_text()) == entry
+            with wave.open(str(stem.with_suffix(".wav"))) as file:
+                assert (file.getnchannels(), file.getsampwidth(), file.getframerate()) == (1, 2, 24000)
+                assert file.getnframes() == entry["frames"] * 960
+            reader = imageio_ffmpeg.read_frames(str(stem.with_suffix(".mp4")))
+            about = next(reader)
+            assert about["size"] == (128, 128) and about["fps"] == FPS and about["codec"] == "h264"
+            assert sum(1 for _ in reader) == entry["frames"] == round(entry["seconds"] * FPS)
+            assert entry["expression"] in EXPRESSIONS
+            assert all(len(values) == entry["frames"] for values in [*entry["mouth"].values(), *entry["pose"].values()])
+
+
+def test_phonemes_lie_in_the_clip_and_where_the_sound_is(corpus):
+    for entry in entries(corpus, "train"):
+        ends = [0.0]
+        for _, start, end in entry["phonemes"]:
+            assert ends[-1] - 1e-6 <= start < end <= entry["seconds"]
+            ends.append(end)
+        with wave.open(str(corpus / "train" / f"{entry['id']}.wav")) as file:
+            samples = np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768
+        first, last = (int(24000 * t) for t in (entry["phonemes"][0][1], entry["phonemes"][-1][2]))
+        spoken, silent = samples[first:last], np.concatenate([samples[: first - 480], samples[last + 2400 :]])
+        assert np.sqrt(np.mean(spoken**2)) > 10 * np.sqrt(np.mean(silent**2))
+
+
+@pytest.mark.parametrize("symbol", ["p", "b", "m"])
+def test_closures_close_the_mouth(symbol):
+    column = MOUTH.index("open")
+    for offset in np.linspace(0, 0.04, 9):  # wherever the frame grid falls
+        track = mouth_track(
+            [("A:", 0.2, 0.4 + offset), (symbol, 0.4 + offset, 0.45 + offset), ("a", 0.45 + offset, 0.8)], 25
+        )
+        assert track[5:20, column].max() > 0.6
+        assert track[9:14, column].min() < 0.02
+
+
+def test_mouth_moves_smoothly_and_shapes_differ():
+    track = mouth_track([("A:", 0.2, 0.5), ("i:", 0.5, 0.8), ("u:", 0.8, 1.1)], 32)
+    steps, ranges = np.abs(np.diff(track, axis=0)).max(0), np.ptp(track, axis=0)
+    assert (steps <= 0.8 * ranges).all()  # a change takes more than one frame
+    opening, width = track[:, MOUTH.index("open")], track[:, MOUTH.index("width")]
+    assert opening[8] > 0.9 and width[16] > 0.8 and width[23] < -0.8
+
+
+def test_faces_are_found_and_show_expression_and_mouth():
+    cascade = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt2.xml")
+    track = mouth_track([("m", 0.0, 0.2), ("A:", 0.2, 0.4)], 10)
+    still = draw_motion(np.random.default_rng(0), 10, np.zeros(10))
+    found = 0
+    voices = load_voices()
+    for voice in voices:
+        face = Face(design(voice.face_seed, voice.pitch, voice.formants))
+        neutral, angry = (face.render(track, pose(name, 1.0), still) for name in ("neutral", "angry"))
+        found += len(cascade.detectMultiScale(cv2.cvtColor(neutral[8], cv2.COLOR_RGB2GRAY), 1.1, 3)) == 1
+        assert np.abs(neutral[2, 36:60].astype(int) - angry[2, 36:60]).max() > 40  # brows
+        assert np.abs(neutral[2, 80:108, 44:84].astype(int) - neutral[8, 80:108, 44:84]).mean() > 8  # mouth
+    assert found >= 0.97 * len(voices)
+
+
+def test_expressions_drive_prosody():
+    neutral = prosody("neutral", 1.0)
+    assert prosody("angry", 0.0) == neutral
+    assert prosody("sad", 1.0).span < neutral.span < prosody("surprised", 1.0).span
+    assert prosody("sad", 1.0).gain < neutral.gain < prosody("angry", 1.0).gain
+
+
+def test_voices_meet_the_floor():
+    voices = load_voices()
+    assert sum(not v.held_out for v in voices) >= 32 and sum(v.held_out for v in voices) >= 8
+    assert [v.number for v in voices] == list(range(len(voices)))
+    assert len({v.lines for v in voices}) == len({v.face_seed for v in voices}) == len(voices)
+
+
+def test_voices_are_draws_of_the_recorded_selection():
+    arguments = json.loads(VOICES_FILE.read_text())["arguments"]
+    drawn = [draw_voice(arguments["seed"] * 100_000 + i) for i in range(arguments["candidates"])]
+    traits = {lines: (round(pitch, 1), round(formants, 4)) for lines, pitch, formants in drawn}
+    assert all(traits.get(v.lines) == (v.pitch, v.formants) for v in load_voices())
+
+
+def test_resample_keeps_a_tone():
+    t = np.arange(22050) / 22050
+    tone = np.sin(2 * np.pi * 440 * t) * np.hanning(22050)
+    t = np.arange(24000) / 24000
+    expected = np.sin(2 * np.pi * 440 * t) * np.interp(t, np.arange(22050) / 22050, np.hanning(22050))
+    got = resample(tone.astype(np.float32), 22050, 24000)
+    assert len(got) == 24000
+    assert np.abs(got - expected).max() < 1e-3

@@ -1,0 +1,122 @@
+"""Runners for the LIA-X cases, `liax_*`. Axes: B pictures, C channels, S side."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lia_x import ops
+from lia_x.codec import LiaX, LiaXConfig, load_released
+from lia_x.released import from_released
+from tests.golden.runners import Case, runner
+
+HOOKED_LEVELS = ("512", "2", "3", "4", "5", "6", "7")  # released names of the levels, coarsest first
+PLAIN = ("style_dim", "motion_dim", "scale")
+
+
+def pictures(lowres: Tensor) -> Tensor:
+    """(N, 3, 32, 32) bytes -> (N, 3, 512, 512) in [-1, 1]: every pixel as a 16 x 16 square, plus a fixed pattern."""
+    values = lowres.numpy().astype(np.int64).repeat(16, -2).repeat(16, -1)
+    axis = np.arange(values.shape[-1])
+    values = np.clip(values + ((7 * axis[:, None] + 13 * axis) % 17) - 8, 0, 255)
+    return torch.from_numpy(values.astype(np.float32) / np.float32(127.5) - np.float32(1))
+
+
+def stored(name: str, image: Tensor, step: int = 4, first_crop: bool = False) -> dict[str, Tensor]:
+    """The views of an image (B, 3, 512, 512) that the cases store."""
+    crop = (image[:1] if first_crop else image)[..., 200:264, 300:364]
+    flat = image.double().flatten(2)
+    stats = torch.stack([flat.mean(-1), flat.std(-1), flat.abs().amax(-1)], -1)
+    return {f"{name}_s{step}": image[..., ::step, ::step], f"{name}_crop": crop, f"{name}_stats": stats}
+
+
+def build(case: Case) -> LiaX:
+    config = LiaXConfig(**{name: case.config[name] for name in PLAIN if name in case.config})
+    return load_released(case.weights(), case.name, config)
+
+
+@runner("liax_")
+@torch.no_grad()
+def run_network(case: Case) -> dict[str, Tensor]:
+    model, x, motion = build(case), pictures(case.inputs["lowres_u8"]), case.inputs["motion"]
+    identity = model.identity(x[:1])
+    out = {"z_s2r": identity.style, "motion_code": model.motion(x), "direction": model.decoder.directions(motion)}
+    for i, features in enumerate(identity.maps):
+        step = max(1, features.numel() // 3000) | 1
+        out[f"feat_{i}_strided"] = features.flatten()[::step]
+
+    hooks = [model.decoder.first.register_forward_hook(lambda _m, _i, y: out.update(conv1=y[:, :32]))]
+    for name, level in zip(HOOKED_LEVELS, model.decoder.levels, strict=False):
+
+        def keep(_module: nn.Module, _inputs: tuple, state: tuple, name: str = name) -> None:
+            out.update({f"rgb_{name}": state.picture, f"flowlogit_{name}": state.flow})
+
+        hooks.append(level.register_forward_hook(keep))
+    out |= stored("img_abs", model.render(identity, motion[:1]))
+    for hook in hooks:
+        hook.remove()
+
+    if "img_none_s4" in case.outputs:
+        out |= stored("img_none", model.decoder(model.decoder.navigate(identity.style), identity.maps))
+    if "z_rel" in case.outputs or "img_rel_s4" in case.outputs:
+        out["z_rel"] = model.decoder.navigate(identity.style, motion[:1], motion[1:2], motion[2:3])
+        out |= stored("img_rel", model.decoder(out["z_rel"], identity.maps))
+    return out
+
+
+@runner("liax_animate")
+@torch.no_grad()
+def run_animate(case: Case) -> dict[str, Tensor]:
+    model, x = build(case), pictures(case.inputs["lowres_u8"])
+    indices, values, chunk = case.meta["edit_indices"], case.meta["edit_values"], case.meta["chunk_size"]
+    out = {"motion_codes": model.motion(x)}
+    out |= stored("animate", model.animate(x[:1], x[1:4], indices, values, chunk["animate"]), 8, True)
+    out |= stored("edit_img", model.edit_image(x[0], indices, values))
+    return out | stored("edit_vid", model.edit_video(x[:2], indices, values, chunk["edit_vid"]), 8, True)
+
+
+@runner("liax_ops")
+@torch.no_grad()
+def run_blocks(case: Case) -> dict[str, Tensor]:
+    keys, inputs, weights = case.keys, case.inputs, case.weights()
+    width, out_width = case.config["in_channel"], case.config["out_channel"]
+    style_dim = case.config["style_dim"]
+    flow_out, flow_in = keys["flow_res.conv1.conv.weight"][1:3]
+
+    def load(name: str, module: nn.Module) -> nn.Module:
+        prefix = f"{name}."
+        own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        module.load_state_dict(from_released(module, own))
+        return module.eval()
+
+    x, style, square, feat = inputs["x"], inputs["style"], inputs["hsq"], inputs["feat"]
+    out = {
+        "conv3": load("conv3", ops.ConvLayer(width, out_width, 3))(x),
+        "conv1": load("conv1", ops.ConvLayer(3, out_width, 1))(inputs["img"]),
+        "conv_down3": load("conv_down3", ops.ConvLayer(width, out_width, 3, "down"))(x),
+        "conv_down1": load("conv_down1", ops.ConvLayer(width, out_width, 1, "down", activate=False))(x),
+        "conv_up3": load("conv_up3", ops.ConvLayer(width, out_width, 3, "up"))(x),
+        "equal_conv4": load("equal_conv4", ops.EqualConv2d(width, out_width, 4))(x),
+        "equal_linear": load("equal_linear", ops.EqualLinear(style_dim, out_width))(style),
+        "upsample": ops.upsample(x),
+        "mod3": load("mod3", ops.ModulatedConv2d(width, out_width, 3, style_dim))(x, style),
+        "mod3_up": load("mod3_up", ops.ModulatedConv2d(width, out_width, 3, style_dim, up=True))(x, style),
+        "mod1_nodemod": load("mod1_nodemod", ops.ModulatedConv2d(width, 3, 1, style_dim, demodulate=False))(x, style),
+        "styled": load("styled", ops.StyledConv(width, out_width, style_dim))(x, style),
+        "styled_up": load("styled_up", ops.StyledConv(width, out_width, style_dim, up=True))(x, style),
+        "const": weights["const.input"].expand(len(style), -1, -1, -1),
+        "enc_res": load("enc_res", ops.ResBlock(width, out_width, down=True))(inputs["xe"]),
+        "dec_res_same": load("dec_res_same", ops.ResBlock(out_width, out_width))(inputs["xb"]),
+        "dec_res_change": load("dec_res_change", ops.ResBlock(width, out_width))(x),
+        "flow_res": load("flow_res", ops.FlowResBlock(flow_in, flow_out, style_dim))(inputs["x32"], style),
+    }
+    to_rgb = load("to_rgb", ops.ToRGB(width))
+    out["to_rgb"], out["to_rgb_skip"] = to_rgb(square), to_rgb(square, inputs["rgb_skip"])
+    to_flow = load("to_flow", ops.ToFlow(width, style_dim))
+    for name, skip in (("to_flow", None), ("to_flow_skip", inputs["flow_skip"])):
+        results = to_flow(square, style, feat, skip)
+        out |= {f"{name}_{part}": value for part, value in zip(("warp", "h", "out"), results, strict=True)}
+    basis = load("direction", ops.MotionBasis(*keys["direction.weight"]))
+    out["direction"], out["direction_q"] = basis(inputs["motion"]), basis.directions()
+    return out

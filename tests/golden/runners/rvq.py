@@ -1,0 +1,184 @@
+"""Runners of the RVQ codec, its discriminators and its losses. Axes: B batch, C channels, Q levels, T frames."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.nn.audio_losses import (
+    MelSpectrogram,
+    MultiResolutionSTFTLoss,
+    MultiScaleMelLoss,
+    discriminator_loss,
+    generator_loss,
+    mel_filters,
+    warmup_decay_lr,
+)
+from engine.nn.discriminators import MultiPeriodDiscriminator, MultiResolutionDiscriminator
+from engine.release import load_strict
+from rvq_codec.codec import (
+    build_decoder,
+    build_encoder,
+    build_quantizer,
+    decoder_from_released,
+    encoder_from_released,
+    released_config,
+)
+from tests.golden.runners import Case, runner
+
+
+def _strip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+@runner("mgct_")
+def run_codec(case: Case) -> dict[str, Tensor]:
+    if "d_model" in case.config:
+        return _run_encoder(case)
+    if "loss" in case.outputs:
+        return _run_quantizer_training(case)
+    return _run_decoder(case)
+
+
+@torch.no_grad()
+def _run_encoder(case: Case) -> dict[str, Tensor]:
+    encoder = build_encoder(released_config(case.config)).eval()
+    load_strict(encoder, _strip(encoder_from_released(case.weights()), "encoder."), case.name)
+    out = {}
+    for name, wave in case.inputs.items():
+        z = encoder(wave)
+        assert z.shape[-1] == encoder.frames(wave.shape[-1]), "length rule"
+        out["z" + name.removeprefix("wav")] = z
+    return out
+
+
+@torch.no_grad()
+def _run_decoder(case: Case) -> dict[str, Tensor]:
+    config = released_config(case.config)
+    quantizer, decoder = build_quantizer(config).eval(), build_decoder(config).eval()
+    state = decoder_from_released(case.weights(), config)
+    load_strict(quantizer, _strip(state, "quantizer."), case.name)
+    load_strict(decoder, _strip(state, "decoder."), case.name)
+
+    z = case.inputs["z"]
+    full = quantizer(z)
+    out = {
+        "codes": quantizer.quantize(z).transpose(0, 1),
+        "quantized": full.latent,
+        "vq2emb": quantizer.embed(full.codes),
+        "all_quantized_0": full.levels[0],
+        "decode": decoder(quantizer.embed(full.codes)),
+        "decode_z": decoder(z),
+        "decode_T1": decoder(z[:, :, :1]),
+    }
+    if config.decoder == "vocos":
+        out["backbone"] = decoder.backbone(z)
+        out["head_linear"] = decoder.head.out(out["backbone"])
+    for name in case.outputs:
+        kind, _, levels = name.rpartition("_")
+        if kind in ("quantized", "vq2emb") and levels.isdigit():
+            few = quantizer(z, int(levels))
+            out[name] = few.latent if kind == "quantized" else quantizer.embed(full.codes, int(levels))
+    out["margin"] = _margin(quantizer.double(), z.double())
+    return out
+
+
+def _margin(quantizer, z: Tensor) -> Tensor:
+    """Gap (Q, B, T) between the best and the second best distance, in the precision of `quantizer`."""
+    gaps, residual = [], z
+    for level in quantizer.quantizers:
+        nearest = level.distances(level.in_project(residual)).topk(2, largest=False).values
+        gaps.append(nearest[..., 1] - nearest[..., 0])
+        residual = residual - level(residual)[0]
+    return torch.stack(gaps)
+
+
+def _run_quantizer_training(case: Case) -> dict[str, Tensor]:
+    quantizer = build_quantizer(released_config(case.config)).train()
+    load_strict(quantizer, case.weights(), case.name)
+    z = case.inputs["z"].clone().requires_grad_()
+    result = quantizer(z)
+    loss = (result.latent * case.inputs["w"]).sum() + result.commitment.sum() + result.codebook.sum()
+    loss.backward()
+    first, last = quantizer.quantizers[0], quantizer.quantizers[-1]
+    out = {
+        "quantized": result.latent,
+        "codes": result.codes.transpose(0, 1),
+        "commit_losses": result.commitment,
+        "codebook_losses": result.codebook,
+        "loss": loss.reshape(1),
+        "grad_z": z.grad,
+        "grad_codebook_0": first.codebook.weight.grad,
+        "grad_codebook_last": last.codebook.weight.grad,
+    }
+    if first.projected:
+        out["grad_in_v_0"], out["grad_in_g_0"] = first.in_project.weight_v.grad, first.in_project.weight_g.grad
+        out["grad_out_v_0"] = first.out_project.weight_v.grad
+    return {name: value.detach() for name, value in out.items()}
+
+
+def _discriminate(case: Case, discriminator: torch.nn.Module, step: int = 997) -> dict[str, Tensor]:
+    load_strict(discriminator, case.weights(), case.name)
+    with torch.no_grad():
+        results = discriminator.eval()(case.inputs["wav"])
+    out = {}
+    for i, maps in enumerate(results):
+        out[f"logit_{i}"] = maps[-1]
+        out |= {f"feat_{i}_{j}_strided": x.flatten()[::step] for j, x in enumerate(maps[:-1])}
+    return out
+
+
+@runner("disc_mpd")
+def run_period_discriminator(case: Case) -> dict[str, Tensor]:
+    c = case.config
+    return _discriminate(
+        case,
+        MultiPeriodDiscriminator(
+            c["periods"], c["channels"], c["channel_increasing_factor"], c["max_downsample_channels"]
+        ),
+    )
+
+
+@runner("disc_spec")
+def run_spectrogram_discriminator(case: Case) -> dict[str, Tensor]:
+    c, stft = case.config, case.config["stft_params"]
+    return _discriminate(
+        case,
+        MultiResolutionDiscriminator(
+            stft["fft_sizes"],
+            stft["hop_sizes"],
+            stft["win_lengths"],
+            c["channels"],
+            c["max_downsample_channels"],
+            c["kernel_sizes"],
+            c["downsample_scales"],
+        ),
+    )
+
+
+@runner("codec_losses")
+def run_losses(case: Case) -> dict[str, Tensor]:
+    n_mels, windows = case.config["n_mels"], case.config["window_lengths"]
+    real, fake = case.inputs["real"], case.inputs["fake"]
+    bands = dict(zip(windows, n_mels, strict=True))
+    out = {}
+    for name in case.outputs:
+        parts = name.split("_")
+        if name.startswith("mel_loss_") and name.endswith("_grad_fake"):
+            rate = int(parts[2])
+            x = fake.clone().requires_grad_()
+            loss = MultiScaleMelLoss(rate, n_mels, windows, case.config["clamp"])(x, real)
+            loss.backward()
+            out[name], out[f"mel_loss_{rate}"] = x.grad, loss.detach().reshape(1)
+        elif parts[0] == "mel" and name.endswith("_strided"):
+            rate, window = int(parts[1]), int(parts[2])
+            out[name] = MelSpectrogram(rate, bands[window], window)(real).flatten()[::211]
+        elif parts[0] == "melfb":
+            rate, window = int(parts[1]), int(parts[2])
+            out[name] = mel_filters(rate, window, bands[window]).flatten()[::53]
+    out["stft_loss"] = MultiResolutionSTFTLoss()(fake, real).reshape(1)
+    on_real, on_fake = discriminator_loss([[case.inputs["disc_real"]]], [[case.inputs["disc_fake"]]])
+    out["gan_disc_real"], out["gan_disc_fake"] = on_real.reshape(1), on_fake.reshape(1)
+    out["gan_gen"] = generator_loss([[case.inputs["disc_fake"]]]).reshape(1)
+    out["warmup_lr"] = torch.tensor([warmup_decay_lr(k) for k in case.meta["lr_steps"]], dtype=torch.float64)
+    return out

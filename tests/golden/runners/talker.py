@@ -1,0 +1,242 @@
+"""Runners for Talker-T2AV's parts and its training forward, chosen by the case's `meta["runner"]`.
+
+Axes: B batch, T tokens, C channels, P frames of a patch, n solver steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.release import load_strict
+from talker_t2av import flow_matching as flow
+from talker_t2av.diffusion_head import DiffusionHead, FlowHead, TimeMLP, time_features
+from talker_t2av.layers import Block, Rotary
+from talker_t2av.losses import TalkerBatch, training_forward, training_losses
+from talker_t2av.model import TalkerConfig, TalkerT2AV
+from talker_t2av.patch_encoder import PatchEncoder
+from talker_t2av.released import LM_HEAD, complete
+from talker_t2av.stop_predictor import IGNORED, POSITIVE_SHARE, StopPredictor, stop_labels
+from tests.golden.runners import Case, meta_runner
+
+TRAINED_APART = "encoders run before training; its batches hold what they returned"
+
+
+def part_weights(case: Case) -> dict[str, Tensor]:
+    """Filled tensors by released name: tables that modules compute and the tied output layer are not filled."""
+    return case.weights(lambda key: key != LM_HEAD and not key.endswith("rope.w"))
+
+
+def loaded(case: Case, module: nn.Module) -> nn.Module:
+    """`module` with the case's weights and its own tables."""
+    load_strict(module, complete(part_weights(case), module), case.name)
+    return module.eval()
+
+
+def head_of(case: Case) -> DiffusionHead:
+    c = case.config
+    return DiffusionHead(
+        c["in_channels"], c["global_cond_channels"], c["hidden_size"], c["n_layer"], c["n_head"], _positions(case)
+    )
+
+
+def _positions(case: Case) -> int:
+    """Rows of the rotary tables."""
+    return next((shape[0] for key, shape in case.keys.items() if key.endswith("rope.w")), 1024)
+
+
+def talker(case: Case) -> TalkerT2AV:
+    """The whole model of a case."""
+    c = case.config
+    config = TalkerConfig(
+        llm=c["qwen"],
+        patch_size=c["patch_size"],
+        delay=c["delay"],
+        context=c["context_patches"],
+        speech_dim=c["speech_dim"],
+        motion_dim=c["motion_dim"],
+        speaker_dim=case.keys["speech_cfm.estimator.global_cond_proj.weight"][1],
+        encoder_layers=c["patch_encoder"]["n_layer"],
+        encoder_heads=c["patch_encoder"]["n_head"],
+        head_layers=c["dit"]["n_layer"],
+        head_heads=c["dit"]["n_head"],
+        max_positions=_positions(case),
+        repeats=c["cfm_k_repeat"],
+        motion_weight=c["motion_cfm_weight"],
+    )
+    return TalkerT2AV.from_released(part_weights(case), config)
+
+
+@meta_runner("rope")
+def run_rotary(case: Case) -> dict[str, Tensor]:
+    c = case.config
+    rotary = Rotary(c["head_dim"], c["max_len"], c["base"])
+    return {"y": rotary(case.inputs["x"]), "w": rotary.w[: len(case.outputs["w"])]}
+
+
+@meta_runner("time_embedding")
+@torch.no_grad()
+def run_time_embedding(case: Case) -> dict[str, Tensor]:
+    width, t = case.config["dim"], case.inputs["t"]
+    return {"emb": time_features(t, width), "mlp": loaded(case, TimeMLP(width))(t)}
+
+
+@meta_runner("block")
+@torch.no_grad()
+def run_block(case: Case) -> dict[str, Tensor]:
+    width, heads = case.config["n_embd"], case.config["n_head"]
+    block, rotary, x = loaded(case, Block(width, heads)), Rotary(width // heads), case.inputs["x"]
+    normed = block.norm1(x)
+    return {
+        "norm1": normed,
+        "attn": block.attn(normed, rotary),
+        "mlp": block.mlp(block.norm2(x)),
+        "y": block(x, rotary),
+    }
+
+
+@meta_runner("patch_encoder")
+@torch.no_grad()
+def run_patch_encoder(case: Case) -> dict[str, Tensor]:
+    c = case.config
+    encoder = PatchEncoder(c["input_dim"], c["hidden_size"], c["n_layer"], c["n_head"], _positions(case))
+    return {"y": loaded(case, encoder)(case.inputs["x"])}
+
+
+@meta_runner("locdit")
+@torch.no_grad()
+def run_head(case: Case) -> dict[str, Tensor]:
+    i = case.inputs
+    return {"y": loaded(case, head_of(case))(i["x"], i["mu"], i["t"], i["cond"], i["global_cond"], i.get("dt"))}
+
+
+@meta_runner("cfm_sample")
+@torch.no_grad()
+def run_sampler(case: Case) -> dict[str, Any]:
+    """The sample as it is drawn, and the solver's path with both branches evaluated at every step."""
+    head, i, args = loaded(case, FlowHead(head_of(case))), case.inputs, case.meta["args"]
+    steps, guidance = args["n_timesteps"], args["cfg_value"]
+    sway, star = args.get("sway_sampling_coef", 1.0), args.get("use_cfg_zero_star", True)
+    given = (i["mu"], i["cond"], i["global_cond"])
+    times = flow.solver_times(steps, sway)
+    evaluate = head.branches(*given, times, unconditional=True)
+    path: dict[str, list[Tensor]] = {name: [] for name in ("est_t", "est_x", "est_v_cond", "est_v_uncond")}
+
+    def velocity(x: Tensor, step: int) -> Tensor:
+        both = evaluate(x, step)
+        for seen, value in zip(path.values(), (times[step], x, *both)):
+            seen.append(value)
+        return flow.guide(*both, guidance, star)
+
+    skip = flow.zero_steps(steps) if star else 0
+    flow.euler(velocity, args["temperature"] * i["noise"], times, skip)
+    out = {name: torch.stack(seen) for name, seen in path.items() if seen}
+    x = head.sample(*given, i["noise"], steps, args["temperature"], guidance, sway, star)
+    return out | {"x": x, "t_span": times, "n_estimator_calls": torch.tensor(len(path["est_t"]))}
+
+
+def draws_of(inputs: dict[str, Tensor], prefix: str = "") -> flow.FlowDraws:
+    """A case's draws; log-normal times where it has normal ones, else the second of its uniform ones."""
+    normal = inputs.get(f"{prefix}s_t")
+    t = flow.log_normal_times(normal) if normal is not None else inputs[f"{prefix}u_t"]
+    return flow.FlowDraws(inputs[f"{prefix}u_cfg"], inputs[f"{prefix}u_cond"], t, inputs[f"{prefix}z"])
+
+
+def gradient_norms(module: nn.Module, keys: list[str]) -> Tensor:
+    """L2 norm of each parameter's gradient, 0 where there is none."""
+    named = dict(module.named_parameters())
+    return torch.stack([named[k].grad.norm() if named[k].grad is not None else torch.tensor(0.0) for k in keys])
+
+
+@meta_runner("cfm_loss")
+def run_flow_loss(case: Case) -> dict[str, Tensor]:
+    head, i = loaded(case, FlowHead(head_of(case))), case.inputs
+    draws = draws_of(i)
+    mu, cond, global_cond = (i[name].clone().requires_grad_() for name in ("mu", "cond", "global_cond"))
+    loss = head.loss(i["x1"], mu, cond, global_cond, draws, i.get("tgt_mask"))
+    loss.backward()
+    noisy = flow.noised(i["x1"], draws)
+    mu_used = flow.drop(i["mu"], draws.u_mu, flow.DROP_MU)
+    cond_used = flow.drop(i["cond"], draws.u_cond, flow.DROP_COND)
+    return {
+        "loss": loss,
+        "grad_mu": mu.grad,
+        "grad_cond": cond.grad,
+        "grad_global_cond": global_cond.grad,
+        "grad_norm": gradient_norms(head, case.meta["grad_norm_keys"]),
+        "t": draws.t,
+        "dt": torch.zeros_like(draws.t),
+        "y": noisy,
+        "mu_used": mu_used,
+        "cond_used": cond_used,
+        "v_pred": head.estimator(noisy, mu_used, draws.t, cond_used, i["global_cond"]),
+    }
+
+
+@meta_runner("stop_labels")
+def run_stop_labels(case: Case) -> dict[str, Tensor]:
+    options = {k: v for k, v in case.meta["args"].items() if k != "T"}
+    labels, weight = stop_labels(case.inputs["start"], case.inputs["length"], case.meta["args"]["T"], **options)
+    return {"labels": labels, "pos_weight": weight}
+
+
+@meta_runner("stop_predictor")
+@torch.no_grad()
+def run_stop_predictor(case: Case) -> dict[str, Tensor]:
+    return {"logits": loaded(case, StopPredictor(case.config["dim"]))(case.inputs["x"])}
+
+
+@meta_runner("llm_forward")
+def run_training_forward(case: Case) -> dict[str, Any]:
+    model, i = talker(case), case.inputs
+    batch = TalkerBatch(
+        input_ids=i["input_ids"],
+        attention_mask=i["attention_mask"],
+        speech_span=i["speech_span"],
+        speech=i["speech_latent"],
+        speech_frames=i["mel_len"],
+        motion=i["motion"],
+        motion_frames=i["motion_len"],
+        speaker=i["speaker_emb"],
+    )
+    forward = training_forward(model, batch, i.get("task_tag"))
+    draws = {name: draws_of(i, f"draw.{name}.") if f"draw.{name}.z" in i else None for name in ("speech", "motion")}
+    dummy = len(forward.motion.x1) == 0
+    if dummy:
+        draws["motion"] = None  # the official program draws for an example that it multiplies by 0
+    losses = training_losses(model, forward, **draws)
+    losses["loss"].backward()
+
+    real = forward.mask.bool()
+    out: dict[str, Any] = {
+        "attention_mask": forward.mask,
+        "inputs_embeds": torch.where(real[..., None], forward.embeds, case.outputs["inputs_embeds"]),
+        "hidden": torch.where(real[..., None], forward.hidden, case.outputs["hidden"]),
+        "loss_speech_cfm": losses["speech"],
+        "loss_motion_cfm": losses["motion"] / model.config.motion_weight,
+        "loss_stop": losses["stop"],
+        "loss_total": losses["loss"],
+        "stop_labels": forward.labels,
+        "stop_logits_selected": model.head_stop(forward.hidden)[forward.labels != IGNORED],
+        "stop_pos_weight_raw": forward.pos_weight,
+        "stop_pos_weight_used": POSITIVE_SHARE * forward.pos_weight,
+        "motion_is_dummy": torch.tensor(int(dummy)),
+        "grad_norm": gradient_norms(model, case.meta["grad_norm_keys"]),
+    }
+    unreached = case.outputs["grad_norm"] < 0  # the case's sign for "no gradient", which is a zero one here
+    out["grad_norm"] = torch.where(unreached & (out["grad_norm"] == 0), case.outputs["grad_norm"], out["grad_norm"])
+    for name, examples in (("speech", forward.speech), ("motion", forward.motion)):
+        t = draws[name].t if draws[name] else None
+        for output, value in {**vars(examples), "t": t}.items():
+            if len(examples.x1) == 0:
+                case.skip(f"{name}.{output}", "of a dummy example, which is not needed here")
+            else:
+                out[f"{name}.{output}"] = value
+    for name in ("codec_audio_shape", "spk_audio_shape"):
+        case.skip(name, TRAINED_APART)
+    for name in case.outputs:
+        if "dummy_before" in name:
+            case.skip(name, "of a dummy example, which is not needed here")
+    return out

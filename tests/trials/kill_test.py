@@ -1,0 +1,284 @@
+"""Kills a short training again and again at random moments and compares the end with that of an unbroken run.
+
+The run is a real one: `engine.training.trainer` in `--ranks` processes over gloo, checkpoints every few steps, validation,
+the best one kept. The five ways to die, after each of which the same group is started again:
+
+    group     SIGKILL to all processes
+    rank      SIGKILL to one process; the others have to leave by themselves
+    term      SIGTERM to all processes, as a scheduler sends it
+    usr1      SIGUSR1 to one process; all have to save and leave
+    disk      from now on no file can be written (RLIMIT_FSIZE 0 in every process)
+
+Processes are forked from this one, so that a life costs no imports. Exit code 1: a difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from benchmarks.record import write_record
+from engine.config import CONFIGS
+from engine.errors import UserError, run_cli
+from engine.training import checkpoint, distributed
+from engine.training.signals import REQUEUE
+from engine.training.task import Task
+from engine.training.trainer import Trainer
+
+KINDS = ("group", "rank", "term", "usr1", "disk")
+FAR = 1_000_000  # steps of a run that is killed
+STARTING = 0.15  # share of kills that may fall before the first step after a start
+PATIENCE = 120.0  # seconds until a group that does not start or leave is a failure
+
+
+class Vectors:
+    """101 vectors of 16 numbers with noise, an odd number so that batches straddle epochs."""
+
+    def __len__(self) -> int:
+        return 101
+
+    def __getitem__(self, index: int, generator: torch.Generator) -> Tensor:
+        return torch.sin(torch.arange(16.0) * (index + 1)) + 0.1 * torch.randn(16, generator=generator)
+
+    def collate(self, items: list[Tensor]) -> dict[str, Tensor]:
+        return {"x": torch.stack(items)}
+
+
+class Autoencoder(Task):
+    """With dropout, so that random numbers count, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Dropout(0.1), nn.Linear(32, 16))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"net": self.net}
+
+    def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
+        self.seen += len(batch["x"])
+        return {"loss": (self.net(batch["x"]) - batch["x"]).square().mean()}
+
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        (folder / "note.txt").write_text(f"step {step}\n")
+        return {"weight": float(self.net[0].weight.square().sum())}
+
+
+def settings(steps: int) -> dict[str, Any]:
+    """Constant learning rate: a longer run begins as a shorter one."""
+    return OmegaConf.to_container(OmegaConf.load(CONFIGS / "trainer/cpu.yaml")) | {
+        "steps": steps, "batch_size": 4, "lr": 1e-3, "warmup": 10, "schedule": "constant", "log_every": 1,
+        "validate_every": 30, "checkpoint_every": 10, "best": "min weight",
+    }  # fmt: skip
+
+
+def train(run: str, steps: int) -> int:
+    """One process of the group."""
+    torch.set_num_threads(1)
+    distributed.start("cpu")
+    try:
+        torch.manual_seed(0)
+        return REQUEUE if Trainer(Autoencoder(), Vectors(), settings(steps), run).fit() is None else 0
+    finally:
+        distributed.stop()
+
+
+class Group:
+    """Processes of one run, forked from here as torchrun would start them."""
+
+    def __init__(self, run: Path, steps: int, ranks: int, output: int):
+        sys.stdout.flush(), sys.stderr.flush()
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        self.processes: list[int] = []
+        for rank in range(ranks):
+            process = os.fork()
+            if process == 0:
+                os.dup2(output, 1), os.dup2(output, 2)
+                where = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": ranks, "RANK": rank}
+                os.environ.update({key: str(value) for key, value in where.items()})
+                code = 1
+                try:
+                    run_cli(lambda: train(str(run), steps))
+                except SystemExit as leaving:
+                    code = leaving.code
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    sys.stdout.flush(), sys.stderr.flush()
+                    os._exit(code)
+            self.processes.append(process)
+
+    def signal(self, number: int, processes: list[int] | None = None) -> None:
+        for process in self.processes if processes is None else processes:
+            os.kill(process, number)  # not waited for yet, so its id is still its own
+
+    def wait(self, seconds: float) -> list[int]:
+        """Until all have left; gives their exit codes (below 0: of a signal).
+
+        Raises:
+            UserError: one does not leave.
+        """
+        end, codes = time.monotonic() + seconds, []
+        for process in self.processes:
+            while (left := os.waitpid(process, os.WNOHANG))[0] == 0:
+                if time.monotonic() > end:
+                    raise UserError(f"process {process} was still there after {seconds:.0f} s; see the output")
+                time.sleep(0.02)
+            codes.append(os.waitstatus_to_exitcode(left[1]))
+        return codes
+
+
+def last_step(run: Path) -> int:
+    """Last step in the log; a record that was cut short does not count."""
+    try:
+        return max(int(step) for step in re.findall(r'^\{"step": (\d+),.*\}$', (run / "log.jsonl").read_text(), re.M))
+    except (OSError, ValueError):
+        return 0
+
+
+def wait_for_life(run: Path) -> None:
+    """Until a group that was just started has done a step."""
+    begin, log = time.time(), run / "log.jsonl"
+    while not (log.exists() and log.stat().st_mtime > begin):
+        if time.time() - begin > PATIENCE:
+            raise UserError("the group does not train; see the output")
+        time.sleep(0.02)
+
+
+def strike(kind: str, group: Group, chance: random.Random) -> None:
+    one = [chance.choice(group.processes)]
+    if kind == "disk":
+        for process in group.processes:
+            resource.prlimit(process, resource.RLIMIT_FSIZE, (0, 0))
+    elif kind in ("group", "rank"):
+        group.signal(signal.SIGKILL, one if kind == "rank" else None)
+    else:
+        group.signal(signal.SIGTERM if kind == "term" else signal.SIGUSR1, one if kind == "usr1" else None)
+
+
+def broken(run: Path, kills: int, ranks: int, pause: float, seed: int, sink: subprocess.Popen) -> list[dict]:
+    """Kill `kills` times; gives what happened."""
+    chance, events = random.Random(seed), []
+    kinds = [KINDS[i % len(KINDS)] for i in range(kills)]
+    chance.shuffle(kinds)
+    for number, kind in enumerate(kinds, 1):
+        begin = time.monotonic()
+        group = Group(run, FAR, ranks, sink.stdin.fileno())
+        if chance.random() > STARTING:
+            wait_for_life(run)
+        time.sleep(chance.uniform(0, pause))
+        strike(kind, group, chance)
+        codes = group.wait(PATIENCE)
+        reached = last_step(run)
+        saved = checkpoint.newest(run / "checkpoints", lambda line: print(line, flush=True))
+        kept = int(saved.name.split("-")[1]) if saved else 0
+        events.append({"kind": kind, "codes": codes, "reached": reached, "kept": kept, "lost": max(0, reached - kept)})
+        print(f"{number}/{kills} {events[-1]} {time.monotonic() - begin:.1f} s", flush=True)
+    return events
+
+
+def whole(run: Path, steps: int, ranks: int, sink: subprocess.Popen) -> None:
+    """Train to `steps`."""
+    codes = Group(run, steps, ranks, sink.stdin.fileno()).wait(1800)
+    if any(codes):
+        raise UserError(f"{run} ended with exit codes {codes}; see the output")
+
+
+def differences(one: Path, two: Path, steps: int) -> list[str]:
+    """Names of what differs between two runs after `steps` steps: tensors of the last checkpoint, lines of the log."""
+    folders = [run / "checkpoints" / f"step-{steps:08d}" for run in (one, two)]
+    a, b = (checkpoint.read(folder, ("model.", "ema.", "optim."))[0] for folder in folders)
+    found = [
+        name for name in a.keys() | b.keys() if name not in a or name not in b or not torch.equal(a[name], b[name])
+    ]
+    timed = ("samples_per_s", "tokens_per_s", "data_wait", "step_s", "memory_gib")
+    logs = []
+    for run in (one, two):
+        lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+        logs.append([{k: v for k, v in line.items() if k not in timed} for line in lines])
+    for left, right in zip(*logs):
+        if left != right:
+            found.append(f"log of step {left['step']}")
+    return found + (["length of the log"] if len(logs[0]) != len(logs[1]) else [])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--ranks", type=int, default=2, help="processes of the group")
+    parser.add_argument(
+        "--pause", type=float, default=1.5, help="at most so many seconds from the first step after a start to the kill"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and the order of kinds")
+    parser.add_argument("--folder", type=Path, help="where the runs are kept; a temporary one if not given")
+    parser.add_argument("--record", type=Path, help="folder for a dated record, as benchmarks")
+    parser.add_argument("--worker", type=Path, help="be one process of a torchrun group that trains in this folder")
+    parser.add_argument("--worker-steps", type=int, default=FAR)
+    args = parser.parse_args()
+    if args.worker:
+        return train(str(args.worker), args.worker_steps)
+    with tempfile.TemporaryDirectory() as temporary:
+        root = args.folder or Path(temporary)
+        root.mkdir(parents=True, exist_ok=True)
+        one, two = root / "broken", root / "whole"
+        if one.exists() or two.exists():
+            raise UserError(f"--folder={root} holds runs already; give another")
+        begin = time.monotonic()
+        with (root / "output.txt").open("wb") as output:
+            # Through a pipe: where no file can be written the training's words must still come out.
+            sink = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=output, start_new_session=True)
+            events = broken(one, args.kills, args.ranks, args.pause, args.seed, sink)
+            steps = last_step(one) + 25
+            whole(one, steps, args.ranks, sink)
+            whole(two, steps, args.ranks, sink)
+            sink.stdin.close()
+            sink.wait()
+        found, said = differences(one, two, steps), (root / "output.txt").read_text(errors="replace")
+        results = {
+            "kills": {kind: sum(e["kind"] == kind for e in events) for kind in KINDS},
+            "resumed": said.count("resumed from"),
+            "steps": steps,
+            "different": found,
+            "most_steps_lost": {k: max((e["lost"] for e in events if e["kind"] == k), default=0) for k in KINDS},
+            "full_disk_lines": len(
+                re.findall(r"^error: training stopped after step \d+: .*File too large", said, re.M)
+            ),
+            "saved_on_signal": len(re.findall(r"^stopped at step", said, re.M)),
+            "minutes": round((time.monotonic() - begin) / 60, 1),
+            "events": events,
+        }
+        print(json.dumps({k: v for k, v in results.items() if k != "events"}, indent=1))
+        if args.record:
+            write_record(
+                args.record,
+                "training-kills",
+                f"{args.kills} kills at random moments of a run of {args.ranks} processes, against an unbroken run",
+                {"machine": platform.machine(), "processes": args.ranks, "cores": os.cpu_count()},
+                results,
+                command=["python", "-m", "tests.trials.kill_test", *sys.argv[1:]],
+            )
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
