@@ -3,9 +3,9 @@
     python scripts/evaluate_codec.py --weights assets/rvq_tiny --data data/synthetic
     python scripts/evaluate_codec.py --kind whisperx_vae --weights assets/whisperx_vae_tiny --data data/synthetic
 
-Resynthesises whole clips, prints a table, and writes benchmarks/results/DATE-NAME.json. The RVQ codec decodes from the first
-1, 2, 4 and all levels, and the use of its code books is counted; of the WhisperX-VAE the statistics of its latents are
-given. Figures whose package (pocketsphinx, pesq, pystoi; the `eval` extra) is not installed are left out.
+Resynthesises whole clips, prints a table, and writes benchmarks/results/DATE-NAME.json. The RVQ codec decodes from
+the first 1, 2, 4 and all levels, and the use of its code books is counted; of the WhisperX-VAE the statistics of its
+latents are given. Figures whose package (pocketsphinx, pesq, pystoi; the `eval` extra) is not installed are left out.
 """
 
 from __future__ import annotations

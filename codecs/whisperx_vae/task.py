@@ -49,8 +49,8 @@ class WhisperXVAETask(Task):
     """Losses, stages, validation and release of a `WhisperXVAE`.
 
     With `targets`, the latent's means regress speech features (`whisperx_vae.latent_targets`) all the time, and until
-    their `until` the decoder learns from the features themselves; then from samples of the posterior. From `gan_start` on the
-    discriminators join in. Steps count the batches of one process.
+    their `until` the decoder learns from the features themselves; then from samples of the posterior. From `gan_start`
+    on the discriminators join in. Steps count the batches of one process.
 
     The semantic branch: with `whisper`, the encoder of a trained Whisper, frozen, as in the paper. Without it, as in
     the tiny model, it is trained jointly from random weights. Its input is the log-mel spectrogram, which holds the

@@ -1,7 +1,7 @@
 """Kills a short training again and again at random moments and compares the end with that of an unbroken run.
 
-The run is a real one: `engine.training.trainer` in `--ranks` processes over gloo, checkpoints every few steps, validation,
-the best one kept. The five ways to die, after each of which the same group is started again:
+The run is a real one: `engine.training.trainer` in `--ranks` processes over gloo, checkpoints every few steps,
+validation, the best one kept. The five ways to die, after each of which the same group is started again:
 
     group     SIGKILL to all processes
     rank      SIGKILL to one process; the others have to leave by themselves
