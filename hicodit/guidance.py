@@ -72,8 +72,3 @@ def guided_log_posterior(log_p: Tensor, scales: GuidanceScales, log_odds: Tensor
         return out.log_softmax(-1)
     extra_powers = sum(weights) - 1  # 1 for A, 0 for B
     return out + extra_powers * log_odds if log_odds is not None else out
-
-
-def guided_log_score(log_p: Tensor, scales: GuidanceScales, log_odds: Tensor) -> Tensor:
-    """Guided log scores (..., N): the guided posterior times the unmasking odds."""
-    return guided_log_posterior(log_p, scales, log_odds) + log_odds

@@ -11,7 +11,7 @@ which other clips share its batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -142,43 +142,3 @@ def sample(
             x[reveal] = candidate[reveal[masked]]
         on_step(step + 1)
     return x
-
-
-# ------------------------------------------------------------------------------------------- the reference program's
-
-
-@dataclass(frozen=True)
-class RaceResult:
-    tokens: Tensor  # the end state
-    trace: Tensor  # (steps + 1, ...) the state before every step and before the last denoise
-    times: Tensor  # (steps + 1,)
-
-
-def race_sampler(
-    score: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,
-    steps: int,
-    noise: dd.LogLinearNoise,
-    mask_id: int,
-    predictor: str,
-    uniforms: Iterator[Tensor],
-    end: float = 1e-5,
-) -> RaceResult:
-    """SEDD's own sampler: one joint exponential race over all V columns a position and step.
-
-    The same distribution as `sample(method="euler")`, drawn as the reference program draws it. `score` maps
-    (tokens (B, ...), sigma (B,)) to scores (B, ..., V); `uniforms` yields one tensor a step, then the last denoise's.
-    """
-    times = torch.linspace(1, end, steps + 1)
-    h = torch.tensor((1 - end) / steps)
-    trace = []
-    weights = dd.euler_weights if predictor == "euler" else dd.analytic_weights
-    for t in times[:-1]:
-        trace.append(x)
-        t = t.expand(x.shape[0])
-        row = weights(score(x, noise.sigma(t)), x, t, h.expand_as(t), noise, mask_id)
-        x = dd.sample_categorical(row, next(uniforms))
-    trace.append(x)
-    t = times[-1].expand(x.shape[0])
-    x = dd.sample_categorical(dd.denoise_weights(score(x, noise.sigma(t)), x, t, noise, mask_id), next(uniforms))
-    return RaceResult(x, torch.stack(trace), times)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from hicodit import diffusion as dd
-from hicodit.samplers import race_sampler
-from hicodit.sedd import SEDDNetwork
 from tests.golden.runners import Case, runner
+from tests.reference import sedd
 
 
 def _noise(case: Case) -> dd.LogLinearNoise:
@@ -28,11 +27,11 @@ def graph(case: Case):
     x, score, mask_id = case.inputs["x"], case.inputs["score"], case.meta["n"]
     sigma, dsigma = case.inputs["sigma"][:, 0], case.inputs["dsigma"][:, 0]
     return {
-        "rate": dd.rate(x, mask_id, score.dtype),
-        "transp_rate": dd.transposed_rate(x, mask_id, score.dtype),
-        "transp_transition": dd.transposed_transition(x, sigma, mask_id),
-        "reverse_rate": dd.reverse_rate(x, score, mask_id),
-        "staggered_score": dd.staggered_score(score, dsigma),
+        "rate": sedd.rate(x, mask_id, score.dtype),
+        "transp_rate": sedd.transposed_rate(x, mask_id, score.dtype),
+        "transp_transition": sedd.transposed_transition(x, sigma, mask_id),
+        "reverse_rate": sedd.reverse_rate(x, score, mask_id),
+        "staggered_score": sedd.staggered_score(score, dsigma),
         "sample_limit": torch.full_like(x, mask_id),
     }
 
@@ -47,7 +46,7 @@ def perturb(case: Case):
 def score_entropy(case: Case):
     i, schedule = case.inputs, _noise(case)
     sigma, dsigma = schedule.sigma(i["t"]), schedule.rate(i["t"])
-    entropy = dd.score_entropy(i["log_score"], i["xt"], i["x0"], sigma, case.meta["n"])
+    entropy = sedd.score_entropy(i["log_score"], i["xt"], i["x0"], sigma, case.meta["n"])
     return {"sigma": sigma, "dsigma": dsigma, "entropy": entropy, "loss": (dsigma[:, None] * entropy).sum(1)}
 
 
@@ -57,14 +56,14 @@ def cross_entropy(case: Case):
     i, schedule, mask_id = case.inputs, _noise(case), case.meta["n"]
     sigma, log_q = schedule.sigma(i["t"]), i["logits"].log_softmax(-1)
     raw = torch.nn.functional.pad(log_q - dd.log_expm1(sigma)[:, None, None], (0, 1))
-    log_score = dd.to_log_score(raw, i["xt"], sigma, scale_by_sigma=False)
+    log_score = sedd.to_log_score(raw, i["xt"], sigma, scale_by_sigma=False)
     masked = i["xt"] == mask_id
     t = i["t"][:, None].expand_as(i["xt"])
     token_loss = torch.zeros_like(t)
     token_loss[masked] = dd.weighted_score_entropy(log_q[masked], i["x0"][masked], t[masked], schedule)
     return {
         "log_score": log_score,
-        "entropy": dd.score_entropy(log_score, i["xt"], i["x0"], sigma, mask_id),
+        "entropy": sedd.score_entropy(log_score, i["xt"], i["x0"], sigma, mask_id),
         "loss": token_loss.sum(1),
     }
 
@@ -80,9 +79,9 @@ def steps(case: Case):
     i, schedule, n = case.inputs, _noise(case), case.meta["n"]
     score, x, t, h = i["log_score"].exp(), i["x"], i["t"][:, 0], i["step"][:, 0]
     weights = {
-        "euler": dd.euler_weights(score, x, t, h, schedule, n),
-        "analytic": dd.analytic_weights(score, x, t, h, schedule, n),
-        "denoise": dd.denoise_weights(score, x, t, schedule, n),
+        "euler": sedd.euler_weights(score, x, t, h, schedule, n),
+        "analytic": sedd.analytic_weights(score, x, t, h, schedule, n),
+        "denoise": sedd.denoise_weights(score, x, t, schedule, n),
     }
     out = {}
     for name, value in weights.items():
@@ -94,9 +93,9 @@ def steps(case: Case):
     return {name: value for name, value in out.items() if name in case.outputs}
 
 
-def _network(case: Case) -> SEDDNetwork:
+def _network(case: Case) -> sedd.SEDDNetwork:
     model = case.config["model"]
-    network = SEDDNetwork(
+    network = sedd.SEDDNetwork(
         tokens=case.config["tokens"],
         width=model["hidden_size"],
         cond_dim=model["cond_dim"],
@@ -119,7 +118,7 @@ def sampler(case: Case):
     net, meta = _network(case), case.meta
     uniforms = [case.inputs[f"u{i}"] for i in range(meta["steps"] + 1)]
     with torch.no_grad():
-        result = race_sampler(
+        tokens, trace, times = sedd.race_sampler(
             lambda x, sigma: net(x, sigma).exp(),
             torch.full(uniforms[0].shape[:-1], meta["config"]["tokens"]),
             steps=meta["steps"],
@@ -129,7 +128,7 @@ def sampler(case: Case):
             end=meta["eps_t"],
             uniforms=iter(uniforms),
         )
-    return {"x": result.tokens, "trace": result.trace, "timesteps": result.times}
+    return {"x": tokens, "trace": trace, "timesteps": times}
 
 
 @runner("sedd_levels")
@@ -137,6 +136,6 @@ def levels(case: Case):
     i, schedule, n = case.inputs, _noise(case), case.meta["n"]
     sigma, rate = schedule.sigma(i["t"]), schedule.rate(i["t"])
     xt = dd.perturb(i["x0"], sigma, n, i["u"])
-    entropy = dd.score_entropy(i["log_score"], xt, i["x0"], sigma, n)
+    entropy = sedd.score_entropy(i["log_score"], xt, i["x0"], sigma, n)
     per_level = (rate[:, None, None] * entropy).sum(2)
     return {"xt": xt, "entropy": entropy, "loss_per_level": per_level, "loss": per_level.sum(1)}
