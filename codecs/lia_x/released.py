@@ -1,4 +1,4 @@
-"""Names of the released LIA-X checkpoint (`lia-x.pt`, a flat state dict) and ours, both ways.
+"""Names of the released LIA-X checkpoint (`lia-x.pt`, a flat state dict) and ours.
 
 The tables follow the modules, so any block or the whole network of any size is covered. The released file also stores
 the constant low-pass kernels (`*.kernel`) and keeps an axis of one in front of modulated weights.
@@ -99,7 +99,7 @@ def released_kernels(module: nn.Module) -> dict[str, Tensor]:
     return kernels
 
 
-def _modulated(module: nn.Module) -> set[str]:
+def modulated_weights(module: nn.Module) -> set[str]:
     """Our names of the weights that have an axis of one in front in the released file."""
     return {
         f"{path}.weight".removeprefix(".") for path, part in module.named_modules() if isinstance(part, ModulatedConv2d)
@@ -117,7 +117,7 @@ def from_released(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tens
         stored = state.pop(key, kernel)
         if stored.shape != kernel.shape or not torch.allclose(stored.float().cpu(), kernel, atol=1e-6):
             raise UserError(f"tensor {key!r} is not the [1, 3, 3, 1] low-pass kernel: not a LIA-X checkpoint")
-    names, modulated = released_names(module), _modulated(module)
+    names, modulated = released_names(module), modulated_weights(module)
     for what, keys in (
         ("lacks", set(names.values()) - state.keys()),
         ("has an unknown", state.keys() - names.values()),
@@ -128,10 +128,3 @@ def from_released(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tens
         ours: state[theirs].squeeze(0) if ours in modulated and state[theirs].ndim == 5 else state[theirs]
         for ours, theirs in names.items()
     }
-
-
-def to_released(module: nn.Module) -> dict[str, Tensor]:
-    """`module`'s weights under released names and shapes, kernels included: what `lia-x.pt` would hold."""
-    names, modulated, state = released_names(module), _modulated(module), module.state_dict()
-    released = {names[key]: value[None] if key in modulated else value for key, value in state.items()}
-    return released | released_kernels(module)

@@ -1,4 +1,4 @@
-"""The released WhisperX-VAE checkpoint: its key names and ours, both ways, and its sizes."""
+"""The released WhisperX-VAE checkpoint: its key names, ours, and its sizes."""
 
 from __future__ import annotations
 
@@ -57,32 +57,11 @@ def _whisper_name(key: str) -> str:
     return key.replace("ln_post.", "layer_norm.")
 
 
-def released_name(key: str) -> str:
-    """The released name of one of our tensors: the inverse of `our_name`."""
-    if not key.startswith("whisper."):
-        ours = next(prefix for prefix in _PREFIXES.values() if key.startswith(prefix))
-        return next(t for t, o in _PREFIXES.items() if o == ours) + key.removeprefix(ours)
-    key = key.removeprefix("whisper.").replace("embed_positions.weight", "positional_embedding")
-    block = re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", key)
-    if block:
-        index, part, kind = block.groups()
-        theirs = next(t for t, o in _WHISPER_PARTS.items() if o == part)
-        key = f"blocks.{index}.{theirs}.{kind}"
-    elif key.startswith("layer_norm."):
-        key = key.replace("layer_norm.", "ln_post.")
-    return "semantic_model.encoder." + key
-
-
 def from_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inference subset of `state` under our names; training-only tensors and Whisper's text half are left out."""
     renamed = {our_name(key): value for key, value in state.items()}
     renamed.pop(None, None)
     return renamed
-
-
-def to_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict under released names."""
-    return {released_name(key): value for key, value in state.items()}
 
 
 def released_config(state: dict[str, Tensor]) -> WhisperXVAEConfig:

@@ -1,4 +1,4 @@
-"""The released speaker encoder: original WavLM names to those of transformers, both ways, and its sizes.
+"""The released speaker encoder: original WavLM names to those of transformers, and its sizes.
 
 Axes: none; this file handles names.
 """
@@ -75,31 +75,11 @@ def hf_name(name: str) -> str:
     return _replace_start(name, _TOP)
 
 
-def original_name(name: str, extractor_mode: str = "layer_norm") -> str:
-    """The inverse of `hf_name`; the place of the norms depends on the extractor's mode ("layer_norm" or "default")."""
-    convolution = re.fullmatch(r"feature_extractor\.conv_layers\.(\d+)\.(conv|layer_norm)\.(weight|bias)", name)
-    if convolution:
-        index, part, kind = convolution.groups()
-        norm = "2.1" if extractor_mode == "layer_norm" else "2"
-        return f"feature_extractor.conv_layers.{index}.{'0' if part == 'conv' else norm}.{kind}"
-    layer = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", name)
-    if layer:
-        return f"encoder.layers.{layer[1]}.{_replace_start(layer[2], {v: k for k, v in _LAYER.items()})}"
-    return _replace_start(name, {v: k for k, v in _TOP.items()})
-
-
 def our_name(name: str) -> str:
     """The released name of a tensor -> ours."""
     if name.startswith(WAVLM):
         return "wavlm." + hf_name(name.removeprefix(WAVLM))
     return name if name == "feature_weight" else "head." + name
-
-
-def released_name(name: str, extractor_mode: str = "layer_norm") -> str:
-    """Our name of a tensor -> the released one."""
-    if name.startswith("wavlm."):
-        return WAVLM + original_name(name.removeprefix("wavlm."), extractor_mode)
-    return name.removeprefix("head.")
 
 
 def wavlm_config(original: Mapping[str, Any]) -> WavLMConfig:

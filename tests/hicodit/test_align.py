@@ -57,26 +57,7 @@ def test_aligned_face_puts_the_eyes_where_arcface_wants_them():
         matrix = align.face_matrix(points, size)
         at = points @ matrix[:, :2].T + matrix[:, 2]
         assert np.allclose((at + 0.5) * 112 / size - 0.5, align.ARCFACE_POINTS, atol=1e-3)
-        assert align.align_face(PICTURE, points, size).shape == (size, size, 3)
-
-
-def test_missing_landmarks_lie_between_their_neighbours():
-    landmarks = np.arange(6.0)[:, None, None] * np.ones((6, 4, 2))
-    present = np.array([False, True, False, False, True, False])
-    filled = align.fill_landmarks(np.where(present[:, None, None], landmarks, 99), present)
-    assert np.allclose(filled[:, 0, 0], [1, 1, 2, 3, 4, 4])
-    with pytest.raises(UserError, match="no frame"):
-        align.fill_landmarks(landmarks, np.zeros(6, bool))
-
-
-def test_landmarks_are_averaged_forwards():
-    """The transform of frame 0 of AV-HuBERT's preparation depends on the frames after it, not on those before."""
-    points = np.tile(align.MEAN_STABLE, (20, 1, 1))
-    points[12:] += 5
-    shift = align.avhubert_matrices(points)[:, 0, 2]
-    assert shift[0] == pytest.approx(0, abs=1e-9) and shift[1] == pytest.approx(-5 / 12)
-    assert np.allclose(shift[8:], shift[8])  # the last full window serves the rest
-    assert align.avhubert_matrices(points[:3]).shape == (3, 2, 3)
+        assert align.face_picture(PICTURE, points, size).shape == (size, size, 3)
 
 
 def test_mouth_picture_holds_the_mouth_in_its_middle_and_stays_inside():

@@ -11,7 +11,8 @@ from engine.errors import UserError
 from lia_x import LiaX, LiaXConfig
 from lia_x.codec import load_released, released_config
 from lia_x.pictures import identity_to_tensor, to_bytes, video_to_tensor
-from lia_x.released import from_released, released_kernels, released_names, to_released
+from lia_x.released import from_released, released_kernels, released_names
+from tests.reference.released_names import lia_x_state
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "codecs"
 TINY = LiaXConfig(style_dim=16, motion_dim=4, scale=1, size=48, width=4, max_width=8, depth=1)
@@ -41,11 +42,11 @@ def test_released_network_has_the_released_keys_and_shapes():
     assert released_config(state) == LiaXConfig()
     with torch.device("meta"):
         model = LiaX(LiaXConfig())
-    assert {key: tuple(value.shape) for key, value in to_released(model).items()} == shapes
+    assert {key: tuple(value.shape) for key, value in lia_x_state(model).items()} == shapes
 
 
 def test_released_names_round_trip(model, video):
-    state = to_released(model)
+    state = lia_x_state(model)
     assert {key for key in state if key.endswith(".kernel")} == set(released_kernels(model))
     again = load_released(state, "test", TINY)
     codes = model.motion(video)
@@ -57,7 +58,7 @@ def test_released_names_round_trip(model, video):
 
 
 def test_damaged_released_states_are_refused(model):
-    state = to_released(model)
+    state = lia_x_state(model)
     with pytest.raises(UserError, match="lacks"):
         from_released(model, {key: value for key, value in state.items() if key != "dec.direction.weight"})
     with pytest.raises(UserError, match="unknown"):

@@ -3,8 +3,8 @@
 The product uses the parts of this mathematics that remain when a network gives a normalised posterior; the golden cases
 `sedd_*` certify both, and `test_sedd.py` ties them to each other.
 
-Axes: B batch, L sequence, N real tokens (ids 0..N-1; id N is the mask), V = N + 1 columns. Any leading shape works where
-a docstring says `...`; a time or noise level broadcasts against it from the left.
+Axes: B batch, L sequence, N real tokens (ids 0..N-1; id N is the mask), V = N + 1 columns.
+Any leading shape works where a docstring says `...`; a time or noise level broadcasts against it from the left.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from talker_t2av.released import LM_HEAD
 from talker_t2av.request import Sampling
 from talker_t2av.system import TalkerSystem
 from talker_t2av.text import byte_tokenizer
+from tests.reference import released_names
 from whisperx_vae import WhisperXVAE
-from whisperx_vae.released import to_released
 
 TEXT = "set red"
 
@@ -187,7 +187,10 @@ def test_a_folder_with_the_released_files(tmp_path):
     torch.manual_seed(1)
     vae = replace(VAE, whisper_heads=1)  # a released file does not tell the number of heads
     codec = WhisperXVAE(vae).eval()
-    torch.save({"state_dict": to_released(codec.state_dict())}, folder / "WhisperX-VAE" / "epoch=0-step=480000.ckpt")
+    torch.save(
+        {"state_dict": released_names.whisperx_vae(codec.state_dict())},
+        folder / "WhisperX-VAE" / "epoch=0-step=480000.ckpt",
+    )
     save_talker(ours)
     lia = LiaXConfig(style_dim=40, motion_dim=40, scale=1, size=32, width=4, max_width=8, depth=1)
     LiaX(lia).save(ours / "motion40", "card")

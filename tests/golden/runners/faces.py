@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from engine.release import load_strict
 from hicodit.conditions import align, arcface, avhubert
 from tests.golden.runners import Case, runner
+from tests.reference import mouth
 
 
 def _hubert(case: Case) -> avhubert.AVHubert:
@@ -75,30 +76,29 @@ def _rgb(pictures: Tensor) -> np.ndarray:
 @runner("mouth_align_avhubert")
 def mouth_avhubert(case: Case) -> dict[str, Tensor | np.ndarray]:
     i = {name: value.numpy() for name, value in case.inputs.items()}
-    landmarks = align.fill_landmarks(i["landmarks"], i["present"])
-    stable, window = case.meta.get("stable", align.STABLE), case.meta.get("window", align.WINDOW)
+    landmarks = mouth.fill_landmarks(i["landmarks"], i["present"])
+    stable, window = case.meta.get("stable", mouth.STABLE), case.meta.get("window", mouth.WINDOW)
     mean = i["mean_face"][list(stable)]
-    mouth, matrix, centre = align.avhubert_mouth(_rgb(case.inputs["frames_bgr"]), landmarks, mean, stable, window)
+    crop, matrix, centre = mouth.avhubert_mouth(_rgb(case.inputs["frames_bgr"]), landmarks, mean, stable, window)
     homogeneous = np.concatenate([matrix, np.broadcast_to([0.0, 0.0, 1.0], (len(matrix), 1, 3))], 1)
-    return {"landmarks_interpolated": landmarks, "matrix": homogeneous, "mouth_centre": centre, "crop_grey": mouth}
+    return {"landmarks_interpolated": landmarks, "matrix": homogeneous, "mouth_centre": centre, "crop_grey": crop}
 
 
 @runner("mouth_align_autoavsr")
 def mouth_auto_avsr(case: Case) -> dict[str, np.ndarray]:
     i = {name: value.numpy() for name, value in case.inputs.items()}
-    landmarks = align.fill_landmarks(i["landmarks"], i["present"])
-    stable = case.meta.get("stable", align.AUTO_AVSR_STABLE)
-    mouth, matrix = align.auto_avsr_mouth(_rgb(case.inputs["frames_bgr"]), landmarks, i["mean_face"], stable)
-    return {"matrix": matrix, "crop_grey": mouth}
+    landmarks = mouth.fill_landmarks(i["landmarks"], i["present"])
+    stable = case.meta.get("stable", mouth.AUTO_AVSR_STABLE)
+    crop, matrix = mouth.auto_avsr_mouth(_rgb(case.inputs["frames_bgr"]), landmarks, i["mean_face"], stable)
+    return {"matrix": matrix, "crop_grey": crop}
 
 
 @runner("arcface_align")
 def face_alignment(case: Case) -> dict[str, np.ndarray]:
     points, picture = case.inputs["landmarks"].numpy(), _rgb(case.inputs["image_bgr"])
-    return {
-        "matrix": np.stack([align.face_matrix(p) for p in points]),
-        "crop_bgr": np.stack([align.align_face(picture, p) for p in points])[..., ::-1].copy(),
-    }
+    matrices = np.stack([align.face_matrix(p) for p in points])
+    crops = np.stack([align.warp(picture, matrix, align.ARCFACE_SIDE) for matrix in matrices])
+    return {"matrix": matrices, "crop_bgr": crops[..., ::-1].copy()}
 
 
 @runner("arcface_iresnet")

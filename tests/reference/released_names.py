@@ -1,0 +1,46 @@
+"""Our state dicts under the names of released files, to write stand-ins for those files in tests.
+
+The product reads released names only. Here its tables are inverted over the official key lists.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from lia_x import released as lia_x
+from talker_t2av.speaker.released import our_name as our_speaker_name
+from whisperx_vae.released import our_name as our_whisperx_name
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def _renamed(state: dict[str, Tensor], our_name: Callable[[str], str | None], released: Iterable[str]) -> dict:
+    names = {our_name(key): key for key in released}
+    return {names[key]: value for key, value in state.items()}
+
+
+def whisperx_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A WhisperX-VAE's state dict, of any size up to the released one, as its Lightning checkpoint names it."""
+    return _renamed(
+        state, our_whisperx_name, json.loads((GOLDEN / "codecs" / "wxvae_full_encode_in64.keys.json").read_text())
+    )
+
+
+def speaker_encoder(state: dict[str, Tensor], extractor_mode: str = "layer_norm") -> dict[str, Tensor]:
+    """A speaker encoder's state dict by original names, which depend on the extractor's mode and may have biases."""
+    released = list(json.loads((GOLDEN / "conditions" / "wavlm_ecapa_large.keys.json").read_text()))
+    released += [f"feature_extract.model.feature_extractor.conv_layers.{i}.0.bias" for i in range(7)]
+    if extractor_mode == "default":  # its one norm is not wrapped between transpositions
+        released = [key.replace(".2.1.", ".2.") for key in released]
+    return _renamed(state, our_speaker_name, released)
+
+
+def lia_x_state(module: nn.Module) -> dict[str, Tensor]:
+    """The weights of a whole `LiaX` or one of its blocks as `lia-x.pt` would hold them, low-pass kernels included."""
+    names, modulated = lia_x.released_names(module), lia_x.modulated_weights(module)
+    state = {names[key]: value[None] if key in modulated else value for key, value in module.state_dict().items()}
+    return state | lia_x.released_kernels(module)
