@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from engine.config import build, load
 from engine.errors import UserError, run_cli
 from engine.hub import release_folder
-from engine.metrics.optional import need
+from engine.optional import require
 from engine.seeding import check_seed
 from engine.training import distributed
 from engine.training.lora import add_lora
@@ -86,7 +86,7 @@ def make_data(data: DictConfig) -> None:
         UserError: a package of `data.needs` is not installed, or a script failed.
     """
     for package in data.get("needs") or ():
-        need(package, package)
+        require(package, package)
     for command in data.get("make") or () if distributed.is_main() else ():
         script, *arguments = map(str, command)
         code = subprocess.run([sys.executable, Path(__file__).resolve().parent / script, *arguments]).returncode

@@ -1,4 +1,4 @@
-"""Files from the web into a folder: resumed, verified, put in place whole; a good file is never touched.
+"""Downloads files into a folder: resumed, verified, renamed when complete; a complete file is never touched.
 
 A URL is fetched with the standard library, a file of the Hugging Face hub through huggingface_hub.
 """
@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import httpx
 from huggingface_hub import constants, errors, hf_hub_download
 
 from engine.errors import UserError
@@ -27,8 +26,8 @@ from engine.progress import track
 
 BLOCK = 1 << 20
 TIMEOUT = 30.0  # seconds without a byte
-FRUITLESS = 4  # attempts in a row that bring nothing new
-STAGING = ".partial"  # folder of what is under way
+MAX_FAILED_ATTEMPTS = 4  # in a row that bring no new byte
+STAGING = ".partial"  # folder of incomplete files
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,11 @@ class HubFile:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file to have.
+    """A file to download.
 
-    path: in the folder.
-    source: a URL or a place on the hub.
-    size: in bytes; sha256: hex digest; None where they are not known.
+    path: where it goes, relative to the folder.
+    source: a URL or a file on the hub.
+    size: in bytes; sha256: hex digest; None if unknown.
     """
 
     path: str
@@ -65,11 +64,11 @@ class NoNetworkError(UserError):
 
 
 class DamagedError(UserError):
-    """A file is not what it should be."""
+    """A file has the wrong size, digest or format."""
 
 
 def check(path: Path, file: RemoteFile) -> None:
-    """Compare a local file with what is known of `file`; where no digest is known, its own format must be whole.
+    """Compare a local file with the size and digest of `file`; without a known digest, its format must be complete.
 
     Raises:
         DamagedError: size, digest or format is wrong.
@@ -90,20 +89,20 @@ def check(path: Path, file: RemoteFile) -> None:
 
 
 def fetch(
-    file: RemoteFile, folder: str | Path, endpoint: str | None = None, pause: float = 1.0, progress: bool = True
+    file: RemoteFile, folder: str | Path, endpoint: str | None = None, retry_delay: float = 1.0, progress: bool = True
 ) -> bool:
-    """Have `file` in `folder`: True if it was fetched, False if a good one was there.
+    """Download `file` into `folder`. Returns True if it was downloaded, False if a good file was there already.
 
-    What arrives is kept under FOLDER/.partial until it is whole and verified; a stopped download goes on from there.
+    Incomplete files stay in FOLDER/.partial until they are verified; an interrupted download resumes from there.
 
     Args:
-        endpoint: of the hub; None for the usual one.
-        pause: seconds before a second attempt; doubled for each further one.
-        progress: show it on standard error.
+        endpoint: address of the hub; None for the standard one.
+        retry_delay: seconds before the second attempt; doubled for each further attempt.
+        progress: show a progress bar on standard error.
 
     Raises:
         NoNetworkError: the server cannot be reached.
-        DamagedError: what came is not what was expected, twice.
+        DamagedError: verification failed twice.
         UserError: the server refused, or the folder cannot be written.
     """
     target = Path(folder) / file.path
@@ -121,14 +120,16 @@ def fetch(
             else:
                 arrived = staging / f"{file.path.replace('/', '-')}.part"
                 arrived.parent.mkdir(parents=True, exist_ok=True)
-                _from_url(file.source, arrived, file.size, pause, progress)
+                _from_url(file.source, arrived, file.size, retry_delay, progress)
             try:
                 check(arrived, file)
                 break
             except DamagedError as error:
                 arrived.unlink()
                 if attempt == 2:
-                    raise DamagedError(f"{file.source} twice gave something else: {error}; it was deleted") from error
+                    raise DamagedError(
+                        f"verification failed after two downloads of {file.source} ({error}); the file was deleted"
+                    ) from error
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(arrived, target)
     except OSError as error:
@@ -138,7 +139,7 @@ def fetch(
 
 
 def _is_whole(path: Path, suffix: str) -> bool:
-    """Whether a file of a known kind has its beginning and its end; True for other kinds."""
+    """Whether a file of a known format is complete; True for other formats."""
     with path.open("rb") as stream:
         head = stream.read(8)
         if suffix == ".safetensors":
@@ -160,19 +161,19 @@ def _is_whole(path: Path, suffix: str) -> bool:
 
 
 @lru_cache
-def reach(address: str) -> None:
-    """One quick request: huggingface_hub would try for half a minute and say so line by line."""
+def check_reachable(address: str) -> None:
+    """One quick request: without a network, huggingface_hub would retry for half a minute, with a line each time."""
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=TIMEOUT).close()
     except urllib.error.HTTPError:
-        pass  # whatever it answers, it is there
+        pass  # any answer shows that the server is there
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         why = getattr(error, "reason", error)
         raise NoNetworkError(f"{address} cannot be reached ({why}): is there a network?") from error
 
 
 def _from_hub(place: HubFile, staging: Path, endpoint: str | None, force: bool) -> Path:
-    reach(endpoint or constants.ENDPOINT)
+    check_reachable(endpoint or constants.ENDPOINT)
     try:
         return Path(
             hf_hub_download(
@@ -185,37 +186,33 @@ def _from_hub(place: HubFile, staging: Path, endpoint: str | None, force: bool) 
                 endpoint=endpoint,
             )
         )
-    except (
-        httpx.HTTPError,
-        errors.HfHubHTTPError,
-        errors.LocalEntryNotFoundError,
-        errors.HFValidationError,
-    ) as error:
+    # errors.HTTPError is httpx's in huggingface_hub 1, httpx2's in huggingface_hub 2.
+    except (errors.HTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError) as error:
         raise UserError(f"the hub does not give {place}: {_one_line(error.__cause__ or error)}") from error
     except OSError as error:
-        if error.errno is None:  # huggingface_hub's word for sizes that do not agree
+        if error.errno is None:  # huggingface_hub raises this when sizes differ
             raise UserError(f"{place} did not arrive whole ({_one_line(error)}): run the command again") from error
         raise
 
 
-def _from_url(url: str, part: Path, size: int | None, pause: float, progress: bool) -> None:
-    """Fill `part` from where it ends, with new attempts while each brings something."""
-    fruitless, why = 0, ""
-    while fruitless < FRUITLESS:
+def _from_url(url: str, part: Path, size: int | None, retry_delay: float, progress: bool) -> None:
+    """Append the rest of the file to `part`; retries as long as attempts bring new bytes."""
+    failed_attempts, why = 0, ""
+    while failed_attempts < MAX_FAILED_ATTEMPTS:
         have = part.stat().st_size if part.is_file() else 0
         if size is not None and have > size:
             part.unlink()
             have = 0
         if size is not None and have == size:
             return
-        if fruitless:
-            time.sleep(pause * 2 ** (fruitless - 1))
+        if failed_attempts:
+            time.sleep(retry_delay * 2 ** (failed_attempts - 1))
         try:
             if _attempt(url, part, have, progress):
                 return
             why = "the answer ended early"
         except urllib.error.HTTPError as error:
-            if error.code == 416 and have:  # what is here does not fit to the file of today
+            if error.code == 416 and have:  # the file on the server has changed
                 part.unlink()
                 have = 0
             elif error.code < 500 and error.code != 429:
@@ -223,10 +220,10 @@ def _from_url(url: str, part: Path, size: int | None, pause: float, progress: bo
             why = f"it answered {error.code} {error.reason}"
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             why = str(getattr(error, "reason", error) or type(error).__name__)
-            if have == 0 and isinstance(error, urllib.error.URLError) and fruitless:
+            if have == 0 and isinstance(error, urllib.error.URLError) and failed_attempts:
                 raise NoNetworkError(f"{url} cannot be reached ({why}): is there a network?") from error
         now = part.stat().st_size if part.is_file() else 0
-        fruitless = 0 if now > have else fruitless + 1
+        failed_attempts = 0 if now > have else failed_attempts + 1
     raise UserError(f"{url} did not arrive whole ({why}): run the command again to go on")
 
 

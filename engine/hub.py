@@ -6,10 +6,9 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
-import httpx
 from huggingface_hub import constants, errors, snapshot_download
 
-from engine.download import NoNetworkError, reach
+from engine.download import NoNetworkError, check_reachable
 from engine.errors import UserError
 
 NAME = re.compile(r"([\w-][\w.-]*)/([\w-][\w.-]*)(?:@([\w./-]+))?")  # OWNER/NAME, OWNER/NAME@REVISION
@@ -36,14 +35,18 @@ def _fetched(repository: str, revision: str | None) -> Path:
     why = "HF_HUB_OFFLINE is set"
     if not constants.HF_HUB_OFFLINE:
         try:
-            reach(constants.ENDPOINT)
+            check_reachable(constants.ENDPOINT)
             return Path(snapshot_download(repository, revision=revision, endpoint=constants.ENDPOINT))
         except NoNetworkError as error:
             why = str(error)
-        except (httpx.HTTPError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+        except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError) as error:
             reason = " ".join(str(error.__cause__ or error).split())[:200]
-            raise UserError(f"{repository} is no folder here, and the hub does not give it: {reason}") from error
+            raise UserError(
+                f"{repository} is not a local folder and could not be downloaded from the hub: {reason}"
+            ) from error
     try:
         return Path(snapshot_download(repository, revision=revision, local_files_only=True))
     except (errors.LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{repository} is no folder here, and no copy from the hub was kept ({why})") from error
+        raise UserError(
+            f"{repository} is not a local folder, and there is no cached copy from the hub ({why})"
+        ) from error

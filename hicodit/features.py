@@ -24,7 +24,7 @@ from engine.files import atomic_output
 from engine.media.audio import read_audio
 from engine.media.corpus import read_manifest
 from engine.media.video import read_video
-from engine.metrics.speaker import SpeakerEncoder
+from engine.metrics.speaker import GE2EEncoder
 from hicodit.conditions.released import EncoderConfig
 from hicodit.conditions.types import EXPRESSIONS
 from hicodit.system import token_digest
@@ -84,7 +84,7 @@ def make_visual_shard(
         return [tuple(pair) for pair in json.loads(listing.read_text())["skipped"]]
     for stale in (listing, *listing.parent.glob(f"tokens-*-{index:05d}.safetensors")):
         stale.unlink(missing_ok=True)
-    speaker = SpeakerEncoder()
+    speaker = GE2EEncoder()
     kept, skipped = [], []
     columns = {name: [] for name in ("mouth", "faces", "ge2e", "expression", "phoneme", "frames")}
     for clip in read_manifest(corpus, split)[index * SHARD_CLIPS : (index + 1) * SHARD_CLIPS]:

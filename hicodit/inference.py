@@ -23,7 +23,7 @@ from engine.faces.track import read_boxes
 from engine.files import all_or_none, writable
 from engine.media.audio import read_audio, write_wav
 from engine.media.video import mux_audio
-from engine.metrics.speaker import SpeakerEncoder
+from engine.metrics.speaker import GE2EEncoder
 from engine.seeding import check_seed
 from engine.training.distributed import pick_device
 from hicodit.pipeline import BUNDLED, FPS, Crops, HiCoDiTPipeline, Speech, windows
@@ -154,7 +154,7 @@ def run(config: DictConfig) -> int:
         pipeline.guidance = replace(pipeline.guidance, **_given(c.guidance))
         identity = None
         if c.reference_audio is not None:
-            identity = SpeakerEncoder().embed(read_audio(c.reference_audio, 16_000), 16_000)
+            identity = GE2EEncoder().embed(read_audio(c.reference_audio, 16_000), 16_000)
         return _speak_all(pipeline, clips, output, c, identity)
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from engine.errors import UserError, run_cli
 from engine.media.audio import read_audio
-from engine.metrics.optional import need
-from engine.metrics.speaker import SpeakerEncoder
+from engine.metrics.speaker import GE2EEncoder
+from engine.optional import require
 from engine.seeding import check_seed
 from engine.training.distributed import pick_device
 from hicodit.inference import write_outputs as write_speech
@@ -72,7 +72,7 @@ class Demo:
         if not clip:
             raise UserError("give a clip of a talking face")
         check_seed(int(seed))
-        identity = SpeakerEncoder().embed(read_audio(voice, 16_000), 16_000) if voice else None
+        identity = GE2EEncoder().embed(read_audio(voice, 16_000), 16_000) if voice else None
         speech = self.hicodit(clip, int(seed), identity, steps=int(steps), temperature=float(temperature))
         video, drawing, _ = write_speech(Path(clip), speech, self._new_folder(), figure=True)  # by name; the last: .wav
         return str(video), str(drawing)
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
     args = parser.parse_args()
-    gr = need("gradio", "gradio", "demo")
+    gr = require("gradio", "gradio", "demo")
     with tempfile.TemporaryDirectory() as folder:
         demo = Demo(Path(folder), args.weights, args.talker, args.device)
         try:

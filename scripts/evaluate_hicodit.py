@@ -27,7 +27,7 @@ from engine.errors import UserError, run_cli
 from engine.media.audio import read_audio
 from engine.media.corpus import read_manifest
 from engine.metrics.recogniser import Recogniser, word_error_rate
-from engine.metrics.speaker import SpeakerEncoder
+from engine.metrics.speaker import GE2EEncoder
 from engine.metrics.speech import pitch
 from hicodit.conditions import EXPRESSIONS
 from hicodit.evaluation import synthesise
@@ -40,7 +40,7 @@ class Measures:
     """Recogniser, speaker encoder and prosody on waves at `RATE` Hz."""
 
     def __init__(self, corpus: Path) -> None:
-        self.recogniser, self.speaker = Recogniser(corpus / "grammar.jsgf"), SpeakerEncoder()
+        self.recogniser, self.speaker = Recogniser(corpus / "grammar.jsgf"), GE2EEncoder()
 
     def words(self, waves: list[np.ndarray]) -> list[str]:
         return [self.recogniser.transcribe(w, RATE) for w in waves]

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.metrics.optional import need
 from engine.metrics.picture import ssim_map
+from engine.optional import require
 from lia_x.ops import ConvLayer, EqualLinear, ResBlock
 
 VGG_TAPS = (1, 6, 11, 20, 29)  # torchvision's indices of relu1_1, relu2_1, relu3_1, relu4_1, relu5_1
@@ -68,7 +68,7 @@ class Perceptual(nn.Module):
 
     def __init__(self, weights: str | Path):
         super().__init__()
-        features = need("torchvision", "the perceptual loss").models.vgg19().features
+        features = require("torchvision", "the perceptual loss").models.vgg19().features
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
             features.load_state_dict(

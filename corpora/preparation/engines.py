@@ -16,8 +16,8 @@ import torch
 
 from corpora.preparation.clip import RATE16
 from engine.errors import UserError
-from engine.metrics.optional import need
-from engine.metrics.speaker import SpeakerEncoder
+from engine.metrics.speaker import GE2EEncoder
+from engine.optional import require
 from engine.training.distributed import pick_device
 
 WINDOW = 30 * RATE16  # of Whisper
@@ -139,7 +139,7 @@ class VoiceWindows:
     """
 
     def __init__(self, least: float = 0.65, device: str = "auto") -> None:
-        self.encoder, self.least = SpeakerEncoder(pick_device(device)), least
+        self.encoder, self.least = GE2EEncoder(pick_device(device)), least
 
     def __call__(self, wave: np.ndarray) -> list[float]:
         seconds = len(wave) / RATE16
@@ -160,7 +160,7 @@ class Pyannote:
     """
 
     def __init__(self, name: str = "pyannote/speaker-diarization-community-1", device: str = "auto") -> None:
-        package = need("pyannote.audio", "pyannote.audio", "prepare")
+        package = require("pyannote.audio", "pyannote.audio", "prepare")
         try:
             self.pipeline = package.Pipeline.from_pretrained(name)
         except (OSError, ValueError) as error:
@@ -184,7 +184,7 @@ class SpeechBrain:
     rate = RATE16
 
     def __init__(self, name: str = "speechbrain/metricgan-plus-voicebank", device: str = "auto") -> None:
-        package = need("speechbrain.inference.enhancement", "speechbrain", "prepare")
+        package = require("speechbrain.inference.enhancement", "speechbrain", "prepare")
         try:
             self.model = package.SpectralMaskEnhancement.from_hparams(
                 source=name, run_opts={"device": str(pick_device(device))}

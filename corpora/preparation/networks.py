@@ -14,7 +14,7 @@ from torch import Tensor
 from corpora.preparation.clip import RATE, RATE16, Clip
 from engine.errors import UserError
 from engine.media.audio import resample
-from engine.metrics.speaker import SpeakerEncoder as GE2EEncoder
+from engine.metrics.speaker import GE2EEncoder
 from engine.release import weights_digest
 from hicodit.conditions.poster2 import POSTER2
 from hicodit.conditions.released import encoder_config

@@ -15,7 +15,7 @@ from corpora.synthetic.speech import Synthesizer
 from corpora.synthetic.voices import Voice, draw_voice
 from engine.errors import UserError, run_cli
 from engine.metrics.recogniser import Recogniser, word_error_rate
-from engine.metrics.speaker import SpeakerEncoder
+from engine.metrics.speaker import GE2EEncoder
 
 
 def farthest_points(embeddings: np.ndarray, accept, count: int) -> list[int]:
@@ -47,7 +47,7 @@ def select_voices(train: int, held_out: int, candidates: int, seed: int, max_err
     drawn = [draw_voice(seed * 100_000 + i) for i in range(candidates)]
     pool = [Voice(i, False, *draw, face_seed=0) for i, draw in enumerate(drawn)]
     synthesizer = Synthesizer({voice.name: voice.lines for voice in pool})
-    encoder, recogniser = SpeakerEncoder(), Recogniser(sentences.grammar())
+    encoder, recogniser = GE2EEncoder(), Recogniser(sentences.grammar())
     rng = np.random.default_rng(seed)
     texts = [sentences.draw_sentence(rng, "train") for _ in range(10)]
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import jiwer
 import numpy as np
 import torch
 
 from engine.errors import UserError
 from engine.media.audio import resample
-from engine.metrics.optional import need
+from engine.optional import require
 
 RATE = 16_000
 
@@ -49,7 +50,7 @@ class Recogniser:
             if not Path(grammar).is_file():
                 raise UserError(f"no such grammar file: {grammar}")
             text = Path(grammar).read_text()
-        pocketsphinx = need("pocketsphinx", "pocketsphinx")
+        pocketsphinx = require("pocketsphinx", "pocketsphinx")
         self._decoder = pocketsphinx.Decoder(pocketsphinx.Config(lm=None, **SETTINGS))
         try:
             self._decoder.add_jsgf_string("grammar", text)
@@ -74,20 +75,12 @@ class Recogniser:
 
 
 def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
-    """Substitutions, deletions and insertions over all sentences, divided by the reference words (a fraction)."""
-    assert len(references) == len(hypotheses), f"{len(references)} references, {len(hypotheses)} hypotheses"
-    pairs = [(r.lower().split(), h.lower().split()) for r, h in zip(references, hypotheses, strict=True)]
-    words = sum(len(reference) for reference, _ in pairs)
-    if words == 0:
+    """Substitutions, deletions and insertions over all sentences, divided by the reference words (a fraction).
+
+    Raises:
+        UserError: there is no reference word.
+    """
+    reference, hypothesis = ([" ".join(text.lower().split()) for text in texts] for texts in (references, hypotheses))
+    if not any(reference):
         raise UserError("word error rate of no words: the references are empty")
-    return sum(edit_distance(reference, hypothesis) for reference, hypothesis in pairs) / words
-
-
-def edit_distance(reference: Sequence[str], hypothesis: Sequence[str]) -> int:
-    """Levenshtein distance between two sequences."""
-    row = list(range(len(hypothesis) + 1))
-    for i, expected in enumerate(reference, 1):
-        diagonal, row[0] = row[0], i
-        for j, found in enumerate(hypothesis, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (expected != found))
-    return row[-1]
+    return float(jiwer.wer(reference, hypothesis))

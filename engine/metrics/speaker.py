@@ -17,12 +17,12 @@ import torch
 
 from engine.errors import UserError
 from engine.media.audio import resample
-from engine.metrics.optional import need, need_librosa
+from engine.optional import require, require_librosa
 
 RATE = 16_000
 
 
-class SpeakerEncoder:
+class GE2EEncoder:
     """Waveform -> GE2E embedding; the dot product of two embeddings is their cosine similarity.
 
     Attributes:
@@ -36,8 +36,8 @@ class SpeakerEncoder:
     def __init__(self, device: str | torch.device = "cpu"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old import paths inside webrtcvad and Resemblyzer
-            resemblyzer = need("resemblyzer", "Resemblyzer")
-            need_librosa()  # which Resemblyzer calls
+            resemblyzer = require("resemblyzer", "Resemblyzer")
+            require_librosa()  # which Resemblyzer calls
         self.audio = resemblyzer.audio
         with contextlib.redirect_stdout(io.StringIO()):
             self.network = resemblyzer.VoiceEncoder(device, verbose=False)

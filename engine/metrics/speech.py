@@ -10,7 +10,7 @@ import torch
 
 from engine.errors import UserError
 from engine.media.audio import resample
-from engine.metrics.optional import need, need_librosa
+from engine.optional import require, require_librosa
 
 RATE = 16_000
 
@@ -21,7 +21,7 @@ def stoi(reference: np.ndarray, degraded: np.ndarray, rate: int) -> float:
     The longer wave is cut to the shorter one.
     """
     length = min(len(reference), len(degraded))
-    return float(need("pystoi", "pystoi").stoi(reference[:length], degraded[:length], rate))
+    return float(require("pystoi", "pystoi").stoi(reference[:length], degraded[:length], rate))
 
 
 def pesq_wb(reference: np.ndarray, degraded: np.ndarray, rate: int) -> float:
@@ -30,7 +30,7 @@ def pesq_wb(reference: np.ndarray, degraded: np.ndarray, rate: int) -> float:
     Raises:
         UserError: PESQ finds no speech in the reference, or the clip is too short (under a quarter of a second).
     """
-    pesq = need("pesq", "pesq")
+    pesq = require("pesq", "pesq")
     pair = [resample(torch.as_tensor(np.asarray(x), dtype=torch.float32), rate, RATE) for x in (reference, degraded)]
     if not any(x.any() for x in pair):
         raise UserError("PESQ cannot be computed: both waves are silent")
@@ -51,7 +51,7 @@ def pitch(wave: np.ndarray, rate: int, floor: float = 60.0, ceiling: float = 500
         wave: (N,) at `rate` Hz.
         floor, ceiling: the range searched, in Hz.
     """
-    librosa, low_rate = need_librosa(), 12_000
+    librosa, low_rate = require_librosa(), 12_000
     wave = resample(torch.as_tensor(np.asarray(wave), dtype=torch.float32), rate, low_rate).numpy()
     f0, _, _ = librosa.pyin(wave, fmin=floor, fmax=ceiling, sr=low_rate, frame_length=768, hop_length=192)
     return np.nan_to_num(f0)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.metrics.optional import need
+from engine.optional import require
 
 if TYPE_CHECKING:
     from engine.training.task import Task
@@ -37,7 +37,7 @@ def add_lora(task: Task, rank: int, alpha: float) -> None:
         raise UserError(
             f"lora.rank={rank}: {type(task).__name__} has no low-rank training; use lora.rank=0 (all weights)"
         )
-    peft = need("peft", "PEFT", "finetune")
+    peft = require("peft", "PEFT", "finetune")
     layers = [
         name
         for name, layer in module.named_modules()

@@ -18,7 +18,7 @@ from PIL import Image
 from engine.errors import UserError
 from engine.media.audio import mel_picture
 from engine.media.video import read_video
-from engine.metrics.optional import need
+from engine.optional import require
 
 GIF_SIDE, GIF_FPS = 256, 12.5  # TensorBoard plays no video files, but moving pictures
 
@@ -111,7 +111,7 @@ class TensorBoardSink:
     """
 
     def __init__(self, run: Path, step: int) -> None:
-        self._writer = need("torch.utils.tensorboard", "TensorBoard", "tensorboard").SummaryWriter(
+        self._writer = require("torch.utils.tensorboard", "TensorBoard", "tensorboard").SummaryWriter(
             run / "tensorboard", purge_step=step + 1 if step else None
         )
 

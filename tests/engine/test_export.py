@@ -14,7 +14,7 @@ from toy_task import CONFIG, ToyGAN, ToyRegression, ToySet
 
 from engine import hub
 from engine.config import CONFIGS
-from engine.download import reach
+from engine.download import check_reachable
 from engine.errors import UserError, run_cli
 from engine.release import read_release, save_release
 from engine.training.export import card, export, last_validation
@@ -163,10 +163,10 @@ def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     hub._fetched.cache_clear()
-    reach.cache_clear()
+    check_reachable.cache_clear()
     yield tmp_path / "cache"
     hub._fetched.cache_clear()
-    reach.cache_clear()
+    check_reachable.cache_clear()
 
 
 @pytest.fixture
@@ -219,23 +219,27 @@ def test_a_name_on_the_hub_is_fetched_and_then_kept(server, empty_cache, monkeyp
     config, state = read_release("someone/toy", "toy")
     assert config == {"width": 8} and torch.equal(state["w"], torch.arange(3.0))
     hub._fetched.cache_clear()
-    reach.cache_clear()
+    check_reachable.cache_clear()
     use_endpoint(monkeypatch, "http://127.0.0.1:9")  # nobody there
     assert torch.equal(read_release("someone/toy", "toy")[1]["w"], torch.arange(3.0))
-    with pytest.raises(UserError, match=r"someone/other is no folder here, and no copy .* cannot be reached") as error:
+    with pytest.raises(
+        UserError, match=r"someone/other is not a local folder, and there is no cached copy .* cannot be reached"
+    ) as error:
         read_release("someone/other", "toy")
     assert "\n" not in str(error.value)
 
 
 def test_a_name_that_the_hub_has_not_is_one_line(server, empty_cache):
-    with pytest.raises(UserError, match="someone/else is no folder here, and the hub does not give it") as error:
+    with pytest.raises(
+        UserError, match="someone/else is not a local folder and could not be downloaded from the hub"
+    ) as error:
         read_release("someone/else", "toy")
     assert "\n" not in str(error.value)
 
 
 def test_offline_is_one_line(empty_cache, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"no copy from the hub was kept \(HF_HUB_OFFLINE is set\)"):
+    with pytest.raises(UserError, match=r"there is no cached copy from the hub \(HF_HUB_OFFLINE is set\)"):
         read_release("someone/toy", "toy")
 
 

@@ -43,7 +43,7 @@ class LoudnessAsVoice:
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
     """Two talking heads and, between them, a clip without a face."""
-    monkeypatch.setattr(features, "SpeakerEncoder", LoudnessAsVoice)
+    monkeypatch.setattr(features, "GE2EEncoder", LoudnessAsVoice)
     root, rows = tmp_path / "corpus", []
     for i, (name, count) in enumerate(FRAMES.items()):
         frames = np.full((count, 128, 128, 3), 128, np.uint8) if name == "blank" else talking_head(count)

@@ -232,7 +232,7 @@ def test_features_hold_the_pictures_that_released_encoders_want(tmp_path, monkey
         def embed(self, wave, rate):
             return np.zeros(256, np.float32)
 
-    monkeypatch.setattr(features, "SpeakerEncoder", Silence)
+    monkeypatch.setattr(features, "GE2EEncoder", Silence)
     write_video(tmp_path / "train" / "a.mp4", talking_head(12), 25)
     write_wav(tmp_path / "train" / "a.wav", np.zeros(12 * 960, np.float32), 24_000)
     row = {"id": "a", "text": "x", "voice": 0, "expression": "sad", "phonemes": []}

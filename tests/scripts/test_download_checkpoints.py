@@ -17,7 +17,7 @@ from engine import download
 from engine.download import DamagedError, HubFile, NoNetworkError, RemoteFile, check, fetch
 from engine.errors import UserError, run_cli
 from scripts import download_checkpoints
-from scripts.download_checkpoints import CATALOGUE, Checkpoint, chosen, listing
+from scripts.download_checkpoints import Checkpoint, listing, read_catalogue
 
 DATA = np.random.default_rng(0).integers(0, 256, 300_000, dtype=np.uint8).tobytes()
 SHA = hashlib.sha256(DATA).hexdigest()
@@ -104,7 +104,7 @@ def test_a_file_is_fetched_once(server, tmp_path):
 def test_truncated_answers_are_gone_on_with(server, tmp_path, known):
     server.faults += ["truncate", "truncate", "503"]
     file = remote(server) if known else remote(server, None, None)
-    fetch(file, tmp_path, pause=0.001)
+    fetch(file, tmp_path, retry_delay=0.001)
     assert (tmp_path / "sub/weights.bin").read_bytes() == DATA
     starts = [wanted for _, wanted in server.requests]
     assert starts[0] is None and starts[1] == "bytes=100000-"
@@ -128,11 +128,11 @@ def test_leftovers_of_another_file_do_not_end_up_in_this_one(server, tmp_path):
     part.parent.mkdir()
     for leftover in (b"x" * 500_000, b"x" * len(DATA), b"x" * 70):
         part.write_bytes(leftover)
-        fetch(remote(server), tmp_path, pause=0.001)
+        fetch(remote(server), tmp_path, retry_delay=0.001)
         assert (tmp_path / "sub/weights.bin").read_bytes() == DATA
         (tmp_path / "sub/weights.bin").unlink()
     part.write_bytes(b"x" * 500_000)  # longer than the file, whose size nobody told: the server refuses the range
-    fetch(remote(server, None, SHA), tmp_path, pause=0.001)
+    fetch(remote(server, None, SHA), tmp_path, retry_delay=0.001)
     assert (tmp_path / "sub/weights.bin").read_bytes() == DATA
 
 
@@ -142,7 +142,7 @@ def test_one_corrupted_answer_is_mended_and_two_are_reported(server, tmp_path):
     assert (tmp_path / "sub/weights.bin").read_bytes() == DATA
     (tmp_path / "sub/weights.bin").unlink()
     server.faults += ["corrupt", "corrupt"]
-    with pytest.raises(DamagedError, match=r"twice gave something else.*SHA-256"):
+    with pytest.raises(DamagedError, match=r"verification failed after two downloads.*SHA-256"):
         fetch(remote(server), tmp_path)
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
@@ -169,7 +169,7 @@ def test_refusals_are_one_line(server, tmp_path):
         fetch(remote(server), tmp_path)
     server.faults += ["503"] * 9
     with pytest.raises(UserError, match=r"did not arrive whole \(it answered 503"):
-        fetch(remote(server), tmp_path, pause=0.001)
+        fetch(remote(server), tmp_path, retry_delay=0.001)
     server.faults.clear()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
@@ -180,7 +180,7 @@ def test_no_network_is_one_line_and_nothing_is_left(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(download.constants, "ENDPOINT", "http://127.0.0.1:9")
     for source in ("http://127.0.0.1:9/w", HubFile("a/b", "c")):
         with pytest.raises(NoNetworkError, match="cannot be reached"):
-            fetch(RemoteFile("w", source), tmp_path, pause=0.001)
+            fetch(RemoteFile("w", source), tmp_path, retry_delay=0.001)
     monkeypatch.setattr("sys.argv", ["download_checkpoints.py", "talker_t2av", "--to", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
         run_cli(download_checkpoints.main)
@@ -192,7 +192,7 @@ def test_no_network_is_one_line_and_nothing_is_left(tmp_path, monkeypatch, capsy
 
 @pytest.fixture
 def hub(server):
-    download.reach.cache_clear()
+    download.check_reachable.cache_clear()
     server.files["/owner/repo/resolve/rev/folder/w.bin"] = DATA
     return HubFile("owner/repo", "folder/w.bin", "rev")
 
@@ -240,25 +240,25 @@ def test_without_a_digest_the_format_itself_must_be_whole(tmp_path):
 
 
 @pytest.fixture
-def catalogue(server, monkeypatch):
+def checkpoints(server):
     files = (remote(server), RemoteFile("b", f"{server.address}/absent"), remote(server, path="c.bin"))
-    monkeypatch.setitem(CATALOGUE, "metrics", (Checkpoint("Something", "MIT", "https://example.org", files),))
+    return (Checkpoint("Something", "MIT", "https://example.org", files),)
 
 
-def test_the_command_goes_on_past_a_file_that_cannot_be_had(catalogue, tmp_path, capsys):
-    with pytest.raises(UserError, match="1 of 3 files could not be fetched: b"):
-        download_checkpoints.download("metrics", tmp_path, pause=0.001)
+def test_the_command_goes_on_past_a_file_that_cannot_be_downloaded(checkpoints, tmp_path, capsys):
+    with pytest.raises(UserError, match="1 of 3 files could not be downloaded: b"):
+        download_checkpoints.download(checkpoints, tmp_path, retry_delay=0.001)
     out, err = capsys.readouterr()
     assert "licence: MIT" in out and out.count("fetched:") == 2
     assert "failed: b:" in err and "https://example.org" in err
     assert (tmp_path / "c.bin").read_bytes() == DATA
 
 
-def test_the_listing_says_what_is_here(catalogue, server, tmp_path):
+def test_the_listing_says_what_is_here(checkpoints, server, tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/weights.bin").write_bytes(DATA)
     (tmp_path / "c.bin").write_bytes(DATA[:-1])
-    text = "\n".join(listing("metrics", tmp_path))
+    text = "\n".join(listing(checkpoints, tmp_path))
     assert re.search(r"present +sub/weights.bin \(0.3 MB, SHA-256 known\)", text)
     assert re.search(r"missing +b \(size unknown, no SHA-256 known\)", text)
     assert re.search(r"damaged +c.bin", text)
@@ -267,9 +267,9 @@ def test_the_listing_says_what_is_here(catalogue, server, tmp_path):
 
 
 def test_the_catalogue_is_sound():
-    everything = chosen("all")
+    everything = sum(read_catalogue().values(), ())
     paths = [file.path for checkpoint in everything for file in checkpoint.files]
-    assert len(paths) == len(set(paths)) and len(everything) == sum(map(len, CATALOGUE.values()))
+    assert len(paths) == len(set(paths)) and len(everything) == 10
     for checkpoint in everything:
         assert checkpoint.licence and checkpoint.origin.startswith("https://")
         for file in checkpoint.files:

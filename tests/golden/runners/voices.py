@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.metrics.speaker import SpeakerEncoder as GE2E
+from engine.metrics.speaker import GE2EEncoder as GE2E
 from engine.metrics.syncnet import SyncNet, mfcc, sync_score
 from hicodit.conditions.poster2 import POSTER2
 from talker_t2av.speaker.encoder import EcapaTDNN, SpeakerEncoder, mix_states, standardise

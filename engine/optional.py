@@ -13,7 +13,7 @@ from filelock import FileLock
 from engine.errors import UserError
 
 
-def need(module: str, package: str, extra: str = "eval") -> ModuleType:
+def require(module: str, package: str, extra: str = "eval") -> ModuleType:
     """Import `module`.
 
     Raises:
@@ -25,7 +25,7 @@ def need(module: str, package: str, extra: str = "eval") -> ModuleType:
         raise UserError(f"this needs {package} ({error}): install it with  bash scripts/setup.sh {extra}") from error
 
 
-def need_librosa() -> ModuleType:
+def require_librosa() -> ModuleType:
     """Import librosa with those of its vectorised functions that are used here, one process at a time.
 
     They are compiled when they are imported for the first time after an installation, into a cache that two
@@ -34,7 +34,7 @@ def need_librosa() -> ModuleType:
     Raises:
         UserError: it is not installed.
     """
-    librosa = need("librosa", "librosa")
+    librosa = require("librosa", "librosa")
     with FileLock(Path(tempfile.gettempdir()) / f"librosa-{os.getuid()}.lock"):
         _ = librosa.pyin, librosa.feature.melspectrogram  # librosa imports its modules as they are named
     return librosa
