@@ -1,4 +1,4 @@
-"""SyncNet: stored numbers of MFCC and scores, released names, and a whole clip."""
+"""SyncNet: released names, offsets, and a whole clip."""
 
 import json
 from pathlib import Path
@@ -7,22 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-import tests.golden.runners.voices  # noqa: F401
 from engine.errors import UserError
 from engine.metrics.syncnet import SHIFT, SyncNet, mfcc, sync_score
-from tests.golden.check import check
-from tests.golden.runners import load_case
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "conditions"
-
-
-@pytest.mark.parametrize(("name", "output"), [("syncnet_mfcc", "mfcc"), ("syncnet_offset", "framewise_confidence")])
-def test_case(name, output):
-    case = load_case(GOLDEN / f"{name}.safetensors")
-    results = check(case)
-    assert results and all(r.passed for r in results), [r for r in results if not r.passed]
-    case.outputs[output] = case.outputs[output] * (1 + 1e-3)
-    assert [r.output for r in check(case) if not r.passed] == [output]
 
 
 def test_names_and_shapes_are_the_released_ones():

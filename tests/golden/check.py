@@ -1,43 +1,27 @@
-"""Run golden cases through this project's public classes and compare with the stored numbers.
-
-    python scripts/check_golden.py DIR [DIR ...] [--only PREFIX] [--quiet]
-
-One line a case: worst absolute and relative error, the case's own float32 noise floor, pass or fail. Exit code 1 when
-a case fails or nothing ran it, 0 when all pass; cases of components that are not built yet count as not run.
-"""
+"""A golden case's outputs compared with the stored ones."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import time
-import traceback
+import pkgutil
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
-from engine.errors import UserError, run_cli
 from tests.golden import runners as golden
 
-RUNNER_MODULES = (
-    "diffusion",
-    "guidance",
-    "rvq",
-    "whisperx_vae",
-    "lia_x",
-    "conditions",
-    "faces",
-    "voices",
-    "talker",
-    "talker_generation",
-)
+for module in pkgutil.iter_modules(golden.__path__):  # each registers its runners
+    importlib.import_module(f"{golden.__name__}.{module.name}")
+
 FORMULA, SMALL, FULL = 1e-5, 1e-4, 5e-4  # relative tolerance by kind of case
 ROUNDING = 2e-6  # of an output's largest magnitude, where a case measured how it amplifies rounding
 PICTURE = 1e-3  # share of a uint8 picture's values that rounding may leave one level off
 FULL_SIZE = 20_000_000  # weights from which a network counts as full-size
+
+
+class NoRunner(Exception):
+    pass
 
 
 @dataclass(frozen=True)
@@ -104,69 +88,17 @@ def compare(case: golden.Case, name: str, value: object) -> Comparison:
 
 
 def check(case: golden.Case) -> list[Comparison]:
-    """Run a case; every stored output must be produced or openly skipped."""
-    produced = golden.find_runner(case.name, case.meta)(case)
+    """Run a case; every stored output must be produced or openly skipped.
+
+    Raises:
+        NoRunner: nothing runs this component.
+        ValueError: an output is missing or has another number of elements.
+    """
+    run = golden.find_runner(case.name, case.meta)
+    if run is None:
+        raise NoRunner("no runner for this component yet")
+    produced = run(case)
     missing = case.outputs.keys() - produced.keys() - case.skipped.keys()
     if missing:
         raise ValueError(f"outputs that nothing produced: {', '.join(sorted(missing))}")
     return [compare(case, name, produced[name]) for name in case.outputs if name in produced]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folder with CASE.safetensors files")
-    parser.add_argument("--only", default="", metavar="PREFIX", help="run only cases whose name starts with PREFIX")
-    parser.add_argument("--quiet", action="store_true", help="print failures and the summary only")
-    args = parser.parse_args()
-    for module in RUNNER_MODULES:
-        if (Path(__file__).parent / "runners" / f"{module}.py").is_file():
-            importlib.import_module(f"tests.golden.runners.{module}")
-    files = []
-    for folder in args.folders:
-        if not folder.is_dir():
-            raise UserError(f"no such folder: {folder}")
-        files += sorted(p for p in folder.rglob("*.safetensors") if p.stem.startswith(args.only))
-    if not files:
-        raise UserError(f"no case (*.safetensors) under {', '.join(map(str, args.folders))} starts with {args.only!r}")
-
-    counts = {"pass": 0, "FAIL": 0, "not built": 0}
-    for path in files:
-        start, skipped = time.monotonic(), {}
-        try:
-            with safe_open(path, "pt") as file:
-                meta = golden.read_meta(file)
-            if golden.find_runner(path.stem, meta) is None:
-                counts["not built"] += 1
-                print(f"not built  {path.stem}: no runner for this component yet", flush=True)
-                continue
-            case = golden.load_case(path)
-            skipped = case.skipped
-            results = check(case)
-            failed = [r for r in results if not r.passed]
-            note = "".join(f"; {r.output} off by {r.absolute:.2e}, allowed {r.tolerance:.2e}" for r in failed)
-        except Exception as error:  # a case that breaks is a failed case, and the others still run
-            results, failed = [], [error]
-            note = f"; {type(error).__name__}: {error}"
-            if not isinstance(error, ValueError):
-                traceback.print_exc()
-        verdict = "FAIL" if failed else "pass"
-        counts[verdict] += 1
-        if verdict == "FAIL" or not args.quiet:
-            worst = max(results, key=lambda r: r.absolute / max(r.tolerance, 1e-30), default=None)
-            numbers = (
-                f"abs {worst.absolute:.2e} rel {worst.relative:.2e} floor {worst.floor:.1e} ({worst.output})"
-                if worst
-                else "no numbers"
-            )
-            skipped = "".join(f"; {name} not compared: {why}" for name, why in skipped.items())
-            seconds = time.monotonic() - start
-            print(
-                f"{verdict}       {path.stem}: {numbers}, {len(results)} outputs, {seconds:.1f} s{note}{skipped}",
-                flush=True,
-            )
-    print(f"{counts['pass']} passed, {counts['FAIL']} failed, {counts['not built']} not built")
-    return 0 if counts["pass"] == len(files) else 1
-
-
-if __name__ == "__main__":
-    run_cli(main)

@@ -100,16 +100,11 @@ def is_buffer(key: str) -> bool:
     return key.rsplit(".", 1)[-1] in ("kernel", "window") or key.endswith("encoder.positional_embedding")
 
 
-def read_meta(file: Any) -> dict[str, Any]:
-    """The metadata of an open case."""
-    return json.loads((file.metadata() or {}).get("meta", "{}"))
-
-
 def load_case(path: Path) -> Case:
     """Read `CASE.safetensors` and `CASE.keys.json`; names ending in `_f16` are widened and lose the ending."""
     inputs, outputs = {}, {}
     with safe_open(path, "pt") as file:
-        meta = read_meta(file)
+        meta = json.loads((file.metadata() or {}).get("meta", "{}"))
         for full in file.keys():  # noqa: SIM118  (a safetensors handle is not a dict)
             side, _, name = full.partition(".")
             value = file.get_tensor(full)
@@ -126,7 +121,7 @@ _FILLS: dict[Path, Callable] = {}
 
 def _fill_tensor(folder: Path) -> Callable[[str, tuple[int, ...], int], np.ndarray]:
     """The `fill_tensor` of the nearest `weights.py` above `folder`: the recipe travels with the cases."""
-    bundled = Path(__file__).resolve().parents[2] / "tests" / "golden"
+    bundled = Path(__file__).resolve().parents[1]
     for parent in (folder, *folder.resolve().parents, bundled):
         path = parent / "weights.py"
         if path.is_file():
