@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from engine.errors import UserError
 
+PACKAGES = ("engine", "corpora", "hicodit", "talker_t2av", "rvq_codec", "whisperx_vae", "lia_x", "tests")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 T = TypeVar("T")
 HELP_WORDS = ("--help", "-h", "--cfg", "job")
@@ -59,16 +61,44 @@ def build(config: DictConfig, **extra: Any) -> Any:
     """Call the `_target_` of a config node with its other keys as plain Python values, and `extra`.
 
     Raises:
-        UserError: as the target raised it, or because the target or its arguments do not exist.
+        UserError: as the target raised it, or because a target is none of ours or its arguments do not exist.
     """
+    plain = OmegaConf.to_container(config, resolve=True)
+    _check_targets(plain)
     try:
-        return hydra.utils.instantiate(config, _convert_="all", **extra)
+        return hydra.utils.instantiate(plain, _convert_="all", **extra)
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from error
         if isinstance(error.__cause__, TypeError) and "argument" in str(error.__cause__):
             raise UserError(f"{config.get('_target_')}: {error.__cause__}") from error
         raise
+
+
+def target(name: Any) -> Callable[..., Any]:
+    """The class or function of this repository that `_target_` names: `engine.release.torch.load` is none.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    module, _, attribute = str(name).rpartition(".")
+    found = None
+    if module.partition(".")[0] in PACKAGES:
+        try:
+            found = getattr(import_module(module), attribute, None)
+        except ModuleNotFoundError as error:
+            if not module.startswith(error.name):  # a package that the module needs is not installed
+                raise
+    if not callable(found) or (found.__module__, getattr(found, "__qualname__", "")) != (module, attribute):
+        raise UserError(f"_target_={name} is not a class or function of {', '.join(PACKAGES[:-1])}")
+    return found
+
+
+def _check_targets(node: Any) -> None:
+    if isinstance(node, dict) and "_target_" in node:
+        target(node["_target_"])
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        _check_targets(child)
 
 
 def typed(config: DictConfig, schema: type[T]) -> T:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import http.client
-import json
 import os
 import time
 import urllib.error
@@ -23,6 +22,7 @@ from huggingface_hub import constants, errors, hf_hub_download
 
 from engine.errors import UserError
 from engine.progress import track
+from engine.untrusted import parse_json
 
 BLOCK = 1 << 20
 TIMEOUT = 30.0  # seconds without a byte
@@ -51,12 +51,14 @@ class RemoteFile:
     path: where it goes, relative to the folder.
     source: a URL or a file on the hub.
     size: in bytes; sha256: hex digest; None if unknown.
+    most: bytes to accept from a server if the size is unknown.
     """
 
     path: str
     source: str | HubFile
     size: int | None = None
     sha256: str | None = None
+    most: int = 2**37
 
 
 class NoNetworkError(UserError):
@@ -120,7 +122,7 @@ def fetch(
             else:
                 arrived = staging / f"{file.path.replace('/', '-')}.part"
                 arrived.parent.mkdir(parents=True, exist_ok=True)
-                _from_url(file.source, arrived, file.size, retry_delay, progress)
+                _from_url(file, arrived, retry_delay, progress)
             try:
                 check(arrived, file)
                 break
@@ -145,15 +147,15 @@ def _is_whole(path: Path, suffix: str) -> bool:
         if suffix == ".safetensors":
             size = int.from_bytes(head, "little")
             try:
-                header = json.loads(stream.read(size)) if size < 100 * BLOCK else {}
-            except ValueError:
+                header = parse_json(stream.read(size), path) if size < 100 * BLOCK else {}
+                ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+                return path.stat().st_size == 8 + size + max(ends, default=0)
+            except (ValueError, TypeError, KeyError, IndexError, AttributeError):
                 return False
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            return path.stat().st_size == 8 + size + max(ends, default=0)
     if suffix == ".json":
         try:
-            json.loads(path.read_text())
-        except ValueError:
+            parse_json(path.read_bytes(), path)
+        except UserError:
             return False
     if suffix in (".pth", ".pt", ".ckpt", ".model"):  # a zip since PyTorch 1.6, a bare pickle before
         return zipfile.is_zipfile(path) or head[:1] == b"\x80"
@@ -195,8 +197,9 @@ def _from_hub(place: HubFile, staging: Path, endpoint: str | None, force: bool) 
         raise
 
 
-def _from_url(url: str, part: Path, size: int | None, retry_delay: float, progress: bool) -> None:
+def _from_url(file: RemoteFile, part: Path, retry_delay: float, progress: bool) -> None:
     """Append the rest of the file to `part`; retries as long as attempts bring new bytes."""
+    url, size, most = file.source, file.size, file.most if file.size is None else file.size
     failed_attempts, why = 0, ""
     while failed_attempts < MAX_FAILED_ATTEMPTS:
         have = part.stat().st_size if part.is_file() else 0
@@ -208,7 +211,7 @@ def _from_url(url: str, part: Path, size: int | None, retry_delay: float, progre
         if failed_attempts:
             time.sleep(retry_delay * 2 ** (failed_attempts - 1))
         try:
-            if _attempt(url, part, have, progress):
+            if _attempt(url, part, have, most, progress):
                 return
             why = "the answer ended early"
         except urllib.error.HTTPError as error:
@@ -227,7 +230,7 @@ def _from_url(url: str, part: Path, size: int | None, retry_delay: float, progre
     raise UserError(f"{url} did not arrive whole ({why}): run the command again to go on")
 
 
-def _attempt(url: str, part: Path, have: int, progress: bool) -> bool:
+def _attempt(url: str, part: Path, have: int, most: int, progress: bool) -> bool:
     """One request for the bytes from `have` on; whether the file is now as long as the server says."""
     headers = {"User-Agent": "speaking-faces", **({"Range": f"bytes={have}-"} if have else {})}
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as answer:
@@ -241,6 +244,8 @@ def _attempt(url: str, part: Path, have: int, progress: bool) -> bool:
             if progress and length is not None and int(length) > BLOCK:
                 blocks = track(blocks, -(-int(length) // BLOCK), "MiB")
             for block in blocks:
+                if out.tell() + len(block) > most:
+                    raise UserError(f"{url} sends more than the {most:,} bytes that were expected")
                 out.write(block)
     return length is None or part.stat().st_size == start + int(length)
 

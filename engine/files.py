@@ -44,6 +44,16 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
             staging.unlink()
 
 
+def refuse_links(folder: Path) -> None:
+    """
+    Raises:
+        UserError: something in `folder` is a link: what is written to a folder of another person stays in it.
+    """
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            raise UserError(f"{path} is a link: put the file or folder itself there")
+
+
 @contextmanager
 def writable(folder: str | Path) -> Iterator[None]:
     """Make `folder` and fail before any work if it cannot be written; what was made goes again if it stays empty.

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.hub import release_folder
+from engine.untrusted import read_yaml
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -57,8 +58,8 @@ def save_release(
 
 def _is_release(folder: Path) -> bool:
     try:
-        return "kind" in OmegaConf.load(folder / "config.yaml") and (folder / "model.safetensors").is_file()
-    except Exception:  # yaml and omegaconf raise a dozen types
+        return "kind" in read_yaml(folder / "config.yaml") and (folder / "model.safetensors").is_file()
+    except (UserError, TypeError):
         return False
 
 
@@ -71,6 +72,8 @@ def _replace(
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, staging / "model.safetensors")
         (staging / "README.md").write_text(card)
         for path in files.iterdir() if files else ():
+            if path.is_symlink() or (staging / path.name).exists():
+                raise UserError(f"{path} cannot join a release: it is a link, or has the name of another file")
             shutil.copyfile(path, staging / path.name)
         staging.chmod(0o755)  # temporary folders and safetensors files begin as their owner's alone
         for path in staging.iterdir():
@@ -142,10 +145,7 @@ def read_release(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[st
     for name in ("config.yaml", "model.safetensors"):
         if not (folder / name).is_file():
             raise UserError(f"weights folder {folder} has no {name}: it is not a release folder, or was copied in part")
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
-    except Exception as error:  # yaml and omegaconf raise a dozen types for a damaged file
-        raise UserError(f"{folder / 'config.yaml'} cannot be read as YAML: {error}") from error
+    config = read_yaml(folder / "config.yaml")
     found = config.pop("kind", None) if isinstance(config, dict) else None
     if found != kind:
         raise UserError(f"weights folder {folder} holds a model of kind {found!r}, but {kind!r} is needed")
@@ -164,7 +164,8 @@ def release_kind(folder: Path) -> str:
     """
     if not (folder / "config.yaml").is_file():
         raise UserError(f"no release in {folder}: give a folder with config.yaml and model.safetensors")
-    return OmegaConf.load(folder / "config.yaml").get("kind")
+    config = read_yaml(folder / "config.yaml")
+    return config.get("kind") if isinstance(config, dict) else None
 
 
 def companion(folder: Path, named: Any, kind: str, bundled: Path) -> str:
@@ -189,7 +190,7 @@ def _is_other(folder: Path, kind: str) -> bool:
     """Whether a folder is a release of another kind; other programs' files and damaged releases are their reader's."""
     try:
         return release_kind(folder) not in (kind, None)
-    except Exception:  # yaml and omegaconf raise a dozen types for a damaged file
+    except UserError:
         return False
 
 
@@ -204,7 +205,7 @@ def rewrite_release(source: Path, out: Path, change: Callable[[dict[str, Tensor]
     card = source / "README.md"
     save_release(out, kind, config, change(state), card.read_text() if card.is_file() else "")
     for path in source.iterdir():
-        if path.is_file() and not (out / path.name).exists():
+        if path.is_file() and not path.is_symlink() and not (out / path.name).exists():
             shutil.copyfile(path, out / path.name)
 
 

@@ -13,12 +13,9 @@ import argparse
 import re
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from engine.config import build
 from engine.errors import UserError, run_cli
 from engine.training import checkpoint
-from engine.training.export import DESCRIPTION, export
+from engine.training.export import export
 
 
 def main() -> None:
@@ -32,8 +29,7 @@ def main() -> None:
     if not args.run.is_dir():
         raise UserError(f"no run in {args.run}: give the folder that train.py wrote")
     step = args.step if args.best is None else best_step(args.run, args.best)
-    task = None if (args.run / DESCRIPTION).is_file() else rebuilt(args.run)
-    found = export(args.run, args.folder, step, task)
+    found = export(args.run, args.folder, step)
     print(
         f"{args.folder}: {found.name} of {args.run}, {(args.folder / 'model.safetensors').stat().st_size / 1e6:.1f} MB"
     )
@@ -51,15 +47,6 @@ def best_step(run: Path, rule: str) -> int:
     if step is None:
         raise UserError(f"--best {rule}: no checkpoint of {run} was validated with such a figure; see its log.jsonl")
     return step
-
-
-def rebuilt(run: Path):
-    """The task of a run that does not say what its release holds, made anew from its config; needs its data."""
-    found = checkpoint.newest(run / "checkpoints")
-    config = checkpoint.info(found).get("config") if found else None
-    if not config or "task" not in config:
-        raise UserError(f"{run} has neither {DESCRIPTION} nor a checkpoint with a config: there is nothing to export")
-    return build(OmegaConf.create(config["task"]))
 
 
 if __name__ == "__main__":

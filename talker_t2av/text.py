@@ -75,7 +75,7 @@ class TalkerTokenizer:
         if not any((folder / name).is_file() for name in (FILES[0], "vocab.json")):
             raise UserError(f"{folder} has no tokenizer ({FILES[0]}): copy or download the whole folder")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # a damaged file raises whatever its parser raises
             raise UserError(f"the tokenizer of {folder} cannot be read ({error}); copy or download it again") from error
         if tokenizer.chat_template is None or tokenizer.pad_token_id is None:

@@ -11,14 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from corpora.preparation.clip import FPS, SourceClip
 from corpora.preparation.pool import Pool
 from corpora.preparation.sources import Source
 from corpora.preparation.worker import Outcome, Setup, Task, stage_settings
-from engine.config import build
+from engine.config import build, target
 from engine.errors import UserError
 from engine.progress import track
 from engine.shards.writer import SplitWriter, dumps, refuse
@@ -121,7 +120,7 @@ def chosen_stages(config: DictConfig, source: Source) -> dict[str, dict[str, Any
         raise UserError("stages.decode.use=false: without it there is nothing to prepare")
     used = {name: stage for name, stage in stages.items() if stage.pop("use")}
     if not source.frames:
-        blind = [name for name, stage in used.items() if hydra.utils.get_class(stage["_target_"]).needs == "frames"]
+        blind = [name for name, stage in used.items() if target(stage["_target_"]).needs == "frames"]
         print(f"left out, as the source has no pictures: {', '.join(blind)}")
         return {name: stage for name, stage in used.items() if name not in blind}
     for name in ("crops", "expression", "motion") if "face" not in used else ():

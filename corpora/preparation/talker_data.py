@@ -10,6 +10,7 @@ from pathlib import Path
 from corpora.preparation.clip import SourceClip, make_key
 from corpora.preparation.sources import Source, read_lines
 from engine.errors import UserError
+from engine.untrusted import safe_name
 from talker_t2av.data import read_csv
 
 
@@ -83,7 +84,7 @@ def tar_members(root: Path, pattern: str) -> Mapping[str, tuple[str, int, int]]:
             with tarfile.open(path, "r:") as tar:
                 for info in tar:
                     if info.isfile():
-                        name = os.path.normpath(info.name)
+                        name = safe_name(os.path.normpath(info.name), f"{path}: the name", folders=True)
                         members[name] = (path.relative_to(root).as_posix(), info.offset_data, info.size)
         except (tarfile.TarError, OSError) as error:
             raise UserError(f"{path} cannot be read as an uncompressed tar file ({error})") from error

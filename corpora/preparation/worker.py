@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import hydra
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save
 
 from corpora.preparation.clip import Clip, SourceClip, Stage, Suspicious
-from engine.config import build
+from engine.config import build, target
 from engine.errors import UserError
 from engine.shards.writer import dumps, keep
 from engine.training.distributed import pick_device
@@ -80,7 +79,7 @@ def build_stages(setup: Setup) -> dict[str, Stage]:
     offered = {"device": device, "symbols": setup.symbols}
     stages = {}
     for name, config in setup.stages.items():
-        asked = inspect.signature(hydra.utils.get_class(config["_target_"])).parameters
+        asked = inspect.signature(target(config["_target_"])).parameters
         extra = {key: value for key, value in offered.items() if key in asked}
         stages[name] = build(OmegaConf.create(dict(config)), **extra)
     return stages

@@ -5,7 +5,6 @@ Axes: T frames, H height, W width, n detections. Boxes are (x, y, w, h), points 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.faces.detectors import BOX, POINTS, FaceDetector, with_points
+from engine.untrusted import parse_json
 
 DETECT_EVERY = 5  # frames between detections: 0.2 s at 25 fps, far below the time in which a head moves away
 MAX_GAP = 1.0  # seconds without a detection over which a face is taken to have been there
@@ -255,9 +255,9 @@ def read_boxes(text: str) -> Any:
     """
     if text.endswith(".json"):
         try:
-            return json.loads(Path(text).read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"face_box={text}: cannot be read as JSON ({error})") from error
+            return parse_json(Path(text).read_bytes(), f"face_box={text}")
+        except OSError as error:
+            raise UserError(f"face_box={text}: cannot be read ({error.strerror or error})") from error
     try:
         return [float(number) for number in text.split(",")]
     except ValueError:

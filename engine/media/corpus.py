@@ -5,7 +5,6 @@ Axes: B batch, N samples.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.media.audio import read_audio
+from engine.untrusted import parse_json, safe_name
 
 SPEED_STEPS = 20  # steps of speed that make it twice as fast
 
@@ -40,9 +40,12 @@ def read_manifest(root: str | Path, split: str) -> list[dict]:
     if not path.is_file():
         raise UserError(f"no manifest {path}: make the corpus with scripts/make_synthetic_corpus.py, or set data.root")
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON lines ({error})") from error
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from error
+    rows = [parse_json(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    for number, row in enumerate(rows, 1):
+        safe_name(row.get("id") if isinstance(row, dict) else None, f"{path}, clip {number}: id", folders=True)
     if not rows:
         raise UserError(f"{path} lists no clips")
     return rows

@@ -19,9 +19,11 @@ from filelock import FileLock
 from engine.download import NoNetworkError, RemoteFile, fetch
 from engine.errors import UserError
 from engine.files import atomic_output
+from engine.untrusted import parse_json, safe_name
 
 BLOCK = 1 << 22
 PAUSE = 1.0  # seconds before a second attempt; doubled for each further one
+MAX_JSON = 2**27  # bytes of an index or sidecar; a million shards take 80 MB
 AHEAD = 2  # shards that a process fetches at once while it trains
 
 
@@ -43,16 +45,35 @@ def read_json(source: str | Path) -> Any:
     """
     try:
         if not is_remote(source):
-            return json.loads(Path(source).read_text())
+            return parse_json(Path(source).read_bytes(), source)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "file.json"
             _get(str(source), path)
-            return json.loads(path.read_text())
+            return parse_json(path.read_bytes(), source)
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"{source} cannot be read ({reason})") from error
+
+
+def read_index(source: str | Path) -> dict[str, Any]:
+    """The index.json of a split, its entries of shards checked: their names become names of files.
+
+    Raises:
+        UserError: it cannot be read, or an entry is not as it must be.
+    """
+    path = join(source, "index.json")
+    index = read_json(path)
+    shards = index.get("shards") if isinstance(index, dict) else None
+    if not isinstance(shards, list):
+        raise UserError(f"{path} is damaged: it has no list of shards")
+    for number, shard in enumerate(shards):
+        counts = [shard.get(key) for key in ("bytes", "crc32", "clips")] if isinstance(shard, dict) else [None]
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise UserError(f"{path} is damaged: shard {number} needs bytes, crc32 and clips as whole numbers")
+        safe_name(shard.get("name"), f"{path}: the name of shard {number}")
+    return index
 
 
 def checksum(path: Path) -> int:
@@ -86,7 +107,7 @@ class LocalFiles:
         path = self.folder / "index.json"
         if not path.is_file():
             raise UserError(f"no prepared shards in {self.folder}: make them with python scripts/prepare_data.py")
-        return read_json(path)
+        return read_index(self.folder)
 
     def sidecar(self, shard: dict[str, Any]) -> dict[str, Any]:
         return read_json(self.folder / f"{shard['name']}.json")
@@ -121,7 +142,7 @@ class CachedFiles:
 
     def __init__(self, url: str, cache: str | Path, limit: int) -> None:
         self.url, self.cache, self.limit = url, Path(cache), limit
-        self._index = read_json(join(url, "index.json"))
+        self._index = read_index(url)
         known = json.dumps([url, self._index], sort_keys=True).encode()
         self.folder = self.cache / hashlib.blake2b(known, digest_size=8).hexdigest()  # another index, other copies
         largest = max((shard["bytes"] for shard in self._index["shards"]), default=0)
@@ -200,7 +221,7 @@ def _get(url: str, path: Path, size: int | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if urlsplit(url).scheme in ("http", "https"):
         try:
-            fetch(RemoteFile(path.name, url, size), path.parent, pause=PAUSE, progress=False)
+            fetch(RemoteFile(path.name, url, size, most=MAX_JSON), path.parent, pause=PAUSE, progress=False)
         except NoNetworkError:
             raise
         except UserError as error:
@@ -211,6 +232,8 @@ def _get(url: str, path: Path, size: int | None = None) -> None:
     try:
         with fsspec.open(url, "rb") as stream, atomic_output(path) as staging, staging.open("wb") as out:
             while block := stream.read(BLOCK):
+                if out.tell() + len(block) > (MAX_JSON if size is None else size):
+                    raise UserError(f"{url} sends more bytes than were expected")
                 out.write(block)
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, UserError):

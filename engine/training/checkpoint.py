@@ -11,7 +11,9 @@ No random state is stored: every draw of a step is a function of the run's seed 
 from __future__ import annotations
 
 import json
+import math
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -20,23 +22,77 @@ import warnings
 import zlib
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from engine.errors import UserError
 from engine.files import atomic_output
 from engine.training import distributed
+from engine.untrusted import parse_json, safe_name
 
 INFO, RESULTS = "info.json", "results.json"
 CLOSING = 600.0  # seconds that a run which fails waits for the checkpoint in work
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # one process: fine
+
+
+# All that the pickled `.metadata` of a dict of tensors names. BytesStorageMetadata is left out for good: what it
+# describes, torch would unpickle with no such list.
+_METADATA = (dcp_metadata.Metadata, dcp_metadata.TensorStorageMetadata, dcp_metadata.TensorProperties)
+_METADATA += (dcp_metadata.ChunkStorageMetadata, dcp_metadata.MetadataIndex, dcp_metadata.StorageMeta)
+_METADATA += (dcp_metadata._MEM_FORMAT_ENCODING, filesystem._StorageInfo, torch.serialization._get_layout, torch.Size)
+_METADATA += (PosixPath, *{value for value in vars(torch).values() if isinstance(value, torch.dtype)})
+_GLOBALS = {(found.__module__, found.__qualname__): found for found in _METADATA if not isinstance(found, torch.dtype)}
+_GLOBALS |= {tuple(str(found).split(".")): found for found in _METADATA if isinstance(found, torch.dtype)}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _GLOBALS:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return _GLOBALS[module, name]
+
+
+class Reader(dcp.FileSystemReader):
+    """Reads a checkpoint that may come from anywhere: nothing that its files name is run or lies outside its folder."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp_metadata.Metadata:
+        """What the checkpoint holds.
+
+        Raises:
+            UserError: anything but tensors, or tensors that its files cannot hold.
+        """
+        try:
+            with (self.path / ".metadata").open("rb") as file:
+                found = _Unpickler(file).load()
+            size = 0
+            for entry in found.state_dict_metadata.values():
+                if not isinstance(entry, dcp_metadata.TensorStorageMetadata):
+                    raise ValueError("it holds more than tensors")
+                count = math.prod(entry.size)
+                if min(entry.size, default=0) < 0 or sum(math.prod(part.sizes) for part in entry.chunks) != count:
+                    raise ValueError("a tensor and its parts differ in size")
+                size += count * entry.properties.dtype.itemsize
+            for place in found.storage_data.values():
+                safe_name(place.relative_path, "the name of a data file")
+                if place.transform_descriptors:
+                    raise ValueError("its data files are packed")
+            if size > sum(path.stat().st_size for path in self.path.glob("*.distcp")):
+                raise ValueError(f"its files cannot hold {size:,} bytes of tensors")
+        except Exception as error:  # a damaged pickle can raise nearly anything
+            raise UserError(
+                f"checkpoint {self.path} is damaged or forged: .metadata cannot be read ({error})"
+            ) from error
+        found.storage_meta = dcp_metadata.StorageMeta(load_id=self.load_id)
+        return found
 
 
 class Checkpoints:
@@ -205,8 +261,9 @@ def remove_all(root: str | Path) -> None:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None."""
     try:
-        files = json.loads((folder / INFO).read_text())["files"]
-        for name, expected in files.items():
+        for name, expected in info(folder)["files"].items():
+            if name != ".metadata":
+                safe_name(name, "the name of a data file")
             if _fingerprint(folder / name) != expected:
                 return f"{name} is not as it was written"
     except FileNotFoundError as error:
@@ -224,7 +281,7 @@ def load(folder: str | Path, state: dict[str, Tensor]) -> dict[str, Any]:
         UserError: the checkpoint is of a model with other tensors or shapes.
     """
     folder = Path(folder)
-    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    stored = Reader(folder).read_metadata().state_dict_metadata
     hint = "the model was changed since: go on with the old config, or start anew with fresh=true or another run="
     for key in sorted(stored.keys() - state.keys()):
         raise UserError(f"checkpoint {folder} has {key!r}, which the model lacks; {hint}")
@@ -238,27 +295,40 @@ def load(folder: str | Path, state: dict[str, Tensor]) -> dict[str, Any]:
                 f"checkpoint {folder} has {key!r} with shape {tuple(stored[key].size)}, "
                 f"the model has {tuple(tensor.shape)}; {hint}"
             )
-    dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    return info(folder)
+    return _fill(state, folder, no_dist=not dist.is_initialized())
 
 
 def read(folder: str | Path, prefixes: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors whose keys begin with one of `prefixes`, info): whole, in this one process, whichever processes wrote
     them."""
     folder = Path(folder)
-    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    stored = Reader(folder).read_metadata().state_dict_metadata
     state = {
         key: torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
         for key, entry in stored.items()
         if key.startswith(prefixes)
     }
-    dcp.load(state, checkpoint_id=folder, no_dist=True)
-    return state, info(folder)
+    return state, _fill(state, folder, no_dist=True)
+
+
+def _fill(state: dict[str, Tensor], folder: Path, no_dist: bool) -> dict[str, Any]:
+    try:
+        dcp.load(state, storage_reader=Reader(folder), no_dist=no_dist)
+    except dcp.api.CheckpointException as error:
+        raise UserError(f"checkpoint {folder} cannot be read: {_cause(error)}") from error
+    return info(folder)
 
 
 def info(folder: Path) -> dict[str, Any]:
-    """What was stored beside the tensors: step, config, and what else `save` was given."""
-    return json.loads((folder / INFO).read_text())
+    """What was stored beside the tensors: step, config, and what else `save` was given.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    found = parse_json((folder / INFO).read_bytes(), folder / INFO)
+    if not isinstance(found, dict) or not type(found.get("step")) is type(found.get("position", 0)) is int:
+        raise UserError(f"{folder / INFO} is damaged: step and position must be whole numbers")
+    return found
 
 
 def code_version() -> str:

@@ -21,6 +21,7 @@ from engine.files import atomic_output
 from engine.release import half, save_release
 from engine.training import checkpoint
 from engine.training.lora import merged
+from engine.untrusted import parse_json
 
 if TYPE_CHECKING:
     from engine.training.task import Task
@@ -70,13 +71,10 @@ def describe(run: Path, task: Task) -> None:
         staging.write_text(json.dumps(asdict(release), indent=1) + "\n")
 
 
-def export(run: str | Path, folder: str | Path, step: int | None = None, task: Task | None = None) -> Path:
+def export(run: str | Path, folder: str | Path, step: int | None = None) -> Path:
     """Write the release of a run's newest whole checkpoint, or of that of `step`; gives the checkpoint's folder.
 
     Works in one process whichever way the checkpoint was written. Figures are those of the last validation up to it.
-
-    Args:
-        task: tells what `release.json` does, for runs that have none.
 
     Raises:
         UserError: the run has no such checkpoint or no description, or `folder` cannot be replaced.
@@ -86,17 +84,19 @@ def export(run: str | Path, folder: str | Path, step: int | None = None, task: T
     problem = "there is none" if found is None else checkpoint.damage(found) if step is not None else None
     if found is None or problem:
         raise UserError(f"{run} has no checkpoint to export{f' of step {step}' if step is not None else ''}: {problem}")
-    if task is not None:
-        describe(run, task)
     try:
-        release = Release(**json.loads((run / DESCRIPTION).read_text()))
+        release = Release(**parse_json((run / DESCRIPTION).read_bytes(), run / DESCRIPTION))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{run / DESCRIPTION} cannot be read ({error}): was the run started by train.py?") from error
     state, info = checkpoint.read(found, ("model.", "ema."))
     averaged = {k.removeprefix("ema."): v for k, v in state.items() if k.startswith("ema.")}
     weights = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")} | averaged
     results, at = last_validation(run / "log.jsonl", info["step"])
-    write(folder, release, weights, card(release, info, results, at), run / FILES)
+    try:
+        text = card(release, info, results, at)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{run} holds settings or figures that train.py does not write ({error})") from error
+    write(folder, release, weights, text, run / FILES)
     return found
 
 
@@ -115,7 +115,7 @@ def last_validation(log: Path, step: int) -> tuple[dict[str, float], int]:
     found: tuple[dict[str, float], int] = {}, 0
     for line in log.read_text().splitlines() if log.is_file() else ():
         try:
-            record = json.loads(line)
+            record = parse_json(line, log)
             figures = {k.removeprefix("validation/"): v for k, v in record.items() if k.startswith("validation/")}
             if figures and found[1] <= record["step"] <= step:
                 found = figures, record["step"]

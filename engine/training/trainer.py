@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.files import refuse_links
 from engine.seeding import MicroBatches, TrainingSet, seed_for, unwrapped
 from engine.training import checkpoint, distributed
 from engine.training.checkpoint import Checkpoints
@@ -299,6 +300,7 @@ class Trainer:
 
     def _resume(self) -> None:
         root = self.run / "checkpoints"
+        distributed.from_main(lambda: refuse_links(self.run))
         if self.fresh and not distributed.restarted():
             distributed.from_main(lambda: checkpoint.remove_all(root))
             return

@@ -74,7 +74,7 @@ def settings(root, output, **changes):
         "stages": {
             "decode": {"use": True, "_target_": "corpora.preparation.media.Decode"},
             "crops": {"use": False},
-            "brightness": {"use": True, "_target_": "preparation_fakes.Brightness"},
+            "brightness": {"use": True, "_target_": "tests.corpora.preparation_fakes.Brightness"},
         },
     }
     return OmegaConf.merge(config, changes)
@@ -206,7 +206,7 @@ def test_what_is_no_fault_of_the_clips_stops_the_job(corpus, tmp_path):
     with pytest.raises(UserError, match="No space left on device"):
         prepare(settings(bad, tmp_path / "b"))
     with pytest.raises(UserError, match="this needs nothing"):
-        missing = {"brightness": {"_target_": "preparation_fakes.Missing"}}
+        missing = {"brightness": {"_target_": "tests.corpora.preparation_fakes.Missing"}}
         prepare(settings(corpus, tmp_path / "c", stages=missing))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*file"):

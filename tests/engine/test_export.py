@@ -120,7 +120,7 @@ def test_what_cannot_be_exported_is_one_line(run, tmp_path, monkeypatch, capsys)
     unreleased.fit()
     with pytest.raises(UserError, match=r"release\.json cannot be read"):
         export(tmp_path / "regression", tmp_path / "out")
-    for folder, words in ((tmp_path, "neither release.json nor a checkpoint"), (tmp_path / "none", "no run in")):
+    for folder, words in ((tmp_path, "has no checkpoint to export"), (tmp_path / "none", "no run in")):
         monkeypatch.setattr("sys.argv", ["export.py", str(folder), str(tmp_path / "out")])
         with pytest.raises(SystemExit) as end:
             run_cli(script.main)

@@ -34,7 +34,12 @@ def test_merged_weights_are_those_of_peft():
 
 
 def test_random_weights_are_not_adapted(monkeypatch):
-    words = ["name=toy", "task={_target_: toy_task.ToyGAN}", "data={train: {_target_: toy_task.ToySet}}", "lora.rank=8"]
+    words = [
+        "name=toy",
+        "task={_target_: tests.engine.toy_task.ToyGAN}",
+        "data={train: {_target_: tests.engine.toy_task.ToySet}}",
+        "lora.rank=8",
+    ]
     monkeypatch.setattr("sys.argv", ["train.py", *words])
     with pytest.raises(UserError, match=r"lora.rank=8 adapts a release: name it with init=FOLDER"):
         train.main()

@@ -294,8 +294,8 @@ def torchrun(processes, script, *arguments, cwd=ROOT):
 def train_arguments(run, **changes):
     settings = CONFIG | {"log_every": 1} | changes
     words = [f"trainer.{k}={json.dumps(v)}".replace(" ", "") for k, v in settings.items()]
-    target = "task={_target_: toy_task.ToyGAN}"
-    return ["name=toy", f"run={run}", target, "data={train: {_target_: toy_task.ToySet}}", *words]
+    target = "task={_target_: tests.engine.toy_task.ToyGAN}"
+    return ["name=toy", f"run={run}", target, "data={train: {_target_: tests.engine.toy_task.ToySet}}", *words]
 
 
 def test_train_script_trains_releases_and_goes_on(tmp_path):

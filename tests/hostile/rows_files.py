@@ -1,0 +1,258 @@
+"""Rows of names, checkpoints, indexes, configurations and targets."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import sys
+import tarfile
+from functools import partial
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from shard_files import random_split
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+
+from corpora.preparation.talker_data import tar_members
+from engine.config import build
+from engine.media.corpus import read_manifest
+from engine.release import read_release, save_release
+from engine.shards.reader import Reading, ShardSplit
+from engine.training import checkpoint
+from engine.training.checkpoint import Checkpoints
+from engine.training.export import export
+from engine.untrusted import MAX_NAME, parse_json, safe_name
+
+# name, and whether it may stand for a path into subfolders
+BAD_NAMES = {
+    "up": "../../..",
+    "up inside": "a/../../../b",
+    "absolute": "/etc/passwd",
+    "empty": "",
+    "dot": ".",
+    "hidden": ".bashrc",
+    "backslashes": "..\\..\\x",
+    "null byte": "a\0b",
+    "line break": "a\nb",
+    "escape": "a\x1b[2Jb",
+    "half a surrogate": "a\udcffb",
+    "turned round": "a\u202egpj.exe",
+    "too long": "x" * (MAX_NAME + 1),
+    "number": 7,
+    "nothing": None,
+    "list": ["a"],
+    "empty folder": "a//b",
+}
+NAME = r"must be a (file name|path)|must be a file name|cannot be read as JSON \(it holds a null"
+
+
+class Payload:
+    """What runs when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return (Path.touch, (self.mark,))
+
+
+def a_run(folder: Path) -> Path:
+    """A run of one checkpoint, as train.py leaves it; gives the checkpoint's folder."""
+    checkpoints = Checkpoints(folder / "run" / "checkpoints", keep=1)
+    step = checkpoints.save(1, {"model.net.w": torch.ones(3, 4), "ema.net.w": torch.ones(3, 4)}, {"config": {}})
+    checkpoints.wait()
+    release = {"kind": "toy", "config": {}, "module": "net", "title": "Toy", "about": "A toy.", "usage": "x"}
+    (folder / "run" / "release.json").write_text(json.dumps(release))
+    return step
+
+
+def forged(folder: Path, forge, use) -> None:
+    """Change the pickled metadata of a run's checkpoint and the checksums with it, then use the run."""
+    step = a_run(folder)
+    metadata = pickle.loads((step / ".metadata").read_bytes())
+    changed = forge(metadata, step)
+    (step / ".metadata").write_bytes(pickle.dumps(metadata if changed is None else changed))
+    info = json.loads((step / "info.json").read_text())
+    info["files"] = {path.name: checkpoint._fingerprint(path) for path in step.iterdir() if path.name != "info.json"}
+    (step / "info.json").write_text(json.dumps(info))
+    use(folder / "run")
+
+
+def exported(run: Path) -> None:
+    export(run, run.parent / "out")
+
+
+def resumed(run: Path) -> None:
+    checkpoint.load(
+        checkpoint.newest(run / "checkpoints"), {f"{of}.net.w": torch.zeros(3, 4) for of in ("model", "ema")}
+    )
+
+
+def by_bytes(metadata, step: Path) -> None:
+    """A tensor described as a pickled object, which torch would load without any list."""
+    data = pickle.dumps(Payload(step / "ran"))
+    (step / "__0_0.distcp").write_bytes(data)
+    place = next(iter(metadata.storage_data.values()))
+    place.offset, place.length = 0, len(data)
+    metadata.state_dict_metadata["ema.net.w"] = BytesStorageMetadata()
+    metadata.storage_data[MetadataIndex("ema.net.w")] = place
+
+
+def huge(metadata, step: Path) -> None:
+    entry = metadata.state_dict_metadata["ema.net.w"]
+    entry.size = torch.Size((10**6, 10**5))
+    entry.chunks[0].sizes = entry.size
+
+
+def half_of_it(metadata, step: Path) -> None:
+    metadata.state_dict_metadata["ema.net.w"].chunks.clear()
+
+
+def elsewhere(metadata, step: Path) -> None:
+    next(iter(metadata.storage_data.values())).relative_path = "../../../../secret"
+
+
+def packed(metadata, step: Path) -> None:
+    next(iter(metadata.storage_data.values())).transform_descriptors = ["zstd"]
+
+
+def nested(metadata, step: Path) -> None:
+    metadata.planner_data = {"x": Payload(step / "ran")}
+
+
+def blob(metadata, step: Path) -> None:
+    path = next(step.glob("*.distcp"))
+    buffer = io.BytesIO()
+    torch.save({"w": Payload(step / "ran")}, buffer)
+    for place in metadata.storage_data.values():
+        place.offset, place.length = 0, len(buffer.getvalue())
+    path.write_bytes(buffer.getvalue())
+
+
+FORGED = {
+    "payload instead of metadata": (lambda metadata, step: Payload(step / "ran"), "names pathlib.Path.touch"),
+    "payload inside the metadata": (nested, r"names pathlib\.Path\.touch|it names"),
+    "a tensor as a pickled object": (by_bytes, "names torch.distributed.checkpoint.metadata.BytesStorageMetadata"),
+    "payload in a data file": (blob, r"cannot be read"),
+    "a terabyte": (huge, "cannot hold"),
+    "a tensor without parts": (half_of_it, "differ in size"),
+    "a data file elsewhere": (elsewhere, "must be a file name"),
+    "packed data files": (packed, "its data files are packed"),
+    "not metadata": (lambda metadata, step: {"a": 1}, "damaged or forged"),
+}
+
+
+def index_with(folder: Path, change, remote: bool = False) -> None:
+    split = random_split(folder / "made" / "train", 3, 3)
+    index = json.loads((split / "index.json").read_text())
+    change(index)
+    (split / "index.json").write_text(json.dumps(index))
+    found = ShardSplit(f"file://{split}" if remote else split, Reading(cache=str(folder / "cache")))
+    found.read(0)
+
+
+def rename(name, index) -> None:
+    index["shards"][0]["name"] = name
+
+
+def config_of(folder: Path, text: str) -> None:
+    save_release(folder / "release", "toy", {"width": 3}, {"w": torch.ones(2)}, "")
+    (folder / "release" / "config.yaml").write_text(text)
+    config, _ = read_release(folder / "release", "toy")
+    raise AssertionError(f"it was taken: {str(config)[:200]}")
+
+
+def tar_with(folder: Path, name: str) -> None:
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        entry = tarfile.TarInfo(name)
+        entry.size = 3
+        tar.addfile(entry, io.BytesIO(b"abc"))
+    tar_members(folder, "*.tar")
+
+
+def manifest_with(folder: Path, text: str) -> None:
+    (folder / "train.jsonl").write_text(text)
+    read_manifest(folder, "train")
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(9)
+)
+TARGETS = [
+    "torch.load",
+    "os.system",
+    "builtins.eval",
+    "engine.release.torch.load",
+    "engine.config.Path.write_text",
+    "engine.config.hydra.utils.instantiate",
+    "torch.hub.load",
+    "engine.nowhere.Thing",
+    "engine.config.nothing",
+    "engine.training.checkpoint.Checkpoints.save",
+    "hicodit",
+    "",
+    7,
+]
+
+CASES = [
+    *(
+        (f"checkpoint: {name}: {use.__name__}", partial(forged, forge=forge, use=use), line)
+        for name, (forge, line) in FORGED.items()
+        for use in (exported, resumed)
+    ),
+    *(
+        (f"name: {name}, {'path' if folders else 'file'}", lambda _, n=value, f=folders: safe_name(n, "name", f), NAME)
+        for name, value in {**BAD_NAMES, "subfolder": "a/b"}.items()
+        for folders in (False, True)
+        if not (folders and name == "subfolder")
+    ),
+    *(
+        (f"index: {name}, {kind}", partial(index_with, change=partial(rename, value), remote=kind == "remote"), NAME)
+        for name, value in BAD_NAMES.items()
+        for kind in ("remote", "local")
+    ),
+    ("index: a list", partial(index_with, change=lambda index: index.update(shards=7)), "it has no list of shards"),
+    ("index: shards of text", partial(index_with, change=lambda i: i.update(shards=["x"])), "needs bytes, crc32"),
+    ("index: negative", partial(index_with, change=lambda i: i["shards"][0].update(bytes=-1)), "needs bytes, crc32"),
+    *(
+        (f"target: {name}", lambda _, n=name: build(OmegaConf.create({"_target_": n})), "is not a class or function")
+        for name in TARGETS
+    ),
+    (
+        "target: deep inside",
+        lambda _: build(
+            OmegaConf.create({"_target_": "engine.seeding.Blocks", "sizes": [{"x": {"_target_": "os.getcwd"}}]})
+        ),
+        "_target_=os.getcwd is not a class or function",
+    ),
+    ("config: alias bomb", partial(config_of, text=BOMB), "it uses aliases"),
+    ("config: an alias to itself", partial(config_of, text="kind: toy\na: &a [*a]\n"), "it uses aliases"),
+    ("config: 100,000 deep", partial(config_of, text="kind: toy\nx: " + "[" * 100_000), "nested more than 32 deep"),
+    ("config: two megabytes", partial(config_of, text="kind: toy\nx: " + "y" * 2**21), "has more than 1,048,576 bytes"),
+    (
+        "config: python object",
+        partial(config_of, text="kind: toy\nx: !!python/object/apply:os.system [true]"),
+        "cannot be read as YAML",
+    ),
+    ("config: broken reference", partial(config_of, text="kind: toy\nx: ${oc.env:"), "cannot be read as YAML"),
+    ("config: text", partial(config_of, text="hello"), "a model of kind None"),
+    (
+        "json: 100,000 deep",
+        lambda _: parse_json("[" * 100_000, "it"),
+        "it cannot be read as JSON: it is nested too deep",
+    ),
+    ("json: null byte", lambda _: parse_json('{"a": "\\u0000"}', "it"), "it holds a null character"),
+    ("json: not UTF-8", lambda _: parse_json(b"\xff\xfe\x00", "it"), "it cannot be read as JSON"),
+    *((f"tar: {name}", partial(tar_with, name=name), NAME) for name in ("../../../ran", "a/../../../b", "a\nb")),
+    ("manifest: up", partial(manifest_with, text='{"id": "../../x"}\n'), "train.jsonl, clip 1: id"),
+    ("manifest: no id", partial(manifest_with, text='{"text": "x"}\n'), "train.jsonl, clip 1: id"),
+    ("manifest: a number", partial(manifest_with, text="7\n"), "train.jsonl, clip 1: id"),
+    (
+        "manifest: damaged line",
+        partial(manifest_with, text='{"id": "a"}\n{"id": \n'),
+        "train.jsonl, line 2 cannot be read",
+    ),
+]
+assert "posix" in sys.builtin_module_names  # the payload and the rows of names are of POSIX systems

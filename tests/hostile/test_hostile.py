@@ -1,0 +1,78 @@
+"""What a hostile or careless person can hand in: each row is one such thing, and must end as one line and exit code 2.
+
+`CASES` of each module `rows_*` are tuples (name, call, line): `call(folder)` does it in an empty folder, `line` is a
+pattern of what the person reads. No row may write outside its folder, run its payload, or take the machine down.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import threading
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from hostile import rows_files
+
+from engine.download import RemoteFile, fetch
+from engine.errors import UserError, run_cli
+from engine.release import read_release, save_release
+from engine.training.trainer import Trainer
+from tests.engine.toy_task import CONFIG, ToyGAN, ToySet
+
+CASES = [*rows_files.CASES]
+MEMORY = 512 * 2**20  # bytes by which one row may grow the process
+
+
+@pytest.mark.parametrize("call, line", [pytest.param(*case[1:], id=case[0]) for case in CASES])
+def test_one_line_and_nothing_else(call, line, tmp_path, capsys):
+    folder = tmp_path / "a" / "b" / "c"  # room for `../../..`
+    folder.mkdir(parents=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with pytest.raises(SystemExit) as end:
+        run_cli(lambda: call(folder))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    assert re.search(line, error), error
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before < MEMORY
+    assert not list(tmp_path.rglob("ran")), "a payload was run"
+    outside = [path for path in tmp_path.rglob("*") if folder not in path.parents and path not in folder.parents]
+    assert outside == [folder]
+
+
+def test_references_in_the_config_of_a_release_stay_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "told")
+    save_release(tmp_path / "release", "toy", {"width": 3}, {"w": torch.ones(2)}, "")
+    (tmp_path / "release" / "config.yaml").write_text("kind: toy\nx: ${oc.env:SECRET}\n")
+    assert read_release(tmp_path / "release", "toy")[0] == {"x": "${oc.env:SECRET}"}
+
+
+def test_a_run_does_not_write_through_links(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "profile").write_text("")
+    (tmp_path / "run" / "log.jsonl").symlink_to(tmp_path / "profile")
+    with pytest.raises(UserError, match=r"log\.jsonl is a link"):
+        Trainer(ToyGAN(), ToySet(), CONFIG, tmp_path / "run").fit()
+    assert (tmp_path / "profile").read_text() == ""
+
+
+def test_a_server_that_never_ends_is_left(tmp_path):
+    class Endless(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):
+                while True:
+                    self.wfile.write(b" " * 2**20)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endless)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/index.json"
+    with pytest.raises(UserError, match="sends more than the 9,000,000 bytes"):
+        fetch(RemoteFile("index.json", url, most=9_000_000), tmp_path, progress=False)
+    server.shutdown()
