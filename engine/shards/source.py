@@ -22,7 +22,7 @@ from engine.files import atomic_output
 from engine.untrusted import parse_json, safe_name
 
 BLOCK = 1 << 22
-PAUSE = 1.0  # seconds before a second attempt; doubled for each further one
+RETRY_DELAY = 1.0  # seconds before a second attempt; doubled for each further one
 MAX_JSON = 2**27  # bytes of an index or sidecar; a million shards take 80 MB
 AHEAD = 2  # shards that a process fetches at once while it trains
 
@@ -221,7 +221,7 @@ def _get(url: str, path: Path, size: int | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if urlsplit(url).scheme in ("http", "https"):
         try:
-            fetch(RemoteFile(path.name, url, size, most=MAX_JSON), path.parent, pause=PAUSE, progress=False)
+            fetch(RemoteFile(path.name, url, size, most=MAX_JSON), path.parent, retry_delay=RETRY_DELAY, progress=False)
         except NoNetworkError:
             raise
         except UserError as error:

@@ -57,7 +57,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture
 def server(folder, monkeypatch):
     """(URL of the split, handler class)."""
-    monkeypatch.setattr(source, "PAUSE", 0.01)
+    monkeypatch.setattr(source, "RETRY_DELAY", 0.01)
     handler = type("Counting", (Handler,), {"asked": [], "truncate": {}})
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder.parent)))
     thread = threading.Thread(target=httpd.serve_forever, daemon=True)
