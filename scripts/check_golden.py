@@ -3,8 +3,8 @@
     python scripts/check_golden.py DIR [DIR ...] [--only PREFIX] [--quiet]
 
 One line a case: worst absolute and relative error, the case's own float32 noise floor, pass or fail. Exit code 0 when
-all pass, 1 when a case fails or nothing runs it, 2 for a mistake in what is given, such as a damaged file. The cases run
-under pytest, which the extra `dev` brings (`bash scripts/setup.sh dev`).
+all pass, 1 when a case fails or nothing runs it, 2 for a mistake in what is given, such as a damaged file. The cases
+run under pytest, which the extra `dev` brings (`bash scripts/setup.sh dev`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def check_file(path: Path) -> None:
     """Raise a `UserError` unless `path` and the list of keys beside it can be read."""
     keys = path.with_name(f"{path.stem}.keys.json")
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "np") as file:
             meta = json.loads((file.metadata() or {})["meta"])
         shapes = json.loads(keys.read_text())
     except (OSError, SafetensorError, KeyError, ValueError) as error:

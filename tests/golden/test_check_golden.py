@@ -16,7 +16,7 @@ from engine.errors import UserError
 from scripts import check_golden
 from tests.golden.check import check
 from tests.golden.compare_runs import differences
-from tests.golden.runners import load_case
+from tests.golden.runners import find_runner, load_case
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
@@ -130,6 +130,28 @@ def test_nan_fails():
     case = load_case(FOLDER / "conditions" / "sedd_noise_f32.safetensors")
     case.inputs["t"] = torch.full_like(case.inputs["t"], float("nan"))
     assert not any(result.passed for result in check(case))
+
+
+def test_a_case_may_drop_conditions_at_other_rates():
+    case = load_case(FOLDER / "talker" / "cfm_loss_motion_mask.safetensors")
+    case.config["cfm_params"] = {"training_cfg_rate": 0.6, "cond_drop_rate": 0.0, "noise_cond_scale": 0.0}
+    kept = case.inputs["u_cfg"] > 0.6
+    assert kept.any() and not kept.all()
+    out = find_runner(case.name, case.meta)(case)
+    assert torch.equal(out["mu_used"], case.inputs["mu"] * kept[:, None])
+    assert torch.equal(out["cond_used"], case.inputs["cond"])
+    assert torch.equal(out["grad_mu"].abs().sum(1) > 0, kept)
+
+
+def test_a_block_without_rotary_positions_does_not_see_the_order():
+    case = load_case(FOLDER / "talker" / "block.safetensors")
+    run, x = find_runner(case.name, case.meta), case.inputs["x"]
+    for rotary in (False, True):
+        case.config["rope"] = rotary
+        case.inputs["x"] = x.flip(1)
+        flipped = run(case)["y"].flip(1)
+        case.inputs["x"] = x
+        assert torch.allclose(run(case)["y"], flipped, atol=1e-5) != rotary
 
 
 def test_runs_are_compared_case_by_case():

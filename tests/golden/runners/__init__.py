@@ -73,6 +73,15 @@ class Case:
     def config(self) -> dict[str, Any]:
         return self.meta.get("config", {})
 
+    def first(self, output: str, value: Tensor, axis: int) -> Tensor:
+        """The start of `value` along `axis`, as long as the case stores it."""
+        return value.narrow(axis, 0, self.outputs[output].shape[axis])
+
+    def every(self, output: str, value: Tensor, axis: int) -> Tensor:
+        """Every n-th of `value` along `axis`, with the smallest n that gives as many as the case stores."""
+        step = -(-value.shape[axis] // self.outputs[output].shape[axis])
+        return value.index_select(axis, torch.arange(0, value.shape[axis], step))
+
     def skip(self, output: str, why: str) -> None:
         """Say that `output` is not compared; the reason is printed with the case."""
         self.skipped[output] = why

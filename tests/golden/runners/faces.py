@@ -105,13 +105,10 @@ def face_alignment(case: Case) -> dict[str, np.ndarray]:
 @torch.no_grad()
 def iresnet(case: Case) -> dict[str, Tensor]:
     model = arcface.load_released(case.weights(), case.name)
-    faces = torch.from_numpy(_rgb(case.inputs["image_bgr"])).permute(2, 0, 1)[None].float() / 255
-    picture = arcface.prepare_faces(faces)
-    maps, embedding = model.maps(picture), model.embed(picture)
-    return {
-        "input": picture,
-        "layer1_mean": maps[0].mean((-1, -2)),
-        "layer4": maps[3],
-        "embedding": embedding,
-        "unit": F.normalize(embedding, dim=-1),
-    }
+    faces = torch.from_numpy(_rgb(case.inputs["image_bgr"])).movedim(-1, -3).float() / 255
+    picture = arcface.prepare_faces(faces if faces.ndim == 4 else faces[None])
+    embedding = model.embed(picture)
+    out = {"input": picture, "embedding": embedding, "unit": F.normalize(embedding, dim=-1)}
+    for i, level in enumerate(model.maps(picture), 1):
+        out |= {f"layer{i}": level, f"layer{i}_mean": level.mean((-1, -2))}
+    return out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -23,12 +25,17 @@ def pictures(lowres: Tensor) -> Tensor:
     return torch.from_numpy(values.astype(np.float32) / np.float32(127.5) - np.float32(1))
 
 
-def stored(name: str, image: Tensor, step: int = 4, first_crop: bool = False) -> dict[str, Tensor]:
-    """The views of an image (B, 3, 512, 512) that the cases store."""
-    crop = (image[:1] if first_crop else image)[..., 200:264, 300:364]
+def stored(case: Case, name: str, image: Tensor) -> dict[str, Tensor]:
+    """The views of an image (B, 3, 512, 512) that the case stores: every n-th pixel (`_sN`), a crop, statistics."""
     flat = image.double().flatten(2)
-    stats = torch.stack([flat.mean(-1), flat.std(-1), flat.abs().amax(-1)], -1)
-    return {f"{name}_s{step}": image[..., ::step, ::step], f"{name}_crop": crop, f"{name}_stats": stats}
+    out = {f"{name}_stats": torch.stack([flat.mean(-1), flat.std(-1), flat.abs().amax(-1)], -1)}
+    if f"{name}_crop" in case.outputs:
+        out[f"{name}_crop"] = case.first(f"{name}_crop", image[..., 200:264, 300:364], 0)
+    for output in case.outputs:
+        view = re.fullmatch(rf"{name}_s(\d+)", output)
+        if view:
+            out[output] = image[..., :: int(view[1]), :: int(view[1])]
+    return out
 
 
 def build(case: Case) -> LiaX:
@@ -46,22 +53,22 @@ def run_network(case: Case) -> dict[str, Tensor]:
         step = max(1, features.numel() // 3000) | 1
         out[f"feat_{i}_strided"] = features.flatten()[::step]
 
-    hooks = [model.decoder.first.register_forward_hook(lambda _m, _i, y: out.update(conv1=y[:, :32]))]
+    hooks = [model.decoder.first.register_forward_hook(lambda _m, _i, y: out.update(conv1=case.first("conv1", y, 1)))]
     for name, level in zip(HOOKED_LEVELS, model.decoder.levels, strict=False):
 
         def keep(_module: nn.Module, _inputs: tuple, state: tuple, name: str = name) -> None:
             out.update({f"rgb_{name}": state.picture, f"flowlogit_{name}": state.flow})
 
         hooks.append(level.register_forward_hook(keep))
-    out |= stored("img_abs", model.render(identity, motion[:1]))
+    out |= stored(case, "img_abs", model.render(identity, motion[:1]))
     for hook in hooks:
         hook.remove()
 
     if "img_none_s4" in case.outputs:
-        out |= stored("img_none", model.decoder(model.decoder.navigate(identity.style), identity.maps))
+        out |= stored(case, "img_none", model.decoder(model.decoder.navigate(identity.style), identity.maps))
     if "z_rel" in case.outputs or "img_rel_s4" in case.outputs:
         out["z_rel"] = model.decoder.navigate(identity.style, motion[:1], motion[1:2], motion[2:3])
-        out |= stored("img_rel", model.decoder(out["z_rel"], identity.maps))
+        out |= stored(case, "img_rel", model.decoder(out["z_rel"], identity.maps))
     return out
 
 
@@ -71,9 +78,10 @@ def run_animate(case: Case) -> dict[str, Tensor]:
     model, x = build(case), pictures(case.inputs["lowres_u8"])
     indices, values, chunk = case.meta["edit_indices"], case.meta["edit_values"], case.meta["chunk_size"]
     out = {"motion_codes": model.motion(x)}
-    out |= stored("animate", model.animate(x[:1], x[1:4], indices, values, chunk["animate"]), 8, True)
-    out |= stored("edit_img", model.edit_image(x[0], indices, values))
-    return out | stored("edit_vid", model.edit_video(x[:2], indices, values, chunk["edit_vid"]), 8, True)
+    driven, edited = (len(case.outputs[f"{name}_stats"]) for name in ("animate", "edit_vid"))
+    out |= stored(case, "animate", model.animate(x[:1], x[1 : 1 + driven], indices, values, chunk["animate"]))
+    out |= stored(case, "edit_img", model.edit_image(x[0], indices, values))
+    return out | stored(case, "edit_vid", model.edit_video(x[:edited], indices, values, chunk["edit_vid"]))
 
 
 @runner("liax_ops")

@@ -87,7 +87,8 @@ def run_time_embedding(case: Case) -> dict[str, Tensor]:
 @torch.no_grad()
 def run_block(case: Case) -> dict[str, Tensor]:
     width, heads = case.config["n_embd"], case.config["n_head"]
-    block, rotary, x = loaded(case, Block(width, heads)), Rotary(width // heads), case.inputs["x"]
+    block, x = loaded(case, Block(width, heads)), case.inputs["x"]
+    rotary = Rotary(width // heads) if case.config.get("rope", True) else lambda x, keep=None: x
     normed = block.norm1(x)
     return {
         "norm1": normed,
@@ -137,11 +138,21 @@ def run_sampler(case: Case) -> dict[str, Any]:
     return out | {"x": x, "t_span": times, "n_estimator_calls": torch.tensor(len(path["est_t"]))}
 
 
-def draws_of(inputs: dict[str, Tensor], prefix: str = "") -> flow.FlowDraws:
+def draws_of(case: Case, prefix: str = "") -> flow.FlowDraws:
     """A case's draws; log-normal times where it has normal ones, else the second of its uniform ones."""
+    inputs, settings = case.inputs, case.config.get("cfm_params", {})
+    mu_rate = settings.get("training_cfg_rate", flow.DROP_MU)
+    cond_rate = next((settings[k] for k in settings if "cond" in k and "noise" not in k), flow.DROP_COND)
+
+    def uniform(name: str, rate: float, ours: float) -> Tensor:
+        """As drawn; where the case drops at another rate than the product, 0 for dropped and 1 for kept."""
+        u = inputs[prefix + name]
+        return u if rate == ours else (u > rate).float()
+
     normal = inputs.get(f"{prefix}s_t")
     t = flow.log_normal_times(normal) if normal is not None else inputs[f"{prefix}u_t"]
-    return flow.FlowDraws(inputs[f"{prefix}u_cfg"], inputs[f"{prefix}u_cond"], t, inputs[f"{prefix}z"])
+    u_mu, u_cond = uniform("u_cfg", mu_rate, flow.DROP_MU), uniform("u_cond", cond_rate, flow.DROP_COND)
+    return flow.FlowDraws(u_mu, u_cond, t, inputs[f"{prefix}z"])
 
 
 def gradient_norms(module: nn.Module, keys: list[str]) -> Tensor:
@@ -153,7 +164,7 @@ def gradient_norms(module: nn.Module, keys: list[str]) -> Tensor:
 @meta_runner("cfm_loss")
 def run_flow_loss(case: Case) -> dict[str, Tensor]:
     head, i = loaded(case, FlowHead(head_of(case))), case.inputs
-    draws = draws_of(i)
+    draws = draws_of(case)
     mu, cond, global_cond = (i[name].clone().requires_grad_() for name in ("mu", "cond", "global_cond"))
     loss = head.loss(i["x1"], mu, cond, global_cond, draws, i.get("tgt_mask"))
     loss.backward()
@@ -202,7 +213,7 @@ def run_training_forward(case: Case) -> dict[str, Any]:
         speaker=i["speaker_emb"],
     )
     forward = training_forward(model, batch, i.get("task_tag"))
-    draws = {name: draws_of(i, f"draw.{name}.") if f"draw.{name}.z" in i else None for name in ("speech", "motion")}
+    draws = {name: draws_of(case, f"draw.{name}.") if f"draw.{name}.z" in i else None for name in ("speech", "motion")}
     dummy = len(forward.motion.x1) == 0
     if dummy:
         draws["motion"] = None  # the official program draws for an example that it multiplies by 0

@@ -6,6 +6,7 @@ Axes: B batch, N samples, T latent frames, C channels, M mel bands, F mel frames
 from __future__ import annotations
 
 import ast
+import re
 
 import numpy as np
 import torch
@@ -102,19 +103,24 @@ def run_vae(case: Case) -> dict[str, Tensor]:
     maps = [wave]
     for layer in model.encoder.block:
         maps.append(layer(maps[-1]))
-    for i in range(len(model.config.encoder_ratios)):
-        block = maps[i + 2]  # after the wave and the first convolution
-        out |= {f"enc_block{i + 1}": block, f"enc_block{i + 1}_tail": block[..., -24:]}
     states = model.semantic(mel)
     mean, scale = model.posterior(wave, mel)
-    return out | {
+    out |= {
         "enc": maps[-1],
         "semantic_50hz": states,
-        "semantic_50hz_head": states[:, :8],
-        "semantic_50hz_strided": states[:, ::50],
         "posterior_mean_scale_bct": torch.cat([mean, scale], 1),
         "encode_btc": model.encode(wave, mel),
     }
+    for name, expected in case.outputs.items():
+        block = re.fullmatch(r"enc_block(\d+)(_tail)?", name)
+        if block:
+            value = maps[int(block[1]) + 1]  # after the wave and the first convolution
+            out[name] = value[..., -expected.shape[-1] :] if block[2] else value
+        elif name == "semantic_50hz_head":
+            out[name] = case.first(name, states, 1)
+        elif name == "semantic_50hz_strided":
+            out[name] = case.every(name, states, 1)
+    return out
 
 
 @runner("whisper_logmel")
@@ -122,18 +128,15 @@ def run_log_mel(case: Case) -> dict[str, Tensor]:
     wave, expected = case.inputs["wav"], case.outputs
     bands = expected["filters"].shape[0]
 
-    def strided(mel: Tensor, name: str) -> Tensor:
-        return mel[:, :: mel.shape[-1] // expected[name].shape[-1]]
-
     padded = log_mel(pad_or_trim(wave, WINDOW), bands)
     trimmed = log_mel(pad_or_trim(generated_input(case, "wav_long"), WINDOW), bands)
     n = expected["mel_batch2"].shape[-1] * HOP
     pair = torch.stack([wave[:n], 0.01 * wave[n : 2 * n]])
     return {
         "filters": mel_filters(bands),
-        "mel_padded_head": padded[:, : expected["mel_padded_head"].shape[-1]],
-        "mel_padded_strided": strided(padded, "mel_padded_strided"),
-        "mel_trimmed_strided": strided(trimmed, "mel_trimmed_strided"),
+        "mel_padded_head": case.first("mel_padded_head", padded, 1),
+        "mel_padded_strided": case.every("mel_padded_strided", padded, 1),
+        "mel_trimmed_strided": case.every("mel_trimmed_strided", trimmed, 1),
         "mel_unpadded": log_mel(case.inputs["wav_b"], bands),
         "mel_zeros": log_mel(torch.zeros(expected["mel_zeros"].shape[-1] * HOP), bands),
         "mel_batch2": log_mel(pair, bands, shared_peak=True),
