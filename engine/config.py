@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -112,6 +113,11 @@ def typed(config: DictConfig, schema: type[T]) -> T:
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{error.full_key or 'config'}: {reason}") from error
+
+
+def override(settings: T, changes: Mapping[str, Any]) -> T:
+    """The dataclass `settings` with those fields changed whose new value is not None."""
+    return replace(settings, **{name: value for name, value in changes.items() if value is not None})
 
 
 def _compose(config_name: str, words: Sequence[str], configs: Path) -> tuple[DictConfig, dict[str, str]]:

@@ -6,17 +6,15 @@ Axes: T video frames, N samples.
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
-import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from engine.config import typed
+from engine.batch_runner import run_batches
+from engine.config import override, typed
 from engine.errors import UserError
 from engine.faces.detectors import YuNetDetector
 from engine.faces.track import read_boxes
@@ -73,15 +71,6 @@ class InferConfig:
     guidance: GuidanceOverrides = field(default_factory=GuidanceOverrides)
 
 
-def checked(config: DictConfig) -> InferConfig:
-    """The composed config with its types checked.
-
-    Raises:
-        UserError: a value has the wrong type.
-    """
-    return typed(config, InferConfig)
-
-
 def find_clips(source: Path, output: Path, debug: bool = False) -> list[Path]:
     """The clip itself, or the video files of a folder in order of name.
 
@@ -134,81 +123,45 @@ def write_outputs(clip: Path, speech: Speech, folder: Path, figure: bool, strip:
 
 
 def run(config: DictConfig) -> int:
-    """Do the job; 0 when all clips are done, 1 when some of a folder failed.
+    """Do the job; returns the exit code: 0 when all clips are done, 1 when some clips of a folder failed.
 
     Raises:
-        UserError: nothing could be done.
+        UserError: a setting has the wrong type, or no clip could be done.
     """
-    c = checked(config)
+    c = typed(config, InferConfig)
     if c.batch_size < 1:
         raise UserError(f"batch_size={c.batch_size} must be at least 1")
     output = Path(c.output)
     check_seed(c.seed)
     clips = find_clips(Path(c.input) if c.input else BUNDLED.parent / "demo" / "silent.mp4", output, c.debug)
-    with writable(c.output):
+    with writable(c.output), tempfile.TemporaryDirectory() as scratch:
         detector = YuNetDetector(c.detector) if c.detector else None
-        pipeline = HiCoDiTPipeline.from_pretrained(
-            c.weights or BUNDLED, pick_device(c.device), c.codec, c.encoders, detector
-        )
-        pipeline.sampler = replace(pipeline.sampler, **_given(c.sampler))
-        pipeline.guidance = replace(pipeline.guidance, **_given(c.guidance))
+        weights, device = c.weights or BUNDLED, pick_device(c.device)
+        pipeline = HiCoDiTPipeline.from_pretrained(weights, device, c.codec, c.encoders, detector)
+        pipeline.sampler = override(pipeline.sampler, vars(c.sampler))
+        pipeline.guidance = override(pipeline.guidance, vars(c.guidance))
         identity = None
         if c.reference_audio is not None:
             identity = GE2EEncoder().embed(read_audio(c.reference_audio, 16_000), 16_000)
-        return _speak_all(pipeline, clips, output, c, identity)
+        face, box = int(c.face) if c.face.isdecimal() else c.face, read_boxes(c.face_box) if c.face_box else None
 
+        def strip_of(clip: Path) -> Path | None:
+            return Path(scratch) / f"{clip.stem}{FACE}" if c.debug else None
 
-def _speak_all(
-    pipeline: HiCoDiTPipeline, clips: list[Path], output: Path, c: InferConfig, identity: np.ndarray | None
-) -> int:
-    face, box = int(c.face) if c.face.isdecimal() else c.face, read_boxes(c.face_box) if c.face_box else None
-    failed: list[str] = []
-    start, spoken = time.monotonic(), 0.0
+        def prepare(clip: Path) -> Crops:
+            return pipeline.crops(clip, face, box, strip_of(clip))
 
-    def strip_of(clip: Path) -> Path | None:
-        return Path(strips) / f"{clip.stem}{FACE}" if c.debug else None
+        def process(batch: list[Crops], bar: tqdm) -> list[Speech]:
+            rounds = max(len(windows(len(crops.mouth), pipeline.sampler)) for crops in batch)
+            bar.total += pipeline.sampler.steps * rounds
+            return pipeline.run(batch, [c.seed] * len(batch), identity, on_step=lambda _: bar.update())
 
-    def fail(error: UserError) -> None:
-        if len(clips) == 1:
-            raise error
-        failed.append(str(error))
-        print(f"failed: {error}", file=sys.stderr, flush=True)
+        def write(name: str, crops: Crops, speech: Speech) -> tuple[str, float]:
+            written = write_outputs(Path(name), speech, output, c.figure, strip_of(Path(name)))
+            unseen = crops.track.unseen(FPS)
+            note = f" (face seen in {crops.track.coverage:.0%}; not at {unseen})" if unseen else ""
+            return f"{name} -> {', '.join(p.name for p in written)}{note}", len(speech.wave) / speech.rate
 
-    with (
-        tempfile.TemporaryDirectory() as strips,
-        tqdm(total=0, unit="step", disable=not sys.stderr.isatty(), leave=False) as progress,
-    ):
-        for first in range(0, len(clips), c.batch_size):
-            group: list[tuple[Path, Crops]] = []
-            for clip in clips[first : first + c.batch_size]:
-                try:
-                    group.append((clip, pipeline.crops(clip, face, box, strip_of(clip))))
-                except UserError as error:
-                    fail(error)
-            if not group:
-                continue
-            rounds = max(len(windows(len(crops.mouth), pipeline.sampler)) for _, crops in group)
-            progress.total += pipeline.sampler.steps * rounds
-            seeds = [c.seed] * len(group)
-            speeches = pipeline.run([k for _, k in group], seeds, identity, on_step=lambda _: progress.update())
-            for (clip, crops), speech in zip(group, speeches):
-                try:
-                    written = write_outputs(clip, speech, output, c.figure, strip_of(clip))
-                except UserError as error:
-                    fail(error)
-                    continue
-                spoken += len(speech.wave) / speech.rate
-                unseen = crops.track.unseen(FPS)
-                note = f" (face seen in {crops.track.coverage:.0%}; not at {unseen})" if unseen else ""
-                tqdm.write(f"{clip} -> {', '.join(p.name for p in written)}{note}", file=sys.stdout)
-    elapsed, done = time.monotonic() - start, len(clips) - len(failed)
-    if not done:
-        raise UserError(f"none of the {len(clips)} clips of input={c.input} could be done; the first: {failed[0]}")
-    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in pipeline.seconds.items())
-    print(f"{done} of {len(clips)} clips in {output}: {spoken:.1f} s of speech in {elapsed:.1f} s on {pipeline.device}")
-    print(f"of which {stages}")
-    return 1 if failed else 0
-
-
-def _given(overrides: SamplerOverrides | GuidanceOverrides) -> dict[str, object]:
-    return {name: value for name, value in vars(overrides).items() if value is not None}
+        jobs = [(str(clip), clip) for clip in clips]
+        summary = run_batches(jobs, c.batch_size, prepare, process, write, unit="step")
+    return summary.report("clips", output, pipeline.device, pipeline.seconds, f" of input={c.input}")

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from engine.config import typed
+from engine.batch_runner import run_batches
+from engine.config import override, typed
 from engine.errors import UserError
 from engine.files import all_or_none, writable
 from engine.media.audio import write_wav
@@ -92,9 +90,23 @@ def run(config: DictConfig) -> int:
     with writable(c.output):
         codecs = {stream: folder for stream, folder in vars(c.codecs).items() if folder}
         pipeline = TalkerPipeline.from_pretrained(c.weights or BUNDLED, pick_device(c.device), codecs)
-        given = {name: value for name, value in vars(c.sampling).items() if value is not None}
-        pipeline.sampling = replace(pipeline.sampling, **given)
-        return _talk_all(pipeline, jobs, output, c.batch_size)
+        pipeline.sampling = override(pipeline.sampling, vars(c.sampling))
+
+        def process(batch: list[Prepared], bar: tqdm) -> list[Talk]:
+            # The longest that each job may last: when the model stops earlier, the rest counts as done.
+            most = sum(step_limit(pipeline.system.model, p.request, p.mode) for p in batch)
+            bar.total += most
+            before = bar.n
+            talks = pipeline.finish(batch, lambda step: bar.update(len(step.rows)))
+            bar.update(before + most - bar.n)
+            return talks
+
+        def write(name: str, prepared: Prepared, talk: Talk) -> tuple[str, float]:
+            written = write_outputs(prepared.job, name, talk, output)
+            return f"{name}: {', '.join(written)}{_remark(prepared, talk)}", len(talk.wave) / pipeline.rate
+
+        summary = run_batches(jobs, c.batch_size, pipeline.prepare, process, write, unit="patch", name_errors=True)
+    return summary.report("jobs", output, pipeline.system.device, pipeline.seconds)
 
 
 def read_jobs(c: InferConfig) -> list[tuple[str, Job]]:
@@ -175,47 +187,6 @@ def write_outputs(job: Job, name: str, talk: Talk, folder: Path) -> list[str]:
         elif job.mode == "v2a":
             mux_audio(job.video, talk.wave, TalkerPipeline.rate, video)
     return outputs_of(job, name)
-
-
-def _talk_all(pipeline: TalkerPipeline, jobs: Sequence[tuple[str, Job]], output: Path, batch_size: int) -> int:
-    failed: list[str] = []
-    start, talked = time.monotonic(), 0.0
-
-    def fail(name: str, error: UserError) -> None:
-        if len(jobs) == 1:
-            raise error
-        failed.append(str(error))
-        print(f"failed: {name}: {error}", file=sys.stderr, flush=True)
-
-    with tqdm(total=0, unit="patch", disable=not sys.stderr.isatty(), leave=False) as progress:
-        for first in range(0, len(jobs), batch_size):
-            group: list[tuple[str, Prepared]] = []
-            for name, job in jobs[first : first + batch_size]:
-                try:
-                    group.append((name, pipeline.prepare(job)))
-                except UserError as error:
-                    fail(name, error)
-            # The longest that each may last: what the model ends before counts as done.
-            most = sum(step_limit(pipeline.system.model, p.request, p.mode) for _, p in group)
-            progress.total += most
-            before = progress.n
-            talks = pipeline.finish([p for _, p in group], lambda step: progress.update(len(step.rows)))
-            progress.update(before + most - progress.n)
-            for (name, prepared), talk in zip(group, talks):
-                try:
-                    written = write_outputs(prepared.job, name, talk, output)
-                except UserError as error:
-                    fail(name, error)
-                    continue
-                talked += len(talk.wave) / pipeline.rate
-                tqdm.write(f"{name}: {', '.join(written)}{_remark(prepared, talk)}", file=sys.stdout)
-    elapsed, done = time.monotonic() - start, len(jobs) - len(failed)
-    if not done:
-        raise UserError(f"none of the {len(jobs)} jobs could be done; the first: {failed[0]}")
-    device = pipeline.system.device
-    print(f"{done} of {len(jobs)} jobs in {output}: {talked:.1f} s of speech in {elapsed:.1f} s on {device}")
-    print("of which " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in pipeline.seconds.items()))
-    return 1 if failed else 0
 
 
 def _remark(prepared: Prepared, talk: Talk) -> str:

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from engine.errors import UserError
 from engine.media.ffmpeg import probe
 from engine.media.video import read_video, write_video
-from hicodit.inference import checked, run
+from hicodit.inference import run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -167,7 +167,7 @@ def test_wrong_types(release, clip, tmp_path, key, value):
     wrong = config(release, clip, tmp_path)
     OmegaConf.update(wrong, key, value)
     with pytest.raises(UserError, match=key.split(".")[-1]):
-        checked(wrong)
+        run(wrong)
 
 
 def test_command_line_exits_2_without_a_traceback():

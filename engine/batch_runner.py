@@ -1,0 +1,103 @@
+"""Runs the named jobs of `infer.py` in batches: a job that fails is reported, and the others go on."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from engine.errors import UserError
+
+Job = TypeVar("Job")
+Prepared = TypeVar("Prepared")
+Result = TypeVar("Result")
+
+
+@dataclass
+class Summary:
+    """What became of the jobs.
+
+    Attributes:
+        jobs: how many there were.
+        failed: error of each job that failed.
+        speech_seconds: duration of the speech that was written.
+        seconds: wall time.
+    """
+
+    jobs: int
+    failed: list[str] = field(default_factory=list)
+    speech_seconds: float = 0.0
+    seconds: float = 0.0
+
+    def report(self, kind: str, output: Path, device: object, stages: Mapping[str, float], origin: str = "") -> int:
+        """Print the figures, and the seconds of each stage; returns the exit code: 1 if a job failed.
+
+        Args:
+            kind: plural of what a job is. origin: where the jobs came from, such as " of input=FOLDER".
+
+        Raises:
+            UserError: all jobs failed.
+        """
+        done = self.jobs - len(self.failed)
+        if not done:
+            raise UserError(f"none of the {self.jobs} {kind}{origin} could be done; the first: {self.failed[0]}")
+        speech = f"{self.speech_seconds:.1f} s of speech in {self.seconds:.1f} s on {device}"
+        print(f"{done} of {self.jobs} {kind} in {output}: {speech}")
+        print("of which " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in stages.items()))
+        return 1 if self.failed else 0
+
+
+def run_batches(
+    jobs: Sequence[tuple[str, Job]],
+    batch_size: int,
+    prepare: Callable[[Job], Prepared],
+    process: Callable[[list[Prepared], tqdm], Sequence[Result]],
+    write: Callable[[str, Prepared, Result], tuple[str, float]],
+    unit: str,
+    name_errors: bool = False,
+) -> Summary:
+    """Prepare, process and write named jobs, `batch_size` at a time. A failure is printed to standard error.
+
+    Args:
+        jobs: (name, job) pairs.
+        prepare: reads the files of a job.
+        process: computes a batch; adds its work to the progress bar's `total`, and updates the bar.
+        write: writes the files of a job; returns a line to print and the seconds of speech in the files.
+        unit: what the progress bar counts.
+        name_errors: print the job's name with its error; not needed if the name is a path that the error contains.
+
+    Raises:
+        UserError: from the only job; when there are several, errors are reported and counted.
+    """
+    summary, start = Summary(len(jobs)), time.monotonic()
+
+    def fail(name: str, error: UserError) -> None:
+        if len(jobs) == 1:
+            raise error
+        summary.failed.append(str(error))
+        print(f"failed: {f'{name}: ' if name_errors else ''}{error}", file=sys.stderr, flush=True)
+
+    with tqdm(total=0, unit=unit, disable=not sys.stderr.isatty(), leave=False) as bar:
+        for first in range(0, len(jobs), batch_size):
+            batch: list[tuple[str, Prepared]] = []
+            for name, job in jobs[first : first + batch_size]:
+                try:
+                    batch.append((name, prepare(job)))
+                except UserError as error:
+                    fail(name, error)
+            results = process([prepared for _, prepared in batch], bar) if batch else []
+            for (name, prepared), result in zip(batch, results, strict=True):
+                try:
+                    line, seconds = write(name, prepared, result)
+                except UserError as error:
+                    fail(name, error)
+                    continue
+                summary.speech_seconds += seconds
+                tqdm.write(line, file=sys.stdout)
+    summary.seconds = time.monotonic() - start
+    return summary

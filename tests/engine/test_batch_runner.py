@@ -1,0 +1,58 @@
+"""Batches of named jobs: failures are named and counted, the rest is written, the summary and exit code tell."""
+
+import pytest
+
+from engine.batch_runner import run_batches
+from engine.errors import UserError
+
+
+def run(jobs, batch_size=2, name_errors=False):
+    """Jobs are numbers: even ones cannot be prepared, 7 cannot be written; a result is the number of its batch."""
+    batches = []
+
+    def prepare(job):
+        if job % 2 == 0:
+            raise UserError(f"{job} is even")
+        return job
+
+    def process(batch, bar):
+        batches.append(batch)
+        bar.total += len(batch)
+        bar.update(len(batch))
+        return [len(batches)] * len(batch)
+
+    def write(name, job, result):
+        if job == 7:
+            raise UserError("the disk is full")
+        return f"{name}: batch {result}", 0.5
+
+    names = [(f"job{job}", job) for job in jobs]
+    return run_batches(names, batch_size, prepare, process, write, "step", name_errors), batches
+
+
+def test_failures_are_reported_and_the_rest_is_written(tmp_path, capsys):
+    summary, batches = run([1, 2, 4, 6, 5, 7], name_errors=True)
+    assert batches == [[1], [5, 7]]  # nothing is left of the second batch
+    assert summary.failed == ["2 is even", "4 is even", "6 is even", "the disk is full"]
+    out, err = capsys.readouterr()
+    assert out == "job1: batch 1\njob5: batch 2\n"
+    assert err.splitlines()[0] == "failed: job2: 2 is even" and len(err.splitlines()) == 4
+    assert summary.report("jobs", tmp_path, "cpu", {"files": 1.0, "wave": 2.0}) == 1
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"2 of 6 jobs in {tmp_path}: 1.0 s of speech in ") and first.endswith(" s on cpu")
+    assert second == "of which files 1.0 s, wave 2.0 s"
+
+
+def test_all_done_is_exit_code_0_and_all_failed_is_an_error(tmp_path, capsys):
+    assert run([1, 3, 5])[0].report("clips", tmp_path, "cpu", {}) == 0
+    summary, batches = run([2, 4])
+    assert not batches and capsys.readouterr().err == "failed: 2 is even\nfailed: 4 is even\n"
+    with pytest.raises(UserError, match="none of the 2 clips of input=x could be done; the first: 2 is even"):
+        summary.report("clips", tmp_path, "cpu", {}, " of input=x")
+
+
+@pytest.mark.parametrize(("job", "message"), [(2, "2 is even"), (7, "the disk is full")])
+def test_the_error_of_a_single_job_is_raised(job, message, capsys):
+    with pytest.raises(UserError, match=message):
+        run([job])
+    assert not capsys.readouterr().err
