@@ -124,6 +124,31 @@ def compact(state: dict[str, Tensor], exact: tuple[str, ...] = ()) -> dict[str, 
     return out
 
 
+def average(
+    states: list[dict[str, Tensor]], shares: list[float], prefixes: tuple[str, ...] = ("",)
+) -> dict[str, Tensor]:
+    """The first state dict, with the floating-point tensors whose names begin with a prefix averaged over all of them.
+
+    Args:
+        shares: weight of each state dict; divided by their sum.
+
+    Raises:
+        UserError: the names or shapes of the state dicts differ, or no tensor is averaged.
+    """
+    first = states[0]
+    shapes = [{name: value.shape for name, value in state.items()} for state in states]
+    for other in shapes[1:]:
+        unlike = sorted(name for name in shapes[0].keys() | other.keys() if shapes[0].get(name) != other.get(name))
+        if unlike:
+            raise UserError(f"not the same model: {unlike[0]} is missing or of another shape in one of the releases")
+    names = [name for name, value in first.items() if name.startswith(prefixes) and value.is_floating_point()]
+    if not names:
+        raise UserError(f"--only {' '.join(prefixes)}: no tensor begins so; the first is {min(first)}")
+    total = sum(shares)
+    means = {name: sum(share / total * state[name] for share, state in zip(shares, states)) for name in names}
+    return first | means
+
+
 def _expand(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Stored tensors in float32, whichever way they were written."""
     scales = {key.removesuffix(SCALE): state.pop(key) for key in [k for k in state if k.endswith(SCALE)]}

@@ -1,10 +1,21 @@
-"""Make a release folder from a training run: `python scripts/export.py runs/NAME FOLDER`.
+"""Make a release folder: from a training run, from several releases, or a smaller copy of one.
 
-The folder gets the averaged weights of the run's newest whole checkpoint (model.safetensors, half precision),
-config.yaml, and a card with data, recipe and the figures of the last validation. It works while the run goes on, on any
-machine that has the run's folder, whichever number of processes wrote it; `from_pretrained` reads the result. A release
-that is there is replaced in one move; a folder with anything else is left alone. For 8-bit weights:
-scripts/compact_release.py.
+    python scripts/export.py runs/NAME FOLDER [--step N | --best 'min wer_seen']
+    python scripts/export.py --average A:0.7 B:0.3 FOLDER [--only decoder.]
+    python scripts/export.py --compact RELEASE FOLDER [--exact encoder.]
+
+From a run, the folder gets the averaged weights of the newest complete checkpoint in half precision (model.safetensors),
+config.yaml, and a card with data, recipe and the figures of the last validation. This also works during training, on
+any machine that has the run's folder, whichever number of processes wrote it.
+
+--average mixes the weights of releases of one model. Fine-tuned weights averaged with those they started from, or with
+each other, often do better on held-out data than any of them (Wortsman et al. 2022, arXiv 2203.05482 and 2109.01903).
+Settings, card and other files, and tensors that are not averaged, are those of the first release.
+
+--compact stores large matrices in 8 bits, half the size; it loads like any other release. Measure the result: rounding
+changes weights by up to 0.4 % of the largest weight of a row. The card is copied, so add what was done.
+
+A release that exists is replaced in one move; a folder with anything else is left alone.
 """
 
 from __future__ import annotations
@@ -13,33 +24,52 @@ import argparse
 import re
 from pathlib import Path
 
+from torch import Tensor
+
 from engine.errors import UserError, run_cli
+from engine.release import average, compact, half, read_release, release_kind, rewrite_release
 from engine.training import checkpoint
 from engine.training.export import export
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of the run, with checkpoints/")
-    parser.add_argument("folder", type=Path, help="release folder to write")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--step", type=int, help="checkpoint to take instead of the newest one")
-    which.add_argument("--best", metavar="RULE", help="the best of the kept checkpoints, by 'min NAME' or 'max NAME'")
+    parser.add_argument("source", nargs="+", metavar="SOURCE", help="a run; RELEASE:WEIGHT ... (--average); a release")
+    parser.add_argument("out", type=Path, metavar="FOLDER", help="release folder to write")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--average", action="store_true", help="mix releases; weights are divided by their sum")
+    how.add_argument("--compact", action="store_true", help="store a release in 8 bits")
+    how.add_argument("--step", type=int, help="take this checkpoint of the run, not the newest one")
+    how.add_argument("--best", metavar="RULE", help="take the best kept checkpoint, by 'min NAME' or 'max NAME'")
+    parser.add_argument("--only", nargs="+", metavar="PREFIX", help="average the tensors whose names begin so")
+    parser.add_argument("--exact", nargs="+", metavar="PREFIX", help="keep half precision where names begin so")
     args = parser.parse_args()
-    if not args.run.is_dir():
-        raise UserError(f"no run in {args.run}: give the folder that train.py wrote")
-    step = args.step if args.best is None else best_step(args.run, args.best)
-    found = export(args.run, args.folder, step)
-    print(
-        f"{args.folder}: {found.name} of {args.run}, {(args.folder / 'model.safetensors').stat().st_size / 1e6:.1f} MB"
-    )
+    if args.only and not args.average:
+        raise UserError("--only belongs to --average")
+    if args.exact and not args.compact:
+        raise UserError("--exact belongs to --compact")
+    if len(args.source) > 1 and not args.average:
+        raise UserError(f"{' '.join(args.source)}: give one run or release, or --average for several releases")
+    if args.average:
+        how_made = average_releases(args.source, args.out, tuple(args.only or [""]))
+    elif args.compact:
+        how_made = compact_release(Path(args.source[0]), args.out, tuple(args.exact or ()))
+    else:
+        how_made = export_run(Path(args.source[0]), args.out, args.step, args.best)
+    print(f"{args.out}: {how_made}, {_megabytes(args.out):.1f} MB")
+
+
+def export_run(run: Path, out: Path, step: int | None, best: str | None) -> str:
+    if not run.is_dir():
+        raise UserError(f"no run in {run}: give the folder that train.py wrote")
+    return f"{export(run, out, step if best is None else best_step(run, best)).name} of {run}"
 
 
 def best_step(run: Path, rule: str) -> int:
     """Step of the checkpoint with the best figure of the validation at that step.
 
     Raises:
-        UserError: the rule is none, or no checkpoint has such a figure.
+        UserError: the rule is malformed, or no checkpoint has such a figure.
     """
     if not re.fullmatch(r"(min|max) \S+", rule):
         raise UserError(f"--best {rule} is not 'min NAME' or 'max NAME', as in 'min wer_seen'")
@@ -47,6 +77,45 @@ def best_step(run: Path, rule: str) -> int:
     if step is None:
         raise UserError(f"--best {rule}: no checkpoint of {run} was validated with such a figure; see its log.jsonl")
     return step
+
+
+def average_releases(sources: list[str], out: Path, prefixes: tuple[str, ...]) -> str:
+    folders, shares = zip(*map(split_weight, sources))
+    kind = release_kind(folders[0])
+    others = [read_release(folder, kind)[1] for folder in folders[1:]]
+    rewrite_release(folders[0], out, lambda first: half(average([first, *others], list(shares), prefixes)))
+    return " + ".join(f"{share:g} x {folder}" for folder, share in zip(folders, shares))
+
+
+def split_weight(text: str) -> tuple[Path, float]:
+    """FOLDER:WEIGHT -> (folder, weight).
+
+    Raises:
+        UserError: there is no weight above 0.
+    """
+    folder, _, share = text.rpartition(":")
+    try:
+        value = float(share)
+    except ValueError:
+        value = -1.0
+    if not folder or not 0 < value < float("inf"):
+        raise UserError(f"{text}: give FOLDER:WEIGHT with a weight above 0, such as runs/a/release:0.5")
+    return Path(folder), value
+
+
+def compact_release(release: Path, out: Path, exact: tuple[str, ...]) -> str:
+    def smaller(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        unknown = [prefix for prefix in exact if not any(key.startswith(prefix) for key in state)]
+        if unknown:
+            raise UserError(f"--exact {unknown[0]}: no tensor of {release} begins so; the first is {min(state)}")
+        return compact(state, exact)
+
+    rewrite_release(release, out, smaller)
+    return f"{release} ({_megabytes(release):.1f} MB) in 8 bits"
+
+
+def _megabytes(release: Path) -> float:
+    return (release / "model.safetensors").stat().st_size / 1e6
 
 
 if __name__ == "__main__":
