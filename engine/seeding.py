@@ -20,18 +20,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from engine.bounds import SEEDS, require_range
 from engine.errors import UserError
 
 POOL = 64  # batches' worth of items that are sorted by length together: more means less padding and less chance
 
 
-def check_seed(seed: int | None) -> None:
+def check_seed(seed: Any) -> None:
     """
     Raises:
         UserError: torch cannot be seeded with it.
     """
-    if seed is None or not 0 <= seed < 2**63:
-        raise UserError(f"seed={seed} must be a whole number from 0 to 2^63 - 1")
+    require_range("seed", seed, *SEEDS)
 
 
 def seed_for(*names: str | int) -> int:

@@ -17,12 +17,12 @@ C and D keep the schedule (arXiv 2507.08965 on why that matters).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from engine.bounds import bounded, check_bounds
 from engine.errors import UserError
 
 BRANCHES = ("none", "all", "identity", "expression", "lip")
@@ -33,18 +33,16 @@ READINGS = ("A", "B", "C", "D")
 class GuidanceScales:
     """The four scales and the reading of the formula. HiCoDiT: LRS3 2.5, 1.25, 1.5, 2.0; LRS2 2.25 for `all`."""
 
-    all: float = 1.0
-    identity: float = 0.0
-    expression: float = 0.0
-    lip: float = 0.0
+    all: float = bounded(-100.0, 100.0, default=1.0)
+    identity: float = bounded(-100.0, 100.0, default=0.0)
+    expression: float = bounded(-100.0, 100.0, default=0.0)
+    lip: float = bounded(-100.0, 100.0, default=0.0)
     reading: str = "D"
 
     def __post_init__(self) -> None:
         if self.reading not in READINGS:
             raise UserError(f"guidance.reading={self.reading!r} is not one of {', '.join(READINGS)}")
-        for name in ("all", "identity", "expression", "lip"):
-            if not math.isfinite(getattr(self, name)):
-                raise UserError(f"guidance.{name}={getattr(self, name)} must be a number")
+        check_bounds(self, "guidance.")
 
     def exponents(self) -> dict[str, float]:
         """Exponent of every branch that takes part, in `BRANCHES` order; a zero exponent drops its branch."""

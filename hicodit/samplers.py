@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.bounds import bounded, check_bounds
 from engine.errors import UserError
 from hicodit import diffusion as dd
 
@@ -38,22 +39,16 @@ class SamplerConfig:
     """
 
     method: str = "euler"
-    steps: int = 64
-    temperature: float = 1.0
-    choice_noise: float = 4.5
-    window: int = 3
-    end: float = 1e-5
+    steps: int = bounded(1, 1000, default=64)
+    temperature: float = bounded(0.0, 100.0, default=1.0)
+    choice_noise: float = bounded(0.0, 1000.0, default=4.5)
+    window: int = bounded(2, 60, default=3)
+    end: float = bounded(1e-9, 0.5, default=1e-5)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UserError(f"sampler.method={self.method!r} is not one of {', '.join(METHODS)}")
-        if self.steps < 1:
-            raise UserError(f"sampler.steps={self.steps} must be at least 1")
-        if self.window < 2:
-            raise UserError(f"sampler.window={self.window} must be at least 2 seconds")
-        for name in ("temperature", "choice_noise"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"sampler.{name}={getattr(self, name)} must be 0 or more")
+        check_bounds(self, "sampler.")
 
 
 def sample(

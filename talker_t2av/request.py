@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from engine.errors import UserError
+from engine.bounds import bounded, check_bounds
 from talker_t2av.model import FPS
 
 
@@ -43,17 +43,12 @@ class Sampling:
     steps: of the solver. temperature: of the noise. guidance: scale; at 1 no unconditional branch is evaluated.
     """
 
-    steps: int = 10
-    temperature: float = 0.3
-    guidance: float = 2.0
+    steps: int = bounded(1, 1000, default=10)
+    temperature: float = bounded(0.0, 2.0, default=0.3)
+    guidance: float = bounded(0.0, 20.0, default=2.0)
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UserError(f"sampling.steps={self.steps} must be at least 1")
-        if not 0 <= self.temperature <= 2:
-            raise UserError(f"sampling.temperature={self.temperature} must be in 0..2")
-        if not 0 <= self.guidance <= 20:
-            raise UserError(f"sampling.guidance={self.guidance} must be in 0..20")
+        check_bounds(self, "sampling.")
 
 
 @dataclass(frozen=True)

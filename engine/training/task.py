@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from engine.bounds import SEEDS, bounded, check_bounds
 from engine.errors import UserError
 from engine.training.export import Release, card, write
 
@@ -79,37 +80,37 @@ class Task(nn.Module):
 class TrainerConfig:
     """The fields of configs/trainer/*.yaml, where each is explained. Every field must be given."""
 
-    steps: int
-    batch_size: int
-    batch_tokens: int | None
+    steps: int = bounded(1, 10**9)
+    batch_size: int = bounded(1, 10**6)
+    batch_tokens: int | None = bounded(1, 10**9)
     by_length: bool
-    accumulate: int
-    lr: float
-    betas: tuple[float, float]
-    weight_decay: float
-    warmup: int
+    accumulate: int = bounded(1, 10**6)
+    lr: float = bounded(0.0, 10.0)
+    betas: tuple[float, float] = bounded(0.0, 1 - 1e-9)
+    weight_decay: float = bounded(0.0, 100.0)
+    warmup: int = bounded(0, 10**9)
     schedule: str
-    min_lr_ratio: float
-    clip: float | None
-    ema_decay: float
+    min_lr_ratio: float = bounded(0.0, 1.0)
+    clip: float | None = bounded(1e-9, 1e9)
+    ema_decay: float = bounded(0.0, 1 - 1e-9)
     precision: str
     device: str
     parallel: str
     checkpointing: bool
     compile: bool
-    workers: int
-    log_every: int
-    validate_every: int
-    checkpoint_every: int
-    keep: int
+    workers: int = bounded(0, 256)
+    log_every: int = bounded(1, 10**9)
+    validate_every: int = bounded(1, 10**9)
+    checkpoint_every: int = bounded(1, 10**9)
+    keep: int = bounded(1, 10**6)
     best: str | None
-    spike: float | None
-    give_up_after: int
-    seed: int
+    spike: float | None = bounded(1e-9, 1e9)
+    give_up_after: int = bounded(1, 10**9)
+    seed: int = bounded(*SEEDS)
     wandb: str
     tensorboard: bool
-    peak_tflops: float | None
-    profile: int
+    peak_tflops: float | None = bounded(1e-9, 1e9)
+    profile: int = bounded(0, 10_000)
 
     def __post_init__(self) -> None:
         words = {
@@ -122,19 +123,11 @@ class TrainerConfig:
         for name, allowed in words.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"trainer.{name}={getattr(self, name)} is unknown; choose {', '.join(allowed)}")
-        counts = ("steps", "batch_size", "accumulate", "log_every", "validate_every", "checkpoint_every", "keep")
-        for name in (*counts, "give_up_after"):
-            if getattr(self, name) < 1:
-                raise UserError(f"trainer.{name}={getattr(self, name)} must be at least 1")
-        for name in ("spike", "peak_tflops"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise UserError(f"trainer.{name}={getattr(self, name)} must be above 0, or null")
+        check_bounds(self, "trainer.")
+        if len(self.betas) != 2:
+            raise UserError(f"trainer.betas={self.betas} must be two numbers, as in [0.9,0.98]")
         if self.best is not None and not re.fullmatch(r"(min|max) \S+", self.best):
             raise UserError(f"trainer.best={self.best} is not `min NAME` or `max NAME`, as in 'min wer_seen'")
-        if self.batch_tokens is not None and self.batch_tokens < 1:
-            raise UserError(f"trainer.batch_tokens={self.batch_tokens} must be at least 1, or null")
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"trainer.ema_decay={self.ema_decay} must be in [0, 1)")
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step `step` (from 0): linear warm-up, then constant or cosine to `min_lr_ratio`."""

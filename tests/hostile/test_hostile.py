@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from hostile import rows_files
+from hostile import rows_files, rows_settings
 
 from engine.download import RemoteFile, fetch
 from engine.errors import UserError, run_cli
@@ -22,7 +22,7 @@ from engine.release import read_release, save_release
 from engine.training.trainer import Trainer
 from tests.engine.toy_task import CONFIG, ToyGAN, ToySet
 
-CASES = [*rows_files.CASES]
+CASES = [*rows_files.CASES, *rows_settings.CASES]
 MEMORY = 512 * 2**20  # bytes by which one row may grow the process
 
 

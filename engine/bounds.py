@@ -1,0 +1,40 @@
+"""Bounds of settings: said once, beside each field of a dataclass, and checked before anything is done or allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from engine.errors import UserError
+
+SEEDS = (0, 2**63 - 1)  # that torch can be seeded with
+
+
+def bounded(low: float, high: float, **field: Any) -> Any:
+    """A dataclass field with values from `low` to `high`, whole numbers if both are; `field` as for dataclasses."""
+    return dataclasses.field(metadata={"bounds": (low, high)}, **field)
+
+
+def require_range(name: str, value: Any, low: float, high: float) -> None:
+    """
+    Raises:
+        UserError: `value` is no number from `low` to `high`.
+    """
+    kinds = (int,) if isinstance(low, int) and isinstance(high, int) else (int, float)
+    if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high:
+        kind = "a whole number" if kinds == (int,) else "a number"
+        raise UserError(f"{name}={str(value)[:40]} must be {kind} from {low:,} to {high:,}")
+
+
+def check_bounds(settings: Any, prefix: str = "") -> None:
+    """Check all `bounded` fields of a dataclass; None passes where the field's type allows it, of a tuple every value.
+
+    Raises:
+        UserError: with the first that is out of bounds, its name after `prefix`.
+    """
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if "bounds" not in field.metadata or (value is None and "None" in field.type):
+            continue
+        for number in value if isinstance(value, list | tuple) else [value]:
+            require_range(f"{prefix}{field.name}", number, *field.metadata["bounds"])
