@@ -200,16 +200,6 @@ class SyncScore:
     offset: int
     distances: Tensor
 
-    @property
-    def frame_confidence(self) -> Tensor:
-        """(W,) median over shifts of the mean distance, less each window's own distance at the best shift.
-
-        Smoothed by a median over nine windows; beyond the ends are zeros.
-        """
-        mean = self.distances.mean(0)
-        raw = mean.median() - self.distances[:, mean.argmin()]
-        return nn.functional.pad(raw, (4, 4)).unfold(0, 9, 1).median(-1).values
-
 
 def sync_score(lip: Tensor, audio: Tensor, shift: int = SHIFT) -> SyncScore:
     """Embeddings (W, D) of lips and sound, window by window -> score over shifts of -shift..shift windows.

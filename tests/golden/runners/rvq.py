@@ -12,7 +12,6 @@ from engine.nn.audio_losses import (
     discriminator_loss,
     generator_loss,
     mel_filters,
-    warmup_decay_lr,
 )
 from engine.nn.discriminators import MultiPeriodDiscriminator, MultiResolutionDiscriminator
 from engine.release import load_strict
@@ -156,6 +155,13 @@ def run_spectrogram_discriminator(case: Case) -> dict[str, Tensor]:
     )
 
 
+def _learning_rate(step: int) -> float:
+    """X-Codec-2.0's own schedule, which nothing here trains with: quadratic from 1e-5 to 1e-4, then linear to 2e-5."""
+    if step < 3000:
+        return 1e-5 + 9e-5 * (step / 3000) ** 2
+    return 1e-4 - 8e-5 * min(1.0, (step - 3000) / 400_000)
+
+
 @runner("codec_losses")
 def run_losses(case: Case) -> dict[str, Tensor]:
     n_mels, windows = case.config["n_mels"], case.config["window_lengths"]
@@ -180,5 +186,5 @@ def run_losses(case: Case) -> dict[str, Tensor]:
     on_real, on_fake = discriminator_loss([[case.inputs["disc_real"]]], [[case.inputs["disc_fake"]]])
     out["gan_disc_real"], out["gan_disc_fake"] = on_real.reshape(1), on_fake.reshape(1)
     out["gan_gen"] = generator_loss([[case.inputs["disc_fake"]]]).reshape(1)
-    out["warmup_lr"] = torch.tensor([warmup_decay_lr(k) for k in case.meta["lr_steps"]], dtype=torch.float64)
+    out["warmup_lr"] = torch.tensor([_learning_rate(step) for step in case.meta["lr_steps"]], dtype=torch.float64)
     return out

@@ -194,10 +194,13 @@ def run_mfcc(case: Case) -> dict[str, Tensor]:
 def run_offset(case: Case) -> dict[str, Tensor]:
     shift = case.outputs["dists"].shape[1] // 2
     score = sync_score(case.inputs["lip"], case.inputs["audio"], shift)
+    mean = score.distances.mean(0)
+    by_window = mean.median() - score.distances[:, mean.argmin()]
     return {
         "dists": score.distances,
-        "mean_dist": score.distances.mean(0),
-        "framewise_confidence": score.frame_confidence,
+        "mean_dist": mean,
+        # A median over nine windows, with zeros beyond the ends.
+        "framewise_confidence": nn.functional.pad(by_window, (4, 4)).unfold(0, 9, 1).median(-1).values,
         "lse_c": torch.tensor(score.confidence),
         "lse_d": torch.tensor(score.distance),
         "offset": torch.tensor(score.offset),
