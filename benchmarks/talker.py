@@ -40,7 +40,7 @@ from engine.config import CONFIGS
 from engine.errors import UserError, run_cli
 from lia_x import LiaX, LiaXConfig
 from talker_t2av.flow_matching import FlowDraws
-from talker_t2av.generation import generate, generate_steps
+from talker_t2av.generation import PatchLoop, generate
 from talker_t2av.losses import TalkerBatch, training_forward, training_losses
 from talker_t2av.model import FPS, TalkerConfig, TalkerT2AV
 from talker_t2av.request import MODES, Request, Sampling
@@ -176,7 +176,7 @@ def measure_generation(job: dict[str, Any]) -> dict[str, Any]:
     result["s_of_a_patch"] = size / FPS
     result["parameters"] = sum(p.numel() for p in model.parameters())
     generate(model, [random_request(model, 1)], mode, Sampling(job["steps"]))  # warm up
-    _, prefill = clocked(lambda: next(generate_steps(model, [request], mode, Sampling(1, 0.3, 1.0))))
+    _, prefill = clocked(lambda: PatchLoop(model, [request], mode, Sampling(1, 0.3, 1.0)))
     result["prefill_s"] = prefill
     for guidance in job["guidance"]:
         sampling = Sampling(job["steps"], guidance=guidance)
@@ -232,7 +232,7 @@ def measure_sound(job: dict[str, Any], model: TalkerT2AV, sampling: Sampling, wh
     before: list[int] = []
 
     def latents() -> Iterator[Tensor]:
-        for step in generate_steps(model, [random_request(model, whole)], MODES["t2av"], sampling):
+        for step in PatchLoop(model, [random_request(model, whole)], MODES["t2av"], sampling):
             before.append(step.index)
             yield step.speech
 

@@ -44,7 +44,7 @@ from lia_x.pictures import identity_to_tensor, to_bytes, video_to_tensor
 from talker_t2av.evaluation import speech_end, synchrony
 from talker_t2av.figure import draw
 from talker_t2av.generation import generate
-from talker_t2av.jobs import prepare
+from talker_t2av.jobs import prepare_job
 from talker_t2av.model import FPS
 from talker_t2av.pipeline import Job, Talk, TalkerPipeline
 
@@ -146,7 +146,7 @@ def talk(pipeline: TalkerPipeline, jobs: Sequence[Job], batch: int) -> list[Talk
 @torch.inference_mode()
 def floors(pipeline: TalkerPipeline, clips: HeldOut, measures: Measures) -> dict[str, float]:
     """Of the true clips, and of what the codecs leave of them."""
-    codec, motion = pipeline.system.encoders.speech, pipeline.system.encoders.motion
+    codec, motion = pipeline.system.speech, pipeline.system.motion
     waves, pictures = [clips.wave(row) for row in clips.rows], [clips.frames(row) for row in clips.rows]
     decoded = [codec.decode(codec.encode_wave(torch.from_numpy(w)[None, None]))[0, 0].numpy() for w in waves]
     decoded = [fit_length(d, len(w)) for d, w in zip(decoded, waves)]
@@ -167,19 +167,11 @@ def floors(pipeline: TalkerPipeline, clips: HeldOut, measures: Measures) -> dict
 def measure_stream(pipeline: TalkerPipeline, jobs: Sequence[Job]) -> dict[str, float]:
     """Streaming against the offline result."""
     drawn = []
-
-    class Counting(TalkerPipeline):
-        def _steps(self, *arguments, **options):
-            for step in super()._steps(*arguments, **options):
-                drawn.append(step)
-                yield step
-
-    streaming = Counting(pipeline.system, pipeline.sampling)
     patches, seconds, sound, picture = [], [], [], []
     for job in jobs:
         drawn.clear()
         start, waves, frames = time.perf_counter(), [], []
-        for chunk in streaming.stream(job):
+        for chunk in pipeline.stream(job, drawn.append):
             if len(chunk.wave) and not waves:
                 patches.append(len(drawn))
                 seconds.append(time.perf_counter() - start)
@@ -203,7 +195,7 @@ def measure_stream(pipeline: TalkerPipeline, jobs: Sequence[Job]) -> dict[str, f
 
 def measure_batch(pipeline: TalkerPipeline, jobs: Sequence[Job]) -> dict[str, float]:
     """Eight clips one by one and as one batch: latents and speed of the loop, without codecs."""
-    prepared = [prepare(job, pipeline.system) for job in jobs]
+    prepared = [prepare_job(job, pipeline.system) for job in jobs]
     requests, mode = [p.request for p in prepared], prepared[0].mode
     generate(pipeline.system.model, requests[:1], mode, pipeline.sampling)  # the first call pays for set-up
 

@@ -310,7 +310,7 @@ class TalkerFiles:
         rows: of one of the readers above.
         stats: of the motion.
         codec: (wave at 24 kHz, wave at 16 kHz) -> latents (F, Ds), as `WhisperXVAE.encode_audio`.
-        speaker: wave at 16 kHz -> (G,), as `SpeakerEncoder.embed`.
+        speaker: wave at 16 kHz -> (G,), as `WavLMEncoder.embed`.
         tokenizer, patch_size, delay: as in `TalkerShards`.
     """
 

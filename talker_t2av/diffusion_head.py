@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from talker_t2av.flow_matching import (
     solver_times,
     zero_steps,
 )
-from talker_t2av.layers import Transformer, with_enough_rows
+from talker_t2av.layers import Transformer
 
 
 def time_features(u: Tensor, width: int) -> Tensor:
@@ -87,6 +88,14 @@ class DiffusionHead(nn.Module):
         return self.denoise(x, first, self.context(cond, global_cond))
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """The solver's times (n + 1,) on the CPU, and what each step adds to the projected first token: shifts (n, D)."""
+
+    times: Tensor
+    shifts: Tensor
+
+
 class FlowHead(nn.Module):
     """A diffusion head with its sampler and its loss."""
 
@@ -94,20 +103,27 @@ class FlowHead(nn.Module):
         super().__init__()
         self.estimator = estimator
 
-    def branches(
-        self, mu: Tensor, cond: Tensor, global_cond: Tensor, times: Tensor, unconditional: bool
-    ) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
-        """(x, i) -> velocities with and without mu at times[i], evaluated as one batch; everything else comes first.
+    def schedule(self, steps: int = 10, sway: float = 1.0) -> Schedule:
+        """Everything that depends on the solver's times alone; one schedule serves all patches of an utterance."""
+        net, times = self.estimator, solver_times(steps, sway)
+        vectors = net.time(times[:-1].to(net.in_proj.weight.device))
+        project = net.decoder.input_proj
+        return Schedule(times, project(vectors) - project(torch.zeros_like(vectors[:1])))
 
-        Without `unconditional` both are the conditional one. The unconditional keeps context and global condition.
+    def branches(
+        self, mu: Tensor, cond: Tensor, global_cond: Tensor, schedule: Schedule, unconditional: bool
+    ) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+        """A function (x, i) -> velocities with and without mu at step i, evaluated as one batch.
+
+        If not `unconditional`, both are the conditional one. The unconditional branch keeps context and global
+        condition.
         """
         net, copies = self.estimator, 2 if unconditional else 1
-        context = with_enough_rows(net.context, cond, global_cond).repeat(copies, 1, 1)
-        given = torch.cat([mu, torch.zeros_like(mu)]) if unconditional else mu
-        first = net.decoder.input_proj(given + net.time(times[:-1].to(mu.device))[:, None])  # (n, N, D)
+        context = net.context(cond, global_cond).repeat(copies, 1, 1)
+        state = net.decoder.input_proj(torch.cat([mu, torch.zeros_like(mu)]) if unconditional else mu)  # (N, D)
 
         def evaluate(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
-            both = net.denoise(x.repeat(copies, 1, 1), first[i], context)
+            both = net.denoise(x.repeat(copies, 1, 1), state + schedule.shifts[i], context)
             return both[: len(x)], both[-len(x) :]
 
         return evaluate
@@ -119,10 +135,9 @@ class FlowHead(nn.Module):
         cond: Tensor,
         global_cond: Tensor,
         noise: Tensor,
-        steps: int = 10,
+        schedule: Schedule,
         temperature: float = 1.0,
         guidance: float = 1.0,
-        sway: float = 1.0,
         zero_star: bool = True,
     ) -> Tensor:
         """Draw a patch (B, C, P) in the layout of `noise`.
@@ -132,17 +147,18 @@ class FlowHead(nn.Module):
             cond: (B, C, K) frames before the patch, zeros where there are none.
             global_cond: (B, G) speaker embedding or first motion frame.
             noise: (B, C, P) standard normal, scaled here by `temperature`.
-            guidance: 1 evaluates no unconditional branch.
-            sway, zero_star: see `solver_times` and `guide`; `zero_star` also leaves out the first steps.
+            schedule: the solver's times, from `schedule`.
+            guidance: at 1 the unconditional branch is not evaluated.
+            zero_star: CFG-Zero*, see `guide`; it also leaves out the first steps.
         """
-        times = solver_times(steps, sway)
-        evaluate = self.branches(mu, cond, global_cond, times, guidance != 1)
+        evaluate = self.branches(mu, cond, global_cond, schedule, guidance != 1)
 
         def velocity(x: Tensor, i: int) -> Tensor:
             conditional, unconditional = evaluate(x, i)
             return conditional if guidance == 1 else guide(conditional, unconditional, guidance, zero_star)
 
-        return euler(velocity, temperature * noise, times, zero_steps(steps) if zero_star else 0)
+        skip = zero_steps(len(schedule.shifts)) if zero_star else 0
+        return euler(velocity, temperature * noise, schedule.times, skip)
 
     def loss(
         self,

@@ -31,7 +31,7 @@ from engine.nn.mel import RATE
 from engine.release import weights_digest
 from lia_x.codec import LiaX
 from lia_x.pictures import video_to_tensor
-from talker_t2av.speaker.encoder import SpeakerEncoder, VoiceEncoder
+from talker_t2av.speaker.encoder import VoiceEncoder, WavLMEncoder
 from whisperx_vae.codec import WhisperXVAE
 
 FPS = 25
@@ -44,10 +44,10 @@ def load_motion(folder: str | Path) -> LiaX:
     return LiaX.from_pretrained(folder).to(memory_format=torch.channels_last)
 
 
-def load_speaker(path: str | Path) -> VoiceEncoder | SpeakerEncoder:
+def load_speaker(path: str | Path) -> VoiceEncoder | WavLMEncoder:
     """The speaker encoder of a release folder, or the released one."""
     path = release_folder(path)
-    return (VoiceEncoder if (path / "config.yaml").is_file() else SpeakerEncoder).from_pretrained(path)
+    return (VoiceEncoder if (path / "config.yaml").is_file() else WavLMEncoder).from_pretrained(path)
 
 
 def speech_digest(codec: WhisperXVAE) -> str:
@@ -64,7 +64,7 @@ class FeatureEncoders:
 
     speech: WhisperXVAE
     motion: LiaX
-    speaker: VoiceEncoder | SpeakerEncoder
+    speaker: VoiceEncoder | WavLMEncoder
 
     @classmethod
     def load(cls, speech: str | Path, motion: str | Path, speaker: str | Path) -> FeatureEncoders:

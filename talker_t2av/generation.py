@@ -1,67 +1,66 @@
-"""One autoregressive loop for four jobs: T2AV, TTS, A2V and V2A. A patch of 160 ms a step.
+"""One autoregressive loop for T2AV, TTS, A2V and V2A: every step adds a patch of 160 ms.
 
-A mode says of speech and of motion whether it is generated, given or absent. The text is a prefix; frames of a
-generated stream that are given are its beginning, which it continues. Slot j of the sequence holds speech patch j and
-motion patch j - delay, as in training; of a given stream it holds patch j + 1 if the model has tasks for that, so that
-a patch is drawn with the other stream's patch of its time known. Slots that are known beforehand enter the backbone
-together.
+A mode says whether speech and motion are generated, given or absent. Frames of a generated stream that are given are a
+prefix, which the loop continues. Slot j of the sequence holds speech patch j and motion patch j - delay, as in
+training. If the model has task embeddings for A2V and V2A, slot j holds patch j + 1 of the given stream, so that a
+patch is drawn with the other stream's patch of the same time known. All slots of the prefix enter the backbone at once.
 
-The end: training labels the hidden state after the last slot's token as the stop, and leaves the two states before it
-without a label. So the first hit ends an utterance, and the patches before it are all of it. The official program waits
-for three hits in a row and keeps what it drew meanwhile (`SCRIPT` and the other two).
+Training labels the hidden state after the last patch's token as the stop and leaves the two states before it without a
+label: so by default the first positive stop test ends a row. The official routines wait for three in a row
+(`LoopRules`, talker_t2av/official.py).
 
-Axes: B rows, b rows that go on, T prompt tokens, S slots, M patches, P frames of a patch, F frames, C channels (Ds of
-speech, Dm of motion), G speaker embedding, p context patches, D width.
+Shapes are the same in every step: rows that have ended stay in the batch, and `results` leaves out what was drawn after
+their end. The noise is drawn beforehand, the stop test stays on the device, and the host reads it every `check_every`
+steps.
+
+Axes: B rows, T prompt tokens, S steps, M patches of a stream, P frames of a patch, F frames, C channels (Ds of speech,
+Dm of motion), N tokens that the cache holds, p context patches, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import StaticCache
 
 from engine.errors import UserError
 from engine.seeding import generator_for
-from talker_t2av.kv_cache import KVCache
-from talker_t2av.layers import with_enough_rows
-from talker_t2av.model import A2V, T2AV, TTS, V2A, TalkerT2AV
-from talker_t2av.request import PAPER, Compat, Mode, Request, Sampling
+from talker_t2av.model import A2V, T2AV, V2A, TalkerT2AV
+from talker_t2av.request import PAPER, LoopRules, Mode, Request, Sampling
 
 Stream = Literal["speech", "motion"]
-Noise = Callable[[Stream, int, int], Tensor]  # (stream, row, number of the new patch) -> (C, P)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one turn of the loop did.
+    """What one step did to all rows, also to those that have ended.
 
     Attributes:
-        index: of the step.
-        ended: rows that are over, and after how many steps; they were in the batch until now.
-        rows: those that went on, b of them; none in the last turn if the stop head ended the batch.
-        stop: probability of the end for the rows that were in the batch until now, None where it was not tested.
-        hidden: (b, D) state that the heads saw.
-        speech, motion: (b, P, C) new patches; None where a stream had none.
-        token: (b, D) that goes back into the backbone; None without rows.
+        index: number of the step.
+        running: rows that had not ended before this step, as far as the host has read the stop tests.
+        hidden: (B, D) state that the heads saw.
+        speech, motion: (B, P, C) new patches; None for a stream that is not generated.
+        token: (B, D) input of the backbone for the next step.
+        stop: (B,) probability that the utterance ends with this step; None where it is not tested.
     """
 
     index: int
-    ended: dict[int, int]
-    rows: list[int]
-    stop: Tensor | None
+    running: int
     hidden: Tensor
-    speech: Tensor | None = None
-    motion: Tensor | None = None
-    token: Tensor | None = None
+    speech: Tensor | None
+    motion: Tensor | None
+    token: Tensor
+    stop: Tensor | None
 
 
 @dataclass(frozen=True)
 class Result:
-    """New frames of one row, without the prefix: speech (F, Ds) and motion (F, Dm) normalised, or None.
+    """New frames of one row, without the prefix: speech (F, Ds), and motion (F, Dm) normalised, or None.
 
     stopped: the stop head ended it, not the limit.
     """
@@ -71,10 +70,31 @@ class Result:
     stopped: bool
 
 
-class Given:
-    """Tokens of the frames that are given of one stream, row by row; a slot without frames has the token of no frame.
+@dataclass
+class LoopState:
+    """What a step reads and replaces. No shape changes from step to step.
 
-    A token of no frame is not zero: the encoder is trained to see it before and after a stream.
+    Attributes:
+        cache: keys and values of the backbone, N tokens.
+        hidden: (B, D) state after the last token.
+        context: by generated stream, the frames (B, p P, C) before the next patch.
+        index: () number of the next step.
+        hits: (B,) positive stop tests in a row.
+        end: (B,) steps after which a row ends, as known so far.
+    """
+
+    cache: StaticCache
+    hidden: Tensor
+    context: dict[Stream, Tensor]
+    index: Tensor
+    hits: Tensor
+    end: Tensor
+
+
+class EncodedStream:
+    """Tokens of the given frames of one stream. A patch without frames has the token of zero frames.
+
+    The token of zero frames is not zero: in training the encoder sees it before and after a stream.
     """
 
     def __init__(self, encode: Callable[[Tensor, Tensor], Tensor], frames: Sequence[Tensor], patch_size: int) -> None:
@@ -85,80 +105,63 @@ class Given:
         valid = torch.arange(longest * patch_size, device=padded.device) < lengths[:, None]
         self.tokens = encode(padded.unflatten(1, (-1, patch_size)), valid.unflatten(1, (-1, patch_size)))  # (B, M, D)
 
-    def slots(self, row: int, first: int, count: int) -> Tensor:
+    def patches(self, row: int, first: int, count: int) -> Tensor:
         """(count, D): tokens of patches first, first + 1, ... of a row."""
         patches = torch.arange(first, first + count, device=self.tokens.device)
         patches = torch.where((patches < 0) | (patches >= self.counts[row]), self.tokens.shape[1] - 1, patches)
         return self.tokens[row, patches]
 
-    def at(self, rows: Sequence[int], patches: Sequence[int]) -> Tensor:
-        """(b, D): the token of one patch of each row."""
-        return torch.cat([self.slots(row, patch, 1) for row, patch in zip(rows, patches)])
 
+class KnownSlots:
+    """The part of every slot's token that is known before the loop: prefix, given streams, missing motion."""
 
-def seeded_noise(model: TalkerT2AV, requests: Sequence[Request]) -> Noise:
-    """Noise that depends on a row's seed, the stream and the patch, and on nothing else."""
-    c = model.config
-    channels = {"speech": c.speech_dim, "motion": c.motion_dim}
+    def __init__(self, model: TalkerT2AV, requests: Sequence[Request], mode: Mode) -> None:
+        size = model.config.patch_size
+        self.model, self.requests, self.mode = model, requests, mode
+        self.task = mode.task if mode.task < model.config.tasks else T2AV
+        self.speech_shift = int(self.task == A2V)  # the patch in slot 0
+        self.motion_shift = 1 if self.task == V2A else -model.config.delay
+        self.speech = EncodedStream(model.speech_tokens, [r.speech for r in requests], size)
+        self.motion = None
+        if mode.motion != "absent":
+            self.motion = EncodedStream(model.motion_tokens, [r.motion for r in requests], size)
 
-    def noise(stream: Stream, row: int, patch: int) -> Tensor:
-        generator = generator_for(requests[row].seed, stream, patch)
-        return torch.randn(channels[stream], c.patch_size, generator=generator)
-
-    return noise
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A mode's row of the task embedding, and which patch of each stream slot 0 holds."""
-
-    task: int
-    speech: int = 0
-    motion: int = 0
-
-    @classmethod
-    def of(cls, model: TalkerT2AV, mode: Mode) -> Plan:
-        delay = model.config.delay
-        if mode.motion == "absent":
-            return cls(TTS)
-        if model.config.tasks > 2 and not mode.open_ended:
-            return cls(V2A, motion=1) if mode.motion == "given" else cls(A2V, speech=1, motion=-delay)
-        return cls(T2AV, motion=-delay)
-
-    @property
-    def first_slot(self) -> int:
-        """-1 where the token before the slots holds something, too."""
-        return -1 if self.task in (V2A, A2V) else 0
-
-
-def prefill(
-    model: TalkerT2AV,
-    requests: Sequence[Request],
-    mode: Mode,
-    compat: Compat,
-    speech: Given,
-    motion: Given | None,
-) -> list[Tensor]:
-    """What enters the backbone before the first step, (T, D) for each row: task, text, slots known beforehand."""
-    plan = Plan.of(model, mode)
-    task, first = model.task_embedding.weight[plan.task], plan.first_slot
-    rows = []
-    for row, request in enumerate(requests):
-        ids = torch.tensor(request.prompt, device=task.device)
-        slots = speech.slots(row, first + plan.speech, request.prefix - first)
-        if mode.motion == "absent":
+    def prompt(self, row: int) -> Tensor:
+        """(T, D): task, text and prefix of a row."""
+        model, request = self.model, self.requests[row]
+        ids = torch.tensor(request.prompt, dtype=torch.long, device=model.device)
+        task = model.task_embedding.weight[self.task]
+        first = -1 if self.task in (A2V, V2A) else 0  # the token before slot 0 holds the given stream's first patch
+        slots = self.speech.patches(row, first + self.speech_shift, request.prefix - first)
+        if self.motion is None:
             slots = slots + model.motion_pad_emb[0]
-        elif compat.prefix_motion:
-            slots = slots + motion.slots(row, first + plan.motion, request.prefix - first)
-        if not compat.prepend_task:
-            slots = torch.cat([slots[:1] + task, slots[1:]]) if len(slots) else slots
+        elif request.prefix_has_motion:
+            slots = slots + self.motion.patches(row, first + self.motion_shift, request.prefix - first)
         before = model.embed_text(ids[None])[0]
-        if compat.prepend_task:
+        if request.task_first:
             before = torch.cat([task[None], before])
+        elif len(slots):
+            slots = torch.cat([slots[:1] + task, slots[1:]])
         if first:
             before, slots = torch.cat([before[:-1], before[-1:] + slots[:1]]), slots[1:]
-        rows.append(torch.cat([before, slots]))
-    return rows
+        return torch.cat([before, slots])
+
+    def later(self, steps: int, waits: bool) -> Tensor:
+        """(S, B, D): of the slots after the prefix. waits: see `LoopRules.motion_waits`."""
+        rows = []
+        for row, request in enumerate(self.requests):
+            tokens = self.speech.tokens.new_zeros(steps, self.model.width)
+            if self.mode.speech == "given":
+                tokens = tokens + self.speech.patches(row, request.prefix + self.speech_shift, steps)
+            if self.motion is None:
+                tokens = tokens + self.model.motion_pad_emb[0]
+            elif self.mode.motion == "given" or not waits:
+                known = self.motion.patches(row, request.prefix + self.motion_shift, steps)
+                if self.mode.motion == "generated":
+                    known[self.model.config.delay :] = 0  # from here on motion is drawn
+                tokens = tokens + known
+            rows.append(tokens)
+        return torch.stack(rows, 1)
 
 
 def step_limit(model: TalkerT2AV, request: Request, mode: Mode) -> int:
@@ -171,103 +174,171 @@ def step_limit(model: TalkerT2AV, request: Request, mode: Mode) -> int:
     return request.max_patches + (delay if mode.motion == "generated" else 0)
 
 
-@torch.no_grad()
-def generate_steps(
-    model: TalkerT2AV,
-    requests: Sequence[Request],
-    mode: Mode,
-    sampling: Sampling,
-    compat: Compat = PAPER,
-    noise: Noise | None = None,
-    use_stop: bool = True,
-    check_every: int = 1,
-) -> Iterator[Step]:
-    """The loop. Rows that have ended leave the batch, and the last token is not fed back.
+def seeded_noise(requests: Sequence[Request], stream: Stream, shape: tuple[int, int], patches: int) -> Tensor:
+    """Noise (M, B, C, P) of a stream; that of a patch depends on the row's seed, the stream and the patch's number."""
+    numbers = range(patches)
+    rows = [[torch.randn(shape, generator=generator_for(r.seed, stream, n)) for n in numbers] for r in requests]
+    return torch.stack([torch.stack(row) for row in rows], 1)
+
+
+class PatchLoop:
+    """Generation of a batch: iterate over it for the steps, then take `results`.
 
     Args:
-        noise: given noise; by default it comes from each row's seed.
-        use_stop: let the stop head end rows of open-ended modes.
-        check_every: steps between two looks at the stop head's verdict, each of which makes an accelerator wait for
-            the host. Rows may then go on past their end; `Step.ended` says which steps count.
+        rules: how rows end.
+        noise: (M, B, C, P) by stream, for as many patches as may be drawn; by default from each row's seed.
+        use_stop: let the stop head end rows; it never does where a given stream sets the length.
+        check_every: steps between two reads of the stop tests, each of which makes an accelerator wait for the host.
+            Results do not depend on it; rows may be computed past their end. By default 1 on a CPU, where a patch
+            in vain costs more than a read, and 4 elsewhere.
+
+    Attributes:
+        limits: steps after which each row ends at the latest.
 
     Raises:
-        UserError: a row asks for no patch, or for more tokens than the backbone has positions.
+        UserError: a row has no patch to generate, or needs more tokens than the backbone has positions.
     """
-    c, device = model.config, model.task_embedding.weight.device
-    requests = [_on(request, device) for request in requests]
-    noise = noise or seeded_noise(model, requests)
-    delay = c.delay if mode.motion == "generated" else 0
-    testing = use_stop and mode.open_ended
-    limits = [step_limit(model, request, mode) for request in requests]
-    first_tests = [max(compat.first_test, request.min_patches + delay) for request in requests]
-    plan = Plan.of(model, mode)
-    speech, motion = given_tokens(model, requests, mode)
-    prompts = prefill(model, requests, mode, compat, speech, motion)
-    longest = max(map(len, prompts))
-    _check_lengths(model, longest, limits)
-    padding = [longest - len(prompt) for prompt in prompts]
-    cache = KVCache(padding, longest + max(limits), device)
-    hidden = cache.feed(model, torch.stack([F.pad(x, (0, 0, n, 0)) for x, n in zip(prompts, padding)]))
 
-    rows = list(range(len(requests)))
-    heads = {"speech": model.speech_cfm, "motion": model.motion_cfm}
-    state = {
-        "speech": _tail([r.speech for r in requests], c.context * c.patch_size, c.patch_size),
-        "speech cond": torch.stack([r.speaker for r in requests]),
-        "hits": torch.zeros(len(requests), dtype=torch.long, device=device),
-        "end": torch.tensor(limits, device=device),
-    }
-    if mode.motion == "generated":
-        state["motion"] = _tail([r.motion for r in requests], c.context * c.patch_size, c.patch_size)
-        state["motion cond"] = torch.stack([r.first_motion for r in requests])
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: TalkerT2AV,
+        requests: Sequence[Request],
+        mode: Mode,
+        sampling: Sampling,
+        rules: LoopRules = PAPER,
+        noise: Mapping[Stream, Tensor] | None = None,
+        use_stop: bool = True,
+        check_every: int | None = None,
+    ) -> None:
+        c, device = model.config, model.device
+        requests = [_on(request, device) for request in requests]
+        self.model, self.mode, self.sampling, self.rules = model, mode, sampling, rules
+        self.check_every = check_every or (1 if device.type == "cpu" else 4)
+        self.testing = use_stop and mode.open_ended
+        self.delay = c.delay if mode.motion == "generated" else 0
+        self.limits = [step_limit(model, request, mode) for request in requests]
+        self.steps = max(self.limits)
+        if min(self.limits) < 1:
+            raise UserError(f"nothing to generate: {min(self.limits)} patches are left after the prefix")
+        first_tests = [max(rules.first_test, request.min_patches + self.delay) for request in requests]
+        self.first_test = torch.tensor(first_tests, device=device)
 
-    def draw(stream: Stream, number: int) -> Tensor:
-        """The next patch (b, P, C) of each row, which joins the stream's history."""
-        z = torch.stack([noise(stream, row, number) for row in rows]).to(device)
-        given = (hidden, state[stream].transpose(1, 2), state[f"{stream} cond"])
-        patch = heads[stream].sample(*given, z, sampling.steps, sampling.temperature, sampling.guidance)
-        patch = patch.transpose(1, 2)
-        state[stream] = torch.cat([state[stream], patch], 1)[:, c.patch_size :]
-        return patch
-
-    for index in range(max(limits)):
-        ends, stop = [limits[row] for row in rows], None
-        tested = [testing and index >= first_tests[row] for row in rows]
-        if any(tested):
-            stop = model.head_stop(hidden).sigmoid()
-            hit = (stop >= 0.5) & torch.tensor(tested, device=device)
-            state["hits"] = torch.where(hit, state["hits"] + 1, 0)
-            state["end"] = torch.where(state["hits"] >= compat.stop_hits, state["end"].clamp(max=index), state["end"])
-            if index % check_every == 0:
-                ends = state["end"].tolist()
-        ended = {row: end for row, end in zip(rows, ends) if end <= index}
-        if ended:
-            keep = torch.tensor([i for i, row in enumerate(rows) if row not in ended], dtype=torch.long, device=device)
-            rows = [row for row in rows if row not in ended]
-            state = {name: value[keep] for name, value in state.items()}
-            hidden = hidden[keep]
-            cache.select(keep)
-            if not rows:
-                yield Step(index, ended, rows, stop, hidden)
-                return
-
-        slots = [requests[row].prefix + index for row in rows]
-        new_speech = new_motion = None
+        known = KnownSlots(model, requests, mode)
+        prompts = [known.prompt(row) for row in range(len(requests))]
+        longest = max(map(len, prompts))
+        most = model.llm.config.max_position_embeddings
+        if longest + self.steps > most:
+            raise UserError(
+                f"{longest} tokens of text and prefix and {self.steps} patches exceed {most}: give less text"
+            )
+        self.known = known.later(self.steps, rules.motion_waits)
+        context, self.conditions = {}, {}
         if mode.speech == "generated":
-            new_speech = draw("speech", index)
-            token = with_enough_rows(model.speech_tokens, new_speech)
-        else:
-            token = speech.at(rows, [slot + plan.speech for slot in slots])
-        if mode.motion == "generated" and index >= delay:
-            new_motion = draw("motion", index - delay)
-            token = token + with_enough_rows(model.motion_tokens, new_motion)
-        elif mode.motion == "absent":
-            token = token + model.motion_pad_emb[0]
-        elif not compat.motion_waits:
-            token = token + motion.at(rows, [slot + plan.motion for slot in slots])
-        yield Step(index, ended, rows, stop, hidden, new_speech, new_motion, token)
-        if index + 1 < max(limits[row] for row in rows):
-            hidden = cache.feed(model, token[:, None])
+            context["speech"] = last_frames([r.speech for r in requests], c.context * c.patch_size, c.patch_size)
+            self.conditions["speech"] = torch.stack([r.speaker for r in requests])
+        if mode.motion == "generated":
+            context["motion"] = last_frames([r.motion for r in requests], c.context * c.patch_size, c.patch_size)
+            self.conditions["motion"] = torch.stack([r.first_motion for r in requests])
+        self.heads = {"speech": model.speech_cfm, "motion": model.motion_cfm}
+        self.encoders = {"speech": model.speech_tokens, "motion": model.motion_tokens}
+        self.schedules = {stream: self.heads[stream].schedule(sampling.steps) for stream in context}
+        if noise is None:
+            channels = {"speech": c.speech_dim, "motion": c.motion_dim}
+            noise = {s: seeded_noise(requests, s, (channels[s], c.patch_size), self.steps) for s in context}
+        self.noise = {stream: value.to(device) for stream, value in noise.items()}
+        self.drawn: dict[Stream, list[Tensor]] = {stream: [] for stream in context}
+
+        # Prompts of different lengths are padded on the left.
+        self.padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)[:, None]
+        self.longest = longest
+        self.state = LoopState(
+            cache=StaticCache(model.llm.config, max_cache_len=longest + self.steps),
+            hidden=torch.empty(0),
+            context=context,
+            index=torch.zeros((), dtype=torch.long, device=device),
+            hits=torch.zeros(len(requests), dtype=torch.long, device=device),
+            end=torch.tensor(self.limits, device=device),
+        )
+        padded = torch.stack([F.pad(prompt, (0, 0, longest - len(prompt), 0)) for prompt in prompts])
+        self._advance(padded, torch.arange(longest, device=device))
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[Step]:
+        ends = self.limits
+        for index in range(self.steps):
+            last = index + 1 == self.steps
+            running = sum(end > index for end in ends)
+            numbers = {"speech": index, "motion": index - self.delay}
+            noise = {stream: self.noise[stream][numbers[stream]] for stream in self.drawn if numbers[stream] >= 0}
+            hidden = self.state.hidden
+            patches, token, stop = self.step(noise, self.known[index], last)
+            for stream, patch in patches.items():
+                self.drawn[stream].append(patch)
+            yield Step(index, running, hidden, patches.get("speech"), patches.get("motion"), token, stop)
+            if self.testing and not last and (index + 1) % self.check_every == 0:
+                ends = self.state.end.tolist()
+                if max(ends) <= index + 1:
+                    return
+
+    def step(
+        self, noise: Mapping[Stream, Tensor], known: Tensor, last: bool
+    ) -> tuple[dict[Stream, Tensor], Tensor, Tensor | None]:
+        """One patch of all rows: both solvers, both encoders, backbone, stop test. Nothing is read by the host.
+
+        Args:
+            noise: (B, C, P) of each stream that is drawn in this step.
+            known: (B, D) part of the token that does not depend on what is drawn.
+            last: the token is not fed back.
+
+        Returns:
+            New patches (B, P, C), the token (B, D), and the probability (B,) of the end if it is tested.
+        """
+        state, s, token, patches = self.state, self.sampling, known, {}
+        for stream, z in noise.items():
+            context, condition = state.context[stream].transpose(1, 2), self.conditions[stream]
+            patch = self.heads[stream].sample(
+                state.hidden, context, condition, z, self.schedules[stream], s.temperature, s.guidance
+            )
+            patches[stream] = patch = patch.transpose(1, 2)
+            state.context[stream] = torch.cat([state.context[stream], patch], 1)[:, patch.shape[1] :]
+            token = token + self.encoders[stream](patch)
+        if last:
+            return patches, token, None
+        self._advance(token[:, None], self.longest + state.index[None])
+        state.index = state.index + 1
+        if not self.testing:
+            return patches, token, None
+        stop = self.model.head_stop(state.hidden).sigmoid()
+        hit = (stop >= 0.5) & (state.index >= self.first_test)
+        state.hits = torch.where(hit, state.hits + 1, 0)
+        ended = state.hits >= self.rules.stop_hits
+        state.end = torch.where(ended, torch.minimum(state.end, state.index), state.end)
+        return patches, token, stop
+
+    def results(self) -> list[Result]:
+        """The new frames of each row, up to its end."""
+        streams = {stream: torch.stack(drawn, 1) for stream, drawn in self.drawn.items() if drawn}  # (B, M, P, C)
+        out = []
+        for row, (end, limit) in enumerate(zip(self.state.end.tolist(), self.limits)):
+            counts = {"speech": end - self.delay if self.rules.trim else end, "motion": end - self.delay}
+            frames = {stream: value[row, : counts[stream]].flatten(0, 1) for stream, value in streams.items()}
+            out.append(Result(frames.get("speech"), frames.get("motion"), end < limit))
+        return out
+
+    def _advance(self, embeds: Tensor, place: Tensor) -> None:
+        """Run the backbone over tokens (B, Q, D) at the places (Q,) of the cache; keeps the last hidden state."""
+        key = torch.arange(self.longest + self.steps, device=embeds.device)
+        visible = (key >= self.padding)[:, None] & (key <= place[:, None])  # (B, Q, N)
+        if len(place) > 1:
+            visible = visible | (key == place[:, None])  # a padding token sees itself: no softmax over nothing
+        self.state.hidden = self.model.backbone(
+            embeds,
+            {"full_attention": visible[:, None]},  # given by layer type, a mask is taken as it is
+            position_ids=(place - self.padding).clamp(min=0),
+            past_key_values=self.state.cache,
+            use_cache=True,
+        )[:, -1]
 
 
 def generate(
@@ -275,64 +346,20 @@ def generate(
     requests: Sequence[Request],
     mode: Mode,
     sampling: Sampling,
-    compat: Compat = PAPER,
-    noise: Noise | None = None,
+    rules: LoopRules = PAPER,
     use_stop: bool = True,
     check_every: int | None = None,
+    on_step: Callable[[Step], None] | None = None,
 ) -> list[Result]:
-    """Run the loop to its end; the new frames of each row. Arguments as those of `generate_steps`.
-
-    check_every: by default every step on the CPU, where a patch in vain costs more than a look, else every 4 steps.
-    """
-    device = model.task_embedding.weight.device
-    check_every = check_every or (1 if device.type == "cpu" else 4)
-    collect = Collector(model, requests, mode, compat)
-    for step in generate_steps(model, requests, mode, sampling, compat, noise, use_stop, check_every):
-        collect.add(step)
-    return collect.results()
+    """Run a `PatchLoop` to its end; gives the new frames of each row. `on_step` is called after every step."""
+    loop = PatchLoop(model, requests, mode, sampling, rules, use_stop=use_stop, check_every=check_every)
+    for step in loop:
+        if on_step is not None:
+            on_step(step)
+    return loop.results()
 
 
-class Collector:
-    """Gathers the patches of the loop by row."""
-
-    def __init__(self, model: TalkerT2AV, requests: Sequence[Request], mode: Mode, compat: Compat = PAPER) -> None:
-        self.delay = model.config.delay if mode.motion == "generated" else 0
-        self.mode, self.compat = mode, compat
-        self.limits = [step_limit(model, request, mode) for request in requests]
-        self.ends = list(self.limits)
-        self.patches: dict[str, list[list[Tensor]]] = {s: [[] for _ in requests] for s in ("speech", "motion")}
-
-    def add(self, step: Step) -> None:
-        for row, end in step.ended.items():
-            self.ends[row] = end
-        for stream, new in (("speech", step.speech), ("motion", step.motion)):
-            if new is not None:
-                for row, patch in zip(step.rows, new):
-                    self.patches[stream][row].append(patch)
-
-    def results(self) -> list[Result]:
-        out = []
-        for row, (end, limit) in enumerate(zip(self.ends, self.limits)):
-            speech = self.patches["speech"][row][: end - self.delay if self.compat.trim else end]
-            motion = self.patches["motion"][row][: end - self.delay]
-            out.append(
-                Result(
-                    torch.cat(speech) if self.mode.speech == "generated" else None,
-                    torch.cat(motion) if self.mode.motion == "generated" else None,
-                    end < limit,
-                )
-            )
-        return out
-
-
-def given_tokens(model: TalkerT2AV, requests: Sequence[Request], mode: Mode) -> tuple[Given, Given | None]:
-    """Tokens of the given frames of both streams."""
-    size = model.config.patch_size
-    speech = Given(model.speech_tokens, [r.speech for r in requests], size)
-    return speech, None if mode.motion == "absent" else Given(model.motion_tokens, [r.motion for r in requests], size)
-
-
-def _tail(frames: Sequence[Tensor], count: int, size: int) -> Tensor:
+def last_frames(frames: Sequence[Tensor], count: int, size: int) -> Tensor:
     """(B, count, C): the last frames of each row, whole patches of `size` of them; zeros where there are fewer."""
     whole = [F.pad(x, (0, 0, count, -len(x) % size)) for x in frames]
     return torch.stack([x[len(x) - count :] for x in whole])
@@ -341,11 +368,3 @@ def _tail(frames: Sequence[Tensor], count: int, size: int) -> Tensor:
 def _on(request: Request, device: torch.device) -> Request:
     tensors = {name: value.to(device) for name, value in vars(request).items() if isinstance(value, Tensor)}
     return replace(request, **tensors)
-
-
-def _check_lengths(model: TalkerT2AV, longest: int, limits: Sequence[int]) -> None:
-    if min(limits) < 1:
-        raise UserError(f"nothing to generate: {min(limits)} patches are left after the prefix")
-    most = model.llm.config.max_position_embeddings
-    if longest + max(limits) > most:
-        raise UserError(f"{longest} tokens of text and prefix and {max(limits)} patches exceed {most}: give less text")

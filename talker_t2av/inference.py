@@ -22,7 +22,7 @@ from engine.media.audio import write_wav
 from engine.media.video import join_audio, mux_audio, write_video
 from engine.training.distributed import pick_device
 from talker_t2av.generation import step_limit
-from talker_t2av.jobs import Prepared
+from talker_t2av.jobs import PreparedJob
 from talker_t2av.pipeline import Job, Talk, TalkerPipeline
 from talker_t2av.system import ASSETS, BUNDLED
 
@@ -92,16 +92,16 @@ def run(config: DictConfig) -> int:
         pipeline = TalkerPipeline.from_pretrained(c.weights or BUNDLED, pick_device(c.device), codecs)
         pipeline.sampling = override(pipeline.sampling, vars(c.sampling))
 
-        def process(batch: list[Prepared], bar: tqdm) -> list[Talk]:
+        def process(batch: list[PreparedJob], bar: tqdm) -> list[Talk]:
             # The longest that each job may last: when the model stops earlier, the rest counts as done.
             most = sum(step_limit(pipeline.system.model, p.request, p.mode) for p in batch)
             bar.total += most
             before = bar.n
-            talks = pipeline.finish(batch, lambda step: bar.update(len(step.rows)))
+            talks = pipeline.finish(batch, lambda step: bar.update(step.running))
             bar.update(before + most - bar.n)
             return talks
 
-        def write(name: str, prepared: Prepared, talk: Talk) -> tuple[str, float]:
+        def write(name: str, prepared: PreparedJob, talk: Talk) -> tuple[str, float]:
             written = write_outputs(prepared.job, name, talk, output)
             return f"{name}: {', '.join(written)}{_remark(prepared, talk)}", len(talk.wave) / pipeline.rate
 
@@ -189,7 +189,7 @@ def write_outputs(job: Job, name: str, talk: Talk, folder: Path) -> list[str]:
     return outputs_of(job, name)
 
 
-def _remark(prepared: Prepared, talk: Talk) -> str:
+def _remark(prepared: PreparedJob, talk: Talk) -> str:
     remarks = [prepared.remark] if prepared.remark else []
     if prepared.mode.open_ended and not talk.stopped:
         remarks.append("cut off at the longest length allowed: see max_seconds")

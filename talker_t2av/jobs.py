@@ -1,4 +1,4 @@
-"""From files to what the loop is asked: voices, faces, given streams and style prefixes of one job.
+"""A job's files to the loop's request: voices, faces, given streams and prefixes.
 
 Axes: N samples at 24 kHz, F frames at 25 a second, Ds / Dm speech / motion channels, G speaker embedding, S picture
 side.
@@ -6,7 +6,7 @@ side.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,13 +18,14 @@ from engine.media.audio import read_audio, resample
 from engine.media.ffmpeg import probe
 from engine.nn.mel import pad_or_trim
 from lia_x.pictures import identity_to_tensor, video_to_tensor
-from talker_t2av.data import HOP, MAX_FRAMES, RATE, RATE16
+from talker_t2av import official
+from talker_t2av.data import HOP, HOP16, MAX_FRAMES, RATE, RATE16
 from talker_t2av.faces import CROPS, Square, find_square, is_picture, read_square
 from talker_t2av.model import FPS
-from talker_t2av.request import GENERATE_SPEECH, MODES, PAPER, SCRIPT, Compat, Mode, Request
+from talker_t2av.request import MODES, PAPER, LoopRules, Mode, Request
 from talker_t2av.system import TalkerSystem
 
-COMPAT = {"paper": {}, "official": {"tts": GENERATE_SPEECH, "t2av": SCRIPT}}
+COMPAT = ("paper", "official", "library")
 PAUSE, BYTE = 1.5, 0.15  # seconds: an utterance takes at most PAUSE + BYTE a byte of text, slow speech included
 
 
@@ -45,7 +46,8 @@ class Job:
             `engine.faces.track.read_boxes`.
         prefix_seconds: of the reference that the new streams continue, to take over its style.
         min_seconds, max_seconds: of what is generated; max None: from the length of the text.
-        compat: paper, or official for the departures of the released programs (t2av and tts).
+        compat: paper: as in training. official: as the released command line (t2av) and the released method for speech
+            alone (tts). library: as the released methods. See talker_t2av/official.py.
         seed: of the noise.
     """
 
@@ -69,8 +71,8 @@ class Job:
         for name, allowed in (("mode", MODES), ("compat", COMPAT), ("crop", CROPS)):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name}={getattr(self, name)} is unknown; choose {', '.join(allowed)}")
-        if self.compat == "official" and self.mode not in COMPAT["official"]:
-            raise UserError(f"compat=official has no mode={self.mode}: the released programs offer t2av and tts")
+        if self.compat != "paper" and self.mode not in ("t2av", "tts"):
+            raise UserError(f"compat={self.compat} has no mode={self.mode}: the released programs offer t2av and tts")
         if not self.text.strip() and self.mode in ("t2av", "tts"):
             raise UserError(f"mode={self.mode} needs text=... to say")
         needed = {"t2av": "reference_video", "a2v": "reference_video", "v2a": "video"}.get(self.mode)
@@ -88,28 +90,28 @@ class Job:
             raise UserError(f"prefix_seconds with mode={self.mode} needs both reference_audio and reference_video")
 
     @property
-    def switches(self) -> Compat:
-        return COMPAT[self.compat].get(self.mode, PAPER)
+    def keeps_prefix(self) -> bool:
+        """The result begins with the prefix, as that of the released programs does."""
+        return self.compat != "paper"
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A job ready for the loop.
+class PreparedJob:
+    """A job whose files are read and encoded.
 
     Attributes:
-        request: of the loop.
-        mode, compat: of the loop.
-        prefix_speech: (F, Ds) latents that the decoder hears before the new ones.
+        request, mode, rules: of the loop.
+        prefix_speech: (F, Ds) latents that the decoder reads before the new ones.
         prefix_motion: (F, Dm) motion of the prefix, not normalised.
         picture: (3, S, S) in [-1, 1], the face; None where none is drawn.
-        wave: (N,) given sound at 24 kHz (a2v). frames: how many come out at most, where a given stream tells it.
+        wave: (N,) given sound at 24 kHz (a2v). frames: most frames of the result, where a given stream sets its length.
         remark: what the user should know of the files, or "".
     """
 
     job: Job
     request: Request
     mode: Mode
-    compat: Compat
+    rules: LoopRules
     prefix_speech: Tensor
     prefix_motion: Tensor
     picture: Tensor | None
@@ -119,38 +121,61 @@ class Prepared:
 
 
 class Reference:
-    """The files of a job, each read when it is first needed; of the face, the first `count` frames."""
+    """The files with a job's voice and face, each read when it is first needed; of longer ones, the first 30 s.
 
-    def __init__(self, job: Job, system: TalkerSystem, count: int) -> None:
-        self.job, self.system, self.count = job, system, count
+    Attributes:
+        remarks: what the user should know of the files.
+    """
+
+    def __init__(self, job: Job, system: TalkerSystem) -> None:
+        self.job, self.system, self.remarks = job, system, []
+        self.whole = bool(job.prefix_seconds) or job.compat != "paper"  # else one picture of the face is enough
 
     @cached_property
     def wave(self) -> Tensor:
         """(N,) of the voice."""
-        return torch.from_numpy(read_audio(self._voice_file(), RATE).copy())
+        path = self._voice_file()
+        wave = torch.from_numpy(read_audio(path, RATE).copy())
+        self._say_if_cut(path, len(wave) / RATE)
+        return wave[: MAX_FRAMES * HOP]
+
+    @cached_property
+    def wave16(self) -> Tensor:
+        """(N,) of the voice at 16 kHz."""
+        return resample(self.wave, RATE, RATE16)
+
+    @property
+    def frames(self) -> int:
+        """Frames of the voice."""
+        return max(1, len(self.wave16) // HOP16)
 
     @cached_property
     def square(self) -> Square:
         """Where the face is in its video."""
         box = None if self.job.mode == "v2a" else self.job.face_box
-        return find_square(self.job.reference_video, self.count, self.job.crop, box)
+        return find_square(self.job.reference_video, MAX_FRAMES if self.whole else 1, self.job.crop, box)
 
-    def speaker(self, seconds: float | None = None) -> Tensor:
-        """(G,) of the voice. The official `generate_speech` hears its prefix only, or 30 s filled up with silence."""
-        wave = resample(self.wave, RATE, RATE16)
-        if seconds is not None:
-            wave = wave[: round(seconds * RATE16)] if seconds else pad_or_trim(wave, 30 * RATE16)
-        return self.system.encoders.speaker.embed(wave.to(self.system.device)).cpu()
+    def speaker(self, frames: int | None = None) -> Tensor:
+        """(G,) of the voice, or of its first `frames`, which silence fills up."""
+        wave = self.wave16 if frames is None else pad_or_trim(self.wave16, frames * HOP16)
+        return self.system.speaker.embed(wave.to(self.system.device)).cpu()
 
     def speech(self) -> Tensor:
-        """(F, Ds) latents of the voice file, all of it."""
+        """(F, Ds) latents of the voice."""
         return encode_speech(self.system, self.wave)
 
-    def motion(self) -> Tensor:
-        """(F, Dm) motion of the face, not normalised; of the first frame that shows it, if one is all."""
+    def prefix_alone(self, frames: int) -> tuple[Tensor, Tensor]:
+        """Speaker embedding (G,) and latents (frames, Ds) as if the voice ended after `frames`; see `official`."""
+        speech = torch.zeros(0, self.system.model.config.speech_dim)
+        if frames:
+            speech = self.system.speech.encode_audio(self.wave[: frames * HOP], self.wave16).cpu()
+        return self.speaker(official.voice_frames(frames)), speech
+
+    def motion(self, count: int = MAX_FRAMES) -> Tensor:
+        """(F, Dm) of the first `count` frames of the face, not normalised; of one: the first that shows the face."""
         if self.job.reference_motion is None:
-            start = self.square.first if self.count == 1 else 0
-            blocks = read_square(self.job.reference_video, self.square, self.count, start)
+            start = self.square.first if count == 1 else 0
+            blocks = read_square(self.job.reference_video, self.square, count, start)
             return torch.cat([encode_motion(self.system, block) for block in blocks])
         path, wanted = self.job.reference_motion, self.system.model.config.motion_dim
         try:
@@ -159,12 +184,20 @@ class Reference:
             raise UserError(f"reference_motion={path} cannot be read as a tensor: {error}") from error
         if not isinstance(motion, Tensor) or motion.ndim != 2 or motion.shape[1] != wanted or not len(motion):
             raise UserError(f"reference_motion={path} must hold a tensor (frames, {wanted})")
-        return motion.float()[: self.count]
+        if count > 1:
+            self._say_if_cut(path, len(motion) / FPS)
+        return motion.float()[:count]
 
     def picture(self) -> Tensor:
         """(3, S, S) of the first frame that shows the face."""
+        if self.square.remark:
+            self.remarks.append(self.square.remark)
         blocks = read_square(self.job.reference_video, self.square, 1, self.square.first)
-        return identity_to_tensor(next(blocks)[0], self.system.encoders.motion.config.size)
+        return identity_to_tensor(next(blocks)[0], self.system.motion.config.size)
+
+    def _say_if_cut(self, path: str, seconds: float) -> None:
+        if seconds > MAX_FRAMES / FPS:
+            self.remarks.append(f"{path} lasts {seconds:.0f} s: only its first {MAX_FRAMES // FPS} s are used")
 
     def _voice_file(self) -> str:
         if self.job.reference_audio:
@@ -178,74 +211,92 @@ class Reference:
 
 
 @torch.no_grad()
-def prepare(job: Job, system: TalkerSystem) -> Prepared:
+def prepare_job(job: Job, system: TalkerSystem) -> PreparedJob:
     """Read and encode the files of a job.
 
     Raises:
         UserError: a file is missing or unreadable, or a given stream is too long or too short.
     """
-    mode, compat, c = MODES[job.mode], job.switches, system.model.config
-    size, moving = c.patch_size, mode.motion != "absent"
-    whole = job.prefix_seconds > 0 or compat.extra_patches is not None
-    reference = Reference(job, system, MAX_FRAMES if whole else 1)
-    speech, motion = torch.zeros(0, c.speech_dim), torch.zeros(0, c.motion_dim)
-    if whole:
-        speech = reference.speech()
-    if mode.motion == "generated" or (whole and moving):
-        motion = reference.motion()
-    available = len(motion) if compat is SCRIPT else min(len(speech), len(motion)) if moving else len(speech)
-    frames = compat.prefix_frames(job.prefix_seconds, available, size)
-    if job.prefix_seconds and not frames:
-        raise UserError(f"prefix_seconds={job.prefix_seconds}: the reference gives no whole patch of {size / FPS} s")
-    first_motion = system.stats.normalise(motion[:1])[0] if len(motion) else None
-    kept = motion[:frames]
-    normalised = system.stats.normalise(kept)
-    if compat.bf16_motion:
-        first_motion, normalised = first_motion.bfloat16().float(), normalised.bfloat16().float()
-
-    prefix = -(-frames // size)
-    if compat is SCRIPT:
-        prefix += c.delay
-    limit = max_patches(job, size)
-    if compat.extra_patches is not None:
-        patches = -(-len(speech) // size)
-        patches = max(patches, len(motion) // size + c.delay) if moving else patches
-        limit = compat.limit(patches, prefix, c.delay if moving else 0)
-    speech = speech[: prefix * size] if compat is SCRIPT else speech[:frames]
-
-    wave, total, given_speech, given_motion, remark = None, None, speech, normalised, ""
+    mode, size, reference = MODES[job.mode], system.model.config.patch_size, Reference(job, system)
+    system.require(job.mode)
+    request, rules, prefix_motion = _ask(job, system, reference)
+    prefix_speech, wave, total = request.speech, None, None
     if mode.speech == "given":
         wave = read_audio(job.audio, RATE)
         total = -(-len(wave) // HOP)
         _check_given(total, f"audio={job.audio}")
-        given_speech = torch.cat([speech, encode_speech(system, np.pad(wave, (0, total * HOP - len(wave))))])
+        new = encode_speech(system, np.pad(wave, (0, total * HOP - len(wave))))
+        request = replace(request, speech=torch.cat([prefix_speech, new]))
     if mode.motion == "given":
         if is_picture(job.video):
             raise UserError(f"video={job.video} is a picture: give the clip that is to get a voice")
         square = find_square(job.video, MAX_FRAMES, job.crop, job.face_box)
         new = torch.cat([encode_motion(system, b) for b in read_square(job.video, square, MAX_FRAMES + 1)])
-        total, remark = len(new), square.remark
+        total = len(new)
         _check_given(total, f"video={job.video}")
+        if square.remark:
+            reference.remarks.append(square.remark)
         new = torch.cat([new, new[-1:].expand(-total % size, -1)])  # motion comes in whole patches
-        given_motion = torch.cat([normalised, system.stats.normalise(new)])
-    speaker = torch.zeros(c.speaker_dim)  # of no use where no speech is drawn
-    if mode.speech == "generated":
-        speaker = reference.speaker(job.prefix_seconds if compat is GENERATE_SPEECH else None)
+        request = replace(request, motion=torch.cat([request.motion, system.stats.normalise(new)]))
+    picture = reference.picture() if mode.motion == "generated" else None
+    fewest = max(1, round(job.min_seconds * FPS / size))
+    request = replace(request, min_patches=min(request.max_patches, fewest), seed=job.seed)
+    remark = "; ".join(dict.fromkeys(reference.remarks))
+    return PreparedJob(job, request, mode, rules, prefix_speech, prefix_motion, picture, wave, total, remark)
+
+
+def _ask(job: Job, system: TalkerSystem, reference: Reference) -> tuple[Request, LoopRules, Tensor]:
+    """What the loop is asked for, without the given streams of a2v and v2a, and the prefix's motion (F, Dm)."""
+    mode, c, seconds = MODES[job.mode], system.model.config, job.prefix_seconds
+    prompt = system.tokenizer.prompt(f"{job.reference_text} {job.text}".strip())
+    motion = torch.zeros(0, c.motion_dim)
+    if job.compat == "paper":
+        request, motion = _paper_request(job, system, reference, prompt)
+        rules, frames = PAPER, len(request.speech)
+    elif job.compat == "official" and job.mode == "t2av":
+        motion = reference.motion()
+        request, rules = official.inference_script(
+            c, system.stats, prompt, reference.speaker(), reference.speech(), motion, seconds
+        )
+        frames = len(request.motion)
+    elif mode.motion == "absent":
+        frames = official.prefix_frames(seconds, reference.frames)
+        speaker, speech = reference.prefix_alone(frames)
+        request, rules = official.generate_speech(c, prompt, speaker, speech, reference.frames)
+    else:
+        frames = official.whole_prefix_frames(seconds, reference.frames, c.patch_size)
+        speaker, speech = reference.prefix_alone(frames)
+        motion = reference.motion(max(1, frames))
+        first = system.stats.normalise(motion[0])
+        request, rules = official.generate_speech_motion(c, prompt, speaker, speech, first, reference.frames)
+    if seconds and not frames:
+        raise UserError(f"prefix_seconds={seconds}: the reference gives no whole patch of {c.patch_size / FPS} s")
+    return request, rules, motion[:frames]
+
+
+def _paper_request(job: Job, system: TalkerSystem, reference: Reference, prompt: list[int]) -> tuple[Request, Tensor]:
+    """The request as training has it, and the reference's motion (F, Dm): all of it, or of one frame."""
+    mode, c = MODES[job.mode], system.model.config
+    speech, motion = torch.zeros(0, c.speech_dim), torch.zeros(0, c.motion_dim)
+    frames = 0
+    if job.prefix_seconds:
+        speech = reference.speech()
+        frames = len(speech)
+    if mode.motion == "generated" or (job.prefix_seconds and mode.motion == "given"):
+        motion = reference.motion(MAX_FRAMES if job.prefix_seconds else 1)
+        frames = min(frames, len(motion))
+    frames = min(round(job.prefix_seconds * FPS), frames) // c.patch_size * c.patch_size
     request = Request(
-        prompt=system.tokenizer.prompt(f"{job.reference_text} {job.text}".strip()),
-        speaker=speaker,
-        speech=given_speech,
-        motion=given_motion,
-        first_motion=first_motion,
-        prefix=prefix,
-        max_patches=limit,
-        min_patches=min(limit, max(1, round(job.min_seconds * FPS / size))),
-        seed=job.seed,
+        prompt,
+        # Not used where no speech is drawn.
+        reference.speaker() if mode.speech == "generated" else torch.zeros(c.speaker_dim),
+        speech[:frames],
+        system.stats.normalise(motion[:frames]),
+        system.stats.normalise(motion[0]) if len(motion) else None,
+        frames // c.patch_size,
+        max_patches(job, c.patch_size),
     )
-    picture = None
-    if mode.motion == "generated":
-        picture, remark = reference.picture(), reference.square.remark
-    return Prepared(job, request, mode, compat, speech, kept, picture, wave, total, remark)
+    return request, motion
 
 
 def max_patches(job: Job, patch_size: int) -> int:
@@ -259,12 +310,12 @@ def encode_speech(system: TalkerSystem, wave: Tensor | np.ndarray) -> Tensor:
     wave = torch.as_tensor(wave)
     if len(wave) < HOP:
         raise UserError(f"{len(wave) / RATE:.3f} s of sound is too short: give {HOP / RATE} s or more")
-    return system.encoders.speech.encode_wave(wave[None, None].to(system.device))[0].cpu()
+    return system.speech.encode_wave(wave[None, None].to(system.device))[0].cpu()
 
 
 def encode_motion(system: TalkerSystem, frames: np.ndarray) -> Tensor:
     """Square frames (F, S, S, 3) uint8 -> motion (F, Dm) on the CPU, not normalised."""
-    codec = system.encoders.motion
+    codec = system.motion
     return codec.motion(video_to_tensor(frames, codec.config.size)).cpu()
 
 

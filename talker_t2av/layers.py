@@ -8,25 +8,9 @@ halves: the two must not share a function.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-ENOUGH_ROWS = 4  # of a matrix product; the processor's library has other routines for fewer
-
-
-def with_enough_rows(call: Callable[..., Tensor], *given: Tensor) -> Tensor:
-    """call(*given), where all have N first, and rows that do not see each other. For inference.
-
-    On a CPU fewer than four rows are computed as four: else their rounding differs from that of the same rows in a
-    larger batch, and the loop feeds it back until words may differ. Two or three rows are faster as four, too.
-    """
-    count = len(given[0])
-    if given[0].device.type != "cpu" or count >= ENOUGH_ROWS:
-        return call(*given)
-    return call(*(torch.cat([x, x[-1:].expand(ENOUGH_ROWS - count, *x.shape[1:])]) for x in given))[:count]
 
 
 class RMSNorm(nn.Module):

@@ -110,6 +110,10 @@ class TalkerT2AV(nn.Module):
         self.task_embedding = nn.Embedding(c.tasks, width)
         self.motion_pad_emb = nn.Parameter(torch.zeros(1, 1, width))  # instead of a motion token when there is none
 
+    @property
+    def device(self) -> torch.device:
+        return self.task_embedding.weight.device
+
     def embed_text(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) -> (B, T, D)."""
         return self.llm.model.embed_tokens(ids)

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from lia_x.pictures import to_bytes
 from talker_t2av.data import HOP, RATE
-from talker_t2av.generation import Collector, Result, Step, generate_steps
-from talker_t2av.jobs import Job, Prepared, prepare
+from talker_t2av.generation import PatchLoop, Result, Step
+from talker_t2av.jobs import Job, PreparedJob, prepare_job
 from talker_t2av.model import FPS
 from talker_t2av.request import Sampling
 from talker_t2av.system import BUNDLED, TalkerSystem
@@ -86,7 +86,7 @@ class TalkerPipeline:
         codecs: Mapping[str, str | Path] | None = None,
     ) -> TalkerPipeline:
         """Load a release folder of ours, or a folder with the released files; see `TalkerSystem.load`."""
-        return cls(TalkerSystem.load(folder, codecs).to(device))
+        return cls(TalkerSystem.load(folder, codecs, device))
 
     def t2av(self, text: str, reference_audio: str | None, reference_video: str, **more: Any) -> Talk:
         """Say a text with a voice and a face; `more` are fields of `Job`. The voice may be the video's sound."""
@@ -111,40 +111,41 @@ class TalkerPipeline:
         """Several jobs; those of one mode are one batch."""
         return list(self.finish([self.prepare(job) for job in jobs]))
 
-    def prepare(self, job: Job) -> Prepared:
-        """Read and encode a job's files. Raises UserError, as `prepare.prepare` does."""
+    def prepare(self, job: Job) -> PreparedJob:
+        """Read and encode a job's files. Raises UserError, as `prepare_job` does."""
         with self._clock("files"):
-            return prepare(job, self.system)
+            return prepare_job(job, self.system)
 
-    def finish(self, prepared: Sequence[Prepared], on_step: Callable[[Step], None] = lambda step: None) -> list[Talk]:
-        """Jobs that are prepared, each mode a batch; the results in the given order."""
+    def finish(
+        self, prepared: Sequence[PreparedJob], on_step: Callable[[Step], None] = lambda step: None
+    ) -> list[Talk]:
+        """Generate prepared jobs, those of one mode as a batch; the results in the given order."""
         order = sorted(range(len(prepared)), key=lambda i: (prepared[i].job.mode, prepared[i].job.compat))
         talks: dict[int, Talk] = {}
         for _, group in groupby(order, key=lambda i: (prepared[i].job.mode, prepared[i].job.compat)):
             rows = list(group)
             batch = [prepared[i] for i in rows]
-            collect = Collector(self.system.model, [p.request for p in batch], batch[0].mode, batch[0].compat)
             with self._clock("patches"):
-                for step in self._steps(batch, check_every=1 if self.system.device.type == "cpu" else 4):
-                    collect.add(step)
+                loop = self._loop(batch)
+                for step in loop:
                     on_step(step)
-                results = collect.results()
+                results = loop.results()
             talks |= {i: self._talk(p, result) for i, p, result in zip(rows, batch, results)}
         return [talks[i] for i in range(len(prepared))]
 
     @torch.no_grad()
-    def stream(self, job: Job) -> Iterator[Chunk]:
-        """One job, piece by piece as patches arrive.
+    def stream(self, job: Job, on_step: Callable[[Step], None] = lambda step: None) -> Iterator[Chunk]:
+        """One job, piece by piece as patches arrive; `on_step` is called after each patch.
 
         The pieces put together are the result of `run`: samples to 1e-4, pictures to one level of 255. Sound comes as
         soon as the decoder has heard as many later frames as it looks ahead.
         """
-        prepared = prepare(job, self.system)
+        prepared = prepare_job(job, self.system)
         fresh: list[Tensor] = []  # motion (P, Dm) that is not shown yet
         face = Face(self.system, prepared)
         limit = (prepared.frames or 0) * HOP or None
         done = 0
-        for wave in self._waves(prepared, fresh):
+        for wave in self._waves(prepared, fresh, on_step):
             wave = wave[: limit - done] if limit is not None else wave
             done += len(wave)
             frames = face.show(fresh)
@@ -152,42 +153,43 @@ class TalkerPipeline:
             if len(wave) or frames is not None:
                 yield Chunk(wave, frames)
 
-    def _steps(self, batch: Sequence[Prepared], check_every: int) -> Iterator[Step]:
+    def _loop(self, batch: Sequence[PreparedJob], check_every: int | None = None) -> PatchLoop:
         requests, first = [p.request for p in batch], batch[0]
-        return generate_steps(
-            self.system.model, requests, first.mode, self.sampling, first.compat, check_every=check_every
-        )
+        model = self.system.model
+        return PatchLoop(model, requests, first.mode, self.sampling, first.rules, check_every=check_every)
 
-    def _waves(self, prepared: Prepared, fresh: list[Tensor]) -> Iterator[np.ndarray]:
+    def _waves(
+        self, prepared: PreparedJob, fresh: list[Tensor], on_step: Callable[[Step], None]
+    ) -> Iterator[np.ndarray]:
         """Sound (n,) as patches arrive; puts their motion into `fresh`."""
         size = self.system.model.config.patch_size
+        loop = self._loop([prepared], check_every=1)
         if prepared.wave is not None:
             position = 0
-            for step in self._steps([prepared], 1):
+            for step in loop:
+                on_step(step)
                 if step.motion is not None:
                     fresh.append(step.motion[0])
                     yield prepared.wave[position : position + size * HOP]
                     position += size * HOP
             return
-        held: deque[Tensor] = deque()  # speech whose motion is yet to come
-        keep = not prepared.compat.trim
+        waiting: deque[Tensor] = deque()  # speech whose motion is yet to come
 
         def latents() -> Iterator[Tensor]:
             if len(prepared.prefix_speech):
                 yield prepared.prefix_speech[None].to(self.system.device)
-            for step in self._steps([prepared], 1):
-                if not step.rows:
-                    break
-                held.append(step.speech)
+            for step in loop:
+                on_step(step)
+                waiting.append(step.speech)
                 if step.motion is not None:
                     fresh.append(step.motion[0])
                 if step.motion is not None or prepared.mode.motion != "generated":
-                    yield held.popleft()
-            if keep:
-                yield from held
+                    yield waiting.popleft()
+            if not prepared.rules.trim:
+                yield from waiting
 
-        skip = 0 if prepared.compat.keeps_prefix else len(prepared.prefix_speech) * HOP
-        for piece in self.system.encoders.speech.decode_stream(latents()):
+        skip = 0 if prepared.job.keeps_prefix else len(prepared.prefix_speech) * HOP
+        for piece in self.system.speech.decode_stream(latents()):
             wave = _samples(piece)
             yield wave[skip:]
             skip = max(0, skip - len(wave))
@@ -203,7 +205,7 @@ class TalkerPipeline:
             self.seconds[stage] += time.monotonic() - begin
 
     @torch.no_grad()
-    def _talk(self, prepared: Prepared, result: Result) -> Talk:
+    def _talk(self, prepared: PreparedJob, result: Result) -> Talk:
         motion = None
         if result.motion is not None:
             motion = self.system.stats.restore(result.motion.cpu())
@@ -211,8 +213,8 @@ class TalkerPipeline:
         if wave is None:
             before = prepared.prefix_speech.to(self.system.device)
             with self._clock("sound"):
-                wave = _samples(self.system.encoders.speech.decode(torch.cat([before, result.speech])[None]))
-            wave = wave if prepared.compat.keeps_prefix else wave[len(before) * HOP :]
+                wave = _samples(self.system.speech.decode(torch.cat([before, result.speech])[None]))
+            wave = wave if prepared.job.keeps_prefix else wave[len(before) * HOP :]
             wave = wave[: prepared.frames * HOP] if prepared.frames else wave
         with self._clock("pictures"):
             frames = Face(self.system, prepared).show([] if result.motion is None else [result.motion])
@@ -223,13 +225,13 @@ class TalkerPipeline:
 class Face:
     """Draws the face of a job, which moves on from picture to picture."""
 
-    def __init__(self, system: TalkerSystem, prepared: Prepared) -> None:
+    def __init__(self, system: TalkerSystem, prepared: PreparedJob) -> None:
         self.system = system
         self.left = prepared.frames  # how many are still to come, where it is known
         self.identity = None
         if prepared.picture is not None:
-            self.identity = system.encoders.motion.identity(prepared.picture.to(system.device))
-        self.before = prepared.prefix_motion if prepared.compat.keeps_prefix else prepared.prefix_motion[:0]
+            self.identity = system.motion.identity(prepared.picture.to(system.device))
+        self.before = prepared.prefix_motion if prepared.job.keeps_prefix else prepared.prefix_motion[:0]
 
     def show(self, patches: list[Tensor]) -> np.ndarray | None:
         """Frames (F, S, S, 3) of new normalised motion, each (f, Dm); None where there is nothing to draw.
@@ -245,7 +247,7 @@ class Face:
             self.left -= len(motion)
         if not len(motion):
             return None
-        parts = self.system.encoders.motion.render_chunks(self.identity, motion)
+        parts = self.system.motion.render_chunks(self.identity, motion)
         return np.concatenate([to_bytes(part) for part in parts])
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from engine.errors import UserError
 from talker_t2av.data import MotionStats, Paired, Row, TalkerFiles, read_csv, read_tts_list, read_txt
-from talker_t2av.released_motion import MEAN, STD
-from talker_t2av.speaker.encoder import SpeakerEncoder, VoiceEncoder
+from talker_t2av.released import MOTION_MEAN, MOTION_STD
+from talker_t2av.speaker.encoder import VoiceEncoder, WavLMEncoder
 from whisperx_vae.codec import WhisperXVAE
 
 
@@ -31,10 +31,10 @@ class Encoders:
         return WhisperXVAE.from_pretrained(self.codecs["speech"])
 
     @cached_property
-    def _speaker(self) -> SpeakerEncoder | VoiceEncoder:
+    def _speaker(self) -> WavLMEncoder | VoiceEncoder:
         folder = Path(self.codecs["speaker"])
         ours = (folder / "config.yaml").is_file()
-        return (VoiceEncoder if ours else SpeakerEncoder).from_pretrained(folder)
+        return (VoiceEncoder if ours else WavLMEncoder).from_pretrained(folder)
 
     def speech(self, wave24: Tensor, wave16: Tensor) -> Tensor:
         """(N,) at 24 kHz and at 16 kHz -> latents (F, Ds)."""
@@ -75,7 +75,7 @@ def recordings(
         raise UserError("give the T2AV rows as data.train.csv, or as data.train.txt with data.train.video_dir")
     rows = read_csv(csv, root) if csv is not None else read_txt(txt, video_dir)
     without: list[Row] = read_tts_list(tts) if tts else [replace(row, motion=None) for row in rows]
-    motion = MotionStats.read(stats) if stats else MotionStats(torch.tensor(MEAN), torch.tensor(STD))
+    motion = MotionStats.read(stats) if stats else MotionStats(torch.tensor(MOTION_MEAN), torch.tensor(MOTION_STD))
     encoders = Encoders(codecs)
     more = (motion, encoders.speech, encoders.speaker, tokenizer, patch_size, delay)
     return Paired(TalkerFiles(rows, *more), TalkerFiles(without, *more))

@@ -1,4 +1,4 @@
-"""Released checkpoints of Talker-T2AV: files, keys that may be absent, sizes, and the two warm starts.
+"""Released checkpoints of Talker-T2AV: files, tensor names, sizes, motion statistics, and the two warm starts.
 
 Our parameters bear the released names, so that loading is: read all shards, complete, load strictly.
 """
@@ -23,6 +23,62 @@ TASKS = "task_embedding.weight"
 EMBEDDINGS, LM_HEAD = "llm.model.embed_tokens.weight", "llm.lm_head.weight"  # tied
 ROTARY = ".rope.w"
 FOREIGN = ("pretrained_speech_encoder.", "spk.")  # codec and speaker encoder, which have files of their own
+
+# Files of the released programs: what each is, its pattern, and a text that only its tensors' names contain.
+FILES = {
+    "model": ("the Talker-T2AV model", "*.safetensors", "speech_cfm.estimator."),
+    "tokenizer": ("the tokenizer", "tokenizer.json", ""),
+    "speech": ("the WhisperX-VAE checkpoint", "*.ckpt", "CodecEnc."),
+    "motion": ("the LIA-X checkpoint", "*.pt", "dec.direction.weight"),
+    "speaker": ("the WavLM speaker encoder", "*.pth", "feature_extract.model."),
+}
+HEADER_BYTES = 16_000_000  # within which safetensors and torch files name their tensors
+
+# Mean and standard deviation of the 40 motion channels that the released weights were trained with (Apache-2.0).
+MOTION_MEAN = (
+    0.006364349, 0.017484829, 0.016396947, -0.0135359485, -0.024186552, 0.00027653738, 0.0010602104, 0.01698656,
+    -0.010986847, 0.00738304, -0.0248002, 0.017999398, -0.00080293656, -0.023244526, 0.006335761, -0.12834275,
+    0.061169486, -0.0069934144, 0.7322096, -0.030482953, 0.012083354, -0.008843656, 0.0015558308, -0.0811736,
+    -0.0001160976, 0.016840026, -0.0031718193, -0.080952965, -0.044832345, -0.118288256, 0.00041253163, -0.006176285,
+    -0.0065168105, 0.27377605, 0.012853871, -0.050262515, -0.0031032823, 0.12046479, -0.046895456, -0.19978091,
+)  # fmt: skip
+MOTION_STD = (
+    0.08454379, 0.061220236, 0.075378954, 0.120993495, 0.06523917, 0.02, 0.058821242, 0.04242331,
+    0.054054204, 0.049027972, 0.072275884, 0.052725237, 0.027802138, 0.053579222, 0.02444918, 0.41529363,
+    0.18271528, 0.0379854, 0.7906062, 0.051438842, 0.05636029, 0.08587122, 0.02, 0.11827056,
+    0.084743544, 0.06498329, 0.03281063, 0.11960393, 0.2869649, 0.18533331, 0.047593683, 0.09716572,
+    0.02, 0.67435014, 0.02, 0.1646887, 0.049828455, 0.7265424, 0.108559966, 0.4020769,
+)  # fmt: skip
+
+
+def find_released(folder: Path, part: str) -> Path:
+    """The file in `folder` or below it that holds a part of `FILES`, told by the names of its tensors.
+
+    Of several, the least deep one counts. A checkpoint in shards gives its folder; a tokenizer beside the model goes
+    before others.
+
+    Raises:
+        UserError: there is none.
+    """
+    what, pattern, mark = FILES[part]
+    found = sorted(folder.rglob(pattern), key=lambda path: (len(path.parts), path))
+    if part == "tokenizer":
+        model = find_released(folder, "model")
+        found.sort(key=lambda path: path.parent not in (model, model.parent))
+    for path in found:
+        if mark.encode() in _tensor_names(path):
+            return path.parent if re.fullmatch(r".*-\d+-of-\d+\.safetensors", path.name) else path
+    raise UserError(
+        f"{folder} lacks {what} (a file {pattern}): get it with  "
+        f"python scripts/download_checkpoints.py talker_t2av --to {folder}"
+    )
+
+
+def _tensor_names(path: Path) -> bytes:
+    """The beginning of a checkpoint, which holds the names of its tensors."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else HEADER_BYTES
+        return file.read(min(length, HEADER_BYTES))
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:

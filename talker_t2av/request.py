@@ -1,4 +1,4 @@
-"""What is asked of generation: the four jobs, the sampler's settings, one row's inputs, and the official departures.
+"""What to generate: the four modes, the sampler's settings, the inputs of one row, and how a batch ends.
 
 Axes: F frames, Ds / Dm speech / motion channels, G speaker embedding.
 """
@@ -12,35 +12,37 @@ from typing import Literal
 from torch import Tensor
 
 from engine.bounds import bounded, check_bounds
-from talker_t2av.model import FPS
+from talker_t2av.model import A2V, T2AV, TTS, V2A
 
 
 @dataclass(frozen=True)
 class Mode:
-    """What becomes of each stream."""
+    """What happens to each stream, and the mode's own row of the task embedding."""
 
     speech: Literal["generated", "given"]
     motion: Literal["generated", "given", "absent"]
+    task: int
 
     @property
     def open_ended(self) -> bool:
-        """Nothing given tells the length: the stop head does."""
+        """No given stream sets the length: the stop head does."""
         return "given" not in (self.speech, self.motion)
 
 
 MODES = {
-    "t2av": Mode("generated", "generated"),
-    "tts": Mode("generated", "absent"),
-    "a2v": Mode("given", "generated"),
-    "v2a": Mode("generated", "given"),
+    "t2av": Mode("generated", "generated", T2AV),
+    "tts": Mode("generated", "absent", TTS),
+    "a2v": Mode("given", "generated", A2V),
+    "v2a": Mode("generated", "given", V2A),
 }
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Of both diffusion heads; the defaults are the released command line's.
+    """Settings of both diffusion heads; the defaults are those of the released command line.
 
-    steps: of the solver. temperature: of the noise. guidance: scale; at 1 no unconditional branch is evaluated.
+    steps: solver steps. temperature: factor of the noise. guidance: scale of classifier-free guidance; at 1 the
+        unconditional branch is not evaluated.
     """
 
     steps: int = bounded(1, 1000, default=10)
@@ -52,84 +54,41 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Compat:
-    """Where the official routines depart from what the model is trained on; the defaults are training's way.
+class LoopRules:
+    """How a batch ends. The defaults follow training; talker_t2av/official.py has those of the official routines.
 
-    prepend_task: the task embedding is the first token; else it is added to the first slot that is known beforehand,
-        and absent where there is none.
-    prefix_motion: those slots hold motion.
-    motion_waits: tokens have no motion part before step `delay`, counted from the first generated slot.
-    trim: speech ends with the motion, though the last `delay` slots hold more of it.
-    stop_hits: hits in a row that end an utterance; what was drawn since the first is kept.
-    first_test: step of the first stop test, at least.
-    extra_patches: that may be generated beyond the reference's length; None: the reference is no limit.
-    round_prefix: seconds of prefix become the nearest number of frames (half to even), else they are cut.
-    whole_patches: a prefix is cut to whole patches.
-    bf16_motion: reference motion is rounded to bfloat16.
-    keeps_prefix: the result begins with the prefix.
+    stop_hits: positive stop tests in a row that end a row; what was drawn between the first and the last is kept.
+    first_test: the stop head is not asked before this step.
+    motion_waits: before step `delay`, tokens have no motion part instead of that of zero frames or of the prefix.
+    trim: speech is cut to the length of the motion, which lags behind it by `delay` patches.
     """
 
-    prepend_task: bool = True
-    prefix_motion: bool = True
-    motion_waits: bool = False
-    trim: bool = True
     stop_hits: int = 1
     first_test: int = 1
-    extra_patches: int | None = None
-    round_prefix: bool = True
-    whole_patches: bool = True
-    bf16_motion: bool = False
-    keeps_prefix: bool = False
-
-    def prefix_frames(self, seconds: float, available: int, patch_size: int) -> int:
-        """Frames of a prefix of `seconds`, of the `available` ones of the reference."""
-        frames = min(round(seconds * FPS) if self.round_prefix else int(seconds * FPS), available)
-        return frames // patch_size * patch_size if self.whole_patches else frames
-
-    def limit(self, reference: int, prefix: int, delay: int) -> int:
-        """`Request.max_patches` after a reference of so many patches, of which `prefix` are known beforehand."""
-        assert self.extra_patches is not None, "training's way has no limit that comes from a reference"
-        return reference - prefix + self.extra_patches - delay
+    motion_waits: bool = False
+    trim: bool = True
 
 
-PAPER = Compat()
-GENERATE_SPEECH = Compat(stop_hits=3, first_test=6, extra_patches=25, whole_patches=False, keeps_prefix=True)
-GENERATE_SPEECH_MOTION = Compat(
-    prefix_motion=False,
-    motion_waits=True,
-    trim=False,
-    stop_hits=3,
-    first_test=7,
-    extra_patches=15,
-    keeps_prefix=True,
-)
-SCRIPT = Compat(
-    prepend_task=False,
-    motion_waits=True,
-    trim=False,
-    stop_hits=3,
-    first_test=7,
-    extra_patches=15,
-    round_prefix=False,
-    bf16_motion=True,
-    keeps_prefix=True,
-)
+PAPER = LoopRules()
 
 
 @dataclass(frozen=True)
 class Request:
-    """One row.
+    """What to generate in one row of a batch.
 
     Attributes:
         prompt: text tokens before the placeholders.
-        speaker: (G,) embedding of the voice.
-        speech: (F, Ds) given latents: all of a given stream, the beginning of a generated one.
+        speaker: (G,) speaker embedding.
+        speech: (F, Ds) latents: all of a given stream, or the prefix of a generated one.
         motion: (F, Dm) likewise, normalised.
-        first_motion: (Dm,) the reference picture's motion, normalised; not needed for TTS.
-        prefix: slots that are known beforehand.
-        max_patches: most patches to generate after the prefix; not used where a given stream tells the length.
-        min_patches: fewest.
+        first_motion: (Dm,) normalised motion of the reference picture; None where no motion is generated.
+        prefix: patches of the prefix.
+        max_patches: most patches after the prefix; a given stream sets its own length instead.
+        min_patches: fewest patches after the prefix.
         seed: of the noise.
+        task_first: the task embedding is the first token, as in training. If not, it is added to the first prefix
+            patch, and left out where there is no prefix (the official inference script).
+        prefix_has_motion: the prefix patches hold motion, as in training (not so in `generate_speech_motion`).
     """
 
     prompt: Sequence[int]
@@ -141,3 +100,5 @@ class Request:
     max_patches: int = 188
     min_patches: int = 1
     seed: int = 0
+    task_first: bool = True
+    prefix_has_motion: bool = True

@@ -20,7 +20,7 @@ from engine.shards.reader import Reading, ShardSplit
 from engine.shards.source import is_remote, join, read_json
 from talker_t2av.data import MAX_FRAMES, MotionStats, Paired, TalkerShards, checked_task, open_layout
 from talker_t2av.features import FeatureEncoders
-from talker_t2av.released_motion import MEAN, STD
+from talker_t2av.released import MOTION_MEAN, MOTION_STD
 
 KINDS = {"speech": "whisperx_vae", "motion": "lia_x", "speaker": "speaker"}  # stream -> what an index calls its maker
 
@@ -70,7 +70,9 @@ class PreparedShards(TalkerShards):
         if codecs is not None:
             made = _digests(**codecs)
             self.shards.check_made_with({KINDS[stream]: made[stream] for stream in self.needed})
-        self.stats = MotionStats.read(stats) if stats else MotionStats(torch.tensor(MEAN), torch.tensor(STD))
+        self.stats = (
+            MotionStats.read(stats) if stats else MotionStats(torch.tensor(MOTION_MEAN), torch.tensor(MOTION_STD))
+        )
         self.size = min(limit or len(self.shards), len(self.shards))
         self.rows = _Rows(self)
 

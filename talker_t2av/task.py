@@ -30,7 +30,6 @@ from talker_t2av.generation import Result, generate
 from talker_t2av.layers import Block
 from talker_t2av.losses import TalkerBatch, drifted, training_forward, training_losses
 from talker_t2av.model import A2V, FPS, KIND, T2AV, TTS, V2A, TalkerConfig, TalkerT2AV
-from talker_t2av.released_motion import MEAN, STD
 from talker_t2av.request import MODES, Request, Sampling
 from talker_t2av.shards import digests_of, open_examples
 from talker_t2av.text import TalkerTokenizer
@@ -91,7 +90,7 @@ class TalkerTask(Task):
         if dubbing and self.model.config.tasks < 4:
             raise UserError("task.dubbing needs task.model.tasks=4: V2A and A2V have no mark of their own with fewer")
         self.codecs, self.tokenizer, self.stats_file, self.digests = dict(codecs), tokenizer, stats, {}
-        self.stats = MotionStats(torch.tensor(MEAN), torch.tensor(STD))
+        self.stats = MotionStats(torch.tensor(names.MOTION_MEAN), torch.tensor(names.MOTION_STD))
         if stats:
             self.stats, self.digests = MotionStats.read(stats), digests_of(stats)
         channels = self.model.config.motion_dim

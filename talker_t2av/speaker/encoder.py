@@ -1,6 +1,6 @@
 """Speaker encoders: a voice to the 256 numbers that both diffusion heads are conditioned on.
 
-`SpeakerEncoder` is the released one, WavLM-Large (Chen et al. 2022, arXiv:2110.13900) under an ECAPA-TDNN head
+`WavLMEncoder` is the released one, WavLM-Large (Chen et al. 2022, arXiv:2110.13900) under an ECAPA-TDNN head
 (Desplanques et al. 2020, arXiv:2005.07143). Its weights are `wavlm_large_finetune.pth` of microsoft/UniSpeech,
 downstreams/speaker_verification (repository licence CC BY-SA 3.0; WavLM itself is published in microsoft/unilm under
 MIT). `VoiceEncoder` is the same head, small, on log-mel bands; its weights are trained here (Apache-2.0).
@@ -149,7 +149,7 @@ def standardise(features: Tensor) -> Tensor:
     return F.instance_norm(features + 1e-6)
 
 
-class SpeakerEncoder(nn.Module):
+class WavLMEncoder(nn.Module):
     """Wave to speaker embedding: WavLM's mixed hidden states through ECAPA-TDNN.
 
     Args:
@@ -214,7 +214,7 @@ class SpeakerEncoder(nn.Module):
     @classmethod
     def from_released(
         cls, state: Mapping[str, Tensor], original: Mapping[str, Any] = LARGE, source: str | Path = FILE
-    ) -> SpeakerEncoder:
+    ) -> WavLMEncoder:
         """The encoder with the tensors of `state` (released names), strict; those of the training loss are left out.
 
         Args:
@@ -236,7 +236,7 @@ class SpeakerEncoder(nn.Module):
         return encoder.eval()
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> SpeakerEncoder:
+    def from_pretrained(cls, path: str | Path) -> WavLMEncoder:
         """The released `wavlm_large_finetune.pth`, or a folder that holds it. Nothing in the file is executed.
 
         Raises:

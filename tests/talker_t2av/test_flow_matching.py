@@ -78,25 +78,27 @@ def test_guidance_one_evaluates_half_and_agrees():
     model, (mu, cond, given, noise) = head(), conditions()
     rows = []
     model.estimator.out_proj.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
-    one = model.sample(mu, cond, given, noise, steps=5, guidance=1.0)
+    one = model.sample(mu, cond, given, noise, model.schedule(5), guidance=1.0)
     assert rows == [2] * 4  # the first of five steps is not computed
     rows.clear()
-    near = model.sample(mu, cond, given, noise, steps=5, guidance=1.0 + 1e-7)
+    near = model.sample(mu, cond, given, noise, model.schedule(5), guidance=1.0 + 1e-7)
     assert rows == [4] * 4
     torch.testing.assert_close(one, near)
 
 
 def test_rows_of_a_batch_do_not_see_each_other():
     model, all_rows = head(), conditions(3, patches=2)
-    together = model.sample(*all_rows, steps=6, temperature=0.5, guidance=2.0)
+    settings = (model.schedule(6), 0.5, 2.0)
+    together = model.sample(*all_rows, *settings)
     for i in range(3):
-        alone = model.sample(*(x[i : i + 1] for x in all_rows), steps=6, temperature=0.5, guidance=2.0)
+        alone = model.sample(*(x[i : i + 1] for x in all_rows), *settings)
         torch.testing.assert_close(alone[0], together[i], rtol=1e-4, atol=1e-5)
 
 
 def test_one_step_is_the_scaled_noise():
     mu, cond, given, noise = conditions()
-    torch.testing.assert_close(head().sample(mu, cond, given, noise, steps=1, temperature=0.3), 0.3 * noise)
+    model = head()
+    torch.testing.assert_close(model.sample(mu, cond, given, noise, model.schedule(1), 0.3), 0.3 * noise)
 
 
 def test_the_true_velocity_has_no_loss():

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from engine.errors import UserError
 from engine.media.audio import write_wav
 from engine.release import load_strict
-from talker_t2av.speaker.encoder import EcapaTDNN, SpeakerEncoder, VoiceEncoder, VoiceEncoderConfig
+from talker_t2av.speaker.encoder import EcapaTDNN, VoiceEncoder, VoiceEncoderConfig, WavLMEncoder
 from talker_t2av.speaker.released import LARGE, conv_layers, head_sizes, our_name, wavlm_config
 from talker_t2av.speaker.task import VoiceClips, VoiceEncoderTask, voice_means
 from tests.reference import released_names
@@ -40,14 +40,14 @@ def released_keys():
 def tiny_encoder(**changes):
     torch.manual_seed(0)
     original = TINY | changes
-    encoder = SpeakerEncoder(wavlm_config(original), original["normalize"], channels=8, pooled=8, bottleneck=8)
+    encoder = WavLMEncoder(wavlm_config(original), original["normalize"], channels=8, pooled=8, bottleneck=8)
     return encoder.eval()
 
 
 def test_released_names_are_those_of_the_full_size_encoder():
     state = released_keys()
     with torch.device("meta"):
-        encoder = SpeakerEncoder(wavlm_config(LARGE), **head_sizes(state))
+        encoder = WavLMEncoder(wavlm_config(LARGE), **head_sizes(state))
     load_strict(encoder, {our_name(k): v for k, v in state.items()}, "keys", assign=True)
     assert sum(p.numel() for p in encoder.parameters()) == pytest.approx(323_863_961, abs=20_000)  # running statistics
 
@@ -58,14 +58,14 @@ def test_a_state_by_released_names_makes_the_same_encoder(changes):
     mode = (TINY | changes)["extractor_mode"]
     state = released_names.speaker_encoder(encoder.state_dict(), mode)
     loss = {"loss_calculator.projection.weight": torch.zeros(3)}
-    again = SpeakerEncoder.from_released(state | loss, TINY | changes)
+    again = WavLMEncoder.from_released(state | loss, TINY | changes)
     wave = torch.randn(4000)
     assert torch.equal(again.embed(wave), encoder.embed(wave))
     with pytest.raises(UserError, match="unexpected tensor"):
-        SpeakerEncoder.from_released({**state, "linear.wieght": torch.zeros(3)}, TINY | changes)
+        WavLMEncoder.from_released({**state, "linear.wieght": torch.zeros(3)}, TINY | changes)
     del state["bn.weight"]
     with pytest.raises(UserError, match=r"head\.bn\.weight"):
-        SpeakerEncoder.from_released(state, TINY | changes)
+        WavLMEncoder.from_released(state, TINY | changes)
 
 
 def test_padding_does_not_change_the_valid_frames():
@@ -102,10 +102,10 @@ def test_unsupported_variants_are_named():
 
 def test_missing_and_foreign_files(tmp_path):
     with pytest.raises(UserError, match="download_checkpoints"):
-        SpeakerEncoder.from_pretrained(tmp_path)
+        WavLMEncoder.from_pretrained(tmp_path)
     torch.save({"model": {"layer1.conv.weight": torch.zeros(8, 4, 5)}}, tmp_path / "wavlm_large_finetune.pth")
     with pytest.raises(UserError, match="not a WavLM-ECAPA speaker encoder"):
-        SpeakerEncoder.from_pretrained(tmp_path)
+        WavLMEncoder.from_pretrained(tmp_path)
 
 
 def test_voice_encoder_release(tmp_path):

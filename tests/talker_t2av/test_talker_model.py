@@ -27,7 +27,8 @@ def answer(model: TalkerT2AV) -> torch.Tensor:
             (model.motion_cfm, c.motion_dim, c.motion_dim),
         ):
             noise, cond = torch.randn(2, 1, channels, 4, generator=g)
-            out.append(head.sample(hidden, cond, torch.randn(1, given, generator=g), noise, 3, 1.0, 2.0).flatten())
+            condition = torch.randn(1, given, generator=g)
+            out.append(head.sample(hidden, cond, condition, noise, head.schedule(3), 1.0, 2.0).flatten())
     return torch.cat(out)
 
 

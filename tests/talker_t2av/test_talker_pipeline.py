@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from talker_fixtures import DM, VAE, face_file, save_talker, tiny_model, voice_file
 
 from engine.errors import UserError
-from engine.media.audio import read_audio
+from engine.media.audio import read_audio, write_wav
 from lia_x import LiaX, LiaXConfig
 from talker_t2av.faces import find_square, read_square
 from talker_t2av.jobs import encode_motion
@@ -86,14 +87,10 @@ def test_a_stream_adds_up_to_the_whole(pipeline, mode):
 
 def test_a_stream_speaks_before_it_knows_the_end(pipeline):
     """The first sound comes when the decoder has heard its look-ahead, not at the end."""
-    steps, original = [], pipeline._steps
-    pipeline._steps = lambda *a, **k: (steps.append(s) or s for s in original(*a, **k))
+    steps = []
     job = Job("tts", TEXT, pipeline.files["voice"], max_seconds=3.0, min_seconds=3.0)
-    try:
-        first = next(chunk for chunk in pipeline.stream(job) if len(chunk.wave))
-    finally:
-        del pipeline._steps
-    reach = pipeline.system.encoders.speech.decoder.reach[1]
+    first = next(chunk for chunk in pipeline.stream(job, steps.append) if len(chunk.wave))
+    reach = pipeline.system.speech.decoder.reach[1]
     assert len(first.wave) and len(steps) == reach // 4 + 1 < 19
 
 
@@ -159,48 +156,72 @@ def test_files_are_checked(pipeline, tmp_path):
             pipeline(job)
 
 
-def test_folders_are_checked(pipeline, tmp_path):
+def test_folders_are_checked(tmp_path):
     released = tmp_path / "released"
-    released.mkdir()
-    for name in ("model.safetensors", "tokenizer.json", "sub/epoch=0-step=480000.ckpt", "sub/lia-x.pt"):
-        with pytest.raises(UserError, match="download_checkpoints") as error:
-            TalkerSystem.load(released)
-        wanted = "*.ckpt" if name.endswith(".ckpt") else name.rpartition("/")[2]
-        assert wanted in str(error.value) and "\n" not in str(error.value)
-        (released / name).parent.mkdir(exist_ok=True)
-        (released / name).write_bytes(b"")
-    with pytest.raises(UserError, match=r"wavlm_large_finetune\.pth"):
-        TalkerSystem.load(released)
-    with pytest.raises(UserError, match="not found"):
+    (released / "acoustic_codec").mkdir(parents=True)
+    with pytest.raises(UserError, match="weights folder not found"):
         TalkerSystem.load(tmp_path / "nowhere")
+    save_file({"encoder.weight": torch.zeros(1)}, released / "acoustic_codec" / "model.safetensors")
+    (released / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"lacks the Talker-T2AV model.*download_checkpoints") as error:
+        TalkerSystem.load(released)
+    assert "\n" not in str(error.value)
 
 
-def test_a_folder_with_the_released_files(tmp_path):
-    """Model and speech codec under their released names, in folders of their own; the large ones replaced by ours."""
-    folder, ours = tmp_path / "hub", tmp_path / "ours"
+def test_a_folder_of_downloaded_files(tmp_path):
+    """Everything that download_checkpoints.py fetches in one folder; each part is found by the names of its tensors."""
+    folder, ours = tmp_path / "all", tmp_path / "ours"
+    for name in ("acoustic_codec", "talker-t2av", "whisperx-vae"):
+        (folder / name).mkdir(parents=True)
+    other = {"encoder.weight": torch.zeros(1)}
+    save_file(other, folder / "acoustic_codec" / "model.safetensors")
+    for name in ("affectnet-7-model_best.pth", "large_vox_iter5.pt", "a.ckpt"):
+        torch.save(other, folder / name)
     model = tiny_model(motion_dim=40)
-    (folder / "Talker-T2AV").mkdir(parents=True)
-    (folder / "WhisperX-VAE").mkdir()
     state = {name: value.clone() for name, value in model.state_dict().items() if name != LM_HEAD}
-    save_file(state, folder / "Talker-T2AV" / "model.safetensors")
-    byte_tokenizer().save(folder / "Talker-T2AV")
+    save_file(state, folder / "talker-t2av" / "model.safetensors")
+    byte_tokenizer().save(folder / "talker-t2av")
     torch.manual_seed(1)
-    vae = replace(VAE, whisper_heads=1)  # a released file does not tell the number of heads
-    codec = WhisperXVAE(vae).eval()
-    torch.save(
-        {"state_dict": released_names.whisperx_vae(codec.state_dict())},
-        folder / "WhisperX-VAE" / "epoch=0-step=480000.ckpt",
-    )
+    codec = WhisperXVAE(replace(VAE, whisper_heads=1)).eval()  # a released file does not tell the number of heads
+    torch.save({"state_dict": released_names.whisperx_vae(codec.state_dict())}, folder / "whisperx-vae" / "model.ckpt")
     save_talker(ours)
-    lia = LiaXConfig(style_dim=40, motion_dim=40, scale=1, size=32, width=4, max_width=8, depth=1)
-    LiaX(lia).save(ours / "motion40", "card")
 
-    codecs = {"motion": ours / "motion40", "speaker": ours / "voice"}
+    voice, face = str(voice_file(tmp_path / "v.wav")), str(tmp_path / "face.png")
+    cv2.imwrite(face, np.full((40, 50, 3), 90, np.uint8))
+    with pytest.raises(UserError, match=r"mode=tts: .* lacks the WavLM speaker encoder"):
+        TalkerPipeline.from_pretrained(folder).tts(TEXT, voice)
+    codecs = {"speaker": ours / "voice"}
     pipeline = TalkerPipeline.from_pretrained(folder, codecs=codecs)
     assert pipeline.sampling == Sampling() and len(pipeline.system.stats.mean) == 40
     for name, value in pipeline.system.model.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
-    voice, face = str(voice_file(tmp_path / "v.wav")), str(tmp_path / "face.png")
-    cv2.imwrite(face, np.full((40, 50, 3), 90, np.uint8))
+    assert np.isfinite(pipeline.tts(TEXT, voice, max_seconds=0.32).wave).all()  # speech needs no portrait codec
+    with pytest.raises(UserError, match=r"mode=t2av: .* lacks the LIA-X checkpoint"):
+        pipeline.t2av(TEXT, voice, face)
+    lia = LiaXConfig(style_dim=40, motion_dim=40, scale=1, size=32, width=4, max_width=8, depth=1)
+    LiaX(lia).save(ours / "motion40", "card")
+    pipeline = TalkerPipeline.from_pretrained(folder, codecs=codecs | {"motion": ours / "motion40"})
     talk = pipeline.t2av(TEXT, voice, face, max_seconds=0.32)
     assert np.isfinite(talk.wave).all() and talk.frames.shape[1:] == (32, 32, 3)
+
+
+def test_a_long_reference_is_cut_to_30_seconds(pipeline, tmp_path):
+    long, same = (str(voice_file(tmp_path / f"{name}.wav", 31.0)) for name in ("long", "same"))
+    wave = read_audio(long, 24_000)
+    write_wav(Path(same), wave[: 30 * 24_000], 24_000)
+    jobs = [Job("tts", TEXT, path, max_seconds=0.32, seed=1) for path in (long, same)]
+    cut, exact = (pipeline.prepare(job) for job in jobs)
+    assert "lasts 31 s: only its first 30 s are used" in cut.remark and not exact.remark
+    torch.testing.assert_close(cut.request.speaker, exact.request.speaker, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["t2av", "tts"])
+def test_the_library_routines_hear_the_prefix_alone(pipeline, mode):
+    files = pipeline.files
+    video = {"reference_video": files["face"]} if mode == "t2av" else {}
+    talk = pipeline(Job(mode, TEXT, files["voice"], compat="library", prefix_seconds=0.42, **video))
+    prefix = 8 if mode == "t2av" else 10  # only with motion it is cut to whole patches
+    assert len(talk.wave) == 960 * (len(talk.speech) + prefix)
+    assert talk.frames is None or len(talk.frames) == len(talk.motion) + prefix
+    with pytest.raises(UserError, match="reference voice"):  # 0.24 s of sound are too short for the speaker encoder
+        pipeline(Job(mode, TEXT, files["voice"], compat="library", prefix_seconds=0.24, **video))

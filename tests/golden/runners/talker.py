@@ -121,8 +121,8 @@ def run_sampler(case: Case) -> dict[str, Any]:
     steps, guidance = args["n_timesteps"], args["cfg_value"]
     sway, star = args.get("sway_sampling_coef", 1.0), args.get("use_cfg_zero_star", True)
     given = (i["mu"], i["cond"], i["global_cond"])
-    times = flow.solver_times(steps, sway)
-    evaluate = head.branches(*given, times, unconditional=True)
+    schedule = head.schedule(steps, sway)
+    times, evaluate = schedule.times, head.branches(*given, schedule, unconditional=True)
     path: dict[str, list[Tensor]] = {name: [] for name in ("est_t", "est_x", "est_v_cond", "est_v_uncond")}
 
     def velocity(x: Tensor, step: int) -> Tensor:
@@ -134,7 +134,7 @@ def run_sampler(case: Case) -> dict[str, Any]:
     skip = flow.zero_steps(steps) if star else 0
     flow.euler(velocity, args["temperature"] * i["noise"], times, skip)
     out = {name: torch.stack(seen) for name, seen in path.items() if seen}
-    x = head.sample(*given, i["noise"], steps, args["temperature"], guidance, sway, star)
+    x = head.sample(*given, i["noise"], schedule, args["temperature"], guidance, star)
     return out | {"x": x, "t_span": times, "n_estimator_calls": torch.tensor(len(path["est_t"]))}
 
 

@@ -8,21 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
 
 from engine.nn.mel import RATE, log_mel, pad_or_trim
-from talker_t2av.data import Layout, MotionStats, collate, cut_recording, repeated, window_range
-from talker_t2av.generation import Collector, Result, generate_steps, given_tokens, prefill
-from talker_t2av.request import (
-    GENERATE_SPEECH,
-    GENERATE_SPEECH_MOTION,
-    MODES,
-    SCRIPT,
-    Compat,
-    Mode,
-    Request,
-    Sampling,
-)
+from talker_t2av import official
+from talker_t2av.data import HOP, HOP16, Layout, MotionStats, collate, cut_recording, repeated, window_range
+from talker_t2av.generation import KnownSlots, PatchLoop, Result, step_limit
+from talker_t2av.model import TalkerT2AV
+from talker_t2av.request import MODES, LoopRules, Mode, Request, Sampling
 from tests.golden.runners import Case, meta_runner
 from tests.golden.runners.talker import talker
 
@@ -83,100 +76,77 @@ def run_dataset(case: Case) -> dict[str, Any]:
     return {name: value for name, value in out.items() if name in case.outputs}
 
 
-class Given:
-    """Noise as a case gives it: one tensor a new patch of a stream."""
-
-    def __init__(self, inputs: dict[str, Tensor]) -> None:
-        self.inputs = inputs
-
-    def __call__(self, stream: str, row: int, patch: int) -> Tensor:
-        return self.inputs[f"noise_{stream}"][patch, row]
-
-
 @torch.no_grad()
-def run_loop(case: Case, request: Request, mode: Mode, compat: Compat) -> tuple[dict[str, Any], Result]:
+def run_loop(
+    case: Case, model: TalkerT2AV, mode: Mode, request: Request, rules: LoopRules
+) -> tuple[dict[str, Any], Result]:
     """The loop's outputs that all routines have in common, and the new frames."""
-    model, kw = talker(case), case.meta["args"]["kw"]
+    kw, count = case.meta["args"]["kw"], step_limit(model, request, mode)
     sampling = Sampling(kw["cfm_steps"], kw["cfm_temperature"], kw["cfm_cfg"])
     use_stop = kw.get("use_stop", case.meta["args"].get("use_stop", False))
-    embeds = prefill(model, [request], mode, compat, *given_tokens(model, [request], mode))[0]
-    collect = Collector(model, [request], mode, compat)
-    hidden, tokens, stops, motion_steps = [], [], [], 0
-    for step in generate_steps(model, [request], mode, sampling, compat, Given(case.inputs), use_stop):
-        collect.add(step)
-        stops += [] if step.stop is None else [step.stop]
-        motion_steps += step.motion is not None
-        if step.rows:
-            hidden.append(step.hidden)
-            tokens.append(step.token)
-    tokens = torch.cat(tokens)
+    noise = {stream: case.inputs.get(f"noise_{stream}") for stream in ("speech", "motion")}
+    noise = {  # a case has as much as its program drew
+        stream: F.pad(z, (0, 0) * 3 + (0, count - len(z))) for stream, z in noise.items() if z is not None
+    }
+    loop = PatchLoop(model, [request], mode, sampling, rules, noise, use_stop)
+    embeds = KnownSlots(model, [request], mode).prompt(0)
+    steps = list(loop)
+    tokens = torch.cat([step.token for step in steps])
     # The loop feeds no token after which nothing is drawn; that state is the last one of a pass without a cache.
     last = model.backbone(torch.cat([embeds, tokens])[None])[:, -1]
+    stops = [step.stop for step in steps if step.stop is not None and step.index + 1 >= rules.first_test]
     out = {
         "prefill_embeds": embeds[None],
         "step_tokens": tokens,
-        "h": torch.cat([*hidden, last]),
+        "h": torch.cat([*(step.hidden for step in steps), last]),
         "stop_prob": torch.cat(stops) if stops else torch.zeros(0),
-        "n_steps": torch.tensor(len(tokens)),
-        "n_motion_steps": torch.tensor(motion_steps),
+        "n_steps": torch.tensor(len(steps)),
+        "n_motion_steps": torch.tensor(sum(step.motion is not None for step in steps)),
     }
-    for name in ("codec_audio_shape", "spk_audio_shape"):
-        case.skip(name, "latents and speaker embeddings are made before generation")
-    return out, collect.results()[0]
+    return out, loop.results()[0]
 
 
 @meta_runner("gen_speech", "gen_speech_motion")
 def run_method(case: Case) -> dict[str, Any]:
     """The library's two methods: with and without motion."""
-    i, c, kw = case.inputs, case.config, case.meta["args"]["kw"]
-    motion = case.meta["runner"] == "gen_speech_motion"
-    compat = GENERATE_SPEECH_MOTION if motion else GENERATE_SPEECH
-    size, count = c["patch_size"], int(i["mel_len"][0])
-    frames = compat.prefix_frames(kw["prefix_seconds"], count, size)
-    speech = i["speech_latent"][0, :frames]
-    prefix = -(-frames // size)
-    request = Request(
-        i["input_ids"][0, : int(i["speech_span"][0, 0])].tolist(),
-        i["speaker_emb"][0],
-        speech,
-        torch.zeros(0, c["motion_dim"]),
-        i.get("first_motion"),
-        prefix,
-        compat.limit(-(-count // size), prefix, c["delay"] if motion else 0),
-    )
-    out, result = run_loop(case, request, MODES["t2av" if motion else "tts"], compat)
+    i, model, seconds = case.inputs, talker(case), case.meta["args"]["kw"]["prefix_seconds"]
+    reference, speaker = int(i["mel_len"][0]), i["speaker_emb"][0]
+    prompt = i["input_ids"][0, : int(i["speech_span"][0, 0])].tolist()
+    moving = case.meta["runner"] == "gen_speech_motion"
+    if moving:
+        frames = official.whole_prefix_frames(seconds, reference, model.config.patch_size)
+        speech = i["speech_latent"][0, :frames]
+        asked = official.generate_speech_motion(model.config, prompt, speaker, speech, i["first_motion"], reference)
+    else:
+        frames = official.prefix_frames(seconds, reference)
+        speech = i["speech_latent"][0, :frames]
+        asked = official.generate_speech(model.config, prompt, speaker, speech, reference)
+    out, result = run_loop(case, model, MODES["t2av" if moving else "tts"], *asked)
     whole = torch.cat([speech, result.speech])[None]
     parts = [whole, speech[None], result.speech[None]] if frames else [whole, result.speech[None]]
     out |= {f"decoded_{n}": part for n, part in enumerate(parts)}
-    return out | ({"motion": result.motion[None]} if motion else {"latents": whole})
+    out |= {
+        "codec_audio_shape": torch.tensor([1, 1, HOP * max(1, frames)]),  # without a prefix, a frame of no use
+        "spk_audio_shape": torch.tensor([1, HOP16 * official.voice_frames(frames)]),
+    }
+    return out | ({"motion": result.motion[None]} if moving else {"latents": whole})
 
 
 @meta_runner("gen_infer")
 def run_script(case: Case) -> dict[str, Any]:
     """The released inference script, from latents to latents."""
-    i, c, kw = case.inputs, case.config, case.meta["args"]["kw"]
-    size, delay, compat = c["patch_size"], c["delay"], SCRIPT
-    stats = MotionStats(i["motion_mean"], i["motion_std"])
-    motion = stats.normalise(i["motion_raw"]).bfloat16().float()
-    frames = compat.prefix_frames(kw["gt_prefix_seconds"], len(motion), size)
-    prefix = frames // size + delay
-    whole = i["speech_latent"][0]
-    reference = max(-(-len(whole) // size), len(motion) // size + delay)
-    request = Request(
-        i["text_ids"].tolist(),
-        i["speaker_emb"][0],
-        whole[: prefix * size],
-        motion[:frames],
-        motion[0],
-        prefix,
-        compat.limit(reference, prefix, delay),
-    )
-    out, result = run_loop(case, request, MODES["t2av"], compat)
-    kept = len(motion) // size * size
+    i, model = case.inputs, talker(case)
+    size, stats, motion = model.config.patch_size, MotionStats(i["motion_mean"], i["motion_std"]), i["motion_raw"]
+    seconds, speech = case.meta["args"]["kw"]["gt_prefix_seconds"], i["speech_latent"][0]
+    prompt, speaker = i["text_ids"].tolist(), i["speaker_emb"][0]
+    request, rules = official.inference_script(model.config, stats, prompt, speaker, speech, motion, seconds)
+    out, result = run_loop(case, model, MODES["t2av"], request, rules)
+    for name in ("codec_audio_shape", "spk_audio_shape"):
+        case.skip(name, "the whole reference is encoded, before generation")
     return out | {
         "speech": result.speech,
         "decoded_0": torch.cat([request.speech, result.speech])[None],
-        "motion_raw": torch.cat([i["motion_raw"][:frames], stats.restore(result.motion)]),
-        "gt_raw": i["motion_raw"][:kept],
-        "placeholder_len": torch.tensor(max(-(-len(whole) // size), len(motion) // size + STALE_DELAY)),
+        "motion_raw": torch.cat([motion[: len(request.motion)], stats.restore(result.motion)]),
+        "gt_raw": motion[: len(motion) // size * size],
+        "placeholder_len": torch.tensor(max(-(-len(speech) // size), len(motion) // size + STALE_DELAY)),
     }

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.metrics.speaker import GE2EEncoder as GE2E
+from engine.metrics.speaker import GE2EEncoder
 from engine.metrics.syncnet import SyncNet, mfcc, sync_score
 from hicodit.conditions.poster2 import POSTER2
-from talker_t2av.speaker.encoder import EcapaTDNN, SpeakerEncoder, mix_states, standardise
+from talker_t2av.speaker.encoder import EcapaTDNN, WavLMEncoder, mix_states, standardise
 from talker_t2av.speaker.released import LARGE, WAVLM, head_sizes, our_name
 from tests.golden.runners import Case, runner
 
@@ -63,7 +63,7 @@ def complete(case: Case) -> dict[str, Tensor]:
 @runner("wavlm")
 @torch.no_grad()
 def run_wavlm(case: Case) -> dict[str, Tensor]:
-    encoder = SpeakerEncoder.from_released(complete(case), {**LARGE, **case.config}, case.name)
+    encoder = WavLMEncoder.from_released(complete(case), {**LARGE, **case.config}, case.name)
     if "wav" in case.inputs:
         waves = list(case.inputs["wav"])
     else:
@@ -87,7 +87,7 @@ def run_wavlm(case: Case) -> dict[str, Tensor]:
 @torch.no_grad()
 def run_ge2e_network(case: Case) -> dict[str, Tensor]:
     """With the case's weights, or with those of the package where it has none."""
-    network = GE2E().network
+    network = GE2EEncoder().network
     if case.keys:
         weights = case.weights()
         missing, unexpected = network.load_state_dict(weights, strict=False)
@@ -100,7 +100,7 @@ def run_ge2e_network(case: Case) -> dict[str, Tensor]:
 @runner("ge2e_slices")
 def run_ge2e_slices(case: Case) -> dict[str, Tensor]:
     """Rows (n_samples, 10 rate, 100 coverage, wave start and stop, mel start and stop) for the settings of the case."""
-    network = GE2E().network
+    network = GE2EEncoder().network
     settings = list(dict.fromkeys((int(row[1]), int(row[2])) for row in case.outputs["rows"]))
     rows = []
     for samples in case.inputs["n_samples"].tolist():
@@ -122,7 +122,7 @@ class _GivenFlags:
 
 @runner("ge2e_audio")
 def run_ge2e_audio(case: Case) -> dict[str, Tensor]:
-    audio = GE2E().audio
+    audio = GE2EEncoder().audio
     wave = case.inputs["wav"].numpy()
     loud = 30 * wave
     target = audio.audio_norm_target_dBFS

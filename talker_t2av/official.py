@@ -1,0 +1,124 @@
+"""The three generation routines of the released program, where they differ from training.
+
+| | `generate_speech` | `generate_speech_motion` | `inference_script` |
+|---|---|---|---|
+| jobs | tts with compat=official or library | t2av with compat=library | t2av with compat=official |
+| frames of the prefix | rounded (half to even) | rounded, cut to whole patches | truncated, cut to whole patches |
+| tokens of the prefix | speech | speech, without any motion part | speech and motion, `delay` more patches of speech |
+| task embedding | first token | first token | added to the first prefix token, if there is one |
+| voice is taken from | prefix, else 30 s padded with silence | the same | the whole reference |
+| patches after the prefix, at most | reference - prefix + 25 | reference - prefix + 15 | reference - prefix + 15 |
+| first stop test | step 25 // patch size | step 7 | step 7 |
+
+All end a row after three positive stop tests in a row and put the prefix in front of the result. Two differences make
+no sense for a model with a delay and are kept: motion is held back `delay` steps after a prefix that already covers the
+delay, and speech is longer than motion.
+
+Axes: F frames, Ds / Dm speech / motion channels, G speaker embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from talker_t2av.data import MAX_FRAMES, MotionStats
+from talker_t2av.model import FPS, TalkerConfig
+from talker_t2av.request import LoopRules, Request
+
+HITS = 3
+FIRST_TEST = 7
+MIN_FRAMES = 25  # of `generate_speech`, before its first stop test
+EXTRA_SPEECH, EXTRA = 25, 15  # patches that may exceed the reference's length
+
+
+def prefix_frames(seconds: float, reference: int) -> int:
+    """Frames of the prefix that `generate_speech` encodes, of a reference of `reference` frames."""
+    return min(round(seconds * FPS), reference)
+
+
+def whole_prefix_frames(seconds: float, reference: int, patch_size: int) -> int:
+    """The same of `generate_speech_motion`."""
+    return prefix_frames(seconds, reference) // patch_size * patch_size
+
+
+def voice_frames(prefix: int) -> int:
+    """Frames of sound, zero-padded if need be, that both methods give the speaker encoder."""
+    return prefix or MAX_FRAMES
+
+
+def generate_speech(
+    config: TalkerConfig, prompt: Sequence[int], speaker: Tensor, speech: Tensor, reference: int
+) -> tuple[Request, LoopRules]:
+    """The library's text to speech.
+
+    Args:
+        speaker: (G,), see `voice_frames`.
+        speech: (F, Ds) latents of the prefix alone; F need not be a multiple of the patch size.
+        reference: frames of the whole reference.
+    """
+    size = config.patch_size
+    prefix = -(-len(speech) // size)
+    limit = -(-reference // size) - prefix + EXTRA_SPEECH
+    motion = speech.new_zeros(0, config.motion_dim)
+    request = Request(prompt, speaker, speech, motion, prefix=prefix, max_patches=limit)
+    return request, LoopRules(HITS, MIN_FRAMES // size)
+
+
+def generate_speech_motion(
+    config: TalkerConfig, prompt: Sequence[int], speaker: Tensor, speech: Tensor, first_motion: Tensor, reference: int
+) -> tuple[Request, LoopRules]:
+    """The library's text to speech and motion; arguments as those of `generate_speech`.
+
+    Args:
+        speech: (F, Ds), a whole number of patches.
+        first_motion: (Dm,) normalised.
+    """
+    size = config.patch_size
+    prefix = len(speech) // size
+    request = Request(
+        prompt,
+        speaker,
+        speech,
+        speech.new_zeros(0, config.motion_dim),
+        first_motion,
+        prefix,
+        max_patches=-(-reference // size) - prefix + EXTRA - config.delay,
+        prefix_has_motion=False,
+    )
+    return request, LoopRules(HITS, FIRST_TEST, motion_waits=True, trim=False)
+
+
+def inference_script(
+    config: TalkerConfig,
+    stats: MotionStats,
+    prompt: Sequence[int],
+    speaker: Tensor,
+    speech: Tensor,
+    motion: Tensor,
+    prefix_seconds: float,
+) -> tuple[Request, LoopRules]:
+    """The released command line, which continues a reference.
+
+    Args:
+        stats: mean and standard deviation of the motion channels.
+        speech: (F, Ds) latents of the whole reference. motion: (F', Dm) of the whole reference, not normalised.
+        prefix_seconds: of the reference that the result begins with.
+    """
+    size, delay = config.patch_size, config.delay
+    frames = min(int(prefix_seconds * FPS), len(motion)) // size * size
+    prefix = frames // size + delay
+    reference = max(-(-len(speech) // size), len(motion) // size + delay)
+    normalised = stats.normalise(motion).bfloat16().float()
+    request = Request(
+        prompt,
+        speaker,
+        speech[: prefix * size],
+        normalised[:frames],
+        normalised[0],
+        prefix,
+        max_patches=reference - prefix + EXTRA - delay,
+        task_first=False,
+    )
+    return request, LoopRules(HITS, FIRST_TEST, motion_waits=True, trim=False)
