@@ -1,8 +1,8 @@
-"""Train HiCoDiT and its three ablations equally long, and measure each on the held-out splits.
+"""Train HiCoDiT and its four ablations equally long, and measure each on the held-out splits.
 
     python -m benchmarks.ablations --steps 600 --clips 50
 
-Runs `train.py experiment=hicodit_synthetic` four times with one switch changed (runs/ablation_NAME, continued if they
+Runs `train.py experiment=hicodit_synthetic` five times with one switch changed (runs/ablation_NAME, continued if they
 are there), then `evaluate_hicodit.py` on each release, and writes DATE-ablations.json with one row a variant.
 """
 
@@ -25,7 +25,8 @@ VARIANTS = {
     "full": [],
     "flat": ["task.model.hierarchical=false"],
     "single_scale": ["task.model.dual_scale=false"],
-    "no_identity_loss": ["task.identity_weight=0"],
+    "no_identity_loss_voice": ["task.identity_weight=0"],  # the adapter from face to voice stays untrained
+    "no_identity_loss_face": ["task.identity_weight=0", "task.identity_input=face"],  # the score loss trains it
 }
 
 

@@ -38,9 +38,9 @@ from hicodit.conditions import Conditions
 from hicodit.conditions.encoders import TinyEncoderConfig
 from hicodit.conditions.released import EncoderConfig, ReleasedEncoderConfig
 from hicodit.diffusion import LogLinearNoise, log_expm1
-from hicodit.guidance import GuidanceScales, guided_log_posterior
+from hicodit.generation import generate, guided_posterior, window, windows
+from hicodit.guidance import GuidanceScales, combine
 from hicodit.model import HiCoDiT, ModelConfig
-from hicodit.pipeline import generate, guided_posterior, window, windows
 from hicodit.samplers import Posterior, SamplerConfig
 from hicodit.system import HiCoDiTSystem
 
@@ -75,15 +75,13 @@ def plain_posterior(model: HiCoDiT, conditions: Conditions, scales: GuidanceScal
     noise = LogLinearNoise()
 
     def posterior(tokens: Tensor, t: Tensor, where: Tensor) -> Tensor:
-        sigma = noise.sigma(t.float())
-        everywhere = torch.ones_like(where)
+        sigma = noise.sigma(t.float()).to(tokens.device)
         rows = []
         for branch in scales.branches:
             prepared = model.prepare(conditions, (branch,))
-            log_p = model.log_posterior(model(tokens, sigma, prepared), prepared, everywhere)[0]
-            rows.append(log_p[where[everywhere]])
+            rows.append(model(tokens, sigma, prepared)[0][where])
         clip = where.nonzero(as_tuple=True)[0]
-        return guided_log_posterior(torch.stack(rows), scales, -log_expm1(sigma)[clip, None])
+        return combine(torch.stack(rows), scales, -log_expm1(sigma)[clip, None])
 
     return posterior
 
@@ -151,10 +149,10 @@ def measure(job: dict) -> dict:
     part = window(conditions, [0], spans[:1])
     posterior = guided_posterior(model, part, GUIDANCE)
     tokens = torch.full((1, model.config.levels, length), model.mask_id, device=device)
-    where = torch.zeros_like(tokens, dtype=torch.bool)
+    where = torch.zeros(tokens.shape, dtype=torch.bool)
     where.view(-1)[::steps] = True  # as many positions as a step reveals
     with FlopCounterMode(display=False) as counter:
-        posterior(tokens, torch.ones(1, device=device), where)
+        posterior(tokens, torch.ones(1), where)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * _peak_rss()
     result = {
         **{k: job[k] for k in ("model", "seconds", "steps", "timed_steps", "threads", "device")},

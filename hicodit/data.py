@@ -1,6 +1,6 @@
 """Training batches from prepared features.
 
-Axes: B batch, T video frames, L = 2 T token frames, K token levels, S picture side.
+Axes: B batch, T video frames, L = 2 T token frames, J expression windows, K token levels, S picture side.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from engine.errors import UserError
 from engine.seeding import Blocks
 from engine.shards.reader import Reading, ShardSplit
 from engine.shards.source import is_remote
+from hicodit.conditions.types import windows_of
 from hicodit.features import Clip, FeatureSplit, token_digest
 from hicodit.model import TOKENS_PER_FRAME
 from rvq_codec import RVQCodec
@@ -122,7 +124,9 @@ class HiCoDiTDataset:
         return self.size
 
     def __getitem__(self, index: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """mouth (T, S, S) and face (3, S', S') in [0, 1], tokens (2 T, K), ge2e (256,), expression (), phoneme (T,)."""
+        """mouth (T, S, S) and face (3, S', S') in [0, 1], tokens (2 T, K), ge2e (256,), phoneme (T,); the expression of
+        each half second (J,) and face_expression ().
+        """
         clip: Clip = self.split[index]
         mouth = clip.mouth.float() / 255
         if self.augment:
@@ -136,16 +140,18 @@ class HiCoDiTDataset:
             "face": face,
             "tokens": clip.tokens,
             "ge2e": clip.ge2e,
-            "expression": torch.tensor(clip.expression),
+            "expression": torch.full((windows_of(len(mouth)),), clip.expression),
+            "face_expression": torch.tensor(clip.expression),
             "phoneme": clip.phoneme,
         }
 
     @staticmethod
     def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Padded: mouth (B, T, S, S), face (B, 3, S', S'), tokens (B, K, L), phoneme (B, T), frames (B,)."""
+        """Padded: mouth (B, T, S, S), face (B, 3, S', S'), tokens (B, K, L), expression (B, J), phoneme (B, T)."""
         frames = [len(item["mouth"]) for item in items]
         longest = max(frames)
-        batch = {name: torch.stack([item[name] for item in items]) for name in ("face", "ge2e", "expression")}
+        batch = {name: torch.stack([item[name] for item in items]) for name in ("face", "ge2e", "face_expression")}
+        batch["expression"] = pad_sequence([item["expression"] for item in items], batch_first=True)
         batch["mouth"] = torch.stack([F.pad(i["mouth"], (0, 0, 0, 0, 0, longest - n)) for i, n in zip(items, frames)])
         batch["phoneme"] = torch.stack([F.pad(i["phoneme"], (0, longest - n)) for i, n in zip(items, frames)])
         tokens = [F.pad(i["tokens"], (0, 0, 0, 2 * (longest - n))) for i, n in zip(items, frames)]

@@ -25,7 +25,6 @@ from torch import Tensor
 from engine.bounds import bounded, check_bounds
 from engine.errors import UserError
 
-BRANCHES = ("none", "all", "identity", "expression", "lip")
 READINGS = ("A", "B", "C", "D")
 
 
@@ -45,11 +44,12 @@ class GuidanceScales:
         check_bounds(self, "guidance.")
 
     def exponents(self) -> dict[str, float]:
-        """Exponent of every branch that takes part, in `BRANCHES` order; a zero exponent drops its branch."""
+        """Exponent of each branch; one of zero drops its branch."""
         singles = self.identity + self.expression + self.lip
         base = 2.0 if self.reading in "AC" else 1.0
-        values = (base - self.all - singles, self.all, self.identity, self.expression, self.lip)
-        return {name: value for name, value in zip(BRANCHES, values, strict=True) if value != 0}
+        values = {"none": base - self.all - singles, "all": self.all}
+        values |= {"identity": self.identity, "expression": self.expression, "lip": self.lip}
+        return {branch: value for branch, value in values.items() if value != 0}
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -57,7 +57,7 @@ class GuidanceScales:
         return tuple(self.exponents())
 
 
-def guided_log_posterior(log_p: Tensor, scales: GuidanceScales, log_odds: Tensor | None = None) -> Tensor:
+def combine(log_p: Tensor, scales: GuidanceScales, log_odds: Tensor | None = None) -> Tensor:
     """Combine branch log posteriors (G, ..., N), in the order of `scales.branches`, into one (..., N).
 
     Readings C and D return a normalised log posterior. A and B return the log of an unnormalised one, to which

@@ -24,7 +24,8 @@ from engine.media.video import mux_audio
 from engine.metrics.speaker import GE2EEncoder
 from engine.seeding import check_seed
 from engine.training.distributed import pick_device
-from hicodit.pipeline import BUNDLED, FPS, Crops, HiCoDiTPipeline, Speech, windows
+from hicodit.generation import windows
+from hicodit.pipeline import BUNDLED, FPS, Crops, HiCoDiTPipeline, Speech
 
 FACE = "_face.png"  # ending of the picture of a face track
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")

@@ -79,8 +79,8 @@ class ScaleNorm(nn.Module):
 class AdaLNBlock(nn.Module):
     """Pre-norm attention and MLP, both modulated and gated by a condition (B, E).
 
-    With `temporal` scales (B, L, 2) given, the modulated input of attention and of the MLP is also multiplied by one
-    scalar a frame: gamma_t * [(1 + gamma_c) * LN(h) + beta_c], HiCoDiT's dual-scale AdaLN.
+    With temporal scales, the modulated inputs of attention and of the MLP are also multiplied by one scalar a frame:
+    gamma_t * [(1 + gamma_c) * LN(h) + beta_c], HiCoDiT's dual-scale AdaLN. A float32 `h` stays so under autocast.
     """
 
     def __init__(
@@ -109,7 +109,8 @@ class AdaLNBlock(nn.Module):
     ) -> Tensor:
         """h (B, L, C), cond (B, E), rotary (2, L, D/2), mask (B, 1, 1, L), temporal (B, L, 2) -> (B, L, C).
 
-        With a packing as mask: h (N, C), cond (B, E), rotary (2, N, D/2), temporal (N, 2) -> (N, C).
+        `temporal` holds the scales of attention and of the MLP. With a packing as mask: h (N, C), cond (B, E), rotary
+        (2, N, D/2), temporal (N, 2) -> (N, C).
         """
         modulation = self.modulation(cond)
         modulation = modulation[mask.row] if isinstance(mask, Packing) else modulation[:, None]
@@ -126,6 +127,28 @@ class AdaLNBlock(nn.Module):
         return h + gate2 * self.dropout(self.mlp(x))
 
 
+class TemporalScales(nn.Module):
+    """gamma_t of a stage's blocks: an MLP of the expression of each half second and of time.
+
+    gamma_t multiplies without a "1 +", so it starts at 1 whatever the input.
+    """
+
+    def __init__(self, width: int, cond_dim: int, blocks: int) -> None:
+        super().__init__()
+        self.expression = nn.Linear(width, cond_dim)  # the first layer in two parts, so that this one is done once
+        self.time = nn.Linear(cond_dim, cond_dim, bias=False)
+        self.scales = nn.Linear(cond_dim, 2 * blocks)
+        nn.init.zeros_(self.scales.weight)
+        nn.init.ones_(self.scales.bias)
+
+    def forward(self, expression: Tensor, time: Tensor) -> Tensor:
+        """`self.expression` of the windows (B, J, E) and embedded time (B, E) -> (B, J, 2 * blocks).
+
+        A block's two neighbouring columns are the scales of its attention and of its MLP.
+        """
+        return self.scales(F.silu(expression + self.time(time)[:, None]))
+
+
 class AdaLNFinal(nn.Module):
     """Last modulated norm before the heads."""
 
@@ -136,7 +159,7 @@ class AdaLNFinal(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, h: Tensor, cond: Tensor, row: Tensor) -> Tensor:
-        """h (..., C), cond (B, E), row (...) of cond for each vector of h, or broadcasting to it -> (..., C)."""
-        shift, scale = self.modulation(cond)[row].chunk(2, -1)
+    def forward(self, h: Tensor, cond: Tensor) -> Tensor:
+        """h (B, L, C), cond (B, E) -> (B, L, C)."""
+        shift, scale = self.modulation(cond)[:, None].chunk(2, -1)
         return self.norm(h, shift, scale)

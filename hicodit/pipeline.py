@@ -25,23 +25,16 @@ from engine.faces.strip import Strip
 from engine.faces.track import FaceError, FaceTrack
 from engine.hub import release_folder
 from engine.release import companion
-from hicodit.conditions.types import Conditions
-from hicodit.diffusion import LogLinearNoise, log_expm1
-from hicodit.guidance import GuidanceScales, guided_log_posterior
-from hicodit.model import TOKENS_PER_FRAME, HiCoDiT
-from hicodit.samplers import Posterior, SamplerConfig, sample
+from hicodit.conditions.types import FPS, Conditions, windows_of
+from hicodit.generation import generate
+from hicodit.guidance import GuidanceScales
+from hicodit.samplers import SamplerConfig
 from hicodit.system import HiCoDiTSystem, token_digest
 from rvq_codec import RVQCodec
 from rvq_codec.codec import KIND as CODEC
 
-FPS = 25.0
 MIN_FRAMES = 5  # 0.2 s
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "hicodit_tiny"
-
-# A clip longer than the sampler's window is done in several. A window starts from the last tokens of the one before it,
-# which the sampler keeps, so there is no seam to hide; the very last tokens of a window had no future to look at and
-# are done again. Starts are whole seconds, so that expression windows stay aligned.
-OVERLAP, REDO = 25, 5  # video frames
 
 
 @dataclass(frozen=True)
@@ -65,85 +58,6 @@ class Speech:
     tokens: np.ndarray
     crops: Crops
     expression: np.ndarray  # (J,) class of each half second
-
-
-def guided_posterior(model: HiCoDiT, conditions: Conditions, scales: GuidanceScales) -> Posterior:
-    """What a sampler asks: all guidance branches in one forward, time-independent work done here, once."""
-    noise, prepared = LogLinearNoise(), model.prepare(conditions, scales.branches)
-
-    def posterior(tokens: Tensor, t: Tensor, where: Tensor) -> Tensor:
-        sigma = noise.sigma(t.float())
-        log_p = model.log_posterior(model(tokens, sigma, prepared), prepared, where)
-        clip = where.nonzero(as_tuple=True)[0]
-        return guided_log_posterior(log_p, scales, -log_expm1(sigma)[clip, None])
-
-    return posterior
-
-
-@torch.inference_mode()
-def generate(
-    model: HiCoDiT,
-    conditions: Conditions,
-    sampler: SamplerConfig,
-    scales: GuidanceScales,
-    seeds: Sequence[int],
-    posterior_of: Callable[[HiCoDiT, Conditions, GuidanceScales], Posterior] = guided_posterior,
-    on_step: Callable[[int], None] = lambda step: None,
-) -> list[Tensor]:
-    """Tokens (K, L) of each clip. A clip's draws depend on its seed alone; what shares its batch changes only rounding.
-
-    Raises:
-        UserError: guidance reading A or B with a sampler that plans its own reveal schedule.
-    """
-    if scales.reading in "AB" and sampler.method != "euler":
-        raise UserError(
-            f"guidance.reading={scales.reading} changes the reveal schedule: use sampler.method=euler, or C, D"
-        )
-    levels, mask_id = model.config.levels, model.mask_id
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    frames = conditions.frames.tolist()
-    done = [torch.full((levels, TOKENS_PER_FRAME * n), mask_id) for n in frames]
-    every = [windows(n, sampler) for n in frames]
-    for turn in range(max(map(len, every))):
-        clips = [b for b, own in enumerate(every) if turn < len(own)]
-        spans = [every[b][turn] for b in clips]
-        part = window(conditions, clips, spans)
-        known = pad_sequence(
-            [done[b][:, TOKENS_PER_FRAME * s : TOKENS_PER_FRAME * e].T for b, (s, e) in zip(clips, spans)],
-            batch_first=True,
-            padding_value=mask_id,
-        ).transpose(1, 2)
-        tokens = sample(
-            posterior_of(model, part, scales),
-            TOKENS_PER_FRAME * part.frames,
-            levels,
-            mask_id,
-            sampler,
-            [generators[b] for b in clips],
-            normalised=scales.reading in "CD",
-            known=known.to(part.frames.device),
-            on_step=on_step,
-        ).cpu()
-        for row, b, (start, end) in zip(tokens, clips, spans):
-            done[b][:, TOKENS_PER_FRAME * start : TOKENS_PER_FRAME * end] = row[:, : TOKENS_PER_FRAME * (end - start)]
-            if end < frames[b]:
-                done[b][:, TOKENS_PER_FRAME * (end - REDO) :] = mask_id
-    return done
-
-
-def windows(frames: int, sampler: SamplerConfig) -> list[tuple[int, int]]:
-    """The overlapping windows [start, end), in video frames, that a clip of so many frames is done in."""
-    most = int(FPS) * sampler.window
-    starts = range(0, max(1, frames - OVERLAP), most - OVERLAP)
-    return [(start, min(start + most, frames)) for start in starts]
-
-
-def window(conditions: Conditions, clips: list[int], spans: list[tuple[int, int]]) -> Conditions:
-    """The conditions of video frames [start, end) of some clips."""
-    lip = pad_sequence([conditions.lip[b, s:e] for b, (s, e) in zip(clips, spans)], batch_first=True)
-    expression = [conditions.expression[b, 2 * s // 25 : -(-2 * e // 25)] for b, (s, e) in zip(clips, spans)]
-    frames = torch.tensor([e - s for s, e in spans], device=lip.device)
-    return Conditions(lip, conditions.identity[clips], pad_sequence(expression, batch_first=True), frames)
 
 
 class HiCoDiTPipeline:
@@ -287,7 +201,7 @@ class HiCoDiTPipeline:
         return self.system.conditions(pad([c.mouth for c in crops]), faces, frames, identity)
 
     @torch.inference_mode()
-    def speak(self, tokens: Sequence[Tensor]) -> list[np.ndarray]:
+    def decode_tokens(self, tokens: Sequence[Tensor]) -> list[np.ndarray]:
         """Waves (N,) of token clips (K, L)."""
         return [self.codec.decode(t[None].to(self.device))[0, 0].clamp(-1, 1).cpu().numpy() for t in tokens]
 
@@ -313,12 +227,11 @@ class HiCoDiTPipeline:
             settings = sampler or self.sampler, self.guidance
             tokens = generate(self.system.model, conditions, *settings, seeds, on_step=on_step)
         with self._stage("wave"):
-            waves = self.speak(tokens)
+            waves = self.decode_tokens(tokens)
         expressions = conditions.expression.cpu().numpy()
-        windows = [-(-2 * len(c.mouth) // 25) for c in crops]
         return [
-            Speech(wave, self.codec.sample_rate, t.numpy(), c, e[:w])
-            for wave, t, c, e, w in zip(waves, tokens, crops, expressions, windows)
+            Speech(wave, self.codec.sample_rate, t.numpy(), c, e[: windows_of(len(c.mouth))])
+            for wave, t, c, e in zip(waves, tokens, crops, expressions)
         ]
 
     def __call__(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from engine.errors import UserError
 from engine.release import half, load_strict, read_release, save_release, weights_digest
 from hicodit.conditions.released import EncoderConfig, encoder_config, make_encoders
-from hicodit.conditions.types import Conditions, window_expressions
+from hicodit.conditions.types import EXPRESSIONS, Conditions, window_expressions
 from hicodit.model import HiCoDiT, ModelConfig
 from rvq_codec import RVQCodec
 
@@ -46,18 +46,23 @@ class HiCoDiTSystem(nn.Module):
                 f"the model wants lip and face features of width {model.lip_dim} and {model.face_dim}, "
                 f"the encoders give {encoders.lip_dim} and {encoders.face_dim}"
             )
+        if model.expressions != len(EXPRESSIONS):
+            raise UserError(
+                f"model.expressions={model.expressions}, but the expression encoders know {len(EXPRESSIONS)} classes "
+                f"({', '.join(EXPRESSIONS)}): set it to {len(EXPRESSIONS)}"
+            )
         self.model = HiCoDiT(model)
         self.encoders = make_encoders(encoders)
         if self.encoders.learns:
             self.encoders.lip.packed = model.packed
 
     def conditions(self, mouth: Tensor, faces: Tensor, frames: Tensor, identity: Tensor | None = None) -> Conditions:
-        """What the pictures of a batch of clips say.
+        """The conditions of a batch of clips, from their pictures.
 
         Args:
             mouth: (B, T, S, S) grey. faces: (B, F, 3, S', S'), one every `picture_every` frames as the encoders'
                 config says. Both in [0, 1], or uint8. frames: (B,) valid frames.
-            identity: (B, 256) GE2E embeddings of reference voices instead of what the faces say.
+            identity: (B, 256) GE2E embeddings of reference voices in place of the faces'.
         """
         lip, every = self.encoders.lip(_unit(mouth), frames), self.encoders.config.picture_every
         if identity is None:

@@ -42,15 +42,17 @@ class HiCoDiTTask(Task):
         features: of `scripts/prepare_features.py`, or shards of `scripts/prepare_data.py`, also behind a URL.
         grammar: JSGF grammar of the validation recogniser; None: waves are written, but not measured.
         identity_weight: of the L1 loss (a mean over the 256 values) between the GE2E vectors of face and voice; the
-            paper says 100, 0 is an ablation. It reaches only the identity adapter and the face encoder, so its balance
-            with the rest, whose sum over tokens is a mean here, matters only to gradient clipping.
+            paper says 100. It reaches only the identity adapter and the face encoder.
+        identity_input: the identity that the score network is trained with: "voice", the GE2E vector (the paper), or
+            "face", the face through the adapter. Without the identity loss (weight 0) these are the two readings of
+            that ablation: inference meets an untrained adapter, or one that the score loss has trained.
         phoneme_weight, expression_weight: of the auxiliary losses that train the tiny encoders; not in the paper, whose
             encoders come trained (encoders.kind "released").
         sampler, guidance: defaults that the release carries.
         validate_clips: clips of each held-out split to synthesise.
         validate_splits: the held-out splits; none turns validation off.
-        init: release folder of the same sizes and tokens to go on from.
-        new_tokens: `init` may speak the tokens of another tokenizer: its token embeddings and heads start anew.
+        init: release folder of the same sizes and tokens to start from.
+        new_tokens: `init` may have been trained with another tokenizer: token embeddings and heads are reinitialised.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class HiCoDiTTask(Task):
         features: str,
         grammar: str | None,
         identity_weight: float = 100.0,
+        identity_input: str = "voice",
         phoneme_weight: float = 0.2,
         expression_weight: float = 0.1,
         sampler: dict[str, Any] | None = None,
@@ -75,7 +78,9 @@ class HiCoDiTTask(Task):
         self.system = HiCoDiTSystem(ModelConfig(**model), encoder_config(encoders))
         self.codec, self.features, self.recipe = Path(codec), features, recipe
         self.grammar = Path(grammar) if grammar else None
-        self.identity_weight, self.phoneme_weight = identity_weight, phoneme_weight
+        if identity_input not in ("voice", "face"):
+            raise UserError(f"task.identity_input={identity_input!r} must be voice or face")
+        self.identity_weight, self.identity_input, self.phoneme_weight = identity_weight, identity_input, phoneme_weight
         self.expression_weight, self.validate_clips = expression_weight, validate_clips
         self.validate_splits = validate_splits
         self.sampler, self.guidance = SamplerConfig(**(sampler or {})), GuidanceScales(**(guidance or {}))
@@ -97,8 +102,8 @@ class HiCoDiTTask(Task):
         if made.get("token_digest") not in (None, self.token_digest):
             if not new_tokens:
                 raise UserError(
-                    f"init={init} speaks other tokens than task.codec={self.codec} makes: name its own tokenizer, or "
-                    "let its token embeddings and heads start anew with task.new_tokens=true"
+                    f"init={init} was trained with another tokenizer than task.codec={self.codec}: use that tokenizer, "
+                    "or set task.new_tokens=true to reinitialise token embeddings and heads"
                 )
             own = self.system.state_dict()
             state |= {key: own[key] for key in own if ".embeddings." in key or ".heads." in key}
@@ -114,19 +119,21 @@ class HiCoDiTTask(Task):
         return TOKENS_PER_FRAME * int(batch["frames"].sum()) * self.system.model.config.levels
 
     def forward(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-        """Losses of a batch; identity and expression come from the sound's side, as the paper trains them."""
+        """Losses of a batch; identity and expression come from the sound's side, as the paper trains them.
+
+        Beside lengths, pictures, tokens (B, K, L) and ge2e (B, 256), a batch holds expression (B, J), the class of each
+        half second, and face_expression (B,), that of the face picture.
+        """
         model, encoders = self.system.model, self.system.encoders
         frames, tokens = batch["frames"], batch["tokens"]
         lip = encoders.lip(batch["mouth"], frames)
-        windows = -(-2 * lip.shape[1] // 25)
-        conditions = Conditions(lip, batch["ge2e"], batch["expression"][:, None].expand(-1, windows), frames)
-        losses = self.diffusion_losses(conditions, tokens)
-
-        voice = model.adapt_identity(encoders.identity(batch["face"][:, None]))
-        losses["identity"] = self.identity_weight * F.l1_loss(voice.float(), batch["ge2e"])
+        voice = model.adapt_identity(encoders.identity(batch["face"][:, None])).float()
+        identity = batch["ge2e"] if self.identity_input == "voice" else voice
+        losses = self.diffusion_losses(Conditions(lip, identity, batch["expression"], frames), tokens)
+        losses["identity"] = self.identity_weight * F.l1_loss(voice, batch["ge2e"])
         if encoders.learns:
-            expression = encoders.expression(batch["face"]).float()
-            losses["expression"] = self.expression_weight * F.cross_entropy(expression, batch["expression"])
+            shown = encoders.expression(batch["face"]).float()
+            losses["expression"] = self.expression_weight * F.cross_entropy(shown, batch["face_expression"])
         if encoders.learns and encoders.lip.phoneme_head is not None:
             real = torch.arange(lip.shape[1], device=lip.device) < frames[:, None]
             logits = encoders.lip.phoneme_head(lip)[real].float()
@@ -147,7 +154,7 @@ class HiCoDiTTask(Task):
         valid = torch.arange(tokens.shape[2], device=device) < TOKENS_PER_FRAME * conditions.frames[:, None]
         where = (noisy == model.mask_id) & valid[:, None]
         prepared = model.prepare(conditions, keep=model.draw_keep(len(tokens), device))
-        log_q = model.log_posterior(model(noisy, self.noise.sigma(t), prepared), prepared, where)[0]
+        log_q = model(noisy, self.noise.sigma(t), prepared, where)[0]
         at = t[:, None, None].expand(tokens.shape)[where]
         entropy = weighted_score_entropy(log_q, tokens[where], at, self.noise)
         low = where.nonzero(as_tuple=True)[1] < c.low_levels

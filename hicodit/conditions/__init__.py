@@ -1,5 +1,5 @@
-"""What the score network is told: the typed conditions, the encoders that make them from face crops, face tracking."""
+"""Conditions of the score network: their types, and the encoders that make them from pictures of a face."""
 
-from hicodit.conditions.types import EXPRESSIONS, NO_EXPRESSION, Conditions
+from hicodit.conditions.types import EXPRESSIONS, Conditions
 
-__all__ = ["EXPRESSIONS", "NO_EXPRESSION", "Conditions"]
+__all__ = ["EXPRESSIONS", "Conditions"]

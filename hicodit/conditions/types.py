@@ -11,17 +11,22 @@ import torch
 from torch import Tensor
 
 EXPRESSIONS = ("neutral", "happy", "sad", "surprised", "fearful", "disgusted", "angry")
-NO_EXPRESSION = len(EXPRESSIONS)  # row of the null condition in the expression table
-WINDOW_SECONDS = 0.5
+FPS = 25.0  # video frames a second
+WINDOW_SECONDS = 0.5  # that share one class of expression
+
+
+def windows_of(frames: int) -> int:
+    """Expression windows J that so many video frames reach into: 12.5 frames each, a last partial one counts."""
+    return -(-2 * frames // 25)
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """All that a clip says, made once.
+    """The conditions of a batch of clips.
 
     lip: (B, T, E) lip features, 25 a second.
     identity: (B, 256) unit vectors in the GE2E voice space.
-    expression: (B, J) class of each half second, an index into `EXPRESSIONS`; J = ceil(T / 12.5).
+    expression: (B, J) class of each half second, an index into `EXPRESSIONS`; J = `windows_of(T)`.
     frames: (B,) valid video frames of each clip; the rest of T is padding.
     """
 
@@ -36,13 +41,15 @@ class Conditions:
 
 
 def window_expressions(probabilities: Tensor) -> Tensor:
-    """Frame-wise class probabilities (T, 7) at 25 frames a second to one class a half second (J,).
+    """Class probabilities of frames (T, classes), 25 a second, to one class a half second (J,), J = `windows_of(T)`.
 
-    The most frequent class of a window wins, ties go to the larger summed probability; a last partial window counts.
+    The most frequent class among the frames that begin in a window wins, ties go to the larger summed probability. A
+    window at the end that only the second half of a frame reaches takes the class before it.
     """
     window = 2 * torch.arange(len(probabilities), device=probabilities.device) // 25
     votes = torch.nn.functional.one_hot(probabilities.argmax(-1), probabilities.shape[-1]).to(probabilities.dtype)
     size = (int(window[-1]) + 1, probabilities.shape[-1])
     counts = torch.zeros(size, dtype=probabilities.dtype, device=probabilities.device).index_add_(0, window, votes)
     mass = torch.zeros_like(counts).index_add_(0, window, probabilities)
-    return (counts + mass / (mass.sum(-1, keepdim=True) + 1e-9) * 0.5).argmax(-1)  # the tie-break stays under one vote
+    classes = (counts + mass / (mass.sum(-1, keepdim=True) + 1e-9) * 0.5).argmax(-1)  # a tie-break stays under one vote
+    return torch.cat([classes, classes[-1:]])[: windows_of(len(probabilities))]

@@ -89,14 +89,15 @@ def hicodit(folder: Path) -> tuple[Task, Made]:
     encoders = {"lip_dim": 32, "lip_heads": 4, "face_dim": 16, "face_width": 4, "phonemes": 5}
     g = torch.Generator().manual_seed(0)
     items = []
-    for frames in (12, 15, 13):
+    for frames in (14, 15, 13):
         items.append(
             {
                 "mouth": torch.rand(frames, 48, 48, generator=g),
                 "face": torch.rand(3, 64, 64, generator=g),
                 "tokens": torch.randint(16, (2 * frames, 12), generator=g),
                 "ge2e": torch.nn.functional.normalize(torch.rand(256, generator=g), dim=-1),
-                "expression": torch.tensor(len(items)),
+                "expression": torch.tensor([len(items), 3 - len(items)]),
+                "face_expression": torch.tensor(len(items)),
                 "phoneme": torch.randint(5, (frames,), generator=g),
             }
         )

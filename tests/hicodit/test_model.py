@@ -1,22 +1,31 @@
-"""The score network: branches, padding, ablations, initial state."""
+"""The score network: branches, padding, the paper's formula, ablations, initial state."""
+
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from engine.errors import UserError
 from hicodit.conditions import Conditions
-from hicodit.conditions.types import window_expressions
+from hicodit.conditions.encoders import TinyEncoderConfig
+from hicodit.conditions.types import window_expressions, windows_of
 from hicodit.diffusion import LogLinearNoise, weighted_score_entropy
-from hicodit.guidance import BRANCHES
-from hicodit.model import HiCoDiT, ModelConfig
+from hicodit.layers import AdaLNBlock, rotary_table
+from hicodit.model import BRANCHES, HiCoDiT, ModelConfig
+from hicodit.system import HiCoDiTSystem
 
 SMALL = {"codes": 16, "width": 32, "heads": 4, "low_blocks": 2, "high_blocks": 2, "cond_dim": 16, "lip_dim": 8}
 ABLATIONS = [{}, {"hierarchical": False}, {"dual_scale": False}, {"normalised": False}]
+TOKENS = torch.randint(0, 17, (3, 12, 40), generator=torch.Generator().manual_seed(2))
+SIGMA = torch.linspace(0.5, 2, 3)
 
 
 def build(**changes):
     torch.manual_seed(0)
-    model = HiCoDiT(ModelConfig(**SMALL, face_dim=8, dropout=0.0, **changes))
+    model = HiCoDiT(ModelConfig(**SMALL | {"face_dim": 8, "dropout": 0.0} | changes))
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     return model.eval()
@@ -25,82 +34,166 @@ def build(**changes):
 def clip_conditions(batch=3, frames=(20, 15, 20)):
     g = torch.Generator().manual_seed(1)
     lip, identity = torch.randn(batch, 20, 8, generator=g), torch.rand(batch, 256, generator=g)
-    expression = torch.randint(0, 7, (batch, 2), generator=g)
+    expression = torch.tensor([[1, 4], [2, 0], [5, 6]])[:batch]
     return Conditions(lip, identity, expression, torch.tensor(frames))
 
 
-def run(model, conditions, tokens, where, **prepare):
-    prepared = model.prepare(conditions, **prepare)
-    sigma = torch.linspace(0.5, 2, len(tokens))
-    with torch.no_grad():
-        return model.log_posterior(model(tokens, sigma, prepared), prepared, where)
+@torch.no_grad()
+def run(model, conditions, tokens=TOKENS, where=None, sigma=SIGMA, **prepare):
+    return model(tokens, sigma, model.prepare(conditions, **prepare), where)
 
 
 @pytest.mark.parametrize("changes", ABLATIONS, ids=str)
 def test_batched_branches_equal_single_ones(changes):
     model, conditions = build(**changes), clip_conditions()
-    tokens = torch.randint(0, 17, (3, 12, 40))
-    where = tokens == 16
-    together = run(model, conditions, tokens, where, branches=BRANCHES)
+    together = run(model, conditions, branches=tuple(BRANCHES))
+    assert together.shape == (5, 3, 12, 40, 16)
     for i, branch in enumerate(BRANCHES):
-        alone = run(model, conditions, tokens, where, branches=(branch,))[0]
+        alone = run(model, conditions, branches=(branch,))[0]
         assert torch.allclose(together[i], alone, atol=1e-5), branch
+
+
+def test_requested_positions_are_those_of_the_whole():
+    model, conditions, where = build(), clip_conditions(), TOKENS == 16
+    whole = run(model, conditions, branches=tuple(BRANCHES))
+    rows = run(model, conditions, where=where, branches=tuple(BRANCHES))
+    assert torch.allclose(rows, whole[:, where], atol=1e-6)
 
 
 def test_the_expression_branch_shares_the_low_stage():
     """Expression reaches only the high levels: five branches need four low passes, and levels 1-2 ignore it."""
     model, conditions = build(), clip_conditions()
-    prepared = model.prepare(conditions, BRANCHES)
-    assert [len(stage.cond) // 3 for stage in prepared.stages] == [4, 5]
-    where = torch.zeros(3, 12, 40, dtype=torch.bool)
-    where[:, :2] = True
-    out = run(model, conditions, torch.full((3, 12, 40), 16), where, branches=("none", "expression"))
-    assert torch.equal(out[0], out[1])
+    rows = [len(given.cond) // 3 for given in model.prepare(conditions, tuple(BRANCHES)).stages]
+    assert rows == [4, 5]
+    out = run(model, conditions, branches=("none", "expression"))
+    assert torch.equal(out[0, :, :2], out[1, :, :2]) and not torch.allclose(out[0, :, 2:], out[1, :, 2:])
 
 
 @pytest.mark.parametrize("changes", ABLATIONS, ids=str)
 def test_padding_changes_nothing(changes):
     model, conditions = build(**changes), clip_conditions()
-    tokens = torch.randint(0, 17, (3, 12, 40))
-    where = torch.zeros(3, 12, 40, dtype=torch.bool)
-    where[1, :, :30] = True
-    padded = run(model, conditions, tokens, where)
     alone = Conditions(
         conditions.lip[1:2, :15], conditions.identity[1:2], conditions.expression[1:2], conditions.frames[1:2]
     )
-    prepared = model.prepare(alone)
-    sigma = torch.linspace(0.5, 2, 3)[1:2]
-    with torch.no_grad():
-        single = model.log_posterior(model(tokens[1:2, :, :30], sigma, prepared), prepared, where[1:2, :, :30])
-    assert torch.allclose(padded, single, atol=1e-5)
+    single = run(model, alone, TOKENS[1:2, :, :30], sigma=SIGMA[1:2])
+    assert torch.allclose(run(model, conditions)[:, 1:2, :, :30], single, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["lip", "identity", "expression"])
 def test_a_dropped_condition_has_no_influence(name):
     model, conditions = build(), clip_conditions()
-    others = [c for c in ("lip", "identity", "expression") if c != name]
-    keep = torch.tensor([[c in others for c in ("lip", "identity", "expression")]] * 3)[None]
-    changed = {field: getattr(conditions, field) for field in ("lip", "identity", "expression", "frames")}
-    changed[name] = (changed[name] + 1) % 7 if name == "expression" else changed[name] + 1.0
-    tokens = torch.full((3, 12, 40), 16)
-    where = tokens == 16
-    before, after = (run(model, c, tokens, where, keep=keep) for c in (conditions, Conditions(**changed)))
-    assert torch.equal(before, after)
-    assert not torch.equal(run(model, conditions, tokens, where), run(model, Conditions(**changed), tokens, where))
+    keep = torch.tensor([[c != name for c in ("lip", "identity", "expression")]] * 3)
+    value = getattr(conditions, name)
+    changed = replace(conditions, **{name: (value + 1) % 7 if name == "expression" else value + 1.0})
+    assert torch.equal(run(model, conditions, keep=keep), run(model, changed, keep=keep))
+    assert not torch.equal(run(model, conditions), run(model, changed))
+
+
+def test_a_block_follows_the_papers_formula():
+    """alpha * f(gamma_t * [(1 + gamma_c) * LN(h) + beta_c]), with a gamma_t for attention and another for the MLP."""
+    torch.manual_seed(0)
+    block, h, cond, gamma = AdaLNBlock(8, 2, 3), torch.randn(2, 6, 8), torch.randn(2, 3), 1 + torch.randn(2, 6, 2)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    beta1, gamma1, alpha1, beta2, gamma2, alpha2 = (m[:, None] for m in block.modulation(cond).chunk(6, -1))
+    rotary = rotary_table(6, 4, h.device)
+
+    def rotate(x):  # (B, L, H, D)
+        a, b = x.chunk(2, -1)
+        cos, sin = rotary[:, None, :, None]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    x = gamma[..., :1] * ((1 + gamma1) * F.layer_norm(h, (8,), block.norm1.weight) + beta1)
+    q, k, v = (part.unflatten(-1, (2, 4)) for part in block.qkv(x).chunk(3, -1))
+    weights = (torch.einsum("blhd,bmhd->bhlm", rotate(q), rotate(k)) / 2).softmax(-1)
+    h1 = h + alpha1 * block.out(torch.einsum("bhlm,bmhd->blhd", weights, v).flatten(-2))
+    x = gamma[..., 1:] * ((1 + gamma2) * F.layer_norm(h1, (8,), block.norm2.weight) + beta2)
+    expected = h1 + alpha2 * block.mlp[2](F.gelu(block.mlp[0](x), approximate="tanh"))
+    torch.testing.assert_close(block(h, cond, rotary, None, gamma), expected)
+
+
+def temporal_scales(model, conditions, sigma=SIGMA, **prepare):
+    """gamma_t (R, L, 2) that reaches each block of the last stage."""
+    seen = []
+    hooks = [block.register_forward_hook(lambda m, x, y: seen.append(x[4])) for block in model.stages[-1].blocks]
+    run(model, conditions, sigma=sigma, **prepare)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def test_each_block_has_temporal_scales_of_expression_and_time():
+    model, conditions = build(), clip_conditions()
+    scales = temporal_scales(model, conditions)
+    assert len({s[0, 0].tolist()[j] for s in scales for j in (0, 1)}) == 4  # two blocks, attention and MLP
+    later = temporal_scales(model, conditions, sigma=SIGMA + 1)
+    for gamma, moved in zip(scales, later):
+        assert (gamma[:, :25] == gamma[:, :1]).all() and (gamma[:, 25:] == gamma[:, 25:26]).all()  # half seconds
+        assert (gamma[:, 0] != gamma[:, 25]).all()  # of different classes
+        assert (gamma != moved).all()
 
 
 def test_a_new_network_is_uniform_and_its_temporal_scales_are_one():
-    model = HiCoDiT(ModelConfig(**SMALL, face_dim=8))
-    conditions = clip_conditions()
-    prepared = model.prepare(conditions)
-    assert torch.equal(prepared.stages[1].temporal, torch.ones_like(prepared.stages[1].temporal))
-    tokens = torch.full((3, 12, 40), 16)
-    out = run(model, conditions, tokens, tokens == 16)
+    model = HiCoDiT(ModelConfig(**SMALL, face_dim=8)).eval()
+    assert all((gamma == 1).all() for gamma in temporal_scales(model, clip_conditions()))
+    out = run(model, clip_conditions())
     assert torch.allclose(out, torch.full_like(out, -torch.log(torch.tensor(16.0)).item()))
 
 
-def test_single_scale_has_no_temporal_part():
-    assert build(dual_scale=False).prepare(clip_conditions()).stages[1].temporal is None
+@pytest.mark.parametrize("changes", [{"dual_scale": False}, {"hierarchical": False}, {}], ids=str)
+def test_ablations_take_expression_as_the_paper_says(changes):
+    """Single scale: the mean of an utterance, in the global condition of all levels. Flat: all levels, two scales."""
+    model, conditions = build(**changes), clip_conditions(frames=(25, 25, 25))
+    conditions = replace(conditions, lip=F.pad(conditions.lip, (0, 0, 0, 5)))
+    tokens = F.pad(TOKENS, (0, 10))
+    swapped = run(model, replace(conditions, expression=conditions.expression.flip(1)), tokens)
+    other = run(model, replace(conditions, expression=conditions.expression * 0), tokens)
+    without_identity = run(model, replace(conditions, identity=conditions.identity * 0), tokens)
+    before = run(model, conditions, tokens)
+
+    def moves(new):  # levels 1-2, levels 3-12
+        return tuple(
+            not torch.allclose(a, b, atol=1e-5) for a, b in zip(new.split([2, 10], 2), before.split([2, 10], 2))
+        )
+
+    assert moves(swapped) == (not changes.get("hierarchical", True), changes.get("dual_scale", True))
+    assert moves(other) == (bool(changes), True)
+    assert moves(without_identity) == (True, True)
+
+
+def test_any_number_of_expressions_but_the_encoders_have_seven():
+    model, conditions = build(expressions=3), clip_conditions()
+    conditions = replace(conditions, expression=conditions.expression % 3)
+    assert run(model, conditions, branches=tuple(BRANCHES)).isfinite().all()
+    config = ModelConfig(**SMALL | {"lip_dim": 32, "face_dim": 16}, expressions=3)
+    with pytest.raises(UserError, match=r"expressions=3.*7 classes"):
+        HiCoDiTSystem(config, TinyEncoderConfig(lip_dim=32, lip_heads=4, face_dim=16, face_width=4))
+
+
+def test_the_sum_over_blocks_stays_float32_in_half_precision():
+    model, dtypes = build(), set()
+    for block in [*model.stages[0].blocks, *model.stages[1].blocks]:
+        block.register_forward_hook(lambda m, x, y: dtypes.update((x[0].dtype, y.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = run(model, clip_conditions())
+    assert dtypes == {torch.float32} and out.dtype == torch.float32
+
+
+def test_a_forward_of_all_positions_reads_nothing_back():
+    """On fake CUDA tensors a host read, a shape that depends on data, or a tensor left on the CPU raises."""
+    prepared = build().prepare(clip_conditions(), tuple(BRANCHES))
+
+    def fake(x):
+        if isinstance(x, tuple):
+            return tuple(map(fake, x))
+        if is_dataclass(x):
+            return replace(x, **{f.name: fake(getattr(x, f.name)) for f in fields(x)})
+        return torch.empty(x.shape, dtype=x.dtype, device="cuda") if isinstance(x, torch.Tensor) else x
+
+    with FakeTensorMode(), torch.no_grad():
+        with torch.device("cuda"):
+            model = HiCoDiT(ModelConfig(**SMALL, face_dim=8))
+        assert model(fake(TOKENS), fake(SIGMA), fake(prepared)).shape == (5, 3, 12, 40, 16)
 
 
 def test_loss_is_cross_entropy_over_t_when_normalised_and_more_otherwise():
@@ -113,7 +206,7 @@ def test_loss_is_cross_entropy_over_t_when_normalised_and_more_otherwise():
 def test_condition_dropout_rates():
     model = build(drop_all=0.2, drop_each=0.1)
     torch.manual_seed(0)
-    keep = model.draw_keep(20_000, torch.device("cpu"))[0]
+    keep = model.draw_keep(20_000, torch.device("cpu"))
     assert abs((~keep).all(1).float().mean().item() - 0.2 - 0.8 * 0.001) < 0.01
     assert abs(keep.all(1).float().mean().item() - 0.8 * 0.729) < 0.01
 
@@ -132,4 +225,6 @@ def test_expression_windows_vote_and_break_ties_by_probability():
     p[:13, 1] = 0.9  # window 0 is frames 0..12, window 1 frames 13..24
     p[13:19, 2], p[19:, 4] = 0.5, 0.8  # six frames each: a tie that summed probability settles
     assert window_expressions(p).tolist() == [1, 4]
-    assert len(window_expressions(p[:14])) == 2  # a last partial window counts
+    for frames in range(1, 60):  # a last partial window counts: a clip of 13 frames has 26 tokens
+        assert len(window_expressions(p[:1].expand(frames, -1))) == windows_of(frames) == -(-2 * frames // 25)
+    assert window_expressions(p[12:13].expand(13, -1)).tolist() == [1, 1]

@@ -13,7 +13,8 @@ from engine.faces.detectors import HaarDetector
 from engine.faces.track import track_face
 from hicodit.conditions.crops import crop_mouth
 from hicodit.conditions.encoders import TinyEncoderConfig, TinyLipEncoder
-from hicodit.pipeline import OVERLAP, REDO, HiCoDiTPipeline, generate, windows
+from hicodit.generation import OVERLAP, REDO, generate, windows
+from hicodit.pipeline import HiCoDiTPipeline
 
 WINDOW = 75  # video frames
 
@@ -66,6 +67,24 @@ def test_windows_keep_what_was_said_and_leave_no_gap(pipeline):
     lengths = (5, WINDOW, WINDOW + 1, 2 * WINDOW - OVERLAP, 2 * WINDOW)
     assert [len(windows(n, pipeline.sampler)) for n in lengths] == [1, 1, 2, 2, 3]
     assert windows(WINDOW + 1, pipeline.sampler) == [(0, WINDOW), (WINDOW - OVERLAP, WINDOW + 1)]
+
+
+def test_expressions_that_change_within_a_clip_reach_the_temporal_scales(pipeline, monkeypatch):
+    """A face that changes in the third half second; the clip is done in two windows, the second from frame 50 on."""
+
+    def shown(faces):
+        return torch.nn.functional.one_hot(torch.where(torch.arange(len(faces)) < 25, 1, 4), 7).float()
+
+    crops = pipeline.crops(talking_head(80))
+    monkeypatch.setattr(pipeline.system.encoders.expression, "forward", shown)
+    scales = []
+    hook = pipeline.system.model.stages[1].blocks[0].register_forward_hook(lambda m, x, y: scales.append(x[4][0]))
+    pipeline.run([crops], [0], sampler=replace(pipeline.sampler, steps=1))
+    hook.remove()
+    first, second = scales[0], scales[-1]
+    assert first.shape == (150, 2) and second.shape == (60, 2)
+    assert torch.equal(first[0], first[49]) and (first[49] != first[50]).all() and torch.equal(first[50], first[149])
+    assert torch.equal(second[0], second[-1])
 
 
 def test_the_window_is_the_samplers(pipeline):

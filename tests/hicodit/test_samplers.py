@@ -1,10 +1,12 @@
 """Samplers on a posterior known in closed form: tokens independent, each with its own distribution."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from engine.errors import UserError
-from hicodit.guidance import GuidanceScales, guided_log_posterior
+from hicodit.guidance import GuidanceScales, combine
 from hicodit.samplers import METHODS, SamplerConfig, sample
 
 N, K = 5, 3
@@ -100,6 +102,22 @@ def test_known_tokens_are_kept(method):
     assert (x[:, :, :3] == 2).all() and (x < N).all()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_time_starts_at_the_share_that_is_masked(method):
+    """A later window of a long clip has known tokens: here a quarter of one clip, none of the other."""
+    known, times = torch.full((2, K, 8), N), []
+    known[0, :, :2] = 1
+
+    def posterior(x, t, where):
+        times.append(t.tolist())
+        return torch.zeros(int(where.sum()), N).log_softmax(-1)
+
+    config = SamplerConfig(method, steps=4)
+    sample(posterior, torch.tensor([8, 8]), K, N, config, generators(2), known=known)
+    assert times[0] == pytest.approx([0.75, 1.0])
+    assert all(a > b for one, other in pairwise(times) for a, b in zip(one, other))
+
+
 def test_temperature_zero_takes_the_mode():
     logits = torch.randn(K, N)
     x = sample(closed_form(logits), torch.tensor([10]), K, N, SamplerConfig("fixed_count", 3, 0.0), generators(1))
@@ -116,14 +134,14 @@ def test_unit_joint_scale_is_the_conditional_model():
     scales = GuidanceScales(all=1.0)
     assert scales.branches == ("all",)
     log_p = torch.randn(1, 4, N).log_softmax(-1)
-    assert torch.allclose(guided_log_posterior(log_p, scales), log_p[0], atol=1e-6)
+    assert torch.allclose(combine(log_p, scales), log_p[0], atol=1e-6)
 
 
 def test_normalised_readings_sum_to_one():
     for reading in "CD":
         scales = GuidanceScales(2.5, 1.25, 1.5, 2.0, reading)
         log_p = torch.randn(5, 4, N, dtype=torch.float64).log_softmax(-1)
-        total = guided_log_posterior(log_p, scales).exp().sum(-1)
+        total = combine(log_p, scales).exp().sum(-1)
         assert torch.allclose(total, torch.ones(4, dtype=torch.float64))
     with pytest.raises(UserError, match="'E'"):
         GuidanceScales(reading="E")

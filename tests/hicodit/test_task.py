@@ -75,8 +75,14 @@ def batch_of(corpus, release):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"model": {"hierarchical": False}}, {"model": {"dual_scale": False}}, {"identity_weight": 0.0}],
-    ids=["full", "flat", "single_scale", "no_identity_loss"],
+    [
+        {},
+        {"model": {"hierarchical": False}},
+        {"model": {"dual_scale": False}},
+        {"identity_weight": 0.0},
+        {"identity_weight": 0.0, "identity_input": "face"},
+    ],
+    ids=["full", "flat", "single_scale", "no_identity_loss_voice", "no_identity_loss_face"],
 )
 def test_every_parameter_learns_and_the_loss_falls(corpus, release, changes):
     task = make_task(corpus, release, **changes)
@@ -90,8 +96,18 @@ def test_every_parameter_learns_and_the_loss_falls(corpus, release, changes):
         losses.append((out["dse_low"] + out["dse_high"]).item())
     assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
     silent = {n for n, p in task.named_parameters() if p.grad is None or not p.grad.any()}
-    allowed = ("identity_adapter", "encoders.identity") if changes.get("identity_weight") == 0.0 else ()
-    assert not {n for n in silent if not any(a in n for a in allowed)}
+    untrained = {n for n in silent if "identity_adapter" in n or "encoders.identity" in n}
+    assert silent == untrained and bool(untrained) == (changes == {"identity_weight": 0.0})
+
+
+def test_expressions_that_change_within_a_clip_reach_the_temporal_scales(corpus, release):
+    task, batch, scales = make_task(corpus, release), batch_of(corpus, release), []
+    torch.nn.init.normal_(task.system.model.stages[1].temporal.scales.weight)
+    task.system.model.stages[1].blocks[0].register_forward_hook(lambda m, x, y: scales.append(x[4]))
+    task.system.model.draw_keep = lambda batch, device: torch.ones(batch, 3, dtype=torch.bool)
+    batch["expression"][0, 1] = (batch["expression"][0, 0] + 1) % 7
+    task(batch, "model")
+    assert (scales[0][0, 0] != scales[0][0, 25]).all() and torch.equal(scales[0][1, 0], scales[0][1, 25])
 
 
 def test_a_padded_batch_has_the_loss_of_its_clips(corpus, release):
@@ -153,7 +169,7 @@ def test_a_start_from_other_tokens_is_refused(corpus, release, tmp_path):
     shutil.copytree(release, tmp_path / "other")
     config = (tmp_path / "other" / "config.yaml").read_text()
     (tmp_path / "other" / "config.yaml").write_text(config + "token_digest: abcd1234\n")
-    with pytest.raises(UserError, match="speaks other tokens than"):
+    with pytest.raises(UserError, match="another tokenizer than"):
         make_task(corpus, release, init=str(tmp_path / "other"))
 
 

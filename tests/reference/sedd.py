@@ -169,8 +169,7 @@ class SEDDNetwork(nn.Module):
         rotary = rotary_table(x.shape[1], h.shape[-1] // self.blocks[0].heads, h.device)
         for block in self.blocks:
             h = block(h, cond, rotary)
-        rows = torch.arange(len(h), device=h.device)[:, None]
-        return to_log_score(self.head(self.final(h, cond, rows)), x, sigma, self.scale_by_sigma)
+        return to_log_score(self.head(self.final(h, cond)), x, sigma, self.scale_by_sigma)
 
     def load_released(self, state: dict[str, Tensor]) -> None:
         """Load a state dict by the released program's key names, strictly."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hicodit.diffusion import LogLinearNoise, log_expm1
-from hicodit.guidance import READINGS, GuidanceScales, guided_log_posterior
+from hicodit.guidance import READINGS, GuidanceScales, combine
 from tests.golden.runners import Case, runner
 
 SHORT = {"none": "u", "all": "all", "identity": "id", "expression": "emo", "lip": "lip"}
@@ -20,7 +20,7 @@ def guidance(case: Case):
         s = case.meta["scales"][scale_set]
         scales = GuidanceScales(s["all"], s["id"], s["emo"], s["lip"], reading)
         log_p = torch.stack([case.inputs[f"log_p_{SHORT[branch]}"] for branch in scales.branches])
-        return guided_log_posterior(log_p, scales, log_odds) + log_odds
+        return combine(log_p, scales, log_odds) + log_odds
 
     out = {f"log_score.{name}.{r}": guided(name, r) for name in case.meta["scales"] for r in READINGS}
     if "euler_unmask_prob_per_dt" in case.outputs:
