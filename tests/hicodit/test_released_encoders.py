@@ -211,11 +211,12 @@ def test_training_leaves_released_encoders_alone(system):
     nn.Module.__init__(task)
     from hicodit.diffusion import LogLinearNoise
 
-    task.system, task.noise = system, LogLinearNoise()
+    task.system, task.noise, task.identity_input = system, LogLinearNoise(), "voice"
     task.identity_weight, task.phoneme_weight, task.expression_weight = 100.0, 0.2, 0.1
     batch = {
         "mouth": torch.rand(2, 6, 96, 96), "face": torch.rand(2, 3, 112, 112), "frames": torch.tensor([6, 4]),
-        "tokens": torch.randint(0, 16, (2, 12, 12)), "ge2e": torch.rand(2, 256), "expression": torch.tensor([0, 3]),
+        "tokens": torch.randint(0, 16, (2, 12, 12)), "ge2e": torch.rand(2, 256),
+        "expression": torch.tensor([[0], [3]]), "face_expression": torch.tensor([0, 3]),
         "phoneme": torch.zeros(2, 6, dtype=torch.long),
     }  # fmt: skip
     losses = task.forward(batch, "model")
