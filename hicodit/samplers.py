@@ -98,10 +98,8 @@ def euler(draft: Draft) -> Iterator[None]:
     Time starts at the masked share: at 1, or lower where some tokens are known.
     """
     c, start = draft.config, draft.share().tolist()
-    times = torch.stack(
-        [torch.linspace(t, c.end, c.steps + 1, dtype=torch.float64) for t in start], 1
-    )  # (steps + 1, B)
-    for t, later in pairwise(times):
+    times = torch.stack([torch.linspace(t, c.end, c.steps + 1, dtype=torch.float64) for t in start], 1)
+    for t, later in pairwise(times):  # each (B,)
         masked, u = draft.masked, draft.uniform(draft.masked)[:, 0]
         rate = ((t - later) / t)[masked.nonzero(as_tuple=True)[0]]
         if draft.normalised:
