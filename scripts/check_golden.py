@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,8 @@ def main() -> int:
     command += ["tests/golden/test_cases.py", "--golden-only", args.only]
     command += ["--golden-lines", "failed" if args.quiet else "all"]
     command += [f"--golden={folder.resolve()}" for folder in args.folders]
-    return 0 if subprocess.run(command, cwd=ROOT).returncode == 0 else 1
+    clean = {**os.environ, "PYTEST_ADDOPTS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return 0 if subprocess.run(command, cwd=ROOT, env=clean).returncode == 0 else 1
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ from itertools import chain
 from pathlib import Path
 
 LINE = re.compile(r"(pass|FAIL|not built) +([^ :]+): (.*)")
-SECONDS = re.compile(r", \d+\.\d+ s\b")
+TIME_AND_NOTES = re.compile(r", \d+\.\d+ s\b.*")
 
 
 def results(text: str) -> dict[str, str]:
-    """Case -> verdict and numbers, without the time that it took."""
+    """Case -> verdict and numbers, without the time that it took and what follows."""
     found = [match.groups() for match in map(LINE.match, text.splitlines()) if match]
-    return {name: f"{verdict} {SECONDS.sub('', rest, count=1)}" for verdict, name, rest in found}
+    return {name: f"{verdict} {TIME_AND_NOTES.sub('', rest)}" for verdict, name, rest in found}
 
 
 def differences(before: str, after: str) -> list[str]:

@@ -87,7 +87,11 @@ def avhubert_mouth(
 
 
 def auto_avsr_mouth(
-    frames: np.ndarray, landmarks: np.ndarray, mean_face: np.ndarray, stable: Sequence[int] = AUTO_AVSR_STABLE
+    frames: np.ndarray,
+    landmarks: np.ndarray,
+    mean_face: np.ndarray,
+    stable: Sequence[int] = AUTO_AVSR_STABLE,
+    window: int = WINDOW,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mouth pictures as Auto-AVSR cuts them.
 
@@ -105,7 +109,7 @@ def auto_avsr_mouth(
     """
     mouths, matrices, stable = [], [], list(stable)
     for i, frame in enumerate(frames):
-        half = min(WINDOW // 2, i, len(frames) - 1 - i)
+        half = min(window // 2, i, len(frames) - 1 - i)
         smooth = landmarks[i - half : i + half + 1].mean(0)
         smooth = smooth + landmarks[i].mean(0) - smooth.mean(0)
         matrix = cv2.estimateAffinePartial2D(smooth[stable], mean_face[stable], method=cv2.LMEDS)[0]

@@ -88,8 +88,8 @@ def mouth_avhubert(case: Case) -> dict[str, Tensor | np.ndarray]:
 def mouth_auto_avsr(case: Case) -> dict[str, np.ndarray]:
     i = {name: value.numpy() for name, value in case.inputs.items()}
     landmarks = mouth.fill_landmarks(i["landmarks"], i["present"])
-    stable = case.meta.get("stable", mouth.AUTO_AVSR_STABLE)
-    crop, matrix = mouth.auto_avsr_mouth(_rgb(case.inputs["frames_bgr"]), landmarks, i["mean_face"], stable)
+    stable, window = case.meta.get("stable", mouth.AUTO_AVSR_STABLE), case.meta.get("window", mouth.WINDOW)
+    crop, matrix = mouth.auto_avsr_mouth(_rgb(case.inputs["frames_bgr"]), landmarks, i["mean_face"], stable, window)
     return {"matrix": matrix, "crop_grey": crop}
 
 

@@ -63,6 +63,18 @@ def inference_weights(case: Case) -> dict[str, Tensor]:
     return case.weights(lambda key: not key.startswith("semantic_model.decoder."))
 
 
+def build(case: Case) -> WhisperXVAE:
+    """The case's network; where it has the decoder's half alone, the rest stays on the meta device."""
+    state, config = inference_weights(case), config_of(case)
+    if any(key.startswith("CodecEnc.") for key in state):
+        return load_released(state, case.name, config)
+    with torch.device("meta"):
+        model = WhisperXVAE(config).eval()
+    half = nn.ModuleDict({"out_proj": model.out_proj, "decoder": model.decoder})
+    load_strict(half, from_released(state), case.name, assign=True)
+    return model
+
+
 def decode(model: WhisperXVAE, latent: Tensor) -> dict[str, Tensor]:
     hidden = model.out_proj(latent.transpose(1, 2))
     layers = model.decoder.model
@@ -70,23 +82,13 @@ def decode(model: WhisperXVAE, latent: Tensor) -> dict[str, Tensor]:
     return {"out_proj": hidden, "pre_tanh": layers[:-1](hidden), "decode": model.decode(latent)}
 
 
-@runner("wxvae_full_decode")
-@torch.no_grad()
-def run_decoder(case: Case) -> dict[str, Tensor]:
-    """The decoder half alone: the rest of the network stays on the meta device."""
-    with torch.device("meta"):
-        model = WhisperXVAE(config_of(case)).eval()
-    half = nn.ModuleDict({"out_proj": model.out_proj, "decoder": model.decoder})
-    load_strict(half, from_released(inference_weights(case)), case.name, assign=True)
-    return decode(model, case.inputs["latent_btc"])
-
-
 @runner("wxvae_")
 @torch.no_grad()
 def run_vae(case: Case) -> dict[str, Tensor]:
-    model = load_released(inference_weights(case), case.name, config_of(case))
-    mel = case.inputs["mel"] if "mel" in case.inputs else generated_input(case, "mel")
-    mel = mel.flatten(0, 1)  # the official program carries a channel axis
+    model = build(case)
+    mel = generated_input(case, "mel") if "mel" in case.meta.get("inputs_generated", {}) else case.inputs.get("mel")
+    if mel is not None:
+        mel = mel.flatten(0, 1)  # the official program carries a channel axis
     out: dict[str, Tensor] = {}
     for name, value in case.inputs.items():
         kind, _, length = name.partition("_")
