@@ -5,6 +5,7 @@ Axes: N samples.
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -16,7 +17,23 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.files import atomic_output
-from engine.media.ffmpeg import check_readable, command, last_line, probe, source
+from engine.media.ffmpeg import (
+    SHORT,
+    check_readable,
+    check_whole,
+    command,
+    damaged,
+    last_line,
+    probe,
+    source,
+    stated_seconds,
+)
+from engine.media.limits import LIMITS
+
+BLOCK = 2**20  # samples of each channel that are read at once
+LOUDEST = 100.0  # magnitude of a sample; full scale is 1
+UNKNOWN = 2**62  # samples of a file that does not state its length
+SILENT = 1e-3  # peak of a voice, -60 dB
 
 
 def resample(wave: Tensor, source_rate: int, target_rate: int) -> Tensor:
@@ -30,17 +47,46 @@ def read_audio(path: str | Path, rate: int) -> np.ndarray:
     """The sound of an audio or video file, channels averaged: (N,) float32 at `rate` Hz.
 
     Raises:
-        UserError: no such file, a folder, not a media file, no audio stream, or zero samples.
+        UserError: no such file, a folder, not a media file, no audio stream, zero samples, more than
+            `limits.seconds`, or samples that are no sound.
     """
     path = check_readable(path)
     try:
-        wave, own_rate = soundfile.read(path, dtype="float32", always_2d=True)
+        with soundfile.SoundFile(path) as file:
+            own_rate, most = file.samplerate, LIMITS.seconds * file.samplerate
+            blocks, count = [], 0
+            if most < file.frames < UNKNOWN:
+                raise _too_long(path)
+            for block in file.blocks(BLOCK, dtype="float32", always_2d=True):
+                blocks.append(block.mean(1))
+                count += len(block)
+                if count > most:
+                    raise _too_long(path)
+            cut = re.search(r"data : (\d+) \(should be (\d+)\)", file.extra_info)  # of WAV: stated and present bytes
+            share = int(cut[2]) / int(cut[1]) if cut and int(cut[2]) < int(cut[1]) < 2**31 - 2**9 else 1.0
+            total = count / share if share < 1 else file.frames
+            if count < total - SHORT * own_rate and file.frames < UNKNOWN:
+                raise damaged(path, "sound", count / own_rate, total / own_rate, "the file ends early")
     except soundfile.LibsndfileError:
         wave = _read_with_ffmpeg(path, rate)
     else:
-        wave = resample(torch.from_numpy(wave.mean(1)), own_rate, rate).numpy()
+        wave = resample(torch.from_numpy(np.concatenate(blocks or [np.zeros(0, np.float32)])), own_rate, rate).numpy()
     if len(wave) == 0:
         raise UserError(f"{path} has zero audio samples")
+    if not np.abs(wave).max() < LOUDEST:  # nor is NaN
+        raise UserError(f"{path} has samples that are not finite, or above {LOUDEST:g} where full scale is 1")
+    return wave
+
+
+def read_voice(path: str | Path, rate: int) -> np.ndarray:
+    """`read_audio` of a reference voice.
+
+    Raises:
+        UserError: as there, or it is silent.
+    """
+    wave = read_audio(path, rate)
+    if np.abs(wave).max() < SILENT:
+        raise UserError(f"{path} is silent: give a recording of the voice")
     return wave
 
 
@@ -70,10 +116,20 @@ def _read_with_ffmpeg(path: Path, rate: int) -> np.ndarray:
     # Sound that begins later than the picture is filled with silence, so that sample and frame indices share their
     # origin.
     filters = f"aresample={int(rate)}:async=1:first_pts=0"
-    arguments = ["-map", "0:a:0", "-af", filters, "-ac", "1", "-c:a", "pcm_f32le", "-f", "f32le", "pipe:1"]
-    done = subprocess.run(command("-v", "error", *source(path), *arguments), capture_output=True)
+    arguments = ["-map", "0:a:0", "-af", filters, "-ac", "1", "-t", str(LIMITS.seconds + 1), "-c:a", "pcm_f32le"]
+    arguments += ["-f", "f32le", "pipe:1"]
+    done = subprocess.run(command("-v", "level+info", "-nostats", *source(path), *arguments), capture_output=True)
+    log = done.stderr.decode(errors="replace")
     if done.returncode != 0:
         if probe(path).audio is None:
             raise UserError(f"{path} has no audio stream")
-        raise UserError(f"{path} cannot be decoded ({last_line(done.stderr.decode(errors='replace'))})")
-    return np.frombuffer(done.stdout, "<f4").astype(np.float32)
+        raise UserError(f"{path} cannot be decoded ({last_line(log)})")
+    wave = np.frombuffer(done.stdout, "<f4")
+    if max(stated_seconds(log), len(wave) / rate) > LIMITS.seconds:
+        raise _too_long(path)
+    check_whole(path, "sound", len(wave) / rate, log)
+    return wave.copy()
+
+
+def _too_long(path: Path) -> UserError:
+    return UserError(f"{path} has more than {LIMITS.seconds:g} s of sound (limits.seconds): give a part of it")

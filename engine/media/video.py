@@ -5,6 +5,7 @@ Axes: T frames, H height, W width, N samples.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -17,7 +18,8 @@ import numpy as np
 from engine.errors import UserError
 from engine.files import atomic_output
 from engine.media.audio import write_wav
-from engine.media.ffmpeg import check_readable, command, last_line, probe, source
+from engine.media.ffmpeg import check_readable, check_whole, command, damaged, last_line, probe, source
+from engine.media.limits import LIMITS
 
 CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 
@@ -40,7 +42,7 @@ def read_video(path: str | Path, fps: float = 25.0, max_side: int | None = None)
 
 
 BLOCK_BYTES = 64 * 2**20  # of one block of frames: 25 frames of 1280 x 720
-SHORT = 0.5  # seconds by which the picture of a damaged file may fall short of the length that the file states
+LOG_BYTES = 2**16  # of ffmpeg's messages, in which damaged time stamps are looked for
 
 
 def iter_video(
@@ -54,9 +56,11 @@ def iter_video(
     # The first `scale` and `-reinit_filter 0` are for pictures that change their size: ffmpeg would else begin anew in
     # the midst, at time zero. Frames that are not marked as interlaced pass the second filter untouched. A video stream
     # may begin after the sound does: its first frame then stands from time zero on, so that frame and sample indices
-    # share their origin.
-    filters = ["scale=iw:ih", "bwdif=mode=send_frame:deint=interlaced", f"fps={fps!r}:start_time=0"]
-    filters += ["scale=w='max(1,round(iw*sar))':h=ih", "setsar=1"]
+    # share their origin. Of what comes after a gap in the time stamps, `print` tells the time in the log.
+    gap = f"lte(t-if(isnan(prev_selected_t),0,prev_selected_t),{LIMITS.gap})"
+    filters = [f"select='if({gap},1,0*print(t,16))'", "scale=iw:ih", "bwdif=mode=send_frame:deint=interlaced"]
+    filters += [f"fps={fps!r}:start_time=0"]
+    filters += ["scale=w='max(1,round(iw*clip(sar,0.25,4)))':h=ih", "setsar=1"]
     if max_side is not None:
         filters.append(f"scale=w='min(iw,{max_side})':h='min(ih,{max_side})':force_original_aspect_ratio=decrease")
     # PPM pictures name their own size, which after rotation and scaling is ffmpeg's to decide.
@@ -74,10 +78,15 @@ def iter_video(
                     frames = np.empty((max(1, min(block, BLOCK_BYTES // frame.nbytes)), *frame.shape), np.uint8)
                 frames[have] = frame
                 have, count = have + 1, count + 1
+                if count > LIMITS.seconds * fps:
+                    raise UserError(f"{path} has more than {LIMITS.seconds:g} s of video (limits.seconds): cut it")
                 if have == len(frames):
+                    _check_times(path, os.pread(log.fileno(), LOG_BYTES, 0))
                     yield frames
                     frames, have = None, 0
             code = process.wait()
+            log.seek(0)
+            _check_times(path, log.read(LOG_BYTES))
             log.seek(0)
             _check_decoded(path, code, log.read().decode(errors="replace"), count, fps)
             if have:
@@ -88,22 +97,28 @@ def iter_video(
             process.wait()
 
 
+def _check_times(path: Path, log: bytes) -> None:
+    """Raise UserError if ffmpeg left out frames after a gap: it would repeat the frame before it for hours."""
+    if jump := re.search(rb"\[error\] (\d+\.\d+)\n", log):
+        raise UserError(
+            f"{path} has damaged time stamps: after more than {LIMITS.gap:g} s without a frame (limits.gap) one comes "
+            f"at {float(jump[1]):,.0f} s"
+        )
+
+
 def _check_decoded(path: Path, code: int, log: str, count: int, fps: float) -> None:
     """Raise UserError unless ffmpeg, which said `log`, gave the whole picture; it often ends well without its end."""
     errors = [line for line in log.splitlines() if "[error]" in line or "[fatal]" in line]
     complaint = last_line("\n".join(errors))
+    if "exceeds specified max pixel count" in log:
+        raise UserError(f"{path} has frames of more than {LIMITS.pixels:,} pixels (limits.pixels): scale it down")
     if count == 0:
         if probe(path).video is None:
             raise UserError(f"{path} has no video stream")
         raise UserError(f"{path} has zero frames that can be decoded ({complaint})")
-    stated = re.search(r"Duration: (\d+):(\d\d):(\d\d\.\d+)", log)
-    seconds = sum(float(n) * unit for n, unit in zip(stated.groups(), (3600, 60, 1))) if stated else 0.0
-    if code != 0 or (errors and count / fps < seconds - SHORT):
-        of = f" of {seconds:.1f}" if stated else ""
-        raise UserError(
-            f"{path} is damaged: only the first {count / fps:.1f}{of} s of its picture can be decoded ({complaint}): "
-            "get a whole copy, or cut out the good part"
-        )
+    check_whole(path, "picture", count / fps, log)
+    if code != 0:
+        raise damaged(path, "picture", count / fps, 0.0, complaint)
 
 
 def write_video(
