@@ -16,7 +16,6 @@ from engine.hub import release_folder
 from engine.optional import require
 from engine.seeding import check_seed
 from engine.training import distributed
-from engine.training.lora import add_lora
 from engine.training.signals import REQUEUE
 from engine.training.trainer import Trainer
 
@@ -49,7 +48,7 @@ def main() -> int | None:
         torch.manual_seed(config.trainer.seed)  # initial weights
         task = build(config.task)
         if config.lora.rank:
-            add_lora(task, **config.lora)
+            task.adapt(**config.lora)
         trainer = Trainer(
             task,
             build(config.data.train),

@@ -254,9 +254,9 @@ def measure_pictures(job: dict[str, Any]) -> dict[str, Any]:
     identity = lia.identity(torch.rand(3, side, side) * 2 - 1)
     codes = 0.1 * torch.randn(count, lia.config.motion_dim)
     if count > 2:  # to warm up; at full size one frame takes long enough
-        lia.render(identity, codes[:1])
-    _, batched = clocked(lambda: lia.render(identity, codes))
-    _, single = clocked(lambda: lia.render(identity, codes, chunk=1))
+        lia.decode(codes[:1], identity)
+    _, batched = clocked(lambda: lia.decode(codes, identity))
+    _, single = clocked(lambda: lia.decode(codes, identity, chunk=1))
     return {
         "render_s_a_frame": batched / count,
         "frames_a_second": count / batched,

@@ -1,7 +1,7 @@
 """Release folders: `config.yaml` (kind and constructor arguments), `model.safetensors`, `README.md`.
 
-A release is what inference loads and what ships; training state lives in `engine.training.checkpoint`. Nothing is
-unpickled.
+A release is what inference loads and what is published; training state lives in `engine.training.checkpoint`. Nothing
+is unpickled.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self
 
 import torch
 from omegaconf import OmegaConf
@@ -24,7 +25,90 @@ from engine.errors import UserError
 from engine.hub import release_folder
 from engine.untrusted import read_yaml
 
-M = TypeVar("M", bound=nn.Module)
+
+class Released(nn.Module):
+    """A network with release folders: `save`, `from_pretrained`, `digest`.
+
+    A subclass names its `kind` and `Config` and takes a `Config` as its one argument. One that is made from more than a
+    dataclass, or that stores less than its state dict, overrides `arguments`, `from_arguments`, `stored` or `take`.
+
+    Attributes:
+        kind: names the class in config.yaml.
+        Config: dataclass of the constructor's argument.
+        config: that argument.
+        release: the whole config.yaml of the folder that the network was loaded from, but for the kind; else {}.
+    """
+
+    kind: ClassVar[str]
+    Config: ClassVar[type]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.release: dict[str, Any] = {}
+
+    def arguments(self) -> dict[str, Any]:
+        """What `from_arguments` makes the same network from; YAML can hold it."""
+        return asdict(self.config)
+
+    @classmethod
+    def from_arguments(cls, arguments: dict[str, Any]) -> Self:
+        """A network with random weights. `arguments` are the whole config.yaml, but for the kind."""
+        return cls(cls.Config(**arguments))
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors that a release holds."""
+        return self.state_dict()
+
+    def take(self, state: dict[str, Tensor], source: str | Path) -> None:
+        """Load the tensors of a release.
+
+        Raises:
+            UserError: a tensor is missing, unknown or of another shape; the message names `source`.
+        """
+        load_strict(self, state, source)
+
+    def save(self, folder: str | Path, card: str, extra: dict[str, Any] | None = None) -> Path:
+        """Write a release folder in half precision, with `card` as its README.md; `extra` joins its config.yaml.
+
+        Raises:
+            UserError: as `save_release` does.
+        """
+        return save_release(folder, self.kind, self.arguments() | (extra or {}), to_float16(self.stored()), card)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> Self:
+        """The network of a release folder, here or on the hub (OWNER/NAME), in eval mode; or of its official files.
+
+        Args:
+            options: further arguments of `from_arguments`.
+
+        Raises:
+            UserError: the folder or a file is missing or damaged, or its tensors do not fit its config.
+        """
+        folder = release_folder(folder)
+        official = cls.from_official(folder)
+        if official is not None:
+            return official
+        config, state = read_release(folder, cls.kind)
+        try:
+            network = cls.from_arguments(config, **options)
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{folder / 'config.yaml'} does not describe a {cls.__name__}: {error}") from error
+        network.take(state, folder)
+        network.release = config
+        return network.eval()
+
+    @classmethod
+    def from_official(cls, path: Path) -> Self | None:
+        """The network of the official files at `path`, a file or a folder; None: `path` does not hold them."""
+        return None
+
+    def digest(self) -> str:
+        """Eight hex digits that change when, and only when, a weight does."""
+        return weights_digest(self)
 
 
 def save_release(
@@ -37,17 +121,17 @@ def save_release(
 ) -> Path:
     """Write a release folder in one move: `folder` either holds the whole release or is as it was before.
 
-    Tensors are stored as they come; pass `half(state)` or `compact(state)` to ship less.
+    Tensors keep their types; pass `to_float16(state)` or `compact(state)` to ship less.
 
     Args:
-        files: folder whose files join the release, such as a tokenizer's.
+        files: folder whose files are copied into the release, such as a tokenizer's.
 
     Raises:
         UserError: `folder` holds something else than a release, or cannot be written.
     """
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not _is_release(folder)):
-        raise UserError(f"{folder} exists and is no release folder: it is not replaced, name another one")
+        raise UserError(f"{folder} exists but is not a release folder and was not overwritten; choose another folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         return _replace(folder, kind, config, state, card, files)
@@ -58,8 +142,8 @@ def save_release(
 
 def _is_release(folder: Path) -> bool:
     try:
-        return "kind" in read_yaml(folder / "config.yaml") and (folder / "model.safetensors").is_file()
-    except (UserError, TypeError):
+        return release_kind(folder) is not None
+    except UserError:
         return False
 
 
@@ -91,17 +175,17 @@ def _replace(
     return folder
 
 
-def half(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_float16(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Floating tensors as float16: half the download, and under 1e-3 relative rounding of each weight."""
     return {k: v.to(torch.float16) if v.is_floating_point() else v for k, v in state.items()}
 
 
-SCALE = "::scale"  # ending of the companion of a tensor that is stored in 8 bits
+SCALE = "::scale"  # ending of the name of the scales of a tensor that is stored in 8 bits
 COMPACT_FROM = 4096  # numbers; smaller tensors are not worth the rounding
 
 
 def compact(state: dict[str, Tensor], exact: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """`half(state)` with large matrices in 8 bits: a quarter of the download in float32.
+    """`to_float16(state)` with large matrices in 8 bits: a quarter of the download in float32.
 
     A tensor (R, ...) becomes int8 of the same shape and, under its name with `::scale`, one float32 a row: the row's
     largest magnitude over 127, so that rounding is at most 0.4 % of it. `read_release` undoes it.
@@ -109,7 +193,7 @@ def compact(state: dict[str, Tensor], exact: tuple[str, ...] = ()) -> dict[str, 
     Args:
         exact: beginnings of names that stay in half precision.
     """
-    out = half(state)
+    out = to_float16(state)
     for key, value in state.items():
         if (
             value.is_floating_point()
@@ -165,13 +249,8 @@ def read_release(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[st
         UserError: the folder or a file is missing, the release is of another kind, or a file is damaged.
     """
     folder = release_folder(folder)
-    if not folder.is_dir():
-        raise UserError(f"weights folder not found: {folder} (give a folder with config.yaml and model.safetensors)")
-    for name in ("config.yaml", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise UserError(f"weights folder {folder} has no {name}: it is not a release folder, or was copied in part")
-    config = read_yaml(folder / "config.yaml")
-    found = config.pop("kind", None) if isinstance(config, dict) else None
+    config = _read_config(folder)
+    found = config.pop("kind", None)
     if found != kind:
         raise UserError(f"weights folder {folder} holds a model of kind {found!r}, but {kind!r} is needed")
     try:
@@ -181,40 +260,48 @@ def read_release(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[st
     return config, _expand(state)
 
 
-def release_kind(folder: Path) -> str:
-    """Kind of the model that a release folder holds.
+def release_kind(folder: Path) -> str | None:
+    """Kind of the model that a release folder holds; None: its config.yaml has no `kind`.
 
     Raises:
-        UserError: `folder` is no release folder.
+        UserError: `folder` is not a release folder.
     """
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"no release in {folder}: give a folder with config.yaml and model.safetensors")
+    kind = _read_config(folder).get("kind")
+    return kind if isinstance(kind, str) else None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise UserError(f"weights folder not found: {folder} (give a folder with config.yaml and model.safetensors)")
+    for name in ("config.yaml", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"weights folder {folder} has no {name}: it is not a release folder, or was copied in part")
     config = read_yaml(folder / "config.yaml")
-    return config.get("kind") if isinstance(config, dict) else None
+    return config if isinstance(config, dict) else {}
 
 
-def companion(folder: Path, named: Any, kind: str, bundled: Path) -> str:
-    """The release of `kind` that a model's release in `folder` goes with, such as its tokenizer.
+def find_codec(folder: Path, name: Any, kinds: Collection[str], bundled: Path) -> str:
+    """Where the codec of the model in `folder` is; `name` is where it was at training, a path or a hub name.
 
-    Looked for by its folder's name in `folder`, beside it and among the `bundled` ones, and else where it was when the
-    model was trained: at `named`, a path or a name on the hub.
+    A release of one of `kinds` with the last part of `name` as its folder's name is looked for in `folder`, beside it
+    and in `bundled`, in this order. Where there is none, the answer is `name`.
 
     Raises:
-        UserError: `named` is no text.
+        UserError: `name` is not a string.
     """
-    if not isinstance(named, str):
-        raise UserError(f"{folder / 'config.yaml'} names {named!r} as its {kind}: a folder was expected")
+    if not isinstance(name, str):
+        raise UserError(f"{folder / 'config.yaml'} names {name!r} as its codec: a folder was expected")
     for place in (folder, folder.resolve().parent, bundled):
-        found = place / Path(named).name
-        if found.is_dir() and not _is_other(found, kind):
+        found = place / Path(name).name
+        if found.is_dir() and not _is_other(found, kinds):
             return str(found)
-    return named
+    return name
 
 
-def _is_other(folder: Path, kind: str) -> bool:
-    """Whether a folder is a release of another kind; other programs' files and damaged releases are their reader's."""
+def _is_other(folder: Path, kinds: Collection[str]) -> bool:
+    """Whether a folder is a release of another kind; damaged releases are left to whoever reads them."""
     try:
-        return release_kind(folder) not in (kind, None)
+        return release_kind(folder) not in (*kinds, None)
     except UserError:
         return False
 
@@ -252,21 +339,6 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path,
                 f"{source} has {key!r} with shape {tuple(state[key].shape)}, the config asks for {tuple(value.shape)}"
             )
     module.load_state_dict(state, assign=assign)
-
-
-def load_release(folder: str | Path, kind: str, build: Callable[[dict[str, Any]], M]) -> M:
-    """The module of a release of `kind` in eval mode; `build` makes it from the constructor arguments.
-
-    Raises:
-        UserError: as `read_release` and `load_strict`, or `build` does not take such arguments.
-    """
-    arguments, state = read_release(folder, kind)
-    try:
-        module = build(arguments)
-    except TypeError as error:
-        raise UserError(f"{Path(folder) / 'config.yaml'}: {error}") from error
-    load_strict(module, state, folder)
-    return module.eval()
 
 
 def weights_digest(*modules: nn.Module) -> str:

@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from engine.codec import load_codec
 from engine.errors import UserError
 from engine.seeding import Blocks
 from engine.shards.reader import Reading, ShardSplit
 from engine.shards.source import is_remote
 from hicodit.conditions.types import windows_of
-from hicodit.features import Clip, FeatureSplit, token_digest
+from hicodit.features import Clip, FeatureSplit
 from hicodit.model import TOKENS_PER_FRAME
-from rvq_codec import RVQCodec
+from hicodit.system import CODECS
 
 SHIFT = 3  # pixels by which a mouth crop may be off in training: the tracker's own jitter and more
 
@@ -103,8 +104,8 @@ class HiCoDiTDataset:
         shards: Mapping[str, Any] | None = None,
         packed: bool = False,
     ) -> None:
-        tokenizer = RVQCodec.from_pretrained(codec)
-        self.split = open_clips(folder, token_digest(tokenizer), Reading(**(shards or {})))
+        tokenizer = load_codec(codec, CODECS)
+        self.split = open_clips(folder, tokenizer.digest(), Reading(**(shards or {})))
         self.augment, self.levels, self.packed = augment, tokenizer.levels, packed
         self.size = min(limit or len(self.split), len(self.split))
         self.blocks: Blocks | None = None

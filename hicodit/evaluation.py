@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from engine.codec import load_codec
 from engine.errors import UserError
 from engine.media.audio import write_wav
 from engine.media.video import write_video
@@ -18,8 +19,7 @@ from hicodit.features import FeatureSplit
 from hicodit.guidance import GuidanceScales
 from hicodit.pipeline import FPS, Crops, HiCoDiTPipeline, Speech
 from hicodit.samplers import SamplerConfig
-from hicodit.system import HiCoDiTSystem, token_digest
-from rvq_codec import RVQCodec
+from hicodit.system import CODECS, HiCoDiTSystem
 
 WAVES, VIDEOS = 4, 2  # that a validation keeps of each split
 
@@ -67,8 +67,8 @@ def evaluate_features(
     Four waves go to `folder`, and two videos of the mouths that they were read from. Without a grammar for the
     recogniser nothing is measured.
     """
-    loaded = RVQCodec.from_pretrained(codec)
-    split = open_clips(features, token_digest(loaded))
+    loaded = load_codec(codec, CODECS)
+    split = open_clips(features, loaded.digest())
     device = next(system.parameters()).device
     pipeline = HiCoDiTPipeline(system, loaded, sampler, guidance, device)
     chosen = torch.linspace(0, len(split) - 1, min(clips, len(split))).round().long().tolist()

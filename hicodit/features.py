@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from engine.codec import Codec
 from engine.errors import UserError
 from engine.faces.clip import find_face
 from engine.files import atomic_output
@@ -27,8 +28,6 @@ from engine.media.video import read_video
 from engine.metrics.speaker import GE2EEncoder
 from hicodit.conditions.released import EncoderConfig
 from hicodit.conditions.types import EXPRESSIONS
-from hicodit.system import token_digest
-from rvq_codec import RVQCodec
 
 SHARD_CLIPS = 200
 FACE_PICTURES = 4
@@ -39,7 +38,7 @@ def shard_count(corpus: Path, split: str) -> int:
     return -(-len(read_manifest(corpus, split)) // SHARD_CLIPS)
 
 
-def shard_is_made(corpus: Path, split: str, index: int, out: Path, symbols: list[str], codec: RVQCodec | None) -> bool:
+def shard_is_made(corpus: Path, split: str, index: int, out: Path, symbols: list[str], codec: Codec | None) -> bool:
     """Whether a shard holds just the clips and phonemes that it should, and its tokens too if a tokenizer is given."""
     listing = out / split / f"visual-{index:05d}.json"
     if not listing.is_file():
@@ -49,7 +48,7 @@ def shard_is_made(corpus: Path, split: str, index: int, out: Path, symbols: list
     held = {clip["id"] for clip in made["clips"]} | {name for name, _ in made["skipped"]}
     if held != wanted or made["symbols"] != symbols:
         return False
-    return codec is None or (out / split / f"tokens-{token_digest(codec)}-{index:05d}.safetensors").is_file()
+    return codec is None or (out / split / f"tokens-{codec.digest()}-{index:05d}.safetensors").is_file()
 
 
 def drop_shards_beyond(corpus: Path, split: str, out: Path) -> int:
@@ -115,9 +114,9 @@ def make_visual_shard(
 
 
 @torch.no_grad()
-def make_token_shard(corpus: Path, split: str, index: int, out: Path, codec: RVQCodec) -> None:
+def make_token_shard(corpus: Path, split: str, index: int, out: Path, codec: Codec) -> None:
     """Write the tokens of the clips of one visual shard (unless they are there)."""
-    path = out / split / f"tokens-{token_digest(codec)}-{index:05d}.safetensors"
+    path = out / split / f"tokens-{codec.digest()}-{index:05d}.safetensors"
     if path.is_file():
         return
     clips = json.loads((out / split / f"visual-{index:05d}.json").read_text())["clips"]

@@ -18,20 +18,20 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from engine.codec import Codec, load_codec
 from engine.errors import UserError
 from engine.faces.clip import ClipFrames, find_face, place_face
 from engine.faces.detectors import FaceDetector
 from engine.faces.strip import Strip
 from engine.faces.track import FaceError, FaceTrack
 from engine.hub import release_folder
-from engine.release import companion
+from engine.release import find_codec
 from hicodit.conditions.types import FPS, Conditions, windows_of
 from hicodit.generation import generate
 from hicodit.guidance import GuidanceScales
+from hicodit.model import TOKENS_PER_FRAME
 from hicodit.samplers import SamplerConfig
-from hicodit.system import HiCoDiTSystem, token_digest
-from rvq_codec import RVQCodec
-from rvq_codec.codec import KIND as CODEC
+from hicodit.system import CODECS, HiCoDiTSystem
 
 MIN_FRAMES = 5  # 0.2 s
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "hicodit_tiny"
@@ -70,7 +70,7 @@ class HiCoDiTPipeline:
     def __init__(
         self,
         system: HiCoDiTSystem,
-        codec: RVQCodec,
+        codec: Codec,
         sampler: SamplerConfig,
         guidance: GuidanceScales,
         device: torch.device | str = "cpu",
@@ -82,10 +82,11 @@ class HiCoDiTPipeline:
         self.detector = detector
         self.seconds: Counter[str] = Counter()  # wall time spent in each stage so far
         wanted = (system.model.config.levels, system.model.config.codes)
-        if wanted != (codec.levels, codec.codebook_size):
+        if wanted != (codec.levels, codec.codes) or codec.frame_rate != TOKENS_PER_FRAME * FPS:
             raise UserError(
-                f"the model speaks {wanted[0]} levels of {wanted[1]} codes, the tokenizer has {codec.levels} of "
-                f"{codec.codebook_size}: give the tokenizer that the model was trained with"
+                f"the model expects {wanted[0]} levels of {wanted[1]} codes at {TOKENS_PER_FRAME * FPS:g} Hz, but the "
+                f"tokenizer has {codec.levels} of {codec.codes} at {codec.frame_rate:g} Hz: give the tokenizer that "
+                "the model was trained with"
             )
 
     @classmethod
@@ -109,11 +110,12 @@ class HiCoDiTPipeline:
             UserError: a folder is missing, of another model, or with wrong shapes.
         """
         folder = release_folder(folder)
-        system, config = HiCoDiTSystem.load(folder, encoders)
+        system = HiCoDiTSystem.from_pretrained(folder, encoders=encoders)
+        config = system.release
         if codec is None:
-            codec = companion(folder, config.get("codec", "rvq_tiny"), CODEC, BUNDLED.parent)
-        loaded = RVQCodec.from_pretrained(codec)
-        if config.get("token_digest") not in (None, token_digest(loaded)):
+            codec = find_codec(folder, config.get("codec", "rvq_tiny"), CODECS, BUNDLED.parent)
+        loaded = load_codec(codec, CODECS)
+        if config.get("token_digest") not in (None, loaded.digest()):
             raise UserError(
                 f"tokenizer {codec} makes other tokens than {folder} was trained on: name its own with codec="
             )

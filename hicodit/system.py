@@ -6,26 +6,21 @@ Axes: B batch, T video frames, F face pictures, S picture side.
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from engine.codec import Codec
 from engine.errors import UserError
-from engine.release import half, load_strict, read_release, save_release, weights_digest
+from engine.release import Released
 from hicodit.conditions.released import EncoderConfig, encoder_config, make_encoders
 from hicodit.conditions.types import EXPRESSIONS, Conditions, window_expressions
 from hicodit.model import HiCoDiT, ModelConfig
 from rvq_codec import RVQCodec
 
-KIND = "hicodit"
+CODECS: dict[str, type[Codec]] = {RVQCodec.kind: RVQCodec}  # the tokenizers that can be chosen
 PICTURES = 512  # face pictures whose expression is read at once
-
-
-def token_digest(codec: RVQCodec) -> str:
-    """Eight hex digits that change when, and only when, the tokens of a wave can change."""
-    return weights_digest(codec.encoder, codec.quantizer)
 
 
 def _unit(pictures: Tensor) -> Tensor:
@@ -33,14 +28,16 @@ def _unit(pictures: Tensor) -> Tensor:
     return pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures
 
 
-class HiCoDiTSystem(nn.Module):
+class HiCoDiTSystem(Released):
     """The score network and the three condition encoders.
 
     Released encoders are used, but they are not part of the state that is trained, saved and loaded.
     """
 
+    kind = "hicodit"
+
     def __init__(self, model: ModelConfig, encoders: EncoderConfig) -> None:
-        super().__init__()
+        super().__init__(model)
         if (model.lip_dim, model.face_dim) != (encoders.lip_dim, encoders.face_dim):
             raise UserError(
                 f"the model wants lip and face features of width {model.lip_dim} and {model.face_dim}, "
@@ -76,31 +73,22 @@ class HiCoDiTSystem(nn.Module):
             expression.append(window_expressions(shown.repeat_interleave(every, 0)[:n]))
         return Conditions(lip, identity, nn.utils.rnn.pad_sequence(expression, batch_first=True), frames)
 
-    def save(self, folder: Path, card: str, extra: dict[str, Any]) -> None:
-        """Write a release folder; `extra` holds the tokenizer's name and the sampling defaults."""
-        save_release(folder, KIND, self.arguments() | extra, half(self.state_dict()), card)
-
     def arguments(self) -> dict[str, Any]:
-        """What `load` makes the same networks from."""
         return {"model": asdict(self.model.config), "encoders": asdict(self.encoders.config)}
 
     @classmethod
-    def load(cls, folder: str | Path, encoders: str | None = None) -> tuple[HiCoDiTSystem, dict[str, Any]]:
-        """The system of a release folder, in eval mode, and its whole config.
+    def from_arguments(cls, arguments: dict[str, Any], encoders: str | None = None) -> HiCoDiTSystem:
+        """As `Released` has it.
 
         Args:
             encoders: folder of the released encoders' checkpoints, where it is another than at training.
 
         Raises:
-            UserError: the folder is missing, of another model, or its shapes do not fit its config.
+            UserError: `encoders` is given for a model with encoders of its own.
         """
-        config, state = read_release(folder, KIND)
-        if encoders is not None and config.get("encoders", {}).get("kind", "tiny") == "tiny":
-            raise UserError(f"encoders={encoders}: the model in {folder} has encoders of its own, leave this out")
-        try:
-            chosen = encoder_config(config["encoders"] | ({"folder": encoders} if encoders is not None else {}))
-            system = cls(ModelConfig(**config["model"]), chosen)
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{Path(folder) / 'config.yaml'} does not describe a HiCoDiT model: {error}") from error
-        load_strict(system, state, folder)
-        return system.eval(), config
+        settings = dict(arguments["encoders"])
+        if encoders is not None and settings.get("kind", "tiny") == "tiny":
+            raise UserError(f"encoders={encoders}: this model has encoders of its own, leave this out")
+        if encoders is not None:
+            settings["folder"] = encoders
+        return cls(ModelConfig(**arguments["model"]), encoder_config(settings))

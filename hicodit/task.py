@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.codec import load_codec
 from engine.errors import UserError
 from engine.release import load_strict
 from engine.shards.source import join
-from engine.training.export import Release
-from engine.training.task import Task
+from engine.training.task import Release, Task
 from hicodit.conditions.released import encoder_config
 from hicodit.conditions.types import Conditions
 from hicodit.diffusion import LogLinearNoise, perturb, stratified_times, weighted_score_entropy
@@ -26,8 +26,7 @@ from hicodit.guidance import GuidanceScales
 from hicodit.layers import AdaLNBlock
 from hicodit.model import TOKENS_PER_FRAME, ModelConfig
 from hicodit.samplers import SamplerConfig
-from hicodit.system import KIND, HiCoDiTSystem, token_digest
-from rvq_codec import RVQCodec
+from hicodit.system import CODECS, HiCoDiTSystem
 
 MIN_TIME = 1e-3  # of the training draw; not the schedule's eps, not the sampler's end
 VALIDATION_STEPS = 16  # enough to tell runs apart, at a quarter of the cost
@@ -85,21 +84,21 @@ class HiCoDiTTask(Task):
         self.validate_splits = validate_splits
         self.sampler, self.guidance = SamplerConfig(**(sampler or {})), GuidanceScales(**(guidance or {}))
         self.noise = LogLinearNoise()
-        tokenizer = RVQCodec.from_pretrained(codec)
-        self.token_digest, c = token_digest(tokenizer), self.system.model.config
-        if (c.levels, c.codes) != (tokenizer.levels, tokenizer.codebook_size):
+        tokenizer = load_codec(codec, CODECS)
+        self.token_digest, c = tokenizer.digest(), self.system.model.config
+        if (c.levels, c.codes) != (tokenizer.levels, tokenizer.codes):
             raise UserError(
                 f"task.model has {c.levels} levels of {c.codes} codes, tokenizer {codec} has {tokenizer.levels} of "
-                f"{tokenizer.codebook_size}: set task.model.levels and task.model.codes to those"
+                f"{tokenizer.codes}: set task.model.levels and task.model.codes to those"
             )
         if init:
             self._start_from(init, new_tokens)
 
     def _start_from(self, init: str, new_tokens: bool) -> None:
         """Take over the weights of a release."""
-        start, made = HiCoDiTSystem.load(init)
+        start = HiCoDiTSystem.from_pretrained(init)
         state = start.state_dict()
-        if made.get("token_digest") not in (None, self.token_digest):
+        if start.release.get("token_digest") not in (None, self.token_digest):
             if not new_tokens:
                 raise UserError(
                     f"init={init} was trained with another tokenizer than task.codec={self.codec}: use that tokenizer, "
@@ -184,20 +183,18 @@ class HiCoDiTTask(Task):
         """The score network; the condition encoders stay as they are."""
         return self.system.model
 
-    def released(self) -> Release:
+    def release_info(self) -> Release:
         extra = {
             "codec": str(self.codec),
             "token_digest": self.token_digest,
             "sampler": asdict(self.sampler),
             "guidance": asdict(self.guidance),
         }
-        return Release(
-            kind=KIND,
-            config=self.system.arguments() | extra,
-            module="system",
+        return self.release_of(
+            "system",
             title="HiCoDiT",
             about=f"Silent video of a face to speech (arXiv 2604.15923), in tokens of `{self.codec.name}`.",
             usage="from hicodit.pipeline import HiCoDiTPipeline\n\n"
             'speech = HiCoDiTPipeline.from_pretrained("FOLDER")("clip.mp4", seed=0)',
-            lora_scale=self.lora_scale,
+            extra=extra,
         )

@@ -92,8 +92,8 @@ def _speed(codec: LiaX, clip: RebuiltClip, chunk: int) -> dict[str, float]:
 
     found = {}
     for name, frames in (("batched", chunk), ("one_by_one", 1)):
-        found[f"motion_{name}"] = rate(lambda frames=frames: codec.motion(video, frames))
-        found[f"render_{name}"] = rate(lambda frames=frames: codec.render(identity, clip.motion, frames))
+        found[f"motion_{name}"] = rate(lambda frames=frames: codec.encode(video, frames))
+        found[f"render_{name}"] = rate(lambda frames=frames: codec.decode(clip.motion, identity, frames))
     return found
 
 

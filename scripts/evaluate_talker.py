@@ -36,11 +36,11 @@ from corpora.synthetic.mouth_opening import MouthReader
 from engine.errors import UserError, run_cli
 from engine.media.audio import read_audio
 from engine.media.corpus import read_manifest
+from engine.media.pictures import identity_to_tensor, to_bytes, video_to_tensor
 from engine.media.video import read_video
 from engine.metrics.recogniser import Recogniser, word_error_rate
 from engine.metrics.resynthesis import fit_length
 from engine.progress import track
-from lia_x.pictures import identity_to_tensor, to_bytes, video_to_tensor
 from talker_t2av.evaluation import speech_end, synchrony
 from talker_t2av.figure import draw
 from talker_t2av.generation import generate
@@ -148,12 +148,14 @@ def floors(pipeline: TalkerPipeline, clips: HeldOut, measures: Measures) -> dict
     """Of the true clips, and of what the codecs leave of them."""
     codec, motion = pipeline.system.speech, pipeline.system.motion
     waves, pictures = [clips.wave(row) for row in clips.rows], [clips.frames(row) for row in clips.rows]
-    decoded = [codec.decode(codec.encode_wave(torch.from_numpy(w)[None, None]))[0, 0].numpy() for w in waves]
+    decoded = [codec.decode(codec.encode(torch.from_numpy(w)[None, None]))[0, 0].numpy() for w in waves]
     decoded = [fit_length(d, len(w)) for d, w in zip(decoded, waves)]
     drawn = []
     for frames, reference in zip(pictures, clips.references):
-        face = identity_to_tensor(clips.frames(reference)[0], motion.config.size)
-        drawn.append(to_bytes(motion.render(face, motion.motion(video_to_tensor(frames, motion.config.size)))))
+        face = identity_to_tensor(clips.frames(reference)[0], motion.size)
+        drawn.append(
+            to_bytes(motion.decode(motion.encode(video_to_tensor(frames, motion.size)), motion.identity(face)))
+        )
     readings = [np.corrcoef(measures.opening(f), row["mouth"]["open"])[0, 1] for f, row in zip(pictures, clips.rows)]
     return {
         "mouth_reader_against_drawn": float(np.mean(readings)),

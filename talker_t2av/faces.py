@@ -14,10 +14,10 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.faces.clip import ClipFrames, find_face, place_face
+from engine.faces.square import centre_square, portrait_square
 from engine.faces.track import FaceError, read_boxes
 from engine.media.ffmpeg import check_readable
 from engine.media.video import iter_video
-from lia_x.crop import centre_square, portrait_square
 from talker_t2av.model import FPS
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")

@@ -21,49 +21,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engine.codec import Codec, PortraitCodec
 from engine.errors import UserError
 from engine.files import atomic_output
-from engine.hub import release_folder
 from engine.media.audio import read_audio, resample
 from engine.media.corpus import read_manifest
+from engine.media.pictures import video_to_tensor
 from engine.media.video import read_video
 from engine.nn.mel import RATE
-from engine.release import weights_digest
-from lia_x.codec import LiaX
-from lia_x.pictures import video_to_tensor
 from talker_t2av.speaker.encoder import VoiceEncoder, WavLMEncoder
-from whisperx_vae.codec import WhisperXVAE
+from talker_t2av.system import load_motion, load_speaker, load_speech
 
 FPS = 25
 SLACK = 2  # frames by which sound and picture of a clip may differ; the longer is cut
 MIN_STD = 1e-6
 
 
-def load_motion(folder: str | Path) -> LiaX:
-    """The motion codec, channels last: the same convolutions in nearly half the time on a CPU."""
-    return LiaX.from_pretrained(folder).to(memory_format=torch.channels_last)
-
-
-def load_speaker(path: str | Path) -> VoiceEncoder | WavLMEncoder:
-    """The speaker encoder of a release folder, or the released one."""
-    path = release_folder(path)
-    return (VoiceEncoder if (path / "config.yaml").is_file() else WavLMEncoder).from_pretrained(path)
-
-
-def speech_digest(codec: WhisperXVAE) -> str:
-    return weights_digest(codec.encoder, codec.whisper, codec.in_proj)
-
-
-def motion_digest(codec: LiaX) -> str:
-    return weights_digest(codec.encoder)
-
-
 @dataclass(frozen=True)
 class FeatureEncoders:
     """The frozen networks that make the features."""
 
-    speech: WhisperXVAE
-    motion: LiaX
+    speech: Codec
+    motion: PortraitCodec
     speaker: VoiceEncoder | WavLMEncoder
 
     @classmethod
@@ -73,14 +52,14 @@ class FeatureEncoders:
         Raises:
             UserError: a folder or file is missing, damaged, or of another model.
         """
-        return cls(WhisperXVAE.from_pretrained(speech), load_motion(motion), load_speaker(speaker))
+        return cls(load_speech(speech), load_motion(motion), load_speaker(speaker))
 
     def digests(self) -> dict[str, str]:
         """By tensor of the feature files, the digest of what makes it."""
         return {
-            "speech": speech_digest(self.speech),
-            "motion": motion_digest(self.motion),
-            "speaker": weights_digest(self.speaker),
+            "speech": self.speech.digest(),
+            "motion": self.motion.digest(),
+            "speaker": self.speaker.digest(),
         }
 
 
@@ -112,7 +91,7 @@ def stale_clips(root: Path, corpus: Path, split: str, digests: dict[str, str]) -
     return [row["id"] for row in rows if made_with(feature_path(root, split, row["id"])) != digests]
 
 
-def read_source(corpus: Path, split: str, name: str, codec: WhisperXVAE) -> Source:
+def read_source(corpus: Path, split: str, name: str, codec: Codec) -> Source:
     """CORPUS/SPLIT/NAME.wav and .mp4 as one clip.
 
     Raises:
@@ -139,15 +118,15 @@ def encode(clips: Sequence[Source], encoders: FeatureEncoders, wanted: Sequence[
     features: list[dict[str, Tensor]] = [{} for _ in clips]
     waves = torch.from_numpy(np.stack([clip.wave for clip in clips]))  # (B, N)
     if "speech" in wanted:
-        for own, latents in zip(features, encoders.speech.encode_wave(waves[:, None])):
+        for own, latents in zip(features, encoders.speech.encode(waves[:, None])):
             own["speech"] = latents
     if "speaker" in wanted:
         for own, wave in zip(features, resample(waves, encoders.speech.sample_rate, RATE)):
             own["speaker"] = encoders.speaker.embed(wave)
     if "motion" in wanted:
         for own, clip in zip(features, clips):
-            video = video_to_tensor(clip.frames, encoders.motion.config.size)
-            own["motion"] = encoders.motion.motion(video.contiguous(memory_format=torch.channels_last))
+            video = video_to_tensor(clip.frames, encoders.motion.size)
+            own["motion"] = encoders.motion.encode(video)
     return [{name: x.cpu().half().contiguous() for name, x in own.items()} for own in features]
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from engine.errors import UserError
 from engine.media.audio import read_audio, resample
 from engine.media.ffmpeg import probe
+from engine.media.pictures import identity_to_tensor, video_to_tensor
 from engine.nn.mel import pad_or_trim
-from lia_x.pictures import identity_to_tensor, video_to_tensor
 from talker_t2av import official
 from talker_t2av.data import HOP, HOP16, MAX_FRAMES, RATE, RATE16
 from talker_t2av.faces import CROPS, Square, find_square, is_picture, read_square
@@ -193,7 +193,7 @@ class Reference:
         if self.square.remark:
             self.remarks.append(self.square.remark)
         blocks = read_square(self.job.reference_video, self.square, 1, self.square.first)
-        return identity_to_tensor(next(blocks)[0], self.system.motion.config.size)
+        return identity_to_tensor(next(blocks)[0], self.system.motion.size)
 
     def _say_if_cut(self, path: str, seconds: float) -> None:
         if seconds > MAX_FRAMES / FPS:
@@ -310,13 +310,13 @@ def encode_speech(system: TalkerSystem, wave: Tensor | np.ndarray) -> Tensor:
     wave = torch.as_tensor(wave)
     if len(wave) < HOP:
         raise UserError(f"{len(wave) / RATE:.3f} s of sound is too short: give {HOP / RATE} s or more")
-    return system.speech.encode_wave(wave[None, None].to(system.device))[0].cpu()
+    return system.speech.encode(wave[None, None].to(system.device))[0].cpu()
 
 
 def encode_motion(system: TalkerSystem, frames: np.ndarray) -> Tensor:
     """Square frames (F, S, S, 3) uint8 -> motion (F, Dm) on the CPU, not normalised."""
     codec = system.motion
-    return codec.motion(video_to_tensor(frames, codec.config.size)).cpu()
+    return codec.encode(video_to_tensor(frames, codec.size)).cpu()
 
 
 def _check_given(frames: int, what: str) -> None:

@@ -18,13 +18,12 @@ from transformers.masking_utils import sdpa_mask
 
 from engine.errors import UserError
 from engine.nn.packing import Packing
-from engine.release import half, load_strict, read_release, save_release
+from engine.release import Released, load_strict
 from talker_t2av import released as names
 from talker_t2av.diffusion_head import DiffusionHead, FlowHead
 from talker_t2av.patch_encoder import PatchEncoder
 from talker_t2av.stop_predictor import StopPredictor
 
-KIND = "talker_t2av"
 PACKED = "packed_sdpa"  # our name for it among the attention functions of transformers
 TTS, T2AV, V2A, A2V = range(4)  # rows of the task embedding; released models have the first two
 FPS = 25  # latent frames a second, speech and motion
@@ -80,12 +79,14 @@ AttentionInterface.register(PACKED, _attention)
 AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 
-class TalkerT2AV(nn.Module):
+class TalkerT2AV(Released):
     """Text and patches of speech and motion in, hidden states out; heads that draw the next patches from them."""
 
+    kind = "talker_t2av"
+
     def __init__(self, config: TalkerConfig) -> None:
-        super().__init__()
-        self.config = c = config
+        super().__init__(config)
+        c = config
         llm = Qwen3Config(**{"rope_theta": 1e6, "tie_word_embeddings": True, "use_cache": False, **c.llm})
         self.width = width = llm.hidden_size
         if c.tasks not in (2, 4):
@@ -154,40 +155,27 @@ class TalkerT2AV(nn.Module):
         config = config or TalkerConfig(**names.released_fields(state))
         with torch.device("meta"):
             model = cls(config)
-        return model.take(state, "the state dict" if isinstance(source, dict) else source)
+        model.take(state, "the state dict" if isinstance(source, dict) else source)
+        return model.eval()
 
-    def take(self, state: dict[str, Tensor], source: str | Path) -> TalkerT2AV:
-        """Make the tensors of `state` (released names) the model's own, in float32; gives the model in eval mode."""
+    def take(self, state: dict[str, Tensor], source: str | Path) -> None:
+        """Make the tensors of `state` (released names) the model's own, in float32."""
         state = names.complete({k: v.float() for k, v in state.items()}, self)
         load_strict(self, state, source, assign=True)
         self.llm.tie_weights()
         # The language model's frequencies are no part of a state dict: a model made on the meta device lacks them.
         self.llm.model.rotary_emb = type(self.llm.model.rotary_emb)(config=self.llm.config)
-        return self.eval()
 
-    def save(self, folder: str | Path, card: str, extra: dict[str, Any] | None = None) -> None:
-        """Write a release folder in half precision; `extra` joins `model` in its config.yaml."""
-        save_release(folder, KIND, {"model": asdict(self.config), **(extra or {})}, half(names.stored(self)), card)
+    def arguments(self) -> dict[str, Any]:
+        return {"model": asdict(self.config)}
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> TalkerT2AV:
-        """The model of a release folder, in eval mode. Raises UserError, as `load` does."""
-        return cls.load(folder)[0]
+    def from_arguments(cls, arguments: dict[str, Any]) -> TalkerT2AV:
+        with torch.device("meta"):
+            return cls(TalkerConfig(**arguments["model"]))
 
-    @classmethod
-    def load(cls, folder: str | Path) -> tuple[TalkerT2AV, dict[str, Any]]:
-        """The model of a release folder, in eval mode, and the folder's whole config.
-
-        Raises:
-            UserError: the folder is missing, of another model, or its shapes do not fit its config.
-        """
-        config, state = read_release(folder, KIND)
-        try:
-            with torch.device("meta"):
-                model = cls(TalkerConfig(**config["model"]))
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{Path(folder) / 'config.yaml'} does not describe a Talker-T2AV model: {error}") from error
-        return model.take(state, folder), config
+    def stored(self) -> dict[str, Tensor]:
+        return names.stored(self)
 
 
 def _masked(x: Tensor, valid: Tensor | None) -> Tensor:

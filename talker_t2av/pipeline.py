@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lia_x.pictures import to_bytes
+from engine.media.pictures import to_bytes
 from talker_t2av.data import HOP, RATE
 from talker_t2av.generation import PatchLoop, Result, Step
 from talker_t2av.jobs import Job, PreparedJob, prepare_job
@@ -247,8 +247,9 @@ class Face:
             self.left -= len(motion)
         if not len(motion):
             return None
-        parts = self.system.motion.render_chunks(self.identity, motion)
-        return np.concatenate([to_bytes(part) for part in parts])
+        codec = self.system.motion
+        # A minute of float frames takes 4.7 GB at 512 pixels.
+        return np.concatenate([to_bytes(codec.decode(part, self.identity)) for part in motion.split(64)])
 
 
 def _samples(wave: Tensor) -> np.ndarray:

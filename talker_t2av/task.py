@@ -16,24 +16,22 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.media.audio import write_wav
+from engine.media.pictures import identity_to_tensor, to_bytes
 from engine.media.video import write_video
 from engine.metrics.recogniser import Recogniser, word_error_rate
 from engine.release import load_strict
-from engine.training.export import Release
-from engine.training.task import Task
-from lia_x.codec import LiaX
-from lia_x.pictures import identity_to_tensor, to_bytes
+from engine.training.task import Release, Task
 from talker_t2av import released as names
 from talker_t2av.data import MotionStats, TalkerShards, byte_tokenizer
 from talker_t2av.faces import find_square, read_square
 from talker_t2av.generation import Result, generate
 from talker_t2av.layers import Block
 from talker_t2av.losses import TalkerBatch, drifted, training_forward, training_losses
-from talker_t2av.model import A2V, FPS, KIND, T2AV, TTS, V2A, TalkerConfig, TalkerT2AV
+from talker_t2av.model import A2V, FPS, T2AV, TTS, V2A, TalkerConfig, TalkerT2AV
 from talker_t2av.request import MODES, Request, Sampling
 from talker_t2av.shards import digests_of, open_examples
+from talker_t2av.system import load_motion, load_speech
 from talker_t2av.text import TalkerTokenizer
-from whisperx_vae.codec import WhisperXVAE
 
 WAVES, VIDEOS = 4, 2  # that a validation keeps of each split
 
@@ -146,7 +144,7 @@ class TalkerTask(Task):
         if self.validation is None:
             return {}
         device = self.model.task_embedding.weight.device
-        codec = WhisperXVAE.from_pretrained(self.codecs["speech"]).to(device)
+        codec = load_speech(self.codecs["speech"]).to(device)
         results: dict[str, float] = {}
         c = self.model.config
         for split in self.validation["splits"]:
@@ -177,35 +175,32 @@ class TalkerTask(Task):
         clips = [Path(self.validation["root"]) / split / f"{name}.mp4" for name in ids[:VIDEOS]]
         if not all(clip.is_file() for clip in clips):
             return
-        codec = LiaX.from_pretrained(self.codecs["motion"]).to(self.model.task_embedding.weight.device)
+        codec = load_motion(self.codecs["motion"]).to(self.model.task_embedding.weight.device)
         for clip, result, wave in zip(clips, spoken, waves):
             (frame,) = next(read_square(clip, find_square(clip, 1), 1))
-            face = identity_to_tensor(frame, codec.config.size)
+            face = identity_to_tensor(frame, codec.size)
             if result.motion is not None and len(result.motion):
-                pictures = codec.render(face, self.stats.restore(result.motion.cpu()))
+                pictures = codec.decode(self.stats.restore(result.motion.cpu()), codec.identity(face))
                 write_video(folder / clip.name, to_bytes(pictures), FPS, wave, rate)
 
     def adapted(self) -> nn.Module:
         """Backbone, patch encoders and heads."""
         return self.model
 
-    def released(self) -> Release:
+    def release_info(self) -> Release:
         extra = {
             "motion": {"mean": self.stats.mean.tolist(), "std": self.stats.std.tolist()},
             "codecs": {stream: str(path) for stream, path in self.codecs.items()},
             "digests": self.digests,
             "sampling": asdict(self.sampling),
         }
-        return Release(
-            kind=KIND,
-            config={"model": asdict(self.model.config), **extra},
-            module="model",
+        return self.release_of(
+            "model",
             title="Talker-T2AV",
             about="Text, a voice and a face to speech and a talking face.",
             usage="from talker_t2av.pipeline import TalkerPipeline\n\n"
             'talk = TalkerPipeline.from_pretrained("FOLDER").t2av("hello", "voice.wav", "face.mp4")',
-            left_out=tuple(sorted(self.model.state_dict().keys() - names.stored(self.model).keys())),
-            lora_scale=self.lora_scale,
+            extra=extra,
         )
 
     def release_files(self, folder: Path) -> None:

@@ -6,23 +6,20 @@ Pictures are RGB in [-1, 1], (3, S, S); videos (T, 3, S, S); motion codes (T, M)
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from engine.codec import PortraitCodec
 from engine.errors import UserError
-from engine.hub import release_folder
-from engine.release import half, load_release, load_strict, save_release
+from engine.release import load_strict, weights_digest
 from lia_x.decoder import Decoder
 from lia_x.encoder import Encoder
-from lia_x.released import from_released
-
-KIND = "lia_x"
-RELEASED_FILE = "lia-x.pt"
+from lia_x.released import find_official, read_official
 
 
 @dataclass(frozen=True)
@@ -87,16 +84,20 @@ class Identity:
     maps: list[Tensor]
 
 
-class LiaX(nn.Module):
+class LiaX(PortraitCodec):
     """Encoder, motion directions and decoder.
 
     The calls under "inference" run without gradients on the module's device, in chunks over time; a trainer uses
     `encoder` and `decoder` (or `forward`) directly.
     """
 
+    kind = "lia_x"
+    Config = LiaXConfig
+    sample_rate = 25
+
     def __init__(self, config: LiaXConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
+        self.size, self.channels = config.size, config.motion_dim
         style_dim = config.style_dim * config.scale
         self.encoder = Encoder(config.widths, config.base, style_dim, config.motion_dim)
         self.decoder = Decoder(config.widths, config.base, style_dim, config.motion_dim, config.depth)
@@ -120,21 +121,15 @@ class LiaX(nn.Module):
         return Identity(style, maps)
 
     @torch.no_grad()
-    def motion(self, video: Tensor, chunk: int = 8) -> Tensor:
+    def encode(self, video: Tensor, chunk: int = 8) -> Tensor:
         """(T, 3, S, S) -> absolute motion codes (T, M)."""
         video = self._pictures(video, "video", move=False)
-        device = self._device()
-        return torch.cat([self.encoder.motion(part.to(device)) for part in video.split(_checked_chunk(chunk))])
+        return torch.cat([self.encoder.motion(part.to(self._device())) for part in video.split(_checked_chunk(chunk))])
 
-    def render(self, identity: Tensor | Identity, motion: Tensor, chunk: int = 8) -> Tensor:
-        """Identity picture (3, S, S) and absolute motion codes (T, M) -> frames (T, 3, S, S), not clamped."""
-        return torch.cat(list(self.render_chunks(identity, motion, chunk)))
-
-    def render_chunks(self, identity: Tensor | Identity, motion: Tensor, chunk: int = 8) -> Iterator[Tensor]:
-        """`render`, `chunk` frames at a time: at 512 pixels a minute of float frames takes 4.7 GB."""
+    def decode(self, motion: Tensor, identity: Tensor | Identity, chunk: int = 8) -> Tensor:
+        """Absolute motion codes (T, M) and an identity, or its picture (3, S, S) -> (T, 3, S, S), not clamped."""
         identity = identity if isinstance(identity, Identity) else self.identity(identity)
-        motion = self._codes(motion)
-        return self._decode(identity, chunk, motion)
+        return self._decode(identity, chunk, self._codes(motion))
 
     def animate(
         self,
@@ -154,14 +149,14 @@ class LiaX(nn.Module):
         Returns:
             Frames (T, 3, S, S), not clamped; the first is the (edited) source itself.
         """
-        identity, codes = self.identity(source), self.motion(driving, chunk)
+        identity, codes = self.identity(source), self.encode(driving, chunk)
         edited = self._edited(identity, edit_indices, edit_values)
-        return torch.cat(list(self._decode(identity, chunk, codes, edited, codes[:1])))
+        return self._decode(identity, chunk, codes, edited, codes[:1])
 
     def edit_image(self, picture: Tensor, edit_indices: Sequence[int], edit_values: Sequence[float]) -> Tensor:
         """(3, S, S) with amounts added to entries of its motion code -> (1, 3, S, S), not clamped."""
         identity = self.identity(picture)
-        return self.render(identity, self._edited(identity, edit_indices, edit_values))
+        return self.decode(self._edited(identity, edit_indices, edit_values), identity)
 
     def edit_video(
         self, video: Tensor, edit_indices: Sequence[int], edit_values: Sequence[float], chunk: int = 8
@@ -187,13 +182,12 @@ class LiaX(nn.Module):
         identity = self.identity(picture)
         codes = self._edited(identity, edit_indices, [0.0] * len(edit_values)).repeat(64, 1)
         codes[:, list(edit_indices)] += amounts.cumsum(0).to(codes)
-        return self.render(identity, codes, chunk)
+        return self.decode(codes, identity, chunk)
 
     @torch.no_grad()
-    def _decode(self, identity: Identity, chunk: int, target: Tensor, *relative: Tensor) -> Iterator[Tensor]:
-        for codes in target.split(_checked_chunk(chunk)):
-            style = self.decoder.navigate(identity.style, codes, *relative)
-            yield self.decoder(style, identity.maps)
+    def _decode(self, identity: Identity, chunk: int, target: Tensor, *relative: Tensor) -> Tensor:
+        navigate, parts = self.decoder.navigate, target.split(_checked_chunk(chunk))
+        return torch.cat([self.decoder(navigate(identity.style, codes, *relative), identity.maps) for codes in parts])
 
     @torch.no_grad()
     def _edited(self, identity: Identity, indices: Sequence[int], values: Sequence[float]) -> Tensor:
@@ -217,12 +211,14 @@ class LiaX(nn.Module):
         if pictures.ndim != 4 or pictures.shape[1:] != (3, side, side) or (one and len(pictures) != 1):
             raise UserError(
                 f"{what} of shape {tuple(pictures.shape)}: this model takes {'one' if one else ''} RGB pictures of "
-                f"{side} x {side} (lia_x.pictures resizes them)"
+                f"{side} x {side} (engine.media.pictures resizes them)"
             )
         if not len(pictures):
             raise UserError(f"{what} without frames: give one or more")
         if not pictures.is_floating_point():
-            raise UserError(f"{what} of {pictures.dtype}: give floats in [-1, 1] (lia_x.pictures converts bytes)")
+            raise UserError(
+                f"{what} of {pictures.dtype}: give floats in [-1, 1] (engine.media.pictures converts bytes)"
+            )
         return pictures.to(self._device()) if move else pictures
 
     def _codes(self, motion: Tensor) -> Tensor:
@@ -230,57 +226,26 @@ class LiaX(nn.Module):
             raise UserError(f"motion of shape {tuple(motion.shape)}: give (frames, {self.config.motion_dim})")
         return motion.to(self._device(), torch.float32)
 
-    # Files -------------------------------------------------------------------------------------------------------
+    def digest(self) -> str:
+        return weights_digest(self.encoder)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> LiaX:
-        """Load a release folder of this project, or the official `lia-x.pt` (the file, or a folder that holds it).
+    def from_official(cls, path: Path) -> LiaX | None:
+        """The official `lia-x.pt`: the file, or a folder that holds it."""
+        file = find_official(path)
+        return None if file is None else cls.from_tensors(*read_official(file), file)
+
+    @classmethod
+    def from_tensors(cls, sizes: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> LiaX:
+        """A codec with these fields of its config that takes `state` as it is: nothing is initialised or copied.
 
         Raises:
-            UserError: the path or a file is missing or damaged, or keys or shapes do not fit.
+            UserError: a tensor is missing, unknown or of another shape; the message names `source`.
         """
-        path = release_folder(path)
-        if (path / RELEASED_FILE).is_file():
-            path = path / RELEASED_FILE
-        if path.is_file():
-            return _load_official(path)
-        return load_release(path, KIND, lambda arguments: cls(LiaXConfig(**arguments)))
-
-    def save(self, folder: str | Path, card: str) -> Path:
-        """Write a release folder in half precision, with `card` as its README."""
-        return save_release(folder, KIND, asdict(self.config), half(self.state_dict()), card)
-
-
-def released_config(state: dict[str, Tensor]) -> LiaXConfig:
-    """The config of a state dict in released names: the widths follow from the shapes, the rest is the same for all.
-
-    Raises:
-        UserError: a tensor that tells a width is missing.
-    """
-    try:
-        style_dim, motion_dim = state["dec.direction.weight"].shape
-        scale = state["enc.enc_2r.block1.0.weight"].shape[0] // LiaXConfig.width
-    except KeyError as error:
-        raise UserError(f"not a LIA-X checkpoint: it has no tensor {error}") from error
-    return LiaXConfig(style_dim=style_dim // max(scale, 1), motion_dim=motion_dim, scale=scale)
-
-
-def load_released(state: dict[str, Tensor], source: str | Path, config: LiaXConfig | None = None) -> LiaX:
-    """A `LiaX` that holds the tensors of `state` (released names); nothing is initialised or copied."""
-    with torch.device("meta"):
-        model = LiaX(config or released_config(state))
-    load_strict(model, from_released(model, state), source, assign=True)
-    return model.eval()
-
-
-def _load_official(path: Path) -> LiaX:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{path} is not a readable LIA-X checkpoint ({error}); download it again") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} is not a flat state dict: give the official {RELEASED_FILE}")
-    return load_released({key: value.float() for key, value in state.items()}, path)
+        with torch.device("meta"):
+            codec = cls(LiaXConfig(**sizes))
+        load_strict(codec, state, source, assign=True)
+        return codec.eval()
 
 
 def _checked_chunk(chunk: int) -> int:

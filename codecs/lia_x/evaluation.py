@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from engine.media.corpus import read_manifest
+from engine.media.pictures import identity_to_tensor, to_bytes, video_to_tensor
 from engine.media.video import read_video
 from engine.metrics.picture import psnr, ssim
 from lia_x.codec import LiaX
-from lia_x.pictures import identity_to_tensor, to_bytes, video_to_tensor
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ def rebuild(codec: LiaX, path: str | Path) -> RebuiltClip:
     """A clip from its first frame and the motion codes of all its frames."""
     frames, size = read_video(path), codec.config.size
     video = video_to_tensor(frames, size)
-    motion = codec.motion(video)
-    rebuilt = codec.render(identity_to_tensor(frames[0], size), motion)
+    motion = codec.encode(video)
+    rebuilt = codec.decode(motion, identity_to_tensor(frames[0], size))
     return RebuiltClip(Path(path).stem, to_bytes(video + 0.5 / 127.5), to_bytes(rebuilt), motion.cpu())
 
 

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.media.video import write_video
-from engine.training.export import Release
-from engine.training.task import Task
-from lia_x.codec import KIND, LiaX, LiaXConfig
+from engine.training.task import Release, Task
+from lia_x.codec import LiaX, LiaXConfig
 from lia_x.evaluation import measure, rebuild_clips, strip
 from lia_x.losses import Discriminator, Perceptual, pyramid_l1, region_weights, structural
 
@@ -194,11 +193,9 @@ class LiaXTask(Task):
             cv2.imwrite(str(folder / f"{split}.png"), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
         return results
 
-    def released(self) -> Release:
-        return Release(
-            kind=KIND,
-            config=asdict(self.codec.config),
-            module="codec",
+    def release_info(self) -> Release:
+        return self.release_of(
+            "codec",
             title="LIA-X",
             about="Portrait video to motion codes, one a frame, and back to video with a source picture.",
             usage='from lia_x import LiaX\n\ncodec = LiaX.from_pretrained("FOLDER")',

@@ -41,11 +41,11 @@ def evaluate(
         `wer_clean`, `wer_N`, `pesq_N`, `stoi_N` (those whose package is installed; means over clips, word error rate
         over words), `perplexity` and `used` (share of codes that occur), each a list with one entry a level.
     """
-    counts = torch.zeros(codec.levels, codec.codebook_size, dtype=torch.int64)
+    counts = torch.zeros(codec.levels, codec.codes, dtype=torch.int64)
     versions: dict[str, list[np.ndarray]] = {str(n): [] for n in levels}
     for clip in clips:
         codes, waves = resynthesise(codec, clip, levels)
-        counts += count_codes(codes, codec.codebook_size)
+        counts += count_codes(codes, codec.codes)
         for n, wave in waves.items():
             versions[str(n)].append(wave)
     results: dict[str, float | list[float]] = dict(score(clips, versions, codec.sample_rate, grammar))

@@ -23,10 +23,9 @@ from engine.nn.audio_losses import (
 )
 from engine.nn.dac import DownBlock, UpBlock
 from engine.nn.discriminators import WaveDiscriminators
-from engine.training.export import Release
-from engine.training.task import Task
+from engine.training.task import Release, Task
 from rvq_codec.codebooks import count_codes, restart_dead_codes, warm_start
-from rvq_codec.codec import KIND, RVQCodec, RVQCodecConfig
+from rvq_codec.codec import RVQCodec, RVQCodecConfig
 from rvq_codec.evaluation import evaluate, resynthesise
 from rvq_codec.latent_targets import SpeechFeatures
 from rvq_codec.vocos import ConvNeXtBlock
@@ -238,7 +237,7 @@ class RVQCodecTask(Task):
         vectors = z.transpose(1, 2).flatten(0, 1).float()[: len(self.pooled)]
         self.pooled.copy_(torch.cat([self.pooled[len(vectors) :], vectors]))
         if quantized is not None:
-            self.counts += count_codes(quantized.codes, self.codec.codebook_size)
+            self.counts += count_codes(quantized.codes, self.codec.codes)
 
     def _tend_codebooks(self, step: int) -> None:
         """Warm start at `quantizer_start`, restarts of dead codes later; the first levels are kept to the mel bands.
@@ -279,11 +278,9 @@ class RVQCodecTask(Task):
             device=self.step.device,
         )
 
-    def released(self) -> Release:
-        return Release(
-            kind=KIND,
-            config=asdict(self.codec.config),
-            module="codec",
+    def release_info(self) -> Release:
+        return self.release_of(
+            "codec",
             title="RVQ codec",
             about="A 24-kHz wave to discrete tokens, and back.",
             usage="from rvq_codec import RVQCodec\n\n"

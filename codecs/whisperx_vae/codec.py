@@ -7,24 +7,25 @@ Waves (B, 1, N) in [-1, 1], latents (B, T, Z). One latent frame is `hop` samples
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import WhisperConfig
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.models.whisper.modeling_whisper import WhisperEncoder, sinusoids
 
+from engine.codec import Codec
 from engine.errors import UserError
-from engine.hub import release_folder
 from engine.media.audio import resample
 from engine.nn.dac import DACDecoder, DACEncoder, WNConv1d
 from engine.nn.mel import HOP, RATE, log_mel, pad_or_trim
-from engine.release import half, load_release, save_release
+from engine.release import load_strict, weights_digest
+from whisperx_vae.released import find_official, read_official
 
-KIND = "whisperx_vae"
+POSITIONS = "whisper.embed_positions.weight"
 
 
 @dataclass(frozen=True)
@@ -97,24 +98,21 @@ def build_whisper(config: WhisperXVAEConfig) -> WhisperEncoder:
     )
 
 
-class WhisperXVAE(nn.Module):
-    """Acoustic encoder, Whisper encoder, Gaussian bottleneck, acoustic decoder.
+class WhisperXVAE(Codec):
+    """Acoustic encoder, Whisper encoder, Gaussian bottleneck, acoustic decoder."""
 
-    Attributes:
-        sample_rate: in Hz.
-        hop: samples of a latent frame.
-        latent_dim: Z.
-    """
+    kind = "whisperx_vae"
+    Config = WhisperXVAEConfig
 
     def __init__(self, config: WhisperXVAEConfig):
-        super().__init__()
-        self.config = config
-        self.sample_rate, self.hop, self.latent_dim = config.sample_rate, config.hop, config.latent_dim
+        super().__init__(config)
+        self.sample_rate, self.hop, self.channels = config.sample_rate, config.hop, config.latent_dim
         self.encoder = DACEncoder(config.encoder_width, config.encoder_ratios, config.hidden)
         self.whisper = build_whisper(config)
         self.in_proj = WNConv1d(config.hidden, 2 * config.latent_dim, 1)
         self.out_proj = WNConv1d(config.latent_dim, config.hidden, 1)
         self.decoder = DACDecoder(config.hidden, config.decoder_width, config.decoder_ratios)
+        self.reach = self.decoder.reach
 
     def frames(self, samples: int) -> int:
         """Latent frames of a wave of `samples` samples: floor(N / 960) for the released ratios."""
@@ -165,8 +163,8 @@ class WhisperXVAE(nn.Module):
         return mean, scale
 
     @torch.no_grad()
-    def encode(self, wave: Tensor, mel: Tensor) -> Tensor:
-        """Wave (B, 1, N) at 24 kHz and mel (B, M, 2 * context) of the same sound -> posterior means (B, T, Z)."""
+    def encode_window(self, wave: Tensor, mel: Tensor) -> Tensor:
+        """Wave (B, 1, N) at 24 kHz, at most Whisper's window, and its mel (B, M, 2 * context) -> means (B, T, Z)."""
         return self.posterior(wave, mel)[0].transpose(1, 2)
 
     @torch.no_grad()
@@ -178,10 +176,10 @@ class WhisperXVAE(nn.Module):
         device = self.in_proj.weight_g.device
         frames = min(int(len(wave16) / RATE * self.sample_rate / self.hop), self.config.max_frames)
         wave = wave24[: max(1, frames) * self.hop].to(device)
-        return self.encode(wave[None, None], self.mel(wave16[None].to(device)))[0]
+        return self.encode_window(wave[None, None], self.mel(wave16[None].to(device)))[0]
 
     @torch.no_grad()
-    def encode_wave(self, wave: Tensor) -> Tensor:
+    def encode(self, wave: Tensor) -> Tensor:
         """Waves (B, 1, N) at 24 kHz of any length -> posterior means (B, N // hop, Z), computed on the model's device.
 
         What is longer than Whisper's window is encoded in windows that overlap by a quarter; every frame is taken from
@@ -196,14 +194,14 @@ class WhisperXVAE(nn.Module):
         wave = wave.to(self.in_proj.weight_g.device)
         wave16 = resample(wave[:, 0], self.sample_rate, RATE)
         if frames <= most:
-            return self.encode(wave[..., : frames * self.hop], self.mel(wave16))
-        latents = wave.new_empty(len(wave), frames, self.latent_dim)
+            return self.encode_window(wave[..., : frames * self.hop], self.mel(wave16))
+        latents = wave.new_empty(len(wave), frames, self.channels)
         margin = most // 8
         starts = [*range(0, frames - most, most - 2 * margin), frames - most]
         for start in starts:
             piece = wave[..., start * self.hop : (start + most) * self.hop]
             first = start * self.hop * RATE // self.sample_rate
-            found = self.encode(piece, self.mel(wave16[:, first:]))
+            found = self.encode_window(piece, self.mel(wave16[:, first:]))
             skipped = margin if start else 0
             latents[:, start + skipped : start + most] = found[:, skipped:]
         return latents
@@ -214,51 +212,31 @@ class WhisperXVAE(nn.Module):
         Raises:
             UserError: the latents have another shape or no frame.
         """
-        if latents.ndim != 3 or latents.shape[2] != self.latent_dim or not latents.shape[1]:
+        if latents.ndim != 3 or latents.shape[2] != self.channels or not latents.shape[1]:
             raise UserError(
-                f"latents of shape {tuple(latents.shape)}: give (batch, frames, {self.latent_dim}) with a frame or more"
+                f"latents of shape {tuple(latents.shape)}: give (batch, frames, {self.channels}) with a frame or more"
             )
         return self.decoder(self.out_proj(latents.transpose(1, 2)))
 
-    @torch.no_grad()
-    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Latents (B, t, Z), chunk after chunk, t >= 0 -> waves (B, 1, n), whose sum is `decode` of all latents.
-
-        A frame's sound depends on `decoder.reach` frames before and after it (8 each, 0.32 s, in the released network).
-        So it is given out as soon as that many later frames are there, and decoded with that many earlier ones: chunks
-        join exactly, up to the rounding of convolutions of another length (1e-5 in float32). The last wave comes when
-        `chunks` ends; a chunk that completes no frame yields nothing.
-        """
-        before, after = self.decoder.reach
-        kept: Tensor | None = None  # the latest frames, of which the first `known` have been given out
-        known = 0
-        for chunk in chunks:
-            kept = chunk if kept is None else torch.cat([kept, chunk], 1)
-            ready = kept.shape[1] - after
-            if ready > known:
-                yield self.decode(kept)[..., known * self.hop : ready * self.hop]
-                dropped = max(0, ready - before)
-                kept, known = kept[:, dropped:], ready - dropped
-        if kept is not None and kept.shape[1] > known:
-            yield self.decode(kept)[..., known * self.hop :]
+    def digest(self) -> str:
+        return weights_digest(self.encoder, self.whisper, self.in_proj)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> WhisperXVAE:
-        """Load a release folder of this project, or the official Lightning checkpoint (the file or its folder).
+    def from_official(cls, path: Path) -> WhisperXVAE | None:
+        """The official Lightning checkpoint: the file, or a folder that holds it."""
+        file = find_official(path)
+        return None if file is None else cls.from_tensors(*read_official(file), file)
+
+    @classmethod
+    def from_tensors(cls, sizes: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> WhisperXVAE:
+        """A codec with these fields of its config that takes `state` as it is: nothing is initialised or copied.
 
         Raises:
-            UserError: the path or a file is missing or damaged, or keys or shapes do not fit.
+            UserError: a tensor is missing or has another shape; the message names `source`.
         """
-        from whisperx_vae.released import find_checkpoint, load_checkpoint
-
-        path = release_folder(path)
-        checkpoint = find_checkpoint(path)
-        if checkpoint is not None:
-            return load_checkpoint(checkpoint)
-        return load_release(path, KIND, lambda arguments: cls(WhisperXVAEConfig(**arguments)))
-
-    def save(self, folder: str | Path, card: str) -> Path:
-        """Write a release folder in half precision, with `card` as its README."""
-        config = asdict(self.config)
-        config.update(encoder_ratios=list(self.config.encoder_ratios), decoder_ratios=list(self.config.decoder_ratios))
-        return save_release(folder, KIND, config, half(self.state_dict()), card)
+        config = WhisperXVAEConfig(**sizes)
+        with torch.device("meta"):
+            codec = cls(config)
+        positions = {POSITIONS: sinusoids(config.whisper_context, config.hidden)}  # older files do not store them
+        load_strict(codec, positions | {key: value.float() for key, value in state.items()}, source, assign=True)
+        return codec.eval()

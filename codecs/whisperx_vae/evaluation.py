@@ -20,7 +20,7 @@ from whisperx_vae.codec import WhisperXVAE
 @torch.no_grad()
 def resynthesise(codec: WhisperXVAE, clip: Clip) -> tuple[Tensor, np.ndarray]:
     """(latents (T, Z), wave decoded from them, cut or padded to the clip's length)."""
-    latents = codec.encode_wave(torch.from_numpy(clip.wave)[None, None])
+    latents = codec.encode(torch.from_numpy(clip.wave)[None, None])
     wave = codec.decode(latents)[0, 0].float().cpu().numpy()
     return latents[0].cpu(), fit_length(wave, len(clip.wave))
 

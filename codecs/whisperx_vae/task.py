@@ -9,7 +9,6 @@ Axes: B batch, N samples, T latent frames, C hidden channels, Z latent channels.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,8 @@ from engine.nn.audio_losses import MultiScaleMelLoss
 from engine.nn.dac import DownBlock, UpBlock
 from engine.nn.discriminators import WaveDiscriminators
 from engine.nn.mel import RATE
-from engine.training.export import Release
-from engine.training.task import Task
-from whisperx_vae.codec import KIND, WhisperXVAE, WhisperXVAEConfig
+from engine.training.task import Release, Task
+from whisperx_vae.codec import WhisperXVAE, WhisperXVAEConfig
 from whisperx_vae.evaluation import evaluate, resynthesise
 from whisperx_vae.latent_targets import LatentTargets
 
@@ -201,15 +199,13 @@ class WhisperXVAETask(Task):
             device=self.step.device,
         )
 
-    def released(self) -> Release:
-        return Release(
-            kind=KIND,
-            config=asdict(self.codec.config),
-            module="codec",
+    def release_info(self) -> Release:
+        return self.release_of(
+            "codec",
             title="WhisperX-VAE",
             about="A 24-kHz wave to latents, 25 a second, and back.",
             usage="from whisperx_vae import WhisperXVAE\n\n"
-            'latents = WhisperXVAE.from_pretrained("FOLDER").encode_wave(wave)  # (B, 1, N) at 24 kHz',
+            'latents = WhisperXVAE.from_pretrained("FOLDER").encode(wave)  # (B, 1, N) at 24 kHz',
         )
 
 

@@ -12,21 +12,20 @@ import torch
 from torch import Tensor
 
 from corpora.preparation.clip import RATE, RATE16, Clip
+from engine.codec import load_codec
 from engine.errors import UserError
+from engine.faces.square import centre_square, portrait_square
 from engine.media.audio import resample
+from engine.media.pictures import video_to_tensor
 from engine.metrics.speaker import GE2EEncoder
 from engine.release import weights_digest
 from hicodit.conditions.poster2 import POSTER2
 from hicodit.conditions.released import encoder_config
 from hicodit.conditions.types import EXPRESSIONS
 from hicodit.features import FACE_PICTURES, phoneme_labels
-from hicodit.system import token_digest
-from lia_x.crop import centre_square, portrait_square
-from lia_x.pictures import video_to_tensor
-from rvq_codec import RVQCodec
+from hicodit.system import CODECS as TOKENIZERS
 from talker_t2av.faces import CROPS, Square
-from talker_t2av.features import load_motion, load_speaker, motion_digest, speech_digest
-from whisperx_vae.codec import WhisperXVAE
+from talker_t2av.system import load_motion, load_speaker, load_speech
 
 
 class Crops:
@@ -119,11 +118,11 @@ class RVQTokens:
     needs = ""
 
     def __init__(self, codec: str, device: torch.device) -> None:
-        self.codec = RVQCodec.from_pretrained(codec).to(device).eval()
+        self.codec = load_codec(codec, TOKENIZERS).to(device).eval()
         self.device = device
 
     def digests(self) -> dict[str, str]:
-        return {"rvq": token_digest(self.codec)}
+        return {"rvq": self.codec.digest()}
 
     def __call__(self, clip: Clip) -> None:
         wave = resample(torch.from_numpy(clip.wave), RATE, self.codec.sample_rate)
@@ -143,13 +142,13 @@ class SpeechLatents:
     needs = ""
 
     def __init__(self, codec: str, device: torch.device) -> None:
-        self.codec = WhisperXVAE.from_pretrained(codec).to(device).eval()
+        self.codec = load_speech(codec).to(device).eval()
 
     def digests(self) -> dict[str, str]:
-        return {"whisperx_vae": speech_digest(self.codec)}
+        return {"whisperx_vae": self.codec.digest()}
 
     def __call__(self, clip: Clip) -> None:
-        clip.tensors["speech"] = _half(self.codec.encode_wave(torch.from_numpy(clip.wave)[None, None])[0])
+        clip.tensors["speech"] = _half(self.codec.encode(torch.from_numpy(clip.wave)[None, None])[0])
 
 
 class Motion:
@@ -168,12 +167,12 @@ class Motion:
         self.codec, self.crop = load_motion(codec).to(device).eval(), crop
 
     def digests(self) -> dict[str, str]:
-        return {"lia_x": motion_digest(self.codec)}
+        return {"lia_x": self.codec.digest()}
 
     def __call__(self, clip: Clip) -> None:
         if "motion" not in clip.tensors:
-            video = video_to_tensor(self._square(clip).cut(clip.frames), self.codec.config.size)
-            motion = self.codec.motion(video.contiguous(memory_format=torch.channels_last))
+            video = video_to_tensor(self._square(clip).cut(clip.frames), self.codec.size)
+            motion = self.codec.encode(video)
             clip.tensors["motion"] = _half(motion)
 
     def _square(self, clip: Clip) -> Square:
@@ -197,7 +196,7 @@ class Voice:
         self.encoder, self.device = load_speaker(encoder).to(device).eval(), device
 
     def digests(self) -> dict[str, str]:
-        return {"speaker": weights_digest(self.encoder)}
+        return {"speaker": self.encoder.digest()}
 
     def __call__(self, clip: Clip) -> None:
         clip.tensors["speaker"] = _half(self.encoder.embed(torch.from_numpy(clip.wave16).to(self.device)))

@@ -9,47 +9,22 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from engine.errors import UserError
 from engine.files import atomic_output
-from engine.release import half, save_release
+from engine.release import save_release, to_float16
 from engine.training import checkpoint
 from engine.training.lora import merged
+from engine.training.task import Release, Task
 from engine.untrusted import parse_json
 
-if TYPE_CHECKING:
-    from engine.training.task import Task
-
 DESCRIPTION, FILES = "release.json", "release_files"  # in a run's folder
-
-
-@dataclass(frozen=True)
-class Release:
-    """What a release holds beside its weights.
-
-    Attributes:
-        kind: of the model; see `engine.release`.
-        config: constructor arguments, and what else inference needs; JSON can hold it.
-        module: name of the task's submodule that is released.
-        title: of the card. about: what the model is, a sentence or two. usage: Python lines that load "FOLDER".
-        left_out: tensors of the module that loading does not need.
-        lora_scale: factor of low-rank updates, which are added to the weights they update; None: there are none.
-    """
-
-    kind: str
-    config: dict[str, Any]
-    module: str
-    title: str
-    about: str
-    usage: str
-    left_out: tuple[str, ...] = ()
-    lora_scale: float | None = None
 
 
 def describe(run: Path, task: Task) -> None:
@@ -58,7 +33,7 @@ def describe(run: Path, task: Task) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    release, files = task.released(), run / FILES
+    release, files = task.release_info(), run / FILES
     if release is None:
         return
     try:
@@ -107,7 +82,7 @@ def write(folder: str | Path, release: Release, state: Mapping[str, Tensor], tex
     if release.lora_scale is not None:
         own = merged(own, release.lora_scale)
     kept = {k: v for k, v in own.items() if k not in release.left_out}
-    save_release(folder, release.kind, release.config, half(kept), text, files)
+    save_release(folder, release.kind, release.config, to_float16(kept), text, files)
 
 
 def last_validation(log: Path, step: int) -> tuple[dict[str, float], int]:

@@ -1,4 +1,4 @@
-"""Low-rank adaptation (LoRA, Hu et al. 2021, arXiv:2106.09685) of a task's linear layers, by PEFT.
+"""Low-rank adaptation (LoRA, Hu et al. 2021, arXiv:2106.09685) of linear layers, by PEFT.
 
 W becomes W + scale * B A with B (out, rank) zero at the start; only A (rank, in) and B learn.
 """
@@ -6,37 +6,28 @@ W becomes W + scale * B A with B (out, rank) zero at the start; only A (rank, in
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.optional import require
 
-if TYPE_CHECKING:
-    from engine.training.task import Task
-
 BASE, A, B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"  # PEFT's names
 
 
-def add_lora(task: Task, rank: int, alpha: float) -> None:
-    """Give the linear layers of `task.adapted()` low-rank updates of `rank`, and freeze everything else in the task.
+def add_lora(module: nn.Module, rank: int, alpha: float) -> float:
+    """Give the linear layers of `module` low-rank updates of `rank`, the only parameters of it that learn.
 
     Layers that are no wider than `rank` on one side are left as they are: the update would hold more than they do.
 
-    Args:
-        alpha: scale of the updates, times `rank`.
+    Returns:
+        The factor of the updates, `alpha` / `rank`.
 
     Raises:
-        UserError: `rank` is negative, the task has nothing to adapt, or PEFT is not installed.
+        UserError: `rank` is negative or wider than every layer, or PEFT is not installed.
     """
-    module = task.adapted()
     if rank < 1:
         raise UserError(f"lora.rank={rank} must be 1 or more, or 0 for training all weights")
-    if module is None:
-        raise UserError(
-            f"lora.rank={rank}: {type(task).__name__} has no low-rank training; use lora.rank=0 (all weights)"
-        )
     peft = require("peft", "PEFT", "finetune")
     layers = [
         name
@@ -44,10 +35,10 @@ def add_lora(task: Task, rank: int, alpha: float) -> None:
         if isinstance(layer, nn.Linear) and min(layer.weight.shape) > rank and not name.endswith("lm_head")
     ]
     if not layers:
-        raise UserError(f"lora.rank={rank} is as wide as every layer of {type(task).__name__}: give a lower rank")
-    task.requires_grad_(False)
+        raise UserError(f"lora.rank={rank} is as wide as every layer of the model: give a lower rank")
+    module.requires_grad_(False)
     peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers), module)
-    task.lora_scale = alpha / rank
+    return alpha / rank
 
 
 def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:

@@ -100,7 +100,7 @@ class ParallelTask:
         return norm
 
     @contextmanager
-    def released(self, ema: ExponentialMovingAverage) -> Iterator[Task | None]:
+    def evaluation_copy(self, ema: ExponentialMovingAverage) -> Iterator[Task | None]:
         """The task with averaged weights, in eval mode and without gradients, on rank 0; None on the others.
 
         All processes have to enter. With shards it is a copy, whose weights are gathered for the while.

@@ -6,20 +6,42 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
 
 from engine.bounds import SEEDS, bounded, check_bounds
 from engine.errors import UserError
-from engine.training.export import Release, card, write
+from engine.training.lora import add_lora
+
+
+@dataclass(frozen=True)
+class Release:
+    """What a release holds beside its weights.
+
+    Attributes:
+        kind: of the model; see `engine.release.Released`.
+        config: its constructor arguments, and what else inference needs; JSON can hold it.
+        module: name of the task's submodule that is released.
+        title: of the card. about: what the model is, a sentence or two. usage: Python lines that load "FOLDER".
+        left_out: tensors of the module that loading does not need.
+        lora_scale: factor of low-rank updates, which are added to the weights they update; None: there are none.
+    """
+
+    kind: str
+    config: dict[str, Any]
+    module: str
+    title: str
+    about: str
+    usage: str
+    left_out: tuple[str, ...] = ()
+    lora_scale: float | None = None
 
 
 class Task(nn.Module):
     """What is trained: networks, losses, validation, and what a release of the result holds."""
 
-    lora_scale: float | None = None  # of the low-rank updates; see `engine.training.lora`
+    lora_scale: float | None = None  # of the low-rank updates that `adapt` added
 
     def parts(self) -> dict[str, nn.Module]:
         """Optimiser name -> module whose parameters it owns, in update order. A GAN: discriminator, generator."""
@@ -56,24 +78,39 @@ class Task(nn.Module):
         """
         return {}
 
-    def released(self) -> Release | None:
-        """What a release holds beside its weights; None: this task is not released."""
+    def release_info(self) -> Release | None:
+        """What a release holds beside its weights; None: this task is not released. See `release_of`."""
         return None
+
+    def release_of(
+        self, module: str, title: str, about: str, usage: str, extra: dict[str, Any] | None = None
+    ) -> Release:
+        """The description of a release of the `Released` submodule `module`; `extra` joins its config."""
+        network = self.get_submodule(module)
+        left_out = tuple(sorted(network.state_dict().keys() - network.stored().keys()))
+        config = network.arguments() | (extra or {})
+        return Release(network.kind, config, module, title, about, usage, left_out, self.lora_scale)
 
     def release_files(self, folder: Path) -> None:
         """Write further files of a release (a tokenizer) into `folder`."""
 
     def adapted(self) -> nn.Module | None:
-        """Whose linear layers low-rank adaptation updates; None: this task has no such training."""
+        """The module whose linear layers low-rank adaptation updates; None: this task has no such training."""
         return None
 
-    def release(self, folder: Path, results: dict[str, float]) -> None:
-        """Write a release folder of the present weights."""
-        release = self.released()
-        assert release is not None, f"{type(self).__name__} is not released"
-        with TemporaryDirectory() as files:
-            self.release_files(Path(files))
-            write(folder, release, self.state_dict(), card(release, {}, results), Path(files))
+    def adapt(self, rank: int, alpha: float) -> None:
+        """Train nothing but low-rank updates of the linear layers of `adapted`; see `engine.training.lora.add_lora`.
+
+        Raises:
+            UserError: the task has nothing to adapt, or as `add_lora` does.
+        """
+        module = self.adapted()
+        if module is None:
+            raise UserError(
+                f"lora.rank={rank}: {type(self).__name__} has no low-rank training; use lora.rank=0 (all weights)"
+            )
+        self.requires_grad_(False)
+        self.lora_scale = add_lora(module, rank, alpha)
 
 
 @dataclass(frozen=True)

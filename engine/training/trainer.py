@@ -139,7 +139,7 @@ class Trainer:
     def validate(self, tracker: Tracker | None = None) -> dict[str, float]:
         """`task.validate` with averaged weights on rank 0 ({} on the others, which wait)."""
         results: dict[str, float] = {}
-        with self._noting_trouble(), self.parallel.released(self.ema) as task:
+        with self._noting_trouble(), self.parallel.evaluation_copy(self.ema) as task:
             if task is not None:
                 folder = self.run / "validation" / f"step-{self.step:08d}"
                 torch.manual_seed(seed_for(self.config.seed, "validate"))

@@ -11,7 +11,7 @@ Axes: B batch, N samples at 16 kHz, T frames, K hidden states, C channels, M mel
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,10 @@ from transformers import WavLMConfig, WavLMModel
 
 from engine.errors import UserError
 from engine.nn.mel import RATE, log_mel
-from engine.release import half, load_release, load_strict, save_release
+from engine.release import Released, load_strict, weights_digest
 from engine.safe_pickle import read_checkpoint
 from talker_t2av.speaker.released import FILE, LARGE, TRAINING_ONLY, head_sizes, our_name, wavlm_config
 
-KIND = "voice_encoder"
 SCALE = 8  # parts of a Res2 convolution
 MIN_SAMPLES = RATE // 4  # less than a quarter of a second tells nothing of a voice
 
@@ -165,6 +164,10 @@ class WavLMEncoder(nn.Module):
         self.feature_weight = nn.Parameter(torch.zeros(config.num_hidden_layers + 1))
         self.head = EcapaTDNN(config.hidden_size, **head)
 
+    def digest(self) -> str:
+        """Eight hex digits that change when, and only when, a weight does."""
+        return weights_digest(self)
+
     def normalise(self, wave: Tensor) -> Tensor:
         """(..., N) -> zero mean, unit variance over N; the wave as it is where the model was trained so."""
         return F.layer_norm(wave, wave.shape[-1:]) if self.normalize else wave
@@ -271,12 +274,14 @@ def level_mel(wave: Tensor, bands: int) -> Tensor:
     return mel - mel.amax((-2, -1), keepdim=True) + 1
 
 
-class VoiceEncoder(nn.Module):
+class VoiceEncoder(Released):
     """Wave to speaker embedding, small: ECAPA-TDNN on log-mel bands."""
 
+    kind = "voice_encoder"
+    Config = VoiceEncoderConfig
+
     def __init__(self, config: VoiceEncoderConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.head = EcapaTDNN(config.bands, config.channels, config.pooled, config.bottleneck, config.embedding)
 
     def forward(self, mel: Tensor) -> Tensor:
@@ -295,19 +300,6 @@ class VoiceEncoder(nn.Module):
             UserError: the wave is not one-dimensional or is shorter than a quarter of a second.
         """
         return self(self.features(_checked(wave)[None]))[0]
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> VoiceEncoder:
-        """Load a release folder.
-
-        Raises:
-            UserError: the folder or a file is missing or damaged, or it is no voice encoder.
-        """
-        return load_release(folder, KIND, lambda arguments: cls(VoiceEncoderConfig(**arguments)))
-
-    def save(self, folder: str | Path, card: str) -> Path:
-        """Write a release folder in half precision, with `card` as its README."""
-        return save_release(folder, KIND, asdict(self.config), half(self.state_dict()), card)
 
 
 def _checked(wave: Tensor) -> Tensor:

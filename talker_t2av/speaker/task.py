@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,8 @@ from torch import Tensor, nn
 from engine.errors import UserError
 from engine.media.audio import read_audio
 from engine.release import load_strict
-from engine.training.export import Release
-from engine.training.task import Task
-from talker_t2av.speaker.encoder import KIND, RATE, VoiceEncoder, VoiceEncoderConfig, level_mel
+from engine.training.task import Release, Task
+from talker_t2av.speaker.encoder import RATE, VoiceEncoder, VoiceEncoderConfig, level_mel
 
 FRAMES_A_SECOND = 100
 
@@ -153,7 +151,7 @@ class VoiceEncoderTask(Task):
         """Cosine with GE2E and nearest-voice accuracy of whole held-out clips; see `nearest_voice`."""
         return evaluate(self.encoder, self.root)
 
-    def released(self) -> Release:
+    def release_info(self) -> Release:
         config, millions = self.encoder.config, sum(p.numel() for p in self.encoder.parameters()) / 1e6
         about = f"""16-kHz wave -> {config.embedding} numbers that tell voices apart: ECAPA-TDNN on {config.bands}
 log-mel bands, {millions:.2f} M weights. Trained to repeat the GE2E embeddings of Resemblyzer, it knows the voices of
@@ -162,10 +160,8 @@ its data only. The numbers are not of unit length (about {config.embedding**0.5:
 `cosine`: with GE2E, whole clips. `nearest_voice`: share of clips nearest to the mean embedding of their own voice,
 among the training voices (seen; means of training clips) or among the held-out voices (unseen; means of the other
 unseen clips); `_ge2e`: the same of GE2E itself."""
-        return Release(
-            kind=KIND,
-            config=asdict(config),
-            module="encoder",
+        return self.release_of(
+            "encoder",
             title="Voice encoder",
             about=about,
             usage="from talker_t2av.speaker.encoder import VoiceEncoder\n\n"

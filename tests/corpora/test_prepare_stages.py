@@ -19,7 +19,6 @@ from engine.media.video import write_video
 from engine.shards.writer import read_members
 from hicodit.conditions.released import encoder_config
 from hicodit.features import FeatureSplit, make_token_shard, make_visual_shard
-from hicodit.system import token_digest
 from rvq_codec import RVQCodec
 from talker_t2av.features import FeatureEncoders, feature_path, make_features
 
@@ -56,7 +55,7 @@ def test_the_stages_make_what_the_direct_paths_make(corpus, tmp_path):
     codec = RVQCodec.from_pretrained("assets/rvq_tiny")
     make_visual_shard(corpus, "train", 0, tmp_path / "features", encoder_config({}), source.symbols)
     make_token_shard(corpus, "train", 0, tmp_path / "features", codec)
-    direct = FeatureSplit(tmp_path / "features" / "train", token_digest(codec))[0]
+    direct = FeatureSplit(tmp_path / "features" / "train", codec.digest())[0]
     for name in ("mouth", "faces", "ge2e"):
         assert torch.equal(made[name], getattr(direct, name)), name
     assert torch.equal(made["tokens"].long(), direct.tokens) and torch.equal(made["phoneme"].long(), direct.phoneme)
@@ -72,7 +71,7 @@ def test_the_stages_make_what_the_direct_paths_make(corpus, tmp_path):
     for name, value in load_file(feature_path(tmp_path, "train", "a")).items():
         torch.testing.assert_close(made[name], value, atol=2e-3, rtol=0)
         assert made[name].dtype == torch.float16
-    digests = {"rvq": token_digest(codec)}
+    digests = {"rvq": codec.digest()}
     digests |= dict(zip(("whisperx_vae", "lia_x", "speaker"), encoders.digests().values()))
     assert digests.items() <= collect_digests(stages).items()
 

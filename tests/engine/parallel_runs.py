@@ -33,7 +33,7 @@ def run(job: dict) -> None:
     dist.reduce_scatter_tensor = counted
     trainer.fit()
     dist.reduce_scatter_tensor = plain
-    with trainer.parallel.released(trainer.ema) as task:
+    with trainer.parallel.evaluation_copy(trainer.ema) as task:
         if task is not None:
             torch.save(task.state_dict(), folder / "weights.pt")
             held = sum(p.numel() for p in _local(trainer.task.parameters()))

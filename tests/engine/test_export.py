@@ -90,7 +90,7 @@ def test_the_best_step_is_asked_for_by_a_rule(run, tmp_path, monkeypatch, capsys
 def test_only_a_release_or_nothing_is_replaced(run, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
-    with pytest.raises(UserError, match="mine exists and is no release folder"):
+    with pytest.raises(UserError, match="mine exists but is not a release folder"):
         export(run.run, tmp_path / "mine")
     assert [p.name for p in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
     export(run.run, tmp_path / "out", step=15)
@@ -137,7 +137,7 @@ def test_the_last_validation_is_found_among_cut_lines(tmp_path):
 
 
 def test_a_card_without_a_config_is_short(run):
-    text = card(run.task.released(), {}, {})
+    text = card(run.task.release_info(), {}, {})
     assert "Recipe" not in text and "Data" not in text and text.startswith("# Toy\n\nAn autoencoder.")
 
 

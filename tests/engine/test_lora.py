@@ -6,7 +6,7 @@ from toy_task import ToyGAN
 
 import train
 from engine.errors import UserError
-from engine.training.lora import add_lora, merged
+from engine.training.lora import merged
 
 
 class Adaptable(ToyGAN):
@@ -19,7 +19,7 @@ def test_merged_weights_are_those_of_peft():
     torch.manual_seed(0)
     task = Adaptable()
     plain = {k: v.clone() for k, v in task.generator.state_dict().items()}
-    add_lora(task, 2, 6.0)
+    task.adapt(2, 6.0)
     for parameter in task.generator.parameters():
         torch.nn.init.normal_(parameter)
     ours = merged(task.generator.state_dict(), task.lora_scale)
@@ -47,12 +47,12 @@ def test_random_weights_are_not_adapted(monkeypatch):
 
 def test_refusals_are_one_line(monkeypatch):
     with pytest.raises(UserError, match=r"lora.rank=-1 must be 1 or more"):
-        add_lora(Adaptable(), -1, 1.0)
+        Adaptable().adapt(-1, 1.0)
     with pytest.raises(UserError, match=r"lora.rank=8: ToyGAN has no low-rank training"):
-        add_lora(ToyGAN(), 8, 1.0)
+        ToyGAN().adapt(8, 1.0)
     pytest.importorskip("peft")
     with pytest.raises(UserError, match=r"lora.rank=4 is as wide as every layer"):
-        add_lora(Adaptable(), 4, 1.0)
+        Adaptable().adapt(4, 1.0)
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(UserError, match=r"needs PEFT .*setup.sh finetune"):
-        add_lora(Adaptable(), 2, 1.0)
+        Adaptable().adapt(2, 1.0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.errors import UserError
-from engine.release import compact, companion, half, read_release, save_release
+from engine.release import compact, find_codec, read_release, save_release, to_float16
 
 
 def state() -> dict[str, torch.Tensor]:
@@ -31,7 +31,7 @@ def test_eight_bits_cost_a_quarter_and_under_half_a_percent_of_a_rows_largest(tm
     assert torch.equal(new["bias"], old["bias"].half().float()) and new["n"] == 7
     assert all(v.dtype in (torch.float32, torch.int64) for v in new.values())
     size = (tmp_path / "r" / "model.safetensors").stat().st_size
-    save_release(tmp_path / "r", "toy", {}, half(old), "card")
+    save_release(tmp_path / "r", "toy", {}, to_float16(old), "card")
     assert size < 0.8 * (tmp_path / "r" / "model.safetensors").stat().st_size
 
 
@@ -41,17 +41,17 @@ def test_a_release_of_another_kind_is_refused(tmp_path):
         read_release(tmp_path / "r", "other")
 
 
-def test_a_companion_is_found_in_the_release_beside_it_bundled_or_where_it_was(tmp_path):
+def test_a_codec_is_found_in_the_release_beside_it_bundled_or_where_it_was(tmp_path):
     model, bundled = tmp_path / "run" / "release", tmp_path / "assets"
     save_release(model, "model", {}, state(), "card")
     trained_with = tmp_path / "codec_run" / "release"  # a folder of the model's own name
     save_release(trained_with, "codec", {}, state(), "card")
-    assert companion(model, str(trained_with), "codec", bundled) == str(trained_with)
-    assert companion(model, "owner/codec", "codec", bundled) == "owner/codec"
+    assert find_codec(model, str(trained_with), ("codec",), bundled) == str(trained_with)
+    assert find_codec(model, "owner/codec", ("codec",), bundled) == "owner/codec"
     for place in (bundled, model.parent, model):
         save_release(place / "tiny", "codec", {}, state(), "card")
-        assert companion(model, "x/tiny", "codec", bundled) == str(place / "tiny")
+        assert find_codec(model, "x/tiny", ("codec",), bundled) == str(place / "tiny")
     (model / "tiny" / "config.yaml").write_text("kind: [codec")  # damaged: its reader tells
-    assert companion(model, "x/tiny", "codec", bundled) == str(model / "tiny")
+    assert find_codec(model, "x/tiny", ("codec",), bundled) == str(model / "tiny")
     with pytest.raises(UserError, match=r"names 5 as its codec"):
-        companion(model, 5, "codec", bundled)
+        find_codec(model, 5, ("codec",), bundled)

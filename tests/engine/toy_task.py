@@ -11,8 +11,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from engine.config import CONFIGS
-from engine.training.export import Release
-from engine.training.trainer import Task
+from engine.training.task import Release, Task
 
 CONFIG = OmegaConf.to_container(OmegaConf.load(CONFIGS / "trainer/cpu.yaml")) | {
     "steps": 20,
@@ -99,7 +98,7 @@ class ToyGAN(Task):
         assert not self.training
         return {"weight": self.generator[0].weight.sum().item()}
 
-    def released(self):
+    def release_info(self):
         return Release("toy", {"width": 8}, "generator", "Toy", "An autoencoder.", "load('FOLDER')")
 
 

@@ -25,7 +25,6 @@ from hicodit.features import (
     phoneme_labels,
     shard_is_made,
 )
-from hicodit.system import token_digest
 from rvq_codec import RVQCodec
 
 FRAMES = {"one": 12, "blank": 10, "two": 17}
@@ -130,7 +129,7 @@ def test_clips_come_back_whole(corpus, tmp_path, release):
     out, codec = tmp_path / "features", RVQCodec.from_pretrained(release.parent / "codec")
     make(corpus, out)
     make_token_shard(corpus, "train", 0, out, codec)
-    split = FeatureSplit(out / "train", token_digest(codec))
+    split = FeatureSplit(out / "train", codec.digest())
     shard = load_file(out / "train" / "visual-00000.safetensors")
     assert len(split) == 2
     clip = split[1]

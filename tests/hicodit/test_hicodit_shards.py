@@ -13,7 +13,6 @@ from engine.errors import UserError
 from engine.training.trainer import Trainer
 from hicodit.data import HiCoDiTDataset, ShardedClips
 from hicodit.features import FeatureSplit
-from hicodit.system import token_digest
 from hicodit.task import HiCoDiTTask
 from rvq_codec import RVQCodec
 
@@ -38,7 +37,7 @@ def codec(release):
 def data(codec, tmp_path_factory):
     """ROOT/features/train, and the same clips as shards of two in ROOT/shards/train."""
     root = tmp_path_factory.mktemp("data")
-    digest, count, total = token_digest(RVQCodec.from_pretrained(codec)), len(FRAMES), sum(FRAMES)
+    digest, count, total = RVQCodec.from_pretrained(codec).digest(), len(FRAMES), sum(FRAMES)
     g = torch.Generator().manual_seed(0)
     tensors = {
         "mouth": torch.randint(0, 255, (total, 48, 48), generator=g).to(torch.uint8),
@@ -92,7 +91,7 @@ def same(one, two):
 
 
 def test_clips_of_shards_are_those_of_features(data, codec):
-    digest = token_digest(RVQCodec.from_pretrained(codec))
+    digest = RVQCodec.from_pretrained(codec).digest()
     plain, sharded = FeatureSplit(data / "features" / "train", digest), ShardedClips(data / "shards" / "train", digest)
     assert len(plain) == len(sharded) == 9 and torch.equal(plain.frames, sharded.frames)
     for i in range(9):

@@ -95,7 +95,7 @@ def test_bad_weights(release, clip, tmp_path):
     wrong = tmp_path / "wrong"
     shutil.copytree(release, wrong)
     settings = OmegaConf.load(wrong / "config.yaml")
-    for key, value, message in (("codec", 5, "names 5 as its rvq_codec"), ("model.heads", 0, "heads=0")):
+    for key, value, message in (("codec", 5, "names 5 as its codec"), ("model.heads", 0, "heads=0")):
         changed = OmegaConf.merge(settings, {})
         OmegaConf.update(changed, key, value)
         OmegaConf.save(changed, wrong / "config.yaml")

@@ -196,9 +196,10 @@ def test_released_weights_are_not_part_of_a_release(system, tmp_path):
     system.save(tmp_path / "release", "a test", {})
     with safe_open(tmp_path / "release" / "model.safetensors", "pt") as file:
         assert all(key.startswith("model.") for key in file.keys())  # noqa: SIM118
-    again, config = HiCoDiTSystem.load(tmp_path / "release")
+    again = HiCoDiTSystem.from_pretrained(tmp_path / "release")
+    config = again.release
     assert config["encoders"]["kind"] == "released" and again.encoders.config.lip_dim == 16
-    moved, _ = HiCoDiTSystem.load(tmp_path / "release", encoders=str(tmp_path / "nowhere"))
+    moved = HiCoDiTSystem.from_pretrained(tmp_path / "release", encoders=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"encoders\.folder=.*nowhere"):
         moved.encoders.identity(torch.rand(1, 1, 3, 112, 112))
 

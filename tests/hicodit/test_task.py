@@ -11,10 +11,9 @@ from safetensors.torch import save_file
 
 from engine.config import CONFIGS
 from engine.errors import UserError
-from engine.training.lora import add_lora
 from engine.training.trainer import Trainer
 from hicodit.data import HiCoDiTDataset, augment_mouth
-from hicodit.features import FeatureSplit, phoneme_labels, token_digest
+from hicodit.features import FeatureSplit, phoneme_labels
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.task import HiCoDiTTask
 from rvq_codec import RVQCodec
@@ -34,7 +33,7 @@ TRAINER = OmegaConf.to_container(OmegaConf.load(CONFIGS / "trainer/cpu.yaml")) |
 def corpus(release, tmp_path_factory):
     """Features of six made-up clips, in three splits; words are a function of the mouth pictures."""
     root = tmp_path_factory.mktemp("features")
-    digest = token_digest(RVQCodec.from_pretrained(release.parent / "codec"))
+    digest = RVQCodec.from_pretrained(release.parent / "codec").digest()
     g = torch.Generator().manual_seed(0)
     for split in ("train", "seen", "unseen"):
         frames = [12, 15, 13, 16, 14, 13]
@@ -142,7 +141,7 @@ def test_low_rank_updates_learn_alone_and_end_up_in_the_weights(corpus, release,
     encoders = asdict(old.encoders.config)
     task = make_task(corpus, release, init=str(release), model=asdict(old.model.config), encoders=encoders)
     before = {k: v.clone() for k, v in task.state_dict().items()}
-    add_lora(task, 2, 4.0)
+    task.adapt(2, 4.0)
     learns = {n for n, p in task.named_parameters() if p.requires_grad}
     assert learns and all("lora_" in name and name.startswith("system.model.") for name in learns)
     trainer = Trainer(task, make_data(corpus, release), TRAINER | {"ema_decay": 0.0}, tmp_path / "run")
@@ -192,7 +191,7 @@ def test_dataset_is_a_function_of_its_generator(corpus, release):
 
 
 def test_clips_come_out_of_shards_as_they_went_in(corpus, release):
-    digest = token_digest(RVQCodec.from_pretrained(release.parent / "codec"))
+    digest = RVQCodec.from_pretrained(release.parent / "codec").digest()
     split = FeatureSplit(corpus / "train", digest)
     clip = split[1]
     assert len(split) == 6 and clip.mouth.shape == (15, 48, 48) and clip.tokens.shape == (30, 12)

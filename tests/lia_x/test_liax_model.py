@@ -1,6 +1,7 @@
 """LIA-X as a whole, at toy size. Axes: T frames, S side."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,9 @@ import pytest
 import torch
 
 from engine.errors import UserError
+from engine.media.pictures import identity_to_tensor, to_bytes, video_to_tensor
 from lia_x import LiaX, LiaXConfig
-from lia_x.codec import load_released, released_config
-from lia_x.pictures import identity_to_tensor, to_bytes, video_to_tensor
-from lia_x.released import from_released, released_kernels, released_names
+from lia_x.released import our_state, sizes_of
 from tests.reference.released_names import lia_x_state
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "codecs"
@@ -39,49 +39,50 @@ def test_sizes(size, base, levels):
 def test_released_network_has_the_released_keys_and_shapes():
     shapes = {key: tuple(shape) for key, shape in json.loads((GOLDEN / "liax_full.keys.json").read_text()).items()}
     state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    assert released_config(state) == LiaXConfig()
+    assert LiaXConfig(**sizes_of(state)) == LiaXConfig()
     with torch.device("meta"):
         model = LiaX(LiaXConfig())
-    assert {key: tuple(value.shape) for key, value in lia_x_state(model).items()} == shapes
+    ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    kernel_free = {key: value for key, value in state.items() if not key.endswith(".kernel")}
+    assert {key: tuple(value.shape) for key, value in our_state(kernel_free).items()} == ours
 
 
 def test_released_names_round_trip(model, video):
     state = lia_x_state(model)
-    assert {key for key in state if key.endswith(".kernel")} == set(released_kernels(model))
-    again = load_released(state, "test", TINY)
-    codes = model.motion(video)
-    assert torch.equal(again.motion(video), codes)
-    assert torch.equal(again.render(video[0], codes[:1]), model.render(video[0], codes[:1]))
-    without_kernels = {key: value for key, value in state.items() if not key.endswith(".kernel")}
-    assert from_released(model, without_kernels).keys() == model.state_dict().keys()
-    assert set(released_names(model)) == set(model.state_dict())
+    again = LiaX.from_tensors(asdict(TINY), our_state(state), "test")
+    codes = model.encode(video)
+    assert torch.equal(again.encode(video), codes)
+    assert torch.equal(again.decode(codes[:1], video[0]), model.decode(codes[:1], video[0]))
+    kernel = torch.outer(*2 * [torch.tensor([1.0, 3.0, 3.0, 1.0])]) / 64
+    kernels = {"enc.enc_2r.block2.0.conv2.0.kernel": kernel, "dec.rgb2.up.kernel": 4 * kernel}
+    assert our_state(state | kernels).keys() == model.state_dict().keys()
 
 
 def test_damaged_released_states_are_refused(model):
     state = lia_x_state(model)
-    with pytest.raises(UserError, match="lacks"):
-        from_released(model, {key: value for key, value in state.items() if key != "dec.direction.weight"})
-    with pytest.raises(UserError, match="unknown"):
-        from_released(model, {**state, "dec.extra": torch.zeros(1)})
-    with pytest.raises(UserError, match="low-pass"):
-        from_released(model, {**state, "dec.rgb2.up.kernel": torch.zeros(4, 4)})
-    with pytest.raises(UserError, match="shape"):
-        load_released({**state, "dec.direction.weight": torch.zeros(16, 3)}, "test", TINY)
+    lean = {key: value for key, value in state.items() if key != "dec.direction.weight"}
+    for match, damaged in {
+        "lacks": lean,
+        "unexpected": {**state, "dec.extra": torch.zeros(1)},
+        "low-pass": {**state, "dec.rgb2.up.kernel": torch.zeros(4, 4)},
+        "shape": {**state, "dec.direction.weight": torch.zeros(16, 3)},
+    }.items():
+        with pytest.raises(UserError, match=match):
+            LiaX.from_tensors(asdict(TINY), our_state(damaged), "test")
 
 
 def test_chunks_do_not_change_the_result(model, video):
-    codes = model.motion(video, chunk=5)
-    torch.testing.assert_close(model.motion(video, chunk=2), codes)
-    frames = model.render(video[0], codes, chunk=5)
+    codes = model.encode(video, chunk=5)
+    torch.testing.assert_close(model.encode(video, chunk=2), codes)
+    frames = model.decode(codes, video[0], chunk=5)
     assert frames.shape == (5, 3, 48, 48)
-    torch.testing.assert_close(model.render(video[0], codes, chunk=2), frames, rtol=1e-3, atol=1e-4)
-    assert [len(part) for part in model.render_chunks(video[0], codes, chunk=2)] == [2, 2, 1]
+    torch.testing.assert_close(model.decode(codes, video[0], chunk=2), frames, rtol=1e-3, atol=1e-4)
 
 
 def test_motion_code_moves_the_picture(model, video):
     codes = torch.zeros(2, 4)
     codes[1, 2] = 1.0
-    still, moved = model.render(video[0], codes)
+    still, moved = model.decode(codes, video[0])
     assert (still - moved).abs().max() > 1e-3
 
 
@@ -91,7 +92,7 @@ def test_animate_starts_from_the_edited_source(model, video):
     edited = model.edit_video(video, [1], [0.2])
     torch.testing.assert_close(edited[:1], model.edit_image(video[0], [1], [0.2]), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(
-        model.animate(video[0], video), model.render(video[0], model.motion(video)), rtol=1e-3, atol=1e-4
+        model.animate(video[0], video), model.decode(model.encode(video), video[0]), rtol=1e-3, atol=1e-4
     )
 
 
@@ -99,12 +100,12 @@ def test_animate_starts_from_the_edited_source(model, video):
 def test_interpolation_order(video, mouth):
     model = LiaX(LiaXConfig(style_dim=16, motion_dim=12, scale=1, size=48, width=4, max_width=8, depth=1)).eval()
     seen = []
-    model.render = lambda picture, motion, chunk: seen.append(motion)
+    model.decode = lambda motion, identity, chunk: seen.append(motion)
     values = [0.0] * 10
     values[7 if mouth else 0] = 0.8
     model.interpolate_image(video[0], list(range(10)), values)
     index = 7 if mouth else 0
-    path = (seen[0] - model.motion(video[:1]))[:, index] / 0.8
+    path = (seen[0] - model.encode(video[:1]))[:, index] / 0.8
     assert path.shape == (64,)
     expected = {0: 1 / 16, 15: 1.0, 31: 0.0, 47: 1.0 if mouth else -1.0, 63: 0.0}
     for frame, value in expected.items():
@@ -125,7 +126,7 @@ def test_training_pass_gives_gradients_everywhere(video):
 def test_release_folder_round_trip(model, video, tmp_path):
     again = LiaX.from_pretrained(model.save(tmp_path / "release", "card"))
     assert again.config == TINY
-    torch.testing.assert_close(again.motion(video), model.motion(video), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(again.encode(video), model.encode(video), rtol=1e-2, atol=1e-2)
 
 
 def test_unreadable_official_files(tmp_path):
@@ -142,15 +143,15 @@ def test_unreadable_official_files(tmp_path):
 
 def test_wrong_inputs_say_what_to_give(model, video):
     with pytest.raises(UserError, match="48 x 48"):
-        model.motion(torch.zeros(2, 3, 64, 64))
+        model.encode(torch.zeros(2, 3, 64, 64))
     with pytest.raises(UserError, match="without frames"):
-        model.motion(torch.zeros(0, 3, 48, 48))
+        model.encode(torch.zeros(0, 3, 48, 48))
     with pytest.raises(UserError, match="floats"):
-        model.motion(torch.zeros(2, 3, 48, 48, dtype=torch.uint8))
+        model.encode(torch.zeros(2, 3, 48, 48, dtype=torch.uint8))
     with pytest.raises(UserError, match=r"\(frames, 4\)"):
-        model.render(video[0], torch.zeros(2, 5))
+        model.decode(torch.zeros(2, 5), video[0])
     with pytest.raises(UserError, match="chunk=0"):
-        model.render(video[0], torch.zeros(2, 4), chunk=0)
+        model.decode(torch.zeros(2, 4), video[0], chunk=0)
     with pytest.raises(UserError, match="edit index 4"):
         model.edit_image(video[0], [4], [0.1])
 

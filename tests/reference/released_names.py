@@ -9,9 +9,10 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from lia_x import released as lia_x
+from lia_x import LiaX
+from lia_x.released import our_name as our_lia_x_name
 from talker_t2av.speaker.released import our_name as our_speaker_name
 from whisperx_vae.released import our_name as our_whisperx_name
 
@@ -39,8 +40,12 @@ def speaker_encoder(state: dict[str, Tensor], extractor_mode: str = "layer_norm"
     return _renamed(state, our_speaker_name, released)
 
 
-def lia_x_state(module: nn.Module) -> dict[str, Tensor]:
-    """The weights of a whole `LiaX` or one of its blocks as `lia-x.pt` would hold them, low-pass kernels included."""
-    names, modulated = lia_x.released_names(module), lia_x.modulated_weights(module)
-    state = {names[key]: value[None] if key in modulated else value for key, value in module.state_dict().items()}
-    return state | lia_x.released_kernels(module)
+def lia_x_state(codec: LiaX) -> dict[str, Tensor]:
+    """A LIA-X's state dict, of any size up to the released one, as `lia-x.pt` holds it but for the kernels."""
+    shapes = json.loads((GOLDEN / "codecs" / "liax_full.keys.json").read_text())
+    names = {our_lia_x_name(key, last=6): key for key in shapes}
+    last, state = f"encoder.blocks.{len(codec.encoder.blocks) - 1}.", {}
+    for key, value in codec.state_dict().items():
+        name = names[key.replace(last, "encoder.blocks.6.")]
+        state[name] = value[None] if len(shapes[name]) == 5 else value
+    return state

@@ -11,6 +11,7 @@ from rvq_codec import RVQCodec
 from rvq_codec.data import CodedCrops
 from rvq_codec.latent_targets import SpeechFeatures
 from rvq_codec.task import RVQCodecTask
+from tests.releases import write_release
 
 CODEC = {
     "encoder_width": 4,
@@ -113,14 +114,14 @@ def test_it_learns():
 
 
 def test_decoder_only_keeps_the_codes(tmp_path):
-    make_task().release(tmp_path / "release", {"mel": 1.0})
+    write_release(make_task(), tmp_path / "release", {"mel": 1.0})
     task = make_task(init=str(tmp_path / "release"), decoder_only=True)
     before = {k: v.clone() for k, v in task.codec.state_dict().items()}
     train(task, 2)
     after = task.codec.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in after if k.startswith(("encoder.", "quantizer.")))
     assert not all(torch.equal(before[k], after[k]) for k in after if k.startswith("decoder."))
-    task.release(tmp_path / "again", {})
+    write_release(task, tmp_path / "again")
     wave = torch.randn(1, 1, 2400)
     first, second = (RVQCodec.from_pretrained(tmp_path / name) for name in ("release", "again"))
     assert torch.equal(first.encode(wave), second.encode(wave))
@@ -156,7 +157,7 @@ def test_crops_depend_on_the_generator_alone(corpus):
 
 
 def test_coded_crops_train_the_decoder_alone(corpus, tmp_path):
-    make_task().release(tmp_path / "release", {})
+    write_release(make_task(), tmp_path / "release")
     release = str(tmp_path / "release")
     data = CodedCrops(corpus, samples=2400, codec=release)
     items = [data.__getitem__(i, torch.Generator().manual_seed(i)) for i in (0, 1, 0)]
@@ -226,7 +227,7 @@ def test_crops_at_other_speeds_move_the_pitch(tmp_path):
 
 
 def test_coded_clips_keep_their_speed(corpus, tmp_path):
-    make_task().release(tmp_path / "release", {})
+    write_release(make_task(), tmp_path / "release")
     crops, plain = (
         CodedCrops(corpus, samples=2400, codec=str(tmp_path / "release"), speed=speed) for speed in (0.5, 0.0)
     )
@@ -253,7 +254,7 @@ def test_features_follow_the_wave():
 
 
 def test_init_must_be_the_same_codec(tmp_path):
-    make_task().release(tmp_path / "release", {})
+    write_release(make_task(), tmp_path / "release")
     task = make_task(init=str(tmp_path / "release"), codec=CODEC | {"quantizer_dropout": 0.1})
     assert task.codec.quantizer.dropout == 0.1
     features = {"mel_bands": 8, "low_samples": 4, "until": 9, "envelope_levels": 1}

@@ -74,7 +74,7 @@ def test_shapes_and_independence_of_the_batch(corpus, encoders):
 def test_features_are_those_of_the_codecs(corpus, encoders, tmp_path):
     assert [pair for pair in make_features(tmp_path, corpus, "train", ["clip1"], encoders) if pair[1]] == []
     clip = read_source(corpus, "train", "clip1", encoders.speech)
-    latents = encoders.speech.encode_wave(torch.from_numpy(clip.wave)[None, None])[0]
+    latents = encoders.speech.encode(torch.from_numpy(clip.wave)[None, None])[0]
     torch.testing.assert_close(made(tmp_path, "clip1")["speech"].float(), latents, atol=2e-3, rtol=2e-3)
 
 
@@ -88,7 +88,7 @@ def test_only_stale_tensors_are_made_again(corpus, encoders, tmp_path, monkeypat
     torch.manual_seed(1)
     other = replace(encoders, motion=LiaX(encoders.motion.config).eval())
     assert len(stale_clips(tmp_path, corpus, "train", other.digests())) == 3
-    monkeypatch.setattr(encoders.speech, "encode_wave", None)  # would fail if it were called
+    monkeypatch.setattr(encoders.speech, "encode", None)  # would fail if it were called
     list(make_features(tmp_path, corpus, "train", names, other))
     after = made(tmp_path)
     assert torch.equal(before["speech"], after["speech"]) and torch.equal(before["speaker"], after["speaker"])

@@ -10,7 +10,6 @@ from talker_fixtures import DM, DS, LLM, face_file, save_talker, voice_file
 
 from engine.errors import UserError
 from engine.media.ffmpeg import probe
-from engine.training.lora import add_lora
 from talker_t2av.data import Paired, TalkerShards
 from talker_t2av.losses import TalkerBatch, training_forward
 from talker_t2av.model import TalkerT2AV
@@ -18,6 +17,7 @@ from talker_t2av.recordings import recordings
 from talker_t2av.released import EMBEDDINGS
 from talker_t2av.task import TalkerTask
 from talker_t2av.text import TalkerTokenizer
+from tests.releases import write_release
 
 TEXTS = ["lay blue", "set red now", "bin green at two"]
 MODEL = {
@@ -106,7 +106,7 @@ def test_half_of_a_batch_is_speech_only(root):
 
 def test_dubbing_gives_rows_with_motion_the_tasks_of_given_streams(root, tmp_path):
     dubbing = {"v2a": 0.4, "a2v": 0.3, "drift": 1.5}
-    make_task(root).release(tmp_path / "two", {})
+    write_release(make_task(root), tmp_path / "two")
     task = make_task(root, model=MODEL | {"tasks": 4}, init=str(tmp_path / "two"), dubbing=dubbing)
     table = task.model.task_embedding.weight
     assert torch.equal(table[2], table[1]) and torch.equal(table[3], table[1])
@@ -136,8 +136,9 @@ def test_validation_speaks_held_out_sentences(root, tmp_path):
 
 def test_a_release_holds_all_that_inference_needs(root, tmp_path):
     task = make_task(root)
-    task.release(tmp_path / "out", {"wer_seen": 0.5})
-    model, config = TalkerT2AV.load(tmp_path / "out")
+    write_release(task, tmp_path / "out", {"wer_seen": 0.5})
+    model = TalkerT2AV.from_pretrained(tmp_path / "out")
+    config = model.release
     assert model.config == task.model.config
     assert config["codecs"] == {
         "speech": str(root / "releases" / "speech"),
@@ -172,10 +173,10 @@ def test_a_warm_start_is_taken(root, tmp_path):
 
 def test_low_rank_updates_reach_backbone_and_heads_and_end_up_in_the_weights(root, tmp_path):
     pytest.importorskip("peft")
-    make_task(root).release(tmp_path / "old", {})
+    write_release(make_task(root), tmp_path / "old")
     task = make_task(root, init=str(tmp_path / "old"))
     start = {k: v.clone() for k, v in task.state_dict().items()}
-    add_lora(task, 2, 4.0)
+    task.adapt(2, 4.0)
     learns = [p for p in task.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(learns, lr=1e-2)
     batch = a_batch(root)
@@ -188,7 +189,7 @@ def test_low_rank_updates_reach_backbone_and_heads_and_end_up_in_the_weights(roo
     assert idle == set(), "these layers are used past their module's forward"
     adapted = {n.removeprefix("model.").split(".")[0] for n, p in task.named_parameters() if p.requires_grad}
     assert adapted >= {"llm", "speech_cfm", "motion_cfm", "speech_patch_encoder", "motion_patch_encoder"}
-    task.release(tmp_path / "new", {})
+    write_release(task, tmp_path / "new")
     model = TalkerT2AV.from_pretrained(tmp_path / "new")
     losses = []
     for network in (task.model, model):
@@ -202,7 +203,7 @@ def test_low_rank_updates_reach_backbone_and_heads_and_end_up_in_the_weights(roo
 
 
 def test_a_start_with_other_words_is_refused(root, tmp_path):
-    make_task(root).release(tmp_path / "old", {})
+    write_release(make_task(root), tmp_path / "old")
     data = json.loads((tmp_path / "old" / "tokenizer.json").read_text())
     data["added_tokens"][-1]["content"] = "<other>"
     (tmp_path / "old" / "tokenizer.json").write_text(json.dumps(data))

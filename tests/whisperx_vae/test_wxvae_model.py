@@ -33,7 +33,7 @@ def waves(batch, samples, seed=0):
 @pytest.mark.parametrize(("samples", "frames"), [(960, 1), (1919, 1), (1920, 2), (7677, 7)])
 def test_frame_count(model, samples, frames):
     mel = model.mel(waves(2, 16_000))
-    latents = model.encode(waves(2, samples)[:, None], mel)
+    latents = model.encode_window(waves(2, samples)[:, None], mel)
     assert latents.shape == (2, frames, 6) and frames == model.frames(samples)
     assert model.decode(latents).shape == (2, 1, 960 * frames)
 
@@ -45,14 +45,14 @@ def test_states_are_averaged_in_pairs(model):
     pairs = (states[:, 0:10:2] + states[:, 1:10:2]) / 2
     hidden = model.encoder(wave) + pairs.transpose(1, 2)
     mean = model.in_proj(hidden)[:, :6]
-    torch.testing.assert_close(model.encode(wave, mel), mean.transpose(1, 2))
+    torch.testing.assert_close(model.encode_window(wave, mel), mean.transpose(1, 2))
     torch.testing.assert_close(model.posterior(wave, mel)[1], model.in_proj(hidden)[:, 6:])
 
 
 def test_samples_beyond_the_last_frame_count(model):
     """The wave is not cropped to a multiple of the hop: its last samples reach the last frame."""
     wave, mel = waves(1, 2300)[:, None], model.mel(waves(1, 16_000))
-    assert not torch.equal(model.encode(wave, mel), model.encode(wave[..., :1920], mel))
+    assert not torch.equal(model.encode_window(wave, mel), model.encode_window(wave[..., :1920], mel))
 
 
 def test_recordings_are_cut_to_whispers_window(model):
@@ -64,13 +64,13 @@ def test_recordings_are_cut_to_whispers_window(model):
 def test_wrong_inputs_say_what_to_give(model):
     mel = model.mel(waves(1, 16_000))
     with pytest.raises(UserError, match="959 samples is too short: give 960"):
-        model.encode(torch.zeros(1, 1, 959), mel)
+        model.encode_window(torch.zeros(1, 1, 959), mel)
     with pytest.raises(UserError, match="longer than Whisper's window: give 24000"):
-        model.encode(torch.zeros(1, 1, 26 * 960), mel)
+        model.encode_window(torch.zeros(1, 1, 26 * 960), mel)
     with pytest.raises(UserError, match=r"mel of shape \(1, 20, 98\)"):
-        model.encode(torch.zeros(1, 1, 960), mel[..., :98])
+        model.encode_window(torch.zeros(1, 1, 960), mel[..., :98])
     with pytest.raises(UserError, match="mono"):
-        model.encode(torch.zeros(1, 960), mel)
+        model.encode_window(torch.zeros(1, 960), mel)
     for shape in ((1, 0, 6), (1, 6, 5), (6, 5)):
         with pytest.raises(UserError, match="latents of shape"):
             model.decode(torch.zeros(shape))
@@ -98,4 +98,4 @@ def test_release_folder_round_trip(model, tmp_path):
     again = WhisperXVAE.from_pretrained(model.save(tmp_path / "release", "card"))
     assert again.config == TINY and math.prod(again.config.encoder_ratios) == again.hop == 960
     wave, mel = waves(1, 4800)[:, None], model.mel(waves(1, 16_000))
-    torch.testing.assert_close(again.encode(wave, mel), model.encode(wave, mel), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(again.encode_window(wave, mel), model.encode_window(wave, mel), rtol=2e-2, atol=2e-2)

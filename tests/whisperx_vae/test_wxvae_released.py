@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from omegaconf import OmegaConf
 from engine.errors import UserError
 from tests.reference import released_names
 from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
-from whisperx_vae.released import from_released, load_released, released_config
+from whisperx_vae.released import our_state, sizes_of
 
 KEYS = Path(__file__).parents[1] / "golden" / "codecs" / "wxvae_full_encode_in64.keys.json"
 TINY = WhisperXVAEConfig(
@@ -58,10 +59,10 @@ def checkpoint(model, tmp_path):
 def test_released_network_takes_every_key_of_its_inference_subset():
     shapes = {key: tuple(shape) for key, shape in json.loads(KEYS.read_text()).items()}
     state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    assert released_config(state) == WhisperXVAEConfig(encoder_width=64)
+    assert WhisperXVAEConfig(**sizes_of(state)) == WhisperXVAEConfig(encoder_width=64)
     with torch.device("meta"):
         ours = {key: tuple(value.shape) for key, value in WhisperXVAE(WhisperXVAEConfig()).state_dict().items()}
-    assert {key: tuple(value.shape) for key, value in from_released(state).items()} == ours
+    assert {key: tuple(value.shape) for key, value in our_state(state).items()} == ours
     inference = {key for key in shapes if not key.startswith("semantic_model.decoder.")}
     assert len(inference) == len(ours) == 731
 
@@ -77,7 +78,7 @@ def test_checkpoint_with_foreign_objects(checkpoint, model):
 def test_absent_position_table_is_computed(checkpoint, model):
     state = released_names.whisperx_vae(model.state_dict())
     del state["semantic_model.encoder.positional_embedding"]
-    again = load_released(state, "test", TINY)
+    again = WhisperXVAE.from_tensors(asdict(TINY), our_state(state), "test")
     assert torch.equal(again.whisper.embed_positions.weight, model.whisper.embed_positions.weight)
 
 

@@ -33,19 +33,19 @@ def wave(samples):
 def test_a_short_wave_is_one_window(model):
     x = wave(10 * 960 + 500)
     whole = x[..., : 10 * 960]
-    expected = model.encode(whole, model.mel(resample(x[:, 0], 24_000, 16_000)))
-    torch.testing.assert_close(model.encode_wave(x), expected)
+    expected = model.encode_window(whole, model.mel(resample(x[:, 0], 24_000, 16_000)))
+    torch.testing.assert_close(model.encode(x), expected)
 
 
 @pytest.mark.parametrize("frames", [20, 21, 35, 36, 100])
 def test_a_long_wave_is_encoded_in_windows(model, frames):
     """Both ends are what the first and the last window alone give, and every frame is filled in."""
     x = wave(frames * 960 + 17)
-    found = model.encode_wave(x)
+    found = model.encode(x)
     assert found.shape == (2, frames, 6) and found.isfinite().all()
-    first = model.encode_wave(x[..., : 20 * 960])
+    first = model.encode(x[..., : 20 * 960])
     torch.testing.assert_close(found[:, :3], first[:, :3], rtol=1e-4, atol=1e-5)
-    last = model.encode(
+    last = model.encode_window(
         x[..., (frames - 20) * 960 : frames * 960],
         model.mel(resample(x[:, 0], 24_000, 16_000)[:, (frames - 20) * 640 :]),
     )
@@ -54,9 +54,9 @@ def test_a_long_wave_is_encoded_in_windows(model, frames):
 
 def test_wrong_waves(model):
     with pytest.raises(UserError, match="mono"):
-        model.encode_wave(torch.zeros(960))
+        model.encode(torch.zeros(960))
     with pytest.raises(UserError, match="too short"):
-        model.encode_wave(torch.zeros(1, 1, 959))
+        model.encode(torch.zeros(1, 1, 959))
 
 
 @pytest.mark.parametrize("chunks", [[60], [1] * 40, [4] * 10, [3, 0, 30, 1, 1, 9], [5], [1], [16, 1], [17, 17]])

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lia_x import ops
-from lia_x.codec import LiaX, LiaXConfig, load_released
-from lia_x.released import from_released
+from lia_x.codec import LiaX
+from lia_x.released import our_name, our_state
 from tests.golden.runners import Case, runner
 
 HOOKED_LEVELS = ("512", "2", "3", "4", "5", "6", "7")  # released names of the levels, coarsest first
@@ -39,8 +39,8 @@ def stored(case: Case, name: str, image: Tensor) -> dict[str, Tensor]:
 
 
 def build(case: Case) -> LiaX:
-    config = LiaXConfig(**{name: case.config[name] for name in PLAIN if name in case.config})
-    return load_released(case.weights(), case.name, config)
+    sizes = {name: case.config[name] for name in PLAIN if name in case.config}
+    return LiaX.from_tensors(sizes, our_state(case.weights()), case.name)
 
 
 @runner("liax_")
@@ -48,7 +48,7 @@ def build(case: Case) -> LiaX:
 def run_network(case: Case) -> dict[str, Tensor]:
     model, x, motion = build(case), pictures(case.inputs["lowres_u8"]), case.inputs["motion"]
     identity = model.identity(x[:1])
-    out = {"z_s2r": identity.style, "motion_code": model.motion(x), "direction": model.decoder.directions(motion)}
+    out = {"z_s2r": identity.style, "motion_code": model.encode(x), "direction": model.decoder.directions(motion)}
     for i, features in enumerate(identity.maps):
         step = max(1, features.numel() // 3000) | 1
         out[f"feat_{i}_strided"] = features.flatten()[::step]
@@ -60,7 +60,7 @@ def run_network(case: Case) -> dict[str, Tensor]:
             out.update({f"rgb_{name}": state.picture, f"flowlogit_{name}": state.flow})
 
         hooks.append(level.register_forward_hook(keep))
-    out |= stored(case, "img_abs", model.render(identity, motion[:1]))
+    out |= stored(case, "img_abs", model.decode(motion[:1], identity))
     for hook in hooks:
         hook.remove()
 
@@ -77,7 +77,7 @@ def run_network(case: Case) -> dict[str, Tensor]:
 def run_animate(case: Case) -> dict[str, Tensor]:
     model, x = build(case), pictures(case.inputs["lowres_u8"])
     indices, values, chunk = case.meta["edit_indices"], case.meta["edit_values"], case.meta["chunk_size"]
-    out = {"motion_codes": model.motion(x)}
+    out = {"motion_codes": model.encode(x)}
     driven, edited = (len(case.outputs[f"{name}_stats"]) for name in ("animate", "edit_vid"))
     out |= stored(case, "animate", model.animate(x[:1], x[1 : 1 + driven], indices, values, chunk["animate"]))
     out |= stored(case, "edit_img", model.edit_image(x[0], indices, values))
@@ -94,8 +94,9 @@ def run_blocks(case: Case) -> dict[str, Tensor]:
 
     def load(name: str, module: nn.Module) -> nn.Module:
         prefix = f"{name}."
-        own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-        module.load_state_dict(from_released(module, own))
+        own = {key: value for key, value in weights.items() if key.startswith(prefix) and "kernel" not in key}
+        own = {our_name(key, 0).removeprefix(prefix): value for key, value in own.items()}
+        module.load_state_dict({k: v.squeeze(0) if v.ndim == 5 else v for k, v in own.items()})
         return module.eval()
 
     x, style, square, feat = inputs["x"], inputs["style"], inputs["hsq"], inputs["feat"]

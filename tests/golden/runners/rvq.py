@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,15 +17,41 @@ from engine.nn.audio_losses import (
 )
 from engine.nn.discriminators import MultiPeriodDiscriminator, MultiResolutionDiscriminator
 from engine.release import load_strict
-from rvq_codec.codec import (
-    build_decoder,
-    build_encoder,
-    build_quantizer,
-    decoder_from_released,
-    encoder_from_released,
-    released_config,
-)
+from rvq_codec.codec import RVQCodecConfig, build_decoder, build_encoder, build_quantizer
+from rvq_codec.released import decoder_state, encoder_state
 from tests.golden.runners import Case, runner
+
+ENCODER = {
+    "d_model": "encoder_width",
+    "up_ratios": "ratios",
+    "out_channels": "latent_channels",
+    "use_tanh": "encoder_tanh",
+}
+DECODER = {
+    "in_channels": "latent_channels",
+    "num_quantizers": "levels",
+    "codebook_size": "codebook_size",
+    "codebook_dim": "codebook_dim",
+    "use_l2_normlize": "normalize",
+    "quantizer_dropout": "quantizer_dropout",
+    "commitment": "commitment",
+    "codebook_loss_weight": "codebook",
+    "vocos_dim": "vocos_dim",
+    "vocos_intermediate_dim": "vocos_intermediate",
+    "vocos_num_layers": "vocos_layers",
+    "n_fft": "n_fft",
+    "hop_size": "hop",
+    "upsample_initial_channel": "conv_width",
+    "up_ratios": "conv_ratios",
+}
+
+
+def config_of(arguments: dict[str, Any]) -> RVQCodecConfig:
+    """From the official constructor arguments of the encoder or of the decoder; those of other branches are ignored."""
+    if "d_model" in arguments:
+        return RVQCodecConfig(**{ours: arguments[theirs] for theirs, ours in ENCODER.items() if theirs in arguments})
+    fields = {ours: arguments[theirs] for theirs, ours in DECODER.items() if theirs in arguments}
+    return RVQCodecConfig(decoder="vocos" if arguments.get("use_vocos", False) else "conv", **fields)
 
 
 def _strip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -41,8 +69,8 @@ def run_codec(case: Case) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _run_encoder(case: Case) -> dict[str, Tensor]:
-    encoder = build_encoder(released_config(case.config)).eval()
-    load_strict(encoder, _strip(encoder_from_released(case.weights()), "encoder."), case.name)
+    encoder = build_encoder(config_of(case.config)).eval()
+    load_strict(encoder, _strip(encoder_state(case.weights()), "encoder."), case.name)
     out = {}
     for name, wave in case.inputs.items():
         z = encoder(wave)
@@ -53,9 +81,9 @@ def _run_encoder(case: Case) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _run_decoder(case: Case) -> dict[str, Tensor]:
-    config = released_config(case.config)
+    config = config_of(case.config)
     quantizer, decoder = build_quantizer(config).eval(), build_decoder(config).eval()
-    state = decoder_from_released(case.weights(), config)
+    state = decoder_state(case.weights(), config.decoder)
     load_strict(quantizer, _strip(state, "quantizer."), case.name)
     load_strict(decoder, _strip(state, "decoder."), case.name)
 
@@ -93,7 +121,7 @@ def _margin(quantizer, z: Tensor) -> Tensor:
 
 
 def _run_quantizer_training(case: Case) -> dict[str, Tensor]:
-    quantizer = build_quantizer(released_config(case.config)).train()
+    quantizer = build_quantizer(config_of(case.config)).train()
     load_strict(quantizer, case.weights(), case.name)
     z = case.inputs["z"].clone().requires_grad_()
     result = quantizer(z)

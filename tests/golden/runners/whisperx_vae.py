@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from engine.nn.mel import HOP, RATE, mel_filters
 from engine.release import load_strict
 from tests.golden.runners import Case, runner
 from whisperx_vae import WhisperXVAE, WhisperXVAEConfig, log_mel, pad_or_trim
-from whisperx_vae.released import from_released, load_released
+from whisperx_vae.released import our_state
 
 WINDOW = 30 * RATE
 
@@ -67,11 +68,11 @@ def build(case: Case) -> WhisperXVAE:
     """The case's network; where it has the decoder's half alone, the rest stays on the meta device."""
     state, config = inference_weights(case), config_of(case)
     if any(key.startswith("CodecEnc.") for key in state):
-        return load_released(state, case.name, config)
+        return WhisperXVAE.from_tensors(asdict(config), our_state(state), case.name)
     with torch.device("meta"):
         model = WhisperXVAE(config).eval()
     half = nn.ModuleDict({"out_proj": model.out_proj, "decoder": model.decoder})
-    load_strict(half, from_released(state), case.name, assign=True)
+    load_strict(half, our_state(state), case.name, assign=True)
     return model
 
 
@@ -93,7 +94,7 @@ def run_vae(case: Case) -> dict[str, Tensor]:
     for name, value in case.inputs.items():
         kind, _, length = name.partition("_")
         if kind == "wav" and length:
-            out[f"encode_{length}"] = model.encode(value, mel)
+            out[f"encode_{length}"] = model.encode_window(value, mel)
         elif kind == "latent" and length.isdigit():
             out[f"decode_{length}"] = model.decode(value)
         elif kind == "latent":
@@ -111,7 +112,7 @@ def run_vae(case: Case) -> dict[str, Tensor]:
         "enc": maps[-1],
         "semantic_50hz": states,
         "posterior_mean_scale_bct": torch.cat([mean, scale], 1),
-        "encode_btc": model.encode(wave, mel),
+        "encode_btc": model.encode_window(wave, mel),
     }
     for name, expected in case.outputs.items():
         block = re.fullmatch(r"enc_block(\d+)(_tail)?", name)

@@ -1,6 +1,6 @@
-"""Pictures between bytes and the network's [-1, 1].
+"""Pictures between bytes and the [-1, 1] of a portrait codec.
 
-Axes: T frames, H height, W width, S side of the network's square.
+Axes: T frames, H height, W width, S side of the codec's square.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The square round a face on which LIA-X works: head and shoulders, as in the videos that it was trained on.
+"""The square round a face that a portrait codec sees: head and shoulders, as in the videos LIA-X was trained on.
 
 Axes: H height, W width, in pixels.
 """

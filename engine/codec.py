@@ -1,0 +1,124 @@
+"""What the models know of a codec: its rates, the form of its code, `encode` and `decode`.
+
+Axes: B batch, N samples, L code frames, Q levels, Z channels, T pictures, S side of a picture.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from engine.errors import UserError
+from engine.hub import release_folder
+from engine.release import Released, release_kind
+
+
+class Codec(Released):
+    """A signal to a code and back.
+
+    A codec of tokens has `levels` and `codes`; its codes are (B, Q, L) int64. A codec of latents has `channels`; its
+    codes are (B, L, Z) floats.
+
+    Attributes:
+        sample_rate: samples, or pictures, of the signal a second.
+        hop: samples of a code frame.
+        levels, codes: Q, and how many values a token has.
+        channels: Z.
+        reach: how many code frames before and after a frame its part of the decoded signal depends on.
+    """
+
+    sample_rate: int
+    hop: int
+    levels: int
+    codes: int
+    channels: int
+    reach: tuple[int, int] = (sys.maxsize, sys.maxsize)
+
+    @property
+    def frame_rate(self) -> float:
+        """Code frames a second."""
+        return self.sample_rate / self.hop
+
+    def encode(self, signal: Tensor) -> Tensor:
+        """Waves (B, 1, N) in [-1, 1] at `sample_rate` -> code of N // hop frames, up to rounding at the end."""
+        raise NotImplementedError
+
+    def decode(self, code: Tensor) -> Tensor:
+        """Code of L frames -> waves (B, 1, hop * L)."""
+        raise NotImplementedError
+
+    def digest(self) -> str:
+        """Eight hex digits that change when, and only when, a weight that `encode` uses does."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Latents (B, l, Z), chunk after chunk, l >= 0 -> waves (B, 1, n) that concatenate to `decode` of all latents.
+
+        A frame is returned as soon as the `reach` later frames that it depends on have come, and it is decoded with as
+        many earlier ones: chunks join exactly, up to the rounding of convolutions of another length (1e-5 in float32).
+        The last wave comes when `chunks` ends; a chunk that completes no frame yields nothing.
+        """
+        before, after = self.reach
+        latest: Tensor | None = None  # the last frames, of which the first `known` have been returned
+        known = 0
+        for chunk in chunks:
+            latest = chunk if latest is None else torch.cat([latest, chunk], 1)
+            ready = latest.shape[1] - after
+            if ready > known:
+                yield self.decode(latest)[..., known * self.hop : ready * self.hop]
+                dropped = max(0, ready - before)
+                latest, known = latest[:, dropped:], ready - dropped
+        if latest is not None and latest.shape[1] > known:
+            yield self.decode(latest)[..., known * self.hop :]
+
+
+class PortraitCodec(Codec):
+    """Pictures of one face to motion, and motion with an identity back to pictures.
+
+    Attributes:
+        size: S; `engine.media.pictures` converts and resizes bytes.
+    """
+
+    size: int
+    hop = 1
+
+    def identity(self, picture: Tensor) -> Any:
+        """Picture (3, S, S) in [-1, 1] -> what `decode` needs of the face besides its motion."""
+        raise NotImplementedError
+
+    def encode(self, signal: Tensor) -> Tensor:
+        """Pictures (T, 3, S, S) in [-1, 1] -> motion (T, Z)."""
+        raise NotImplementedError
+
+    def decode(self, code: Tensor, identity: Any) -> Tensor:
+        """Motion (T, Z) and what `identity` returned -> pictures (T, 3, S, S), not clamped."""
+        raise NotImplementedError
+
+
+C = TypeVar("C", bound=Codec)
+
+
+def load_codec(folder: str | Path, codecs: Mapping[str, type[C]]) -> C:
+    """The codec of a release folder, here or on the hub, or of official files, in eval mode.
+
+    Args:
+        codecs: the classes to choose from, by kind. A model that takes a further codec has it in its table.
+
+    Raises:
+        UserError: there is none of these codecs, or its files are damaged.
+    """
+    folder = release_folder(folder)
+    for codec in codecs.values():
+        found = codec.from_official(folder)
+        if found is not None:
+            return found
+    kind = release_kind(folder)
+    if kind not in codecs:
+        raise UserError(f"weights folder {folder} holds a model of kind {kind!r}, but {' or '.join(codecs)} is needed")
+    return codecs[kind].from_pretrained(folder)
