@@ -4,7 +4,7 @@
     python scripts/export.py --average A:0.7 B:0.3 FOLDER [--only decoder.]
     python scripts/export.py --compact RELEASE FOLDER [--exact encoder.]
 
-From a run, the folder gets the averaged weights of the newest complete checkpoint in half precision (model.safetensors),
+From a run, the folder gets the averaged weights of the newest complete checkpoint in half precision,
 config.yaml, and a card with data, recipe and the figures of the last validation. This also works during training, on
 any machine that has the run's folder, whichever number of processes wrote it.
 
