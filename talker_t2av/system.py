@@ -110,10 +110,11 @@ class TalkerSystem:
 
     def _load(self, part: str, load: Callable[[str | Path], Any]) -> Any:
         path = self._find(part)
-        network = load(path)
+        with torch.inference_mode(False):  # whoever asks first: weights made in that mode are of no use outside of it
+            network = load(path).to(self.device)
         if self._digests.get(part, None) not in (None, network.digest()):
             raise UserError(f"{path} makes other features than those the model was trained on: use the model's own")
-        return network.to(self.device)
+        return network
 
     @classmethod
     def load(
