@@ -4,9 +4,9 @@
     python scripts/export.py --average A:0.7 B:0.3 FOLDER [--only decoder.]
     python scripts/export.py --compact RELEASE FOLDER [--exact encoder.]
 
-From a run, the folder gets the averaged weights of the newest complete checkpoint in half precision,
-config.yaml, and a card with data, recipe and the figures of the last validation. This also works during training, on
-any machine that has the run's folder, whichever number of processes wrote it.
+From a run, the folder gets the averaged weights of the newest complete checkpoint in half precision, config.yaml, and
+a card with data, recipe and the figures of the last validation. This also works during training, on any machine that
+has the run's folder, whichever number of processes wrote it.
 
 --average mixes the weights of releases of one model. Fine-tuned weights averaged with those they started from, or with
 each other, often do better on held-out data than any of them (Wortsman et al. 2022, arXiv 2203.05482 and 2109.01903).
@@ -27,7 +27,7 @@ from pathlib import Path
 from torch import Tensor
 
 from engine.errors import UserError, run_cli
-from engine.release import average, compact, read_release, release_kind, rewrite_release, to_float16
+from engine.release import average, compact, half, read_release, release_kind, rewrite_release
 from engine.training import checkpoint
 from engine.training.export import export
 
@@ -83,7 +83,7 @@ def average_releases(sources: list[str], out: Path, prefixes: tuple[str, ...]) -
     folders, shares = zip(*map(split_weight, sources))
     kind = release_kind(folders[0])
     others = [read_release(folder, kind)[1] for folder in folders[1:]]
-    rewrite_release(folders[0], out, lambda first: to_float16(average([first, *others], list(shares), prefixes)))
+    rewrite_release(folders[0], out, lambda first: half(average([first, *others], list(shares), prefixes)))
     return " + ".join(f"{share:g} x {folder}" for folder, share in zip(folders, shares))
 
 

@@ -1,4 +1,4 @@
-"""export.py --average and --compact: exact means and 8 bits where asked, one clear line for what does not fit."""
+"""export.py --average and --compact: exact means, 8 bits, and one clear line for what does not fit."""
 
 import pytest
 import torch
