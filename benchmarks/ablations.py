@@ -3,7 +3,7 @@
     python -m benchmarks.ablations --steps 600 --clips 50
 
 Runs `train.py experiment=hicodit_synthetic` five times with one switch changed (runs/ablation_NAME, continued if they
-are there), then `evaluate_hicodit.py` on each release, and writes DATE-ablations.json with one row a variant.
+are there), then `evaluate.py hicodit` on each release, and writes DATE-ablations.json with one row a variant.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ def main() -> None:
         settings += [f"task.codec={args.codec}", f"run={run}", "task.validate_clips=2", "trainer.ema_decay=0.99"]
         call("train.py", "experiment=hicodit_synthetic", *settings, *args.overrides, *overrides)
         call(
-            "scripts/evaluate_hicodit.py", "--corpus", args.corpus, "--weights", str(run / "release"),
+            "scripts/evaluate.py", "hicodit", "--corpus", args.corpus, "--weights", str(run / "release"),
             "--codec", args.codec, "--clips", str(args.clips), "--steps", str(args.sampling_steps), "--out", str(out),
         )  # fmt: skip
         log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         losses = [row for row in log if "dse_low" in row][-4:]
-        measured = json.loads(max(out.glob("*-hicodit.json")).read_text())["results"]
+        measured = json.loads(max(out.glob("*-release.json")).read_text())["results"]
         rows[name] = {
             "dse_low": sum(r["dse_low"] for r in losses) / len(losses),
             "dse_high": sum(r["dse_high"] for r in losses) / len(losses),
@@ -79,7 +79,6 @@ def main() -> None:
             args.out,
             "ablations",
             "HiCoDiT ablations, equal training",
-            {"processor": platform.machine(), "threads": torch.get_num_threads()},
             rows,
             arguments={k: str(v) for k, v in vars(args).items()},
         )

@@ -10,8 +10,6 @@ The bundled silent clip is repeated to each length. Each part runs in a process 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import resource
 import subprocess
 import tempfile
@@ -110,9 +108,8 @@ def main() -> None:
                         flush=True,
                     )
                 clip.unlink()
-    hardware = {"device": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     what = "peak memory of decoding, face tracking and crops by the length of the clip"
-    print(write_record(args.out, "faces-memory", what, hardware, results))
+    print(write_record(args.out, "faces-memory", what, results))
 
 
 if __name__ == "__main__":

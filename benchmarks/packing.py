@@ -11,8 +11,6 @@ on one thread (a busy machine then changes little), on CUDA in wall time. The sh
 from __future__ import annotations
 
 import argparse
-import platform
-import sys
 import time
 from pathlib import Path
 
@@ -174,11 +172,7 @@ def main() -> None:
             ways = results[-1]["ways"].items()
             line = ", ".join(f"{w} {r['tokens_per_s']:.0f} tokens/s ({r['ratio']:.2f}x)" for w, r in ways)
             print(f"{name}, clips of {spread}: {line}", flush=True)
-    hardware = {"device": platform.processor() or platform.machine(), "threads": 1}
-    if args.device.startswith("cuda"):
-        hardware = {"device": torch.cuda.get_device_name()}
-    about = {"command": " ".join(["python", *sys.argv])}
-    print(write_record(args.out, f"packing-{args.device}", "padded, by length, packed", hardware, results, **about))
+    print(write_record(args.out, f"packing-{args.device}", "padded, by length, packed", results, args.device))
 
 
 if __name__ == "__main__":

@@ -1,42 +1,86 @@
-"""One measurement, one dated file in benchmarks/."""
+"""The frame of benchmarks, evaluations and trials: one dated JSON file a measurement, one process a setting."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
+import resource
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from engine.errors import UserError
 from engine.files import atomic_output
+
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def portable(value: Any) -> Any:
-    """Texts in `value` with the last names of absolute paths only: the others are of the machine that measured."""
+    """`value` with absolute paths in its texts cut to their last names: the folders are those of one machine."""
     if isinstance(value, dict):
         return {key: portable(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [portable(part) for part in value]
-    # A slash after a name or another slash is of a relative path or of an address.
+    if isinstance(value, Path):
+        value = str(value)
+    # A slash after a name or another slash belongs to a relative path or to an address.
     return re.sub(r"(?<![\w/.:-])/(?:[\w.-]+/)+(?=[\w.])", "", value) if isinstance(value, str) else value
 
 
-def write_record(folder: Path, name: str, what: str, hardware: dict[str, Any], results: Any, **about: Any) -> Path:
-    """Write FOLDER/DATE-NAME.json: what was measured, on what, `about` (arguments, settings); gives its path."""
-    today = date.today().isoformat()
+def write_record(folder: Path, name: str, what: str, results: Any, device: str = "cpu", **about: Any) -> Path:
+    """Write FOLDER/DATE-NAME.json and return its path.
+
+    It holds the command, hardware, versions, `what` was measured, the results, and `about` (such as settings).
+    """
+    cuda = device.startswith("cuda")
+    processor = platform.processor() or platform.machine()
     record = {
-        "date": today,
+        "date": date.today().isoformat(),
         "what": what,
+        "command": " ".join(["python", *sys.argv]),
         **about,
-        "hardware": hardware,
+        "hardware": {
+            "device": torch.cuda.get_device_name(device) if cuda else processor,
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "load_average_5_min": round(os.getloadavg()[1], 2),
+        },
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "results": results,
     }
-    record = portable(record)
-    path = folder / f"{today}-{name}.json"
+    path = folder / f"{record['date']}-{name}.json"
     with atomic_output(path) as partial:
-        partial.write_text(json.dumps(record, indent=1) + "\n")
+        partial.write_text(json.dumps(portable(record), indent=1) + "\n")
     return path
+
+
+def in_own_process(measure: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a call in a new process, whose peak memory is then its own.
+
+    Raises:
+        UserError: the process was killed.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        try:
+            return pool.submit(_with_threads, torch.get_num_threads(), measure, *arguments).result()
+        except BrokenProcessPool as error:
+            raise UserError(f"{measure.__name__}: the process was killed, probably for lack of memory") from error
+
+
+def _with_threads(threads: int, measure: Callable[..., Any], *arguments: Any) -> Any:
+    torch.set_num_threads(threads)
+    return measure(*arguments)
+
+
+def peak_memory_mb() -> float:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

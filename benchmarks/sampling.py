@@ -221,9 +221,8 @@ def main() -> None:
     name = (
         torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or platform.machine()
     )
-    hardware = {"device": name, "threads": args.threads}
     name = f"sampling-{args.device}"
-    print(write_record(args.out, name, "HiCoDiT sampling", hardware, results, guidance=asdict(GUIDANCE)))
+    print(write_record(args.out, name, "HiCoDiT sampling", results, args.device, guidance=asdict(GUIDANCE)))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ Axes: T frames, S picture side; else those of talker_t2av/losses.py.
 from __future__ import annotations
 
 import argparse
-import platform
 import resource
 import statistics
 import time
@@ -276,7 +275,6 @@ def alone(call: Callable[[dict[str, Any]], dict[str, Any]], job: dict[str, Any])
 
 def run_generation(args: argparse.Namespace) -> None:
     what = "Talker-T2AV generation (T2AV, random weights): processor time by part, and against the plain reading"
-    hardware = {"machine": platform.machine(), "threads": args.threads}
     for model in args.models:
         job = {k: getattr(args, k) for k in ("threads", "seconds", "steps", "guidance")} | {"model": model}
         few = model != "tiny"
@@ -300,7 +298,7 @@ def run_generation(args: argparse.Namespace) -> None:
             flush=True,
         )
         settings = {name: value for name, value in vars(args).items() if name not in ("out", "models")}
-        print(write_record(args.out, f"talker-generation-{model}", what, hardware, r, arguments=settings), flush=True)
+        print(write_record(args.out, f"talker-generation-{model}", what, r, arguments=settings), flush=True)
 
 
 def main() -> None:
@@ -336,9 +334,8 @@ def main() -> None:
     print(f"{args.model}, batch {args.batch}: {times['batched']:.3f} s a step, plain {times['plain']:.3f} s")
     print(f"ratio {results['ratio']:.2f}")
     settings = {name: value for name, value in vars(args).items() if name != "out"}
-    hardware = {"machine": platform.machine(), "threads": args.threads}
     what = "Talker-T2AV training step (forward and backward): batched against the loop over rows and patches"
-    path = write_record(args.out, f"talker-training-{args.model}", what, hardware, results, arguments=settings)
+    path = write_record(args.out, f"talker-training-{args.model}", what, results, arguments=settings)
     print(path)
 
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
-import platform
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -253,10 +251,7 @@ def main() -> None:
             print(line(results[-1]), flush=True)
             if results[-1].get("out_of_memory"):
                 break
-    cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
-    hardware = {"device": name, "threads": args.threads, "cores": os.cpu_count(), "load": os.getloadavg()[0]}
-    print(write_record(args.out, f"training-{args.size}-{device.type}", "training steps", hardware, results))
+    print(write_record(args.out, f"training-{args.size}-{device.type}", "training steps", results, device.type))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.files import atomic_output
 from engine.media.audio import mel_picture
-from talker_t2av.evaluation import loudness
+from engine.metrics.speech import loudness
 from talker_t2av.model import FPS
 from talker_t2av.pipeline import Talk, TalkerPipeline
 

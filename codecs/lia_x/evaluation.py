@@ -5,8 +5,9 @@ Axes: T frames, S side, H height, W width, M motion. Frames are RGB bytes (T, S,
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +72,36 @@ def measure(clips: Sequence[RebuiltClip], regions: Mapping[str, Mapping[str, flo
             variance = clip.motion.var(0).sum().clamp_min(1e-12)
             found["roughness"].append(float(clip.motion.diff(n=2, dim=0).square().mean(0).sum() / variance))
     return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def mouth_correlation(clips: Sequence[RebuiltClip], opening: Callable[[np.ndarray], np.ndarray]) -> float:
+    """Mean over clips of the correlation in time of the mouth's openings in true and in rebuilt frames.
+
+    Args:
+        opening: reads how far the mouth is open: frames (T, S, S, 3) of bytes -> (T,).
+    """
+    pairs = [(opening(clip.true), opening(clip.rebuilt)) for clip in clips]
+    return float(np.mean([np.corrcoef(true, rebuilt)[0, 1] for true, rebuilt in pairs]))
+
+
+def measure_speed(codec: LiaX, clip: RebuiltClip, chunk: int) -> dict[str, float]:
+    """Frames a second in batches of `chunk` frames and one by one, the best of three passes over a clip."""
+    video = torch.from_numpy(clip.true).permute(0, 3, 1, 2).float() / 127.5 - 1
+    identity = codec.identity(video[0])
+
+    def rate(run: Callable[[], object]) -> float:
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        return len(video) / min(times)
+
+    found = {}
+    for name, frames in (("batched", chunk), ("one_by_one", 1)):
+        found[f"motion_{name}"] = rate(lambda frames=frames: codec.encode(video, frames))
+        found[f"render_{name}"] = rate(lambda frames=frames: codec.decode(clip.motion, identity, frames))
+    return found
 
 
 def _as_batch(frames: np.ndarray) -> Tensor:

@@ -51,6 +51,12 @@ def read_manifest(root: str | Path, split: str) -> list[dict]:
     return rows
 
 
+def pick_rows(root: str | Path, split: str, count: int) -> list[dict]:
+    """`count` rows of a split, evenly spread over its manifest; all rows if there are fewer."""
+    rows = read_manifest(root, split)
+    return [rows[i] for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)]
+
+
 def load_clips(root: str | Path, split: str, count: int, rate: int) -> list[Clip]:
     """The first `count` clips of a split, whole, at `rate` Hz."""
     rows = read_manifest(root, split)[:count]

@@ -7,7 +7,7 @@ Axes: N samples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jiwer
@@ -72,6 +72,10 @@ class Recogniser:
         self._decoder.end_utt()
         hypothesis = self._decoder.hyp()
         return hypothesis.hypstr.lower() if hypothesis else ""
+
+    def transcribe_all(self, waves: Iterable[np.ndarray], rate: int) -> list[str]:
+        """`transcribe` of each wave."""
+        return [self.transcribe(wave, rate) for wave in waves]
 
 
 def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:

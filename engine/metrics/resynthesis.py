@@ -42,11 +42,11 @@ def score(
     recogniser = Recogniser(grammar) if grammar and have["pocketsphinx"] else None
     texts, results = [clip.text for clip in clips], {}
     if recogniser:
-        results["wer_clean"] = word_error_rate(texts, [recogniser.transcribe(c.wave, rate) for c in clips])
+        results["wer_clean"] = word_error_rate(texts, recogniser.transcribe_all((clip.wave for clip in clips), rate))
     for name, waves in versions.items():
         pairs = list(zip(clips, waves, strict=True))
         if recogniser:
-            results[f"wer_{name}"] = word_error_rate(texts, [recogniser.transcribe(w, rate) for w in waves])
+            results[f"wer_{name}"] = word_error_rate(texts, recogniser.transcribe_all(waves, rate))
         if have["pystoi"]:
             results[f"stoi_{name}"] = float(np.mean([stoi(c.wave, w, rate) for c, w in pairs]))
         if have["pesq"]:

@@ -1,6 +1,6 @@
-"""Intelligibility, quality and prosody of speech.
+"""Intelligibility, quality, prosody and end of speech, and its synchrony with a mouth.
 
-Axes: N samples, F analysis frames.
+Axes: N samples, F analysis frames, T video frames (25 a second).
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from engine.media.audio import resample
 from engine.optional import require, require_librosa
 
 RATE = 16_000
+FPS = 25  # video frames a second
+WINDOW = 0.01  # seconds of a power measurement
+DROP = 30.0  # dB below the loudest moment: what is quieter is not speech
 
 
 def stoi(reference: np.ndarray, degraded: np.ndarray, rate: int) -> float:
@@ -41,6 +44,14 @@ def pesq_wb(reference: np.ndarray, degraded: np.ndarray, rate: int) -> float:
         raise UserError(f"PESQ cannot be computed: {why}") from error
 
 
+def prosody(wave: np.ndarray, rate: int) -> tuple[float, float]:
+    """(pitch range in semitones between the 10th and 90th percentile, mean power in dB) of a wave (N,) at `rate` Hz."""
+    f0 = pitch(wave, rate)
+    voiced = f0[f0 > 0]
+    spread = 12 * np.log2(np.percentile(voiced, 90) / np.percentile(voiced, 10)) if len(voiced) > 4 else 0.0
+    return float(spread), float(10 * np.log10(np.mean(np.square(wave)) + 1e-10))
+
+
 def pitch(wave: np.ndarray, rate: int, floor: float = 60.0, ceiling: float = 500.0) -> np.ndarray:
     """Fundamental frequency (F,) in Hz of every 16 ms, 0 where unvoiced, by pYIN (Mauch & Dixon 2014).
 
@@ -55,3 +66,41 @@ def pitch(wave: np.ndarray, rate: int, floor: float = 60.0, ceiling: float = 500
     wave = resample(torch.as_tensor(np.asarray(wave), dtype=torch.float32), rate, low_rate).numpy()
     f0, _, _ = librosa.pyin(wave, fmin=floor, fmax=ceiling, sr=low_rate, frame_length=768, hop_length=192)
     return np.nan_to_num(f0)
+
+
+def loudness(wave: np.ndarray, rate: int) -> np.ndarray:
+    """Root mean square of each video frame's sound: (N,) -> (T,), T = N / rate * 25 rounded down."""
+    frame = rate // FPS
+    whole = wave[: len(wave) // frame * frame].reshape(-1, frame)
+    return np.sqrt(np.mean(np.square(whole, dtype=np.float64), 1))
+
+
+def synchrony(opening: np.ndarray, wave: np.ndarray, rate: int, shift: int = 0) -> float:
+    """Pearson correlation of mouth opening (T,) with the loudness of the sound, over the frames that both have.
+
+    Args:
+        shift: frames by which the sound is moved against the mouth; positive: it comes later.
+    """
+    level = loudness(wave, rate)
+    if shift >= 0:
+        level = np.pad(level, (shift, 0))
+    else:
+        level = level[-shift:]
+    length = min(len(level), len(opening))
+    mouth, level = opening[max(shift, 0) : length], level[max(shift, 0) : length]
+    if len(mouth) < 2 or np.ptp(mouth) == 0 or np.ptp(level) == 0:
+        return 0.0
+    return float(np.corrcoef(mouth, level)[0, 1])
+
+
+def speech_end(wave: np.ndarray, rate: int) -> float:
+    """Seconds from the start to the end of the last 10 ms within 30 dB of the loudest; 0 for silence.
+
+    Energy alone decides: no recogniser is needed.
+    """
+    size = round(WINDOW * rate)
+    windows = np.pad(wave, (0, -len(wave) % size)).reshape(-1, size)
+    power = np.mean(np.square(windows, dtype=np.float64), 1)
+    if not power.any():
+        return 0.0
+    return float((np.flatnonzero(power > power.max() * 10 ** (-DROP / 10))[-1] + 1) * WINDOW)

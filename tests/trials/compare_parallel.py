@@ -10,14 +10,12 @@ loss of any step goes to benchmarks/.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.record import write_record
+from benchmarks.record import RESULTS, write_record
 from engine.errors import UserError, run_cli
 
 STEPS, BATCH, ACCUMULATE = 50, 1, 2  # the global batch: BATCH x ACCUMULATE
@@ -81,10 +79,8 @@ def main() -> None:
         }  # fmt: skip
         print(f"{name}: {worst[0]:.2e} at most ({worst[2]}, step {worst[1]}); {total[0]:.2e} of the sum", flush=True)
     results["sum by step, 1 process"] = [line["loss"] for line in losses[first]]
-    hardware = {"device": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     what = f"losses of {STEPS} steps, float32, global batch {BATCH * ACCUMULATE}, against those of one process"
-    command = " ".join(["python -m tests.trials.compare_parallel", *arguments])
-    print(write_record(Path("benchmarks/results"), "parallel-losses", what, hardware, results, command=command))
+    print(write_record(RESULTS, "parallel-losses", what, results))
 
 
 if __name__ == "__main__":

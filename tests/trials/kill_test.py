@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import re
 import resource
@@ -273,9 +272,7 @@ def main() -> int:
                 args.record,
                 "training-kills",
                 f"{args.kills} kills at random moments of a run of {args.ranks} processes, against an unbroken run",
-                {"machine": platform.machine(), "processes": args.ranks, "cores": os.cpu_count()},
                 results,
-                command=["python", "-m", "tests.trials.kill_test", *sys.argv[1:]],
             )
     return 1 if found else 0
 

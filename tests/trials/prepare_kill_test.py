@@ -97,7 +97,7 @@ def main() -> int:
     print(result)
     if args.record is not None:
         what = f"Preparation with {args.processes} processes, killed with SIGKILL, against an unbroken run"
-        write_record(args.record, "preparation-kills", what, {"cores": os.cpu_count()}, result, settings=args.settings)
+        write_record(args.record, "preparation-kills", what, result)
     return 0 if len(kills) == args.kills and code == 0 and not different else 1
 
 

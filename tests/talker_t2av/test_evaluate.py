@@ -17,9 +17,9 @@ from corpora.synthetic.visemes import MOUTH, mouth_track
 from corpora.synthetic.voices import load_voices
 from engine.media.audio import write_wav
 from engine.media.video import write_video
-from scripts import evaluate_talker
-from scripts.evaluate_talker import PARTS, endings
-from talker_t2av.evaluation import loudness, speech_end, synchrony
+from engine.metrics.speech import loudness, speech_end, synchrony
+from scripts import evaluate
+from talker_t2av.evaluation import endings
 from talker_t2av.pipeline import Talk
 
 RATE = 24_000
@@ -89,14 +89,14 @@ def corpus(tmp_path_factory) -> Path:
 def test_the_whole_command(corpus, tmp_path, monkeypatch, capsys):
     pytest.importorskip("pocketsphinx")
     weights = save_talker(tmp_path)
-    monkeypatch.setattr(evaluate_talker, "MouthReader", lambda: MouthReader(8))
+    monkeypatch.setattr(evaluate, "MouthReader", lambda: MouthReader(8))
     arguments = ["--corpus", corpus, "--weights", weights, "--clips", 2, "--out", tmp_path / "out"]
     arguments += ["--figure", tmp_path / "figure.png"]
-    monkeypatch.setattr("sys.argv", ["evaluate_talker", *map(str, arguments)])
-    evaluate_talker.main()
-    (path,) = (tmp_path / "out").glob("*-talker_t2av.json")
-    results = json.loads(path.read_text())["results"]
-    assert set(results) == {"true", *PARTS}
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "talker_t2av", *map(str, arguments)])
+    evaluate.main()
+    (path,) = (tmp_path / "out").glob(f"*-{weights.name}.json")
+    results = json.loads(path.read_text())["results"]["seen"]
+    assert set(results) == {"true", "t2av", "tts", "v2a", "a2v", "stream", "batch"}
     assert all(np.isfinite(value) for part in results.values() for value in part.values())
     true = results["true"]
     assert true["mouth_reader_against_drawn"] > 0.9
@@ -108,8 +108,26 @@ def test_the_whole_command(corpus, tmp_path, monkeypatch, capsys):
 
 
 def test_a_figure_needs_its_part(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "sys.argv", ["x", "--parts", "tts", "--figure", str(tmp_path / "a.png"), "--out", str(tmp_path)]
-    )
+    monkeypatch.setattr("sys.argv", ["x", "talker_t2av", "--parts", "tts", "--figure", str(tmp_path / "a.png")])
     with pytest.raises(ValueError, match="--figure"):
-        evaluate_talker.main()
+        evaluate.main()
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "figure"),
+    [
+        ("rvq_codec", ["--levels", "2", "12"], "perplexity"),
+        ("whisperx_vae", [], "latent_std"),
+        ("lia_x", ["--chunk", "4"], "mouth_opening_correlation"),
+    ],
+)
+def test_codecs(corpus, tmp_path, monkeypatch, capsys, model, options, figure):
+    monkeypatch.setattr(evaluate, "MouthReader", lambda: MouthReader(8))
+    arguments = [model, "--corpus", corpus, "--splits", "seen", "--clips", 2, "--out", tmp_path, *options]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, arguments)])
+    evaluate.main()
+    (path,) = tmp_path.glob("*.json")
+    record = json.loads(path.read_text())
+    assert record["arguments"]["clips"] == 2 and figure in record["results"]["seen"]
+    assert figure in capsys.readouterr().out
+    assert bool(list(tmp_path.glob("*.jpg"))) == (model == "lia_x")
