@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 from pathlib import Path
-
-import torch
 
 from benchmarks.record import write_record
 from engine.errors import UserError, run_cli
