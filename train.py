@@ -79,18 +79,18 @@ def check_inputs(config: DictConfig) -> None:
 
 
 def make_data(data: DictConfig) -> None:
-    """Run the scripts of `data.make` in order (rank 0; the others wait). Each does only what is not done yet.
+    """Run the commands of `data.make` in order (rank 0; the others wait). Each does only what is not done yet.
 
     Raises:
         UserError: a package of `data.needs` is not installed, or a script failed.
     """
     for package in data.get("needs") or ():
         require(package, package)
-    for command in data.get("make") or () if distributed.is_main() else ():
+    for command in filter(None, (data.get("make") or {}).values()) if distributed.is_main() else ():
         script, *arguments = map(str, command)
         code = subprocess.run([sys.executable, Path(__file__).resolve().parent / script, *arguments]).returncode
         if code != 0:
-            raise UserError(f"{script} {' '.join(arguments)} failed (exit {code}), so there is no data in {data.root}")
+            raise UserError(f"{script} {' '.join(arguments)} failed (exit {code}), so there is no data to train on")
     distributed.barrier()
 
 

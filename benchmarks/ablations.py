@@ -52,7 +52,7 @@ def main() -> None:
         settings = [
             f"trainer.steps={args.steps}",
             f"trainer.validate_every={10**9}",
-            f"data.root={args.corpus}",
+            f"data.corpus={args.corpus}",
             "trainer.checkpoint_every=1000000",
             f"trainer.warmup={args.steps // 10}",
         ]

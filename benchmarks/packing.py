@@ -26,7 +26,7 @@ from engine.training.task import Task
 from hicodit.data import HiCoDiTDataset
 from hicodit.model import TOKENS_PER_FRAME
 from hicodit.task import HiCoDiTTask
-from talker_t2av.data import Layout, collate
+from talker_t2av.data import SequenceFormat, collate
 from talker_t2av.task import TalkerTask
 
 FPS = 25
@@ -42,7 +42,7 @@ class Clips:
         draw = torch.randn(count, generator=generator_for("lengths", spread))
         self.frames = (FPS * (median * (sigma * draw).exp()).clamp(low, high)).round().long()
         self.talker, self.packed = model.startswith("talker"), packed
-        self.layout = Layout(speech_id=256, tail=[257])
+        self.format = SequenceFormat(speech_id=256, tail=[257])
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -69,7 +69,8 @@ class Clips:
                 "face": torch.rand(3, 64, 64, generator=generator),
                 "tokens": torch.randint(256, (TOKENS_PER_FRAME * n, 12), generator=generator),
                 "ge2e": torch.rand(256, generator=generator) / 16,
-                "expression": torch.tensor(0),
+                "expression": torch.zeros(-(-2 * n // FPS), dtype=torch.long),
+                "face_expression": torch.tensor(0),
                 "phoneme": torch.zeros(n, dtype=torch.long),
             }
         other = int(self.frames[(index + len(self) // 2) % len(self)])
@@ -79,7 +80,7 @@ class Clips:
         prompt = torch.randint(250, (2 + 2 * speech // FPS,), generator=generator).tolist()  # two words a second
         streams = (torch.randn(n, width, generator=generator) for n, width in ((speech, 32), (motion, 40)))
         latents, codes = streams
-        return self.layout.example(prompt, latents, speech, codes, torch.randn(256, generator=generator))
+        return self.format.example(prompt, latents, speech, codes, torch.randn(256, generator=generator))
 
     def collate(self, items: list) -> dict[str, Tensor]:
         if not self.talker:

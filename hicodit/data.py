@@ -1,14 +1,16 @@
-"""Training batches from prepared features.
+"""The data set of HiCoDiT: clips of prepared shards.
 
-Axes: B batch, T video frames, L = 2 T token frames, J expression windows, K token levels, S picture side.
+Axes: B batch, T video frames, L = 2 T token frames, K token levels, J half seconds, F face pictures, S picture side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,11 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from engine.codec import load_codec
 from engine.errors import UserError
-from engine.seeding import Blocks
 from engine.shards.reader import Reading, ShardSplit
-from engine.shards.source import is_remote
-from hicodit.conditions.types import windows_of
-from hicodit.features import Clip, FeatureSplit
 from hicodit.model import TOKENS_PER_FRAME
 from hicodit.system import CODECS
 
@@ -42,62 +40,50 @@ def augment_mouth(mouth: Tensor, generator: torch.Generator) -> Tensor:
     return mouth ** (0.7 + 0.6 * gamma)
 
 
-class ShardedClips:
-    """Clips of a split of prepared shards (scripts/prepare_data.py), as `FeatureSplit` gives them.
+def picture_frames(length: int, count: int) -> np.ndarray:
+    """The video frames (F,) of a clip's stored face pictures: `count` of them, evenly spread between its ends."""
+    return np.linspace(0, length - 1, count + 2).round().astype(int)[1:-1]
 
-    Raises:
-        UserError: the shards are missing or damaged, lack pictures or tokens, or another tokenizer made them.
+
+@dataclass(frozen=True)
+class HiCoDiTSample:
+    """One clip as it is stored.
+
+    Attributes:
+        mouth: (T, S, S) uint8 grey. faces: (F, S', S', 3) uint8 RGB, of the frames `picture_frames`.
+        tokens: (2 T, K) int64. ge2e: (256,). expression: (J,) int64. phoneme: (T,) int64, 0 is silence.
+        info: the clip's JSON.
     """
 
-    TENSORS = ("mouth", "faces", "tokens", "ge2e", "expression", "phoneme")
-
-    def __init__(self, source: str | Path, digest: str, reading: Reading | None = None) -> None:
-        self.shards = ShardSplit(source, reading)
-        self.shards.check_made_with({"rvq": digest})
-        self.frames = self.shards.frames
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def __getitem__(self, index: int) -> Clip:
-        info, tensors = self.shards.read(index, self.TENSORS)
-        missing = [name for name in self.TENSORS[:5] if name not in tensors]
-        if missing:
-            raise UserError(f"{self.shards.source}: clip {info['key']} has no {', '.join(missing)}: prepare that too")
-        expression, frames = tensors["expression"], len(tensors["mouth"])
-        return Clip(
-            mouth=tensors["mouth"],
-            faces=tensors["faces"],
-            tokens=tensors["tokens"].long(),
-            ge2e=tensors["ge2e"],
-            expression=int(expression.argmax() if expression.ndim else expression),
-            phoneme=tensors.get("phoneme", torch.zeros(frames, dtype=torch.uint8)).long(),
-            info=info | {"id": info["key"]},
-        )
-
-
-def open_clips(folder: str | Path, digest: str, reading: Reading | None = None) -> FeatureSplit | ShardedClips:
-    """The clips of one split: shards where there is an index.json or a URL, else features of prepare_features.py."""
-    if is_remote(folder) or (Path(folder) / "index.json").is_file():
-        return ShardedClips(folder, digest, reading)
-    return FeatureSplit(folder, digest)
+    mouth: Tensor
+    faces: Tensor
+    tokens: Tensor
+    ge2e: Tensor
+    expression: Tensor
+    phoneme: Tensor
+    info: dict[str, Any]
 
 
 class HiCoDiTDataset:
-    """Clips of a prepared split, for `engine.training.trainer`.
+    """Clips of one split of prepared shards, for `engine.training.trainer`.
 
     Args:
-        folder: features or shards of one split, the latter also behind a URL.
-        codec: release folder of the tokenizer whose tokens are wanted.
+        source: folder of the split, or its URL.
+        codec: release folder of the tokenizer that must have made the tokens.
         augment: shift, mirror and relight the mouth pictures.
         limit: use only the first clips.
         shards: fields of `engine.shards.reader.Reading`.
         packed: the model leaves padding out, so a batch's tokens are counted without it.
+
+    Raises:
+        UserError: the shards are missing or damaged, or another tokenizer made them.
     """
+
+    TENSORS = ("mouth", "faces", "tokens", "ge2e", "expression", "phoneme")
 
     def __init__(
         self,
-        folder: str | Path,
+        source: str | Path,
         codec: str | Path,
         augment: bool = True,
         limit: int | None = None,
@@ -105,30 +91,44 @@ class HiCoDiTDataset:
         packed: bool = False,
     ) -> None:
         tokenizer = load_codec(codec, CODECS)
-        self.split = open_clips(folder, tokenizer.digest(), Reading(**(shards or {})))
+        self.shards = ShardSplit(source, Reading(**(shards or {})))
+        self.shards.check_made_with({"rvq": tokenizer.digest()})
         self.augment, self.levels, self.packed = augment, tokenizer.levels, packed
-        self.size = min(limit or len(self.split), len(self.split))
-        self.blocks: Blocks | None = None
-        if isinstance(self.split, ShardedClips):
-            self.blocks = self.split.shards.blocks(self.size)
+        self.size = min(limit or len(self.shards), len(self.shards))
+        self.blocks = self.shards.blocks(self.size)
+
+    def read(self, index: int) -> HiCoDiTSample:
+        """Clip `index` as it is stored.
+
+        Raises:
+            UserError: its shard is damaged, or a tensor was not prepared.
+        """
+        info, tensors = self.shards.read(index, self.TENSORS)
+        missing = [name for name in self.TENSORS[:5] if name not in tensors]
+        if missing:
+            raise UserError(f"{self.shards.source}: clip {info['key']} has no {', '.join(missing)}: prepare that too")
+        tensors.setdefault("phoneme", torch.zeros(len(tensors["mouth"])))
+        for name in ("tokens", "expression", "phoneme"):
+            tensors[name] = tensors[name].long()
+        return HiCoDiTSample(**tensors, info=info)
 
     @property
     def lengths(self) -> Tensor:
         """Tokens of each clip, all levels counted, (n,)."""
-        return self.split.frames[: self.size] * TOKENS_PER_FRAME * self.levels
+        return self.shards.frames[: self.size] * TOKENS_PER_FRAME * self.levels
 
     def prefetch(self, spans: list[tuple[int, int]]) -> None:
         """Clips [first, last) come next."""
-        self.split.shards.prefetch(spans)
+        self.shards.prefetch(spans)
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """mouth (T, S, S) and face (3, S', S') in [0, 1], tokens (2 T, K), ge2e (256,), phoneme (T,); the expression of
-        each half second (J,) and face_expression ().
+        """Clip `index`: mouth (T, S, S) and face (3, S', S') in [0, 1], tokens (2 T, K), ge2e (256,), phoneme (T,);
+        expression (J,) of each half second and face_expression () of the one that `face` is from.
         """
-        clip: Clip = self.split[index]
+        clip = self.read(index)
         mouth = clip.mouth.float() / 255
         if self.augment:
             mouth = augment_mouth(mouth, generator)
@@ -141,14 +141,16 @@ class HiCoDiTDataset:
             "face": face,
             "tokens": clip.tokens,
             "ge2e": clip.ge2e,
-            "expression": torch.full((windows_of(len(mouth)),), clip.expression),
-            "face_expression": torch.tensor(clip.expression),
+            "expression": clip.expression,
+            "face_expression": clip.expression[2 * picture_frames(len(mouth), len(clip.faces))[picture] // 25],
             "phoneme": clip.phoneme,
         }
 
     @staticmethod
     def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Padded: mouth (B, T, S, S), face (B, 3, S', S'), tokens (B, K, L), expression (B, J), phoneme (B, T)."""
+        """Padded: mouth (B, T, S, S), tokens (B, K, L), phoneme (B, T), expression (B, J); face (B, 3, S', S'), ge2e
+        (B, 256), face_expression (B,), frames (B,).
+        """
         frames = [len(item["mouth"]) for item in items]
         longest = max(frames)
         batch = {name: torch.stack([item[name] for item in items]) for name in ("face", "ge2e", "face_expression")}

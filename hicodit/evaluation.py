@@ -23,8 +23,7 @@ from engine.metrics.speech import prosody
 from engine.progress import track
 from engine.shards.reader import ShardSplit
 from hicodit.conditions import EXPRESSIONS
-from hicodit.data import ShardedClips, open_clips
-from hicodit.features import FeatureSplit
+from hicodit.data import HiCoDiTDataset, HiCoDiTSample
 from hicodit.guidance import GuidanceScales
 from hicodit.pipeline import FPS, Crops, HiCoDiTPipeline, Speech
 from hicodit.samplers import SamplerConfig
@@ -33,9 +32,8 @@ from hicodit.system import CODECS, HiCoDiTSystem
 WAVES, VIDEOS = 4, 2  # that a validation keeps of each split
 
 
-def feature_crops(split: FeatureSplit | ShardedClips, index: int, every: int = 1) -> Crops:
+def stored_crops(clip: HiCoDiTSample, every: int = 1) -> Crops:
     """Crops of a prepared clip; each frame in `every` takes the nearest of the stored face pictures."""
-    clip = split[index]
     frames = len(clip.mouth)
     nearest = (np.arange(0, frames, every) * len(clip.faces)) // frames
     return Crops(clip.mouth.numpy(), clip.faces.numpy()[nearest])
@@ -61,10 +59,10 @@ def synthesise(
     return [out[i] for i in range(len(crops))]
 
 
-def evaluate_features(
+def evaluate_clips(
     system: HiCoDiTSystem,
     codec: Path,
-    features: str | Path,
+    shards: str | Path,
     grammar: Path | None,
     clips: int,
     sampler: SamplerConfig,
@@ -76,18 +74,17 @@ def evaluate_features(
     Four waves go to `folder`, and two videos of the mouths that they were read from. Without a grammar for the
     recogniser nothing is measured.
     """
-    loaded = load_codec(codec, CODECS)
-    split = open_clips(features, loaded.digest())
-    device = next(system.parameters()).device
-    pipeline = HiCoDiTPipeline(system, loaded, sampler, guidance, device)
-    chosen = torch.linspace(0, len(split) - 1, min(clips, len(split))).round().long().tolist()
-    speech = synthesise(pipeline, [feature_crops(split, i, system.encoders.config.picture_every) for i in chosen])
+    data, tokenizer = HiCoDiTDataset(shards, codec, augment=False), load_codec(codec, CODECS)
+    pipeline = HiCoDiTPipeline(system, tokenizer, sampler, guidance, next(system.parameters()).device)
+    chosen = torch.linspace(0, len(data) - 1, min(clips, len(data))).round().long().tolist()
+    samples, every = [data.read(i) for i in chosen], system.encoders.config.picture_every
+    spoken = synthesise(pipeline, [stored_crops(clip, every) for clip in samples])
     if folder is not None:
-        for n, (i, said) in enumerate(list(zip(chosen, speech))[:WAVES]):
-            write_wav(folder / f"{split[i].info['id']}.wav", said.wave, said.rate)
+        for n, (clip, speech) in enumerate(list(zip(samples, spoken))[:WAVES]):
+            write_wav(folder / f"{clip.info['key']}.wav", speech.wave, speech.rate)
             if n < VIDEOS:
-                mouth = said.crops.mouth.repeat(4, 1).repeat(4, 2)[..., None].repeat(3, 3)
-                write_video(folder / f"{split[i].info['id']}.mp4", mouth, FPS, said.wave, said.rate)
+                mouth = speech.crops.mouth.repeat(4, 1).repeat(4, 2)[..., None].repeat(3, 3)
+                write_video(folder / f"{clip.info['key']}.mp4", mouth, FPS, speech.wave, speech.rate)
     if grammar is None:
         return {}
     try:
@@ -95,8 +92,8 @@ def evaluate_features(
     except UserError as error:  # the recogniser is an extra; training goes on without it
         print(f"no word error rate: {error}", flush=True)
         return {}
-    heard = [recogniser.transcribe(s.wave, s.rate) for s in speech]
-    return {"wer": word_error_rate([split[i].info["text"] for i in chosen], heard)}
+    heard = [recogniser.transcribe(speech.wave, speech.rate) for speech in spoken]
+    return {"wer": word_error_rate([clip.info["text"] for clip in samples], heard)}
 
 
 def evaluate_corpus(

@@ -38,7 +38,7 @@ class HiCoDiTTask(Task):
     Args:
         model, encoders: sizes and switches.
         codec: release folder of the tokenizer.
-        features: of `scripts/prepare_features.py`, or shards of `scripts/prepare_data.py`, also behind a URL.
+        shards: folder of the prepared splits, or its URL; validation reads those of `validate_splits`.
         grammar: JSGF grammar of the validation recogniser; None: waves are written, but not measured.
         identity_weight: of the L1 loss (a mean over the 256 values) between the GE2E vectors of face and voice; the
             paper says 100. It reaches only the identity adapter and the face encoder.
@@ -59,7 +59,7 @@ class HiCoDiTTask(Task):
         model: dict[str, Any],
         encoders: dict[str, Any],
         codec: str,
-        features: str,
+        shards: str,
         grammar: str | None,
         identity_weight: float = 100.0,
         identity_input: str = "voice",
@@ -75,7 +75,7 @@ class HiCoDiTTask(Task):
     ) -> None:
         super().__init__()
         self.system = HiCoDiTSystem(ModelConfig(**model), encoder_config(encoders))
-        self.codec, self.features, self.recipe = Path(codec), features, recipe
+        self.codec, self.shards, self.recipe = Path(codec), shards, recipe
         self.grammar = Path(grammar) if grammar else None
         if identity_input not in ("voice", "face"):
             raise UserError(f"task.identity_input={identity_input!r} must be voice or face")
@@ -162,14 +162,14 @@ class HiCoDiTTask(Task):
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         """Synthesise held-out clips from their pictures alone; word error rates when the recogniser is installed."""
-        from hicodit.evaluation import evaluate_features
+        from hicodit.evaluation import evaluate_clips
 
         results = {}
         for split in self.validate_splits:
-            scores = evaluate_features(
+            scores = evaluate_clips(
                 self.system,
                 self.codec,
-                join(self.features, split),
+                join(self.shards, split),
                 self.grammar,
                 self.validate_clips,
                 replace(self.sampler, steps=min(self.sampler.steps, VALIDATION_STEPS)),

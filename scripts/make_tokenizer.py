@@ -1,6 +1,6 @@
 """Make Talker's local tokenizer: bytes, and the words of a corpus as merges.
 
-python scripts/make_tokenizer.py --corpus data/synthetic --out data/synthetic/talker/tokenizer
+python scripts/make_tokenizer.py --corpus data/synthetic --out data/synthetic/tokenizer
 """
 
 from __future__ import annotations

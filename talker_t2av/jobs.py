@@ -19,9 +19,8 @@ from engine.media.ffmpeg import probe
 from engine.media.pictures import identity_to_tensor, video_to_tensor
 from engine.nn.mel import pad_or_trim
 from talker_t2av import official
-from talker_t2av.data import HOP, HOP16, MAX_FRAMES, RATE, RATE16
 from talker_t2av.faces import CROPS, Square, find_square, is_picture, read_square
-from talker_t2av.model import FPS
+from talker_t2av.model import FPS, HOP, HOP16, MAX_FRAMES, RATE, RATE16
 from talker_t2av.request import MODES, PAPER, LoopRules, Mode, Request
 from talker_t2av.system import TalkerSystem
 

@@ -27,6 +27,9 @@ from talker_t2av.stop_predictor import StopPredictor
 PACKED = "packed_sdpa"  # our name for it among the attention functions of transformers
 TTS, T2AV, V2A, A2V = range(4)  # rows of the task embedding; released models have the first two
 FPS = 25  # latent frames a second, speech and motion
+RATE, RATE16 = 24_000, 16_000  # samples a second of the speech codec, and of Whisper and the speaker encoders
+HOP, HOP16 = RATE // FPS, RATE16 // FPS
+MAX_FRAMES = 30 * FPS  # the speech encoder's window
 
 
 @dataclass(frozen=True)

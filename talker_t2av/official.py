@@ -23,8 +23,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from talker_t2av.data import MAX_FRAMES, MotionStats
-from talker_t2av.model import FPS, TalkerConfig
+from talker_t2av.model import FPS, MAX_FRAMES, TalkerConfig
+from talker_t2av.motion import MotionStats
 from talker_t2av.request import LoopRules, Request
 
 HITS = 3

@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 
 from engine.media.pictures import to_bytes
-from talker_t2av.data import HOP, RATE
 from talker_t2av.generation import PatchLoop, Result, Step
 from talker_t2av.jobs import Job, PreparedJob, prepare_job
-from talker_t2av.model import FPS
+from talker_t2av.model import FPS, HOP, RATE
 from talker_t2av.request import Sampling
 from talker_t2av.system import BUNDLED, TalkerSystem
 

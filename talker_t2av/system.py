@@ -17,9 +17,9 @@ from engine.errors import UserError
 from engine.hub import release_folder
 from engine.release import find_codec
 from lia_x.codec import LiaX
-from talker_t2av.data import RATE, MotionStats
-from talker_t2av.model import FPS, TalkerT2AV
-from talker_t2av.released import MOTION_MEAN, MOTION_STD, find_released
+from talker_t2av.model import FPS, RATE, TalkerT2AV
+from talker_t2av.motion import MotionStats
+from talker_t2av.released import find_released
 from talker_t2av.request import Sampling
 from talker_t2av.speaker.encoder import VoiceEncoder, WavLMEncoder
 from talker_t2av.text import TalkerTokenizer
@@ -162,7 +162,7 @@ class TalkerSystem:
             return codecs.get(part) or find_released(folder, part)
 
         model, words = find_released(folder, "model"), find_released(folder, "tokenizer")
-        stats = MotionStats(torch.tensor(MOTION_MEAN), torch.tensor(MOTION_STD))
+        stats = MotionStats.read(None)
         model = TalkerT2AV.from_released(model).to(device)
         return cls(model, TalkerTokenizer.from_pretrained(words.parent), stats, find, Sampling(), {})
 
@@ -181,6 +181,16 @@ def load_speaker(path: str | Path) -> VoiceEncoder | WavLMEncoder:
     """The speaker encoder of a release folder, or the released one."""
     path = release_folder(path)
     return (VoiceEncoder if (path / "config.yaml").is_file() else WavLMEncoder).from_pretrained(path)
+
+
+def codec_digests(speech: str | Path, motion: str | Path, speaker: str | Path) -> dict[str, str]:
+    """By stream, the digest of the weights that encode it; the arguments are release folders or released files.
+
+    Raises:
+        UserError: a folder or file is missing, damaged, or of another model.
+    """
+    networks = {"speech": load_speech(speech), "motion": load_motion(motion), "speaker": load_speaker(speaker)}
+    return {stream: network.digest() for stream, network in networks.items()}
 
 
 def _check_channels(what: str, wanted: int, found: int) -> None:

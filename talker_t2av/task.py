@@ -20,18 +20,19 @@ from engine.media.pictures import identity_to_tensor, to_bytes
 from engine.media.video import write_video
 from engine.metrics.recogniser import Recogniser, word_error_rate
 from engine.release import load_strict
+from engine.shards.source import join
 from engine.training.task import Release, Task
 from talker_t2av import released as names
-from talker_t2av.data import MotionStats, TalkerShards, byte_tokenizer
+from talker_t2av.data import TalkerExamples, digests_of
 from talker_t2av.faces import find_square, read_square
 from talker_t2av.generation import Result, generate
 from talker_t2av.layers import Block
 from talker_t2av.losses import TalkerBatch, drifted, training_forward, training_losses
 from talker_t2av.model import A2V, FPS, T2AV, TTS, V2A, TalkerConfig, TalkerT2AV
+from talker_t2av.motion import MotionStats
 from talker_t2av.request import MODES, Request, Sampling
-from talker_t2av.shards import digests_of, open_examples
 from talker_t2av.system import load_motion, load_speech
-from talker_t2av.text import TalkerTokenizer
+from talker_t2av.text import TalkerTokenizer, byte_tokenizer
 
 WAVES, VIDEOS = 4, 2  # that a validation keeps of each split
 
@@ -47,8 +48,8 @@ class TalkerTask(Task):
         model: fields of `TalkerConfig`.
         codecs: release folders `speech`, `motion`, `speaker` that made the latents. The release names them;
             validation decodes with the first.
-        stats: the motion's statistics, as scripts/prepare_talker.py writes them, or the index.json of training shards,
-            also behind a URL; None: those of the released model.
+        stats: index.json of the training shards, or its URL, for the motion's statistics; None: those of the released
+            model.
         tokenizer: folder with a tokenizer; None is the byte-level one.
         init: release folder of a model of the same sizes to go on from; it may have fewer tasks.
         dubbing: `v2a` and `a2v`: shares of the rows with motion that are trained as these; needs model.tasks=4. True
@@ -57,8 +58,9 @@ class TalkerTask(Task):
         warm_start: `tts` or `projector`, a folder of safetensors each; see `names.warm_start`.
         freeze_embeddings: leave the word embeddings as they are.
         sampling: `steps`, `temperature`, `guidance`: defaults that the release carries.
-        validation: `root` of prepared latents or shards, `splits`, and `clips` of each to synthesise; `grammar`: JSGF
-            file of the recogniser, None if there is none. None turns it off.
+        validation: `root` of prepared shards, `splits`, and `clips` of each to synthesise; `grammar`: JSGF file of the
+            recogniser, None if there is none; `corpus`: folder of the recordings, whose faces are then drawn, or None.
+            None turns it off.
         recipe: a sentence for the card.
     """
 
@@ -88,9 +90,9 @@ class TalkerTask(Task):
         if dubbing and self.model.config.tasks < 4:
             raise UserError("task.dubbing needs task.model.tasks=4: V2A and A2V have no mark of their own with fewer")
         self.codecs, self.tokenizer, self.stats_file, self.digests = dict(codecs), tokenizer, stats, {}
-        self.stats = MotionStats(torch.tensor(names.MOTION_MEAN), torch.tensor(names.MOTION_STD))
+        self.stats = MotionStats.read(stats)
         if stats:
-            self.stats, self.digests = MotionStats.read(stats), digests_of(stats)
+            self.digests = digests_of(stats)
         channels = self.model.config.motion_dim
         if len(self.stats.mean) != channels:
             raise UserError(
@@ -148,40 +150,47 @@ class TalkerTask(Task):
         results: dict[str, float] = {}
         c = self.model.config
         for split in self.validation["splits"]:
-            layout = {"tokenizer": self.tokenizer, "patch_size": c.patch_size, "delay": c.delay}
-            shards = open_examples(self.validation["root"], split, stats=self.stats_file, **layout)
-            count = min(self.validation["clips"], len(shards))
-            chosen = torch.linspace(0, len(shards) - 1, count).round().long().tolist()
-            spoken, frames = speak(self.model, shards, chosen, self.sampling)
+            examples = TalkerExamples(
+                join(self.validation["root"], split),
+                stats=self.stats_file,
+                tokenizer=self.tokenizer,
+                patch_size=c.patch_size,
+                delay=c.delay,
+            )
+            count = min(self.validation["clips"], len(examples))
+            chosen = torch.linspace(0, len(examples) - 1, count).round().long().tolist()
+            infos = [examples.info(i) for i in chosen]
+            spoken, frames = speak(self.model, examples, chosen, self.sampling)
             waves = [codec.decode(r.speech[None])[0, 0].cpu().numpy() for r in spoken]
-            for i, wave in list(zip(chosen, waves))[: WAVES if step else 0]:
-                write_wav(folder / f"{shards.rows[i]['id']}.wav", wave, codec.sample_rate)
-            if step:
-                self._draw(folder, split, [shards.rows[i]["id"] for i in chosen], spoken, waves, codec.sample_rate)
+            for info, wave in list(zip(infos, waves))[: WAVES if step else 0]:
+                write_wav(folder / f"{info['key']}.wav", wave, codec.sample_rate)
+            if step and self.validation.get("corpus"):
+                self._draw(folder, infos, spoken, waves, codec.sample_rate)
             late = [abs(len(r.speech) - n) / FPS for r, n in zip(spoken, frames)]
             scores = {
                 "stopped": sum(r.stopped for r in spoken) / count,
                 "length_error": sum(late) / count,  # seconds; a sentence may well be said at another pace
             }
             if self.validation["grammar"]:
-                scores |= _word_errors(self.validation["grammar"], shards, chosen, waves, codec.sample_rate)
+                texts = [info["text"] for info in infos]
+                scores |= _word_errors(self.validation["grammar"], texts, waves, codec.sample_rate)
             results |= {f"{name}_{split}": value for name, value in scores.items()}
         return results
 
     def _draw(
-        self, folder: Path, split: str, ids: list[str], spoken: list[Result], waves: list[np.ndarray], rate: int
+        self, folder: Path, infos: list[dict[str, Any]], spoken: list[Result], waves: list[np.ndarray], rate: int
     ) -> None:
         """Talking faces of the first clips, from each clip's own first frame; nothing where there are no pictures."""
-        clips = [Path(self.validation["root"]) / split / f"{name}.mp4" for name in ids[:VIDEOS]]
+        clips = [Path(self.validation["corpus"]) / info["source"] for info in infos[:VIDEOS]]
         if not all(clip.is_file() for clip in clips):
             return
         codec = load_motion(self.codecs["motion"]).to(self.model.task_embedding.weight.device)
-        for clip, result, wave in zip(clips, spoken, waves):
+        for clip, info, result, wave in zip(clips, infos, spoken, waves):
             (frame,) = next(read_square(clip, find_square(clip, 1), 1))
             face = identity_to_tensor(frame, codec.size)
             if result.motion is not None and len(result.motion):
                 pictures = codec.decode(self.stats.restore(result.motion.cpu()), codec.identity(face))
-                write_video(folder / clip.name, to_bytes(pictures), FPS, wave, rate)
+                write_video(folder / f"{info['key']}.mp4", to_bytes(pictures), FPS, wave, rate)
 
     def adapted(self) -> nn.Module:
         """Backbone, patch encoders and heads."""
@@ -209,16 +218,16 @@ class TalkerTask(Task):
 
 
 def speak(
-    model: TalkerT2AV, shards: TalkerShards, chosen: list[int], sampling: Sampling
+    model: TalkerT2AV, examples: TalkerExamples, chosen: list[int], sampling: Sampling
 ) -> tuple[list[Result], list[int]]:
     """Say the sentences of some clips, each with its clip's voice and first motion frame; and the clips' frames."""
     requests, frames = [], []
     for i in chosen:
-        item = shards[i]
+        item = examples[i]
         length = len(item["speech"])
         requests.append(
             Request(
-                prompt=shards.words.prompt(shards.rows[i]["text"]),
+                prompt=examples.words.prompt(examples.info(i)["text"]),
                 speaker=item["speaker"],
                 speech=item["speech"][:0],
                 motion=item["motion"][:0],
@@ -231,7 +240,7 @@ def speak(
     return generate(model, requests, MODES["t2av"], sampling), frames
 
 
-def _word_errors(grammar: str, shards: TalkerShards, chosen: list[int], waves: list, rate: int) -> dict[str, float]:
+def _word_errors(grammar: str, texts: list[str], waves: list[np.ndarray], rate: int) -> dict[str, float]:
     """{} with a line that says why, where the recogniser is not installed: it is an extra."""
     try:
         recogniser = Recogniser(grammar)
@@ -239,4 +248,4 @@ def _word_errors(grammar: str, shards: TalkerShards, chosen: list[int], waves: l
         print(f"no word error rate: {error}", flush=True)
         return {}
     heard = [recogniser.transcribe(wave, rate) for wave in waves]
-    return {"wer": word_error_rate([shards.rows[i]["text"] for i in chosen], heard)}
+    return {"wer": word_error_rate(texts, heard)}

@@ -30,9 +30,9 @@ def write_split(folder: Path, samples: list[tuple[dict, dict[str, Tensor]]], per
                 rows.append({"key": info["key"], "frames": info["frames"], "members": members})
         data = (folder / f"{name}.tar").read_bytes()
         about = {"bytes": len(data), "crc32": zlib.crc32(data)}
-        (folder / f"{name}.json").write_text(json.dumps({"version": 1, "samples": rows, **about}))
+        (folder / f"{name}.json").write_text(json.dumps({"version": 2, "samples": rows, **about}))
         shards.append({"name": name, "clips": len(part), **about})
-    whole = {"version": 1, "split": folder.name, "shards": shards, "clips": len(samples), **index}
+    whole = {"version": 2, "split": folder.name, "shards": shards, "clips": len(samples), **index}
     (folder / "index.json").write_text(json.dumps(whole))
     return folder
 

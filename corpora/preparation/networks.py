@@ -1,17 +1,19 @@
 """Stages whose networks turn pictures and sound into what the models train on.
 
-Axes: T video frames (25 a second), F face pictures, S picture side, K token levels, Ds / Dm speech / motion channels.
+Axes: T video frames (25 a second), J half seconds, F face pictures, S picture side, K token levels, Ds / Dm speech /
+motion channels.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from corpora.preparation.clip import RATE, RATE16, Clip
+from corpora.preparation.clip import FPS, RATE, RATE16, Clip
 from engine.codec import load_codec
 from engine.errors import UserError
 from engine.faces.square import centre_square, portrait_square
@@ -21,9 +23,10 @@ from engine.metrics.speaker import GE2EEncoder
 from engine.release import weights_digest
 from hicodit.conditions.poster2 import POSTER2
 from hicodit.conditions.released import encoder_config
-from hicodit.conditions.types import EXPRESSIONS
-from hicodit.features import FACE_PICTURES, phoneme_labels
+from hicodit.conditions.types import EXPRESSIONS, window_expressions, windows_of
+from hicodit.data import picture_frames
 from hicodit.system import CODECS as TOKENIZERS
+from hicodit.system import HiCoDiTSystem
 from talker_t2av.faces import CROPS, Square
 from talker_t2av.system import load_motion, load_speaker, load_speech
 
@@ -38,18 +41,19 @@ class Crops:
 
     needs = "frames"
 
-    def __init__(self, encoders: dict[str, Any] | None = None, pictures: int = FACE_PICTURES) -> None:
+    def __init__(self, encoders: dict[str, Any] | None = None, pictures: int = 4) -> None:
         self.encoders, self.pictures = encoder_config(encoders or {}), pictures
 
     def __call__(self, clip: Clip) -> None:
         assert clip.track is not None, "the stage crops comes after the stage face"
-        at = np.linspace(0, clip.length - 1, self.pictures + 2).round().astype(int)[1:-1]
+        at = picture_frames(clip.length, self.pictures)
         clip.tensors["mouth"] = torch.from_numpy(self.encoders.cut_mouth(clip.frames, clip.track))
         clip.tensors["faces"] = torch.from_numpy(self.encoders.cut_faces(clip.frames[at], clip.track[at]))
 
 
 class Labels:
-    """What the source tells by itself: the expression (), an index into `EXPRESSIONS`; each frame's phoneme (T,).
+    """Labels of the source: the expression (J,) of each half second, an index into `EXPRESSIONS`; the phoneme (T,) of
+    each frame.
 
     Args:
         symbols: the phonemes that count, from 1 on; 0 is silence.
@@ -65,24 +69,46 @@ class Labels:
         if expression is not None:
             if expression not in EXPRESSIONS:
                 raise UserError(f"expression {expression!r} is none of {', '.join(EXPRESSIONS)}")
-            clip.tensors["expression"] = torch.tensor(EXPRESSIONS.index(expression), dtype=torch.uint8)
+            label = EXPRESSIONS.index(expression)
+            clip.tensors["expression"] = torch.full((windows_of(clip.length),), label, dtype=torch.uint8)
         if phonemes is not None and self.symbols:
             clip.tensors["phoneme"] = torch.from_numpy(phoneme_labels(phonemes, clip.length, self.symbols))
 
 
+def phoneme_labels(phonemes: list, frames: int, symbols: list[str]) -> np.ndarray:
+    """Index (T,) of the phoneme at each frame's centre, counted from 1 in `symbols`; 0 where none sounds."""
+    labels = np.zeros(frames, np.uint8)
+    for symbol, start, end in phonemes:
+        if symbol in symbols:
+            first, last = (int(np.ceil(t * FPS - 0.5)) for t in (start, end))
+            labels[max(first, 0) : max(last, 0)] = symbols.index(symbol) + 1
+    return labels
+
+
 class Expression:
-    """Mean probabilities (7,) of the expressions over the clip, by POSTER V2; a label of the source stands.
+    """The expression (J,) of each half second, seen in the face. Labels of the source are kept.
 
     Args:
-        weights: the released file (its licence is for research only), e.g. affectnet-7-model_best.pth.
-        every: video frames to a picture that is looked at.
+        weights: a HiCoDiT release, whose own classifier is used, or the released file of POSTER V2 (its licence is for
+            research only), e.g. affectnet-7-model_best.pth.
+        every: video frames to a picture that is classified.
     """
 
     needs = "frames"
 
     def __init__(self, weights: str, device: torch.device, every: int = 5) -> None:
-        self.network, self.device, self.every = POSTER2.from_pretrained(weights).to(device).eval(), device, every
-        self.cut = encoder_config({"kind": "released"}).cut_faces
+        self.device, self.every = device, every
+        if Path(weights).suffix in (".pth", ".pt"):
+            self.network, config = POSTER2.from_pretrained(weights), encoder_config({"kind": "released"})
+        else:
+            encoders = HiCoDiTSystem.load(weights)[0].encoders
+            if not encoders.learns:
+                raise UserError(f"stages.expression.weights={weights} has released encoders: name POSTER V2's file")
+            self.network, config = encoders.expression, encoders.config
+        self.network, self.cut = self.network.to(device).eval(), config.cut_faces
+
+    def digests(self) -> dict[str, str]:
+        return {"expression": weights_digest(self.network)}
 
     def __call__(self, clip: Clip) -> None:
         assert clip.track is not None, "the stage expression comes after the stage face"
@@ -90,7 +116,8 @@ class Expression:
             at = slice(0, clip.length, self.every)
             faces = torch.from_numpy(self.cut(clip.frames[at], clip.track[at])).permute(0, 3, 1, 2)
             parts = [self.network(part.to(self.device).float() / 255) for part in faces.split(16)]
-            clip.tensors["expression"] = torch.cat(parts).softmax(-1).mean(0).float().cpu()
+            shown = torch.cat(parts).float().softmax(-1).cpu().repeat_interleave(self.every, 0)[: clip.length]
+            clip.tensors["expression"] = window_expressions(shown).to(torch.uint8)
 
 
 class GE2E:
@@ -199,7 +226,8 @@ class Voice:
         return {"speaker": self.encoder.digest()}
 
     def __call__(self, clip: Clip) -> None:
-        clip.tensors["speaker"] = _half(self.encoder.embed(torch.from_numpy(clip.wave16).to(self.device)))
+        wave = resample(torch.from_numpy(clip.wave), RATE, RATE16).to(self.device)  # as generation does
+        clip.tensors["speaker"] = _half(self.encoder.embed(wave))
 
 
 def _half(x: Tensor) -> Tensor:

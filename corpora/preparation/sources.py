@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import os
+import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from corpora.preparation.clip import SourceClip, make_key, with_digest
 from engine.errors import UserError
 from engine.media.corpus import read_manifest
+from engine.untrusted import safe_name
 
 SOUNDS = (".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus")
 
@@ -149,13 +151,7 @@ class Folder(Source):
 
     def __init__(self, root: str | Path, table: str = "clips.csv") -> None:
         super().__init__(root)
-        try:
-            with (self.root / table).open(newline="", encoding="utf-8-sig") as file:
-                self.rows = list(csv.DictReader(file))
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"source.table={self.root / table} cannot be read as CSV ({error})") from error
-        if not self.rows or "path" not in self.rows[0]:
-            raise UserError(f"source.table={self.root / table} has no rows with a column `path`")
+        self.rows = read_table(self.root / table, ("path",))
 
     def splits(self) -> list[str]:
         return sorted({row.get("split") or "train" for row in self.rows})
@@ -167,6 +163,89 @@ class Folder(Source):
                 stem, suffix = os.path.splitext(row["path"])
                 known["audio" if suffix.lower() in SOUNDS else "video"] = row["path"]
                 yield SourceClip(make_key(stem), **known)
+
+
+class TalkerData(Source):
+    """The released Talker-T2AV-Data: sound and motion codes, no pictures.
+
+    Args:
+        root: folder of the relative paths.
+        table: CSV with the columns motion_pt_path, wav_path, text.
+        listing: instead of a table, a text file with one motion file a line; the sound is SOUNDS/STEM.wav, and the
+            text in SOUNDS/STEM.json.
+        sounds: that folder.
+        tars: pattern of tar files under `root`, such as "*.tar": paths that they hold are read there.
+
+    Raises:
+        UserError: not exactly one of table and listing is given, or one of the files cannot be read.
+    """
+
+    frames = False
+
+    def __init__(
+        self,
+        root: str | Path,
+        table: str | None = None,
+        listing: str | None = None,
+        sounds: str | None = None,
+        tars: str | None = None,
+    ) -> None:
+        super().__init__(root)
+        if (table is None) == (listing is None) or (listing is not None and sounds is None):
+            raise UserError("give source.table=FILE.csv, or source.listing=FILE.txt with source.sounds=FOLDER")
+        self.table, self.listing, self.sounds = table, listing, sounds
+        self.members = tar_members(self.root, tars) if tars else {}
+
+    def splits(self) -> list[str]:
+        return ["train"]
+
+    def read(self, split: str) -> Iterator[SourceClip]:
+        for wav, motion, text in self._rows():
+            stem = os.path.splitext(wav)[0]
+            text_file = f"{stem}.json"
+            has_text = text is None and (text_file in self.members or (self.root / text_file).is_file())
+            paths = [path for path in (wav, motion, text_file) if path in self.members]
+            yield SourceClip(
+                make_key(stem),
+                audio=wav,
+                text=text,
+                text_file=text_file if has_text else None,
+                motion=motion,
+                packed={path: self.members[path] for path in paths},
+            )
+
+    def _rows(self) -> Iterator[tuple[str, str, str | None]]:
+        """(sound, motion file, text or None)."""
+        if self.table is not None:
+            for row in read_table(self.root / self.table, ("wav_path", "motion_pt_path")):
+                yield row["wav_path"], row["motion_pt_path"], row.get("text") or None
+        else:
+            for line in read_lines(self.root / self.listing):
+                yield f"{self.sounds}/{Path(line).stem}.wav", line, None
+
+
+class WavList(Source):
+    """Speech alone: a text file with one sound file a line, and a JSON with the key `text` beside each.
+
+    Args:
+        root: folder of the relative paths.
+        listing: the text file; a relative path stands under `root`.
+    """
+
+    frames = False
+
+    def __init__(self, root: str | Path, listing: str) -> None:
+        super().__init__(root)
+        self.listing = listing
+
+    def splits(self) -> list[str]:
+        return ["train"]
+
+    def read(self, split: str) -> Iterator[SourceClip]:
+        for path in read_lines(self.root / self.listing):
+            stem = os.path.splitext(path)[0]
+            text_file = f"{stem}.json" if (self.root / f"{stem}.json").is_file() else None
+            yield SourceClip(make_key(stem), audio=path, text_file=text_file)
 
 
 def _with_text(folder: str, name: str) -> SourceClip:
@@ -200,3 +279,41 @@ def read_lines(path: Path) -> list[str]:
         return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the list {path} cannot be read ({error})") from error
+
+
+def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """Rows of a CSV file that has the given columns.
+
+    Raises:
+        UserError: it cannot be read, has no rows, or lacks a column.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"source.table={path} cannot be read as CSV ({error})") from error
+    for column in columns:
+        if not rows or column not in rows[0]:
+            raise UserError(f"source.table={path} has no rows with a column `{column}`")
+    return rows
+
+
+def tar_members(root: Path, pattern: str) -> Mapping[str, tuple[str, int, int]]:
+    """(tar file, offset, size) by name of every file in the tar files of a folder; they must not be compressed.
+
+    Raises:
+        UserError: there are none, or one is no plain tar file.
+    """
+    members = {}
+    for path in sorted(root.glob(pattern)):
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for info in tar:
+                    if info.isfile():
+                        name = safe_name(os.path.normpath(info.name), f"{path}: the name", folders=True)
+                        members[name] = (path.relative_to(root).as_posix(), info.offset_data, info.size)
+        except (tarfile.TarError, OSError) as error:
+            raise UserError(f"{path} cannot be read as an uncompressed tar file ({error})") from error
+    if not members:
+        raise UserError(f"source.tars={pattern}: no files in tar files of that name in {root}")
+    return members

@@ -23,7 +23,7 @@ from engine.errors import UserError
 from engine.seeding import Blocks
 from engine.shards.source import CachedFiles, Files, LocalFiles, checksum, is_remote, join
 
-VERSION = 1
+VERSION = 2
 OPEN_SHARDS = 64  # file handles that a process keeps
 HEADER = 2048  # bytes; most headers of a sample's tensors are shorter
 DTYPES = {
@@ -93,7 +93,10 @@ class ShardSplit:
         )
         self.index = self.files.index()
         if self.index.get("version") != VERSION:
-            raise UserError(f"{source}: shards of version {self.index.get('version')}, this program reads {VERSION}")
+            raise UserError(
+                f"{source}: shards of version {self.index.get('version')}, this program reads {VERSION}: "
+                "prepare them again"
+            )
         self.shards: list[dict[str, Any]] = self.index["shards"]
         self.sizes: list[int] = [shard["clips"] for shard in self.shards]
         with ThreadPoolExecutor(16) as pool:  # a URL answers many at once
@@ -149,20 +152,27 @@ class ShardSplit:
         """Compare the weights that made the features with those in use.
 
         Args:
-            digests: by kind of codec (a name in the index), the digest of the weights in use.
+            digests: by feature (a name in the index), the digest of the weights in use.
 
         Raises:
-            UserError: a feature is not there, or other weights made it.
+            UserError: a feature is missing, or other weights made it.
         """
-        made = self.index.get("digests") or {}
-        for kind, digest in digests.items():
-            if not made.get(kind):
-                raise UserError(f"{self.source} holds no features of {kind}: prepare them with that stage")
-            if made[kind] != digest:
+        self.check_holds(*digests)
+        for name, digest in digests.items():
+            if self.index["digests"][name] != digest:
                 raise UserError(
-                    f"{self.source} was made with {kind} {made[kind]}, but {kind} {digest} is in use: name the one it "
-                    "was made with, or prepare the shards again"
+                    f"{self.source} was made with {name} {self.index['digests'][name]}, but {name} {digest} is in use: "
+                    "use the one it was made with, or prepare the shards again"
                 )
+
+    def check_holds(self, *names: str) -> None:
+        """
+        Raises:
+            UserError: a feature (a name in the index's digests) is missing.
+        """
+        for name in names:
+            if not (self.index.get("digests") or {}).get(name):
+                raise UserError(f"{self.source} holds no features of {name}: prepare them with that stage")
 
     def _table(self, shard: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         sidecar, name = self.files.sidecar(shard), join(self.source, f"{shard['name']}.json")

@@ -28,7 +28,7 @@ from safetensors.torch import load
 
 from engine.errors import UserError
 
-VERSION = 1
+VERSION = 2
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 END = bytes(2 * tarfile.BLOCKSIZE)  # of a tar file
 MIN_STD = 1e-6

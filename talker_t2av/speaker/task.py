@@ -5,42 +5,39 @@ Axes: B batch, M mel bands, T frames, D embedding, V voices, n clips.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.media.audio import read_audio
 from engine.release import load_strict
+from engine.shards.reader import ShardSplit
+from engine.shards.source import join
 from engine.training.task import Release, Task
 from talker_t2av.speaker.encoder import RATE, VoiceEncoder, VoiceEncoderConfig, level_mel
 
 FRAMES_A_SECOND = 100
 
 
-def read_targets(features: Path, split: str) -> tuple[list[str], Tensor, Tensor]:
-    """Clip names, voice numbers (n,) and GE2E embeddings (n, D) of a split's features.
+def stored_voices(source: str | Path) -> tuple[list[str], Tensor, Tensor]:
+    """Keys, voice numbers (n,) and GE2E embeddings (n, 256) of the clips of a prepared split.
 
     Raises:
-        UserError: there are none.
+        UserError: the shards are missing or damaged, hold no GE2E embeddings, or their speakers are no numbers.
     """
-    paths = sorted((features / split).glob("visual-*.safetensors"))
-    if not paths:
-        raise UserError(f"no features in {features / split}: make them with python scripts/prepare_features.py")
-    names, voices, embeddings = [], [], []
-    for path in paths:
-        clips = json.loads(path.with_suffix(".json").read_text())["clips"]
-        names += [clip["id"] for clip in clips]
-        voices += [clip["voice"] for clip in clips]
-        with safe_open(path, "pt") as shard:
-            embeddings.append(shard.get_tensor("ge2e"))
-    return names, torch.tensor(voices), torch.cat(embeddings)
+    clips = ShardSplit(source)
+    clips.check_holds("ge2e")
+    rows = [clips.read(i, ("ge2e",)) for i in range(len(clips))]
+    try:
+        voices = torch.tensor([int(info["speaker"]) for info, _ in rows])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source}: its speakers are no voice numbers ({error})") from error
+    return [info["key"] for info, _ in rows], voices, torch.stack([tensors["ge2e"] for _, tensors in rows])
 
 
 def voice_means(embeddings: Tensor, voices: Tensor) -> Tensor:
@@ -53,16 +50,19 @@ class VoiceClips:
     """Random log-mel crops of the clips of a split, with their GE2E embeddings and voices.
 
     Args:
-        root: corpus folder; its features must be there.
-        split: of the corpus.
+        corpus: folder of the recordings.
+        shards: folder of its prepared splits, with GE2E embeddings.
+        split: which is read.
         bands: of the log-mel.
         seconds: of a crop; a shorter clip is repeated.
     """
 
-    def __init__(self, root: str | Path, split: str = "train", bands: int = 80, seconds: float = 1.0):
-        self.folder, self.bands = Path(root) / split, bands
+    def __init__(
+        self, corpus: str | Path, shards: str | Path, split: str = "train", bands: int = 80, seconds: float = 1.0
+    ) -> None:
+        self.folder, self.bands = Path(corpus) / split, bands
         self.frames = round(seconds * FRAMES_A_SECOND)
-        self.names, self.voices, self.ge2e = read_targets(Path(root) / "features", split)
+        self.names, self.voices, self.ge2e = stored_voices(join(shards, split))
         self.classes = torch.searchsorted(self.voices.unique(), self.voices)
         self._mels: dict[int, Tensor] = {}
 
@@ -102,7 +102,7 @@ class VoiceEncoderTask(Task):
 
     Args:
         encoder: fields of `VoiceEncoderConfig`.
-        root: corpus folder with features.
+        corpus, shards: as in `VoiceClips`.
         voice_weight: of the cross entropy.
         temperature: the cosines are divided by it.
         noise: standard deviation of the noise on the log-mel in training.
@@ -113,7 +113,8 @@ class VoiceEncoderTask(Task):
     def __init__(
         self,
         encoder: Mapping[str, Any],
-        root: str | Path,
+        corpus: str | Path,
+        shards: str | Path,
         voice_weight: float = 0.1,
         temperature: float = 0.05,
         noise: float = 0.05,
@@ -124,9 +125,9 @@ class VoiceEncoderTask(Task):
         self.encoder = VoiceEncoder(VoiceEncoderConfig(**encoder))
         if init:
             load_strict(self.encoder, VoiceEncoder.from_pretrained(init).state_dict(), f"init={init}")
-        self.root, self.recipe = Path(root), recipe
+        self.corpus, self.shards, self.recipe = corpus, shards, recipe
         self.voice_weight, self.temperature, self.noise = voice_weight, temperature, noise
-        _, voices, ge2e = read_targets(self.root / "features", "train")
+        _, voices, ge2e = stored_voices(join(shards, "train"))
         self.register_buffer("means", voice_means(ge2e, voices), persistent=False)
 
     def parts(self) -> dict[str, nn.Module]:
@@ -149,7 +150,7 @@ class VoiceEncoderTask(Task):
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         """Cosine with GE2E and nearest-voice accuracy of whole held-out clips; see `nearest_voice`."""
-        return evaluate(self.encoder, self.root)
+        return evaluate(self.encoder, self.corpus, self.shards)
 
     def release_info(self) -> Release:
         config, millions = self.encoder.config, sum(p.numel() for p in self.encoder.parameters()) / 1e6
@@ -170,8 +171,8 @@ unseen clips); `_ge2e`: the same of GE2E itself."""
 
 
 @torch.no_grad()
-def evaluate(encoder: VoiceEncoder, root: Path) -> dict[str, float]:
-    """Figures of an encoder on the corpus at `root`, and the same of GE2E itself.
+def evaluate(encoder: VoiceEncoder, corpus: str | Path, shards: str | Path) -> dict[str, float]:
+    """Figures of an encoder on a corpus, and the same of GE2E itself.
 
     Seen voices: the nearest of the voices' mean embeddings over training clips. Unseen voices have no training clips;
     each clip is compared with the means of the other unseen clips of every voice.
@@ -179,7 +180,7 @@ def evaluate(encoder: VoiceEncoder, root: Path) -> dict[str, float]:
     encoder.eval()
     embeddings, results = {}, {}
     for split in ("train", "seen", "unseen"):
-        clips = VoiceClips(root, split, encoder.config.bands)
+        clips = VoiceClips(corpus, shards, split, encoder.config.bands)
         count = min(len(clips), 8 * len(clips.voices.unique())) if split == "train" else len(clips)
         own = torch.stack([encoder(clips.mel(i)[None])[0] for i in range(count)])
         embeddings[split] = clips.voices[:count], own, clips.ge2e[:count]

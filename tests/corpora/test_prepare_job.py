@@ -114,7 +114,7 @@ def launch(corpus, output, rank, pause):
     )
     path = output.parent / "program.py"
     path.write_text(program)
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'codecs'}:{ROOT / 'tests' / 'scripts'}"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'codecs'}:{ROOT / 'tests' / 'corpora'}"}
     return subprocess.Popen([sys.executable, path, OmegaConf.to_yaml(config)], env=environment, start_new_session=True)
 
 

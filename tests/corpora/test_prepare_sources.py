@@ -9,8 +9,7 @@ import torch
 
 from corpora.preparation.clip import Clip, make_key
 from corpora.preparation.media import Decode, read_text
-from corpora.preparation.sources import LRS2, LRS3, Folder, Synthetic, VoxCeleb2
-from corpora.preparation.talker_data import TalkerData
+from corpora.preparation.sources import LRS2, LRS3, Folder, Synthetic, TalkerData, VoxCeleb2, WavList
 from engine.errors import UserError
 from engine.media.audio import write_wav
 
@@ -111,6 +110,17 @@ def test_talker_data_by_table_and_by_list_inside_tar_files(tmp_path):
     (tmp_path / "bad.tar").write_bytes(io.BytesIO(b"no tar" * 200).getvalue())
     with pytest.raises(UserError, match=r"bad\.tar cannot be read"):
         TalkerData(tmp_path, table="t.csv", tars="*.tar")
+
+
+def test_a_list_of_sound_files(tmp_path):
+    touch(tmp_path, "a/1.wav", "b.mp3")
+    (tmp_path / "a" / "1.json").write_text('{"text": "hello"}')
+    (tmp_path / "list.txt").write_text("a/1.wav\nb.mp3\n")
+    one, two = WavList(tmp_path, "list.txt").clips("train")
+    assert (one.key, one.audio, one.text_file, one.video) == ("a-1", "a/1.wav", "a/1.json", None)
+    assert (two.key, two.audio, two.text_file) == ("b", "b.mp3", None)
+    with pytest.raises(UserError, match=r"the list .*none\.txt cannot be read"):
+        WavList(tmp_path, "none.txt").clips("train")
 
 
 def test_wrong_roots_and_splits_are_one_line(tmp_path):

@@ -1,4 +1,4 @@
-"""The stages with the bundled networks: what they make of a clip is what the direct paths of both models make."""
+"""The stages with the bundled networks: what they make of a clip is what the networks themselves make of it."""
 
 import json
 
@@ -7,20 +7,28 @@ import pytest
 import torch
 from drawn_faces import draw_face
 from omegaconf import OmegaConf
-from safetensors.torch import load, load_file
+from safetensors.torch import load
 
+from corpora.preparation.clip import Clip, SourceClip
+from corpora.preparation.faces import Face
 from corpora.preparation.job import chosen_stages
+from corpora.preparation.media import Decode
+from corpora.preparation.networks import Expression, Labels, phoneme_labels
 from corpora.preparation.sources import Synthetic
 from corpora.preparation.worker import Setup, Task, build_stages, collect_digests, process
 from engine.config import load as load_config
 from engine.errors import UserError
-from engine.media.audio import read_audio, write_wav
-from engine.media.video import write_video
+from engine.faces.clip import find_face
+from engine.media.audio import read_audio, resample, write_wav
+from engine.media.video import read_video, write_video
+from engine.metrics.speaker import GE2EEncoder
 from engine.shards.writer import read_members
 from hicodit.conditions.released import encoder_config
-from hicodit.features import FeatureSplit, make_token_shard, make_visual_shard
+from hicodit.pipeline import HiCoDiTPipeline
 from rvq_codec import RVQCodec
-from talker_t2av.features import FeatureEncoders, feature_path, make_features
+from talker_t2av.speaker.encoder import VoiceEncoder
+from talker_t2av.system import codec_digests
+from whisperx_vae.codec import WhisperXVAE
 
 FRAMES = 30
 TALKER = ("assets/whisperx_vae_tiny", "assets/lia_x_tiny", "assets/voice_tiny")
@@ -37,7 +45,7 @@ def corpus(tmp_path_factory):
     return root
 
 
-def test_the_stages_make_what_the_direct_paths_make(corpus, tmp_path):
+def test_the_stages_make_what_the_networks_make(corpus, tmp_path):
     pytest.importorskip("resemblyzer")
     source = Synthetic(corpus)
     config = load_config(
@@ -52,33 +60,59 @@ def test_the_stages_make_what_the_direct_paths_make(corpus, tmp_path):
     facts, made = json.loads(members["json"]), load(members["safetensors"])
     assert facts["frames"] == FRAMES and facts["seconds"] == FRAMES / 25 and facts["speaker"] == "3"
 
-    codec = RVQCodec.from_pretrained("assets/rvq_tiny")
-    make_visual_shard(corpus, "train", 0, tmp_path / "features", encoder_config({}), source.symbols)
-    make_token_shard(corpus, "train", 0, tmp_path / "features", codec)
-    direct = FeatureSplit(tmp_path / "features" / "train", codec.digest())[0]
-    for name in ("mouth", "faces", "ge2e"):
-        assert torch.equal(made[name], getattr(direct, name)), name
-    assert torch.equal(made["tokens"].long(), direct.tokens) and torch.equal(made["phoneme"].long(), direct.phoneme)
-    assert int(made["expression"]) == direct.expression
-    assert (made["tokens"].dtype, made["phoneme"].dtype, made["ge2e"].dtype) == (
-        torch.int16,
-        torch.uint8,
-        torch.float32,
-    )
+    codec, ge2e = RVQCodec.from_pretrained("assets/rvq_tiny"), GE2EEncoder()
+    frames, wave = read_video(corpus / "train" / "a.mp4", 25), read_audio(corpus / "train" / "a.wav", 24_000)
+    track, sizes = find_face([frames], 25), encoder_config({})
+    pictures = [6, 12, 17, 23]  # of 30 frames
+    sound = torch.from_numpy(wave)[None, None]
+    expected = {
+        "mouth": torch.from_numpy(sizes.cut_mouth(frames, track)),
+        "faces": torch.from_numpy(sizes.cut_faces(frames[pictures], track[pictures])),
+        "ge2e": torch.from_numpy(ge2e.embed(read_audio(corpus / "train" / "a.wav", 16_000), 16_000)),
+        "tokens": codec.encode(sound)[0].T.to(torch.int16),
+        "expression": torch.tensor([2, 2, 2], dtype=torch.uint8),
+        "phoneme": torch.tensor([0] * 2 + [1] * 3 + [2] * 17 + [0] * 8, dtype=torch.uint8),
+    }
+    for name, value in expected.items():
+        assert torch.equal(made[name], value) and made[name].dtype == value.dtype, name
 
-    encoders = FeatureEncoders.load(*TALKER)
-    assert list(make_features(tmp_path, corpus, "train", ["a"], encoders)) == [("a", "")]
-    for name, value in load_file(feature_path(tmp_path, "train", "a")).items():
-        torch.testing.assert_close(made[name], value, atol=2e-3, rtol=0)
-        assert made[name].dtype == torch.float16
+    speech, _, speaker = TALKER
+    with torch.inference_mode():
+        expected = {
+            "speech": WhisperXVAE.from_pretrained(speech).encode(sound)[0],
+            "speaker": VoiceEncoder.from_pretrained(speaker).embed(resample(sound[0, 0], 24_000, 16_000)),
+        }
+    for name, value in expected.items():
+        assert torch.equal(made[name], value.half()), name
+    assert made["motion"].shape == (FRAMES, 40) and made["motion"].dtype == torch.float16
     digests = {"rvq": codec.digest()}
-    digests |= dict(zip(("whisperx_vae", "lia_x", "speaker"), encoders.digests().values()))
+    digests |= dict(zip(("whisperx_vae", "lia_x", "speaker"), codec_digests(*TALKER).values()))
     assert digests.items() <= collect_digests(stages).items()
+
+
+def test_phonemes_are_labelled_at_frame_centres():
+    spans = [["a", 0.019, 0.061], ["m", 0.061, 0.3], ["?", 0.0, 0.3]]  # centres: 0.02, 0.06, 0.1, 0.14
+    assert phoneme_labels(spans, 4, ["a", "m"]).tolist() == [1, 1, 2, 2]
+    assert phoneme_labels([["a", 0.02, 0.10], ["b", 0.13, 0.2]], 5, ["a", "b"]).tolist() == [1, 1, 0, 2, 2]
+
+
+def test_expressions_are_seen_where_the_source_has_no_label(corpus):
+    pipeline = HiCoDiTPipeline.from_pretrained()
+    every = pipeline.system.encoders.config.picture_every
+    clip = Clip(SourceClip("a", "train/a.mp4", "train/a.wav"), corpus)
+    with torch.inference_mode():
+        for stage in (Decode(), Face(), Labels(), Expression("assets/hicodit_tiny", torch.device("cpu"), every)):
+            stage(clip)
+    faces = torch.from_numpy(encoder_config({}).cut_faces(clip.frames, clip.track)[None, ::every])
+    mouth, frames = torch.zeros(1, FRAMES, 48, 48), torch.tensor([FRAMES])
+    seen = pipeline.system.conditions(mouth, faces.permute(0, 1, 4, 2, 3), frames).expression
+    assert clip.tensors["expression"].dtype == torch.uint8 and len(seen[0]) == 3
+    assert clip.tensors["expression"].tolist() == seen[0].tolist()
 
 
 def test_stages_that_need_the_face_are_refused_without_it(corpus):
     config = load_config("prepare", [f"source.root={corpus}", "output=x", "stages.face.use=false"], "help")
-    for name in ("crops", "motion"):
+    for name in ("crops", "expression", "motion"):
         with pytest.raises(UserError, match=rf"{name} needs the face: set stages\.{name}\.use=false too"):
             chosen_stages(config, Synthetic(corpus))
         OmegaConf.update(config, f"stages.{name}.use", False)

@@ -152,8 +152,8 @@ def test_bad_listings_are_one_line(copy, tmp_path):
     with pytest.raises(UserError, match=r"000002.json cannot be read .No such file"):
         ShardSplit(copy)
     index = (copy / "index.json").read_text()
-    (copy / "index.json").write_text(index.replace('"version": 1', '"version": 2'))
-    with pytest.raises(UserError, match="shards of version 2, this program reads 1"):
+    (copy / "index.json").write_text(index.replace('"version": 2', '"version": 1'))
+    with pytest.raises(UserError, match="shards of version 1, this program reads 2: prepare them again"):
         ShardSplit(copy)
 
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.config import CONFIGS
@@ -31,10 +30,11 @@ from hicodit.task import HiCoDiTTask
 from lia_x.task import LiaXTask
 from rvq_codec import RVQCodec, RVQCodecConfig
 from rvq_codec.task import RVQCodecTask
-from talker_t2av.data import Layout, collate
+from talker_t2av.data import SequenceFormat, collate
 from talker_t2av.speaker.task import VoiceEncoderTask
 from talker_t2av.task import TalkerTask
 from talker_t2av.text import byte_tokenizer
+from tests.shard_files import write_split
 from whisperx_vae.task import WhisperXVAETask
 
 FOLDER = Path(__file__).parent / "losses"
@@ -117,12 +117,12 @@ def talker_t2av(folder: Path, with_motion: bool = True) -> tuple[Task, Made]:
     stats = {"motion_mean": [0.0] * 5, "motion_std": [1.0] * 5}
     (folder / "stats.json").write_text(json.dumps(stats))
     words = byte_tokenizer()
-    layout, g, pairs = Layout(words.speech_id, words.tail), torch.Generator().manual_seed(0), []
+    format, g, pairs = SequenceFormat(words.speech_id, words.tail), torch.Generator().manual_seed(0), []
     for i, text in enumerate(("lay blue", "set red now", "bin green at two")):
         frames = 14 + 3 * i
         speech, motion, speaker = (torch.randn(*shape, generator=g) for shape in ((frames, 4), (frames, 5), (256,)))
         kinds = (motion, motion[:0]) if with_motion else (motion[:0],)
-        pairs.append([layout.example(words.prompt(text), speech, frames, kind, speaker) for kind in kinds])
+        pairs.append([format.example(words.prompt(text), speech, frames, kind, speaker) for kind in kinds])
 
     def together(items: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
         return collate([row for kind in zip(*items) for row in kind], words.pad_id, 4)
@@ -183,11 +183,10 @@ def lia_x(folder: Path) -> tuple[Task, Made]:
 def voice_encoder(folder: Path) -> tuple[Task, Made]:
     g = torch.Generator().manual_seed(0)
     ge2e = torch.nn.functional.normalize(torch.rand(6, 256, generator=g), dim=-1)
-    (folder / "features" / "train").mkdir(parents=True)
-    save_file({"ge2e": ge2e}, folder / "features" / "train" / "visual-00000.safetensors")
-    clips = [{"id": f"c{i}", "voice": i // 2} for i in range(6)]
-    (folder / "features" / "train" / "visual-00000.json").write_text(json.dumps({"clips": clips}))
-    task = VoiceEncoderTask({"bands": 20, "channels": 16, "pooled": 16, "bottleneck": 4, "embedding": 256}, folder)
+    infos = [{"key": f"c{i}", "speaker": str(i // 2), "frames": 1} for i in range(6)]
+    write_split(folder / "train", [(info, {"ge2e": one}) for info, one in zip(infos, ge2e)], 6, digests={"ge2e": "x"})
+    sizes = {"bands": 20, "channels": 16, "pooled": 16, "bottleneck": 4, "embedding": 256}
+    task = VoiceEncoderTask(sizes, folder, folder)
     mels = torch.randn(6, 20, 50, generator=g)
     items = [{"mel": mels[i], "ge2e": ge2e[i], "voice": torch.tensor(i // 2)} for i in range(6)]
     return task, Made(items, batch=5)  # batch norm of two is as good as a sign

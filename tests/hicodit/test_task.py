@@ -1,19 +1,17 @@
 """Training HiCoDiT on a handful of made-up clips: losses, ablations, exact resume through the trainer, release."""
 
-import json
 import shutil
 from dataclasses import asdict
 
 import pytest
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
+from shard_files import write_split
 
 from engine.config import CONFIGS
 from engine.errors import UserError
 from engine.training.trainer import Trainer
 from hicodit.data import HiCoDiTDataset, augment_mouth
-from hicodit.features import FeatureSplit, phoneme_labels
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.task import HiCoDiTTask
 from rvq_codec import RVQCodec
@@ -31,35 +29,31 @@ TRAINER = OmegaConf.to_container(OmegaConf.load(CONFIGS / "trainer/cpu.yaml")) |
 
 @pytest.fixture(scope="module")
 def corpus(release, tmp_path_factory):
-    """Features of six made-up clips, in three splits; words are a function of the mouth pictures."""
-    root = tmp_path_factory.mktemp("features")
+    """Shards of six made-up clips, in three splits; words are a function of the mouth pictures."""
+    root = tmp_path_factory.mktemp("shards")
     digest = RVQCodec.from_pretrained(release.parent / "codec").digest()
     g = torch.Generator().manual_seed(0)
     for split in ("train", "seen", "unseen"):
-        frames = [12, 15, 13, 16, 14, 13]
-        total = sum(frames)
-        level = torch.randint(0, 16, (total, 1), generator=g)
-        tensors = {
-            "mouth": (level * 16).to(torch.uint8)[:, :, None].expand(-1, 48, 48).contiguous(),
-            "faces": torch.randint(0, 255, (6, 4, 64, 64, 3), generator=g).to(torch.uint8),
-            "ge2e": torch.nn.functional.normalize(torch.rand(6, 256, generator=g), dim=-1),
-            "expression": torch.arange(6).to(torch.uint8),
-            "phoneme": (level[:, 0] % 5).to(torch.uint8),
-            "frames": torch.tensor(frames, dtype=torch.int32),
-        }
-        (root / split).mkdir()
-        save_file(tensors, root / split / "visual-00000.safetensors")
-        clips = [{"id": f"{split}_{i}", "text": "bin blue at alpha one now", "voice": i} for i in range(6)]
-        (root / split / "visual-00000.json").write_text(json.dumps({"clips": clips, "skipped": []}))
-        tokens = level.repeat_interleave(2, 0).expand(-1, 12).to(torch.int16).contiguous()
-        save_file({"tokens": tokens}, root / split / f"tokens-{digest}-00000.safetensors")
+        samples = []
+        for i, frames in enumerate((12, 15, 13, 16, 30, 13)):
+            level = torch.randint(0, 16, (frames, 1), generator=g)
+            tensors = {
+                "mouth": (level * 16).to(torch.uint8)[:, :, None].expand(-1, 48, 48).contiguous(),
+                "faces": torch.randint(0, 255, (4, 64, 64, 3), generator=g).to(torch.uint8),
+                "ge2e": torch.nn.functional.normalize(torch.rand(256, generator=g), dim=-1),
+                "expression": ((i + torch.arange(-(-2 * frames // 25))) % 7).to(torch.uint8),
+                "phoneme": (level[:, 0] % 5).to(torch.uint8),
+                "tokens": level.repeat_interleave(2, 0).expand(-1, 12).to(torch.int16).contiguous(),
+            }
+            samples.append(({"key": f"{split}_{i}", "frames": frames, "text": "bin blue at alpha one now"}, tensors))
+        write_split(root / split, samples, 4, digests={"rvq": digest})
     return root
 
 
 def make_task(corpus, release, **changes):
     model = MODEL | changes.pop("model", {})
     torch.manual_seed(0)
-    arguments = {"model": model, "encoders": ENCODERS, "codec": str(release.parent / "codec"), "features": str(corpus)}
+    arguments = {"model": model, "encoders": ENCODERS, "codec": str(release.parent / "codec"), "shards": str(corpus)}
     return HiCoDiTTask(**(arguments | {"grammar": "none.jsgf"} | changes))
 
 
@@ -190,22 +184,14 @@ def test_dataset_is_a_function_of_its_generator(corpus, release):
     assert augment_mouth(torch.rand(3, 48, 48), torch.Generator().manual_seed(0)).shape == (3, 48, 48)
 
 
-def test_clips_come_out_of_shards_as_they_went_in(corpus, release):
-    digest = RVQCodec.from_pretrained(release.parent / "codec").digest()
-    split = FeatureSplit(corpus / "train", digest)
-    clip = split[1]
-    assert len(split) == 6 and clip.mouth.shape == (15, 48, 48) and clip.tokens.shape == (30, 12)
-    assert torch.equal(clip.tokens[::2, 0] * 16, clip.mouth[:, 0, 0].long())
-
-
-def test_a_missing_tokenizer_says_what_to_run(corpus):
-    with pytest.raises(ValueError, match="prepare_features"):
-        FeatureSplit(corpus / "train", "00000000")
-
-
-def test_phoneme_labels_at_frame_centres():
-    labels = phoneme_labels([["a", 0.02, 0.10], ["?", 0.10, 0.13], ["b", 0.13, 0.2]], 5, ["a", "b"])
-    assert labels.tolist() == [1, 1, 0, 2, 2]
+def test_expressions_change_within_a_clip(corpus, release):
+    """Each half second has its own class; that of the face picture is the class of its half second."""
+    data = make_data(corpus, release)
+    items = [data.__getitem__(4, torch.Generator().manual_seed(seed)) for seed in range(20)]
+    assert items[0]["expression"].tolist() == [4, 5, 6]
+    assert {int(item["face_expression"]) for item in items} == {4, 5}  # pictures of frames 6, 12, 17 and 23
+    batch = data.collate([data.__getitem__(i, torch.Generator()) for i in (0, 1)])
+    assert batch["expression"].tolist() == [[0, 0], [1, 2]]
 
 
 def test_recomputed_and_compiled_blocks_leave_the_losses(corpus, release, prepared_blocks_change_nothing):

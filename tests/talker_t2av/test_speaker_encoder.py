@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from shard_files import write_split
 
 from engine.errors import UserError
 from engine.media.audio import write_wav
@@ -129,25 +129,23 @@ def corpus(tmp_path):
     rng = np.random.default_rng(0)
     time = np.arange(24_000 * 6 // 5) / 24_000
     for split, count in (("train", 12), ("seen", 6), ("unseen", 6)):
-        (tmp_path / "features" / split).mkdir(parents=True)
         (tmp_path / split).mkdir()
-        clips, ge2e = [], np.zeros((count, 12), np.float32)
+        samples = []
         for i in range(count):
             voice = i % 3
             wave = np.sin(2 * np.pi * (120 + 200 * voice) * time + rng.uniform(0, 6)) ** 9
             write_wav(tmp_path / split / f"c{i}.wav", 0.3 * wave + 0.003 * rng.standard_normal(len(time)), 24_000)
-            clips.append({"id": f"c{i}", "voice": voice + 7})
-            ge2e[i, 4 * voice : 4 * voice + 4] = 0.5
-        place = tmp_path / "features" / split / "visual-00000.safetensors"
-        save_file({"ge2e": torch.from_numpy(ge2e)}, place)
-        place.with_suffix(".json").write_text(json.dumps({"clips": clips}))
+            ge2e = torch.zeros(12)
+            ge2e[4 * voice : 4 * voice + 4] = 0.5
+            samples.append(({"key": f"c{i}", "speaker": str(voice + 7), "frames": 30}, {"ge2e": ge2e}))
+        write_split(tmp_path / "shards" / split, samples, 5, digests={"ge2e": "made up"})
     return tmp_path
 
 
 def test_distillation_learns_the_voices(corpus, tmp_path):
     torch.manual_seed(0)
-    clips = VoiceClips(corpus, bands=16, seconds=1.0)
-    task = VoiceEncoderTask(SIZES, corpus, recipe="Recipe.")
+    clips = VoiceClips(corpus, corpus / "shards", bands=16, seconds=1.0)
+    task = VoiceEncoderTask(SIZES, corpus, corpus / "shards", recipe="Recipe.")
     optimiser = torch.optim.AdamW(task.parameters(), lr=1e-2)
     losses = []
     for step in range(25):
@@ -169,14 +167,14 @@ def test_distillation_learns_the_voices(corpus, tmp_path):
 
 
 def test_crops_are_functions_of_the_generator_and_short_clips_repeat(corpus):
-    clips = VoiceClips(corpus, bands=16, seconds=2.0)  # the clips last 1.2 s
+    clips = VoiceClips(corpus, corpus / "shards", bands=16, seconds=2.0)  # the clips last 1.2 s
     one, same = (clips.__getitem__(3, torch.Generator().manual_seed(5)) for _ in range(2))
     other = clips.__getitem__(3, torch.Generator().manual_seed(6))
     assert one["mel"].shape == (16, 200)
     assert torch.equal(one["mel"], same["mel"]) and not torch.equal(one["mel"], other["mel"])
     assert int(one["voice"]) == 0 and clips.voices[3] == 7  # classes count from 0
-    with pytest.raises(UserError, match="prepare_features"):
-        VoiceClips(corpus, split="absent")
+    with pytest.raises(UserError, match="prepare_data"):
+        VoiceClips(corpus, corpus / "shards", split="absent")
 
 
 def test_voice_means_are_units_in_the_order_of_the_voices():

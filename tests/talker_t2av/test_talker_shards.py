@@ -1,4 +1,4 @@
-"""Talker-T2AV from prepared shards: the same examples and losses as from the latents that the shards were made of."""
+"""Talker-T2AV from prepared shards: examples, pairs, order, resuming within an epoch, packed batches."""
 
 import json
 from collections import Counter
@@ -6,18 +6,16 @@ from collections import Counter
 import pytest
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
 from shard_files import write_split
 from talker_fixtures import DM, DS, LLM, save_talker
 
 from engine.config import CONFIGS
 from engine.errors import UserError
 from engine.seeding import MicroBatches
-from engine.shards.reader import Reading
+from engine.shards.reader import Reading, ShardSplit
 from engine.training.trainer import Trainer
-from talker_t2av.data import Paired, TalkerShards
-from talker_t2av.features import FeatureEncoders
-from talker_t2av.shards import PreparedShards, digests_of, open_examples, pairs
+from talker_t2av.data import TalkerExamples, TalkerPairs, digests_of
+from talker_t2av.system import codec_digests
 from talker_t2av.task import TalkerTask
 from whisperx_vae import WhisperXVAE
 
@@ -34,28 +32,24 @@ TEXTS = ["lay blue", "set red now", "bin green at two", "place", "a b c", "with 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """ROOT: prepared latents and releases; ROOT/shards: the same clips in shards of two."""
+    """ROOT/releases: codecs; ROOT/shards/train: clips in shards of two; ROOT/speech/train: their speech alone."""
     root = tmp_path_factory.mktemp("corpus")
     save_talker(root / "releases")
-    made = FeatureEncoders.load(**codecs(root)).digests()
-    g, rows, samples = torch.Generator().manual_seed(0), [], []
-    (root / "talker" / "train").mkdir(parents=True)
+    made = codec_digests(**codecs(root))
+    g, samples = torch.Generator().manual_seed(0), []
     for i, text in enumerate(TEXTS):
         frames = int(torch.randint(6, 25, (), generator=g))
-        latents = {
+        tensors = {
             "speech": torch.randn(frames, DS, generator=g).half(),
             "motion": (0.5 * torch.randn(frames, DM, generator=g) + 0.1).half(),
             "speaker": torch.randn(256, generator=g).half(),
+            "mouth": torch.zeros(frames, 8, 8, dtype=torch.uint8),  # of the other model
         }
-        save_file(latents, root / "talker" / "train" / f"clip{i}.safetensors")
-        rows.append({"id": f"clip{i}", "text": text, "frames": frames})
-        other = {"mouth": torch.zeros(frames, 8, 8, dtype=torch.uint8)}  # of the other model
-        samples.append(({"key": f"clip{i}", "text": text, "frames": frames}, latents | other))
-    (root / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        samples.append(({"key": f"clip{i}", "text": text, "frames": frames}, tensors))
     stats = {"motion_mean": [0.1] * DM, "motion_std": [0.5] * DM}
-    (root / "talker" / "stats.json").write_text(json.dumps(stats | {"digests": made}))
     digests = {"rvq": None, "whisperx_vae": made["speech"], "lia_x": made["motion"], "speaker": made["speaker"]}
     write_split(root / "shards" / "train", samples, 2, digests=digests, **stats)
+    write_split(root / "few" / "train", samples[:3], 2, digests=digests, **stats)
     speech_only = [(info, {k: x[k] for k in ("speech", "speaker")}) for info, x in samples]
     write_split(root / "speech" / "train", speech_only, 4, digests=digests | {"lia_x": None})
     return root
@@ -68,19 +62,21 @@ def codecs(root):
 NAMES = {"speech": "speech", "motion": "motion", "speaker": "voice"}
 
 
-def sharded(root, task="t2av", **reading):
-    index = root / "shards" / "train" / "index.json"
-    return PreparedShards(root / "shards" / "train", codecs(root), index, Reading(**reading), task)
+def index(root):
+    return str(root / "shards" / "train" / "index.json")
 
 
-def from_shards(root, tasks=("t2av", "tts"), **shards):
-    index = root / "shards" / "train" / "index.json"
-    return pairs(root / "shards", tasks=tasks, codecs=codecs(root), stats=index, shards=shards)
+def examples(root, task="t2av", **reading):
+    return TalkerExamples(root / "shards" / "train", task, codecs(root), index(root), Reading(**reading))
+
+
+def pairs(root, tasks=("t2av", "tts"), **shards):
+    return TalkerPairs(root / "shards", tasks=tasks, codecs=codecs(root), stats=index(root), shards=shards)
 
 
 def train(root, data, run, **changes):
     torch.manual_seed(0)
-    task = TalkerTask(MODEL, codecs(root), str(root / "talker" / "stats.json"))
+    task = TalkerTask(MODEL, codecs(root), index(root))
     trainer = Trainer(task, data, TRAINER | changes, run)
     trainer.fit()
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -92,33 +88,30 @@ def same(one, two):
 
 
 @pytest.mark.parametrize("task", ["t2av", "tts"])
-def test_examples_of_shards_are_those_of_latents(root, task):
-    plain, shards = TalkerShards(root, "train", task), sharded(root, task)
-    assert len(plain) == len(shards) == 7 and torch.equal(plain.frames, shards.frames)
+def test_an_example_is_a_text_with_what_is_stored(root, task):
+    found, stored = examples(root, task), ShardSplit(root / "shards" / "train")
+    assert len(found) == 7 and torch.equal(found.frames, stored.frames)
     for i in range(7):
-        assert same(*(x.__getitem__(i, torch.Generator().manual_seed(i)) for x in (plain, shards)))
-        assert shards.rows[i]["id"] == f"clip{i}" and shards.rows[i]["text"] == TEXTS[i]
-
-
-def test_twenty_steps_from_shards_have_the_losses_of_the_direct_path(root, tmp_path):
-    plain = Paired(TalkerShards(root, "train", "t2av"), TalkerShards(root, "train", "tts"))
-    state, losses = train(root, plain, tmp_path / "a")
-    same_state, same_losses = train(root, from_shards(root), tmp_path / "b")
-    assert len(losses) == 20 and losses == same_losses and same(state, same_state)
-    assert train(root, from_shards(root, window=2), tmp_path / "c", steps=2)[1] != losses[:2]
+        item, (_, tensors) = found[i], stored[i]
+        assert torch.equal(item["speech"], tensors["speech"].float())
+        assert torch.equal(item["speaker"], tensors["speaker"].float())
+        whole = len(tensors["motion"]) // 4 * 4 if task == "t2av" else 0
+        torch.testing.assert_close(item["motion"], (tensors["motion"][:whole].float() - 0.1) / 0.5)
+        prompt = found.words.prompt(TEXTS[i])
+        assert item["input_ids"][: len(prompt)].tolist() == prompt and found.info(i)["key"] == f"clip{i}"
 
 
 @pytest.mark.parametrize("changes", [{}, {"batch_tokens": 24}], ids=["count", "tokens"])
 def test_a_run_stopped_within_an_epoch_goes_on_as_if_it_had_not_been(root, tmp_path, changes):
-    state, losses = train(root, from_shards(root, window=2, streams=2), tmp_path / "whole", steps=4, **changes)
-    train(root, from_shards(root, window=2, streams=2), tmp_path / "parts", steps=2, **changes)
+    state, losses = train(root, pairs(root, window=2, streams=2), tmp_path / "whole", steps=4, **changes)
+    train(root, pairs(root, window=2, streams=2), tmp_path / "parts", steps=2, **changes)
     changes["workers"] = 1
-    resumed, found = train(root, from_shards(root, window=2, streams=2), tmp_path / "parts", steps=4, **changes)
+    resumed, found = train(root, pairs(root, window=2, streams=2), tmp_path / "parts", steps=4, **changes)
     assert losses == found and same(state, resumed)
 
 
 def test_every_pair_comes_once_an_epoch_and_its_shards_are_announced(root):
-    data = from_shards(root, window=2)
+    data = pairs(root, window=2)
     told = []
     data.sets[0].shards.files.prefetch = lambda shards: told.append(("t2av", {s["name"] for s in shards}))
     data.sets[1].shards.files.prefetch = lambda shards: told.append(("tts", {s["name"] for s in shards}))
@@ -126,36 +119,34 @@ def test_every_pair_comes_once_an_epoch_and_its_shards_are_announced(root):
     seen = Counter(index for number in range(7) for _, index in batches.samples(number))
     assert seen == Counter(range(7)) and data.blocks.sizes == [2, 2, 2, 1]
     used = {0: set(), 1: set()}
-    for side, examples in enumerate(data.sets):
-        original = examples.read
-        examples.read = lambda i, side=side, original=original: (used[side].add(f"{i // 2:06d}"), original(i))[1]
+    for side, each in enumerate(data.sets):
+        read = each.shards.read
+        each.shards.read = lambda i, names, side=side, read=read: (used[side].add(f"{i // 2:06d}"), read(i, names))[1]
     batches[3]
     assert all(used[side] <= names for side, (_, names) in enumerate(told))
 
 
 def test_blocks_of_the_larger_second_set(root):
     """Pairs are numbered so that the second set is half a turn ahead."""
-    few = TalkerShards(root, "train", "t2av", limit=3)
-    data = type(from_shards(root))(few, sharded(root, "tts", window=2))
-    assert sum(data.blocks.sizes) == len(data) == 7
+    data = TalkerPairs(root / "few", codecs=codecs(root), tts_root=root / "shards", shards={"window": 2})
+    assert sum(data.blocks.sizes) == len(data) == 7 and len(data.sets[0]) == 3
     borders = {sum(data.blocks.sizes[:i]) for i in range(1, len(data.blocks.sizes))}
     assert borders == {(border - 7 // 2) % 7 for border in (2, 4, 6, 7)}
 
 
 def test_lengths_are_padded_patches(root):
-    data = from_shards(root)
+    data = pairs(root)
     frames = data.sets[0].frames
     expected = [2 * -(-max(int(frames[i]), int(frames[(i + 3) % 7])) // 4) for i in range(7)]
     assert data.lengths.tolist() == expected
-    assert from_shards(root, tasks=["tts"]).lengths.tolist() == [-(-int(n) // 4) for n in frames]
+    assert pairs(root, tasks=["tts"]).lengths.tolist() == [-(-int(n) // 4) for n in frames]
 
 
 def test_speech_alone_needs_no_motion(root):
-    data = pairs(root / "speech", tasks=["tts"], codecs=codecs(root), stats=root / "talker" / "stats.json")
-    item = data.sets[0].__getitem__(0, torch.Generator())
-    assert same(item, sharded(root, "tts").__getitem__(0, torch.Generator()))
+    data = TalkerPairs(root / "speech", tasks=["tts"], codecs=codecs(root), stats=index(root))
+    assert same(data.sets[0][0], examples(root, "tts")[0])
     with pytest.raises(UserError, match="speech/train holds no features of lia_x"):
-        pairs(root / "speech", codecs=codecs(root), stats=root / "talker" / "stats.json")
+        TalkerPairs(root / "speech", codecs=codecs(root), stats=index(root))
 
 
 def test_other_codecs_and_wrong_tasks_are_one_line(root, tmp_path):
@@ -167,27 +158,24 @@ def test_other_codecs_and_wrong_tasks_are_one_line(root, tmp_path):
     codec.save(tmp_path / "speech", "card")
     wrong["speech"] = str(tmp_path / "speech")
     with pytest.raises(UserError, match=r"made with whisperx_vae \w+, but whisperx_vae \w+ is in use"):
-        PreparedShards(root / "shards" / "train", wrong)
+        TalkerExamples(root / "shards" / "train", codecs=wrong)
     with pytest.raises(UserError, match="task=av is unknown"):
         pairs(root, tasks=["av"])
     with pytest.raises(UserError, match=r"give .t2av, tts. or .tts."):
         pairs(root, tasks=["t2av"])
 
 
-def test_a_root_tells_what_it_holds(root):
-    assert type(open_examples(root, "train")) is TalkerShards
-    assert type(open_examples(root / "shards", "train")) is PreparedShards
-    index = root / "shards" / "train" / "index.json"
-    assert digests_of(index) == digests_of(root / "talker" / "stats.json")
+def test_the_index_tells_which_codecs_made_the_latents(root):
+    assert digests_of(index(root)) == codec_digests(**codecs(root))
 
 
 def test_packed_batches_have_the_losses_and_gradients_of_padded_ones(root):
-    items = from_shards(root)
+    items = pairs(root)
     batch = items.collate([items.__getitem__(i, torch.Generator().manual_seed(i)) for i in range(5)])
     found = []
     for packed in (False, True):
         torch.manual_seed(0)
-        task = TalkerTask(MODEL | {"packed": packed}, codecs(root), str(root / "talker" / "stats.json"))
+        task = TalkerTask(MODEL | {"packed": packed}, codecs(root), index(root))
         torch.manual_seed(1)
         losses = task(batch, "model")
         losses["loss"].backward()
@@ -198,7 +186,7 @@ def test_packed_batches_have_the_losses_and_gradients_of_padded_ones(root):
 
 
 def test_a_packed_batch_is_counted_without_padding(root):
-    data = from_shards(root)
+    data = pairs(root)
     data.packed = True
     frames = data.sets[0].frames
     expected = [-(-int(frames[i]) // 4) - (-int(frames[(i + 3) % 7]) // 4) for i in range(7)]

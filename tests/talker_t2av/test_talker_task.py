@@ -6,14 +6,14 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
-from talker_fixtures import DM, DS, LLM, face_file, save_talker, voice_file
+from shard_files import write_split
+from talker_fixtures import DM, DS, LLM, face_file, save_talker
 
 from engine.errors import UserError
 from engine.media.ffmpeg import probe
-from talker_t2av.data import Paired, TalkerShards
+from talker_t2av.data import TalkerPairs
 from talker_t2av.losses import TalkerBatch, training_forward
 from talker_t2av.model import TalkerT2AV
-from talker_t2av.recordings import recordings
 from talker_t2av.released import EMBEDDINGS
 from talker_t2av.task import TalkerTask
 from talker_t2av.text import TalkerTokenizer
@@ -36,25 +36,22 @@ MODEL = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Prepared latents of two splits, statistics, a grammar, and releases of random codecs."""
+    """Shards of two splits, a grammar, and releases of random codecs."""
     root = tmp_path_factory.mktemp("corpus")
     g = torch.Generator().manual_seed(0)
+    stats = {"motion_mean": [0.1] * DM, "motion_std": [0.5] * DM, "digests": {"whisperx_vae": "abc"}}
     for split in ("train", "seen"):
-        rows = []
-        (root / "talker" / split).mkdir(parents=True)
+        samples = []
         for i, text in enumerate(TEXTS):
-            frames = 14 + 3 * i
+            frames, key = 14 + 3 * i, f"{split}_{i}"
             latents = {
                 "speech": torch.randn(frames, DS, generator=g),
                 "motion": 0.5 * torch.randn(frames, DM, generator=g) + 0.1,
                 "speaker": torch.randn(256, generator=g),
             }
-            name = f"{split}_{i}"
-            save_file({k: v.half() for k, v in latents.items()}, root / "talker" / split / f"{name}.safetensors")
-            rows.append({"id": name, "text": text})
-        (root / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    stats = {"motion_mean": [0.1] * DM, "motion_std": [0.5] * DM, "digests": {"speech": "abc"}}
-    (root / "talker" / "stats.json").write_text(json.dumps(stats))
+            info = {"key": key, "text": text, "frames": frames, "source": f"{split}/{key}.mp4"}
+            samples.append((info, {k: v.half() for k, v in latents.items()}))
+        write_split(root / "shards" / split, samples, 2, **stats)
     (root / "grammar.jsgf").write_text("#JSGF V1.0;\ngrammar g;\npublic <g> = (lay blue) | (set red now);\n")
     save_talker(root / "releases")
     return root
@@ -65,18 +62,14 @@ def make_task(root, **changes) -> TalkerTask:
     arguments = {
         "model": MODEL,
         "codecs": {"speech": str(root / "releases" / "speech"), "motion": "some/motion", "speaker": "some/voice"},
-        "stats": str(root / "talker" / "stats.json"),
+        "stats": str(root / "shards" / "train" / "index.json"),
         "sampling": {"steps": 2, "temperature": 0.5, "guidance": 1.5},
     }
     return TalkerTask(**(arguments | changes))
 
 
-def pairs(root) -> Paired:
-    return Paired(TalkerShards(root, "train", "t2av"), TalkerShards(root, "train", "tts"))
-
-
 def a_batch(root) -> dict[str, torch.Tensor]:
-    data = pairs(root)
+    data = TalkerPairs(root / "shards", stats=root / "shards" / "train" / "index.json")
     return data.collate([data.__getitem__(i, torch.Generator().manual_seed(i)) for i in range(3)])
 
 
@@ -121,7 +114,8 @@ def test_dubbing_gives_rows_with_motion_the_tasks_of_given_streams(root, tmp_pat
 
 def test_validation_speaks_held_out_sentences(root, tmp_path):
     pytest.importorskip("pocketsphinx")
-    checks = {"root": str(root), "splits": ["seen"], "clips": 2, "grammar": str(root / "grammar.jsgf")}
+    checks = {"root": str(root / "shards"), "splits": ["seen"], "clips": 2, "corpus": str(root)}
+    checks["grammar"] = str(root / "grammar.jsgf")
     for i in (0, 2):
         face_file(root / "seen" / f"seen_{i}.mp4")
     codecs = {name: str(root / "releases" / name) for name in ("speech", "motion", "speaker")}
@@ -216,24 +210,6 @@ def test_mistakes_are_named(root):
         make_task(root, model=MODEL | {"llm": LLM | {"vocab_size": 200}})
     with pytest.raises(UserError, match="motion_dim=7, but the motion has 5"):
         make_task(root, model=MODEL | {"motion_dim": 7})
-
-
-def test_recordings_of_a_csv_become_pairs(root, tmp_path):
-    lines = ["motion_pt_path,wav_path,text"]
-    for i, text in enumerate(TEXTS[:2]):
-        voice_file(tmp_path / f"{i}.wav", 0.6 + 0.2 * i, i)
-        torch.save(torch.randn(15 + 5 * i, DM).half(), tmp_path / f"{i}.pt")
-        lines.append(f"{i}.pt,{i}.wav,{text}")
-    (tmp_path / "list.csv").write_text("\n".join(lines))
-    codecs = {"speech": str(root / "releases" / "speech"), "speaker": str(root / "releases" / "voice")}
-    stats = str(root / "talker" / "stats.json")
-    data = recordings(codecs, csv=str(tmp_path / "list.csv"), root=str(tmp_path), stats=stats)
-    batch = data.collate([data.__getitem__(i, torch.Generator()) for i in range(len(data))])
-    assert batch["motion_frames"].tolist() == [12, 20, 0, 0]
-    assert batch["speech"].shape[2] == DS and batch["speaker"].shape == (4, 256)
-    assert torch.isfinite(make_task(root)(batch, "model")["loss"])
-    with pytest.raises(UserError, match=r"data\.train\.csv"):
-        recordings(codecs)
 
 
 def test_recomputed_and_compiled_blocks_leave_the_losses(root, prepared_blocks_change_nothing):

@@ -1,6 +1,6 @@
 """Losses of one recipe by one process, by two with copies (DDP) and by two with shards (FSDP2), one global batch.
 
-    python -m tests.trials.compare_parallel experiment=hicodit_synthetic data.root=CORPUS 'data.make=[]' \\
+    python -m tests.trials.compare_parallel experiment=hicodit_synthetic data.corpus=CORPUS data.make=null \\
         task.validate_clips=1 task.sampler.steps=2
 
 Arguments are train.py's. Runs are in float32 and must differ by rounding only: the largest relative difference of any

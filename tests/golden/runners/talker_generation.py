@@ -12,12 +12,14 @@ import torch.nn.functional as F
 
 from engine.nn.mel import RATE, log_mel, pad_or_trim
 from talker_t2av import official
-from talker_t2av.data import HOP, HOP16, Layout, MotionStats, collate, cut_recording, repeated, window_range
+from talker_t2av.data import SequenceFormat, collate, window_range
 from talker_t2av.generation import KnownSlots, PatchLoop, Result, step_limit
-from talker_t2av.model import TalkerT2AV
+from talker_t2av.model import HOP, HOP16, TalkerT2AV
+from talker_t2av.motion import MotionStats
 from talker_t2av.request import MODES, LoopRules, Mode, Request, Sampling
 from tests.golden.runners import Case, meta_runner
 from tests.golden.runners.talker import talker
+from tests.reference.official_dataset import cut_recording, repeated
 
 WINDOW = 30 * RATE
 STALE_DELAY = 5  # the script counts its placeholders with a constant of its own; only the first one matters
@@ -26,7 +28,7 @@ STALE_DELAY = 5  # the script counts its placeholders with a constant of its own
 @meta_runner("dataset")
 def run_dataset(case: Case) -> dict[str, Any]:
     args, i = case.meta["args"], case.inputs
-    layout = Layout(
+    format = SequenceFormat(
         args["speech_token_id"], i["tail_ids"].tolist(), args["patch_size"], args["delay"], args["model_max_length"]
     )
     stats = MotionStats(i["motion_mean"], i["motion_std"])
@@ -37,7 +39,7 @@ def run_dataset(case: Case) -> dict[str, Any]:
         raw = i.get(f"motion_raw.{n}", torch.zeros(0, len(stats.mean)))
         ramp = torch.arange(item["n24"], dtype=torch.float32)
         recording = cut_recording(ramp, ramp[: 2 * len(ramp) // 3], stats.normalise(raw), item["start"])
-        sample = layout.example(
+        sample = format.example(
             i[f"text_ids.{n}"].tolist(), torch.zeros(0, 1), recording.speech_frames, recording.motion, torch.zeros(1)
         )
         wave16 = pad_or_trim(recording.wave16, WINDOW)

@@ -1,0 +1,45 @@
+"""Motion codes are normalised by channel before the heads see them. Axes: F frames, Dm motion channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.errors import UserError
+from engine.shards.source import read_json
+from talker_t2av.released import MOTION_MEAN, MOTION_STD
+
+
+@dataclass(frozen=True)
+class MotionStats:
+    """Mean and standard deviation of each motion channel, (Dm,) both; the heads work on normalised motion (F, Dm)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def normalise(self, motion: Tensor) -> Tensor:
+        return (motion - self.mean) / self.std.clamp_min(1e-6)
+
+    def restore(self, motion: Tensor) -> Tensor:
+        return motion * self.std.clamp_min(1e-6) + self.mean
+
+    @classmethod
+    def read(cls, path: str | Path | None) -> MotionStats:
+        """From a JSON file, or its URL, with `motion_mean` and `motion_std`; None: those of the released model.
+
+        Raises:
+            UserError: the file is missing or has no such lists of one length.
+        """
+        if path is None:
+            return cls(torch.tensor(MOTION_MEAN), torch.tensor(MOTION_STD))
+        try:
+            stats = read_json(path)
+            mean, std = (torch.tensor(stats[name], dtype=torch.float32) for name in ("motion_mean", "motion_std"))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} cannot be read as motion statistics ({error!r}): make them again") from error
+        if mean.ndim != 1 or mean.shape != std.shape:
+            raise UserError(f"{path}: motion_mean {tuple(mean.shape)} and motion_std {tuple(std.shape)} do not match")
+        return cls(mean, std)
