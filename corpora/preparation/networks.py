@@ -101,7 +101,7 @@ class Expression:
         if Path(weights).suffix in (".pth", ".pt"):
             self.network, config = POSTER2.from_pretrained(weights), encoder_config({"kind": "released"})
         else:
-            encoders = HiCoDiTSystem.load(weights)[0].encoders
+            encoders = HiCoDiTSystem.from_pretrained(weights).encoders
             if not encoders.learns:
                 raise UserError(f"stages.expression.weights={weights} has released encoders: name POSTER V2's file")
             self.network, config = encoders.expression, encoders.config
