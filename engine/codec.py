@@ -48,6 +48,10 @@ class Codec(Released):
         """Waves (B, 1, N) in [-1, 1] at `sample_rate` -> code of N // hop frames, up to rounding at the end."""
         raise NotImplementedError
 
+    def encode_beginning(self, signal: Tensor, frames: int) -> Tensor:
+        """Code of the first `frames` of waves (B, 1, N). Only what looks at a whole recording may see the rest."""
+        return self.encode(signal[..., : frames * self.hop])
+
     def decode(self, code: Tensor) -> Tensor:
         """Code of L frames -> waves (B, 1, hop * L)."""
         raise NotImplementedError

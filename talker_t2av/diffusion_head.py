@@ -24,6 +24,7 @@ from talker_t2av.flow_matching import (
     guide,
     noised,
     solver_times,
+    step_lengths,
     zero_steps,
 )
 from talker_t2av.layers import Transformer
@@ -90,9 +91,13 @@ class DiffusionHead(nn.Module):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The solver's times (n + 1,) on the CPU, and what each step adds to the projected first token: shifts (n, D)."""
+    """What depends on the solver's times alone.
+
+    times: (n + 1,) on the CPU. lengths: of the n steps. shifts: (n, D) that a step adds to the projected first token.
+    """
 
     times: Tensor
+    lengths: list[float]
     shifts: Tensor
 
 
@@ -104,11 +109,11 @@ class FlowHead(nn.Module):
         self.estimator = estimator
 
     def schedule(self, steps: int = 10, sway: float = 1.0) -> Schedule:
-        """Everything that depends on the solver's times alone; one schedule serves all patches of an utterance."""
+        """A schedule of `steps` steps; one serves all patches of an utterance. sway: see `solver_times`."""
         net, times = self.estimator, solver_times(steps, sway)
         vectors = net.time(times[:-1].to(net.in_proj.weight.device))
         project = net.decoder.input_proj
-        return Schedule(times, project(vectors) - project(torch.zeros_like(vectors[:1])))
+        return Schedule(times, step_lengths(times), project(vectors) - project(torch.zeros_like(vectors[:1])))
 
     def branches(
         self, mu: Tensor, cond: Tensor, global_cond: Tensor, schedule: Schedule, unconditional: bool
@@ -157,8 +162,8 @@ class FlowHead(nn.Module):
             conditional, unconditional = evaluate(x, i)
             return conditional if guidance == 1 else guide(conditional, unconditional, guidance, zero_star)
 
-        skip = zero_steps(len(schedule.shifts)) if zero_star else 0
-        return euler(velocity, temperature * noise, schedule.times, skip)
+        skip = zero_steps(len(schedule.lengths)) if zero_star else 0
+        return euler(velocity, temperature * noise, schedule.lengths, skip)
 
     def loss(
         self,

@@ -8,7 +8,7 @@ Axes: B batch (N examples in training), C channels, P frames of a patch, n solve
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,14 +45,19 @@ def guide(conditional: Tensor, unconditional: Tensor, guidance: float, zero_star
     return unconditional + guidance * (conditional - unconditional)
 
 
-def euler(velocity: Callable[[Tensor, int], Tensor], x: Tensor, times: Tensor, skip: int = 0) -> Tensor:
-    """Integrate from times[0] to times[-1].
+def step_lengths(times: Tensor) -> list[float]:
+    """Lengths of the n steps between times (n + 1,)."""
+    return (times[:-1] - times[1:]).tolist()
+
+
+def euler(velocity: Callable[[Tensor, int], Tensor], x: Tensor, lengths: Sequence[float], skip: int = 0) -> Tensor:
+    """Integrate from noise to data.
 
     Args:
-        velocity: (x, i) -> dx/dt at times[i].
-        skip: first steps in which x stays as it is and `velocity` is not called.
+        velocity: (x, i) -> dx/dt at the beginning of step i.
+        lengths: of the steps, see `step_lengths`.
+        skip: number of first steps that leave x as it is and do not call `velocity`.
     """
-    lengths = (times[:-1] - times[1:]).tolist()
     for i in range(skip, len(lengths)):
         x = x - lengths[i] * velocity(x, i)
     return x

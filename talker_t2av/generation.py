@@ -105,63 +105,49 @@ class EncodedStream:
         valid = torch.arange(longest * patch_size, device=padded.device) < lengths[:, None]
         self.tokens = encode(padded.unflatten(1, (-1, patch_size)), valid.unflatten(1, (-1, patch_size)))  # (B, M, D)
 
-    def patches(self, row: int, first: int, count: int) -> Tensor:
-        """(count, D): tokens of patches first, first + 1, ... of a row."""
-        patches = torch.arange(first, first + count, device=self.tokens.device)
-        patches = torch.where((patches < 0) | (patches >= self.counts[row]), self.tokens.shape[1] - 1, patches)
-        return self.tokens[row, patches]
+    def patches(self, row: int, numbers: Tensor) -> Tensor:
+        """(n, D): tokens of patches (n,) of a row."""
+        outside = (numbers < 0) | (numbers >= self.counts[row])
+        return self.tokens[row, torch.where(outside, self.tokens.shape[1] - 1, numbers)]
 
 
-class KnownSlots:
-    """The part of every slot's token that is known before the loop: prefix, given streams, missing motion."""
+def known_tokens(
+    model: TalkerT2AV, requests: Sequence[Request], mode: Mode, rules: LoopRules, steps: int
+) -> tuple[list[Tensor], Tensor]:
+    """What is known before the loop: text, prefix, given streams, and which motion is absent.
 
-    def __init__(self, model: TalkerT2AV, requests: Sequence[Request], mode: Mode) -> None:
-        size = model.config.patch_size
-        self.model, self.requests, self.mode = model, requests, mode
-        self.task = mode.task if mode.task < model.config.tasks else T2AV
-        self.speech_shift = int(self.task == A2V)  # the patch in slot 0
-        self.motion_shift = 1 if self.task == V2A else -model.config.delay
-        self.speech = EncodedStream(model.speech_tokens, [r.speech for r in requests], size)
-        self.motion = None
-        if mode.motion != "absent":
-            self.motion = EncodedStream(model.motion_tokens, [r.motion for r in requests], size)
-
-    def prompt(self, row: int) -> Tensor:
-        """(T, D): task, text and prefix of a row."""
-        model, request = self.model, self.requests[row]
-        ids = torch.tensor(request.prompt, dtype=torch.long, device=model.device)
-        task = model.task_embedding.weight[self.task]
-        first = -1 if self.task in (A2V, V2A) else 0  # the token before slot 0 holds the given stream's first patch
-        slots = self.speech.patches(row, first + self.speech_shift, request.prefix - first)
-        if self.motion is None:
-            slots = slots + model.motion_pad_emb[0]
-        elif request.prefix_has_motion:
-            slots = slots + self.motion.patches(row, first + self.motion_shift, request.prefix - first)
-        before = model.embed_text(ids[None])[0]
+    Returns:
+        For each row, the tokens (T, D) of task, text and prefix; and the known part (S, B, D) of the tokens after it.
+    """
+    c, before, after = model.config, [], []
+    task = mode.task if mode.task < c.tasks else T2AV
+    ahead = task in (A2V, V2A)  # the token before slot 0 holds the given stream's first patch
+    speech = EncodedStream(model.speech_tokens, [r.speech for r in requests], c.patch_size)
+    if mode.motion != "absent":
+        motion = EncodedStream(model.motion_tokens, [r.motion for r in requests], c.patch_size)
+    for row, request in enumerate(requests):
+        slots = torch.arange(-int(ahead), request.prefix + steps, device=model.device)
+        prefix = slots < request.prefix
+        tokens = speech.patches(row, slots + int(task == A2V)) * (prefix | (mode.speech == "given"))[:, None]
+        if mode.motion == "absent":
+            tokens = tokens + model.motion_pad_emb[0]
+        else:
+            waiting = slots < request.prefix + c.delay  # for the first generated motion
+            filled = torch.full_like(prefix, mode.motion == "given") | (waiting & (not rules.motion_waits))
+            filled = torch.where(prefix, request.prefix_has_motion, filled)
+            tokens = tokens + motion.patches(row, slots + (1 if task == V2A else -c.delay)) * filled[:, None]
+        text = model.embed_text(torch.tensor([request.prompt], dtype=torch.long, device=model.device))[0]
+        start, later = tokens.split([request.prefix + int(ahead), steps])
+        embedding = model.task_embedding.weight[task : task + 1]
         if request.task_first:
-            before = torch.cat([task[None], before])
-        elif len(slots):
-            slots = torch.cat([slots[:1] + task, slots[1:]])
-        if first:
-            before, slots = torch.cat([before[:-1], before[-1:] + slots[:1]]), slots[1:]
-        return torch.cat([before, slots])
-
-    def later(self, steps: int, waits: bool) -> Tensor:
-        """(S, B, D): of the slots after the prefix. waits: see `LoopRules.motion_waits`."""
-        rows = []
-        for row, request in enumerate(self.requests):
-            tokens = self.speech.tokens.new_zeros(steps, self.model.width)
-            if self.mode.speech == "given":
-                tokens = tokens + self.speech.patches(row, request.prefix + self.speech_shift, steps)
-            if self.motion is None:
-                tokens = tokens + self.model.motion_pad_emb[0]
-            elif self.mode.motion == "given" or not waits:
-                known = self.motion.patches(row, request.prefix + self.motion_shift, steps)
-                if self.mode.motion == "generated":
-                    known[self.model.config.delay :] = 0  # from here on motion is drawn
-                tokens = tokens + known
-            rows.append(tokens)
-        return torch.stack(rows, 1)
+            text = torch.cat([embedding, text])
+        elif len(start):
+            start = torch.cat([start[:1] + embedding, start[1:]])
+        if ahead:
+            text, start = torch.cat([text[:-1], text[-1:] + start[:1]]), start[1:]
+        before.append(torch.cat([text, start]))
+        after.append(later)
+    return before, torch.stack(after, 1)
 
 
 def step_limit(model: TalkerT2AV, request: Request, mode: Mode) -> int:
@@ -194,6 +180,7 @@ class PatchLoop:
 
     Attributes:
         limits: steps after which each row ends at the latest.
+        prompts: (T, D) tokens of each row before the first generated patch.
 
     Raises:
         UserError: a row has no patch to generate, or needs more tokens than the backbone has positions.
@@ -211,7 +198,7 @@ class PatchLoop:
         use_stop: bool = True,
         check_every: int | None = None,
     ) -> None:
-        c, device = model.config, model.device
+        c, size, device = model.config, model.config.patch_size, model.device
         requests = [_on(request, device) for request in requests]
         self.model, self.mode, self.sampling, self.rules = model, mode, sampling, rules
         self.check_every = check_every or (1 if device.type == "cpu" else 4)
@@ -224,34 +211,29 @@ class PatchLoop:
         first_tests = [max(rules.first_test, request.min_patches + self.delay) for request in requests]
         self.first_test = torch.tensor(first_tests, device=device)
 
-        known = KnownSlots(model, requests, mode)
-        prompts = [known.prompt(row) for row in range(len(requests))]
-        longest = max(map(len, prompts))
+        self.prompts, self.known = known_tokens(model, requests, mode, rules, self.steps)
+        self.longest = longest = max(map(len, self.prompts))
         most = model.llm.config.max_position_embeddings
         if longest + self.steps > most:
             raise UserError(
                 f"{longest} tokens of text and prefix and {self.steps} patches exceed {most}: give less text"
             )
-        self.known = known.later(self.steps, rules.motion_waits)
-        context, self.conditions = {}, {}
-        if mode.speech == "generated":
-            context["speech"] = last_frames([r.speech for r in requests], c.context * c.patch_size, c.patch_size)
-            self.conditions["speech"] = torch.stack([r.speaker for r in requests])
-        if mode.motion == "generated":
-            context["motion"] = last_frames([r.motion for r in requests], c.context * c.patch_size, c.patch_size)
-            self.conditions["motion"] = torch.stack([r.first_motion for r in requests])
+
         self.heads = {"speech": model.speech_cfm, "motion": model.motion_cfm}
         self.encoders = {"speech": model.speech_tokens, "motion": model.motion_tokens}
-        self.schedules = {stream: self.heads[stream].schedule(sampling.steps) for stream in context}
+        streams = [s for s in ("speech", "motion") if getattr(mode, s) == "generated"]
+        context = {s: last_frames([getattr(r, s) for r in requests], c.context * size, size) for s in streams}
+        conditions = {"speech": [r.speaker for r in requests], "motion": [r.first_motion for r in requests]}
+        self.conditions = {s: torch.stack(conditions[s]) for s in streams}
+        self.schedules = {s: self.heads[s].schedule(sampling.steps) for s in streams}
         if noise is None:
             channels = {"speech": c.speech_dim, "motion": c.motion_dim}
-            noise = {s: seeded_noise(requests, s, (channels[s], c.patch_size), self.steps) for s in context}
+            noise = {s: seeded_noise(requests, s, (channels[s], size), self.steps) for s in streams}
         self.noise = {stream: value.to(device) for stream, value in noise.items()}
-        self.drawn: dict[Stream, list[Tensor]] = {stream: [] for stream in context}
+        self.drawn: dict[Stream, list[Tensor]] = {s: [] for s in streams}
 
         # Prompts of different lengths are padded on the left.
-        self.padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)[:, None]
-        self.longest = longest
+        self.padding = torch.tensor([longest - len(prompt) for prompt in self.prompts], device=device)[:, None]
         self.state = LoopState(
             cache=StaticCache(model.llm.config, max_cache_len=longest + self.steps),
             hidden=torch.empty(0),
@@ -260,7 +242,7 @@ class PatchLoop:
             hits=torch.zeros(len(requests), dtype=torch.long, device=device),
             end=torch.tensor(self.limits, device=device),
         )
-        padded = torch.stack([F.pad(prompt, (0, 0, longest - len(prompt), 0)) for prompt in prompts])
+        padded = torch.stack([F.pad(prompt, (0, 0, longest - len(prompt), 0)) for prompt in self.prompts])
         self._advance(padded, torch.arange(longest, device=device))
 
     @torch.no_grad()

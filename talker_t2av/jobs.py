@@ -167,7 +167,7 @@ class Reference:
         """Speaker embedding (G,) and latents (frames, Ds) as if the voice ended after `frames`; see `official`."""
         speech = torch.zeros(0, self.system.model.config.speech_dim)
         if frames:
-            speech = self.system.speech.encode_audio(self.wave[: frames * HOP], self.wave16).cpu()
+            speech = self.system.speech.encode_beginning(self.wave[None, None], frames)[0].cpu()
         return self.speaker(official.voice_frames(frames)), speech
 
     def motion(self, count: int = MAX_FRAMES) -> Tensor:
@@ -218,7 +218,7 @@ def prepare_job(job: Job, system: TalkerSystem) -> PreparedJob:
     """
     mode, size, reference = MODES[job.mode], system.model.config.patch_size, Reference(job, system)
     system.require(job.mode)
-    request, rules, prefix_motion = _ask(job, system, reference)
+    request, rules, prefix_motion = _request(job, system, reference)
     prefix_speech, wave, total = request.speech, None, None
     if mode.speech == "given":
         wave = read_audio(job.audio, RATE)
@@ -244,8 +244,8 @@ def prepare_job(job: Job, system: TalkerSystem) -> PreparedJob:
     return PreparedJob(job, request, mode, rules, prefix_speech, prefix_motion, picture, wave, total, remark)
 
 
-def _ask(job: Job, system: TalkerSystem, reference: Reference) -> tuple[Request, LoopRules, Tensor]:
-    """What the loop is asked for, without the given streams of a2v and v2a, and the prefix's motion (F, Dm)."""
+def _request(job: Job, system: TalkerSystem, reference: Reference) -> tuple[Request, LoopRules, Tensor]:
+    """The request without the given stream of a2v and v2a, how its row ends, and the prefix's raw motion (F, Dm)."""
     mode, c, seconds = MODES[job.mode], system.model.config, job.prefix_seconds
     prompt = system.tokenizer.prompt(f"{job.reference_text} {job.text}".strip())
     motion = torch.zeros(0, c.motion_dim)

@@ -4,8 +4,7 @@ Axes: B batch, T0 text and placeholder tokens (T = T0 + 1 with the task token), 
 patch, p context patches, N examples, C channels, D width.
 
 Every example is a pair (row, patch); pairs are listed row by row, so that random draws come in the order of the
-official program. An empty list of examples costs nothing and still connects every parameter to the loss, as
-distributed training needs.
+official program. Without examples the loss is 0 but still depends on every parameter, as distributed training needs.
 """
 
 from __future__ import annotations
@@ -74,14 +73,14 @@ class TrainingForward:
 
 
 def training_forward(
-    model: TalkerT2AV, batch: TalkerBatch, task: Tensor | None = None, heard: Tensor | None = None
+    model: TalkerT2AV, batch: TalkerBatch, task: Tensor | None = None, shifted_speech: Tensor | None = None
 ) -> TrainingForward:
-    """Run the backbone and gather the examples of both heads, each `repeats` times in a row.
+    """Run the backbone and collect the examples of both heads, each `repeats` times in a row.
 
     Args:
-        task: (B,) rows of the task embedding; else T2AV where there is motion. A stream that a task takes as given is
-            seen a patch ahead and is no example.
-        heard: (B, F, Ds) speech up to each patch as the model knows it, where that is not the speech it has to draw.
+        task: (B,) rows of the task embedding; by default T2AV where there is motion, else TTS. The given stream of V2A
+            and A2V enters the backbone a patch ahead, and no loss is computed for it.
+        shifted_speech: (B, F, Ds) speech that enters the backbone instead of the speech that is predicted.
     """
     c = model.config
     with_motion = batch.motion_frames > 0
@@ -96,7 +95,7 @@ def training_forward(
     motion = _Stream.of(batch.motion, batch.motion_frames, c.patch_size)
     filled = torch.where(with_motion, torch.maximum(speech.patches, motion.patches + c.delay), speech.patches)
     filled = torch.minimum(filled, slots)
-    known = speech if heard is None else _Stream.of(heard, batch.speech_frames, c.patch_size)
+    known = speech if shifted_speech is None else _Stream.of(shifted_speech, batch.speech_frames, c.patch_size)
     embeds = _fill_slots(model, embeds, start, filled, known, motion, with_motion, task)
     hidden = model.packed_backbone(embeds, mask) if c.packed else model.backbone(embeds, mask)
 
@@ -131,10 +130,11 @@ def training_losses(
     return losses
 
 
-def drifted(speech: Tensor, frames: Tensor, deviation: float, knot: int = 8) -> Tensor:
-    """Speech (B, F, Ds) whose time runs ahead and lags behind, by Gaussian amounts of some `deviation` in frames.
+def time_warped(speech: Tensor, frames: Tensor, deviation: float, knot: int = 8) -> Tensor:
+    """Speech (B, F, Ds) shifted in time by an amount that changes along the clip.
 
-    The amounts are drawn every `knot` frames and run straight in between; `frames` (B,) count.
+    Every `knot` frames a Gaussian shift of standard deviation `deviation` frames is drawn; between them it is
+    interpolated. Shifts end at the first and at the last of the `frames` (B,) that are not padding.
     """
     count = speech.shape[1]
     amounts = deviation * torch.randn(len(speech), 1, count // knot + 2, device=speech.device)
@@ -182,19 +182,19 @@ def _fill_slots(
 ) -> Tensor:
     """Put the tokens of the first `filled` (B,) patches into each row's slots; other slots keep their embedding.
 
-    Rows with a given stream have a slot -1, the token before the first slot, which keeps its embedding besides.
+    In rows with a given stream, its first patch is added to the token before the first slot (slot -1).
     """
-    heard, watched = task == A2V, task == V2A
+    speech_given, motion_given = task == A2V, task == V2A
     place = torch.arange(-1, embeds.shape[1], device=start.device)
-    begin = -((heard | watched) & (filled > 0)).long()
+    begin = -((speech_given | motion_given) & (filled > 0)).long()
     row, column = ((place >= begin[:, None]) & (place < filled[:, None])).nonzero(as_tuple=True)
     patch = place[column]
-    tokens = model.speech_tokens(*speech.gather(row, patch + heard[row]))
-    seen = with_motion[row]
-    moving = seen.nonzero()[:, 0]
-    shift = torch.where(watched, 1, -model.config.delay)[row[moving]]
+    tokens = model.speech_tokens(*speech.gather(row, patch + speech_given[row]))
+    has_motion = with_motion[row]
+    moving = has_motion.nonzero()[:, 0]
+    shift = torch.where(motion_given, 1, -model.config.delay)[row[moving]]
     moves = model.motion_tokens(*motion.gather(row[moving], patch[moving] + shift))
-    tokens = tokens + model.motion_pad_emb[0] * ~seen[:, None]
+    tokens = tokens + model.motion_pad_emb[0] * ~has_motion[:, None]
     tokens = tokens.index_add(0, moving, moves.to(tokens.dtype))
     at = (row, start[row] + patch)
     return embeds.index_put(at, tokens.to(embeds.dtype) + embeds[at] * (patch < 0)[:, None])
@@ -212,8 +212,8 @@ def _examples(
 ) -> Examples:
     """Patch j of a row is predicted from position start + j - 1 and the `known` frames before it.
 
-    Rows with one patch or without slots give none. Padded frames of the last patch are targets, too. Rows whose span
-    was cut go on while positions last.
+    Rows with one patch or without slots give no example. Padded frames of the last patch are targets, too. Rows whose
+    span was cut off give examples up to the last position. All this is as in the official program.
     """
     count, tokens = stream.latents.shape[1], hidden.shape[1]
     place = torch.arange(count, device=hidden.device)

@@ -27,22 +27,22 @@ from talker_t2av.data import TalkerExamples, digests_of
 from talker_t2av.faces import find_square, read_square
 from talker_t2av.generation import Result, generate
 from talker_t2av.layers import Block
-from talker_t2av.losses import TalkerBatch, drifted, training_forward, training_losses
+from talker_t2av.losses import TalkerBatch, time_warped, training_forward, training_losses
 from talker_t2av.model import A2V, FPS, T2AV, TTS, V2A, TalkerConfig, TalkerT2AV
 from talker_t2av.motion import MotionStats
 from talker_t2av.request import MODES, Request, Sampling
 from talker_t2av.system import load_motion, load_speech
 from talker_t2av.text import TalkerTokenizer, byte_tokenizer
 
-WAVES, VIDEOS = 4, 2  # that a validation keeps of each split
+WAVES, VIDEOS = 4, 2  # saved by a validation, of each split
 
 
 class TalkerTask(Task):
     """Flow matching of speech and motion patches, and the stop head, on precomputed latents.
 
-    A2V and V2A can do without training of their own: training feeds both true streams back whatever is drawn from the
-    hidden states, so that a given stream looks the same at inference. What is drawn then has not seen the given patch
-    of its own time; with `dubbing` it is trained to.
+    A model trained for T2AV also does A2V and V2A: in training the backbone reads both true streams, as it reads a
+    given stream at inference. But a patch is then drawn before the given patch of the same time is read. With
+    `dubbing` the model is trained to read the given patch first.
 
     Args:
         model: fields of `TalkerConfig`.
@@ -50,14 +50,14 @@ class TalkerTask(Task):
             validation decodes with the first.
         stats: index.json of the training shards, or its URL, for the motion's statistics; None: those of the released
             model.
-        tokenizer: folder with a tokenizer; None is the byte-level one.
-        init: release folder of a model of the same sizes to go on from; it may have fewer tasks.
-        dubbing: `v2a` and `a2v`: shares of the rows with motion that are trained as these; needs model.tasks=4. True
-            speech so far tells all about the time, so that motion would not be looked at: V2A rows have heard it up to
-            some frames early or late, Gaussian with deviation `drift`.
-        warm_start: `tts` or `projector`, a folder of safetensors each; see `names.warm_start`.
-        freeze_embeddings: leave the word embeddings as they are.
-        sampling: `steps`, `temperature`, `guidance`: defaults that the release carries.
+        tokenizer: folder with a tokenizer; None: the byte-level one.
+        init: release folder of a model of the same sizes to start from; it may have fewer tasks.
+        dubbing: needs model.tasks=4. `v2a`, `a2v`: shares of the rows with motion that are trained for these tasks.
+            `drift`: standard deviation in frames by which speech that V2A rows read is shifted in time (see
+            `time_warped`); true speech alone would tell the timing, and the model would ignore the motion.
+        warm_start: `tts` or `projector`: a folder of safetensors each; see `released.warm_start`.
+        freeze_embeddings: do not train the word embeddings.
+        sampling: `steps`, `temperature`, `guidance`: defaults that are saved with the release.
         validation: `root` of prepared shards, `splits`, and `clips` of each to synthesise; `grammar`: JSGF file of the
             recogniser, None if there is none; `corpus`: folder of the recordings, whose faces are then drawn, or None.
             None turns it off.
@@ -88,7 +88,9 @@ class TalkerTask(Task):
             )
         self.dubbing = dubbing
         if dubbing and self.model.config.tasks < 4:
-            raise UserError("task.dubbing needs task.model.tasks=4: V2A and A2V have no mark of their own with fewer")
+            raise UserError(
+                "task.dubbing needs task.model.tasks=4: with fewer there are no V2A and A2V task embeddings"
+            )
         self.codecs, self.tokenizer, self.stats_file, self.digests = dict(codecs), tokenizer, stats, {}
         self.stats = MotionStats.read(stats)
         if stats:
@@ -102,7 +104,9 @@ class TalkerTask(Task):
         if init:
             own = TalkerTokenizer.from_pretrained(init).tokenizer.get_vocab()
             if own != self.words.tokenizer.get_vocab():
-                raise UserError(f"init={init} knows other words than task.tokenizer={tokenizer}: set it to {init}, too")
+                raise UserError(
+                    f"init={init} has another vocabulary than task.tokenizer={tokenizer}: use the tokenizer in {init}"
+                )
             state = TalkerT2AV.from_pretrained(init).state_dict()
             load_strict(self.model, names.with_tasks(state, self.model.config.tasks), f"init={init}")
         for kind, folder in (warm_start or {}).items():
@@ -124,14 +128,14 @@ class TalkerTask(Task):
 
     def forward(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
         """Losses of a batch; see `data.collate`."""
-        rows, task, heard = TalkerBatch.of(batch), self._tasks(batch), None
+        rows, task, shifted = TalkerBatch.of(batch), self._tasks(batch), None
         if task is not None:
-            heard = drifted(rows.speech, rows.speech_frames, self.dubbing["drift"])
-            heard = torch.where((task == V2A)[:, None, None], heard, rows.speech)
-        return training_losses(self.model, training_forward(self.model, rows, task, heard))
+            shifted = time_warped(rows.speech, rows.speech_frames, self.dubbing["drift"])
+            shifted = torch.where((task == V2A)[:, None, None], shifted, rows.speech)
+        return training_losses(self.model, training_forward(self.model, rows, task, shifted))
 
     def _tasks(self, batch: dict[str, Tensor]) -> Tensor | None:
-        """(B,) rows of the task embedding; None: what the model takes them for."""
+        """(B,) rows of the task embedding; None: the default of `training_forward`."""
         if not self.dubbing:
             return None
         moving = batch["motion_frames"] > 0
@@ -142,10 +146,10 @@ class TalkerTask(Task):
 
     @torch.no_grad()
     def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """Speak held-out sentences: word error rate, and how well the stop head finds the end."""
+        """Synthesise held-out sentences: word error rate, and how well the stop head finds the end."""
         if self.validation is None:
             return {}
-        device = self.model.task_embedding.weight.device
+        device = self.model.device
         codec = load_speech(self.codecs["speech"]).to(device)
         results: dict[str, float] = {}
         c = self.model.config
@@ -180,11 +184,11 @@ class TalkerTask(Task):
     def _draw(
         self, folder: Path, infos: list[dict[str, Any]], spoken: list[Result], waves: list[np.ndarray], rate: int
     ) -> None:
-        """Talking faces of the first clips, from each clip's own first frame; nothing where there are no pictures."""
+        """Write talking faces of the first clips, drawn from each clip's first frame, if the clips are there."""
         clips = [Path(self.validation["corpus"]) / info["source"] for info in infos[:VIDEOS]]
         if not all(clip.is_file() for clip in clips):
             return
-        codec = load_motion(self.codecs["motion"]).to(self.model.task_embedding.weight.device)
+        codec = load_motion(self.codecs["motion"]).to(self.model.device)
         for clip, info, result, wave in zip(clips, infos, spoken, waves):
             (frame,) = next(read_square(clip, find_square(clip, 1), 1))
             face = identity_to_tensor(frame, codec.size)
@@ -220,7 +224,11 @@ class TalkerTask(Task):
 def speak(
     model: TalkerT2AV, examples: TalkerExamples, chosen: list[int], sampling: Sampling
 ) -> tuple[list[Result], list[int]]:
-    """Say the sentences of some clips, each with its clip's voice and first motion frame; and the clips' frames."""
+    """Synthesise the sentences of some clips with their voices and first motion frames.
+
+    Returns:
+        The results, and the true lengths of the clips in frames.
+    """
     requests, frames = [], []
     for i in chosen:
         item = examples[i]
@@ -241,11 +249,10 @@ def speak(
 
 
 def _word_errors(grammar: str, texts: list[str], waves: list[np.ndarray], rate: int) -> dict[str, float]:
-    """{} with a line that says why, where the recogniser is not installed: it is an extra."""
+    """Word error rate; {} if the recogniser, an extra, is not installed."""
     try:
         recogniser = Recogniser(grammar)
     except UserError as error:
         print(f"no word error rate: {error}", flush=True)
         return {}
-    heard = [recogniser.transcribe(wave, rate) for wave in waves]
-    return {"wer": word_error_rate(texts, heard)}
+    return {"wer": word_error_rate(texts, [recogniser.transcribe(wave, rate) for wave in waves])}

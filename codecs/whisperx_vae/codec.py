@@ -206,6 +206,13 @@ class WhisperXVAE(Codec):
             latents[:, start + skipped : start + most] = found[:, skipped:]
         return latents
 
+    @torch.no_grad()
+    def encode_beginning(self, wave: Tensor, frames: int) -> Tensor:
+        """Posterior means (B, frames, Z); Whisper sees the whole wave, as in the official program's prefixes."""
+        wave = wave.to(self.in_proj.weight_g.device)
+        mel = self.mel(resample(wave[:, 0], self.sample_rate, RATE))
+        return self.encode_window(wave[..., : frames * self.hop], mel)
+
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, T, Z) -> waves (B, 1, hop * T) in (-1, 1).
 

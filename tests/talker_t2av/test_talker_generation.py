@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from talker_fixtures import request, tiny_model
+from talker_fixtures import DS, request, tiny_model
+from torch._subclasses import FakeTensorMode
 
 from engine.errors import UserError
 from talker_t2av.generation import PatchLoop, generate
@@ -196,3 +197,15 @@ def test_a_seed_decides_and_only_a_seed():
 def test_sampling_settings_are_checked(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_step_reads_nothing_on_the_host_and_keeps_all_shapes(guidance):
+    """On fake tensors, which have shapes and no values: a read, or a shape that depends on values, raises."""
+    model = tiny_model()
+    loop = PatchLoop(model, [request(), request(9)], MODES["t2av"], Sampling(3, guidance=guidance))
+    before = {name: value.shape for name, value in vars(loop.state).items() if isinstance(value, torch.Tensor)}
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        patches, token, stop = loop.step({s: loop.noise[s][0] for s in ("speech", "motion")}, loop.known[0], False)
+    assert patches["speech"].shape == (2, 4, DS) and token.shape == (2, model.width) and stop.shape == (2,)
+    assert before == {name: value.shape for name, value in vars(loop.state).items() if isinstance(value, torch.Tensor)}

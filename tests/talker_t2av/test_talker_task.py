@@ -201,7 +201,7 @@ def test_a_start_with_other_words_is_refused(root, tmp_path):
     data = json.loads((tmp_path / "old" / "tokenizer.json").read_text())
     data["added_tokens"][-1]["content"] = "<other>"
     (tmp_path / "old" / "tokenizer.json").write_text(json.dumps(data))
-    with pytest.raises(UserError, match="knows other words than"):
+    with pytest.raises(UserError, match="has another vocabulary than"):
         make_task(root, init=str(tmp_path / "old"))
 
 

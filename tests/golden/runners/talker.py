@@ -132,7 +132,7 @@ def run_sampler(case: Case) -> dict[str, Any]:
         return flow.guide(*both, guidance, star)
 
     skip = flow.zero_steps(steps) if star else 0
-    flow.euler(velocity, args["temperature"] * i["noise"], times, skip)
+    flow.euler(velocity, args["temperature"] * i["noise"], schedule.lengths, skip)
     out = {name: torch.stack(seen) for name, seen in path.items() if seen}
     x = head.sample(*given, i["noise"], schedule, args["temperature"], guidance, star)
     return out | {"x": x, "t_span": times, "n_estimator_calls": torch.tensor(len(path["est_t"]))}

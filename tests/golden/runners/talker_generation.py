@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from engine.nn.mel import RATE, log_mel, pad_or_trim
 from talker_t2av import official
 from talker_t2av.data import SequenceFormat, collate, window_range
-from talker_t2av.generation import KnownSlots, PatchLoop, Result, step_limit
+from talker_t2av.generation import PatchLoop, Result, step_limit
 from talker_t2av.model import HOP, HOP16, TalkerT2AV
 from talker_t2av.motion import MotionStats
 from talker_t2av.request import MODES, LoopRules, Mode, Request, Sampling
@@ -91,7 +91,7 @@ def run_loop(
         stream: F.pad(z, (0, 0) * 3 + (0, count - len(z))) for stream, z in noise.items() if z is not None
     }
     loop = PatchLoop(model, [request], mode, sampling, rules, noise, use_stop)
-    embeds = KnownSlots(model, [request], mode).prompt(0)
+    embeds = loop.prompts[0]
     steps = list(loop)
     tokens = torch.cat([step.token for step in steps])
     # The loop feeds no token after which nothing is drawn; that state is the last one of a pass without a cache.
