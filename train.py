@@ -41,7 +41,7 @@ def main() -> int | None:
     command = shlex.join(["python", "train.py", *sys.argv[1:]])
     if config.lora.rank and not config.task.get("init"):
         raise UserError(f"lora.rank={config.lora.rank} adapts a release: name it with init=FOLDER")
-    distributed.start(config.trainer.device)
+    distributed.init(config.trainer.device)
     try:
         check_inputs(config)
         make_data(config.data)
@@ -61,7 +61,7 @@ def main() -> int | None:
             return REQUEUE
         trainer.release(Path(config.run) / "release")
     finally:
-        distributed.stop()
+        distributed.shutdown()
 
 
 def check_inputs(config: DictConfig) -> None:
@@ -95,4 +95,4 @@ def make_data(data: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main, distributed.leave)
+    run_cli(main, distributed.exit_process)

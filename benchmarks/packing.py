@@ -21,7 +21,8 @@ from torch import Tensor
 from benchmarks.record import write_record
 from engine.config import CONFIGS
 from engine.errors import run_cli
-from engine.seeding import MicroBatches, generator_for
+from engine.seeding import generator_for
+from engine.training.batches import MicroBatches
 from engine.training.task import Task
 from hicodit.data import HiCoDiTDataset
 from hicodit.model import TOKENS_PER_FRAME

@@ -130,7 +130,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     """One setting: seconds of each part of a step (mean), forward seconds by module, GiB by part, tokens/s, MFU."""
     torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
-    device = distributed.start(job["device"])
+    device = distributed.init(job["device"])
     make, make_batch, modules = MODELS[job["model"]]
     settings = {name: job[name] for name in ("precision", "device", "compile", "checkpointing", "ema_decay")}
     config = TrainerConfig(**read_config("trainer/cpu") | settings)

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from engine.errors import UserError
-from engine.seeding import Blocks
 from engine.shards.reader import Reading, ShardSplit
 from engine.shards.source import join, read_json
+from engine.training.batches import Blocks
 from talker_t2av.model import MAX_FRAMES
 from talker_t2av.motion import MotionStats
 from talker_t2av.system import codec_digests

@@ -1,4 +1,5 @@
-"""Import arrows point one way, and the source root `codecs/` leaves Python's own module of that name alone."""
+"""Imports point one way and never in a circle; only `system.py` of a model imports codecs; the source root `codecs/`
+leaves Python's own module of that name alone."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import ast
 import os
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,79 @@ def test_the_check_sees_a_backward_import(tmp_path, file, line):
     assert len(violations(tmp_path)) == 1
     path.write_text("from engine import errors\nfrom . import sibling\nimport numpy")
     assert violations(tmp_path) == []
+
+
+def product_modules(root: Path) -> dict[str, Path]:
+    """Dotted name -> file."""
+    found = {}
+    for unit in sorted(ALL - {"tests"}):
+        for place in (root / unit, root / "codecs" / unit):
+            for file in place.rglob("*.py"):
+                parts = [unit, *file.relative_to(place).with_suffix("").parts]
+                found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found | {name: root / f"{name}.py" for name in ("train", "infer") if (root / f"{name}.py").is_file()}
+
+
+def imported_modules(file: Path, modules: Collection[str]) -> set[str]:
+    """Those of `modules` that a file imports: at its top, in functions, and under TYPE_CHECKING."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= inner & set(modules) or {node.module}
+    return names & set(modules)
+
+
+def circles(root: Path) -> list[list[str]]:
+    """Groups of modules that import each other, directly or by way of others."""
+    modules = product_modules(root)
+    imports = {name: imported_modules(file, modules) - {name} for name, file in modules.items()}
+
+    def reach(start: str) -> set[str]:
+        seen, waiting = set(), [start]
+        while waiting:
+            new = imports[waiting.pop()] - seen
+            seen |= new
+            waiting += new
+        return seen
+
+    reached = {name: reach(name) for name in modules}
+    groups = {tuple(sorted(other for other in reached[name] if name in reached[other])) for name in modules}
+    return [list(group) for group in sorted(groups) if group]
+
+
+def test_no_imports_run_in_a_circle():
+    assert circles(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from engine import one",
+        "import engine.one",
+        "def f():\n    from engine.one import x",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from engine.one import x",
+    ],
+)
+def test_the_check_sees_a_circle(tmp_path, line):
+    for name, text in {"one": "from engine.two import y", "two": "import engine.three", "three": line}.items():
+        (tmp_path / "engine").mkdir(exist_ok=True)
+        (tmp_path / "engine" / f"{name}.py").write_text(text)
+    assert circles(tmp_path) == [["engine.one", "engine.three", "engine.two"]]
+    (tmp_path / "engine" / "three.py").write_text("from engine import four")
+    assert circles(tmp_path) == []
+
+
+def test_models_know_codecs_by_their_table_alone():
+    users = {
+        file.relative_to(ROOT).as_posix()
+        for model in MODELS
+        for file in (ROOT / model).rglob("*.py")
+        if imported_names(ast.parse(file.read_text())) & CODECS
+    }
+    assert users <= {f"{model}/system.py" for model in MODELS}
 
 
 def test_standard_codecs_and_the_three_packages_import_together(tmp_path):

@@ -129,8 +129,8 @@ class RVQCodec(Codec):
         return self.decoder(z if quantized is None else quantized.latent), z, quantized
 
     @torch.no_grad()
-    def encode(self, wave: Tensor, levels: int | None = None) -> Tensor:
-        """Wave (B, 1, N) -> codes (B, levels, frames(N)) int64; all levels by default.
+    def encode(self, wave: Tensor) -> Tensor:
+        """Wave (B, 1, N) -> codes (B, Q, frames(N)) int64.
 
         Raises:
             UserError: the wave has another shape or is too short for one frame.
@@ -139,7 +139,7 @@ class RVQCodec(Codec):
             raise UserError(f"wave of shape {tuple(wave.shape)}: give mono waves of shape (batch, 1, samples)")
         if self.frames(wave.shape[-1]) < 1:
             raise UserError(f"wave of {wave.shape[-1]} samples is too short: give {self.encoder.min_samples} or more")
-        return self.quantizer.quantize(self.encoder(wave), levels)
+        return self.quantizer.quantize(self.encoder(wave))
 
     def decode(self, codes: Tensor, levels: int | None = None) -> Tensor:
         """Codes (B, Q, L) -> wave (B, 1, hop * L), from the first `levels` levels (all that are given by default).

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.nn.audio_losses import mel_filters
+from engine.nn.mel import mel_filters
 
 WINDOW = 1024
 

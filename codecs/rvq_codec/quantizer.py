@@ -136,12 +136,12 @@ class ResidualQuantizer(nn.Module):
         return kept
 
     @torch.no_grad()
-    def quantize(self, z: Tensor, levels: int | None = None) -> Tensor:
-        """Codes (B, levels, T) of (B, C, T): the forward pass of evaluation, whatever mode the module is in."""
+    def quantize(self, z: Tensor) -> Tensor:
+        """Codes (B, Q, T) of (B, C, T): the forward pass of evaluation, whatever mode the module is in."""
         training = self.training
         self.eval()
         try:
-            return self(z, levels).codes
+            return self(z).codes
         finally:
             self.train(training)
 

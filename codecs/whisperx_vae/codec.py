@@ -168,17 +168,6 @@ class WhisperXVAE(Codec):
         return self.posterior(wave, mel)[0].transpose(1, 2)
 
     @torch.no_grad()
-    def encode_audio(self, wave24: Tensor, wave16: Tensor) -> Tensor:
-        """One recording at 24 and at 16 kHz (each resampled from the original), (N,) and (N16,) -> latents (T, Z).
-
-        What exceeds Whisper's window (30 s) is cut off. Computed on the model's device.
-        """
-        device = self.in_proj.weight_g.device
-        frames = min(int(len(wave16) / RATE * self.sample_rate / self.hop), self.config.max_frames)
-        wave = wave24[: max(1, frames) * self.hop].to(device)
-        return self.encode_window(wave[None, None], self.mel(wave16[None].to(device)))[0]
-
-    @torch.no_grad()
     def encode(self, wave: Tensor) -> Tensor:
         """Waves (B, 1, N) at 24 kHz of any length -> posterior means (B, N // hop, Z), computed on the model's device.
 

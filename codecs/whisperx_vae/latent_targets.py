@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.nn.audio_losses import mel_filters
+from engine.nn.mel import mel_filters
 
 SUBFRAMES = 2
 MEL_WINDOW, PITCH_WINDOW = 1024, 1536

@@ -6,29 +6,12 @@ takes a logarithm runs in the precision of its buffers (float32), whatever autoc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-
-def mel_filters(sample_rate: int, n_fft: int, n_mels: int, f_min: float = 0.0, f_max: float | None = None) -> Tensor:
-    """Slaney mel filter bank (F, M) with area normalisation, computed in float64, returned in float32.
-
-    The scale is linear below 1 kHz (3 mel for 200 Hz) and logarithmic above (27 mel for a factor of 6.4).
-    """
-
-    def to_mel(hertz: float) -> float:
-        return 3 * hertz / 200 if hertz < 1000 else 15 + 27 * math.log(hertz / 1000) / math.log(6.4)
-
-    f_max = sample_rate / 2 if f_max is None else f_max
-    mels = torch.linspace(to_mel(f_min), to_mel(f_max), n_mels + 2, dtype=torch.float64)
-    edges = torch.where(mels < 15, mels * 200 / 3, 1000 * torch.exp((mels - 15) * math.log(6.4) / 27))
-    bins = torch.arange(n_fft // 2 + 1, dtype=torch.float64)[:, None] * (sample_rate / n_fft)
-    low, centre, high = edges[:-2], edges[1:-1], edges[2:]
-    triangles = torch.minimum((bins - low) / (centre - low), (high - bins) / (high - centre)).clamp_min(0)
-    return (triangles * (2 / (high - low))).float()
+from engine.nn.mel import mel_filters
 
 
 def _flat(wave: Tensor) -> Tensor:

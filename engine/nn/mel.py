@@ -1,11 +1,11 @@
-"""Whisper's log-mel front end in PyTorch: batched, on any device, equal to transformers' `WhisperFeatureExtractor`.
+"""Mel bands, and Whisper's log-mel front end: batched, on any device, equal to transformers' `WhisperFeatureExtractor`.
 
-Axes: B batch, N samples at 16 kHz, M mel bands, F frames (100 a second).
+Axes: B batch, N samples at 16 kHz, M mel bands, T frames (100 a second), F frequency bins.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,13 @@ RATE = 16_000
 N_FFT, HOP = 400, 160
 
 
-@lru_cache(maxsize=4)
-def mel_filters(bands: int) -> Tensor:
-    """(M, 201) triangles on the Slaney mel scale from 0 to 8000 Hz, each of unit area."""
-    filters = mel_filter_bank(1 + N_FFT // 2, bands, 0.0, 8000.0, RATE, norm="slaney", mel_scale="slaney")
-    return torch.from_numpy(filters.T).float()
+def mel_filters(rate: int, n_fft: int, bands: int) -> Tensor:
+    """(F, M) triangles on the Slaney mel scale from 0 Hz to half of `rate`, each of unit area; F = n_fft // 2 + 1."""
+    filters = mel_filter_bank(n_fft // 2 + 1, bands, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney")
+    return torch.from_numpy(filters).float()
+
+
+_whisper_filters = lru_cache(maxsize=4)(partial(mel_filters, RATE, N_FFT))
 
 
 def pad_or_trim(wave: Tensor, samples: int) -> Tensor:
@@ -29,7 +31,7 @@ def pad_or_trim(wave: Tensor, samples: int) -> Tensor:
 
 
 def log_mel(wave: Tensor, bands: int = 128, shared_peak: bool = False) -> Tensor:
-    """16-kHz waves (B, N) or (N,) -> (B, M, F) or (M, F) with F = N // 160; N must exceed 200.
+    """16-kHz waves (B, N) or (N,) -> (B, M, T) or (M, T) with T = N // 160; N must exceed 200.
 
     Base-10 logarithms of the mel power, clipped to 8 below their peak, then (x + 4) / 4.
 
@@ -41,6 +43,6 @@ def log_mel(wave: Tensor, bands: int = 128, shared_peak: bool = False) -> Tensor
     with torch.autocast(wave.device.type, enabled=False):
         spectrum = torch.stft(wave.float(), N_FFT, HOP, window=window, return_complex=True)
         power = spectrum[..., :-1].abs().square()
-        levels = (mel_filters(bands).to(wave.device) @ power).clamp(min=1e-10).log10()
+        levels = (_whisper_filters(bands).T.to(wave.device) @ power).clamp(min=1e-10).log10()
         peak = levels.amax() if shared_peak else levels.amax((-2, -1), keepdim=True)
         return (torch.maximum(levels, peak - 8) + 4) / 4

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.seeding import Blocks
 from engine.shards.source import CachedFiles, Files, LocalFiles, checksum, is_remote, join
+from engine.training.batches import Blocks
 
 VERSION = 2
 OPEN_SHARDS = 64  # file handles that a process keeps

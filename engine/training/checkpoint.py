@@ -111,7 +111,9 @@ class Checkpoints:
     def __init__(self, root: str | Path, keep: int, best: str | None = None):
         self.root, self.keep, self.best = Path(root), keep, best
         # Of its own: collective calls of the thread must not mix with those of training.
-        self._group = dist.new_group(backend="gloo", timeout=distributed.PATIENCE) if dist.is_initialized() else None
+        self._group = (
+            dist.new_group(backend="gloo", timeout=distributed.COLLECTIVE_TIMEOUT) if dist.is_initialized() else None
+        )
         self._thread: threading.Thread | None = None
         self.problem: str | None = None  # one line: what could not be written
 

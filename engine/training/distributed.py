@@ -16,20 +16,20 @@ from torch import Tensor
 from engine.errors import UserError
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=4)  # the other ranks wait this long while rank 0 makes data or validates
+COLLECTIVE_TIMEOUT = timedelta(hours=4)  # the other ranks wait this long while rank 0 makes data or validates
 
 
-def pick_device(wish: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
     """`auto`, `cpu` or `cuda` -> this process's device; under torchrun each process gets a GPU of its own.
 
     Raises:
         UserError: an unknown word, or `cuda` on a machine without a CUDA device.
     """
-    if wish not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device={wish} is unknown; choose auto, cpu or cuda")
-    if wish == "cuda" and not torch.cuda.is_available():
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device={name} is unknown; choose auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but no CUDA device is available; use device=cpu or device=auto")
-    if wish == "cpu" or not torch.cuda.is_available():
+    if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local >= count:
@@ -37,24 +37,24 @@ def pick_device(wish: str) -> torch.device:
     return torch.device("cuda", local)
 
 
-def start(wish: str) -> torch.device:
+def init(name: str) -> torch.device:
     """Join the process group that torchrun's environment describes, if there is one; gives this process's device."""
-    device = pick_device(wish)
+    device = pick_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if device.type == "cuda":
-            dist.init_process_group("nccl", timeout=PATIENCE, device_id=device)
+            dist.init_process_group("nccl", timeout=COLLECTIVE_TIMEOUT, device_id=device)
         else:
-            dist.init_process_group("gloo", timeout=PATIENCE)
+            dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
     return device
 
 
-def stop() -> None:
+def shutdown() -> None:
     """Leave the process group.
 
-    The groups are never freed: whoever frees a gloo group waits for its thread with the interpreter's lock in hand, and
-    the thread may be waiting for that lock to free a tensor (PyTorch 2.11), so that runs ended, but did not leave.
+    The groups are never freed: freeing a gloo group waits for its thread while holding the interpreter's lock, and the
+    thread may be waiting for that lock to free a tensor (PyTorch 2.11). Processes of finished runs then never ended.
     """
     if dist.is_initialized():
         for group in dist.distributed_c10d._world.pg_map:
@@ -62,8 +62,8 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def leave(code: int) -> NoReturn:
-    """End this process: at once if it is one of several, as gloo's threads outlive `stop`."""
+def exit_process(code: int) -> NoReturn:
+    """End this process: at once if it is one of several, as gloo's threads outlive `shutdown`."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()

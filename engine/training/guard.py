@@ -26,7 +26,7 @@ class StepGuard:
         self.skipped = self.in_a_row = 0
         self.figures: dict[str, list[float]] = {}  # name -> [mean, mean absolute deviation, steps]
 
-    def objection(self, part: str, figures: dict[str, float], finite: bool) -> str | None:
+    def reason_to_skip(self, part: str, figures: dict[str, float], finite: bool) -> str | None:
         """Why the step of `part` must not count, or None; then its `figures` (loss, grad_norm) are taken in."""
         if not finite:
             return "loss or gradient is not finite"

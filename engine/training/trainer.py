@@ -21,14 +21,15 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.files import refuse_links
-from engine.seeding import MicroBatches, TrainingSet, seed_for, unwrapped
+from engine.seeding import seed_for
 from engine.training import checkpoint, distributed
+from engine.training.batches import MicroBatches, TrainingSet, load_batches
 from engine.training.checkpoint import Checkpoints
 from engine.training.ema import ExponentialMovingAverage
 from engine.training.export import describe, export
 from engine.training.guard import StepGuard
 from engine.training.parallel import ParallelTask, adamw
-from engine.training.signals import StopRequest, ignore_in_worker
+from engine.training.signals import StopRequest
 from engine.training.speed import Utilisation, memory_gib, peak_tflops, tracing
 from engine.training.task import Task, TrainerConfig
 from engine.training.tracking import Tracker, Window, progress_line
@@ -41,7 +42,7 @@ class Trainer:
 
     Args:
         task: see `Task`; it is moved to the device.
-        dataset: see `engine.seeding.TrainingSet`.
+        dataset: see `engine.training.batches.TrainingSet`.
         config: the fields of `TrainerConfig`.
         run: folder of this run; an earlier run in it is continued.
         record: the whole config, kept with checkpoints and log.
@@ -83,7 +84,7 @@ class Trainer:
         self.guard = StepGuard(self.run, self.config.spike)
         self.use = Utilisation(peak_tflops(self.config.peak_tflops, self.device))
         self.step = self.position = 0  # steps done; batches used for them, in all processes together
-        self.trouble: str | None = None  # what this process could not write; training ends at the next step
+        self.write_error: str | None = None  # what this process could not write; training ends at the next step
 
     def fit(self) -> dict[str, float] | None:
         """Train to `config.steps` and validate.
@@ -103,7 +104,9 @@ class Trainer:
         self.task.train()
         try:
             with StopRequest() as stop, tracing(self.run / "profile", c.profile, distributed.rank()) as trace:
-                batches, window, stopping = self._load(), Window(), False
+                coming = self._numbers((c.steps - self.step) * c.accumulate)
+                batches = load_batches(self.batches, coming, c.workers, pinned=self.device.type == "cuda")
+                window, stopping = Window(), False
                 while self.step < c.steps and not stopping:
                     begin = time.perf_counter()
                     batch = [_to(next(batches), self.device) for _ in range(c.accumulate)]
@@ -123,13 +126,13 @@ class Trainer:
                     if validating:
                         self.validate(tracker)
                     window.start += time.perf_counter() - begin  # neither counts in the rates
-            self._end_in_trouble()
+            self._stop_on_write_error()
             results = None
             if self.step < c.steps:
                 self._say(f"stopped at step {self.step:,}, saved; the same command goes on from here")
             else:
                 results = self.validate(tracker)
-                self._end_in_trouble()
+                self._stop_on_write_error()
             return results
         finally:
             self.checkpoints.close()
@@ -139,7 +142,7 @@ class Trainer:
     def validate(self, tracker: Tracker | None = None) -> dict[str, float]:
         """`task.validate` with averaged weights on rank 0 ({} on the others, which wait)."""
         results: dict[str, float] = {}
-        with self._noting_trouble(), self.parallel.evaluation_copy(self.ema) as task:
+        with self._record_write_error(), self.parallel.evaluation_copy(self.ema) as task:
             if task is not None:
                 folder = self.run / "validation" / f"step-{self.step:08d}"
                 torch.manual_seed(seed_for(self.config.seed, "validate"))
@@ -156,7 +159,7 @@ class Trainer:
                         f"trainer.best={self.config.best!r}: no best is kept, as the validation gives "
                         f"{', '.join(results) or 'no figures'}"
                     )
-        self._end_in_trouble()
+        self._stop_on_write_error()
         self.checkpoints.note(self.step, results)
         return results
 
@@ -167,19 +170,20 @@ class Trainer:
 
     def _train_step(self, batches: list[dict[str, Any]], window: Window, stop: StopRequest) -> bool:
         """One update of every part; gives whether any process was asked to stop."""
-        lr, objection, stopping = self.config.lr_at(self.step), None, False
+        lr, reason, stopping = self.config.lr_at(self.step), None, False
         self._share_buffers()
         for part, optimiser in self.optimisers.items():
             losses, each = self._gradients(part, batches)
             figures = torch.stack([losses["loss"], losses["grad_norm"]]).double()
-            bad, asked, trouble = (~figures.isfinite()).any(), stop.asked, self.trouble or self.checkpoints.problem
-            flags = torch.stack([bad, *torch.tensor([asked, bool(trouble)], device=self.device)])
-            bad, stopping, trouble, loss, norm = distributed.maximum(torch.cat([flags, figures.nan_to_num()]))
-            if trouble:
-                self._end_in_trouble()
-            objection = self.guard.objection(part, {"loss": loss, "grad_norm": norm}, finite=not bad)
-            if objection:  # later parts may depend on this one: the rest of the step is left out
-                self._skip(part, objection, batches, each)
+            bad, asked = (~figures.isfinite()).any(), stop.asked
+            failed = bool(self.write_error or self.checkpoints.problem)
+            flags = torch.stack([bad, *torch.tensor([asked, failed], device=self.device)])
+            bad, stopping, failed, loss, norm = distributed.maximum(torch.cat([flags, figures.nan_to_num()]))
+            if failed:
+                self._stop_on_write_error()
+            reason = self.guard.reason_to_skip(part, {"loss": loss, "grad_norm": norm}, finite=not bad)
+            if reason:  # later parts may depend on this one: the rest of the step is left out
+                self._skip(part, reason, batches, each)
                 break
             for group in optimiser.param_groups:
                 group["lr"] = lr
@@ -188,7 +192,7 @@ class Trainer:
         self.task.zero_grad(set_to_none=True)
         window.steps += 1
         window.tokens += sum(self.task.tokens(batch) for batch in batches)
-        if not objection:
+        if not reason:
             self.guard.passed()
             self.ema.update(self.step)
         self.step += 1
@@ -201,7 +205,7 @@ class Trainer:
         self.task.zero_grad(set_to_none=True)
         each = []
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
-        for micro, (number, batch) in enumerate(zip(self._numbers(), batches)):
+        for micro, (number, batch) in enumerate(zip(self._numbers(len(batches)), batches)):
             torch.manual_seed(seed_for(self.config.seed, "step", part, number))
             with self.parallel.micro_batch(last=micro == len(batches) - 1):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
@@ -223,64 +227,48 @@ class Trainer:
                 "samples": [index for _, index in self.batches.samples(number)],
                 **({"keys": list(batch["keys"])} if "keys" in batch else {}),
             }
-            for number, batch, loss in zip(self._numbers(), batches, losses)
+            for number, batch, loss in zip(self._numbers(len(batches)), batches, losses)
         ]
         everyone = [entry for entries in distributed.gather(mine) for entry in entries]
         self.guard.skip()
         self._say(f"step {self.step + 1:,} skipped: {reason} ({self.guard.skipped} so far)")
         if distributed.is_main():
-            with self._noting_trouble():
+            with self._record_write_error():
                 self.guard.write_down({"step": self.step + 1, "part": part, "reason": reason, "batches": everyone})
         if self.guard.in_a_row >= self.config.give_up_after:
             distributed.fail(
-                f"training stopped at step {self.step + 1}: {reason}, {self.guard.in_a_row} steps in a row left out; "
-                f"their samples are named in {self.guard.path}: mend them, or lower trainer.lr ({self.config.lr})"
+                f"training stopped at step {self.step + 1}: {reason}, {self.guard.in_a_row} steps in a row skipped; "
+                f"see {self.guard.path} for their samples; fix the data or lower trainer.lr ({self.config.lr})"
             )
 
     @contextmanager
-    def _noting_trouble(self) -> Iterator[None]:
-        """What goes wrong in one process, such as a full disk, is kept until all of them can end together."""
+    def _record_write_error(self) -> Iterator[None]:
+        """Keep an error of this process, such as a full disk, until all processes can stop together."""
         try:
             yield
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
-            self.trouble = str(error)
+            self.write_error = str(error)
         except UserError as error:
-            self.trouble = str(error)
+            self.write_error = str(error)
 
-    def _end_in_trouble(self) -> None:
-        """Wait for the checkpoint in work; stop everywhere if any process could not write something."""
+    def _stop_on_write_error(self) -> None:
+        """Wait for the checkpoint in progress; stop all processes if one of them could not write something."""
         self.checkpoints.close()
-        for trouble in distributed.gather(self.trouble or self.checkpoints.problem):
-            if trouble:
-                distributed.fail(f"training stopped after step {self.step}: {trouble}")
+        for problem in distributed.gather(self.write_error or self.checkpoints.problem):
+            if problem:
+                distributed.fail(f"training stopped after step {self.step}: {problem}")
 
     def _share_buffers(self) -> None:
         """Rank 0's persistent buffers count, in training as in checkpoints."""
         distributed.broadcast(self.task.get_buffer(name) for name in self.buffers)
 
-    def _numbers(self) -> range:
-        """Numbers of this process's micro-batches of the present step."""
+    def _numbers(self, count: int) -> range:
+        """Numbers of this process's next `count` micro-batches."""
         world = distributed.world_size()
         first = self.position + distributed.rank()
-        return range(first, first + self.config.accumulate * world, world)
-
-    def _load(self) -> Iterator[dict[str, Any]]:
-        """This process's micro-batches of the steps to come."""
-        world, workers = distributed.world_size(), self.config.workers
-        first, count = self.position + distributed.rank(), (self.config.steps - self.step) * self.config.accumulate
-        return unwrapped(
-            torch.utils.data.DataLoader(
-                self.batches,
-                batch_size=None,
-                sampler=range(first, first + count * world, world),
-                num_workers=workers,
-                prefetch_factor=4 if workers else None,
-                pin_memory=self.device.type == "cuda",
-                worker_init_fn=ignore_in_worker,
-            )
-        )
+        return range(first, first + count * world, world)
 
     def _state(self) -> dict[str, Tensor]:
         """Everything that training changes, as a flat dict of tensors (references, not copies)."""
@@ -293,7 +281,7 @@ class Trainer:
         return state
 
     def _save(self) -> None:
-        self._end_in_trouble()
+        self._stop_on_write_error()
         self._share_buffers()
         info = {"position": self.position, **self.guard.state(), "config": self.record, "code": self.code}
         self.checkpoints.save(self.step, self._state(), info)
@@ -330,7 +318,7 @@ class Trainer:
         (rates["memory_gib"],) = distributed.maximum(torch.tensor([memory_gib(self.device)], device=self.device))
         if tracker:
             lr = c.lr_at(self.step - 1)
-            with self._noting_trouble():
+            with self._record_write_error():
                 tracker.write({"step": self.step, **means, "lr": lr, **rates, "skipped": self.guard.skipped})
             self._say(progress_line(self.step, c.steps, means, lr, rates, self.use.peak))
 

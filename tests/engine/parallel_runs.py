@@ -41,9 +41,9 @@ def run(job: dict) -> None:
 
 
 if __name__ == "__main__":
-    distributed.start("cpu")
+    distributed.init("cpu")
     for each in json.loads(sys.argv[1]):
         os.environ["LOCAL_WORLD_SIZE"] = str(each["node"])
         run(each)
-    distributed.stop()
-    distributed.leave(0)  # threads of gloo that are left would sometimes abort a normal end
+    distributed.shutdown()
+    distributed.exit_process(0)  # threads of gloo that are left would sometimes abort a normal end

@@ -8,7 +8,8 @@ import torch
 from toy_task import ToySet
 
 from engine.errors import UserError
-from engine.seeding import Blocks, MicroBatches, seed_for
+from engine.seeding import seed_for
+from engine.training.batches import Blocks, MicroBatches
 
 N = 203
 

@@ -78,7 +78,7 @@ def test_finished_run_is_not_trained_again_and_fresh_starts_anew(tmp_path):
 
 
 def test_every_sample_is_seen_once_an_epoch():
-    from engine.seeding import MicroBatches
+    from engine.training.batches import MicroBatches
 
     class Indices(ToySet):
         def __getitem__(self, index, generator):
@@ -130,9 +130,7 @@ def test_not_finite_loss_skips_the_step(tmp_path, capsys):
 
 def test_too_many_bad_steps_in_a_row_stop_the_run_and_their_samples_are_named(tmp_path):
     run = trainer(tmp_path, ToySet(trouble_at=17, trouble="nan", span=10_000), give_up_after=4)
-    with pytest.raises(
-        UserError, match=r"stopped at step 6: loss or gradient is not finite, 4 steps in a row left out"
-    ):
+    with pytest.raises(UserError, match=r"stopped at step 6: loss or gradient is not finite, 4 steps in a row skipped"):
         run.fit()
     lines = [json.loads(line) for line in (tmp_path / "bad_batches.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 4, 5, 6] and lines[0]["part"] == "discriminator"

@@ -223,7 +223,9 @@ CASES = [
     (
         "target: deep inside",
         lambda _: build(
-            OmegaConf.create({"_target_": "engine.seeding.Blocks", "sizes": [{"x": {"_target_": "os.getcwd"}}]})
+            OmegaConf.create(
+                {"_target_": "engine.training.batches.Blocks", "sizes": [{"x": {"_target_": "os.getcwd"}}]}
+            )
         ),
         "_target_=os.getcwd is not a class or function",
     ),

@@ -50,7 +50,6 @@ def test_length_rule_of_the_released_ratios():
 
 def test_fewer_levels_are_a_prefix(codec):
     full = codec.encode(wave(600))
-    assert torch.equal(codec.encode(wave(600), levels=2), full[:, :2])
     with torch.no_grad():
         few = codec.decode(full, levels=2)
         assert torch.equal(few, codec.decode(full[:, :2]))

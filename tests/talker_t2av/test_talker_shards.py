@@ -11,8 +11,8 @@ from talker_fixtures import DM, DS, LLM, save_talker
 
 from engine.config import CONFIGS
 from engine.errors import UserError
-from engine.seeding import MicroBatches
 from engine.shards.reader import Reading, ShardSplit
+from engine.training.batches import MicroBatches
 from engine.training.trainer import Trainer
 from talker_t2av.data import TalkerExamples, TalkerPairs, digests_of
 from talker_t2av.system import codec_digests

@@ -92,12 +92,12 @@ def settings(steps: int) -> dict[str, Any]:
 def train(run: str, steps: int) -> int:
     """One process of the group."""
     torch.set_num_threads(1)
-    distributed.start("cpu")
+    distributed.init("cpu")
     try:
         torch.manual_seed(0)
         return REQUEUE if Trainer(Autoencoder(), Vectors(), settings(steps), run).fit() is None else 0
     finally:
-        distributed.stop()
+        distributed.shutdown()
 
 
 class Group:

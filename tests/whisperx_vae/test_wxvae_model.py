@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from engine.errors import UserError
+from engine.media.audio import resample
 from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
 
 TINY = WhisperXVAEConfig(
@@ -55,10 +56,11 @@ def test_samples_beyond_the_last_frame_count(model):
     assert not torch.equal(model.encode_window(wave, mel), model.encode_window(wave[..., :1920], mel))
 
 
-def test_recordings_are_cut_to_whispers_window(model):
-    latents = model.encode_audio(waves(1, 60_000)[0], waves(1, 40_000)[0])  # 2.5 s; the window is 1 s
-    assert latents.shape == (25, 6)
-    assert model.encode_audio(waves(1, 12_000)[0], waves(1, 8_000)[0]).shape == (12, 6)
+def test_whisper_hears_what_follows_a_beginning(model):
+    wave = waves(1, 20 * 960)[:, None]
+    mel = model.mel(resample(wave[:, 0], 24_000, 16_000))
+    assert torch.equal(model.encode_beginning(wave, 10), model.encode_window(wave[..., :9600], mel))
+    assert not torch.equal(model.encode_beginning(wave, 10), model.encode(wave[..., :9600]))
 
 
 def test_wrong_inputs_say_what_to_give(model):

@@ -1,0 +1,230 @@
+"""Batches as a function of their number, so that a resumed run needs no stored position but a number.
+
+Items of a dataset may lie in blocks, the shards of a prepared split. Blocks are then dealt to streams, and items are
+shuffled inside a window of blocks, so that a process that reads one stream has few blocks in use at a time. Batch
+number g belongs to stream g mod S. Of W processes, rank r takes the numbers r, r + W, ...: with S = W it reads one
+stream alone, and with any S and W all together see what one process sees.
+
+Axes: n items, S streams, m = n // S items of a stream in an epoch.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from engine.errors import UserError
+from engine.seeding import generator_for
+from engine.training.signals import ignore_in_worker
+
+POOL = 64  # batches' worth of items that are sorted by length together: more means less padding and less chance
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Block i holds sizes[i] items, those after the blocks before it; `window` and `streams` as in the module."""
+
+    sizes: Sequence[int]
+    window: int
+    streams: int = 1
+
+
+class TrainingSet(Protocol):
+    """A dataset for the trainer. All randomness of an item (crops, augmentation) is drawn from the generator.
+
+    It may also have:
+        lengths: (n,) tensor, the tokens of each item, for batches by length.
+        packed: true if `collate` puts items behind each other, so that no padding has to be counted.
+        blocks: `Blocks`, or None where any item is as near as any other.
+        prefetch(spans): told which items [first, last) come next, where there are blocks.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, generator: torch.Generator) -> Any: ...
+
+    def collate(self, items: list[Any]) -> dict[str, Any]: ...
+
+
+class MicroBatches(torch.utils.data.Dataset):
+    """An endless row of batches; the same number gives the same batch whichever process asks.
+
+    By count, every batch is full and may straddle two epochs: of a stream's items in all epochs one after the other,
+    its batch j holds [j * size, (j + 1) * size). Every item is used once an epoch (but for n mod S of them). By length,
+    an epoch's items are sorted in pools and cut into batches of like length, which come in random order.
+
+    Args:
+        size: items of a batch.
+        tokens: of a batch, padding counted; replaces `size`.
+        by_length: put items of like length in one batch; always so with `tokens`.
+    """
+
+    def __init__(self, dataset: TrainingSet, size: int, seed: int, tokens: int | None = None, by_length: bool = False):
+        self.dataset, self.size, self.seed, self.tokens = dataset, size, seed, tokens
+        self.by_length = by_length or tokens is not None
+        if self.by_length and getattr(dataset, "lengths", None) is None:
+            raise UserError(
+                f"trainer.batch_tokens={tokens}, trainer.by_length={by_length}: {type(dataset).__name__} does not know "
+                "the lengths of its items; set batch_size alone"
+            )
+        self.blocks: Blocks | None = getattr(dataset, "blocks", None)
+        self.streams = self.blocks.streams if self.blocks else 1
+        if len(dataset) < self.streams:
+            raise UserError(f"data.shards.streams={self.streams}, but there are only {len(dataset)} clips")
+        self._order: Callable[[int], Order] | None = None
+        self._cuts: Callable[[int, int], list[Tensor]] | None = None
+        self._ends: list[list[int]] = []  # of each stream, batches in all epochs before each
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_order": None, "_cuts": None, "_ends": []}
+
+    def __getitem__(self, number: int) -> dict[str, Any] | UserError:
+        """Batch `number`. In a worker process an error is returned, for `load_batches` to raise: it stays one line."""
+        try:
+            epoch, window, chosen = self._choose(number)
+            if self.blocks is not None:
+                self.dataset.prefetch(self._order(epoch).spans(number % self.streams, window))
+            items = [self.dataset.__getitem__(index, generator_for(self.seed, *names)) for names, index in chosen]
+            return self.dataset.collate(items)
+        except UserError as error:
+            if torch.utils.data.get_worker_info() is None:
+                raise
+            return error
+
+    def samples(self, number: int) -> list[tuple[tuple, int]]:
+        """(names that seed it, index in the dataset) of every sample of batch `number`."""
+        return self._choose(number)[2]
+
+    def mean_size(self) -> float:
+        """Items of a batch on average."""
+        if not self.by_length:
+            return self.size
+        self._choose(0)
+        return (len(self.dataset) // self.streams) / len(self._cuts(0, 0))
+
+    def _choose(self, number: int) -> tuple[int, int, list[tuple[tuple, int]]]:
+        """Epoch and window of a batch, and its samples."""
+        if self._order is None:  # made when first used, as a cache cannot be pickled
+            self._order = lru_cache(maxsize=2)(self._make_order)
+            self._cuts = lru_cache(maxsize=2 * self.streams)(self._cut)
+            self._ends = [[0] for _ in range(self.streams)]
+        turn, stream = divmod(number, self.streams)
+        if self.by_length:
+            ends = self._ends[stream]
+            while ends[-1] <= turn:
+                ends.append(ends[-1] + len(self._cuts(len(ends) - 1, stream)))
+            epoch = bisect_right(ends, turn) - 1
+            batch = self._cuts(epoch, stream)[turn - ends[epoch]]
+            order = self._order(epoch)
+            window = int(order.windows[stream, batch[0]])
+            chosen = [(("sample", epoch, index), index) for index in order.items[stream, batch].tolist()]
+            return epoch, window, chosen
+        count, chosen = len(self.dataset) // self.streams, []
+        for k in range(self.size):
+            epoch, offset = divmod(turn * self.size + k, count)
+            chosen.append((("sample", number * self.size + k), int(self._order(epoch).items[stream, offset])))
+        return epoch, int(self._order(epoch).windows[stream, offset]), chosen
+
+    def _make_order(self, epoch: int) -> Order:
+        draw = generator_for(self.seed, "epoch", epoch)
+        if self.blocks is None:
+            return Order.free(len(self.dataset), draw)
+        return Order.of_blocks(self.blocks, draw)
+
+    def _cut(self, epoch: int, stream: int) -> list[Tensor]:
+        """The batches of a stream's epoch by length, as places in its order."""
+        order = self._order(epoch)
+        lengths = torch.as_tensor(self.dataset.lengths)[order.items[stream]].clamp_min(1)
+        size = self.size if self.tokens is None else max(1, int(self.tokens / lengths.double().mean()))
+        windows, batches = order.windows[stream], []
+        starts = torch.cat([torch.zeros(1, dtype=torch.long), (windows.diff() != 0).nonzero()[:, 0] + 1])
+        for window, (start, end) in enumerate(zip(starts.tolist(), [*starts[1:].tolist(), len(windows)])):
+            pools = torch.arange(start, end).split(POOL * size)
+            cuts = [cut for pool in pools for cut in self._cut_pool(pool, lengths[pool])]
+            draw = generator_for(self.seed, "batches", epoch, stream, window)
+            batches += [cuts[i] for i in torch.randperm(len(cuts), generator=draw).tolist()]
+        return batches
+
+    def _cut_pool(self, pool: Tensor, lengths: Tensor) -> list[Tensor]:
+        if getattr(self.dataset, "packed", False) and self.tokens is not None:  # nothing to gain from like lengths
+            fill, cuts, begin = 0, [], 0
+            for i, length in enumerate(lengths.tolist()):
+                if fill and fill + length > self.tokens:
+                    cuts.append(pool[begin:i])
+                    fill, begin = 0, i
+                fill += length
+            return [*cuts, pool[begin:]]
+        down = lengths.argsort(descending=True, stable=True)
+        pool, lengths = pool[down], lengths[down].tolist()
+        if self.tokens is None:
+            return list(pool.tensor_split(-(-len(pool) // self.size)))
+        cuts, begin = [], 0
+        while begin < len(pool):
+            count = max(1, self.tokens // lengths[begin])  # the first is the longest, to which the others are padded
+            cuts.append(pool[begin : begin + count])
+            begin += count
+        return cuts
+
+
+@dataclass(frozen=True)
+class Order:
+    """One epoch: items (S, m) in the order of each stream; the window (S, m) that each belongs to; spans of blocks."""
+
+    items: Tensor
+    windows: Tensor
+    spans: Callable[[int, int], list[tuple[int, int]]]
+
+    @classmethod
+    def free(cls, count: int, draw: torch.Generator) -> Order:
+        items = torch.randperm(count, generator=draw)[None]
+        return cls(items, torch.zeros_like(items), lambda stream, window: [])
+
+    @classmethod
+    def of_blocks(cls, blocks: Blocks, draw: torch.Generator) -> Order:
+        """Blocks in random order, dealt to the streams in equal parts; a block on a border belongs to both."""
+        sizes = torch.tensor(blocks.sizes)
+        first = sizes.cumsum(0) - sizes
+        order = torch.randperm(len(sizes), generator=draw)
+        ranks = torch.arange(len(sizes)).repeat_interleave(sizes[order])
+        offset = first[order] - (sizes[order].cumsum(0) - sizes[order])
+        items = torch.arange(len(ranks)) + offset[ranks]
+        each = len(items) // blocks.streams
+        items, ranks = (x[: each * blocks.streams].view(blocks.streams, each) for x in (items, ranks))
+        windows = (ranks - ranks[:, :1]) // blocks.window
+        mixed = (windows + torch.rand(windows.shape, generator=draw, dtype=torch.float64)).argsort(1)
+        begin, end = ranks[:, 0].tolist(), ranks[:, -1].tolist()
+
+        def spans(stream: int, window: int) -> list[tuple[int, int]]:
+            """Items [first, last) of each block of a window and of the one after it."""
+            at = begin[stream] + window * blocks.window
+            coming = order[at : min(at + 2 * blocks.window, end[stream] + 1)].tolist()
+            return [(int(first[i]), int(first[i] + sizes[i])) for i in coming if sizes[i]]
+
+        return cls(items.gather(1, mixed), windows, spans)
+
+
+def load_batches(batches: MicroBatches, numbers: range, workers: int, pinned: bool) -> Iterator[dict[str, Any]]:
+    """The batches of these numbers, by `workers` processes ahead of time; into pinned memory if `pinned`.
+
+    Raises:
+        UserError: as an item did, whichever process made it.
+    """
+    loader = torch.utils.data.DataLoader(
+        batches,
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=pinned,
+        worker_init_fn=ignore_in_worker,
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
