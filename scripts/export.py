@@ -27,7 +27,7 @@ from pathlib import Path
 from torch import Tensor
 
 from engine.errors import UserError, run_cli
-from engine.release import average, compact, half, read_release, release_kind, rewrite_release
+from engine.release import average, compact, read_release, release_kind, rewrite_release, to_float16
 from engine.training import checkpoint
 from engine.training.export import export
 
@@ -83,7 +83,7 @@ def average_releases(sources: list[str], out: Path, prefixes: tuple[str, ...]) -
     folders, shares = zip(*map(split_weight, sources))
     kind = release_kind(folders[0])
     others = [read_release(folder, kind)[1] for folder in folders[1:]]
-    rewrite_release(folders[0], out, lambda first: half(average([first, *others], list(shares), prefixes)))
+    rewrite_release(folders[0], out, lambda first: to_float16(average([first, *others], list(shares), prefixes)))
     return " + ".join(f"{share:g} x {folder}" for folder, share in zip(folders, shares))
 
 
