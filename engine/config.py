@@ -32,6 +32,14 @@ T = TypeVar("T")
 HELP_WORDS = ("--help", "-h", "--cfg", "job")
 
 
+class MissingChoice(UserError):
+    """A recipe leaves the choice of `group` to the user, and none was given."""
+
+    def __init__(self, group: str, options: Sequence[str]) -> None:
+        super().__init__(f"this recipe needs {group}=NAME; there are: {', '.join(options)}")
+        self.group = group
+
+
 def load(config_name: str, argv: Sequence[str], help_text: str, configs: Path = CONFIGS) -> DictConfig:
     """Compose `configs/{config_name}.yaml` with the overrides in `argv` (`key=value`, `group=choice`).
 
@@ -124,7 +132,12 @@ def _compose(config_name: str, words: Sequence[str], configs: Path) -> tuple[Dic
     """(config, group -> choice). Groups are applied first, so that values are checked against what they brought."""
     groups, values = [], list(words)
     while True:  # an experiment may bring groups of its own, whose choices can be set as well
-        base, choices = _hydra(config_name, groups, configs)
+        try:
+            base, choices = _hydra(config_name, groups, configs)
+        except MissingChoice as missing:  # a recipe leaves this group's choice to the user
+            choices = {missing.group: None}
+            if not any(_name(word) in choices for word in values):
+                raise
         found = [word for word in values if _name(word) in choices]
         if not found:
             break
@@ -149,6 +162,8 @@ def _hydra(config_name: str, overrides: list[str], configs: Path) -> tuple[DictC
         with hydra.initialize_config_dir(config_dir=str(configs), version_base="1.3"):
             config = hydra.compose(config_name, overrides=overrides, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
+        if missing := re.match(r"You must specify '([^']+)'", str(error)):
+            raise MissingChoice(missing[1], _options(missing[1], configs)) from error
         raise UserError(f"configuration: {_one_line(error)}") from error
     choices = {key: choice for key, choice in config.hydra.runtime.choices.items() if not key.startswith("hydra/")}
     OmegaConf.set_struct(config, False)

@@ -134,8 +134,12 @@ def test_descriptions_are_whole(path):
 
 
 def test_the_papers_recipe_asks_for_what_it_cannot_have():
-    with pytest.raises(UserError, match=r"task\.codec=\.\.\. task\.encoders\.folder=\.\.\."):
+    with pytest.raises(UserError, match=r"needs data=NAME; there are: .*lrs3"):
         load("train", ["experiment=hicodit_paper"], "")
+    with pytest.raises(UserError, match=r"data=lsr3 does not exist; did you mean lrs3"):
+        load("train", ["experiment=hicodit_paper", "data=lsr3"], "")
+    with pytest.raises(UserError, match=r"task\.codec=\.\.\. task\.encoders\.folder=\.\.\."):
+        load("train", ["experiment=hicodit_paper", "data=lrs3"], "")
 
 
 @pytest.mark.parametrize("word", ["init=missing", "task.codec=missing", "trainer.seed=-1", "trainer.seed=null"])

@@ -151,7 +151,11 @@ def test_encoder_choice_is_a_configuration():
 
 
 def test_the_papers_recipe_fits_its_encoders():
-    config = load("train", ["experiment=hicodit_paper", "data.root=z", "task.codec=x", "task.encoders.folder=y"], "")
+    config = load(
+        "train",
+        ["experiment=hicodit_paper", "data=shards", "data.root=z", "task.codec=x", "task.encoders.folder=y"],
+        "",
+    )
     encoders = encoder_config(OmegaConf.to_container(config.task.encoders))
     assert isinstance(encoders, ReleasedEncoderConfig) and encoders.folder == "y"
     assert (encoders.lip_dim, encoders.face_dim) == (config.task.model.lip_dim, config.task.model.face_dim)

@@ -210,7 +210,7 @@ def test_evaluation_figures(corpus):
 
 
 def test_recipes_compose():
-    paper = load("train", ["experiment=whisperx_vae_paper"], "")
+    paper = load("train", ["experiment=whisperx_vae_paper", "data=recordings", "data.corpus=x"], "")
     assert WhisperXVAEConfig(**paper.task.codec) == WhisperXVAEConfig()
     assert paper.task.whisper and paper.task.targets is None
     tiny = load("train", ["experiment=whisperx_vae_synthetic"], "")
