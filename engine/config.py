@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -124,7 +124,15 @@ def typed(config: DictConfig, schema: type[T]) -> T:
 
 
 def override(settings: T, changes: Mapping[str, Any]) -> T:
-    """The dataclass `settings` with those fields changed whose new value is not None."""
+    """The dataclass `settings` with those fields changed whose new value is not None.
+
+    Raises:
+        UserError: it has no such field.
+    """
+    names = [field.name for field in fields(settings)]
+    unknown = [name for name in changes if name not in names]
+    if unknown:
+        raise UserError(f"unknown setting {unknown[0]!r}; {_nearest(unknown[0], names)}")
     return replace(settings, **{name: value for name, value in changes.items() if value is not None})
 
 

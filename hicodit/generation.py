@@ -26,13 +26,25 @@ OVERLAP, REDO = 25, 5  # video frames that two windows share, and those of them 
 
 
 def guided_posterior(model: HiCoDiT, conditions: Conditions, scales: GuidanceScales) -> Posterior:
-    """The posterior that a sampler asks for: all guidance branches in one forward."""
-    noise, prepared = LogLinearNoise(), model.prepare(conditions, scales.branches)
+    """The posterior that a sampler asks for: all guidance branches in one forward, or one branch while it is early."""
+    noise, unguided = LogLinearNoise(), GuidanceScales()
+    prepared = model.prepare(conditions, scales.branches)
+    early = model.prepare(conditions, unguided.branches) if scales.late < 1 else None
 
-    def posterior(tokens: Tensor, t: Tensor, where: Tensor) -> Tensor:
-        sigma = noise.sigma(t.float()).to(tokens.device)
-        log_odds = -log_expm1(sigma)[where.nonzero(as_tuple=True)[0], None]
-        return combine(model(tokens, sigma, prepared, where), scales, log_odds)
+    def posterior(tokens: Tensor, t: Tensor, where: Tensor | None) -> Tensor:
+        sigma, late = noise.sigma(t.float()).to(tokens.device), t <= scales.late
+        if not late.any():
+            return combine(model(tokens, sigma, early, where), unguided)
+
+        def by_row(values: Tensor) -> Tensor:  # (B,) for each row, or to broadcast against (B, K, L, N)
+            return values[where.nonzero(as_tuple=True)[0], None] if where is not None else values[:, None, None, None]
+
+        log_p = model(tokens, sigma, prepared, where)
+        guided = combine(log_p, scales, by_row(-log_expm1(sigma)))
+        if late.all():
+            return guided
+        alone = combine(log_p[scales.branches.index("all")][None], unguided)
+        return torch.where(by_row(late).to(guided.device), guided, alone)
 
     return posterior
 

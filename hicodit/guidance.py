@@ -30,18 +30,25 @@ READINGS = ("A", "B", "C", "D")
 
 @dataclass(frozen=True)
 class GuidanceScales:
-    """The four scales and the reading of the formula. HiCoDiT: LRS3 2.5, 1.25, 1.5, 2.0; LRS2 2.25 for `all`."""
+    """The four scales and the reading of the formula. HiCoDiT: LRS3 2.5, 1.25, 1.5, 2.0; LRS2 2.25 for `all`.
+
+    late: guidance acts while at most this share of a clip's tokens is masked; before, the conditional model is alone,
+        which costs one branch (arXiv 2507.08965). The paper: 1, always.
+    """
 
     all: float = bounded(-100.0, 100.0, default=1.0)
     identity: float = bounded(-100.0, 100.0, default=0.0)
     expression: float = bounded(-100.0, 100.0, default=0.0)
     lip: float = bounded(-100.0, 100.0, default=0.0)
     reading: str = "D"
+    late: float = bounded(0.0, 1.0, default=1.0)
 
     def __post_init__(self) -> None:
         if self.reading not in READINGS:
             raise UserError(f"guidance.reading={self.reading!r} is not one of {', '.join(READINGS)}")
         check_bounds(self, "guidance.")
+        if self.late < 1 and "all" not in self.branches:
+            raise UserError(f"guidance.late={self.late} needs guidance.all other than 0")
 
     def exponents(self) -> dict[str, float]:
         """Exponent of each branch; one of zero drops its branch."""

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 from tqdm import tqdm
@@ -32,24 +33,6 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpe
 
 
 @dataclass
-class SamplerOverrides:
-    method: str | None = None
-    steps: int | None = None
-    temperature: float | None = None
-    choice_noise: float | None = None
-    window: int | None = None
-
-
-@dataclass
-class GuidanceOverrides:
-    all: float | None = None
-    identity: float | None = None
-    expression: float | None = None
-    lip: float | None = None
-    reading: str | None = None
-
-
-@dataclass
 class InferConfig:
     """Types of configs/infer.yaml; what each field means stands there."""
 
@@ -68,8 +51,8 @@ class InferConfig:
     detector: str | None = None
     debug: bool = False
     encoders: str | None = None
-    sampler: SamplerOverrides = field(default_factory=SamplerOverrides)
-    guidance: GuidanceOverrides = field(default_factory=GuidanceOverrides)
+    sampler: dict[str, Any] = field(default_factory=dict)
+    guidance: dict[str, Any] = field(default_factory=dict)
 
 
 def find_clips(source: Path, output: Path, debug: bool = False) -> list[Path]:
@@ -139,8 +122,8 @@ def run(config: DictConfig) -> int:
         detector = YuNetDetector(c.detector) if c.detector else None
         weights, device = c.weights or BUNDLED, pick_device(c.device)
         pipeline = HiCoDiTPipeline.from_pretrained(weights, device, c.codec, c.encoders, detector)
-        pipeline.sampler = override(pipeline.sampler, vars(c.sampler))
-        pipeline.guidance = override(pipeline.guidance, vars(c.guidance))
+        pipeline.sampler = override(pipeline.sampler, c.sampler)
+        pipeline.guidance = override(pipeline.guidance, c.guidance)
         identity = None
         if c.reference_audio is not None:
             identity = GE2EEncoder().embed(read_audio(c.reference_audio, 16_000), 16_000)

@@ -2,10 +2,10 @@
 
 Axes: B clips, K token levels, L token frames, N real tokens (mask id N), M requested positions.
 
-A `Posterior` is `(tokens (B, K, L), t (B,), where (B, K, L) bool) -> log q (M, N)`, rows in the order of
-`where.nonzero()`. Times and masks lie on the CPU, tokens and posteriors on the model's device. A method that knows
-beforehand which positions it reveals requests those alone. Every clip draws from its own generator, so its result does
-not depend on which other clips share its batch.
+A `Posterior` is `(tokens (B, K, L), t (B,), where) -> log q`, with `where` (B, K, L) bool rows (M, N) in the order of
+`where.nonzero()`, without it (B, K, L, N). Times and masks lie on the CPU, tokens and posteriors on the model's device.
+A method that knows beforehand which positions it reveals requests those alone; the others work on all positions in
+fixed shapes. Every clip draws from its own generator, so its result does not depend on what shares its batch.
 
 A new method is a function here with an entry in `METHODS`.
 """
@@ -24,7 +24,7 @@ from engine.bounds import bounded, check_bounds
 from engine.errors import UserError
 from hicodit.diffusion import exponential_noise, sample_categorical
 
-Posterior = Callable[[Tensor, Tensor, Tensor], Tensor]
+Posterior = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,14 @@ class SamplerConfig:
     """How to sample.
 
     method: a name of `METHODS`.
-    steps: network calls (the paper uses 64); `euler` adds a last one that leaves no mask.
+    steps: network calls (the paper uses 64); `euler` adds a last one that leaves no mask, `entropy` may need fewer.
     temperature: of the token draw; 0 takes the most likely token.
-    choice_noise: Gumbel noise on the confidences, annealed to 0 with t (`confidence` only).
+    choice_noise: Gumbel noise on the log probabilities by which `confidence`, where it is annealed to 0 with t, and
+        `ordered` choose.
+    level_delay: by how much each level's log probability counts less than that of the level before it, so that coarse
+        levels are revealed before fine ones (`ordered`, `entropy`).
+    shift: 1 reveals as many tokens in each step of `ordered`, less few at first and many at last.
+    entropy: nats a frame of tokens that `entropy` may reveal in a step, as long as `steps` suffice.
     window: seconds of a clip that are drawn at once, as long as what the model was trained on; longer clips are done in
         windows that overlap by a second (see `hicodit.generation`).
     """
@@ -43,6 +48,9 @@ class SamplerConfig:
     steps: int = bounded(1, 1000, default=64)
     temperature: float = bounded(0.0, 100.0, default=1.0)
     choice_noise: float = bounded(0.0, 1000.0, default=4.5)
+    level_delay: float = bounded(0.0, 1000.0, default=5.0)
+    shift: float = bounded(0.01, 1.0, default=0.1)
+    entropy: float = bounded(0.0, 1000.0, default=4.0)
     window: int = bounded(2, 60, default=3)
     end: float = bounded(1e-9, 0.5, default=1e-5)
 
@@ -80,6 +88,20 @@ class Draft:
         log_q = log_q.double() / self.config.temperature
         weights = (log_q - log_q.amax(-1, keepdim=True)).exp()
         return sample_categorical(weights, self.uniform(where, weights.shape[-1]).to(weights.device))
+
+    def noise(self) -> Tensor:
+        """Uniforms (B, K, L) in float64, of each clip as many as it is long."""
+        draws = torch.full(self.tokens.shape, 0.5, dtype=torch.float64)
+        for row, n, generator in zip(draws, self.lengths.tolist(), self.generators):
+            row[:, :n] = torch.rand(len(row), n, generator=generator, dtype=torch.float64)
+        return draws.to(self.tokens.device)
+
+    def candidates(self, log_q: Tensor) -> Tensor:
+        """Tokens (B, K, L) from log q (B, K, L, N) of all positions, by inversion: one uniform a token."""
+        if self.config.temperature == 0:
+            return log_q.argmax(-1)
+        cdf = (log_q / self.config.temperature).softmax(-1).cumsum(-1)
+        return (cdf < self.noise()[..., None] * cdf[..., -1:]).sum(-1)
 
     def put(self, where: Tensor, tokens: Tensor) -> None:
         """Reveal the positions `where` as tokens (M,)."""
@@ -127,27 +149,45 @@ def fixed_count(draft: Draft) -> Iterator[None]:
 
 def confidence(draft: Draft) -> Iterator[None]:
     """The most probable of drawn candidates first, on a cosine schedule (MaskGIT), with noise annealed to 0 with t."""
-    total, c = draft.masked.flatten(1).sum(1), draft.config
-    for step in range(1, c.steps + 1):
-        masked, t = draft.masked, draft.share()
-        left = torch.floor(total * (math.cos(math.pi / 2 * step / c.steps) if step < c.steps else 0.0))
-        log_q = draft.posterior(draft.tokens, t, masked)
-        candidate = draft.draw(log_q, masked)
-        log_p = log_q.gather(-1, candidate[:, None])[:, 0].double().cpu()
-        gumbel = -torch.log(exponential_noise(draft.uniform(masked)[:, 0]))
-        at = t.double()[masked.nonzero(as_tuple=True)[0]]
-        score = torch.full(masked.shape, -math.inf, dtype=torch.float64)
-        score[masked] = log_p + c.choice_noise * at * gumbel
-        place = score.flatten(1).argsort(1, descending=True).argsort(1).view(masked.shape)
-        reveal = masked & (place < (masked.flatten(1).sum(1) - left)[:, None, None])
-        draft.put(reveal, candidate[reveal[masked].to(candidate.device)])
+    return _surest_first(draft, lambda done: math.cos(math.pi / 2 * done), 0.0, annealed=True)
+
+
+def ordered(draft: Draft) -> Iterator[None]:
+    """The most probable tokens of coarse levels first, few in early steps and many in late ones (OmniVoice)."""
+    shift = draft.config.shift
+    return _surest_first(draft, lambda done: (1 - done) / (1 - (1 - shift) * done), draft.config.level_delay)
+
+
+def entropy(draft: Draft) -> Iterator[None]:
+    """As many of the surest tokens, coarse levels first, as a bound on their entropy allows (arXiv 2505.24857).
+
+    Tokens that are drawn at once are drawn independently; the sum of their entropies without the largest bounds what
+    that loses. A step reveals at least the share that is due for `steps` to suffice.
+    """
+    c, masked = draft.config, draft.masked.to(draft.tokens.device)
+    bound = c.entropy * draft.lengths.to(masked.device)[:, None]
+    for step in range(c.steps):
+        log_q = draft.posterior(draft.tokens, draft.share(), None)
+        nats = torch.special.entr(log_q.exp()).sum(-1)
+        _, order, place = _ranked((-nats - c.level_delay * _levels(nats)).masked_fill(~masked, -math.inf))
+        taken = nats.flatten(1).gather(1, order)
+        allowed = (taken.cumsum(1) - taken.cummax(1).values <= bound).gather(1, place).view(masked.shape)
+        due = (masked.flatten(1).sum(1) / (c.steps - step)).ceil()[:, None]
+        reveal = masked & (allowed | (place < due).view(masked.shape))
+        draft.tokens = torch.where(reveal, draft.candidates(log_q), draft.tokens)
+        masked = masked & ~reveal
+        draft.masked = masked.cpu()  # the number of steps depends on it
         yield
+        if not draft.masked.any():
+            return
 
 
 METHODS: dict[str, Callable[[Draft], Iterator[None]]] = {  # each yields after a step
     "euler": euler,
     "fixed_count": fixed_count,
     "confidence": confidence,
+    "ordered": ordered,
+    "entropy": entropy,
 }
 
 
@@ -177,6 +217,39 @@ def sample(
     for step, _ in enumerate(METHODS[config.method](draft), 1):
         on_step(step)
     return draft.tokens
+
+
+def _surest_first(
+    draft: Draft, left: Callable[[float], float], level_delay: float, annealed: bool = False
+) -> Iterator[None]:
+    """Reveal the candidates of highest noisy log probability; `left` is the masked share after a share of all steps."""
+    c, device = draft.config, draft.tokens.device
+    masked, total = draft.masked.to(device), draft.masked.flatten(1).sum(1)  # (B,)
+    remaining = total
+    for step in range(1, c.steps + 1):
+        t = (remaining / draft.lengths / masked.shape[1]).clamp(min=c.end)
+        log_q = draft.posterior(draft.tokens, t, None)
+        candidates = draft.candidates(log_q)
+        score = log_q.gather(-1, candidates[..., None])[..., 0].double() - level_delay * _levels(log_q[..., 0])
+        gumbel = -torch.log(exponential_noise(draft.noise()))
+        score = score + c.choice_noise * (t.double().to(device)[:, None, None] if annealed else 1) * gumbel
+        after = torch.floor(total * (left(step / c.steps) if step < c.steps else 0.0))
+        place = _ranked(score.masked_fill(~masked, -math.inf))[-1].view(masked.shape)
+        reveal = masked & (place < (remaining - after).to(device)[:, None, None])
+        draft.tokens = torch.where(reveal, candidates, draft.tokens)
+        masked, remaining = masked & ~reveal, after
+        yield
+
+
+def _levels(like: Tensor) -> Tensor:
+    """The level (K, 1) of each position of (B, K, L)."""
+    return torch.arange(like.shape[1], device=like.device)[:, None]
+
+
+def _ranked(score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores (B, K, L) from high to low (B, K * L), which position each is from, and each position's place."""
+    ranked, order = score.flatten(1).sort(dim=1, descending=True, stable=True)
+    return ranked, order, order.argsort(1)
 
 
 def _subset(where: Tensor, chosen: Tensor) -> Tensor:

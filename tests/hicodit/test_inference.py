@@ -13,10 +13,12 @@ import torch
 from drawn_faces import talking_head
 from omegaconf import OmegaConf
 
+from engine.config import load, override, typed
 from engine.errors import UserError
 from engine.media.ffmpeg import probe
 from engine.media.video import read_video, write_video
-from hicodit.inference import run
+from hicodit.inference import InferConfig, run
+from hicodit.pipeline import HiCoDiTPipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,6 +36,23 @@ def test_one_clip_gives_wave_video_and_figure(release, clip, tmp_path):
     assert rate == 24_000 and len(wave) == 40 * 960
     assert len(read_video(tmp_path / "head.mp4")) == 40
     assert probe(tmp_path / "head.mp4").audio
+
+
+def test_sampler_groups_set_both_and_single_fields_override(release):
+    pipeline = HiCoDiTPipeline.from_pretrained(release)
+
+    def settings(*words):
+        c = typed(load("infer", words, ""), InferConfig)
+        return override(pipeline.sampler, c.sampler), override(pipeline.guidance, c.guidance)
+
+    assert settings() == (pipeline.sampler, pipeline.guidance)
+    sampler, guidance = settings("sampler=paper")
+    assert (sampler.method, sampler.steps, len(guidance.branches)) == ("euler", 64, 5)
+    sampler, guidance = settings("sampler=fast", "sampler.steps=5", "guidance.lip=2.0")
+    assert (sampler.method, sampler.steps, guidance.lip) == ("ordered", 5, 2.0)
+    assert sampler.steps * len(settings("sampler=fast")[1].branches) <= 16
+    with pytest.raises(UserError, match=r"unknown setting 'step'"):
+        settings("+sampler.step=3")
 
 
 def test_any_size_and_frame_rate(release, tmp_path):

@@ -13,7 +13,9 @@ from engine.faces.detectors import HaarDetector
 from engine.faces.track import track_face
 from hicodit.conditions.crops import crop_mouth
 from hicodit.conditions.encoders import TinyEncoderConfig, TinyLipEncoder
-from hicodit.generation import OVERLAP, REDO, generate, windows
+from hicodit.conditions.types import Conditions
+from hicodit.generation import OVERLAP, REDO, generate, guided_posterior, windows
+from hicodit.guidance import GuidanceScales
 from hicodit.pipeline import HiCoDiTPipeline
 
 WINDOW = 75  # video frames
@@ -85,6 +87,31 @@ def test_expressions_that_change_within_a_clip_reach_the_temporal_scales(pipelin
     assert first.shape == (150, 2) and second.shape == (60, 2)
     assert torch.equal(first[0], first[49]) and (first[49] != first[50]).all() and torch.equal(first[50], first[149])
     assert torch.equal(second[0], second[-1])
+
+
+@torch.no_grad()
+def test_guidance_that_is_late_leaves_the_conditional_model_alone_before(pipeline):
+    model, frames = pipeline.system.model, torch.tensor([20, 20])
+    conditions = Conditions(torch.randn(2, 20, 32), torch.rand(2, 256), torch.tensor([[1, 2], [3, 4]]), frames)
+    scales = GuidanceScales(2.5, 1.25, 1.5, 2.0)
+    tokens, t = torch.randint(0, 17, (2, 12, 40)), torch.tensor([0.9, 0.4])
+    for where in (None, tokens == 16):
+        late, always, never = (
+            guided_posterior(model, conditions, each)(tokens, t, where)
+            for each in (replace(scales, late=0.5), scales, GuidanceScales())
+        )
+        first = torch.tensor([True, False])[:, None, None].expand(tokens.shape)
+        first = first[where] if where is not None else first
+        torch.testing.assert_close(late[first], never[first])
+        torch.testing.assert_close(late[~first], always[~first])
+    rows = []
+    hook = model.stages[1].register_forward_hook(lambda m, x, y: rows.append(len(y[0])))
+    for time in (0.9, 0.4):
+        guided_posterior(model, conditions, replace(scales, late=0.5))(tokens, torch.full((2,), time), None)
+    hook.remove()
+    assert rows == [2, 10]  # one branch, then five
+    with pytest.raises(UserError, match=r"guidance\.all"):
+        replace(scales, all=0.0, late=0.5)
 
 
 def test_the_window_is_the_samplers(pipeline):

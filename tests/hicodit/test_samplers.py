@@ -1,5 +1,7 @@
 """Samplers on a posterior known in closed form: tokens independent, each with its own distribution."""
 
+import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -13,11 +15,11 @@ N, K = 5, 3
 
 
 def closed_form(logits):
-    """Posterior of independent tokens with logits (K, N): what it says never depends on what is revealed."""
+    """Posterior of independent tokens with logits (K, N): it never depends on what is revealed."""
 
     def posterior(x, t, where):
-        level = where.nonzero(as_tuple=True)[1]
-        return logits.log_softmax(-1)[level]
+        log_q = logits.log_softmax(-1)[:, None].expand(*x.shape, -1)
+        return log_q if where is None else log_q[where]
 
     return posterior
 
@@ -33,7 +35,7 @@ def test_all_valid_tokens_are_revealed_and_padding_is_not(method):
     assert (x[0] < N).all() and (x[1, :, :4] < N).all() and (x[1, :, 4:] == N).all()
 
 
-@pytest.mark.parametrize("method", ["euler", "fixed_count"])
+@pytest.mark.parametrize("method", ["euler", "fixed_count", "entropy"])
 def test_frequencies_follow_the_posterior(method):
     logits = torch.tensor([[2.0, 1, 0, -1, 0], [0, 0, 3, 0, 0], [0.5, 0, 0, 0, 1]])
     x = sample(closed_form(logits), torch.tensor([4000]), K, N, SamplerConfig(method, steps=8), generators(1))
@@ -105,17 +107,53 @@ def test_known_tokens_are_kept(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_time_starts_at_the_share_that_is_masked(method):
     """A later window of a long clip has known tokens: here a quarter of one clip, none of the other."""
-    known, times = torch.full((2, K, 8), N), []
+    known, times, uniform = torch.full((2, K, 8), N), [], closed_form(torch.zeros(K, N))
     known[0, :, :2] = 1
 
     def posterior(x, t, where):
         times.append(t.tolist())
-        return torch.zeros(int(where.sum()), N).log_softmax(-1)
+        return uniform(x, t, where)
 
-    config = SamplerConfig(method, steps=4)
+    config = SamplerConfig(method, steps=4, entropy=0.0)
     sample(posterior, torch.tensor([8, 8]), K, N, config, generators(2), known=known)
     assert times[0] == pytest.approx([0.75, 1.0])
     assert all(a > b for one, other in pairwise(times) for a, b in zip(one, other))
+
+
+def counting(posterior, counts):
+    """A posterior that notes how many tokens of each clip and level are revealed when it is asked."""
+
+    def counted(x, t, where):
+        counts.append((x < N).sum(2).tolist())
+        return posterior(x, t, where)
+
+    return counted
+
+
+def test_ordered_reveals_coarse_levels_first_and_few_tokens_early():
+    counts, length = [], 20
+    config = SamplerConfig("ordered", steps=6, temperature=0.0, level_delay=100.0, choice_noise=1.0, shift=0.1)
+    logits = torch.randn(K, N)
+    x = sample(counting(closed_form(logits), counts), torch.tensor([length]), K, N, config, generators(1))
+    assert torch.equal(x[0], logits.argmax(-1)[:, None].expand(-1, length))
+    due = [math.ceil(K * length * (0.1 * i / 6) / (1 - 0.9 * i / 6)) for i in range(6)]
+    assert [sum(row) for (row,) in counts] == due and due[3] < K * length / 8
+    assert all(fine == 0 or coarse == length for (row,) in counts for coarse, fine in pairwise(row))
+
+
+def test_entropy_reveals_what_its_bound_allows():
+    """Level 0 is certain, level 1 has log 2 nats a token, level 2 log 5."""
+    logits = torch.tensor([[0.0, -99, -99, -99, -99], [0, 0, -99, -99, -99], [0, 0, 0, 0, 0]])
+    counts, length = [], 10
+    config = SamplerConfig("entropy", steps=50, entropy=4.5 * math.log(2) / length)
+    sample(counting(closed_form(logits), counts), torch.tensor([length]), K, N, config, generators(1))
+    # Beside one that is free: four of level 1, then one of level 2 (log 5 / log 2 = 2.3, and two would be 4.6).
+    assert [row for (row,) in counts[:4]] == [[0, 0, 0], [10, 5, 0], [10, 10, 0], [10, 10, 2]]
+    assert len(counts) == 7
+    counts.clear()
+    few = replace(config, steps=3)
+    sample(counting(closed_form(logits), counts), torch.tensor([length, 5]), K, N, few, generators(2))
+    assert len(counts) == 3 and [sum(row) for row in counts[2]] == [23, 12]  # half of the rest of 15 and 7
 
 
 def test_temperature_zero_takes_the_mode():
