@@ -11,14 +11,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.media.corpus import Clip
+from engine.media.corpus import SpeechClip
 from engine.metrics.resynthesis import fit_length, score
 from rvq_codec.codebooks import count_codes, perplexity
 from rvq_codec.codec import RVQCodec
 
 
 @torch.no_grad()
-def resynthesise(codec: RVQCodec, clip: Clip, levels: Sequence[int]) -> tuple[torch.Tensor, dict[int, np.ndarray]]:
+def resynthesise(
+    codec: RVQCodec, clip: SpeechClip, levels: Sequence[int]
+) -> tuple[torch.Tensor, dict[int, np.ndarray]]:
     """(codes (1, Q, L), {n: wave decoded from the first n levels, cut or padded to the clip's length})."""
     device = next(codec.parameters()).device
     codes = codec.encode(torch.from_numpy(clip.wave)[None, None].to(device))
@@ -29,7 +31,7 @@ def resynthesise(codec: RVQCodec, clip: Clip, levels: Sequence[int]) -> tuple[to
 
 
 def evaluate(
-    codec: RVQCodec, clips: Sequence[Clip], levels: Sequence[int], grammar: str | Path | None = None
+    codec: RVQCodec, clips: Sequence[SpeechClip], levels: Sequence[int], grammar: str | Path | None = None
 ) -> dict[str, float | list[float]]:
     """Metrics over whole clips.
 

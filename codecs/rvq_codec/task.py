@@ -164,11 +164,11 @@ class RVQCodecTask(Task):
         return self.gan_start is not None and int(self.step) >= self.gan_start
 
     def _run(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Forward pass of the codec, kept in the batch for the next part."""
+        """Forward pass of the codec, stored in the batch for the next part."""
         if "_run" not in batch:
             step, wave = int(self.step), batch["wave"]
             if self.training and not self.decoder_only:
-                self._tend_codebooks(step)
+                self.update_codebooks(step)
             regression = None
             if step < self.features_until:
                 fake, z, quantized, regression = self._from_features(wave)
@@ -180,7 +180,7 @@ class RVQCodecTask(Task):
                     regression = self.keep * self._distance(z, self._target(wave), self.features.mel_bands)
             length = min(fake.shape[-1], wave.shape[-1])
             if self.training and not self.decoder_only:
-                self._remember(z.detach(), quantized)
+                self.store_latents(z.detach(), quantized)
             batch["_run"] = {"fake": fake[..., :length], "real": wave[..., :length], "quantized": quantized}
             batch["_run"]["regression"] = regression
         return batch["_run"]
@@ -232,14 +232,14 @@ class RVQCodecTask(Task):
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
 
     @torch.no_grad()
-    def _remember(self, z: Tensor, quantized) -> None:
-        """Shift the batch's latents into the pool and count its codes."""
+    def store_latents(self, z: Tensor, quantized) -> None:
+        """Move the batch's latents into the pool, in place of the oldest, and count its codes."""
         vectors = z.transpose(1, 2).flatten(0, 1).float()[: len(self.pooled)]
         self.pooled.copy_(torch.cat([self.pooled[len(vectors) :], vectors]))
         if quantized is not None:
             self.counts += count_codes(quantized.codes, self.codec.codes)
 
-    def _tend_codebooks(self, step: int) -> None:
+    def update_codebooks(self, step: int) -> None:
         """Warm start at `quantizer_start`, restarts of dead codes later; the first levels are kept to the mel bands.
 
         The trainer sends buffers from rank 0 to all processes before a step, so every process does the same.

@@ -12,20 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.media.corpus import Clip
+from engine.media.corpus import SpeechClip
 from engine.metrics.resynthesis import fit_length, score
 from whisperx_vae.codec import WhisperXVAE
 
 
 @torch.no_grad()
-def resynthesise(codec: WhisperXVAE, clip: Clip) -> tuple[Tensor, np.ndarray]:
+def resynthesise(codec: WhisperXVAE, clip: SpeechClip) -> tuple[Tensor, np.ndarray]:
     """(latents (T, Z), wave decoded from them, cut or padded to the clip's length)."""
     latents = codec.encode(torch.from_numpy(clip.wave)[None, None])
     wave = codec.decode(latents)[0, 0].float().cpu().numpy()
     return latents[0].cpu(), fit_length(wave, len(clip.wave))
 
 
-def evaluate(codec: WhisperXVAE, clips: Sequence[Clip], grammar: str | Path | None = None) -> dict[str, float]:
+def evaluate(codec: WhisperXVAE, clips: Sequence[SpeechClip], grammar: str | Path | None = None) -> dict[str, float]:
     """Metrics over whole clips.
 
     Args:

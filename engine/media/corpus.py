@@ -22,7 +22,7 @@ SPEED_STEPS = 20  # steps of speed that make it twice as fast
 
 
 @dataclass(frozen=True)
-class Clip:
+class SpeechClip:
     """One held-out clip: its name, its words, its wave (N,)."""
 
     name: str
@@ -57,11 +57,11 @@ def pick_rows(root: str | Path, split: str, count: int) -> list[dict]:
     return [rows[i] for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)]
 
 
-def load_clips(root: str | Path, split: str, count: int, rate: int) -> list[Clip]:
+def load_clips(root: str | Path, split: str, count: int, rate: int) -> list[SpeechClip]:
     """The first `count` clips of a split, whole, at `rate` Hz."""
     rows = read_manifest(root, split)[:count]
     folder = Path(root) / split
-    return [Clip(r["id"], r["text"], read_audio(folder / f"{r['id']}.wav", rate)) for r in rows]
+    return [SpeechClip(r["id"], r["text"], read_audio(folder / f"{r['id']}.wav", rate)) for r in rows]
 
 
 class SpeechCrops(torch.utils.data.Dataset):

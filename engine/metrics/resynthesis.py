@@ -16,13 +16,13 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.media.audio import write_wav
-from engine.media.corpus import Clip, load_clips
+from engine.media.corpus import SpeechClip, load_clips
 from engine.metrics.recogniser import Recogniser, word_error_rate
 from engine.metrics.speech import pesq_wb, stoi
 
 
 def score(
-    clips: Sequence[Clip],
+    clips: Sequence[SpeechClip],
     versions: Mapping[str, Sequence[np.ndarray]],
     rate: int,
     grammar: str | Path | None = None,
@@ -65,8 +65,8 @@ def validate_codec(
     settings: Mapping[str, Any],
     rate: int,
     folder: Path,
-    measure: Callable[[list[Clip], Path | None], Mapping[str, Any]],
-    decode: Callable[[Clip], np.ndarray],
+    measure: Callable[[list[SpeechClip], Path | None], Mapping[str, Any]],
+    decode: Callable[[SpeechClip], np.ndarray],
     distance: Callable[[Tensor, Tensor], Tensor],
     device: torch.device,
 ) -> dict[str, float]:

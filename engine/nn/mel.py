@@ -30,19 +30,20 @@ def pad_or_trim(wave: Tensor, samples: int) -> Tensor:
     return F.pad(wave[..., :samples], (0, max(0, samples - wave.shape[-1])))
 
 
-def log_mel(wave: Tensor, bands: int = 128, shared_peak: bool = False) -> Tensor:
+def log_mel(wave: Tensor, bands: int = 128) -> Tensor:
     """16-kHz waves (B, N) or (N,) -> (B, M, T) or (M, T) with T = N // 160; N must exceed 200.
 
-    Base-10 logarithms of the mel power, clipped to 8 below their peak, then (x + 4) / 4.
-
-    Args:
-        shared_peak: take one peak over the batch, as openai-whisper does (it encodes items one by one); else each item
-            has its own, so that an item's features do not depend on the others.
+    Base-10 logarithms of the mel power, clipped to 8 below the item's peak, then (x + 4) / 4. An item's features do not
+    depend on the others of its batch.
     """
+    levels = mel_levels(wave, bands)
+    return (torch.maximum(levels, levels.amax((-2, -1), keepdim=True) - 8) + 4) / 4
+
+
+def mel_levels(wave: Tensor, bands: int) -> Tensor:
+    """Base-10 logarithms of the mel power, shapes as in `log_mel`."""
     window = torch.hann_window(N_FFT, device=wave.device)
     with torch.autocast(wave.device.type, enabled=False):
         spectrum = torch.stft(wave.float(), N_FFT, HOP, window=window, return_complex=True)
         power = spectrum[..., :-1].abs().square()
-        levels = (_whisper_filters(bands).T.to(wave.device) @ power).clamp(min=1e-10).log10()
-        peak = levels.amax() if shared_peak else levels.amax((-2, -1), keepdim=True)
-        return (torch.maximum(levels, peak - 8) + 4) / 4
+        return (_whisper_filters(bands).T.to(wave.device) @ power).clamp(min=1e-10).log10()

@@ -1,4 +1,4 @@
-"""Clips of a batch behind each other, without the padding between them, and attention that stays inside each clip.
+"""Packing: the clips of a batch concatenated without padding, and attention that stays inside each clip.
 
 Axes: B clips, L longest clip, N real positions of all clips, H heads, D head width.
 """
@@ -49,8 +49,8 @@ class Packing:
     ) -> Tensor:
         """Attention over (H, N, D), inside each clip.
 
-        CUDA in half precision takes the kernel for rows of different lengths that PyTorch brings (not tried here: it
-        needs a GPU). Elsewhere clips are padded for the attention alone, which is `dense` over (B, H, L, D).
+        CUDA in half precision takes PyTorch's variable-length attention kernel (untested: it needs a GPU). Elsewhere
+        clips are padded for the attention alone, which is `dense` over (B, H, L, D).
         """
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (N, H, D)
         if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):

@@ -40,9 +40,9 @@ class TrainingSet(Protocol):
 
     It may also have:
         lengths: (n,) tensor, the tokens of each item, for batches by length.
-        packed: true if `collate` puts items behind each other, so that no padding has to be counted.
-        blocks: `Blocks`, or None where any item is as near as any other.
-        prefetch(spans): told which items [first, last) come next, where there are blocks.
+        packed: true if the model leaves padding out, so that a batch's tokens are counted without it.
+        blocks: `Blocks`, or None where every item is equally quick to read.
+        prefetch(spans): called with the items [first, last) that come next, where there are blocks.
     """
 
     def __len__(self) -> int: ...

@@ -1,4 +1,4 @@
-"""What the trainer needs of torch.distributed; every function also works in a single process."""
+"""What the trainer needs of torch.distributed. Every function also works in a single process."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def gather(value: object, group: dist.ProcessGroup | None = None) -> list[Any]:
 
 
 def fail(message: str) -> NoReturn:
-    """End a run for a reason that every process knows: one says it, the others leave with the same exit code.
+    """End a run for a reason that every process knows: rank 0 reports it, the others exit with the same code.
 
     Raises:
         UserError: in the main process.

@@ -1,7 +1,7 @@
 """From a training run to a release folder: averaged weights of a checkpoint, config, and a card with the run's figures.
 
-A run says at its start, in RUN/release.json, what its release will hold beside the weights. With that, a checkpoint and
-the log, a release is made without the model's code, its data, or the processes that trained it.
+At its start a run writes RUN/release.json: what its release will hold beside the weights. From this file, a checkpoint
+and the log a release is made without the model's code, its data, or the processes that trained it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DESCRIPTION, FILES = "release.json", "release_files"  # in a run's folder
 
 
 def describe(run: Path, task: Task) -> None:
-    """Keep in the run's folder what its release will hold beside the weights.
+    """Write into the run's folder what its release will hold beside the weights.
 
     Raises:
         UserError: it cannot be written.

@@ -1,4 +1,4 @@
-"""Which training steps count: those with losses and gradients that are finite and not far above what is usual."""
+"""Skips training steps whose loss or gradient is not finite or far above its usual value."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-SETTLED = 100  # steps that count before spikes are looked for
-DECAY = 0.99  # of the running figures
+SETTLED = 100  # steps before spikes are looked for
+DECAY = 0.99  # of the running means
 
 
 class StepGuard:
-    """Judges steps, counts those left out in a row, and writes down their batches.
+    """Decides which steps are skipped, counts those skipped in a row, and records their batches.
 
     All processes must give it the same figures, so that they decide alike. Its state goes into checkpoints.
 
     Args:
-        run: folder of the run; `bad_batches.jsonl` in it gets a line for each step left out.
+        run: folder of the run; `bad_batches.jsonl` in it gets a line for each skipped step.
         spike: a loss or gradient norm above its running mean by more than `spike` running mean absolute deviations
-            is a spike. None: no value that is finite is.
+            is a spike. None: finite values are never spikes.
     """
 
     def __init__(self, run: Path, spike: float | None):
@@ -27,7 +27,7 @@ class StepGuard:
         self.figures: dict[str, list[float]] = {}  # name -> [mean, mean absolute deviation, steps]
 
     def reason_to_skip(self, part: str, figures: dict[str, float], finite: bool) -> str | None:
-        """Why the step of `part` must not count, or None; then its `figures` (loss, grad_norm) are taken in."""
+        """Why the step of `part` is skipped; None: it is not, and its `figures` (loss, grad_norm) enter the means."""
         if not finite:
             return "loss or gradient is not finite"
         for name, value in figures.items():
@@ -42,15 +42,15 @@ class StepGuard:
         return None
 
     def passed(self) -> None:
-        """The step counts."""
+        """Record that the step was not skipped."""
         self.in_a_row = 0
 
     def skip(self) -> None:
-        """The step does not count."""
+        """Record that the step was skipped."""
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
 
     def write_down(self, record: dict[str, Any]) -> None:
-        """Add a line about a step left out. Raises OSError."""
+        """Add a line about a skipped step. Raises OSError."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -60,4 +60,4 @@ class StepGuard:
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.skipped, self.in_a_row = state["skipped"], state["skipped_in_a_row"]
-        self.figures = state.get("figures", {})  # older checkpoints have none
+        self.figures = state["figures"]

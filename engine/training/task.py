@@ -50,7 +50,7 @@ class Task(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """Repeated modules with most of the weights and activations, none within another, used by calling them.
 
-        Each is sharded, compiled and recomputed in the backward pass by itself, if the trainer is told to do so.
+        The unit of sharding, compilation and activation checkpointing, where the trainer's settings ask for them.
         """
         return []
 

@@ -1,8 +1,8 @@
 """The training loop: one task, one dataset, any number of processes.
 
-A task says what is learned; the trainer owns everything else. Data order, augmentation and all random draws of step n
-are functions of (seed, n), so a resumed run equals an unbroken one, and W processes see the same data and the same
-random numbers as one process with `accumulate` W times larger.
+A task defines what is learned; the trainer does everything else. Data order, augmentation and all random draws of
+step n are functions of (seed, n), so a resumed run equals an unbroken one, and W processes see the same data and the
+same random numbers as one process with `accumulate` W times larger.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Trainer:
             Ctrl-C, after a checkpoint; run again to go on.
 
         Raises:
-            UserError: too many steps in a row had to be left out, or the disk is full; the last checkpoint is whole.
+            UserError: too many steps in a row were skipped, or the disk is full; the last checkpoint is complete.
         """
         c = self.config
         self._resume()
@@ -182,7 +182,7 @@ class Trainer:
             if failed:
                 self._stop_on_write_error()
             reason = self.guard.reason_to_skip(part, {"loss": loss, "grad_norm": norm}, finite=not bad)
-            if reason:  # later parts may depend on this one: the rest of the step is left out
+            if reason:  # later parts may depend on this one: they are skipped too
                 self._skip(part, reason, batches, each)
                 break
             for group in optimiser.param_groups:
@@ -218,7 +218,7 @@ class Trainer:
         return totals, each
 
     def _skip(self, part: str, reason: str, batches: list[dict[str, Any]], losses: list[Tensor]) -> None:
-        """Count this step as left out, write down its batches, and give up after too many in a row."""
+        """Count this step as skipped, record its batches, and stop after too many in a row."""
         mine = [
             {
                 "rank": distributed.rank(),
@@ -305,9 +305,7 @@ class Trainer:
             for name, p in self.parameters[part].items():
                 if f"optim.{part}.{name}.step" not in state:
                     del optimiser.state[p]
-        self.step = info["step"]
-        # Checkpoints without a position are of runs that never changed their number of processes.
-        self.position = info.get("position", self.step * self.config.accumulate * distributed.world_size())
+        self.step, self.position = info["step"], info["position"]
         self.guard.load_state(info)
         self._say(f"resumed from {folder}")
 

@@ -190,7 +190,7 @@ def test_data_errors(corpus):
     with pytest.raises(UserError, match="mono at 16000 Hz"):
         SpeechCrops(corpus, sample_rate=16_000)[0]
     (corpus / "train.jsonl").write_text("not json")
-    with pytest.raises(UserError, match="not JSON lines"):
+    with pytest.raises(UserError, match="cannot be read as JSON"):
         SpeechCrops(corpus)
 
 
@@ -209,7 +209,7 @@ def test_first_levels_keep_to_the_envelope():
     task = make_task(features=features, quantizer_start=1, gan_start=None)
     logs = train(task, 5)
     assert all("features" in log["generator"] for log in logs)
-    task._tend_codebooks(5)
+    task.update_codebooks(5)
     first, second = (level.in_project.weight_v for level in task.codec.quantizer.quantizers[:2])
     assert not first[:, 8:].any() and first[:, :8].all() and second.all()
 
