@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -24,7 +24,7 @@ HOP, HOP16 = RATE // FPS, RATE16 // FPS
 LONGEST_KEY = 80
 
 
-class Suspicious(UserError):
+class MachineFault(UserError):
     """A clip failed in a way that may be the machine's fault; when many do so in a row, the job stops."""
 
 
@@ -60,14 +60,14 @@ class SourceClip:
 
 
 @dataclass
-class Clip:
+class WorkItem:
     """A clip with what the stages have made of it.
 
     Attributes:
         info: of the source. root: folder of its paths.
         frames: (T, H, W, 3) uint8 RGB, None without pictures. wave: (N,) float32, N = T * 960; wave16: (N16,), T * 640.
         track: of the face in the frames.
-        heard: what recognisers heard in it, by their names.
+        transcripts: by recogniser.
         facts: for KEY.json. tensors: for KEY.safetensors. files: further members by suffix. length: T.
     """
 
@@ -80,7 +80,7 @@ class Clip:
     facts: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
-    heard: dict[str, Any] = field(default_factory=dict)
+    transcripts: dict[str, Any] = field(default_factory=dict)
     length: int = 0
     unpacked: tempfile.TemporaryDirectory | None = None
 
@@ -104,16 +104,26 @@ class Clip:
             self.unpacked.cleanup()
 
 
-class Stage(Protocol):
-    """One step of the preparation: changes the clip, or raises a UserError, whose message is why the clip is refused.
+class Stage:
+    """One step of the preparation: changes the clip, or raises a UserError that says why the clip is rejected.
 
     Attributes:
-        needs: "frames" for a stage that passes clips without pictures by, else "".
+        needs: "frames" for a stage that skips clips without pictures, else "".
+        reusable: false for a stage that always runs, as one that changes the pictures or the sound for later stages.
+        tensors, facts: names of the tensors and of the JSON's values that the stage adds to a sample.
     """
 
-    needs: str
+    needs: ClassVar[str] = ""
+    reusable: ClassVar[bool] = True
+    tensors: ClassVar[tuple[str, ...]] = ()
+    facts: ClassVar[tuple[str, ...]] = ()
 
-    def __call__(self, clip: Clip) -> None: ...
+    def digests(self) -> dict[str, str]:
+        """By feature, the digest of the weights that make it."""
+        return {}
+
+    def __call__(self, clip: WorkItem) -> None:
+        raise NotImplementedError
 
 
 def make_key(path: str) -> str:

@@ -24,7 +24,7 @@ WINDOW = 30 * RATE16  # of Whisper
 
 
 @dataclass(frozen=True)
-class Heard:
+class Transcript:
     """What a recogniser makes of a clip: its words, its language ("en"), how sure it is of the language (0 to 1)."""
 
     text: str
@@ -37,7 +37,7 @@ class Recogniser(Protocol):
 
     name: str
 
-    def __call__(self, wave: np.ndarray) -> Heard: ...
+    def __call__(self, wave: np.ndarray) -> Transcript: ...
 
 
 class SpeakerCounter(Protocol):
@@ -77,7 +77,7 @@ class Whisper:
         self.model = model.to(self.device).eval()
 
     @torch.inference_mode()
-    def __call__(self, wave: np.ndarray) -> Heard:
+    def __call__(self, wave: np.ndarray) -> Transcript:
         long = len(wave) > WINDOW
         more = {"truncation": False, "padding": "longest"} if long else {}
         inputs = self.processor(wave, sampling_rate=RATE16, return_tensors="pt", return_attention_mask=True, **more)
@@ -86,7 +86,7 @@ class Whisper:
         ids = self.model.generate(
             features, attention_mask=mask, language=language, task="transcribe", return_timestamps=long
         )
-        return Heard(self.processor.batch_decode(ids, skip_special_tokens=True)[0].strip(), language, probability)
+        return Transcript(self.processor.batch_decode(ids, skip_special_tokens=True)[0].strip(), language, probability)
 
     def _language(self, features: torch.Tensor) -> tuple[str, float]:
         """The likeliest language of the first window: Whisper's first token after the start names it."""
@@ -123,10 +123,10 @@ class Wav2Vec2:
         self.model = model.to(self.device).eval()
 
     @torch.inference_mode()
-    def __call__(self, wave: np.ndarray) -> Heard:
+    def __call__(self, wave: np.ndarray) -> Transcript:
         values = self.processor(wave, sampling_rate=RATE16, return_tensors="pt")["input_values"]
         ids = self.model(values.to(self.device)).logits.argmax(-1)
-        return Heard(self.processor.batch_decode(ids)[0].lower(), "en", 1.0)
+        return Transcript(self.processor.batch_decode(ids)[0].lower(), "en", 1.0)
 
 
 class VoiceWindows:

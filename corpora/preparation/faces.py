@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from corpora.preparation.clip import FPS, Clip
+from corpora.preparation.clip import FPS, Stage, WorkItem
 from engine.faces.clip import find_face
 from engine.faces.detectors import YuNetDetector
 
 
-class Face:
+class Face(Stage):
     """Follows a face through the frames; a clip that does not show one for long enough is refused.
 
     Args:
@@ -16,10 +16,11 @@ class Face:
     """
 
     needs = "frames"
+    reusable = False
 
     def __init__(self, detector: str | None = None, face: str | int = "largest") -> None:
         self.detector = YuNetDetector(detector) if detector else None
         self.face = face
 
-    def __call__(self, clip: Clip) -> None:
+    def __call__(self, clip: WorkItem) -> None:
         clip.track = find_face([clip.frames], FPS, self.face, self.detector)

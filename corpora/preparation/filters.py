@@ -12,26 +12,26 @@ import re
 import numpy as np
 import torch
 
-from corpora.preparation.clip import RATE, RATE16, Clip, Suspicious
-from corpora.preparation.engines import Enhancer, Heard, Recogniser, SpeakerCounter
+from corpora.preparation.clip import RATE, RATE16, MachineFault, Stage, WorkItem
+from corpora.preparation.engines import Enhancer, Recogniser, SpeakerCounter, Transcript
 from engine.errors import UserError
 from engine.media.audio import resample
 from engine.metrics.recogniser import word_error_rate
 
 
-def hear(clip: Clip, recogniser: Recogniser) -> Heard:
+def transcribe(clip: WorkItem, recogniser: Recogniser) -> Transcript:
     """What a recogniser hears in a clip; it listens once, for all stages."""
-    if recogniser.name not in clip.heard:
-        clip.heard[recogniser.name] = recogniser(clip.wave16)
-    return clip.heard[recogniser.name]
+    if recogniser.name not in clip.transcripts:
+        clip.transcripts[recogniser.name] = recogniser(clip.wave16)
+    return clip.transcripts[recogniser.name]
 
 
-def plain_words(text: str) -> str:
+def normalise_text(text: str) -> str:
     """Lower case, without punctuation: recognisers differ in both."""
     return " ".join(re.sub(r"[^\w' ]+", " ", text.lower()).split())
 
 
-class Language:
+class Language(Stage):
     """Keeps clips in some languages.
 
     Args:
@@ -40,13 +40,13 @@ class Language:
         least: how sure the recogniser must be.
     """
 
-    needs = ""
+    facts = ("language",)
 
     def __init__(self, recogniser: Recogniser, languages: list[str], least: float = 0.5) -> None:
         self.recogniser, self.languages, self.least = recogniser, languages, least
 
-    def __call__(self, clip: Clip) -> None:
-        heard = hear(clip, self.recogniser)
+    def __call__(self, clip: WorkItem) -> None:
+        heard = transcribe(clip, self.recogniser)
         if heard.language not in self.languages:
             raise UserError(f"language {heard.language}, wanted are {', '.join(self.languages)}")
         if heard.probability < self.least:
@@ -54,7 +54,7 @@ class Language:
         clip.facts["language"] = heard.language
 
 
-class SingleSpeaker:
+class SingleSpeaker(Stage):
     """Keeps clips in which one person speaks.
 
     Args:
@@ -62,32 +62,30 @@ class SingleSpeaker:
         others: seconds that all others together may speak.
     """
 
-    needs = ""
-
     def __init__(self, counter: SpeakerCounter, others: float = 0.5) -> None:
         self.counter, self.others = counter, others
 
-    def __call__(self, clip: Clip) -> None:
+    def __call__(self, clip: WorkItem) -> None:
         seconds = self.counter(clip.wave16)
         if not seconds:
-            raise UserError("nobody speaks in it")
+            raise UserError("no speech detected")
         if sum(seconds[1:]) > self.others:
             raise UserError(f"other speakers talk for {sum(seconds[1:]):.1f} s, at most {self.others:g} s are allowed")
 
 
-class Enhance:
+class Enhance(Stage):
     """Takes noise out of the sound.
 
     Args:
         enhancer: does it, at its own rate.
     """
 
-    needs = ""
+    reusable = False
 
     def __init__(self, enhancer: Enhancer) -> None:
         self.enhancer = enhancer
 
-    def __call__(self, clip: Clip) -> None:
+    def __call__(self, clip: WorkItem) -> None:
         own = resample(torch.from_numpy(clip.wave), RATE, self.enhancer.rate).numpy()
         clean = np.asarray(self.enhancer(own), np.float32)
         if clean.shape != own.shape or not np.isfinite(clean).all():
@@ -95,10 +93,10 @@ class Enhance:
         back = torch.from_numpy(clean.clip(-1, 1))
         clip.wave = resample(back, self.enhancer.rate, RATE).numpy()[: len(clip.wave)]
         clip.wave16 = resample(back, self.enhancer.rate, RATE16).numpy()[: len(clip.wave16)]
-        clip.heard.clear()
+        clip.transcripts.clear()
 
 
-class Transcription:
+class Transcription(Stage):
     """Keeps clips whose words are heard: those of the text or, without one, those that two recognisers agree upon.
 
     Args:
@@ -107,18 +105,20 @@ class Transcription:
         most: word error rate (a fraction of the words) up to which a clip is kept.
     """
 
-    needs = ""
+    facts = ("text",)
 
     def __init__(self, recogniser: Recogniser, second: Recogniser | None = None, most: float = 0.3) -> None:
         self.recogniser, self.second, self.most = recogniser, second, most
 
-    def __call__(self, clip: Clip) -> None:
-        heard = hear(clip, self.recogniser).text
+    def __call__(self, clip: WorkItem) -> None:
+        heard = transcribe(clip, self.recogniser).text
         text = clip.facts.get("text")
         if text is None and self.second is None:
-            raise Suspicious("it has no text to compare with: set stages.transcription.second, or leave the stage out")
-        expected, other = (text, heard) if text is not None else (heard, hear(clip, self.second).text)
-        expected, other = plain_words(expected), plain_words(other)
+            raise MachineFault(
+                "it has no text to compare with: set stages.transcription.second, or leave the stage out"
+            )
+        expected, other = (text, heard) if text is not None else (heard, transcribe(clip, self.second).text)
+        expected, other = normalise_text(expected), normalise_text(other)
         if not expected:
             raise UserError("no words: its text is empty" if text is not None else "no words were heard")
         rate = word_error_rate([expected], [other])

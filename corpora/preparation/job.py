@@ -1,4 +1,4 @@
-"""The whole job of one process: its shards of every split, with clips shared out among its workers."""
+"""The whole job of one process: its shards of every split, with clips distributed over its workers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from corpora.preparation.clip import FPS, SourceClip
-from corpora.preparation.pool import Pool
+from corpora.preparation.executor import ProcessPool
 from corpora.preparation.sources import Source
-from corpora.preparation.worker import Outcome, Setup, Task, stage_settings
+from corpora.preparation.task import Outcome, Setup, Task, previous_samples, stage_settings
 from engine.config import build, target
 from engine.errors import UserError
 from engine.progress import track
-from engine.shards.writer import SplitWriter, dumps, refuse
+from engine.shards.writer import SplitWriter, dumps, reject_sample
 
 
 @dataclass
@@ -52,15 +52,21 @@ class Timing:
 
 @dataclass
 class _Split:
-    """A split at work. left: number of clips to do by shard. new, refused: clips that this run made and refused."""
+    """A split at work.
+
+    Attributes:
+        previous: folder of shards whose unchanged tensors are taken over, or None.
+        left: by shard, the number of clips that are to be done. new, rejected: clips that this run made and rejected.
+    """
 
     name: str
     writer: SplitWriter
     clips: Mapping[str, SourceClip]
     about: dict[str, Any]
+    previous: Path | None = None
     left: dict[int, int] = field(default_factory=dict)
     new: int = 0
-    refused: int = 0
+    rejected: int = 0
 
 
 def prepare(config: DictConfig) -> None:
@@ -79,20 +85,20 @@ def prepare(config: DictConfig) -> None:
     listed = {name: source.clips(name)[: config.limit] for name in names}
     stages = chosen_stages(config, source)
     setup = Setup(stages, config.device, source.symbols)
-    with Pool(config.workers, setup, config.clip_timeout) as pool:
-        splits = [_open(config, name, listed[name], setup, pool.digests, rank, world) for name in names]
+    with ProcessPool(config.workers, setup, config.clip_timeout) as pool:
+        splits = [_open(config, name, listed[name], setup, pool, rank, world) for name in names]
         started = time.monotonic()
         timing = _run(pool, splits, source.root, config.patience, "clips")
         _report(timing, splits, time.monotonic() - started, config.workers)
     for split in splits:
         index = split.writer.finish(split.about)
-        made = f"{split.new} clips made now, {split.refused} refused"
+        made = f"{split.new} clips made now, {split.rejected} rejected"
         if index is None:
             print(f"{split.writer.folder}: {made}; the index comes with the last process")
         else:
             print(
                 f"{split.writer.folder}: {made}; complete: {index['clips']} clips, {index['seconds']:.1f} s, "
-                f"{len(index['shards'])} shards, refused: {index['rejected'] or 'none'}"
+                f"{len(index['shards'])} shards, rejected: {index['rejected'] or 'none'}"
             )
 
 
@@ -137,20 +143,22 @@ def _open(
     name: str,
     clips: list[SourceClip],
     setup: Setup,
-    digests: dict[str, str],
+    pool: ProcessPool,
     rank: int,
     world: int,
 ) -> _Split:
     listing = hashlib.sha256(dumps([[clip.key, clip.source, clip.text] for clip in clips])).hexdigest()[:16]
-    about = {"split": name, "stages": stage_settings(setup.stages), "digests": digests, "symbols": setup.symbols}
+    about = {"split": name, "stages": stage_settings(setup.stages), "digests": pool.digests, "symbols": setup.symbols}
     plan = {"clips_per_shard": config.clips_per_shard, "clips": len(clips), "listing": listing, **about}
     plan["stages"] = {stage["name"]: stage["settings"] for stage in about["stages"]}
     keys = [clip.key for clip in clips]
-    writer = SplitWriter(Path(config.output) / name, keys, config.clips_per_shard, plan, "motion", rank, world)
-    return _Split(name, writer, {clip.key: clip for clip in clips}, about)
+    folder, previous = Path(config.output) / name, Path(config.reuse) / name if config.reuse else None
+    replace = previous is not None and previous.resolve() == folder.resolve()
+    writer = SplitWriter(folder, keys, config.clips_per_shard, plan, "motion", rank, world, pool.fingerprints, replace)
+    return _Split(name, writer, {clip.key: clip for clip in clips}, about, previous)
 
 
-def _run(pool: Pool, splits: list[_Split], root: Path, patience: int, unit: str) -> Timing:
+def _run(pool: ProcessPool, splits: list[_Split], root: Path, patience: int, unit: str) -> Timing:
     """Prepare what is missing and pack every shard that is full."""
     todo: list[tuple[_Split, int, list[str]]] = []
     for split in splits:
@@ -167,30 +175,32 @@ def _run(pool: Pool, splits: list[_Split], root: Path, patience: int, unit: str)
         for split, shard, keys in todo:
             work = split.writer.begin(shard)
             owner[work] = split, shard
+            previous = previous_samples(split.previous, shard) if split.previous else {}
             for key in keys:
-                yield Task(split.clips[key], root, work)
+                yield Task(split.clips[key], root, work, previous.get(key))
 
     def settle(task: Task, outcome: Outcome) -> None:
         split, shard = owner[task.work]
         if outcome.stage:
-            refuse(task.work, task.clip.key, task.clip.source, outcome.stage, outcome.reason)
-        split.new, split.refused = split.new + (not outcome.stage), split.refused + bool(outcome.stage)
+            reject_sample(task.work, task.clip.key, task.clip.source, outcome.stage, outcome.reason)
+        split.new, split.rejected = split.new + (not outcome.stage), split.rejected + bool(outcome.stage)
         split.left[shard] -= 1
         if not split.left[shard]:
             split.writer.pack(shard)
 
-    timing, held = Timing(), []  # held: suspicious refusals in a row, not yet believed
+    timing, held = Timing(), []  # held: machine faults in a row, not yet written down
     for task, outcome in track(pool.run(tasks()), sum(len(keys) for _, _, keys in todo), unit):
         timing.add(outcome)
         held.append((task, outcome))
-        if not outcome.suspicious:
+        if not outcome.machine_fault:
             for pair in held:
                 settle(*pair)
             held = []
         elif len(held) >= patience:
             raise UserError(
                 f"{patience} clips in a row failed, the last one ({task.clip.source}) in stage {outcome.stage}: "
-                f"{outcome.reason}; this is no fault of the clips: they stay to be done (patience=... allows for more)"
+                f"{outcome.reason}; the clips are probably not the cause and will be tried again; raise patience to "
+                "allow more failures"
             )
     for pair in held:
         settle(*pair)
@@ -198,7 +208,7 @@ def _run(pool: Pool, splits: list[_Split], root: Path, patience: int, unit: str)
 
 
 def _report(timing: Timing, splits: list[_Split], seconds: float, workers: int) -> None:
-    done = sum(split.new + split.refused for split in splits)
+    done = sum(split.new + split.rejected for split in splits)
     if done:
         print(timing.table())
         speed = f"{done / seconds:.2f} clips/s, {timing.frames / FPS / seconds:.2f} s of clips a second"

@@ -14,13 +14,13 @@ import numpy as np
 import soundfile
 import torch
 
-from corpora.preparation.clip import FPS, HOP, HOP16, RATE, RATE16, Clip, Suspicious
+from corpora.preparation.clip import FPS, HOP, HOP16, RATE, RATE16, MachineFault, Stage, WorkItem
 from engine.errors import UserError
 from engine.media.audio import read_audio
 from engine.media.video import iter_video, write_video
 
 
-class Decode:
+class Decode(Stage):
     """Reads a clip: pictures at 25 a second, sound at 24 and 16 kHz, both cut to the shorter; its words.
 
     Args:
@@ -29,7 +29,7 @@ class Decode:
         max_mismatch: seconds by which sound and picture may differ in length.
     """
 
-    needs = ""
+    reusable = False
 
     def __init__(
         self,
@@ -41,11 +41,11 @@ class Decode:
         self.min_seconds, self.max_seconds, self.max_side = min_seconds, max_seconds, max_side
         self.max_mismatch = max_mismatch
 
-    def __call__(self, clip: Clip) -> None:
+    def __call__(self, clip: WorkItem) -> None:
         info = clip.info
         for name in (info.video, info.audio, info.motion, info.text_file):
             if name is not None and not clip.path(name).exists():
-                raise Suspicious(f"no such file: {name}")
+                raise MachineFault(f"no such file: {name}")
         text = info.text if info.text_file is None else read_text(clip.path(info.text_file))
         if info.video is not None:
             clip.frames = self._frames(clip.path(info.video))
@@ -65,7 +65,7 @@ class Decode:
         clip.wave16 = np.pad(wave16, (0, length * HOP16 - len(wave16)))
         clip.wave = clip.wave[: length * HOP]
         if not (np.isfinite(clip.wave).all() and np.isfinite(clip.wave16).all()):
-            raise UserError("its sound has samples that are no numbers")
+            raise UserError("the audio contains NaN or infinite samples")
         if clip.frames is not None:
             clip.frames = clip.frames[:length]
         if motion is not None:
@@ -86,12 +86,12 @@ class Decode:
         return np.concatenate(blocks)
 
 
-class KeepMedia:
+class KeepMedia(Stage):
     """Puts the decoded pictures (H.264) and sound (24 kHz, 16 bits) into the shard, as KEY.mp4 and KEY.wav."""
 
-    needs = ""
+    reusable = False
 
-    def __call__(self, clip: Clip) -> None:
+    def __call__(self, clip: WorkItem) -> None:
         if clip.frames is not None:
             with tempfile.TemporaryDirectory() as folder:
                 write_video(Path(folder) / "clip.mp4", clip.frames, FPS)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from corpora.preparation.clip import FPS, RATE, RATE16, Clip
+from corpora.preparation.clip import FPS, RATE, RATE16, Stage, WorkItem
 from engine.codec import load_codec
 from engine.errors import UserError
 from engine.faces.square import centre_square, portrait_square
@@ -31,7 +31,7 @@ from talker_t2av.faces import CROPS, Square
 from talker_t2av.system import load_motion, load_speaker, load_speech
 
 
-class Crops:
+class Crops(Stage):
     """Mouth pictures (T, S, S) and face pictures (F, S', S', 3), in the sizes of HiCoDiT's condition encoders.
 
     Args:
@@ -40,39 +40,34 @@ class Crops:
     """
 
     needs = "frames"
+    tensors = ("mouth", "faces")
 
     def __init__(self, encoders: dict[str, Any] | None = None, pictures: int = 4) -> None:
         self.encoders, self.pictures = encoder_config(encoders or {}), pictures
 
-    def __call__(self, clip: Clip) -> None:
+    def __call__(self, clip: WorkItem) -> None:
         assert clip.track is not None, "the stage crops comes after the stage face"
         at = picture_frames(clip.length, self.pictures)
         clip.tensors["mouth"] = torch.from_numpy(self.encoders.cut_mouth(clip.frames, clip.track))
         clip.tensors["faces"] = torch.from_numpy(self.encoders.cut_faces(clip.frames[at], clip.track[at]))
 
 
-class Labels:
-    """Labels of the source: the expression (J,) of each half second, an index into `EXPRESSIONS`; the phoneme (T,) of
-    each frame.
+class Phonemes(Stage):
+    """The phoneme (T,) of each frame, where the source has labels.
 
     Args:
         symbols: the phonemes that count, from 1 on; 0 is silence.
     """
 
-    needs = ""
+    tensors = ("phoneme",)
 
     def __init__(self, symbols: list[str] | None = None) -> None:
         self.symbols = symbols
 
-    def __call__(self, clip: Clip) -> None:
-        expression, phonemes = clip.info.expression, clip.info.phonemes
-        if expression is not None:
-            if expression not in EXPRESSIONS:
-                raise UserError(f"expression {expression!r} is none of {', '.join(EXPRESSIONS)}")
-            label = EXPRESSIONS.index(expression)
-            clip.tensors["expression"] = torch.full((windows_of(clip.length),), label, dtype=torch.uint8)
-        if phonemes is not None and self.symbols:
-            clip.tensors["phoneme"] = torch.from_numpy(phoneme_labels(phonemes, clip.length, self.symbols))
+    def __call__(self, clip: WorkItem) -> None:
+        if clip.info.phonemes is not None and self.symbols:
+            labels = phoneme_labels(clip.info.phonemes, clip.length, self.symbols)
+            clip.tensors["phoneme"] = torch.from_numpy(labels)
 
 
 def phoneme_labels(phonemes: list, frames: int, symbols: list[str]) -> np.ndarray:
@@ -85,8 +80,9 @@ def phoneme_labels(phonemes: list, frames: int, symbols: list[str]) -> np.ndarra
     return labels
 
 
-class Expression:
-    """The expression (J,) of each half second, seen in the face. Labels of the source are kept.
+class Expression(Stage):
+    """The expression (J,) of each half second, an index into `EXPRESSIONS`: the label of the source, or else what the
+    face shows.
 
     Args:
         weights: a HiCoDiT release, whose own classifier is used, or the released file of POSTER V2 (its licence is for
@@ -95,6 +91,7 @@ class Expression:
     """
 
     needs = "frames"
+    tensors = ("expression",)
 
     def __init__(self, weights: str, device: torch.device, every: int = 5) -> None:
         self.device, self.every = device, every
@@ -110,20 +107,26 @@ class Expression:
     def digests(self) -> dict[str, str]:
         return {"expression": weights_digest(self.network)}
 
-    def __call__(self, clip: Clip) -> None:
-        assert clip.track is not None, "the stage expression comes after the stage face"
-        if "expression" not in clip.tensors:
+    def __call__(self, clip: WorkItem) -> None:
+        label = clip.info.expression
+        if label is not None:
+            if label not in EXPRESSIONS:
+                raise UserError(f"expression {label!r} is none of {', '.join(EXPRESSIONS)}")
+            classes = torch.full((windows_of(clip.length),), EXPRESSIONS.index(label))
+        else:
+            assert clip.track is not None, "the stage expression comes after the stage face"
             at = slice(0, clip.length, self.every)
             faces = torch.from_numpy(self.cut(clip.frames[at], clip.track[at])).permute(0, 3, 1, 2)
             parts = [self.network(part.to(self.device).float() / 255) for part in faces.split(16)]
             shown = torch.cat(parts).float().softmax(-1).cpu().repeat_interleave(self.every, 0)[: clip.length]
-            clip.tensors["expression"] = window_expressions(shown).to(torch.uint8)
+            classes = window_expressions(shown)
+        clip.tensors["expression"] = classes.to(torch.uint8)
 
 
-class GE2E:
+class GE2E(Stage):
     """The voice as the GE2E embedding (256,) that HiCoDiT's identity condition lives in."""
 
-    needs = ""
+    tensors = ("ge2e",)
 
     def __init__(self, device: torch.device) -> None:
         self.encoder = GE2EEncoder(device)
@@ -131,18 +134,18 @@ class GE2E:
     def digests(self) -> dict[str, str]:
         return {"ge2e": weights_digest(self.encoder.network)}
 
-    def __call__(self, clip: Clip) -> None:
+    def __call__(self, clip: WorkItem) -> None:
         clip.tensors["ge2e"] = torch.from_numpy(np.asarray(self.encoder.embed(clip.wave16, RATE16), np.float32))
 
 
-class RVQTokens:
+class RVQTokens(Stage):
     """Tokens (2 T, K) of the sound.
 
     Args:
         codec: release folder of the tokenizer.
     """
 
-    needs = ""
+    tensors = ("tokens",)
 
     def __init__(self, codec: str, device: torch.device) -> None:
         self.codec = load_codec(codec, TOKENIZERS).to(device).eval()
@@ -151,7 +154,7 @@ class RVQTokens:
     def digests(self) -> dict[str, str]:
         return {"rvq": self.codec.digest()}
 
-    def __call__(self, clip: Clip) -> None:
+    def __call__(self, clip: WorkItem) -> None:
         wave = resample(torch.from_numpy(clip.wave), RATE, self.codec.sample_rate)
         codes = self.codec.encode(wave[None, None].to(self.device))[0]  # (K, 2 T)
         if codes.shape[1] != 2 * clip.length:
@@ -159,14 +162,14 @@ class RVQTokens:
         clip.tensors["tokens"] = codes.T.to("cpu", torch.int16)
 
 
-class SpeechLatents:
+class SpeechLatents(Stage):
     """Latents (T, Ds) of the sound.
 
     Args:
         codec: release folder of the WhisperX-VAE.
     """
 
-    needs = ""
+    tensors = ("speech",)
 
     def __init__(self, codec: str, device: torch.device) -> None:
         self.codec = load_speech(codec).to(device).eval()
@@ -174,11 +177,11 @@ class SpeechLatents:
     def digests(self) -> dict[str, str]:
         return {"whisperx_vae": self.codec.digest()}
 
-    def __call__(self, clip: Clip) -> None:
+    def __call__(self, clip: WorkItem) -> None:
         clip.tensors["speech"] = _half(self.codec.encode(torch.from_numpy(clip.wave)[None, None])[0])
 
 
-class Motion:
+class Motion(Stage):
     """Motion codes (T, Dm) of the pictures, not normalised; those that the source gives are taken as they are.
 
     Args:
@@ -187,6 +190,7 @@ class Motion:
     """
 
     needs = "frames"
+    tensors = ("motion",)
 
     def __init__(self, codec: str, device: torch.device, crop: str = "face") -> None:
         if crop not in CROPS:
@@ -196,13 +200,13 @@ class Motion:
     def digests(self) -> dict[str, str]:
         return {"lia_x": self.codec.digest()}
 
-    def __call__(self, clip: Clip) -> None:
+    def __call__(self, clip: WorkItem) -> None:
         if "motion" not in clip.tensors:
             video = video_to_tensor(self._square(clip).cut(clip.frames), self.codec.size)
             motion = self.codec.encode(video)
             clip.tensors["motion"] = _half(motion)
 
-    def _square(self, clip: Clip) -> Square:
+    def _square(self, clip: WorkItem) -> Square:
         height, width = clip.frames.shape[1:3]
         if self.crop == "centre":
             return Square(*centre_square(height, width))
@@ -210,14 +214,14 @@ class Motion:
         return Square(*portrait_square(np.median(clip.track.boxes[clip.track.seen], axis=0), height, width))
 
 
-class Voice:
+class Voice(Stage):
     """The voice (256,) that Talker-T2AV's heads are conditioned on.
 
     Args:
         encoder: release folder, or the file of the released encoder.
     """
 
-    needs = ""
+    tensors = ("speaker",)
 
     def __init__(self, encoder: str, device: torch.device) -> None:
         self.encoder, self.device = load_speaker(encoder).to(device).eval(), device
@@ -225,7 +229,7 @@ class Voice:
     def digests(self) -> dict[str, str]:
         return {"speaker": self.encoder.digest()}
 
-    def __call__(self, clip: Clip) -> None:
+    def __call__(self, clip: WorkItem) -> None:
         wave = resample(torch.from_numpy(clip.wave), RATE, RATE16).to(self.device)  # as generation does
         clip.tensors["speaker"] = _half(self.encoder.embed(wave))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,10 +128,8 @@ class ShardSplit:
             raise IndexError(f"sample {index} of {len(self)}")
         shard = int(np.searchsorted(self._ends, index, "right"))
         handle = self._open(shard)
-        (json_at, json_size), (at, size) = self._places[index].tolist()
         try:
-            info = json.loads(_bytes(handle, json_at, json_size))
-            return info, _tensors(handle, at, size, names)
+            return read_sample(handle, self._places[index].tolist(), names)
         except (OSError, ValueError, KeyError, TypeError) as error:
             path = self.files.tar(self.shards[shard])
             raise UserError(f"shard {path} is damaged ({error}): copy it or prepare it again") from error
@@ -202,6 +200,20 @@ class ShardSplit:
                 self._handles.popitem(last=False)  # the file closes with its last reference
         self._handles.move_to_end(shard)
         return self._handles[shard]
+
+
+def read_sample(
+    file: BinaryIO, places: Sequence[Sequence[int]], names: Collection[str] | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The JSON of a sample, and those of its tensors that are named and present (None: all), from an open shard.
+
+    Args:
+        places: offset and size of KEY.json, and of KEY.safetensors.
+
+    Raises:
+        ValueError, KeyError, TypeError: the shard is damaged.
+    """
+    return json.loads(_bytes(file, *places[0])), _tensors(file, *places[1], names)
 
 
 def _bytes(file: BinaryIO, at: int, size: int) -> bytearray:

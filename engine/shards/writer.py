@@ -1,8 +1,9 @@
-"""Writing samples into tar shards that come out the same, byte for byte, however often the work was broken off.
+"""Writing samples into tar shards that come out the same, byte for byte, however often the work was interrupted.
 
-FOLDER holds one split. Every sample that is done lies in FOLDER/.work-SHARD/KEY.tar, a refused one in KEY.json there;
-when all of a shard's are there, they are joined to FOLDER/SHARD.tar and FOLDER/SHARD.json, and the work folder goes.
-Whichever process then finds all shards writes index.json and quarantine.jsonl, which depend on the shards alone.
+FOLDER holds one split. A finished sample waits in FOLDER/.work-SHARD-PLAN/KEY.tar, the reason for a rejected one in
+KEY.json there; when all samples of a shard are there, they are joined to FOLDER/SHARD.tar and FOLDER/SHARD.json, and
+the work folder is deleted. The process that finds all shards writes index.json and quarantine.jsonl, which depend on
+the shards alone. PLAN is a digest of the settings: shards of other settings count as not made.
 
 Unfinished files have fixed names in folders of their own (not `engine.files.atomic_output`, whose random ones a killed
 process would leave behind), and all are on the disk before they get their final names.
@@ -10,6 +11,7 @@ process would leave behind), and all are on the disk before they get their final
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -65,7 +67,8 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}; what is done stays, the same command goes on from there"
+            f"cannot write {path}: {error.strerror or error}; finished samples are kept, run the same "
+            "command to continue"
         ) from error
 
 
@@ -80,22 +83,22 @@ def write_whole(path: Path, chunks: Iterable[bytes], staging: Path | None = None
         with staging.open("wb") as file:
             for chunk in chunks:
                 file.write(chunk)
-            _settle(file)
+            sync_to_disk(file)
         os.replace(staging, path)
 
 
-def _settle(file: BinaryIO) -> None:
+def sync_to_disk(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
 
 
-def keep(work: Path, key: str, members: Mapping[str, bytes]) -> None:
-    """Put a finished sample into the work folder of its shard."""
+def write_sample(work: Path, key: str, members: Mapping[str, bytes]) -> None:
+    """Write a finished sample into the work folder of its shard."""
     write_whole(work / f"{key}.tar", [sample_bytes(key, members)])
 
 
-def refuse(work: Path, key: str, source: str, stage: str, reason: str) -> None:
-    """Note in the work folder of its shard why a sample does not come into it."""
+def reject_sample(work: Path, key: str, source: str, stage: str, reason: str) -> None:
+    """Write the reason why a sample is rejected into the work folder of its shard."""
     write_whole(work / f"{key}.json", [dumps({"key": key, "source": source, "stage": stage, "reason": reason})])
 
 
@@ -105,10 +108,12 @@ class SplitWriter:
     Args:
         folder: of the split.
         keys: of all samples of the split, in order; sample i belongs to shard i // per_shard.
-        plan: what decides about the content of the shards, as JSON values. A folder is of one plan.
+        plan: what decides about the content of the shards, as JSON values.
         moments: name of a tensor (T, D) in KEY.safetensors whose mean and standard deviation over all frames the index
             gets, as NAME_mean and NAME_std.
         rank, world: of this process.
+        stages: by name, the fingerprint of each stage that makes the samples; every shard's JSON gets them.
+        replace: replace shards of another plan; without it they are an error.
 
     Raises:
         UserError: the folder cannot be written, or holds shards of another plan.
@@ -123,11 +128,15 @@ class SplitWriter:
         moments: str,
         rank: int = 0,
         world: int = 1,
+        stages: Mapping[str, str] | None = None,
+        replace: bool = False,
     ) -> None:
         self.folder, self.keys, self.per_shard, self.moments = folder, keys, per_shard, moments
+        self.stages, self.plan = dict(stages or {}), hashlib.sha256(dumps(dict(plan))).hexdigest()[:8]
         self.shards = range(-(-len(keys) // per_shard))
         self.mine = self.shards[rank::world]
         self.scratch = folder / f".work-process-{rank}"
+        self._made: set[int] = set()
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob(".work-process-*"):  # of a killed process
@@ -135,12 +144,13 @@ class SplitWriter:
                 if number == rank or (rank == 0 and number >= world):
                     shutil.rmtree(left, ignore_errors=True)
             self.scratch.mkdir()
-        self._agree(dict(plan))
+        self.check_plan(dict(plan), replace)
         for shard in self.mine:
             if self.is_made(shard):
                 shutil.rmtree(self.work(shard), ignore_errors=True)
 
-    def _agree(self, plan: dict[str, Any]) -> None:
+    def check_plan(self, plan: dict[str, Any], replace: bool) -> None:
+        """Write the plan down, or compare it with the one that is there."""
         path, own = self.folder / PLAN, self.scratch / "plan"
         write_whole(own, [dumps(plan)], self.scratch / "plan.part")
         try:
@@ -151,19 +161,32 @@ class SplitWriter:
             if not path.exists():
                 write_whole(path, [dumps(plan)], self.scratch / "plan.part")
         there = json.loads(path.read_bytes())
-        if there != json.loads(dumps(plan)):
+        if there == json.loads(dumps(plan)):
+            return
+        if not replace:
             raise UserError(
-                f"{self.folder} was begun with {_difference(there, plan)}: give the same settings, or another output"
+                f"{self.folder} was begun with {_difference(there, plan)}: give the same settings, another output, or "
+                f"reuse={self.folder.parent} to replace these shards and keep what is unchanged"
             )
+        for name in (INDEX, QUARANTINE):  # readers see no split until all its shards are of one plan
+            (self.folder / name).unlink(missing_ok=True)
+        write_whole(path, [dumps(plan)], self.scratch / "plan.part")
+        for work in self.folder.glob(".work-[0-9]*"):
+            if not work.name.endswith(self.plan):
+                shutil.rmtree(work, ignore_errors=True)
 
     def work(self, shard: int) -> Path:
-        return self.folder / f".work-{shard:06d}"
+        return self.folder / f".work-{shard:06d}-{self.plan}"
 
     def shard_keys(self, shard: int) -> Sequence[str]:
         return self.keys[shard * self.per_shard : (shard + 1) * self.per_shard]
 
     def is_made(self, shard: int) -> bool:
-        return (self.folder / f"{shard:06d}.json").is_file()
+        """Whether a shard of this plan is there."""
+        path = self.folder / f"{shard:06d}.json"
+        if shard not in self._made and path.is_file() and json.loads(path.read_bytes()).get("plan") == self.plan:
+            self._made.add(shard)
+        return shard in self._made
 
     def missing(self, shard: int) -> list[str]:
         """Keys of a shard that are still to do, in order."""
@@ -184,7 +207,7 @@ class SplitWriter:
         """Join the samples of a shard, none of which may be missing, and put its sidecar beside it."""
         name, work = f"{shard:06d}", self.work(shard)
         samples: list[dict[str, Any]] = []
-        refused: list[dict[str, str]] = []
+        rejected: list[dict[str, str]] = []
         moments = _Moments()
         crc = size = 0
 
@@ -195,7 +218,7 @@ class SplitWriter:
                     data = (work / f"{key}.tar").read_bytes()
                     samples.append(self._sample(key, data, size, moments))
                 else:
-                    refused.append(json.loads((work / f"{key}.json").read_bytes()))
+                    rejected.append(json.loads((work / f"{key}.json").read_bytes()))
                     continue
                 crc, size = zlib.crc32(data, crc), size + len(data)
                 yield data
@@ -205,9 +228,11 @@ class SplitWriter:
         write_whole(self.folder / f"{name}.tar", chunks(), work / ".shard")
         sidecar = {
             "version": VERSION,
+            "plan": self.plan,
+            "stages": self.stages,
             "samples": samples,
-            "rejected": dict(Counter(each["stage"] for each in refused)),
-            "quarantine": refused,
+            "rejected": dict(Counter(each["stage"] for each in rejected)),
+            "quarantine": rejected,
             self.moments: moments.value(),
             "bytes": size,
             "crc32": crc,
@@ -236,6 +261,9 @@ class SplitWriter:
             sidecars = [(f"{i:06d}", json.loads((self.folder / f"{i:06d}.json").read_bytes())) for i in self.shards]
             lines = [dumps(each) for _, sidecar in sidecars for each in sidecar["quarantine"]]
             write_whole(self.folder / QUARANTINE, lines, self.scratch / "quarantine")
+            for path in self.folder.glob("[0-9]*"):  # of a split that was larger
+                if int(path.stem) >= len(self.shards):
+                    path.unlink(missing_ok=True)
             index = self._index(sidecars, about)
             write_whole(self.folder / INDEX, [json.dumps(index, indent=1).encode(), b"\n"], self.scratch / "index")
         shutil.rmtree(self.scratch, ignore_errors=True)

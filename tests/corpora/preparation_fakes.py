@@ -7,13 +7,14 @@ import time
 
 import torch
 
+from corpora.preparation.clip import Stage
 from engine.errors import UserError
 
 
-class Brightness:
+class Brightness(Stage):
     """A feature of the pictures, and disasters by the name of the clip."""
 
-    needs = ""
+    tensors = ("motion",)
 
     def __init__(self, pause: float = 0.0):
         self.pause = pause
@@ -37,10 +38,23 @@ class Brightness:
         clip.tensors["motion"] = torch.from_numpy(clip.frames.mean((1, 2))).half()
 
 
-class Missing:
-    """A stage whose package is not there."""
+class Colour(Stage):
+    """A feature of the pictures that notes in a file for which clips it was computed."""
 
-    needs = ""
+    needs = "frames"
+    tensors = ("colour",)
+
+    def __init__(self, log: str, scale: float = 1.0):
+        self.log, self.scale = log, scale
+
+    def __call__(self, clip):
+        with open(self.log, "a") as file:
+            file.write(f"{clip.info.key}\n")
+        clip.tensors["colour"] = torch.from_numpy(clip.frames.mean((0, 1, 2))) * self.scale
+
+
+class Missing(Stage):
+    """A stage whose package is not there."""
 
     def __init__(self):
         raise UserError("this needs nothing (no module): install it")

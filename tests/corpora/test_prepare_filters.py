@@ -3,23 +3,23 @@
 import numpy as np
 import pytest
 
-from corpora.preparation.clip import Clip, SourceClip, Suspicious
-from corpora.preparation.engines import Heard, Pyannote, SpeechBrain
-from corpora.preparation.filters import Enhance, Language, SingleSpeaker, Transcription, plain_words
+from corpora.preparation.clip import MachineFault, SourceClip, WorkItem
+from corpora.preparation.engines import Pyannote, SpeechBrain, Transcript
+from corpora.preparation.filters import Enhance, Language, SingleSpeaker, Transcription, normalise_text
 from engine.errors import UserError
 
 
 class Hears:
     def __init__(self, text, language="en", probability=0.9, name="fake"):
-        self.name, self.heard, self.calls = name, Heard(text, language, probability), 0
+        self.name, self.transcript, self.calls = name, Transcript(text, language, probability), 0
 
     def __call__(self, wave):
         self.calls += 1
-        return self.heard
+        return self.transcript
 
 
 def clip(text=None):
-    made = Clip(SourceClip("a"), ".", wave=np.zeros(2400, np.float32), wave16=np.zeros(1600, np.float32))
+    made = WorkItem(SourceClip("a"), ".", wave=np.zeros(2400, np.float32), wave16=np.zeros(1600, np.float32))
     made.facts["text"] = text
     return made
 
@@ -61,9 +61,9 @@ def test_transcription_against_the_text_and_between_recognisers():
     assert without.facts["text"] == "Hello, there. It's me!"
     with pytest.raises(UserError, match="differ from a second recogniser"):
         Transcription(listens, Hears("good bye", name="second"))(clip())
-    with pytest.raises(Suspicious, match="no text to compare with"):
+    with pytest.raises(MachineFault, match="no text to compare with"):
         Transcription(listens)(clip())
-    assert plain_words("It's  TWO-fold, yes?") == "it's two fold yes"
+    assert normalise_text("It's  TWO-fold, yes?") == "it's two fold yes"
 
 
 def test_enhancement_replaces_the_sound_at_both_rates():
@@ -76,10 +76,10 @@ def test_enhancement_replaces_the_sound_at_both_rates():
     noisy = clip()
     time = np.arange(2400, dtype=np.float32) / 24_000
     noisy.wave = np.sin(2 * np.pi * 440 * time)
-    noisy.heard["fake"] = Heard("old", "en", 1.0)
+    noisy.transcripts["fake"] = Transcript("old", "en", 1.0)
     before = noisy.wave.copy()
     Enhance(Half())(noisy)
-    assert len(noisy.wave) == 2400 and len(noisy.wave16) == 1600 and not noisy.heard
+    assert len(noisy.wave) == 2400 and len(noisy.wave16) == 1600 and not noisy.transcripts
     assert np.abs(noisy.wave - before / 2)[100:-100].max() < 0.01
     with pytest.raises(UserError, match="enhancer made"):
         Enhance(type("Cuts", (), {"rate": 16_000, "__call__": lambda self, wave: wave[1:]})())(noisy)

@@ -15,8 +15,7 @@ from omegaconf import OmegaConf
 
 from corpora.preparation.clip import SourceClip
 from corpora.preparation.job import prepare
-from corpora.preparation.media import Decode
-from corpora.preparation.worker import Task, process
+from corpora.preparation.task import Pipeline, Setup, Task
 from engine.config import load
 from engine.errors import UserError
 from engine.media.audio import write_wav
@@ -65,6 +64,7 @@ def settings(root, output, **changes):
         "splits": ["train"],
         "clips_per_shard": 4,
         "limit": None,
+        "reuse": None,
         "workers": 1,
         "device": "cpu",
         "clip_timeout": 60,
@@ -215,6 +215,34 @@ def test_what_is_no_fault_of_the_clips_stops_the_job(corpus, tmp_path):
         prepare(settings(corpus, tmp_path / "e", rank=2, world_size=2))
 
 
+def test_unchanged_tensors_are_taken_over_and_nothing_else(corpus, whole, tmp_path):
+    """Two stages of which one changes: in another folder, and in place, also after the corpus has grown."""
+    both = {"colour": {"use": True, "_target_": "preparation_fakes.Colour", "log": str(tmp_path / "log")}}
+    log = tmp_path / "log"
+
+    def run(output, **changes):
+        log.write_text("")
+        prepare(settings(corpus, output, **({"stages": both} | changes)))
+        return sorted(log.read_text().split())
+
+    names = [f"clip{i}" for i in range(9)]
+    assert run(tmp_path / "a") == names
+    changed = {"stages": {"colour": both["colour"], "brightness": {"pause": 0.01}}}
+    assert run(tmp_path / "b", reuse=str(tmp_path / "a"), **changed) == []
+    assert run(tmp_path / "c", **changed) == names
+    assert contents(tmp_path / "b") == contents(tmp_path / "c")
+
+    with pytest.raises(UserError, match=r"stages\.brightness\.pause=0\.0, not 0\.01: .* or reuse=.*a to replace"):
+        run(tmp_path / "a", **changed)
+    first = {"stages": changed["stages"], "limit": 6}
+    assert run(tmp_path / "a", reuse=str(tmp_path / "a"), **first) == []
+    assert run(tmp_path / "d", **first) == names[:6] and contents(tmp_path / "a") == contents(tmp_path / "d")
+    assert run(tmp_path / "a", reuse=str(tmp_path / "a"), **changed) == names[6:]
+    assert contents(tmp_path / "a") == contents(tmp_path / "c")
+    other = {"stages": {"colour": both["colour"] | {"scale": 2.0}, "brightness": {"pause": 0.01}}}
+    assert run(tmp_path / "a", reuse=str(tmp_path / "a"), **other) == names
+
+
 def test_the_command_line(tmp_path):
     config = load("prepare", ["output=x", "source=lrs3", "source.root=/data/lrs3"], "help")
     assert [name for name, stage in config.stages.items() if stage.use][:3] == ["decode", "face", "crops"]
@@ -237,6 +265,7 @@ def test_tasks_of_a_slurm_array_are_processes_of_the_job():
 
 def test_a_clip_of_which_nobody_tells_the_text_has_an_empty_one(corpus, tmp_path):
     clip = SourceClip("a", "train/clip0.mp4", "train/clip0.wav")
-    assert process(Task(clip, corpus, tmp_path), {"decode": Decode()}).stage == ""
+    stages = {"decode": {"_target_": "corpora.preparation.media.Decode"}}
+    assert Pipeline(Setup(stages, "cpu", None)).process(Task(clip, corpus, tmp_path)).stage == ""
     facts = next(json.loads(data) for suffix, _, data in read_members((tmp_path / "a.tar").read_bytes()))
     assert facts["text"] == "" and facts["frames"] == FRAMES and facts["expression"] is None

@@ -7,7 +7,7 @@ import tarfile
 import pytest
 import torch
 
-from corpora.preparation.clip import Clip, make_key
+from corpora.preparation.clip import WorkItem, make_key
 from corpora.preparation.media import Decode, read_text
 from corpora.preparation.sources import LRS2, LRS3, Folder, Synthetic, TalkerData, VoxCeleb2, WavList
 from engine.errors import UserError
@@ -100,7 +100,7 @@ def test_talker_data_by_table_and_by_list_inside_tar_files(tmp_path):
         (TalkerData(tmp_path, table="t.csv", tars="*.tar"), "from the table"),
     ):
         (info,) = source.clips("train")
-        clip = Clip(info, source.root)
+        clip = WorkItem(info, source.root)
         Decode()(clip)
         clip.close()
         assert clip.facts["text"] == words and clip.facts["frames"] == clip.length == 25

@@ -9,13 +9,13 @@ from drawn_faces import draw_face
 from omegaconf import OmegaConf
 from safetensors.torch import load
 
-from corpora.preparation.clip import Clip, SourceClip
+from corpora.preparation.clip import SourceClip, WorkItem
 from corpora.preparation.faces import Face
 from corpora.preparation.job import chosen_stages
 from corpora.preparation.media import Decode
-from corpora.preparation.networks import Expression, Labels, phoneme_labels
+from corpora.preparation.networks import Expression, phoneme_labels
 from corpora.preparation.sources import Synthetic
-from corpora.preparation.worker import Setup, Task, build_stages, collect_digests, process
+from corpora.preparation.task import Pipeline, Setup, Task
 from engine.config import load as load_config
 from engine.errors import UserError
 from engine.faces.clip import find_face
@@ -51,10 +51,10 @@ def test_the_stages_make_what_the_networks_make(corpus, tmp_path):
     config = load_config(
         "prepare", [f"source.root={corpus}", "output=x", "device=cpu", "stages.media.use=true"], "help"
     )
-    stages = build_stages(Setup(chosen_stages(config, source), "cpu", source.symbols))
-    outcome = process(Task(source.clips("train")[0], corpus, tmp_path), stages)
+    pipeline = Pipeline(Setup(chosen_stages(config, source), "cpu", source.symbols))
+    outcome = pipeline.process(Task(source.clips("train")[0], corpus, tmp_path))
     assert outcome.stage == "", outcome.reason
-    assert set(outcome.seconds) == {*stages, "write"} and outcome.frames == FRAMES
+    assert set(outcome.seconds) == {*pipeline.stages, "write"} and outcome.frames == FRAMES
     members = {suffix: data for suffix, _, data in read_members((tmp_path / "a.tar").read_bytes())}
     assert list(members) == ["json", "safetensors", "mp4", "wav"]
     facts, made = json.loads(members["json"]), load(members["safetensors"])
@@ -87,7 +87,7 @@ def test_the_stages_make_what_the_networks_make(corpus, tmp_path):
     assert made["motion"].shape == (FRAMES, 40) and made["motion"].dtype == torch.float16
     digests = {"rvq": codec.digest()}
     digests |= dict(zip(("whisperx_vae", "lia_x", "speaker"), codec_digests(*TALKER).values()))
-    assert digests.items() <= collect_digests(stages).items()
+    assert digests.items() <= pipeline.digests.items()
 
 
 def test_phonemes_are_labelled_at_frame_centres():
@@ -99,9 +99,9 @@ def test_phonemes_are_labelled_at_frame_centres():
 def test_expressions_are_seen_where_the_source_has_no_label(corpus):
     pipeline = HiCoDiTPipeline.from_pretrained()
     every = pipeline.system.encoders.config.picture_every
-    clip = Clip(SourceClip("a", "train/a.mp4", "train/a.wav"), corpus)
+    clip = WorkItem(SourceClip("a", "train/a.mp4", "train/a.wav"), corpus)
     with torch.inference_mode():
-        for stage in (Decode(), Face(), Labels(), Expression("assets/hicodit_tiny", torch.device("cpu"), every)):
+        for stage in (Decode(), Face(), Expression("assets/hicodit_tiny", torch.device("cpu"), every)):
             stage(clip)
     faces = torch.from_numpy(encoder_config({}).cut_faces(clip.frames, clip.track)[None, ::every])
     mouth, frames = torch.zeros(1, FRAMES, 48, 48), torch.tensor([FRAMES])

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load, save
 
 from engine.errors import UserError
-from engine.shards.writer import SplitWriter, keep, refuse
+from engine.shards.writer import SplitWriter, reject_sample, write_sample
 
 KEYS = [f"clip_{i}" for i in range(7)]
 PLAN = {"stages": {"decode": {"max_side": 3}}}
@@ -33,9 +33,9 @@ def write(writer, keys=KEYS, stop_before_packing=False):
             if key not in keys:
                 continue
             if key == "clip_4":
-                refuse(work, key, "a/4.mp4", "face", "no face")
+                reject_sample(work, key, "a/4.mp4", "face", "no face")
             else:
-                keep(work, key, members(key))
+                write_sample(work, key, members(key))
         if not (writer.is_made(shard) or writer.missing(shard) or stop_before_packing):
             writer.pack(shard)
 
@@ -128,5 +128,5 @@ def test_a_full_disk_is_one_line_and_nothing_half_written_gets_a_name(tmp_path, 
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"cannot write .*clip_0\.tar: No space left on device"):
-        keep(work, "clip_0", members("clip_0"))
+        write_sample(work, "clip_0", members("clip_0"))
     assert writer.missing(0) == KEYS[:3]

@@ -1,12 +1,15 @@
-"""Worker processes that a clip may crash or hang without harm to the job.
+"""Runs tasks in the worker processes of one machine; a clip that crashes or hangs its process does not end the job.
 
-`concurrent.futures` gives up a whole pool when one process dies and cannot tell which task was to blame; here the task
-is tried once more in a fresh process, and given up when that one dies too.
+`concurrent.futures` gives up a whole pool when one process dies and cannot tell which task it was; here the task is
+tried once more in a new process, and given up when that one dies too.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,10 +18,14 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
-from corpora.preparation.worker import Outcome, Setup, Task, run_worker
+import cv2
+import torch
+
+from corpora.preparation.task import Outcome, Pipeline, Setup, Task
 from engine.errors import UserError
 
 ATTEMPTS = 2
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -32,14 +39,14 @@ class _Worker:
     attempt: int = 0
 
 
-class Pool:
+class ProcessPool:
     """`count` worker processes. A context: leaving it ends them.
 
     Args:
         timeout: seconds that one clip may take.
 
     Attributes:
-        digests: of the networks, as the workers loaded them.
+        digests, fingerprints: of the networks and stages, as the workers loaded them; see `task.Pipeline`.
 
     Raises:
         UserError: the stages cannot be built.
@@ -49,8 +56,9 @@ class Pool:
         self.setup, self.timeout = setup, timeout
         self.workers = [self._start() for _ in range(count)]
         self.digests: dict[str, str] = {}
+        self.fingerprints: dict[str, str] = {}
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> ProcessPool:
         try:
             for worker in self.workers:
                 self._receive(worker)
@@ -83,13 +91,13 @@ class Pool:
                     outcome = self._receive(worker)
                 elif time.monotonic() - worker.since > self.timeout:
                     self._replace(worker)
-                    outcome = Outcome("crash", f"took longer than {self.timeout:g} s", suspicious=True)
+                    outcome = Outcome("crash", f"took longer than {self.timeout:g} s", machine_fault=True)
                 if outcome is not None:
                     yield task, outcome
                     self._give(worker, next(tasks, None))
 
     def _receive(self, worker: _Worker) -> Outcome | None:
-        """What a worker says: an outcome; or None when it says that it is ready, or dies and is replaced."""
+        """The outcome that a worker sends; None if it reports that it is ready, or died and was replaced."""
         try:
             word, answer = worker.connection.recv()
         except (EOFError, ConnectionResetError):
@@ -97,7 +105,8 @@ class Pool:
         if word == "error":
             raise UserError(answer)
         if word == "ready":
-            self.digests, worker.since = answer, time.monotonic()
+            self.digests, self.fingerprints = answer
+            worker.since = time.monotonic()
             return None
         return answer
 
@@ -127,7 +136,7 @@ class Pool:
         if attempt < ATTEMPTS:
             self._give(worker, task, attempt + 1)
             return None
-        return Outcome("crash", f"the process died at this clip, {ATTEMPTS} times ({what})", suspicious=True)
+        return Outcome("crash", f"the process died at this clip, {ATTEMPTS} times ({what})", machine_fault=True)
 
     def _replace(self, worker: _Worker) -> None:
         worker.process.kill()
@@ -139,7 +148,26 @@ class Pool:
     def _start(self) -> _Worker:
         context = get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=run_worker, args=(theirs, self.setup), daemon=True)
+        process = context.Process(target=_work, args=(theirs, self.setup), daemon=True)
         process.start()
         theirs.close()
         return _Worker(process, ours)
+
+
+def _work(connection: Connection, setup: Setup) -> None:
+    """Body of a worker process: sends ("ready", (digests, fingerprints)), then for every task ("done", outcome), or
+    ("error", message) if it cannot continue.
+    """
+    if sys.platform == "linux":  # a kill of the parent ends this process too, so that it cannot disturb the next job
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
+    torch.set_num_threads(1)  # more workers use a machine better than more threads
+    cv2.setNumThreads(1)
+    with suppress(EOFError, BrokenPipeError):  # the parent has ended
+        try:
+            pipeline = Pipeline(setup)
+            connection.send(("ready", (pipeline.digests, pipeline.fingerprints)))
+            while True:
+                connection.send(("done", pipeline.process(connection.recv())))
+        except UserError as error:
+            connection.send(("error", str(error)))
