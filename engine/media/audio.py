@@ -64,8 +64,8 @@ def read_audio(path: str | Path, rate: int) -> np.ndarray:
                     raise _too_long(path)
             cut = re.search(r"data : (\d+) \(should be (\d+)\)", file.extra_info)  # of WAV: stated and present bytes
             share = int(cut[2]) / int(cut[1]) if cut and int(cut[2]) < int(cut[1]) < 2**31 - 2**9 else 1.0
-            total = count / share if share < 1 else file.frames
-            if count < total - SHORT * own_rate and file.frames < UNKNOWN:
+            total = count / share if 0 < share < 1 else file.frames
+            if 0 < count < total - SHORT * own_rate and file.frames < UNKNOWN:
                 raise damaged(path, "sound", count / own_rate, total / own_rate, "the file ends early")
     except soundfile.LibsndfileError:
         wave = _read_with_ffmpeg(path, rate)

@@ -217,7 +217,7 @@ def test_what_is_no_fault_of_the_clips_stops_the_job(corpus, tmp_path):
 
 def test_unchanged_tensors_are_taken_over_and_nothing_else(corpus, whole, tmp_path):
     """Two stages of which one changes: in another folder, and in place, also after the corpus has grown."""
-    both = {"colour": {"use": True, "_target_": "preparation_fakes.Colour", "log": str(tmp_path / "log")}}
+    both = {"colour": {"use": True, "_target_": "tests.corpora.preparation_fakes.Colour", "log": str(tmp_path / "log")}}
     log = tmp_path / "log"
 
     def run(output, **changes):
@@ -232,7 +232,7 @@ def test_unchanged_tensors_are_taken_over_and_nothing_else(corpus, whole, tmp_pa
     assert run(tmp_path / "c", **changed) == names
     assert contents(tmp_path / "b") == contents(tmp_path / "c")
 
-    with pytest.raises(UserError, match=r"stages\.brightness\.pause=0\.0, not 0\.01: .* or reuse=.*a to replace"):
+    with pytest.raises(UserError, match=r"stages\.brightness\.pause=None, not 0\.01: .* or reuse=.*a to replace"):
         run(tmp_path / "a", **changed)
     first = {"stages": changed["stages"], "limit": 6}
     assert run(tmp_path / "a", reuse=str(tmp_path / "a"), **first) == []
