@@ -133,11 +133,13 @@ class Pipeline:
             unchanged, reused_facts = self._take_over(clip, task, seconds)
         needed = {stage.needs for name, stage in self.stages.items() if stage.reusable and name not in unchanged}
         for name, stage in self.stages.items():
+            if stage.needs == "frames" and clip.info.video is None:
+                continue
+            if name in unchanged and (stage.reusable or stage.needs not in {"", *needed}):
+                continue
             start = _clocks()
-            without = stage.needs == "frames" and clip.info.video is None
             try:
-                if not without and not (name in unchanged and (stage.reusable or stage.needs not in {"", *needed})):
-                    stage(clip)
+                stage(clip)
             except Exception as error:
                 raise_if_machine_fault(error)
                 known = isinstance(error, UserError)

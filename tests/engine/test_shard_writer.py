@@ -91,9 +91,9 @@ def test_index_has_the_moments_of_all_frames_and_the_refusals(whole):
 @pytest.mark.parametrize("kept", [["clip_2"], KEYS[:3], KEYS[:5], KEYS])
 def test_work_broken_off_anywhere_ends_in_the_same_bytes(whole, tmp_path, kept):
     write(make(tmp_path), kept, stop_before_packing=True)
-    (tmp_path / ".work-000000" / "clip_9.part").write_bytes(b"half")
-    (tmp_path / ".work-000000" / ".shard").write_bytes(b"half")
     writer = make(tmp_path)
+    for name in ("clip_9.part", ".shard"):
+        (writer.work(0) / name).write_bytes(b"half")
     assert [k for shard in writer.mine for k in writer.missing(shard)] == [k for k in KEYS if k not in kept]
     write(writer)
     writer.finish(ABOUT)
