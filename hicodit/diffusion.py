@@ -23,7 +23,7 @@ class LogLinearNoise:
     eps: float = 1e-3
 
     def sigma(self, t: Tensor) -> Tensor:
-        """Total noise at time t in [0, 1]; this, not t, is what the network is told."""
+        """Total noise at time t in [0, 1]; the network's time input is sigma, not t."""
         return -torch.log1p(-(1 - self.eps) * t)
 
     def rate(self, t: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Axes: G guidance branches, N real tokens. A branch is the network run with some conditions present and the rest null:
 `none`, `all`, `identity`, `expression`, `lip`. The paper's displayed equation does not survive in any stored text, so
-all four readings that its words allow are here, told apart by the exponent that they give the `none` branch:
+all four readings that its words allow are here. They differ in the exponent of the `none` branch:
 
     A  2 - w_all - W    product of the joint and the composed score
     B  1 - w_all - W    one base score plus guidance terms

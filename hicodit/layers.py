@@ -80,7 +80,8 @@ class AdaLNBlock(nn.Module):
     """Pre-norm attention and MLP, both modulated and gated by a condition (B, E).
 
     With temporal scales, the modulated inputs of attention and of the MLP are also multiplied by one scalar a frame:
-    gamma_t * [(1 + gamma_c) * LN(h) + beta_c], HiCoDiT's dual-scale AdaLN. A float32 `h` stays so under autocast.
+    gamma_t * [(1 + gamma_c) * LN(h) + beta_c], HiCoDiT's dual-scale AdaLN. The residual
+    stream `h` keeps its precision under autocast.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """The score network of HiCoDiT (arXiv 2604.15923): stages of AdaLN blocks over groups of RVQ levels, coarse to fine.
 
-Axes: B clips, G guidance branches, U of them that the low stage can tell apart, R rows of a stage (U or G branches of B
-clips), K token levels, L token frames (50 a second), T video frames (25 a second), J expression windows (2 a second),
-C width, E condition width, N codes (id N is the mask), M requested positions.
+Axes: B clips, G guidance branches, U of them that differ in the low stage, R rows of a stage (its branches times B), K
+token levels, L token frames (50 a second), T video frames (25 a second), J expression windows (2 a second), C width,
+E condition width, N codes (id N is the mask), M requested positions.
 
 Low stage: levels 1-2; lip features joined by channel concatenation, identity and time through AdaLN. High stage: levels
 3-12; the low stage's output joined the same way, expression and time through dual-scale AdaLN. Two ablations: *flat* is
@@ -92,14 +92,6 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class StageConditions:
-    """What a stage is conditioned on besides time: `cond` (R, E), and `windows` (R, J, E) where it has two scales."""
-
-    cond: Tensor
-    windows: Tensor | None
-
-
-@dataclass(frozen=True)
 class Prepared:
     """All that does not depend on time, for B clips and G guidance branches. Rows run over branches, then over clips.
 
@@ -107,8 +99,9 @@ class Prepared:
     """
 
     lip: Tensor  # (U * B, L, C) lip features through their half of the fusion layer
-    stages: tuple[StageConditions, ...]
-    low_index: Tensor | None  # (G * B,) the row of the low stage behind each row; None where all are its own
+    conds: tuple[Tensor, ...]  # (R, E) for each stage: embedded identity and pooled expression, as far as it takes them
+    windows: Tensor | None  # (G * B, J, E) expression of each half second, for the temporal scales
+    low_index: Tensor | None  # (G * B,) the row of the low stage that each row takes; None where all differ
     rotary: Tensor  # (2, L, D/2)
     mask: Tensor | Packing | None  # (B, 1, 1, L), True at real frames; None when there is no padding
 
@@ -141,17 +134,19 @@ class Stage(nn.Module):
         return tuple(name in BRANCHES[branch] and name in self.conditions for name in CONDITIONS)
 
     def forward(
-        self, tokens: Tensor, context: Tensor, time: Tensor, given: StageConditions, prepared: Prepared
+        self, tokens: Tensor, context: Tensor, time: Tensor, cond: Tensor, prepared: Prepared
     ) -> tuple[Tensor, Tensor]:
-        """tokens (B, K, L), context (R, L, C), embedded time (B, E) -> hidden states and inputs of heads (R, L, C)."""
+        """tokens (B, K, L), context (R, L, C), time (B, E), cond (R, E) -> hidden states, inputs of heads (R, L, C)."""
         copies, length = len(context) // len(tokens), tokens.shape[-1]
         embedded = torch.stack([table(tokens[:, self.first + i]) for i, table in enumerate(self.embeddings)]).mean(0)
-        h = (self.fuse_tokens(embedded).repeat(copies, 1, 1) + context).float()  # also under autocast
+        h = (
+            self.fuse_tokens(embedded).repeat(copies, 1, 1) + context
+        ).float()  # the residual stream, also under autocast
         time = time.repeat(copies, 1)
-        cond, temporal, mask = F.silu(given.cond + time), None, prepared.mask
+        cond, temporal, mask = F.silu(cond + time), None, prepared.mask
         if self.temporal is not None:
             window = torch.arange(length, device=h.device) // WINDOW_TOKENS
-            temporal = self.temporal(given.windows, time)[:, window]
+            temporal = self.temporal(prepared.windows, time)[:, window]
         if isinstance(mask, Packing):
             h, temporal = mask.pack(h), mask.pack(temporal) if temporal is not None else None
         elif mask is not None:
@@ -211,43 +206,44 @@ class HiCoDiT(nn.Module):
             keep: (B, 3) bool, the conditions that each clip keeps, in place of branches (training).
         """
         device, length = conditions.lip.device, TOKENS_PER_FRAME * conditions.lip.shape[1]
-        frames = TOKENS_PER_FRAME * conditions.frames[:, None]  # (B, 1)
-        valid = torch.arange(length, device=device) < frames  # (B, L)
+        ends = TOKENS_PER_FRAME * conditions.frames[:, None]  # (B, 1)
+        valid = torch.arange(length, device=device) < ends  # (B, L)
         mask: Tensor | Packing | None = None if bool(valid.all()) else valid[:, None, None]
         rotary = rotary_table(length, self.config.width // self.config.heads, device)
-        low_index = None
-        if keep is not None:
-            low = high = keep[None]
+        if keep is None:
+            low, high, low_index = self._rows(branches, conditions.batch, device)
+        else:
+            low, high, low_index = keep[None], keep[None], None
             if self.config.packed and mask is not None:
                 mask = Packing.of(valid)
                 rotary = rotary[:, mask.position]
-        else:
-            below, above = ([stage.sees(branch) for branch in branches] for stage in (self.stages[0], self.stages[-1]))
-            distinct = list(dict.fromkeys(below))
-            low, high = (torch.tensor(rows, device=device)[:, None] for rows in (distinct, above))
-            if len(distinct) < len(below):
-                first = torch.tensor([distinct.index(row) * conditions.batch for row in below], device=device)
-                low_index = (first[:, None] + torch.arange(conditions.batch, device=device)).flatten()
         lip = self.lip_proj(torch.where(low[..., 0, None, None], conditions.lip, self.null_lip).flatten(0, 1))
         lip = self.stages[0].fuse_context(lip).repeat_interleave(TOKENS_PER_FRAME, 1)
-        windows = torch.arange(-(-length // WINDOW_TOKENS), device=device)
-        share = (frames - WINDOW_TOKENS * windows).clamp(0, WINDOW_TOKENS) / frames  # (B, J); padding has none
-        stages = tuple(self._condition(*stage, conditions, share) for stage in zip(self.stages, (low, high)))
-        return Prepared(lip, stages, low_index, rotary, mask)
+        starts = WINDOW_TOKENS * torch.arange(-(-length // WINDOW_TOKENS), device=device)
+        share = (ends - starts).clamp(0, WINDOW_TOKENS) / ends  # (B, J) of a clip's tokens; padding has none
+        conds, windows = [], None
+        for stage, kept in zip(self.stages, (low, high)):
+            cond = 0.0
+            if "identity" in stage.conditions:
+                identity = torch.where(kept[..., 1, None], conditions.identity, self.null_identity)
+                cond = cond + self.identity_proj(identity.flatten(0, 1))
+            if "expression" in stage.conditions:
+                classes = torch.where(kept[..., 2, None], conditions.expression, self.config.expressions)
+                features = self.expression_table(classes)  # (G, B, J, C)
+                cond = cond + self.expression_proj(torch.einsum("gbjc,bj->gbc", features, share).flatten(0, 1))
+                if stage.temporal is not None:
+                    windows = stage.temporal.expression(features.flatten(0, 1))
+            conds.append(cond)
+        return Prepared(lip, tuple(conds), windows, low_index, rotary, mask)
 
-    def _condition(self, stage: Stage, keep: Tensor, conditions: Conditions, share: Tensor) -> StageConditions:
-        """The conditions of a stage where `keep` (G or U, B or 1, 3) says so, and null vectors elsewhere."""
-        cond, windows = 0.0, None
-        if "identity" in stage.conditions:
-            identity = torch.where(keep[..., 1, None], conditions.identity, self.null_identity)
-            cond = cond + self.identity_proj(identity.flatten(0, 1))
-        if "expression" in stage.conditions:
-            classes = torch.where(keep[..., 2, None], conditions.expression, self.config.expressions)
-            features = self.expression_table(classes)  # (G, B, J, C)
-            cond = cond + self.expression_proj(torch.einsum("gbjc,bj->gbc", features, share).flatten(0, 1))
-            if stage.temporal is not None:
-                windows = stage.temporal.expression(features.flatten(0, 1))
-        return StageConditions(cond, windows)
+    def _rows(self, branches: Sequence[str], batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Which conditions the low (U, 1, 3) and the high stage's rows (G, 1, 3) see, and `Prepared.low_index`."""
+        low, high = ([stage.sees(branch) for branch in branches] for stage in (self.stages[0], self.stages[-1]))
+        distinct, index = list(dict.fromkeys(low)), None
+        if len(distinct) < len(low):
+            first = torch.tensor([batch * distinct.index(row) for row in low], device=device)
+            index = (first[:, None] + torch.arange(batch, device=device)).flatten()
+        return torch.tensor(distinct, device=device)[:, None], torch.tensor(high, device=device)[:, None], index
 
     def forward(self, tokens: Tensor, sigma: Tensor, prepared: Prepared, where: Tensor | None = None) -> Tensor:
         """Log posteriors of the clean tokens, float32. Reads nothing back from the device without `where`.
@@ -261,12 +257,12 @@ class HiCoDiT(nn.Module):
             unnormalised posteriors.
         """
         low, time = self.stages[0], self.time(sigma)
-        h, out = low(tokens, prepared.lip, time, prepared.stages[0], prepared)
+        h, out = low(tokens, prepared.lip, time, prepared.conds[0], prepared)
         if prepared.low_index is not None:
             h, out = h[prepared.low_index], out[prepared.low_index]
         outs = [out] * len(low.heads)
         for high in self.stages[1:]:
-            _, out = high(tokens, high.fuse_context(h), time, prepared.stages[1], prepared)
+            _, out = high(tokens, high.fuse_context(h), time, prepared.conds[1], prepared)
             outs += [out] * len(high.heads)
         heads = [head for stage in self.stages for head in stage.heads]
         outs = [out.unflatten(0, (-1, len(tokens))) for out in outs]  # (G, B, L, C) for each level

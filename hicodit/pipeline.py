@@ -51,7 +51,7 @@ class Crops:
 
 @dataclass(frozen=True)
 class Speech:
-    """What a clip said: wave (N,) float32 at `rate` Hz, tokens (K, L), and what it was made from."""
+    """Generated speech: wave (N,) float32 at `rate` Hz, tokens (K, L), and the crops and classes it was made from."""
 
     wave: np.ndarray
     rate: int

@@ -66,7 +66,7 @@ class ArcFace(nn.Module):
         self.features = nn.BatchNorm1d(512)
 
     def maps(self, pictures: Tensor) -> list[Tensor]:
-        """What each stage gives for pictures (n, 3, 112, 112) RGB in [-1, 1]."""
+        """The output of each stage for pictures (n, 3, 112, 112) RGB in [-1, 1]."""
         x, out = self.prelu(self.bn1(self.conv1(pictures))), []
         for number in range(1, 5):
             x = getattr(self, f"layer{number}")(x)

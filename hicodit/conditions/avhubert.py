@@ -227,10 +227,10 @@ def load_released(state: dict[str, Tensor], source: str | Path, config: AVHubert
 
 
 def released_config(state: dict[str, Tensor], source: str | Path, settings: Any = None) -> AVHubertConfig:
-    """Sizes from shapes (released names), the rest from the pickled `settings` where they say it, else as published.
+    """Sizes from the tensors' shapes (released names); the rest from the pickled `settings`, or the published values.
 
     Raises:
-        UserError: a tensor that tells a size is missing.
+        UserError: a tensor whose shape gives a size is missing.
     """
     shapes = {our_name(key): value.shape for key, value in state.items()}
     try:
@@ -238,15 +238,15 @@ def released_config(state: dict[str, Tensor], source: str | Path, settings: Any 
     except KeyError as error:
         raise UserError(f"{source} lacks tensor {error}: it is not an AV-HuBERT checkpoint") from error
     width = kernel[0]
-    said = _settings(settings)
+    published = _settings(settings)
     return AVHubertConfig(
         width=width,
         layers=1 + max(int(k.split(".")[1]) for k in shapes if k and k.startswith("layers.")),
-        heads=said.get("encoder_attention_heads", width // 64),
+        heads=published.get("encoder_attention_heads", width // 64),
         hidden=hidden[0],
         conv_kernel=kernel[2],
         conv_groups=width // kernel[1],
-        norm_first=said.get("layer_norm_first", True),
+        norm_first=published.get("layer_norm_first", True),
     )
 
 

@@ -42,26 +42,28 @@ class ExpressionEncoder(Protocol):
     def __call__(self, faces: Tensor) -> Tensor: ...
 
 
-def in_spans(lip: LipEncoder, mouth: Tensor, frames: Tensor, span: int, margin: int) -> Tensor:
-    """`lip` of clips of any length, at most `span` frames at once, `margin` of them at each inner end context only.
+def encode_in_windows(encoder: LipEncoder, mouth: Tensor, frames: Tensor, window: int, context: int) -> Tensor:
+    """Lip features (B, T, E) of clips of any length, by windows that overlap.
 
-    A clip of up to `span` frames is encoded whole, whatever its batch is padded to: its features are its own.
+    A clip of up to `window` frames is encoded whole, whatever its batch is padded to: its features do not depend on the
+    batch. Of a longer clip's windows, `context` frames at each inner end are seen by the encoder only.
     """
-    whole = frames <= span
+    whole = frames <= window
     if bool(whole.all()):
-        return lip(mouth, frames)
+        return encoder(mouth, frames)
     if bool(whole.any()):
         most = int(frames[whole].max())
-        out = [lip(mouth[whole, :most], frames[whole]), in_spans(lip, mouth[~whole], frames[~whole], span, margin)]
-        both = mouth.new_zeros(*mouth.shape[:2], out[0].shape[-1], dtype=out[0].dtype)
-        both[whole, :most], both[~whole] = out
-        return both
-    parts, keep = [], span - 2 * margin
+        short = encoder(mouth[whole, :most], frames[whole])
+        out = mouth.new_zeros(*mouth.shape[:2], short.shape[-1], dtype=short.dtype)
+        out[whole, :most] = short
+        out[~whole] = encode_in_windows(encoder, mouth[~whole], frames[~whole], window, context)
+        return out
+    parts, keep = [], window - 2 * context
     for start in range(0, mouth.shape[1], keep):
-        first = max(start - margin, 0)
-        part = mouth[:, first : start + keep + margin]
-        left = (frames - first).clamp(1, part.shape[1])  # a clip that is over still needs a frame to attend to
-        parts.append(lip(part, left)[:, start - first :][:, :keep])
+        first = max(start - context, 0)
+        part = mouth[:, first : start + keep + context]
+        left = (frames - first).clamp(1, part.shape[1])  # a clip that has ended still needs a frame to attend to
+        parts.append(encoder(part, left)[:, start - first :][:, :keep])
     return torch.cat(parts, 1)
 
 
@@ -94,11 +96,12 @@ class TinyEncoderConfig:
         return crop_face(frames, track, self.face_size)
 
 
-SPAN, MARGIN = 100, 20  # video frames of a long clip that the tiny lip encoder sees at once; it is trained on up to 80
+WINDOW_FRAMES = 100  # of a long clip that the tiny lip encoder sees at once; it is trained on clips of up to 80
+CONTEXT_FRAMES = 20
 
 
 class TinyLipEncoder(nn.Module):
-    """Grey mouth pictures (B, T, H, W) in [0, 1] to lip features (B, T, E). Long clips go in overlapping spans.
+    """Grey mouth pictures (B, T, H, W) in [0, 1] to lip features (B, T, E). Long clips are encoded in windows.
 
     A strided convolution stack a frame, a convolution over five frames, then attention over time.
     """
@@ -128,9 +131,9 @@ class TinyLipEncoder(nn.Module):
 
     def forward(self, mouth: Tensor, frames: Tensor) -> Tensor:
         """mouth (B, T, H, W) in [0, 1], frames (B,) valid frames -> (B, T, E)."""
-        if self.training:  # as long as they are; and FSDP's processes must all run the blocks equally often
+        if self.training:  # whole: FSDP's processes must all run the blocks equally often
             return self._encode(mouth, frames)
-        return in_spans(self._encode, mouth, frames, SPAN, MARGIN)
+        return encode_in_windows(self._encode, mouth, frames, WINDOW_FRAMES, CONTEXT_FRAMES)
 
     def _encode(self, mouth: Tensor, frames: Tensor) -> Tensor:
         batch, time = mouth.shape[:2]

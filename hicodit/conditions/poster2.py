@@ -144,7 +144,7 @@ class ImageBackbone(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Landmark features ask the image features: queries (n, N, C) unprojected, keys and values from (n, N, C).
+    """Landmark features (n, N, C) are the queries, unprojected; image features (n, N, C) give keys and values.
 
     The window of the original is the whole map of `side` by `side` positions.
     """

@@ -21,10 +21,11 @@ from engine.faces.track import FaceTrack
 from hicodit.conditions.align import MOUTH_SIDE, face_picture, mouth_picture
 from hicodit.conditions.arcface import IRESNET100, ArcFace
 from hicodit.conditions.avhubert import AVHubert, AVHubertConfig
-from hicodit.conditions.encoders import ConditionEncoders, TinyEncoderConfig, in_spans
+from hicodit.conditions.encoders import ConditionEncoders, TinyEncoderConfig, encode_in_windows
 from hicodit.conditions.poster2 import POSTER2
 
-SPAN, MARGIN = 500, 50  # video frames that AV-HuBERT sees at once, and those of them at each end that are only context
+WINDOW_FRAMES = 500  # of a long clip that AV-HuBERT sees at once
+CONTEXT_FRAMES = 50  # of them at each inner end whose features are not used
 PICTURES = 16  # that POSTER V2 sees at once
 
 
@@ -73,7 +74,7 @@ EncoderConfig = TinyEncoderConfig | ReleasedEncoderConfig
 
 
 class ReleasedEncoders:
-    """The three released encoders. Read when first used; no part of the model's state: never trained or saved."""
+    """The three released encoders, loaded when first used; not trained, saved, or part of the model's state."""
 
     learns = False
 
@@ -110,8 +111,8 @@ class ReleasedEncoders:
 
     @torch.no_grad()
     def lip(self, mouth: Tensor, frames: Tensor) -> Tensor:
-        """Mouth pictures (B, T, S, S) in [0, 1] to lip features (B, T, E). Long clips go in overlapping spans."""
-        return in_spans(self._network("lip", mouth.device), mouth, frames, SPAN, MARGIN)
+        """Mouth pictures (B, T, S, S) in [0, 1] to lip features (B, T, E). Long clips are encoded in windows."""
+        return encode_in_windows(self._network("lip", mouth.device), mouth, frames, WINDOW_FRAMES, CONTEXT_FRAMES)
 
     @torch.no_grad()
     def identity(self, faces: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def test_requested_positions_are_those_of_the_whole():
 def test_the_expression_branch_shares_the_low_stage():
     """Expression reaches only the high levels: five branches need four low passes, and levels 1-2 ignore it."""
     model, conditions = build(), clip_conditions()
-    rows = [len(given.cond) // 3 for given in model.prepare(conditions, tuple(BRANCHES)).stages]
+    rows = [len(cond) // 3 for cond in model.prepare(conditions, tuple(BRANCHES)).conds]
     assert rows == [4, 5]
     out = run(model, conditions, branches=("none", "expression"))
     assert torch.equal(out[0, :, :2], out[1, :, :2]) and not torch.allclose(out[0, :, 2:], out[1, :, 2:])

@@ -127,8 +127,8 @@ def test_the_window_is_the_samplers(pipeline):
 
 
 @torch.no_grad()
-def test_long_clips_go_through_the_lip_encoder_in_spans_that_join(monkeypatch):
-    """Without attention what is left sees a few frames only, so spans must join without a trace."""
+def test_long_clips_are_encoded_in_windows_that_join(monkeypatch):
+    """Without attention what is left sees a few frames only, so windows must join without a trace."""
     encoder = TinyLipEncoder(TinyEncoderConfig(lip_blocks=1)).eval()
     monkeypatch.setattr(encoder.blocks[0], "forward", lambda h, *_: h)
     mouth, frames = torch.rand(2, 130, 48, 48), torch.tensor([130, 90])

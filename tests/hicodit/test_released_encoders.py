@@ -103,15 +103,15 @@ def test_a_clip_in_a_batch_is_the_clip_alone(small_hubert):
 
 
 @torch.no_grad()
-def test_long_clips_go_in_spans_that_join(small_hubert, monkeypatch):
+def test_long_clips_are_encoded_in_windows_that_join(small_hubert, monkeypatch):
     """With the transformer's layers away what is left sees a few frames only, so spans must join without a trace."""
     network = AVHubert(replace(small_hubert.config, layers=0)).eval()
     encoders = ReleasedEncoders(ReleasedEncoderConfig())
     encoders._networks["lip"] = network
     mouth, frames = torch.rand(2, 34, 88, 88), torch.tensor([34, 23])
     whole = encoders.lip(mouth, frames)
-    monkeypatch.setattr(released, "SPAN", 20)
-    monkeypatch.setattr(released, "MARGIN", 6)
+    monkeypatch.setattr(released, "WINDOW_FRAMES", 20)
+    monkeypatch.setattr(released, "CONTEXT_FRAMES", 6)
     parts = encoders.lip(mouth, frames)
     assert parts.shape == whole.shape
     assert torch.allclose(parts[0], whole[0], atol=1e-5)
