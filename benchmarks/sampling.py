@@ -34,9 +34,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.record import write_record
 from engine.config import CONFIGS
 from engine.errors import UserError, run_cli
-from hicodit.conditions import Conditions
+from hicodit.conditions import Conditions, EncoderConfig
 from hicodit.conditions.encoders import TinyEncoderConfig
-from hicodit.conditions.released import EncoderConfig, ReleasedEncoderConfig
+from hicodit.conditions.released import ReleasedEncoderConfig
 from hicodit.diffusion import LogLinearNoise, log_expm1
 from hicodit.generation import generate, guided_posterior, window, windows
 from hicodit.guidance import GuidanceScales, combine

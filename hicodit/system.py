@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from engine.codec import Codec
 from engine.errors import UserError
 from engine.release import Released
-from hicodit.conditions.released import EncoderConfig, encoder_config, make_encoders
+from hicodit.conditions import EncoderConfig, encoder_config, make_encoders
 from hicodit.conditions.types import EXPRESSIONS, Conditions, window_expressions
 from hicodit.model import HiCoDiT, ModelConfig
 from rvq_codec import RVQCodec

@@ -19,7 +19,7 @@ from engine.errors import UserError
 from engine.release import load_strict
 from engine.shards.source import join
 from engine.training.task import Release, Task
-from hicodit.conditions.released import encoder_config
+from hicodit.conditions import encoder_config
 from hicodit.conditions.types import Conditions
 from hicodit.diffusion import LogLinearNoise, perturb, stratified_times, weighted_score_entropy
 from hicodit.guidance import GuidanceScales

@@ -13,7 +13,7 @@ import hicodit.system
 import talker_t2av.system
 from engine.codec import Codec, PortraitCodec, load_codec
 from engine.errors import UserError
-from hicodit.conditions.released import encoder_config
+from hicodit.conditions import encoder_config
 from hicodit.model import ModelConfig
 from hicodit.pipeline import Crops, HiCoDiTPipeline
 from hicodit.system import HiCoDiTSystem

@@ -8,8 +8,8 @@ from omegaconf import OmegaConf
 
 from engine.config import load
 from engine.errors import UserError
+from hicodit.conditions import encoder_config
 from hicodit.conditions.encoders import TinyLipEncoder
-from hicodit.conditions.released import encoder_config
 
 MADE = "data/synthetic/shards"
 PAPER = ["task.codec=c", "task.encoders.folder=e"]

@@ -21,8 +21,8 @@ from engine.media.audio import resample
 from engine.media.pictures import video_to_tensor
 from engine.metrics.speaker import GE2EEncoder
 from engine.release import weights_digest
+from hicodit.conditions import encoder_config
 from hicodit.conditions.poster2 import POSTER2
-from hicodit.conditions.released import encoder_config
 from hicodit.conditions.types import EXPRESSIONS, window_expressions, windows_of
 from hicodit.data import picture_frames
 from hicodit.system import CODECS as TOKENIZERS
@@ -35,7 +35,7 @@ class Crops(Stage):
     """Mouth pictures (T, S, S) and face pictures (F, S', S', 3), in the sizes of HiCoDiT's condition encoders.
 
     Args:
-        encoders: kind, and sizes if they are not the usual ones; see `hicodit.conditions.released.encoder_config`.
+        encoders: kind, and sizes if they are not the usual ones; see `hicodit.conditions.encoder_config`.
         pictures: F, spread evenly over the clip.
     """
 

@@ -21,7 +21,7 @@ from engine.faces.track import FaceTrack
 from hicodit.conditions.align import MOUTH_SIDE, face_picture, mouth_picture
 from hicodit.conditions.arcface import IRESNET100, ArcFace
 from hicodit.conditions.avhubert import AVHubert, AVHubertConfig
-from hicodit.conditions.encoders import ConditionEncoders, TinyEncoderConfig, encode_in_windows
+from hicodit.conditions.encoders import encode_in_windows
 from hicodit.conditions.poster2 import POSTER2
 
 WINDOW_FRAMES = 500  # of a long clip that AV-HuBERT sees at once
@@ -68,9 +68,6 @@ class ReleasedEncoderConfig:
         """Face pictures (T, 224, 224, 3) uint8 RGB of frames (T, H, W, 3), for `identity` and `expression`."""
         pairs = zip(frames, track.points, strict=True)
         return np.stack([face_picture(frame, points, self.face_size) for frame, points in pairs])
-
-
-EncoderConfig = TinyEncoderConfig | ReleasedEncoderConfig
 
 
 class ReleasedEncoders:
@@ -124,23 +121,3 @@ class ReleasedEncoders:
         """Face pictures (n, 3, S, S) in [0, 1] to expression logits (n, 7)."""
         network = self._network("expression", faces.device)
         return torch.cat([network(part) for part in faces.split(PICTURES)])
-
-
-def encoder_config(values: dict[str, Any]) -> EncoderConfig:
-    """The configuration that `values` (of a YAML file) describe: `kind` is "tiny", the default, or "released".
-
-    Raises:
-        UserError: another kind, or a field that it does not have.
-    """
-    kinds = {"tiny": TinyEncoderConfig, "released": ReleasedEncoderConfig}
-    kind = values.get("kind", "tiny")
-    if kind not in kinds:
-        raise UserError(f"encoders.kind={kind} is unknown: choose {' or '.join(kinds)}")
-    try:
-        return kinds[kind](**values)
-    except TypeError as error:
-        raise UserError(f"encoders of kind {kind}: {error}") from error
-
-
-def make_encoders(config: EncoderConfig) -> ConditionEncoders | ReleasedEncoders:
-    return ConditionEncoders(config) if isinstance(config, TinyEncoderConfig) else ReleasedEncoders(config)

@@ -23,7 +23,7 @@ from engine.media.audio import read_audio, resample, write_wav
 from engine.media.video import read_video, write_video
 from engine.metrics.speaker import GE2EEncoder
 from engine.shards.writer import read_members
-from hicodit.conditions.released import encoder_config
+from hicodit.conditions import encoder_config
 from hicodit.pipeline import HiCoDiTPipeline
 from rvq_codec import RVQCodec
 from talker_t2av.speaker.encoder import VoiceEncoder

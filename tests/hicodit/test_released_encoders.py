@@ -14,11 +14,11 @@ from torch import nn
 
 from engine.config import load
 from engine.errors import UserError
-from hicodit.conditions import arcface, avhubert, released
+from hicodit.conditions import arcface, avhubert, encoder_config, released
 from hicodit.conditions.arcface import ArcFace
 from hicodit.conditions.avhubert import AVHubert, AVHubertConfig
 from hicodit.conditions.encoders import TinyEncoderConfig
-from hicodit.conditions.released import ReleasedEncoderConfig, ReleasedEncoders, encoder_config
+from hicodit.conditions.released import ReleasedEncoderConfig, ReleasedEncoders
 from hicodit.guidance import GuidanceScales
 from hicodit.model import ModelConfig
 from hicodit.pipeline import HiCoDiTPipeline
