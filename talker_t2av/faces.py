@@ -1,4 +1,4 @@
-"""The square of a clip or picture that the motion codec sees: round the face, where one is found.
+"""The square of a video or picture that the motion codec gets: round the face, if one is found.
 
 Axes: F frames, H height, W width, S side of the square.
 """
@@ -22,17 +22,17 @@ from talker_t2av.model import FPS
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 CROPS = ("face", "centre")
-LOOKED_AT = 10 * FPS  # frames of a reference in which the face is looked for, where only its first is used
+SEARCHED = 10 * FPS  # frames of a reference in which the face is looked for, even if only one of them is used
 
 
 @dataclass(frozen=True)
 class Square:
-    """Where the frames of a file are cut: the same square in all of them, as LIA-X has it.
+    """Position of the crop, the same in all frames of a file, as LIA-X wants it.
 
     Attributes:
         left, top, side: in pixels of the picture as it is shown.
-        first: the first frame that shows the face.
-        remark: what the user should know, or "".
+        first: number of the first frame that shows the face.
+        remark: a note to the user, or "".
     """
 
     left: int
@@ -49,11 +49,11 @@ class Square:
 def find_square(path: str | Path, count: int, crop: str = "face", face_box: str | None = None) -> Square:
     """The square round the face in the first `count` frames of a video, or in a picture.
 
-    Where no face is found, as in a drawing, it is the largest one in the middle, and `remark` says so.
+    If no face is found, as in a drawing, it is the largest centred square, and `remark` says so.
 
     Args:
-        crop: "face", or "centre" for the middle without looking.
-        face_box: where the face is, as `engine.faces.track.read_boxes` takes it.
+        crop: "face", or "centre" for the largest centred square without detection.
+        face_box: position of the face in the form of `engine.faces.track.read_boxes`.
 
     Raises:
         UserError: the file cannot be read, or `face_box` is wrong.
@@ -62,7 +62,7 @@ def find_square(path: str | Path, count: int, crop: str = "face", face_box: str 
         picture = read_picture(path)
         clip, (height, width) = [picture], picture.shape[1:3]
     else:
-        clip = ClipFrames(path, float(FPS), frames=max(count, LOOKED_AT))
+        clip = ClipFrames(path, float(FPS), frames=max(count, SEARCHED))
         height, width = clip.shown
     if crop == "centre" and face_box is None:
         return Square(*centre_square(height, width))
@@ -81,9 +81,9 @@ def find_square(path: str | Path, count: int, crop: str = "face", face_box: str 
 
 
 def read_square(path: str | Path, square: Square, count: int, start: int = 0) -> Iterator[np.ndarray]:
-    """The square of `count` frames of a video, from frame `start` on, or of a picture: blocks (n, S, S, 3) uint8.
+    """The square of `count` frames of a video from frame `start` on, or of a picture: blocks (n, S, S, 3) uint8.
 
-    Fewer come where the video ends.
+    There are fewer frames if the video ends before.
     """
     if is_picture(path):
         yield square.cut(read_picture(path))

@@ -25,26 +25,26 @@ from talker_t2av.request import MODES, PAPER, LoopRules, Mode, Request
 from talker_t2av.system import TalkerSystem
 
 COMPAT = ("paper", "official", "library")
-PAUSE, BYTE = 1.5, 0.15  # seconds: an utterance takes at most PAUSE + BYTE a byte of text, slow speech included
+PAUSE, BYTE = 1.5, 0.15  # seconds: even slow speech takes less than PAUSE + BYTE for each byte of text
 
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to generate; the fields are those of the command line and of a line of JSONL.
+    """What to generate from which files; a field for each setting of the command line and of a line of JSONL.
 
     Attributes:
         mode: t2av, tts, a2v or v2a.
-        text: what is said; in a2v and v2a too, the model was trained with it. It may be empty there.
-        reference_audio: a file with the voice. If absent: the given audio (a2v), else the sound of the videos.
-        reference_video: a file with the face, also a picture; the first frame that shows it is animated (t2av, a2v).
-        reference_motion: a torch file (F, Dm) of its motion codes, which else come from the frames.
-        reference_text: what the reference says, if it serves as a prefix that the text goes on from.
+        text: what is said. In a2v and v2a it is what the given sound or lips say, and may be empty.
+        reference_audio: file with the voice. By default the given audio (a2v), or the sound of one of the videos.
+        reference_video: video or picture with the face; its first frame that shows the face is animated (t2av, a2v).
+        reference_motion: torch file with the motion codes (F, Dm) of the reference; by default they are computed.
+        reference_text: what the reference says; needed if it is used as a prefix.
         audio: a2v: the sound to which the face moves. video: v2a: the clip that gets a voice.
-        crop: what of the videos is used: "face", the square round it, or "centre", the largest square in the middle.
-        face_box: where the face is, instead of looking for it, in `video`, else in `reference_video`; see
+        crop: part of the videos that is used: "face", the square round it, or "centre", the largest centred square.
+        face_box: position of the face, which is then not detected, in `video` or else in `reference_video`; see
             `engine.faces.track.read_boxes`.
-        prefix_seconds: of the reference that the new streams continue, to take over its style.
-        min_seconds, max_seconds: of what is generated; max None: from the length of the text.
+        prefix_seconds: length of the reference's beginning that the result continues, in its style.
+        min_seconds, max_seconds: length of the result; max None: estimated from the text.
         compat: paper: as in training. official: as the released command line (t2av) and the released method for speech
             alone (tts). library: as the released methods. See talker_t2av/official.py.
         seed: of the noise.
@@ -100,11 +100,11 @@ class PreparedJob:
 
     Attributes:
         request, mode, rules: of the loop.
-        prefix_speech: (F, Ds) latents that the decoder reads before the new ones.
+        prefix_speech: (F, Ds) latents of the prefix, which the decoder needs before the new ones.
         prefix_motion: (F, Dm) motion of the prefix, not normalised.
         picture: (3, S, S) in [-1, 1], the face; None where none is drawn.
-        wave: (N,) given sound at 24 kHz (a2v). frames: most frames of the result, where a given stream sets its length.
-        remark: what the user should know of the files, or "".
+        wave: (N,) given sound at 24 kHz (a2v). frames: length of the result if a given stream sets it.
+        remark: a note to the user about the files, or "".
     """
 
     job: Job
@@ -123,7 +123,7 @@ class Reference:
     """The files with a job's voice and face, each read when it is first needed; of longer ones, the first 30 s.
 
     Attributes:
-        remarks: what the user should know of the files.
+        remarks: notes to the user about the files.
     """
 
     def __init__(self, job: Job, system: TalkerSystem) -> None:

@@ -2,8 +2,8 @@
 
 Axes: B batch, L sequence, D width, H heads, h head width (D = H * h), Q kept positions.
 
-Parameter names are the released ones. Rotary positions pair neighbouring components; the language model's pair
-halves: the two must not share a function.
+Parameter names are the released ones. Rotary positions pair neighbouring components; those of the language model pair
+the two halves of a vector.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class RMSNorm(nn.Module):
 class Rotary(nn.Module):
     """Interleaved rotary embedding: components (2i, 2i + 1) turn by position * base^(-2i/h).
 
-    The table `w` (positions, h/2, 2) of cosines and sines is saved with a model, because released files may hold a
-    rounded one, with which the released numbers were made.
+    The table `w` (positions, h/2, 2) of cosines and sines is saved with a model if it is not exact: released files may
+    hold a rounded table, with which the released model was trained.
     """
 
     def __init__(self, head_dim: int, max_positions: int = 1024, base: float = 10000.0) -> None:
@@ -43,7 +43,7 @@ class Rotary(nn.Module):
         return torch.stack([angles.cos(), angles.sin()], -1)
 
     def forward(self, x: Tensor, keep: slice = slice(None)) -> Tensor:
-        """Turn x (B, Q, H, h), which are the positions `keep` of 0, 1, 2, ..."""
+        """Rotate x (B, Q, H, h), which stand at the positions `keep` of the sequence."""
         length = x.shape[1] if keep == slice(None) else keep.stop
         turn = torch.view_as_complex(self.w[:length].float())[keep, None]
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
@@ -51,7 +51,7 @@ class Rotary(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions; `keep` asks for the outputs of some positions only."""
+    """Self-attention over all positions; with `keep`, only the outputs at these positions are computed."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Input projection, blocks and a final norm, of which only the outputs at some positions are asked."""
+    """Input projection, blocks and a final norm; only the outputs at some positions are computed."""
 
     def __init__(self, input_dim: int, width: int, layers: int, heads: int, max_positions: int = 1024) -> None:
         super().__init__()
@@ -114,9 +114,9 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(width)
 
     def run(self, x: Tensor, keep: slice) -> Tensor:
-        """Projected input (B, L, D) -> (B, Q, D): the positions `keep`, whose stop must be given.
+        """Projected input (B, L, D) -> (B, Q, D): the positions `keep`, a slice with a stop.
 
-        The last block computes nothing else: other positions count there only as keys and values.
+        In the last block the other positions are only keys and values.
         """
         for block in self.blocks[:-1]:
             x = block(x, self.rope)

@@ -34,13 +34,13 @@ __all__ = ["Chunk", "Job", "Talk", "TalkerPipeline"]
 
 @dataclass(frozen=True)
 class Talk:
-    """What came out of one job.
+    """The result of one job.
 
     Attributes:
-        wave: (N,) float32 in [-1, 1] at 24 kHz. In a2v the given sound.
+        wave: (N,) float32 in [-1, 1] at 24 kHz; in a2v the given sound.
         frames: (F, S, S, 3) uint8 at 25 frames a second; None where no face is drawn (tts, v2a).
         speech: (F, Ds) new latents, motion: (F, Dm) new motion, not normalised; None where given or absent.
-        stopped: the model found the end; False: the limit cut it off, or a given stream told the length.
+        stopped: the stop head ended it; False: it ran to the limit, or a given stream set its length.
     """
 
     wave: np.ndarray
@@ -52,21 +52,21 @@ class Talk:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a stream: wave (n,) at 24 kHz and frames (f, S, S, 3) or None. Sound may lag behind the picture."""
+    """A part of the result: wave (n,) at 24 kHz and frames (f, S, S, 3) or None. Sound may lag behind the picture."""
 
     wave: np.ndarray
     frames: np.ndarray | None
 
 
 class TalkerPipeline:
-    """Generation from files. `sampling` may be replaced.
+    """Generation from files.
 
     Args:
         system: the networks.
-        sampling: of the diffusion heads; by default the release's own.
+        sampling: settings of the diffusion heads; by default those of the release. The attribute may be replaced.
 
     Attributes:
-        seconds: wall time of each stage, of all jobs so far.
+        seconds: wall time of each stage, summed over all jobs so far.
     """
 
     rate = RATE
@@ -136,11 +136,11 @@ class TalkerPipeline:
     def stream(self, job: Job, on_step: Callable[[Step], None] = lambda step: None) -> Iterator[Chunk]:
         """One job, piece by piece as patches arrive; `on_step` is called after each patch.
 
-        The pieces put together are the result of `run`: samples to 1e-4, pictures to one level of 255. Sound comes as
-        soon as the decoder has heard as many later frames as it looks ahead.
+        The concatenated chunks equal the result of `run`: samples to 1e-4, pictures to one level of 255. The sound of a
+        frame comes as soon as the later frames that the decoder needs for it are there.
         """
         prepared = prepare_job(job, self.system)
-        fresh: list[Tensor] = []  # motion (P, Dm) that is not shown yet
+        fresh: list[Tensor] = []  # motion (P, Dm) that is not rendered yet
         face = Face(self.system, prepared)
         limit = (prepared.frames or 0) * HOP or None
         done = 0
@@ -160,7 +160,7 @@ class TalkerPipeline:
     def _waves(
         self, prepared: PreparedJob, fresh: list[Tensor], on_step: Callable[[Step], None]
     ) -> Iterator[np.ndarray]:
-        """Sound (n,) as patches arrive; puts their motion into `fresh`."""
+        """Sound (n,) as patches arrive; appends their motion to `fresh`."""
         size = self.system.model.config.patch_size
         loop = self._loop([prepared], check_every=1)
         if prepared.wave is not None:
@@ -222,20 +222,21 @@ class TalkerPipeline:
 
 
 class Face:
-    """Draws the face of a job, which moves on from picture to picture."""
+    """Renders the face of a job, part by part."""
 
     def __init__(self, system: TalkerSystem, prepared: PreparedJob) -> None:
         self.system = system
-        self.left = prepared.frames  # how many are still to come, where it is known
+        self.left = prepared.frames  # to be rendered, if the length is known
         self.identity = None
         if prepared.picture is not None:
             self.identity = system.motion.identity(prepared.picture.to(system.device))
         self.before = prepared.prefix_motion if prepared.job.keeps_prefix else prepared.prefix_motion[:0]
 
     def show(self, patches: list[Tensor]) -> np.ndarray | None:
-        """Frames (F, S, S, 3) of new normalised motion, each (f, Dm); None where there is nothing to draw.
+        """Frames (F, S, S, 3) of new normalised motion, each (f, Dm); None if there is nothing to render.
 
-        The first call also shows the prefix where it belongs to the result; no more come than a given sound lasts.
+        The first call also renders the prefix if it belongs to the result. Frames after the end of a given sound are
+        left out.
         """
         if self.identity is None or not patches:
             return None

@@ -24,13 +24,13 @@ EMBEDDINGS, LM_HEAD = "llm.model.embed_tokens.weight", "llm.lm_head.weight"  # t
 ROTARY = ".rope.w"
 FOREIGN = ("pretrained_speech_encoder.", "spk.")  # codec and speaker encoder, which have files of their own
 
-# Files of the released programs: what each is, its pattern, and a text that only its tensors' names contain.
+# Files of the released programs: what each is, its names, and a text that only its tensors' names contain.
 FILES = {
-    "model": ("the Talker-T2AV model", "*.safetensors", "speech_cfm.estimator."),
-    "tokenizer": ("the tokenizer", "tokenizer.json", ""),
-    "speech": ("the WhisperX-VAE checkpoint", "*.ckpt", "CodecEnc."),
-    "motion": ("the LIA-X checkpoint", "*.pt", "dec.direction.weight"),
-    "speaker": ("the WavLM speaker encoder", "*.pth", "feature_extract.model."),
+    "model": ("the Talker-T2AV model", ("*.safetensors",), "speech_cfm.estimator."),
+    "tokenizer": ("the tokenizer", ("tokenizer.json", "vocab.json"), ""),
+    "speech": ("the WhisperX-VAE checkpoint", ("*.ckpt",), "CodecEnc."),
+    "motion": ("the LIA-X checkpoint", ("*.pt",), "dec.direction.weight"),
+    "speaker": ("the WavLM speaker encoder", ("*.pth",), "feature_extract.model."),
 }
 HEADER_BYTES = 16_000_000  # within which safetensors and torch files name their tensors
 
@@ -60,8 +60,9 @@ def find_released(folder: Path, part: str) -> Path:
     Raises:
         UserError: there is none.
     """
-    what, pattern, mark = FILES[part]
-    found = sorted(folder.rglob(pattern), key=lambda path: (len(path.parts), path))
+    what, patterns, mark = FILES[part]
+    found = [path for pattern in patterns for path in folder.rglob(pattern)]
+    found.sort(key=lambda path: (len(path.parts), path))
     if part == "tokenizer":
         model = find_released(folder, "model")
         found.sort(key=lambda path: path.parent not in (model, model.parent))
@@ -69,7 +70,7 @@ def find_released(folder: Path, part: str) -> Path:
         if mark.encode() in _tensor_names(path):
             return path.parent if re.fullmatch(r".*-\d+-of-\d+\.safetensors", path.name) else path
     raise UserError(
-        f"{folder} lacks {what} (a file {pattern}): get it with  "
+        f"{folder} lacks {what} (a file {patterns[0]}): get it with  "
         f"python scripts/download_checkpoints.py talker_t2av --to {folder}"
     )
 

@@ -108,10 +108,10 @@ def byte_tokenizer(texts: Iterable[str] = (), merges: int = 512) -> TalkerTokeni
     """A byte-level tokenizer made here: 256 bytes, four control tokens, the two frame tokens, 262 in all.
 
     With `texts`, up to `merges` merges are learned from them by byte-pair encoding (Sennrich et al., 2016), inside
-    words only. In a small vocabulary of words, each becomes one token: a small model then has six things to align with
-    a sentence's sound instead of thirty. Any other text still comes apart into bytes.
+    words only. If the texts have few different words, each becomes one token, and a small model has to align six tokens
+    with a sentence's sound instead of thirty. Unknown words are still split into bytes.
 
-    Texts are put in lower case and their ends trimmed.
+    Texts are put in lower case, and white space at both ends is removed.
     """
     alphabet = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))

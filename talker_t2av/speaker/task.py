@@ -53,8 +53,8 @@ class VoiceClips:
         corpus: folder of the recordings.
         shards: folder of its prepared splits, with GE2E embeddings.
         split: which is read.
-        bands: of the log-mel.
-        seconds: of a crop; a shorter clip is repeated.
+        bands: of the log-mel spectrogram.
+        seconds: length of a crop; a shorter clip is repeated.
     """
 
     def __init__(
@@ -96,18 +96,18 @@ class VoiceClips:
 class VoiceEncoderTask(Task):
     """Distil GE2E into a `VoiceEncoder`.
 
-    The loss is the squared distance between the embedding and sqrt(D) times the clip's GE2E embedding, a unit vector:
-    twice one minus the cosine where the lengths agree. A cross entropy over the cosines with the mean GE2E embeddings
-    of the training voices is added, so that voices which lie close together are told apart.
+    The loss is the squared distance between the embedding, divided by sqrt(D), and the clip's GE2E embedding, a unit
+    vector. A cross entropy over the cosines with the mean GE2E embeddings of the training voices is added, so that
+    similar voices are told apart.
 
     Args:
         encoder: fields of `VoiceEncoderConfig`.
         corpus, shards: as in `VoiceClips`.
-        voice_weight: of the cross entropy.
+        voice_weight: weight of the cross entropy.
         temperature: the cosines are divided by it.
         noise: standard deviation of the noise on the log-mel in training.
         recipe: a sentence for the card.
-        init: release folder of the same sizes to go on from.
+        init: release folder of the same sizes to start from.
     """
 
     def __init__(
