@@ -9,6 +9,7 @@ n clips. Latents come 25 a second.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -143,6 +144,7 @@ class TalkerExamples:
         self.stats = MotionStats.read(stats)
         self.words = TalkerTokenizer.from_pretrained(tokenizer) if tokenizer else byte_tokenizer()
         self.format = SequenceFormat(self.words.speech_id, self.words.tail, patch_size, delay)
+        self.left_out: set[str] = set()  # keys of clips whose text cannot be used
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -154,10 +156,23 @@ class TalkerExamples:
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """The example of clip `index`; the window of a clip over 30 s is drawn from the generator.
 
+        A clip whose text holds a control token is left out with a line; the next one takes its place.
+
         Raises:
-            UserError: its shard is damaged, or a stream was not prepared.
+            UserError: its shard is damaged, a stream was not prepared, or no text can be used.
         """
-        info, latents = self.shards.read(index, self.streams)
+        for at in range(index, index + len(self)):
+            info, latents = self.shards.read(at % len(self), self.streams)
+            try:
+                prompt = self.words.prompt(info["text"])
+                break
+            except UserError as error:
+                if info["key"] not in self.left_out:
+                    self.left_out.add(info["key"])
+                    count = f"{len(self.left_out)} of {len(self)} so far"
+                    print(f"{self.shards.source}: clip {info['key']} is left out ({count}): {error}", file=sys.stderr)
+        else:
+            raise UserError(f"{self.shards.source}: no clip has a text that can be used")
         missing = [name for name in self.streams if name not in latents]
         if missing:
             raise UserError(f"{self.shards.source}: clip {info['key']} has no {', '.join(missing)}: prepare that too")
@@ -167,7 +182,7 @@ class TalkerExamples:
         motion = self.stats.mean.new_zeros(0, len(self.stats.mean))
         if self.task == "t2av":
             motion = self.stats.normalise(latents["motion"].float())[start : start + MAX_FRAMES]
-        return self.format.example(self.words.prompt(info["text"]), speech, len(speech), motion, speaker)
+        return self.format.example(prompt, speech, len(speech), motion, speaker)
 
 
 class TalkerPairs:

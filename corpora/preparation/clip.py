@@ -25,19 +25,19 @@ LONGEST_KEY = 80
 
 
 class MachineFault(UserError):
-    """A clip failed in a way that may be the machine's fault; when many do so in a row, the job stops."""
+    """A clip failed for a reason that may lie in the machine; when many do so in a row, the job stops."""
 
 
 @dataclass(frozen=True)
 class SourceClip:
-    """What a source knows of a clip before its files are opened. Paths are relative to the source's root.
+    """The description of a clip by its source, before its files are opened. Paths are relative to the source's root.
 
     Attributes:
         key: of the sample: letters, digits, _ and -; unique in the split.
         video: its pictures, None if there are none. audio: its sound, None if the video carries it.
-        text: what is said, None if unknown. text_file: a file that tells it (a JSON with the key `text`, or lines of
-            which one begins with `Text:`, or plain text).
-        phonemes: [symbol, start, end] with times in seconds.
+        text: the spoken words, None if unknown. text_file: a file that holds them: a JSON with the key `text`, lines of
+            which one begins with `Text:`, or plain text.
+        phonemes: [symbol, start, end], times in seconds.
         motion: a torch file (T, Dm) of motion codes.
         packed: (tar file, offset, size) of those of its paths that lie in tar files.
     """
@@ -61,7 +61,7 @@ class SourceClip:
 
 @dataclass
 class WorkItem:
-    """A clip with what the stages have made of it.
+    """A clip on its way through the stages, with what they have made so far.
 
     Attributes:
         info: of the source. root: folder of its paths.

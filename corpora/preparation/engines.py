@@ -1,4 +1,4 @@
-"""What the filters hear with: recognisers, speaker counters, an enhancer. Each is a small class around a kept package.
+"""Networks of the filters: recognisers, speaker counters, an enhancer. Each is a small class around a library.
 
 Weights come from the Hugging Face hub by name, or from a folder. Only `VoiceWindows` has its weights in its package.
 
@@ -25,7 +25,7 @@ WINDOW = 30 * RATE16  # of Whisper
 
 @dataclass(frozen=True)
 class Transcript:
-    """What a recogniser makes of a clip: its words, its language ("en"), how sure it is of the language (0 to 1)."""
+    """What a recogniser understands in a clip: the words, the language ("en") and its probability (0 to 1)."""
 
     text: str
     language: str
@@ -107,7 +107,7 @@ def whisper(name: str = "openai/whisper-large-v3", device: str = "auto") -> Whis
 class Wav2Vec2:
     """English letters by wav2vec 2.0 with CTC (Baevski et al. 2020, arXiv:2006.11477) through transformers.
 
-    It knows no language model, so it does not share Whisper's inventions: a second opinion where no text is given.
+    It has no language model, so it does not invent words as Whisper does: a second opinion where no text is given.
     Weights: facebook/wav2vec2-large-960h-lv60-self (Apache-2.0).
     """
 
@@ -165,7 +165,7 @@ class Pyannote:
             self.pipeline = package.Pipeline.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise UserError(f"diarisation {name} cannot be loaded: {str(error).splitlines()[0]}") from error
-        if self.pipeline is None:  # its way of saying that the terms are not accepted
+        if self.pipeline is None:  # the terms are not accepted
             raise UserError(f"diarisation {name} cannot be loaded: accept its terms on the hub, then `hf auth login`")
         self.pipeline.to(pick_device(device))
 

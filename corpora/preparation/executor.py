@@ -115,22 +115,21 @@ class ProcessPool:
         if worker.since < math.inf:
             worker.since = time.monotonic()
         if task is not None:
-            with suppress(BrokenPipeError, ConnectionResetError):  # it died while idle: its pipe will say so
+            with suppress(BrokenPipeError, ConnectionResetError):  # it died while idle; `_receive` will notice
                 worker.connection.send(task)
 
     def _died(self, worker: _Worker) -> Outcome | None:
         """A fresh process in place of a dead one, with its task once more; the outcome where that is too often.
 
         Raises:
-            UserError: it died before it was ready, for which no clip can be blamed.
+            UserError: it died before it was ready, which no clip can cause.
         """
         worker.process.join()
         code, task, attempt = worker.process.exitcode, worker.task, worker.attempt
         what = f"signal {-code}" if code and code < 0 else f"exit code {code}"
         if worker.since == math.inf:
             raise UserError(
-                f"a worker process ended with {what} while loading its networks: is there memory for so many "
-                "(workers=...)?"
+                f"a worker process ended with {what} while loading its networks: lower workers=... if memory is short"
             )
         self._replace(worker)
         if attempt < ATTEMPTS:

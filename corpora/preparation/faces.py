@@ -1,4 +1,4 @@
-"""The stage that follows the face; apart from those with networks, whose packages take long to load."""
+"""The stage that tracks the face; in a file of its own, as the packages of the networks take long to load."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from engine.faces.detectors import YuNetDetector
 
 
 class Face(Stage):
-    """Follows a face through the frames; a clip that does not show one for long enough is refused.
+    """Tracks a face through the frames; a clip that does not show one for long enough is rejected.
 
     Args:
         detector: the file face_detection_yunet_2023mar.onnx; None: OpenCV's cascade, also tilted and fine.

@@ -1,6 +1,6 @@
-"""Stages that keep clips out: another language, several speakers, words that are not those heard; and enhancement.
+"""Stages that reject clips by language, number of speakers or words that do not fit the sound; and enhancement.
 
-The paper filters VoxCeleb2 in this way; what hears is behind the small interfaces of `corpora.preparation.engines`.
+The paper filters VoxCeleb2 in this way. The networks are behind the small interfaces of `corpora.preparation.engines`.
 
 Axes: N samples.
 """
@@ -20,7 +20,7 @@ from engine.metrics.recogniser import word_error_rate
 
 
 def transcribe(clip: WorkItem, recogniser: Recogniser) -> Transcript:
-    """What a recogniser hears in a clip; it listens once, for all stages."""
+    """The transcript of a clip; a recogniser runs once, for all stages."""
     if recogniser.name not in clip.transcripts:
         clip.transcripts[recogniser.name] = recogniser(clip.wave16)
     return clip.transcripts[recogniser.name]
@@ -35,9 +35,9 @@ class Language(Stage):
     """Keeps clips in some languages.
 
     Args:
-        recogniser: tells the language.
+        recogniser: detects the language.
         languages: that are kept.
-        least: how sure the recogniser must be.
+        least: the probability that the language must have.
     """
 
     facts = ("language",)
@@ -46,20 +46,22 @@ class Language(Stage):
         self.recogniser, self.languages, self.least = recogniser, languages, least
 
     def __call__(self, clip: WorkItem) -> None:
-        heard = transcribe(clip, self.recogniser)
-        if heard.language not in self.languages:
-            raise UserError(f"language {heard.language}, wanted are {', '.join(self.languages)}")
-        if heard.probability < self.least:
-            raise UserError(f"language {heard.language} with probability {heard.probability:.2f}, under {self.least}")
-        clip.facts["language"] = heard.language
+        transcript = transcribe(clip, self.recogniser)
+        if transcript.language not in self.languages:
+            raise UserError(f"language {transcript.language}, wanted are {', '.join(self.languages)}")
+        if transcript.probability < self.least:
+            raise UserError(
+                f"language {transcript.language} with probability {transcript.probability:.2f}, under {self.least}"
+            )
+        clip.facts["language"] = transcript.language
 
 
 class SingleSpeaker(Stage):
     """Keeps clips in which one person speaks.
 
     Args:
-        counter: tells who speaks how long.
-        others: seconds that all others together may speak.
+        counter: measures how long each speaker talks.
+        others: seconds that all but the first speaker may talk, together.
     """
 
     def __init__(self, counter: SpeakerCounter, others: float = 0.5) -> None:
@@ -74,10 +76,10 @@ class SingleSpeaker(Stage):
 
 
 class Enhance(Stage):
-    """Takes noise out of the sound.
+    """Removes noise from the sound.
 
     Args:
-        enhancer: does it, at its own rate.
+        enhancer: works at its own rate.
     """
 
     reusable = False
@@ -97,11 +99,11 @@ class Enhance(Stage):
 
 
 class Transcription(Stage):
-    """Keeps clips whose words are heard: those of the text or, without one, those that two recognisers agree upon.
+    """Keeps clips whose text fits the sound; without a text, clips on whose words two recognisers agree.
 
     Args:
-        recogniser: listens to every clip.
-        second: listens to clips without a text, whose words then are those of `recogniser`.
+        recogniser: transcribes every clip.
+        second: transcribes clips without a text; their text becomes that of `recogniser`.
         most: word error rate (a fraction of the words) up to which a clip is kept.
     """
 
@@ -111,19 +113,19 @@ class Transcription(Stage):
         self.recogniser, self.second, self.most = recogniser, second, most
 
     def __call__(self, clip: WorkItem) -> None:
-        heard = transcribe(clip, self.recogniser).text
+        found = transcribe(clip, self.recogniser).text
         text = clip.facts.get("text")
         if text is None and self.second is None:
             raise MachineFault(
                 "it has no text to compare with: set stages.transcription.second, or leave the stage out"
             )
-        expected, other = (text, heard) if text is not None else (heard, transcribe(clip, self.second).text)
+        expected, other = (text, found) if text is not None else (found, transcribe(clip, self.second).text)
         expected, other = normalise_text(expected), normalise_text(other)
         if not expected:
-            raise UserError("no words: its text is empty" if text is not None else "no words were heard")
+            raise UserError("its text is empty" if text is not None else "no words were recognised")
         rate = word_error_rate([expected], [other])
         if rate > self.most:
             whose = "its text" if text is not None else "a second recogniser"
-            raise UserError(f"the words heard differ from {whose}: word error rate {rate:.2f}, over {self.most:g}")
+            raise UserError(f"the recognised words differ from {whose}: word error rate {rate:.2f}, over {self.most:g}")
         if text is None:
-            clip.facts["text"] = heard
+            clip.facts["text"] = found

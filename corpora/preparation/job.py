@@ -103,7 +103,7 @@ def prepare(config: DictConfig) -> None:
 
 
 def place(config: DictConfig) -> tuple[int, int]:
-    """(rank, world size) of this process: as set, else as torchrun says."""
+    """(rank, world size) of this process: as set, else from torchrun's environment."""
     rank = int(os.environ.get("RANK", 0)) if config.rank is None else config.rank
     world = int(os.environ.get("WORLD_SIZE", 1)) if config.world_size is None else config.world_size
     if not 0 <= rank < world:
@@ -127,7 +127,7 @@ def chosen_stages(config: DictConfig, source: Source) -> dict[str, dict[str, Any
     used = {name: stage for name, stage in stages.items() if stage.pop("use")}
     if not source.frames:
         blind = [name for name, stage in used.items() if target(stage["_target_"]).needs == "frames"]
-        print(f"left out, as the source has no pictures: {', '.join(blind)}")
+        print(f"skipped, as the source has no pictures: {', '.join(blind)}")
         return {name: stage for name, stage in used.items() if name not in blind}
     for name in ("crops", "expression", "motion") if "face" not in used else ():
         if name in used and used[name].get("crop") != "centre":

@@ -1,4 +1,4 @@
-"""Stages that read, judge by length and keep the media themselves.
+"""Stages that decode clips, reject them by length, and store the media themselves.
 
 Axes: T video frames (25 a second), N samples at 24 kHz, N16 at 16 kHz.
 """
@@ -24,7 +24,7 @@ class Decode(Stage):
     """Reads a clip: pictures at 25 a second, sound at 24 and 16 kHz, both cut to the shorter; its words.
 
     Args:
-        min_seconds, max_seconds: shorter and longer clips are refused.
+        min_seconds, max_seconds: shorter and longer clips are rejected.
         max_side: pictures are scaled down to this longer side; None: not.
         max_mismatch: seconds by which sound and picture may differ in length.
     """
@@ -56,11 +56,11 @@ class Decode(Stage):
         lengths |= {"picture": len(clip.frames)} if clip.frames is not None else {}
         lengths |= {"motion": len(motion)} if motion is not None else {}
         clip.length = length = min(lengths.values())
-        told = ", ".join(f"{count / FPS:.2f} s of {what}" for what, count in lengths.items())
+        lengths_text = ", ".join(f"{count / FPS:.2f} s of {what}" for what, count in lengths.items())
         if max(lengths.values()) - length > self.max_mismatch * FPS:
-            raise UserError(f"{told}: they must be of one length")
+            raise UserError(f"{lengths_text}: they must be of one length")
         if not self.min_seconds <= length / FPS <= self.max_seconds:
-            raise UserError(f"{told}: wanted are {self.min_seconds:g} to {self.max_seconds:g} s")
+            raise UserError(f"{lengths_text}: wanted are {self.min_seconds:g} to {self.max_seconds:g} s")
         wave16 = read_audio(sound, RATE16)[: length * HOP16]
         clip.wave16 = np.pad(wave16, (0, length * HOP16 - len(wave16)))
         clip.wave = clip.wave[: length * HOP]
@@ -114,8 +114,8 @@ def read_text(path: Path) -> str:
             return str(json.loads(content).get("text") or "")
     except (OSError, UnicodeDecodeError, ValueError, AttributeError) as error:
         raise UserError(f"the text {path} cannot be read ({error})") from error
-    told = [line.partition(":")[2] for line in content.splitlines() if line.startswith("Text:")]
-    return " ".join((told[0] if told else content).split())
+    lines = [line.partition(":")[2] for line in content.splitlines() if line.startswith("Text:")]
+    return " ".join((lines[0] if lines else content).split())
 
 
 def read_motion(path: Path) -> torch.Tensor:

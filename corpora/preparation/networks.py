@@ -1,4 +1,4 @@
-"""Stages whose networks turn pictures and sound into what the models train on.
+"""Stages whose networks compute the features that the models train on.
 
 Axes: T video frames (25 a second), J half seconds, F face pictures, S picture side, K token levels, Ds / Dm speech /
 motion channels.
@@ -124,7 +124,7 @@ class Expression(Stage):
 
 
 class GE2E(Stage):
-    """The voice as the GE2E embedding (256,) that HiCoDiT's identity condition lives in."""
+    """The GE2E embedding (256,) of the voice, HiCoDiT's identity condition."""
 
     tensors = ("ge2e",)
 
@@ -182,7 +182,7 @@ class SpeechLatents(Stage):
 
 
 class Motion(Stage):
-    """Motion codes (T, Dm) of the pictures, not normalised; those that the source gives are taken as they are.
+    """Motion codes (T, Dm) of the pictures, not normalised; codes of the source are kept.
 
     Args:
         codec: release folder of LIA-X.
@@ -215,7 +215,7 @@ class Motion(Stage):
 
 
 class Voice(Stage):
-    """The voice (256,) that Talker-T2AV's heads are conditioned on.
+    """The speaker vector (256,) that Talker-T2AV's heads are conditioned on.
 
     Args:
         encoder: release folder, or the file of the released encoder.
@@ -237,5 +237,5 @@ class Voice(Stage):
 def _half(x: Tensor) -> Tensor:
     x = x.cpu().half()
     if not x.isfinite().all():
-        raise UserError("a feature has values that are no numbers")
+        raise UserError("a feature contains NaN or infinite values")
     return x

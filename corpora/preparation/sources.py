@@ -25,7 +25,7 @@ class Source:
         root: its folder.
 
     Attributes:
-        frames: whether its clips have pictures. symbols: the phonemes that its clips tell, if they do.
+        frames: whether its clips have pictures. symbols: the phonemes of its labels, None without.
 
     Raises:
         UserError: there is no such folder.
@@ -72,7 +72,7 @@ class Synthetic(Source):
         super().__init__(root)
         known = "train" if "train" in self.splits() else next(iter(self.splits()), None)
         rows = read_manifest(self.root, known) if known else []
-        self.symbols = sorted({p[0] for row in rows for p in row["phonemes"]})  # of one split, as all must agree
+        self.symbols = sorted({p[0] for row in rows for p in row["phonemes"]})  # of one split, for all splits
 
     def splits(self) -> list[str]:
         return sorted(path.stem for path in self.root.glob("*.jsonl"))
@@ -249,7 +249,7 @@ class WavList(Source):
 
 
 def _with_text(folder: str, name: str) -> SourceClip:
-    """VIDEO/CLIP of LRS, whose folders are videos: who speaks is known no better than that."""
+    """VIDEO/CLIP of LRS; the folder, a video, stands for the speaker, who is not named."""
     path = f"{folder}/{name}"
     return SourceClip(
         make_key(name), f"{path}.mp4", text_file=f"{path}.txt", speaker=name.partition("/")[0], language="en"

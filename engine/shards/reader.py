@@ -1,7 +1,7 @@
-"""Any sample of a prepared split, read where it lies inside its tar; nothing is unpacked.
+"""Reads any sample of a prepared split in place, inside its tar; nothing is unpacked.
 
-SPLIT/index.json lists the shards with their sizes and checksums and says what made the features; SPLIT/000000.json
-lists a shard's samples and the place of each member in SPLIT/000000.tar. See docs/data.md for the format.
+SPLIT/index.json lists the shards with sizes and checksums, and the stages and weights that made them;
+SPLIT/000000.json lists a shard's samples and the place of each member in SPLIT/000000.tar. See docs/data.md.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class ShardSplit:
         return Blocks(np.diff(ends, prepend=0).tolist(), self.reading.window, self.reading.streams)
 
     def prefetch(self, items: Iterable[tuple[int, int]]) -> None:
-        """Fetch the shards of samples [first, last) in the background, where they come from afar."""
+        """Fetch the shards of samples [first, last) in the background, if they are remote."""
         spans = (np.searchsorted(self._ends, (first, last - 1), "right") for first, last in items)
         self.files.prefetch(self.shards[i] for first, last in spans for i in range(first, last + 1))
 

@@ -113,7 +113,7 @@ class LocalFiles:
         return read_json(self.folder / f"{shard['name']}.json")
 
     def tar(self, shard: dict[str, Any]) -> Path:
-        """The shard's path. Raises UserError if it is missing or not as long as the index says."""
+        """The shard's path. Raises UserError if it is missing or has another size than in the index."""
         path = self.folder / f"{shard['name']}.tar"
         if not path.is_file():
             raise UserError(
@@ -131,8 +131,8 @@ class CachedFiles:
     """A URL with a folder of copies, which all processes of a machine share.
 
     A copy appears whole and verified or not at all, and is fetched by one process while the others wait. When the
-    copies grow past the limit, those that were opened longest ago are deleted; a process that is reading one goes on
-    reading it.
+    copies exceed the limit, those that were opened longest ago are deleted; a process that has one open can still read
+    it.
 
     Args:
         url: of the split; http(s), or any that fsspec has a package for.
@@ -197,7 +197,7 @@ class CachedFiles:
                     break
                 arrival.unlink()
                 if attempt == 2:
-                    raise UserError(f"shard {join(self.url, name)} is damaged: twice it came with another checksum")
+                    raise UserError(f"shard {join(self.url, name)} is damaged: checksum mismatch after two downloads")
             os.replace(arrival, path)
             self._make_room(path)
         return path

@@ -150,7 +150,7 @@ class SplitWriter:
                 shutil.rmtree(self.work(shard), ignore_errors=True)
 
     def check_plan(self, plan: dict[str, Any], replace: bool) -> None:
-        """Write the plan down, or compare it with the one that is there."""
+        """Write the plan, or compare it with the one of the folder."""
         path, own = self.folder / PLAN, self.scratch / "plan"
         write_whole(own, [dumps(plan)], self.scratch / "plan.part")
         try:
@@ -160,13 +160,13 @@ class SplitWriter:
         except OSError:  # a disk without hard links: processes of one command write the same
             if not path.exists():
                 write_whole(path, [dumps(plan)], self.scratch / "plan.part")
-        there = json.loads(path.read_bytes())
-        if there == json.loads(dumps(plan)):
+        existing = json.loads(path.read_bytes())
+        if existing == json.loads(dumps(plan)):
             return
         if not replace:
             raise UserError(
-                f"{self.folder} was begun with {_difference(there, plan)}: give the same settings, another output, or "
-                f"reuse={self.folder.parent} to replace these shards and keep what is unchanged"
+                f"{self.folder} was begun with {_difference(existing, plan)}: give the same settings, another output, "
+                f"or reuse={self.folder.parent} to replace these shards and keep what is unchanged"
             )
         for name in (INDEX, QUARANTINE):  # readers see no split until all its shards are of one plan
             (self.folder / name).unlink(missing_ok=True)
@@ -182,7 +182,7 @@ class SplitWriter:
         return self.keys[shard * self.per_shard : (shard + 1) * self.per_shard]
 
     def is_made(self, shard: int) -> bool:
-        """Whether a shard of this plan is there."""
+        """Whether the shard exists and is of this plan."""
         path = self.folder / f"{shard:06d}.json"
         if shard not in self._made and path.is_file() and json.loads(path.read_bytes()).get("plan") == self.plan:
             self._made.add(shard)
@@ -251,7 +251,7 @@ class SplitWriter:
         return {"key": key, "frames": about["frames"], "seconds": about["seconds"], "members": places}
 
     def finish(self, about: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Write the index if every shard is there; gives it, or None where other processes are still at work.
+        """Write the index if every shard exists; returns it, or None while other processes are at work.
 
         Args:
             about: of the whole split, goes into the index.

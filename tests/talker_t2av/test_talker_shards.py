@@ -165,6 +165,18 @@ def test_other_codecs_and_wrong_tasks_are_one_line(root, tmp_path):
         pairs(root, tasks=["t2av"])
 
 
+def test_a_clip_with_a_bad_text_is_left_out_and_counted(root, tmp_path, capsys):
+    good, bad = ({"key": f"clip{i}", "text": text, "frames": 8} for i, text in enumerate(("now", "a <|end|> b")))
+    latents = {"speech": torch.zeros(8, DS), "motion": torch.zeros(8, DM), "speaker": torch.zeros(256)}
+    write_split(tmp_path / "train", [(bad, latents), (good, latents)], 2, motion_mean=[0.0] * DM, motion_std=[1.0] * DM)
+    found = TalkerExamples(tmp_path / "train", stats=tmp_path / "train" / "index.json")
+    assert same(found[0], found[1]) and same(found[0], found[1])
+    assert capsys.readouterr().err.count("clip clip1 is left out (1 of 2 so far): the text holds <|end|>") == 1
+    write_split(tmp_path / "bad", [(bad, latents)], 1, motion_mean=[0.0] * DM, motion_std=[1.0] * DM)
+    with pytest.raises(UserError, match="no clip has a text that can be used"):
+        TalkerExamples(tmp_path / "bad", stats=tmp_path / "bad" / "index.json")[0]
+
+
 def test_the_index_tells_which_codecs_made_the_latents(root):
     assert digests_of(index(root)) == codec_digests(**codecs(root))
 
