@@ -1,1 +1,1 @@
-"""Programs that measure speed and memory; records are in results/."""
+"""What `scripts/benchmark.py` measures, with the baselines; records are in results/."""

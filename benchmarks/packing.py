@@ -1,7 +1,4 @@
-"""Measure what padding costs in training: padded batches by count, by length, and packed ones.
-
-    python -m benchmarks.packing                          # both tiny models, two spreads of clip lengths
-    python -m benchmarks.packing --models hicodit_base --tokens 4800 --batches 1
+"""What padding costs in training: padded batches by count, by length, and packed ones.
 
 Random clips of the given lengths make batches of about as many real tokens each. A token is HiCoDiT's at one level of
 the codec, or a patch of Talker-T2AV. Timed is a training step's forward and backward pass, in seconds of processor time
@@ -12,27 +9,48 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
-from benchmarks.record import write_record
+from benchmarks.common import now
+from benchmarks.training import build_task
 from engine.config import CONFIGS
-from engine.errors import run_cli
 from engine.seeding import generator_for
 from engine.training.batches import MicroBatches
 from engine.training.task import Task
 from hicodit.data import HiCoDiTDataset
 from hicodit.model import TOKENS_PER_FRAME
-from hicodit.task import HiCoDiTTask
 from talker_t2av.data import SequenceFormat, collate
-from talker_t2av.task import TalkerTask
 
 FPS = 25
 SPREADS = {"0.5-6 s": (2.2, 0.6, 0.5, 6.2), "2-20 s": (6.0, 0.5, 2.0, 20.0)}  # log-normal: median, sigma, ends
 WAYS = ("padded", "by length", "packed")
+LEAST = {"tokens": 1, "batches": 1}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(threads=1)
+    names = [path.stem for path in sorted((CONFIGS / "model").glob("*.yaml"))]
+    parser.add_argument(
+        "--models", nargs="+", choices=names, default=["hicodit_tiny", "talker_t2av_tiny"], help="sizes"
+    )
+    parser.add_argument("--lengths", nargs="+", choices=SPREADS, default=list(SPREADS), help="of the clips")
+    parser.add_argument("--tokens", type=int, help="real tokens of a batch; if not given 2400, and 600 of Talker-T2AV")
+    parser.add_argument("--batches", type=int, default=4, help="timed batches of each kind")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the networks")
+
+
+def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
+    for name in args.models:
+        for spread in args.lengths:
+            tokens = args.tokens or (600 if name.startswith("talker") else 2400)
+            result = measure(name, spread, tokens, args.batches, args.device, args.precision)
+            ways = result["ways"].items()
+            line = ", ".join(f"{w} {r['tokens_per_s']:.0f} tokens/s ({r['ratio']:.2f}x)" for w, r in ways)
+            yield result, f"{name}, clips of {spread}: {line}"
 
 
 class Clips:
@@ -89,36 +107,26 @@ class Clips:
         return collate([pair[side] for side in (0, 1) for pair in items], 0, 4)
 
 
-def build(name: str, packed: bool) -> Task:
-    torch.manual_seed(0)
-    model = OmegaConf.to_container(OmegaConf.load(CONFIGS / "model" / f"{name}.yaml")) | {"packed": packed}
-    if name.startswith("talker"):
-        return TalkerTask(model, {"speech": "none"})
-    model |= {"codes": 256, "dropout": 0.0}
-    encoders = {"lip_dim": model["lip_dim"], "lip_heads": model["lip_dim"] // 32, "face_dim": model["face_dim"]}
-    return HiCoDiTTask(model, encoders, "assets/rvq_tiny", "none", None)
-
-
 def seconds(task: Task, batch: dict[str, Tensor], precision: str) -> float:
     """Of one forward and backward pass."""
     device = next(task.parameters()).device
     cuda = device.type == "cuda"
     batch = {name: value.to(device) for name, value in batch.items()}
-    clock = time.perf_counter if cuda else time.process_time
+    clock = (lambda: now(device)) if cuda else time.process_time
     torch.manual_seed(0)
-    torch.cuda.synchronize() if cuda else None
     start = clock()
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         loss = task(batch, "model")["loss"]
     loss.backward()
-    torch.cuda.synchronize() if cuda else None
+    elapsed = clock() - start
     task.zero_grad(set_to_none=True)
-    return clock() - start
+    return elapsed
 
 
-def measure(name: str, spread: str, tokens: int, batches: int, device: str, precision: str) -> dict:
+def measure(name: str, spread: str, tokens: int, batches: int, device: torch.device, precision: str) -> dict:
     """All ways on one model and spread; the ways take turns, so that a change of the machine meets all of them."""
-    plans, tasks = {}, {False: build(name, False).to(device), True: build(name, True).to(device)}
+    changes = {} if name.startswith("talker") else {"codes": 256, "dropout": 0.0}
+    plans, tasks = {}, {packed: build_task(name, packed=packed, **changes).to(device) for packed in (False, True)}
     for way in WAYS:
         packed = way == "packed"
         clips = Clips(name, spread, packed)
@@ -152,30 +160,3 @@ def padding(plan: MicroBatches, batches: int = 50) -> float:
         per_item = plan.dataset.lengths[chosen]
         real, padded = real + sum(map(plan.dataset.real, chosen)), padded + len(chosen) * int(per_item.max())
     return 1 - real / padded
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [path.stem for path in sorted((CONFIGS / "model").glob("*.yaml"))]
-    parser.add_argument("--models", nargs="+", choices=names, default=["hicodit_tiny", "talker_t2av_tiny"])
-    parser.add_argument("--lengths", nargs="+", choices=SPREADS, default=list(SPREADS))
-    parser.add_argument("--tokens", type=int, help="real tokens of a batch (default: 2400; Talker-T2AV 600)")
-    parser.add_argument("--batches", type=int, default=4, help="of each way that are timed (default: %(default)s)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    results = []
-    for name in args.models:
-        for spread in args.lengths:
-            tokens = args.tokens or (600 if name.startswith("talker") else 2400)
-            results.append(measure(name, spread, tokens, args.batches, args.device, args.precision))
-            ways = results[-1]["ways"].items()
-            line = ", ".join(f"{w} {r['tokens_per_s']:.0f} tokens/s ({r['ratio']:.2f}x)" for w, r in ways)
-            print(f"{name}, clips of {spread}: {line}", flush=True)
-    print(write_record(args.out, f"packing-{args.device}", "padded, by length, packed", results, args.device))
-
-
-if __name__ == "__main__":
-    run_cli(main)

@@ -1,4 +1,4 @@
-"""The frame of benchmarks, evaluations and trials: one dated JSON file a measurement, one process a setting."""
+"""The records of benchmarks, evaluations and trials: one dated JSON file a measurement."""
 
 from __future__ import annotations
 
@@ -6,19 +6,13 @@ import json
 import os
 import platform
 import re
-import resource
 import sys
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from datetime import date
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine.errors import UserError
 from engine.files import atomic_output
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -61,26 +55,3 @@ def write_record(folder: Path, name: str, what: str, results: Any, device: str =
     with atomic_output(path) as partial:
         partial.write_text(json.dumps(portable(record), indent=1) + "\n")
     return path
-
-
-def in_own_process(measure: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a call in a new process, whose peak memory is then its own.
-
-    Raises:
-        UserError: the process was killed.
-    """
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        try:
-            return pool.submit(_with_threads, torch.get_num_threads(), measure, *arguments).result()
-        except BrokenProcessPool as error:
-            raise UserError(f"{measure.__name__}: the process was killed, probably for lack of memory") from error
-
-
-def _with_threads(threads: int, measure: Callable[..., Any], *arguments: Any) -> Any:
-    torch.set_num_threads(threads)
-    return measure(*arguments)
-
-
-def peak_memory_mb() -> float:
-    """Largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

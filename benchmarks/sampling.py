@@ -1,39 +1,28 @@
-"""Measure HiCoDiT sampling: real-time factor, network calls, peak memory, share of the machine's matrix rate.
-
-    python -m benchmarks.sampling                              # tiny and base, 2 and 10 s clips, 64 steps with guidance
-    python -m benchmarks.sampling --models tiny --seconds 2 --no-plain
+"""HiCoDiT sampling: real-time factor, network calls, peak memory, share of the machine's matrix rate.
 
 Weights are random (base has no others), guidance is the paper's for LRS3 with five branches; base has condition
 encoders of the released sizes (AV-HuBERT Large, ArcFace, POSTER V2). Each setting runs in a process of its own, so that
 peak memory is its own. After a whole run to warm up, `--timed-steps` steps a window are timed; a run is `--steps` times
 the median step, plus what is done once a clip.
 
-The plain reading of the paper runs the guidance branches one by one, prepares their conditions again at every step and
-computes all heads at all positions; the benchmark checks that it gives the same tokens. `speed_up` leaves the condition
-encoders out of both; `speed_up_with_encoders` lets the plain reading run them, too, again for every branch and step.
+The baseline follows the paper literally: it runs the guidance branches one by one, prepares their conditions again at
+every step and computes all heads at all positions; the benchmark checks that it gives the same tokens. `speed_up`
+leaves the condition encoders out of both; `speed_up_with_encoders` has the baseline run them in every branch and step.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
-import resource
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
 from itertools import pairwise
-from multiprocessing import get_context
-from pathlib import Path
+from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.record import write_record
-from engine.config import CONFIGS
-from engine.errors import UserError, run_cli
+from benchmarks.common import in_own_process, matrix_rate, now, peak_memory_mb, read_config, tiny_encoders
 from hicodit.conditions import Conditions, EncoderConfig
 from hicodit.conditions.encoders import TinyEncoderConfig
 from hicodit.conditions.released import ReleasedEncoderConfig
@@ -45,17 +34,39 @@ from hicodit.samplers import Posterior, SamplerConfig
 from hicodit.system import HiCoDiTSystem
 
 GUIDANCE = GuidanceScales(2.5, 1.25, 1.5, 2.0, "D")  # the paper's for LRS3
+LEAST = {"steps": 1, "timed_steps": 1, "seconds": 0.2}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--models", nargs="+", choices=("tiny", "base"), default=["tiny", "base"], help="sizes")
+    parser.add_argument("--seconds", nargs="+", type=float, default=[2.0, 10.0], help="lengths of the clips")
+    parser.add_argument("--steps", type=int, default=64, help="sampling steps")
+    parser.add_argument("--timed-steps", type=int, default=8, help="steps that are timed")
+    parser.add_argument("--no-plain", action="store_true", help="leave the baseline out")
+
+
+def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
+    rate = matrix_rate(args.device)
+    for model in args.models:
+        for seconds in args.seconds:
+            job = {k: getattr(args, k) for k in ("steps", "timed_steps", "device", "no_plain")}
+            r = in_own_process(measure, job | {"model": model, "seconds": seconds, "matrix_rate": rate})
+            line = (
+                f"{model} {seconds:g} s: {r['step_ms_median']:.1f} ms a step, RTF {r['real_time_factor']:.2f}, "
+                f"{r['network_evaluations']} network evaluations, {r['peak_memory_mb']:.0f} MB, "
+                f"{r['share_of_matrix_rate']:.0%} of {rate / 1e9:.0f} GFLOP/s"
+            )
+            if "speed_up" in r:
+                line += f", {r['speed_up']:.2f}x the baseline, same tokens: {r['same_tokens']}"
+            yield r, line
 
 
 def build(name: str) -> HiCoDiTSystem:
     """The system of configs/model/hicodit_NAME.yaml with random weights: speed does not depend on them."""
     torch.manual_seed(0)
-    model = OmegaConf.to_container(OmegaConf.load(CONFIGS / "model" / f"hicodit_{name}.yaml"))
-    config = ModelConfig(**model)
-    encoders: EncoderConfig = ReleasedEncoderConfig()
-    if name == "tiny":
-        encoders = TinyEncoderConfig(lip_dim=config.lip_dim, lip_heads=config.lip_dim // 32, face_dim=config.face_dim)
-    system = HiCoDiTSystem(config, encoders)
+    model = read_config(f"model/hicodit_{name}")
+    encoders = TinyEncoderConfig(**tiny_encoders(model)) if name == "tiny" else ReleasedEncoderConfig()
+    system = HiCoDiTSystem(ModelConfig(**model), encoders)
     for parameter in system.parameters():
         if parameter.ndim > 1 and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
@@ -71,7 +82,7 @@ def pictures(seconds: float, encoders: EncoderConfig, device: torch.device) -> t
 
 
 def plain_posterior(model: HiCoDiT, conditions: Conditions, scales: GuidanceScales) -> Posterior:
-    """The plain reading: a forward for each branch, its conditions prepared again, all heads at all positions."""
+    """The baseline: a forward for each branch, its conditions prepared again, all heads at all positions."""
     noise = LogLinearNoise()
 
     def posterior(tokens: Tensor, t: Tensor, where: Tensor) -> Tensor:
@@ -86,29 +97,9 @@ def plain_posterior(model: HiCoDiT, conditions: Conditions, scales: GuidanceScal
     return posterior
 
 
-def matrix_rate(device: torch.device) -> float:
-    """Best measured float32 matrix product rate, in FLOP/s."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
-    best = 0.0
-    for _ in range(6):
-        _wait(device)
-        start = time.perf_counter()
-        a @ b
-        _wait(device)
-        best = max(best, 2 * n**3 / (time.perf_counter() - start))
-    return best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 @torch.inference_mode()
 def measure(job: dict) -> dict:
     """One setting: medians over steps, spread as quartiles."""
-    torch.set_num_threads(job["threads"])
     device = torch.device(job["device"])
     system = build(job["model"]).to(device)
     crops = pictures(job["seconds"], system.encoders.config, device)
@@ -119,16 +110,14 @@ def measure(job: dict) -> dict:
 
     def run(posterior_of: Callable) -> tuple[Tensor, list[float], float]:
         """Tokens, seconds of each step, seconds of the whole."""
-        _wait(device)
-        begin, ends = time.perf_counter(), []
+        begin, ends = now(device), []
 
         def on_step(_: int) -> None:
-            _wait(device)
-            ends.append(time.perf_counter())
+            ends.append(now(device))
 
         conditions = system.conditions(*crops)
         tokens = generate(model, conditions, settings, GUIDANCE, [0], posterior_of, on_step)[0]
-        whole = time.perf_counter() - begin
+        whole = now(device) - begin
         # A window's first step also holds what is done once; it is left out of the step times.
         each = [b - a for i, (a, b) in enumerate(pairwise(ends), 1) if i % timed]
         return tokens, each or [whole / timed], whole
@@ -139,11 +128,9 @@ def measure(job: dict) -> dict:
     quartiles = statistics.quantiles(each, n=4) if len(each) > 3 else [median] * 3
     once = max(0.0, whole - timed * rounds * median)
     seconds = once + steps * rounds * median
-    _wait(device)
-    start = time.perf_counter()
+    start = now(device)
     conditions = system.conditions(*crops)
-    _wait(device)
-    encoders = time.perf_counter() - start
+    encoders = now(device) - start
 
     length = 2 * spans[0][1]
     part = window(conditions, [0], spans[:1])
@@ -153,9 +140,8 @@ def measure(job: dict) -> dict:
     where.view(-1)[::steps] = True  # as many positions as a step reveals
     with FlopCounterMode(display=False) as counter:
         posterior(tokens, torch.ones(1), where)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * _peak_rss()
     result = {
-        **{k: job[k] for k in ("model", "seconds", "steps", "timed_steps", "threads", "device")},
+        **{k: job[k] for k in ("model", "seconds", "steps", "timed_steps")},
         "parameters": sum(p.numel() for p in model.parameters()),
         "windows": rounds,
         "step_ms_median": 1e3 * median,
@@ -166,7 +152,7 @@ def measure(job: dict) -> dict:
         "real_time_factor": seconds / job["seconds"],
         "network_evaluations": (steps + 1) * rounds * len(GUIDANCE.branches),
         "forward_passes": (steps + 1) * rounds,
-        "peak_memory_mb": peak / 2**20,
+        "peak_memory_mb": peak_memory_mb(device),
         "matrix_rate_gflops": job["matrix_rate"] / 1e9,
         "share_of_matrix_rate": counter.get_total_flops() / median / job["matrix_rate"],
     }
@@ -180,50 +166,3 @@ def measure(job: dict) -> dict:
             "same_tokens": torch.equal(fast, slow),
         }
     return result
-
-
-def _peak_rss() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=("tiny", "base"), default=["tiny", "base"])
-    parser.add_argument("--seconds", nargs="+", type=float, default=[2.0, 10.0], help="clip lengths (default: 2 10)")
-    parser.add_argument("--steps", type=int, default=64, help="sampling steps (default: %(default)s)")
-    parser.add_argument("--timed-steps", type=int, default=8, help="steps to time (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--no-plain", action="store_true", help="do not time the plain reading")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)")
-    args = parser.parse_args()
-    if min(args.steps, args.timed_steps, args.threads) < 1 or min(args.seconds) < 0.2:
-        raise UserError("--steps, --timed-steps and --threads must be at least 1, --seconds at least 0.2")
-    torch.set_num_threads(args.threads)
-    rate = matrix_rate(torch.device(args.device))
-    results = []
-    for model in args.models:
-        for seconds in args.seconds:
-            job = {k: getattr(args, k) for k in ("steps", "timed_steps", "threads", "device", "no_plain")}
-            job |= {"model": model, "seconds": seconds, "matrix_rate": rate}
-            with get_context("spawn").Pool(1) as pool:
-                results.append(pool.apply(measure, (job,)))
-            r = results[-1]
-            extra = (
-                f", {r['speed_up']:.2f}x the plain reading, same tokens: {r['same_tokens']}" if "speed_up" in r else ""
-            )
-            print(
-                f"{model} {seconds:g} s: {r['step_ms_median']:.1f} ms a step, RTF {r['real_time_factor']:.2f}, "
-                f"{r['network_evaluations']} network evaluations, {r['peak_memory_mb']:.0f} MB, "
-                f"{r['share_of_matrix_rate']:.0%} of {rate / 1e9:.0f} GFLOP/s{extra}",
-                flush=True,
-            )
-    name = (
-        torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or platform.machine()
-    )
-    name = f"sampling-{args.device}"
-    print(write_record(args.out, name, "HiCoDiT sampling", results, args.device, guidance=asdict(GUIDANCE)))
-
-
-if __name__ == "__main__":
-    run_cli(main)

@@ -1,33 +1,26 @@
-"""Measure training steps of the base models: time and memory by part, tokens/s and MFU, by batch size.
+"""Training steps of the base models: time and memory by part, tokens/s and MFU, by batch size.
 
-    python -m benchmarks.training --batches 1                  # a step of both base models on the processor
-    python -m benchmarks.training --batches 1 2 4 8 16 32 64 --compile both --checkpointing both --precision bf16
+    python scripts/benchmark.py training --batches 1           # a step of both base models on the processor
+    python scripts/benchmark.py training --batches 1 2 4 8 16 --compile both --checkpointing both --precision bf16
 
-Weights and data are random: speed depends on neither. On CUDA batch sizes that do not fit are said so, and larger ones
-left out. Each setting runs in a process of its own, so that its peak memory is its own. Utilisation (MFU) is against
-`--peak-tflops`, else the data sheet's figure of a known GPU, else the machine's own float32 matrix products.
+Weights and data are random: speed depends on neither. On CUDA, a batch size that does not fit is reported, and larger
+ones are left out. Each setting runs in a process of its own. Utilisation (MFU) is relative to `--peak-tflops`, else to
+the data sheet's figure of a known GPU, else to the machine's own float32 matrix products.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import time
 from collections import defaultdict
-from collections.abc import Callable
-from multiprocessing import get_context
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from benchmarks.record import write_record
-from benchmarks.sampling import matrix_rate
-from engine.config import CONFIGS
-from engine.errors import UserError, run_cli
+from benchmarks.common import in_own_process, matrix_rate, now, read_config, tiny_encoders
 from engine.training import distributed
 from engine.training.ema import ExponentialMovingAverage
 from engine.training.parallel import ParallelTask, adamw
@@ -39,41 +32,66 @@ from rvq_codec import RVQCodec, RVQCodecConfig
 from talker_t2av.task import TalkerTask
 
 SWITCH = {"off": (False,), "on": (True,), "both": (False, True)}
+LEAST = {"steps": 1, "batches": 1, "warmup": 0, "seconds": 0.2}
 
 
-def read_config(name: str) -> dict[str, Any]:
-    return OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which")
+    parser.add_argument("--size", default="base", choices=("tiny", "base"), help="of the models")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1], help="rows of a batch")
+    parser.add_argument("--seconds", type=float, default=2.4, help="of each row")
+    parser.add_argument("--compile", choices=SWITCH, default="off", help="torch.compile")
+    parser.add_argument("--checkpointing", choices=SWITCH, default="off", help="recompute activations")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the networks")
+    parser.add_argument("--ema-decay", type=float, default=0.0, help="0 keeps no average of the weights")
+    parser.add_argument("--warmup", type=int, default=1, help="steps that are not timed, after a first one")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps")
+    parser.add_argument("--peak-tflops", type=float, help="what utilisation is relative to")
 
 
-def hicodit(size: str) -> Task:
-    """With the tiny encoders at the widths of the released ones."""
-    model = read_config(f"model/hicodit_{size}")
-    encoders = {"lip_dim": model["lip_dim"], "lip_heads": model["lip_dim"] // 32, "face_dim": model["face_dim"]}
+def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
+    peak = peak_tflops(args.peak_tflops, args.device) or matrix_rate(args.device) / 1e12
+    names = ("size", "seconds", "precision", "ema_decay", "warmup", "steps")
+    shared = {name: getattr(args, name) for name in names} | {"device": args.device.type, "peak_tflops": peak}
+    for model, compiled, recomputed in itertools.product(args.models, SWITCH[args.compile], SWITCH[args.checkpointing]):
+        for batch in sorted(args.batches):
+            job = shared | {"model": model, "batch": batch, "compile": compiled, "checkpointing": recomputed}
+            result = in_own_process(measure, job)
+            yield result, line(result)
+            if result.get("out_of_memory"):
+                break
+
+
+def build_task(name: str, **changes: Any) -> Task:
+    """The training task of configs/model/NAME.yaml with random weights: speed does not depend on them.
+
+    HiCoDiT has tiny encoders; Talker's word embeddings are frozen, as in the released recipe.
+    """
+    model = read_config(f"model/{name}") | changes
+    if name.startswith("talker"):
+        return TalkerTask(model, {}, freeze_embeddings=True)
     codec = RVQCodec(RVQCodecConfig(encoder_width=4, levels=model["levels"], codebook_size=model["codes"]))
-    with TemporaryDirectory() as folder:  # the task asks a tokenizer for its sizes
-        return HiCoDiTTask(model, encoders | {"phonemes": 48}, str(codec.save(Path(folder) / "codec", "")), "", None)
+    with TemporaryDirectory() as folder:  # the task reads a tokenizer's sizes
+        codec.save(f"{folder}/codec", "")
+        return HiCoDiTTask(model, tiny_encoders(model) | {"phonemes": 48}, f"{folder}/codec", "", None)
 
 
-def hicodit_batch(task: HiCoDiTTask, rows: int, seconds: float) -> dict[str, Tensor]:
+def hicodit_batch(task: Task, rows: int, seconds: float) -> dict[str, Tensor]:
     frames, model, size = round(25 * seconds), task.system.model.config, task.system.encoders.config
     return {
         "mouth": torch.rand(rows, frames, size.mouth_size, size.mouth_size),
         "face": torch.rand(rows, 3, size.face_size, size.face_size),
         "tokens": torch.randint(model.codes, (rows, model.levels, TOKENS_PER_FRAME * frames)),
         "ge2e": torch.rand(rows, 256),
-        "expression": torch.randint(7, (rows,)),
+        "expression": torch.randint(7, (rows, -(-2 * frames // 25))),
+        "face_expression": torch.randint(7, (rows,)),
         "phoneme": torch.randint(48, (rows, frames)),
         "frames": torch.full((rows,), frames),
     }
 
 
-def talker(size: str) -> Task:
-    """The word embeddings are frozen, as in the released recipe."""
-    return TalkerTask(read_config(f"model/talker_t2av_{size}"), {}, freeze_embeddings=True)
-
-
-def talker_batch(task: TalkerTask, rows: int, seconds: float) -> dict[str, Tensor]:
-    """As many rows of T2AV as of TTS (the first half), three words a second."""
+def talker_batch(task: Task, rows: int, seconds: float) -> dict[str, Tensor]:
+    """Rows of T2AV (the first half) and of TTS, three words a second."""
     c, frames, words = task.model.config, round(25 * seconds), max(1, round(3 * seconds))
     patches = -(-frames // c.patch_size)
     with_motion = torch.arange(rows) < -(-rows // 2)
@@ -89,10 +107,14 @@ def talker_batch(task: TalkerTask, rows: int, seconds: float) -> dict[str, Tenso
     }
 
 
-MODELS: dict[str, tuple[Callable[[str], Task], Callable[..., dict[str, Tensor]], tuple[str, ...]]] = {
-    "hicodit": (hicodit, hicodit_batch, ("system.encoders.lip", "system.model.stages.0", "system.model.stages.1")),
+MODELS: dict[str, tuple[str, Callable[..., dict[str, Tensor]], tuple[str, ...]]] = {
+    "hicodit": (
+        "hicodit",
+        hicodit_batch,
+        ("system.encoders.lip", "system.model.stages.0", "system.model.stages.1"),
+    ),
     "talker": (
-        talker,
+        "talker_t2av",
         talker_batch,
         (
             "model.llm.model", "model.speech_patch_encoder", "model.motion_patch_encoder",
@@ -108,17 +130,12 @@ class Clock:
     def __init__(self, device: torch.device):
         self.device, self.sums, self.last = device, defaultdict(float), 0.0
 
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
     def start(self) -> None:
-        self.last = self.now()
+        self.last = now(self.device)
 
     def stop(self, name: str) -> None:
         """Time since the last start or stop goes to `name`."""
-        before, self.last = self.last, self.now()
+        before, self.last = self.last, now(self.device)
         self.sums[name] += self.last - before
 
 
@@ -128,13 +145,11 @@ def gib(tensors: Any) -> float:
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """One setting: seconds of each part of a step (mean), forward seconds by module, GiB by part, tokens/s, MFU."""
-    torch.set_num_threads(job["threads"])
-    torch.manual_seed(0)
     device = distributed.init(job["device"])
-    make, make_batch, modules = MODELS[job["model"]]
+    name, make_batch, modules = MODELS[job["model"]]
     settings = {name: job[name] for name in ("precision", "device", "compile", "checkpointing", "ema_decay")}
     config = TrainerConfig(**read_config("trainer/cpu") | settings)
-    task = make(job["size"]).to(device).train()
+    task = build_task(f"{name}_{job['size']}").to(device).train()
     parallel = ParallelTask(task, config, device)
     (part, module), *_ = task.parts().items()
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -201,8 +216,10 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 def _time_forward(module: nn.Module, name: str, clock: Clock) -> None:
     begun: list[float] = []
-    module.register_forward_pre_hook(lambda *_: begun.append(clock.now()))
-    module.register_forward_hook(lambda *_: clock.sums.__setitem__(name, clock.sums[name] + clock.now() - begun.pop()))
+    module.register_forward_pre_hook(lambda *_: begun.append(now(clock.device)))
+    module.register_forward_hook(
+        lambda *_: clock.sums.__setitem__(name, clock.sums[name] + now(clock.device) - begun.pop())
+    )
 
 
 def line(r: dict[str, Any]) -> str:
@@ -216,43 +233,3 @@ def line(r: dict[str, Any]) -> str:
         f"{how}: {r['step_s']:.2f} s a step ({parts}), {r['tokens_per_s']:,.0f} tokens/s, MFU {r['mfu']:.0%}, "
         f"{r['peak_gib']:.1f} GiB ({memory})"
     )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--size", default="base", choices=("tiny", "base"))
-    parser.add_argument("--batches", nargs="+", type=int, default=[1], help="rows of a batch (default: 1)")
-    parser.add_argument("--seconds", type=float, default=2.4, help="of each row (default: %(default)s)")
-    parser.add_argument("--compile", choices=SWITCH, default="off", help="torch.compile (default: %(default)s)")
-    parser.add_argument("--checkpointing", choices=SWITCH, default="off", help="recompute (default: %(default)s)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
-    parser.add_argument("--ema-decay", type=float, default=0.0, help="0 keeps no average (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before, after a first one (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--peak-tflops", type=float, help="that utilisation is measured against")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)")
-    args = parser.parse_args()
-    if min(args.steps, args.threads, *args.batches) < 1 or args.warmup < 0 or args.seconds < 0.2:
-        raise UserError("--steps, --threads and --batches must be at least 1, --seconds at least 0.2")
-    torch.set_num_threads(args.threads)
-    device = distributed.pick_device(args.device)
-    peak = peak_tflops(args.peak_tflops, device) or matrix_rate(device) / 1e12
-    names = ("size", "seconds", "precision", "ema_decay", "warmup", "steps", "threads")
-    shared = {name: getattr(args, name) for name in names} | {"device": device.type, "peak_tflops": peak}
-    results = []
-    for model, compiled, recomputed in itertools.product(args.models, SWITCH[args.compile], SWITCH[args.checkpointing]):
-        for batch in sorted(args.batches):
-            job = shared | {"model": model, "batch": batch, "compile": compiled, "checkpointing": recomputed}
-            with get_context("spawn").Pool(1) as pool:
-                results.append(pool.apply(measure, (job,)))
-            print(line(results[-1]), flush=True)
-            if results[-1].get("out_of_memory"):
-                break
-    print(write_record(args.out, f"training-{args.size}-{device.type}", "training steps", results, device.type))
-
-
-if __name__ == "__main__":
-    run_cli(main)

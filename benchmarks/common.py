@@ -1,0 +1,81 @@
+"""What the benchmarks share: a process of its own for each setting, clocks, memory, settings."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Any, TypeVar
+
+import torch
+from omegaconf import OmegaConf
+
+from engine.config import CONFIGS
+from engine.errors import UserError
+
+T = TypeVar("T")
+
+
+def in_own_process(measure: Callable[..., T], *arguments: Any) -> T:
+    """The result of a call in a new process, whose peak memory is then its own.
+
+    Raises:
+        UserError: the process was killed.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        try:
+            return pool.submit(_with_threads, torch.get_num_threads(), measure, *arguments).result()
+        except BrokenProcessPool as error:
+            raise UserError(f"{measure.__name__}: the process was killed, probably for lack of memory") from error
+
+
+def _with_threads(threads: int, measure: Callable[..., T], *arguments: Any) -> T:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    return measure(*arguments)
+
+
+def peak_memory_mb(device: torch.device | str = "cpu") -> float:
+    """Largest memory so far: allocated on a CUDA device, else resident memory of this process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def now(device: torch.device) -> float:
+    """Seconds on the clock, after all work of the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def processor_time(call: Callable[[], T]) -> tuple[T, float]:
+    """The result of a call, and the processor time that it took: other programs disturb that less."""
+    begin = time.process_time()
+    result = call()
+    return result, time.process_time() - begin
+
+
+def matrix_rate(device: torch.device) -> float:
+    """Best measured rate of float32 matrix products, in FLOP/s."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+    best = 0.0
+    for _ in range(6):
+        start = now(device)
+        a @ b
+        best = max(best, 2 * n**3 / (now(device) - start))
+    return best
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """configs/NAME.yaml."""
+    return OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))
+
+
+def tiny_encoders(model: dict[str, Any]) -> dict[str, int]:
+    """Settings of tiny condition encoders with the widths of a HiCoDiT's config."""
+    return {"lip_dim": model["lip_dim"], "lip_heads": model["lip_dim"] // 32, "face_dim": model["face_dim"]}

@@ -1,0 +1,57 @@
+"""Measure speed and memory:
+
+    python scripts/benchmark.py ablations|faces|full_size|packing|sampling|talker|training [options]
+
+Prints a line for each setting and writes OUT/DATE-NAME-DEVICE.json with command, hardware, versions and figures.
+`python scripts/benchmark.py NAME --help` says what is measured, and how.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from benchmarks.record import RESULTS, write_record
+from engine.errors import UserError, run_cli
+from engine.training.distributed import pick_device
+
+NAMES = ("ablations", "faces", "full_size", "packing", "sampling", "talker", "training")
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it is written, and defaults."""
+
+
+def main() -> None:
+    names = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names.add_argument("name", choices=NAMES, help="what to measure")
+    name = names.parse_args(sys.argv[1:2]).name
+    benchmark = import_module(f"benchmarks.{name}")
+    parser = argparse.ArgumentParser(f"benchmark.py {name}", description=benchmark.__doc__, formatter_class=Help)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the processor")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
+    benchmark.add_arguments(parser)
+    args = parser.parse_args(sys.argv[2:])
+    for option, least in {"threads": 1, **benchmark.LEAST}.items():
+        value = getattr(args, option)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and number < least:
+                raise UserError(f"--{option.replace('_', '-')} {number} must be at least {least}")
+    torch.set_num_threads(args.threads)
+    args.device = pick_device(args.device)
+    results = []
+    for result, line in benchmark.run(args):
+        results.append(result)
+        print(line, flush=True)
+    what = benchmark.__doc__.splitlines()[0]
+    settings = {key: str(value) for key, value in vars(args).items()}
+    print(write_record(args.out, f"{name}-{args.device.type}", what, results, args.device.type, arguments=settings))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,48 @@
+"""The frame of benchmarks: limits of settings, lines as they come, one record with command, hardware and versions."""
+
+import importlib
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from engine.errors import UserError
+from scripts import benchmark
+
+
+@pytest.mark.parametrize("name", benchmark.NAMES)
+def test_every_benchmark_fits_the_frame(name):
+    module = importlib.import_module(f"benchmarks.{name}")
+    assert (
+        module.__doc__ and callable(module.add_arguments) and callable(module.run) and min(module.LEAST.values()) >= 0
+    )
+
+
+def test_settings_are_checked_and_results_recorded(tmp_path, monkeypatch, capsys):
+    def run(args):
+        for number in args.steps:
+            yield {"steps": number, "threads": torch.get_num_threads()}, f"{number} steps"
+
+    def add_arguments(parser):
+        parser.add_argument("--steps", type=int, nargs="+", default=[1])
+
+    module = SimpleNamespace(
+        __doc__="Something measured.\n\nMore.", LEAST={"steps": 1}, add_arguments=add_arguments, run=run
+    )
+    monkeypatch.setattr(benchmark, "import_module", lambda name: module)
+    arguments = ["sampling", "--device", "cpu", "--threads", "1", "--out", str(tmp_path), "--steps", "2"]
+    monkeypatch.setattr("sys.argv", ["scripts/benchmark.py", *arguments, "0"])
+    with pytest.raises(UserError, match="--steps 0 must be at least 1"):
+        benchmark.main()
+    monkeypatch.setattr("sys.argv", ["scripts/benchmark.py", *arguments, "3"])
+    benchmark.main()
+    (path,) = tmp_path.glob("*-sampling-cpu.json")
+    assert capsys.readouterr().out == f"2 steps\n3 steps\n{path}\n"
+    record = json.loads(path.read_text())
+    assert record["what"] == "Something measured." and record["arguments"]["steps"] == "[2, 3]"
+    assert (
+        record["command"].startswith("python scripts/benchmark.py sampling") and str(tmp_path) not in path.read_text()
+    )
+    assert record["hardware"]["threads"] == 1 and record["versions"]["torch"] == torch.__version__
+    assert record["results"] == [{"steps": 2, "threads": 1}, {"steps": 3, "threads": 1}]
