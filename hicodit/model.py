@@ -139,9 +139,8 @@ class Stage(nn.Module):
         """tokens (B, K, L), context (R, L, C), time (B, E), cond (R, E) -> hidden states, inputs of heads (R, L, C)."""
         copies, length = len(context) // len(tokens), tokens.shape[-1]
         embedded = torch.stack([table(tokens[:, self.first + i]) for i, table in enumerate(self.embeddings)]).mean(0)
-        h = (
-            self.fuse_tokens(embedded).repeat(copies, 1, 1) + context
-        ).float()  # the residual stream, also under autocast
+        h = self.fuse_tokens(embedded).repeat(copies, 1, 1) + context
+        h = h.float()  # the residual stream, also under autocast
         time = time.repeat(copies, 1)
         cond, temporal, mask = F.silu(cond + time), None, prepared.mask
         if self.temporal is not None:
