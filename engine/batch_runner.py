@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -72,32 +73,37 @@ def run_batches(
         name_errors: print the job's name with its error; not needed if the name is a path that the error contains.
 
     Raises:
-        UserError: from the only job; when there are several, errors are reported and counted.
+        UserError: from the only job; when there are several, errors of any kind are reported and counted.
     """
     summary, start = Summary(len(jobs)), time.monotonic()
 
-    def fail(name: str, error: UserError) -> None:
-        if len(jobs) == 1:
-            raise error
-        summary.failed.append(str(error))
-        print(f"failed: {f'{name}: ' if name_errors else ''}{error}", file=sys.stderr, flush=True)
+    @contextmanager
+    def failing(name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if len(jobs) == 1:
+                raise
+            line = str(error) if isinstance(error, UserError) else f"unforeseen {type(error).__name__}: {error}"
+            summary.failed.append(" ".join(line.split()))
+            print(f"failed: {f'{name}: ' if name_errors else ''}{summary.failed[-1]}", file=sys.stderr, flush=True)
 
     with tqdm(total=0, unit=unit, disable=not sys.stderr.isatty(), leave=False) as bar:
         for first in range(0, len(jobs), batch_size):
             batch: list[tuple[str, Prepared]] = []
             for name, job in jobs[first : first + batch_size]:
-                try:
+                with failing(name):
                     batch.append((name, prepare(job)))
-                except UserError as error:
-                    fail(name, error)
-            results = process([prepared for _, prepared in batch], bar) if batch else []
+            try:
+                results = [[result] for result in process([prepared for _, prepared in batch], bar)] if batch else []
+            except Exception:
+                if len(batch) == 1 == len(jobs):
+                    raise
+                results = [[] for _ in batch]  # one by one, to find the job that ends its batch
             for (name, prepared), result in zip(batch, results, strict=True):
-                try:
-                    line, seconds = write(name, prepared, result)
-                except UserError as error:
-                    fail(name, error)
-                    continue
-                summary.speech_seconds += seconds
-                tqdm.write(line, file=sys.stdout)
+                with failing(name):
+                    line, seconds = write(name, prepared, *(result or process([prepared], bar)))
+                    summary.speech_seconds += seconds
+                    tqdm.write(line, file=sys.stdout)
     summary.seconds = time.monotonic() - start
     return summary

@@ -210,6 +210,8 @@ def _check_value(word: str, base: DictConfig, groups: list[str]) -> str:
     if key not in known:
         raise UserError(f"unknown setting {key!r}; {_nearest(key, [*known, *groups])}")
     default = known[key]
+    if text in ("", "''", '""'):
+        raise UserError(f"{key}= is empty: give a value, or leave it out")
     if isinstance(default, str) and "${" in default:
         default = _resolved(base, key, default)
     if isinstance(default, str) and default != "???" and text != "null" and not re.match(r"['\"]|.*\$\{", text):

@@ -10,7 +10,8 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -20,10 +21,14 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from engine.errors import UserError
 from engine.hub import release_folder
-from engine.untrusted import read_yaml
+from engine.untrusted import check_numbers, read_yaml
 
 
 class Released(nn.Module):
@@ -35,12 +40,14 @@ class Released(nn.Module):
     Attributes:
         kind: names the class in config.yaml.
         Config: dataclass of the constructor's argument.
+        beyond: tensors and numbers that the network may have beyond those of its release, such as tables.
         config: that argument.
         release: the whole config.yaml of the folder that the network was loaded from, but for the kind; else {}.
     """
 
     kind: ClassVar[str]
     Config: ClassVar[type]
+    beyond: ClassVar[tuple[int, int]] = 500, 2**24
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -92,10 +99,11 @@ class Released(nn.Module):
             return official
         config, state = read_release(folder, cls.kind)
         try:
-            network = cls.from_arguments(config, **options)
-        except UserError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            with _no_larger_than(state, *cls.beyond):
+                network = cls.from_arguments(config, **options)
+        except UserError as error:
+            raise UserError(f"{folder / 'config.yaml'}: {error}") from error
+        except Exception as error:  # sizes that do not go together raise whatever the layers raise
             raise UserError(f"{folder / 'config.yaml'} does not describe a {cls.__name__}: {error}") from error
         network.take(state, folder)
         network.release = config
@@ -109,6 +117,29 @@ class Released(nn.Module):
     def digest(self) -> str:
         """Eight hex digits that change when, and only when, a weight does."""
         return weights_digest(self)
+
+
+@contextmanager
+def _no_larger_than(state: dict[str, Tensor], more_tensors: int, more_numbers: int) -> Iterator[None]:
+    """A network that is made here may have as much as `state`, and so many tensors and numbers more.
+
+    Raises:
+        UserError: it gets larger, before that memory is filled.
+    """
+    tensors, numbers = len(state) + more_tensors, sum(value.numel() for value in state.values()) + more_numbers
+
+    def count(module: nn.Module, name: str, value: Tensor | None) -> None:
+        nonlocal tensors, numbers
+        tensors, numbers = tensors - 1, numbers - (0 if value is None else value.numel())
+        if min(tensors, numbers) < 0:
+            raise UserError("its sizes make a far larger model than model.safetensors holds")
+
+    hooks = [register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def save_release(
@@ -127,9 +158,10 @@ def save_release(
         files: folder whose files are copied into the release, such as a tokenizer's.
 
     Raises:
-        UserError: `folder` holds something else than a release, or cannot be written.
+        UserError: `folder` holds something else than a release, or cannot be written; a weight is not finite.
     """
     folder = Path(folder)
+    _check_finite(state, f"release {folder}")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not _is_release(folder)):
         raise UserError(f"{folder} exists but is not a release folder and was not overwritten; choose another folder")
     try:
@@ -233,11 +265,19 @@ def average(
     return first | means
 
 
+def _check_finite(state: dict[str, Tensor], source: str) -> None:
+    for key, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"{source} has weights that are not finite numbers ({key}): take an earlier checkpoint")
+
+
 def _expand(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Stored tensors in float32, whichever way they were written."""
     scales = {key.removesuffix(SCALE): state.pop(key) for key in [k for k in state if k.endswith(SCALE)]}
     out = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     for key, scale in scales.items():
+        if key not in out or out[key].dtype != torch.int8 or scale.shape != out[key].shape[:1]:
+            raise UserError(f"{key}{SCALE} does not go with a tensor of bytes of as many rows")
         out[key] = out[key].float() * scale.view(-1, *[1] * (out[key].ndim - 1))
     return out
 
@@ -253,11 +293,13 @@ def read_release(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[st
     found = config.pop("kind", None)
     if found != kind:
         raise UserError(f"weights folder {folder} holds a model of kind {found!r}, but {kind!r} is needed")
+    check_numbers(config, folder / "config.yaml")
     try:
-        state = load_file(folder / "model.safetensors")
-    except (SafetensorError, OSError) as error:
+        state = _expand(load_file(folder / "model.safetensors"))
+    except (SafetensorError, OSError, UserError) as error:
         raise UserError(f"{folder / 'model.safetensors'} is damaged ({error}); copy or download it again") from error
-    return config, _expand(state)
+    _check_finite(state, f"weights folder {folder}")
+    return config, state
 
 
 def release_kind(folder: Path) -> str | None:
@@ -291,7 +333,7 @@ def find_codec(folder: Path, name: Any, kinds: Collection[str], bundled: Path) -
     """
     if not isinstance(name, str):
         raise UserError(f"{folder / 'config.yaml'} names {name!r} as its codec: a folder was expected")
-    for place in (folder, folder.resolve().parent, bundled):
+    for place in (folder, Path(os.path.realpath(folder)).parent, bundled):
         found = place / Path(name).name
         if found.is_dir() and not _is_other(found, kinds):
             return str(found)

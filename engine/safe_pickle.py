@@ -52,7 +52,7 @@ class StandIn:
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch._utils" and name in _TENSOR_BUILDERS:
-            return getattr(torch._utils, name)
+            return lambda *arguments: _check_size(getattr(torch._utils, name)(*arguments))
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if (module, name) == ("torch", "Size"):
@@ -60,6 +60,14 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         return type(name, (StandIn,), {"__module__": f"stand_in.{module}"})
+
+
+def _check_size(value: Any) -> Any:
+    """Refuses a tensor that is larger than its data, as strides of zero make it."""
+    dense = isinstance(value, torch.Tensor) and value.layout == torch.strided
+    if dense and value.numel() * value.itemsize > value.untyped_storage().nbytes():
+        raise ValueError(f"a tensor of shape {tuple(value.shape)} is larger than its data")
+    return value
 
 
 def _load(file: Any, **kwargs: Any) -> Any:
@@ -79,9 +87,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             old = file.read(len(_OLD_MAGIC)) == _OLD_MAGIC and not tarfile.is_tarfile(path)
         if not old:
             with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-            if any(name.endswith("constants.pkl") for name in names):  # torch.load would run a program's interpreter
+                members = archive.infolist()
+            if any(info.filename.endswith("constants.pkl") for info in members):  # torch.load would run its interpreter
                 raise UserError(f"{path} is a TorchScript program, not a checkpoint")
+            if sum(info.file_size for info in members) > path.stat().st_size:  # torch.save never packs
+                raise UserError(f"{path} is not a readable checkpoint (it is compressed); download it again")
     except FileNotFoundError:
         raise UserError(f"no such checkpoint: {path}") from None
     except (zipfile.BadZipFile, OSError) as error:
@@ -96,17 +106,59 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def plain(value: Any) -> Any:
+def read_tensors(path: str | Path) -> Any:
+    """What `torch.save` wrote to `path`: tensors in dicts and lists, of which nothing is executed.
+
+    Raises:
+        UserError: the file cannot be read, or holds other objects.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        for value in content.values() if isinstance(content, dict) else [content]:
+            _check_size(value)
+        return content
+    except Exception as error:  # torch.load raises many types for a damaged file
+        told = str(error).partition("\n")[0]
+        why = "it is damaged, or holds more than tensors" if isinstance(error, pickle.UnpicklingError) else told
+        raise UserError(f"{path} cannot be read as tensors ({why})") from error
+
+
+def read_matrix(path: str | Path, columns: int | None = None) -> torch.Tensor:
+    """(rows, `columns`) finite numbers of a torch file; None: any number of columns.
+
+    Raises:
+        UserError: the file cannot be read or holds something else.
+    """
+    value = read_tensors(path)
+    if (
+        not isinstance(value, torch.Tensor)
+        or value.layout != torch.strided
+        or not value.is_floating_point()
+        or value.ndim != 2
+        or len(value) == 0
+        or columns not in (None, value.shape[1])
+        or not value.isfinite().all()
+    ):
+        raise UserError(f"{path} must hold a tensor (frames, {columns or 'channels'}) of finite numbers")
+    return value
+
+
+def plain(value: Any, depth: int = 0, budget: list[int] | None = None) -> Any:
     """Dicts, lists and scalars out of stand-ins for configuration objects; None for what is neither.
 
     An OmegaConf container's state has `_content` (a dict or list of nodes), an OmegaConf value's has `_val`; any other
-    object, such as an argparse namespace, becomes the dict of its attributes.
+    object, such as an argparse namespace, becomes the dict of its attributes. What is deeper than 50 or beyond
+    100,000 parts, as in a list that holds itself, becomes None.
     """
+    budget = [100_000] if budget is None else budget
+    budget[0] -= 1
+    if budget[0] < 0 or depth > 50:
+        return None
     if isinstance(value, StandIn):
         state = value.state if isinstance(value.state, dict) else {}
-        return plain(state.get("_content", state.get("_val", state or None)))
+        return plain(state.get("_content", state.get("_val", state or None)), depth + 1, budget)
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items() if isinstance(key, str)}
+        return {key: plain(item, depth + 1, budget) for key, item in value.items() if isinstance(key, str)}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [plain(item, depth + 1, budget) for item in value]
     return value if isinstance(value, str | int | float) else None

@@ -6,6 +6,7 @@ Nothing read here can name a file outside the folder it belongs to, run code, or
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from engine.errors import UserError
 
 MAX_NAME = 200  # bytes of a file name without its suffix; file systems take 255
 MAX_YAML = 2**20  # bytes of a configuration; the largest bundled one has 6,000
+MAX_SIZE = 2**20  # of a whole number in a configuration: a width, a count of layers or words
 MAX_DEPTH = 32  # of lists and mappings in one another
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _OPEN, _CLOSE = (yaml.SequenceStartEvent, yaml.MappingStartEvent), (yaml.SequenceEndEvent, yaml.MappingEndEvent)
@@ -66,6 +68,21 @@ def parse_json(text: str | bytes, what: Any) -> Any:
         raise UserError(f"{what} cannot be read as JSON: it is nested too deep") from None
     except ValueError as error:
         raise UserError(f"{what} cannot be read as JSON ({error})") from error
+
+
+def check_numbers(value: Any, where: Any, key: str = "") -> None:
+    """
+    Raises:
+        UserError: a number in the plain containers `value` is not finite, or a whole number is below 0 or above
+            `MAX_SIZE`. `where` and `key` tell where it stands.
+    """
+    if isinstance(value, dict | list):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            check_numbers(item, where, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, int) and not 0 <= value <= MAX_SIZE:
+        raise UserError(f"{where}: {key}={str(value)[:40]} must be from 0 to {MAX_SIZE:,}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: {key}={value} must be a finite number")
 
 
 def read_yaml(path: Path) -> Any:

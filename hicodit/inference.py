@@ -5,6 +5,7 @@ Axes: T video frames, N samples.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -15,15 +16,16 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from engine.batch_runner import run_batches
+from engine.bounds import SEEDS, bounded, check_bounds
 from engine.config import override, typed
 from engine.errors import UserError
 from engine.faces.detectors import YuNetDetector
 from engine.faces.track import read_boxes
 from engine.files import all_or_none, writable
-from engine.media.audio import read_audio, write_wav
+from engine.media.audio import read_voice, write_wav
+from engine.media.limits import Limits, set_limits
 from engine.media.video import mux_audio
 from engine.metrics.speaker import GE2EEncoder
-from engine.seeding import check_seed
 from engine.training.distributed import pick_device
 from hicodit.generation import windows
 from hicodit.pipeline import BUNDLED, FPS, Crops, HiCoDiTPipeline, Speech
@@ -42,9 +44,9 @@ class InferConfig:
     input: str | None = None
     output: str = ""
     reference_audio: str | None = None
-    seed: int = 0
+    seed: int = bounded(*SEEDS, default=0)
     device: str = "auto"
-    batch_size: int = 8
+    batch_size: int = bounded(1, 1024, default=8)
     figure: bool = True
     face: str = "largest"
     face_box: str | None = None
@@ -53,6 +55,7 @@ class InferConfig:
     encoders: str | None = None
     sampler: dict[str, Any] = field(default_factory=dict)
     guidance: dict[str, Any] = field(default_factory=dict)
+    limits: Limits = field(default_factory=Limits)
 
 
 def find_clips(source: Path, output: Path, debug: bool = False) -> list[Path]:
@@ -79,7 +82,7 @@ def find_clips(source: Path, output: Path, debug: bool = False) -> list[Path]:
             other = owners.setdefault(target, clip)
             if other != clip:
                 raise UserError(f"{other} and {clip} would both be written to {target}: rename one")
-            if target.resolve() == clip.resolve():
+            if os.path.realpath(target) == os.path.realpath(clip):
                 raise UserError(f"output={output} would replace the clip {clip} itself: choose another folder")
             if target.is_dir():
                 raise UserError(f"cannot write {target}: it is a folder")
@@ -113,10 +116,9 @@ def run(config: DictConfig) -> int:
         UserError: a setting has the wrong type, or no clip could be done.
     """
     c = typed(config, InferConfig)
-    if c.batch_size < 1:
-        raise UserError(f"batch_size={c.batch_size} must be at least 1")
+    check_bounds(c)
+    set_limits(c.limits)
     output = Path(c.output)
-    check_seed(c.seed)
     clips = find_clips(Path(c.input) if c.input else BUNDLED.parent / "demo" / "silent.mp4", output, c.debug)
     with writable(c.output), tempfile.TemporaryDirectory() as scratch:
         detector = YuNetDetector(c.detector) if c.detector else None
@@ -126,7 +128,7 @@ def run(config: DictConfig) -> int:
         pipeline.guidance = override(pipeline.guidance, c.guidance)
         identity = None
         if c.reference_audio is not None:
-            identity = GE2EEncoder().embed(read_audio(c.reference_audio, 16_000), 16_000)
+            identity = GE2EEncoder().embed(read_voice(c.reference_audio, 16_000), 16_000)
         face, box = int(c.face) if c.face.isdecimal() else c.face, read_boxes(c.face_box) if c.face_box else None
 
         def strip_of(clip: Path) -> Path | None:

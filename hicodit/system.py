@@ -35,6 +35,7 @@ class HiCoDiTSystem(Released):
     """
 
     kind = "hicodit"
+    beyond = 4000, 2**29  # official encoders have so much
 
     def __init__(self, model: ModelConfig, encoders: EncoderConfig) -> None:
         super().__init__(model)

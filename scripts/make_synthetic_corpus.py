@@ -63,8 +63,7 @@ def prepare(root: Path, seed: int) -> None:
     try:
         for split in SPLITS:
             (root / split).mkdir(parents=True, exist_ok=True)
-        for part in root.glob("*/.*.part"):
-            part.unlink()
+        remove_parts(root)
     except OSError as error:
         raise UserError(f"--out {root}: cannot write there ({error.strerror}); choose another folder") from error
     about = root / "corpus.json"
@@ -75,6 +74,12 @@ def prepare(root: Path, seed: int) -> None:
                 f"--out {root} holds a corpus of seed {old.get('seed')}, version {old.get('version')}; "
                 f"this one would be seed {seed}, version {VERSION}: choose another folder"
             )
+
+
+def remove_parts(root: Path) -> None:
+    """Delete what processes that were killed began to write."""
+    for part in root.glob("*/.*_*-*.*"):
+        part.unlink(missing_ok=True)
 
 
 def generate(jobs: list[tuple[str, int]], root: Path, seed: int, workers: int) -> None:
@@ -123,8 +128,11 @@ def main() -> None:
     jobs = [(split, i) for split in SPLITS for i in range(counts[split]) if not is_done(root, split, i)]
     total = sum(counts.values())
     print(f"{total} clips in {root}: {total - len(jobs)} there already, {len(jobs)} to make", flush=True)
-    if jobs:
-        generate(jobs, root, args.seed, args.workers)
+    try:
+        if jobs:
+            generate(jobs, root, args.seed, args.workers)
+    finally:
+        remove_parts(root)
     for split in SPLITS:
         lines = ((root / split / clip_id(split, i)).with_suffix(".json").read_text() for i in range(counts[split]))
         write_text(root / f"{split}.jsonl", "".join(line + "\n" for line in lines))

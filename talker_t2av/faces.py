@@ -5,18 +5,22 @@ Axes: F frames, H height, W width, S side of the square.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from engine.errors import UserError
 from engine.faces.clip import ClipFrames, find_face, place_face
 from engine.faces.square import centre_square, portrait_square
 from engine.faces.track import FaceError, read_boxes
 from engine.media.ffmpeg import check_readable
+from engine.media.limits import LIMITS
 from engine.media.video import iter_video
 from talker_t2av.model import FPS
 
@@ -104,7 +108,16 @@ def is_picture(path: str | Path) -> bool:
 
 def read_picture(path: str | Path) -> np.ndarray:
     """(1, H, W, 3) uint8 RGB of a picture file."""
-    picture = cv2.imread(str(check_readable(path)), cv2.IMREAD_COLOR)
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(check_readable(path)) as header:
+            pixels = math.prod(header.size)
+    except Image.DecompressionBombError:  # of far more
+        pixels = math.inf
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path} cannot be read as a picture ({error})") from error
+    if pixels > LIMITS.picture_pixels:
+        raise UserError(f"{path} has more than {LIMITS.picture_pixels:,} pixels (limits.picture_pixels): scale it down")
+    picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
     if picture is None:
         raise UserError(f"{path} cannot be read as a picture")
     return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)[None]

@@ -5,7 +5,7 @@ Axes: N samples at 24 kHz, F frames at 25 a second.
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,12 +15,15 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from engine.batch_runner import run_batches
+from engine.bounds import bounded, check_bounds
 from engine.config import override, typed
 from engine.errors import UserError
 from engine.files import all_or_none, writable
 from engine.media.audio import write_wav
+from engine.media.limits import Limits, set_limits
 from engine.media.video import join_audio, mux_audio, write_video
 from engine.training.distributed import pick_device
+from engine.untrusted import parse_json, safe_name
 from talker_t2av.generation import step_limit
 from talker_t2av.jobs import PreparedJob
 from talker_t2av.pipeline import Job, Talk, TalkerPipeline
@@ -70,8 +73,9 @@ class InferConfig:
     compat: str = "paper"
     seed: int = 0
     device: str = "auto"
-    batch_size: int = 8
+    batch_size: int = bounded(1, 1024, default=8)
     sampling: SamplingOverrides = field(default_factory=SamplingOverrides)
+    limits: Limits = field(default_factory=Limits)
 
 
 def run(config: DictConfig) -> int:
@@ -81,16 +85,22 @@ def run(config: DictConfig) -> int:
         UserError: nothing could be done.
     """
     c = typed(config, InferConfig)
-    if c.batch_size < 1:
-        raise UserError(f"batch_size={c.batch_size} must be at least 1")
+    check_bounds(c)
+    set_limits(c.limits)
     output = Path(c.output)
     jobs = read_jobs(c)
     for name, job in jobs:
-        _check_outputs(job, name, output)
+        if isinstance(job, Job):
+            _check_outputs(job, name, output)
     with writable(c.output):
         codecs = {stream: folder for stream, folder in vars(c.codecs).items() if folder}
         pipeline = TalkerPipeline.from_pretrained(c.weights or BUNDLED, pick_device(c.device), codecs)
         pipeline.sampling = override(pipeline.sampling, vars(c.sampling))
+
+        def prepare(job: Job | UserError) -> PreparedJob:
+            if isinstance(job, UserError):
+                raise job
+            return pipeline.prepare(job)
 
         def process(batch: list[PreparedJob], bar: tqdm) -> list[Talk]:
             # The longest that each job may last: when the model stops earlier, the rest counts as done.
@@ -105,23 +115,23 @@ def run(config: DictConfig) -> int:
             written = write_outputs(prepared.job, name, talk, output)
             return f"{name}: {', '.join(written)}{_remark(prepared, talk)}", len(talk.wave) / pipeline.rate
 
-        summary = run_batches(jobs, c.batch_size, pipeline.prepare, process, write, unit="patch", name_errors=True)
+        summary = run_batches(jobs, c.batch_size, prepare, process, write, unit="patch", name_errors=True)
     return summary.report("jobs", output, pipeline.system.device, pipeline.seconds)
 
 
-def read_jobs(c: InferConfig) -> list[tuple[str, Job]]:
-    """Names and jobs of the command line, or of each line of `jobs`.
+def read_jobs(c: InferConfig) -> list[tuple[str, Job | UserError]]:
+    """Names and jobs of the command line, or of each line of `jobs`; of a line that is wrong, what is wrong with it.
 
     Raises:
-        UserError: a job is incomplete or contradicts itself, or two would share their output files.
+        UserError: the only job, or every line, is wrong, or two would share their output files.
     """
     common = {name: value for name, value in vars(c).items() if name in JOB_FIELDS and value not in (None, "")}
     if c.jobs is None:
         fields_ = with_demo(common) if c.weights is None else common
-        return [(_checked_name(c.name or c.mode), Job(**fields_))]
+        return [(safe_name(c.name or c.mode, "name="), Job(**fields_))]
     path, jobs = Path(c.jobs), []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read jobs={path}: {getattr(error, 'strerror', None) or error}") from error
     for number, line in enumerate(lines, 1):
@@ -129,10 +139,12 @@ def read_jobs(c: InferConfig) -> list[tuple[str, Job]]:
             continue
         try:
             jobs.append(_job_of_line(line, common, f"{number:04d}"))
-        except ValueError as error:  # JSON's own errors, and ours
-            raise UserError(f"jobs={path}, line {number}: {error}") from error
+        except UserError as error:
+            jobs.append((f"line {number}", UserError(f"jobs={path}, line {number}: {error}")))
     if not jobs:
         raise UserError(f"jobs={path} has no line with a job")
+    if all(isinstance(job, UserError) for _, job in jobs):
+        raise jobs[0][1]
     seen: set[str] = set()
     for name, _ in jobs:
         if name in seen:
@@ -197,26 +209,15 @@ def _remark(prepared: PreparedJob, talk: Talk) -> str:
 
 
 def _job_of_line(line: str, common: dict[str, Any], number: str) -> tuple[str, Job]:
-    row = json.loads(line)
+    row = parse_json(line, "the line")
     if not isinstance(row, dict):
         raise UserError('give an object, as in {"text": "hello"}')
-    name = _checked_name(str(row.pop("name", number)))
+    name = row.pop("name", number)
+    safe_name(str(name) if type(name) is int else name, "name=")
     unknown = sorted(row.keys() - JOB_FIELDS)
     if unknown:
         raise UserError(f"unknown setting {unknown[0]!r}; there are: name, {', '.join(sorted(JOB_FIELDS))}")
-    for key, value in row.items():
-        wanted = Job.__dataclass_fields__[key].type
-        numeric = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = isinstance(value, str) if "str" in wanted else numeric and ("int" not in wanted or value == int(value))
-        if not (fits or (value is None and "None" in wanted)):
-            raise UserError(f"{key}={value!r} is not of type {wanted}")
-    return name, Job(**{**common, **row})
-
-
-def _checked_name(name: str) -> str:
-    if not name or name != Path(name).name or name.startswith("."):
-        raise UserError(f"name={name!r} must be a file name without folders")
-    return name
+    return str(name), Job(**{**common, **row})
 
 
 def _check_outputs(job: Job, name: str, folder: Path) -> None:
@@ -224,7 +225,7 @@ def _check_outputs(job: Job, name: str, folder: Path) -> None:
     for target in (folder / file for file in outputs_of(job, name)):
         if target.is_dir():
             raise UserError(f"cannot write {target}: it is a folder")
-        if any(target.resolve() == Path(file).resolve() for file in inputs if file):
+        if any(os.path.realpath(target) == os.path.realpath(file) for file in inputs if file):
             raise UserError(f"output={folder} would replace the input {target}: choose another folder or name")
 
 

@@ -6,18 +6,20 @@ side.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engine.bounds import SEEDS, bounded, check_bounds
 from engine.errors import UserError
-from engine.media.audio import read_audio, resample
+from engine.media.audio import read_audio, read_voice, resample
 from engine.media.ffmpeg import probe
 from engine.media.pictures import identity_to_tensor, video_to_tensor
 from engine.nn.mel import pad_or_trim
+from engine.safe_pickle import read_matrix
 from talker_t2av import official
 from talker_t2av.faces import CROPS, Square, find_square, is_picture, read_square
 from talker_t2av.model import FPS, HOP, HOP16, MAX_FRAMES, RATE, RATE16
@@ -60,13 +62,20 @@ class Job:
     video: str | None = None
     crop: str = "face"
     face_box: str | None = None
-    prefix_seconds: float = 0.0
-    min_seconds: float = 0.16
-    max_seconds: float | None = None
+    prefix_seconds: float = bounded(0.0, 30.0, default=0.0)
+    min_seconds: float = bounded(0.0, 30.0, default=0.16)
+    max_seconds: float | None = bounded(0.16, 30.0, default=None)
     compat: str = "paper"
-    seed: int = 0
+    seed: int = bounded(*SEEDS, default=0)
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if "str" in field.type and not isinstance(value, str) and not (value is None and "None" in field.type):
+                raise UserError(f"{field.name}={value!r} must be a text")
+            if value == "" and "None" in field.type:
+                raise UserError(f"{field.name}= is empty: name a file, or leave it out")
+        check_bounds(self)
         for name, allowed in (("mode", MODES), ("compat", COMPAT), ("crop", CROPS)):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name}={getattr(self, name)} is unknown; choose {', '.join(allowed)}")
@@ -81,12 +90,24 @@ class Job:
             raise UserError("mode=a2v needs audio=FILE, the sound to which the face moves")
         if not (self.reference_audio or self.mode == "a2v" or self.reference_video or self.video):
             raise UserError(f"mode={self.mode} needs reference_audio=FILE, the voice to speak with")
-        if not 0 <= self.prefix_seconds <= 30:
-            raise UserError(f"prefix_seconds={self.prefix_seconds} must be in 0..30")
-        if self.min_seconds < 0 or (self.max_seconds is not None and not 0.16 <= self.max_seconds <= 30):
-            raise UserError(f"min_seconds={self.min_seconds}, max_seconds={self.max_seconds}: give 0.16..30 seconds")
         if self.prefix_seconds and self.mode in ("a2v", "v2a") and not (self.reference_audio and self.reference_video):
             raise UserError(f"prefix_seconds with mode={self.mode} needs both reference_audio and reference_video")
+
+    @property
+    def unused(self) -> list[str]:
+        """Names of the inputs that are given, but that the mode does not use."""
+        mode, prefix = MODES[self.mode], self.prefix_seconds > 0
+        used = {
+            "reference_audio": mode.speech == "generated" or prefix,
+            "reference_video": mode.motion == "generated"
+            or not self.reference_audio
+            or (prefix and self.mode != "tts"),
+            "reference_motion": mode.motion == "generated" or (prefix and self.mode != "tts"),
+            "audio": mode.speech == "given",
+            "video": mode.motion == "given",
+            "max_seconds": mode.open_ended,
+        }
+        return [name for name, is_used in used.items() if getattr(self, name) is not None and not is_used]
 
     @property
     def keeps_prefix(self) -> bool:
@@ -134,7 +155,7 @@ class Reference:
     def wave(self) -> Tensor:
         """(N,) of the voice."""
         path = self._voice_file()
-        wave = torch.from_numpy(read_audio(path, RATE).copy())
+        wave = torch.from_numpy(read_voice(path, RATE))
         self._say_if_cut(path, len(wave) / RATE)
         return wave[: MAX_FRAMES * HOP]
 
@@ -176,13 +197,8 @@ class Reference:
             start = self.square.first if count == 1 else 0
             blocks = read_square(self.job.reference_video, self.square, count, start)
             return torch.cat([encode_motion(self.system, block) for block in blocks])
-        path, wanted = self.job.reference_motion, self.system.model.config.motion_dim
-        try:
-            motion = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises many types for what is no tensor file
-            raise UserError(f"reference_motion={path} cannot be read as a tensor: {error}") from error
-        if not isinstance(motion, Tensor) or motion.ndim != 2 or motion.shape[1] != wanted or not len(motion):
-            raise UserError(f"reference_motion={path} must hold a tensor (frames, {wanted})")
+        path = self.job.reference_motion
+        motion = read_matrix(path, self.system.model.config.motion_dim)
         if count > 1:
             self._say_if_cut(path, len(motion) / FPS)
         return motion.float()[:count]
@@ -240,6 +256,10 @@ def prepare_job(job: Job, system: TalkerSystem) -> PreparedJob:
     picture = reference.picture() if mode.motion == "generated" else None
     fewest = max(1, round(job.min_seconds * FPS / size))
     request = replace(request, min_patches=min(request.max_patches, fewest), seed=job.seed)
+    reference.remarks += [f"{name}= is not used by mode={job.mode}" for name in job.unused]
+    unknown = system.tokenizer.unknown_words(job.text)
+    if unknown:
+        reference.remarks.append(f"not in the training text, expect babble: {', '.join(unknown[:8])}")
     remark = "; ".join(dict.fromkeys(reference.remarks))
     return PreparedJob(job, request, mode, rules, prefix_speech, prefix_motion, picture, wave, total, remark)
 

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Qwen3Config
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from engine.bounds import bounded, check_bounds
 from engine.errors import UserError
 from engine.nn.packing import Packing
 from engine.release import Released, load_strict
@@ -24,6 +25,12 @@ from talker_t2av.diffusion_head import DiffusionHead, FlowHead
 from talker_t2av.patch_encoder import PatchEncoder
 from talker_t2av.stop_predictor import StopPredictor
 
+LLM_FIELDS = {
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache",
+    "tie_word_embeddings", "rope_theta", "attention_bias", "attention_dropout", "pad_token_id", "bos_token_id",
+    "eos_token_id",
+}  # fmt: skip
 PACKED = "packed_sdpa"  # our name for it among the attention functions of transformers
 TTS, T2AV, V2A, A2V = range(4)  # rows of the task embedding; released models have the first two
 FPS = 25  # latent frames a second, speech and motion
@@ -47,21 +54,28 @@ class TalkerConfig:
     """
 
     llm: dict[str, Any]
-    patch_size: int = 4
-    delay: int = 0
-    context: int = 1
-    speech_dim: int = 32
-    motion_dim: int = 40
-    speaker_dim: int = 256
-    encoder_layers: int = 4
-    encoder_heads: int = 8
-    head_layers: int = 8
-    head_heads: int = 8
-    max_positions: int = 1024
-    repeats: int = 2
-    motion_weight: float = 10.0
+    patch_size: int = bounded(1, 256, default=4)
+    delay: int = bounded(0, 256, default=0)
+    context: int = bounded(0, 256, default=1)
+    speech_dim: int = bounded(1, 2**16, default=32)
+    motion_dim: int = bounded(1, 2**16, default=40)
+    speaker_dim: int = bounded(1, 2**16, default=256)
+    encoder_layers: int = bounded(1, 256, default=4)
+    encoder_heads: int = bounded(1, 256, default=8)
+    head_layers: int = bounded(1, 256, default=8)
+    head_heads: int = bounded(1, 256, default=8)
+    max_positions: int = bounded(1, 2**20, default=1024)
+    repeats: int = bounded(1, 256, default=2)
+    motion_weight: float = bounded(0.0, 1e6, default=10.0)
     packed: bool = False
     tasks: int = 2
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "model.")
+        # transformers would load code from its hub for other fields, such as attn_implementation.
+        wrong = self.llm.keys() - LLM_FIELDS if isinstance(self.llm, dict) else {"llm"}
+        if wrong:
+            raise UserError(f"model.llm.{min(wrong)} is not one of {', '.join(sorted(LLM_FIELDS))}")
 
 
 def _attention(

@@ -20,6 +20,11 @@ class MotionStats:
     mean: Tensor
     std: Tensor
 
+    def __post_init__(self) -> None:
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            if value.ndim != 1 or not value.isfinite().all() or (name == "std" and (value < 0).any()):
+                raise UserError(f"the motion statistics' {name} must be a list of finite numbers, std's not below 0")
+
     def normalise(self, motion: Tensor) -> Tensor:
         return (motion - self.mean) / self.std.clamp_min(1e-6)
 

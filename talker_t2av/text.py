@@ -8,6 +8,10 @@ Axes: none; token ids are lists.
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,6 +25,19 @@ SPEECH, MOTION = "<SPEECH_FRAME>", "<MOTION_FRAME>"  # the second is in the rele
 MAX_TOKENS = 1000  # of a training sequence; longer ones are cut on the right
 FILES = ("tokenizer.json", "tokenizer_config.json")
 BYTE_TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|end|>"
+BYTES_ONLY = 262  # tokens of a byte-level tokenizer that learned no words
+MARK = "the words that are said"  # stands for them in a rendered chat
+RENDER_SECONDS = 20
+RENDER = """
+import json, resource, sys
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+template, known = json.load(sys.stdin)
+environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+environment.add_extension("jinja2.ext.loopcontrols")
+environment.filters["tojson"] = json.dumps
+sys.stdout.write(environment.from_string(template).render(**known))
+"""  # as transformers does
 BYTE_SPECIALS = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
 
 
@@ -43,6 +60,7 @@ class TalkerTokenizer:
         self.pad_id: int = tokenizer.pad_token_id
         self.vocab_size = len(tokenizer)
         self._reserved = sorted(tokenizer.get_added_vocab())
+        self._frame = _rendered(tokenizer)
         self.tail = self._parts("")[1]
 
     def prompt(self, text: str) -> list[int]:
@@ -55,6 +73,14 @@ class TalkerTokenizer:
             if token in text:
                 raise UserError(f"the text holds {token}, which is a control token: leave it out")
         return self._parts(text)[0]
+
+    def unknown_words(self, text: str) -> list[str]:
+        """Words of `text` that are not single tokens of a tokenizer that learned all words of its training text."""
+        if self.tokenizer.chat_template != BYTE_TEMPLATE or self.vocab_size <= BYTES_ONLY:
+            return []
+        found = self.tokenizer(text, add_special_tokens=False)
+        spans = [found.word_to_chars(word) for word, count in Counter(found.word_ids()).items() if count > 1]
+        return list(dict.fromkeys(text[span.start : span.end].strip() for span in spans))
 
     def sequence(self, text: str, patches: int, limit: int = MAX_TOKENS) -> tuple[list[int], tuple[int, int]]:
         """The whole training sequence, cut to `limit` tokens, and the span [first placeholder, last + 1)."""
@@ -83,13 +109,33 @@ class TalkerTokenizer:
         return cls(tokenizer)
 
     def _parts(self, text: str) -> tuple[list[int], list[int]]:
-        turns = [{"role": "user", "content": text}, {"role": "assistant", "content": SPEECH}]
-        rendered = self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=False, enable_thinking=False
-        )
         # Special tokens part a text before anything else is done, so both sides can be encoded by themselves.
-        before, _, after = rendered.rpartition(SPEECH)
+        before, _, after = self._frame.replace(MARK, text).rpartition(SPEECH)
         return tuple(self.tokenizer.encode(part, add_special_tokens=False) for part in (before, after))
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat of the user's turn `MARK` and the assistant's turn `SPEECH`.
+
+    A template is a program and may never end, so one that is not ours runs in a process of its own.
+
+    Raises:
+        UserError: it does not end, fails, or leaves out a turn.
+    """
+    if tokenizer.chat_template == BYTE_TEMPLATE:
+        return f"<|user|>{MARK}<|assistant|>{SPEECH}<|end|>"
+    turns = [{"role": "user", "content": MARK}, {"role": "assistant", "content": SPEECH}]
+    known = {"messages": turns, "add_generation_prompt": False, "enable_thinking": False}
+    known |= tokenizer.special_tokens_map
+    call, given = [sys.executable, "-I", "-c", RENDER], json.dumps([tokenizer.chat_template, known])
+    try:
+        done = subprocess.run(call, input=given, capture_output=True, text=True, timeout=RENDER_SECONDS)
+        if done.returncode == 0 and done.stdout.count(MARK) == done.stdout.count(SPEECH) == 1:
+            return done.stdout
+        why = done.stderr.strip().rpartition("\n")[2] or "it leaves out a turn"
+    except subprocess.TimeoutExpired:
+        why = f"it takes more than {RENDER_SECONDS} s"
+    raise UserError(f"the tokenizer's chat template cannot be used ({why}): it is not Qwen3's")
 
 
 def assemble(

@@ -5,7 +5,6 @@ Axes: B pictures, C channels, S side, H height, W width. Pictures are (B, 3, S, 
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from engine.errors import UserError
 from engine.metrics.picture import ssim_map
 from engine.optional import require
+from engine.safe_pickle import read_tensors
 from lia_x.ops import ConvLayer, EqualLinear, ResBlock
 
 VGG_TAPS = (1, 6, 11, 20, 29)  # torchvision's indices of relu1_1, relu2_1, relu3_1, relu4_1, relu5_1
@@ -70,11 +70,11 @@ class Perceptual(nn.Module):
         super().__init__()
         features = require("torchvision", "the perceptual loss").models.vgg19().features
         try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
+            state = read_tensors(weights)
             features.load_state_dict(
                 {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
             )
-        except (OSError, RuntimeError, AttributeError, pickle.UnpicklingError) as error:
+        except (RuntimeError, AttributeError) as error:
             raise UserError(f"task.vgg={weights} is not torchvision's vgg19 weights: {error}") from error
         cuts = [0, *(tap + 1 for tap in VGG_TAPS)]
         self.stages = nn.ModuleList(features[a:b] for a, b in pairwise(cuts))

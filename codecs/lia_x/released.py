@@ -5,7 +5,6 @@ It also stores the constant low-pass kernels (`*.kernel`), and keeps an axis of 
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.safe_pickle import read_tensors
 
 FILE = "lia-x.pt"
 WIDTH = 64  # channels at full size before `scale`, the same in every published network
@@ -32,10 +32,7 @@ def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         UserError: the file is damaged or is not a LIA-X checkpoint.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{path} is not a readable LIA-X checkpoint ({error}); download it again") from error
+    state = read_tensors(path)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} is not a flat state dict: give the official {FILE}")
     return sizes_of(state), our_state(state)

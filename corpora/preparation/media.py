@@ -15,9 +15,11 @@ import soundfile
 import torch
 
 from corpora.preparation.clip import FPS, HOP, HOP16, RATE, RATE16, MachineFault, Stage, WorkItem
+from engine.bounds import require_range
 from engine.errors import UserError
 from engine.media.audio import read_audio
 from engine.media.video import iter_video, write_video
+from engine.safe_pickle import read_matrix
 
 
 class Decode(Stage):
@@ -25,7 +27,7 @@ class Decode(Stage):
 
     Args:
         min_seconds, max_seconds: shorter and longer clips are rejected.
-        max_side: pictures are scaled down to this longer side; None: not.
+        max_side: pictures are scaled down to this longer side, as all of a clip are kept in memory.
         max_mismatch: seconds by which sound and picture may differ in length.
     """
 
@@ -35,9 +37,13 @@ class Decode(Stage):
         self,
         min_seconds: float = 0.5,
         max_seconds: float = 60.0,
-        max_side: int | None = None,
+        max_side: int = 1280,
         max_mismatch: float = 0.2,
     ) -> None:
+        require_range("stages.decode.min_seconds", min_seconds, 0.0, 3600.0)
+        require_range("stages.decode.max_seconds", max_seconds, min_seconds, 3600.0)
+        require_range("stages.decode.max_mismatch", max_mismatch, 0.0, 3600.0)
+        require_range("stages.decode.max_side", max_side, 16, 16384)
         self.min_seconds, self.max_seconds, self.max_side = min_seconds, max_seconds, max_side
         self.max_mismatch = max_mismatch
 
@@ -77,13 +83,15 @@ class Decode(Stage):
 
     def _frames(self, path: Path) -> np.ndarray:
         """All frames; reading stops, and memory with it, where a clip gets too long."""
-        blocks, count = [], 0
+        frames, count, most = None, 0, int((self.max_seconds + self.max_mismatch) * FPS)
         for block in iter_video(path, FPS, self.max_side):
-            blocks.append(block)
-            count += len(block)
-            if count > (self.max_seconds + self.max_mismatch) * FPS:
+            if frames is None:  # takes memory as it is filled
+                frames = np.empty((most, *block.shape[1:]), np.uint8)
+            if count + len(block) > most:
                 raise UserError(f"longer than {self.max_seconds:g} s")
-        return np.concatenate(blocks)
+            frames[count : count + len(block)] = block
+            count += len(block)
+        return frames[:count]
 
 
 class KeepMedia(Stage):
@@ -124,10 +132,4 @@ def read_motion(path: Path) -> torch.Tensor:
     Raises:
         UserError: the file is damaged or holds no such tensor.
     """
-    try:
-        motion = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many types for a damaged file
-        raise UserError(f"{path} cannot be read as a motion tensor ({type(error).__name__})") from error
-    if not isinstance(motion, torch.Tensor) or motion.ndim != 2 or not len(motion) or not motion.isfinite().all():
-        raise UserError(f"{path} holds no finite motion tensor (frames, channels)")
-    return motion.half().contiguous()
+    return read_matrix(path).half().contiguous()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import os
 import subprocess
 import wave as wave_file
 from pathlib import Path
@@ -20,6 +20,7 @@ from corpora.synthetic.sentences import SPLITS, draw_sentence
 from corpora.synthetic.speech import Synthesizer
 from corpora.synthetic.visemes import FPS, MOUTH, mouth_track
 from corpora.synthetic.voices import Voice, load_voices
+from engine.files import atomic_output
 
 VERSION = 1
 RATE = 24_000
@@ -142,23 +143,22 @@ def is_done(root: Path, split: str, index: int) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)
+    with atomic_output(path) as part:
+        part.write_text(text)
 
 
 def write_wave(path: Path, wave: np.ndarray) -> None:
     """(N,) float to mono 16-bit PCM."""
-    part = path.with_name(f".{path.name}.part")
-    with wave_file.open(str(part), "wb") as file:
+    content = io.BytesIO()
+    with wave_file.open(content, "wb") as file:
         file.setparams((1, 2, RATE, 0, "NONE", ""))
         file.writeframes(np.clip(np.rint(wave * 32767), -32768, 32767).astype("<i2").tobytes())
-    os.replace(part, path)
+    with atomic_output(path) as part:
+        part.write_bytes(content.getvalue())
 
 
 def write_video(path: Path, frames: np.ndarray) -> None:
     """(T, 128, 128, 3) uint8 RGB to H.264, one thread, no time stamps or other traces of the run."""
-    part = path.with_name(f".{path.name}.part")
     command = [
         imageio_ffmpeg.get_ffmpeg_exe(),
         "-y",
@@ -191,9 +191,8 @@ def write_video(path: Path, frames: np.ndarray) -> None:
         "+bitexact",
         "-f",
         "mp4",
-        str(part),
     ]
-    done = subprocess.run(command, input=frames.tobytes(), capture_output=True)
-    if done.returncode:
-        raise OSError(f"ffmpeg cannot write {path}: {done.stderr.decode(errors='replace').strip()}")
-    os.replace(part, path)
+    with atomic_output(path) as part:
+        done = subprocess.run([*command, str(part)], input=frames.tobytes(), capture_output=True)
+        if done.returncode:
+            raise OSError(done.stderr.decode(errors="replace").strip() or f"ffmpeg ended with {done.returncode}")

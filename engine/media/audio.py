@@ -94,10 +94,12 @@ def write_wav(path: str | Path, wave: np.ndarray | Tensor, rate: int) -> None:
     """Write (N,) samples, clipped to [-1, 1], as 16-bit mono WAV; the file appears whole or not at all.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or the samples are not finite.
     """
     wave = np.asarray(wave.detach().cpu() if isinstance(wave, Tensor) else wave, dtype=np.float64)
-    assert wave.ndim == 1 and np.isfinite(wave).all(), f"expected finite samples (N,), got {wave.shape}"
+    assert wave.ndim == 1, f"expected samples (N,), got {wave.shape}"
+    if not np.isfinite(wave).all():
+        raise UserError(f"cannot write {path}: its samples are not finite numbers")
     pcm = np.round(wave.clip(-1, 1) * 32767).astype(np.int16)
     with atomic_output(path) as staging:
         try:

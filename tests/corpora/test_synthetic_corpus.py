@@ -62,7 +62,7 @@ def test_an_interrupted_corpus_is_finished_the_same(corpus, tmp_path):
     subprocess.run(["cp", "-a", str(corpus), str(root)], check=True)
     (root / "train" / "train_000001.json").unlink()  # killed before the last file was written
     (root / "train" / "train_000002.wav").unlink()
-    (root / "seen" / ".seen_000000.mp4.part").write_bytes(b"half a file")
+    (root / "seen" / ".seen_000000-part.mp4").write_bytes(b"half a file")
     (root / "train.jsonl").unlink()
     kept = (root / "train" / "train_000003.mp4").stat().st_mtime_ns
     done = make(root, "--clips", "6", "--test-clips", "2", "--seed", "3", "--workers", "1")

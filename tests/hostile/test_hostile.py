@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from hostile import rows_files, rows_settings
+from hostile import rows_files, rows_media, rows_settings
 
 from engine.download import RemoteFile, fetch
 from engine.errors import UserError, run_cli
@@ -22,8 +22,8 @@ from engine.release import read_release, save_release
 from engine.training.trainer import Trainer
 from tests.engine.toy_task import CONFIG, ToyGAN, ToySet
 
-CASES = [*rows_files.CASES, *rows_settings.CASES]
-MEMORY = 512 * 2**20  # bytes by which one row may grow the process
+CASES = [*rows_files.CASES, *rows_settings.CASES, *rows_media.CASES]
+MEMORY = 2 * 2**30  # bytes by which one row may grow the process
 
 
 @pytest.mark.parametrize("call, line", [pytest.param(*case[1:], id=case[0]) for case in CASES])
