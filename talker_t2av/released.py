@@ -5,7 +5,6 @@ Our parameters bear the released names, so that loading is: read all shards, com
 
 from __future__ import annotations
 
-import json
 import re
 from itertools import count
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.untrusted import parse_json, safe_name
 from talker_t2av.layers import Rotary
 
 TASKS = "task_embedding.weight"
@@ -108,7 +108,11 @@ def _expected_shards(path: Path, files: list[Path]) -> list[str]:
     """Names that the index, or the numbers in the files' own names, promise."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        return sorted(set(json.loads(index.read_text()).get("weight_map", {}).values()))
+        try:
+            names = set(parse_json(index.read_bytes(), index)["weight_map"].values())
+            return sorted(safe_name(name, f"{index}: a file's name") for name in names)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is damaged ({error!r}); download it again") from error
     numbered = re.fullmatch(r"(.*-)\d+(-of-)(\d+)(\.safetensors)", files[0].name)
     if path.is_file() or not numbered:
         return []

@@ -6,7 +6,6 @@ Axes: T video frames (25 a second), N samples at 24 kHz, N16 at 16 kHz.
 from __future__ import annotations
 
 import io
-import json
 import tempfile
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from engine.errors import UserError
 from engine.media.audio import read_audio
 from engine.media.video import iter_video, write_video
 from engine.safe_pickle import read_matrix
+from engine.untrusted import parse_json
 
 
 class Decode(Stage):
@@ -119,7 +119,7 @@ def read_text(path: Path) -> str:
     try:
         content = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
-            return str(json.loads(content).get("text") or "")
+            return str(parse_json(content, path).get("text") or "")
     except (OSError, UnicodeDecodeError, ValueError, AttributeError) as error:
         raise UserError(f"the text {path} cannot be read ({error})") from error
     lines = [line.partition(":")[2] for line in content.splitlines() if line.startswith("Text:")]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import inspect
-import json
 import os
 import re
 import time
@@ -29,6 +28,7 @@ from engine.shards.reader import VERSION, read_sample
 from engine.shards.source import checksum
 from engine.shards.writer import dumps, write_sample
 from engine.training.distributed import pick_device
+from engine.untrusted import parse_json
 
 # Errors that no clip causes: the disk is full or read-only, or the machine is out of file handles.
 FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE}
@@ -178,7 +178,7 @@ def previous_samples(folder: Path, shard: int) -> dict[str, Previous]:
     """By key, the samples of a shard of an existing split; {} if there is no such shard, or a damaged one."""
     tar, sidecar = (folder / f"{shard:06d}{suffix}" for suffix in (".tar", ".json"))
     try:
-        about = json.loads(sidecar.read_bytes())
+        about = parse_json(sidecar.read_bytes(), sidecar)
         if about["version"] != VERSION or checksum(tar) != about["crc32"]:
             return {}
         return {

@@ -6,7 +6,7 @@ SPLIT/000000.json lists a shard's samples and the place of each member in SPLIT/
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
@@ -22,6 +22,7 @@ from torch import Tensor
 from engine.errors import UserError
 from engine.shards.source import CachedFiles, Files, LocalFiles, checksum, is_remote, join
 from engine.training.batches import Blocks
+from engine.untrusted import parse_json, safe_name
 
 VERSION = 2
 OPEN_SHARDS = 64  # file handles that a process keeps
@@ -183,10 +184,12 @@ class ShardSplit:
             frames = np.array([sample["frames"] for sample in sidecar["samples"]], np.int64)
             members = [[s["members"]["json"], s["members"]["safetensors"]] for s in sidecar["samples"]]
             places = np.array(members, np.int64).reshape(-1, 2, 2)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{name} is damaged ({error!r}): copy it or prepare it again") from error
         if not same:
             raise UserError(f"{name} does not belong to this index.json: copy both again")
+        if (places < 0).any() or (places.sum(-1) > shard["bytes"]).any() or (frames < 0).any():
+            raise UserError(f"{name} is damaged: a sample lies outside its shard; copy it or prepare it again")
         return frames, places
 
     def _open(self, shard: int) -> BinaryIO:
@@ -213,7 +216,9 @@ def read_sample(
     Raises:
         ValueError, KeyError, TypeError: the shard is damaged.
     """
-    return json.loads(_bytes(file, *places[0])), _tensors(file, *places[1], names)
+    info = parse_json(bytes(_bytes(file, *places[0])), "a sample")
+    safe_name(info["key"], "a sample's key")  # names what validation writes
+    return info, _tensors(file, *places[1], names)
 
 
 def _bytes(file: BinaryIO, at: int, size: int) -> bytearray:
@@ -229,15 +234,18 @@ def _tensors(file: BinaryIO, at: int, size: int, names: Collection[str] | None) 
     length = int.from_bytes(head[:8], "little")
     if length > size - 8:
         raise ValueError("a safetensors header runs past its member")
-    header = json.loads((head if 8 + length <= len(head) else _bytes(file, at, 8 + length))[8 : 8 + length])
+    head = head if 8 + length <= len(head) else _bytes(file, at, 8 + length)
+    header = parse_json(bytes(head[8 : 8 + length]), "a safetensors header")
     tensors = {}
     for name, entry in header.items():
         if name == "__metadata__" or (names is not None and name not in names):
             continue
         first, last = entry["data_offsets"]
-        if 8 + length + last > size:
+        if not 0 <= first <= last <= size - 8 - length:
             raise ValueError(f"{name} runs past its member")
         dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        if math.prod(shape) * dtype.itemsize != last - first:
+            raise ValueError(f"{name} has another size than its shape {shape}")
         if first == last:
             tensors[name] = torch.empty(shape, dtype=dtype)
         else:

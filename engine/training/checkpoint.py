@@ -230,7 +230,8 @@ def best(root: str | Path, rule: str) -> int | None:
     found = {}
     for step in steps(root):
         try:
-            found[step] = float(json.loads((Path(root) / f"step-{step:08d}" / RESULTS).read_text())[name])
+            results = Path(root) / f"step-{step:08d}" / RESULTS
+            found[step] = float(parse_json(results.read_bytes(), results)[name])
         except (OSError, ValueError, KeyError, TypeError):
             continue
     finite = {step: value for step, value in found.items() if value == value}

@@ -7,6 +7,7 @@ import json
 import pickle
 import sys
 import tarfile
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -153,6 +154,31 @@ def index_with(folder: Path, change, remote: bool = False) -> None:
     found.read(0)
 
 
+def sidecar_with(folder: Path, change) -> None:
+    split = random_split(folder / "train", 3, 3)
+    sidecar = json.loads((split / "000000.json").read_text())
+    change(sidecar["samples"][0])
+    (split / "000000.json").write_text(json.dumps(sidecar))
+    ShardSplit(split).read(0)
+
+
+def place(at: int, size: int):
+    return lambda sample: sample["members"].update(json=[at, size])
+
+
+def sample_with(folder: Path, old: bytes, new: bytes) -> None:
+    """A shard with other bytes of the same length in it; its checksums say so."""
+    split = random_split(folder / "train", 3, 3)
+    data = (split / "000000.tar").read_bytes()
+    assert len(old) == len(new) and old in data
+    (split / "000000.tar").write_bytes(data := data.replace(old, new))
+    for name in ("000000.json", "index.json"):
+        about = json.loads((split / name).read_text())
+        (about if "crc32" in about else about["shards"][0])["crc32"] = zlib.crc32(data)
+        (split / name).write_text(json.dumps(about))
+    ShardSplit(split).read(0)
+
+
 def rename(name, index) -> None:
     index["shards"][0]["name"] = name
 
@@ -213,6 +239,24 @@ CASES = [
         for name, value in BAD_NAMES.items()
         for kind in ("remote", "local")
     ),
+    (
+        "sidecar: beyond the shard",
+        partial(sidecar_with, change=place(0, 10**15)),
+        "outside its shard",
+    ),
+    (
+        "sidecar: negative",
+        partial(sidecar_with, change=place(-9, 9)),
+        "outside its shard",
+    ),
+    ("sidecar: too large", partial(sidecar_with, change=place(0, 10**40)), "is damaged"),
+    ("sample: key of folders", partial(sample_with, old=b'"key": "k00"', new=b'"key": "../"'), "a sample's key"),
+    (
+        "sample: shape of terabytes",
+        partial(sample_with, old=b'"shape":[', new=b'"shape":9'),
+        "is damaged",
+    ),
+    ("sample: no dtype", partial(sample_with, old=b'"dtype":"U8"', new=b'"dtype":"Z8"'), "is damaged"),
     ("index: a list", partial(index_with, change=lambda index: index.update(shards=7)), "it has no list of shards"),
     ("index: shards of text", partial(index_with, change=lambda i: i.update(shards=["x"])), "needs bytes, crc32"),
     ("index: negative", partial(index_with, change=lambda i: i["shards"][0].update(bytes=-1)), "needs bytes, crc32"),
