@@ -13,7 +13,7 @@ from corpora.preparation.clip import SourceClip, WorkItem
 from corpora.preparation.faces import Face
 from corpora.preparation.job import chosen_stages
 from corpora.preparation.media import Decode
-from corpora.preparation.networks import Expression, phoneme_labels
+from corpora.preparation.networks import Crops, Expression, phoneme_labels
 from corpora.preparation.sources import Synthetic
 from corpora.preparation.task import Pipeline, Setup, Task
 from engine.config import load as load_config
@@ -108,6 +108,13 @@ def test_expressions_are_seen_where_the_source_has_no_label(corpus):
     seen = pipeline.system.conditions(mouth, faces.permute(0, 1, 4, 2, 3), frames).expression
     assert clip.tensors["expression"].dtype == torch.uint8 and len(seen[0]) == 3
     assert clip.tensors["expression"].tolist() == seen[0].tolist()
+
+
+def test_pictures_for_the_released_encoders(corpus):
+    clip = WorkItem(SourceClip("a", "train/a.mp4", "train/a.wav"), corpus)
+    for stage in (Decode(), Face(), Crops({"kind": "released"})):
+        stage(clip)
+    assert clip.tensors["mouth"].shape == (FRAMES, 96, 96) and clip.tensors["faces"].shape == (4, 224, 224, 3)
 
 
 def test_stages_that_need_the_face_are_refused_without_it(corpus):
