@@ -66,11 +66,11 @@ class DiffusionHead(nn.Module):
         self.decoder = Transformer(width, width, layers, heads, max_positions)
 
     def time(self, t: Tensor, dt: Tensor | None = None) -> Tensor:
-        """Time vector (N, D); an absent dt is 0, which still has a vector."""
+        """Time vector (N, D). Without dt it is 0, whose embedding is not zero."""
         return self.time_mlp(t) + self.delta_time_mlp(torch.zeros_like(t[:1]) if dt is None else dt)
 
     def context(self, cond: Tensor, global_cond: Tensor) -> Tensor:
-        """What no time and no mu changes, projected: cond (N, C, K), global_cond (N, G) -> (N, 1 + K, D)."""
+        """The tokens that depend on neither time nor mu: cond (N, C, K), global_cond (N, G) -> (N, 1 + K, D)."""
         tokens = [self.global_cond_proj(global_cond)[:, None], self.cond_proj(cond.transpose(1, 2))]
         return self.decoder.input_proj(torch.cat(tokens, 1))
 

@@ -20,7 +20,7 @@ from engine.bounds import bounded, check_bounds
 from engine.errors import UserError
 from engine.nn.packing import Packing
 from engine.release import Released, load_strict
-from talker_t2av import released as names
+from talker_t2av import released
 from talker_t2av.diffusion_head import DiffusionHead, FlowHead
 from talker_t2av.patch_encoder import PatchEncoder
 from talker_t2av.stop_predictor import StopPredictor
@@ -31,7 +31,7 @@ LLM_FIELDS = {
     "tie_word_embeddings", "rope_theta", "attention_bias", "attention_dropout", "pad_token_id", "bos_token_id",
     "eos_token_id",
 }  # fmt: skip
-PACKED = "packed_sdpa"  # our name for it among the attention functions of transformers
+PACKED = "packed_sdpa"  # name of our attention function in transformers' registry
 TTS, T2AV, V2A, A2V = range(4)  # rows of the task embedding; released models have the first two
 FPS = 25  # latent frames a second, speech and motion
 RATE, RATE16 = 24_000, 16_000  # samples a second of the speech codec, and of Whisper and the speaker encoders
@@ -41,16 +41,16 @@ MAX_FRAMES = 30 * FPS  # the speech encoder's window
 
 @dataclass(frozen=True)
 class TalkerConfig:
-    """Sizes and switches; the defaults are the released model's.
+    """Sizes and settings; the defaults are those of the released model.
 
     llm: fields of `transformers.Qwen3Config`; its hidden size is the width of every part.
-    patch_size: frames of a token. delay: patches by which motion lags behind speech. context: patches before the one
-        to draw that its diffusion head sees.
-    repeats: times that an example enters a training step. motion_weight: of the motion loss.
-    packed: training leaves the padding of a batch out of the language model; losses are the same.
-    tasks: rows of the task embedding. 2, as released: V2A and A2V bear T2AV's mark, and a patch is drawn before the
-        given stream's patch of the same time is heard or seen. 4: they have marks of their own, with which slot j holds
-        patch j + 1 of the given stream, and the last token before the slots its patch 0 too.
+    patch_size: frames of a token. delay: patches by which motion lags behind speech. context: number of previous
+        patches that a diffusion head gets.
+    repeats: how often each example is used in a training step. motion_weight: weight of the motion loss.
+    packed: in training, keep padding out of the language model; losses are the same.
+    tasks: rows of the task embedding. 2, as released: V2A and A2V use T2AV's row, and a patch is drawn before the
+        backbone has read the given stream's patch of the same time. 4: V2A and A2V have their own rows; slot j then
+        holds patch j + 1 of the given stream, and patch 0 is added to the last token before the slots.
     """
 
     llm: dict[str, Any]
@@ -114,7 +114,7 @@ class TalkerT2AV(Released):
         self.llm = Qwen3ForCausalLM(llm)
         if c.packed:
             self.llm.set_attn_implementation(PACKED)
-        # For training from nothing: words on the scale of the other tokens, which Qwen's 0.02 would drown.
+        # For training from scratch: word embeddings on the scale of the other tokens instead of Qwen's 0.02.
         nn.init.normal_(self.llm.model.embed_tokens.weight)
         self.projector_speech = nn.Sequential(OrderedDict(linear1=nn.Linear(c.speech_dim, width)))
         self.projector_motion = nn.Sequential(OrderedDict(linear1=nn.Linear(c.motion_dim, width)))
@@ -126,7 +126,7 @@ class TalkerT2AV(Released):
         self.motion_cfm = FlowHead(DiffusionHead(c.motion_dim, c.motion_dim, *head))
         self.head_stop = StopPredictor(width)
         self.task_embedding = nn.Embedding(c.tasks, width)
-        self.motion_pad_emb = nn.Parameter(torch.zeros(1, 1, width))  # instead of a motion token when there is none
+        self.motion_pad_emb = nn.Parameter(torch.zeros(1, 1, width))  # replaces the motion part of a TTS token
 
     @property
     def device(self) -> torch.device:
@@ -150,7 +150,7 @@ class TalkerT2AV(Released):
         hidden = self.llm.model(
             inputs_embeds=packing.pack(embeds)[None],
             position_ids=packing.position[None],
-            attention_mask={"full_attention": None},  # what a token sees is the packing's business
+            attention_mask={"full_attention": None},  # the packing decides what a token attends to
             packing=packing,
         ).last_hidden_state
         return packing.unpack(hidden[0])
@@ -168,8 +168,8 @@ class TalkerT2AV(Released):
         Raises:
             UserError: a file or tensor is missing, or a shape does not fit `config`.
         """
-        state = source if isinstance(source, dict) else names.read_safetensors(source)
-        config = config or TalkerConfig(**names.released_fields(state))
+        state = source if isinstance(source, dict) else released.read_safetensors(source)
+        config = config or TalkerConfig(**released.released_fields(state))
         with torch.device("meta"):
             model = cls(config)
         model.take(state, "the state dict" if isinstance(source, dict) else source)
@@ -177,10 +177,10 @@ class TalkerT2AV(Released):
 
     def take(self, state: dict[str, Tensor], source: str | Path) -> None:
         """Make the tensors of `state` (released names) the model's own, in float32."""
-        state = names.complete({k: v.float() for k, v in state.items()}, self)
+        state = released.complete({k: v.float() for k, v in state.items()}, self)
         load_strict(self, state, source, assign=True)
         self.llm.tie_weights()
-        # The language model's frequencies are no part of a state dict: a model made on the meta device lacks them.
+        # Rotary frequencies are not in the state dict, so that a model made on the meta device lacks them.
         self.llm.model.rotary_emb = type(self.llm.model.rotary_emb)(config=self.llm.config)
 
     def arguments(self) -> dict[str, Any]:
@@ -192,7 +192,7 @@ class TalkerT2AV(Released):
             return cls(TalkerConfig(**arguments["model"]))
 
     def stored(self) -> dict[str, Tensor]:
-        return names.stored(self)
+        return released.stored(self)
 
 
 def _masked(x: Tensor, valid: Tensor | None) -> Tensor:

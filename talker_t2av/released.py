@@ -22,7 +22,7 @@ from talker_t2av.layers import Rotary
 TASKS = "task_embedding.weight"
 EMBEDDINGS, LM_HEAD = "llm.model.embed_tokens.weight", "llm.lm_head.weight"  # tied
 ROTARY = ".rope.w"
-FOREIGN = ("pretrained_speech_encoder.", "spk.")  # codec and speaker encoder, which have files of their own
+FOREIGN = ("pretrained_speech_encoder.", "spk.")  # codec and speaker encoder, loaded from other files
 
 # Files of the released programs: what each is, its names, and a text that only its tensors' names contain.
 FILES = {
@@ -105,7 +105,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def _expected_shards(path: Path, files: list[Path]) -> list[str]:
-    """Names that the index, or the numbers in the files' own names, promise."""
+    """Names of all shards, by the index or by the numbers in the files' names."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -132,25 +132,25 @@ def complete(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 
 def with_tasks(state: dict[str, Tensor], tasks: int) -> dict[str, Tensor]:
-    """`state` with so many rows of the task embedding at least; new ones begin as the last one, T2AV's."""
+    """`state` with at least `tasks` rows of the task embedding; new ones are copies of the last one, T2AV's."""
     table = state[TASKS]
     return state | {TASKS: torch.cat([table, table[-1:].expand(max(0, tasks - len(table)), -1)])}
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:
-    """What a release of ours holds: no tied copy, no rotary table that is the exact one."""
+    """The tensors of a release of ours: without the tied output layer and without exact rotary tables."""
     exact = {f"{n}.w" for n, m in model.named_modules() if isinstance(m, Rotary) and m.w.equal(m.table(m.w.device))}
     return {k: v for k, v in model.state_dict().items() if k != LM_HEAD and k not in exact}
 
 
 def released_fields(state: dict[str, Tensor]) -> dict[str, Any]:
-    """Fields of `TalkerConfig` that the shapes of a released checkpoint tell.
+    """Fields of `TalkerConfig`, from the shapes of a released checkpoint.
 
-    Numbers of heads follow from the rotary tables; where they are absent, heads are as published. Patch size, delay,
-    and context leave no trace in the shapes and are as published, too.
+    Numbers of heads follow from the rotary tables; without these they are as published. So are patch size, delay and
+    context, which no shape depends on.
 
     Raises:
-        UserError: a tensor that tells a size is missing.
+        UserError: a tensor whose shape is needed is missing.
     """
     try:
         vocabulary, width = state[EMBEDDINGS].shape
@@ -202,9 +202,9 @@ WARM_STARTS = {"tts": from_tts, "projector": from_projector}
 
 
 def warm_start(model: nn.Module, source: str | Path | dict[str, Tensor], kind: str) -> list[str]:
-    """Copy into `model` what fits of a checkpoint of `kind` ("tts" or "projector"); gives the names that were set.
+    """Copy the tensors that fit from a checkpoint of `kind` ("tts" or "projector"); returns their names in `model`.
 
-    A joint checkpoint must not be read as "tts": its motion head would land in the speech head.
+    A joint checkpoint cannot be used as "tts": its motion head would be copied into the speech head.
 
     Raises:
         UserError: the kind is unknown, nothing fits, or a joint checkpoint is given as "tts".
@@ -214,11 +214,11 @@ def warm_start(model: nn.Module, source: str | Path | dict[str, Tensor], kind: s
     state = source if isinstance(source, dict) else read_safetensors(source)
     label = "the state dict" if isinstance(source, dict) else source
     if kind == "tts" and any(key.startswith("speech_cfm.") for key in state):
-        raise UserError(f"{label} is no speech-only checkpoint: it has a speech head beside the motion head")
+        raise UserError(f"{label} is not a speech-only checkpoint: it has a speech head beside the motion head")
     own = model.state_dict()
     renamed = {WARM_STARTS[kind](key): value for key, value in state.items()}
     fits = {key: value for key, value in renamed.items() if key in own and own[key].shape == value.shape}
     if not fits:
-        raise UserError(f"{label} shares no tensor with the model: it is no {kind} checkpoint of these sizes")
+        raise UserError(f"{label} shares no tensor with the model: it is not a {kind} checkpoint of these sizes")
     model.load_state_dict(fits, strict=False)
     return sorted(fits)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 IGNORED = -100
-LONGEST_SPAN = 187  # patches; a longer span is a clip that the 30 s limit has cut
-POSITIVE_SHARE = 0.3  # of the ratio of negatives to positives, as the weight of positives
+LONGEST_SPAN = 187  # patches; longer clips were cut at 30 s, so that their end is unknown
+POSITIVE_SHARE = 0.3  # weight of positives, as a share of the ratio of negatives to positives
 
 
 class StopPredictor(nn.Module):
@@ -31,7 +31,7 @@ def stop_labels(
 ) -> tuple[Tensor, Tensor]:
     """Labels (B, T) of spans: 1 at the last patch, 0 before, -100 outside and shortly before the end.
 
-    A span that runs past the row, or is as long as the limit, has no end: all its patches are 0.
+    A span that runs past the row, or is longer than `LONGEST_SPAN`, has no end: all its patches are 0.
 
     Args:
         start, length: (B,) of each row's span, in tokens.

@@ -22,7 +22,7 @@ from engine.metrics.recogniser import Recogniser, word_error_rate
 from engine.release import load_strict
 from engine.shards.source import join
 from engine.training.task import Release, Task
-from talker_t2av import released as names
+from talker_t2av import released
 from talker_t2av.data import TalkerExamples, digests_of
 from talker_t2av.faces import find_square, read_square
 from talker_t2av.generation import Result, generate
@@ -108,9 +108,9 @@ class TalkerTask(Task):
                     f"init={init} has another vocabulary than task.tokenizer={tokenizer}: use the tokenizer in {init}"
                 )
             state = TalkerT2AV.from_pretrained(init).state_dict()
-            load_strict(self.model, names.with_tasks(state, self.model.config.tasks), f"init={init}")
+            load_strict(self.model, released.with_tasks(state, self.model.config.tasks), f"init={init}")
         for kind, folder in (warm_start or {}).items():
-            found = names.warm_start(self.model, folder, kind)
+            found = released.warm_start(self.model, folder, kind)
             print(f"{len(found)} tensors from {folder}", flush=True)
         if freeze_embeddings:
             self.model.llm.model.embed_tokens.weight.requires_grad_(False)

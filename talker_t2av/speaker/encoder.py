@@ -27,7 +27,7 @@ from engine.safe_pickle import read_checkpoint
 from talker_t2av.speaker.released import FILE, LARGE, TRAINING_ONLY, head_sizes, our_name, wavlm_config
 
 SCALE = 8  # parts of a Res2 convolution
-MIN_SAMPLES = RATE // 4  # less than a quarter of a second tells nothing of a voice
+MIN_SAMPLES = RATE // 4  # a quarter of a second
 
 
 class ConvReluNorm(nn.Module):
@@ -169,22 +169,22 @@ class WavLMEncoder(nn.Module):
         return weights_digest(self)
 
     def normalise(self, wave: Tensor) -> Tensor:
-        """(..., N) -> zero mean, unit variance over N; the wave as it is where the model was trained so."""
+        """(..., N) -> zero mean, unit variance over N; the wave itself if the model was trained without."""
         return F.layer_norm(wave, wave.shape[-1:]) if self.normalize else wave
 
     def hidden_states(self, waves: Sequence[Tensor]) -> Tensor:
         """Waves (N_i,) of any lengths -> (K, B, T, C): the input of each layer, then the encoder's normalised output.
 
         Shorter waves are padded with zeros after their normalisation, and their padded frames are masked; the rows of
-        masked frames mean nothing.
+        masked frames have no meaning.
         """
         lengths = [len(wave) for wave in waves]
         batch = nn.utils.rnn.pad_sequence([self.normalise(wave) for wave in waves], batch_first=True)
         frames = int(self.wavlm._get_feat_extract_output_lengths(torch.tensor(batch.shape[1])))
         mask = None
         if min(lengths) < batch.shape[1]:
-            # The original cuts the batch into as many equal blocks as there are frames; a frame is padding when its
-            # whole block is. WavLMModel counts frames from samples, so it is told just enough samples for as many.
+            # The original cuts the batch into as many equal blocks as there are frames; a frame is padding if its
+            # whole block is. WavLMModel counts frames from samples: the mask has just enough samples for the frames.
             block = batch.shape[1] // frames
             valid = [min(frames, -(-length // block)) for length in lengths]
             needed = torch.tensor([self._samples_of(count) for count in valid], device=batch.device)
