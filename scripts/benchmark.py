@@ -1,6 +1,6 @@
 """Measure speed and memory:
 
-    python scripts/benchmark.py ablations|faces|full_size|packing|sampling|talker|training [options]
+    python scripts/benchmark.py ablations|faces|full_size|packing|sampling|synthetic_corpus|talker|training [options]
 
 Prints a line for each setting and writes OUT/DATE-NAME-DEVICE.json with command, hardware, versions and figures.
 `python scripts/benchmark.py NAME --help` says what is measured, and how.
@@ -19,7 +19,7 @@ from benchmarks.record import RESULTS, write_record
 from engine.errors import UserError, run_cli
 from engine.training.distributed import pick_device
 
-NAMES = ("ablations", "faces", "full_size", "packing", "sampling", "talker", "training")
+NAMES = ("ablations", "faces", "full_size", "packing", "sampling", "synthetic_corpus", "talker", "training")
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

@@ -1,9 +1,13 @@
 """Make the synthetic talking-face corpus: GRID-style sentences spoken by espeak-ng voices and shown by drawn faces.
 
-Three splits: train; seen (training voices, held-out sentences); unseen (held-out voices, held-out sentences). Each clip
-is H.264 video (128 x 128, 25 fps, no sound), a 24 kHz mono WAV of exactly 960 samples a frame, and a JSON description.
-A clip depends on the seed, its split and its number alone. Run the same command again to finish an interrupted corpus;
-ask for more clips to extend one."""
+Splits: train; seen (training voices, held-out sentences); unseen (held-out voices, held-out sentences). Each clip is
+H.264 video (128 x 128, 25 fps, no sound), a 24 kHz mono WAV of exactly 960 samples a frame, and a JSON description. A
+clip depends on version, seed, split and number alone. Run the same command again to finish an interrupted corpus; ask
+for more clips to extend one.
+
+Version 1 is what the bundled models have learned: 40 voices, one expression a clip. Version 2: 460 voices whose faces
+show how they sound; a split dev, half of it training voices, to make choices on; half of the clips change their
+expression at a word; and half speak free sentences of some 2,600 words."""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ import json
 import multiprocessing
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -19,17 +24,18 @@ import numpy as np
 from tqdm import tqdm
 
 from corpora.synthetic.contact_sheet import contact_sheet
-from corpora.synthetic.corpus import FRAME, RATE, VERSION, ClipMaker, clip_id, is_done, write_text
-from corpora.synthetic.sentences import SPLITS, grammar
+from corpora.synthetic.corpus import FRAME, RATE, ClipMaker, clip_id, is_done, write_text
+from corpora.synthetic.sentences import SPLITS, grammar, language_model
 from corpora.synthetic.voices import load_voices
 from engine.errors import UserError, run_cli
+from engine.files import atomic_output
 
 _maker: ClipMaker
 
 
-def _start(root: Path, seed: int) -> None:
+def _start(root: Path, seed: int, version: int) -> None:
     global _maker
-    _maker = ClipMaker(root, seed)
+    _maker = ClipMaker(root, seed, version)
 
 
 def _make(job: tuple[str, int]) -> int:
@@ -47,6 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--test-clips", type=int, default=240, help="clips in each held-out split (default: %(default)s)"
     )
+    parser.add_argument("--version", type=int, choices=SPLITS, default=1, help="see above (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another corpus (default: %(default)s)")
     parser.add_argument(
         "--workers", type=int, default=2, help="processes; the result is the same (default: %(default)s)"
@@ -58,22 +65,22 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def prepare(root: Path, seed: int) -> None:
+def prepare(root: Path, seed: int, version: int) -> None:
     """Make the folders, or refuse a folder that holds another corpus."""
+    about = root / "corpus.json"
+    if about.is_file():
+        old = json.loads(about.read_text())
+        if (old.get("seed"), old.get("version")) != (seed, version):
+            raise UserError(
+                f"--out {root} holds a corpus of seed {old.get('seed')}, version {old.get('version')}; "
+                f"this one would be seed {seed}, version {version}: choose another folder"
+            )
     try:
-        for split in SPLITS:
+        for split in SPLITS[version]:
             (root / split).mkdir(parents=True, exist_ok=True)
         remove_parts(root)
     except OSError as error:
         raise UserError(f"--out {root}: cannot write there ({error.strerror}); choose another folder") from error
-    about = root / "corpus.json"
-    if about.is_file():
-        old = json.loads(about.read_text())
-        if (old.get("seed"), old.get("version")) != (seed, VERSION):
-            raise UserError(
-                f"--out {root} holds a corpus of seed {old.get('seed')}, version {old.get('version')}; "
-                f"this one would be seed {seed}, version {VERSION}: choose another folder"
-            )
 
 
 def remove_parts(root: Path) -> None:
@@ -82,14 +89,14 @@ def remove_parts(root: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def generate(jobs: list[tuple[str, int]], root: Path, seed: int, workers: int) -> None:
+def generate(jobs: list[tuple[str, int]], root: Path, seed: int, version: int, workers: int) -> None:
     """Make the clips, with progress: a bar on a terminal, a line every ten seconds in a log."""
     context = multiprocessing.get_context("spawn")
     terminal = sys.stderr.isatty()
     begin = spoken = time.monotonic()
     frames = 0
     with (
-        context.Pool(min(workers, len(jobs)), _start, (root, seed)) as pool,
+        context.Pool(min(workers, len(jobs)), _start, (root, seed, version)) as pool,
         tqdm(total=len(jobs), unit="clip", disable=not terminal) as bar,
     ):
         for done, count in enumerate(pool.imap_unordered(_make, jobs, chunksize=1), 1):
@@ -110,36 +117,35 @@ def generate(jobs: list[tuple[str, int]], root: Path, seed: int, workers: int) -
 
 def main() -> None:
     args = parse()
-    root, counts = args.out, {"train": args.clips, "seen": args.test_clips, "unseen": args.test_clips}
-    prepare(root, args.seed)
+    root, splits = args.out, SPLITS[args.version]
+    counts = {split: args.clips if split == "train" else args.test_clips for split in splits}
+    prepare(root, args.seed, args.version)
     about = {
-        "version": VERSION,
+        "version": args.version,
         "seed": args.seed,
         "clips": counts,
         "rate": RATE,
         "samples_per_frame": FRAME,
-        "voices": {
-            "train": sum(not v.held_out for v in load_voices()),
-            "held_out": sum(v.held_out for v in load_voices()),
-        },
+        "voices": Counter(voice.group for voice in load_voices(args.version)),
     }
     write_text(root / "corpus.json", json.dumps(about | {"complete": False}, indent=1) + "\n")
     write_text(root / "grammar.jsgf", grammar())
-    jobs = [(split, i) for split in SPLITS for i in range(counts[split]) if not is_done(root, split, i)]
+    if args.version == 2:
+        write_text(root / "free.arpa", language_model())
+    jobs = [(split, i) for split in splits for i in range(counts[split]) if not is_done(root, split, i)]
     total = sum(counts.values())
     print(f"{total} clips in {root}: {total - len(jobs)} there already, {len(jobs)} to make", flush=True)
     try:
         if jobs:
-            generate(jobs, root, args.seed, args.workers)
+            generate(jobs, root, args.seed, args.version, args.workers)
     finally:
         remove_parts(root)
-    for split in SPLITS:
+    for split in splits:
         lines = ((root / split / clip_id(split, i)).with_suffix(".json").read_text() for i in range(counts[split]))
         write_text(root / f"{split}.jsonl", "".join(line + "\n" for line in lines))
-    sheet = cv2.imencode(".png", np.ascontiguousarray(contact_sheet()[..., ::-1]))[1].tobytes()
-    part = root / ".contact_sheet.png.part"
-    part.write_bytes(sheet)
-    part.replace(root / "contact_sheet.png")
+    sheet = cv2.imencode(".png", np.ascontiguousarray(contact_sheet(args.version)[..., ::-1]))[1].tobytes()
+    with atomic_output(root / "contact_sheet.png") as part:
+        part.write_bytes(sheet)
     write_text(root / "corpus.json", json.dumps(about | {"complete": True}, indent=1) + "\n")
     print(f"done: {root}", flush=True)
 

@@ -37,6 +37,7 @@ class SourceClip:
         video: its pictures, None if there are none. audio: its sound, None if the video carries it.
         text: the spoken words, None if unknown. text_file: a file that holds them: a JSON with the key `text`, lines of
             which one begins with `Text:`, or plain text.
+        expression: one of the whole clip, or one of each half second.
         phonemes: [symbol, start, end], times in seconds.
         motion: a torch file (T, Dm) of motion codes.
         packed: (tar file, offset, size) of those of its paths that lie in tar files.

@@ -108,11 +108,15 @@ class Expression(Stage):
         return {"expression": weights_digest(self.network)}
 
     def __call__(self, clip: WorkItem) -> None:
-        label = clip.info.expression
+        label, windows = clip.info.expression, windows_of(clip.length)
         if label is not None:
-            if label not in EXPRESSIONS:
-                raise UserError(f"expression {label!r} is none of {', '.join(EXPRESSIONS)}")
-            classes = torch.full((windows_of(clip.length),), EXPRESSIONS.index(label))
+            labels = [label] * windows if isinstance(label, str) else label[:windows]
+            unknown = [name for name in labels if name not in EXPRESSIONS]
+            if unknown:
+                raise UserError(f"expression {unknown[0]!r} is none of {', '.join(EXPRESSIONS)}")
+            if len(labels) < windows:
+                raise UserError(f"{len(labels)} expressions are given, {windows} half seconds need one each")
+            classes = torch.tensor([EXPRESSIONS.index(name) for name in labels])
         else:
             assert clip.track is not None, "the stage expression comes after the stage face"
             at = slice(0, clip.length, self.every)

@@ -86,7 +86,7 @@ class Synthetic(Source):
                 text=row["text"],
                 speaker=str(row["voice"]),
                 language="en",
-                expression=row["expression"],
+                expression=row.get("expressions", row["expression"]),
                 phonemes=row["phonemes"],
             )
 

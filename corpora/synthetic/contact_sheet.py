@@ -6,7 +6,6 @@ import numpy as np
 
 from corpora.synthetic.expression import EXPRESSIONS, pose
 from corpora.synthetic.face import Face, Motion, draw_motion
-from corpora.synthetic.portrait import design
 from corpora.synthetic.visemes import FPS, mouth_track
 from corpora.synthetic.voices import load_voices
 
@@ -14,9 +13,9 @@ SOUNDS = ("m", "f", "T", "s", "l", "S", "u:", "oU", "i:", "E", "a", "A:")
 _STEP = 0.32  # s a sound
 
 
-def contact_sheet(rows: int = 10, sounds: tuple[str, ...] = SOUNDS) -> np.ndarray:
+def contact_sheet(version: int, rows: int = 10, sounds: tuple[str, ...] = SOUNDS) -> np.ndarray:
     """One identity and expression a row, one espeak-ng phoneme a column: (rows * 128, sounds * 128, 3) uint8 RGB."""
-    voices = load_voices()
+    voices = load_voices(version)
     chosen = [voices[i * len(voices) // rows] for i in range(rows)]
     phonemes = [(sound, i * _STEP, (i + 1) * _STEP) for i, sound in enumerate(sounds)]
     frames = round(len(sounds) * _STEP * FPS)
@@ -26,6 +25,6 @@ def contact_sheet(rows: int = 10, sounds: tuple[str, ...] = SOUNDS) -> np.ndarra
     for row, voice in enumerate(chosen):
         motion = draw_motion(np.random.default_rng(row), frames, np.zeros(frames))
         motion = Motion(*(values[shown] for values in vars(motion).values()))
-        face = Face(design(voice.face_seed, voice.pitch, voice.formants))
+        face = Face(voice.face)
         sheet.append(np.concatenate(face.render(track, pose(EXPRESSIONS[row % len(EXPRESSIONS)], 1.0), motion), 1))
     return np.concatenate(sheet)

@@ -1,4 +1,8 @@
-"""Clips of the corpus: each is a function of (seed, split, index) alone, whatever process makes it, in any order."""
+"""Clips of the corpus: each is a function of (version, seed, split, index) alone, whatever process makes it, in any
+order.
+
+Version 2 has a development split, a rule from face to voice (`traits`), expressions that change within a clip, and free
+sentences beside those of a closed vocabulary, each for half of the clips."""
 
 from __future__ import annotations
 
@@ -7,22 +11,24 @@ import json
 import math
 import subprocess
 import wave as wave_file
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 
 import cv2
 import imageio_ffmpeg
 import numpy as np
 
-from corpora.synthetic.expression import draw_expression, pose, prosody
+from corpora.synthetic.expression import Prosody, draw_change, draw_expression, ease, pose, prosody
 from corpora.synthetic.face import Face, Motion, draw_motion
-from corpora.synthetic.portrait import SIZE, design
+from corpora.synthetic.portrait import SIZE
 from corpora.synthetic.sentences import SPLITS, draw_sentence
-from corpora.synthetic.speech import Synthesizer
+from corpora.synthetic.speech import Synthesizer, Utterance
 from corpora.synthetic.visemes import FPS, MOUTH, mouth_track
-from corpora.synthetic.voices import Voice, load_voices
+from corpora.synthetic.voices import load_voices
 from engine.files import atomic_output
 
-VERSION = 1
 RATE = 24_000
 FRAME = RATE // FPS  # samples a frame
 _WORDS_PER_MINUTE = 150
@@ -30,29 +36,70 @@ _LEVEL = 10 ** (-25 / 20)  # RMS of neutral speech
 _ROOM_TONE = 1e-3  # RMS; recognisers misread digital silence
 
 
+@dataclass(frozen=True)
+class Speech:
+    """What is heard in a clip.
+
+    Attributes:
+        wave: (frames * 960,) float32 at 24 kHz, with about 0.15 s of room tone at both ends.
+        phonemes: (symbol, start s, end s).
+        change: second at which the second style of speaking begins; None with one style.
+    """
+
+    wave: np.ndarray
+    phonemes: list[tuple[str, float, float]]
+    change: float | None
+
+
 def speak(
-    synthesizer: Synthesizer, text: str, voice: Voice, expression: str, intensity: float, rng: np.random.Generator
-) -> tuple[np.ndarray, list[tuple[str, float, float]]]:
-    """Speech at 24 kHz, (frames * 960,) float32, with about 0.15 s of room tone at both ends, and its phonemes."""
-    style = prosody(expression, intensity)
+    synthesizer: Synthesizer, text: str, lines: str, styles: Sequence[Prosody], rng: np.random.Generator
+) -> Speech:
+    """`text` in one style, or in a first and, from a word in its middle on, a second one.
+
+    Args:
+        lines: of the espeak-ng voice file.
+    """
     pitch, span, speed, gain, lead, tail = rng.normal(0, 1, 4).tolist() + rng.uniform(0.11, 0.19, 2).tolist()
-    said = synthesizer.speak(
-        text,
-        voice.name,
-        pitch=int(np.clip(round(style.pitch + 1.5 * pitch), 0, 99)),
-        span=int(np.clip(round(style.span + 2 * span), 0, 99)),
-        words_per_minute=round(_WORDS_PER_MINUTE * style.speed * (1 + 0.02 * np.clip(speed, -2, 2))),
-    )
-    level = _LEVEL * 10 ** ((style.gain + 0.4 * gain) / 20)
-    speech = resample(said.wave, said.rate, RATE)
-    speech *= level / max(1e-6, float(np.sqrt(np.mean(speech**2))))
-    speech *= min(1.0, 0.97 / float(np.abs(speech).max()))
+    takes = []
+    for style in styles:
+        said = synthesizer.speak(
+            text,
+            lines,
+            pitch=int(np.clip(round(style.pitch + 1.5 * pitch), 0, 99)),
+            span=int(np.clip(round(style.span + 2 * span), 0, 99)),
+            words_per_minute=round(_WORDS_PER_MINUTE * style.speed * (1 + 0.02 * np.clip(speed, -2, 2))),
+        )
+        level = _LEVEL * 10 ** ((style.gain + 0.4 * gain) / 20)
+        speech = resample(said.wave, said.rate, RATE)
+        speech *= level / max(1e-6, float(np.sqrt(np.mean(speech**2))))
+        speech *= min(1.0, 0.97 / float(np.abs(speech).max()))
+        takes.append(replace(said, wave=speech, rate=RATE))
+    speech, phonemes, cut = (takes[0].wave, takes[0].phonemes, None) if len(takes) == 1 else splice(*takes, rng)
     start = int(lead * RATE)
     frames = math.ceil((start + len(speech) + tail * RATE) / FRAME)
     wave = rng.normal(0, _ROOM_TONE, frames * FRAME).astype(np.float32)
     wave[start : start + len(speech)] += speech
     shift = start / RATE
-    return wave, [(symbol, round(a + shift, 4), round(b + shift, 4)) for symbol, a, b in said.phonemes]
+    phonemes = [(symbol, round(a + shift, 4), round(b + shift, 4)) for symbol, a, b in phonemes]
+    return Speech(wave, phonemes, None if cut is None else round(cut + shift, 4))
+
+
+def splice(
+    first: Utterance, second: Utterance, rng: np.random.Generator
+) -> tuple[np.ndarray, list[tuple[str, float, float]], float]:
+    """Two takes of one text joined at a word in the middle of the first: wave, phonemes, second of the change."""
+    starts = np.array([first.phonemes[i][1] for i in first.words])
+    share = starts * first.rate / len(first.wave)
+    near = np.flatnonzero((share > 0.3) & (share < 0.65))
+    word = int(rng.choice(near)) if len(near) else int(np.abs(share - 0.5).argmin())
+    i, j = first.words[word], second.words[word]
+    cut, resume = float(starts[word]), second.phonemes[j][1]
+    a, b, fade = int(cut * RATE), int(resume * RATE), min(RATE // 100, int(resume * RATE), int(cut * RATE))
+    ramp = np.linspace(0, 1, fade, dtype=np.float32)
+    across = first.wave[a - fade : a] * (1 - ramp) + second.wave[b - fade : b] * ramp
+    wave = np.concatenate([first.wave[: a - fade], across, second.wave[b:]])
+    rest = [(symbol, x - resume + cut, y - resume + cut) for symbol, x, y in second.phonemes[j:]]
+    return wave, first.phonemes[:i] + rest, cut
 
 
 def resample(wave: np.ndarray, rate: int, to: int) -> np.ndarray:
@@ -87,51 +134,69 @@ def clip_id(split: str, index: int) -> str:
     return f"{split}_{index:06d}"
 
 
-class ClipMaker:
-    """Makes clips under `root`; one for a process."""
+def window_expressions(frames: int, first: str, second: str, change: float | None) -> list[str]:
+    """The expression at the middle of each half second (J,), the last of which may be cut short."""
+    ends = [min(0.5 * (j + 1), frames / FPS) for j in range(2 * (frames - 1) // FPS + 1)]
+    middles = [0.5 * (0.5 * j + end) for j, end in enumerate(ends)]
+    return [first if change is None or middle < change else second for middle in middles]
 
-    def __init__(self, root: Path, seed: int) -> None:
+
+class ClipMaker:
+    """Makes clips of one corpus under `root`; one for a process."""
+
+    def __init__(self, root: Path, seed: int, version: int) -> None:
         cv2.setNumThreads(1)
-        self._root, self._seed = root, seed
-        voices = load_voices()
-        known = [voice for voice in voices if not voice.held_out]
-        self._voices = {"train": known, "seen": known, "unseen": [voice for voice in voices if voice.held_out]}
-        self._synthesizer = Synthesizer({voice.name: voice.lines for voice in voices})
+        self._root, self._seed, self._version = root, seed, version
+        groups = {group: [v for v in load_voices(version) if v.group == group] for group in ("train", "dev", "unseen")}
+        self._voices = groups | {"seen": groups["train"]}
+        if groups["dev"]:  # known and unknown voices in turn
+            self._voices["dev"] = [v for pair in zip(groups["train"], cycle(groups["dev"])) for v in pair]
+        self._synthesizer = Synthesizer()
 
     def make(self, split: str, index: int) -> dict:
         """Write the clip's .mp4, .wav and, last, .json; return what the .json says."""
-        rng = np.random.default_rng([self._seed, SPLITS.index(split), index])
-        voices = self._voices[split]
-        voice = voices[index % len(voices)]
-        text = draw_sentence(rng, split)
+        version = self._version
+        key = [self._seed, SPLITS[version].index(split), index]
+        rng = np.random.default_rng(key if version == 1 else [*key, version])
+        voice = self._voices[split][index % len(self._voices[split])]
+        free, changing = (version == 2 and bool(rng.random() < 0.5) for _ in range(2))
+        text = draw_sentence(rng, split, version, free)
         expression, intensity = draw_expression(rng)
-        wave, phonemes = speak(self._synthesizer, text, voice, expression, intensity, rng)
-        frames = len(wave) // FRAME
+        shown = draw_change(rng) if changing else (expression,)
+        styles = [prosody(name, intensity, version) for name in shown]
+        speech = speak(self._synthesizer, text, voice.lines, styles, rng)
+        frames = len(speech.wave) // FRAME
         light = float(rng.uniform(0.93, 1.07))
-        mouth = mouth_track(phonemes, frames)
+        mouth = mouth_track(speech.phonemes, frames)
         mouth[:, MOUTH.index("open")] *= rng.uniform(0.93, 1.05)
-        motion = draw_motion(rng, frames, loudness(wave))
-        who = design(voice.face_seed, voice.pitch, voice.formants)
-        video = Face(who, light).render(mouth, pose(expression, intensity), motion)
+        motion = draw_motion(rng, frames, loudness(speech.wave))
+        poses = [pose(name, intensity) for name in shown]
+        if changing:
+            poses = ease((np.arange(frames) + 0.5) / FPS, speech.change, *poses)
+        video = Face(voice.face, light).render(mouth, poses if changing else poses[0], motion)
+        windows = window_expressions(frames, shown[0], shown[-1], speech.change)
         name = clip_id(split, index)
         entry = {
             "id": name,
             "split": split,
             "text": text,
-            "phonemes": phonemes,
+            "phonemes": speech.phonemes,
             "voice": voice.number,
-            "expression": expression,
+            "expression": max(shown, key=windows.count),
             "intensity": round(intensity, 4),
             "frames": frames,
             "seconds": frames / FPS,
-            "face": vars(who) | {"light": round(light, 4)},
+            "face": vars(voice.face) | {"light": round(light, 4)},
             "mouth": {key: [round(float(v), 3) for v in column] for key, column in zip(MOUTH, mouth.T)},
             "pose": pose_tracks(motion),
             "seed": self._seed,
         }
+        if version == 2:
+            entry |= {"grammar": "free" if free else "closed", "expressions": windows, "change": speech.change}
+            entry |= {"traits": vars(voice.traits)}
         folder = self._root / split
         write_video(folder / f"{name}.mp4", video)
-        write_wave(folder / f"{name}.wav", wave)
+        write_wave(folder / f"{name}.wav", speech.wave)
         write_text(folder / f"{name}.json", json.dumps(entry))
         return entry
 
@@ -159,40 +224,12 @@ def write_wave(path: Path, wave: np.ndarray) -> None:
 
 def write_video(path: Path, frames: np.ndarray) -> None:
     """(T, 128, 128, 3) uint8 RGB to H.264, one thread, no time stamps or other traces of the run."""
-    command = [
-        imageio_ffmpeg.get_ffmpeg_exe(),
-        "-y",
-        "-loglevel",
-        "error",
-        "-f",
-        "rawvideo",
-        "-pix_fmt",
-        "rgb24",
-        "-s",
-        f"{SIZE}x{SIZE}",
-        "-r",
-        str(FPS),
-        "-i",
-        "-",
-        "-an",
-        "-c:v",
-        "libx264",
-        "-preset",
-        "veryfast",
-        "-crf",
-        "18",
-        "-pix_fmt",
-        "yuv420p",
-        "-threads",
-        "1",
-        "-fflags",
-        "+bitexact",
-        "-flags:v",
-        "+bitexact",
-        "-f",
-        "mp4",
-    ]
+    take = f"-f rawvideo -pix_fmt rgb24 -s {SIZE}x{SIZE} -r {FPS} -i - -an".split()
+    code = ["-c:v", "libx264", "-preset", "veryfast", "-crf", "18", "-pix_fmt", "yuv420p", "-threads", "1"]
+    plain = ["-fflags", "+bitexact", "-flags:v", "+bitexact", "-f", "mp4"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *take, *code, *plain]
     with atomic_output(path) as part:
         done = subprocess.run([*command, str(part)], input=frames.tobytes(), capture_output=True)
         if done.returncode:
-            raise OSError(done.stderr.decode(errors="replace").strip() or f"ffmpeg ended with {done.returncode}")
+            reason = done.stderr.decode(errors="replace").strip().rsplit(": ", 1)[-1]
+            raise OSError(reason or f"ffmpeg ended with {done.returncode}")

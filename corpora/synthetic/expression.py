@@ -34,7 +34,7 @@ class Pose:
     blush: float = 0.0
 
 
-PROSODY = {
+_PROSODY_1 = {
     "neutral": Prosody(),
     "happy": Prosody(pitch=61, span=80, speed=1.06, gain=2.5),
     "sad": Prosody(pitch=40, span=14, speed=0.84, gain=-6.0),
@@ -43,6 +43,18 @@ PROSODY = {
     "disgusted": Prosody(pitch=43, span=36, speed=0.9, gain=-1.0),
     "angry": Prosody(pitch=54, span=68, speed=1.09, gain=5.5),
 }
+# Spans are shares of version 2's wider voices: about a semitone for every ten.
+_PROSODY_2 = {
+    "neutral": Prosody(pitch=50, span=32),
+    "happy": Prosody(pitch=58, span=84, speed=1.1, gain=3.0),
+    "sad": Prosody(pitch=42, span=4, speed=0.76, gain=-9.0),
+    "surprised": Prosody(pitch=64, span=99, speed=0.94, gain=5.0),
+    "fearful": Prosody(pitch=62, span=13, speed=1.22, gain=-5.0),
+    "disgusted": Prosody(pitch=44, span=22, speed=0.86, gain=-2.0),
+    "angry": Prosody(pitch=52, span=68, speed=1.16, gain=7.0),
+}
+_PROSODY = {1: _PROSODY_1, 2: _PROSODY_2}
+_FLAT, _LIVELY = ("neutral", "sad", "fearful", "disgusted"), ("happy", "surprised", "angry")
 POSES = {
     "neutral": Pose(),
     "happy": Pose(brow=0.25, brow_inner=0.1, eyes=-0.22, corner=1.0, widen=0.12, blush=0.7),
@@ -59,12 +71,29 @@ def draw_expression(rng: np.random.Generator) -> tuple[str, float]:
     return EXPRESSIONS[rng.choice(len(EXPRESSIONS), p=SHARES)], float(rng.uniform(0.75, 1.0))
 
 
-def prosody(expression: str, intensity: float) -> Prosody:
+def draw_change(rng: np.random.Generator) -> tuple[str, str]:
+    """Two expressions of one clip, in order: one of a narrow and one of a wide pitch range."""
+    flat = _FLAT[rng.choice(4, p=(0.4, 0.2, 0.2, 0.2))]
+    lively = _LIVELY[rng.integers(3)]
+    return (flat, lively) if rng.random() < 0.5 else (lively, flat)
+
+
+def blend(first, second, share: float):
+    """Two prosodies or two poses mixed: `share` of the second."""
+    return type(first)(*(a + (b - a) * share for a, b in zip(vars(first).values(), vars(second).values())))
+
+
+def prosody(expression: str, intensity: float, version: int = 1) -> Prosody:
     """The expression's prosody at an intensity of 0 (neutral) to 1."""
-    rest, full = PROSODY["neutral"], PROSODY[expression]
-    return Prosody(*(a + (b - a) * intensity for a, b in zip(vars(rest).values(), vars(full).values())))
+    return blend(_PROSODY[version]["neutral"], _PROSODY[version][expression], intensity)
 
 
 def pose(expression: str, intensity: float) -> Pose:
     """The expression's facial pose at an intensity of 0 (neutral) to 1."""
     return Pose(*(value * intensity for value in vars(POSES[expression]).values()))
+
+
+def ease(times: np.ndarray, change: float, first: Pose, second: Pose) -> list[Pose]:
+    """The pose at each of the times (T,) in seconds: the first turns into the second within a quarter second."""
+    share = 0.5 - 0.5 * np.cos(np.pi * np.clip((times - change) / 0.24 + 0.5, 0, 1))
+    return [blend(first, second, float(value)) for value in share]

@@ -4,12 +4,13 @@ Axes: T frames, P mouth parameters. Lengths are in pixels of the 128-pixel pictu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
-from corpora.synthetic.expression import EXPRESSIONS, Pose, pose
+from corpora.synthetic.expression import Pose
 from corpora.synthetic.mouth import MouthPainter
 from corpora.synthetic.portrait import (
     CANVAS,
@@ -17,7 +18,6 @@ from corpora.synthetic.portrait import (
     SIZE,
     Identity,
     backdrop,
-    design,
     ellipse,
     fill,
     fixed,
@@ -26,7 +26,7 @@ from corpora.synthetic.portrait import (
     mix,
     shade,
 )
-from corpora.synthetic.visemes import FPS, MOUTH, mouth_track
+from corpora.synthetic.visemes import FPS, MOUTH
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,11 @@ class Face:
         near = np.clip((who.half_width * SCALE + 4 - np.abs(self._x - CANVAS / 2)) / 12, 0, 1)
         self._fall = (ramp * ramp * (3 - 2 * ramp)) * near
 
-    def render(self, mouth: np.ndarray, look: Pose, motion: Motion) -> np.ndarray:
-        """Mouth parameters (T, P) to frames (T, 128, 128, 3) uint8 RGB."""
+    def render(self, mouth: np.ndarray, looks: Pose | Sequence[Pose], motion: Motion) -> np.ndarray:
+        """Mouth parameters (T, P), and one pose or T of them, to frames (T, 128, 128, 3) uint8 RGB."""
         frames = np.empty((len(mouth), SIZE, SIZE, 3), np.uint8)
-        for i, values in enumerate(mouth):
+        looks = [looks] * len(mouth) if isinstance(looks, Pose) else looks
+        for i, (values, look) in enumerate(zip(mouth, looks, strict=True)):
             canvas = self._frame(dict(zip(MOUTH, map(float, values))), look, motion, i)
             cv2.resize(canvas, (SIZE, SIZE), dst=frames[i], interpolation=cv2.INTER_AREA)
         return frames
@@ -176,24 +177,3 @@ class Face:
             for side in (-1, 1):
                 crease = np.array([[64 + side * 2.2, 50.0], [64 + side * 1.8, 55.5]])
                 line(canvas, place(crease), shade(who.skin, 0.76 * self.light), 0.7)
-
-
-def find_face_seed(number: int, pitch: float, formants: float) -> int:
-    """The first look of voice `number` that OpenCV's frontal-face cascade finds in every test frame."""
-    cascade = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt2.xml")
-    for seed in range(number * 1000, number * 1000 + 1000):
-        if all(len(cascade.detectMultiScale(frame, 1.1, 3)) == 1 for frame in _test_frames(seed, pitch, formants)):
-            return seed
-    raise RuntimeError(f"no face of voice {number} is found by the detector")
-
-
-def _test_frames(seed: int, pitch: float, formants: float):
-    """Grey frames of all expressions with varied mouths, heads and light."""
-    rng = np.random.default_rng(seed)
-    for light in (0.93, 1.07):
-        face = Face(design(seed, pitch, formants), light)
-        for name in EXPRESSIONS:
-            track = mouth_track([("w", 0.1, 0.2), ("A:", 0.2, 0.4), ("s", 0.4, 0.55), ("i:", 0.55, 0.8)], 25)[4::4]
-            motion = draw_motion(rng, len(track), rng.random(len(track)))
-            for frame in face.render(track, pose(name, 1.0), motion):
-                yield cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)

@@ -15,9 +15,9 @@ import numpy as np
 
 from corpora.synthetic.expression import EXPRESSIONS, pose
 from corpora.synthetic.face import Face, draw_motion
-from corpora.synthetic.portrait import SIZE, design
+from corpora.synthetic.portrait import SIZE
 from corpora.synthetic.visemes import FPS, MOUTH, mouth_track
-from corpora.synthetic.voices import load_voices
+from corpora.synthetic.voices import Voice, load_voices
 
 _SOUNDS = ("m", "p", "f", "T", "s", "t", "l", "S", "w", "u:", "oU", "i:", "eI", "E", "a", "aI", "A:", "n", "r", "k")
 _MOUTH = (slice(80, 116), slice(40, 88))  # rows and columns that the mouth may reach, in the 128-pixel picture
@@ -47,7 +47,8 @@ class MouthReader:
     """
 
     def __init__(self, clips: int = 64, seed: int = 0) -> None:
-        features, openings = zip(*(_drawn_clip(index, seed) for index in range(clips)))
+        voices = [voice for voice in load_voices() if voice.group == "train"]
+        features, openings = zip(*(_drawn_clip(voices[i % len(voices)], i, seed) for i in range(clips)))
         x, y = np.concatenate(features), np.concatenate(openings)  # (N, F), (N,)
         self._centre, self._rest = x.mean(0), y.mean()
         x = x - self._centre
@@ -58,16 +59,14 @@ class MouthReader:
         return (_features(frames) - self._centre) @ self._weights + self._rest
 
 
-def _drawn_clip(index: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _drawn_clip(voice: Voice, index: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Features (T, F) and true openings (T,) of one drawn clip."""
     rng = np.random.default_rng([seed, index])
-    voices = [voice for voice in load_voices() if not voice.held_out]
-    voice = voices[index % len(voices)]
     ends = np.cumsum(rng.uniform(0.05, 0.2, 14)) + 0.1
     phonemes = [(str(rng.choice(_SOUNDS)), a, b) for a, b in pairwise(ends)]
     frames = int((ends[-1] + 0.15) * FPS)
     track = mouth_track(phonemes, frames)
     motion = draw_motion(rng, frames, rng.random(frames))
     look = pose(EXPRESSIONS[index % len(EXPRESSIONS)], float(rng.uniform(0.75, 1.0)))
-    face = Face(design(voice.face_seed, voice.pitch, voice.formants), float(rng.uniform(0.93, 1.07)))
+    face = Face(voice.face, float(rng.uniform(0.93, 1.07)))
     return _features(face.render(track, look, motion)), track[:, MOUTH.index("open")]

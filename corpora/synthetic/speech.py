@@ -1,7 +1,7 @@
 """espeak-ng through its C API: speech with phoneme events.
 
-`espeakng-loader` brings the library and its data. Voices of our own are files in a private copy of the data folder that
-is made when the synthesiser starts."""
+`espeakng-loader` brings the library and its data. The voice that speaks is a file in a private copy of the data folder
+that is made when the synthesiser starts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ import numpy as np
 _SYNCHRONOUS = 2  # AUDIO_OUTPUT_SYNCHRONOUS: samples go to the callback, no sound device
 _PHONEME_EVENTS, _DONT_EXIT = 1, 0x8000
 _RATE, _PITCH, _RANGE = 1, 3, 4  # espeak_PARAMETER
-_EVENT_PHONEME = 7
+_EVENT_WORD, _EVENT_PHONEME = 1, 7
 _UTF8 = 1
+_WORD = " "  # stands for the start of a word among phoneme events
 
 
 class _Event(ctypes.Structure):
@@ -40,30 +41,27 @@ _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctype
 
 @dataclass(frozen=True)
 class Utterance:
-    """Speech at espeak-ng's rate: `wave` (N,) float32 in [-1, 1], `phonemes` as (symbol, start s, end s)."""
+    """Speech at espeak-ng's rate: `wave` (N,) float32 in [-1, 1], `phonemes` as (symbol, start s, end s), and the
+    index of each word's first phoneme. Short function words may count as one word with the next."""
 
     wave: np.ndarray
     rate: int
     phonemes: list[tuple[str, float, float]]
+    words: list[int]
 
 
 class Synthesizer:
-    """Speaks with the given voice files.
+    """Speaks with any espeak-ng voice. Only one can live in a process, because the library's state is global."""
 
-    `voices` maps a voice's name to the lines of its espeak-ng voice file. Only one synthesiser can live in a process,
-    because the library's state is global."""
-
-    def __init__(self, voices: dict[str, str]) -> None:
+    def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="espeak-voices-")
         data = Path(self._folder.name) / "espeak-ng-data"
         source = Path(espeakng_loader.get_data_path())
         (data / "voices" / "!v").mkdir(parents=True)
         (data / "lang" / "gmw").mkdir(parents=True)
-        # one language only: the library lists at most 349 voices
         for name in ("phondata", "phonindex", "phontab", "intonations", "en_dict", "lang/gmw/en-US"):
             (data / name).symlink_to(source / name)
-        for name, text in voices.items():
-            (data / "voices" / "!v" / name).write_text(f"language variant\nname {name}\n{text}\n")
+        self._voice = data / "voices" / "!v" / "corpus"
         self._library = ctypes.CDLL(espeakng_loader.get_library_path())
         options = _PHONEME_EVENTS | _DONT_EXIT
         self._rate = self._library.espeak_Initialize(_SYNCHRONOUS, 0, str(data).encode(), options)
@@ -82,14 +80,18 @@ class Synthesizer:
         while events[i].type:
             if events[i].type == _EVENT_PHONEME:
                 self._events.append((events[i].name.decode(), events[i].sample))
+            elif events[i].type == _EVENT_WORD:
+                self._events.append((_WORD, events[i].sample))
             i += 1
         return 0
 
-    def speak(self, text: str, voice: str, pitch: int = 50, span: int = 50, words_per_minute: int = 160) -> Utterance:
-        """Speak `text`. `pitch` and `span` (pitch range) are espeak-ng's 0-99, 50 being the voice's own.
+    def speak(self, text: str, lines: str, pitch: int = 50, span: int = 50, words_per_minute: int = 160) -> Utterance:
+        """Speak `text` in the voice whose espeak-ng voice file holds `lines`. `pitch` and `span` (pitch range) are
+        espeak-ng's 0-99, 50 being the voice's own.
 
         The library's flutter and noise generators carry state from one call to the next; a forked child always starts
         from the same state, which makes an utterance a function of the arguments alone."""
+        self._voice.write_text(f"language variant\nname corpus\n{lines}\n")
         read, write = os.pipe()
         child = os.fork()
         if child == 0:
@@ -97,7 +99,7 @@ class Synthesizer:
             try:
                 os.close(read)
                 with os.fdopen(write, "wb") as pipe:
-                    pickle.dump(self._speak(text, voice, pitch, span, words_per_minute), pipe)
+                    pickle.dump(self._speak(text, pitch, span, words_per_minute), pipe)
                 code = 0
             finally:
                 os._exit(code)
@@ -106,14 +108,14 @@ class Synthesizer:
             result = pipe.read()
         _, status = os.waitpid(child, 0)
         if status:
-            raise RuntimeError(f"espeak-ng failed on {text!r} with voice {voice!r}")
+            raise RuntimeError(f"espeak-ng failed on {text!r} with the voice {lines!r}")
         wave, events = pickle.loads(result)
-        return Utterance(wave.astype(np.float32) / 32768.0, self._rate, _phonemes(events, len(wave), self._rate))
+        return Utterance(wave.astype(np.float32) / 32768.0, self._rate, *_phonemes(events, len(wave), self._rate))
 
-    def _speak(self, text: str, voice: str, pitch: int, span: int, words_per_minute: int):
+    def _speak(self, text: str, pitch: int, span: int, words_per_minute: int):
         library = self._library
-        if library.espeak_SetVoiceByName(f"en-us+{voice}".encode()):
-            raise RuntimeError(f"espeak-ng has no voice {voice!r}")
+        if library.espeak_SetVoiceByName(f"en-us+{self._voice.name}".encode()):
+            raise RuntimeError("espeak-ng cannot use the voice file")
         for parameter, value in ((_RATE, words_per_minute), (_PITCH, pitch), (_RANGE, span)):
             library.espeak_SetParameter(parameter, value, 0)
         data = text.encode()
@@ -122,13 +124,17 @@ class Synthesizer:
         return np.concatenate(self._blocks), self._events
 
 
-def _phonemes(events: list[tuple[str, int]], samples: int, rate: int) -> list[tuple[str, float, float]]:
-    """Events (symbol, start sample) to intervals, without stress marks and pauses.
+def _phonemes(
+    events: list[tuple[str, int]], samples: int, rate: int
+) -> tuple[list[tuple[str, float, float]], list[int]]:
+    """Events (symbol, start sample) to intervals, without stress marks and pauses, and the words' first intervals.
 
     A coda /l/ has no samples of its own (the vowel glides into it); it gets the last third of the sound before it."""
-    starts = [min(start, samples) for _, start in events] + [samples]
+    sounds = [event for event in events if event[0] != _WORD]
+    begins = [start for name, start in events if name == _WORD]
+    starts = [min(start, samples) for _, start in sounds] + [samples]
     intervals: list[tuple[str, float, float]] = []
-    for i, (name, _) in enumerate(events):
+    for i, (name, _) in enumerate(sounds):
         symbol = name.strip("',%=_|").rstrip("#")
         if not symbol.strip(":;"):
             continue
@@ -140,4 +146,5 @@ def _phonemes(events: list[tuple[str, int]], samples: int, rate: int) -> list[tu
             end = last
         if end > start:
             intervals.append((symbol, start, end))
-    return intervals
+    times = np.array([start for _, start, _ in intervals])
+    return intervals, sorted({int(np.abs(times - begin / rate).argmin()) for begin in begins})

@@ -1,13 +1,10 @@
-"""The corpus's voices: espeak-ng voice files drawn at random, chosen so that a speaker encoder tells them apart.
+"""The corpus's voices.
 
-`voices.json` keeps the voices that the corpus uses, and its `arguments` and `by_hand` how they were chosen:
-1. `python -m corpora.synthetic.choose_voices --out FILE` with its defaults drew 180 voices and chose 48 of them, 40 for
-   training and 8 held out.
-2. By hand, eight of the 40 were dropped that the recogniser had understood badly in a test with all expressions, the
-   rest were numbered anew, and each number got the first look that a face detector finds (`face.find_face_seed`).
-`results` holds what was measured of the final choice. The command draws the same 180 voices again, but may choose
-others of them: the kept choice was made before espeak-ng's noise was seeded, when a breathy voice differed a little
-from run to run."""
+Version 1: `voices.json` keeps 40 espeak-ng voice files that were drawn at random and chosen with GE2E and a recogniser,
+then weeded by hand; its `arguments`, `by_hand` and `results` say how, and what was measured.
+
+Version 2: `voices_v2.json` keeps seeds alone, chosen by `python -m corpora.synthetic.choose_voices`; voice and face
+follow from them (`traits`)."""
 
 from __future__ import annotations
 
@@ -15,53 +12,43 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+from corpora.synthetic.portrait import Identity, design
+from corpora.synthetic.traits import Traits, draw_traits, looks, voice_lines
 
-VOICES_FILE = Path(__file__).with_name("voices.json")
+_FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Voice:
-    """One identity: its number, whether training may use it, its espeak-ng voice file, the traits that its face shows
-    (pitch in Hz, formant scale), and the seed of the rest of its looks."""
+    """One identity.
+
+    Attributes:
+        number: counted from 0; training voices come first.
+        group: "train", "unseen" (heard in that test split alone) or "dev" (in that split alone).
+        lines: of the espeak-ng voice file.
+        face: what the voice looks like.
+        traits: what voice and face share; None in version 1.
+    """
 
     number: int
-    held_out: bool
+    group: str
     lines: str
-    pitch: float
-    formants: float
-    face_seed: int
-
-    @property
-    def name(self) -> str:
-        return f"corpus{self.number:02d}"
+    face: Identity
+    traits: Traits | None = None
 
 
-def load_voices(path: Path = VOICES_FILE) -> list[Voice]:
-    """All voices, in the order of their numbers."""
-    return [Voice(**entry) for entry in json.loads(Path(path).read_text())["voices"]]
-
-
-def draw_voice(seed: int) -> tuple[str, float, float]:
-    """A random voice: the lines of its espeak-ng voice file, its base pitch in Hz and its overall formant scale."""
-    rng = np.random.default_rng([seed, 0x5EED])
-    high = rng.random() < 0.5
-    pitch = rng.uniform(150, 235) if high else rng.uniform(72, 135)
-    formants = rng.uniform(0.98, 1.2) if high else rng.uniform(0.84, 1.06)
-    span = pitch * rng.uniform(1.2, 1.6)
-    lines = [f"pitch {pitch:.0f} {span:.0f}", f"flutter {rng.integers(0, 6)}"]
-    for number in range(6):
-        scale = 100 * formants * rng.normal(1.0, 0.035)
-        width = 100 * rng.uniform(0.75, 1.5)
-        lines.append(f"formant {number} {scale:.0f} {rng.uniform(70, 140):.0f} {width:.0f}")
-    if rng.random() < 0.45:
-        lines.append(f"klatt {rng.integers(1, 6)}")
-    if rng.random() < 0.5:
-        lines.append("breath 0 " + " ".join(str(rng.integers(0, 8)) for _ in range(6)))
-    if rng.random() < 0.3:
-        lines.append(f"roughness {rng.integers(1, 4)}")
-    lines.append(f"voicing {rng.integers(70, 125)}")
-    lines.append(f"consonants {rng.integers(70, 130)} {rng.integers(70, 130)}")
-    tilt = rng.normal(0, 28)
-    lines.append(f"tone 600 {150 - tilt:.0f} 1200 {125:.0f} 2000 {110 + tilt:.0f} 3000 {105 + 1.3 * tilt:.0f}")
-    return "\n".join(lines), float(pitch), float(formants)
+def load_voices(version: int = 1) -> list[Voice]:
+    """All voices of a version, in the order of their numbers."""
+    if version == 1:
+        return [
+            Voice(
+                row["number"],
+                "unseen" if row["held_out"] else "train",
+                row["lines"],
+                design(row["face_seed"], row["pitch"], row["formants"]),
+            )
+            for row in json.loads((_FOLDER / "voices.json").read_text())["voices"]
+        ]
+    groups = json.loads((_FOLDER / "voices_v2.json").read_text())
+    drawn = [(group, seed, draw_traits(seed)) for group, seeds in groups.items() for seed in seeds]
+    return [Voice(i, group, voice_lines(t), looks(t, seed), t) for i, (group, seed, t) in enumerate(drawn)]

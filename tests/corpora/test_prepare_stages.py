@@ -39,6 +39,7 @@ def corpus(tmp_path_factory):
     root = tmp_path_factory.mktemp("corpus")
     wave = np.tile(read_audio("assets/demo/voice.wav", 24_000), 2)
     row = {"id": "a", "text": "hello", "voice": 3, "expression": "sad", "phonemes": [["h", 0.1, 0.2], ["oU", 0.2, 0.9]]}
+    row["expressions"] = ["sad", "sad", "happy"]  # of the half seconds
     write_video(root / "train" / "a.mp4", np.stack([draw_face(i % 7 / 7) for i in range(FRAMES)]), 25)
     write_wav(root / "train" / "a.wav", wave[: FRAMES * 960], 24_000)
     (root / "train.jsonl").write_text(json.dumps(row) + "\n")
@@ -70,7 +71,7 @@ def test_the_stages_make_what_the_networks_make(corpus, tmp_path):
         "faces": torch.from_numpy(sizes.cut_faces(frames[pictures], track[pictures])),
         "ge2e": torch.from_numpy(ge2e.embed(read_audio(corpus / "train" / "a.wav", 16_000), 16_000)),
         "tokens": codec.encode(sound)[0].T.to(torch.int16),
-        "expression": torch.tensor([2, 2, 2], dtype=torch.uint8),
+        "expression": torch.tensor([2, 2, 1], dtype=torch.uint8),
         "phoneme": torch.tensor([0] * 2 + [1] * 3 + [2] * 17 + [0] * 8, dtype=torch.uint8),
     }
     for name, value in expected.items():

@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import wave
+from collections import Counter
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import cv2
@@ -15,13 +19,15 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from corpora.synthetic.corpus import resample
+from corpora.synthetic.corpus import FRAME, resample, window_expressions
 from corpora.synthetic.expression import EXPRESSIONS, pose, prosody
 from corpora.synthetic.face import Face, draw_motion
-from corpora.synthetic.portrait import design
-from corpora.synthetic.sentences import SLOTS, SPLITS, draw_sentence, split_of
-from corpora.synthetic.visemes import FPS, MOUTH, mouth_track
-from corpora.synthetic.voices import VOICES_FILE, draw_voice, load_voices
+from corpora.synthetic.sentences import SLOTS, SPLITS, draw_sentence, free_words, split_of
+from corpora.synthetic.speech import Synthesizer
+from corpora.synthetic.traits import Traits, looks, voice_lines
+from corpora.synthetic.visemes import FPS, MOUTH, mouth_track, shapes_of
+from corpora.synthetic.voices import load_voices
+from engine.metrics.recogniser import Recogniser, word_error_rate
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -45,6 +51,15 @@ def entries(root: Path, split: str) -> list[dict]:
 def corpus(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("corpus") / "two_workers"
     done = make(root, "--clips", "6", "--test-clips", "2", "--seed", "3", "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory) -> Path:
+    """A corpus of version 2."""
+    root = tmp_path_factory.mktemp("corpus") / "second"
+    done = make(root, "--version", "2", "--clips", "16", "--test-clips", "4", "--seed", "3")
     assert done.returncode == 0, done.stderr
     return root
 
@@ -76,9 +91,21 @@ def test_another_seed_makes_another_corpus_elsewhere_only(corpus):
     done = make(corpus, "--clips", "6", "--test-clips", "2", "--seed", "4")
     assert done.returncode == 2
     assert "seed 3" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    done = make(corpus, "--clips", "6", "--test-clips", "2", "--seed", "3", "--version", "2")
+    assert done.returncode == 2
+    assert "version 1" in done.stderr and not (corpus / "dev").exists()
 
 
-@pytest.mark.parametrize("arguments", [("--clips", "0"), ("--workers", "0"), ("--clips", "many")])
+def test_a_full_disk_is_one_line_and_leaves_no_parts(tmp_path):
+    command = f"ulimit -f 80; {sys.executable} scripts/make_synthetic_corpus.py --out {tmp_path / 'full'} --clips 4"
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-c", command], cwd=REPO, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "cannot write" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert list((tmp_path / "full" / "train").glob("*.mp4")) and not list((tmp_path / "full").rglob(".*"))
+
+
+@pytest.mark.parametrize("arguments", [("--clips", "0"), ("--workers", "0"), ("--clips", "many"), ("--version", "3")])
 def test_user_mistakes_exit_2(tmp_path, arguments):
     done = make(tmp_path / "no", *arguments)
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -86,26 +113,40 @@ def test_user_mistakes_exit_2(tmp_path, arguments):
 
 
 def test_splits_are_disjoint(corpus):
-    texts = {split: {entry["text"] for entry in entries(corpus, split)} for split in SPLITS}
-    voices = {split: {entry["voice"] for entry in entries(corpus, split)} for split in SPLITS}
+    texts = {split: {entry["text"] for entry in entries(corpus, split)} for split in SPLITS[1]}
+    voices = {split: {entry["voice"] for entry in entries(corpus, split)} for split in SPLITS[1]}
     for a, b in (("train", "seen"), ("train", "unseen"), ("seen", "unseen")):
         assert not texts[a] & texts[b]
-    assert voices["seen"] <= {v.number for v in load_voices() if not v.held_out}
+    assert voices["seen"] <= {v.number for v in load_voices() if v.group == "train"}
     assert not voices["unseen"] & (voices["train"] | voices["seen"])
-    assert voices["unseen"] <= {v.number for v in load_voices() if v.held_out}
+    assert voices["unseen"] <= {v.number for v in load_voices() if v.group == "unseen"}
 
 
-def test_large_draws_stay_in_their_split():
+@pytest.mark.parametrize(("version", "free"), [(1, False), (2, False), (2, True)])
+def test_large_draws_stay_in_their_split(version, free):
     rng = np.random.default_rng(0)
-    drawn = {split: {draw_sentence(rng, split) for _ in range(2000)} for split in SPLITS}
-    assert all(split_of(text) == split for split, texts in drawn.items() for text in texts)
-    assert not drawn["train"] & (drawn["seen"] | drawn["unseen"])
+    drawn = {split: {draw_sentence(rng, split, version, free) for _ in range(2000)} for split in SPLITS[version]}
+    assert all(split_of(text, version) == split for split, texts in drawn.items() for text in texts)
+    assert not any(a & b for a, b in combinations(drawn.values(), 2))
     words = {word for text in drawn["train"] for word in text.split()}
-    assert words == {word for slot in SLOTS for word in slot}
+    assert len(words) > 2000 if free else words == {word for slot in SLOTS for word in slot}
+
+
+def test_free_words_differ_on_the_lips():
+    words = sorted({word for slot in free_words().values() for word in slot})
+    assert len(words) > 2500
+    short = [word for word in words if len(word) < 5]  # they are alike if any are
+    synthesizer, shown = Synthesizer(), {}
+    for some in (short[i : i + 20] for i in range(0, len(short), 20)):
+        said = synthesizer.speak(". ".join(some), "pitch 100 150")
+        assert len(said.words) == len(some)
+        for word, first, last in zip(some, said.words, [*said.words[1:], None]):
+            shapes = "".join(shape for symbol, _, _ in said.phonemes[first:last] for shape in shapes_of(symbol))
+            assert shown.setdefault(shapes, word) == word
 
 
 def test_clip_files_agree(corpus):
-    for split in SPLITS:
+    for split in SPLITS[1]:
         for entry in entries(corpus, split):
             stem = corpus / split / entry["id"]
             assert json.loads(stem.with_suffix(".json").read_text()) == entry
@@ -152,14 +193,15 @@ def test_mouth_moves_smoothly_and_shapes_differ():
     assert opening[8] > 0.9 and width[16] > 0.8 and width[23] < -0.8
 
 
-def test_faces_are_found_and_show_expression_and_mouth():
+@pytest.mark.parametrize(("version", "every"), [(1, 1), (2, 10)])
+def test_faces_are_found_and_show_expression_and_mouth(version, every):
     cascade = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt2.xml")
     track = mouth_track([("m", 0.0, 0.2), ("A:", 0.2, 0.4)], 10)
     still = draw_motion(np.random.default_rng(0), 10, np.zeros(10))
     found = 0
-    voices = load_voices()
+    voices = load_voices(version)[::every]
     for voice in voices:
-        face = Face(design(voice.face_seed, voice.pitch, voice.formants))
+        face = Face(voice.face)
         neutral, angry = (face.render(track, pose(name, 1.0), still) for name in ("neutral", "angry"))
         found += len(cascade.detectMultiScale(cv2.cvtColor(neutral[8], cv2.COLOR_RGB2GRAY), 1.1, 3)) == 1
         assert np.abs(neutral[2, 36:60].astype(int) - angry[2, 36:60]).max() > 40  # brows
@@ -174,18 +216,87 @@ def test_expressions_drive_prosody():
     assert prosody("sad", 1.0).gain < neutral.gain < prosody("angry", 1.0).gain
 
 
-def test_voices_meet_the_floor():
-    voices = load_voices()
-    assert sum(not v.held_out for v in voices) >= 32 and sum(v.held_out for v in voices) >= 8
+@pytest.mark.parametrize(
+    ("version", "least"), [(1, {"train": 32, "unseen": 8}), (2, {"train": 400, "dev": 20, "unseen": 40})]
+)
+def test_voices_meet_the_floor(version, least):
+    voices = load_voices(version)
+    counts = Counter(v.group for v in voices)
+    assert counts.keys() == least.keys() and all(counts[group] >= count for group, count in least.items())
     assert [v.number for v in voices] == list(range(len(voices)))
-    assert len({v.lines for v in voices}) == len({v.face_seed for v in voices}) == len(voices)
+    assert len({v.lines for v in voices}) == len({v.face.detail_seed for v in voices}) == len(voices)
 
 
-def test_voices_are_draws_of_the_recorded_selection():
-    arguments = json.loads(VOICES_FILE.read_text())["arguments"]
-    drawn = [draw_voice(arguments["seed"] * 100_000 + i) for i in range(arguments["candidates"])]
-    traits = {lines: (round(pitch, 1), round(formants, 4)) for lines, pitch, formants in drawn}
-    assert all(traits.get(v.lines) == (v.pitch, v.formants) for v in load_voices())
+@pytest.mark.parametrize(
+    ("trait", "heard", "seen"),
+    [
+        ("depth", r"pitch (\d+)", "jaw"),
+        ("tract", r"formant 0 (\d+)", "half_width"),
+        ("front", r"formant 2 (\d+)", "eye_gap"),
+        ("bright", r"tone 600 (\d+)", "hair"),
+        ("age", r"formant 0 \d+ 100 (\d+)", "hairline"),
+    ],
+)
+def test_a_trait_is_heard_and_seen_monotonically(trait, heard, seen):
+    middle = Traits(*[0.5] * 5)
+    steps = [replace(middle, **{trait: float(value)}) for value in np.linspace(0, 1, 6)]
+    sounds = np.diff([int(re.search(heard, voice_lines(traits))[1]) for traits in steps])
+    faces = np.diff([np.mean(getattr(looks(traits, 7), seen)) for traits in steps])
+    assert (sounds != 0).all() and len({*np.sign(sounds)}) == 1
+    assert (faces != 0).all() and len({*np.sign(faces)}) == 1
+
+
+def test_second_version_has_changes_free_sentences_and_a_dev_split(second):
+    rows = [entry for split in SPLITS[2] for entry in entries(second, split)]
+    assert {len(entries(second, split)) for split in SPLITS[2][1:]} == {4}
+    assert {entry["grammar"] for entry in rows} == {"closed", "free"}
+    assert 4 <= sum(entry["change"] is not None for entry in rows) <= len(rows) - 4
+    groups = {v.number: v.group for v in load_voices(2)}
+    assert Counter(groups[entry["voice"]] for entry in entries(second, "dev")) == {"train": 2, "dev": 2}
+    for entry in rows:
+        shown, change = entry["expressions"], entry["change"]
+        assert len(shown) == (2 * (entry["frames"] - 1)) // 25 + 1 and set(shown) <= set(EXPRESSIONS)
+        assert shown.count(entry["expression"]) * 2 >= len(shown)
+        assert len(set(shown)) == 1 + (change is not None)
+        starts = [start for _, start, _ in entry["phonemes"]]
+        assert starts == sorted(starts) and entry["phonemes"][-1][2] <= entry["seconds"]
+        assert change is None or change in starts
+
+
+def test_a_change_is_heard_and_seen_at_once(second):
+    changing = [e for e in entries(second, "train") if e["change"]]
+    for entry in changing:
+        first, last = entry["expressions"][0], entry["expressions"][-1]
+        with wave.open(str(second / "train" / f"{entry['id']}.wav")) as file:
+            samples = np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768
+        cut = int(entry["change"] * 24_000)
+        begin, end = (int(24_000 * t) for t in (entry["phonemes"][0][1], entry["phonemes"][-1][2]))
+        before, after = (np.sqrt(np.mean(part**2)) for part in (samples[begin:cut], samples[cut:end]))
+        assert (after > before) == (prosody(last, 1.0, 2).gain > prosody(first, 1.0, 2).gain)
+        reader = imageio_ffmpeg.read_frames(str(second / "train" / f"{entry['id']}.mp4"))
+        next(reader)
+        brows = np.stack([np.frombuffer(f, np.uint8).reshape(128, 128, 3)[36:58] for f in reader]).astype(float)
+        middle = cut // FRAME
+        inside = np.abs(brows[: middle - 3] - np.median(brows[: middle - 3], 0)).mean()
+        across = np.abs(np.median(brows[middle + 3 :], 0) - np.median(brows[: middle - 3], 0)).mean()
+        assert across > inside
+
+
+def test_windows_take_the_expression_of_their_middle():
+    assert window_expressions(50, "sad", "happy", 1.2) == ["sad", "sad", "happy", "happy"]
+    assert window_expressions(51, "sad", "happy", 1.3) == ["sad", "sad", "sad", "happy", "happy"]
+    assert window_expressions(51, "sad", "sad", None) == ["sad"] * 5
+
+
+def test_free_sentences_are_understood_without_a_grammar(second):
+    rows = [("train", entry) for entry in entries(second, "train") if entry["grammar"] == "free"][:6]
+    recogniser, heard = Recogniser(second / "free.arpa"), []
+    for split, entry in rows:
+        with wave.open(str(second / split / f"{entry['id']}.wav")) as file:
+            samples = np.frombuffer(file.readframes(file.getnframes()), "<i2") / np.float32(32768)
+        heard.append(recogniser.transcribe(samples, 24_000))
+    texts = [entry["text"] for _, entry in rows]
+    assert word_error_rate(texts, heard) < 0.5 < word_error_rate(texts, heard[1:] + heard[:1])
 
 
 def test_resample_keeps_a_tone():

@@ -12,7 +12,6 @@ from talker_fixtures import save_talker
 from corpora.synthetic.expression import pose
 from corpora.synthetic.face import Face, draw_motion
 from corpora.synthetic.mouth_opening import MouthReader
-from corpora.synthetic.portrait import design
 from corpora.synthetic.visemes import MOUTH, mouth_track
 from corpora.synthetic.voices import load_voices
 from engine.media.audio import write_wav
@@ -75,7 +74,7 @@ def corpus(tmp_path_factory) -> Path:
                 name = f"{split}_{len(rows):06d}"
                 spans = [(0.08, 0.2), (0.48, 0.6)]
                 track = mouth_track([("A:", a, b) for a, b in spans], 20)
-                who = design(voice.face_seed, voice.pitch, voice.formants)
+                who = voice.face
                 still = draw_motion(np.random.default_rng(len(rows)), 20, np.zeros(20))
                 write_video(root / split / f"{name}.mp4", Face(who).render(track, pose("neutral", 1.0), still), 25)
                 write_wav(root / split / f"{name}.wav", hum(*spans, seconds=0.8), RATE)
