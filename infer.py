@@ -1,4 +1,4 @@
-"""Sample from a model: `python infer.py [model=NAME] [key=value ...]`. With no arguments, the bundled clip speaks."""
+"""Sample from a model: `python infer.py [model=NAME] [key=value ...]`. The default input is the bundled silent clip."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from engine.config import load
 from engine.errors import UserError, run_cli
 
 HICODIT = """
-Give a silent clip of a talking face its voice. For each clip NAME the output folder gets NAME.wav, NAME.mp4 (the clip
-with its new sound) and NAME.png (mouth crops, spectrogram, token levels). input may be a folder: its clips are done in
-batches, and one that fails is reported while the rest go on (exit code 1 at the end). Files that are there already are
-replaced only when the new ones are complete.
+Generate the speech of a silent clip of a talking face. For each clip NAME the output folder gets NAME.wav, NAME.mp4
+(the clip with the generated speech) and NAME.png (mouth crops, spectrogram, token levels). If input is a folder, its
+clips are processed in batches; a clip that fails is reported and the others continue (exit code 1 at the end). Existing
+files are replaced only when the new ones are complete.
 
-For talking faces from text or sound: python infer.py model=talker_t2av --help
+For talking faces from text or audio: python infer.py model=talker_t2av --help
 
 Examples:
 python infer.py
@@ -26,10 +26,10 @@ python infer.py input=clip.mp4 face=2 debug=true
 """
 
 TALKER = """
-Make a face talk. mode=t2av: a text becomes speech and a talking face; tts: speech alone; a2v: a face moves to a given
-sound, which stays as it is, sample for sample; v2a: a clip gets a voice, its pictures stay untouched. The output folder
-gets NAME.wav and, but for tts, NAME.mp4. Of jobs=FILE.jsonl, one that fails is reported while the rest go on (exit code
-1 at the end). Files that are there already are replaced only when the new ones are complete.
+Generate speech and talking faces. mode=t2av: text to speech and a talking face; tts: text to speech; a2v: a face that
+moves to the given audio, which is kept sample for sample; v2a: speech for a given clip, whose frames are kept. The
+output folder gets NAME.wav and, except for tts, NAME.mp4. With jobs=FILE.jsonl, a job that fails is reported and the
+others continue (exit code 1 at the end). Existing files are replaced only when the new ones are complete.
 
 Examples:
 python infer.py model=talker_t2av

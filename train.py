@@ -20,12 +20,12 @@ from engine.training.signals import REQUEUE
 from engine.training.trainer import Trainer
 
 HELP = """
-Train a model. A recipe (experiment=NAME) brings the task, the data and the trainer's numbers; every one of them can be
-set on the command line. The run's folder gets checkpoints/, log.jsonl, validation/ and, at the end, release/ with the
-averaged weights. The same command after a stop or a crash goes on where the last checkpoint is. SIGTERM, SIGUSR1 or
-Ctrl-C: save and leave with exit code 75.
+Train a model. A recipe (experiment=NAME) sets the task, the data and the trainer's settings, which can all be changed
+on the command line. The run's folder holds checkpoints/, log.jsonl, validation/ and, at the end, release/ with the
+averaged weights. After a stop or a crash, the same command resumes from the last checkpoint. SIGTERM, SIGUSR1 and
+Ctrl-C save a checkpoint and end the program with exit code 75.
 
-Fine-tuning: init=FOLDER starts from a release (or OWNER/NAME on the hub), lora.rank=N trains low-rank updates alone.
+Fine-tuning: init=FOLDER (or OWNER/NAME on the hub) starts from a release; lora.rank=N trains only low-rank updates.
 
 Examples:
 python train.py experiment=hicodit_synthetic

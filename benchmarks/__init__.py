@@ -1,1 +1,1 @@
-"""What `scripts/benchmark.py` measures, with the baselines; records are in results/."""
+"""The benchmarks of `scripts/benchmark.py` and the baselines they compare with; records are in results/."""

@@ -1,4 +1,4 @@
-"""HiCoDiT and its ablations, trained equally long and measured on the held-out splits.
+"""HiCoDiT and its ablations, trained for the same number of steps and measured on the held-out splits.
 
 Runs `train.py experiment=hicodit_synthetic` for each variant with one switch changed (runs/ablation_NAME, resumed if
 they exist), then `evaluate.py hicodit` on each release.
@@ -28,13 +28,15 @@ LEAST = {"steps": 1, "clips": 2}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=600, help="training steps of each")
-    parser.add_argument("--clips", type=int, default=50, help="clips of each split")
-    parser.add_argument("--sampling-steps", type=int, default=16, help="of the evaluation")
+    parser.add_argument("--steps", type=int, default=600, help="training steps of each variant")
+    parser.add_argument("--clips", type=int, default=50, help="number of clips of each split")
+    parser.add_argument("--sampling-steps", type=int, default=16, help="sampling steps in the evaluation")
     parser.add_argument("--corpus", default="data/synthetic", help="folder of the corpus")
-    parser.add_argument("--codec", default="assets/rvq_tiny", help="tokenizer")
+    parser.add_argument("--codec", default="assets/rvq_tiny", help="release folder of the tokenizer")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
-    parser.add_argument("overrides", nargs="*", metavar="SETTING", help="of train.py, for all, e.g. data.clips=2000")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="SETTING", help="setting of train.py for all variants, e.g. data.clips=2000"
+    )
 
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:

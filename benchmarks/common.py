@@ -1,4 +1,4 @@
-"""What the benchmarks share: a process of its own for each setting, clocks, memory, settings."""
+"""Helpers of the benchmarks: a separate process for each setting, time, memory, configs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def in_own_process(measure: Callable[..., T], *arguments: Any) -> T:
-    """The result of a call in a new process, whose peak memory is then its own.
+    """The result of a call in a new process, so that its peak memory can be measured.
 
     Raises:
         UserError: the process was killed.
@@ -46,14 +46,14 @@ def peak_memory_mb(device: torch.device | str = "cpu") -> float:
 
 
 def now(device: torch.device) -> float:
-    """Seconds on the clock, after all work of the device."""
+    """Wall-clock time in seconds, once the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def processor_time(call: Callable[[], T]) -> tuple[T, float]:
-    """The result of a call, and the processor time that it took: other programs disturb that less."""
+    """(result of a call, its CPU time in seconds), which other programs disturb less than wall-clock time."""
     begin = time.process_time()
     result = call()
     return result, time.process_time() - begin
@@ -77,5 +77,5 @@ def read_config(name: str) -> dict[str, Any]:
 
 
 def tiny_encoders(model: dict[str, Any]) -> dict[str, int]:
-    """Settings of tiny condition encoders with the widths of a HiCoDiT's config."""
+    """Settings of tiny condition encoders with the widths in a HiCoDiT config."""
     return {"lip_dim": model["lip_dim"], "lip_heads": model["lip_dim"] // 32, "face_dim": model["face_dim"]}

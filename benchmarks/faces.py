@@ -1,8 +1,8 @@
-"""Peak memory of decoding, face tracking and crops, by the length of the clip.
+"""Peak memory of decoding, face tracking and cropping for clips of several lengths.
 
-The bundled silent clip is repeated to each length. Each part runs in a process of its own: `track` decodes the clip and
-follows the face; `tiny` and `released` also cut the pictures out, in the sizes of those encoders; `encoded` also runs
-the bundled model's encoders on them. Crops grow with the clip, as the model needs them all.
+The bundled silent clip is repeated to each length. Each part runs in a separate process: `track` decodes the clip and
+tracks the face; `tiny` and `released` also cut the crops for these encoders; `encoded` also runs the bundled model's
+encoders on them. The memory of the crops grows with the clip, as the model needs all of them.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ LEAST = {"seconds": 1, "heights": 16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", type=Path, default=BUNDLED.parent / "demo" / "silent.mp4", help="clip to repeat")
-    parser.add_argument("--seconds", nargs="+", type=float, default=[10.0, 60.0, 600.0], help="lengths")
-    parser.add_argument("--heights", nargs="+", type=int, default=[128], help="of the picture, in pixels")
+    parser.add_argument(
+        "--input", type=Path, default=BUNDLED.parent / "demo" / "silent.mp4", help="the clip that is repeated"
+    )
+    parser.add_argument("--seconds", nargs="+", type=float, default=[10.0, 60.0, 600.0], help="lengths of the clips")
+    parser.add_argument("--heights", nargs="+", type=int, default=[128], help="frame heights in pixels")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured")
 
 
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def repeat(source: Path, seconds: float, height: int, out: Path) -> Path:
-    """Write `source` over and over for so many seconds, `height` pixels high.
+    """Write `source` repeated to a length of `seconds`, scaled to a height of `height` pixels.
 
     Raises:
         UserError: ffmpeg cannot read it.
@@ -68,7 +70,7 @@ def repeat(source: Path, seconds: float, height: int, out: Path) -> Path:
 
 
 def measure(clip: str, part: str) -> dict[str, float]:
-    """Peak memory in MB and CPU seconds of one part; the decoder is a process of its own."""
+    """Peak memory in MB and CPU seconds of one part; the decoder is a separate process."""
     start, before = time.process_time(), peak_memory_mb()
     frames = ClipFrames(clip, FPS)
     track = find_face(frames, FPS)

@@ -1,11 +1,11 @@
-"""The whole of `infer.py` at full size on a real clip, with random weights: time and memory.
+"""Time and memory of `infer.py` at full size on a given clip, with random weights.
 
 AV-HuBERT Large, ArcFace (iresnet100), POSTER V2, HiCoDiT base and the MaskGCT codec have the sizes of their released or
-published weights, none of which is needed. The output is noise: only time, memory and shapes mean something. A release
-folder with random weights is written, and `python infer.py` runs on it in a process of its own. Its encoders have
-`folder: null`, which fills them with random weights when they are first used (that time is part of `encoders`).
+published weights, none of which is needed. The output is noise; only time, memory and shapes are meaningful. A release
+folder with random weights is written, and `python infer.py` runs on it in a separate process. Its encoders have
+`folder: null`, so they get random weights at their first use (included in the time of `encoders`).
 
-Sampling time is linear in steps, so a few `--steps` tell how long the paper's 64 take; that estimate is printed, too.
+Sampling time is linear in the number of steps, so it is measured with few `--steps` and extrapolated to the paper's 64.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LEAST = {"steps": 1}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", type=Path, required=True, help="a clip of a talking face")
     parser.add_argument("--steps", type=int, default=2, help="sampling steps (the paper: 64)")
-    parser.add_argument("--output", type=Path, help="keep the results in this folder")
+    parser.add_argument("--output", type=Path, help="folder for the results (None: they are deleted)")
 
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:

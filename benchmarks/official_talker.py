@@ -1,8 +1,8 @@
-"""A generation loop of the official program's shape: one row, a cache that grows, both branches of the guidance in one
-call of the head, the zeroed first solver step left out, all positions through all layers, nothing computed beforehand,
-and one look at the stop head on the host for every patch.
+"""Baseline of Talker-T2AV's generation: a loop structured as in the official program.
 
-The loop of talker_t2av/generation.py has to equal it, and to beat it (benchmarks/talker.py).
+It generates one row with a growing cache, evaluates both guidance branches in one call of the head, skips the zeroed
+first solver step, passes all positions through all layers, precomputes nothing, and reads the stop head on the host
+after every patch. The loop of talker_t2av/generation.py must give the same result in less time (benchmarks/talker.py).
 
 Axes: T tokens, P frames of a patch, C channels, D width, N both branches.
 """

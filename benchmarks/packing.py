@@ -1,8 +1,9 @@
-"""What padding costs in training: padded batches by count, by length, and packed ones.
+"""The cost of padding in training: padded batches in random order, padded batches by length, and packed batches.
 
-Random clips of the given lengths make batches of about as many real tokens each. A token is HiCoDiT's at one level of
-the codec, or a patch of Talker-T2AV. Timed is a training step's forward and backward pass, in seconds of processor time
-on one thread (a busy machine then changes little), on CUDA in wall time. The share of padding is that of an epoch.
+Random clips of the given lengths form batches with about equal numbers of real tokens. A token is a HiCoDiT token at
+one level of the codec, or a patch of Talker-T2AV. The forward and backward pass of a training step is timed: CPU time
+on one thread, which other programs disturb little, or wall-clock time on CUDA. The share of padding is that of a whole
+epoch.
 """
 
 from __future__ import annotations
@@ -35,12 +36,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(threads=1)
     names = [path.stem for path in sorted((CONFIGS / "model").glob("*.yaml"))]
     parser.add_argument(
-        "--models", nargs="+", choices=names, default=["hicodit_tiny", "talker_t2av_tiny"], help="sizes"
+        "--models",
+        nargs="+",
+        choices=names,
+        default=["hicodit_tiny", "talker_t2av_tiny"],
+        help="names in configs/model",
     )
-    parser.add_argument("--lengths", nargs="+", choices=SPREADS, default=list(SPREADS), help="of the clips")
-    parser.add_argument("--tokens", type=int, help="real tokens of a batch; if not given 2400, and 600 of Talker-T2AV")
+    parser.add_argument(
+        "--lengths", nargs="+", choices=SPREADS, default=list(SPREADS), help="distributions of clip lengths"
+    )
+    parser.add_argument(
+        "--tokens", type=int, help="real tokens of a batch (None: 2400 for HiCoDiT, 600 for Talker-T2AV)"
+    )
     parser.add_argument("--batches", type=int, default=4, help="timed batches of each kind")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the networks")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="precision of the networks")
 
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
@@ -54,7 +63,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 class Clips:
-    """Clips of random content: HiCoDiT's items, or pairs of Talker-T2AV, of which the second is speech alone."""
+    """Clips of random content: items of HiCoDiT, or pairs of Talker-T2AV, the second of which is speech only."""
 
     def __init__(self, model: str, spread: str, packed: bool, count: int = 2000) -> None:
         median, sigma, low, high = SPREADS[spread]
@@ -108,7 +117,7 @@ class Clips:
 
 
 def seconds(task: Task, batch: dict[str, Tensor], precision: str) -> float:
-    """Of one forward and backward pass."""
+    """Seconds of one forward and backward pass."""
     device = next(task.parameters()).device
     cuda = device.type == "cuda"
     batch = {name: value.to(device) for name, value in batch.items()}
@@ -124,7 +133,7 @@ def seconds(task: Task, batch: dict[str, Tensor], precision: str) -> float:
 
 
 def measure(name: str, spread: str, tokens: int, batches: int, device: torch.device, precision: str) -> dict:
-    """All ways on one model and spread; the ways take turns, so that a change of the machine meets all of them."""
+    """All kinds of batches for one model and one spread of lengths, in turns, so that load affects all alike."""
     changes = {} if name.startswith("talker") else {"codes": 256, "dropout": 0.0}
     plans, tasks = {}, {packed: build_task(name, packed=packed, **changes).to(device) for packed in (False, True)}
     for way in WAYS:
@@ -153,7 +162,7 @@ def measure(name: str, spread: str, tokens: int, batches: int, device: torch.dev
 
 
 def padding(plan: MicroBatches, batches: int = 50) -> float:
-    """Share of the positions of `batches` batches that hold nothing."""
+    """Share of padding in the positions of `batches` batches."""
     real = padded = 0
     for number in range(batches):
         chosen = [index for _, index in plan.samples(number)]

@@ -1,6 +1,6 @@
-"""Baseline of Talker-T2AV's training forward: a loop over rows and patches, as the method is written down.
+"""Baseline of Talker-T2AV's training forward: a loop over rows and patches, as in the paper's description.
 
-The batched forward of talker_t2av/losses.py has to give the same losses in less time (benchmarks/talker.py).
+The batched forward of talker_t2av/losses.py must give the same losses in less time (benchmarks/talker.py).
 
 Axes: B batch, T tokens, F frames, P frames of a patch, C channels, D width, N examples.
 """

@@ -1,4 +1,4 @@
-"""The records of benchmarks, evaluations and trials: one dated JSON file a measurement."""
+"""Records of benchmarks, evaluations and trials: one dated JSON file per measurement."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def portable(value: Any) -> Any:
-    """`value` with absolute paths in its texts cut to their last names: the folders are those of one machine."""
+    """`value` with absolute paths in its strings cut to their last component, as the folders mean nothing elsewhere."""
     if isinstance(value, dict):
         return {key: portable(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

@@ -1,9 +1,9 @@
-"""HiCoDiT sampling: real-time factor, network calls, peak memory, share of the machine's matrix rate.
+"""HiCoDiT sampling: real-time factor, network calls, peak memory, share of the measured matrix product rate.
 
-Weights are random (base has no others), guidance is the paper's for LRS3 with five branches; base has condition
-encoders of the released sizes (AV-HuBERT Large, ArcFace, POSTER V2). Each setting runs in a process of its own, so that
-peak memory is its own. After a whole run to warm up, `--timed-steps` steps a window are timed; a run is `--steps` times
-the median step, plus what is done once a clip.
+Weights are random, and guidance has the paper's five branches and scales for LRS3; base has condition encoders of the
+released sizes (AV-HuBERT Large, ArcFace, POSTER V2). Each setting runs in a separate process, so that its peak memory
+can be measured. After a whole run as warm-up, `--timed-steps` steps of each window are timed; the time of a run is
+`--steps` times the median step, plus the work done once per clip.
 
 The baseline follows the paper literally: it runs the guidance branches one by one, prepares their conditions again at
 every step and computes all heads at all positions; the benchmark checks that it gives the same tokens. `speed_up`
@@ -38,11 +38,11 @@ LEAST = {"steps": 1, "timed_steps": 1, "seconds": 0.2}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", nargs="+", choices=("tiny", "base"), default=["tiny", "base"], help="sizes")
+    parser.add_argument("--models", nargs="+", choices=("tiny", "base"), default=["tiny", "base"], help="model sizes")
     parser.add_argument("--seconds", nargs="+", type=float, default=[2.0, 10.0], help="lengths of the clips")
     parser.add_argument("--steps", type=int, default=64, help="sampling steps")
-    parser.add_argument("--timed-steps", type=int, default=8, help="steps that are timed")
-    parser.add_argument("--no-plain", action="store_true", help="leave the baseline out")
+    parser.add_argument("--timed-steps", type=int, default=8, help="number of steps to time")
+    parser.add_argument("--no-plain", action="store_true", help="do not run the baseline")
 
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:

@@ -1,7 +1,7 @@
-"""A synthetic corpus of version 2: words, expressions as they are heard, voices and what faces tell of them.
+"""A synthetic corpus of version 2: words, audible expression, voices, and how well faces predict voices.
 
-Clean speech is judged by recognisers, pYIN and GE2E. What a model could reach is told by ridge regressions: from the
-traits that a face shows to the voice, and from small pictures to those traits.
+Clean speech is measured by speech recognisers, pYIN and GE2E. Ridge regressions estimate what a model could reach: from
+the traits that a face shows to the voice, and from small pictures to those traits.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Talker-T2AV: training against a loop over rows, generation against a loop of the official program's shape.
+"""Talker-T2AV: training against a loop over rows, generation against a loop structured as in the official program.
 
 training: a forward and backward pass of the batched training forward and of a loop over rows and patches
-(benchmarks/plain_talker.py), on the same batches and draws, in turn; the losses must agree. Half of the rows are T2AV,
-lengths are between `--shortest` and `--longest`. Times are processor time, which other programs disturb less.
+(benchmarks/plain_talker.py), in turns on the same batches and random draws; the losses must agree. Half of the rows are
+T2AV, lengths are between `--shortest` and `--longest`. Times are CPU times, which other programs disturb less.
 
-generation: T2AV with random weights, by parts, and against a loop of the official program's shape
-(benchmarks/official_talker.py), whose latents are compared; a row of a batch against that loop; the codecs, with LIA-X
-over several frames at once and frame by frame. Each size runs in a process of its own. At most `--patches` patches are
-computed, and times scale to `--seconds`; of several repeats the fastest counts.
+generation: T2AV with random weights, timed by part, and against a loop structured as in the official program
+(benchmarks/official_talker.py), whose latents must agree; a row of a batch against that loop; the codecs, with LIA-X
+over several frames at once and frame by frame. Each size runs in a separate process. At most `--patches` patches are
+computed, and times are scaled to `--seconds`; of several repeats the fastest counts.
 
 Axes: T frames, S picture side; else those of talker_t2av/losses.py.
 """
@@ -43,19 +43,21 @@ LEAST = {"batch": 1, "repeats": 1, "shortest": 0.4, "steps": 1, "patches": 1, "r
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(threads=1)
-    parser.add_argument("measured", nargs="*", default=list(MEASURED), metavar="training|generation", help="what")
-    parser.add_argument("--models", nargs="+", choices=("tiny", "base"), default=["tiny", "base"], help="sizes")
-    parser.add_argument("--repeats", type=int, help="of each timing; if not given 5, and 1 of generation")
+    parser.add_argument(
+        "measured", nargs="*", default=list(MEASURED), metavar="training|generation", help="what to measure"
+    )
+    parser.add_argument("--models", nargs="+", choices=("tiny", "base"), default=["tiny", "base"], help="model sizes")
+    parser.add_argument("--repeats", type=int, help="repeats of each timing (None: 5 for training, 1 for generation)")
     training = parser.add_argument_group("training")
-    training.add_argument("--batch", type=int, default=8, help="rows")
-    training.add_argument("--shortest", type=float, default=1.6, help="seconds of a row")
-    training.add_argument("--longest", type=float, default=3.2, help="seconds of a row")
+    training.add_argument("--batch", type=int, default=8, help="rows of a batch")
+    training.add_argument("--shortest", type=float, default=1.6, help="seconds of the shortest row")
+    training.add_argument("--longest", type=float, default=3.2, help="seconds of the longest row")
     generation = parser.add_argument_group("generation")
-    generation.add_argument("--seconds", type=float, default=5.0, help="of speech")
-    generation.add_argument("--steps", type=int, default=10, help="of the flow solver")
-    generation.add_argument("--guidance", nargs="+", type=float, default=[2.0, 1.0], help="scales")
-    generation.add_argument("--patches", type=int, help="to compute at most; if not given all, and 4 of base")
-    generation.add_argument("--rows", type=int, default=8, help="of the batch")
+    generation.add_argument("--seconds", type=float, default=5.0, help="seconds of speech")
+    generation.add_argument("--steps", type=int, default=10, help="steps of the flow solver")
+    generation.add_argument("--guidance", nargs="+", type=float, default=[2.0, 1.0], help="guidance scales")
+    generation.add_argument("--patches", type=int, help="largest number of patches (None: all for tiny, 4 for base)")
+    generation.add_argument("--rows", type=int, default=8, help="rows of the batch")
 
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:

@@ -1,11 +1,11 @@
-"""Training steps of the base models: time and memory by part, tokens/s and MFU, by batch size.
+"""Training steps of both models: time and memory by part, tokens/s and MFU, for several batch sizes.
 
     python scripts/benchmark.py training --batches 1           # a step of both base models on the processor
     python scripts/benchmark.py training --batches 1 2 4 8 16 --compile both --checkpointing both --precision bf16
 
-Weights and data are random: speed depends on neither. On CUDA, a batch size that does not fit is reported, and larger
-ones are left out. Each setting runs in a process of its own. Utilisation (MFU) is relative to `--peak-tflops`, else to
-the data sheet's figure of a known GPU, else to the machine's own float32 matrix products.
+Weights and data are random, as speed depends on neither. On CUDA, a batch size that does not fit is reported, and
+larger ones are skipped. Each setting runs in a separate process. Utilisation (MFU) is relative to `--peak-tflops`, else
+to the data sheet's peak of a known GPU, else to the measured rate of float32 matrix products.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ LEAST = {"steps": 1, "batches": 1, "warmup": 0, "seconds": 0.2}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which")
-    parser.add_argument("--size", default="base", choices=("tiny", "base"), help="of the models")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1], help="rows of a batch")
-    parser.add_argument("--seconds", type=float, default=2.4, help="of each row")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="models to measure")
+    parser.add_argument("--size", default="base", choices=("tiny", "base"), help="size of the models")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1], help="batch sizes")
+    parser.add_argument("--seconds", type=float, default=2.4, help="seconds of each row")
     parser.add_argument("--compile", choices=SWITCH, default="off", help="torch.compile")
     parser.add_argument("--checkpointing", choices=SWITCH, default="off", help="recompute activations")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the networks")
-    parser.add_argument("--ema-decay", type=float, default=0.0, help="0 keeps no average of the weights")
-    parser.add_argument("--warmup", type=int, default=1, help="steps that are not timed, after a first one")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="precision of the networks")
+    parser.add_argument("--ema-decay", type=float, default=0.0, help="decay of the averaged weights; 0: no averaging")
+    parser.add_argument("--warmup", type=int, default=1, help="untimed steps after the first one")
     parser.add_argument("--steps", type=int, default=3, help="timed steps")
-    parser.add_argument("--peak-tflops", type=float, help="what utilisation is relative to")
+    parser.add_argument("--peak-tflops", type=float, help="peak of the device, for the utilisation")
 
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:

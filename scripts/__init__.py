@@ -1,1 +1,1 @@
-"""Things that a person runs."""
+"""Command-line programs."""

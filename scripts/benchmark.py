@@ -3,7 +3,7 @@
     python scripts/benchmark.py ablations|faces|full_size|packing|sampling|synthetic_corpus|talker|training [options]
 
 Prints a line for each setting and writes OUT/DATE-NAME-DEVICE.json with command, hardware, versions and figures.
-`python scripts/benchmark.py NAME --help` says what is measured, and how.
+`python scripts/benchmark.py NAME --help` explains what is measured and how.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAMES = ("ablations", "faces", "full_size", "packing", "sampling", "synthetic_co
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The description as it is written, and defaults."""
+    """Keeps the line breaks of descriptions and shows defaults."""
 
 
 def main() -> None:
@@ -32,9 +32,9 @@ def main() -> None:
     name = names.parse_args(sys.argv[1:2]).name
     benchmark = import_module(f"benchmarks.{name}")
     parser = argparse.ArgumentParser(f"benchmark.py {name}", description=benchmark.__doc__, formatter_class=Help)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the processor")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON record")
     benchmark.add_arguments(parser)
     args = parser.parse_args(sys.argv[2:])
     for option, least in {"threads": 1, **benchmark.LEAST}.items():

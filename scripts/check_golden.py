@@ -2,9 +2,9 @@
 
     python scripts/check_golden.py DIR [DIR ...] [--only PREFIX] [--quiet]
 
-One line a case: worst absolute and relative error, the case's own float32 noise floor, pass or fail. Exit code 0 when
-all pass, 1 when a case fails or nothing runs it, 2 for a mistake in what is given, such as a damaged file. The cases
-run under pytest, which the extra `dev` brings (`bash scripts/setup.sh dev`).
+Prints a line for each case: worst absolute and relative error, the case's own float32 rounding error, pass or fail.
+Exit code: 0 if all cases pass, 1 if a case fails or no test runs it, 2 for wrong input such as a damaged file. The
+cases run under pytest, which the extra `dev` installs (`bash scripts/setup.sh dev`).
 """
 
 from __future__ import annotations

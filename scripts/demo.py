@@ -1,7 +1,7 @@
 """Try the models in a browser on this machine: `python scripts/demo.py` (needs the demo extra).
 
-A silent clip gets its voice, a text becomes a talking face. What stands in the fields at first are the bundled files.
-Only this machine can open the page unless --host says otherwise; nothing is sent anywhere.
+One tab generates speech for a silent clip, the other a talking face from a text. The fields start with the bundled
+files. Only this machine can open the page, unless --host allows others; no data is sent to other servers.
 """
 
 from __future__ import annotations
@@ -143,10 +143,12 @@ def page(gr: Any, demo: Demo) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", default=BUNDLED, help="HiCoDiT's release folder (default: the bundled one)")
-    parser.add_argument("--talker", default=BUNDLED_TALKER, help="Talker-T2AV's (default: the bundled one)")
+    parser.add_argument(
+        "--talker", default=BUNDLED_TALKER, help="Talker-T2AV's release folder (default: the bundled one)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
     args = parser.parse_args()
     gr = require("gradio", "gradio", "demo")
     with tempfile.TemporaryDirectory() as folder:

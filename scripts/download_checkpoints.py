@@ -3,7 +3,7 @@
     python scripts/download_checkpoints.py talker_t2av|hicodit|metrics|all --to DIR [--list]
 
 Complete files are left alone, an interrupted download is resumed, and a file is verified before it gets its final name.
-There is no question to answer: by downloading you accept the licence that is printed for each file.
+The licence of each file is printed and not asked about: by downloading a file you accept it.
 """
 
 from __future__ import annotations
@@ -98,9 +98,13 @@ def download(checkpoints: tuple[Checkpoint, ...], folder: Path, retry_delay: flo
 def main() -> None:
     catalogue = read_catalogue()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("group", nargs="?", choices=[*catalogue, "all"], help="which files (--list: default is all)")
-    parser.add_argument("--to", type=Path, default=Path("checkpoints"), help="folder (default: %(default)s)")
-    parser.add_argument("--list", action="store_true", help="show the files and whether they are here; download none")
+    parser.add_argument(
+        "group", nargs="?", choices=[*catalogue, "all"], help="group of files (with --list, default: all)"
+    )
+    parser.add_argument("--to", type=Path, default=Path("checkpoints"), help="download folder (default: %(default)s)")
+    parser.add_argument(
+        "--list", action="store_true", help="list the files and whether they are present, without downloading"
+    )
     args = parser.parse_args()
     if args.group is None and not args.list:
         parser.error(f"name a group: {', '.join([*catalogue, 'all'])}")

@@ -2,13 +2,14 @@
 
     python scripts/evaluate.py hicodit|talker_t2av|rvq_codec|whisperx_vae|lia_x [--weights RELEASE] [--clips N] ...
 
-hicodit: speech from silent videos: word errors, voices, expression. talker_t2av: speech and talking faces from texts:
-word errors, endings, synchrony, streaming, batches. rvq_codec, whisperx_vae: what is left of speech after coding: word
-errors, PESQ, STOI, use of the codes or statistics of the latents. lia_x: clips rebuilt from their first frame and
-motion codes: PSNR, SSIM, movement, speed. docs/results.md explains the figures.
+hicodit: speech from silent videos (word errors, voices, expression). talker_t2av: speech and talking faces from texts
+(word errors, endings, synchrony, streaming, batches). rvq_codec, whisperx_vae: resynthesised speech (word errors, PESQ,
+STOI, use of the codes or statistics of the latents). lia_x: clips reconstructed from their first frame and motion codes
+(PSNR, SSIM, movement, speed). docs/results.md explains the figures.
 
-Prints the figures and writes them to OUT/DATE-NAME.json, NAME being that of the release folder. Word errors need the
-extra `eval`; codecs are also measured without it. See `python scripts/evaluate.py MODEL --help` for all options.
+Prints the figures and writes them to OUT/DATE-NAME.json, where NAME is the name of the release folder. Word errors need
+the extra `eval`; without it, codecs are measured without word errors. `python scripts/evaluate.py MODEL --help` lists
+all options.
 """
 
 from __future__ import annotations
@@ -121,32 +122,39 @@ def parse() -> argparse.Namespace:
         add("--weights", type=Path, default=Path("assets") / weights, help="release folder")
         add("--corpus", type=Path, default=Path("data/synthetic"), help="folder of the corpus")
         splits = ["seen"] if name == "talker_t2av" else ["seen", "unseen"]
-        add("--splits", nargs="+", default=splits, help="known voices, new voices; sentences are always new")
-        add("--clips", type=int, default=clips, help="clips of each split")
-        add("--out", type=Path, default=RESULTS, help="folder of the record")
+        add(
+            "--splits",
+            nargs="+",
+            default=splits,
+            help="seen: voices of the training set; unseen: other voices; no sentence is in the training set",
+        )
+        add("--clips", type=int, default=clips, help="number of clips of each split")
+        add("--out", type=Path, default=RESULTS, help="folder of the JSON record")
     for name in ("hicodit", "talker_t2av"):
         add = commands[name]
-        add("--batch", type=int, default=16, help="clips at once")
+        add("--batch", type=int, default=16, help="batch size")
         add("--seed", type=int, default=0, help="clip i is generated with seed + i")
-        add("--steps", type=int, help="sampling steps, if not the release's own; so the following")
-        add("--temperature", type=float, help="of the sampler")
+        add("--steps", type=int, help="sampling steps (None: the release's setting)")
+        add("--temperature", type=float, help="sampling temperature (None: the release's setting)")
     add = commands["hicodit"]
-    add("--method", help="sampler")
-    add("--guidance", nargs=4, type=float, metavar=("ALL", "IDENTITY", "EXPRESSION", "LIP"), help="scales")
-    add("--codec", type=Path, help="tokenizer, if not the release's own")
-    add("--shards", type=Path, help="prepared training split with the known voices (CORPUS/shards/hicodit_tiny/train)")
-    add("--expression-clips", type=int, default=60, help="clips whose prosody is measured")
+    add("--method", help="sampling method (None: the release's setting)")
+    add("--guidance", nargs=4, type=float, metavar=("ALL", "IDENTITY", "EXPRESSION", "LIP"), help="guidance scales")
+    add("--codec", type=Path, help="release folder of the tokenizer (None: the release's own)")
+    add("--shards", type=Path, help="training shards with the seen voices (None: CORPUS/shards/hicodit_tiny/train)")
+    add("--expression-clips", type=int, default=60, help="number of clips for the measures of prosody")
     add("--words-only", action="store_true", help="measure word error rates only")
     add = commands["talker_t2av"]
-    add("--guidance", type=float, help="scale")
+    add("--guidance", type=float, help="guidance scale (None: the release's setting)")
     for codec in ("speech", "motion", "speaker"):
-        add(f"--{codec}", type=Path, help=f"{codec} codec, if not the release's own")
+        add(f"--{codec}", type=Path, help=f"release folder of the {codec} codec (None: the release's own)")
     parts = ["t2av", "tts", "v2a", "a2v", "stream", "batch"]
     add("--parts", nargs="+", choices=parts, default=parts, help="what is measured")
-    add("--figure", type=Path, help="PNG of the first t2av clip")
-    commands["rvq_codec"]("--levels", type=int, nargs="+", default=[1, 2, 4, 12], help="levels to decode from")
-    commands["lia_x"]("--chunk", type=int, default=16, help="frames of a batch when speed is measured")
-    commands["lia_x"]("--strip", type=Path, help="picture of true above rebuilt frames (OUT/NAME.jpg)")
+    add("--figure", type=Path, help="write a figure of the first t2av clip to this PNG file")
+    commands["rvq_codec"]("--levels", type=int, nargs="+", default=[1, 2, 4, 12], help="numbers of levels to decode")
+    commands["lia_x"]("--chunk", type=int, default=16, help="frames per batch in the measurement of speed")
+    commands["lia_x"](
+        "--strip", type=Path, help="write true frames above reconstructed ones to this file (None: OUT/NAME.jpg)"
+    )
     args = parser.parse_args()
     least = 2 if args.model in ("hicodit", "talker_t2av") else 1
     if args.clips < least or vars(args).get("batch", 1) < 1:

@@ -5,17 +5,17 @@
     python scripts/export.py --compact RELEASE FOLDER [--exact encoder.]
 
 From a run, the folder gets the averaged weights of the newest complete checkpoint in half precision, config.yaml, and
-a card with data, recipe and the figures of the last validation. This also works during training, on any machine that
-has the run's folder, whichever number of processes wrote it.
+a model card with data, recipe and the figures of the last validation. This also works during training, on any machine
+that has the run's folder, for any number of training processes.
 
---average mixes the weights of releases of one model. Fine-tuned weights averaged with those they started from, or with
-each other, often do better on held-out data than any of them (Wortsman et al. 2022, arXiv 2203.05482 and 2109.01903).
-Settings, card and other files, and tensors that are not averaged, are those of the first release.
+--average averages the weights of several releases of one model. Fine-tuned weights averaged with those they started
+from, or with each other, are often better on held-out data than each alone (Wortsman et al. 2022, arXiv 2203.05482 and
+2109.01903). Settings, card, other files and tensors that are not averaged are taken from the first release.
 
---compact stores large matrices in 8 bits, half the size; it loads like any other release. Measure the result: rounding
-changes weights by up to 0.4 % of the largest weight of a row. The card is copied, so add what was done.
+--compact stores large matrices in 8 bits, half the size; the result loads like any other release. Measure its quality:
+rounding changes a weight by up to 0.4 % of the largest weight in its row. The card is copied; add a note to it.
 
-A release that exists is replaced in one move; a folder with anything else is left alone.
+An existing release is replaced atomically; any other existing folder is an error.
 """
 
 from __future__ import annotations
@@ -34,15 +34,21 @@ from engine.training.export import export
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", nargs="+", metavar="SOURCE", help="a run; RELEASE:WEIGHT ... (--average); a release")
+    parser.add_argument(
+        "source", nargs="+", metavar="SOURCE", help="a run; with --average RELEASE:WEIGHT ...; with --compact a release"
+    )
     parser.add_argument("out", type=Path, metavar="FOLDER", help="release folder to write")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--average", action="store_true", help="mix releases; weights are divided by their sum")
+    how.add_argument("--average", action="store_true", help="average releases; WEIGHTs are normalised to sum 1")
     how.add_argument("--compact", action="store_true", help="store a release in 8 bits")
-    how.add_argument("--step", type=int, help="take this checkpoint of the run, not the newest one")
-    how.add_argument("--best", metavar="RULE", help="take the best kept checkpoint, by 'min NAME' or 'max NAME'")
-    parser.add_argument("--only", nargs="+", metavar="PREFIX", help="average the tensors whose names begin so")
-    parser.add_argument("--exact", nargs="+", metavar="PREFIX", help="keep half precision where names begin so")
+    how.add_argument("--step", type=int, help="export this checkpoint of the run (default: the newest)")
+    how.add_argument("--best", metavar="RULE", help="export the best checkpoint by 'min NAME' or 'max NAME'")
+    parser.add_argument(
+        "--only", nargs="+", metavar="PREFIX", help="average only tensors whose names start with PREFIX"
+    )
+    parser.add_argument(
+        "--exact", nargs="+", metavar="PREFIX", help="keep tensors whose names start with PREFIX in half precision"
+    )
     args = parser.parse_args()
     if args.only and not args.average:
         raise UserError("--only belongs to --average")

@@ -1,6 +1,6 @@
-"""torchrun whose exit code says what the trainer said: 75 (`engine.training.signals.REQUEUE`) if stopped and saved.
+"""torchrun with the trainer's exit code: 75 (`engine.training.signals.REQUEUE`) if training was stopped and saved.
 
-torchrun answers 1 whatever its processes answered, and knows nothing of SIGUSR1. The arguments are torchrun's:
+torchrun itself exits with 1 whatever its processes return, and is killed by SIGUSR1. The arguments are torchrun's:
 
     python -m scripts.launch --nproc_per_node=8 --max-restarts=3 train.py experiment=NAME
 """

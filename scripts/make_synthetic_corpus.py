@@ -1,13 +1,13 @@
 """Make the synthetic talking-face corpus: GRID-style sentences spoken by espeak-ng voices and shown by drawn faces.
 
 Splits: train; seen (training voices, held-out sentences); unseen (held-out voices, held-out sentences). Each clip is
-H.264 video (128 x 128, 25 fps, no sound), a 24 kHz mono WAV of exactly 960 samples a frame, and a JSON description. A
-clip depends on version, seed, split and number alone. Run the same command again to finish an interrupted corpus; ask
-for more clips to extend one.
+H.264 video (128 x 128, 25 fps, no audio), a 24 kHz mono WAV of exactly 960 samples per frame, and a JSON description. A
+clip depends only on version, seed, split and its number. Run the same command again to finish an interrupted corpus, or
+with larger numbers of clips to extend one.
 
-Version 1 is what the bundled models have learned: 40 voices, one expression a clip. Version 2: 460 voices whose faces
-show how they sound; a split dev, half of it training voices, to make choices on; half of the clips change their
-expression at a word; and half speak free sentences of some 2,600 words."""
+Version 1 is the corpus of the bundled models: 40 voices, one expression per clip. Version 2 has 460 voices that can be
+predicted from the faces; a split dev, half of it with training voices, for choosing settings; a change of expression at
+a word in half of the clips; and free sentences of about 2,600 words in half of the clips."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--test-clips", type=int, default=240, help="clips in each held-out split (default: %(default)s)"
     )
-    parser.add_argument("--version", type=int, choices=SPLITS, default=1, help="see above (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another corpus (default: %(default)s)")
+    parser.add_argument("--version", type=int, choices=SPLITS, default=1, help="of the corpus (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the corpus (default: %(default)s)")
     parser.add_argument(
-        "--workers", type=int, default=2, help="processes; the result is the same (default: %(default)s)"
+        "--workers", type=int, default=2, help="number of processes; does not change the result (default: %(default)s)"
     )
     args = parser.parse_args()
     for name, least in (("clips", 1), ("test_clips", 0), ("seed", 0), ("workers", 1)):

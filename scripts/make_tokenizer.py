@@ -1,4 +1,4 @@
-"""Make Talker's local tokenizer: bytes, and the words of a corpus as merges.
+"""Make a small tokenizer for Talker-T2AV: bytes, with merges for the words of a corpus.
 
 python scripts/make_tokenizer.py --corpus data/synthetic --out data/synthetic/tokenizer
 """
@@ -15,9 +15,13 @@ from talker_t2av.text import byte_tokenizer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, default=Path("data/synthetic"), help="default: %(default)s")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the tokenizer's files")
-    parser.add_argument("--merges", type=int, default=240, help="at most; 0 leaves bytes alone (default: %(default)s)")
+    parser.add_argument(
+        "--corpus", type=Path, default=Path("data/synthetic"), help="folder of the corpus (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the tokenizer to")
+    parser.add_argument(
+        "--merges", type=int, default=240, help="largest number of merges; 0: bytes only (default: %(default)s)"
+    )
     args = parser.parse_args()
     texts = [row["text"] for row in read_manifest(args.corpus, "train")] if args.merges else []
     words = byte_tokenizer(texts, args.merges)

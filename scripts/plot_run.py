@@ -2,9 +2,9 @@
 
     python scripts/plot_run.py runs/NAME [runs/OTHER ...] [--out curves.png]
 
-A panel each for every loss, gradient norms, learning rate, tokens a second, and every figure of the validations; where
-the same figure was measured on seen and unseen clips, one panel has both (seen: line, unseen: dashes). Losses are drawn
-as they were logged, pale, and smoothed. It can be run while training goes on.
+Draws a panel for each loss, gradient norms, learning rate, tokens per second and each validation figure. A figure that
+was measured on seen and unseen clips has one panel (seen: line, unseen: dashes). Logged losses are drawn pale below the
+smoothed ones. It also works during training.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or their log.jsonl")
-    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="picture to write: .png, .svg or .pdf")
-    parser.add_argument("--only", default="", help="regular expression: only panels whose name it matches somewhere")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or their log.jsonl files")
+    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="figure to write: .png, .svg or .pdf")
     parser.add_argument(
-        "--smooth", type=int, help="logged points that a smoothed value averages; 1: none; a 25th if not given"
+        "--only", default="", help="draw only panels whose name contains a match of this regular expression"
+    )
+    parser.add_argument(
+        "--smooth", type=int, help="logged points per smoothed value; 1: no smoothing (default: 1/25 of all points)"
     )
     args = parser.parse_args()
     if args.out.suffix not in (".png", ".svg", ".pdf"):

@@ -9,9 +9,10 @@ from engine.config import load
 from engine.errors import run_cli
 
 HELP = """
-Turn raw recordings into training shards: OUTPUT/SPLIT/000000.tar with the features that both models train on, a JSON
-beside each, index.json for the whole split, and quarantine.jsonl with every clip that was refused, where and why.
-A killed job goes on where it stopped, with the same result; several processes or machines share the work by shard.
+Turn raw recordings into training shards. OUTPUT/SPLIT gets tar files with the features that both models train on, a
+JSON file for each of them, index.json for the whole split, and quarantine.jsonl with the stage and reason of every
+rejected clip. After a kill, the same command continues and gives the same result. Several processes or machines split
+the work by shard.
 
 Examples:
 python scripts/prepare_data.py source.root=data/synthetic output=data/shards workers=2
