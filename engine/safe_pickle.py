@@ -118,9 +118,14 @@ def read_tensors(path: str | Path) -> Any:
             _check_size(value)
         return content
     except Exception as error:  # torch.load raises many types for a damaged file
-        told = str(error).partition("\n")[0]
-        why = "it is damaged, or holds more than tensors" if isinstance(error, pickle.UnpicklingError) else told
-        raise UserError(f"{path} cannot be read as tensors ({why})") from error
+        raise UserError(f"{path} cannot be read as tensors ({load_problem(error)})") from error
+
+
+def load_problem(error: BaseException) -> str:
+    """Why torch.load failed, in a line: without its advice to allow that a file is executed."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is damaged, or holds more than tensors"
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def read_matrix(path: str | Path, columns: int | None = None) -> torch.Tensor:

@@ -340,4 +340,4 @@ def encode_motion(system: TalkerSystem, frames: np.ndarray) -> Tensor:
 
 def _check_given(frames: int, what: str) -> None:
     if frames > MAX_FRAMES:
-        raise UserError(f"{what} lasts {frames / FPS:.1f} s: give at most {MAX_FRAMES / FPS:.0f} s at once")
+        raise UserError(f"{what} lasts longer than {MAX_FRAMES / FPS:.0f} s: give a part of it")

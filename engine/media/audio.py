@@ -5,6 +5,7 @@ Axes: N samples.
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 from pathlib import Path
@@ -100,12 +101,11 @@ def write_wav(path: str | Path, wave: np.ndarray | Tensor, rate: int) -> None:
     assert wave.ndim == 1, f"expected samples (N,), got {wave.shape}"
     if not np.isfinite(wave).all():
         raise UserError(f"cannot write {path}: its samples are not finite numbers")
+    content = io.BytesIO()
     pcm = np.round(wave.clip(-1, 1) * 32767).astype(np.int16)
-    with atomic_output(path) as staging:
-        try:
-            soundfile.write(staging, pcm, int(rate), subtype="PCM_16", format="WAV")
-        except soundfile.LibsndfileError as error:
-            raise UserError(f"cannot write {path}: {error}") from error
+    soundfile.write(content, pcm, int(rate), subtype="PCM_16", format="WAV")
+    with atomic_output(path) as staging:  # libsndfile would call a full disk a "System error"
+        staging.write_bytes(content.getvalue())
 
 
 def mel_picture(wave: np.ndarray, rate: int) -> np.ndarray:

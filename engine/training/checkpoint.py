@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from engine.errors import UserError
 from engine.files import atomic_output
+from engine.safe_pickle import load_problem
 from engine.training import distributed
 from engine.untrusted import parse_json, safe_name
 
@@ -382,4 +383,4 @@ def _cause(error: BaseException) -> str:
         if isinstance(link, OSError):
             return str(link)
         link = link.__cause__ or link.__context__
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return load_problem(error)

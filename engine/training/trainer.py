@@ -148,7 +148,8 @@ class Trainer:
                 torch.manual_seed(seed_for(self.config.seed, "validate"))
                 folder.mkdir(parents=True, exist_ok=True)
                 results = {k: float(v) for k, v in task.validate(self.step, folder).items()}
-                self._say(f"step {self.step:,} | validation " + " ".join(f"{k} {v:.4g}" for k, v in results.items()))
+                figures = " ".join(f"{k} {v:.4g}" for k, v in results.items())
+                self._say(f"step {self.step:,} | validation {figures or 'gives no figures: the task measures none'}")
                 if tracker:
                     tracker.write({"step": self.step, **{f"validation/{k}": v for k, v in results.items()}})
                     tracker.media(self.step, folder)
