@@ -94,7 +94,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
                 raise UserError(f"{path} is not a readable checkpoint (it is compressed); download it again")
     except FileNotFoundError:
         raise UserError(f"no such checkpoint: {path}") from None
-    except (zipfile.BadZipFile, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged archive raises half a dozen types
         raise UserError(f"{path} is not a readable checkpoint ({error}); download it again") from error
     restricted = types.SimpleNamespace(__name__="restricted_pickle", Unpickler=_Unpickler, load=_load)
     try:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hostile import rows_files, rows_media, rows_settings
 
+from engine.batch_runner import run_batches
 from engine.download import RemoteFile, fetch
 from engine.errors import UserError, run_cli
 from engine.release import read_release, save_release
@@ -76,3 +77,24 @@ def test_a_server_that_never_ends_is_left(tmp_path):
     with pytest.raises(UserError, match="sends more than the 9,000,000 bytes"):
         fetch(RemoteFile("index.json", url, most=9_000_000), tmp_path, progress=False)
     server.shutdown()
+
+
+@pytest.mark.parametrize("stage", ["prepare", "process", "write"])
+def test_one_bad_job_ends_no_other(stage, capsys):
+    def may_fail(at, names):
+        if at == stage and "bad" in names:
+            raise ZeroDivisionError("by nothing")
+        return names
+
+    summary = run_batches(
+        [(name, name) for name in ("first", "bad", "last")],
+        batch_size=3,
+        prepare=lambda job: may_fail("prepare", [job])[0],
+        process=lambda batch, bar: may_fail("process", batch),
+        write=lambda name, prepared, result: (f"{result} done", len(may_fail("write", [name]))),
+        unit="job",
+        name_errors=True,
+    )
+    said = capsys.readouterr()
+    assert said.out.split("\n") == ["first done", "last done", ""] and summary.speech_seconds == 2
+    assert said.err == "failed: bad: unforeseen ZeroDivisionError: by nothing\n"
