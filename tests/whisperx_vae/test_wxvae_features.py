@@ -24,10 +24,9 @@ def test_equals_transformers(bands):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
-def test_items_do_not_depend_on_each_other_unless_asked():
+def test_items_do_not_depend_on_each_other():
     pair = torch.stack([speechlike(8000), 0.001 * speechlike(8000, 1)])
     torch.testing.assert_close(log_mel(pair)[1], log_mel(pair[1]))
-    assert (log_mel(pair, shared_peak=True)[1] - log_mel(pair[1])).abs().max() > 0.1
 
 
 def test_silence_and_length():
