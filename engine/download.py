@@ -188,13 +188,13 @@ def _from_hub(place: HubFile, staging: Path, endpoint: str | None, force: bool) 
                 endpoint=endpoint,
             )
         )
-    # errors.HTTPError is httpx's in huggingface_hub 1, httpx2's in huggingface_hub 2.
-    except (errors.HTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError) as error:
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError) as error:
         raise UserError(f"the hub does not give {place}: {_one_line(error.__cause__ or error)}") from error
-    except OSError as error:
-        if error.errno is None:  # huggingface_hub raises this when sizes differ
-            raise UserError(f"{place} did not arrive whole ({_one_line(error)}): run the command again") from error
-        raise
+    # errors.HTTPError is httpx's in huggingface_hub 1, and httpx2's in huggingface_hub 2.
+    except (errors.HTTPError, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # the disk's fault
+        raise UserError(f"{place} did not arrive whole ({_one_line(error)}): run the command again") from error
 
 
 def _from_url(file: RemoteFile, part: Path, retry_delay: float, progress: bool) -> None:

@@ -1,4 +1,4 @@
-"""What is left of speech after coding: word error rate, PESQ, STOI with the first n levels, and use of the books.
+"""Quality of decoded speech: word error rate, PESQ and STOI with the first n levels, and use of the code books.
 
 Axes: N samples, Q levels, K codes.
 """

@@ -1,4 +1,4 @@
-"""What is left of speech after the way through the latents: word error rate, PESQ, STOI; and the latents' statistics.
+"""Quality of decoded speech: word error rate, PESQ and STOI; and statistics of the latents.
 
 Axes: N samples, T latent frames, Z latent channels.
 """

@@ -1,4 +1,4 @@
-"""How much of speech is left after resynthesis: word error rate, PESQ, STOI of decoded clips against the originals.
+"""Quality of resynthesised speech: word error rate, PESQ and STOI of decoded clips against the originals.
 
 Axes: N samples.
 """
@@ -75,10 +75,9 @@ def validate_codec(
 
     Args:
         settings: `root` of the corpus, `splits`, and `clips` of each.
-        measure: clips and the recogniser's grammar, None where the corpus (of free speech) has none, to figures; of a
-            list the mean is taken.
-        decode: a clip to its wave after coding.
-        distance: of decoded wave and wave, both (1, N) on `device`; reported as `mel`.
+        measure: from clips and the recogniser's grammar (None if the corpus has none) to figures; lists are averaged.
+        decode: from a clip to its decoded wave.
+        distance: between decoded and original wave, both (1, N) on `device`; reported as `mel`.
     """
     root, results = Path(settings["root"]), {}
     grammar = root / "grammar.jsgf"

@@ -27,7 +27,7 @@ class GE2EEncoder:
 
     Attributes:
         network: Resemblyzer's encoder of mel spectrograms, an `nn.Module`.
-        audio: Resemblyzer's module of what is done to a wave before.
+        audio: Resemblyzer's module for preprocessing waves.
 
     Raises:
         UserError: Resemblyzer is not installed.
@@ -48,7 +48,7 @@ class GE2EEncoder:
         Volume is raised to -30 dBFS and silences are cut by Resemblyzer's own rules.
 
         Raises:
-            UserError: nothing in the wave is taken for speech.
+            UserError: no speech is found in the wave.
         """
         wave = resample(torch.as_tensor(np.asarray(wave), dtype=torch.float32), rate, RATE).numpy()
         if not np.any(wave):

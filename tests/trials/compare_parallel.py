@@ -1,10 +1,10 @@
-"""Losses of one recipe by one process, by two with copies (DDP) and by two with shards (FSDP2), one global batch.
+"""Losses of one recipe in one process, in two with DDP and in two with FSDP2, with the same global batch.
 
     python -m tests.trials.compare_parallel experiment=hicodit_synthetic data.corpus=CORPUS data.make=null \\
         task.validate_clips=1 task.sampler.steps=2
 
-Arguments are train.py's. Runs are in float32 and must differ by rounding only: the largest relative difference of any
-loss of any step goes to benchmarks/.
+Arguments are those of train.py. Runs are in float32 and must differ by rounding only: the largest relative difference
+of any loss at any step is recorded in benchmarks/results.
 """
 
 from __future__ import annotations

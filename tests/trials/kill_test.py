@@ -1,15 +1,17 @@
-"""Kills a short training again and again at random moments and compares the end with that of an unbroken run.
+"""Kills a short training repeatedly at random moments, and compares the result with that of an uninterrupted run.
 
-The run is a real one: `engine.training.trainer` in `--ranks` processes over gloo, checkpoints every few steps,
-validation, the best one kept. The five ways to die, after each of which the same group is started again:
+    python -m tests.trials.kill_test --kills 50
+
+The run uses `engine.training.trainer` in `--ranks` processes over gloo, with a checkpoint every few steps, validation,
+and the best checkpoint kept. There are five kinds of kill; after each, the same group of processes is started again:
 
     group     SIGKILL to all processes
-    rank      SIGKILL to one process; the others have to leave by themselves
+    rank      SIGKILL to one process; the others have to exit by themselves
     term      SIGTERM to all processes, as a scheduler sends it
-    usr1      SIGUSR1 to one process; all have to save and leave
-    disk      from now on no file can be written (RLIMIT_FSIZE 0 in every process)
+    usr1      SIGUSR1 to one process; all have to save and exit
+    disk      no file can be written any more (RLIMIT_FSIZE 0 in every process)
 
-Processes are forked from this one, so that a life costs no imports. Exit code 1: a difference.
+Processes are forked from this one, so that a start costs no imports. Exit code 1: the results differ.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from engine.training.trainer import Trainer
 KINDS = ("group", "rank", "term", "usr1", "disk")
 FAR = 1_000_000  # steps of a run that is killed
 STARTING = 0.15  # share of kills that may fall before the first step after a start
-PATIENCE = 120.0  # seconds until a group that does not start or leave is a failure
+TIMEOUT = 120.0  # seconds in which a group has to start or to exit
 
 
 class Vectors:
@@ -132,10 +134,10 @@ class Group:
             os.kill(process, number)  # not waited for yet, so its id is still its own
 
     def wait(self, seconds: float) -> list[int]:
-        """Until all have left; gives their exit codes (below 0: of a signal).
+        """Wait until all have exited; returns their exit codes (negative: a signal).
 
         Raises:
-            UserError: one does not leave.
+            UserError: a process does not exit in time.
         """
         end, codes = time.monotonic() + seconds, []
         for process in self.processes:
@@ -155,16 +157,16 @@ def last_step(run: Path) -> int:
         return 0
 
 
-def wait_for_life(run: Path) -> None:
-    """Until a group that was just started has done a step."""
+def wait_for_step(run: Path) -> None:
+    """Wait until a group that was just started has done a step."""
     begin, log = time.time(), run / "log.jsonl"
     while not (log.exists() and log.stat().st_mtime > begin):
-        if time.time() - begin > PATIENCE:
+        if time.time() - begin > TIMEOUT:
             raise UserError("the group does not train; see the output")
         time.sleep(0.02)
 
 
-def strike(kind: str, group: Group, chance: random.Random) -> None:
+def kill(kind: str, group: Group, chance: random.Random) -> None:
     one = [chance.choice(group.processes)]
     if kind == "disk":
         for process in group.processes:
@@ -175,8 +177,8 @@ def strike(kind: str, group: Group, chance: random.Random) -> None:
         group.signal(signal.SIGTERM if kind == "term" else signal.SIGUSR1, one if kind == "usr1" else None)
 
 
-def broken(run: Path, kills: int, ranks: int, pause: float, seed: int, sink: subprocess.Popen) -> list[dict]:
-    """Kill `kills` times; gives what happened."""
+def train_with_kills(run: Path, kills: int, ranks: int, pause: float, seed: int, sink: subprocess.Popen) -> list[dict]:
+    """Train, killed `kills` times; returns the events."""
     chance, events = random.Random(seed), []
     kinds = [KINDS[i % len(KINDS)] for i in range(kills)]
     chance.shuffle(kinds)
@@ -184,10 +186,10 @@ def broken(run: Path, kills: int, ranks: int, pause: float, seed: int, sink: sub
         begin = time.monotonic()
         group = Group(run, FAR, ranks, sink.stdin.fileno())
         if chance.random() > STARTING:
-            wait_for_life(run)
+            wait_for_step(run)
         time.sleep(chance.uniform(0, pause))
-        strike(kind, group, chance)
-        codes = group.wait(PATIENCE)
+        kill(kind, group, chance)
+        codes = group.wait(TIMEOUT)
         reached = last_step(run)
         saved = checkpoint.newest(run / "checkpoints", lambda line: print(line, flush=True))
         kept = int(saved.name.split("-")[1]) if saved else 0
@@ -196,7 +198,7 @@ def broken(run: Path, kills: int, ranks: int, pause: float, seed: int, sink: sub
     return events
 
 
-def whole(run: Path, steps: int, ranks: int, sink: subprocess.Popen) -> None:
+def train_uninterrupted(run: Path, steps: int, ranks: int, sink: subprocess.Popen) -> None:
     """Train to `steps`."""
     codes = Group(run, steps, ranks, sink.stdin.fileno()).wait(1800)
     if any(codes):
@@ -223,15 +225,13 @@ def differences(one: Path, two: Path, steps: int) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--kills", type=int, default=50, help="default: %(default)s")
     parser.add_argument("--ranks", type=int, default=2, help="processes of the group")
-    parser.add_argument(
-        "--pause", type=float, default=1.5, help="at most so many seconds from the first step after a start to the kill"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and the order of kinds")
-    parser.add_argument("--folder", type=Path, help="where the runs are kept; a temporary one if not given")
-    parser.add_argument("--record", type=Path, help="folder for a dated record, as benchmarks")
-    parser.add_argument("--worker", type=Path, help="be one process of a torchrun group that trains in this folder")
+    parser.add_argument("--pause", type=float, default=1.5, help="most seconds from the first step to the kill")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and of the order of the kinds")
+    parser.add_argument("--folder", type=Path, help="keep the runs here (default: a temporary folder)")
+    parser.add_argument("--record", type=Path, help="folder for a dated record, such as benchmarks/results")
+    parser.add_argument("--worker", type=Path, help="run as one process of a torchrun group that trains in this folder")
     parser.add_argument("--worker-steps", type=int, default=FAR)
     args = parser.parse_args()
     if args.worker:
@@ -239,17 +239,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         root = args.folder or Path(temporary)
         root.mkdir(parents=True, exist_ok=True)
-        one, two = root / "broken", root / "whole"
+        one, two = root / "killed", root / "uninterrupted"
         if one.exists() or two.exists():
             raise UserError(f"--folder={root} holds runs already; give another")
         begin = time.monotonic()
         with (root / "output.txt").open("wb") as output:
-            # Through a pipe: where no file can be written the training's words must still come out.
+            # Through a pipe: the training's output must be kept even when it can write no file.
             sink = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=output, start_new_session=True)
-            events = broken(one, args.kills, args.ranks, args.pause, args.seed, sink)
+            events = train_with_kills(one, args.kills, args.ranks, args.pause, args.seed, sink)
             steps = last_step(one) + 25
-            whole(one, steps, args.ranks, sink)
-            whole(two, steps, args.ranks, sink)
+            train_uninterrupted(one, steps, args.ranks, sink)
+            train_uninterrupted(two, steps, args.ranks, sink)
             sink.stdin.close()
             sink.wait()
         found, said = differences(one, two, steps), (root / "output.txt").read_text(errors="replace")
@@ -271,7 +271,7 @@ def main() -> int:
             write_record(
                 args.record,
                 "training-kills",
-                f"{args.kills} kills at random moments of a run of {args.ranks} processes, against an unbroken run",
+                f"{args.kills} kills of a run of {args.ranks} processes, against an uninterrupted run",
                 results,
             )
     return 1 if found else 0

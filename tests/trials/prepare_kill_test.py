@@ -1,10 +1,10 @@
-"""Prepare shards with processes that are killed again and again, and compare them with those of an unbroken run.
+"""Prepare shards with processes that are killed repeatedly, and compare them with those of an uninterrupted run.
 
     python -m tests.trials.prepare_kill_test --reference data/shards --output data/broken --kills 5 -- \
         source.root=data/synthetic splits=[seen] clips_per_shard=50
 
-What follows -- are settings of scripts/prepare_data.py, the same as of the unbroken run. Its processes run under
-torchrun; when a random number of further clips is done, all of them get SIGKILL. The last start runs to its end.
+After -- come settings of scripts/prepare_data.py, the same as those of the uninterrupted run. Its processes run under
+torchrun; after a random number of further clips, all of them get SIGKILL. The last start runs to its end.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def clips_done(output: Path, per_shard: int) -> int:
-    """Clips in work folders and, about, in finished shards."""
+    """About how many clips are in work folders and finished shards."""
     return len(list(output.rglob(".work-0*/*.tar"))) + per_shard * len(list(output.rglob("0*.tar")))
 
 
@@ -35,14 +35,14 @@ def launch(arguments: list[str], processes: int) -> subprocess.Popen:
 
 
 def descendants(pid: int) -> list[int]:
-    """A process and all below it (Linux)."""
+    """A process and all its descendants (Linux)."""
     children = Path(f"/proc/{pid}/task/{pid}/children")
     found = [int(word) for word in children.read_text().split()] if children.exists() else []
     return [pid, *(each for child in found for each in descendants(child))]
 
 
 def kill_after(process: subprocess.Popen, output: Path, clips: int, per_shard: int) -> bool:
-    """Kill a run when so many more clips are done; False if it ended before."""
+    """Kill a run after so many more clips; False if it ended before."""
     goal = clips_done(output, per_shard) + clips
     while clips_done(output, per_shard) < goal:
         if process.poll() is not None:
@@ -63,8 +63,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reference", type=Path, required=True, help="shards of the unbroken run")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the broken one")
+    parser.add_argument("--reference", type=Path, required=True, help="shards of the uninterrupted run")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the killed run")
     parser.add_argument("--kills", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--processes", type=int, default=2, help="of torchrun (default: %(default)s)")
     parser.add_argument("--clips", type=int, default=20, help="most clips between two kills (default: %(default)s)")
@@ -96,7 +96,7 @@ def main() -> int:
     }
     print(result)
     if args.record is not None:
-        what = f"Preparation with {args.processes} processes, killed with SIGKILL, against an unbroken run"
+        what = f"Preparation with {args.processes} processes, killed with SIGKILL, against an uninterrupted run"
         write_record(args.record, "preparation-kills", what, result)
     return 0 if len(kills) == args.kills and code == 0 and not different else 1
 

@@ -1,6 +1,7 @@
-"""Two nodes on one machine: two torchrun agents, each in a network namespace of its own where root allows it, joined by
-c10d rendezvous over a cable of veth. One process is killed on the way; both agents have to bring the group back, and
-the run must end with the same weights as one on a single node with as many processes.
+"""Two nodes on one machine: two torchrun agents joined by c10d rendezvous, one process of which is killed.
+
+With the rights of root, each agent gets a network namespace of its own, joined by a veth pair. After the kill, both
+agents have to restart the group, and the run must end with the same weights as a run on one node with two processes.
 
     python -m tests.trials.two_nodes --folder runs/two_nodes
 """
@@ -23,11 +24,11 @@ from tests.trials.kill_test import differences, last_step
 
 ROOT = CONFIGS.parent
 SPACES, ADDRESSES = ("speaking-a", "speaking-b"), ("10.77.0.1", "10.77.0.2")
-PATIENCE = 600.0  # seconds for one run
+TIMEOUT = 600.0  # seconds for one run
 
 
 def connect() -> bool:
-    """Make two namespaces with a cable between them; False: not allowed here."""
+    """Make two namespaces with a veth pair between them; False: not allowed here."""
     commands = [
         *(f"ip netns add {space}" for space in SPACES),
         f"ip link add {SPACES[0]} netns {SPACES[0]} type veth peer name {SPACES[1]} netns {SPACES[1]}",
@@ -73,13 +74,13 @@ def trainers(of: subprocess.Popen) -> list[int]:
 
 
 def wait(agents: list[subprocess.Popen], outputs: list[Path]) -> None:
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + TIMEOUT
     try:
         for one, output in zip(agents, outputs):
             if one.wait(max(1.0, end - time.monotonic())) != 0:
                 raise UserError(f"an agent ended with exit code {one.returncode}; see {output}")
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"a run took more than {PATIENCE:.0f} s; see {outputs[0].parent}") from error
+        raise UserError(f"a run took more than {TIMEOUT:.0f} s; see {outputs[0].parent}") from error
     finally:
         for one in agents:
             one.terminate()
@@ -98,7 +99,7 @@ def main() -> int:
     print("two namespaces" if apart else "no namespaces here: both nodes on the loopback device", flush=True)
     try:
         agents = [agent(two, args.steps, 2, node, apart, outputs[node]) for node in range(2)]
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + TIMEOUT
         while last_step(two) < args.steps // 3:
             if time.monotonic() > end or any(each.poll() is not None for each in agents):
                 raise UserError(f"the nodes do not train; see {args.folder}")
