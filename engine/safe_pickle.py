@@ -1,4 +1,4 @@
-"""Tensors and plain containers out of a pickled training checkpoint, without running anything that it names.
+"""Tensors, arrays and plain containers out of pickles, without running anything that they name.
 
 Training scripts pickle their configuration, meters and optimisers as objects of their own packages. Here every class or
 function outside a short list of tensor builders becomes an inert stand-in that only remembers what it was given.
@@ -6,6 +6,7 @@ function outside a short list of tensor builders becomes an inert stand-in that 
 
 from __future__ import annotations
 
+import codecs
 import pickle
 import tarfile
 import types
@@ -14,6 +15,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from engine.errors import UserError
@@ -148,6 +150,30 @@ def read_matrix(path: str | Path, columns: int | None = None) -> torch.Tensor:
     ):
         raise UserError(f"{path} must hold a tensor (frames, {columns or 'channels'}) of finite numbers")
     return value
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("numpy") and name in ("ndarray", "dtype"):
+            return getattr(np, name)
+        if (module, name) in (("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")):
+            return np._core.multiarray._reconstruct
+        if (module, name) == ("_codecs", "encode"):  # the bytes of an array in protocols before 3
+            return codecs.encode
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def read_arrays(path: Path) -> Any:
+    """Plain containers of numpy arrays that were pickled to `path`.
+
+    Raises:
+        UserError: the file is missing or damaged, or names anything else.
+    """
+    try:
+        with path.open("rb") as file:
+            return _ArrayUnpickler(file).load()
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise UserError(f"{path} cannot be read as a pickle of arrays ({error})") from error
 
 
 def plain(value: Any, depth: int = 0, budget: list[int] | None = None) -> Any:

@@ -20,6 +20,7 @@ from engine.bounds import SEEDS, bounded, check_bounds
 from engine.config import override, typed
 from engine.errors import UserError
 from engine.faces.detectors import YuNetDetector
+from engine.faces.landmarks import landmark_source
 from engine.faces.track import read_boxes
 from engine.files import all_or_none, writable
 from engine.media.audio import read_voice, write_wav
@@ -30,7 +31,7 @@ from engine.training.distributed import pick_device
 from hicodit.generation import windows
 from hicodit.pipeline import BUNDLED, FPS, Crops, HiCoDiTPipeline, Speech
 
-FACE = "_face.png"  # ending of the picture of a face track
+FACE = "_face.png", "_face.json"  # endings of the picture and of the numbers of a face track
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")
 
 
@@ -51,6 +52,7 @@ class InferConfig:
     face: str = "largest"
     face_box: str | None = None
     detector: str | None = None
+    face_landmarks: str | None = None
     debug: bool = False
     encoders: str | None = None
     sampler: dict[str, Any] = field(default_factory=dict)
@@ -90,15 +92,16 @@ def find_clips(source: Path, output: Path, debug: bool = False) -> list[Path]:
 
 
 def outputs_of(clip: Path, folder: Path, debug: bool = False) -> list[Path]:
-    suffixes = (".mp4", ".png", ".wav", FACE) if debug else (".mp4", ".png", ".wav")
+    suffixes = (".mp4", ".png", ".wav", *FACE) if debug else (".mp4", ".png", ".wav")
     return [folder / f"{clip.stem}{suffix}" for suffix in suffixes]
 
 
 def write_outputs(clip: Path, speech: Speech, folder: Path, figure: bool, strip: Path | None = None) -> list[Path]:
-    """Write all files of a clip, or none; the picture `strip` of its face track is copied."""
+    """Write all files of a clip, or none; the picture `strip` of its face track and the JSON beside it are copied."""
     with all_or_none(folder) as staging:
         if strip is not None:
-            shutil.copyfile(strip, staging / strip.name)
+            for path in (strip, strip.with_suffix(".json")):
+                shutil.copyfile(path, staging / path.name)
         write_wav(staging / f"{clip.stem}.wav", speech.wave, speech.rate)
         mux_audio(clip, speech.wave, speech.rate, staging / f"{clip.stem}.mp4")
         if figure:
@@ -122,8 +125,9 @@ def run(config: DictConfig) -> int:
     clips = find_clips(Path(c.input) if c.input else BUNDLED.parent / "demo" / "silent.mp4", output, c.debug)
     with writable(c.output), tempfile.TemporaryDirectory() as scratch:
         detector = YuNetDetector(c.detector) if c.detector else None
+        landmarks = landmark_source(c.face_landmarks, detector)
         weights, device = c.weights or BUNDLED, pick_device(c.device)
-        pipeline = HiCoDiTPipeline.from_pretrained(weights, device, c.codec, c.encoders, detector)
+        pipeline = HiCoDiTPipeline.from_pretrained(weights, device, c.codec, c.encoders, detector, landmarks)
         pipeline.sampler = override(pipeline.sampler, c.sampler)
         pipeline.guidance = override(pipeline.guidance, c.guidance)
         identity = None
@@ -132,7 +136,7 @@ def run(config: DictConfig) -> int:
         face, box = int(c.face) if c.face.isdecimal() else c.face, read_boxes(c.face_box) if c.face_box else None
 
         def strip_of(clip: Path) -> Path | None:
-            return Path(scratch) / f"{clip.stem}{FACE}" if c.debug else None
+            return Path(scratch) / f"{clip.stem}{FACE[0]}" if c.debug else None
 
         def prepare(clip: Path) -> Crops:
             return pipeline.crops(clip, face, box, strip_of(clip))

@@ -20,12 +20,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from engine.codec import Codec, load_codec
 from engine.errors import UserError
-from engine.faces.clip import ClipFrames, find_face, place_face
+from engine.faces.clip import ClipFrames, find_face, place_face, place_landmarks
 from engine.faces.detectors import FaceDetector
+from engine.faces.landmarks import LandmarkFinder, add_landmarks, read_landmarks, write_faces
 from engine.faces.strip import Strip
 from engine.faces.track import FaceError, FaceTrack
 from engine.hub import release_folder
 from engine.release import find_codec
+from hicodit.conditions.align import MOUTH_SIDE, mouth_poses
 from hicodit.conditions.types import FPS, Conditions, windows_of
 from hicodit.generation import generate
 from hicodit.guidance import GuidanceScales
@@ -75,11 +77,12 @@ class HiCoDiTPipeline:
         guidance: GuidanceScales,
         device: torch.device | str = "cpu",
         detector: FaceDetector | None = None,
+        landmarks: LandmarkFinder | Path | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.system, self.codec = system.to(self.device).eval(), codec.to(self.device).eval()
         self.sampler, self.guidance = sampler, guidance
-        self.detector = detector
+        self.detector, self.landmarks = detector, landmarks
         self.seconds: Counter[str] = Counter()  # wall time spent in each stage so far
         wanted = (system.model.config.levels, system.model.config.codes)
         if wanted != (codec.levels, codec.codes) or codec.frame_rate != TOKENS_PER_FRAME * FPS:
@@ -97,6 +100,7 @@ class HiCoDiTPipeline:
         codec: str | Path | None = None,
         encoders: str | None = None,
         detector: FaceDetector | None = None,
+        landmarks: LandmarkFinder | Path | None = None,
     ) -> HiCoDiTPipeline:
         """Load a release folder or a release on the hub (OWNER/NAME).
 
@@ -105,6 +109,8 @@ class HiCoDiTPipeline:
         Args:
             encoders: folder of the checkpoints of a model with released encoders, if not the one at training.
             detector: what finds faces; OpenCV's cascade if None.
+            landmarks: what finds the landmarks of a face, or a file or folder of them; see
+                `engine.faces.landmarks.landmark_source`. None: those of the detector.
 
         Raises:
             UserError: a folder is missing, of another model, or with wrong shapes.
@@ -123,7 +129,7 @@ class HiCoDiTPipeline:
             sampler, guidance = SamplerConfig(**config.get("sampler", {})), GuidanceScales(**config.get("guidance", {}))
         except TypeError as error:
             raise UserError(f"{Path(folder) / 'config.yaml'}: {error}") from error
-        return cls(system, loaded, sampler, guidance, device, detector)
+        return cls(system, loaded, sampler, guidance, device, detector, landmarks)
 
     def crops(
         self,
@@ -138,7 +144,8 @@ class HiCoDiTPipeline:
             face: which of several: "largest", "central", or its number by size from 1 on.
             face_box: where the face is, instead of looking for it; see `engine.faces.track.given_track`. Pixels
                 are those of the clip as it is shown.
-            strip: where to write a picture of what was found, for a person to check.
+            strip: PNG file, where to write a picture of what was found, for a person to check; a JSON file beside it
+                has the numbers.
 
         Raises:
             UserError: not a readable video, shorter than 0.2 s, or no face found.
@@ -150,27 +157,44 @@ class HiCoDiTPipeline:
 
         clip = [video] if array else ClipFrames(video, FPS)
         try:
-            with self._stage("tracking"):  # this is also the first look at the whole file
-                if face_box is None:
-                    track = find_face(clip, FPS, face, self.detector)
-                else:
-                    track = place_face(clip, face_box, FPS)
+            clip, track = self._track(clip, name, face, face_box)
         except FaceError as error:
             raise UserError(f"{name}: {error}") from error
-        if len(track) < MIN_FRAMES:
-            seconds = len(track) / FPS
-            raise UserError(f"{name} has {seconds:.2f} s of video; at least {MIN_FRAMES / FPS:.1f} s is needed")
         with self._stage("crops"):
-            if not array:
-                clip, track = clip.sharper(track)
-            return self._cut(clip, track, strip)
+            crops = self._cut(clip, track, strip)
+        if strip is not None:
+            shown = track if array else track.scaled(clip.shown[1] / clip.size[1])
+            write_faces(Path(strip).with_suffix(".json"), shown, mouth_poses(shown.found), MOUTH_SIDE, FPS)
+        return crops
+
+    def _track(
+        self, clip: ClipFrames | list[np.ndarray], name: str, face: str | int, face_box: Any
+    ) -> tuple[ClipFrames | list[np.ndarray], FaceTrack]:
+        """The face's track, with landmarks if they are asked for, and the frames that it is cut from."""
+        with self._stage("tracking"):  # this is also the first look at the whole file
+            if isinstance(self.landmarks, Path):
+                if face_box is not None:
+                    raise UserError("face_box and a file of landmarks both say where the face is: give one of them")
+                track = place_landmarks(clip, *read_landmarks(self.landmarks, Path(name).name), FPS)
+            elif face_box is None:
+                track = find_face(clip, FPS, face, self.detector)
+            else:
+                track = place_face(clip, face_box, FPS)
+        if len(track) < MIN_FRAMES:
+            raise FaceError(f"{len(track) / FPS:.2f} s of video; at least {MIN_FRAMES / FPS:.1f} s is needed")
+        if isinstance(clip, ClipFrames):
+            clip, track = clip.sharper(track)
+        if callable(self.landmarks):
+            with self._stage("landmarks"):
+                track = add_landmarks(clip, track, self.landmarks)
+        return clip, track
 
     def _cut(self, blocks: Iterable[np.ndarray], track: FaceTrack, strip: str | Path | None) -> Crops:
         config, mouth, faces, start = self.system.encoders.config, [], [], 0
         drawing = Strip(track, FPS) if strip is not None else None
         for block in blocks:
             part = track[start : start + len(block)]
-            mouth.append(config.cut_mouth(block, part))
+            mouth.append(config.cut_mouth(block, track, start))
             picked = np.arange(-start % config.picture_every, len(block), config.picture_every)
             if len(picked):
                 faces.append(config.cut_faces(block[picked], part[picked]))

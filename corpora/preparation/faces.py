@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from corpora.preparation.clip import FPS, Stage, WorkItem
-from engine.faces.clip import find_face
+from engine.faces.clip import ClipFrames, find_face, place_landmarks
 from engine.faces.detectors import YuNetDetector
+from engine.faces.landmarks import add_landmarks, landmark_source, read_landmarks
 
 
 class Face(Stage):
@@ -13,14 +16,24 @@ class Face(Stage):
     Args:
         detector: the file face_detection_yunet_2023mar.onnx; None: OpenCV's cascade, also tilted and fine.
         face: of several faces: largest, central, or a number by size from 1 on.
+        face_landmarks: dlib68, yunet (with `detector`), or a folder of landmark files laid out as the source's clips;
+            None: those of the detector.
     """
 
     needs = "frames"
     reusable = False
 
-    def __init__(self, detector: str | None = None, face: str | int = "largest") -> None:
+    def __init__(
+        self, detector: str | None = None, face: str | int = "largest", face_landmarks: str | None = None
+    ) -> None:
         self.detector = YuNetDetector(detector) if detector else None
-        self.face = face
+        self.face, self.landmarks = face, landmark_source(face_landmarks, self.detector)
 
     def __call__(self, clip: WorkItem) -> None:
+        if isinstance(self.landmarks, Path):
+            shown = ClipFrames(clip.path(clip.info.video), FPS).shown
+            clip.track = place_landmarks([clip.frames], *read_landmarks(self.landmarks, clip.info.video), FPS, shown)
+            return
         clip.track = find_face([clip.frames], FPS, self.face, self.detector)
+        if self.landmarks is not None:
+            clip.track = add_landmarks([clip.frames], clip.track, self.landmarks)

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from engine.faces.detectors import FaceDetector, HaarDetector
-from engine.faces.track import FaceError, FaceTrack, given_track, track_face
+from engine.faces.landmarks import fill_landmarks
+from engine.faces.track import FaceError, FaceTrack, given_track, landmark_track, track_face
 from engine.media.video import iter_video
 
 MAX_SIDE = 640  # in which a face is looked for; larger frames are scaled down
 GOOD_WIDTH = 140  # pixels of a face from which crops gain nothing more: in AV-HuBERT's pose it has as many
 KEPT = 128 * 2**20  # bytes of decoded frames: 1.5 min at 128 pixels square, 7 s at 640 x 360
+MISFIT = 5  # frames by which landmarks and clip may differ in length: programs count the last ones differently
 LOOKS, LOOK_EVERY = 8, 31  # frames of the beginning that show how the head stands, and their distance
 SURE = 14  # tries of the cascade that agree on a face; mistakes have up to 13
 TILTS = (-30, 30)  # degrees anticlockwise by which the picture is turned
@@ -139,10 +141,7 @@ def place_face(clip: ClipFrames | list[np.ndarray], boxes: Any, fps: float) -> F
     Raises:
         UserError: no boxes; a FaceError: fewer than frames, or one that lies outside the picture.
     """
-    frames, used = 0, (1, 1)
-    for block in clip:
-        frames, used = frames + len(block), block.shape[1:3]
-    height, width = clip.shown if isinstance(clip, ClipFrames) else used
+    frames, used, (height, width) = _measure(clip)
     track = given_track(boxes, frames, fps)
     middle = track.boxes[:, :2] + track.boxes[:, 2:] / 2
     outside = ((middle < 0) | (middle > (width, height))).any(1)
@@ -152,3 +151,35 @@ def place_face(clip: ClipFrames | list[np.ndarray], boxes: Any, fps: float) -> F
             f"face_box={box} at {outside.argmax() / fps:.1f} s lies outside the picture of {width} x {height} pixels"
         )
     return track.scaled(used[1] / width)
+
+
+def place_landmarks(
+    clip: ClipFrames | list[np.ndarray],
+    landmarks: np.ndarray,
+    present: np.ndarray,
+    fps: float,
+    shown: tuple[int, int] | None = None,
+) -> FaceTrack:
+    """The track of landmarks (T, P, 2) that the user gives, in pixels of the picture as it is shown.
+
+    Args:
+        present: (T,) in which frames there are any.
+        shown: height and width of the picture as it is shown; None: the clip knows, or its frames are the pictures.
+
+    Raises:
+        FaceError: the clip is more than `MISFIT` frames longer or shorter, or too few frames have landmarks.
+    """
+    frames, used, own = _measure(clip)
+    if abs(len(landmarks) - frames) > MISFIT:
+        raise FaceError(f"landmarks of {len(landmarks)} frames, but the clip has {frames} at {fps:g} a second")
+    at = np.minimum(np.arange(frames), len(landmarks) - 1)
+    track = landmark_track(fill_landmarks(landmarks, present)[at], present[at], fps)
+    return track.scaled(used[1] / (shown or own)[1])
+
+
+def _measure(clip: ClipFrames | list[np.ndarray]) -> tuple[int, tuple[int, int], tuple[int, int]]:
+    """How many frames a clip has, their height and width, and those of the picture as it is shown."""
+    frames, used = 0, (1, 1)
+    for block in clip:
+        frames, used = frames + len(block), block.shape[1:3]
+    return frames, used, clip.shown if isinstance(clip, ClipFrames) else used

@@ -37,6 +37,14 @@ def with_points(faces: np.ndarray) -> np.ndarray:
     return np.concatenate([faces, points.reshape(len(faces), 10)], 1)
 
 
+def five_points(landmarks: np.ndarray) -> np.ndarray:
+    """Landmarks (..., P, 2) of a face, the 68 of iBUG 300-W or five -> the five (..., 5, 2)."""
+    if landmarks.shape[-2] == 5:
+        return landmarks
+    eyes = landmarks[..., 36:42, :].mean(-2), landmarks[..., 42:48, :].mean(-2)
+    return np.stack([*eyes, *(landmarks[..., i, :] for i in (30, 48, 54))], -2)
+
+
 def box_of_points(points: np.ndarray) -> np.ndarray:
     """The square box (4,) in which a frontal face has its eyes and mouth where `points` (5, 2) has them."""
     eyes, mouth = points[:2].mean(0), points[3:].mean(0)

@@ -6,14 +6,14 @@ Axes: T frames, H height, W width, n detections. Boxes are (x, y, w, h), points 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from engine.errors import UserError
-from engine.faces.detectors import BOX, POINTS, FaceDetector, with_points
+from engine.faces.detectors import BOX, POINTS, FaceDetector, box_of_points, five_points, with_points
 from engine.untrusted import parse_json
 
 DETECT_EVERY = 5  # frames between detections: 0.2 s at 25 fps, far below the time in which a head moves away
@@ -31,23 +31,32 @@ class FaceError(UserError):
 class FaceTrack:
     """One face through a clip: boxes (T, 4), points (T, 5, 2), and `seen` (T,), false where it was out of sight.
 
+    Boxes and points are smooth in time; `landmarks` (T, P, 2), 68 or 5, are as they were found, None if nobody looked.
     Frames out of sight carry the place where the face was seen nearest in time.
     """
 
     boxes: np.ndarray
     points: np.ndarray
     seen: np.ndarray
+    landmarks: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.boxes)
 
     def __getitem__(self, frames: Any) -> FaceTrack:
         """The track of some frames: a slice, or indices."""
-        return FaceTrack(self.boxes[frames], self.points[frames], self.seen[frames])
+        landmarks = None if self.landmarks is None else self.landmarks[frames]
+        return FaceTrack(self.boxes[frames], self.points[frames], self.seen[frames], landmarks)
 
     def scaled(self, factor: float) -> FaceTrack:
         """The track in pictures of `factor` times the size."""
-        return FaceTrack(self.boxes * factor, self.points * factor, self.seen)
+        landmarks = None if self.landmarks is None else self.landmarks * factor
+        return FaceTrack(self.boxes * factor, self.points * factor, self.seen, landmarks)
+
+    @property
+    def found(self) -> np.ndarray:
+        """The landmarks (T, P, 2), or else the five points."""
+        return self.points if self.landmarks is None else self.landmarks
 
     @property
     def roll(self) -> np.ndarray:
@@ -97,7 +106,10 @@ def track_face(
     number = face if isinstance(face, int) else 1
     if number > len(people):
         raise FaceError(f"face={face}: no more than {len(people)} can be told apart in it")
-    track = _smooth(people[number - 1], frames, fps)
+    return _covered(_smooth(people[number - 1], frames, fps), fps)
+
+
+def _covered(track: FaceTrack, fps: float) -> FaceTrack:
     if track.coverage < MIN_COVERAGE:
         raise FaceError(
             f"no face found in {1 - track.coverage:.0%} of it (at {track.unseen(fps)}), at most "
@@ -141,11 +153,14 @@ def _link(found: list[tuple[int, np.ndarray]], fps: float) -> list[_Stretch]:
 def _distance(stretch: list[tuple[int, np.ndarray]], at: int, face: np.ndarray, fps: float) -> float:
     """How unlikely it is that `face` in frame `at` goes on a stretch; from 1 on it does not."""
     when, last = stretch[-1]
-    return _change(last, face, reach=0.4 + (at - when) / fps)
+    return change(last, face, reach=0.4 + (at - when) / fps)
 
 
-def _change(one: np.ndarray, other: np.ndarray, reach: float) -> float:
-    """How unlikely it is that two faces (14,) are one person's; `reach`: face widths that the head may have moved."""
+def change(one: np.ndarray, other: np.ndarray, reach: float) -> float:
+    """How unlikely it is that two faces (14,) or boxes (4,) are one person's; from 1 on they are not.
+
+    reach: face widths that the head may have moved.
+    """
     moved = np.abs(other[:2] + other[2:4] / 2 - one[:2] - one[2:4] / 2).max() / max(one[2], other[2])
     return max(moved / reach, abs(np.log(other[2] / one[2])) / 0.4)
 
@@ -177,7 +192,7 @@ def _chains(stretches: list[_Stretch]) -> list[list[_Stretch]]:
         (cost, b.at[0] - a.at[-1], i, j)
         for i, a in enumerate(stretches)
         for j, b in enumerate(stretches)
-        if a.at[-1] < b.at[0] and (cost := _change(a.faces[-1], b.faces[0], reach=0.6)) < 1
+        if a.at[-1] < b.at[0] and (cost := change(a.faces[-1], b.faces[0], reach=0.6)) < 1
     )
     after: dict[int, int] = {}
     for _, _, i, j in costs:  # the likeliest pairs first
@@ -296,3 +311,17 @@ def given_track(boxes: Any, frames: int, fps: float = 25.0) -> FaceTrack:
         raise UserError(f"face_box={str(boxes)[:80]}: widths and heights must be larger than 0")
     faces = with_points(values)
     return FaceTrack(faces[:, BOX], faces[:, POINTS].reshape(-1, 5, 2), np.ones(frames, bool))
+
+
+def landmark_track(landmarks: np.ndarray, present: np.ndarray, fps: float) -> FaceTrack:
+    """The track of a face whose landmarks (T, P, 2), 68 or 5, are known where `present` (T,).
+
+    Raises:
+        FaceError: they are known in too little of the clip.
+    """
+    points = five_points(landmarks)
+    faces = [(i, np.array([[*box_of_points(points[i]), *points[i].ravel()]])) for i in np.flatnonzero(present)]
+    if not faces:
+        raise FaceError("no frame of the clip has landmarks")
+    track = _smooth(_link(faces, fps), len(points), fps)
+    return _covered(replace(track, seen=present, landmarks=landmarks), fps)

@@ -1,10 +1,10 @@
 """Pictures of a face brought into a standard pose by a similarity: the mouth of AV-HuBERT, the face of ArcFace.
 
-Axes: P landmarks, H height, W width, S picture side. Points are (x, y) in pixels; a matrix (2, 3) maps source
-points to picture points.
+Axes: T frames, P landmarks, M landmarks of the mouth, H height, W width, S picture side. Points are (x, y) in pixels;
+a matrix (2, 3) maps source points to picture points.
 
-Five points are the eye on the picture's left, the eye on its right, nose, mouth corner on the left, on the right
-(ArcFace's and YuNet's order).
+68 landmarks are numbered as iBUG 300-W does. Five are the eye on the picture's left, the eye on its right, nose, mouth
+corner on the left, on the right (ArcFace's and YuNet's order).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from engine.errors import UserError
 
 MOUTH_SIDE = 96
 FRAME_SIDE = 256  # of the frame in which the mean face stands
+WINDOW = 12  # frames over which AV-HuBERT's preparation averages landmarks
 
-# Points of a mean face in a 256 x 256 frame: the nose's base and the corners of the eyes, which no speech moves (33,
-# 36, 39, 42 and 45 of 68 landmarks), and the middle of the mouth (published with LRW preprocessing; the values are
-# facts of AV-HuBERT's input).
+# Points of a mean face in a 256 x 256 frame: the nose's base and the corners of the eyes, which no speech moves, and
+# the middle of the mouth (published with LRW preprocessing; the values are facts of AV-HuBERT's input).
+STABLE, MOUTH = (33, 36, 39, 42, 45), slice(48, 68)  # of 68 landmarks
 MEAN_STABLE = np.array([[128.87, 137.30], [92.52, 94.37], [112.77, 94.94], [145.53, 94.54], [166.68, 93.57]])
 MEAN_MOUTH = np.array([129.31, 157.82])
 
@@ -63,7 +64,8 @@ def warp(picture: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
         (x.astype(np.float64) * row[0] + (x * row[1] + row[2]).astype(np.float64)[:, None]).astype(np.float32)
         for row in inverse
     )
-    values = bilinear(picture.astype(np.float32), sx, sy)
+    part, sx, sy = _seen_part(picture, sx, sy)
+    values = bilinear(part.astype(np.float32), sx, sy)
     return np.rint(values).astype(np.uint8)
 
 
@@ -74,6 +76,13 @@ def invert(matrix: np.ndarray) -> np.ndarray:
     scale = 1 / scale if scale else 0.0
     p, q, r, s = d * scale, -b * scale, -c * scale, a * scale
     return np.array([[p, q, -p * tx - q * ty], [r, s, -r * tx - s * ty]])
+
+
+def _seen_part(picture: np.ndarray, sx: np.ndarray, sy: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The part of `picture` that sampling at sx, sy (S, S) touches, and the same positions in it; exact, and faster."""
+    left, top = (max(0, int(s.min())) for s in (sx, sy))
+    right, bottom = (max(0, int(s.max()) + 2) for s in (sx, sy))
+    return picture[top:bottom, left:right], sx - sx.dtype.type(left), sy - sy.dtype.type(top)
 
 
 def bilinear(picture: np.ndarray, sx: np.ndarray, sy: np.ndarray) -> np.ndarray:
@@ -103,22 +112,59 @@ def face_matrix(points: np.ndarray, size: int = ARCFACE_SIDE) -> np.ndarray:
     return similarity(np.asarray(points, np.float32), target.astype(np.float32))
 
 
-def mouth_picture(picture: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Mouth (96, 96) uint8 grey of `picture` (H, W, 3) in AV-HuBERT's pose, from five points (5, 2), smoothed already.
+def mouth_poses(landmarks: np.ndarray) -> np.ndarray:
+    """AV-HuBERT's transforms (T, 2, 3) from frames to mouth pictures, from landmarks (T, P, 2) of every frame.
 
-    Eyes and mouth take the place of the 68 landmarks: detectors without a large download find no more.
+    With 68 landmarks this is the procedure of its own preparation; five lend it both eyes and the middle of the mouth.
     """
-    matrix = similarity(_eyes_and_mouth(points), _MEAN_EYES_AND_MOUTH)
-    corner = (
-        np.clip(transform(matrix, points[3:]).mean(0), MOUTH_SIDE / 2, FRAME_SIDE - MOUTH_SIDE / 2) - MOUTH_SIDE / 2
-    )
-    matrix[:, 2] -= corner.round()
-    return cv2.cvtColor(warp(_blurred(picture, matrix), matrix, MOUTH_SIDE), cv2.COLOR_RGB2GRAY)
+    if landmarks.shape[1] == 68:
+        return cut_poses(*avhubert_poses(landmarks[:, list(STABLE)], landmarks[:, MOUTH]))
+    mouth = landmarks[:, 3:]
+    stable = np.concatenate([landmarks[:, :2], mouth.mean(1, keepdims=True)], 1)
+    return cut_poses(*avhubert_poses(stable, mouth, _MEAN_EYES_AND_MOUTH))
 
 
-def _eyes_and_mouth(points: np.ndarray) -> np.ndarray:
-    """Five points (5, 2) -> both eyes and the middle of the mouth (3, 2)."""
-    return np.stack([points[0], points[1], points[3:].mean(0)])
+def avhubert_poses(
+    stable: np.ndarray, mouth: np.ndarray, mean: np.ndarray = MEAN_STABLE, window: int = WINDOW
+) -> tuple[np.ndarray, np.ndarray]:
+    """AV-HuBERT's transforms (T, 2, 3) onto the mean face in its 256 x 256 frame, and the mouth's centres (T, 2) there.
+
+    Args:
+        stable: (T, P, 2) landmarks that speech does not move. mouth: (T, M, 2). mean: (P, 2) of the mean face.
+        window: frames over which stable landmarks are averaged. It BEGINS at the current frame; the last full window
+            serves all frames after its first.
+    """
+    window = min(len(stable), window)
+    full = len(stable) - window + 1
+    matrices = [similarity(stable[i : i + window].mean(0), mean) for i in range(full)]
+    matrices += [matrices[-1]] * (window - 1)
+    centres = [transform(matrix, points).mean(0) for matrix, points in zip(matrices, mouth)]
+    return np.stack(matrices), np.stack(centres)
+
+
+def cut_poses(matrices: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Transforms (T, 2, 3) to the mean face's frame -> to the 96 x 96 square round `centres` (T, 2), at whole pixels.
+
+    Where the square would stick out of the frame it is moved inside.
+    """
+    half, out = MOUTH_SIDE // 2, matrices.copy()
+    out[:, :, 2] -= np.clip(centres, half, FRAME_SIDE - half).round() - half
+    return out
+
+
+def avhubert_mouth(frames: np.ndarray, poses: np.ndarray) -> np.ndarray:
+    """Mouth pictures (T, 96, 96) uint8 grey as AV-HuBERT's preparation cuts them, without its detour over a lossy file.
+
+    Args:
+        frames: (T, H, W, 3) uint8 RGB. poses: (T, 2, 3) transforms to the pictures.
+    """
+    mouths, x = [], np.arange(MOUTH_SIDE, dtype=np.float64)
+    for frame, matrix in zip(frames, poses, strict=True):
+        sx, sy = (row[0] * x + row[1] * x[:, None] + row[2] for row in invert(matrix))
+        part, sx, sy = _seen_part(frame, sx, sy)
+        values = bilinear(part / 255.0, sx, sy) * 255
+        mouths.append(cv2.cvtColor(values.astype(np.uint8), cv2.COLOR_RGB2GRAY))  # the original cuts fractions off
+    return np.stack(mouths)
 
 
 # An eye's middle is halfway between its corners (36 and 39, 42 and 45).

@@ -87,9 +87,9 @@ class TinyEncoderConfig:
         if self.lip_heads < 1 or self.lip_dim % self.lip_heads:
             raise UserError(f"encoders.lip_heads={self.lip_heads} does not divide lip_dim={self.lip_dim}")
 
-    def cut_mouth(self, frames: np.ndarray, track: FaceTrack) -> np.ndarray:
-        """Mouth pictures (T, S, S) uint8 grey of frames (T, H, W, 3), for `lip`."""
-        return crop_mouth(frames, track, self.mouth_size)
+    def cut_mouth(self, frames: np.ndarray, track: FaceTrack, start: int = 0) -> np.ndarray:
+        """Mouth pictures (n, S, S) uint8 grey of frames (n, H, W, 3), from frame `start` of a track on, for `lip`."""
+        return crop_mouth(frames, track[start : start + len(frames)], self.mouth_size)
 
     def cut_faces(self, frames: np.ndarray, track: FaceTrack) -> np.ndarray:
         """Face pictures (T, S', S', 3) uint8 RGB of frames (T, H, W, 3), for `identity` and `expression`."""

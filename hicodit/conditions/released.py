@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.faces.detectors import five_points
 from engine.faces.track import FaceTrack
-from hicodit.conditions.align import MOUTH_SIDE, face_picture, mouth_picture
+from hicodit.conditions.align import MOUTH_SIDE, WINDOW, avhubert_mouth, face_picture, mouth_poses
 from hicodit.conditions.arcface import IRESNET100, ArcFace
 from hicodit.conditions.avhubert import AVHubert, AVHubertConfig
 from hicodit.conditions.encoders import encode_in_windows
@@ -60,13 +61,16 @@ class ReleasedEncoderConfig:
     def lip_dim(self) -> int:
         return AVHubertConfig(**self.lip).width
 
-    def cut_mouth(self, frames: np.ndarray, track: FaceTrack) -> np.ndarray:
-        """Mouth pictures (T, 96, 96) uint8 grey of frames (T, H, W, 3), for `lip`."""
-        return np.stack([mouth_picture(frame, points) for frame, points in zip(frames, track.points, strict=True)])
+    def cut_mouth(self, frames: np.ndarray, track: FaceTrack, start: int = 0) -> np.ndarray:
+        """Mouth pictures (n, 96, 96) uint8 grey of frames (n, H, W, 3), from frame `start` of a track on, for `lip`."""
+        first = max(0, min(start, len(track) - WINDOW))  # a pose takes the landmarks of the window after its frame
+        stop = start + len(frames)
+        poses = mouth_poses(track.found[first : stop + WINDOW - 1])
+        return avhubert_mouth(frames, poses[start - first : stop - first])
 
     def cut_faces(self, frames: np.ndarray, track: FaceTrack) -> np.ndarray:
         """Face pictures (T, 224, 224, 3) uint8 RGB of frames (T, H, W, 3), for `identity` and `expression`."""
-        pairs = zip(frames, track.points, strict=True)
+        pairs = zip(frames, five_points(track.found), strict=True)
         return np.stack([face_picture(frame, points, self.face_size) for frame, points in pairs])
 
 

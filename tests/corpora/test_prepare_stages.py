@@ -24,6 +24,7 @@ from engine.media.video import read_video, write_video
 from engine.metrics.speaker import GE2EEncoder
 from engine.shards.writer import read_members
 from hicodit.conditions import encoder_config
+from hicodit.conditions.align import avhubert_mouth, mouth_poses
 from hicodit.pipeline import HiCoDiTPipeline
 from rvq_codec import RVQCodec
 from talker_t2av.speaker.encoder import VoiceEncoder
@@ -44,6 +45,24 @@ def corpus(tmp_path_factory):
     write_wav(root / "train" / "a.wav", wave[: FRAMES * 960], 24_000)
     (root / "train.jsonl").write_text(json.dumps(row) + "\n")
     return root
+
+
+def test_mouths_are_cut_by_given_landmarks(corpus, tmp_path):
+    """Those of a folder laid out as the source, also where preparation made the pictures smaller."""
+    landmarks = np.random.default_rng(0).normal((64, 70), 20, (68, 2)) + np.arange(FRAMES)[:, None, None] / 10
+    (tmp_path / "train").mkdir()
+    np.savez(tmp_path / "train" / "a.npz", landmarks)
+    info, made = Synthetic(corpus).clips("train")[0], {}
+    for side in (128, 64):
+        clip = WorkItem(info, corpus)
+        for stage in (Decode(max_side=side), Face(face_landmarks=str(tmp_path)), Crops({"kind": "released"})):
+            stage(clip)
+        made[side] = clip.tensors["mouth"].numpy()
+    official = avhubert_mouth(read_video(corpus / "train" / "a.mp4", 25), mouth_poses(landmarks))
+    assert np.array_equal(made[128], official)
+    assert np.abs(made[64].astype(int) - official).mean() < 6  # half as sharp
+    with pytest.raises(UserError, match="no such file"):
+        Face(face_landmarks="absent")
 
 
 def test_the_stages_make_what_the_networks_make(corpus, tmp_path):

@@ -52,8 +52,9 @@ def test_mouth_picture_holds_the_mouth_in_its_middle_and_stays_inside():
     points = np.array([[45.0, 30], [75, 30], [60, 45], [50, 62], [70, 62]])
     picture = np.zeros((90, 120, 3), np.uint8)
     cv2.circle(picture, (60, 62), 4, (255, 255, 255), -1)
-    mouth = align.mouth_picture(picture, points)
+    mouth = align.avhubert_mouth(picture[None], align.mouth_poses(points[None]))[0]
     y, x = np.argwhere(mouth > 128).mean(0)
     assert mouth.shape == (96, 96) and abs(x - 47.5) < 1.5 and abs(y - 47.5) < 1.5
-    upright = align.mouth_picture(np.rot90(picture).copy(), points[:, ::-1] * [1, -1] + [0, 119])
+    poses = align.mouth_poses((points[:, ::-1] * [1, -1] + [0, 119])[None])
+    upright = align.avhubert_mouth(np.rot90(picture)[None], poses)[0]
     assert np.abs(upright.astype(int) - mouth).mean() < 2  # a head that lies on its side is set upright

@@ -1,5 +1,6 @@
 """`infer.py` as a person uses it: outputs, folders of clips, and one line for every kind of bad input."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -201,12 +202,44 @@ def test_command_line_exits_2_without_a_traceback():
 def test_the_face_can_be_named_and_checked(release, clip, tmp_path):
     given = {"face_box": "30,24,68,68", "debug": True, "figure": False}
     assert run(config(release, clip, tmp_path / "box", **given)) == 0
-    assert sorted(p.name for p in (tmp_path / "box").iterdir()) == ["head.mp4", "head.wav", "head_face.png"]
+    names = ["head.mp4", "head.wav", "head_face.json", "head_face.png"]
+    assert sorted(p.name for p in (tmp_path / "box").iterdir()) == names
+    frames = json.loads((tmp_path / "box" / "head_face.json").read_text())["frames"]
+    assert len(frames) == 40 and frames[7]["box"] == [30, 24, 68, 68] and len(frames[7]["points"]) == 5
     with pytest.raises(UserError, match="face=2"):
         run(config(release, clip, tmp_path / "two", face="2"))
     with pytest.raises(UserError, match=r"detector at absent\.onnx"):
         run(config(release, clip, tmp_path / "two", detector="absent.onnx"))
+    with pytest.raises(UserError, match="face_landmarks=absent: no such file"):
+        run(config(release, clip, tmp_path / "two", face_landmarks="absent"))
     assert not (tmp_path / "two").exists()
+
+
+def test_landmarks_of_a_folder_are_in_pixels_of_the_clip_as_it_is_shown(release, tmp_path):
+    """A clip of 1280 pixels, in which the face is looked for at 640: landmarks go in and come out in its own pixels."""
+    video = np.full((30, 360, 1280, 3), 150, np.uint8)
+    video[:, 50:178, 800:928] = talking_head(30)
+    write_video(tmp_path / "wide.mp4", video, 25)
+    points = np.zeros((68, 2)) + (864, 126)
+    points[36:48] = np.repeat([[849, 110], [879, 110]], 6, 0) + np.tile([[-4, 0], [0, -2], [0, 2], [4, 0]], 3).reshape(
+        -1, 2
+    )
+    points[48:] = np.linspace((850, 140), (878, 140), 20)
+    (tmp_path / "points").mkdir()
+    (tmp_path / "points" / "wide.json").write_text(json.dumps([points.tolist()] * 30))
+    given = {"face_landmarks": str(tmp_path / "points"), "debug": True}
+    assert run(config(release, tmp_path / "wide.mp4", tmp_path / "out", **given)) == 0
+    frames = json.loads((tmp_path / "out" / "wide_face.json").read_text())["frames"]
+    for frame in frames:
+        matrix, (x, y, w, h) = np.array(frame["mouth"]), frame["box"]
+        assert np.allclose(frame["points"], points, atol=1e-3) and frame["seen"]
+        assert np.abs(matrix[:, :2] @ (864, 140) + matrix[:, 2] - 48).max() <= 0.51
+        assert x < 849 and x + w > 879 and y < 108 and y + h > 140 and w < 128
+    with pytest.raises(UserError, match="face_box and a file of landmarks"):
+        run(config(release, tmp_path / "wide.mp4", tmp_path / "two", face_box="1,2,30,40", **given))
+    (tmp_path / "points" / "wide.json").write_text(json.dumps([points.tolist()] * 20))
+    with pytest.raises(UserError, match=r"wide\.mp4: landmarks of 20 frames, but the clip has 30"):
+        run(config(release, tmp_path / "wide.mp4", tmp_path / "two", **given))
 
 
 def test_seconds_without_a_face_are_reported(release, tmp_path, capsys):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.faces.landmarks import fill_landmarks
 from engine.release import load_strict
 from hicodit.conditions import align, arcface, avhubert
 from tests.golden.runners import Case, runner
@@ -76,10 +77,11 @@ def _rgb(pictures: Tensor) -> np.ndarray:
 @runner("mouth_align_avhubert")
 def mouth_avhubert(case: Case) -> dict[str, Tensor | np.ndarray]:
     i = {name: value.numpy() for name, value in case.inputs.items()}
-    landmarks = mouth.fill_landmarks(i["landmarks"], i["present"])
-    stable, window = case.meta.get("stable", mouth.STABLE), case.meta.get("window", mouth.WINDOW)
-    mean = i["mean_face"][list(stable)]
-    crop, matrix, centre = mouth.avhubert_mouth(_rgb(case.inputs["frames_bgr"]), landmarks, mean, stable, window)
+    landmarks = fill_landmarks(i["landmarks"], i["present"])
+    stable, window = list(case.meta.get("stable", align.STABLE)), case.meta.get("window", align.WINDOW)
+    points, mean = landmarks[:, stable], i["mean_face"][stable]
+    matrix, centre = align.avhubert_poses(points, landmarks[:, align.MOUTH], mean, window)
+    crop = align.avhubert_mouth(_rgb(case.inputs["frames_bgr"]), align.cut_poses(matrix, centre))
     homogeneous = np.concatenate([matrix, np.broadcast_to([0.0, 0.0, 1.0], (len(matrix), 1, 3))], 1)
     return {"landmarks_interpolated": landmarks, "matrix": homogeneous, "mouth_centre": centre, "crop_grey": crop}
 
@@ -87,8 +89,8 @@ def mouth_avhubert(case: Case) -> dict[str, Tensor | np.ndarray]:
 @runner("mouth_align_autoavsr")
 def mouth_auto_avsr(case: Case) -> dict[str, np.ndarray]:
     i = {name: value.numpy() for name, value in case.inputs.items()}
-    landmarks = mouth.fill_landmarks(i["landmarks"], i["present"])
-    stable, window = case.meta.get("stable", mouth.AUTO_AVSR_STABLE), case.meta.get("window", mouth.WINDOW)
+    landmarks = fill_landmarks(i["landmarks"], i["present"])
+    stable, window = case.meta.get("stable", mouth.AUTO_AVSR_STABLE), case.meta.get("window", align.WINDOW)
     crop, matrix = mouth.auto_avsr_mouth(_rgb(case.inputs["frames_bgr"]), landmarks, i["mean_face"], stable, window)
     return {"matrix": matrix, "crop_grey": crop}
 

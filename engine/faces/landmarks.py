@@ -1,0 +1,235 @@
+"""The landmarks of a followed face in every frame: dlib's 68, YuNet's five, or those of the user's file.
+
+Axes: T frames, P landmarks, n frames of a block, H height, W width. Landmarks are (x, y) in pixels: 68 numbered as iBUG
+300-W does (27-35 nose, 36-41 and 42-47 eyes, 48-67 mouth), or the five of `engine.faces.detectors`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import cv2
+import numpy as np
+
+from engine.errors import UserError
+from engine.faces.detectors import POINTS, FaceDetector
+from engine.faces.track import DETECT_EVERY, FaceError, FaceTrack, change
+from engine.files import atomic_output
+from engine.optional import require
+from engine.safe_pickle import read_arrays
+from engine.untrusted import parse_json
+
+SIDE = 256  # pixels of the tracked box in the picture of twice the size that dlib sees
+USUAL = SIDE * np.array([1.0, 1.07, 0.76])  # of dlib's box there: centre x, y and side; mean of a real clip
+TRIES = np.array([0.92, 1.0, 1.08])  # sizes of dlib's box; the median of what it predicts from them has fewer leaps
+MAX_BYTES, MAX_FRAMES = 2**28, 200_000  # of a file of landmarks; an hour at 25 frames a second has 90,000
+SUFFIXES = (".json", ".npz", ".pkl")
+
+
+class LandmarkFinder(Protocol):
+    """Gives the landmarks (P, 2) of a tracked face in each frame of a clip, or None where it has none.
+
+    The clip is blocks (n, H, W, 3); it must give them again each time it is iterated over.
+    """
+
+    def __call__(self, blocks: Iterable[np.ndarray], track: FaceTrack) -> Iterator[np.ndarray | None]: ...
+
+
+def landmark_source(setting: str | None, detector: FaceDetector | None) -> LandmarkFinder | Path | None:
+    """What `face_landmarks=` names: a finder, or a file or folder for `read_landmarks`; None for None.
+
+    Raises:
+        UserError: a package or YuNet's file is missing, or there is no such file.
+    """
+    if setting is None:
+        return None
+    if setting == "dlib68":
+        return Dlib68()
+    if setting == "yunet":
+        if detector is None:
+            raise UserError("face_landmarks=yunet needs the network's file: detector=face_detection_yunet_2023mar.onnx")
+        return NearestFace(detector)
+    if not Path(setting).exists():
+        raise UserError(f"face_landmarks={setting}: no such file; give dlib68, yunet, or a {', '.join(SUFFIXES)} file")
+    return Path(setting)
+
+
+def add_landmarks(blocks: Iterable[np.ndarray], track: FaceTrack, finder: LandmarkFinder) -> FaceTrack:
+    """The track with landmarks in every frame; where there are none they lie between those of other frames.
+
+    Raises:
+        FaceError: no frame has landmarks.
+    """
+    found = list(finder(blocks, track))
+    return replace(track, landmarks=fill_landmarks(*_stacked(found)))
+
+
+def fill_landmarks(landmarks: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """(T, P, 2): frames where `present` (T,) is false get landmarks on the line between their neighbours'.
+
+    Raises:
+        FaceError: no frame has landmarks.
+    """
+    if not present.any():
+        raise FaceError("no frame of the clip has landmarks")
+    time, known = np.arange(len(landmarks)), np.flatnonzero(present)
+    flat = landmarks.reshape(len(landmarks), -1).astype(np.float64)
+    filled = np.stack([np.interp(time, known, column[known]) for column in flat.T], 1)
+    filled[known] = flat[known]
+    return filled.reshape(landmarks.shape)
+
+
+def _stacked(found: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Landmarks (P, 2) or None of each frame -> (T, P, 2), zeros for None, and whether they are there (T,)."""
+    present = np.array([points is not None for points in found], bool)
+    like = next((np.zeros_like(points, np.float64) for points in found if points is not None), np.zeros((5, 2)))
+    return np.stack([like if points is None else np.asarray(points, np.float64) for points in found]), present
+
+
+class Dlib68:
+    """dlib's 68 landmarks, as AV-HuBERT's own preparation finds them. Tilted heads are set upright for it.
+
+    Its frontal detector looks at every fifth frame, near the tracked face only: its box is what the predictor was
+    trained with. In the frames between, the box's place in the tracked one is interpolated.
+
+    Weights: `shape_predictor_68_face_landmarks.dat` (Kazemi and Sullivan 2014, trained on iBUG 300-W: research only).
+
+    Raises:
+        UserError: the extra `landmarks` is not installed.
+    """
+
+    def __init__(self) -> None:
+        dlib = require("dlib", "dlib", "landmarks")
+        models = importlib.util.find_spec("face_recognition_models")  # only its files: it imports what is outdated
+        if models is None:
+            raise UserError("this needs face_recognition_models: install it with  bash scripts/setup.sh landmarks")
+        folder = Path(models.submodule_search_locations[0]) / "models"
+        self.detect = dlib.get_frontal_face_detector()
+        self.predict = dlib.shape_predictor(str(folder / "shape_predictor_68_face_landmarks.dat"))
+        self.rectangle = dlib.rectangle
+
+    def __call__(self, blocks: Iterable[np.ndarray], track: FaceTrack) -> Iterator[np.ndarray | None]:
+        looks = {i: place for i, picture, _ in _upright(blocks, track, DETECT_EVERY) for place in self._look(picture)}
+        at, places = list(looks) or [0], np.array(list(looks.values()) or [USUAL])
+        seen = 0
+        for i, picture, matrix in _upright(blocks, track, 1):
+            yield from [None] * (i - seen)
+            x, y, side = (np.interp(i, at, column) for column in places.T)
+            points = []
+            for half in side / 2 * TRIES:
+                box = self.rectangle(*(round(value) for value in (x - half, y - half, x + half, y + half)))
+                points.append([(p.x, p.y) for p in self.predict(picture, box).parts()])
+            yield (np.median(points, 0) - matrix[:, 2]) @ np.linalg.inv(matrix[:, :2]).T
+            seen = i + 1
+        yield from [None] * (len(track) - seen)
+
+    def _look(self, picture: np.ndarray) -> list[np.ndarray]:
+        """Centre x, y and side of dlib's box nearest to where it usually is; empty where there is none."""
+        found = [
+            np.array([r.left() + r.right(), r.top() + r.bottom(), 2 * r.width()], np.float64)
+            for r in self.detect(cv2.resize(picture, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA))
+        ]
+        near = [box for box in found if np.abs(box - USUAL).max() < SIDE / 2]
+        return sorted(near, key=lambda box: np.abs(box - USUAL).max())[:1]
+
+
+def _upright(
+    blocks: Iterable[np.ndarray], track: FaceTrack, every: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Number, picture (2 `SIDE`, 2 `SIDE`, 3) and transform (2, 3) of every so many frames that show the face.
+
+    The tracked box is the picture's middle half, turned upright.
+    """
+    roll = track.roll
+    for i, frame in enumerate(frame for block in blocks for frame in block):
+        if i % every == 0 and track.seen[i]:
+            x, y, w, h = track.boxes[i]
+            cos, sin = SIDE / max(w, h) * np.array([np.cos(roll[i]), np.sin(roll[i])])
+            turn = np.array([[cos, sin], [-sin, cos]])
+            matrix = np.column_stack([turn, SIDE - turn @ (x + w / 2, y + h / 2)])
+            yield i, cv2.warpAffine(frame, matrix, (2 * SIDE, 2 * SIDE), borderMode=cv2.BORDER_REPLICATE), matrix
+
+
+class NearestFace:
+    """Five landmarks a frame: those of the face, of all that a detector with points finds, nearest the tracked one."""
+
+    def __init__(self, detector: FaceDetector) -> None:
+        self.detector = detector
+
+    def __call__(self, blocks: Iterable[np.ndarray], track: FaceTrack) -> Iterator[np.ndarray | None]:
+        for i, frame in enumerate(frame for block in blocks for frame in block):
+            faces = self.detector(frame) if track.seen[i] else ()
+            best = min(faces, key=lambda face: change(track.boxes[i], face, 0.4), default=None)
+            usable = best is not None and change(track.boxes[i], best, 0.4) < 1
+            yield best[POINTS].reshape(5, 2) if usable else None
+
+
+def read_landmarks(where: Path, clip: str) -> tuple[np.ndarray, np.ndarray]:
+    """Landmarks (T, P, 2) in pixels of the clip as it is shown, 25 frames a second, and in which frames they are (T,).
+
+    A JSON file holds a list of one frame after the other, each a list of [x, y] or null, or what `debug=true` writes
+    as NAME_face.json; an npz file one array (T, P, 2) with NaN where there are none; a pickle a list of arrays or None,
+    as in Auto-AVSR's landmarks of LRS3.
+
+    Args:
+        where: the file, or a folder in which files are named and laid out as the clips are.
+        clip: path of the clip in its own folder.
+
+    Raises:
+        UserError: no such file, or other contents.
+    """
+    if where.is_dir():
+        paths = [(where / clip).with_suffix(suffix) for suffix in SUFFIXES]
+        if not any(path.is_file() for path in paths):
+            raise FaceError(f"no landmarks of it: looked for {paths[0]} (or {', '.join(SUFFIXES[1:])})")
+        where = next(path for path in paths if path.is_file())
+    try:
+        size = where.stat().st_size
+        if where.suffix == ".npz":
+            with zipfile.ZipFile(where) as archive:
+                size = sum(info.file_size for info in archive.infolist())
+        if size > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+        if where.suffix == ".npz":
+            with np.load(where, allow_pickle=False) as arrays:
+                (found,) = (arrays[name] for name in arrays.files)
+            found = [points if np.isfinite(points).all() else None for points in found]
+        elif where.suffix == ".pkl":
+            found = read_arrays(where)
+        else:
+            found = parse_json(where.read_bytes(), where)
+            if isinstance(found, dict):
+                found = [frame["points"] if frame.get("seen", True) else None for frame in found["frames"]]
+        shapes = {np.shape(points) for points in found if points is not None}
+        if len(found) > MAX_FRAMES or len(shapes) > 1 or not shapes <= {(68, 2), (5, 2)}:
+            raise ValueError(f"{len(found)} frames of shapes {sorted(shapes)[:3]}")
+        landmarks, present = _stacked(found)
+        if not np.isfinite(landmarks).all():
+            raise ValueError("a number that is not finite")
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file or foreign contents can raise nearly anything
+        raise UserError(f"{where} does not hold 68 or 5 landmarks (x, y) for each frame ({error})") from error
+    return landmarks, present
+
+
+def write_faces(path: str | Path, track: FaceTrack, mouth: np.ndarray, side: int, fps: float) -> None:
+    """Write a track as JSON: of each frame box, landmarks, and `mouth` (T, 2, 3), from its pixels to the picture of the
+    mouth with `side` pixels.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    columns = (values.round(4).tolist() for values in (track.boxes, track.found, mouth))
+    frames = [
+        {"box": box, "points": points, "seen": seen, "mouth": matrix}
+        for box, points, matrix, seen in zip(*columns, track.seen.tolist(), strict=True)
+    ]
+    with atomic_output(path) as partial:
+        partial.write_text(json.dumps({"fps": fps, "mouth_side": side, "frames": frames}))
