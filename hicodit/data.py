@@ -1,6 +1,7 @@
 """The data set of HiCoDiT: clips of prepared shards.
 
-Axes: B batch, T video frames, L = 2 T token frames, K token levels, J half seconds, F face pictures, S picture side.
+Axes: B batch, T video frames, L = 2 T token frames, K token levels, J half seconds, F face pictures, S picture side,
+E lip feature width.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from engine.shards.reader import Reading, ShardSplit
 from hicodit.model import TOKENS_PER_FRAME
 from hicodit.system import CODECS
 
+PICTURES = ("mouth", "faces")  # what encoders that learn read
+FEATURES = ("lip", "face_identity")  # what encoders that do not learn have made of the pictures, in half precision
+REQUIRED = ("tokens", "ge2e", "expression")
 SHIFT = 3  # pixels by which a mouth crop may be off in training: the tracker's own jitter and more
 
 
@@ -47,21 +51,24 @@ def picture_frames(length: int, count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class HiCoDiTSample:
-    """One clip as it is stored.
+    """One clip as it is stored, with its pictures or with their features.
 
     Attributes:
-        mouth: (T, S, S) uint8 grey. faces: (F, S', S', 3) uint8 RGB, of the frames `picture_frames`.
         tokens: (2 T, K) int64. ge2e: (256,). expression: (J,) int64. phoneme: (T,) int64, 0 is silence.
         info: the clip's JSON.
+        mouth: (T, S, S) uint8 grey. faces: (F, S', S', 3) uint8 RGB, of the frames `picture_frames`.
+        lip: (T, E) float16. face_identity: (F, 512) float16, of the same frames.
     """
 
-    mouth: Tensor
-    faces: Tensor
     tokens: Tensor
     ge2e: Tensor
     expression: Tensor
     phoneme: Tensor
     info: dict[str, Any]
+    mouth: Tensor | None = None
+    faces: Tensor | None = None
+    lip: Tensor | None = None
+    face_identity: Tensor | None = None
 
 
 class HiCoDiTDataset:
@@ -70,21 +77,22 @@ class HiCoDiTDataset:
     Args:
         source: folder of the split, or its URL.
         codec: release folder of the tokenizer that must have made the tokens.
+        encoders: kind of the model's condition encoders: those that learn ("tiny") read pictures; of others the shards
+            hold the features, so that none of them runs in training.
         augment: shift, mirror and relight the mouth pictures.
         limit: use only the first clips.
         shards: fields of `engine.shards.reader.Reading`.
         packed: the model leaves padding out, so a batch's tokens are counted without it.
 
     Raises:
-        UserError: the shards are missing or damaged, or another tokenizer made them.
+        UserError: the shards are missing or damaged, another tokenizer made them, or they lack the features.
     """
-
-    TENSORS = ("mouth", "faces", "tokens", "ge2e", "expression", "phoneme")
 
     def __init__(
         self,
         source: str | Path,
         codec: str | Path,
+        encoders: str = "tiny",
         augment: bool = True,
         limit: int | None = None,
         shards: Mapping[str, Any] | None = None,
@@ -93,6 +101,12 @@ class HiCoDiTDataset:
         tokenizer = load_codec(codec, CODECS)
         self.shards = ShardSplit(source, Reading(**(shards or {})))
         self.shards.check_made_with({"rvq": tokenizer.digest()})
+        self.inputs = PICTURES if encoders == "tiny" else FEATURES
+        if self.inputs == FEATURES and not set(FEATURES) <= set(self.shards.index.get("digests") or ()):
+            raise UserError(
+                f"{source} lacks the features of the {encoders} encoders: add them with scripts/prepare_data.py, "
+                "stages.{lip,face_identity}.use=true and reuse=SHARDS (docs/data.md)"
+            )
         self.augment, self.levels, self.packed = augment, tokenizer.levels, packed
         self.size = min(limit or len(self.shards), len(self.shards))
         self.blocks = self.shards.blocks(self.size)
@@ -103,11 +117,12 @@ class HiCoDiTDataset:
         Raises:
             UserError: its shard is damaged, or a tensor was not prepared.
         """
-        info, tensors = self.shards.read(index, self.TENSORS)
-        missing = [name for name in self.TENSORS[:5] if name not in tensors]
+        required = (*self.inputs, *REQUIRED)
+        info, tensors = self.shards.read(index, (*required, "phoneme"))
+        missing = [name for name in required if name not in tensors]
         if missing:
             raise UserError(f"{self.shards.source}: clip {info['key']} has no {', '.join(missing)}: prepare that too")
-        tensors.setdefault("phoneme", torch.zeros(len(tensors["mouth"])))
+        tensors.setdefault("phoneme", torch.zeros(len(tensors[self.inputs[0]])))
         for name in ("tokens", "expression", "phoneme"):
             tensors[name] = tensors[name].long()
         return HiCoDiTSample(**tensors, info=info)
@@ -125,39 +140,37 @@ class HiCoDiTDataset:
         return self.size
 
     def __getitem__(self, index: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Clip `index`: mouth (T, S, S) and face (3, S', S') in [0, 1], tokens (2 T, K), ge2e (256,), phoneme (T,);
-        expression (J,) of each half second and face_expression () of the one that `face` is from.
+        """Clip `index`: mouth (T, S, S) and face (3, S', S') in [0, 1], or lip (T, E) and face_identity (512,);
+        tokens (2 T, K), ge2e (256,), phoneme (T,), expression (J,) of each half second, and face_expression () of the
+        one that the face is from.
         """
         clip = self.read(index)
-        mouth = clip.mouth.float() / 255
-        if self.augment:
-            mouth = augment_mouth(mouth, generator)
-        picture = int(torch.randint(len(clip.faces), (1,), generator=generator))
-        face = clip.faces[picture].permute(2, 0, 1).float() / 255
-        if self.augment:
-            face = (face * (0.85 + 0.3 * torch.rand(1, generator=generator))).clamp(0, 1)
-        return {
-            "mouth": mouth,
-            "face": face,
-            "tokens": clip.tokens,
-            "ge2e": clip.ge2e,
-            "expression": clip.expression,
-            "face_expression": clip.expression[2 * picture_frames(len(mouth), len(clip.faces))[picture] // 25],
-            "phoneme": clip.phoneme,
-        }
+        item = {"tokens": clip.tokens, "ge2e": clip.ge2e, "expression": clip.expression, "phoneme": clip.phoneme}
+        if self.inputs == FEATURES:
+            count = len(clip.face_identity)
+            picture = int(torch.randint(count, (1,), generator=generator))
+            item |= {"lip": clip.lip, "face_identity": clip.face_identity[picture]}
+        else:
+            mouth, count = clip.mouth.float() / 255, len(clip.faces)
+            if self.augment:
+                mouth = augment_mouth(mouth, generator)
+            picture = int(torch.randint(count, (1,), generator=generator))
+            face = clip.faces[picture].permute(2, 0, 1).float() / 255
+            if self.augment:
+                face = (face * (0.85 + 0.3 * torch.rand(1, generator=generator))).clamp(0, 1)
+            item |= {"mouth": mouth, "face": face}
+        at = 2 * picture_frames(len(clip.phoneme), count)[picture] // 25
+        return item | {"face_expression": clip.expression[at]}
 
     @staticmethod
     def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Padded: mouth (B, T, S, S), tokens (B, K, L), phoneme (B, T), expression (B, J); face (B, 3, S', S'), ge2e
-        (B, 256), face_expression (B,), frames (B,).
+        """Padded: mouth (B, T, S, S) or lip (B, T, E), tokens (B, K, L), phoneme (B, T), expression (B, J); face
+        (B, 3, S', S') or face_identity (B, 512), ge2e (B, 256), face_expression (B,), frames (B,).
         """
-        frames = [len(item["mouth"]) for item in items]
-        longest = max(frames)
-        batch = {name: torch.stack([item[name] for item in items]) for name in ("face", "ge2e", "face_expression")}
-        batch["expression"] = pad_sequence([item["expression"] for item in items], batch_first=True)
-        batch["mouth"] = torch.stack([F.pad(i["mouth"], (0, 0, 0, 0, 0, longest - n)) for i, n in zip(items, frames)])
-        batch["phoneme"] = torch.stack([F.pad(i["phoneme"], (0, longest - n)) for i, n in zip(items, frames)])
-        tokens = [F.pad(i["tokens"], (0, 0, 0, 2 * (longest - n))) for i, n in zip(items, frames)]
-        batch["tokens"] = torch.stack(tokens).transpose(1, 2).contiguous()
-        batch["frames"] = torch.tensor(frames)
-        return batch
+        padded = {"mouth", "lip", "tokens", "phoneme", "expression"}
+        batch = {
+            name: pad_sequence(rows, batch_first=True) if name in padded else torch.stack(rows)
+            for name, rows in ((name, [item[name] for item in items]) for name in items[0])
+        }
+        batch["tokens"] = batch["tokens"].transpose(1, 2).contiguous()
+        return batch | {"frames": torch.tensor([len(item["phoneme"]) for item in items])}

@@ -25,15 +25,20 @@ from engine.shards.reader import ShardSplit
 from hicodit.conditions import EXPRESSIONS
 from hicodit.data import HiCoDiTDataset, HiCoDiTSample
 from hicodit.guidance import GuidanceScales
-from hicodit.pipeline import FPS, Crops, HiCoDiTPipeline, Speech
+from hicodit.pipeline import FPS, Crops, Features, HiCoDiTPipeline, Speech
 from hicodit.samplers import SamplerConfig
 from hicodit.system import CODECS, HiCoDiTSystem
 
 WAVES, VIDEOS = 4, 2  # that a validation keeps of each split
 
 
-def stored_crops(clip: HiCoDiTSample, every: int = 1) -> Crops:
-    """Crops of a prepared clip; each frame in `every` takes the nearest of the stored face pictures."""
+def stored_crops(clip: HiCoDiTSample, every: int = 1) -> Crops | Features:
+    """Crops of a prepared clip, or its features where it holds those in place of pictures.
+
+    Each frame in `every` takes the nearest of the stored face pictures.
+    """
+    if clip.lip is not None:
+        return Features(clip.lip.numpy(), clip.face_identity.numpy(), clip.expression.numpy())
     frames = len(clip.mouth)
     nearest = (np.arange(0, frames, every) * len(clip.faces)) // frames
     return Crops(clip.mouth.numpy(), clip.faces.numpy()[nearest])
@@ -41,7 +46,7 @@ def stored_crops(clip: HiCoDiTSample, every: int = 1) -> Crops:
 
 def synthesise(
     pipeline: HiCoDiTPipeline,
-    crops: Sequence[Crops],
+    crops: Sequence[Crops] | Sequence[Features],
     seed: int = 0,
     batch: int = 16,
     expressions: Sequence[np.ndarray] | None = None,
@@ -50,7 +55,7 @@ def synthesise(
 
     `expressions` (each (J,) classes of half seconds) replaces what the faces show.
     """
-    order = sorted(range(len(crops)), key=lambda i: len(crops[i].mouth))
+    order = sorted(range(len(crops)), key=lambda i: len(crops[i]))
     groups = [order[start : start + batch] for start in range(0, len(order), batch)]
     out: dict[int, Speech] = {}
     for group in track(groups, len(groups), "batches"):
@@ -69,12 +74,12 @@ def evaluate_clips(
     guidance: GuidanceScales,
     folder: Path | None,
 ) -> dict[str, float]:
-    """Word error rate of `clips` prepared clips, from their pictures alone.
+    """Word error rate of `clips` prepared clips, from their pictures (or their features) alone.
 
-    Four waves go to `folder`, and two videos of the mouths that they were read from. Without a grammar for the
-    recogniser nothing is measured.
+    Four waves go to `folder`, and two videos of the mouths that they were read from where the shards hold them. Without
+    a grammar for the recogniser nothing is measured.
     """
-    data, tokenizer = HiCoDiTDataset(shards, codec, augment=False), load_codec(codec, CODECS)
+    data, tokenizer = HiCoDiTDataset(shards, codec, system.encoders.config.kind), load_codec(codec, CODECS)
     pipeline = HiCoDiTPipeline(system, tokenizer, sampler, guidance, next(system.parameters()).device)
     chosen = torch.linspace(0, len(data) - 1, min(clips, len(data))).round().long().tolist()
     samples, every = [data.read(i) for i in chosen], system.encoders.config.picture_every
@@ -82,7 +87,7 @@ def evaluate_clips(
     if folder is not None:
         for n, (clip, speech) in enumerate(list(zip(samples, spoken))[:WAVES]):
             write_wav(folder / f"{clip.info['key']}.wav", speech.wave, speech.rate)
-            if n < VIDEOS:
+            if n < VIDEOS and clip.mouth is not None:
                 mouth = speech.crops.mouth.repeat(4, 1).repeat(4, 2)[..., None].repeat(3, 3)
                 write_video(folder / f"{clip.info['key']}.mp4", mouth, FPS, speech.wave, speech.rate)
     if grammar is None:

@@ -1,6 +1,7 @@
 """A silent clip in, a waveform out.
 
-Axes: B batch, T video frames (25 a second), L = 2 T token frames, K token levels, N samples.
+Axes: B batch, T video frames (25 a second), L = 2 T token frames, K token levels, N samples, J half seconds,
+E lip feature width.
 """
 
 from __future__ import annotations
@@ -50,15 +51,30 @@ class Crops:
     faces: np.ndarray
     track: FaceTrack | None = None
 
+    def __len__(self) -> int:
+        return len(self.mouth)
+
+
+@dataclass(frozen=True)
+class Features:
+    """One clip as encoders that do not learn have read it: lip (T, E), faces (F, 512), expression (J,) classes."""
+
+    lip: np.ndarray
+    faces: np.ndarray
+    expression: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lip)
+
 
 @dataclass(frozen=True)
 class Speech:
-    """Generated speech: wave (N,) float32 at `rate` Hz, tokens (K, L), and the crops and classes it was made from."""
+    """Generated speech: wave (N,) float32 at `rate` Hz, tokens (K, L), and the clip and classes it was made from."""
 
     wave: np.ndarray
     rate: int
     tokens: np.ndarray
-    crops: Crops
+    crops: Crops | Features
     expression: np.ndarray  # (J,) class of each half second
 
 
@@ -214,16 +230,21 @@ class HiCoDiTPipeline:
             self.seconds[name] += time.perf_counter() - start
 
     @torch.inference_mode()
-    def conditions(self, crops: Sequence[Crops], identity: np.ndarray | None = None) -> Conditions:
+    def conditions(self, crops: Sequence[Crops] | Sequence[Features], identity: np.ndarray | None = None) -> Conditions:
         """Conditions of a batch of clips; `identity` (256,) is a reference voice's GE2E vector for all of them."""
 
         def pad(arrays: list[np.ndarray]) -> Tensor:
             return pad_sequence([torch.from_numpy(a).to(self.device) for a in arrays], batch_first=True)
 
-        frames = torch.tensor([len(c.mouth) for c in crops], device=self.device)
+        frames = torch.tensor([len(c) for c in crops], device=self.device)
         if identity is not None:
             identity = torch.as_tensor(identity, dtype=torch.float32, device=self.device).expand(len(crops), -1)
-        faces = pad([c.faces for c in crops]).movedim(-1, 2)  # (B, F, 3, S', S')
+        faces = pad([c.faces for c in crops])
+        if isinstance(crops[0], Features):
+            lip, expression = pad([c.lip for c in crops]), pad([c.expression for c in crops])
+            conditions = self.system.conditions_of_features(lip, faces, expression, frames)
+            return conditions if identity is None else replace(conditions, identity=identity)
+        faces = faces.movedim(-1, 2)  # (B, F, 3, S', S')
         return self.system.conditions(pad([c.mouth for c in crops]), faces, frames, identity)
 
     @torch.inference_mode()
@@ -233,14 +254,14 @@ class HiCoDiTPipeline:
 
     def run(
         self,
-        crops: Sequence[Crops],
+        crops: Sequence[Crops] | Sequence[Features],
         seeds: Sequence[int],
         identity: np.ndarray | None = None,
         sampler: SamplerConfig | None = None,
         expressions: Sequence[np.ndarray] | None = None,
         on_step: Callable[[int], None] = lambda step: None,
     ) -> list[Speech]:
-        """A batch of clips whose faces are already cut out.
+        """A batch of clips whose faces are already cut out, or already encoded.
 
         `identity` (256,) and `expressions` (each (J,), repeated to the clip's length) replace what the faces show.
         """
@@ -256,7 +277,7 @@ class HiCoDiTPipeline:
             waves = self.decode_tokens(tokens)
         expressions = conditions.expression.cpu().numpy()
         return [
-            Speech(wave, self.codec.sample_rate, t.numpy(), c, e[: windows_of(len(c.mouth))])
+            Speech(wave, self.codec.sample_rate, t.numpy(), c, e[: windows_of(len(c))])
             for wave, t, c, e in zip(waves, tokens, crops, expressions)
         ]
 

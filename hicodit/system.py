@@ -1,6 +1,6 @@
 """A HiCoDiT model with its condition encoders: what is trained, released and loaded as one.
 
-Axes: B batch, T video frames, F face pictures, S picture side.
+Axes: B batch, T video frames, J half seconds, F face pictures, S picture side, E lip feature width.
 """
 
 from __future__ import annotations
@@ -73,6 +73,15 @@ class HiCoDiTSystem(Released):
             shown = torch.cat([self.encoders.expression(_unit(part)) for part in parts]).float().softmax(-1)
             expression.append(window_expressions(shown.repeat_interleave(every, 0)[:n]))
         return Conditions(lip, identity, nn.utils.rnn.pad_sequence(expression, batch_first=True), frames)
+
+    def conditions_of_features(self, lip: Tensor, faces: Tensor, expression: Tensor, frames: Tensor) -> Conditions:
+        """The conditions of a batch of clips whose pictures encoders that do not learn have read before.
+
+        Args:
+            lip: (B, T, E). faces: (B, F, 512), each picture alone through the identity encoder.
+            expression: (B, J) classes. frames: (B,) valid frames.
+        """
+        return Conditions(lip.float(), self.model.adapt_identity(faces.float().mean(1)), expression, frames)
 
     def arguments(self) -> dict[str, Any]:
         return {"model": asdict(self.model.config), "encoders": asdict(self.encoders.config)}

@@ -120,13 +120,16 @@ class HiCoDiTTask(Task):
     def forward(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
         """Losses of a batch; identity and expression come from the sound's side, as the paper trains them.
 
-        Beside lengths, pictures, tokens (B, K, L) and ge2e (B, 256), a batch holds expression (B, J), the class of each
-        half second, and face_expression (B,), that of the face picture.
+        A batch is that of `hicodit.data.HiCoDiTDataset.collate`. With the features of encoders that do not learn, it
+        runs no encoder.
         """
         model, encoders = self.system.model, self.system.encoders
         frames, tokens = batch["frames"], batch["tokens"]
-        lip = encoders.lip(batch["mouth"], frames)
-        voice = model.adapt_identity(encoders.identity(batch["face"][:, None])).float()
+        if "lip" in batch:
+            lip, face = batch["lip"].float(), batch["face_identity"].float()
+        else:
+            lip, face = encoders.lip(batch["mouth"], frames), encoders.identity(batch["face"][:, None])
+        voice = model.adapt_identity(face).float()
         identity = batch["ge2e"] if self.identity_input == "voice" else voice
         losses = self.diffusion_losses(Conditions(lip, identity, batch["expression"], frames), tokens)
         losses["identity"] = self.identity_weight * F.l1_loss(voice, batch["ge2e"])

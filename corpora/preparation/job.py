@@ -129,7 +129,7 @@ def chosen_stages(config: DictConfig, source: Source) -> dict[str, dict[str, Any
         blind = [name for name, stage in used.items() if target(stage["_target_"]).needs == "frames"]
         print(f"skipped, as the source has no pictures: {', '.join(blind)}")
         return {name: stage for name, stage in used.items() if name not in blind}
-    for name in ("crops", "expression", "motion") if "face" not in used else ():
+    for name in ("crops", "lip", "face_identity", "expression", "motion") if "face" not in used else ():
         if name in used and used[name].get("crop") != "centre":
             raise UserError(
                 f"stages.face.use=false, but {name} needs the face: set stages.{name}.use=false too"

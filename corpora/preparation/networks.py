@@ -1,7 +1,7 @@
 """Stages whose networks compute the features that the models train on.
 
-Axes: T video frames (25 a second), J half seconds, F face pictures, S picture side, K token levels, Ds / Dm speech /
-motion channels.
+Axes: T video frames (25 a second), J half seconds, F face pictures, S picture side, E lip feature width, K token
+levels, Ds / Dm speech / motion channels.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from engine.media.audio import resample
 from engine.media.pictures import video_to_tensor
 from engine.metrics.speaker import GE2EEncoder
 from engine.release import weights_digest
-from hicodit.conditions import encoder_config
+from hicodit.conditions import encoder_config, make_encoders
 from hicodit.conditions.poster2 import POSTER2
 from hicodit.conditions.types import EXPRESSIONS, window_expressions, windows_of
 from hicodit.data import picture_frames
@@ -50,6 +50,53 @@ class Crops(Stage):
         at = picture_frames(clip.length, self.pictures)
         clip.tensors["mouth"] = torch.from_numpy(self.encoders.cut_mouth(clip.frames, clip.track))
         clip.tensors["faces"] = torch.from_numpy(self.encoders.cut_faces(clip.frames[at], clip.track[at]))
+
+
+class Lip(Stage):
+    """Lip features (T, E) of AV-HuBERT, so that training reads no mouth pictures and runs no encoder.
+
+    Args:
+        encoders: fields of `hicodit.conditions.released.ReleasedEncoderConfig`.
+    """
+
+    needs = "frames"
+    tensors = ("lip",)
+    encoder = "lip"
+
+    def __init__(self, encoders: dict[str, Any], device: torch.device) -> None:
+        self.encoders, self.device = make_encoders(encoder_config(encoders | {"kind": "released"})), device
+
+    def digests(self) -> dict[str, str]:
+        return {self.tensors[0]: weights_digest(self.encoders.network(self.encoder, self.device))}
+
+    def __call__(self, clip: WorkItem) -> None:
+        assert clip.track is not None, "the stage lip comes after the stage face"
+        mouth = torch.from_numpy(self.encoders.config.cut_mouth(clip.frames, clip.track))
+        frames = torch.tensor([clip.length], device=self.device)
+        clip.tensors["lip"] = _half(self.encoders.lip(mouth[None].to(self.device) / 255, frames)[0])
+
+
+class FaceIdentity(Lip):
+    """ArcFace's embeddings (F, 512) of single face pictures, so that training reads none.
+
+    Args:
+        encoders: as `Lip` has them.
+        pictures: F, spread evenly over the clip.
+    """
+
+    tensors = ("face_identity",)
+    encoder = "identity"
+
+    def __init__(self, encoders: dict[str, Any], device: torch.device, pictures: int = 4) -> None:
+        super().__init__(encoders, device)
+        self.pictures = pictures
+
+    def __call__(self, clip: WorkItem) -> None:
+        assert clip.track is not None, "the stage face_identity comes after the stage face"
+        at = picture_frames(clip.length, self.pictures)
+        faces = torch.from_numpy(self.encoders.config.cut_faces(clip.frames[at], clip.track[at]))
+        faces = faces.permute(0, 3, 1, 2)[:, None].to(self.device) / 255  # one picture a row: embeddings of each alone
+        clip.tensors["face_identity"] = _half(self.encoders.identity(faces))
 
 
 class Phonemes(Stage):

@@ -86,7 +86,12 @@ class ReleasedEncoders:
     def __deepcopy__(self, memo: dict) -> ReleasedEncoders:
         return self
 
-    def _network(self, name: str, device: torch.device) -> nn.Module:
+    def network(self, name: str, device: torch.device) -> nn.Module:
+        """The encoder "lip", "identity" or "expression", on a device.
+
+        Raises:
+            UserError: its file is missing or damaged, or of another width.
+        """
         if name not in self._networks:
             self._networks[name] = self._read(name).eval().requires_grad_(False)
         return self._networks[name].to(device)
@@ -113,15 +118,15 @@ class ReleasedEncoders:
     @torch.no_grad()
     def lip(self, mouth: Tensor, frames: Tensor) -> Tensor:
         """Mouth pictures (B, T, S, S) in [0, 1] to lip features (B, T, E). Long clips are encoded in windows."""
-        return encode_in_windows(self._network("lip", mouth.device), mouth, frames, WINDOW_FRAMES, CONTEXT_FRAMES)
+        return encode_in_windows(self.network("lip", mouth.device), mouth, frames, WINDOW_FRAMES, CONTEXT_FRAMES)
 
     @torch.no_grad()
     def identity(self, faces: Tensor) -> Tensor:
         """Face pictures (B, F, 3, S, S) in [0, 1] to (B, 512)."""
-        return self._network("identity", faces.device)(faces)
+        return self.network("identity", faces.device)(faces)
 
     @torch.no_grad()
     def expression(self, faces: Tensor) -> Tensor:
         """Face pictures (n, 3, S, S) in [0, 1] to expression logits (n, 7)."""
-        network = self._network("expression", faces.device)
+        network = self.network("expression", faces.device)
         return torch.cat([network(part) for part in faces.split(PICTURES)])

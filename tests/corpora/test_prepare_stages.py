@@ -137,9 +137,38 @@ def test_pictures_for_the_released_encoders(corpus):
     assert clip.tensors["mouth"].shape == (FRAMES, 96, 96) and clip.tensors["faces"].shape == (4, 224, 224, 3)
 
 
+def test_features_of_the_released_encoders_are_those_of_their_pictures(corpus, tmp_path):
+    small = "{width: 16, layers: 1, heads: 2, hidden: 32, conv_kernel: 8, conv_groups: 4}"
+    off = ("crops", "phonemes", "expression", "ge2e", "rvq", "speech", "motion", "speaker")
+    words = [f"source.root={corpus}", "output=x", "device=cpu", *(f"stages.{name}.use=false" for name in off)]
+    words += ["stages.lip.use=true", "stages.face_identity.use=true", "stages.lip.encoders.folder=null"]
+    words += [f"+stages.lip.encoders.lip={small}", "+stages.lip.encoders.identity_blocks=[1,1,1,1]"]
+    source = Synthetic(corpus)
+    pipeline = Pipeline(Setup(chosen_stages(load_config("prepare", words, "help"), source), "cpu", None))
+    outcome = pipeline.process(Task(source.clips("train")[0], corpus, tmp_path))
+    assert outcome.stage == "", outcome.reason
+    made = load({s: data for s, _, data in read_members((tmp_path / "a.tar").read_bytes())}["safetensors"])
+    clip = WorkItem(SourceClip("a", "train/a.mp4", "train/a.wav"), corpus)
+    for stage in (Decode(), Face(), Crops({"kind": "released"})):
+        stage(clip)
+    lip, identity = (pipeline.stages[name].encoders for name in ("lip", "face_identity"))
+    with torch.inference_mode():
+        expected = lip.lip(clip.tensors["mouth"][None] / 255, torch.tensor([FRAMES]))[0]
+        faces = clip.tensors["faces"].permute(0, 3, 1, 2) / 255
+        assert torch.equal(made["lip"], expected.half()) and made["lip"].shape == (FRAMES, 16)
+        together = identity.identity(faces[None])[0]
+    assert made["face_identity"].shape == (4, 512) and made["face_identity"].dtype == torch.float16
+    torch.testing.assert_close(made["face_identity"].float().mean(0), together, rtol=1e-3, atol=2e-3)
+    assert {"lip", "face_identity"} <= set(pipeline.digests)
+    config = load_config("prepare", [*words, "stages.lip.encoders.folder=nowhere"], "help")
+    with pytest.raises(UserError, match=r"no folder of encoder checkpoints: encoders\.folder=nowhere"):
+        Pipeline(Setup(chosen_stages(config, source), "cpu", None))
+
+
 def test_stages_that_need_the_face_are_refused_without_it(corpus):
     config = load_config("prepare", [f"source.root={corpus}", "output=x", "stages.face.use=false"], "help")
-    for name in ("crops", "expression", "motion"):
+    OmegaConf.update(config, "stages.lip.use", True)
+    for name in ("crops", "lip", "expression", "motion"):
         with pytest.raises(UserError, match=rf"{name} needs the face: set stages\.{name}\.use=false too"):
             chosen_stages(config, Synthetic(corpus))
         OmegaConf.update(config, f"stages.{name}.use", False)

@@ -2,14 +2,14 @@
 
 import json
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors import safe_open
+from shard_files import write_split
 from torch import nn
 
 from engine.config import load
@@ -19,11 +19,14 @@ from hicodit.conditions.arcface import ArcFace
 from hicodit.conditions.avhubert import AVHubert, AVHubertConfig
 from hicodit.conditions.encoders import TinyEncoderConfig
 from hicodit.conditions.released import ReleasedEncoderConfig, ReleasedEncoders
+from hicodit.data import HiCoDiTDataset
+from hicodit.evaluation import evaluate_clips, stored_crops
 from hicodit.guidance import GuidanceScales
 from hicodit.model import ModelConfig
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.samplers import SamplerConfig
 from hicodit.system import HiCoDiTSystem
+from hicodit.task import HiCoDiTTask
 from rvq_codec import RVQCodec
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "conditions"
@@ -204,24 +207,84 @@ def test_released_weights_are_not_part_of_a_release(system, tmp_path):
         moved.encoders.identity(torch.rand(1, 1, 3, 112, 112))
 
 
-def test_training_leaves_released_encoders_alone(system):
-    """Losses of the tiny encoders are absent, and no gradient reaches the released ones."""
-    from hicodit.task import HiCoDiTTask
+@pytest.fixture(scope="module")
+def shards(system, release, tmp_path_factory):
+    """Folders of one split: `both` pictures and features of three clips, and `pictures` alone."""
+    root, digest = tmp_path_factory.mktemp("shards"), RVQCodec.from_pretrained(release.parent / "codec").digest()
+    g, samples = torch.Generator().manual_seed(0), []
+    for i, n in enumerate((20, 9, 20)):
+        mouth = torch.randint(256, (n, 96, 96), generator=g).to(torch.uint8)
+        faces = torch.randint(256, (4, 112, 112, 3), generator=g).to(torch.uint8)
+        alone = faces.permute(0, 3, 1, 2)[:, None] / 255
+        tensors = {
+            "mouth": mouth, "faces": faces, "lip": system.encoders.lip(mouth[None] / 255, torch.tensor([n]))[0].half(),
+            "face_identity": system.encoders.identity(alone).half(), "ge2e": torch.rand(256, generator=g),
+            "tokens": torch.randint(16, (2 * n, 12), generator=g).to(torch.int16),
+            "expression": torch.randint(7, (-(-2 * n // 25),), generator=g).to(torch.uint8),
+        }  # fmt: skip
+        samples.append(({"key": f"clip{i}", "frames": n, "text": "a text"}, tensors))
+    features = {"lip": "1", "face_identity": "2"}
+    write_split(root / "both", samples, 2, digests={"rvq": digest} | features)
+    pictures = [(info, {k: v for k, v in tensors.items() if k not in features}) for info, tensors in samples]
+    write_split(root / "pictures", pictures, 2, digests={"rvq": digest})
+    return root
 
-    task = HiCoDiTTask.__new__(HiCoDiTTask)
-    nn.Module.__init__(task)
-    from hicodit.diffusion import LogLinearNoise
 
-    task.system, task.noise, task.identity_input = system, LogLinearNoise(), "voice"
-    task.identity_weight, task.phoneme_weight, task.expression_weight = 100.0, 0.2, 0.1
-    batch = {
-        "mouth": torch.rand(2, 6, 96, 96), "face": torch.rand(2, 3, 112, 112), "frames": torch.tensor([6, 4]),
-        "tokens": torch.randint(0, 16, (2, 12, 12)), "ge2e": torch.rand(2, 256),
-        "expression": torch.tensor([[0], [3]]), "face_expression": torch.tensor([0, 3]),
-        "phoneme": torch.zeros(2, 6, dtype=torch.long),
-    }  # fmt: skip
-    losses = task.forward(batch, "model")
-    assert set(losses) == {"dse_low", "dse_high", "identity", "loss"}
-    losses["loss"].backward()
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the encoders, as they are called."""
+    made, network = [], ReleasedEncoders.network
+    monkeypatch.setattr(
+        ReleasedEncoders, "network", lambda self, *which: made.append(which[0]) or network(self, *which)
+    )
+    return made
+
+
+def test_a_training_step_from_features_is_that_from_pictures_and_runs_no_encoder(system, release, shards, calls):
+    torch.manual_seed(0)
+    codec = release.parent / "codec"
+    task = HiCoDiTTask(asdict(system.model.config), asdict(system.encoders.config), str(codec), str(shards), None)
+    for parameter in task.parameters():  # gates and heads begin at zero and would hide a difference
+        torch.nn.init.normal_(parameter, std=0.1)
+    task.system.encoders._networks = system.encoders._networks
+    found = []
+    for kind, expected in (("tiny", ["lip", "identity"]), ("released", [])):
+        data = HiCoDiTDataset(shards / "both", codec, kind, augment=False)
+        batch = data.collate([data.__getitem__(i, torch.Generator().manual_seed(i)) for i in range(3)])
+        calls.clear()
+        task.zero_grad()
+        torch.manual_seed(1)
+        losses = task(batch, "model")
+        losses["loss"].backward()
+        assert calls == expected and set(losses) == {"dse_low", "dse_high", "identity", "loss"}
+        found.append((losses, {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}))
+    (pictures, a), (features, b) = found
+    torch.testing.assert_close(features, pictures, rtol=1e-3, atol=1e-5)
+    assert a.keys() == b.keys() and all(torch.nn.functional.cosine_similarity(
+        a[name].flatten(), b[name].flatten(), 0
+    ) > 0.999 for name in a if a[name].any())  # fmt: skip
     assert all(p.grad is None for network in system.encoders._networks.values() for p in network.parameters())
-    assert np.isfinite(losses["loss"].item()) and any(p.grad is not None for p in system.parameters())
+
+
+def test_validation_from_features_sees_what_the_pictures_show(system, release, shards, calls, tmp_path):
+    codec = release.parent / "codec"
+    arguments = (None, 3, SamplerConfig(steps=1), GuidanceScales(), tmp_path)
+    assert evaluate_clips(system, codec, shards / "both", *arguments) == {} and calls == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip0.wav", "clip1.wav", "clip2.wav"]
+    pipeline = HiCoDiTPipeline(system, RVQCodec.from_pretrained(codec), SamplerConfig(steps=1), GuidanceScales())
+    pictures, features = (
+        pipeline.conditions([stored_crops(data.read(i), every) for i in range(3)])
+        for data, every in ((HiCoDiTDataset(shards / "both", codec, kind), 5) for kind in ("tiny", "released"))
+    )
+    assert torch.equal(features.frames, pictures.frames) and features.expression.shape == (3, 2)
+    torch.testing.assert_close(features.lip[0], pictures.lip[0], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(features.lip[1, :9], pictures.lip[1, :9], rtol=2e-3, atol=2e-3)
+    whole = [0, 2]  # of the short clip other pictures are seen: one in five frames
+    torch.testing.assert_close(features.identity[whole], pictures.identity[whole], rtol=2e-3, atol=2e-3)
+    assert features.expression[2].tolist() == HiCoDiTDataset(shards / "both", codec).read(2).expression.tolist()
+
+
+def test_shards_without_features_are_refused_for_encoders_that_do_not_learn(release, shards):
+    assert len(HiCoDiTDataset(shards / "pictures", release.parent / "codec")) == 3
+    with pytest.raises(UserError, match=r"pictures lacks the features .*stages\.{lip,face_identity}\.use=true"):
+        HiCoDiTDataset(shards / "pictures", release.parent / "codec", "released")
