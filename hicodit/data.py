@@ -79,7 +79,7 @@ class HiCoDiTDataset:
         codec: release folder of the tokenizer that must have made the tokens.
         encoders: kind of the model's condition encoders: those that learn ("tiny") read pictures; of others the shards
             hold the features, so that none of them runs in training.
-        augment: shift, mirror and relight the mouth pictures.
+        augment: shift, mirror and relight the mouth pictures; features stay as they are.
         limit: use only the first clips.
         shards: fields of `engine.shards.reader.Reading`.
         packed: the model leaves padding out, so a batch's tokens are counted without it.
@@ -105,7 +105,7 @@ class HiCoDiTDataset:
         if self.inputs == FEATURES and not set(FEATURES) <= set(self.shards.index.get("digests") or ()):
             raise UserError(
                 f"{source} lacks the features of the {encoders} encoders: add them with scripts/prepare_data.py, "
-                "stages.{lip,face_identity}.use=true and reuse=SHARDS (docs/data.md)"
+                "stages.{lip,face_identity}.use=true stages.lip.encoders.folder=ENCODERS reuse=SHARDS (docs/data.md)"
             )
         self.augment, self.levels, self.packed = augment, tokenizer.levels, packed
         self.size = min(limit or len(self.shards), len(self.shards))
