@@ -28,8 +28,9 @@ python infer.py input=clip.mp4 face=2 debug=true
 TALKER = """
 Generate speech and talking faces. mode=t2av: text to speech and a talking face; tts: text to speech; a2v: a face that
 moves to the given audio, which is kept sample for sample; v2a: speech for a given clip, whose frames are kept. The
-output folder gets NAME.wav and, except for tts, NAME.mp4. With jobs=FILE.jsonl, a job that fails is reported and the
-others continue (exit code 1 at the end). Existing files are replaced only when the new ones are complete.
+output folder gets NAME.wav (a2v: a copy of the given audio file) and, except for tts, NAME.mp4. With jobs=FILE.jsonl, a
+job that fails is reported and the others continue (exit code 1 at the end). Existing files are replaced only when the
+new ones are complete.
 
 Examples:
 python infer.py model=talker_t2av
