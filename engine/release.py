@@ -121,12 +121,15 @@ class Released(nn.Module):
 
 @contextmanager
 def _no_larger_than(state: dict[str, Tensor], more_tensors: int, more_numbers: int) -> Iterator[None]:
-    """A network that is made here may have as much as `state`, and so many tensors and numbers more.
+    """A network that is made here may have twice as much as `state`, and so many tensors and numbers more.
+
+    Twice, because weight normalisation registers a weight again in place of the first one.
 
     Raises:
         UserError: it gets larger, before that memory is filled.
     """
-    tensors, numbers = len(state) + more_tensors, sum(value.numel() for value in state.values()) + more_numbers
+    tensors = 2 * len(state) + more_tensors
+    numbers = 2 * sum(value.numel() for value in state.values()) + more_numbers
 
     def count(module: nn.Module, name: str, value: Tensor | None) -> None:
         nonlocal tensors, numbers
