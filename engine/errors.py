@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 
 class UserError(ValueError):
@@ -15,10 +16,13 @@ def run_cli(main: Callable[[], int | None], leave: Callable[[int], None] = sys.e
 
     `leave` ends the process with the exit code.
     """
+    with suppress(AttributeError):  # a stream that is no file; names of files need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        line = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))  # names may hold escapes
+        print(f"error: {line}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from engine.errors import UserError
+
 SETTLED = 100  # steps before spikes are looked for
 DECAY = 0.99  # of the running means
 
@@ -59,5 +61,13 @@ class StepGuard:
         return {"skipped": self.skipped, "skipped_in_a_row": self.in_a_row, "figures": self.figures}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.skipped, self.in_a_row = state["skipped"], state["skipped_in_a_row"]
-        self.figures = state["figures"]
+        """
+        Raises:
+            UserError: `state` is not what `state()` gave.
+        """
+        try:
+            self.skipped, self.in_a_row = int(state["skipped"]), int(state["skipped_in_a_row"])
+            figures = state["figures"].items()
+            self.figures = {name: [float(mean), float(spread), int(n)] for name, (mean, spread, n) in figures}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"the checkpoint's count of skipped steps is damaged ({error!r})") from error

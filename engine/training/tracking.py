@@ -16,6 +16,7 @@ from engine.errors import UserError
 from engine.files import atomic_output
 from engine.training.sinks import Sink, TensorBoardSink, WandbSink, send_media
 from engine.training.speed import Utilisation
+from engine.untrusted import parse_json
 
 
 class Tracker:
@@ -111,6 +112,6 @@ def progress_line(
 
 def _step(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        return float(parse_json(line, "log.jsonl")["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")  # a line cut short by a kill
