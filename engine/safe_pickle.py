@@ -6,7 +6,6 @@ function outside a short list of tensor builders becomes an inert stand-in that 
 
 from __future__ import annotations
 
-import codecs
 import pickle
 import tarfile
 import types
@@ -152,28 +151,33 @@ def read_matrix(path: str | Path, columns: int | None = None) -> torch.Tensor:
     return value
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("numpy") and name in ("ndarray", "dtype"):
-            return getattr(np, name)
-        if (module, name) in (("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")):
-            return np._core.multiarray._reconstruct
-        if (module, name) == ("_codecs", "encode"):  # the bytes of an array in protocols before 3
-            return codecs.encode
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
+def read_arrays(path: Path) -> list[Any]:
+    """A list of arrays of numbers, or None, that was pickled to `path`.
 
-
-def read_arrays(path: Path) -> Any:
-    """Plain containers of numpy arrays that were pickled to `path`.
+    numpy takes no part in unpickling, as it trusts what a pickle says of its types: the bytes are read by hand.
 
     Raises:
-        UserError: the file is missing or damaged, or names anything else.
+        UserError: the file is missing or damaged, or holds anything else.
     """
     try:
         with path.open("rb") as file:
-            return _ArrayUnpickler(file).load()
+            return [None if value is None else _array(value) for value in _load(file)]
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise UserError(f"{path} cannot be read as a pickle of arrays ({error})") from error
+        raise UserError(f"{path} cannot be read as a pickled list of arrays ({load_problem(error)})") from error
+
+
+def _array(value: StandIn) -> np.ndarray:
+    if len(value.arguments) == 4:  # protocol 5
+        data, kind, shape, order = value.arguments
+    else:
+        _, shape, kind, fortran, data = value.state
+        order = "F" if fortran else "C"
+    if isinstance(data, StandIn):  # bytes in protocols before 3
+        data = data.arguments[0].encode("latin1")
+    numbers = np.dtype(str(kind.arguments[0])).newbyteorder(kind.state[1])
+    if numbers.kind not in "fiu":
+        raise ValueError(f"an array of {numbers}")
+    return np.frombuffer(data, numbers).reshape(shape, order=order)
 
 
 def plain(value: Any, depth: int = 0, budget: list[int] | None = None) -> Any:

@@ -157,7 +157,7 @@ def face(count: int) -> np.ndarray:
     return five + np.arange(20)[:, None, None] * [1.0, 0]
 
 
-@pytest.mark.parametrize("kind", ["list", "debug", "npz", "pickle 2", "pickle 4"])
+@pytest.mark.parametrize("kind", ["list", "debug", "npz", "pickle 2", "pickle 4", "pickle 5"])
 @pytest.mark.parametrize("count", [5, 68])
 def test_landmarks_of_files(tmp_path, kind, count):
     """All forms hold the same; in a folder they are laid out as the clips."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import pickle
 import random
 import resource
 import shutil
@@ -23,9 +25,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from engine.errors import UserError
+from engine.faces.landmarks import read_landmarks
 from engine.media.audio import read_audio
 from engine.media.corpus import read_manifest
 from engine.media.video import read_video
@@ -69,6 +73,10 @@ def make_targets(root: Path) -> dict[str, Target]:
     (media / "train.jsonl").write_text('{"id": "a", "text": "b", "frames": 3}\n' * 3)
     torch.save({"state": {"w": torch.ones(9, 9), "n": torch.arange(5)}, "step": 3}, media / "a.pt")
     torch.save(torch.ones(9, 4), media / "m.pt")
+    points = np.arange(90.0).reshape(9, 5, 2)
+    np.savez(media / "p.npz", points)
+    (media / "p.pkl").write_bytes(pickle.dumps([*points, None]))
+    (media / "p.json").write_text(json.dumps([*points.tolist(), None]))
     for name in ("rvq_tiny", "talker_t2av_tiny"):
         shutil.copytree(ASSETS / name, root / name)
     split = random_split(root / "split", 12, 6)
@@ -88,6 +96,7 @@ def make_targets(root: Path) -> dict[str, Target]:
     targets |= one(read_checkpoint, "a.pt") | one(read_tensors, "m.pt")
     targets |= one(lambda path: read_jobs(InferConfig(jobs=str(path), mode="tts")), "jobs.jsonl")
     targets |= one(lambda path: read_manifest(path.parent, "train"), "train.jsonl")
+    targets |= one(lambda path: read_landmarks(path, ""), "p.npz", "p.pkl", "p.json")
     targets |= each(root / "rvq_tiny", RVQCodec.from_pretrained, "model.safetensors", "config.yaml")
     tokenizer = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     targets |= each(root / "talker_t2av_tiny", TalkerTokenizer.from_pretrained, *tokenizer)
