@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import tarfile
 import types
+import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -116,7 +117,8 @@ def read_tensors(path: str | Path) -> Any:
         UserError: the file cannot be read, or holds other objects.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of sparse tensors, which nothing here takes
+            content = torch.load(path, map_location="cpu", weights_only=True)
         for value in content.values() if isinstance(content, dict) else [content]:
             _check_size(value)
         return content
