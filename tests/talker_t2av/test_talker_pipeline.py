@@ -148,7 +148,7 @@ def test_files_are_checked(pipeline, tmp_path):
         (Job("tts", TEXT, "nowhere.wav"), "nowhere.wav"),
         (Job("t2av", TEXT, files["voice"], files["voice"]), "no video"),
         (Job("t2av", TEXT, reference_video=files["face"]), "has no sound"),
-        (Job("a2v", TEXT, reference_video=files["face"], audio=long), "at most 30 s"),
+        (Job("a2v", TEXT, reference_video=files["face"], audio=long), "longer than 30 s"),
         (Job("tts", TEXT, files["voice"], prefix_seconds=0.05), "no whole patch"),
         (Job("tts", "<|end|>", files["voice"]), "control token"),
     ):
