@@ -150,6 +150,8 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
     args = parser.parse_args()
+    if not 0 < args.port < 65_536:
+        raise UserError(f"--port {args.port} must lie between 1 and 65535")
     gr = require("gradio", "gradio", "demo")
     with tempfile.TemporaryDirectory() as folder:
         demo = Demo(Path(folder), args.weights, args.talker, args.device)

@@ -308,7 +308,7 @@ class Trainer:
                     del optimiser.state[p]
         self.step, self.position = info["step"], info["position"]
         self.guard.load_state(info)
-        self._say(f"resumed from {folder}")
+        self._say(f"resumed from {folder}; init= is not read again, fresh=true starts anew")
 
     def _log(self, window: Window, tracker: Tracker | None) -> None:
         c, world = self.config, distributed.world_size()

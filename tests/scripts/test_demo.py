@@ -47,3 +47,9 @@ def test_the_page(buttons):
     gradio = pytest.importorskip("gradio", reason="needs the demo extra")
     values = [getattr(block, "value", None) for block in demo.page(gradio, buttons).blocks.values()]
     assert {"Speak", "Talk", "set blue by hotel four now"} <= {value for value in values if isinstance(value, str)}
+
+
+def test_a_port_that_does_not_exist_is_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--port", "99999"])
+    with pytest.raises(UserError, match="--port 99999 must lie between"):
+        demo.main()
