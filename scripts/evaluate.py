@@ -38,6 +38,9 @@ def hicodit(args: argparse.Namespace) -> Figures:
     from hicodit.pipeline import HiCoDiTPipeline
 
     pipeline = HiCoDiTPipeline.from_pretrained(args.weights, codec=args.codec)
+    preset = OmegaConf.to_container(OmegaConf.load(CONFIGS / "sampler" / f"{args.sampler}.yaml")) or {}
+    pipeline.sampler = override(pipeline.sampler, preset.get("sampler", {}))
+    pipeline.guidance = override(pipeline.guidance, preset.get("guidance", {}))
     changes = {"steps": args.steps, "method": args.method, "temperature": args.temperature}
     pipeline.sampler = override(pipeline.sampler, changes)
     if args.guidance:
@@ -137,6 +140,8 @@ def parse() -> argparse.Namespace:
         add("--steps", type=int, help="sampling steps (None: the release's setting)")
         add("--temperature", type=float, help="sampling temperature (None: the release's setting)")
     add = commands["hicodit"]
+    presets = sorted(path.stem for path in (CONFIGS / "sampler").glob("*.yaml"))
+    add("--sampler", choices=presets, default="release", help="file of configs/sampler; options below override it")
     add("--method", help="sampling method (None: the release's setting)")
     add("--guidance", nargs=4, type=float, metavar=("ALL", "IDENTITY", "EXPRESSION", "LIP"), help="guidance scales")
     add("--codec", type=Path, help="release folder of the tokenizer (None: the release's own)")

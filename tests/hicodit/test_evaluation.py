@@ -1,9 +1,13 @@
 """Whose voice an output has, and shuffles that leave nothing in place."""
 
+import sys
+
 import numpy as np
 import pytest
 
+import hicodit.evaluation
 from hicodit.evaluation import derangement, voice_figures
+from scripts import evaluate
 
 A, B, C = np.eye(3)
 
@@ -28,3 +32,14 @@ def test_a_derangement_moves_everything():
     for size in (2, 3, 10):
         order = derangement(size, np.random.default_rng(size))
         assert sorted(order) == list(range(size)) and not (order == np.arange(size)).any()
+
+
+def test_the_command_measures_a_preset_of_the_sampler(monkeypatch, tmp_path):
+    measured = []
+    monkeypatch.setattr(hicodit.evaluation, "evaluate_corpus", lambda pipeline, *_: measured.append(pipeline) or {})
+    words = ["--sampler", "fast", "--steps", "5", "--words-only", "--splits", "seen", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "hicodit", *words])
+    evaluate.main()
+    (pipeline,) = measured
+    assert (pipeline.sampler.method, pipeline.sampler.steps, pipeline.sampler.temperature) == ("ordered", 5, 0)
+    assert (pipeline.guidance.all, pipeline.guidance.identity) == (2.5, 0)
