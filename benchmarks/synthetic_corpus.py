@@ -25,7 +25,7 @@ from engine.media.audio import read_audio
 from engine.media.corpus import read_manifest
 from engine.metrics.recogniser import Recogniser, word_error_rate
 from engine.metrics.speaker import GE2EEncoder
-from engine.metrics.speech import pitch
+from engine.metrics.speech import prosody
 
 RATE = 24_000
 TESTS = ("dev", "seen", "unseen")
@@ -54,14 +54,11 @@ def load(root: Path, split: str, count: int | None = None) -> list[tuple[dict, n
     return [(row, read_audio(root / split / f"{row['id']}.wav", RATE)) for row in read_manifest(root, split)[:count]]
 
 
-def prosody(wave: np.ndarray, phonemes: list, start: float, end: float) -> tuple[float, float, float]:
+def prosody_between(wave: np.ndarray, phonemes: list, start: float, end: float) -> tuple[float, float, float]:
     """Pitch range in semitones (10th to 90th percentile), level in dB, phonemes a second between two times in s."""
     inside = [p for p in phonemes if start - 1e-6 <= p[1] and p[2] <= end + 1e-6]
     part = wave[int(inside[0][1] * RATE) : int(inside[-1][2] * RATE)]
-    f0 = pitch(part, RATE)
-    f0 = f0[f0 > 0]
-    spread = 12 * np.log2(np.percentile(f0, 90) / np.percentile(f0, 10)) if len(f0) > 4 else 0.0
-    return float(spread), float(10 * np.log10(np.mean(np.square(part)))), len(inside) * RATE / len(part)
+    return *prosody(part, RATE), len(inside) * RATE / len(part)
 
 
 def measure_expressions(clips: list[tuple[dict, np.ndarray]]) -> dict:
@@ -71,7 +68,7 @@ def measure_expressions(clips: list[tuple[dict, np.ndarray]]) -> dict:
     for i, (row, wave) in enumerate(clips):
         times = [t for t in (0.0, row["change"], row["seconds"]) if t is not None]
         for expression, (start, end) in zip((row["expressions"][0], row["expressions"][-1]), pairwise(times)):
-            parts.append((i, expression, prosody(wave, row["phonemes"], start, end)))
+            parts.append((i, expression, prosody_between(wave, row["phonemes"], start, end)))
     whole = [p for p in parts if clips[p[0]][0]["change"] is None]
     means = {e: np.mean([figures for _, x, figures in parts if x == e], 0) for e in sorted({p[1] for p in parts})}
     heard = np.array([figures for _, _, figures in whole])
