@@ -1,4 +1,4 @@
-"""Bounds of settings: said once, beside each field of a dataclass, and checked before anything is done or allocated."""
+"""Bounds of settings: stated once, beside each field of a dataclass, and checked before anything is allocated."""
 
 from __future__ import annotations
 

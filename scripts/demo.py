@@ -102,7 +102,7 @@ class Demo:
 def page(gr: Any, demo: Demo) -> Any:
     """The page, by gradio (Apache-2.0); `gr` is the package."""
 
-    def told(action: Callable) -> Callable:
+    def with_shown_errors(action: Callable) -> Callable:
         @wraps(action)
         def wrapper(*given: Any) -> Any:
             try:
@@ -124,7 +124,7 @@ def page(gr: Any, demo: Demo) -> Any:
                     button = gr.Button("Speak", variant="primary")
                 with gr.Column():
                     spoken, figure = gr.Video(label="with its speech"), gr.Image(label="mouth, spectrogram, tokens")
-            button.click(told(demo.speak), [clip, voice, steps, temperature, seed], [spoken, figure])
+            button.click(with_shown_errors(demo.speak), [clip, voice, steps, temperature, seed], [spoken, figure])
         with gr.Tab("A face talks (Talker-T2AV)"):
             with gr.Row():
                 with gr.Column():
@@ -136,7 +136,7 @@ def page(gr: Any, demo: Demo) -> Any:
                     button = gr.Button("Talk", variant="primary")
                 with gr.Column():
                     video, sound = gr.Video(label="talking face"), gr.Audio(label="speech")
-            button.click(told(demo.talk), [mode, text, voice, face, seed], [video, sound])
+            button.click(with_shown_errors(demo.talk), [mode, text, voice, face, seed], [video, sound])
     return blocks
 
 

@@ -36,7 +36,7 @@ class Job:
 
     Attributes:
         mode: t2av, tts, a2v or v2a.
-        text: what is said. In a2v and v2a it is what the given sound or lips say, and may be empty.
+        text: the words to speak. In a2v and v2a, the words of the given sound or lips; it may be empty.
         reference_audio: file with the voice. By default the given audio (a2v), or the sound of one of the videos.
         reference_video: video or picture with the face; its first frame that shows the face is animated (t2av, a2v).
         reference_motion: torch file with the motion codes (F, Dm) of the reference; by default they are computed.

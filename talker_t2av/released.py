@@ -52,7 +52,7 @@ MOTION_STD = (
 
 
 def find_released(folder: Path, part: str) -> Path:
-    """The file in `folder` or below it that holds a part of `FILES`, told by the names of its tensors.
+    """The file in `folder` or below it that holds a part of `FILES`, recognised by the names of its tensors.
 
     Of several, the least deep one counts. A checkpoint in shards gives its folder; a tokenizer beside the model goes
     before others.

@@ -62,7 +62,7 @@ def speak(
     pitch, span, speed, gain, lead, tail = rng.normal(0, 1, 4).tolist() + rng.uniform(0.11, 0.19, 2).tolist()
     takes = []
     for style in styles:
-        said = synthesizer.speak(
+        spoken = synthesizer.speak(
             text,
             lines,
             pitch=int(np.clip(round(style.pitch + 1.5 * pitch), 0, 99)),
@@ -70,10 +70,10 @@ def speak(
             words_per_minute=round(_WORDS_PER_MINUTE * style.speed * (1 + 0.02 * np.clip(speed, -2, 2))),
         )
         level = _LEVEL * 10 ** ((style.gain + 0.4 * gain) / 20)
-        speech = resample(said.wave, said.rate, RATE)
+        speech = resample(spoken.wave, spoken.rate, RATE)
         speech *= level / max(1e-6, float(np.sqrt(np.mean(speech**2))))
         speech *= min(1.0, 0.97 / float(np.abs(speech).max()))
-        takes.append(replace(said, wave=speech, rate=RATE))
+        takes.append(replace(spoken, wave=speech, rate=RATE))
     speech, phonemes, cut = (takes[0].wave, takes[0].phonemes, None) if len(takes) == 1 else splice(*takes, rng)
     start = int(lead * RATE)
     frames = math.ceil((start + len(speech) + tail * RATE) / FRAME)

@@ -68,8 +68,8 @@ class Strip:
         width, seconds = picture.shape[1], len(self.track) / self.fps
         head = np.full((LINE, width, 3), GREY, np.uint8)
         unseen = self.track.unseen(self.fps)
-        told = f"face seen in {self.track.coverage:.0%} of {seconds:.1f} s" + (f"; not at {unseen}" if unseen else "")
-        _write(head, f"{told}.  From above: frame, face and its points, mouth as the model sees it", (5, 17))
+        text = f"face seen in {self.track.coverage:.0%} of {seconds:.1f} s" + (f"; not at {unseen}" if unseen else "")
+        _write(head, f"{text}.  From above: frame, face and its points, mouth as the model sees it", (5, 17))
         where = np.arange(width) * len(self.track) // width
         bar = np.where(self.track.seen[where, None], SEEN, UNSEEN).astype(np.uint8)
         picture = np.concatenate([head, picture, np.repeat(bar[None], BAR, 0)])

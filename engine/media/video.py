@@ -107,7 +107,7 @@ def _check_times(path: Path, log: bytes) -> None:
 
 
 def _check_decoded(path: Path, code: int, log: str, count: int, fps: float) -> None:
-    """Raise UserError unless ffmpeg, which said `log`, gave the whole picture; it often ends well without its end."""
+    """Raise UserError unless ffmpeg decoded the whole video. It often exits with 0 on a cut file: its `log` tells."""
     errors = [line for line in log.splitlines() if "[error]" in line or "[fatal]" in line]
     complaint = last_line("\n".join(errors))
     if "exceeds specified max pixel count" in log:

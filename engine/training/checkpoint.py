@@ -375,7 +375,7 @@ def _sync(folder: Path) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """One line: the operating system's word if it had one, else the first one said."""
+    """One line: the operating system's message if there is one, else the first line of the error."""
     if isinstance(error, dcp.api.CheckpointException) and error.failures:
         return _cause(next(iter(error.failures.values()))[0])
     link: BaseException | None = error

@@ -60,7 +60,7 @@ class Tracker:
         send_media(folder, "validation", step, self._sinks)
 
     def close(self) -> None:
-        with suppress(OSError):  # the disk is full, which was said
+        with suppress(OSError):  # the disk is full, which was already reported
             self._file.close()
         for sink in self._sinks:
             sink.close()

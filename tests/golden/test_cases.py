@@ -22,7 +22,7 @@ def test_case(golden_file, record_property):
         case = load_case(golden_file)
         skipped = case.skipped
         results = check(case)
-    except Exception as error:  # told in the line, then raised
+    except Exception as error:  # reported in the line, then raised
         caught = error
     missing = isinstance(caught, NoRunner) or isinstance(getattr(caught, "__cause__", None), ImportError)
     failed = [result for result in results if not result.passed]
