@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from scripts import environment  # noqa: F401 -- before anything that may be missing
+
 import shlex
 import subprocess
 import sys
@@ -13,10 +16,15 @@ from omegaconf import DictConfig, OmegaConf
 from engine.config import build, load
 from engine.errors import UserError, run_cli
 from engine.hub import release_folder
+from engine.media.corpus import is_prepared, read_manifest
+from engine.media.limits import Limits, set_limits
 from engine.optional import require
 from engine.seeding import check_seed
+from engine.shards.source import join, read_index
 from engine.training import distributed
+from engine.training.parallel import build_once
 from engine.training.signals import REQUEUE
+from engine.training.task import Task
 from engine.training.trainer import Trainer
 
 HELP = """
@@ -41,27 +49,32 @@ def main() -> int | None:
     command = shlex.join(["python", "train.py", *sys.argv[1:]])
     if config.lora.rank and not config.task.get("init"):
         raise UserError(f"lora.rank={config.lora.rank} adapts a release: name it with init=FOLDER")
+    set_limits(Limits(**config.limits))
     distributed.init(config.trainer.device)
-    try:
-        check_inputs(config)
-        make_data(config.data)
+    check_inputs(config)
+    make_data(config.data)
+    check_held_out(config.data)
+
+    def make_task() -> Task:
         torch.manual_seed(config.trainer.seed)  # initial weights
         task = build(config.task)
         if config.lora.rank:
             task.adapt(**config.lora)
-        trainer = Trainer(
-            task,
-            build(config.data.train),
-            OmegaConf.to_container(config.trainer, resolve=True),
-            run=config.run,
-            record={**OmegaConf.to_container(config, resolve=True), "command": command},
-            fresh=config.fresh,
-        )
-        if trainer.fit() is None:
-            return REQUEUE
+        return task
+
+    trainer = Trainer(
+        make_task() if config.trainer.parallel == "ddp" else build_once(make_task),
+        build(config.data.train),
+        OmegaConf.to_container(config.trainer, resolve=True),
+        run=config.run,
+        record={**OmegaConf.to_container(config, resolve=True), "command": command},
+        fresh=config.fresh,
+    )
+    finished = trainer.fit() is not None
+    if finished:
         trainer.release(Path(config.run) / "release")
-    finally:
-        distributed.shutdown()
+    distributed.shutdown()  # not after a failure: it would wait for processes that wait for this one
+    return 0 if finished else REQUEUE
 
 
 def check_inputs(config: DictConfig) -> None:
@@ -76,6 +89,22 @@ def check_inputs(config: DictConfig) -> None:
     for key, place in named.items():
         if isinstance(place, str) and not release_folder(place).exists():
             raise UserError(f"{key}={place}: there is no such file or folder")
+
+
+def check_held_out(data: DictConfig) -> None:
+    """
+    Raises:
+        UserError: a validation split is not there; without this, the first validation would find out.
+    """
+    root = data.get("root") or data.get("corpus")
+    for split in (data.get("held_out") or ()) if root else ():
+        try:
+            if is_prepared(root, split) or data.get("shards"):
+                read_index(join(root, split))
+            else:
+                read_manifest(root, split)
+        except UserError as error:
+            raise UserError(f"data.held_out has {split}: make that split, or set data.held_out=[] ({error})") from error
 
 
 def make_data(data: DictConfig) -> None:

@@ -11,8 +11,9 @@ Axes: n items, S streams, m = n // S items of a stream in an epoch.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.seeding import generator_for
+from engine.training import distributed
 from engine.training.signals import ignore_in_worker
 
 POOL = 64  # batches' worth of items that are sorted by length together: more means less padding and less chance
@@ -32,7 +34,7 @@ class Blocks:
 
     sizes: Sequence[int]
     window: int
-    streams: int = 1
+    streams: int | None = 1  # None: as many as processes
 
 
 class TrainingSet(Protocol):
@@ -74,12 +76,33 @@ class MicroBatches(torch.utils.data.Dataset):
                 "the lengths of its items; set batch_size alone"
             )
         self.blocks: Blocks | None = getattr(dataset, "blocks", None)
-        self.streams = self.blocks.streams if self.blocks else 1
+        self.streams = (self.blocks.streams or distributed.world_size()) if self.blocks else 1
         if len(dataset) < self.streams:
             raise UserError(f"data.shards.streams={self.streams}, but there are only {len(dataset)} clips")
+        self._forget()
+
+    def _forget(self) -> None:
         self._order: Callable[[int], Order] | None = None
         self._cuts: Callable[[int, int], list[Tensor]] | None = None
         self._ends: list[list[int]] = []  # of each stream, batches in all epochs before each
+
+    @property
+    def fixed_shapes(self) -> bool:
+        """Whether all batches are alike, as far as is known: items have no lengths."""
+        return getattr(self.dataset, "lengths", None) is None
+
+    def state(self) -> dict[str, int]:
+        """For a checkpoint: what the numbers of batches mean."""
+        return {"batch_size": self.size, "streams": self.streams}
+
+    def position(self, info: dict[str, Any]) -> int:
+        """The number of the next batch after a checkpoint; goes on in the checkpoint's order of the data."""
+        if self.blocks is not None and self.blocks.streams is None:
+            self.streams = int(info.get("streams", self.streams))
+            self._forget()
+        if self.by_length:
+            return info["position"]
+        return info["position"] * int(info.get("batch_size", self.size)) // self.size
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_order": None, "_cuts": None, "_ends": []}
@@ -135,7 +158,7 @@ class MicroBatches(torch.utils.data.Dataset):
         draw = generator_for(self.seed, "epoch", epoch)
         if self.blocks is None:
             return Order.free(len(self.dataset), draw)
-        return Order.of_blocks(self.blocks, draw)
+        return Order.of_blocks(replace(self.blocks, streams=self.streams), draw)
 
     def _cut(self, epoch: int, stream: int) -> list[Tensor]:
         """The batches of a stream's epoch by length, as places in its order."""
@@ -209,22 +232,41 @@ class Order:
         return cls(items.gather(1, mixed), windows, spans)
 
 
-def load_batches(batches: MicroBatches, numbers: range, workers: int, pinned: bool) -> Iterator[dict[str, Any]]:
-    """The batches of these numbers, by `workers` processes ahead of time; into pinned memory if `pinned`.
+def load_batches(
+    batches: MicroBatches, numbers: range, workers: int, device: torch.device, stay: Container[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """The batches of these numbers on `device`, made by `workers` processes ahead of time.
+
+    For CUDA they come through pinned memory, and one is copied to the device ahead of the one in use.
+
+    Args:
+        stay: entries of a batch that stay in main memory.
 
     Raises:
         UserError: as an item did, whichever process made it.
     """
+    cuda = device.type == "cuda"
     loader = torch.utils.data.DataLoader(
         batches,
         batch_size=None,
         sampler=numbers,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        pin_memory=pinned,
+        pin_memory=cuda,
         worker_init_fn=ignore_in_worker,
     )
+    ahead: deque[dict[str, Any]] = deque()
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
-        yield batch
+        ahead.append({name: value if name in stay else _move(value, device) for name, value in batch.items()})
+        if len(ahead) > cuda:
+            yield ahead.popleft()
+    yield from ahead
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    """Tensors, however nested in dicts, on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    return {k: _move(v, device) for k, v in value.items()} if isinstance(value, dict) else value

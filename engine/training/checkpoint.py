@@ -11,9 +11,7 @@ No random state is stored: every draw of a step is a function of the run's seed 
 from __future__ import annotations
 
 import json
-import math
 import os
-import pickle
 import re
 import shutil
 import subprocess
@@ -22,78 +20,26 @@ import warnings
 import zlib
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path, PosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import filesystem
-from torch.distributed.checkpoint import metadata as dcp_metadata
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
 
 from engine.errors import UserError
 from engine.files import atomic_output
 from engine.safe_pickle import load_problem
 from engine.training import distributed
+from engine.training.checkpoint_reader import Reader
 from engine.untrusted import parse_json, safe_name
 
 INFO, RESULTS = "info.json", "results.json"
-CLOSING = 600.0  # seconds that a run which fails waits for the checkpoint in work
+FAILING = 60.0  # seconds that one of several processes which fails waits for the checkpoint in work
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # one process: fine
-
-
-# All that the pickled `.metadata` of a dict of tensors names. BytesStorageMetadata is left out for good: what it
-# describes, torch would unpickle with no such list.
-_METADATA = (dcp_metadata.Metadata, dcp_metadata.TensorStorageMetadata, dcp_metadata.TensorProperties)
-_METADATA += (dcp_metadata.ChunkStorageMetadata, dcp_metadata.MetadataIndex, dcp_metadata.StorageMeta)
-_METADATA += (dcp_metadata._MEM_FORMAT_ENCODING, filesystem._StorageInfo, torch.serialization._get_layout, torch.Size)
-_METADATA += (PosixPath, *{value for value in vars(torch).values() if isinstance(value, torch.dtype)})
-_GLOBALS = {(found.__module__, found.__qualname__): found for found in _METADATA if not isinstance(found, torch.dtype)}
-_GLOBALS |= {tuple(str(found).split(".")): found for found in _METADATA if isinstance(found, torch.dtype)}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _GLOBALS:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return _GLOBALS[module, name]
-
-
-class Reader(dcp.FileSystemReader):
-    """Reads a checkpoint that may come from anywhere: nothing that its files name is run or lies outside its folder."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp_metadata.Metadata:
-        """What the checkpoint holds.
-
-        Raises:
-            UserError: anything but tensors, or tensors that its files cannot hold.
-        """
-        try:
-            with (self.path / ".metadata").open("rb") as file:
-                found = _Unpickler(file).load()
-            size = 0
-            for entry in found.state_dict_metadata.values():
-                if not isinstance(entry, dcp_metadata.TensorStorageMetadata):
-                    raise ValueError("it holds more than tensors")
-                count = math.prod(entry.size)
-                if min(entry.size, default=0) < 0 or sum(math.prod(part.sizes) for part in entry.chunks) != count:
-                    raise ValueError("a tensor and its parts differ in size")
-                size += count * entry.properties.dtype.itemsize
-            for place in found.storage_data.values():
-                safe_name(place.relative_path, "the name of a data file")
-                if place.transform_descriptors:
-                    raise ValueError("its data files are packed")
-            if size > sum(path.stat().st_size for path in self.path.glob("*.distcp")):
-                raise ValueError(f"its files cannot hold {size:,} bytes of tensors")
-        except Exception as error:  # a damaged pickle can raise nearly anything
-            raise UserError(
-                f"checkpoint {self.path} is damaged or forged: .metadata cannot be read ({error})"
-            ) from error
-        found.storage_meta = dcp_metadata.StorageMeta(load_id=self.load_id)
-        return found
 
 
 class Checkpoints:
@@ -101,7 +47,8 @@ class Checkpoints:
 
     `save` copies the state to main memory and returns; a thread writes the copy while training goes on. Every process
     makes one of these and calls the same methods in the same order; on several machines `root` must be on a disk that
-    all of them share.
+    all of them share. What several processes hold alike is copied and written by the first of them alone. The copies'
+    memory, pinned where it comes from a GPU, is kept for the next checkpoint.
 
     Args:
         root: folder of the checkpoints.
@@ -112,10 +59,9 @@ class Checkpoints:
     def __init__(self, root: str | Path, keep: int, best: str | None = None):
         self.root, self.keep, self.best = Path(root), keep, best
         # Of its own: collective calls of the thread must not mix with those of training.
-        self._group = (
-            dist.new_group(backend="gloo", timeout=distributed.COLLECTIVE_TIMEOUT) if dist.is_initialized() else None
-        )
+        self._group = distributed.patient_group() if dist.is_initialized() else None
         self._thread: threading.Thread | None = None
+        self._copies: dict[str, Tensor] = {}
         self.problem: str | None = None  # one line: what could not be written
 
     def save(self, step: int, state: dict[str, Tensor], info: dict[str, Any]) -> Path:
@@ -129,9 +75,10 @@ class Checkpoints:
             UserError: the one before could not be written.
         """
         self.wait()
-        copy = DefaultStager(StagingOptions(False, False, False, False)).stage(state)
+        copy = self._copy({key: tensor for key, tensor in state.items() if _is_first_copy(tensor)})
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # a thread has one of its own
         # A daemon, so that a process that fails while its peers are dead can leave.
-        self._thread = threading.Thread(target=self._write, args=(step, copy, info), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(step, copy, info, device), daemon=True)
         self._thread.start()
         return self._folder(step)
 
@@ -146,10 +93,15 @@ class Checkpoints:
             distributed.fail(self.problem)
 
     def close(self) -> None:
-        """Wait for the checkpoint in work, whatever becomes of it."""
+        """Wait for the checkpoint in work, however long it takes and whatever becomes of it."""
         if self._thread:
-            self._thread.join(CLOSING if self._group else None)
+            self._thread.join()
             self._thread = None
+
+    def abandon(self) -> None:
+        """As `close`, for a process that fails: of several, one does not wait long, as the others may be dead."""
+        if self._thread:
+            self._thread.join(FAILING if self._group else None)
 
     def note(self, step: int, results: dict[str, float]) -> None:
         """Keep the validation results of `step` with its checkpoint (main process); waits for it to be written."""
@@ -164,8 +116,28 @@ class Checkpoints:
     def _folder(self, step: int) -> Path:
         return self.root / f"step-{step:08d}"
 
-    def _write(self, step: int, state: dict[str, Tensor], info: dict[str, Any]) -> None:
+    def _copy(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`state` in main memory; sharded tensors stay sharded."""
+        pinned = False
+        for key, tensor in state.items():
+            local = _local(tensor)
+            if key not in self._copies or self._copies[key].shape != local.shape:
+                self._copies[key] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
+            self._copies[key].copy_(local, non_blocking=local.is_cuda)
+            pinned = pinned or local.is_cuda
+        if pinned:
+            torch.cuda.synchronize()  # once, after all copies are under way
+        return {
+            key: DTensor(self._copies[key], tensor._spec, requires_grad=False)
+            if isinstance(tensor, DTensor)
+            else self._copies[key]
+            for key, tensor in state.items()
+        }
+
+    def _write(self, step: int, state: dict[str, Tensor], info: dict[str, Any], device: int | None) -> None:
         final, staging = self._folder(step), self.root / f".step-{step:08d}.writing"
+        if device is not None:
+            torch.cuda.set_device(device)
         try:
             self._together(self._make_room if distributed.is_main() else None)
             dcp.save(state, checkpoint_id=staging, process_group=self._group, no_dist=self._group is None)
@@ -217,6 +189,18 @@ class Checkpoints:
         hidden = folder.with_name(f".{folder.name}.old")
         os.replace(folder, hidden)
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _is_first_copy(tensor: Tensor) -> bool:
+    """Whether this process is the first of those that hold the same tensor, or the same shard of one."""
+    if not isinstance(tensor, DTensor):
+        return distributed.is_main()
+    places = zip(tensor.device_mesh.get_coordinate(), tensor.placements)
+    return all(place == 0 for place, placement in places if placement.is_replicate())
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def steps(root: str | Path) -> list[int]:

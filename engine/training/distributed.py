@@ -7,16 +7,22 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.bounds import DEVICES, require_choice
 from engine.errors import UserError
 
 T = TypeVar("T")
-COLLECTIVE_TIMEOUT = timedelta(hours=4)  # the other ranks wait this long while rank 0 makes data or validates
+_patient: set[dist.ProcessGroup] = set()
+PATIENT = timedelta(hours=4)  # for objects, checkpoints and the time before the first step: rank 0 may make data
+STEP_TIMEOUT = timedelta(minutes=10)  # of a collective on tensors once a step is done; a process that hangs shows soon
+# NCCL's flight recorder keeps the last collectives and writes them to files when one does not end in time.
+FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 
 
 def pick_device(name: str) -> torch.device:
@@ -25,8 +31,7 @@ def pick_device(name: str) -> torch.device:
     Raises:
         UserError: an unknown word, or `cuda` on a machine without a CUDA device.
     """
-    if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device={name} is unknown; choose auto, cpu or cuda")
+    require_choice("device", name, DEVICES)
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but no CUDA device is available; use device=cpu or device=auto")
     if name == "cpu" or not torch.cuda.is_available():
@@ -43,11 +48,57 @@ def init(name: str) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        for name, value in FLIGHT_RECORDER.items():
+            os.environ.setdefault(name, value)
         if device.type == "cuda":
-            dist.init_process_group("nccl", timeout=COLLECTIVE_TIMEOUT, device_id=device)
+            dist.init_process_group("nccl", timeout=PATIENT, device_id=device)
         else:
-            dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+            dist.init_process_group("gloo", timeout=PATIENT)
     return device
+
+
+def patient_group() -> dist.ProcessGroup:
+    """A new gloo group of all processes whose operations on host memory may take long; all have to call this."""
+    group = dist.new_group(backend="gloo", timeout=PATIENT)
+    _patient.add(group)
+    return group
+
+
+def control() -> dist.ProcessGroup:
+    """The group for objects and flags, which does not touch the device; made at the first use, by all processes."""
+    return _control(dist.group.WORLD)
+
+
+@lru_cache(maxsize=1)
+def _control(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    return patient_group()
+
+
+def shorten_timeouts() -> None:
+    """From now on collectives on tensors end, or fail, within `STEP_TIMEOUT`; all processes call this."""
+    for group in dist.distributed_c10d._world.pg_map if dist.is_initialized() else ():
+        if group not in _patient:
+            dist.distributed_c10d._set_pg_timeout(STEP_TIMEOUT, group)
+
+
+class Agreement:
+    """Flags that any process may raise, known to all at their next call: neither device nor host wait for it."""
+
+    def __init__(self) -> None:
+        self._work: dist.Work | None = None
+        self._flags = torch.zeros(0)
+
+    def reach(self, *flags: bool) -> list[bool]:
+        """Raise `flags`; gives those that any process raised in the call before (alone: in this one)."""
+        if not dist.is_initialized():
+            return list(flags)
+        known = [False] * len(flags)
+        if self._work:
+            self._work.wait()
+            known = self._flags.bool().tolist()
+        self._flags = torch.tensor(flags, dtype=torch.int32)
+        self._work = dist.all_reduce(self._flags, dist.ReduceOp.MAX, group=control(), async_op=True)
+        return known
 
 
 def shutdown() -> None:
@@ -86,7 +137,7 @@ def is_main() -> bool:
 def barrier() -> None:
     """Wait until every process has come here."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=control())
 
 
 def mean(values: dict[str, float], device: torch.device) -> dict[str, float]:
@@ -101,10 +152,14 @@ def mean(values: dict[str, float], device: torch.device) -> dict[str, float]:
 
 def maximum(values: Tensor) -> list[float]:
     """(n,) finite values -> the largest of each over the processes. Waits for the device."""
+    return maximum_(values.clone()).tolist()
+
+
+def maximum_(values: Tensor) -> Tensor:
+    """`values`, changed in place to the largest of each over the processes."""
     if dist.is_initialized():
-        values = values.clone()
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return values.tolist()
+    return values
 
 
 def gather(value: object, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -112,7 +167,7 @@ def gather(value: object, group: dist.ProcessGroup | None = None) -> list[Any]:
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group=group)
+    dist.all_gather_object(values, value, group=group or control())
     return values
 
 
@@ -148,7 +203,7 @@ def from_main(action: Callable[[], T]) -> T:
         except UserError as error:
             box[1] = str(error)
     if dist.is_initialized():
-        dist.broadcast_object_list(box, 0)
+        dist.broadcast_object_list(box, 0, group=control())
     if box[1] is not None:
         fail(box[1])
     return box[0]

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from engine.errors import UserError
 from engine.training import distributed
 from engine.training.ema import ExponentialMovingAverage
+from engine.training.speed import recomputing
 from engine.training.task import Task, TrainerConfig
 
 
@@ -36,40 +37,60 @@ class ParallelTask:
     """A task on its device, wrapped as the trainer's settings say; parameters are final when this is made.
 
     Args:
-        task: whole, on `device`, the same in every process.
+        task: the main process's counts; in the others its parameters may be on the meta device (see `build_once`).
         config: `parallel`, `precision`, `compile` and `checkpointing` count here.
+        device: where the task then is, whole or this process's shards of it.
+        has_data: False for a task of fake tensors, which stays where it is and is never evaluated.
 
     Raises:
         UserError: blocks are to be compiled or recomputed and the task names none, or the processes of `hybrid` are not
             equally many on every machine.
     """
 
-    def __init__(self, task: Task, config: TrainerConfig, device: torch.device):
+    def __init__(self, task: Task, config: TrainerConfig, device: torch.device, has_data: bool = True):
         self.task = task
         self.sharded = config.parallel != "ddp" and distributed.world_size() > 1
-        self._spare = _without_weights(task) if self.sharded and distributed.is_main() else None
+        self._spare = without_weights(task) if has_data and self.sharded and distributed.is_main() else None
+        if has_data and not self.sharded:
+            task.to(device)
         prepare_blocks(task, config.compile, config.checkpointing)
         self._whole: list[nn.Parameter] = []
         self._losses: nn.Module = _Losses(task)
         if self.sharded:
+            weights = {name: _take_weights(p) for name, p in task.named_parameters()} if has_data else {}
             self._shard(_mesh(config.parallel, device), config.precision == "bf16")
+            self._fill(weights, device)
         elif distributed.world_size() > 1:
             # Buffers are sent by the trainer: DDP would overwrite those that a stored result's backward needs.
             self._losses = DistributedDataParallel(
                 self._losses,
-                find_unused_parameters=len(task.parts()) > 1,
+                find_unused_parameters=task.has_idle_parameters(),
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
             )
 
     def _shard(self, mesh: DeviceMesh, bf16: bool) -> None:
-        distributed.broadcast(p.detach() for p in self.task.parameters())  # as DDP does
         self._whole = [p for module in self.task.whole() for p in module.parameters()]
         # Weights travel in half precision; autocast decides about everything else, as it does without shards.
         half = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in self.task.blocks():
             fully_shard(block, mesh=mesh, mp_policy=half if bf16 else MixedPrecisionPolicy())
         fully_shard(self._losses, mesh=mesh, ignored_params=set(self._whole))
+
+    def _fill(self, weights: dict[str, Tensor], device: torch.device) -> None:
+        """Give every process its shards of the main one's weights, one tensor at a time: no device holds the whole."""
+        parameters = dict(self.task.named_parameters())
+        for name in list(weights):
+            p, whole = parameters[name], weights.pop(name)
+            whole = whole.to(device) if distributed.is_main() else torch.empty(p.shape, dtype=p.dtype, device=device)
+            dist.broadcast(whole, 0)
+            if isinstance(p, DTensor):
+                whole = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+            torch.utils.swap_tensors(p, nn.Parameter(whole, requires_grad=p.requires_grad))
+        for module in self.task.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
 
     def losses(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
         """`task(batch, part)`; of the results only `loss` is attached to the graph."""
@@ -91,10 +112,11 @@ class ParallelTask:
 
     def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
         """Scale gradients down to a common norm of at most `limit`; gives the norm that they had, over all shards."""
-        if not self.sharded:
+        parameters = [p for p in parameters if p.grad is not None]
+        if not self.sharded or not parameters:
             return clip_grad_norm_(parameters, limit)
-        kinds = [[p for p in group if p.grad is not None] for group in _by_kind(parameters).values()]
-        norm = torch.stack([_full(get_total_norm([p.grad for p in kind])) for kind in kinds if kind]).norm()
+        kinds = list(_by_kind(parameters).values())
+        norm = torch.stack([_full(get_total_norm([p.grad for p in kind])) for kind in kinds]).norm()
         for kind in kinds:
             clip_grads_with_norm_(kind, limit, norm)
         return norm
@@ -135,6 +157,29 @@ def adamw(parameters: Iterable[nn.Parameter], config: TrainerConfig) -> torch.op
     ]
     fused = all(p.is_cuda for p in parameters)
     return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), fused=fused)
+
+
+def clipping_groups(parameters: Iterable[nn.Parameter], apart: list[nn.Module]) -> list[list[nn.Parameter]]:
+    """`parameters` in groups that are clipped each by its own norm: those of each module in `apart`, and the others."""
+    left = {id(p): p for p in parameters}
+    groups = [[left.pop(id(p)) for p in module.parameters() if id(p) in left] for module in apart]
+    return [group for group in (list(left.values()), *groups) if group]
+
+
+def begin_state(optimiser: torch.optim.Optimizer) -> None:
+    """Make the state that AdamW makes at its first step, for a checkpoint to fill."""
+    for p in (p for group in optimiser.param_groups for p in group["params"]):
+        count = torch.zeros((), device=p.device)
+        optimiser.state[p] = {"step": count, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+
+def update(optimiser: torch.optim.Optimizer, good: Tensor) -> None:
+    """One step of an optimiser, unless `good` () is false, which fused ones find out on the device."""
+    if optimiser.defaults["fused"]:
+        optimiser.grad_scale, optimiser.found_inf = None, (~good).float()
+        optimiser.step()
+    elif good:
+        optimiser.step()
 
 
 def _by_kind(parameters: Iterable[nn.Parameter]) -> dict[tuple[bool, bool], list[nn.Parameter]]:
@@ -184,12 +229,35 @@ def _training_forward(block: nn.Module, compiled: bool, recomputed: bool) -> Cal
             return plain(*arguments, **options)
         if not recomputed:
             return fast(*arguments, **options)
-        return checkpoint(fast, *arguments, use_reentrant=False, **options)
+        return checkpoint(fast, *arguments, use_reentrant=False, context_fn=recomputing, **options)
 
     return forward
 
 
-def _without_weights(task: Task) -> Task:
+def build_once(make: Callable[[], Task]) -> Task:
+    """`make()` in the main process; in the others the same task with its parameters on the meta device, for sharding.
+
+    Raises:
+        UserError: as `make` does.
+    """
+    built: list[Task] = []
+
+    def build() -> Task:
+        built.append(make())
+        return without_weights(built[0])
+
+    empty = distributed.from_main(build)
+    return built[0] if built else empty
+
+
+def _take_weights(p: nn.Parameter) -> Tensor:
+    """The data of a parameter, which goes to the meta device and stays the same object."""
+    weights = _empty(p)
+    torch.utils.swap_tensors(p, weights)
+    return weights.detach()
+
+
+def without_weights(task: Task) -> Task:
     """A copy of a task that shares nothing with it, its parameters on the meta device."""
     empty = {id(p): _empty(p) for p in task.parameters()}
     return copy.deepcopy(task, empty)

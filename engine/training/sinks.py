@@ -6,7 +6,7 @@ Axes: T video frames, H height, W width, N samples, C channels.
 from __future__ import annotations
 
 import io
-import re
+import secrets
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,11 +75,13 @@ class WandbSink:
                 f"trainer.wandb={mode} needs wandb ({error}): install it or set trainer.wandb=off"
             ) from error
         self._wandb = wandb
-        name = re.sub(r"[^\w-]+", "-", run.name)  # an id has no dots, slashes or spaces
+        kept = run / "wandb_id"  # a folder's name is not unique; without the file, as in older runs, a new run begins
+        if not kept.is_file():
+            kept.write_text(f"{secrets.token_hex(6)}\n")
         self._run = wandb.init(
             project="speaking-faces",
             name=run.name,
-            id=name,
+            id=kept.read_text().strip(),
             resume="allow",
             dir=run,
             mode=mode,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import re
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,6 +22,7 @@ PEAKS = {
     "H100": 989.4,
     "A100": 312.0,
     "L40S": 362.1,
+    "L40": 181.1,
     "L4": 121.0,
     "RTX 4090": 165.2,
 }
@@ -47,42 +50,87 @@ def peak_tflops(stated: float | None, device: torch.device) -> float | None:
     if stated is not None or device.type != "cuda":
         return stated
     name = torch.cuda.get_device_name(device)
-    return next((figure for key, figure in PEAKS.items() if key in name), None)
+    return next((figure for key, figure in PEAKS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 class Utilisation:
-    """Model FLOPs utilisation: the floating-point operations of a process's steps against its device's peak.
+    """Floating-point operations of a process's steps against its device's peak.
 
     Operations (matrix products, convolutions, attention; forward and backward, as torch.utils.flop_counter counts them)
-    are counted in one step and scaled by the tokens of the others. What activation checkpointing computes twice counts
-    twice.
+    are counted in one step and scaled by the tokens of the others. Hardware utilisation (HFU) takes all of them, model
+    utilisation (MFU) leaves out what activation checkpointing computes a second time (PaLM, arXiv 2204.02311, app. B).
     """
 
     def __init__(self, peak: float | None):
         self.peak = peak
-        self._counted: tuple[int, int] | None = None  # operations, tokens
+        self._counted: tuple[int, int, int] | None = None  # operations, of them recomputed, tokens
 
     @contextmanager
-    def counting(self, tokens: int) -> Iterator[None]:
-        """Count the step in this block, of so many tokens, unless one was counted or no peak is known."""
+    def counting(self) -> Iterator[list[int]]:
+        """Count the step in this block, unless one was counted or no peak is known. Its tokens belong into the list."""
+        tokens: list[int] = []
         if self.peak is None or self._counted:
-            yield
+            yield tokens
             return
-        # Compiled code hides its operations: this one step runs without.
-        with (
-            torch.compiler.set_stance("force_eager"),
-            FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter,
-        ):
-            yield
-        self._counted = counter.get_total_flops(), tokens
+        _recomputed.clear()
+        with torch.compiler.set_stance("force_eager"), counter() as flops:  # compiled code hides its operations
+            yield tokens
+        self._counted = flops.get_total_flops(), sum(_recomputed), sum(tokens)
 
     def share(self, tokens: int, steps: int, seconds: float) -> dict[str, float]:
-        """`mfu` of `steps` steps with `tokens` tokens in `seconds`; {} without a known peak."""
+        """`mfu` and `hfu` of `steps` steps with `tokens` tokens in `seconds`; {} without a known peak."""
         if self.peak is None or self._counted is None:
             return {}
-        operations, counted_tokens = self._counted
-        done = operations * (tokens / counted_tokens if counted_tokens else steps)
-        return {"mfu": done / seconds / (self.peak * 1e12)}
+        operations, again, counted_tokens = self._counted
+        rate = (tokens / counted_tokens if counted_tokens else steps) / seconds / (self.peak * 1e12)
+        return {"mfu": (operations - again) * rate, "hfu": operations * rate}
+
+
+def counter() -> FlopCounterMode:
+    """Counts floating-point operations within its block, those of attention on processors too."""
+    return FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+
+
+_recomputed: list[int] = []  # operations of blocks that were computed a second time since a step began to be counted
+
+
+def recomputing() -> tuple[Any, Any]:
+    """For `torch.utils.checkpoint`: what surrounds the first and the second computation of a block."""
+    return nullcontext(), _recount() if torch.utils._python_dispatch._get_current_dispatch_mode() else nullcontext()
+
+
+@contextmanager
+def _recount() -> Iterator[None]:
+    with counter() as again:
+        try:
+            yield
+        finally:  # the second computation ends by an exception as soon as it has all that is needed
+            _recomputed.append(again.get_total_flops())
+
+
+@contextmanager
+def steady(device: torch.device, precision: str, fixed_shapes: bool) -> Iterator[str]:
+    """Settings for a loop of training steps, restored after it; gives a line that says them.
+
+    In bf16, what autocast leaves in float32 may use TF32; fp32 means float32 throughout. cuDNN tries its algorithms
+    where the shapes of batches stay the same. Python collects garbage when it is told to, not in the middle of a step:
+    a pause of one process is a pause of all.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    matmul.allow_tf32 = cudnn.allow_tf32 = precision == "bf16"
+    cudnn.benchmark = fixed_shapes
+    gc.collect()
+    gc.disable()
+    said = "garbage collection at log lines"
+    if device.type == "cuda":
+        on = {True: "on", False: "off"}
+        said = f"TF32 {on[matmul.allow_tf32]}, cuDNN benchmark {on[fixed_shapes]}, {said}"
+    try:
+        yield said
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+        gc.enable()
 
 
 def memory_gib(device: torch.device) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Task(nn.Module):
     """What is trained: networks, losses, validation, and what a release of the result holds."""
 
     lora_scale: float | None = None  # of the low-rank updates that `adapt` added
+    step = 0  # optimiser steps done, in every process alike
+    on_host: tuple[str, ...] = ()  # entries of a batch that stay in main memory: lengths, which shapes depend on
 
     def parts(self) -> dict[str, nn.Module]:
         """Optimiser name -> module whose parameters it owns, in update order. A GAN: discriminator, generator."""
@@ -54,16 +56,30 @@ class Task(nn.Module):
         """
         return []
 
+    def clipped_apart(self) -> list[nn.Module]:
+        """Modules whose gradients are clipped by a norm of their own, so that they do not scale those of the others."""
+        return []
+
+    def has_idle_parameters(self) -> bool:
+        """Whether some steps give no gradient to some parameters that are trained: DDP then looks for them."""
+        return len(self.parts()) > 1
+
     def whole(self) -> list[nn.Module]:
         """Modules whose parameters `forward` changes in place, outside of `blocks`: they are never sharded."""
         return []
 
+    def begin_step(self, step: int) -> None:
+        """Called before each step of training; schedules go by `self.step`, which the host knows."""
+        self.step = step
+
     def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
         """Losses of `part`, weighted: `loss` is what is minimised, the others (scalars) are logged.
 
-        A result that the next part needs too may be stored in `batch`. Random draws come from torch's default
-        generator, which is seeded for every step. Parameters that are changed in place (code books) must change alike
-        in every process: draw for that from a generator seeded by a buffer, as the default one differs.
+        A result that the next part needs too may be stored in `batch`. It is there if a step has one batch; else it is
+        made again, so that the graphs of all batches need not be kept. Random draws come from torch's default
+        generator, which is seeded for every batch, and are made for such results or in the first part only. No value
+        is read from the device: the host would wait for it. Parameters that are changed in place (code books) must
+        change alike in every process: draw for that from a generator seeded by a buffer, as the default one differs.
         """
         raise NotImplementedError
 
@@ -122,6 +138,7 @@ class TrainerConfig:
     batch_tokens: int | None = bounded(1, 10**9)
     by_length: bool
     accumulate: int = bounded(1, 10**6)
+    global_batch_size: int | None = bounded(1, 10**9)
     lr: float = bounded(0.0, 10.0)
     betas: tuple[float, float] = bounded(0.0, 1 - 1e-9)
     weight_decay: float = bounded(0.0, 100.0)
@@ -165,6 +182,26 @@ class TrainerConfig:
             raise UserError(f"trainer.betas={self.betas} must be two numbers, as in [0.9,0.98]")
         if self.best is not None and not re.fullmatch(r"(min|max) \S+", self.best):
             raise UserError(f"trainer.best={self.best} is not `min NAME` or `max NAME`, as in 'min wer_seen'")
+
+    def shared_among(self, processes: int) -> TrainerConfig:
+        """With `global_batch_size`: batches of at most `batch_size` for each process, and as many of them as it takes.
+
+        Raises:
+            UserError: it cannot be divided so.
+        """
+        whole = self.global_batch_size
+        if whole is None:
+            return self
+        if self.batch_tokens is not None:
+            raise UserError(f"trainer.global_batch_size={whole} counts samples: set it or trainer.batch_tokens to null")
+        each = whole // processes
+        accumulate = -(-each // self.batch_size)
+        if whole % processes or each % max(1, accumulate):
+            raise UserError(
+                f"trainer.global_batch_size={whole} cannot be shared by {processes} processes in equal batches of at "
+                f"most trainer.batch_size={self.batch_size}: choose other numbers"
+            )
+        return replace(self, accumulate=accumulate, batch_size=each // accumulate)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step `step` (from 0): linear warm-up, then constant or cosine to `min_lr_ratio`."""

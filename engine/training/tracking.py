@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections import defaultdict
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from engine.errors import UserError
@@ -72,16 +72,20 @@ class Window:
     def __init__(self) -> None:
         self.start, self.wait, self.steps, self.tokens = time.perf_counter(), 0.0, 0, 0
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = defaultdict(int)
+        self.counts: dict[str, Tensor] = {}
 
-    def add(self, values: dict[str, Tensor], prefix: str) -> None:
-        """Take in one step's scalars; a skipped step adds none."""
+    def add(self, values: dict[str, Tensor], good: Tensor, prefix: str) -> None:
+        """Take in one step's scalars, if the step was `good`, () bool."""
         for key, value in values.items():
-            self.sums[prefix + key] = self.sums.get(prefix + key, 0) + value.detach()
-            self.counts[prefix + key] += 1
+            key, value = prefix + key, torch.where(good, value.detach(), 0.0)
+            self.sums[key] = self.sums.get(key, 0) + value
+            self.counts[key] = self.counts.get(key, 0) + good.double()
 
     def means(self) -> dict[str, float]:
-        return {key: float(value) / self.counts[key] for key, value in self.sums.items()}
+        """Of the scalars of good steps. Waits for the device."""
+        keys = list(self.sums)
+        values = torch.stack([self.sums[key].double() for key in keys] + [self.counts[key] for key in keys]).tolist()
+        return {key: total / n for key, total, n in zip(keys, values, values[len(keys) :]) if n}
 
     def rates(self, samples: float, processes: int, use: Utilisation) -> dict[str, float]:
         """Speed of all processes together, from `samples` a step; `data_wait` is the share of time without data, `mfu`
@@ -102,7 +106,7 @@ def progress_line(
     """One line for a person; `peak` in TFLOP/s is what `mfu` is a share of."""
     values = " ".join(f"{key} {value:.4f}" for key, value in means.items())
     eta = timedelta(seconds=round((steps - step) * rates["step_s"]))
-    use = f"MFU {rates['mfu']:.1%} of {peak:,.0f} TFLOP/s " if "mfu" in rates else ""
+    use = f"MFU {rates['mfu']:.1%} HFU {rates['hfu']:.1%} of {peak:,.0f} TFLOP/s " if "mfu" in rates else ""
     return (
         f"step {step:,}/{steps:,} | {values} | lr {lr:.2e} | {rates['samples_per_s']:.1f} samples/s "
         f"{rates['tokens_per_s']:,.0f} tokens/s {use}{rates['memory_gib']:.1f} GiB wait {rates['data_wait']:.0%} "

@@ -8,6 +8,7 @@ same random numbers as one process with `accumulate` W times larger.
 from __future__ import annotations
 
 import errno
+import gc
 import math
 import time
 from collections import defaultdict
@@ -28,9 +29,9 @@ from engine.training.checkpoint import Checkpoints
 from engine.training.ema import ExponentialMovingAverage
 from engine.training.export import describe, export
 from engine.training.guard import StepGuard
-from engine.training.parallel import ParallelTask, adamw
+from engine.training.parallel import ParallelTask, adamw, begin_state, clipping_groups, update
 from engine.training.signals import StopRequest
-from engine.training.speed import Utilisation, memory_gib, peak_tflops, tracing
+from engine.training.speed import Utilisation, memory_gib, peak_tflops, steady, tracing
 from engine.training.task import Task, TrainerConfig
 from engine.training.tracking import Tracker, Window, progress_line
 
@@ -69,20 +70,22 @@ class Trainer:
             raise UserError("the training set is empty")
         self.run, self.record, self.fresh = Path(run), record or {}, fresh
         self.code = checkpoint.code_version()
-        self.device = distributed.pick_device(self.config.device)
-        self.task = task.to(self.device)
-        self.parallel = ParallelTask(self.task, self.config, self.device)
-        self.parameters, self.optimisers = {}, {}
+        self.config = c = self.config.shared_among(distributed.world_size())
+        self.device = distributed.pick_device(c.device)
+        self.parallel = ParallelTask(task, c, self.device)
+        self.task = task
+        self.parameters, self.optimisers, self.clipped = {}, {}, {}
         for part, module in task.parts().items():
             self.parameters[part] = {k: p for k, p in module.named_parameters() if p.requires_grad}
-            self.optimisers[part] = adamw(self.parameters[part].values(), self.config)
-        self.ema = ExponentialMovingAverage(task, self.config.ema_decay)
+            self.optimisers[part] = adamw(self.parameters[part].values(), c)
+            self.clipped[part] = clipping_groups(self.parameters[part].values(), task.clipped_apart())
+        self.ema = ExponentialMovingAverage(task, c.ema_decay)
         self.buffers = [name for name, _ in task.named_buffers() if name in task.state_dict()]
-        c = self.config
         self.batches = MicroBatches(dataset, c.batch_size, c.seed, c.batch_tokens, c.by_length)
-        self.checkpoints = Checkpoints(self.run / "checkpoints", self.config.keep, self.config.best)
-        self.guard = StepGuard(self.run, self.config.spike)
-        self.use = Utilisation(peak_tflops(self.config.peak_tflops, self.device))
+        self.checkpoints = Checkpoints(self.run / "checkpoints", c.keep, c.best)
+        self.guard = StepGuard(self.run, c.spike, self.parameters, self.device)
+        self.agreement = distributed.Agreement()
+        self.use = Utilisation(peak_tflops(c.peak_tflops, self.device))
         self.step = self.position = 0  # steps done; batches used for them, in all processes together
         self.write_error: str | None = None  # what this process could not write; training ends at the next step
 
@@ -103,18 +106,26 @@ class Trainer:
         self._say(f"{self._count()}; {c.steps - self.step:,} of {c.steps:,} steps to go on {self._where()}")
         self.task.train()
         try:
-            with StopRequest() as stop, tracing(self.run / "profile", c.profile, distributed.rank()) as trace:
-                coming = self._numbers((c.steps - self.step) * c.accumulate)
-                batches = load_batches(self.batches, coming, c.workers, pinned=self.device.type == "cuda")
+            with (
+                StopRequest() as stop,
+                tracing(self.run / "profile", c.profile, distributed.rank()) as trace,
+                steady(self.device, c.precision, self.batches.fixed_shapes) as settings,
+            ):
+                self._say(settings)
+                numbers = self._numbers((c.steps - self.step) * c.accumulate)
+                coming = load_batches(self.batches, numbers, c.workers, self.device, self.task.on_host)
                 window, stopping = Window(), False
                 while self.step < c.steps and not stopping:
-                    begin = time.perf_counter()
-                    batch = [_to(next(batches), self.device) for _ in range(c.accumulate)]
-                    window.wait += time.perf_counter() - begin
-                    with self.use.counting(sum(self.task.tokens(b) for b in batch)):
-                        stopping = self._train_step(batch, window, stop)
+                    with self.use.counting() as tokens:
+                        tokens.append(self._train_step(coming, window))
+                    failing = bool(self.write_error or self.checkpoints.problem)
+                    stopping, failed = self.agreement.reach(stop.asked, failing)
+                    if failed:
+                        self._stop_on_write_error()
                     if trace:
                         trace.step()
+                    if window.steps == 1:
+                        distributed.shorten_timeouts()  # what starts slowly has started
                     leaving = stopping or self.step == c.steps
                     if self.step % c.log_every == 0 or leaving:
                         self._log(window, tracker)
@@ -127,15 +138,14 @@ class Trainer:
                         self.validate(tracker)
                     window.start += time.perf_counter() - begin  # neither counts in the rates
             self._stop_on_write_error()
-            results = None
             if self.step < c.steps:
                 self._say(f"stopped at step {self.step:,}, saved; the same command goes on from here")
-            else:
-                results = self.validate(tracker)
-                self._stop_on_write_error()
+                return None
+            results = self.validate(tracker)
+            self._stop_on_write_error()
             return results
         finally:
-            self.checkpoints.close()
+            self.checkpoints.abandon()  # nothing is in work unless this process fails
             if tracker:
                 tracker.close()
 
@@ -155,11 +165,9 @@ class Trainer:
                     tracker.media(self.step, folder)
                 if not any(folder.iterdir()):
                     folder.rmdir()
-                if self.config.best and self.config.best.split()[1] not in results:
-                    self._say(
-                        f"trainer.best={self.config.best!r}: no best is kept, as the validation gives "
-                        f"{', '.join(results) or 'no figures'}"
-                    )
+                if (best := self.config.best) and best.split()[1] not in results:
+                    names = ", ".join(results) or "no figures"
+                    self._say(f"trainer.best={best!r}: no best is kept, as the validation gives {names}")
         self._stop_on_write_error()
         self.checkpoints.note(self.step, results)
         return results
@@ -169,89 +177,88 @@ class Trainer:
         distributed.from_main(lambda: export(self.run, folder))
         self._say(f"released to {folder}")
 
-    def _train_step(self, batches: list[dict[str, Any]], window: Window, stop: StopRequest) -> bool:
-        """One update of every part; gives whether any process was asked to stop."""
-        lr, reason, stopping = self.config.lr_at(self.step), None, False
+    def _train_step(self, coming: Iterator[dict[str, Any]], window: Window) -> int:
+        """One update of every part, from the next batches; gives their tokens. Nothing here waits for the device."""
+        c, first, several = self.config, next(iter(self.optimisers)), len(self.optimisers) > 1
+        kept, keys, tokens = [], [], 0
+        good = torch.ones((), dtype=torch.bool, device=self.device)
         self._share_buffers()
+        self.task.begin_step(self.step)
         for part, optimiser in self.optimisers.items():
-            losses, each = self._gradients(part, batches)
+            self.task.zero_grad(set_to_none=True)
+            losses, each = defaultdict(lambda: torch.zeros((), device=self.device)), []
+            for micro, number in enumerate(self._numbers(c.accumulate)):
+                batch = self._next(coming, window) if part == first else kept[micro]
+                if part == first:
+                    tokens += self.task.tokens(batch)
+                    keys += [list(batch["keys"])] if "keys" in batch else []
+                    kept += [batch] if several else []
+                torch.manual_seed(seed_for(c.seed, "step", first, number))
+                # What a part stores for the next one is kept if that is of one batch only.
+                batch = batch if c.accumulate == 1 else dict(batch)
+                each.append(self._backward(batch, part, losses, last=micro + 1 == c.accumulate))
+            losses["grad_norm"] = self._clip(part)
             figures = torch.stack([losses["loss"], losses["grad_norm"]]).double()
-            bad, asked = (~figures.isfinite()).any(), stop.asked
-            failed = bool(self.write_error or self.checkpoints.problem)
-            flags = torch.stack([bad, *torch.tensor([asked, failed], device=self.device)])
-            bad, stopping, failed, loss, norm = distributed.maximum(torch.cat([flags, figures.nan_to_num()]))
-            if failed:
-                self._stop_on_write_error()
-            reason = self.guard.reason_to_skip(part, {"loss": loss, "grad_norm": norm}, finite=not bad)
-            if reason:  # later parts may depend on this one: they are skipped too
-                self._skip(part, reason, batches, each)
-                break
+            bad, *worst = distributed.maximum_(torch.cat([(~figures.isfinite()).any()[None], figures.nan_to_num()]))
+            fine = self.guard.check(self.step + 1, part, torch.stack(worst), bad == 0, torch.stack(each), keys)
+            good = good & fine  # later parts may depend on this one: they are skipped too
             for group in optimiser.param_groups:
-                group["lr"] = lr
-            optimiser.step()
-            window.add(losses, f"{part}/" if len(self.optimisers) > 1 else "")
+                group["lr"] = c.lr_at(self.step)
+            update(optimiser, good)
+            window.add(losses, good, f"{part}/" if several else "")
         self.task.zero_grad(set_to_none=True)
-        window.steps += 1
-        window.tokens += sum(self.task.tokens(batch) for batch in batches)
-        if not reason:
-            self.guard.passed()
-            self.ema.update(self.step)
-        self.step += 1
-        self.position += self.config.accumulate * distributed.world_size()
-        return bool(stopping)
+        self.ema.update(self.step)
+        self.step, self.position = self.step + 1, self.position + c.accumulate * distributed.world_size()
+        window.steps, window.tokens = window.steps + 1, window.tokens + tokens
+        return tokens
 
-    def _gradients(self, part: str, batches: list[dict[str, Any]]) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """Leave the clipped gradients of `part` over all micro-batches; gives the mean losses with `grad_norm`, and
-        the loss of each micro-batch."""
-        self.task.zero_grad(set_to_none=True)
-        each = []
-        totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
-        for micro, (number, batch) in enumerate(zip(self._numbers(len(batches)), batches)):
-            torch.manual_seed(seed_for(self.config.seed, "step", part, number))
-            with self.parallel.micro_batch(last=micro == len(batches) - 1):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                    losses = self.parallel.losses(batch, part)
-                (losses["loss"] / len(batches)).backward()
-            each.append(losses["loss"].detach())
-            for name, value in losses.items():
-                totals[name] += value.detach().float() / len(batches)
-        totals["grad_norm"] = self.parallel.clip(self.parameters[part].values(), self.config.clip or math.inf)
-        return totals, each
+    def _next(self, coming: Iterator[dict[str, Any]], window: Window) -> dict[str, Any]:
+        begin = time.perf_counter()
+        batch = next(coming)
+        window.wait += time.perf_counter() - begin
+        return batch
 
-    def _skip(self, part: str, reason: str, batches: list[dict[str, Any]], losses: list[Tensor]) -> None:
-        """Count this step as skipped, record its batches, and stop after too many in a row."""
-        mine = [
-            {
-                "rank": distributed.rank(),
-                "batch": number,
-                "loss": float(loss) if loss.isfinite() else str(float(loss)),
-                "samples": [index for _, index in self.batches.samples(number)],
-                **({"keys": list(batch["keys"])} if "keys" in batch else {}),
-            }
-            for number, batch, loss in zip(self._numbers(len(batches)), batches, losses)
-        ]
-        everyone = [entry for entries in distributed.gather(mine) for entry in entries]
-        self.guard.skip()
-        self._say(f"step {self.step + 1:,} skipped: {reason} ({self.guard.skipped} so far)")
-        if distributed.is_main():
-            with self._record_write_error():
-                self.guard.write_down({"step": self.step + 1, "part": part, "reason": reason, "batches": everyone})
-        if self.guard.in_a_row >= self.config.give_up_after:
-            distributed.fail(
-                f"training stopped at step {self.step + 1}: {reason}, {self.guard.in_a_row} steps in a row skipped; "
-                f"see {self.guard.path} for their samples; fix the data or lower trainer.lr ({self.config.lr})"
-            )
+    def _backward(self, batch: dict[str, Any], part: str, totals: dict[str, Tensor], last: bool) -> Tensor:
+        """Add a batch's gradients, and its share of the mean losses to `totals`; gives its loss."""
+        share = self.config.accumulate
+        with self.parallel.micro_batch(last):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                losses = self.parallel.losses(batch, part)
+            (losses["loss"] / share).backward()
+        for name, value in losses.items():
+            totals[name] += value.detach().float() / share
+        return losses["loss"].detach().double()
+
+    def _clip(self, part: str) -> Tensor:
+        """Clip the gradients of `part`, each group by its norm; gives the norm of all before."""
+        limit = self.config.clip or math.inf
+        norms = [self.parallel.clip(group, limit).to(self.device) for group in self.clipped[part]]
+        return torch.stack(norms).norm()
+
+    def _report_skipped(self) -> None:
+        """Record the steps that were skipped since the last call, and stop after too many in a row."""
+        for skip in self.guard.settle():
+            numbers = self._numbers(self.config.accumulate, skip.step - 1 - self.step)
+            samples = [[index for _, index in self.batches.samples(number)] for number in numbers]
+            everyone = distributed.gather(skip.batches(distributed.rank(), numbers, samples))
+            self._say(f"step {skip.step:,} skipped: {skip.reason} ({self.guard.skipped} so far)")
+            if distributed.is_main():
+                with self._record_write_error():
+                    self.guard.write_down(skip, [entry for entries in everyone for entry in entries])
+            if skip.in_a_row >= self.config.give_up_after:
+                distributed.fail(
+                    f"training stopped at step {skip.step}: {skip.reason}, {skip.in_a_row} steps in a row skipped; see "
+                    f"{self.guard.path} for their samples; fix the data or lower trainer.lr ({self.config.lr})"
+                )
 
     @contextmanager
     def _record_write_error(self) -> Iterator[None]:
         """Keep an error of this process, such as a full disk, until all processes can stop together."""
         try:
             yield
-        except OSError as error:
-            if error.errno not in DISK_FULL:
+        except (OSError, UserError) as error:
+            if isinstance(error, OSError) and error.errno not in DISK_FULL:
                 raise
-            self.write_error = str(error)
-        except UserError as error:
             self.write_error = str(error)
 
     def _stop_on_write_error(self) -> None:
@@ -265,10 +272,10 @@ class Trainer:
         """Rank 0's persistent buffers count, in training as in checkpoints."""
         distributed.broadcast(self.task.get_buffer(name) for name in self.buffers)
 
-    def _numbers(self, count: int) -> range:
-        """Numbers of this process's next `count` micro-batches."""
+    def _numbers(self, count: int, steps: int = 0) -> range:
+        """Numbers of this process's next `count` micro-batches, or of those that many `steps` later."""
         world = distributed.world_size()
-        first = self.position + distributed.rank()
+        first = self.position + distributed.rank() + steps * self.config.accumulate * world
         return range(first, first + count * world, world)
 
     def _state(self) -> dict[str, Tensor]:
@@ -284,8 +291,9 @@ class Trainer:
     def _save(self) -> None:
         self._stop_on_write_error()
         self._share_buffers()
-        info = {"position": self.position, **self.guard.state(), "config": self.record, "code": self.code}
-        self.checkpoints.save(self.step, self._state(), info)
+        self._report_skipped()
+        info = {"position": self.position, "config": self.record, "code": self.code}
+        self.checkpoints.save(self.step, self._state(), info | self.batches.state() | self.guard.state())
 
     def _resume(self) -> None:
         root = self.run / "checkpoints"
@@ -296,22 +304,22 @@ class Trainer:
         folder = distributed.from_main(lambda: checkpoint.newest(root, self._say))
         if folder is None:
             return
-        for part, optimiser in self.optimisers.items():
-            for p in self.parameters[part].values():  # AdamW makes its state at its first step; loading needs it now
-                count = torch.zeros((), device=p.device)
-                optimiser.state[p] = {"step": count, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        for optimiser in self.optimisers.values():
+            begin_state(optimiser)
         state = self._state()
         info = checkpoint.load(folder, state)
         for part, optimiser in self.optimisers.items():
             for name, p in self.parameters[part].items():
                 if f"optim.{part}.{name}.step" not in state:
                     del optimiser.state[p]
-        self.step, self.position = info["step"], info["position"]
+        self.step, self.position = info["step"], self.batches.position(info)
         self.guard.load_state(info)
         self._say(f"resumed from {folder}; init= is not read again, fresh=true starts anew")
 
     def _log(self, window: Window, tracker: Tracker | None) -> None:
         c, world = self.config, distributed.world_size()
+        gc.collect(1)
+        self._report_skipped()
         means = distributed.mean(window.means(), self.device)
         rates = window.rates(c.accumulate * self.batches.mean_size() * world, world, self.use)
         (rates["memory_gib"],) = distributed.maximum(torch.tensor([memory_gib(self.device)], device=self.device))
@@ -333,10 +341,3 @@ class Trainer:
         if distributed.is_main():
             with suppress(OSError):  # its file may be on the full disk
                 print(line, flush=True)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    """Tensors of a batch, however nested in dicts, on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    return {k: _to(v, device) for k, v in value.items()} if isinstance(value, dict) else value

@@ -1,0 +1,66 @@
+"""Reads the tensors of a checkpoint folder that may come from anywhere."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from pathlib import PosixPath
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import metadata as dcp_metadata
+
+from engine.errors import UserError
+from engine.untrusted import safe_name
+
+# All that the pickled `.metadata` of a dict of tensors names. BytesStorageMetadata is left out for good: what it
+# describes, torch would unpickle with no such list.
+_METADATA = (dcp_metadata.Metadata, dcp_metadata.TensorStorageMetadata, dcp_metadata.TensorProperties)
+_METADATA += (dcp_metadata.ChunkStorageMetadata, dcp_metadata.MetadataIndex, dcp_metadata.StorageMeta)
+_METADATA += (dcp_metadata._MEM_FORMAT_ENCODING, filesystem._StorageInfo, torch.serialization._get_layout, torch.Size)
+_METADATA += (PosixPath, *{value for value in vars(torch).values() if isinstance(value, torch.dtype)})
+_GLOBALS = {(found.__module__, found.__qualname__): found for found in _METADATA if not isinstance(found, torch.dtype)}
+_GLOBALS |= {tuple(str(found).split(".")): found for found in _METADATA if isinstance(found, torch.dtype)}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _GLOBALS:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return _GLOBALS[module, name]
+
+
+class Reader(dcp.FileSystemReader):
+    """Reads a checkpoint that may come from anywhere: nothing that its files name is run or lies outside its folder."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp_metadata.Metadata:
+        """What the checkpoint holds.
+
+        Raises:
+            UserError: anything but tensors, or tensors that its files cannot hold.
+        """
+        try:
+            with (self.path / ".metadata").open("rb") as file:
+                found = _Unpickler(file).load()
+            size = 0
+            for entry in found.state_dict_metadata.values():
+                if not isinstance(entry, dcp_metadata.TensorStorageMetadata):
+                    raise ValueError("it holds more than tensors")
+                count = math.prod(entry.size)
+                if min(entry.size, default=0) < 0 or sum(math.prod(part.sizes) for part in entry.chunks) != count:
+                    raise ValueError("a tensor and its parts differ in size")
+                size += count * entry.properties.dtype.itemsize
+            for place in found.storage_data.values():
+                safe_name(place.relative_path, "the name of a data file")
+                if place.transform_descriptors:
+                    raise ValueError("its data files are packed")
+            if size > sum(path.stat().st_size for path in self.path.glob("*.distcp")):
+                raise ValueError(f"its files cannot hold {size:,} bytes of tensors")
+        except Exception as error:  # a damaged pickle can raise nearly anything
+            raise UserError(
+                f"checkpoint {self.path} is damaged or forged: .metadata cannot be read ({error})"
+            ) from error
+        found.storage_meta = dcp_metadata.StorageMeta(load_id=self.load_id)
+        return found

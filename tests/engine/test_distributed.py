@@ -1,0 +1,85 @@
+"""What several processes agree about: flags without waiting, timeouts, tasks built by one of them."""
+
+import json
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_parallel import together
+from toy_task import ToyBlocks
+
+from engine.errors import UserError
+from engine.training import distributed
+from engine.training.parallel import build_once
+
+
+def worker(folder: Path) -> None:
+    """One of two processes; writes what it saw into FOLDER/RANK.json."""
+    distributed.init("cpu")
+    rank, seen = distributed.rank(), {"recorder": {k: os.environ.get(k) for k in distributed.FLIGHT_RECORDER}}
+    agreement = distributed.Agreement()
+    seen["flags"] = [agreement.reach(rank == 1 and step == 1, rank == 0 and step == 2) for step in range(4)]
+    made = []
+
+    def make():
+        made.append(rank)
+        torch.manual_seed(7)
+        return ToyBlocks()
+
+    task = build_once(make)
+    seen["made"], seen["devices"] = made, sorted({p.device.type for p in task.parameters()})
+    seen["tied"] = task.tied.weight is task.discriminator.weight
+    distributed.STEP_TIMEOUT = timedelta(seconds=1)
+    distributed.shorten_timeouts()
+    begin = time.monotonic()
+    if rank == 0:
+        try:
+            dist.all_reduce(torch.zeros(1))  # the other one does not come
+        except RuntimeError as error:
+            seen["error"] = str(error)[:200]
+        seen["seconds"] = time.monotonic() - begin
+    else:
+        time.sleep(3)
+    objects = distributed.gather(rank)  # patient: takes as long as it takes
+    (folder / f"{rank}.json").write_text(json.dumps(seen | {"objects": objects}))
+    distributed.exit_process(0)
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("seen")
+    together(2, str(folder), "test_distributed.py")
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_flags_are_known_to_all_one_step_later(seen):
+    assert seen[0]["flags"] == seen[1]["flags"] == [[False, False], [False, False], [True, False], [False, True]]
+    assert distributed.Agreement().reach(True, False) == [True, False]  # alone: at once
+
+
+def test_a_task_is_built_once_and_has_no_weights_elsewhere(seen):
+    assert [one["made"] for one in seen] == [[0], []]
+    assert [one["devices"] for one in seen] == [["cpu"], ["meta"]] and seen[1]["tied"]
+
+
+def test_a_collective_that_hangs_fails_soon_and_objects_may_take_long(seen):
+    assert seen[0]["seconds"] < 2.5 and "imed out" in seen[0]["error"]
+    assert [one["objects"] for one in seen] == [[0, 1], [0, 1]]
+
+
+def test_the_flight_recorder_is_on(seen):
+    assert seen[0]["recorder"] == distributed.FLIGHT_RECORDER
+
+
+def test_a_task_that_cannot_be_built_is_one_line():
+    with pytest.raises(UserError, match="no such release"):
+        build_once(lambda: (_ for _ in ()).throw(UserError("no such release")))
+
+
+if __name__ == "__main__":
+    worker(Path(json.loads(sys.argv[1])))
