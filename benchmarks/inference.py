@@ -1,0 +1,285 @@
+"""Inference of both models, one table: speed, first sound, network evaluations, operators, host reads, memory.
+
+Weights are random, the work is real. float32 and bfloat16 (and, for Talker-T2AV, a loop of the official program's
+shape) take turns in one process, so that whatever else runs on the machine disturbs all alike; times are processor time
+on a CPU. HiCoDiT: `--timed-steps` steps of the first window are timed, and a whole clip follows from the number of its
+windows and steps; encoders and the codec's decoder are left out. Talker-T2AV: `--patches` patches of t2av after a
+prompt of 40 tokens. `first_s`: seconds of computing before the first sound can be decoded: HiCoDiT's first window, or
+Talker's first patch. `of_rate`: share of the machine's measured rate of matrix products in the same precision.
+`--minutes` measures the memory of whole clips through encoders, sampler and codec.
+
+    python -m benchmarks.inference              tiny models, a few minutes
+    python -m benchmarks.inference --full       released sizes, 60 s and batches of 8, too
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.common import in_own_process, now, peak_memory_mb, read_config
+from benchmarks.official_talker import official_t2av
+from benchmarks.sampling import build
+from engine.config import override
+from engine.precision import convert_matrices
+from hicodit.conditions.types import Conditions, Crops, windows_of
+from hicodit.generation import generate, windows
+from hicodit.guidance import GuidanceScales
+from hicodit.model import FLOAT32
+from hicodit.pipeline import HiCoDiTPipeline
+from hicodit.settings import SamplerConfig
+from talker_t2av.generation import PatchLoop
+from talker_t2av.model import TalkerConfig, TalkerT2AV
+from talker_t2av.request import MODES, Request, Sampling
+
+LEAST = {"timed_steps": 2, "patches": 2, "rounds": 1, "seconds": 1.0, "batch": 1, "minutes": 0.1}
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+COLUMNS = ("model", "size", "batch", "seconds", "sampler", "precision", "rtf", "first_s", "evaluations", "operators",
+           "host_reads", "peak_memory_mb", "of_rate", "to_official")  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--full", action="store_true", help="also released sizes, 60 s, batches of 8")
+    parser.add_argument("--models", nargs="+", choices=("hicodit", "talker_t2av"), default=["hicodit", "talker_t2av"])
+    parser.add_argument("--sizes", nargs="+", choices=("tiny", "base"), help="(None: tiny, with --full both)")
+    parser.add_argument("--seconds", nargs="+", type=float, help="of HiCoDiT's clips (None: 2 10, with --full 2 10 60)")
+    parser.add_argument("--batch", nargs="+", type=int, help="(None: 1, with --full 1 8)")
+    parser.add_argument("--timed-steps", type=int, default=3, help="steps of HiCoDiT's samplers to time")
+    parser.add_argument("--patches", type=int, default=4, help="patches of Talker-T2AV to time")
+    parser.add_argument("--rounds", type=int, default=3, help="turns that each precision takes; the median counts")
+    parser.add_argument("--minutes", nargs="+", type=float, default=[], help="of clips whose memory is measured")
+
+
+def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
+    sizes = args.sizes or (["tiny", "base"] if args.full else ["tiny"])
+    lengths = args.seconds or ([2.0, 10.0, 60.0] if args.full else [2.0, 10.0])
+    rates = {name: _matrix_rate(args.device, dtype) for name, dtype in TYPES.items()}
+    job = {k: getattr(args, k) for k in ("timed_steps", "patches", "rounds", "device")} | {"rates": rates}
+    rows, head = [], "  ".join(f"{name:>11}" for name in COLUMNS)
+    yield {"matrix_rate_gflops": {k: round(v / 1e9) for k, v in rates.items()}}, head
+    for size in sizes:
+        for batch in args.batch or ([1, 8] if args.full else [1]):
+            settings = []
+            if "hicodit" in args.models:
+                settings += [(hicodit, {"seconds": s, "sampler": k}) for s in lengths for k in ("paper", "fast")]
+            if "talker_t2av" in args.models:
+                settings += [(talker, {})]
+            for measure, more in settings:
+                for row in in_own_process(measure, job | {"size": size, "batch": batch} | more):
+                    rows.append(row)
+                    yield row, "  ".join(f"{_shown(row.get(name)):>11}" for name in COLUMNS)
+    for minutes in args.minutes:
+        memory = in_own_process(whole_clip, minutes, str(args.device))
+        yield memory, f"whole clip of {minutes:g} min, tiny: {memory['peak_memory_mb']:.0f} MB"
+    if rows:
+        chart(rows, args.out / f"{time.strftime('%Y-%m-%d')}-inference-{args.device.type}.png")
+
+
+class Counted(TorchDispatchMode):
+    """Counts operators, and values that the host reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.names[func.overloadpacket._qualified_op_name] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def figures(self) -> dict[str, int]:
+        reads = self.names["aten::_local_scalar_dense"]
+        return {"operators": sum(self.names.values()) - reads, "host_reads": reads}
+
+
+@torch.inference_mode()
+def hicodit(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of one setting of HiCoDiT, a precision each."""
+    device, batch, seconds, steps = torch.device(job["device"]), job["batch"], job["seconds"], job["timed_steps"]
+    preset = read_config(f"sampler/{job['sampler']}")
+    sampler = override(SamplerConfig(), preset["sampler"])
+    guidance = override(GuidanceScales(2.5, 1.25, 1.5, 2.0), preset["guidance"])
+    models, frames = {}, round(25 * min(seconds, sampler.window))
+    for name, dtype in TYPES.items():
+        models[name] = convert_matrices(build(job["size"]).model.to(device), dtype, FLOAT32)
+    c = models["fp32"].config
+    conditions = Conditions(
+        torch.randn(batch, frames, c.lip_dim, device=device), torch.rand(batch, 256, device=device),
+        torch.randint(0, 7, (batch, windows_of(frames)), device=device), torch.full((batch,), frames, device=device),
+    )  # fmt: skip
+
+    def window(name: str, on_step: Callable[[int], None], steps: int = steps) -> None:
+        generate(models[name], conditions, override(sampler, {"steps": steps}), guidance, range(batch), on_step=on_step)
+
+    each: dict[str, list[float]] = {name: [] for name in TYPES}
+    once: dict[str, list[float]] = {name: [] for name in TYPES}
+    for turn in range(job["rounds"] + 1):  # the first turn warms up
+        for name in TYPES:
+            times = [_clock(device)]
+            window(name, lambda _, times=times: times.append(_clock(device)))
+            if turn:
+                durations = np.diff(times).tolist()
+                each[name] += durations[1:]
+                once[name].append(durations[0] - statistics.median(durations[1:]))
+    rounds, total = len(windows(round(25 * seconds), sampler)), sampler.steps
+    flops = _per_step(lambda n: _flops(lambda: window("fp32", lambda _: None, n)))
+    rows = []
+    for name in TYPES:
+        step, before = statistics.median(each[name]), max(0.0, statistics.median(once[name]))
+        figures = _per_step(lambda n, name=name: _operators(lambda: window(name, lambda _: None, n)))
+        whole = rounds * (before + total * step)
+        rows.append({
+            "model": "hicodit", "size": job["size"], "batch": batch, "seconds": seconds, "sampler": job["sampler"],
+            "precision": name, "step_ms": 1e3 * step, "rtf": whole / seconds / batch, "first_s": before + total * step,
+            "evaluations": rounds * total * len(guidance.branches), **figures, "peak_memory_mb": peak_memory_mb(device),
+            "of_rate": flops["flops"] / step / job["rates"][name],
+        })  # fmt: skip
+    return rows
+
+
+@torch.inference_mode()
+def talker(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of Talker-T2AV, a precision each; the loop of the official program's shape runs for one row of a batch."""
+    device, batch, patches = torch.device(job["device"]), job["batch"], job["patches"]
+    torch.manual_seed(0)
+    models, sampling = {}, Sampling()
+    for name, dtype in TYPES.items():
+        torch.manual_seed(0)
+        config = TalkerConfig(**read_config(f"model/talker_t2av_{job['size']}"))
+        models[name] = TalkerT2AV(config).eval().to(device).to_precision(dtype)
+    g = torch.Generator().manual_seed(1)
+    requests = []
+    for seed in range(batch):
+        prompt, speaker = (
+            torch.randint(0, 400, (40,), generator=g).tolist(),
+            torch.randn(config.speaker_dim, generator=g),
+        )
+        none = torch.zeros(0, config.speech_dim), torch.zeros(0, config.motion_dim)
+        face, limits = torch.randn(config.motion_dim, generator=g), {"max_patches": patches, "min_patches": patches}
+        requests.append(Request(prompt, speaker, *none, face, seed=seed, **limits))
+
+    def loop(name: str) -> list[float]:
+        times = [_clock(device)]
+        for _ in PatchLoop(models[name], requests, MODES["t2av"], sampling, use_stop=False):
+            times.append(_clock(device))
+        return np.diff(times).tolist()
+
+    def official() -> list[float]:
+        begin = _clock(device)
+        official_t2av(models["fp32"], requests[0], sampling)
+        return [(_clock(device) - begin) / patches] * patches
+
+    ways: dict[str, Callable[[], list[float]]] = {name: lambda name=name: loop(name) for name in TYPES}
+    each: dict[str, list[list[float]]] = {name: [] for name in (*ways, "official")}
+    for turn in range(job["rounds"] + 1):
+        for name, way in (ways | ({"official": official} if device.type == "cpu" else {})).items():
+            durations = way()
+            if turn:
+                each[name].append(durations)
+    rows = []
+    reference = statistics.median(sum(d) / patches for d in each["official"]) if each["official"] else None
+    flops = _flops(lambda: loop("fp32"))["flops"] / patches
+    for name in TYPES:
+        mean = statistics.median(sum(d) / patches for d in each[name])
+        operators = _operators(lambda name=name: loop(name))
+        rows.append({
+            "model": "talker_t2av", "size": job["size"], "batch": batch, "seconds": 0.16 * patches,
+            "sampler": f"{sampling.steps} steps", "precision": name, "patch_ms": 1e3 * mean, "rtf": mean / 0.16 / batch,
+            "first_s": statistics.median(d[0] for d in each[name]), "evaluations": 2 * 2 * (sampling.steps - 1),
+            **{k: round(v / patches) for k, v in operators.items()}, "peak_memory_mb": peak_memory_mb(device),
+            "of_rate": flops / mean / job["rates"][name], "to_official": reference and reference * batch / mean,
+        })  # fmt: skip
+    return rows
+
+
+def whole_clip(minutes: float, device: str) -> dict[str, Any]:
+    """Peak memory of a clip of the bundled model, from cut pictures to sound; the sampler takes two steps."""
+    pipeline = HiCoDiTPipeline.from_pretrained(device=device)
+    frames, rng = round(1500 * minutes), np.random.default_rng(0)
+    mouth = rng.integers(0, 255, (frames, 48, 48), np.uint8)
+    crops = Crops(mouth, rng.integers(0, 255, (frames, 64, 64, 3), np.uint8))
+    preset = read_config("sampler/fast")
+    sampler = override(pipeline.sampler, preset["sampler"] | {"steps": 2})
+    pipeline.guidance = override(pipeline.guidance, preset["guidance"])
+    wave = pipeline.run([crops], [0], sampler=sampler)[0].wave
+    return {"minutes": minutes, "sound_s": len(wave) / 24_000, "peak_memory_mb": peak_memory_mb(device)}
+
+
+def chart(rows: list[dict[str, Any]], path: Path) -> None:
+    """Real-time factors as bars, on a logarithmic axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = [f"{r['model']} {r['size']}, {r['sampler']}, {r['seconds']:g} s x {r['batch']}" for r in rows]
+    labels = list(dict.fromkeys(names))
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.45 * len(labels)), layout="constrained")
+    for i, precision in enumerate(TYPES):
+        own = {name: r["rtf"] for name, r in zip(names, rows) if r["precision"] == precision}
+        place = np.arange(len(labels)) + 0.4 * i
+        axes.barh(place, [own.get(name, np.nan) for name in labels], 0.38, label=precision)
+    axes.set(xscale="log", xlabel="real-time factor (processor seconds for a second of speech; less is faster)")
+    axes.set_yticks(np.arange(len(labels)) + 0.2, labels)
+    axes.axvline(1, color="grey", linestyle=":")
+    axes.invert_yaxis()
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _clock(device: torch.device) -> float:
+    return now(device) if device.type == "cuda" else time.process_time()
+
+
+def _operators(call: Callable[[], Any]) -> dict[str, int]:
+    with Counted() as counted:
+        call()
+    return counted.figures
+
+
+def _flops(call: Callable[[], Any]) -> dict[str, int]:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return {"flops": counter.get_total_flops()}
+
+
+def _per_step(measure: Callable[[int], dict[str, int]]) -> dict[str, int]:
+    """What one more step adds."""
+    few, more = measure(2), measure(3)
+    return {name: more[name] - few[name] for name in more}
+
+
+def _matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Best measured rate of matrix products, in FLOP/s."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(6):
+        begin = _clock(device)
+        a @ b
+        best = max(best, 2 * n**3 / (_clock(device) - begin))
+    return best
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    from scripts.benchmark import main
+
+    sys.argv.insert(1, "inference")
+    main()

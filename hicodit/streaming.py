@@ -1,0 +1,266 @@
+"""Speech while the face is still talking: frames in, hops of 160 ms of sound out, after a bounded look-ahead.
+
+At each hop the network sees the last `window` seconds of pictures. Tokens that were settled before are known to it; all
+others up to the newest picture are drawn, and those further than the margin from it are settled. Sound is decoded from
+settled tokens alone, once there are as many after it as the codec's `reach`, or as the look-ahead has room for: with
+enough room it is that of offline decoding of the same tokens, else each hop is faded into the next.
+
+Axes: n frames of a block, H height, W width, T video frames (25 a second), K token levels, L token frames (50 a
+second), N samples.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from engine.bounds import bounded, check_bounds
+from engine.codec import Codec
+from engine.config import CONFIGS, override
+from engine.errors import UserError
+from engine.faces.detectors import FaceDetector, HaarDetector
+from engine.faces.track import FaceError, FaceTrack, track_face
+from hicodit.conditions.types import FPS, Conditions, Crops
+from hicodit.generation import GuidedPosterior
+from hicodit.model import TOKENS_PER_FRAME
+from hicodit.samplers import sample
+from hicodit.settings import GuidanceScales, SamplerConfig
+from hicodit.system import HiCoDiTSystem
+
+HOP = 4  # video frames: 160 ms
+MIN_MARGIN = 5  # video frames between the newest picture and a settled token, where the look-ahead has room for them
+FADE = 240  # samples at 24 kHz over which one hop's sound becomes the next one's
+
+
+class Networks(Protocol):
+    """What a stream takes from `HiCoDiTPipeline`."""
+
+    device: torch.device
+    system: HiCoDiTSystem
+    codec: Codec
+    sampler: SamplerConfig
+    guidance: GuidanceScales
+    detector: FaceDetector | None
+    compiled: Callable[[Callable], Callable]
+
+    def conditions(self, crops: list[Crops], identity: np.ndarray | None) -> Conditions:
+        """Conditions of clips; `identity` (256,) replaces that of the faces."""
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """How to stream.
+
+    lookahead: seconds of pictures after a moment that its sound waits for.
+    window: seconds of pictures that the network sees at each hop, rounded up to whole seconds of the clip.
+    steps: of the sampler at each hop, which draws a few tokens only.
+    """
+
+    lookahead: float = bounded(0.04, 4.0, default=0.4)
+    window: int = bounded(1, 60, default=2)
+    steps: int = bounded(1, 1000, default=4)
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "stream.")
+
+
+@dataclass(frozen=True)
+class SpeechChunk:
+    """A part of the sound: wave (N,) float32 at `rate` Hz, and when it came.
+
+    needed: video frames that had to be there for it. compute: seconds between the last of them and the sound.
+    tokens: (K, L) that were settled since the chunk before; they run ahead of the sound.
+    """
+
+    wave: np.ndarray
+    rate: int
+    needed: int
+    compute: float
+    tokens: np.ndarray
+
+
+class SoundStream:
+    """Decodes tokens (K, L) that come bit by bit, each frame with a bounded part of what lies around it.
+
+    Args:
+        after: token frames that must follow those whose sound is returned. From the codec's `reach` on, the waves
+            concatenate to its offline decoding of all tokens, up to rounding.
+    """
+
+    def __init__(self, codec: Codec, after: int) -> None:
+        self.codec, self.before, self.after = codec, codec.reach[0], min(after, codec.reach[1])
+        self.tokens: Tensor | None = None  # from `before` frames ahead of the next sound on
+        self.ready = 0  # of these, how many have sounded
+        self.tail = torch.zeros(0)  # how the last decoding went on
+
+    def push(self, tokens: Tensor, last: bool = False) -> Tensor:
+        """Sound (N,) of what can be decoded after these further tokens."""
+        hop = self.codec.hop
+        self.tokens = tokens if self.tokens is None else torch.cat([self.tokens, tokens], 1)
+        end = self.tokens.shape[1] - (0 if last else self.after)
+        if end <= self.ready:
+            return torch.zeros(0)
+        wave = self.codec.decode(self.tokens[None])[0, 0].cpu()
+        out = wave[self.ready * hop : end * hop].clone()
+        if self.after < self.codec.reach[1] and len(self.tail):
+            n = min(len(out), len(self.tail))
+            rise = torch.linspace(0, 1, n + 2)[1:-1]
+            out[:n] = rise * out[:n] + (1 - rise) * self.tail[:n]
+        self.tail = wave[end * hop :][:FADE].clone()
+        drop = max(0, end - self.before)
+        self.tokens, self.ready = self.tokens[:, drop:], end - drop
+        return out
+
+
+class _Detections:
+    """A detector that looks at each frame once, though windows of frames overlap."""
+
+    def __init__(self, detector: FaceDetector) -> None:
+        self.detector, self.found = detector, {}
+
+    def __call__(self, frame: np.ndarray) -> np.ndarray:
+        key = frame.__array_interface__["data"][0]  # frames are views of what `SpeechStream.frames` keeps
+        if key not in self.found:
+            self.found[key] = self.detector(frame)
+        return self.found[key]
+
+    def forget(self, frame: np.ndarray) -> None:
+        self.found.pop(frame.__array_interface__["data"][0], None)
+
+
+class SpeechStream:
+    """One talking face: `push` its frames, take its sound. Memory does not grow with the length.
+
+    Args:
+        identity: (256,) GE2E vector of a voice; None: the face's, as it is seen before the first sound.
+    """
+
+    def __init__(
+        self, pipeline: Networks, settings: StreamSettings, seed: int = 0, identity: np.ndarray | None = None
+    ) -> None:
+        preset = OmegaConf.to_container(OmegaConf.load(CONFIGS / "sampler" / "fast.yaml"))
+        self.pipeline, self.settings = pipeline, settings
+        self.sampler: SamplerConfig = replace(override(pipeline.sampler, preset["sampler"]), steps=settings.steps)
+        self.guidance = override(pipeline.guidance, preset["guidance"])
+        self.identity = None if identity is None else torch.as_tensor(identity, dtype=torch.float32)
+        self.generator = torch.Generator(pipeline.device).manual_seed(seed)
+        self.detections = _Detections(pipeline.detector or HaarDetector())
+        lookahead, reach = max(1, round(settings.lookahead * FPS)), -(-pipeline.codec.reach[1] // TOKENS_PER_FRAME)
+        after = reach if lookahead - reach >= MIN_MARGIN else lookahead // 2
+        self.lookahead, self.margin = lookahead, lookahead - after
+        self.sound = SoundStream(pipeline.codec, TOKENS_PER_FRAME * after)
+        self.frames: list[np.ndarray] = []  # the last ones, from frame `first` on
+        self.first = self.seen = 0  # `seen`: frames that came so far
+        self.settled = 0  # video frames whose tokens are settled
+        self.tokens: Tensor | None = None  # (K, L) settled tokens of the frames from `first` on
+        self.track: FaceTrack | None = None
+
+    def push(self, frame: np.ndarray) -> SpeechChunk | None:
+        """One frame (H, W, 3) uint8 RGB; gives sound after every fourth, as soon as the look-ahead is filled."""
+        if frame.ndim != 3 or frame.shape[-1] != 3 or frame.dtype != np.uint8:
+            raise UserError(f"a frame of shape {frame.shape} and type {frame.dtype}: give (H, W, 3) uint8 RGB")
+        if self.frames and frame.shape != self.frames[0].shape:
+            raise UserError(f"a frame of shape {frame.shape} after frames of {self.frames[0].shape}: keep one size")
+        self.frames.append(frame.copy())  # a camera may use its buffer again
+        self.seen += 1
+        due = self.settled + HOP + self.margin
+        return self._advance(last=False) if self.seen >= due else None
+
+    def finish(self) -> SpeechChunk | None:
+        """The rest of the sound; None where no frame came."""
+        if not self.seen:
+            return None
+        if self.seen < HOP + 1:
+            raise UserError(f"{self.seen / FPS:.2f} s of video; at least {(HOP + 1) / FPS:.1f} s is needed")
+        return self._advance(last=True)
+
+    @torch.inference_mode()
+    def _advance(self, last: bool) -> SpeechChunk:
+        begin, levels = time.perf_counter(), self.pipeline.codec.levels
+        settle = self.seen if last else self.settled + HOP
+        new = torch.zeros(levels, 0, dtype=torch.long)
+        if settle > self.settled:
+            new = self._draw()[:, : TOKENS_PER_FRAME * (settle - self.settled)]
+            self.tokens = new if self.tokens is None else torch.cat([self.tokens, new], 1)
+            self.settled = settle
+            self._forget()
+        wave = self.sound.push(new.to(self.pipeline.device), last).clamp(-1, 1).numpy()
+        compute = time.perf_counter() - begin
+        return SpeechChunk(wave, self.pipeline.codec.sample_rate, self.seen, compute, new.numpy())
+
+    def _draw(self) -> Tensor:
+        """Tokens (K, L) of all frames from the first unsettled one on."""
+        pipeline, length = self.pipeline, TOKENS_PER_FRAME * len(self.frames)
+        conditions = pipeline.conditions([self._crops()], None if self.identity is None else self.identity.numpy())
+        if self.identity is None:
+            self.identity = conditions.identity[0].float().cpu()
+        mask_id = pipeline.system.model.mask_id
+        known = torch.full((1, pipeline.codec.levels, length), mask_id)
+        before = 0 if self.tokens is None else self.tokens.shape[1]
+        if before:
+            known[0, :, :before] = self.tokens
+        drawn = sample(
+            GuidedPosterior(pipeline.system.model, conditions, self.guidance), torch.tensor([length]), known.shape[1],
+            mask_id, self.sampler, [self.generator], known=known, device=pipeline.device, compiled=pipeline.compiled,
+        )  # fmt: skip
+        return drawn[0, :, before:].cpu()
+
+    def _crops(self) -> Crops:
+        """Mouth and faces in the kept frames, followed from where the face was last."""
+        height, width = self.frames[0].shape[:2]
+        face: Any = "largest"
+        if self.track is not None:
+            x, y, w, h = self.track.boxes[-1]
+            face = (float((x + w / 2) / width), float((y + h / 2) / height))
+        try:
+            self.track = track_face((frame[None] for frame in self.frames), self.detections, FPS, face)
+        except FaceError:
+            if self.track is None:
+                raise
+            # Out of sight: it is taken to stay where it was.
+            at = np.minimum(np.arange(len(self.frames)) + self._moved, len(self.track) - 1)
+            self.track = self.track[at]
+        self._moved = 0
+        config, blocks = self.pipeline.system.encoders.config, np.stack(self.frames)
+        mouth = config.cut_mouth(blocks, self.track, 0)
+        picked = np.arange(0, len(blocks), config.picture_every)
+        return Crops(mouth, config.cut_faces(blocks[picked], self.track[picked]), self.track)
+
+    _moved = 0  # frames that were forgotten since the face was followed last
+
+    def _forget(self) -> None:
+        """Let go of frames before the window, in whole seconds: half seconds of expression stay aligned."""
+        second = int(FPS)
+        drop = (self.seen - self.first - second * self.settings.window) // second * second
+        drop = min(drop, (self.settled - self.first) // second * second)
+        if drop > 0:
+            for frame in self.frames[:drop]:
+                self.detections.forget(frame)
+            self.frames, self.first, self._moved = self.frames[drop:], self.first + drop, drop
+            self.tokens = self.tokens[:, TOKENS_PER_FRAME * drop :]
+
+
+def stream_speech(
+    pipeline: Networks,
+    frames: Iterable[np.ndarray],
+    settings: StreamSettings,
+    seed: int = 0,
+    identity: np.ndarray | None = None,
+) -> Iterator[SpeechChunk]:
+    """Chunks whose waves concatenate to the speech of all frames (H, W, 3), or blocks (n, H, W, 3), at 25 a second."""
+    stream = SpeechStream(pipeline, settings, seed, identity)
+    for block in frames:
+        for frame in [block] if block.ndim == 3 else block:
+            chunk = stream.push(frame)
+            if chunk is not None and len(chunk.wave):
+                yield chunk
+    chunk = stream.finish()
+    if chunk is not None and len(chunk.wave):
+        yield chunk

@@ -1,0 +1,82 @@
+"""Serve the models to other programs: `python scripts/serve.py` (needs the extra `serve`).
+
+POST /hicodit      a silent video as body -> speech as WAV. ?seed=0
+POST /talker       {"mode": "tts" or "t2av", "text": "...", "seed": 0, "voice": base64, "face": base64} -> WAV or MP4
+WS /hicodit/stream {"lookahead": 0.4}, then JPEG or PNG pictures, 25 a second, then a text -> sound in hops of 160 ms
+WS /talker/stream  the object of a tts job -> sound while it is drawn
+GET /health, GET /metrics
+
+Requests of several clients share batches; Talker-T2AV's join and leave a running one. What there is no room for is
+refused with 429, a wrong request with 400 and one sentence: {"error": "..."}. Only this machine can connect, unless
+--host allows others; there are no accounts and no encryption, so put a proxy in front of it.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    import environment  # noqa: F401 -- before anything that may be missing
+
+import argparse
+
+from omegaconf import OmegaConf
+
+from engine.bounds import DEVICES, PRECISIONS
+from engine.config import CONFIGS, override
+from engine.errors import UserError, run_cli
+from engine.media.limits import Limits, set_limits
+from engine.optional import require
+from engine.training.distributed import pick_device
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--models", nargs="+", choices=("hicodit", "talker_t2av"), default=["hicodit", "talker_t2av"])
+    add("--weights", help="HiCoDiT's release folder (default: the bundled one)")
+    add("--talker", help="Talker-T2AV's release folder (default: the bundled one)")
+    add("--device", choices=DEVICES, default="auto", help="default: %(default)s")
+    add("--precision", choices=PRECISIONS, default="auto", help="default: %(default)s")
+    add("--sampler", choices=("release", "fast", "paper"), default="fast", help="of HiCoDiT (default: %(default)s)")
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    add("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    add("--rows", type=int, default=8, help="requests in one batch (default: %(default)s)")
+    add("--requests", type=int, default=32, help="requests inside at once; more are refused (default: %(default)s)")
+    add("--streams", type=int, default=8, help="open streams; more are refused (default: %(default)s)")
+    add("--megabytes", type=int, default=32, help="largest body (default: %(default)s)")
+    add("--seconds", type=float, default=60.0, help="longest clip, sound or stream (default: %(default)s)")
+    add("--characters", type=int, default=400, help="longest text (default: %(default)s)")
+    args = parser.parse_args()
+    for name in ("port", "rows", "requests", "streams", "megabytes", "characters"):
+        if getattr(args, name) < 1 or (name == "port" and args.port > 65_535):
+            raise UserError(f"--{name} {getattr(args, name)} must be at least 1" + ", at most 65535" * (name == "port"))
+    for package in ("fastapi", "uvicorn", "websockets"):
+        require(package, package, "serve")
+    import uvicorn
+
+    from hicodit.pipeline import HiCoDiTPipeline
+    from hicodit.settings import BUNDLED
+    from scripts.serve_app import make_app
+    from scripts.serve_service import ServeLimits, Service
+    from talker_t2av.pipeline import TalkerPipeline
+    from talker_t2av.system import BUNDLED as BUNDLED_TALKER
+
+    set_limits(Limits(seconds=args.seconds))
+    limits = ServeLimits(args.megabytes * 2**20, args.characters, args.requests, args.streams)
+    device, lips, talker = pick_device(args.device), None, None
+    if "hicodit" in args.models:
+        lips = HiCoDiTPipeline.from_pretrained(args.weights or BUNDLED, device, precision=args.precision)
+        preset = OmegaConf.to_container(OmegaConf.load(CONFIGS / "sampler" / f"{args.sampler}.yaml")) or {}
+        lips.sampler = override(lips.sampler, preset.get("sampler", {}))
+        lips.guidance = override(lips.guidance, preset.get("guidance", {}))
+    if "talker_t2av" in args.models:
+        talker = TalkerPipeline.from_pretrained(args.talker or BUNDLED_TALKER, device, precision=args.precision)
+    service = Service(lips, talker, limits, args.rows, demo=args.talker is None)
+    print(f"serving {', '.join(service.workers)} on http://{args.host}:{args.port}; Ctrl-C ends", flush=True)
+    uvicorn.run(
+        make_app(service), host=args.host, port=args.port, log_level="warning", ws="websockets-sansio",
+        ws_max_size=limits.frame, timeout_graceful_shutdown=5,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_cli(main)

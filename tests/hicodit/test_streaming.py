@@ -1,0 +1,130 @@
+"""Sound while pictures come: it is that of its tokens, depends on no later picture, and needs bounded memory."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from drawn_faces import talking_head
+from omegaconf import OmegaConf
+
+from engine.errors import UserError
+from hicodit import inference
+from hicodit.pipeline import HiCoDiTPipeline
+from hicodit.settings import read_settings
+from hicodit.streaming import SoundStream, SpeechStream, StreamSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAD = talking_head(80)
+FAST = {"steps": 2}
+
+
+@pytest.fixture(scope="module")
+def pipeline(release):
+    return HiCoDiTPipeline.from_pretrained(release, precision="fp32")
+
+
+def joined(chunks, name):
+    return np.concatenate([getattr(chunk, name) for chunk in chunks], -1)
+
+
+@torch.inference_mode()
+def test_sound_is_that_of_offline_decoding_if_the_lookahead_covers_the_codecs_reach(pipeline):
+    assert pipeline.codec.reach == (7, 7)
+    chunks = list(pipeline.stream(HEAD, lookahead=0.4, **FAST))
+    tokens, wave = joined(chunks, "tokens"), joined(chunks, "wave")
+    assert tokens.shape == (12, 160) and tokens.max() < 16 and wave.shape == (80 * 960,) and len(chunks) > 15
+    offline = pipeline.decode_tokens([torch.from_numpy(tokens)])[0]
+    np.testing.assert_allclose(wave, offline, atol=2e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("after", [7, 50])
+def test_pieces_of_any_size_decode_as_the_whole(pipeline, after):
+    tokens = torch.randint(0, 16, (12, 90), generator=torch.Generator().manual_seed(0))
+    sound, pieces = SoundStream(pipeline.codec, after), tokens.split([1, 8, 3, 20, 8, 1, 30, 19], 1)
+    wave = torch.cat([sound.push(piece, last=i == 7) for i, piece in enumerate(pieces)])
+    torch.testing.assert_close(wave, pipeline.codec.decode(tokens[None])[0, 0], atol=2e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_the_reach_of_the_codec_is_what_a_frame_depends_on(pipeline):
+    tokens, frame, hop = torch.randint(0, 16, (12, 40)), 20, pipeline.codec.hop
+    before, after = pipeline.codec.reach
+    whole = pipeline.codec.decode(tokens[None])[0, 0]
+    for at, depends in ((frame + after + 1, False), (frame - before - 1, False), (frame + 1, True)):
+        other = tokens.clone()
+        other[:, at] = (other[:, at] + 5) % 16
+        moved = (pipeline.codec.decode(other[None])[0, 0] - whole)[frame * hop : (frame + 1) * hop].abs().max()
+        assert (moved > 1e-5) == depends, at
+
+
+@pytest.mark.parametrize("lookahead", [0.2, 0.4])
+def test_sound_waits_for_the_lookahead_and_for_nothing_later(pipeline, lookahead):
+    changed = HEAD.copy()
+    changed[50:] = changed[50:, :, ::-1]
+    one, other = (list(pipeline.stream(frames, seed=1, lookahead=lookahead, **FAST)) for frames in (HEAD, changed))
+    done = 0
+    for a, b in zip(one, other):
+        done += len(a.wave)
+        assert a.needed <= done / 960 + 25 * lookahead + 1e-6
+        if a.needed <= 50:
+            assert np.array_equal(a.wave, b.wave)
+    assert a.needed == 80 and not np.array_equal(joined(one, "wave"), joined(other, "wave"))
+
+
+def test_hops_are_faded_into_each_other_where_the_lookahead_is_short(pipeline):
+    sound = SoundStream(pipeline.codec, 2)
+    first = sound.push(torch.zeros(12, 10, dtype=torch.long))
+    assert len(first) == 8 * 480 and len(sound.tail) == 240
+    tail = sound.tail.clone()
+    later = sound.push(torch.ones(12, 10, dtype=torch.long))
+    assert (later[0] - tail[0]).abs() < 0.05 * tail.abs().max() + 1e-4
+
+
+def test_memory_does_not_grow_and_the_face_may_go_away(pipeline):
+    stream = SpeechStream(pipeline, StreamSettings(0.2, window=1, steps=1))
+    kept, samples = [], 0
+    for i in range(240):
+        frame = HEAD[i % 80] if i < 140 or i >= 200 else np.zeros_like(HEAD[0])
+        chunk = stream.push(frame)
+        samples += len(chunk.wave) if chunk else 0
+        kept.append((len(stream.frames), len(stream.detections.found), stream.sound.tokens is None))
+    samples += len(stream.finish().wave)
+    assert samples == 240 * 960
+    assert max(frames for frames, _, _ in kept) <= 25 + 25 + 4 and max(found for _, found, _ in kept) <= 10
+
+
+def test_same_seed_same_sound(pipeline):
+    one = joined(pipeline.stream(HEAD[:30], seed=1, **FAST), "wave")
+    torch.rand(5)  # whatever else is drawn meanwhile
+    assert np.array_equal(one, joined(pipeline.stream(HEAD[:30], seed=1, **FAST), "wave"))
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        (np.zeros((30, 64, 64, 3), np.uint8), "no face found"),
+        ([HEAD[0], HEAD[0][:50]], "one size"),
+        ([HEAD[0].astype(float)], "uint8"),
+        (HEAD[:3], r"0\.12 s"),
+    ],
+)
+def test_bad_frames_are_one_line(pipeline, frames, message):
+    with pytest.raises(UserError, match=message):
+        list(pipeline.stream(frames, **FAST))
+    with pytest.raises(UserError, match=r"stream\.lookahead"):
+        replace(StreamSettings(), lookahead=99.0)
+
+
+def test_command_line(clip, release, tmp_path, capsys):
+    base = OmegaConf.load(ROOT / "configs" / "infer.yaml")
+    base.pop("defaults")
+    given = {"weights": str(release), "input": str(clip), "output": str(tmp_path), "stream": True, "lookahead": 0.2}
+    assert inference.run(*read_settings(OmegaConf.merge(base, given))) == 0
+    assert "first sound after 0." in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{clip.stem}.mp4", f"{clip.stem}.wav"]
+    for wrong in ({"face": "2"}, {"sampler": {"method": "euler"}}, {"guidance": {"all": 2.0}}):
+        with pytest.raises(UserError, match=f"stream=true has no {next(iter(wrong))}"):
+            read_settings(OmegaConf.merge(base, given, wrong))
