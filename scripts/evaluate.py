@@ -1,190 +1,182 @@
-"""Measure a release on held-out clips of the synthetic corpus:
+"""Evaluate the outputs of any system: `python scripts/evaluate.py table=NAME outputs=DIR references=DIR output=REPORT`.
 
-    python scripts/evaluate.py hicodit|talker_t2av|rvq_codec|whisperx_vae|lia_x [--weights RELEASE] [--clips N] ...
-
-hicodit: speech from silent videos (word errors, voices, expression). talker_t2av: speech and talking faces from texts
-(word errors, endings, synchrony, streaming, batches). rvq_codec, whisperx_vae: resynthesised speech (word errors, PESQ,
-STOI, use of the codes or statistics of the latents). lia_x: clips reconstructed from their first frame and motion codes
-(PSNR, SSIM, movement, speed). docs/results.md explains the figures.
-
-Prints the figures and writes them to OUT/DATE-NAME.json, where NAME is the name of the release folder. Word errors need
-the extra `eval`; without it, codecs are measured without word errors. `python scripts/evaluate.py MODEL --help` lists
-all options.
-"""
+`python scripts/evaluate.py MODEL [options]` measures what only the synthetic corpus can show (corpus_figures.py)."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator
-from dataclasses import asdict
+if __name__ == "__main__":
+    import environment  # noqa: F401 -- before anything that may be missing
+
+import json
+import platform
+import sys
+from dataclasses import replace
+from datetime import date
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import cv2
-from omegaconf import OmegaConf
+import torch
+from omegaconf import DictConfig, OmegaConf
 
-from benchmarks.record import RESULTS, write_record
-from corpora.synthetic.mouth_opening import MouthReader
-from engine.config import CONFIGS, override
-from engine.errors import UserError, run_cli
-from engine.files import atomic_output
-from engine.media.corpus import load_clips
+from benchmarks.record import portable
+from engine.bounds import require_range
+from engine.config import load
+from engine.errors import UserError, printable, run_cli
+from engine.evaluation.clips import Clip, read_clips, system_facts
+from engine.evaluation.measure import cores, measure
+from engine.evaluation.report import write_report
+from engine.evaluation.summary import summarise, table_lines
+from engine.files import atomic_output, writable
+from engine.media.limits import Limits, set_limits
+from engine.metrics.registry import METRICS, metric_of, metrics_of
+from engine.training.distributed import pick_device
 
-Figures = Iterator[tuple[str, dict[str, Any]]]
+HELP = """
+Compute a paper's table for the outputs of any system, from two folders or a manifest. Every figure comes with a 95 %
+interval, the row of the true speech and the paper's own rows. OUTPUT gets report.html (one file, no network needed),
+results.json and a cache: the same command goes on where it stopped. A file that cannot be used, and a figure whose
+network was not downloaded, are named and left out.
 
+A manifest has a clip a line, {"id": ..., "text": ..., "speaker": ...}; its files are ID.wav or ID.mp4 in outputs= and
+references=, or those that output, reference and video name (paths from the manifest's folder). Several systems side by
+side: outputs={one: DIR, other: DIR}. model=NAME generates the outputs first.
 
-def hicodit(args: argparse.Namespace) -> Figures:
-    from hicodit.evaluation import evaluate_corpus, mean_voices
-    from hicodit.pipeline import HiCoDiTPipeline
+What only the synthetic corpus can show: python scripts/evaluate.py MODEL --help
 
-    pipeline = HiCoDiTPipeline.from_pretrained(args.weights, codec=args.codec)
-    preset = OmegaConf.to_container(OmegaConf.load(CONFIGS / "sampler" / f"{args.sampler}.yaml")) or {}
-    pipeline.sampler = override(pipeline.sampler, preset.get("sampler", {}))
-    pipeline.guidance = override(pipeline.guidance, preset.get("guidance", {}))
-    changes = {"steps": args.steps, "method": args.method, "temperature": args.temperature}
-    pipeline.sampler = override(pipeline.sampler, changes)
-    if args.guidance:
-        scales = dict(zip(("all", "identity", "expression", "lip"), args.guidance))
-        pipeline.guidance = override(pipeline.guidance, scales)
-    yield "sampler", asdict(pipeline.sampler)
-    yield "guidance", asdict(pipeline.guidance)
-    shards = args.shards or args.corpus / "shards" / "hicodit_tiny" / "train"
-    for split in args.splits:
-        known = mean_voices(shards) if split == "seen" and not args.words_only else None
-        sizes = args.clips, args.expression_clips, args.batch, args.seed
-        yield split, evaluate_corpus(pipeline, args.corpus, split, *sizes, known, args.words_only)
+Examples:
+python scripts/evaluate.py table=hicodit outputs=spoken references=true manifest=test.jsonl output=report
+python scripts/evaluate.py table=hicodit outputs="{ours: a, theirs: b}" references=true output=report
+python scripts/evaluate.py table=codec metrics=[pesq_wide,stoi] outputs=decoded references=true output=report
+python scripts/evaluate.py model=hicodit references=data/synthetic/seen manifest=data/synthetic/seen.jsonl clips=20 \\
+    protocol.wer=grammar grammar=data/synthetic/grammar.jsgf output=report
+"""
 
-
-def talker_t2av(args: argparse.Namespace) -> Figures:
-    from talker_t2av.evaluation import HeldOut, evaluate_corpus
-    from talker_t2av.pipeline import TalkerPipeline
-
-    if args.figure and "t2av" not in args.parts:
-        raise UserError("--figure shows a clip of the part t2av: add it to --parts")
-    codecs = {name: vars(args)[name] for name in ("speech", "motion", "speaker") if vars(args)[name]}
-    pipeline = TalkerPipeline.from_pretrained(args.weights, codecs=codecs)
-    changes = {name: vars(args)[name] for name in ("steps", "temperature", "guidance")}
-    pipeline.sampling = override(pipeline.sampling, changes)
-    yield "sampling", asdict(pipeline.sampling)
-    for split in args.splits:
-        clips = HeldOut(args.corpus, split, args.clips, MouthReader())
-        yield split, evaluate_corpus(pipeline, clips, args.parts, args.batch, args.seed, args.figure)
-
-
-def rvq_codec(args: argparse.Namespace) -> Figures:
-    from rvq_codec import RVQCodec
-    from rvq_codec.evaluation import evaluate
-
-    codec = RVQCodec.from_pretrained(args.weights)
-    for split in args.splits:
-        clips = load_clips(args.corpus, split, args.clips, codec.sample_rate)
-        yield split, evaluate(codec, clips, args.levels, args.corpus / "grammar.jsgf")
-
-
-def whisperx_vae(args: argparse.Namespace) -> Figures:
-    from whisperx_vae import WhisperXVAE
-    from whisperx_vae.evaluation import evaluate
-
-    codec = WhisperXVAE.from_pretrained(args.weights)
-    for split in args.splits:
-        clips = load_clips(args.corpus, split, args.clips, codec.sample_rate)
-        yield split, evaluate(codec, clips, args.corpus / "grammar.jsgf")
-
-
-def lia_x(args: argparse.Namespace) -> Figures:
-    from lia_x import LiaX
-    from lia_x.evaluation import measure, measure_speed, mouth_correlation, rebuild_clips, strip
-
-    codec, reader, shown = LiaX.from_pretrained(args.weights), MouthReader(), []
-    regions = OmegaConf.load(CONFIGS / "experiment" / "lia_x_synthetic.yaml").task.validation.regions
-    for split in args.splits:
-        clips = rebuild_clips(codec, args.corpus, split, args.clips)
-        yield split, measure(clips, regions) | {"mouth_opening_correlation": mouth_correlation(clips, reader)}
-        shown += clips[:3]
-    yield "frames_a_second", measure_speed(codec, shown[0], args.chunk)
-    with atomic_output(args.strip or args.out / f"{args.weights.resolve().name}.jpg") as partial:
-        cv2.imwrite(str(partial), cv2.cvtColor(strip(shown), cv2.COLOR_RGB2BGR))
-
-
+ENCODERS = {"wavlm": "talker_t2av.speaker.encoder.WavLMEncoder"}  # networks of the models that metrics use, too
 MODELS = {
-    "hicodit": (hicodit, "hicodit_tiny", 200),
-    "talker_t2av": (talker_t2av, "talker_t2av_tiny", 100),
-    "rvq_codec": (rvq_codec, "rvq_tiny", 100),
-    "whisperx_vae": (whisperx_vae, "whisperx_vae_tiny", 100),
-    "lia_x": (lia_x, "lia_x_tiny", 24),
+    "hicodit": "hicodit.evaluation",
+    "talker_t2av": "talker_t2av.evaluation",
+    "rvq_codec": "rvq_codec.evaluation",
+    "whisperx_vae": "whisperx_vae.evaluation",
 }
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    models = parser.add_subparsers(dest="model", required=True, metavar="MODEL")
-    commands = {}
-    for name, (_, weights, clips) in MODELS.items():
-        add = models.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter).add_argument
-        commands[name] = add
-        add("--weights", type=Path, default=Path("assets") / weights, help="release folder")
-        add("--corpus", type=Path, default=Path("data/synthetic"), help="folder of the corpus")
-        splits = ["seen"] if name == "talker_t2av" else ["seen", "unseen"]
-        add(
-            "--splits",
-            nargs="+",
-            default=splits,
-            help="seen: voices of the training set; unseen: other voices; no sentence is in the training set",
-        )
-        add("--clips", type=int, default=clips, help="number of clips of each split")
-        add("--out", type=Path, default=RESULTS, help="folder of the JSON record")
-    for name in ("hicodit", "talker_t2av"):
-        add = commands[name]
-        add("--batch", type=int, default=16, help="batch size")
-        add("--seed", type=int, default=0, help="clip i is generated with seed + i")
-        add("--steps", type=int, help="sampling steps (None: the release's setting)")
-        add("--temperature", type=float, help="sampling temperature (None: the release's setting)")
-    add = commands["hicodit"]
-    presets = sorted(path.stem for path in (CONFIGS / "sampler").glob("*.yaml"))
-    add("--sampler", choices=presets, default="release", help="file of configs/sampler; options below override it")
-    add("--method", help="sampling method (None: the release's setting)")
-    add("--guidance", nargs=4, type=float, metavar=("ALL", "IDENTITY", "EXPRESSION", "LIP"), help="guidance scales")
-    add("--codec", type=Path, help="release folder of the tokenizer (None: the release's own)")
-    add("--shards", type=Path, help="training shards with the seen voices (None: CORPUS/shards/hicodit_tiny/train)")
-    add("--expression-clips", type=int, default=60, help="number of clips for the measures of prosody")
-    add("--words-only", action="store_true", help="measure word error rates only")
-    add = commands["talker_t2av"]
-    add("--guidance", type=float, help="guidance scale (None: the release's setting)")
-    for codec in ("speech", "motion", "speaker"):
-        add(f"--{codec}", type=Path, help=f"release folder of the {codec} codec (None: the release's own)")
-    parts = ["t2av", "tts", "v2a", "a2v", "stream", "batch"]
-    add("--parts", nargs="+", choices=parts, default=parts, help="what is measured")
-    add("--figure", type=Path, help="write a figure of the first t2av clip to this PNG file")
-    commands["rvq_codec"]("--levels", type=int, nargs="+", default=[1, 2, 4, 12], help="numbers of levels to decode")
-    commands["lia_x"]("--chunk", type=int, default=16, help="frames per batch in the measurement of speed")
-    commands["lia_x"](
-        "--strip", type=Path, help="write true frames above reconstructed ones to this file (None: OUT/NAME.jpg)"
-    )
-    args = parser.parse_args()
-    least = 2 if args.model in ("hicodit", "talker_t2av") else 1
-    if args.clips < least or vars(args).get("batch", 1) < 1:
-        raise UserError(f"--clips {args.clips} must be at least {least}, and --batch at least 1")
-    return args
+def main() -> int:
+    if len(sys.argv) > 1 and "=" not in sys.argv[1] and not sys.argv[1].startswith("-"):
+        from scripts import corpus_figures
+
+        return corpus_figures.main() or 0
+    config = load("evaluate", sys.argv[1:], HELP)
+    set_limits(Limits(**config.limits))
+    figures = list(OmegaConf.to_container(config)["metrics"] or config.columns)
+    protocols = choose_protocols(config, figures)
+    for name, value in (("clips", config.clips), ("workers", config.workers), ("resamples", config.resamples)):
+        if value is not None:
+            require_range(name, value, 1, 10**7)
+    device, output = str(pick_device(config.device)), Path(config.output)
+    outputs = output_folders(config)
+    references = Path(config.references) if config.references else None
+    manifest = Path(config.manifest) if config.manifest else None
+    clips = read_clips(manifest, references, outputs, config.clips)
+    with writable(output):
+        if config.model:
+            folder = output / "outputs"
+            import_module(MODELS[config.model]).write_outputs(clips, folder, device, **config.generate)
+            outputs = {**outputs, config.model: folder}
+            clips = read_clips(manifest, references, outputs, config.clips)
+        if config.video == "output":
+            clips = [own_pictures(clip) for clip in clips]
+        workers = config.workers or cores()
+        cache = Path(config.cache) if config.cache else output / "cache"
+        print(f"{len(clips)} clips, {', '.join([*outputs]) or 'true speech alone'}, {workers} processes on {device}")
+        results = measure(clips, metrics_of(figures), protocols, Path(config.weights), device, workers, cache)
+        summary = summarise(clips, results, figures, protocols, config.resamples)
+        summary |= about(config, clips, outputs, device)
+        text = json.dumps(portable(summary), indent=1)
+        with atomic_output(output / "results.json") as partial:
+            partial.write_text(text + "\n")
+        write_report(output / "report.html", summary, clips, config.media)
+    print(*table_lines(summary, summary["paper"]), sep="\n")
+    for figure, why in summary["left_out"]["figures"].items():
+        print(printable(f"left out: {figure}: {why}"), file=sys.stderr)
+    files = summary["left_out"]["files"]
+    for row in files[:20]:
+        line = f"left out: {row['clip']} ({row['system']}, {row['where']}): {row['why']}"
+        print(printable(line), file=sys.stderr)
+    if len(files) > 20:
+        print(f"left out: {len(files) - 20} more, listed in {output / 'results.json'}", file=sys.stderr)
+    print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items()))
+    print(f"written: {output / 'report.html'}, {output / 'results.json'}")
+    return 1 if any(row["where"] == "file" for row in files) else 0
 
 
-def lines(figures: dict[str, Any], indent: str = "  ") -> Iterator[str]:
-    for name, value in figures.items():
-        if isinstance(value, dict):
-            yield f"{indent}{name}"
-            yield from lines(value, indent + "  ")
-        else:
-            values = value if isinstance(value, list) else [value]
-            shown = " ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)
-            yield f"{indent}{name:44}{shown}"
+def choose_protocols(config: DictConfig, figures: list[str]) -> dict[str, str]:
+    """Protocol by class of metric, with what it needs after a colon.
+
+    Raises:
+        UserError: an unknown figure or protocol.
+    """
+    chosen = {}
+    given = OmegaConf.to_container(config.protocol)
+    for figure in METRICS:
+        metric = metric_of(figure) if figure in figures else None
+        if metric is None:
+            continue
+        names = [name for name in METRICS if METRICS[name] == METRICS[figure]]
+        protocol = next((given[name] for name in names if name in given), metric.protocols[0])
+        if protocol not in metric.protocols:
+            raise UserError(f"protocol.{figure}={protocol} is unknown; choose {', '.join(metric.protocols)}")
+        argument = {"grammar": config.grammar or "", **ENCODERS}.get(protocol)
+        chosen[metric.__name__] = protocol if argument is None else f"{protocol}:{argument}"
+    metrics_of(figures)  # names that are unknown
+    return chosen
 
 
-def main() -> None:
-    args, results = parse(), {}
-    for part, figures in MODELS[args.model][0](args):
-        results[part] = figures
-        print(part, *lines(figures), sep="\n", flush=True)
-    what = f"{args.model} on held-out clips of the synthetic corpus"
-    print(f"written to {write_record(args.out, args.weights.resolve().name, what, results, arguments=vars(args))}")
+def output_folders(config: DictConfig) -> dict[str, Path]:
+    """Folder of each system.
+
+    Raises:
+        UserError: `outputs` is neither a folder nor a mapping, or `model` is unknown.
+    """
+    if config.model and config.model not in MODELS:
+        raise UserError(f"model={config.model} is unknown; choose {', '.join(MODELS)}")
+    outputs = config.outputs
+    if outputs is None:
+        return {}
+    if isinstance(outputs, str):
+        return {Path(outputs).name or "output": Path(outputs)}
+    if not isinstance(outputs, DictConfig) or not all(isinstance(value, str) for value in outputs.values()):
+        raise UserError("outputs must be a folder, or several as {name: folder, other: folder}")
+    return {str(name): Path(folder) for name, folder in outputs.items()}
+
+
+def own_pictures(clip: Clip) -> Clip:
+    """Without the source's pictures where a system has its own: they would be compared with themselves."""
+    return replace(clip, takes={name: replace(take, source=None) for name, take in clip.takes.items()})
+
+
+def about(config: DictConfig, clips: list[Clip], outputs: dict[str, Path], device: str) -> dict[str, Any]:
+    """What was evaluated, how, and where."""
+    paper = {
+        name: dict(zip(config.columns, values))
+        for name, values in (config.paper or {}).items()
+        if config.true_speech is None or "true speech" not in name or config.true_speech in name
+    }
+    settings = OmegaConf.to_container(config, resolve=True)
+    return {
+        "title": config.title or f"Evaluation: {', '.join(outputs) or 'true speech'}",
+        "paper": paper,
+        "count": len(clips),
+        "about_systems": {name: system_facts(folder) for name, folder in outputs.items()},
+        "date": date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+        "settings": {key: settings[key] for key in ("columns", "protocol", "clips", "resamples", "model", "generate")},
+        "hardware": {
+            "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine(),
+            "cores": cores(),
+        },
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
 
 
 if __name__ == "__main__":

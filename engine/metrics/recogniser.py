@@ -7,6 +7,7 @@ Axes: N samples.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -85,6 +86,38 @@ class Recogniser:
     def transcribe_all(self, waves: Iterable[np.ndarray], rate: int) -> list[str]:
         """`transcribe` of each wave."""
         return [self.transcribe(wave, rate) for wave in waves]
+
+
+class CorpusRecogniser:
+    """Recognises the sentences of a corpus: by its grammar, or by a language model where the grammar lacks a word.
+
+    Args:
+        grammar: path of the grammar file. A language model `free.arpa` beside it is used for sentences with words that
+            the grammar does not have; without that file, the grammar is used for all.
+
+    Raises:
+        UserError: as `Recogniser`.
+    """
+
+    def __init__(self, grammar: str | Path):
+        self._closed, model = Recogniser(grammar), Path(grammar).with_name("free.arpa")
+        self._words = set(re.findall(r"[\w'-]+", Path(grammar).read_text()))
+        self._free = Recogniser(model) if model.is_file() else None
+
+    def is_free(self, text: str) -> bool:
+        """Whether the language model recognises this sentence."""
+        return self._free is not None and not set(text.lower().split()) <= self._words
+
+    def transcribe_all(self, texts: Sequence[str], waves: Iterable[np.ndarray], rate: int) -> list[str]:
+        """What was recognised in each wave, which says (or should say) the text of the same index."""
+        return [(self._free if self.is_free(t) else self._closed).transcribe(w, rate) for t, w in zip(texts, waves)]
+
+    def word_errors(self, name: str, texts: Sequence[str], transcripts: Sequence[str]) -> dict[str, float]:
+        """{NAME: of the grammar's sentences, NAME_free: of the language model's}; what has no sentence is left out."""
+        pairs: dict[str, list[tuple[str, str]]] = {}
+        for text, transcript in zip(texts, transcripts):
+            pairs.setdefault(f"{name}_free" if self.is_free(text) else name, []).append((text, transcript))
+        return {kind: word_error_rate(*zip(*found)) for kind, found in sorted(pairs.items())}
 
 
 def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:

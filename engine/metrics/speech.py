@@ -1,4 +1,4 @@
-"""Intelligibility, quality, prosody and end of speech, and its synchrony with a mouth.
+"""Prosody and end of speech, and its synchrony with a mouth.
 
 Axes: N samples, F analysis frames, T video frames (25 a second).
 """
@@ -8,40 +8,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from engine.errors import UserError
 from engine.media.audio import resample
-from engine.optional import require, require_librosa
+from engine.optional import require_librosa
 
-RATE = 16_000
 FPS = 25  # video frames a second
 WINDOW = 0.01  # seconds of a power measurement
 DROP = 30.0  # dB below the loudest moment: what is quieter is not speech
-
-
-def stoi(reference: np.ndarray, degraded: np.ndarray, rate: int) -> float:
-    """Short-time objective intelligibility (Taal et al. 2011), about 0 to 1; both (N,) at `rate` Hz, time-aligned.
-
-    The longer wave is cut to the shorter one.
-    """
-    length = min(len(reference), len(degraded))
-    return float(require("pystoi", "pystoi").stoi(reference[:length], degraded[:length], rate))
-
-
-def pesq_wb(reference: np.ndarray, degraded: np.ndarray, rate: int) -> float:
-    """Wide-band PESQ (ITU-T P.862.2), about 1.0 to 4.6; both (N,) at `rate` Hz.
-
-    Raises:
-        UserError: PESQ finds no speech in the reference, or the clip is too short (under a quarter of a second).
-    """
-    pesq = require("pesq", "pesq")
-    pair = [resample(torch.as_tensor(np.asarray(x), dtype=torch.float32), rate, RATE) for x in (reference, degraded)]
-    if not any(x.any() for x in pair):
-        raise UserError("PESQ cannot be computed: both waves are silent")
-    try:
-        return float(pesq.pesq(RATE, pair[0].numpy(), pair[1].numpy(), "wb"))
-    except pesq.PesqError as error:
-        why = error.args[0].decode() if error.args and isinstance(error.args[0], bytes) else error
-        raise UserError(f"PESQ cannot be computed: {why}") from error
 
 
 def prosody(wave: np.ndarray, rate: int) -> tuple[float, float]:

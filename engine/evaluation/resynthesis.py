@@ -5,7 +5,6 @@ Axes: N samples.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.errors import UserError
+from engine.evaluation.clips import Clip
+from engine.evaluation.generate import generate_missing
+from engine.evaluation.validation import measure_waves, words_by
 from engine.media.audio import write_wav
 from engine.media.corpus import SpeechClip, load_clips
-from engine.metrics.recogniser import Recogniser, word_error_rate
-from engine.metrics.speech import pesq_wb, stoi
+from engine.metrics.metric import wave_of
+
+NAMES = {"wer": "wer_{}", "wer_free": "wer_{}_free", "stoi": "stoi_{}", "pesq_wide": "pesq_{}"}  # of a version
 
 
 def score(
@@ -38,26 +40,12 @@ def score(
         `wer_clean` and for each version `wer_NAME`, `pesq_NAME`, `stoi_NAME`: those whose package is installed; means
         over clips, word error rate over words.
     """
-    have = {name: importlib.util.find_spec(name) is not None for name in ("pocketsphinx", "pesq", "pystoi")}
-    recogniser = Recogniser(grammar) if grammar and have["pocketsphinx"] else None
-    texts, results = [clip.text for clip in clips], {}
-    if recogniser:
-        results["wer_clean"] = word_error_rate(texts, recogniser.transcribe_all((clip.wave for clip in clips), rate))
-    for name, waves in versions.items():
-        pairs = list(zip(clips, waves, strict=True))
-        if recogniser:
-            results[f"wer_{name}"] = word_error_rate(texts, recogniser.transcribe_all(waves, rate))
-        if have["pystoi"]:
-            results[f"stoi_{name}"] = float(np.mean([stoi(c.wave, w, rate) for c, w in pairs]))
-        if have["pesq"]:
-            scores = []
-            for clip, wave in pairs:
-                try:
-                    scores.append(pesq_wb(clip.wave, wave, rate))
-                except UserError:  # no speech found in the clip
-                    continue
-            if scores:
-                results[f"pesq_{name}"] = float(np.mean(scores))
+    texts, true, results = [clip.text for clip in clips], [clip.wave for clip in clips], {}
+    words = ["wer", "wer_free"] if grammar else []
+    for name, waves in {"clean": true, **versions}.items():
+        figures = words if name == "clean" else [*words, "stoi", "pesq_wide"]
+        for figure, value in measure_waves(figures, texts, waves, true, rate, words_by(grammar)).items():
+            results[NAMES[figure].format(name)] = value
     return results
 
 
@@ -90,6 +78,19 @@ def validate_codec(
         write_wav(folder / f"{split}-original.wav", wave, rate)
         write_wav(folder / f"{split}-decoded.wav", decoded, rate)
     return results
+
+
+def write_resynthesis(
+    clips: Sequence[Clip], folder: Path, rate: int, decode: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    """FOLDER/ID.wav of every clip, where it is missing: `decode` of its true speech, a wave (N,) at `rate` Hz."""
+
+    def write(batch: Sequence[tuple[int, Clip]]) -> None:
+        for _, clip in batch:
+            wave = wave_of(clip.truth.audio, rate)
+            write_wav(folder / f"{clip.id}.wav", fit_length(decode(wave), len(wave)), rate)
+
+    generate_missing(clips, folder, 1, write)
 
 
 def fit_length(wave: np.ndarray, samples: int) -> np.ndarray:

@@ -1,0 +1,174 @@
+"""Which files belong together: the clips of an evaluation, from folders and a manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.errors import UserError
+from engine.metrics.metric import Take
+from engine.untrusted import parse_json, read_lines, safe_name
+
+SOUND = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac")
+VIDEO = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".m4v")
+KEYS = ("id", "text", "output", "reference", "video", "speaker", "voice", "language", "heard", "reference_heard")
+PROMPT = ("reference_audio", "reference_video")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip as it was recorded, and as each system gives it.
+
+    `prompt` is the voice and the face that a system is shown: those that the manifest names, or those of the next clip
+    of the same speaker with other words.
+    """
+
+    id: str
+    speaker: str | None
+    truth: Take
+    takes: Mapping[str, Take]
+    prompt: Take = field(default_factory=Take)
+
+
+def read_rows(manifest: Path) -> list[dict[str, Any]]:
+    """The lines of a manifest, JSON objects with a unique `id`.
+
+    Raises:
+        UserError: it is missing or empty, or a line is no such object.
+    """
+    lines = read_lines(manifest, f"manifest={manifest}")
+    rows, seen = [], set()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{manifest}, line {number}"
+        row = parse_json(line, where)
+        if not isinstance(row, dict):
+            raise UserError(f"{where} is no JSON object: write id, text, reference, output, ... of one clip")
+        safe_name(row.get("id"), f"{where}: id", folders=True)
+        for key in (*KEYS[1:], *PROMPT):
+            if key in row and row[key] is not None and not isinstance(row[key], str | int):
+                raise UserError(f"{where}: {key} must be text")
+        if row["id"] in seen:
+            raise UserError(f"{where}: id {row['id']} is there twice")
+        seen.add(row["id"])
+        rows.append(row)
+    if not rows:
+        raise UserError(f"manifest={manifest} lists no clips")
+    return rows
+
+
+def read_clips(
+    manifest: Path | None, references: Path | None, outputs: Mapping[str, Path], count: int | None = None
+) -> list[Clip]:
+    """The clips of a manifest, or of all files of `references`; `count` of them, evenly spread.
+
+    Paths in a manifest count from its folder. A file that is not there stays None, and is told when it is measured.
+    Without a manifest, texts are those of ID.txt beside the true files, and folders are speakers.
+
+    Args:
+        outputs: folder of each system.
+
+    Raises:
+        UserError: a folder is missing, nothing names the clips, or there are none.
+    """
+    for name, folder in {"references": references, **{f"outputs.{k}": v for k, v in outputs.items()}}.items():
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"{name}={folder} is no folder")
+    if manifest is not None:
+        rows = read_rows(manifest)
+    elif references is not None:
+        found = sorted(p for p in references.rglob("*") if p.suffix.lower() in SOUND + VIDEO and p.is_file())
+        names = dict.fromkeys(p.relative_to(references).with_suffix("").as_posix() for p in found)
+        rows = [{"id": name, "text": _text_of(references, name), "speaker": _speaker_of(name)} for name in names]
+        if not rows:
+            raise UserError(f"references={references} holds no sound or video files")
+    else:
+        raise UserError("give the true files: references=FOLDER, or manifest=FILE.jsonl that names them")
+    if manifest is not None and not outputs and any(row.get("output") for row in rows):
+        outputs = {"output": manifest.parent}
+    base = manifest.parent if manifest is not None else Path()
+    clips = [_clip(row, base, references, outputs) for row in rows]
+    if count is not None:
+        chosen = [clips[i] for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)]
+    else:
+        chosen = clips
+    return [replace(clip, prompt=_prompt(clip, clips)) if clip.prompt == Take() else clip for clip in chosen]
+
+
+def _text_of(folder: Path, name: str) -> str | None:
+    """What NAME.txt says (LRS2 and LRS3: after `Text:`), or NAME.normalized.txt (LibriTTS)."""
+    for suffix in (".txt", ".normalized.txt"):
+        path = folder / f"{name}{suffix}"
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+            found = next((line.removeprefix("Text:") for line in lines if line.startswith("Text:")), None)
+            return (found if found is not None else " ".join(lines)).strip() or None
+    return None
+
+
+def _speaker_of(name: str) -> str | None:
+    """The folder that a clip lies in."""
+    return name.rpartition("/")[0] or None
+
+
+def _prompt(clip: Clip, clips: Sequence[Clip]) -> Take:
+    same = [c.truth for c in clips if clip.speaker is not None and c.speaker == clip.speaker]
+    at = next((i for i, take in enumerate(same) if take == clip.truth), 0)
+    return next((take for take in same[at + 1 :] + same[:at] if take.text != clip.truth.text), Take())
+
+
+def _clip(row: Mapping[str, Any], base: Path, references: Path | None, outputs: Mapping[str, Path]) -> Clip:
+    source = base / row["video"] if row.get("video") else None
+    truth = find_take(references, row["id"]) if references else Take()
+    if row.get("reference"):
+        truth = _take(base / row["reference"], truth)
+    text = str(row["text"]) if row.get("text") not in (None, "") else None
+    source = source or truth.video
+    language = str(row.get("language") or "en")
+    spoken = {"source": source, "text": text, "language": language}
+    truth = replace(truth, **spoken, video=truth.video or source, heard=row.get("reference_heard"))
+    takes = {}
+    for name, folder in outputs.items():
+        take = find_take(folder, row["id"])
+        if row.get("output"):
+            take = _take(folder / row["output"], take)
+        bits = system_facts(folder).get("bits_per_second")
+        takes[name] = replace(take, **spoken, heard=row.get("heard"), bits=bits)
+    speaker = row.get("speaker", row.get("voice"))
+    prompt = Take(*(base / row[key] if row.get(key) else None for key in PROMPT))
+    return Clip(row["id"], None if speaker is None else str(speaker), truth, takes, prompt)
+
+
+def _take(path: Path, other: Take) -> Take:
+    """The take of a file that is named: its sound and, of a video, its picture."""
+    return Take(path, path if path.suffix.lower() in VIDEO else other.video)
+
+
+def find_take(folder: Path, name: str) -> Take:
+    """FOLDER/NAME.wav (or another sound) and FOLDER/NAME.mp4 (or another video); without a sound file, the video's."""
+
+    def first(suffixes: tuple[str, ...]) -> Path | None:
+        return next((path for s in suffixes if (path := folder / f"{name}{s}").is_file()), None)
+
+    video = first(VIDEO)
+    return Take(first(SOUND) or video, video)
+
+
+def system_facts(folder: Path) -> dict[str, Any]:
+    """What FOLDER/system.json says of the system whose outputs are there; {} without that file.
+
+    Raises:
+        UserError: it is no JSON object, or `bits_per_second` is no number.
+    """
+    path = folder / "system.json"
+    if not path.is_file():
+        return {}
+    facts = parse_json(path.read_bytes(), path)
+    if not isinstance(facts, dict) or not isinstance(facts.get("bits_per_second", 0.0), int | float):
+        raise UserError(f"{path} must be a JSON object, and its bits_per_second a number")
+    return facts

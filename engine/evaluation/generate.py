@@ -1,0 +1,54 @@
+"""Outputs that a model generates for the clips of an evaluation; those that are there already are kept."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UserError, printable
+from engine.evaluation.clips import Clip, find_take, system_facts
+from engine.files import atomic_output
+from engine.hub import release_folder
+from engine.progress import track
+
+
+def write_facts(folder: Path, model: str, weights: str | Path | None, **facts: Any) -> None:
+    """Write FOLDER/system.json, what the outputs there are made with.
+
+    Raises:
+        UserError: those that are there were made with something else.
+    """
+    place = None if weights is None else release_folder(weights)
+    new = {"model": model, "weights": place.name if place else "bundled", **facts}
+    if place is not None and (place / "model.safetensors").is_file():
+        new["size_of_weights"] = (place / "model.safetensors").stat().st_size
+    new = json.loads(json.dumps(new))
+    old = system_facts(folder)
+    if old and old != new:
+        raise UserError(f"{folder} holds outputs made with other settings: name another output=, or delete that folder")
+    with atomic_output(folder / "system.json") as partial:
+        partial.write_text(json.dumps(new, indent=1) + "\n")
+
+
+def generate_missing(
+    clips: Sequence[Clip], folder: Path, batch_size: int, write: Callable[[Sequence[tuple[int, Clip]]], None]
+) -> None:
+    """Call `write` with batches of (index, clip) whose output is missing; a clip that fails is named and left out.
+
+    Args:
+        write: makes the files of a batch in `folder`.
+    """
+    waiting = [(i, clip) for i, clip in enumerate(clips) if find_take(folder, clip.id).audio is None]
+    batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
+    for batch in track(batches, len(batches), "batches"):
+        try:
+            write(batch)
+        except UserError:
+            for item in batch:  # one by one, to find the clip that ends its batch
+                try:
+                    write([item])
+                except UserError as error:
+                    print(printable(f"failed: {item[1].id}: {error}"), file=sys.stderr, flush=True)

@@ -1,0 +1,267 @@
+"""Measuring clips with several processes; what was measured once is found again by the contents of its files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.errors import UserError
+from engine.evaluation.clips import Clip
+from engine.files import atomic_output
+from engine.media.limits import LIMITS, Limits, set_limits
+from engine.metrics.metric import Metric, Take, wave_of
+from engine.progress import track
+
+TRUTH = "true speech"  # the name of the true row
+Row = dict[str, Any]  # a measurement
+
+
+@dataclass
+class Results:
+    """What was measured.
+
+    Attributes:
+        rows: measurements by metric, system and clip. failed: (clip, system, metric or file, why).
+        missing: why a figure is left out. seconds: wall time by metric, loading the network included.
+        cached: how many measurements by metric were found.
+    """
+
+    rows: dict[str, dict[str, dict[str, Row]]] = field(default_factory=dict)
+    failed: list[tuple[str, str, str, str]] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    cached: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One clip for one metric: its takes by system."""
+
+    metric: type[Metric]
+    protocol: str
+    weights: Path
+    device: str
+    takes: Mapping[str, Take]
+    truth: Take
+    cache: Path
+
+
+@lru_cache(4096)
+def _digest(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+
+
+def file_digest(path: Path | None) -> str | None:
+    """Of the contents of a file; None if there is none."""
+    if path is None or not path.is_file():
+        return None
+    state = path.stat()
+    return _digest(path, state.st_size, state.st_mtime_ns)
+
+
+def result_file(work: Work, take: Take) -> Path:
+    """Where the measurement of a take is kept: a name made of all that it depends on."""
+
+    def described(one: Take, names: Sequence[str]) -> list[Any]:
+        values = [getattr(one, name) for name in names]
+        return [file_digest(value) if isinstance(value, Path) else value for value in values]
+
+    states = [(file.name, file.stat()) for file in work.metric.files(work.protocol, work.weights)]
+    networks = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
+    about = [work.metric.__name__, work.metric.version, work.protocol, networks, described(take, work.metric.inputs)]
+    about += [work.truth.text, take.language]
+    if work.metric.pair:
+        about.append(described(work.truth, work.metric.inputs))
+    name = hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
+    return work.cache / work.metric.__name__ / f"{name}.npz"
+
+
+def _store(path: Path, row: Row) -> None:
+    arrays = {name: value for name, value in row.items() if isinstance(value, np.ndarray)}
+    plain = json.dumps({name: value for name, value in row.items() if name not in arrays})
+    with atomic_output(path) as partial, partial.open("wb") as file:
+        np.savez(file, plain=np.array(plain), **arrays)
+
+
+def _load(path: Path) -> Row | None:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            row = json.loads(str(file["plain"]))
+            return row | {name: file[name] for name in file.files if name != "plain"}
+    except (OSError, ValueError, KeyError):  # none, or damaged: measured again
+        return None
+
+
+_loaded: dict[tuple, Metric] = {}  # the one metric of this process
+
+
+def _metric(work: Work) -> Metric:
+    key = (work.metric, work.protocol, work.weights, work.device)
+    if key not in _loaded:
+        _loaded.clear()
+        _loaded[key] = work.metric(work.protocol, work.weights, work.device)
+    return _loaded[key]
+
+
+def measure_clip(work: Work) -> tuple[dict[str, Row | str], int]:
+    """(measurement, or why there is none, by system; how many were found in the cache)."""
+    out: dict[str, Row | str] = {}
+    found = 0
+    for name, take in work.takes.items():
+        try:
+            path = result_file(work, take)
+            row = _load(path)
+            if row is None:
+                row = _metric(work).measure(take, work.truth)
+                _store(path, row)
+            else:
+                found += 1
+            out[name] = row
+        except UserError as error:
+            out[name] = str(error)
+        except Exception as error:  # of a package, on one odd clip: the others go on
+            out[name] = f"unforeseen {type(error).__name__}: {error}"
+    return out, found
+
+
+def check_files(take: Take) -> str:
+    """Why the files of a take cannot be used; "" if they can."""
+    if take.audio is None:
+        return "there is no file"
+    try:
+        wave_of(take.audio, 16_000)
+        if take.source is not None and not take.source.is_file():
+            return f"no such file: {take.source}"
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _start(limits: Limits) -> None:
+    torch.set_num_threads(1)
+    set_limits(limits)
+
+
+class Workers:
+    """Processes that measure; with one, this process does."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.pool = (
+            ProcessPoolExecutor(count, get_context("spawn"), _start, (LIMITS,)) if count > 1 else None
+        )  # forked processes would share locks of torch
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(wait=kind is None, cancel_futures=True)
+
+    def map(self, function: Any, items: Sequence[Any], alone: bool = False) -> Iterator[Any]:
+        """
+        Raises:
+            UserError: a process was ended from outside.
+        """
+        if self.pool is None or alone:
+            yield from map(function, items)
+            return
+        try:
+            yield from self.pool.map(function, items)
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process of the evaluation was ended, probably for memory: set fewer workers=; "
+                "what was measured is kept"
+            ) from error
+
+
+def measure(
+    clips: Sequence[Clip],
+    metrics: Mapping[type[Metric], Sequence[str]],
+    protocols: Mapping[str, str],
+    weights: Path,
+    device: str,
+    workers: int,
+    cache: Path,
+) -> Results:
+    """Measure every take of every clip, and the true ones.
+
+    A clip whose files cannot be read is left out for that system, and for all if its true files cannot.
+
+    Args:
+        metrics: classes, with the figures wanted of each.
+        protocols: by class name.
+
+    Raises:
+        UserError: no clip can be measured.
+    """
+    results = Results()
+    with Workers(min(workers, len(clips))) as pool:
+        good = _readable(clips, results, pool)
+        for metric, figures in metrics.items():
+            protocol, name = protocols[metric.__name__], metric.__name__
+            start = time.monotonic()
+            try:
+                metric.check(protocol, weights)
+                wanted = [(clip, _without_truth(t) if metric.outputs_only else t) for clip, t in good]
+                works = [Work(metric, protocol, weights, device, t, clip.truth, cache) for clip, t in wanted]
+                alone = device.startswith("cuda") and not metric.parallel
+                done = list(track(pool.map(measure_clip, works, alone), len(works), f"{name} clips"))
+            except UserError as error:
+                results.missing |= dict.fromkeys(figures, str(error))
+                continue
+            rows: dict[str, dict[str, Row]] = {}
+            reasons = []
+            for (clip, _), (found, _) in zip(good, done):
+                for system, row in found.items():
+                    if isinstance(row, str):
+                        reasons.append((clip.id, system, name, row))
+                    else:
+                        rows.setdefault(system, {})[clip.id] = row
+            if not rows:
+                results.missing |= dict.fromkeys(figures, reasons[0][3] if reasons else "nothing was measured")
+                continue
+            results.failed += reasons
+            results.rows[name] = rows
+            results.seconds[name] = time.monotonic() - start
+            results.cached[name] = sum(found for _, found in done)
+    return results
+
+
+def _readable(clips: Sequence[Clip], results: Results, pool: Workers) -> list[tuple[Clip, dict[str, Take]]]:
+    pairs = [(clip, name, take) for clip in clips for name, take in {TRUTH: clip.truth, **clip.takes}.items()]
+    why = list(pool.map(check_files, [take for _, _, take in pairs]))
+    bad = {(clip.id, name): reason for (clip, name, _), reason in zip(pairs, why) if reason}
+    results.failed += [(clip, name, "file", reason) for (clip, name), reason in bad.items()]
+    good = []
+    for clip in clips:
+        takes = {TRUTH: clip.truth} | {n: t for n, t in clip.takes.items() if (clip.id, n) not in bad}
+        if (clip.id, TRUTH) not in bad and (len(takes) > 1 or not clip.takes):
+            good.append((clip, takes))
+    if not good:
+        clip, name, _, reason = results.failed[0]
+        raise UserError(f"none of the {len(clips)} clips can be measured; the first: {clip} ({name}): {reason}")
+    return good
+
+
+def _without_truth(takes: Mapping[str, Take]) -> dict[str, Take]:
+    return {name: take for name, take in takes.items() if name != TRUTH}
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,153 @@
+"""From measurements to the figures of a table: values, intervals, tests, and what was left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from engine.errors import UserError
+from engine.evaluation.clips import Clip
+from engine.evaluation.measure import TRUTH, Results, Row
+from engine.evaluation.statistics import bootstrap_interval, holm, permutation_test, ratio
+from engine.metrics.registry import description, metric_of
+
+
+def summarise(
+    clips: Sequence[Clip],
+    results: Results,
+    figures: Sequence[str],
+    protocols: Mapping[str, str],
+    resamples: int,
+) -> dict[str, Any]:
+    """The figures of every system, as plain values for a JSON file.
+
+    `systems[name][figure]` has `value`, `interval` and `interval_speakers` (95 %, or None), `clips` (how many counted)
+    and `values`, those of single clips by id. Values are in the unit of the printed table.
+    """
+    missing = dict(results.missing)
+    speakers = {clip.id: clip.speaker for clip in clips}
+    systems: dict[str, dict[str, Any]] = {}
+    ratios: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
+    for figure in figures:
+        metric, about = metric_of(figure), description(figure)
+        rows = results.rows.get(metric.__name__, {})
+        for system, by_clip in rows.items():
+            found = {clip: row[figure] for clip, row in by_clip.items() if figure in row}
+            cell: dict[str, Any] | None = None
+            if found and isinstance(next(iter(found.values())), np.ndarray):
+                cell = _set_figure(metric, figure, found, rows.get(TRUTH, {}), missing)
+            elif found:
+                ratios[figure, system] = found
+                cell = _ratio_figure(found, speakers, about.scale, resamples)
+            if cell is not None:
+                systems.setdefault(system, {})[figure] = cell
+        if figure not in missing and not any(figure in cells for cells in systems.values()):
+            missing[figure] = "no clip has it"
+    shown = [figure for figure in figures if any(figure in cells for cells in systems.values())]
+    return {
+        "figures": {
+            figure: {
+                **{key: getattr(description(figure), key) for key in ("title", "better", "digits", "meaning")},
+                "protocol": protocols[metric_of(figure).__name__].partition(":")[0],
+            }
+            for figure in shown
+        },
+        "systems": {name: systems[name] for name in sorted(systems, key=lambda n: n == TRUTH)},
+        "heard": {
+            system: {clip: row["heard"] for clip, row in rows.items() if "heard" in row}
+            for system, rows in results.rows.get("WordErrors", {}).items()
+        },
+        "tests": _tests(shown, ratios, resamples),
+        "left_out": {
+            "figures": missing,
+            "files": [dict(zip(("clip", "system", "where", "why"), row)) for row in results.failed],
+        },
+        "seconds": {name: round(value, 2) for name, value in results.seconds.items()},
+        "found_in_cache": results.cached,
+    }
+
+
+def _ratio_figure(
+    found: Mapping[str, tuple[float, float]], speakers: Mapping[str, str | None], scale: float, resamples: int
+) -> dict[str, Any]:
+    a, b = (np.array(column, float) for column in zip(*found.values()))
+    groups = [speakers[clip] for clip in found]
+    known = None not in groups and len(set(groups)) > 1
+
+    def scaled(interval: tuple[float, float] | None) -> list[float] | None:
+        return None if interval is None else [scale * end for end in interval]
+
+    return {
+        "value": scale * ratio(a, b),
+        "interval": scaled(bootstrap_interval(a, b, None, resamples)),
+        "interval_speakers": scaled(bootstrap_interval(a, b, groups, resamples)) if known else None,
+        "clips": len(found),
+        "values": {clip: scale * x / y for clip, (x, y) in found.items() if y},
+    }
+
+
+def _set_figure(
+    metric: Any, figure: str, found: Mapping[str, np.ndarray], true: Mapping[str, Row], missing: dict[str, str]
+) -> dict[str, Any] | None:
+    truth = [row[figure] for row in true.values() if figure in row]
+    if not truth:
+        missing[figure] = "the true clips have no pictures to compare with"
+        return None
+    try:
+        value = metric.distance(np.concatenate(list(found.values())), np.concatenate(truth))
+    except UserError as error:
+        missing[figure] = str(error)
+        return None
+    return {"value": value, "interval": None, "interval_speakers": None, "clips": len(found), "values": {}}
+
+
+def _tests(
+    figures: Sequence[str], ratios: Mapping[tuple[str, str], Mapping[str, tuple[float, float]]], resamples: int
+) -> list[dict[str, Any]]:
+    """Permutation tests of every two systems on the clips that both have; p values corrected over all tests (Holm)."""
+    tests = []
+    names = list(dict.fromkeys(system for _, system in ratios if system != TRUTH))
+    for figure in figures:
+        for one, two in combinations(names, 2):
+            first, second = ratios.get((figure, one), {}), ratios.get((figure, two), {})
+            both = [clip for clip in first if clip in second]
+            if len(both) < 2 or metric_of(figure).outputs_only:
+                continue
+            pairs = [tuple(np.array(column, float) for column in zip(*(x[c] for c in both))) for x in (first, second)]
+            difference, p = permutation_test(*pairs, resamples=resamples)
+            scale = description(figure).scale
+            tests.append(
+                {"figure": figure, "systems": [one, two], "difference": scale * difference, "p": p, "clips": len(both)}
+            )
+    for test, p in zip(tests, holm([test["p"] for test in tests])):
+        test["p_holm"] = p
+    return tests
+
+
+def table_lines(summary: Mapping[str, Any], paper: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+    """The table for a terminal: a row a system with intervals, then the paper's rows."""
+    figures = summary["figures"]
+    arrows = {1: " ↑", -1: " ↓", 0: ""}
+    head = ["", *(f["title"] + arrows[f["better"]] for f in figures.values())]
+    rows = [head, ["", *(f["protocol"] for f in figures.values())]]
+    for system, cells in summary["systems"].items():
+        rows.append([system, *(_cell(cells.get(name), f["digits"]) for name, f in figures.items())])
+        rows.append(["", *(_interval(cells.get(name), f["digits"]) for name, f in figures.items())])
+    for name, values in paper.items():
+        texts = (None if values.get(figure) is None else {"value": values[figure]} for figure in figures)
+        rows.append([f"paper: {name}", *(_cell(c, f["digits"]) for c, f in zip(texts, figures.values()))])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = [row[0].ljust(widths[0]) + "".join(f"  {t:>{w}}" for t, w in zip(row[1:], widths[1:])) for row in rows]
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+def _cell(cell: Mapping[str, Any] | None, digits: int) -> str:
+    return "-" if cell is None else f"{cell['value']:.{digits}f}"
+
+
+def _interval(cell: Mapping[str, Any] | None, digits: int) -> str:
+    interval = cell and cell["interval"]
+    return f"[{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else ""

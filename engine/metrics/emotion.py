@@ -1,0 +1,57 @@
+"""EmoAcc and EMO-SIM by emotion2vec+ large (Ma et al. 2024, arXiv:2312.15185), run by the package funasr (MIT).
+
+EmoAcc: share of clips whose class equals that of the true speech. EMO-SIM: cosine of the utterances' embeddings. The
+weights have a licence of their own (FunASR's model licence).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from engine.metrics.metric import CACHED, Figure, Metric, Take, wave_of
+from engine.optional import require
+
+RATE = 16_000
+FOLDER = "emotion2vec_plus_large"
+
+
+class Emotion(Metric):
+    figures: ClassVar = {
+        "emotion_accuracy": Figure("EmoAcc %", 1, 2, 100, "clips whose emotion is heard as in the true speech"),
+        "emotion_similarity": Figure("EMO-SIM", 1, 4, meaning="cosine of emotion embeddings with the true speech"),
+    }
+    pair, parallel = True, False
+
+    def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
+        super().__init__(protocol, weights, device)
+        with contextlib.redirect_stdout(io.StringIO()):
+            package = require("funasr", "funasr", "metrics")
+            self.model = package.AutoModel(
+                model=str(weights / FOLDER), device=device, disable_update=True, disable_pbar=True
+            )
+        self.read = lru_cache(CACHED)(self._read)
+
+    @classmethod
+    def files(cls, protocol: str, weights: Path) -> list[Path]:
+        return [weights / FOLDER / "model.pt", weights / FOLDER / "config.yaml"]
+
+    @classmethod
+    def packages(cls, protocol: str) -> list[str]:
+        return ["funasr"]
+
+    def _read(self, path: Path | None) -> tuple[str, np.ndarray]:
+        """(class, embedding (D,)) of a file's speech."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            (row,) = self.model.generate(wave_of(path, RATE), granularity="utterance", extract_embedding=True)
+        return row["labels"][int(np.argmax(row["scores"]))], np.asarray(row["feats"], np.float64)
+
+    def measure(self, take: Take, truth: Take) -> dict[str, Any]:
+        (label, one), (true, two) = self.read(take.audio), self.read(truth.audio)
+        cosine = float(one @ two / (np.linalg.norm(one) * np.linalg.norm(two) + 1e-12))
+        return {"emotion_accuracy": (float(label == true), 1), "emotion_similarity": (cosine, 1), "emotion": label}

@@ -1,0 +1,125 @@
+"""FID and FVD: Frechet distance between the features of the made and the true videos' faces.
+
+|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of means and covariances (Heusel et al. 2017, arXiv:1706.08500;
+Unterthiner et al. 2018, arXiv:1812.01717). Talker-T2AV's text does not say how its figures were computed, and figures
+of different protocols differ by a factor of four: compare within a table only.
+
+- FID: 16 evenly spaced frames of each clip, cut to the face, through the Inception network of the package
+  torch-fidelity (Apache-2.0, weights too).
+- FVD: consecutive windows of 16 face squares of 224 pixels, through the I3D network of StyleGAN-V (a TorchScript
+  file, which runs as a program; no licence stated).
+
+Few clips give a distance that is too large: 2,048 features want many thousands of frames.
+
+Axes: T frames, F rows of features, D features.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from engine.errors import UserError
+from engine.metrics.lip_sync import face_video
+from engine.metrics.metric import Figure, Metric, Take
+from engine.optional import require
+from engine.safe_pickle import read_checkpoint
+
+FRAMES = 16  # of a clip for FID, of a window for FVD
+
+
+def frechet_distance(one: np.ndarray, two: np.ndarray) -> float:
+    """Of two sets of features (F, D), as of normal distributions with their means and covariances.
+
+    Raises:
+        UserError: a set has fewer than two rows.
+    """
+    if min(len(one), len(two)) < 2:
+        raise UserError("the distance of two sets needs two rows of features in each")
+    one, two = one.astype(np.float64), two.astype(np.float64)
+    shift = one.mean(0) - two.mean(0)
+    # With S = A^T A, tr (S1 S2)^(1/2) is the sum of the singular values of A1 A2^T. Only R of A = Q R counts there.
+    centred = [(x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (one, two)]
+    spread = sum(np.square(x).sum() for x in centred)
+    roots = [np.linalg.qr(x, mode="r") for x in centred]
+    return float(shift @ shift + spread - 2 * np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum())
+
+
+class FaceFeatures(Metric):
+    """Features of the squares of a clip's face."""
+
+    inputs = ("video",)
+    parallel = False
+
+    @staticmethod
+    def distance(features: np.ndarray, true: np.ndarray) -> float:
+        return frechet_distance(features, true)
+
+
+class FID(FaceFeatures):
+    figures: ClassVar = {"fid": Figure("FID", -1, meaning="distance of the pictures' features from the true ones")}
+
+    def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
+        super().__init__(protocol, weights, device)
+        package = require("torch_fidelity.feature_extractor_inceptionv3", "torch-fidelity", "metrics")
+        (file,) = self.files(protocol, weights)
+        with tempfile.NamedTemporaryFile(suffix=".pth") as plain:  # the package would run what a damaged file says
+            torch.save(dict(read_checkpoint(file)), plain.name)
+            self.network = package.FeatureExtractorInceptionV3("inception", ["2048"], plain.name).to(device)
+
+    @classmethod
+    def files(cls, protocol: str, weights: Path) -> list[Path]:
+        return [weights / "weights-inception-2015-12-05-6726825d.pth"]
+
+    @classmethod
+    def packages(cls, protocol: str) -> list[str]:
+        return ["torch_fidelity"]
+
+    @torch.inference_mode()
+    def measure(self, take: Take, truth: Take) -> dict[str, Any]:
+        faces = face_video(take.video)
+        chosen = faces[np.linspace(0, len(faces) - 1, min(FRAMES, len(faces))).round().astype(int)]
+        (features,) = self.network(torch.from_numpy(chosen).permute(0, 3, 1, 2).to(self.device))
+        return {"fid": features.float().cpu().numpy()}
+
+
+class FVD(FaceFeatures):
+    figures: ClassVar = {"fvd": Figure("FVD", -1, 1, meaning="distance of the videos' features from the true ones")}
+
+    def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
+        super().__init__(protocol, weights, device)
+        (file,) = self.files(protocol, weights)
+        try:
+            self.network = torch.jit.load(str(file), map_location=device).eval()
+        except RuntimeError as error:
+            raise UserError(f"{file} is no TorchScript file ({str(error).splitlines()[0]})") from error
+
+    @classmethod
+    def files(cls, protocol: str, weights: Path) -> list[Path]:
+        return [weights / "i3d_torchscript.pt"]
+
+    @classmethod
+    def packages(cls, protocol: str) -> list[str]:
+        return []
+
+    @torch.inference_mode()
+    def measure(self, take: Take, truth: Take) -> dict[str, Any]:
+        faces = face_video(take.video)
+        windows = len(faces) // FRAMES
+        if not windows:
+            raise UserError(f"the clip has {len(faces)} frames, and FVD needs {FRAMES}")
+        faces = torch.from_numpy(faces[: windows * FRAMES]).reshape(windows, FRAMES, *faces.shape[1:])
+        rows = [
+            self.network(
+                window[None].permute(0, 4, 1, 2, 3).float().to(self.device),
+                rescale=True,
+                resize=True,
+                return_features=True,
+            )
+            for window in faces
+        ]
+        return {"fvd": torch.cat(rows).float().cpu().numpy()}

@@ -1,0 +1,170 @@
+"""What a metric of an evaluation is: it measures one clip at a time, and its figures are sums over sums.
+
+A file of this package holds one metric with its reference, its licence, what it needs and which package does the work.
+`engine.metrics.registry` knows them by the names of their figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from engine.errors import UserError
+from engine.media.audio import read_audio, resample
+
+CACHED = 8  # waves and videos of the last files, which several systems are compared with
+
+
+class Unavailable(UserError):
+    """A metric cannot be computed here: a package or a file is missing. The message says how to get it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sound:
+    """A wave in memory (N,) at `rate` Hz, in place of a file."""
+
+    wave: np.ndarray
+    rate: int
+
+
+@dataclass(frozen=True)
+class Take:
+    """One clip as one system gives it, or as it was recorded.
+
+    Attributes:
+        audio: the file with its speech, or its wave. video: the file with the picture that belongs to this take.
+        source: the picture that the speech was made for, where the take has none of its own.
+        text: the words. heard: a transcript made elsewhere.
+        language: of the words, as in `en` or `zh`.
+        bits: a second of the code that the speech was decoded from.
+    """
+
+    audio: Path | Sound | None = None
+    video: Path | None = None
+    source: Path | None = None
+    text: str | None = None
+    heard: str | None = None
+    language: str = "en"
+    bits: float | None = None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One column of a table.
+
+    Attributes:
+        title: head of the column.
+        better: 1 if larger is better, -1 if smaller is, 0 if neither.
+        scale: the printed value for a ratio of 1: 100 for per cent.
+        digits: after the point.
+        meaning: one line for the reader of a report.
+    """
+
+    title: str
+    better: int
+    digits: int = 2
+    scale: float = 1.0
+    meaning: str = ""
+
+
+class Metric:
+    """Measures single clips.
+
+    A measurement maps the name of each figure to (a, b); the figure of many clips is sum(a) / sum(b), times its scale.
+    A mean over clips has b = 1, a word error rate (errors, words). A figure of a whole set gives rows of features
+    (F, D) instead, and `distance` compares two sets. Other values, such as a transcript, are shown in the report.
+
+    Attributes:
+        figures: the columns that it fills.
+        protocols: names of the ways to measure; the first one is the default.
+        version: raised when the same inputs give other values, so that older results in a cache are not used.
+        pair: whether the true take is needed besides the one that is measured.
+        parallel: whether several processes may measure at once on a GPU; large networks may not.
+        outputs_only: whether the true clips have no such figure.
+        inputs: attributes of the measured take that the result depends on.
+    """
+
+    figures: ClassVar[Mapping[str, Figure]] = {}
+    protocols: ClassVar[tuple[str, ...]] = ("",)
+    version: ClassVar[int] = 1
+    pair: ClassVar[bool] = False
+    parallel: ClassVar[bool] = True
+    outputs_only: ClassVar[bool] = False
+    inputs: ClassVar[tuple[str, ...]] = ("audio",)
+
+    def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
+        """Load what is needed.
+
+        Args:
+            protocol: one of `protocols`.
+            weights: folder of the downloaded networks.
+
+        Raises:
+            Unavailable: a package or a file is missing.
+        """
+        self.protocol, self.weights, self.device = protocol, weights, device
+
+    @classmethod
+    def files(cls, protocol: str, weights: Path) -> list[Path]:
+        """The files below `weights` that are needed; a result is not used again when one of them changes."""
+        return []
+
+    @classmethod
+    def download(cls, protocol: str) -> str:
+        """The group of configs/checkpoints.yaml that has the files."""
+        return "metrics"
+
+    @classmethod
+    def packages(cls, protocol: str) -> list[str]:
+        """Modules that must be installed."""
+        return []
+
+    @classmethod
+    def check(cls, protocol: str, weights: Path) -> None:
+        """
+        Raises:
+            Unavailable: a package or a file is missing.
+        """
+        packages = [name for name in cls.packages(protocol) if find_spec(name) is None]
+        files = [str(file) for file in cls.files(protocol, weights) if not file.exists()]
+        why = []
+        if packages:
+            why.append(f"not installed: {', '.join(packages)} (bash scripts/setup.sh metrics)")
+        if files:
+            get = f"python scripts/download_checkpoints.py {cls.download(protocol)} --to {weights}"
+            why.append(f"not there: {', '.join(files)} ({get})")
+        if why:
+            raise Unavailable("; ".join(why))
+
+    def measure(self, take: Take, truth: Take) -> dict[str, Any]:
+        """
+        Raises:
+            UserError: the clip cannot be measured.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def distance(features: np.ndarray, true: np.ndarray) -> float:
+        """Figure of a whole set: features (F, D) of a system and of the truth."""
+        raise NotImplementedError
+
+
+@lru_cache(CACHED)
+def wave_of(audio: Path | Sound | None, rate: int) -> np.ndarray:
+    """(N,) float32 at `rate` Hz.
+
+    Raises:
+        UserError: there is no file, or it cannot be read.
+    """
+    if audio is None:
+        raise UserError("the clip has no sound")
+    if isinstance(audio, Sound):
+        return resample(torch.as_tensor(audio.wave, dtype=torch.float32), audio.rate, rate).numpy()
+    return read_audio(audio, rate)

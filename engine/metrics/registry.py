@@ -1,0 +1,54 @@
+"""All metrics by the names of their figures. Evaluation and the trainer's validation find them here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+
+from engine.errors import UserError
+from engine.metrics.metric import Figure, Metric
+
+METRICS = {  # figure: the class that measures it
+    "wer": "words.WordErrors",
+    "wer_free": "words.WordErrors",
+    "cer": "words.WordErrors",
+    "dnsmos": "dnsmos.DNSMOS",
+    "utmos": "utmos.UTMOS",
+    "mcd": "mcd.MCD",
+    "lse_c": "lip_sync.LipSync",
+    "lse_d": "lip_sync.LipSync",
+    "emotion_accuracy": "emotion.Emotion",
+    "emotion_similarity": "emotion.Emotion",
+    "speaker_similarity": "speaker_similarity.SpeakerSimilarity",
+    "pesq_wide": "pesq.PESQ",
+    "pesq_narrow": "pesq.PESQ",
+    "stoi": "stoi.STOI",
+    "duration_distance": "durations.DurationDistance",
+    "fid": "frechet.FID",
+    "fvd": "frechet.FVD",
+    "bitrate": "bitrate.Bitrate",
+}
+
+
+def metric_of(figure: str) -> type[Metric]:
+    """The class that measures a figure.
+
+    Raises:
+        UserError: there is no figure of that name.
+    """
+    if figure not in METRICS:
+        raise UserError(f"metric {figure!r} is unknown; there are: {', '.join(METRICS)}")
+    module, name = METRICS[figure].split(".")
+    return getattr(import_module(f"engine.metrics.{module}"), name)
+
+
+def metrics_of(figures: Sequence[str]) -> dict[type[Metric], list[str]]:
+    """Figures by the class that measures them, in the order given."""
+    found: dict[type[Metric], list[str]] = {}
+    for figure in figures:
+        found.setdefault(metric_of(figure), []).append(figure)
+    return found
+
+
+def description(figure: str) -> Figure:
+    return metric_of(figure).figures[figure]

@@ -1,0 +1,168 @@
+"""Word and character error rates of what a recogniser hears.
+
+Errors of all clips over words of all clips (micro average), by jiwer (Apache-2.0). A clip in which nothing is heard
+counts with all its words. Recognisers:
+
+- `whisper-medium` (HiCoDiT's, as its true-speech rows say), `whisper-large-v3`: Radford et al. 2022, arXiv:2212.04356,
+  weights MIT, by transformers; greedy, the language given. A folder after a colon holds another one.
+- `qwen3-asr` (Talker-T2AV's): Qwen3-ASR-1.7B, weights Apache-2.0, by transformers.
+- `grammar`: pocketsphinx with a grammar, for the synthetic corpus. Other sentences are recognised by the language model
+  beside it, `free.arpa`, and counted as `wer_free`.
+- `auto-avsr`: Ma et al. 2023, arXiv:2303.14307; no package holds it: `heard` of the manifest gives what its own
+  program transcribed. Transcripts of any other recogniser can be given so, too.
+
+Texts of both sides are brought to one form by Whisper's English normaliser (with its list of British spellings where
+a Whisper folder is there), other languages by its basic one. Chinese, Japanese, Thai and Cantonese have a character
+error rate only.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jiwer
+import numpy as np
+import torch
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+from engine.errors import UserError
+from engine.metrics.metric import Figure, Metric, Take, Unavailable, wave_of
+from engine.metrics.recogniser import CorpusRecogniser
+from engine.untrusted import parse_json
+
+RATE = 16_000
+LONG = 30  # seconds that Whisper hears at once
+FOLDERS = {"whisper-medium": "whisper-medium", "whisper-large-v3": "whisper-large-v3", "qwen3-asr": "Qwen3-ASR-1.7B-hf"}
+WITHOUT_SPACES = ("zh", "ja", "th", "yue")
+
+
+class WordErrors(Metric):
+    figures: ClassVar = {
+        "wer": Figure("WER %", -1, 2, 100, "word errors over words"),
+        "wer_free": Figure("WER free %", -1, 2, 100, "word errors of sentences outside the recogniser's grammar"),
+        "cer": Figure("CER %", -1, 2, 100, "character errors over characters"),
+    }
+    protocols = ("whisper-medium", "whisper-large-v3", "qwen3-asr", "auto-avsr", "grammar")
+    parallel = False
+    inputs = ("audio", "heard", "language")
+
+    def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
+        super().__init__(protocol, weights, device)
+        kind, _, argument = protocol.partition(":")
+        self.kind = kind
+        if kind == "grammar":
+            self.recogniser = CorpusRecogniser(Path(argument))
+        elif kind != "auto-avsr":
+            folder = Path(argument) if argument else weights / FOLDERS[kind]
+            self.processor, self.model = load_speech_model(folder, device)
+
+    @classmethod
+    def files(cls, protocol: str, weights: Path) -> list[Path]:
+        kind, _, argument = protocol.partition(":")
+        if kind == "grammar":
+            if not argument:
+                raise Unavailable("the recogniser needs a grammar: grammar=FILE.jsgf")
+            if not Path(argument).is_file():
+                raise Unavailable(f"grammar={argument}: there is no such file")
+            return [Path(argument)]
+        if kind not in FOLDERS:
+            return []
+        folder = Path(argument) if argument else weights / FOLDERS[kind]
+        return [folder / name for name in ("config.json", "model.safetensors")]
+
+    @classmethod
+    def download(cls, protocol: str) -> str:
+        return "metrics" if protocol == "whisper-medium" else "metrics_large"
+
+    @classmethod
+    def packages(cls, protocol: str) -> list[str]:
+        return ["pocketsphinx"] if protocol.startswith("grammar") else []
+
+    def transcribe(self, take: Take) -> str:
+        """What is heard in a take, as the recogniser writes it."""
+        if self.kind == "auto-avsr":
+            if take.heard is None:
+                raise UserError("the manifest gives no transcript: transcribe with auto-avsr and add it as heard")
+            return take.heard
+        wave = wave_of(take.audio, RATE)
+        if self.kind == "grammar":
+            return self.recogniser.transcribe_all([take.text or ""], [wave], RATE)[0]
+        return self._whisper(wave, take) if self.kind.startswith("whisper") else self._qwen(wave, take)
+
+    @torch.inference_mode()
+    def _whisper(self, wave: np.ndarray, take: Take) -> str:
+        return hear(self.processor, self.model, wave, take.language)
+
+    @torch.inference_mode()
+    def _qwen(self, wave: np.ndarray, take: Take) -> str:
+        inputs = self.processor.apply_transcription_request(audio=[wave], language=take.language, return_tensors="pt")
+        inputs = inputs.to(self.device)
+        tokens = self.model.generate(**inputs, max_new_tokens=512)[:, inputs["input_ids"].shape[1] :]
+        return self.processor.decode(tokens[0], return_format="transcription_only")
+
+    @cached_property
+    def spellings(self) -> dict[str, str]:
+        """British to American words, of the first Whisper folder that is there."""
+        for folder in ("whisper-medium", "whisper-large-v3"):
+            path = self.weights / folder / "normalizer.json"
+            if path.is_file():
+                return dict(parse_json(path.read_bytes(), path))
+        return {}
+
+    def normalise(self, text: str, language: str) -> str:
+        if self.kind == "grammar":
+            return " ".join(text.lower().split())
+        if language == "en":
+            return EnglishTextNormalizer(self.spellings)(text)
+        return BasicTextNormalizer()(text).strip()
+
+    def measure(self, take: Take, truth: Take) -> dict[str, Any]:
+        if not truth.text:
+            raise UserError("the manifest gives no text")
+        heard = self.transcribe(take)
+        texts = (self.normalise(text, take.language) for text in (truth.text, heard))
+        found = count_errors(*texts, take.language)
+        if self.kind == "grammar" and self.recogniser.is_free(truth.text):
+            found["wer_free"] = found.pop("wer")
+        return {**found, "heard": heard}
+
+
+def count_errors(reference: str, hypothesis: str, language: str = "en") -> dict[str, tuple[float, float]]:
+    """Errors and units of `wer` (not for languages without spaces) and `cer`.
+
+    Raises:
+        UserError: the reference has no words.
+    """
+    if not reference.split():
+        raise UserError("its text has no words")
+    found = {}
+    if language in WITHOUT_SPACES:
+        reference, hypothesis = ("".join(text.split()) for text in (reference, hypothesis))
+    else:
+        words = jiwer.process_words(reference, hypothesis)
+        found["wer"] = (words.substitutions + words.deletions + words.insertions, len(reference.split()))
+    letters = jiwer.process_characters(reference, hypothesis)
+    return found | {"cer": (letters.substitutions + letters.deletions + letters.insertions, len(reference))}
+
+
+@torch.inference_mode()
+def hear(processor: Any, model: Any, wave: np.ndarray, language: str) -> str:
+    """What a Whisper of transformers hears in a wave (N,) at 16 kHz."""
+    long = len(wave) > LONG * RATE
+    more = {"truncation": False, "padding": "longest"} if long else {}
+    inputs = processor(wave, sampling_rate=RATE, return_tensors="pt", return_attention_mask=True, **more)
+    inputs = inputs.to(model.device, model.dtype)
+    tokens = model.generate(**inputs, language=language, task="transcribe", return_timestamps=long)
+    return processor.batch_decode(tokens, skip_special_tokens=True)[0]
+
+
+def load_speech_model(folder: Path, device: str) -> tuple[Any, Any]:
+    """(processor, model) of transformers, from files on disk; half precision on a GPU."""
+    from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
+
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, local_files_only=True, dtype=dtype, use_safetensors=True)
+    return processor, model.to(device).eval()

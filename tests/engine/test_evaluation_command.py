@@ -1,0 +1,249 @@
+"""Evaluation of any outputs: statistics, manifests, and the whole command."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from engine.errors import UserError
+from engine.evaluation.clips import read_clips
+from engine.evaluation.statistics import bootstrap_interval, holm, permutation_test, ratio
+from engine.evaluation.summary import summarise
+from engine.media.audio import write_wav
+from engine.metrics.registry import METRICS, description, metric_of
+from scripts import evaluate
+
+RATE = 16_000
+
+
+# --- statistics ---
+
+
+def test_the_interval_of_a_mean_is_that_of_the_normal_approximation():
+    values = np.random.default_rng(1).normal(3, 2, 400)
+    low, high = bootstrap_interval(values, np.ones(400), resamples=4000)
+    half = 1.96 * values.std(ddof=1) / 20
+    assert low == pytest.approx(values.mean() - half, abs=0.02) and high == pytest.approx(
+        values.mean() + half, abs=0.02
+    )
+    assert bootstrap_interval(values[:1], np.ones(1)) is None
+
+
+def test_errors_are_summed_before_they_are_divided():
+    assert ratio(np.array([1.0, 0.0]), np.array([1.0, 9.0])) == 0.1  # not the mean of 1 and 0
+
+
+def test_speakers_who_differ_widen_the_interval():
+    rng = np.random.default_rng(0)
+    speakers = np.repeat(np.arange(10), 20)
+    values = rng.normal(0, 1, 10)[speakers] + rng.normal(0, 0.1, 200)
+    over_clips = np.ptp(bootstrap_interval(values, np.ones(200)))
+    over_speakers = np.ptp(bootstrap_interval(values, np.ones(200), speakers.astype(str)))
+    assert over_speakers > 3 * over_clips
+
+
+def test_the_permutation_test_knows_its_own_null_distribution():
+    ones = np.ones(5)
+    difference, p = permutation_test((ones, ones), (0 * ones, ones), resamples=20_000)
+    assert difference == 1 and p == pytest.approx(2 / 2**5, rel=0.1)  # all five swapped, or none
+    rng, values = np.random.default_rng(2), []
+    for seed in range(200):
+        a, b = rng.normal(0, 1, (2, 30))
+        values.append(permutation_test((a, np.ones(30)), (b, np.ones(30)), 200, seed)[1])
+    assert 0.01 < np.mean(np.array(values) < 0.05) < 0.1
+
+
+def test_holm():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == []
+
+
+# --- the registry ---
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_has_a_class_and_a_description(name):
+    metric = metric_of(name)
+    assert name in metric.figures and description(name).meaning and description(name).better in (1, -1)
+    assert metric.protocols and (metric.__doc__ or sys.modules[metric.__module__].__doc__)
+
+
+def test_an_unknown_metric_names_those_that_there_are():
+    with pytest.raises(UserError, match=r"'word_errors' is unknown; there are: wer"):
+        metric_of("word_errors")
+
+
+# --- which files belong together ---
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Three clips of noise bursts, and two systems that add noise: true/, good/, bad/ and a manifest."""
+    rng, time = np.random.default_rng(0), np.arange(2 * RATE) / RATE
+    rows = []
+    for i in range(3):
+        voice = sum(np.sin(2 * np.pi * (110 + 10 * i) * k * time) / k for k in range(1, 12))
+        wave = 0.1 * voice * (np.sin(2 * np.pi * 3 * time) > -0.3)
+        for name, level in {"true": 0, "good": 0.003, "bad": 0.05}.items():
+            write_wav(tmp_path / name / f"s{i % 2}" / f"c{i}.wav", wave + level * rng.standard_normal(len(wave)), RATE)
+        rows.append({"id": f"s{i % 2}/c{i}", "text": "set blue", "speaker": f"s{i % 2}"})
+    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_files_are_found_by_id_or_named_by_the_manifest(folders):
+    clips = read_clips(folders / "clips.jsonl", folders / "true", {"good": folders / "good"})
+    assert [clip.id for clip in clips] == ["s0/c0", "s1/c1", "s0/c2"]
+    assert clips[0].takes["good"].audio == folders / "good" / "s0" / "c0.wav" and clips[0].truth.text == "set blue"
+    row = {"id": "x", "text": "a", "output": "good/s0/c0.wav", "reference": "true/s0/c0.wav", "video": "c.mp4"}
+    (folders / "named.jsonl").write_text(json.dumps(row))
+    (clip,) = read_clips(folders / "named.jsonl", None, {})
+    assert clip.takes["output"].audio == folders / "good/s0/c0.wav" and clip.truth.video == folders / "c.mp4"
+    assert clip.takes["output"].video is None and clip.takes["output"].source == folders / "c.mp4"
+    (folders / "true" / "s0" / "c0.txt").write_text("Text:  SET BLUE\nConf:  4\n")
+    (folders / "true" / "s1" / "c1.normalized.txt").write_text("Set green.\n")
+    one, _, two = read_clips(None, folders / "true", {})
+    assert (one.truth.text, two.truth.text, one.speaker, two.speaker) == ("SET BLUE", "Set green.", "s0", "s1")
+    assert len(read_clips(None, folders / "true", {}, 2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"id": "../x"}', "id"),
+        ('{"id": "a"}\n{"id": "a"}', "twice"),
+        ("[1]", "no JSON object"),
+        ('{"id": "a", "text": [1]}', "text must be text"),
+        ("", "lists no clips"),
+        ("{", "cannot be read as JSON"),
+    ],
+)
+def test_a_bad_manifest_is_one_line(tmp_path, text, message):
+    (tmp_path / "m.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_clips(tmp_path / "m.jsonl", None, {})
+
+
+# --- the command ---
+
+
+def run(monkeypatch, folders, *words):
+    common = [f"manifest={folders}/clips.jsonl", f"references={folders}/true", f"output={folders}/report", "workers=1"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *common, "resamples=200", *words])
+    code = evaluate.main()
+    return code, json.loads((folders / "report" / "results.json").read_text())
+
+
+def test_two_systems_side_by_side(monkeypatch, folders, capsys):
+    pytest.importorskip("pystoi")
+    outputs = f"outputs={{good: {folders}/good, bad: {folders}/bad}}"
+    code, results = run(monkeypatch, folders, "table=codec", "metrics=[stoi,utmos]", outputs)
+    assert code == 0
+    good, bad, true = (results["systems"][name]["stoi"] for name in ("good", "bad", "true speech"))
+    assert true["value"] == pytest.approx(1) and true["value"] > good["value"] > bad["value"]
+    assert good["interval"][0] <= good["value"] <= good["interval"][1] and good["interval_speakers"] is not None
+    assert results["tests"][0]["difference"] == pytest.approx(good["value"] - bad["value"])
+    assert (
+        "utmos_state_dict.pt (python scripts/download_checkpoints.py metrics" in results["left_out"]["figures"]["utmos"]
+    )
+    assert "paper: LibriTTS WhisperX-VAE" in capsys.readouterr().out
+
+    page = (folders / "report" / "report.html").read_text()
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page) and "http" not in re.sub(r"base64,[^\"]*", "", page)
+    assert page.count("<audio") == page.count('alt="spectrogram"') == 3 * 3 and "<svg" in page
+
+
+def test_a_second_run_measures_nothing_again(monkeypatch, folders):
+    pytest.importorskip("pystoi")
+    from engine.metrics.stoi import STOI
+
+    words = ("table=codec", "metrics=[stoi]", f"outputs={folders}/good", "media=false")
+    _, first = run(monkeypatch, folders, *words)
+    (folders / "elsewhere").mkdir()
+    (folders / "good" / "s0").rename(folders / "elsewhere" / "s0")  # the contents count, not the place
+    (folders / "good" / "s1").rename(folders / "elsewhere" / "s1")
+    monkeypatch.setattr(STOI, "measure", lambda *_: pytest.fail("measured again"))
+    _, second = run(monkeypatch, folders, *words[:2], f"outputs={folders}/elsewhere", "media=false")
+    assert second["found_in_cache"] == {"STOI": 6} and first["found_in_cache"] == {"STOI": 0}
+    assert second["systems"]["elsewhere"] == first["systems"]["good"]
+    monkeypatch.undo()
+    time = np.arange(2 * RATE) / RATE
+    write_wav(folders / "elsewhere" / "s0" / "c0.wav", 0.1 * np.sin(700 * time), RATE)
+    _, third = run(monkeypatch, folders, *words[:2], f"outputs={folders}/elsewhere", "media=false")
+    assert third["found_in_cache"] == {"STOI": 5}
+    write_wav(folders / "true" / "s1" / "c1.wav", 0.1 * np.sin(600 * time), RATE)
+    _, fourth = run(monkeypatch, folders, *words[:2], f"outputs={folders}/elsewhere", "media=false")
+    assert fourth["found_in_cache"] == {"STOI": 4}  # the true clip and the output that is compared with it
+
+
+def test_bad_and_missing_files_are_named_and_left_out(monkeypatch, folders, capsys):
+    pytest.importorskip("pystoi")
+    (folders / "good" / "s0" / "c0.wav").write_text("no sound")
+    (folders / "good" / "s1" / "c1.wav").unlink()
+    words = ("table=codec", "metrics=[stoi]", f"outputs={folders}/good", "media=false")
+    code, results = run(monkeypatch, folders, *words)
+    assert code == 1 and results["systems"]["good"]["stoi"]["clips"] == 1
+    assert [row["clip"] for row in results["left_out"]["files"]] == ["s0/c0", "s1/c1"]
+    assert "c0.wav is not a video or audio file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["outputs=nowhere"], "outputs.nowhere=nowhere is no folder"),
+        (["outputs=[a,b]"], "outputs must be a folder"),
+        (["metrics=[nothing]"], "metric 'nothing' is unknown"),
+        (["protocol.wer=ears"], "protocol.wer=ears is unknown; choose whisper-medium"),
+        (["model=other"], "model=other is unknown"),
+        (["clips=0"], "clips=0 must be"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(monkeypatch, folders, words, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        run(monkeypatch, folders, *words)
+    assert not (folders / "report").exists()
+
+
+def test_a_set_figure_without_true_pictures_is_left_out():
+    from engine.evaluation.measure import Results
+
+    results = Results(rows={"FID": {"a": {"x": {"fid": np.ones((3, 4))}}}})
+    summary = summarise([], results, ["fid"], {"FID": ""}, 10)
+    assert summary["left_out"]["figures"] == {"fid": "the true clips have no pictures to compare with"}
+
+
+# --- outputs that a model generates ---
+
+
+@pytest.mark.parametrize("model", ["rvq_codec", "whisperx_vae"])
+def test_a_codec_resynthesises_first_and_goes_on_where_it_stopped(monkeypatch, folders, model):
+    pytest.importorskip("pystoi")
+    words = ("table=codec", "metrics=[stoi,bitrate]", f"model={model}", "media=false")
+    code, results = run(monkeypatch, folders, *words)
+    cells = results["systems"][model]
+    assert code == 0 and cells["stoi"]["clips"] == 3 and results["systems"]["true speech"]["stoi"]["value"] > 0.99
+    if model == "rvq_codec":
+        assert cells["bitrate"]["value"] == 12 * 8 * 50  # levels, bits of 256 codes, frames a second
+    else:
+        assert "system.json" in results["left_out"]["figures"]["bitrate"]
+    kept = folders / "report" / "outputs" / "s0" / "c0.wav"
+    before = kept.stat().st_mtime_ns
+    (folders / "report" / "outputs" / "s1" / "c1.wav").unlink()
+    _, again = run(monkeypatch, folders, *words)
+    assert kept.stat().st_mtime_ns == before and again["systems"] == results["systems"]
+    if model == "rvq_codec":
+        with pytest.raises(UserError, match="made with other settings"):
+            run(monkeypatch, folders, *words, "generate.levels=1")
+
+
+def test_the_talker_is_shown_another_clip_of_the_speaker(folders):
+    rows = [{"id": "s0/c0", "text": "one", "speaker": "a"}, {"id": "s0/c2", "text": "two", "speaker": "a"}]
+    rows += [{"id": "s1/c1", "text": "one", "speaker": "b"}]
+    rows[0]["reference_video"] = "face.mp4"
+    (folders / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    clips = read_clips(folders / "m.jsonl", folders / "true", {})
+    assert clips[0].prompt.video == folders / "face.mp4" and clips[0].prompt.audio is None
+    assert clips[1].prompt.audio == folders / "true" / "s0" / "c0.wav"
+    assert clips[2].prompt.audio is None  # never its own voice

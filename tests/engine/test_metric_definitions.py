@@ -1,0 +1,357 @@
+"""Each metric against the package or program that defines it, or against a closed form.
+
+Values written down here were computed from assets/demo/voice.wav, and from it with white noise of 0.01 (seed 0), by the
+program named beside them. What needs a package of the extra `metrics` is skipped where that is not installed.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from engine.errors import UserError
+from engine.media.audio import read_audio
+from engine.media.video import write_video
+from engine.metrics import lip_sync
+from engine.metrics.frechet import frechet_distance
+from engine.metrics.metric import Sound, Take, Unavailable
+from engine.metrics.registry import metric_of
+from engine.metrics.words import count_errors
+from engine.safe_pickle import read_checkpoint
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets" / "demo"
+TEXT = (ASSETS / "voice.txt").read_text().strip()
+RATE = 16_000
+
+
+@pytest.fixture(scope="module")
+def voice():
+    return read_audio(ASSETS / "voice.wav", RATE)
+
+
+@pytest.fixture(scope="module")
+def noisy(voice):
+    return voice + 0.01 * np.random.default_rng(0).standard_normal(len(voice)).astype(np.float32)
+
+
+def take(wave: np.ndarray, **more) -> Take:
+    return Take(Sound(wave, RATE), text=TEXT, **more)
+
+
+def figures(name: str, made: Take, truth: Take, protocol: str | None = None, weights: Path = Path("nowhere")) -> dict:
+    metric = metric_of(name)
+    return metric(metric.protocols[0] if protocol is None else protocol, weights).measure(made, truth)
+
+
+# --- words ---
+
+
+def test_errors_of_words_and_characters():
+    assert count_errors("set blue by hotel", "set glue hotel now") == {"wer": (3, 4), "cer": (8, 17)}
+    assert count_errors("set blue", "")["wer"] == (2, 2)  # nothing heard is no reason to leave a clip out
+    assert count_errors("set", "set set set")["wer"] == (2, 1)  # the reference's words divide
+    assert count_errors("你 好 世界", "你好世", "zh") == {"cer": (1, 4)}
+    with pytest.raises(UserError, match="no words"):
+        count_errors(" ", "a")
+
+
+def test_texts_are_brought_to_one_form_as_whisper_does(tmp_path):
+    (tmp_path / "whisper-medium").mkdir()
+    (tmp_path / "whisper-medium" / "normalizer.json").write_text('{"colour": "color"}')
+    metric = metric_of("wer")("auto-avsr", tmp_path)
+    assert metric.normalise("It's Mr. Hill's COLOUR, twenty-one [noise]!", "en") == "it is mister hill is color 21"
+    row = metric.measure(
+        Take(text="Their colour won't fade", heard="their color will not fade"), Take(text="Their colour won't fade")
+    )
+    assert row["wer"] == (0, 5)
+    with pytest.raises(UserError, match="no transcript"):
+        metric.measure(Take(), Take(text="a"))
+
+
+def test_the_recogniser_with_a_grammar(voice, tmp_path):
+    pytest.importorskip("pocketsphinx")
+    (tmp_path / "g.jsgf").write_text(
+        "#JSGF V1.0;\ngrammar g;\npublic <s> = set (green | red) at (mike | alpha) four again;"
+    )
+    row = figures("wer", take(voice), take(voice), f"grammar:{tmp_path / 'g.jsgf'}")
+    assert row["wer"] == (0, 6) and row["heard"] == TEXT
+    with pytest.raises(Unavailable, match=r"grammar=FILE\.jsgf"):
+        metric_of("wer").check("grammar:", tmp_path)
+
+
+# --- quality ---
+
+
+@pytest.mark.parametrize(("protocol", "clean", "rough"), [("p808", 3.016985, 2.554678), ("p835", 2.476792, 2.086557)])
+def test_dnsmos_is_that_of_speechmos(voice, noisy, protocol, clean, rough):
+    """speechmos 0.0.1.1, `dnsmos.run(wave, 16000)`: p808_mos and ovrl_mos."""
+    pytest.importorskip("speechmos")
+    pytest.importorskip("onnxruntime")
+    assert figures("dnsmos", take(voice), take(voice), protocol)["dnsmos"][0] == pytest.approx(clean, abs=1e-4)
+    assert figures("dnsmos", take(noisy), take(voice), protocol)["dnsmos"][0] == pytest.approx(rough, abs=1e-4)
+
+
+def test_pesq_has_the_bounds_of_its_recommendations(voice, noisy):
+    """P.862.1 maps the best raw score 4.5 to 4.549, P.862.2 to 4.644; the others by pesq 0.0.4."""
+    pytest.importorskip("pesq")
+    best, rough = figures("pesq_wide", take(voice), take(voice)), figures("pesq_wide", take(noisy), take(voice))
+    map_wide, map_narrow = (0.999 + 4 / (1 + np.exp(a * 4.5 + b)) for a, b in ((-1.3669, 3.8224), (-1.4945, 4.6607)))
+    assert best["pesq_wide"][0] == pytest.approx(map_wide, abs=1e-3)
+    assert best["pesq_narrow"][0] == pytest.approx(map_narrow, abs=1e-3)
+    assert (rough["pesq_wide"][0], rough["pesq_narrow"][0]) == pytest.approx((1.82726, 3.14587), abs=1e-3)
+    with pytest.raises(UserError, match="PESQ cannot"):
+        figures("pesq_wide", take(voice * 0), take(voice * 0))
+
+
+def test_stoi(voice, noisy):
+    """pystoi 0.4.1; 1 for equal waves."""
+    pytest.importorskip("pystoi")
+    assert figures("stoi", take(voice), take(voice))["stoi"][0] == pytest.approx(1, abs=1e-9)
+    assert figures("stoi", take(noisy[:-100]), take(voice))["stoi"][0] == pytest.approx(0.98543, abs=1e-3)
+
+
+@pytest.mark.parametrize(("mode", "value"), [("plain", 5.401065706), ("dtw", 6.368744917), ("dtw_sl", 7.956420704)])
+def test_mcd_is_that_of_pymcd(voice, noisy, tmp_path, mode, value):
+    """pymcd 0.2.1 with the noisy wave cut to four fifths, both resampled by librosa, as that program does."""
+    pytest.importorskip("pyworld")
+    pytest.importorskip("fastdtw")
+    librosa = pytest.importorskip("librosa")
+    from engine.metrics.mcd import distortion
+
+    pair = []
+    for name, wave in {"a": voice, "b": noisy[: len(noisy) * 4 // 5]}.items():
+        soundfile.write(tmp_path / f"{name}.wav", wave, RATE, subtype="FLOAT")
+        pair.append(librosa.load(tmp_path / f"{name}.wav", sr=22_050)[0])
+    assert distortion(*pair, mode) == pytest.approx(value, abs=1e-6)
+
+
+def test_mcd_of_a_louder_wave_is_its_gain(voice):
+    """A gain g adds ln(g^2) to coefficient 0 of the cepstrum of a squared power spectrum, and to no other one."""
+    pytest.importorskip("pyworld")
+    from engine.metrics.mcd import distortion
+
+    loud = np.random.default_rng(0).standard_normal(22_050)
+    assert distortion(loud, 2 * loud, "plain") == pytest.approx(10 / np.log(10) * np.sqrt(2) * np.log(4), rel=1e-3)
+
+
+def test_utmos_is_that_of_its_package_and_refuses_missing_tensors(voice, tmp_path):
+    package = pytest.importorskip("utmos_pytorch.utmos_torch")
+    torch.manual_seed(0)
+    state = package.UTMOSModel().state_dict()
+    torch.save(state, tmp_path / "utmos_state_dict.pt")
+    scorer = package.UTMOSScoreTorch(str(tmp_path / "utmos_state_dict.pt"))
+    expected = float(scorer.score(torch.from_numpy(voice)[None]).reshape(-1)[0])
+    assert figures("utmos", take(voice), take(voice), weights=tmp_path)["utmos"][0] == pytest.approx(expected, abs=1e-6)
+    state.pop(next(iter(state)))
+    torch.save(state, tmp_path / "utmos_state_dict.pt")
+    with pytest.raises(UserError, match="lacks tensor"):
+        figures("utmos", take(voice), take(voice), weights=tmp_path)
+
+
+# --- voices ---
+
+HPARAMS = """
+compute_features: !new:speechbrain.lobes.features.Fbank
+  n_mels: 80
+mean_var_norm: !new:speechbrain.processing.features.InputNormalization
+  norm_type: sentence
+  std_norm: False
+embedding_model: !new:speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN
+  input_size: 80
+  channels: [1024, 1024, 1024, 1024, 3072]
+  kernel_sizes: [5, 3, 3, 3, 1]
+  dilations: [1, 2, 3, 4, 1]
+  attention_channels: 128
+  lin_neurons: 192
+classifier: !new:speechbrain.lobes.models.ECAPA_TDNN.Classifier
+  input_size: 192
+  out_neurons: 5
+pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
+modules:
+  compute_features: !ref <compute_features>
+  mean_var_norm: !ref <mean_var_norm>
+  embedding_model: !ref <embedding_model>
+  classifier: !ref <classifier>
+"""
+
+
+def test_ecapa_is_that_of_speechbrains_own_loader(voice, noisy, tmp_path):
+    pytest.importorskip("speechbrain")
+    from speechbrain.inference.speaker import EncoderClassifier
+
+    (tmp_path / "hyperparams.yaml").write_text(HPARAMS)
+    torch.manual_seed(0)
+    theirs = EncoderClassifier.from_hparams(str(tmp_path), savedir=str(tmp_path / "saved"))
+    (tmp_path / "ecapa").mkdir()
+    torch.save(theirs.mods.embedding_model.state_dict(), tmp_path / "ecapa" / "embedding_model.ckpt")
+    one, two = (theirs.encode_batch(torch.from_numpy(wave)[None])[0, 0] for wave in (noisy, voice))
+    expected = float(torch.nn.functional.cosine_similarity(one, two, 0))
+    row = figures("speaker_similarity", take(noisy), take(voice), "ecapa", tmp_path)
+    assert row["speaker_similarity"][0] == pytest.approx(expected, abs=1e-5) and expected < 0.9999
+
+
+def test_the_cosine_of_ge2e(voice, noisy):
+    """Resemblyzer 0.1.4, embed_utterance(preprocess_wav(wave)) of both."""
+    pytest.importorskip("resemblyzer")
+    row = figures("speaker_similarity", take(noisy), take(voice), "ge2e")
+    assert row["speaker_similarity"][0] == pytest.approx(0.83564, abs=1e-3)
+
+
+def test_emotions_are_compared_by_class_and_by_angle():
+    metric = object.__new__(metric_of("emotion_accuracy"))
+    known = {
+        "a": ("angry", np.array([1.0, 0.0])),
+        "b": ("sad", np.array([1.0, 1.0])),
+        "c": ("angry", np.array([0.0, 2.0])),
+    }
+    metric.read = known.__getitem__
+    rows = {name: metric.measure(Take(name), Take("a")) for name in known}
+    assert [rows[name]["emotion_accuracy"] for name in "abc"] == [(1, 1), (0, 1), (1, 1)]
+    assert [rows[name]["emotion_similarity"][0] for name in "abc"] == pytest.approx([1, np.sqrt(0.5), 0])
+
+
+# --- time ---
+
+
+def test_lengths_of_phones(voice):
+    """Played a quarter slower, every phone is a quarter longer, up to the frames of 10 ms."""
+    pytest.importorskip("pocketsphinx")
+    assert figures("duration_distance", take(voice), take(voice))["duration_distance"] == (0, 1)
+    slow = np.interp(np.arange(0, len(voice), 0.8), np.arange(len(voice)), voice).astype(np.float32)
+    metric = metric_of("duration_distance")("", Path())
+    own = [phone for word in metric.phones(Sound(voice, RATE), TEXT) for phone in word]
+    assert [name for name, _ in own][:7] == ["S", "EH", "T", "G", "R", "IY", "N"] and len(own) == 19
+    expected = 0.25 * np.mean([frames for _, frames in own]) * 10
+    assert figures("duration_distance", take(slow), take(voice))["duration_distance"][0] == pytest.approx(
+        expected, rel=0.4
+    )
+    with pytest.raises(UserError, match="cannot be aligned"):
+        metric.phones(Sound(voice, RATE), "set grxxn")
+
+
+# --- pictures ---
+
+
+def test_the_distance_of_two_normal_distributions():
+    """Independent axes: sum of (m1 - m2)^2 + (s1 - s2)^2; with a rotation, nothing changes."""
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal((4000, 5))
+    base = (base - base.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(base.T))).T  # exact moments
+    spread, shift = np.array([1.0, 2, 0.5, 3, 1]), np.array([0.0, 1, -2, 0, 0.5])
+    turn = np.linalg.qr(rng.standard_normal((5, 5)))[0]
+    expected = float(np.square(shift).sum() + np.square(spread - 1).sum())
+    assert frechet_distance(base, base * spread + shift) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(base @ turn, (base * spread + shift) @ turn) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(base, base) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(UserError, match="two rows"):
+        frechet_distance(base[:1], base)
+
+
+def test_the_distance_is_that_of_torch_fidelity():
+    metric = pytest.importorskip("torch_fidelity.metric_fid")
+    rng = np.random.default_rng(0)
+    one, two = rng.standard_normal((300, 12)), rng.standard_normal((200, 12)) @ rng.standard_normal((12, 12)) + 0.3
+    statistics = [metric.fid_features_to_statistics(torch.from_numpy(x)) for x in (one, two)]
+    expected = metric.fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
+    assert frechet_distance(one, two) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.fixture
+def faces(monkeypatch):
+    """In place of a video's face squares: noise, another one for each name."""
+
+    def squares(path):
+        return np.random.default_rng(len(str(path))).integers(0, 255, (37, 224, 224, 3), dtype=np.uint8)
+
+    monkeypatch.setattr("engine.metrics.frechet.face_video", squares)
+    return squares
+
+
+def test_fid_features_are_those_of_torch_fidelity(faces, monkeypatch, tmp_path):
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    torch.manual_seed(0)
+    network, states = module.FeatureExtractorInceptionV3, []
+    with monkeypatch.context() as patch:  # without a file, so that its random weights can be saved as one
+        patch.setattr(module.torch, "load", lambda *_, **__: {})
+        patch.setattr(network, "load_state_dict", lambda self, _: states.append(self.state_dict()))
+        plain = network("inception", ["2048"], "none")
+    file = tmp_path / "weights-inception-2015-12-05-6726825d.pth"
+    torch.save(states[0], file)
+    row = figures("fid", Take(video=Path("a")), Take(), weights=tmp_path)
+    shown = faces("a")[np.linspace(0, 36, 16).round().astype(int)]
+    (expected,) = plain(torch.from_numpy(shown).permute(0, 3, 1, 2))
+    assert row["fid"].shape == (16, 2048) and np.abs(row["fid"] - expected.numpy()).max() < 1e-4
+    assert set(read_checkpoint(file)) == set(plain.state_dict())
+
+
+class Averages(torch.nn.Module):
+    """Takes what the I3D file takes, gives a video's mean colours."""
+
+    def forward(self, x: torch.Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False):
+        assert rescale and resize and return_features and x.shape == (1, 3, 16, 224, 224)
+        return x.mean((2, 3, 4))
+
+
+def test_fvd_takes_windows_of_16_frames(faces, tmp_path):
+    torch.jit.script(Averages()).save(str(tmp_path / "i3d_torchscript.pt"))
+    row = figures("fvd", Take(video=Path("a")), Take(), weights=tmp_path)
+    expected = faces("a")[:32].reshape(2, -1, 3).astype(float).mean(1)
+    assert row["fvd"].shape == (2, 3) and np.abs(row["fvd"] - expected).max() < 1e-2
+    (tmp_path / "i3d_torchscript.pt").write_bytes(b"no network")
+    with pytest.raises(UserError, match="no TorchScript file"):
+        figures("fvd", Take(video=Path("a")), Take(), weights=tmp_path)
+
+
+def test_faces_are_cut_as_syncnets_program_cuts_them():
+    """Rows y - s to y + 1.8 s, columns x - 1.4 s to x + 1.4 s; the half side s and the middle are medians of 13."""
+    frames = np.zeros((20, 400, 400, 3), np.uint8)
+    frames[:, 150:290, 130:270] = 255  # the square of a box with middle (200, 200) and s = 50
+    boxes = np.tile([150.0, 160, 100, 80], (20, 1))
+    boxes[7] += 300  # one wrong box
+    squares = lip_sync.face_squares(frames, boxes)
+    assert squares.shape == (20, 224, 224, 3) and (squares[:, 3:-3, 3:-3] == 255).all()
+    frames[:] = 0
+    frames[:, 150:290, 130:270] = 255
+    moved = lip_sync.face_squares(frames, boxes + [40, 0, 0, 0])
+    assert (moved[:, :, -56:] == 0).all() and (moved[:, 3:-3, 3:150] == 255).all()
+    assert (lip_sync.face_squares(frames, boxes - [150, 0, 0, 0])[:, :, :3] == 110).all()  # outside the picture
+
+
+def test_lip_sync_scores_the_cut_faces(monkeypatch, tmp_path, voice):
+    """The network's scores are a golden case; here: which picture and which sound reach it."""
+    frames = np.zeros((20, 64, 64, 3), np.uint8)
+    write_video(tmp_path / "v.mp4", frames, 25)
+    seen = []
+
+    class Network:
+        def score(self, faces, wave):
+            seen.append((faces.shape, len(wave)))
+            return type("Score", (), {"confidence": 6.5, "distance": 7.5, "offset": 1})
+
+    monkeypatch.setattr(
+        lip_sync, "find_face", lambda *_: type("Track", (), {"boxes": np.tile([10, 10, 40, 40], (20, 1))})
+    )
+    metric = object.__new__(lip_sync.LipSync)
+    metric.network = Network()
+    row = metric.measure(Take(Sound(voice, RATE), source=tmp_path / "v.mp4"), Take())
+    assert row == {"lse_c": (6.5, 1), "lse_d": (7.5, 1), "offset": 1} and seen == [((20, 224, 224, 3), len(voice))]
+    with pytest.raises(UserError, match="no picture"):
+        metric.measure(Take(Sound(voice, RATE)), Take())
+
+
+# --- what is missing is said ---
+
+
+@pytest.mark.parametrize("name", ["utmos", "lse_c", "fid", "fvd", "speaker_similarity", "emotion_accuracy", "wer"])
+def test_missing_files_are_named_with_the_command_that_gets_them(tmp_path, name):
+    metric = metric_of(name)
+    with pytest.raises(Unavailable, match=rf"not there: {tmp_path}.*python scripts/download_checkpoints.py metrics"):
+        metric.check(metric.protocols[0], tmp_path)
+
+
+def test_a_bitrate_must_be_stated():
+    assert figures("bitrate", Take(bits=9600.0), Take())["bitrate"] == (9600, 1)
+    with pytest.raises(UserError, match=r"system\.json"):
+        figures("bitrate", Take(), Take())
