@@ -40,6 +40,9 @@ class SourceClip:
         expression: one of the whole clip, or one of each half second.
         phonemes: [symbol, start, end], times in seconds.
         motion: a torch file (T, Dm) of motion codes.
+        span: seconds from and to which the files are the clip; None: whole.
+        face: (x, y, height), the place in the picture where the clip's face is: pixels of a picture of that height,
+            or for height 0 fractions of width and height. None: the stage `face` chooses.
         packed: (tar file, offset, size) of those of its paths that lie in tar files.
     """
 
@@ -53,11 +56,14 @@ class SourceClip:
     expression: str | None = None
     phonemes: list | None = None
     motion: str | None = None
+    span: tuple[float, float] | None = None
+    face: tuple[float, float, int] | None = None
     packed: Mapping[str, tuple[str, int, int]] = field(default_factory=dict)
 
     @property
     def source(self) -> str:
-        return self.video or self.audio or self.motion or self.key
+        name = self.video or self.audio or self.motion or self.key
+        return name if self.span is None else f"{name} {self.span[0]:g}-{self.span[1]:g} s"
 
 
 @dataclass

@@ -1,4 +1,6 @@
-"""Networks of the filters: recognisers, speaker counters, an enhancer. Each is a small class around a library.
+"""Networks of others that stages use: recognisers of words and emotions, speaker counters, an enhancer.
+
+Each is a small class around a library.
 
 Weights come from the Hugging Face hub by name, or from a folder. Only `VoiceWindows` has its weights in its package.
 
@@ -7,6 +9,7 @@ Axes: N samples at 16 kHz, W windows of a clip, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -52,6 +55,15 @@ class Enhancer(Protocol):
     rate: int
 
     def __call__(self, wave: np.ndarray) -> np.ndarray: ...
+
+
+class EmotionRecogniser(Protocol):
+    """Pieces of sound (N,) float32 to the name of the emotion that is heard in each; other names than those of
+    `hicodit.conditions.types.EXPRESSIONS` count as unknown. name: tells recognisers apart."""
+
+    name: str
+
+    def __call__(self, waves: Sequence[np.ndarray]) -> list[str]: ...
 
 
 class Whisper:
@@ -129,6 +141,52 @@ class Wav2Vec2:
         return Transcript(self.processor.batch_decode(ids)[0].lower(), "en", 1.0)
 
 
+class Emotion2Vec:
+    """Emotion of speech by emotion2vec (Ma et al. 2023, arXiv:2312.15185) through FunASR (MIT).
+
+    It knows nine classes: the seven of HiCoDiT, `other` and `<unk>`. Weights:
+    emotion2vec/emotion2vec_plus_large (FunASR's model licence).
+
+    Args:
+        name: on the Hugging Face hub, or a folder.
+    """
+
+    def __init__(self, name: str = "emotion2vec/emotion2vec_plus_large", device: str = "auto") -> None:
+        package, self.name = require("funasr", "funasr", "emotion"), name
+        try:
+            self.model = package.AutoModel(
+                model=name, hub="hf", device=str(pick_device(device)), disable_update=True, disable_pbar=True
+            )
+        except (OSError, ValueError, AssertionError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"emotion2vec {name} cannot be loaded: {reason}") from error
+
+    def __call__(self, waves: Sequence[np.ndarray]) -> list[str]:
+        results = self.model.generate(list(waves), granularity="utterance", extract_embedding=False)
+        return [r["labels"][int(np.argmax(r["scores"]))].split("/")[-1] for r in results]  # "name in Chinese/happy"
+
+
+class VoxLingua107:
+    """Language by an ECAPA-TDNN trained on VoxLingua107 (Valk and Alumaee 2020) through SpeechBrain, as the paper does.
+
+    Its transcripts have no words. Weights: speechbrain/lang-id-voxlingua107-ecapa (Apache-2.0).
+    """
+
+    def __init__(self, name: str = "speechbrain/lang-id-voxlingua107-ecapa", device: str = "auto") -> None:
+        package, self.name = require("speechbrain.inference.classifiers", "speechbrain", "prepare"), name
+        try:
+            self.model = package.EncoderClassifier.from_hparams(
+                source=name, run_opts={"device": str(pick_device(device))}
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"language identifier {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+    @torch.inference_mode()
+    def __call__(self, wave: np.ndarray) -> Transcript:
+        _, score, _, labels = self.model.classify_batch(torch.from_numpy(wave)[None])  # log probability, "en: English"
+        return Transcript("", labels[0].partition(":")[0], float(score[0].exp()))
+
+
 class VoiceWindows:
     """A rough count with no download: GE2E embeddings of windows of 1.6 s that are unlike the clip's most typical one.
 
@@ -196,3 +254,28 @@ class SpeechBrain:
     def __call__(self, wave: np.ndarray) -> np.ndarray:
         clean = self.model.enhance_batch(torch.from_numpy(wave)[None], lengths=torch.ones(1))
         return clean[0].cpu().numpy()
+
+
+class ClearVoice:
+    """ClearerVoice-Studio (Apache-2.0; Zhao et al. 2025, arXiv:2506.19398), which the paper cleans its speech with.
+
+    Args:
+        name: MossFormer2_SE_48K keeps what is above 8 kHz; MossFormerGAN_SE_16K and FRCRN_SE_16K are smaller;
+            MossFormer2_SS_16K separates speakers, of whom the loudest is kept.
+        device: the package chooses its own.
+    """
+
+    def __init__(self, name: str = "MossFormer2_SE_48K", device: str = "auto") -> None:
+        package = require("clearvoice", "clearvoice", "prepare")
+        task = {"SE": "speech_enhancement", "SS": "speech_separation"}.get(name.split("_")[-2] if "_" in name else "")
+        if task is None or not name.endswith(("_16K", "_48K")):
+            raise UserError(f"ClearerVoice has no model {name}: give MossFormer2_SE_48K, or another one of its list")
+        self.rate = 1000 * int(name[-3:-1])
+        try:
+            self.model = package.ClearVoice(task=task, model_names=[name])
+        except (OSError, ValueError) as error:
+            raise UserError(f"ClearerVoice {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+    def __call__(self, wave: np.ndarray) -> np.ndarray:
+        made = np.asarray(self.model(wave[None], False), np.float32).reshape(-1, wave.shape[-1])
+        return made[np.square(made).sum(1).argmax()]

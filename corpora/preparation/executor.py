@@ -23,6 +23,7 @@ import torch
 
 from corpora.preparation.task import Outcome, Pipeline, Setup, Task
 from engine.errors import UserError
+from engine.media.limits import set_limits
 
 ATTEMPTS = 2
 PR_SET_PDEATHSIG = 1
@@ -164,6 +165,7 @@ def _work(connection: Connection, setup: Setup) -> None:
     cv2.setNumThreads(1)
     with suppress(EOFError, BrokenPipeError):  # the parent has ended
         try:
+            set_limits(setup.limits)
             pipeline = Pipeline(setup)
             connection.send(("ready", (pipeline.digests, pipeline.fingerprints)))
             while True:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from corpora.preparation.clip import FPS, Stage, WorkItem
+from engine.errors import UserError
 from engine.faces.clip import ClipFrames, find_face, place_landmarks
 from engine.faces.detectors import YuNetDetector
 from engine.faces.landmarks import add_landmarks, landmark_source, read_landmarks
@@ -15,7 +16,8 @@ class Face(Stage):
 
     Args:
         detector: the file face_detection_yunet_2023mar.onnx; None: OpenCV's cascade, also tilted and fine.
-        face: of several faces: largest, central, or a number by size from 1 on.
+        face: of several faces: largest, central, or a number by size from 1 on; where the source says where the clip's
+            face is, the one nearest to that place.
         face_landmarks: dlib68, yunet (with `detector`), or a folder of landmark files laid out as the source's clips;
             None: those of the detector.
     """
@@ -31,9 +33,19 @@ class Face(Stage):
 
     def __call__(self, clip: WorkItem) -> None:
         if isinstance(self.landmarks, Path):
+            if clip.info.span is not None:
+                raise UserError("landmarks of whole videos cannot be used for parts of them: leave face_landmarks out")
             shown = ClipFrames(clip.path(clip.info.video), FPS).shown
             clip.track = place_landmarks([clip.frames], *read_landmarks(self.landmarks, clip.info.video), FPS, shown)
             return
-        clip.track = find_face([clip.frames], FPS, self.face, self.detector)
+        clip.track = find_face([clip.frames], FPS, self._which(clip), self.detector)
         if self.landmarks is not None:
             clip.track = add_landmarks([clip.frames], clip.track, self.landmarks)
+
+    def _which(self, clip: WorkItem) -> str | int | tuple[float, float]:
+        """The face that the source names by its place in fractions of the picture, else that of the settings."""
+        if clip.info.face is None:
+            return self.face
+        x, y, lines = clip.info.face
+        height, width = clip.frames.shape[1:3]
+        return (x * height / lines / width, y / lines) if lines else (x, y)

@@ -19,6 +19,7 @@ from corpora.preparation.sources import Source
 from corpora.preparation.task import Outcome, Setup, Task, previous_samples, stage_settings
 from engine.config import build, target
 from engine.errors import UserError
+from engine.media.limits import Limits
 from engine.progress import track
 from engine.shards.writer import SplitWriter, dumps, reject_sample
 
@@ -78,13 +79,14 @@ def prepare(config: DictConfig) -> None:
     """
     rank, world = place(config)
     _check(config)
+    limits = Limits(**config.limits)
     source: Source = build(config.source)
     names = list(config.splits) if config.splits is not None else source.splits()
     if not names:
         raise UserError(f"{source.root} has no splits: is source.root right?")
     listed = {name: source.clips(name)[: config.limit] for name in names}
     stages = chosen_stages(config, source)
-    setup = Setup(stages, config.device, source.symbols)
+    setup = Setup(stages, config.device, source.symbols, limits)
     with ProcessPool(config.workers, setup, config.clip_timeout) as pool:
         splits = [_open(config, name, listed[name], setup, pool, rank, world) for name in names]
         started = time.monotonic()
@@ -129,11 +131,11 @@ def chosen_stages(config: DictConfig, source: Source) -> dict[str, dict[str, Any
         blind = [name for name, stage in used.items() if target(stage["_target_"]).needs == "frames"]
         print(f"skipped, as the source has no pictures: {', '.join(blind)}")
         return {name: stage for name, stage in used.items() if name not in blind}
-    for name in ("crops", "lip", "face_identity", "expression", "motion") if "face" not in used else ():
+    for name in ("crops", "lip", "face_identity", "expression", "motion", "portraits") if "face" not in used else ():
         if name in used and used[name].get("crop") != "centre":
             raise UserError(
                 f"stages.face.use=false, but {name} needs the face: set stages.{name}.use=false too"
-                + (", or stages.motion.crop=centre" if name == "motion" else "")
+                + (f", or stages.{name}.crop=centre" if "crop" in used[name] else "")
             )
     return used
 

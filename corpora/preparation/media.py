@@ -54,20 +54,21 @@ class Decode(Stage):
                 raise MachineFault(f"no such file: {name}")
         text = info.text if info.text_file is None else read_text(clip.path(info.text_file))
         if info.video is not None:
-            clip.frames = self._frames(clip.path(info.video))
+            clip.frames = self._frames(clip.path(info.video), info.span)
         sound = clip.path(info.audio or info.video)
-        clip.wave = read_audio(sound, RATE)
+        clip.wave = read_audio(sound, RATE, info.span)
         motion = read_motion(clip.path(info.motion)) if info.motion else None
         lengths = {"sound": len(clip.wave) // HOP}
         lengths |= {"picture": len(clip.frames)} if clip.frames is not None else {}
         lengths |= {"motion": len(motion)} if motion is not None else {}
+        lengths |= {"the list": round((info.span[1] - info.span[0]) * FPS)} if info.span is not None else {}
         clip.length = length = min(lengths.values())
         lengths_text = ", ".join(f"{count / FPS:.2f} s of {what}" for what, count in lengths.items())
         if max(lengths.values()) - length > self.max_mismatch * FPS:
             raise UserError(f"{lengths_text}: they must be of one length")
         if not self.min_seconds <= length / FPS <= self.max_seconds:
             raise UserError(f"{lengths_text}: wanted are {self.min_seconds:g} to {self.max_seconds:g} s")
-        wave16 = read_audio(sound, RATE16)[: length * HOP16]
+        wave16 = read_audio(sound, RATE16, info.span)[: length * HOP16]
         clip.wave16 = np.pad(wave16, (0, length * HOP16 - len(wave16)))
         clip.wave = clip.wave[: length * HOP]
         if not (np.isfinite(clip.wave).all() and np.isfinite(clip.wave16).all()):
@@ -81,10 +82,10 @@ class Decode(Stage):
         if info.phonemes is not None:
             clip.facts["phonemes"] = info.phonemes
 
-    def _frames(self, path: Path) -> np.ndarray:
+    def _frames(self, path: Path, span: tuple[float, float] | None) -> np.ndarray:
         """All frames; reading stops, and memory with it, where a clip gets too long."""
         frames, count, most = None, 0, int((self.max_seconds + self.max_mismatch) * FPS)
-        for block in iter_video(path, FPS, self.max_side):
+        for block in iter_video(path, FPS, self.max_side, span=span):
             if frames is None:  # takes memory as it is filled
                 frames = np.empty((most, *block.shape[1:]), np.uint8)
             if count + len(block) > most:
@@ -92,6 +93,23 @@ class Decode(Stage):
             frames[count : count + len(block)] = block
             count += len(block)
         return frames[:count]
+
+
+class Wave(Stage):
+    """The sound (N,) int16 at 24 kHz, on which the speech codecs train."""
+
+    tensors = ("wave",)
+
+    def digests(self) -> dict[str, str]:
+        return {"wave": "16 bits"}
+
+    def __call__(self, clip: WorkItem) -> None:
+        clip.tensors["wave"] = torch.from_numpy(_pcm(clip.wave))
+
+
+def _pcm(wave: np.ndarray) -> np.ndarray:
+    """[-1, 1] to 16 bits."""
+    return np.round(wave.clip(-1, 1) * 32767).astype(np.int16)
 
 
 class KeepMedia(Stage):
@@ -105,8 +123,7 @@ class KeepMedia(Stage):
                 write_video(Path(folder) / "clip.mp4", clip.frames, FPS)
                 clip.files["mp4"] = (Path(folder) / "clip.mp4").read_bytes()
         sound = io.BytesIO()
-        pcm = np.round(clip.wave.clip(-1, 1) * 32767).astype(np.int16)
-        soundfile.write(sound, pcm, RATE, subtype="PCM_16", format="WAV")
+        soundfile.write(sound, _pcm(clip.wave), RATE, subtype="PCM_16", format="WAV")
         clip.files["wav"] = sound.getvalue()
 
 
@@ -119,7 +136,7 @@ def read_text(path: Path) -> str:
     try:
         content = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
-            return str(parse_json(content, path).get("text") or "")
+            return " ".join(str(parse_json(content, path).get("text") or "").split())
     except (OSError, UnicodeDecodeError, ValueError, AttributeError) as error:
         raise UserError(f"the text {path} cannot be read ({error})") from error
     lines = [line.partition(":")[2] for line in content.splitlines() if line.startswith("Text:")]

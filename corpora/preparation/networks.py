@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from corpora.preparation.clip import FPS, RATE, RATE16, Stage, WorkItem
+from corpora.preparation.engines import EmotionRecogniser
+from engine.bounds import require_range
 from engine.codec import load_codec
 from engine.errors import UserError
 from engine.faces.square import centre_square, portrait_square
@@ -23,12 +25,16 @@ from engine.metrics.speaker import GE2EEncoder
 from engine.release import weights_digest
 from hicodit.conditions import encoder_config, make_encoders
 from hicodit.conditions.poster2 import POSTER2
-from hicodit.conditions.types import EXPRESSIONS, window_expressions, windows_of
+from hicodit.conditions.types import EXPRESSIONS, NO_EXPRESSION, WINDOW_SECONDS, window_expressions, windows_of
 from hicodit.data import picture_frames
 from hicodit.system import CODECS as TOKENIZERS
 from hicodit.system import HiCoDiTSystem
-from talker_t2av.faces import CROPS, Square
+from lia_x.data import pack_portraits
+from talker_t2av.faces import Square
+from talker_t2av.settings import CROPS
 from talker_t2av.system import load_motion, load_speaker, load_speech
+
+BLOCK = 64  # frames of a clip that a motion codec gets at once
 
 
 class Crops(Stage):
@@ -155,16 +161,8 @@ class Expression(Stage):
         return {"expression": weights_digest(self.network)}
 
     def __call__(self, clip: WorkItem) -> None:
-        label, windows = clip.info.expression, windows_of(clip.length)
-        if label is not None:
-            labels = [label] * windows if isinstance(label, str) else label[:windows]
-            unknown = [name for name in labels if name not in EXPRESSIONS]
-            if unknown:
-                raise UserError(f"expression {unknown[0]!r} is none of {', '.join(EXPRESSIONS)}")
-            if len(labels) < windows:
-                raise UserError(f"{len(labels)} expressions are given, {windows} half seconds need one each")
-            classes = torch.tensor([EXPRESSIONS.index(name) for name in labels])
-        else:
+        classes = expression_labels(clip.info.expression, windows_of(clip.length))
+        if classes is None:
             assert clip.track is not None, "the stage expression comes after the stage face"
             at = slice(0, clip.length, self.every)
             faces = torch.from_numpy(self.cut(clip.frames[at], clip.track[at])).permute(0, 3, 1, 2)
@@ -172,6 +170,57 @@ class Expression(Stage):
             shown = torch.cat(parts).float().softmax(-1).cpu().repeat_interleave(self.every, 0)[: clip.length]
             classes = window_expressions(shown)
         clip.tensors["expression"] = classes.to(torch.uint8)
+
+
+def expression_labels(label: str | list[str] | None, windows: int) -> Tensor | None:
+    """Classes (J,) from a source's label of the whole clip, or of each of its `windows` half seconds; None without."""
+    if label is None:
+        return None
+    labels = [label] * windows if isinstance(label, str) else label[:windows]
+    unknown = [name for name in labels if name not in EXPRESSIONS]
+    if unknown:
+        raise UserError(f"expression {unknown[0]!r} is none of {', '.join(EXPRESSIONS)}")
+    if len(labels) < windows:
+        raise UserError(f"{len(labels)} expressions are given, {windows} half seconds need one each")
+    return torch.tensor([EXPRESSIONS.index(name) for name in labels])
+
+
+class HeardExpression(Stage):
+    """The expression (J,) that the voice has in each half second, with which HiCoDiT trains.
+
+    It is the label of the source, or else what a recogniser hears in the sound around it; `NO_EXPRESSION` where neither
+    knows.
+
+    Args:
+        recogniser: see `corpora.preparation.engines.EmotionRecogniser`; None: labels of the source alone.
+        seconds: of sound that the recogniser hears, with the half second in their middle.
+    """
+
+    tensors = ("heard_expression",)
+
+    def __init__(self, recogniser: EmotionRecogniser | None = None, seconds: float = 2.0) -> None:
+        if not 0.5 <= seconds <= 30:
+            raise UserError(f"stages.heard_expression.seconds={seconds} must lie between 0.5 and 30")
+        self.recogniser, self.seconds = recogniser, seconds
+
+    def digests(self) -> dict[str, str]:
+        return {"heard_expression": self.recogniser.name if self.recogniser else "labels"}
+
+    def __call__(self, clip: WorkItem) -> None:
+        windows = windows_of(clip.length)
+        classes = expression_labels(clip.info.expression, windows)
+        if classes is None:
+            classes = torch.full((windows,), NO_EXPRESSION)
+            if self.recogniser is not None:
+                heard = self.recogniser([self._around(clip.wave16, window) for window in range(windows)])
+                for window, name in enumerate(heard):
+                    classes[window] = EXPRESSIONS.index(name) if name in EXPRESSIONS else NO_EXPRESSION
+        clip.tensors["heard_expression"] = classes.to(torch.uint8)
+
+    def _around(self, wave: np.ndarray, window: int) -> np.ndarray:
+        """The sound round a half second: shorter at the clip's ends."""
+        middle, half = (window + 0.5) * WINDOW_SECONDS, self.seconds / 2
+        return wave[max(0, round((middle - half) * RATE16)) : round((middle + half) * RATE16)]
 
 
 class GE2E(Stage):
@@ -253,16 +302,49 @@ class Motion(Stage):
 
     def __call__(self, clip: WorkItem) -> None:
         if "motion" not in clip.tensors:
-            video = video_to_tensor(self._square(clip).cut(clip.frames), self.codec.size)
-            motion = self.codec.encode(video)
-            clip.tensors["motion"] = _half(motion)
+            square, size, motion = face_square(clip, self.crop, "motion"), self.codec.size, []
+            for start in range(0, len(clip.frames), BLOCK):  # in float a minute of large pictures takes many GB
+                part = clip.frames[start : start + BLOCK]
+                motion.append(self.codec.encode(video_to_tensor(square.cut(part), size)))
+            clip.tensors["motion"] = _half(torch.cat(motion))
 
-    def _square(self, clip: WorkItem) -> Square:
-        height, width = clip.frames.shape[1:3]
-        if self.crop == "centre":
-            return Square(*centre_square(height, width))
-        assert clip.track is not None, "the stage motion comes after the stage face"
-        return Square(*portrait_square(np.median(clip.track.boxes[clip.track.seen], axis=0), height, width))
+
+class Portraits(Stage):
+    """Square pictures of the face as JPEG (see `lia_x.data.pack_portraits`), on which LIA-X trains.
+
+    Args:
+        size: their side in pixels. pictures: how many, spread evenly over the clip.
+        crop: as `Motion` has it.
+    """
+
+    needs = "frames"
+    tensors = ("portraits", "portraits_at")
+
+    def __init__(self, size: int = 512, pictures: int = 12, crop: str = "face") -> None:
+        if crop not in CROPS:
+            raise UserError(f"stages.portraits.crop={crop} is unknown: choose {' or '.join(CROPS)}")
+        require_range("stages.portraits.size", size, 16, 4096)
+        require_range("stages.portraits.pictures", pictures, 2, 1000)
+        self.size, self.pictures, self.crop = size, pictures, crop
+
+    def digests(self) -> dict[str, str]:
+        return {"portraits": f"{self.pictures} of {self.size} px"}
+
+    def __call__(self, clip: WorkItem) -> None:
+        if clip.length < 2:
+            raise UserError("one frame: a pair of pictures needs two")
+        at = np.linspace(0, clip.length - 1, min(self.pictures, clip.length)).round().astype(int)
+        frames = face_square(clip, self.crop, "portraits").cut(clip.frames[at])
+        clip.tensors["portraits"], clip.tensors["portraits_at"] = pack_portraits(frames, self.size)
+
+
+def face_square(clip: WorkItem, crop: str, stage: str) -> Square:
+    """The square that is cut from a clip: round the face, as generation cuts it, or the largest in the middle."""
+    height, width = clip.frames.shape[1:3]
+    if crop == "centre":
+        return Square(*centre_square(height, width))
+    assert clip.track is not None, f"the stage {stage} comes after the stage face"
+    return Square(*portrait_square(np.median(clip.track.boxes[clip.track.seen], axis=0), height, width))
 
 
 class Voice(Stage):

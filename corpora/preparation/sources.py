@@ -1,19 +1,25 @@
-"""Where clips come from: a class for each folder layout, which lists the clips of a split in a fixed order."""
+"""Where clips come from: a class for each folder layout, which lists the clips of a split in a fixed order.
+
+Data sets without a validation split of their own get one, `val`: all clips of some speakers (or videos, where speakers
+are not named), chosen by a digest of their names. Nothing of it is in another split.
+"""
 
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
 import os
-import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from corpora.preparation.clip import SourceClip, make_key, with_digest
+from engine import untrusted
+from engine.bounds import require_range
 from engine.errors import UserError
 from engine.media.corpus import read_manifest
-from engine.untrusted import safe_name
 
 SOUNDS = (".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus")
 
@@ -92,37 +98,59 @@ class Synthetic(Source):
 
 
 class VoxCeleb2(Source):
-    """ROOT/{dev,test}/mp4/idXXXXX/VIDEO/00001.mp4; the sound of ROOT/{dev,test}/aac/... (.m4a) where that tree is."""
+    """ROOT/{dev,test}/mp4/idXXXXX/VIDEO/00001.mp4; the sound of ROOT/{dev,test}/aac/... (.m4a) where that tree is.
+
+    Args:
+        validation: share of dev's speakers that make the split `val`; the official test speakers stay untouched.
+    """
+
+    def __init__(self, root: str | Path, validation: float = 0.01) -> None:
+        super().__init__(root)
+        self.own = held_out(_folders(self.root / "dev" / "mp4"), {"val": validation})
 
     def splits(self) -> list[str]:
-        return [name for name in ("dev", "test") if (self.root / name / "mp4").is_dir()]
+        names = [name for name in ("dev", "test") if (self.root / name / "mp4").is_dir()]
+        return names[:1] + ["val"] * bool(self.own) + names[1:] if "dev" in names else names
 
     def read(self, split: str) -> Iterator[SourceClip]:
-        has_sounds = (self.root / split / "aac").is_dir()  # spares a million looks where it is not
-        for name in _walk(self.root / split / "mp4", 2, ".mp4"):
-            sound = f"{split}/aac/{name}.m4a"
-            yield SourceClip(
-                key=make_key(name),
-                video=f"{split}/mp4/{name}.mp4",
-                audio=sound if has_sounds and (self.root / sound).is_file() else None,
-                speaker=name.partition("/")[0],
-            )
+        folder = "test" if split == "test" else "dev"
+        has_sounds = (self.root / folder / "aac").is_dir()  # spares a million looks where it is not
+        for name in _walk(self.root / folder / "mp4", 2, ".mp4"):
+            speaker, sound = name.partition("/")[0], f"{folder}/aac/{name}.m4a"
+            if folder == "test" or self.own.get(speaker, "dev") == split:
+                yield SourceClip(
+                    key=make_key(name),
+                    video=f"{folder}/mp4/{name}.mp4",
+                    audio=sound if has_sounds and (self.root / sound).is_file() else None,
+                    speaker=speaker,
+                )
 
 
 class LRS2(Source):
     """ROOT/{main,pretrain}/VIDEO/00001.mp4 and .txt.
 
-    ROOT/{train,val,test}.txt list clips of main, pretrain.txt those of pretrain (without that list: all of them).
+    ROOT/{train,val,test}.txt list clips of main, pretrain.txt those of pretrain (without that list: all of them). The
+    folders may stand in ROOT/mvlrs_v1, as its archive unpacks, and the lists there or in ROOT.
     """
 
     LISTS = ("pretrain", "train", "val", "test")
 
+    def __init__(self, root: str | Path) -> None:
+        super().__init__(root)
+        self.below = "mvlrs_v1/" if (self.root / "mvlrs_v1" / "main").is_dir() else ""
+
     def splits(self) -> list[str]:
-        return [name for name in self.LISTS if (self.root / f"{name}.txt").is_file() or name == "pretrain"]
+        found = {name: self._listing(name).is_file() for name in self.LISTS}
+        found["pretrain"] |= (self.root / self.below / "pretrain").is_dir()
+        return [name for name in self.LISTS if found[name]]
+
+    def _listing(self, split: str) -> Path:
+        path = self.root / f"{split}.txt"
+        return path if path.is_file() else self.root / self.below / f"{split}.txt"
 
     def read(self, split: str) -> Iterator[SourceClip]:
-        folder = "pretrain" if split == "pretrain" else "main"
-        listing = self.root / f"{split}.txt"
+        folder = self.below + ("pretrain" if split == "pretrain" else "main")
+        listing = self._listing(split)
         names = read_lines(listing) if listing.is_file() else _walk(self.root / folder, 1, ".mp4")
         for name in names:
             name = name.split()[0]  # the test list marks some clips after their names
@@ -130,14 +158,25 @@ class LRS2(Source):
 
 
 class LRS3(Source):
-    """ROOT/{pretrain,trainval,test}/VIDEO/00001.mp4 and .txt."""
+    """ROOT/{pretrain,trainval,test}/VIDEO/00001.mp4 and .txt.
+
+    Args:
+        validation: share of trainval's videos that make the split `val`; they are left out of pretrain, too.
+    """
+
+    def __init__(self, root: str | Path, validation: float = 0.02) -> None:
+        super().__init__(root)
+        self.own = held_out(_folders(self.root / "trainval"), {"val": validation})
 
     def splits(self) -> list[str]:
-        return [name for name in ("pretrain", "trainval", "test") if (self.root / name).is_dir()]
+        names = [name for name in ("pretrain", "trainval", "test") if (self.root / name).is_dir()]
+        return [*names, *["val"] * bool(self.own)]
 
     def read(self, split: str) -> Iterator[SourceClip]:
-        for name in _walk(self.root / split, 1, ".mp4"):
-            yield _with_text(split, name)
+        folder = "trainval" if split == "val" else split
+        for name in _walk(self.root / folder, 1, ".mp4"):
+            if split == "test" or (name.partition("/")[0] in self.own) == (split == "val"):
+                yield _with_text(folder, name)
 
 
 class Folder(Source):
@@ -165,95 +204,39 @@ class Folder(Source):
                 yield SourceClip(make_key(stem), **known)
 
 
-class TalkerData(Source):
-    """The released Talker-T2AV-Data: sound and motion codes, no pictures.
-
-    Args:
-        root: folder of the relative paths.
-        table: CSV with the columns motion_pt_path, wav_path, text.
-        listing: instead of a table, a text file with one motion file a line; the sound is SOUNDS/STEM.wav, and the
-            text in SOUNDS/STEM.json.
-        sounds: that folder.
-        tars: pattern of tar files under `root`, such as "*.tar": paths that they hold are read there.
-
-    Raises:
-        UserError: not exactly one of table and listing is given, or one of the files cannot be read.
-    """
-
-    frames = False
-
-    def __init__(
-        self,
-        root: str | Path,
-        table: str | None = None,
-        listing: str | None = None,
-        sounds: str | None = None,
-        tars: str | None = None,
-    ) -> None:
-        super().__init__(root)
-        if (table is None) == (listing is None) or (listing is not None and sounds is None):
-            raise UserError("give source.table=FILE.csv, or source.listing=FILE.txt with source.sounds=FOLDER")
-        self.table, self.listing, self.sounds = table, listing, sounds
-        self.members = tar_members(self.root, tars) if tars else {}
-
-    def splits(self) -> list[str]:
-        return ["train"]
-
-    def read(self, split: str) -> Iterator[SourceClip]:
-        for wav, motion, text in self._rows():
-            stem = os.path.splitext(wav)[0]
-            text_file = f"{stem}.json"
-            has_text = text is None and (text_file in self.members or (self.root / text_file).is_file())
-            paths = [path for path in (wav, motion, text_file) if path in self.members]
-            yield SourceClip(
-                make_key(stem),
-                audio=wav,
-                text=text,
-                text_file=text_file if has_text else None,
-                motion=motion,
-                packed={path: self.members[path] for path in paths},
-            )
-
-    def _rows(self) -> Iterator[tuple[str, str, str | None]]:
-        """(sound, motion file, text or None)."""
-        if self.table is not None:
-            for row in read_table(self.root / self.table, ("wav_path", "motion_pt_path")):
-                yield row["wav_path"], row["motion_pt_path"], row.get("text") or None
-        else:
-            for line in read_lines(self.root / self.listing):
-                yield f"{self.sounds}/{Path(line).stem}.wav", line, None
-
-
-class WavList(Source):
-    """Speech alone: a text file with one sound file a line, and a JSON with the key `text` beside each.
-
-    Args:
-        root: folder of the relative paths.
-        listing: the text file; a relative path stands under `root`.
-    """
-
-    frames = False
-
-    def __init__(self, root: str | Path, listing: str) -> None:
-        super().__init__(root)
-        self.listing = listing
-
-    def splits(self) -> list[str]:
-        return ["train"]
-
-    def read(self, split: str) -> Iterator[SourceClip]:
-        for path in read_lines(self.root / self.listing):
-            stem = os.path.splitext(path)[0]
-            text_file = f"{stem}.json" if (self.root / f"{stem}.json").is_file() else None
-            yield SourceClip(make_key(stem), audio=path, text_file=text_file)
-
-
 def _with_text(folder: str, name: str) -> SourceClip:
     """VIDEO/CLIP of LRS; the folder, a video, stands for the speaker, who is not named."""
     path = f"{folder}/{name}"
     return SourceClip(
         make_key(name), f"{path}.mp4", text_file=f"{path}.txt", speaker=name.partition("/")[0], language="en"
     )
+
+
+def held_out(groups: Iterable[str], shares: Mapping[str, float]) -> dict[str, str]:
+    """By group (a speaker, a video) the split that it is held out for; groups that train are absent.
+
+    A share above 0 takes at least one group, and at least one is left for training: of a single group nothing is held
+    out.
+
+    Args:
+        shares: by split, the share of the groups.
+
+    Raises:
+        UserError: the shares are no shares, or leave nothing.
+    """
+    for split, share in shares.items():
+        require_range(f"the share of the split {split}", share, 0.0, 0.9)
+    names = sorted(set(groups), key=lambda name: hashlib.sha256(name.encode()).digest())
+    found: dict[str, str] = {}
+    for split, share in shares.items():
+        count = min(max(1, round(share * len(names))) if share else 0, len(names) - len(found) - 1)
+        found |= dict.fromkeys(names[len(found) :][: max(0, count)], split)
+    return found
+
+
+def _folders(folder: Path) -> list[str]:
+    """Names of the folders in `folder`; [] where it is not."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
 
 
 def _walk(folder: Path, depth: int, suffix: str) -> Iterator[str]:
@@ -275,10 +258,7 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         UserError: it cannot be read.
     """
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the list {path} cannot be read ({error})") from error
+    return [line.strip() for line in untrusted.read_lines(path, f"the list {path}") if line.strip()]
 
 
 def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
@@ -288,32 +268,11 @@ def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
         UserError: it cannot be read, has no rows, or lacks a column.
     """
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        text = "\n".join(untrusted.read_lines(path, f"source.table={path}"))
+        rows = list(csv.DictReader(io.StringIO(text)))
+    except csv.Error as error:
         raise UserError(f"source.table={path} cannot be read as CSV ({error})") from error
     for column in columns:
         if not rows or column not in rows[0]:
             raise UserError(f"source.table={path} has no rows with a column `{column}`")
     return rows
-
-
-def tar_members(root: Path, pattern: str) -> Mapping[str, tuple[str, int, int]]:
-    """(tar file, offset, size) by name of every file in the tar files of a folder; they must not be compressed.
-
-    Raises:
-        UserError: there are none, or one is no plain tar file.
-    """
-    members = {}
-    for path in sorted(root.glob(pattern)):
-        try:
-            with tarfile.open(path, "r:") as tar:
-                for info in tar:
-                    if info.isfile():
-                        name = safe_name(os.path.normpath(info.name), f"{path}: the name", folders=True)
-                        members[name] = (path.relative_to(root).as_posix(), info.offset_data, info.size)
-        except (tarfile.TarError, OSError) as error:
-            raise UserError(f"{path} cannot be read as an uncompressed tar file ({error})") from error
-    if not members:
-        raise UserError(f"source.tars={pattern}: no files in tar files of that name in {root}")
-    return members

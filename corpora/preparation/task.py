@@ -24,6 +24,7 @@ from safetensors.torch import save
 from corpora.preparation.clip import MachineFault, SourceClip, Stage, WorkItem
 from engine.config import build, target
 from engine.errors import UserError
+from engine.media.limits import Limits
 from engine.shards.reader import VERSION, read_sample
 from engine.shards.source import checksum
 from engine.shards.writer import dumps, write_sample
@@ -78,11 +79,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Setup:
-    """What the stages are built from: their config by name, the device, the phonemes of the source."""
+    """What the stages are built from: their config by name, the device, the phonemes of the source; how large a file
+    may be."""
 
     stages: Mapping[str, Mapping[str, Any]]
     device: str
     symbols: list[str] | None
+    limits: Limits = field(default_factory=Limits)
 
 
 class Pipeline:

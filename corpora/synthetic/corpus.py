@@ -136,7 +136,7 @@ def clip_id(split: str, index: int) -> str:
 
 def window_expressions(frames: int, first: str, second: str, change: float | None) -> list[str]:
     """The expression at the middle of each half second (J,), the last of which may be cut short."""
-    ends = [min(0.5 * (j + 1), frames / FPS) for j in range(2 * (frames - 1) // FPS + 1)]
+    ends = [min(0.5 * (j + 1), frames / FPS) for j in range(-(-2 * frames // FPS))]
     middles = [0.5 * (0.5 * j + end) for j, end in enumerate(ends)]
     return [first if change is None or middle < change else second for middle in middles]
 

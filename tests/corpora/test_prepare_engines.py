@@ -1,50 +1,25 @@
 """The engines that can be run without a download: Whisper as a tiny random network, and the windows of GE2E."""
 
+import sys
+import types
+
 import numpy as np
 import pytest
-import torch
 
-from corpora.preparation.engines import VoiceWindows, Whisper
+from corpora.preparation.engines import Emotion2Vec, VoiceWindows, Whisper
 from engine.errors import UserError
+from engine.evaluation.validation import measure_waves, words_by
 from engine.media.audio import read_audio
+from tests.rehearsal import checkpoints
 
 RATE = 16_000
-SPECIAL = ["endoftext", "startoftranscript", "en", "de", "translate", "transcribe"]
-SPECIAL += ["startoflm", "startofprev", "nospeech", "notimestamps"]
 
 
 @pytest.fixture(scope="module")
 def tiny_whisper(tmp_path_factory):
     """A folder as the hub has them, with every size cut down and random weights."""
-    import transformers
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    letters = {letter: number for number, letter in enumerate(sorted(ByteLevel.alphabet()))}
-    words = transformers.WhisperTokenizer(vocab=letters, merges=[])
-    names = [f"<|{name}|>" for name in SPECIAL] + [f"<|{i * 0.02:.2f}|>" for i in range(1501)]
-    words.add_special_tokens({"additional_special_tokens": names})
-    ids = {name: words.convert_tokens_to_ids(f"<|{name}|>") for name in SPECIAL}
-    end, start = ids["endoftext"], ids["startoftranscript"]
-    tokens = {"eos_token_id": end, "pad_token_id": end, "decoder_start_token_id": start}
-    sizes = {"d_model": 16, "num_mel_bins": 80, "vocab_size": len(words)}
-    for side in ("encoder", "decoder"):
-        sizes |= {f"{side}_layers": 1, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 16}
-    more = {"suppress_tokens": None, "begin_suppress_tokens": None, "bos_token_id": end}
-    torch.manual_seed(0)
-    model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**sizes, **tokens, **more))
-    model.generation_config = transformers.GenerationConfig(
-        **tokens,
-        max_length=12,
-        is_multilingual=True,
-        lang_to_id={"<|en|>": ids["en"], "<|de|>": ids["de"]},
-        task_to_id={"transcribe": ids["transcribe"], "translate": ids["translate"]},
-        no_timestamps_token_id=ids["notimestamps"],
-        prev_sot_token_id=ids["startofprev"],
-    )
     folder = tmp_path_factory.mktemp("whisper")
-    model.save_pretrained(folder)
-    features = transformers.WhisperFeatureExtractor(feature_size=80)
-    transformers.WhisperProcessor(features, words).save_pretrained(folder)
+    checkpoints.whisper(folder)
     return folder
 
 
@@ -71,3 +46,40 @@ def test_windows_tell_one_voice_from_two():
     assert sum(both) == pytest.approx((len(voice) + len(other)) / RATE)
     with pytest.raises(UserError):
         count(np.zeros(RATE, np.float32))
+
+
+def test_emotion2vec_hears_pieces_of_sound(monkeypatch):
+    """Through FunASR's interface, whose labels name a class in Chinese and in English."""
+    asked = {}
+
+    class AutoModel:
+        def __init__(self, **settings):
+            asked.update(settings)
+
+        def generate(self, waves, **settings):
+            labels = ["\u5f00\u5fc3/happy", "\u96be\u8fc7/sad", "<unk>"]
+            best = [0 if len(wave) == RATE else 1 if wave.any() else 2 for wave in waves]
+            return [{"key": "a", "labels": labels, "scores": np.eye(3)[i].tolist()} for i in best]
+
+    monkeypatch.setitem(sys.modules, "funasr", types.SimpleNamespace(AutoModel=AutoModel))
+    listen = Emotion2Vec("a/model", device="cpu")
+    assert listen([np.zeros(RATE), np.ones(9), np.zeros(9)]) == ["happy", "sad", "<unk>"]
+    assert (asked["model"], asked["device"], listen.name) == ("a/model", "cpu", "a/model")
+
+
+def test_emotion2vec_without_its_package_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "funasr", None)
+    with pytest.raises(UserError, match="funasr"):
+        Emotion2Vec()
+
+
+def test_validation_measures_words_with_any_whisper(tiny_whisper, tmp_path, capsys):
+    waves = [np.random.default_rng(i).normal(0, 0.1, 24_000).astype(np.float32) for i in range(3)]
+    texts = ["lay blue", "", "set red now"]
+    found = measure_waves(["wer"], texts, waves, None, 24_000, words_by(tiny_whisper))
+    assert found.keys() == {"wer"} and found["wer"] > 0.5  # random weights; the clip without words is left out
+    assert measure_waves(["wer"], [""] * 3, waves, None, 24_000, words_by(tiny_whisper)) == {}
+    (tmp_path / "empty").mkdir()
+    assert measure_waves(["wer"], texts, waves, None, 24_000, words_by(tmp_path / "empty")) == {}
+    assert measure_waves(["wer", "mcd"], texts, waves, None, 24_000, words_by(None), tmp_path) == {}
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["no wer", "no wer", "no mcd"]

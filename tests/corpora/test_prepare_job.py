@@ -71,6 +71,7 @@ def settings(root, output, **changes):
         "patience": 25,
         "rank": 0,
         "world_size": 1,
+        "limits": {},
         "stages": {
             "decode": {"use": True, "_target_": "corpora.preparation.media.Decode"},
             "crops": {"use": False},
@@ -213,6 +214,13 @@ def test_what_is_no_fault_of_the_clips_stops_the_job(corpus, tmp_path):
         prepare(settings(corpus, tmp_path / "file" / "d"))
     with pytest.raises(UserError, match=r"rank=2 must be in 0\.\.world_size-1"):
         prepare(settings(corpus, tmp_path / "e", rank=2, world_size=2))
+
+
+def test_limits_hold_in_the_workers(corpus, tmp_path):
+    prepare(settings(corpus, tmp_path / "out", limit=1, limits={"pixels": 300}))
+    assert "more than 300 pixels (limits.pixels)" in (tmp_path / "out" / "train" / "quarantine.jsonl").read_text()
+    with pytest.raises(UserError, match=r"limits\.gap=-1 must be"):
+        prepare(settings(corpus, tmp_path / "no", limits={"gap": -1}))
 
 
 def test_unchanged_tensors_are_taken_over_and_nothing_else(corpus, whole, tmp_path):

@@ -9,7 +9,8 @@ import torch
 
 from corpora.preparation.clip import WorkItem, make_key
 from corpora.preparation.media import Decode, read_text
-from corpora.preparation.sources import LRS2, LRS3, Folder, Synthetic, TalkerData, VoxCeleb2, WavList
+from corpora.preparation.sources import LRS2, LRS3, Folder, Synthetic, VoxCeleb2
+from corpora.preparation.sources_listed import TalkerData, WavList
 from engine.errors import UserError
 from engine.media.audio import write_wav
 
@@ -31,7 +32,7 @@ def write_csv(path, rows):
 def test_voxceleb2_with_and_without_its_sound(tmp_path):
     touch(tmp_path, "dev/mp4/id00017/b_-x/00002.mp4", "dev/mp4/id00017/b_-x/00001.mp4", "dev/mp4/id00012/a/00001.mp4")
     touch(tmp_path, "dev/aac/id00012/a/00001.m4a", "dev/mp4/id00012/a/notes.txt", "test/mp4/id00020/c/00001.mp4")
-    source = VoxCeleb2(tmp_path)
+    source = VoxCeleb2(tmp_path, validation=0)
     clips = source.clips("dev")
     assert source.splits() == ["dev", "test"]
     assert [clip.key for clip in clips] == ["id00012-a-00001", "id00017-b_-x-00001", "id00017-b_-x-00002"]
@@ -50,6 +51,15 @@ def test_lrs2_by_its_lists(tmp_path):
     assert (clip.key, clip.video, clip.text_file) == ("63-00001", "main/63/00001.mp4", "main/63/00001.txt")
     assert source.clips("train")[0].video == "main/63/00002.mp4"
     assert source.clips("pretrain")[0].video == "pretrain/51/00007.mp4"
+
+
+def test_lrs2_as_its_archive_unpacks(tmp_path):
+    touch(tmp_path, "mvlrs_v1/main/63/00001.mp4", "mvlrs_v1/pretrain/51/00007.mp4")
+    (tmp_path / "val.txt").write_text("63/00001\n")
+    source = LRS2(tmp_path)
+    assert source.splits() == ["pretrain", "val"]
+    assert source.clips("val")[0].text_file == "mvlrs_v1/main/63/00001.txt"
+    assert source.clips("pretrain")[0].speaker == "51"
 
 
 def test_lrs3_and_the_words_of_its_texts(tmp_path):
@@ -116,7 +126,7 @@ def test_a_list_of_sound_files(tmp_path):
     touch(tmp_path, "a/1.wav", "b.mp3")
     (tmp_path / "a" / "1.json").write_text('{"text": "hello"}')
     (tmp_path / "list.txt").write_text("a/1.wav\nb.mp3\n")
-    one, two = WavList(tmp_path, "list.txt").clips("train")
+    one, two = WavList(tmp_path, "list.txt", validation=0).clips("train")
     assert (one.key, one.audio, one.text_file, one.video) == ("a-1", "a/1.wav", "a/1.json", None)
     assert (two.key, two.audio, two.text_file) == ("b", "b.mp3", None)
     with pytest.raises(UserError, match=r"the list .*none\.txt cannot be read"):

@@ -13,7 +13,7 @@ from corpora.preparation.clip import SourceClip, WorkItem
 from corpora.preparation.faces import Face
 from corpora.preparation.job import chosen_stages
 from corpora.preparation.media import Decode
-from corpora.preparation.networks import Crops, Expression, phoneme_labels
+from corpora.preparation.networks import Crops, Expression, HeardExpression, phoneme_labels
 from corpora.preparation.sources import Synthetic
 from corpora.preparation.task import Pipeline, Setup, Task
 from engine.config import load as load_config
@@ -25,6 +25,7 @@ from engine.metrics.speaker import GE2EEncoder
 from engine.shards.writer import read_members
 from hicodit.conditions import encoder_config
 from hicodit.conditions.align import avhubert_mouth, mouth_poses
+from hicodit.conditions.types import EXPRESSIONS, NO_EXPRESSION
 from hicodit.pipeline import HiCoDiTPipeline
 from rvq_codec import RVQCodec
 from talker_t2av.speaker.encoder import VoiceEncoder
@@ -32,7 +33,7 @@ from talker_t2av.system import codec_digests
 from whisperx_vae.codec import WhisperXVAE
 
 FRAMES = 30
-TALKER = ("assets/whisperx_vae_tiny", "assets/lia_x_tiny", "assets/voice_tiny")
+TALKER = {"speech": "assets/whisperx_vae_tiny", "motion": "assets/lia_x_tiny", "speaker": "assets/voice_tiny"}
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_the_stages_make_what_the_networks_make(corpus, tmp_path):
     for name, value in expected.items():
         assert torch.equal(made[name], value) and made[name].dtype == value.dtype, name
 
-    speech, _, speaker = TALKER
+    speech, _, speaker = TALKER.values()
     with torch.inference_mode():
         expected = {
             "speech": WhisperXVAE.from_pretrained(speech).encode(sound)[0],
@@ -106,7 +107,7 @@ def test_the_stages_make_what_the_networks_make(corpus, tmp_path):
         assert torch.equal(made[name], value.half()), name
     assert made["motion"].shape == (FRAMES, 40) and made["motion"].dtype == torch.float16
     digests = {"rvq": codec.digest()}
-    digests |= dict(zip(("whisperx_vae", "lia_x", "speaker"), codec_digests(*TALKER).values()))
+    digests |= dict(zip(("whisperx_vae", "lia_x", "speaker"), codec_digests(**TALKER).values()))
     assert digests.items() <= pipeline.digests.items()
 
 
@@ -173,3 +174,30 @@ def test_stages_that_need_the_face_are_refused_without_it(corpus):
             chosen_stages(config, Synthetic(corpus))
         OmegaConf.update(config, f"stages.{name}.use", False)
     assert "motion" not in chosen_stages(config, Synthetic(corpus))
+
+
+def heard(expression, recogniser, frames=38):
+    """What the stage makes of a clip whose sound counts its half seconds."""
+    wave = np.repeat(np.arange(4), 8_000).astype(np.float32)[: frames * 640]
+    clip = WorkItem(SourceClip("a", "a.mp4", expression=expression), None, wave16=wave, length=frames)
+    HeardExpression(recogniser, seconds=0.5)(clip)
+    return clip.tensors["heard_expression"].tolist()
+
+
+def test_the_heard_expression_is_the_label_or_what_is_heard_in_each_half_second():
+    names = ["sad", "other", "happy", "angry"]
+
+    def listen(waves):
+        assert all(np.ptp(wave) == 0 for wave in waves)  # half a second of sound for each half second
+        return [names[int(wave[0])] for wave in waves]
+
+    listen.name = "a test"
+    assert heard(None, listen) == [EXPRESSIONS.index("sad"), NO_EXPRESSION, EXPRESSIONS.index("happy"), 6]
+    assert heard("fearful", listen) == [4] * 4
+    assert heard(["sad", "happy", "sad", "happy"], listen) == [2, 1, 2, 1]
+    assert heard(None, None) == [NO_EXPRESSION] * 4
+    assert HeardExpression(listen).digests() == {"heard_expression": "a test"}
+    with pytest.raises(UserError, match=r"expression 'bored' is none of neutral"):
+        heard("bored", None)
+    with pytest.raises(UserError, match=r"seconds=0 must lie between 0\.5 and 30"):
+        HeardExpression(None, 0)

@@ -28,6 +28,7 @@ from corpora.synthetic.traits import Traits, looks, voice_lines
 from corpora.synthetic.visemes import FPS, MOUTH, mouth_track, shapes_of
 from corpora.synthetic.voices import load_voices
 from engine.metrics.recogniser import Recogniser, word_error_rate
+from hicodit.conditions.types import windows_of
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -286,6 +287,8 @@ def test_windows_take_the_expression_of_their_middle():
     assert window_expressions(50, "sad", "happy", 1.2) == ["sad", "sad", "happy", "happy"]
     assert window_expressions(51, "sad", "happy", 1.3) == ["sad", "sad", "sad", "happy", "happy"]
     assert window_expressions(51, "sad", "sad", None) == ["sad"] * 5
+    for frames in range(1, 60):  # as many as the model and the preparation count
+        assert len(window_expressions(frames, "sad", "sad", None)) == windows_of(frames)
 
 
 def test_free_sentences_are_understood_without_a_grammar(second):

@@ -1,0 +1,182 @@
+"""Clips that a data set names by a video's id, times and the place of a face; the videos were downloaded before.
+
+Lists of AVSpeech, HDTF, TalkVid and CelebV-HQ are read as they are published, other ones as CSV with a header.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from corpora.preparation.clip import SourceClip, make_key
+from corpora.preparation.sources import Source, held_out, read_lines
+from engine.errors import UserError, printable
+from engine.untrusted import parse_json, safe_name
+
+VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".flv")
+ID = re.compile(r"(?:v=|youtu\.be/|shorts/|embed/)([\w-]{11})")
+Row = tuple[
+    str, Any, Any, tuple[Any, Any, Any] | None, dict[str, str | None]
+]  # video, from, to, face, facts as they stand
+
+
+class YoutubeIds(Source):
+    """Parts of downloaded videos. ROOT/VIDEOS/**/ID.mp4 (or .mkv, .webm, ...), and a list of ids, times and places.
+
+    The face nearest to the given place is tracked. Clips whose video is not there (many are no longer to be had) or
+    whose row makes no sense are left out and counted.
+
+    Args:
+        listing: AVSpeech's CSV (id, start, end, x, y without a header); a JSON file of TalkVid or CelebV-HQ; the folder
+            HDTF_dataset; or a CSV with a header: id, start, end in seconds, and optionally x, y (centre of the face as
+            fractions of width and height), text, speaker, language, expression.
+        videos: folder of the videos.
+        test, validation: shares of the videos that make the splits `test` and `val`.
+
+    Raises:
+        UserError: the list cannot be read, or none of its videos is there.
+    """
+
+    def __init__(
+        self, root: str | Path, listing: str, videos: str = "videos", test: float = 0.02, validation: float = 0.01
+    ) -> None:
+        super().__init__(root)
+        path = self.root / listing
+        files = {f.stem: f.relative_to(self.root).as_posix() for f in _videos(self.root / videos)}
+        files = {re.sub("^(RD|WDA|WRA)_", "", name): path for name, path in files.items()} | files  # of HDTF's program
+        absent, bad, self.rows = 0, [], []
+        for number, row in enumerate(_reader(path)(path), 1):
+            try:
+                row = _checked(*row)
+            except UserError as error:
+                bad.append(f"clip {number}: {error}")
+                continue
+            if row[0] in files:
+                self.rows.append((files[row[0]], row))
+            else:
+                absent += 1
+        if absent:
+            print(f"{listing}: {absent} clips are left out, as {self.root / videos} lacks their videos")
+        if bad:
+            line = f"{listing}: {len(bad)} clips are left out, as their rows make no sense; the first: {bad[0]}"
+            print(printable(line))
+        if not self.rows:
+            raise UserError(
+                f"{path}: none of its {absent + len(bad)} clips can be used: is source.videos={videos} right?"
+            )
+        self.own = held_out((row[0] for _, row in self.rows), {"test": test, "val": validation})
+
+    def splits(self) -> list[str]:
+        return ["train", *sorted(set(self.own.values()), reverse=True)]
+
+    def read(self, split: str) -> Iterator[SourceClip]:
+        for file, (video, start, end, face, facts) in self.rows:
+            if self.own.get(video, "train") == split:
+                key = make_key(f"{video}-{round(1000 * start):07d}-{round(1000 * end):07d}")
+                facts = {"speaker": video} | {name: value for name, value in facts.items() if value}
+                yield SourceClip(key, file, span=(start, end), face=face, **facts)
+
+
+def _videos(folder: Path) -> Iterator[Path]:
+    if not folder.is_dir():
+        raise UserError(f"source.videos: {folder} is not a folder")
+    return (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in VIDEOS)
+
+
+def _reader(path: Path) -> Callable[[Path], Iterable[Row]]:
+    """What reads a list of this kind."""
+    if path.is_dir():
+        return _hdtf
+    if path.suffix.lower() == ".json":
+        return _json
+    return _csv
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    """AVSpeech's rows without a header, or a table with one."""
+    lines = read_lines(path)
+    has_header = bool(lines) and {"id", "start", "end"} <= set(next(csv.reader(lines[:1])))
+    for row in csv.DictReader(lines, None if has_header else ("id", "start", "end", "x", "y")):
+        face = (row["x"], row["y"], 0) if row.get("x") and row.get("y") else None
+        facts = {name: row.get(name) for name in ("text", "speaker", "language", "expression")}
+        yield row["id"], row["start"], row["end"], face, facts
+
+
+def _json(path: Path) -> Iterator[Row]:
+    """TalkVid: a list of clips with a link and times. CelebV-HQ: `clips` by name, with a box in fractions."""
+    try:
+        content = parse_json(path.read_bytes(), path)
+    except OSError as error:
+        raise UserError(f"the list {path} cannot be read ({error})") from error
+    try:
+        if isinstance(content, dict):
+            for clip in content["clips"].values():
+                box, times = clip["bbox"], clip["duration"]
+                face = ((box["left"] + box["right"]) / 2, (box["top"] + box["bottom"]) / 2, 0)
+                yield clip["ytb_id"], times["start_sec"], times["end_sec"], face, {}
+            return
+        for clip in content:
+            found = ID.search(clip["info"]["Video Link"])
+            facts = {"speaker": str(clip["info"].get("Person ID") or "") or None}
+            yield found and found[1], clip["start-time"], clip["end-time"], None, facts
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no list of TalkVid or CelebV-HQ: it lacks or misspells {error}") from error
+
+
+def _hdtf(folder: Path) -> Iterator[Row]:
+    """NAME_annotion_time.txt, NAME_crop_wh.txt and NAME_resolution.txt of HDTF_dataset; videos are named as there."""
+    lists = sorted(folder.glob("*_annotion_time.txt"))
+    if not lists:
+        raise UserError(f"{folder} holds no *_annotion_time.txt: name HDTF's folder HDTF_dataset")
+    for path in lists:
+        start = path.name.removesuffix("annotion_time.txt")
+        crops, heights = (_by_name(folder / f"{start}{name}.txt") for name in ("crop_wh", "resolution"))
+        for name, times in _by_name(path).items():
+            video = name.removesuffix(".mp4")
+            for number, time in enumerate(times):
+                crop, face = crops.get(f"{video}_{number}.mp4", []), None  # left, width, top, height in pixels
+                if len(crop) == 4 and len(heights.get(name, [])) == 1:
+                    x, width, y, height = map(_number, crop)
+                    face = (x + width / 2, y + height / 2, heights[name][0])
+                begin, _, end = time.partition("-")
+                yield video, _clock(begin), _clock(end), face, {}
+
+
+def _by_name(path: Path) -> dict[str, list[str]]:
+    """Lines of words by their first word; {} where the file is not."""
+    return {line.split()[0]: line.split()[1:] for line in read_lines(path)} if path.is_file() else {}
+
+
+def _clock(text: str) -> float:
+    """Seconds of 1:05 or 01:02:05; -1 for something else."""
+    parts = [_number(part) for part in text.split(":")]
+    return sum(60**i * part for i, part in enumerate(reversed(parts))) if min(parts) >= 0 else -1.0
+
+
+def _number(value: Any) -> float:
+    """The number that a text is; -1 for something else."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return -1.0
+
+
+def _checked(
+    video: Any, start: Any, end: Any, face: tuple[Any, Any, Any] | None, facts: dict[str, str | None]
+) -> tuple[str, float, float, tuple[float, float, int] | None, dict[str, str | None]]:
+    """A row as numbers.
+
+    Raises:
+        UserError: the name is none, the times are not in order, or the face is nowhere.
+    """
+    begin, stop = _number(start), _number(end)
+    if not 0 <= begin < stop < 1e6:
+        raise UserError(f"from {start} to {end} s is no part of a video")
+    if face is not None:
+        face = (_number(face[0]), _number(face[1]), int(_number(face[2])))
+        if not (min(face) >= 0 and (face[2] or max(face[:2]) <= 1) and max(face) < 1e5):
+            raise UserError(f"the face's place {face[:2]} is none")
+    return safe_name(video, "its id"), begin, stop, face, facts

@@ -1,0 +1,163 @@
+"""Data sets that a list or tar files describe: sound and motion of Talker-T2AV-Data, and speech alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from corpora.preparation.clip import SourceClip, make_key
+from corpora.preparation.sources import Source, held_out, read_lines, read_table
+from engine.errors import UserError
+from engine.untrusted import safe_name
+
+
+class TalkerData(Source):
+    """The released Talker-T2AV-Data: sound and motion codes, no pictures.
+
+    Args:
+        root: folder of the relative paths.
+        table: CSV with the columns motion_pt_path, wav_path, text.
+        listing: instead of a table, a text file with one motion file a line; the sound is SOUNDS/STEM.wav, and the
+            text in SOUNDS/STEM.json.
+        sounds: that folder.
+        tars: pattern of tar files under `root`, such as "*.tar": paths that they hold are read there.
+        validation: share of the clips that make the split `val`; nothing tells their speakers.
+
+    Raises:
+        UserError: not exactly one of table and listing is given, or one of the files cannot be read.
+    """
+
+    frames = False
+
+    def __init__(
+        self,
+        root: str | Path,
+        table: str | None = None,
+        listing: str | None = None,
+        sounds: str | None = None,
+        tars: str | None = None,
+        validation: float = 0.002,
+    ) -> None:
+        super().__init__(root)
+        if (table is None) == (listing is None) or (listing is not None and sounds is None):
+            raise UserError("give source.table=FILE.csv, or source.listing=FILE.txt with source.sounds=FOLDER")
+        self.table, self.listing, self.sounds = table, listing, sounds
+        self.members = tar_members(self.root, tars) if tars else {}
+        self.own = held_out((wav for wav, _, _ in self._rows()), {"val": validation})
+
+    def splits(self) -> list[str]:
+        return ["train", *["val"] * bool(self.own)]
+
+    def read(self, split: str) -> Iterator[SourceClip]:
+        for wav, motion, text in self._rows():
+            if self.own.get(wav, "train") != split:
+                continue
+            stem = os.path.splitext(wav)[0]
+            text_file = f"{stem}.json"
+            has_text = text is None and (text_file in self.members or (self.root / text_file).is_file())
+            paths = [path for path in (wav, motion, text_file) if path in self.members]
+            yield SourceClip(
+                make_key(stem),
+                audio=wav,
+                text=text,
+                text_file=text_file if has_text else None,
+                motion=motion,
+                packed={path: self.members[path] for path in paths},
+            )
+
+    def _rows(self) -> Iterator[tuple[str, str, str | None]]:
+        """(sound, motion file, text or None)."""
+        if self.table is not None:
+            for row in read_table(self.root / self.table, ("wav_path", "motion_pt_path")):
+                yield row["wav_path"], row["motion_pt_path"], row.get("text") or None
+        else:
+            for line in read_lines(self.root / self.listing):
+                yield f"{self.sounds}/{Path(line).stem}.wav", line, None
+
+
+class WavList(Source):
+    """Speech alone: a text file with one sound file a line, and a JSON with the key `text` beside each.
+
+    Args:
+        root: folder of the relative paths.
+        listing: the text file; a relative path stands under `root`.
+        validation: share of the clips that make the split `val`; nothing tells their speakers.
+    """
+
+    frames = False
+
+    def __init__(self, root: str | Path, listing: str, validation: float = 0.002) -> None:
+        super().__init__(root)
+        self.listing = read_lines(self.root / listing)
+        self.own = held_out(self.listing, {"val": validation})
+
+    def splits(self) -> list[str]:
+        return ["train", *["val"] * bool(self.own)]
+
+    def read(self, split: str) -> Iterator[SourceClip]:
+        for path in self.listing:
+            if self.own.get(path, "train") != split:
+                continue
+            stem = os.path.splitext(path)[0]
+            text_file = f"{stem}.json" if (self.root / f"{stem}.json").is_file() else None
+            yield SourceClip(make_key(stem), audio=path, text_file=text_file)
+
+
+class Emilia(Source):
+    """Emilia as it is published: speech in ROOT/**/EN-B000000.tar, sound EN_B00000_S00000_W000000.mp3 and its .json.
+
+    The name tells language and speaker, the JSON's `text` the words. Unpacked files of these names are read, too.
+
+    Args:
+        languages: two letters each, of the clips that are taken, such as [en]; None: all.
+        validation: share of the speakers that make the split `val`.
+    """
+
+    frames = False
+    NAME = re.compile(r"([A-Z]{2})_B\d+_S\d+(?=_W\d+$)")
+
+    def __init__(self, root: str | Path, languages: list[str] | None = None, validation: float = 0.002) -> None:
+        super().__init__(root)
+        wanted = None if languages is None else {language.lower() for language in languages}
+        members = tar_members(self.root, "**/*.tar") if next(self.root.glob("**/*.tar"), None) else {}
+        unpacked = (path.relative_to(self.root).as_posix() for path in self.root.glob("**/*.mp3"))
+        self.found = []  # (sound, text file, language, speaker, where both lie in a tar file)
+        for sound in sorted({*(name for name in members if name.endswith(".mp3")), *unpacked}):
+            name, text = self.NAME.match(Path(sound).stem), f"{sound.removesuffix('.mp3')}.json"
+            if name is not None and (wanted is None or name[1].lower() in wanted):
+                packed = {path: members[path] for path in (sound, text) if path in members}
+                self.found.append((sound, text, name[1].lower(), name[0], packed))
+        self.own = held_out((speaker for *_, speaker, _ in self.found), {"val": validation})
+
+    def splits(self) -> list[str]:
+        return ["train", *["val"] * bool(self.own)]
+
+    def read(self, split: str) -> Iterator[SourceClip]:
+        for sound, text, language, speaker, packed in self.found:
+            if self.own.get(speaker, "train") == split:
+                key = make_key(Path(sound).stem)
+                yield SourceClip(key, None, sound, text_file=text, speaker=speaker, language=language, packed=packed)
+
+
+def tar_members(root: Path, pattern: str) -> Mapping[str, tuple[str, int, int]]:
+    """(tar file, offset, size) by name of every file in the tar files of a folder; they must not be compressed.
+
+    Raises:
+        UserError: there are none, or one is no plain tar file.
+    """
+    members = {}
+    for path in sorted(root.glob(pattern)):
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for info in tar:
+                    if info.isfile():
+                        name = safe_name(os.path.normpath(info.name), f"{path}: the name", folders=True)
+                        members[name] = (path.relative_to(root).as_posix(), info.offset_data, info.size)
+        except (tarfile.TarError, OSError) as error:
+            raise UserError(f"{path} cannot be read as an uncompressed tar file ({error})") from error
+    if not members:
+        raise UserError(f"source.tars={pattern}: no files in tar files of that name in {root}")
+    return members

@@ -1,0 +1,132 @@
+"""The three codecs train from prepared shards, in a folder or at a URL, and leave out what cannot be used."""
+
+import http.server
+import json
+import threading
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from drawn_faces import draw_face
+
+from corpora.preparation.job import prepare
+from engine.config import build
+from engine.config import load as load_config
+from engine.errors import UserError
+from engine.media.audio import read_audio, write_wav
+from engine.media.corpus import SpeechCrops, load_clips
+from engine.media.video import write_video
+from engine.training.batches import MicroBatches
+from lia_x.codec import LiaX, LiaXConfig
+from lia_x.data import FramePairs
+from lia_x.evaluation import rebuild_clips
+
+FRAMES = (30, 1, 40)  # of the clips; the second gives no pair of pictures
+
+
+@pytest.fixture(scope="module")
+def footage(tmp_path_factory):
+    root = tmp_path_factory.mktemp("footage")
+    voice, rows = np.tile(read_audio("assets/demo/voice.wav", 24_000), 3), ["path,audio,text"]
+    for i, frames in enumerate(FRAMES):
+        write_video(root / f"c{i}.mp4", np.stack([draw_face(t % 7 / 7) for t in range(frames)]), 25)
+        write_wav(root / f"c{i}.wav", voice[: frames * 960], 24_000)
+        rows.append(f"c{i}.mp4,c{i}.wav,hello {i}")
+    (root / "clips.csv").write_text("\n".join(rows))
+    return root
+
+
+@pytest.fixture(scope="module")
+def shards(footage, tmp_path_factory):
+    """Of both recipes in one folder: the second is added to the first."""
+    root = tmp_path_factory.mktemp("shards")
+    common = ["source=folder", f"source.root={footage}", f"output={root}", "stages.decode.min_seconds=0"]
+    prepare(load_config("prepare", [*common, "features=speech_codecs", "device=cpu"], ""))
+    more = ["features=lia_x_paper", "stages.wave.use=true", "stages.portraits.size=64", "stages.portraits.pictures=5"]
+    prepare(load_config("prepare", [*common, *more, f"reuse={root}", "device=cpu"], ""))
+    return root
+
+
+def recipe(name, shards, *more):
+    words = [f"experiment={name}", "data=shards", f"data.root={shards}", "data.held_out=[train]", *more]
+    return load_config("train", words, "")
+
+
+@pytest.mark.parametrize("name", ["rvq_paper", "whisperx_vae_paper"])
+def test_the_recipes_of_speech_codecs_read_waves_from_shards(footage, shards, name):
+    config = recipe(name, shards)
+    data = build(config.data.train)
+    batch = MicroBatches(data, 2, 0)[0]["wave"]
+    assert len(data) == 2 and batch.shape == (2, 1, data.samples)
+    whole = SpeechCrops(shards, samples=960, gain_db=0.0).waves.read(1)
+    true = read_audio(footage / "c2.wav", 24_000)
+    assert np.abs(whole.numpy() - true[: len(whole)]).max() < 1e-4
+    clips = load_clips(config.task.validation.root, "train", 5, 24_000)
+    assert [clip.text for clip in clips] == ["hello 0", "hello 2"] and len(clips[1].wave) == 40 * 960
+
+
+def test_the_recipe_of_lia_x_reads_pictures_from_shards(shards):
+    data = build(recipe("lia_x_paper", shards, "task.vgg=v", "task.codec.size=32").data.train)
+    pair = data.__getitem__(0, torch.Generator().manual_seed(0))["frames"]
+    assert len(data) == 2 and pair.shape == (2, 32, 32, 3) and not torch.equal(pair[0], pair[1])
+    torch.manual_seed(0)
+    codec = LiaX(LiaXConfig(style_dim=16, motion_dim=4, scale=1, size=32, width=4, max_width=8, depth=1)).eval()
+    clips = rebuild_clips(codec, shards, "train", 4)
+    assert [clip.true.shape for clip in clips] == [(5, 32, 32, 3)] * 2
+    with pytest.raises(UserError, match="have no known movements"):
+        FramePairs(shards, 32, tracks={"open": 1.0})
+
+
+def test_shards_at_a_url_give_the_same_crops(shards, tmp_path):
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(shards))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        cached = {"cache": str(tmp_path), "window": 1}
+        pictures = [FramePairs(root, 32, shards=cached) for root in (shards, url)]
+        waves = [SpeechCrops(root, samples=960, shards=cached) for root in (shards, url)]
+        for near, far in (pictures, waves):
+            one, two = (MicroBatches(data, 2, 0)[0] for data in (near, far))
+            assert all(torch.equal(one[name], two[name]) for name in one)
+        server.shutdown()
+
+
+def test_shards_without_waves_or_of_another_rate_are_one_line(shards, tmp_path):
+    index = json.loads((shards / "train" / "index.json").read_text())
+    (tmp_path / "train").mkdir()
+    for path in (shards / "train").iterdir():
+        (tmp_path / "train" / path.name).write_bytes(path.read_bytes())
+    del index["digests"]["wave"], index["digests"]["portraits"]
+    (tmp_path / "train" / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="holds no features of wave: prepare them"):
+        SpeechCrops(tmp_path)
+    with pytest.raises(UserError, match="holds no features of portraits"):
+        FramePairs(tmp_path, 32)
+    with pytest.raises(UserError, match="holds waves at 24000 Hz, 16000 Hz are wanted"):
+        SpeechCrops(shards, sample_rate=16_000)
+
+
+def test_recordings_that_cannot_be_read_are_left_out_and_counted(footage, tmp_path, capsys):
+    (tmp_path / "train").mkdir()
+    for name in ("a", "b", "c"):
+        for suffix in ("wav", "mp4"):
+            data = (footage / f"c0.{suffix}").read_bytes() if name != "b" else b"<html>not found</html>"
+            (tmp_path / "train" / f"{name}.{suffix}").write_bytes(data)
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"id": name, "text": ""}) for name in "abc"))
+    crops = SpeechCrops(tmp_path, samples=4_800)
+    for index in (1, 1, 0):
+        assert crops.__getitem__(index, torch.Generator().manual_seed(0))["wave"].shape == (1, 4_800)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "clip b is left out (1 of 3 so far)" in lines[0]
+    assert [clip.name for clip in load_clips(tmp_path, "train", 3, 24_000)] == ["a", "c"]
+    assert "clip b is left out (1 of 3 so far)" in capsys.readouterr().err
+    pairs = FramePairs(tmp_path, 32, tmp_path / "cache", frames=4)
+    assert len(pairs) == 2 and "clip b is left out" in capsys.readouterr().err
+    again = FramePairs(tmp_path, 32, tmp_path / "cache", frames=4)
+    one, two = (data.__getitem__(1, torch.Generator().manual_seed(0))["frames"] for data in (pairs, again))
+    assert len(again) == 2 and torch.equal(one, two) and one.any()
+    for name in "ac":
+        (tmp_path / "train" / f"{name}.wav").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be read"):
+        SpeechCrops(tmp_path, samples=4_800)[0]

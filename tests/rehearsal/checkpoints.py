@@ -1,0 +1,351 @@
+"""Stand-ins of every file that scripts/download_checkpoints.py fetches: official name, format and keys, made-up values.
+
+`full`: with the official shapes (12 GB), else the smallest that the products take. A file of configs/checkpoints.yaml
+without a stand-in here fails the rehearsal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import torch
+import transformers
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+
+from engine.config import CONFIGS
+from hicodit.conditions.arcface import ArcFace
+from lia_x import LiaX, LiaXConfig
+from rvq_codec import RVQCodec, RVQCodecConfig
+from talker_t2av.model import TalkerConfig, TalkerT2AV
+from talker_t2av.released import LM_HEAD
+from talker_t2av.speaker.encoder import WavLMEncoder
+from talker_t2av.speaker.released import LARGE, wavlm_config
+from tests.reference import released_names
+from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja")
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<SPEECH_FRAME>", "<MOTION_FRAME>")
+WHISPER_SPECIALS = ("endoftext", "startoftranscript", "en", "de", "translate", "transcribe", "startoflm")
+WHISPER_SPECIALS += ("startofprev", "nospeech", "notimestamps")
+TEMPLATE = (
+    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{%- if m.role == 'assistant' %}"
+    "{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{{ m.content + '<|im_end|>\\n' }}{%- endfor %}"
+)
+LLM = {
+    "vocab_size": 261, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "head_dim": 32, "intermediate_size": 96, "max_position_embeddings": 40960,
+}  # fmt: skip
+SIZES = {
+    "speech_dim": 32, "motion_dim": 40, "encoder_layers": 1, "encoder_heads": 2, "head_layers": 1, "head_heads": 2,
+    "max_positions": 64,
+}  # fmt: skip
+WAVLM = LARGE | {
+    "encoder_layers": 2, "encoder_embed_dim": 16, "encoder_ffn_embed_dim": 24, "encoder_attention_heads": 2,
+    "conv_feature_layers": "[(8,10,5)] + [(8,3,2)] * 4 + [(8,2,2)] * 2", "conv_pos": 8, "conv_pos_groups": 2,
+    "num_buckets": 16, "max_distance": 800,
+}  # fmt: skip
+
+
+def official(name: str, seed: int = 0) -> dict[str, Tensor]:
+    """A state with the keys and shapes of a list in tests/golden, and values of about the size of initial weights."""
+    g, state = torch.Generator().manual_seed(seed), {}
+    for key, shape in json.loads((GOLDEN / f"{name}.keys.json").read_text()).items():
+        if key.endswith("num_batches_tracked"):
+            state[key] = torch.tensor(0)
+        elif key.endswith(".kernel"):  # the low-pass filter of StyleGAN's networks
+            taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+            state[key] = torch.outer(taps, taps) * (1 if key.startswith("enc.") else 4)
+        elif len(shape) < 2:
+            state[key] = torch.zeros(shape) if "bias" in key or "mean" in key else torch.ones(shape)
+        else:
+            state[key] = torch.randn(shape, generator=g) / max(1, math.prod(shape[1:])) ** 0.5
+    return state
+
+
+def talker(folder: Path, full: bool) -> None:
+    if full:
+        state = official("talker/talker_full")
+    else:
+        torch.manual_seed(0)
+        state = TalkerT2AV(TalkerConfig(LLM, **SIZES)).state_dict()
+    state = {key: value.clone() for key, value in state.items() if key != LM_HEAD}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"architectures": ["TalkerT2AV"], "model_type": "talker"}))
+    qwen_tokenizer(folder, 151_643 if full else 256)
+
+
+def qwen_tokenizer(folder: Path, words: int) -> None:
+    """A byte-level BPE in the files that Qwen's tokenizers come in, with `words` entries before the control tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [(a, b) for a in alphabet for b in alphabet] + [
+        (a + b, c) for a in alphabet[:9] for b in alphabet for c in alphabet
+    ]
+    merges = pairs[: words - len(alphabet)]
+    vocabulary = {word: i for i, word in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=SPECIALS[0], eos_token=SPECIALS[2],
+        additional_special_tokens=[SPECIALS[1], *SPECIALS[3:]], chat_template=TEMPLATE,
+    )  # fmt: skip
+    fast.save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+
+
+def qwen(folder: Path) -> None:
+    """A Qwen3 language model in the Hugging Face format, from which Talker-T2AV starts, with its tokenizer."""
+    torch.manual_seed(1)
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    config = transformers.Qwen3Config(**LLM, rope_parameters=rope, tie_word_embeddings=True)
+    model = transformers.Qwen3ForCausalLM(config)
+    model.save_pretrained(folder)
+    qwen_tokenizer(folder, 256)
+
+
+def speech_only(folder: Path) -> None:
+    """The speech-only predecessor of Talker-T2AV, whose one head is called motion_cfm."""
+    folder.mkdir()
+    torch.manual_seed(2)
+    state = TalkerT2AV(TalkerConfig(LLM, **SIZES)).state_dict()
+    names = {"speech_cfm.": "motion_cfm.", "speech_patch_encoder.": "patch_encoder."}
+    absent = ("motion_", "projector_motion.", LM_HEAD)
+    own = {key: value for key, value in state.items() if not key.startswith(absent)}
+    for ours, theirs in names.items():
+        own = {key.replace(ours, theirs): value for key, value in own.items()}
+    save_file({key: value.clone() for key, value in own.items()}, folder / "model.safetensors")
+
+
+def whisperx_vae(file: Path, full: bool) -> None:
+    if full:
+        state = official("codecs/wxvae_full_encode_in64")
+    else:
+        torch.manual_seed(0)
+        sizes = {"encoder_width": 2, "hidden": 64, "decoder_width": 16, "mel_bands": 20, "whisper_heads": 1}
+        model = WhisperXVAE(WhisperXVAEConfig(**sizes, latent_dim=32, whisper_context=50, whisper_layers=1))
+        state = released_names.whisperx_vae(model.state_dict())
+        state["semantic_model.decoder.token_embedding.weight"] = torch.zeros(4, 2)
+    state["discriminator.convs.0.weight"] = torch.zeros(3)
+    settings = OmegaConf.create({"cfg": {"dataset": {"sr": 24_000}}})
+    more = {"epoch": 0, "global_step": 480_000, "pytorch-lightning_version": "2.1.0", "optimizer_states": [{}]}
+    torch.save({"state_dict": state, "hyper_parameters": settings, **more}, file)
+
+
+def lia_x(file: Path, full: bool) -> None:
+    if full:
+        torch.save(official("codecs/liax_full"), file)
+        return
+    torch.manual_seed(0)
+    codec = LiaX(LiaXConfig(style_dim=40, scale=1, size=32, width=4, max_width=8, depth=1))
+    taps = torch.outer(*2 * [torch.tensor([1.0, 3.0, 3.0, 1.0])]) / 64
+    torch.save(released_names.lia_x_state(codec) | {"dec.rgb2.up.kernel": 4 * taps}, file)
+
+
+def wavlm(file: Path, full: bool) -> None:
+    if full:
+        state = official("conditions/wavlm_ecapa_large")
+    else:
+        torch.manual_seed(0)
+        encoder = WavLMEncoder(wavlm_config(WAVLM), channels=8, pooled=8, bottleneck=8, embedding=256)
+        state = released_names.speaker_encoder(encoder.state_dict())
+    torch.save({"model": state | {"loss_calculator.projection.weight": torch.zeros(3)}}, file)
+
+
+def avhubert(file: Path, full: bool) -> None:
+    state = official(f"conditions/avhubert_{'large' if full else 'small'}")
+    heads, modalities = (16 if full else 4), ["audio", "video"]
+    model = {"encoder_attention_heads": heads, "layer_norm_first": True, "modalities": modalities}
+    content = {"args": None, "cfg": {"model": Namespace(**model), "task": None}, "model": state, "extra_state": {}}
+    torch.save(content | {"criterion": None, "optimizer_history": [], "last_optimizer_state": None}, file)
+
+
+def arcface(file: Path, full: bool) -> None:
+    torch.manual_seed(0)
+    torch.save(official("conditions/arcface_iresnet100") if full else ArcFace((1, 1, 1, 1)).state_dict(), file)
+
+
+def poster(file: Path, full: bool) -> None:
+    """Always of the official shapes, as the network has no others."""
+    state = {f"module.{key}": value for key, value in official("conditions/poster_v2_7").items()}
+    torch.save({"epoch": 1, "state_dict": state, "best_acc": Namespace(val=67.5), "recorder": Namespace(total=1)}, file)
+
+
+def maskgct(folder: Path, full: bool) -> None:
+    if full:
+        encoder, decoder = (official(f"codecs/mgct_full_{part}") for part in ("encoder", "decoder"))
+    else:
+        torch.manual_seed(0)
+        sizes = {"encoder_width": 4, "latent_channels": 16, "codebook_size": 16, "codebook_dim": 4, "vocos_dim": 16}
+        codec = RVQCodec(RVQCodecConfig(**sizes, vocos_intermediate=32, vocos_layers=1))
+        state = {key: value.contiguous() for key, value in codec.state_dict().items()}
+        encoder = {key.removeprefix("encoder."): v for key, v in state.items() if key.startswith("encoder.")}
+        decoder = {key: v for key, v in state.items() if key.startswith("quantizer.")}
+        decoder |= {
+            "model." + key.removeprefix("decoder."): v for key, v in state.items() if key.startswith("decoder.")
+        }
+        decoder["model.head.istft.window"] = torch.hann_window(1920)
+    save_file(encoder, folder / "model.safetensors")
+    save_file(decoder, folder / "model_1.safetensors")
+
+
+def syncnet(file: Path, full: bool) -> None:
+    """The official shapes, in the old format that it was published in."""
+    torch.save(official("conditions/syncnet_net"), file, _use_new_zipfile_serialization=False)
+
+
+def yunet(file: Path, full: bool) -> None:
+    """Bytes that no program reads: the rehearsal downloads the detector, but detects with OpenCV's cascade."""
+    file.write_bytes(b"no network" * 100)
+
+
+def whisper(folder: Path, letter: str = "") -> None:
+    """A Whisper as the hub has them, with every size cut down; it hears English or German, and one letter if given."""
+    names = [f"<|{name}|>" for name in WHISPER_SPECIALS] + [f"<|{i * 0.02:.2f}|>" for i in range(1501)]
+    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    words = transformers.WhisperTokenizer(vocab=letters, merges=[])
+    words.add_special_tokens({"additional_special_tokens": names})
+    ids = {name: words.convert_tokens_to_ids(f"<|{name}|>") for name in WHISPER_SPECIALS}
+    end, start = ids["endoftext"], ids["startoftranscript"]
+    tokens = {"eos_token_id": end, "pad_token_id": end, "decoder_start_token_id": start}
+    sizes = {"d_model": 16, "num_mel_bins": 80, "vocab_size": len(words)}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": 1, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 64}
+    more = {"suppress_tokens": None, "begin_suppress_tokens": None, "bos_token_id": end}
+    torch.manual_seed(0)
+    model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**sizes, **tokens, **more))
+    if letter:  # its decoder's last state is that letter's own embedding
+        norm, table = model.model.decoder.layer_norm, model.model.decoder.embed_tokens.weight
+        norm.weight.data.zero_()
+        norm.bias.data.copy_(100 * table.data[words.convert_tokens_to_ids(letter)])
+    model.generation_config = transformers.GenerationConfig(
+        **tokens,
+        max_length=12,
+        is_multilingual=True,
+        lang_to_id={"<|en|>": ids["en"], "<|de|>": ids["de"]},
+        task_to_id={"transcribe": ids["transcribe"], "translate": ids["translate"]},
+        no_timestamps_token_id=ids["notimestamps"],
+        prev_sot_token_id=ids["startofprev"],
+    )
+    model.save_pretrained(folder)
+    transformers.WhisperProcessor(transformers.WhisperFeatureExtractor(feature_size=80), words).save_pretrained(folder)
+
+
+def any_format(file: Path, full: bool) -> None:
+    """A whole file of its format, which holds one tensor or nothing: networks of metrics, which only downloads meet."""
+    if file.suffix == ".safetensors":
+        save_file({"a": torch.zeros(1)}, file)
+    elif file.suffix in (".pt", ".pth", ".ckpt"):
+        torch.save({"a": torch.zeros(1)}, file)
+    else:
+        file.write_text("{}")
+
+
+# By path in configs/checkpoints.yaml: what writes it. One that ends in / writes the files of a folder.
+STAND_INS: dict[str, Callable[[Path, bool], None]] = {
+    "talker-t2av/": talker,
+    "whisperx-vae/model.ckpt": whisperx_vae,
+    "lia-x.pt": lia_x,
+    "wavlm_large_finetune.pth": wavlm,
+    "large_vox_iter5.pt": avhubert,
+    "arcface_r100.pth": arcface,
+    "affectnet-7-model_best.pth": poster,
+    "face_detection_yunet_2023mar.onnx": yunet,
+    "acoustic_codec/": maskgct,
+    "syncnet_v2.model": syncnet,
+}
+METRICS = ("utmos_", "ecapa/", "emotion2vec_", "weights-inception", "i3d_", "whisper-", "Qwen3-ASR")
+
+
+def catalogue(groups: Sequence[str] = ()) -> dict[str, list[dict]]:
+    """configs/checkpoints.yaml, or some of its groups."""
+    found = OmegaConf.to_container(OmegaConf.load(CONFIGS / "checkpoints.yaml"))
+    return {name: rows for name, rows in found.items() if not groups or name in groups}
+
+
+def files_of(groups: dict[str, list[dict]]) -> list[dict]:
+    return [file for rows in groups.values() for row in rows for file in row["files"]]
+
+
+def write(folder: Path, full: bool = False, groups: Sequence[str] = ()) -> None:
+    """Write all stand-ins, or those of some groups, below `folder`, as a download would leave them."""
+    paths = [file["path"] for file in files_of(catalogue(groups))]
+    for name, make in STAND_INS.items():
+        if any(path.startswith(name) for path in paths):
+            place = folder / name
+            (place if name.endswith("/") else place.parent).mkdir(parents=True, exist_ok=True)
+            make(place, full)
+    for path in paths:
+        if path.startswith(METRICS):
+            (folder / path).parent.mkdir(exist_ok=True)
+            any_format(folder / path, full)
+
+
+class Mirror:
+    """A server on this machine that gives the files of `folder` at the addresses where they were published.
+
+    It writes `listing`: configs/checkpoints.yaml with sizes and digests of the stand-ins, and with this server in place
+    of every URL; the hub is `address` itself.
+    """
+
+    def __init__(self, folder: Path, listing: Path, port: int, groups: Sequence[str] = ()) -> None:
+        chosen = catalogue(groups)
+        files: dict[str, Path] = {}
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def do_HEAD(self) -> None:
+                self.answer(False)
+
+            def do_GET(self) -> None:
+                self.answer(True)
+
+            def answer(self, with_body: bool) -> None:
+                path = files.get(self.path.partition("?")[0])
+                if path is None:
+                    self.send_error(404)
+                    return
+                self.send_response(200)
+                self.send_header("Content-Length", str(path.stat().st_size))
+                self.send_header("ETag", f'"{digests[path]}"')
+                self.send_header("X-Repo-Commit", "0" * 40)
+                self.end_headers()
+                if with_body:
+                    with path.open("rb") as file:
+                        while block := file.read(2**20):
+                            self.wfile.write(block)
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.address = f"http://127.0.0.1:{port}"
+        digests: dict[Path, str] = {}
+        for number, row in enumerate(files_of(chosen)):
+            path = folder / row["path"]
+            if not path.is_file():
+                raise FileNotFoundError(f"tests/rehearsal/checkpoints.py writes no stand-in of {row['path']}")
+            with path.open("rb") as file:
+                digests[path] = hashlib.file_digest(file, "sha256").hexdigest()
+            if "sha256" in row:
+                row["sha256"] = digests[path]
+            if "size" in row:
+                row["size"] = path.stat().st_size
+            if "url" in row:
+                files[f"/{number}"] = path
+                row["url"] = f"{self.address}/{number}"
+            else:
+                kind = f"{row['kind']}s/" if row.get("kind", "model") != "model" else ""
+                name, revision = row.get("name", row["path"]), row.get("revision", "main")
+                files[f"/{kind}{row['repo']}/resolve/{revision}/{name}"] = path
+        partial = listing.with_suffix(".tmp")
+        OmegaConf.save(OmegaConf.create(chosen), partial)
+        partial.rename(listing)

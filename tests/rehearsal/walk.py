@@ -1,0 +1,235 @@
+"""Walks the commands of the documentation in a folder of its own, as `table.yaml` scales them down.
+
+Commands run in copies (forks) of one process that has everything imported, which saves ten seconds each; with `exact`
+they are processes of their own. In a fork, worker processes and the scripts that train.py calls are forks, too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import multiprocessing
+import os
+import re
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from tests.rehearsal.commands import ROOT, Command, documented, is_python
+
+TABLE = Path(__file__).with_name("table.yaml")
+SECONDS = 1800  # that one command may take
+LINKS = ("train.py", "infer.py", "scripts", "assets", "configs", "tests", "benchmarks")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command as it is walked.
+
+    words: of the program's call, [] for one that is excused. reason: why it is. missing: a package that it needs and
+    that is not installed.
+    """
+
+    command: Command
+    words: Sequence[str] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    reason: str = ""
+    missing: str = ""
+
+    @property
+    def call(self) -> str:
+        return shlex.join(self.words)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a call took: its exit code, seconds of the processor, and the peak memory of its largest process in GB."""
+
+    code: int
+    seconds: float = 0.0
+    gigabytes: float = 0.0
+
+
+def plan(work: Path, full: bool = False) -> list[Step]:
+    """All documented commands with what the table makes of them.
+
+    Args:
+        full: networks keep their official sizes.
+
+    Raises:
+        ValueError: a command has no rule, or a rule no command.
+    """
+    table = OmegaConf.to_container(OmegaConf.load(TABLE))
+    commands, used, steps = documented(), set(), []
+    for command in commands:
+        rules = [(i, rule) for i, rule in enumerate(table["rules"]) if re.search(rule["command"], command.text)]
+        used |= {i for i, _ in rules}
+        excuse = next((rule["excuse"] for _, rule in rules if "excuse" in rule), None)
+        if excuse is None and not any({"size", "tiny"} & set(rule) for _, rule in rules):
+            raise ValueError(f"{command.place}: {command.text!r} has neither a size nor an excuse in {TABLE.name}")
+        if excuse is not None:
+            steps.append(Step(command, reason=excuse))
+            continue
+        steps.append(_scaled(command, table["names"], [rule for _, rule in rules], work, full))
+    idle = [rule["command"] for i, rule in enumerate(table["rules"]) if i not in used]
+    if idle:
+        raise ValueError(f"{TABLE.name}: no command in the documentation matches {idle}")
+    return steps
+
+
+def _scaled(command: Command, names: dict[str, str], rules: list[dict], work: Path, full: bool) -> Step:
+    text = command.text
+    missing = next((r["needs"] for r in rules if "needs" in r and importlib.util.find_spec(r["needs"]) is None), "")
+    for rule in rules:
+        for pattern, new in rule.get("replace", {}).items():
+            if not re.search(pattern, text):
+                raise ValueError(f"{command.place}: {pattern!r} of {TABLE.name} does not occur in {text!r}")
+            text = re.sub(pattern, new, text)
+    for pattern, new in names.items():
+        text = re.sub(pattern, new, text)
+    if is_python(command):
+        return Step(command, ("python", "-c", text), missing=missing)
+    kinds = ("size", "full") if full else ("size", "tiny")
+    added = [word for kind in kinds for rule in rules for word in rule.get(kind) or []]
+    text = f"{text} {' '.join(added)}".replace("{work}", str(work))
+    shell = subprocess.run(["bash", "-fc", f"printf '%s\\0' {text}"], capture_output=True, text=True, check=True)
+    words = shell.stdout.split("\0")[:-1]
+    environment = {}
+    while "=" in words[0]:
+        name, _, value = words.pop(0).partition("=")
+        environment[name] = value
+    words[0] = words[0].removeprefix(".venv/bin/")
+    return Step(command, tuple(words), environment, missing=missing)
+
+
+def set_up(work: Path) -> None:
+    """The folder in which commands run: the checkout's programs, linked."""
+    work.mkdir(parents=True, exist_ok=True)
+    for name in LINKS:
+        (work / name).symlink_to(ROOT / name)
+
+
+def run_forked(action: Callable[[], None], log: Path) -> int:
+    """Start an action in a copy of this process, which prints to `log`; returns its id."""
+    sys.stdout.flush()
+    log.parent.mkdir(exist_ok=True)
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        with log.open("ab", buffering=0) as file, open(os.devnull) as nothing:
+            for target, stream in ((0, nothing), (1, file), (2, file)):
+                os.dup2(stream.fileno(), target)
+        action()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(pids: list[int]) -> Ended:
+    """The first exit code that is not 0, and what all took; when one process of a group fails, the others are ended."""
+    left, code, end, seconds, peak = set(pids), 0, time.monotonic() + SECONDS, 0.0, 0
+    while left:
+        for pid in list(left):
+            done, status, used = os.wait4(pid, os.WNOHANG)
+            if done:
+                left.discard(pid)
+                code = code or os.waitstatus_to_exitcode(status)
+                seconds, peak = seconds + used.ru_utime + used.ru_stime, max(peak, used.ru_maxrss)
+        if code or time.monotonic() > end:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            code, left = code or 124, set()
+        time.sleep(0.01)
+    return Ended(code, seconds, peak / 2**20)
+
+
+class Runner:
+    """Runs calls in a folder, each with a log of its own.
+
+    Args:
+        work: the folder. exact: run real processes, as a person would.
+    """
+
+    def __init__(self, work: Path, exact: bool) -> None:
+        self.work, self.exact, self.groups = work, exact, 0
+
+    def run(self, words: Sequence[str], environment: dict[str, str], log: Path) -> Ended:
+        """Run a call, which prints to `log`."""
+        if not self.exact and words[0] == "python" and words[1:3] != ("-m", "scripts.launch"):
+            return wait([self._fork(words[1:], environment, log)])
+        if not self.exact and words[0] == "torchrun":
+            return wait(list(self._torchrun(words[1:], environment, log)))
+        programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
+        call = [*programs.get(words[0], words[:1]), *words[1:]]
+        log.parent.mkdir(exist_ok=True)
+        with log.open("ab") as file:
+            about = {"cwd": self.work, "env": os.environ | environment}
+            process = subprocess.Popen(call, stdin=subprocess.DEVNULL, stdout=file, stderr=file, **about)
+            return wait([process.pid])
+
+    def _torchrun(self, words: Sequence[str], environment: dict[str, str], log: Path) -> Iterator[int]:
+        """The processes of a group, as torchrun starts them."""
+        start = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        count = int(next(w.partition("=")[2] for w in words[:start] if w.startswith("--nproc_per_node=")))
+        self.groups += 1
+        about = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
+        about |= {"MASTER_PORT": 20_000 + (os.getpid() + 7 * self.groups) % 20_000}
+        for rank in range(count):
+            group = {name: str(value) for name, value in (about | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+            yield self._fork(words[start:], environment | group, log)
+
+    def _fork(self, words: Sequence[str], environment: dict[str, str], log: Path) -> int:
+        def action() -> None:
+            os.chdir(self.work)
+            os.environ.update(environment)
+            _fork_instead_of_spawning()
+            _execute(list(words))
+
+        return run_forked(action, log)
+
+
+def _fork_instead_of_spawning() -> None:
+    """Worker processes of the preparation, and the scripts that train.py calls, become forks of this process."""
+    executor = importlib.import_module("corpora.preparation.executor")
+    executor.get_context = lambda _: multiprocessing.get_context("fork")
+    real = subprocess.run
+
+    def run(call: Any, *arguments: Any, **more: Any) -> subprocess.CompletedProcess:
+        if more or arguments or call[0] != sys.executable or not str(call[1]).endswith(".py"):
+            return real(call, *arguments, **more)
+        words = [str(word) for word in call[1:]]
+        return subprocess.CompletedProcess(call, wait([run_forked(lambda: _execute(words), Path("/dev/stdout"))]).code)
+
+    subprocess.run = run
+
+
+def _execute(words: list[str]) -> None:
+    """What `python WORDS` does, in this process."""
+    if words[0] == "-c":
+        exec(compile(words[1], "documentation", "exec"), {"__name__": "__main__"})
+    elif words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).resolve().parent))
+        runpy.run_path(words[0], run_name="__main__")
