@@ -7,7 +7,7 @@ E lip feature width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,16 @@ from torch.nn.utils.rnn import pad_sequence
 from engine.codec import load_codec
 from engine.errors import UserError
 from engine.shards.reader import Reading, ShardSplit
+from hicodit.conditions.types import FPS, windows_of
 from hicodit.model import TOKENS_PER_FRAME
 from hicodit.system import CODECS
 
+SECOND = int(FPS)  # video frames
 PICTURES = ("mouth", "faces")  # what encoders that learn read
 FEATURES = ("lip", "face_identity")  # what encoders that do not learn have made of the pictures, in half precision
 REQUIRED = ("tokens", "ge2e", "expression")
+HEARD = {"heard": "heard_expression", "seen": "expression"}  # expression condition in training -> its tensor
+LEAST_FRAMES = 5  # 0.2 s, as in inference; shorter clips are left out
 SHIFT = 3  # pixels by which a mouth crop may be off in training: the tracker's own jitter and more
 
 
@@ -54,7 +58,9 @@ class HiCoDiTSample:
     """One clip as it is stored, with its pictures or with their features.
 
     Attributes:
-        tokens: (2 T, K) int64. ge2e: (256,). expression: (J,) int64. phoneme: (T,) int64, 0 is silence.
+        tokens: (2 T, K) int64. ge2e: (256,). phoneme: (T,) int64, 0 is silence.
+        expression: (J,) int64, what the face shows. heard_expression: (J,) int64, what the voice says; `NO_EXPRESSION`
+            where it is not known.
         info: the clip's JSON.
         mouth: (T, S, S) uint8 grey. faces: (F, S', S', 3) uint8 RGB, of the frames `picture_frames`.
         lip: (T, E) float16. face_identity: (F, 512) float16, of the same frames.
@@ -65,6 +71,7 @@ class HiCoDiTSample:
     expression: Tensor
     phoneme: Tensor
     info: dict[str, Any]
+    heard_expression: Tensor | None = None
     mouth: Tensor | None = None
     faces: Tensor | None = None
     lip: Tensor | None = None
@@ -79,13 +86,18 @@ class HiCoDiTDataset:
         codec: release folder of the tokenizer that must have made the tokens.
         encoders: kind of the model's condition encoders: those that learn ("tiny") read pictures; of others the shards
             hold the features, so that none of them runs in training.
+        expression: the condition in training: "heard", the voice's in each half second, as in the paper, or "seen", the
+            face's, as at inference.
+        seconds: longer clips are cropped to a random part of so many whole seconds; None: never.
         augment: shift, mirror and relight the mouth pictures; features stay as they are.
         limit: use only the first clips.
         shards: fields of `engine.shards.reader.Reading`.
         packed: the model leaves padding out, so a batch's tokens are counted without it.
+        phonemes: classes of the lip encoder's auxiliary phoneme loss; None or 0: it has no such loss.
 
     Raises:
-        UserError: the shards are missing or damaged, another tokenizer made them, or they lack the features.
+        UserError: the shards are missing or damaged, another tokenizer made them, they lack the features, or they
+            have more phonemes than the auxiliary loss.
     """
 
     def __init__(
@@ -93,13 +105,16 @@ class HiCoDiTDataset:
         source: str | Path,
         codec: str | Path,
         encoders: str = "tiny",
+        expression: str = "seen",
+        seconds: int | None = None,
         augment: bool = True,
         limit: int | None = None,
         shards: Mapping[str, Any] | None = None,
         packed: bool = False,
+        phonemes: int | None = None,
     ) -> None:
         tokenizer = load_codec(codec, CODECS)
-        self.shards = ShardSplit(source, Reading(**(shards or {})))
+        self.shards = ShardSplit(source, Reading(**(shards or {})), LEAST_FRAMES)
         self.shards.check_made_with({"rvq": tokenizer.digest()})
         self.inputs = PICTURES if encoders == "tiny" else FEATURES
         if self.inputs == FEATURES and not set(FEATURES) <= set(self.shards.index.get("digests") or ()):
@@ -107,6 +122,20 @@ class HiCoDiTDataset:
                 f"{source} lacks the features of the {encoders} encoders: add them with scripts/prepare_data.py, "
                 "stages.{lip,face_identity}.use=true stages.lip.encoders.folder=ENCODERS reuse=SHARDS (docs/data.md)"
             )
+        if expression not in HEARD:
+            raise UserError(f"data.train.expression={expression!r} must be {' or '.join(HEARD)}")
+        self.expression = HEARD[expression]
+        if expression == "heard" and self.expression not in (self.shards.index.get("digests") or ()):
+            raise UserError(
+                f"{source} has no heard expressions: add them with scripts/prepare_data.py "
+                "stages.heard_expression.use=true reuse=SHARDS (docs/data.md), or set data.expression=seen"
+            )
+        if seconds is not None and seconds < 1:
+            raise UserError(f"data.train.seconds={seconds} must be 1 or more, or null")
+        self.most = None if seconds is None else seconds * SECOND
+        spoken = len(self.shards.index.get("symbols") or ()) + 1
+        if phonemes and spoken > phonemes:
+            raise UserError(f"{source} has {spoken} phonemes with silence: set task.encoders.phonemes={spoken} or more")
         self.augment, self.levels, self.packed = augment, tokenizer.levels, packed
         self.size = min(limit or len(self.shards), len(self.shards))
         self.blocks = self.shards.blocks(self.size)
@@ -117,20 +146,21 @@ class HiCoDiTDataset:
         Raises:
             UserError: its shard is damaged, or a tensor was not prepared.
         """
-        required = (*self.inputs, *REQUIRED)
+        required = tuple(dict.fromkeys((*self.inputs, *REQUIRED, self.expression)))
         info, tensors = self.shards.read(index, (*required, "phoneme"))
         missing = [name for name in required if name not in tensors]
         if missing:
             raise UserError(f"{self.shards.source}: clip {info['key']} has no {', '.join(missing)}: prepare that too")
         tensors.setdefault("phoneme", torch.zeros(len(tensors[self.inputs[0]])))
-        for name in ("tokens", "expression", "phoneme"):
+        for name in {"tokens", "expression", "phoneme", self.expression}:
             tensors[name] = tensors[name].long()
         return HiCoDiTSample(**tensors, info=info)
 
     @property
     def lengths(self) -> Tensor:
         """Tokens of each clip, all levels counted, (n,)."""
-        return self.shards.frames[: self.size] * TOKENS_PER_FRAME * self.levels
+        frames = self.shards.frames[: self.size]
+        return (frames if self.most is None else frames.clamp(max=self.most)) * TOKENS_PER_FRAME * self.levels
 
     def prefetch(self, spans: list[tuple[int, int]]) -> None:
         """Clips [first, last) come next."""
@@ -141,11 +171,12 @@ class HiCoDiTDataset:
 
     def __getitem__(self, index: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Clip `index`: mouth (T, S, S) and face (3, S', S') in [0, 1], or lip (T, E) and face_identity (512,);
-        tokens (2 T, K), ge2e (256,), phoneme (T,), expression (J,) of each half second, and face_expression () of the
-        one that the face is from.
+        tokens (2 T, K), ge2e (256,), phoneme (T,), expression (J,) of each half second, heard or seen, and
+        face_expression (), seen in the one that the face is from.
         """
-        clip = self.read(index)
-        item = {"tokens": clip.tokens, "ge2e": clip.ge2e, "expression": clip.expression, "phoneme": clip.phoneme}
+        clip, whole = self._crop(self.read(index), generator)
+        expression = getattr(clip, self.expression)
+        item = {"tokens": clip.tokens, "ge2e": clip.ge2e, "expression": expression, "phoneme": clip.phoneme}
         if self.inputs == FEATURES:
             count = len(clip.face_identity)
             picture = int(torch.randint(count, (1,), generator=generator))
@@ -159,8 +190,24 @@ class HiCoDiTDataset:
             if self.augment:
                 face = (face * (0.85 + 0.3 * torch.rand(1, generator=generator))).clamp(0, 1)
             item |= {"mouth": mouth, "face": face}
-        at = 2 * picture_frames(len(clip.phoneme), count)[picture] // 25
-        return item | {"face_expression": clip.expression[at]}
+        at = 2 * picture_frames(len(whole.phoneme), count)[picture] // 25
+        return item | {"face_expression": whole.expression[at]}
+
+    def _crop(self, clip: HiCoDiTSample, generator: torch.Generator) -> tuple[HiCoDiTSample, HiCoDiTSample]:
+        """A random part of a clip that is too long, and the clip. Its face pictures may be from anywhere in the clip.
+
+        Parts begin at whole seconds, where a window of expression does.
+        """
+        spare = 0 if self.most is None else len(clip.phoneme) - self.most
+        if spare <= 0:
+            return clip, clip
+        start = SECOND * int(torch.randint(spare // SECOND + 1, (), generator=generator))
+        frames, windows = slice(start, start + self.most), slice(windows_of(start), windows_of(start + self.most))
+        tokens = slice(TOKENS_PER_FRAME * frames.start, TOKENS_PER_FRAME * frames.stop)
+        parts = {"tokens": tokens, "expression": windows, "heard_expression": windows}
+        parts |= dict.fromkeys(("phoneme", "mouth", "lip"), frames)
+        cut = {name: getattr(clip, name)[part] for name, part in parts.items() if getattr(clip, name) is not None}
+        return replace(clip, **cut), clip
 
     @staticmethod
     def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -7,26 +7,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 
 from engine.codec import Codec, load_codec
+from engine.config import CONFIGS, override
 from engine.errors import UserError
+from engine.evaluation.clips import Clip
+from engine.evaluation.generate import generate_missing, write_facts
+from engine.evaluation.validation import measure_waves, words_by
 from engine.media.audio import read_audio, write_wav
 from engine.media.corpus import pick_rows
 from engine.media.video import write_video
-from engine.metrics.recogniser import Recogniser, word_error_rate
+from engine.metrics.metric import wave_of
+from engine.metrics.recogniser import CorpusRecogniser
+from engine.metrics.registry import metrics_of
 from engine.metrics.speaker import GE2EEncoder
 from engine.metrics.speech import prosody
 from engine.progress import track
 from engine.shards.reader import ShardSplit
 from hicodit.conditions import EXPRESSIONS
 from hicodit.data import HiCoDiTDataset, HiCoDiTSample
-from hicodit.guidance import GuidanceScales
-from hicodit.pipeline import FPS, Crops, Features, HiCoDiTPipeline, Speech
-from hicodit.samplers import SamplerConfig
+from hicodit.pipeline import BUNDLED, FPS, Crops, Features, HiCoDiTPipeline, Speech
+from hicodit.settings import GuidanceScales, SamplerConfig
 from hicodit.system import CODECS, HiCoDiTSystem
 
 WAVES, VIDEOS = 4, 2  # that a validation keeps of each split
@@ -64,20 +71,70 @@ def synthesise(
     return [out[i] for i in range(len(crops))]
 
 
+def write_outputs(
+    clips: Sequence[Clip],
+    folder: Path,
+    device: str,
+    weights: str | None = None,
+    codec: str | None = None,
+    sampler: str = "release",
+    guidance: Mapping[str, float] | None = None,
+    voice: bool = False,
+    seed: int = 0,
+    batch_size: int = 8,
+    **other: object,
+) -> None:
+    """Speak the pictures of clips: FOLDER/ID.wav, where it is missing. Clip i is drawn with seed + i.
+
+    Args:
+        sampler: a file of configs/sampler. guidance: scales that override its own.
+        voice: speak with the voice of each clip's prompt. other: settings of other models.
+
+    Raises:
+        UserError: the weights cannot be loaded. A clip without a face is named, and the others go on.
+    """
+    pipeline = HiCoDiTPipeline.from_pretrained(weights or BUNDLED, device, codec)
+    preset = OmegaConf.to_container(OmegaConf.load(CONFIGS / "sampler" / f"{sampler}.yaml")) or {}
+    pipeline.sampler = override(pipeline.sampler, preset.get("sampler", {}))
+    pipeline.guidance = override(override(pipeline.guidance, preset.get("guidance", {})), guidance or {})
+    tokens, ge2e = pipeline.codec, GE2EEncoder() if voice else None
+    bits = tokens.levels * np.log2(tokens.codes) * tokens.frame_rate
+    sampling = {
+        "sampler": asdict(pipeline.sampler),
+        "guidance": asdict(pipeline.guidance),
+        "voice": voice,
+        "seed": seed,
+    }
+    write_facts(folder, "hicodit", weights, bits_per_second=float(bits), **sampling)
+
+    def write(batch: Sequence[tuple[int, Clip]]) -> None:
+        crops, identity = [pipeline.crops(clip.truth.source) for _, clip in batch], None
+        if ge2e is not None:  # one voice a call
+            identity = ge2e.embed(wave_of(batch[0][1].prompt.audio, 16_000).copy(), 16_000)
+        for (_, clip), speech in zip(batch, pipeline.run(crops, [seed + i for i, _ in batch], identity)):
+            write_wav(folder / f"{clip.id}.wav", speech.wave, speech.rate)
+
+    generate_missing(clips, folder, 1 if voice else batch_size, write)
+
+
 def evaluate_clips(
     system: HiCoDiTSystem,
     codec: Path,
     shards: str | Path,
-    grammar: Path | None,
+    recogniser: Path | None,
     clips: int,
     sampler: SamplerConfig,
     guidance: GuidanceScales,
     folder: Path | None,
+    metrics: Sequence[str],
 ) -> dict[str, float]:
-    """Word error rate of `clips` prepared clips, from their pictures (or their features) alone.
+    """Figures of `clips` prepared clips, spoken from their pictures (or their features) alone.
 
-    Four waves go to `folder`, and two videos of the mouths that they were read from where the shards hold them. Without
-    a grammar for the recogniser nothing is measured.
+    Four waves go to `folder`, and two videos of the mouths that they were read from where the shards hold them.
+
+    Args:
+        recogniser: for word errors, see `words_by`.
+        metrics: names of `engine.metrics.registry`. The true speech is what the tokenizer makes of the true tokens.
     """
     data, tokenizer = HiCoDiTDataset(shards, codec, system.encoders.config.kind), load_codec(codec, CODECS)
     pipeline = HiCoDiTPipeline(system, tokenizer, sampler, guidance, next(system.parameters()).device)
@@ -90,15 +147,11 @@ def evaluate_clips(
             if n < VIDEOS and clip.mouth is not None:
                 mouth = speech.crops.mouth.repeat(4, 1).repeat(4, 2)[..., None].repeat(3, 3)
                 write_video(folder / f"{clip.info['key']}.mp4", mouth, FPS, speech.wave, speech.rate)
-    if grammar is None:
-        return {}
-    try:
-        recogniser = Recogniser(grammar)
-    except UserError as error:  # the recogniser is an extra; training goes on without it
-        print(f"no word error rate: {error}", flush=True)
-        return {}
-    heard = [recogniser.transcribe(speech.wave, speech.rate) for speech in spoken]
-    return {"wer": word_error_rate([clip.info["text"] for clip in samples], heard)}
+    texts, waves = [clip.info["text"] for clip in samples], [speech.wave for speech in spoken]
+    compared = any(metric.pair for metric in metrics_of(metrics))
+    true = pipeline.decode_tokens([clip.tokens.T for clip in samples]) if compared else None
+    device = str(pipeline.device)
+    return measure_waves(metrics, texts, waves, true, tokenizer.sample_rate, words_by(recogniser), device=device)
 
 
 def evaluate_corpus(
@@ -124,7 +177,7 @@ def evaluate_corpus(
         known_voices: see `voice_figures`.
         words_only: word error rates only.
     """
-    start, recogniser = time.monotonic(), Recogniser(corpus / "grammar.jsgf")
+    start, recogniser = time.monotonic(), CorpusRecogniser(corpus / "grammar.jsgf")
     rows, crops, faceless = [], [], 0
     for row in pick_rows(corpus, split, clips):
         try:
@@ -136,25 +189,24 @@ def evaluate_corpus(
     true = [read_audio(corpus / split / f"{row['id']}.wav", rate) for row in rows]
     speech = synthesise(pipeline, crops, seed, batch)
     waves, shown = [s.wave for s in speech], [s.expression for s in speech]
-    transcripts = recogniser.transcribe_all(waves, rate)
+    transcripts = recogniser.transcribe_all(texts, waves, rate)
     rng = np.random.default_rng(0)
-    shuffled = derangement(len(rows), rng)
+    shuffled = _shuffle_within([recogniser.is_free(text) for text in texts], rng)
     figures = {
         "clips": len(rows),
         "clips_without_face": faceless,
-        "wer": word_error_rate(texts, transcripts),
-        "wer_shuffled_videos": word_error_rate(texts, [transcripts[i] for i in shuffled]),
     }
+    figures |= recogniser.word_errors("wer", texts, transcripts)
+    figures |= recogniser.word_errors("wer_shuffled_videos", texts, [transcripts[i] for i in shuffled])
     if not words_only:
         resynthesis = [_resynthesise(pipeline.codec, wave) for wave in true]
-        figures["wer_clean"] = word_error_rate(texts, recogniser.transcribe_all(true, rate))
-        figures["wer_resynthesis"] = word_error_rate(texts, recogniser.transcribe_all(resynthesis, rate))
+        for name, version in (("wer_clean", true), ("wer_resynthesis", resynthesis)):
+            figures |= recogniser.word_errors(name, texts, recogniser.transcribe_all(texts, version, rate))
         encoder = GE2EEncoder()
         vectors = (np.stack([encoder.embed(w, rate) for w in version]) for version in (true, waves, resynthesis))
         figures |= voice_figures(*vectors, [str(row["voice"]) for row in rows], known_voices)
-        labels = [EXPRESSIONS.index(row["expression"]) for row in rows]
-        recognised = [np.bincount(classes).argmax() == label for classes, label in zip(shown, labels)]
-        figures["expression_recognised"] = float(np.mean(recognised))
+        labels = [expressions_of(row, len(classes)) for row, classes in zip(rows, shown)]
+        figures["expression_recognised"] = float(np.mean(np.concatenate(labels) == np.concatenate(shown)))
         few = min(expression_clips, len(rows))  # finding the pitch takes as long as the clip lasts
         other = derangement(few, rng)  # the clip whose expressions each clip gets
         swapped = synthesise(pipeline, crops[:few], seed, batch, [shown[i] for i in other])
@@ -166,7 +218,58 @@ def evaluate_corpus(
             figures[f"{name}_correlation"] = _correlation(wanted, own)
             figures[f"{name}_correlation_expressions_shuffled"] = _correlation(wanted, moved)
             figures[f"{name}_correlation_to_the_expression_shown"] = _correlation(wanted[other], moved)
+        figures |= change_figures(rows, {"clean": true, "": waves, "resynthesis": resynthesis}, rate)
     return figures | {"seconds": time.monotonic() - start}
+
+
+def expressions_of(row: Mapping, windows: int) -> np.ndarray:
+    """The true class of each half second of a clip, (J,), J = `windows`."""
+    names = row.get("expressions") or [row["expression"]] * windows
+    return np.array([EXPRESSIONS.index(name) for name in names])
+
+
+def change_figures(
+    rows: Sequence[Mapping], versions: Mapping[str, Sequence[np.ndarray]], rate: int
+) -> dict[str, float]:
+    """Whether pitch range and energy move the right way where a clip's expression changes; {} if none changes.
+
+    The right way is that of the means over all true clips' parts of the two expressions.
+
+    Args:
+        versions: name -> one wave (N,) for each clip, aligned with its video; "clean" are the true clips.
+
+    Returns:
+        `clips_that_change` and for each version the share of them that is right.
+    """
+    changing = [i for i, row in enumerate(rows) if row.get("change") is not None]
+    if not changing:
+        return {}
+    measured = {name: [] for name in versions}  # (clips, 2 parts, 2 figures)
+    for i in changing:
+        times = [times for _, *times in rows[i]["phonemes"]]
+        parts = [[t for t in times if (t[0] >= rows[i]["change"] - 1e-6) == after] for after in (False, True)]
+        for name, waves in versions.items():
+            cuts = [waves[i][int(part[0][0] * rate) : int(part[-1][1] * rate)] for part in parts]
+            measured[name].append([prosody(cut, rate) for cut in cuts])
+    shown = np.array([[rows[i]["expressions"][0], rows[i]["expressions"][-1]] for i in changing])
+    true = np.array(measured["clean"])
+    means = {expression: true[shown == expression].mean(0) for expression in np.unique(shown)}
+    expected = np.array([means[second] - means[first] for first, second in shown])
+    figures: dict[str, float] = {"clips_that_change": len(changing)}
+    for version, values in measured.items():
+        right = np.mean(np.sign(np.diff(values, axis=1)[:, 0]) == np.sign(expected), 0)
+        for name, share in zip(("pitch_range", "energy"), right):
+            figures["_".join(filter(None, (name, "changes_rightly", version)))] = float(share)
+    return figures
+
+
+def _shuffle_within(kinds: Sequence[bool], rng: np.random.Generator) -> np.ndarray:
+    """A permutation that leaves nothing in place and every index among those of its kind, where there are two."""
+    out = np.arange(len(kinds))
+    for kind in (False, True):
+        own = np.flatnonzero(np.array(kinds) == kind)
+        out[own] = own[derangement(len(own), rng)] if len(own) else own
+    return out
 
 
 def voice_figures(

@@ -1,6 +1,7 @@
 """Tokens of clips of any length: model, guidance and sampler, window by window.
 
-Axes: B clips, T video frames (25 a second), L = 2 T token frames, K token levels, M requested positions, N codes.
+Axes: B clips, T video frames (25 a second), L = 2 T token frames, K token levels, M requested frames of a level, N
+codes, R rows of the network (guidance branches times B), S steps.
 
 A clip longer than the sampler's window is done in several. A window starts from the last tokens of the one before it,
 which the sampler keeps, so there is no seam to hide. The very last tokens of a window were drawn without a view of what
@@ -9,44 +10,96 @@ follows and are drawn again. Starts are whole seconds, so that expression window
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from engine.errors import UserError
+from engine.precision import half_precision
 from hicodit.conditions.types import FPS, Conditions, windows_of
 from hicodit.diffusion import LogLinearNoise, log_expm1
-from hicodit.guidance import GuidanceScales, combine
-from hicodit.model import TOKENS_PER_FRAME, HiCoDiT
-from hicodit.samplers import Posterior, SamplerConfig, sample
+from hicodit.guidance import combine
+from hicodit.model import TOKENS_PER_FRAME, HiCoDiT, Modulation
+from hicodit.samplers import Posterior, sample
+from hicodit.settings import GuidanceScales, SamplerConfig
 
 OVERLAP, REDO = 25, 5  # video frames that two windows share, and those of them that are drawn again
+MODULATION_VALUES = 2**24  # at most so many are computed beforehand: 64 MiB in float32
+UNGUIDED = GuidanceScales()
 
 
-def guided_posterior(model: HiCoDiT, conditions: Conditions, scales: GuidanceScales) -> Posterior:
+@dataclass(frozen=True)
+class Moment:
+    """A time of a sampler, as the posterior needs it.
+
+    modulation: of the rows that the network computes. log_odds: (B, 1, 1, 1) of a token being unmasked.
+    guided: where guidance acts: (B, 1, 1, 1), or the same for all clips.
+    """
+
+    modulation: list[Modulation]
+    log_odds: Tensor
+    guided: Tensor | bool
+
+
+class GuidedPosterior:
     """The posterior that a sampler asks for: all guidance branches in one forward, or one branch while it is early."""
-    noise, unguided = LogLinearNoise(), GuidanceScales()
-    prepared = model.prepare(conditions, scales.branches)
-    early = model.prepare(conditions, unguided.branches) if scales.late < 1 else None
 
-    def posterior(tokens: Tensor, t: Tensor, where: Tensor | None) -> Tensor:
-        sigma, late = noise.sigma(t.float()).to(tokens.device), t <= scales.late
-        if not late.any():
-            return combine(model(tokens, sigma, early, where), unguided)
+    def __init__(self, model: HiCoDiT, conditions: Conditions, scales: GuidanceScales) -> None:
+        self.model, self.scales, self.noise = model, scales, LogLinearNoise()
+        with half_precision(conditions.lip.device, model.dtype):
+            self.prepared = model.prepare(conditions, scales.branches)
+            self.early = model.prepare(conditions, UNGUIDED.branches) if scales.late < 1 else None
 
-        def by_row(values: Tensor) -> Tensor:  # (B,) for each row, or to broadcast against (B, K, L, N)
-            return values[where.nonzero(as_tuple=True)[0], None] if where is not None else values[:, None, None, None]
+    @torch.inference_mode()
+    def moments(self, times: Tensor) -> Iterator[Moment]:
+        """For each of the times (S, B) on the CPU: all that depends on the time alone, for many steps at once."""
+        device = self.prepared.lip.device
+        late = times <= self.scales.late  # decided by the host, before the first step
+        sigma = self.noise.sigma(times.float()).to(device)
+        log_odds = -log_expm1(sigma)[..., None, None, None]
+        at_once = max(1, MODULATION_VALUES // self._values())
+        for first in range(0, len(times), at_once):
+            part = slice(first, first + at_once)
+            modulation = {False: None, True: None}
+            for any_late in set(late[part].any(1).tolist()):
+                modulation[any_late] = self._modulate(sigma[part], any_late)
+            for i in range(first, min(first + at_once, len(times))):
+                acts = bool(late[i].any())
+                guided = acts if acts == bool(late[i].all()) else late[i, :, None, None, None].to(device)
+                yield Moment([m.at(i - first) for m in modulation[acts]], log_odds[i], guided)
 
-        log_p = model(tokens, sigma, prepared, where)
-        guided = combine(log_p, scales, by_row(-log_expm1(sigma)))
-        if late.all():
+    def __call__(self, tokens: Tensor, moment: Moment | Tensor, where: Tensor | None) -> Tensor:
+        """log q (B, K, M, N), see `samplers.Posterior`; a moment that is a time (B,) may lie on any device."""
+        if isinstance(moment, Tensor):
+            moment = self._moment(moment)
+        alone = moment.guided is False
+        with half_precision(tokens.device, self.model.dtype):
+            log_p = self.model(tokens, moment.modulation, self.early if alone else self.prepared, where)
+        if alone:
+            return combine(log_p, UNGUIDED)
+        guided = combine(log_p, self.scales, moment.log_odds)
+        if moment.guided is True:
             return guided
-        alone = combine(log_p[scales.branches.index("all")][None], unguided)
-        return torch.where(by_row(late).to(guided.device), guided, alone)
+        unguided = combine(log_p[self.scales.branches.index("all")][None], UNGUIDED)
+        return torch.where(moment.guided, guided, unguided)
 
-    return posterior
+    def _moment(self, t: Tensor) -> Moment:
+        """That of a time that is known to the device alone."""
+        sigma = self.noise.sigma(t.float())
+        guided = True if self.scales.late >= 1 else (t <= self.scales.late)[:, None, None, None]
+        modulation = [m.at(0) for m in self._modulate(sigma[None], True)]
+        return Moment(modulation, -log_expm1(sigma)[:, None, None, None], guided)
+
+    def _modulate(self, sigma: Tensor, guided: bool) -> list[Modulation]:
+        return self.model.modulate(sigma, self.prepared if guided else self.early)
+
+    def _values(self) -> int:
+        """Numbers in the modulation of one time."""
+        blocks = [6 * len(stage.blocks) + 2 for stage in self.model.stages]
+        return self.model.config.width * sum(n * len(c) for n, c in zip(blocks, self.prepared.conds))
 
 
 @torch.inference_mode()
@@ -56,12 +109,13 @@ def generate(
     sampler: SamplerConfig,
     scales: GuidanceScales,
     seeds: Sequence[int],
-    posterior_of: Callable[[HiCoDiT, Conditions, GuidanceScales], Posterior] = guided_posterior,
+    posterior_of: Callable[[HiCoDiT, Conditions, GuidanceScales], Posterior] = GuidedPosterior,
     on_step: Callable[[int], None] = lambda step: None,
+    compiled: Callable[[Callable], Callable] = lambda step: step,
 ) -> list[Tensor]:
     """Tokens (K, L) of each clip, on the CPU. A clip's draws depend on its seed alone.
 
-    What shares a clip's batch changes only rounding.
+    What shares a clip's batch changes only rounding. The draws of a CPU are others than those of an accelerator.
 
     Raises:
         UserError: guidance reading A or B with a sampler that plans its own reveal schedule.
@@ -70,8 +124,8 @@ def generate(
         raise UserError(
             f"guidance.reading={scales.reading} changes the reveal schedule: use sampler.method=euler, or C, D"
         )
-    levels, mask_id = model.config.levels, model.mask_id
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    levels, mask_id, device = model.config.levels, model.mask_id, conditions.lip.device
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     frames = conditions.frames.tolist()
     done = [torch.full((levels, TOKENS_PER_FRAME * n), mask_id) for n in frames]
     windows_by_clip = [windows(n, sampler) for n in frames]
@@ -94,7 +148,8 @@ def generate(
             normalised=scales.reading in "CD",
             known=known,
             on_step=on_step,
-            device=part.lip.device,
+            device=device,
+            compiled=compiled,
         ).cpu()
         for row, b, (start, end) in zip(tokens, clips, spans):
             done[b][:, TOKENS_PER_FRAME * start : TOKENS_PER_FRAME * end] = row[:, : TOKENS_PER_FRAME * (end - start)]

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from engine.nn.packing import Packing
 
+GELU_SLOPE = math.sqrt(8 / math.pi)
+
 
 def rotary_table(length: int, head_dim: int, device: torch.device, base: float = 10000.0) -> Tensor:
     """Cosines and sines (2, L, D/2) of rotary positions."""
@@ -43,6 +45,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Packing | None, backe
 
         out = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, L, H, D)
         return out.transpose(1, 2)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and mask is None and not q.requires_grad:
+        # torch's own kernel takes one and a half times as long here.
+        return (q.shape[-1] ** -0.5 * q @ k.transpose(-1, -2)).softmax(-1) @ v
     if q.device.type == "cpu" and q.requires_grad:
         with torch.autocast("cpu", enabled=False):  # bfloat16 attention on a CPU runs backward three times slower
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
@@ -76,6 +81,23 @@ class ScaleNorm(nn.Module):
         return F.layer_norm(x, x.shape[-1:], gain) * (1 + scale) + shift
 
 
+class TanhGELU(nn.GELU):
+    """nn.GELU(approximate="tanh"), three times as fast on a CPU where no gradient is wanted.
+
+    With p = sqrt(8 / pi) (1 + 0.044715 x^2) it is x sigmoid(p x) = silu(p x) / p, and silu has a vectorised kernel.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(approximate="tanh")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad or x.device.type != "cpu":
+            return super().forward(x)
+        wide = x.float()
+        p = (wide * wide).mul_(0.044715 * GELU_SLOPE).add_(GELU_SLOPE)
+        return F.silu(wide * p).div_(p).to(x.dtype)
+
+
 class AdaLNBlock(nn.Module):
     """Pre-norm attention and MLP, both modulated and gated by a condition (B, E).
 
@@ -92,9 +114,7 @@ class AdaLNBlock(nn.Module):
         self.norm1, self.norm2 = ScaleNorm(width), ScaleNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, mlp_ratio * width), nn.GELU(approximate="tanh"), nn.Linear(mlp_ratio * width, width)
-        )
+        self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), TanhGELU(), nn.Linear(mlp_ratio * width, width))
         self.modulation = nn.Linear(cond_dim, 6 * width)
         self.dropout = nn.Dropout(dropout)
         nn.init.zeros_(self.modulation.weight)  # gates start at 0: a new block is the identity
@@ -107,13 +127,14 @@ class AdaLNBlock(nn.Module):
         rotary: Tensor,
         mask: Tensor | Packing | None = None,
         temporal: Tensor | None = None,
+        modulation: Tensor | None = None,
     ) -> Tensor:
         """h (B, L, C), cond (B, E), rotary (2, L, D/2), mask (B, 1, 1, L), temporal (B, L, 2) -> (B, L, C).
 
         `temporal` holds the scales of attention and of the MLP. With a packing as mask: h (N, C), cond (B, E), rotary
-        (2, N, D/2), temporal (N, 2) -> (N, C).
+        (2, N, D/2), temporal (N, 2) -> (N, C). `modulation` (B, 6C): that of `cond`, where it was computed before.
         """
-        modulation = self.modulation(cond)
+        modulation = self.modulation(cond) if modulation is None else modulation
         modulation = modulation[mask.row] if isinstance(mask, Packing) else modulation[:, None]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)  # each (B, 1, C) or (N, C)
         x = self.norm1(h, shift1, scale1)
@@ -143,11 +164,11 @@ class TemporalScales(nn.Module):
         nn.init.ones_(self.scales.bias)
 
     def forward(self, expression: Tensor, time: Tensor) -> Tensor:
-        """`self.expression` of the windows (B, J, E) and embedded time (B, E) -> (B, J, 2 * blocks).
+        """`self.expression` of the windows (B, J, E) and embedded time (..., B, E) -> (..., B, J, 2 * blocks).
 
         A block's two neighbouring columns are the scales of its attention and of its MLP.
         """
-        return self.scales(F.silu(expression + self.time(time)[:, None]))
+        return self.scales(F.silu(expression + self.time(time)[..., None, :]))
 
 
 class AdaLNFinal(nn.Module):
@@ -160,7 +181,8 @@ class AdaLNFinal(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, h: Tensor, cond: Tensor) -> Tensor:
-        """h (B, L, C), cond (B, E) -> (B, L, C)."""
-        shift, scale = self.modulation(cond)[:, None].chunk(2, -1)
+    def forward(self, h: Tensor, cond: Tensor, modulation: Tensor | None = None) -> Tensor:
+        """h (B, L, C), cond (B, E) -> (B, L, C). `modulation` (B, 2C): that of `cond`, where it was computed before."""
+        modulation = self.modulation(cond) if modulation is None else modulation
+        shift, scale = modulation[:, None].chunk(2, -1)
         return self.norm(h, shift, scale)

@@ -2,7 +2,7 @@
 
 Axes: B clips, G guidance branches, U of them that differ in the low stage, R rows of a stage (its branches times B), K
 token levels, L token frames (50 a second), T video frames (25 a second), J expression windows (2 a second), C width,
-E condition width, N codes (id N is the mask), M requested positions.
+E condition width, N codes (id N is the mask), M requested positions, S noise levels, n blocks of a stage.
 
 Low stage: levels 1-2; lip features joined by channel concatenation, identity and time through AdaLN. High stage: levels
 3-12; the low stage's output joined the same way, expression and time through dual-scale AdaLN. Two ablations: *flat* is
@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.bounds import bounded, check_bounds
 from engine.errors import UserError
 from engine.nn.packing import Packing
 from hicodit.conditions.types import Conditions
@@ -41,6 +42,7 @@ BRANCHES = {  # guidance branch -> the conditions that it sees
     "expression": ("expression",),
     "lip": ("lip",),
 }
+FLOAT32 = ("time", "modulation", "temporal", "identity_proj", "expression_proj", "identity_adapter")  # at any precision
 TOKENS_PER_FRAME = 2
 WINDOW_TOKENS = 25  # half a second of tokens share one temporal scale
 
@@ -58,37 +60,36 @@ class ModelConfig:
     packed: training leaves the padding of a batch out of all blocks; losses are the same.
     """
 
-    levels: int = 12
-    low_levels: int = 2
-    codes: int = 1024
-    width: int = 768
-    heads: int = 12
-    low_blocks: int = 8
-    high_blocks: int = 8
-    cond_dim: int = 128
-    lip_dim: int = 1024
-    identity_dim: int = 256
-    face_dim: int = 512
-    expressions: int = 7
-    dropout: float = 0.1
+    levels: int = bounded(1, 256, default=12)
+    low_levels: int = bounded(1, 256, default=2)
+    codes: int = bounded(1, 2**16, default=1024)
+    width: int = bounded(1, 2**14, default=768)
+    heads: int = bounded(1, 256, default=12)
+    low_blocks: int = bounded(1, 256, default=8)
+    high_blocks: int = bounded(1, 256, default=8)
+    cond_dim: int = bounded(1, 2**16, default=128)
+    lip_dim: int = bounded(1, 2**16, default=1024)
+    identity_dim: int = bounded(1, 2**16, default=256)
+    face_dim: int = bounded(1, 2**16, default=512)
+    expressions: int = bounded(1, 1024, default=7)
+    dropout: float = bounded(0.0, 1.0, default=0.1)
     hierarchical: bool = True
     dual_scale: bool = True
     normalised: bool = True
-    drop_all: float = 0.1
-    drop_each: float = 0.1
-    keep_single: float = 0.0
+    drop_all: float = bounded(0.0, 1.0, default=0.1)
+    drop_each: float = bounded(0.0, 1.0, default=0.1)
+    keep_single: float = bounded(0.0, 1.0, default=0.0)
     attention: str = "sdpa"
     packed: bool = False
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or self.width % (2 * self.heads):
+        check_bounds(self, "model.")
+        if self.width % (2 * self.heads):
             raise UserError(f"model: width={self.width} must be a multiple of 2 x heads={self.heads}")
         if not 0 < self.low_levels < self.levels:
             raise UserError(f"model: low_levels={self.low_levels} must lie between 0 and levels={self.levels}")
         if self.attention not in ("sdpa", "flash"):
             raise UserError(f"model: attention={self.attention!r} must be sdpa or flash")
-        if self.expressions < 1:
-            raise UserError(f"model: expressions={self.expressions} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,19 @@ class Prepared:
     low_index: Tensor | None  # (G * B,) the row of the low stage that each row takes; None where all differ
     rotary: Tensor  # (2, L, D/2)
     mask: Tensor | Packing | None  # (B, 1, 1, L), True at real frames; None when there is no padding
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """What noise level and conditions do to one stage, for one noise level, or for S of them with S as first axis."""
+
+    blocks: Tensor  # (n, R, 6C) shifts, scales and gates of the blocks
+    final: Tensor  # (R, 2C)
+    temporal: Tensor | None  # (R, J, 2n) temporal scales of each half second
+
+    def at(self, i: int) -> Modulation:
+        """That of the i-th of S noise levels."""
+        return Modulation(self.blocks[i], self.final[i], self.temporal[i] if self.temporal is not None else None)
 
 
 class Stage(nn.Module):
@@ -133,28 +147,49 @@ class Stage(nn.Module):
         """Which of `CONDITIONS` a guidance branch has, as far as this stage takes them."""
         return tuple(name in BRANCHES[branch] and name in self.conditions for name in CONDITIONS)
 
+    def modulation(self, time: Tensor, cond: Tensor, windows: Tensor | None) -> Modulation:
+        """Embedded noise levels (S, B, E), cond (R, E) and windows (R, J, E) -> modulation by S noise levels."""
+        time = time.repeat(1, len(cond) // time.shape[1], 1)  # (S, R, E)
+        active = F.silu(cond + time)
+        temporal = self.temporal(windows, time) if self.temporal is not None else None
+        return Modulation(
+            torch.stack([block.modulation(active) for block in self.blocks], 1), self.final.modulation(active), temporal
+        )
+
     def forward(
-        self, tokens: Tensor, context: Tensor, time: Tensor, cond: Tensor, prepared: Prepared
+        self,
+        tokens: Tensor,
+        context: Tensor,
+        time: Tensor | None,
+        cond: Tensor,
+        prepared: Prepared,
+        given: Modulation | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """tokens (B, K, L), context (R, L, C), time (B, E), cond (R, E) -> hidden states, inputs of heads (R, L, C)."""
+        """tokens (B, K, L), context (R, L, C), time (B, E), cond (R, E) -> hidden states, inputs of heads (R, L, C).
+
+        `given` replaces time and cond by the modulation that they lead to.
+        """
         copies, length = len(context) // len(tokens), tokens.shape[-1]
         embedded = torch.stack([table(tokens[:, self.first + i]) for i, table in enumerate(self.embeddings)]).mean(0)
         h = self.fuse_tokens(embedded).repeat(copies, 1, 1) + context
         h = h.float()  # the residual stream, also under autocast
-        time = time.repeat(copies, 1)
-        cond, temporal, mask = F.silu(cond + time), None, prepared.mask
+        temporal, mask = None, prepared.mask
+        if given is None:
+            time = time.repeat(copies, 1)
+            cond = F.silu(cond + time)
         if self.temporal is not None:
             window = torch.arange(length, device=h.device) // WINDOW_TOKENS
-            temporal = self.temporal(prepared.windows, time)[:, window]
+            scales = self.temporal(prepared.windows, time) if given is None else given.temporal
+            temporal = scales[:, window]
         if isinstance(mask, Packing):
             h, temporal = mask.pack(h), mask.pack(temporal) if temporal is not None else None
         elif mask is not None:
             mask = mask.repeat(copies, 1, 1, 1)
         for i, block in enumerate(self.blocks):
             scales = temporal[..., 2 * i : 2 * i + 2] if temporal is not None else None
-            h = block(h, cond, prepared.rotary, mask, scales)
+            h = block(h, cond, prepared.rotary, mask, scales, given.blocks[i] if given is not None else None)
         h = mask.unpack(h) if isinstance(mask, Packing) else h
-        return h, self.final(h, cond)
+        return h, self.final(h, cond, given.final if given is not None else None)
 
 
 class HiCoDiT(nn.Module):
@@ -181,6 +216,11 @@ class HiCoDiT(nn.Module):
     @property
     def mask_id(self) -> int:
         return self.config.codes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the matrices; see `engine.precision`."""
+        return self.stages[0].fuse_tokens.weight.dtype
 
     def adapt_identity(self, face: Tensor) -> Tensor:
         """Face embedding (B, face_dim) to a unit vector (B, 256) of the GE2E voice space, whose values are >= 0."""
@@ -244,35 +284,52 @@ class HiCoDiT(nn.Module):
             index = (first[:, None] + torch.arange(batch, device=device)).flatten()
         return torch.tensor(distinct, device=device)[:, None], torch.tensor(high, device=device)[:, None], index
 
-    def forward(self, tokens: Tensor, sigma: Tensor, prepared: Prepared, where: Tensor | None = None) -> Tensor:
-        """Log posteriors of the clean tokens, float32. Reads nothing back from the device without `where`.
+    def modulate(self, sigma: Tensor, prepared: Prepared) -> list[Modulation]:
+        """For each stage, the modulation by noise levels (S, B), in place of `sigma` in S calls of `forward`."""
+        time = self.time(sigma.flatten()).view(*sigma.shape, -1)
+        return [stage.modulation(time, cond, prepared.windows) for stage, cond in zip(self.stages, prepared.conds)]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        sigma: Tensor | Sequence[Modulation],
+        prepared: Prepared,
+        where: Tensor | None = None,
+    ) -> Tensor:
+        """Log posteriors of the clean tokens, float32. Reads nothing back from the device unless `where` is a mask.
 
         Args:
-            tokens: (B, K, L). sigma: noise level (B,).
-            where: (B, K, L) bool, the requested positions; None gives all of them, in fixed shapes.
+            tokens: (B, K, L).
+            sigma: noise level (B,), or what `modulate` made of it.
+            where: the requested positions: (B, K, M) frames of each level, or a mask (B, K, L) bool of any number of
+                positions; None gives all of them. The first and the last have fixed shapes.
 
         Returns:
-            (G, B, K, L, N), or (G, M, N) with rows in the order of `where.nonzero()`. With `normalised` off, logs of
-            unnormalised posteriors.
+            (G, B, K, M, N), (G, M, N) with rows in the order of `where.nonzero()`, or (G, B, K, L, N). With
+            `normalised` off, logs of unnormalised posteriors.
         """
-        low, time = self.stages[0], self.time(sigma)
-        h, out = low(tokens, prepared.lip, time, prepared.conds[0], prepared)
+        given = [None] * len(self.stages) if isinstance(sigma, Tensor) else sigma
+        low, time = self.stages[0], self.time(sigma) if isinstance(sigma, Tensor) else None
+        h, out = low(tokens, prepared.lip, time, prepared.conds[0], prepared, given[0])
         if prepared.low_index is not None:
             h, out = h[prepared.low_index], out[prepared.low_index]
         outs = [out] * len(low.heads)
         for high in self.stages[1:]:
-            _, out = high(tokens, high.fuse_context(h), time, prepared.conds[1], prepared)
+            _, out = high(tokens, high.fuse_context(h), time, prepared.conds[1], prepared, given[1])
             outs += [out] * len(high.heads)
         heads = [head for stage in self.stages for head in stage.heads]
         outs = [out.unflatten(0, (-1, len(tokens))) for out in outs]  # (G, B, L, C) for each level
-        if where is None:
-            logits = torch.stack([head(out) for head, out in zip(heads, outs)], 2)
-        else:
+        if where is not None and where.dtype == torch.bool:
             at = [level.nonzero(as_tuple=True) for level in where.unbind(1)]
             rows = torch.cat([head(out[:, clip, frame]) for head, out, (clip, frame) in zip(heads, outs, at)], 1)
             # Put in order once: filling a tensor level by level would copy its whole gradient for every level.
             place = torch.arange(where.numel(), device=where.device).view_as(where)
             logits = rows[:, torch.cat([p[own] for p, own in zip(place.unbind(1), where.unbind(1))]).argsort()]
+        else:
+            if where is not None:
+                clip = torch.arange(len(tokens), device=tokens.device)[:, None]
+                outs = [out[:, clip, frame] for out, frame in zip(outs, where.unbind(1))]  # (G, B, M, C)
+            logits = torch.stack([head(out) for head, out in zip(heads, outs)], 2)
         logits = logits.float()
         return logits.log_softmax(-1) if self.config.normalised else logits - math.log(self.config.codes)
 

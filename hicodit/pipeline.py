@@ -6,10 +6,7 @@ E lip feature width.
 
 from __future__ import annotations
 
-import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,38 +18,28 @@ from torch.nn.utils.rnn import pad_sequence
 
 from engine.codec import Codec, load_codec
 from engine.errors import UserError
-from engine.faces.clip import ClipFrames, find_face, place_face, place_landmarks
+from engine.faces.clip import MAX_SIDE, ClipFrames, find_face, place_face, place_landmarks
 from engine.faces.detectors import FaceDetector
 from engine.faces.landmarks import LandmarkFinder, add_landmarks, read_landmarks, write_faces
 from engine.faces.strip import Strip
 from engine.faces.track import FaceError, FaceTrack
+from engine.files import output_file
 from engine.hub import release_folder
+from engine.media.audio import write_wav
+from engine.media.ffmpeg import probe
+from engine.media.video import iter_video
+from engine.precision import compile_step, convert_matrices, pick_dtype
+from engine.progress import stage
 from engine.release import find_codec
 from hicodit.conditions.align import MOUTH_SIDE, mouth_poses
-from hicodit.conditions.types import FPS, Conditions, windows_of
-from hicodit.generation import generate
-from hicodit.guidance import GuidanceScales
-from hicodit.model import TOKENS_PER_FRAME
-from hicodit.samplers import SamplerConfig
+from hicodit.conditions.types import FPS, Conditions, Crops, windows_of
+from hicodit.generation import generate, windows
+from hicodit.model import FLOAT32, TOKENS_PER_FRAME
+from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig
+from hicodit.streaming import HOP, SpeechChunk, StreamSettings, stream_speech
 from hicodit.system import CODECS, HiCoDiTSystem
 
 MIN_FRAMES = 5  # 0.2 s
-BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "hicodit_tiny"
-
-
-@dataclass(frozen=True)
-class Crops:
-    """Pictures of one clip: mouth (T, S, S) uint8 grey, faces (F, S', S', 3) uint8 RGB, and where they were cut.
-
-    One face picture every `picture_every` frames, as the config of the model's encoders says.
-    """
-
-    mouth: np.ndarray
-    faces: np.ndarray
-    track: FaceTrack | None = None
-
-    def __len__(self) -> int:
-        return len(self.mouth)
 
 
 @dataclass(frozen=True)
@@ -77,12 +64,21 @@ class Speech:
     crops: Crops | Features
     expression: np.ndarray  # (J,) class of each half second
 
+    def save(self, path: str | Path) -> None:
+        """Write the speech as 16-bit WAV; the file appears whole or not at all.
+
+        Raises:
+            UserError: the name does not end in .wav, or the file cannot be written.
+        """
+        write_wav(output_file(path, [".wav"]), self.wave, self.rate)
+
 
 class HiCoDiTPipeline:
     """Silent clips to speech.
 
     pipeline = HiCoDiTPipeline.from_pretrained()
     speech = pipeline("clip.mp4", seed=0)        # speech.wave (N,) float32, speech.rate
+    speech.save("speech.wav")
     """
 
     def __init__(
@@ -94,12 +90,12 @@ class HiCoDiTPipeline:
         device: torch.device | str = "cpu",
         detector: FaceDetector | None = None,
         landmarks: LandmarkFinder | Path | None = None,
+        compiled: Callable[[Callable], Callable] = lambda step: step,
     ) -> None:
-        self.device = torch.device(device)
+        self.device, self.compiled = torch.device(device), compiled
         self.system, self.codec = system.to(self.device).eval(), codec.to(self.device).eval()
         self.sampler, self.guidance = sampler, guidance
         self.detector, self.landmarks = detector, landmarks
-        self.seconds: Counter[str] = Counter()  # wall time spent in each stage so far
         wanted = (system.model.config.levels, system.model.config.codes)
         if wanted != (codec.levels, codec.codes) or codec.frame_rate != TOKENS_PER_FRAME * FPS:
             raise UserError(
@@ -117,6 +113,8 @@ class HiCoDiTPipeline:
         encoders: str | None = None,
         detector: FaceDetector | None = None,
         landmarks: LandmarkFinder | Path | None = None,
+        precision: str = "auto",
+        compile: bool = False,
     ) -> HiCoDiTPipeline:
         """Load a release folder or a release on the hub (OWNER/NAME).
 
@@ -127,13 +125,18 @@ class HiCoDiTPipeline:
             detector: what finds faces; OpenCV's cascade if None.
             landmarks: what finds the landmarks of a face, or a file or folder of them; see
                 `engine.faces.landmarks.landmark_source`. None: those of the detector.
+            precision: of the score network: auto, fp32 or bf16; see `engine.precision`.
+            compile: compile the sampler's steps with `torch.compile`, which takes minutes when they first run.
 
         Raises:
             UserError: a folder is missing, of another model, or with wrong shapes.
         """
+        dtype = pick_dtype(precision, device)
         folder = release_folder(folder)
         system = HiCoDiTSystem.from_pretrained(folder, encoders=encoders)
         config = system.release
+        if not system.encoders.learns:
+            system.encoders.expected = dict(config.get("features") or {})
         if codec is None:
             codec = find_codec(folder, config.get("codec", "rvq_tiny"), CODECS, BUNDLED.parent)
         loaded = load_codec(codec, CODECS)
@@ -145,7 +148,10 @@ class HiCoDiTPipeline:
             sampler, guidance = SamplerConfig(**config.get("sampler", {})), GuidanceScales(**config.get("guidance", {}))
         except TypeError as error:
             raise UserError(f"{Path(folder) / 'config.yaml'}: {error}") from error
-        return cls(system, loaded, sampler, guidance, device, detector, landmarks)
+        if dtype != torch.float32:
+            convert_matrices(system.model, dtype, FLOAT32)
+        compiled = compile_step(device) if compile else lambda step: step
+        return cls(system, loaded, sampler, guidance, device, detector, landmarks, compiled)
 
     def crops(
         self,
@@ -172,11 +178,14 @@ class HiCoDiTPipeline:
             raise UserError(f"frames of shape {video.shape} and type {video.dtype}: give (T, H, W, 3) uint8 RGB")
 
         clip = [video] if array else ClipFrames(video, FPS)
+        stated = len(video) if array else round(probe(video).seconds * FPS)
+        label = f"{Path(name).name} ({stated / FPS:.1f} s)" if stated else Path(name).name
         try:
-            clip, track = self._track(clip, name, face, face_box)
+            with stage("faces", stated or None, "frames", f"{label}: finding the face"):
+                clip, track = self._track(clip, name, face, face_box)
         except FaceError as error:
             raise UserError(f"{name}: {error}") from error
-        with self._stage("crops"):
+        with stage("faces", len(track), "frames", f"{label}: cutting out the face"):
             crops = self._cut(clip, track, strip)
         if strip is not None:
             shown = track if array else track.scaled(clip.shown[1] / clip.size[1])
@@ -187,22 +196,20 @@ class HiCoDiTPipeline:
         self, clip: ClipFrames | list[np.ndarray], name: str, face: str | int, face_box: Any
     ) -> tuple[ClipFrames | list[np.ndarray], FaceTrack]:
         """The face's track, with landmarks if they are asked for, and the frames that it is cut from."""
-        with self._stage("tracking"):  # this is also the first look at the whole file
-            if isinstance(self.landmarks, Path):
-                if face_box is not None:
-                    raise UserError("face_box and a file of landmarks both say where the face is: give one of them")
-                track = place_landmarks(clip, *read_landmarks(self.landmarks, Path(name).name), FPS)
-            elif face_box is None:
-                track = find_face(clip, FPS, face, self.detector)
-            else:
-                track = place_face(clip, face_box, FPS)
+        if isinstance(self.landmarks, Path):
+            if face_box is not None:
+                raise UserError("face_box and a file of landmarks both say where the face is: give one of them")
+            track = place_landmarks(clip, *read_landmarks(self.landmarks, Path(name).name), FPS)
+        elif face_box is None:
+            track = find_face(clip, FPS, face, self.detector)
+        else:
+            track = place_face(clip, face_box, FPS)
         if len(track) < MIN_FRAMES:
             raise FaceError(f"{len(track) / FPS:.2f} s of video; at least {MIN_FRAMES / FPS:.1f} s is needed")
         if isinstance(clip, ClipFrames):
             clip, track = clip.sharper(track)
         if callable(self.landmarks):
-            with self._stage("landmarks"):
-                track = add_landmarks(clip, track, self.landmarks)
+            track = add_landmarks(clip, track, self.landmarks)
         return clip, track
 
     def _cut(self, blocks: Iterable[np.ndarray], track: FaceTrack, strip: str | Path | None) -> Crops:
@@ -220,14 +227,6 @@ class HiCoDiTPipeline:
         if drawing is not None:
             drawing.write(strip)
         return Crops(np.concatenate(mouth), np.concatenate(faces), track)
-
-    @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - start
 
     @torch.inference_mode()
     def conditions(self, crops: Sequence[Crops] | Sequence[Features], identity: np.ndarray | None = None) -> Conditions:
@@ -265,21 +264,51 @@ class HiCoDiTPipeline:
 
         `identity` (256,) and `expressions` (each (J,), repeated to the clip's length) replace what the faces show.
         """
-        with self._stage("encoders"):
+        with stage("conditions"):
             conditions = self.conditions(crops, identity)
         if expressions is not None:
             shown = np.stack([np.resize(e, conditions.expression.shape[1]) for e in expressions])
             conditions = replace(conditions, expression=torch.from_numpy(shown).to(conditions.expression))
-        with self._stage("tokens"):
-            settings = sampler or self.sampler, self.guidance
-            tokens = generate(self.system.model, conditions, *settings, seeds, on_step=on_step)
-        with self._stage("wave"):
+        settings = sampler or self.sampler
+        steps = settings.steps * max(len(windows(len(c), settings)) for c in crops)
+        with stage("sampling", steps, "steps", f"sampling {sum(map(len, crops)) / FPS:.1f} s of speech") as count:
+
+            def after_step(step: int) -> None:
+                count()
+                on_step(step)
+
+            tokens = generate(
+                self.system.model,
+                conditions,
+                settings,
+                self.guidance,
+                seeds,
+                on_step=after_step,
+                compiled=self.compiled,
+            )
+        with stage("decoding"):
             waves = self.decode_tokens(tokens)
         expressions = conditions.expression.cpu().numpy()
         return [
             Speech(wave, self.codec.sample_rate, t.numpy(), c, e[: windows_of(len(c))])
             for wave, t, c, e in zip(waves, tokens, crops, expressions)
         ]
+
+    def stream(
+        self,
+        frames: str | Path | Iterable[np.ndarray],
+        seed: int = 0,
+        identity: np.ndarray | None = None,
+        **settings: object,
+    ) -> Iterator[SpeechChunk]:
+        """Sound in hops of 160 ms while frames come; the chunks' waves concatenate to the speech of the clip.
+
+        Args:
+            frames: a video file, or frames (H, W, 3) or blocks of them (n, H, W, 3), uint8 RGB, 25 a second.
+            settings: fields of `hicodit.streaming.StreamSettings`, such as `lookahead=0.8`.
+        """
+        source = iter_video(frames, FPS, MAX_SIDE, HOP) if isinstance(frames, str | Path) else frames
+        return stream_speech(self, source, StreamSettings(**settings), seed, identity)
 
     def __call__(
         self,

@@ -5,6 +5,7 @@ Axes: B batch, T video frames, L = 2 T token frames, K token levels, J expressio
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,19 +17,22 @@ from torch import Tensor, nn
 
 from engine.codec import load_codec
 from engine.errors import UserError
+from engine.metrics.registry import metrics_of
 from engine.release import load_strict
-from engine.shards.source import join
+from engine.seeding import generator_for
+from engine.shards.source import join, read_json
 from engine.training.task import Release, Task
 from hicodit.conditions import encoder_config
 from hicodit.conditions.types import Conditions
+from hicodit.data import FEATURES, HiCoDiTDataset
 from hicodit.diffusion import LogLinearNoise, perturb, stratified_times, weighted_score_entropy
-from hicodit.guidance import GuidanceScales
 from hicodit.layers import AdaLNBlock
 from hicodit.model import TOKENS_PER_FRAME, ModelConfig
-from hicodit.samplers import SamplerConfig
+from hicodit.settings import GuidanceScales, SamplerConfig
 from hicodit.system import CODECS, HiCoDiTSystem
 
 MIN_TIME = 1e-3  # of the training draw; not the schedule's eps, not the sampler's end
+VALIDATION_BATCH = 8
 VALIDATION_STEPS = 16  # enough to tell runs apart, at a quarter of the cost
 
 
@@ -39,7 +43,8 @@ class HiCoDiTTask(Task):
         model, encoders: sizes and switches.
         codec: release folder of the tokenizer.
         shards: folder of the prepared splits, or its URL; validation reads those of `validate_splits`.
-        grammar: JSGF grammar of the validation recogniser; None: waves are written, but not measured.
+        grammar: what hears the words in a validation: a JSGF grammar or a folder with Whisper; None: Whisper medium,
+            if it was downloaded.
         identity_weight: of the L1 loss (a mean over the 256 values) between the GE2E vectors of face and voice; the
             paper says 100. It reaches only the identity adapter and the face encoder.
         identity_input: the identity that the score network is trained with: "voice", the GE2E vector (the paper), or
@@ -50,7 +55,10 @@ class HiCoDiTTask(Task):
         sampler, guidance: defaults that the release carries.
         validate_clips: clips of each held-out split to synthesise.
         validate_splits: the held-out splits; none turns validation off.
+        validate_metrics: figures of `engine.metrics.registry`; those whose package or network is missing are left out.
         init: release folder of the same sizes and tokens to start from.
+        index: index.json of the training shards, or its URL, whose digests of features the release takes along:
+            inference and fine-tuning refuse encoders that make others. None: not recorded.
         new_tokens: `init` may have been trained with another tokenizer: token embeddings and heads are reinitialised.
     """
 
@@ -69,9 +77,11 @@ class HiCoDiTTask(Task):
         guidance: dict[str, Any] | None = None,
         validate_clips: int = 24,
         validate_splits: Sequence[str] = ("seen", "unseen"),
+        validate_metrics: Sequence[str] = ("wer", "wer_free"),
         recipe: str = "",
         init: str | None = None,
         new_tokens: bool = False,
+        index: str | None = None,
     ) -> None:
         super().__init__()
         self.system = HiCoDiTSystem(ModelConfig(**model), encoder_config(encoders))
@@ -81,7 +91,8 @@ class HiCoDiTTask(Task):
             raise UserError(f"task.identity_input={identity_input!r} must be voice or face")
         self.identity_weight, self.identity_input, self.phoneme_weight = identity_weight, identity_input, phoneme_weight
         self.expression_weight, self.validate_clips = expression_weight, validate_clips
-        self.validate_splits = validate_splits
+        self.validate_splits, self.validate_metrics = validate_splits, validate_metrics
+        metrics_of(validate_metrics)  # before hours of training: are there such metrics?
         self.sampler, self.guidance = SamplerConfig(**(sampler or {})), GuidanceScales(**(guidance or {}))
         self.noise = LogLinearNoise()
         tokenizer = load_codec(codec, CODECS)
@@ -91,13 +102,21 @@ class HiCoDiTTask(Task):
                 f"task.model has {c.levels} levels of {c.codes} codes, tokenizer {codec} has {tokenizer.levels} of "
                 f"{tokenizer.codes}: set task.model.levels and task.model.codes to those"
             )
+        made = (read_json(index).get("digests") or {}) if index else {}
+        self.features = {name: made[name] for name in FEATURES if name in made}
         if init:
             self._start_from(init, new_tokens)
 
     def _start_from(self, init: str, new_tokens: bool) -> None:
         """Take over the weights of a release."""
         start = HiCoDiTSystem.from_pretrained(init)
-        state = start.state_dict()
+        state, before = start.state_dict(), start.release.get("features") or {}
+        for name, made in self.features.items():
+            if before.get(name, made) != made:
+                raise UserError(
+                    f"init={init} was trained on {name} features {before[name]}, the shards hold {made}: prepare them "
+                    "with the encoders of that release"
+                )
         if start.release.get("token_digest") not in (None, self.token_digest):
             if not new_tokens:
                 raise UserError(
@@ -106,13 +125,24 @@ class HiCoDiTTask(Task):
                 )
             own = self.system.state_dict()
             state |= {key: own[key] for key in own if ".embeddings." in key or ".heads." in key}
+        state |= self._phoneme_head(state)
         load_strict(self.system, state, f"init={init}")
+
+    def _phoneme_head(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Its own tensors if those of `state` have another number of phonemes: only an auxiliary loss needs them."""
+        own = {key: value for key, value in self.system.state_dict().items() if ".phoneme_head." in key}
+        return own if any(key in state and state[key].shape != own[key].shape for key in own) else {}
 
     def parts(self) -> dict[str, nn.Module]:
         return {"model": self.system}
 
     def blocks(self) -> list[nn.Module]:
         return [module for module in self.modules() if isinstance(module, AdaLNBlock)]
+
+    def clipped_apart(self) -> list[nn.Module]:
+        """What the identity loss trains: with its weight of 100, a common norm would be that of its gradient."""
+        encoders = self.system.encoders
+        return [self.system.model.identity_adapter, *([encoders.identity] if encoders.learns else [])]
 
     def tokens(self, batch: dict[str, Tensor]) -> int:
         return TOKENS_PER_FRAME * int(batch["frames"].sum()) * self.system.model.config.levels
@@ -164,11 +194,12 @@ class HiCoDiTTask(Task):
         return {"dse_low": entropy[low].sum() / count, "dse_high": entropy[~low].sum() / count}
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """Synthesise held-out clips from their pictures alone; word error rates when the recogniser is installed."""
+        """Losses of held-out clips; `validate_metrics` of speech made from their pictures alone."""
         from hicodit.evaluation import evaluate_clips
 
         results = {}
         for split in self.validate_splits:
+            results |= {f"{name}_{split}": value for name, value in self.held_out_losses(split).items()}
             scores = evaluate_clips(
                 self.system,
                 self.codec,
@@ -178,9 +209,27 @@ class HiCoDiTTask(Task):
                 replace(self.sampler, steps=min(self.sampler.steps, VALIDATION_STEPS)),
                 self.guidance,
                 folder / split if step else None,
+                self.validate_metrics,
             )
             results |= {f"{name}_{split}": value for name, value in scores.items()}
         return results
+
+    def held_out_losses(self, split: str) -> dict[str, float]:
+        """`loss` and `dse` (of all levels) of the clips of a held-out split that are synthesised, as in training."""
+        source, encoders = join(self.shards, split), self.system.encoders
+        data = HiCoDiTDataset(source, self.codec, encoders.config.kind, augment=False)
+        heard = "heard" if "heard_expression" in data.shards.index["digests"] else "seen"
+        data = HiCoDiTDataset(source, self.codec, encoders.config.kind, expression=heard, augment=False)
+        data.shards.check_made_with({name: made for name, made in self.features.items() if name in FEATURES})
+        count, device, sums = min(self.validate_clips, len(data)), self.system.model.null_lip.device, Counter()
+        chosen = torch.linspace(0, len(data) - 1, count).round().long().tolist()
+        for start in range(0, count, VALIDATION_BATCH):
+            clips = chosen[start : start + VALIDATION_BATCH]
+            batch = data.collate([data.__getitem__(i, generator_for(0, "held out", i)) for i in clips])
+            losses = self({name: value.to(device) for name, value in batch.items()}, "model")
+            sums["loss"] += len(clips) * float(losses["loss"])
+            sums["dse"] += len(clips) * float(losses["dse_low"] + losses["dse_high"])
+        return {name: value / count for name, value in sums.items()}
 
     def adapted(self) -> nn.Module:
         """The score network; the condition encoders stay as they are."""
@@ -192,6 +241,7 @@ class HiCoDiTTask(Task):
             "token_digest": self.token_digest,
             "sampler": asdict(self.sampler),
             "guidance": asdict(self.guidance),
+            "features": self.features,
         }
         return self.release_of(
             "system",

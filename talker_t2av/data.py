@@ -9,7 +9,6 @@ n clips. Latents come 25 a second.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,11 +21,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from engine.errors import UserError
+from engine.left_out import LeftOut
 from engine.shards.reader import Reading, ShardSplit
 from engine.shards.source import join, read_json
 from engine.training.batches import Blocks
 from talker_t2av.model import MAX_FRAMES
 from talker_t2av.motion import MotionStats
+from talker_t2av.request import tokens_per_patch
 from talker_t2av.system import codec_digests
 from talker_t2av.text import MAX_TOKENS, TalkerTokenizer, assemble, byte_tokenizer
 
@@ -42,18 +43,20 @@ def window_range(frames: int) -> int:
 
 @dataclass(frozen=True)
 class SequenceFormat:
-    """What a model's examples look like: its tokenizer's ids, patch size, delay and longest sequence."""
+    """What a model's examples look like: ids of its tokenizer, patch size, delay, longest sequence, order."""
 
     speech_id: int
     tail: list[int]
     patch_size: int = 4
     delay: int = 0
     limit: int = MAX_TOKENS
+    order: str = "add"
 
     def slots(self, speech_frames: int, motion_frames: int) -> int:
         """Placeholders of an example; no motion (0 frames) is TTS."""
         speech = -(-speech_frames // self.patch_size)
-        return max(speech, motion_frames // self.patch_size + self.delay) if motion_frames else speech
+        patches = max(speech, motion_frames // self.patch_size + self.delay) if motion_frames else speech
+        return patches * tokens_per_patch(self.order, motion_frames > 0)
 
     def whole_patches(self, motion: Tensor) -> tuple[Tensor, int]:
         """Motion (Fm, Dm) cut to whole patches, and the length that counts: one patch at least, if there is motion."""
@@ -105,6 +108,11 @@ def digests_of(index: str | Path) -> dict[str, str]:
     return {stream: made[name] for stream, name in STAGES.items() if made.get(name)}
 
 
+def holds_motion(source: str | Path) -> bool:
+    """Whether a split of prepared shards was prepared with motion codes."""
+    return bool(read_json(join(source, "index.json")).get("motion_mean"))
+
+
 class TalkerExamples:
     """Examples of one task from one split of prepared shards.
 
@@ -116,7 +124,7 @@ class TalkerExamples:
             released model.
         reading: how shards are read.
         tokenizer: a folder with a tokenizer; None is the byte-level one.
-        patch_size, delay: as in the model.
+        patch_size, delay, order: as in the model.
 
     Raises:
         UserError: the shards are missing or damaged, lack a stream, or other codecs made them.
@@ -132,19 +140,27 @@ class TalkerExamples:
         tokenizer: str | Path | None = None,
         patch_size: int = 4,
         delay: int = 0,
+        order: str = "add",
     ) -> None:
         if task not in TASKS:
             raise UserError(f"task={task} is unknown; choose t2av or tts")
-        self.shards = ShardSplit(source, reading)
+        self.shards = ShardSplit(source, reading, least_frames=patch_size + 1)  # one patch alone gives no example
         self.frames = self.shards.frames  # (n,) of each clip
         self.task, self.streams = task, ["speech", "speaker", *(["motion"] if task == "t2av" else [])]
         if codecs is not None:
-            made = _codec_digests(**codecs)
-            self.shards.check_made_with({STAGES[stream]: made[stream] for stream in self.streams})
+            missing = [stream for stream in self.streams if not codecs.get(stream)]
+            if missing:
+                raise UserError(f"task={task}: task.codecs.{missing[0]} is needed: name the codec that made the shards")
+            index, checked = self.shards.index, list(self.streams)
+            if "motion" in checked and index.get("motion_mean") and not (index.get("digests") or {}).get("lia_x"):
+                print(f"{source}: its motion codes came with the data and are taken for those of {codecs['motion']}")
+                checked.remove("motion")
+            made = _codec_digests(**{stream: codecs[stream] for stream in checked})
+            self.shards.check_made_with({STAGES[stream]: made[stream] for stream in checked})
         self.stats = MotionStats.read(stats)
         self.words = TalkerTokenizer.from_pretrained(tokenizer) if tokenizer else byte_tokenizer()
-        self.format = SequenceFormat(self.words.speech_id, self.words.tail, patch_size, delay)
-        self.left_out: set[str] = set()  # keys of clips whose text cannot be used
+        self.format = SequenceFormat(self.words.speech_id, self.words.tail, patch_size, delay, order=order)
+        self.left_out = LeftOut(self.shards.source, len(self.shards))  # clips whose text cannot be used
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -167,10 +183,7 @@ class TalkerExamples:
                 prompt = self.words.prompt(info["text"])
                 break
             except UserError as error:
-                if info["key"] not in self.left_out:
-                    self.left_out.add(info["key"])
-                    count = f"{len(self.left_out)} of {len(self)} so far"
-                    print(f"{self.shards.source}: clip {info['key']} is left out ({count}): {error}", file=sys.stderr)
+                self.left_out.add(info["key"], error)
         else:
             raise UserError(f"{self.shards.source}: no clip has a text that can be used")
         missing = [name for name in self.streams if name not in latents]
@@ -187,17 +200,17 @@ class TalkerExamples:
 
 class TalkerPairs:
     """Half T2AV and half TTS in each batch, for `engine.training.trainer`: an item is one example of each task, so a
-    batch has twice its size in rows. With `tasks` [tts] every example is TTS.
+    batch has twice its size in rows. With one task every example is of it, and a batch has its size in rows.
 
     The larger set gives the length; every item of it is used once an epoch, those of the smaller one in turn.
 
     Args:
         root, split: folder of the splits, or its URL, and which is learned.
-        tasks: t2av and tts, or tts alone.
+        tasks: t2av and tts (the paper), t2av alone (the released model), or tts alone.
         tts_root: of the TTS half, where it is another data set.
         shards: fields of `engine.shards.reader.Reading`.
         packed: the model leaves padding out.
-        codecs, stats, tokenizer, patch_size, delay: as in `TalkerExamples`.
+        codecs, stats, tokenizer, patch_size, delay, order: as in `TalkerExamples`.
 
     Raises:
         UserError: as in `TalkerExamples`.
@@ -216,16 +229,17 @@ class TalkerPairs:
         delay: int = 0,
         shards: Mapping[str, Any] | None = None,
         packed: bool = False,
+        order: str = "add",
     ) -> None:
         reading, roots = Reading(**(shards or {})), {"tts": tts_root or root}
         self.sets = [
             TalkerExamples(
-                join(roots.get(task, root), split), task, codecs, stats, reading, tokenizer, patch_size, delay
+                join(roots.get(task, root), split), task, codecs, stats, reading, tokenizer, patch_size, delay, order
             )
             for task in sorted(tasks)
         ]
-        if [examples.task for examples in self.sets] not in (["t2av", "tts"], ["tts"]):
-            raise UserError(f"data.train.tasks={list(tasks)}: give [t2av, tts] or [tts]")
+        if [examples.task for examples in self.sets] not in (["t2av", "tts"], ["t2av"], ["tts"]):
+            raise UserError(f"data.train.tasks={list(tasks)}: give [t2av, tts], [t2av] or [tts]")
         self.packed = packed
 
     def __len__(self) -> int:
@@ -255,7 +269,8 @@ class TalkerPairs:
         sides = []
         for i, examples in enumerate(self.sets):
             at = (torch.arange(len(self)) + self._offset(i)) % len(examples)
-            sides.append(-(-examples.frames[at].clamp(max=MAX_FRAMES) // examples.format.patch_size))
+            patches = -(-examples.frames[at].clamp(max=MAX_FRAMES) // examples.format.patch_size)
+            sides.append(patches * tokens_per_patch(examples.format.order, examples.task == "t2av"))
         return sum(sides) if self.packed else len(sides) * torch.stack(sides).amax(0)
 
     @property

@@ -79,7 +79,9 @@ class DiffusionHead(nn.Module):
         patch = self.decoder.input_proj(self.in_proj(x.transpose(1, 2)))
         sequence = torch.cat([first[:, None], context, patch], 1)
         length = sequence.shape[1]
-        return self.out_proj(self.decoder.run(sequence, slice(length - x.shape[-1], length))).transpose(1, 2)
+        return (
+            self.out_proj(self.decoder.run(sequence, slice(length - x.shape[-1], length))).transpose(1, 2).to(x.dtype)
+        )
 
     def forward(
         self, x: Tensor, mu: Tensor, t: Tensor, cond: Tensor, global_cond: Tensor, dt: Tensor | None = None
@@ -102,18 +104,21 @@ class Schedule:
 
 
 class FlowHead(nn.Module):
-    """A diffusion head with its sampler and its loss."""
+    """A diffusion head with its sampler and its loss.
 
-    def __init__(self, estimator: DiffusionHead) -> None:
+    Args:
+        drop_mu, drop_cond: training probabilities of an example without mu, without context frames.
+    """
+
+    def __init__(self, estimator: DiffusionHead, drop_mu: float = DROP_MU, drop_cond: float = DROP_COND) -> None:
         super().__init__()
-        self.estimator = estimator
+        self.estimator, self.drop_mu, self.drop_cond = estimator, drop_mu, drop_cond
 
     def schedule(self, steps: int = 10, sway: float = 1.0) -> Schedule:
         """A schedule of `steps` steps; one serves all patches of an utterance. sway: see `solver_times`."""
         net, times = self.estimator, solver_times(steps, sway)
         vectors = net.time(times[:-1].to(net.in_proj.weight.device))
-        project = net.decoder.input_proj
-        return Schedule(times, step_lengths(times), project(vectors) - project(torch.zeros_like(vectors[:1])))
+        return Schedule(times, step_lengths(times), F.linear(vectors, net.decoder.input_proj.weight.float()))
 
     def branches(
         self, mu: Tensor, cond: Tensor, global_cond: Tensor, schedule: Schedule, unconditional: bool
@@ -176,5 +181,5 @@ class FlowHead(nn.Module):
     ) -> Tensor:
         """Flow-matching loss (scalar) of patches x1 (N, C, P), N may be 0; mask (N, 1, P) marks frames that count."""
         draws = draws or FlowDraws.sample(x1)
-        mu, cond = drop(mu, draws.u_mu, DROP_MU), drop(cond, draws.u_cond, DROP_COND)
+        mu, cond = drop(mu, draws.u_mu, self.drop_mu), drop(cond, draws.u_cond, self.drop_cond)
         return flow_loss(self.estimator(noised(x1, draws), mu, draws.t, cond, global_cond), x1, draws.z, mask)

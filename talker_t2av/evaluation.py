@@ -9,32 +9,75 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from engine.errors import UserError
+from engine.evaluation.clips import Clip
+from engine.evaluation.generate import generate_missing, write_facts
+from engine.evaluation.resynthesis import fit_length
 from engine.media.audio import read_audio
 from engine.media.corpus import pick_rows, read_manifest
 from engine.media.pictures import identity_to_tensor, to_bytes, video_to_tensor
 from engine.media.video import read_video
-from engine.metrics.recogniser import Recogniser, word_error_rate
-from engine.metrics.resynthesis import fit_length
+from engine.metrics.recogniser import CorpusRecogniser
 from engine.metrics.speech import speech_end, synchrony
 from engine.progress import track
 from talker_t2av.figure import draw
 from talker_t2av.generation import generate
 from talker_t2av.jobs import prepare_job
 from talker_t2av.model import FPS
-from talker_t2av.pipeline import Job, Talk, TalkerPipeline
+from talker_t2av.pipeline import BUNDLED, Job, Talk, TalkerPipeline
+from talker_t2av.request import MODES
 
 SHIFT = 5  # video frames: 200 ms
 LATE, CUT = 0.3, 0.02  # seconds of quiet after the last speech; true clips have 0.12 s and more
 STREAMED, BATCHED = 4, 8  # clips
 
 MouthReader = Callable[[np.ndarray], np.ndarray]  # frames (T, S, S, 3) of bytes -> mouth opening (T,)
+
+
+def write_outputs(
+    clips: Sequence[Clip],
+    folder: Path,
+    device: str,
+    weights: str | None = None,
+    mode: str = "t2av",
+    seed: int = 0,
+    batch_size: int = 8,
+    **other: object,
+) -> None:
+    """Speak the clips' words with the voice and the face of their prompts, where the output is missing.
+
+    FOLDER/ID.mp4, for tts and v2a FOLDER/ID.wav; a2v moves a face to the true speech, v2a speaks for the true picture.
+    Clip i is generated with seed + i. other: settings of other models.
+
+    Raises:
+        UserError: the weights cannot be loaded. A clip without a prompt is named, and the others go on.
+    """
+    if mode not in MODES:
+        raise UserError(f"generate.mode={mode} is unknown; choose {', '.join(MODES)}")
+    pipeline = TalkerPipeline.from_pretrained(weights or BUNDLED, device)
+    write_facts(folder, "talker_t2av", weights, mode=mode, sampling=asdict(pipeline.sampling), seed=seed)
+    suffix = ".wav" if mode in ("tts", "v2a") else ".mp4"
+
+    def job(i: int, clip: Clip) -> Job:
+        voice, face = clip.prompt.audio, clip.prompt.video
+        if (voice is None and mode != "a2v") or (face is None and mode in ("t2av", "a2v")):
+            raise UserError("no voice or face to show: give reference_audio and reference_video in the manifest")
+        files = {"reference_audio": voice} if mode != "a2v" else {"audio": clip.truth.audio}
+        files |= {"reference_video": face} if mode in ("t2av", "a2v") else {}
+        files |= {"video": clip.truth.source} if mode == "v2a" else {}
+        return Job(mode, clip.truth.text or "", seed=seed + i, **{name: str(path) for name, path in files.items()})
+
+    def write(batch: Sequence[tuple[int, Clip]]) -> None:
+        for (_, clip), talk in zip(batch, pipeline.run([job(i, clip) for i, clip in batch])):
+            talk.save(folder / f"{clip.id}{suffix}")
+
+    generate_missing(clips, folder, batch_size, write)
 
 
 class HeldOut:
@@ -48,7 +91,7 @@ class HeldOut:
 
     def __init__(self, corpus: Path, split: str, clips: int, opening: MouthReader) -> None:
         self.corpus, self.opening = corpus, opening
-        self.recogniser = Recogniser(corpus / "grammar.jsgf")
+        self.recogniser = CorpusRecogniser(corpus / "grammar.jsgf")
         self.rows = pick_rows(corpus, split, clips)
         known = read_manifest(corpus, "train") + read_manifest(corpus, split)
         known = [row for row in known if row["expression"] == "neutral"] + known  # neutral ones are preferred
@@ -84,11 +127,9 @@ class HeldOut:
 
     def word_errors(self, waves: Sequence[np.ndarray]) -> dict[str, float]:
         """Word error rate, and the same when each text is compared with the next clip's words."""
-        words = self.recogniser.transcribe_all(waves, self.rate)
-        return {
-            "wer": word_error_rate(self.texts, words),
-            "wer_texts_shuffled": word_error_rate(self.texts, words[1:] + words[:1]),
-        }
+        words = self.recogniser.transcribe_all(self.texts, waves, self.rate)
+        others = self.recogniser.word_errors("wer_texts_shuffled", self.texts, words[1:] + words[:1])
+        return self.recogniser.word_errors("wer", self.texts, words) | others
 
     def synchrony(self, frames: Sequence[np.ndarray], waves: Sequence[np.ndarray], name: str) -> dict[str, float]:
         """Mean over clips of the synchrony, as it is and with the sound 200 ms late and early."""
@@ -124,7 +165,7 @@ def evaluate_corpus(
         sync = clips.synchrony([t.frames for t in talks], waves, "generated")
         results["t2av"] = clips.word_errors(waves) | endings(talks) | sync
         if figure is not None:
-            draw(talks[0], clips.texts[0], clips.opening(talks[0].frames), figure)
+            draw(talks[0], clips.texts[0], figure)
     if "tts" in parts:
         talks = talk(pipeline, clips.jobs("tts", seed), batch)
         results["tts"] = clips.word_errors([t.wave for t in talks]) | endings(talks)
@@ -224,7 +265,7 @@ def measure_batch(pipeline: TalkerPipeline, jobs: Sequence[Job]) -> dict[str, fl
     The first patch is compared alone, too: rounding errors are fed back and grow from patch to patch.
     """
     prepared = [prepare_job(job, pipeline.system) for job in jobs]
-    requests, mode = [p.request for p in prepared], prepared[0].mode
+    requests, mode = [request for p in prepared for request in p.requests], prepared[0].mode
     generate(pipeline.system.model, requests[:1], mode, pipeline.sampling)  # the first call pays for set-up
 
     def timed(groups: list[list]) -> tuple[list, float]:

@@ -19,13 +19,13 @@ from engine.errors import UserError
 from engine.faces.clip import ClipFrames, find_face, place_face
 from engine.faces.square import centre_square, portrait_square
 from engine.faces.track import FaceError, read_boxes
-from engine.media.ffmpeg import check_readable
+from engine.media.ffmpeg import check_readable, probe
 from engine.media.limits import LIMITS
 from engine.media.video import iter_video
+from engine.progress import stage, watched
 from talker_t2av.model import FPS
+from talker_t2av.settings import is_picture
 
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-CROPS = ("face", "centre")
 SEARCHED = 10 * FPS  # frames of a reference in which the face is looked for, even if only one of them is used
 
 
@@ -70,11 +70,13 @@ def find_square(path: str | Path, count: int, crop: str = "face", face_box: str 
         height, width = clip.shown
     if crop == "centre" and face_box is None:
         return Square(*centre_square(height, width))
+    frames = 1 if isinstance(clip, list) else min(clip.frames, round(probe(path).seconds * FPS)) or None
     try:
-        if face_box is not None:
-            track = place_face(clip, read_boxes(face_box), float(FPS))
-        else:
-            track = find_face(clip, float(FPS))
+        with stage("faces", frames, "frames", f"{Path(path).name}: finding the face"):
+            if face_box is not None:
+                track = place_face(clip, read_boxes(face_box), float(FPS))
+            else:
+                track = find_face(clip, float(FPS))
     except FaceError as error:
         if face_box is not None:
             raise UserError(f"{path}: {error}") from error
@@ -93,17 +95,13 @@ def read_square(path: str | Path, square: Square, count: int, start: int = 0) ->
         yield square.cut(read_picture(path))
         return
     at = 0
-    for block in iter_video(path, float(FPS), block=min(start + count, 64)):
+    for block in watched(iter_video(path, float(FPS), block=min(start + count, 64))):
         part = block[max(0, start - at) : max(0, start + count - at)]
         if len(part):
             yield square.cut(part)
         at += len(block)
         if at >= start + count:
             break
-
-
-def is_picture(path: str | Path) -> bool:
-    return Path(path).suffix.lower() in PICTURES
 
 
 def read_picture(path: str | Path) -> np.ndarray:

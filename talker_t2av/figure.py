@@ -1,8 +1,13 @@
-"""A talking face on one time axis: frames, spectrogram, and the mouth's opening with the loudness of the sound."""
+"""A talking face on one time axis: frames, spectrogram, and movement round the mouth with the loudness of the sound.
+
+Axes: F frames.
+"""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from textwrap import shorten
 
 import matplotlib
 
@@ -19,8 +24,16 @@ from talker_t2av.pipeline import Talk, TalkerPipeline
 FACES = 10
 
 
-def draw(talk: Talk, text: str, opening: np.ndarray, path: Path) -> None:
-    """Write the figure as PNG; `opening` (T,) is that of the mouth in each frame."""
+def movement(frames: np.ndarray) -> np.ndarray:
+    """(F - 1,) mean change from frame to frame where a portrait has its mouth; the largest is 1."""
+    side = frames.shape[1]
+    mouth = frames[:, side * 6 // 10 : side * 9 // 10, side * 3 // 10 : side * 7 // 10].astype(np.float32)
+    change = np.abs(np.diff(mouth, axis=0)).mean((1, 2, 3))
+    return change / max(change.max(initial=0), 1e-9)
+
+
+def draw(talk: Talk, text: str, path: Path) -> None:
+    """Write the figure as PNG."""
     rate, seconds = TalkerPipeline.rate, len(talk.frames) / FPS
     figure, (top, middle, bottom) = plt.subplots(
         3, 1, figsize=(12, 5.4), height_ratios=(1, 2, 1), constrained_layout=True, sharex=True
@@ -28,17 +41,18 @@ def draw(talk: Talk, text: str, opening: np.ndarray, path: Path) -> None:
     picks = ((np.arange(FACES) + 0.5) * len(talk.frames) / FACES).astype(int)
     top.imshow(np.concatenate(talk.frames[picks], 1), aspect="auto", extent=(0, seconds, 0, 1))
     top.set_yticks([])
-    top.set_title(f'"{text}"')
+    top.set_title(shorten(text, 100), parse_math=False)
     mel = mel_picture(talk.wave, rate)
     middle.imshow(mel, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, 80), vmin=mel.max() - 80)
     middle.set_ylabel("mel band")
-    level, times = loudness(talk.wave, rate), (np.arange(len(opening)) + 0.5) / FPS
-    bottom.plot(times, opening, label="mouth opening, read from the frames")
-    bottom.plot(times[: len(level)], level / max(level.max(), 1e-9), label="loudness")
+    level, moved = loudness(talk.wave, rate), movement(talk.frames)
+    bottom.plot((np.arange(len(moved)) + 1) / FPS, moved, label="movement round the mouth, frame to frame")
+    bottom.plot((np.arange(len(level)) + 0.5) / FPS, level / max(level.max(), 1e-9), label="loudness")
     bottom.set_xlim(0, seconds)
     bottom.set_xlabel("seconds")
+    bottom.set_ylabel("relative")
     bottom.set_ylim(-0.05, 1.5)
     bottom.legend(loc="upper right", ncols=2, fontsize=8)
-    with atomic_output(path) as staging:
+    with warnings.catch_warnings(action="ignore"), atomic_output(path) as staging:  # the font may lack a letter
         figure.savefig(staging, dpi=100)
     plt.close(figure)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 
-DROP_MU, DROP_COND = 0.1, 0.05  # training probability of an example without mu, without context frames
+DROP_MU, DROP_COND = 0.1, 0.05  # published training probabilities of an example without mu, without context frames
 ZERO_SHARE = 0.04  # of the steps whose velocity CFG-Zero* takes as zero
 TIME_MEAN = -0.4  # of the log-normal training times
 
@@ -72,7 +72,7 @@ def log_normal_times(normal: Tensor) -> Tensor:
 class FlowDraws:
     """The random numbers of one loss.
 
-    u_mu, u_cond: (N,) uniform; an example keeps mu, its context, where they exceed DROP_MU, DROP_COND.
+    u_mu, u_cond: (N,) uniform; an example keeps mu, its context, where they exceed the head's drop_mu, drop_cond.
     t: (N,) times. z: (N, C, P) noise.
     """
 

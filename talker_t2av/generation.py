@@ -29,9 +29,12 @@ from torch import Tensor
 from transformers import StaticCache
 
 from engine.errors import UserError
+from engine.precision import half_precision
 from engine.seeding import generator_for
-from talker_t2av.model import A2V, T2AV, V2A, TalkerT2AV
-from talker_t2av.request import PAPER, LoopRules, Mode, Request, Sampling
+from talker_t2av.interleaved import known_pairs
+from talker_t2av.model import TalkerT2AV
+from talker_t2av.request import A2V, ORDERS, PAPER, T2AV, V2A, LoopRules, Mode, Request, Sampling, tokens_per_patch
+from talker_t2av.streams import EncodedStream
 
 Stream = Literal["speech", "motion"]
 
@@ -91,33 +94,14 @@ class LoopState:
     end: Tensor
 
 
-class EncodedStream:
-    """Tokens of the given frames of one stream. A patch without frames has the token of zero frames.
-
-    The token of zero frames is not zero: in training the encoder sees it before and after a stream.
-    """
-
-    def __init__(self, encode: Callable[[Tensor, Tensor], Tensor], frames: Sequence[Tensor], patch_size: int) -> None:
-        self.counts = [-(-len(x) // patch_size) for x in frames]
-        longest = max(self.counts) + 1  # the last column stays empty in every row
-        padded = torch.stack([F.pad(x, (0, 0, 0, longest * patch_size - len(x))) for x in frames])
-        lengths = torch.tensor([len(x) for x in frames], device=padded.device)
-        valid = torch.arange(longest * patch_size, device=padded.device) < lengths[:, None]
-        self.tokens = encode(padded.unflatten(1, (-1, patch_size)), valid.unflatten(1, (-1, patch_size)))  # (B, M, D)
-
-    def patches(self, row: int, numbers: Tensor) -> Tensor:
-        """(n, D): tokens of patches (n,) of a row."""
-        outside = (numbers < 0) | (numbers >= self.counts[row])
-        return self.tokens[row, torch.where(outside, self.tokens.shape[1] - 1, numbers)]
-
-
 def known_tokens(
     model: TalkerT2AV, requests: Sequence[Request], mode: Mode, rules: LoopRules, steps: int
 ) -> tuple[list[Tensor], Tensor]:
     """What is known before the loop: text, prefix, given streams, and which motion is absent.
 
     Returns:
-        For each row, the tokens (T, D) of task, text and prefix; and the known part (S, B, D) of the tokens after it.
+        For each row, the tokens (T, D) of task, text and prefix; and the known part (S, B, D) of the tokens after it,
+        (S, B, 2, D) where a patch is two tokens.
     """
     c, before, after = model.config, [], []
     task = mode.task if mode.task < c.tasks else T2AV
@@ -125,6 +109,8 @@ def known_tokens(
     speech = EncodedStream(model.speech_tokens, [r.speech for r in requests], c.patch_size)
     if mode.motion != "absent":
         motion = EncodedStream(model.motion_tokens, [r.motion for r in requests], c.patch_size)
+        if c.order in ORDERS:
+            return known_pairs(model, {"speech": speech, "motion": motion}, requests, mode, steps)
     for row, request in enumerate(requests):
         slots = torch.arange(-int(ahead), request.prefix + steps, device=model.device)
         prefix = slots < request.prefix
@@ -177,6 +163,7 @@ class PatchLoop:
         check_every: steps between two reads of the stop tests, each of which makes an accelerator wait for the host.
             Results do not depend on it; rows may be computed past their end. By default 1 on a CPU, where a patch
             in vain costs more than a read, and 4 elsewhere.
+        compiled: wraps `step`, such as `torch.compile`.
 
     Attributes:
         limits: steps after which each row ends at the latest.
@@ -197,11 +184,13 @@ class PatchLoop:
         noise: Mapping[Stream, Tensor] | None = None,
         use_stop: bool = True,
         check_every: int | None = None,
+        compiled: Callable[[Callable], Callable] | None = None,
     ) -> None:
         c, size, device = model.config, model.config.patch_size, model.device
         requests = [_on(request, device) for request in requests]
         self.model, self.mode, self.sampling, self.rules = model, mode, sampling, rules
         self.check_every = check_every or (1 if device.type == "cpu" else 4)
+        self.run_step = compiled(self.step) if compiled else self.step
         self.testing = use_stop and mode.open_ended
         self.delay = c.delay if mode.motion == "generated" else 0
         self.limits = [step_limit(model, request, mode) for request in requests]
@@ -211,10 +200,13 @@ class PatchLoop:
         first_tests = [max(rules.first_test, request.min_patches + self.delay) for request in requests]
         self.first_test = torch.tensor(first_tests, device=device)
 
-        self.prompts, self.known = known_tokens(model, requests, mode, rules, self.steps)
+        with half_precision(device, model.dtype):
+            self.prompts, self.known = known_tokens(model, requests, mode, rules, self.steps)
         self.longest = longest = max(map(len, self.prompts))
         most = model.llm.config.max_position_embeddings
-        if longest + self.steps > most:
+        self.per_patch = tokens_per_patch(c.order, mode.motion != "absent")
+        self.capacity = longest + self.per_patch * self.steps
+        if self.capacity > most:
             raise UserError(
                 f"{longest} tokens of text and prefix and {self.steps} patches exceed {most}: give less text"
             )
@@ -235,7 +227,7 @@ class PatchLoop:
         # Prompts of different lengths are padded on the left.
         self.padding = torch.tensor([longest - len(prompt) for prompt in self.prompts], device=device)[:, None]
         self.state = LoopState(
-            cache=StaticCache(model.llm.config, max_cache_len=longest + self.steps),
+            cache=StaticCache(model.llm.config, max_cache_len=self.capacity),
             hidden=torch.empty(0),
             context=context,
             index=torch.zeros((), dtype=torch.long, device=device),
@@ -254,7 +246,7 @@ class PatchLoop:
             numbers = {"speech": index, "motion": index - self.delay}
             noise = {stream: self.noise[stream][numbers[stream]] for stream in self.drawn if numbers[stream] >= 0}
             hidden = self.state.hidden
-            patches, token, stop = self.step(noise, self.known[index], last)
+            patches, token, stop = self.run_step(noise, self.known[index], last)
             for stream, patch in patches.items():
                 self.drawn[stream].append(patch)
             yield Step(index, running, hidden, patches.get("speech"), patches.get("motion"), token, stop)
@@ -270,24 +262,28 @@ class PatchLoop:
 
         Args:
             noise: (B, C, P) of each stream that is drawn in this step.
-            known: (B, D) part of the token that does not depend on what is drawn.
+            known: (B, D) part of the token that does not depend on what is drawn; (B, 2, D) if a patch is two tokens.
             last: the token is not fed back.
 
         Returns:
-            New patches (B, P, C), the token (B, D), and the probability (B,) of the end if it is tested.
+            New patches (B, P, C), the (last) token (B, D), and the probability (B,) of the end if it is tested.
         """
-        state, s, token, patches = self.state, self.sampling, known, {}
-        for stream, z in noise.items():
-            context, condition = state.context[stream].transpose(1, 2), self.conditions[stream]
-            patch = self.heads[stream].sample(
-                state.hidden, context, condition, z, self.schedules[stream], s.temperature, s.guidance
-            )
-            patches[stream] = patch = patch.transpose(1, 2)
-            state.context[stream] = torch.cat([state.context[stream], patch], 1)[:, patch.shape[1] :]
-            token = token + self.encoders[stream](patch)
+        state, token, patches = self.state, known, {}
+        if self.per_patch == 1:
+            for stream, z in noise.items():
+                patches[stream], drawn = self._draw(stream, z)
+                token = token + drawn
+            if not last:
+                self._advance(token[:, None], self.longest + state.index[None])
+        else:
+            for i, stream in enumerate(ORDERS[self.model.config.order]):
+                token = known[:, i]
+                if stream in noise:
+                    patches[stream], token = self._draw(stream, noise[stream])
+                if i == 0 or not last:
+                    self._advance(token[:, None], self.longest + 2 * state.index[None] + i)
         if last:
             return patches, token, None
-        self._advance(token[:, None], self.longest + state.index[None])
         state.index = state.index + 1
         if not self.testing:
             return patches, token, None
@@ -297,6 +293,18 @@ class PatchLoop:
         ended = state.hits >= self.rules.stop_hits
         state.end = torch.where(ended, torch.minimum(state.end, state.index), state.end)
         return patches, token, stop
+
+    def _draw(self, stream: Stream, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The next patch (B, P, C) of a stream, from noise (B, C, P), and its token (B, D); it joins the context."""
+        state, s = self.state, self.sampling
+        context, condition = state.context[stream].transpose(1, 2), self.conditions[stream]
+        with half_precision(noise.device, self.model.dtype):
+            patch = self.heads[stream].sample(
+                state.hidden, context, condition, noise, self.schedules[stream], s.temperature, s.guidance
+            )
+            patch = patch.transpose(1, 2)
+            state.context[stream] = torch.cat([state.context[stream], patch], 1)[:, patch.shape[1] :]
+            return patch, self.encoders[stream](patch)
 
     def results(self) -> list[Result]:
         """The new frames of each row, up to its end."""
@@ -310,17 +318,18 @@ class PatchLoop:
 
     def _advance(self, embeds: Tensor, place: Tensor) -> None:
         """Run the backbone over tokens (B, Q, D) at the places (Q,) of the cache; keeps the last hidden state."""
-        key = torch.arange(self.longest + self.steps, device=embeds.device)
+        key = torch.arange(self.capacity, device=embeds.device)
         visible = (key >= self.padding)[:, None] & (key <= place[:, None])  # (B, Q, N)
         if len(place) > 1:
             visible = visible | (key == place[:, None])  # a padding token sees itself: no softmax over nothing
-        self.state.hidden = self.model.backbone(
-            embeds,
+        hidden = self.model.backbone(
+            embeds.to(self.model.dtype),
             {"full_attention": visible[:, None]},  # given by layer type, a mask is taken as it is
             position_ids=(place - self.padding).clamp(min=0),
             past_key_values=self.state.cache,
             use_cache=True,
-        )[:, -1]
+        )
+        self.state.hidden = hidden[:, -1].float()
 
 
 def generate(

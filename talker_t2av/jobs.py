@@ -6,113 +6,29 @@ side.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.bounds import SEEDS, bounded, check_bounds
 from engine.errors import UserError
 from engine.media.audio import read_audio, read_voice, resample
-from engine.media.ffmpeg import probe
 from engine.media.pictures import identity_to_tensor, video_to_tensor
 from engine.nn.mel import pad_or_trim
+from engine.progress import stage
 from engine.safe_pickle import read_matrix
+from engine.seeding import seed_for
 from talker_t2av import official
-from talker_t2av.faces import CROPS, Square, find_square, is_picture, read_square
+from talker_t2av.faces import Square, find_square, read_square
 from talker_t2av.model import FPS, HOP, HOP16, MAX_FRAMES, RATE, RATE16
 from talker_t2av.request import MODES, PAPER, LoopRules, Mode, Request
+from talker_t2av.settings import Job, is_picture
 from talker_t2av.system import TalkerSystem
+from talker_t2av.text import split_text
 
-COMPAT = ("paper", "official", "library")
 PAUSE, BYTE = 1.5, 0.15  # seconds: even slow speech takes less than PAUSE + BYTE for each byte of text
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to generate from which files; a field for each setting of the command line and of a line of JSONL.
-
-    Attributes:
-        mode: t2av, tts, a2v or v2a.
-        text: the words to speak. In a2v and v2a, the words of the given sound or lips; it may be empty.
-        reference_audio: file with the voice. By default the given audio (a2v), or the sound of one of the videos.
-        reference_video: video or picture with the face; its first frame that shows the face is animated (t2av, a2v).
-        reference_motion: torch file with the motion codes (F, Dm) of the reference; by default they are computed.
-        reference_text: what the reference says; needed if it is used as a prefix.
-        audio: a2v: the sound to which the face moves. video: v2a: the clip that gets a voice.
-        crop: part of the videos that is used: "face", the square round it, or "centre", the largest centred square.
-        face_box: position of the face, which is then not detected, in `video` or else in `reference_video`; see
-            `engine.faces.track.read_boxes`.
-        prefix_seconds: length of the reference's beginning that the result continues, in its style.
-        min_seconds, max_seconds: length of the result; max None: estimated from the text.
-        compat: paper: as in training. official: as the released command line (t2av) and the released method for speech
-            alone (tts). library: as the released methods. See talker_t2av/official.py.
-        seed: of the noise.
-    """
-
-    mode: str = "t2av"
-    text: str = ""
-    reference_audio: str | None = None
-    reference_video: str | None = None
-    reference_motion: str | None = None
-    reference_text: str = ""
-    audio: str | None = None
-    video: str | None = None
-    crop: str = "face"
-    face_box: str | None = None
-    prefix_seconds: float = bounded(0.0, 30.0, default=0.0)
-    min_seconds: float = bounded(0.0, 30.0, default=0.16)
-    max_seconds: float | None = bounded(0.16, 30.0, default=None)
-    compat: str = "paper"
-    seed: int = bounded(*SEEDS, default=0)
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if "str" in field.type and not isinstance(value, str) and not (value is None and "None" in field.type):
-                raise UserError(f"{field.name}={value!r} must be a text")
-            if value == "" and "None" in field.type:
-                raise UserError(f"{field.name}= is empty: name a file, or leave it out")
-        check_bounds(self)
-        for name, allowed in (("mode", MODES), ("compat", COMPAT), ("crop", CROPS)):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name}={getattr(self, name)} is unknown; choose {', '.join(allowed)}")
-        if self.compat != "paper" and self.mode not in ("t2av", "tts"):
-            raise UserError(f"compat={self.compat} has no mode={self.mode}: the released programs offer t2av and tts")
-        if not self.text.strip() and self.mode in ("t2av", "tts"):
-            raise UserError(f"mode={self.mode} needs text=... to say")
-        needed = {"t2av": "reference_video", "a2v": "reference_video", "v2a": "video"}.get(self.mode)
-        if needed and not getattr(self, needed):
-            raise UserError(f"mode={self.mode} needs {needed}=FILE")
-        if self.mode == "a2v" and not self.audio:
-            raise UserError("mode=a2v needs audio=FILE, the sound to which the face moves")
-        if not (self.reference_audio or self.mode == "a2v" or self.reference_video or self.video):
-            raise UserError(f"mode={self.mode} needs reference_audio=FILE, the voice to speak with")
-        if self.prefix_seconds and self.mode in ("a2v", "v2a") and not (self.reference_audio and self.reference_video):
-            raise UserError(f"prefix_seconds with mode={self.mode} needs both reference_audio and reference_video")
-
-    @property
-    def unused(self) -> list[str]:
-        """Names of the inputs that are given, but that the mode does not use."""
-        mode, prefix = MODES[self.mode], self.prefix_seconds > 0
-        used = {
-            "reference_audio": mode.speech == "generated" or prefix,
-            "reference_video": mode.motion == "generated"
-            or not self.reference_audio
-            or (prefix and self.mode != "tts"),
-            "reference_motion": mode.motion == "generated" or (prefix and self.mode != "tts"),
-            "audio": mode.speech == "given",
-            "video": mode.motion == "given",
-            "max_seconds": mode.open_ended,
-        }
-        return [name for name, is_used in used.items() if getattr(self, name) is not None and not is_used]
-
-    @property
-    def keeps_prefix(self) -> bool:
-        """The result begins with the prefix, as that of the released programs does."""
-        return self.compat != "paper"
 
 
 @dataclass(frozen=True)
@@ -126,6 +42,7 @@ class PreparedJob:
         picture: (3, S, S) in [-1, 1], the face; None where none is drawn.
         wave: (N,) given sound at 24 kHz (a2v). frames: length of the result if a given stream sets it.
         remark: a note to the user about the files, or "".
+        later: requests of the parts of a long text after the first.
     """
 
     job: Job
@@ -138,6 +55,12 @@ class PreparedJob:
     wave: np.ndarray | None
     frames: int | None
     remark: str = ""
+    later: tuple[Request, ...] = ()
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """One for each part of the text."""
+        return (self.request, *self.later)
 
 
 class Reference:
@@ -154,8 +77,9 @@ class Reference:
     @cached_property
     def wave(self) -> Tensor:
         """(N,) of the voice."""
-        path = self._voice_file()
-        wave = torch.from_numpy(read_voice(path, RATE))
+        path = self.job.voice_file
+        with stage("reading"):
+            wave = torch.from_numpy(read_voice(path, RATE))
         self._say_if_cut(path, len(wave) / RATE)
         return wave[: MAX_FRAMES * HOP]
 
@@ -214,30 +138,27 @@ class Reference:
         if seconds > MAX_FRAMES / FPS:
             self.remarks.append(f"{path} lasts {seconds:.0f} s: only its first {MAX_FRAMES // FPS} s are used")
 
-    def _voice_file(self) -> str:
-        if self.job.reference_audio:
-            return self.job.reference_audio
-        if self.job.mode == "a2v":
-            return self.job.audio
-        for video in (self.job.reference_video, self.job.video):
-            if video and not is_picture(video) and probe(video).audio:
-                return video
-        raise UserError(f"{self.job.reference_video or self.job.video} has no sound: give reference_audio=FILE")
-
 
 @torch.no_grad()
-def prepare_job(job: Job, system: TalkerSystem) -> PreparedJob:
+def prepare_job(job: Job, system: TalkerSystem, text_bytes: int | None = None) -> PreparedJob:
     """Read and encode the files of a job.
+
+    Args:
+        text_bytes: length from which on a text is parted; None: as the release says.
 
     Raises:
         UserError: a file is missing or unreadable, or a given stream is too long or too short.
     """
     mode, size, reference = MODES[job.mode], system.model.config.patch_size, Reference(job, system)
+    texts = [job.text]
+    if mode.open_ended and job.compat == "paper":
+        texts = split_text(job.text, text_bytes or system.sampling.text_bytes)
     system.require(job.mode)
-    request, rules, prefix_motion = _request(job, system, reference)
+    request, rules, prefix_motion = _request(replace(job, text=texts[0]), system, reference)
     prefix_speech, wave, total = request.speech, None, None
     if mode.speech == "given":
-        wave = read_audio(job.audio, RATE)
+        with stage("reading"):
+            wave = read_audio(job.audio, RATE)
         total = -(-len(wave) // HOP)
         _check_given(total, f"audio={job.audio}")
         new = encode_speech(system, np.pad(wave, (0, total * HOP - len(wave))))
@@ -256,18 +177,25 @@ def prepare_job(job: Job, system: TalkerSystem) -> PreparedJob:
     picture = reference.picture() if mode.motion == "generated" else None
     fewest = max(1, round(job.min_seconds * FPS / size))
     request = replace(request, min_patches=min(request.max_patches, fewest), seed=job.seed)
+    later = []
+    for number, text in enumerate(texts[1:], 1):
+        prompt, most = _prompt(replace(job, text=text), system), max_patches(replace(job, text=text), size)
+        seed = seed_for(job.seed, "part", number)
+        own = {"prompt": prompt, "max_patches": most, "min_patches": min(most, fewest), "seed": seed}
+        later.append(replace(request, **own))
     reference.remarks += [f"{name}= is not used by mode={job.mode}" for name in job.unused]
-    unknown = system.tokenizer.unknown_words(job.text)
+    unknown = list(dict.fromkeys(word for text in texts for word in system.tokenizer.unknown_words(text)))
     if unknown:
         reference.remarks.append(f"not in the training text, expect babble: {', '.join(unknown[:8])}")
     remark = "; ".join(dict.fromkeys(reference.remarks))
-    return PreparedJob(job, request, mode, rules, prefix_speech, prefix_motion, picture, wave, total, remark)
+    files = prefix_speech, prefix_motion, picture, wave, total
+    return PreparedJob(job, request, mode, rules, *files, remark, tuple(later))
 
 
 def _request(job: Job, system: TalkerSystem, reference: Reference) -> tuple[Request, LoopRules, Tensor]:
     """The request without the given stream of a2v and v2a, how its row ends, and the prefix's raw motion (F, Dm)."""
     mode, c, seconds = MODES[job.mode], system.model.config, job.prefix_seconds
-    prompt = system.tokenizer.prompt(f"{job.reference_text} {job.text}".strip())
+    prompt = _prompt(job, system)
     motion = torch.zeros(0, c.motion_dim)
     if job.compat == "paper":
         request, motion = _paper_request(job, system, reference, prompt)
@@ -291,6 +219,10 @@ def _request(job: Job, system: TalkerSystem, reference: Reference) -> tuple[Requ
     if seconds and not frames:
         raise UserError(f"prefix_seconds={seconds}: the reference gives no whole patch of {c.patch_size / FPS} s")
     return request, rules, motion[:frames]
+
+
+def _prompt(job: Job, system: TalkerSystem) -> list[int]:
+    return system.tokenizer.prompt(f"{job.reference_text} {job.text}".strip())
 
 
 def _paper_request(job: Job, system: TalkerSystem, reference: Reference, prompt: list[int]) -> tuple[Request, Tensor]:

@@ -51,7 +51,10 @@ class Rotary(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions; with `keep`, only the outputs at these positions are computed."""
+    """Self-attention over all positions; with `keep`, only the outputs at these positions are computed.
+
+    Without a rotary table, it does not see the order of the sequence.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -59,17 +62,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, rotary: Rotary, keep: slice | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None, keep: slice | None = None) -> Tensor:
         """x (B, L, D) -> (B, Q, D)."""
         width = x.shape[-1]
         if keep is None or type(self.qkv) is not nn.Linear:  # low-rank updates are beside the layer's own weight
             q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
-            q = rotary(q) if keep is None else rotary(q[:, keep], keep)
+            q = q if keep is None else q[:, keep]
         else:
             q = F.linear(x[:, keep], self.qkv.weight[:width]).unflatten(-1, (self.heads, -1))
             k, v = F.linear(x, self.qkv.weight[width:]).unflatten(-1, (2, self.heads, -1)).unbind(2)
-            q = rotary(q, keep)
-        q, k, v = (part.transpose(1, 2) for part in (q, rotary(k), v))
+        if rotary is not None:
+            q, k = rotary(q) if keep is None else rotary(q, keep), rotary(k)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -97,7 +101,7 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(width)
         self.mlp = MLP(width)
 
-    def forward(self, x: Tensor, rotary: Rotary, keep: slice | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None, keep: slice | None = None) -> Tensor:
         """x (B, L, D) -> (B, Q, D), Q = L without `keep`."""
         x = self.attn(self.norm1(x), rotary, keep) + (x if keep is None else x[:, keep])
         return x + self.mlp(self.norm2(x))
@@ -118,6 +122,8 @@ class Transformer(nn.Module):
 
         In the last block the other positions are only keys and values.
         """
+        if not x.requires_grad:
+            x = x.float()  # the residual stream, also in half precision
         for block in self.blocks[:-1]:
             x = block(x, self.rope)
         return self.norm(self.blocks[-1](x, self.rope, keep))

@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from talker_t2av.flow_matching import FlowDraws
-from talker_t2av.model import A2V, FPS, T2AV, TTS, V2A, TalkerT2AV
+from talker_t2av.interleaved import fill_slots, interleaved_labels, place_of
+from talker_t2av.model import FPS, TalkerConfig, TalkerT2AV
+from talker_t2av.request import A2V, ORDERS, T2AV, TTS, V2A
 from talker_t2av.stop_predictor import stop_labels, stop_loss
+from talker_t2av.streams import PatchStream
 
 
 @dataclass(frozen=True)
@@ -91,24 +94,32 @@ def training_forward(
     span = batch.speech_span + (batch.speech_span[:, :1] >= 0)
     start, slots = span[:, 0], (span[:, 1] - span[:, 0]).clamp(min=0)
 
-    speech = _Stream.of(batch.speech, batch.speech_frames, c.patch_size)
-    motion = _Stream.of(batch.motion, batch.motion_frames, c.patch_size)
+    speech = PatchStream.of(batch.speech, batch.speech_frames, c.patch_size)
+    motion = PatchStream.of(batch.motion, batch.motion_frames, c.patch_size)
+    step = 1 + with_motion.long() if c.order in ORDERS else torch.ones_like(start)  # tokens of a patch
     filled = torch.where(with_motion, torch.maximum(speech.patches, motion.patches + c.delay), speech.patches)
-    filled = torch.minimum(filled, slots)
-    known = speech if shifted_speech is None else _Stream.of(shifted_speech, batch.speech_frames, c.patch_size)
-    embeds = _fill_slots(model, embeds, start, filled, known, motion, with_motion, task)
+    filled = torch.minimum(filled, slots // step)
+    known = speech if shifted_speech is None else PatchStream.of(shifted_speech, batch.speech_frames, c.patch_size)
+    if c.order in ORDERS:
+        embeds = fill_slots(model, embeds, start, filled, known, motion, with_motion)
+    else:
+        embeds = _fill_slots(model, embeds, start, filled, known, motion, with_motion, task)
     hidden = model.packed_backbone(embeds, mask) if c.packed else model.backbone(embeds, mask)
 
-    labels, pos_weight = stop_labels(start, span[:, 1] - start, embeds.shape[1], c.patch_size, FPS)
+    begin = {"speech": start, "motion": start + c.delay}
+    if c.order in ORDERS:
+        begin = {stream: start + with_motion * place_of(c.order, stream) for stream in begin}
+        labels = interleaved_labels(start, span[:, 1] - start, step, embeds.shape[1], c.patch_size, FPS)
+    else:
+        labels = stop_labels(start, span[:, 1] - start, embeds.shape[1], c.patch_size, FPS)
     first_motion = batch.motion[:, 0] if batch.motion.shape[1] else batch.motion.new_zeros(len(task), c.motion_dim)
     return TrainingForward(
         embeds,
         mask,
         hidden,
-        _examples(hidden, start, slots * (task != A2V), speech, known, batch.speaker, c.context, c.repeats),
-        _examples(hidden, start + c.delay, slots * (task != V2A), motion, motion, first_motion, c.context, c.repeats),
-        labels,
-        pos_weight,
+        _examples(hidden, begin["speech"], step, slots * (task != A2V), speech, known, batch.speaker, c),
+        _examples(hidden, begin["motion"], step, slots * (task != V2A), motion, motion, first_motion, c),
+        *labels,
     )
 
 
@@ -124,7 +135,7 @@ def training_losses(
     losses = {
         "speech": model.speech_cfm.loss(s.x1, s.mu, s.cond, s.global_cond, speech),
         "motion": model.config.motion_weight * model.motion_cfm.loss(m.x1, m.mu, m.cond, m.global_cond, motion),
-        "stop": stop_loss(model.head_stop(forward.hidden), forward.labels, forward.pos_weight),
+        "stop": stop_loss(model.head_stop(forward.hidden), forward.labels, forward.pos_weight, model.config.stop_share),
     }
     losses["loss"] = sum(losses.values())
     return losses
@@ -144,39 +155,13 @@ def time_warped(speech: Tensor, frames: Tensor, deviation: float, knot: int = 8)
     return speech.gather(1, place[..., None].expand_as(speech))
 
 
-@dataclass(frozen=True)
-class _Stream:
-    """One stream cut into patches: latents (B, M, P, C), zero from `frames` (B,) on; patches (B,) that hold a frame."""
-
-    latents: Tensor
-    frames: Tensor
-    patches: Tensor
-
-    @classmethod
-    def of(cls, latents: Tensor, frames: Tensor, size: int) -> _Stream:
-        length = latents.shape[1]
-        frames = frames.clamp(max=length)
-        real = torch.arange(length, device=latents.device) < frames[:, None]
-        latents = F.pad(latents * real[..., None], (0, 0, 0, -length % size))
-        return cls(latents.unflatten(1, (-1, size)), frames, (frames + size - 1) // size)
-
-    def gather(self, row: Tensor, patch: Tensor) -> tuple[Tensor, Tensor]:
-        """Patches (N, P, C) and which of their frames are real (N, P); a patch outside the stream has none."""
-        count, size = self.latents.shape[1:3]
-        if count == 0:
-            return self.latents.new_zeros(len(row), size, self.latents.shape[-1]), row.new_zeros(len(row), size).bool()
-        frame = patch[:, None] * size + torch.arange(size, device=patch.device)
-        real = (frame >= 0) & (frame < self.frames[row][:, None])
-        return self.latents[row, patch.clamp(0, count - 1)], real
-
-
 def _fill_slots(
     model: TalkerT2AV,
     embeds: Tensor,
     start: Tensor,
     filled: Tensor,
-    speech: _Stream,
-    motion: _Stream,
+    speech: PatchStream,
+    motion: PatchStream,
     with_motion: Tensor,
     task: Tensor,
 ) -> Tensor:
@@ -203,21 +188,21 @@ def _fill_slots(
 def _examples(
     hidden: Tensor,
     start: Tensor,
+    step: Tensor,
     slots: Tensor,
-    stream: _Stream,
-    known: _Stream,
+    stream: PatchStream,
+    known: PatchStream,
     global_cond: Tensor,
-    context: int,
-    repeats: int,
+    config: TalkerConfig,
 ) -> Examples:
-    """Patch j of a row is predicted from position start + j - 1 and the `known` frames before it.
+    """Patch j of a row is predicted from position start + step * j - 1 and the `known` frames before it.
 
     Rows with one patch or without slots give no example. Padded frames of the last patch are targets, too. Rows whose
     span was cut off give examples up to the last position. All this is as in the official program.
     """
-    count, tokens = stream.latents.shape[1], hidden.shape[1]
+    count, tokens, context, repeats = stream.latents.shape[1], hidden.shape[1], config.context, config.repeats
     place = torch.arange(count, device=hidden.device)
-    position = start[:, None] + place - 1
+    position = start[:, None] + step[:, None] * place - 1
     rows = (slots > 0) & (stream.patches > 1)
     chosen = rows[:, None] & (place < stream.patches[:, None]) & ((place == 0) | (position < tokens))
     row, patch = chosen.nonzero(as_tuple=True)

@@ -16,14 +16,17 @@ from transformers import AttentionInterface, AttentionMaskInterface, Qwen3Config
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from engine.bounds import bounded, check_bounds
+from engine.bounds import bounded, check_bounds, require_range
 from engine.errors import UserError
 from engine.nn.packing import Packing
+from engine.precision import convert_matrices
 from engine.release import Released, load_strict
 from talker_t2av import released
 from talker_t2av.diffusion_head import DiffusionHead, FlowHead
+from talker_t2av.flow_matching import DROP_COND, DROP_MU
 from talker_t2av.patch_encoder import PatchEncoder
-from talker_t2av.stop_predictor import StopPredictor
+from talker_t2av.request import ORDERS
+from talker_t2av.stop_predictor import POSITIVE_SHARE, StopPredictor
 
 LLM_FIELDS = {
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -31,8 +34,12 @@ LLM_FIELDS = {
     "tie_word_embeddings", "rope_theta", "attention_bias", "attention_dropout", "pad_token_id", "bos_token_id",
     "eos_token_id",
 }  # fmt: skip
+LLM_SIZES = {
+    "vocab_size": 2**20, "hidden_size": 2**14, "intermediate_size": 2**16, "num_hidden_layers": 256,
+    "num_attention_heads": 256, "num_key_value_heads": 256, "head_dim": 2**12, "max_position_embeddings": 2**20,
+}  # fmt: skip
+FLOAT32 = ("time_mlp", "delta_time_mlp", "head_stop")  # at any precision
 PACKED = "packed_sdpa"  # name of our attention function in transformers' registry
-TTS, T2AV, V2A, A2V = range(4)  # rows of the task embedding; released models have the first two
 FPS = 25  # latent frames a second, speech and motion
 RATE, RATE16 = 24_000, 16_000  # samples a second of the speech codec, and of Whisper and the speaker encoders
 HOP, HOP16 = RATE // FPS, RATE16 // FPS
@@ -46,7 +53,13 @@ class TalkerConfig:
     llm: fields of `transformers.Qwen3Config`; its hidden size is the width of every part.
     patch_size: frames of a token. delay: patches by which motion lags behind speech. context: number of previous
         patches that a diffusion head gets.
+    order: of the tokens of a patch: add (one token, the sum of both streams), av or va (one for each; see
+        `talker_t2av.interleaved`).
     repeats: how often each example is used in a training step. motion_weight: weight of the motion loss.
+    stop_share: weight of the stop loss's positives, as a share of the ratio of continue to stop labels: 0.3 in the
+        released program, 1 in the paper.
+    drop_mu, drop_cond: probabilities with which the diffusion heads train without the hidden state, without the
+        context patches.
     packed: in training, keep padding out of the language model; losses are the same.
     tasks: rows of the task embedding. 2, as released: V2A and A2V use T2AV's row, and a patch is drawn before the
         backbone has read the given stream's patch of the same time. 4: V2A and A2V have their own rows; slot j then
@@ -67,15 +80,25 @@ class TalkerConfig:
     max_positions: int = bounded(1, 2**20, default=1024)
     repeats: int = bounded(1, 256, default=2)
     motion_weight: float = bounded(0.0, 1e6, default=10.0)
+    stop_share: float = bounded(0.0, 100.0, default=POSITIVE_SHARE)
+    drop_mu: float = bounded(0.0, 1.0, default=DROP_MU)
+    drop_cond: float = bounded(0.0, 1.0, default=DROP_COND)
     packed: bool = False
     tasks: int = 2
+    order: str = "add"
 
     def __post_init__(self) -> None:
         check_bounds(self, "model.")
+        if self.order not in ("add", *ORDERS):
+            raise UserError(f"model.order={self.order} is unknown; choose add, {', '.join(ORDERS)}")
+        if self.order in ORDERS and (self.delay or self.tasks != 2):
+            raise UserError(f"model.order={self.order} needs model.delay=0 and model.tasks=2")
         # transformers would load code from its hub for other fields, such as attn_implementation.
         wrong = self.llm.keys() - LLM_FIELDS if isinstance(self.llm, dict) else {"llm"}
         if wrong:
             raise UserError(f"model.llm.{min(wrong)} is not one of {', '.join(sorted(LLM_FIELDS))}")
+        for name, most in LLM_SIZES.items():
+            require_range(f"model.llm.{name}", self.llm.get(name, 1), 1, most)
 
 
 def _attention(
@@ -122,8 +145,8 @@ class TalkerT2AV(Released):
         self.speech_patch_encoder = PatchEncoder(*encoder)
         self.motion_patch_encoder = PatchEncoder(*encoder)
         head = (width, c.head_layers, c.head_heads, c.max_positions)
-        self.speech_cfm = FlowHead(DiffusionHead(c.speech_dim, c.speaker_dim, *head))
-        self.motion_cfm = FlowHead(DiffusionHead(c.motion_dim, c.motion_dim, *head))
+        self.speech_cfm = FlowHead(DiffusionHead(c.speech_dim, c.speaker_dim, *head), c.drop_mu, c.drop_cond)
+        self.motion_cfm = FlowHead(DiffusionHead(c.motion_dim, c.motion_dim, *head), c.drop_mu, c.drop_cond)
         self.head_stop = StopPredictor(width)
         self.task_embedding = nn.Embedding(c.tasks, width)
         self.motion_pad_emb = nn.Parameter(torch.zeros(1, 1, width))  # replaces the motion part of a TTS token
@@ -154,6 +177,20 @@ class TalkerT2AV(Released):
             packing=packing,
         ).last_hidden_state
         return packing.unpack(hidden[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the backbone's weights and of the matrices of heads and encoders; see `engine.precision`."""
+        return self.llm.model.embed_tokens.weight.dtype
+
+    def to_precision(self, dtype: torch.dtype) -> TalkerT2AV:
+        """Convert the weights in place, for generation; the result is not to be saved.
+
+        The backbone is converted wholly, as is usual for it; of heads and encoders the matrices are.
+        """
+        for parameter in self.llm.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return convert_matrices(self, dtype, FLOAT32)
 
     def backbone(self, embeds: Tensor, mask: Tensor | None = None, **cache: Any) -> Tensor:
         """Hidden states (B, T, D) after the final norm. mask (B, S): 1 at real tokens; `cache` as Qwen3Model."""

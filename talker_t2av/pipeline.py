@@ -2,6 +2,7 @@
 
     pipeline = TalkerPipeline.from_pretrained()
     talk = pipeline.t2av("set red in hotel three again", reference_audio="voice.wav", reference_video="face.mp4")
+    talk.save("talk.mp4")
     for chunk in pipeline.stream(Job("tts", "hello", reference_audio="voice.wav")): play(chunk.wave)
 
 Axes: N samples at 24 kHz, F frames at 25 a second, S picture side, Dm motion channels, Ds speech channels.
@@ -9,12 +10,10 @@ Axes: N samples at 24 kHz, F frames at 25 a second, S picture side, Dm motion ch
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.errors import UserError
+from engine.files import output_file
+from engine.media.audio import write_wav
 from engine.media.pictures import to_bytes
-from talker_t2av.generation import PatchLoop, Result, Step
+from engine.media.video import CONTAINERS, write_video
+from engine.precision import compile_step, pick_dtype
+from engine.progress import stage
+from talker_t2av.generation import PatchLoop, Result, Step, step_limit
 from talker_t2av.jobs import Job, PreparedJob, prepare_job
 from talker_t2av.model import FPS, HOP, RATE
-from talker_t2av.request import Sampling
+from talker_t2av.request import Request, Sampling
 from talker_t2av.system import BUNDLED, TalkerSystem
 
 __all__ = ["Chunk", "Job", "Talk", "TalkerPipeline"]
+
+
+PAUSE = 5  # frames between two parts of a long text
+PARTS_AT_ONCE = 8  # rows of a batch
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,8 @@ class Talk:
     Attributes:
         wave: (N,) float32 in [-1, 1] at 24 kHz; in a2v the given sound.
         frames: (F, S, S, 3) uint8 at 25 frames a second; None where no face is drawn (tts, v2a).
-        speech: (F, Ds) new latents, motion: (F, Dm) new motion, not normalised; None where given or absent.
+        speech: (F, Ds) new latents, without the pauses between parts of a long text; motion: (F, Dm) new motion, not
+            normalised; None where given or absent.
         stopped: the stop head ended it; False: it ran to the limit, or a given stream set its length.
     """
 
@@ -48,6 +58,20 @@ class Talk:
     speech: Tensor | None
     motion: Tensor | None
     stopped: bool
+
+    def save(self, path: str | Path) -> None:
+        """Write the video with its sound (.mp4, .mov or .mkv), or the sound alone (.wav), whole or not at all.
+
+        Raises:
+            UserError: another suffix, a video without pictures (tts, v2a), or the file cannot be written.
+        """
+        path = output_file(path, [*CONTAINERS, ".wav"])
+        if path.suffix.lower() == ".wav":
+            write_wav(path, self.wave, RATE)
+        elif self.frames is None:
+            raise UserError(f"cannot write {path}: tts and v2a draw no pictures; save the sound as .wav")
+        else:
+            write_video(path, self.frames, FPS, self.wave, RATE)
 
 
 @dataclass(frozen=True)
@@ -64,18 +88,20 @@ class TalkerPipeline:
     Args:
         system: the networks.
         sampling: settings of the diffusion heads; by default those of the release. The attribute may be replaced.
-
-    Attributes:
-        seconds: wall time of each stage, summed over all jobs so far.
+        compiled: wraps the function of a step, such as `torch.compile`.
     """
 
     rate = RATE
     fps = FPS
 
-    def __init__(self, system: TalkerSystem, sampling: Sampling | None = None) -> None:
-        self.system = system
+    def __init__(
+        self,
+        system: TalkerSystem,
+        sampling: Sampling | None = None,
+        compiled: Callable[[Callable], Callable] | None = None,
+    ) -> None:
+        self.system, self.compiled = system, compiled
         self.sampling = sampling or system.sampling
-        self.seconds = dict.fromkeys(("files", "patches", "sound", "pictures"), 0.0)
 
     @classmethod
     def from_pretrained(
@@ -83,9 +109,20 @@ class TalkerPipeline:
         folder: str | Path = BUNDLED,
         device: torch.device | str = "cpu",
         codecs: Mapping[str, str | Path] | None = None,
+        precision: str = "auto",
+        compile: bool = False,
     ) -> TalkerPipeline:
-        """Load a release folder of ours, or a folder with the released files; see `TalkerSystem.load`."""
-        return cls(TalkerSystem.load(folder, codecs, device))
+        """Load a release folder of ours, or a folder with the released files; see `TalkerSystem.load`.
+
+        Args:
+            precision: of the model, not of its codecs: auto, fp32 or bf16; see `engine.precision`.
+            compile: compile the steps with `torch.compile`, which takes minutes when they first run.
+        """
+        dtype = pick_dtype(precision, device)
+        system = TalkerSystem.load(folder, codecs, device)
+        if dtype != torch.float32:
+            system.model.to_precision(dtype)
+        return cls(system, compiled=compile_step(device) if compile else None)
 
     def t2av(self, text: str, reference_audio: str | None, reference_video: str, **more: Any) -> Talk:
         """Say a text with a voice and a face; `more` are fields of `Job`. The voice may be the video's sound."""
@@ -112,8 +149,8 @@ class TalkerPipeline:
 
     def prepare(self, job: Job) -> PreparedJob:
         """Read and encode a job's files. Raises UserError, as `prepare_job` does."""
-        with self._clock("files"):
-            return prepare_job(job, self.system)
+        with stage("conditions", None, "frames", "reading and encoding the files"):
+            return prepare_job(job, self.system, self.sampling.text_bytes)
 
     def finish(
         self, prepared: Sequence[PreparedJob], on_step: Callable[[Step], None] = lambda step: None
@@ -123,13 +160,19 @@ class TalkerPipeline:
         talks: dict[int, Talk] = {}
         for _, group in groupby(order, key=lambda i: (prepared[i].job.mode, prepared[i].job.compat)):
             rows = list(group)
-            batch = [prepared[i] for i in rows]
-            with self._clock("patches"):
-                loop = self._loop(batch)
-                for step in loop:
-                    on_step(step)
-                results = loop.results()
-            talks |= {i: self._talk(p, result) for i, p, result in zip(rows, batch, results)}
+            first, requests = prepared[rows[0]], [request for i in rows for request in prepared[i].requests]
+            most = sum(step_limit(self.system.model, request, first.mode) for request in requests)
+            seconds, results = most * self.system.model.config.patch_size / FPS, []
+            size = max(len(rows), PARTS_AT_ONCE)
+            with stage("sampling", most, "patches", f"sampling at most {seconds:.1f} s") as count:
+                for start in range(0, len(requests), size):
+                    loop = self._loop(first, requests[start : start + size])
+                    for step in loop:
+                        count(step.running)
+                        on_step(step)
+                    results += loop.results()
+            ordered = iter(results)
+            talks |= {i: self.complete(prepared[i], *islice(ordered, len(prepared[i].requests))) for i in rows}
         return [talks[i] for i in range(len(prepared))]
 
     @torch.no_grad()
@@ -139,30 +182,38 @@ class TalkerPipeline:
         The concatenated chunks equal the result of `run`: samples to 1e-4, pictures to one level of 255. The sound of a
         frame comes as soon as the later frames that the decoder needs for it are there.
         """
-        prepared = prepare_job(job, self.system)
+        prepared = prepare_job(job, self.system, self.sampling.text_bytes)
         fresh: list[Tensor] = []  # motion (P, Dm) that is not rendered yet
         face = Face(self.system, prepared)
         limit = (prepared.frames or 0) * HOP or None
-        done = 0
-        for wave in self._waves(prepared, fresh, on_step):
-            wave = wave[: limit - done] if limit is not None else wave
-            done += len(wave)
-            frames = face.show(fresh)
-            fresh.clear()
-            if len(wave) or frames is not None:
-                yield Chunk(wave, frames)
+        done, last = 0, None
+        for number, request in enumerate(prepared.requests):
+            sound_begins = motion_begins = number > 0  # after a pause
+            for wave in self._waves(prepared, request, fresh, on_step):
+                wave = wave[: limit - done] if limit is not None else wave
+                if sound_begins and len(wave):
+                    wave, sound_begins = np.concatenate([np.zeros(PAUSE * HOP, np.float32), wave]), False
+                if motion_begins and fresh:
+                    fresh.insert(0, bridge(last, fresh[0][0]))
+                    motion_begins = False
+                done, last = done + len(wave), fresh[-1][-1] if fresh else last
+                frames = face.show(fresh)
+                fresh.clear()
+                if len(wave) or frames is not None:
+                    yield Chunk(wave, frames)
 
-    def _loop(self, batch: Sequence[PreparedJob], check_every: int | None = None) -> PatchLoop:
-        requests, first = [p.request for p in batch], batch[0]
+    def _loop(self, first: PreparedJob, requests: Sequence[Request], check_every: int | None = None) -> PatchLoop:
         model = self.system.model
-        return PatchLoop(model, requests, first.mode, self.sampling, first.rules, check_every=check_every)
+        return PatchLoop(
+            model, requests, first.mode, self.sampling, first.rules, check_every=check_every, compiled=self.compiled
+        )
 
     def _waves(
-        self, prepared: PreparedJob, fresh: list[Tensor], on_step: Callable[[Step], None]
+        self, prepared: PreparedJob, request: Request, fresh: list[Tensor], on_step: Callable[[Step], None]
     ) -> Iterator[np.ndarray]:
         """Sound (n,) as patches arrive; appends their motion to `fresh`."""
         size = self.system.model.config.patch_size
-        loop = self._loop([prepared], check_every=1)
+        loop = self._loop(prepared, [request], check_every=1)
         if prepared.wave is not None:
             position = 0
             for step in loop:
@@ -195,30 +246,43 @@ class TalkerPipeline:
         if fresh:
             yield np.zeros(0, np.float32)
 
-    @contextmanager
-    def _clock(self, stage: str) -> Iterator[None]:
-        begin = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[stage] += time.monotonic() - begin
-
     @torch.no_grad()
-    def _talk(self, prepared: PreparedJob, result: Result) -> Talk:
-        motion = None
-        if result.motion is not None:
-            motion = self.system.stats.restore(result.motion.cpu())
+    def complete(self, prepared: PreparedJob, *results: Result) -> Talk:
+        """Decode what was generated for the requests of a job.
+
+        Between the parts of a long text are pauses, in which the face moves on to where the next part begins.
+        """
+        assert len(results) == len(prepared.requests), (len(results), len(prepared.requests))
+        moved, motion = [], None
+        for result in results:
+            if result.motion is not None:
+                moved += [bridge(moved[-1][-1], result.motion[0])] if moved else []
+                moved.append(result.motion)
+        if moved:
+            motion = self.system.stats.restore(torch.cat(moved).cpu())
         wave = prepared.wave
         if wave is None:
-            before = prepared.prefix_speech.to(self.system.device)
-            with self._clock("sound"):
-                wave = _samples(self.system.speech.decode(torch.cat([before, result.speech])[None]))
-            wave = wave if prepared.job.keeps_prefix else wave[len(before) * HOP :]
-            wave = wave[: prepared.frames * HOP] if prepared.frames else wave
-        with self._clock("pictures"):
-            frames = Face(self.system, prepared).show([] if result.motion is None else [result.motion])
-        speech = None if result.speech is None else result.speech.cpu()
-        return Talk(np.asarray(wave), frames, speech, motion, result.stopped)
+            pause, waves = np.zeros(PAUSE * HOP, np.float32), []
+            for result in results:
+                waves += [pause, self._wave(prepared, result)] if waves else [self._wave(prepared, result)]
+            wave = np.concatenate(waves)
+        with stage("decoding"):
+            frames = Face(self.system, prepared).show(moved)
+        speech = None if results[0].speech is None else torch.cat([result.speech.cpu() for result in results])
+        return Talk(np.asarray(wave), frames, speech, motion, all(result.stopped for result in results))
+
+    def _wave(self, prepared: PreparedJob, result: Result) -> np.ndarray:
+        before = prepared.prefix_speech.to(self.system.device)
+        with stage("decoding"):
+            wave = _samples(self.system.speech.decode(torch.cat([before, result.speech])[None]))
+        wave = wave if prepared.job.keeps_prefix else wave[len(before) * HOP :]
+        return wave[: prepared.frames * HOP] if prepared.frames else wave
+
+
+def bridge(start: Tensor, end: Tensor) -> Tensor:
+    """Motion (`PAUSE`, Dm) in a line between two frames (Dm,), without them."""
+    share = torch.arange(1, PAUSE + 1, device=start.device)[:, None] / (PAUSE + 1)
+    return start + share * (end - start)
 
 
 class Face:

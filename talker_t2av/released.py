@@ -198,16 +198,25 @@ def from_projector(key: str) -> str:
     return re.sub(r"^patch_encoder\.", "speech_patch_encoder.", key)
 
 
-WARM_STARTS = {"tts": from_tts, "projector": from_projector}
+def from_qwen(key: str) -> str:
+    """Our name of a tensor of Qwen3 in the Hugging Face format, whose output layer is tied or of no use."""
+    return f"llm.{key}"
+
+
+WARM_STARTS = {"qwen": from_qwen, "tts": from_tts, "projector": from_projector}
 
 
 def warm_start(model: nn.Module, source: str | Path | dict[str, Tensor], kind: str) -> list[str]:
-    """Copy the tensors that fit from a checkpoint of `kind` ("tts" or "projector"); returns their names in `model`.
+    """Copy the tensors that fit from a checkpoint of `kind`; returns their names in `model`.
 
-    A joint checkpoint cannot be used as "tts": its motion head would be copied into the speech head.
+    Args:
+        kind: "qwen", a folder of Qwen3 in the Hugging Face format, which has to hold the whole language model; "tts",
+            the speech-only predecessor; or "projector". A joint checkpoint cannot be used as "tts": its motion head
+            would be copied into the speech head.
 
     Raises:
-        UserError: the kind is unknown, nothing fits, or a joint checkpoint is given as "tts".
+        UserError: the kind is unknown, nothing fits, a joint checkpoint is given as "tts", or a language model of other
+            sizes as "qwen".
     """
     if kind not in WARM_STARTS:
         raise UserError(f"warm start kind {kind!r} is unknown; choose {', '.join(WARM_STARTS)}")
@@ -216,9 +225,46 @@ def warm_start(model: nn.Module, source: str | Path | dict[str, Tensor], kind: s
     if kind == "tts" and any(key.startswith("speech_cfm.") for key in state):
         raise UserError(f"{label} is not a speech-only checkpoint: it has a speech head beside the motion head")
     own = model.state_dict()
+    if kind == "qwen":
+        _check_qwen(model, source, state)
     renamed = {WARM_STARTS[kind](key): value for key, value in state.items()}
     fits = {key: value for key, value in renamed.items() if key in own and own[key].shape == value.shape}
     if not fits:
         raise UserError(f"{label} shares no tensor with the model: it is not a {kind} checkpoint of these sizes")
     model.load_state_dict(fits, strict=False)
     return sorted(fits)
+
+
+def _check_qwen(model: nn.Module, source: str | Path | dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """
+    Raises:
+        UserError: the language model lacks a tensor, or it has other sizes or another base of rotary positions.
+    """
+    label = "the state dict" if isinstance(source, dict) else source
+    for key, value in model.llm.model.state_dict().items():
+        found = state.get(f"model.{key}")
+        if found is None:
+            raise UserError(f"{label} is no Qwen3 in the Hugging Face format: it has no tensor model.{key}")
+        if found.shape != value.shape:
+            raise UserError(
+                f"{label}: model.{key} is of {list(found.shape)}, task.model.llm asks for {list(value.shape)}: set "
+                "task.model.llm to the sizes in its config.json"
+            )
+    config = None if isinstance(source, dict) else Path(source) / "config.json"
+    if config is not None and config.is_file():
+        said, own = parse_json(config.read_bytes(), config), model.llm.config
+        base = said.get("rope_theta") or (said.get("rope_parameters") or {}).get("rope_theta")
+        ours = own.rope_parameters["rope_theta"]
+        if base is not None and base != ours:
+            raise UserError(
+                f"{config} has rope_theta={base}, task.model.llm has {ours:g}: set task.model.llm.rope_theta"
+            )
+
+
+def read_model(folder: Path) -> tuple[dict[str, Tensor], Path]:
+    """The tensors of the model among released files in a folder, by our names, and the folder of its tokenizer.
+
+    Raises:
+        UserError: one of them is missing or damaged.
+    """
+    return read_safetensors(find_released(folder, "model")), find_released(folder, "tokenizer").parent

@@ -7,12 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from engine.bounds import bounded, check_bounds
-from talker_t2av.model import A2V, T2AV, TTS, V2A
+
+if TYPE_CHECKING:
+    from torch import Tensor  # importing it takes seconds
+
+TTS, T2AV, V2A, A2V = range(4)  # rows of the task embedding; released models have the first two
+ORDERS = {"av": ("speech", "motion"), "va": ("motion", "speech")}  # streams that take turns; see `interleaved`
+
+
+def tokens_per_patch(order: str, moving: bool) -> int:
+    """Tokens of a patch: two where two streams take turns."""
+    return 2 if order in ORDERS and moving else 1
 
 
 @dataclass(frozen=True)
@@ -42,12 +50,14 @@ class Sampling:
     """Settings of both diffusion heads; the defaults are those of the released command line.
 
     steps: solver steps. temperature: factor of the noise. guidance: scale of classifier-free guidance; at 1 the
-        unconditional branch is not evaluated.
+        unconditional branch is not evaluated. text_bytes: of the longest text (UTF-8) that is spoken at once, which is
+        little less than 30 s of slow speech; longer texts are spoken in parts.
     """
 
     steps: int = bounded(1, 1000, default=10)
     temperature: float = bounded(0.0, 2.0, default=0.3)
     guidance: float = bounded(0.0, 20.0, default=2.0)
+    text_bytes: int = bounded(8, 190, default=190)
 
     def __post_init__(self) -> None:
         check_bounds(self, "sampling.")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 IGNORED = -100
 LONGEST_SPAN = 187  # patches; longer clips were cut at 30 s, so that their end is unknown
-POSITIVE_SHARE = 0.3  # weight of positives, as a share of the ratio of negatives to positives
+POSITIVE_SHARE = 0.3  # released weight of positives, as a share of the ratio of negatives to positives
 
 
 class StopPredictor(nn.Module):
@@ -55,14 +55,14 @@ def stop_labels(
     return labels, torch.where(count > 0, zeros, 1.0)
 
 
-def stop_loss(logits: Tensor, labels: Tensor, pos_weight: Tensor) -> Tensor:
+def stop_loss(logits: Tensor, labels: Tensor, pos_weight: Tensor, share: float = POSITIVE_SHARE) -> Tensor:
     """Binary cross entropy of logits (B, T), averaged over the labelled positions; 0 if there is none.
 
     Args:
-        pos_weight: of `stop_labels`; positives weigh 0.3 of it.
+        pos_weight: of `stop_labels`; positives weigh `share` of it.
     """
     counted = labels != IGNORED
     loss = F.binary_cross_entropy_with_logits(
-        logits.float(), labels.clamp(min=0).float(), reduction="none", pos_weight=POSITIVE_SHARE * pos_weight
+        logits.float(), labels.clamp(min=0).float(), reduction="none", pos_weight=share * pos_weight
     )
     return (loss * counted).sum() / counted.sum().clamp(min=1)

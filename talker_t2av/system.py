@@ -15,17 +15,18 @@ import torch
 from engine.codec import Codec, PortraitCodec, load_codec
 from engine.errors import UserError
 from engine.hub import release_folder
+from engine.progress import stage
 from engine.release import find_codec
 from lia_x.codec import LiaX
 from talker_t2av.model import FPS, RATE, TalkerT2AV
 from talker_t2av.motion import MotionStats
 from talker_t2av.released import find_released
 from talker_t2av.request import Sampling
+from talker_t2av.settings import ASSETS
 from talker_t2av.speaker.encoder import VoiceEncoder, WavLMEncoder
 from talker_t2av.text import TalkerTokenizer
 from whisperx_vae.codec import WhisperXVAE
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUNDLED = ASSETS / "talker_t2av_tiny"
 BUNDLED_CODECS = {"speech": "whisperx_vae_tiny", "motion": "lia_x_tiny", "speaker": "voice_tiny"}
 CODECS: dict[str, dict[str, type[Codec]]] = {  # the codecs of each stream that can be chosen, by kind
@@ -110,7 +111,8 @@ class TalkerSystem:
 
     def _load(self, part: str, load: Callable[[str | Path], Any]) -> Any:
         path = self._find(part)
-        with torch.inference_mode(False):  # whoever asks first: weights made in that mode are of no use outside of it
+        # Whoever asks first: weights made in inference mode are of no use outside of it.
+        with stage("loading"), torch.inference_mode(False):
             network = load(path).to(self.device)
         if self._digests.get(part, None) not in (None, network.digest()):
             raise UserError(f"{path} makes other features than those the model was trained on: use the model's own")
@@ -151,7 +153,9 @@ class TalkerSystem:
         try:
             stats = MotionStats(*(torch.tensor(config["motion"][name]) for name in ("mean", "std")))
             sampling = Sampling(**config.get("sampling", {}))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:  # torch's, of statistics that are no numbers
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"{folder / 'config.yaml'} lacks or misspells {error}: make the release again") from error
         words = TalkerTokenizer.from_pretrained(folder)
         return cls(model.to(device), words, stats, find, sampling, config.get("digests") or {})
@@ -183,14 +187,17 @@ def load_speaker(path: str | Path) -> VoiceEncoder | WavLMEncoder:
     return (VoiceEncoder if (path / "config.yaml").is_file() else WavLMEncoder).from_pretrained(path)
 
 
-def codec_digests(speech: str | Path, motion: str | Path, speaker: str | Path) -> dict[str, str]:
-    """By stream, the digest of the weights that encode it; the arguments are release folders or released files.
+def codec_digests(**codecs: str | Path) -> dict[str, str]:
+    """By stream (`speech`, `motion`, `speaker`), the digest of the weights that encode it.
+
+    Args:
+        codecs: by stream, its release folder or released file; only those that are named are loaded.
 
     Raises:
         UserError: a folder or file is missing, damaged, or of another model.
     """
-    networks = {"speech": load_speech(speech), "motion": load_motion(motion), "speaker": load_speaker(speaker)}
-    return {stream: network.digest() for stream, network in networks.items()}
+    load = {"speech": load_speech, "motion": load_motion, "speaker": load_speaker}
+    return {stream: load[stream](path).digest() for stream, path in codecs.items()}
 
 
 def _check_channels(what: str, wanted: int, found: int) -> None:

@@ -5,6 +5,7 @@ Axes: B batch, T frames, Ds / Dm speech / motion channels.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,25 +16,28 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.evaluation.validation import measure_waves, words_by
+from engine.hub import release_folder
 from engine.media.audio import write_wav
 from engine.media.pictures import identity_to_tensor, to_bytes
 from engine.media.video import write_video
-from engine.metrics.recogniser import Recogniser, word_error_rate
 from engine.release import load_strict
+from engine.seeding import generator_for
 from engine.shards.source import join
 from engine.training.task import Release, Task
 from talker_t2av import released
-from talker_t2av.data import TalkerExamples, digests_of
+from talker_t2av.data import TalkerExamples, collate, digests_of, holds_motion
 from talker_t2av.faces import find_square, read_square
 from talker_t2av.generation import Result, generate
 from talker_t2av.layers import Block
 from talker_t2av.losses import TalkerBatch, time_warped, training_forward, training_losses
-from talker_t2av.model import A2V, FPS, T2AV, TTS, V2A, TalkerConfig, TalkerT2AV
+from talker_t2av.model import FPS, TalkerConfig, TalkerT2AV
 from talker_t2av.motion import MotionStats
-from talker_t2av.request import MODES, Request, Sampling
+from talker_t2av.request import A2V, MODES, T2AV, TTS, V2A, Request, Sampling
 from talker_t2av.system import load_motion, load_speech
 from talker_t2av.text import TalkerTokenizer, byte_tokenizer
 
+VALIDATION_BATCH = 4
 WAVES, VIDEOS = 4, 2  # saved by a validation, of each split
 
 
@@ -46,21 +50,23 @@ class TalkerTask(Task):
 
     Args:
         model: fields of `TalkerConfig`.
-        codecs: release folders `speech`, `motion`, `speaker` that made the latents. The release names them;
-            validation decodes with the first.
+        codecs: release folders `speech`, `motion`, `speaker` that made the latents; `motion` may be None for speech
+            alone. The release names them; validation decodes with the first.
         stats: index.json of the training shards, or its URL, for the motion's statistics; None: those of the released
             model.
         tokenizer: folder with a tokenizer; None: the byte-level one.
-        init: release folder of a model of the same sizes to start from; it may have fewer tasks.
+        init: a model of the same sizes to start from, which may have fewer tasks: a release folder, or a folder with
+            the released files.
         dubbing: needs model.tasks=4. `v2a`, `a2v`: shares of the rows with motion that are trained for these tasks.
             `drift`: standard deviation in frames by which speech that V2A rows read is shifted in time (see
             `time_warped`); true speech alone would tell the timing, and the model would ignore the motion.
-        warm_start: `tts` or `projector`: a folder of safetensors each; see `released.warm_start`.
+        warm_start: `qwen` (a folder of Qwen3-0.6B), `tts` or `projector` (folders of safetensors), `qwen` first; see
+            `released.warm_start`.
         freeze_embeddings: do not train the word embeddings.
         sampling: `steps`, `temperature`, `guidance`: defaults that are saved with the release.
-        validation: `root` of prepared shards, `splits`, and `clips` of each to synthesise; `grammar`: JSGF file of the
-            recogniser, None if there is none; `corpus`: folder of the recordings, whose faces are then drawn, or None.
-            None turns it off.
+        validation: `root` of prepared shards, `splits`, and `clips` of each to synthesise; `metrics`: figures of
+            `engine.metrics.registry`; `grammar`: what hears the words, see `words_by`; `corpus`: folder of the
+            recordings, whose faces are then drawn, or None. None turns it off.
         recipe: a sentence for the card.
     """
 
@@ -102,18 +108,32 @@ class TalkerTask(Task):
             )
         self.sampling, self.validation, self.recipe = Sampling(**(sampling or {})), validation, recipe
         if init:
-            own = TalkerTokenizer.from_pretrained(init).tokenizer.get_vocab()
-            if own != self.words.tokenizer.get_vocab():
-                raise UserError(
-                    f"init={init} has another vocabulary than task.tokenizer={tokenizer}: use the tokenizer in {init}"
-                )
-            state = TalkerT2AV.from_pretrained(init).state_dict()
-            load_strict(self.model, released.with_tasks(state, self.model.config.tasks), f"init={init}")
-        for kind, folder in (warm_start or {}).items():
+            self._start_from(init)
+        for kind, folder in sorted((warm_start or {}).items(), key=lambda item: item[0] != "qwen"):
+            if folder is None:
+                continue
             found = released.warm_start(self.model, folder, kind)
             print(f"{len(found)} tensors from {folder}", flush=True)
         if freeze_embeddings:
             self.model.llm.model.embed_tokens.weight.requires_grad_(False)
+
+    def _start_from(self, init: str) -> None:
+        """Take over the weights of a release of ours, or of the released files in a folder."""
+        folder = release_folder(init)
+        if (folder / "config.yaml").is_file():
+            state, words = TalkerT2AV.from_pretrained(init).state_dict(), folder
+        else:
+            state, words = released.read_model(folder)
+        own = TalkerTokenizer.from_pretrained(words).tokenizer.get_vocab()
+        if own != self.words.tokenizer.get_vocab():
+            raise UserError(
+                f"init={init} has another vocabulary than task.tokenizer={self.tokenizer}: use the tokenizer in {words}"
+            )
+        if released.TASKS not in state:
+            raise UserError(f"init={init} is no Talker-T2AV: it has no tensor {released.TASKS}")
+        state = released.with_tasks(state, self.model.config.tasks)
+        state = released.complete({k: v.float() for k, v in state.items()}, self.model)
+        load_strict(self.model, state, f"init={init}")
 
     def parts(self) -> dict[str, nn.Module]:
         return {"model": self.model}
@@ -146,7 +166,8 @@ class TalkerTask(Task):
 
     @torch.no_grad()
     def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """Synthesise held-out sentences: word error rate, and how well the stop head finds the end."""
+        """Losses of held-out clips; their sentences synthesised: how well the stop head finds the end, and word error
+        rates if there is a recogniser."""
         if self.validation is None:
             return {}
         device = self.model.device
@@ -154,12 +175,15 @@ class TalkerTask(Task):
         results: dict[str, float] = {}
         c = self.model.config
         for split in self.validation["splits"]:
+            source = join(self.validation["root"], split)
             examples = TalkerExamples(
-                join(self.validation["root"], split),
+                source,
+                "t2av" if self.codecs.get("motion") and holds_motion(source) else "tts",
                 stats=self.stats_file,
                 tokenizer=self.tokenizer,
                 patch_size=c.patch_size,
                 delay=c.delay,
+                order=c.order,
             )
             count = min(self.validation["clips"], len(examples))
             chosen = torch.linspace(0, len(examples) - 1, count).round().long().tolist()
@@ -168,18 +192,31 @@ class TalkerTask(Task):
             waves = [codec.decode(r.speech[None])[0, 0].cpu().numpy() for r in spoken]
             for info, wave in list(zip(infos, waves))[: WAVES if step else 0]:
                 write_wav(folder / f"{info['key']}.wav", wave, codec.sample_rate)
-            if step and self.validation.get("corpus"):
+            if step and self.validation.get("corpus") and examples.task == "t2av":
                 self._draw(folder, infos, spoken, waves, codec.sample_rate)
             late = [abs(len(r.speech) - n) / FPS for r, n in zip(spoken, frames)]
             scores = {
                 "stopped": sum(r.stopped for r in spoken) / count,
                 "length_error": sum(late) / count,  # seconds; a sentence may well be said at another pace
             }
-            if self.validation["grammar"]:
-                texts = [info["text"] for info in infos]
-                scores |= _word_errors(self.validation["grammar"], texts, waves, codec.sample_rate)
+            scores |= self._held_out_losses(examples, chosen)
+            texts, words = [info["text"] for info in infos], words_by(self.validation["grammar"])
+            metrics = self.validation["metrics"]
+            scores |= measure_waves(metrics, texts, waves, None, codec.sample_rate, words, device=str(device))
             results |= {f"{name}_{split}": value for name, value in scores.items()}
         return results
+
+    def _held_out_losses(self, examples: TalkerExamples, chosen: list[int]) -> dict[str, float]:
+        """Losses of clips as in training."""
+        sums: Counter[str] = Counter()
+        for start in range(0, len(chosen), VALIDATION_BATCH):
+            clips = chosen[start : start + VALIDATION_BATCH]
+            items = [examples.__getitem__(i, generator_for(0, "held out", i)) for i in clips]
+            batch = collate(items, examples.words.pad_id, examples.format.patch_size)
+            losses = self({name: value.to(self.model.device) for name, value in batch.items()}, "model")
+            for name, value in losses.items():
+                sums[name if name == "loss" else f"loss_{name}"] += len(clips) * float(value) / len(chosen)
+        return dict(sums)
 
     def _draw(
         self, folder: Path, infos: list[dict[str, Any]], spoken: list[Result], waves: list[np.ndarray], rate: int
@@ -203,7 +240,7 @@ class TalkerTask(Task):
     def release_info(self) -> Release:
         extra = {
             "motion": {"mean": self.stats.mean.tolist(), "std": self.stats.std.tolist()},
-            "codecs": {stream: str(path) for stream, path in self.codecs.items()},
+            "codecs": {stream: str(path) for stream, path in self.codecs.items() if path},
             "digests": self.digests,
             "sampling": asdict(self.sampling),
         }
@@ -239,20 +276,10 @@ def speak(
                 speaker=item["speaker"],
                 speech=item["speech"][:0],
                 motion=item["motion"][:0],
-                first_motion=item["motion"][0],
+                first_motion=item["motion"][0] if examples.task == "t2av" else None,
                 max_patches=2 * -(-length // model.config.patch_size),
                 seed=i,
             )
         )
         frames.append(length)
-    return generate(model, requests, MODES["t2av"], sampling), frames
-
-
-def _word_errors(grammar: str, texts: list[str], waves: list[np.ndarray], rate: int) -> dict[str, float]:
-    """Word error rate; {} if the recogniser, an extra, is not installed."""
-    try:
-        recogniser = Recogniser(grammar)
-    except UserError as error:
-        print(f"no word error rate: {error}", flush=True)
-        return {}
-    return {"wer": word_error_rate(texts, [recogniser.transcribe(wave, rate) for wave in waves])}
+    return generate(model, requests, MODES[examples.task], sampling), frames

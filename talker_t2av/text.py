@@ -9,6 +9,7 @@ Axes: none; token ids are lists.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -27,6 +28,12 @@ FILES = ("tokenizer.json", "tokenizer_config.json")
 BYTE_TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|end|>"
 BYTES_ONLY = 262  # tokens of a byte-level tokenizer that learned no words
 MARK = "the words that are said"  # stands for them in a rendered chat
+# Places after the end of a sentence, a clause, a word.
+SENTENCE, CLAUSE, WORD = (
+    r"(?<=[.!?…]\s)|(?<=[。！？\n])",
+    r"(?<=[,;:]\s)|(?<=[，、；：])",
+    r"(?<=\s)",
+)
 RENDER_SECONDS = 20
 RENDER = """
 import json, resource, sys
@@ -136,6 +143,32 @@ def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
     except subprocess.TimeoutExpired:
         why = f"it takes more than {RENDER_SECONDS} s"
     raise UserError(f"the tokenizer's chat template cannot be used ({why}): it is not Qwen3's")
+
+
+def split_text(text: str, most: int) -> list[str]:
+    """Parts of at most `most` bytes: whole sentences, as many as fit; of a longer sentence clauses, then words.
+
+    Raises:
+        UserError: a word is longer.
+    """
+    if len(text.encode()) <= most:
+        return [text]
+    pieces = [text]
+    for end in (SENTENCE, CLAUSE, WORD):
+        pieces = [
+            part
+            for piece in pieces
+            for part in (re.split(end, piece) if len(piece.strip().encode()) > most else [piece])
+            if part.strip()
+        ]
+    parts = [""]
+    for piece in pieces:
+        if len(piece.strip().encode()) > most:
+            raise UserError(f"{piece.strip()[:30]!r}... has neither space nor stop in {most} bytes of text: part it")
+        if len((parts[-1] + piece).strip().encode()) > most:
+            parts.append("")
+        parts[-1] += piece
+    return [part.strip() for part in parts]
 
 
 def assemble(

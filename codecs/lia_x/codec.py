@@ -7,13 +7,14 @@ Pictures are RGB in [-1, 1], (3, S, S); videos (T, 3, S, S); motion codes (T, M)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from engine.bounds import bounded, check_bounds
 from engine.codec import PortraitCodec
 from engine.errors import UserError
 from engine.release import load_strict, weights_digest
@@ -36,18 +37,16 @@ class LiaXConfig:
         depth: residual blocks in each of a level's two branches.
     """
 
-    style_dim: int = 512
-    motion_dim: int = 40
-    scale: int = 2
-    size: int = 512
-    width: int = 64
-    max_width: int = 512
-    depth: int = 4
+    style_dim: int = bounded(1, 2**14, default=512)
+    motion_dim: int = bounded(1, 2**12, default=40)
+    scale: int = bounded(1, 64, default=2)
+    size: int = bounded(4, 2**13, default=512)
+    width: int = bounded(1, 2**12, default=64)
+    max_width: int = bounded(1, 2**14, default=512)
+    depth: int = bounded(1, 64, default=4)
 
     def __post_init__(self):
-        for name, value in asdict(self).items():
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"{name}={value!r}: give a positive whole number")
+        check_bounds(self)
         if self.motion_dim > self.style_dim * self.scale:
             raise UserError(
                 f"motion_dim={self.motion_dim} exceeds the style's {self.style_dim * self.scale} dimensions: "

@@ -1,4 +1,4 @@
-"""Frames of the same clip as training samples, from video files decoded once into a cache.
+"""Frames of the same clip as training samples: from video files decoded once into a cache, or from prepared shards.
 
 Axes: N clips, K frames that are kept of a clip, S side of the network's square.
 """
@@ -6,18 +6,27 @@ Axes: N clips, K frames that are kept of a clip, S side of the network's square.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from engine.errors import UserError
 from engine.files import atomic_output
-from engine.media.corpus import read_manifest
+from engine.left_out import LeftOut
+from engine.media.corpus import is_prepared, read_manifest
 from engine.progress import track
+from engine.shards.reader import Reading, ShardSplit
+from engine.shards.source import join
+from engine.training.batches import Blocks
+
+QUALITY = 95  # of stored JPEG pictures
+MAX_PICTURE, MAX_SIDE = 2**24, 4096  # bytes and pixels of a stored picture
 
 
 def sample_frames(path: str | Path, count: int, size: int, shift: float = 0.5) -> np.ndarray:
@@ -52,53 +61,89 @@ def sample_frames(path: str | Path, count: int, size: int, shift: float = 0.5) -
 class FramePairs(torch.utils.data.Dataset):
     """Two different frames of a clip, one pair a clip and epoch.
 
-    The first time, `frames` pictures of each clip of ROOT/SPLIT are decoded into one file in the folder `cache`
-    (S x S x 3 bytes each); later they are read from there, memory-mapped.
+    Of recordings, `frames` pictures of each clip of ROOT/SPLIT are decoded into one file in the folder `cache` the
+    first time (S x S x 3 bytes each); later they are read from there, memory-mapped. A clip that cannot be read is left
+    out, with a line. Prepared shards hold pictures (preparation stage `portraits`), which are scaled to S.
 
     Args:
-        root, split: the corpus folder and the split whose manifest names the clips (ID.mp4). Clips are square pictures
-            of one face; others are squeezed.
+        root, split: recordings, a folder and the split whose manifest names the clips (ID.mp4, square pictures of one
+            face; others are squeezed); or prepared shards, ROOT/SPLIT/index.json in a folder or at a URL.
         size: S.
-        frames: K, at least 2.
-        cache: folder for the decoded frames.
+        frames: K, at least 2; shards have their own.
+        cache: folder for the decoded frames; not used for shards.
         tracks: known movements, one number a frame, that the manifest has under `mouth` or `pose`, and the factor of
-            each.
+            each. Not for shards.
+        shards: fields of `engine.shards.reader.Reading`.
 
     Raises:
-        UserError: no manifest, a clip that cannot be read, fewer than two frames a clip, or a track that is missing.
+        UserError: no manifest or no shards with pictures, a damaged shard, no clip that can be read, fewer than two
+            frames a clip, or a track that is missing.
     """
+
+    blocks: Blocks | None = None
 
     def __init__(
         self,
         root: str | Path,
         size: int,
-        cache: str | Path,
+        cache: str | Path | None = None,
         split: str = "train",
         frames: int = 12,
         tracks: Mapping[str, float] | None = None,
+        shards: Mapping[str, Any] | None = None,
     ):
         if frames < 2:
             raise UserError(f"data.train.frames={frames}: a pair needs 2 or more frames of a clip")
+        self.size, self.stored, self.tracks = size, None, None
+        if is_prepared(root, split):
+            if tracks:
+                raise UserError("data.train.tracks: prepared shards have no known movements; set it to null")
+            self.stored = ShardSplit(join(root, split), Reading(**(shards or {})), least_frames=2)
+            self.stored.check_holds("portraits")
+            self.blocks = self.stored.blocks()
+            return
+        if cache is None:
+            raise UserError("data.train.cache: name a folder for the decoded frames of recordings")
         rows = read_manifest(root, split)
         ids = [row["id"] for row in rows]
         phases = np.random.default_rng(0).random(len(ids))  # one for all clips would miss what is periodic
         digest = hashlib.blake2b("\n".join(ids).encode(), digest_size=4).hexdigest()
         path = Path(cache) / f"frames-{split}-{size}px-{frames}-{digest}.npy"
+        kept_file = path.with_suffix(".kept.npy")  # numbers of the clips that could be read, if not all
         if not path.is_file():
-            _decode([Path(root) / split / f"{name}.mp4" for name in ids], path, size, phases, frames)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{path}.lock"):  # of all processes one decodes, the others wait and read
+                if not path.is_file():
+                    clips = [Path(root) / split / f"{name}.mp4" for name in ids]
+                    _decode(clips, path, kept_file, size, phases, frames)
         self.pictures = np.load(path, mmap_mode="r")  # (N, K, S, S, 3)
-        self.tracks = None  # (N, K, L)
-        if tracks:
-            self.tracks = torch.stack([_tracks(row, tracks, frames, phase) for row, phase in zip(rows, phases)])
+        self.kept = np.load(kept_file) if kept_file.is_file() else np.arange(len(ids))
+        if tracks:  # (N, K, L)
+            self.tracks = torch.stack([_tracks(rows[i], tracks, frames, phases[i]) for i in self.kept])
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.stored if self.stored is not None else self.kept)
+
+    def prefetch(self, spans: list[tuple[int, int]]) -> None:
+        """Clips [first, last) come next."""
+        self.stored.prefetch(spans)
 
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """{"frames": (2, S, S, 3) bytes}, with tracks also {"tracks": (2, L)}; a function of (index, generator)."""
+        if self.stored is not None:
+            return {"frames": torch.from_numpy(self._stored_pair(index, generator))}
         chosen = torch.randperm(self.pictures.shape[1], generator=generator)[:2].tolist()
         item = {"frames": torch.from_numpy(np.stack([self.pictures[index, k] for k in chosen]))}
         return item if self.tracks is None else item | {"tracks": self.tracks[index, chosen]}
+
+    def _stored_pair(self, index: int, generator: torch.Generator | None) -> np.ndarray:
+        """Two pictures (2, S, S, 3) of a prepared clip."""
+        tensors = self.stored.read(index, ("portraits", "portraits_at"))[1]
+        count = len(tensors.get("portraits_at", ())) - 1
+        if count < 2:
+            raise UserError(f"{self.stored.source}: a clip has fewer than 2 pictures: prepare it again")
+        chosen = torch.randperm(count, generator=generator)[:2].tolist()
+        return unpack_portraits(tensors["portraits"], tensors["portraits_at"], self.size, chosen)
 
     @staticmethod
     def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -121,11 +166,57 @@ def _tracks(row: dict, factors: Mapping[str, float], frames: int, phase: float) 
     return values[_positions(len(values), frames, phase)]
 
 
-def _decode(paths: list[Path], out: Path, size: int, phases: np.ndarray, frames: int) -> None:
-    """Write the frames of all clips as one array (N, K, S, S, 3)."""
+def _decode(paths: list[Path], out: Path, kept_file: Path, size: int, phases: np.ndarray, frames: int) -> None:
+    """Write the frames of all clips as one array (N, K, S, S, 3), and which can be read: their frames come first.
+
+    Raises:
+        UserError: none can be read.
+    """
+    kept, left_out = [], LeftOut(out.parent, len(paths))
     with atomic_output(out) as partial:
         shape = (len(paths), frames, size, size, 3)
         array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
         for i, path in track(enumerate(paths), len(paths), "clips"):
-            array[i] = sample_frames(path, frames, size, float(phases[i]))
+            try:
+                array[len(kept)] = sample_frames(path, frames, size, float(phases[i]))
+                kept.append(i)
+            except UserError as error:
+                left_out.add(path.stem, error)
+        if not kept:
+            raise UserError(f"{paths[0].parent}: none of its {len(paths)} clips can be read")
         array.flush()
+        kept_file.unlink(missing_ok=True)
+        if len(kept) < len(paths):
+            with atomic_output(kept_file) as partial_list:
+                np.save(partial_list, np.array(kept))
+
+
+def pack_portraits(frames: np.ndarray, size: int) -> tuple[Tensor, Tensor]:
+    """Pictures (K, H, W, 3) RGB as JPEG of S x S: their bytes (n,) uint8, and where each begins (K + 1,) int64."""
+    files = []
+    for frame in frames:
+        if frame.shape[:2] != (size, size):
+            frame = cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA)
+        coded = cv2.imencode(".jpg", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1]
+        files.append(coded.ravel())
+    starts = np.cumsum([0, *map(len, files)])
+    return torch.from_numpy(np.concatenate(files)), torch.from_numpy(starts)
+
+
+def unpack_portraits(packed: Tensor, starts: Tensor, size: int, chosen: Sequence[int] | None = None) -> np.ndarray:
+    """Pictures (k, S, S, 3) RGB that `pack_portraits` wrote: all of them, or those chosen.
+
+    Raises:
+        UserError: one is no picture.
+    """
+    frames = []
+    for k in range(len(starts) - 1) if chosen is None else chosen:
+        coded = packed[int(starts[k]) : int(starts[k + 1])].numpy()
+        frame = cv2.imdecode(coded, cv2.IMREAD_COLOR) if 0 < len(coded) < MAX_PICTURE else None
+        if frame is None or max(frame.shape[:2]) > MAX_SIDE:
+            raise UserError("a stored portrait is no picture: the shard is damaged; prepare it again")
+        frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+        if frame.shape[:2] != (size, size):
+            frame = cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA)
+        frames.append(frame)
+    return np.stack(frames)

@@ -15,11 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.media.corpus import read_manifest
+from engine.media.corpus import is_prepared, read_manifest
 from engine.media.pictures import identity_to_tensor, to_bytes, video_to_tensor
 from engine.media.video import read_video
 from engine.metrics.picture import psnr, ssim
+from engine.shards.reader import ShardSplit
+from engine.shards.source import join
 from lia_x.codec import LiaX
+from lia_x.data import unpack_portraits
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,16 @@ class RebuiltClip:
 
 def rebuild(codec: LiaX, path: str | Path) -> RebuiltClip:
     """A clip from its first frame and the motion codes of all its frames."""
-    frames, size = read_video(path), codec.config.size
+    return rebuild_frames(codec, Path(path).stem, read_video(path))
+
+
+def rebuild_frames(codec: LiaX, name: str, frames: np.ndarray) -> RebuiltClip:
+    """As `rebuild`, from frames (T, H, W, 3) of bytes."""
+    size = codec.config.size
     video = video_to_tensor(frames, size)
     motion = codec.encode(video)
     rebuilt = codec.decode(motion, identity_to_tensor(frames[0], size))
-    return RebuiltClip(Path(path).stem, to_bytes(video + 0.5 / 127.5), to_bytes(rebuilt), motion.cpu())
+    return RebuiltClip(name, to_bytes(video + 0.5 / 127.5), to_bytes(rebuilt), motion.cpu())
 
 
 def region(frames: np.ndarray, box: Mapping[str, float]) -> np.ndarray:
@@ -109,7 +117,16 @@ def _as_batch(frames: np.ndarray) -> Tensor:
 
 
 def rebuild_clips(codec: LiaX, root: str | Path, split: str, count: int) -> list[RebuiltClip]:
-    """The first `count` clips of ROOT/SPLIT, rebuilt."""
+    """The first `count` clips of ROOT/SPLIT, rebuilt; of prepared shards, the pictures that they hold of each clip."""
+    if is_prepared(root, split):
+        shards = ShardSplit(join(root, split), least_frames=2)
+        shards.check_holds("portraits")
+        clips = []
+        for index in range(min(count, len(shards))):
+            info, t = shards.read(index, ("portraits", "portraits_at"))
+            frames = unpack_portraits(t["portraits"], t["portraits_at"], codec.config.size)
+            clips.append(rebuild_frames(codec, info["key"], frames))
+        return clips
     rows = read_manifest(root, split)[:count]
     return [rebuild(codec, Path(root) / split / f"{row['id']}.mp4") for row in rows]
 

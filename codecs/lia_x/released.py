@@ -39,17 +39,32 @@ def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def sizes_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The fields of `LiaXConfig` that differ between published networks, by the shapes of an official `state`.
+    """The fields of `LiaXConfig` by the shapes of an official `state`.
+
+    Only the product of a width and `scale` shows in them; published networks are `WIDTH` wide before `scale`.
 
     Raises:
         UserError: a tensor that tells a size is missing.
     """
     try:
         style_dim, motion_dim = state["dec.direction.weight"].shape
-        scale = max(1, state["enc.enc_2r.block1.0.weight"].shape[0] // WIDTH)
+        first = state["enc.enc_2r.block1.0.weight"].shape[0]
+        _, widest, base, _ = state["dec.input.input"].shape
     except KeyError as error:
         raise UserError(f"not a LIA-X checkpoint: it has no tensor {error}") from error
-    return {"style_dim": style_dim // scale, "motion_dim": motion_dim, "scale": scale}
+    except (ValueError, IndexError) as error:
+        raise UserError(f"not a LIA-X checkpoint: a tensor has another rank ({error})") from error
+    scale = max(1, first // WIDTH)
+    blocks = [key for key in state if re.fullmatch(r"enc\.enc_2r\.block(_512|\d+\.0)\.conv1\.0\.weight", key)]
+    return {
+        "style_dim": style_dim // scale,
+        "motion_dim": motion_dim,
+        "scale": scale,
+        "size": base << len(blocks),
+        "width": first // scale,
+        "max_width": widest // scale,
+        "depth": sum(re.fullmatch(r"dec\.conv_512_2\.\d+\.gamma", key) is not None for key in state),
+    }
 
 
 def our_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

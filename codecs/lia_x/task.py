@@ -61,7 +61,7 @@ class LiaXTask(Task):
         pyramid: sizes of the L1 loss, each half the one before.
         regions: parts of the picture that count more in L1 and structural losses; see `region_weights`.
         growth: `levels` of the pyramid that are left out, and the step `until` which: the finest ones cost most, and
-            movement is learned at small sizes. None: all from the start. Steps count the batches of one process.
+            movement is learned at small sizes. None: all from the start.
         guide: `weight` of a loss that, until step `until`, teaches the first motion codes to be the batch's "tracks"
             (known movements of the corpus; the other codes are free). None: no such loss.
         motion_noise: deviation of the Gaussian noise on the motion codes that the decoder gets. It makes neighbouring
@@ -101,7 +101,6 @@ class LiaXTask(Task):
             self.codec.encoder.requires_grad_(False)
         self.weights, self.pyramid, self.motion_noise = dict(weights), pyramid, motion_noise
         self.growth, self.guide, self.validation = growth, guide, validation
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("region", region_weights(self.codec.config.size, regions), persistent=False)
         self.discriminator = self.perceptual = None
         if weights["adversarial"]:
@@ -117,6 +116,10 @@ class LiaXTask(Task):
 
     def blocks(self) -> list[nn.Module]:
         return [*self.codec.encoder.blocks, *self.codec.decoder.levels]
+
+    def has_idle_parameters(self) -> bool:
+        """Levels that wait (`growth`) have no gradients."""
+        return self.growth is not None or super().has_idle_parameters()
 
     def tokens(self, batch: dict[str, Tensor]) -> int:
         """Frames of a batch."""
@@ -134,13 +137,10 @@ class LiaXTask(Task):
         real, fake, motion = batch["_run"]
         if part == "discriminator":
             return self._discriminator_losses(real, fake.detach())
-        losses = self._generator_losses(real, fake, motion, batch.get("tracks"))
-        if self.training:
-            self.step += 1
-        return losses
+        return self._generator_losses(real, fake, motion, batch.get("tracks"))
 
     def _under_way(self, stage: Mapping[str, float] | None) -> bool:
-        return stage is not None and int(self.step) < stage["until"]
+        return stage is not None and self.step < stage["until"]
 
     def _rebuild(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Frames (2 B, 3, S, S), pairs side by side -> each from its partner, and the motion codes (2 B, M)."""

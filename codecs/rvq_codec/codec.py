@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.bounds import bounded, check_bounds
 from engine.codec import Codec
 from engine.errors import UserError
 from engine.nn.dac import DACDecoder, DACEncoder
@@ -34,30 +35,31 @@ class RVQCodecConfig:
         vocos_dim, vocos_intermediate, vocos_layers, n_fft, hop: of the Vocos decoder.
     """
 
-    sample_rate: int = 24_000
-    encoder_width: int = 96
-    ratios: tuple[int, ...] = (3, 4, 5, 8)
+    sample_rate: int = bounded(1, 2**20, default=24_000)
+    encoder_width: int = bounded(1, 2**14, default=96)
+    ratios: tuple[int, ...] = bounded(1, 2**10, default=(3, 4, 5, 8))
     encoder_tanh: bool = False
-    latent_channels: int = 256
-    levels: int = 12
-    codebook_size: int = 1024
-    codebook_dim: int = 8
+    latent_channels: int = bounded(1, 2**14, default=256)
+    levels: int = bounded(1, 256, default=12)
+    codebook_size: int = bounded(1, 2**16, default=1024)
+    codebook_dim: int = bounded(1, 2**12, default=8)
     normalize: bool = True
-    quantizer_dropout: float = 0.5
-    commitment: float = 0.25
-    codebook: float = 1.0
+    quantizer_dropout: float = bounded(0.0, 1.0, default=0.5)
+    commitment: float = bounded(0.0, 1e6, default=0.25)
+    codebook: float = bounded(0.0, 1e6, default=1.0)
     decoder: str = "vocos"
-    vocos_dim: int = 512
-    vocos_intermediate: int = 4096
-    vocos_layers: int = 30
-    n_fft: int = 1920
-    hop: int = 480
-    conv_width: int = 1536
-    conv_ratios: tuple[int, ...] = (8, 5, 4, 3)
+    vocos_dim: int = bounded(1, 2**14, default=512)
+    vocos_intermediate: int = bounded(1, 2**16, default=4096)
+    vocos_layers: int = bounded(1, 256, default=30)
+    n_fft: int = bounded(2, 2**16, default=1920)
+    hop: int = bounded(1, 2**16, default=480)
+    conv_width: int = bounded(1, 2**16, default=1536)
+    conv_ratios: tuple[int, ...] = bounded(1, 2**10, default=(8, 5, 4, 3))
 
     def __post_init__(self):
         object.__setattr__(self, "ratios", tuple(self.ratios))
         object.__setattr__(self, "conv_ratios", tuple(self.conv_ratios))
+        check_bounds(self)
         if self.decoder not in ("vocos", "conv"):
             raise UserError(f"decoder={self.decoder!r}: choose vocos or conv")
 
@@ -114,6 +116,8 @@ class RVQCodec(Codec):
         self.decoder = build_decoder(config)
         self.hop, self.sample_rate = config.decoder_hop, config.sample_rate
         self.levels, self.codes = config.levels, config.codebook_size
+        if config.decoder == "vocos":
+            self.reach = self.decoder.reach, self.decoder.reach
 
     def frames(self, samples: int) -> int:
         """Frames of a wave of `samples` samples: floor((N + 13) / 480) for the released ratios."""
@@ -163,6 +167,7 @@ class RVQCodec(Codec):
         folder = find_official(path)
         if folder is None:
             return None
-        codec = cls(RVQCodecConfig())
-        load_strict(codec, read_official(folder, codec.config.decoder), folder)
+        sizes, state = read_official(folder)
+        codec = cls(RVQCodecConfig(**sizes))
+        load_strict(codec, state, folder)
         return codec.eval()

@@ -5,7 +5,9 @@ Axes: B batch, N samples, Q levels, L frames.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +23,8 @@ class CodedCrops(SpeechCrops):
     Args:
         codec: release folder; None for crops without codes.
         samples: length of a crop, a multiple of the codec's hop.
-        root, split, sample_rate, gain_db, speed: as in `SpeechCrops`; with a codec, gains stay as they are, and a clip
-            keeps the speed that its number draws.
+        root, split, sample_rate, gain_db, speed, shards: as in `SpeechCrops`; with a codec, gains stay as they are,
+            and a clip keeps the speed that its number draws.
 
     Raises:
         UserError: as in `SpeechCrops`, or `samples` is no multiple of the hop.
@@ -37,8 +39,9 @@ class CodedCrops(SpeechCrops):
         gain_db: float = 6.0,
         codec: str | None = None,
         speed: float = 0.0,
+        shards: Mapping[str, Any] | None = None,
     ):
-        super().__init__(root, split, sample_rate, samples, gain_db, speed)
+        super().__init__(root, split, sample_rate, samples, gain_db, speed, shards)
         self.codec = RVQCodec.from_pretrained(codec) if codec else None
         self._coded: dict[int, tuple[Tensor, Tensor]] = {}
         if self.codec and samples % self.codec.hop:
@@ -57,9 +60,7 @@ class CodedCrops(SpeechCrops):
         """Wave (N,) and codes (Q, L) of a whole clip, in small types: a corpus of hours stays in memory."""
         if index not in self._coded:
             faster = self.draw_speed(torch.Generator().manual_seed(index))
-            with self.open(index) as file:
-                wave = at_speed(torch.from_numpy(file.read(dtype="float32")), faster)
-            wave = pad(wave, self.samples).half()
+            wave = pad(at_speed(self.read(index), faster), self.samples).half()
             codes = self.codec.encode(wave.float()[None, None])[0]
             self._coded[index] = wave, codes[:, : len(wave) // self.codec.hop].short()
         return self._coded[index]

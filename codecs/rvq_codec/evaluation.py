@@ -11,10 +11,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from engine.bounds import require_range
+from engine.evaluation.clips import Clip
+from engine.evaluation.generate import write_facts
+from engine.evaluation.resynthesis import fit_length, score, write_resynthesis
 from engine.media.corpus import SpeechClip
-from engine.metrics.resynthesis import fit_length, score
 from rvq_codec.codebooks import count_codes, perplexity
 from rvq_codec.codec import RVQCodec
+
+BUNDLED = Path(__file__).resolve().parents[2] / "assets" / "rvq_tiny"
 
 
 @torch.no_grad()
@@ -28,6 +33,33 @@ def resynthesise(
     for n in levels:
         waves[n] = fit_length(codec.decode(codes, n)[0, 0].float().cpu().numpy(), len(clip.wave))
     return codes.cpu(), waves
+
+
+@torch.no_grad()
+def write_outputs(
+    clips: Sequence[Clip],
+    folder: Path,
+    device: str,
+    weights: str | None = None,
+    levels: int | None = None,
+    **other: object,
+) -> None:
+    """FOLDER/ID.wav of every clip, decoded from the first `levels` levels; null: all. other: settings of models.
+
+    Raises:
+        UserError: the weights cannot be loaded, or the codec has fewer levels.
+    """
+    codec = RVQCodec.from_pretrained(weights or BUNDLED).to(device)
+    levels = codec.levels if levels is None else levels
+    require_range("generate.levels", levels, 1, codec.levels)
+    bits = levels * np.log2(codec.codes) * codec.frame_rate
+    write_facts(folder, "rvq_codec", weights, levels=levels, bits_per_second=float(bits))
+
+    def decode(wave: np.ndarray) -> np.ndarray:
+        codes = codec.encode(torch.from_numpy(wave.copy())[None, None].to(device))
+        return codec.decode(codes, levels)[0, 0].float().cpu().numpy()
+
+    write_resynthesis(clips, folder, codec.sample_rate, decode)
 
 
 def evaluate(

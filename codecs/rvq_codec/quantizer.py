@@ -106,8 +106,13 @@ class ResidualQuantizer(nn.Module):
 
         In training mode all levels run and `levels` is ignored; quantiser dropout masks, for the first
         int(B * dropout) items, the levels from a random one on: they add neither to the sum nor to the losses, but
-        their residual is still updated.
+        their residual is still updated. It runs in float32 under autocast, too: in half precision, the nearest code of
+        many a frame is another one.
         """
+        with torch.autocast(z.device.type, enabled=False):
+            return self._quantize(z.float(), levels)
+
+    def _quantize(self, z: Tensor, levels: int | None) -> Quantized:
         count = len(self.quantizers) if self.training or levels is None else levels
         if not 1 <= count <= len(self.quantizers):
             raise UserError(f"levels={levels}: this quantiser has levels 1..{len(self.quantizers)}")

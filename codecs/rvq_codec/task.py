@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.metrics.resynthesis import validate_codec
+from engine.evaluation.resynthesis import validate_codec
 from engine.nn.audio_losses import (
     CompressedSpectrumLoss,
     DisturbanceLoss,
@@ -60,8 +60,7 @@ class RVQCodecTask(Task):
 
     Stages are steps of one run. With `features`, until their `until` the encoder regresses speech features while the
     decoder learns from the features themselves. Then a plain autoencoder until `quantizer_start`, where the code books
-    are initialised by k-means and join in; from `gan_start` on the discriminators do. Steps count the batches of one
-    process, so that with accumulation a step of the trainer is several.
+    are initialised by k-means and join in; from `gan_start` on the discriminators do.
 
     Args:
         codec: fields of `RVQCodecConfig`.
@@ -130,7 +129,6 @@ class RVQCodecTask(Task):
         self.quantizer_start, self.gan_start = quantizer_start, gan_start
         self.restart_every, self.warm_started = restart_every, bool(init)
         self.validation = validation
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("pooled", torch.zeros(pool, config.latent_channels))
         self.register_buffer("counts", torch.zeros(config.levels, config.codebook_size, dtype=torch.int64))
 
@@ -155,20 +153,21 @@ class RVQCodecTask(Task):
         """
         if part == "discriminator":
             return self._discriminator_losses(batch)
-        losses = self._generator_losses(batch)
-        if self.training:
-            self.step += 1
-        return losses
+        return self._generator_losses(batch)
+
+    def begin_step(self, step: int) -> None:
+        """Tend the code books."""
+        super().begin_step(step)
+        if not self.decoder_only:
+            self.update_codebooks(step)
 
     def _adversarial(self) -> bool:
-        return self.gan_start is not None and int(self.step) >= self.gan_start
+        return self.gan_start is not None and self.step >= self.gan_start
 
     def _run(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Forward pass of the codec, stored in the batch for the next part."""
         if "_run" not in batch:
-            step, wave = int(self.step), batch["wave"]
-            if self.training and not self.decoder_only:
-                self.update_codebooks(step)
+            step, wave = self.step, batch["wave"]
             regression = None
             if step < self.features_until:
                 fake, z, quantized, regression = self._from_features(wave)
@@ -179,10 +178,8 @@ class RVQCodecTask(Task):
                 if self.keep:
                     regression = self.keep * self._distance(z, self._target(wave), self.features.mel_bands)
             length = min(fake.shape[-1], wave.shape[-1])
-            if self.training and not self.decoder_only:
-                self.store_latents(z.detach(), quantized)
             batch["_run"] = {"fake": fake[..., :length], "real": wave[..., :length], "quantized": quantized}
-            batch["_run"]["regression"] = regression
+            batch["_run"] |= {"regression": regression, "latent": z}
         return batch["_run"]
 
     def _from_features(self, wave: Tensor) -> tuple[Tensor, Tensor, None, Tensor]:
@@ -206,6 +203,8 @@ class RVQCodecTask(Task):
 
     def _discriminator_losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         run = self._run(batch)
+        if self.training and not self.decoder_only:
+            self.store_latents(run["latent"].detach(), run["quantized"])
         return self.discriminator.own_losses(run["real"], run["fake"], self._adversarial())
 
     def _generator_losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -275,7 +274,7 @@ class RVQCodecTask(Task):
             measure=lambda clips, grammar: evaluate(codec, clips, levels, grammar),
             decode=lambda clip: resynthesise(codec, clip, [codec.levels])[1][codec.levels],
             distance=self.mel_loss,
-            device=self.step.device,
+            device=next(self.codec.parameters()).device,
         )
 
     def release_info(self) -> Release:

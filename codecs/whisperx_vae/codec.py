@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, sinusoids
 
+from engine.bounds import bounded, check_bounds
 from engine.codec import Codec
 from engine.errors import UserError
 from engine.media.audio import resample
@@ -43,21 +44,22 @@ class WhisperXVAEConfig:
         whisper_heads, whisper_layers: of the Whisper encoder.
     """
 
-    sample_rate: int = 24_000
-    encoder_width: int = 64
-    encoder_ratios: tuple[int, ...] = (2, 4, 10, 12)
-    hidden: int = 1280
-    latent_dim: int = 32
-    decoder_width: int = 1536
-    decoder_ratios: tuple[int, ...] = (12, 10, 4, 2)
-    mel_bands: int = 128
-    whisper_context: int = 1500
-    whisper_heads: int = 20
-    whisper_layers: int = 32
+    sample_rate: int = bounded(1, 2**20, default=24_000)
+    encoder_width: int = bounded(1, 2**14, default=64)
+    encoder_ratios: tuple[int, ...] = bounded(1, 2**10, default=(2, 4, 10, 12))
+    hidden: int = bounded(1, 2**14, default=1280)
+    latent_dim: int = bounded(1, 2**14, default=32)
+    decoder_width: int = bounded(1, 2**16, default=1536)
+    decoder_ratios: tuple[int, ...] = bounded(1, 2**10, default=(12, 10, 4, 2))
+    mel_bands: int = bounded(1, 2**10, default=128)
+    whisper_context: int = bounded(1, 2**16, default=1500)
+    whisper_heads: int = bounded(1, 256, default=20)
+    whisper_layers: int = bounded(1, 256, default=32)
 
     def __post_init__(self):
         object.__setattr__(self, "encoder_ratios", tuple(self.encoder_ratios))
         object.__setattr__(self, "decoder_ratios", tuple(self.decoder_ratios))
+        check_bounds(self)
         if math.prod(self.encoder_ratios) != math.prod(self.decoder_ratios):
             raise UserError(
                 f"encoder_ratios={list(self.encoder_ratios)} and decoder_ratios={list(self.decoder_ratios)} have "

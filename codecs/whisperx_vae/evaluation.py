@@ -12,9 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.codec import load_codec
+from engine.evaluation.clips import Clip
+from engine.evaluation.generate import write_facts
+from engine.evaluation.resynthesis import fit_length, score, write_resynthesis
 from engine.media.corpus import SpeechClip
-from engine.metrics.resynthesis import fit_length, score
 from whisperx_vae.codec import WhisperXVAE
+
+BUNDLED = Path(__file__).resolve().parents[2] / "assets" / "whisperx_vae_tiny"
 
 
 @torch.no_grad()
@@ -25,6 +30,26 @@ def resynthesise(codec: WhisperXVAE, clip: SpeechClip) -> tuple[Tensor, np.ndarr
     return latents[0].cpu(), fit_length(wave, len(clip.wave))
 
 
+@torch.no_grad()
+def write_outputs(
+    clips: Sequence[Clip], folder: Path, device: str, weights: str | None = None, **other: object
+) -> None:
+    """FOLDER/ID.wav of every clip, decoded from its latents. other: settings of models.
+
+    Raises:
+        UserError: the weights cannot be loaded.
+    """
+    codec = load_codec(weights or BUNDLED, {WhisperXVAE.kind: WhisperXVAE}).to(device)
+    write_facts(folder, "whisperx_vae", weights)  # latents have no bits
+
+    def decode(wave: np.ndarray) -> np.ndarray:
+        return (
+            codec.decode(codec.encode(torch.from_numpy(wave.copy())[None, None].to(device)))[0, 0].float().cpu().numpy()
+        )
+
+    write_resynthesis(clips, folder, codec.sample_rate, decode)
+
+
 def evaluate(codec: WhisperXVAE, clips: Sequence[SpeechClip], grammar: str | Path | None = None) -> dict[str, float]:
     """Metrics over whole clips.
 
@@ -33,7 +58,7 @@ def evaluate(codec: WhisperXVAE, clips: Sequence[SpeechClip], grammar: str | Pat
 
     Returns:
         `wer_clean`, `wer_decoded`, `pesq_decoded`, `stoi_decoded` (those whose package is installed; see
-        `engine.metrics.resynthesis`), `latent_mean` (largest absolute mean of a channel), `latent_std` (mean over
+        `engine.evaluation.resynthesis`), `latent_mean` (largest absolute mean of a channel), `latent_std` (mean over
         channels) and `latent_speed` (root mean square of a channel's change from frame to frame over its deviation).
     """
     pairs = [resynthesise(codec, clip) for clip in clips]

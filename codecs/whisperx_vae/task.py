@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.evaluation.resynthesis import validate_codec
 from engine.media.audio import resample
 from engine.media.corpus import load_clips
-from engine.metrics.resynthesis import validate_codec
 from engine.nn.audio_losses import MultiScaleMelLoss
 from engine.nn.dac import DownBlock, UpBlock
 from engine.nn.discriminators import WaveDiscriminators
@@ -48,7 +48,7 @@ class WhisperXVAETask(Task):
 
     With `targets`, the latent's means regress speech features (`whisperx_vae.latent_targets`) all the time, and until
     their `until` the decoder learns from the features themselves; then from samples of the posterior. From `gan_start`
-    on the discriminators join in. Steps count the batches of one process.
+    on the discriminators join in.
 
     The semantic branch: with `whisper`, the encoder of a trained Whisper, frozen, as in the paper. Without it, as in
     the tiny model, it is trained jointly from random weights. Its input is the log-mel spectrogram, which holds the
@@ -108,7 +108,6 @@ class WhisperXVAETask(Task):
             self.targets = LatentTargets(config.latent_dim, config.sample_rate, self.codec.hop)
             self.targets.fit([torch.from_numpy(clip.wave) for clip in clips])
             self.targets_until, self.noise = 0 if init else targets["until"], targets["noise"]
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def parts(self) -> dict[str, nn.Module]:
         generator = nn.ModuleDict({"codec": self.codec, "semantic_head": self.semantic_head})
@@ -136,13 +135,10 @@ class WhisperXVAETask(Task):
         if part == "discriminator":
             run = batch["_run"]
             return self.discriminator.own_losses(run["real"], run["fake"], self._adversarial())
-        losses = self._generator_losses(batch["_run"])
-        if self.training:
-            self.step += 1
-        return losses
+        return self._generator_losses(batch["_run"])
 
     def _adversarial(self) -> bool:
-        return self.gan_start is not None and int(self.step) >= self.gan_start
+        return self.gan_start is not None and self.step >= self.gan_start
 
     def _run(self, wave: Tensor) -> dict[str, Any]:
         """Forward pass of the codec: what the losses need."""
@@ -156,7 +152,7 @@ class WhisperXVAETask(Task):
             mean, scale = (x.float() for x in codec.project(wave, states))
         std = F.softplus(scale) + 1e-4
         targets = self.targets(wave) if self.targets else None
-        from_targets = int(self.step) < self.targets_until
+        from_targets = self.step < self.targets_until
         if from_targets:  # the decoder will see latents that are coarser than the features
             width = self.noise * torch.rand(len(wave), 1, 1, device=wave.device)
             latent = targets + width * torch.randn_like(targets)
@@ -196,7 +192,7 @@ class WhisperXVAETask(Task):
             measure=lambda clips, grammar: evaluate(codec, clips, grammar),
             decode=lambda clip: resynthesise(codec, clip)[1],
             distance=self.mel_loss,
-            device=self.step.device,
+            device=next(self.codec.parameters()).device,
         )
 
     def release_info(self) -> Release:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.bounds import bounded, check_bounds
 from engine.errors import UserError
 from engine.release import load_strict
 from engine.safe_pickle import plain, read_checkpoint
@@ -29,13 +30,16 @@ MEAN, DEVIATION = 0.421, 0.165  # of grey values in [0, 1]
 class AVHubertConfig:
     """Sizes; the defaults are AV-HuBERT Large."""
 
-    width: int = 1024
-    layers: int = 24
-    heads: int = 16
-    hidden: int = 4096
-    conv_kernel: int = 128
-    conv_groups: int = 16
+    width: int = bounded(1, 2**14, default=1024)
+    layers: int = bounded(0, 256, default=24)
+    heads: int = bounded(1, 256, default=16)
+    hidden: int = bounded(1, 2**16, default=4096)
+    conv_kernel: int = bounded(1, 2**10, default=128)
+    conv_groups: int = bounded(1, 2**10, default=16)
     norm_first: bool = True  # false: layer norms after the residual sums
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "encoders.lip.")
 
 
 def prepare_mouth(mouth: Tensor) -> Tensor:

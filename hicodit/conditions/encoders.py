@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.bounds import bounded, check_bounds
 from engine.errors import UserError
 from engine.faces.track import FaceTrack
 from engine.nn.packing import Packing
@@ -74,17 +75,18 @@ class TinyEncoderConfig:
     picture_every: ClassVar[int] = 1  # video frames to a face picture
 
     kind: str = "tiny"
-    mouth_size: int = 48
-    face_size: int = 64
-    lip_dim: int = 192
-    lip_blocks: int = 1
-    lip_heads: int = 6
-    face_dim: int = 128
-    face_width: int = 24
-    phonemes: int = 0
+    mouth_size: int = bounded(8, 2**10, default=48)
+    face_size: int = bounded(8, 2**10, default=64)
+    lip_dim: int = bounded(1, 2**14, default=192)
+    lip_blocks: int = bounded(1, 256, default=1)
+    lip_heads: int = bounded(1, 256, default=6)
+    face_dim: int = bounded(1, 2**14, default=128)
+    face_width: int = bounded(1, 2**12, default=24)
+    phonemes: int = bounded(0, 2**10, default=0)
 
     def __post_init__(self) -> None:
-        if self.lip_heads < 1 or self.lip_dim % self.lip_heads:
+        check_bounds(self, "encoders.")
+        if self.lip_dim % self.lip_heads:
             raise UserError(f"encoders.lip_heads={self.lip_heads} does not divide lip_dim={self.lip_dim}")
 
     def cut_mouth(self, frames: np.ndarray, track: FaceTrack, start: int = 0) -> np.ndarray:

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.bounds import bounded, check_bounds
 from engine.errors import UserError
 from engine.faces.detectors import five_points
 from engine.faces.track import FaceTrack
+from engine.release import weights_digest
 from hicodit.conditions.align import MOUTH_SIDE, WINDOW, avhubert_mouth, face_picture, mouth_poses
 from hicodit.conditions.arcface import IRESNET100, ArcFace
 from hicodit.conditions.avhubert import AVHubert, AVHubertConfig
@@ -46,16 +48,16 @@ class ReleasedEncoderConfig:
     lip_file: str = "large_vox_iter5.pt"
     identity_file: str = "arcface_r100.pth"
     expression_file: str = "affectnet-7-model_best.pth"
-    picture_every: int = 5
+    picture_every: int = bounded(1, 2**10, default=5)
     lip: dict[str, Any] = field(default_factory=dict)
-    identity_blocks: tuple[int, ...] = IRESNET100
-    face_dim: int = 512
-    face_size: int = 224  # ArcFace's pose at twice its size, for POSTER V2
-    mouth_size: int = MOUTH_SIDE
+    identity_blocks: tuple[int, ...] = bounded(1, 256, default=IRESNET100)
+    face_dim: int = bounded(1, 2**14, default=512)
+    face_size: int = bounded(8, 2**12, default=224)  # ArcFace's pose at twice its size, for POSTER V2
+    mouth_size: int = bounded(8, 2**12, default=MOUTH_SIDE)
 
     def __post_init__(self) -> None:
-        if self.picture_every < 1:
-            raise UserError(f"encoders.picture_every={self.picture_every}: give 1 or more video frames")
+        object.__setattr__(self, "identity_blocks", tuple(self.identity_blocks))
+        check_bounds(self, "encoders.")
 
     @property
     def lip_dim(self) -> int:
@@ -81,6 +83,7 @@ class ReleasedEncoders:
 
     def __init__(self, config: ReleasedEncoderConfig) -> None:
         self.config = config
+        self.expected: dict[str, str] = {}  # by feature, the digest of the weights that a model was trained with
         self._networks: dict[str, nn.Module] = {}
 
     def __deepcopy__(self, memo: dict) -> ReleasedEncoders:
@@ -90,10 +93,17 @@ class ReleasedEncoders:
         """The encoder "lip", "identity" or "expression", on a device.
 
         Raises:
-            UserError: its file is missing or damaged, or of another width.
+            UserError: its file is missing or damaged, of another width, or not the one that a model was trained with.
         """
         if name not in self._networks:
-            self._networks[name] = self._read(name).eval().requires_grad_(False)
+            network = self._read(name).eval().requires_grad_(False)
+            expected = self.expected.get({"identity": "face_identity"}.get(name, name))
+            if expected is not None and weights_digest(network) != expected:
+                raise UserError(
+                    f"{getattr(self.config, f'{name}_file')} makes other features ({weights_digest(network)}) than "
+                    f"those the model was trained on ({expected}): give the file that prepared its shards"
+                )
+            self._networks[name] = network
         return self._networks[name].to(device)
 
     def _read(self, name: str) -> nn.Module:

@@ -1,16 +1,20 @@
 """The typed conditions of HiCoDiT.
 
-Axes: B batch, T video frames (25 a second), J expression windows (2 a second), E lip feature width.
+Axes: B batch, T video frames (25 a second), J expression windows (2 a second), E lip feature width, S picture side.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from engine.faces.track import FaceTrack
+
 EXPRESSIONS = ("neutral", "happy", "sad", "surprised", "fearful", "disgusted", "angry")
+NO_EXPRESSION = len(EXPRESSIONS)  # class of a half second whose expression is not known; in training only
 FPS = 25.0  # video frames a second
 WINDOW_SECONDS = 0.5  # that share one class of expression
 
@@ -53,3 +57,18 @@ def window_expressions(probabilities: Tensor) -> Tensor:
     mass = torch.zeros_like(counts).index_add_(0, window, probabilities)
     classes = (counts + mass / (mass.sum(-1, keepdim=True) + 1e-9) * 0.5).argmax(-1)  # a tie-break stays under one vote
     return torch.cat([classes, classes[-1:]])[: windows_of(len(probabilities))]
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Pictures of one clip: mouth (T, S, S) uint8 grey, faces (F, S', S', 3) uint8 RGB, and where they were cut.
+
+    One face picture every `picture_every` frames, as the config of the model's encoders says.
+    """
+
+    mouth: np.ndarray
+    faces: np.ndarray
+    track: FaceTrack | None = None
+
+    def __len__(self) -> int:
+        return len(self.mouth)

@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import WavLMConfig, WavLMModel
 
+from engine.bounds import bounded, check_bounds
 from engine.errors import UserError
 from engine.nn.mel import RATE, log_mel
 from engine.release import Released, load_strict, weights_digest
 from engine.safe_pickle import read_checkpoint
-from talker_t2av.speaker.released import FILE, LARGE, TRAINING_ONLY, head_sizes, our_name, wavlm_config
+from talker_t2av.speaker.released import FILE, LARGE, TRAINING_ONLY, head_sizes, our_name, wavlm_config, wavlm_sizes
 
 SCALE = 8  # parts of a Res2 convolution
 MIN_SAMPLES = RATE // 4  # a quarter of a second
@@ -254,18 +255,22 @@ class WavLMEncoder(nn.Module):
         state = content.get("model", content)
         if not isinstance(state, dict):
             raise UserError(f"{path} has no state dict under 'model': it is not {FILE}")
-        return cls.from_released({k: v for k, v in state.items() if isinstance(v, Tensor)}, source=path)
+        state = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+        return cls.from_released(state, LARGE | wavlm_sizes(state), path)
 
 
 @dataclass(frozen=True)
 class VoiceEncoderConfig:
     """Sizes of a `VoiceEncoder`; the head's are explained at `EcapaTDNN`."""
 
-    bands: int = 80
-    channels: int = 96
-    pooled: int = 256
-    bottleneck: int = 48
-    embedding: int = 256
+    bands: int = bounded(1, 2**10, default=80)
+    channels: int = bounded(1, 2**14, default=96)
+    pooled: int = bounded(1, 2**14, default=256)
+    bottleneck: int = bounded(1, 2**14, default=48)
+    embedding: int = bounded(1, 2**14, default=256)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 def level_mel(wave: Tensor, bands: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping
+from itertools import count
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +20,7 @@ FILE = "wavlm_large_finetune.pth"
 WAVLM = "feature_extract.model."
 TRAINING_ONLY = "loss_calculator."
 
-# WavLM-Large, by the original's own field names; the released file holds no configuration of it.
+# WavLM-Large, by the original's own field names; the released file holds no configuration, but its tensors tell sizes.
 LARGE: dict[str, Any] = {
     "extractor_mode": "layer_norm",
     "encoder_layers": 24,
@@ -130,6 +131,30 @@ def conv_layers(text: str) -> list[tuple[int, int, int]]:
         return [(int(c), int(k), int(s)) for c, k, s in value(ast.parse(text, mode="eval").body)]
     except (SyntaxError, TypeError, ValueError) as error:
         raise UserError(f"conv_feature_layers={text!r} is not a sum of lists of (channels, kernel, stride)") from error
+
+
+def wavlm_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of `LARGE` that the shapes of a released state tell; strides and norms are those of every WavLM."""
+    layer = WAVLM + "encoder.layers.0."
+    try:
+        width, group, kernel = state[WAVLM + "encoder.pos_conv.0.weight_v"].shape
+        buckets, heads = state[layer + "self_attn.relative_attention_bias.weight"].shape
+        strides = [stride for *_, stride in conv_layers(LARGE["conv_feature_layers"])]
+        kernels = [state[f"{WAVLM}feature_extractor.conv_layers.{i}.0.weight"].shape for i in range(len(strides))]
+        return {
+            "encoder_layers": next(i for i in count() if f"{WAVLM}encoder.layers.{i}.fc1.weight" not in state),
+            "encoder_embed_dim": width,
+            "encoder_ffn_embed_dim": len(state[layer + "fc1.weight"]),
+            "encoder_attention_heads": heads,
+            "conv_feature_layers": str([(c, k, stride) for (c, _, k), stride in zip(kernels, strides)]),
+            "conv_pos": kernel,
+            "conv_pos_groups": width // max(1, group),
+            "num_buckets": buckets,
+        }
+    except KeyError as error:
+        raise UserError(f"not a WavLM-ECAPA speaker encoder: it has no tensor {error}") from error
+    except ValueError as error:
+        raise UserError(f"not a WavLM-ECAPA speaker encoder: a tensor has another rank ({error})") from error
 
 
 def head_sizes(state: Mapping[str, Tensor]) -> dict[str, int]:

@@ -1,0 +1,210 @@
+"""What `infer.py` can be asked for, checked before PyTorch is imported, which takes seconds."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from engine.bounds import DEVICES, PRECISIONS, SEEDS, bounded, check_bounds, require_choice
+from engine.config import override, typed
+from engine.errors import UserError
+from engine.faces.track import check_face, given_track, read_boxes
+from engine.files import writable
+from engine.hub import check_release
+from engine.media.ffmpeg import require_stream
+from engine.media.limits import Limits, set_limits
+
+BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "hicodit_tiny"
+METHODS = ("euler", "fixed_count", "confidence", "ordered", "entropy")  # functions of hicodit/samplers.py
+READINGS = ("A", "B", "C", "D")
+FACE = "_face.png", "_face.json"  # endings of the picture and of the numbers of a face track
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How to sample.
+
+    method: a name of `METHODS`.
+    steps: network calls (the paper uses 64); `euler` adds a last one that leaves no mask, `entropy` may need fewer.
+    temperature: of the token draw; 0 takes the most likely token.
+    choice_noise: Gumbel noise on the log probabilities by which `confidence`, where it is annealed to 0 with t, and
+        `ordered` choose.
+    level_delay: by how much each level's log probability counts less than that of the level before it, so that coarse
+        levels are revealed before fine ones (`ordered`, `entropy`).
+    shift: 1 reveals as many tokens in each step of `ordered`, less few at first and many at last.
+    entropy: nats a frame of tokens that `entropy` may reveal in a step, as long as `steps` suffice.
+    window: seconds of a clip that are drawn at once, as long as what the model was trained on; longer clips are done in
+        windows that overlap by a second (see `hicodit.generation`).
+    """
+
+    method: str = "euler"
+    steps: int = bounded(1, 1000, default=64)
+    temperature: float = bounded(0.0, 100.0, default=1.0)
+    choice_noise: float = bounded(0.0, 1000.0, default=4.5)
+    level_delay: float = bounded(0.0, 1000.0, default=5.0)
+    shift: float = bounded(0.01, 1.0, default=0.1)
+    entropy: float = bounded(0.0, 1000.0, default=4.0)
+    window: int = bounded(2, 60, default=3)
+    end: float = bounded(1e-9, 0.5, default=1e-5)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UserError(f"sampler.method={self.method!r} is not one of {', '.join(METHODS)}")
+        check_bounds(self, "sampler.")
+
+
+@dataclass(frozen=True)
+class GuidanceScales:
+    """The four scales and the reading of the formula. HiCoDiT: LRS3 2.5, 1.25, 1.5, 2.0; LRS2 2.25 for `all`.
+
+    late: guidance acts while at most this share of a clip's tokens is masked; before, the conditional model is alone,
+        which costs one branch (arXiv 2507.08965). The paper: 1, always.
+    """
+
+    all: float = bounded(-100.0, 100.0, default=1.0)
+    identity: float = bounded(-100.0, 100.0, default=0.0)
+    expression: float = bounded(-100.0, 100.0, default=0.0)
+    lip: float = bounded(-100.0, 100.0, default=0.0)
+    reading: str = "D"
+    late: float = bounded(0.0, 1.0, default=1.0)
+
+    def __post_init__(self) -> None:
+        if self.reading not in READINGS:
+            raise UserError(f"guidance.reading={self.reading!r} is not one of {', '.join(READINGS)}")
+        check_bounds(self, "guidance.")
+        if self.late < 1 and "all" not in self.branches:
+            raise UserError(f"guidance.late={self.late} needs guidance.all other than 0")
+
+    def exponents(self) -> dict[str, float]:
+        """Exponent of each branch; one of zero drops its branch."""
+        singles = self.identity + self.expression + self.lip
+        base = 2.0 if self.reading in "AC" else 1.0
+        values = {"none": base - self.all - singles, "all": self.all}
+        values |= {"identity": self.identity, "expression": self.expression, "lip": self.lip}
+        return {branch: value for branch, value in values.items() if value != 0}
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Branches that have to be computed."""
+        return tuple(self.exponents())
+
+
+@dataclass
+class InferConfig:
+    """Types of configs/infer.yaml; what each field means stands there."""
+
+    model: str = "hicodit"
+    weights: str | None = None
+    codec: str | None = None
+    input: str | None = None
+    output: str = ""
+    reference_audio: str | None = None
+    seed: int = bounded(*SEEDS, default=0)
+    device: str = "auto"
+    precision: str = "auto"
+    compile: bool = False
+    batch_size: int = bounded(1, 1024, default=8)
+    stream: bool = False
+    lookahead: float = bounded(0.04, 4.0, default=0.4)
+    figure: bool = True
+    face: str = "largest"
+    face_box: str | None = None
+    detector: str | None = None
+    face_landmarks: str | None = None
+    debug: bool = False
+    encoders: str | None = None
+    sampler: dict[str, Any] = field(default_factory=dict)
+    guidance: dict[str, Any] = field(default_factory=dict)
+    limits: Limits = field(default_factory=Limits)
+
+    @property
+    def chosen_face(self) -> str | int:
+        return int(self.face) if self.face.isdecimal() else self.face
+
+
+def read_settings(config: DictConfig) -> tuple[InferConfig, list[Path]]:
+    """The settings of a job and its clips.
+
+    Raises:
+        UserError: a value is wrong, or a file or folder that is named is missing or unreadable.
+    """
+    c = typed(config, InferConfig)
+    check_bounds(c)
+    set_limits(c.limits)
+    override(SamplerConfig(), c.sampler)
+    override(GuidanceScales(), c.guidance)
+    require_choice("device", c.device, DEVICES)
+    require_choice("precision", c.precision, PRECISIONS)
+    for key, place in (("weights", c.weights), ("codec", c.codec), ("encoders", c.encoders)):
+        check_release(key, place)
+    check_face(c.chosen_face)
+    if c.stream:
+        _check_stream(c)
+    if c.face_box is not None:
+        given_track(read_boxes(c.face_box), 1)
+    if c.reference_audio is not None:
+        require_stream(c.reference_audio, "audio")
+    if c.input:
+        clips = find_clips(Path(c.input), Path(c.output), c.debug)
+    else:
+        clips = find_clips(BUNDLED.parent / "demo" / "silent.mp4", Path(c.output), c.debug)
+    if len(clips) == 1:
+        require_stream(clips[0], "video")
+    with writable(c.output):
+        return c, clips
+
+
+def _check_stream(c: InferConfig) -> None:
+    """
+    Raises:
+        UserError: a setting that streaming has no use for: it sees no clip as a whole.
+    """
+    given = {"face": c.face != "largest", "face_box": c.face_box, "face_landmarks": c.face_landmarks, "debug": c.debug}
+    given |= {f"sampler.{name}": value is not None for name, value in c.sampler.items() if name != "steps"}
+    given |= {f"guidance.{name}": value is not None for name, value in c.guidance.items()}
+    unused = [name for name, value in given.items() if value]
+    if unused:
+        raise UserError(
+            f"stream=true has no {unused[0]}: it follows the largest face, and draws with the settings of sampler=fast"
+        )
+
+
+def find_clips(source: Path, output: Path, debug: bool = False) -> list[Path]:
+    """The clip itself, or the video files of a folder in order of name.
+
+    Raises:
+        UserError: nothing there, two clips that would share output files, or a clip that its own output would replace.
+    """
+    try:
+        source.stat()
+    except OSError as error:
+        raise UserError(f"no such file or folder: input={source} ({error.strerror})") from error
+    if source.is_file():
+        clips = [source]
+    elif source.is_dir():
+        clips = sorted(p for p in source.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES)
+        if not clips:
+            raise UserError(f"no clip in folder input={source}: looked for {', '.join(VIDEO_SUFFIXES)}")
+    else:
+        raise UserError(f"input={source} is neither a file nor a folder")
+    owners: dict[Path, Path] = {}
+    for clip in clips:
+        for target in outputs_of(clip, output, debug):
+            other = owners.setdefault(target, clip)
+            if other != clip:
+                raise UserError(f"{other} and {clip} would both be written to {target}: rename one")
+            if os.path.realpath(target) == os.path.realpath(clip):
+                raise UserError(f"output={output} would replace the clip {clip} itself: choose another folder")
+            if target.is_dir():
+                raise UserError(f"cannot write {target}: it is a folder")
+    return clips
+
+
+def outputs_of(clip: Path, folder: Path, debug: bool = False) -> list[Path]:
+    suffixes = (".mp4", ".png", ".wav", *FACE) if debug else (".mp4", ".png", ".wav")
+    return [folder / f"{clip.stem}{suffix}" for suffix in suffixes]
