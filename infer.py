@@ -1,12 +1,22 @@
-"""Sample from a model: `python infer.py [model=NAME] [key=value ...]`. The default input is the bundled silent clip."""
+"""Sample from a model: `python infer.py [model=NAME] [key=value ...]`. The default input is the bundled silent clip.
+
+The command `speaking-faces` does the same from any folder, and `speaking-faces train` what train.py does.
+"""
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from scripts import environment  # noqa: F401 -- before anything that may be missing
+
+import runpy
 import sys
 from importlib import import_module
+from pathlib import Path
 
+from engine import STARTED
 from engine.config import load
 from engine.errors import UserError, run_cli
+from engine.progress import Progress, stage
 
 HICODIT = """
 Generate the speech of a silent clip of a talking face. For each clip NAME the output folder gets NAME.wav, NAME.mp4
@@ -23,12 +33,16 @@ python infer.py input=clips/ output=spoken batch_size=16 sampler=fast
 python infer.py input=clip.mp4 sampler=paper sampler.steps=16
 python infer.py input=clip.mp4 reference_audio=voice.wav guidance.all=2.0 guidance.lip=1.0
 python infer.py input=clip.mp4 face=2 debug=true
+python infer.py input=clip.mp4 stream=true lookahead=0.8
 """
 
 TALKER = """
 Generate speech and talking faces. mode=t2av: text to speech and a talking face; tts: text to speech; a2v: a face that
 moves to the given audio, which is kept sample for sample; v2a: speech for a given clip, whose frames are kept. The
-output folder gets NAME.wav (a2v: a copy of the given audio file) and, except for tts, NAME.mp4. With jobs=FILE.jsonl, a
+output folder gets NAME.wav, except for tts NAME.mp4, and where a face is drawn NAME.png (frames, spectrogram, movement
+of the mouth, loudness). In a2v the given audio file is copied instead of NAME.wav, and keeps its suffix (NAME.mp3); the
+audio of a given .mp4 is in NAME.mp4 alone. Longer texts are split at sentences, else clauses, else words, into parts of
+up to 190 bytes (bundled model: 40), which are spoken with one voice and short pauses between. With jobs=FILE.jsonl, a
 job that fails is reported and the others continue (exit code 1 at the end). Existing files are replaced only when the
 new ones are complete.
 
@@ -42,9 +56,9 @@ python infer.py model=talker_t2av jobs=many.jsonl batch_size=16 sampling.steps=6
 python infer.py model=talker_t2av weights=DOWNLOADED text="hello" reference_audio=V.wav reference_video=F.mp4
 """
 
-JOBS = {  # model: its config, its help, the module whose `run` does the job
-    "hicodit": ("infer", HICODIT, "hicodit.inference"),
-    "talker_t2av": ("infer_talker", TALKER, "talker_t2av.inference"),
+JOBS = {  # model and package: its config, its help
+    "hicodit": ("infer", HICODIT),
+    "talker_t2av": ("infer_talker", TALKER),
 }
 
 
@@ -54,9 +68,20 @@ def main() -> int:
     model = chosen[-1].removeprefix("model=") if chosen else "hicodit"
     if model not in JOBS:
         raise UserError(f"model={model} is unknown; choose {', '.join(JOBS)}")
-    name, help_text, module = JOBS[model]
-    config = load(name, words, help_text)
-    return import_module(module).run(config)  # after the arguments are checked: importing torch takes seconds
+    name, help_text = JOBS[model]
+    settings = import_module(f"{model}.settings").read_settings(load(name, words, help_text))
+    with Progress(STARTED):
+        with stage("loading"):  # importing PyTorch takes seconds
+            inference = import_module(f"{model}.inference")
+        return inference.run(*settings)
+
+
+def command() -> None:
+    """The console command `speaking-faces`."""
+    if sys.argv[1:2] != ["train"]:
+        run_cli(main)
+    del sys.argv[1]
+    runpy.run_path(str(Path(__file__).with_name("train.py")), run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
 """Measure speed and memory:
 
-    python scripts/benchmark.py ablations|faces|full_size|packing|sampling|synthetic_corpus|talker|training [options]
+    python scripts/benchmark.py NAME [options]
+
+NAME: ablations, faces, full_size, packing, recipes, sampling, streaming, synthetic_corpus, talker or training.
 
 Prints a line for each setting and writes OUT/DATE-NAME-DEVICE.json with command, hardware, versions and figures.
 `python scripts/benchmark.py NAME --help` explains what is measured and how.
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":
+    import environment  # noqa: F401 -- before anything that may be missing
 
 import argparse
 import sys
@@ -19,7 +24,10 @@ from benchmarks.record import RESULTS, write_record
 from engine.errors import UserError, run_cli
 from engine.training.distributed import pick_device
 
-NAMES = ("ablations", "faces", "full_size", "packing", "sampling", "synthetic_corpus", "talker", "training")
+NAMES = (
+    "ablations", "faces", "full_size", "inference", "packing", "recipes", "sampling", "serving", "streaming",
+    "synthetic_corpus", "talker", "training",
+)  # fmt: skip
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

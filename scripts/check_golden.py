@@ -9,6 +9,9 @@ cases run under pytest, which the extra `dev` installs (`bash scripts/setup.sh d
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import environment  # noqa: F401 -- before anything that may be missing
+
 import argparse
 import importlib.util
 import json

@@ -20,6 +20,9 @@ An existing release is replaced atomically; any other existing folder is an erro
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import environment  # noqa: F401 -- before anything that may be missing
+
 import argparse
 import re
 from pathlib import Path

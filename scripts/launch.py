@@ -1,6 +1,7 @@
 """torchrun with the trainer's exit code: 75 (`engine.training.signals.REQUEUE`) if training was stopped and saved.
 
-torchrun itself exits with 1 whatever its processes return, and is killed by SIGUSR1. The arguments are torchrun's:
+torchrun itself exits with 1 whatever its processes return, is killed by SIGUSR1, and kills its processes 30 s after it
+was told to stop; here they have `GRACE` seconds to save. The arguments are torchrun's:
 
     python -m scripts.launch --nproc_per_node=8 --max-restarts=3 train.py experiment=NAME
 """
@@ -9,27 +10,47 @@ from __future__ import annotations
 
 import signal
 import sys
+from typing import Any
 
-from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 from engine.training.signals import REQUEUE
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+GRACE = 270  # seconds from a stop signal to SIGKILL; scripts/cluster/train.sbatch asks SLURM for a warning of 300
 
 
 def main() -> int:
+    codes: list[int] = []
+    close = PContext.close
+
+    def patient_close(context: PContext, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+        """Time to save only for a run that is told to stop: one that failed has processes that wait for the dead."""
+        close(context, death_sig, GRACE if isinstance(sys.exc_info()[1], SignalException) else timeout)
+        handlers: dict[int, Any] = getattr(context, "subprocess_handlers", {})
+        codes.extend(handler.proc.returncode for handler in handlers.values())
+
+    PContext.close = patient_close
     try:
         torchrun(["--signals-to-handle", SIGNALS, *sys.argv[1:]])
     except SignalException as stopped:
-        return 130 if stopped.sigval == signal.SIGINT else REQUEUE
+        if stopped.sigval == signal.SIGINT:
+            return 130
+        if REQUEUE in codes:
+            return REQUEUE
+        if any(codes):
+            print(f"error: stopped before anything was saved; exit codes {codes}", file=sys.stderr)
+            return 1
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
         if REQUEUE in codes:  # the group saved together; torchrun may have ended some on their way out
             return REQUEUE
         print(f"error: processes ended with exit codes {codes}; what they said is above", file=sys.stderr)
         return max(codes) if min(codes) >= 0 else 1
+    finally:
+        PContext.close = close
     return 0
 
 

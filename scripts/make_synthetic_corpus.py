@@ -11,6 +11,9 @@ a word in half of the clips; and free sentences of about 2,600 words in half of 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import environment  # noqa: F401 -- before anything that may be missing
+
 import argparse
 import json
 import multiprocessing

@@ -5,6 +5,9 @@ python scripts/make_tokenizer.py --corpus data/synthetic --out data/synthetic/to
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import environment  # noqa: F401 -- before anything that may be missing
+
 import argparse
 from pathlib import Path
 

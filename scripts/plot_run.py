@@ -4,10 +4,14 @@
 
 Draws a panel for each loss, gradient norms, learning rate, tokens per second and each validation figure. A figure that
 was measured on seen and unseen clips has one panel (seen: line, unseen: dashes). Logged losses are drawn pale below the
-smoothed ones. It also works during training.
+smoothed ones. Where curves of several runs are equal, those below are wider, so that all of them can be seen. It also
+works during training.
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":
+    import environment  # noqa: F401 -- before anything that may be missing
 
 import argparse
 import json
@@ -23,12 +27,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from engine.errors import UserError, run_cli
 from engine.files import atomic_output
 
 LEFT_OUT = re.compile(r"step|samples_per_s|data_wait|step_s|mfu|memory_gib|skipped")
 COLUMNS, WIDTH, HEIGHT = 4, 4.2, 2.7  # of the grid; inches of a panel
+FEW = 4  # points of a curve that are marked
+WIDER, MOST_WIDER = 2.6, 10.0  # points by which a line is wider for each equal one above it, and at most
 WIDE = 30  # a positive curve whose largest value is this many times its smallest is drawn on a logarithmic scale
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
@@ -156,10 +163,11 @@ def draw(runs: dict[str, dict[str, Curve]], names: list[str], smooth: int | None
         axis.set_visible(False)
     last = max(steps.max() for curves in runs.values() for steps, _ in curves.values())
     for i, axis in enumerate(axes.flat):
-        axis.set_xlim(0, 1.02 * last)
+        axis.set_xlim(0, 1.02 * max(last, 1))
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if i + columns >= len(names):
             axis.set_xlabel("step")
-    handles = [Line2D([], [], color=colours[label], label=label) for label in runs]
+    handles = [Line2D([], [], color=colours[label], lw=1.4, label=label) for label in runs]
     if any(panel(name)[1] == "--" for run in runs.values() for name in run):
         for what, style, inside in (("seen", "-", "0.4"), ("unseen", "--", "white")):
             handles.append(Line2D([], [], color="0.4", ls=style, marker="o", ms=4, mfc=inside, label=what))
@@ -167,6 +175,16 @@ def draw(runs: dict[str, dict[str, Curve]], names: list[str], smooth: int | None
     with atomic_output(path) as staging:
         figure.savefig(staging, dpi=110)
     plt.close(figure)
+
+
+def covers(
+    curve: list, style: str, steps: np.ndarray, values: np.ndarray, logarithmic: bool, span: tuple[float, float]
+) -> bool:
+    """Whether another curve (style, steps, values) hides much of this one in a panel of the values `span`."""
+    its_style, its_steps, its_values = curve
+    common, own, its = np.intersect1d(steps, its_steps, return_indices=True)
+    low, high, a, b = (np.log(v) if logarithmic else v for v in (*span, values[own], its_values[its]))
+    return style == its_style and (np.abs(a - b) <= 0.005 * (high - low)).sum() > len(common) / 5
 
 
 def fill(axis: Axes, name: str, runs: dict[str, dict[str, Curve]], colours: dict[str, str], smooth: int | None) -> None:
@@ -181,10 +199,13 @@ def fill(axis: Axes, name: str, runs: dict[str, dict[str, Curve]], colours: dict
     logarithmic = lowest > 0 and highest > WIDE * lowest and name != "lr"
     if logarithmic:
         axis.set_yscale("log")
-    for label, style, steps, values in drawn:
-        line = {"color": colours[label], "lw": 1.6, "ls": style}
-        if name.startswith("validation/"):
-            axis.plot(steps, values, **line, marker="o", ms=4, mfc="white" if style == "--" else None)
+    for i, (label, style, steps, values) in enumerate(drawn):
+        above = [curve for other, *curve in drawn[i + 1 :] if other != label]
+        covered = sum(covers(curve, style, steps, values, logarithmic, (lowest, highest)) for curve in above)
+        wider = min(WIDER * covered, MOST_WIDER)
+        line = {"color": colours[label], "lw": 1.4 + wider, "ls": style}
+        if name.startswith("validation/") or len(steps) < FEW:  # a line through one point cannot be seen
+            axis.plot(steps, values, **line, marker="o", ms=4 + wider, mfc="white" if style == "--" else None)
             continue
         if name == "lr":
             axis.plot(steps, values, **line)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import environment  # noqa: F401 -- before anything that may be missing
+
 import sys
 
 from corpora.preparation.job import prepare

@@ -26,10 +26,23 @@ for extra in extras:
 print(",".join(extras))
 EOF
 )" || exit 2
+show() { # what pip does: in place on a terminal, else a line for each download
+    local line
+    while IFS= read -r line; do
+        if [ -t 1 ]; then
+            printf '\r\033[K%.*s' "$(($(tput cols 2>/dev/null || echo 80) - 1))" "$line"
+        elif [[ "$line" =~ ^\ *(Downloading|Building|Installing) ]]; then
+            printf '%.100s\n' "${line#"${line%%[! ]*}"}"
+        fi
+    done
+    if [ -t 1 ]; then printf '\r\033[K'; fi
+}
 stamp=".venv/ready-$(cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)-${extras//,/-}"
 if [ ! -f "$stamp" ]; then
-    echo "setting up .venv (a few minutes, once) ..."
+    echo "making .venv with $("$python" --version) (once; a few minutes, mostly downloads)"
     "$python" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${extras:+[$extras]}"
+    .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt \
+        -e ".${extras:+[$extras]}" | show
     touch "$stamp"
+    echo "ready: source .venv/bin/activate"
 fi

@@ -1,0 +1,159 @@
+"""What the buttons of `scripts/demo.py` do, and how they say what went wrong."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from engine.errors import UserError
+from engine.media.audio import read_voice
+from engine.media.ffmpeg import probe
+from engine.metrics.speaker import GE2EEncoder
+from engine.seeding import check_seed
+from engine.training.distributed import pick_device
+from hicodit.generation import windows
+from hicodit.inference import write_outputs as write_speech
+from hicodit.pipeline import BUNDLED, FPS, HiCoDiTPipeline
+from talker_t2av.faces import is_picture
+from talker_t2av.generation import step_limit
+from talker_t2av.inference import write_outputs as write_talk
+from talker_t2av.jobs import Job
+from talker_t2av.pipeline import TalkerPipeline
+from talker_t2av.system import BUNDLED as BUNDLED_TALKER
+
+KEPT = 3600.0  # seconds for which results can be downloaded
+Report = Callable[[int, int, str], None]  # steps that are done, steps in all (0: not known), what is being done
+
+
+@dataclass(frozen=True)
+class Made:
+    """Files that a button made, and remarks about them; None: there is no such file."""
+
+    notes: list[str]
+    video: str | None = None
+    sound: str | None = None
+    figure: str | None = None
+
+
+class Demo:
+    """What the buttons do.
+
+    Args:
+        folder: every call writes its files into a new folder in it, which is deleted after an hour.
+        weights, talker: release folders of HiCoDiT and Talker-T2AV.
+    """
+
+    def __init__(
+        self, folder: Path, weights: str | Path = BUNDLED, talker: str | Path = BUNDLED_TALKER, device: str = "auto"
+    ) -> None:
+        self.folder, self.bundled = folder, (weights, talker) == (BUNDLED, BUNDLED_TALKER)
+        self.hicodit = HiCoDiTPipeline.from_pretrained(weights, pick_device(device))
+        self.talker = TalkerPipeline.from_pretrained(talker, pick_device(device))
+
+    def _new_folder(self) -> Path:
+        for old in self.folder.glob("made-*"):
+            if old.stat().st_mtime < time.time() - KEPT:
+                shutil.rmtree(old, ignore_errors=True)
+        return Path(tempfile.mkdtemp(prefix="made-", dir=self.folder))
+
+    def speak(
+        self, clip: str | None, voice: str | None, steps: int, temperature: float, guidance: float, seed: int | None,
+        report: Report,
+    ) -> Made:  # fmt: skip
+        """The clip with its new sound, the sound alone, and a figure of the mouth, the spectrogram and the tokens.
+
+        Raises:
+            UserError: as `HiCoDiTPipeline` does, or no clip was given.
+        """
+        if not clip:
+            raise UserError("Give a clip of a talking face.")
+        check_seed(seed := int(seed or 0))
+        sampler = replace(self.hicodit.sampler, steps=int(steps), temperature=float(temperature))
+        self.hicodit.guidance = replace(self.hicodit.guidance, all=float(guidance))
+        report(0, 0, "looking for the face")
+        identity = GE2EEncoder().embed(read_voice(voice, 16_000), 16_000) if voice else None
+        crops, done = self.hicodit.crops(clip), 0
+        total = sampler.steps * len(windows(len(crops), sampler))
+
+        def on_step(_: int) -> None:
+            nonlocal done
+            done += 1
+            report(done, total, "generating speech")
+
+        report(0, total, "generating speech")
+        speech = self.hicodit.run([crops], [seed], identity, sampler, on_step=on_step)[0]
+        report(0, 0, "writing the files")
+        video, figure, sound = map(str, write_speech(Path(clip), speech, self._new_folder(), figure=True))
+        unseen = crops.track.unseen(FPS)
+        notes = [f"{len(speech.wave) / speech.rate:.1f} s of speech"]
+        if unseen:
+            notes.append(f"the face was seen in {crops.track.coverage:.0%} of the clip; not at {unseen}")
+        return Made(notes, video, sound, figure)
+
+    def talk(
+        self, mode: str, text: str, voice: str | None, face: str | None, steps: int, temperature: float,
+        guidance: float, seed: int | None, report: Report,
+    ) -> Made:  # fmt: skip
+        """The video, and the sound alone where it was generated.
+
+        Args:
+            voice: also the sound of a2v.
+            face: clip or picture with the face; the clip of v2a.
+
+        Raises:
+            UserError: as `Job` and `TalkerPipeline` do, or the mode lacks something.
+        """
+        if mode in ("t2av", "tts") and not (text or "").strip():
+            raise UserError("Write a text to say.")
+        if mode != "tts" and not face:
+            raise UserError("Give a clip." if mode == "v2a" else "Give a face: a clip or a picture.")
+        if not voice and (mode in ("tts", "a2v") or is_picture(face)):
+            raise UserError("Give a sound." if mode == "a2v" else "Give a voice.")
+        if not voice and probe(face).audio is None:
+            raise UserError("Give a voice: the clip has no sound.")
+        check_seed(seed := int(seed or 0))
+        fields = {
+            "t2av": {"reference_audio": voice, "reference_video": face},
+            "tts": {"reference_audio": voice},
+            "a2v": {"audio": voice, "reference_video": face},
+            "v2a": {"reference_audio": voice, "video": face},
+        }[mode]
+        job = Job(mode, text or "", seed=seed, **{name: path for name, path in fields.items() if path})
+        changes = {"steps": int(steps), "temperature": float(temperature), "guidance": float(guidance)}
+        self.talker.sampling = replace(self.talker.sampling, **changes)
+        report(0, 0, "reading the files")
+        prepared = self.talker.prepare(job)
+        total = max(step_limit(self.talker.system.model, request, prepared.mode) for request in prepared.requests)
+        report(0, total, "generating")
+        talk = self.talker.finish([prepared], lambda step: report(step.index + 1, total, "generating"))[0]
+        report(0, 0, "writing the files")
+        folder = self._new_folder()
+        names = write_talk(job, mode, talk, folder)
+        sound = str(folder / f"{mode}.wav") if mode != "a2v" else None
+        video = str(folder / f"{mode}.mp4") if f"{mode}.mp4" in names else None
+        notes = [f"{len(talk.wave) / self.talker.rate:.1f} s of speech", *filter(None, prepared.remark.split("; "))]
+        if prepared.mode.open_ended and not talk.stopped:
+            notes.append("it was cut off at the longest length allowed")
+        return Made(notes, video, sound)
+
+
+def in_page_words(message: str, files: dict[str, str | None]) -> str:
+    """An error or remark without what a visitor of the page cannot know: paths of the server and names of settings.
+
+    Args:
+        files: by name on the page ("the clip"), the path of what was uploaded.
+    """
+    for name, path in files.items():
+        if path:
+            message = re.sub(rf"(\w+=)?{re.escape(path)}", name, message)
+    message = re.sub(r" \((limits|sampl\w+)\.\w+\)", "", message)
+    clauses = re.split(r"(?<=[:;,]) ", message)
+    known = [clause for clause in clauses if not re.search(r"(^|[\s('\"])/\w|\w=|--\w|\(\w+_\w+\)|\.\w+\.", clause)]
+    text = " ".join(known).strip(" :;,")
+    text = text[:1].upper() + text[1:]
+    return text + "." * (text[-1:] not in (".", "")) or "The terminal of the server says why."
