@@ -17,8 +17,8 @@ from talker_t2av.diffusion_head import DiffusionHead
 from talker_t2av.flow_matching import guide, solver_times, zero_steps
 from talker_t2av.generation import seeded_noise
 from talker_t2av.layers import Transformer
-from talker_t2av.model import T2AV, TalkerT2AV
-from talker_t2av.request import Request, Sampling
+from talker_t2av.model import TalkerT2AV
+from talker_t2av.request import T2AV, Request, Sampling
 
 
 @torch.no_grad()

@@ -31,13 +31,23 @@ def portable(value: Any) -> Any:
 
 
 def write_record(folder: Path, name: str, what: str, results: Any, device: str = "cpu", **about: Any) -> Path:
-    """Write FOLDER/DATE-NAME.json and return its path.
+    """Write FOLDER/DATE-NAME.json with a `record` and return its path."""
+    content = record(what, results, device, **about)
+    path = folder / f"{content['date']}-{name}.json"
+    write_json(path, content)
+    return path
 
-    It holds the command, hardware, versions, `what` was measured, the results, and `about` (such as settings).
-    """
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    with atomic_output(path) as partial:
+        partial.write_text(json.dumps(portable(content), indent=1) + "\n")
+
+
+def record(what: str, results: Any, device: str = "cpu", **about: Any) -> dict[str, Any]:
+    """Date, command, hardware, versions, `what` was measured, the results, and `about` (such as settings)."""
     cuda = device.startswith("cuda")
     processor = platform.processor() or platform.machine()
-    record = {
+    return {
         "date": date.today().isoformat(),
         "what": what,
         "command": " ".join(["python", *sys.argv]),
@@ -51,7 +61,3 @@ def write_record(folder: Path, name: str, what: str, results: Any, device: str =
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "results": results,
     }
-    path = folder / f"{record['date']}-{name}.json"
-    with atomic_output(path) as partial:
-        partial.write_text(json.dumps(portable(record), indent=1) + "\n")
-    return path

@@ -27,10 +27,10 @@ from hicodit.conditions import Conditions, EncoderConfig
 from hicodit.conditions.encoders import TinyEncoderConfig
 from hicodit.conditions.released import ReleasedEncoderConfig
 from hicodit.diffusion import LogLinearNoise, log_expm1
-from hicodit.generation import generate, guided_posterior, window, windows
-from hicodit.guidance import GuidanceScales, combine
+from hicodit.generation import GuidedPosterior, generate, window, windows
+from hicodit.guidance import combine
 from hicodit.model import HiCoDiT, ModelConfig
-from hicodit.samplers import Posterior, SamplerConfig
+from hicodit.settings import GuidanceScales, SamplerConfig
 from hicodit.system import HiCoDiTSystem
 
 GUIDANCE = GuidanceScales(2.5, 1.25, 1.5, 2.0, "D")  # the paper's for LRS3
@@ -81,20 +81,22 @@ def pictures(seconds: float, encoders: EncoderConfig, device: torch.device) -> t
     return mouth.to(device), faces.to(device), torch.tensor([frames], device=device)
 
 
-def plain_posterior(model: HiCoDiT, conditions: Conditions, scales: GuidanceScales) -> Posterior:
+class PlainPosterior:
     """The baseline: a forward for each branch, its conditions prepared again, all heads at all positions."""
-    noise = LogLinearNoise()
 
-    def posterior(tokens: Tensor, t: Tensor, where: Tensor) -> Tensor:
-        sigma = noise.sigma(t.float()).to(tokens.device)
+    def __init__(self, model: HiCoDiT, conditions: Conditions, scales: GuidanceScales) -> None:
+        self.model, self.conditions, self.scales = model, conditions, scales
+
+    def moments(self, times: Tensor) -> Tensor:
+        return LogLinearNoise().sigma(times.float()).to(self.conditions.lip.device)
+
+    def __call__(self, tokens: Tensor, sigma: Tensor, where: Tensor) -> Tensor:
         rows = []
-        for branch in scales.branches:
-            prepared = model.prepare(conditions, (branch,))
-            rows.append(model(tokens, sigma, prepared)[0][where])
-        clip = where.nonzero(as_tuple=True)[0]
-        return combine(torch.stack(rows), scales, -log_expm1(sigma)[clip, None])
-
-    return posterior
+        for branch in self.scales.branches:
+            prepared = self.model.prepare(self.conditions, (branch,))
+            log_q = self.model(tokens, sigma, prepared)[0]
+            rows.append(log_q.gather(2, where[..., None].expand(-1, -1, -1, log_q.shape[-1])))
+        return combine(torch.stack(rows), self.scales, -log_expm1(sigma)[:, None, None, None])
 
 
 @torch.inference_mode()
@@ -122,8 +124,8 @@ def measure(job: dict) -> dict:
         each = [b - a for i, (a, b) in enumerate(pairwise(ends), 1) if i % timed]
         return tokens, each or [whole / timed], whole
 
-    run(guided_posterior)  # warm up
-    fast, each, whole = run(guided_posterior)
+    run(GuidedPosterior)  # warm up
+    fast, each, whole = run(GuidedPosterior)
     median = statistics.median(each)
     quartiles = statistics.quantiles(each, n=4) if len(each) > 3 else [median] * 3
     once = max(0.0, whole - timed * rounds * median)
@@ -134,12 +136,11 @@ def measure(job: dict) -> dict:
 
     length = 2 * spans[0][1]
     part = window(conditions, [0], spans[:1])
-    posterior = guided_posterior(model, part, GUIDANCE)
+    posterior = GuidedPosterior(model, part, GUIDANCE)
     tokens = torch.full((1, model.config.levels, length), model.mask_id, device=device)
-    where = torch.zeros(tokens.shape, dtype=torch.bool)
-    where.view(-1)[::steps] = True  # as many positions as a step reveals
+    where = torch.zeros(*tokens.shape[:2], -(-length // steps), dtype=torch.long, device=device)
     with FlopCounterMode(display=False) as counter:
-        posterior(tokens, torch.ones(1), where)
+        posterior(tokens, next(posterior.moments(torch.ones(1, 1))), where)
     result = {
         **{k: job[k] for k in ("model", "seconds", "steps", "timed_steps")},
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -157,7 +158,7 @@ def measure(job: dict) -> dict:
         "share_of_matrix_rate": counter.get_total_flops() / median / job["matrix_rate"],
     }
     if not job["no_plain"]:
-        slow, slow_each, _ = run(plain_posterior)
+        slow, slow_each, _ = run(PlainPosterior)
         plain = statistics.median(slow_each)
         result |= {
             "plain_step_ms_median": 1e3 * plain,

@@ -62,14 +62,14 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
                 break
 
 
-def build_task(name: str, **changes: Any) -> Task:
+def build_task(name: str, freeze_embeddings: bool = True, **changes: Any) -> Task:
     """The training task of configs/model/NAME.yaml with random weights: speed does not depend on them.
 
-    HiCoDiT has tiny encoders; Talker's word embeddings are frozen, as in the released recipe.
+    HiCoDiT has tiny encoders; Talker's word embeddings are frozen or not, by default frozen as in the released recipe.
     """
     model = read_config(f"model/{name}") | changes
     if name.startswith("talker"):
-        return TalkerTask(model, {}, freeze_embeddings=True)
+        return TalkerTask(model, {}, freeze_embeddings=freeze_embeddings)
     codec = RVQCodec(RVQCodecConfig(encoder_width=4, levels=model["levels"], codebook_size=model["codes"]))
     with TemporaryDirectory() as folder:  # the task reads a tokenizer's sizes
         codec.save(f"{folder}/codec", "")
@@ -177,8 +177,9 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         return float(loss.detach())
 
     try:
-        with use.counting(tokens):
+        with use.counting() as counted:
             step()
+            counted.append(tokens)
         for _ in range(job["warmup"]):
             step()
         clock.sums.clear()

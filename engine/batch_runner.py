@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from tqdm import tqdm
-
-from engine.errors import UserError
+from engine.errors import UserError, printable
+from engine.progress import current, set_prefix, stage
 
 Job = TypeVar("Job")
 Prepared = TypeVar("Prepared")
@@ -35,8 +34,8 @@ class Summary:
     speech_seconds: float = 0.0
     seconds: float = 0.0
 
-    def report(self, kind: str, output: Path, device: object, stages: Mapping[str, float], origin: str = "") -> int:
-        """Print the figures, and the seconds of each stage; returns the exit code: 1 if a job failed.
+    def report(self, kind: str, output: Path, device: object, origin: str = "") -> int:
+        """Print the figures, and the command's seconds in each stage; returns the exit code: 1 if a job failed.
 
         Args:
             kind: plural of what a job is. origin: where the jobs came from, such as " of input=FOLDER".
@@ -47,9 +46,13 @@ class Summary:
         done = self.jobs - len(self.failed)
         if not done:
             raise UserError(f"none of the {self.jobs} {kind}{origin} could be done; the first: {self.failed[0]}")
-        speech = f"{self.speech_seconds:.1f} s of speech in {self.seconds:.1f} s on {device}"
-        print(f"{done} of {self.jobs} {kind} in {output}: {speech}")
-        print("of which " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in stages.items()))
+        progress = current()
+        seconds = progress.wall if progress else self.seconds
+        speech = f"{self.speech_seconds:.1f} s of speech in {seconds:.1f} s on {device}"
+        print(printable(f"{done} of {self.jobs} {kind} in {output}: {speech}"))
+        if progress:
+            stages = sorted(progress.seconds.items(), key=lambda stage: stage[0] == "other")
+            print("of which " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in stages))
         return 1 if self.failed else 0
 
 
@@ -57,9 +60,8 @@ def run_batches(
     jobs: Sequence[tuple[str, Job]],
     batch_size: int,
     prepare: Callable[[Job], Prepared],
-    process: Callable[[list[Prepared], tqdm], Sequence[Result]],
+    process: Callable[[list[Prepared]], Sequence[Result]],
     write: Callable[[str, Prepared, Result], tuple[str, float]],
-    unit: str,
     name_errors: bool = False,
 ) -> Summary:
     """Prepare, process and write named jobs, `batch_size` at a time. A failure is printed to standard error.
@@ -67,9 +69,8 @@ def run_batches(
     Args:
         jobs: (name, job) pairs.
         prepare: reads the files of a job.
-        process: computes a batch; adds its work to the progress bar's `total`, and updates the bar.
+        process: computes a batch.
         write: writes the files of a job; returns a line to print and the seconds of speech in the files.
-        unit: what the progress bar counts.
         name_errors: print the job's name with its error; not needed if the name is a path that the error contains.
 
     Raises:
@@ -86,24 +87,27 @@ def run_batches(
                 raise
             line = str(error) if isinstance(error, UserError) else f"unforeseen {type(error).__name__}: {error}"
             summary.failed.append(" ".join(line.split()))
-            print(f"failed: {f'{name}: ' if name_errors else ''}{summary.failed[-1]}", file=sys.stderr, flush=True)
+            line = f"failed: {f'{name}: ' if name_errors else ''}{summary.failed[-1]}"
+            print(printable(line), file=sys.stderr, flush=True)
 
-    with tqdm(total=0, unit=unit, disable=not sys.stderr.isatty(), leave=False) as bar:
-        for first in range(0, len(jobs), batch_size):
-            batch: list[tuple[str, Prepared]] = []
-            for name, job in jobs[first : first + batch_size]:
-                with failing(name):
-                    batch.append((name, prepare(job)))
-            try:
-                results = [[result] for result in process([prepared for _, prepared in batch], bar)] if batch else []
-            except Exception:
-                if len(batch) == 1 == len(jobs):
-                    raise
-                results = [[] for _ in batch]  # one by one, to find the job that ends its batch
-            for (name, prepared), result in zip(batch, results, strict=True):
-                with failing(name):
-                    line, seconds = write(name, prepared, *(result or process([prepared], bar)))
-                    summary.speech_seconds += seconds
-                    tqdm.write(line, file=sys.stdout)
+    for first in range(0, len(jobs), batch_size):
+        batch: list[tuple[str, Prepared]] = []
+        for number, (name, job) in enumerate(jobs[first : first + batch_size], first + 1):
+            set_prefix(f"{number}/{len(jobs)} " if len(jobs) > 1 else "")
+            with failing(name):
+                batch.append((name, prepare(job)))
+        try:
+            results = [[result] for result in process([prepared for _, prepared in batch])] if batch else []
+        except Exception:
+            if len(batch) == 1 == len(jobs):
+                raise
+            results = [[] for _ in batch]  # one by one, to find the job that ends its batch
+        for (name, prepared), result in zip(batch, results, strict=True):
+            with failing(name):
+                result = result or process([prepared])
+                with stage("writing"):
+                    line, seconds = write(name, prepared, *result)
+                summary.speech_seconds += seconds
+                print(printable(line), flush=True)
     summary.seconds = time.monotonic() - start
     return summary

@@ -60,26 +60,50 @@ class Codec(Released):
         """Eight hex digits that change when, and only when, a weight that `encode` uses does."""
         raise NotImplementedError
 
-    @torch.no_grad()
     def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Latents (B, l, Z), chunk after chunk, l >= 0 -> waves (B, 1, n) that concatenate to `decode` of all latents.
 
-        A frame is returned as soon as the `reach` later frames that it depends on have come, and it is decoded with as
-        many earlier ones: chunks join exactly, up to the rounding of convolutions of another length (1e-5 in float32).
-        The last wave comes when `chunks` ends; a chunk that completes no frame yields nothing.
+        The last wave comes when `chunks` ends; a chunk that completes no frame yields nothing. See `StreamDecoder`.
         """
-        before, after = self.reach
-        latest: Tensor | None = None  # the last frames, of which the first `known` have been returned
-        known = 0
+        decoder = StreamDecoder(self)
         for chunk in chunks:
-            latest = chunk if latest is None else torch.cat([latest, chunk], 1)
-            ready = latest.shape[1] - after
-            if ready > known:
-                yield self.decode(latest)[..., known * self.hop : ready * self.hop]
-                dropped = max(0, ready - before)
-                latest, known = latest[:, dropped:], ready - dropped
-        if latest is not None and latest.shape[1] > known:
-            yield self.decode(latest)[..., known * self.hop :]
+            if (wave := decoder.push(chunk)) is not None:
+                yield wave
+        if (wave := decoder.finish()) is not None:
+            yield wave
+
+
+class StreamDecoder:
+    """Decodes latents that come bit by bit.
+
+    A frame is returned as soon as the `reach` later frames that it depends on have come, and it is decoded with as many
+    earlier ones: waves join exactly, up to the rounding of convolutions of another length (1e-5 in float32).
+    """
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec = codec
+        self.latest: Tensor | None = None  # the last frames, of which the first `known` have been returned
+        self.known = 0
+
+    @torch.no_grad()
+    def push(self, chunk: Tensor) -> Tensor | None:
+        """Latents (B, l, Z) -> wave (B, 1, n) of the frames that are complete now, or None."""
+        self.latest = chunk if self.latest is None else torch.cat([self.latest, chunk], 1)
+        before, after = self.codec.reach
+        ready = self.latest.shape[1] - after
+        if ready <= self.known:
+            return None
+        wave = self.codec.decode(self.latest)[..., self.known * self.codec.hop : ready * self.codec.hop]
+        dropped = max(0, ready - before)
+        self.latest, self.known = self.latest[:, dropped:], ready - dropped
+        return wave
+
+    @torch.no_grad()
+    def finish(self) -> Tensor | None:
+        """The wave of the frames that are left."""
+        if self.latest is None or self.latest.shape[1] <= self.known:
+            return None
+        return self.codec.decode(self.latest)[..., self.known * self.codec.hop :]
 
 
 class PortraitCodec(Codec):

@@ -66,6 +66,17 @@ def load(config_name: str, argv: Sequence[str], help_text: str, configs: Path = 
     return config
 
 
+def compose(config_name: str, words: Sequence[str], configs: Path = CONFIGS) -> DictConfig:
+    """As `load`, for programs that look at some values only: mandatory ones may be missing, and data that a recipe
+    leaves to the user are `shards`."""
+    try:
+        return _compose(config_name, words, configs)[0]
+    except MissingChoice as missing:
+        if missing.group != "data":
+            raise
+        return _compose(config_name, [*words, "data=shards"], configs)[0]
+
+
 def build(config: DictConfig, **extra: Any) -> Any:
     """Call the `_target_` of a config node with its other keys as plain Python values, and `extra`.
 
@@ -321,8 +332,9 @@ def _help(name: str, text: str, config: DictConfig, choices: dict[str, str], con
     for group, choice in choices.items():
         folder, _, package = group.partition("@")
         if choice:
-            prefix = "" if folder == "experiment" else package or folder.replace("/", ".")  # recipes are global
-            sources.append((configs / folder / f"{choice}.yaml", prefix))
+            path = configs / folder / f"{choice}.yaml"
+            is_global = "@package _global_" in path.read_text()  # as recipes are
+            sources.append((path, "" if is_global else package or folder.replace("/", ".")))
     rows = []
     for path, prefix in sources:
         for key, meaning in _comments(path):

@@ -50,7 +50,7 @@ class RemoteFile:
 
     path: where it goes, relative to the folder.
     source: a URL or a file on the hub.
-    size: in bytes; sha256: hex digest; None if unknown.
+    size: in bytes; sha256: hex digest; None if unknown. about: a rounded size, which is shown and not checked.
     most: bytes to accept from a server if the size is unknown.
     """
 
@@ -59,6 +59,7 @@ class RemoteFile:
     size: int | None = None
     sha256: str | None = None
     most: int = 2**37
+    about: int | None = None
 
 
 class NoNetworkError(UserError):

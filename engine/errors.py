@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import select
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -11,20 +14,41 @@ class UserError(ValueError):
     """A mistake in what the user gave. The message names the offending value and says what to do about it."""
 
 
-def run_cli(main: Callable[[], int | None], leave: Callable[[int], None] = sys.exit) -> None:
-    """Run `main`; a `UserError` becomes one line on standard error and exit code 2, Ctrl-C becomes 130.
+def printable(text: object) -> str:
+    """One line of `text`; what a terminal might obey, such as escapes in names of files, becomes a question mark."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
 
-    `leave` ends the process with the exit code.
+
+def run_cli(main: Callable[[], int | None], leave: Callable[[int], None] = sys.exit) -> None:
+    """Run `main`; a `UserError` becomes one line on standard error and exit code 2, Ctrl-C becomes 130, a reader of the
+    output that has ended 141.
+
+    `leave` ends the process with the exit code, whatever ended `main`.
     """
     with suppress(AttributeError):  # a stream that is no file; names of files need not be text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        code = main()
+        try:
+            code = main()
+        except SystemExit as leaving:
+            code = leaving.code
+        sys.stdout.flush()
     except UserError as error:
-        line = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))  # names may hold escapes
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         code = 2
+    except BrokenPipeError:
+        output = select.poll()
+        output.register(1, select.POLLOUT)
+        if any(event & select.POLLERR for _, event in output.poll(0)):  # what read it has ended, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its end
+            code = 141
+        else:
+            traceback.print_exc()
+            code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except Exception:
+        traceback.print_exc()
+        code = 1
     leave(code or 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -42,6 +42,20 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             staging.unlink()
+
+
+def output_file(path: str | Path, suffixes: Collection[str]) -> Path:
+    """`path` as the name of a file to write.
+
+    Raises:
+        UserError: its suffix is none of `suffixes`, or there is no such folder.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f"cannot write {path}: its name must end in {' or '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}; make it first")
+    return path
 
 
 def refuse_links(folder: Path) -> None:

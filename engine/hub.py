@@ -11,6 +11,7 @@ from huggingface_hub import constants, errors, snapshot_download
 from engine.download import NoNetworkError, check_reachable
 from engine.errors import UserError
 
+CHECKOUT = Path(__file__).resolve().parents[1]
 NAME = re.compile(r"([\w-][\w.-]*)/([\w-][\w.-]*)(?:@([\w./-]+))?")  # OWNER/NAME, OWNER/NAME@REVISION
 
 
@@ -19,7 +20,7 @@ def release_folder(place: str | Path) -> Path:
 
     OWNER/NAME is looked for on the hub only if there is neither such a folder nor a folder OWNER here: a mistyped path
     stays a path. Without a network, a copy that an earlier call brought is taken. OWNER/NAME@REVISION takes a branch,
-    tag or commit.
+    tag or commit. A bundled release, assets/NAME, is found from every folder.
 
     Raises:
         UserError: the hub has no such repository or does not give it, or cannot be reached and nothing was kept.
@@ -27,6 +28,8 @@ def release_folder(place: str | Path) -> Path:
     name = NAME.fullmatch(str(place))
     if name is None or Path(place).exists() or Path(name[1]).exists():
         return Path(place)
+    if name[1] == "assets" and (CHECKOUT / place).is_dir():
+        return CHECKOUT / place
     return _fetched(f"{name[1]}/{name[2]}", name[3])
 
 
@@ -50,3 +53,15 @@ def _fetched(repository: str, revision: str | None) -> Path:
         raise UserError(
             f"{repository} is not a local folder, and there is no cached copy from the hub ({why})"
         ) from error
+
+
+def check_release(key: str, place: str | None) -> None:
+    """Look for a release that a setting names, without loading it; a name on the hub passes.
+
+    Raises:
+        UserError: there is no such folder or file.
+    """
+    if place is not None and not Path(place).exists():
+        name = NAME.fullmatch(place)
+        if name is None or Path(name[1]).exists():
+            raise UserError(f"{key}={place}: not found; give a folder, or OWNER/NAME on the hub")

@@ -1,29 +1,180 @@
-"""Progress of long work: a bar on a terminal, plain lines with rate and ETA everywhere else."""
+"""Progress of long work: a bar in place on a terminal, plain lines with rate and ETA everywhere else; and clocks.
+
+A command opens a `Progress`; what it calls names its stages with `stage`, without which nothing is shown or clocked.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import TypeVar
 
 from tqdm import tqdm
 
+from engine.errors import printable
+
 T = TypeVar("T")
+B = TypeVar("B", bound=Sized)
 LINE_EVERY = 10.0  # seconds
+LEAST = 1.0  # seconds between the last lines of two bars
+_CURRENT: ContextVar[Progress | None] = ContextVar("progress", default=None)
+
+
+class Bar:
+    """So many steps of `total` (None: unknown) are done: call it after each, `close` it at the end."""
+
+    last_line = 0.0  # when any bar wrote one
+
+    def __init__(self, total: int | None, unit: str, label: str = "") -> None:
+        self.total, self.unit, self.label, self.done, self.said = total, unit, label, 0, 0
+        self.start = self.last = time.monotonic()
+        self.shown = tqdm(total=total, unit=f" {unit}", desc=label or None, leave=False) if _terminal() else None
+
+    def __call__(self, steps: int = 1) -> None:
+        self.done += steps
+        if self.shown is not None:
+            self.shown.update(steps)
+        elif time.monotonic() - self.last > LINE_EVERY:
+            self._say()
+
+    def restart(self) -> None:
+        """Begin again at 0."""
+        self.done, self.start = 0, time.monotonic()
+        if self.shown is not None:
+            self.shown.reset()
+
+    def close(self) -> None:
+        if self.shown is not None:
+            self.shown.close()
+        elif self.done and self.said != self.done and time.monotonic() - Bar.last_line > LEAST:
+            self._say(closing=True)
+
+    def _say(self, closing: bool = False) -> None:
+        self.last = Bar.last_line = time.monotonic()
+        self.said, seconds = self.done, max(self.last - self.start, 1e-9)
+        rate, of, left = self.done / seconds, "", f", after {timedelta(seconds=round(seconds))}"
+        if self.total and self.done < self.total and not closing:
+            of, left = f"/{self.total}", f", {timedelta(seconds=round((self.total - self.done) / rate))} left"
+        label = f"{self.label}: " if self.label else ""
+        print(f"{label}{self.done}{of} {self.unit}, {rate:.2f} {self.unit}/s{left}", file=sys.stderr, flush=True)
+
+
+class Progress:
+    """What a command is doing, shown and clocked. Stages do not overlap: their seconds add up to the wall time.
+
+    Args:
+        started: `time.perf_counter()` when the command began; what passed since counts as "loading".
+
+    Attributes:
+        seconds: wall time of each stage.
+        prefix: put before the labels of bars.
+    """
+
+    def __init__(self, started: float | None = None) -> None:
+        self.started = self._last = time.perf_counter() if started is None else started
+        self.seconds: Counter[str] = Counter()
+        self.prefix, self.bar = "", None
+        self._stages = ["loading"]
+
+    def __enter__(self) -> Progress:
+        self._charge()
+        self._stages[0], self._token = "other", _CURRENT.set(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._charge()
+        _CURRENT.reset(self._token)
+
+    @contextmanager
+    def stage(self, name: str, total: int | None, unit: str, label: str | None) -> Iterator[Callable[..., None]]:
+        self._charge()
+        self._stages.append(name)
+        outer, label = self.bar, printable(f"{self.prefix}{label or name}")
+        shown: Bar | tqdm | None = None
+        if unit:
+            shown = self.bar = Bar(total, unit, label)
+        elif outer is None and _terminal():
+            shown = tqdm(desc=f"{label} ...", bar_format="{desc}", leave=False)
+        try:
+            yield self.bar if unit else lambda steps=1: None
+        finally:
+            if shown is not None:
+                shown.close()
+            self.bar = outer
+            self._charge()
+            self._stages.pop()
+
+    @property
+    def wall(self) -> float:
+        """Seconds since the command began."""
+        self._charge()
+        return sum(self.seconds.values())
+
+    def _charge(self) -> None:
+        now = time.perf_counter()
+        self.seconds[self._stages[-1]] += now - self._last
+        self._last = now
+
+
+@contextmanager
+def stage(
+    name: str, total: int | None = None, unit: str = "", label: str | None = None
+) -> Iterator[Callable[..., None]]:
+    """A part of a command's work; its inner parts are clocked as themselves. Gives what to call after each step.
+
+    Args:
+        total, unit: of the steps; without a unit, nothing but the label is shown, and that on a terminal only.
+        label: what is shown, if not the name.
+    """
+    progress = current()
+    if progress is None:
+        yield lambda steps=1: None
+        return
+    with progress.stage(name, total, unit, label) as step:
+        yield step
+
+
+def current() -> Progress | None:
+    """The progress of the running command."""
+    return _CURRENT.get()
+
+
+def set_prefix(words: str) -> None:
+    """Put `words` before the labels of later bars."""
+    if (progress := current()) is not None:
+        progress.prefix = words
+
+
+def watched(blocks: Iterable[B]) -> Iterator[B]:
+    """Blocks of frames as they are read: clocked as "reading", the frames counted by the open bar."""
+    progress, source = current(), iter(blocks)
+    if progress is not None and progress.bar is not None:
+        progress.bar.restart()
+    while True:
+        with stage("reading"):
+            block = next(source, None)
+        if block is None:
+            return
+        if progress is not None and progress.bar is not None:
+            progress.bar(len(block))
+        yield block
 
 
 def track(items: Iterable[T], total: int, unit: str) -> Iterator[T]:
     """The items themselves; what is done, its rate and the time left go to standard error."""
-    if sys.stderr.isatty():
-        yield from tqdm(items, total=total, unit=unit)
-        return
-    start = last = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - last > LINE_EVERY or done == total:
-            last, rate = now, done / max(now - start, 1e-9)
-            left = timedelta(seconds=round((total - done) / rate))
-            print(f"{done}/{total} {unit}, {rate:.2f} {unit}/s, {left} left", file=sys.stderr, flush=True)
+    bar = Bar(total, unit)
+    try:
+        for item in items:
+            yield item
+            bar()
+    finally:
+        bar.close()
+
+
+def _terminal() -> bool:
+    return sys.stderr.isatty()

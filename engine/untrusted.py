@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from engine.errors import UserError
 
 MAX_NAME = 200  # bytes of a file name without its suffix; file systems take 255
+MAX_TEXT = 2**28  # bytes of a list of jobs, clips or files
 MAX_YAML = 2**20  # bytes of a configuration; the largest bundled one has 6,000
 MAX_SIZE = 2**20  # of a whole number in a configuration: a width, a count of layers or words
 MAX_DEPTH = 32  # of lists and mappings in one another
@@ -49,6 +50,22 @@ def safe_name(name: Any, what: str, folders: bool = False) -> str:
                 f"{MAX_NAME} bytes at most"
             )
     return name
+
+
+def read_lines(path: str | Path, what: Any) -> list[str]:
+    """The lines of a text file in UTF-8.
+
+    Raises:
+        UserError: `what` (a setting and the file) cannot be read, is no text, or has more than `MAX_TEXT` bytes.
+    """
+    try:
+        with open(path, "rb") as file:  # of a device or a pipe the size is not known before
+            content = file.read(MAX_TEXT + 1)
+        if len(content) > MAX_TEXT:
+            raise UserError(f"{what} has more than {MAX_TEXT:,} bytes: divide it")
+        return content.decode("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def parse_json(text: str | bytes, what: Any) -> Any:

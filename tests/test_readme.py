@@ -2,9 +2,15 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+import soundfile
+
 from benchmarks.record import portable
+from engine.errors import UserError
+from engine.media.ffmpeg import probe
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -15,6 +21,30 @@ def test_first_block_runs_the_main_job_and_the_second_the_tests():
     assert "infer.py" in blocks[0] and blocks[0].count("\n") == 1
     assert "setup_and_test.sh" in blocks[1] and blocks[1].count("\n") == 1
     assert "scripts/setup_and_test.sh" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_its_python_lines_run_as_printed(tmp_path, monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    monkeypatch.chdir(tmp_path)
+    known = {}
+    exec(compile(code, "README.md", "exec"), known)
+    assert soundfile.info("speech.wav").frames == len(known["speech"].wave)
+    made = probe("talk.mp4")
+    assert made.video == "h264" and made.audio == "aac"
+    assert sum(map(int, capsys.readouterr().out.split())) > 12_000
+
+    known["talk"].save("talk.wav")
+    assert soundfile.info("talk.wav").frames == len(known["talk"].wave)
+    for result, name, why in (
+        (known["speech"], "speech.mp3", r"must end in \.wav"),
+        (known["speech"], "no/speech.wav", "there is no folder no"),
+        (known["talk"], "talk.gif", r"must end in \.mp4"),
+        (replace(known["talk"], frames=None), "tts.mp4", "no pictures"),
+    ):
+        with pytest.raises(UserError, match=why):
+            result.save(name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["assets", "speech.wav", "talk.mp4", "talk.wav"]
 
 
 def test_every_file_that_it_names_is_there():

@@ -10,6 +10,8 @@ from engine.config import load
 from engine.errors import UserError
 from hicodit.conditions import encoder_config
 from hicodit.conditions.encoders import TinyLipEncoder
+from hicodit.model import ModelConfig
+from talker_t2av.model import TalkerConfig
 
 MADE = "data/synthetic/shards"
 PAPER = ["task.codec=c", "task.encoders.folder=e"]
@@ -19,8 +21,8 @@ PAPER = ["task.codec=c", "task.encoders.folder=e"]
     ("words", "place", "split", "held_out"),
     [
         (["hicodit_synthetic", "data=shards", "data.root=https://host/x"], "https://host/x/train", "train", []),
-        (["hicodit_synthetic", "data=voxceleb2"], "data/shards/voxceleb2/dev", "dev", ["test"]),
-        (["hicodit_paper", "data=lrs3", *PAPER], "data/shards/lrs3/trainval", "trainval", ["test"]),
+        (["hicodit_synthetic", "data=voxceleb2"], "data/shards/voxceleb2/dev", "dev", ["val"]),
+        (["hicodit_paper", "data=lrs3", *PAPER], "data/shards/lrs3/trainval", "trainval", ["val"]),
         (["hicodit_synthetic"], "data/synthetic/shards/hicodit_tiny/train", "train", ["seen", "unseen"]),
     ],
 )  # fmt: skip
@@ -55,3 +57,64 @@ def test_talker(words, root, tasks, stats):
     config = load("train", [f"experiment={words[0]}", *words[1:]], "")
     assert config.data.train.root == root and config.data.train.tasks == tasks
     assert config.data.train.stats == config.task.stats == stats
+
+
+CODECS = [f"task.codecs.{name}=c" for name in ("speech", "motion", "speaker")] + ["task.tokenizer=t"]
+
+
+def talker(name, *words):
+    return load("train", [f"experiment={name}", "data=talker_t2av_data", *CODECS, *words], "")
+
+
+def test_the_papers_and_the_released_recipe_of_the_talker_differ_as_the_texts_say():
+    paper, released = (
+        talker("talker_paper", "task.warm_start.qwen=q"),
+        talker("talker_released", "task.warm_start.tts=w"),
+    )
+    assert (paper.data.train.tasks, released.data.train.tasks) == (["t2av", "tts"], ["t2av"])
+    assert (paper.task.model.motion_weight, released.task.model.motion_weight) == (8, 10)
+    assert (paper.task.model.stop_share, released.task.model.stop_share) == (1, 0.3)
+    assert (paper.trainer.batch_tokens, released.trainer.batch_tokens) == (1216, None)
+    assert dict(paper.task.warm_start) == {"qwen": "q"} and released.task.warm_start.qwen is None
+    assert (paper.task.sampling.temperature, released.task.sampling.temperature) == (0.7, 0.3)
+    assert paper.trainer.warmup == 0.03 * paper.trainer.steps and released.trainer.batch_size == 8
+    assert (paper.task.model.tasks if "tasks" in paper.task.model else 2) == 2
+    tuned = talker("talker_released", "init=f", "task.warm_start=null", "task.stats=null", "lora.rank=4")
+    assert tuned.task.init == "f" and tuned.task.warm_start is None
+    alone = talker("talker_paper", "data=emilia", "task.codecs.motion=null", "task.warm_start.qwen=q")
+    assert alone.data.train.tasks == ["tts"] and alone.task.codecs.motion is None
+
+
+@pytest.mark.parametrize(
+    "words", [["task.model.delay=1"], ["task.model.delay=3"], ["task.model.order=av"], ["task.model.order=va"]], ids=str
+)
+def test_ablations_of_the_talker_reach_model_and_data(words):
+    config = talker("talker_paper", "task.warm_start.qwen=q", *words)
+    model = TalkerConfig(**OmegaConf.to_container(config.task.model, resolve=True))
+    assert (config.data.train.delay, config.data.train.order) == (model.delay, model.order) != (0, "add")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["task.model.hierarchical=false"],
+        ["task.model.dual_scale=false"],
+        ["task.identity_weight=0"],
+        ["task.identity_weight=0", "task.identity_input=face"],
+    ],
+    ids=str,
+)
+def test_ablations_of_hicodit_are_settings_of_its_recipe(words):
+    config = load("train", ["experiment=hicodit_paper", "data=voxceleb2", *PAPER, *words], "")
+    ModelConfig(**OmegaConf.to_container(config.task.model, resolve=True))
+    plain = load("train", ["experiment=hicodit_paper", "data=voxceleb2", *PAPER], "")
+    assert config != plain and config.task.identity_input in ("voice", "face")
+
+
+@pytest.mark.parametrize(
+    "words", [["hicodit_paper", "data=voxceleb2", *PAPER], ["talker_paper", "data=shards", "data.root=r"]]
+)
+def test_paper_recipes_cut_their_batches_by_tokens(words):
+    more = [*CODECS, "task.warm_start.qwen=q"] if "talker" in words[0] else []
+    config = load("train", [f"experiment={words[0]}", *words[1:], *more], "")
+    assert config.trainer.batch_tokens > 0

@@ -14,8 +14,9 @@ import numpy as np
 
 from engine.faces.detectors import FaceDetector, HaarDetector
 from engine.faces.landmarks import fill_landmarks
-from engine.faces.track import FaceError, FaceTrack, given_track, landmark_track, track_face
+from engine.faces.track import Face, FaceError, FaceTrack, given_track, landmark_track, track_face
 from engine.media.video import iter_video
+from engine.progress import watched
 
 MAX_SIDE = 640  # in which a face is looked for; larger frames are scaled down
 GOOD_WIDTH = 140  # pixels of a face from which crops gain nothing more: in AV-HuBERT's pose it has as many
@@ -45,6 +46,9 @@ class ClipFrames:
         self._kept: list[np.ndarray] | None = None
 
     def __iter__(self) -> Iterator[np.ndarray]:
+        return watched(self._blocks())
+
+    def _blocks(self) -> Iterator[np.ndarray]:
         if self._kept is not None:
             yield from self._kept
             return
@@ -82,7 +86,7 @@ class ClipFrames:
 
 
 def find_face(
-    clip: Iterable[np.ndarray], fps: float, face: str | int = "largest", detector: FaceDetector | None = None
+    clip: Iterable[np.ndarray], fps: float, face: Face = "largest", detector: FaceDetector | None = None
 ) -> FaceTrack:
     """`track_face` with a detector, or with OpenCV's cascade.
 

@@ -23,6 +23,9 @@ SMOOTH_SECONDS = 0.5
 ADVICE = "give a clip with a frontal, lit face, or say where it is (face_box)"
 
 
+Face = str | int | tuple[float, float]  # which of several faces is followed; see `track_face`
+
+
 class FaceError(UserError):
     """The face that is asked for cannot be followed through the clip; the message leaves the clip's name out."""
 
@@ -75,8 +78,17 @@ class FaceTrack:
         return ", ".join(f"{a / fps:.1f}-{b / fps:.1f} s" for a, b in edges.reshape(-1, 2))
 
 
+def check_face(face: str | int) -> None:
+    """
+    Raises:
+        UserError: `face` says none of what `track_face` takes.
+    """
+    if not (face in ("largest", "central") or (isinstance(face, int) and face >= 1)):
+        raise UserError(f"face={face} is unknown: give largest, central, or a number from 1 on")
+
+
 def track_face(
-    blocks: Iterable[np.ndarray], detector: FaceDetector, fps: float = 25.0, face: str | int = "largest"
+    blocks: Iterable[np.ndarray], detector: FaceDetector, fps: float = 25.0, face: Face = "largest"
 ) -> FaceTrack:
     """Follow one face through a clip given as blocks of frames (n, H, W, 3).
 
@@ -86,21 +98,23 @@ def track_face(
     not the jitter. Gaps of up to `MAX_GAP` seconds are interpolated.
 
     Args:
-        face: "largest" or "central" of several faces, or its number by size, counted from 1.
+        face: "largest" or "central" of several faces, its number by size, counted from 1, or the place (x, y) to which
+            it is nearest, in fractions of width and height.
 
     Raises:
         FaceError: fewer faces than the number, or too little of the clip shows it; the message says which seconds.
         UserError: an unknown `face`.
     """
-    if not (face in ("largest", "central") or (isinstance(face, int) and face >= 1)):
-        raise UserError(f"face={face} is unknown: give largest, central, or a number from 1 on")
+    if not isinstance(face, tuple):
+        check_face(face)
     found, frames, size = [], 0, (1, 1)
     for block in blocks:
         for i in range(-frames % DETECT_EVERY, len(block), DETECT_EVERY):
             found.append((frames + i, with_points(detector(block[i]))))
         frames, size = frames + len(block), block.shape[2:0:-1]
     stretches = _link(found, fps)
-    people = _people(stretches, np.array(size) / 2 if face == "central" else None)
+    place = (0.5, 0.5) if face == "central" else face if isinstance(face, tuple) else None
+    people = _people(stretches, None if place is None else np.array(size) * place, max(size) / 2)
     if not people:
         raise FaceError(f"no face found in any of its {frames / fps:.1f} s: {ADVICE}")
     number = face if isinstance(face, int) else 1
@@ -165,14 +179,17 @@ def change(one: np.ndarray, other: np.ndarray, reach: float) -> float:
     return max(moved / reach, abs(np.log(other[2] / one[2])) / 0.4)
 
 
-def _people(stretches: list[_Stretch], middle: np.ndarray | None) -> list[list[_Stretch]]:
-    """Stretches by person, the most prominent person first: stretches that overlap in time belong to several."""
+def _people(stretches: list[_Stretch], place: np.ndarray | None, unit: float) -> list[list[_Stretch]]:
+    """Stretches by person, the most prominent person first: stretches that overlap in time belong to several.
+
+    Prominent is who is large, or near a `place` in pixels, whose distance is measured in half the longer side (`unit`).
+    """
 
     def weight(chain: list[_Stretch]) -> float:
         faces = np.concatenate([s.faces for s in chain])
-        if middle is None:
+        if place is None:
             return float((faces[:, 2] ** 2).sum())
-        offset = np.linalg.norm(faces[:, :2] + faces[:, 2:4] / 2 - middle, axis=1) / middle.max()
+        offset = np.linalg.norm(faces[:, :2] + faces[:, 2:4] / 2 - place, axis=1) / unit
         return float(np.exp(-4 * offset).sum())
 
     left, people = sorted(_chains(stretches), key=weight, reverse=True), []

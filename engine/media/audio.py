@@ -20,6 +20,7 @@ from engine.errors import UserError
 from engine.files import atomic_output
 from engine.media.ffmpeg import (
     SHORT,
+    check_complete,
     check_readable,
     check_whole,
     command,
@@ -44,14 +45,30 @@ def resample(wave: Tensor, source_rate: int, target_rate: int) -> Tensor:
     return torchaudio.functional.resample(wave, int(source_rate), int(target_rate))
 
 
-def read_audio(path: str | Path, rate: int) -> np.ndarray:
+def read_audio(path: str | Path, rate: int, span: tuple[float, float] | None = None) -> np.ndarray:
     """The sound of an audio or video file, channels averaged: (N,) float32 at `rate` Hz.
+
+    Args:
+        span: seconds from and to which it is read; None: whole.
 
     Raises:
         UserError: no such file, a folder, not a media file, no audio stream, zero samples, more than
             `limits.seconds`, or samples that are no sound.
     """
     path = check_readable(path)
+    check_complete(path)
+    wave = _read_with_soundfile(path, rate) if span is None else None  # ffmpeg reads parts
+    if wave is None:
+        wave = _read_with_ffmpeg(path, rate, span)
+    if len(wave) == 0:
+        raise UserError(f"{path} has zero audio samples")
+    if not np.abs(wave).max() < LOUDEST:  # nor is NaN
+        raise UserError(f"{path} has samples that are not finite, or above {LOUDEST:g} where full scale is 1")
+    return wave
+
+
+def _read_with_soundfile(path: Path, rate: int) -> np.ndarray | None:
+    """The sound of a file of a kind that libsndfile reads; None for others."""
     try:
         with soundfile.SoundFile(path) as file:
             own_rate, most = file.samplerate, LIMITS.seconds * file.samplerate
@@ -69,14 +86,8 @@ def read_audio(path: str | Path, rate: int) -> np.ndarray:
             if 0 < count < total - SHORT * own_rate and file.frames < UNKNOWN:
                 raise damaged(path, "sound", count / own_rate, total / own_rate, "the file ends early")
     except soundfile.LibsndfileError:
-        wave = _read_with_ffmpeg(path, rate)
-    else:
-        wave = resample(torch.from_numpy(np.concatenate(blocks or [np.zeros(0, np.float32)])), own_rate, rate).numpy()
-    if len(wave) == 0:
-        raise UserError(f"{path} has zero audio samples")
-    if not np.abs(wave).max() < LOUDEST:  # nor is NaN
-        raise UserError(f"{path} has samples that are not finite, or above {LOUDEST:g} where full scale is 1")
-    return wave
+        return None
+    return resample(torch.from_numpy(np.concatenate(blocks or [np.zeros(0, np.float32)])), own_rate, rate).numpy()
 
 
 def read_voice(path: str | Path, rate: int) -> np.ndarray:
@@ -114,22 +125,22 @@ def mel_picture(wave: np.ndarray, rate: int) -> np.ndarray:
     return 10 * torch.log10(mel(torch.from_numpy(wave)).clamp(min=1e-8)).numpy()
 
 
-def _read_with_ffmpeg(path: Path, rate: int) -> np.ndarray:
+def _read_with_ffmpeg(path: Path, rate: int, span: tuple[float, float] | None = None) -> np.ndarray:
     # Sound that begins later than the picture is filled with silence, so that sample and frame indices share their
     # origin.
     filters = f"aresample={int(rate)}:async=1:first_pts=0"
     arguments = ["-map", "0:a:0", "-af", filters, "-ac", "1", "-t", str(LIMITS.seconds + 1), "-c:a", "pcm_f32le"]
     arguments += ["-f", "f32le", "pipe:1"]
-    done = subprocess.run(command("-v", "level+info", "-nostats", *source(path), *arguments), capture_output=True)
+    done = subprocess.run(command("-v", "level+info", "-nostats", *source(path, span), *arguments), capture_output=True)
     log = done.stderr.decode(errors="replace")
     if done.returncode != 0:
         if probe(path).audio is None:
             raise UserError(f"{path} has no audio stream")
         raise UserError(f"{path} cannot be decoded ({last_line(log)})")
     wave = np.frombuffer(done.stdout, "<f4")
-    if max(stated_seconds(log), len(wave) / rate) > LIMITS.seconds:
+    if max(stated_seconds(log) if span is None else 0.0, len(wave) / rate) > LIMITS.seconds:
         raise _too_long(path)
-    check_whole(path, "sound", len(wave) / rate, log)
+    check_whole(path, "sound", len(wave) / rate, log, span)
     return wave.copy()
 
 

@@ -1,12 +1,17 @@
-"""A speech corpus on disk: ROOT/SPLIT.jsonl names clips, ROOT/SPLIT/ID.wav holds them. Whole clips and random crops.
+"""A speech corpus: whole clips and random crops.
+
+It is a folder of recordings, ROOT/SPLIT.jsonl with ROOT/SPLIT/ID.wav, or prepared shards with waves (preparation stage
+`wave`), ROOT/SPLIT/index.json in a folder or at a URL.
 
 Axes: B batch, N samples.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -15,8 +20,11 @@ import torchaudio
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.left_out import LeftOut
 from engine.media.audio import read_audio
-from engine.untrusted import parse_json, safe_name
+from engine.shards.reader import Reading, ShardSplit
+from engine.shards.source import is_remote, join
+from engine.untrusted import parse_json, read_lines, safe_name
 
 SPEED_STEPS = 20  # steps of speed that make it twice as fast
 
@@ -39,10 +47,7 @@ def read_manifest(root: str | Path, split: str) -> list[dict]:
     path = Path(root) / f"{split}.jsonl"
     if not path.is_file():
         raise UserError(f"no manifest {path}: make the corpus with scripts/make_synthetic_corpus.py, or set data.root")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error})") from error
+    lines = read_lines(path, path)
     rows = [parse_json(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     for number, row in enumerate(rows, 1):
         safe_name(row.get("id") if isinstance(row, dict) else None, f"{path}, clip {number}: id", folders=True)
@@ -57,27 +62,119 @@ def pick_rows(root: str | Path, split: str, count: int) -> list[dict]:
     return [rows[i] for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)]
 
 
+def is_prepared(root: str | Path, split: str) -> bool:
+    """Whether ROOT/SPLIT are prepared shards (as a URL always is), and not recordings."""
+    return is_remote(root) or (Path(root) / split / "index.json").is_file()
+
+
 def load_clips(root: str | Path, split: str, count: int, rate: int) -> list[SpeechClip]:
-    """The first `count` clips of a split, whole, at `rate` Hz."""
+    """The first `count` clips of a split, whole, at `rate` Hz; a recording that cannot be read is left out.
+
+    Raises:
+        UserError: none of them can be read, or the split is missing or damaged.
+    """
+    if is_prepared(root, split):
+        waves = StoredWaves(root, split, rate)
+        return [waves.clip(i) for i in range(min(count, len(waves)))]
     rows = read_manifest(root, split)[:count]
-    folder = Path(root) / split
-    return [SpeechClip(r["id"], r["text"], read_audio(folder / f"{r['id']}.wav", rate)) for r in rows]
+    clips, left_out = [], LeftOut(join(root, split), len(rows))
+    for row in rows:
+        try:
+            wave = read_audio(Path(root) / split / f"{row['id']}.wav", rate)
+        except UserError as error:
+            left_out.add(row["id"], error)
+            last = error
+            continue
+        clips.append(SpeechClip(row["id"], row["text"], wave))
+    if not clips:
+        raise last
+    return clips
+
+
+class WavFiles:
+    """The WAV files of ROOT/SPLIT that its manifest names."""
+
+    blocks = None
+
+    def __init__(self, root: str | Path, split: str, rate: int) -> None:
+        self.rate, self.keys = rate, [row["id"] for row in read_manifest(root, split)]
+        self.folder = Path(root) / split
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def key(self, index: int) -> str:
+        return self.keys[index]
+
+    def read(self, index: int, most: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """A clip (N,), or a random part of at most `most` samples.
+
+        Raises:
+            UserError: the file is missing, is no audio, or is not mono at the rate that is wanted.
+        """
+        path = self.folder / f"{self.keys[index]}.wav"
+        try:
+            file = soundfile.SoundFile(path)
+        except (soundfile.LibsndfileError, OSError) as error:
+            raise UserError(f"{path} cannot be read ({error})") from error
+        with file:
+            if file.samplerate != self.rate or file.channels != 1:
+                found = f"{file.channels} channels at {file.samplerate} Hz"
+                raise UserError(f"{path} is not mono at {self.rate} Hz: {found}")
+            if most is not None:
+                file.seek(draw(file.frames - most, generator))
+            return torch.from_numpy(file.read(-1 if most is None else most, dtype="float32"))
+
+
+class StoredWaves:
+    """The waves of a split of prepared shards, 16 bits at 24 kHz."""
+
+    rate = 24_000
+
+    def __init__(self, root: str | Path, split: str, rate: int, shards: Mapping[str, Any] | None = None) -> None:
+        self.shards = ShardSplit(join(root, split), Reading(**(shards or {})))
+        self.shards.check_holds("wave")
+        if rate != self.rate:
+            raise UserError(f"{self.shards.source} holds waves at {self.rate} Hz, {rate} Hz are wanted")
+        self.blocks = self.shards.blocks()
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def key(self, index: int) -> str:
+        return str(index)
+
+    def read(self, index: int, most: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """As `WavFiles.read`."""
+        wave = self._stored(index)[1]
+        start = 0 if most is None else draw(len(wave) - most, generator)
+        return wave[start : None if most is None else start + most].float() / 32768
+
+    def clip(self, index: int) -> SpeechClip:
+        info, wave = self._stored(index)
+        return SpeechClip(info["key"], info["text"], (wave.float() / 32768).numpy())
+
+    def _stored(self, index: int) -> tuple[dict[str, Any], Tensor]:
+        info, tensors = self.shards.read(index, ("wave",))
+        if "wave" not in tensors:
+            raise UserError(f"{self.shards.source}: clip {info['key']} has no wave: prepare that too")
+        return info, tensors["wave"]
 
 
 class SpeechCrops(torch.utils.data.Dataset):
-    """Random crops of the WAV files of ROOT/SPLIT, one a clip and epoch.
+    """Random crops of a corpus, one a clip and epoch. A recording that cannot be read is left out, with a line.
 
     Args:
-        root, split: the corpus folder and the split whose manifest names the clips.
-        sample_rate: that the files must have.
+        root, split: the corpus and its split: recordings or prepared shards, see the module.
+        sample_rate: that the recordings must have.
         samples: length of a crop; shorter clips are padded with zeros at the end.
         gain_db: gains are uniform in -gain_db..0 dB.
         speed: half of the crops are played slower or faster by up to this share, in steps of a twentieth. Pitch and
             formants move along, which makes more voices than there are.
+        shards: fields of `engine.shards.reader.Reading`, for prepared shards.
 
     Raises:
-        UserError: no manifest; and, when a crop is taken, a file that is missing, is no audio, or is not mono at
-            `sample_rate`.
+        UserError: no manifest or no shards with waves; a damaged shard; no recording that can be read.
     """
 
     def __init__(
@@ -88,22 +185,37 @@ class SpeechCrops(torch.utils.data.Dataset):
         samples: int = 24_000,
         gain_db: float = 6.0,
         speed: float = 0.0,
+        shards: Mapping[str, Any] | None = None,
     ):
-        self.sample_rate, self.samples, self.gain_db, self.speed = sample_rate, samples, gain_db, speed
-        folder = Path(root) / split
-        self.paths = [folder / f"{row['id']}.wav" for row in read_manifest(root, split)]
+        self.samples, self.gain_db, self.speed = samples, gain_db, speed
+        prepared = is_prepared(root, split)
+        self.waves = StoredWaves(root, split, sample_rate, shards) if prepared else WavFiles(root, split, sample_rate)
+        self.blocks, self.left_out = self.waves.blocks, LeftOut(join(root, split), len(self.waves))
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.waves)
+
+    def prefetch(self, spans: list[tuple[int, int]]) -> None:
+        """Clips [first, last) come next."""
+        self.waves.shards.prefetch(spans)
+
+    def read(self, index: int, most: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Clip `index` (N,) or a random part of at most `most` samples; the next one if it cannot be read."""
+        if isinstance(self.waves, StoredWaves):
+            return self.waves.read(index, most, generator)
+        for at in range(index, index + len(self)):
+            try:
+                return self.waves.read(at % len(self), most, generator)
+            except UserError as error:
+                self.left_out.add(self.waves.key(at % len(self)), error)
+                last = error
+        raise last
 
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """{"wave": (1, samples)}, a function of (index, generator)."""
         faster = self.draw_speed(generator)
         samples = -(-self.samples * (SPEED_STEPS + faster) // SPEED_STEPS)
-        with self.open(index) as file:
-            file.seek(draw(file.frames - samples, generator))
-            wave = torch.from_numpy(file.read(samples, dtype="float32"))
-        wave = at_speed(wave, faster)[: self.samples]
+        wave = at_speed(self.read(index, samples, generator), faster)[: self.samples]
         gain = 10 ** (-self.gain_db * torch.rand((), generator=generator) / 20)
         return {"wave": pad(wave * gain, self.samples)[None]}
 
@@ -118,18 +230,6 @@ class SpeechCrops(torch.utils.data.Dataset):
     def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Every entry stacked: {"wave": (B, 1, N)}."""
         return {name: torch.stack([item[name] for item in items]) for name in items[0]}
-
-    def open(self, index: int) -> soundfile.SoundFile:
-        """The WAV file of clip `index`, checked."""
-        path = self.paths[index]
-        try:
-            file = soundfile.SoundFile(path)
-        except (soundfile.LibsndfileError, OSError) as error:
-            raise UserError(f"{path} cannot be read ({error})") from error
-        if file.samplerate != self.sample_rate or file.channels != 1:
-            found = f"{file.channels} channels at {file.samplerate} Hz"
-            raise UserError(f"{path} is not mono at {self.sample_rate} Hz: {found}")
-        return file
 
 
 def draw(spare: int, generator: torch.Generator | None) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import imageio_ffmpeg
+import soundfile
 
 from engine.errors import UserError
 from engine.media.limits import LIMITS
@@ -27,9 +29,14 @@ def command(*arguments: str) -> list[str]:
     return [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-y", *arguments]
 
 
-def source(path: str | Path) -> list[str]:
-    """Input arguments for a local media file; the `file:` prefix keeps names with a colon from being read as URLs."""
+def source(path: str | Path, span: tuple[float, float] | None = None) -> list[str]:
+    """Input arguments for a local media file, or for its part from `span[0]` to `span[1]` seconds.
+
+    The `file:` prefix keeps names with a colon from being read as URLs.
+    """
     allowed = ["-protocol_whitelist", "file,pipe", "-format_whitelist", FORMATS, "-max_pixels", str(LIMITS.pixels)]
+    if span is not None:
+        allowed += ["-ss", f"{span[0]:.6f}", "-t", f"{span[1] - span[0]:.6f}"]
     return [*allowed, "-threads", THREADS, "-i", f"file:{path}"]
 
 
@@ -45,15 +52,62 @@ def stated_seconds(log: str) -> float:
     return sum(float(n) * unit for n, unit in zip(stated.groups(), (3600, 60, 1))) if stated else 0.0
 
 
-def check_whole(path: Path, kind: str, seconds: float, log: str) -> None:
+def check_whole(path: Path, kind: str, seconds: float, log: str, span: tuple[float, float] | None = None) -> None:
     """
     Raises:
-        UserError: ffmpeg, which wrote `log`, met errors and decoded `seconds` only of the length that the file states.
+        UserError: ffmpeg, which wrote `log`, met errors and decoded `seconds` only of the length that the file states,
+            or of the part `span` of it.
     """
     errors = [line for line in log.splitlines() if "[error]" in line or "[fatal]" in line]
     total = stated_seconds(log)
+    if span is not None:
+        total = min(total, span[1]) - span[0]
     if errors and seconds < total - SHORT:
         raise damaged(path, kind, seconds, total, last_line("\n".join(errors)))
+
+
+def stated_bytes(path: Path) -> int:
+    """The size that the header of an AVI, AIFF, AU, ASF or MP3 file states for the file; 0 where it states none."""
+    with path.open("rb") as file:
+        head, start = file.read(4096), 0
+        if head[:3] == b"ID3":  # each byte of its size holds 7 bits
+            start = 10 + sum(byte << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0)))
+            file.seek(start)
+            head = file.read(4096)
+
+    def number(at: int, size: int, order: str) -> int:
+        return int.from_bytes(head[at : at + size], order)
+
+    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+        total = number(4, 4, "little") + 8
+    elif head[:4] == b"FORM":
+        total = number(4, 4, "big") + 8
+    elif head[:4] == b".snd":
+        total = number(4, 4, "big") + number(8, 4, "big")
+    elif head.startswith(_ASF) and (at := head.find(_ASF_PROPERTIES)) > 0:
+        return number(at + 40, 8, "little")
+    elif head[:1] == b"\xff" and 0 < (at := max(head.find(b"Xing"), head.find(b"Info"))) < 64 and head[at + 7] & 2:
+        total = start + number(at + (12 if head[at + 7] & 1 else 8), 4, "big")
+    else:
+        return 0
+    return total if total < 2**32 - 1 else 0  # all bits set: not known
+
+
+_ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+_ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+
+
+def check_complete(path: Path) -> None:
+    """
+    Raises:
+        UserError: the file is shorter than its header states.
+    """
+    size, stated = path.stat().st_size, stated_bytes(path)
+    if stated - size > max(4096, stated // 1000):
+        raise UserError(
+            f"{path} is damaged: it ends after {size:,} of the {stated:,} bytes that it states: get a whole copy, or "
+            "cut out the good part"
+        )
 
 
 def damaged(path: Path, kind: str, seconds: float, total: float, why: str) -> UserError:
@@ -86,12 +140,30 @@ def check_readable(path: str | Path) -> Path:
     return path
 
 
+def require_stream(path: str | Path, kind: str) -> None:
+    """Look into a media file without decoding it; `kind` is "video" or "audio".
+
+    Raises:
+        UserError: the file is missing or is not a media file, or has no such stream.
+    """
+    path = check_readable(path)
+    with suppress(soundfile.LibsndfileError):  # which reads some files of sound alone that ffmpeg may not
+        if kind == "audio" and soundfile.info(path):
+            return
+    if getattr(probe(path), kind) is None:
+        raise UserError(f"{path} has no {kind} stream")
+
+
 @dataclass(frozen=True)
 class Streams:
-    """Codec names of the first video stream (cover pictures do not count) and first audio stream; None: absent."""
+    """Codec names of the first video stream (cover pictures do not count) and first audio stream; None: absent.
+
+    seconds: the length that the file states; 0 where it states none.
+    """
 
     video: str | None
     audio: str | None
+    seconds: float
 
 
 def probe(path: str | Path) -> Streams:
@@ -111,4 +183,4 @@ def probe(path: str | Path) -> Streams:
         raise UserError(f"{path} is not a video or audio file that ffmpeg can read{cut}")
     video = [m[1] for line in lines if "(attached pic)" not in line and (m := re.search(r": Video: (\w+)", line))]
     audio = [m[1] for line in lines if (m := re.search(r": Audio: (\w+)", line))]
-    return Streams(video[0] if video else None, audio[0] if audio else None)
+    return Streams(video[0] if video else None, audio[0] if audio else None, stated_seconds(report))

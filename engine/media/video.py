@@ -18,7 +18,7 @@ import numpy as np
 from engine.errors import UserError
 from engine.files import atomic_output
 from engine.media.audio import write_wav
-from engine.media.ffmpeg import check_readable, check_whole, command, damaged, last_line, probe, source
+from engine.media.ffmpeg import check_complete, check_readable, check_whole, command, damaged, last_line, probe, source
 from engine.media.limits import LIMITS
 
 CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
@@ -46,13 +46,20 @@ LOG_BYTES = 2**16  # of ffmpeg's messages, in which damaged time stamps are look
 
 
 def iter_video(
-    path: str | Path, fps: float = 25.0, max_side: int | None = None, block: int = 64
+    path: str | Path,
+    fps: float = 25.0,
+    max_side: int | None = None,
+    block: int = 64,
+    span: tuple[float, float] | None = None,
 ) -> Iterator[np.ndarray]:
     """The frames of `read_video` in blocks of at most `block` frames and `BLOCK_BYTES`, in constant memory.
+
+    With `span` only those from one time to another, in seconds; the file is not decoded up to there.
 
     Interlaced frames are turned into whole ones. Where the picture changes its size, it keeps that of its first frame.
     """
     path = check_readable(path)
+    check_complete(path)
     # The first `scale` and `-reinit_filter 0` are for pictures that change their size: ffmpeg would else begin anew in
     # the midst, at time zero. Frames that are not marked as interlaced pass the second filter untouched. A video stream
     # may begin after the sound does: its first frame then stands from time zero on, so that frame and sample indices
@@ -67,7 +74,7 @@ def iter_video(
     arguments = ["-map", "0:V:0", "-vf", ",".join(filters), "-fps_mode", "passthrough"]
     arguments += ["-sws_flags", "bicubic+accurate_rnd+full_chroma_int+bitexact"]
     arguments += ["-c:v", "ppm", "-pix_fmt", "rgb24", "-f", "image2pipe", "pipe:1"]
-    call = command("-v", "level+info", "-nostats", "-reinit_filter", "0", *source(path), *arguments)
+    call = command("-v", "level+info", "-nostats", "-reinit_filter", "0", *source(path, span), *arguments)
     count = 0
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(call, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
@@ -88,7 +95,7 @@ def iter_video(
             log.seek(0)
             _check_times(path, log.read(LOG_BYTES))
             log.seek(0)
-            _check_decoded(path, code, log.read().decode(errors="replace"), count, fps)
+            _check_decoded(path, code, log.read().decode(errors="replace"), count, fps, span)
             if have:
                 yield frames[:have]
         finally:  # also when the caller stops early
@@ -106,7 +113,9 @@ def _check_times(path: Path, log: bytes) -> None:
         )
 
 
-def _check_decoded(path: Path, code: int, log: str, count: int, fps: float) -> None:
+def _check_decoded(
+    path: Path, code: int, log: str, count: int, fps: float, span: tuple[float, float] | None = None
+) -> None:
     """Raise UserError unless ffmpeg decoded the whole video. It often exits with 0 on a cut file: its `log` tells."""
     errors = [line for line in log.splitlines() if "[error]" in line or "[fatal]" in line]
     complaint = last_line("\n".join(errors))
@@ -116,7 +125,7 @@ def _check_decoded(path: Path, code: int, log: str, count: int, fps: float) -> N
         if probe(path).video is None:
             raise UserError(f"{path} has no video stream")
         raise UserError(f"{path} has zero frames that can be decoded ({complaint})")
-    check_whole(path, "picture", count / fps, log)
+    check_whole(path, "picture", count / fps, log, span)
     if code != 0:
         raise damaged(path, "picture", count / fps, 0.0, complaint)
 

@@ -49,12 +49,15 @@ class Packing:
     ) -> Tensor:
         """Attention over (H, N, D), inside each clip.
 
-        CUDA in half precision takes PyTorch's variable-length attention kernel (untested: it needs a GPU). Elsewhere
-        clips are padded for the attention alone, which is `dense` over (B, H, L, D).
+        CUDA in half precision takes PyTorch's variable-length attention kernel (tried on fake tensors only: it needs a
+        GPU). Elsewhere clips are padded for the attention alone, which is `dense` over (B, H, L, D).
         """
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (N, H, D)
-        if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        if v.is_cuda and v.dtype in (torch.float16, torch.bfloat16):
             from torch.nn.attention.varlen import varlen_attn
+
+            # Under autocast norms and rotary positions leave queries and keys in float32, values are in half precision.
+            q, k = q.to(v.dtype), k.to(v.dtype)
 
             window = (-1, 0) if causal else (-1, -1)
             row = (self.bounds, self.bounds, self.longest, self.longest)

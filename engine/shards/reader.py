@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.shards.source import CachedFiles, Files, LocalFiles, checksum, is_remote, join
+from engine.shards.source import CachedFiles, Files, LocalFiles, is_remote, join, verify_once
 from engine.training.batches import Blocks
 from engine.untrusted import parse_json, safe_name
 
@@ -46,23 +47,24 @@ class Reading:
     """How shards are read and in which order; the fields of `data.shards` in configs/data/shards.yaml.
 
     cache, cache_gb: folder and size limit of the copies of remote shards.
-    verify: compare each shard's checksum when a process first opens it.
+    verify: compare each shard's checksum when a machine first opens it.
     window: shards whose clips are shuffled together; None shuffles all clips of the split.
-    streams: parts into which the shards are dealt each epoch; process r of as many reads one part only.
+    streams: parts into which the shards are dealt each epoch; process r of as many reads one part only. None: as many
+        as processes; a run that goes on with another number of processes keeps those it began with.
     """
 
     cache: str = "data/cache"
     cache_gb: float = 50.0
     verify: bool = True
     window: int | None = None
-    streams: int = 1
+    streams: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("window", "streams"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"data.shards.{name}={value} must be at least 1")
-        if self.window is None and self.streams != 1:
+        if self.window is None and self.streams not in (None, 1):
             raise UserError(
                 f"data.shards.streams={self.streams} needs data.shards.window, the shards shuffled together"
             )
@@ -76,17 +78,19 @@ class ShardSplit:
     Args:
         source: folder or URL that holds index.json.
         reading: see `Reading`.
+        least_frames: shorter samples are left out; a line says how many.
 
     Attributes:
         index: the split's index.json.
         frames: (n,) int64, of every sample.
         sizes: samples of each shard.
+        too_short: number of samples left out.
 
     Raises:
         UserError: the index or a sidecar is missing, damaged, of another version, or they do not fit together.
     """
 
-    def __init__(self, source: str | Path, reading: Reading | None = None) -> None:
+    def __init__(self, source: str | Path, reading: Reading | None = None, least_frames: int = 0) -> None:
         self.reading = r = reading or Reading()
         self.source = str(source)
         self.files: Files = (
@@ -104,8 +108,17 @@ class ShardSplit:
             tables = list(pool.map(self._table, self.shards))
         if not sum(self.sizes):
             raise UserError(f"{source} has no samples")
-        self.frames = torch.from_numpy(np.concatenate([frames for frames, _ in tables]))
-        self._places = np.concatenate([places for _, places in tables])  # (n, 2, 2): json, safetensors x offset, size
+        kept = [frames >= least_frames for frames, _ in tables]
+        self.too_short = sum(self.sizes) - sum(int(rows.sum()) for rows in kept)
+        self.sizes = [int(rows.sum()) for rows in kept]
+        if self.too_short:
+            about = f"{self.too_short} of {self.too_short + sum(self.sizes)} samples"
+            print(f"{source}: {about} are left out, shorter than {least_frames} frames", file=sys.stderr)
+        if not sum(self.sizes):
+            raise UserError(f"{source} has no samples of {least_frames} frames or more")
+        self.frames = torch.from_numpy(np.concatenate([frames[rows] for (frames, _), rows in zip(tables, kept)]))
+        # (n, 2, 2): json, safetensors x offset, size
+        self._places = np.concatenate([places[rows] for (_, places), rows in zip(tables, kept)])
         self._ends = np.cumsum(self.sizes)
         self._handles: OrderedDict[int, BinaryIO] = OrderedDict()
 
@@ -196,8 +209,8 @@ class ShardSplit:
         if shard not in self._handles:
             known = self.shards[shard]
             path = self.files.tar(known)
-            if self.reading.verify and isinstance(self.files, LocalFiles) and checksum(path) != known["crc32"]:
-                raise UserError(f"shard {path} is damaged (its checksum is wrong): copy it or prepare it again")
+            if self.reading.verify and isinstance(self.files, LocalFiles):
+                verify_once(path, known["crc32"])
             self._handles[shard] = path.open("rb", buffering=0)
             if len(self._handles) > OPEN_SHARDS:
                 self._handles.popitem(last=False)  # the file closes with its last reference

@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 import threading
+import time
 import zlib
 from collections.abc import Iterable
 from contextlib import suppress
@@ -23,6 +24,7 @@ from engine.untrusted import parse_json, safe_name
 
 BLOCK = 1 << 22
 RETRY_DELAY = 1.0  # seconds before a second attempt; doubled for each further one
+ATTEMPTS = 5  # at a file of a store such as s3://
 MAX_JSON = 2**27  # bytes of an index or sidecar; a million shards take 80 MB
 AHEAD = 2  # shards that a process fetches at once while it trains
 
@@ -83,6 +85,31 @@ def checksum(path: Path) -> int:
         while block := stream.read(BLOCK):
             crc = zlib.crc32(block, crc)
     return crc
+
+
+def verify_once(path: Path, crc32: int) -> None:
+    """Compare a file's checksum, unless a process of this machine did so since the file was last written.
+
+    What was verified is noted in an empty file in the machine's folder of temporary files; one process reads, the
+    others that ask for the same file wait.
+
+    Raises:
+        UserError: the checksum is wrong.
+    """
+    about = path.stat()
+    key = repr((str(path.resolve()), about.st_size, about.st_mtime_ns, about.st_ino, crc32)).encode()
+    folder = Path(tempfile.gettempdir()) / f"speaking-faces-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise UserError(f"{folder} belongs to another user: remove it, or set TMPDIR to another folder")
+    note = folder / f"verified-{hashlib.blake2b(key, digest_size=16).hexdigest()}"
+    if note.exists():
+        return
+    with FileLock(note.with_suffix(".lock")):
+        if not note.exists():
+            if checksum(path) != crc32:
+                raise UserError(f"shard {path} is damaged (its checksum is wrong): copy it or prepare it again")
+            note.touch()
 
 
 class Files(Protocol):
@@ -227,15 +254,26 @@ def _get(url: str, path: Path, size: int | None = None) -> None:
         except UserError as error:
             raise UserError(f"{url} could not be fetched: {error}") from error
         return
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return _copy(url, path, MAX_JSON if size is None else size)
+        except ImportError as error:
+            raise UserError(
+                f"{url}: {error}; `bash scripts/setup.sh remote` installs what s3:// and gs:// need"
+            ) from error
+        except UserError:
+            raise
+        except Exception as error:  # each store has its own classes for a failed request
+            if attempt == ATTEMPTS or isinstance(error, FileNotFoundError | PermissionError):
+                raise UserError(f"{url} could not be fetched: {error}") from error
+            time.sleep(RETRY_DELAY * 2 ** (attempt - 1))
+
+
+def _copy(url: str, path: Path, most: int) -> None:
     import fsspec  # slow to import, and most runs do without
 
-    try:
-        with fsspec.open(url, "rb") as stream, atomic_output(path) as staging, staging.open("wb") as out:
-            while block := stream.read(BLOCK):
-                if out.tell() + len(block) > (MAX_JSON if size is None else size):
-                    raise UserError(f"{url} sends more bytes than were expected")
-                out.write(block)
-    except (OSError, ValueError, ImportError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{url} could not be fetched: {error}") from error
+    with fsspec.open(url, "rb") as stream, atomic_output(path) as staging, staging.open("wb") as out:
+        while block := stream.read(BLOCK):
+            if out.tell() + len(block) > most:
+                raise UserError(f"{url} sends more bytes than were expected")
+            out.write(block)

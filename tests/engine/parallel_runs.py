@@ -1,7 +1,7 @@
 """Train toy tasks one after the other in the processes of one torchrun: parallel_runs.py JOBS, a JSON list.
 
-A job: {"run": folder, "changes": of CONFIG, "node": processes that count as one machine}. Writes RUN/weights.pt, the
-averages, and RUN/facts.json: what only the running processes can tell.
+A job: {"run": folder, "changes": of CONFIG, "node": processes that count as one machine, "task": of TASKS}.
+Writes RUN/weights.pt, the averages, and RUN/facts.json: what only the running processes can tell.
 """
 
 from __future__ import annotations
@@ -18,11 +18,31 @@ from toy_task import CONFIG, ToyBlocks, ToySet
 from engine.training import distributed
 from engine.training.ema import _local
 from engine.training.trainer import Trainer
+from tests.lia_x.test_liax_task import WEIGHTS, make_task
+
+
+class Pairs(ToySet):
+    """Two random pictures an item."""
+
+    def __getitem__(self, index, generator):
+        return torch.randint(256, (2, 32, 32, 3), generator=generator, dtype=torch.uint8)
+
+    def collate(self, items):
+        return {"frames": torch.stack(items)}
+
+
+def lia_x():
+    """A LIA-X whose finest level joins at the third step."""
+    return make_task(weights=WEIGHTS | {"adversarial": 0.0}, growth={"levels": 1, "until": 2}), Pairs()
+
+
+TASKS = {"blocks": lambda: (ToyBlocks(), ToySet()), "lia_x": lia_x}
 
 
 def run(job: dict) -> None:
     torch.manual_seed(0)
-    folder, trainer = Path(job["run"]), Trainer(ToyBlocks(), ToySet(), CONFIG | job["changes"], job["run"])
+    task, data = TASKS[job.get("task", "blocks")]()
+    folder, trainer = Path(job["run"]), Trainer(task, data, CONFIG | job["changes"], job["run"])
     plain, count = dist.reduce_scatter_tensor, 0
 
     def counted(*arguments, **options):

@@ -1,9 +1,12 @@
 """Batches of named jobs: failures are named and counted, the rest is written, the summary and exit code tell."""
 
+import time
+
 import pytest
 
 from engine.batch_runner import run_batches
 from engine.errors import UserError
+from engine.progress import Progress, stage
 
 
 def run(jobs, batch_size=2, name_errors=False):
@@ -15,10 +18,8 @@ def run(jobs, batch_size=2, name_errors=False):
             raise UserError(f"{job} is even")
         return job
 
-    def process(batch, bar):
+    def process(batch):
         batches.append(batch)
-        bar.total += len(batch)
-        bar.update(len(batch))
         return [len(batches)] * len(batch)
 
     def write(name, job, result):
@@ -27,7 +28,7 @@ def run(jobs, batch_size=2, name_errors=False):
         return f"{name}: batch {result}", 0.5
 
     names = [(f"job{job}", job) for job in jobs]
-    return run_batches(names, batch_size, prepare, process, write, "step", name_errors), batches
+    return run_batches(names, batch_size, prepare, process, write, name_errors), batches
 
 
 def test_failures_are_reported_and_the_rest_is_written(tmp_path, capsys):
@@ -37,18 +38,21 @@ def test_failures_are_reported_and_the_rest_is_written(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out == "job1: batch 1\njob5: batch 2\n"
     assert err.splitlines()[0] == "failed: job2: 2 is even" and len(err.splitlines()) == 4
-    assert summary.report("jobs", tmp_path, "cpu", {"files": 1.0, "wave": 2.0}) == 1
+    with Progress(time.perf_counter() - 3.0):
+        with stage("files"):
+            time.sleep(0.1)
+        assert summary.report("jobs", tmp_path, "cpu") == 1
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith(f"2 of 6 jobs in {tmp_path}: 1.0 s of speech in ") and first.endswith(" s on cpu")
-    assert second == "of which files 1.0 s, wave 2.0 s"
+    assert first.startswith(f"2 of 6 jobs in {tmp_path}: 1.0 s of speech in 3.") and first.endswith(" s on cpu")
+    assert second.startswith("of which loading 3.0 s, files 0.") and second.endswith("s, other 0.0 s")
 
 
 def test_all_done_is_exit_code_0_and_all_failed_is_an_error(tmp_path, capsys):
-    assert run([1, 3, 5])[0].report("clips", tmp_path, "cpu", {}) == 0
+    assert run([1, 3, 5])[0].report("clips", tmp_path, "cpu") == 0
     summary, batches = run([2, 4])
     assert not batches and capsys.readouterr().err == "failed: 2 is even\nfailed: 4 is even\n"
     with pytest.raises(UserError, match="none of the 2 clips of input=x could be done; the first: 2 is even"):
-        summary.report("clips", tmp_path, "cpu", {}, " of input=x")
+        summary.report("clips", tmp_path, "cpu", " of input=x")
 
 
 @pytest.mark.parametrize(("job", "message"), [(2, "2 is even"), (7, "the disk is full")])

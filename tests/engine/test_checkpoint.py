@@ -3,9 +3,11 @@ import os
 import shutil
 import subprocess
 import threading
+import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from engine.errors import UserError
 from engine.training import checkpoint
@@ -173,3 +175,49 @@ def test_tensors_of_another_model(tmp_path):
 def test_info_is_json_that_a_person_can_read(tmp_path):
     info = json.loads((save(tmp_path, 3) / "info.json").read_text())
     assert set(info["files"]) == {".metadata", data_file(tmp_path / "step-00000003").name}
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A process group of this process alone, as several processes have one."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def slow_disk(monkeypatch, seconds):
+    original = checkpoint.dcp.save
+    monkeypatch.setattr(checkpoint.dcp, "save", lambda *a, **k: (time.sleep(seconds), original(*a, **k)))
+
+
+def test_a_slow_disk_loses_nothing_and_checkpoints_wait_for_each_other(tmp_path, monkeypatch, group):
+    monkeypatch.setattr(checkpoint, "FAILING", 0.05)
+    slow_disk(monkeypatch, 0.4)
+    checkpoints = Checkpoints(tmp_path / "run", 3)
+    for step in (1, 2):
+        checkpoints.save(step, state(float(step)), {})
+    checkpoints.wait()
+    assert checkpoint.steps(tmp_path / "run") == [1, 2]
+    assert not list((tmp_path / "run").glob(".step-*")) and checkpoints.problem is None
+
+
+def test_a_process_that_fails_does_not_wait_for_a_checkpoint_that_never_ends(tmp_path, monkeypatch, group):
+    monkeypatch.setattr(checkpoint, "FAILING", 0.05)
+    slow_disk(monkeypatch, 3.0)
+    checkpoints, begin = Checkpoints(tmp_path / "run", 3), time.monotonic()
+    checkpoints.save(1, state(), {})
+    checkpoints.abandon()
+    assert time.monotonic() - begin < 2
+    checkpoints.close()
+
+
+def test_the_copies_memory_is_used_again(tmp_path):
+    checkpoints, places = Checkpoints(tmp_path, 3), []
+    for step in (1, 2):
+        checkpoints.save(step, state(float(step)), {})
+        checkpoints.wait()
+        places.append({key: copy.data_ptr() for key, copy in checkpoints._copies.items()})
+    assert places[0] == places[1] and len(places[0]) == 3
+    read = state(0.0)
+    checkpoint.load(tmp_path / "step-00000002", read)
+    assert torch.equal(read["model.weight"], torch.full((3, 4), 2.0))

@@ -1,7 +1,9 @@
 import re
 
 import pytest
+import torch
 from omegaconf import OmegaConf
+from shard_files import write_split
 
 import train
 from engine.config import CONFIGS, build, load
@@ -217,3 +219,15 @@ def test_the_repository_config_has_help_and_choices(capsys):
     for choice in ("cpu", "gpu", "ddp"):
         assert re.search(rf"^  {choice} +\w", text, re.MULTILINE)
     assert "trainer.lr" in text and "trainer.wandb" in text
+
+
+def test_a_validation_split_that_is_missing_is_found_before_training(tmp_path):
+    """Prepared shards, recordings, and what has no validation split at all."""
+    write_split(tmp_path / "train", [({"key": "a", "frames": 9, "text": ""}, {"x": torch.zeros(1)})], 1)
+    (tmp_path / "seen.jsonl").write_text('{"id": "a"}')
+    for held_out, shards in (([], {}), (["train"], {}), (["seen"], None), (None, None)):
+        train.check_held_out(OmegaConf.create({"root": str(tmp_path), "held_out": held_out, "shards": shards}))
+    for shards in ({"window": 1}, None):
+        with pytest.raises(UserError, match=r"data.held_out has val: make that split, or set data.held_out=\[\]"):
+            train.check_held_out(OmegaConf.create({"root": str(tmp_path), "held_out": ["val"], "shards": shards}))
+    train.check_held_out(OmegaConf.create({"held_out": ["val"]}))

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from engine.errors import UserError
-from engine.metrics.recogniser import Recogniser, word_error_rate
+from engine.metrics.pesq import pesq_score
+from engine.metrics.recogniser import CorpusRecogniser, Recogniser, word_error_rate
 from engine.metrics.speaker import GE2EEncoder
-from engine.metrics.speech import pesq_wb, pitch, stoi
+from engine.metrics.speech import pitch
+from engine.metrics.stoi import stoi
 
 RATE = 24_000
 GRAMMAR = """#JSGF V1.0;
@@ -66,6 +68,25 @@ def test_recogniser_hears_the_words_whatever_came_before(spoken, tmp_path):
     assert recogniser.transcribe(np.zeros(8000), rate) == recogniser.transcribe(np.zeros(0), rate) == ""
 
 
+def test_sentences_outside_the_grammar_are_recognised_by_the_language_model(spoken, tmp_path):
+    pytest.importorskip("pocketsphinx")
+    rate, waves = spoken
+    (tmp_path / "grammar.jsgf").write_text(GRAMMAR.replace("two | three", "two"))  # the first sentence says three
+    everything_closed = CorpusRecogniser(tmp_path / "grammar.jsgf")
+    assert not everything_closed.is_free(SENTENCES[0])
+    words = sorted({word for text in SENTENCES for word in text.split()})
+    rows = [f"-1.0 {word} 0.0" for word in ["<s>", "</s>", *words]]
+    model = ["\\data\\", f"ngram 1={len(rows)}", "", "\\1-grams:", *rows, "", "\\end\\", ""]
+    (tmp_path / "free.arpa").write_text("\n".join(model))
+    recogniser = CorpusRecogniser(tmp_path / "grammar.jsgf")
+    assert [recogniser.is_free(text) for text in SENTENCES] == [True, False, False]
+    heard = recogniser.transcribe_all(SENTENCES, waves, rate)
+    errors = recogniser.word_errors("wer", SENTENCES, heard)
+    assert sorted(errors) == ["wer", "wer_free"] and "three" in heard[0]
+    assert errors["wer"] < 0.1 and errors["wer_free"] < 0.5
+    assert sorted(recogniser.word_errors("wer", SENTENCES[1:], heard[1:])) == ["wer"]
+
+
 def test_grammar_mistakes_are_one_line(tmp_path):
     pytest.importorskip("pocketsphinx")
     with pytest.raises(UserError, match="no such grammar file"):
@@ -106,11 +127,11 @@ def test_intelligibility_and_quality_fall_with_noise(spoken):
     noise = np.random.default_rng(0).standard_normal(len(waves[0])).astype(np.float32)
     versions = [waves[0], waves[0] + 0.01 * noise, waves[0] + 0.1 * noise]
     clear = [stoi(waves[0], version, rate) for version in versions]
-    quality = [pesq_wb(waves[0], version, rate) for version in versions]
+    quality = [pesq_score(waves[0], version, rate) for version in versions]
     assert clear[0] > 0.999 > clear[1] > 0.9 > clear[2]
     assert quality[0] > 4.5 > quality[1] > quality[2]
     with pytest.raises(UserError, match="PESQ cannot be computed"):
-        pesq_wb(np.zeros(rate), np.zeros(rate), rate)
+        pesq_score(np.zeros(rate), np.zeros(rate), rate)
 
 
 @pytest.mark.parametrize("hz", [75.0, 120.5, 440.0])
@@ -156,7 +177,7 @@ def test_processes_that_start_together_leave_librosa_whole(tmp_path):
         ("pocketsphinx", lambda: Recogniser(GRAMMAR)),
         ("resemblyzer", GE2EEncoder),
         ("pystoi", lambda: stoi(np.zeros(RATE), np.zeros(RATE), RATE)),
-        ("pesq", lambda: pesq_wb(np.zeros(RATE), np.zeros(RATE), RATE)),
+        ("pesq", lambda: pesq_score(np.zeros(RATE), np.zeros(RATE), RATE)),
         ("librosa", lambda: pitch(np.zeros(RATE), RATE)),
     ],
 )

@@ -27,14 +27,14 @@ def job(run, processes, node=None, **changes):
     return {"run": str(run), "node": node or processes, "changes": changes}
 
 
-def together(processes, jobs):
+def together(processes, jobs, script="parallel_runs.py"):
     """Run the jobs in `processes` new processes, as torchrun would."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     path = os.pathsep.join(map(str, (ROOT, ROOT / "codecs")))
     shared = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, str(Path(__file__).with_name("parallel_runs.py")), json.dumps(jobs)]
+    command = [sys.executable, str(Path(__file__).with_name(script)), json.dumps(jobs)]
     started = []
     for rank in range(processes):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
@@ -65,6 +65,8 @@ def runs(tmp_path_factory):
         job(root / "changing", 2, steps=2),
         job(root / "changing", 2, parallel="fsdp", steps=4),
         job(root / "changing", 2),
+        job(root / "lia_x", 2, steps=4) | {"task": "lia_x"},
+        job(root / "lia_x_fsdp", 2, steps=4, parallel="fsdp") | {"task": "lia_x"},
     ]
     together(2, jobs)
     alone(root / "1_2_1")
@@ -99,6 +101,12 @@ def test_every_way_gives_the_run_of_one_process(runs, name):
     assert_equal_runs(runs / "one", runs / name)
 
 
+def test_levels_that_wait_are_no_trouble_in_two_processes(runs):
+    names = ("lia_x", "lia_x_fsdp")
+    lines = [[json.loads(x)["loss"] for x in (runs / name / "log.jsonl").open() if '"lr"' in x] for name in names]
+    assert len(lines[0]) == 4 and lines[0] == pytest.approx(lines[1], rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp_bf16", "machines", "1_2_1"])
 def test_one_process_exports_what_several_wrote(runs, tmp_path, name):
     export(runs / name, tmp_path / "out")
@@ -127,6 +135,12 @@ def test_shards_are_held_and_reduced_once_a_step(runs):
     assert facts["machines"]["held"] == whole  # one process a machine: each holds a copy
     # The root in both parts and two blocks in the generator's, however many batches are accumulated.
     assert facts["fsdp"]["reduced"] == 4 * COMMON["steps"]
+
+
+@pytest.mark.parametrize(("name", "writers"), [("ddp", {"0"}), ("machines", {"0"}), ("fsdp", {"0", "1"})])
+def test_what_processes_hold_alike_is_written_by_one(runs, name, writers):
+    files = (runs / name / "checkpoints").glob("step-*/__*.distcp")
+    assert {path.name.split("_")[2] for path in files if path.stat().st_size} == writers
 
 
 def test_the_average_is_of_the_shards(runs):

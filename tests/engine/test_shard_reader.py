@@ -258,3 +258,51 @@ def test_other_schemes_come_through_fsspec(folder, tmp_path):
     memory = fsspec.filesystem("memory")
     memory.put(str(folder), "/there/train", recursive=True)
     check_all(ShardSplit("memory://there/train", Reading(cache=str(tmp_path))))
+
+
+def test_a_store_that_fails_now_and_then_is_asked_again(folder, tmp_path, monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder), "/flaky/train", recursive=True)
+    monkeypatch.setattr(source, "RETRY_DELAY", 0.001)
+    plain, calls = fsspec.open, []
+
+    def flaky(url, mode):
+        calls.append(url)
+        if calls.count(url) < 3:
+            raise RuntimeError("503 SlowDown")  # stores' own classes are no OSError
+        return plain(url, mode)
+
+    monkeypatch.setattr(fsspec, "open", flaky)
+    check_all(ShardSplit("memory://flaky/train", Reading(cache=str(tmp_path))))
+    monkeypatch.setattr(fsspec, "open", lambda url, mode: (_ for _ in ()).throw(RuntimeError("403 Forbidden")))
+    with pytest.raises(UserError, match="could not be fetched: 403 Forbidden"):
+        ShardSplit("memory://flaky/other", Reading(cache=str(tmp_path)))
+
+
+def test_a_store_without_its_package_names_the_extra(tmp_path, monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+    monkeypatch.setattr(fsspec, "open", lambda url, mode: (_ for _ in ()).throw(ImportError("Install s3fs")))
+    with pytest.raises(UserError, match=r"Install s3fs; `bash scripts/setup.sh remote`"):
+        ShardSplit("s3://bucket/train", Reading(cache=str(tmp_path)))
+
+
+def test_all_processes_of_a_machine_verify_a_shard_once(copy, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    counted, plain = tmp_path / "reads", source.checksum
+
+    def counting(path):
+        with counted.open("a") as file:
+            file.write(f"{path.name}\n")
+        return plain(path)
+
+    monkeypatch.setattr(source, "checksum", counting)
+    split = ShardSplit(copy)
+    with get_context("fork").Pool(4) as pool:
+        pool.starmap(_sum, [(split, range(COUNT))] * 4)
+    check_all(ShardSplit(copy))
+    assert sorted(counted.read_text().split()) == [f"{i:06d}.tar" for i in range(5)]
+    path = copy / "000002.tar"
+    path.write_bytes(bytes(path.stat().st_size))  # written again: verified again
+    with pytest.raises(UserError, match=r"000002.tar is damaged .its checksum"):
+        ShardSplit(copy)[12]

@@ -11,7 +11,7 @@ from toy_task import CONFIG, ToyGAN, ToySet
 from engine.errors import UserError
 from engine.media.audio import write_wav
 from engine.media.video import write_video
-from engine.training.sinks import spectrogram
+from engine.training.sinks import WandbSink, spectrogram
 from engine.training.tracking import Tracker
 from engine.training.trainer import Trainer
 
@@ -96,3 +96,14 @@ def test_without_a_tracker_nothing_is_read_and_a_missing_one_is_named(tmp_path, 
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(UserError, match=r"trainer.wandb=offline needs wandb"):
         Tracker(tmp_path / "run", 0, "offline", False, {})
+
+
+def test_two_runs_in_folders_of_one_name_are_two_wandb_runs(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    begun = []
+    monkeypatch.setattr(wandb, "init", lambda **settings: begun.append((settings["name"], settings["id"])))
+    for folder in ("a/base", "b/base", "a/base"):  # the third goes on with the first
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        WandbSink(tmp_path / folder, "offline", {})
+    assert [name for name, _ in begun] == ["base"] * 3
+    assert begun[0][1] == begun[2][1] != begun[1][1]

@@ -5,14 +5,17 @@ import os
 import resource
 import subprocess
 import sys
+import weakref
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
-from toy_task import CONFIG, ToyGAN, ToyRegression, ToySet
+from toy_task import CONFIG, ToyBlocks, ToyGAN, ToyRegression, ToySet
 
 from engine.errors import UserError
 from engine.release import read_release
+from engine.training.tracking import Window
 from engine.training.trainer import Trainer, TrainerConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -203,7 +206,7 @@ def test_utilisation_against_a_stated_peak(tmp_path, capsys):
     run = trainer(tmp_path, task=ToyRegression, batch_size=4, accumulate=2, peak_tflops=1e-6, steps=4, log_every=4)
     run.fit()
     # Forward and weight gradient of a 4 x 4 matrix for 8 samples; the input needs no gradient.
-    assert run.use._counted == (2 * 2 * 4 * 4 * 8, 0)
+    assert run.use._counted == (2 * 2 * 4 * 4 * 8, 0, 0)
     line = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
     assert line["mfu"] == pytest.approx(512 / line["step_s"] / 1e6, rel=1e-6)
     assert "of 0 TFLOP/s" in capsys.readouterr().out and line["memory_gib"] > 0.05
@@ -295,6 +298,19 @@ def test_train_script_trains_releases_and_goes_on(tmp_path):
     assert "resumed from" in again.stdout and "step 8/8" in again.stdout
 
 
+def test_groups_are_left_in_order_only_after_success(tmp_path, monkeypatch):
+    import train
+
+    left = []
+    monkeypatch.setattr(train.distributed, "shutdown", lambda: left.append(1))
+    monkeypatch.setattr(sys, "argv", ["train.py", *train_arguments(tmp_path / "run", steps=2)])
+    monkeypatch.setattr(Trainer, "fit", lambda self: (_ for _ in ()).throw(RuntimeError("the machine died")))
+    with pytest.raises(RuntimeError, match="died"):
+        train.main()
+    assert left == []  # its peers may never come
+    monkeypatch.undo()
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_loss_curve_of_one(tmp_path):
     # Two processes draw the random numbers (dropout too) of one process that accumulates twice as much.
@@ -313,3 +329,99 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path):
     assert records(tmp_path / "parts")[-1] == b[-1]
     losses = [[r["generator/loss"] for r in records(tmp_path / name) if "lr" in r] for name in ("two", "parts")]
     assert losses[0] == losses[1]
+
+
+class LoudSide(ToyRegression):
+    """A second layer whose loss weighs ten thousand times as much."""
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        self.model = torch.nn.ModuleDict({"main": torch.nn.Linear(4, 4), "side": torch.nn.Linear(4, 4)})
+        self.apart = apart
+
+    def clipped_apart(self):
+        return [self.model["side"]] if self.apart else []
+
+    def forward(self, batch, part):
+        main = (self.model["main"](batch["x"]) - 2 * batch["x"]).square().mean()
+        side = (self.model["side"](batch["x"]) - 2 * batch["x"]).square().mean()
+        return {"loss": main + 1e4 * side, "main": main}
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_module_clipped_apart_does_not_scale_the_gradients_of_the_others(tmp_path, apart):
+    run, norms = trainer(tmp_path, task=lambda: LoudSide(apart), accumulate=1), {}
+    run._backward(run.batches[0], "model", defaultdict(float), last=True)
+    total = run._clip("model")
+    for name, layer in run.task.model.items():
+        norms[name] = float(torch.stack([p.grad.norm() for p in layer.parameters()]).norm())
+    assert total > 1000  # the norm before clipping is that of all gradients
+    assert norms["side"] == pytest.approx(1, abs=1e-3)
+    assert norms["main"] == pytest.approx(1, abs=1e-3) if apart else norms["main"] < 0.001
+
+
+class Watched(ToyGAN):
+    """Counts the generator's results that are alive, and runs of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.results, self.most, self.steps = [], 0, []
+
+    def begin_step(self, step):
+        super().begin_step(step)
+        self.steps.append(step)
+
+    def forward(self, batch, part):
+        losses = super().forward(batch, part)
+        self.results.append(weakref.ref(batch["y"]))
+        self.most = max(self.most, sum(result() is not None for result in self.results))
+        return losses
+
+
+@pytest.mark.parametrize("accumulate", [1, 8])
+def test_one_graph_is_alive_at_a_time_and_schedules_count_steps(tmp_path, accumulate):
+    run = trainer(tmp_path, task=Watched, accumulate=accumulate, steps=3)
+    run.fit()
+    assert run.task.most <= 2 and run.task.steps == [0, 1, 2]
+    assert int(run.task.seen) == 3 * 4 * accumulate  # what is made again for the second part is not counted again
+
+
+def test_a_result_made_again_is_the_one_that_was_shared(tmp_path):
+    """One process with two batches a step draws and learns what two processes with one batch each do."""
+    both = trainer(tmp_path / "a", task=Watched, accumulate=1)
+    both._train_step(iter([both.batches[0]]), Window())
+    again = trainer(tmp_path / "b", task=Watched, accumulate=2)
+    again._numbers = lambda count, steps=0: [0] * count  # the same batch and draws twice: their mean is that of one
+    again._train_step(iter([again.batches[0], again.batches[0]]), Window())
+    for one, two in zip(both.task.parameters(), again.task.parameters()):
+        torch.testing.assert_close(one, two)
+
+
+def test_the_global_batch_is_shared_among_processes():
+    config = TrainerConfig(**(CONFIG | {"global_batch_size": 32, "batch_size": 8, "accumulate": 5}))
+    shares = {n: (config.shared_among(n).batch_size, config.shared_among(n).accumulate) for n in (1, 2, 4, 8, 32)}
+    assert shares == {1: (8, 4), 2: (8, 2), 4: (8, 1), 8: (4, 1), 32: (1, 1)}
+    for processes in (3, 64):
+        with pytest.raises(UserError, match=f"global_batch_size=32 cannot be shared by {processes} processes"):
+            config.shared_among(processes)
+    with pytest.raises(UserError, match="counts samples"):
+        TrainerConfig(**(CONFIG | {"global_batch_size": 32, "batch_tokens": 100})).shared_among(1)
+
+
+def test_a_run_goes_on_at_its_sample_with_batches_of_another_size(tmp_path):
+    trainer(tmp_path, steps=4, global_batch_size=8, batch_size=4).fit()
+    run = trainer(tmp_path, steps=6, global_batch_size=8, batch_size=2)
+    run._resume()
+    assert run.config.accumulate == 4 and list(run._numbers(4)) == [16, 17, 18, 19]
+
+
+def test_recomputed_operations_count_for_the_hardware_only(tmp_path):
+    shares = {}
+    for again in (False, True):
+        run = trainer(
+            tmp_path / str(again), task=ToyBlocks, peak_tflops=1e-6, steps=1, checkpointing=again, accumulate=1
+        )
+        run.fit()
+        shares[again] = json.loads((tmp_path / str(again) / "log.jsonl").read_text().splitlines()[0])
+        shares[again] = shares[again]["mfu"] * shares[again]["step_s"], shares[again]["hfu"] * shares[again]["step_s"]
+    assert shares[False][0] == shares[False][1] == pytest.approx(shares[True][0]) and shares[True][1] > shares[True][0]

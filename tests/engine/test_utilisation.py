@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from engine.training.speed import Utilisation
+from engine.training.speed import Utilisation, peak_tflops
 
 
 @pytest.mark.parametrize("heads", [4, 2], ids=["one_to_one", "grouped"])
@@ -10,7 +10,17 @@ def test_attention_on_a_processor_is_counted(heads):
     b, h, length, d = 2, 4, 64, 16
     q, use = torch.randn(b, h, length, d, requires_grad=True), Utilisation(peak=1e-6)
     k = torch.randn(b, heads, length, d, requires_grad=True)
-    with use.counting(tokens=1):
+    with use.counting() as tokens:
+        tokens.append(1)
         torch.nn.functional.scaled_dot_product_attention(q, k, k, enable_gqa=heads < h).sum().backward()
     forward = 2 * 2 * b * h * length * length * d  # two matrix products; five in the backward pass
     assert use.share(tokens=1, steps=1, seconds=7.0)["mfu"] == forward * 3.5 / 7.0 / 1e6
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA L4", 121.0), ("NVIDIA L40", 181.1), ("NVIDIA L40S", 362.1), ("NVIDIA H100 PCIe", 756.0), ("T4", None)],
+)
+def test_a_card_is_known_by_its_whole_name(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_tflops(None, torch.device("cuda")) == peak

@@ -85,9 +85,10 @@ class ToyGAN(Task):
         return batch["x"].shape[0]
 
     def forward(self, batch, part):
+        if "y" not in batch:
+            batch["y"] = self.generator(batch["x"])
         if part == "discriminator":
             self.seen += len(batch["x"])
-            batch["y"] = self.generator(batch["x"])
             real, fake = self.discriminator(batch["x"]), self.discriminator(batch["y"].detach())
             return {"loss": (real - 1).square().mean() + fake.square().mean()}
         reconstruction = (batch["y"] - batch["x"]).square().mean()
@@ -154,3 +155,6 @@ class ToyBlocks(ToyGAN):
 
     def whole(self):
         return [self.generator[4]]
+
+    def clipped_apart(self):
+        return [self.generator[2]]

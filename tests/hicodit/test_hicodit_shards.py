@@ -24,7 +24,7 @@ TRAINER = OmegaConf.to_container(OmegaConf.load(CONFIGS / "trainer/cpu.yaml")) |
     "steps": 20, "batch_size": 2, "lr": 3e-3, "warmup": 0, "schedule": "constant", "ema_decay": 0.9, "log_every": 1,
     "validate_every": 100, "checkpoint_every": 100,
 }  # fmt: skip
-FRAMES = [4, 8, 3, 6, 9, 2, 5, 7, 3]
+FRAMES = [7, 11, 6, 9, 12, 5, 8, 10, 6]
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +103,14 @@ def test_lengths_are_those_that_the_log_counts(data, codec):
 def test_what_does_not_fit_is_one_line(data, codec, tmp_path):
     with pytest.raises(UserError, match=r"made with rvq .*, but rvq \w+ is in use"):
         HiCoDiTDataset(data / "train", "assets/rvq_tiny")
-    sample = ({"key": "a", "frames": 3}, {"mouth": torch.zeros(3, 48, 48, dtype=torch.uint8)})
+    sample = ({"key": "a", "frames": 5}, {"mouth": torch.zeros(5, 48, 48, dtype=torch.uint8)})
     write_split(tmp_path / "train", [sample], 1, digests={"rvq": RVQCodec.from_pretrained(codec).digest()})
+    write_split(
+        tmp_path / "spoken", [sample], 1, digests={"rvq": RVQCodec.from_pretrained(codec).digest()}, symbols=["a"] * 8
+    )
+    HiCoDiTDataset(tmp_path / "spoken", codec, phonemes=9)
+    with pytest.raises(UserError, match=r"has 9 phonemes with silence: set task\.encoders\.phonemes=9 or more"):
+        HiCoDiTDataset(tmp_path / "spoken", codec, phonemes=8)
     with pytest.raises(UserError, match="clip a has no faces, tokens, ge2e, expression"):
         HiCoDiTDataset(tmp_path / "train", codec).read(0)
     with pytest.raises(UserError, match=r"window=0 must be at least 1"):
@@ -134,3 +140,46 @@ def test_packed_batches_have_the_losses_and_gradients_of_padded_ones(data, codec
     (one, a), (two, b) = found
     torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(torch.stack([g.norm() for g in a.values()]).norm()))
+
+
+def longer(data, root, codec):
+    """Three clips of `data`, one too short, one of 2.6 s whose frames can be told apart, one just long enough."""
+    split, g = ShardSplit(data / "train"), torch.Generator().manual_seed(1)
+    samples = [split[i] for i in range(3)]
+    for key, frames in (("short", 4), ("long", 65), ("least", 5)):
+        windows = -(-2 * frames // 25)
+        tensors = {
+            "mouth": torch.arange(frames, dtype=torch.uint8)[:, None, None].expand(-1, 48, 48).contiguous(),
+            "faces": torch.randint(0, 255, (4, 64, 64, 3), generator=g).to(torch.uint8),
+            "ge2e": torch.ones(256) / 16,
+            "expression": torch.arange(windows, dtype=torch.uint8),
+            "tokens": (torch.arange(2 * frames) % 16)[:, None].expand(-1, 12).to(torch.int16).contiguous(),
+        }
+        samples.append(({"key": key, "frames": frames, "text": key}, tensors))
+    return write_split(root / "train", samples, 2, digests=split.index["digests"])
+
+
+def test_too_short_clips_are_left_out_and_counted(data, codec, tmp_path, capsys):
+    clips = HiCoDiTDataset(longer(data, tmp_path, codec), codec, shards={"window": 1})
+    assert "1 of 6 samples are left out, shorter than 5 frames" in capsys.readouterr().err
+    assert [clips.read(i).info["key"] for i in range(len(clips))] == ["clip0", "clip1", "clip2", "long", "least"]
+    assert clips.blocks.sizes == [2, 1, 2] and clips.shards.too_short == 1
+    with pytest.raises(UserError, match="has no samples of 100 frames or more"):
+        ShardSplit(tmp_path / "train", least_frames=100)
+
+
+def test_longer_clips_are_cropped_at_whole_seconds(data, codec, tmp_path):
+    clips = HiCoDiTDataset(longer(data, tmp_path, codec), codec, seconds=1, augment=False)
+    starts = set()
+    for seed in range(20):
+        item = clips.__getitem__(3, torch.Generator().manual_seed(seed))
+        start = round(float(item["mouth"][0, 0, 0]) * 255)
+        starts.add(start)
+        assert len(item["mouth"]) == len(item["phoneme"]) == 25 and len(item["tokens"]) == 50
+        assert item["tokens"][:, 0].tolist() == [t % 16 for t in range(2 * start, 2 * start + 50)]
+        assert item["expression"].tolist() == [2 * start // 25, 2 * start // 25 + 1]
+    assert starts == {0, 25}
+    assert clips.lengths.tolist() == [24 * n for n in (*FRAMES[:3], 25, 5)]
+    assert len(clips.__getitem__(0, torch.Generator())["mouth"]) == FRAMES[0]
+    with pytest.raises(UserError, match="seconds=0 must be 1 or more"):
+        HiCoDiTDataset(data / "train", codec, seconds=0)

@@ -18,10 +18,15 @@ from engine.config import load, override, typed
 from engine.errors import UserError
 from engine.media.ffmpeg import probe
 from engine.media.video import read_video, write_video
-from hicodit.inference import InferConfig, run
+from hicodit import inference
 from hicodit.pipeline import HiCoDiTPipeline
+from hicodit.settings import InferConfig, read_settings
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(config):
+    return inference.run(*read_settings(config))
 
 
 def config(release, source, output, **changes):

@@ -58,6 +58,21 @@ def test_requested_positions_are_those_of_the_whole():
     whole = run(model, conditions, branches=tuple(BRANCHES))
     rows = run(model, conditions, where=where, branches=tuple(BRANCHES))
     assert torch.allclose(rows, whole[:, where], atol=1e-6)
+    frames = torch.randint(0, 40, (3, 12, 7), generator=torch.Generator().manual_seed(3))
+    some = run(model, conditions, where=frames, branches=tuple(BRANCHES))
+    expected = whole.gather(3, frames[None, ..., None].expand(5, -1, -1, -1, 16))
+    assert torch.allclose(some, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", ABLATIONS, ids=str)
+@torch.no_grad()
+def test_modulation_computed_beforehand_changes_nothing(changes):
+    model, times = build(**changes), torch.stack([SIGMA, 2 * SIGMA])
+    prepared = model.prepare(clip_conditions(), tuple(BRANCHES))
+    given = model.modulate(times, prepared)
+    for i, sigma in enumerate(times):
+        beforehand = model(TOKENS, [stage.at(i) for stage in given], prepared)
+        assert torch.allclose(beforehand, model(TOKENS, sigma, prepared), atol=1e-5)
 
 
 def test_the_expression_branch_shares_the_low_stage():

@@ -1,5 +1,6 @@
 """Released encoders: names and sizes of their checkpoints, what they do with batches, HiCoDiT composed with them."""
 
+import importlib.util
 import json
 from argparse import Namespace
 from dataclasses import asdict, replace
@@ -21,13 +22,13 @@ from hicodit.conditions.encoders import TinyEncoderConfig
 from hicodit.conditions.released import ReleasedEncoderConfig, ReleasedEncoders
 from hicodit.data import HiCoDiTDataset
 from hicodit.evaluation import evaluate_clips, stored_crops
-from hicodit.guidance import GuidanceScales
 from hicodit.model import ModelConfig
 from hicodit.pipeline import HiCoDiTPipeline
-from hicodit.samplers import SamplerConfig
+from hicodit.settings import GuidanceScales, SamplerConfig
 from hicodit.system import HiCoDiTSystem
 from hicodit.task import HiCoDiTTask
 from rvq_codec import RVQCodec
+from tests.releases import write_release
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "conditions"
 SMALL = {"width": 16, "layers": 2, "heads": 2, "hidden": 32, "conv_kernel": 8, "conv_groups": 4}
@@ -268,8 +269,9 @@ def test_a_training_step_from_features_is_that_from_pictures_and_runs_no_encoder
 
 def test_validation_from_features_sees_what_the_pictures_show(system, release, shards, calls, tmp_path):
     codec = release.parent / "codec"
-    arguments = (None, 3, SamplerConfig(steps=1), GuidanceScales(), tmp_path)
-    assert evaluate_clips(system, codec, shards / "both", *arguments) == {} and calls == []
+    arguments = (None, 3, SamplerConfig(steps=1), GuidanceScales(), tmp_path, ["stoi", "utmos"])
+    found = evaluate_clips(system, codec, shards / "both", *arguments)
+    assert calls == [] and set(found) == ({"stoi"} if importlib.util.find_spec("pystoi") else set())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip0.wav", "clip1.wav", "clip2.wav"]
     pipeline = HiCoDiTPipeline(system, RVQCodec.from_pretrained(codec), SamplerConfig(steps=1), GuidanceScales())
     pictures, features = (
@@ -288,3 +290,40 @@ def test_shards_without_features_are_refused_for_encoders_that_do_not_learn(rele
     assert len(HiCoDiTDataset(shards / "pictures", release.parent / "codec")) == 3
     with pytest.raises(UserError, match=r"pictures lacks the features .*stages\.{lip,face_identity}\.use=true"):
         HiCoDiTDataset(shards / "pictures", release.parent / "codec", "released")
+
+
+def released_task(system, release, shards, **more):
+    codec = str(release.parent / "codec")
+    return HiCoDiTTask(asdict(system.model.config), asdict(system.encoders.config), codec, str(shards), None, **more)
+
+
+def test_held_out_losses_need_no_encoder_and_no_recogniser(system, release, shards, calls, tmp_path):
+    task = released_task(system, release, shards, validate_splits=["both"], validate_clips=3).eval()
+    with torch.no_grad():
+        torch.manual_seed(0)
+        first = task.held_out_losses("both")
+        torch.manual_seed(0)
+        assert task.held_out_losses("both") == first and first["loss"] > first["dse"] > 0 and calls == []
+        results = task.validate(0, tmp_path)
+    assert results.keys() == {"loss_both", "dse_both"}
+
+
+def test_features_of_other_encoders_are_one_line_in_training_and_inference(system, release, shards, tmp_path):
+    """The release takes along which weights made the features that it was trained on."""
+    index = shards / "both" / "index.json"
+    task = released_task(system, release, shards, index=str(index))
+    made = json.loads(index.read_text())["digests"]
+    assert task.release_info().config["features"] == {"lip": made["lip"], "face_identity": made["face_identity"]}
+    write_release(task, tmp_path / "release")
+    other = tmp_path / "index.json"
+    other.write_text(json.dumps({"digests": made | {"lip": "0000abcd"}}))
+    with pytest.raises(UserError, match=f"was trained on lip features {made['lip']}, the shards hold 0000abcd"):
+        released_task(system, release, shards, index=str(other), init=str(tmp_path / "release"))
+    wrong = released_task(system, release, shards, index=str(other), validate_splits=["both"]).eval()
+    with pytest.raises(UserError, match="was made with lip"):
+        wrong.validate(0, tmp_path)
+    pipeline = HiCoDiTPipeline.from_pretrained(tmp_path / "release", codec=release.parent / "codec")
+    assert pipeline.system.encoders.expected["lip"] == made["lip"]
+    pipeline.system.encoders.expected["face_identity"] = "0000abcd"
+    with pytest.raises(UserError, match=r"makes other features .* than those the model was trained on \(0000abcd\)"):
+        pipeline.system.encoders.network("identity", torch.device("cpu"))

@@ -1,27 +1,47 @@
 """Samplers on a posterior known in closed form: tokens independent, each with its own distribution."""
 
 import math
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
 from engine.errors import UserError
-from hicodit.guidance import GuidanceScales, combine
-from hicodit.samplers import METHODS, SamplerConfig, sample
+from hicodit.guidance import combine
+from hicodit.samplers import invert, sample
+from hicodit.settings import METHODS, GuidanceScales, SamplerConfig
 
 N, K = 5, 3
 
 
+class Closed:
+    """Posterior of independent tokens with log q of (K, N): it never depends on what is revealed."""
+
+    def __init__(self, log_q):
+        self.log_q = log_q
+
+    def moments(self, times):
+        return times
+
+    def __call__(self, x, t, where):
+        return self.log_q[:, None].expand(*(x if where is None else where).shape, -1)
+
+
 def closed_form(logits):
-    """Posterior of independent tokens with logits (K, N): it never depends on what is revealed."""
+    return Closed(logits.log_softmax(-1))
 
-    def posterior(x, t, where):
-        log_q = logits.log_softmax(-1)[:, None].expand(*x.shape, -1)
-        return log_q if where is None else log_q[where]
 
-    return posterior
+class Watched(Closed):
+    """Notes at each call how many tokens of each clip and level are revealed, and the time."""
+
+    def __init__(self, log_q):
+        super().__init__(log_q)
+        self.counts, self.times = [], []
+
+    def __call__(self, x, t, where):
+        self.counts.append((x < N).sum(2).tolist())
+        self.times.append(t.tolist())
+        return super().__call__(x, t, where)
 
 
 def generators(count, seed=0):
@@ -43,40 +63,55 @@ def test_frequencies_follow_the_posterior(method):
     assert (seen - logits.softmax(-1)).abs().max() < 0.03
 
 
+def watched(method, lengths, log_q=None, **settings):
+    """The posterior after a run, with what it saw."""
+    posterior = Watched(torch.zeros(K, N).log_softmax(-1) if log_q is None else log_q)
+    normalised = bool((posterior.log_q.exp().sum(-1) - 1).abs().max() < 1e-5)
+    config, clips = SamplerConfig(method, **settings), torch.tensor(lengths)
+    posterior.tokens = sample(posterior, clips, K, N, config, generators(len(lengths)), normalised)
+    return posterior
+
+
 def test_euler_reveals_on_a_straight_line():
     """A masked token is revealed with probability h/t: after step i a share 1 - i/steps is still masked."""
-    shares = []
-
-    def posterior(x, t, where):
-        shares.append((x == N).float().mean().item())
-        return torch.zeros(int(where.sum()), N).log_softmax(-1)
-
-    sample(posterior, torch.tensor([5000]), K, N, SamplerConfig("euler", steps=10), generators(1))
-    expected = [1 - i / 10 for i in range(10)]
-    assert torch.allclose(torch.tensor(shares[:10]), torch.tensor(expected), atol=0.03)
+    counts = watched("euler", [5000], steps=10).counts
+    shares = [sum(row) / (5000 * K) for (row,) in counts]
+    assert len(counts) in (10, 11)  # the last step is left out if it has nothing to reveal
+    assert shares[:10] == pytest.approx([i / 10 for i in range(10)], abs=0.02)
 
 
 def test_fixed_count_reveals_the_same_number_each_step():
-    counts = []
+    counts = watched("fixed_count", [40], steps=6).counts
+    assert [sum(row) for (row,) in counts] == [0, 20, 40, 60, 80, 100]
 
-    def posterior(x, t, where):
-        counts.append(int(where.sum()))
-        return torch.zeros(counts[-1], N).log_softmax(-1)
 
-    sample(posterior, torch.tensor([40]), K, N, SamplerConfig("fixed_count", steps=6), generators(1))
-    assert counts == [20] * 6
+def test_a_step_asks_for_no_more_frames_than_the_largest_needs():
+    asked = []
+
+    class Asked(Closed):
+        def __call__(self, x, t, where):
+            asked.append(where)
+            return super().__call__(x, t, where)
+
+    posterior = Asked(torch.zeros(K, N).log_softmax(-1))
+    sample(posterior, torch.tensor([300]), K, N, SamplerConfig("euler", steps=30), generators(1))
+    assert len({where.shape for where in asked}) == 1 and asked[0].shape[2] < 40
 
 
 def test_unnormalised_posterior_of_too_high_a_rate_reveals_everything_at_once():
-    calls = []
+    counts = watched("euler", [30], torch.full((K, N), 5.0), steps=4).counts
+    assert [sum(row) for (row,) in counts] == [0, 90, 90, 90, 90]
 
-    def posterior(x, t, where):
-        calls.append(int(where.sum()))
-        return torch.full((calls[-1], N), 5.0)
 
-    config = SamplerConfig("euler", steps=4)
-    sample(posterior, torch.tensor([30]), K, N, config, generators(1), normalised=False)
-    assert calls == [90]
+def test_inversion_never_leaves_the_codes():
+    """Rounding may make the largest uniform reach the end of the distribution function, 0 lies before it begins."""
+    u = torch.tensor([0.0, 1 - 2**-24])
+    for seed in range(50):
+        log_q = torch.randn(1, 300, generator=torch.Generator().manual_seed(seed))
+        log_q[:, [0, -1]] = -200.0  # codes of no probability
+        tokens = invert(log_q.expand(2, -1), u, 1.0)
+        assert tokens[0] > 0 and tokens[1] < 300
+    assert invert(torch.tensor([[0.1, 0.3, 0.2]]), u[:1], 0.0).tolist() == [1]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -107,53 +142,34 @@ def test_known_tokens_are_kept(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_time_starts_at_the_share_that_is_masked(method):
     """A later window of a long clip has known tokens: here a quarter of one clip, none of the other."""
-    known, times, uniform = torch.full((2, K, 8), N), [], closed_form(torch.zeros(K, N))
+    known, posterior = torch.full((2, K, 8), N), Watched(torch.zeros(K, N).log_softmax(-1))
     known[0, :, :2] = 1
-
-    def posterior(x, t, where):
-        times.append(t.tolist())
-        return uniform(x, t, where)
-
     config = SamplerConfig(method, steps=4, entropy=0.0)
     sample(posterior, torch.tensor([8, 8]), K, N, config, generators(2), known=known)
-    assert times[0] == pytest.approx([0.75, 1.0])
-    assert all(a > b for one, other in pairwise(times) for a, b in zip(one, other))
-
-
-def counting(posterior, counts):
-    """A posterior that notes how many tokens of each clip and level are revealed when it is asked."""
-
-    def counted(x, t, where):
-        counts.append((x < N).sum(2).tolist())
-        return posterior(x, t, where)
-
-    return counted
+    assert posterior.times[0] == pytest.approx([0.75, 1.0])
+    assert all(a > b for one, other in pairwise(posterior.times) for a, b in zip(one, other))
 
 
 def test_ordered_reveals_coarse_levels_first_and_few_tokens_early():
-    counts, length = [], 20
-    config = SamplerConfig("ordered", steps=6, temperature=0.0, level_delay=100.0, choice_noise=1.0, shift=0.1)
-    logits = torch.randn(K, N)
-    x = sample(counting(closed_form(logits), counts), torch.tensor([length]), K, N, config, generators(1))
-    assert torch.equal(x[0], logits.argmax(-1)[:, None].expand(-1, length))
+    length, logits = 20, torch.randn(K, N)
+    settings = {"temperature": 0.0, "level_delay": 100.0, "choice_noise": 1.0, "shift": 0.1}
+    seen = watched("ordered", [length], logits.log_softmax(-1), steps=6, **settings)
+    assert torch.equal(seen.tokens[0], logits.argmax(-1)[:, None].expand(-1, length))
     due = [math.ceil(K * length * (0.1 * i / 6) / (1 - 0.9 * i / 6)) for i in range(6)]
-    assert [sum(row) for (row,) in counts] == due and due[3] < K * length / 8
-    assert all(fine == 0 or coarse == length for (row,) in counts for coarse, fine in pairwise(row))
+    assert [sum(row) for (row,) in seen.counts] == due and due[3] < K * length / 8
+    assert all(fine == 0 or coarse == length for (row,) in seen.counts for coarse, fine in pairwise(row))
 
 
 def test_entropy_reveals_what_its_bound_allows():
     """Level 0 is certain, level 1 has log 2 nats a token, level 2 log 5."""
-    logits = torch.tensor([[0.0, -99, -99, -99, -99], [0, 0, -99, -99, -99], [0, 0, 0, 0, 0]])
-    counts, length = [], 10
-    config = SamplerConfig("entropy", steps=50, entropy=4.5 * math.log(2) / length)
-    sample(counting(closed_form(logits), counts), torch.tensor([length]), K, N, config, generators(1))
+    logits = torch.tensor([[0.0, -99, -99, -99, -99], [0, 0, -99, -99, -99], [0, 0, 0, 0, 0]]).log_softmax(-1)
+    length, bound = 10, 4.5 * math.log(2) / 10
+    counts = watched("entropy", [length], logits, steps=50, entropy=bound).counts
     # Beside one that is free: four of level 1, then one of level 2 (log 5 / log 2 = 2.3, and two would be 4.6).
     assert [row for (row,) in counts[:4]] == [[0, 0, 0], [10, 5, 0], [10, 10, 0], [10, 10, 2]]
     assert len(counts) == 7
-    counts.clear()
-    few = replace(config, steps=3)
-    sample(counting(closed_form(logits), counts), torch.tensor([length, 5]), K, N, few, generators(2))
-    assert len(counts) == 3 and [sum(row) for row in counts[2]] == [23, 12]  # half of the rest of 15 and 7
+    few = watched("entropy", [length, 5], logits, steps=3, entropy=bound).counts
+    assert len(few) == 3 and [sum(row) for row in few[2]] == [23, 12]  # half of the rest of 15 and 7
 
 
 def test_temperature_zero_takes_the_mode():

@@ -1,8 +1,10 @@
 """Training HiCoDiT on a handful of made-up clips: losses, ablations, exact resume through the trainer, release."""
 
 import shutil
+from collections import defaultdict
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -10,9 +12,12 @@ from shard_files import write_split
 
 from engine.config import CONFIGS
 from engine.errors import UserError
+from engine.shards.reader import ShardSplit
 from engine.training.trainer import Trainer
+from hicodit.conditions.types import NO_EXPRESSION
 from hicodit.data import HiCoDiTDataset, augment_mouth
-from hicodit.pipeline import HiCoDiTPipeline
+from hicodit.pipeline import Crops, HiCoDiTPipeline
+from hicodit.system import HiCoDiTSystem
 from hicodit.task import HiCoDiTTask
 from rvq_codec import RVQCodec
 
@@ -143,7 +148,7 @@ def test_low_rank_updates_learn_alone_and_end_up_in_the_weights(corpus, release,
     idle = {n for n, p in task.named_parameters() if "lora_B" in n and not p.any()}
     assert idle == set(), "these layers are used past their module's forward"
     trainer.release(release.parent / "adapted")
-    new = HiCoDiTPipeline.from_pretrained(release.parent / "adapted").system
+    new = HiCoDiTSystem.from_pretrained(release.parent / "adapted")  # a pipeline would round it to its own precision
     changed = {k for k, v in new.state_dict().items() if not torch.equal(v, before[f"system.{k}"])}
     assert changed == {n.removeprefix("system.").split(".lora_")[0] + ".weight" for n in learns}
     batch = batch_of(corpus, release)
@@ -177,6 +182,18 @@ def test_a_start_with_new_tokens_takes_all_but_their_tables(corpus, release, tmp
     assert ours.keys() - tables <= kept and tables and not any("embeddings" in key for key in kept)
 
 
+def test_a_start_takes_all_but_a_phoneme_head_of_another_size(corpus, release, tmp_path):
+    other = make_task(corpus, release).system
+    other.save(tmp_path / "other", "card", {"codec": "codec"})
+    encoders = ENCODERS | {"phonemes": 12}
+    ours = make_task(corpus, release, init=str(tmp_path / "other"), encoders=encoders).system.state_dict()
+    head = {key for key in ours if "phoneme_head" in key}
+    assert {ours[key].shape[0] for key in head} == {12}
+    assert all(
+        torch.equal(ours[key].half(), value.half()) for key, value in other.state_dict().items() if key not in head
+    )
+
+
 def test_dataset_is_a_function_of_its_generator(corpus, release):
     data = make_data(corpus, release)
     a, b, c = (data.__getitem__(0, torch.Generator().manual_seed(s))["mouth"] for s in (1, 1, 2))
@@ -197,3 +214,83 @@ def test_expressions_change_within_a_clip(corpus, release):
 def test_recomputed_and_compiled_blocks_leave_the_losses(corpus, release, prepared_blocks_change_nothing):
     batch = batch_of(corpus, release)
     prepared_blocks_change_nothing(lambda: make_task(corpus, release, model={"dropout": 0.2}), batch)
+
+
+def test_the_identity_loss_does_not_scale_the_other_gradients(corpus, release, tmp_path):
+    """Its weight of 100 reaches the adapter and the face encoder, which are clipped apart from the score network."""
+    seen = {}
+    for weight in (1.0, 100.0):
+        task = make_task(corpus, release, identity_weight=weight)
+        trainer = Trainer(task, make_data(corpus, release), TRAINER | {"clip": 0.01}, tmp_path / str(weight))
+        torch.manual_seed(0)
+        trainer._backward(trainer.batches[0], "model", defaultdict(float), last=True)
+        trainer._clip("model")
+        seen[weight] = {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
+    touched = {name for name, grad in seen[1.0].items() if not torch.allclose(grad, seen[100.0][name])}
+    assert all("identity_adapter" in name or "encoders.identity" in name for name in touched)
+
+
+@pytest.fixture(scope="module")
+def heard_corpus(corpus, release, tmp_path_factory):
+    """The clips of `corpus` whose voices say something else than their faces, and in one half second nothing known."""
+    split, root = ShardSplit(corpus / "train"), tmp_path_factory.mktemp("heard")
+    samples = []
+    for info, tensors in (split[i] for i in range(len(split))):
+        heard = (tensors["expression"] + 3) % 7
+        heard[-1] = NO_EXPRESSION
+        samples.append((info, tensors | {"heard_expression": heard}))
+    write_split(root / "train", samples, 4, digests=split.index["digests"] | {"heard_expression": "a test"})
+    return root
+
+
+def test_the_heard_expression_is_the_condition_and_the_seen_one_the_classifiers_target(corpus, heard_corpus, release):
+    codec = release.parent / "codec"
+    seen = HiCoDiTDataset(corpus / "train", codec)
+    heard = HiCoDiTDataset(heard_corpus / "train", codec, expression="heard")
+    items = [data.__getitem__(4, torch.Generator().manual_seed(0)) for data in (seen, heard)]
+    assert items[0]["expression"].tolist() == [4, 5, 6] and items[1]["expression"].tolist() == [0, 1, NO_EXPRESSION]
+    assert items[0]["face_expression"] == items[1]["face_expression"]
+    with pytest.raises(UserError, match=r"no heard expressions: add them .* or set data.expression=seen"):
+        HiCoDiTDataset(corpus / "train", codec, expression="heard")
+    with pytest.raises(UserError, match="must be heard or seen"):
+        HiCoDiTDataset(corpus / "train", codec, expression="both")
+
+
+def test_heard_windows_that_change_within_a_clip_reach_the_temporal_scales(heard_corpus, release):
+    """A half second whose expression is not known has the scale of a dropped condition."""
+    data = HiCoDiTDataset(heard_corpus / "train", release.parent / "codec", expression="heard")
+    batch = data.collate([data.__getitem__(4, torch.Generator()) for _ in range(2)])
+    task, scales = make_task(heard_corpus, release), []
+    model = task.system.model
+    torch.nn.init.normal_(model.stages[1].temporal.scales.weight)
+    model.stages[1].blocks[0].register_forward_hook(lambda m, x, y: scales.append(x[4]))
+    keep = torch.tensor([[True] * 3, [False] * 3])
+    model.draw_keep = lambda batch, device: keep
+    torch.manual_seed(0)
+    task(batch, "model")
+    (kept, _), windows = scales[0], (0, 25, 50)
+    for i, first in enumerate(windows):
+        for second in windows[i + 1 :]:
+            assert (kept[first] != kept[second]).all()  # the scales of attention and of the feed-forward
+    scales.clear()
+    keep[0, 2] = False
+    torch.manual_seed(0)
+    task(batch, "model")
+    assert torch.equal(scales[0][0, 50], kept[50]) and (scales[0][0, 0] != kept[0]).all()
+
+
+def test_expressions_seen_at_inference_reach_the_temporal_scales(release):
+    """The face alone decides: pictures of two classes give two scales, of attention and of the feed-forward."""
+    pipeline, scales = HiCoDiTPipeline.from_pretrained(release), []
+    pipeline.system.encoders.expression.forward = lambda faces: torch.nn.functional.one_hot(
+        (faces.mean((1, 2, 3)) > 0.5).long(), 7
+    ).float()
+    pipeline.system.model.stages[1].blocks[0].register_forward_hook(lambda m, x, y: scales.append(x[4]))
+    at = np.arange(0, 25, pipeline.system.encoders.config.picture_every)
+    faces = np.zeros((len(at), 64, 64, 3), np.uint8)
+    faces[at >= 12] = 255
+    speech = pipeline.run([Crops(np.zeros((25, 48, 48), np.uint8), faces)], [0])[0]
+    assert speech.expression.tolist() == [0, 1]
+    for gamma in scales:
+        assert (gamma[:, 0] != gamma[:, 25]).all() and (gamma[:, :25] == gamma[:, :1]).all()
+    assert scales

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from shard_files import random_split
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from corpora.preparation.sources import tar_members
+from corpora.preparation.sources_listed import tar_members
 from engine.config import build
 from engine.media.corpus import read_manifest
 from engine.release import read_release, save_release

@@ -25,14 +25,15 @@ from engine.media.limits import LIMITS, Limits, set_limits
 from engine.media.video import read_video
 from engine.safe_pickle import read_checkpoint, read_matrix
 from engine.training.export import Release, write
-from hicodit.inference import find_clips
+from hicodit.settings import find_clips
 from hicodit.system import HiCoDiTSystem
 from rvq_codec import RVQCodec
 from talker_t2av.faces import read_picture
-from talker_t2av.inference import InferConfig, read_jobs
 from talker_t2av.jobs import Job
 from talker_t2av.model import TalkerT2AV
 from talker_t2av.motion import MotionStats
+from talker_t2av.settings import InferConfig, read_jobs
+from talker_t2av.system import TalkerSystem
 from talker_t2av.text import TalkerTokenizer
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
@@ -70,6 +71,13 @@ def cut_fast(folder: Path, read) -> None:
     ffmpeg("-i", CLIP, "-i", VOICE, "-c:v", "libx264", "-c:a", "aac", "-movflags", "+faststart", folder / "fast.mp4")
     (folder / "cut").mkdir()
     cut(folder / "cut", folder / "fast.mp4", 0.5, read)
+
+
+def cut_as(folder: Path, suffix: str, read) -> None:
+    """Half of a file whose header states its size."""
+    ffmpeg("-stream_loop", 3, "-i", CLIP, "-stream_loop", 3, "-i", VOICE, "-shortest", folder / f"whole{suffix}")
+    (folder / "cut").mkdir()
+    cut(folder / "cut", folder / f"whole{suffix}", 0.5, read)
 
 
 def sound(folder: Path, samples, read=read_audio) -> None:
@@ -196,6 +204,19 @@ CASES = [
         lambda f: cut_fast(f, lambda path: read_audio(path, 16_000)),
         "only the first .* of its sound",
     ),
+    *(
+        (f"sound: cut, {suffix}", lambda f, s=suffix: cut_as(f, s, lambda path: read_audio(path, 16_000)), line)
+        for suffix, line in (
+            (".mp3", "ends after .* of the .* bytes that it states"),
+            (".avi", "ends after .* of the .* bytes that it states"),
+            (".wma", "ends after .* of the .* bytes that it states"),
+            (".aiff", "ends after .* of the .* bytes that it states"),
+            (".au", "ends after .* of the .* bytes that it states"),
+            (".flac", "only the first .* of its sound"),
+            (".mkv", "only the first .* of its sound"),
+        )
+    ),
+    ("video: cut, .avi", lambda f: cut_as(f, ".avi", read_video), "ends after .* of the .* bytes that it states"),
     ("voice: silent", lambda f: sound(f, [0.0] * 16_000, read_voice), "is silent"),
     ("write: not a number", lambda f: write_wav(f / "a.wav", np.array([np.nan]), 16_000), "not finite"),
     (
@@ -228,7 +249,10 @@ CASES = [
         for value in (float("nan"), float("inf"))
     ),
     ("release: weights out of half precision", released, "weights that are not finite numbers .w."),
-    ("release: a million layers", changed(HICODIT, partial(setting, "model.low_blocks", 10**6)), "far larger model"),
+    ("release: too many layers", changed(HICODIT, partial(setting, "model.low_blocks", 200)), "lacks tensor"),
+    ("release: a million layers", changed(HICODIT, partial(setting, "model.low_blocks", 10**6)), "from 1 to 256"),
+    ("release: wide", changed(HICODIT, partial(setting, "model.cond_dim", 10**6)), "from 1 to 65,536"),
+    ("release: negative", changed(RVQ, partial(setting, "vocos_layers", -1)), "vocos_layers=-1 must be from 0"),
     (
         "release: a billion layers",
         changed(HICODIT, partial(setting, "model.low_blocks", 10**9)),
@@ -238,9 +262,10 @@ CASES = [
     (
         "release: a million decoders",
         changed(TALKER, partial(setting, "model.llm.num_hidden_layers", 10**6)),
-        "far larger model|config.yaml",
+        "num_hidden_layers=1000000 must be a whole number from 1 to 256",
     ),
-    ("release: wide", changed(RVQ, partial(setting, "latent_channels", 10**6)), "far larger model|config.yaml"),
+    ("release: wide codec", changed(RVQ, partial(setting, "latent_channels", 10**6)), "from 1 to 16,384"),
+    ("release: ratios", changed(RVQ, partial(setting, "ratios", [0, 4])), "ratios=0 must be"),
     ("release: delay", changed(TALKER, partial(setting, "model.delay", -5)), "delay=-5 must be"),
     ("release: patch_size", changed(TALKER, partial(setting, "model.patch_size", 0)), "patch_size=0 must be"),
     (
@@ -252,6 +277,14 @@ CASES = [
         "release: not a number",
         changed(TALKER, partial(setting, "motion.mean", [float("nan")])),
         "must be a finite number",
+    ),
+    *(
+        (
+            f"release: statistics of {value}",
+            changed(("talker_t2av_tiny", TalkerSystem.load), partial(setting, "motion.mean", [value])),
+            "config.yaml lacks or misspells",
+        )
+        for value in ("x", None)
     ),
     ("release: text for a size", changed(HICODIT, partial(setting, "model.width", "wide")), "config.yaml"),
     ("release: no heads", changed(HICODIT, partial(setting, "model.heads", 0)), "config.yaml"),
@@ -313,6 +346,9 @@ CASES = [
     ("job: empty text", lambda f: job(f, '{"text": ""}'), "needs text"),
     ("job: min_seconds", lambda f: Job("tts", "a", "v.wav", min_seconds=float("nan")), "min_seconds=nan must be"),
     ("job: max_seconds", lambda f: Job("tts", "a", "v.wav", max_seconds=1e9), "max_seconds=1000000000.0 must be"),
+    ("jobs: no end", lambda f: read_jobs(InferConfig(jobs="/dev/zero", mode="tts")), "has more than 268,435,456 bytes"),
+    ("jobs: no text", lambda f: named(f, "j", b"\xff", lambda p: read_jobs(InferConfig(jobs=str(p)))), "invalid start"),
+    ("jobs: a folder", lambda f: read_jobs(InferConfig(jobs=str(f))), "cannot be read: Is a directory"),
     ("command: text=", lambda f: command(f, "infer_talker", "text="), "text= is empty: give a value, or leave it out"),
     ("command: input=", lambda f: command(f, "infer", "input="), "input= is empty"),
     ("command: input=''", lambda f: command(f, "infer", "input=''"), "input= is empty"),

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import re
 import resource
+import subprocess
+import sys
 import threading
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ from engine.training.trainer import Trainer
 from tests.engine.toy_task import CONFIG, ToyGAN, ToySet
 
 CASES = [*rows_files.CASES, *rows_settings.CASES, *rows_media.CASES]
+ROOT = Path(__file__).resolve().parents[2]
 MEMORY = 2 * 2**30  # bytes by which one row may grow the process
 
 
@@ -79,6 +83,26 @@ def test_a_server_that_never_ends_is_left(tmp_path):
     server.shutdown()
 
 
+def test_a_reader_that_ends_early_is_no_error():
+    command = f"{sys.executable} infer.py model=talker_t2av --help | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("141\n", "")
+
+
+def test_names_of_files_do_not_reach_the_terminal_as_they_are(capsys):
+    names = ["\x1b[2Jgone", "line\nbreak", "\u202egpj", "\x9b31m", "plain é 你"]
+
+    def may_fail(name):
+        if "b" in name:
+            raise UserError(f"no such file: {name}")
+        return name
+
+    run_batches([(n, n) for n in names], 2, may_fail, lambda batch: batch, lambda n, *_: (f"{n} done", 1.0), True)
+    said = capsys.readouterr()
+    assert said.out.splitlines() == ["?[2Jgone done", "?gpj done", "?31m done", "plain é 你 done"]
+    assert said.err == "failed: line break: no such file: line break\n"
+
+
 @pytest.mark.parametrize("stage", ["prepare", "process", "write"])
 def test_one_bad_job_ends_no_other(stage, capsys):
     def may_fail(at, names):
@@ -90,9 +114,8 @@ def test_one_bad_job_ends_no_other(stage, capsys):
         [(name, name) for name in ("first", "bad", "last")],
         batch_size=3,
         prepare=lambda job: may_fail("prepare", [job])[0],
-        process=lambda batch, bar: may_fail("process", batch),
+        process=lambda batch: may_fail("process", batch),
         write=lambda name, prepared, result: (f"{result} done", len(may_fail("write", [name]))),
-        unit="job",
         name_errors=True,
     )
     said = capsys.readouterr()

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hicodit.diffusion import LogLinearNoise, log_expm1, weighted_score_entropy
-from hicodit.samplers import SamplerConfig, sample
+from hicodit.samplers import sample
+from hicodit.settings import SamplerConfig
 from tests.reference import sedd
 
 N, PAIRS, STEPS = 3, 100_000, 3
@@ -39,8 +40,13 @@ def log_posterior(x: torch.Tensor, t: torch.Tensor, excess: float) -> torch.Tens
 def test_euler_sampler_draws_from_the_distribution_of_sedds_race(predictor, excess):
     """All N^2 pairs are as frequent: the standard deviation of a frequency's difference is at most 0.0023."""
 
-    def posterior(x, t, where):  # x (B, K, L), here one clip of one level
-        return log_posterior(x[:, 0], t, excess)[where[:, 0]]
+    class Pairs:
+        def moments(self, times):
+            return times
+
+        def __call__(self, x, t, where):  # x (B, K, L), here one clip of one level
+            log_q = log_posterior(x[:, 0], t, excess)[:, None].float()
+            return log_q if where is None else log_q.gather(2, where[..., None].expand(-1, -1, -1, N))
 
     def score(x, sigma):
         t = -torch.expm1(-sigma) / (1 - NOISE.eps)
@@ -53,7 +59,7 @@ def test_euler_sampler_draws_from_the_distribution_of_sedds_race(predictor, exce
 
     random = torch.Generator().manual_seed(2)
     config, lengths = SamplerConfig("euler", steps=STEPS), torch.tensor([2 * PAIRS])
-    ours = sample(posterior, lengths, 1, N, config, [random], normalised=excess == 0)
+    ours = sample(Pairs(), lengths, 1, N, config, [random], normalised=excess == 0)
     columns = [N + 1] * STEPS + [N]
     uniforms = (torch.rand(1, 2 * PAIRS, c, generator=random, dtype=torch.float64) for c in columns)
     start = torch.full((1, 2 * PAIRS), N)

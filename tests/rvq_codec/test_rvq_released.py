@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
+import torch
+
 from rvq_codec.codec import RVQCodecConfig, build_decoder, build_encoder, build_quantizer
+from rvq_codec.released import sizes_of
 
 FOLDER = Path(__file__).parents[1] / "golden" / "codecs"
 
@@ -19,3 +22,11 @@ def test_released_keys_and_shapes_of_the_full_size():
     decoder["model.head.istft.window"] = [1920]  # stored in the file, computed by ours
     assert encoder == json.loads((FOLDER / "mgct_full_encoder.keys.json").read_text())
     assert decoder == json.loads((FOLDER / "mgct_full_decoder.keys.json").read_text())
+
+
+def test_sizes_follow_from_the_tensors():
+    encoder, decoder = (
+        {key: torch.empty(shape, device="meta") for key, shape in json.loads((FOLDER / name).read_text()).items()}
+        for name in ("mgct_full_encoder.keys.json", "mgct_full_decoder.keys.json")
+    )
+    assert RVQCodecConfig(**sizes_of(encoder, decoder, FOLDER)) == RVQCodecConfig()

@@ -1,55 +1,283 @@
 """The page in a browser: what its buttons do with the bundled models, and how it is built where gradio is installed."""
 
+import os
+import re
+import signal
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
+import httpx
+import numpy as np
 import pytest
 import soundfile
 from imageio_ffmpeg import count_frames_and_secs
 
 from engine.errors import UserError
-from scripts import demo
+from engine.media.video import write_video
+from scripts import demo as command
+from scripts import demo_actions as actions
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "assets" / "demo"
+CLIP, VOICE, PICTURE = (str(EXAMPLES / name) for name in ("silent.mp4", "voice.wav", "face.png"))
+SENTENCE = "set blue by hotel four now"
+
+
+def ignore(done, total, what):
+    pass
 
 
 @pytest.fixture(scope="module")
-def buttons(tmp_path_factory):
-    return demo.Demo(tmp_path_factory.mktemp("demo"), device="cpu")
+def demo(tmp_path_factory):
+    return actions.Demo(tmp_path_factory.mktemp("demo"), device="cpu")
 
 
-def test_a_clip_speaks(buttons):
-    video, figure = buttons.speak(demo.CLIP, None, 2, 0.7, 1)
+@pytest.fixture(scope="module")
+def page_of(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
+        pytest.importorskip("gradio", reason="needs the demo extra")
+        from scripts import demo_page
+
+        yield demo_page
+
+
+def test_a_clip_speaks(demo):
+    seen = []
+    made = demo.speak(CLIP, None, 2, 0.7, 2.5, 1, lambda *step: seen.append(step))
+    assert count_frames_and_secs(made.video)[0] == count_frames_and_secs(CLIP)[0]
+    assert Path(made.figure).stat().st_size > 10_000
+    assert [step[:2] for step in seen if "generating" in step[2]] == [(0, 2), (1, 2), (2, 2)]
+    again, other = (demo.speak(CLIP, None, 2, 0.7, guidance, 1, ignore) for guidance in (2.5, 0.5))
+    waves = [soundfile.read(result.sound)[0] for result in (made, again, other)]
+    assert again.sound != made.sound and (waves[0] == waves[1]).all() and (waves[0] != waves[2]).any()
+
+
+@pytest.mark.parametrize("face", [CLIP, PICTURE])
+def test_a_text_becomes_a_talking_face(demo, face):
+    made = demo.talk("t2av", SENTENCE, VOICE, face, 2, 0.3, 2.0, 0, ignore)
+    assert count_frames_and_secs(made.video)[1] == pytest.approx(soundfile.info(made.sound).duration, abs=0.1) != 0
+
+
+def test_other_modes(demo):
+    settings = 2, 0.3, 2.0, None, ignore
+    made = demo.talk("tts", "hello four", VOICE, None, *settings)
+    assert made.video is None and soundfile.info(made.sound).duration > 0.3
+    assert made.notes[1] == "not in the training text, expect babble: hello"
+    made = demo.talk("a2v", "", VOICE, PICTURE, *settings)
+    assert made.sound is None and count_frames_and_secs(made.video)[0] > 40
+    made = demo.talk("v2a", "", VOICE, CLIP, *settings)
+    assert made.sound and count_frames_and_secs(made.video)[0] == count_frames_and_secs(CLIP)[0]
+
+
+def test_a_report_that_raises_ends_the_run(demo):
+    def stop(done, total, what):
+        if done == 2:
+            raise InterruptedError
+
+    for run in (
+        lambda: demo.speak(CLIP, None, 128, 0.7, 2.5, 0, stop),
+        lambda: demo.talk("tts", SENTENCE, VOICE, None, 2, 0.3, 2.0, 0, stop),
+    ):
+        with pytest.raises(InterruptedError):
+            run()
+
+
+def test_old_results_are_deleted(demo):
+    old, new = demo._new_folder(), demo._new_folder()
+    os.utime(old, (time.time() - 2 * actions.KEPT,) * 2)
+    demo._new_folder()
+    assert new.exists() and not old.exists()
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("Uploads")  # with a capital, as paths of a server may have
+    for name in ("text.mp4", "text.wav", "text.png"):
+        (folder / name).write_text("no media file" * 20)
+    (folder / "cut.mp4").write_bytes(Path(CLIP).read_bytes()[:9000])
+    write_video(folder / "grey.mp4", np.full((10, 64, 64, 3), 128, np.uint8), 25.0)
+    soundfile.write(folder / "still.wav", np.zeros(16_000), 16_000)
+    soundfile.write(folder / "long.wav", np.zeros(16_000 * 31), 16_000)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("mode", "text", "voice", "face", "shown"),
+    [
+        ("speak", "", None, None, "Give a clip of a talking face."),
+        ("speak", "", None, "text.mp4", "The face is not a video or audio file that ffmpeg can read."),
+        ("speak", "", None, "grey.mp4", "The face: no face found in any of its 0.4 s: give a clip with a front"),
+        ("t2av", " ", VOICE, CLIP, "Write a text to say."),
+        ("tts", SENTENCE, None, None, "Give a voice."),
+        ("t2av", SENTENCE, None, PICTURE, "Give a voice."),
+        ("t2av", SENTENCE, None, CLIP, "Give a voice: the clip has no sound."),
+        ("t2av", SENTENCE, VOICE, None, "Give a face: a clip or a picture."),
+        ("t2av", SENTENCE, VOICE, "text.png", "The face cannot be read as a picture (cannot identify image file 'the"),
+        ("t2av", SENTENCE, VOICE, "cut.mp4", "The face is not a video or audio file that ffmpeg can read (its"),
+        ("tts", SENTENCE, "text.wav", None, "The sound is not a video or audio file that ffmpeg can read."),
+        ("tts", SENTENCE, "still.wav", None, "The sound is silent: give a recording of the voice."),
+        ("a2v", "", None, CLIP, "Give a sound."),
+        ("a2v", "", "long.wav", CLIP, "The sound lasts longer than 30 s: give a part of it."),
+        ("v2a", "", VOICE, None, "Give a clip."),
+        ("tts", SENTENCE * 200, VOICE, None, "2,000 is the most"),
+    ],
+)  # fmt: skip
+def test_errors_name_no_paths_and_no_settings(demo, bad, mode, text, voice, face, shown):
+    voice, face = (str(bad / name) if name else name for name in (voice, face))
+    with pytest.raises(UserError) as caught:
+        if mode == "speak":
+            demo.speak(face, voice, 2, 0.7, 2.5, 0, ignore)
+        else:
+            demo.talk(mode, text, voice, face, 2, 0.3, 2.0, 0, ignore)
+    words = actions.in_page_words(str(caught.value), {"the sound": voice, "the face": face})
+    assert shown in words and not re.search(r"/\w|\w=|_", words), words
+
+
+def test_words_that_only_the_server_knows_are_left_out():
+    def words(message):
+        return actions.in_page_words(message, {"the clip": "/tmp/Up/x.mp4"})
+
     assert (
-        count_frames_and_secs(video)[0] == count_frames_and_secs(demo.CLIP)[0] and Path(figure).stat().st_size > 10_000
+        words("/tmp/Up/x.mp4 has more than 60 s of video (limits.seconds): cut it")
+        == "The clip has more than 60 s of video: cut it."
     )
-    again, _ = buttons.speak(demo.CLIP, None, 2, 0.7, 1)
-    waves = [soundfile.read(Path(path).with_suffix(".wav"))[0] for path in (video, again)]
-    assert again != video and (waves[0] == waves[1]).all()
-    with pytest.raises(UserError, match="give a clip"):
-        buttons.speak(None, None, 2, 0.7, 1)
+    assert words("cannot write /srv/data/out.wav: No space left on device") == "No space left on device."
+    assert words("sampler.steps=0 must be a whole number") == "The terminal of the server says why."
 
 
-def test_a_text_is_said(buttons):
-    video, sound = buttons.talk("tts", "set blue by hotel four now", demo.VOICE, demo.CLIP, 0)
-    assert video is None and soundfile.info(sound).duration > 0.5
-    for mode, text, what in (("t2av", " ", "text"), ("a2v", "", "audio")):
-        with pytest.raises(UserError, match=what):
-            buttons.talk(mode, text, None, demo.CLIP, 0)
+def test_parts_of_the_page_that_a_mode_ignores_are_hidden(page_of):
+    shown = {
+        (mode, source): {name for name, look in page_of.looks(mode, source).items() if look.get("visible", True)}
+        for mode in page_of.MODES
+        for source in ("a clip", "a picture")
+    }
+    face = {"clip", "clips"}
+    assert shown["t2av", "a clip"] == {"text", "sentences", "voice", "source", "video", "sound"} | face
+    assert shown["t2av", "a picture"] == {"text", "sentences", "voice", "source", "video", "sound", "picture"}
+    assert shown["tts", "a clip"] == shown["tts", "a picture"] == {"text", "sentences", "voice", "sound"}
+    assert shown["a2v", "a clip"] == {"text", "voice", "source", "video"} | face
+    assert shown["v2a", "a picture"] == {"text", "voice", "video", "sound"} | face
+
+
+def test_the_text_follows_the_example_whose_words_it_must_be(page_of):
+    spoken = (EXAMPLES / "silent.txt").read_text().strip(), (EXAMPLES / "voice.txt").read_text().strip()
+    assert (page_of.SPOKEN["silent.mp4"], page_of.SPOKEN["voice.wav"]) == spoken
+    assert page_of.text_for("v2a", SENTENCE, VOICE, CLIP) == spoken[0]
+    assert page_of.text_for("a2v", SENTENCE, VOICE, CLIP) == spoken[1]
+    assert page_of.text_for("v2a", SENTENCE, VOICE, "/uploads/mine.mp4") == ""  # those words are not in it
+    assert page_of.text_for("v2a", "my words", VOICE, "/uploads/mine.mp4") == "my words"
+    assert page_of.text_for("t2av", spoken[0], VOICE, CLIP) == SENTENCE
+    assert page_of.text_for("tts", "my words", VOICE, CLIP) == "my words"
+
+
+class SlowDemo:
+    """Buttons that work until they are stopped, but only the first time."""
+
+    bundled = True
+
+    def __init__(self, demo):
+        self.hicodit, self.talker = demo.hicodit, demo.talker
+        self.begun, self.ended, self.calls = threading.Event(), threading.Event(), 0
+
+    def speak(self, *given):
+        self.calls += 1
+        try:
+            for step in range(3000 if self.calls == 1 else 1):
+                given[-1](step, 3000, "working")
+                self.begun.set()
+                time.sleep(0.02)
+        finally:
+            self.ended.set()
+        return actions.Made(["it worked"])
+
+    def talk(self, *given):
+        raise RuntimeError("at /secret/path")
+
+
+@pytest.fixture
+def served(page_of, demo):
+    """A page with slow buttons, and its address."""
+    slow = SlowDemo(demo)
+    blocks = page_of.page(slow)
+    _, url, _ = blocks.launch(server_name="127.0.0.1", server_port=None, prevent_thread_lock=True, quiet=True)
+    yield slow, url
+    blocks.close()
+
+
+SPEAK = (None, None, 2, 0.7, 2.5, 0)
+
+
+def client_of(url):
+    from gradio_client import Client
+
+    return Client(url, verbose=False)
+
+
+def start(slow, url):
+    """Press Speak as the page of a visitor does."""
+    index = next(d["id"] for d in httpx.get(f"{url}config").json()["dependencies"] if d["api_name"] == "speak")
+    event = {"data": SPEAK, "fn_index": index, "session_hash": "visitor"}
+    httpx.post(f"{url}gradio_api/queue/join", json=event).raise_for_status()
+    assert slow.begun.wait(20) and not slow.ended.wait(0.2)
+
+
+def test_a_page_that_is_closed_frees_the_queue(served):
+    slow, url = served
+    with httpx.stream("GET", f"{url}gradio_api/heartbeat/visitor", timeout=30):  # the page keeps it open
+        start(slow, url)
+    assert slow.ended.wait(10)  # it would take a minute
+    assert "It worked." in client_of(url).predict(*SPEAK, api_name="/speak")[0]
+
+
+def test_stop_ends_a_run_and_the_queue_goes_on(served):
+    slow, url = served
+    start(slow, url)
+    events = httpx.get(f"{url}config").json()["dependencies"]
+    button = next(d["targets"] for d in events if d["cancels"])
+    stop = next(d["id"] for d in events if d["targets"] == button and d["backend_fn"])
+    press = {"data": [], "fn_index": stop, "session_hash": "visitor"}
+    answer = httpx.post(f"{url}gradio_api/run/predict", json=press).json()
+    assert answer["data"][-1] == "Stopped." and slow.ended.wait(10)
+    assert "It worked." in client_of(url).predict(*SPEAK, api_name="/speak")[0]
+
+
+def test_an_error_of_the_program_shows_no_paths(served):
+    result = client_of(served[1]).predict("tts", "x", None, "a clip", None, None, 2, 0.3, 2.0, 0, api_name="/talk")
+    assert "a fault of the program" in result[0] and "secret" not in str(result)
+
+
+def test_uploads_are_deleted_at_the_end_and_other_files_are_not_served(tmp_path):
+    pytest.importorskip("gradio", reason="needs the demo extra")
+    port = str(20_000 + os.getpid() % 20_000)
+    call = [sys.executable, "scripts/demo.py", "--port", port, "--device", "cpu"]
+    process = subprocess.Popen(
+        call, cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert "loading" in process.stdout.readline() and port in process.stdout.readline()
+        url = f"http://127.0.0.1:{port}/gradio_api"
+        path = httpx.post(f"{url}/upload", files={"files": ("mine.wav", b"sound")}).json()[0]
+        assert Path(path).is_relative_to(tmp_path) and Path(path).read_bytes() == b"sound"
+        assert httpx.get(f"{url}/file={ROOT / 'README.md'}").status_code == 403
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 143
+    finally:
+        process.kill()
+    assert not list(tmp_path.glob("speaking-faces-*")) and not Path(path).exists()
 
 
 def test_without_gradio_one_line_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.setattr(sys, "argv", ["demo.py"])
     with pytest.raises(UserError, match=r"bash scripts/setup\.sh demo"):
-        demo.main()
-
-
-def test_the_page(buttons):
-    gradio = pytest.importorskip("gradio", reason="needs the demo extra")
-    values = [getattr(block, "value", None) for block in demo.page(gradio, buttons).blocks.values()]
-    assert {"Speak", "Talk", "set blue by hotel four now"} <= {value for value in values if isinstance(value, str)}
+        command.main()
 
 
 def test_a_port_that_does_not_exist_is_one_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["demo.py", "--port", "99999"])
     with pytest.raises(UserError, match="--port 99999 must lie between"):
-        demo.main()
+        command.main()

@@ -261,6 +261,8 @@ def test_the_listing_says_what_is_here(checkpoints, server, tmp_path):
     text = "\n".join(listing(checkpoints, tmp_path))
     assert re.search(r"present +sub/weights.bin \(0.3 MB, SHA-256 known\)", text)
     assert re.search(r"missing +b \(size unknown, no SHA-256 known\)", text)
+    rounded = Checkpoint("c", "MIT", "o", (RemoteFile("c", "https://h/c", about=170_000_000),))
+    assert "c (about 170 MB, no SHA-256 known)" in "\n".join(listing((rounded,), tmp_path))
     assert re.search(r"damaged +c.bin", text)
     assert "licence: MIT" in text and f"from {server.address}/absent" in text
     assert not server.requests
@@ -269,7 +271,7 @@ def test_the_listing_says_what_is_here(checkpoints, server, tmp_path):
 def test_the_catalogue_is_sound():
     everything = sum(read_catalogue().values(), ())
     paths = [file.path for checkpoint in everything for file in checkpoint.files]
-    assert len(paths) == len(set(paths)) and len(everything) == 10
+    assert len(paths) == len(set(paths)) and len(everything) == 18
     for checkpoint in everything:
         assert checkpoint.licence and checkpoint.origin.startswith("https://")
         for file in checkpoint.files:

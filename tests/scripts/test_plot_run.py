@@ -1,6 +1,7 @@
 """Curves from logs: what is read, in which panel it lands, and that a picture comes out."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -35,6 +36,25 @@ def test_runs_become_one_picture(runs, tmp_path, monkeypatch, capsys):
     assert picture.shape[1] > 1500
     for colour in ((31, 119, 180), (255, 127, 14)):  # a curve of each run
         assert (np.abs(picture.astype(int) - colour).sum(2) < 30).sum() > 500
+
+
+def test_equal_curves_and_single_points_can_be_seen(tmp_path):
+    blue, orange = (31, 119, 180), (255, 127, 14)
+
+    def seen(runs: dict, name: str = "loss") -> list[int]:
+        plot_run.draw(runs, [name], None, tmp_path / "curves.png")
+        picture = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB")).astype(int)[60:]  # below the legend
+        return [int((np.abs(picture - colour).sum(2) < 60).sum()) for colour in (blue, orange)]
+
+    for values in (np.linspace(2, 3, 40), np.geomspace(1e-3, 1, 40)):
+        curve = {"loss": (np.arange(1.0, 41), values)}
+        below, above = seen({"a": curve, "b": curve})
+        assert below > 0.5 * above > 200
+    assert min(seen({"a": {"loss": (np.array([1.0]), np.array([2.0]))}})[:1]) > 10
+    both = {"loss": (np.array([1.0, 2.0, 3.0]), np.array([3.0, 2.0, 1.0]))}
+    plot_run.draw({"a": both}, ["loss"], None, tmp_path / "curves.svg")
+    ticks = re.findall(r"<!-- ([\d.]+) -->", (tmp_path / "curves.svg").read_text())
+    assert ticks[:4] == ["0", "1", "2", "3"]
 
 
 def test_what_is_read_and_in_which_order(runs):

@@ -14,11 +14,12 @@ from corpora.synthetic.face import Face, draw_motion
 from corpora.synthetic.mouth_opening import MouthReader
 from corpora.synthetic.visemes import MOUTH, mouth_track
 from corpora.synthetic.voices import load_voices
+from engine.evaluation.clips import read_clips
 from engine.media.audio import write_wav
 from engine.media.video import write_video
 from engine.metrics.speech import loudness, speech_end, synchrony
-from scripts import evaluate
-from talker_t2av.evaluation import endings
+from scripts import corpus_figures
+from talker_t2av.evaluation import endings, write_outputs
 from talker_t2av.pipeline import Talk
 
 RATE = 24_000
@@ -88,11 +89,11 @@ def corpus(tmp_path_factory) -> Path:
 def test_the_whole_command(corpus, tmp_path, monkeypatch, capsys):
     pytest.importorskip("pocketsphinx")
     weights = save_talker(tmp_path)
-    monkeypatch.setattr(evaluate, "MouthReader", lambda: MouthReader(8))
+    monkeypatch.setattr(corpus_figures, "MouthReader", lambda: MouthReader(8))
     arguments = ["--corpus", corpus, "--weights", weights, "--clips", 2, "--out", tmp_path / "out"]
     arguments += ["--figure", tmp_path / "figure.png"]
     monkeypatch.setattr("sys.argv", ["evaluate.py", "talker_t2av", *map(str, arguments)])
-    evaluate.main()
+    corpus_figures.main()
     (path,) = (tmp_path / "out").glob(f"*-{weights.name}.json")
     results = json.loads(path.read_text())["results"]["seen"]
     assert set(results) == {"true", "t2av", "tts", "v2a", "a2v", "stream", "batch"}
@@ -109,7 +110,7 @@ def test_the_whole_command(corpus, tmp_path, monkeypatch, capsys):
 def test_a_figure_needs_its_part(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["x", "talker_t2av", "--parts", "tts", "--figure", str(tmp_path / "a.png")])
     with pytest.raises(ValueError, match="--figure"):
-        evaluate.main()
+        corpus_figures.main()
 
 
 @pytest.mark.parametrize(
@@ -121,12 +122,22 @@ def test_a_figure_needs_its_part(corpus, tmp_path, monkeypatch):
     ],
 )
 def test_codecs(corpus, tmp_path, monkeypatch, capsys, model, options, figure):
-    monkeypatch.setattr(evaluate, "MouthReader", lambda: MouthReader(8))
+    monkeypatch.setattr(corpus_figures, "MouthReader", lambda: MouthReader(8))
     arguments = [model, "--corpus", corpus, "--splits", "seen", "--clips", 2, "--out", tmp_path, *options]
     monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, arguments)])
-    evaluate.main()
+    corpus_figures.main()
     (path,) = tmp_path.glob("*.json")
     record = json.loads(path.read_text())
     assert record["arguments"]["clips"] == 2 and figure in record["results"]["seen"]
     assert figure in capsys.readouterr().out
     assert bool(list(tmp_path.glob("*.jpg"))) == (model == "lia_x")
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("t2av", ".mp4"), ("tts", ".wav"), ("a2v", ".mp4"), ("v2a", ".wav")])
+def test_outputs_for_an_evaluation(corpus, tmp_path, mode, suffix):
+    clips = read_clips(corpus / "train.jsonl", corpus / "train", {}, 2)
+    assert all(clip.prompt.video not in (None, clip.truth.video) for clip in clips)
+    write_outputs(clips, tmp_path / "out", "cpu", str(save_talker(tmp_path)), mode=mode)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "system.json", *(f"{clip.id}{suffix}" for clip in clips)
+    ]  # fmt: skip

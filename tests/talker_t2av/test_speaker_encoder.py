@@ -12,7 +12,7 @@ from engine.errors import UserError
 from engine.media.audio import write_wav
 from engine.release import load_strict
 from talker_t2av.speaker.encoder import EcapaTDNN, VoiceEncoder, VoiceEncoderConfig, WavLMEncoder
-from talker_t2av.speaker.released import LARGE, conv_layers, head_sizes, our_name, wavlm_config
+from talker_t2av.speaker.released import LARGE, conv_layers, head_sizes, our_name, wavlm_config, wavlm_sizes
 from talker_t2av.speaker.task import VoiceClips, VoiceEncoderTask, voice_means
 from tests.reference import released_names
 from tests.releases import write_release
@@ -47,6 +47,7 @@ def tiny_encoder(**changes):
 
 def test_released_names_are_those_of_the_full_size_encoder():
     state = released_keys()
+    assert wavlm_config(LARGE | wavlm_sizes(state)).to_dict() == wavlm_config(LARGE).to_dict()
     with torch.device("meta"):
         encoder = WavLMEncoder(wavlm_config(LARGE), **head_sizes(state))
     load_strict(encoder, {our_name(k): v for k, v in state.items()}, "keys", assign=True)

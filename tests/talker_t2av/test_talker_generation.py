@@ -199,6 +199,39 @@ def test_sampling_settings_are_checked(wrong):
         Sampling(**wrong)
 
 
+def test_half_precision_is_close_and_repeats_itself():
+    model, rows = tiny_model(), [request(max_patches=3, seed=s) for s in (1, 2)]
+    full = generate(model, rows, MODES["t2av"], SAMPLING, use_stop=False)
+    half = tiny_model().to_precision(torch.bfloat16)
+    assert half.dtype == half.speech_cfm.estimator.decoder.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+    assert half.head_stop.proj.weight.dtype == half.llm.model.rotary_emb.inv_freq.dtype == torch.float32
+    first, again = (generate(half, rows, MODES["t2av"], SAMPLING, use_stop=False) for _ in range(2))
+    for a, b, c in zip(full, first, again):
+        assert torch.equal(b.speech, c.speech) and torch.equal(b.motion, c.motion)
+        assert b.speech.dtype == torch.float32 and not torch.equal(a.speech, b.speech)
+        torch.testing.assert_close(a.speech, b.speech, atol=0.1, rtol=0.05)
+        torch.testing.assert_close(a.motion, b.motion, atol=0.1, rtol=0.05)
+
+
+def test_whole_steps_are_one_graph():
+    """Without a compiler behind it: what is tested is that a step can be captured whole, and a few times at most."""
+    model, rows, graphs = tiny_model(), [request(max_patches=5, min_patches=5, seed=s) for s in (1, 2)], []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    plain = generate(model, rows, MODES["t2av"], SAMPLING)
+    loop = PatchLoop(
+        model, rows, MODES["t2av"], SAMPLING, compiled=lambda step: torch.compile(step, fullgraph=True, backend=count)
+    )
+    assert len(list(loop)) == 5
+    for a, b in zip(plain, loop.results()):
+        torch.testing.assert_close(a.speech, b.speech, atol=1e-5, rtol=0)
+    assert 2 <= len(graphs) <= 3  # the last step is another
+
+
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_a_step_reads_nothing_on_the_host_and_keeps_all_shapes(guidance):
     """On fake tensors, which have shapes and no values: a read, or a shape that depends on values, raises."""

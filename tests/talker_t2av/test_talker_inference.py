@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import soundfile
@@ -16,7 +17,8 @@ from talker_fixtures import face_file, save_talker, voice_file
 from engine.errors import UserError
 from engine.media.ffmpeg import command, probe
 from engine.media.video import read_video
-from talker_t2av.inference import InferConfig, read_jobs, run
+from talker_t2av import inference
+from talker_t2av.settings import InferConfig, read_jobs, read_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,10 +36,16 @@ def files(tmp_path_factory) -> dict[str, str]:
     }
 
 
+def run(config):
+    return inference.run(*read_settings(config))
+
+
 def config(files, output, **changes):
     base = OmegaConf.load(ROOT / "configs" / "infer_talker.yaml")
     base.pop("defaults")
-    return OmegaConf.merge(base, {"weights": files["weights"], "output": str(output), "max_seconds": 0.64, **changes})
+    return OmegaConf.merge(
+        base, {"weights": files["weights"], "output": str(output), "max_seconds": 0.64, "figure": False, **changes}
+    )
 
 
 def decoded(path: str | Path, *arguments: str) -> bytes:
@@ -62,6 +70,9 @@ def test_four_modes_write_their_files_and_keep_what_was_given(files, tmp_path):
     assert decoded(tmp_path / "a2v.mp4", *pcm) == decoded(files["stereo"], *pcm)
     assert len(read_video(tmp_path / "a2v.mp4")) == -(-20_011 * 25 // 22_050)
     packets = ["-map", "0:v", "-c", "copy", "-f", "framemd5"]
+    run(config(files, tmp_path / "shown", mode="a2v", audio=files["stereo"], text=r"$\x 你", figure=True, **face))
+    assert sorted(p.name for p in (tmp_path / "shown").iterdir()) == ["a2v.mp4", "a2v.png", "a2v.wav"]
+    assert cv2.imread(str(tmp_path / "shown" / "a2v.png")).std() > 20
     assert decoded(tmp_path / "v2a.mp4", *packets) == decoded(files["face"], *packets) != b""
     assert len(soundfile.read(tmp_path / "v2a.wav")[0]) == 15 * 960
 

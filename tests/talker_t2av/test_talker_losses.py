@@ -133,3 +133,12 @@ def test_stop_loss_weighs_positives_and_skips_unlabelled_positions():
     expected = 0.3 * 4 * torch.log(torch.tensor(2.0)) / 2
     torch.testing.assert_close(stop_loss(logits, labels, torch.tensor(4.0)), expected)
     assert stop_loss(logits, torch.full((1, 3), IGNORED), torch.tensor(1.0)) == 0
+
+
+def test_the_weight_of_stop_labels_is_a_setting():
+    """0.3 of the ratio of continue to stop labels as released, all of it as in the paper."""
+    logits, labels = torch.tensor([[0.2, -1.0, 0.5, 0.3]]), torch.tensor([[0, 0, -100, 1]])
+    for share in (0.3, 1.0):
+        terms = [F.softplus(logits[0, 0]), F.softplus(logits[0, 1]), share * 2 * F.softplus(-logits[0, 3])]
+        torch.testing.assert_close(stop_loss(logits, labels, torch.tensor(2.0), share), sum(terms) / 3)
+    assert stop_loss(logits, labels, torch.tensor(2.0)) == stop_loss(logits, labels, torch.tensor(2.0), 0.3)

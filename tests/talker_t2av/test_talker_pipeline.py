@@ -16,7 +16,7 @@ from engine.errors import UserError
 from engine.media.audio import read_audio, write_wav
 from lia_x import LiaX, LiaXConfig
 from talker_t2av.faces import find_square, read_square
-from talker_t2av.jobs import encode_motion
+from talker_t2av.jobs import encode_motion, prepare_job
 from talker_t2av.pipeline import Job, TalkerPipeline
 from talker_t2av.released import LM_HEAD
 from talker_t2av.request import Sampling
@@ -32,7 +32,7 @@ TEXT = "set red"
 def pipeline(request, tmp_path_factory) -> TalkerPipeline:
     root = tmp_path_factory.mktemp("talker")
     delay, prefix = request.param
-    pipeline = TalkerPipeline.from_pretrained(save_talker(root, delay))
+    pipeline = TalkerPipeline.from_pretrained(save_talker(root, delay), precision="fp32")
     pipeline.prefix = prefix
     pipeline.files = {
         "voice": str(voice_file(root / "voice.wav")),
@@ -83,6 +83,32 @@ def test_a_stream_adds_up_to_the_whole(pipeline, mode):
     else:
         frames = np.concatenate(pictures).astype(int)
         assert frames.shape == whole.frames.shape and np.abs(frames - whole.frames).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["t2av", "tts"])
+def test_a_long_text_is_spoken_in_parts(pipeline, mode):
+    """Each part as if it were alone, but with a seed of its own, and 0.2 s of silence in which the face moves on."""
+    job = replace(jobs_of(pipeline)[mode], text="set red now. lay it, so it be", max_seconds=0.8)
+    assert len(pipeline(job).wave) <= 0.8 * 24_000  # it is not long
+    pipeline.sampling = replace(before := pipeline.sampling, text_bytes=12)
+    try:
+        talk, again, chunks = pipeline(job), pipeline(job), list(pipeline.stream(job))
+    finally:
+        pipeline.sampling = before
+    requests = prepare_job(job, pipeline.system, 12).requests
+    assert len(requests) == 3 and len({request.seed for request in requests}) == 3 and requests[0].seed == job.seed
+    assert all(torch.equal(request.speaker, requests[0].speaker) for request in requests)
+    first = pipeline(replace(job, text="set red now."))
+    np.testing.assert_allclose(talk.wave[: len(first.wave)], first.wave, atol=1e-4)
+    assert not talk.wave[len(first.wave) :][: 5 * 960].any() and talk.wave[len(first.wave) + 5 * 960 :].any()
+    assert len(talk.wave) == 960 * (len(talk.speech) + 2 * 5) and np.array_equal(talk.wave, again.wave)
+    np.testing.assert_allclose(np.concatenate([chunk.wave for chunk in chunks]), talk.wave, atol=1e-4)
+    if mode == "t2av":
+        assert len(talk.wave) == 960 * len(talk.frames) == 960 * len(talk.motion)
+        pause = talk.motion[len(first.frames) - 1 :][:7].diff(dim=0)  # in a line from the last frame to the next part's
+        torch.testing.assert_close(pause, pause[:1].expand(6, -1), atol=1e-4, rtol=1e-3)
+        frames = np.concatenate([chunk.frames for chunk in chunks if chunk.frames is not None]).astype(int)
+        assert np.abs(frames - talk.frames).max() <= 1
 
 
 def test_a_stream_speaks_before_it_knows_the_end(pipeline):
@@ -191,7 +217,7 @@ def test_a_folder_of_downloaded_files(tmp_path):
     with pytest.raises(UserError, match=r"mode=tts: .* lacks the WavLM speaker encoder"):
         TalkerPipeline.from_pretrained(folder).tts(TEXT, voice)
     codecs = {"speaker": ours / "voice"}
-    pipeline = TalkerPipeline.from_pretrained(folder, codecs=codecs)
+    pipeline = TalkerPipeline.from_pretrained(folder, codecs=codecs, precision="fp32")
     assert pipeline.sampling == Sampling() and len(pipeline.system.stats.mean) == 40
     for name, value in pipeline.system.model.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name

@@ -8,15 +8,18 @@ import torch
 from safetensors.torch import save_file
 from shard_files import write_split
 from talker_fixtures import DM, DS, LLM, face_file, save_talker
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from engine.errors import UserError
 from engine.media.ffmpeg import probe
+from engine.shards.reader import ShardSplit
 from talker_t2av.data import TalkerPairs
 from talker_t2av.losses import TalkerBatch, training_forward
-from talker_t2av.model import TalkerT2AV
+from talker_t2av.model import TalkerConfig, TalkerT2AV
 from talker_t2av.released import EMBEDDINGS
+from talker_t2av.system import codec_digests
 from talker_t2av.task import TalkerTask
-from talker_t2av.text import TalkerTokenizer
+from talker_t2av.text import TalkerTokenizer, byte_tokenizer
 from tests.releases import write_release
 
 TEXTS = ["lay blue", "set red now", "bin green at two"]
@@ -115,13 +118,15 @@ def test_dubbing_gives_rows_with_motion_the_tasks_of_given_streams(root, tmp_pat
 def test_validation_speaks_held_out_sentences(root, tmp_path):
     pytest.importorskip("pocketsphinx")
     checks = {"root": str(root / "shards"), "splits": ["seen"], "clips": 2, "corpus": str(root)}
-    checks["grammar"] = str(root / "grammar.jsgf")
+    checks |= {"grammar": str(root / "grammar.jsgf"), "metrics": ["wer", "wer_free", "mcd"]}
     for i in (0, 2):
         face_file(root / "seen" / f"seen_{i}.mp4")
     codecs = {name: str(root / "releases" / name) for name in ("speech", "motion", "speaker")}
     task = make_task(root, validation=checks, codecs=codecs).eval()
     results = task.validate(5, tmp_path)
-    assert results.keys() == {"wer_seen", "stopped_seen", "length_error_seen"}
+    losses = {f"{name}_seen" for name in ("loss", "loss_speech", "loss_motion", "loss_stop")}
+    assert results.keys() == {"wer_seen", "stopped_seen", "length_error_seen"} | losses
+    assert results["loss_seen"] == pytest.approx(sum(results[name] for name in losses - {"loss_seen"}), rel=1e-4)
     assert 0 <= results["stopped_seen"] <= 1 and results["length_error_seen"] >= 0
     for name in ("seen_0", "seen_2"):
         assert probe(tmp_path / f"{name}.wav").audio and probe(tmp_path / f"{name}.mp4").video
@@ -140,7 +145,7 @@ def test_a_release_holds_all_that_inference_needs(root, tmp_path):
         "speaker": "some/voice",
     }
     assert config["motion"]["mean"] == pytest.approx([0.1] * DM) and config["digests"] == {"speech": "abc"}
-    assert config["sampling"] == {"steps": 2, "temperature": 0.5, "guidance": 1.5}
+    assert config["sampling"] == {"steps": 2, "temperature": 0.5, "guidance": 1.5, "text_bytes": 190}
     words = TalkerTokenizer.from_pretrained(tmp_path / "out")
     assert words.prompt("lay blue") == task.words.prompt("lay blue")
     assert "wer_seen | 0.5" in (tmp_path / "out" / "README.md").read_text()
@@ -214,3 +219,121 @@ def test_mistakes_are_named(root):
 
 def test_recomputed_and_compiled_blocks_leave_the_losses(root, prepared_blocks_change_nothing):
     prepared_blocks_change_nothing(lambda: make_task(root), a_batch(root))
+
+
+def qwen_folder(folder, **changes):
+    """Qwen3 of the tests' size as transformers writes it."""
+    torch.manual_seed(5)
+    llm = Qwen3Config(**{"rope_theta": 1e6, "tie_word_embeddings": True, **LLM, **changes})
+    model = Qwen3ForCausalLM(llm)
+    model.save_pretrained(folder)
+    return model.state_dict()
+
+
+def test_training_starts_from_qwen(root, tmp_path):
+    state = qwen_folder(tmp_path / "qwen")
+    model = make_task(root, warm_start={"qwen": str(tmp_path / "qwen")}).model
+    for name, value in model.llm.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    assert model.llm.lm_head.weight is model.llm.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"intermediate_size": 32}, r"mlp.*is of \[32, 32\], task.model.llm asks for \[48, 32\]"),
+        ({"rope_theta": 1e4}, "has rope_theta=10000"),
+        (None, "is no Qwen3 in the Hugging Face format: it has no tensor model.embed_tokens"),
+    ],
+)
+def test_another_language_model_is_one_line(root, tmp_path, changes, message):
+    if changes is None:
+        (tmp_path / "qwen").mkdir()
+        save_file({"bert.weight": torch.zeros(2)}, tmp_path / "qwen" / "model.safetensors")
+    else:
+        qwen_folder(tmp_path / "qwen", **changes)
+    with pytest.raises(UserError, match=message):
+        make_task(root, warm_start={"qwen": str(tmp_path / "qwen")})
+
+
+def released_folder(folder, dtype=torch.bfloat16):
+    """The files of a released Talker-T2AV: tensors under the released names, a tokenizer."""
+    torch.manual_seed(6)
+    model = TalkerT2AV(TalkerConfig(**MODEL))
+    folder.mkdir()
+    state = {k: v.to(dtype).clone() for k, v in model.state_dict().items() if k != "llm.lm_head.weight"}
+    save_file(state, folder / "model.safetensors")
+    byte_tokenizer().save(folder)
+    return state
+
+
+def test_training_starts_from_the_released_files(root, tmp_path):
+    state = released_folder(tmp_path / "files")
+    task = make_task(root, init=str(tmp_path / "files"))
+    for name, value in task.model.state_dict().items():
+        if name != "llm.lm_head.weight":
+            assert torch.equal(value, state[name].float()), name
+    task = make_task(root, init=str(tmp_path / "files"), model=MODEL | {"tasks": 4})
+    assert torch.equal(task.model.task_embedding.weight[3], state["task_embedding.weight"][1].float())
+
+
+def test_low_rank_updates_of_the_released_files(root, tmp_path):
+    pytest.importorskip("peft")
+    state = released_folder(tmp_path / "files")
+    task, batch = make_task(root, init=str(tmp_path / "files")), a_batch(root)
+    task.adapt(2, 4.0)
+    task(batch, "model")["loss"].backward()
+    learns = {name for name, p in task.named_parameters() if p.requires_grad}
+    assert learns and all("lora_" in name for name in learns)
+    folder = tmp_path / "adapted"
+    write_release(task, folder)
+    assert torch.equal(
+        TalkerT2AV.from_pretrained(folder).state_dict()["head_stop.head.weight"].float(),
+        state["head_stop.head.weight"].float(),
+    )
+
+
+def test_a_folder_without_a_talker_is_one_line(root, tmp_path):
+    qwen_folder(tmp_path / "qwen")
+    with pytest.raises(UserError, match="lacks the Talker-T2AV model"):
+        make_task(root, init=str(tmp_path / "qwen"))
+
+
+def test_speech_alone_needs_no_motion_codec(root, tmp_path):
+    """Neither the data set nor validation opens it, and shards without motion are enough."""
+    split = ShardSplit(root / "shards" / "train")
+    samples = [(info, {k: v for k, v in t.items() if k != "motion"}) for info, t in (split[i] for i in range(3))]
+    releases = {name: str(root / "releases" / folder) for name, folder in (("speech", "speech"), ("speaker", "voice"))}
+    digests = codec_digests(**releases)
+    made = {"whisperx_vae": digests["speech"], "speaker": digests["speaker"]}
+    write_split(tmp_path / "train", samples, 2, digests=made)
+    codecs = releases | {"motion": None}
+    data = TalkerPairs(tmp_path, tasks=["tts"], codecs=codecs)
+    assert len(data.collate([data.__getitem__(0)])["speech"]) == 1
+    with pytest.raises(UserError, match=r"task.codecs.motion is needed"):
+        TalkerPairs(tmp_path, tasks=["t2av"], codecs=codecs)
+    validation = {"root": str(tmp_path), "splits": ["train"], "clips": 2, "grammar": None, "metrics": []}
+    task = make_task(root, stats=None, codecs=codecs, validation=validation, model=MODEL | {"motion_dim": 40})
+    assert "stopped_train" in task.eval().validate(1, tmp_path)
+    assert "motion" not in task.release_info().config["codecs"]
+
+
+@pytest.mark.parametrize("tasks", [["t2av"], ["tts"], ["t2av", "tts"]])
+def test_a_batch_has_the_tasks_that_are_asked_for(root, tasks):
+    data = TalkerPairs(root / "shards", tasks=tasks, stats=root / "shards" / "train" / "index.json")
+    batch = data.collate([data.__getitem__(i, torch.Generator()) for i in range(3)])
+    moving = (batch["motion_frames"] > 0).tolist()
+    assert moving == [True] * 3 * ("t2av" in tasks) + [False] * 3 * ("tts" in tasks)
+
+
+def test_codes_that_came_with_the_data_are_taken(root, tmp_path, capsys):
+    """Talker-T2AV-Data has motion codes and no pictures: no codec of ours made them."""
+    split = ShardSplit(root / "shards" / "train")
+    releases = {name: str(root / "releases" / folder) for name, folder in (("speech", "speech"), ("speaker", "voice"))}
+    digests = codec_digests(**releases)
+    index = {"motion_mean": [0.0] * DM, "motion_std": [1.0] * DM}
+    made = {"whisperx_vae": digests["speech"], "speaker": digests["speaker"]}
+    write_split(tmp_path / "train", [split[i] for i in range(3)], 2, digests=made, **index)
+    stats = tmp_path / "train" / "index.json"
+    data = TalkerPairs(tmp_path, tasks=["t2av"], codecs=releases | {"motion": "a/lia-x"}, stats=stats)
+    assert len(data) == 3 and "came with the data and are taken for those of a/lia-x" in capsys.readouterr().out

@@ -3,7 +3,9 @@
 import pytest
 
 from engine.errors import UserError
-from talker_t2av.text import SPEECH, TalkerTokenizer, byte_tokenizer
+from talker_t2av.settings import Job
+from talker_t2av.system import BUNDLED
+from talker_t2av.text import SPEECH, TalkerTokenizer, byte_tokenizer, split_text
 
 WORDS = ["bin blue at alpha one now", "lay green by bravo two soon", "set red in alpha two please"]
 
@@ -28,3 +30,31 @@ def test_placeholders_are_one_span_and_control_tokens_are_refused():
     assert ids[start:end] == [words.speech_id] * 5 and ids[:start] == words.prompt(WORDS[0]) and ids[end:] == words.tail
     with pytest.raises(UserError, match="control token"):
         words.prompt(f"one {SPEECH} two")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("One two. ", ["One two. "]),  # short enough: as it is
+        ("One two three. Four! Five six seven eight?", ["One two three. Four!", "Five six seven eight?"]),
+        ("One, two three, four five six. Seven.", ["One, two three,", "four five six. Seven."]),
+        ("one two three four five six", ["one two three four five", "six"]),
+        ("一二三。四五六，七八。", ["一二三。", "四五六，", "七八。"]),
+        ("a.b 3.5 c\nd e f g h i j k l", ["a.b 3.5 c", "d e f g h i j k l"]),
+    ],
+)
+def test_long_texts_are_split_where_a_speaker_pauses(text, parts):
+    assert split_text(text, {"One two. ": 9, "一二三。四五六，七八。": 14}.get(text, 24)) == parts
+
+
+def test_a_word_that_is_longer_than_a_part_is_named():
+    with pytest.raises(UserError, match=r"'xxxxxxxxxx'\.\.\. has neither space nor stop in 8 bytes"):
+        split_text("so xxxxxxxxxx", 8)
+    with pytest.raises(UserError, match="the text has 2,001 bytes, and 2,000 is the most: make several jobs"):
+        Job("tts", "x" * 2001, "voice.wav")
+
+
+def test_unknown_words_of_the_bundled_model_are_named():
+    words = TalkerTokenizer.from_pretrained(BUNDLED)
+    assert words.unknown_words("Chinese 你好 😀 hello red") == ["Chinese", "你好", "😀", "hello"]
+    assert words.unknown_words("lay red at alpha one soon") == []

@@ -39,7 +39,7 @@ from engine.training import checkpoint
 from engine.training.checkpoint import Checkpoints
 from rvq_codec import RVQCodec
 from talker_t2av.faces import read_picture
-from talker_t2av.inference import InferConfig, read_jobs
+from talker_t2av.settings import InferConfig, read_jobs
 from talker_t2av.text import TalkerTokenizer
 from tests.hostile.rows_media import ffmpeg
 from tests.hostile.rows_settings import SETTINGS

@@ -95,11 +95,10 @@ def train(run: str, steps: int) -> int:
     """One process of the group."""
     torch.set_num_threads(1)
     distributed.init("cpu")
-    try:
-        torch.manual_seed(0)
-        return REQUEUE if Trainer(Autoencoder(), Vectors(), settings(steps), run).fit() is None else 0
-    finally:
-        distributed.shutdown()
+    torch.manual_seed(0)
+    finished = Trainer(Autoencoder(), Vectors(), settings(steps), run).fit() is not None
+    distributed.shutdown()
+    return 0 if finished else REQUEUE
 
 
 class Group:
@@ -266,7 +265,7 @@ def main() -> int:
             "minutes": round((time.monotonic() - begin) / 60, 1),
             "events": events,
         }
-        print(json.dumps({k: v for k, v in results.items() if k != "events"}, indent=1))
+        print(*(f"{name}: {value}" for name, value in results.items() if name != "events"), sep="\n")
         if args.record:
             write_record(
                 args.record,

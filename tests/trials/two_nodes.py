@@ -9,7 +9,6 @@ agents have to restart the group, and the run must end with the same weights as 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -117,7 +116,7 @@ def main() -> int:
     found = differences(one, two, args.steps)
     resumed = "".join(path.read_text() for path in outputs).count("resumed from")
     results = {"namespaces": apart, "steps": args.steps, "killed_at": killed, "resumed": resumed, "different": found}
-    print(json.dumps(results))
+    print(*(f"{name}: {value}" for name, value in results.items()), sep="\n")
     if args.record:
         what = "Two torchrun agents, c10d rendezvous, one process killed, against one node with two processes"
         write_record(args.record, "two-nodes", what, results)

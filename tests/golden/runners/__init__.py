@@ -78,8 +78,10 @@ class Case:
         return value.narrow(axis, 0, self.outputs[output].shape[axis])
 
     def every(self, output: str, value: Tensor, axis: int) -> Tensor:
-        """Every n-th of `value` along `axis`, with the smallest n that gives as many as the case stores."""
-        step = -(-value.shape[axis] // self.outputs[output].shape[axis])
+        """Every n-th of `value` along `axis`: n as the case's notes say it (`OUTPUT = frames 0,50,100,...`), else the
+        smallest n that gives as many as the case stores."""
+        said = re.search(rf"\b{re.escape(output)} = frames 0, ?(\d+),", str(self.meta.get("notes", "")))
+        step = int(said[1]) if said else -(-value.shape[axis] // self.outputs[output].shape[axis])
         return value.index_select(axis, torch.arange(0, value.shape[axis], step))
 
     def skip(self, output: str, why: str) -> None:

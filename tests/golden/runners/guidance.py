@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from hicodit.diffusion import LogLinearNoise, log_expm1
-from hicodit.guidance import READINGS, GuidanceScales, combine
+from hicodit.guidance import combine
+from hicodit.settings import READINGS, GuidanceScales
 from tests.golden.runners import Case, runner
 
 SHORT = {"none": "u", "all": "all", "identity": "id", "expression": "emo", "lip": "lip"}

@@ -65,6 +65,7 @@ def talker(case: Case) -> TalkerT2AV:
         max_positions=_positions(case),
         repeats=c["cfm_k_repeat"],
         motion_weight=c["motion_cfm_weight"],
+        **drop_rates(case),
     )
     return TalkerT2AV.from_released(part_weights(case), config)
 
@@ -88,7 +89,7 @@ def run_time_embedding(case: Case) -> dict[str, Tensor]:
 def run_block(case: Case) -> dict[str, Tensor]:
     width, heads = case.config["n_embd"], case.config["n_head"]
     block, x = loaded(case, Block(width, heads)), case.inputs["x"]
-    rotary = Rotary(width // heads) if case.config.get("rope", True) else lambda x, keep=None: x
+    rotary = Rotary(width // heads) if case.config.get("rope", True) else None
     normed = block.norm1(x)
     return {
         "norm1": normed,
@@ -138,20 +139,22 @@ def run_sampler(case: Case) -> dict[str, Any]:
     return out | {"x": x, "t_span": times, "n_estimator_calls": torch.tensor(len(path["est_t"]))}
 
 
+def drop_rates(case: Case) -> dict[str, float]:
+    """Training probabilities of dropping mu and the context; the published ones where the case names none."""
+    settings = case.config.get("cfm_params", {})
+    cond = next((settings[name] for name in settings if "cond" in name and "noise" not in name), flow.DROP_COND)
+    return {"drop_mu": settings.get("training_cfg_rate", flow.DROP_MU), "drop_cond": cond}
+
+
 def draws_of(case: Case, prefix: str = "") -> flow.FlowDraws:
-    """A case's draws; log-normal times where it has normal ones, else the second of its uniform ones."""
-    inputs, settings = case.inputs, case.config.get("cfm_params", {})
-    mu_rate = settings.get("training_cfg_rate", flow.DROP_MU)
-    cond_rate = next((settings[k] for k in settings if "cond" in k and "noise" not in k), flow.DROP_COND)
+    """A case's draws; log-normal times where it has normal ones, else the second of its uniform ones.
 
-    def uniform(name: str, rate: float, ours: float) -> Tensor:
-        """As drawn; where the case drops at another rate than the product, 0 for dropped and 1 for kept."""
-        u = inputs[prefix + name]
-        return u if rate == ours else (u > rate).float()
-
+    A program that never drops a condition may draw nothing for it: then it is kept.
+    """
+    inputs = case.inputs
     normal = inputs.get(f"{prefix}s_t")
     t = flow.log_normal_times(normal) if normal is not None else inputs[f"{prefix}u_t"]
-    u_mu, u_cond = uniform("u_cfg", mu_rate, flow.DROP_MU), uniform("u_cond", cond_rate, flow.DROP_COND)
+    u_mu, u_cond = (inputs.get(prefix + name, torch.ones_like(t)) for name in ("u_cfg", "u_cond"))
     return flow.FlowDraws(u_mu, u_cond, t, inputs[f"{prefix}z"])
 
 
@@ -163,14 +166,14 @@ def gradient_norms(module: nn.Module, keys: list[str]) -> Tensor:
 
 @meta_runner("cfm_loss")
 def run_flow_loss(case: Case) -> dict[str, Tensor]:
-    head, i = loaded(case, FlowHead(head_of(case))), case.inputs
+    head, i = loaded(case, FlowHead(head_of(case), **drop_rates(case))), case.inputs
     draws = draws_of(case)
     mu, cond, global_cond = (i[name].clone().requires_grad_() for name in ("mu", "cond", "global_cond"))
     loss = head.loss(i["x1"], mu, cond, global_cond, draws, i.get("tgt_mask"))
     loss.backward()
     noisy = flow.noised(i["x1"], draws)
-    mu_used = flow.drop(i["mu"], draws.u_mu, flow.DROP_MU)
-    cond_used = flow.drop(i["cond"], draws.u_cond, flow.DROP_COND)
+    mu_used = flow.drop(i["mu"], draws.u_mu, head.drop_mu)
+    cond_used = flow.drop(i["cond"], draws.u_cond, head.drop_cond)
     return {
         "loss": loss,
         "grad_mu": mu.grad,

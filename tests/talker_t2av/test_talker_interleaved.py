@@ -1,0 +1,139 @@
+"""Interleaved tokens, A-V and V-A: training and generation agree, and the second stream knows the first one's patch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from talker_fixtures import DM, DS, request, tiny_model
+
+from engine.errors import UserError
+from talker_t2av.data import SequenceFormat
+from talker_t2av.diffusion_head import FlowHead
+from talker_t2av.generation import generate
+from talker_t2av.interleaved import interleaved_labels
+from talker_t2av.losses import TalkerBatch, training_forward, training_losses
+from talker_t2av.model import TalkerConfig
+from talker_t2av.request import MODES, Sampling
+
+SAMPLING = Sampling(steps=2, temperature=0.8, guidance=1.0)
+SIZE, PATCHES = 4, 5
+
+
+def batch_of(prompt, speech, motion, speaker, order="av"):
+    slots = SequenceFormat(7, [], order=order).slots(len(speech), len(motion))
+    start = len(prompt)
+    return TalkerBatch(
+        input_ids=torch.tensor([[*prompt, *[7] * slots, 9, 9]]),
+        attention_mask=torch.ones(1, start + slots + 2, dtype=torch.long),
+        speech_span=torch.tensor([[start, start + slots]]),
+        speech=speech[None],
+        speech_frames=torch.tensor([len(speech)]),
+        motion=motion[None],
+        motion_frames=torch.tensor([len(motion)]),
+        speaker=speaker[None],
+    )
+
+
+def generated(model, asked, mode, monkeypatch):
+    """The result, and by head the hidden states (n, D) from which its patches were drawn."""
+    seen = {id(model.speech_cfm): [], id(model.motion_cfm): []}
+    sample = FlowHead.sample
+
+    def record(self, mu, *more, **settings):
+        seen[id(self)].append(mu)
+        return sample(self, mu, *more, **settings)
+
+    monkeypatch.setattr(FlowHead, "sample", record)
+    result = generate(model, [asked], MODES[mode], SAMPLING, use_stop=False)[0]
+    return result, [torch.cat(states) if states else None for states in seen.values()]
+
+
+@pytest.mark.parametrize("order", ["av", "va"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_patches_are_drawn_from_the_states_of_training(order, mode, prefix, monkeypatch):
+    model, total = tiny_model(order=order), prefix + PATCHES
+    given = {"t2av": (prefix, prefix), "tts": (prefix, 0), "a2v": (total, prefix), "v2a": (prefix, total)}[mode]
+    asked = request(speech=SIZE * given[0], motion=SIZE * given[1], prefix=prefix, max_patches=PATCHES)
+    result, states = generated(model, asked, mode, monkeypatch)
+    speech = asked.speech if result.speech is None else torch.cat([asked.speech, result.speech])
+    motion = asked.motion if result.motion is None else torch.cat([asked.motion, result.motion])
+    assert len(speech) == SIZE * total and len(motion) == (0 if mode == "tts" else SIZE * total)
+    with torch.no_grad():
+        forward = training_forward(model, batch_of(asked.prompt, speech, motion, asked.speaker, order))
+    for drawn, examples in zip(states, (forward.speech, forward.motion)):
+        if drawn is not None:
+            expected = examples.mu[:: model.config.repeats][prefix:]
+            torch.testing.assert_close(drawn, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("order", "mode", "known"), [("av", "a2v", True), ("va", "a2v", False), ("va", "v2a", True)])
+def test_the_second_stream_is_drawn_with_the_first_ones_patch_of_its_time_known(order, mode, known):
+    model = tiny_model(order=order)
+    given, drawn = ("speech", "motion") if mode == "a2v" else ("motion", "speech")
+    results = []
+    for changed in (False, True):
+        asked = request(speech=SIZE * 3 * (mode == "a2v"), motion=SIZE * 3 * (mode == "v2a"))
+        if changed:
+            getattr(asked, given)[SIZE:] += 1  # from the second patch on
+        results.append(getattr(generate(model, [asked], MODES[mode], SAMPLING)[0], drawn))
+    one, two = results
+    assert torch.equal(one[:SIZE], two[:SIZE])
+    assert torch.equal(one[SIZE : 2 * SIZE], two[SIZE : 2 * SIZE]) != known
+    assert not torch.equal(one[2 * SIZE :], two[2 * SIZE :])
+
+
+@pytest.mark.parametrize("order", ["av", "va"])
+def test_rows_of_a_batch_are_the_rows_alone(order):
+    model = tiny_model(order=order)
+    rows = [request(3 + 2 * seed, seed, 4 * seed, 4 * seed, prefix=seed, max_patches=3 + seed) for seed in range(3)]
+    together = generate(model, rows, MODES["t2av"], SAMPLING)
+    for row, result in zip(rows, together):
+        alone = generate(model, [row], MODES["t2av"], SAMPLING)[0]
+        torch.testing.assert_close(result.speech, alone.speech, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(result.motion, alone.motion, atol=1e-4, rtol=1e-3)
+
+
+def test_sequences_have_two_slots_a_patch_where_there_is_motion():
+    plain, turns = SequenceFormat(7, []), SequenceFormat(7, [], order="va")
+    assert (plain.slots(17, 16), turns.slots(17, 16)) == (5, 10)
+    assert plain.slots(17, 0) == turns.slots(17, 0) == 5
+
+
+def test_the_end_is_asked_for_after_the_last_token_of_a_patch():
+    start, length, step = torch.tensor([2, 1]), torch.tensor([12, 6]), torch.tensor([2, 1])
+    labels, weight = interleaved_labels(start, length, step, 15, SIZE, 25.0)
+    ignored = -100
+    assert labels[0].tolist() == [ignored] * 3 + [0, ignored, 0, ignored, 0] + [ignored] * 5 + [1, ignored]
+    assert labels[1].tolist() == [ignored, 0, 0, 0, ignored, ignored, 1] + [ignored] * 8
+    assert weight == 3  # zeros before each end, on average
+
+
+@pytest.mark.parametrize("order", ["av", "va"])
+def test_every_part_learns_and_the_loss_falls(order):
+    model = tiny_model(order=order).train()
+    g = torch.Generator().manual_seed(0)
+    speech, motion, speaker = (torch.randn(*shape, generator=g) for shape in ((18, DS), (16, DM), (256,)))
+    batch = batch_of([3, 4, 5], speech, motion, speaker, order)
+    optimiser, losses = torch.optim.Adam(model.parameters(), 3e-3), []
+    for step in range(30):
+        torch.manual_seed(step % 3)
+        found = training_losses(model, training_forward(model, batch))
+        optimiser.zero_grad()
+        found["loss"].backward()
+        optimiser.step()
+        losses.append(found["loss"].item())
+    assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
+    for name in ("speech_patch_encoder", "motion_patch_encoder", "speech_cfm", "motion_cfm", "llm.model.layers"):
+        assert any(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if n.startswith(name)), name
+
+
+def test_settings_that_do_not_go_together_are_refused():
+    for changes, message in (
+        ({"order": "xy"}, "unknown; choose add, av, va"),
+        ({"order": "av", "delay": 1}, "delay=0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            TalkerConfig(llm={}, **changes)
+    with pytest.raises(UserError, match="official routines do not know"):
+        generate(tiny_model(order="av"), [request(task_first=False)], MODES["t2av"], SAMPLING)

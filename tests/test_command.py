@@ -1,0 +1,118 @@
+"""`speaking-faces`, the console command, and what `infer.py` says before it loads a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def command(*words: str, folder: Path) -> subprocess.CompletedProcess:
+    """Run the installed command's function in a folder, as the script that pip makes does."""
+    entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["speaking-faces"]
+    module, _, function = entry.partition(":")
+    call = [sys.executable, "-c", f"import {module}; {module}.{function}()", *words]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'codecs'}"}
+    return subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_works_in_any_folder_with_the_bundled_files(tmp_path):
+    done = command("sampler=fast", "sampler.steps=2", "codec=assets/rvq_tiny", "figure=false", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == ["silent.mp4", "silent.wav"]
+    wrong = command("train", "experiment=nosuch", folder=tmp_path)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: experiment=nosuch does not exist")
+
+
+@pytest.mark.parametrize("model", ["hicodit", "talker_t2av"])
+def test_progress_and_times_that_add_up(tmp_path, model):
+    timed = "import time; t = time.perf_counter(); import infer; infer.main(); print(time.perf_counter() - t)"
+    words = ["sampler=fast"] if model == "hicodit" else ["sampling.steps=2"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'codecs'}"}
+    call = [sys.executable, "-c", timed, f"model={model}", *words]
+    done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    _, first, second, wall = done.stdout.splitlines()
+    said, wall = float(re.search(r"of speech in ([\d.]+) s", first)[1]), float(wall)
+    stages = {name: float(seconds) for name, seconds in re.findall(r"(\w+) ([\d.]+) s", second)}
+    assert {"loading", "reading", "faces", "conditions", "sampling", "decoding", "writing"} <= stages.keys()
+    assert sum(stages.values()) == pytest.approx(said, abs=0.06 * len(stages))  # rounded to 0.1 s
+    assert said == pytest.approx(wall, rel=0.03, abs=0.15) and stages["other"] < 0.05 * wall + 0.1
+    assert re.search(r"silent\.mp4.*: finding the face: \d+ frames, [\d.]+ frames/s", done.stderr), done.stderr
+
+
+MISTAKES = [
+    ("input=nothing.mp4", "no such file or folder: input=nothing.mp4"),
+    ("input={voice}", "voice.wav has no video stream"),
+    ("reference_audio={text}", "silent.txt is not a video or audio file"),
+    ("weights=nowhere", "weights=nowhere: not found"),
+    ("codec=nowhere", "codec=nowhere: not found"),
+    ("output={text}", "cannot write to output="),
+    ("face=nose", "face=nose is unknown"),
+    ("face_box=1,2", "face_box="),
+    ("device=tpu", "device=tpu is unknown"),
+    ("sampler.steps=0", "sampler.steps=0 must be"),
+    ("sampler.method=none", "sampler.method="),
+    ("guidance.late=2", "guidance.late=2 must be"),
+    ("limits.seconds=0", "limits.seconds=0"),
+    ("model=talker_t2av mode=none", "mode=none is unknown"),
+    ("model=talker_t2av sampling.steps=0", "sampling.steps=0 must be"),
+    ("model=talker_t2av codecs.speech=nowhere", "codecs.speech=nowhere: not found"),
+    ("model=talker_t2av reference_audio=nothing.wav", "no such file: nothing.wav"),
+    ("model=talker_t2av reference_video={voice}", "voice.wav has no video stream"),
+    ("model=talker_t2av reference_motion=nothing.pt", "no such file: nothing.pt"),
+    ("model=talker_t2av mode=a2v audio={text}", "silent.txt is not a video or audio file"),
+    ("model=talker_t2av mode=v2a video={clip} reference_video={clip}", "silent.mp4 has no sound: give reference_audio"),
+    ("model=talker_t2av name=../x", "name="),
+]
+CALL = """
+import json, sys, infer
+for words in json.load(sys.stdin):
+    sys.argv[1:] = words.split()
+    try:
+        infer.main()
+    except ValueError as error:
+        print(error)
+    assert "torch" not in sys.modules, words
+"""
+
+
+def test_mistakes_are_found_before_torch_is_imported(tmp_path):
+    demo = ROOT / "assets" / "demo"
+    named = {"voice": demo / "voice.wav", "text": demo / "silent.txt", "clip": demo / "silent.mp4"}
+    words = [mistake.format(**named) for mistake, _ in MISTAKES]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'codecs'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", CALL],
+        input=json.dumps(words),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(MISTAKES), lines
+    for line, (mistake, message) in zip(lines, MISTAKES):
+        assert message in line, mistake
+    assert not list(tmp_path.iterdir())
+
+
+COMMANDS = [p for p in (*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")) if "run_cli(main" in p.read_text()]
+
+
+@pytest.mark.parametrize("script", COMMANDS, ids=lambda path: path.name)
+def test_outside_of_the_environment_one_line_says_what_to_do(script, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    call = [sys.executable, "-S", script, "--help"]  # -S: without installed packages
+    done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert len(COMMANDS) > 10 and done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: this Python lacks the project's packages") and done.stderr.count("\n") == 1
