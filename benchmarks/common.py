@@ -59,15 +59,17 @@ def processor_time(call: Callable[[], T]) -> tuple[T, float]:
     return result, time.process_time() - begin
 
 
-def matrix_rate(device: torch.device) -> float:
-    """Best measured rate of float32 matrix products, in FLOP/s."""
+def matrix_rate(
+    device: torch.device, dtype: torch.dtype = torch.float32, clock: Callable[[torch.device], float] = now
+) -> float:
+    """Best measured rate of matrix products of a type, in FLOP/s of the clock by which the work is measured too."""
     n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     best = 0.0
     for _ in range(6):
-        start = now(device)
+        start = clock(device)
         a @ b
-        best = max(best, 2 * n**3 / (now(device) - start))
+        best = max(best, 2 * n**3 / (clock(device) - start))
     return best
 
 

@@ -28,7 +28,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import in_own_process, now, peak_memory_mb, read_config
+from benchmarks.common import in_own_process, matrix_rate, now, peak_memory_mb, read_config
 from benchmarks.official_talker import official_t2av
 from benchmarks.sampling import build
 from engine.config import override
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     sizes = args.sizes or (["tiny", "base"] if args.full else ["tiny"])
     lengths = args.seconds or ([2.0, 10.0, 60.0] if args.full else [2.0, 10.0])
-    rates = {name: _matrix_rate(args.device, dtype) for name, dtype in TYPES.items()}
+    rates = {name: matrix_rate(args.device, dtype, _clock) for name, dtype in TYPES.items()}
     job = {k: getattr(args, k) for k in ("timed_steps", "patches", "rounds", "device")} | {"rates": rates}
     rows, head = [], "  ".join(f"{name:>11}" for name in COLUMNS)
     yield {"matrix_rate_gflops": {k: round(v / 1e9) for k, v in rates.items()}}, head
@@ -260,18 +260,6 @@ def _per_step(measure: Callable[[int], dict[str, int]]) -> dict[str, int]:
     """What one more step adds."""
     few, more = measure(2), measure(3)
     return {name: more[name] - few[name] for name in more}
-
-
-def _matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Best measured rate of matrix products, in FLOP/s."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best = 0.0
-    for _ in range(6):
-        begin = _clock(device)
-        a @ b
-        best = max(best, 2 * n**3 / (_clock(device) - begin))
-    return best
 
 
 def _shown(value: Any) -> str:
