@@ -79,7 +79,8 @@ class HiCoDiTSample:
 
 
 class HiCoDiTDataset:
-    """Clips of one split of prepared shards, for `engine.training.trainer`.
+    """Clips of one split of prepared shards, for `engine.training.trainer`. Those that lack pictures (or another tensor
+    that is needed), or are too short, are left out and counted.
 
     Args:
         source: folder of the split, or its URL.
@@ -132,6 +133,8 @@ class HiCoDiTDataset:
             )
         if seconds is not None and seconds < 1:
             raise UserError(f"data.train.seconds={seconds} must be 1 or more, or null")
+        self.required = tuple(dict.fromkeys((*self.inputs, *REQUIRED, self.expression)))
+        self.shards.require(*self.required)
         self.most = None if seconds is None else seconds * SECOND
         spoken = len(self.shards.index.get("symbols") or ()) + 1
         if phonemes and spoken > phonemes:
@@ -141,16 +144,12 @@ class HiCoDiTDataset:
         self.blocks = self.shards.blocks(self.size)
 
     def read(self, index: int) -> HiCoDiTSample:
-        """Clip `index` as it is stored.
+        """Clip `index` as it is stored; the next one in place of one that lacks a tensor (see `read_complete`).
 
         Raises:
-            UserError: its shard is damaged, or a tensor was not prepared.
+            UserError: its shard is damaged, or no clip has all tensors.
         """
-        required = tuple(dict.fromkeys((*self.inputs, *REQUIRED, self.expression)))
-        info, tensors = self.shards.read(index, (*required, "phoneme"))
-        missing = [name for name in required if name not in tensors]
-        if missing:
-            raise UserError(f"{self.shards.source}: clip {info['key']} has no {', '.join(missing)}: prepare that too")
+        info, tensors = self.shards.read_complete(index, self.required, ("phoneme",))
         tensors.setdefault("phoneme", torch.zeros(len(tensors[self.inputs[0]])))
         for name in {"tokens", "expression", "phoneme", self.expression}:
             tensors[name] = tensors[name].long()

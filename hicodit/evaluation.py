@@ -139,7 +139,8 @@ def evaluate_clips(
     data, tokenizer = HiCoDiTDataset(shards, codec, system.encoders.config.kind), load_codec(codec, CODECS)
     pipeline = HiCoDiTPipeline(system, tokenizer, sampler, guidance, next(system.parameters()).device)
     chosen = torch.linspace(0, len(data) - 1, min(clips, len(data))).round().long().tolist()
-    samples, every = [data.read(i) for i in chosen], system.encoders.config.picture_every
+    samples = list({clip.info["key"]: clip for clip in map(data.read, chosen)}.values())  # one that stands for another
+    every = system.encoders.config.picture_every
     spoken = synthesise(pipeline, [stored_crops(clip, every) for clip in samples])
     if folder is not None:
         for n, (clip, speech) in enumerate(list(zip(samples, spoken))[:WAVES]):
@@ -320,7 +321,7 @@ def mean_voices(shards: str | Path) -> dict[str, np.ndarray]:
     """Mean GE2E vector (256,) of every speaker of a prepared split."""
     split, vectors = ShardSplit(shards), {}
     for index in range(len(split)):
-        info, tensors = split.read(index, ("ge2e",))
+        info, tensors = split.read_complete(index, ("ge2e",))
         vectors.setdefault(str(info["speaker"]), []).append(tensors["ge2e"].numpy())
     return {speaker: np.mean(own, 0) for speaker, own in vectors.items()}
 

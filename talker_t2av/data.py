@@ -145,7 +145,6 @@ class TalkerExamples:
         if task not in TASKS:
             raise UserError(f"task={task} is unknown; choose t2av or tts")
         self.shards = ShardSplit(source, reading, least_frames=patch_size + 1)  # one patch alone gives no example
-        self.frames = self.shards.frames  # (n,) of each clip
         self.task, self.streams = task, ["speech", "speaker", *(["motion"] if task == "t2av" else [])]
         if codecs is not None:
             missing = [stream for stream in self.streams if not codecs.get(stream)]
@@ -157,6 +156,8 @@ class TalkerExamples:
                 checked.remove("motion")
             made = _codec_digests(**{stream: codecs[stream] for stream in checked})
             self.shards.check_made_with({STAGES[stream]: made[stream] for stream in checked})
+        self.shards.require(*self.streams)
+        self.frames = self.shards.frames  # (n,) of each clip
         self.stats = MotionStats.read(stats)
         self.words = TalkerTokenizer.from_pretrained(tokenizer) if tokenizer else byte_tokenizer()
         self.format = SequenceFormat(self.words.speech_id, self.words.tail, patch_size, delay, order=order)
@@ -166,29 +167,29 @@ class TalkerExamples:
         return len(self.shards)
 
     def info(self, index: int) -> dict[str, Any]:
-        """The JSON of clip `index`: key, text, frames, ..."""
-        return self.shards.read(index, ())[0]
+        """The JSON of the clip that `self[index]` is made of: key, text, frames, ..."""
+        return self._usable(index)[0]
+
+    def _usable(self, index: int) -> tuple[dict[str, Any], dict[str, Tensor], list[int]]:
+        """JSON, streams and prompt of clip `index`, or of the next one that has all streams and a text of use."""
+        for at in range(index, index + len(self)):
+            info, latents = self.shards.read_complete(at % len(self), self.streams)
+            try:
+                return info, latents, self.words.prompt(info["text"])
+            except UserError as error:
+                self.left_out.add(info["key"], error)
+        raise UserError(f"{self.shards.source}: no clip has a text that can be used")
 
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """The example of clip `index`; the window of a clip over 30 s is drawn from the generator.
 
-        A clip whose text holds a control token is left out with a line; the next one takes its place.
+        A clip whose text holds a control token, or that lacks a stream, is left out with a line; the next one takes its
+        place.
 
         Raises:
-            UserError: its shard is damaged, a stream was not prepared, or no text can be used.
+            UserError: its shard is damaged, no clip has all streams, or no text can be used.
         """
-        for at in range(index, index + len(self)):
-            info, latents = self.shards.read(at % len(self), self.streams)
-            try:
-                prompt = self.words.prompt(info["text"])
-                break
-            except UserError as error:
-                self.left_out.add(info["key"], error)
-        else:
-            raise UserError(f"{self.shards.source}: no clip has a text that can be used")
-        missing = [name for name in self.streams if name not in latents]
-        if missing:
-            raise UserError(f"{self.shards.source}: clip {info['key']} has no {', '.join(missing)}: prepare that too")
+        _, latents, prompt = self._usable(index)
         speech, speaker = latents["speech"].float(), latents["speaker"].float()
         start = int(torch.randint(window_range(len(speech)) + 1, (), generator=generator))
         speech = speech[start : start + MAX_FRAMES]

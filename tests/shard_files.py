@@ -13,8 +13,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 
-def write_split(folder: Path, samples: list[tuple[dict, dict[str, Tensor]]], per_shard: int, **index) -> Path:
-    """Write `samples`, (JSON with key and frames, tensors), as shards of `per_shard`; `index` joins index.json."""
+def write_split(
+    folder: Path, samples: list[tuple[dict, dict[str, Tensor]]], per_shard: int, tells_tensors: bool = True, **index
+) -> Path:
+    """Write `samples`, (JSON with key and frames, tensors), as shards of `per_shard`; `index` joins index.json.
+
+    tells_tensors: the shards' lists say which tensors samples lack, as those of earlier versions do not.
+    """
     folder.mkdir(parents=True)
     shards = []
     for number in range(-(-len(samples) // per_shard)):
@@ -29,8 +34,11 @@ def write_split(folder: Path, samples: list[tuple[dict, dict[str, Tensor]]], per
                     tar.addfile(entry, io.BytesIO(data))
                 rows.append({"key": info["key"], "frames": info["frames"], "members": members})
         data = (folder / f"{name}.tar").read_bytes()
-        about = {"bytes": len(data), "crc32": zlib.crc32(data)}
-        (folder / f"{name}.json").write_text(json.dumps({"version": 2, "samples": rows, **about}))
+        about, every = {"bytes": len(data), "crc32": zlib.crc32(data)}, {name for _, x in part for name in x}
+        if tells_tensors:
+            rows = [row | {"lacks": sorted(every - x.keys())} for row, (_, x) in zip(rows, part)]
+        listed = {"tensors": sorted(every)} if tells_tensors else {}
+        (folder / f"{name}.json").write_text(json.dumps({"version": 2, "samples": rows, **listed, **about}))
         shards.append({"name": name, "clips": len(part), **about})
     whole = {"version": 2, "split": folder.name, "shards": shards, "clips": len(samples), **index}
     (folder / "index.json").write_text(json.dumps(whole))

@@ -25,6 +25,7 @@ from engine.shards.reader import Reading, ShardSplit
 from engine.shards.source import join
 from engine.training.batches import Blocks
 
+PORTRAITS = ("portraits", "portraits_at")  # of a prepared clip, see `pack_portraits`
 QUALITY = 95  # of stored JPEG pictures
 MAX_PICTURE, MAX_SIDE = 2**24, 4096  # bytes and pixels of a stored picture
 
@@ -63,7 +64,8 @@ class FramePairs(torch.utils.data.Dataset):
 
     Of recordings, `frames` pictures of each clip of ROOT/SPLIT are decoded into one file in the folder `cache` the
     first time (S x S x 3 bytes each); later they are read from there, memory-mapped. A clip that cannot be read is left
-    out, with a line. Prepared shards hold pictures (preparation stage `portraits`), which are scaled to S.
+    out, with a line. Prepared shards hold pictures (preparation stage `portraits`), which are scaled to S; their clips
+    without pictures are left out and counted.
 
     Args:
         root, split: recordings, a folder and the split whose manifest names the clips (ID.mp4, square pictures of one
@@ -100,6 +102,7 @@ class FramePairs(torch.utils.data.Dataset):
                 raise UserError("data.train.tracks: prepared shards have no known movements; set it to null")
             self.stored = ShardSplit(join(root, split), Reading(**(shards or {})), least_frames=2)
             self.stored.check_holds("portraits")
+            self.stored.require(*PORTRAITS)
             self.blocks = self.stored.blocks()
             return
         if cache is None:
@@ -138,9 +141,9 @@ class FramePairs(torch.utils.data.Dataset):
 
     def _stored_pair(self, index: int, generator: torch.Generator | None) -> np.ndarray:
         """Two pictures (2, S, S, 3) of a prepared clip."""
-        tensors = self.stored.read(index, ("portraits", "portraits_at"))[1]
-        count = len(tensors.get("portraits_at", ())) - 1
-        if count < 2:
+        tensors = self.stored.read_complete(index, PORTRAITS)[1]
+        count = len(tensors["portraits_at"]) - 1
+        if count < 2:  # preparation rejects such a clip
             raise UserError(f"{self.stored.source}: a clip has fewer than 2 pictures: prepare it again")
         chosen = torch.randperm(count, generator=generator)[:2].tolist()
         return unpack_portraits(tensors["portraits"], tensors["portraits_at"], self.size, chosen)

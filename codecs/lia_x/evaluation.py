@@ -22,7 +22,7 @@ from engine.metrics.picture import psnr, ssim
 from engine.shards.reader import ShardSplit
 from engine.shards.source import join
 from lia_x.codec import LiaX
-from lia_x.data import unpack_portraits
+from lia_x.data import PORTRAITS, unpack_portraits
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,10 @@ def rebuild_clips(codec: LiaX, root: str | Path, split: str, count: int) -> list
     if is_prepared(root, split):
         shards = ShardSplit(join(root, split), least_frames=2)
         shards.check_holds("portraits")
+        shards.require(*PORTRAITS)
         clips = []
         for index in range(min(count, len(shards))):
-            info, t = shards.read(index, ("portraits", "portraits_at"))
+            info, t = shards.read_complete(index, PORTRAITS)
             frames = unpack_portraits(t["portraits"], t["portraits_at"], codec.config.size)
             clips.append(rebuild_frames(codec, info["key"], frames))
         return clips

@@ -134,6 +134,7 @@ class StoredWaves:
     def __init__(self, root: str | Path, split: str, rate: int, shards: Mapping[str, Any] | None = None) -> None:
         self.shards = ShardSplit(join(root, split), Reading(**(shards or {})))
         self.shards.check_holds("wave")
+        self.shards.require("wave")
         if rate != self.rate:
             raise UserError(f"{self.shards.source} holds waves at {self.rate} Hz, {rate} Hz are wanted")
         self.blocks = self.shards.blocks()
@@ -155,9 +156,7 @@ class StoredWaves:
         return SpeechClip(info["key"], info["text"], (wave.float() / 32768).numpy())
 
     def _stored(self, index: int) -> tuple[dict[str, Any], Tensor]:
-        info, tensors = self.shards.read(index, ("wave",))
-        if "wave" not in tensors:
-            raise UserError(f"{self.shards.source}: clip {info['key']} has no wave: prepare that too")
+        info, tensors = self.shards.read_complete(index, ("wave",))
         return info, tensors["wave"]
 
 

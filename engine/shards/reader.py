@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.left_out import LeftOut
 from engine.shards.source import CachedFiles, Files, LocalFiles, is_remote, join, verify_once
 from engine.training.batches import Blocks
 from engine.untrusted import parse_json, safe_name
@@ -70,6 +71,16 @@ class Reading:
             )
 
 
+@dataclass(frozen=True)
+class _Table:
+    """Of one shard's samples: frames (n,); places (n, 2, 2), offset and size of KEY.json and of KEY.safetensors; holds,
+    the names of the tensors of each, None in shards that do not tell."""
+
+    frames: np.ndarray
+    places: np.ndarray
+    holds: list[frozenset[str] | None]
+
+
 class ShardSplit:
     """All samples of a split: sample i is (its JSON, its tensors).
 
@@ -84,7 +95,8 @@ class ShardSplit:
         index: the split's index.json.
         frames: (n,) int64, of every sample.
         sizes: samples of each shard.
-        too_short: number of samples left out.
+        too_short: number of samples left out for their length.
+        left_out: samples that lack a tensor and whose shard does not say so, found when they are read.
 
     Raises:
         UserError: the index or a sidecar is missing, damaged, of another version, or they do not fit together.
@@ -108,18 +120,14 @@ class ShardSplit:
             tables = list(pool.map(self._table, self.shards))
         if not sum(self.sizes):
             raise UserError(f"{source} has no samples")
-        kept = [frames >= least_frames for frames, _ in tables]
-        self.too_short = sum(self.sizes) - sum(int(rows.sum()) for rows in kept)
-        self.sizes = [int(rows.sum()) for rows in kept]
-        if self.too_short:
-            about = f"{self.too_short} of {self.too_short + sum(self.sizes)} samples"
-            print(f"{source}: {about} are left out, shorter than {least_frames} frames", file=sys.stderr)
-        if not sum(self.sizes):
-            raise UserError(f"{source} has no samples of {least_frames} frames or more")
-        self.frames = torch.from_numpy(np.concatenate([frames[rows] for (frames, _), rows in zip(tables, kept)]))
-        # (n, 2, 2): json, safetensors x offset, size
-        self._places = np.concatenate([places[rows] for (_, places), rows in zip(tables, kept)])
+        self.frames = torch.from_numpy(np.concatenate([table.frames for table in tables]))
+        self._places = np.concatenate([table.places for table in tables])
+        self._holds = [names for table in tables for names in table.holds]
         self._ends = np.cumsum(self.sizes)
+        short = self.frames.numpy() < least_frames
+        self.too_short = int(short.sum())
+        self._leave_out(short, f"shorter than {least_frames} frames", f"of {least_frames} frames or more")
+        self.left_out = LeftOut(self.source, len(self))
         self._handles: OrderedDict[int, BinaryIO] = OrderedDict()
 
     def __len__(self) -> int:
@@ -147,6 +155,36 @@ class ShardSplit:
         except (OSError, ValueError, KeyError, TypeError) as error:
             path = self.files.tar(self.shards[shard])
             raise UserError(f"shard {path} is damaged ({error}): copy it or prepare it again") from error
+
+    def require(self, *names: str) -> None:
+        """Leave out the samples that lack one of these tensors, as a clip without pictures does; a line says how many.
+
+        Raises:
+            UserError: no sample has them all.
+        """
+        without = np.array([holds is not None and not holds.issuperset(names) for holds in self._holds])
+        held = frozenset(names).intersection(*(self._holds[i] for i in np.flatnonzero(without)))
+        lacking = ", ".join(name for name in names if name not in held)
+        self._leave_out(without, f"as they have no {lacking}", f"with {', '.join(names)}: prepare that too")
+
+    def read_complete(
+        self, index: int, names: Collection[str], optional: Collection[str] = ()
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The JSON of a sample, its tensors `names`, and those of `optional` that it has.
+
+        Shards that were made before they listed what a sample lacks are not seen through by `require`: the next sample
+        takes the place of one that lacks a tensor.
+
+        Raises:
+            UserError: a shard is missing or damaged, or no sample has all tensors.
+        """
+        for at in range(index, index + len(self)):
+            info, tensors = self.read(at % len(self), (*names, *optional))
+            missing = [name for name in names if name not in tensors]
+            if not missing:
+                return info, tensors
+            self.left_out.add(info["key"], f"it has no {', '.join(missing)}")
+        raise UserError(f"{self.source} has no samples with {', '.join(names)}: prepare that too")
 
     def blocks(self, limit: int | None = None) -> Blocks | None:
         """The shards of the first `limit` samples as the trainer's blocks; None if all samples are shuffled at once."""
@@ -186,7 +224,18 @@ class ShardSplit:
             if not (self.index.get("digests") or {}).get(name):
                 raise UserError(f"{self.source} holds no features of {name}: prepare them with that stage")
 
-    def _table(self, shard: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    def _leave_out(self, rows: np.ndarray, which: str, wanted: str) -> None:
+        """Forget the samples that are True in `rows` (n,); `which` names them, and `wanted` the others."""
+        if not rows.any():
+            return
+        if rows.all():
+            raise UserError(f"{self.source} has no samples {wanted}")
+        print(f"{self.source}: {rows.sum()} of {len(rows)} samples are left out, {which}", file=sys.stderr)
+        self.sizes = [int((~part).sum()) for part in np.split(rows, self._ends[:-1])]
+        self._ends, self._holds = np.cumsum(self.sizes), [self._holds[i] for i in np.flatnonzero(~rows)]
+        self.frames, self._places = self.frames[torch.from_numpy(~rows)], self._places[~rows]
+
+    def _table(self, shard: dict[str, Any]) -> _Table:
         sidecar, name = self.files.sidecar(shard), join(self.source, f"{shard['name']}.json")
         try:
             same = (sidecar["bytes"], sidecar["crc32"], len(sidecar["samples"])) == (
@@ -194,16 +243,20 @@ class ShardSplit:
                 shard["crc32"],
                 shard["clips"],
             )
-            frames = np.array([sample["frames"] for sample in sidecar["samples"]], np.int64)
-            members = [[s["members"]["json"], s["members"]["safetensors"]] for s in sidecar["samples"]]
+            rows = sidecar["samples"]
+            frames = np.array([sample["frames"] for sample in rows], np.int64)
+            members = [[s["members"]["json"], s["members"]["safetensors"]] for s in rows]
             places = np.array(members, np.int64).reshape(-1, 2, 2)
+            everything = frozenset(sidecar.get("tensors") or ())
+            distinct = {lacks: everything - set(lacks) for lacks in {tuple(s.get("lacks", ())) for s in rows}}
+            holds = [distinct[tuple(s.get("lacks", ()))] if everything else None for s in rows]
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{name} is damaged ({error!r}): copy it or prepare it again") from error
         if not same:
             raise UserError(f"{name} does not belong to this index.json: copy both again")
         if (places < 0).any() or (places.sum(-1) > shard["bytes"]).any() or (frames < 0).any():
             raise UserError(f"{name} is damaged: a sample lies outside its shard; copy it or prepare it again")
-        return frames, places
+        return _Table(frames, places, holds)
 
     def _open(self, shard: int) -> BinaryIO:
         if shard not in self._handles:

@@ -226,10 +226,15 @@ class SplitWriter:
             yield END
 
         write_whole(self.folder / f"{name}.tar", chunks(), work / ".shard")
+        tensors = sorted({each for sample in samples for each in sample["tensors"]})
+        for sample in samples:  # most have all, so naming what one lacks is short
+            lacks = sorted({*tensors}.difference(sample.pop("tensors")))
+            sample |= {"lacks": lacks} if lacks else {}
         sidecar = {
             "version": VERSION,
             "plan": self.plan,
             "stages": self.stages,
+            "tensors": tensors,
             "samples": samples,
             "rejected": dict(Counter(each["stage"] for each in rejected)),
             "quarantine": rejected,
@@ -247,8 +252,10 @@ class SplitWriter:
             if suffix == "json":
                 about = json.loads(member)
             elif suffix == "safetensors":
-                moments.add(load(member).get(self.moments))
-        return {"key": key, "frames": about["frames"], "seconds": about["seconds"], "members": places}
+                tensors = load(member)
+                moments.add(tensors.get(self.moments))
+        found = {"key": key, "frames": about["frames"], "seconds": about["seconds"], "members": places}
+        return found | {"tensors": list(tensors)}
 
     def finish(self, about: Mapping[str, Any]) -> dict[str, Any] | None:
         """Write the index if every shard exists; returns it, or None while other processes are at work.

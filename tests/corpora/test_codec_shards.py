@@ -92,6 +92,18 @@ def test_shards_at_a_url_give_the_same_crops(shards, tmp_path):
         server.shutdown()
 
 
+def test_clips_without_pictures_are_left_out_and_counted(footage, tmp_path, capsys):
+    """A folder of footage and of sound alone: LIA-X trains on the first, speech codecs and Talker's speech on both."""
+    rows = ("path,audio,text", f"{footage}/c2.wav,,sound", f"{footage}/c0.mp4,{footage}/c0.wav,both")
+    (tmp_path / "clips.csv").write_text("\n".join(rows))
+    words = ["source=folder", f"source.root={tmp_path}", f"output={tmp_path}", "features=lia_x_paper", "device=cpu"]
+    prepare(load_config("prepare", [*words, "stages.wave.use=true", "stages.portraits.size=64"], ""))
+    assert len(SpeechCrops(tmp_path, samples=960)) == 2
+    pairs = FramePairs(tmp_path, 32)
+    assert len(pairs) == 1 and pairs[0]["frames"].shape == (2, 32, 32, 3)
+    assert "1 of 2 samples are left out, as they have no portraits" in capsys.readouterr().err
+
+
 def test_shards_without_waves_or_of_another_rate_are_one_line(shards, tmp_path):
     index = json.loads((shards / "train" / "index.json").read_text())
     (tmp_path / "train").mkdir()

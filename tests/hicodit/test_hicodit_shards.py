@@ -106,12 +106,16 @@ def test_what_does_not_fit_is_one_line(data, codec, tmp_path):
     sample = ({"key": "a", "frames": 5}, {"mouth": torch.zeros(5, 48, 48, dtype=torch.uint8)})
     write_split(tmp_path / "train", [sample], 1, digests={"rvq": RVQCodec.from_pretrained(codec).digest()})
     write_split(
-        tmp_path / "spoken", [sample], 1, digests={"rvq": RVQCodec.from_pretrained(codec).digest()}, symbols=["a"] * 8
+        tmp_path / "spoken",
+        [ShardSplit(data / "train")[0]],
+        1,
+        digests={"rvq": RVQCodec.from_pretrained(codec).digest()},
+        symbols=["a"] * 8,
     )
     HiCoDiTDataset(tmp_path / "spoken", codec, phonemes=9)
     with pytest.raises(UserError, match=r"has 9 phonemes with silence: set task\.encoders\.phonemes=9 or more"):
         HiCoDiTDataset(tmp_path / "spoken", codec, phonemes=8)
-    with pytest.raises(UserError, match="clip a has no faces, tokens, ge2e, expression"):
+    with pytest.raises(UserError, match="has no samples with mouth, faces, tokens, ge2e, expression: prepare that too"):
         HiCoDiTDataset(tmp_path / "train", codec).read(0)
     with pytest.raises(UserError, match=r"window=0 must be at least 1"):
         dataset(data, codec, window=0)
@@ -166,6 +170,31 @@ def test_too_short_clips_are_left_out_and_counted(data, codec, tmp_path, capsys)
     assert clips.blocks.sizes == [2, 1, 2] and clips.shards.too_short == 1
     with pytest.raises(UserError, match="has no samples of 100 frames or more"):
         ShardSplit(tmp_path / "train", least_frames=100)
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["listed", "older-shards"])
+def test_a_clip_without_pictures_is_left_out_and_counted(data, codec, tmp_path, capsys, told):
+    """Of two clips of a shard one, and both of another: a training goes through, and sees every other clip."""
+    split = ShardSplit(data / "train")
+    samples = [split[i] for i in range(6)]
+    for i in (1, 4, 5):
+        samples[i] = samples[i][0], {k: x for k, x in samples[i][1].items() if k not in ("mouth", "faces")}
+    write_split(tmp_path / "train", samples, 2, tells_tensors=told, digests=split.index["digests"])
+    clips = HiCoDiTDataset(tmp_path / "train", codec, augment=False)
+    found = [clips.read(i).info["key"] for i in range(len(clips))]
+    said = capsys.readouterr().err
+    if told:
+        assert "3 of 6 samples are left out, as they have no mouth, faces\n" in said
+        assert found == ["clip0", "clip2", "clip3"] and clips.lengths.tolist() == [24 * FRAMES[i] for i in (0, 2, 3)]
+        assert HiCoDiTDataset(tmp_path / "train", codec, shards={"window": 1}).blocks.sizes == [1, 2, 0]
+    else:
+        assert found == ["clip0", "clip2", "clip2", "clip3", "clip0", "clip0"]
+        assert [f"clip clip{i} is left out" in said for i in range(6)] == [False, True, False, False, True, True]
+    _, losses = train(tmp_path, codec, tmp_path / "run", {"window": 2}, steps=4)
+    assert len(losses) == 4
+    write_split(tmp_path / "none", samples[4:], 2, tells_tensors=told, digests=split.index["digests"])
+    with pytest.raises(UserError, match=r"has no samples with mouth, faces, .*: prepare that too"):
+        HiCoDiTDataset(tmp_path / "none", codec).read(0)
 
 
 def test_longer_clips_are_cropped_at_whole_seconds(data, codec, tmp_path):
