@@ -32,12 +32,14 @@ from corpora.synthetic.sentences import SPLITS, grammar, language_model
 from corpora.synthetic.voices import load_voices
 from engine.errors import UserError, run_cli
 from engine.files import atomic_output
+from engine.processes import end_with_parent
 
 _maker: ClipMaker
 
 
 def _start(root: Path, seed: int, version: int) -> None:
     global _maker
+    end_with_parent()
     _maker = ClipMaker(root, seed, version)
 
 

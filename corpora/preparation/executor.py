@@ -6,10 +6,8 @@ tried once more in a new process, and given up when that one dies too.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -24,9 +22,9 @@ import torch
 from corpora.preparation.task import Outcome, Pipeline, Setup, Task
 from engine.errors import UserError
 from engine.media.limits import set_limits
+from engine.processes import end_with_parent
 
 ATTEMPTS = 2
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -158,8 +156,7 @@ def _work(connection: Connection, setup: Setup) -> None:
     """Body of a worker process: sends ("ready", (digests, fingerprints)), then for every task ("done", outcome), or
     ("error", message) if it cannot continue.
     """
-    if sys.platform == "linux":  # a kill of the parent ends this process too, so that it cannot disturb the next job
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()  # it would disturb the next job
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
     torch.set_num_threads(1)  # more workers use a machine better than more threads
     cv2.setNumThreads(1)

@@ -23,6 +23,7 @@ from engine.evaluation.clips import Clip
 from engine.files import atomic_output
 from engine.media.limits import LIMITS, Limits, set_limits
 from engine.metrics.metric import Metric, Take, wave_of
+from engine.processes import end_with_parent
 from engine.progress import track
 
 TRUTH = "true speech"  # the name of the true row
@@ -152,6 +153,7 @@ def check_files(take: Take) -> str:
 
 
 def _start(limits: Limits) -> None:
+    end_with_parent()
     torch.set_num_threads(1)
     set_limits(limits)
 
