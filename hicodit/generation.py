@@ -24,11 +24,10 @@ from hicodit.diffusion import LogLinearNoise, log_expm1
 from hicodit.guidance import combine
 from hicodit.model import TOKENS_PER_FRAME, HiCoDiT, Modulation
 from hicodit.samplers import Posterior, sample
-from hicodit.settings import GuidanceScales, SamplerConfig
+from hicodit.settings import UNGUIDED, GuidanceScales, SamplerConfig
 
 OVERLAP, REDO = 25, 5  # video frames that two windows share, and those of them that are drawn again
 MODULATION_VALUES = 2**24  # at most so many are computed beforehand: 64 MiB in float32
-UNGUIDED = GuidanceScales()
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,22 @@ class Moment:
 
 
 class GuidedPosterior:
-    """The posterior that a sampler asks for: all guidance branches in one forward, or one branch while it is early."""
+    """The posterior that a sampler asks for: all guidance branches in one forward, or one branch while it is early.
+
+    A model that takes guidance as its input has one branch at all times.
+
+    Raises:
+        UserError: such a model did not learn these scales.
+    """
 
     def __init__(self, model: HiCoDiT, conditions: Conditions, scales: GuidanceScales) -> None:
+        given = None
+        if model.config.guidance_limit is not None:
+            scales.check_input(model.config.guidance_limit)
+            given, scales = conditions.identity.new_tensor([scales.values]), UNGUIDED
         self.model, self.scales, self.noise = model, scales, LogLinearNoise()
         with half_precision(conditions.lip.device, model.dtype):
-            self.prepared = model.prepare(conditions, scales.branches)
+            self.prepared = model.prepare(conditions, scales.branches, scales=given)
             self.early = model.prepare(conditions, UNGUIDED.branches) if scales.late < 1 else None
 
     @torch.inference_mode()

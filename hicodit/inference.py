@@ -66,6 +66,9 @@ def run(c: InferConfig, clips: list[Path]) -> int:
             )
         pipeline.sampler = override(pipeline.sampler, c.sampler)
         pipeline.guidance = override(pipeline.guidance, c.guidance)
+        limit = pipeline.system.model.config.guidance_limit
+        if limit is not None:
+            pipeline.guidance.check_input(limit)
 
         if c.stream:
             steps = c.sampler.get("steps")

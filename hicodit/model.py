@@ -33,6 +33,7 @@ from engine.errors import UserError
 from engine.nn.packing import Packing
 from hicodit.conditions.types import Conditions
 from hicodit.layers import AdaLNBlock, AdaLNFinal, TemporalScales, TimeEmbedding, rotary_table
+from hicodit.settings import UNGUIDED
 
 CONDITIONS = ("lip", "identity", "expression")
 BRANCHES = {  # guidance branch -> the conditions that it sees
@@ -42,7 +43,9 @@ BRANCHES = {  # guidance branch -> the conditions that it sees
     "expression": ("expression",),
     "lip": ("lip",),
 }
-FLOAT32 = ("time", "modulation", "temporal", "identity_proj", "expression_proj", "identity_adapter")  # at any precision
+FLOAT32 = (  # at any precision
+    "time", "modulation", "temporal", "identity_proj", "expression_proj", "guidance_proj", "identity_adapter"
+)  # fmt: skip
 TOKENS_PER_FRAME = 2
 WINDOW_TOKENS = 25  # half a second of tokens share one temporal scale
 
@@ -56,6 +59,8 @@ class ModelConfig:
     normalised: heads give log posteriors; False gives free log scores, as SEDD's.
     drop_all, drop_each: training probability of dropping all conditions, else each by itself.
     keep_single: training probability of keeping exactly one condition (not in the paper: 0).
+    guidance_limit: the model takes the guidance scales as an input, up to this one (`hicodit.distill`); None: it does
+        not, and guidance is a combination of its branches.
     attention: sdpa, or flash for the flash-attn kernel where it applies.
     packed: training leaves the padding of a batch out of all blocks; losses are the same.
     """
@@ -79,6 +84,7 @@ class ModelConfig:
     drop_all: float = bounded(0.0, 1.0, default=0.1)
     drop_each: float = bounded(0.0, 1.0, default=0.1)
     keep_single: float = bounded(0.0, 1.0, default=0.0)
+    guidance_limit: float | None = bounded(1.0, 100.0, default=None)
     attention: str = "sdpa"
     packed: bool = False
 
@@ -212,6 +218,10 @@ class HiCoDiT(nn.Module):
             low, high = (("lip", "identity"), ("expression",)) if c.dual_scale else (CONDITIONS, CONDITIONS[1:])
             plan = [(0, c.low_levels, c.low_blocks, low), (c.low_levels, c.levels, c.high_blocks, high)]
         self.stages = nn.ModuleList(Stage(c, *stage) for stage in plan)
+        if c.guidance_limit is not None:
+            self.guidance_proj = _mlp(len(UNGUIDED.values), c.cond_dim)
+            nn.init.zeros_(self.guidance_proj[-1].weight)  # starts as the model without this input
+            nn.init.zeros_(self.guidance_proj[-1].bias)
 
     @property
     def mask_id(self) -> int:
@@ -236,13 +246,18 @@ class HiCoDiT(nn.Module):
         return torch.where(u < c.drop_all, False, keep)
 
     def prepare(
-        self, conditions: Conditions, branches: Sequence[str] = ("all",), keep: Tensor | None = None
+        self,
+        conditions: Conditions,
+        branches: Sequence[str] = ("all",),
+        keep: Tensor | None = None,
+        scales: Tensor | None = None,
     ) -> Prepared:
         """Do all work that does not depend on diffusion time.
 
         Args:
             branches: guidance branches, names of `BRANCHES`.
             keep: (B, 3) bool, the conditions that each clip keeps, in place of branches (training).
+            scales: (B, 4) or (1, 4) `GuidanceScales.values`, where the model takes them as an input; None: no guidance.
         """
         device, length = conditions.lip.device, TOKENS_PER_FRAME * conditions.lip.shape[1]
         ends = TOKENS_PER_FRAME * conditions.frames[:, None]  # (B, 1)
@@ -273,6 +288,10 @@ class HiCoDiT(nn.Module):
                 if stage.temporal is not None:
                     windows = stage.temporal.expression(features.flatten(0, 1))
             conds.append(cond)
+        if self.config.guidance_limit is not None:
+            scales = conditions.identity.new_tensor([UNGUIDED.values]) if scales is None else scales
+            guidance = self.guidance_proj(scales / self.config.guidance_limit)  # (B, E) or (1, E)
+            conds = [(cond.unflatten(0, (-1, conditions.batch)) + guidance).flatten(0, 1) for cond in conds]
         return Prepared(lip, tuple(conds), windows, low_index, rotary, mask)
 
     def _rows(self, branches: Sequence[str], batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -62,6 +62,8 @@ class HiCoDiTTask(Task):
         new_tokens: `init` may have been trained with another tokenizer: token embeddings and heads are reinitialised.
     """
 
+    tokens_loss = "dse"
+
     def __init__(
         self,
         model: dict[str, Any],
@@ -125,13 +127,18 @@ class HiCoDiTTask(Task):
                 )
             own = self.system.state_dict()
             state |= {key: own[key] for key in own if ".embeddings." in key or ".heads." in key}
-        state |= self._phoneme_head(state)
+        state |= self._phoneme_head(state) | self._guidance_input(state)
         load_strict(self.system, state, f"init={init}")
 
     def _phoneme_head(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Its own tensors if those of `state` have another number of phonemes: only an auxiliary loss needs them."""
         own = {key: value for key, value in self.system.state_dict().items() if ".phoneme_head." in key}
         return own if any(key in state and state[key].shape != own[key].shape for key in own) else {}
+
+    def _guidance_input(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Its own tensors if `state` has none: that input adds nothing at first."""
+        own = self.system.state_dict()
+        return {key: own[key] for key in own if ".guidance_proj." in key and key not in state}
 
     def parts(self) -> dict[str, nn.Module]:
         return {"model": self.system}
@@ -153,25 +160,47 @@ class HiCoDiTTask(Task):
         A batch is that of `hicodit.data.HiCoDiTDataset.collate`. With the features of encoders that do not learn, it
         runs no encoder.
         """
-        model, encoders = self.system.model, self.system.encoders
-        frames, tokens = batch["frames"], batch["tokens"]
-        if "lip" in batch:
-            lip, face = batch["lip"].float(), batch["face_identity"].float()
-        else:
-            lip, face = encoders.lip(batch["mouth"], frames), encoders.identity(batch["face"][:, None])
-        voice = model.adapt_identity(face).float()
-        identity = batch["ge2e"] if self.identity_input == "voice" else voice
-        losses = self.diffusion_losses(Conditions(lip, identity, batch["expression"], frames), tokens)
+        conditions, voice = self.conditions(batch)
+        lip, encoders = conditions.lip, self.system.encoders
+        losses = self.diffusion_losses(conditions, batch["tokens"])
         losses["identity"] = self.identity_weight * F.l1_loss(voice, batch["ge2e"])
         if encoders.learns:
             shown = encoders.expression(batch["face"]).float()
             losses["expression"] = self.expression_weight * F.cross_entropy(shown, batch["face_expression"])
         if encoders.learns and encoders.lip.phoneme_head is not None:
-            real = torch.arange(lip.shape[1], device=lip.device) < frames[:, None]
+            real = torch.arange(lip.shape[1], device=lip.device) < batch["frames"][:, None]
             logits = encoders.lip.phoneme_head(lip)[real].float()
             losses["phoneme"] = self.phoneme_weight * F.cross_entropy(logits, batch["phoneme"][real])
         losses["loss"] = sum(losses.values())
         return losses
+
+    def conditions(self, batch: dict[str, Tensor]) -> tuple[Conditions, Tensor]:
+        """The conditions in training, and the voice (B, 256) that is predicted from the face."""
+        frames, encoders = batch["frames"], self.system.encoders
+        if "lip" in batch:
+            lip, face = batch["lip"].float(), batch["face_identity"].float()
+        else:
+            lip, face = encoders.lip(batch["mouth"], frames), encoders.identity(batch["face"][:, None])
+        voice = self.system.model.adapt_identity(face).float()
+        identity = batch["ge2e"] if self.identity_input == "voice" else voice
+        return Conditions(lip, identity, batch["expression"], frames), voice
+
+    def mask(self, tokens: Tensor, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw a time (B,) for each clip of tokens (B, K, L), mask some of its tokens -> times, tokens, (B, K, L) which
+        are masked.
+        """
+        device, mask_id = tokens.device, self.system.model.mask_id
+        t = stratified_times(len(tokens), MIN_TIME).to(device)
+        noisy = perturb(tokens, self.noise.sigma(t), mask_id, torch.rand(tokens.shape, device=device))
+        valid = torch.arange(tokens.shape[2], device=device) < TOKENS_PER_FRAME * frames[:, None]
+        return t, noisy, (noisy == mask_id) & valid[:, None]
+
+    def by_stage(self, name: str, values: Tensor, where: Tensor, frames: Tensor) -> dict[str, Tensor]:
+        """Losses (M,) of the masked tokens `where` (B, K, L), summed for each group of levels, for one token of all."""
+        c = self.system.model.config
+        low = where.nonzero(as_tuple=True)[1] < c.low_levels
+        count = TOKENS_PER_FRAME * frames.sum() * c.levels
+        return {f"{name}_low": values[low].sum() / count, f"{name}_high": values[~low].sum() / count}
 
     def diffusion_losses(self, conditions: Conditions, tokens: Tensor) -> dict[str, Tensor]:
         """Score entropy by group of levels. tokens (B, K, L); one t a clip, masks independent by level and frame.
@@ -180,18 +209,12 @@ class HiCoDiTTask(Task):
         scale that gradient clipping sees.
         """
         model = self.system.model
-        c, device = model.config, tokens.device
-        t = stratified_times(len(tokens), MIN_TIME).to(device)
-        noisy = perturb(tokens, self.noise.sigma(t), model.mask_id, torch.rand(tokens.shape, device=device))
-        valid = torch.arange(tokens.shape[2], device=device) < TOKENS_PER_FRAME * conditions.frames[:, None]
-        where = (noisy == model.mask_id) & valid[:, None]
-        prepared = model.prepare(conditions, keep=model.draw_keep(len(tokens), device))
+        t, noisy, where = self.mask(tokens, conditions.frames)
+        prepared = model.prepare(conditions, keep=model.draw_keep(len(tokens), tokens.device))
         log_q = model(noisy, self.noise.sigma(t), prepared, where)[0]
         at = t[:, None, None].expand(tokens.shape)[where]
         entropy = weighted_score_entropy(log_q, tokens[where], at, self.noise)
-        low = where.nonzero(as_tuple=True)[1] < c.low_levels
-        count = valid.sum() * c.levels
-        return {"dse_low": entropy[low].sum() / count, "dse_high": entropy[~low].sum() / count}
+        return self.by_stage("dse", entropy, where, conditions.frames)
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         """Losses of held-out clips; `validate_metrics` of speech made from their pictures alone."""
@@ -215,8 +238,8 @@ class HiCoDiTTask(Task):
         return results
 
     def held_out_losses(self, split: str) -> dict[str, float]:
-        """`loss` and `dse` (of all levels) of the clips of a held-out split that are synthesised, as in training."""
-        source, encoders = join(self.shards, split), self.system.encoders
+        """`loss`, and the part of it that `tokens_loss` names (`dse`), of the clips that are synthesised."""
+        source, encoders, name = join(self.shards, split), self.system.encoders, self.tokens_loss
         data = HiCoDiTDataset(source, self.codec, encoders.config.kind, augment=False)
         heard = "heard" if "heard_expression" in data.shards.index["digests"] else "seen"
         data = HiCoDiTDataset(source, self.codec, encoders.config.kind, expression=heard, augment=False)
@@ -228,7 +251,7 @@ class HiCoDiTTask(Task):
             batch = data.collate([data.__getitem__(i, generator_for(0, "held out", i)) for i in clips])
             losses = self({name: value.to(device) for name, value in batch.items()}, "model")
             sums["loss"] += len(clips) * float(losses["loss"])
-            sums["dse"] += len(clips) * float(losses["dse_low"] + losses["dse_high"])
+            sums[name] += len(clips) * float(losses[f"{name}_low"] + losses[f"{name}_high"])
         return {name: value / count for name, value in sums.items()}
 
     def adapted(self) -> nn.Module:

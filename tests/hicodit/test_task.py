@@ -19,7 +19,6 @@ from hicodit.data import HiCoDiTDataset, augment_mouth
 from hicodit.pipeline import Crops, HiCoDiTPipeline
 from hicodit.system import HiCoDiTSystem
 from hicodit.task import HiCoDiTTask
-from rvq_codec import RVQCodec
 
 MODEL = {
     "codes": 16, "width": 32, "heads": 4, "low_blocks": 1, "high_blocks": 1, "cond_dim": 16, "lip_dim": 32,
@@ -30,29 +29,6 @@ TRAINER = OmegaConf.to_container(OmegaConf.load(CONFIGS / "trainer/cpu.yaml")) |
     "steps": 4, "batch_size": 3, "lr": 3e-3, "warmup": 0, "schedule": "constant", "min_lr_ratio": 1.0, "ema_decay": 0.9,
     "log_every": 2, "validate_every": 100, "checkpoint_every": 2,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def corpus(release, tmp_path_factory):
-    """Shards of six made-up clips, in three splits; words are a function of the mouth pictures."""
-    root = tmp_path_factory.mktemp("shards")
-    digest = RVQCodec.from_pretrained(release.parent / "codec").digest()
-    g = torch.Generator().manual_seed(0)
-    for split in ("train", "seen", "unseen"):
-        samples = []
-        for i, frames in enumerate((12, 15, 13, 16, 30, 13)):
-            level = torch.randint(0, 16, (frames, 1), generator=g)
-            tensors = {
-                "mouth": (level * 16).to(torch.uint8)[:, :, None].expand(-1, 48, 48).contiguous(),
-                "faces": torch.randint(0, 255, (4, 64, 64, 3), generator=g).to(torch.uint8),
-                "ge2e": torch.nn.functional.normalize(torch.rand(256, generator=g), dim=-1),
-                "expression": ((i + torch.arange(-(-2 * frames // 25))) % 7).to(torch.uint8),
-                "phoneme": (level[:, 0] % 5).to(torch.uint8),
-                "tokens": level.repeat_interleave(2, 0).expand(-1, 12).to(torch.int16).contiguous(),
-            }
-            samples.append(({"key": f"{split}_{i}", "frames": frames, "text": "bin blue at alpha one now"}, tensors))
-        write_split(root / split, samples, 4, digests={"rvq": digest})
-    return root
 
 
 def make_task(corpus, release, **changes):
