@@ -19,7 +19,8 @@ from engine.config import CONFIGS, override
 from engine.errors import UserError
 from engine.evaluation.clips import Clip
 from engine.evaluation.generate import generate_missing, write_facts
-from engine.evaluation.validation import measure_waves, words_by
+from engine.evaluation.shares import ALONE, ByClip, Share
+from engine.evaluation.validation import measure_clips, words_by
 from engine.media.audio import read_audio, write_wav
 from engine.media.corpus import pick_rows
 from engine.media.video import write_video
@@ -57,12 +58,13 @@ def synthesise(
     seed: int = 0,
     batch: int = 16,
     expressions: Sequence[np.ndarray] | None = None,
+    first: int = 0,
 ) -> list[Speech]:
-    """Speech of many clips, batched with clips of like length; clip i is drawn with seed + i.
+    """Speech of many clips, batched with clips of like length; clip i is drawn with seed + first + i.
 
     `expressions` (each (J,) classes of half seconds) replaces what the faces show.
     """
-    order = sorted(range(len(crops)), key=lambda i: len(crops[i]))
+    order, seed = sorted(range(len(crops)), key=lambda i: len(crops[i])), seed + first
     groups = [order[start : start + batch] for start in range(0, len(order), batch)]
     out: dict[int, Speech] = {}
     for group in track(groups, len(groups), "batches"):
@@ -127,8 +129,9 @@ def evaluate_clips(
     guidance: GuidanceScales,
     folder: Path | None,
     metrics: Sequence[str],
-) -> dict[str, float]:
-    """Figures of `clips` prepared clips, spoken from their pictures (or their features) alone.
+    share: Share = ALONE,
+) -> dict[str, ByClip]:
+    """Figures of a share of `clips` prepared clips, spoken from their pictures (or their features) alone.
 
     Four waves go to `folder`, and two videos of the mouths that they were read from where the shards hold them.
 
@@ -140,10 +143,13 @@ def evaluate_clips(
     pipeline = HiCoDiTPipeline(system, tokenizer, sampler, guidance, next(system.parameters()).device)
     chosen = torch.linspace(0, len(data) - 1, min(clips, len(data))).round().long().tolist()
     samples = list({clip.info["key"]: clip for clip in map(data.read, chosen)}.values())  # one that stands for another
+    own, samples = share.range(len(samples)), share.pick(samples)
+    if not own:
+        return {}
     every = system.encoders.config.picture_every
-    spoken = synthesise(pipeline, [stored_crops(clip, every) for clip in samples])
+    spoken = synthesise(pipeline, [stored_crops(clip, every) for clip in samples], first=own.start)
     if folder is not None:
-        for n, (clip, speech) in enumerate(list(zip(samples, spoken))[:WAVES]):
+        for n, clip, speech in zip(range(WAVES)[own.start :], samples, spoken):
             write_wav(folder / f"{clip.info['key']}.wav", speech.wave, speech.rate)
             if n < VIDEOS and clip.mouth is not None:
                 mouth = speech.crops.mouth.repeat(4, 1).repeat(4, 2)[..., None].repeat(3, 3)
@@ -152,7 +158,8 @@ def evaluate_clips(
     compared = any(metric.pair for metric in metrics_of(metrics))
     true = pipeline.decode_tokens([clip.tokens.T for clip in samples]) if compared else None
     device = str(pipeline.device)
-    return measure_waves(metrics, texts, waves, true, tokenizer.sample_rate, words_by(recogniser), device=device)
+    rate, words = tokenizer.sample_rate, words_by(recogniser)
+    return measure_clips(metrics, texts, waves, true, rate, words, device=device, numbers=own)
 
 
 def evaluate_corpus(

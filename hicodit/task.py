@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from engine.codec import load_codec
 from engine.errors import UserError
+from engine.evaluation.shares import ByClip, Share
 from engine.metrics.registry import metrics_of
 from engine.release import load_strict
 from engine.seeding import generator_for
@@ -216,13 +217,17 @@ class HiCoDiTTask(Task):
         entropy = weighted_score_entropy(log_q, tokens[where], at, self.noise)
         return self.by_stage("dse", entropy, where, conditions.frames)
 
-    def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """Losses of held-out clips; `validate_metrics` of speech made from their pictures alone."""
+    def measure(self, step: int, folder: Path, share: Share) -> dict[str, float | ByClip]:
+        """Losses of held-out clips; `validate_metrics` of speech made from their pictures alone.
+
+        One process measures the losses: their random draws follow one another.
+        """
         from hicodit.evaluation import evaluate_clips
 
-        results = {}
+        results: dict[str, float | ByClip] = {}
         for split in self.validate_splits:
-            results |= {f"{name}_{split}": value for name, value in self.held_out_losses(split).items()}
+            if share.first:
+                results |= {f"{name}_{split}": value for name, value in self.held_out_losses(split).items()}
             scores = evaluate_clips(
                 self.system,
                 self.codec,
@@ -233,6 +238,7 @@ class HiCoDiTTask(Task):
                 self.guidance,
                 folder / split if step else None,
                 self.validate_metrics,
+                share,
             )
             results |= {f"{name}_{split}": value for name, value in scores.items()}
         return results

@@ -102,7 +102,7 @@ def lia_x(args: argparse.Namespace) -> Figures:
     codec, reader, shown = LiaX.from_pretrained(args.weights), MouthReader(), []
     regions = OmegaConf.load(CONFIGS / "experiment" / "lia_x_synthetic.yaml").task.validation.regions
     for split in args.splits:
-        clips = rebuild_clips(codec, args.corpus, split, args.clips)
+        clips = list(rebuild_clips(codec, args.corpus, split, args.clips).values())
         yield split, measure(clips, regions) | {"mouth_opening_correlation": mouth_correlation(clips, reader)}
         shown += clips[:3]
     yield "frames_a_second", measure_speed(codec, shown[0], args.chunk)

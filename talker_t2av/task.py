@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.evaluation.validation import measure_waves, words_by
+from engine.evaluation.shares import ByClip, Share
+from engine.evaluation.validation import measure_clips, words_by
 from engine.hub import release_folder
 from engine.media.audio import write_wav
 from engine.media.pictures import identity_to_tensor, to_bytes
@@ -165,14 +166,14 @@ class TalkerTask(Task):
         return torch.where(moving, task, TTS)
 
     @torch.no_grad()
-    def validate(self, step: int, folder: Path) -> dict[str, float]:
+    def measure(self, step: int, folder: Path, share: Share) -> dict[str, float | ByClip]:
         """Losses of held-out clips; their sentences synthesised: how well the stop head finds the end, and word error
-        rates if there is a recogniser."""
+        rates if there is a recogniser. One process measures the losses: their random draws follow one another."""
         if self.validation is None:
             return {}
         device = self.model.device
         codec = load_speech(self.codecs["speech"]).to(device)
-        results: dict[str, float] = {}
+        results: dict[str, float | ByClip] = {}
         c = self.model.config
         for split in self.validation["splits"]:
             source = join(self.validation["root"], split)
@@ -187,22 +188,28 @@ class TalkerTask(Task):
             )
             count = min(self.validation["clips"], len(examples))
             chosen = torch.linspace(0, len(examples) - 1, count).round().long().tolist()
-            infos = [examples.info(i) for i in chosen]
-            spoken, frames = speak(self.model, examples, chosen, self.sampling)
+            own = share.range(count)
+            if not own:
+                continue
+            infos = [examples.info(chosen[n]) for n in own]
+            spoken, frames = speak(self.model, examples, share.pick(chosen), self.sampling)
             waves = [codec.decode(r.speech[None])[0, 0].cpu().numpy() for r in spoken]
-            for info, wave in list(zip(infos, waves))[: WAVES if step else 0]:
+            for _, info, wave in zip(range(WAVES if step else 0)[own.start :], infos, waves):
                 write_wav(folder / f"{info['key']}.wav", wave, codec.sample_rate)
+            drawn = len(range(VIDEOS)[own.start :])
             if step and self.validation.get("corpus") and examples.task == "t2av":
-                self._draw(folder, infos, spoken, waves, codec.sample_rate)
-            late = [abs(len(r.speech) - n) / FPS for r, n in zip(spoken, frames)]
-            scores = {
-                "stopped": sum(r.stopped for r in spoken) / count,
-                "length_error": sum(late) / count,  # seconds; a sentence may well be said at another pace
+                self._draw(folder, infos[:drawn], spoken, waves, codec.sample_rate)
+            late = {n: abs(len(r.speech) - true) / FPS for n, r, true in zip(own, spoken, frames)}
+            scores: dict[str, float | ByClip] = {
+                "stopped": ByClip({n: r.stopped for n, r in zip(own, spoken)}),
+                "length_error": ByClip(late),  # seconds; a sentence may well be said at another pace
             }
-            scores |= self._held_out_losses(examples, chosen)
+            if share.first:
+                scores |= self._held_out_losses(examples, chosen)
             texts, words = [info["text"] for info in infos], words_by(self.validation["grammar"])
             metrics = self.validation["metrics"]
-            scores |= measure_waves(metrics, texts, waves, None, codec.sample_rate, words, device=str(device))
+            rate = codec.sample_rate
+            scores |= measure_clips(metrics, texts, waves, None, rate, words, device=str(device), numbers=own)
             results |= {f"{name}_{split}": value for name, value in scores.items()}
         return results
 
@@ -221,9 +228,9 @@ class TalkerTask(Task):
     def _draw(
         self, folder: Path, infos: list[dict[str, Any]], spoken: list[Result], waves: list[np.ndarray], rate: int
     ) -> None:
-        """Write talking faces of the first clips, drawn from each clip's first frame, if the clips are there."""
-        clips = [Path(self.validation["corpus"]) / info["source"] for info in infos[:VIDEOS]]
-        if not all(clip.is_file() for clip in clips):
+        """Write talking faces of some clips, drawn from each clip's first frame, if the clips are there."""
+        clips = [Path(self.validation["corpus"]) / info["source"] for info in infos]
+        if not clips or not all(clip.is_file() for clip in clips):
             return
         codec = load_motion(self.codecs["motion"]).to(self.model.device)
         for clip, info, result, wave in zip(clips, infos, spoken, waves):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.evaluation.shares import ALONE, ByClip, Share
 from engine.media.corpus import is_prepared, read_manifest
 from engine.media.pictures import identity_to_tensor, to_bytes, video_to_tensor
 from engine.media.video import read_video
@@ -66,20 +67,27 @@ def measure(clips: Sequence[RebuiltClip], regions: Mapping[str, Mapping[str, flo
         region's variance in time that the rebuilt frames explain (1: all; 0: as good as the clip's mean picture);
         `roughness` of the codes: mean square of their second differences over their variance in time (white noise: 6).
     """
-    found: dict[str, list[float]] = defaultdict(list)
-    for clip in clips:
-        found["psnr"].append(psnr(_as_batch(clip.true), _as_batch(clip.rebuilt)))
-        found["ssim"].append(ssim(_as_batch(clip.true), _as_batch(clip.rebuilt)))
+    return {name: float(value()) for name, value in measure_each(clips, regions).items()}
+
+
+def measure_each(
+    clips: Sequence[RebuiltClip], regions: Mapping[str, Mapping[str, float]], numbers: Sequence[int] | None = None
+) -> dict[str, ByClip]:
+    """As `measure`, by clip. numbers: of the clips among all clips of a validation."""
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    for number, clip in zip(numbers or range(len(clips)), clips):
+        found["psnr"][number] = psnr(_as_batch(clip.true), _as_batch(clip.rebuilt))
+        found["ssim"][number] = ssim(_as_batch(clip.true), _as_batch(clip.rebuilt))
         for name, box in regions.items():
             true, rebuilt = (region(frames, box).astype(np.float64) for frames in (clip.true, clip.rebuilt))
-            found[f"{name}_psnr"].append(psnr(torch.from_numpy(true), torch.from_numpy(rebuilt)))
+            found[f"{name}_psnr"][number] = psnr(torch.from_numpy(true), torch.from_numpy(rebuilt))
             variance = np.square(true - true.mean(0)).sum()
             if variance > 0:
-                found[f"{name}_movement"].append(float(1 - np.square(true - rebuilt).sum() / variance))
+                found[f"{name}_movement"][number] = float(1 - np.square(true - rebuilt).sum() / variance)
         if len(clip.motion) > 2:
             variance = clip.motion.var(0).sum().clamp_min(1e-12)
-            found["roughness"].append(float(clip.motion.diff(n=2, dim=0).square().mean(0).sum() / variance))
-    return {name: float(np.mean(values)) for name, values in found.items()}
+            found["roughness"][number] = float(clip.motion.diff(n=2, dim=0).square().mean(0).sum() / variance)
+    return {name: ByClip(values, np.mean) for name, values in found.items()}
 
 
 def mouth_correlation(clips: Sequence[RebuiltClip], opening: Callable[[np.ndarray], np.ndarray]) -> float:
@@ -116,20 +124,25 @@ def _as_batch(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
 
-def rebuild_clips(codec: LiaX, root: str | Path, split: str, count: int) -> list[RebuiltClip]:
-    """The first `count` clips of ROOT/SPLIT, rebuilt; of prepared shards, the pictures that they hold of each clip."""
+def rebuild_clips(
+    codec: LiaX, root: str | Path, split: str, count: int, share: Share = ALONE
+) -> dict[int, RebuiltClip]:
+    """A share of the first `count` clips of ROOT/SPLIT, rebuilt, by their number.
+
+    Of prepared shards, the pictures that they hold of each clip.
+    """
     if is_prepared(root, split):
         shards = ShardSplit(join(root, split), least_frames=2)
         shards.check_holds("portraits")
         shards.require(*PORTRAITS)
-        clips = []
-        for index in range(min(count, len(shards))):
+        clips = {}
+        for index in share.range(min(count, len(shards))):
             info, t = shards.read_complete(index, PORTRAITS)
             frames = unpack_portraits(t["portraits"], t["portraits_at"], codec.config.size)
-            clips.append(rebuild_frames(codec, info["key"], frames))
+            clips[index] = rebuild_frames(codec, info["key"], frames)
         return clips
     rows = read_manifest(root, split)[:count]
-    return [rebuild(codec, Path(root) / split / f"{row['id']}.mp4") for row in rows]
+    return {i: rebuild(codec, Path(root) / split / f"{rows[i]['id']}.mp4") for i in share.range(len(rows))}
 
 
 def strip(clips: Sequence[RebuiltClip], columns: int = 12) -> np.ndarray:

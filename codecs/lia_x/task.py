@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.evaluation.shares import ByClip, Share
 from engine.media.video import write_video
 from engine.training.task import Release, Task
 from lia_x.codec import LiaX, LiaXConfig
-from lia_x.evaluation import measure, rebuild_clips, strip
+from lia_x.evaluation import measure_each, rebuild_clips, strip
 from lia_x.losses import Discriminator, Perceptual, pyramid_l1, region_weights, structural
 
 FPS = 25.0  # of clips
@@ -177,16 +178,19 @@ class LiaXTask(Task):
             total = total + self.guide["weight"] * losses["guide"]
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
 
-    def validate(self, step: int, folder: Path) -> dict[str, float]:
+    def measure(self, step: int, folder: Path, share: Share) -> dict[str, float | ByClip]:
         """Figures of merit on the first held-out clips of each split; writes strips of true and rebuilt frames, and the
         first clip as a video of both."""
         if self.validation is None:
             return {}
-        results: dict[str, float] = {}
+        results: dict[str, float | ByClip] = {}
         for split in self.validation["splits"]:
-            clips = rebuild_clips(self.codec, self.validation["root"], split, self.validation["clips"])
-            found = measure(clips, self.validation["regions"])
+            own = rebuild_clips(self.codec, self.validation["root"], split, self.validation["clips"], share)
+            clips = list(own.values())
+            found = measure_each(clips, self.validation["regions"], list(own))
             results |= {f"{split}/{name}": value for name, value in found.items()}
+            if not share.first:
+                continue
             picture = strip(clips[:4])
             pair = np.concatenate([clips[0].true, clips[0].rebuilt], 2)
             write_video(folder / f"{split}.mp4", pair, FPS)

@@ -15,6 +15,7 @@ from engine.bounds import require_range
 from engine.evaluation.clips import Clip
 from engine.evaluation.generate import write_facts
 from engine.evaluation.resynthesis import fit_length, score, write_resynthesis
+from engine.evaluation.shares import ByClip
 from engine.media.corpus import SpeechClip
 from rvq_codec.codebooks import count_codes, perplexity
 from rvq_codec.codec import RVQCodec
@@ -75,14 +76,32 @@ def evaluate(
         `wer_clean`, `wer_N`, `pesq_N`, `stoi_N` (those whose package is installed; means over clips, word error rate
         over words), `perplexity` and `used` (share of codes that occur), each a list with one entry a level.
     """
-    counts = torch.zeros(codec.levels, codec.codes, dtype=torch.int64)
+    return {name: value() for name, value in measure_clips(codec, clips, levels, grammar).items()}
+
+
+def measure_clips(
+    codec: RVQCodec,
+    clips: Sequence[SpeechClip],
+    levels: Sequence[int],
+    grammar: str | Path | None = None,
+    numbers: Sequence[int] | None = None,
+) -> dict[str, ByClip]:
+    """As `evaluate`, by clip. numbers: of the clips among all clips of a validation."""
+    numbers = numbers or range(len(clips))
+    counts: dict[int, torch.Tensor] = {}
     versions: dict[str, list[np.ndarray]] = {str(n): [] for n in levels}
-    for clip in clips:
+    for number, clip in zip(numbers, clips):
         codes, waves = resynthesise(codec, clip, levels)
-        counts += count_codes(codes, codec.codes)
+        counts[number] = count_codes(codes, codec.codes)
         for n, wave in waves.items():
             versions[str(n)].append(wave)
-    results: dict[str, float | list[float]] = dict(score(clips, versions, codec.sample_rate, grammar))
-    results["perplexity"] = [round(x, 1) for x in perplexity(counts).tolist()]
-    results["used"] = [round(x, 3) for x in (counts > 0).double().mean(-1).tolist()]
-    return results
+    codes = {"perplexity": ByClip(counts, _perplexity), "used": ByClip(counts, _used)}
+    return score(clips, versions, codec.sample_rate, grammar, numbers) | codes
+
+
+def _perplexity(counts: list[torch.Tensor]) -> list[float]:
+    return [round(x, 1) for x in perplexity(sum(counts)).tolist()]
+
+
+def _used(counts: list[torch.Tensor]) -> list[float]:
+    return [round(x, 3) for x in (sum(counts) > 0).double().mean(-1).tolist()]

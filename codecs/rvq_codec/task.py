@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.evaluation.resynthesis import validate_codec
+from engine.evaluation.shares import ByClip, Share
 from engine.nn.audio_losses import (
     CompressedSpectrumLoss,
     DisturbanceLoss,
@@ -26,7 +27,7 @@ from engine.nn.discriminators import WaveDiscriminators
 from engine.training.task import Release, Task
 from rvq_codec.codebooks import count_codes, restart_dead_codes, warm_start
 from rvq_codec.codec import RVQCodec, RVQCodecConfig
-from rvq_codec.evaluation import evaluate, resynthesise
+from rvq_codec.evaluation import measure_clips, resynthesise
 from rvq_codec.latent_targets import SpeechFeatures
 from rvq_codec.vocos import ConvNeXtBlock
 
@@ -262,7 +263,7 @@ class RVQCodecTask(Task):
         self.counts.zero_()
 
     @torch.no_grad()
-    def validate(self, step: int, folder: Path) -> dict[str, float]:
+    def measure(self, step: int, folder: Path, share: Share) -> dict[str, float | ByClip]:
         """Metrics on the first held-out clips; writes the first clip of each split, as it was and decoded."""
         if self.validation is None:
             return {}
@@ -271,7 +272,8 @@ class RVQCodecTask(Task):
             self.validation,
             codec.sample_rate,
             folder,
-            measure=lambda clips, grammar: evaluate(codec, clips, levels, grammar),
+            share,
+            measure=lambda clips, grammar, numbers: measure_clips(codec, clips, levels, grammar, numbers),
             decode=lambda clip: resynthesise(codec, clip, [codec.levels])[1][codec.levels],
             distance=self.mel_loss,
             device=next(self.codec.parameters()).device,

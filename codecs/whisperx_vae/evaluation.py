@@ -16,6 +16,7 @@ from engine.codec import load_codec
 from engine.evaluation.clips import Clip
 from engine.evaluation.generate import write_facts
 from engine.evaluation.resynthesis import fit_length, score, write_resynthesis
+from engine.evaluation.shares import ByClip
 from engine.media.corpus import SpeechClip
 from whisperx_vae.codec import WhisperXVAE
 
@@ -61,12 +62,33 @@ def evaluate(codec: WhisperXVAE, clips: Sequence[SpeechClip], grammar: str | Pat
         `engine.evaluation.resynthesis`), `latent_mean` (largest absolute mean of a channel), `latent_std` (mean over
         channels) and `latent_speed` (root mean square of a channel's change from frame to frame over its deviation).
     """
+    return {name: value() for name, value in measure_clips(codec, clips, grammar).items()}
+
+
+def measure_clips(
+    codec: WhisperXVAE,
+    clips: Sequence[SpeechClip],
+    grammar: str | Path | None = None,
+    numbers: Sequence[int] | None = None,
+) -> dict[str, ByClip]:
+    """As `evaluate`, by clip. numbers: of the clips among all clips of a validation."""
+    numbers = numbers or range(len(clips))
     pairs = [resynthesise(codec, clip) for clip in clips]
-    results = score(clips, {"decoded": [wave for _, wave in pairs]}, codec.sample_rate, grammar)
-    latents = torch.cat([z for z, _ in pairs])
-    steps = torch.cat([z.diff(dim=0) for z, _ in pairs])
-    deviation = latents.std(0)
-    results["latent_mean"] = latents.mean(0).abs().max().item()
-    results["latent_std"] = deviation.mean().item()
-    results["latent_speed"] = (steps.square().mean(0).sqrt() / deviation.clamp_min(1e-6)).mean().item()
-    return results
+    waves = {"decoded": [wave for _, wave in pairs]}
+    latents = {number: z for number, (z, _) in zip(numbers, pairs)}
+    figures = {"latent_mean": _largest_mean, "latent_std": _deviation, "latent_speed": _speed}
+    results = score(clips, waves, codec.sample_rate, grammar, numbers)
+    return results | {name: ByClip(latents, figure) for name, figure in figures.items()}
+
+
+def _largest_mean(latents: list[Tensor]) -> float:
+    return torch.cat(latents).mean(0).abs().max().item()
+
+
+def _deviation(latents: list[Tensor]) -> float:
+    return torch.cat(latents).std(0).mean().item()
+
+
+def _speed(latents: list[Tensor]) -> float:
+    steps, deviation = torch.cat([z.diff(dim=0) for z in latents]), torch.cat(latents).std(0)
+    return (steps.square().mean(0).sqrt() / deviation.clamp_min(1e-6)).mean().item()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.evaluation.resynthesis import validate_codec
+from engine.evaluation.shares import ByClip, Share
 from engine.media.audio import resample
 from engine.media.corpus import load_clips
 from engine.nn.audio_losses import MultiScaleMelLoss
@@ -26,7 +27,7 @@ from engine.nn.discriminators import WaveDiscriminators
 from engine.nn.mel import RATE
 from engine.training.task import Release, Task
 from whisperx_vae.codec import WhisperXVAE, WhisperXVAEConfig
-from whisperx_vae.evaluation import evaluate, resynthesise
+from whisperx_vae.evaluation import measure_clips, resynthesise
 from whisperx_vae.latent_targets import LatentTargets
 
 INITIAL_SCALE = -1.5  # softplus gives 0.2: the posterior begins narrower than the prior
@@ -180,7 +181,7 @@ class WhisperXVAETask(Task):
         return {"loss": total, "std": run["std"].mean().detach(), **{k: v.detach() for k, v in losses.items()}}
 
     @torch.no_grad()
-    def validate(self, step: int, folder: Path) -> dict[str, float]:
+    def measure(self, step: int, folder: Path, share: Share) -> dict[str, float | ByClip]:
         """Metrics on the first held-out clips; writes the first clip of each split, as it was and decoded."""
         if self.validation is None:
             return {}
@@ -189,7 +190,8 @@ class WhisperXVAETask(Task):
             self.validation,
             codec.sample_rate,
             folder,
-            measure=lambda clips, grammar: evaluate(codec, clips, grammar),
+            share,
+            measure=lambda clips, grammar, numbers: measure_clips(codec, clips, grammar, numbers),
             decode=lambda clip: resynthesise(codec, clip)[1],
             distance=self.mel_loss,
             device=next(self.codec.parameters()).device,

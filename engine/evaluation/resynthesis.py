@@ -15,7 +15,8 @@ from torch import Tensor
 
 from engine.evaluation.clips import Clip
 from engine.evaluation.generate import generate_missing
-from engine.evaluation.validation import measure_waves, words_by
+from engine.evaluation.shares import ByClip, Share
+from engine.evaluation.validation import measure_clips, words_by
 from engine.media.audio import write_wav
 from engine.media.corpus import SpeechClip, load_clips
 from engine.metrics.metric import wave_of
@@ -28,13 +29,15 @@ def score(
     versions: Mapping[str, Sequence[np.ndarray]],
     rate: int,
     grammar: str | Path | None = None,
-) -> dict[str, float]:
+    numbers: Sequence[int] | None = None,
+) -> dict[str, ByClip]:
     """Figures over whole clips.
 
     Args:
         versions: name -> one wave (N,) for each clip, as long as the clip's.
         rate: of all waves.
         grammar: of the recogniser; without it, or without pocketsphinx, no word error rate.
+        numbers: of the clips among all clips of a validation, where others are measured elsewhere.
 
     Returns:
         `wer_clean` and for each version `wer_NAME`, `pesq_NAME`, `stoi_NAME`: those whose package is installed; means
@@ -44,7 +47,8 @@ def score(
     words = ["wer", "wer_free"] if grammar else []
     for name, waves in {"clean": true, **versions}.items():
         figures = words if name == "clean" else [*words, "stoi", "pesq_wide"]
-        for figure, value in measure_waves(figures, texts, waves, true, rate, words_by(grammar)).items():
+        found = measure_clips(figures, texts, waves, true, rate, words_by(grammar), numbers=numbers)
+        for figure, value in found.items():
             results[NAMES[figure].format(name)] = value
     return results
 
@@ -53,17 +57,20 @@ def validate_codec(
     settings: Mapping[str, Any],
     rate: int,
     folder: Path,
-    measure: Callable[[list[SpeechClip], Path | None], Mapping[str, Any]],
+    share: Share,
+    measure: Callable[[list[SpeechClip], Path | None, Sequence[int]], Mapping[str, ByClip]],
     decode: Callable[[SpeechClip], np.ndarray],
     distance: Callable[[Tensor, Tensor], Tensor],
     device: torch.device,
-) -> dict[str, float]:
-    """Validation of a wave codec on held-out clips; writes the first clip of each split to `folder`, as it was and
-    decoded.
+) -> dict[str, float | ByClip]:
+    """A process's share in the validation of a wave codec on held-out clips.
+
+    The first process writes the first clip of each split to `folder`, as it was and decoded.
 
     Args:
         settings: `root` of the corpus, `splits`, and `clips` of each.
-        measure: from clips and the recogniser's grammar (None if the corpus has none) to figures; lists are averaged.
+        share: of the clips that this process measures.
+        measure: from clips, the recogniser's grammar (None if the corpus has none) and the clips' numbers to figures.
         decode: from a clip to its decoded wave.
         distance: between decoded and original wave, both (1, N) on `device`; reported as `mel`.
     """
@@ -71,8 +78,11 @@ def validate_codec(
     grammar = root / "grammar.jsgf"
     for split in settings["splits"]:
         clips = load_clips(root, split, settings["clips"], rate)
-        found = measure(clips, grammar if grammar.is_file() else None)
-        results |= {f"{split}/{name}": float(np.mean(value)) for name, value in found.items()}
+        if own := share.range(len(clips)):
+            found = measure(share.pick(clips), grammar if grammar.is_file() else None, own)
+            results |= {f"{split}/{name}": value for name, value in found.items()}
+        if not share.first:
+            continue
         wave, decoded = clips[0].wave, decode(clips[0])
         results[f"{split}/mel"] = distance(*(torch.from_numpy(x)[None].to(device) for x in (decoded, wave))).item()
         write_wav(folder / f"{split}-original.wav", wave, rate)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import UserError
+from engine.evaluation.shares import ByClip, figures_of
 from engine.evaluation.statistics import ratio
 from engine.metrics.metric import Sound, Take, Unavailable
 from engine.metrics.registry import metrics_of
@@ -35,6 +36,26 @@ def measure_waves(
     weights: Path = WEIGHTS,
     device: str = "cpu",
 ) -> dict[str, float]:
+    """`measure_clips` as figures."""
+    return figures_of([measure_clips(figures, texts, waves, truths, rate, protocols, weights, device)])
+
+
+def ratio_of(pairs: Sequence[tuple[float, float]]) -> float:
+    """sum(a) / sum(b) of pairs (a, b)."""
+    return ratio(*np.array(pairs, float).T)
+
+
+def measure_clips(
+    figures: Sequence[str],
+    texts: Sequence[str],
+    waves: Sequence[np.ndarray],
+    truths: Sequence[np.ndarray] | None,
+    rate: int,
+    protocols: Mapping[str, str] | None = None,
+    weights: Path = WEIGHTS,
+    device: str = "cpu",
+    numbers: Sequence[int] | None = None,
+) -> dict[str, ByClip]:
     """Figures of clips, as ratios: a word error rate of 0.1 is 10 %.
 
     A figure whose package or network is missing is left out, with one line. A clip that cannot be measured is, too.
@@ -44,6 +65,7 @@ def measure_waves(
         texts, waves, truths: of each clip its words, the wave (N,) to be measured, and the true one. No truths: what
             compares with them is left out.
         protocols: by figure, with an argument after a colon: {"wer": "grammar:FILE"}.
+        numbers: of the clips among all clips of a validation, where others are measured elsewhere.
 
     Raises:
         UserError: an unknown figure.
@@ -59,18 +81,19 @@ def measure_waves(
             metric.check(protocol, weights)
             if metric.pair and truths is None:
                 raise Unavailable("there is no true speech to compare with")
-            measuring, rows = metric(protocol, weights, device), []
+            measuring, rows = metric(protocol, weights, device), {}
         except (UserError, OSError) as error:  # files of a network that cannot be loaded: training goes on
             kind = "" if isinstance(error, Unavailable) else "cannot be measured: "
-            print(f"no {', '.join(names)}: {kind}{error}", flush=True)
+            if not numbers or numbers[0] == 0:  # one of many processes says so
+                print(f"no {', '.join(names)}: {kind}{error}", flush=True)
             continue
-        for take, truth in zip(made, true):
+        for number, take, truth in zip(numbers or range(len(made)), made, true):
             try:
-                rows.append(measuring.measure(take, truth))
+                rows[number] = measuring.measure(take, truth)
             except UserError:  # such as no speech found in the clip
                 continue
         for name in names:
-            pairs = np.array([row[name] for row in rows if name in row], float)
-            if len(pairs) and not isinstance(rows[0][name], np.ndarray):
-                results[name] = ratio(*pairs.T)
+            pairs = {number: row[name] for number, row in rows.items() if name in row}
+            if pairs and not any(isinstance(pair, np.ndarray) for pair in pairs.values()):
+                results[name] = ByClip(pairs, ratio_of)
     return results

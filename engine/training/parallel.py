@@ -50,7 +50,7 @@ class ParallelTask:
     def __init__(self, task: Task, config: TrainerConfig, device: torch.device, has_data: bool = True):
         self.task = task
         self.sharded = config.parallel != "ddp" and distributed.world_size() > 1
-        self._spare = without_weights(task) if has_data and self.sharded and distributed.is_main() else None
+        self._spare = without_weights(task) if has_data and self.sharded else None
         if has_data and not self.sharded:
             task.to(device)
         prepare_blocks(task, config.compile, config.checkpointing)
@@ -122,20 +122,14 @@ class ParallelTask:
         return norm
 
     @contextmanager
-    def evaluation_copy(self, ema: ExponentialMovingAverage) -> Iterator[Task | None]:
-        """The task with averaged weights, in eval mode and without gradients, on rank 0; None on the others.
+    def evaluation_copy(self, ema: ExponentialMovingAverage) -> Iterator[Task]:
+        """The task with averaged weights, in eval mode and without gradients.
 
         All processes have to enter. With shards it is a copy, whose weights are gathered for the while.
         """
         full = {}
         if self.sharded:
-            for name, p in self.task.named_parameters():  # all processes take part; rank 0 keeps what comes
-                value = _full(ema.averages.get(name, p).detach())
-                if self._spare is not None:
-                    full[name] = value
-        if not distributed.is_main():
-            yield None
-            return
+            full = {name: _full(ema.averages.get(name, p).detach()) for name, p in self.task.named_parameters()}
         task = self._spare or self.task
         task.eval()
         try:
@@ -270,8 +264,9 @@ def _empty(p: Tensor) -> nn.Parameter:
 @contextmanager
 def _filled(spare: Task, weights: dict[str, Tensor], task: Task) -> Iterator[None]:
     """Within the block `spare` has these weights, and the buffers of `task`."""
-    for mine, its in zip(spare.buffers(), task.buffers(), strict=True):
-        mine.copy_(its)
+    for mine, its in zip(spare.modules(), task.modules(), strict=True):
+        for name, buffer in its._buffers.items():  # the copy was made before the task came to its device
+            mine._buffers[name] = buffer.clone() if buffer is not None else None
     parameters = dict(spare.named_parameters())
     for name, p in parameters.items():
         torch.utils.swap_tensors(p, nn.Parameter(weights[name], requires_grad=p.requires_grad))

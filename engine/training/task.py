@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from engine.bounds import SEEDS, bounded, check_bounds
 from engine.errors import UserError
+from engine.evaluation.shares import ALONE, ByClip, Share, figures_of
 from engine.training.lora import add_lora
 
 
@@ -88,9 +89,15 @@ class Task(nn.Module):
         return 0
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """Figures of merit, measured in eval mode with averaged weights in one process.
+        """Figures of merit, measured by this process alone; see `measure`."""
+        return figures_of([self.measure(step, folder, ALONE)])
 
-        A few fixed clips are written into `folder` as WAV, PNG and MP4 files, which trackers show.
+    def measure(self, step: int, folder: Path, share: Share) -> dict[str, float | ByClip]:
+        """What this process contributes to a validation, in eval mode with averaged weights.
+
+        Every process measures its share of the clips; what cannot be divided is measured by the first one. Processes do
+        not wait for each other in here. A few fixed clips are written into `folder` as WAV, PNG and MP4 files, which
+        trackers show.
         """
         return {}
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.evaluation.shares import ByClip, Share, figures_of
 from engine.files import refuse_links
 from engine.seeding import seed_for
 from engine.training import checkpoint, distributed
@@ -150,14 +151,13 @@ class Trainer:
                 tracker.close()
 
     def validate(self, tracker: Tracker | None = None) -> dict[str, float]:
-        """`task.validate` with averaged weights on rank 0 ({} on the others, which wait)."""
+        """Figures of averaged weights, each process measuring its share ({} on ranks other than 0)."""
         results: dict[str, float] = {}
-        with self._record_write_error(), self.parallel.evaluation_copy(self.ema) as task:
-            if task is not None:
-                folder = self.run / "validation" / f"step-{self.step:08d}"
-                torch.manual_seed(seed_for(self.config.seed, "validate"))
-                folder.mkdir(parents=True, exist_ok=True)
-                results = {k: float(v) for k, v in task.validate(self.step, folder).items()}
+        folder = self.run / "validation" / f"step-{self.step:08d}"
+        shares = distributed.gather(self._measure(folder))
+        if distributed.is_main():
+            with self._record_write_error():
+                results = figures_of(shares)
                 figures = " ".join(f"{k} {v:.4g}" for k, v in results.items())
                 self._say(f"step {self.step:,} | validation {figures or 'gives no figures: the task measures none'}")
                 if tracker:
@@ -171,6 +171,25 @@ class Trainer:
         self._stop_on_write_error()
         self.checkpoints.note(self.step, results)
         return results
+
+    def _measure(self, folder: Path) -> dict[str, float | ByClip]:
+        """This process's share of a validation. If one process fails all stop, as they would wait for it."""
+        rank, found, broken = distributed.rank(), {}, None
+        self._share_buffers()
+        with self.parallel.evaluation_copy(self.ema) as task:
+            torch.manual_seed(seed_for(self.config.seed, "validate"))
+            try:
+                with self._record_write_error():
+                    folder.mkdir(parents=True, exist_ok=True)
+                    found = task.measure(self.step, folder, Share(rank, distributed.world_size()))
+            except Exception as error:
+                broken, self.write_error = error, f"process {rank} failed in validation: {error!r}"
+        try:
+            self._stop_on_write_error()
+        finally:
+            if broken is not None:
+                raise broken from None
+        return found
 
     def release(self, folder: str | Path) -> None:
         """Write a release folder from the last checkpoint (rank 0; the others wait)."""

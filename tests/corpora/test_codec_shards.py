@@ -73,7 +73,7 @@ def test_the_recipe_of_lia_x_reads_pictures_from_shards(shards):
     torch.manual_seed(0)
     codec = LiaX(LiaXConfig(style_dim=16, motion_dim=4, scale=1, size=32, width=4, max_width=8, depth=1)).eval()
     clips = rebuild_clips(codec, shards, "train", 4)
-    assert [clip.true.shape for clip in clips] == [(5, 32, 32, 3)] * 2
+    assert [clip.true.shape for clip in clips.values()] == [(5, 32, 32, 3)] * 2
     with pytest.raises(UserError, match="have no known movements"):
         FramePairs(shards, 32, tracks={"open": 1.0})
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from toy_task import CONFIG, ToyBlocks, ToySet
+from toy_task import CONFIG, ToyBlocks, ToyMeasured, ToySet
 
 from engine.training import distributed
 from engine.training.ema import _local
@@ -36,7 +36,12 @@ def lia_x():
     return make_task(weights=WEIGHTS | {"adversarial": 0.0}, growth={"levels": 1, "until": 2}), Pairs()
 
 
-TASKS = {"blocks": lambda: (ToyBlocks(), ToySet()), "lia_x": lia_x}
+TASKS = {
+    "blocks": lambda: (ToyBlocks(), ToySet()),
+    "lia_x": lia_x,
+    "measured": lambda: (ToyMeasured(), ToySet()),
+    "failing": lambda: (ToyMeasured(fails=1), ToySet()),
+}
 
 
 def run(job: dict) -> None:
@@ -54,7 +59,7 @@ def run(job: dict) -> None:
     trainer.fit()
     dist.reduce_scatter_tensor = plain
     with trainer.parallel.evaluation_copy(trainer.ema) as task:
-        if task is not None:
+        if distributed.is_main():
             torch.save(task.state_dict(), folder / "weights.pt")
             held = sum(p.numel() for p in _local(trainer.task.parameters()))
             (folder / "facts.json").write_text(json.dumps({"reduced": count, "held": held}))

@@ -27,8 +27,8 @@ def job(run, processes, node=None, **changes):
     return {"run": str(run), "node": node or processes, "changes": changes}
 
 
-def together(processes, jobs, script="parallel_runs.py"):
-    """Run the jobs in `processes` new processes, as torchrun would."""
+def together(processes, jobs, script="parallel_runs.py", code=0):
+    """Run the jobs in `processes` new processes, as torchrun would; gives what they say of errors."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -41,8 +41,9 @@ def together(processes, jobs, script="parallel_runs.py"):
         started.append(
             subprocess.Popen(command, env=os.environ | shared | own, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
         )
-    for process in started:
-        assert process.wait(300) == 0, process.stderr.read().decode()
+    said = [process.communicate(timeout=300)[1].decode() for process in started]
+    assert [process.returncode for process in started] == [code] * processes, said
+    return said
 
 
 def alone(run, **changes):
@@ -55,6 +56,7 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     alone(root / "one")
     alone(root / "1_2_1", steps=2)
+    parallel_runs.run(job(root / "measured_one", 1, validate_every=2) | {"task": "measured"})
     jobs = [
         job(root / "ddp", 2),
         job(root / "fsdp", 2, parallel="fsdp", peak_tflops=0.1),
@@ -67,6 +69,8 @@ def runs(tmp_path_factory):
         job(root / "changing", 2),
         job(root / "lia_x", 2, steps=4) | {"task": "lia_x"},
         job(root / "lia_x_fsdp", 2, steps=4, parallel="fsdp") | {"task": "lia_x"},
+        job(root / "measured", 2, validate_every=2) | {"task": "measured"},
+        job(root / "measured_fsdp", 2, validate_every=2, parallel="fsdp") | {"task": "measured"},
     ]
     together(2, jobs)
     alone(root / "1_2_1")
@@ -169,3 +173,26 @@ def test_no_average_is_kept_without_a_decay(tmp_path):
 def test_a_task_without_blocks_says_so(tmp_path, setting):
     with pytest.raises(UserError, match=f"trainer.{setting}=true: ToyRegression has no blocks"):
         Trainer(ToyRegression(), ToySet(), CONFIG | {setting: True}, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["measured", "measured_fsdp"])
+def test_processes_share_a_validation(runs, name):
+    """The figures are those of one process, and no process measures what another one does."""
+
+    def validations(name):
+        lines = [json.loads(line) for line in (runs / name / "log.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in x.items() if k.startswith("validation/")} for x in lines if "validation/weight" in x]
+
+    for one, two in zip(validations("measured_one"), validations(name), strict=True):
+        assert one.keys() == {"validation/weight", "validation/seen", "validation/drawn"}
+        assert one.pop("validation/seen") == 2 * two.pop("validation/seen")  # the first process's own
+        assert two == pytest.approx(one, rel=1e-6)
+    for folder in (runs / name / "validation").iterdir():
+        files = sorted(path.name for path in folder.iterdir())
+        assert files == ["clip0-0.txt", "clip1-0.txt", "clip2-1.txt", "clip3-1.txt", "clip4-1.txt"]
+
+
+def test_a_failing_validation_ends_all_processes(tmp_path):
+    said = together(2, [job(tmp_path, 2, validate_every=2) | {"task": "failing"}], code=1)
+    assert "UserError: training stopped after step 2: process 1 failed in validation: RuntimeError" in said[0]
+    assert "RuntimeError: no such clip" in said[1].splitlines()[-1]

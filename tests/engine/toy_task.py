@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from engine.config import CONFIGS
+from engine.evaluation.shares import ByClip
 from engine.training.task import Release, Task
 
 CONFIG = OmegaConf.to_container(OmegaConf.load(CONFIGS / "trainer/cpu.yaml")) | {
@@ -95,7 +96,7 @@ class ToyGAN(Task):
         adversarial = (self.discriminator(batch["y"]) - 1).square().mean()
         return {"loss": reconstruction + 0.1 * adversarial, "reconstruction": reconstruction}
 
-    def validate(self, step, folder):
+    def measure(self, step, folder, share):
         assert not self.training
         return {"weight": self.generator[0].weight.sum().item()}
 
@@ -158,3 +159,25 @@ class ToyBlocks(ToyGAN):
 
     def clipped_apart(self):
         return [self.generator[2]]
+
+
+class ToyMeasured(ToyBlocks):
+    """Measures five clips, whose figure tells them apart and holds weights and a random draw; says who did which.
+
+    fails: number of the process whose validation fails.
+    """
+
+    def __init__(self, fails: int | None = None) -> None:
+        super().__init__()
+        self.fails = fails
+
+    def measure(self, step, folder, share):
+        if share.rank == self.fails:
+            raise RuntimeError("no such clip")
+        assert not self.training
+        weight, found = self.generator[0].weight.sum().item(), {}
+        for clip in share.range(5):
+            found[clip] = weight + clip**2 / 7
+            (folder / f"clip{clip}-{share.rank}.txt").write_text("measured")
+        figures = {"weight": ByClip(found), "seen": ByClip({clip: self.seen.item() for clip in found})}
+        return figures | ({"drawn": torch.rand(()).item()} if share.first else {})

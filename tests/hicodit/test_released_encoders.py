@@ -308,6 +308,12 @@ def test_held_out_losses_need_no_encoder_and_no_recogniser(system, release, shar
     assert results.keys() == {"loss_both", "dse_both"}
 
 
+def test_processes_speak_and_measure_their_shares(system, release, shards, shares_give_the_same_figures):
+    pytest.importorskip("pystoi")
+    quick = {"sampler": {"steps": 1}, "validate_splits": ["both", "both"], "validate_clips": 3}
+    shares_give_the_same_figures(released_task(system, release, shards, validate_metrics=["stoi"], **quick).eval(), 1)
+
+
 def test_features_of_other_encoders_are_one_line_in_training_and_inference(system, release, shards, tmp_path):
     """The release takes along which weights made the features that it was trained on."""
     index = shards / "both" / "index.json"

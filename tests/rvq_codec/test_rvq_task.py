@@ -178,13 +178,14 @@ def test_coded_crops_train_the_decoder_alone(corpus, tmp_path):
         CodedCrops(corpus, samples=2401, codec=release)
 
 
-def test_validation_on_clips(corpus, tmp_path):
+def test_validation_on_clips(corpus, tmp_path, shares_give_the_same_figures):
     task = make_task(validation={"root": corpus, "splits": ["train"], "clips": 2, "levels": [1, 3]}).eval()
     (corpus / "grammar.jsgf").write_text("#JSGF V1.0; grammar g; public <s> = lay blue;")
     results = task.validate(0, tmp_path)
     assert 1 <= results["train/perplexity"] <= 16 and results["train/mel"] > 0
     assert (tmp_path / "train-decoded.wav").is_file()
     assert load_clips(corpus, "train", 1, 24_000)[0].text == "lay blue"
+    shares_give_the_same_figures(task)
 
 
 def test_data_errors(corpus):

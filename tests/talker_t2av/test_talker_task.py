@@ -115,7 +115,7 @@ def test_dubbing_gives_rows_with_motion_the_tasks_of_given_streams(root, tmp_pat
         make_task(root, dubbing=dubbing)
 
 
-def test_validation_speaks_held_out_sentences(root, tmp_path):
+def test_validation_speaks_held_out_sentences(root, tmp_path, shares_give_the_same_figures):
     pytest.importorskip("pocketsphinx")
     checks = {"root": str(root / "shards"), "splits": ["seen"], "clips": 2, "corpus": str(root)}
     checks |= {"grammar": str(root / "grammar.jsgf"), "metrics": ["wer", "wer_free", "mcd"]}
@@ -131,6 +131,7 @@ def test_validation_speaks_held_out_sentences(root, tmp_path):
     for name in ("seen_0", "seen_2"):
         assert probe(tmp_path / f"{name}.wav").audio and probe(tmp_path / f"{name}.mp4").video
     assert make_task(root).validate(5, tmp_path) == {}
+    shares_give_the_same_figures(task, 5)
 
 
 def test_a_release_holds_all_that_inference_needs(root, tmp_path):

@@ -186,11 +186,12 @@ def test_a_given_whisper_is_frozen(tmp_path):
         make_task(whisper="/no/where")
 
 
-def test_validation_and_release(corpus, tmp_path):
+def test_validation_and_release(corpus, tmp_path, shares_give_the_same_figures):
     task = make_task(validation={"root": corpus, "splits": ["seen"], "clips": 2}).eval()
     results = task.validate(0, tmp_path)
     assert {"seen/mel", "seen/latent_std", "seen/latent_speed"} <= results.keys()
     assert (tmp_path / "seen-decoded.wav").is_file()
+    shares_give_the_same_figures(task)
     write_release(task, tmp_path / "release", results)
     codec = WhisperXVAE.from_pretrained(tmp_path / "release")
     assert codec.config == WhisperXVAEConfig(**CODEC)
