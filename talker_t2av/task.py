@@ -192,7 +192,7 @@ class TalkerTask(Task):
             if not own:
                 continue
             infos = [examples.info(chosen[n]) for n in own]
-            spoken, frames = speak(self.model, examples, share.pick(chosen), self.sampling)
+            spoken, frames = speak(self.model, examples, chosen, self.sampling, own)
             waves = [codec.decode(r.speech[None])[0, 0].cpu().numpy() for r in spoken]
             for _, info, wave in zip(range(WAVES if step else 0)[own.start :], infos, waves):
                 write_wav(folder / f"{info['key']}.wav", wave, codec.sample_rate)
@@ -266,9 +266,13 @@ class TalkerTask(Task):
 
 
 def speak(
-    model: TalkerT2AV, examples: TalkerExamples, chosen: list[int], sampling: Sampling
+    model: TalkerT2AV, examples: TalkerExamples, chosen: list[int], sampling: Sampling, own: range
 ) -> tuple[list[Result], list[int]]:
     """Synthesise the sentences of some clips with their voices and first motion frames.
+
+    Args:
+        own: which of the chosen clips. All are read: where a long clip is cut is drawn, and the draws after that must
+            not depend on how many processes share the clips.
 
     Returns:
         The results, and the true lengths of the clips in frames.
@@ -289,4 +293,5 @@ def speak(
             )
         )
         frames.append(length)
+    requests, frames = ([some[n] for n in own] for some in (requests, frames))
     return generate(model, requests, MODES[examples.task], sampling), frames
