@@ -40,6 +40,8 @@ from hicodit.streaming import HOP, SpeechChunk, StreamSettings, stream_speech
 from hicodit.system import CODECS, HiCoDiTSystem
 
 MIN_FRAMES = 5  # 0.2 s
+KEPT_FRAMES = 1500  # of a longer clip's face pictures the expressions are read at once, and few are kept
+DECODED = 1500  # token frames that are decoded at once, beside those that they depend on
 
 
 @dataclass(frozen=True)
@@ -213,20 +215,34 @@ class HiCoDiTPipeline:
         return clip, track
 
     def _cut(self, blocks: Iterable[np.ndarray], track: FaceTrack, strip: str | Path | None) -> Crops:
-        config, mouth, faces, start = self.system.encoders.config, [], [], 0
+        config, mouth, faces, shown, start, count = self.system.encoders.config, None, [], [], 0, 0
+        long, wanted = len(track) > KEPT_FRAMES, self.system.voice_pictures(len(track))
         drawing = Strip(track, FPS) if strip is not None else None
         for block in blocks:
             part = track[start : start + len(block)]
-            mouth.append(config.cut_mouth(block, track, start))
+            cut = config.cut_mouth(block, track, start)
+            if mouth is None:
+                mouth = np.empty((len(track), *cut.shape[1:]), cut.dtype)
+            mouth[start : start + len(block)] = cut
             picked = np.arange(-start % config.picture_every, len(block), config.picture_every)
             if len(picked):
-                faces.append(config.cut_faces(block[picked], part[picked]))
+                pictures = config.cut_faces(block[picked], part[picked])
+                if long:
+                    shown.append(self._read_expressions(pictures))
+                    pictures = pictures[[n - count for n in wanted if count <= n < count + len(picked)]]
+                faces.append(pictures)
+                count += len(picked)
             if drawing is not None:
-                drawing.add(block, mouth[-1], start)
+                drawing.add(block, cut, start)
             start += len(block)
         if drawing is not None:
             drawing.write(strip)
-        return Crops(np.concatenate(mouth), np.concatenate(faces), track)
+        expression = self.system.window_classes(torch.cat(shown), len(track)).cpu().numpy() if long else None
+        return Crops(mouth, np.concatenate(faces), track, expression)
+
+    @torch.inference_mode()
+    def _read_expressions(self, faces: np.ndarray) -> Tensor:
+        return self.system.read_expressions(torch.from_numpy(faces).to(self.device).movedim(-1, 1))
 
     @torch.inference_mode()
     def conditions(self, crops: Sequence[Crops] | Sequence[Features], identity: np.ndarray | None = None) -> Conditions:
@@ -238,18 +254,42 @@ class HiCoDiTPipeline:
         frames = torch.tensor([len(c) for c in crops], device=self.device)
         if identity is not None:
             identity = torch.as_tensor(identity, dtype=torch.float32, device=self.device).expand(len(crops), -1)
-        faces = pad([c.faces for c in crops])
         if isinstance(crops[0], Features):
             lip, expression = pad([c.lip for c in crops]), pad([c.expression for c in crops])
-            conditions = self.system.conditions_of_features(lip, faces, expression, frames)
+            conditions = self.system.conditions_of_features(lip, pad([c.faces for c in crops]), expression, frames)
             return conditions if identity is None else replace(conditions, identity=identity)
-        faces = faces.movedim(-1, 2)  # (B, F, 3, S', S')
-        return self.system.conditions(pad([c.mouth for c in crops]), faces, frames, identity)
+        voices, expressions = [], []
+        for c in crops:
+            if c.expression is None:
+                voices.append(c.faces[self.system.voice_pictures(len(c))])
+                expressions.append(self.system.window_classes(self._read_expressions(c.faces), len(c)))
+            else:
+                voices.append(c.faces)
+                expressions.append(torch.from_numpy(c.expression).to(self.device))
+        pictures = torch.from_numpy(np.stack(voices)).to(self.device).movedim(-1, 2)  # (B, 4, 3, S', S')
+        return self.system.conditions_of_voices(pad([c.mouth for c in crops]), pictures, expressions, frames, identity)
 
     @torch.inference_mode()
     def decode_tokens(self, tokens: Sequence[Tensor]) -> list[np.ndarray]:
-        """Waves (N,) of token clips (K, L)."""
-        return [self.codec.decode(t[None].to(self.device))[0, 0].clamp(-1, 1).cpu().numpy() for t in tokens]
+        """Waves (N,) of token clips (K, L): parts of equal length in batches, long clips in parts that join exactly."""
+        hop, (before, after) = self.codec.hop, self.codec.reach
+        waves = [np.empty(hop * t.shape[1], np.float32) for t in tokens]
+        parts: dict[int, list[tuple[int, int, int, int]]] = {}  # by length: clip, first token, those that are wanted
+        for clip, length in enumerate(t.shape[1] for t in tokens):
+            step = DECODED if max(before, after) < DECODED else length
+            for start in range(0, length, step):
+                end = min(start + step, length)
+                first, last = max(0, start - before), min(length, end + after)
+                parts.setdefault(last - first, []).append((clip, first, start, end))
+        for length, alike in parts.items():
+            at_once = max(1, DECODED // length)
+            for i in range(0, len(alike), at_once):
+                group = alike[i : i + at_once]
+                batch = torch.stack([tokens[clip][:, first : first + length] for clip, first, _, _ in group])
+                decoded = self.codec.decode(batch.to(self.device))[:, 0].clamp(-1, 1).cpu().numpy()
+                for wave, (clip, first, start, end) in zip(decoded, group):
+                    waves[clip][hop * start : hop * end] = wave[hop * (start - first) : hop * (end - first)]
+        return waves
 
     def run(
         self,

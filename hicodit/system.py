@@ -15,17 +15,13 @@ from engine.codec import Codec
 from engine.errors import UserError
 from engine.release import Released
 from hicodit.conditions import EncoderConfig, encoder_config, make_encoders
+from hicodit.conditions.encoders import unit
 from hicodit.conditions.types import EXPRESSIONS, Conditions, window_expressions
 from hicodit.model import HiCoDiT, ModelConfig
 from rvq_codec import RVQCodec
 
 CODECS: dict[str, type[Codec]] = {RVQCodec.kind: RVQCodec}  # the tokenizers that can be chosen
 PICTURES = 512  # face pictures whose expression is read at once
-
-
-def _unit(pictures: Tensor) -> Tensor:
-    """Bytes to [0, 1]; floats stay as they are."""
-    return pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures
 
 
 class HiCoDiTSystem(Released):
@@ -62,16 +58,37 @@ class HiCoDiTSystem(Released):
                 config says. Both in [0, 1], or uint8. frames: (B,) valid frames.
             identity: (B, 256) GE2E embeddings of reference voices in place of the faces'.
         """
-        lip, every = self.encoders.lip(_unit(mouth), frames), self.encoders.config.picture_every
+        lengths, every = frames.tolist(), self.encoders.config.picture_every
+        voices = torch.stack([clip[self.voice_pictures(n)] for clip, n in zip(faces, lengths)])
+        shown = [self.read_expressions(clip[: -(-n // every)]) for clip, n in zip(faces, lengths)]
+        return self.conditions_of_voices(
+            mouth, voices, [self.window_classes(s, n) for s, n in zip(shown, lengths)], frames, identity
+        )
+
+    def voice_pictures(self, frames: int) -> list[int]:
+        """Which face pictures of a clip of so many frames its voice is predicted from: four, a fifth of it apart."""
+        return [frames * fifth // 5 // self.encoders.config.picture_every for fifth in (1, 2, 3, 4)]
+
+    def read_expressions(self, faces: Tensor) -> Tensor:
+        """Class probabilities (F, classes) of face pictures (F, 3, S', S') in [0, 1], or uint8."""
+        parts = faces.split(PICTURES)  # of a long clip, all at once would take gigabytes
+        return torch.cat([self.encoders.expression(unit(part)).float().softmax(-1) for part in parts])
+
+    def window_classes(self, shown: Tensor, frames: int) -> Tensor:
+        """The class of each half second (J,) of a clip of so many frames, from what `read_expressions` gives."""
+        return window_expressions(shown.repeat_interleave(self.encoders.config.picture_every, 0)[:frames])
+
+    def conditions_of_voices(
+        self, mouth: Tensor, voices: Tensor, expression: list[Tensor], frames: Tensor, identity: Tensor | None = None
+    ) -> Conditions:
+        """`conditions` of clips whose face pictures were read before.
+
+        Args:
+            voices: (B, 4, 3, S', S') the `voice_pictures`. expression: (J,) classes of each clip.
+        """
+        lip = self.encoders.lip(mouth, frames)
         if identity is None:
-            picks = [(frames * share).long() // every for share in (0.2, 0.4, 0.6, 0.8)]
-            chosen = [faces[range(len(faces)), pick] for pick in picks]
-            identity = self.model.adapt_identity(self.encoders.identity(_unit(torch.stack(chosen, 1))))
-        expression = []
-        for clip, n in zip(faces, frames.tolist()):
-            parts = clip[: -(-n // every)].split(PICTURES)  # of a long clip, all at once would take gigabytes
-            shown = torch.cat([self.encoders.expression(_unit(part)) for part in parts]).float().softmax(-1)
-            expression.append(window_expressions(shown.repeat_interleave(every, 0)[:n]))
+            identity = self.model.adapt_identity(self.encoders.identity(unit(voices)))
         return Conditions(lip, identity, nn.utils.rnn.pad_sequence(expression, batch_first=True), frames)
 
     def conditions_of_features(self, lip: Tensor, faces: Tensor, expression: Tensor, frames: Tensor) -> Conditions:

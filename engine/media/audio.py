@@ -32,9 +32,10 @@ from engine.media.ffmpeg import (
 )
 from engine.media.limits import LIMITS
 
-BLOCK = 2**20  # samples of each channel that are read at once
+BLOCK = 2**20  # samples of each channel that are read, or written, at once
 LOUDEST = 100.0  # magnitude of a sample; full scale is 1
 UNKNOWN = 2**62  # samples of a file that does not state its length
+PICTURE_FRAMES = 6000  # of a spectrogram that are computed at once
 SILENT = 1e-3  # peak of a voice, -60 dB
 
 
@@ -108,12 +109,14 @@ def write_wav(path: str | Path, wave: np.ndarray | Tensor, rate: int) -> None:
     Raises:
         UserError: the file cannot be written, or the samples are not finite.
     """
-    wave = np.asarray(wave.detach().cpu() if isinstance(wave, Tensor) else wave, dtype=np.float64)
+    wave = np.asarray(wave.detach().cpu() if isinstance(wave, Tensor) else wave)
     assert wave.ndim == 1, f"expected samples (N,), got {wave.shape}"
-    if not np.isfinite(wave).all():
-        raise UserError(f"cannot write {path}: its samples are not finite numbers")
-    content = io.BytesIO()
-    pcm = np.round(wave.clip(-1, 1) * 32767).astype(np.int16)
+    content, pcm = io.BytesIO(), np.empty(len(wave), np.int16)
+    for start in range(0, len(wave), BLOCK):  # an hour of float64 at once would take gigabytes
+        part = wave[start : start + BLOCK].astype(np.float64)
+        if not np.isfinite(part).all():
+            raise UserError(f"cannot write {path}: its samples are not finite numbers")
+        pcm[start : start + BLOCK] = np.round(part.clip(-1, 1) * 32767)
     soundfile.write(content, pcm, int(rate), subtype="PCM_16", format="WAV")
     with atomic_output(path) as staging:  # libsndfile would call a full disk a "System error"
         staging.write_bytes(content.getvalue())
@@ -121,8 +124,15 @@ def write_wav(path: str | Path, wave: np.ndarray | Tensor, rate: int) -> None:
 
 def mel_picture(wave: np.ndarray, rate: int) -> np.ndarray:
     """Log-mel spectrogram (80, frames) in dB for the eye, 100 frames a second."""
-    mel = torchaudio.transforms.MelSpectrogram(rate, n_fft=1024, hop_length=rate // 100, n_mels=80)
-    return 10 * torch.log10(mel(torch.from_numpy(wave)).clamp(min=1e-8)).numpy()
+    hop, size = rate // 100, 1024
+    mel = torchaudio.transforms.MelSpectrogram(rate, n_fft=size, hop_length=hop, n_mels=80, center=False)
+    padded = np.pad(wave, size // 2, mode="reflect")
+    frames, parts = 1 + (len(padded) - size) // hop, []
+    for start in range(0, frames, PICTURE_FRAMES):
+        end = min(start + PICTURE_FRAMES, frames)
+        part = torch.from_numpy(padded[hop * start : hop * (end - 1) + size])
+        parts.append(10 * torch.log10(mel(part).clamp(min=1e-8)).numpy())
+    return np.concatenate(parts, 1)
 
 
 def _read_with_ffmpeg(path: Path, rate: int, span: tuple[float, float] | None = None) -> np.ndarray:

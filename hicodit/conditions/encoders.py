@@ -43,18 +43,24 @@ class ExpressionEncoder(Protocol):
     def __call__(self, faces: Tensor) -> Tensor: ...
 
 
+def unit(pictures: Tensor) -> Tensor:
+    """Bytes to [0, 1]; floats stay as they are."""
+    return pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures
+
+
 def encode_in_windows(encoder: LipEncoder, mouth: Tensor, frames: Tensor, window: int, context: int) -> Tensor:
-    """Lip features (B, T, E) of clips of any length, by windows that overlap.
+    """Lip features (B, T, E) of clips of any length, by windows that overlap; mouth (B, T, H, W) in [0, 1], or bytes.
 
     A clip of up to `window` frames is encoded whole, whatever its batch is padded to: its features do not depend on the
-    batch. Of a longer clip's windows, `context` frames at each inner end are seen by the encoder only.
+    batch. Of a longer clip's windows, `context` frames at each inner end are seen by the encoder only. Bytes become
+    floats window by window.
     """
     whole = frames <= window
     if bool(whole.all()):
-        return encoder(mouth, frames)
+        return encoder(unit(mouth), frames)
     if bool(whole.any()):
         most = int(frames[whole].max())
-        short = encoder(mouth[whole, :most], frames[whole])
+        short = encoder(unit(mouth[whole, :most]), frames[whole])
         out = mouth.new_zeros(*mouth.shape[:2], short.shape[-1], dtype=short.dtype)
         out[whole, :most] = short
         out[~whole] = encode_in_windows(encoder, mouth[~whole], frames[~whole], window, context)
@@ -64,7 +70,7 @@ def encode_in_windows(encoder: LipEncoder, mouth: Tensor, frames: Tensor, window
         first = max(start - context, 0)
         part = mouth[:, first : start + keep + context]
         left = (frames - first).clamp(1, part.shape[1])  # a clip that has ended still needs a frame to attend to
-        parts.append(encoder(part, left)[:, start - first :][:, :keep])
+        parts.append(encoder(unit(part), left)[:, start - first :][:, :keep])
     return torch.cat(parts, 1)
 
 

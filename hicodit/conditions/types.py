@@ -63,12 +63,14 @@ def window_expressions(probabilities: Tensor) -> Tensor:
 class Crops:
     """Pictures of one clip: mouth (T, S, S) uint8 grey, faces (F, S', S', 3) uint8 RGB, and where they were cut.
 
-    One face picture every `picture_every` frames, as the config of the model's encoders says.
+    One face picture every `picture_every` frames, as the config of the model's encoders says; of a long clip, whose
+    expression (J,) was read while it was cut, only those that the voice is predicted from.
     """
 
     mouth: np.ndarray
     faces: np.ndarray
     track: FaceTrack | None = None
+    expression: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.mouth)

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import torchaudio
 
 from engine.errors import UserError
 from engine.files import atomic_output
+from engine.media import audio
 from engine.media.audio import read_audio, resample, write_wav
 from engine.media.ffmpeg import command, probe
 from engine.media.video import iter_video, mux_audio, read_video, write_video
@@ -135,6 +137,23 @@ def test_new_sound_copies_h264_and_encodes_the_rest(tmp_path, clip):
     mux_audio(tmp_path / "old.avi", wave, RATE, tmp_path / "old.mp4")
     assert probe(tmp_path / "old.mp4").video == "h264" and len(read_video(tmp_path / "old.mp4")) == 30
     mux_audio(tmp_path / "new.mp4", wave, RATE, tmp_path / "new.mp4")  # in place
+
+
+def test_long_sound_is_written_and_drawn_in_parts(tmp_path, monkeypatch):
+    wave = 0.3 * np.sin(np.arange(5_000) ** 1.2 / 7).astype(np.float32)
+    whole = audio.mel_picture(wave, 16_000)
+    expected = torchaudio.transforms.MelSpectrogram(16_000, n_fft=1024, hop_length=160, n_mels=80)(
+        torch.from_numpy(wave)
+    )
+    np.testing.assert_allclose(whole, 10 * torch.log10(expected.clamp(min=1e-8)).numpy(), atol=1e-3)
+    write_wav(tmp_path / "whole.wav", wave, 16_000)
+    monkeypatch.setattr(audio, "BLOCK", 999)
+    monkeypatch.setattr(audio, "PICTURE_FRAMES", 7)
+    np.testing.assert_allclose(audio.mel_picture(wave, 16_000), whole, atol=1e-3)
+    write_wav(tmp_path / "parts.wav", wave, 16_000)
+    assert (tmp_path / "parts.wav").read_bytes() == (tmp_path / "whole.wav").read_bytes()
+    with pytest.raises(UserError, match="not finite"):
+        write_wav(tmp_path / "parts.wav", np.append(wave, np.nan), 16_000)
 
 
 def test_wav_round_trip_and_channels(tmp_path):

@@ -1,5 +1,6 @@
 """From clip to speech with a random tiny release: shapes, seeds, windows, batches."""
 
+from collections import defaultdict
 from dataclasses import replace
 
 import numpy as np
@@ -11,9 +12,11 @@ from engine.errors import UserError
 from engine.faces import clip as clip_module
 from engine.faces.detectors import HaarDetector
 from engine.faces.track import track_face
+from hicodit import pipeline as pipeline_module
+from hicodit import system as system_module
 from hicodit.conditions.crops import crop_mouth
 from hicodit.conditions.encoders import TinyEncoderConfig, TinyLipEncoder
-from hicodit.conditions.types import Conditions
+from hicodit.conditions.types import Conditions, windows_of
 from hicodit.generation import OVERLAP, REDO, GuidedPosterior, generate, windows
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import GuidanceScales
@@ -186,6 +189,57 @@ def test_long_clips_are_encoded_in_windows_that_join(monkeypatch):
     mouth, frames = torch.rand(2, 130, 48, 48), torch.tensor([130, 90])
     parts, whole = encoder(mouth, frames), encoder._encode(mouth, frames)
     assert torch.allclose(parts[0], whole[0], atol=1e-5) and torch.allclose(parts[1, :90], whole[1, :90], atol=1e-5)
+
+
+def test_memory_does_not_grow_with_the_clip(pipeline, monkeypatch):
+    """Of a clip twice as long no stage sees more at once, and no more face pictures are kept."""
+    monkeypatch.setattr(pipeline_module, "KEPT_FRAMES", 100)
+    monkeypatch.setattr(pipeline_module, "DECODED", 100)
+    monkeypatch.setattr(system_module, "PICTURES", 64)
+    encoders, codec, seen = pipeline.system.encoders, pipeline.codec, defaultdict(int)
+
+    def watch(place, name, axis):
+        call = getattr(place, name)
+
+        def watched(x, *rest):
+            seen[name] = max(seen[name], x.shape[axis])
+            return call(x, *rest)
+
+        monkeypatch.setattr(place, name, watched)
+
+    watch(encoders.lip, "_encode", 1)
+    watch(encoders.expression, "forward", 0)
+    watch(codec, "decode", 2)
+    largest = []
+    for copies in (5, 8):
+        crops = pipeline.crops(np.concatenate([talking_head(40)] * copies), face_box=[20, 20, 90, 90])
+        assert len(crops) == 40 * copies and len(crops.faces) == 4
+        speech = pipeline.run([crops], [0], sampler=replace(pipeline.sampler, steps=1))[0]
+        assert len(speech.wave) == 960 * 40 * copies and len(speech.expression) == windows_of(40 * copies)
+        largest.append(dict(seen))
+    assert largest[0] == largest[1] and max(largest[0].values()) < 120
+
+
+@pytest.mark.parametrize("kept", ["KEPT_FRAMES", "DECODED"])
+def test_a_long_clip_says_what_it_says_as_a_whole(pipeline, clip, monkeypatch, kept):
+    whole = pipeline.run([pipeline.crops(clip)] * 2, [0, 1])
+    monkeypatch.setattr(pipeline_module, kept, 20)
+    crops = pipeline.crops(clip)
+    assert (len(crops.faces) == 4) == (kept == "KEPT_FRAMES")
+    for before, after in zip(whole, pipeline.run([crops] * 2, [0, 1])):
+        assert np.array_equal(before.tokens, after.tokens) and np.array_equal(before.expression, after.expression)
+        np.testing.assert_allclose(before.wave, after.wave, atol=1e-5)
+
+
+def test_waves_of_clips_of_one_length_are_decoded_together(pipeline, monkeypatch):
+    g, batches = torch.Generator().manual_seed(0), []
+    tokens = [torch.randint(0, 16, (12, n), generator=g) for n in (30, 40, 30, 30)]
+    alone = [pipeline.decode_tokens([t])[0] for t in tokens]
+    decode = pipeline.codec.decode
+    monkeypatch.setattr(pipeline.codec, "decode", lambda x: batches.append(tuple(x.shape)) or decode(x))
+    for wave, expected in zip(pipeline.decode_tokens(tokens), alone):
+        np.testing.assert_allclose(wave, expected, atol=1e-5)
+    assert sorted(batches) == [(1, 12, 40), (3, 12, 30)]
 
 
 @torch.no_grad()
