@@ -2,7 +2,8 @@
 
     python scripts/benchmark.py NAME [options]
 
-NAME: ablations, faces, full_size, packing, recipes, sampling, streaming, synthetic_corpus, talker or training.
+NAME: ablations, faces, full_size, inference, levels, packing, recipes, sampling, serving, streaming, synthetic_corpus,
+talker or training.
 
 Prints a line for each setting and writes OUT/DATE-NAME-DEVICE.json with command, hardware, versions and figures.
 `python scripts/benchmark.py NAME --help` explains what is measured and how.
@@ -25,7 +26,7 @@ from engine.errors import UserError, run_cli
 from engine.training.distributed import pick_device
 
 NAMES = (
-    "ablations", "faces", "full_size", "inference", "packing", "recipes", "sampling", "serving", "streaming",
+    "ablations", "faces", "full_size", "inference", "levels", "packing", "recipes", "sampling", "serving", "streaming",
     "synthetic_corpus", "talker", "training",
 )  # fmt: skip
 

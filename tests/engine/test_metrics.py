@@ -2,11 +2,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from engine.errors import UserError
+from engine.evaluation import validation
+from engine.metrics.metric import Figure, Metric
 from engine.metrics.pesq import pesq_score
 from engine.metrics.recogniser import CorpusRecogniser, Recogniser, word_error_rate
 from engine.metrics.speaker import GE2EEncoder
@@ -185,3 +188,17 @@ def test_missing_package_names_the_extra(monkeypatch, module, call):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=r"setup\.sh eval"):
         call()
+
+
+def test_a_figure_that_only_some_clips_have(monkeypatch):
+    """Free sentences have an error rate of their own, and may come first."""
+
+    class Words(Metric):
+        figures: ClassVar = {"wer": Figure("WER", -1), "wer_free": Figure("free", -1)}
+
+        def measure(self, take, truth):
+            return {"wer" if take.text == "closed" else "wer_free": (1, 4)}
+
+    monkeypatch.setattr(validation, "metrics_of", lambda figures: {Words: list(figures)})
+    found = validation.measure_waves(["wer", "wer_free"], ["free", "closed", "free"], [np.zeros(240)] * 3, None, 24_000)
+    assert found == {"wer": 0.25, "wer_free": 0.25}
