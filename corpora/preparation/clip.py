@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from engine.errors import UserError
@@ -22,6 +23,7 @@ from engine.faces.track import FaceTrack
 FPS, RATE, RATE16 = 25, 24_000, 16_000
 HOP, HOP16 = RATE // FPS, RATE16 // FPS
 LONGEST_KEY = 80
+PICTURES = 2000  # pictures of clips that an encoder gets together
 
 
 class MachineFault(UserError):
@@ -74,7 +76,7 @@ class WorkItem:
         info: of the source. root: folder of its paths.
         frames: (T, H, W, 3) uint8 RGB, None without pictures. wave: (N,) float32, N = T * 960; wave16: (N16,), T * 640.
         track: of the face in the frames.
-        transcripts: by recogniser.
+        transcripts: by recogniser. inputs: by name of an encoder, what it reads besides the sound.
         facts: for KEY.json. tensors: for KEY.safetensors. files: further members by suffix. length: T.
     """
 
@@ -88,6 +90,7 @@ class WorkItem:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
     transcripts: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
     length: int = 0
     unpacked: tempfile.TemporaryDirectory | None = None
 
@@ -109,6 +112,7 @@ class WorkItem:
     def close(self) -> None:
         if self.unpacked is not None:
             self.unpacked.cleanup()
+            self.unpacked = None
 
 
 class Stage:
@@ -131,6 +135,55 @@ class Stage:
 
     def __call__(self, clip: WorkItem) -> None:
         raise NotImplementedError
+
+
+class Encoder(Stage):
+    """A stage whose network computes features. It has two parts, which may run in two processes: `cut` takes from the
+    pictures what the network reads, and needs no network; `encode` runs the network, for one clip or for many.
+
+    Args:
+        device: of the network; None: for `cut` alone, without a network.
+
+    Attributes:
+        settings: those that are networks, which `cut` does without.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, device: torch.device | None) -> None:
+        self.device = device
+
+    def cut(self, clip: WorkItem) -> None:
+        """Put what the network reads, besides the sound, into the clip's `inputs`."""
+
+    def encode(self, clips: Sequence[WorkItem]) -> None:
+        """Add the features to clips that were cut; here one by one, where the network takes one at a time."""
+        for clip in clips:
+            self.encode_one(clip)
+
+    def encode_one(self, clip: WorkItem) -> None:
+        raise NotImplementedError
+
+    def __call__(self, clip: WorkItem) -> None:
+        self.cut(clip)
+        self.encode([clip])
+
+
+def in_parts(clips: Sequence[WorkItem], pictures: Sequence[int]) -> Iterator[list[WorkItem]]:
+    """The clips in order, in groups of at most `PICTURES` pictures together (a longer clip alone).
+
+    Args:
+        pictures: of each clip.
+    """
+    part, count = [], 0
+    for clip, own in zip(clips, pictures):
+        if part and count + own > PICTURES:
+            yield part
+            part, count = [], 0
+        part.append(clip)
+        count += own
+    if part:
+        yield part
 
 
 def make_key(path: str) -> str:

@@ -14,14 +14,18 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from corpora.preparation.clip import FPS, SourceClip
+from corpora.preparation.cluster import RayConfig, RayPool
 from corpora.preparation.executor import ProcessPool
 from corpora.preparation.sources import Source
 from corpora.preparation.task import Outcome, Setup, Task, previous_samples, stage_settings
+from engine.bounds import require_choice
 from engine.config import build, target
 from engine.errors import UserError
 from engine.media.limits import Limits
 from engine.progress import track
 from engine.shards.writer import SplitWriter, dumps, reject_sample
+
+EXECUTORS = ("processes", "ray")
 
 
 @dataclass
@@ -87,7 +91,7 @@ def prepare(config: DictConfig) -> None:
     listed = {name: source.clips(name)[: config.limit] for name in names}
     stages = chosen_stages(config, source)
     setup = Setup(stages, config.device, source.symbols, limits)
-    with ProcessPool(config.workers, setup, config.clip_timeout) as pool:
+    with _pool(config, setup) as pool:
         splits = [_open(config, name, listed[name], setup, pool, rank, world) for name in names]
         started = time.monotonic()
         timing = _run(pool, splits, source.root, config.patience, "clips")
@@ -104,6 +108,13 @@ def prepare(config: DictConfig) -> None:
             )
 
 
+def _pool(config: DictConfig, setup: Setup) -> ProcessPool | RayPool:
+    """What runs the tasks: processes of this machine, or a Ray cluster."""
+    if config.executor == "processes":
+        return ProcessPool(config.workers, setup, config.clip_timeout)
+    return RayPool(config.workers, setup, config.clip_timeout, RayConfig(**config.ray))
+
+
 def place(config: DictConfig) -> tuple[int, int]:
     """(rank, world size) of this process: as set, else from torchrun's environment."""
     rank = int(os.environ.get("RANK", 0)) if config.rank is None else config.rank
@@ -114,6 +125,9 @@ def place(config: DictConfig) -> tuple[int, int]:
 
 
 def _check(config: DictConfig) -> None:
+    require_choice("executor", config.executor, EXECUTORS)
+    if config.executor == "ray" and place(config)[1] > 1:
+        raise UserError("executor=ray: one process is enough, the cluster does the work; start it without torchrun")
     for name in ("clips_per_shard", "workers", "clip_timeout", "patience"):
         if config[name] < 1:
             raise UserError(f"{name}={config[name]}: give 1 or more")
@@ -145,7 +159,7 @@ def _open(
     name: str,
     clips: list[SourceClip],
     setup: Setup,
-    pool: ProcessPool,
+    pool: ProcessPool | RayPool,
     rank: int,
     world: int,
 ) -> _Split:
@@ -160,7 +174,7 @@ def _open(
     return _Split(name, writer, {clip.key: clip for clip in clips}, about, previous)
 
 
-def _run(pool: ProcessPool, splits: list[_Split], root: Path, patience: int, unit: str) -> Timing:
+def _run(pool: ProcessPool | RayPool, splits: list[_Split], root: Path, patience: int, unit: str) -> Timing:
     """Prepare what is missing and pack every shard that is full."""
     todo: list[tuple[_Split, int, list[str]]] = []
     for split in splits:

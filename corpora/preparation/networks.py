@@ -6,15 +6,18 @@ levels, Ds / Dm speech / motion channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from corpora.preparation.clip import FPS, RATE, RATE16, Stage, WorkItem
+from corpora.preparation.clip import RATE, RATE16, Encoder, Stage, WorkItem, in_parts
 from corpora.preparation.engines import EmotionRecogniser
+from corpora.preparation.labels import expression_labels, phoneme_labels
 from engine.bounds import require_range
 from engine.codec import load_codec
 from engine.errors import UserError
@@ -34,7 +37,7 @@ from talker_t2av.faces import Square
 from talker_t2av.settings import CROPS
 from talker_t2av.system import load_motion, load_speaker, load_speech
 
-BLOCK = 64  # frames of a clip that a motion codec gets at once
+BLOCK = 64  # frames that a motion codec gets at once, or up to twice as many where clips are encoded together
 
 
 class Crops(Stage):
@@ -58,7 +61,7 @@ class Crops(Stage):
         clip.tensors["faces"] = torch.from_numpy(self.encoders.cut_faces(clip.frames[at], clip.track[at]))
 
 
-class Lip(Stage):
+class Lip(Encoder):
     """Lip features (T, E) of AV-HuBERT, so that training reads no mouth pictures and runs no encoder.
 
     Args:
@@ -69,17 +72,24 @@ class Lip(Stage):
     tensors = ("lip",)
     encoder = "lip"
 
-    def __init__(self, encoders: dict[str, Any], device: torch.device) -> None:
-        self.encoders, self.device = make_encoders(encoder_config(encoders | {"kind": "released"})), device
+    def __init__(self, encoders: dict[str, Any], device: torch.device | None) -> None:
+        super().__init__(device)
+        self.encoders = make_encoders(encoder_config(encoders | {"kind": "released"}))
 
     def digests(self) -> dict[str, str]:
         return {self.tensors[0]: weights_digest(self.encoders.network(self.encoder, self.device))}
 
-    def __call__(self, clip: WorkItem) -> None:
+    def cut(self, clip: WorkItem) -> None:
         assert clip.track is not None, "the stage lip comes after the stage face"
-        mouth = torch.from_numpy(self.encoders.config.cut_mouth(clip.frames, clip.track))
-        frames = torch.tensor([clip.length], device=self.device)
-        clip.tensors["lip"] = _half(self.encoders.lip(mouth[None].to(self.device) / 255, frames)[0])
+        clip.inputs["lip"] = torch.from_numpy(self.encoders.config.cut_mouth(clip.frames, clip.track))
+
+    def encode(self, clips: Sequence[WorkItem]) -> None:
+        for part in in_parts(clips, [len(clip.inputs["lip"]) for clip in clips]):
+            mouth = pad_sequence([clip.inputs["lip"] for clip in part], batch_first=True)
+            frames = torch.tensor([clip.length for clip in part], device=self.device)
+            lip = self.encoders.lip(mouth.to(self.device) / 255, frames)
+            for clip, row in zip(part, lip):
+                clip.tensors["lip"] = _half(row[: clip.length])
 
 
 class FaceIdentity(Lip):
@@ -93,16 +103,22 @@ class FaceIdentity(Lip):
     tensors = ("face_identity",)
     encoder = "identity"
 
-    def __init__(self, encoders: dict[str, Any], device: torch.device, pictures: int = 4) -> None:
+    def __init__(self, encoders: dict[str, Any], device: torch.device | None, pictures: int = 4) -> None:
         super().__init__(encoders, device)
         self.pictures = pictures
 
-    def __call__(self, clip: WorkItem) -> None:
+    def cut(self, clip: WorkItem) -> None:
         assert clip.track is not None, "the stage face_identity comes after the stage face"
         at = picture_frames(clip.length, self.pictures)
-        faces = torch.from_numpy(self.encoders.config.cut_faces(clip.frames[at], clip.track[at]))
-        faces = faces.permute(0, 3, 1, 2)[:, None].to(self.device) / 255  # one picture a row: embeddings of each alone
-        clip.tensors["face_identity"] = _half(self.encoders.identity(faces))
+        clip.inputs["face_identity"] = torch.from_numpy(self.encoders.config.cut_faces(clip.frames[at], clip.track[at]))
+
+    def encode(self, clips: Sequence[WorkItem]) -> None:
+        for part in in_parts(clips, [len(clip.inputs["face_identity"]) for clip in clips]):
+            faces = torch.cat([clip.inputs["face_identity"] for clip in part])
+            faces = faces.permute(0, 3, 1, 2)[:, None].to(self.device) / 255  # one picture a row, embeddings of each
+            rows = self.encoders.identity(faces).split([len(clip.inputs["face_identity"]) for clip in part])
+            for clip, found in zip(part, rows):
+                clip.tensors["face_identity"] = _half(found)
 
 
 class Phonemes(Stage):
@@ -123,17 +139,7 @@ class Phonemes(Stage):
             clip.tensors["phoneme"] = torch.from_numpy(labels)
 
 
-def phoneme_labels(phonemes: list, frames: int, symbols: list[str]) -> np.ndarray:
-    """Index (T,) of the phoneme at each frame's centre, counted from 1 in `symbols`; 0 where none sounds."""
-    labels = np.zeros(frames, np.uint8)
-    for symbol, start, end in phonemes:
-        if symbol in symbols:
-            first, last = (int(np.ceil(t * FPS - 0.5)) for t in (start, end))
-            labels[max(first, 0) : max(last, 0)] = symbols.index(symbol) + 1
-    return labels
-
-
-class Expression(Stage):
+class Expression(Encoder):
     """The expression (J,) of each half second, an index into `EXPRESSIONS`: the label of the source, or else what the
     face shows.
 
@@ -146,46 +152,47 @@ class Expression(Stage):
     needs = "frames"
     tensors = ("expression",)
 
-    def __init__(self, weights: str, device: torch.device, every: int = 5) -> None:
-        self.device, self.every = device, every
+    def __init__(self, weights: str, device: torch.device | None, every: int = 5) -> None:
+        super().__init__(device)
+        self.every, self.network = every, None
         if Path(weights).suffix in (".pth", ".pt"):
-            self.network, config = POSTER2.from_pretrained(weights), encoder_config({"kind": "released"})
+            config = encoder_config({"kind": "released"})
+            if device is not None:
+                self.network = POSTER2.from_pretrained(weights).to(device).eval()
         else:
             encoders = HiCoDiTSystem.from_pretrained(weights).encoders
             if not encoders.learns:
                 raise UserError(f"stages.expression.weights={weights} has released encoders: name POSTER V2's file")
-            self.network, config = encoders.expression, encoders.config
-        self.network, self.cut = self.network.to(device).eval(), config.cut_faces
+            config = encoders.config
+            if device is not None:
+                self.network = encoders.expression.to(device).eval()
+        self.cut_faces = config.cut_faces
 
     def digests(self) -> dict[str, str]:
         return {"expression": weights_digest(self.network)}
 
-    def __call__(self, clip: WorkItem) -> None:
+    def cut(self, clip: WorkItem) -> None:
         classes = expression_labels(clip.info.expression, windows_of(clip.length))
-        if classes is None:
-            assert clip.track is not None, "the stage expression comes after the stage face"
-            at = slice(0, clip.length, self.every)
-            faces = torch.from_numpy(self.cut(clip.frames[at], clip.track[at])).permute(0, 3, 1, 2)
-            parts = [self.network(part.to(self.device).float() / 255) for part in faces.split(16)]
-            shown = torch.cat(parts).float().softmax(-1).cpu().repeat_interleave(self.every, 0)[: clip.length]
-            classes = window_expressions(shown)
-        clip.tensors["expression"] = classes.to(torch.uint8)
+        if classes is not None:
+            clip.tensors["expression"] = classes.to(torch.uint8)
+            return
+        assert clip.track is not None, "the stage expression comes after the stage face"
+        at = slice(0, clip.length, self.every)
+        clip.inputs["expression"] = torch.from_numpy(self.cut_faces(clip.frames[at], clip.track[at]))
+
+    def encode(self, clips: Sequence[WorkItem]) -> None:
+        shown = [clip for clip in clips if "expression" in clip.inputs]  # the others have labels
+        if not shown:
+            return
+        faces = torch.cat([clip.inputs["expression"] for clip in shown]).permute(0, 3, 1, 2)
+        parts = [self.network(part.to(self.device).float() / 255) for part in faces.split(16)]
+        found = torch.cat(parts).float().softmax(-1).cpu().split([len(clip.inputs["expression"]) for clip in shown])
+        for clip, rows in zip(shown, found):
+            classes = window_expressions(rows.repeat_interleave(self.every, 0)[: clip.length])
+            clip.tensors["expression"] = classes.to(torch.uint8)
 
 
-def expression_labels(label: str | list[str] | None, windows: int) -> Tensor | None:
-    """Classes (J,) from a source's label of the whole clip, or of each of its `windows` half seconds; None without."""
-    if label is None:
-        return None
-    labels = [label] * windows if isinstance(label, str) else label[:windows]
-    unknown = [name for name in labels if name not in EXPRESSIONS]
-    if unknown:
-        raise UserError(f"expression {unknown[0]!r} is none of {', '.join(EXPRESSIONS)}")
-    if len(labels) < windows:
-        raise UserError(f"{len(labels)} expressions are given, {windows} half seconds need one each")
-    return torch.tensor([EXPRESSIONS.index(name) for name in labels])
-
-
-class HeardExpression(Stage):
+class HeardExpression(Encoder):
     """The expression (J,) that the voice has in each half second, with which HiCoDiT trains.
 
     It is the label of the source, or else what a recogniser hears in the sound around it; `NO_EXPRESSION` where neither
@@ -197,8 +204,10 @@ class HeardExpression(Stage):
     """
 
     tensors = ("heard_expression",)
+    settings = ("recogniser",)
 
     def __init__(self, recogniser: EmotionRecogniser | None = None, seconds: float = 2.0) -> None:
+        super().__init__(None)
         if not 0.5 <= seconds <= 30:
             raise UserError(f"stages.heard_expression.seconds={seconds} must lie between 0.5 and 30")
         self.recogniser, self.seconds = recogniser, seconds
@@ -206,7 +215,7 @@ class HeardExpression(Stage):
     def digests(self) -> dict[str, str]:
         return {"heard_expression": self.recogniser.name if self.recogniser else "labels"}
 
-    def __call__(self, clip: WorkItem) -> None:
+    def encode_one(self, clip: WorkItem) -> None:
         windows = windows_of(clip.length)
         classes = expression_labels(clip.info.expression, windows)
         if classes is None:
@@ -223,22 +232,23 @@ class HeardExpression(Stage):
         return wave[max(0, round((middle - half) * RATE16)) : round((middle + half) * RATE16)]
 
 
-class GE2E(Stage):
+class GE2E(Encoder):
     """The GE2E embedding (256,) of the voice, HiCoDiT's identity condition."""
 
     tensors = ("ge2e",)
 
-    def __init__(self, device: torch.device) -> None:
-        self.encoder = GE2EEncoder(device)
+    def __init__(self, device: torch.device | None) -> None:
+        super().__init__(device)
+        self.encoder = None if device is None else GE2EEncoder(device)
 
     def digests(self) -> dict[str, str]:
         return {"ge2e": weights_digest(self.encoder.network)}
 
-    def __call__(self, clip: WorkItem) -> None:
+    def encode_one(self, clip: WorkItem) -> None:
         clip.tensors["ge2e"] = torch.from_numpy(np.asarray(self.encoder.embed(clip.wave16, RATE16), np.float32))
 
 
-class RVQTokens(Stage):
+class RVQTokens(Encoder):
     """Tokens (2 T, K) of the sound.
 
     Args:
@@ -247,14 +257,14 @@ class RVQTokens(Stage):
 
     tensors = ("tokens",)
 
-    def __init__(self, codec: str, device: torch.device) -> None:
-        self.codec = load_codec(codec, TOKENIZERS).to(device).eval()
-        self.device = device
+    def __init__(self, codec: str, device: torch.device | None) -> None:
+        super().__init__(device)
+        self.codec = None if device is None else load_codec(codec, TOKENIZERS).to(device).eval()
 
     def digests(self) -> dict[str, str]:
         return {"rvq": self.codec.digest()}
 
-    def __call__(self, clip: WorkItem) -> None:
+    def encode_one(self, clip: WorkItem) -> None:
         wave = resample(torch.from_numpy(clip.wave), RATE, self.codec.sample_rate)
         codes = self.codec.encode(wave[None, None].to(self.device))[0]  # (K, 2 T)
         if codes.shape[1] != 2 * clip.length:
@@ -262,7 +272,7 @@ class RVQTokens(Stage):
         clip.tensors["tokens"] = codes.T.to("cpu", torch.int16)
 
 
-class SpeechLatents(Stage):
+class SpeechLatents(Encoder):
     """Latents (T, Ds) of the sound.
 
     Args:
@@ -271,17 +281,18 @@ class SpeechLatents(Stage):
 
     tensors = ("speech",)
 
-    def __init__(self, codec: str, device: torch.device) -> None:
-        self.codec = load_speech(codec).to(device).eval()
+    def __init__(self, codec: str, device: torch.device | None) -> None:
+        super().__init__(device)
+        self.codec = None if device is None else load_speech(codec).to(device).eval()
 
     def digests(self) -> dict[str, str]:
         return {"whisperx_vae": self.codec.digest()}
 
-    def __call__(self, clip: WorkItem) -> None:
+    def encode_one(self, clip: WorkItem) -> None:
         clip.tensors["speech"] = _half(self.codec.encode(torch.from_numpy(clip.wave)[None, None])[0])
 
 
-class Motion(Stage):
+class Motion(Encoder):
     """Motion codes (T, Dm) of the pictures, not normalised; codes of the source are kept.
 
     Args:
@@ -292,21 +303,35 @@ class Motion(Stage):
     needs = "frames"
     tensors = ("motion",)
 
-    def __init__(self, codec: str, device: torch.device, crop: str = "face") -> None:
+    def __init__(self, codec: str, device: torch.device | None, crop: str = "face") -> None:
+        super().__init__(device)
         if crop not in CROPS:
             raise UserError(f"stages.motion.crop={crop} is unknown: choose {' or '.join(CROPS)}")
-        self.codec, self.crop = load_motion(codec).to(device).eval(), crop
+        self.codec, self.crop = None if device is None else load_motion(codec).to(device).eval(), crop
 
     def digests(self) -> dict[str, str]:
         return {"lia_x": self.codec.digest()}
 
-    def __call__(self, clip: WorkItem) -> None:
+    def cut(self, clip: WorkItem) -> None:
         if "motion" not in clip.tensors:
-            square, size, motion = face_square(clip, self.crop, "motion"), self.codec.size, []
-            for start in range(0, len(clip.frames), BLOCK):  # in float a minute of large pictures takes many GB
-                part = clip.frames[start : start + BLOCK]
-                motion.append(self.codec.encode(video_to_tensor(square.cut(part), size)))
-            clip.tensors["motion"] = _half(torch.cat(motion))
+            clip.inputs["motion"] = face_square(clip, self.crop, "motion").cut(clip.frames)
+
+    def encode(self, clips: Sequence[WorkItem]) -> None:
+        todo = [clip for clip in clips if "motion" in clip.inputs]
+        blocks, motion, waiting = [], [], 0
+        for clip in todo:
+            frames = clip.inputs["motion"]
+            for start in range(0, len(frames), BLOCK):  # in float a minute of large pictures takes many GB
+                blocks.append(video_to_tensor(frames[start : start + BLOCK], self.codec.size))
+                waiting += len(blocks[-1])
+                if waiting >= BLOCK:
+                    motion.append(self.codec.encode(torch.cat(blocks)))
+                    blocks, waiting = [], 0
+        if blocks:
+            motion.append(self.codec.encode(torch.cat(blocks)))
+        if todo:
+            for clip, found in zip(todo, torch.cat(motion).split([len(clip.inputs["motion"]) for clip in todo])):
+                clip.tensors["motion"] = _half(found)
 
 
 class Portraits(Stage):
@@ -347,7 +372,7 @@ def face_square(clip: WorkItem, crop: str, stage: str) -> Square:
     return Square(*portrait_square(np.median(clip.track.boxes[clip.track.seen], axis=0), height, width))
 
 
-class Voice(Stage):
+class Voice(Encoder):
     """The speaker vector (256,) that Talker-T2AV's heads are conditioned on.
 
     Args:
@@ -356,13 +381,14 @@ class Voice(Stage):
 
     tensors = ("speaker",)
 
-    def __init__(self, encoder: str, device: torch.device) -> None:
-        self.encoder, self.device = load_speaker(encoder).to(device).eval(), device
+    def __init__(self, encoder: str, device: torch.device | None) -> None:
+        super().__init__(device)
+        self.encoder = None if device is None else load_speaker(encoder).to(device).eval()
 
     def digests(self) -> dict[str, str]:
         return {"speaker": self.encoder.digest()}
 
-    def __call__(self, clip: WorkItem) -> None:
+    def encode_one(self, clip: WorkItem) -> None:
         wave = resample(torch.from_numpy(clip.wave), RATE, RATE16).to(self.device)  # as generation does
         clip.tensors["speaker"] = _half(self.encoder.embed(wave))
 

@@ -1,7 +1,9 @@
 """One clip is one task: the stages run over it, and its sample goes into the work folder of its shard.
 
-Running a task again gives the same bytes. Tensors that existing shards hold, and whose stage, networks and settings are
-unchanged, are taken over (`Previous`).
+A task has two halves, which may run in two processes: `Pipeline.cut` decodes the clip and takes from its pictures what
+the networks read, `Pipeline.encode` runs the networks, over one clip or over many, and writes the samples.
+Running a task again, whole or in part, gives the same sample. Tensors that existing shards hold, and whose stage,
+networks and settings are unchanged, are taken over (`Previous`).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save
 
-from corpora.preparation.clip import MachineFault, SourceClip, Stage, WorkItem
+from corpora.preparation.clip import Encoder, MachineFault, SourceClip, Stage, WorkItem
 from engine.config import build, target
 from engine.errors import UserError
 from engine.media.limits import Limits
@@ -88,8 +90,29 @@ class Setup:
     limits: Limits = field(default_factory=Limits)
 
 
+@dataclass
+class Cut:
+    """A clip after the first half of its task.
+
+    Attributes:
+        clip: without its pictures; None if it was rejected.
+        outcome: of a rejected clip. seconds: as in `Outcome`.
+        encoders: names of the stages that are still to run. facts: of stages whose results were taken over.
+    """
+
+    task: Task
+    clip: WorkItem | None = None
+    outcome: Outcome | None = None
+    seconds: dict[str, tuple[float, float]] = field(default_factory=dict)
+    encoders: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
 class Pipeline:
-    """The stages in order.
+    """The stages in order: first those without a network of their own, then the encoders.
+
+    Args:
+        fingerprints: of a pipeline with networks; this one can then `cut` alone, without any. None: it does both.
 
     Attributes:
         stages: by name. digests: of the weights of their networks. fingerprints: by stage, eight hex digits that change
@@ -99,16 +122,20 @@ class Pipeline:
         UserError: a setting is wrong, or weights or a package are missing.
     """
 
-    def __init__(self, setup: Setup) -> None:
-        offered = {"device": pick_device(setup.device), "symbols": setup.symbols}
+    def __init__(self, setup: Setup, fingerprints: Mapping[str, str] | None = None) -> None:
+        offered = {"device": pick_device(setup.device) if fingerprints is None else None, "symbols": setup.symbols}
         self.stages: dict[str, Stage] = {}
         self.digests: dict[str, str] = {}
-        self.fingerprints: dict[str, str] = {}
+        self.fingerprints: dict[str, str] = dict(fingerprints or {})
         before: list[Any] = []
         for name, config in setup.stages.items():
-            parameters = inspect.signature(target(config["_target_"])).parameters
+            kind = target(config["_target_"])
+            parameters = inspect.signature(kind).parameters
             extra = {key: value for key, value in offered.items() if key in parameters}
-            stage = self.stages[name] = build(OmegaConf.create(dict(config)), **extra)
+            without = {} if fingerprints is None else dict.fromkeys(getattr(kind, "settings", ()))
+            stage = self.stages[name] = build(OmegaConf.create(dict(config) | without), **extra)
+            if fingerprints is not None:
+                continue
             digests, symbols = stage.digests(), setup.symbols if "symbols" in extra else None
             self.digests |= digests
             made_by = [name, _without_device(config), digests, symbols]
@@ -116,48 +143,86 @@ class Pipeline:
             if not stage.reusable:
                 before.append(made_by)
 
-    @torch.inference_mode()
     def process(self, task: Task) -> Outcome:
         """Run the stages over one clip and write its sample. Whatever is wrong with a clip rejects that clip alone.
 
         Raises:
             UserError: the disk is full, or something else that no clip causes.
         """
+        return self.encode([self.cut(task)])[0]
+
+    @torch.inference_mode()
+    def cut(self, task: Task) -> Cut:
+        """The first half of a task: all that needs the pictures, and no network of an encoder.
+
+        Raises:
+            UserError: as `process`.
+        """
         clip = WorkItem(task.clip, task.root)
         try:
-            return self._process(clip, task)
+            return self._cut(clip, Cut(task, clip))
         finally:
             clip.close()
 
-    def _process(self, clip: WorkItem, task: Task) -> Outcome:
-        seconds: dict[str, tuple[float, float]] = {}
-        unchanged, reused_facts = set(), {}
-        if task.previous:
-            unchanged, reused_facts = self._take_over(clip, task, seconds)
+    def _cut(self, clip: WorkItem, cut: Cut) -> Cut:
+        unchanged = set()
+        if cut.task.previous:
+            unchanged, cut.facts = self._take_over(clip, cut.task, cut.seconds)
         needed = {stage.needs for name, stage in self.stages.items() if stage.reusable and name not in unchanged}
         for name, stage in self.stages.items():
             if stage.needs == "frames" and clip.info.video is None:
                 continue
             if name in unchanged and (stage.reusable or stage.needs not in {"", *needed}):
                 continue
+            encoder = isinstance(stage, Encoder)
+            cut.encoders += [name] if encoder else []
             start = _clocks()
             try:
-                stage(clip)
+                stage.cut(clip) if encoder else stage(clip)
             except Exception as error:
-                raise_if_machine_fault(error)
-                known = isinstance(error, UserError)
-                reason = str(error) if known else f"{type(error).__name__}: {error}"
-                machine_fault = isinstance(error, MachineFault) or not known
-                return Outcome(name, _normalise_reason(reason, clip), machine_fault, seconds)
-            finally:
-                seconds[name] = _since(start)
+                cut.seconds[name] = _since(start)
+                return Cut(cut.task, None, _rejection(name, error, clip, cut.seconds))
+            cut.seconds[name] = _since(start)
+        clip.frames = clip.track = None
+        return cut
+
+    @torch.inference_mode()
+    def encode(self, cuts: Sequence[Cut]) -> list[Outcome]:
+        """The second half of tasks: run the encoders over all clips together, and write the samples.
+
+        Raises:
+            UserError: as `process`.
+        """
+        done = [cut.outcome for cut in cuts]
+        for name, stage in self.stages.items():
+            at = [i for i, cut in enumerate(cuts) if done[i] is None and name in cut.encoders]
+            for i, error, seconds in self._encode(stage, [cuts[i].clip for i in at], at) if at else ():
+                spent = cuts[i].seconds
+                spent[name] = tuple(map(sum, zip(spent[name], seconds)))
+                if error is not None:
+                    done[i] = _rejection(name, error, cuts[i].clip, spent)
+        return [outcome or self._write(cut) for outcome, cut in zip(done, cuts)]
+
+    def _encode(self, stage: Encoder, clips: list[WorkItem], at: list[int]) -> list[tuple[int, Exception | None, Any]]:
+        """Encode clips together, or one by one where one of them makes that fail: (at, error, seconds) of each."""
         start = _clocks()
-        facts = {"key": task.clip.key, **clip.facts, **reused_facts, "input": input_digest(task.clip)}
+        try:
+            stage.encode(clips)
+        except Exception as error:
+            if len(clips) == 1:
+                return [(at[0], error, _since(start))]
+            return [each for i, clip in zip(at, clips) for each in self._encode(stage, [clip], [i])]
+        seconds = tuple(value / len(clips) for value in _since(start))
+        return [(i, None, seconds) for i in at]
+
+    def _write(self, cut: Cut) -> Outcome:
+        start, task, clip = _clocks(), cut.task, cut.clip
+        facts = {"key": task.clip.key, **clip.facts, **cut.facts, "input": input_digest(task.clip)}
         members = {"json": dumps(facts | {"text": facts["text"] or ""})}  # readers want a string
         members["safetensors"] = save({name: tensor.contiguous() for name, tensor in clip.tensors.items()})
         write_sample(task.work, task.clip.key, members | clip.files)
-        seconds["write"] = _since(start)
-        return Outcome(seconds=seconds, frames=clip.length)
+        cut.seconds["write"] = _since(start)
+        return Outcome(seconds=cut.seconds, frames=clip.length)
 
     def _take_over(
         self, clip: WorkItem, task: Task, seconds: dict[str, tuple[float, float]]
@@ -234,6 +299,18 @@ def _clocks() -> tuple[float, float]:
 def _since(start: tuple[float, float]) -> tuple[float, float]:
     wall, processor = _clocks()
     return wall - start[0], processor - start[1]
+
+
+def _rejection(stage: str, error: Exception, clip: WorkItem, seconds: Mapping[str, tuple[float, float]]) -> Outcome:
+    """The outcome of a clip that a stage refuses or fails at.
+
+    Raises:
+        UserError: no clip can cause the error.
+    """
+    raise_if_machine_fault(error)
+    known = isinstance(error, UserError)
+    reason = str(error) if known else f"{type(error).__name__}: {error}"
+    return Outcome(stage, _normalise_reason(reason, clip), isinstance(error, MachineFault) or not known, seconds)
 
 
 def _normalise_reason(reason: str, clip: WorkItem) -> str:

@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import tarfile
+import uuid
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -94,12 +95,19 @@ def sync_to_disk(file: BinaryIO) -> None:
 
 def write_sample(work: Path, key: str, members: Mapping[str, bytes]) -> None:
     """Write a finished sample into the work folder of its shard."""
-    write_whole(work / f"{key}.tar", [sample_bytes(key, members)])
+    write_whole(work / f"{key}.tar", [sample_bytes(key, members)], _own_staging(work, key))
 
 
 def reject_sample(work: Path, key: str, source: str, stage: str, reason: str) -> None:
     """Write the reason why a sample is rejected into the work folder of its shard."""
-    write_whole(work / f"{key}.json", [dumps({"key": key, "source": source, "stage": stage, "reason": reason})])
+    row = {"key": key, "source": source, "stage": stage, "reason": reason}
+    write_whole(work / f"{key}.json", [dumps(row)], _own_staging(work, key))
+
+
+def _own_staging(work: Path, key: str) -> Path:
+    """A name that no other process writes to: a cluster may run a clip again while its first run, on a machine that was
+    given up, goes on. What a killed process leaves goes with the work folder."""
+    return work / f"{key}.{uuid.uuid4().hex[:12]}.part"
 
 
 class SplitWriter:

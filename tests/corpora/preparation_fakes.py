@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from corpora.preparation.clip import Stage
+from corpora.preparation.clip import Encoder, Stage
 from engine.errors import UserError
 
 
@@ -58,3 +58,22 @@ class Missing(Stage):
 
     def __init__(self):
         raise UserError("this needs nothing (no module): install it")
+
+
+class Mean(Encoder):
+    """A feature of the sound that clips get together, and no sum where one of them is named nan."""
+
+    tensors = ("mean",)
+
+    def __init__(self, device: torch.device | None):
+        super().__init__(device)
+
+    def cut(self, clip):
+        clip.inputs["mean"] = clip.wave16[::640].copy()
+
+    def encode(self, clips):
+        assert self.device is not None  # not where clips are cut
+        for clip in clips:
+            if clip.info.key == "nan":
+                raise UserError("not a number")
+            clip.tensors["mean"] = torch.from_numpy(clip.inputs["mean"])

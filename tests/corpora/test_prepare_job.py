@@ -71,6 +71,7 @@ def settings(root, output, **changes):
         "patience": 25,
         "rank": 0,
         "world_size": 1,
+        "executor": "processes",
         "limits": {},
         "stages": {
             "decode": {"use": True, "_target_": "corpora.preparation.media.Decode"},

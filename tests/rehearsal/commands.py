@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "LOG.md"))
 # docs/LOG.md is a diary: its commands tell what was done, not what to do.
-PROGRAMS = r"(?:python|torchrun|bash|sbatch|hf|pip|curl)"
+PROGRAMS = r"(?:python|torchrun|bash|sbatch|srun|ray|hf|pip|curl)"
 COMMAND = re.compile(rf"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?{PROGRAMS} \S")
 
 

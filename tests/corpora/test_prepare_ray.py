@@ -1,0 +1,126 @@
+"""Preparation on a Ray cluster, and its two halves of a task without one."""
+
+import json
+import pickle
+import threading
+import time
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from corpora.preparation.clip import SourceClip
+from corpora.preparation.job import chosen_stages, prepare
+from corpora.preparation.sources import Synthetic
+from corpora.preparation.task import Pipeline, Setup, Task
+from engine.config import load as load_config
+from engine.errors import UserError
+from engine.shards.writer import read_members
+from tests.corpora.test_prepare_job import clips_done, contents, settings, write_clip, write_manifest
+
+RAY = {"address": None, "encoders": 1, "gpus": 0.0, "batch": 3}
+MEAN = {"use": True, "_target_": "tests.corpora.preparation_fakes.Mean"}
+
+
+def corpus(root, names):
+    for number, name in enumerate(names):
+        write_clip(root, "train", name, number)
+    write_manifest(root, "train", names)
+    return root
+
+
+def samples(folder):
+    return {
+        path.stem: {suffix: data for suffix, _, data in read_members(path.read_bytes())}
+        for path in folder.glob("*.tar")
+    }
+
+
+def test_clips_encoded_together_in_another_process_are_those_encoded_alone(tmp_path):
+    """The bundled encoders: a first half without networks, which is sent as bytes, and a second for three clips."""
+    pytest.importorskip("resemblyzer")
+    root = corpus(tmp_path / "corpus", ["a", "b", "c"])
+    words = [f"source.root={root}", "output=x", "device=cpu", "stages.heard_expression.use=true"]
+    config, source = load_config("prepare", [*words, "stages.heard_expression.recogniser=null"], ""), Synthetic(root)
+    setup = Setup(chosen_stages(config, source), "cpu", source.symbols)
+    whole = Pipeline(setup)
+    front = Pipeline(setup, whole.fingerprints)
+    assert front.stages["motion"].codec is None and front.fingerprints == whole.fingerprints
+    clips = [SourceClip("a", "train/a.mp4", "train/a.wav"), *source.clips("train")[1:]]  # the first has no label
+    cuts = {}
+    for name in ("alone", "together"):
+        (tmp_path / name).mkdir()
+        cuts[name] = [pickle.dumps(front.cut(Task(clip, root, tmp_path / name))) for clip in clips]
+    assert max(map(len, cuts["together"])) < 1e6  # without the pictures
+    outcomes = [whole.encode([pickle.loads(cut)])[0] for cut in cuts["alone"]]
+    outcomes += whole.encode([pickle.loads(cut) for cut in cuts["together"]])
+    assert [outcome.stage for outcome in outcomes] == [""] * 6, outcomes
+    assert outcomes[0].seconds.keys() == {*whole.stages, "write"}
+    alone, together = samples(tmp_path / "alone"), samples(tmp_path / "together")
+    for key, members in alone.items():
+        assert members["json"] == together[key]["json"]
+        one, two = load(members["safetensors"]), load(together[key]["safetensors"])
+        assert one.keys() == two.keys() >= {"expression", "motion", "tokens", "speech", "ge2e", "heard_expression"}
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], rtol=2e-3, atol=2e-3)  # motion: half precision
+
+
+def test_one_bad_clip_of_a_batch_is_rejected_alone(tmp_path):
+    root = corpus(tmp_path / "corpus", ["a", "nan", "c"])
+    setup = Setup({"decode": {"_target_": "corpora.preparation.media.Decode"}, "mean": MEAN | {}}, "cpu", None)
+    del setup.stages["mean"]["use"]
+    pipeline = Pipeline(setup)
+    cuts = [pipeline.cut(Task(clip, root, tmp_path)) for clip in Synthetic(root).clips("train")]
+    outcomes = pipeline.encode(cuts)
+    assert [(outcome.stage, outcome.reason) for outcome in outcomes] == [("", ""), ("mean", "not a number"), ("", "")]
+    assert samples(tmp_path).keys() == {"a", "c"}
+
+
+def test_wrong_settings_of_the_executor_are_one_line(tmp_path):
+    with pytest.raises(UserError, match="executor=cloud is unknown; choose processes, ray"):
+        prepare(settings(tmp_path, tmp_path / "a", executor="cloud"))
+    with pytest.raises(UserError, match="executor=ray: one process is enough"):
+        prepare(settings(tmp_path, tmp_path / "a", executor="ray", ray=RAY, world_size=2))
+    root = corpus(tmp_path / "corpus", ["a"])
+    for name, value in (("batch", 0), ("encoders", 0), ("gpus", -1.0)):
+        with pytest.raises(UserError, match=rf"ray\.{name}={value} must be"):
+            prepare(settings(root, tmp_path / "a", executor="ray", ray=RAY | {name: value}))
+
+
+@pytest.mark.slow
+def test_a_cluster_that_loses_a_machine_makes_the_same_shards(tmp_path):
+    """Six good clips and one that is refused; one of two nodes with processors goes away."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    names = [f"clip{i}" for i in range(6)]
+    names[2:2] = ["refuse"]
+    root = corpus(tmp_path / "corpus", names)
+    stages = {"brightness": {"pause": 0.3}, "mean": MEAN}
+    prepare(settings(root, tmp_path / "expected", stages=stages))
+    small = {"object_store_memory": 100 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
+    nodes = [cluster.add_node(num_cpus=1, **small) for _ in range(2)]
+    output = tmp_path / "shards"
+
+    def lose():
+        while clips_done(output) < 1:
+            time.sleep(0.05)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+
+    loser = threading.Thread(target=lose, daemon=True)
+    loser.start()
+    try:
+        prepare(settings(root, output, stages=stages, executor="ray", ray=RAY | {"address": cluster.address}))
+        loser.join(10)
+        assert not loser.is_alive()  # the machine went while clips were to be done
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    lines = [json.loads(line) for line in (output / "train" / "quarantine.jsonl").read_text().splitlines()]
+    assert [(line["key"], line["stage"]) for line in lines] == [("refuse", "brightness")]
+    ours, expected = contents(output), contents(tmp_path / "expected")
+    assert ours.keys() == expected.keys()
+    for name in ours:
+        if name.endswith(".tar"):
+            assert ours[name] == expected[name], name
