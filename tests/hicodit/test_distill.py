@@ -7,12 +7,13 @@ from omegaconf import OmegaConf
 from engine.config import CONFIGS
 from engine.errors import UserError, run_cli
 from engine.training.trainer import Trainer
+from hicodit.conditions.released import ReleasedEncoderConfig
 from hicodit.conditions.types import Conditions
 from hicodit.data import HiCoDiTDataset
 from hicodit.distill import DistillTask, Teacher, draw_scales
 from hicodit.generation import GuidedPosterior
 from hicodit.guidance import combine, combine_rows
-from hicodit.model import BRANCHES
+from hicodit.model import BRANCHES, ModelConfig
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import UNGUIDED, GuidanceScales
 from hicodit.system import HiCoDiTSystem
@@ -168,6 +169,24 @@ def test_guidance_not_learned_is_one_line(distilled, release, clip, tmp_path, wo
         run_cli(infer)
     error = capsys.readouterr().err
     assert end.value.code == 2 and message in error.strip().splitlines()[-1] and "Traceback" not in error
+
+
+def test_a_release_with_the_released_encoders_is_distilled_from_features(release, tmp_path):
+    config = ModelConfig(
+        **vars(HiCoDiTSystem.from_pretrained(release).model.config) | {"face_dim": 512, "dropout": 0.1}
+    )
+    encoders = ReleasedEncoderConfig(lip={"width": 32})
+    HiCoDiTSystem(config, encoders).save(tmp_path / "teacher", "a test")
+    student = make_student(
+        tmp_path, release, init=str(tmp_path / "teacher"), encoders={"kind": "released", "folder": None}
+    )
+    batch = {"frames": torch.tensor([20, 12]), "lip": torch.randn(2, 20, 32).half(), "ge2e": torch.rand(2, 256)}
+    batch |= {"face_identity": torch.randn(2, 512).half(), "expression": torch.tensor([[1, 2], [3, 4]])}
+    student.train()(batch | {"tokens": torch.randint(0, 16, (2, 12, 40))}, "model")["loss"].backward()
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    assert trained and all(p.grad is not None for p in trained.values())
+    with pytest.raises(UserError, match="use experiment=hicodit_distill_paper"):
+        make_student(tmp_path, release, init=str(tmp_path / "teacher"))
 
 
 def test_scales_are_drawn_over_the_stated_range():
