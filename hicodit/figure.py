@@ -15,6 +15,7 @@ from hicodit.conditions.types import EXPRESSIONS, WINDOW_SECONDS
 from hicodit.pipeline import FPS, Speech
 
 MOUTHS = 24
+COLUMNS = 4000  # of a picture; matplotlib takes many bytes for each
 
 
 def draw(speech: Speech, path: Path) -> None:
@@ -27,7 +28,7 @@ def draw(speech: Speech, path: Path) -> None:
     top.imshow(np.concatenate(speech.crops.mouth[picks], 1), cmap="gray", aspect="auto", extent=(0, seconds, 0, 1))
     top.set_yticks([])
     top.set_ylabel("mouth")
-    mel = mel_picture(speech.wave, speech.rate)
+    mel = thinned(mel_picture(speech.wave, speech.rate))
     middle.imshow(mel, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, 80), vmin=mel.max() - 80)
     middle.set_ylabel("mel band")
     for j, expression in enumerate(speech.expression):
@@ -36,9 +37,18 @@ def draw(speech: Speech, path: Path) -> None:
             middle.text(start, 82, EXPRESSIONS[expression], fontsize=8, va="bottom")
     levels = len(speech.tokens)
     bottom.imshow(
-        speech.tokens, aspect="auto", cmap="viridis", extent=(0, seconds, levels + 0.5, 0.5), interpolation="none"
+        thinned(speech.tokens),
+        aspect="auto",
+        cmap="viridis",
+        extent=(0, seconds, levels + 0.5, 0.5),
+        interpolation="none",
     )
     bottom.set_ylabel("token level")
     bottom.set_xlabel("seconds")
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def thinned(picture: np.ndarray) -> np.ndarray:
+    """Evenly spaced columns of a picture (rows, columns), at most `COLUMNS`: more than the figure has pixels."""
+    return picture[:, :: -(-picture.shape[1] // COLUMNS)]

@@ -17,6 +17,7 @@ from hicodit import system as system_module
 from hicodit.conditions.crops import crop_mouth
 from hicodit.conditions.encoders import TinyEncoderConfig, TinyLipEncoder
 from hicodit.conditions.types import Conditions, windows_of
+from hicodit.figure import thinned
 from hicodit.generation import OVERLAP, REDO, GuidedPosterior, generate, windows
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import GuidanceScales
@@ -254,6 +255,10 @@ def test_lip_features_do_not_depend_on_what_shares_the_batch(monkeypatch):
     monkeypatch.setattr(encoder, "_encode", lambda mouth, frames: calls.append(len(mouth)))
     encoder.train()(mouth, frames)
     assert calls == [3]  # in training every process runs the blocks once
+
+
+def test_figures_of_long_clips_have_no_more_columns():
+    assert thinned(np.zeros((2, 4000))).shape == (2, 4000) and thinned(np.zeros((2, 60_001))).shape == (2, 3751)
 
 
 def test_reference_identity_changes_speech(pipeline, clip):
