@@ -36,9 +36,14 @@ def expand(value: Tensor, like: Tensor) -> Tensor:
     return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
 
 
+def masked_at(sigma: Tensor, u: Tensor) -> Tensor:
+    """Which tokens are masked: where the uniform u (B, ...) falls below 1 - exp(-sigma); sigma is (B,)."""
+    return u < -torch.expm1(-expand(sigma, u))
+
+
 def perturb(x0: Tensor, sigma: Tensor, mask_id: int, u: Tensor) -> Tensor:
-    """Mask each token of x0 (B, ...) where the uniform u falls below 1 - exp(-sigma); sigma is (B,)."""
-    return torch.where(u < -torch.expm1(-expand(sigma, x0)), mask_id, x0)
+    """x0 (B, ...) with the tokens of `masked_at` masked."""
+    return torch.where(masked_at(sigma, u), mask_id, x0)
 
 
 def log_expm1(sigma: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from engine.bounds import bounded, check_bounds
 from engine.errors import UserError
 from engine.nn.packing import Packing
+from engine.nn.transfer import send
 from hicodit.conditions.types import Conditions
 from hicodit.layers import AdaLNBlock, AdaLNFinal, TemporalScales, TimeEmbedding, rotary_table
 from hicodit.settings import UNGUIDED
@@ -111,6 +112,31 @@ class Prepared:
     low_index: Tensor | None  # (G * B,) the row of the low stage that each row takes; None where all differ
     rotary: Tensor  # (2, L, D/2)
     mask: Tensor | Packing | None  # (B, 1, 1, L), True at real frames; None when there is no padding
+
+
+@dataclass(frozen=True)
+class Requested:
+    """The places of a mask (B, K, L), which the host finds: the device gets indices, and no shape depends on it.
+
+    levels: (clip, frame) of each level's places. order: (M,) puts the levels' places, one level after the other, in the
+    order of `where.nonzero()`. clip, level, frame: (M,) in that order.
+    """
+
+    levels: list[tuple[Tensor, Tensor]]
+    order: Tensor
+    clip: Tensor
+    level: Tensor
+    frame: Tensor
+
+    @classmethod
+    def of(cls, where: Tensor, device: torch.device) -> Requested:
+        """From a mask on the host; one on the device makes the host wait."""
+        clip, level, frame = where.nonzero(as_tuple=True)
+        by_level = level.argsort(stable=True)
+        counts = level.bincount(minlength=where.shape[1]).tolist()
+        rows = torch.stack([clip[by_level], frame[by_level], by_level.argsort(), clip, level, frame])
+        clips, frames, *others = send(rows, device)
+        return cls(list(zip(clips.split(counts), frames.split(counts))), *others)
 
 
 @dataclass(frozen=True)
@@ -260,21 +286,21 @@ class HiCoDiT(nn.Module):
             scales: (B, 4) or (1, 4) `GuidanceScales.values`, where the model takes them as an input; None: no guidance.
         """
         device, length = conditions.lip.device, TOKENS_PER_FRAME * conditions.lip.shape[1]
-        ends = TOKENS_PER_FRAME * conditions.frames[:, None]  # (B, 1)
-        valid = torch.arange(length, device=device) < ends  # (B, L)
-        mask: Tensor | Packing | None = None if bool(valid.all()) else valid[:, None, None]
+        ends, host = TOKENS_PER_FRAME * conditions.frames[:, None], conditions.frames.device  # (B, 1)
+        valid = torch.arange(length, device=host) < ends  # (B, L)
+        mask: Tensor | Packing | None = None if bool(valid.all()) else send(valid, device)[:, None, None]
         rotary = rotary_table(length, self.config.width // self.config.heads, device)
         if keep is None:
             low, high, low_index = self._rows(branches, conditions.batch, device)
         else:
             low, high, low_index = keep[None], keep[None], None
             if self.config.packed and mask is not None:
-                mask = Packing.of(valid)
+                mask = Packing.of(valid).to(device)
                 rotary = rotary[:, mask.position]
         lip = self.lip_proj(torch.where(low[..., 0, None, None], conditions.lip, self.null_lip).flatten(0, 1))
         lip = self.stages[0].fuse_context(lip).repeat_interleave(TOKENS_PER_FRAME, 1)
-        starts = WINDOW_TOKENS * torch.arange(-(-length // WINDOW_TOKENS), device=device)
-        share = (ends - starts).clamp(0, WINDOW_TOKENS) / ends  # (B, J) of a clip's tokens; padding has none
+        starts = WINDOW_TOKENS * torch.arange(-(-length // WINDOW_TOKENS), device=host)
+        share = send((ends - starts).clamp(0, WINDOW_TOKENS) / ends, device)  # (B, J) of a clip's tokens, 0 of padding
         conds, windows = [], None
         for stage, kept in zip(self.stages, (low, high)):
             cond = 0.0
@@ -313,15 +339,16 @@ class HiCoDiT(nn.Module):
         tokens: Tensor,
         sigma: Tensor | Sequence[Modulation],
         prepared: Prepared,
-        where: Tensor | None = None,
+        where: Tensor | Requested | None = None,
     ) -> Tensor:
-        """Log posteriors of the clean tokens, float32. Reads nothing back from the device unless `where` is a mask.
+        """Log posteriors of the clean tokens, float32. Reads nothing from the device unless `where` is a mask there.
 
         Args:
             tokens: (B, K, L).
             sigma: noise level (B,), or what `modulate` made of it.
             where: the requested positions: (B, K, M) frames of each level, or a mask (B, K, L) bool of any number of
-                positions; None gives all of them. The first and the last have fixed shapes.
+                positions, or what `Requested.of` made of it; None gives all of them. The first and the last have fixed
+                shapes.
 
         Returns:
             (G, B, K, M, N), (G, M, N) with rows in the order of `where.nonzero()`, or (G, B, K, L, N). With
@@ -338,12 +365,13 @@ class HiCoDiT(nn.Module):
             outs += [out] * len(high.heads)
         heads = [head for stage in self.stages for head in stage.heads]
         outs = [out.unflatten(0, (-1, len(tokens))) for out in outs]  # (G, B, L, C) for each level
-        if where is not None and where.dtype == torch.bool:
-            at = [level.nonzero(as_tuple=True) for level in where.unbind(1)]
+        if isinstance(where, Tensor) and where.dtype == torch.bool:
+            where = Requested.of(where, tokens.device)
+        if isinstance(where, Requested):
+            at = where.levels
             rows = torch.cat([head(out[:, clip, frame]) for head, out, (clip, frame) in zip(heads, outs, at)], 1)
             # Put in order once: filling a tensor level by level would copy its whole gradient for every level.
-            place = torch.arange(where.numel(), device=where.device).view_as(where)
-            logits = rows[:, torch.cat([p[own] for p, own in zip(place.unbind(1), where.unbind(1))]).argsort()]
+            logits = rows[:, where.order]
         else:
             if where is not None:
                 clip = torch.arange(len(tokens), device=tokens.device)[:, None]

@@ -19,6 +19,7 @@ from engine.codec import load_codec
 from engine.errors import UserError
 from engine.evaluation.shares import ByClip, Share
 from engine.metrics.registry import metrics_of
+from engine.nn.transfer import send
 from engine.release import load_strict
 from engine.seeding import generator_for
 from engine.shards.source import join, read_json
@@ -26,9 +27,9 @@ from engine.training.task import Release, Task
 from hicodit.conditions import encoder_config
 from hicodit.conditions.types import Conditions
 from hicodit.data import FEATURES, HiCoDiTDataset
-from hicodit.diffusion import LogLinearNoise, perturb, stratified_times, weighted_score_entropy
+from hicodit.diffusion import LogLinearNoise, masked_at, stratified_times, weighted_score_entropy
 from hicodit.layers import AdaLNBlock
-from hicodit.model import TOKENS_PER_FRAME, ModelConfig
+from hicodit.model import TOKENS_PER_FRAME, ModelConfig, Requested
 from hicodit.settings import GuidanceScales, SamplerConfig
 from hicodit.system import CODECS, HiCoDiTSystem
 
@@ -141,6 +142,8 @@ class HiCoDiTTask(Task):
         own = self.system.state_dict()
         return {key: own[key] for key in own if ".guidance_proj." in key and key not in state}
 
+    on_host = ("frames",)
+
     def parts(self) -> dict[str, nn.Module]:
         return {"model": self.system}
 
@@ -169,9 +172,10 @@ class HiCoDiTTask(Task):
             shown = encoders.expression(batch["face"]).float()
             losses["expression"] = self.expression_weight * F.cross_entropy(shown, batch["face_expression"])
         if encoders.learns and encoders.lip.phoneme_head is not None:
-            real = torch.arange(lip.shape[1], device=lip.device) < batch["frames"][:, None]
-            logits = encoders.lip.phoneme_head(lip)[real].float()
-            losses["phoneme"] = self.phoneme_weight * F.cross_entropy(logits, batch["phoneme"][real])
+            valid = torch.arange(lip.shape[1], device=batch["frames"].device) < batch["frames"][:, None]
+            real = send(valid.flatten().nonzero()[:, 0], lip.device)
+            logits = encoders.lip.phoneme_head(lip).flatten(0, 1)[real].float()
+            losses["phoneme"] = self.phoneme_weight * F.cross_entropy(logits, batch["phoneme"].flatten()[real])
         losses["loss"] = sum(losses.values())
         return losses
 
@@ -189,19 +193,22 @@ class HiCoDiTTask(Task):
     def mask(self, tokens: Tensor, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Draw a time (B,) for each clip of tokens (B, K, L), mask some of its tokens -> times, tokens, (B, K, L) which
         are masked.
+
+        The last is on the host and drawn there: how many tokens are masked is the shape of what follows.
         """
-        device, mask_id = tokens.device, self.system.model.mask_id
-        t = stratified_times(len(tokens), MIN_TIME).to(device)
-        noisy = perturb(tokens, self.noise.sigma(t), mask_id, torch.rand(tokens.shape, device=device))
-        valid = torch.arange(tokens.shape[2], device=device) < TOKENS_PER_FRAME * frames[:, None]
-        return t, noisy, (noisy == mask_id) & valid[:, None]
+        t = stratified_times(len(tokens), MIN_TIME)
+        masked = masked_at(self.noise.sigma(t), torch.rand(tokens.shape))
+        valid = torch.arange(tokens.shape[2]) < TOKENS_PER_FRAME * frames.cpu()[:, None]
+        noisy = torch.where(send(masked, tokens.device), self.system.model.mask_id, tokens)
+        return send(t, tokens.device), noisy, masked & valid[:, None]
 
     def by_stage(self, name: str, values: Tensor, where: Tensor, frames: Tensor) -> dict[str, Tensor]:
         """Losses (M,) of the masked tokens `where` (B, K, L), summed for each group of levels, for one token of all."""
         c = self.system.model.config
         low = where.nonzero(as_tuple=True)[1] < c.low_levels
+        parts = {f"{name}_low": low, f"{name}_high": ~low}
         count = TOKENS_PER_FRAME * frames.sum() * c.levels
-        return {f"{name}_low": values[low].sum() / count, f"{name}_high": values[~low].sum() / count}
+        return {k: values[send(p.nonzero()[:, 0], values.device)].sum() / count for k, p in parts.items()}
 
     def diffusion_losses(self, conditions: Conditions, tokens: Tensor) -> dict[str, Tensor]:
         """Score entropy by group of levels. tokens (B, K, L); one t a clip, masks independent by level and frame.
@@ -212,9 +219,9 @@ class HiCoDiTTask(Task):
         model = self.system.model
         t, noisy, where = self.mask(tokens, conditions.frames)
         prepared = model.prepare(conditions, keep=model.draw_keep(len(tokens), tokens.device))
-        log_q = model(noisy, self.noise.sigma(t), prepared, where)[0]
-        at = t[:, None, None].expand(tokens.shape)[where]
-        entropy = weighted_score_entropy(log_q, tokens[where], at, self.noise)
+        at = Requested.of(where, tokens.device)
+        log_q = model(noisy, self.noise.sigma(t), prepared, at)[0]
+        entropy = weighted_score_entropy(log_q, tokens[at.clip, at.level, at.frame], t[at.clip], self.noise)
         return self.by_stage("dse", entropy, where, conditions.frames)
 
     def measure(self, step: int, folder: Path, share: Share) -> dict[str, float | ByClip]:
@@ -255,7 +262,7 @@ class HiCoDiTTask(Task):
         for start in range(0, count, VALIDATION_BATCH):
             clips = chosen[start : start + VALIDATION_BATCH]
             batch = data.collate([data.__getitem__(i, generator_for(0, "held out", i)) for i in clips])
-            losses = self({name: value.to(device) for name, value in batch.items()}, "model")
+            losses = self({k: v if k in self.on_host else v.to(device) for k, v in batch.items()}, "model")
             sums["loss"] += len(clips) * float(losses["loss"])
             sums[name] += len(clips) * float(losses[f"{name}_low"] + losses[f"{name}_high"])
         return {name: value / count for name, value in sums.items()}

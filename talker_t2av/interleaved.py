@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.nn.transfer import send
 from talker_t2av.model import TalkerT2AV
 from talker_t2av.request import ORDERS, T2AV, Mode, Request
 from talker_t2av.stop_predictor import IGNORED, stop_labels
@@ -68,12 +69,14 @@ def fill_slots(
     place = torch.arange(int(filled.max()), device=start.device)
     row, patch = (place < filled[:, None]).nonzero(as_tuple=True)
     moving = with_motion[row]
-    tokens = model.speech_tokens(*speech.gather(row, patch)) + model.motion_pad_emb[0] * ~moving[:, None]
-    at = start[row] + step[row] * patch + moving * place_of(order, "speech")
-    embeds = embeds.index_put((row, at), tokens.to(embeds.dtype))
+    padding = send(~moving[:, None], embeds.device)
+    tokens = model.speech_tokens(*speech.gather(row, patch)) + model.motion_pad_emb[0] * padding
+    at = send(torch.stack([row, start[row] + step[row] * patch + moving * place_of(order, "speech")]), embeds.device)
+    embeds = embeds.index_put((at[0], at[1]), tokens.to(embeds.dtype))
     row, patch = row[moving], patch[moving]
     moves = model.motion_tokens(*motion.gather(row, patch))
-    return embeds.index_put((row, start[row] + 2 * patch + place_of(order, "motion")), moves.to(embeds.dtype))
+    at = send(torch.stack([row, start[row] + 2 * patch + place_of(order, "motion")]), embeds.device)
+    return embeds.index_put((at[0], at[1]), moves.to(embeds.dtype))
 
 
 def interleaved_labels(

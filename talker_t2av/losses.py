@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.nn.transfer import send
 from talker_t2av.flow_matching import FlowDraws
 from talker_t2av.interleaved import fill_slots, interleaved_labels, place_of
 from talker_t2av.model import FPS, TalkerConfig, TalkerT2AV
@@ -32,6 +33,8 @@ class TalkerBatch:
     speech: (B, F, Ds) latents. speech_frames: (B,) how many count.
     motion: (B, Fm, Dm) normalised. motion_frames: (B,); 0 makes a row TTS.
     speaker: (B, G) embeddings.
+
+    All but ids, latents and embeddings should be on the host: shapes and places are computed from them.
     """
 
     input_ids: Tensor
@@ -81,15 +84,15 @@ def training_forward(
     """Run the backbone and collect the examples of both heads, each `repeats` times in a row.
 
     Args:
-        task: (B,) rows of the task embedding; by default T2AV where there is motion, else TTS. The given stream of V2A
-            and A2V enters the backbone a patch ahead, and no loss is computed for it.
+        task: (B,) rows of the task embedding, on the device of `motion_frames`; by default T2AV where there is motion,
+            else TTS. The given stream of V2A and A2V enters the backbone a patch ahead, and no loss is computed for it.
         shifted_speech: (B, F, Ds) speech that enters the backbone instead of the speech that is predicted.
     """
-    c = model.config
+    c, device = model.config, batch.speech.device
     with_motion = batch.motion_frames > 0
     if task is None:
         task = torch.where(with_motion, T2AV, TTS)
-    embeds = torch.cat([model.task_embedding(task)[:, None], model.embed_text(batch.input_ids)], 1)
+    embeds = torch.cat([model.task_embedding(send(task, device))[:, None], model.embed_text(batch.input_ids)], 1)
     mask = F.pad(batch.attention_mask, (1, 0), value=1)
     span = batch.speech_span + (batch.speech_span[:, :1] >= 0)
     start, slots = span[:, 0], (span[:, 1] - span[:, 0]).clamp(min=0)
@@ -104,7 +107,7 @@ def training_forward(
         embeds = fill_slots(model, embeds, start, filled, known, motion, with_motion)
     else:
         embeds = _fill_slots(model, embeds, start, filled, known, motion, with_motion, task)
-    hidden = model.packed_backbone(embeds, mask) if c.packed else model.backbone(embeds, mask)
+    hidden = model.packed_backbone(embeds, mask) if c.packed else model.padded_backbone(embeds, mask)
 
     begin = {"speech": start, "motion": start + c.delay}
     if c.order in ORDERS:
@@ -119,7 +122,7 @@ def training_forward(
         hidden,
         _examples(hidden, begin["speech"], step, slots * (task != A2V), speech, known, batch.speaker, c),
         _examples(hidden, begin["motion"], step, slots * (task != V2A), motion, motion, first_motion, c),
-        *labels,
+        *(send(x, device) for x in labels),
     )
 
 
@@ -150,8 +153,9 @@ def time_warped(speech: Tensor, frames: Tensor, deviation: float, knot: int = 8)
     count = speech.shape[1]
     amounts = deviation * torch.randn(len(speech), 1, count // knot + 2, device=speech.device)
     amounts = F.interpolate(amounts, scale_factor=knot, mode="linear", align_corners=False)[:, 0, :count]
+    last = send((frames[:, None] - 1).clamp(min=0), speech.device)
     place = (torch.arange(count, device=speech.device) + amounts).round().long()
-    place = torch.minimum(place.clamp(min=0), (frames[:, None] - 1).clamp(min=0))
+    place = torch.minimum(place.clamp(min=0), last)
     return speech.gather(1, place[..., None].expand_as(speech))
 
 
@@ -179,10 +183,11 @@ def _fill_slots(
     moving = has_motion.nonzero()[:, 0]
     shift = torch.where(motion_given, 1, -model.config.delay)[row[moving]]
     moves = model.motion_tokens(*motion.gather(row[moving], patch[moving] + shift))
-    tokens = tokens + model.motion_pad_emb[0] * ~has_motion[:, None]
-    tokens = tokens.index_add(0, moving, moves.to(tokens.dtype))
-    at = (row, start[row] + patch)
-    return embeds.index_put(at, tokens.to(embeds.dtype) + embeds[at] * (patch < 0)[:, None])
+    device = embeds.device
+    tokens = tokens + model.motion_pad_emb[0] * send(~has_motion[:, None], device)
+    tokens = tokens.index_add(0, send(moving, device), moves.to(tokens.dtype))
+    at = tuple(send(torch.stack([row, start[row] + patch]), device))
+    return embeds.index_put(at, tokens.to(embeds.dtype) + embeds[at] * send((patch < 0)[:, None], device))
 
 
 def _examples(
@@ -201,7 +206,7 @@ def _examples(
     span was cut off give examples up to the last position. All this is as in the official program.
     """
     count, tokens, context, repeats = stream.latents.shape[1], hidden.shape[1], config.context, config.repeats
-    place = torch.arange(count, device=hidden.device)
+    place = torch.arange(count, device=start.device)
     position = start[:, None] + step[:, None] * place - 1
     rows = (slots > 0) & (stream.patches > 1)
     chosen = rows[:, None] & (place < stream.patches[:, None]) & ((place == 0) | (position < tokens))
@@ -209,8 +214,10 @@ def _examples(
     row, patch = row.repeat_interleave(repeats), patch.repeat_interleave(repeats)
 
     padded = F.pad(known.latents, (0, 0, 0, 0, context, 0))  # patches before the first are zeros
+    places = torch.stack([row, patch, position[row, patch].clamp(max=tokens - 1)])
+    row, patch, before = send(places, hidden.device)
     window = patch[:, None] + torch.arange(context, device=patch.device)
-    mu = hidden[row, position[row, patch].clamp(max=tokens - 1)]
+    mu = hidden[row, before]
     return Examples(
         x1=stream.latents[row, patch].transpose(1, 2),
         mu=mu,

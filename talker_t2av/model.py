@@ -19,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 from engine.bounds import bounded, check_bounds, require_range
 from engine.errors import UserError
 from engine.nn.packing import Packing
+from engine.nn.transfer import send
 from engine.precision import convert_matrices
 from engine.release import Released, load_strict
 from talker_t2av import released
@@ -168,8 +169,11 @@ class TalkerT2AV(Released):
         return self.motion_patch_encoder(_masked(self.projector_motion(motion), valid))
 
     def packed_backbone(self, embeds: Tensor, mask: Tensor) -> Tensor:
-        """`backbone` without a cache, on the real tokens alone; hidden states at padding are zero."""
-        packing = Packing.of(mask.bool())
+        """`backbone` without a cache, on the real tokens alone; hidden states at padding are zero.
+
+        mask (B, T), 1 at real tokens: the device waits for nothing if it is on the host.
+        """
+        packing = Packing.of(mask.bool()).to(embeds.device)
         hidden = self.llm.model(
             inputs_embeds=packing.pack(embeds)[None],
             position_ids=packing.position[None],
@@ -177,6 +181,14 @@ class TalkerT2AV(Released):
             packing=packing,
         ).last_hidden_state
         return packing.unpack(hidden[0])
+
+    def padded_backbone(self, embeds: Tensor, mask: Tensor) -> Tensor:
+        """As `packed_backbone`, on padding too; transformers would read on the device whether there is any."""
+        length, attended = embeds.shape[1], None
+        if not bool(mask.all()):
+            causal = torch.ones(length, length, dtype=torch.bool, device=embeds.device).tril()
+            attended = causal & send(mask.bool(), embeds.device)[:, None, None]
+        return self.backbone(embeds, {"full_attention": attended})
 
     @property
     def dtype(self) -> torch.dtype:
@@ -192,8 +204,8 @@ class TalkerT2AV(Released):
             parameter.data = parameter.data.to(dtype)
         return convert_matrices(self, dtype, FLOAT32)
 
-    def backbone(self, embeds: Tensor, mask: Tensor | None = None, **cache: Any) -> Tensor:
-        """Hidden states (B, T, D) after the final norm. mask (B, S): 1 at real tokens; `cache` as Qwen3Model."""
+    def backbone(self, embeds: Tensor, mask: Any = None, **cache: Any) -> Tensor:
+        """Hidden states (B, T, D) after the final norm. mask (B, S): 1 at real tokens; it and `cache` as Qwen3Model."""
         return self.llm.model(inputs_embeds=embeds, attention_mask=mask, **cache).last_hidden_state
 
     @classmethod

@@ -12,10 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.nn.transfer import send
+
 
 @dataclass(frozen=True)
 class PatchStream:
-    """One stream cut into patches: latents (B, M, P, C), zero from `frames` (B,) on; patches (B,) that hold a frame."""
+    """One stream cut into patches: latents (B, M, P, C), zero from `frames` (B,) on; patches (B,) that hold a frame.
+
+    Frames and patches may be on the host, as indices to `gather` then are.
+    """
 
     latents: Tensor
     frames: Tensor
@@ -25,7 +30,7 @@ class PatchStream:
     def of(cls, latents: Tensor, frames: Tensor, size: int) -> PatchStream:
         length = latents.shape[1]
         frames = frames.clamp(max=length)
-        real = torch.arange(length, device=latents.device) < frames[:, None]
+        real = send(torch.arange(length, device=frames.device) < frames[:, None], latents.device)
         latents = F.pad(latents * real[..., None], (0, 0, 0, -length % size))
         return cls(latents.unflatten(1, (-1, size)), frames, (frames + size - 1) // size)
 
@@ -33,10 +38,12 @@ class PatchStream:
         """Patches (N, P, C) and which of their frames are real (N, P); a patch outside the stream has none."""
         count, size = self.latents.shape[1:3]
         if count == 0:
-            return self.latents.new_zeros(len(row), size, self.latents.shape[-1]), row.new_zeros(len(row), size).bool()
+            empty = self.latents.new_zeros(len(row), size, self.latents.shape[-1])
+            return empty, torch.zeros_like(empty[..., 0], dtype=torch.bool)
         frame = patch[:, None] * size + torch.arange(size, device=patch.device)
         real = (frame >= 0) & (frame < self.frames[row][:, None])
-        return self.latents[row, patch.clamp(0, count - 1)], real
+        place = send(torch.stack([row, patch.clamp(0, count - 1)]), self.latents.device)
+        return self.latents[place[0], place[1]], send(real, self.latents.device)
 
 
 class EncodedStream:

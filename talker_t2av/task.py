@@ -22,6 +22,7 @@ from engine.hub import release_folder
 from engine.media.audio import write_wav
 from engine.media.pictures import identity_to_tensor, to_bytes
 from engine.media.video import write_video
+from engine.nn.transfer import send
 from engine.release import load_strict
 from engine.seeding import generator_for
 from engine.shards.source import join
@@ -136,6 +137,8 @@ class TalkerTask(Task):
         state = released.complete({k: v.float() for k, v in state.items()}, self.model)
         load_strict(self.model, state, f"init={init}")
 
+    on_host = ("attention_mask", "speech_span", "speech_frames", "motion_frames")
+
     def parts(self) -> dict[str, nn.Module]:
         return {"model": self.model}
 
@@ -149,10 +152,10 @@ class TalkerTask(Task):
 
     def forward(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
         """Losses of a batch; see `data.collate`."""
-        rows, task, shifted = TalkerBatch.of(batch), self._tasks(batch), None
+        rows, task, shifted = TalkerBatch.of(batch), self._tasks(batch), None  # tasks are drawn where the lengths are
         if task is not None:
             shifted = time_warped(rows.speech, rows.speech_frames, self.dubbing["drift"])
-            shifted = torch.where((task == V2A)[:, None, None], shifted, rows.speech)
+            shifted = torch.where(send((task == V2A)[:, None, None], shifted.device), shifted, rows.speech)
         return training_losses(self.model, training_forward(self.model, rows, task, shifted))
 
     def _tasks(self, batch: dict[str, Tensor]) -> Tensor | None:
@@ -220,7 +223,8 @@ class TalkerTask(Task):
             clips = chosen[start : start + VALIDATION_BATCH]
             items = [examples.__getitem__(i, generator_for(0, "held out", i)) for i in clips]
             batch = collate(items, examples.words.pad_id, examples.format.patch_size)
-            losses = self({name: value.to(self.model.device) for name, value in batch.items()}, "model")
+            device = self.model.device
+            losses = self({k: v if k in self.on_host else v.to(device) for k, v in batch.items()}, "model")
             for name, value in losses.items():
                 sums[name if name == "loss" else f"loss_{name}"] += len(clips) * float(value) / len(chosen)
         return dict(sums)

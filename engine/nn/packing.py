@@ -6,10 +6,12 @@ Axes: B clips, L longest clip, N real positions of all clips, H heads, D head wi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from engine.nn.transfer import send
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,15 @@ class Packing:
 
     @classmethod
     def of(cls, valid: Tensor) -> Packing:
-        """From (B, L) bool, each clip padded on the right. Waits for the device."""
+        """From (B, L) bool, each clip padded on the right. Waits for the device that the mask is on."""
         row, position = valid.nonzero(as_tuple=True)
         lengths = valid.sum(1)
         bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
         return cls(valid, row * valid.shape[1] + position, row, position, bounds, int(lengths.max()))
+
+    def to(self, device: torch.device) -> Packing:
+        names = ("valid", "places", "row", "position", "bounds")
+        return replace(self, **{name: send(getattr(self, name), device) for name in names})
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, L, ...) -> (N, ...)."""

@@ -20,6 +20,7 @@ from engine.bounds import bounded, check_bounds
 from engine.errors import UserError
 from engine.faces.track import FaceTrack
 from engine.nn.packing import Packing
+from engine.nn.transfer import send
 from hicodit.conditions.crops import crop_face, crop_mouth
 from hicodit.conditions.types import EXPRESSIONS
 from hicodit.layers import AdaLNBlock, rotary_table
@@ -147,8 +148,10 @@ class TinyLipEncoder(nn.Module):
         batch, time = mouth.shape[:2]
         mean = mouth.mean((-1, -2), keepdim=True)  # every picture brings its own brightness and contrast
         mouth = (mouth - mean) / (mouth.std((-1, -2), keepdim=True) + 0.05)
-        valid = torch.arange(time, device=mouth.device) < frames[:, None]  # (B, T)
-        packing = Packing.of(valid) if self.packed and not bool(valid.all()) else None
+        valid = torch.arange(time, device=frames.device) < frames[:, None]  # (B, T)
+        whole = bool(valid.all())  # in training known to the host
+        packing = Packing.of(valid).to(mouth.device) if self.packed and not whole else None
+        valid = send(valid, mouth.device)
         if packing is not None:
             h = packing.unpack(self.project(self.frame(packing.pack(mouth)[:, None])))
         else:
@@ -156,7 +159,7 @@ class TinyLipEncoder(nn.Module):
         h = self.norm(h) * valid[..., None]
         h = h + F.gelu(self.context(h.transpose(1, 2))).transpose(1, 2)
         rotary = rotary_table(time, h.shape[-1] // self.blocks[0].heads, h.device)
-        mask = None if bool(valid.all()) else valid[:, None, None]
+        mask = None if whole else valid[:, None, None]
         cond = h.new_ones(batch, 1)  # nothing conditions these blocks: modulation is a learned constant
         if packing is not None:
             h, rotary, mask = packing.pack(h), rotary[:, packing.position], packing

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA = torch.device("cuda", 0)
 
@@ -32,6 +33,7 @@ class Operators(TorchDispatchMode):
         super().__init__()
         self.counts: Counter[str] = Counter()
         self.types: Counter[tuple[str, torch.dtype]] = Counter()
+        self.sent = self.waiting = 0  # copies to the device, and those of them for which the host waits
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -40,22 +42,57 @@ class Operators(TorchDispatchMode):
         results = [x for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, Tensor)]
         for result in results:
             self.types[name, result.dtype] += 1
+        given = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor) and x.ndim]
+        kinds = {x.device.type for x in given}
+        if any(result.device.type == "cuda" for result in results) and "cpu" in kinds:
+            if "cuda" in kinds:  # PyTorch would copy such indices, and the host would wait
+                raise AssertionError(f"{name} takes tensors of the host and of the device")
+            self.sent += 1
+            self.waiting += not (kwargs or {}).get("non_blocking")
         read = [x for x in args if isinstance(x, Tensor) and x.device.type == "cuda"]
         if read and any(result.device.type == "cpu" for result in results):
             raise AssertionError(f"{name} copies a tensor from the device to the host")
         return out
 
 
+class FakeDevice(FakeTensorMode):
+    """Tensors of the device are fake, those of the host are real: what it computes of lengths has values."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.on = torch.device(device).type
+
+    def dispatch(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        asked = torch.device(kwargs.get("device") or "cpu").type
+        made = asked == self.on if self.on != "cpu" else not tensors and func._opname.startswith("empty")
+        if made or any(isinstance(x, FakeTensor) for x in tensors):
+            args, kwargs = tree_map(self._fake, (args, kwargs))
+            return super().dispatch(func, types, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _fake(self, x: Any) -> Any:
+        return self.from_tensor(x) if isinstance(x, Tensor) and not isinstance(x, FakeTensor) else x
+
+
 @contextmanager
-def fake_cuda(device: torch.device | str = CUDA) -> Iterator[Operators]:
-    """Within the block tensors are fake, and CUDA seems to be there; gives the operators that ran in it."""
+def fake_cuda(device: torch.device | str = CUDA, host: bool = False) -> Iterator[Operators]:
+    """Within the block tensors are fake, and CUDA seems to be there; gives the operators that ran in it.
+
+    Args:
+        host: tensors of the host are real.
+    """
     told = {
         "torch.cuda.is_available": lambda: True,
         "torch.cuda.is_bf16_supported": lambda *_, **__: True,
         "torch._subclasses.fake_tensor.init_gpu_context": lambda *_: None,
     }
     with ExitStack() as stack:
-        stack.enter_context(FakeTensorMode())  # first: where there is no driver it puts an idle one in its place
+        stack.enter_context(mock.patch("torch.Tensor.pin_memory", lambda tensor: tensor))
+        stack.enter_context(
+            FakeDevice(device) if host else FakeTensorMode()
+        )  # first: where there is no driver it puts an idle one in its place
         for name, answer in told.items() if torch.device(device).type == "cuda" else ():
             stack.enter_context(mock.patch(name, answer))
         yield stack.enter_context(Operators())
