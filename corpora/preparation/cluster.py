@@ -92,9 +92,9 @@ class RayPool:
         options = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}}
         options |= {"log_to_driver": False, "logging_level": logging.ERROR}
         if not ray.is_initialized():
-            here = {"num_cpus": self.count} if config.address is None else {"address": config.address}
+            local = {"address": "local", "num_cpus": self.count}
             try:
-                ray.init(**here, **options)
+                ray.init(**({"address": config.address} if config.address else local), **options)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise UserError(f"ray.address={config.address}: no Ray cluster answers ({_line(error)})") from error
             self.ours = True

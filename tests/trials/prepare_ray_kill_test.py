@@ -1,0 +1,134 @@
+"""Prepare shards on a Ray cluster whose processes and nodes are killed, and compare them with an uninterrupted run.
+
+    python -m tests.trials.prepare_ray_kill_test --root data/synthetic --split unseen --clips 40 --kills 10
+
+The cluster runs on this machine: a head and three nodes of one processor each. Every so many clips a random process at
+work gets SIGKILL (one that decodes, or the actor that encodes), and once a whole node goes away. Stages: decoding, face
+tracking, and a stand-in of a network (`tests.corpora.preparation_fakes.Mean`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from benchmarks.record import write_record
+from corpora.preparation.job import prepare
+from engine.config import load
+from engine.errors import run_cli
+from tests.trials.prepare_kill_test import clips_done, files_of
+
+PER_SHARD = 8
+NODES = 3
+
+
+def settings(args: argparse.Namespace, output: Path, *more: str) -> DictConfig:
+    """Decoding, face tracking and the stand-in: other stages take long to load, and a killed process loads anew."""
+    words = [f"source.root={args.root}", f"splits=[{args.split}]", f"output={output}", f"limit={args.clips}"]
+    words += ["device=cpu", f"clips_per_shard={PER_SHARD}", *more]
+    config = load("prepare", words, "")
+    stages = {name: config.stages[name] for name in ("decode", "face")}
+    config.stages = stages | {"mean": {"use": True, "_target_": "tests.corpora.preparation_fakes.Mean"}}
+    return config
+
+
+def processes_at_work(parent: int) -> list[tuple[int, str]]:
+    """(id, title) of the Ray processes below this one that run a task or an actor."""
+    children: dict[int, list[tuple[int, str]]] = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            own = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            title = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        except OSError:
+            continue
+        children.setdefault(own, []).append((int(path.name), title))
+    found, waiting = [], [parent]
+    while waiting:
+        for pid, title in children.get(waiting.pop(), []):
+            waiting.append(pid)
+            if title.startswith("ray::") and "IDLE" not in title and "Agent" not in title:
+                found.append((pid, title))
+    return found
+
+
+def killer(cluster, nodes: list, output: Path, kills: int, until: float, log: list[dict]) -> None:
+    """Kill after each further clip or two, until `kills` are done or the time is up."""
+    draw, node_at, goal = random.Random(0), kills // 2, 1
+    while len(log) < kills and time.monotonic() < until:
+        time.sleep(0.2)
+        if clips_done(output, PER_SHARD) < goal:
+            continue
+        if len(log) == node_at:
+            cluster.remove_node(nodes.pop(), allow_graceful=False)
+            what = "a node"
+        else:
+            there = processes_at_work(os.getpid())
+            if not there:
+                continue
+            pid, what = draw.choice(there)
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        log.append({"killed": what, "clips_done": clips_done(output, PER_SHARD)})
+        print(f"killed {what} with {log[-1]['clips_done']} clips done", flush=True)
+        goal = clips_done(output, PER_SHARD) + draw.randint(1, 2)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, required=True, help="a synthetic corpus")
+    parser.add_argument("--split", default="unseen")
+    parser.add_argument("--clips", type=int, default=40)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--minutes", type=float, default=60.0, help="no kills after so long (default: %(default)s)")
+    parser.add_argument("--record", type=Path, help="folder that gets a dated JSON of the result")
+    args = parser.parse_args()
+    import ray
+    from ray.cluster_utils import Cluster
+
+    work = Path(tempfile.mkdtemp())
+    start = time.monotonic()
+    small = {"object_store_memory": 100 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
+    nodes, log = [cluster.add_node(num_cpus=1, **small) for _ in range(NODES)], []
+    on_ray = ["executor=ray", f"ray.address={cluster.address}", "ray.batch=2"]
+    until = start + 60 * args.minutes
+    thread = threading.Thread(
+        target=killer, args=(cluster, nodes, work / "killed", args.kills, until, log), daemon=True
+    )
+    thread.start()
+    prepare(settings(args, work / "killed", *on_ray))
+    seconds = time.monotonic() - start
+    ray.shutdown()
+    cluster.shutdown()
+    prepare(settings(args, work / "whole", "workers=2"))
+    ours, theirs = files_of(work / "killed"), files_of(work / "whole")
+    different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    result = {
+        "clips": args.clips,
+        "kills": log,
+        "files": len(theirs),
+        "bytes": sum(map(len, theirs.values())),
+        "different_files": different,
+        "seconds": round(seconds, 1),
+    }
+    print(result)
+    if args.record is not None:
+        what = f"Preparation on a Ray cluster of {NODES} nodes, processes and a node killed, against one of processes"
+        write_record(args.record, "preparation-ray-kills", what, result)
+    shutil.rmtree(work)
+    return 0 if log and not different else 1
+
+
+if __name__ == "__main__":
+    run_cli(main)
