@@ -4,8 +4,8 @@
 
 The shards hold what the recipe reads, in the shapes of the released encoders and codecs, with random values. Recipes
 run as `train.py` composes them, with a smaller batch and in float32; `talker_paper` and `talker_released` without
-their warm start, `lia_x_paper` without its perceptual loss, but with recomputed activations. `frozen` names the
-networks that ran in a step and are not trained: HiCoDiT and Talker-T2AV have none, as the shards hold their features.
+their warm start, `lia_x_paper` without its perceptual loss, but in bf16 and with recomputed activations. `frozen` names
+the networks that ran in a step and are not trained: HiCoDiT and Talker-T2AV have none, as shards hold their features.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from lia_x.data import pack_portraits
 from rvq_codec import RVQCodec, RVQCodecConfig
 
 LEAST = {"clips": 1}
+HALF = "trainer.precision=bf16"
 CLIPS = 4  # of the made-up split
 SECONDS = {
     "hicodit": 7.8,
@@ -80,7 +81,7 @@ RECIPES: dict[str, tuple[Callable[..., dict[str, Tensor]], list[str]]] = {
     "whisperx_vae_paper": (sound_clip, ["task.whisper=WHISPER"]),
     "lia_x_paper": (
         picture_clip,
-        ["task.weights.perceptual=0", "task.vgg=null", "data.needs=null", "trainer.checkpointing=true"],
+        ["task.weights.perceptual=0", "task.vgg=null", "data.needs=null", "trainer.checkpointing=true", HALF],
     ),
 }
 
@@ -125,7 +126,7 @@ def two_steps(name: str, clips: int, device: str) -> dict[str, Any]:
         ]
         small = ["trainer=cpu", "trainer.precision=fp32", f"trainer.batch_size={clips}", "trainer.batch_tokens=null"]
         common = [f"experiment={name}", "data=shards", f"data.root={folder / 'shards'}", f"trainer.device={device}"]
-        config = load("train", [*common, *words, *small, "trainer.ema_decay=0", f"run={folder / 'run'}"], "")
+        config = load("train", [*common, *small, *words, "trainer.ema_decay=0", f"run={folder / 'run'}"], "")
         torch.manual_seed(config.trainer.seed)
         trainer = Trainer(
             build(config.task),
@@ -165,7 +166,8 @@ def timed_step(trainer: Trainer, number: int) -> tuple[dict[str, float], float]:
     stop("data")
     for part, optimiser in trainer.optimisers.items():
         trainer.task.zero_grad(set_to_none=True)
-        loss = trainer.parallel.losses(batch, part)["loss"]
+        with torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.config.precision == "bf16"):
+            loss = trainer.parallel.losses(batch, part)["loss"]
         stop("forward")
         loss.backward()
         stop("backward")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -67,8 +68,12 @@ def run(job: dict) -> None:
 
 if __name__ == "__main__":
     distributed.init("cpu")
-    for each in json.loads(sys.argv[1]):
-        os.environ["LOCAL_WORLD_SIZE"] = str(each["node"])
-        run(each)
-    distributed.shutdown()
-    distributed.exit_process(0)  # threads of gloo that are left would sometimes abort a normal end
+    try:  # both ends are at once, as in train.py: threads of gloo that are left would sometimes abort a normal one
+        for each in json.loads(sys.argv[1]):
+            os.environ["LOCAL_WORLD_SIZE"] = str(each["node"])
+            run(each)
+        distributed.shutdown()
+    except Exception:
+        traceback.print_exc()
+        distributed.exit_process(1)
+    distributed.exit_process(0)
