@@ -35,11 +35,12 @@ def test_workers_of_an_evaluation_end_when_it_is_killed(tmp_path):
     (tmp_path / "killed.py").write_text(KILLED)
     command = [sys.executable, str(tmp_path / "killed.py")]
     path = os.pathsep.join(sys.path)
-    with (tmp_path / "said.txt").open("w") as said:  # a pipe would stay open as long as a worker lives
-        ended = subprocess.run(command, stdout=said, stderr=said, env=os.environ | {"PYTHONPATH": path}, timeout=120)
-    said = (tmp_path / "said.txt").read_text()
-    assert ended.returncode == -signal.SIGKILL, said
-    workers = [int(word) for word in said.split()]
+    said, warned = tmp_path / "said.txt", tmp_path / "warned.txt"  # a pipe would stay open as long as a worker lives
+    with said.open("w") as out, warned.open("w") as err:  # apart: multiprocessing's own warnings may come between
+        ended = subprocess.run(command, stdout=out, stderr=err, env=os.environ | {"PYTHONPATH": path}, timeout=120)
+    assert ended.returncode == -signal.SIGKILL, warned.read_text()
+    workers = [int(word) for word in said.read_text().split()]
+    assert workers
     end = time.monotonic() + 10
     while any(map(is_alive, workers)):
         assert time.monotonic() < end, "workers are left"
