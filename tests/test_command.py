@@ -45,7 +45,7 @@ def test_progress_and_times_that_add_up(tmp_path, model):
     stages = {name: float(seconds) for name, seconds in re.findall(r"(\w+) ([\d.]+) s", second)}
     assert {"loading", "reading", "faces", "conditions", "sampling", "decoding", "writing"} <= stages.keys()
     assert sum(stages.values()) == pytest.approx(said, abs=0.06 * len(stages))  # rounded to 0.1 s
-    assert said == pytest.approx(wall, rel=0.03, abs=0.15) and stages["other"] < 0.05 * wall + 0.1
+    assert said == pytest.approx(wall, rel=0.03, abs=0.5) and stages["other"] < 0.05 * wall + 0.5
     assert re.search(r"silent\.mp4.*: finding the face: \d+ frames, [\d.]+ frames/s", done.stderr), done.stderr
 
 
