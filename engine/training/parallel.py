@@ -62,7 +62,7 @@ class ParallelTask:
             self._fill(weights, device)
         elif distributed.world_size() > 1:
             # Buffers are sent by the trainer: DDP would overwrite those that a stored result's backward needs.
-            self._losses = DistributedDataParallel(
+            self._losses = _SteadyDDP(
                 self._losses,
                 find_unused_parameters=task.has_idle_parameters(),
                 broadcast_buffers=False,
@@ -275,6 +275,27 @@ def _filled(spare: Task, weights: dict[str, Tensor], task: Task) -> Iterator[Non
     finally:
         for p in parameters.values():
             torch.utils.swap_tensors(p, _empty(p))
+
+
+class _SteadyDDP(DistributedDataParallel):
+    """DDP whose buckets stay as they are.
+
+    In which order three or more processes are added up depends on a gradient's place in its bucket, and PyTorch lays
+    out the buckets anew after the first step: the first step of a run that resumes would differ in last digits from
+    that of an unbroken one. Here they are laid out for good before it, the last parameters first, as the backward pass
+    comes to them.
+    """
+
+    def __init__(self, module: nn.Module, **options: Any):
+        super().__init__(module, **options)
+        self.reducer._push_all_rebuilt_params()
+        self.reducer._rebuild_buckets()  # with `find_unused_parameters` nothing happens, as these never change
+
+    def _build_params_for_reducer(self) -> tuple[list[nn.Parameter], list[bool]]:
+        parameters, sparse = super()._build_params_for_reducer()
+        if not self.find_unused_parameters:  # those are reversed by PyTorch
+            parameters, sparse = parameters[::-1], sparse[::-1]
+        return parameters, sparse
 
 
 class _Opaque:

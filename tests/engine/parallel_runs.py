@@ -20,6 +20,7 @@ from engine.training import distributed
 from engine.training.ema import _local
 from engine.training.trainer import Trainer
 from tests.lia_x.test_liax_task import WEIGHTS, make_task
+from tests.trials.kill_test import Autoencoder, Vectors
 
 
 class Pairs(ToySet):
@@ -39,6 +40,7 @@ def lia_x():
 
 TASKS = {
     "blocks": lambda: (ToyBlocks(), ToySet()),
+    "autoencoder": lambda: (Autoencoder(), Vectors()),
     "lia_x": lia_x,
     "measured": lambda: (ToyMeasured(), ToySet()),
     "failing": lambda: (ToyMeasured(fails=1), ToySet()),

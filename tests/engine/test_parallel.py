@@ -126,6 +126,15 @@ def test_two_machines_of_two_processes_do_too(runs):
     assert_equal_runs(runs / "one", runs / "2x2")
 
 
+@pytest.mark.slow
+def test_three_processes_go_on_to_the_last_bit(tmp_path):
+    """In which order DDP adds up three gradients must not depend on how long a run has been going on."""
+    jobs = [(tmp_path / "whole", 6), (tmp_path / "parts", 2), (tmp_path / "parts", 6)]
+    together(3, [job(run, 3, steps=steps, accumulate=1) | {"task": "autoencoder"} for run, steps in jobs])
+    whole, parts = released(tmp_path / "whole"), released(tmp_path / "parts")
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
 def test_half_precision_shards_as_copies_do(runs):
     assert_equal_runs(runs / "ddp_bf16", runs / "fsdp_bf16", tolerance=0.02)
     assert not torch.equal(losses(runs / "one"), losses(runs / "fsdp_bf16"))

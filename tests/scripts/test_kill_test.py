@@ -1,4 +1,4 @@
-"""The kill test with a few kills, and what a scheduler sees; 50 kills are in benchmarks/."""
+"""The kill test with a few kills, and what a scheduler sees; 100 kills are in benchmarks/."""
 
 import json
 import os
@@ -17,13 +17,13 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT /
 
 
 @pytest.mark.slow
-def test_killed_five_ways_the_run_ends_as_the_unbroken_one(tmp_path):
+def test_killed_seven_ways_the_run_ends_as_the_unbroken_one(tmp_path):
     command = [
         sys.executable,
         "-m",
         "tests.trials.kill_test",
         "--kills",
-        "5",
+        "7",
         "--pause",
         "0.5",
         "--folder",

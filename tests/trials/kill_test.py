@@ -1,17 +1,20 @@
 """Kills a short training repeatedly at random moments, and compares the result with that of an uninterrupted run.
 
-    python -m tests.trials.kill_test --kills 50
+    python -m tests.trials.kill_test --kills 100 --nodes 2 --ranks 4
 
 The run uses `engine.training.trainer` in `--ranks` processes over gloo, with a checkpoint every few steps, validation,
-and the best checkpoint kept. There are five kinds of kill; after each, the same group of processes is started again:
+and the best checkpoint kept. There are seven kinds of kill; after each, the same group of processes is started again:
 
     group     SIGKILL to all processes
+    node      SIGKILL to all processes of one of the `--nodes`; the others have to exit by themselves
     rank      SIGKILL to one process; the others have to exit by themselves
-    term      SIGTERM to all processes, as a scheduler sends it
+    term      SIGTERM to all processes, as a scheduler sends it before it takes the machines away
     usr1      SIGUSR1 to one process; all have to save and exit
     disk      no file can be written any more (RLIMIT_FSIZE 0 in every process)
+    slow      every file takes half a second to reach the disk; SIGKILL to all while a checkpoint is being written
 
-Processes are forked from this one, so that a start costs no imports. Exit code 1: the results differ.
+Processes are forked from this one, so that a start costs no imports; all are on this machine, and a node is a group of
+them. Exit code 1: the results differ.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +50,11 @@ from engine.training.signals import REQUEUE
 from engine.training.task import Task
 from engine.training.trainer import Trainer
 
-KINDS = ("group", "rank", "term", "usr1", "disk")
+KINDS = ("group", "node", "rank", "term", "usr1", "disk", "slow")
 FAR = 1_000_000  # steps of a run that is killed
 STARTING = 0.15  # share of kills that may fall before the first step after a start
 TIMEOUT = 120.0  # seconds in which a group has to start or to exit
+SLOW = 0.5  # seconds that a file takes to reach a slow disk
 
 
 class Vectors:
@@ -106,7 +112,7 @@ def train(run: str, steps: int) -> int:
 class Group:
     """Processes of one run, forked from here as torchrun would start them."""
 
-    def __init__(self, run: Path, steps: int, ranks: int, output: int):
+    def __init__(self, run: Path, steps: int, ranks: int, output: int, slow_disk: bool = False):
         sys.stdout.flush(), sys.stderr.flush()
         with socket.socket() as free:
             free.bind(("localhost", 0))
@@ -119,6 +125,8 @@ class Group:
                 where = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": ranks, "RANK": rank}
                 os.environ.update({key: str(value) for key, value in where.items()})
                 code = 1
+                if slow_disk:
+                    os.fsync = partial(_sync_slowly, os.fsync)
                 try:
                     run_cli(lambda: train(str(run), steps))
                 except SystemExit as leaving:
@@ -150,6 +158,11 @@ class Group:
         return codes
 
 
+def _sync_slowly(sync: Callable[[int], None], file: int) -> None:
+    time.sleep(SLOW)
+    sync(file)
+
+
 def last_step(run: Path) -> int:
     """Last step in the log; a record that was cut short does not count."""
     try:
@@ -158,38 +171,50 @@ def last_step(run: Path) -> int:
         return 0
 
 
-def wait_for_step(run: Path) -> None:
-    """Wait until a group that was just started has done a step."""
-    begin, log = time.time(), run / "log.jsonl"
-    while not (log.exists() and log.stat().st_mtime > begin):
-        if time.time() - begin > TIMEOUT:
+def wait_for(what: Callable[[], bool]) -> None:
+    begin = time.monotonic()
+    while not what():
+        if time.monotonic() - begin > TIMEOUT:
             raise UserError("the group does not train; see the output")
         time.sleep(0.02)
 
 
-def kill(kind: str, group: Group, chance: random.Random) -> None:
-    one = [chance.choice(group.processes)]
+def wait_for_step(run: Path) -> None:
+    """Wait until a group that was just started has done a step."""
+    begin, log = time.time(), run / "log.jsonl"
+    wait_for(lambda: log.exists() and log.stat().st_mtime > begin)
+
+
+def kill(kind: str, group: Group, nodes: int, chance: random.Random) -> None:
+    one, each = [chance.choice(group.processes)], len(group.processes) // nodes
+    first = each * chance.randrange(nodes)
     if kind == "disk":
         for process in group.processes:
             resource.prlimit(process, resource.RLIMIT_FSIZE, (0, 0))
-    elif kind in ("group", "rank"):
-        group.signal(signal.SIGKILL, one if kind == "rank" else None)
-    else:
+    elif kind in ("term", "usr1"):
         group.signal(signal.SIGTERM if kind == "term" else signal.SIGUSR1, one if kind == "usr1" else None)
+    else:
+        some = {"rank": one, "node": group.processes[first : first + each]}
+        group.signal(signal.SIGKILL, some.get(kind))
 
 
-def train_with_kills(run: Path, kills: int, ranks: int, pause: float, seed: int, sink: subprocess.Popen) -> list[dict]:
+def train_with_kills(
+    run: Path, kills: int, nodes: int, ranks: int, pause: float, seed: int, sink: subprocess.Popen
+) -> list[dict]:
     """Train, killed `kills` times; returns the events."""
     chance, events = random.Random(seed), []
     kinds = [KINDS[i % len(KINDS)] for i in range(kills)]
     chance.shuffle(kinds)
     for number, kind in enumerate(kinds, 1):
         begin = time.monotonic()
-        group = Group(run, FAR, ranks, sink.stdin.fileno())
-        if chance.random() > STARTING:
+        slow = kind == "slow"
+        group = Group(run, FAR, ranks, sink.stdin.fileno(), slow)
+        if chance.random() > STARTING or slow:
             wait_for_step(run)
         time.sleep(chance.uniform(0, pause))
-        kill(kind, group, chance)
+        if slow:
+            wait_for(lambda: any((run / "checkpoints").glob(".step-*.writing")))
+        kill(kind, group, nodes, chance)
         codes = group.wait(TIMEOUT)
         reached = last_step(run)
         saved = checkpoint.newest(run / "checkpoints", lambda line: print(line, flush=True))
@@ -228,6 +253,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="default: %(default)s")
     parser.add_argument("--ranks", type=int, default=2, help="processes of the group")
+    parser.add_argument("--nodes", type=int, default=2, help="equal parts of the group, one of which `node` kills")
     parser.add_argument("--pause", type=float, default=1.5, help="most seconds from the first step to the kill")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and of the order of the kinds")
     parser.add_argument("--folder", type=Path, help="keep the runs here (default: a temporary folder)")
@@ -237,6 +263,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.worker:
         return train(str(args.worker), args.worker_steps)
+    if not 1 <= args.nodes <= args.ranks or args.ranks % args.nodes:
+        raise UserError(f"--nodes={args.nodes} does not divide the {args.ranks} processes of --ranks")
     with tempfile.TemporaryDirectory() as temporary:
         root = args.folder or Path(temporary)
         root.mkdir(parents=True, exist_ok=True)
@@ -247,7 +275,7 @@ def main() -> int:
         with (root / "output.txt").open("wb") as output:
             # Through a pipe: the training's output must be kept even when it can write no file.
             sink = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=output, start_new_session=True)
-            events = train_with_kills(one, args.kills, args.ranks, args.pause, args.seed, sink)
+            events = train_with_kills(one, args.kills, args.nodes, args.ranks, args.pause, args.seed, sink)
             steps = last_step(one) + 25
             train_uninterrupted(one, steps, args.ranks, sink)
             train_uninterrupted(two, steps, args.ranks, sink)
@@ -272,7 +300,7 @@ def main() -> int:
             write_record(
                 args.record,
                 "training-kills",
-                f"{args.kills} kills of a run of {args.ranks} processes, against an uninterrupted run",
+                f"{args.kills} kills of {args.ranks} processes on {args.nodes} nodes, against an uninterrupted run",
                 results,
             )
     return 1 if found else 0
