@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from engine.codec import Codec, load_codec
-from engine.evaluation.validation import measure_waves, words_by
+from engine.evaluation.shares import figures_of
+from engine.evaluation.validation import measure_clips, words_by
 from engine.files import atomic_output
 from engine.media.corpus import load_clips
 from engine.metrics.speaker import GE2EEncoder
@@ -45,14 +46,14 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict, str]]:
     rate, texts, true = codec.sample_rate, [clip.text for clip in clips], [clip.wave for clip in clips]
     grammar = args.corpus / "grammar.jsgf"
     recogniser = args.recogniser or (grammar if grammar.is_file() else None)
-    encoder = GE2EEncoder()
+    protocols, encoder = words_by(recogniser), GE2EEncoder()
     voices = np.stack([encoder.embed(wave, rate) for wave in true])  # (clips, 256), unit length
     heard = np.array([prosody(wave, rate) for wave in true])  # (clips, 2)
     codes = [encode(codec, wave, args.device) for wave in true]
     rows = []
     for levels in args.levels or range(1, codec.levels + 1):
         waves = [decode(codec, code[:levels]) for code in track(codes, len(codes), "clips")]
-        figures = measure_waves(WORDS, texts, waves, true, rate, words_by(recogniser), device=str(args.device))
+        figures = figures_of([measure_clips(WORDS, texts, waves, true, rate, protocols, device=str(args.device))])
         vectors = np.stack([encoder.embed(wave, rate) for wave in waves])
         figures["voice_similarity"] = float(np.mean(np.sum(vectors * voices, 1)))
         made = np.array([prosody(wave, rate) for wave in waves])

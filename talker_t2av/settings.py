@@ -29,8 +29,8 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 @dataclass(frozen=True)
-class Job:
-    """What to generate from which files; a field for each setting of the command line and of a line of JSONL.
+class JobFields:
+    """What to generate from which files: settings of the command line and of a line of JSONL.
 
     Attributes:
         mode: t2av, tts, a2v or v2a.
@@ -67,6 +67,11 @@ class Job:
     max_seconds: float | None = bounded(0.16, 30.0, default=None)
     compat: str = "paper"
     seed: int = bounded(*SEEDS, default=0)
+
+
+@dataclass(frozen=True)
+class Job(JobFields):
+    """`JobFields` that fit together."""
 
     def __post_init__(self) -> None:
         for own in fields(self):
@@ -170,31 +175,16 @@ class SamplingOverrides:
     text_bytes: int | None = None
 
 
-@dataclass
-class InferConfig:
+@dataclass(frozen=True)
+class InferConfig(JobFields):
     """Types of configs/infer_talker.yaml; what each field means stands there."""
 
     model: str = "talker_t2av"
-    mode: str = "t2av"
-    text: str = ""
-    reference_audio: str | None = None
-    reference_video: str | None = None
-    reference_motion: str | None = None
-    reference_text: str = ""
-    audio: str | None = None
-    video: str | None = None
-    crop: str = "face"
-    face_box: str | None = None
     jobs: str | None = None
     name: str | None = None
     output: str = ""
     weights: str | None = None
     codecs: CodecFolders = field(default_factory=CodecFolders)
-    prefix_seconds: float = 0.0
-    min_seconds: float = 0.16
-    max_seconds: float | None = None
-    compat: str = "paper"
-    seed: int = 0
     device: str = "auto"
     precision: str = "auto"
     compile: bool = False
@@ -204,7 +194,7 @@ class InferConfig:
     limits: Limits = field(default_factory=Limits)
 
 
-JOB_FIELDS = {f.name for f in fields(Job)}
+JOB_FIELDS = {own.name for own in fields(JobFields)}
 
 
 def read_settings(config: DictConfig) -> tuple[InferConfig, list[tuple[str, Job | UserError]]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import UserError
-from engine.evaluation.shares import ByClip, figures_of
+from engine.evaluation.shares import ByClip
 from engine.evaluation.statistics import ratio
 from engine.metrics.metric import Sound, Take, Unavailable
 from engine.metrics.registry import metrics_of
@@ -24,20 +24,6 @@ def words_by(recogniser: str | Path | None) -> dict[str, str]:
     if recogniser is None:
         return {}
     return {"wer": f"{'whisper-medium' if Path(recogniser).is_dir() else 'grammar'}:{recogniser}"}
-
-
-def measure_waves(
-    figures: Sequence[str],
-    texts: Sequence[str],
-    waves: Sequence[np.ndarray],
-    truths: Sequence[np.ndarray] | None,
-    rate: int,
-    protocols: Mapping[str, str] | None = None,
-    weights: Path = WEIGHTS,
-    device: str = "cpu",
-) -> dict[str, float]:
-    """`measure_clips` as figures."""
-    return figures_of([measure_clips(figures, texts, waves, truths, rate, protocols, weights, device)])
 
 
 def ratio_of(pairs: Sequence[tuple[float, float]]) -> float:
@@ -56,7 +42,7 @@ def measure_clips(
     device: str = "cpu",
     numbers: Sequence[int] | None = None,
 ) -> dict[str, ByClip]:
-    """Figures of clips, as ratios: a word error rate of 0.1 is 10 %.
+    """Figures of clips, as ratios: a word error rate of 0.1 is 10 %. `figures_of` makes one of all clips.
 
     A figure whose package or network is missing is left out, with one line. A clip that cannot be measured is, too.
 

@@ -9,6 +9,7 @@ import pytest
 
 from engine.errors import UserError
 from engine.evaluation import validation
+from engine.evaluation.shares import figures_of
 from engine.metrics.metric import Figure, Metric
 from engine.metrics.pesq import pesq_score
 from engine.metrics.recogniser import CorpusRecogniser, Recogniser, word_error_rate
@@ -200,5 +201,6 @@ def test_a_figure_that_only_some_clips_have(monkeypatch):
             return {"wer" if take.text == "closed" else "wer_free": (1, 4)}
 
     monkeypatch.setattr(validation, "metrics_of", lambda figures: {Words: list(figures)})
-    found = validation.measure_waves(["wer", "wer_free"], ["free", "closed", "free"], [np.zeros(240)] * 3, None, 24_000)
-    assert found == {"wer": 0.25, "wer_free": 0.25}
+    names, texts = ["wer", "wer_free"], ["free", "closed", "free"]
+    found = validation.measure_clips(names, texts, [np.zeros(240)] * 3, None, 24_000)
+    assert figures_of([found]) == {"wer": 0.25, "wer_free": 0.25}
