@@ -259,16 +259,27 @@ def change_figures(
         for name, waves in versions.items():
             cuts = [waves[i][int(part[0][0] * rate) : int(part[-1][1] * rate)] for part in parts]
             measured[name].append([prosody(cut, rate) for cut in cuts])
-    shown = np.array([[rows[i]["expressions"][0], rows[i]["expressions"][-1]] for i in changing])
-    true = np.array(measured["clean"])
-    means = {expression: true[shown == expression].mean(0) for expression in np.unique(shown)}
-    expected = np.array([means[second] - means[first] for first, second in shown])
+    expected = expected_moves([rows[i] for i in changing], np.array(measured["clean"]))
     figures: dict[str, float] = {"clips_that_change": len(changing)}
     for version, values in measured.items():
         right = np.mean(np.sign(np.diff(values, axis=1)[:, 0]) == np.sign(expected), 0)
         for name, share in zip(("pitch_range", "energy"), right):
             figures["_".join(filter(None, (name, "changes_rightly", version)))] = float(share)
     return figures
+
+
+def expected_moves(rows: Sequence[Mapping], true: np.ndarray) -> np.ndarray:
+    """How pitch range and energy should change (clips, 2) in clips whose expression changes.
+
+    Args:
+        true: pitch range and energy of the true clips before and after the change, (clips, 2 parts, 2 figures).
+
+    Returns:
+        The difference of the means over all parts with the clip's second and first expression.
+    """
+    shown = np.array([[row["expressions"][0], row["expressions"][-1]] for row in rows])
+    means = {expression: true[shown == expression].mean(0) for expression in np.unique(shown)}
+    return np.array([means[second] - means[first] for first, second in shown])
 
 
 def _shuffle_within(kinds: Sequence[bool], rng: np.random.Generator) -> np.ndarray:

@@ -13,15 +13,24 @@ from engine.optional import require_librosa
 
 FPS = 25  # video frames a second
 WINDOW = 0.01  # seconds of a power measurement
+PITCH_HOP = 0.016  # seconds of a frame of `pitch`
 DROP = 30.0  # dB below the loudest moment: what is quieter is not speech
 
 
 def prosody(wave: np.ndarray, rate: int) -> tuple[float, float]:
     """(pitch range in semitones between the 10th and 90th percentile, mean power in dB) of a wave (N,) at `rate` Hz."""
-    f0 = pitch(wave, rate)
+    return pitch_range(pitch(wave, rate)), energy(wave)
+
+
+def pitch_range(f0: np.ndarray) -> float:
+    """Semitones between the 10th and 90th percentile of the voiced frames of a pitch (F,); 0 with fewer than five."""
     voiced = f0[f0 > 0]
-    spread = 12 * np.log2(np.percentile(voiced, 90) / np.percentile(voiced, 10)) if len(voiced) > 4 else 0.0
-    return float(spread), float(10 * np.log10(np.mean(np.square(wave)) + 1e-10))
+    return float(12 * np.log2(np.percentile(voiced, 90) / np.percentile(voiced, 10))) if len(voiced) > 4 else 0.0
+
+
+def energy(wave: np.ndarray) -> float:
+    """Mean power of a wave (N,) in dB."""
+    return float(10 * np.log10(np.mean(np.square(wave)) + 1e-10))
 
 
 def pitch(wave: np.ndarray, rate: int, floor: float = 60.0, ceiling: float = 500.0) -> np.ndarray:

@@ -114,7 +114,8 @@ def card(release: Release, info: Mapping[str, Any], results: Mapping[str, float]
         rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in sorted(results.items()))
         parts.append(f"## Results\n\nLast validation of the run{late}, averaged weights:\n\n| | |\n|---|---|\n{rows}")
     if data:
-        made = "".join(f"    python {' '.join(map(str, command))}\n" for command in data.get("make") or ())
+        commands = filter(None, (data.get("make") or {}).values())
+        made = "".join(f"    python {' '.join(map(str, command))}\n" for command in commands)
         source = (data.get("train") or {}).get("_target_", "")
         root = f", `{data['root']}`" if data.get("root") else ""
         parts.append(f"## Data\n\n`{source}`{root}." + (f" Made with\n\n{made}" if made else ""))

@@ -27,7 +27,7 @@ RECORD = {
     "data": {
         "root": "data/toys",
         "train": {"_target_": "toys.Set"},
-        "make": [["scripts/make.py", "--out", "data/toys"]],
+        "make": {"toys": ["scripts/make.py", "--out", "data/toys"], "words": None},
     },
     "trainer": CONFIG,
 }
