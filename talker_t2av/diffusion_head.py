@@ -2,6 +2,9 @@
 
 Axes: N examples (2 B rows while sampling with guidance), C channels, P frames of a patch, K context frames, D width,
 G width of the global condition, n solver steps.
+
+A student (`talker_t2av.distill`) takes the guidance scale and the length of the solver's step as inputs: it gives the
+mean guided velocity over the step, in one evaluation.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.errors import UserError
 from talker_t2av.flow_matching import (
     DROP_COND,
     DROP_MU,
@@ -50,11 +54,38 @@ class TimeMLP(nn.Module):
         return self.linear_2(F.silu(self.linear_1(time_features(u, self.linear_1.in_features))))
 
 
+class StepMLP(nn.Module):
+    """A guidance scale and a step's length (N,), both from 0 to 1, to a vector (N, D), which is zero at first."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(2 * width, width)
+        self.linear_2 = nn.Linear(width, width)
+        nn.init.zeros_(self.linear_2.weight)
+        nn.init.zeros_(self.linear_2.bias)
+
+    def forward(self, guidance: Tensor, length: Tensor) -> Tensor:
+        width = self.linear_2.in_features
+        features = torch.cat([time_features(guidance, width), time_features(length, width)], -1)
+        return self.linear_2(F.silu(self.linear_1(features)))
+
+
 class DiffusionHead(nn.Module):
-    """Velocity of a noisy patch. The sequence is [mu + time; global condition; context frames; patch]."""
+    """Velocity of a noisy patch. The sequence is [mu + time; global condition; context frames; patch].
+
+    Args:
+        student: with the inputs of a student.
+    """
 
     def __init__(
-        self, channels: int, global_dim: int, width: int, layers: int, heads: int, max_positions: int = 1024
+        self,
+        channels: int,
+        global_dim: int,
+        width: int,
+        layers: int,
+        heads: int,
+        max_positions: int = 1024,
+        student: bool = False,
     ) -> None:
         super().__init__()
         self.in_proj = nn.Linear(channels, width)
@@ -63,6 +94,8 @@ class DiffusionHead(nn.Module):
         self.out_proj = nn.Linear(width, channels)
         self.time_mlp = TimeMLP(width)
         self.delta_time_mlp = TimeMLP(width)
+        if student:
+            self.step_mlp = StepMLP(width)
         self.decoder = Transformer(width, width, layers, heads, max_positions)
 
     def time(self, t: Tensor, dt: Tensor | None = None) -> Tensor:
@@ -108,17 +141,48 @@ class FlowHead(nn.Module):
 
     Args:
         drop_mu, drop_cond: training probabilities of an example without mu, without context frames.
+        limit: the largest guidance scale of a student, whose estimator takes it as an input; None: it is no student.
     """
 
-    def __init__(self, estimator: DiffusionHead, drop_mu: float = DROP_MU, drop_cond: float = DROP_COND) -> None:
+    def __init__(
+        self,
+        estimator: DiffusionHead,
+        drop_mu: float = DROP_MU,
+        drop_cond: float = DROP_COND,
+        limit: float | None = None,
+    ) -> None:
         super().__init__()
-        self.estimator, self.drop_mu, self.drop_cond = estimator, drop_mu, drop_cond
+        self.estimator, self.drop_mu, self.drop_cond, self.limit = estimator, drop_mu, drop_cond, limit
 
-    def schedule(self, steps: int = 10, sway: float = 1.0) -> Schedule:
-        """A schedule of `steps` steps; one serves all patches of an utterance. sway: see `solver_times`."""
+    def schedule(self, steps: int = 10, sway: float = 1.0, guidance: float = 1.0) -> Schedule:
+        """A schedule of `steps` steps; one serves all patches of an utterance. sway: see `solver_times`.
+
+        Args:
+            guidance: for a student; others take it in `sample`.
+
+        Raises:
+            UserError: a student did not learn this guidance.
+        """
         net, times = self.estimator, solver_times(steps, sway)
-        vectors = net.time(times[:-1].to(net.in_proj.weight.device))
+        device = net.in_proj.weight.device
+        vectors = net.time(times[:-1].to(device))
+        if self.limit is not None:
+            if not 1 <= guidance <= self.limit:
+                raise UserError(f"sampling.guidance={guidance:g}: this model learned scales from 1 to {self.limit:g}")
+            lengths = (times[:-1] - times[1:]).to(device)
+            vectors = vectors + net.step_mlp(torch.full_like(lengths, guidance / self.limit), lengths)
         return Schedule(times, step_lengths(times), F.linear(vectors, net.decoder.input_proj.weight.float()))
+
+    def mean_velocity(
+        self, x: Tensor, mu: Tensor, t: Tensor, length: Tensor, guidance: Tensor, cond: Tensor, global_cond: Tensor
+    ) -> Tensor:
+        """A student's velocity (N, C, P) over steps from t down to t - length, with guidance; these are (N,).
+
+        x (N, C, P), mu (N, D), cond (N, C, K), global_cond (N, G).
+        """
+        net = self.estimator
+        vector = net.time(t) + net.step_mlp(guidance / self.limit, length)
+        return net.denoise(x, net.decoder.input_proj(mu + vector), net.context(cond, global_cond))
 
     def branches(
         self, mu: Tensor, cond: Tensor, global_cond: Tensor, schedule: Schedule, unconditional: bool
@@ -158,9 +222,11 @@ class FlowHead(nn.Module):
             global_cond: (B, G) speaker embedding or first motion frame.
             noise: (B, C, P) standard normal, scaled here by `temperature`.
             schedule: the solver's times, from `schedule`.
-            guidance: at 1 the unconditional branch is not evaluated.
-            zero_star: CFG-Zero*, see `guide`; it also leaves out the first steps.
+            guidance: at 1 the unconditional branch is not evaluated. A student takes that of `schedule`.
+            zero_star: CFG-Zero*, see `guide`; it also leaves out the first steps. A student has learned both.
         """
+        if self.limit is not None:
+            guidance, zero_star = 1.0, False
         evaluate = self.branches(mu, cond, global_cond, schedule, guidance != 1)
 
         def velocity(x: Tensor, i: int) -> Tensor:

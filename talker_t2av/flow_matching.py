@@ -34,8 +34,8 @@ def zero_steps(steps: int) -> int:
     return max(1, math.floor(ZERO_SHARE * (steps + 1)))
 
 
-def guide(conditional: Tensor, unconditional: Tensor, guidance: float, zero_star: bool = True) -> Tensor:
-    """Classifier-free guidance a v_u + g (v_c - a v_u) of velocities (B, C, P).
+def guide(conditional: Tensor, unconditional: Tensor, guidance: float | Tensor, zero_star: bool = True) -> Tensor:
+    """Classifier-free guidance a v_u + g (v_c - a v_u) of velocities (B, C, P), g a number or (B, 1, 1).
 
     With `zero_star`, a is each sample's projection of v_c on v_u (CFG-Zero*); else 1.
     """

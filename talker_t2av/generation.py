@@ -217,7 +217,7 @@ class PatchLoop:
         context = {s: last_frames([getattr(r, s) for r in requests], c.context * size, size) for s in streams}
         conditions = {"speech": [r.speaker for r in requests], "motion": [r.first_motion for r in requests]}
         self.conditions = {s: torch.stack(conditions[s]) for s in streams}
-        self.schedules = {s: self.heads[s].schedule(sampling.steps) for s in streams}
+        self.schedules = {s: self.heads[s].schedule(sampling.steps, guidance=sampling.guidance) for s in streams}
         if noise is None:
             channels = {"speech": c.speech_dim, "motion": c.motion_dim}
             noise = {s: seeded_noise(requests, s, (channels[s], size), self.steps) for s in streams}

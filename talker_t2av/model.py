@@ -39,7 +39,7 @@ LLM_SIZES = {
     "vocab_size": 2**20, "hidden_size": 2**14, "intermediate_size": 2**16, "num_hidden_layers": 256,
     "num_attention_heads": 256, "num_key_value_heads": 256, "head_dim": 2**12, "max_position_embeddings": 2**20,
 }  # fmt: skip
-FLOAT32 = ("time_mlp", "delta_time_mlp", "head_stop")  # at any precision
+FLOAT32 = ("time_mlp", "delta_time_mlp", "step_mlp", "head_stop")  # at any precision
 PACKED = "packed_sdpa"  # name of our attention function in transformers' registry
 FPS = 25  # latent frames a second, speech and motion
 RATE, RATE16 = 24_000, 16_000  # samples a second of the speech codec, and of Whisper and the speaker encoders
@@ -65,6 +65,8 @@ class TalkerConfig:
     tasks: rows of the task embedding. 2, as released: V2A and A2V use T2AV's row, and a patch is drawn before the
         backbone has read the given stream's patch of the same time. 4: V2A and A2V have their own rows; slot j then
         holds patch j + 1 of the given stream, and patch 0 is added to the last token before the slots.
+    guidance_limit: the diffusion heads take guidance, up to this scale, and the step's length as inputs
+        (`talker_t2av.distill`); None: they do not.
     """
 
     llm: dict[str, Any]
@@ -87,6 +89,7 @@ class TalkerConfig:
     packed: bool = False
     tasks: int = 2
     order: str = "add"
+    guidance_limit: float | None = bounded(1.0, 20.0, default=None)
 
     def __post_init__(self) -> None:
         check_bounds(self, "model.")
@@ -145,9 +148,10 @@ class TalkerT2AV(Released):
         encoder = (width, width, c.encoder_layers, c.encoder_heads, c.max_positions)
         self.speech_patch_encoder = PatchEncoder(*encoder)
         self.motion_patch_encoder = PatchEncoder(*encoder)
-        head = (width, c.head_layers, c.head_heads, c.max_positions)
-        self.speech_cfm = FlowHead(DiffusionHead(c.speech_dim, c.speaker_dim, *head), c.drop_mu, c.drop_cond)
-        self.motion_cfm = FlowHead(DiffusionHead(c.motion_dim, c.motion_dim, *head), c.drop_mu, c.drop_cond)
+        head = (width, c.head_layers, c.head_heads, c.max_positions, c.guidance_limit is not None)
+        flow = (c.drop_mu, c.drop_cond, c.guidance_limit)
+        self.speech_cfm = FlowHead(DiffusionHead(c.speech_dim, c.speaker_dim, *head), *flow)
+        self.motion_cfm = FlowHead(DiffusionHead(c.motion_dim, c.motion_dim, *head), *flow)
         self.head_stop = StopPredictor(width)
         self.task_embedding = nn.Embedding(c.tasks, width)
         self.motion_pad_emb = nn.Parameter(torch.zeros(1, 1, width))  # replaces the motion part of a TTS token

@@ -1,0 +1,231 @@
+"""Distillation of the diffusion heads: guidance as an input, and few long solver steps in place of many short ones.
+
+A patch of the teacher takes n solver steps of two branches each. Its path from noise to data is a broken line, so that
+its mean velocity over any step of a coarser schedule is known exactly. The student begins as the teacher's conditional
+branch and learns that velocity from the point where the step begins; the guidance scale and the step's length enter
+through `diffusion_head.StepMLP` (as in progressive distillation, arXiv 2202.00512, and for the scale 2210.03142). One
+evaluation a step is left: 4 in place of 18. All but the two heads stays as it is.
+
+Axes: N examples, C channels, P frames of a patch, K context frames, D width, n solver steps, m steps of the student.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.bounds import require_range
+from engine.errors import UserError
+from engine.hub import release_folder
+from engine.seeding import generator_for
+from engine.training.task import Release
+from talker_t2av import released
+from talker_t2av.data import TalkerExamples, collate
+from talker_t2av.diffusion_head import FlowHead
+from talker_t2av.flow_matching import guide, solver_times, zero_steps
+from talker_t2av.losses import Examples, TalkerBatch, training_forward
+from talker_t2av.model import TalkerT2AV
+from talker_t2av.task import VALIDATION_BATCH, TalkerTask
+
+
+class Teacher:
+    """The frozen heads of a release, and their paths. It is no part of the task's state, nor of copies of it.
+
+    Args:
+        steps: of the solver.
+    """
+
+    def __init__(self, model: TalkerT2AV, steps: int) -> None:
+        self.heads = {"speech": deepcopy(model.speech_cfm), "motion": deepcopy(model.motion_cfm)}
+        self.steps = steps
+        for head in self.heads.values():
+            head.eval().requires_grad_(False)
+
+    def __deepcopy__(self, memo: dict) -> Teacher:
+        return self
+
+    @torch.no_grad()
+    def path(
+        self, stream: str, examples: Examples, noise: Tensor, guidance: Tensor, steps: int | None = None
+    ) -> Tensor:
+        """Where the solver comes by (n + 1, N, C, P) from noise (N, C, P), with guidance (N,); with CFG-Zero*."""
+        head = self.heads[stream].to(noise.device)
+        schedule, x = head.schedule(steps or self.steps), noise
+        evaluate = head.branches(examples.mu, examples.cond, examples.global_cond, schedule, True)
+        places, skip = [x], zero_steps(len(schedule.lengths))
+        for i, length in enumerate(schedule.lengths):
+            if i >= skip:
+                x = x - length * guide(*evaluate(x, i), guidance[:, None, None])
+            places.append(x)
+        return torch.stack(places)
+
+
+def at_times(path: Tensor, times: Tensor, wanted: Tensor) -> Tensor:
+    """Points (m + 1, N, C, P) of a broken line (n + 1, N, C, P), whose corners are at `times`, at the times `wanted`.
+
+    Both are descending, from 1 to 0, on the CPU.
+    """
+    after = torch.searchsorted(-times, -wanted).clamp(1, len(times) - 1)
+    share = (times[after - 1] - wanted) / (times[after - 1] - times[after])
+    share, after = share.to(path)[:, None, None, None], after.to(path.device)
+    return path[after - 1].lerp(path[after], share)
+
+
+def distillation_loss(
+    head: FlowHead, path: Tensor, times: Tensor, examples: Examples, guidance: Tensor, steps: int
+) -> Tensor:
+    """Squared error (scalar) of the student's mean velocity over each of `steps` steps of the teacher's path.
+
+    It is averaged over steps, examples (N may be 0), channels and frames.
+    """
+    own = solver_times(steps)
+    places, lengths = at_times(path, times, own), (own[:-1] - own[1:]).to(path)
+    target = (places[:-1] - places[1:]) / lengths[:, None, None, None]  # (m, N, C, P)
+
+    def each(value: Tensor) -> Tensor:  # (N, ...) -> (m N, ...), step by step
+        return value.expand(steps, *value.shape).flatten(0, 1)
+
+    def of_step(value: Tensor) -> Tensor:  # (m,) -> (m N,)
+        return value.repeat_interleave(len(guidance))
+
+    velocity = head.mean_velocity(
+        places[:-1].flatten(0, 1), each(examples.mu), of_step(own[:-1].to(path)), of_step(lengths), each(guidance),
+        each(examples.cond), each(examples.global_cond),
+    )  # fmt: skip
+    error = (velocity.float() - target.flatten(0, 1)).square()
+    return error.sum() / max(1, error.numel())
+
+
+class TalkerDistillTask(TalkerTask):
+    """A student of a release: only its diffusion heads learn.
+
+    Args:
+        init: the teacher: a release folder, or a folder with the released files.
+        tokenizer: as `TalkerTask` has it; None: the teacher's.
+        guidance_limit: the largest scale that the student learns, from 1 on.
+        teacher_steps: of the teacher's solver, whose result the student imitates.
+        student_steps: numbers of steps that the student learns; each batch draws one.
+        temperature_limit: factors of the noise are drawn from 0 to this.
+        sampling: defaults that the release carries; fields that are None: the teacher's, but the first `student_steps`.
+        others: as `TalkerTask` has them.
+
+    Raises:
+        UserError: there is no teacher, it is itself a student, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        init: str | None,
+        codecs: Mapping[str, str],
+        tokenizer: str | None = None,
+        guidance_limit: float = 3.0,
+        teacher_steps: int = 10,
+        student_steps: Sequence[int] = (4,),
+        temperature_limit: float = 1.0,
+        sampling: Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> None:
+        if init is None:
+            raise UserError("name the release to distil with init=FOLDER")
+        if not student_steps:
+            raise UserError("task.student_steps is empty: give one number or more, such as [4]")
+        require_range("task.teacher_steps", teacher_steps, 1, 1000)
+        for steps in student_steps:
+            require_range("task.student_steps", steps, 1, 1000)
+        require_range("task.guidance_limit", float(guidance_limit), 1.0, 20.0)
+        require_range("task.temperature_limit", float(temperature_limit), 0.0, 2.0)
+        folder = release_folder(init)
+        if (folder / "config.yaml").is_file():
+            teacher, words = TalkerT2AV.from_pretrained(init), folder
+        else:
+            teacher = TalkerT2AV.from_released(released.find_released(folder, "model"))
+            words = released.find_released(folder, "tokenizer").parent
+        if teacher.config.guidance_limit is not None:
+            raise UserError(f"init={init} is a student itself: name its teacher")
+        own = dict((teacher.release or {}).get("sampling") or {}) | {"steps": student_steps[0]}
+        own |= {name: value for name, value in (sampling or {}).items() if value is not None}
+        model = asdict(replace(teacher.config, guidance_limit=float(guidance_limit), repeats=1))
+        super().__init__(model, codecs, tokenizer=tokenizer or str(words), init=init, sampling=own, **others)
+        if not 1 <= self.sampling.guidance <= guidance_limit:
+            raise UserError(
+                f"task.sampling.guidance={self.sampling.guidance:g}: the student learns scales from 1 to "
+                f"{guidance_limit:g}; raise task.guidance_limit"
+            )
+        self.teacher, self.student_steps = Teacher(teacher, teacher_steps), list(student_steps)
+        self.temperature_limit = temperature_limit
+        self.model.requires_grad_(False)
+        for head in self.heads.values():
+            head.estimator.requires_grad_(True)
+
+    @property
+    def heads(self) -> dict[str, FlowHead]:
+        return {"speech": self.model.speech_cfm, "motion": self.model.motion_cfm}
+
+    def adapted(self) -> nn.Module:
+        """The heads."""
+        return nn.ModuleList(head.estimator for head in self.heads.values())
+
+    def forward(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+        """`speech`, `motion` (weighted) and their sum `loss`; see `distillation_loss`. A batch as `TalkerTask`'s."""
+        steps = self.student_steps[int(torch.randint(len(self.student_steps), ()))]
+        losses = {}
+        for stream, examples in self.examples(batch).items():
+            noise, guidance = self.draw(examples.x1)
+            path = self.teacher.path(stream, examples, noise, guidance)
+            times = solver_times(self.teacher.steps)
+            losses[stream] = distillation_loss(self.heads[stream], path, times, examples, guidance, steps)
+        losses["motion"] = self.model.config.motion_weight * losses["motion"]
+        return losses | {"loss": losses["speech"] + losses["motion"]}
+
+    @torch.no_grad()
+    def examples(self, batch: dict[str, Tensor]) -> dict[str, Examples]:
+        """What the heads are asked for in a batch; the true latents `x1` are not learned from."""
+        forward = training_forward(self.model, TalkerBatch.of(batch), self._tasks(batch))
+        return {"speech": forward.speech, "motion": forward.motion}
+
+    def draw(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Noise (N, C, P) of a temperature from 0 to the limit, and guidance (N,) from 1 to the limit."""
+        u, limit = torch.rand(2, len(like), device=like.device), self.model.config.guidance_limit
+        return u[0, :, None, None] * self.temperature_limit * torch.randn_like(like), 1 + (limit - 1) * u[1]
+
+    @torch.no_grad()
+    def compare(self, batch: dict[str, Tensor], steps: int) -> dict[str, float]:
+        """Squared distances from the teacher's patches, at the guidance and temperature of the release.
+
+        Returns:
+            `student_STREAM` and `teacher_STREAM`: of the student's, and of the teacher's own, in `steps` steps; both
+            divided by the patches' mean square, so that 1 is as far as silence.
+        """
+        found = {}
+        for stream, examples in self.examples(batch).items():
+            noise, head = self.sampling.temperature * torch.randn_like(examples.x1), self.heads[stream]
+            scale = self.sampling.guidance
+            guidance = torch.full_like(noise[:, 0, 0], scale)
+            wanted = self.teacher.path(stream, examples, noise, guidance)[-1]
+            schedule = head.schedule(steps, guidance=scale)
+            student = head.sample(examples.mu, examples.cond, examples.global_cond, noise, schedule)
+            teacher = self.teacher.path(stream, examples, noise, guidance, steps)[-1]
+            for name, patch in (("student", student), ("teacher", teacher)):
+                found[f"{name}_{stream}"] = float((patch - wanted).square().mean() / wanted.square().mean())
+        return found
+
+    def _held_out_losses(self, examples: TalkerExamples, chosen: list[int]) -> dict[str, float]:
+        """With distances from the teacher's patches, of the first clips."""
+        losses = super()._held_out_losses(examples, chosen)
+        clips = [examples.__getitem__(i, generator_for(0, "held out", i)) for i in chosen[:VALIDATION_BATCH]]
+        batch = collate(clips, examples.words.pad_id, examples.format.patch_size)
+        batch = {k: v if k in self.on_host else v.to(self.model.device) for k, v in batch.items()}
+        distances = self.compare(batch, self.student_steps[0])
+        return losses | {f"distance_{name}": value for name, value in distances.items()}
+
+    def release_info(self) -> Release:
+        info = super().release_info()
+        steps = " or ".join(map(str, self.student_steps))
+        return replace(
+            info, about=f"{info.about} Its heads take guidance as an input and learned {steps} solver steps."
+        )

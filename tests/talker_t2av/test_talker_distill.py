@@ -1,0 +1,188 @@
+"""Distillation of the heads: exact targets, a start as the teacher, one evaluation a step, refusals in one line."""
+
+import pytest
+import torch
+from shard_files import write_split
+from talker_fixtures import DM, DS, request, save_talker
+
+from engine.errors import UserError
+from talker_t2av.data import TalkerPairs
+from talker_t2av.distill import TalkerDistillTask, at_times, distillation_loss
+from talker_t2av.flow_matching import solver_times
+from talker_t2av.generation import generate
+from talker_t2av.losses import Examples
+from talker_t2av.model import TalkerT2AV
+from talker_t2av.request import MODES, Sampling
+from tests.releases import write_release
+
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Shards of four clips and a release of random weights."""
+    root, g = tmp_path_factory.mktemp("distill"), torch.Generator().manual_seed(0)
+    samples = []
+    for i, text in enumerate(["lay blue", "set red now", "bin green at two", "place it"]):
+        latents = {
+            "speech": torch.randn(14 + 3 * i, DS, generator=g),
+            "motion": torch.randn(14 + 3 * i, DM, generator=g),
+        }
+        latents["speaker"] = torch.randn(256, generator=g)
+        info = {"key": f"clip_{i}", "text": text, "frames": 14 + 3 * i, "source": f"clip_{i}.mp4"}
+        samples.append((info, {k: v.half() for k, v in latents.items()}))
+    stats = {"motion_mean": [0.1] * DM, "motion_std": [0.5] * DM, "digests": {"whisperx_vae": "abc"}}
+    write_split(root / "shards" / "train", samples, 2, **stats)
+    save_talker(root / "releases")
+    return root
+
+
+def make_student(root, **changes) -> TalkerDistillTask:
+    torch.manual_seed(0)
+    codecs = {"speech": str(root / "releases" / "speech"), "motion": "some/motion", "speaker": "some/voice"}
+    arguments = {
+        "init": str(root / "releases" / "talker"),
+        "codecs": codecs,
+        "stats": str(root / "shards/train/index.json"),
+    }
+    return TalkerDistillTask(**(arguments | {"student_steps": [STEPS]} | changes))
+
+
+@pytest.fixture
+def student(root):
+    return make_student(root)
+
+
+@pytest.fixture(scope="module")
+def batch(root):
+    data = TalkerPairs(root / "shards", stats=root / "shards/train/index.json")
+    return data.collate([data.__getitem__(i, torch.Generator().manual_seed(i)) for i in range(4)])
+
+
+@pytest.fixture
+def examples():
+    g = torch.Generator().manual_seed(1)
+    x1, mu = torch.randn(5, DS, 4, generator=g), torch.randn(5, 32, generator=g)
+    return Examples(x1, mu, torch.randn(5, DS, 4, generator=g), torch.randn(5, 256, generator=g))
+
+
+@torch.no_grad()
+def test_the_student_starts_as_the_teachers_conditional_branch(student, examples):
+    head, teacher = student.model.speech_cfm, student.teacher.heads["speech"]
+    e, t, u = examples, torch.linspace(0.1, 1, 5), torch.rand(5)
+    given = {"x": e.x1, "mu": e.mu, "t": t, "cond": e.cond, "global_cond": e.global_cond}
+    torch.testing.assert_close(head.mean_velocity(**given, length=u, guidance=1 + u), teacher.estimator(**given))
+    torch.nn.init.normal_(head.estimator.step_mlp.linear_2.weight)
+    outs = [head.mean_velocity(**given, length=a, guidance=b) for a, b in ((u, 1 + u), (u / 2, 1 + u), (u, 2 + u))]
+    assert not torch.allclose(outs[0], outs[1]) and not torch.allclose(outs[0], outs[2])
+
+
+@torch.no_grad()
+def test_the_path_is_what_the_teacher_samples(student, examples):
+    head, noise = student.teacher.heads["speech"], torch.randn_like(examples.x1)
+    path = student.teacher.path("speech", examples, noise, torch.tensor([1.0, 1.5, 2.0, 2.0, 3.0]))
+    assert torch.equal(path[0], noise) and torch.equal(path[1], noise)  # CFG-Zero* leaves the first step out
+    for i, guidance in enumerate((1.0, 1.5, 2.0, 2.0, 3.0)):
+        one = [x[i : i + 1] for x in (examples.mu, examples.cond, examples.global_cond, noise)]
+        torch.testing.assert_close(head.sample(*one, head.schedule(10), guidance=guidance), path[-1, i : i + 1])
+
+
+def test_steps_of_the_target_lead_from_noise_to_the_teachers_patch(student, examples):
+    times, path = solver_times(10), torch.randn(11, 5, DS, 4)
+    assert torch.equal(at_times(path, times, times), path)
+    middle = at_times(path, times, (times[3:4] + times[4:5]) / 2)
+    torch.testing.assert_close(middle[0], (path[3] + path[4]) / 2)
+
+    class Exact:
+        """Knows the mean velocity of each step, and hands out what it was asked for."""
+
+        def mean_velocity(self, x, mu, t, length, guidance, cond, global_cond):
+            own = solver_times(STEPS)
+            begin, end = at_times(path, times, own[:-1]).flatten(0, 1), at_times(path, times, own[1:]).flatten(0, 1)
+            assert torch.equal(x, begin) and torch.equal(t, own[:-1].repeat_interleave(5)) and len(mu) == 5 * STEPS
+            assert torch.equal(guidance, torch.arange(5.0).repeat(STEPS)) and torch.equal(mu[:5], mu[5:10])
+            self.x = begin[:5] - ((begin - end).view(STEPS, 5, DS, 4)).sum(0)
+            return (begin - end) / length[:, None, None]
+
+    exact = Exact()
+    assert distillation_loss(exact, path, times, examples, torch.arange(5.0), STEPS) < 1e-10
+    torch.testing.assert_close(exact.x, path[-1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained(root, batch):
+    """A student after some steps on one batch, its loss before and after, and what did not change."""
+    student = make_student(root, teacher_steps=10, guidance_limit=2.5)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    optimiser = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for step in range(60):
+        torch.manual_seed(step % 3)
+        loss = student(batch, "model")["loss"]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    changed = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
+    return student, losses, changed
+
+
+def test_the_student_comes_closer_than_the_teachers_own_few_steps(trained, batch):
+    student, losses, changed = trained
+    assert changed and all(
+        name.split(".")[1:3] in (["speech_cfm", "estimator"], ["motion_cfm", "estimator"]) for name in changed
+    )
+    assert losses[-1] < 0.5 * losses[0]
+    torch.manual_seed(100)
+    found = student.compare(batch, STEPS)
+    for stream in ("speech", "motion"):
+        assert found[f"student_{stream}"] < 0.5 * found[f"teacher_{stream}"], found
+
+
+def test_its_release_takes_one_evaluation_a_step(trained, root, tmp_path):
+    student = trained[0]
+    write_release(student, tmp_path / "student")
+    carried = student.release_info().config["sampling"]
+    assert carried == {"steps": STEPS, "temperature": 0.8, "guidance": 1.5, "text_bytes": 190}
+    model = TalkerT2AV.from_pretrained(tmp_path / "student").eval()
+    rows = []
+    for head in (model.speech_cfm, model.motion_cfm):
+        run = head.estimator.decoder.run
+        head.estimator.decoder.run = lambda x, *rest, run=run: rows.append(len(x)) or run(x, *rest)
+    made = {}
+    for guidance in (1.0, 2.0):
+        sampling = Sampling(STEPS, 0.8, guidance)
+        made[guidance] = generate(model, [request(max_patches=2)] * 2, MODES["t2av"], sampling, use_stop=False)[0]
+        assert rows == [2] * (2 * 2 * STEPS), rows  # two streams, two patches; no row for the unconditional branch
+        rows.clear()
+    assert not torch.allclose(made[1.0].speech, made[2.0].speech)
+    with pytest.raises(UserError, match=r"sampling.guidance=3: this model learned scales from 1 to 2.5"):
+        generate(model, [request()], MODES["tts"], Sampling(STEPS, 0.8, 3.0))
+    with pytest.raises(UserError, match="is a student itself: name its teacher"):
+        make_student(root, init=str(tmp_path / "student"))
+
+
+def test_a_speech_only_batch_reaches_both_heads(student, root):
+    data = TalkerPairs(root / "shards", stats=root / "shards/train/index.json", tasks=["tts"])
+    batch = data.collate([data.__getitem__(i, torch.Generator().manual_seed(i)) for i in range(2)])
+    losses = student(batch, "model")
+    assert losses["motion"] == 0 and losses["speech"] > 0
+    losses["loss"].backward()
+    assert all(p.grad is not None for p in student.model.motion_cfm.estimator.step_mlp.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init": None}, "init=FOLDER"),
+        ({"student_steps": []}, r"task.student_steps is empty"),
+        ({"student_steps": [0]}, r"task.student_steps=0 must be"),
+        ({"teacher_steps": 0}, r"task.teacher_steps=0 must be"),
+        ({"guidance_limit": 0.5}, r"task.guidance_limit=0.5 must be"),
+        ({"guidance_limit": 1.2}, r"task.sampling.guidance=1.5: the student learns scales from 1 to 1.2"),
+        ({"temperature_limit": -1.0}, r"task.temperature_limit=-1.0 must be"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(root, changes, message):
+    with pytest.raises(UserError, match=message):
+        make_student(root, **changes)
