@@ -2,9 +2,6 @@
 
     python scripts/benchmark.py NAME [options]
 
-NAME: ablations, faces, full_size, inference, levels, packing, recipes, samplers, sampling, serving, streaming,
-synthetic_corpus, talker or training.
-
 Prints a line for each setting and writes OUT/DATE-NAME-DEVICE.json with command, hardware, versions and figures.
 `python scripts/benchmark.py NAME --help` explains what is measured and how.
 """
@@ -26,8 +23,8 @@ from engine.errors import UserError, run_cli
 from engine.training.distributed import pick_device
 
 NAMES = (
-    "ablations", "faces", "full_size", "inference", "levels", "packing", "recipes", "samplers", "sampling", "serving",
-    "streaming", "synthetic_corpus", "talker", "training",
+    "ablations", "faces", "full_size", "inference", "levels", "packing", "prosody", "recipes", "samplers", "sampling",
+    "serving", "streaming", "synthetic_corpus", "talker", "training",
 )  # fmt: skip
 
 

@@ -4,9 +4,11 @@ import importlib
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from benchmarks import prosody
 from engine.errors import UserError
 from scripts import benchmark
 
@@ -49,3 +51,12 @@ def test_settings_are_checked_and_results_recorded(tmp_path, monkeypatch, capsys
     )
     assert record["hardware"]["threads"] == 1 and record["versions"]["torch"] == torch.__version__
     assert record["results"] == [{"steps": 2, "threads": 1}, {"steps": 3, "threads": 1}]
+
+
+def test_prosody_is_predicted_from_other_clips_alone():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(200, 5))
+    values = features @ rng.normal(size=5) + rng.normal(size=200) * 0.1
+    assert np.corrcoef(values, prosody.predict(features, values))[0, 1] > 0.98
+    luck = rng.normal(size=200)  # a fit to the clips themselves would correlate by 0.16 on average
+    assert np.corrcoef(luck, prosody.predict(features, luck))[0, 1] < 0.1
