@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from engine.config import CONFIGS, override
 from engine.evaluation.statistics import bootstrap_interval
 from engine.media.corpus import pick_rows
-from engine.metrics.recogniser import Recogniser
+from engine.metrics.recogniser import CorpusRecogniser
 from engine.metrics.words import count_errors
 from engine.progress import track
 from hicodit.conditions.types import FPS
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
         offline.sampler = override(offline.sampler, OmegaConf.to_container(preset.sampler))
         offline.guidance = override(offline.guidance, OmegaConf.to_container(preset.guidance))
         ways[f"offline, sampler=fast, {precision}"] = partial(_offline, offline)
-    recogniser = Recogniser(args.corpus / "grammar.jsgf")
+    recogniser = CorpusRecogniser(args.corpus / "grammar.jsgf")
     rows = [(args.corpus / split, row) for split in args.splits for row in pick_rows(args.corpus, split, args.clips)]
     clips: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     for way in ways.values():  # warm up
@@ -60,10 +60,10 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
             wall, processor = time.perf_counter(), time.process_time()
             wave, figures = way(folder / f"{row['id']}.mp4", i)
             figures |= {"wall": time.perf_counter() - wall, "processor": time.process_time() - processor}
-            wrong, words = count_errors(row["text"], recogniser.transcribe(wave, pipeline.codec.sample_rate))["wer"]
-            clips[name].append(
-                figures | {"wrong": wrong, "words": words, "seconds": len(wave) / pipeline.codec.sample_rate}
-            )
+            (heard,) = recogniser.transcribe_all([row["text"]], [wave], pipeline.codec.sample_rate)
+            wrong, words = count_errors(row["text"], heard)["wer"]
+            figures |= {"wrong": wrong, "words": words, "free": recogniser.is_free(row["text"])}
+            clips[name].append(figures | {"seconds": len(wave) / pipeline.codec.sample_rate})
     for name, found in clips.items():
         result = _summary(name, found)
         yield result, ", ".join(f"{key} {value}" for key, value in result.items())
@@ -81,14 +81,15 @@ def _stream(pipeline: HiCoDiTPipeline, file: Path, seed: int, **settings: Any) -
 
 
 def _summary(name: str, clips: list[dict[str, Any]]) -> dict[str, Any]:
-    wrong, words = (np.array([clip[key] for clip in clips], float) for key in ("wrong", "words"))
-    interval = bootstrap_interval(wrong, words)
-    seconds = sum(clip["seconds"] for clip in clips)
-    result = {
-        "way": name,
-        "clips": len(clips),
-        "word_error_percent": round(100 * wrong.sum() / words.sum(), 2),
-        "interval_95": interval and [round(100 * value, 2) for value in interval],
+    seconds, result = sum(clip["seconds"] for clip in clips), {"way": name, "clips": len(clips)}
+    for free, ending in ((False, ""), (True, "_free_sentences")):
+        own = [clip for clip in clips if clip["free"] == free]
+        if own:
+            wrong, words = (np.array([clip[key] for clip in own], float) for key in ("wrong", "words"))
+            interval = bootstrap_interval(wrong, words)
+            result[f"word_error_percent{ending}"] = round(100 * wrong.sum() / words.sum(), 2)
+            result[f"interval_95{ending}"] = interval and [round(100 * value, 2) for value in interval]
+    result |= {
         "real_time_factor_wall": round(sum(clip["wall"] for clip in clips) / seconds, 3),
         "real_time_factor_processor": round(sum(clip["processor"] for clip in clips) / seconds, 3),
     }

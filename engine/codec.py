@@ -111,9 +111,11 @@ class PortraitCodec(Codec):
 
     Attributes:
         size: S; `engine.media.pictures` converts and resizes bytes.
+        dtype: in which pictures are drawn: float32, or bfloat16 (see `engine.precision`).
     """
 
     size: int
+    dtype = torch.float32
     hop = 1
 
     def identity(self, picture: Tensor) -> Any:

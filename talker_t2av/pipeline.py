@@ -115,7 +115,8 @@ class TalkerPipeline:
         """Load a release folder of ours, or a folder with the released files; see `TalkerSystem.load`.
 
         Args:
-            precision: of the model, not of its codecs: auto, fp32 or bf16; see `engine.precision`.
+            precision: of the model, and in which faces are drawn: auto, fp32 or bf16; see `engine.precision`. Speech is
+                decoded in float32.
             compile: compile the steps with `torch.compile`, which takes minutes when they first run.
         """
         dtype = pick_dtype(precision, device)

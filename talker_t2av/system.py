@@ -87,9 +87,10 @@ class TalkerSystem:
 
     @cached_property
     def motion(self) -> PortraitCodec:
-        """The portrait codec."""
+        """The portrait codec; faces are drawn in the model's precision."""
         codec = self._load("motion", load_motion)
         _check_channels("motion codes", self.model.config.motion_dim, codec.channels)
+        codec.dtype = self.model.dtype
         return codec
 
     @cached_property

@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.bounds import bounded, check_bounds
 from engine.codec import PortraitCodec
 from engine.errors import UserError
+from engine.precision import half_precision
 from engine.release import load_strict, weights_digest
 from lia_x.decoder import Decoder
 from lia_x.encoder import Encoder
@@ -186,7 +187,9 @@ class LiaX(PortraitCodec):
     @torch.no_grad()
     def _decode(self, identity: Identity, chunk: int, target: Tensor, *relative: Tensor) -> Tensor:
         navigate, parts = self.decoder.navigate, target.split(_checked_chunk(chunk))
-        return torch.cat([self.decoder(navigate(identity.style, codes, *relative), identity.maps) for codes in parts])
+        styles = [navigate(identity.style, codes, *relative) for codes in parts]
+        with half_precision(self._device(), self.dtype):
+            return torch.cat([self.decoder(style, identity.maps) for style in styles])
 
     @torch.no_grad()
     def _edited(self, identity: Identity, indices: Sequence[int], values: Sequence[float]) -> Tensor:
