@@ -6,7 +6,9 @@ on a CPU. HiCoDiT: `--timed-steps` steps of the first window are timed, and a wh
 windows and steps; encoders and the codec's decoder are left out. Talker-T2AV: `--patches` patches of t2av after a
 prompt of 40 tokens. `first_s`: seconds of computing before the first sound can be decoded: HiCoDiT's first window, or
 Talker's first patch. `of_rate`: share of the machine's measured rate of matrix products in the same precision.
-`--minutes` measures the memory of whole clips through encoders, sampler and codec.
+`step_ms`: a step (HiCoDiT) or a patch (Talker); `machine_ms`, `h200_ms`, `rtx4090_ms`: what it takes at least on this
+machine and on cards that are not here, see `benchmarks/roofline.py`. `--minutes` measures the memory of whole clips
+through encoders, sampler and codec.
 
     python -m benchmarks.inference              tiny models, a few minutes
     python -m benchmarks.inference --full       released sizes, 60 s and batches of 8, too
@@ -30,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import in_own_process, matrix_rate, now, peak_memory_mb, read_config
 from benchmarks.official_talker import official_t2av
+from benchmarks.roofline import bounds, this_machine, weight_bytes
 from benchmarks.sampling import build
 from engine.config import override
 from engine.precision import convert_matrices
@@ -46,7 +49,8 @@ from talker_t2av.request import MODES, Request, Sampling
 LEAST = {"timed_steps": 2, "patches": 2, "rounds": 1, "seconds": 1.0, "batch": 1, "minutes": 0.1}
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COLUMNS = ("model", "size", "batch", "seconds", "sampler", "precision", "rtf", "first_s", "evaluations", "operators",
-           "host_reads", "peak_memory_mb", "of_rate", "to_official")  # fmt: skip
+           "host_reads", "peak_memory_mb", "of_rate", "to_official", "step_ms", "machine_ms", "h200_ms",
+           "rtx4090_ms")  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +70,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     lengths = args.seconds or ([2.0, 10.0, 60.0] if args.full else [2.0, 10.0])
     rates = {name: matrix_rate(args.device, dtype, _clock) for name, dtype in TYPES.items()}
     job = {k: getattr(args, k) for k in ("timed_steps", "patches", "rounds", "device")} | {"rates": rates}
+    job["machine"] = this_machine(rates, args.device, _clock)
     rows, head = [], "  ".join(f"{name:>11}" for name in COLUMNS)
     yield {"matrix_rate_gflops": {k: round(v / 1e9) for k, v in rates.items()}}, head
     for size in sizes:
@@ -144,8 +149,15 @@ def hicodit(job: dict[str, Any]) -> list[dict[str, Any]]:
             "precision": name, "step_ms": 1e3 * step, "rtf": whole / seconds / batch, "first_s": before + total * step,
             "evaluations": rounds * total * len(guidance.branches), **figures, "peak_memory_mb": peak_memory_mb(device),
             "of_rate": flops["flops"] / step / job["rates"][name],
+            **bounds(job["machine"], name, flops["flops"], weight_bytes(models[name])),
         })  # fmt: skip
     return rows
+
+
+def _patch_bytes(model: TalkerT2AV, steps: int) -> int:
+    """Weights that a patch reads: all once, and those of the heads in each step of the solver but the first."""
+    heads = weight_bytes(model.speech_cfm) + weight_bytes(model.motion_cfm)
+    return weight_bytes(model) + (steps - 2) * heads
 
 
 @torch.inference_mode()
@@ -195,10 +207,11 @@ def talker(job: dict[str, Any]) -> list[dict[str, Any]]:
         operators = _operators(lambda name=name: loop(name))
         rows.append({
             "model": "talker_t2av", "size": job["size"], "batch": batch, "seconds": 0.16 * patches,
-            "sampler": f"{sampling.steps} steps", "precision": name, "patch_ms": 1e3 * mean, "rtf": mean / 0.16 / batch,
+            "sampler": f"{sampling.steps} steps", "precision": name, "step_ms": 1e3 * mean, "rtf": mean / 0.16 / batch,
             "first_s": statistics.median(d[0] for d in each[name]), "evaluations": 2 * 2 * (sampling.steps - 1),
             **{k: round(v / patches) for k, v in operators.items()}, "peak_memory_mb": peak_memory_mb(device),
             "of_rate": flops / mean / job["rates"][name], "to_official": reference and reference * batch / mean,
+            **bounds(job["machine"], name, flops, _patch_bytes(models[name], sampling.steps)),
         })  # fmt: skip
     return rows
 

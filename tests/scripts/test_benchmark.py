@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import prosody
+from benchmarks import prosody, roofline
 from engine.errors import UserError
 from scripts import benchmark
 
@@ -60,3 +60,19 @@ def test_prosody_is_predicted_from_other_clips_alone():
     assert np.corrcoef(values, prosody.predict(features, values))[0, 1] > 0.98
     luck = rng.normal(size=200)  # a fit to the clips themselves would correlate by 0.16 on average
     assert np.corrcoef(luck, prosody.predict(features, luck))[0, 1] < 0.1
+
+
+def test_a_bound_is_the_slower_of_arithmetic_and_memory():
+    machine = roofline.Machine({"fp32": 1e12, "bf16": 4e12}, 1e11)
+    assert machine.least_ms("fp32", 2e9, 1e8) == pytest.approx(2.0)  # a millisecond of memory, two of products
+    assert machine.least_ms("bf16", 2e9, 1e8) == pytest.approx(1.0)
+    found = roofline.bounds(machine, "bf16", 2e9, 2e8)
+    assert found["machine_ms"] == pytest.approx(2.0) and found["h200_ms"] < found["rtx4090_ms"] < 1
+
+
+def test_a_table_of_embeddings_is_not_read_even_if_it_is_tied():
+    network = torch.nn.ModuleDict({"table": torch.nn.Embedding(100, 8), "out": torch.nn.Linear(8, 100, bias=False)})
+    network["small"] = torch.nn.Linear(8, 4, bias=False, dtype=torch.bfloat16)
+    assert roofline.weight_bytes(network) == 4 * 800 + 2 * 32
+    network["out"].weight = network["table"].weight
+    assert roofline.weight_bytes(network) == 2 * 32
