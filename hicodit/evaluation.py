@@ -252,20 +252,25 @@ def change_figures(
     changing = [i for i, row in enumerate(rows) if row.get("change") is not None]
     if not changing:
         return {}
-    measured = {name: [] for name in versions}  # (clips, 2 parts, 2 figures)
-    for i in changing:
-        times = [times for _, *times in rows[i]["phonemes"]]
-        parts = [[t for t in times if (t[0] >= rows[i]["change"] - 1e-6) == after] for after in (False, True)]
-        for name, waves in versions.items():
-            cuts = [waves[i][int(part[0][0] * rate) : int(part[-1][1] * rate)] for part in parts]
-            measured[name].append([prosody(cut, rate) for cut in cuts])
-    expected = expected_moves([rows[i] for i in changing], np.array(measured["clean"]))
+    about = [rows[i] for i in changing]
+    measured = {
+        name: np.array([prosody_around_change(rows[i], waves[i], rate) for i in changing])
+        for name, waves in versions.items()
+    }
+    expected = expected_moves(about, measured["clean"])
     figures: dict[str, float] = {"clips_that_change": len(changing)}
     for version, values in measured.items():
         right = np.mean(np.sign(np.diff(values, axis=1)[:, 0]) == np.sign(expected), 0)
         for name, share in zip(("pitch_range", "energy"), right):
             figures["_".join(filter(None, (name, "changes_rightly", version)))] = float(share)
     return figures
+
+
+def prosody_around_change(row: Mapping, wave: np.ndarray, rate: int) -> list[tuple[float, float]]:
+    """`prosody` before and after the change of expression of a clip; its wave (N,) is aligned with its video."""
+    times = [times for _, *times in row["phonemes"]]
+    parts = [[t for t in times if (t[0] >= row["change"] - 1e-6) == after] for after in (False, True)]
+    return [prosody(wave[int(part[0][0] * rate) : int(part[-1][1] * rate)], rate) for part in parts]
 
 
 def expected_moves(rows: Sequence[Mapping], true: np.ndarray) -> np.ndarray:
