@@ -4,7 +4,7 @@ Trains `experiment=hicodit_synthetic_2` for each variant and seed with one switc
 finished is not done again. Score networks and identity adapters start from random weights; `--encoders` may give all
 variants the same trained lip and expression encoders. Models of one seed see the same clips, masks and dropped
 conditions in the same order. The result: means over seeds, paired differences to the full model with 95 % intervals
-(`benchmarks.claims.estimate`), and a figure of them.
+(`benchmarks.paired.estimate`), and a figure of them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from benchmarks.claims import HeldOut, correlation, estimate, measure, ratio
+from benchmarks.claims import HeldOut, measure
 from benchmarks.common import in_own_process, read_config
+from benchmarks.paired import chart, compare, correlation, line, ratio
 from engine.config import compose
 from engine.errors import UserError
 from engine.files import atomic_output
@@ -39,11 +39,15 @@ VARIANTS = {
     "full": [],
     "flat": ["task.model.hierarchical=false"],
     "single_scale": ["task.model.dual_scale=false"],
-    "no_identity_loss_voice": ["task.identity_weight=0"],  # the adapter from face to voice stays untrained
+    "no_identity_loss_voice": ["task.identity_weight=0"],  # the adapter from face to voice stays untrained: see DERIVED
     "no_identity_loss_face": ["task.identity_weight=0", "task.identity_input=face"],  # the score loss trains it
     "levels_1_11": ["task.model.low_levels=1"],
     "levels_4_8": ["task.model.low_levels=4"],
 }
+# The identity loss reaches the parts IDENTITY alone, and with the true voice as its input the score network does not
+# see them: without that loss it is trained exactly as in the full model, so it is not trained again.
+DERIVED = {"no_identity_loss_voice": "full"}
+IDENTITY = ("model.identity_adapter.", "encoders.identity.")
 SHARED = ("encoders.lip.", "encoders.expression.")  # parts that may start trained: no claim is about them
 FIGURES = {  # name -> what it is of the pairs, and which way is better
     "dse_low": (ratio, "lower"),
@@ -85,30 +89,20 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     args.runs.mkdir(parents=True, exist_ok=True)
     args.shards = args.shards or args.corpus / "shards" / "hicodit_tiny"
     models = [(variant, seed) for variant in args.variants for seed in args.seeds]
+    models.sort(key=lambda model: model[0] in DERIVED)  # what they come from is there by then
     with ThreadPoolExecutor(args.jobs) as pool:
-        coming = [pool.submit(train_and_measure, args, *model) for model in models]
+        coming = {model: pool.submit(train_and_measure, args, *model) for model in models}
         try:
-            measured = {model: done.result() for model, done in zip(models, coming)}
+            measured = {model: done.result() for model, done in coming.items()}
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # what was not begun
             raise
-    rows, baseline = [], args.variants[0]
     speakers = {row["id"]: str(row["voice"]) for row in read_manifest(args.corpus, args.split)}
-    for variant in args.variants:
-        row = {"variant": variant, "seeds": len(args.seeds)}
-        for name, (figure, _) in FIGURES.items():
-            own, full = (pairs(measured, which, args.seeds, name) for which in (variant, baseline))
-            voices = [speakers[clip] for clip in measured[variant, args.seeds[0]][name]]
-            row[name] = estimate(figure, own, voices)
-            if variant != baseline:
-                row[f"{name}_minus_{baseline}"] = estimate(figure, own, voices, minus=full)
-        rows.append({key: [round(v, 4) for v in x] if isinstance(x, tuple) else x for key, x in row.items()})
-        yield (
-            rows[-1],
-            f"{variant}: " + ", ".join(f"{name} {row[name][0]:.4g} +- {row[name][1]:.2g}" for name in FIGURES),
-        )
+    by_variant = {variant: [measured[variant, seed] for seed in args.seeds] for variant in args.variants}
+    rows = compare(by_variant, FIGURES, speakers)
+    yield from ((row, line(row)) for row in rows)
     path = args.out / f"{time.strftime('%Y-%m-%d')}-ablations-{args.device.type}.png"
-    chart(rows, baseline, path)
+    chart(rows, FIGURES, path)
     yield {"chart": path.name, "figures_are": "[mean over seeds, half of the 95 % interval]"}, str(path)
 
 
@@ -117,15 +111,18 @@ def train_and_measure(args: argparse.Namespace, variant: str, seed: int) -> dict
     folder, words = args.runs / f"{variant}-{seed}", settings(args, variant, seed)
     done, out = folder / "trained.json", folder / f"figures-{args.split}-{args.clips}-{args.sampler}.json"
     if not done.exists() or json.loads(done.read_text()) != words:
-        init = [f"init={start(folder / 'start', words, seed, args.encoders)}"] if args.encoders else []
-        train(folder, words, init)
+        begin = start(folder / "start", words, seed, args.encoders)
+        if variant in DERIVED:
+            derive(args.runs / f"{DERIVED[variant]}-{seed}" / "release", begin, folder / "release")
+        else:
+            train(folder, words, [f"init={begin}"])
         done.write_text(json.dumps(words))
         out.unlink(missing_ok=True)
     if not out.exists():
-        begin, figures = time.time(), in_own_process(measure_release, args, folder / "release")
+        clock, figures = time.monotonic(), in_own_process(measure_release, args, folder / "release")
         with atomic_output(out) as partial:
             partial.write_text(json.dumps(figures))
-        print(f"{folder.name} measured in {time.time() - begin:.0f} s", flush=True)
+        print(f"{folder.name} measured in {time.monotonic() - clock:.0f} s", flush=True)
     return json.loads(out.read_text())
 
 
@@ -139,15 +136,32 @@ def settings(args: argparse.Namespace, variant: str, seed: int) -> list[str]:
     ]  # fmt: skip
 
 
-def start(folder: Path, words: list[str], seed: int, encoders: str) -> Path:
-    """A release with random weights but for the `SHARED` parts, which are those of the release `encoders`."""
+def start(folder: Path, words: list[str], seed: int, encoders: str | None) -> Path:
+    """A release with random weights, but for the `SHARED` parts if those of a release `encoders` are to be taken."""
     with ONE_AT_A_TIME:
         task = OmegaConf.to_container(compose("train", words).task, resolve=True)
         torch.manual_seed(seed)
         system = HiCoDiTSystem(ModelConfig(**task["model"]), encoder_config(task["encoders"]))
-    trained = HiCoDiTSystem.from_pretrained(encoders).state_dict()
-    system.load_state_dict({key: value for key, value in trained.items() if key.startswith(SHARED)}, strict=False)
-    return system.save(folder, f"Start of an ablation: random, but for {', '.join(SHARED)} of {encoders}.\n")
+    if encoders:
+        take(system, HiCoDiTSystem.from_pretrained(encoders), SHARED)
+    return system.save(folder, "Where the training of an ablation starts.\n")
+
+
+def derive(trained: Path, begin: Path, folder: Path) -> None:
+    """The release `trained` with the `IDENTITY` parts of the start `begin`, untrained.
+
+    Raises:
+        UserError: it is not trained yet.
+    """
+    system = HiCoDiTSystem.from_pretrained(trained)
+    take(system, HiCoDiTSystem.from_pretrained(begin), IDENTITY)
+    system.save(folder, f"{trained}, with an untrained adapter from face to voice.\n", system.release)
+
+
+def take(system: HiCoDiTSystem, other: HiCoDiTSystem, parts: tuple[str, ...]) -> None:
+    """Load the tensors of `other` whose names begin with one of `parts`."""
+    state = {key: value for key, value in other.state_dict().items() if key.startswith(parts)}
+    system.load_state_dict(state, strict=False)
 
 
 def train(folder: Path, words: list[str], init: list[str]) -> None:
@@ -170,36 +184,3 @@ def measure_release(args: argparse.Namespace, release: Path) -> dict[str, dict]:
             partial.write_text(json.dumps(truth))
     sampler = read_config(f"sampler/{args.sampler}")
     return measure(release, Path(args.codec), clips, json.loads(stored.read_text()), sampler)
-
-
-def pairs(measured: dict, variant: str, seeds: list[int], name: str) -> np.ndarray:
-    """(S, N, 2) pairs of a variant, NaN for clips that do not count."""
-    found = (measured[variant, seed][name].values() for seed in seeds)
-    return np.array([[pair or (np.nan, np.nan) for pair in clips] for clips in found], float)
-
-
-def chart(rows: list[dict], baseline: str, path: Path) -> None:
-    """Differences to the full model with their intervals, one panel a figure."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    others = [row for row in rows if row["variant"] != baseline]
-    grid, axes = plt.subplots(3, 4, figsize=(14, 8), sharey=True, layout="constrained")
-    for axis, (name, (_, better)) in zip(axes.flat, FIGURES.items()):
-        means, halves = zip(*(row[f"{name}_minus_{baseline}"] for row in others))
-        axis.errorbar(means, range(len(others)), xerr=halves, fmt="o", capsize=3)
-        axis.axvline(0, color="black", linewidth=0.8)
-        own = rows[0][name]
-        axis.set_title(
-            f"{name.replace('_', ' ')} ({better} is better)\n{baseline}: {own[0]:.3g} ± {own[1]:.2g}", size=9
-        )
-        axis.grid(alpha=0.3, axis="x")
-    axes[0, 0].set_yticks(range(len(others)), [row["variant"].replace("_", " ") for row in others])
-    axes[0, 0].invert_yaxis()
-    grid.suptitle(f"Difference to the {baseline} model, mean over seeds with 95 % interval")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_output(path) as partial:
-        grid.savefig(partial, format="png", dpi=90)
-    plt.close(grid)

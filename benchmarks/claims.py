@@ -1,15 +1,14 @@
-"""What a trained HiCoDiT does on held-out clips, clip by clip, and figures of it over seeds and clips.
+"""What a trained HiCoDiT does on held-out clips, clip by clip.
 
 Every model is measured on the same clips: the loss with the same masked tokens at the same times, speech with the same
-draws. So models are compared by paired differences. What is measured of a clip for a figure is a pair of numbers.
+draws. So models can be compared by paired differences (`benchmarks.paired`).
 
-Axes: S seeds (trained models of one variant), N clips, W rows of weights of the clips, R resamples, K levels, L token
-frames, V voices.
+Axes: B batch, N clips, K levels, L token frames.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from benchmarks.paired import Pairs
 from engine.errors import UserError
 from engine.media.audio import read_audio
 from engine.media.corpus import read_manifest
@@ -38,13 +38,7 @@ from hicodit.pipeline import HiCoDiTPipeline
 TIMES = (0.25, 0.75)  # of the loss: the middle of each half
 LOW = 2  # levels in `dse_low` of every variant, as in the paper
 BATCH = 8
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18}  # 97.5 % point of the t distribution for the mean of so many values
-NORMAL = 1.96
 RATE = 24_000  # of the corpus
-RESAMPLES = 2000
-
-Pairs = dict[str, list[float] | None]  # by clip
-Figure = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -203,47 +197,3 @@ def _entropy(model: HiCoDiT, conditions: Conditions, tokens: Tensor, keys: Seque
         sums = torch.zeros(len(tokens), 2).index_put((at.clip, (at.level >= LOW).long()), entropy, accumulate=True)
         out = out + sums / (valid.sum(1, keepdim=True) * len(tokens[0])) / len(TIMES)
     return out
-
-
-def ratio(pairs: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """sum(a) / sum(b): (N, 2), (W, N) -> (W,)."""
-    return (weights @ pairs[:, 0]) / (weights @ pairs[:, 1])
-
-
-def correlation(pairs: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Pearson's r: (N, 2), (W, N) -> (W,); 0 where one of them does not vary."""
-    share = weights / weights.sum(1, keepdims=True)
-    centred = pairs - (share @ pairs)[:, None]  # (W, N, 2)
-    (xx, yy), xy = np.einsum("wn,wnc->cw", share, centred**2), (share * centred.prod(-1)).sum(1)
-    return xy / np.sqrt(np.maximum(xx * yy, 1e-24))
-
-
-def estimate(
-    figure: Figure, tables: np.ndarray, groups: Sequence[str], minus: np.ndarray | None = None
-) -> tuple[float, float]:
-    """(mean over seeds of a figure, or of its difference to another variant's; half of its 95 % interval).
-
-    Two parts are added as squares: Student's for the mean over seeds of models on the same clips, and the normal one
-    for clips, from resampled voices (whole voices are drawn, the same ones for all seeds and both variants).
-
-    Args:
-        tables: (S, N, 2) pairs; NaN where a clip does not count. groups: the clips' voices.
-        minus: the same of the other variant.
-
-    Returns:
-        NaN with fewer than two voices.
-    """
-    counts = ~np.isnan(tables).any((0, 2)) & (True if minus is None else ~np.isnan(minus).any((0, 2)))
-    names, at = np.unique(np.asarray(groups)[counts], return_inverse=True)
-    voices = len(names)
-    if voices < 2:
-        return float("nan"), float("nan")
-    drawn = np.random.default_rng(0).multinomial(voices, np.full(voices, 1 / voices), RESAMPLES)
-    weights = np.vstack([np.ones(len(at)), drawn[:, at]])
-    values = np.stack([figure(table[counts], weights) for table in tables])  # (S, 1 + R)
-    if minus is not None:
-        values = values - np.stack([figure(table[counts], weights) for table in minus])
-    seeds = len(values)
-    spread = STUDENT.get(seeds, 2.78) * values[:, 0].std(ddof=1) / seeds**0.5 if seeds > 1 else 0.0
-    clips = NORMAL * values[:, 1:].mean(0).std()
-    return float(values[:, 0].mean()), float(np.hypot(spread, clips))

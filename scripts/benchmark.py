@@ -24,7 +24,7 @@ from engine.training.distributed import pick_device
 
 NAMES = (
     "ablations", "faces", "full_size", "inference", "levels", "packing", "prosody", "recipes", "samplers", "sampling",
-    "serving", "streaming", "synthetic_corpus", "talker", "training",
+    "serving", "streaming", "synthetic_corpus", "talker", "talker_claims", "training",
 )  # fmt: skip
 
 

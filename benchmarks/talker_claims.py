@@ -1,0 +1,178 @@
+"""Talker-T2AV's claims put to the test: solver steps, prefixes, order of the tokens, training with or without TTS.
+
+settings: one release, sampled with 2, 4, 6 and 10 solver steps, and with the first 0, 0.5 and 1 s of each clip given as
+the prefix (the official program's `--gt-prefix-seconds`; the words of prefix and continuation are measured together).
+orders: models with other orders of the tokens (the paper's Table 4), or without TTS rows, trained from random weights
+with `experiment=talker_synthetic` in RUNS/VARIANT-SEED, as T2AV and as A2V; what is finished is not done again. Without
+TTS a batch has as many rows, so twice as many with motion.
+
+Differences to the default are paired by clip, with 95 % intervals (`benchmarks.paired.estimate`; with one model the
+interval is over clips alone).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jiwer
+import numpy as np
+
+from benchmarks.ablations import train
+from benchmarks.paired import Pairs, chart, compare, line, ratio
+from corpora.synthetic.mouth_opening import MouthReader
+from engine.config import compose
+from engine.files import atomic_output
+from engine.metrics.speech import speech_end, synchrony
+from talker_t2av.evaluation import CUT, LATE, HeldOut, talk
+from talker_t2av.model import FPS, HOP
+from talker_t2av.pipeline import Talk, TalkerPipeline
+
+MEASURED = ("settings", "orders")
+STEPS, PREFIXES = (10, 6, 4, 2), (0.0, 0.5, 1.0)  # the default first
+ORDERS = {
+    "add": [],
+    "interleaved_av": ["task.model.order=av"],
+    "interleaved_va": ["task.model.order=va"],
+    "delay_1": ["task.model.delay=1"],
+    "delay_3": ["task.model.delay=3"],
+    "without_tts": ["data.tasks=[t2av]"],
+}
+FIGURES = {
+    "wer": (ratio, "lower"),
+    "synchrony": (ratio, "higher"),
+    "ends_in_time": (ratio, "higher"),
+    "length_error_s": (ratio, "lower"),
+}
+LEAST = {"clips": 2, "train_steps": 1, "seeds": 0}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("measured", choices=MEASURED, help="what to measure")
+    parser.add_argument("--weights", type=Path, default=Path("assets/talker_t2av_tiny"), help="release of `settings`")
+    parser.add_argument("--corpus", type=Path, default=Path("data/synthetic"), help="folder of the corpus")
+    parser.add_argument("--shards", type=Path, help="its prepared shards, for `orders`; default: CORPUS/shards/talker")
+    parser.add_argument("--split", default="seen", help="held-out split")
+    parser.add_argument("--clips", type=int, default=60, help="number of clips")
+    parser.add_argument("--modes", nargs="+", choices=("t2av", "a2v"), default=["t2av", "a2v"], help="modes measured")
+    parser.add_argument("--orders", nargs="+", choices=ORDERS, default=[*ORDERS], help="what is trained")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of each")
+    parser.add_argument("--train-steps", type=int, default=3000, help="training steps of each model")
+    parser.add_argument("--runs", type=Path, default=Path("runs/talker_claims"), help="folder of the runs")
+    parser.add_argument("--overrides", nargs="*", default=[], metavar="SETTING", help="settings of train.py for all")
+
+
+def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
+    clips = HeldOut(args.corpus, args.split, args.clips, MouthReader())
+    voices = {row["id"]: str(row["voice"]) for row in clips.rows}
+    found = measure_settings(args, clips) if args.measured == "settings" else measure_orders(args, clips)
+    for mode, systems in found:
+        rows = [{"mode": mode, **row} for row in compare(systems, FIGURES, voices)]
+        yield from ((row, f"{mode}, {line(row)}") for row in rows)
+        if len(rows) > 1:
+            path = args.out / f"{time.strftime('%Y-%m-%d')}-talker_claims-{args.measured}-{mode}.png"
+            chart(rows, FIGURES, path)
+            yield {"chart": path.name}, str(path)
+
+
+Found = Iterator[tuple[str, dict[str, list[dict[str, Pairs]]]]]
+
+
+def measure_settings(args: argparse.Namespace, clips: HeldOut) -> Found:
+    """Solver steps by mode; prefixes in T2AV."""
+    pipeline = TalkerPipeline.from_pretrained(args.weights)
+    usual = pipeline.sampling
+    for mode in args.modes:
+        systems = {}
+        for steps in STEPS:
+            pipeline.sampling = replace(usual, steps=steps)
+            systems[f"{steps}_steps"] = [measure(pipeline, clips, mode)]
+        yield f"{mode} by solver steps", systems
+    pipeline.sampling = usual
+    if "t2av" in args.modes:
+        prefixes = {f"prefix_{seconds:g}_s": [measure(pipeline, clips, "t2av", seconds)] for seconds in PREFIXES}
+        yield "t2av by prefix", prefixes
+
+
+def measure_orders(args: argparse.Namespace, clips: HeldOut) -> Found:
+    """Trains what is missing, then measures."""
+    shards = args.shards or args.corpus / "shards" / "talker"
+    for order in args.orders:
+        for seed in args.seeds:
+            folder, words = args.runs / f"{order}-{seed}", order_settings(args, shards, order, seed)
+            if not (folder / "trained.json").exists() or json.loads((folder / "trained.json").read_text()) != words:
+                train(folder, words, [])
+                (folder / "trained.json").write_text(json.dumps(words))
+                for old in folder.glob("figures-*.json"):
+                    old.unlink()
+    for mode in args.modes:
+        systems = {}
+        for order in args.orders:
+            systems[order] = [measure_release(args.runs / f"{order}-{seed}", clips, mode) for seed in args.seeds]
+        yield f"{mode} by order", systems
+
+
+def order_settings(args: argparse.Namespace, shards: Path, order: str, seed: int) -> list[str]:
+    """Settings of train.py for one model. Each batch has the same number of rows."""
+    words = [
+        "experiment=talker_synthetic", f"data.corpus={args.corpus}", f"data.root={shards}", "data.held_out=[]",
+        f"trainer.seed={seed}", f"trainer.steps={args.train_steps}", *args.overrides, *ORDERS[order],
+    ]  # fmt: skip
+    if order == "without_tts":
+        words.append(f"trainer.batch_size={2 * compose('train', words).trainer.batch_size}")
+    return words
+
+
+def measure_release(folder: Path, clips: HeldOut, mode: str) -> dict[str, Pairs]:
+    """`measure` of a run's release, from its folder if it is there."""
+    out = folder / f"figures-{mode}-{len(clips.rows)}.json"
+    if not out.exists():
+        found = measure(TalkerPipeline.from_pretrained(folder / "release"), clips, mode)
+        with atomic_output(out) as partial:
+            partial.write_text(json.dumps(found))
+    return json.loads(out.read_text())
+
+
+def measure(
+    pipeline: TalkerPipeline, clips: HeldOut, mode: str, prefix: float | None = None, batch: int = 8
+) -> dict[str, Pairs]:
+    """Word errors, synchrony of mouth and sound, and the end of the utterance (in a2v only synchrony), by clip.
+
+    Args:
+        prefix: seconds of each clip that are given; voice and face are then the clip's own.
+    """
+    jobs, given = clips.jobs(mode, 0), 0
+    if prefix is not None:
+        size = pipeline.system.model.config.patch_size
+        given = round(prefix * FPS) // size * size  # frames
+        own = [(clips.path(row, ".wav"), clips.path(row, ".mp4")) for row in clips.rows]
+        jobs = [
+            replace(job, reference_audio=wave, reference_video=video, prefix_seconds=prefix)
+            for job, (wave, video) in zip(jobs, own)
+        ]
+    talks, true, names = talk(pipeline, jobs, batch), clips.waves(), [row["id"] for row in clips.rows]
+    sounds = true if mode == "a2v" else [t.wave for t in talks]
+    openings = [clips.opening(t.frames) for t in talks]
+    moves = [synchrony(opening, sound, clips.rate) for opening, sound in zip(openings, sounds)]
+    figures: dict[str, list] = {"synchrony": [(value, 1.0) for value in moves]}
+    if mode != "a2v":
+        whole = [np.concatenate([wave[: given * HOP], t.wave]) for wave, t in zip(true, talks)]
+        heard = clips.recogniser.transcribe_all(clips.texts, whole, clips.rate)
+        words = [float(len(text.split())) for text in clips.texts]
+        figures["wer"] = [
+            (jiwer.wer(text.lower(), said) * count, count) for text, said, count in zip(clips.texts, heard, words)
+        ]
+        figures["ends_in_time"] = [(float(in_time(t, clips.rate)), 1.0) for t in talks]
+        figures["length_error_s"] = [(abs(len(wave) - len(own)) / clips.rate, 1.0) for wave, own in zip(whole, true)]
+    return {name: dict(zip(names, pairs)) for name, pairs in figures.items()}
+
+
+def in_time(result: Talk, rate: int) -> bool:
+    """Whether the stop head ended it, and with neither too much nor too little quiet (`evaluation.endings`)."""
+    quiet = len(result.wave) / rate - speech_end(result.wave, rate)
+    return result.stopped and CUT <= quiet <= LATE
