@@ -1,0 +1,105 @@
+"""Claims put to the test: intervals over seeds and clips, losses with the same masks, models that are derived."""
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from test_task import batch_of, make_task
+
+from benchmarks.ablations import DERIVED, IDENTITY, SHARED, VARIANTS, derive, take
+from benchmarks.claims import losses
+from benchmarks.paired import compare, correlation, estimate, line, ratio
+from engine.config import compose
+from hicodit.data import HiCoDiTDataset
+from hicodit.model import ModelConfig
+from hicodit.pipeline import HiCoDiTPipeline
+from hicodit.system import HiCoDiTSystem
+
+VOICES = [str(i // 2) for i in range(40)]
+
+
+def test_a_figure_of_weights_is_that_of_repeated_clips():
+    pairs, counts = np.random.default_rng(0).normal(size=(5, 2)) + 3, np.array([2, 0, 1, 3, 1])
+    repeated = np.repeat(pairs, counts, 0)
+    assert ratio(pairs, counts[None])[0] == pytest.approx(repeated[:, 0].sum() / repeated[:, 1].sum())
+    assert correlation(pairs, counts[None])[0] == pytest.approx(np.corrcoef(repeated.T)[0, 1])
+    assert correlation(np.ones((3, 2)), np.ones((1, 3)))[0] == 0
+
+
+def test_the_interval_holds_the_true_mean_in_about_95_of_100_draws():
+    """Voices and seeds both vary; an interval over clips alone holds it in 60 of 100."""
+    rng, inside = np.random.default_rng(1), 0
+    for _ in range(60):
+        voices, seeds = rng.normal(size=20).repeat(2), rng.normal(size=(3, 1)) * 0.5
+        values = 5 + voices + seeds + 0.1 * rng.normal(size=(3, 40))
+        mean, half = estimate(ratio, np.stack([values, np.ones_like(values)], -1), VOICES)
+        inside += abs(mean - 5) < half
+    assert inside >= 54
+
+
+def test_a_paired_difference_is_free_of_what_both_share():
+    values = np.random.default_rng(2).normal(size=(3, 40)) * 10
+    one = np.stack([values, np.ones_like(values)], -1)
+    two = one + [0.5, 0.0]
+    two[:, 7] = np.nan  # a clip that does not count
+    mean, half = estimate(ratio, two, VOICES, minus=one)
+    assert mean == pytest.approx(0.5) and half < 1e-9
+    assert estimate(ratio, one, VOICES)[1] > 1
+    assert np.isnan(estimate(ratio, one, ["0"] * 40)[0])
+
+
+def test_rows_compare_each_system_with_the_first():
+    clips = {str(i): (float(i % 3), 1.0) for i in range(6)}
+    more = {clip: (a + 1, b) for clip, (a, b) in clips.items()} | {"5": None}
+    rows = compare(
+        {"a": [{"x": clips}], "b": [{"x": more}]}, {"x": (ratio, "lower"), "y": (ratio, "lower")}, {c: c for c in clips}
+    )
+    assert rows[1]["x_minus_a"] == [1.0, 0.0] and "x_minus_a" not in rows[0] and line(rows[0]).startswith("a: x 1 +- ")
+
+
+def test_every_model_meets_the_same_masks_whatever_its_batch(corpus, release):
+    pipeline = HiCoDiTPipeline.from_pretrained(release, precision="fp32")
+    data = HiCoDiTDataset(corpus / "seen", release.parent / "codec")
+    samples = [data.read(i) for i in range(6)]
+    together, pair = losses(pipeline, samples), losses(pipeline, samples[3:5])
+    assert together["dse_high"][3:5] == [pytest.approx(a, rel=1e-5) for a in pair["dse_high"]]
+    assert together["dse_low"] != together["dse_high"] and len(together["identity_gain_low"]) == 6
+    assert any(abs(gain) > 1e-4 for gain, _ in together["expression_gain_high"])
+    assert all(abs(gain) < 1e-6 for gain, _ in together["expression_gain_low"])  # levels 1-2 do not see it
+
+
+def test_without_the_identity_loss_the_score_network_learns_the_same(corpus, release):
+    """So `DERIVED` need not train it again."""
+    gradients = []
+    for weight in (100.0, 0.0):
+        task = make_task(corpus, release, identity_weight=weight)
+        torch.manual_seed(0)
+        task(batch_of(corpus, release), "model")["loss"].backward()
+        gradients.append({name: p.grad for name, p in task.system.named_parameters() if p.grad is not None})
+    full, without = gradients
+    assert {n for n in full if n not in without or not torch.equal(full[n], without[n])} == {
+        n for n in full if n.startswith(IDENTITY)
+    }
+    assert VARIANTS[next(iter(DERIVED))] == ["task.identity_weight=0"]
+
+
+def test_a_derived_release_has_untrained_identity_parts_alone(release, tmp_path):
+    trained, begin = HiCoDiTSystem.from_pretrained(release), HiCoDiTSystem.from_pretrained(release)
+    for parameter in begin.parameters():
+        torch.nn.init.constant_(parameter, 0.25)
+    begin.save(tmp_path / "begin", "a test")
+    derive(release, tmp_path / "begin", tmp_path / "derived")
+    made = HiCoDiTSystem.from_pretrained(tmp_path / "derived")
+    for name, value in made.state_dict().items():
+        expected = begin if name.startswith(IDENTITY) else trained
+        assert torch.equal(value, expected.state_dict()[name]), name
+    assert made.release["sampler"] == trained.release["sampler"]
+    take(begin, trained, SHARED)
+    same = {n.split(".")[1] for n, v in begin.state_dict().items() if torch.equal(v, trained.state_dict()[n])}
+    assert same == {"lip", "expression"}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_are_settings_of_the_recipe(variant):
+    model = compose("train", ["experiment=hicodit_synthetic_2", *VARIANTS[variant]]).task.model
+    assert ModelConfig(**OmegaConf.to_container(model, resolve=True)).levels == 12
