@@ -29,7 +29,7 @@ For talking faces from text or audio: python infer.py model=talker_t2av --help
 Examples:
 python infer.py
 python infer.py input=clip.mp4 output=spoken seed=3
-python infer.py input=clips/ output=spoken batch_size=16 sampler=fast
+python infer.py input=clips/ output=spoken batch_size=16 sampler.steps=6
 python infer.py input=clip.mp4 sampler=paper sampler.steps=16
 python infer.py input=clip.mp4 reference_audio=voice.wav guidance.all=2.0 guidance.lip=1.0
 python infer.py input=clip.mp4 face=2 debug=true

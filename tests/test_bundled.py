@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import soundfile
 
+from engine.config import load, override, typed
 from engine.media.ffmpeg import probe
 from hicodit.pipeline import HiCoDiTPipeline
+from hicodit.settings import InferConfig
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 RELEASES = [folder for folder in ASSETS.iterdir() if (folder / "model.safetensors").is_file()]
@@ -21,6 +23,16 @@ def test_assets_stay_small():
 def test_every_release_has_a_card_with_command_seed_and_results(folder):
     card = (folder / "README.md").read_text()
     assert "train.py experiment=" in card and "seed" in card and "| " in card
+
+
+def test_the_default_sampler_takes_sixteen_evaluations_and_the_papers_is_an_override_away():
+    pipeline = HiCoDiTPipeline.from_pretrained()
+    paper = typed(load("infer", ["sampler=paper"], ""), InferConfig)
+    counts = []
+    for changes in (InferConfig(), paper):
+        sampler, guidance = override(pipeline.sampler, changes.sampler), override(pipeline.guidance, changes.guidance)
+        counts.append(sampler.steps * len(guidance.branches))
+    assert counts == [16, 320]
 
 
 def test_the_silent_clip_is_silent_and_speaks_intelligibly():
