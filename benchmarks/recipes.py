@@ -124,7 +124,8 @@ def two_steps(name: str, clips: int, device: str) -> dict[str, Any]:
             word.replace(word.partition("=")[2], places.get(word.partition("=")[2], word.partition("=")[2]))
             for word in words
         ]
-        small = ["trainer=cpu", "trainer.precision=fp32", f"trainer.batch_size={clips}", "trainer.batch_tokens=null"]
+        small = ["trainer=cpu", "trainer.precision=fp32", f"trainer.batch_size={clips}"]
+        small.append("trainer.global_batch_size=null")
         common = [f"experiment={name}", "data=shards", f"data.root={folder / 'shards'}", f"trainer.device={device}"]
         config = load("train", [*common, *small, *words, "trainer.ema_decay=0", f"run={folder / 'run'}"], "")
         torch.manual_seed(config.trainer.seed)

@@ -23,8 +23,8 @@ from engine.errors import UserError, run_cli
 from engine.training.distributed import pick_device
 
 NAMES = (
-    "ablations", "faces", "full_size", "inference", "levels", "packing", "prosody", "recipes", "samplers", "sampling",
-    "serving", "streaming", "synthetic_corpus", "talker", "talker_claims", "training",
+    "ablations", "faces", "full_size", "gpu", "inference", "levels", "packing", "prosody", "recipes",
+    "samplers", "sampling", "serving", "streaming", "synthetic_corpus", "talker", "talker_claims", "training",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from engine.config import load
 from engine.errors import UserError
+from engine.training.task import TrainerConfig
 from hicodit.conditions import encoder_config
 from hicodit.conditions.encoders import TinyLipEncoder
 from hicodit.model import ModelConfig
@@ -74,7 +75,6 @@ def test_the_papers_and_the_released_recipe_of_the_talker_differ_as_the_texts_sa
     assert (paper.data.train.tasks, released.data.train.tasks) == (["t2av", "tts"], ["t2av"])
     assert (paper.task.model.motion_weight, released.task.model.motion_weight) == (8, 10)
     assert (paper.task.model.stop_share, released.task.model.stop_share) == (1, 0.3)
-    assert (paper.trainer.batch_tokens, released.trainer.batch_tokens) == (1216, None)
     assert dict(paper.task.warm_start) == {"qwen": "q"} and released.task.warm_start.qwen is None
     assert (paper.task.sampling.temperature, released.task.sampling.temperature) == (0.7, 0.3)
     assert paper.trainer.warmup == 0.03 * paper.trainer.steps and released.trainer.batch_size == 8
@@ -111,10 +111,20 @@ def test_ablations_of_hicodit_are_settings_of_its_recipe(words):
     assert config != plain and config.task.identity_input in ("voice", "face")
 
 
-@pytest.mark.parametrize(
-    "words", [["hicodit_paper", "data=voxceleb2", *PAPER], ["talker_paper", "data=shards", "data.root=r"]]
-)
-def test_paper_recipes_cut_their_batches_by_tokens(words):
-    more = [*CODECS, "task.warm_start.qwen=q"] if "talker" in words[0] else []
-    config = load("train", [f"experiment={words[0]}", *words[1:], *more], "")
-    assert config.trainer.batch_tokens > 0
+BATCHES = {
+    "hicodit_paper": (32, PAPER),
+    "talker_paper": (128, [*CODECS, "task.warm_start.qwen=q"]),
+    "talker_released": (64, [*CODECS, "task.warm_start.tts=w"]),
+    "rvq_paper": (64, []),
+    "lia_x_paper": (32, ["task.vgg=v"]),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_the_papers_batches_hold_on_any_number_of_gpus(name):
+    samples, words = BATCHES[name]
+    config = load("train", [f"experiment={name}", "data=shards", "data.root=r", *words], "")
+    trainer = TrainerConfig(**OmegaConf.to_container(config.trainer, resolve=True))
+    for processes in (1, 4, 8, 32):
+        shared = trainer.shared_among(processes)
+        assert shared.batch_size * shared.accumulate * processes == samples and shared.batch_size <= trainer.batch_size

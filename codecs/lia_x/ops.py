@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BLUR = (1.0, 3.0, 3.0, 1.0)  # the low-pass filter of every re-sampling step, one axis, before normalisation
 
+def blur_kernel(like: Tensor, gain: float = 1.0) -> Tensor:
+    """The (4, 4) low-pass kernel, summing to `gain`: the outer product of (1, 3, 3, 1) / 8, exact in any precision.
 
-def blur_kernel(gain: float = 1.0) -> Tensor:
-    """The (4, 4) low-pass kernel, summing to `gain`."""
-    taps = torch.tensor(BLUR) / sum(BLUR)
+    It is computed where `like` is: for a copy from the host the host would wait.
+    """
+    taps = 0.5 - (torch.arange(4, dtype=like.dtype, device=like.device) - 1.5).abs() / 4
     return torch.outer(taps, taps) * gain
 
 
@@ -31,7 +32,7 @@ def blur(x: Tensor, pad: tuple[int, int], gain: float = 1.0, stride: int = 1) ->
     (B, C, H, W) -> (B, C, H', W') with H' = (H + before + after - 4) // stride + 1.
     """
     channels = x.shape[1]
-    kernel = blur_kernel(gain).to(x).expand(channels, 1, 4, 4)
+    kernel = blur_kernel(x, gain).expand(channels, 1, 4, 4)
     return F.conv2d(F.pad(x, (*pad, *pad)), kernel, stride=stride, groups=channels)
 
 

@@ -5,10 +5,12 @@ Axes: M vectors, C latent channels, D code channels, K codes of a book, Q levels
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.nn.transfer import send
 from rvq_codec.quantizer import ResidualQuantizer
 
 
@@ -73,25 +75,35 @@ def _set_conv(conv, weight: Tensor, bias: Tensor) -> None:
 
 
 @torch.no_grad()
-def restart_dead_codes(
-    quantizer: ResidualQuantizer, latents: Tensor, counts: Tensor, generator: torch.Generator
-) -> int:
-    """Move every code with a zero in `counts` (Q, K) to a random projected residual of `latents` (M, C)."""
-    moved, residual = 0, latents
-    for level, count in zip(quantizer.quantizers, counts, strict=True):
+def restart_dead_codes(quantizer: ResidualQuantizer, pool: Tensor, counts: Tensor, seed: int) -> Tensor:
+    """Move every code with a zero in `counts` (Q, K) to a random projected residual of the latents in `pool` (M, C).
+
+    Rows of zeros are not filled yet. Neither how many codes are dead nor how many rows are filled is read on the host,
+    which would wait for the device: it draws for every code, and the device takes what it needs. The draws are those of
+    torch.randint and a generator of this seed: numbers of 32 bits of the same Mersenne Twister, of which the remainder
+    of the division by the number of rows is taken.
+
+    Returns:
+        How many codes were moved, ().
+    """
+    filled = pool.abs().sum(1) > 0
+    rows, count = (~filled).byte().argsort(stable=True), filled.sum()  # filled ones first
+    dead = (counts == 0) & (count > 0)
+    draws = np.random.RandomState(seed).randint(0, 2**32, counts.numel(), dtype=np.uint32).astype(np.int64)
+    nth = (dead.flatten().cumsum(0) - 1).clamp_min(0).view_as(dead)  # of the dead codes
+    chosen, residual = rows[send(torch.from_numpy(draws), pool.device)[nth] % count.clamp_min(1)], pool
+    for i, level in enumerate(quantizer.quantizers):
         e = level.in_project(residual.T[None])[0].T
-        dead = (count == 0).nonzero().flatten()
-        if len(dead):
-            level.codebook.weight[dead] = e[torch.randint(len(e), (len(dead),), generator=generator)]
-            moved += len(dead)
+        level.codebook.weight.copy_(torch.where(dead[i, :, None], e[chosen[i]], level.codebook.weight))
         residual = residual - level(residual.T[None])[0][0].T
-    return moved
+    return dead.sum()
 
 
 def count_codes(codes: Tensor, codebook_size: int) -> Tensor:
     """How often each code of each level occurs: codes (B, Q, T) -> (Q, K)."""
     flat = codes.transpose(0, 1).flatten(1)
-    return torch.stack([torch.bincount(level, minlength=codebook_size) for level in flat])
+    counts = flat.new_zeros(len(flat), codebook_size)
+    return counts.scatter_add_(1, flat, torch.ones_like(flat))  # bincount would read the largest code on the host
 
 
 def perplexity(counts: Tensor) -> Tensor:

@@ -21,6 +21,26 @@ from engine.nn.mel import mel_filters
 WINDOW = 1024
 
 
+class CumulativeNorm(nn.BatchNorm1d):
+    """`BatchNorm1d(channels, affine=False, momentum=None)`, whose averages are over all batches so far.
+
+    PyTorch reads the number of batches on the host, which would wait for the device.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, affine=False, momentum=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        mean, var = self.running_mean.clone(), self.running_var.clone()
+        y = F.batch_norm(x, mean, var, training=True, momentum=1.0, eps=self.eps)  # they become the batch's own
+        share = self.num_batches_tracked.add_(1).double().reciprocal()
+        for average, of_batch in ((self.running_mean, mean), (self.running_var, var)):
+            average.copy_((1 - share) * average + share * of_batch)
+        return y
+
+
 class SpeechFeatures(nn.Module):
     """(B, 1, N) -> (B, M + S, N / hop): standardised log-mel bands, then the wave below 850 Hz.
 
@@ -44,7 +64,7 @@ class SpeechFeatures(nn.Module):
         self.register_buffer("taps", taps[None, None], persistent=False)
         self.register_buffer("window", torch.hann_window(WINDOW), persistent=False)
         self.register_buffer("filters", mel_filters(sample_rate, WINDOW, mel_bands), persistent=False)
-        self.standardise = nn.BatchNorm1d(mel_bands, affine=False, momentum=None)
+        self.standardise = CumulativeNorm(mel_bands)
 
     def forward(self, wave: Tensor) -> Tensor:
         return torch.cat([self.standardise(self._log_mel(wave[:, 0])), self._low_band(wave)], 1)

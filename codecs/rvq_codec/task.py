@@ -252,14 +252,12 @@ class RVQCodecTask(Task):
         due = step > self.quantizer_start and (step - self.quantizer_start) % self.restart_every == 0
         if not (first or due):
             return
-        generator = torch.Generator().manual_seed(step)
-        latents = self.pooled[self.pooled.abs().sum(1) > 0]  # rows that have not been filled yet are zero
-        if len(latents):
-            if first:
-                bands = self.features.mel_bands if self.features else 0
-                warm_start(self.codec.quantizer, latents, generator, self.envelope_levels, bands)
-            else:
-                restart_dead_codes(self.codec.quantizer, latents, self.counts, generator)
+        if due:
+            restart_dead_codes(self.codec.quantizer, self.pooled, self.counts, step)
+        elif len(latents := self.pooled[self.pooled.abs().sum(1) > 0]):  # once in a run the host waits
+            bands = self.features.mel_bands if self.features else 0
+            generator = torch.Generator().manual_seed(step)
+            warm_start(self.codec.quantizer, latents, generator, self.envelope_levels, bands)
         self.counts.zero_()
 
     @torch.no_grad()

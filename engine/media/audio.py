@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import re
 import subprocess
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from engine.media.ffmpeg import (
     stated_seconds,
 )
 from engine.media.limits import LIMITS
+from engine.nn.transfer import send
 
 BLOCK = 2**20  # samples of each channel that are read, or written, at once
 LOUDEST = 100.0  # magnitude of a sample; full scale is 1
@@ -43,7 +45,17 @@ def resample(wave: Tensor, source_rate: int, target_rate: int) -> Tensor:
     """(..., N) at `source_rate` -> (..., ceil(N * target_rate / source_rate)); windowed sinc of torchaudio."""
     if wave.shape[-1] == 0:
         return wave
+    if wave.device.type == "cuda":  # torchaudio would copy numbers there, and the host would wait
+        resampler = _resampler(int(source_rate), int(target_rate), wave.dtype)
+        kernel = {name: send(of, wave.device) for name, of in resampler.named_buffers()}  # none for equal rates
+        return torch.func.functional_call(resampler, kernel, (wave,))
     return torchaudio.functional.resample(wave, int(source_rate), int(target_rate))
+
+
+@lru_cache(maxsize=8)
+def _resampler(source_rate: int, target_rate: int, dtype: torch.dtype) -> torchaudio.transforms.Resample:
+    """Has the kernel, in main memory."""
+    return torchaudio.transforms.Resample(source_rate, target_rate, dtype=dtype)
 
 
 def read_audio(path: str | Path, rate: int, span: tuple[float, float] | None = None) -> np.ndarray:

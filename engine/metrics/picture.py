@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.nn.transfer import send
 
 WINDOW, SIGMA = 11, 1.5  # of SSIM's Gaussian, in pixels
 
@@ -39,7 +40,8 @@ def ssim_map(a: Tensor, b: Tensor, span: float = 255.0) -> Tensor:
     """
     batch, channels, height, width = a.shape
     stacked = torch.cat([a, b, a * a, b * b, a * b])
-    blurred = _gaussian(height).to(a) @ stacked @ _gaussian(width).to(a).T
+    rows, columns = (send(_gaussian(size).to(a.dtype), a.device) for size in (height, width))
+    blurred = rows @ stacked @ columns.T
     mean_a, mean_b, aa, bb, ab = blurred.view(5, batch, channels, *blurred.shape[-2:])
     c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
     spread = aa - mean_a**2 + bb - mean_b**2

@@ -69,7 +69,7 @@ def run(job: dict) -> None:
 
 
 if __name__ == "__main__":
-    distributed.init("cpu")
+    distributed.init(os.environ.get("DEVICE", "cpu"))
     try:  # both ends are at once, as in train.py: threads of gloo that are left would sometimes abort a normal one
         for each in json.loads(sys.argv[1]):
             os.environ["LOCAL_WORLD_SIZE"] = str(each["node"])

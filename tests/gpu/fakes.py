@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA = torch.device("cuda", 0)
@@ -89,6 +89,7 @@ def fake_cuda(device: torch.device | str = CUDA, host: bool = False) -> Iterator
         "torch._subclasses.fake_tensor.init_gpu_context": lambda *_: None,
     }
     with ExitStack() as stack:
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # its grid_sample knows no fake tensors
         stack.enter_context(mock.patch("torch.Tensor.pin_memory", lambda tensor: tensor))
         stack.enter_context(
             FakeDevice(device) if host else FakeTensorMode()
@@ -101,8 +102,9 @@ def fake_cuda(device: torch.device | str = CUDA, host: bool = False) -> Iterator
 def faked(value: Any, device: torch.device | str = CUDA) -> Any:
     """Inside `fake_cuda`: a module or tensors, in dicts, lists, tuples, dataclasses, copied to a fake device."""
     if isinstance(value, nn.Module):
-        tensors = [*value.parameters(), *value.buffers()]
-        return copy.deepcopy(value, {id(t): faked(t, device) for t in tensors})
+        memo = {id(t): faked(t, device) for t in [*value.parameters(), *value.buffers()]}
+        with _disable_current_modes():  # other tensors of it stay on the host, and real
+            return copy.deepcopy(value, memo)
     if isinstance(value, Tensor):
         if isinstance(value, FakeTensor):
             return value.to(device)

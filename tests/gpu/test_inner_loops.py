@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from gpu.fakes import CUDA, fake_cuda, faked
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from engine.precision import convert_matrices
@@ -13,6 +12,7 @@ from hicodit.model import FLOAT32, HiCoDiT, ModelConfig
 from hicodit.settings import METHODS, GuidanceScales, SamplerConfig
 from talker_t2av.generation import PatchLoop
 from talker_t2av.request import MODES, Sampling
+from tests.gpu.fakes import CUDA, fake_cuda, faked
 from tests.talker_t2av.talker_fixtures import DS, request, tiny_model
 
 B, K, N, L, STEPS = 2, 12, 16, 40, 3
@@ -59,12 +59,18 @@ class FakeRun:
         assert count == self.config.steps and draft.tokens.shape == (B, K, L)
 
 
+def run_sampler(method, dtype, **scales):
+    """The operators of all steps of a sampler."""
+    run = FakeRun(method, dtype, **scales)
+    with fake_cuda() as operators, torch.inference_mode():
+        run.loop(CUDA)
+    return operators
+
+
 @pytest.mark.parametrize("late", [1.0, 0.6])
 @pytest.mark.parametrize("method", METHODS)
 def test_sampler_steps_wait_for_nothing(method, late):
-    run = FakeRun(method, torch.float32, late=late)
-    with fake_cuda() as operators, torch.inference_mode():
-        run.loop(CUDA)
+    operators = run_sampler(method, torch.float32, late=late)
     assert operators.counts["linear"] > 20 * STEPS  # the network did run
 
 
@@ -80,9 +86,7 @@ def test_a_step_of_free_scores_waits_for_nothing():
 
 
 def test_half_precision_is_where_it_is_meant():
-    run = FakeRun("ordered", torch.bfloat16)
-    with fake_cuda() as operators, torch.inference_mode():
-        run.loop(CUDA)
+    operators = run_sampler("ordered", torch.bfloat16)
     half = {name for (name, dtype), n in operators.types.items() if dtype == torch.bfloat16}
     assert "_log_softmax" not in half and not half & {"cumsum", "sort", "native_layer_norm", "add_"}
     products = {dtype for name, dtype in operators.types if name in ("mm", "addmm", "linear")}
@@ -96,10 +100,8 @@ def test_the_fake_device_sees_a_host_read():
         run.loop(CUDA)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_a_patch_waits_for_nothing(guidance, dtype):
-    """Talker: backbone, both solvers, both encoders and the stop test, three times."""
+def run_patches(dtype, guidance):
+    """Talker: the operators of backbone, both solvers, both encoders and the stop test, three times."""
     model = tiny_model().to_precision(dtype)
     loop = PatchLoop(model, [request(), request(9)], MODES["t2av"], Sampling(3, guidance=guidance))
     before = {name: value.shape for name, value in vars(loop.state).items() if isinstance(value, torch.Tensor)}
@@ -119,11 +121,19 @@ def test_a_patch_waits_for_nothing(guidance, dtype):
         for name in before:
             setattr(loop.state, name, faked(getattr(loop.state, name)))
         loop.state.context = faked(loop.state.context)
+        operators.counts.clear()
         for index in range(3):
             noise = {stream: loop.noise[stream][index] for stream in ("speech", "motion")}
             patches, token, stop = loop.step(noise, loop.known[index], False)
     assert patches["speech"].shape == (2, 4, DS) and token.shape == (2, model.width) and stop.shape == (2,)
     assert before == {name: value.shape for name, value in vars(loop.state).items() if isinstance(value, torch.Tensor)}
+    return operators
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_patch_waits_for_nothing(guidance, dtype):
+    operators = run_patches(dtype, guidance)
     assert {d for name, d in operators.types if name == "linear"} == {
         dtype,
         torch.float32,

@@ -189,9 +189,15 @@ def test_warm_start_beats_random_books_and_restart_fills_dead_codes():
         quantizer.quantizers[2].codebook.weight[3] = -quantizer.quantizers[2].codebook.weight[5] * 1e3
     counts[2, 3] = 0
     rows = quantizer.quantizers[2].codebook.weight.clone()
-    assert restart_dead_codes(quantizer, latents, counts, generator) == 1
+    pool = torch.cat([torch.zeros_like(latents[:500]), latents])  # not full yet
+    assert restart_dead_codes(quantizer, pool, counts, seed=7) == 1
     changed = (quantizer.quantizers[2].codebook.weight != rows).any(1).nonzero().flatten()
     assert changed.tolist() == [3]
+    chosen = torch.randint(2000, (1,), generator=torch.Generator().manual_seed(7))
+    left = z - quantizer(z).levels[:2].sum(0)
+    projected = quantizer.quantizers[2].in_project(left)[0].T
+    torch.testing.assert_close(quantizer.quantizers[2].codebook.weight[3], projected[chosen[0]], rtol=1e-3, atol=1e-3)
+    assert restart_dead_codes(quantizer, torch.zeros_like(pool), counts, seed=7) == 0
 
 
 def test_kmeans_finds_separate_clusters():

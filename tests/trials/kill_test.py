@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # optimisers import it at their first step: here it is once for all processes
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
@@ -53,7 +54,8 @@ from engine.training.trainer import Trainer
 KINDS = ("group", "node", "rank", "term", "usr1", "disk", "slow")
 FAR = 1_000_000  # steps of a run that is killed
 STARTING = 0.15  # share of kills that may fall before the first step after a start
-TIMEOUT = 120.0  # seconds in which a group has to start or to exit
+TIMEOUT = 600.0  # seconds in which a group has to start or to exit, on a machine that others use too
+GRACE = 10.0  # seconds after the end of one process before the first step
 SLOW = 0.5  # seconds that a file takes to reach a slow disk
 
 
@@ -91,20 +93,20 @@ class Autoencoder(Task):
         return {"weight": float(self.net[0].weight.square().sum())}
 
 
-def settings(steps: int) -> dict[str, Any]:
+def settings(steps: int, device: str) -> dict[str, Any]:
     """Constant learning rate: a longer run begins as a shorter one."""
     return OmegaConf.to_container(OmegaConf.load(CONFIGS / "trainer/cpu.yaml")) | {
         "steps": steps, "batch_size": 4, "lr": 1e-3, "warmup": 10, "schedule": "constant", "log_every": 1,
-        "validate_every": 30, "checkpoint_every": 10, "best": "min weight",
+        "validate_every": 30, "checkpoint_every": 10, "best": "min weight", "device": device,
     }  # fmt: skip
 
 
-def train(run: str, steps: int) -> int:
+def train(run: str, steps: int, device: str = "cpu") -> int:
     """One process of the group."""
     torch.set_num_threads(1)
-    distributed.init("cpu")
+    distributed.init(device)
     torch.manual_seed(0)
-    finished = Trainer(Autoencoder(), Vectors(), settings(steps), run).fit() is not None
+    finished = Trainer(Autoencoder(), Vectors(), settings(steps, device), run).fit() is not None
     distributed.shutdown()
     return 0 if finished else REQUEUE
 
@@ -112,7 +114,7 @@ def train(run: str, steps: int) -> int:
 class Group:
     """Processes of one run, forked from here as torchrun would start them."""
 
-    def __init__(self, run: Path, steps: int, ranks: int, output: int, slow_disk: bool = False):
+    def __init__(self, run: Path, steps: int, ranks: int, output: int, slow_disk: bool = False, device: str = "cpu"):
         sys.stdout.flush(), sys.stderr.flush()
         with socket.socket() as free:
             free.bind(("localhost", 0))
@@ -122,13 +124,15 @@ class Group:
             process = os.fork()
             if process == 0:
                 os.dup2(output, 1), os.dup2(output, 2)
+                sys.stdout, sys.stderr = (os.fdopen(file, "w", closefd=False) for file in (1, 2))
                 where = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": ranks, "RANK": rank}
+                where["LOCAL_RANK"] = rank
                 os.environ.update({key: str(value) for key, value in where.items()})
                 code = 1
                 if slow_disk:
                     os.fsync = partial(_sync_slowly, os.fsync)
                 try:
-                    run_cli(lambda: train(str(run), steps))
+                    run_cli(lambda: train(str(run), steps, device))
                 except SystemExit as leaving:
                     code = leaving.code
                 except BaseException:
@@ -142,20 +146,30 @@ class Group:
         for process in self.processes if processes is None else processes:
             os.kill(process, number)  # not waited for yet, so its id is still its own
 
-    def wait(self, seconds: float) -> list[int]:
+    def wait(self, seconds: float, grace: float | None = None) -> list[int]:
         """Wait until all have exited; returns their exit codes (negative: a signal).
+
+        Args:
+            grace: seconds after the end of one in which the others must end, or they get SIGKILL, as from torchrun.
 
         Raises:
             UserError: a process does not exit in time.
         """
-        end, codes = time.monotonic() + seconds, []
-        for process in self.processes:
-            while (left := os.waitpid(process, os.WNOHANG))[0] == 0:
-                if time.monotonic() > end:
+        end, codes = time.monotonic() + seconds, dict.fromkeys(self.processes)
+        while left := [process for process, code in codes.items() if code is None]:
+            for process in left:
+                ended, status = os.waitpid(process, os.WNOHANG)
+                if ended:
+                    codes[process] = os.waitstatus_to_exitcode(status)
+                    if grace is not None:
+                        end, grace = time.monotonic() + grace, None
+                        seconds = 0.0
+                elif time.monotonic() > end and not seconds:
+                    os.kill(process, signal.SIGKILL)
+                elif time.monotonic() > end:
                     raise UserError(f"process {process} was still there after {seconds:.0f} s; see the output")
-                time.sleep(0.02)
-            codes.append(os.waitstatus_to_exitcode(left[1]))
-        return codes
+            time.sleep(0.02)
+        return list(codes.values())
 
 
 def _sync_slowly(sync: Callable[[int], None], file: int) -> None:
@@ -199,27 +213,40 @@ def kill(kind: str, group: Group, nodes: int, chance: random.Random) -> None:
 
 
 def train_with_kills(
-    run: Path, kills: int, nodes: int, ranks: int, pause: float, seed: int, sink: subprocess.Popen
+    run: Path, kills: int, nodes: int, ranks: int, pause: float, seed: int, sink: subprocess.Popen, until: float
 ) -> list[dict]:
-    """Train, killed `kills` times; returns the events."""
+    """Train, killed `kills` times or until so late; returns the events."""
     chance, events = random.Random(seed), []
     kinds = [KINDS[i % len(KINDS)] for i in range(kills)]
     chance.shuffle(kinds)
     for number, kind in enumerate(kinds, 1):
         begin = time.monotonic()
+        if begin > until:
+            break
         slow = kind == "slow"
         group = Group(run, FAR, ranks, sink.stdin.fileno(), slow)
-        if chance.random() > STARTING or slow:
+        early = chance.random() <= STARTING and not slow
+        if not early:
             wait_for_step(run)
         time.sleep(chance.uniform(0, pause))
         if slow:
             wait_for(lambda: any((run / "checkpoints").glob(".step-*.writing")))
         kill(kind, group, nodes, chance)
-        codes = group.wait(TIMEOUT)
+        # Before the first step the others may wait for the one that is gone: torchrun ends them, here as there.
+        codes = group.wait(TIMEOUT, GRACE if early else None)
         reached = last_step(run)
         saved = checkpoint.newest(run / "checkpoints", lambda line: print(line, flush=True))
         kept = int(saved.name.split("-")[1]) if saved else 0
-        events.append({"kind": kind, "codes": codes, "reached": reached, "kept": kept, "lost": max(0, reached - kept)})
+        events.append(
+            {
+                "kind": kind,
+                "early": early,
+                "codes": codes,
+                "reached": reached,
+                "kept": kept,
+                "lost": max(0, reached - kept),
+            }
+        )
         print(f"{number}/{kills} {events[-1]} {time.monotonic() - begin:.1f} s", flush=True)
     return events
 
@@ -254,6 +281,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50, help="default: %(default)s")
     parser.add_argument("--ranks", type=int, default=2, help="processes of the group")
     parser.add_argument("--nodes", type=int, default=2, help="equal parts of the group, one of which `node` kills")
+    parser.add_argument("--minutes", type=float, default=600.0, help="no kills after so long (default: %(default)s)")
     parser.add_argument("--pause", type=float, default=1.5, help="most seconds from the first step to the kill")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and of the order of the kinds")
     parser.add_argument("--folder", type=Path, help="keep the runs here (default: a temporary folder)")
@@ -275,7 +303,8 @@ def main() -> int:
         with (root / "output.txt").open("wb") as output:
             # Through a pipe: the training's output must be kept even when it can write no file.
             sink = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=output, start_new_session=True)
-            events = train_with_kills(one, args.kills, args.nodes, args.ranks, args.pause, args.seed, sink)
+            until = begin + 60 * args.minutes
+            events = train_with_kills(one, args.kills, args.nodes, args.ranks, args.pause, args.seed, sink, until)
             steps = last_step(one) + 25
             train_uninterrupted(one, steps, args.ranks, sink)
             train_uninterrupted(two, steps, args.ranks, sink)
@@ -300,7 +329,7 @@ def main() -> int:
             write_record(
                 args.record,
                 "training-kills",
-                f"{args.kills} kills of {args.ranks} processes on {args.nodes} nodes, against an uninterrupted run",
+                f"{len(events)} kills of {args.ranks} processes on {args.nodes} nodes, against an uninterrupted run",
                 results,
             )
     return 1 if found else 0

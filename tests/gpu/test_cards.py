@@ -1,0 +1,144 @@
+"""What tests/gpu shows on tensors without data, on real GPUs: one for steps, sampling, resuming; two for NCCL.
+
+    python scripts/benchmark.py gpu     # runs all of tests/gpu and writes a record
+
+Without the cards each test is skipped and says so.
+"""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.training.trainer import Trainer
+from talker_t2av.settings import Job
+from tests.golden.golden_runs import RUNS, TRAINER
+
+ROOT = Path(__file__).resolve().parents[2]
+CARDS = torch.cuda.device_count()
+one_card = pytest.mark.skipif(CARDS < 1, reason="needs a CUDA GPU")
+two_cards = pytest.mark.skipif(CARDS < 2, reason=f"needs two CUDA GPUs, {CARDS} present")
+VOICED = Job("tts", "lay blue at f two now", str(ROOT / "assets/demo/voice.wav"))
+ON_CARD = {"device": "cuda", "steps": 6, "validate_every": 100, "checkpoint_every": 100, "log_every": 1}
+
+
+def logged(run):
+    """Losses by step; a run that resumes writes a step again."""
+    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return {line["step"]: {k: v for k, v in line.items() if "loss" in k} for line in lines if "lr" in line}
+
+
+def train(name, folder, run, **changes):
+    torch.manual_seed(0)
+    folder.mkdir(exist_ok=True)
+    task, data = RUNS[name](folder)
+    task.measure = lambda step, folder, share: {}
+    trainer = Trainer(task, data, TRAINER | ON_CARD | {"batch_size": data.batch} | changes, run)
+    trainer.fit()
+    return trainer
+
+
+@one_card
+@pytest.mark.parametrize("name", RUNS)
+def test_steps_of_every_task_wait_for_nothing(name, tmp_path, monkeypatch):
+    """From the fourth step on PyTorch raises an error where the host waits for the GPU; restarts of RVQ's code books,
+    discriminators and all stages have begun by then."""
+    plain = Trainer._train_step
+
+    def watched(trainer, *arguments):
+        torch.cuda.set_sync_debug_mode("error" if trainer.step >= 3 else "default")
+        try:
+            return plain(trainer, *arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Trainer, "_train_step", watched)
+    train(name, tmp_path / "files", tmp_path / "run", precision="bf16")
+    losses = logged(tmp_path / "run")
+    assert len(losses) == 6 and all(math.isfinite(x) for step in losses.values() for x in step.values())
+
+
+@one_card
+def test_a_run_on_a_card_goes_on_where_it_stopped(tmp_path):
+    whole = train("voice_encoder", tmp_path / "files", tmp_path / "whole")
+    train("voice_encoder", tmp_path / "files", tmp_path / "parts", steps=3, schedule="constant", checkpoint_every=3)
+    train("voice_encoder", tmp_path / "files", tmp_path / "whole_2", schedule="constant")
+    parts = train("voice_encoder", tmp_path / "files", tmp_path / "parts", schedule="constant")
+    assert whole.step == parts.step == 6
+    one, two = logged(tmp_path / "whole_2"), logged(tmp_path / "parts")
+    for step, losses in one.items():
+        assert two[step] == pytest.approx(losses, rel=1e-5)
+
+
+@one_card
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_both_bundled_models_speak_on_a_card(precision):
+    from hicodit.pipeline import HiCoDiTPipeline
+    from talker_t2av.pipeline import TalkerPipeline
+
+    speech = HiCoDiTPipeline.from_pretrained(device="cuda", precision=precision)(
+        ROOT / "assets/demo/silent.mp4", seed=0, steps=8
+    )
+    talk = TalkerPipeline.from_pretrained(device="cuda", precision=precision)(VOICED)
+    for wave in (speech.wave, talk.wave):
+        assert len(wave) > 10_000 and 0.01 < abs(wave).max() <= 1
+
+
+def start(jobs, processes, script=ROOT / "tests/engine/parallel_runs.py", **more):
+    """Processes of one run as torchrun would start them, each with its card."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "codecs")))
+    shared = {"PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DEVICE": "cuda"}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(script), json.dumps(jobs)],
+            env=os.environ | shared | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(processes)},
+        )
+        for r in range(processes)
+    ]
+
+
+def job(run, processes, **changes):
+    changes = {"schedule": "constant", "accumulate": 4 // processes} | ON_CARD | changes
+    return {"run": str(run), "node": processes, "changes": changes}
+
+
+@two_cards
+def test_two_cards_train_as_one(tmp_path):
+    """DDP, FSDP2 and a run that changes from one to the other, over NCCL."""
+    jobs = [job(tmp_path / way, 2, parallel=way) for way in ("ddp", "fsdp")]
+    jobs += [job(tmp_path / "both", 2, steps=3, parallel="fsdp"), job(tmp_path / "both", 2)]
+    started = start([job(tmp_path / "one", 1)], 1)
+    assert [process.wait(600) for process in started] == [0]
+    assert [process.wait(600) for process in start(jobs, 2)] == [0, 0]
+    one = logged(tmp_path / "one")
+    for way in ("ddp", "fsdp", "both"):
+        found = logged(tmp_path / way)
+        for step, losses in one.items():
+            assert found[step] == pytest.approx(losses, rel=1e-3), (way, step)
+
+
+@two_cards
+def test_a_killed_rank_ends_the_other_and_the_run_goes_on(tmp_path):
+    endless = [job(tmp_path / "run", 2, steps=100_000, checkpoint_every=10)]
+    started = start(endless, 2)
+    end = time.monotonic() + 300
+    while not list((tmp_path / "run/checkpoints").glob("step-*/info.json")):
+        assert time.monotonic() < end and all(process.poll() is None for process in started)
+        time.sleep(0.1)
+    started[1].send_signal(signal.SIGKILL)
+    assert started[0].wait(900) != 0  # at the latest when a collective's time is over: ten minutes
+    kept = max(int(path.parent.name[5:]) for path in (tmp_path / "run/checkpoints").glob("step-*/info.json"))
+    again = start([job(tmp_path / "run", 2, steps=kept + 3)], 2)
+    assert [process.wait(300) for process in again] == [0, 0]
+    assert max(logged(tmp_path / "run")) >= kept + 3
