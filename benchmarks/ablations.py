@@ -77,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="dev", help="split that is measured")
     parser.add_argument("--codec", default="assets/rvq_tiny", help="release folder of the tokenizer")
     parser.add_argument("--encoders", help="release folder whose lip and expression encoders all models start with")
+    parser.add_argument("--trained", type=Path, help="release that stands for `full`: what derives from it is measured")
     parser.add_argument("--sampler", default="fast", help="preset in configs/sampler")
     parser.add_argument("--jobs", type=int, default=1, help="models that are trained at the same time")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="folder of the runs")
@@ -107,19 +108,34 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def train_and_measure(args: argparse.Namespace, variant: str, seed: int) -> dict[str, dict]:
-    """Figure -> clip -> pair of one model, from its folder if they are there."""
+    """Figure -> clip -> pair of one model, from its folder if they are there.
+
+    Raises:
+        UserError: with --trained, the variant has to be trained itself.
+    """
+    if args.trained and variant in DERIVED.values():
+        return figures_of(args, args.runs / "trained", args.trained)
+    if args.trained and variant not in DERIVED:
+        raise UserError(f"--trained {args.trained} cannot be made {variant}: only {', '.join(DERIVED)}")
     folder, words = args.runs / f"{variant}-{seed}", settings(args, variant, seed)
-    done, out = folder / "trained.json", folder / f"figures-{args.split}-{args.clips}-{args.sampler}.json"
-    if not done.exists() or json.loads(done.read_text()) != words:
+    done, made = folder / "trained.json", [*words, f"trained={args.trained}"] if args.trained else words
+    if not done.exists() or json.loads(done.read_text()) != made:
         begin = start(folder / "start", words, seed, args.encoders)
         if variant in DERIVED:
-            derive(args.runs / f"{DERIVED[variant]}-{seed}" / "release", begin, folder / "release")
+            trained = args.trained or args.runs / f"{DERIVED[variant]}-{seed}" / "release"
+            derive(trained, begin, folder / "release")
         else:
             train(folder, words, [f"init={begin}"])
-        done.write_text(json.dumps(words))
-        out.unlink(missing_ok=True)
+        done.write_text(json.dumps(made))
+        for old in folder.glob("figures-*.json"):
+            old.unlink()
+    return figures_of(args, folder, folder / "release")
+
+
+def figures_of(args: argparse.Namespace, folder: Path, release: Path) -> dict[str, dict]:
+    out = folder / f"figures-{args.split}-{args.clips}-{args.sampler}.json"
     if not out.exists():
-        clock, figures = time.monotonic(), in_own_process(measure_release, args, folder / "release")
+        clock, figures = time.monotonic(), in_own_process(measure_release, args, release)
         with atomic_output(out) as partial:
             partial.write_text(json.dumps(figures))
         print(f"{folder.name} measured in {time.monotonic() - clock:.0f} s", flush=True)

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
         rows = [{"mode": mode, **row} for row in compare(systems, FIGURES, voices)]
         yield from ((row, f"{mode}, {line(row)}") for row in rows)
         if len(rows) > 1:
-            path = args.out / f"{time.strftime('%Y-%m-%d')}-talker_claims-{args.measured}-{mode}.png"
+            path = args.out / f"{time.strftime('%Y-%m-%d')}-talker_claims-{mode.replace(' ', '-')}.png"
             chart(rows, FIGURES, path)
             yield {"chart": path.name}, str(path)
 

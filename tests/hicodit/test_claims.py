@@ -1,15 +1,18 @@
 """Claims put to the test: intervals over seeds and clips, losses with the same masks, models that are derived."""
 
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 from test_task import batch_of, make_task
 
-from benchmarks.ablations import DERIVED, IDENTITY, SHARED, VARIANTS, derive, take
+from benchmarks.ablations import DERIVED, IDENTITY, SHARED, VARIANTS, derive, take, train_and_measure
 from benchmarks.claims import losses
 from benchmarks.paired import compare, correlation, estimate, line, ratio
 from engine.config import compose
+from engine.errors import UserError
 from hicodit.data import HiCoDiTDataset
 from hicodit.model import ModelConfig
 from hicodit.pipeline import HiCoDiTPipeline
@@ -97,6 +100,12 @@ def test_a_derived_release_has_untrained_identity_parts_alone(release, tmp_path)
     take(begin, trained, SHARED)
     same = {n.split(".")[1] for n, v in begin.state_dict().items() if torch.equal(v, trained.state_dict()[n])}
     assert same == {"lip", "expression"}
+
+
+def test_what_has_to_be_trained_cannot_be_taken_from_a_trained_release(tmp_path):
+    args = Namespace(trained=tmp_path, runs=tmp_path)
+    with pytest.raises(UserError, match="cannot be made flat: only no_identity_loss_voice"):
+        train_and_measure(args, "flat", 0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
