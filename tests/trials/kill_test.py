@@ -265,15 +265,26 @@ def differences(one: Path, two: Path, steps: int) -> list[str]:
     found = [
         name for name in a.keys() | b.keys() if name not in a or name not in b or not torch.equal(a[name], b[name])
     ]
-    timed = ("samples_per_s", "tokens_per_s", "data_wait", "step_s", "memory_gib")
-    logs = []
-    for run in (one, two):
-        lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-        logs.append([{k: v for k, v in line.items() if k not in timed} for line in lines])
-    for left, right in zip(*logs):
-        if left != right:
-            found.append(f"log of step {left['step']}")
-    return found + (["length of the log"] if len(logs[0]) != len(logs[1]) else [])
+    left, right = logged(one), logged(two)
+    return found + [
+        f"log of step {step}"
+        for step, validation in sorted(left.keys() | right.keys())
+        if left.get((step, validation)) != right.get((step, validation))
+        and (step, validation) not in left_out(one, two)
+    ]
+
+
+def logged(run: Path) -> dict[tuple[int, bool], dict[str, float]]:
+    """(step, whether of a validation) -> line of the log, without what was timed."""
+    timed, lines = ("samples_per_s", "tokens_per_s", "data_wait", "step_s", "memory_gib"), {}
+    for line in map(json.loads, (run / "log.jsonl").read_text().splitlines()):
+        lines[line["step"], "lr" not in line] = {k: v for k, v in line.items() if k not in timed}
+    return lines
+
+
+def left_out(one: Path, two: Path) -> set[tuple[int, bool]]:
+    """Validations that one of two runs lacks: a run that stops at a step leaves the step's validation out."""
+    return {key for key in logged(one).keys() ^ logged(two).keys() if key[1]}
 
 
 def main() -> int:
@@ -316,6 +327,7 @@ def main() -> int:
             "resumed": said.count("resumed from"),
             "steps": steps,
             "different": found,
+            "validations_left_out": sorted(step for step, _ in left_out(one, two)),
             "most_steps_lost": {k: max((e["lost"] for e in events if e["kind"] == k), default=0) for k in KINDS},
             "full_disk_lines": len(
                 re.findall(r"^error: training stopped after step \d+: .*File too large", said, re.M)
