@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +17,7 @@ from engine.errors import UserError
 from engine.files import atomic_output
 from engine.training.sinks import Sink, TensorBoardSink, WandbSink, send_media
 from engine.training.speed import Utilisation
+from engine.training.task import TrainerConfig
 from engine.untrusted import parse_json
 
 
@@ -74,6 +76,13 @@ class Window:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
 
+    def next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        """The next of `batches`; the wait for it counts."""
+        begin = time.perf_counter()
+        batch = next(batches)
+        self.wait += time.perf_counter() - begin
+        return batch
+
     def add(self, values: dict[str, Tensor], good: Tensor, prefix: str) -> None:
         """Take in one step's scalars, if the step was `good`, () bool."""
         for key, value in values.items():
@@ -98,6 +107,17 @@ class Window:
             "data_wait": self.wait / seconds,
             "step_s": seconds / self.steps,
         }
+
+
+def first_line(
+    parameters: dict[str, dict[str, Tensor]], step: int, config: TrainerConfig, device: str, processes: int
+) -> str:
+    """What is trained, by part, how long and on what."""
+    counts = {part: sum(p.numel() for p in each.values()) / 1e6 for part, each in parameters.items()}
+    parts = ", ".join(f"{part} ({count:.2f} M parameters)" for part, count in counts.items())
+    way = f" ({config.parallel})" if processes > 1 else ""
+    left = f"{config.steps - step:,} of {config.steps:,} steps"
+    return f"training {parts}; {left} to go on {processes} x {device}{way}, {config.precision}"
 
 
 def progress_line(

@@ -34,7 +34,7 @@ from engine.training.parallel import ParallelTask, adamw, begin_state, clipping_
 from engine.training.signals import StopRequest
 from engine.training.speed import Utilisation, memory_gib, peak_tflops, steady, tracing
 from engine.training.task import Task, TrainerConfig
-from engine.training.tracking import Tracker, Window, progress_line
+from engine.training.tracking import Tracker, Window, first_line, progress_line
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -104,7 +104,7 @@ class Trainer:
         self._resume()
         distributed.from_main(lambda: describe(self.run, self.task))
         tracker = Tracker(self.run, self.step, c.wandb, c.tensorboard, self.record) if distributed.is_main() else None
-        self._say(f"{self._count()}; {c.steps - self.step:,} of {c.steps:,} steps to go on {self._where()}")
+        self._say(first_line(self.parameters, self.step, c, self.device.type, distributed.world_size()))
         self.task.train()
         try:
             with (
@@ -207,7 +207,7 @@ class Trainer:
             self.task.zero_grad(set_to_none=True)
             losses, each = defaultdict(lambda: torch.zeros((), device=self.device)), []
             for micro, number in enumerate(self._numbers(c.accumulate)):
-                batch = self._next(coming, window) if part == first else kept[micro]
+                batch = window.next(coming) if part == first else kept[micro]
                 if part == first:
                     tokens += self.task.tokens(batch)
                     keys += [list(batch["keys"])] if "keys" in batch else []
@@ -230,12 +230,6 @@ class Trainer:
         self.step, self.position = self.step + 1, self.position + c.accumulate * distributed.world_size()
         window.steps, window.tokens = window.steps + 1, window.tokens + tokens
         return tokens
-
-    def _next(self, coming: Iterator[dict[str, Any]], window: Window) -> dict[str, Any]:
-        begin = time.perf_counter()
-        batch = next(coming)
-        window.wait += time.perf_counter() - begin
-        return batch
 
     def _backward(self, batch: dict[str, Any], part: str, totals: dict[str, Tensor], last: bool) -> Tensor:
         """Add a batch's gradients, and its share of the mean losses to `totals`; gives its loss."""
@@ -347,14 +341,6 @@ class Trainer:
             with self._record_write_error():
                 tracker.write({"step": self.step, **means, "lr": lr, **rates, "skipped": self.guard.skipped})
             self._say(progress_line(self.step, c.steps, means, lr, rates, self.use.peak))
-
-    def _count(self) -> str:
-        counts = {part: sum(p.numel() for p in ps.values()) for part, ps in self.parameters.items()}
-        return "training " + ", ".join(f"{part} ({count / 1e6:.2f} M parameters)" for part, count in counts.items())
-
-    def _where(self) -> str:
-        world, c = distributed.world_size(), self.config
-        return f"{world} x {self.device.type}{f' ({c.parallel})' if world > 1 else ''}, {c.precision}"
 
     def _say(self, line: str) -> None:
         if distributed.is_main():
