@@ -1,8 +1,9 @@
 """Peak memory of decoding, face tracking and cropping for clips of several lengths.
 
 The bundled silent clip is repeated to each length. Each part runs in a separate process: `track` decodes the clip and
-tracks the face; `tiny` and `released` also cut the crops for these encoders; `encoded` also runs the bundled model's
-encoders on them. The memory of the crops grows with the clip, as the model needs all of them.
+tracks the face; `tiny` and `released` also cut the crops for these encoders, with random weights; `encoded` also runs
+the bundled model's encoders on them. Networks are loaded before the measurement starts. The memory of the mouth crops
+grows with the clip, as the model needs all of them.
 """
 
 from __future__ import annotations
@@ -14,19 +15,24 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from benchmarks.common import in_own_process, peak_memory_mb
+from benchmarks.common import in_own_process, peak_memory_mb, read_config
+from engine.codec import load_codec
 from engine.errors import UserError
 from engine.faces.clip import ClipFrames, find_face
 from engine.media.ffmpeg import command, last_line
+from hicodit.conditions import EncoderConfig
 from hicodit.conditions.encoders import TinyEncoderConfig
 from hicodit.conditions.released import ReleasedEncoderConfig
-from hicodit.pipeline import BUNDLED, FPS, HiCoDiTPipeline
+from hicodit.conditions.types import FPS
+from hicodit.model import ModelConfig
+from hicodit.pipeline import HiCoDiTPipeline
+from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig
+from hicodit.system import CODECS, HiCoDiTSystem
 
-CONFIGS = {"tiny": TinyEncoderConfig, "released": ReleasedEncoderConfig}
-PARTS = ("track", *CONFIGS, "encoded")
+ENCODERS = {"tiny": TinyEncoderConfig, "released": ReleasedEncoderConfig}
+PARTS = ("track", *ENCODERS, "encoded")
 LEAST = {"seconds": 1, "heights": 16}
 
 
@@ -69,21 +75,28 @@ def repeat(source: Path, seconds: float, height: int, out: Path) -> Path:
     return out
 
 
+def random_pipeline(encoders: EncoderConfig) -> HiCoDiTPipeline:
+    """The bundled model's sizes and tokenizer, with these encoders: all that cuts crops, with random weights."""
+    sizes = read_config("model/hicodit_tiny") | {"lip_dim": encoders.lip_dim, "face_dim": encoders.face_dim}
+    codec = load_codec(BUNDLED.parent / "rvq_tiny", CODECS)
+    return HiCoDiTPipeline(HiCoDiTSystem(ModelConfig(**sizes), encoders), codec, SamplerConfig(), GuidanceScales())
+
+
 def measure(clip: str, part: str) -> dict[str, float]:
     """Peak memory in MB and CPU seconds of one part; the decoder is a separate process."""
-    start, before = time.process_time(), peak_memory_mb()
-    frames = ClipFrames(clip, FPS)
-    track = find_face(frames, FPS)
-    stored = 0
-    if part == "encoded":
+    pipeline = None
+    if part in ENCODERS:
+        pipeline = random_pipeline(ENCODERS[part]())
+    elif part == "encoded":
         pipeline = HiCoDiTPipeline.from_pretrained()
-        crops = pipeline._cut(frames, track, None)
-        stored = crops.mouth.nbytes + crops.faces.nbytes
-        pipeline.conditions([crops])
-    elif part != "track":
-        system = SimpleNamespace(encoders=SimpleNamespace(config=CONFIGS[part]()))
-        crops = HiCoDiTPipeline._cut(SimpleNamespace(system=system), frames, track, None)
-        stored = crops.mouth.nbytes + crops.faces.nbytes
+    start, before, stored = time.process_time(), peak_memory_mb(), 0
+    if pipeline is None:
+        track = find_face(ClipFrames(clip, FPS), FPS)
+    else:
+        crops = pipeline.crops(clip)
+        track, stored = crops.track, crops.mouth.nbytes + crops.faces.nbytes
+        if part == "encoded":
+            pipeline.conditions([crops])
     decoder = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "frames": len(track),

@@ -3,7 +3,7 @@
 AV-HuBERT Large, ArcFace (iresnet100), POSTER V2, HiCoDiT base and the MaskGCT codec have the sizes of their released or
 published weights, none of which is needed. The output is noise; only time, memory and shapes are meaningful. A release
 folder with random weights is written, and `python infer.py` runs on it in a separate process. Its encoders have
-`folder: null`, so they get random weights at their first use (included in the time of `encoders`).
+`folder: null`, so they get random weights at their first use (included in the time of the stage `conditions`).
 
 Sampling time is linear in the number of steps, so it is measured with few `--steps` and extrapolated to the paper's 64.
 """
@@ -58,9 +58,8 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
         raise UserError(f"infer.py ended with exit code {done.returncode}; its messages are above")
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     peak, cpu = used.ru_maxrss / 2**20, used.ru_utime + used.ru_stime
-    stages = {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+) s", done.stdout.split("of which")[-1])}
-    speech = float(re.search(r"([\d.]+) s of speech", done.stdout)[1])
-    estimate = cpu / wall * (wall + stages["tokens"] * (PAPER_STEPS / args.steps - 1))
+    stages, speech = read_summary(done.stdout)
+    estimate = cpu / wall * (wall + stages["sampling"] * (PAPER_STEPS / args.steps - 1))
     yield (
         {
             "wall_seconds_by_stage": stages,
@@ -74,6 +73,12 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
         f"peak memory {peak:.1f} GB; {wall:.0f} s of wall time, {cpu:.0f} s of CPU time, start and loading included; "
         f"with {PAPER_STEPS} steps about {estimate:.0f} s of CPU time for {speech:.1f} s of speech",
     )
+
+
+def read_summary(printed: str) -> tuple[dict[str, float], float]:
+    """Seconds of each stage, and seconds of speech, from what `infer.py` printed (`batch_runner.Summary.report`)."""
+    stages = re.findall(r"(\w+) ([\d.]+) s", printed.split("of which")[-1])
+    return {name: float(value) for name, value in stages}, float(re.search(r"([\d.]+) s of speech", printed)[1])
 
 
 def write_random_release(folder: Path) -> dict[str, float]:

@@ -14,10 +14,12 @@ import torch
 from drawn_faces import talking_head
 from omegaconf import OmegaConf
 
+from benchmarks.full_size import read_summary
 from engine.config import load, override, typed
 from engine.errors import UserError
 from engine.media.ffmpeg import probe
 from engine.media.video import read_video, write_video
+from engine.progress import Progress
 from hicodit import inference
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import InferConfig, read_settings
@@ -35,8 +37,11 @@ def config(release, source, output, **changes):
     return OmegaConf.merge(base, {"weights": str(release), "input": str(source), "output": str(output), **changes})
 
 
-def test_one_clip_gives_wave_video_and_figure(release, clip, tmp_path):
-    assert run(config(release, clip, tmp_path)) == 0
+def test_one_clip_gives_wave_video_and_figure(release, clip, tmp_path, capsys):
+    with Progress():
+        assert run(config(release, clip, tmp_path)) == 0
+    stages, speech = read_summary(capsys.readouterr().out)  # benchmarks/full_size.py scales the time of `sampling`
+    assert {"faces", "conditions", "sampling", "decoding"} < set(stages) and speech == 1.6
     assert sorted(p.name for p in tmp_path.iterdir()) == ["head.mp4", "head.png", "head.wav"]
     wave, rate = soundfile.read(tmp_path / "head.wav")
     assert rate == 24_000 and len(wave) == 40 * 960

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from drawn_faces import talking_head
 
-from benchmarks import prosody, roofline
+from benchmarks import faces, prosody, roofline
 from engine.errors import UserError
+from engine.media.video import write_video
 from scripts import benchmark
 
 
@@ -51,6 +53,15 @@ def test_settings_are_checked_and_results_recorded(tmp_path, monkeypatch, capsys
     )
     assert record["hardware"]["threads"] == 1 and record["versions"]["torch"] == torch.__version__
     assert record["results"] == [{"steps": 2, "threads": 1}, {"steps": 3, "threads": 1}]
+
+
+@pytest.mark.parametrize(("part", "side"), [("track", 0), ("tiny", 48), ("released", 96)])
+def test_memory_of_faces_is_that_of_the_crops_an_encoder_takes(part, side, tmp_path):
+    write_video(tmp_path / "head.mp4", talking_head(10), 25)
+    found = faces.measure(str(tmp_path / "head.mp4"), part)
+    assert found["frames"] == 10 and found["peak_mb"] >= found["before_mb"] > 0
+    pictures = {"track": 0, "tiny": 10 * 64 * 64 * 3, "released": 2 * 224 * 224 * 3}[part]
+    assert found["crops_mb"] == (10 * side * side + pictures) / 2**20
 
 
 def test_prosody_is_predicted_from_other_clips_alone():
