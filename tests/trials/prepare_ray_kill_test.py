@@ -2,18 +2,21 @@
 
     python -m tests.trials.prepare_ray_kill_test --root data/synthetic --split unseen --clips 40 --kills 10
 
-The cluster runs on this machine: a head and three nodes of one processor each. Every so many clips a random process at
-work gets SIGKILL (one that decodes, or the actor that encodes), and once a whole node goes away. Stages: decoding, face
-tracking, and a stand-in of a network (`tests.corpora.preparation_fakes.Mean`).
+The cluster runs on this machine: a head and three nodes of one processor each. At even distances over the clips a
+random process at work gets SIGKILL (one that decodes, or the actor that encodes), and once a whole node goes away.
+Stages: decoding, face tracking, and a stand-in of a network (`tests.corpora.preparation_fakes.Mean`).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -60,12 +63,12 @@ def processes_at_work(parent: int) -> list[tuple[int, str]]:
     return found
 
 
-def killer(cluster, nodes: list, output: Path, kills: int, until: float, log: list[dict]) -> None:
-    """Kill after each further clip or two, until `kills` are done or the time is up."""
-    draw, node_at, goal = random.Random(0), kills // 2, 1
+def killer(cluster, nodes: list, output: Path, clips: int, kills: int, until: float, log: list[dict]) -> None:
+    """Kill at even distances over the clips, until `kills` are done or the time is up."""
+    draw, node_at = random.Random(0), kills // 2
     while len(log) < kills and time.monotonic() < until:
         time.sleep(0.2)
-        if clips_done(output, PER_SHARD) < goal:
+        if clips_done(output, PER_SHARD) < clips * (len(log) + 1) // (kills + 1):
             continue
         if len(log) == node_at:
             cluster.remove_node(nodes.pop(), allow_graceful=False)
@@ -80,8 +83,7 @@ def killer(cluster, nodes: list, output: Path, kills: int, until: float, log: li
             except ProcessLookupError:
                 continue
         log.append({"killed": what, "clips_done": clips_done(output, PER_SHARD)})
-        print(f"killed {what} with {log[-1]['clips_done']} clips done", flush=True)
-        goal = clips_done(output, PER_SHARD) + draw.randint(1, 2)
+        print(f"killed {what} with {log[-1]['clips_done']} clips done", file=sys.stderr, flush=True)
 
 
 def main() -> int:
@@ -104,10 +106,12 @@ def main() -> int:
     on_ray = ["executor=ray", f"ray.address={cluster.address}", "ray.batch=2"]
     until = start + 60 * args.minutes
     thread = threading.Thread(
-        target=killer, args=(cluster, nodes, work / "killed", args.kills, until, log), daemon=True
+        target=killer, args=(cluster, nodes, work / "killed", args.clips, args.kills, until, log), daemon=True
     )
     thread.start()
-    prepare(settings(args, work / "killed", *on_ray))
+    with contextlib.redirect_stdout(io.StringIO()) as report:  # seconds by stage, clips a second
+        prepare(settings(args, work / "killed", *on_ray))
+    print(report.getvalue())
     seconds = time.monotonic() - start
     ray.shutdown()
     cluster.shutdown()
@@ -121,6 +125,7 @@ def main() -> int:
         "bytes": sum(map(len, theirs.values())),
         "different_files": different,
         "seconds": round(seconds, 1),
+        "report": report.getvalue().splitlines(),
     }
     print(result)
     if args.record is not None:
