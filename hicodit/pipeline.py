@@ -28,7 +28,7 @@ from engine.hub import release_folder
 from engine.media.audio import write_wav
 from engine.media.ffmpeg import probe
 from engine.media.video import iter_video
-from engine.precision import compile_step, convert_matrices, pick_dtype
+from engine.precision import compile_step, convert_matrices, pack_linear, pick_dtype
 from engine.progress import stage
 from engine.release import find_codec
 from hicodit.conditions.align import MOUTH_SIDE, mouth_poses
@@ -152,6 +152,8 @@ class HiCoDiTPipeline:
             raise UserError(f"{Path(folder) / 'config.yaml'}: {error}") from error
         if dtype != torch.float32:
             convert_matrices(system.model, dtype, FLOAT32)
+        if not compile:  # the compiler lays weights out itself
+            pack_linear(system.model, device)
         compiled = compile_step(device) if compile else lambda step: step
         return cls(system, loaded, sampler, guidance, device, detector, landmarks, compiled)
 

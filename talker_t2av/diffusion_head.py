@@ -171,7 +171,7 @@ class FlowHead(nn.Module):
                 raise UserError(f"sampling.guidance={guidance:g}: this model learned scales from 1 to {self.limit:g}")
             lengths = (times[:-1] - times[1:]).to(device)
             vectors = vectors + net.step_mlp(torch.full_like(lengths, guidance / self.limit), lengths)
-        return Schedule(times, step_lengths(times), F.linear(vectors, net.decoder.input_proj.weight.float()))
+        return Schedule(times, step_lengths(times), F.linear(vectors, net.decoder.input_proj.weight.to_dense().float()))
 
     def mean_velocity(
         self, x: Tensor, mu: Tensor, t: Tensor, length: Tensor, guidance: Tensor, cond: Tensor, global_cond: Tensor

@@ -26,7 +26,7 @@ from engine.files import output_file
 from engine.media.audio import write_wav
 from engine.media.pictures import to_bytes
 from engine.media.video import CONTAINERS, write_video
-from engine.precision import compile_step, pick_dtype
+from engine.precision import compile_step, pack_linear, pick_dtype
 from engine.progress import stage
 from talker_t2av.generation import PatchLoop, Result, Step, step_limit
 from talker_t2av.jobs import Job, PreparedJob, prepare_job
@@ -123,6 +123,8 @@ class TalkerPipeline:
         system = TalkerSystem.load(folder, codecs, device)
         if dtype != torch.float32:
             system.model.to_precision(dtype)
+        if not compile:  # the compiler lays weights out itself
+            pack_linear(system.model, device)
         return cls(system, compiled=compile_step(device) if compile else None)
 
     def t2av(self, text: str, reference_audio: str | None, reference_video: str, **more: Any) -> Talk:
