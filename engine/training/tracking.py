@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,21 +26,23 @@ class Tracker:
 
     Args:
         run: the run's folder.
-        step: where the run goes on; records of later steps, written before a kill, are dropped.
+        place: the step where the run goes on, and whether it was validated; later records, written before a kill, are
+            dropped.
         wandb: `off`, `offline` (kept in `run`) or `online`.
         tensorboard: whether event files are written, too.
         config: stored with the wandb run.
     """
 
-    def __init__(self, run: Path, step: int, wandb: str, tensorboard: bool, config: dict[str, Any]):
+    def __init__(self, run: Path, place: tuple[int, bool], wandb: str, tensorboard: bool, config: dict[str, Any]):
         run.mkdir(parents=True, exist_ok=True)
         path = run / "log.jsonl"
-        kept = [line for line in path.read_text().splitlines() if _step(line) <= step] if path.exists() else []
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if _place(line) <= place]
         with atomic_output(path) as partial:  # a kill must not cost the log of the steps before
             partial.write_text("".join(f"{line}\n" for line in kept))
         self._file = path.open("a")
         self._sinks: list[Sink] = [WandbSink(run, wandb, config)] if wandb != "off" else []
-        self._sinks += [TensorBoardSink(run, step)] if tensorboard else []
+        self._sinks += [TensorBoardSink(run, place[0])] if tensorboard else []
 
     def write(self, record: dict[str, Any]) -> None:
         """Store a record; it has a `step`.
@@ -82,6 +84,13 @@ class Window:
         batch = next(batches)
         self.wait += time.perf_counter() - begin
         return batch
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done in the block, such as saving, does not count in the rates."""
+        begin = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - begin
 
     def add(self, values: dict[str, Tensor], good: Tensor, prefix: str) -> None:
         """Take in one step's scalars, if the step was `good`, () bool."""
@@ -134,8 +143,10 @@ def progress_line(
     )
 
 
-def _step(line: str) -> float:
+def _place(line: str) -> tuple[float, bool]:
+    """Step of a record, and whether it is of the step's validation, which follows that of its losses."""
     try:
-        return float(parse_json(line, "log.jsonl")["step"])
+        record = parse_json(line, "log.jsonl")
+        return float(record["step"]), "lr" not in record
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut short by a kill
+        return float("inf"), True  # a line cut short by a kill

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import gc
 import math
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -88,6 +87,7 @@ class Trainer:
         self.agreement = distributed.Agreement()
         self.use = Utilisation(peak_tflops(c.peak_tflops, self.device))
         self.step = self.position = 0  # steps done; batches used for them, in all processes together
+        self.validated = 0  # the last step that was validated
         self.write_error: str | None = None  # what this process could not write; training ends at the next step
 
     def fit(self) -> dict[str, float] | None:
@@ -103,7 +103,8 @@ class Trainer:
         c = self.config
         self._resume()
         distributed.from_main(lambda: describe(self.run, self.task))
-        tracker = Tracker(self.run, self.step, c.wandb, c.tensorboard, self.record) if distributed.is_main() else None
+        place = self.step, self.validated == self.step
+        tracker = Tracker(self.run, place, c.wandb, c.tensorboard, self.record) if distributed.is_main() else None
         self._say(first_line(self.parameters, self.step, c, self.device.type, distributed.world_size()))
         self.task.train()
         try:
@@ -117,6 +118,9 @@ class Trainer:
                 coming = load_batches(self.batches, numbers, c.workers, self.device, self.task.on_host)
                 window, stopping = Window(), False
                 while self.step < c.steps and not stopping:
+                    if self.step % c.validate_every == 0 and self.step > self.validated:
+                        with window.paused():
+                            self.validate(tracker)
                     with self.use.counting() as tokens:
                         tokens.append(self._train_step(coming, window))
                     failing = bool(self.write_error or self.checkpoints.problem)
@@ -131,13 +135,10 @@ class Trainer:
                     if self.step % c.log_every == 0 or leaving:
                         self._log(window, tracker)
                         window = Window()
-                    begin = time.perf_counter()
-                    validating = self.step % c.validate_every == 0 and not leaving
-                    if self.step % c.checkpoint_every == 0 or leaving or (validating and c.best):
-                        self._save()
-                    if validating:
-                        self.validate(tracker)
-                    window.start += time.perf_counter() - begin  # neither counts in the rates
+                    best = c.best and self.step % c.validate_every == 0  # is measured next, and may be kept
+                    if self.step % c.checkpoint_every == 0 or leaving or best:
+                        with window.paused():
+                            self._save()
             self._stop_on_write_error()
             if self.step < c.steps:
                 self._say(f"stopped at step {self.step:,}, saved; the same command goes on from here")
@@ -170,6 +171,7 @@ class Trainer:
                     self._say(f"trainer.best={best!r}: no best is kept, as the validation gives {names}")
         self._stop_on_write_error()
         self.checkpoints.note(self.step, results)
+        self.validated = self.step
         return results
 
     def _measure(self, folder: Path) -> dict[str, float | ByClip]:
@@ -327,6 +329,8 @@ class Trainer:
                     del optimiser.state[p]
         self.step, self.position = info["step"], self.batches.position(info)
         self.guard.load_state(info)
+        if distributed.from_main((folder / checkpoint.RESULTS).is_file):
+            self.validated = self.step
         self._say(f"resumed from {folder}; init= is not read again, fresh=true starts anew")
 
     def _log(self, window: Window, tracker: Tracker | None) -> None:

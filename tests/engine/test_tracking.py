@@ -92,10 +92,10 @@ def test_without_a_tracker_nothing_is_read_and_a_missing_one_is_named(tmp_path, 
     assert not (tmp_path / "plain" / "tensorboard").exists() and not (tmp_path / "plain" / "wandb").exists()
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match=r"needs TensorBoard .*setup.sh tensorboard"):
-        Tracker(tmp_path / "run", 0, "off", True, {})
+        Tracker(tmp_path / "run", (0, True), "off", True, {})
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(UserError, match=r"trainer.wandb=offline needs wandb"):
-        Tracker(tmp_path / "run", 0, "offline", False, {})
+        Tracker(tmp_path / "run", (0, True), "offline", False, {})
 
 
 def test_two_runs_in_folders_of_one_name_are_two_wandb_runs(tmp_path, monkeypatch):

@@ -270,7 +270,6 @@ def differences(one: Path, two: Path, steps: int) -> list[str]:
         f"log of step {step}"
         for step, validation in sorted(left.keys() | right.keys())
         if left.get((step, validation)) != right.get((step, validation))
-        and (step, validation) not in left_out(one, two)
     ]
 
 
@@ -280,11 +279,6 @@ def logged(run: Path) -> dict[tuple[int, bool], dict[str, float]]:
     for line in map(json.loads, (run / "log.jsonl").read_text().splitlines()):
         lines[line["step"], "lr" not in line] = {k: v for k, v in line.items() if k not in timed}
     return lines
-
-
-def left_out(one: Path, two: Path) -> set[tuple[int, bool]]:
-    """Validations that one of two runs lacks: a run that stops at a step leaves the step's validation out."""
-    return {key for key in logged(one).keys() ^ logged(two).keys() if key[1]}
 
 
 def main() -> int:
@@ -327,7 +321,6 @@ def main() -> int:
             "resumed": said.count("resumed from"),
             "steps": steps,
             "different": found,
-            "validations_left_out": sorted(step for step, _ in left_out(one, two)),
             "most_steps_lost": {k: max((e["lost"] for e in events if e["kind"] == k), default=0) for k in KINDS},
             "full_disk_lines": len(
                 re.findall(r"^error: training stopped after step \d+: .*File too large", said, re.M)

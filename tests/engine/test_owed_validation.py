@@ -1,0 +1,46 @@
+"""A run that stops, or is killed, at a step that it validates makes up for that validation when it goes on."""
+
+import pytest
+from test_trainer import records, trainer
+from toy_task import ToySet
+
+from engine.training.tracking import Tracker
+
+SETTINGS = {"best": "min weight", "keep": 9}  # every step that is validated is saved, too
+STEP = 14  # a multiple of CONFIG["validate_every"], not of "checkpoint_every"
+
+
+def assert_same_records(whole, broken):
+    assert records(whole) == records(broken)
+    assert [record["step"] for record in records(whole) if "lr" not in record] == [7, 14, 20]
+    one, two = (run / f"checkpoints/step-{STEP:08d}/results.json" for run in (whole, broken))
+    assert one.read_text() == two.read_text()
+
+
+def test_a_run_that_stops_at_a_validation_makes_up_for_it(tmp_path):
+    trainer(tmp_path / "whole", **SETTINGS).fit()
+    signal = ToySet(trouble_at=8 * (STEP - 1) + 1, trouble="term")  # with the first of 8 samples of this step
+    assert trainer(tmp_path / "broken", signal, **SETTINGS).fit() is None
+    assert records(tmp_path / "broken")[-1]["step"] == STEP and "lr" in records(tmp_path / "broken")[-1]
+    trainer(tmp_path / "broken", **SETTINGS).fit()
+    assert_same_records(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.parametrize("where", ["measure", "write", "note"])
+def test_a_validation_in_which_a_run_was_killed_is_recorded_once(tmp_path, monkeypatch, where):
+    trainer(tmp_path / "whole", **SETTINGS).fit()
+    run = trainer(tmp_path / "broken", **SETTINGS)
+    owner = {"measure": run.task, "write": Tracker, "note": run.checkpoints}[where]
+    original = getattr(owner, where)
+
+    def kill(*arguments):
+        if run.step == STEP and (where != "write" or "lr" not in arguments[-1]):
+            run.checkpoints.close()  # that of this step is whole, however slow the disk
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, where, kill)
+        run.fit()
+    trainer(tmp_path / "broken", **SETTINGS).fit()
+    assert_same_records(tmp_path / "whole", tmp_path / "broken")
