@@ -47,9 +47,9 @@ from hicodit.settings import METHODS, GuidanceScales, SamplerConfig
 from hicodit.system import CODECS  # noqa: F401 -- registers the tokenizers
 
 LEAST: dict[str, float] = {"clips": 4, "steps": 1}
-GREEDY = {"temperature": 0.0, "choice_noise": 1.0}  # as configs/sampler/fast.yaml
-DRAWN = {"temperature": 0.7}  # as the bundled release had it until 2026-11-23
-OWN: dict[str, dict[str, Any]] = {"ordered": GREEDY, "entropy": GREEDY}  # what suits a method; the others: DRAWN
+GREEDY = {"temperature": 0.0, "choice_noise": 1.0}
+DRAWN = {"temperature": 0.7}
+OWN: dict[str, dict[str, Any]] = {"ordered": GREEDY, "entropy": GREEDY}  # as docs/LOG.md found; the others: DRAWN
 Point = tuple[str, SamplerConfig, GuidanceScales]
 
 

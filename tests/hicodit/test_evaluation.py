@@ -41,7 +41,7 @@ def test_the_command_measures_a_preset_of_the_sampler(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "hicodit", *words])
     corpus_figures.main()
     (pipeline,) = measured
-    assert (pipeline.sampler.method, pipeline.sampler.steps, pipeline.sampler.temperature) == ("ordered", 5, 0)
+    assert (pipeline.sampler.method, pipeline.sampler.steps, pipeline.sampler.temperature) == ("confidence", 5, 0.7)
     assert (pipeline.guidance.all, pipeline.guidance.identity) == (2.5, 0)
 
 

@@ -60,7 +60,7 @@ def test_sampler_groups_set_both_and_single_fields_override(release):
     sampler, guidance = settings("sampler=paper")
     assert (sampler.method, sampler.steps, len(guidance.branches)) == ("euler", 64, 5)
     sampler, guidance = settings("sampler=fast", "sampler.steps=5", "guidance.lip=2.0")
-    assert (sampler.method, sampler.steps, guidance.lip) == ("ordered", 5, 2.0)
+    assert (sampler.method, sampler.steps, guidance.lip) == ("confidence", 5, 2.0)
     assert sampler.steps * len(settings("sampler=fast")[1].branches) <= 16
     with pytest.raises(UserError, match=r"unknown setting 'step'"):
         settings("+sampler.step=3")

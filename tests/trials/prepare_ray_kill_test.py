@@ -111,7 +111,8 @@ def main() -> int:
     thread.start()
     with contextlib.redirect_stdout(io.StringIO()) as report:  # seconds by stage, clips a second
         prepare(settings(args, work / "killed", *on_ray))
-    print(report.getvalue())
+    lines = report.getvalue().splitlines()  # those of Ray come before
+    print(*lines, sep="\n")
     seconds = time.monotonic() - start
     ray.shutdown()
     cluster.shutdown()
@@ -125,7 +126,7 @@ def main() -> int:
         "bytes": sum(map(len, theirs.values())),
         "different_files": different,
         "seconds": round(seconds, 1),
-        "report": report.getvalue().splitlines(),
+        "report": lines[next(i for i, line in enumerate(lines) if line.startswith("stage ")) :],
     }
     print(result)
     if args.record is not None:
