@@ -67,12 +67,12 @@ class HeldOut:
         voices = {name: np.sum(own, 0) for name, own in sums.items() if len(own) > 1}
         return cls([rows[sample.info["key"]] for sample in samples], samples, corpus / shards.name, voices)
 
-    def truth(self, rate: int = RATE) -> dict[str, list]:
+    def truth(self) -> dict[str, list]:
         """`prosody` of the true clips, and before and after the change of those that change."""
-        waves = [read_audio(self.corpus / f"{row['id']}.wav", rate) for row in self.rows]
+        waves = [read_audio(self.corpus / f"{row['id']}.wav", RATE) for row in self.rows]
         return {
-            "prosody": [prosody(wave, rate) for wave in track(waves, len(waves), "true clips")],
-            "changes": [prosody_around_change(row, wave, rate) for row, wave in zip(self.rows, waves) if changes(row)],
+            "prosody": [prosody(wave, RATE) for wave in track(waves, len(waves), "true clips")],
+            "changes": [prosody_around_change(row, wave, RATE) for row, wave in zip(self.rows, waves) if changes(row)],
         }
 
 

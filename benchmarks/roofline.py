@@ -50,9 +50,9 @@ def this_machine(
     return Machine(dict(rates), best)
 
 
-def weight_bytes(network: nn.Module, without: tuple[type[nn.Module], ...] = (nn.Embedding,)) -> int:
-    """Bytes of the parameters, but for tables of which a step reads a few rows."""
-    tables = {id(p) for m in network.modules() if isinstance(m, without) for p in m.parameters(recurse=False)}
+def weight_bytes(network: nn.Module) -> int:
+    """Bytes of the parameters, but for tables of embeddings, of which a step reads a few rows."""
+    tables = {id(p) for m in network.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     return sum(p.numel() * p.element_size() for p in network.parameters() if id(p) not in tables)
 
 

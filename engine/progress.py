@@ -76,7 +76,7 @@ class Progress:
     """
 
     def __init__(self, started: float | None = None) -> None:
-        self.started = self._last = time.perf_counter() if started is None else started
+        self._last = time.perf_counter() if started is None else started
         self.seconds: Counter[str] = Counter()
         self.prefix, self.bar = "", None
         self._stages = ["loading"]

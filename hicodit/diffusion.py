@@ -41,11 +41,6 @@ def masked_at(sigma: Tensor, u: Tensor) -> Tensor:
     return u < -torch.expm1(-expand(sigma, u))
 
 
-def perturb(x0: Tensor, sigma: Tensor, mask_id: int, u: Tensor) -> Tensor:
-    """x0 (B, ...) with the tokens of `masked_at` masked."""
-    return torch.where(masked_at(sigma, u), mask_id, x0)
-
-
 def log_expm1(sigma: Tensor) -> Tensor:
     """log(exp(sigma) - 1), exact for small sigma; its negative is the log odds of a token being still unmasked."""
     return torch.log(torch.expm1(sigma))

@@ -89,10 +89,6 @@ class TalkerTokenizer:
         spans = [found.word_to_chars(word) for word, count in Counter(found.word_ids()).items() if count > 1]
         return list(dict.fromkeys(text[span.start : span.end].strip() for span in spans))
 
-    def sequence(self, text: str, patches: int, limit: int = MAX_TOKENS) -> tuple[list[int], tuple[int, int]]:
-        """The whole training sequence, cut to `limit` tokens, and the span [first placeholder, last + 1)."""
-        return assemble(self.prompt(text), self.tail, self.speech_id, patches, limit)
-
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer's files into a release folder."""
         self.tokenizer.save_pretrained(folder)

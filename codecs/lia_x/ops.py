@@ -55,16 +55,16 @@ def leaky_relu(x: Tensor) -> Tensor:
 
 
 class EqualConv2d(nn.Module):
-    """Equalised convolution without bias; `padding` zeros on every side."""
+    """Equalised convolution without bias and padding."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, padding: int = 0):
+    def __init__(self, in_channels: int, out_channels: int, kernel: int):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel, kernel))
         self.scale = 1 / math.sqrt(in_channels * kernel**2)
-        self.padding = padding
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight * self.scale, padding=self.padding)
+        """(B, C, H, W) -> (B, O, H - kernel + 1, W - kernel + 1)."""
+        return F.conv2d(x, self.weight * self.scale)
 
 
 class EqualLinear(nn.Module):

@@ -94,7 +94,7 @@ def prepare(config: DictConfig) -> None:
     with _pool(config, setup) as pool:
         splits = [_open(config, name, listed[name], setup, pool, rank, world) for name in names]
         started = time.monotonic()
-        timing = _run(pool, splits, source.root, config.patience, "clips")
+        timing = _run(pool, splits, source.root, config.patience)
         _report(timing, splits, time.monotonic() - started, config.workers)
     for split in splits:
         index = split.writer.finish(split.about)
@@ -174,7 +174,7 @@ def _open(
     return _Split(name, writer, {clip.key: clip for clip in clips}, about, previous)
 
 
-def _run(pool: ProcessPool | RayPool, splits: list[_Split], root: Path, patience: int, unit: str) -> Timing:
+def _run(pool: ProcessPool | RayPool, splits: list[_Split], root: Path, patience: int) -> Timing:
     """Prepare what is missing and pack every shard that is full."""
     todo: list[tuple[_Split, int, list[str]]] = []
     for split in splits:
@@ -205,7 +205,7 @@ def _run(pool: ProcessPool | RayPool, splits: list[_Split], root: Path, patience
             split.writer.pack(shard)
 
     timing, held = Timing(), []  # held: machine faults in a row, not yet written down
-    for task, outcome in track(pool.run(tasks()), sum(len(keys) for _, _, keys in todo), unit):
+    for task, outcome in track(pool.run(tasks()), sum(len(keys) for _, _, keys in todo), "clips"):
         timing.add(outcome)
         held.append((task, outcome))
         if not outcome.machine_fault:

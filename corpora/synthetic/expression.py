@@ -23,7 +23,7 @@ class Prosody:
 @dataclass(frozen=True)
 class Pose:
     """Facial pose in units of the neutral face: brow height and inner-end rise, eye opening, mouth-corner lift,
-    mouth widening, upper-lip lift (a sneer), nose wrinkle. Zero is neutral."""
+    mouth widening, upper-lip lift (a sneer). Zero is neutral."""
 
     brow: float = 0.0
     brow_inner: float = 0.0
@@ -31,7 +31,6 @@ class Pose:
     corner: float = 0.0
     widen: float = 0.0
     sneer: float = 0.0
-    blush: float = 0.0
 
 
 _PROSODY_1 = {
@@ -57,7 +56,7 @@ _PROSODY = {1: _PROSODY_1, 2: _PROSODY_2}
 _FLAT, _LIVELY = ("neutral", "sad", "fearful", "disgusted"), ("happy", "surprised", "angry")
 POSES = {
     "neutral": Pose(),
-    "happy": Pose(brow=0.25, brow_inner=0.1, eyes=-0.22, corner=1.0, widen=0.12, blush=0.7),
+    "happy": Pose(brow=0.25, brow_inner=0.1, eyes=-0.22, corner=1.0, widen=0.12),
     "sad": Pose(brow=0.1, brow_inner=1.0, eyes=-0.3, corner=-0.85, widen=-0.04),
     "surprised": Pose(brow=1.25, brow_inner=0.15, eyes=0.5, corner=0.0, widen=-0.08),
     "fearful": Pose(brow=0.75, brow_inner=0.85, eyes=0.38, corner=-0.5, widen=0.08),

@@ -13,7 +13,6 @@ import numpy as np
 SIZE, SCALE = 128, 2
 CANVAS = SIZE * SCALE
 _SHIFT = 4  # fractional bits of OpenCV's drawing coordinates
-HAIR_STYLES = ("bald", "buzz", "short", "side", "curly", "bob", "long", "bun")
 
 _SKINS = ((246, 212, 184), (240, 200, 168), (231, 184, 143), (212, 158, 115), (184, 128, 88), (150, 100, 68))
 _HAIRS = ((38, 28, 24), (66, 42, 28), (106, 68, 38), (150, 100, 52), (212, 170, 96), (160, 72, 38), (150, 148, 146))
@@ -146,15 +145,15 @@ def _arc(start: float, end: float, n: int) -> tuple[np.ndarray, np.ndarray]:
     return np.cos(angle), np.sin(angle)
 
 
-def outline(who: Identity, grow: float = 0.0) -> np.ndarray:
-    """The face's outline, (N, 2), clockwise from the right temple; `grow` pixels outside it."""
+def outline(who: Identity) -> np.ndarray:
+    """The face's outline, (N, 2), clockwise from the right temple."""
     middle = 0.5 * (who.top + who.chin) - 1
     angle = np.radians(np.linspace(0, 360, 90, endpoint=False))
     c, s = np.cos(angle), np.sin(angle)
     lower = s > 0
     power = np.where(lower, who.jaw, 0.9)
-    x = 64 + (who.half_width + grow) * np.sign(c) * np.abs(c) ** power * np.where(lower, 1 - 0.07 * s, 1)
-    y = middle + s * np.where(lower, who.chin - middle + grow, middle - who.top + grow)
+    x = 64 + who.half_width * np.sign(c) * np.abs(c) ** power * np.where(lower, 1 - 0.07 * s, 1)
+    y = middle + s * np.where(lower, who.chin - middle, middle - who.top)
     return np.stack([x, y], 1)
 
 

@@ -20,7 +20,7 @@ from engine.release import load_strict
 from engine.safe_pickle import read_checkpoint
 from hicodit.conditions.align import ARCFACE_SIDE
 
-IRESNET50, IRESNET100 = (3, 4, 14, 3), (3, 13, 30, 3)
+IRESNET100 = (3, 13, 30, 3)  # residual blocks of each stage
 WIDTHS = (64, 128, 256, 512)
 
 

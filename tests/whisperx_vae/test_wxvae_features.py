@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import WhisperFeatureExtractor
 
-from whisperx_vae import log_mel, pad_or_trim
+from engine.nn.mel import log_mel, pad_or_trim
 
 
 def speechlike(samples, seed=0):

@@ -39,7 +39,8 @@ def graph(case: Case):
 @runner("sedd_perturb")
 def perturb(case: Case):
     sigma = _noise(case).sigma(case.inputs["t"])
-    return {"sigma": sigma, "xt": dd.perturb(case.inputs["x0"], sigma, case.meta["n"], case.inputs["u"])}
+    masked = dd.masked_at(sigma, case.inputs["u"])
+    return {"sigma": sigma, "xt": torch.where(masked, case.meta["n"], case.inputs["x0"])}
 
 
 @runner("sedd_dse")
@@ -135,7 +136,7 @@ def sampler(case: Case):
 def levels(case: Case):
     i, schedule, n = case.inputs, _noise(case), case.meta["n"]
     sigma, rate = schedule.sigma(i["t"]), schedule.rate(i["t"])
-    xt = dd.perturb(i["x0"], sigma, n, i["u"])
+    xt = torch.where(dd.masked_at(sigma, i["u"]), n, i["x0"])
     entropy = sedd.score_entropy(i["log_score"], xt, i["x0"], sigma, n)
     per_level = (rate[:, None, None] * entropy).sum(2)
     return {"xt": xt, "entropy": entropy, "loss_per_level": per_level, "loss": per_level.sum(1)}

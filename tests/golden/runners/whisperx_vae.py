@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from engine.media.audio import resample
-from engine.nn.mel import HOP, RATE, mel_filters, mel_levels
+from engine.nn.mel import HOP, RATE, log_mel, mel_filters, mel_levels, pad_or_trim
 from engine.release import load_strict
 from tests.golden.runners import Case, runner
-from whisperx_vae import WhisperXVAE, WhisperXVAEConfig, log_mel, pad_or_trim
+from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
 from whisperx_vae.released import our_state
 
 WINDOW = 30 * RATE
