@@ -24,7 +24,7 @@ from engine.training.task import Release
 from hicodit.conditions.types import Conditions
 from hicodit.diffusion import LogLinearNoise, sample_categorical
 from hicodit.guidance import combine_rows
-from hicodit.model import BRANCHES, HiCoDiT
+from hicodit.model import BRANCHES, HiCoDiT, Requested
 from hicodit.system import HiCoDiTSystem
 from hicodit.task import MIN_TIME, HiCoDiTTask
 
@@ -49,26 +49,27 @@ class Teacher:
     def __deepcopy__(self, memo: dict) -> Teacher:
         return self
 
-    def log_q(self, tokens: Tensor, t: Tensor, conditions: Conditions, scales: Tensor, where: Tensor) -> Tensor:
-        """Guided log posteriors (M, N) at the positions `where` (B, K, L) of tokens at times (B,), scales (B, 4)."""
+    def log_q(self, tokens: Tensor, t: Tensor, conditions: Conditions, scales: Tensor, at: Requested) -> Tensor:
+        """Guided log posteriors (M, N) at positions of tokens (B, K, L) at times (B,), with scales (B, 4)."""
         model, sigma = self.model.to(tokens.device), self.noise.sigma(t)
         if model.config.guidance_limit is not None:
-            return model(tokens, sigma, model.prepare(conditions, scales=scales), where)[0].log_softmax(-1)
-        log_p = model(tokens, sigma, model.prepare(conditions, tuple(BRANCHES)), where)
-        return combine_rows(log_p, scales[where.nonzero(as_tuple=True)[0]])
+            return model(tokens, sigma, model.prepare(conditions, scales=scales), at)[0].log_softmax(-1)
+        log_p = model(tokens, sigma, model.prepare(conditions, tuple(BRANCHES)), at)
+        return combine_rows(log_p, scales[at.clip])
 
     @torch.no_grad()
-    def targets(self, tokens: Tensor, t: Tensor, conditions: Conditions, scales: Tensor, where: Tensor) -> Tensor:
-        """What the student is to say (M, N) at the masked positions `where` of tokens (B, K, L) at times (B,)."""
-        out = self.log_q(tokens, t, conditions, scales, where)
-        clip, tokens = where.nonzero(as_tuple=True)[0], tokens.clone()
-        masked, log_q = torch.ones_like(clip, dtype=torch.bool), out
+    def targets(self, tokens: Tensor, t: Tensor, conditions: Conditions, scales: Tensor, at: Requested) -> Tensor:
+        """What the student is to say (M, N) at the masked positions of tokens (B, K, L) at times (B,). Reads nothing
+        from the device."""
+        out = self.log_q(tokens, t, conditions, scales, at)
+        places, tokens = (at.clip, at.level, at.frame), tokens.clone()
+        masked, log_q = torch.ones_like(at.clip, dtype=torch.bool), out
         for _ in range(self.substeps - 1):
             drawn = sample_categorical(log_q.exp(), torch.rand_like(log_q))
-            reveal = masked & (torch.rand(len(clip), device=t.device) * self.steps * t[clip] < 1)  # as Euler does
-            tokens[where] = torch.where(reveal, drawn, tokens[where])
+            reveal = masked & (torch.rand(len(at.clip), device=t.device) * self.steps * t[at.clip] < 1)  # as Euler does
+            tokens[places] = torch.where(reveal, drawn, tokens[places])
             masked, t = masked & ~reveal, (t - 1 / self.steps).clamp(min=MIN_TIME)
-            log_q = self.log_q(tokens, t, conditions, scales, where)
+            log_q = self.log_q(tokens, t, conditions, scales, at)
             out = torch.where(masked[:, None], log_q, out)
         return out
 
@@ -137,9 +138,10 @@ class DistillTask(HiCoDiTTask):
             conditions, _ = self.conditions(batch)
             t, noisy, where = self.mask(batch["tokens"], conditions.frames)
             scales = draw_scales(len(t), model.config.guidance_limit, t.device)
-            target = self.teacher.targets(noisy, t, conditions, scales, where)
+            at = Requested.of(where, noisy.device)
+            target = self.teacher.targets(noisy, t, conditions, scales, at)
         prepared = model.prepare(conditions, scales=scales)
-        log_q = model(noisy, self.noise.sigma(t), prepared, where)[0].log_softmax(-1)
+        log_q = model(noisy, self.noise.sigma(t), prepared, at)[0].log_softmax(-1)
         divergence = (target.exp() * (target - log_q)).sum(-1)
         losses = self.by_stage("kl", divergence, where, conditions.frames)
         return losses | {"loss": sum(losses.values())}

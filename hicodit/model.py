@@ -325,9 +325,10 @@ class HiCoDiT(nn.Module):
         low, high = ([stage.sees(branch) for branch in branches] for stage in (self.stages[0], self.stages[-1]))
         distinct, index = list(dict.fromkeys(low)), None
         if len(distinct) < len(low):
-            first = torch.tensor([batch * distinct.index(row) for row in low], device=device)
-            index = (first[:, None] + torch.arange(batch, device=device)).flatten()
-        return torch.tensor(distinct, device=device)[:, None], torch.tensor(high, device=device)[:, None], index
+            first = torch.tensor([batch * distinct.index(row) for row in low])
+            index = send((first[:, None] + torch.arange(batch)).flatten(), device)
+        low_rows, high_rows = (send(torch.tensor(rows)[:, None], device) for rows in (distinct, high))
+        return low_rows, high_rows, index
 
     def modulate(self, sigma: Tensor, prepared: Prepared) -> list[Modulation]:
         """For each stage, the modulation by noise levels (S, B), in place of `sigma` in S calls of `forward`."""

@@ -25,7 +25,11 @@ from torch import Tensor
 from engine.config import CONFIGS
 from engine.training.task import Task
 from engine.training.trainer import Trainer
+from hicodit.conditions import encoder_config
 from hicodit.data import HiCoDiTDataset
+from hicodit.distill import DistillTask
+from hicodit.model import ModelConfig
+from hicodit.system import HiCoDiTSystem
 from hicodit.task import HiCoDiTTask
 from lia_x.task import LiaXTask
 from rvq_codec import RVQCodec, RVQCodecConfig
@@ -76,7 +80,8 @@ def waves(count: int, samples: int) -> Tensor:
     ]
 
 
-def hicodit(folder: Path) -> tuple[Task, Made]:
+def hicodit_parts(folder: Path) -> tuple[dict[str, Any], Made]:
+    """Arguments of `HiCoDiTTask`, with a tokenizer in `folder`, and clips of three lengths."""
     codec = RVQCodecConfig(
         encoder_width=2, ratios=(8, 5, 4, 3), latent_channels=8, codebook_size=16, codebook_dim=4, vocos_dim=8,
         vocos_intermediate=8, vocos_layers=1, n_fft=960,
@@ -101,8 +106,24 @@ def hicodit(folder: Path) -> tuple[Task, Made]:
                 "phoneme": torch.randint(5, (frames,), generator=g),
             }
         )
-    task = HiCoDiTTask(model, encoders, str(folder / "codec"), "none", "none.jsgf")
-    return task, Made(items, HiCoDiTDataset.collate)
+    names = {"codec": str(folder / "codec"), "shards": "none", "grammar": "none.jsgf"}
+    return {"model": model, "encoders": encoders, **names}, Made(items, HiCoDiTDataset.collate)
+
+
+def hicodit(folder: Path) -> tuple[Task, Made]:
+    arguments, data = hicodit_parts(folder)
+    return HiCoDiTTask(**arguments), data
+
+
+def hicodit_distill(folder: Path) -> tuple[Task, Made]:
+    """Two steps of the teacher ahead; its heads are drawn, as they start at zero and would say the same of all."""
+    arguments, data = hicodit_parts(folder)
+    teacher = HiCoDiTSystem(ModelConfig(**arguments.pop("model")), encoder_config(arguments.pop("encoders")))
+    for stage in teacher.model.stages:
+        for head in stage.heads:
+            torch.nn.init.normal_(head.weight, std=0.2)
+    teacher.save(folder / "teacher", "made for a test")
+    return DistillTask(str(folder / "teacher"), {"kind": "tiny"}, substeps=2, teacher_steps=4, **arguments), data
 
 
 def talker_t2av(folder: Path, with_motion: bool = True) -> tuple[Task, Made]:
@@ -192,7 +213,12 @@ def voice_encoder(folder: Path) -> tuple[Task, Made]:
     return task, Made(items, batch=5)  # batch norm of two is as good as a sign
 
 
-RUNS = {run.__name__: run for run in (hicodit, talker_t2av, talker_tts, rvq_codec, whisperx_vae, lia_x, voice_encoder)}
+RUNS = {
+    run.__name__: run
+    for run in (
+        hicodit, hicodit_distill, talker_t2av, talker_tts, rvq_codec, whisperx_vae, lia_x, voice_encoder,
+    )
+}  # fmt: skip
 
 
 def machine() -> dict[str, str]:

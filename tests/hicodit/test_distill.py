@@ -13,7 +13,7 @@ from hicodit.data import HiCoDiTDataset
 from hicodit.distill import DistillTask, Teacher, draw_scales
 from hicodit.generation import GuidedPosterior
 from hicodit.guidance import combine, combine_rows
-from hicodit.model import BRANCHES, ModelConfig
+from hicodit.model import BRANCHES, ModelConfig, Requested
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import UNGUIDED, GuidanceScales
 from hicodit.system import HiCoDiTSystem
@@ -72,7 +72,7 @@ def test_rows_with_scales_of_their_own_are_combined_as_by_branches():
 
 def test_the_target_is_the_teachers_guided_posterior(student, conditions, tokens):
     where, scales = tokens == 16, torch.tensor([SCALES.values, (1.5, 0.0, 2.0, 1.0)])
-    target = student.teacher.targets(tokens, T, conditions, scales, where)
+    target = student.teacher.targets(tokens, T, conditions, scales, Requested.of(where, tokens.device))
     for clip, row in enumerate((SCALES, GuidanceScales(1.5, 0.0, 2.0, 1.0))):
         guided = GuidedPosterior(student.teacher.model, conditions, row)(tokens, T, None)
         torch.testing.assert_close(
@@ -82,16 +82,16 @@ def test_the_target_is_the_teachers_guided_posterior(student, conditions, tokens
 
 def test_a_target_some_steps_ahead_is_from_the_step_that_revealed_the_token(student, conditions, monkeypatch):
     teacher, tokens = Teacher(student.teacher.model, substeps=3, steps=4), torch.full((2, 12, 40), 16)
-    where, t, seen = torch.ones(2, 12, 40, dtype=torch.bool), torch.tensor([1.0, 0.3]), []
+    at, t, seen = Requested.of(tokens == 16, tokens.device), torch.tensor([1.0, 0.3]), []
 
-    def log_q(tokens, t, conditions, scales, where):
+    def log_q(tokens, t, conditions, scales, at):
         seen.append((tokens.clone(), t))
-        out = torch.full((where.sum(), 16), -30.0)
+        out = torch.full((len(at.clip), 16), -30.0)
         out[:, len(seen)] = 0.0  # the first step is sure of token 1, the second of 2, the third of 3
         return out
 
     monkeypatch.setattr(teacher, "log_q", log_q)
-    said = teacher.targets(tokens, t, conditions, torch.ones(2, 4), where).argmax(-1).view(2, -1)
+    said = teacher.targets(tokens, t, conditions, torch.ones(2, 4), at).argmax(-1).view(2, -1)
     (_, _), (second, t2), (third, t3) = seen
     assert (
         (tokens == 16).all()
