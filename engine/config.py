@@ -1,4 +1,4 @@
-"""Composing the YAML files of configs/ with what was typed, and speaking with people about it.
+"""Composing the YAML files of configs/ with what was typed, with `--help` and errors for people.
 
 Hydra composes; this module gives help that reads like help, finds the nearest valid name for a mistyped one, and checks
 types against the defaults. There are no Hydra output folders and no change of directory.

@@ -1,4 +1,4 @@
-"""Imports of the packages of the `eval` extra."""
+"""Imports of packages that only an extra installs: an error says which one."""
 
 from __future__ import annotations
 
