@@ -67,6 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overrides", nargs="*", default=[], metavar="SETTING", help="settings of train.py for all")
 
 
+def record_name(args: argparse.Namespace) -> str:
+    """Both measurements of one day have a record."""
+    return f"talker_claims-{args.measured}"
+
+
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     clips = HeldOut(args.corpus, args.split, args.clips, MouthReader())
     voices = {row["id"]: str(row["voice"]) for row in clips.rows}

@@ -56,7 +56,8 @@ def main() -> None:
         print(line, flush=True)
     what = benchmark.__doc__.splitlines()[0]
     settings = {key: str(value) for key, value in vars(args).items()}
-    print(write_record(args.out, f"{name}-{args.device.type}", what, results, args.device.type, arguments=settings))
+    stem = benchmark.record_name(args) if hasattr(benchmark, "record_name") else name
+    print(write_record(args.out, f"{stem}-{args.device.type}", what, results, args.device.type, arguments=settings))
 
 
 if __name__ == "__main__":
