@@ -74,19 +74,25 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x.to(self.weight.dtype), self.weight, self.bias, "none", [], "")
 
 
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this processor is an x86 for which PyTorch has oneDNN's products of a type."""
+    if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def pack_linear(network: M, device: torch.device | str = "cpu") -> M:
     """Replace the linear layers by packed ones in place, on x86 processors; elsewhere nothing is done.
 
     The result is for inference: it has no gradients and is not to be saved. Layers that share their weight with another
     module stay as they are. Outputs change by rounding.
     """
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    if not x86 or torch.device(device).type != "cpu" or not torch.backends.mkldnn.is_available():
+    if torch.device(device).type != "cpu" or not can_pack(torch.float32):
         return network
     shared = Counter(p.data_ptr() for m in network.modules() for p in m.parameters(recurse=False))
     for module in list(network.modules()):
         for name, layer in list(module.named_children()):
-            if type(layer) is nn.Linear and shared[layer.weight.data_ptr()] == 1:
+            if type(layer) is nn.Linear and shared[layer.weight.data_ptr()] == 1 and can_pack(layer.weight.dtype):
                 setattr(module, name, PackedLinear(layer))
     return network
 

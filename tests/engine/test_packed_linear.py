@@ -3,21 +3,20 @@
 Axes: N input features, M output features.
 """
 
-import platform
-
 import pytest
 import torch
 from torch import nn
 
-from engine.precision import PackedLinear, convert_matrices, pack_linear
+from engine.precision import PackedLinear, can_pack, convert_matrices, pack_linear
 
-x86 = pytest.mark.skipif(
-    platform.machine().lower() not in ("x86_64", "amd64"), reason="weights are packed on x86 processors alone"
+x86 = pytest.mark.skipif(not can_pack(torch.float32), reason="weights are packed on x86 processors alone")
+half = pytest.param(
+    torch.bfloat16, marks=pytest.mark.skipif(not can_pack(torch.bfloat16), reason="needs AVX-512 or AVX-NE-CONVERT")
 )
 
 
 @x86
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, half])
 @pytest.mark.parametrize("shape", [(0, 48), (48,), (1, 48), (5, 48), (2, 3, 7, 48), (600, 48)])
 def test_a_packed_layer_gives_the_same_numbers(dtype, shape):
     torch.manual_seed(0)
@@ -54,4 +53,5 @@ def test_nothing_is_packed_for_another_device():
 def test_half_of_a_network_in_half_precision_is_packed_as_it_is():
     network = nn.ModuleDict({"time": nn.Linear(4, 4), "out": nn.Linear(4, 4)})
     pack_linear(convert_matrices(network, torch.bfloat16, without=("time",)))
+    assert type(network["time"]) is PackedLinear
     assert [network[name].weight.dtype for name in ("time", "out")] == [torch.float32, torch.bfloat16]
