@@ -4,7 +4,7 @@ Held-out clips are decoded from their first one, two, ... levels of codes. For e
 cosine of the GE2E voice vectors of clip and decoded clip, and correlation over clips of pitch range and of energy with
 the true clips. Any tokenizer (`--codec checkpoints/maskgct`) and any corpus of recordings or prepared shards will do.
 
-Axes: K levels, N samples.
+Axes: K levels, k of them that are decoded, L frames, N samples.
 """
 
 from __future__ import annotations

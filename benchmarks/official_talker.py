@@ -4,7 +4,7 @@ It generates one row with a growing cache, evaluates both guidance branches in o
 first solver step, passes all positions through all layers, precomputes nothing, and reads the stop head on the host
 after every patch. The loop of talker_t2av/generation.py must give the same result in less time (benchmarks/talker.py).
 
-Axes: T tokens, P frames of a patch, C channels, D width, N both branches.
+Axes: T tokens, P frames of a patch, F frames, C channels (Ds of speech, Dm of motion), D width, N both branches.
 """
 
 from __future__ import annotations

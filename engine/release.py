@@ -2,6 +2,8 @@
 
 A release is what inference loads and what is published; training state lives in `engine.training.checkpoint`. Nothing
 is unpickled.
+
+Axes: R rows of a matrix, that is its first axis.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Transformer blocks with adaptive layer norm, as in SEDD / DiT, and HiCoDiT's dual-scale variant.
 
 Axes: B batch, L sequence, N real positions of a packed batch, C width, H heads, D head width (C = H * D), E condition
-width.
+width, J expression windows.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A silent clip in, a waveform out.
 
 Axes: B batch, T video frames (25 a second), L = 2 T token frames, K token levels, N samples, J half seconds,
-E lip feature width.
+F face pictures, H height, W width, S, S' side of mouth and face pictures, E lip feature width.
 """
 
 from __future__ import annotations

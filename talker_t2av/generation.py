@@ -14,7 +14,7 @@ their end. The noise is drawn beforehand, the stop test stays on the device, and
 steps.
 
 Axes: B rows, T prompt tokens, S steps, M patches of a stream, P frames of a patch, F frames, C channels (Ds of speech,
-Dm of motion), N tokens that the cache holds, p context patches, D width.
+Dm of motion), N tokens that the cache holds, Q tokens that enter it at once, p context patches, D width.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The training forward: tokens, hidden states, flow-matching examples and losses of a batch, without a loop over it.
 
-Axes: B batch, T0 text and placeholder tokens (T = T0 + 1 with the task token), F frames, M patches, P frames of a
-patch, p context patches, N examples, C channels, D width.
+Axes: B batch, T0 text and placeholder tokens (T = T0 + 1 with the task token), F frames (Fm of motion), M patches,
+P frames of a patch, p context patches, N examples, C channels (Ds of speech, Dm of motion), G speaker embedding,
+D width.
 
 Every example is a pair (row, patch); pairs are listed row by row, so that random draws come in the order of the
 official program. Without examples the loss is 0 but still depends on every parameter, as distributed training needs.

@@ -1,6 +1,7 @@
 """Talker-T2AV: a Qwen3 backbone between patch encoders and diffusion heads. Parameter names are the released ones.
 
-Axes: B batch, T tokens, M patches, P frames of a patch, Ds / Dm speech / motion channels, D width.
+Axes: B batch, T tokens, S tokens that they attend to, M patches, P frames of a patch, Ds / Dm speech / motion channels,
+D width.
 """
 
 from __future__ import annotations

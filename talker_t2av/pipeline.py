@@ -5,7 +5,8 @@
     talk.save("talk.mp4")
     for chunk in pipeline.stream(Job("tts", "hello", reference_audio="voice.wav")): play(chunk.wave)
 
-Axes: N samples at 24 kHz, F frames at 25 a second, S picture side, Dm motion channels, Ds speech channels.
+Axes: N samples at 24 kHz, F frames at 25 a second, P frames of a patch, S picture side, Dm motion channels, Ds speech
+channels.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """LIA-X: a portrait video as one identity picture and a short motion code a frame (Wang et al., 2025).
 
-Axes: T frames, S side of the square picture, D style, M motion.
+Axes: B pictures, T frames, S side of the square picture, C channels, D style, M motion.
 Pictures are RGB in [-1, 1], (3, S, S); videos (T, 3, S, S); motion codes (T, M).
 """
 

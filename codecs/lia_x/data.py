@@ -1,6 +1,7 @@
 """Frames of the same clip as training samples: from video files decoded once into a cache, or from prepared shards.
 
-Axes: N clips, K frames that are kept of a clip, S side of the network's square.
+Axes: B pairs, N clips, K frames that are kept of a clip, L known movements, H height, W width, S side of the network's
+square.
 """
 
 from __future__ import annotations

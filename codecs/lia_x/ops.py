@@ -1,6 +1,6 @@
 """Building blocks of the LIA-X networks: the StyleGAN2 family (Karras et al., 2020) in plain PyTorch.
 
-Axes: B pictures, C channels, O output channels, H height, W width, K kernel side, D style.
+Axes: B pictures, C channels, O output channels, H height, W width, S side of a square map, D style.
 Feature maps are (B, C, H, W), styles (B, D). Weights are stored at unit variance and scaled by 1/sqrt(fan-in) when used
 ("equalised"), so that every weight learns at the same pace.
 

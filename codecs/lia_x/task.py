@@ -1,6 +1,6 @@
 """Training of LIA-X: one frame of a clip is rebuilt from another frame and its own motion code.
 
-Axes: B pairs, S side, M motion.
+Axes: B pairs, S side, M motion, L known movements.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Life of the code books: warm start by k-means, restart of dead codes, usage.
 
-Axes: M vectors, C latent channels, D code channels, K codes of a book, Q levels, T frames.
+Axes: B batch, M vectors, C latent channels, D code channels, K codes of a book, Q levels, T frames.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Training of the RVQ codec: mel, adversarial and feature losses with a discriminator update before the generator's.
 
-Axes: B batch, N samples, C latent channels, Q levels, K codes of a book, M pooled latents.
+Axes: B batch, N samples, L frames, C latent channels, Q levels, K codes of a book, M pooled latents.
 """
 
 from __future__ import annotations

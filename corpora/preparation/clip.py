@@ -1,6 +1,7 @@
 """One clip on its way through the stages.
 
-Axes: T video frames (25 a second), H height, W width, N samples at 24 kHz, N16 at 16 kHz.
+Axes: T video frames (25 a second), H height, W width, N samples at 24 kHz, N16 at 16 kHz, Dm motion
+channels.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Stages that decode clips, reject them by length, and store the media themselves.
 
-Axes: T video frames (25 a second), N samples at 24 kHz, N16 at 16 kHz.
+Axes: T video frames (25 a second), N samples at 24 kHz, N16 at 16 kHz, Dm motion channels.
 """
 
 from __future__ import annotations

@@ -2,7 +2,10 @@
 
 Candidates are judged in the order of their seeds. Each judgement is kept in a file beside the output, from which an
 interrupted run goes on. The voices of the unseen and the dev split are those that GE2E tells apart best (farthest
-points)."""
+points).
+
+Axes: N voices, D embedding.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,10 @@
 order.
 
 Version 2 has a development split, a rule from face to voice (`traits`), expressions that change within a clip, and free
-sentences beside those of a closed vocabulary, each for half of the clips."""
+sentences beside those of a closed vocabulary, each for half of the clips.
+
+Axes: N samples, T video frames (25 a second), J half seconds.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Seven expressions as prosody and as a facial pose."""
+"""Seven expressions as prosody and as a facial pose.
+
+Axes: T moments.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,9 @@
 """The mouth: lips, teeth and tongue drawn from mouth parameters.
 
-Lengths are in pixels of the 128-pixel picture, in head coordinates (before the head's motion)."""
+Lengths are in pixels of the 128-pixel picture, in head coordinates (before the head's motion).
+
+Axes: N points.
+"""
 
 from __future__ import annotations
 

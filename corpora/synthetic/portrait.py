@@ -1,6 +1,9 @@
 """Who a face is: identity parameters tied to the voice, and the still parts of the portrait.
 
-Lengths are in pixels of the 128-pixel picture; drawing is at `SCALE` times that. Colours are RGB."""
+Lengths are in pixels of the 128-pixel picture; drawing is at `SCALE` times that. Colours are RGB.
+
+Axes: N points.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,10 @@
 """espeak-ng through its C API: speech with phoneme events.
 
 `espeakng-loader` brings the library and its data. The voice that speaks is a file in a private copy of the data folder
-that is made when the synthesiser starts."""
+that is made when the synthesiser starts.
+
+Axes: N samples.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A clip in which a face is looked for: its frames as often as they are needed, and where the face is.
 
-Axes: T frames, H height, W width, n frames of a block.
+Axes: T frames, H height, W width, n frames of a block, P landmarks.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Following a face through a clip.
 
-Axes: T frames, H height, W width, n detections. Boxes are (x, y, w, h), points (x, y), in pixels.
+Axes: T frames, H height, W width, n detections, P landmarks. Boxes are (x, y, w, h), points (x, y), in pixels.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 EmoAcc: share of clips whose class equals that of the true speech. EMO-SIM: cosine of the utterances' embeddings. The
 weights have a licence of their own (FunASR's model licence).
+
+Axes: D embedding.
 """
 
 from __future__ import annotations

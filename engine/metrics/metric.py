@@ -2,6 +2,8 @@
 
 A file of this package holds one metric with its reference, its licence, what it needs and which package does the work.
 `engine.metrics.registry` knows them by the names of their figures.
+
+Axes: N samples, F rows of features, D features.
 """
 
 from __future__ import annotations

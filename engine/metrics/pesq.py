@@ -1,6 +1,8 @@
 """PESQ, perceived quality against the true speech: narrow band at 8 kHz (ITU-T P.862), wide band at 16 kHz (P.862.2).
 
 The package pesq (MIT), which wraps the ITU's program; time-aligned waves, the longer one cut.
+
+Axes: N samples.
 """
 
 from __future__ import annotations

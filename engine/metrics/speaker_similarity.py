@@ -5,6 +5,8 @@
 - `wavlm`: WavLM-Large with an ECAPA-TDNN head (Chen et al. 2022, arXiv:2110.13900; weights CC BY-SA 3.0), as AlignDiT
   measures it.
 - `ge2e`: the package Resemblyzer (Apache-2.0, carries its weights), as V2SFlow and SLD-L2S measure it.
+
+Axes: N samples.
 """
 
 from __future__ import annotations

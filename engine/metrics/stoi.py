@@ -1,4 +1,7 @@
-"""STOI, short-time objective intelligibility against the true speech (Taal et al. 2011); package pystoi (MIT)."""
+"""STOI, short-time objective intelligibility against the true speech (Taal et al. 2011); package pystoi (MIT).
+
+Axes: N samples.
+"""
 
 from __future__ import annotations
 

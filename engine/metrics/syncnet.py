@@ -4,7 +4,7 @@ Weights: `syncnet_v2.model` of joonson/syncnet_python (code MIT; no separate lic
 scores are those of Wav2Lip (Prajwal et al. 2020, arXiv:2008.10010).
 
 Axes: B batch, T video frames (25 a second), W windows of five frames, N samples at 16 kHz, F MFCC frames (100 a
-second), S = 31 shifts, D = 1024 embedding.
+second), H height, S = 31 shifts, D = 1024 embedding.
 """
 
 from __future__ import annotations

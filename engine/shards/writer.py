@@ -7,6 +7,8 @@ the shards alone. PLAN is a digest of the settings: shards of other settings cou
 
 Unfinished files have fixed names in folders of their own (not `engine.files.atomic_output`, whose random ones a killed
 process would leave behind), and all are on the disk before they get their final names.
+
+Axes: T frames, D channels.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Condition encoders: pictures of a face to lip features, a face embedding and expression probabilities.
 
-Axes: B batch, T video frames (25 a second), F face pictures, H = W picture side, E feature width.
+Axes: B batch, T video frames (25 a second), F face pictures, n pictures, H = W picture side (S of
+mouth, S' of face pictures), E feature width.
 
 The tiny encoders here are trained together with the tiny model. Released encoders (AV-HuBERT, ArcFace, POSTER V2; see
 `hicodit.conditions.released`) take their place behind the same three call signatures.

@@ -1,6 +1,7 @@
 """The paper's condition encoders with their released weights: AV-HuBERT Large, ArcFace, POSTER V2.
 
-Axes: B batch, T video frames (25 a second), F face pictures of a clip, n pictures, S picture side, E feature width.
+Axes: B batch, T video frames (25 a second), F face pictures of a clip, n pictures or frames, H height, W width,
+S picture side, E feature width.
 
 Their licences (see each class) allow research only, so they are not part of this project or of its releases: a model
 that uses them names a folder of checkpoints.

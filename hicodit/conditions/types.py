@@ -1,6 +1,7 @@
 """The typed conditions of HiCoDiT.
 
-Axes: B batch, T video frames (25 a second), J expression windows (2 a second), E lip feature width, S picture side.
+Axes: B batch, T video frames (25 a second), J expression windows (2 a second), F face pictures, E lip feature width,
+S, S' side of mouth and face pictures.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Training of the small voice encoder by distillation from GE2E embeddings (Wan et al. 2018, arXiv:1710.10467).
 
-Axes: B batch, M mel bands, T frames, D embedding, V voices, n clips.
+Axes: B batch, M mel bands, T frames, D embedding, V voices, N samples, n clips.
 """
 
 from __future__ import annotations
