@@ -37,8 +37,8 @@ class HiCoDiTSystem(Released):
         super().__init__(model)
         if (model.lip_dim, model.face_dim) != (encoders.lip_dim, encoders.face_dim):
             raise UserError(
-                f"the model wants lip and face features of width {model.lip_dim} and {model.face_dim}, "
-                f"the encoders give {encoders.lip_dim} and {encoders.face_dim}"
+                f"the model takes lip and face features of width {model.lip_dim} and {model.face_dim}, the encoders "
+                f"give {encoders.lip_dim} and {encoders.face_dim}: set model.lip_dim and model.face_dim to those"
             )
         if model.expressions != len(EXPRESSIONS):
             raise UserError(
@@ -81,7 +81,7 @@ class HiCoDiTSystem(Released):
     def conditions_of_voices(
         self, mouth: Tensor, voices: Tensor, expression: list[Tensor], frames: Tensor, identity: Tensor | None = None
     ) -> Conditions:
-        """`conditions` of clips whose face pictures were read before.
+        """As `conditions`, for clips whose expressions were read and whose voice pictures were picked beforehand.
 
         Args:
             voices: (B, 4, 3, S', S') the `voice_pictures`. expression: (J,) classes of each clip.

@@ -268,7 +268,7 @@ class RVQTokens(Encoder):
         wave = resample(torch.from_numpy(clip.wave), RATE, self.codec.sample_rate)
         codes = self.codec.encode(wave[None, None].to(self.device))[0]  # (K, 2 T)
         if codes.shape[1] != 2 * clip.length:
-            raise UserError(f"{codes.shape[1]} token frames for {clip.length} pictures: the tokenizer is not of 50 Hz")
+            raise UserError(f"{codes.shape[1]} token frames for {clip.length} pictures: use a tokenizer of 50 Hz")
         clip.tensors["tokens"] = codes.T.to("cpu", torch.int16)
 
 

@@ -170,13 +170,13 @@ def _checked(
     """A row as numbers.
 
     Raises:
-        UserError: the name is none, the times are not in order, or the face is nowhere.
+        UserError: the name cannot be a file name, the times are not in order, or the face lies outside the picture.
     """
     begin, stop = _number(start), _number(end)
     if not 0 <= begin < stop < 1e6:
-        raise UserError(f"from {start} to {end} s is no part of a video")
+        raise UserError(f"start={start} and end={end} are not two times in seconds, one after the other")
     if face is not None:
         face = (_number(face[0]), _number(face[1]), int(_number(face[2])))
         if not (min(face) >= 0 and (face[2] or max(face[:2]) <= 1) and max(face) < 1e5):
-            raise UserError(f"the face's place {face[:2]} is none")
+            raise UserError(f"the position of the face, {face[:2]}, lies outside the picture or is no pair of numbers")
     return safe_name(video, "its id"), begin, stop, face, facts

@@ -77,7 +77,7 @@ def fill_landmarks(landmarks: np.ndarray, present: np.ndarray) -> np.ndarray:
         FaceError: no frame has landmarks.
     """
     if not present.any():
-        raise FaceError("no frame of the clip has landmarks")
+        raise FaceError("no frame of the clip has landmarks: give others, or leave face_landmarks out")
     time, known = np.arange(len(landmarks)), np.flatnonzero(present)
     flat = landmarks.reshape(len(landmarks), -1).astype(np.float64)
     filled = np.stack([np.interp(time, known, column[known]) for column in flat.T], 1)

@@ -119,7 +119,7 @@ def track_face(
         raise FaceError(f"no face found in any of its {frames / fps:.1f} s: {ADVICE}")
     number = face if isinstance(face, int) else 1
     if number > len(people):
-        raise FaceError(f"face={face}: no more than {len(people)} can be told apart in it")
+        raise FaceError(f"face={face}: no more than {len(people)} can be told apart in it, so give a number up to that")
     return _covered(_smooth(people[number - 1], frames, fps), fps)
 
 
@@ -339,6 +339,6 @@ def landmark_track(landmarks: np.ndarray, present: np.ndarray, fps: float) -> Fa
     points = five_points(landmarks)
     faces = [(i, np.array([[*box_of_points(points[i]), *points[i].ravel()]])) for i in np.flatnonzero(present)]
     if not faces:
-        raise FaceError("no frame of the clip has landmarks")
+        raise FaceError("no frame of the clip has landmarks: give others, or leave face_landmarks out")
     track = _smooth(_link(faces, fps), len(points), fps)
     return _covered(replace(track, seen=present, landmarks=landmarks), fps)

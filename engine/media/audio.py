@@ -76,7 +76,9 @@ def read_audio(path: str | Path, rate: int, span: tuple[float, float] | None = N
     if len(wave) == 0:
         raise UserError(f"{path} has zero audio samples")
     if not np.abs(wave).max() < LOUDEST:  # nor is NaN
-        raise UserError(f"{path} has samples that are not finite, or above {LOUDEST:g} where full scale is 1")
+        raise UserError(
+            f"{path} has samples that are not finite, or above {LOUDEST:g} where full scale is 1: save it as 16-bit PCM"
+        )
     return wave
 
 

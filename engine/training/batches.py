@@ -78,7 +78,7 @@ class MicroBatches(torch.utils.data.Dataset):
         self.blocks: Blocks | None = getattr(dataset, "blocks", None)
         self.streams = (self.blocks.streams or distributed.world_size()) if self.blocks else 1
         if len(dataset) < self.streams:
-            raise UserError(f"data.shards.streams={self.streams}, but there are only {len(dataset)} clips")
+            raise UserError(f"data.shards.streams={self.streams}, but there are only {len(dataset)} clips: lower it")
         self._forget()
 
     def _forget(self) -> None:

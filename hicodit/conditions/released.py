@@ -122,7 +122,8 @@ class ReleasedEncoders:
         network = kinds[name].from_pretrained(Path(c.folder) / getattr(c, f"{name}_file"))
         if name == "lip" and network.config.width != c.lip_dim:
             raise UserError(
-                f"{c.lip_file} gives lip features of width {network.config.width}, the model wants {c.lip_dim}"
+                f"{c.lip_file} gives lip features of width {network.config.width}, the model takes {c.lip_dim}: "
+                "give the checkpoint that the model was trained with"
             )
         return network
 

@@ -122,7 +122,7 @@ def test_avspeech_without_a_header_and_a_table_with_one(tmp_path, capsys):
     assert (clip.span, clip.face, clip.speaker) == ((0.5, 3.25), (0.5, 0.25, 0), "aaaaaaaaaaa")
     assert clip.video == "videos/aaaaaaaaaaa.webm" and clip.key == "aaaaaaaaaaa-0000500-0003250"
     said = capsys.readouterr().out
-    assert "1 clips are left out, as" in said and "the first: clip 3: from 5 to 4 s is no part of a video" in said
+    assert "1 clips are left out, as" in said and "the first: clip 3: start=5 and end=4 are not two times" in said
     (tmp_path / "mine.csv").write_text("id,start,end,text\naaaaaaaaaaa,1,2,hello\naaaaaaaaaaa,3,4,\n")
     one, two = listed(tmp_path, "mine.csv")
     assert (one.text, one.face, two.text) == ("hello", None, None)
