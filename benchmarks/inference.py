@@ -38,10 +38,9 @@ from engine.config import override
 from engine.precision import convert_matrices, pack_linear
 from hicodit.conditions.types import Conditions, Crops, windows_of
 from hicodit.generation import generate, windows
-from hicodit.guidance import GuidanceScales
 from hicodit.model import FLOAT32
 from hicodit.pipeline import HiCoDiTPipeline
-from hicodit.settings import SamplerConfig
+from hicodit.settings import GuidanceScales, SamplerConfig
 from talker_t2av.generation import PatchLoop
 from talker_t2av.model import TalkerConfig, TalkerT2AV
 from talker_t2av.request import MODES, Request, Sampling

@@ -11,8 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from engine.media.audio import mel_picture
-from hicodit.conditions.types import EXPRESSIONS, WINDOW_SECONDS
-from hicodit.pipeline import FPS, Speech
+from hicodit.conditions.types import EXPRESSIONS, FPS, WINDOW_SECONDS
+from hicodit.pipeline import Speech
 
 MOUTHS = 24
 COLUMNS = 4000  # of a picture; matplotlib takes many bytes for each

@@ -116,10 +116,12 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Requested:
-    """The places of a mask (B, K, L), which the host finds: the device gets indices, and no shape depends on it.
+    """The positions at which a mask (B, K, L) is true, as indices on the device.
 
-    levels: (clip, frame) of each level's places. order: (M,) puts the levels' places, one level after the other, in the
-    order of `where.nonzero()`. clip, level, frame: (M,) in that order.
+    They are found on the host: a device would have to report how many there are, and the host would wait for it.
+
+    levels: (clip, frame) of each level's positions. order: (M,) puts those, one level after the other, in the order of
+    `where.nonzero()`. clip, level, frame: (M,) in that order.
     """
 
     levels: list[tuple[Tensor, Tensor]]

@@ -40,7 +40,7 @@ from hicodit.streaming import HOP, SpeechChunk, StreamSettings, stream_speech
 from hicodit.system import CODECS, HiCoDiTSystem
 
 MIN_FRAMES = 5  # 0.2 s
-KEPT_FRAMES = 1500  # of a longer clip's face pictures the expressions are read at once, and few are kept
+KEPT_FRAMES = 1500  # longer clips: expressions are read while faces are cut out, and only the voice's pictures are kept
 DECODED = 1500  # token frames that are decoded at once, beside those that they depend on
 
 
@@ -217,6 +217,7 @@ class HiCoDiTPipeline:
         return clip, track
 
     def _cut(self, blocks: Iterable[np.ndarray], track: FaceTrack, strip: str | Path | None) -> Crops:
+        """Mouth and face pictures of blocks of frames (n, H, W, 3); the picture of the track goes to `strip`."""
         config, mouth, faces, shown, start, count = self.system.encoders.config, None, [], [], 0, 0
         long, wanted = len(track) > KEPT_FRAMES, self.system.voice_pictures(len(track))
         drawing = Strip(track, FPS) if strip is not None else None

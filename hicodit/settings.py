@@ -40,6 +40,7 @@ class SamplerConfig:
     entropy: nats a frame of tokens that `entropy` may reveal in a step, as long as `steps` suffice.
     window: seconds of a clip that are drawn at once, as long as what the model was trained on; longer clips are done in
         windows that overlap by a second (see `hicodit.generation`).
+    end: time at which the steps of `euler` end, a little above 0, and the least time that any method tells the network.
     """
 
     method: str = "euler"

@@ -161,6 +161,7 @@ class SpeechStream:
         self.settled = 0  # video frames whose tokens are settled
         self.tokens: Tensor | None = None  # (K, L) settled tokens of the frames from `first` on
         self.track: FaceTrack | None = None
+        self._moved = 0  # frames that were forgotten since the face was followed last
 
     def push(self, frame: np.ndarray) -> SpeechChunk | None:
         """One frame (H, W, 3) uint8 RGB; gives sound after every fourth, as soon as the look-ahead is filled."""
@@ -232,8 +233,6 @@ class SpeechStream:
         mouth = config.cut_mouth(blocks, self.track, 0)
         picked = np.arange(0, len(blocks), config.picture_every)
         return Crops(mouth, config.cut_faces(blocks[picked], self.track[picked]), self.track)
-
-    _moved = 0  # frames that were forgotten since the face was followed last
 
     def _forget(self) -> None:
         """Let go of frames before the window, in whole seconds: half seconds of expression stay aligned."""

@@ -77,9 +77,9 @@ class HaarDetector:
         boxes, _, back = self._look(frame)
         faces = with_points(boxes[np.argsort(-boxes[:, 2], kind="stable")])
         if self.angle:  # boxes stay upright round their middle
-            middle = _apply(back, faces[:, :2] + faces[:, 2:4] / 2)
+            middle = transform(back, faces[:, :2] + faces[:, 2:4] / 2)
             faces[:, :2] = middle - faces[:, 2:4] / 2
-            faces[:, POINTS] = _apply(back, faces[:, POINTS].reshape(-1, 2)).reshape(-1, 10)
+            faces[:, POINTS] = transform(back, faces[:, POINTS].reshape(-1, 2)).reshape(-1, 10)
         return faces
 
     def evidence(self, frame: np.ndarray) -> int:
@@ -111,8 +111,8 @@ class HaarDetector:
         return boxes / scale, [int(n) for n in agree], back
 
 
-def _apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Points (n, 2) through a matrix (2, 3)."""
+def transform(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Points (n, 2) through an affine matrix (2, 3)."""
     return points @ matrix[:, :2].T + matrix[:, 2]
 
 

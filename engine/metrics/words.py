@@ -95,7 +95,7 @@ class WordErrors(Metric):
 
     @torch.inference_mode()
     def _whisper(self, wave: np.ndarray, take: Take) -> str:
-        return hear(self.processor, self.model, wave, take.language)
+        return transcribe_with_whisper(self.processor, self.model, wave, take.language)
 
     @torch.inference_mode()
     def _qwen(self, wave: np.ndarray, take: Take) -> str:
@@ -150,8 +150,8 @@ def count_errors(reference: str, hypothesis: str, language: str = "en") -> dict[
 
 
 @torch.inference_mode()
-def hear(processor: Any, model: Any, wave: np.ndarray, language: str) -> str:
-    """What a Whisper of transformers hears in a wave (N,) at 16 kHz."""
+def transcribe_with_whisper(processor: Any, model: Any, wave: np.ndarray, language: str) -> str:
+    """The words that a Whisper of transformers recognises in a wave (N,) at 16 kHz."""
     long = len(wave) > LONG * RATE
     more = {"truncation": False, "padding": "longest"} if long else {}
     inputs = processor(wave, sampling_rate=RATE, return_tensors="pt", return_attention_mask=True, **more)

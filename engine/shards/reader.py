@@ -74,7 +74,7 @@ class Reading:
 @dataclass(frozen=True)
 class _Table:
     """Of one shard's samples: frames (n,); places (n, 2, 2), offset and size of KEY.json and of KEY.safetensors; holds,
-    the names of the tensors of each, None in shards that do not tell."""
+    the names of the tensors of each, None in older shards, which do not list them."""
 
     frames: np.ndarray
     places: np.ndarray
@@ -119,7 +119,7 @@ class ShardSplit:
         with ThreadPoolExecutor(16) as pool:  # a URL answers many at once
             tables = list(pool.map(self._table, self.shards))
         if not sum(self.sizes):
-            raise UserError(f"{source} has no samples")
+            raise UserError(f"{source} has no samples: its quarantine.jsonl says why clips were rejected")
         self.frames = torch.from_numpy(np.concatenate([table.frames for table in tables]))
         self._places = np.concatenate([table.places for table in tables])
         self._holds = [names for table in tables for names in table.holds]
@@ -172,8 +172,8 @@ class ShardSplit:
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The JSON of a sample, its tensors `names`, and those of `optional` that it has.
 
-        Shards that were made before they listed what a sample lacks are not seen through by `require`: the next sample
-        takes the place of one that lacks a tensor.
+        Older shards do not list the tensors that a sample lacks, so that `require` cannot leave it out: the next sample
+        takes its place here.
 
         Raises:
             UserError: a shard is missing or damaged, or no sample has all tensors.

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 
 from engine.errors import UserError
+from engine.faces.detectors import transform
 
 MOUTH_SIDE = 96
 FRAME_SIDE = 256  # of the frame in which the mean face stands
@@ -175,8 +176,3 @@ def _blurred(picture: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """`picture`, without detail that is too fine for what `matrix` makes of it: bilinear sampling would skip pixels."""
     scale = np.sqrt(abs(np.linalg.det(matrix[:, :2])))
     return cv2.GaussianBlur(picture, (0, 0), 0.25 / scale) if scale < 0.5 else picture
-
-
-def transform(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Points (P, 2) through a matrix (2, 3)."""
-    return points @ matrix[:, :2].T + matrix[:, 2]
