@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from engine.training.task import Task
-from hicodit.distill import DistillTask
+from hicodit.distill import DistillTask, Teacher
 from tests.golden.golden_runs import RUNS
 from tests.gpu.fakes import CUDA, fake_cuda, faked
 from whisperx_vae.latent_targets import LatentTargets
@@ -44,8 +44,9 @@ def take_step(task, data, step=0, device=CUDA, use=lambda loss, module: None):
     """Losses of all parts, as the trainer asks for them, each given to `use`; gives the operators that ran."""
     with fake_cuda(device, host=True) as operators:
         fake, batch = faked(task, device).train(), batch_of(task, data, device)
-        if isinstance(fake, DistillTask):  # no part of the task, it comes to the device in the first step
-            fake.teacher.model = faked(fake.teacher.model, device)
+        if isinstance(fake, DistillTask):  # its teacher is no part of it: it comes to the device in the first step
+            teacher = fake.teacher
+            fake.teacher = Teacher(faked(teacher.model, device), teacher.substeps, teacher.steps)
         operators.counts.clear()
         fake.begin_step(step)
         for part, module in fake.parts().items():
