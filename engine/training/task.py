@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,17 @@ class TrainerConfig:
     tensorboard: bool
     peak_tflops: float | None = bounded(1e-9, 1e9)
     profile: int = bounded(0, 10_000)
+
+    @classmethod
+    def of(cls, values: Mapping[Any, Any]) -> TrainerConfig:
+        """
+        Raises:
+            UserError: a field is missing, unknown or out of range.
+        """
+        try:
+            return cls(**{str(key): value for key, value in values.items()})
+        except TypeError as error:
+            raise UserError(f"trainer config: {error}".replace("TrainerConfig.__init__()", "it")) from error
 
     def __post_init__(self) -> None:
         words = {

@@ -143,6 +143,16 @@ def progress_line(
     )
 
 
+def validation_line(step: int, results: dict[str, float], best: str | None) -> str:
+    """What a validation found, and a second line if the figure that `trainer.best` names is not among it."""
+    figures = " ".join(f"{key} {value:.4g}" for key, value in results.items())
+    line = f"step {step:,} | validation {figures or 'gives no figures: the task measures none'}"
+    if best and best.split()[1] not in results:
+        names = ", ".join(results) or "no figures"
+        line += f"\ntrainer.best={best!r}: no best is kept, as the validation gives {names}"
+    return line
+
+
 def _place(line: str) -> tuple[float, bool]:
     """Step of a record, and whether it is of the step's validation, which follows that of its losses."""
     try:

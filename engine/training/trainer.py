@@ -33,7 +33,7 @@ from engine.training.parallel import ParallelTask, adamw, begin_state, clipping_
 from engine.training.signals import StopRequest
 from engine.training.speed import Utilisation, memory_gib, peak_tflops, steady, tracing
 from engine.training.task import Task, TrainerConfig
-from engine.training.tracking import Tracker, Window, first_line, progress_line
+from engine.training.tracking import Tracker, Window, first_line, progress_line, validation_line
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -62,15 +62,11 @@ class Trainer:
         record: dict[str, Any] | None = None,
         fresh: bool = False,
     ):
-        try:
-            self.config = TrainerConfig(**{str(k): v for k, v in config.items()})
-        except TypeError as error:
-            raise UserError(f"trainer config: {error}".replace("TrainerConfig.__init__()", "it")) from error
+        self.config = c = TrainerConfig.of(config).shared_among(distributed.world_size())
         if len(dataset) == 0:
             raise UserError("the training set is empty")
         self.run, self.record, self.fresh = Path(run), record or {}, fresh
         self.code = checkpoint.code_version()
-        self.config = c = self.config.shared_among(distributed.world_size())
         self.device = distributed.pick_device(c.device)
         self.parallel = ParallelTask(task, c, self.device)
         self.task = task
@@ -118,6 +114,7 @@ class Trainer:
                 coming = load_batches(self.batches, numbers, c.workers, self.device, self.task.on_host)
                 window, stopping = Window(), False
                 while self.step < c.steps and not stopping:
+                    # Before the next step, not after this one: a run that stopped in between makes up for it.
                     if self.step % c.validate_every == 0 and self.step > self.validated:
                         with window.paused():
                             self.validate(tracker)
@@ -143,9 +140,7 @@ class Trainer:
             if self.step < c.steps:
                 self._say(f"stopped at step {self.step:,}, saved; the same command goes on from here")
                 return None
-            results = self.validate(tracker)
-            self._stop_on_write_error()
-            return results
+            return self.validate(tracker)
         finally:
             self.checkpoints.abandon()  # nothing is in work unless this process fails
             if tracker:
@@ -159,24 +154,21 @@ class Trainer:
         if distributed.is_main():
             with self._record_write_error():
                 results = figures_of(shares)
-                figures = " ".join(f"{k} {v:.4g}" for k, v in results.items())
-                self._say(f"step {self.step:,} | validation {figures or 'gives no figures: the task measures none'}")
+                self._say(validation_line(self.step, results, self.config.best))
                 if tracker:
                     tracker.write({"step": self.step, **{f"validation/{k}": v for k, v in results.items()}})
                     tracker.media(self.step, folder)
                 if not any(folder.iterdir()):
                     folder.rmdir()
-                if (best := self.config.best) and best.split()[1] not in results:
-                    names = ", ".join(results) or "no figures"
-                    self._say(f"trainer.best={best!r}: no best is kept, as the validation gives {names}")
         self._stop_on_write_error()
         self.checkpoints.note(self.step, results)
+        self._stop_on_write_error()
         self.validated = self.step
         return results
 
     def _measure(self, folder: Path) -> dict[str, float | ByClip]:
         """This process's share of a validation. If one process fails all stop, as they would wait for it."""
-        rank, found, broken = distributed.rank(), {}, None
+        found, rank = {}, distributed.rank()
         self._share_buffers()
         with self.parallel.evaluation_copy(self.ema) as task:
             torch.manual_seed(seed_for(self.config.seed, "validate"))
@@ -185,12 +177,11 @@ class Trainer:
                     folder.mkdir(parents=True, exist_ok=True)
                     found = task.measure(self.step, folder, Share(rank, distributed.world_size()))
             except Exception as error:
-                broken, self.write_error = error, f"process {rank} failed in validation: {error!r}"
-        try:
-            self._stop_on_write_error()
-        finally:
-            if broken is not None:
-                raise broken from None
+                self.write_error = f"process {rank} failed in validation: {error!r}"
+                with suppress(UserError, SystemExit):  # which the others get; this process shows where it failed
+                    self._stop_on_write_error()
+                raise
+        self._stop_on_write_error()
         return found
 
     def release(self, folder: str | Path) -> None:
@@ -315,7 +306,6 @@ class Trainer:
         distributed.from_main(lambda: refuse_links(self.run))
         if self.fresh and not distributed.restarted():
             distributed.from_main(lambda: checkpoint.remove_all(root))
-            return
         folder = distributed.from_main(lambda: checkpoint.newest(root, self._say))
         if folder is None:
             return
