@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.record import RESULTS, write_record
+from engine.device import pick_device
 from engine.errors import UserError, run_cli
-from engine.training.distributed import pick_device
 
 NAMES = (
     "ablations", "faces", "full_size", "gpu", "inference", "levels", "packing", "prosody", "recipes",

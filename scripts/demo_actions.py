@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from engine.device import pick_device
 from engine.errors import UserError
 from engine.media.audio import read_voice
 from engine.media.ffmpeg import probe
 from engine.metrics.speaker import GE2EEncoder
 from engine.seeding import check_seed
-from engine.training.distributed import pick_device
 from hicodit.generation import windows
 from hicodit.inference import write_outputs as write_speech
 from hicodit.pipeline import BUNDLED, FPS, HiCoDiTPipeline

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from benchmarks.record import portable
 from engine.bounds import require_range
 from engine.config import load
+from engine.device import pick_device
 from engine.errors import UserError, printable, run_cli
 from engine.evaluation.clips import Clip, read_clips, system_facts
 from engine.evaluation.measure import cores, measure
@@ -30,7 +31,6 @@ from engine.evaluation.summary import summarise, table_lines
 from engine.files import atomic_output, writable
 from engine.media.limits import Limits, set_limits
 from engine.metrics.registry import METRICS, metric_of, metrics_of
-from engine.training.distributed import pick_device
 
 HELP = """
 Compute a paper's table for the outputs of any system, from two folders or a manifest. Every figure comes with a 95 %

@@ -22,10 +22,10 @@ from omegaconf import OmegaConf
 
 from engine.bounds import DEVICES, PRECISIONS
 from engine.config import CONFIGS, override
+from engine.device import pick_device
 from engine.errors import UserError, run_cli
 from engine.media.limits import Limits, set_limits
 from engine.optional import require
-from engine.training.distributed import pick_device
 
 
 def main() -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from engine.batch_runner import run_batches
 from engine.config import override
+from engine.device import pick_device
 from engine.errors import UserError
 from engine.files import all_or_none, writable
 from engine.media.audio import write_wav
 from engine.media.video import join_audio, mux_audio, write_video
 from engine.progress import stage
-from engine.training.distributed import pick_device
 from talker_t2av.jobs import PreparedJob
 from talker_t2av.pipeline import Talk, TalkerPipeline
 from talker_t2av.settings import InferConfig, Job, outputs_of

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from corpora.preparation.clip import RATE16
+from engine.device import pick_device
 from engine.errors import UserError
 from engine.metrics.speaker import GE2EEncoder
 from engine.optional import require
-from engine.training.distributed import pick_device
 
 WINDOW = 30 * RATE16  # of Whisper
 

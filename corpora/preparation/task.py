@@ -25,12 +25,12 @@ from safetensors.torch import save
 
 from corpora.preparation.clip import Encoder, MachineFault, SourceClip, Stage, WorkItem
 from engine.config import build, target
+from engine.device import pick_device
 from engine.errors import UserError
 from engine.media.limits import Limits
 from engine.shards.reader import VERSION, read_sample
 from engine.shards.source import checksum
 from engine.shards.writer import dumps, write_sample
-from engine.training.distributed import pick_device
 from engine.untrusted import parse_json
 
 # Errors that no clip causes: the disk is full or read-only, or the machine is out of file handles.

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.bounds import DEVICES, require_choice
+from engine.device import pick_device
 from engine.errors import UserError
 
 T = TypeVar("T")
@@ -23,23 +23,6 @@ PATIENT = timedelta(hours=4)  # for objects, checkpoints and the time before the
 STEP_TIMEOUT = timedelta(minutes=10)  # of a collective on tensors once a step is done; a process that hangs shows soon
 # NCCL's flight recorder keeps the last collectives and writes them to files when one does not end in time.
 FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` -> this process's device; under torchrun each process gets a GPU of its own.
-
-    Raises:
-        UserError: an unknown word, or `cuda` on a machine without a CUDA device.
-    """
-    require_choice("device", name, DEVICES)
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda, but no CUDA device is available; use device=cpu or device=auto")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if local >= count:
-        raise UserError(f"process {local} of this machine has no GPU: {count} present; lower --nproc_per_node")
-    return torch.device("cuda", local)
 
 
 def init(name: str) -> torch.device:
