@@ -78,10 +78,11 @@ def main() -> int:
 
 def command() -> None:
     """The console command `speaking-faces`."""
-    if sys.argv[1:2] != ["train"]:
+    if sys.argv[1:2] == ["train"]:
+        del sys.argv[1]
+        runpy.run_path(str(Path(__file__).with_name("train.py")), run_name="__main__")
+    else:
         run_cli(main)
-    del sys.argv[1]
-    runpy.run_path(str(Path(__file__).with_name("train.py")), run_name="__main__")
 
 
 if __name__ == "__main__":

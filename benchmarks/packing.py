@@ -22,6 +22,7 @@ from engine.config import CONFIGS
 from engine.seeding import generator_for
 from engine.training.batches import MicroBatches
 from engine.training.task import Task
+from hicodit.conditions.types import windows_of
 from hicodit.data import HiCoDiTDataset
 from hicodit.model import TOKENS_PER_FRAME
 from talker_t2av.data import SequenceFormat, collate
@@ -97,7 +98,7 @@ class Clips:
                 "face": torch.rand(3, 64, 64, generator=generator),
                 "tokens": torch.randint(256, (TOKENS_PER_FRAME * n, 12), generator=generator),
                 "ge2e": torch.rand(256, generator=generator) / 16,
-                "expression": torch.zeros(-(-2 * n // FPS), dtype=torch.long),
+                "expression": torch.zeros(windows_of(n), dtype=torch.long),
                 "face_expression": torch.tensor(0),
                 "phoneme": torch.zeros(n, dtype=torch.long),
             }

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from engine.codec import load_codec
 from engine.errors import UserError
 from engine.shards.reader import Reading, ShardSplit
-from hicodit.conditions.types import FPS, windows_of
+from hicodit.conditions.types import FPS, MIN_FRAMES, windows_of
 from hicodit.model import TOKENS_PER_FRAME
 from hicodit.system import CODECS
 
@@ -29,7 +29,6 @@ PICTURES = ("mouth", "faces")  # what encoders that learn read
 FEATURES = ("lip", "face_identity")  # what encoders that do not learn have made of the pictures, in half precision
 REQUIRED = ("tokens", "ge2e", "expression")
 HEARD = {"heard": "heard_expression", "seen": "expression"}  # expression condition in training -> its tensor
-LEAST_FRAMES = 5  # 0.2 s, as in inference; shorter clips are left out
 SHIFT = 3  # pixels by which a mouth crop may be off in training: the tracker's own jitter and more
 
 
@@ -115,7 +114,7 @@ class HiCoDiTDataset:
         phonemes: int | None = None,
     ) -> None:
         tokenizer = load_codec(codec, CODECS)
-        self.shards = ShardSplit(source, Reading(**(shards or {})), LEAST_FRAMES)
+        self.shards = ShardSplit(source, Reading(**(shards or {})), MIN_FRAMES)
         self.shards.check_made_with({"rvq": tokenizer.digest()})
         self.inputs = PICTURES if encoders == "tiny" else FEATURES
         if self.inputs == FEATURES and not set(FEATURES) <= set(self.shards.index.get("digests") or ()):

@@ -32,14 +32,13 @@ from engine.precision import compile_step, convert_matrices, pack_linear, pick_d
 from engine.progress import stage
 from engine.release import find_codec
 from hicodit.conditions.align import MOUTH_SIDE, mouth_poses
-from hicodit.conditions.types import FPS, Conditions, Crops, windows_of
+from hicodit.conditions.types import FPS, MIN_FRAMES, Conditions, Crops, windows_of
 from hicodit.generation import generate, windows
 from hicodit.model import FLOAT32, TOKENS_PER_FRAME
 from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig
 from hicodit.streaming import HOP, SpeechChunk, StreamSettings, stream_speech
 from hicodit.system import CODECS, HiCoDiTSystem
 
-MIN_FRAMES = 5  # 0.2 s
 KEPT_FRAMES = 1500  # longer clips: expressions are read while faces are cut out, and only the voice's pictures are kept
 DECODED = 1500  # token frames that are decoded at once, beside those that they depend on
 

@@ -27,7 +27,7 @@ from engine.config import CONFIGS, override
 from engine.errors import UserError
 from engine.faces.detectors import FaceDetector, HaarDetector
 from engine.faces.track import FaceError, FaceTrack, track_face
-from hicodit.conditions.types import FPS, Conditions, Crops
+from hicodit.conditions.types import FPS, MIN_FRAMES, Conditions, Crops
 from hicodit.generation import GuidedPosterior
 from hicodit.model import TOKENS_PER_FRAME
 from hicodit.samplers import sample
@@ -178,8 +178,8 @@ class SpeechStream:
         """The rest of the sound; None where no frame came."""
         if not self.seen:
             return None
-        if self.seen < HOP + 1:
-            raise UserError(f"{self.seen / FPS:.2f} s of video; at least {(HOP + 1) / FPS:.1f} s is needed")
+        if self.seen < MIN_FRAMES:
+            raise UserError(f"{self.seen / FPS:.2f} s of video; at least {MIN_FRAMES / FPS:.1f} s is needed")
         return self._advance(last=True)
 
     @torch.inference_mode()

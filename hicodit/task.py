@@ -22,7 +22,7 @@ from engine.metrics.registry import metrics_of
 from engine.nn.transfer import send
 from engine.release import load_strict
 from engine.seeding import generator_for
-from engine.shards.source import join, read_json
+from engine.shards.source import join, read_index, read_json
 from engine.training.task import Release, Task
 from hicodit.conditions import encoder_config
 from hicodit.conditions.types import Conditions
@@ -253,8 +253,7 @@ class HiCoDiTTask(Task):
     def held_out_losses(self, split: str) -> dict[str, float]:
         """`loss`, and the part of it that `tokens_loss` names (`dse`), of the clips that are synthesised."""
         source, encoders, name = join(self.shards, split), self.system.encoders, self.tokens_loss
-        data = HiCoDiTDataset(source, self.codec, encoders.config.kind, augment=False)
-        heard = "heard" if "heard_expression" in data.shards.index["digests"] else "seen"
+        heard = "heard" if "heard_expression" in (read_index(source).get("digests") or ()) else "seen"
         data = HiCoDiTDataset(source, self.codec, encoders.config.kind, expression=heard, augment=False)
         data.shards.check_made_with({name: made for name, made in self.features.items() if name in FEATURES})
         count, device, sums = min(self.validate_clips, len(data)), self.system.model.null_lip.device, Counter()

@@ -17,6 +17,7 @@ from engine.faces.track import FaceTrack
 EXPRESSIONS = ("neutral", "happy", "sad", "surprised", "fearful", "disgusted", "angry")
 NO_EXPRESSION = len(EXPRESSIONS)  # class of a half second whose expression is not known; in training only
 FPS = 25.0  # video frames a second
+MIN_FRAMES = 5  # 0.2 s: of the shortest clip that is used, in training as at inference
 WINDOW_SECONDS = 0.5  # that share one class of expression
 
 
