@@ -151,7 +151,7 @@ class HiCoDiTPipeline:
             raise UserError(f"{Path(folder) / 'config.yaml'}: {error}") from error
         if dtype != torch.float32:
             convert_matrices(system.model, dtype, FLOAT32)
-        if not compile:  # the compiler lays weights out itself
+        if not compile:  # the compiler does not take packed weights
             pack_linear(system.model, device)
         compiled = compile_step(device) if compile else lambda step: step
         return cls(system, loaded, sampler, guidance, device, detector, landmarks, compiled)

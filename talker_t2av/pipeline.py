@@ -124,7 +124,7 @@ class TalkerPipeline:
         system = TalkerSystem.load(folder, codecs, device)
         if dtype != torch.float32:
             system.model.to_precision(dtype)
-        if not compile:  # the compiler lays weights out itself
+        if not compile:  # the compiler does not take packed weights
             pack_linear(system.model, device)
         return cls(system, compiled=compile_step(device) if compile else None)
 
