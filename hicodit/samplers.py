@@ -78,7 +78,8 @@ def invert(log_q: Tensor, u: Tensor, temperature: float) -> Tensor:
     if temperature == 0:
         return log_q.argmax(-1)
     cdf = (log_q / temperature).softmax(-1).cumsum(-1)
-    return (cdf <= u[..., None] * cdf[..., -1:]).sum(-1).clamp(max=log_q.shape[-1] - 1)
+    place = torch.searchsorted(cdf, u[..., None] * cdf[..., -1:], right=True)
+    return place[..., 0].clamp(max=log_q.shape[-1] - 1)
 
 
 def planned_step(
