@@ -127,11 +127,10 @@ def hicodit(job: dict[str, Any]) -> list[dict[str, Any]]:
     def window(name: str, on_step: Callable[[int], None], steps: int = steps) -> None:
         generate(models[name], conditions, override(sampler, {"steps": steps}), guidance, range(batch), on_step=on_step)
 
-    flops = _per_step(
-        lambda n: _flops(lambda: window("fp32", lambda _: None, n))
-    )  # those of packed layers do not count
+    # Before the weights are packed: PyTorch's counter does not know products with packed weights.
+    flops = _per_step(lambda n: _flops(lambda: window("fp32", lambda _: None, n)))
     for model in models.values():
-        pack_linear(model, device)  # after FLOPs, as those of packed layers are not known to PyTorch's counter
+        pack_linear(model, device)
     each: dict[str, list[float]] = {name: [] for name in TYPES}
     once: dict[str, list[float]] = {name: [] for name in TYPES}
     for turn in range(job["rounds"] + 1):  # the first turn warms up

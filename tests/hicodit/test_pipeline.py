@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from drawn_faces import talking_head
+from torch import nn
 
 from engine.errors import UserError
 from engine.faces import clip as clip_module
 from engine.faces.detectors import HaarDetector
 from engine.faces.track import track_face
+from engine.precision import PackedLinear, can_pack
 from hicodit import pipeline as pipeline_module
 from hicodit import system as system_module
 from hicodit.conditions.crops import crop_mouth
@@ -49,6 +51,13 @@ def test_same_seed_same_tokens_at_each_precision(release, clip, precision):
     assert {stage.heads[0].weight.dtype for stage in first.system.model.stages} == {first.system.model.dtype} == {half}
     crops = [first.crops(clip)]
     assert np.array_equal(first.run(crops, [3])[0].tokens, again.run(crops, [3])[0].tokens)
+
+
+@pytest.mark.skipif(not can_pack(torch.float32), reason="weights are packed on x86 processors alone")
+def test_weights_are_packed_unless_steps_are_compiled(release):
+    for compiled, kind in ((False, PackedLinear), (True, nn.Linear)):
+        model = HiCoDiTPipeline.from_pretrained(release, precision="fp32", compile=compiled).system.model
+        assert {type(stage.fuse_tokens) for stage in model.stages} == {kind}
 
 
 @torch.inference_mode()

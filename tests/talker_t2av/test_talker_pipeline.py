@@ -14,6 +14,7 @@ from talker_fixtures import DM, VAE, face_file, save_talker, tiny_model, voice_f
 
 from engine.errors import UserError
 from engine.media.audio import read_audio, write_wav
+from engine.precision import PackedLinear, can_pack
 from lia_x import LiaX, LiaXConfig
 from talker_t2av.faces import find_square, read_square
 from talker_t2av.jobs import encode_motion, prepare_job
@@ -41,6 +42,13 @@ def pipeline(request, tmp_path_factory) -> TalkerPipeline:
         "talking": str(face_file(root / "talking.mp4", frames=10, sound=True)),
     }
     return pipeline
+
+
+@pytest.mark.skipif(not can_pack(torch.float32), reason="weights are packed on x86 processors alone")
+def test_weights_are_packed(pipeline):
+    model = pipeline.system.model
+    layers = model.llm.model.layers[0].mlp.up_proj, model.speech_cfm.estimator.in_proj, model.projector_motion.linear1
+    assert {type(layer) for layer in layers} == {PackedLinear}
 
 
 def jobs_of(pipeline: TalkerPipeline) -> dict[str, Job]:
