@@ -3,9 +3,9 @@
 In bfloat16, matrices and what they are multiplied with are in half precision: half of the bytes, and up to three times
 the speed on a processor that multiplies such numbers. Sums over layers, log posteriors, draws and codecs stay float32.
 
-On x86 processors, weights of inference are packed (`pack_linear`): laid out once as oneDNN, a library in PyTorch, wants
-them. PyTorch itself gives float32 products to another library, which is half as fast on processors of AMD, and lays
-out bfloat16 weights anew in each call.
+On x86 processors, weights of inference are packed (`pack_linear`): put once into the memory layout of oneDNN, a library
+within PyTorch. Otherwise PyTorch gives float32 products to MKL, which is half as fast on processors of AMD, and
+converts bfloat16 weights to that layout in each call.
 
 Axes: N input features, M output features.
 """
