@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.nn.transfer import send
 from talker_t2av.flow_matching import (
     DROP_COND,
     DROP_MU,
@@ -165,11 +166,11 @@ class FlowHead(nn.Module):
         """
         net, times = self.estimator, solver_times(steps, sway)
         device = net.in_proj.weight.device
-        vectors = net.time(times[:-1].to(device))
+        vectors = net.time(send(times[:-1], device))
         if self.limit is not None:
             if not 1 <= guidance <= self.limit:
                 raise UserError(f"sampling.guidance={guidance:g}: this model learned scales from 1 to {self.limit:g}")
-            lengths = (times[:-1] - times[1:]).to(device)
+            lengths = send(times[:-1] - times[1:], device)
             vectors = vectors + net.step_mlp(torch.full_like(lengths, guidance / self.limit), lengths)
         return Schedule(times, step_lengths(times), F.linear(vectors, net.decoder.input_proj.weight.to_dense().float()))
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from engine.bounds import require_range
 from engine.errors import UserError
 from engine.hub import release_folder
+from engine.nn.transfer import send
 from engine.seeding import generator_for
 from engine.training.task import Release
 from talker_t2av import released
@@ -72,7 +73,7 @@ def at_times(path: Tensor, times: Tensor, wanted: Tensor) -> Tensor:
     """
     after = torch.searchsorted(-times, -wanted).clamp(1, len(times) - 1)
     share = (times[after - 1] - wanted) / (times[after - 1] - times[after])
-    share, after = share.to(path)[:, None, None, None], after.to(path.device)
+    share, after = send(share.to(path.dtype), path.device)[:, None, None, None], send(after, path.device)
     return path[after - 1].lerp(path[after], share)
 
 
@@ -81,10 +82,11 @@ def distillation_loss(
 ) -> Tensor:
     """Squared error (scalar) of the student's mean velocity over each of `steps` steps of the teacher's path.
 
-    It is averaged over steps, examples (N may be 0), channels and frames.
+    It is averaged over steps, examples (N may be 0), channels and frames. The host waits for nothing.
     """
     own = solver_times(steps)
-    places, lengths = at_times(path, times, own), (own[:-1] - own[1:]).to(path)
+    places = at_times(path, times, own)
+    starts, lengths = send(torch.stack([own[:-1], own[:-1] - own[1:]]).to(path.dtype), path.device)  # (m,) each
     target = (places[:-1] - places[1:]) / lengths[:, None, None, None]  # (m, N, C, P)
 
     def each(value: Tensor) -> Tensor:  # (N, ...) -> (m N, ...), step by step
@@ -94,7 +96,7 @@ def distillation_loss(
         return value.repeat_interleave(len(guidance))
 
     velocity = head.mean_velocity(
-        places[:-1].flatten(0, 1), each(examples.mu), of_step(own[:-1].to(path)), of_step(lengths), each(guidance),
+        places[:-1].flatten(0, 1), each(examples.mu), of_step(starts), of_step(lengths), each(guidance),
         each(examples.cond), each(examples.global_cond),
     )  # fmt: skip
     error = (velocity.float() - target.flatten(0, 1)).square()

@@ -35,6 +35,8 @@ from lia_x.task import LiaXTask
 from rvq_codec import RVQCodec, RVQCodecConfig
 from rvq_codec.task import RVQCodecTask
 from talker_t2av.data import SequenceFormat, collate
+from talker_t2av.distill import TalkerDistillTask
+from talker_t2av.model import TalkerConfig, TalkerT2AV
 from talker_t2av.speaker.task import VoiceEncoderTask
 from talker_t2av.task import TalkerTask
 from talker_t2av.text import byte_tokenizer
@@ -126,7 +128,7 @@ def hicodit_distill(folder: Path) -> tuple[Task, Made]:
     return DistillTask(str(folder / "teacher"), {"kind": "tiny"}, substeps=2, teacher_steps=4, **arguments), data
 
 
-def talker_t2av(folder: Path, with_motion: bool = True) -> tuple[Task, Made]:
+def talker_parts(folder: Path, with_motion: bool = True) -> tuple[dict[str, Any], Made]:
     llm = {
         "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16,
         "num_key_value_heads": 1, "intermediate_size": 48, "max_position_embeddings": 512,
@@ -148,13 +150,26 @@ def talker_t2av(folder: Path, with_motion: bool = True) -> tuple[Task, Made]:
     def together(items: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
         return collate([row for kind in zip(*items) for row in kind], words.pad_id, 4)
 
-    return TalkerTask(model, {"speech": "a", "motion": "b", "speaker": "c"}, str(folder / "stats.json")), Made(
-        pairs, together
-    )
+    codecs = {"speech": "a", "motion": "b", "speaker": "c"}
+    return {"model": model, "codecs": codecs, "stats": str(folder / "stats.json")}, Made(pairs, together)
+
+
+def talker_t2av(folder: Path) -> tuple[Task, Made]:
+    arguments, data = talker_parts(folder)
+    return TalkerTask(**arguments), data
 
 
 def talker_tts(folder: Path) -> tuple[Task, Made]:
-    return talker_t2av(folder, with_motion=False)
+    arguments, data = talker_parts(folder, with_motion=False)
+    return TalkerTask(**arguments), data
+
+
+def talker_distill(folder: Path) -> tuple[Task, Made]:
+    """Of both streams, with two numbers of steps to draw from."""
+    arguments, data = talker_parts(folder)
+    TalkerT2AV(TalkerConfig(**arguments.pop("model"))).save(folder / "teacher", "made for a test")
+    byte_tokenizer().save(folder / "teacher")
+    return TalkerDistillTask(str(folder / "teacher"), teacher_steps=4, student_steps=[1, 2], **arguments), data
 
 
 def rvq_codec(folder: Path) -> tuple[Task, Made]:
@@ -216,7 +231,8 @@ def voice_encoder(folder: Path) -> tuple[Task, Made]:
 RUNS = {
     run.__name__: run
     for run in (
-        hicodit, hicodit_distill, talker_t2av, talker_tts, rvq_codec, whisperx_vae, lia_x, voice_encoder,
+        hicodit, hicodit_distill, talker_t2av, talker_tts, talker_distill, rvq_codec, whisperx_vae, lia_x,
+        voice_encoder,
     )
 }  # fmt: skip
 
