@@ -1,10 +1,12 @@
 """Talker-T2AV's claims put to the test: solver steps, prefixes, order of the tokens, training with or without TTS.
 
 settings: one release, sampled with 2, 4, 6 and 10 solver steps, and with the first 0, 0.5 and 1 s of each clip given as
-the prefix (the official program's `--gt-prefix-seconds`; the words of prefix and continuation are measured together).
-orders: models with other orders of the tokens (the paper's Table 4), or without TTS rows, trained from random weights
-with `experiment=talker_synthetic` in RUNS/VARIANT-SEED, as T2AV and as A2V; what is finished is not done again. Without
-TTS a batch has as many rows, so twice as many with motion.
+the prefix (the official program's `--gt-prefix-seconds`; the words of prefix and continuation are measured together,
+synchrony of the continuation alone).
+orders: models with other orders of the tokens (the paper's Table 4), or without TTS rows, trained with
+`experiment=talker_synthetic` in RUNS/VARIANT-SEED, as T2AV and as A2V; what is finished is not done again. They start
+from random weights, or, as the paper's model does, from one model of speech (`--overrides init=RELEASE`, trained with
+`experiment=talker_synthetic_tts`). Without TTS a batch has as many rows, so twice as many with motion.
 
 Differences to the default are paired by clip, with 95 % intervals (`benchmarks.paired.estimate`; with one model the
 interval is over clips alone).
@@ -18,10 +20,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jiwer
 import numpy as np
+import soundfile
 
 from benchmarks.ablations import train
 from benchmarks.paired import Pairs, chart, compare, line, ratio
@@ -31,7 +35,7 @@ from engine.files import atomic_output
 from engine.metrics.speech import speech_end, synchrony
 from talker_t2av.evaluation import CUT, LATE, HeldOut, talk
 from talker_t2av.model import FPS, HOP
-from talker_t2av.pipeline import Talk, TalkerPipeline
+from talker_t2av.pipeline import Job, Talk, TalkerPipeline
 
 MEASURED = ("settings", "orders")
 STEPS, PREFIXES = (10, 6, 4, 2), (0.0, 0.5, 1.0)  # the default first
@@ -89,7 +93,7 @@ Found = Iterator[tuple[str, dict[str, list[dict[str, Pairs]]]]]
 
 
 def measure_settings(args: argparse.Namespace, clips: HeldOut) -> Found:
-    """Solver steps by mode; prefixes in T2AV."""
+    """Solver steps and prefixes, by mode."""
     pipeline = TalkerPipeline.from_pretrained(args.weights)
     usual = pipeline.sampling
     for mode in args.modes:
@@ -99,9 +103,9 @@ def measure_settings(args: argparse.Namespace, clips: HeldOut) -> Found:
             systems[f"{steps}_steps"] = [measure(pipeline, clips, mode)]
         yield f"{mode} by solver steps", systems
     pipeline.sampling = usual
-    if "t2av" in args.modes:
-        prefixes = {f"prefix_{seconds:g}_s": [measure(pipeline, clips, "t2av", seconds)] for seconds in PREFIXES}
-        yield "t2av by prefix", prefixes
+    for mode in args.modes:
+        prefixes = {f"prefix_{seconds:g}_s": [measure(pipeline, clips, mode, seconds)] for seconds in PREFIXES}
+        yield f"{mode} by prefix", prefixes
 
 
 def measure_orders(args: argparse.Namespace, clips: HeldOut) -> Found:
@@ -151,17 +155,19 @@ def measure(
     Args:
         prefix: seconds of each clip that are given; voice and face are then the clip's own.
     """
-    jobs, given = clips.jobs(mode, 0), 0
-    if prefix is not None:
-        size = pipeline.system.model.config.patch_size
-        given = round(prefix * FPS) // size * size  # frames
-        own = [(clips.path(row, ".wav"), clips.path(row, ".mp4")) for row in clips.rows]
-        jobs = [
-            replace(job, reference_audio=wave, reference_video=video, prefix_seconds=prefix)
-            for job, (wave, video) in zip(jobs, own)
-        ]
-    talks, true, names = talk(pipeline, jobs, batch), clips.waves(), [row["id"] for row in clips.rows]
-    sounds = true if mode == "a2v" else [t.wave for t in talks]
+    jobs, true, names = clips.jobs(mode, 0), clips.waves(), [row["id"] for row in clips.rows]
+    size = pipeline.system.model.config.patch_size
+    given = round((prefix or 0) * FPS) // size * size  # frames
+    rest = [wave[given * HOP :] for wave in true]
+    with TemporaryDirectory() as folder:
+        if prefix is not None:
+            jobs = [_continue(clips, row, job, prefix) for row, job in zip(clips.rows, jobs)]
+        if mode == "a2v" and given:
+            jobs = [replace(job, audio=f"{folder}/{name}.wav") for job, name in zip(jobs, names)]
+            for job, wave in zip(jobs, rest):
+                soundfile.write(job.audio, wave, clips.rate)
+        talks = talk(pipeline, jobs, batch)
+    sounds = rest if mode == "a2v" else [t.wave for t in talks]
     openings = [clips.opening(t.frames) for t in talks]
     moves = [synchrony(opening, sound, clips.rate) for opening, sound in zip(openings, sounds)]
     figures: dict[str, list] = {"synchrony": [(value, 1.0) for value in moves]}
@@ -175,6 +181,12 @@ def measure(
         figures["ends_in_time"] = [(float(in_time(t, clips.rate)), 1.0) for t in talks]
         figures["length_error_s"] = [(abs(len(wave) - len(own)) / clips.rate, 1.0) for wave, own in zip(whole, true)]
     return {name: dict(zip(names, pairs)) for name, pairs in figures.items()}
+
+
+def _continue(clips: HeldOut, row: dict, job: Job, prefix: float) -> Job:
+    """The job that goes on from the first `prefix` seconds of its own clip."""
+    wave, video = clips.path(row, ".wav"), clips.path(row, ".mp4")
+    return replace(job, reference_audio=wave, reference_video=video, prefix_seconds=prefix)
 
 
 def in_time(result: Talk, rate: int) -> bool:
