@@ -24,7 +24,7 @@ from engine.training.task import Release
 from hicodit.conditions.types import Conditions
 from hicodit.diffusion import LogLinearNoise, sample_categorical
 from hicodit.guidance import combine_rows
-from hicodit.model import BRANCHES, HiCoDiT, Requested
+from hicodit.model import BRANCHES, HiCoDiT, Prepared, Requested
 from hicodit.system import HiCoDiTSystem
 from hicodit.task import MIN_TIME, HiCoDiTTask
 
@@ -49,19 +49,26 @@ class Teacher:
     def __deepcopy__(self, memo: dict) -> Teacher:
         return self
 
-    def log_q(self, tokens: Tensor, t: Tensor, conditions: Conditions, scales: Tensor, at: Requested) -> Tensor:
-        """Guided log posteriors (M, N) at positions of tokens (B, K, L) at times (B,), with scales (B, 4)."""
-        model, sigma = self.model.to(tokens.device), self.noise.sigma(t)
+    def prepare(self, conditions: Conditions, scales: Tensor) -> Prepared:
+        """What `log_q` needs of conditions and of scales (B, 4), whatever the tokens and times."""
+        model = self.model.to(scales.device)
         if model.config.guidance_limit is not None:
-            return model(tokens, sigma, model.prepare(conditions, scales=scales), at)[0].log_softmax(-1)
-        log_p = model(tokens, sigma, model.prepare(conditions, tuple(BRANCHES)), at)
+            return model.prepare(conditions, scales=scales)
+        return model.prepare(conditions, tuple(BRANCHES))
+
+    def log_q(self, tokens: Tensor, t: Tensor, prepared: Prepared, scales: Tensor, at: Requested) -> Tensor:
+        """Guided log posteriors (M, N) at positions of tokens (B, K, L) at times (B,), with scales (B, 4)."""
+        log_p = self.model(tokens, self.noise.sigma(t), prepared, at)
+        if self.model.config.guidance_limit is not None:
+            return log_p[0].log_softmax(-1)
         return combine_rows(log_p, scales[at.clip])
 
     @torch.no_grad()
     def targets(self, tokens: Tensor, t: Tensor, conditions: Conditions, scales: Tensor, at: Requested) -> Tensor:
         """What the student is to say (M, N) at the masked positions of tokens (B, K, L) at times (B,). Reads nothing
         from the device."""
-        out = self.log_q(tokens, t, conditions, scales, at)
+        prepared = self.prepare(conditions, scales)
+        out = self.log_q(tokens, t, prepared, scales, at)
         places, tokens = (at.clip, at.level, at.frame), tokens.clone()
         masked, log_q = torch.ones_like(at.clip, dtype=torch.bool), out
         for _ in range(self.substeps - 1):
@@ -69,7 +76,7 @@ class Teacher:
             reveal = masked & (torch.rand(len(at.clip), device=t.device) * self.steps * t[at.clip] < 1)  # as Euler does
             tokens[places] = torch.where(reveal, drawn, tokens[places])
             masked, t = masked & ~reveal, (t - 1 / self.steps).clamp(min=MIN_TIME)
-            log_q = self.log_q(tokens, t, conditions, scales, at)
+            log_q = self.log_q(tokens, t, prepared, scales, at)
             out = torch.where(masked[:, None], log_q, out)
         return out
 

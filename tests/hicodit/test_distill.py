@@ -84,14 +84,17 @@ def test_a_target_some_steps_ahead_is_from_the_step_that_revealed_the_token(stud
     teacher, tokens = Teacher(student.teacher.model, substeps=3, steps=4), torch.full((2, 12, 40), 16)
     at, t, seen = Requested.of(tokens == 16, tokens.device), torch.tensor([1.0, 0.3]), []
 
-    def log_q(tokens, t, conditions, scales, at):
+    def log_q(tokens, t, prepared, scales, at):
         seen.append((tokens.clone(), t))
         out = torch.full((len(at.clip), 16), -30.0)
         out[:, len(seen)] = 0.0  # the first step is sure of token 1, the second of 2, the third of 3
         return out
 
     monkeypatch.setattr(teacher, "log_q", log_q)
+    prepare, prepared = teacher.prepare, []
+    monkeypatch.setattr(teacher, "prepare", lambda *given: prepared.append(given) or prepare(*given))
     said = teacher.targets(tokens, t, conditions, torch.ones(2, 4), at).argmax(-1).view(2, -1)
+    assert len(prepared) == 1  # the conditions are the same in all steps
     (_, _), (second, t2), (third, t3) = seen
     assert (
         (tokens == 16).all()
