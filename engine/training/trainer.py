@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.device import pick_device
 from engine.errors import UserError
 from engine.evaluation.shares import ByClip, Share, figures_of
 from engine.files import refuse_links
@@ -67,7 +68,7 @@ class Trainer:
             raise UserError("the training set is empty")
         self.run, self.record, self.fresh = Path(run), record or {}, fresh
         self.code = checkpoint.code_version()
-        self.device = distributed.pick_device(c.device)
+        self.device = pick_device(c.device)
         self.parallel = ParallelTask(task, c, self.device)
         self.task = task
         self.parameters, self.optimisers, self.clipped = {}, {}, {}

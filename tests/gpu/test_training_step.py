@@ -34,7 +34,7 @@ def step(task, tmp_path, **changes):
     with fake_cuda() as operators:
         task = faked(task).train()
         with (
-            mock.patch("engine.training.distributed.pick_device", lambda name: CUDA),
+            mock.patch("engine.training.trainer.pick_device", lambda name: CUDA),
             mock.patch("torch.nn.Module.to", lambda self, *_: self),
             mock.patch("torch.cuda.get_device_name", lambda *_: "none"),
             mock.patch("torch.cuda.is_current_stream_capturing", lambda: False),
