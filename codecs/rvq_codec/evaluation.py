@@ -70,7 +70,7 @@ def evaluate(
 
     Args:
         levels: how many levels to decode from, each.
-        grammar: of the recogniser; without it, or without pocketsphinx, no word error rate.
+        grammar: what hears the words, see `engine.evaluation.validation.words_by`.
 
     Returns:
         `wer_clean`, `wer_N`, `pesq_N`, `stoi_N` (those whose package is installed; means over clips, word error rate
@@ -96,7 +96,8 @@ def measure_clips(
         for n, wave in waves.items():
             versions[str(n)].append(wave)
     codes = {"perplexity": ByClip(counts, _perplexity), "used": ByClip(counts, _used)}
-    return score(clips, versions, codec.sample_rate, grammar, numbers) | codes
+    device = str(next(codec.parameters()).device)
+    return score(clips, versions, codec.sample_rate, grammar, numbers, device) | codes
 
 
 def _perplexity(counts: list[torch.Tensor]) -> list[float]:

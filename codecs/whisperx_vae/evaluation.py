@@ -55,7 +55,7 @@ def evaluate(codec: WhisperXVAE, clips: Sequence[SpeechClip], grammar: str | Pat
     """Metrics over whole clips.
 
     Args:
-        grammar: of the recogniser; without it, or without pocketsphinx, no word error rate.
+        grammar: what hears the words, see `engine.evaluation.validation.words_by`.
 
     Returns:
         `wer_clean`, `wer_decoded`, `pesq_decoded`, `stoi_decoded` (those whose package is installed; see
@@ -77,7 +77,8 @@ def measure_clips(
     waves = {"decoded": [wave for _, wave in pairs]}
     latents = {number: z for number, (z, _) in zip(numbers, pairs)}
     figures = {"latent_mean": _largest_mean, "latent_std": _deviation, "latent_speed": _speed}
-    results = score(clips, waves, codec.sample_rate, grammar, numbers)
+    device = str(next(codec.parameters()).device)
+    results = score(clips, waves, codec.sample_rate, grammar, numbers, device)
     return results | {name: ByClip(latents, figure) for name, figure in figures.items()}
 
 

@@ -30,13 +30,14 @@ def score(
     rate: int,
     grammar: str | Path | None = None,
     numbers: Sequence[int] | None = None,
+    device: str = "cpu",
 ) -> dict[str, ByClip]:
     """Figures over whole clips.
 
     Args:
         versions: name -> one wave (N,) for each clip, as long as the clip's.
         rate: of all waves.
-        grammar: of the recogniser; without it, or without pocketsphinx, no word error rate.
+        grammar: what hears the words, see `words_by`; what is not there is named in a line, and there are no words.
         numbers: of the clips among all clips of a validation, where others are measured elsewhere.
 
     Returns:
@@ -44,10 +45,12 @@ def score(
         over clips, word error rate over words.
     """
     texts, true, results = [clip.text for clip in clips], [clip.wave for clip in clips], {}
-    words = ["wer", "wer_free"] if grammar else []
+    words, protocols = ["wer", "wer_free"], words_by(grammar)
     for name, waves in {"clean": true, **versions}.items():
         figures = words if name == "clean" else [*words, "stoi", "pesq_wide"]
-        found = measure_clips(figures, texts, waves, true, rate, words_by(grammar), numbers=numbers)
+        found = measure_clips(figures, texts, waves, true, rate, protocols, device=device, numbers=numbers)
+        if name == "clean" and not found:  # nothing hears the words, or there are none: not to be tried again
+            words = []
         for figure, value in found.items():
             results[NAMES[figure].format(name)] = value
     return results
@@ -58,7 +61,7 @@ def validate_codec(
     rate: int,
     folder: Path,
     share: Share,
-    measure: Callable[[list[SpeechClip], Path | None, Sequence[int]], Mapping[str, ByClip]],
+    measure: Callable[[list[SpeechClip], str | None, Sequence[int]], Mapping[str, ByClip]],
     decode: Callable[[SpeechClip], np.ndarray],
     distance: Callable[[Tensor, Tensor], Tensor],
     device: torch.device,
@@ -68,18 +71,17 @@ def validate_codec(
     The first process writes the first clip of each split to `folder`, as it was and decoded.
 
     Args:
-        settings: `root` of the corpus, `splits`, and `clips` of each.
+        settings: `root` of the corpus, `splits`, and `clips` of each; `grammar`: what hears the words, see `words_by`.
         share: of the clips that this process measures.
-        measure: from clips, the recogniser's grammar (None if the corpus has none) and the clips' numbers to figures.
+        measure: from clips, the setting `grammar` and the clips' numbers to figures.
         decode: from a clip to its decoded wave.
         distance: between decoded and original wave, both (1, N) on `device`; reported as `mel`.
     """
-    root, results = Path(settings["root"]), {}
-    grammar = root / "grammar.jsgf"
+    root, results = settings["root"], {}
     for split in settings["splits"]:
         clips = load_clips(root, split, settings["clips"], rate)
         if own := share.range(len(clips)):
-            found = measure(share.pick(clips), grammar if grammar.is_file() else None, own)
+            found = measure(share.pick(clips), settings.get("grammar"), own)
             results |= {f"{split}/{name}": value for name, value in found.items()}
         if not share.first:
             continue

@@ -31,7 +31,7 @@ SPEED_STEPS = 20  # steps of speed that make it twice as fast
 
 @dataclass(frozen=True)
 class SpeechClip:
-    """One held-out clip: its name, its words, its wave (N,)."""
+    """One held-out clip: its name, its words ("" if they are not known), its wave (N,)."""
 
     name: str
     text: str
@@ -85,7 +85,7 @@ def load_clips(root: str | Path, split: str, count: int, rate: int) -> list[Spee
             left_out.add(row["id"], error)
             last = error
             continue
-        clips.append(SpeechClip(row["id"], row["text"], wave))
+        clips.append(SpeechClip(row["id"], str(row.get("text") or ""), wave))
     if not clips:
         raise last
     return clips

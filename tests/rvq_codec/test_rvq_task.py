@@ -178,14 +178,22 @@ def test_coded_crops_train_the_decoder_alone(corpus, tmp_path):
         CodedCrops(corpus, samples=2401, codec=release)
 
 
-def test_validation_on_clips(corpus, tmp_path, shares_give_the_same_figures):
-    task = make_task(validation={"root": corpus, "splits": ["train"], "clips": 2, "levels": [1, 3]}).eval()
-    (corpus / "grammar.jsgf").write_text("#JSGF V1.0; grammar g; public <s> = lay blue;")
+def test_validation_on_clips(corpus, tmp_path, shares_give_the_same_figures, capsys, monkeypatch):
+    validation = {"root": corpus, "splits": ["train"], "clips": 2, "levels": [1, 3]}
+    (tmp_path / "words.jsgf").write_text("#JSGF V1.0; grammar g; public <s> = lay blue;")
+    task = make_task(validation=validation | {"grammar": str(tmp_path / "words.jsgf")}).eval()
     results = task.validate(0, tmp_path)
+    assert {"train/wer_clean", "train/wer_1", "train/wer_3"} < results.keys()
     assert 1 <= results["train/perplexity"] <= 16 and results["train/mel"] > 0
     assert (tmp_path / "train-decoded.wav").is_file()
     assert load_clips(corpus, "train", 1, 24_000)[0].text == "lay blue"
     shares_give_the_same_figures(task)
+    monkeypatch.chdir(tmp_path)  # where no Whisper is in checkpoints/
+    capsys.readouterr()
+    assert not any("wer" in name for name in make_task(validation=validation).eval().validate(0, tmp_path))
+    assert capsys.readouterr().out.count("no wer") == 1  # not again for each number of levels
+    (corpus / "train.jsonl").write_text(json.dumps({"id": "c0"}))  # recordings whose words are not known
+    assert load_clips(corpus, "train", 1, 24_000)[0].text == ""
 
 
 def test_data_errors(corpus):
