@@ -65,7 +65,12 @@ def spectrogram(path: Path) -> np.ndarray:
 
 
 class WandbSink:
-    """A wandb run; `offline` keeps it in the run's folder. Raises UserError if wandb is not installed."""
+    """A wandb run; `offline` keeps it in the run's folder. Raises UserError if wandb is not installed.
+
+    The run's step is a figure of its own, `step`, and the axis of all others. wandb's own count of steps drops what is
+    logged for one that has passed, and in a resumed run the steps before have passed: the validation that the run owes
+    would be lost.
+    """
 
     def __init__(self, run: Path, mode: str, config: dict[str, Any]) -> None:
         try:
@@ -88,18 +93,20 @@ class WandbSink:
             config=config,
             settings=wandb.Settings(quiet=True),
         )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        self._run.log(values, step=step)
+        self._run.log({**values, "step": step})
 
     def sound(self, name: str, path: Path, step: int) -> None:
-        self._run.log({name: self._wandb.Audio(str(path))}, step=step)
+        self._run.log({name: self._wandb.Audio(str(path)), "step": step})
 
     def picture(self, name: str, picture: np.ndarray, step: int) -> None:
-        self._run.log({name: self._wandb.Image(picture)}, step=step)
+        self._run.log({name: self._wandb.Image(picture), "step": step})
 
     def video(self, name: str, path: Path, step: int) -> None:
-        self._run.log({name: self._wandb.Video(str(path), format="mp4")}, step=step)
+        self._run.log({name: self._wandb.Video(str(path), format="mp4"), "step": step})
 
     def close(self) -> None:
         self._run.finish()

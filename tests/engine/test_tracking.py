@@ -1,6 +1,7 @@
 """What trackers show of a run: figures, and whatever media a validation writes."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def test_wandb_keeps_figures_and_media_offline(tmp_path, monkeypatch):
     monkeypatch.setattr(
         wandb.sdk.wandb_run.Run,
         "log",
-        lambda self, data, step: (logged.append((step, data)), log(self, data, step=step)),
+        lambda self, data: (logged.append((data["step"], data)), log(self, data)),
     )
     train(tmp_path / "a run", wandb="offline")
     names = {name: type(value).__name__ for _, data in logged for name, value in data.items()}
@@ -101,7 +102,12 @@ def test_without_a_tracker_nothing_is_read_and_a_missing_one_is_named(tmp_path, 
 def test_two_runs_in_folders_of_one_name_are_two_wandb_runs(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     begun = []
-    monkeypatch.setattr(wandb, "init", lambda **settings: begun.append((settings["name"], settings["id"])))
+
+    def init(**settings):
+        begun.append((settings["name"], settings["id"]))
+        return SimpleNamespace(define_metric=lambda *_, **__: None)
+
+    monkeypatch.setattr(wandb, "init", init)
     for folder in ("a/base", "b/base", "a/base"):  # the third goes on with the first
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         WandbSink(tmp_path / folder, "offline", {})
