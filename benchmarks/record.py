@@ -47,10 +47,13 @@ def record(what: str, results: Any, device: str = "cpu", **about: Any) -> dict[s
     """Date, command, hardware, versions, `what` was measured, the results, and `about` (such as settings)."""
     cuda = device.startswith("cuda")
     processor = platform.processor() or platform.machine()
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m NAME, which puts its file into argv
+    named = module is not None and module.origin == sys.argv[0]
+    program = ["-m", module.name.removesuffix(".__main__")] if named else sys.argv[:1]
     return {
         "date": date.today().isoformat(),
         "what": what,
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *program, *sys.argv[1:]]),
         **about,
         "hardware": {
             "device": torch.cuda.get_device_name(device) if cuda else processor,

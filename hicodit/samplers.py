@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from engine.nn.transfer import send
 from hicodit.diffusion import exponential_noise
 from hicodit.settings import METHODS, SamplerConfig
 
@@ -62,7 +63,7 @@ class Draft:
 
     def share(self, masked: Tensor) -> Tensor:
         """The share of each clip's positions that `masked` (..., B) of them are: the time t at which a step begins."""
-        share = masked / self.lengths.to(masked.device) / self.tokens.shape[1]
+        share = masked / send(self.lengths, masked.device) / self.tokens.shape[1]
         return share.clamp(min=self.config.end)
 
     def noise(self, columns: int = 1) -> Tensor:
@@ -153,13 +154,13 @@ def euler(draft: Draft) -> Iterator[None]:
     times = torch.stack([torch.linspace(t, c.end, c.steps + 1, dtype=torch.float64) for t in start.tolist()], 1)
     if draft.normalised:
         when, u = draft.noise(2)
-        scale = (c.steps * start / (start - c.end).clamp(min=1e-12)).to(when)[:, None, None]
+        scale = send((c.steps * start / (start - c.end).clamp(min=1e-12)).to(when.dtype), when.device)[:, None, None]
         step = ((1 - when) * scale).long().clamp(max=c.steps)
         yield from _planned(draft, Plan.of(step, draft.masked, len(times)), u, times)
         return
     step, tokens, masked = draft.compiled(thinned_step), draft.tokens, draft.masked
     rates = torch.cat([(times[:-1] - times[1:]) / times[:-1], torch.full_like(times[:1], math.inf)])  # at last all
-    for moment, rate in zip(draft.posterior.moments(times), rates.to(tokens.device, torch.float32)):
+    for moment, rate in zip(draft.posterior.moments(times), send(rates.float(), tokens.device)):
         tokens, masked = step(draft.posterior, tokens, masked, moment, rate, draft.noise(2), c.temperature)
         draft.tokens, draft.masked = tokens, masked
         yield
@@ -171,7 +172,7 @@ def fixed_count(draft: Draft) -> Iterator[None]:
     done = torch.stack([total - torch.floor(total * (1 - step / steps)) for step in range(steps + 1)])  # (S + 1, B)
     order, u = draft.noise(2)
     place = _ranked((-order).masked_fill(~draft.masked, -math.inf))[-1]
-    ends = done[1:].T.contiguous().to(place)
+    ends = send(done[1:].T.contiguous().to(place.dtype), place.device)
     step = torch.searchsorted(ends, place, right=True).view(order.shape)
     yield from _planned(draft, Plan.of(step, draft.masked, steps), u, draft.share(total - done[:-1]))
 
@@ -195,7 +196,7 @@ def entropy(draft: Draft) -> Iterator[None]:
     to the device alone: the host asks for it after each step on a CPU, after every fourth elsewhere.
     """
     c, device = draft.config, draft.tokens.device
-    run, bound = draft.compiled(entropy_step), c.entropy * draft.lengths.to(device)
+    run, bound = draft.compiled(entropy_step), c.entropy * send(draft.lengths, device)
     for step in range(c.steps):
         left = draft.masked.flatten(1).sum(1)
         t, due, u = draft.share(left), (left / (c.steps - step)).ceil(), draft.noise()[0]
@@ -236,10 +237,11 @@ def sample(
     valid = (torch.arange(int(lengths.max())) < lengths[:, None])[:, None].expand(-1, levels, -1)
     x = torch.full(valid.shape, mask_id) if known is None else known.clone()
     masked = (x == mask_id) & valid
+    place = torch.device(device)
+    total = masked.flatten(1).sum(1)
     draft = Draft(
-        posterior, x.to(device), masked.to(device), masked.flatten(1).sum(1), lengths, config, generators, normalised,
-        compiled,
-    )  # fmt: skip
+        posterior, send(x, place), send(masked, place), total, lengths, config, generators, normalised, compiled
+    )
     for step, _ in enumerate(FUNCTIONS[config.method](draft), 1):
         on_step(step)
     return draft.tokens
@@ -295,8 +297,8 @@ def _surest_first(
     shares = [left(step / c.steps) if step < c.steps else 0.0 for step in range(c.steps + 1)]
     remaining = torch.stack([total if i == 0 else torch.floor(total * share) for i, share in enumerate(shares)])
     times = draft.share(remaining[:-1])  # (S, B)
-    counts = (remaining[:-1] - remaining[1:]).to(device)
-    scales = (c.choice_noise * (times if annealed else torch.ones_like(times))).to(device, torch.float32)
+    counts = send(remaining[:-1] - remaining[1:], device)
+    scales = send((c.choice_noise * (times if annealed else torch.ones_like(times))).float(), device)
     run, moments = draft.compiled(ranked_step), draft.posterior.moments(times)
     for moment, count, scale in zip(moments, counts, scales):
         draft.tokens, draft.masked = run(

@@ -78,9 +78,6 @@ def test_wandb_gets_the_validation_that_a_resumed_run_makes_up_for(tmp_path, mon
     signal = ToySet(trouble_at=8 * (STEP - 1) + 1, trouble="term")
     trainer(tmp_path / "run", signal, wandb="online", **SETTINGS).fit()
     trainer(tmp_path / "run", wandb="online", **SETTINGS).fit()
-    assert run.axes["*"] == "step"
     kept = [data.get("step", step) for step, data in run.rows if "validation/weight" in data]
     assert kept == [7, STEP, 20]
-    assert [data["step"] for _, data in run.rows if "lr" in data] == [
-        r["step"] for r in records(tmp_path / "run") if "lr" in r
-    ]
+    assert run.axes["*"] == "step"

@@ -72,6 +72,7 @@ def run_sampler(method, dtype, **scales):
 def test_sampler_steps_wait_for_nothing(method, late):
     operators = run_sampler(method, torch.float32, late=late)
     assert operators.counts["linear"] > 20 * STEPS  # the network did run
+    assert operators.waiting == 0
 
 
 def test_a_step_of_free_scores_waits_for_nothing():

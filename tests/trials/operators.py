@@ -28,6 +28,9 @@ from tests.gpu.test_inner_loops import run_patches, run_sampler
 from tests.gpu.test_task_steps import STEPS, made, take_step, update
 
 PATCHES = 3
+SINGLE = ("identity", "expression", "lip")  # conditions with a guidance scale of their own
+# The default (configs/sampler/fast.yaml) has two branches of guidance; the others are run with all five.
+SAMPLERS = {"confidence": dict.fromkeys(SINGLE, 0.0), "ordered": {}, "euler": {}}
 
 
 def main() -> None:
@@ -45,8 +48,8 @@ def main() -> None:
             found = counted(lambda task=task, data=data, step=step: take_step(task, data, step))
             both = number(take_step(task, data, step, "cpu", update))
             take(f"training step {step} of {name}", found | {"operators_with_backward": both})
-    for method in ("ordered", "euler"):
-        call = partial(run_sampler, method, torch.float32)
+    for method, scales in SAMPLERS.items():
+        call = partial(run_sampler, method, torch.float32, **scales)
         take(f"a step of HiCoDiT's sampler {method}", counted(call, SAMPLER_STEPS))
     take("a patch of Talker-T2AV", counted(lambda: run_patches(torch.float32, 2.0), PATCHES))
     if args.record:
