@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from benchmarks.claims import HeldOut, measure
+from benchmarks.claims import measure
 from benchmarks.common import in_own_process, read_config
 from benchmarks.paired import chart, compare, correlation, line, ratio
 from engine.config import compose
@@ -135,7 +135,10 @@ def train_and_measure(args: argparse.Namespace, variant: str, seed: int) -> dict
 def figures_of(args: argparse.Namespace, folder: Path, release: Path) -> dict[str, dict]:
     out = folder / f"figures-{args.split}-{args.clips}-{args.sampler}.json"
     if not out.exists():
-        clock, figures = time.monotonic(), in_own_process(measure_release, args, release)
+        clock, truth = time.monotonic(), args.runs / f"truth-{args.split}-{args.clips}.json"
+        split, sampler = args.shards / args.split, read_config(f"sampler/{args.sampler}")
+        measured = release, Path(args.codec), args.corpus, split, args.clips, sampler, truth
+        figures = in_own_process(measure, *measured)
         with atomic_output(out) as partial:
             partial.write_text(json.dumps(figures))
         print(f"{folder.name} measured in {time.monotonic() - clock:.0f} s", flush=True)
@@ -188,15 +191,3 @@ def train(folder: Path, words: list[str], init: list[str]) -> None:
         code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
     if code != 0:
         raise UserError(f"the training of {folder.name} failed (exit {code}), see {folder / 'training.log'}")
-
-
-def measure_release(args: argparse.Namespace, release: Path) -> dict[str, dict]:
-    """`measure`, with the figures of the true clips from RUNS, where the first model leaves them."""
-    clips = HeldOut.load(args.corpus, args.shards / args.split, Path(args.codec), args.clips)
-    stored = args.runs / f"truth-{args.split}-{args.clips}.json"
-    if not stored.exists():
-        truth = clips.truth()
-        with atomic_output(stored) as partial:
-            partial.write_text(json.dumps(truth))
-    sampler = read_config(f"sampler/{args.sampler}")
-    return measure(release, Path(args.codec), clips, json.loads(stored.read_text()), sampler)

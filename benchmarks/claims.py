@@ -8,138 +8,62 @@ Axes: B batch, N clips, K levels, L token frames.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import jiwer
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.paired import Pairs
-from engine.errors import UserError
-from engine.media.audio import read_audio
+from engine.files import atomic_output
 from engine.media.corpus import read_manifest
-from engine.metrics.recogniser import CorpusRecogniser
-from engine.metrics.speaker import GE2EEncoder
-from engine.metrics.speech import prosody
 from engine.progress import track
 from engine.seeding import generator_for
-from engine.shards.reader import ShardSplit
 from hicodit.conditions.types import Conditions, windows_of
 from hicodit.data import HiCoDiTDataset, HiCoDiTSample
 from hicodit.diffusion import LogLinearNoise, masked_at, weighted_score_entropy
-from hicodit.evaluation import derangement, expected_moves, prosody_around_change, stored_crops, synthesise
+from hicodit.evaluation import derangement
+from hicodit.held_out import HeldOut, stored_crops, stored_samples, stored_voices, synthesise
 from hicodit.model import HiCoDiT, Requested
 from hicodit.pipeline import HiCoDiTPipeline
 
 TIMES = (0.25, 0.75)  # of the loss: the middle of each half
 LOW = 2  # levels in `dse_low` of every variant, as in the paper
 BATCH = 8
-RATE = 24_000  # of the corpus
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """A split: of each clip the corpus's row and what is stored; the mean voice (256,) of each of its new voices."""
-
-    rows: list[dict]
-    samples: list[HiCoDiTSample]
-    corpus: Path
-    voices: dict[str, np.ndarray]
-
-    @classmethod
-    def load(cls, corpus: Path, shards: Path, codec: Path, count: int) -> HeldOut:
-        """`count` clips, evenly spread over the split SHARDS, which were made of the recordings CORPUS.
-
-        New are voices that have several clips in the split; means are over all of its clips.
-        """
-        split, data = ShardSplit(shards), HiCoDiTDataset(shards, codec, augment=False)
-        rows = {row["id"]: row for row in read_manifest(corpus, shards.name)}
-        sums: dict[str, list[np.ndarray]] = {}
-        for index in range(len(split)):
-            info, tensors = split.read_complete(index, ("ge2e",))
-            sums.setdefault(str(info["speaker"]), []).append(tensors["ge2e"].numpy())
-        chosen = torch.linspace(0, len(data) - 1, min(count, len(data))).round().long().tolist()
-        samples = [data.read(i) for i in chosen]
-        voices = {name: np.sum(own, 0) for name, own in sums.items() if len(own) > 1}
-        return cls([rows[sample.info["key"]] for sample in samples], samples, corpus / shards.name, voices)
-
-    def truth(self) -> dict[str, list]:
-        """`prosody` of the true clips, and before and after the change of those that change."""
-        waves = [read_audio(self.corpus / f"{row['id']}.wav", RATE) for row in self.rows]
-        return {
-            "prosody": [prosody(wave, RATE) for wave in track(waves, len(waves), "true clips")],
-            "changes": [prosody_around_change(row, wave, RATE) for row, wave in zip(self.rows, waves) if changes(row)],
-        }
-
-
-def changes(row: Mapping) -> bool:
-    return row.get("change") is not None
 
 
 def measure(
-    release: Path, codec: Path, clips: HeldOut, truth: Mapping[str, list], sampler: Mapping[str, Mapping]
+    release: Path, codec: Path, corpus: Path, shards: Path, count: int, sampler: Mapping[str, Mapping], truth: Path
 ) -> dict[str, Pairs]:
-    """All figures of a release: name -> clip -> the pair, None where the figure does not count the clip."""
+    """All figures of a release: name -> clip -> the pair, None where the figure does not count the clip.
+
+    Measured are `count` clips, evenly spread over the split SHARDS, which were made of the recordings CORPUS. Their
+    voices are looked for among those that have several clips in the split.
+
+    Args:
+        truth: JSON file of the true clips' prosody, written where it is missing.
+    """
+    samples = stored_samples(HiCoDiTDataset(shards, codec, augment=False), count)
     exact = HiCoDiTPipeline.from_pretrained(release, "cpu", str(codec), precision="fp32")
-    figures = losses(exact, clips.samples)
+    figures = losses(exact, samples)
     pipeline = HiCoDiTPipeline.from_pretrained(release, "cpu", str(codec), precision="bf16")
     pipeline.sampler = replace(pipeline.sampler, **sampler["sampler"])
     pipeline.guidance = replace(pipeline.guidance, **sampler["guidance"])
-    every = pipeline.system.encoders.config.picture_every
-    spoken = synthesise(pipeline, [stored_crops(sample, every) for sample in clips.samples], batch=BATCH)
-    waves, rate = [speech.wave for speech in spoken], pipeline.codec.sample_rate
-    figures |= word_figures(clips, waves, rate) | voice_figures(clips, waves, rate)
-    heard = [prosody(wave, rate) for wave in waves]
-    changing = [i for i, row in enumerate(clips.rows) if changes(row)]
-    made = np.array([prosody_around_change(clips.rows[i], waves[i], rate) for i in changing])
-    expected = expected_moves([clips.rows[i] for i in changing], np.array(truth["changes"]))
-    right = dict(zip(changing, np.sign(np.diff(made, axis=1)[:, 0]) == np.sign(expected)))
-    for column, name in enumerate(("pitch_range", "energy")):
-        pairs = [(float(true[column]), float(own[column])) for true, own in zip(truth["prosody"], heard)]
-        figures[f"{name}_correlation"] = pairs
-        figures[f"{name}_right_way"] = [
-            (float(right[i][column]), 1.0) if i in right else None for i in range(len(waves))
-        ]
-    keys = [row["id"] for row in clips.rows]
-    return {name: dict(zip(keys, pairs)) for name, pairs in figures.items()}
-
-
-def word_figures(clips: HeldOut, waves: Sequence[np.ndarray], rate: int) -> dict[str, list]:
-    """Wrong words and words, of closed and of free sentences."""
-    recogniser, texts = CorpusRecogniser(clips.corpus.parent / "grammar.jsgf"), [row["text"] for row in clips.rows]
-    figures: dict[str, list] = {"wer": [], "wer_free": []}
-    for text, transcript in zip(texts, recogniser.transcribe_all(texts, waves, rate)):
-        words = len(text.split())
-        pair, free = (jiwer.wer(text.lower(), transcript) * words, float(words)), recogniser.is_free(text)
-        figures["wer"].append(None if free else pair)
-        figures["wer_free"].append(pair if free else None)
-    return figures
-
-
-def voice_figures(clips: HeldOut, waves: Sequence[np.ndarray], rate: int) -> dict[str, list]:
-    """Of clips with a new voice: is the nearest of the new voices their own, and the cosine with it.
-
-    A clip is left out of the mean of its own voice.
-    """
-    encoder, names = GE2EEncoder(), sorted(clips.voices)
-    figures: dict[str, list] = {"own_voice_first": [], "voice_similarity": []}
-    for sample, wave in zip(clips.samples, waves):
-        first = similarity = None
-        if (voice := str(sample.info["speaker"])) in clips.voices:
-            means = np.stack([clips.voices[name] - (sample.ge2e.numpy() if name == voice else 0) for name in names])
-            try:
-                cosines = means / np.linalg.norm(means, axis=1, keepdims=True) @ encoder.embed(wave, rate)
-            except UserError:  # no speech: nobody's voice
-                cosines = np.where([name == voice for name in names], 0.0, 1e-9)
-            own = names.index(voice)
-            first, similarity = (float(cosines.argmax() == own), 1.0), (float(cosines[own]), 1.0)
-        figures["own_voice_first"].append(first)
-        figures["voice_similarity"].append(similarity)
-    return figures
+    crops = [stored_crops(sample, pipeline.system.encoders.config.picture_every) for sample in samples]
+    rows = {row["id"]: row for row in read_manifest(corpus, shards.name)}
+    rows = [rows[sample.info["key"]] for sample in samples]
+    known = {voice: clips for voice, clips in stored_voices(shards).items() if len(clips) > 1}
+    clips = HeldOut(corpus, shards.name, rows, crops, pipeline.codec.sample_rate, known)
+    if not truth.exists():
+        with atomic_output(truth) as partial:
+            partial.write_text(json.dumps(clips.truth))
+    clips.truth = json.loads(truth.read_text())
+    figures |= clips.figures([speech.wave for speech in synthesise(pipeline, crops, batch=BATCH)])
+    return {name: dict(zip([row["id"] for row in rows], pairs)) for name, pairs in figures.items()}
 
 
 @torch.inference_mode()

@@ -19,6 +19,7 @@ import torch
 
 from engine.codec import Codec, load_codec
 from engine.evaluation.shares import figures_of
+from engine.evaluation.statistics import correlation
 from engine.evaluation.validation import measure_clips, words_by
 from engine.files import atomic_output
 from engine.media.corpus import load_clips
@@ -64,11 +65,6 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict, str]]:
     path = args.out / f"{time.strftime('%Y-%m-%d')}-levels-{args.device.type}.png"
     chart(rows, path)
     yield {"chart": path.name}, str(path)
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's; 0 where one of them does not vary, as the pitch range of a whisper does not."""
-    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ voices with several clips in the split; other clips do not count. Prosody: corre
 the true clips, and how often they move the right way where the expression changes. Intervals of correlations are
 Fisher's, all others a bootstrap over clips.
 
-Axes: N samples, C clips, V voices, F pitch frames.
+Axes: C clips.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +27,14 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from benchmarks.levels import correlation
 from engine.bounds import PRECISIONS
 from engine.config import CONFIGS, override
 from engine.errors import UserError
-from engine.evaluation.statistics import bootstrap_interval
+from engine.evaluation.statistics import bootstrap_interval, correlation, ratio
 from engine.files import atomic_output
-from engine.media.audio import read_audio
-from engine.media.corpus import pick_rows
-from engine.metrics.recogniser import CorpusRecogniser
-from engine.metrics.speaker import GE2EEncoder
-from engine.metrics.speech import PITCH_HOP, energy, pitch, pitch_range
-from engine.metrics.words import count_errors
-from hicodit.evaluation import expected_moves, synthesise
+from engine.media.corpus import read_manifest
 from hicodit.generation import windows
+from hicodit.held_out import Figures, HeldOut, synthesise
 from hicodit.pipeline import BUNDLED, HiCoDiTPipeline
 from hicodit.settings import METHODS, GuidanceScales, SamplerConfig
 from hicodit.system import CODECS  # noqa: F401 -- registers the tokenizers
@@ -73,22 +66,26 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
             changes = {"method": method, "steps": steps, **OWN.get(method, DRAWN)}
             _, sampler, guidance = read_point(pipeline, "fast")
             points.append((method, override(sampler, changes), guidance))
-    clips, rows = HeldOut(pipeline, args), []
+    clips = HeldOut.recorded(pipeline, args.corpus, args.split, args.clips, cut_pitch=True)
+    everyone, rows = read_manifest(args.corpus, args.split), []
+    count = Counter(row["voice"] for row in everyone)
+    several = [row for row in everyone if count[row["voice"]] > 1]
+    clips.known = HeldOut(args.corpus, args.split, several, [], 16_000).true_voices()
 
     def result(name: str, waves: list[np.ndarray], **about: Any) -> tuple[dict[str, Any], str]:
-        row = {"name": name, **about, **clips.figures(waves)}
+        row = {"name": name, **about, **summarise(clips.figures(waves), len(clips.known))}
         rows.append(row)
         return row, ", ".join(f"{key} {value}" for key, value in row.items())
 
     yield result("true speech", clips.true)
-    yield result("tokenizer alone", clips.resynthesis())
+    yield result("tokenizer alone", clips.resynthesis(pipeline))
     for name, sampler, guidance in points:
         pipeline.sampler, pipeline.guidance = sampler, guidance
         start = time.process_time()
         with Evaluations(pipeline) as count:
             waves = [speech.wave for speech in synthesise(pipeline, clips.crops, 0, args.batch)]
         evaluations = round(count.rows / sum(len(windows(len(c), sampler)) for c in clips.crops), 2)
-        seconds = round((time.process_time() - start) / clips.seconds, 3)
+        seconds = round((time.process_time() - start) * clips.rate / sum(map(len, clips.true)), 3)
         yield result(name, waves, steps=sampler.steps, evaluations=evaluations, processor_seconds_a_second=seconds)
     path = args.out / f"{time.strftime('%Y-%m-%d')}-samplers-{args.device.type}.png"
     chart(rows, path)
@@ -134,111 +131,19 @@ class Evaluations:
         self.rows += log_p.shape[0] * log_p.shape[1]  # (branches, clips, ...)
 
 
-class HeldOut:
-    """Clips of a split, and the figures of what was made of them.
-
-    Attributes:
-        rows: (C) of the manifest. crops: (C). true: (C) waves (N,) at the tokenizer's rate. seconds: of all.
-    """
-
-    def __init__(self, pipeline: HiCoDiTPipeline, args: argparse.Namespace) -> None:
-        self.folder, self.split, self.pipeline = args.corpus, args.split, pipeline
-        self.rows = pick_rows(args.corpus, args.split, args.clips)
-        self.rate = pipeline.codec.sample_rate
-        self.texts = [row["text"] for row in self.rows]
-        self.crops = [pipeline.crops(self.path(row, "mp4")) for row in self.rows]
-        self.true = [read_audio(self.path(row, "wav"), self.rate) for row in self.rows]
-        self.seconds = sum(map(len, self.true)) / self.rate
-        self.recogniser, self.encoder = CorpusRecogniser(args.corpus / "grammar.jsgf"), GE2EEncoder()
-
-    def path(self, row: Mapping[str, Any], suffix: str) -> Path:
-        return self.folder / self.split / f"{row['id']}.{suffix}"
-
-    @torch.inference_mode()
-    def resynthesis(self) -> list[np.ndarray]:
-        """What the tokenizer makes of the true waves."""
-        codec, device = self.pipeline.codec, self.pipeline.device
-        made = (codec.decode(codec.encode(torch.from_numpy(wave)[None, None].to(device))) for wave in self.true)
-        return [wave[0, 0].cpu().numpy() for wave in made]
-
-    def figures(self, waves: Sequence[np.ndarray]) -> dict[str, Any]:
-        """Figures of waves (C), each with its interval."""
-        return self.words(waves) | self.voices(waves) | self.prosody(waves)
-
-    def words(self, waves: Sequence[np.ndarray]) -> dict[str, Any]:
-        heard = self.recogniser.transcribe_all(self.texts, waves, self.rate)
-        free = np.array([self.recogniser.is_free(text) for text in self.texts])
-        counts = np.array([count_errors(text, said)["wer"] for text, said in zip(self.texts, heard)], float)
-        kinds = {"wer": ~free, "wer_free": free}
-        return {
-            key: value
-            for name, kind in kinds.items()
-            if kind.any()
-            for key, value in share(name, counts[kind, 0], counts[kind, 1]).items()
-        }
-
-    @cached_property
-    def known(self) -> tuple[list[str], dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Voices with several clips in the split (V), vectors by clip, and the sum of each voice's vectors."""
-        vectors, sums = {}, {}
-        rows = pick_rows(self.folder, self.split, 10**9)
-        count = Counter(str(row["voice"]) for row in rows)
-        for row in rows:
-            voice = str(row["voice"])
-            if count[voice] > 1:
-                vectors[row["id"]] = self.encoder.embed(read_audio(self.path(row, "wav"), 16_000), 16_000)
-                sums[voice] = sums.get(voice, 0) + vectors[row["id"]]
-        return sorted(sums), vectors, sums
-
-    def voices(self, waves: Sequence[np.ndarray]) -> dict[str, Any]:
-        names, vectors, sums = self.known
-        first, own = [], []
-        for row, wave in zip(self.rows, waves):
-            voice = str(row["voice"])
-            if voice not in names:
-                continue
-            means = np.stack([sums[name] - vectors[row["id"]] * (name == voice) for name in names])
-            cosines = means @ self.encoder.embed(wave, self.rate) / (np.linalg.norm(means, axis=1) + 1e-9)
-            first.append(names[cosines.argmax()] == voice)
-            own.append(cosines[names.index(voice)])
-        if not first:
-            return {}
-        figures = share("own_voice_first", np.array(first, float), np.ones(len(first)))
-        return figures | {"voices": len(names), "voice_similarity": round(float(np.mean(own)), 4)}
-
-    @cached_property
-    def true_prosody(self) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-        return self.measure(self.true)
-
-    def prosody(self, waves: Sequence[np.ndarray]) -> dict[str, Any]:
-        (true, true_parts), (made, parts) = self.true_prosody, self.measure(waves)
-        figures: dict[str, Any] = {}
-        for column, name in enumerate(("pitch_range", "energy")):
-            figures |= correlated(f"{name}_correlation", true[:, column], made[:, column])
-        if parts:
-            rows = [self.rows[i] for i in parts]
-            expected = expected_moves(rows, np.array(list(true_parts.values())))
-            right = np.sign(np.diff(np.array(list(parts.values())), axis=1)[:, 0]) == np.sign(expected)
-            for column, name in enumerate(("pitch_range", "energy")):
-                figures |= share(f"{name}_moves_rightly", right[:, column].astype(float), np.ones(len(right)))
-        return figures
-
-    def measure(self, waves: Sequence[np.ndarray]) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-        """Pitch range and energy (C, 2) of clips, and (2 parts, 2) of those within which the expression changes."""
-        whole, parts = [], {}
-        for i, (row, wave) in enumerate(zip(self.rows, waves)):
-            f0 = pitch(wave, self.rate)
-            whole.append((pitch_range(f0), energy(wave)))
-            if row.get("change") is not None:
-                times = [np.array(span) for _, *span in row["phonemes"]]
-                sides = [[t for t in times if (t[0] >= row["change"] - 1e-6) == after] for after in (False, True)]
-                spans = [(side[0][0], side[-1][1]) for side in sides]
-                cuts = [
-                    [values[int(a * rate) : int(b * rate)] for values, rate in ((f0, 1 / PITCH_HOP), (wave, self.rate))]
-                    for a, b in spans
-                ]
-                parts[i] = np.array([(pitch_range(f0_cut), energy(cut)) for f0_cut, cut in cuts])
-        return np.array(whole), parts
+def summarise(figures: Figures, voices: int) -> dict[str, Any]:
+    """Each figure with its interval, except the cosine of voices; what no clip has is left out."""
+    found: dict[str, Any] = {}
+    for name, pairs in figures.items():
+        if counted := [pair for pair in pairs if pair is not None]:
+            a, b = np.array(counted).T
+            if name == "voice_similarity":
+                found |= {"voices": voices, name: round(ratio(a, b), 4)}
+            elif name.endswith("correlation"):
+                found |= correlated(name, a, b)
+            else:
+                found |= share(name.replace("right_way", "moves_rightly"), a, b)
+    return found
 
 
 def share(name: str, part: np.ndarray, whole: np.ndarray) -> dict[str, Any]:

@@ -38,7 +38,8 @@ Figures = Iterator[tuple[str, dict[str, Any]]]
 
 
 def hicodit(args: argparse.Namespace) -> Figures:
-    from hicodit.evaluation import evaluate_corpus, mean_voices
+    from hicodit.evaluation import evaluate_corpus
+    from hicodit.held_out import mean_voices
     from hicodit.pipeline import HiCoDiTPipeline
 
     pipeline = HiCoDiTPipeline.from_pretrained(args.weights, codec=args.codec, precision=args.precision)

@@ -20,6 +20,11 @@ def ratio(a: np.ndarray, b: np.ndarray) -> float:
     return float(a.sum() / b.sum()) if b.sum() else float("nan")
 
 
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's of two (N,); 0 where one of them does not vary, as the pitch range of a whisper does not."""
+    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
+
+
 def bootstrap_interval(
     a: np.ndarray, b: np.ndarray, groups: Sequence[str] | None = None, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float] | None:

@@ -124,11 +124,14 @@ class WordErrors(Metric):
         if not truth.text:
             raise UserError("the manifest gives no text")
         heard = self.transcribe(take)
-        texts = (self.normalise(text, take.language) for text in (truth.text, heard))
-        found = count_errors(*texts, take.language)
-        if self.kind == "grammar" and self.recogniser.is_free(truth.text):
+        return {**self.count(truth.text, heard, take.language), "heard": heard}
+
+    def count(self, text: str, heard: str, language: str = "en") -> dict[str, tuple[float, float]]:
+        """`count_errors` of texts in one form; `wer_free` in place of `wer` for what the grammar does not have."""
+        found = count_errors(self.normalise(text, language), self.normalise(heard, language), language)
+        if self.kind == "grammar" and self.recogniser.is_free(text):
             found["wer_free"] = found.pop("wer")
-        return {**found, "heard": heard}
+        return found
 
 
 def count_errors(reference: str, hypothesis: str, language: str = "en") -> dict[str, tuple[float, float]]:

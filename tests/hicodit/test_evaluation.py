@@ -1,31 +1,63 @@
-"""Whose voice an output has, and shuffles that leave nothing in place."""
+"""Figures of held-out clips: whose voice an output has, moves at a change; shuffles that leave nothing in place."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import hicodit.evaluation
-from hicodit.evaluation import change_figures, derangement, expressions_of, voice_figures
+import hicodit.held_out
+from hicodit.evaluation import derangement, expressions_of, overall
+from hicodit.held_out import HeldOut
 from scripts import corpus_figures
 
 A, B, C = np.eye(3)
 
 
-def figures(true, made, voices, known=None):
-    return voice_figures(np.stack(true), np.stack(made), np.stack(true), voices, known)
+def held_out(rows, rate=1, **how):
+    return HeldOut(Path(), "", rows, [], rate, **how)
+
+
+def voices(true, made, names, known=None):
+    """Figures of voices of made and of true vectors; without `known`, the true ones are of the known voices."""
+    clips = held_out([{"id": str(i), "voice": name} for i, name in enumerate(names)])
+    clips.true_vectors = true
+    clips.known = known or clips.true_voices()
+    return clips.voices(made), clips.voices(true)
 
 
 def test_a_clip_is_no_witness_of_its_own_voice():
-    found = figures([A, A, B, C], [A, B, B, C], ["1", "1", "2", "3"])
-    assert found["voice_first_clean"] == 1 and found["voice_first"] == 0.5  # of the two clips whose voice has another
-    assert found["voice_similarity"] == pytest.approx(0.5)
-    assert figures([A, B], [A, B], ["1", "2"]) == {}
+    made, true = voices([A, A, B, C], [A, B, B, C], "1123")
+    assert true["own_voice_first"] == [(1, 1), (1, 1), None, None]  # two clips have a voice that another has, too
+    assert made["own_voice_first"] == [(1, 1), (0, 1), None, None]
+    assert [pair[0] for pair in made["voice_similarity"][:2]] == pytest.approx([1, 0])
+    assert voices([A, B], [A, B], "12")[0] == {"own_voice_first": [None] * 2, "voice_similarity": [None] * 2}
 
 
 def test_known_voices_need_no_other_clip():
-    found = figures([A, B], [A, A], ["1", "2"], {"1": A, "2": B, "3": C})
-    assert (found["voices"], found["voice_first"], found["voice_first_resynthesis"]) == (3, 0.5, 1)
+    known = {name: {"mean": vector} for name, vector in zip("123", (A, B, C))}
+    made, true = voices([A, B], [A, A], "12", known)
+    assert made["own_voice_first"] == [(1, 1), (0, 1)] and true["own_voice_first"] == [(1, 1), (1, 1)]
+    assert voices([A], [A], "4", known)[0]["own_voice_first"] == [None]  # it is none of them
+
+
+def test_silence_has_nobodys_voice():
+    pytest.importorskip("resemblyzer")
+    clips = held_out([{"id": "x", "voice": 1}], 16_000, known={"1": {"mean": np.ones(256, np.float32)}})
+    found = clips.voices(clips.embed([np.zeros(16_000, np.float32)]))
+    assert found == {"own_voice_first": [(0, 1)], "voice_similarity": [(0, 1)]}
+
+
+def test_a_recorded_figure_is_that_of_the_clips_that_count():
+    pairs = {"wer_free": [(1, 2), None, (0, 2)], "wer": [None] * 3, "own_voice_first": [(1, 1), (0, 1), None]}
+    pairs["energy_correlation"] = [(0, 1), (1, 3), (2, 5)]
+    assert overall(pairs, "clean") == {
+        "wer_clean_free": 0.25,
+        "voice_first_clean": 0.5,
+        "energy_correlation_clean": pytest.approx(1),
+    }
+    assert overall({"pitch_range_right_way": [(1, 1)]}) == {"pitch_range_changes_rightly": 1}
 
 
 def test_a_derangement_moves_everything():
@@ -62,11 +94,31 @@ def test_a_change_of_expression_is_right_where_prosody_moves_as_in_the_true_clip
         {"expressions": ["sad"] * 4, "change": None, "phonemes": [["a", 0.0, 1.9]]},
     ]
     true = [np.concatenate(parts) for parts in ((flat, lively), (lively, flat), (flat, flat))]
-    figures = change_figures(rows, {"clean": true, "": [true[0], true[0], true[2]]}, rate)
-    assert figures["clips_that_change"] == 2
-    assert figures["pitch_range_changes_rightly_clean"] == figures["energy_changes_rightly_clean"] == 1
-    assert figures["pitch_range_changes_rightly"] == figures["energy_changes_rightly"] == 0.5
-    assert change_figures(rows[2:], {"clean": true[2:]}, rate) == {}
+    for cut_pitch in (False, True):
+        clips = held_out(rows, rate, whole=1, cut_pitch=cut_pitch)
+        clips.true = true
+        made = clips.measure([true[0], true[0], true[2]])
+        assert len(made["prosody"]) == 1 and made["prosody"] == clips.truth["prosody"][:1]
+        for name in ("pitch_range_right_way", "energy_right_way"):
+            assert clips.moves(clips.truth["changes"])[name] == [(1, 1), (1, 1), None]
+            assert clips.moves(made["changes"])[name] == [(1, 1), (0, 1), None]
+    alone = held_out(rows[2:], rate, whole=0)
+    alone.true = true[2:]
+    assert set(map(tuple, alone.moves(alone.truth["changes"]).values())) == {(None,)}
+
+
+def test_pitch_before_and_after_a_change_is_cut_from_that_of_the_clip(monkeypatch):
+    """A wave of ones or zeros stands for its own pitch: one frame of 16 ms has 100 samples here."""
+    searched = []
+    monkeypatch.setattr(hicodit.held_out, "pitch", lambda wave, rate: searched.append(len(wave)) or wave[::100])
+    monkeypatch.setattr(hicodit.held_out, "pitch_range", lambda f0: float(f0.mean()))
+    row = {"change": 0.8, "phonemes": [["a", 0.0, 0.8], ["b", 0.8, 1.6]], "expressions": ["sad", "happy"]}
+    rise = np.repeat([0.0, 1.0], 5000)
+    for cut_pitch, lengths in ((True, [10_000]), (False, [10_000, 5000, 5000])):
+        searched.clear()
+        found = held_out([row], 6250, cut_pitch=cut_pitch).measure([rise])
+        assert [part[0] for part in found["changes"][0]] == [0, 1] and found["prosody"][0][0] == 0.5
+        assert searched == lengths
 
 
 def test_the_true_expressions_of_a_clip_are_by_half_second_or_one_for_all():
