@@ -245,6 +245,7 @@ class PatchLoop:
             running = sum(end > index for end in ends)
             numbers = {"speech": index, "motion": index - self.delay}
             noise = {stream: self.noise[stream][numbers[stream]] for stream in self.drawn if numbers[stream] >= 0}
+            self.before_step(index)
             hidden = self.state.hidden
             patches, token, stop = self.run_step(noise, self.known[index], last)
             for stream, patch in patches.items():
@@ -254,6 +255,9 @@ class PatchLoop:
                 ends = self.state.end.tolist()
                 if max(ends) <= index + 1:
                     return
+
+    def before_step(self, index: int) -> None:
+        """Nothing here; see `particles.ParticleLoop`."""
 
     def step(
         self, noise: Mapping[Stream, Tensor], known: Tensor, last: bool

@@ -32,7 +32,8 @@ from engine.progress import stage
 from talker_t2av.generation import PatchLoop, Result, Step, step_limit
 from talker_t2av.jobs import Job, PreparedJob, prepare_job
 from talker_t2av.model import FPS, HOP, RATE
-from talker_t2av.request import Request, Sampling
+from talker_t2av.particles import ParticleLoop, draws_drafts
+from talker_t2av.request import MODES, Request, Sampling
 from talker_t2av.system import BUNDLED, TalkerSystem
 
 __all__ = ["Chunk", "Job", "Talk", "TalkerPipeline"]
@@ -185,7 +186,14 @@ class TalkerPipeline:
 
         The concatenated chunks equal the result of `run`: samples to 1e-4, pictures to one level of 255. The sound of a
         frame comes as soon as the later frames that the decoder needs for it are there.
+
+        Raises:
+            UserError: as `prepare_job` does; or V2A draws several drafts, which are chosen among at the end.
         """
+        if draws_drafts(MODES[job.mode], self.sampling):
+            raise UserError(
+                f"sampling.particles={self.sampling.particles}: a stream cannot take back what was heard; set it to 1"
+            )
         prepared = prepare_job(job, self.system, self.sampling.text_bytes)
         fresh: list[Tensor] = []  # motion (P, Dm) that is not rendered yet
         face = Face(self.system, prepared)
@@ -207,8 +215,8 @@ class TalkerPipeline:
                     yield Chunk(wave, frames)
 
     def _loop(self, first: PreparedJob, requests: Sequence[Request], check_every: int | None = None) -> PatchLoop:
-        model = self.system.model
-        return PatchLoop(
+        model, loop = self.system.model, ParticleLoop if draws_drafts(first.mode, self.sampling) else PatchLoop
+        return loop(
             model, requests, first.mode, self.sampling, first.rules, check_every=check_every, compiled=self.compiled
         )
 

@@ -51,13 +51,17 @@ class Sampling:
 
     steps: solver steps. temperature: factor of the noise. guidance: scale of classifier-free guidance; at 1 the
         unconditional branch is not evaluated. text_bytes: of the longest text (UTF-8) that is spoken at once, which is
-        little less than 30 s of slow speech; longer texts are spoken in parts.
+        little less than 30 s of slow speech; longer texts are spoken in parts. particles: drafts of the speech that
+        V2A draws side by side, to keep what fits the given motion (`particles`); 1: one draft, as in other modes.
+        particle_temperature: factor of the noise where there are several drafts.
     """
 
     steps: int = bounded(1, 1000, default=10)
     temperature: float = bounded(0.0, 2.0, default=0.3)
     guidance: float = bounded(0.0, 20.0, default=2.0)
     text_bytes: int = bounded(8, 190, default=190)
+    particles: int = bounded(1, 256, default=1)
+    particle_temperature: float = bounded(0.0, 2.0, default=0.8)
 
     def __post_init__(self) -> None:
         check_bounds(self, "sampling.")

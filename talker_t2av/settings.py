@@ -173,6 +173,8 @@ class SamplingOverrides:
     temperature: float | None = None
     guidance: float | None = None
     text_bytes: int | None = None
+    particles: int | None = None
+    particle_temperature: float | None = None
 
 
 @dataclass(frozen=True)

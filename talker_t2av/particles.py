@@ -1,0 +1,164 @@
+"""Speech that fits the motion it is given (V2A): drafts side by side, of which those that fit go on: a particle filter.
+
+The language model reads the given motion, but its speech hardly listens to it: in training the true speech before a
+patch tells the timing already. The other direction was learned well: how likely the motion is after a given speech. By
+Bayes' rule that is enough. Several drafts of the speech are drawn; before each patch every draft is weighed by how well
+the motion head, with the draft's own hidden state, predicts the given motion of that patch; where the weights have
+become too unequal, drafts are drawn anew by their weights (the bootstrap filter of Gordon, Salmond and Smith, 1993).
+This is no part of the paper.
+
+Axes: R requests, B = R n rows (n drafts of each request, one after the other), S steps, K times, P frames of a patch,
+p context patches, C motion channels, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.errors import UserError
+from engine.nn.transfer import send
+from engine.precision import half_precision
+from engine.seeding import generator_for, seed_for
+from talker_t2av.generation import PatchLoop, Result, Step
+from talker_t2av.model import TalkerT2AV
+from talker_t2av.request import ORDERS, PAPER, V2A, LoopRules, Mode, Request, Sampling
+
+TIMES = 8  # at which the motion head is asked
+SHARPNESS = 40.0  # what a mean squared error of 1 takes off the logarithm of a weight; chosen on clips, see docs/LOG.md
+
+
+def draws_drafts(mode: Mode, sampling: Sampling) -> bool:
+    """Whether a mode draws several drafts: speech for a given motion, with more than one particle."""
+    return mode.speech == "generated" and mode.motion == "given" and sampling.particles > 1
+
+
+@dataclass(frozen=True)
+class GivenMotion:
+    """The motion of R requests as what the motion head is asked for in each step.
+
+    Attributes:
+        counts: (S, R) 1 where the step has a given patch, else 0.
+        patch: (S, R, C, P). context: (S, R, C, p P) frames before it, zeros before the first.
+        noise: (S, R, K, C, P), from each request's seed.
+        first: (R, C) first frame.
+    """
+
+    counts: Tensor
+    patch: Tensor
+    context: Tensor
+    noise: Tensor
+    first: Tensor
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], limits: Sequence[int], size: int, context: int, delay: int) -> GivenMotion:
+        """limits: steps of each request. size: P. context: p."""
+        steps = torch.arange(max(limits))
+        rows = []
+        for request, limit in zip(requests, limits):
+            motion = request.motion.cpu()
+            number = request.prefix + steps - delay  # of the patch
+            counts = (number >= 0) & (steps < limit)
+            frames = F.pad(motion, (0, 0, context * size, (len(steps) + 1) * size))
+            window = number.clamp(min=0)[:, None] * size + torch.arange((context + 1) * size)
+            windows = frames[window].transpose(1, 2)  # (S, C, (p + 1) P)
+            shape = (TIMES, motion.shape[1], size)
+            noise = [
+                torch.randn(shape, generator=generator_for(request.seed, "weigh", step)) for step in steps.tolist()
+            ]
+            rows.append((counts.float(), windows[..., -size:], windows[..., :-size], torch.stack(noise), motion[0]))
+        *by_step, first = zip(*rows)
+        return cls(*(torch.stack(parts, 1) for parts in by_step), torch.stack(first))
+
+
+class ParticleLoop(PatchLoop):
+    """A `PatchLoop` for V2A with `sampling.particles` drafts of each request; `results` gives one for each request.
+
+    The noise of each draft is its own, and is scaled by `sampling.particle_temperature`: drafts that hardly differ
+    leave nothing to choose from.
+
+    Raises:
+        UserError: as `PatchLoop` does; or the model's motion head cannot tell how likely a motion is.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: TalkerT2AV,
+        requests: Sequence[Request],
+        mode: Mode,
+        sampling: Sampling,
+        rules: LoopRules = PAPER,
+        check_every: int | None = None,
+        compiled: Callable[[Callable], Callable] | None = None,
+    ) -> None:
+        c, self.drafts = model.config, sampling.particles
+        distilled = model.motion_cfm.limit is not None
+        if distilled or c.order in ORDERS or c.tasks > V2A:
+            kind = "it is distilled" if distilled else f"order={c.order}, tasks={c.tasks}"
+            raise UserError(
+                f"sampling.particles={self.drafts}: this model cannot weigh drafts ({kind}); set sampling.particles=1"
+            )
+        rows = [replace(r, seed=seed_for(r.seed, "draft", i)) for r in requests for i in range(self.drafts)]
+        sampling = replace(sampling, temperature=sampling.particle_temperature)
+        super().__init__(model, rows, mode, sampling, rules, check_every=check_every, compiled=compiled)
+        given = GivenMotion.of(requests, self.limits[:: self.drafts], c.patch_size, c.context, c.delay)
+        self.given = GivenMotion(*(send(value, model.device) for value in vars(given).values()))
+        self.times = torch.linspace(0.5 / TIMES, 1 - 0.5 / TIMES, TIMES, device=model.device)
+        self.log_weights = torch.zeros(len(requests), self.drafts, device=model.device)
+
+    def __iter__(self) -> Iterator[Step]:
+        """As in `PatchLoop`, of all drafts; `running` counts requests."""
+        for step in super().__iter__():
+            yield replace(step, running=step.running // self.drafts)
+
+    def before_step(self, index: int) -> None:
+        """Weigh the drafts by the given patch of this step; draw anew those of requests with unequal weights."""
+        count = self.drafts
+        errors = self.errors(index) * self.given.counts[index][:, None]
+        log_weights = self.log_weights - SHARPNESS * errors
+        share = log_weights.softmax(-1)  # (R, n)
+        unequal = share.square().sum(-1, keepdim=True) * count > 2  # the effective number is under half of n
+        own = torch.arange(count, device=share.device)
+        evenly = ((own + 0.5) / count).expand_as(share).contiguous()
+        drawn = torch.searchsorted(share.cumsum(-1), evenly).clamp(max=count - 1)
+        self.log_weights = torch.where(unequal, 0, log_weights)
+        first = count * torch.arange(len(share), device=share.device)[:, None]
+        self.take((first + torch.where(unequal, drawn, own)).flatten())
+
+    def errors(self, index: int) -> Tensor:
+        """Mean squared error (R, n) of the motion head's velocities of the given patch, at `TIMES` times."""
+        given, head, n = self.given, self.model.motion_cfm.estimator, self.drafts
+        requests, (patch, noise) = len(given.first), (given.patch[index][:, None], given.noise[index])
+        t = self.times[:, None, None]
+        noisy = (1 - t) * patch + t * noise  # (R, K, C, P)
+
+        def for_drafts(value: Tensor) -> Tensor:
+            """(R, K, ...) -> (B K, ...)."""
+            return value[:, None].expand(requests, n, *value.shape[1:]).flatten(0, 2)
+
+        with half_precision(noisy.device, self.model.dtype):
+            known = head.context(given.context[index], given.first)[:, None].expand(-1, TIMES, -1, -1)
+            state = self.state.hidden[:, None] + head.time(self.times)  # (B, K, D)
+            velocity = head.denoise(for_drafts(noisy), head.decoder.input_proj(state.flatten(0, 1)), for_drafts(known))
+        errors = (velocity.float() - for_drafts(noise - patch)).square().mean((1, 2))
+        return errors.reshape(requests, n, TIMES).mean(-1)
+
+    def take(self, rows: Tensor) -> None:
+        """Let row i go on as row `rows[i]` (B,) has been so far."""
+        state = self.state
+        for layer in state.cache.layers:
+            layer.keys.copy_(layer.keys[rows])
+            layer.values.copy_(layer.values[rows])
+        state.hidden = state.hidden[rows]
+        state.context = {stream: frames[rows] for stream, frames in state.context.items()}
+        self.drawn = {stream: [patch[rows] for patch in patches] for stream, patches in self.drawn.items()}
+
+    def results(self) -> list[Result]:
+        """The likeliest draft of each request."""
+        rows, best = super().results(), self.log_weights.argmax(-1).tolist()
+        return [rows[request * self.drafts + draft] for request, draft in enumerate(best)]
