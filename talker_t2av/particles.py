@@ -29,7 +29,18 @@ from talker_t2av.model import TalkerT2AV
 from talker_t2av.request import ORDERS, PAPER, V2A, LoopRules, Mode, Request, Sampling
 
 TIMES = 8  # at which the motion head is asked
-SHARPNESS = 40.0  # what a mean squared error of 1 takes off the logarithm of a weight; chosen on clips, see docs/LOG.md
+SHARPNESS = 80.0  # what a mean squared error of 1 takes off the logarithm of a weight; chosen on clips, see docs/LOG.md
+
+
+def why_not(model: TalkerT2AV) -> str:
+    """Why a model's motion head cannot tell how likely a given motion is after a draft; "" if it can.
+
+    It was trained where speech is read along with motion, and by the loss of flow matching.
+    """
+    if model.motion_cfm.limit is not None:
+        return "it is distilled"
+    c = model.config
+    return f"model.order={c.order}, model.tasks={c.tasks}" if c.order in ORDERS or c.tasks > V2A else ""
 
 
 def draws_drafts(mode: Mode, sampling: Sampling) -> bool:
@@ -97,11 +108,9 @@ class ParticleLoop(PatchLoop):
         compiled: Callable[[Callable], Callable] | None = None,
     ) -> None:
         c, self.drafts = model.config, sampling.particles
-        distilled = model.motion_cfm.limit is not None
-        if distilled or c.order in ORDERS or c.tasks > V2A:
-            kind = "it is distilled" if distilled else f"order={c.order}, tasks={c.tasks}"
+        if reason := why_not(model):
             raise UserError(
-                f"sampling.particles={self.drafts}: this model cannot weigh drafts ({kind}); set sampling.particles=1"
+                f"sampling.particles={self.drafts}: this model cannot weigh drafts ({reason}); set sampling.particles=1"
             )
         rows = [replace(r, seed=seed_for(r.seed, "draft", i)) for r in requests for i in range(self.drafts)]
         sampling = replace(sampling, temperature=sampling.particle_temperature)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from talker_t2av.layers import Block
 from talker_t2av.losses import TalkerBatch, time_warped, training_forward, training_losses
 from talker_t2av.model import FPS, TalkerConfig, TalkerT2AV
 from talker_t2av.motion import MotionStats
+from talker_t2av.particles import why_not
 from talker_t2av.request import A2V, MODES, T2AV, TTS, V2A, Request, Sampling
 from talker_t2av.system import load_motion, load_speech
 from talker_t2av.text import TalkerTokenizer, byte_tokenizer
@@ -65,7 +66,8 @@ class TalkerTask(Task):
         warm_start: `qwen` (a folder of Qwen3-0.6B), `tts` or `projector` (folders of safetensors), `qwen` first; see
             `released.warm_start`.
         freeze_embeddings: do not train the word embeddings.
-        sampling: `steps`, `temperature`, `guidance`: defaults that are saved with the release.
+        sampling: fields of `Sampling`: defaults that are saved with the release, but for `particles` of a model that
+            cannot weigh drafts.
         validation: `root` of prepared shards, `splits`, and `clips` of each to synthesise; `metrics`: figures of
             `engine.metrics.registry`; `grammar`: what hears the words, see `words_by`; `corpus`: folder of the
             recordings, whose faces are then drawn, or None. None turns it off.
@@ -109,6 +111,8 @@ class TalkerTask(Task):
                 f"task.model.motion_dim={channels}, but the motion has {len(self.stats.mean)}: set it to that"
             )
         self.sampling, self.validation, self.recipe = Sampling(**(sampling or {})), validation, recipe
+        if why_not(self.model):
+            self.sampling = replace(self.sampling, particles=1)
         if init:
             self._start_from(init)
         for kind, folder in sorted((warm_start or {}).items(), key=lambda item: item[0] != "qwen"):

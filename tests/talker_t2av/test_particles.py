@@ -1,0 +1,157 @@
+"""Drafts of V2A: they are weighed as training predicts motion, those that fit go on, and a batch changes nothing.
+
+Axes: R requests, n drafts, S steps, F frames, P frames of a patch, C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from talker_fixtures import face_file, request, save_talker, tiny_model, voice_file
+from torch._subclasses import FakeTensorMode
+
+from engine.errors import UserError
+from engine.seeding import generator_for
+from talker_t2av import particles
+from talker_t2av.generation import PatchLoop
+from talker_t2av.losses import TalkerBatch, training_forward
+from talker_t2av.particles import TIMES, ParticleLoop, draws_drafts
+from talker_t2av.pipeline import Job, TalkerPipeline
+from talker_t2av.request import MODES, Sampling
+from talker_t2av.task import TalkerTask
+
+V2A, P = MODES["v2a"], 4
+SAMPLING = Sampling(steps=3, guidance=1.5, particles=4, particle_temperature=1.0)
+
+
+def run(model, requests, sampling=SAMPLING):
+    loop = ParticleLoop(model, requests, V2A, sampling)
+    for _ in loop:
+        pass
+    return loop
+
+
+@pytest.mark.parametrize(("delay", "context", "prefix"), [(0, 1, 0), (1, 1, 0), (0, 2, 3), (2, 1, 2)])
+def test_a_draft_is_weighed_by_the_error_of_its_motion_in_training(monkeypatch, delay, context, prefix):
+    """The error of each step is that of the training forward on the finished draft, at the same times and noise."""
+    model, patches = tiny_model(delay, context), 5
+    asked = request(speech=P * prefix, motion=P * (prefix + patches), prefix=prefix)
+    monkeypatch.setattr(particles, "SHARPNESS", 0.0)  # no draft is replaced
+    loop, errors = ParticleLoop(model, [asked], V2A, SAMPLING), []
+    own = loop.errors
+    monkeypatch.setattr(loop, "errors", lambda index: errors.append(own(index)) or errors[-1])
+    list(loop)
+    drafts = PatchLoop.results(loop)
+    assert len(drafts) == SAMPLING.particles and len(errors) == patches
+    for number, draft in enumerate(drafts):
+        slots, start = prefix + patches + delay, len(asked.prompt)
+        speech = torch.cat([asked.speech, draft.speech])
+        batch = TalkerBatch(
+            input_ids=torch.tensor([[*asked.prompt, *[7] * slots]]),
+            attention_mask=torch.ones(1, start + slots, dtype=torch.long),
+            speech_span=torch.tensor([[start, start + slots]]),
+            speech=speech[None],
+            speech_frames=torch.tensor([len(speech)]),
+            motion=asked.motion[None],
+            motion_frames=torch.tensor([len(asked.motion)]),
+            speaker=asked.speaker[None],
+        )
+        with torch.no_grad():
+            m = training_forward(model, batch).motion
+            for step in range(patches):
+                place = (prefix + step - delay) * model.config.repeats  # among the examples, patch by patch
+                if place < 0:
+                    assert loop.given.counts[step, 0] == 0
+                    continue
+                z = torch.randn((TIMES, *m.x1.shape[1:]), generator=generator_for(asked.seed, "weigh", step))
+                t, x1 = loop.times[:, None, None], m.x1[place]
+                several = [value[place].expand(TIMES, *value.shape[1:]) for value in (m.mu, m.cond, m.global_cond)]
+                velocity = model.motion_cfm.estimator((1 - t) * x1 + t * z, several[0], loop.times, *several[1:])
+                expected = (velocity - (z - x1)).square().mean()
+                assert loop.given.counts[step, 0] == 1
+                torch.testing.assert_close(errors[step][0, number], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_likely_drafts_take_the_place_of_unlikely_ones(monkeypatch):
+    """Weights are of each request alone; a draft that goes on takes its cache, frames and hidden state along."""
+    model = tiny_model()
+    asked = [request(motion=P * 6), request(9, 1, motion=P * 6)]
+    errors = torch.zeros(2, 4)
+    errors[0, 0] = errors[0, 1] = errors[0, 3] = 1.0  # draft 2 of the first request; those of the second are alike
+    monkeypatch.setattr(ParticleLoop, "errors", lambda loop, index: errors if index == 3 else 0 * errors)
+    whole, plain = ParticleLoop(model, asked, V2A, SAMPLING), []
+    with monkeypatch.context() as patched:
+        patched.setattr(particles, "SHARPNESS", 0.0)
+        loop = ParticleLoop(model, asked, V2A, SAMPLING)
+        for _ in loop:
+            plain.append(loop.state.hidden.clone())
+        drawn = torch.stack(loop.drawn["speech"], 1)
+    list(whole)
+    found = torch.stack(whole.drawn["speech"], 1)  # (B, S, P, C)
+    torch.testing.assert_close(found[4:], drawn[4:])
+    torch.testing.assert_close(found[:4, :3], drawn[2:3, :3].expand(4, -1, -1, -1))
+    assert (found[0, 3] - found[1, 3]).abs().max() > 1e-3  # each goes on with noise of its own
+    torch.testing.assert_close(found[2], drawn[2])  # it went on as it would have alone: cache and state are its own
+    assert whole.log_weights[0].eq(0).all()
+
+
+def test_the_likeliest_draft_is_the_result(monkeypatch):
+    errors = torch.tensor([[0.002, 0.001, 0.0, 0.003]])
+    monkeypatch.setattr(ParticleLoop, "errors", lambda loop, index: errors)
+    loop = run(tiny_model(), [request(motion=P * 3)])
+    (result,) = loop.results()
+    torch.testing.assert_close(result.speech, PatchLoop.results(loop)[2].speech, atol=0, rtol=0)
+
+
+def test_a_request_in_a_batch_is_the_request_alone():
+    """Motions of different lengths: a request that has ended keeps its weights."""
+    model = tiny_model(context=2)
+    asked = [request(3 + seed, seed, motion=P * (2 + 2 * seed)) for seed in range(3)]
+    together = run(model, asked).results()
+    for own, result in zip(asked, together):
+        assert len(result.speech) == len(own.motion)
+        (alone,) = run(model, [own]).results()
+        torch.testing.assert_close(alone.speech, result.speech, atol=1e-4, rtol=0)
+
+
+def test_choosing_reads_nothing_on_the_host():
+    """On fake tensors, which have shapes and no values: a read, or a shape that depends on values, raises."""
+    loop = ParticleLoop(tiny_model(), [request(motion=P * 3), request(9, motion=P * 2)], V2A, SAMPLING)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        loop.before_step(0)
+    assert loop.state.hidden.shape[0] == 8 and loop.log_weights.shape == (2, 4)
+
+
+def test_only_speech_for_a_given_motion_is_drafted():
+    assert [name for name, mode in MODES.items() if draws_drafts(mode, SAMPLING)] == ["v2a"]
+    assert not draws_drafts(V2A, replace(SAMPLING, particles=1))
+
+
+@pytest.mark.parametrize("model", [{"tasks": 4}, {"order": "av"}])
+def test_a_model_that_cannot_weigh_drafts_says_so(model):
+    with pytest.raises(UserError, match=r"sampling.particles=4: this model cannot weigh drafts \(model.order="):
+        ParticleLoop(tiny_model(**model), [request(motion=P)], V2A, SAMPLING)
+
+
+def test_the_pipeline_draws_drafts_and_does_not_stream_them(tmp_path):
+    pipeline = TalkerPipeline.from_pretrained(save_talker(tmp_path), precision="fp32")
+    voice, face = str(voice_file(tmp_path / "v.wav")), str(face_file(tmp_path / "f.mp4"))
+    job = Job("v2a", "hello", voice, video=face, crop="centre", seed=3)
+    one = pipeline(job)
+    pipeline.sampling = replace(pipeline.sampling, particles=3)
+    several, again = pipeline(job), pipeline(job)
+    assert several.wave.shape == one.wave.shape and not np.allclose(several.wave, one.wave)
+    np.testing.assert_array_equal(several.wave, again.wave)
+    with pytest.raises(UserError, match=r"sampling\.particles=3: a stream cannot take back what was heard"):
+        next(pipeline.stream(job))
+    assert next(pipeline.stream(replace(job, mode="tts", video=None))) is not None
+
+
+@pytest.mark.parametrize(("order", "expected"), [("add", 4), ("av", 1)])
+def test_a_release_that_cannot_weigh_drafts_has_one(order, expected):
+    config = tiny_model(order=order, motion_dim=40).config  # 40: the released statistics
+    task = TalkerTask(asdict(config), {}, sampling={"particles": 4}, stats=None)
+    assert task.sampling.particles == expected
