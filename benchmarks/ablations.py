@@ -184,10 +184,18 @@ def take(system: HiCoDiTSystem, other: HiCoDiTSystem, parts: tuple[str, ...]) ->
 
 
 def train(folder: Path, words: list[str], init: list[str]) -> None:
+    """Run train.py to its last step, in the user's working folder: what the settings name lies there.
+
+    Args:
+        folder: of the run. words, init: settings of train.py.
+
+    Raises:
+        UserError: the training failed.
+    """
     never = ["trainer.checkpoint_every=1000000", "trainer.validate_every=1000000"]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "training.log").open("a") as log:
-        command = [sys.executable, "train.py", f"run={folder}", *never, *words, *init]
-        code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
+        command = [sys.executable, str(ROOT / "train.py"), f"run={folder}", *never, *words, *init]
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
     if code != 0:
         raise UserError(f"the training of {folder.name} failed (exit {code}), see {folder / 'training.log'}")

@@ -1,6 +1,7 @@
 """Claims put to the test: intervals over seeds and clips, losses with the same masks, models that are derived."""
 
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import torch
 from omegaconf import OmegaConf
 from test_task import batch_of, make_task
 
-from benchmarks.ablations import DERIVED, IDENTITY, SHARED, VARIANTS, derive, take, train_and_measure
+from benchmarks import ablations
+from benchmarks.ablations import DERIVED, IDENTITY, SHARED, VARIANTS, derive, take, train, train_and_measure
 from benchmarks.claims import losses
 from benchmarks.paired import compare, correlation, estimate, line, ratio
 from engine.config import compose
@@ -106,6 +108,19 @@ def test_what_has_to_be_trained_cannot_be_taken_from_a_trained_release(tmp_path)
     args = Namespace(trained=tmp_path, runs=tmp_path)
     with pytest.raises(UserError, match="cannot be made flat: only no_identity_loss_voice"):
         train_and_measure(args, "flat", 0)
+
+
+def test_the_training_takes_relative_paths_as_the_users(tmp_path, monkeypatch):
+    """With a stand-in of train.py, which tells where it would read and write."""
+    program = "import sys, pathlib\nfor word in sys.argv[1:]: print(pathlib.Path(word.partition('=')[2]).resolve())\n"
+    (tmp_path / "checkout").mkdir()
+    (tmp_path / "checkout" / "train.py").write_text(program)
+    (tmp_path / "user").mkdir()
+    monkeypatch.setattr(ablations, "ROOT", tmp_path / "checkout")
+    monkeypatch.chdir(tmp_path / "user")
+    train(Path("runs/full-0"), ["data.corpus=data/own"], ["init=begin"])
+    places = Path("runs/full-0/training.log").read_text().splitlines()
+    assert {str(tmp_path / "user" / name) for name in ("runs/full-0", "data/own", "begin")} <= set(places)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
