@@ -1,4 +1,4 @@
-"""Speech that fits the motion it is given (V2A): drafts side by side, of which those that fit go on: a particle filter.
+"""A particle filter for V2A: several drafts of the speech are drawn side by side, and those that fit the motion go on.
 
 The language model reads the given motion, but its speech hardly listens to it: in training the true speech before a
 patch tells the timing already. The other direction was learned well: how likely the motion is after a given speech. By
@@ -13,8 +13,9 @@ p context patches, C motion channels, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,16 +27,17 @@ from engine.precision import half_precision
 from engine.seeding import generator_for, seed_for
 from talker_t2av.generation import PatchLoop, Result, Step
 from talker_t2av.model import TalkerT2AV
-from talker_t2av.request import ORDERS, PAPER, V2A, LoopRules, Mode, Request, Sampling
+from talker_t2av.request import ORDERS, V2A, Mode, Request, Sampling
 
 TIMES = 8  # at which the motion head is asked
-SHARPNESS = 80.0  # what a mean squared error of 1 takes off the logarithm of a weight; chosen on clips, see docs/LOG.md
+SHARPNESS = 80.0  # what a mean squared error of 1 takes off a log weight; chosen on 20 clips (docs/LOG.md)
 
 
 def why_not(model: TalkerT2AV) -> str:
-    """Why a model's motion head cannot tell how likely a given motion is after a draft; "" if it can.
+    """Why a model cannot weigh drafts, in words for an error message; "" if it can.
 
-    It was trained where speech is read along with motion, and by the loss of flow matching.
+    Weights are losses of the motion head after the speech of the same patch. A distilled head has another loss; other
+    orders and tasks train it on other hidden states.
     """
     if model.motion_cfm.limit is not None:
         return "it is distilled"
@@ -90,7 +92,7 @@ class ParticleLoop(PatchLoop):
     """A `PatchLoop` for V2A with `sampling.particles` drafts of each request; `results` gives one for each request.
 
     The noise of each draft is its own, and is scaled by `sampling.particle_temperature`: drafts that hardly differ
-    leave nothing to choose from.
+    leave nothing to choose from. Other arguments are those of `PatchLoop`.
 
     Raises:
         UserError: as `PatchLoop` does; or the model's motion head cannot tell how likely a motion is.
@@ -103,9 +105,7 @@ class ParticleLoop(PatchLoop):
         requests: Sequence[Request],
         mode: Mode,
         sampling: Sampling,
-        rules: LoopRules = PAPER,
-        check_every: int | None = None,
-        compiled: Callable[[Callable], Callable] | None = None,
+        **how: Any,
     ) -> None:
         c, self.drafts = model.config, sampling.particles
         if reason := why_not(model):
@@ -114,7 +114,7 @@ class ParticleLoop(PatchLoop):
             )
         rows = [replace(r, seed=seed_for(r.seed, "draft", i)) for r in requests for i in range(self.drafts)]
         sampling = replace(sampling, temperature=sampling.particle_temperature)
-        super().__init__(model, rows, mode, sampling, rules, check_every=check_every, compiled=compiled)
+        super().__init__(model, rows, mode, sampling, **how)
         given = GivenMotion.of(requests, self.limits[:: self.drafts], c.patch_size, c.context, c.delay)
         self.given = GivenMotion(*(send(value, model.device) for value in vars(given).values()))
         self.times = torch.linspace(0.5 / TIMES, 1 - 0.5 / TIMES, TIMES, device=model.device)

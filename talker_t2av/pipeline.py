@@ -215,10 +215,9 @@ class TalkerPipeline:
                     yield Chunk(wave, frames)
 
     def _loop(self, first: PreparedJob, requests: Sequence[Request], check_every: int | None = None) -> PatchLoop:
-        model, loop = self.system.model, ParticleLoop if draws_drafts(first.mode, self.sampling) else PatchLoop
-        return loop(
-            model, requests, first.mode, self.sampling, first.rules, check_every=check_every, compiled=self.compiled
-        )
+        loop = ParticleLoop if draws_drafts(first.mode, self.sampling) else PatchLoop
+        how = {"rules": first.rules, "check_every": check_every, "compiled": self.compiled}
+        return loop(self.system.model, requests, first.mode, self.sampling, **how)
 
     def _waves(
         self, prepared: PreparedJob, request: Request, fresh: list[Tensor], on_step: Callable[[Step], None]

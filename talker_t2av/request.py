@@ -52,8 +52,8 @@ class Sampling:
     steps: solver steps. temperature: factor of the noise. guidance: scale of classifier-free guidance; at 1 the
         unconditional branch is not evaluated. text_bytes: of the longest text (UTF-8) that is spoken at once, which is
         little less than 30 s of slow speech; longer texts are spoken in parts. particles: drafts of the speech that
-        V2A draws side by side, to keep what fits the given motion (`particles`); 1: one draft, as in other modes.
-        particle_temperature: factor of the noise where there are several drafts.
+        V2A draws side by side, to keep what fits the given motion (talker_t2av/particles.py); 1: one draft, as in other
+        modes. particle_temperature: factor of the noise where there are several drafts.
     """
 
     steps: int = bounded(1, 1000, default=10)
