@@ -23,7 +23,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import jiwer
 import numpy as np
 import soundfile
 
@@ -33,6 +32,7 @@ from corpora.synthetic.mouth_opening import MouthReader
 from engine.config import compose
 from engine.files import atomic_output
 from engine.metrics.speech import speech_end, synchrony
+from engine.metrics.words import count_errors
 from talker_t2av.evaluation import CUT, LATE, HeldOut, talk
 from talker_t2av.model import FPS, HOP
 from talker_t2av.pipeline import Job, Talk, TalkerPipeline
@@ -174,10 +174,7 @@ def measure(
     if mode != "a2v":
         whole = [np.concatenate([wave[: given * HOP], t.wave]) for wave, t in zip(true, talks)]
         heard = clips.recogniser.transcribe_all(clips.texts, whole, clips.rate)
-        words = [float(len(text.split())) for text in clips.texts]
-        figures["wer"] = [
-            (jiwer.wer(text.lower(), said) * count, count) for text, said, count in zip(clips.texts, heard, words)
-        ]
+        figures["wer"] = [count_errors(text.lower(), said)["wer"] for text, said in zip(clips.texts, heard)]
         figures["ends_in_time"] = [(float(in_time(t, clips.rate)), 1.0) for t in talks]
         figures["length_error_s"] = [(abs(len(wave) - len(own)) / clips.rate, 1.0) for wave, own in zip(whole, true)]
     return {name: dict(zip(names, pairs)) for name, pairs in figures.items()}

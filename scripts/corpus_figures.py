@@ -68,7 +68,7 @@ def talker_t2av(args: argparse.Namespace) -> Figures:
         raise UserError("--figure shows a clip of the part t2av: add it to --parts")
     codecs = {name: vars(args)[name] for name in ("speech", "motion", "speaker") if vars(args)[name]}
     pipeline = TalkerPipeline.from_pretrained(args.weights, codecs=codecs, precision=args.precision)
-    changes = {name: vars(args)[name] for name in ("steps", "temperature", "guidance")}
+    changes = {name: vars(args)[name] for name in ("steps", "temperature", "guidance", "particles")}
     pipeline.sampling = override(pipeline.sampling, changes)
     yield "sampling", asdict(pipeline.sampling)
     for split in args.splits:
@@ -164,6 +164,7 @@ def parse() -> argparse.Namespace:
     add("--words-only", action="store_true", help="measure word error rates only")
     add = commands["talker_t2av"]
     add("--guidance", type=float, help="guidance scale (None: the release's setting)")
+    add("--particles", type=int, help="drafts of v2a (None: the release's setting)")
     for codec in ("speech", "motion", "speaker"):
         add(f"--{codec}", type=Path, help=f"release folder of the {codec} codec (None: the release's own)")
     parts = ["t2av", "tts", "v2a", "a2v", "stream", "batch"]

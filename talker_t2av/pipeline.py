@@ -33,7 +33,7 @@ from talker_t2av.generation import PatchLoop, Result, Step, step_limit
 from talker_t2av.jobs import Job, PreparedJob, prepare_job
 from talker_t2av.model import FPS, HOP, RATE
 from talker_t2av.particles import ParticleLoop, draws_drafts
-from talker_t2av.request import MODES, Request, Sampling
+from talker_t2av.request import Request, Sampling
 from talker_t2av.system import BUNDLED, TalkerSystem
 
 __all__ = ["Chunk", "Job", "Talk", "TalkerPipeline"]
@@ -162,16 +162,18 @@ class TalkerPipeline:
     ) -> list[Talk]:
         """Generate prepared jobs, those of one mode as a batch; the results in the given order."""
         order = sorted(range(len(prepared)), key=lambda i: (prepared[i].job.mode, prepared[i].job.compat))
-        talks: dict[int, Talk] = {}
+        model, talks = self.system.model, dict[int, Talk]()
         for _, group in groupby(order, key=lambda i: (prepared[i].job.mode, prepared[i].job.compat)):
             rows = list(group)
             first, requests = prepared[rows[0]], [request for i in rows for request in prepared[i].requests]
-            most = sum(step_limit(self.system.model, request, first.mode) for request in requests)
-            seconds, results = most * self.system.model.config.patch_size / FPS, []
+            kind = ParticleLoop if draws_drafts(first.mode, self.sampling) else PatchLoop
+            most = sum(step_limit(model, request, first.mode) for request in requests)
+            seconds, results = most * model.config.patch_size / FPS, []
             size = max(len(rows), PARTS_AT_ONCE)
             with stage("sampling", most, "patches", f"sampling at most {seconds:.1f} s") as count:
                 for start in range(0, len(requests), size):
-                    loop = self._loop(first, requests[start : start + size])
+                    drawn = requests[start : start + size]
+                    loop = kind(model, drawn, first.mode, self.sampling, rules=first.rules, compiled=self.compiled)
                     for step in loop:
                         count(step.running)
                         on_step(step)
@@ -185,15 +187,12 @@ class TalkerPipeline:
         """One job, piece by piece as patches arrive; `on_step` is called after each patch.
 
         The concatenated chunks equal the result of `run`: samples to 1e-4, pictures to one level of 255. The sound of a
-        frame comes as soon as the later frames that the decoder needs for it are there.
+        frame comes as soon as the later frames that the decoder needs for it are there. V2A is streamed from a single
+        draft, whatever `sampling.particles` is: what was heard cannot be taken back.
 
         Raises:
-            UserError: as `prepare_job` does; or V2A draws several drafts, which are chosen among at the end.
+            UserError: as `prepare_job` does.
         """
-        if draws_drafts(MODES[job.mode], self.sampling):
-            raise UserError(
-                f"sampling.particles={self.sampling.particles}: a stream cannot take back what was heard; set it to 1"
-            )
         prepared = prepare_job(job, self.system, self.sampling.text_bytes)
         fresh: list[Tensor] = []  # motion (P, Dm) that is not rendered yet
         face = Face(self.system, prepared)
@@ -214,17 +213,20 @@ class TalkerPipeline:
                 if len(wave) or frames is not None:
                     yield Chunk(wave, frames)
 
-    def _loop(self, first: PreparedJob, requests: Sequence[Request], check_every: int | None = None) -> PatchLoop:
-        loop = ParticleLoop if draws_drafts(first.mode, self.sampling) else PatchLoop
-        how = {"rules": first.rules, "check_every": check_every, "compiled": self.compiled}
-        return loop(self.system.model, requests, first.mode, self.sampling, **how)
-
     def _waves(
         self, prepared: PreparedJob, request: Request, fresh: list[Tensor], on_step: Callable[[Step], None]
     ) -> Iterator[np.ndarray]:
         """Sound (n,) as patches arrive; appends their motion to `fresh`."""
         size = self.system.model.config.patch_size
-        loop = self._loop(prepared, [request], check_every=1)
+        loop = PatchLoop(
+            self.system.model,
+            [request],
+            prepared.mode,
+            self.sampling,
+            prepared.rules,
+            check_every=1,
+            compiled=self.compiled,
+        )
         if prepared.wave is not None:
             position = 0
             for step in loop:

@@ -50,3 +50,23 @@ def test_with_a_prefix_the_face_is_given_the_rest_of_the_sound(monkeypatch):
     found = talker_claims.measure(pipeline, clips, "a2v", 0.5)
     expected = synchrony(np.arange(frames - given) % 5, wave[given * HOP :], rate)
     assert found["synchrony"] == {"a": (expected, 1.0)}
+
+
+def test_words_are_counted_in_prefix_and_continuation_together(monkeypatch):
+    rate, frames, given = 24_000, 50, 12
+    wave = np.random.default_rng(0).uniform(-1, 1, frames * HOP).astype(np.float32)
+    spoken = SimpleNamespace(
+        wave=wave[given * HOP :], frames=np.zeros((frames - given, 2, 2, 3), np.uint8), stopped=True
+    )
+    clips = SimpleNamespace(
+        rows=[{"id": "a"}], texts=["Lay red"], rate=rate, waves=lambda: [wave], path=lambda row, suffix: "own"
+    )
+    clips.jobs = lambda mode, seed: [Job("tts", "lay red", reference_audio="other.wav")]
+    clips.opening = lambda pictures: np.arange(len(pictures)) % 5
+    clips.recogniser = SimpleNamespace(
+        transcribe_all=lambda texts, waves, rate: ["lay blue now" if len(waves[0]) == len(wave) else ""]
+    )
+    pipeline = SimpleNamespace(system=SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(patch_size=4))))
+    monkeypatch.setattr(talker_claims, "talk", lambda *_: [spoken])
+    found = talker_claims.measure(pipeline, clips, "t2av", 0.5)
+    assert found["wer"] == {"a": (2, 2)} and found["length_error_s"] == {"a": (0.0, 1.0)}
