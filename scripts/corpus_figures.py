@@ -190,7 +190,7 @@ def lines(figures: dict[str, Any], indent: str = "  ") -> Iterator[str]:
         else:
             values = value if isinstance(value, list) else [value]
             shown = " ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)
-            yield f"{indent}{name:44}{shown}"
+            yield f"{indent}{name:43} {shown}"
 
 
 def main() -> None:

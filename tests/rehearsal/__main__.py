@@ -22,6 +22,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from engine.errors import UserError
+from engine.optional import require_librosa
 from tests.rehearsal.commands import ROOT
 from tests.rehearsal.walk import Runner, Step, plan, run_forked, set_up, wait
 
@@ -95,6 +97,8 @@ def walk(steps: list[Step], args: argparse.Namespace, work: Path) -> int:
         importlib.import_module(name)
     with suppress(ImportError):
         importlib.import_module("resemblyzer")
+    with suppress(UserError):
+        require_librosa()
     weights = (args.weights or work / "published").resolve()
     builders = make_trees(args.tree, work)
     if args.weights is None:

@@ -208,16 +208,18 @@ class Runner:
 
 
 def _fork_instead_of_spawning() -> None:
-    """Worker processes of the preparation, and the scripts that train.py calls, become forks of this process."""
-    executor = importlib.import_module("corpora.preparation.executor")
-    executor.get_context = lambda _: multiprocessing.get_context("fork")
+    """Processes of the preparation and of benchmarks, and the scripts that programs call, become forks of this one."""
+    for name in ("corpora.preparation.executor", "benchmarks.common"):
+        importlib.import_module(name).get_context = lambda _: multiprocessing.get_context("fork")
     real = subprocess.run
 
     def run(call: Any, *arguments: Any, **more: Any) -> subprocess.CompletedProcess:
-        if more or arguments or call[0] != sys.executable or not str(call[1]).endswith(".py"):
+        log = Path(getattr(more.get("stdout"), "name", "/dev/stdout"))  # of both streams
+        known = not more or more == {"stdout": more.get("stdout"), "stderr": subprocess.STDOUT}
+        if arguments or not known or call[0] != sys.executable or not str(call[1]).endswith(".py"):
             return real(call, *arguments, **more)
         words = [str(word) for word in call[1:]]
-        return subprocess.CompletedProcess(call, wait([run_forked(lambda: _execute(words), Path("/dev/stdout"))]).code)
+        return subprocess.CompletedProcess(call, wait([run_forked(lambda: _execute(words), log)]).code)
 
     subprocess.run = run
 
