@@ -129,7 +129,7 @@ class HiCoDiTTask(Task):
                 )
             own = self.system.state_dict()
             state |= {key: own[key] for key in own if ".embeddings." in key or ".heads." in key}
-        state |= self._phoneme_head(state) | self._guidance_input(state)
+        state |= self._phoneme_head(state) | self._new_inputs(state)
         load_strict(self.system, state, f"init={init}")
 
     def _phoneme_head(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -137,10 +137,10 @@ class HiCoDiTTask(Task):
         own = {key: value for key, value in self.system.state_dict().items() if ".phoneme_head." in key}
         return own if any(key in state and state[key].shape != own[key].shape for key in own) else {}
 
-    def _guidance_input(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Its own tensors if `state` has none: that input adds nothing at first."""
-        own = self.system.state_dict()
-        return {key: own[key] for key in own if ".guidance_proj." in key and key not in state}
+    def _new_inputs(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Its own tensors of inputs that `state` has not, and that add nothing at first."""
+        own, new = self.system.state_dict(), (".guidance_proj.", ".fuse_expression.")
+        return {key: own[key] for key in own if any(part in key for part in new) and key not in state}
 
     on_host = ("frames",)
 

@@ -18,7 +18,7 @@ from hicodit.model import BRANCHES, HiCoDiT, ModelConfig
 from hicodit.system import HiCoDiTSystem
 
 SMALL = {"codes": 16, "width": 32, "heads": 4, "low_blocks": 2, "high_blocks": 2, "cond_dim": 16, "lip_dim": 8}
-ABLATIONS = [{}, {"hierarchical": False}, {"dual_scale": False}, {"normalised": False}]
+ABLATIONS = [{}, {"hierarchical": False}, {"dual_scale": False}, {"normalised": False}, {"expression_context": True}]
 TOKENS = torch.randint(0, 17, (3, 12, 40), generator=torch.Generator().manual_seed(2))
 SIGMA = torch.linspace(0.5, 2, 3)
 
@@ -174,6 +174,26 @@ def test_ablations_take_expression_as_the_paper_says(changes):
     assert moves(swapped) == (not changes.get("hierarchical", True), changes.get("dual_scale", True))
     assert moves(other) == (bool(changes), True)
     assert moves(without_identity) == (True, True)
+
+
+@pytest.mark.parametrize("changes", [{}, {"dual_scale": False}, {"hierarchical": False}], ids=str)
+def test_the_expression_of_a_half_second_can_enter_the_last_stage(changes):
+    """Where it changes, and in levels 3-12 alone where there are two stages; a new model is the one without it."""
+    without, model = build(**changes), build(**changes, expression_context=True)
+    own = {name for name, _ in model.named_parameters()} - {name for name, _ in without.named_parameters()}
+    assert own == {f"stages.{len(model.stages) - 1}.fuse_expression.weight"}
+    model.load_state_dict(without.state_dict(), strict=False)
+    new, conditions = model.stages[-1].fuse_expression, clip_conditions()
+    with torch.no_grad():
+        new.weight.copy_(HiCoDiT(model.config).stages[-1].fuse_expression.weight)
+    before = run(without, conditions)
+    torch.testing.assert_close(run(model, conditions), before, rtol=0, atol=0)
+    nn.init.normal_(new.weight)
+    moved = (run(model, conditions) - before).abs().amax((0, 1, 3, 4)) > 1e-4  # (12,) levels
+    assert moved.tolist() == [not changes.get("hierarchical", True)] * 2 + [True] * 10
+    classes = new(model.expression_table.weight)[torch.tensor([[1, 4], [7, 7]])]  # of a clip with and one without it
+    kept = model.prepare(conditions, keep=torch.tensor([[True] * 3, [True, True, False], [True] * 3])).expression
+    torch.testing.assert_close(kept[:2], classes)
 
 
 def test_any_number_of_expressions_but_the_encoders_have_seven():

@@ -170,6 +170,16 @@ def test_a_start_takes_all_but_a_phoneme_head_of_another_size(corpus, release, t
     )
 
 
+def test_a_start_without_expressions_in_the_input_adds_nothing_for_them(corpus, release, tmp_path):
+    other = make_task(corpus, release).system
+    other.save(tmp_path / "other", "card", {"codec": "codec"})
+    task = make_task(corpus, release, init=str(tmp_path / "other"), model={"expression_context": True})
+    ours, theirs = task.system.state_dict(), other.state_dict()
+    (new,) = ours.keys() - theirs.keys()
+    assert "fuse_expression" in new and not ours[new].any()
+    assert all(torch.equal(ours[key].half(), value.half()) for key, value in theirs.items())
+
+
 def test_dataset_is_a_function_of_its_generator(corpus, release):
     data = make_data(corpus, release)
     a, b, c = (data.__getitem__(0, torch.Generator().manual_seed(s))["mouth"] for s in (1, 1, 2))
