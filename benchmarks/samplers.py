@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
             changes = {"method": method, "steps": steps, **OWN.get(method, DRAWN)}
             _, sampler, guidance = read_point(pipeline, "fast")
             points.append((method, override(sampler, changes), guidance))
-    clips = HeldOut.recorded(pipeline, args.corpus, args.split, args.clips, cut_pitch=True)
+    clips = HeldOut.recorded(pipeline, args.corpus, args.split, args.clips)
     everyone, rows = read_manifest(args.corpus, args.split), []
     count = Counter(row["voice"] for row in everyone)
     several = [row for row in everyone if count[row["voice"]] > 1]

@@ -25,7 +25,7 @@ from engine.media.video import write_video
 from engine.metrics.metric import wave_of
 from engine.metrics.registry import metrics_of
 from engine.metrics.speaker import GE2EEncoder
-from engine.metrics.speech import prosody
+from engine.metrics.speech import pitch, prosody
 from hicodit.conditions import EXPRESSIONS
 from hicodit.data import HiCoDiTDataset
 from hicodit.held_out import Figures, HeldOut, Voices, correlations, stored_crops, stored_samples, synthesise
@@ -140,7 +140,8 @@ def evaluate_corpus(
     Word error rates of clean speech, of the tokenizer's resynthesis, of the model, and of the model with the videos
     shuffled between clips (what is left when the lips do not fit the words); how often the output's GE2E vector is
     nearest to the true voice; correlation of pitch range and energy with the true clips, also with the expressions
-    shuffled between clips.
+    shuffled between clips; how often both move the right way where the expression changes, also with the expressions
+    before and after the change exchanged.
 
     Args:
         expression_clips: how many clips the correlations are measured on.
@@ -167,8 +168,12 @@ def evaluate_corpus(
         figures |= {name: value for name, value in clean.items() if "correlation" not in name}  # with themselves
         if "voice_first" in figures:
             figures["voices"] = len(held_out.known)
-        if held_out.changing:
-            figures["clips_that_change"] = len(held_out.changing)
+        if chosen := held_out.changing:
+            figures["clips_that_change"] = len(chosen)
+            exchanged = [exchange(shown[i]) for i in chosen]
+            turned = synthesise(pipeline, [crops[i] for i in chosen], seed, batch, exchanged)
+            changes = [held_out.around_change(rows[i], s.wave, pitch(s.wave, s.rate)) for i, s in zip(chosen, turned)]
+            figures |= overall(held_out.moves(changes), "expressions_exchanged")
         labels = [expressions_of(row, len(classes)) for row, classes in zip(rows, shown)]
         figures["expression_recognised"] = float(np.mean(np.concatenate(labels) == np.concatenate(shown)))
         true = held_out.truth["prosody"]
@@ -196,6 +201,12 @@ def expressions_of(row: Mapping, windows: int) -> np.ndarray:
     """The true class of each half second of a clip, (J,), J = `windows`."""
     names = row.get("expressions") or [row["expression"]] * windows
     return np.array([EXPRESSIONS.index(name) for name in names])
+
+
+def exchange(classes: np.ndarray) -> np.ndarray:
+    """Classes of half seconds (J,) with the first and the last one in each other's place."""
+    first, last = classes[0], classes[-1]
+    return np.where(classes == first, last, np.where(classes == last, first, classes))
 
 
 def _shuffle_within(kinds: Sequence[bool], rng: np.random.Generator) -> np.ndarray:

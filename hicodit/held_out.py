@@ -99,8 +99,6 @@ class HeldOut:
         rows: (C) of the manifest. crops: (C) of the faces. rate: of all waves, in Hz.
         known: the voices that a clip's voice is looked for among; clips of other voices do not count.
         whole: prosody of whole clips is measured of the first so many.
-        cut_pitch: the pitch before and after a change is cut from that of the whole clip, and not searched in each part
-            by itself. It takes half the time; parts of a few words get other values.
         faceless: number of clips that were left out.
     """
 
@@ -111,7 +109,6 @@ class HeldOut:
     rate: int
     known: Voices = field(default_factory=dict)
     whole: int | None = None
-    cut_pitch: bool = False
     faceless: int = 0
 
     @classmethod
@@ -226,17 +223,21 @@ class HeldOut:
         """Pitch range and energy: `prosody` of clips, `changes` of those that change, before and after the change."""
         prosody, changes = [], []
         for i, (row, wave) in enumerate(zip(track(self.rows, len(self.rows), "clips measured"), waves)):
-            counts = self.whole is None or i < self.whole
-            f0 = pitch(wave, self.rate) if counts or self.cut_pitch else None
+            counts, changing = self.whole is None or i < self.whole, row.get("change") is not None
+            f0 = pitch(wave, self.rate) if counts or changing else None
             if counts:
                 prosody.append((pitch_range(f0), energy(wave)))
-            if i in self.changing:
-                changes.append([])
-                for start, end in spans_around_change(row):
-                    part = wave[int(start * self.rate) : int(end * self.rate)]
-                    own = f0[int(start * PITCHES) : int(end * PITCHES)] if self.cut_pitch else pitch(part, self.rate)
-                    changes[-1].append((pitch_range(own), energy(part)))
+            if changing:
+                changes.append(self.around_change(row, wave, f0))
         return {"prosody": prosody, "changes": changes}
+
+    def around_change(self, row: Mapping, wave: np.ndarray, f0: np.ndarray) -> list[tuple[float, float]]:
+        """Pitch range and energy before and after a clip's change, cut from its wave (N,) and its pitch (F,)."""
+        found = []
+        for start, end in spans_around_change(row):
+            part = wave[int(start * self.rate) : int(end * self.rate)]
+            found.append((pitch_range(f0[int(start * PITCHES) : int(end * PITCHES)]), energy(part)))
+        return found
 
     def moves(self, changes: Sequence) -> Figures:
         """Do pitch range and energy, (clips that change, 2 parts, 2), move the right way at the change?

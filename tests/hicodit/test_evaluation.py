@@ -8,7 +8,7 @@ import pytest
 
 import hicodit.evaluation
 import hicodit.held_out
-from hicodit.evaluation import derangement, expressions_of, overall
+from hicodit.evaluation import derangement, exchange, expressions_of, overall
 from hicodit.held_out import HeldOut
 from scripts import corpus_figures
 
@@ -94,14 +94,13 @@ def test_a_change_of_expression_is_right_where_prosody_moves_as_in_the_true_clip
         {"expressions": ["sad"] * 4, "change": None, "phonemes": [["a", 0.0, 1.9]]},
     ]
     true = [np.concatenate(parts) for parts in ((flat, lively), (lively, flat), (flat, flat))]
-    for cut_pitch in (False, True):
-        clips = held_out(rows, rate, whole=1, cut_pitch=cut_pitch)
-        clips.true = true
-        made = clips.measure([true[0], true[0], true[2]])
-        assert len(made["prosody"]) == 1 and made["prosody"] == clips.truth["prosody"][:1]
-        for name in ("pitch_range_right_way", "energy_right_way"):
-            assert clips.moves(clips.truth["changes"])[name] == [(1, 1), (1, 1), None]
-            assert clips.moves(made["changes"])[name] == [(1, 1), (0, 1), None]
+    clips = held_out(rows, rate, whole=1)
+    clips.true = true
+    made = clips.measure([true[0], true[0], true[2]])
+    assert len(made["prosody"]) == 1 and made["prosody"] == clips.truth["prosody"][:1]
+    for name in ("pitch_range_right_way", "energy_right_way"):
+        assert clips.moves(clips.truth["changes"])[name] == [(1, 1), (1, 1), None]
+        assert clips.moves(made["changes"])[name] == [(1, 1), (0, 1), None]
     alone = held_out(rows[2:], rate, whole=0)
     alone.true = true[2:]
     assert set(map(tuple, alone.moves(alone.truth["changes"]).values())) == {(None,)}
@@ -114,11 +113,14 @@ def test_pitch_before_and_after_a_change_is_cut_from_that_of_the_clip(monkeypatc
     monkeypatch.setattr(hicodit.held_out, "pitch_range", lambda f0: float(f0.mean()))
     row = {"change": 0.8, "phonemes": [["a", 0.0, 0.8], ["b", 0.8, 1.6]], "expressions": ["sad", "happy"]}
     rise = np.repeat([0.0, 1.0], 5000)
-    for cut_pitch, lengths in ((True, [10_000]), (False, [10_000, 5000, 5000])):
-        searched.clear()
-        found = held_out([row], 6250, cut_pitch=cut_pitch).measure([rise])
-        assert [part[0] for part in found["changes"][0]] == [0, 1] and found["prosody"][0][0] == 0.5
-        assert searched == lengths
+    found = held_out([row], 6250).measure([rise])
+    assert [part[0] for part in found["changes"][0]] == [0, 1] and found["prosody"][0][0] == 0.5
+    assert searched == [10_000]
+
+
+def test_expressions_before_and_after_a_change_are_exchanged():
+    assert exchange(np.array([3, 3, 5, 1])).tolist() == [1, 1, 5, 3]
+    assert exchange(np.array([3, 3])).tolist() == [3, 3]
 
 
 def test_the_true_expressions_of_a_clip_are_by_half_second_or_one_for_all():
