@@ -148,9 +148,10 @@ def figures_of(args: argparse.Namespace, folder: Path, release: Path) -> dict[st
 def settings(args: argparse.Namespace, variant: str, seed: int) -> list[str]:
     """Settings of train.py for one model."""
     return [
-        "experiment=hicodit_synthetic_2", f"data.corpus={args.corpus}", f"data.root={args.shards}", "data.held_out=[]",
-        f"task.codec={args.codec}", f"trainer.seed={seed}", f"trainer.steps={args.steps}",
-        f"trainer.warmup={args.steps // 10}", "trainer.lr=6e-4", "trainer.ema_decay=0.99",
+        "experiment=hicodit_synthetic_2", "task.model.expression_context=false",  # the paper's model
+        f"data.corpus={args.corpus}", f"data.root={args.shards}", "data.held_out=[]", f"task.codec={args.codec}",
+        f"trainer.seed={seed}", f"trainer.steps={args.steps}", f"trainer.warmup={args.steps // 10}",
+        "trainer.lr=6e-4", "trainer.ema_decay=0.99",
         *args.overrides, *VARIANTS[variant],
     ]  # fmt: skip
 

@@ -25,14 +25,14 @@ def test_every_release_has_a_card_with_command_seed_and_results(folder):
     assert "train.py experiment=" in card and "seed" in card and "| " in card
 
 
-def test_the_default_sampler_takes_sixteen_evaluations_and_the_papers_is_an_override_away():
+def test_the_default_sampler_takes_fifteen_evaluations_and_the_papers_is_an_override_away():
     pipeline = HiCoDiTPipeline.from_pretrained()
     paper = typed(load("infer", ["sampler=paper"], ""), InferConfig)
     counts = []
     for changes in (InferConfig(), paper):
         sampler, guidance = override(pipeline.sampler, changes.sampler), override(pipeline.guidance, changes.guidance)
         counts.append(sampler.steps * len(guidance.branches))
-    assert counts == [16, 320]
+    assert counts == [15, 320]
 
 
 def test_the_silent_clip_is_silent_and_speaks_intelligibly():
