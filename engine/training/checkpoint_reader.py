@@ -25,6 +25,16 @@ _GLOBALS = {(found.__module__, found.__qualname__): found for found in _METADATA
 _GLOBALS |= {tuple(str(found).split(".")): found for found in _METADATA if isinstance(found, torch.dtype)}
 
 
+def _member(found: type, name: str) -> Any:
+    """In place of `getattr`, by which Python 3.11.2 (Debian 12) pickles members of enumerations; 3.11.7 does not."""
+    if found is not dcp_metadata._MEM_FORMAT_ENCODING or name not in found.__members__:
+        raise pickle.UnpicklingError(f"it asks for {name!r} of {found}")
+    return found[name]
+
+
+_GLOBALS["builtins", "getattr"] = _member
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _GLOBALS:

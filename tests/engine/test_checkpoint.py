@@ -1,5 +1,7 @@
+import io
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import threading
@@ -8,9 +10,10 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.metadata as dcp_metadata
 
 from engine.errors import UserError
-from engine.training import checkpoint
+from engine.training import checkpoint, checkpoint_reader
 from engine.training.checkpoint import Checkpoints
 
 
@@ -223,3 +226,26 @@ def test_the_copies_memory_is_used_again(tmp_path):
     read = state(0.0)
     checkpoint.load(tmp_path / "step-00000002", read)
     assert torch.equal(read["model.weight"], torch.full((3, 4), 2.0))
+
+
+class Attribute:
+    """Is pickled as `getattr(found, name)`."""
+
+    def __init__(self, found, name):
+        self.asked = found, name
+
+    def __reduce__(self):
+        return getattr, self.asked
+
+
+def test_getattr_in_metadata_gives_members_of_the_memory_formats_alone():
+    """Python 3.11.2 writes them so."""
+    formats = dcp_metadata._MEM_FORMAT_ENCODING
+
+    def read(found, name):
+        return checkpoint_reader._Unpickler(io.BytesIO(pickle.dumps(Attribute(found, name)))).load()
+
+    assert read(formats, "TORCH_CONTIGUOUS_FORMAT") is formats.TORCH_CONTIGUOUS_FORMAT
+    for found, name in ((formats, "__init__"), (dcp_metadata.Metadata, "__init__"), (torch.Size, "numel")):
+        with pytest.raises(pickle.UnpicklingError, match=f"asks for '{name}'"):
+            read(found, name)
