@@ -133,12 +133,8 @@ def blob(metadata, step: Path) -> None:
 
 
 TOUCH = r"names pathlib\.Path\.touch|it names|it asks for"  # by the version of Python that made the payload
-
 FORGED = {
-    "payload instead of metadata": (
-        lambda metadata, step: Payload(step / "ran"),
-        r"names pathlib\.Path\.touch|it asks for",
-    ),
+    "payload instead of metadata": (lambda metadata, step: Payload(step / "ran"), TOUCH),
     "payload inside the metadata": (nested, TOUCH),
     "a tensor as a pickled object": (by_bytes, "names torch.distributed.checkpoint.metadata.BytesStorageMetadata"),
     "payload in a data file": (blob, r"cannot be read"),
