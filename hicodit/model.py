@@ -112,7 +112,7 @@ class Prepared:
     lip: Tensor  # (U * B, L, C) lip features through their half of the fusion layer
     conds: tuple[Tensor, ...]  # (R, E) for each stage: embedded identity and pooled expression, as far as it takes them
     windows: Tensor | None  # (G * B, J, E) expression of each half second, for the temporal scales
-    expression: Tensor | None  # (G * B, J, C) expression of each half second in the last stage's input
+    expression: Tensor | None  # (G * B, L, C) expression as a part of the last stage's input
     low_index: Tensor | None  # (G * B,) the row of the low stage that each row takes; None where all differ
     rotary: Tensor  # (2, L, D/2)
     mask: Tensor | Packing | None  # (B, 1, 1, L), True at real frames; None when there is no padding
@@ -214,15 +214,15 @@ class Stage(nn.Module):
         copies, length = len(context) // len(tokens), tokens.shape[-1]
         embedded = torch.stack([table(tokens[:, self.first + i]) for i, table in enumerate(self.embeddings)]).mean(0)
         h = self.fuse_tokens(embedded).repeat(copies, 1, 1) + context
-        window = torch.arange(length, device=h.device) // WINDOW_TOKENS
         if self.fuse_expression is not None:
-            h = h + prepared.expression[:, window]
+            h = h + prepared.expression
         h = h.float()  # the residual stream, also under autocast
         temporal, mask = None, prepared.mask
         if given is None:
             time = time.repeat(copies, 1)
             cond = F.silu(cond + time)
         if self.temporal is not None:
+            window = torch.arange(length, device=h.device) // WINDOW_TOKENS
             scales = self.temporal(prepared.windows, time) if given is None else given.temporal
             temporal = scales[:, window]
         if isinstance(mask, Packing):
@@ -313,7 +313,7 @@ class HiCoDiT(nn.Module):
         lip = self.stages[0].fuse_context(lip).repeat_interleave(TOKENS_PER_FRAME, 1)
         starts = WINDOW_TOKENS * torch.arange(-(-length // WINDOW_TOKENS), device=host)
         share = send((ends - starts).clamp(0, WINDOW_TOKENS) / ends, device)  # (B, J) of a clip's tokens, 0 of padding
-        conds, windows, in_context = [], None, None
+        conds, windows, told = [], None, None
         for stage, kept in zip(self.stages, (low, high)):
             cond = 0.0
             if "identity" in stage.conditions:
@@ -326,13 +326,13 @@ class HiCoDiT(nn.Module):
                 if stage.temporal is not None:
                     windows = stage.temporal.expression(features.flatten(0, 1))
                 if stage.fuse_expression is not None:
-                    in_context = stage.fuse_expression(features.flatten(0, 1))
+                    told = stage.fuse_expression(features).flatten(0, 1).repeat_interleave(WINDOW_TOKENS, 1)[:, :length]
             conds.append(cond)
         if self.config.guidance_limit is not None:
             scales = conditions.identity.new_tensor([UNGUIDED.values]) if scales is None else scales
             guidance = self.guidance_proj(scales / self.config.guidance_limit)  # (B, E) or (1, E)
             conds = [(cond.unflatten(0, (-1, conditions.batch)) + guidance).flatten(0, 1) for cond in conds]
-        return Prepared(lip, tuple(conds), windows, in_context, low_index, rotary, mask)
+        return Prepared(lip, tuple(conds), windows, told, low_index, rotary, mask)
 
     def _rows(self, branches: Sequence[str], batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
         """Which conditions the low (U, 1, 3) and the high stage's rows (G, 1, 3) see, and `Prepared.low_index`."""

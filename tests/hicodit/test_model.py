@@ -193,7 +193,7 @@ def test_the_expression_of_a_half_second_can_enter_the_last_stage(changes):
     assert moved.tolist() == [not changes.get("hierarchical", True)] * 2 + [True] * 10
     classes = new(model.expression_table.weight)[torch.tensor([[1, 4], [7, 7]])]  # of a clip with and one without it
     kept = model.prepare(conditions, keep=torch.tensor([[True] * 3, [True, True, False], [True] * 3])).expression
-    torch.testing.assert_close(kept[:2], classes)
+    torch.testing.assert_close(kept[:2, [0, 25]], classes)
 
 
 def test_any_number_of_expressions_but_the_encoders_have_seven():
