@@ -112,10 +112,10 @@ def chart(rows: Sequence[Mapping], figures: Mapping[str, tuple[Figure, str]], pa
     from matplotlib import pyplot as plt
 
     (first, *others), shown = rows, [name for name in figures if name in rows[0]]
-    deep = -(-len(shown) // 4)
-    grid, axes = plt.subplots(
-        deep, 4, figsize=(14, 1 + deep * (1 + 0.25 * len(others))), sharey=True, layout="constrained", squeeze=False
-    )
+    wide = min(4, len(shown))
+    deep = -(-len(shown) // wide)
+    size = 3.5 * max(wide, 2), 1 + deep * (1 + 0.25 * len(others))
+    grid, axes = plt.subplots(deep, wide, figsize=size, sharey=True, layout="constrained", squeeze=False)
     for axis in axes.flat[len(shown) :]:
         axis.set_visible(False)
     for axis, name in zip(axes.flat, shown):
