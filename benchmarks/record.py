@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -19,11 +20,17 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def portable(value: Any) -> Any:
-    """`value` with absolute paths in its strings cut to their last component, as the folders mean nothing elsewhere."""
+    """`value` as any JSON reader takes it, and of use elsewhere.
+
+    Absolute paths in strings are cut to their last component. NaN and infinity, as of figures that no clip has, become
+    None: JSON has neither.
+    """
     if isinstance(value, dict):
         return {key: portable(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [portable(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if isinstance(value, Path):
         value = str(value)
     # A slash after a name or another slash belongs to a relative path or to an address.

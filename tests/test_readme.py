@@ -1,6 +1,7 @@
 """The README's promises that can be checked cheaply."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,7 @@ def test_records_name_no_folder_of_the_machine_that_measured():
         "a": ["x=corpus y", "b", "['c', d/e]"],
         "url": "https://host/b",
     }
+    assert portable({"a": [math.nan, -math.inf, 0.5]}) == {"a": [None, None, 0.5]}
 
 
 def test_no_placeholder_is_left():
