@@ -100,12 +100,7 @@ class ParticleLoop(PatchLoop):
 
     @torch.no_grad()
     def __init__(
-        self,
-        model: TalkerT2AV,
-        requests: Sequence[Request],
-        mode: Mode,
-        sampling: Sampling,
-        **how: Any,
+        self, model: TalkerT2AV, requests: Sequence[Request], mode: Mode, sampling: Sampling, **how: Any
     ) -> None:
         c, self.drafts = model.config, sampling.particles
         if reason := why_not(model):

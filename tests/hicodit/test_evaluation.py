@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -116,6 +117,38 @@ def test_pitch_before_and_after_a_change_is_cut_from_that_of_the_clip(monkeypatc
     found = held_out([row], 6250).measure([rise])
     assert [part[0] for part in found["changes"][0]] == [0, 1] and found["prosody"][0][0] == 0.5
     assert searched == [10_000]
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_voice_that_follows_its_expression_turns_when_expressions_are_exchanged(monkeypatch, listens):
+    """Crops stand for the classes that a clip shows; its sound is loud where they are happy."""
+    rate, names = 1000, ["neutral", "happy"]
+    phonemes = [["a", 0.0, 0.5], ["b", 0.5, 1.0]]
+    rows = [{"id": str(i), "text": "a", "voice": i % 2, "change": 0.5, "phonemes": phonemes} for i in range(4)]
+    rows = [row | {"expressions": names if i < 2 else names[::-1]} for i, row in enumerate(rows)]
+    clips = held_out(rows, rate)
+    clips.crops = [expressions_of(row, 2) for row in rows]
+
+    def speak(classes):
+        loud = np.repeat(np.where(np.array(classes) == clips.crops[0][1], 0.5, 0.1), rate // 2)
+        return SimpleNamespace(wave=loud.astype(np.float32), rate=rate, expression=np.array(classes))
+
+    def synthesise(pipeline, crops, seed=0, batch=16, expressions=None):
+        return [speak(classes) for classes in (expressions if listens and expressions is not None else crops)]
+
+    clips.true = [speak(shown).wave for shown in clips.crops]
+    clips.resynthesis = lambda pipeline: clips.true
+    clips.transcribe = lambda waves: ["a"] * len(waves)
+    clips.words = lambda heard: {"wer": [(0, 1)] * len(heard), "wer_free": [None] * len(heard)}
+    clips.embed = lambda waves: [np.ones(256, np.float32)] * len(waves)
+    monkeypatch.setattr(hicodit.evaluation, "synthesise", synthesise)
+    for module in (hicodit.evaluation, hicodit.held_out):
+        monkeypatch.setattr(module, "pitch", lambda wave, rate: np.full(100, 100.0))
+    monkeypatch.setattr(hicodit.evaluation, "prosody", lambda wave, rate: (0.0, float(wave.mean())))
+    monkeypatch.setattr(HeldOut, "recorded", lambda *_, **how: clips)
+    found = hicodit.evaluation.evaluate_corpus(SimpleNamespace(codec=None), Path(), "dev")
+    assert (found["clips_that_change"], found["energy_changes_rightly"]) == (4, 1)
+    assert found["energy_changes_rightly_expressions_exchanged"] == (0 if listens else 1)
 
 
 def test_expressions_before_and_after_a_change_are_exchanged():
