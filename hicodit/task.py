@@ -138,7 +138,7 @@ class HiCoDiTTask(Task):
         return own if any(key in state and state[key].shape != own[key].shape for key in own) else {}
 
     def _new_inputs(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Its own tensors of inputs that `state` has not, and that add nothing at first."""
+        """Its own tensors of the inputs that `state` lacks, which add nothing at first."""
         own, new = self.system.state_dict(), (".guidance_proj.", ".fuse_expression.")
         return {key: own[key] for key in own if any(part in key for part in new) and key not in state}
 
