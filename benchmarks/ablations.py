@@ -24,7 +24,7 @@ import torch
 from omegaconf import OmegaConf
 
 from benchmarks.claims import measure
-from benchmarks.common import in_own_process, read_config
+from benchmarks.common import in_own_process
 from benchmarks.paired import chart, compare, correlation, line, ratio
 from engine.config import compose
 from engine.errors import UserError
@@ -136,8 +136,8 @@ def figures_of(args: argparse.Namespace, folder: Path, release: Path) -> dict[st
     out = folder / f"figures-{args.split}-{args.clips}-{args.sampler}.json"
     if not out.exists():
         clock, truth = time.monotonic(), args.runs / f"truth-{args.split}-{args.clips}.json"
-        split, sampler = args.shards / args.split, read_config(f"sampler/{args.sampler}")
-        measured = release, Path(args.codec), args.corpus, split, args.clips, sampler, truth
+        split = args.shards / args.split
+        measured = release, Path(args.codec), args.corpus, split, args.clips, args.sampler, truth
         figures = in_own_process(measure, *measured)
         with atomic_output(out) as partial:
             partial.write_text(json.dumps(figures))

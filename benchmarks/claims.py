@@ -9,7 +9,7 @@ Axes: B batch, N clips, K levels, L token frames.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from hicodit.evaluation import derangement
 from hicodit.held_out import HeldOut, stored_crops, stored_samples, stored_voices, synthesise
 from hicodit.model import HiCoDiT, Requested
 from hicodit.pipeline import HiCoDiTPipeline
+from hicodit.settings import with_preset
 
 TIMES = (0.25, 0.75)  # of the loss: the middle of each half
 LOW = 2  # levels in `dse_low` of every variant, as in the paper
@@ -37,7 +38,7 @@ BATCH = 8
 
 
 def measure(
-    release: Path, codec: Path, corpus: Path, shards: Path, count: int, sampler: Mapping[str, Mapping], truth: Path
+    release: Path, codec: Path, corpus: Path, shards: Path, count: int, sampler: str, truth: Path
 ) -> dict[str, Pairs]:
     """All figures of a release: name -> clip -> the pair, None where the figure does not count the clip.
 
@@ -45,14 +46,14 @@ def measure(
     voices are looked for among those that have several clips in the split.
 
     Args:
+        sampler: a file of configs/sampler.
         truth: JSON file of the true clips' prosody, written where it is missing.
     """
     samples = stored_samples(HiCoDiTDataset(shards, codec, augment=False), count)
     exact = HiCoDiTPipeline.from_pretrained(release, "cpu", str(codec), precision="fp32")
     figures = losses(exact, samples)
     pipeline = HiCoDiTPipeline.from_pretrained(release, "cpu", str(codec), precision="bf16")
-    pipeline.sampler = replace(pipeline.sampler, **sampler["sampler"])
-    pipeline.guidance = replace(pipeline.guidance, **sampler["guidance"])
+    pipeline.sampler, pipeline.guidance = with_preset(sampler, pipeline.sampler, pipeline.guidance)
     crops = [stored_crops(sample, pipeline.system.encoders.config.picture_every) for sample in samples]
     rows = {row["id"]: row for row in read_manifest(corpus, shards.name)}
     rows = [rows[sample.info["key"]] for sample in samples]

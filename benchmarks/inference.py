@@ -22,6 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.common import in_own_process, matrix_rate, now, peak_memory_mb, read_config
 from benchmarks.official_talker import official_t2av
 from benchmarks.roofline import bounds, this_machine, weight_bytes
-from benchmarks.sampling import build
-from engine.config import override
+from benchmarks.sampling import GUIDANCE, build
 from engine.precision import convert_matrices, pack_linear
 from hicodit.conditions.types import Conditions, Crops, windows_of
 from hicodit.generation import generate, windows
 from hicodit.model import FLOAT32
 from hicodit.pipeline import HiCoDiTPipeline
-from hicodit.settings import GuidanceScales, SamplerConfig
+from hicodit.settings import SamplerConfig, with_preset
 from talker_t2av.generation import PatchLoop
 from talker_t2av.model import TalkerConfig, TalkerT2AV
 from talker_t2av.request import MODES, Request, Sampling
@@ -111,9 +111,7 @@ class Counted(TorchDispatchMode):
 def hicodit(job: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of one setting of HiCoDiT, a precision each."""
     device, batch, seconds, steps = torch.device(job["device"]), job["batch"], job["seconds"], job["timed_steps"]
-    preset = read_config(f"sampler/{job['sampler']}")
-    sampler = override(SamplerConfig(), preset["sampler"])
-    guidance = override(GuidanceScales(2.5, 1.25, 1.5, 2.0), preset["guidance"])
+    sampler, guidance = with_preset(job["sampler"], SamplerConfig(), GUIDANCE)
     models, weights, frames = {}, {}, round(25 * min(seconds, sampler.window))
     for name, dtype in TYPES.items():
         models[name] = convert_matrices(build(job["size"]).model.to(device), dtype, FLOAT32)
@@ -125,7 +123,7 @@ def hicodit(job: dict[str, Any]) -> list[dict[str, Any]]:
     )  # fmt: skip
 
     def window(name: str, on_step: Callable[[int], None], steps: int = steps) -> None:
-        generate(models[name], conditions, override(sampler, {"steps": steps}), guidance, range(batch), on_step=on_step)
+        generate(models[name], conditions, replace(sampler, steps=steps), guidance, range(batch), on_step=on_step)
 
     # Before the weights are packed: PyTorch's counter does not know products with packed weights.
     flops = _per_step(lambda n: _flops(lambda: window("fp32", lambda _: None, n)))
@@ -230,10 +228,8 @@ def whole_clip(minutes: float, device: str) -> dict[str, Any]:
     frames, rng = round(1500 * minutes), np.random.default_rng(0)
     mouth = rng.integers(0, 255, (frames, 48, 48), np.uint8)
     crops = Crops(mouth, rng.integers(0, 255, (frames, 64, 64, 3), np.uint8))
-    preset = read_config("sampler/fast")
-    sampler = override(pipeline.sampler, preset["sampler"] | {"steps": 2})
-    pipeline.guidance = override(pipeline.guidance, preset["guidance"])
-    wave = pipeline.run([crops], [0], sampler=sampler)[0].wave
+    sampler, pipeline.guidance = with_preset("fast", pipeline.sampler, pipeline.guidance)
+    wave = pipeline.run([crops], [0], sampler=replace(sampler, steps=2))[0].wave
     return {"minutes": minutes, "sound_s": len(wave) / 24_000, "peak_memory_mb": peak_memory_mb(device)}
 
 

@@ -36,7 +36,7 @@ from engine.media.corpus import read_manifest
 from hicodit.generation import windows
 from hicodit.held_out import Figures, HeldOut, synthesise
 from hicodit.pipeline import BUNDLED, HiCoDiTPipeline
-from hicodit.settings import METHODS, GuidanceScales, SamplerConfig
+from hicodit.settings import METHODS, GuidanceScales, SamplerConfig, with_preset
 from hicodit.system import CODECS  # noqa: F401 -- registers the tokenizers
 
 LEAST: dict[str, float] = {"clips": 4, "steps": 1}
@@ -103,15 +103,11 @@ def read_point(pipeline: HiCoDiTPipeline, text: str) -> Point:
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
         raise UserError(f"--points {preset} is no file of configs/sampler: choose {names}")
-    sampler, guidance = pipeline.sampler, pipeline.guidance
-    for config in (OmegaConf.load(path), OmegaConf.from_dotlist(changes)):
-        given = OmegaConf.to_container(config) or {}
-        unknown = set(given) - {"sampler", "guidance"}
-        if unknown:
-            raise UserError(f"--points {text}: {min(unknown)} is neither sampler.FIELD=VALUE nor guidance.FIELD=VALUE")
-        sampler = override(sampler, given.get("sampler", {}))
-        guidance = override(guidance, given.get("guidance", {}))
-    return text, sampler, guidance
+    given = OmegaConf.to_container(OmegaConf.from_dotlist(changes))
+    if unknown := set(given) - {"sampler", "guidance"}:
+        raise UserError(f"--points {text}: {min(unknown)} is neither sampler.FIELD=VALUE nor guidance.FIELD=VALUE")
+    sampler, guidance = with_preset(preset, pipeline.sampler, pipeline.guidance)
+    return text, override(sampler, given.get("sampler", {})), override(guidance, given.get("guidance", {}))
 
 
 class Evaluations:

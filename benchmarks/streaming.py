@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 
-from engine.config import CONFIGS, override
 from engine.evaluation.statistics import bootstrap_interval
 from engine.media.corpus import pick_rows
 from engine.metrics.recogniser import CorpusRecogniser
@@ -26,6 +24,7 @@ from engine.metrics.words import count_errors
 from engine.progress import track
 from hicodit.conditions.types import FPS
 from hicodit.pipeline import HiCoDiTPipeline
+from hicodit.settings import with_preset
 
 LEAST = {"clips": 1, "lookahead": 0.04, "steps": 1, "window": 1}
 
@@ -42,13 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     load = partial(HiCoDiTPipeline.from_pretrained, device=args.device)
-    pipeline, preset = load(precision=args.precision), OmegaConf.load(CONFIGS / "sampler" / "fast.yaml")
+    pipeline = load(precision=args.precision)
     settings = {"steps": args.steps, "window": args.window}
     ways = {f"look-ahead {s:g} s": partial(_stream, pipeline, lookahead=s, **settings) for s in args.lookahead}
     for precision in dict.fromkeys([args.precision, "fp32"]):
         offline = load(precision=precision)
-        offline.sampler = override(offline.sampler, OmegaConf.to_container(preset.sampler))
-        offline.guidance = override(offline.guidance, OmegaConf.to_container(preset.guidance))
+        offline.sampler, offline.guidance = with_preset("fast", offline.sampler, offline.guidance)
         ways[f"offline, sampler=fast, {precision}"] = partial(_offline, offline)
     recogniser = CorpusRecogniser(args.corpus / "grammar.jsgf")
     rows = [(args.corpus / split, row) for split in args.splits for row in pick_rows(args.corpus, split, args.clips)]

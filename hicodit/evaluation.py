@@ -11,10 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from engine.codec import load_codec
-from engine.config import CONFIGS, override
+from engine.config import override
 from engine.evaluation.clips import Clip
 from engine.evaluation.generate import generate_missing, write_facts
 from engine.evaluation.shares import ALONE, ByClip, Share
@@ -30,7 +29,7 @@ from hicodit.conditions import EXPRESSIONS
 from hicodit.data import HiCoDiTDataset
 from hicodit.held_out import Figures, HeldOut, Voices, correlations, stored_crops, stored_samples, synthesise
 from hicodit.pipeline import BUNDLED, FPS, HiCoDiTPipeline
-from hicodit.settings import GuidanceScales, SamplerConfig
+from hicodit.settings import GuidanceScales, SamplerConfig, with_preset
 from hicodit.system import CODECS, HiCoDiTSystem
 
 WAVES, VIDEOS = 4, 2  # that a validation keeps of each split
@@ -59,9 +58,8 @@ def write_outputs(
         UserError: the weights cannot be loaded. A clip without a face is named, and the others go on.
     """
     pipeline = HiCoDiTPipeline.from_pretrained(weights or BUNDLED, device, codec)
-    preset = OmegaConf.to_container(OmegaConf.load(CONFIGS / "sampler" / f"{sampler}.yaml")) or {}
-    pipeline.sampler = override(pipeline.sampler, preset.get("sampler", {}))
-    pipeline.guidance = override(override(pipeline.guidance, preset.get("guidance", {})), guidance or {})
+    pipeline.sampler, scales = with_preset(sampler, pipeline.sampler, pipeline.guidance)
+    pipeline.guidance = override(scales, guidance or {})
     tokens, ge2e = pipeline.codec, GE2EEncoder() if voice else None
     bits = tokens.levels * np.log2(tokens.codes) * tokens.frame_rate
     sampling = {

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from engine.bounds import DEVICES, PRECISIONS, SEEDS, bounded, check_bounds, require_choice
-from engine.config import override, typed
+from engine.config import CONFIGS, override, typed
 from engine.errors import UserError
 from engine.faces.track import check_face, given_track, read_boxes
 from engine.files import writable
@@ -115,6 +115,12 @@ class GuidanceScales:
 
 
 UNGUIDED = GuidanceScales()  # the conditional model alone
+
+
+def with_preset(name: str, sampler: SamplerConfig, guidance: GuidanceScales) -> tuple[SamplerConfig, GuidanceScales]:
+    """These settings with what configs/sampler/NAME.yaml says in their place."""
+    preset = OmegaConf.to_container(OmegaConf.load(CONFIGS / "sampler" / f"{name}.yaml"))
+    return override(sampler, preset.get("sampler", {})), override(guidance, preset.get("guidance", {}))
 
 
 @dataclass

@@ -18,12 +18,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from engine.bounds import bounded, check_bounds
 from engine.codec import Codec
-from engine.config import CONFIGS, override
 from engine.errors import UserError
 from engine.faces.detectors import FaceDetector, HaarDetector
 from engine.faces.track import FaceError, FaceTrack, track_face
@@ -31,7 +29,7 @@ from hicodit.conditions.types import FPS, MIN_FRAMES, Conditions, Crops
 from hicodit.generation import GuidedPosterior
 from hicodit.model import TOKENS_PER_FRAME
 from hicodit.samplers import sample
-from hicodit.settings import GuidanceScales, SamplerConfig
+from hicodit.settings import GuidanceScales, SamplerConfig, with_preset
 from hicodit.system import HiCoDiTSystem
 
 HOP = 4  # video frames: 160 ms
@@ -145,10 +143,9 @@ class SpeechStream:
     def __init__(
         self, pipeline: Networks, settings: StreamSettings, seed: int = 0, identity: np.ndarray | None = None
     ) -> None:
-        preset = OmegaConf.to_container(OmegaConf.load(CONFIGS / "sampler" / "fast.yaml"))
         self.pipeline, self.settings = pipeline, settings
-        self.sampler: SamplerConfig = replace(override(pipeline.sampler, preset["sampler"]), steps=settings.steps)
-        self.guidance = override(pipeline.guidance, preset["guidance"])
+        sampler, self.guidance = with_preset("fast", pipeline.sampler, pipeline.guidance)
+        self.sampler = replace(sampler, steps=settings.steps)
         self.identity = None if identity is None else torch.as_tensor(identity, dtype=torch.float32)
         self.generator = torch.Generator(pipeline.device).manual_seed(seed)
         self.detections = _Detections(pipeline.detector or HaarDetector())

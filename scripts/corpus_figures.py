@@ -41,13 +41,12 @@ def hicodit(args: argparse.Namespace) -> Figures:
     from hicodit.evaluation import evaluate_corpus
     from hicodit.held_out import mean_voices
     from hicodit.pipeline import HiCoDiTPipeline
+    from hicodit.settings import with_preset
 
     pipeline = HiCoDiTPipeline.from_pretrained(args.weights, codec=args.codec, precision=args.precision)
-    preset = OmegaConf.to_container(OmegaConf.load(CONFIGS / "sampler" / f"{args.sampler}.yaml")) or {}
-    pipeline.sampler = override(pipeline.sampler, preset.get("sampler", {}))
-    pipeline.guidance = override(pipeline.guidance, preset.get("guidance", {}))
+    sampler, pipeline.guidance = with_preset(args.sampler, pipeline.sampler, pipeline.guidance)
     changes = {"steps": args.steps, "method": args.method, "temperature": args.temperature}
-    pipeline.sampler = override(pipeline.sampler, changes)
+    pipeline.sampler = override(sampler, changes)
     if args.guidance:
         scales = dict(zip(("all", "identity", "expression", "lip"), args.guidance))
         pipeline.guidance = override(pipeline.guidance, scales)

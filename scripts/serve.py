@@ -18,10 +18,7 @@ if __name__ == "__main__":
 
 import argparse
 
-from omegaconf import OmegaConf
-
 from engine.bounds import DEVICES, PRECISIONS
-from engine.config import CONFIGS, override
 from engine.device import pick_device
 from engine.errors import UserError, run_cli
 from engine.media.limits import Limits, set_limits
@@ -54,7 +51,7 @@ def main() -> None:
     import uvicorn
 
     from hicodit.pipeline import HiCoDiTPipeline
-    from hicodit.settings import BUNDLED
+    from hicodit.settings import BUNDLED, with_preset
     from scripts.serve_app import make_app
     from scripts.serve_service import ServeLimits, Service
     from talker_t2av.pipeline import TalkerPipeline
@@ -65,9 +62,7 @@ def main() -> None:
     device, lips, talker = pick_device(args.device), None, None
     if "hicodit" in args.models:
         lips = HiCoDiTPipeline.from_pretrained(args.weights or BUNDLED, device, precision=args.precision)
-        preset = OmegaConf.to_container(OmegaConf.load(CONFIGS / "sampler" / f"{args.sampler}.yaml")) or {}
-        lips.sampler = override(lips.sampler, preset.get("sampler", {}))
-        lips.guidance = override(lips.guidance, preset.get("guidance", {}))
+        lips.sampler, lips.guidance = with_preset(args.sampler, lips.sampler, lips.guidance)
     if "talker_t2av" in args.models:
         talker = TalkerPipeline.from_pretrained(args.talker or BUNDLED_TALKER, device, precision=args.precision)
     service = Service(lips, talker, limits, args.rows, demo=args.talker is None)
