@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 from benchmarks.claims import measure
 from benchmarks.common import in_own_process
 from benchmarks.paired import chart, compare, correlation, line, ratio
+from benchmarks.record import dated
 from engine.config import compose
 from engine.errors import UserError
 from engine.files import atomic_output
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     by_variant = {variant: [measured[variant, seed] for seed in args.seeds] for variant in args.variants}
     rows = compare(by_variant, FIGURES, speakers)
     yield from ((row, line(row)) for row in rows)
-    path = args.out / f"{time.strftime('%Y-%m-%d')}-ablations-{args.device.type}.png"
+    path = dated(args.out, f"ablations-{args.device.type}.png")
     chart(rows, FIGURES, path)
     yield {"chart": path.name, "figures_are": "[mean over seeds, half of the 95 % interval]"}, str(path)
 

@@ -31,8 +31,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.charts import chart_file
 from benchmarks.common import in_own_process, matrix_rate, now, peak_memory_mb, read_config
 from benchmarks.official_talker import official_t2av
+from benchmarks.record import dated
 from benchmarks.roofline import bounds, this_machine, weight_bytes
 from benchmarks.sampling import GUIDANCE, build
 from engine.precision import convert_matrices, pack_linear
@@ -87,7 +89,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
         memory = in_own_process(whole_clip, minutes, str(args.device))
         yield memory, f"whole clip of {minutes:g} min, tiny: {memory['peak_memory_mb']:.0f} MB"
     if rows:
-        chart(rows, args.out / f"{time.strftime('%Y-%m-%d')}-inference-{args.device.type}.png")
+        chart(rows, dated(args.out, f"inference-{args.device.type}.png"))
 
 
 class Counted(TorchDispatchMode):
@@ -235,26 +237,18 @@ def whole_clip(minutes: float, device: str) -> dict[str, Any]:
 
 def chart(rows: list[dict[str, Any]], path: Path) -> None:
     """Real-time factors as bars, on a logarithmic axis."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     names = [f"{r['model']} {r['size']}, {r['sampler']}, {r['seconds']:g} s x {r['batch']}" for r in rows]
     labels = list(dict.fromkeys(names))
-    figure, axes = plt.subplots(figsize=(9, 1 + 0.45 * len(labels)), layout="constrained")
-    for i, precision in enumerate(TYPES):
-        own = {name: r["rtf"] for name, r in zip(names, rows) if r["precision"] == precision}
-        place = np.arange(len(labels)) + 0.4 * i
-        axes.barh(place, [own.get(name, np.nan) for name in labels], 0.38, label=precision)
-    axes.set(xscale="log", xlabel="real-time factor (processor seconds for a second of speech; less is faster)")
-    axes.set_yticks(np.arange(len(labels)) + 0.2, labels)
-    axes.axvline(1, color="grey", linestyle=":")
-    axes.invert_yaxis()
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with chart_file(path, figsize=(9, 1 + 0.45 * len(labels))) as (_, axes):
+        for i, precision in enumerate(TYPES):
+            own = {name: r["rtf"] for name, r in zip(names, rows) if r["precision"] == precision}
+            place = np.arange(len(labels)) + 0.4 * i
+            axes.barh(place, [own.get(name, np.nan) for name in labels], 0.38, label=precision)
+        axes.set(xscale="log", xlabel="real-time factor (processor seconds for a second of speech; less is faster)")
+        axes.set_yticks(np.arange(len(labels)) + 0.2, labels)
+        axes.axvline(1, color="grey", linestyle=":")
+        axes.invert_yaxis()
+        axes.legend()
 
 
 def _clock(device: torch.device) -> float:

@@ -10,18 +10,18 @@ Axes: K levels, k of them that are decoded, L frames, N samples.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.charts import chart_file
+from benchmarks.record import dated
 from engine.codec import Codec, load_codec
 from engine.evaluation.shares import figures_of
 from engine.evaluation.statistics import correlation
 from engine.evaluation.validation import measure_clips, words_by
-from engine.files import atomic_output
 from engine.media.corpus import load_clips
 from engine.metrics.speaker import GE2EEncoder
 from engine.metrics.speech import prosody
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict, str]]:
             figures[figure] = correlation(heard[:, column], made[:, column])
         rows.append({"levels": levels, **{key: round(value, 4) for key, value in figures.items()}})
         yield rows[-1], ", ".join(f"{key} {value:g}" for key, value in rows[-1].items())
-    path = args.out / f"{time.strftime('%Y-%m-%d')}-levels-{args.device.type}.png"
+    path = dated(args.out, f"levels-{args.device.type}.png")
     chart(rows, path)
     yield {"chart": path.name}, str(path)
 
@@ -81,11 +81,6 @@ def decode(codec: Codec, codes: torch.Tensor) -> np.ndarray:
 
 def chart(rows: list[dict], path: Path) -> None:
     """Scores against the number of levels, each between 0 and 1."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     lines = {
         "words understood (closed sentences)": [1 - row["wer"] if "wer" in row else None for row in rows],
         "words understood (free sentences)": [1 - row["wer_free"] if "wer_free" in row else None for row in rows],
@@ -93,14 +88,10 @@ def chart(rows: list[dict], path: Path) -> None:
         "pitch range: correlation": [row["pitch_range_correlation"] for row in rows],
         "energy: correlation": [row["energy_correlation"] for row in rows],
     }
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for (label, values), style in zip(lines.items(), ("o-", "o--", "s-", "^-", "^--")):
-        if None not in values:
-            axes.plot([row["levels"] for row in rows], np.maximum(values, 0), style, label=label)
-    axes.set(xlabel="levels of codes decoded", ylabel="score (1: as the true clip)", ylim=(0, 1.02))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_output(path) as partial:
-        figure.savefig(partial, format="png", dpi=110)
-    plt.close(figure)
+    with chart_file(path, figsize=(7, 4)) as (_, axes):
+        for (label, values), style in zip(lines.items(), ("o-", "o--", "s-", "^-", "^--")):
+            if None not in values:
+                axes.plot([row["levels"] for row in rows], np.maximum(values, 0), style, label=label)
+        axes.set(xlabel="levels of codes decoded", ylabel="score (1: as the true clip)", ylim=(0, 1.02))
+        axes.grid(alpha=0.3)
+        axes.legend()

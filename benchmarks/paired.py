@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.files import atomic_output
+from benchmarks.charts import chart_file
 
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18}  # 97.5 % point of the t distribution for the mean of so many values
 NORMAL = 1.96
@@ -106,29 +106,20 @@ def line(row: Mapping) -> str:
 
 def chart(rows: Sequence[Mapping], figures: Mapping[str, tuple[Figure, str]], path: Path) -> None:
     """Differences to the first system with their intervals, one panel a figure."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     (first, *others), shown = rows, [name for name in figures if name in rows[0]]
     wide = min(4, len(shown))
     deep = -(-len(shown) // wide)
     size = 3.5 * max(wide, 2), 1 + deep * (1 + 0.25 * len(others))
-    grid, axes = plt.subplots(deep, wide, figsize=size, sharey=True, layout="constrained", squeeze=False)
-    for axis in axes.flat[len(shown) :]:
-        axis.set_visible(False)
-    for axis, name in zip(axes.flat, shown):
-        means, halves = zip(*(row[f"{name}_minus_{first['variant']}"] for row in others))
-        axis.errorbar(means, range(len(others)), xerr=halves, fmt="o", capsize=3)
-        axis.axvline(0, color="black", linewidth=0.8)
-        title, (mean, half) = f"{name.replace('_', ' ')} ({figures[name][1]} is better)", first[name]
-        axis.set_title(f"{title}\n{first['variant']}: {mean:.3g} ± {half:.2g}", size=9)
-        axis.grid(alpha=0.3, axis="x")
-    axes[0, 0].set_yticks(range(len(others)), [row["variant"].replace("_", " ") for row in others])
-    axes[0, 0].invert_yaxis()
-    grid.suptitle(f"Difference to {first['variant'].replace('_', ' ')}, with 95 % interval")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_output(path) as partial:
-        grid.savefig(partial, format="png", dpi=90)
-    plt.close(grid)
+    with chart_file(path, deep, wide, dpi=90, figsize=size, sharey=True, squeeze=False) as (figure, axes):
+        for axis in axes.flat[len(shown) :]:
+            axis.set_visible(False)
+        for axis, name in zip(axes.flat, shown):
+            means, halves = zip(*(row[f"{name}_minus_{first['variant']}"] for row in others))
+            axis.errorbar(means, range(len(others)), xerr=halves, fmt="o", capsize=3)
+            axis.axvline(0, color="black", linewidth=0.8)
+            title, (mean, half) = f"{name.replace('_', ' ')} ({figures[name][1]} is better)", first[name]
+            axis.set_title(f"{title}\n{first['variant']}: {mean:.3g} ± {half:.2g}", size=9)
+            axis.grid(alpha=0.3, axis="x")
+        axes[0, 0].set_yticks(range(len(others)), [row["variant"].replace("_", " ") for row in others])
+        axes[0, 0].invert_yaxis()
+        figure.suptitle(f"Difference to {first['variant'].replace('_', ' ')}, with 95 % interval")

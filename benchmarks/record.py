@@ -39,10 +39,14 @@ def portable(value: Any) -> Any:
 
 def write_record(folder: Path, name: str, what: str, results: Any, device: str = "cpu", **about: Any) -> Path:
     """Write FOLDER/DATE-NAME.json with a `record` and return its path."""
-    content = record(what, results, device, **about)
-    path = folder / f"{content['date']}-{name}.json"
-    write_json(path, content)
+    path = dated(folder, f"{name}.json")
+    write_json(path, record(what, results, device, **about))
     return path
+
+
+def dated(folder: Path, name: str) -> Path:
+    """FOLDER/DATE-NAME with the date of today."""
+    return folder / f"{date.today().isoformat()}-{name}"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

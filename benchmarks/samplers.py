@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,12 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
+from benchmarks.charts import chart_file
+from benchmarks.record import dated
 from engine.bounds import PRECISIONS
 from engine.config import CONFIGS, override
 from engine.errors import UserError
 from engine.evaluation.statistics import bootstrap_interval, correlation, ratio
-from engine.files import atomic_output
 from engine.media.corpus import read_manifest
 from hicodit.generation import windows
 from hicodit.held_out import Figures, HeldOut, synthesise
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
         evaluations = round(count.rows / sum(len(windows(len(c), sampler)) for c in clips.crops), 2)
         seconds = round((time.process_time() - start) * clips.rate / sum(map(len, clips.true)), 3)
         yield result(name, waves, steps=sampler.steps, evaluations=evaluations, processor_seconds_a_second=seconds)
-    path = args.out / f"{time.strftime('%Y-%m-%d')}-samplers-{args.device.type}.png"
+    path = dated(args.out, f"samplers-{args.device.type}.png")
     chart(rows, path)
     yield {"chart": path.name}, str(path)
 
@@ -161,12 +162,7 @@ def _rounded(values: Sequence[float]) -> list[float]:
 
 def chart(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Each figure against network evaluations, a line for each method; single points for whole settings."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    panels: dict[str, Callable[[float], float] | str] = {
+    panels = {
         "wer": "word errors, closed sentences",
         "wer_free": "word errors, free sentences",
         "own_voice_first": "own voice is the nearest",
@@ -175,25 +171,21 @@ def chart(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         "energy_correlation": "energy: correlation",
     }
     panels = {name: title for name, title in panels.items() if any(name in row for row in rows)}
-    figure, axes = plt.subplots(-(-len(panels) // 2), 2, figsize=(10, 3.2 * -(-len(panels) // 2)), layout="constrained")
-    spoken = [row for row in rows if "evaluations" in row]
-    for panel, (name, title) in zip(axes.flat, panels.items()):
-        for method in dict.fromkeys(row["name"] for row in spoken):
-            own = [row for row in spoken if row["name"] == method and name in row]
-            own.sort(key=lambda row: row["evaluations"])
-            if own:
-                x, y = ([row[key] for row in own] for key in ("evaluations", name))
-                ends = [row.get(f"{name}_95") or (row[name], row[name]) for row in own]
-                bars = [[max(sign * (v - end[i]), 0) for v, end in zip(y, ends)] for i, sign in enumerate((1, -1))]
-                style = "o-" if method in METHODS else "*"
-                panel.errorbar(x, y, bars, fmt=style, label=method, capsize=2, elinewidth=0.6, markersize=5)
-        for row, style in zip(rows[:2], (":", "--")):
-            if name in row:
-                panel.axhline(row[name], linestyle=style, color="k", linewidth=0.8, label=row["name"])
-        panel.set(title=title, xscale="log", xlabel="network evaluations a window")
-        panel.grid(alpha=0.3)
-    axes.flat[0].legend(fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_output(path) as partial:
-        figure.savefig(partial, format="png", dpi=110)
-    plt.close(figure)
+    spoken, high = [row for row in rows if "evaluations" in row], -(-len(panels) // 2)
+    with chart_file(path, high, 2, figsize=(10, 3.2 * high)) as (_, axes):
+        for panel, (name, title) in zip(axes.flat, panels.items()):
+            for method in dict.fromkeys(row["name"] for row in spoken):
+                own = [row for row in spoken if row["name"] == method and name in row]
+                own.sort(key=lambda row: row["evaluations"])
+                if own:
+                    x, y = ([row[key] for row in own] for key in ("evaluations", name))
+                    ends = [row.get(f"{name}_95") or (row[name], row[name]) for row in own]
+                    bars = [[max(sign * (v - end[i]), 0) for v, end in zip(y, ends)] for i, sign in enumerate((1, -1))]
+                    style = "o-" if method in METHODS else "*"
+                    panel.errorbar(x, y, bars, fmt=style, label=method, capsize=2, elinewidth=0.6, markersize=5)
+            for row, style in zip(rows[:2], (":", "--")):
+                if name in row:
+                    panel.axhline(row[name], linestyle=style, color="k", linewidth=0.8, label=row["name"])
+            panel.set(title=title, xscale="log", xlabel="network evaluations a window")
+            panel.grid(alpha=0.3)
+        axes.flat[0].legend(fontsize=7)

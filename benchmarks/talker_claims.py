@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ import soundfile
 
 from benchmarks.ablations import train
 from benchmarks.paired import Pairs, chart, compare, line, ratio
+from benchmarks.record import dated
 from corpora.synthetic.mouth_opening import MouthReader
 from engine.config import compose
 from engine.files import atomic_output
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
         rows = [{"mode": mode, **row} for row in compare(systems, FIGURES, voices)]
         yield from ((row, f"{mode}, {line(row)}") for row in rows)
         if len(rows) > 1:
-            path = args.out / f"{time.strftime('%Y-%m-%d')}-talker_claims-{mode.replace(' ', '-')}.png"
+            path = dated(args.out, f"talker_claims-{mode.replace(' ', '-')}.png")
             chart(rows, FIGURES, path)
             yield {"chart": path.name}, str(path)
 
