@@ -10,9 +10,6 @@ conditions in the same order. The result: means over seeds, paired differences t
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,15 +24,14 @@ from benchmarks.claims import measure
 from benchmarks.common import in_own_process
 from benchmarks.paired import chart, compare, correlation, line, ratio
 from benchmarks.record import dated
+from benchmarks.trained import make_once, measure_once, train
 from engine.config import compose
 from engine.errors import UserError
-from engine.files import atomic_output
 from engine.media.corpus import read_manifest
 from hicodit.conditions import encoder_config
 from hicodit.model import ModelConfig
 from hicodit.system import HiCoDiTSystem
 
-ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = {
     "full": [],
     "flat": ["task.model.hierarchical=false"],
@@ -119,31 +115,30 @@ def train_and_measure(args: argparse.Namespace, variant: str, seed: int) -> dict
     if args.trained and variant not in DERIVED:
         raise UserError(f"--trained {args.trained} cannot be made {variant}: only {', '.join(DERIVED)}")
     folder, words = args.runs / f"{variant}-{seed}", settings(args, variant, seed)
-    done, made = folder / "trained.json", [*words, f"trained={args.trained}"] if args.trained else words
-    if not done.exists() or json.loads(done.read_text()) != made:
+
+    def make() -> None:
         begin = start(folder / "start", words, seed, args.encoders)
         if variant in DERIVED:
             trained = args.trained or args.runs / f"{DERIVED[variant]}-{seed}" / "release"
             derive(trained, begin, folder / "release")
         else:
             train(folder, words, [f"init={begin}"])
-        done.write_text(json.dumps(made))
-        for old in folder.glob("figures-*.json"):
-            old.unlink()
+
+    make_once(folder, [*words, f"trained={args.trained}"] if args.trained else words, make)
     return figures_of(args, folder, folder / "release")
 
 
 def figures_of(args: argparse.Namespace, folder: Path, release: Path) -> dict[str, dict]:
-    out = folder / f"figures-{args.split}-{args.clips}-{args.sampler}.json"
-    if not out.exists():
-        clock, truth = time.monotonic(), args.runs / f"truth-{args.split}-{args.clips}.json"
-        split = args.shards / args.split
+    truth, split = args.runs / f"truth-{args.split}-{args.clips}.json", args.shards / args.split
+
+    def measure_release() -> dict[str, dict]:
+        clock = time.monotonic()
         measured = release, Path(args.codec), args.corpus, split, args.clips, args.sampler, truth
         figures = in_own_process(measure, *measured)
-        with atomic_output(out) as partial:
-            partial.write_text(json.dumps(figures))
         print(f"{folder.name} measured in {time.monotonic() - clock:.0f} s", flush=True)
-    return json.loads(out.read_text())
+        return figures
+
+    return measure_once(folder / f"figures-{args.split}-{args.clips}-{args.sampler}.json", measure_release)
 
 
 def settings(args: argparse.Namespace, variant: str, seed: int) -> list[str]:
@@ -183,21 +178,3 @@ def take(system: HiCoDiTSystem, other: HiCoDiTSystem, parts: tuple[str, ...]) ->
     """Load the tensors of `other` whose names begin with one of `parts`."""
     state = {key: value for key, value in other.state_dict().items() if key.startswith(parts)}
     system.load_state_dict(state, strict=False)
-
-
-def train(folder: Path, words: list[str], init: list[str]) -> None:
-    """Run train.py to its last step, in the user's working folder: what the settings name lies there.
-
-    Args:
-        folder: of the run. words, init: settings of train.py.
-
-    Raises:
-        UserError: the training failed.
-    """
-    never = ["trainer.checkpoint_every=1000000", "trainer.validate_every=1000000"]
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "training.log").open("a") as log:
-        command = [sys.executable, str(ROOT / "train.py"), f"run={folder}", *never, *words, *init]
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-    if code != 0:
-        raise UserError(f"the training of {folder.name} failed (exit {code}), see {folder / 'training.log'}")

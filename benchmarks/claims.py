@@ -8,7 +8,6 @@ Axes: B batch, N clips, K levels, L token frames.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.paired import Pairs
-from engine.files import atomic_output
+from benchmarks.trained import measure_once
 from engine.media.corpus import read_manifest
 from engine.progress import track
 from engine.seeding import generator_for
@@ -59,10 +58,7 @@ def measure(
     rows = [rows[sample.info["key"]] for sample in samples]
     known = {voice: clips for voice, clips in stored_voices(shards).items() if len(clips) > 1}
     clips = HeldOut(corpus, shards.name, rows, crops, pipeline.codec.sample_rate, known)
-    if not truth.exists():
-        with atomic_output(truth) as partial:
-            partial.write_text(json.dumps(clips.truth))
-    clips.truth = json.loads(truth.read_text())
+    clips.truth = measure_once(truth, lambda: clips.truth)
     figures |= clips.figures([speech.wave for speech in synthesise(pipeline, crops, batch=BATCH)])
     return {name: dict(zip([row["id"] for row in rows], pairs)) for name, pairs in figures.items()}
 

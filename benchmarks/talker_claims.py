@@ -15,9 +15,9 @@ interval is over clips alone).
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,12 +25,11 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from benchmarks.ablations import train
 from benchmarks.paired import Pairs, chart, compare, line, ratio
 from benchmarks.record import dated
+from benchmarks.trained import make_once, measure_once, train
 from corpora.synthetic.mouth_opening import MouthReader
 from engine.config import compose
-from engine.files import atomic_output
 from engine.metrics.speech import speech_end, synchrony
 from engine.metrics.words import count_errors
 from talker_t2av.evaluation import CUT, LATE, HeldOut, talk
@@ -114,11 +113,7 @@ def measure_orders(args: argparse.Namespace, clips: HeldOut) -> Found:
     for order in args.orders:
         for seed in args.seeds:
             folder, words = args.runs / f"{order}-{seed}", order_settings(args, shards, order, seed)
-            if not (folder / "trained.json").exists() or json.loads((folder / "trained.json").read_text()) != words:
-                train(folder, words, [])
-                (folder / "trained.json").write_text(json.dumps(words))
-                for old in folder.glob("figures-*.json"):
-                    old.unlink()
+            make_once(folder, words, partial(train, folder, words, []))
     for mode in args.modes:
         systems = {}
         for order in args.orders:
@@ -139,12 +134,8 @@ def order_settings(args: argparse.Namespace, shards: Path, order: str, seed: int
 
 def measure_release(folder: Path, clips: HeldOut, mode: str) -> dict[str, Pairs]:
     """`measure` of a run's release, from its folder if it is there."""
-    out = folder / f"figures-{mode}-{len(clips.rows)}.json"
-    if not out.exists():
-        found = measure(TalkerPipeline.from_pretrained(folder / "release"), clips, mode)
-        with atomic_output(out) as partial:
-            partial.write_text(json.dumps(found))
-    return json.loads(out.read_text())
+    path = folder / f"figures-{mode}-{len(clips.rows)}.json"
+    return measure_once(path, lambda: measure(TalkerPipeline.from_pretrained(folder / "release"), clips, mode))
 
 
 def measure(

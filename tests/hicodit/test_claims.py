@@ -9,10 +9,11 @@ import torch
 from omegaconf import OmegaConf
 from test_task import batch_of, make_task
 
-from benchmarks import ablations
-from benchmarks.ablations import DERIVED, IDENTITY, SHARED, VARIANTS, derive, take, train, train_and_measure
+from benchmarks import trained
+from benchmarks.ablations import DERIVED, IDENTITY, SHARED, VARIANTS, derive, take, train_and_measure
 from benchmarks.claims import losses
 from benchmarks.paired import compare, correlation, estimate, line, ratio
+from benchmarks.trained import make_once, measure_once, train
 from engine.config import compose
 from engine.errors import UserError
 from hicodit.data import HiCoDiTDataset
@@ -110,13 +111,22 @@ def test_what_has_to_be_trained_cannot_be_taken_from_a_trained_release(tmp_path)
         train_and_measure(args, "flat", 0)
 
 
+def test_a_model_is_made_and_measured_once_unless_its_settings_change(tmp_path):
+    made, measured = [], []
+    for settings in (["a"], ["a"], ["b"]):
+        make_once(tmp_path, settings, lambda: made.append(1))
+        figures = measure_once(tmp_path / "figures-dev.json", lambda: measured.append(1) or {"wer": len(measured)})
+        measure_once(tmp_path / "truth.json", dict)
+    assert len(made) == len(measured) == 2 and figures == {"wer": 2} and (tmp_path / "truth.json").exists()
+
+
 def test_the_training_takes_relative_paths_as_the_users(tmp_path, monkeypatch):
     """With a stand-in of train.py, which tells where it would read and write."""
     program = "import sys, pathlib\nfor word in sys.argv[1:]: print(pathlib.Path(word.partition('=')[2]).resolve())\n"
     (tmp_path / "checkout").mkdir()
     (tmp_path / "checkout" / "train.py").write_text(program)
     (tmp_path / "user").mkdir()
-    monkeypatch.setattr(ablations, "ROOT", tmp_path / "checkout")
+    monkeypatch.setattr(trained, "ROOT", tmp_path / "checkout")
     monkeypatch.chdir(tmp_path / "user")
     train(Path("runs/full-0"), ["data.corpus=data/own"], ["init=begin"])
     places = Path("runs/full-0/training.log").read_text().splitlines()
