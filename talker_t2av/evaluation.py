@@ -125,11 +125,14 @@ class HeldOut:
             out.append(replace(job, mode=mode))
         return out
 
-    def word_errors(self, waves: Sequence[np.ndarray]) -> dict[str, float]:
-        """Word error rate, and the same when each text is compared with the next clip's words."""
+    def word_errors(self, waves: Sequence[np.ndarray], name: str = "wer") -> dict[str, float]:
+        """Word error rate, and NAME_texts_shuffled, where each text is compared with the next clip's words.
+
+        Free sentences (version 2 of the corpus) have figures of their own, which end in `_free`.
+        """
         words = self.recogniser.transcribe_all(self.texts, waves, self.rate)
-        others = self.recogniser.word_errors("wer_texts_shuffled", self.texts, words[1:] + words[:1])
-        return self.recogniser.word_errors("wer", self.texts, words) | others
+        others = self.recogniser.word_errors(f"{name}_texts_shuffled", self.texts, words[1:] + words[:1])
+        return self.recogniser.word_errors(name, self.texts, words) | others
 
     def synchrony(self, frames: Sequence[np.ndarray], waves: Sequence[np.ndarray], name: str) -> dict[str, float]:
         """Mean over clips of the synchrony, as it is and with the sound 200 ms late and early."""
@@ -225,8 +228,8 @@ def measure_true_clips(pipeline: TalkerPipeline, clips: HeldOut) -> dict[str, fl
     readings = [np.corrcoef(clips.opening(f), row["mouth"]["open"])[0, 1] for f, row in zip(pictures, clips.rows)]
     return {
         "mouth_reader_against_drawn": float(np.mean(readings)),
-        "wer_clean": clips.word_errors(waves)["wer"],
-        "wer_resynthesis": clips.word_errors(decoded)["wer"],
+        **clips.word_errors(waves, "wer_clean"),
+        **clips.word_errors(decoded, "wer_resynthesis"),
         **clips.synchrony(pictures, waves, "true_pairs"),
         **clips.synchrony(drawn, waves, "true_motion_drawn"),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from corpora.synthetic.voices import load_voices
 from engine.evaluation.clips import read_clips
 from engine.media.audio import write_wav
 from engine.media.video import write_video
+from engine.metrics.recogniser import CorpusRecogniser
 from engine.metrics.speech import loudness, speech_end, synchrony
 from scripts import corpus_figures
-from talker_t2av.evaluation import endings, write_outputs
+from talker_t2av.evaluation import HeldOut, endings, write_outputs
 from talker_t2av.pipeline import Talk
 
 RATE = 24_000
@@ -105,6 +107,19 @@ def test_the_whole_command(corpus, tmp_path, monkeypatch, capsys):
     assert results["batch"]["difference_speech"] < 1e-4 and results["batch"]["difference_motion"] < 1e-4
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     assert "synchrony_true_pairs" in capsys.readouterr().out
+
+
+def test_free_sentences_have_figures_of_their_own():
+    """What each model hears differs, so that no figure can take the place of another."""
+    recogniser = object.__new__(CorpusRecogniser)
+    recogniser._words = {"lay", "it", "set", "red"}
+    recogniser._closed = SimpleNamespace(transcribe=lambda wave, rate: "lay it")
+    recogniser._free = SimpleNamespace(transcribe=lambda wave, rate: "the hotel")
+    clips = object.__new__(HeldOut)
+    clips.recogniser, clips.texts = recogniser, ["lay it", "my hotel", "set it"]
+    found = clips.word_errors([hum(seconds=0.1)] * 3, "wer_clean")
+    shares = {"wer_clean": 0.25, "wer_clean_free": 0.5}
+    assert found == shares | {"wer_clean_texts_shuffled": 0.75, "wer_clean_texts_shuffled_free": 1.0}
 
 
 def test_a_figure_needs_its_part(corpus, tmp_path, monkeypatch):
