@@ -167,6 +167,7 @@ class PatchLoop:
 
     Attributes:
         limits: steps after which each row ends at the latest.
+        asks_stop: the stop head is asked where rows end.
         prompts: (T, D) tokens of each row before the first generated patch.
 
     Raises:
@@ -191,7 +192,7 @@ class PatchLoop:
         self.model, self.mode, self.sampling, self.rules = model, mode, sampling, rules
         self.check_every = check_every or (1 if device.type == "cpu" else 4)
         self.run_step = compiled(self.step) if compiled else self.step
-        self.testing = use_stop and mode.open_ended
+        self.asks_stop = use_stop and mode.open_ended
         self.delay = c.delay if mode.motion == "generated" else 0
         self.limits = [step_limit(model, request, mode) for request in requests]
         self.steps = max(self.limits)
@@ -251,7 +252,7 @@ class PatchLoop:
             for stream, patch in patches.items():
                 self.drawn[stream].append(patch)
             yield Step(index, running, hidden, patches.get("speech"), patches.get("motion"), token, stop)
-            if self.testing and not last and (index + 1) % self.check_every == 0:
+            if self.asks_stop and not last and (index + 1) % self.check_every == 0:
                 ends = self.state.end.tolist()
                 if max(ends) <= index + 1:
                     return
@@ -289,7 +290,7 @@ class PatchLoop:
         if last:
             return patches, token, None
         state.index = state.index + 1
-        if not self.testing:
+        if not self.asks_stop:
             return patches, token, None
         stop = self.model.head_stop(state.hidden).sigmoid()
         hit = (stop >= 0.5) & (state.index >= self.first_test)
@@ -300,15 +301,29 @@ class PatchLoop:
 
     def _draw(self, stream: Stream, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The next patch (B, P, C) of a stream, from noise (B, C, P), and its token (B, D); it joins the context."""
-        state, s = self.state, self.sampling
-        context, condition = state.context[stream].transpose(1, 2), self.conditions[stream]
+        hidden, context = self.state.hidden, self.state.context
+        patch, token, context[stream] = self.draw(stream, noise, hidden, context[stream], self.conditions[stream])
+        return patch, token
+
+    def draw(
+        self, stream: Stream, noise: Tensor, hidden: Tensor, context: Tensor, condition: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The next patch (B, P, C) of a stream, its token (B, D), and the context after it.
+
+        Args:
+            noise: (B, C, P). hidden: (B, D). context: (B, p P, C) frames before the patch.
+            condition: of each row: the speaker's embedding or the first frame of the motion.
+        """
+        s = self.sampling
         with half_precision(noise.device, self.model.dtype):
-            patch = self.heads[stream].sample(
-                state.hidden, context, condition, noise, self.schedules[stream], s.temperature, s.guidance
+            patch = (
+                self.heads[stream]
+                .sample(
+                    hidden, context.transpose(1, 2), condition, noise, self.schedules[stream], s.temperature, s.guidance
+                )
+                .transpose(1, 2)
             )
-            patch = patch.transpose(1, 2)
-            state.context[stream] = torch.cat([state.context[stream], patch], 1)[:, patch.shape[1] :]
-            return patch, self.encoders[stream](patch)
+            return patch, self.encoders[stream](patch), torch.cat([context, patch], 1)[:, patch.shape[1] :]
 
     def results(self) -> list[Result]:
         """The new frames of each row, up to its end."""
@@ -326,14 +341,8 @@ class PatchLoop:
         visible = (key >= self.padding)[:, None] & (key <= place[:, None])  # (B, Q, N)
         if len(place) > 1:
             visible = visible | (key == place[:, None])  # a padding token sees itself: no softmax over nothing
-        hidden = self.model.backbone(
-            embeds.to(self.model.dtype),
-            {"full_attention": visible[:, None]},  # given by layer type, a mask is taken as it is
-            position_ids=(place - self.padding).clamp(min=0),
-            past_key_values=self.state.cache,
-            use_cache=True,
-        )
-        self.state.hidden = hidden[:, -1].float()
+        positions = (place - self.padding).clamp(min=0)
+        self.state.hidden = self.model.continue_cache(self.state.cache, embeds, visible, positions)
 
 
 def generate(

@@ -213,6 +213,16 @@ class TalkerT2AV(Released):
         """Hidden states (B, T, D) after the final norm. mask (B, S): 1 at real tokens; it and `cache` as Qwen3Model."""
         return self.llm.model(inputs_embeds=embeds, attention_mask=mask, **cache).last_hidden_state
 
+    def continue_cache(self, cache: Any, tokens: Tensor, visible: Tensor, positions: Tensor) -> Tensor:
+        """Add tokens (B, T, D) at positions (B, T) to a cache of S places; the state (B, D) after the last, in float32.
+
+        visible: (B, T, S) the places that each token sees.
+        """
+        mask = {"full_attention": visible[:, None]}  # given by layer type, a mask is taken as it is
+        tokens = tokens.to(self.dtype)
+        hidden = self.backbone(tokens, mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        return hidden[:, -1].float()
+
     @classmethod
     def from_released(cls, source: str | Path | dict[str, Tensor], config: TalkerConfig | None = None) -> TalkerT2AV:
         """The official checkpoint: a folder or file of safetensors, or a state dict, in float32 and eval mode.

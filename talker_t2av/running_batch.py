@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import StaticCache
 
-from engine.precision import half_precision
 from talker_t2av.generation import PatchLoop, Result, Stream
 from talker_t2av.model import TalkerT2AV
 from talker_t2av.request import LoopRules, Mode, Request, Sampling
@@ -100,7 +99,7 @@ class RunningBatch:
         for stream in self.context:
             token = token + self._draw(stream)
         self._advance(token)
-        tested = self.model.head_stop(self.hidden).sigmoid().tolist() if self.rows[0].loop.testing else []
+        tested = self.model.head_stop(self.hidden).sigmoid().tolist() if self.rows[0].loop.asks_stop else []
         for i, row in enumerate(self.rows):
             row.index += 1
             hit = bool(tested) and tested[i] >= 0.5 and row.index >= int(row.loop.first_test)
@@ -116,19 +115,13 @@ class RunningBatch:
         numbers = [row.index - (row.loop.delay if stream == "motion" else 0) for row in self.rows]
         noise = torch.cat([row.loop.noise[stream][max(0, n)] for row, n in zip(self.rows, numbers)])
         begun = torch.tensor([n >= 0 for n in numbers], device=noise.device)[:, None]
-        first, s = self.rows[0].loop, self.sampling
-        with half_precision(noise.device, self.model.dtype):
-            patch = first.heads[stream].sample(
-                self.hidden, self.context[stream].transpose(1, 2), self.conditions[stream], noise,
-                first.schedules[stream], s.temperature, s.guidance,
-            ).transpose(1, 2)  # fmt: skip
-            after = torch.cat([self.context[stream], patch], 1)[:, patch.shape[1] :]
-            self.context[stream] = torch.where(begun[..., None], after, self.context[stream])
-            token = torch.where(begun, first.encoders[stream](patch), 0)
+        context, condition = self.context[stream], self.conditions[stream]
+        patch, token, after = self.rows[0].loop.draw(stream, noise, self.hidden, context, condition)
+        self.context[stream] = torch.where(begun[..., None], after, context)
         for row, n, own in zip(self.rows, numbers, patch.split(1)):
             if n >= 0:
                 row.loop.drawn[stream].append(own)
-        return token
+        return torch.where(begun, token, 0)
 
     def _advance(self, token: Tensor) -> None:
         """Feed tokens (B, D) to the backbone, at the next place."""
@@ -142,14 +135,7 @@ class RunningBatch:
             layer.keys, layer.values, layer.dtype, layer.device = keys, values, keys.dtype, keys.device
             layer.is_initialized = True
             layer.cumulative_length = torch.tensor(self.place, device=keys.device)
-        hidden = self.model.backbone(
-            token[:, None].to(self.model.dtype),
-            {"full_attention": visible[:, None, None]},
-            position_ids=self.place - padding,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        self.hidden = hidden[:, -1].float()
+        self.hidden = self.model.continue_cache(cache, token[:, None], visible[:, None], self.place - padding)
 
     def _places(self) -> int:
         return self.keys[0].shape[2] if self.keys else self.place + 1
