@@ -30,7 +30,7 @@ from engine.evaluation.report import write_report
 from engine.evaluation.summary import summarise, table_lines
 from engine.files import atomic_output, writable
 from engine.media.limits import Limits, set_limits
-from engine.metrics.registry import METRICS, metric_of, metrics_of
+from engine.metrics.registry import metrics_of, protocol_of
 
 HELP = """
 Compute a paper's table for the outputs of any system, from two folders or a manifest. Every figure comes with a 95 %
@@ -116,19 +116,14 @@ def choose_protocols(config: DictConfig, figures: list[str]) -> dict[str, str]:
     Raises:
         UserError: an unknown figure or protocol.
     """
-    chosen = {}
-    given = OmegaConf.to_container(config.protocol)
-    for figure in METRICS:
-        metric = metric_of(figure) if figure in figures else None
-        if metric is None:
-            continue
-        names = [name for name in METRICS if METRICS[name] == METRICS[figure]]
-        protocol = next((given[name] for name in names if name in given), metric.protocols[0])
+    chosen, given = {}, OmegaConf.to_container(config.protocol)
+    arguments = {"grammar": config.grammar or "", **ENCODERS}
+    for metric, (figure, *_) in metrics_of(figures).items():
+        protocol = protocol_of(metric, given)
         if protocol not in metric.protocols:
             raise UserError(f"protocol.{figure}={protocol} is unknown; choose {', '.join(metric.protocols)}")
-        argument = {"grammar": config.grammar or "", **ENCODERS}.get(protocol)
-        chosen[metric.__name__] = protocol if argument is None else f"{protocol}:{argument}"
-    metrics_of(figures)  # names that are unknown
+        argument = f":{arguments[protocol]}" if protocol in arguments else ""
+        chosen[metric.__name__] = protocol + argument
     return chosen
 
 

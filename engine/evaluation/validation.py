@@ -14,7 +14,7 @@ from engine.errors import UserError
 from engine.evaluation.shares import ByClip
 from engine.evaluation.statistics import ratio
 from engine.metrics.metric import Sound, Take, Unavailable
-from engine.metrics.registry import metrics_of
+from engine.metrics.registry import metrics_of, protocol_of
 
 WEIGHTS = Path("checkpoints")  # as in configs/evaluate.yaml
 
@@ -62,7 +62,7 @@ def measure_clips(
         true = [Take(Sound(wave, rate), text=text) for wave, text in zip(truths, texts, strict=True)]
     made = [Take(Sound(wave, rate), text=text) for wave, text in zip(waves, texts, strict=True)]
     for metric, names in metrics_of(figures).items():
-        protocol = next((p for name, p in (protocols or {}).items() if name in metric.figures), metric.protocols[0])
+        protocol = protocol_of(metric, protocols or {})
         try:
             metric.check(protocol, weights)
             if metric.pair and truths is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 
 from engine.errors import UserError
@@ -48,6 +48,11 @@ def metrics_of(figures: Sequence[str]) -> dict[type[Metric], list[str]]:
     for figure in figures:
         found.setdefault(metric_of(figure), []).append(figure)
     return found
+
+
+def protocol_of(metric: type[Metric], given: Mapping[str, str]) -> str:
+    """What `given` says for one of the metric's figures; where it says nothing, the metric's first protocol."""
+    return next((given[figure] for figure in metric.figures if figure in given), metric.protocols[0])
 
 
 def description(figure: str) -> Figure:
