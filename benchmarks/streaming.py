@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
             wall, processor = time.perf_counter(), time.process_time()
             wave, figures = way(folder / f"{row['id']}.mp4", i)
             figures |= {"wall": time.perf_counter() - wall, "processor": time.process_time() - processor}
-            (heard,) = recogniser.transcribe_all([row["text"]], [wave], pipeline.codec.sample_rate)
+            heard = recogniser.transcribe(row["text"], wave, pipeline.codec.sample_rate)
             wrong, words = count_errors(row["text"], heard)["wer"]
             figures |= {"wrong": wrong, "words": words, "free": recogniser.is_free(row["text"])}
             clips[name].append(figures | {"seconds": len(wave) / pipeline.codec.sample_rate})

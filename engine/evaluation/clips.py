@@ -15,7 +15,7 @@ from engine.untrusted import parse_json, read_lines, safe_name
 
 SOUND = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac")
 VIDEO = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".m4v")
-KEYS = ("id", "text", "output", "reference", "video", "speaker", "voice", "language", "heard", "reference_heard")
+KEYS = ("text", "output", "reference", "video", "speaker", "voice", "language", "heard", "reference_heard")
 PROMPT = ("reference_audio", "reference_video")
 
 
@@ -50,7 +50,7 @@ def read_rows(manifest: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise UserError(f"{where} is no JSON object: write id, text, reference, output, ... of one clip")
         safe_name(row.get("id"), f"{where}: id", folders=True)
-        for key in (*KEYS[1:], *PROMPT):
+        for key in (*KEYS, *PROMPT):
             if key in row and row[key] is not None and not isinstance(row[key], str | int):
                 raise UserError(f"{where}: {key} must be text")
         if row["id"] in seen:

@@ -32,21 +32,10 @@ def player(audio: Path, video: Path | None) -> str:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "clip.mp4"
         files = [*source(audio), *(source(video) if video else [])]
-        picture = [
-            "-map",
-            "1:v:0",
-            "-vf",
-            f"scale=-2:{VIDEO_SIDE}",
-            "-c:v",
-            "libx264",
-            "-crf",
-            "28",
-            "-pix_fmt",
-            "yuv420p",
-        ]
-        arguments = [*files, "-t", str(SECONDS), "-map", "0:a:0", *(picture if video else [])]
-        arguments += ["-ac", "1", "-c:a", "aac", "-b:a", "48k", "-movflags", "+faststart", str(out)]
-        done = subprocess.run(command("-v", "error", *arguments), capture_output=True)
+        sound = f"-t {SECONDS} -map 0:a:0 -ac 1 -c:a aac -b:a 48k -movflags +faststart".split()
+        picture = f"-map 1:v:0 -vf scale=-2:{VIDEO_SIDE} -c:v libx264 -crf 28 -pix_fmt yuv420p".split()
+        options = [*sound, *(picture if video else [])]
+        done = subprocess.run(command("-v", "error", *files, *options, str(out)), capture_output=True)
         if done.returncode or not out.is_file():
             return ""
         if video:

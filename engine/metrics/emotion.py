@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from engine.metrics.metric import CACHED, Figure, Metric, Take, wave_of
+from engine.metrics.metric import CACHED, Figure, Metric, Take, cosine, wave_of
 from engine.optional import require
 
 RATE = 16_000
@@ -55,5 +55,5 @@ class Emotion(Metric):
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         (label, one), (true, two) = self.read(take.audio), self.read(truth.audio)
-        cosine = float(one @ two / (np.linalg.norm(one) * np.linalg.norm(two) + 1e-12))
-        return {"emotion_accuracy": (float(label == true), 1), "emotion_similarity": (cosine, 1), "emotion": label}
+        same, near = (float(label == true), 1), (cosine(one, two), 1)
+        return {"emotion_accuracy": same, "emotion_similarity": near, "emotion": label}

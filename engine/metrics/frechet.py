@@ -102,10 +102,6 @@ class FVD(FaceFeatures):
     def files(cls, protocol: str, weights: Path) -> list[Path]:
         return [weights / "i3d_torchscript.pt"]
 
-    @classmethod
-    def packages(cls, protocol: str) -> list[str]:
-        return []
-
     @torch.inference_mode()
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         faces = face_video(take.video)

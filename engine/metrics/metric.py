@@ -158,6 +158,11 @@ class Metric:
         raise NotImplementedError
 
 
+def cosine(one: np.ndarray, two: np.ndarray) -> float:
+    """Of two vectors (D,); 0 if one of them is zero."""
+    return float(one @ two / (np.linalg.norm(one) * np.linalg.norm(two) + 1e-12))
+
+
 @lru_cache(CACHED)
 def wave_of(audio: Path | Sound | None, rate: int) -> np.ndarray:
     """(N,) float32 at `rate` Hz.

@@ -83,10 +83,6 @@ class Recogniser:
         hypothesis = self._decoder.hyp()
         return hypothesis.hypstr.lower() if hypothesis else ""
 
-    def transcribe_all(self, waves: Iterable[np.ndarray], rate: int) -> list[str]:
-        """`transcribe` of each wave."""
-        return [self.transcribe(wave, rate) for wave in waves]
-
 
 class CorpusRecogniser:
     """Recognises the sentences of a corpus: by its grammar, or by a language model where the grammar lacks a word.
@@ -108,9 +104,13 @@ class CorpusRecogniser:
         """Whether the language model recognises this sentence."""
         return self._free is not None and not set(text.lower().split()) <= self._words
 
+    def transcribe(self, text: str, wave: np.ndarray, rate: int) -> str:
+        """What was recognised in a wave that says, or should say, `text`."""
+        return (self._free if self.is_free(text) else self._closed).transcribe(wave, rate)
+
     def transcribe_all(self, texts: Sequence[str], waves: Iterable[np.ndarray], rate: int) -> list[str]:
-        """What was recognised in each wave, which says (or should say) the text of the same index."""
-        return [(self._free if self.is_free(t) else self._closed).transcribe(w, rate) for t, w in zip(texts, waves)]
+        """`transcribe` of each text and wave."""
+        return [self.transcribe(text, wave, rate) for text, wave in zip(texts, waves)]
 
     def word_errors(self, name: str, texts: Sequence[str], transcripts: Sequence[str]) -> dict[str, float]:
         """{NAME: of the grammar's sentences, NAME_free: of the language model's}; what has no sentence is left out."""

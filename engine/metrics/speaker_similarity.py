@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from engine.config import target
-from engine.metrics.metric import CACHED, Figure, Metric, Take, wave_of
+from engine.metrics.metric import CACHED, Figure, Metric, Take, cosine, wave_of
 from engine.metrics.speaker import GE2EEncoder
 from engine.optional import require
 from engine.release import load_strict
@@ -64,7 +64,7 @@ class SpeakerSimilarity(Metric):
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         one, two = (self.embed(path).astype(np.float64) for path in (take.audio, truth.audio))
-        return {"speaker_similarity": (float(one @ two / (np.linalg.norm(one) * np.linalg.norm(two) + 1e-12)), 1)}
+        return {"speaker_similarity": (cosine(one, two), 1)}
 
 
 class Ecapa:

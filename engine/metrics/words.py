@@ -90,16 +90,21 @@ class WordErrors(Metric):
             return take.heard
         wave = wave_of(take.audio, RATE)
         if self.kind == "grammar":
-            return self.recogniser.transcribe_all([take.text or ""], [wave], RATE)[0]
-        return self._whisper(wave, take) if self.kind.startswith("whisper") else self._qwen(wave, take)
+            return self.recogniser.transcribe(take.text or "", wave, RATE)
+        return (self._whisper if self.kind.startswith("whisper") else self._qwen)(wave, take.language)
 
     @torch.inference_mode()
-    def _whisper(self, wave: np.ndarray, take: Take) -> str:
-        return transcribe_with_whisper(self.processor, self.model, wave, take.language)
+    def _whisper(self, wave: np.ndarray, language: str) -> str:
+        long = len(wave) > LONG * RATE
+        more = {"truncation": False, "padding": "longest"} if long else {}
+        inputs = self.processor(wave, sampling_rate=RATE, return_tensors="pt", return_attention_mask=True, **more)
+        inputs = inputs.to(self.model.device, self.model.dtype)
+        tokens = self.model.generate(**inputs, language=language, task="transcribe", return_timestamps=long)
+        return self.processor.batch_decode(tokens, skip_special_tokens=True)[0]
 
     @torch.inference_mode()
-    def _qwen(self, wave: np.ndarray, take: Take) -> str:
-        inputs = self.processor.apply_transcription_request(audio=[wave], language=take.language, return_tensors="pt")
+    def _qwen(self, wave: np.ndarray, language: str) -> str:
+        inputs = self.processor.apply_transcription_request(audio=[wave], language=language, return_tensors="pt")
         inputs = inputs.to(self.device)
         tokens = self.model.generate(**inputs, max_new_tokens=512)[:, inputs["input_ids"].shape[1] :]
         return self.processor.decode(tokens[0], return_format="transcription_only")
@@ -150,17 +155,6 @@ def count_errors(reference: str, hypothesis: str, language: str = "en") -> dict[
         found["wer"] = (words.substitutions + words.deletions + words.insertions, len(reference.split()))
     letters = jiwer.process_characters(reference, hypothesis)
     return found | {"cer": (letters.substitutions + letters.deletions + letters.insertions, len(reference))}
-
-
-@torch.inference_mode()
-def transcribe_with_whisper(processor: Any, model: Any, wave: np.ndarray, language: str) -> str:
-    """The words that a Whisper of transformers recognises in a wave (N,) at 16 kHz."""
-    long = len(wave) > LONG * RATE
-    more = {"truncation": False, "padding": "longest"} if long else {}
-    inputs = processor(wave, sampling_rate=RATE, return_tensors="pt", return_attention_mask=True, **more)
-    inputs = inputs.to(model.device, model.dtype)
-    tokens = model.generate(**inputs, language=language, task="transcribe", return_timestamps=long)
-    return processor.batch_decode(tokens, skip_special_tokens=True)[0]
 
 
 def load_speech_model(folder: Path, device: str) -> tuple[Any, Any]:
