@@ -7,9 +7,9 @@ from __future__ import annotations
 if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
-import json
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import date
 from importlib import import_module
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from benchmarks.record import portable
+from benchmarks.record import write_json
 from engine.bounds import require_range
 from engine.config import load
 from engine.device import pick_device
@@ -28,7 +28,7 @@ from engine.evaluation.clips import Clip, read_clips, system_facts
 from engine.evaluation.measure import cores, measure
 from engine.evaluation.report import write_report
 from engine.evaluation.summary import summarise, table_lines
-from engine.files import atomic_output, writable
+from engine.files import writable
 from engine.media.limits import Limits, set_limits
 from engine.metrics.registry import metrics_of, protocol_of
 
@@ -92,10 +92,14 @@ def main() -> int:
         results = measure(clips, metrics_of(figures), protocols, Path(config.weights), device, workers, cache)
         summary = summarise(clips, results, figures, protocols, config.resamples)
         summary |= about(config, clips, outputs, device)
-        text = json.dumps(portable(summary), indent=1)
-        with atomic_output(output / "results.json") as partial:
-            partial.write_text(text + "\n")
+        write_json(output / "results.json", summary)
         write_report(output / "report.html", summary, clips, config.media)
+    tell(summary, output)
+    return 1 if any(row["where"] == "file" for row in summary["left_out"]["files"]) else 0
+
+
+def tell(summary: Mapping[str, Any], output: Path) -> None:
+    """Print the table, and on the error output what was left out."""
     print(*table_lines(summary, summary["paper"]), sep="\n")
     for figure, why in summary["left_out"]["figures"].items():
         print(printable(f"left out: {figure}: {why}"), file=sys.stderr)
@@ -107,7 +111,6 @@ def main() -> int:
         print(f"left out: {len(files) - 20} more, listed in {output / 'results.json'}", file=sys.stderr)
     print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items()))
     print(f"written: {output / 'report.html'}, {output / 'results.json'}")
-    return 1 if any(row["where"] == "file" for row in files) else 0
 
 
 def choose_protocols(config: DictConfig, figures: list[str]) -> dict[str, str]:
