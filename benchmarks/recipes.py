@@ -33,15 +33,7 @@ from lia_x.data import pack_portraits
 from rvq_codec import RVQCodec, RVQCodecConfig
 
 LEAST = {"clips": 1}
-HALF = "trainer.precision=bf16"
 CLIPS = 4  # of the made-up split
-SECONDS = {
-    "hicodit": 7.8,
-    "talker": 6.0,
-    "rvq": 4.0,
-    "whisperx": 6.0,
-    "lia": 4.0,
-}  # of a clip
 
 
 def hicodit_clip(frames: int, g: torch.Generator) -> dict[str, Tensor]:
@@ -73,16 +65,16 @@ def picture_clip(frames: int, g: torch.Generator) -> dict[str, Tensor]:
 
 TALKER = ["data.train.codecs=null", "task.stats=null", "task.warm_start=null", "task.tokenizer=assets/talker_t2av_tiny"]
 TALKER += [f"task.codecs.{name}=null" for name in ("speech", "motion", "speaker")]
-RECIPES: dict[str, tuple[Callable[..., dict[str, Tensor]], list[str]]] = {
-    "hicodit_paper": (hicodit_clip, ["data.expression=heard", "task.codec=CODEC", "task.encoders.folder=ENCODERS"]),
-    "talker_paper": (talker_clip, TALKER),
-    "talker_released": (talker_clip, TALKER),
-    "rvq_paper": (sound_clip, []),
-    "whisperx_vae_paper": (sound_clip, ["task.whisper=WHISPER"]),
-    "lia_x_paper": (
-        picture_clip,
-        ["task.weights.perceptual=0", "task.vgg=null", "data.needs=null", "trainer.checkpointing=true", HALF],
-    ),
+HICODIT = ["data.expression=heard", "task.codec={folder}/codec", "task.encoders.folder={folder}"]
+LIA_X = ["task.weights.perceptual=0", "task.vgg=null", "data.needs=null"]
+LIA_X += ["trainer.checkpointing=true", "trainer.precision=bf16"]
+RECIPES: dict[str, tuple[Callable[..., dict[str, Tensor]], float, list[str]]] = {  # clip, its seconds, settings
+    "hicodit_paper": (hicodit_clip, 7.8, HICODIT),
+    "talker_paper": (talker_clip, 6.0, TALKER),
+    "talker_released": (talker_clip, 6.0, TALKER),
+    "rvq_paper": (sound_clip, 4.0, []),
+    "whisperx_vae_paper": (sound_clip, 6.0, ["task.whisper={folder}/whisper"]),
+    "lia_x_paper": (picture_clip, 4.0, LIA_X),
 }
 
 
@@ -106,7 +98,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
 
 def two_steps(name: str, clips: int, device: str) -> dict[str, Any]:
     """Figures of two steps: losses, seconds of the second one's parts, peak memory, frozen networks that ran."""
-    clip, words = RECIPES[name]
+    clip, clip_seconds, settings = RECIPES[name]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         digests = dict.fromkeys(("wave", "portraits", "heard_expression", "lip", "face_identity"), "made up")
@@ -117,17 +109,12 @@ def two_steps(name: str, clips: int, device: str) -> dict[str, Any]:
             del codec
         if name == "whisperx_vae_paper":
             write_whisper(folder / "whisper")
-        seconds = next(value for start, value in SECONDS.items() if name.startswith(start))
-        write_shards(folder / "shards", round(25 * seconds), clip, digests)
-        places = {"CODEC": str(folder / "codec"), "WHISPER": str(folder / "whisper"), "ENCODERS": str(folder)}
-        words = [
-            word.replace(word.partition("=")[2], places.get(word.partition("=")[2], word.partition("=")[2]))
-            for word in words
-        ]
+        write_shards(folder / "shards", round(25 * clip_seconds), clip, digests)
+        own = [setting.format(folder=folder) for setting in settings]
         small = ["trainer=cpu", "trainer.precision=fp32", f"trainer.batch_size={clips}"]
         small.append("trainer.global_batch_size=null")
         common = [f"experiment={name}", "data=shards", f"data.root={folder / 'shards'}", f"trainer.device={device}"]
-        config = load("train", [*common, *small, *words, "trainer.ema_decay=0", f"run={folder / 'run'}"], "")
+        config = load("train", [*common, *small, *own, "trainer.ema_decay=0", f"run={folder / 'run'}"], "")
         torch.manual_seed(config.trainer.seed)
         trainer = Trainer(
             build(config.task),
@@ -137,17 +124,14 @@ def two_steps(name: str, clips: int, device: str) -> dict[str, Any]:
         )
         trainer.task.train()
         frozen = watch_frozen(trainer.task)
-        losses, spent = [], {}
-        for step in range(2):
-            spent, found = timed_step(trainer, step)
-            losses.append(round(found, 3))
+        (_, first), (spent, second) = timed_step(trainer, 0), timed_step(trainer, 1)
         encoders = getattr(getattr(trainer.task, "system", None), "encoders", None)
         loaded = sorted(getattr(encoders, "_networks", {}))
     return {
         "recipe": name,
         "clips": clips,
         "parameters_m": sum(p.numel() for p in trainer.task.parameters()) / 1e6,
-        "losses": losses,
+        "losses": [round(first, 3), round(second, 3)],
         "seconds_a_step": spent,
         "peak_gib": peak_memory_mb(device) / 1024,
         "frozen": sorted({*frozen, *loaded}),
@@ -215,6 +199,5 @@ def write_whisper(folder: Path) -> None:
         "encoder_attention_heads": 20,
         "encoder_ffn_dim": 5120,
     }
-    WhisperModel(
-        WhisperConfig(**sizes, decoder_layers=1, decoder_attention_heads=20, vocab_size=51866)
-    ).save_pretrained(folder)
+    config = WhisperConfig(**sizes, decoder_layers=1, decoder_attention_heads=20, vocab_size=51866)
+    WhisperModel(config).save_pretrained(folder)
