@@ -55,6 +55,11 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def compute_time(device: torch.device) -> float:
+    """Seconds to measure work on a device with: on a CPU processor time, which other programs disturb little."""
+    return now(device) if device.type == "cuda" else time.process_time()
+
+
 def processor_time(call: Callable[[], T]) -> tuple[T, float]:
     """(result of a call, its CPU time in seconds), which other programs disturb less than wall-clock time."""
     begin = time.process_time()

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -31,8 +30,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import talker as talker_benchmark
 from benchmarks.charts import chart_file
-from benchmarks.common import in_own_process, matrix_rate, now, peak_memory_mb, read_config
+from benchmarks.common import compute_time, in_own_process, matrix_rate, peak_memory_mb
 from benchmarks.official_talker import official_t2av
 from benchmarks.record import dated
 from benchmarks.roofline import bounds, this_machine, weight_bytes
@@ -44,8 +44,8 @@ from hicodit.model import FLOAT32
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import SamplerConfig, with_preset
 from talker_t2av.generation import PatchLoop
-from talker_t2av.model import TalkerConfig, TalkerT2AV
-from talker_t2av.request import MODES, Request, Sampling
+from talker_t2av.model import TalkerT2AV
+from talker_t2av.request import MODES, Sampling
 
 LEAST = {"timed_steps": 2, "patches": 2, "rounds": 1, "seconds": 1.0, "batch": 1, "minutes": 0.1}
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -69,9 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     sizes = args.sizes or (["tiny", "base"] if args.full else ["tiny"])
     lengths = args.seconds or ([2.0, 10.0, 60.0] if args.full else [2.0, 10.0])
-    rates = {name: matrix_rate(args.device, dtype, _clock) for name, dtype in TYPES.items()}
+    rates = {name: matrix_rate(args.device, dtype, compute_time) for name, dtype in TYPES.items()}
     job = {k: getattr(args, k) for k in ("timed_steps", "patches", "rounds", "device")} | {"rates": rates}
-    job["machine"] = this_machine(rates, args.device, _clock)
+    job["machine"] = this_machine(rates, args.device, compute_time)
     rows, head = [], "  ".join(f"{name:>11}" for name in COLUMNS)
     yield {"matrix_rate_gflops": {k: round(v / 1e9) for k, v in rates.items()}}, head
     for size in sizes:
@@ -135,8 +135,8 @@ def hicodit(job: dict[str, Any]) -> list[dict[str, Any]]:
     once: dict[str, list[float]] = {name: [] for name in TYPES}
     for turn in range(job["rounds"] + 1):  # the first turn warms up
         for name in TYPES:
-            times = [_clock(device)]
-            window(name, lambda _, times=times: times.append(_clock(device)))
+            times = [compute_time(device)]
+            window(name, lambda _, times=times: times.append(compute_time(device)))
             if turn:
                 durations = np.diff(times).tolist()
                 each[name] += durations[1:]
@@ -167,38 +167,30 @@ def _patch_bytes(model: TalkerT2AV, steps: int) -> int:
 def talker(job: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of Talker-T2AV, a precision each; the loop of the official program's shape runs for one row of a batch."""
     device, batch, patches = torch.device(job["device"]), job["batch"], job["patches"]
-    config, sampling = TalkerConfig(**read_config(f"model/talker_t2av_{job['size']}")), Sampling()
+    sampling = Sampling()
 
     def build_model(dtype: torch.dtype) -> TalkerT2AV:
         torch.manual_seed(0)
-        return TalkerT2AV(config).eval().to(device).to_precision(dtype)
+        return talker_benchmark.build(job["size"]).eval().to(device).to_precision(dtype)
 
     plain, models, read = build_model(torch.float32), {}, {}
     for name, dtype in TYPES.items():
         models[name] = build_model(dtype)
         read[name] = _patch_bytes(models[name], sampling.steps)
         pack_linear(models[name], device)
-    g = torch.Generator().manual_seed(1)
-    requests = []
-    for seed in range(batch):
-        prompt, speaker = (
-            torch.randint(0, 400, (40,), generator=g).tolist(),
-            torch.randn(config.speaker_dim, generator=g),
-        )
-        none = torch.zeros(0, config.speech_dim), torch.zeros(0, config.motion_dim)
-        face, limits = torch.randn(config.motion_dim, generator=g), {"max_patches": patches, "min_patches": patches}
-        requests.append(Request(prompt, speaker, *none, face, seed=seed, **limits))
+    requests = [talker_benchmark.random_request(plain, patches, seed, 40) for seed in range(batch)]
+    requests = [replace(request, min_patches=patches) for request in requests]  # none ends before
 
     def loop(model: TalkerT2AV) -> list[float]:
-        times = [_clock(device)]
+        times = [compute_time(device)]
         for _ in PatchLoop(model, requests, MODES["t2av"], sampling, use_stop=False):
-            times.append(_clock(device))
+            times.append(compute_time(device))
         return np.diff(times).tolist()
 
     def official() -> list[float]:
-        begin = _clock(device)
+        begin = compute_time(device)
         official_t2av(plain, requests[0], sampling)
-        return [(_clock(device) - begin) / patches] * patches
+        return [(compute_time(device) - begin) / patches] * patches
 
     ways: dict[str, Callable[[], list[float]]] = {name: lambda name=name: loop(models[name]) for name in TYPES}
     each: dict[str, list[list[float]]] = {name: [] for name in (*ways, "official")}
@@ -249,10 +241,6 @@ def chart(rows: list[dict[str, Any]], path: Path) -> None:
         axes.axvline(1, color="grey", linestyle=":")
         axes.invert_yaxis()
         axes.legend()
-
-
-def _clock(device: torch.device) -> float:
-    return now(device) if device.type == "cuda" else time.process_time()
 
 
 def _operators(call: Callable[[], Any]) -> dict[str, int]:

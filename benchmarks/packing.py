@@ -9,14 +9,13 @@ epoch.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import now
+from benchmarks.common import compute_time
 from benchmarks.training import build_task
 from engine.config import CONFIGS
 from engine.seeding import generator_for
@@ -120,15 +119,13 @@ class Clips:
 def seconds(task: Task, batch: dict[str, Tensor], precision: str) -> float:
     """Seconds of one forward and backward pass."""
     device = next(task.parameters()).device
-    cuda = device.type == "cuda"
     batch = {name: value.to(device) for name, value in batch.items()}
-    clock = (lambda: now(device)) if cuda else time.process_time
     torch.manual_seed(0)
-    start = clock()
+    start = compute_time(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         loss = task(batch, "model")["loss"]
     loss.backward()
-    elapsed = clock() - start
+    elapsed = compute_time(device) - start
     task.zero_grad(set_to_none=True)
     return elapsed
 

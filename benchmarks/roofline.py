@@ -7,7 +7,6 @@ on top. Peaks of cards are those of their data sheets: dense matrix products, fl
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -35,11 +34,7 @@ CARDS = {
 }
 
 
-def this_machine(
-    rates: Mapping[str, float],
-    device: torch.device,
-    clock: Callable[[torch.device], float] = lambda _: time.perf_counter(),
-) -> Machine:
+def this_machine(rates: Mapping[str, float], device: torch.device, clock: Callable[[torch.device], float]) -> Machine:
     """With the measured rates of matrix products, and of a copy, which reads and writes."""
     a, best = torch.zeros(BUFFER, dtype=torch.uint8, device=device), 0.0
     b = torch.empty_like(a)

@@ -218,10 +218,12 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 def _time_forward(module: nn.Module, name: str, clock: Clock) -> None:
     begun: list[float] = []
+
+    def end(*_: Any) -> None:
+        clock.sums[name] += now(clock.device) - begun.pop()
+
     module.register_forward_pre_hook(lambda *_: begun.append(now(clock.device)))
-    module.register_forward_hook(
-        lambda *_: clock.sums.__setitem__(name, clock.sums[name] + now(clock.device) - begun.pop())
-    )
+    module.register_forward_hook(end)
 
 
 def line(r: dict[str, Any]) -> str:
