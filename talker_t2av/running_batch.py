@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import StaticCache
 
+from engine.errors import UserError
 from talker_t2av.generation import PatchLoop, Result, Stream
 from talker_t2av.model import TalkerT2AV
-from talker_t2av.request import LoopRules, Mode, Request, Sampling
+from talker_t2av.request import LoopRules, Mode, Request, Sampling, tokens_per_patch
 
 ROOM = 64  # places by which the cache grows
 
@@ -41,9 +42,15 @@ class Row:
 
 
 class RunningBatch:
-    """Rows of one mode, one patch of all at each `step`; a row that ends leaves by itself."""
+    """Rows of one mode, one patch of all at each `step`; a row that ends leaves by itself.
+
+    Raises:
+        UserError: a patch of the model is two tokens, which this loop does not know.
+    """
 
     def __init__(self, model: TalkerT2AV, mode: Mode, sampling: Sampling) -> None:
+        if tokens_per_patch(model.config.order, mode.motion != "absent") > 1:
+            raise UserError(f"this model has order={model.config.order}: the service takes models with order=add only")
         self.model, self.mode, self.sampling = model, mode, sampling
         self.rows: list[Row] = []
         self.place = -1  # of the last token

@@ -4,6 +4,7 @@ import pytest
 import torch
 from talker_fixtures import request, tiny_model
 
+from engine.errors import UserError
 from talker_t2av.generation import generate
 from talker_t2av.request import MODES, PAPER, LoopRules, Sampling
 from talker_t2av.running_batch import ROOM, RunningBatch
@@ -32,6 +33,12 @@ def test_rows_that_come_and_go_are_what_they_are_alone(mode, delay):
         torch.testing.assert_close(alone.speech, result.speech, atol=1e-4, rtol=0)
         if mode == "t2av":
             torch.testing.assert_close(alone.motion, result.motion, atol=1e-4, rtol=0)
+
+
+def test_a_model_whose_patch_is_two_tokens_is_refused():
+    with pytest.raises(UserError, match="order=va: the service takes models with order=add only"):
+        RunningBatch(tiny_model(order="va"), MODES["t2av"], SAMPLING)
+    assert not RunningBatch(tiny_model(order="va"), MODES["tts"], SAMPLING).rows  # of speech alone it is one
 
 
 def test_a_row_that_is_given_up_changes_nothing_and_memory_does_not_grow():
