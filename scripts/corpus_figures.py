@@ -38,6 +38,7 @@ Figures = Iterator[tuple[str, dict[str, Any]]]
 
 
 def hicodit(args: argparse.Namespace) -> Figures:
+    """Speech from silent videos of held-out clips: word errors, voices, expression."""
     from hicodit.evaluation import evaluate_corpus
     from hicodit.held_out import mean_voices
     from hicodit.pipeline import HiCoDiTPipeline
@@ -60,6 +61,7 @@ def hicodit(args: argparse.Namespace) -> Figures:
 
 
 def talker_t2av(args: argparse.Namespace) -> Figures:
+    """Speech and talking faces from held-out texts: word errors, endings, synchrony, streaming, batches."""
     from talker_t2av.evaluation import HeldOut, evaluate_corpus
     from talker_t2av.pipeline import TalkerPipeline
 
@@ -76,6 +78,7 @@ def talker_t2av(args: argparse.Namespace) -> Figures:
 
 
 def rvq_codec(args: argparse.Namespace) -> Figures:
+    """Held-out speech coded and decoded: word errors, PESQ, STOI, use of the codes."""
     from rvq_codec import RVQCodec
     from rvq_codec.evaluation import evaluate
 
@@ -86,6 +89,7 @@ def rvq_codec(args: argparse.Namespace) -> Figures:
 
 
 def whisperx_vae(args: argparse.Namespace) -> Figures:
+    """Held-out speech coded and decoded: word errors, PESQ, STOI, statistics of the latents."""
     from whisperx_vae import WhisperXVAE
     from whisperx_vae.evaluation import evaluate
 
@@ -96,6 +100,7 @@ def whisperx_vae(args: argparse.Namespace) -> Figures:
 
 
 def lia_x(args: argparse.Namespace) -> Figures:
+    """Held-out clips rebuilt from their first frame and motion codes: PSNR, SSIM, movement, speed."""
     from lia_x import LiaX
     from lia_x.evaluation import measure, measure_speed, mouth_correlation, rebuild_clips, strip
 
@@ -110,13 +115,6 @@ def lia_x(args: argparse.Namespace) -> Figures:
         cv2.imwrite(str(partial), cv2.cvtColor(strip(shown), cv2.COLOR_RGB2BGR))
 
 
-ABOUT = {
-    "hicodit": "Speech from silent videos of held-out clips: word errors, voices, expression.",
-    "talker_t2av": "Speech and talking faces from held-out texts: word errors, endings, synchrony, streaming, batches.",
-    "rvq_codec": "Held-out speech coded and decoded: word errors, PESQ, STOI, use of the codes.",
-    "whisperx_vae": "Held-out speech coded and decoded: word errors, PESQ, STOI, statistics of the latents.",
-    "lia_x": "Held-out clips rebuilt from their first frame and motion codes: PSNR, SSIM, movement, speed.",
-}
 MODELS = {
     "hicodit": (hicodit, "hicodit_tiny", 200),
     "talker_t2av": (talker_t2av, "talker_t2av_tiny", 100),
@@ -130,9 +128,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models = parser.add_subparsers(dest="model", required=True, metavar="MODEL")
     commands = {}
-    for name, (_, weights, clips) in MODELS.items():
+    for name, (measure, weights, clips) in MODELS.items():
         form = argparse.ArgumentDefaultsHelpFormatter
-        add = models.add_parser(name, description=ABOUT[name], formatter_class=form).add_argument
+        add = models.add_parser(name, description=measure.__doc__, formatter_class=form).add_argument
         commands[name] = add
         add("--weights", type=Path, default=Path("assets") / weights, help="release folder")
         add("--corpus", type=Path, default=Path("data/synthetic"), help="folder of the corpus")
