@@ -122,7 +122,7 @@ def train_and_measure(args: argparse.Namespace, variant: str, seed: int) -> dict
             trained = args.trained or args.runs / f"{DERIVED[variant]}-{seed}" / "release"
             derive(trained, begin, folder / "release")
         else:
-            train(folder, words, [f"init={begin}"])
+            train(folder, [*words, f"init={begin}"])
 
     make_once(folder, [*words, f"trained={args.trained}"] if args.trained else words, make)
     return figures_of(args, folder, folder / "release")

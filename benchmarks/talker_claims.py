@@ -113,7 +113,7 @@ def measure_orders(args: argparse.Namespace, clips: HeldOut) -> Found:
     for order in args.orders:
         for seed in args.seeds:
             folder, words = args.runs / f"{order}-{seed}", order_settings(args, shards, order, seed)
-            make_once(folder, words, partial(train, folder, words, []))
+            make_once(folder, words, partial(train, folder, words))
     for mode in args.modes:
         systems = {}
         for order in args.orders:

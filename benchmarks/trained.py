@@ -38,11 +38,11 @@ def measure_once(path: Path, measure: Callable[[], Any]) -> Any:
     return json.loads(path.read_text())
 
 
-def train(folder: Path, words: list[str], init: list[str]) -> None:
+def train(folder: Path, settings: list[str]) -> None:
     """Run train.py to its last step, in the user's working folder: what the settings name lies there.
 
     Args:
-        folder: of the run. words, init: settings of train.py.
+        folder: of the run. settings: of train.py.
 
     Raises:
         UserError: the training failed.
@@ -50,7 +50,7 @@ def train(folder: Path, words: list[str], init: list[str]) -> None:
     never = ["trainer.checkpoint_every=1000000", "trainer.validate_every=1000000"]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "training.log").open("a") as log:
-        command = [sys.executable, str(ROOT / "train.py"), f"run={folder}", *never, *words, *init]
+        command = [sys.executable, str(ROOT / "train.py"), f"run={folder}", *never, *settings]
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
     if code != 0:
         raise UserError(f"the training of {folder.name} failed (exit {code}), see {folder / 'training.log'}")

@@ -128,7 +128,7 @@ def test_the_training_takes_relative_paths_as_the_users(tmp_path, monkeypatch):
     (tmp_path / "user").mkdir()
     monkeypatch.setattr(trained, "ROOT", tmp_path / "checkout")
     monkeypatch.chdir(tmp_path / "user")
-    train(Path("runs/full-0"), ["data.corpus=data/own"], ["init=begin"])
+    train(Path("runs/full-0"), ["data.corpus=data/own", "init=begin"])
     places = Path("runs/full-0/training.log").read_text().splitlines()
     assert {str(tmp_path / "user" / name) for name in ("runs/full-0", "data/own", "begin")} <= set(places)
 
