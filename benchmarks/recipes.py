@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from benchmarks.common import in_own_process, now, peak_memory_mb, read_config
+from benchmarks.common import in_own_process, peak_memory_mb, read_config
+from benchmarks.training import Clock
 from engine.config import build, load
 from engine.shards.writer import SplitWriter, write_sample
 from engine.training.trainer import Trainer
@@ -140,28 +140,23 @@ def two_steps(name: str, clips: int, device: str) -> dict[str, Any]:
 
 def timed_step(trainer: Trainer, number: int) -> tuple[dict[str, float], float]:
     """One step as the trainer makes it: seconds by part, and the last part's loss."""
-    spent, last = defaultdict(float), now(trainer.device)
-
-    def stop(part: str) -> None:
-        nonlocal last
-        spent[part] += now(trainer.device) - last
-        last = now(trainer.device)
-
+    clock = Clock(trainer.device)
+    clock.start()
     batch = {k: v.to(trainer.device) if isinstance(v, Tensor) else v for k, v in trainer.batches[number].items()}
-    stop("data")
+    clock.stop("data")
     for part, optimiser in trainer.optimisers.items():
         trainer.task.zero_grad(set_to_none=True)
         with torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.config.precision == "bf16"):
             loss = trainer.parallel.losses(batch, part)["loss"]
-        stop("forward")
+        clock.stop("forward")
         loss.backward()
-        stop("backward")
+        clock.stop("backward")
         for group in trainer.clipped[part]:
             trainer.parallel.clip(group, trainer.config.clip or np.inf)
-        stop("clip")
+        clock.stop("clip")
         optimiser.step()
-        stop("optimiser")
-    return dict(spent), float(loss.detach())
+        clock.stop("optimiser")
+    return dict(clock.sums), float(loss.detach())
 
 
 def watch_frozen(task: nn.Module) -> set[str]:
