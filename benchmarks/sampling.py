@@ -29,7 +29,7 @@ from hicodit.conditions.released import ReleasedEncoderConfig
 from hicodit.diffusion import LogLinearNoise, log_expm1
 from hicodit.generation import GuidedPosterior, generate, window, windows
 from hicodit.guidance import combine
-from hicodit.model import HiCoDiT, ModelConfig
+from hicodit.model import TOKENS_PER_FRAME, HiCoDiT, ModelConfig
 from hicodit.settings import GuidanceScales, SamplerConfig
 from hicodit.system import HiCoDiTSystem
 
@@ -99,6 +99,17 @@ class PlainPosterior:
         return combine(torch.stack(rows), self.scales, -log_expm1(sigma)[:, None, None, None])
 
 
+def flops_of_step(model: HiCoDiT, conditions: Conditions, steps: int) -> int:
+    """Operations of one of `steps` steps of a window with these conditions."""
+    posterior = GuidedPosterior(model, conditions, GUIDANCE)
+    length, device = TOKENS_PER_FRAME * conditions.lip.shape[1], conditions.lip.device
+    tokens = torch.full((1, model.config.levels, length), model.mask_id, device=device)
+    where = torch.zeros(*tokens.shape[:2], -(-length // steps), dtype=torch.long, device=device)
+    with FlopCounterMode(display=False) as counter:
+        posterior(tokens, next(posterior.moments(torch.ones(1, 1))), where)
+    return counter.get_total_flops()
+
+
 @torch.inference_mode()
 def measure(job: dict) -> dict:
     """One setting: medians over steps, spread as quartiles."""
@@ -134,13 +145,7 @@ def measure(job: dict) -> dict:
     conditions = system.conditions(*crops)
     encoders = now(device) - start
 
-    length = 2 * spans[0][1]
-    part = window(conditions, [0], spans[:1])
-    posterior = GuidedPosterior(model, part, GUIDANCE)
-    tokens = torch.full((1, model.config.levels, length), model.mask_id, device=device)
-    where = torch.zeros(*tokens.shape[:2], -(-length // steps), dtype=torch.long, device=device)
-    with FlopCounterMode(display=False) as counter:
-        posterior(tokens, next(posterior.moments(torch.ones(1, 1))), where)
+    flops = flops_of_step(model, window(conditions, [0], spans[:1]), steps)
     result = {
         **{k: job[k] for k in ("model", "seconds", "steps", "timed_steps")},
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -155,7 +160,7 @@ def measure(job: dict) -> dict:
         "forward_passes": (steps + 1) * rounds,
         "peak_memory_mb": peak_memory_mb(device),
         "matrix_rate_gflops": job["matrix_rate"] / 1e9,
-        "share_of_matrix_rate": counter.get_total_flops() / median / job["matrix_rate"],
+        "share_of_matrix_rate": flops / median / job["matrix_rate"],
     }
     if not job["no_plain"]:
         slow, slow_each, _ = run(PlainPosterior)
