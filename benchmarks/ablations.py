@@ -114,17 +114,17 @@ def train_and_measure(args: argparse.Namespace, variant: str, seed: int) -> dict
         return figures_of(args, args.runs / "trained", args.trained)
     if args.trained and variant not in DERIVED:
         raise UserError(f"--trained {args.trained} cannot be made {variant}: only {', '.join(DERIVED)}")
-    folder, words = args.runs / f"{variant}-{seed}", settings(args, variant, seed)
+    folder, settings = args.runs / f"{variant}-{seed}", settings_of(args, variant, seed)
 
     def make() -> None:
-        begin = start(folder / "start", words, seed, args.encoders)
+        begin = start(folder / "start", settings, seed, args.encoders)
         if variant in DERIVED:
             trained = args.trained or args.runs / f"{DERIVED[variant]}-{seed}" / "release"
             derive(trained, begin, folder / "release")
         else:
-            train(folder, [*words, f"init={begin}"])
+            train(folder, [*settings, f"init={begin}"])
 
-    make_once(folder, [*words, f"trained={args.trained}"] if args.trained else words, make)
+    make_once(folder, [*settings, f"trained={args.trained}"] if args.trained else settings, make)
     return figures_of(args, folder, folder / "release")
 
 
@@ -141,7 +141,7 @@ def figures_of(args: argparse.Namespace, folder: Path, release: Path) -> dict[st
     return measure_once(folder / f"figures-{args.split}-{args.clips}-{args.sampler}.json", measure_release)
 
 
-def settings(args: argparse.Namespace, variant: str, seed: int) -> list[str]:
+def settings_of(args: argparse.Namespace, variant: str, seed: int) -> list[str]:
     """Settings of train.py for one model."""
     return [
         "experiment=hicodit_synthetic_2", "task.model.expression_context=false",  # the paper's model
@@ -152,10 +152,10 @@ def settings(args: argparse.Namespace, variant: str, seed: int) -> list[str]:
     ]  # fmt: skip
 
 
-def start(folder: Path, words: list[str], seed: int, encoders: str | None) -> Path:
+def start(folder: Path, settings: list[str], seed: int, encoders: str | None) -> Path:
     """A release with random weights, but for the `SHARED` parts if those of a release `encoders` are to be taken."""
     with ONE_AT_A_TIME:
-        task = OmegaConf.to_container(compose("train", words).task, resolve=True)
+        task = OmegaConf.to_container(compose("train", settings).task, resolve=True)
         torch.manual_seed(seed)
         system = HiCoDiTSystem(ModelConfig(**task["model"]), encoder_config(task["encoders"]))
     if encoders:

@@ -112,8 +112,8 @@ def measure_orders(args: argparse.Namespace, clips: HeldOut) -> Found:
     shards = args.shards or args.corpus / "shards" / "talker"
     for order in args.orders:
         for seed in args.seeds:
-            folder, words = args.runs / f"{order}-{seed}", order_settings(args, shards, order, seed)
-            make_once(folder, words, partial(train, folder, words))
+            folder, settings = args.runs / f"{order}-{seed}", order_settings(args, shards, order, seed)
+            make_once(folder, settings, partial(train, folder, settings))
     for mode in args.modes:
         systems = {}
         for order in args.orders:
@@ -123,13 +123,13 @@ def measure_orders(args: argparse.Namespace, clips: HeldOut) -> Found:
 
 def order_settings(args: argparse.Namespace, shards: Path, order: str, seed: int) -> list[str]:
     """Settings of train.py for one model. Each batch has the same number of rows."""
-    words = [
+    settings = [
         "experiment=talker_synthetic", f"data.corpus={args.corpus}", f"data.root={shards}", "data.held_out=[]",
         f"trainer.seed={seed}", f"trainer.steps={args.train_steps}", *args.overrides, *ORDERS[order],
     ]  # fmt: skip
     if order == "without_tts":
-        words.append(f"trainer.batch_size={2 * compose('train', words).trainer.batch_size}")
-    return words
+        settings.append(f"trainer.batch_size={2 * compose('train', settings).trainer.batch_size}")
+    return settings
 
 
 def measure_release(folder: Path, clips: HeldOut, mode: str) -> dict[str, Pairs]:
