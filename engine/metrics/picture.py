@@ -16,10 +16,10 @@ from engine.nn.transfer import send
 WINDOW, SIGMA = 11, 1.5  # of SSIM's Gaussian, in pixels
 
 
-def psnr(a: Tensor, b: Tensor, span: float = 255.0) -> float:
-    """Peak signal-to-noise ratio in dB of two equal shapes; `span` is the range of the values. Equal inputs: inf."""
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of two equal shapes with values from 0 to 255. Equal inputs: inf."""
     error = (a.double() - b.double()).square().mean().item()
-    return math.inf if error == 0 else 10 * math.log10(span**2 / error)
+    return math.inf if error == 0 else 10 * math.log10(255.0**2 / error)
 
 
 def _gaussian(size: int) -> Tensor:
@@ -36,7 +36,8 @@ def _gaussian(size: int) -> Tensor:
 def ssim_map(a: Tensor, b: Tensor, span: float = 255.0) -> Tensor:
     """Local structural similarity (Wang et al., 2004): (B, C, H, W) x 2 -> (B, C, H - 10, W - 10).
 
-    Gaussian window of 11 pixels with a deviation of 1.5, constants 0.01 and 0.03, no padding.
+    Gaussian window of 11 pixels with a deviation of 1.5, constants 0.01 and 0.03, no padding. `span` is the range of
+    the values.
     """
     batch, channels, height, width = a.shape
     stacked = torch.cat([a, b, a * a, b * b, a * b])
@@ -49,6 +50,6 @@ def ssim_map(a: Tensor, b: Tensor, span: float = 255.0) -> Tensor:
     return similarity / ((mean_a**2 + mean_b**2 + c1) * (spread + c2))
 
 
-def ssim(a: Tensor, b: Tensor, span: float = 255.0) -> float:
-    """Mean structural similarity of pictures (B, C, H, W), in float64."""
-    return ssim_map(a.double(), b.double(), span).mean().item()
+def ssim(a: Tensor, b: Tensor) -> float:
+    """Mean structural similarity of pictures (B, C, H, W) with values from 0 to 255, in float64."""
+    return ssim_map(a.double(), b.double()).mean().item()

@@ -14,6 +14,7 @@ from engine.optional import require_librosa
 FPS = 25  # video frames a second
 WINDOW = 0.01  # seconds of a power measurement
 PITCH_HOP = 0.016  # seconds of a frame of `pitch`
+LOWEST, HIGHEST = 60.0, 500.0  # Hz, between which a pitch is looked for
 DROP = 30.0  # dB below the loudest moment: what is quieter is not speech
 
 
@@ -33,19 +34,15 @@ def energy(wave: np.ndarray) -> float:
     return float(10 * np.log10(np.mean(np.square(wave)) + 1e-10))
 
 
-def pitch(wave: np.ndarray, rate: int, floor: float = 60.0, ceiling: float = 500.0) -> np.ndarray:
-    """Fundamental frequency (F,) in Hz of every 16 ms, 0 where unvoiced, by pYIN (Mauch & Dixon 2014).
+def pitch(wave: np.ndarray, rate: int) -> np.ndarray:
+    """Fundamental frequency (F,) in Hz of every 16 ms of a wave (N,), 0 where unvoiced, by pYIN (Mauch & Dixon 2014).
 
     Its path search matters: frame by frame, resynthesised speech loses so many octaves that the pitch ranges of clips
     no longer correlate with those of the originals (0.62, against 0.89 with pYIN, 20 clips).
-
-    Args:
-        wave: (N,) at `rate` Hz.
-        floor, ceiling: the range searched, in Hz.
     """
     librosa, low_rate = require_librosa(), 12_000
     wave = resample(torch.as_tensor(np.asarray(wave), dtype=torch.float32), rate, low_rate).numpy()
-    f0, _, _ = librosa.pyin(wave, fmin=floor, fmax=ceiling, sr=low_rate, frame_length=768, hop_length=192)
+    f0, _, _ = librosa.pyin(wave, fmin=LOWEST, fmax=HIGHEST, sr=low_rate, frame_length=768, hop_length=192)
     return np.nan_to_num(f0)
 
 

@@ -49,13 +49,13 @@ def _mel_filters(count: int, size: int) -> np.ndarray:
     return filters
 
 
-def mfcc(wave: np.ndarray, coefficients: int = 13, filters: int = 26, lifter: int = 22) -> np.ndarray:
+def mfcc(wave: np.ndarray, coefficients: int = 13) -> np.ndarray:
     """16-bit samples (N,) at 16 kHz -> (coefficients, F) float64, the defaults of python_speech_features.
 
     Frames of 25 ms every 10 ms, a rectangular window, the last one filled with zeros; pre-emphasis 0.97; the log of the
     frame's energy in place of the first coefficient. F = 1 + ceil((N - 400) / 160).
     """
-    width, step, size = RATE // 40, RATE // 100, 512
+    width, step, size, filters, lifter = RATE // 40, RATE // 100, 512, 26, 22
     signal = np.asarray(wave, dtype=np.float64)
     signal = np.append(signal[:1], signal[1:] - 0.97 * signal[:-1])
     frames = 1 + max(0, -(-(len(signal) - width) // step))
