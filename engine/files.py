@@ -69,14 +69,17 @@ def refuse_links(folder: Path) -> None:
 
 
 @contextmanager
-def writable(folder: str | Path) -> Iterator[None]:
+def writable(folder: str | Path, setting: str = "output") -> Iterator[None]:
     """Make `folder` and fail before any work if it cannot be written; what was made goes again if it stays empty.
+
+    Args:
+        setting: that names the folder, for the error.
 
     Raises:
         UserError: it cannot be made or written.
     """
     if not str(folder):
-        raise UserError("output= is empty: name a folder")
+        raise UserError(f"{setting}= is empty: name a folder")
     folder = Path(folder)
     made = [place for place in (folder, *folder.parents) if not place.exists()]  # innermost first
     try:
@@ -84,7 +87,7 @@ def writable(folder: str | Path) -> Iterator[None]:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"cannot write to output={folder}: {error.strerror or error}") from error
+        raise UserError(f"cannot write to {setting}={folder}: {error.strerror or error}") from error
     try:
         yield
     finally:

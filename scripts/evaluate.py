@@ -9,7 +9,7 @@ if __name__ == "__main__":
 
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import date
 from importlib import import_module
@@ -25,9 +25,9 @@ from engine.config import load
 from engine.device import pick_device
 from engine.errors import UserError, printable, run_cli
 from engine.evaluation.clips import Clip, read_clips, system_facts
-from engine.evaluation.measure import cores, measure
+from engine.evaluation.measure import Results, cores, measure
 from engine.evaluation.report import write_report
-from engine.evaluation.summary import summarise, table_lines
+from engine.evaluation.summary import comparison_lines, summarise, table_lines
 from engine.files import writable
 from engine.media.limits import Limits, set_limits
 from engine.metrics.registry import metrics_of, protocol_of
@@ -68,7 +68,8 @@ def main() -> int:
         return corpus_figures.main() or 0
     config = load("evaluate", sys.argv[1:], HELP)
     set_limits(Limits(**config.limits))
-    figures = list(OmegaConf.to_container(config)["metrics"] or config.columns)
+    figures = OmegaConf.to_container(config)["metrics"] or list(config.columns)
+    figures = [figures] if isinstance(figures, str) else figures
     protocols = choose_protocols(config, figures)
     for name, value in (("clips", config.clips), ("workers", config.workers), ("resamples", config.resamples)):
         if value is not None:
@@ -77,8 +78,12 @@ def main() -> int:
     outputs = output_folders(config)
     references = Path(config.references) if config.references else None
     manifest = Path(config.manifest) if config.manifest else None
+    paper = paper_rows(config)
+    if references and not manifest and output.resolve().is_relative_to(references.resolve()):
+        raise UserError(f"output={output} lies in references=, where all files are clips: name another folder")
     clips = read_clips(manifest, references, outputs, config.clips)
-    with writable(output):
+    cache = Path(config.cache) if config.cache else output / "cache"
+    with writable(output), writable(cache, "cache"):
         if config.model:
             folder = output / "outputs"
             import_module(MODELS[config.model]).write_outputs(clips, folder, device, **config.generate)
@@ -87,11 +92,15 @@ def main() -> int:
         if config.video == "output":
             clips = [own_pictures(clip) for clip in clips]
         workers = config.workers or cores()
-        cache = Path(config.cache) if config.cache else output / "cache"
-        print(f"{len(clips)} clips, {', '.join([*outputs]) or 'true speech alone'}, {workers} processes on {device}")
+        names = ", ".join(clips[0].takes) or "true speech alone"
+        print(f"{len(clips)} clips, {names}, {workers} {'process' if workers == 1 else 'processes'} on {device}")
         results = measure(clips, metrics_of(figures), protocols, Path(config.weights), device, workers, cache)
-        summary = summarise(clips, results, figures, protocols, config.resamples)
-        summary |= about(config, clips, outputs, device)
+        summary = summarise(clips, results, with_free_words(figures, results), protocols, config.resamples)
+        if not summary["figures"]:
+            tell_left_out(summary, output)
+            raise UserError("no figure of the table could be computed, for the reasons above")
+        summary["notes"] += protocol_notes(config, protocols, summary["figures"], paper)
+        summary |= about(config, clips, summary["figures"], paper, outputs, device)
         write_json(output / "results.json", summary)
         write_report(output / "report.html", summary, clips, config.media)
     tell(summary, output)
@@ -99,8 +108,17 @@ def main() -> int:
 
 
 def tell(summary: Mapping[str, Any], output: Path) -> None:
-    """Print the table, and on the error output what was left out."""
-    print(*table_lines(summary, summary["paper"]), sep="\n")
+    """Print the table and the comparison of its systems, and on the error output what was left out."""
+    print(*table_lines(summary, summary["paper"]), *comparison_lines(summary), sep="\n")
+    for note in summary["notes"]:
+        print(printable(f"note: {note}"))
+    tell_left_out(summary, output)
+    print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items()))
+    print(f"written: {output / 'report.html'}, {output / 'results.json'}")
+
+
+def tell_left_out(summary: Mapping[str, Any], output: Path) -> None:
+    """Print figures, and the first twenty files or measurements, that are not in the table, with the reason."""
     for figure, why in summary["left_out"]["figures"].items():
         print(printable(f"left out: {figure}: {why}"), file=sys.stderr)
     files = summary["left_out"]["files"]
@@ -109,8 +127,48 @@ def tell(summary: Mapping[str, Any], output: Path) -> None:
         print(printable(line), file=sys.stderr)
     if len(files) > 20:
         print(f"left out: {len(files) - 20} more, listed in {output / 'results.json'}", file=sys.stderr)
-    print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items()))
-    print(f"written: {output / 'report.html'}, {output / 'results.json'}")
+
+
+def with_free_words(figures: list[str], results: Results) -> list[str]:
+    """Word errors of sentences outside the grammar stand beside those of the others, which do not count them."""
+    rows = [row for by_clip in results.rows.get("WordErrors", {}).values() for row in by_clip.values()]
+    if "wer" not in figures or "wer_free" in figures or not any("wer_free" in row for row in rows):
+        return figures
+    at = figures.index("wer") + 1
+    return [*figures[:at], "wer_free", *figures[at:]]
+
+
+def paper_rows(config: DictConfig) -> dict[str, dict[str, float | None]]:
+    """The paper's rows by name, values by figure; of its true-speech rows those that `true_speech` names.
+
+    Raises:
+        UserError: `true_speech` names none.
+    """
+    rows = {name: dict(zip(config.columns, values)) for name, values in (config.paper or {}).items()}
+    true = [name for name in rows if "true speech" in name]
+    if config.true_speech is None:
+        return rows
+    chosen = [name for name in true if config.true_speech in name]
+    if not chosen:
+        known = ", ".join(name.removesuffix(" true speech") for name in true) or "none"
+        raise UserError(f"true_speech={config.true_speech} is none of the table's true-speech rows: {known}")
+    return {name: row for name, row in rows.items() if name not in true or name in chosen}
+
+
+def protocol_notes(
+    config: DictConfig, protocols: Mapping[str, str], figures: Iterable[str], paper: Mapping[str, Any]
+) -> list[str]:
+    """Which of the paper's figures were computed in another way than those of this evaluation."""
+    words = [word for word in sys.argv[1:] if word.startswith("table=")]
+    defaults = load("evaluate", [*words, "output=-"], HELP).protocol
+    notes = []
+    for metric, names in metrics_of([*figures]).items():
+        own, here = protocol_of(metric, defaults), protocols[metric.__name__].partition(":")[0]
+        titles = [metric.figures[f].title for f in names if any(row.get(f) is not None for row in paper.values())]
+        if own != here and titles:
+            which = f"the paper's {', '.join(titles)} by {own}, those above by {here}"
+            notes.append(f"{which}: the two cannot be compared")
+    return notes
 
 
 def choose_protocols(config: DictConfig, figures: list[str]) -> dict[str, str]:
@@ -125,6 +183,9 @@ def choose_protocols(config: DictConfig, figures: list[str]) -> dict[str, str]:
         protocol = protocol_of(metric, given)
         if protocol not in metric.protocols:
             raise UserError(f"protocol.{figure}={protocol} is unknown; choose {', '.join(metric.protocols)}")
+        if protocol == "grammar" and not Path(config.grammar or "").is_file():
+            why = f"grammar={config.grammar} is no file" if config.grammar else "none is given"
+            raise UserError(f"protocol.wer=grammar needs grammar=FILE.jsgf: {why}")
         argument = f":{arguments[protocol]}" if protocol in arguments else ""
         chosen[metric.__name__] = protocol + argument
     return chosen
@@ -141,10 +202,14 @@ def output_folders(config: DictConfig) -> dict[str, Path]:
     outputs = config.outputs
     if outputs is None:
         return {}
+    if isinstance(outputs, str) and outputs.startswith("{"):
+        raise UserError(f"outputs={outputs} cannot be read: quote names and folders with special characters")
     if isinstance(outputs, str):
         return {Path(outputs).name or "output": Path(outputs)}
     if not isinstance(outputs, DictConfig) or not all(isinstance(value, str) for value in outputs.values()):
         raise UserError("outputs must be a folder, or several as {name: folder, other: folder}")
+    if config.model in outputs:
+        raise UserError(f"outputs: {config.model} is the name of model=; give the folder another one")
     return {str(name): Path(folder) for name, folder in outputs.items()}
 
 
@@ -153,17 +218,19 @@ def own_pictures(clip: Clip) -> Clip:
     return replace(clip, takes={name: replace(take, source=None) for name, take in clip.takes.items()})
 
 
-def about(config: DictConfig, clips: list[Clip], outputs: dict[str, Path], device: str) -> dict[str, Any]:
+def about(
+    config: DictConfig,
+    clips: list[Clip],
+    figures: Iterable[str],
+    paper: Mapping[str, Mapping[str, Any]],
+    outputs: Mapping[str, Path],
+    device: str,
+) -> dict[str, Any]:
     """What was evaluated, how, and where."""
-    paper = {
-        name: dict(zip(config.columns, values))
-        for name, values in (config.paper or {}).items()
-        if config.true_speech is None or "true speech" not in name or config.true_speech in name
-    }
     settings = OmegaConf.to_container(config, resolve=True)
     return {
-        "title": config.title or f"Evaluation: {', '.join(outputs) or 'true speech'}",
-        "paper": paper,
+        "title": config.title or f"Evaluation: {', '.join(clips[0].takes) or 'true speech'}",
+        "paper": {name: row for name, row in paper.items() if any(row.get(f) is not None for f in figures)},
         "count": len(clips),
         "about_systems": {name: system_facts(folder) for name, folder in outputs.items()},
         "date": date.today().isoformat(),

@@ -75,7 +75,9 @@ def write_outputs(
 
     def write(batch: Sequence[tuple[int, Clip]]) -> None:
         for (_, clip), talk in zip(batch, pipeline.run([job(i, clip) for i, clip in batch])):
-            talk.save(folder / f"{clip.id}{suffix}")
+            path = folder / f"{clip.id}{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)  # of an id such as speaker/clip
+            talk.save(path)
 
     generate_missing(clips, folder, batch_size, write)
 

@@ -16,6 +16,7 @@ from engine.untrusted import parse_json, read_lines, safe_name
 SOUND = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac")
 VIDEO = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".m4v")
 KEYS = ("text", "output", "reference", "video", "speaker", "voice", "language", "heard", "reference_heard")
+TRUTH = "true speech"  # the name of the true row
 PROMPT = ("reference_audio", "reference_video")
 
 
@@ -49,7 +50,9 @@ def read_rows(manifest: Path) -> list[dict[str, Any]]:
         row = parse_json(line, where)
         if not isinstance(row, dict):
             raise UserError(f"{where} is no JSON object: write id, text, reference, output, ... of one clip")
-        safe_name(row.get("id"), f"{where}: id", folders=True)
+        if not isinstance(row.get("id"), str):
+            raise UserError(f"{where}: id must be text in quotes, the name of the clip's files without suffix")
+        safe_name(row["id"], f"{where}: id", folders=True)
         for key in (*KEYS, *PROMPT):
             if key in row and row[key] is not None and not isinstance(row[key], str | int):
                 raise UserError(f"{where}: {key} must be text")
@@ -76,6 +79,8 @@ def read_clips(
     Raises:
         UserError: a folder is missing, nothing names the clips, or there are none.
     """
+    if TRUTH in outputs:
+        raise UserError(f"outputs: {TRUTH!r} is the name of the true row; give the system another one")
     for name, folder in {"references": references, **{f"outputs.{k}": v for k, v in outputs.items()}}.items():
         if folder is not None and not folder.is_dir():
             raise UserError(f"{name}={folder} is no folder")

@@ -14,19 +14,19 @@ from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
 from engine.errors import UserError
-from engine.evaluation.clips import Clip
+from engine.evaluation.clips import TRUTH, Clip
 from engine.files import atomic_output
 from engine.media.limits import LIMITS, Limits, set_limits
 from engine.metrics.metric import Metric, Take, wave_of
 from engine.processes import end_with_parent
 from engine.progress import track
 
-TRUTH = "true speech"  # the name of the true row
 Row = dict[str, Any]  # a measurement
 
 
@@ -36,12 +36,14 @@ class Results:
 
     Attributes:
         rows: measurements by metric, system and clip. failed: (clip, system, metric or file, why).
-        missing: why a figure is left out. seconds: wall time by metric, loading the network included.
+        lengths: seconds of the takes by system and clip. missing: why a figure is left out.
+        seconds: wall time by metric, loading the network included.
         cached: how many measurements by metric were found.
     """
 
     rows: dict[str, dict[str, dict[str, Row]]] = field(default_factory=dict)
     failed: list[tuple[str, str, str, str]] = field(default_factory=list)
+    lengths: dict[str, dict[str, float]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     cached: dict[str, int] = field(default_factory=dict)
@@ -103,7 +105,7 @@ def _load(path: Path) -> Row | None:
         with np.load(path, allow_pickle=False) as file:
             row = json.loads(str(file["plain"]))
             return row | {name: file[name] for name in file.files if name != "plain"}
-    except (OSError, ValueError, KeyError):  # none, or damaged: measured again
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # none, or damaged: measured again
         return None
 
 
@@ -128,6 +130,8 @@ def measure_clip(work: Work) -> tuple[dict[str, Row | str], int]:
             row = _load(path)
             if row is None:
                 row = _metric(work).measure(take, work.truth)
+                if not all(np.isfinite(row[figure]).all() for figure in work.metric.figures if figure in row):
+                    raise UserError("the result is no finite number")
                 _store(path, row)
             else:
                 found += 1
@@ -139,17 +143,17 @@ def measure_clip(work: Work) -> tuple[dict[str, Row | str], int]:
     return out, found
 
 
-def check_files(take: Take) -> str:
-    """Why the files of a take cannot be used; "" if they can."""
+def check_files(take: Take) -> tuple[str, float]:
+    """(why the files of a take cannot be used, "" if they can; seconds)."""
     if take.audio is None:
-        return "there is no file"
+        return "there is no file of that name, with the suffix of a sound or a video", 0.0
     try:
-        wave_of(take.audio, 16_000)
+        seconds = len(wave_of(take.audio, 16_000)) / 16_000
         if take.source is not None and not take.source.is_file():
-            return f"no such file: {take.source}"
+            return f"no such file: {take.source}", 0.0
     except UserError as error:
-        return str(error)
-    return ""
+        return str(error), 0.0
+    return "", seconds
 
 
 def _start(limits: Limits) -> None:
@@ -246,8 +250,11 @@ def measure(
 
 def _readable(clips: Sequence[Clip], results: Results, pool: Workers) -> list[tuple[Clip, dict[str, Take]]]:
     pairs = [(clip, name, take) for clip in clips for name, take in {TRUTH: clip.truth, **clip.takes}.items()]
-    why = list(pool.map(check_files, [take for _, _, take in pairs]))
-    bad = {(clip.id, name): reason for (clip, name, _), reason in zip(pairs, why) if reason}
+    checked = list(pool.map(check_files, [take for _, _, take in pairs]))
+    bad = {(clip.id, name): reason for (clip, name, _), (reason, _) in zip(pairs, checked) if reason}
+    for (clip, name, _), (_, seconds) in zip(pairs, checked):
+        if (clip.id, name) not in bad:
+            results.lengths.setdefault(name, {})[clip.id] = seconds
     results.failed += [(clip, name, "file", reason) for (clip, name), reason in bad.items()]
     good = []
     for clip in clips:

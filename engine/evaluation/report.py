@@ -10,9 +10,9 @@ import jinja2
 import numpy as np
 
 from engine.errors import UserError
-from engine.evaluation.clips import Clip
-from engine.evaluation.measure import TRUTH
+from engine.evaluation.clips import TRUTH, Clip
 from engine.evaluation.pictures import COLOURS, TRUE_COLOUR, distribution, player, spectrogram
+from engine.evaluation.summary import verdicts
 from engine.files import atomic_output
 from engine.metrics.metric import Take
 
@@ -54,6 +54,7 @@ def write_report(path: Path, summary: Mapping[str, Any], clips: Sequence[Clip], 
     page = environment.from_string(TEMPLATE.read_text()).render(
         s=summary,
         systems=systems,
+        verdicts=verdicts(summary),
         truth=TRUTH,
         best=_best(summary, systems),
         colours=colours,

@@ -68,6 +68,35 @@ def permutation_test(
     return seen, (1 + larger) / (1 + resamples)
 
 
+def difference_interval(
+    one: tuple[np.ndarray, np.ndarray],
+    two: tuple[np.ndarray, np.ndarray],
+    groups: Sequence[str] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float] | None:
+    """95 % percentile interval of the difference of two systems' figures, both (a, b) over the same clips.
+
+    Clips, or whole `groups` of them, are drawn with replacement, the same for both systems.
+
+    Returns:
+        None with fewer than two clips or groups.
+    """
+    columns = [*one, *two]
+    if groups is not None:
+        _, at = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+        columns = [np.bincount(at, column) for column in columns]
+    n = len(columns[0])
+    if n < 2:
+        return None
+    rng, values = np.random.default_rng(seed), []
+    for size in _blocks(resamples, n):
+        a1, b1, a2, b2 = (rng.multinomial(n, np.full(n, 1 / n), size) @ np.stack(columns, 1)).T
+        values.append(a1 / np.maximum(b1, 1e-12) - a2 / np.maximum(b2, 1e-12))
+    low, high = np.percentile(np.concatenate(values), [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
+    return float(low), float(high)
+
+
 def holm(values: Sequence[float]) -> list[float]:
     """p values made larger so that one wrong rejection among all of them is as rare as in a single test (Holm 1979)."""
     order, out, worst = np.argsort(values), [0.0] * len(values), 0.0

@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 
 from engine.errors import UserError
-from engine.evaluation.clips import Clip
-from engine.evaluation.measure import TRUTH, Results, Row
-from engine.evaluation.statistics import bootstrap_interval, holm, permutation_test, ratio
+from engine.evaluation.clips import TRUTH, Clip
+from engine.evaluation.measure import Results, Row
+from engine.evaluation.statistics import bootstrap_interval, difference_interval, holm, permutation_test, ratio
 from engine.metrics.registry import description, metric_of
+
+SIGNIFICANT = 0.05
+TOLERANCE = 0.2  # seconds between an output and the true speech that need no remark
 
 
 def summarise(
@@ -60,7 +63,8 @@ def summarise(
             system: {clip: row["heard"] for clip, row in rows.items() if "heard" in row}
             for system, rows in results.rows.get("WordErrors", {}).items()
         },
-        "tests": _tests(shown, ratios, resamples),
+        "tests": _tests(shown, ratios, speakers, resamples),
+        "notes": _length_notes(shown, results.lengths),
         "left_out": {
             "figures": missing,
             "files": [dict(zip(("clip", "system", "where", "why"), row)) for row in results.failed],
@@ -77,13 +81,10 @@ def _ratio_figure(
     groups = [speakers[clip] for clip in found]
     known = None not in groups and len(set(groups)) > 1
 
-    def scaled(interval: tuple[float, float] | None) -> list[float] | None:
-        return None if interval is None else [scale * end for end in interval]
-
     return {
         "value": scale * ratio(a, b),
-        "interval": scaled(bootstrap_interval(a, b, None, resamples)),
-        "interval_speakers": scaled(bootstrap_interval(a, b, groups, resamples)) if known else None,
+        "interval": _scaled(bootstrap_interval(a, b, None, resamples), scale),
+        "interval_speakers": _scaled(bootstrap_interval(a, b, groups, resamples), scale) if known else None,
         "clips": len(found),
         "values": {clip: scale * x / y for clip, (x, y) in found.items() if y},
     }
@@ -105,9 +106,16 @@ def _set_figure(
 
 
 def _tests(
-    figures: Sequence[str], ratios: Mapping[tuple[str, str], Mapping[str, tuple[float, float]]], resamples: int
+    figures: Sequence[str],
+    ratios: Mapping[tuple[str, str], Mapping[str, tuple[float, float]]],
+    speakers: Mapping[str, str | None],
+    resamples: int,
 ) -> list[dict[str, Any]]:
-    """Permutation tests of every two systems on the clips that both have; p values corrected over all tests (Holm)."""
+    """Permutation tests of every two systems on the clips that both have; p values corrected over all tests (Holm).
+
+    `better` names a system if the corrected p is below 0.05, else it is None. `smallest_p` is what the most different
+    systems could reach: each clip is exchanged or not, so few clips can show nothing.
+    """
     tests = []
     names = list(dict.fromkeys(system for _, system in ratios if system != TRUTH))
     for figure in figures:
@@ -118,13 +126,87 @@ def _tests(
                 continue
             pairs = [tuple(np.array(column, float) for column in zip(*(x[c] for c in both))) for x in (first, second)]
             difference, p = permutation_test(*pairs, resamples=resamples)
+            groups = [speakers.get(clip) for clip in both]
+            known = None not in groups and len(set(groups)) > 1
+            over_speakers = difference_interval(*pairs, groups, resamples) if known else None
             scale = description(figure).scale
             tests.append(
-                {"figure": figure, "systems": [one, two], "difference": scale * difference, "p": p, "clips": len(both)}
+                {
+                    "figure": figure,
+                    "systems": [one, two],
+                    "difference": scale * difference,
+                    "interval": _scaled(difference_interval(*pairs, None, resamples), scale),
+                    "interval_speakers": _scaled(over_speakers, scale),
+                    "p": p,
+                    "smallest_p": max(2.0 ** (1 - len(both)), 1 / (1 + resamples)),
+                    "clips": len(both),
+                }
             )
     for test, p in zip(tests, holm([test["p"] for test in tests])):
+        ahead = test["difference"] * description(test["figure"]).better > 0
         test["p_holm"] = p
+        test["smallest_p"] = min(1.0, len(tests) * test["smallest_p"])
+        test["better"] = test["systems"][0 if ahead else 1] if p < SIGNIFICANT else None
     return tests
+
+
+def _length_notes(figures: Sequence[str], lengths: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Of systems that end early or late, where figures see only what they have in common with the true speech."""
+    cut = [description(f).title for f in figures if metric_of(f).cuts]
+    notes = []
+    for system, own in lengths.items():
+        true = lengths.get(TRUTH, {})
+        other = [clip for clip in own if clip in true and abs(own[clip] - true[clip]) > TOLERANCE]
+        if other and cut:
+            some = ", ".join(other[:3]) + (", ..." if len(other) > 3 else "")
+            what = f"{len(other)} of {len(own)} outputs of {system} are over {TOLERANCE} s longer or shorter"
+            notes.append(f"{what} than the true speech ({some}); {', '.join(cut)} see only the part that both have")
+    return notes
+
+
+def _scaled(interval: tuple[float, float] | None, scale: float) -> list[float] | None:
+    return None if interval is None else [scale * end for end in interval]
+
+
+def verdicts(summary: Mapping[str, Any]) -> list[str]:
+    """For every two systems a sentence: which is better by which figures, and what shows no difference."""
+    lines, figures = [], summary["figures"]
+    pairs: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for test in summary["tests"]:
+        pairs.setdefault(tuple(test["systems"]), []).append(test)
+    for (one, two), tests in pairs.items():
+        won: dict[str | None, list[str]] = {one: [], two: [], None: []}
+        for test in tests:
+            won[test["better"]].append(figures[test["figure"]]["title"])
+        parts = [f"{name} is better by {', '.join(won[name])}" for name in (one, two) if won[name]]
+        if won[None]:
+            parts.append(f"no difference is shown by {', '.join(won[None])}")
+        tested = {test["figure"] for test in tests}
+        shared = [f for f in figures if all(f in summary["systems"].get(name, {}) for name in (one, two))]
+        rest = [figures[f]["title"] for f in shared if f not in tested]
+        if rest:
+            parts.append(f"not tested: {', '.join(rest)}")
+        line = f"{one} against {two}: {'; '.join(parts)}."
+        if min(test["smallest_p"] for test in tests) >= SIGNIFICANT:
+            line += " So few clips, or resamples, can show no difference at all."
+        lines.append(line)
+    return lines
+
+
+def comparison_lines(summary: Mapping[str, Any]) -> list[str]:
+    """The comparison of systems for a terminal: a sentence for every two, then a line for each test."""
+    lines = verdicts(summary)
+    for test in summary["tests"]:
+        about = summary["figures"][test["figure"]]
+        value, interval = _cell({"value": test["difference"]}, about["digits"]), _interval(test, about["digits"])
+        one, two = test["systems"]
+        shown = f"{test['better']} better" if test["better"] else "no difference shown"
+        head = f"  {about['title']}, {one} less {two}: {value} {interval}"
+        lines.append(f"{head}, p {test['p_holm']:.4f}, {test['clips']} clips: {shown}")
+    if lines:
+        count = len(summary["tests"])
+        lines.append(f"  (permutation tests over clips; p is corrected for {count} tests; shown: below {SIGNIFICANT})")
+    return lines
 
 
 def table_lines(summary: Mapping[str, Any], paper: Mapping[str, Mapping[str, float | None]]) -> list[str]:
@@ -136,6 +218,8 @@ def table_lines(summary: Mapping[str, Any], paper: Mapping[str, Mapping[str, flo
     for system, cells in summary["systems"].items():
         rows.append([system, *(_cell(cells.get(name), f["digits"]) for name, f in figures.items())])
         rows.append(["", *(_interval(cells.get(name), f["digits"]) for name, f in figures.items())])
+        counts = [cells[name]["clips"] if name in cells else summary["count"] for name in figures]
+        rows.append(["", *("" if n == summary["count"] else f"{n} clips" for n in counts)])
     for name, values in paper.items():
         texts = (None if values.get(figure) is None else {"value": values[figure]} for figure in figures)
         rows.append([f"paper: {name}", *(_cell(c, f["digits"]) for c, f in zip(texts, figures.values()))])

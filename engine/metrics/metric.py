@@ -90,6 +90,7 @@ class Metric:
         pair: whether the true take is needed besides the one that is measured.
         parallel: whether several processes may measure at once on a GPU; large networks may not.
         outputs_only: whether the true clips have no such figure.
+        cuts: whether the longer of an output and the true speech is cut to the other's length.
         inputs: attributes of the measured take that the result depends on.
     """
 
@@ -99,6 +100,7 @@ class Metric:
     pair: ClassVar[bool] = False
     parallel: ClassVar[bool] = True
     outputs_only: ClassVar[bool] = False
+    cuts: ClassVar[bool] = False
     inputs: ClassVar[tuple[str, ...]] = ("audio",)
 
     def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:

@@ -24,17 +24,20 @@ def pesq_score(reference: np.ndarray, degraded: np.ndarray, rate: int, band: str
     """About 1.0 to 4.6; both (N,) at `rate` Hz; `band` is wb or nb.
 
     Raises:
-        UserError: PESQ finds no speech in the reference, or the clip is too short (under a quarter of a second).
+        UserError: one of the two is silent, or the clip is too short (under a quarter of a second).
     """
     pesq, own = require("pesq", "pesq"), RATES[band]
     pair = [resample(torch.as_tensor(np.asarray(x), dtype=torch.float32), rate, own) for x in (reference, degraded)]
-    if not any(x.any() for x in pair):
-        raise UserError("PESQ cannot be computed: both waves are silent")
+    silent = [name for name, x in zip(("the true speech", "the output"), pair) if not x.any()]
+    if silent:
+        raise UserError(f"PESQ cannot be computed: {' and '.join(silent)} {'is' if len(silent) == 1 else 'are'} silent")
     try:
         return float(pesq.pesq(own, pair[0].numpy(), pair[1].numpy(), band))
     except pesq.PesqError as error:
         why = error.args[0].decode() if error.args and isinstance(error.args[0], bytes) else error
         raise UserError(f"PESQ cannot be computed: {why}") from error
+    except ValueError as error:  # levels of almost nothing are no numbers for it
+        raise UserError("PESQ cannot be computed: one of the two is almost silent") from error
 
 
 class PESQ(Metric):
@@ -42,7 +45,7 @@ class PESQ(Metric):
         "pesq_wide": Figure("PESQ wide", 1, meaning="perceived quality against the true speech, 16 kHz"),
         "pesq_narrow": Figure("PESQ narrow", 1, meaning="perceived quality against the true speech, 8 kHz"),
     }
-    pair = True
+    pair, cuts = True, True
 
     @classmethod
     def packages(cls, protocol: str) -> list[str]:

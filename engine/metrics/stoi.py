@@ -5,10 +5,12 @@ Axes: N samples.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar
 
 import numpy as np
 
+from engine.errors import UserError
 from engine.metrics.metric import Figure, Metric, Take, wave_of
 from engine.optional import require
 
@@ -16,14 +18,24 @@ RATE = 16_000
 
 
 def stoi(reference: np.ndarray, degraded: np.ndarray, rate: int) -> float:
-    """About 0 to 1; both (N,) at `rate` Hz, time-aligned. The longer wave is cut to the shorter one."""
+    """About 0 to 1; both (N,) at `rate` Hz, time-aligned. The longer wave is cut to the shorter one.
+
+    Raises:
+        UserError: less than 0.4 s of speech, for which pystoi warns and gives 0.00001, which is no measurement.
+    """
     length = min(len(reference), len(degraded))
-    return float(require("pystoi", "pystoi").stoi(reference[:length], degraded[:length], rate))
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        value = float(require("pystoi", "pystoi").stoi(reference[:length], degraded[:length], rate))
+    if any("Not enough STFT frames" in str(warning.message) for warning in given):
+        raise UserError("STOI cannot be computed: the two have less than 0.4 s of speech in common")
+    return value
 
 
 class STOI(Metric):
     figures: ClassVar = {"stoi": Figure("STOI", 1, 3, meaning="intelligibility against the true speech, 0 to 1")}
-    pair = True
+    version = 2
+    pair, cuts = True, True
 
     @classmethod
     def packages(cls, protocol: str) -> list[str]:

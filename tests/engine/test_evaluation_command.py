@@ -9,7 +9,7 @@ import pytest
 
 from engine.errors import UserError
 from engine.evaluation.clips import read_clips
-from engine.evaluation.statistics import bootstrap_interval, holm, permutation_test, ratio
+from engine.evaluation.statistics import bootstrap_interval, difference_interval, holm, permutation_test, ratio
 from engine.evaluation.summary import summarise
 from engine.media.audio import write_wav
 from engine.metrics.registry import METRICS, description, metric_of
@@ -53,6 +53,18 @@ def test_the_permutation_test_knows_its_own_null_distribution():
         a, b = rng.normal(0, 1, (2, 30))
         values.append(permutation_test((a, np.ones(30)), (b, np.ones(30)), 200, seed)[1])
     assert 0.01 < np.mean(np.array(values) < 0.05) < 0.1
+
+
+def test_the_interval_of_a_difference_knows_that_clips_are_the_same():
+    rng, ones = np.random.default_rng(1), np.ones(300)
+    clips = rng.normal(0, 5, 300)  # easy and hard ones, for both systems
+    one, two = clips + rng.normal(1, 1, 300), clips + rng.normal(0, 1, 300)
+    low, high = difference_interval((one, ones), (two, ones))
+    half = 1.96 * (one - two).std(ddof=1) / 300**0.5
+    assert (low, high) == pytest.approx(((one - two).mean() - half, (one - two).mean() + half), abs=0.02)
+    assert difference_interval((one[:1], ones[:1]), (two[:1], ones[:1])) is None
+    wide = difference_interval((one, ones), (two, ones), np.repeat(np.arange(3), 100).astype(str))
+    assert wide[0] <= (one - two).mean() <= wide[1]
 
 
 def test_holm():
@@ -114,6 +126,7 @@ def test_files_are_found_by_id_or_named_by_the_manifest(folders):
     [
         ('{"id": "../x"}', "id"),
         ('{"id": "a"}\n{"id": "a"}', "twice"),
+        ('{"id": 7}', "line 1: id must be text"),
         ("[1]", "no JSON object"),
         ('{"id": "a", "text": [1]}', "text must be text"),
         ("", "lists no clips"),
@@ -155,6 +168,81 @@ def test_two_systems_side_by_side(monkeypatch, folders, capsys):
     assert page.count("<audio") == page.count('alt="spectrogram"') == 3 * 3 and "<svg" in page
 
 
+def test_the_report_says_which_system_is_better(monkeypatch, tmp_path, folders, capsys):
+    pytest.importorskip("pystoi")
+    rows = []
+    for i in range(9):  # p of fewer clips cannot be small
+        row = json.loads((folders / "clips.jsonl").read_text().splitlines()[i % 3])
+        rows.append({"id": f"{i}", "text": row["text"], "reference": f"true/{row['id']}.wav"})
+        for name in ("good", "bad"):
+            (folders / name / f"{i}.wav").write_bytes((folders / name / f"{row['id']}.wav").read_bytes())
+    (folders / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    outputs = f"outputs={{bad: {folders}/bad, good: {folders}/good}}"
+    words = ("table=codec", "metrics=stoi", outputs, "media=false")
+    code, results = run(monkeypatch, folders, *words)
+    (test,) = results["tests"]
+    assert code == 0 and test["better"] == "good" and test["interval"][0] < test["difference"] < test["interval"][1] < 0
+    shown, page = capsys.readouterr().out, (folders / "report" / "report.html").read_text()
+    assert "bad against good: good is better by STOI." in shown and "bad against good: good is better by STOI." in page
+    assert "9 clips: good better" in shown
+
+    run(monkeypatch, folders, *words, "clips=3")
+    assert "no difference is shown by STOI. So few clips" in capsys.readouterr().out
+
+
+def test_what_a_figure_leaves_out_is_said(monkeypatch, folders, capsys):
+    pytest.importorskip("pystoi")
+    time = np.arange(2 * RATE) / RATE
+    write_wav(folders / "good" / "s0" / "c0.wav", 0.1 * np.sin(700 * time[:RATE]), RATE)
+    write_wav(folders / "good" / "s0" / "c2.wav", 0.1 * np.sin(700 * time[: RATE // 10]), RATE)
+    words = ("table=codec", "metrics=[stoi]", f"outputs={folders}/good", "media=false")
+    _, results = run(monkeypatch, folders, *words)
+    out = capsys.readouterr()
+    assert "2 of 3 outputs of good are over 0.2 s longer or shorter" in out.out and "2 clips" in out.out
+    assert "s0/c2 (good, STOI): STOI cannot be computed" in out.err and results["systems"]["good"]["stoi"]["clips"] == 2
+    assert "over 0.2 s longer" in (folders / "report" / "report.html").read_text()
+
+
+def test_words_outside_the_grammar_stand_beside_the_others(monkeypatch, folders, capsys):
+    pytest.importorskip("pocketsphinx")
+    from engine.metrics.words import WordErrors
+
+    (folders / "g.jsgf").write_text("#JSGF V1.0;\ngrammar g;\npublic <s> = set blue;\n")
+    texts = iter(["set blue", "set free", "set blue"] * 2)
+    measured = {"set blue": {"wer": (0, 2)}, "set free": {"wer_free": (1, 2)}}
+    monkeypatch.setattr(WordErrors, "measure", lambda *_: measured[next(texts)] | {"heard": "set blue"})
+    words = ("metrics=wer", f"outputs={folders}/good", "media=false", "protocol.wer=grammar")
+    code, results = run(monkeypatch, folders, *words, f"grammar={folders}/g.jsgf")
+    cells = results["systems"]["good"]
+    assert code == 0 and cells["wer"]["value"] == 0 and cells["wer_free"]["value"] > 0
+    out = capsys.readouterr().out
+    assert (
+        "WER free %" in out
+        and "2 clips" in out
+        and "the paper's WER % by whisper-medium, those above by grammar" in out
+    )
+
+
+def test_a_result_that_is_no_number_is_no_measurement(monkeypatch, folders, capsys):
+    pytest.importorskip("pystoi")
+    from engine.metrics.stoi import STOI
+
+    measured = STOI.measure
+    values = iter([float("nan")])
+    monkeypatch.setattr(STOI, "measure", lambda *a: {"stoi": (next(values, None) or measured(*a)["stoi"][0], 1)})
+    _, results = run(monkeypatch, folders, "table=codec", "metrics=[stoi]", f"outputs={folders}/good", "media=false")
+    assert [row["why"] for row in results["left_out"]["files"]] == ["the result is no finite number"]
+    assert results["systems"]["good"]["stoi"]["value"] > 0.5
+
+
+def test_a_manifest_that_names_the_outputs(monkeypatch, folders, capsys):
+    pytest.importorskip("pystoi")
+    row = {"id": "x", "text": "a", "output": "good/s0/c0.wav", "reference": "true/s0/c0.wav"}
+    (folders / "clips.jsonl").write_text(json.dumps(row))
+    _, results = run(monkeypatch, folders, "table=codec", "metrics=[stoi]", "media=false")
+    assert results["title"] == "Evaluation: output" and "1 clips, output, 1 process on" in capsys.readouterr().out
+
+
 def test_a_second_run_measures_nothing_again(monkeypatch, folders):
     pytest.importorskip("pystoi")
     from engine.metrics.stoi import STOI
@@ -169,6 +257,10 @@ def test_a_second_run_measures_nothing_again(monkeypatch, folders):
     assert second["found_in_cache"] == {"STOI": 6} and first["found_in_cache"] == {"STOI": 0}
     assert second["systems"]["elsewhere"] == first["systems"]["good"]
     monkeypatch.undo()
+    for file, content in zip(sorted((folders / "report" / "cache").rglob("*.npz")), (b"", b"PK\x03\x04 cut short")):
+        file.write_bytes(content)
+    _, mended = run(monkeypatch, folders, *words[:2], f"outputs={folders}/elsewhere", "media=false")
+    assert mended["found_in_cache"] == {"STOI": 4} and mended["systems"] == second["systems"]
     time = np.arange(2 * RATE) / RATE
     write_wav(folders / "elsewhere" / "s0" / "c0.wav", 0.1 * np.sin(700 * time), RATE)
     _, third = run(monkeypatch, folders, *words[:2], f"outputs={folders}/elsewhere", "media=false")
@@ -198,6 +290,14 @@ def test_bad_and_missing_files_are_named_and_left_out(monkeypatch, folders, caps
         (["protocol.wer=ears"], "protocol.wer=ears is unknown; choose whisper-medium"),
         (["model=other"], "model=other is unknown"),
         (["clips=0"], "clips=0 must be"),
+        (["outputs={true speech: .}"], "'true speech' is the name of the true row"),
+        (["outputs={hicodit: .}", "model=hicodit"], "hicodit is the name of model="),
+        (["outputs={<b>: ., x: 3}"], "cannot be read: quote names"),
+        (["true_speech=LRS9"], "true_speech=LRS9 is none of the table's true-speech rows: LRS3, LRS2"),
+        (["protocol.wer=grammar"], "protocol.wer=grammar needs grammar=FILE.jsgf: none is given"),
+        (["protocol.wer=grammar", "grammar=gone.jsgf"], "grammar=gone.jsgf is no file"),
+        (["cache=/dev/null/x"], "cannot write to cache=/dev/null/x"),
+        (["metrics=lse_c"], "no figure of the table could be computed"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(monkeypatch, folders, words, message):

@@ -103,6 +103,10 @@ def test_pesq_has_the_bounds_of_its_recommendations(voice, noisy):
     assert (rough["pesq_wide"][0], rough["pesq_narrow"][0]) == pytest.approx((1.82726, 3.14587), abs=1e-3)
     with pytest.raises(UserError, match="PESQ cannot"):
         figures("pesq_wide", take(voice * 0), take(voice * 0))
+    with pytest.raises(UserError, match="the output is silent"):
+        figures("pesq_wide", take(voice * 0), take(voice))
+    with pytest.raises(UserError, match="PESQ cannot be computed"):
+        figures("pesq_wide", take(voice * 0 + 1e-30), take(voice))
 
 
 def test_stoi(voice, noisy):
@@ -110,6 +114,8 @@ def test_stoi(voice, noisy):
     pytest.importorskip("pystoi")
     assert figures("stoi", take(voice), take(voice))["stoi"][0] == pytest.approx(1, abs=1e-9)
     assert figures("stoi", take(noisy[:-100]), take(voice))["stoi"][0] == pytest.approx(0.98543, abs=1e-3)
+    with pytest.raises(UserError, match=r"less than 0\.4 s of speech"):  # pystoi gives 0.00001, and warns
+        figures("stoi", take(voice[: RATE // 10]), take(voice))
 
 
 @pytest.mark.parametrize(("mode", "value"), [("plain", 5.401065706), ("dtw", 6.368744917), ("dtw_sl", 7.956420704)])
