@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
             points.append((method, override(sampler, changes), guidance))
     clips = HeldOut.recorded(pipeline, args.corpus, args.split, args.clips)
     everyone, rows = read_manifest(args.corpus, args.split), []
-    count = Counter(row["voice"] for row in everyone)
-    several = [row for row in everyone if count[row["voice"]] > 1]
+    clips_of = Counter(row["voice"] for row in everyone)
+    several = [row for row in everyone if clips_of[row["voice"]] > 1]
     clips.known = HeldOut(args.corpus, args.split, several, [], 16_000).true_voices()
 
     def result(name: str, waves: list[np.ndarray], **about: Any) -> tuple[dict[str, Any], str]:
@@ -83,9 +83,9 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     for name, sampler, guidance in points:
         pipeline.sampler, pipeline.guidance = sampler, guidance
         start = time.process_time()
-        with Evaluations(pipeline) as count:
+        with Evaluations(pipeline) as counter:
             waves = [speech.wave for speech in synthesise(pipeline, clips.crops, 0, args.batch)]
-        evaluations = round(count.rows / sum(len(windows(len(c), sampler)) for c in clips.crops), 2)
+        evaluations = round(counter.rows / sum(len(windows(len(c), sampler)) for c in clips.crops), 2)
         seconds = round((time.process_time() - start) * clips.rate / sum(map(len, clips.true)), 3)
         yield result(name, waves, steps=sampler.steps, evaluations=evaluations, processor_seconds_a_second=seconds)
     path = dated(args.out, f"samplers-{args.device.type}.png")

@@ -28,7 +28,7 @@ from talker_t2av.settings import Job, is_picture
 from talker_t2av.system import TalkerSystem
 from talker_t2av.text import split_text
 
-PAUSE, BYTE = 1.5, 0.15  # seconds: even slow speech takes less than PAUSE + BYTE for each byte of text
+MARGIN, SLOW_BYTE = 1.5, 0.15  # seconds: even slow speech takes less than MARGIN + SLOW_BYTE for each byte of text
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ def _paper_request(job: Job, system: TalkerSystem, reference: Reference, prompt:
 
 def max_patches(job: Job, patch_size: int) -> int:
     """Most patches of an open-ended job: from `max_seconds`, or from the text's length in bytes, 30 s at most."""
-    seconds = job.max_seconds or min(MAX_FRAMES / FPS, PAUSE + BYTE * len(job.text.encode()))
+    seconds = job.max_seconds or min(MAX_FRAMES / FPS, MARGIN + SLOW_BYTE * len(job.text.encode()))
     return max(1, -(-round(seconds * FPS) // patch_size))
 
 

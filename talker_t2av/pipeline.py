@@ -161,9 +161,12 @@ class TalkerPipeline:
         self, prepared: Sequence[PreparedJob], on_step: Callable[[Step], None] = lambda step: None
     ) -> list[Talk]:
         """Generate prepared jobs, those of one mode as a batch; the results in the given order."""
-        order = sorted(range(len(prepared)), key=lambda i: (prepared[i].job.mode, prepared[i].job.compat))
+
+        def batch_of(i: int) -> tuple[str, str]:
+            return prepared[i].job.mode, prepared[i].job.compat
+
         model, talks = self.system.model, dict[int, Talk]()
-        for _, group in groupby(order, key=lambda i: (prepared[i].job.mode, prepared[i].job.compat)):
+        for _, group in groupby(sorted(range(len(prepared)), key=batch_of), key=batch_of):
             rows = list(group)
             first, requests = prepared[rows[0]], [request for i in rows for request in prepared[i].requests]
             kind = ParticleLoop if draws_drafts(first.mode, self.sampling) else PatchLoop
