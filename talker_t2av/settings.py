@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -167,14 +167,10 @@ class CodecFolders:
     speaker: str | None = None
 
 
-@dataclass
-class SamplingOverrides:
-    steps: int | None = None
-    temperature: float | None = None
-    guidance: float | None = None
-    text_bytes: int | None = None
-    particles: int | None = None
-    particle_temperature: float | None = None
+# The fields of `Sampling`; None: as the release says.
+SamplingOverrides = make_dataclass(
+    "SamplingOverrides", [(own.name, f"{own.type} | None", None) for own in fields(Sampling)]
+)
 
 
 @dataclass(frozen=True)
