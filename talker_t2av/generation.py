@@ -188,7 +188,7 @@ class PatchLoop:
         compiled: Callable[[Callable], Callable] | None = None,
     ) -> None:
         c, size, device = model.config, model.config.patch_size, model.device
-        requests = [_on(request, device) for request in requests]
+        requests = [_to_device(request, device) for request in requests]
         self.model, self.mode, self.sampling, self.rules = model, mode, sampling, rules
         self.check_every = check_every or (1 if device.type == "cpu" else 4)
         self.run_step = compiled(self.step) if compiled else self.step
@@ -369,6 +369,6 @@ def last_frames(frames: Sequence[Tensor], count: int, size: int) -> Tensor:
     return torch.stack([x[len(x) - count :] for x in whole])
 
 
-def _on(request: Request, device: torch.device) -> Request:
+def _to_device(request: Request, device: torch.device) -> Request:
     tensors = {name: value.to(device) for name, value in vars(request).items() if isinstance(value, Tensor)}
     return replace(request, **tensors)

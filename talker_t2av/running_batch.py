@@ -37,6 +37,7 @@ class Row:
     ended: int | None = None
 
     def result(self) -> Result:
+        """What was drawn, once it has ended."""
         self.loop.state.end = torch.tensor([self.ended])
         return self.loop.results()[0]
 
@@ -137,6 +138,7 @@ class RunningBatch:
         padding = torch.tensor([[row.padding] for row in self.rows], device=token.device)
         key = torch.arange(self._places(), device=token.device)
         visible = (key >= padding) & (key <= self.place)
+        # Made anew: transformers' cache can neither grow nor change its number of rows.
         cache = StaticCache(self.model.llm.config, max_cache_len=self._places())
         for layer, keys, values in zip(cache.layers, self.keys, self.values):
             layer.keys, layer.values, layer.dtype, layer.device = keys, values, keys.dtype, keys.device
@@ -145,12 +147,14 @@ class RunningBatch:
         self.hidden = self.model.continue_cache(cache, token[:, None], visible[:, None], self.place - padding)
 
     def _places(self) -> int:
+        """Places of the cache; of an empty one, those that the first row's prompt takes."""
         return self.keys[0].shape[2] if self.keys else self.place + 1
 
-    def _make_room(self, steps: int) -> None:
-        lack = self.place + 1 + steps - self._places()
-        if lack > 0 and self.keys:
-            more = -(-lack // ROOM) * ROOM
+    def _make_room(self, tokens: int) -> None:
+        """Let the cache hold so many more tokens; it grows by multiples of `ROOM`."""
+        missing = self.place + 1 + tokens - self._places()
+        if missing > 0 and self.keys:
+            more = -(-missing // ROOM) * ROOM
             self.keys, self.values = ([F.pad(x, (0, 0, 0, more)) for x in xs] for xs in (self.keys, self.values))
 
     def _shift(self, by: int) -> None:
