@@ -14,6 +14,7 @@ import numpy as np
 
 from engine.codec import load_codec
 from engine.config import override
+from engine.errors import UserError
 from engine.evaluation.clips import Clip
 from engine.evaluation.generate import generate_missing, write_facts
 from engine.evaluation.shares import ALONE, ByClip, Share
@@ -73,11 +74,16 @@ def write_outputs(
     def write(batch: Sequence[tuple[int, Clip]]) -> None:
         crops, identity = [pipeline.crops(clip.truth.source) for _, clip in batch], None
         if ge2e is not None:  # one voice a call
+            if batch[0][1].prompt.audio is None:
+                raise UserError("no other clip of its speaker: give reference_audio in the manifest")
             identity = ge2e.embed(wave_of(batch[0][1].prompt.audio, 16_000).copy(), 16_000)
         for (_, clip), speech in zip(batch, pipeline.run(crops, [seed + i for i, _ in batch], identity)):
             write_wav(folder / f"{clip.id}.wav", speech.wave, speech.rate)
 
-    generate_missing(clips, folder, 1 if voice else batch_size, write)
+    def inputs(clip: Clip) -> list[Path | None]:
+        return [clip.truth.source, clip.prompt.audio if voice else None]
+
+    generate_missing(clips, folder, 1 if voice else batch_size, inputs, write)
 
 
 def evaluate_clips(

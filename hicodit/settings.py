@@ -118,7 +118,12 @@ UNGUIDED = GuidanceScales()  # the conditional model alone
 
 
 def with_preset(name: str, sampler: SamplerConfig, guidance: GuidanceScales) -> tuple[SamplerConfig, GuidanceScales]:
-    """These settings with what configs/sampler/NAME.yaml says in their place."""
+    """These settings with what configs/sampler/NAME.yaml says in their place.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    require_choice("sampler", name, sorted(path.stem for path in (CONFIGS / "sampler").glob("*.yaml")))
     preset = OmegaConf.to_container(OmegaConf.load(CONFIGS / "sampler" / f"{name}.yaml"))
     return override(sampler, preset.get("sampler", {})), override(guidance, preset.get("guidance", {}))
 

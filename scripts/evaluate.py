@@ -8,6 +8,7 @@ if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
 import platform
+import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -234,7 +235,7 @@ def about(
         "count": len(clips),
         "about_systems": {name: system_facts(folder) for name, folder in outputs.items()},
         "date": date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "settings": {key: settings[key] for key in ("columns", "protocol", "clips", "resamples", "model", "generate")},
         "hardware": {
             "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine(),

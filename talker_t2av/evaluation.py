@@ -79,7 +79,12 @@ def write_outputs(
             path.parent.mkdir(parents=True, exist_ok=True)  # of an id such as speaker/clip
             talk.save(path)
 
-    generate_missing(clips, folder, batch_size, write)
+    def inputs(clip: Clip) -> list[Path | str | None]:
+        given = clip.truth.audio if mode == "a2v" else clip.prompt.audio
+        picture = clip.truth.source if mode == "v2a" else clip.prompt.video if mode != "tts" else None
+        return [clip.truth.text, given, picture]
+
+    generate_missing(clips, folder, batch_size, inputs, write)
 
 
 class HeldOut:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -10,9 +11,11 @@ from typing import Any
 
 from engine.errors import UserError, printable
 from engine.evaluation.clips import Clip, find_take, system_facts
+from engine.evaluation.measure import file_digest
 from engine.files import atomic_output
 from engine.hub import release_folder
 from engine.progress import track
+from engine.untrusted import parse_json
 
 
 def write_facts(folder: Path, model: str, weights: str | Path | None, **facts: Any) -> None:
@@ -34,14 +37,36 @@ def write_facts(folder: Path, model: str, weights: str | Path | None, **facts: A
 
 
 def generate_missing(
-    clips: Sequence[Clip], folder: Path, batch_size: int, write: Callable[[Sequence[tuple[int, Clip]]], None]
+    clips: Sequence[Clip],
+    folder: Path,
+    batch_size: int,
+    inputs: Callable[[Clip], Sequence[Path | str | None]],
+    write: Callable[[Sequence[tuple[int, Clip]]], None],
 ) -> None:
     """Call `write` with batches of (index, clip) whose output is missing; a clip that fails is named and left out.
 
+    FOLDER/inputs.json keeps what each output is made of.
+
     Args:
+        inputs: of a clip the files and texts that its output depends on.
         write: makes the files of a batch in `folder`.
+
+    Raises:
+        UserError: an output that is there was made from other inputs, such as another file of the same name.
     """
-    waiting = [(i, clip) for i, clip in enumerate(clips) if find_take(folder, clip.id).audio is None]
+    place, waiting, known = folder / "inputs.json", [], {}
+    if place.is_file():
+        known = parse_json(place.read_bytes(), place)
+    for i, clip in enumerate(clips):
+        state = _digest_of(inputs(clip))
+        if find_take(folder, clip.id).audio is None:
+            waiting.append((i, clip))
+        elif known.get(clip.id, state) != state:
+            where = f"{folder} holds an output of {clip.id} that was made from other files or words"
+            raise UserError(f"{where}: name another output=, or delete that folder")
+        known[clip.id] = state
+    with atomic_output(place) as partial:
+        partial.write_text(json.dumps(known, indent=1) + "\n")
     batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
     for batch in track(batches, len(batches), "batches"):
         try:
@@ -52,3 +77,8 @@ def generate_missing(
                     write([item])
                 except UserError as error:
                     print(printable(f"failed: {item[1].id}: {error}"), file=sys.stderr, flush=True)
+
+
+def _digest_of(inputs: Sequence[Path | str | None]) -> str:
+    values = [file_digest(value) if isinstance(value, Path) else value for value in inputs]
+    return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()

@@ -102,7 +102,7 @@ def write_resynthesis(
             wave = wave_of(clip.truth.audio, rate)
             write_wav(folder / f"{clip.id}.wav", fit_length(decode(wave), len(wave)), rate)
 
-    generate_missing(clips, folder, 1, write)
+    generate_missing(clips, folder, 1, lambda clip: [clip.truth.audio], write)
 
 
 def fit_length(wave: np.ndarray, samples: int) -> np.ndarray:

@@ -219,7 +219,7 @@ def table_lines(summary: Mapping[str, Any], paper: Mapping[str, Mapping[str, flo
         rows.append([system, *(_cell(cells.get(name), f["digits"]) for name, f in figures.items())])
         rows.append(["", *(_interval(cells.get(name), f["digits"]) for name, f in figures.items())])
         counts = [cells[name]["clips"] if name in cells else summary["count"] for name in figures]
-        rows.append(["", *("" if n == summary["count"] else f"{n} clips" for n in counts)])
+        rows.append(["", *("" if n == summary["count"] else f"{n} clip{'s'[: n != 1]}" for n in counts)])
     for name, values in paper.items():
         texts = (None if values.get(figure) is None else {"value": values[figure]} for figure in figures)
         rows.append([f"paper: {name}", *(_cell(c, f["digits"]) for c, f in zip(texts, figures.values()))])

@@ -336,6 +336,32 @@ def test_a_codec_resynthesises_first_and_goes_on_where_it_stopped(monkeypatch, f
     if model == "rvq_codec":
         with pytest.raises(UserError, match="made with other settings"):
             run(monkeypatch, folders, *words, "generate.levels=1")
+    time = np.arange(2 * RATE) / RATE
+    write_wav(folders / "true" / "s1" / "c1.wav", 0.1 * np.sin(600 * time), RATE)  # another file of the same name
+    with pytest.raises(UserError, match=r"holds an output of s1/c1 that was made from other files"):
+        run(monkeypatch, folders, *words)
+    kept.unlink()
+    (folders / "report" / "outputs" / "s1" / "c1.wav").unlink()
+    assert run(monkeypatch, folders, *words)[0] == 0
+
+
+def test_a_sampler_that_there_is_not_is_one_line(monkeypatch, folders):
+    with pytest.raises(UserError, match=r"sampler='?nope"):
+        run(monkeypatch, folders, "metrics=stoi", "model=hicodit", "generate.sampler=nope")
+
+
+def test_speech_without_pictures_is_compared_with_those_it_was_made_for(monkeypatch, folders):
+    from engine.metrics.lip_sync import LipSync
+
+    (folders / "face.mp4").write_bytes(b"a video")
+    row = {"id": "x", "output": "good/s0/c0.wav", "reference": "true/s0/c0.wav", "video": "face.mp4"}
+    (folders / "clips.jsonl").write_text(json.dumps(row))
+    monkeypatch.setattr(LipSync, "files", classmethod(lambda *_: []))
+    monkeypatch.setattr(LipSync, "__init__", lambda *_: None)
+    seen = []
+    monkeypatch.setattr(LipSync, "measure", lambda _, take, __: seen.append(take) or {"lse_c": (1, 1), "lse_d": (1, 1)})
+    code, _ = run(monkeypatch, folders, "table=lipsync", "media=false")
+    assert code == 0 and {str(take.video or take.source) for take in seen} == {str(folders / "face.mp4")}
 
 
 def test_the_talker_is_shown_another_clip_of_the_speaker(folders):
