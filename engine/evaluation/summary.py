@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -78,16 +78,20 @@ def _ratio_figure(
     found: Mapping[str, tuple[float, float]], speakers: Mapping[str, str | None], scale: float, resamples: int
 ) -> dict[str, Any]:
     a, b = (np.array(column, float) for column in zip(*found.values()))
-    groups = [speakers[clip] for clip in found]
-    known = None not in groups and len(set(groups)) > 1
-
+    groups = _groups(found, speakers)
     return {
         "value": scale * ratio(a, b),
         "interval": _scaled(bootstrap_interval(a, b, None, resamples), scale),
-        "interval_speakers": _scaled(bootstrap_interval(a, b, groups, resamples), scale) if known else None,
+        "interval_speakers": _scaled(groups and bootstrap_interval(a, b, groups, resamples), scale),
         "clips": len(found),
         "values": {clip: scale * x / y for clip, (x, y) in found.items() if y},
     }
+
+
+def _groups(clips: Iterable[str], speakers: Mapping[str, str | None]) -> list[str] | None:
+    """The speaker of each clip, for an interval over speakers; None if one is unknown, or all are the same."""
+    groups = [speakers[clip] for clip in clips]
+    return groups if None not in groups and len(set(groups)) > 1 else None
 
 
 def _set_figure(
@@ -126,9 +130,8 @@ def _tests(
                 continue
             pairs = [tuple(np.array(column, float) for column in zip(*(x[c] for c in both))) for x in (first, second)]
             difference, p = permutation_test(*pairs, resamples=resamples)
-            groups = [speakers.get(clip) for clip in both]
-            known = None not in groups and len(set(groups)) > 1
-            over_speakers = difference_interval(*pairs, groups, resamples) if known else None
+            groups = _groups(both, speakers)
+            over_speakers = groups and difference_interval(*pairs, groups, resamples)
             scale = description(figure).scale
             tests.append(
                 {
