@@ -72,6 +72,8 @@ def write_outputs(
     write_facts(folder, "hicodit", weights, bits_per_second=float(bits), **sampling)
 
     def write(batch: Sequence[tuple[int, Clip]]) -> None:
+        if any(clip.truth.source is None for _, clip in batch):
+            raise UserError("no picture to speak for: ID.mp4 in references=, or video in the manifest")
         crops, identity = [pipeline.crops(clip.truth.source) for _, clip in batch], None
         if ge2e is not None:  # one voice a call
             if batch[0][1].prompt.audio is None:

@@ -37,11 +37,12 @@ HELP = """
 Compute a paper's table for the outputs of any system, from two folders or a manifest. Every figure comes with a 95 %
 interval, the row of the true speech and the paper's own rows. OUTPUT gets report.html (one file, no network needed),
 results.json and a cache: the same command goes on where it stopped. A file that cannot be used, and a figure whose
-network was not downloaded, are named and left out.
+network was not downloaded, are named and left out; the exit code is 1 if a file was, 2 if there is nothing to show.
 
 A manifest has a clip a line, {"id": ..., "text": ..., "speaker": ...}; its files are ID.wav or ID.mp4 in outputs= and
 references=, or those that output, reference and video name (paths from the manifest's folder). Several systems side by
-side: outputs={one: DIR, other: DIR}. model=NAME generates the outputs first.
+side, with tests that say which figures show one to be better: outputs={one: DIR, other: DIR}. model=NAME generates the
+outputs first.
 
 What only the synthetic corpus can show: python scripts/evaluate.py MODEL --help
 

@@ -68,6 +68,8 @@ def write_outputs(
         voice, face = clip.prompt.audio, clip.prompt.video
         if (voice is None and mode != "a2v") or (face is None and mode in ("t2av", "a2v")):
             raise UserError("no voice or face to show: give reference_audio and reference_video in the manifest")
+        if clip.truth.source is None and mode == "v2a":
+            raise UserError("no picture to speak for: ID.mp4 in references=, or video in the manifest")
         files = {"reference_audio": voice} if mode != "a2v" else {"audio": clip.truth.audio}
         files |= {"reference_video": face} if mode in ("t2av", "a2v") else {}
         files |= {"video": clip.truth.source} if mode == "v2a" else {}

@@ -163,7 +163,9 @@ def _length_notes(figures: Sequence[str], lengths: Mapping[str, Mapping[str, flo
         if other and cut:
             some = ", ".join(other[:3]) + (", ..." if len(other) > 3 else "")
             what = f"{len(other)} of {len(own)} outputs of {system} are over {TOLERANCE} s longer or shorter"
-            notes.append(f"{what} than the true speech ({some}); {', '.join(cut)} see only the part that both have")
+            notes.append(
+                f"{what} than the true speech ({some}); for {', '.join(cut)} only the part that both have counts"
+            )
     return notes
 
 

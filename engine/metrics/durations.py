@@ -55,7 +55,7 @@ class DurationDistance(Metric):
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         if not truth.text:
-            raise UserError("the manifest gives no text")
+            raise UserError("its words are not known: give text in the manifest, or ID.txt beside the true file")
         words = "".join(c if c.isalnum() or c == "'" else " " for c in truth.text.lower())
         one, two = (self.phones(path, " ".join(words.split())) for path in (take.audio, truth.audio))
         pairs = [(a, b) for a, b in zip(one, two) if [name for name, _ in a] == [name for name, _ in b]]

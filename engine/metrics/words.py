@@ -127,7 +127,7 @@ class WordErrors(Metric):
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         if not truth.text:
-            raise UserError("the manifest gives no text")
+            raise UserError("its words are not known: give text in the manifest, or ID.txt beside the true file")
         heard = self.transcribe(take)
         return {**self.count(truth.text, heard, take.language), "heard": heard}
 

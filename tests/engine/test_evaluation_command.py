@@ -350,6 +350,12 @@ def test_a_sampler_that_there_is_not_is_one_line(monkeypatch, folders):
         run(monkeypatch, folders, "metrics=stoi", "model=hicodit", "generate.sampler=nope")
 
 
+def test_a_clip_without_a_picture_is_named_before_a_model_speaks_for_it(monkeypatch, folders, capsys):
+    with pytest.raises(UserError, match="none of the 3 clips can be measured"):
+        run(monkeypatch, folders, "metrics=stoi", "model=hicodit")
+    assert capsys.readouterr().err.count("no picture to speak for: ID.mp4 in references=") == 3
+
+
 def test_speech_without_pictures_is_compared_with_those_it_was_made_for(monkeypatch, folders):
     from engine.metrics.lip_sync import LipSync
 
