@@ -88,10 +88,13 @@ def rank(summary: Mapping[str, Any], systems: Sequence[str]) -> tuple[str, list[
 
 
 def _best(summary: Mapping[str, Any], systems: Sequence[str]) -> dict[str, str]:
-    """The system with the best value of each figure, where there are several."""
+    """The system with the best value of each figure, where there are several, measured on the same clips."""
     found = {}
     for figure, about in summary["figures"].items():
-        values = {n: summary["systems"][n][figure]["value"] for n in systems if figure in summary["systems"][n]}
+        cells = {n: summary["systems"][n][figure] for n in systems if figure in summary["systems"][n]}
+        values = {name: cell["value"] for name, cell in cells.items()}
+        if len({(cell["clips"], *sorted(cell["values"])) for cell in cells.values()}) > 1:
+            continue
         shown = {name: round(about["better"] * value, about["digits"]) for name, value in values.items()}
         top = [name for name, value in shown.items() if value == max(shown.values())]
         if len(top) == 1 < len(values):

@@ -64,7 +64,7 @@ def summarise(
             for system, rows in results.rows.get("WordErrors", {}).items()
         },
         "tests": _tests(shown, ratios, speakers, resamples),
-        "notes": _length_notes(shown, results.lengths),
+        "notes": _length_notes(shown, results.lengths) + _clip_notes(shown, results.rows),
         "left_out": {
             "figures": missing,
             "files": [dict(zip(("clip", "system", "where", "why"), row)) for row in results.failed],
@@ -167,6 +167,23 @@ def _length_notes(figures: Sequence[str], lengths: Mapping[str, Mapping[str, flo
                 f"{what} than the true speech ({some}); for {', '.join(cut)} only the part that both have counts"
             )
     return notes
+
+
+def _clip_notes(figures: Sequence[str], measured: Mapping[str, Mapping[str, Mapping[str, Row]]]) -> list[str]:
+    """Of figures whose rows are of different clips, as of a system that has not all of them."""
+    other, systems = [], 0
+    for figure in figures:
+        rows = measured[metric_of(figure).__name__]
+        sets = [{clip for clip, row in by_clip.items() if figure in row} for by_clip in rows.values()]
+        if any(own != sets[0] for own in sets):
+            other.append(description(figure).title)
+            systems = max(systems, len([name for name in rows if name != TRUTH]))
+    if not other:
+        return []
+    note = (
+        f"the rows' {', '.join(other)} {'is' if len(other) == 1 else 'are'} of different clips, as some were left out"
+    )
+    return [note + ("; the comparison of two systems counts the clips that both have" if systems > 1 else "")]
 
 
 def _scaled(interval: tuple[float, float] | None, scale: float) -> list[float] | None:

@@ -203,6 +203,19 @@ def test_what_a_figure_leaves_out_is_said(monkeypatch, folders, capsys):
     assert "over 0.2 s longer" in (folders / "report" / "report.html").read_text()
 
 
+def test_values_of_different_clips_are_not_ranked(monkeypatch, folders, capsys):
+    pytest.importorskip("pystoi")
+    words = ("table=codec", "metrics=[stoi]", f"outputs={{good: {folders}/good, bad: {folders}/bad}}", "media=false")
+    run(monkeypatch, folders, *words)
+    assert 'class="best">' in (folders / "report" / "report.html").read_text()
+    assert "of different clips" not in capsys.readouterr().out
+    (folders / "bad" / "s0" / "c0.wav").unlink()
+    run(monkeypatch, folders, *words)
+    assert 'class="best">' not in (folders / "report" / "report.html").read_text()
+    out = capsys.readouterr().out
+    assert "note: the rows' STOI is of different clips, as some were left out; the comparison" in out
+
+
 def test_words_outside_the_grammar_stand_beside_the_others(monkeypatch, folders, capsys):
     pytest.importorskip("pocketsphinx")
     from engine.metrics.words import WordErrors
