@@ -71,7 +71,7 @@ def main() -> int:
     config = load("evaluate", sys.argv[1:], HELP)
     set_limits(Limits(**config.limits))
     figures = OmegaConf.to_container(config)["metrics"] or list(config.columns)
-    figures = [figures] if isinstance(figures, str) else figures
+    figures = [figures] if isinstance(figures, str) else [*dict.fromkeys(figures)]
     protocols = choose_protocols(config, figures)
     for name, value in (("clips", config.clips), ("workers", config.workers), ("resamples", config.resamples)):
         if value is not None:
