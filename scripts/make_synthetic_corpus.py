@@ -5,10 +5,10 @@ H.264 video (128 x 128, 25 fps, no audio), a 24 kHz mono WAV of exactly 960 samp
 clip depends only on version, seed, split and its number. Run the same command again to finish an interrupted corpus, or
 with larger numbers of clips to extend one.
 
-Version 1 is the corpus of the bundled codecs: 40 voices, one expression per clip. Version 2, that of the bundled HiCoDiT
-and Talker-T2AV, has 460 voices that can be predicted from the faces; a split dev, half of it with training voices, for
-choosing settings; a change of expression at a word in half of the clips; and free sentences of about 2,600 words in
-half of the clips."""
+Version 1 is the corpus of the bundled codecs: 40 voices, one expression per clip. Version 2, that of the bundled
+HiCoDiT and Talker-T2AV, has 460 voices that can be predicted from the faces; a split dev, half of it with training
+voices, for choosing settings; a change of expression at a word in half of the clips; and free sentences of about 2,600
+words in half of the clips."""
 
 from __future__ import annotations
 
