@@ -1,4 +1,4 @@
-"""Models that a benchmark trains, and what it measures of them: in a folder each, and not done again."""
+"""Models that a benchmark trains, each in a folder with its figures, so that a second run goes on where one ended."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class RunningBatch:
     """Rows of one mode, one patch of all at each `step`; a row that ends leaves by itself.
 
     Raises:
-        UserError: a patch of the model is two tokens, which this loop does not know.
+        UserError: the model has interleaved tokens (order av or va), two a patch; this loop feeds one.
     """
 
     def __init__(self, model: TalkerT2AV, mode: Mode, sampling: Sampling) -> None:

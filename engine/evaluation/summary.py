@@ -227,7 +227,8 @@ def comparison_lines(summary: Mapping[str, Any]) -> list[str]:
         lines.append(f"{head}, p {test['p_holm']:.4f}, {test['clips']} clips: {shown}")
     if lines:
         count = len(summary["tests"])
-        lines.append(f"  (permutation tests over clips; p is corrected for {count} tests; shown: below {SIGNIFICANT})")
+        how = f"permutation tests over clips; p is corrected for {count} tests"
+        lines.append(f"  ({how}; a difference is shown where it is below {SIGNIFICANT})")
     return lines
 
 
