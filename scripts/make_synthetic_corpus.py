@@ -17,10 +17,13 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import multiprocessing
+import signal
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
@@ -41,6 +44,7 @@ _maker: ClipMaker
 def _start(root: Path, seed: int, version: int) -> None:
     global _maker
     end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the first one ends them
     _maker = ClipMaker(root, seed, version)
 
 
@@ -97,28 +101,34 @@ def remove_parts(root: Path) -> None:
 
 def generate(jobs: list[tuple[str, int]], root: Path, seed: int, version: int, workers: int) -> None:
     """Make the clips, with progress: a bar on a terminal, a line every ten seconds in a log."""
-    context = multiprocessing.get_context("spawn")
     terminal = sys.stderr.isatty()
     begin = spoken = time.monotonic()
     frames = 0
-    with (
-        context.Pool(min(workers, len(jobs)), _start, (root, seed, version)) as pool,
-        tqdm(total=len(jobs), unit="clip", disable=not terminal) as bar,
-    ):
-        for done, count in enumerate(pool.imap_unordered(_make, jobs, chunksize=1), 1):
-            frames += count
-            bar.update()
-            now = time.monotonic()
-            if not terminal and (now - spoken > 10 or done == len(jobs)):
-                spoken, rate = now, done / (now - begin)
-                left = (len(jobs) - done) / rate
-                print(
-                    f"{done}/{len(jobs)} clips, {rate:.1f} clips/s, {frames / (now - begin):.0f} frames/s, "
-                    f"{left:.0f} s left",
-                    flush=True,
-                )
-        pool.close()
-        pool.join()  # workers that end by themselves remove their voice folders
+    workers = min(workers, len(jobs))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (root, seed, version))
+    try:
+        with tqdm(total=len(jobs), unit="clip", disable=not terminal) as bar:
+            for done, made in enumerate(as_completed([pool.submit(_make, job) for job in jobs]), 1):
+                frames += made.result()
+                bar.update()
+                now = time.monotonic()
+                if not terminal and (now - spoken > 10 or done == len(jobs)):
+                    spoken, rate = now, done / (now - begin)
+                    left = (len(jobs) - done) / rate
+                    print(
+                        f"{done}/{len(jobs)} clips, {rate:.1f} clips/s, {frames / (now - begin):.0f} frames/s, "
+                        f"{left:.0f} s left",
+                        flush=True,
+                    )
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that made clips was ended, probably for memory: set fewer --workers; "
+            "the same command goes on from what was made"
+        ) from error
+    finally:  # a worker that is killed would leave its ffmpeg writing: each ends its clip and leaves by itself
+        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not stop the stopping
+        pool.shutdown(wait=True, cancel_futures=True)
+        signal.signal(signal.SIGINT, heard)
 
 
 def main() -> None:

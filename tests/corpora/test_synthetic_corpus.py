@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import wave
 from collections import Counter
 from dataclasses import replace
@@ -98,12 +100,39 @@ def test_another_seed_makes_another_corpus_elsewhere_only(corpus):
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_parts(tmp_path):
+    slow = tmp_path / "ffmpeg"  # one clip is still being encoded when another finds the disk full
+    real = imageio_ffmpeg.get_ffmpeg_exe()
+    slow.write_text(
+        f'#!/bin/sh\ncase "$*" in *train_000001*) sleep 1 ;; esac\n'
+        f'"{real}" "$@"\ncode=$?\ncase "$*" in *train_000001*) : > "$0.ended" ;; esac\nexit $code\n'
+    )
+    slow.chmod(0o755)
     command = f"ulimit -f 80; {sys.executable} scripts/make_synthetic_corpus.py --out {tmp_path / 'full'} --clips 4"
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "IMAGEIO_FFMPEG_EXE": str(slow)}
     done = subprocess.run(["bash", "-c", command], cwd=REPO, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert "cannot write" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert (tmp_path / "ffmpeg.ended").exists()  # nothing goes on writing behind the command
     assert list((tmp_path / "full" / "train").glob("*.mp4")) and not list((tmp_path / "full").rglob(".*"))
+
+
+def test_an_interrupt_ends_all_processes_and_leaves_no_parts(tmp_path):
+    root = tmp_path / "corpus"
+    command = [sys.executable, "scripts/make_synthetic_corpus.py", "--out", str(root), "--clips", "1000"]
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    making = subprocess.Popen(
+        command, cwd=REPO, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        while making.poll() is None and not list(root.glob("train/*.json")):
+            time.sleep(0.1)
+        os.killpg(making.pid, signal.SIGINT)  # as Ctrl-C does: to every process of the terminal
+        assert making.communicate(timeout=60)[1] == "interrupted\n"
+    finally:
+        if making.poll() is None:
+            os.killpg(making.pid, signal.SIGKILL)
+    assert making.returncode == 130
+    assert not list(root.rglob(".*")) and not (root / "train.jsonl").exists()
 
 
 @pytest.mark.parametrize("arguments", [("--clips", "0"), ("--workers", "0"), ("--clips", "many"), ("--version", "3")])
