@@ -57,7 +57,7 @@ class ModelConfig:
 
     expressions: classes; their embedding is C wide.
     hierarchical: False is the flat ablation. dual_scale: False is the single-scale ablation.
-    expression_context: the last stage's input also takes the expression of each half second through a linear layer, so
+    expression_context: the input of each stage also takes the expression of each half second through a linear layer, so
         that it can choose a direction in time (not in the paper, whose temporal scale only says how strongly).
     normalised: heads give log posteriors; False gives free log scores, as SEDD's.
     drop_all, drop_each: training probability of dropping all conditions, else each by itself.
@@ -112,7 +112,7 @@ class Prepared:
     lip: Tensor  # (U * B, L, C) lip features through their half of the fusion layer
     conds: tuple[Tensor, ...]  # (R, E) for each stage: embedded identity and pooled expression, as far as it takes them
     windows: Tensor | None  # (G * B, J, E) expression of each half second, for the temporal scales
-    expression: Tensor | None  # (G * B, L, C) expression as a part of the last stage's input
+    expression: list[Tensor]  # (R, L, C) expression as a part of each stage's input; empty without `expression_context`
     low_index: Tensor | None  # (G * B,) the row of the low stage that each row takes; None where all differ
     rotary: Tensor  # (2, L, D/2)
     mask: Tensor | Packing | None  # (B, 1, 1, L), True at real frames; None when there is no padding
@@ -168,9 +168,8 @@ class Stage(nn.Module):
         self.embeddings = nn.ModuleList(nn.Embedding(c.codes + 1, c.width) for _ in range(first, last))
         self.fuse_tokens = nn.Linear(c.width, c.width)
         self.fuse_context = nn.Linear(c.width, c.width, bias=False)  # the concatenation's second half
-        in_context = c.expression_context and last == c.levels
-        self.fuse_expression = nn.Linear(c.width, c.width, bias=False) if in_context else None
-        if in_context:
+        self.fuse_expression = nn.Linear(c.width, c.width, bias=False) if c.expression_context else None
+        if c.expression_context:
             nn.init.zeros_(self.fuse_expression.weight)  # starts as the model without this input
         self.blocks = nn.ModuleList(
             AdaLNBlock(c.width, c.heads, c.cond_dim, dropout=c.dropout, attention=c.attention) for _ in range(blocks)
@@ -187,7 +186,8 @@ class Stage(nn.Module):
 
     def sees(self, branch: str) -> tuple[bool, ...]:
         """Which of `CONDITIONS` a guidance branch has, as far as this stage takes them."""
-        return tuple(name in BRANCHES[branch] and name in self.conditions for name in CONDITIONS)
+        taken = self.conditions if self.fuse_expression is None else (*self.conditions, "expression")
+        return tuple(name in BRANCHES[branch] and name in taken for name in CONDITIONS)
 
     def modulation(self, time: Tensor, cond: Tensor, windows: Tensor | None) -> Modulation:
         """Embedded noise levels (S, B, E), cond (R, E) and windows (R, J, E) -> modulation by S noise levels."""
@@ -213,10 +213,7 @@ class Stage(nn.Module):
         """
         copies, length = len(context) // len(tokens), tokens.shape[-1]
         embedded = torch.stack([table(tokens[:, self.first + i]) for i, table in enumerate(self.embeddings)]).mean(0)
-        h = self.fuse_tokens(embedded).repeat(copies, 1, 1) + context
-        if self.fuse_expression is not None:
-            h = h + prepared.expression
-        h = h.float()  # the residual stream, also under autocast
+        h = (self.fuse_tokens(embedded).repeat(copies, 1, 1) + context).float()  # the residual stream, also in autocast
         temporal, mask = None, prepared.mask
         if given is None:
             time = time.repeat(copies, 1)
@@ -313,20 +310,21 @@ class HiCoDiT(nn.Module):
         lip = self.stages[0].fuse_context(lip).repeat_interleave(TOKENS_PER_FRAME, 1)
         starts = WINDOW_TOKENS * torch.arange(-(-length // WINDOW_TOKENS), device=host)
         share = send((ends - starts).clamp(0, WINDOW_TOKENS) / ends, device)  # (B, J) of a clip's tokens, 0 of padding
-        conds, windows, told = [], None, None
+        conds, windows, told = [], None, []
         for stage, kept in zip(self.stages, (low, high)):
             cond = 0.0
             if "identity" in stage.conditions:
                 identity = torch.where(kept[..., 1, None], conditions.identity, self.null_identity)
                 cond = cond + self.identity_proj(identity.flatten(0, 1))
+            classes = torch.where(kept[..., 2, None], conditions.expression, self.config.expressions)
+            features = self.expression_table(classes).flatten(0, 1)  # (R, J, C)
             if "expression" in stage.conditions:
-                classes = torch.where(kept[..., 2, None], conditions.expression, self.config.expressions)
-                features = self.expression_table(classes)  # (G, B, J, C)
-                cond = cond + self.expression_proj(torch.einsum("gbjc,bj->gbc", features, share).flatten(0, 1))
+                pooled = torch.einsum("rjc,rj->rc", features, share.repeat(len(kept), 1))
+                cond = cond + self.expression_proj(pooled)
                 if stage.temporal is not None:
-                    windows = stage.temporal.expression(features.flatten(0, 1))
-                if stage.fuse_expression is not None:
-                    told = stage.fuse_expression(features).flatten(0, 1).repeat_interleave(WINDOW_TOKENS, 1)[:, :length]
+                    windows = stage.temporal.expression(features)
+            if stage.fuse_expression is not None:
+                told.append(stage.fuse_expression(features).repeat_interleave(WINDOW_TOKENS, 1)[:, :length])
             conds.append(cond)
         if self.config.guidance_limit is not None:
             scales = conditions.identity.new_tensor([UNGUIDED.values]) if scales is None else scales
@@ -371,12 +369,15 @@ class HiCoDiT(nn.Module):
         """
         given = [None] * len(self.stages) if isinstance(sigma, Tensor) else sigma
         low, time = self.stages[0], self.time(sigma) if isinstance(sigma, Tensor) else None
-        h, out = low(tokens, prepared.lip, time, prepared.conds[0], prepared, given[0])
+        told = prepared.expression
+        context = prepared.lip + told[0] if told else prepared.lip
+        h, out = low(tokens, context, time, prepared.conds[0], prepared, given[0])
         if prepared.low_index is not None:
             h, out = h[prepared.low_index], out[prepared.low_index]
         outs = [out] * len(low.heads)
         for high in self.stages[1:]:
-            _, out = high(tokens, high.fuse_context(h), time, prepared.conds[1], prepared, given[1])
+            context = high.fuse_context(h) + told[1] if told else high.fuse_context(h)
+            _, out = high(tokens, context, time, prepared.conds[1], prepared, given[1])
             outs += [out] * len(high.heads)
         heads = [head for stage in self.stages for head in stage.heads]
         outs = [out.unflatten(0, (-1, len(tokens))) for out in outs]  # (G, B, L, C) for each level

@@ -177,23 +177,27 @@ def test_ablations_take_expression_as_the_paper_says(changes):
 
 
 @pytest.mark.parametrize("changes", [{}, {"dual_scale": False}, {"hierarchical": False}], ids=str)
-def test_the_expression_of_a_half_second_can_enter_the_last_stage(changes):
-    """Where it changes, and in levels 3-12 alone where there are two stages; a new model is the one without it."""
+def test_the_expression_of_a_half_second_can_enter_each_stage(changes):
+    """Where it changes, in all levels, and for each guidance branch; a new model is the one without it."""
     without, model = build(**changes), build(**changes, expression_context=True)
     own = {name for name, _ in model.named_parameters()} - {name for name, _ in without.named_parameters()}
-    assert own == {f"stages.{len(model.stages) - 1}.fuse_expression.weight"}
+    assert own == {f"stages.{i}.fuse_expression.weight" for i in range(len(model.stages))}
     model.load_state_dict(without.state_dict(), strict=False)
-    new, conditions = model.stages[-1].fuse_expression, clip_conditions()
+    conditions = clip_conditions()
     with torch.no_grad():
-        new.weight.copy_(HiCoDiT(model.config).stages[-1].fuse_expression.weight)
+        for stage, fresh in zip(model.stages, HiCoDiT(model.config).stages):
+            stage.fuse_expression.weight.copy_(fresh.fuse_expression.weight)
     before = run(without, conditions)
     torch.testing.assert_close(run(model, conditions), before, rtol=0, atol=0)
-    nn.init.normal_(new.weight)
-    moved = (run(model, conditions) - before).abs().amax((0, 1, 3, 4)) > 1e-4  # (12,) levels
-    assert moved.tolist() == [not changes.get("hierarchical", True)] * 2 + [True] * 10
-    classes = new(model.expression_table.weight)[torch.tensor([[1, 4], [7, 7]])]  # of a clip with and one without it
-    kept = model.prepare(conditions, keep=torch.tensor([[True] * 3, [True, True, False], [True] * 3])).expression
-    torch.testing.assert_close(kept[:2, [0, 25]], classes)
+    for i, stage in reversed(list(enumerate(model.stages))):
+        nn.init.normal_(stage.fuse_expression.weight)
+        now = run(model, conditions)
+        moved = (now - before).abs().amax((0, 1, 3, 4)) > 1e-4  # (12,) levels
+        assert moved.tolist() == [i == 0] * 2 + [True] * 10
+        before = now
+        classes = stage.fuse_expression(model.expression_table.weight)[torch.tensor([[1, 4], [7, 7]])]
+        kept = model.prepare(conditions, keep=torch.tensor([[True] * 3, [True, True, False], [True] * 3])).expression
+        torch.testing.assert_close(kept[i][:2, [0, 25]], classes)  # of a clip with and one without it
 
 
 def test_any_number_of_expressions_but_the_encoders_have_seven():
