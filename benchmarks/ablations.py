@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from benchmarks.claims import measure
 from benchmarks.common import in_own_process
 from benchmarks.paired import chart, compare, correlation, line, ratio
+from benchmarks.per_clip import measure
 from benchmarks.record import dated
 from benchmarks.trained import make_once, measure_once, train
 from engine.config import compose

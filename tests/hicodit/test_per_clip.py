@@ -11,8 +11,8 @@ from test_task import batch_of, make_task
 
 from benchmarks import trained
 from benchmarks.ablations import DERIVED, IDENTITY, SHARED, VARIANTS, derive, take, train_and_measure
-from benchmarks.claims import losses
 from benchmarks.paired import compare, correlation, estimate, line, ratio
+from benchmarks.per_clip import losses
 from benchmarks.trained import make_once, measure_once, train
 from engine.config import compose
 from engine.errors import UserError
