@@ -5,9 +5,10 @@ token levels, L token frames (50 a second), T video frames (25 a second), J expr
 E condition width, N codes (id N is the mask), M requested positions, S noise levels, n blocks of a stage.
 
 Low stage: levels 1-2; lip features joined by channel concatenation, identity and time through AdaLN. High stage: levels
-3-12; the low stage's output joined the same way, expression and time through dual-scale AdaLN. Two ablations: *flat* is
-one stage of all levels that takes all conditions; *single scale* has plain AdaLN, where the expression of the whole
-utterance joins identity and time in one global condition of all blocks.
+3-12; the low stage's output joined the same way, expression and time through dual-scale AdaLN. `expression_context`
+(not in the paper; the bundled model has it) adds the expression to both inputs. Two ablations: *flat* is one stage of
+all levels that takes all conditions; *single scale* has plain AdaLN, where the expression of the whole utterance joins
+identity and time in one global condition of all blocks.
 
 What the paper leaves open was chosen here:
 - a group of levels enters as the mean of its levels' embeddings (DEmoFace), one table of N + 1 rows a level;
@@ -104,15 +105,14 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that does not depend on time, for B clips and G guidance branches. Rows run over branches, then over clips.
-
-    Branches that differ only in what the low stage does not see share its rows there.
+    """All that does not depend on time, for B clips and G guidance branches. Rows run over branches, then over clips;
+    branches that differ only in what the low stage does not see share its rows there.
     """
 
-    lip: Tensor  # (U * B, L, C) lip features through their half of the fusion layer
+    lip: Tensor  # (U * B, L, C) what joins the low stage's tokens: lip features, with `expression_context` expression
     conds: tuple[Tensor, ...]  # (R, E) for each stage: embedded identity and pooled expression, as far as it takes them
     windows: Tensor | None  # (G * B, J, E) expression of each half second, for the temporal scales
-    expression: list[Tensor]  # (R, L, C) expression as a part of each stage's input; empty without `expression_context`
+    expression: Tensor | None  # (G * B, L, C) what `expression_context` adds to the high stage's input
     low_index: Tensor | None  # (G * B,) the row of the low stage that each row takes; None where all differ
     rotary: Tensor  # (2, L, D/2)
     mask: Tensor | Packing | None  # (B, 1, 1, L), True at real frames; None when there is no padding
@@ -319,8 +319,7 @@ class HiCoDiT(nn.Module):
             classes = torch.where(kept[..., 2, None], conditions.expression, self.config.expressions)
             features = self.expression_table(classes).flatten(0, 1)  # (R, J, C)
             if "expression" in stage.conditions:
-                pooled = torch.einsum("rjc,rj->rc", features, share.repeat(len(kept), 1))
-                cond = cond + self.expression_proj(pooled)
+                cond = cond + self.expression_proj(torch.einsum("rjc,rj->rc", features, share.repeat(len(kept), 1)))
                 if stage.temporal is not None:
                     windows = stage.temporal.expression(features)
             if stage.fuse_expression is not None:
@@ -330,7 +329,8 @@ class HiCoDiT(nn.Module):
             scales = conditions.identity.new_tensor([UNGUIDED.values]) if scales is None else scales
             guidance = self.guidance_proj(scales / self.config.guidance_limit)  # (B, E) or (1, E)
             conds = [(cond.unflatten(0, (-1, conditions.batch)) + guidance).flatten(0, 1) for cond in conds]
-        return Prepared(lip, tuple(conds), windows, told, low_index, rotary, mask)
+        lip = lip + told[0] if told else lip
+        return Prepared(lip, tuple(conds), windows, told[1] if len(told) > 1 else None, low_index, rotary, mask)
 
     def _rows(self, branches: Sequence[str], batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
         """Which conditions the low (U, 1, 3) and the high stage's rows (G, 1, 3) see, and `Prepared.low_index`."""
@@ -369,14 +369,13 @@ class HiCoDiT(nn.Module):
         """
         given = [None] * len(self.stages) if isinstance(sigma, Tensor) else sigma
         low, time = self.stages[0], self.time(sigma) if isinstance(sigma, Tensor) else None
-        told = prepared.expression
-        context = prepared.lip + told[0] if told else prepared.lip
-        h, out = low(tokens, context, time, prepared.conds[0], prepared, given[0])
+        h, out = low(tokens, prepared.lip, time, prepared.conds[0], prepared, given[0])
         if prepared.low_index is not None:
             h, out = h[prepared.low_index], out[prepared.low_index]
         outs = [out] * len(low.heads)
         for high in self.stages[1:]:
-            context = high.fuse_context(h) + told[1] if told else high.fuse_context(h)
+            context = high.fuse_context(h)
+            context = context if prepared.expression is None else context + prepared.expression
             _, out = high(tokens, context, time, prepared.conds[1], prepared, given[1])
             outs += [out] * len(high.heads)
         heads = [head for stage in self.stages for head in stage.heads]

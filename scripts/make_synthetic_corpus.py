@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -38,18 +39,11 @@ from engine.errors import UserError, run_cli
 from engine.files import atomic_output
 from engine.processes import end_with_parent
 
-_maker: ClipMaker
+_maker = lru_cache(ClipMaker)  # one for a process
 
 
-def _start(root: Path, seed: int, version: int) -> None:
-    global _maker
-    end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the first one ends them
-    _maker = ClipMaker(root, seed, version)
-
-
-def _make(job: tuple[str, int]) -> int:
-    return _maker.make(*job)["frames"]
+def _make(root: Path, seed: int, version: int, split: str, index: int) -> int:
+    return _maker(root, seed, version).make(split, index)["frames"]
 
 
 def parse() -> argparse.Namespace:
@@ -105,10 +99,13 @@ def generate(jobs: list[tuple[str, int]], root: Path, seed: int, version: int, w
     begin = spoken = time.monotonic()
     frames = 0
     workers = min(workers, len(jobs))
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (root, seed, version))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent)
     try:
+        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: at Ctrl-C this process ends them
+        clips = [pool.submit(_make, root, seed, version, *job) for job in jobs]
+        signal.signal(signal.SIGINT, heard)
         with tqdm(total=len(jobs), unit="clip", disable=not terminal) as bar:
-            for done, made in enumerate(as_completed([pool.submit(_make, job) for job in jobs]), 1):
+            for done, made in enumerate(as_completed(clips), 1):
                 frames += made.result()
                 bar.update()
                 now = time.monotonic()
@@ -122,7 +119,7 @@ def generate(jobs: list[tuple[str, int]], root: Path, seed: int, version: int, w
                     )
     except BrokenProcessPool as error:
         raise UserError(
-            "a process that made clips was ended, probably for memory: set fewer --workers; "
+            "a process that made clips was killed, probably for lack of memory: use fewer --workers; "
             "the same command goes on from what was made"
         ) from error
     finally:  # a worker that is killed would leave its ffmpeg writing: each ends its clip and leaves by itself

@@ -124,7 +124,8 @@ def test_an_interrupt_ends_all_processes_and_leaves_no_parts(tmp_path):
         command, cwd=REPO, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
-        while making.poll() is None and not list(root.glob("train/*.json")):
+        end = time.monotonic() + 60
+        while making.poll() is None and not list(root.glob("train/*.json")) and time.monotonic() < end:
             time.sleep(0.1)
         os.killpg(making.pid, signal.SIGINT)  # as Ctrl-C does: to every process of the terminal
         assert making.communicate(timeout=60)[1] == "interrupted\n"

@@ -76,7 +76,8 @@ def test_modulation_computed_beforehand_changes_nothing(changes):
 
 
 def test_the_expression_branch_shares_the_low_stage():
-    """Expression reaches only the high levels: five branches need four low passes, and levels 1-2 ignore it."""
+    """Without `expression_context` it reaches only the high levels: five branches need four low passes, and levels 1-2
+    ignore it."""
     model, conditions = build(), clip_conditions()
     rows = [len(cond) // 3 for cond in model.prepare(conditions, tuple(BRANCHES)).conds]
     assert rows == [4, 5]
@@ -195,9 +196,14 @@ def test_the_expression_of_a_half_second_can_enter_each_stage(changes):
         moved = (now - before).abs().amax((0, 1, 3, 4)) > 1e-4  # (12,) levels
         assert moved.tolist() == [i == 0] * 2 + [True] * 10
         before = now
-        classes = stage.fuse_expression(model.expression_table.weight)[torch.tensor([[1, 4], [7, 7]])]
-        kept = model.prepare(conditions, keep=torch.tensor([[True] * 3, [True, True, False], [True] * 3])).expression
-        torch.testing.assert_close(kept[i][:2, [0, 25]], classes)  # of a clip with and one without it
+    assert model.prepare(conditions, tuple(BRANCHES)).low_index is None  # the low stage has a row for each branch
+    other = replace(conditions, expression=conditions.expression.flip(1))
+    assert not torch.allclose(run(model, other)[:, :, :2], now[:, :, :2], atol=1e-4)
+    none, told = run(model, conditions, branches=("none", "expression"))[:, :, :2]
+    assert not torch.allclose(none, told, atol=1e-4)
+    dropped = torch.tensor([[True] * 3, [True, True, False], [True] * 3])
+    first, second = (model.prepare(c, keep=dropped).lip for c in (conditions, other))
+    assert (first - second).abs().amax((1, 2)).gt(1e-4).tolist() == [True, False, True]  # as dropped in training
 
 
 def test_any_number_of_expressions_but_the_encoders_have_seven():
@@ -218,9 +224,10 @@ def test_the_sum_over_blocks_stays_float32_in_half_precision():
     assert dtypes == {torch.float32} and out.dtype == torch.float32
 
 
-def test_a_forward_of_all_positions_reads_nothing_back():
+@pytest.mark.parametrize("changes", [{}, {"expression_context": True}], ids=str)
+def test_a_forward_of_all_positions_reads_nothing_back(changes):
     """On fake CUDA tensors a host read, a shape that depends on data, or a tensor left on the CPU raises."""
-    prepared = build().prepare(clip_conditions(), tuple(BRANCHES))
+    prepared = build(**changes).prepare(clip_conditions(), tuple(BRANCHES))
 
     def fake(x):
         if isinstance(x, tuple):
@@ -231,7 +238,7 @@ def test_a_forward_of_all_positions_reads_nothing_back():
 
     with FakeTensorMode(), torch.no_grad():
         with torch.device("cuda"):
-            model = HiCoDiT(ModelConfig(**SMALL, face_dim=8))
+            model = HiCoDiT(ModelConfig(**SMALL, **changes, face_dim=8))
         assert model(fake(TOKENS), fake(SIGMA), fake(prepared)).shape == (5, 3, 12, 40, 16)
 
 
