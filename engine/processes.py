@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl(2)
 
@@ -13,3 +15,13 @@ def end_with_parent() -> None:
     """Called in a worker: a kill of its parent, at which nothing can be tidied up, kills this process too (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Ctrl-C does nothing to this process in the block, and nothing ever to the processes that it starts there."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

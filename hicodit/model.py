@@ -165,6 +165,7 @@ class Stage(nn.Module):
         super().__init__()
         c = config
         self.first, self.conditions = first, tuple(conditions)
+        self.taken = (*conditions, "expression") if c.expression_context else self.conditions
         self.embeddings = nn.ModuleList(nn.Embedding(c.codes + 1, c.width) for _ in range(first, last))
         self.fuse_tokens = nn.Linear(c.width, c.width)
         self.fuse_context = nn.Linear(c.width, c.width, bias=False)  # the concatenation's second half
@@ -186,8 +187,7 @@ class Stage(nn.Module):
 
     def sees(self, branch: str) -> tuple[bool, ...]:
         """Which of `CONDITIONS` a guidance branch has, as far as this stage takes them."""
-        taken = self.conditions if self.fuse_expression is None else (*self.conditions, "expression")
-        return tuple(name in BRANCHES[branch] and name in taken for name in CONDITIONS)
+        return tuple(name in BRANCHES[branch] and name in self.taken for name in CONDITIONS)
 
     def modulation(self, time: Tensor, cond: Tensor, windows: Tensor | None) -> Modulation:
         """Embedded noise levels (S, B, E), cond (R, E) and windows (R, J, E) -> modulation by S noise levels."""
@@ -316,14 +316,14 @@ class HiCoDiT(nn.Module):
             if "identity" in stage.conditions:
                 identity = torch.where(kept[..., 1, None], conditions.identity, self.null_identity)
                 cond = cond + self.identity_proj(identity.flatten(0, 1))
-            classes = torch.where(kept[..., 2, None], conditions.expression, self.config.expressions)
-            features = self.expression_table(classes).flatten(0, 1)  # (R, J, C)
-            if "expression" in stage.conditions:
-                cond = cond + self.expression_proj(torch.einsum("rjc,rj->rc", features, share.repeat(len(kept), 1)))
-                if stage.temporal is not None:
-                    windows = stage.temporal.expression(features)
-            if stage.fuse_expression is not None:
-                told.append(stage.fuse_expression(features).repeat_interleave(WINDOW_TOKENS, 1)[:, :length])
+            if "expression" in stage.taken:
+                classes = torch.where(kept[..., 2, None], conditions.expression, self.config.expressions)
+                shown = self.expression_table(classes).flatten(0, 1)  # (R, J, C)
+                if "expression" in stage.conditions:
+                    cond = cond + self.expression_proj(torch.einsum("rjc,rj->rc", shown, share.repeat(len(kept), 1)))
+                    windows = stage.temporal.expression(shown) if stage.temporal is not None else None
+                if stage.fuse_expression is not None:
+                    told.append(stage.fuse_expression(shown).repeat_interleave(WINDOW_TOKENS, 1)[:, :length])
             conds.append(cond)
         if self.config.guidance_limit is not None:
             scales = conditions.identity.new_tensor([UNGUIDED.values]) if scales is None else scales

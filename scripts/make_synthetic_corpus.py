@@ -17,7 +17,6 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import signal
 import sys
 import time
 from collections import Counter
@@ -37,7 +36,7 @@ from corpora.synthetic.sentences import SPLITS, grammar, language_model
 from corpora.synthetic.voices import load_voices
 from engine.errors import UserError, run_cli
 from engine.files import atomic_output
-from engine.processes import end_with_parent
+from engine.processes import end_with_parent, without_interrupts
 
 _maker = lru_cache(ClipMaker)  # one for a process
 
@@ -101,9 +100,8 @@ def generate(jobs: list[tuple[str, int]], root: Path, seed: int, version: int, w
     workers = min(workers, len(jobs))
     pool = ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent)
     try:
-        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: at Ctrl-C this process ends them
-        clips = [pool.submit(_make, root, seed, version, *job) for job in jobs]
-        signal.signal(signal.SIGINT, heard)
+        with without_interrupts():  # workers start here: at Ctrl-C this process ends them
+            clips = [pool.submit(_make, root, seed, version, *job) for job in jobs]
         with tqdm(total=len(jobs), unit="clip", disable=not terminal) as bar:
             for done, made in enumerate(as_completed(clips), 1):
                 frames += made.result()
@@ -123,9 +121,8 @@ def generate(jobs: list[tuple[str, int]], root: Path, seed: int, version: int, w
             "the same command goes on from what was made"
         ) from error
     finally:  # a worker that is killed would leave its ffmpeg writing: each ends its clip and leaves by itself
-        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not stop the stopping
-        pool.shutdown(wait=True, cancel_futures=True)
-        signal.signal(signal.SIGINT, heard)
+        with without_interrupts():  # a second Ctrl-C must not stop the stopping
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def main() -> None:

@@ -76,8 +76,8 @@ def test_modulation_computed_beforehand_changes_nothing(changes):
 
 
 def test_the_expression_branch_shares_the_low_stage():
-    """Without `expression_context` it reaches only the high levels: five branches need four low passes, and levels 1-2
-    ignore it."""
+    """Without `expression_context` the expression reaches only the high levels: five branches need four low passes, and
+    levels 1-2 ignore it."""
     model, conditions = build(), clip_conditions()
     rows = [len(cond) // 3 for cond in model.prepare(conditions, tuple(BRANCHES)).conds]
     assert rows == [4, 5]

@@ -29,7 +29,7 @@ from tests.gpu.test_task_steps import STEPS, made, take_step, update
 
 PATCHES = 3
 SINGLE = ("identity", "expression", "lip")  # conditions with a guidance scale of their own
-# The default (configs/sampler/fast.yaml) has two branches of guidance; the others are run with all five.
+# `confidence` runs as in configs/sampler/fast.yaml, with two branches of guidance; the others with all five.
 SAMPLERS = {"confidence": dict.fromkeys(SINGLE, 0.0), "ordered": {}, "euler": {}}
 
 
