@@ -23,11 +23,11 @@ from omegaconf import OmegaConf
 from benchmarks.common import in_own_process
 from benchmarks.paired import chart, compare, correlation, line, ratio
 from benchmarks.per_clip import measure
-from benchmarks.record import dated
 from benchmarks.trained import make_once, measure_once, train
 from engine.config import compose
 from engine.errors import UserError
 from engine.media.corpus import read_manifest
+from engine.record import dated
 from hicodit.conditions import encoder_config
 from hicodit.model import ModelConfig
 from hicodit.system import HiCoDiTSystem

@@ -34,10 +34,10 @@ from benchmarks import talker as talker_benchmark
 from benchmarks.charts import chart_file
 from benchmarks.common import compute_time, in_own_process, matrix_rate, peak_memory_mb
 from benchmarks.official_talker import official_t2av
-from benchmarks.record import dated
 from benchmarks.roofline import bounds, this_machine, weight_bytes
 from benchmarks.sampling import GUIDANCE, build
 from engine.precision import convert_matrices, pack_linear
+from engine.record import dated
 from hicodit.conditions.types import Conditions, Crops, windows_of
 from hicodit.generation import generate, windows
 from hicodit.model import FLOAT32

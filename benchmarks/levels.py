@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from benchmarks.charts import chart_file
-from benchmarks.record import dated
 from engine.codec import Codec, load_codec
 from engine.evaluation.shares import figures_of
 from engine.evaluation.statistics import correlation
@@ -26,6 +25,7 @@ from engine.media.corpus import load_clips
 from engine.metrics.speaker import GE2EEncoder
 from engine.metrics.speech import prosody
 from engine.progress import track
+from engine.record import dated
 from hicodit.system import CODECS
 
 LEAST: dict[str, float] = {"clips": 3, "levels": 1}

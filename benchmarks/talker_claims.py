@@ -26,12 +26,12 @@ import numpy as np
 import soundfile
 
 from benchmarks.paired import Pairs, chart, compare, line, ratio
-from benchmarks.record import dated
 from benchmarks.trained import make_once, measure_once, train
 from corpora.synthetic.mouth_opening import MouthReader
 from engine.config import compose
 from engine.metrics.speech import speech_end, synchrony
 from engine.metrics.words import count_errors
+from engine.record import dated
 from talker_t2av.evaluation import CUT, LATE, HeldOut, talk
 from talker_t2av.model import FPS, HOP
 from talker_t2av.pipeline import Job, Talk, TalkerPipeline

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.record import RESULTS, write_record
 from engine.device import pick_device
 from engine.errors import UserError, run_cli
+from engine.record import RESULTS, write_record
 
 NAMES = (
     "ablations", "faces", "full_size", "gpu", "inference", "levels", "packing", "prosody", "recipes",

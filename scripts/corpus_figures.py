@@ -26,13 +26,13 @@ from typing import Any
 import cv2
 from omegaconf import OmegaConf
 
-from benchmarks.record import RESULTS, write_record
 from corpora.synthetic.mouth_opening import MouthReader
 from engine.bounds import PRECISIONS
 from engine.config import CONFIGS, override
 from engine.errors import UserError, run_cli
 from engine.files import atomic_output
 from engine.media.corpus import load_clips
+from engine.record import RESULTS, write_record
 
 Figures = Iterator[tuple[str, dict[str, Any]]]
 

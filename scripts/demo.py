@@ -21,7 +21,7 @@ from engine.errors import UserError, run_cli
 from engine.media.limits import Limits, set_limits
 from engine.optional import require
 from hicodit.pipeline import BUNDLED
-from scripts.demo_actions import Demo
+from service.demo_actions import Demo
 from talker_t2av.system import BUNDLED as BUNDLED_TALKER
 
 LONGEST = 60.0  # seconds of a clip or a sound
@@ -44,7 +44,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="speaking-faces-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # read when gradio is imported
         require("gradio", "gradio", "demo")
-        from scripts.demo_page import page
+        from service.demo_page import page
 
         print("loading the models", flush=True)
         shown = page(Demo(Path(folder), args.weights, args.talker, args.device))

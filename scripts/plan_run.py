@@ -26,11 +26,11 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch.utils._python_dispatch import _disable_current_modes
 
-from benchmarks.record import record, write_json
 from benchmarks.training import MODELS, build_task
 from engine.config import compose
 from engine.errors import UserError, run_cli
 from engine.files import atomic_output
+from engine.record import record, write_json
 from engine.training.plan import CARDS, Efficiency, Measured, Plan, measure_fake, plan, spread
 from engine.training.task import Task, TrainerConfig
 

@@ -52,8 +52,8 @@ def main() -> None:
 
     from hicodit.pipeline import HiCoDiTPipeline
     from hicodit.settings import BUNDLED, with_preset
-    from scripts.serve_app import make_app
-    from scripts.serve_service import ServeLimits, Service
+    from service.admission import ServeLimits, Service
+    from service.app import make_app
     from talker_t2av.pipeline import TalkerPipeline
     from talker_t2av.system import BUNDLED as BUNDLED_TALKER
 

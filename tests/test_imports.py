@@ -15,14 +15,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CODECS = {"rvq_codec", "whisperx_vae", "lia_x"}
 MODELS = {"hicodit", "talker_t2av"}
-TOP = ("scripts", "benchmarks", "train", "infer")
+TOP = ("scripts", "benchmarks", "service", "train", "infer")
 ALL = CODECS | MODELS | {"engine", "corpora", "tests", *TOP}
 ALLOWED = {
     "engine": {"engine"},
     **{codec: {codec, "engine"} for codec in CODECS},
     **{model: {model, "engine"} | CODECS for model in MODELS},
     "corpora": {"corpora", "engine"} | CODECS | MODELS,
-    **{top: {"scripts", "benchmarks", "corpora", "engine"} | CODECS | MODELS for top in TOP},
+    **{top: {"scripts", "benchmarks", "service", "corpora", "engine"} | CODECS | MODELS for top in TOP},
+    "service": {"service", "corpora", "engine"} | CODECS | MODELS,
 }
 
 
@@ -71,6 +72,7 @@ def test_no_import_runs_backwards():
         ("scripts/new.py", "import train"),
         ("corpora/new.py", "from scripts import export"),
         ("benchmarks/new.py", "from tests.golden import runners"),
+        ("service/new.py", "from scripts import serve"),
     ],
 )
 def test_the_check_sees_a_backward_import(tmp_path, file, line):

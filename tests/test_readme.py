@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from benchmarks.record import portable
 from engine.errors import UserError
 from engine.media.ffmpeg import probe
+from engine.record import portable
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -132,7 +132,7 @@ def walk(steps: list[Step], args: argparse.Namespace, work: Path) -> int:
                 print(f"    FAILED ({problem}): {step.call}\n    " + "\n    ".join(log.read_text().splitlines()[-12:]))
             sys.stdout.flush()
         if args.record:
-            from benchmarks.record import RESULTS, write_record
+            from engine.record import RESULTS, write_record
 
             what = "The documented commands, walked with stand-ins of the released weights"
             print(write_record(RESULTS, args.record, what, results, full_size=args.full))

@@ -18,7 +18,7 @@ from imageio_ffmpeg import count_frames_and_secs
 from engine.errors import UserError
 from engine.media.video import write_video
 from scripts import demo as command
-from scripts import demo_actions as actions
+from service import demo_actions as actions
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "assets" / "demo"
@@ -40,7 +40,7 @@ def page_of(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
         pytest.importorskip("gradio", reason="needs the demo extra")
-        from scripts import demo_page
+        from service import demo_page
 
         yield demo_page
 

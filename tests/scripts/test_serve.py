@@ -20,8 +20,8 @@ from fastapi.testclient import TestClient
 
 from engine.media.video import write_video
 from hicodit.pipeline import HiCoDiTPipeline
-from scripts.serve_app import make_app
-from scripts.serve_service import ServeLimits, Service
+from service.admission import ServeLimits, Service
+from service.app import make_app
 from talker_t2av.pipeline import Job, TalkerPipeline
 from tests.hicodit.conftest import release  # noqa: F401  (a fixture)
 from tests.talker_t2av.talker_fixtures import save_talker, voice_file

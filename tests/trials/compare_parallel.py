@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.record import RESULTS, write_record
 from engine.errors import UserError, run_cli
+from engine.record import RESULTS, write_record
 
 STEPS, BATCH, ACCUMULATE = 50, 1, 2  # the global batch: BATCH x ACCUMULATE
 ROOT = Path(__file__).resolve().parents[2]

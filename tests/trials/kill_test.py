@@ -42,10 +42,10 @@ import torch._dynamo  # optimisers import it at their first step: here it is onc
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from benchmarks.record import write_record
 from engine.config import CONFIGS
 from engine.errors import UserError, run_cli
 from engine.evaluation.shares import Share
+from engine.record import write_record
 from engine.training import checkpoint, distributed
 from engine.training.signals import REQUEUE
 from engine.training.task import Task

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from benchmarks.record import write_record
 from engine.errors import run_cli
+from engine.record import write_record
 from tests.gpu.fakes import Operators
 from tests.gpu.test_inner_loops import STEPS as SAMPLER_STEPS
 from tests.gpu.test_inner_loops import run_patches, run_sampler

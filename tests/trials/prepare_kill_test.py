@@ -18,8 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.record import write_record
 from engine.errors import UserError, run_cli
+from engine.record import write_record
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -24,10 +24,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from benchmarks.record import write_record
 from corpora.preparation.job import prepare
 from engine.config import load
 from engine.errors import run_cli
+from engine.record import write_record
 from tests.trials.prepare_kill_test import clips_done, files_of
 
 PER_SHARD = 8

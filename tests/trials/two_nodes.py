@@ -16,9 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.record import write_record
 from engine.config import CONFIGS
 from engine.errors import UserError, run_cli
+from engine.record import write_record
 from tests.trials.kill_test import differences, last_step
 
 ROOT = CONFIGS.parent

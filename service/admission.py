@@ -1,4 +1,4 @@
-"""What the routes of `scripts/serve_app.py` share: admission, waiting for the models, counts."""
+"""What the routes of `app.py` share: admission, waiting for the models, counts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hicodit.pipeline import HiCoDiTPipeline
-from scripts.serve_workers import LipWorker, TalkWorker, Ticket, Worker
+from service.workers import LipWorker, TalkWorker, Ticket, Worker
 from talker_t2av.pipeline import TalkerPipeline
 
 WATCH = 0.2  # seconds between two looks whether the client is still there

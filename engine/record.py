@@ -16,7 +16,7 @@ import torch
 
 from engine.files import atomic_output
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
 
 def portable(value: Any) -> Any:

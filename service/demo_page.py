@@ -13,7 +13,7 @@ import gradio as gr
 
 from engine.errors import UserError, printable
 from hicodit.pipeline import BUNDLED
-from scripts.demo_actions import Demo, Made, in_page_words
+from service.demo_actions import Demo, Made, in_page_words
 
 EXAMPLES = BUNDLED.parent / "demo"
 CLIPS = [str(EXAMPLES / name) for name in ("silent.mp4", "face_8.mp4", "face_24.mp4")]

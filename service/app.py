@@ -31,8 +31,8 @@ from engine.seeding import check_seed
 from engine.untrusted import parse_json
 from hicodit.conditions.types import FPS
 from hicodit.streaming import SpeechStream, StreamSettings
-from scripts.serve_service import Counting, Refusal, Service
-from scripts.serve_workers import Ticket
+from service.admission import Counting, Refusal, Service
+from service.workers import Ticket
 from talker_t2av.jobs import PreparedJob
 from talker_t2av.model import HOP
 from talker_t2av.pipeline import PAUSE, Job
