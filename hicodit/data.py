@@ -92,7 +92,6 @@ class HiCoDiTDataset:
         augment: shift, mirror and relight the mouth pictures; features stay as they are.
         limit: use only the first clips.
         shards: fields of `engine.shards.reader.Reading`.
-        packed: the model leaves padding out, so a batch's tokens are counted without it.
         phonemes: classes of the lip encoder's auxiliary phoneme loss; None or 0: it has no such loss.
 
     Raises:
@@ -110,7 +109,6 @@ class HiCoDiTDataset:
         augment: bool = True,
         limit: int | None = None,
         shards: Mapping[str, Any] | None = None,
-        packed: bool = False,
         phonemes: int | None = None,
     ) -> None:
         tokenizer = load_codec(codec, CODECS)
@@ -138,7 +136,7 @@ class HiCoDiTDataset:
         spoken = len(self.shards.index.get("symbols") or ()) + 1
         if phonemes and spoken > phonemes:
             raise UserError(f"{source} has {spoken} phonemes with silence: set task.encoders.phonemes={spoken} or more")
-        self.augment, self.levels, self.packed = augment, tokenizer.levels, packed
+        self.augment, self.levels = augment, tokenizer.levels
         self.size = min(limit or len(self.shards), len(self.shards))
         self.blocks = self.shards.blocks(self.size)
 

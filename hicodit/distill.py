@@ -124,7 +124,7 @@ class DistillTask(HiCoDiTTask):
             name: (teacher.release.get(name) or {}) | {k: v for k, v in (given or {}).items() if v is not None}
             for name, given in (("sampler", sampler), ("guidance", guidance))
         }
-        model = asdict(replace(known, guidance_limit=guidance_limit, dropout=0.0, packed=False))
+        model = asdict(replace(known, guidance_limit=guidance_limit, dropout=0.0))
         super().__init__(model, asdict(own), init=init, **carried, **others)
         self.guidance.check_input(guidance_limit)
         self.teacher = Teacher(teacher.model, substeps, teacher_steps)

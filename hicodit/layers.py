@@ -1,7 +1,6 @@
 """Transformer blocks with adaptive layer norm, as in SEDD / DiT, and HiCoDiT's dual-scale variant.
 
-Axes: B batch, L sequence, N real positions of a packed batch, C width, H heads, D head width (C = H * D), E condition
-width, J expression windows.
+Axes: B batch, L sequence, C width, H heads, D head width (C = H * D), E condition width, J expression windows.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-
-from engine.nn.packing import Packing
 
 GELU_SLOPE = math.sqrt(8 / math.pi)
 
@@ -32,14 +29,11 @@ def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Packing | None, backend: str = "sdpa") -> Tensor:
-    """Attention over (B, H, L, D); mask (B, 1, 1, L) is True at keys to use. With a packing over (H, N, D).
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str = "sdpa") -> Tensor:
+    """Attention over (B, H, L, D); mask (B, 1, 1, L) is True at keys to use.
 
     `backend="flash"` takes the flash-attn kernel where it applies (CUDA, half precision, nothing masked).
     """
-    if isinstance(mask, Packing):
-        keys = mask.valid[:, None, None]
-        return mask.attend(q, k, v, lambda *padded: attend(*padded, keys, backend))
     if backend == "flash" and mask is None and q.is_cuda and q.dtype != torch.float32:
         from flash_attn import flash_attn_func  # optional extra
 
@@ -125,24 +119,23 @@ class AdaLNBlock(nn.Module):
         h: Tensor,
         cond: Tensor,
         rotary: Tensor,
-        mask: Tensor | Packing | None = None,
+        mask: Tensor | None = None,
         temporal: Tensor | None = None,
         modulation: Tensor | None = None,
     ) -> Tensor:
         """h (B, L, C), cond (B, E), rotary (2, L, D/2), mask (B, 1, 1, L), temporal (B, L, 2) -> (B, L, C).
 
-        `temporal` holds the scales of attention and of the MLP. With a packing as mask: h (N, C), cond (B, E), rotary
-        (2, N, D/2), temporal (N, 2) -> (N, C). `modulation` (B, 6C): that of `cond`, where it was computed before.
+        `temporal` holds the scales of attention and of the MLP. `modulation` (B, 6C): that of `cond`, where it was
+        computed before.
         """
         modulation = self.modulation(cond) if modulation is None else modulation
-        modulation = modulation[mask.row] if isinstance(mask, Packing) else modulation[:, None]
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)  # each (B, 1, C) or (N, C)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, None].chunk(6, -1)  # each (B, 1, C)
         x = self.norm1(h, shift1, scale1)
         if temporal is not None:
             x = x * temporal[..., :1]
-        q, k, v = rearrange(self.qkv(x), "... l (three h d) -> three ... h l d", three=3, h=self.heads)
+        q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.heads)
         x = attend(apply_rotary(q, rotary), apply_rotary(k, rotary), v, mask, self.attention)
-        h = h + gate1 * self.dropout(self.out(rearrange(x, "... h l d -> ... l (h d)")))
+        h = h + gate1 * self.dropout(self.out(rearrange(x, "b h l d -> b l (h d)")))
         x = self.norm2(h, shift2, scale2)
         if temporal is not None:
             x = x * temporal[..., 1:]

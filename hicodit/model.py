@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 from engine.bounds import bounded, check_bounds
 from engine.errors import UserError
-from engine.nn.packing import Packing
 from engine.nn.transfer import send
 from hicodit.conditions.types import Conditions
 from hicodit.layers import AdaLNBlock, AdaLNFinal, TemporalScales, TimeEmbedding, rotary_table
@@ -66,7 +65,6 @@ class ModelConfig:
     guidance_limit: the model takes the guidance scales as an input, up to this one (`hicodit.distill`); None: it does
         not, and guidance is a combination of its branches.
     attention: sdpa, or flash for the flash-attn kernel where it applies.
-    packed: training leaves the padding of a batch out of all blocks; losses are the same.
     """
 
     levels: int = bounded(1, 256, default=12)
@@ -91,7 +89,6 @@ class ModelConfig:
     keep_single: float = bounded(0.0, 1.0, default=0.0)
     guidance_limit: float | None = bounded(1.0, 100.0, default=None)
     attention: str = "sdpa"
-    packed: bool = False
 
     def __post_init__(self) -> None:
         check_bounds(self, "model.")
@@ -115,7 +112,7 @@ class Prepared:
     expression: Tensor | None  # (G * B, L, C) what `expression_context` adds to the high stage's input
     low_index: Tensor | None  # (G * B,) the row of the low stage that each row takes; None where all differ
     rotary: Tensor  # (2, L, D/2)
-    mask: Tensor | Packing | None  # (B, 1, 1, L), True at real frames; None when there is no padding
+    mask: Tensor | None  # (B, 1, 1, L), True at real frames; None when there is no padding
 
 
 @dataclass(frozen=True)
@@ -222,14 +219,11 @@ class Stage(nn.Module):
             window = torch.arange(length, device=h.device) // WINDOW_TOKENS
             scales = self.temporal(prepared.windows, time) if given is None else given.temporal
             temporal = scales[:, window]
-        if isinstance(mask, Packing):
-            h, temporal = mask.pack(h), mask.pack(temporal) if temporal is not None else None
-        elif mask is not None:
+        if mask is not None:
             mask = mask.repeat(copies, 1, 1, 1)
         for i, block in enumerate(self.blocks):
             scales = temporal[..., 2 * i : 2 * i + 2] if temporal is not None else None
             h = block(h, cond, prepared.rotary, mask, scales, given.blocks[i] if given is not None else None)
-        h = mask.unpack(h) if isinstance(mask, Packing) else h
         return h, self.final(h, cond, given.final if given is not None else None)
 
 
@@ -297,15 +291,12 @@ class HiCoDiT(nn.Module):
         device, length = conditions.lip.device, TOKENS_PER_FRAME * conditions.lip.shape[1]
         ends, host = TOKENS_PER_FRAME * conditions.frames[:, None], conditions.frames.device  # (B, 1)
         valid = torch.arange(length, device=host) < ends  # (B, L)
-        mask: Tensor | Packing | None = None if bool(valid.all()) else send(valid, device)[:, None, None]
+        mask = None if bool(valid.all()) else send(valid, device)[:, None, None]
         rotary = rotary_table(length, self.config.width // self.config.heads, device)
         if keep is None:
             low, high, low_index = self._rows(branches, conditions.batch, device)
         else:
             low, high, low_index = keep[None], keep[None], None
-            if self.config.packed and mask is not None:
-                mask = Packing.of(valid).to(device)
-                rotary = rotary[:, mask.position]
         lip = self.lip_proj(torch.where(low[..., 0, None, None], conditions.lip, self.null_lip).flatten(0, 1))
         lip = self.stages[0].fuse_context(lip).repeat_interleave(TOKENS_PER_FRAME, 1)
         starts = WINDOW_TOKENS * torch.arange(-(-length // WINDOW_TOKENS), device=host)

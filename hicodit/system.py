@@ -47,8 +47,6 @@ class HiCoDiTSystem(Released):
             )
         self.model = HiCoDiT(model)
         self.encoders = make_encoders(encoders)
-        if self.encoders.learns:
-            self.encoders.lip.packed = model.packed
 
     def conditions(self, mouth: Tensor, faces: Tensor, frames: Tensor, identity: Tensor | None = None) -> Conditions:
         """The conditions of a batch of clips, from their pictures.

@@ -23,7 +23,7 @@ from engine.errors import UserError, run_cli
 from engine.record import RESULTS, write_record
 
 NAMES = (
-    "ablations", "faces", "full_size", "gpu", "inference", "levels", "packing", "prosody", "recipes",
+    "ablations", "faces", "full_size", "gpu", "inference", "levels", "prosody", "recipes",
     "samplers", "sampling", "serving", "streaming", "synthetic_corpus", "talker", "talker_claims", "training",
 )  # fmt: skip
 

@@ -210,7 +210,6 @@ class TalkerPairs:
         tasks: t2av and tts (the paper), t2av alone (the released model), or tts alone.
         tts_root: of the TTS half, where it is another data set.
         shards: fields of `engine.shards.reader.Reading`.
-        packed: the model leaves padding out.
         codecs, stats, tokenizer, patch_size, delay, order: as in `TalkerExamples`.
 
     Raises:
@@ -229,7 +228,6 @@ class TalkerPairs:
         patch_size: int = 4,
         delay: int = 0,
         shards: Mapping[str, Any] | None = None,
-        packed: bool = False,
         order: str = "add",
     ) -> None:
         reading, roots = Reading(**(shards or {})), {"tts": tts_root or root}
@@ -241,7 +239,6 @@ class TalkerPairs:
         ]
         if [examples.task for examples in self.sets] not in (["t2av", "tts"], ["t2av"], ["tts"]):
             raise UserError(f"data.train.tasks={list(tasks)}: give [t2av, tts], [t2av] or [tts]")
-        self.packed = packed
 
     def __len__(self) -> int:
         return max(map(len, self.sets))
@@ -263,7 +260,7 @@ class TalkerPairs:
 
     @property
     def lengths(self) -> Tensor:
-        """Patches of each pair, (n,): of both examples if packed, else twice the longer's, as both are padded to it.
+        """Return the patches of each pair (n,): twice the longer's, as both examples are padded to it.
 
         Text is not counted.
         """
@@ -272,7 +269,7 @@ class TalkerPairs:
             at = (torch.arange(len(self)) + self._offset(i)) % len(examples)
             patches = -(-examples.frames[at].clamp(max=MAX_FRAMES) // examples.format.patch_size)
             sides.append(patches * tokens_per_patch(examples.format.order, examples.task == "t2av"))
-        return sum(sides) if self.packed else len(sides) * torch.stack(sides).amax(0)
+        return len(sides) * torch.stack(sides).amax(0)
 
     @property
     def blocks(self) -> Blocks | None:

@@ -108,7 +108,7 @@ def training_forward(
         embeds = fill_slots(model, embeds, start, filled, known, motion, with_motion)
     else:
         embeds = _fill_slots(model, embeds, start, filled, known, motion, with_motion, task)
-    hidden = model.packed_backbone(embeds, mask) if c.packed else model.padded_backbone(embeds, mask)
+    hidden = model.padded_backbone(embeds, mask)
 
     begin = {"speech": start, "motion": start + c.delay}
     if c.order in ORDERS:

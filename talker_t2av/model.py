@@ -13,13 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, Qwen3Config, Qwen3ForCausalLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from engine.bounds import bounded, check_bounds, require_range
 from engine.errors import UserError
-from engine.nn.packing import Packing
 from engine.nn.transfer import send
 from engine.precision import convert_matrices
 from engine.release import Released, load_strict
@@ -41,7 +38,6 @@ LLM_SIZES = {
     "num_attention_heads": 256, "num_key_value_heads": 256, "head_dim": 2**12, "max_position_embeddings": 2**20,
 }  # fmt: skip
 FLOAT32 = ("time_mlp", "delta_time_mlp", "step_mlp", "head_stop")  # at any precision
-PACKED = "packed_sdpa"  # name of our attention function in transformers' registry
 FPS = 25  # latent frames a second, speech and motion
 RATE, RATE16 = 24_000, 16_000  # samples a second of the speech codec, and of Whisper and the speaker encoders
 HOP, HOP16 = RATE // FPS, RATE16 // FPS
@@ -62,7 +58,6 @@ class TalkerConfig:
         released program, 1 in the paper.
     drop_mu, drop_cond: probabilities with which the diffusion heads train without the hidden state, without the
         context patches.
-    packed: in training, keep padding out of the language model; losses are the same.
     tasks: rows of the task embedding. 2, as released: V2A and A2V use T2AV's row, and a patch is drawn before the
         backbone has read the given stream's patch of the same time. 4: V2A and A2V have their own rows; slot j then
         holds patch j + 1 of the given stream, and patch 0 is added to the last token before the slots.
@@ -87,7 +82,6 @@ class TalkerConfig:
     stop_share: float = bounded(0.0, 100.0, default=POSITIVE_SHARE)
     drop_mu: float = bounded(0.0, 1.0, default=DROP_MU)
     drop_cond: float = bounded(0.0, 1.0, default=DROP_COND)
-    packed: bool = False
     tasks: int = 2
     order: str = "add"
     guidance_limit: float | None = bounded(1.0, 20.0, default=None)
@@ -106,24 +100,6 @@ class TalkerConfig:
             require_range(f"model.llm.{name}", self.llm.get(name, 1), 1, most)
 
 
-def _attention(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, packing: Packing | None = None, **more: Any
-) -> tuple[Tensor, None]:
-    """Qwen3's attention: over (1, H, N, h) inside the clips of a packing, else as usual."""
-    if packing is None:
-        return sdpa_attention_forward(module, q, k, v, mask, **more)
-    k, v = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (k, v))
-
-    def dense(*padded: Tensor) -> Tensor:  # padding lies on the right: no real token sees it
-        return nn.functional.scaled_dot_product_attention(*padded, is_causal=True, scale=more["scaling"])
-
-    return packing.attend(q[0], k[0], v[0], dense, causal=True).transpose(0, 1)[None], None
-
-
-AttentionInterface.register(PACKED, _attention)
-AttentionMaskInterface.register(PACKED, sdpa_mask)
-
-
 class TalkerT2AV(Released):
     """Text and patches of speech and motion in, hidden states out; heads that draw the next patches from them."""
 
@@ -140,8 +116,6 @@ class TalkerT2AV(Released):
             if heads < 1 or width % (2 * heads):
                 raise UserError(f"model.{name}={heads}: llm.hidden_size={width} must be a multiple of twice that")
         self.llm = Qwen3ForCausalLM(llm)
-        if c.packed:
-            self.llm.set_attn_implementation(PACKED)
         # For training from scratch: word embeddings on the scale of the other tokens instead of Qwen's 0.02.
         nn.init.normal_(self.llm.model.embed_tokens.weight)
         self.projector_speech = nn.Sequential(OrderedDict(linear1=nn.Linear(c.speech_dim, width)))
@@ -173,22 +147,12 @@ class TalkerT2AV(Released):
         """Normalised motion (..., P, Dm) -> tokens (..., D), as `speech_tokens`."""
         return self.motion_patch_encoder(_masked(self.projector_motion(motion), valid))
 
-    def packed_backbone(self, embeds: Tensor, mask: Tensor) -> Tensor:
-        """`backbone` without a cache, on the real tokens alone; hidden states at padding are zero.
-
-        mask (B, T), 1 at real tokens: the device waits for nothing if it is on the host.
-        """
-        packing = Packing.of(mask.bool()).to(embeds.device)
-        hidden = self.llm.model(
-            inputs_embeds=packing.pack(embeds)[None],
-            position_ids=packing.position[None],
-            attention_mask={"full_attention": None},  # the packing decides what a token attends to
-            packing=packing,
-        ).last_hidden_state
-        return packing.unpack(hidden[0])
-
     def padded_backbone(self, embeds: Tensor, mask: Tensor) -> Tensor:
-        """As `packed_backbone`, on padding too; transformers would read on the device whether there is any."""
+        """Run `backbone` on a right-padded batch, without a cache.
+
+        mask (B, T), 1 at real tokens, lies on the host: transformers would synchronise with a device to see whether
+        there is padding.
+        """
         length, attended = embeds.shape[1], None
         if not bool(mask.all()):
             causal = torch.ones(length, length, dtype=torch.bool, device=embeds.device).tril()

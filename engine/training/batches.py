@@ -42,7 +42,6 @@ class TrainingSet(Protocol):
 
     It may also have:
         lengths: (n,) tensor, the tokens of each item, for batches by length.
-        packed: true if the model leaves padding out, so that a batch's tokens are counted without it.
         blocks: `Blocks`, or None where every item is equally quick to read.
         prefetch(spans): called with the items [first, last) that come next, where there are blocks.
     """
@@ -175,14 +174,6 @@ class MicroBatches(torch.utils.data.Dataset):
         return batches
 
     def _cut_pool(self, pool: Tensor, lengths: Tensor) -> list[Tensor]:
-        if getattr(self.dataset, "packed", False) and self.tokens is not None:  # nothing to gain from like lengths
-            fill, cuts, begin = 0, [], 0
-            for i, length in enumerate(lengths.tolist()):
-                if fill and fill + length > self.tokens:
-                    cuts.append(pool[begin:i])
-                    fill, begin = 0, i
-                fill += length
-            return [*cuts, pool[begin:]]
         down = lengths.argsort(descending=True, stable=True)
         pool, lengths = pool[down], lengths[down].tolist()
         if self.tokens is None:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from engine.bounds import bounded, check_bounds
 from engine.errors import UserError
 from engine.faces.track import FaceTrack
-from engine.nn.packing import Packing
 from engine.nn.transfer import send
 from hicodit.conditions.crops import crop_face, crop_mouth
 from hicodit.conditions.types import EXPRESSIONS
@@ -137,7 +136,6 @@ class TinyLipEncoder(nn.Module):
             nn.init.constant_(block.modulation.bias, 0.0)
             block.modulation.bias.data.view(6, -1)[[2, 5]] = 1.0  # unconditioned: gates open from the start
         self.phoneme_head = nn.Linear(c.lip_dim, c.phonemes) if c.phonemes else None
-        self.packed = False  # True leaves the padding of a batch out of all layers
 
     def forward(self, mouth: Tensor, frames: Tensor) -> Tensor:
         """mouth (B, T, H, W) in [0, 1], frames (B,) valid frames -> (B, T, E)."""
@@ -151,22 +149,16 @@ class TinyLipEncoder(nn.Module):
         mouth = (mouth - mean) / (mouth.std((-1, -2), keepdim=True) + 0.05)
         valid = torch.arange(time, device=frames.device) < frames[:, None]  # (B, T)
         whole = bool(valid.all())  # in training known to the host
-        packing = Packing.of(valid).to(mouth.device) if self.packed and not whole else None
         valid = send(valid, mouth.device)
-        if packing is not None:
-            h = packing.unpack(self.project(self.frame(packing.pack(mouth)[:, None])))
-        else:
-            h = self.project(self.frame(mouth.flatten(0, 1)[:, None]).unflatten(0, (batch, time)))
+        h = self.project(self.frame(mouth.flatten(0, 1)[:, None]).unflatten(0, (batch, time)))
         h = self.norm(h) * valid[..., None]
         h = h + F.gelu(self.context(h.transpose(1, 2))).transpose(1, 2)
         rotary = rotary_table(time, h.shape[-1] // self.blocks[0].heads, h.device)
         mask = None if whole else valid[:, None, None]
         cond = h.new_ones(batch, 1)  # nothing conditions these blocks: modulation is a learned constant
-        if packing is not None:
-            h, rotary, mask = packing.pack(h), rotary[:, packing.position], packing
         for block in self.blocks:
             h = block(h, cond, rotary, mask)
-        return h if packing is None else packing.unpack(h)
+        return h
 
 
 class _FaceTrunk(nn.Module):

@@ -17,10 +17,10 @@ N = 203
 class Listed(ToySet):
     """Items are their own numbers and what their generator draws; lengths spread over a factor of ten."""
 
-    def __init__(self, blocks=None, packed=False, size=N):
+    def __init__(self, blocks=None, size=N):
         super().__init__(size)
         self.lengths = torch.randint(10, 100, (size,), generator=torch.Generator().manual_seed(1))
-        self.blocks, self.packed, self.told = blocks, packed, []
+        self.blocks, self.told = blocks, []
 
     def __getitem__(self, index, generator):
         return torch.tensor([index, int(torch.randint(2**31, (), generator=generator))])
@@ -56,13 +56,13 @@ SETTINGS = {"count": {}, "like lengths": {"by_length": True}, "tokens": {"tokens
 
 
 @pytest.mark.parametrize("streams", [1, 3])
-@pytest.mark.parametrize("where", ["anywhere", "blocks", "packed"])
+@pytest.mark.parametrize("where", ["anywhere", "blocks"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_every_item_comes_once_an_epoch(setting, where, streams):
     if where == "anywhere" and streams > 1:
         pytest.skip("streams are of blocks")
     order = None if where == "anywhere" else blocks(streams=streams)
-    batches = MicroBatches(Listed(order, where == "packed"), 8, 0, **SETTINGS[setting])
+    batches = MicroBatches(Listed(order), 8, 0, **SETTINGS[setting])
     one, two = [], []
     for first, second in epoch_of(batches, streams, 2, by_length=setting != "count"):
         one += first
@@ -71,7 +71,7 @@ def test_every_item_comes_once_an_epoch(setting, where, streams):
         counts = Counter(epoch)
         assert max(counts.values()) == 1 and len(counts) == N // streams * streams
     assert one != two
-    batches = MicroBatches(Listed(order, where == "packed"), 8, 1, **SETTINGS[setting])
+    batches = MicroBatches(Listed(order), 8, 1, **SETTINGS[setting])
     assert epoch_of(batches, streams)[0][0] != one[: N // streams]
 
 
@@ -147,15 +147,6 @@ def test_batches_by_length_pad_little_and_keep_to_the_budget(order):
     longest = [int(data.lengths[items(budget, i)].max()) for i in range(50)]
     assert longest[:10] != sorted(longest[:10], reverse=True)  # long ones do not come first
     assert budget.mean_size() == pytest.approx(sum(sizes) / 50, rel=0.2)
-
-
-def test_packed_batches_are_filled_to_the_budget_in_random_order():
-    data = Listed(packed=True)
-    batches = MicroBatches(data, 8, 0, tokens=700)
-    fills = [int(data.lengths[items(batches, i)].sum()) for i in range(10)]
-    assert all(600 < fill <= 700 for fill in fills)
-    spread = [int(data.lengths[items(batches, i)].max() - data.lengths[items(batches, i)].min()) for i in range(10)]
-    assert min(spread) > 40
 
 
 def test_an_item_over_the_budget_goes_alone():

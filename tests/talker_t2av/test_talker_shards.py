@@ -1,4 +1,4 @@
-"""Talker-T2AV from prepared shards: examples, pairs, order, resuming within an epoch, packed batches."""
+"""Talker-T2AV from prepared shards: examples, pairs, order and resuming within an epoch."""
 
 import json
 from collections import Counter
@@ -201,27 +201,3 @@ def test_a_clip_without_motion_is_left_out_of_t2av_alone_and_counted(root, tmp_p
 
 def test_the_index_tells_which_codecs_made_the_latents(root):
     assert digests_of(index(root)) == codec_digests(**codecs(root))
-
-
-def test_packed_batches_have_the_losses_and_gradients_of_padded_ones(root):
-    items = pairs(root)
-    batch = items.collate([items.__getitem__(i, torch.Generator().manual_seed(i)) for i in range(5)])
-    found = []
-    for packed in (False, True):
-        torch.manual_seed(0)
-        task = TalkerTask(MODEL | {"packed": packed}, codecs(root), index(root))
-        torch.manual_seed(1)
-        losses = task(batch, "model")
-        losses["loss"].backward()
-        found.append((losses, {name: p.grad for name, p in task.named_parameters()}))
-    (one, a), (two, b) = found
-    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
-
-
-def test_a_packed_batch_is_counted_without_padding(root):
-    data = pairs(root)
-    data.packed = True
-    frames = data.sets[0].frames
-    expected = [-(-int(frames[i]) // 4) - (-int(frames[(i + 3) % 7]) // 4) for i in range(7)]
-    assert data.lengths.tolist() == expected
