@@ -46,7 +46,7 @@ def main() -> None:
     for name in ("port", "rows", "requests", "streams", "megabytes", "characters"):
         if getattr(args, name) < 1 or (name == "port" and args.port > 65_535):
             raise UserError(f"--{name} {getattr(args, name)} must be at least 1" + ", at most 65535" * (name == "port"))
-    for package in ("fastapi", "uvicorn", "websockets"):
+    for package in ("fastapi", "uvicorn", "websockets", "prometheus_client"):
         require(package, package, "serve")
     import uvicorn
 
@@ -59,13 +59,13 @@ def main() -> None:
 
     set_limits(Limits(seconds=args.seconds))
     limits = ServeLimits(args.megabytes * 2**20, args.characters, args.requests, args.streams)
-    device, lips, talker = pick_device(args.device), None, None
+    device, hicodit, talker = pick_device(args.device), None, None
     if "hicodit" in args.models:
-        lips = HiCoDiTPipeline.from_pretrained(args.weights or BUNDLED, device, precision=args.precision)
-        lips.sampler, lips.guidance = with_preset(args.sampler, lips.sampler, lips.guidance)
+        hicodit = HiCoDiTPipeline.from_pretrained(args.weights or BUNDLED, device, precision=args.precision)
+        hicodit.sampler, hicodit.guidance = with_preset(args.sampler, hicodit.sampler, hicodit.guidance)
     if "talker_t2av" in args.models:
         talker = TalkerPipeline.from_pretrained(args.talker or BUNDLED_TALKER, device, precision=args.precision)
-    service = Service(lips, talker, limits, args.rows, demo=args.talker is None)
+    service = Service(hicodit, talker, limits, args.rows, demo=args.talker is None)
     print(f"serving {', '.join(service.workers)} on http://{args.host}:{args.port}; Ctrl-C ends", flush=True)
     uvicorn.run(
         make_app(service), host=args.host, port=args.port, log_level="warning", ws="websockets-sansio",

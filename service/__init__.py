@@ -1,1 +1,1 @@
-"""The web service of `scripts/serve.py` and the page of `scripts/demo.py`: what they do beside reading arguments."""
+"""The web service of `scripts/serve.py` and the browser page of `scripts/demo.py`."""

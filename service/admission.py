@@ -1,36 +1,28 @@
-"""What the routes of `app.py` share: admission, waiting for the models, counts."""
+"""Admission, waiting for the models, and Prometheus metrics of the service."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import resource
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from fastapi import HTTPException
+from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, Summary, disable_created_metrics
+
 from hicodit.pipeline import HiCoDiTPipeline
-from service.workers import LipWorker, TalkWorker, Ticket, Worker
+from service.workers import HiCoDiTWorker, TalkerWorker, Ticket, Worker
 from talker_t2av.pipeline import TalkerPipeline
 
-WATCH = 0.2  # seconds between two looks whether the client is still there
-
-
-class Refusal(Exception):
-    """An answer other than success: its status and its one sentence."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
+WATCH = 0.2  # seconds between two checks whether the client is still connected
 
 
 @dataclass(frozen=True)
 class ServeLimits:
-    """body: bytes of a request. text: characters. requests: that are worked on or wait. streams: open WebSockets.
+    """body: bytes of a request. text: characters. requests: in work or waiting. streams: open WebSockets.
 
     frame: bytes of a picture.
     """
@@ -43,85 +35,79 @@ class ServeLimits:
 
 
 class Service:
-    """Both models with their workers, and counts of what was done."""
+    """Both models with their workers; admits requests and counts them."""
 
     def __init__(
-        self, lips: HiCoDiTPipeline | None, talker: TalkerPipeline | None, limits: ServeLimits, rows: int, demo: bool
+        self, hicodit: HiCoDiTPipeline | None, talker: TalkerPipeline | None, limits: ServeLimits, rows: int, demo: bool
     ) -> None:
-        self.lips, self.talker, self.limits, self.demo = lips, talker, limits, demo
+        self.hicodit, self.talker, self.limits, self.demo = hicodit, talker, limits, demo
         self.workers: dict[str, Worker] = {}
-        if lips is not None:
-            self.workers["hicodit"] = LipWorker(lips, rows)
+        if hicodit is not None:
+            self.workers["hicodit"] = HiCoDiTWorker(hicodit, rows)
         if talker is not None:
             talker.system.require("t2av")
-            self.workers["talker_t2av"] = TalkWorker(talker, rows)
+            self.workers["talker_t2av"] = TalkerWorker(talker, rows)
         self.pool = ThreadPoolExecutor(4, "files")
-        self.counts: Counter[tuple[str, int]] = Counter()
-        self.seconds: Counter[str] = Counter()
-        self.inside = self.streams = 0
+        self.requests = self.streams = 0
         self.closing = False
+        self._add_metrics()
 
-    async def work(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        """A call in a thread."""
+    def _add_metrics(self) -> None:
+        disable_created_metrics()
+        self.metrics = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self.answers = Counter("requests", "Answers by path and status.", ["path", "status"], registry=registry)
+        self.seconds = Summary("request_seconds", "Seconds from request to answer.", ["path"], registry=registry)
+        running = Gauge("running", "Requests in the current batch of a model.", ["model"], registry=registry)
+        waiting = Gauge("waiting", "Requests in the queue of a model.", ["model"], registry=registry)
+        for name, worker in self.workers.items():
+            running.labels(name).set_function(lambda worker=worker: worker.running)
+            waiting.labels(name).set_function(lambda worker=worker: len(worker.waiting))
+        inside = Gauge("requests_inside", "Admitted requests that have no answer yet.", registry=registry)
+        inside.set_function(lambda: self.requests)
+        Gauge("streams_open", "Open WebSockets.", registry=registry).set_function(lambda: self.streams)
+
+    def count(self, path: str, status: int, begin: float) -> None:
+        """Count an answer to a request that came at `begin`, by time.monotonic."""
+        self.answers.labels(path, status).inc()
+        self.seconds.labels(path).observe(time.monotonic() - begin)
+
+    async def in_thread(self, call: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.pool, call, *arguments)
 
     @contextlib.contextmanager
-    def admitted(self, stream: bool = False) -> Any:
-        """One of the requests that the service has room for.
-
-        Raises:
-            Refusal: there is none.
-        """
+    def admitted(self, stream: bool = False) -> Iterator[None]:
+        """Hold one of the limited places of requests or streams; answer 503 or 429 if there is none."""
         if self.closing:
-            raise Refusal(503, "the server is shutting down")
-        if (self.streams >= self.limits.streams) if stream else (self.inside >= self.limits.requests):
-            raise Refusal(429, "the server is busy: try again in a moment")
-        self.inside, self.streams = self.inside + (not stream), self.streams + stream
+            raise HTTPException(503, "the server is shutting down")
+        if (self.streams >= self.limits.streams) if stream else (self.requests >= self.limits.requests):
+            raise HTTPException(429, "the server is busy: try again in a moment")
+        self.requests, self.streams = self.requests + (not stream), self.streams + stream
         try:
             yield
         finally:
-            self.inside, self.streams = self.inside - (not stream), self.streams - stream
+            self.requests, self.streams = self.requests - (not stream), self.streams - stream
 
-    async def wait(self, worker: str, ticket: Ticket, gone: Callable[[], Any]) -> Any:
-        """The result of a ticket, which is given up when `gone` says that the client is.
-
-        Raises:
-            Refusal: it is.
-        """
-        self.workers[worker].submit(ticket)
-        future = asyncio.wrap_future(ticket.future)
-        while not future.done():
-            await asyncio.wait([future], timeout=WATCH)
-            if not future.done() and await gone():
-                ticket.cancelled = True
-                future.add_done_callback(lambda done: done.exception())
-                raise Refusal(499, "the client went away")
-        return future.result()
-
-    def metrics(self) -> str:
-        """In Prometheus' text format."""
-        lines = [f'requests_total{{path="{p}",status="{s}"}} {n}' for (p, s), n in sorted(self.counts.items())]
-        lines += [f'request_seconds_sum{{path="{path}"}} {seconds:.3f}' for path, seconds in self.seconds.items()]
-        for name, worker in self.workers.items():
-            lines.append(f'running{{model="{name}"}} {worker.running}')
-            lines.append(f'waiting{{model="{name}"}} {len(worker.waiting)}')
-        lines += [f"requests_inside {self.inside}", f"streams_open {self.streams}"]
-        with contextlib.suppress(OSError):
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            lines.append(f"process_resident_memory_bytes {pages * resource.getpagesize()}")
-        return "\n".join(lines) + "\n"
+    async def generate(self, model: str, ticket: Ticket, disconnected: Callable[[], Awaitable[bool]]) -> Any:
+        """Submit a ticket and return its result; cancel it when the client has disconnected."""
+        self.workers[model].submit(ticket)
+        future = asyncio.wrap_future(ticket)
+        try:
+            while not future.done():
+                await asyncio.wait([future], timeout=WATCH)
+                if not future.done() and await disconnected():
+                    raise HTTPException(499, "the client went away")
+            return future.result()
+        finally:
+            ticket.cancel()
 
 
-class Counting:
-    """Counts the answers to HTTP requests. Starlette's own kind of middleware would hide that a client went away."""
+def counting(app: Callable, service: Service) -> Callable:
+    """Middleware that counts answers to HTTP requests. Starlette's BaseHTTPMiddleware would hide disconnections."""
 
-    def __init__(self, app: Callable, service: Service) -> None:
-        self.app, self.service = app, service
-
-    async def __call__(self, scope: Any, receive: Callable, send: Callable) -> None:
+    async def counted(scope: Any, receive: Callable, send: Callable) -> None:
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
+            return await app(scope, receive, send)
         begin, status = time.monotonic(), 500
 
         async def watched(message: Any) -> None:
@@ -130,8 +116,8 @@ class Counting:
             await send(message)
 
         try:
-            await self.app(scope, receive, watched)
+            await app(scope, receive, watched)
         finally:
-            path = scope["path"] if status not in (404, 405) else "other"
-            self.service.counts[path, status] += 1
-            self.service.seconds[path] += time.monotonic() - begin
+            service.count(scope["path"] if status not in (404, 405) else "other", status, begin)
+
+    return counted

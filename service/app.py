@@ -1,4 +1,4 @@
-"""The web service of `scripts/serve.py`: what clients can ask for, limits, errors, figures of the service."""
+"""Routes of the web service `scripts/serve.py`: HTTP for whole clips, WebSockets for streams."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from fastapi import FastAPI, Request, WebSocket, WebSocketDisconnect
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from engine.codec import StreamDecoder
@@ -31,7 +32,7 @@ from engine.seeding import check_seed
 from engine.untrusted import parse_json
 from hicodit.conditions.types import FPS
 from hicodit.streaming import SpeechStream, StreamSettings
-from service.admission import Counting, Refusal, Service
+from service.admission import Service, counting
 from service.workers import Ticket
 from talker_t2av.jobs import PreparedJob
 from talker_t2av.model import HOP
@@ -57,98 +58,98 @@ def make_app(service: Service) -> FastAPI:
     app = FastAPI(title="speaking-faces", lifespan=lifespan)
     app.state.service = service
 
-    app.add_middleware(Counting, service=service)
-    for kind in (Refusal, UserError, RequestValidationError, HTTPException, Exception):
+    app.add_middleware(counting, service=service)
+    for kind in (UserError, RequestValidationError, HTTPException, Exception):
         app.exception_handler(kind)(lambda _, error: _error(error))
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
         alive = {name: worker.is_alive() for name, worker in service.workers.items()}
         if service.closing or not all(alive.values()):
-            raise Refusal(503, "not ready")
+            raise HTTPException(503, "not ready")
         return {"status": "ok", "models": sorted(alive)}
 
     @app.get("/metrics")
-    async def metrics() -> PlainTextResponse:
-        return PlainTextResponse(service.metrics())
+    async def metrics() -> Response:
+        return Response(generate_latest(service.metrics), media_type=CONTENT_TYPE_LATEST)
 
     @app.post("/hicodit")
     async def hicodit(request: Request, seed: int = 0) -> Response:
-        """The body is a silent video of a talking face; gives the speech as WAV."""
-        lips = _loaded(service.lips, "hicodit")
+        """Return the speech of a silent video, which is the body, as WAV."""
+        model = _loaded(service.hicodit, "hicodit")
         check_seed(seed)
         with service.admitted(), _folder() as folder:
             clip = folder / "clip.mp4"
             await _save_body(request, clip, service.limits.body)
-            crops = await service.work(lips.crops, clip)
-            speech = await service.wait("hicodit", Ticket(crops, seed), request.is_disconnected)
-            return Response(await service.work(_wav, folder, speech.wave, speech.rate), media_type="audio/wav")
+            crops = await service.in_thread(model.crops, clip)
+            speech = await service.generate("hicodit", Ticket(crops, seed), request.is_disconnected)
+            return Response(await service.in_thread(_wav, folder, speech.wave, speech.rate), media_type="audio/wav")
 
     @app.post("/talker")
     async def talker(request: Request) -> Response:
-        """The body is a JSON object, see `_job`; gives WAV for mode tts, MP4 for t2av."""
+        """Return WAV (mode tts) or MP4 (t2av) for a JSON object, see `_prepare`."""
         model = _loaded(service.talker, "talker_t2av")
         with service.admitted(), _folder() as folder:
             body = folder / "body.json"
             await _save_body(request, body, service.limits.body)
-            prepared = await service.work(_prepare, service, body.read_bytes(), folder)
+            prepared = await service.in_thread(_prepare, service, body.read_bytes(), folder)
             tickets = (Ticket(part) for part in _parts(prepared))
-            results = [await service.wait("talker_t2av", ticket, request.is_disconnected) for ticket in tickets]
-            talk = await service.work(model.complete, prepared, *results)
+            results = [await service.generate("talker_t2av", ticket, request.is_disconnected) for ticket in tickets]
+            talk = await service.in_thread(model.complete, prepared, *results)
             if talk.frames is None:
-                return Response(await service.work(_wav, folder, talk.wave, model.rate), media_type="audio/wav")
-            await service.work(write_video, folder / "talk.mp4", talk.frames, model.fps, talk.wave, model.rate)
+                return Response(await service.in_thread(_wav, folder, talk.wave, model.rate), media_type="audio/wav")
+            await service.in_thread(write_video, folder / "talk.mp4", talk.frames, model.fps, talk.wave, model.rate)
             return Response((folder / "talk.mp4").read_bytes(), media_type="video/mp4")
 
     @app.websocket("/talker/stream")
     @_streaming(service, "/talker/stream")
     async def talker_stream(socket: WebSocket, folder: Path) -> None:
-        """Takes the JSON object of a tts job; sends its rate, then sound (16-bit samples) while it is drawn."""
+        """Receive the JSON object of a tts job; send the rate, then sound (16-bit samples) patch by patch."""
         model = _loaded(service.talker, "talker_t2av")
-        prepared = await service.work(_prepare, service, (await socket.receive_text()).encode(), folder)
+        prepared = await service.in_thread(_prepare, service, (await socket.receive_text()).encode(), folder)
         if prepared.job.mode != "tts":
-            raise UserError(f"mode={prepared.job.mode} has no stream here: ask for tts")
+            raise UserError(f"mode={prepared.job.mode} cannot be streamed: use tts")
         await socket.send_json({"rate": model.rate, "format": "s16le"})
-        left = asyncio.ensure_future(socket.receive())  # the client says nothing more, unless it leaves
+        disconnected = asyncio.ensure_future(socket.receive())  # no other message is expected
         try:
             samples = 0
             for part in _parts(prepared):
                 samples += await _send_wave(socket, torch.zeros(1, 1, PAUSE * HOP)) if samples else 0
-                samples += await _send_speech(service, socket, part, left)
+                samples += await _send_speech(service, socket, part, disconnected)
             await socket.send_json({"done": True, "seconds": samples / model.rate})
         finally:
-            left.cancel()
+            disconnected.cancel()
 
     @app.websocket("/hicodit/stream")
     @_streaming(service, "/hicodit/stream")
     async def hicodit_stream(socket: WebSocket, _: Path) -> None:
-        """Takes {"lookahead": seconds, "seed": number}, then pictures (JPEG or PNG), 25 a second, then a text.
+        """Receive {"lookahead": seconds, "seed": number}, then pictures (JPEG or PNG), 25 a second, then a text.
 
-        Sends its rate, then sound (16-bit samples) in hops of 160 ms.
+        Send the rate, then sound (16-bit samples) in hops of 160 ms.
         """
-        lips = _loaded(service.lips, "hicodit")
-        asked = parse_json(await socket.receive_text(), "the first message")
-        if not isinstance(asked, dict) or asked.keys() - {"lookahead", "seed"}:
+        model = _loaded(service.hicodit, "hicodit")
+        fields = parse_json(await socket.receive_text(), "the first message")
+        if not isinstance(fields, dict) or fields.keys() - {"lookahead", "seed"}:
             raise UserError('begin with an object such as {"lookahead": 0.4, "seed": 0}')
-        check_seed(seed := asked.pop("seed", 0))
-        stream, samples, frames = SpeechStream(lips, StreamSettings(**asked), seed), 0, 0
-        await socket.send_json({"rate": lips.codec.sample_rate, "format": "s16le"})
+        check_seed(seed := fields.pop("seed", 0))
+        stream, samples, frames = SpeechStream(model, StreamSettings(**fields), seed), 0, 0
+        await socket.send_json({"rate": model.codec.sample_rate, "format": "s16le"})
         while True:
             message = await socket.receive()
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect
             data = message.get("bytes")
-            chunk = await service.work(_push, stream, data, service.limits.frame) if data else None
+            chunk = await service.in_thread(_push, stream, data, service.limits.frame) if data else None
             frames += data is not None
             if frames > FPS * LIMITS.seconds:
                 raise UserError(f"a stream of more than {LIMITS.seconds:g} s")
             if data is None:
                 if not frames:
                     raise UserError("no picture came before the end")
-                chunk = await service.work(stream.finish)
+                chunk = await service.in_thread(stream.finish)
             samples += await _send_wave(socket, chunk and torch.from_numpy(chunk.wave)[None, None])
             if data is None:
-                await socket.send_json({"done": True, "seconds": samples / lips.codec.sample_rate})
+                await socket.send_json({"done": True, "seconds": samples / model.codec.sample_rate})
                 return
 
     return app
@@ -160,11 +161,9 @@ def _error(error: Exception) -> JSONResponse:
 
 
 def _explain(error: Exception) -> tuple[int, str]:
-    if isinstance(error, Refusal):
-        return error.status, str(error)
     if isinstance(error, RequestValidationError):
-        wrong = error.errors()[0]
-        return 400, f"{'.'.join(map(str, wrong['loc'][1:]))}: {wrong['msg']}"
+        first = error.errors()[0]
+        return 400, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}"
     if isinstance(error, HTTPException):
         return error.status_code, str(error.detail)
     if isinstance(error, UserError):
@@ -175,12 +174,13 @@ def _explain(error: Exception) -> tuple[int, str]:
 
 def _loaded(pipeline: Any, name: str) -> Any:
     if pipeline is None:
-        raise Refusal(404, f"{name} is not served here")
+        raise HTTPException(404, f"{name} is not served here")
     return pipeline
 
 
 @contextlib.contextmanager
-def _folder() -> Any:
+def _folder() -> Iterator[Path]:
+    """Make a folder for the files of a request; its path is removed from error messages."""
     folder = Path(tempfile.mkdtemp(prefix="serve-"))
     try:
         yield folder
@@ -191,25 +191,25 @@ def _folder() -> Any:
 
 
 def _parts(prepared: PreparedJob) -> list[PreparedJob]:
-    """A job for each part of a long text."""
+    """Return a job for each part of a long text."""
     return [replace(prepared, request=request, later=()) for request in prepared.requests]
 
 
-async def _send_speech(service: Service, socket: WebSocket, part: PreparedJob, left: asyncio.Future) -> int:
-    """Send the sound of a tts job while it is drawn; gives the number of samples. left: done when the client leaves."""
+async def _send_speech(service: Service, socket: WebSocket, part: PreparedJob, disconnected: asyncio.Future) -> int:
+    """Send the sound of a tts job patch by patch; return the number of samples."""
     patches: asyncio.Queue = asyncio.Queue()
     loop, decoder = asyncio.get_running_loop(), StreamDecoder(service.talker.system.speech)
     ticket = Ticket(part, on_patch=lambda patch: loop.call_soon_threadsafe(patches.put_nowait, patch))
     service.workers["talker_t2av"].submit(ticket)
-    ticket.future.add_done_callback(lambda _: loop.call_soon_threadsafe(patches.put_nowait, None))
+    ticket.add_done_callback(lambda _: loop.call_soon_threadsafe(patches.put_nowait, None))
     try:
         samples = 0
-        while (patch := await _first(patches.get(), left)) is not None:
-            samples += await _send_wave(socket, await service.work(decoder.push, patch))
-        ticket.future.result()
-        return samples + await _send_wave(socket, await service.work(decoder.finish))
+        while (patch := await _unless(disconnected, patches.get())) is not None:
+            samples += await _send_wave(socket, await service.in_thread(decoder.push, patch))
+        ticket.result()
+        return samples + await _send_wave(socket, await service.in_thread(decoder.finish))
     finally:
-        ticket.cancelled = True
+        ticket.cancel()
 
 
 async def _save_body(request: Request, path: Path, most: int) -> None:
@@ -218,40 +218,41 @@ async def _save_body(request: Request, path: Path, most: int) -> None:
         async for part in request.stream():
             size += len(part)
             if size > most:
-                raise Refusal(413, f"a body of more than {most:,} bytes")
+                raise HTTPException(413, f"a body of more than {most:,} bytes")
             file.write(part)
     if not size:
         raise UserError("the body is empty")
 
 
-def _prepare(service: Service, body: bytes, folder: Path) -> Any:
-    """The job of a JSON object: mode (tts or t2av), text, seed, min_seconds, max_seconds, voice and face (base64)."""
-    asked = parse_json(body, "the body")
-    if not isinstance(asked, dict):
+def _prepare(service: Service, body: bytes, folder: Path) -> PreparedJob:
+    """Prepare the job of a JSON object with `TALK_FIELDS`: mode tts or t2av; voice and face are files in base64."""
+    fields = parse_json(body, "the body")
+    if not isinstance(fields, dict):
         raise UserError('give an object, as in {"mode": "tts", "text": "hello"}')
-    if unknown := sorted(asked.keys() - TALK_FIELDS):
+    if unknown := sorted(fields.keys() - TALK_FIELDS):
         raise UserError(f"unknown setting {str(unknown[0])[:40]!r}; there are: {', '.join(sorted(TALK_FIELDS))}")
-    if asked.get("mode", "tts") not in ("tts", "t2av"):
-        raise UserError(f"mode={str(asked['mode'])[:40]} is unknown; choose tts, t2av")
-    if len(str(asked.get("text", ""))) > service.limits.text:
-        raise UserError(f"text of {len(str(asked['text']))} characters: {service.limits.text} at most")
-    given = {"mode": "tts"} | {name: value for name, value in asked.items() if name not in ("voice", "face")}
-    for name, setting, suffix in (("voice", "reference_audio", ".wav"), ("face", "reference_video", ".mp4")):
-        if name in asked:
-            data = _decoded(name, asked[name])
-            suffix = next((s for magic, s in PICTURES.items() if data.startswith(magic)), suffix)
-            (folder / f"{name}{suffix}").write_bytes(data)
-            given[setting] = str(folder / f"{name}{suffix}")
-    if not str(given.get("text", "")).strip():
+    fields = {"mode": "tts"} | fields
+    if fields["mode"] not in ("tts", "t2av"):
+        raise UserError(f"mode={str(fields['mode'])[:40]} is unknown; choose tts, t2av")
+    text = str(fields.get("text", ""))
+    if not text.strip():
         raise UserError("text= is empty: give words to say")
-    return service.talker.prepare(Job(**(with_demo(given) if service.demo else given)))
+    if len(text) > service.limits.text:
+        raise UserError(f"text of {len(text)} characters: {service.limits.text} at most")
+    for name, setting, suffix in (("voice", "reference_audio", ".wav"), ("face", "reference_video", ".mp4")):
+        if name in fields:
+            data = _decoded(name, fields.pop(name))
+            path = folder / f"{name}{next((s for magic, s in PICTURES.items() if data.startswith(magic)), suffix)}"
+            path.write_bytes(data)
+            fields[setting] = str(path)
+    return service.talker.prepare(Job(**(with_demo(fields) if service.demo else fields)))
 
 
 def _decoded(name: str, value: Any) -> bytes:
     try:
         return base64.b64decode(value, validate=True)
     except (binascii.Error, TypeError, ValueError) as error:
-        raise UserError(f"{name} is no base64 text of a file") from error
+        raise UserError(f"{name} must be a file encoded as base64") from error
 
 
 def _wav(folder: Path, wave: np.ndarray, rate: int) -> bytes:
@@ -273,17 +274,17 @@ def _push(stream: SpeechStream, data: bytes, most: int) -> Any:
 
 
 async def _send_wave(socket: WebSocket, wave: torch.Tensor | None) -> int:
-    """Send a wave (1, 1, N), if there is one; gives N."""
+    """Send a wave (1, 1, N), if there is one; return N."""
     if wave is None or not wave.numel():
         return 0
     await socket.send_bytes((wave[0, 0].clamp(-1, 1) * 32767).round().to(torch.int16).cpu().numpy().tobytes())
     return wave.shape[-1]
 
 
-async def _first(wanted: Any, left: asyncio.Future) -> Any:
-    """What is wanted, unless the client leaves before."""
-    task = asyncio.ensure_future(wanted)
-    await asyncio.wait([task, left], return_when=asyncio.FIRST_COMPLETED)
+async def _unless(disconnected: asyncio.Future, result: Coroutine) -> Any:
+    """Await a result; raise WebSocketDisconnect if the client leaves first."""
+    task = asyncio.ensure_future(result)
+    await asyncio.wait([task, disconnected], return_when=asyncio.FIRST_COMPLETED)
     if not task.done():
         task.cancel()
         raise WebSocketDisconnect
@@ -291,29 +292,28 @@ async def _first(wanted: Any, left: asyncio.Future) -> Any:
 
 
 def _streaming(service: Service, path: str) -> Callable:
-    """Makes a WebSocket's route of a function (socket, folder): admission, one error message at most, its count."""
+    """Make a WebSocket route of a function (socket, folder): admission, at most one error message, metrics."""
 
-    def decorate(talk: Callable) -> Callable:
+    def decorate(stream: Callable) -> Callable:
         async def route(socket: WebSocket) -> None:
             await socket.accept()
             status, begin = 200, time.monotonic()
             try:
                 with service.admitted(stream=True), _folder() as folder:
-                    await talk(socket, folder)
+                    await stream(socket, folder)
             except WebSocketDisconnect:
                 status = 499
             except Exception as error:
-                known = UserError("begin with a text message") if isinstance(error, KeyError) else error
-                status, message = _explain(known)
+                is_binary = isinstance(error, KeyError)  # of Starlette's receive_text
+                status, message = _explain(UserError("begin with a text message") if is_binary else error)
                 with contextlib.suppress(Exception):
                     await socket.send_json({"error": message, "status": status})
             finally:
-                service.counts[path, status] += 1
-                service.seconds[path] += time.monotonic() - begin
+                service.count(path, status, begin)
                 with contextlib.suppress(Exception):
                     await socket.close()
 
-        route.__doc__ = talk.__doc__
+        route.__doc__ = stream.__doc__
         return route
 
     return decorate

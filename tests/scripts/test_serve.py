@@ -59,7 +59,13 @@ def sound(content):
 def test_health_and_metrics(client):
     assert client.get("/health").json() == {"status": "ok", "models": ["hicodit", "talker_t2av"]}
     text = client.get("/metrics").text
-    assert 'requests_total{path="/health",status="200"}' in text and "process_resident_memory_bytes" in text
+    names = {line.split()[2] for line in text.splitlines() if line.startswith("# HELP")}
+    names |= {line.split("{")[0].split()[0] for line in text.splitlines() if not line.startswith("#")}
+    assert names >= {
+        "requests_total", "request_seconds_sum", "running", "waiting", "requests_inside", "streams_open",
+        "process_resident_memory_bytes",
+    }  # fmt: skip
+    assert 'requests_total{path="/health",status="200"}' in text and 'waiting{model="talker_t2av"} 0' in text
 
 
 def test_speech_of_a_clip_is_the_pipelines(client, models, tmp_path):
@@ -188,7 +194,7 @@ def test_what_there_is_no_room_for_is_refused(models, job):
         assert answer.status_code == 429 and answer.headers["retry-after"] == "1" and "busy" in answer.json()["error"]
         with client.websocket_connect("/talker/stream") as socket:
             assert socket.receive_json()["status"] == 429
-        assert client.post("/talker", json=job).status_code == 200 and service.inside == 0
+        assert client.post("/talker", json=job).status_code == 200 and service.requests == 0
         service.closing = True
         assert client.post("/talker", json=job).status_code == client.get("/health").status_code == 503
 
@@ -219,7 +225,8 @@ def test_a_client_that_hangs_up_frees_its_row(client, job):
     scope = {"type": "http", "method": "POST", "path": "/talker", "raw_path": b"/talker", "query_string": b""}
     asyncio.run(client.app(scope | {"headers": [], "http_version": "1.1", "scheme": "http"}, receive, send))
     service = client.app.state.service
-    assert sent[0]["status"] == 499 and service.inside == 0 and service.counts["/talker", 499] == 1
+    assert sent[0]["status"] == 499 and service.requests == 0
+    assert service.metrics.get_sample_value("requests_total", {"path": "/talker", "status": "499"}) == 1
     deadline = time.monotonic() + 30
     while service.workers["talker_t2av"].rows and time.monotonic() < deadline:
         time.sleep(0.05)
