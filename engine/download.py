@@ -1,47 +1,32 @@
-"""Downloads files into a folder: resumed, verified, renamed when complete; a complete file is never touched.
-
-A URL is fetched with the standard library, a file of the Hugging Face hub through huggingface_hub.
-"""
+"""Download files into a folder: resumed, verified and renamed when complete. A complete file is never touched."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import http.client
+import io
 import os
 import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from huggingface_hub import constants, errors, hf_hub_download
+from huggingface_hub import constants, errors
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import build_hf_headers, tqdm
+from safetensors import SafetensorError, safe_open
 
 from engine.errors import UserError
-from engine.progress import track
-from engine.untrusted import parse_json
+from engine.untrusted import read_json
 
 BLOCK = 1 << 20
 TIMEOUT = 30.0  # seconds without a byte
-MAX_FAILED_ATTEMPTS = 4  # in a row that bring no new byte
+ATTEMPTS = 4  # at a server that answers with an error of its own
 STAGING = ".partial"  # folder of incomplete files
-
-
-@dataclass(frozen=True)
-class HubFile:
-    """A file of a repository of the hub. `revision` is a commit; None takes the newest."""
-
-    repo: str
-    name: str
-    revision: str | None = None
-    kind: str = "model"
-
-    def __str__(self) -> str:
-        kind = "" if self.kind == "model" else f"{self.kind}s/"
-        return f"https://huggingface.co/{kind}{self.repo}/blob/{self.revision or 'main'}/{self.name}"
 
 
 @dataclass(frozen=True)
@@ -49,13 +34,13 @@ class RemoteFile:
     """A file to download.
 
     path: where it goes, relative to the folder.
-    source: a URL or a file on the hub.
+    url: where it comes from.
     size: in bytes; sha256: hex digest; None if unknown. about: a rounded size, which is shown and not checked.
     most: bytes to accept from a server if the size is unknown.
     """
 
     path: str
-    source: str | HubFile
+    url: str
     size: int | None = None
     sha256: str | None = None
     most: int = 2**37
@@ -80,92 +65,84 @@ def check(path: Path, file: RemoteFile) -> None:
     if file.size is not None and size != file.size:
         raise DamagedError(f"{path} has {size:,} bytes instead of {file.size:,}")
     if file.sha256 is None:
-        if not _is_whole(path, Path(file.path).suffix):
-            raise DamagedError(f"{path} is not a whole {Path(file.path).suffix} file")
+        _check_format(path, Path(file.path).suffix)
         return
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(BLOCK):
-            digest.update(block)
-    if digest.hexdigest() != file.sha256:
-        raise DamagedError(f"{path} has SHA-256 {digest.hexdigest()[:12]}... instead of {file.sha256[:12]}...")
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != file.sha256:
+        raise DamagedError(f"{path} has SHA-256 {digest[:12]}... instead of {file.sha256[:12]}...")
 
 
-def fetch(
-    file: RemoteFile, folder: str | Path, endpoint: str | None = None, retry_delay: float = 1.0, progress: bool = True
-) -> bool:
-    """Download `file` into `folder`. Returns True if it was downloaded, False if a good file was there already.
+def _check_format(path: Path, suffix: str) -> None:
+    """Raise DamagedError if the file is a web page, or has a known format and is not complete."""
+    with path.open("rb") as stream:
+        head = stream.read(256).lstrip().lower()
+    if head.startswith((b"<!doctype html", b"<html")):
+        raise DamagedError(f"{path} is a web page instead of a file: open its address in a browser")
+    whole = True
+    try:
+        if suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                pass
+        elif suffix == ".json":
+            read_json(path)
+        elif suffix in (".pth", ".pt", ".ckpt", ".model"):  # a zip since PyTorch 1.6, a bare pickle in older versions
+            whole = zipfile.is_zipfile(path) or head[:1] == b"\x80"
+    except (SafetensorError, UserError):
+        whole = False
+    if not whole:
+        raise DamagedError(f"{path} is not a whole {suffix} file")
+
+
+def fetch(file: RemoteFile, folder: str | Path, retry_delay: float = 1.0, progress: bool = True) -> bool:
+    """Download `file` into `folder`. Return True if it was downloaded, False if a good file was there already.
 
     Incomplete files stay in FOLDER/.partial until they are verified; an interrupted download resumes from there.
 
     Args:
-        endpoint: address of the hub; None for the standard one.
-        retry_delay: seconds before the second attempt; doubled for each further attempt.
-        progress: show a progress bar on standard error.
+        retry_delay: seconds after a server's first error; doubled after each further one.
+        progress: show a progress bar on a terminal.
 
     Raises:
         NoNetworkError: the server cannot be reached.
         DamagedError: verification failed twice.
         UserError: the server refused, or the folder cannot be written.
     """
-    target = Path(folder) / file.path
+    target, part = Path(folder) / file.path, Path(folder) / STAGING / f"{file.path.replace('/', '-')}.part"
     if target.is_file():
         try:
             check(target, file)
             return False
         except DamagedError:
-            pass  # replaced once a good one is here
-    staging = Path(folder) / STAGING
+            pass  # replaced after a good one has arrived
     try:
+        part.parent.mkdir(parents=True, exist_ok=True)
         for attempt in (1, 2):
-            if isinstance(file.source, HubFile):
-                arrived = _from_hub(file.source, staging, endpoint, force=attempt == 2)
-            else:
-                arrived = staging / f"{file.path.replace('/', '-')}.part"
-                arrived.parent.mkdir(parents=True, exist_ok=True)
-                _from_url(file, arrived, retry_delay, progress)
+            _append(part, file, retry_delay, progress)
             try:
-                check(arrived, file)
+                check(part, file)
                 break
             except DamagedError as error:
-                arrived.unlink()
+                part.unlink()
                 if attempt == 2:
                     raise DamagedError(
-                        f"verification failed after two downloads of {file.source} ({error}); the file was deleted"
+                        f"verification failed after two downloads of {file.url} ({error}); the file was deleted"
                     ) from error
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(arrived, target)
+        os.replace(part, target)
     except OSError as error:
         full = error.errno == errno.ENOSPC
         raise UserError(f"cannot write {target}: {'the disk is full' if full else error}") from error
     return True
 
 
-def _is_whole(path: Path, suffix: str) -> bool:
-    """Whether a file of a known format is complete; True for other formats."""
-    with path.open("rb") as stream:
-        head = stream.read(8)
-        if suffix == ".safetensors":
-            size = int.from_bytes(head, "little")
-            try:
-                header = parse_json(stream.read(size), path) if size < 100 * BLOCK else {}
-                ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-                return path.stat().st_size == 8 + size + max(ends, default=0)
-            except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-                return False
-    if suffix == ".json":
-        try:
-            parse_json(path.read_bytes(), path)
-        except UserError:
-            return False
-    if suffix in (".pth", ".pt", ".ckpt", ".model"):  # a zip since PyTorch 1.6, a bare pickle before
-        return zipfile.is_zipfile(path) or head[:1] == b"\x80"
-    return True
-
-
 @lru_cache
 def check_reachable(address: str) -> None:
-    """One quick request: without a network, huggingface_hub would retry for half a minute, with a line each time."""
+    """Send one quick request: without a network, huggingface_hub would retry for half a minute, with a line each time.
+
+    Raises:
+        NoNetworkError: no answer of any kind.
+    """
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=TIMEOUT).close()
     except urllib.error.HTTPError:
@@ -175,85 +152,53 @@ def check_reachable(address: str) -> None:
         raise NoNetworkError(f"{address} cannot be reached ({why}): is there a network?") from error
 
 
-def _from_hub(place: HubFile, staging: Path, endpoint: str | None, force: bool) -> Path:
-    check_reachable(endpoint or constants.ENDPOINT)
-    try:
-        return Path(
-            hf_hub_download(
-                place.repo,
-                place.name,
-                repo_type=place.kind,
-                revision=place.revision,
-                local_dir=staging / place.repo.replace("/", "-"),
-                force_download=force,
-                endpoint=endpoint,
-            )
-        )
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError) as error:
-        raise UserError(f"the hub does not give {place}: {_one_line(error.__cause__ or error)}") from error
-    # errors.HTTPError is httpx's in huggingface_hub 1, and httpx2's in huggingface_hub 2.
-    except (errors.HTTPError, OSError) as error:
-        if getattr(error, "errno", None) is not None:
-            raise  # the disk's fault
-        raise UserError(f"{place} did not arrive whole ({_one_line(error)}): run the command again") from error
-
-
-def _from_url(file: RemoteFile, part: Path, retry_delay: float, progress: bool) -> None:
-    """Append the rest of the file to `part`; retries as long as attempts bring new bytes."""
-    url, size, most = file.source, file.size, file.most if file.size is None else file.size
-    failed_attempts, why = 0, ""
-    while failed_attempts < MAX_FAILED_ATTEMPTS:
-        have = part.stat().st_size if part.is_file() else 0
-        if size is not None and have > size:
-            part.unlink()
-            have = 0
-        if size is not None and have == size:
+def _append(part: Path, file: RemoteFile, retry_delay: float, progress: bool) -> None:
+    """Append the rest of the file to its part; wait and retry while the server has errors of its own."""
+    check_reachable("{0.scheme}://{0.netloc}".format(urlsplit(file.url)))
+    headers = build_hf_headers() if file.url.startswith(constants.ENDPOINT) else {"User-Agent": "speaking-faces"}
+    for attempt in range(ATTEMPTS):
+        size = part.stat().st_size if part.is_file() else 0
+        if size == file.size:
             return
-        if failed_attempts:
-            time.sleep(retry_delay * 2 ** (failed_attempts - 1))
+        if file.size is not None and size > file.size:
+            part.unlink()
+            size = 0
         try:
-            if _attempt(url, part, have, most, progress):
-                return
-            why = "the answer ended early"
-        except urllib.error.HTTPError as error:
-            if error.code == 416 and have:  # the file on the server has changed
+            with _Limited(part, file) as out:
+                return http_get(
+                    file.url, out, resume_size=size, headers=headers, tqdm_class=tqdm if progress else _NoBar
+                )
+        except errors.HfHubHTTPError as error:
+            status = error.response.status_code
+            if status == 416 and size:  # the part is longer than the file
                 part.unlink()
-                have = 0
-            elif error.code < 500 and error.code != 429:
-                raise UserError(f"{url} answered {error.code} {error.reason}") from error
-            why = f"it answered {error.code} {error.reason}"
-        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-            why = str(getattr(error, "reason", error) or type(error).__name__)
-            if have == 0 and isinstance(error, urllib.error.URLError) and failed_attempts:
-                raise NoNetworkError(f"{url} cannot be reached ({why}): is there a network?") from error
-        now = part.stat().st_size if part.is_file() else 0
-        failed_attempts = 0 if now > have else failed_attempts + 1
-    raise UserError(f"{url} did not arrive whole ({why}): run the command again to go on")
+            elif status < 500 or attempt == ATTEMPTS - 1:
+                raise UserError(f"{file.url} answered {status}: {_one_line(error)}") from error
+            else:
+                time.sleep(retry_delay * 2**attempt)
+        # errors.HTTPError is httpx's in huggingface_hub 1, and httpx2's in huggingface_hub 2.
+        except (errors.HTTPError, OSError) as error:
+            if getattr(error, "errno", None) is not None:
+                raise  # the disk's fault
+            raise UserError(f"{file.url} did not arrive whole ({_one_line(error)}): run the command again") from error
 
 
-def _attempt(url: str, part: Path, have: int, most: int, progress: bool) -> bool:
-    """One request for the bytes from `have` on; whether the file is now as long as the server says."""
-    headers = {"User-Agent": "speaking-faces", **({"Range": f"bytes={have}-"} if have else {})}
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as answer:
-        if answer.headers.get_content_type() == "text/html":
-            raise UserError(f"{url} answered with a web page instead of a file: open it in a browser")
-        goes_on = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        length = answer.headers.get("Content-Length")
-        start = have if goes_on else 0
-        with part.open("ab" if goes_on else "wb") as out:
-            blocks = _blocks(answer)
-            if progress and length is not None and int(length) > BLOCK:
-                blocks = track(blocks, -(-int(length) // BLOCK), "MiB")
-            for block in blocks:
-                if out.tell() + len(block) > most:
-                    raise UserError(f"{url} sends more than the {most:,} bytes that were expected")
-                out.write(block)
-    return length is None or part.stat().st_size == start + int(length)
+class _Limited(io.BufferedWriter):
+    """A file to append to, up to the size that is expected."""
+
+    def __init__(self, path: Path, file: RemoteFile) -> None:
+        super().__init__(io.FileIO(path, "a"))
+        self.url, self.most = file.url, file.most if file.size is None else file.size
+
+    def write(self, data: bytes) -> int:
+        if self.tell() + len(data) > self.most:
+            raise UserError(f"{self.url} sends more than the {self.most:,} bytes that were expected")
+        return super().write(data)
 
 
-def _blocks(answer: http.client.HTTPResponse) -> Iterator[bytes]:
-    while block := answer.read(BLOCK):
-        yield block
+class _NoBar(tqdm):
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs | {"disable": True})
 
 
 def _one_line(error: BaseException) -> str:

@@ -16,10 +16,7 @@ from engine.errors import UserError
 def atomic_output(path: str | Path) -> Iterator[Path]:
     """Give a temporary path in the folder of `path` (same suffix); it replaces `path` when the block succeeds.
 
-    Missing folders are made. An existing `path` stays as it was when the block fails.
-
-    Raises:
-        UserError: the folder cannot be made or written, `path` is a folder, or the disk is full.
+    Missing folders are made. An existing `path` stays unchanged when the block fails.
     """
     path = Path(path)
     if path.is_dir():
@@ -45,11 +42,7 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
 
 
 def output_file(path: str | Path, suffixes: Collection[str]) -> Path:
-    """`path` as the name of a file to write.
-
-    Raises:
-        UserError: its suffix is none of `suffixes`, or there is no such folder.
-    """
+    """Return `path` as a path to write to: one of `suffixes`, in a folder that exists."""
     path = Path(path)
     if path.suffix.lower() not in suffixes:
         raise UserError(f"cannot write {path}: its name must end in {' or '.join(suffixes)}")
@@ -59,10 +52,7 @@ def output_file(path: str | Path, suffixes: Collection[str]) -> Path:
 
 
 def refuse_links(folder: Path) -> None:
-    """
-    Raises:
-        UserError: something in `folder` is a link: what is written to a folder of another person stays in it.
-    """
+    """Raise UserError if `folder` holds a link, by which another person could make us write elsewhere."""
     for path in folder.rglob("*"):
         if path.is_symlink():
             raise UserError(f"{path} is a link: put the file or folder itself there")
@@ -70,18 +60,15 @@ def refuse_links(folder: Path) -> None:
 
 @contextmanager
 def writable(folder: str | Path, setting: str = "output") -> Iterator[None]:
-    """Make `folder` and fail before any work if it cannot be written; what was made goes again if it stays empty.
+    """Make `folder` and fail before any work if it cannot be written; new folders that stay empty are removed.
 
     Args:
-        setting: that names the folder, for the error.
-
-    Raises:
-        UserError: it cannot be made or written.
+        setting: the setting that names the folder, for the error.
     """
     if not str(folder):
         raise UserError(f"{setting}= is empty: name a folder")
     folder = Path(folder)
-    made = [place for place in (folder, *folder.parents) if not place.exists()]  # innermost first
+    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -91,18 +78,14 @@ def writable(folder: str | Path, setting: str = "output") -> Iterator[None]:
     try:
         yield
     finally:
-        for place in made:
+        for path in new_folders:
             with suppress(OSError):  # not empty
-                place.rmdir()
+                path.rmdir()
 
 
 @contextmanager
 def all_or_none(folder: str | Path) -> Iterator[Path]:
-    """Give a temporary folder inside `folder`; its files move there together when the block succeeds.
-
-    Raises:
-        UserError: a file cannot be written or moved.
-    """
+    """Give a temporary folder inside `folder`; its files move there together when the block succeeds."""
     folder = Path(folder)
     staging = Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
     try:

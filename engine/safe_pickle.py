@@ -1,7 +1,7 @@
-"""Tensors, arrays and plain containers out of pickles, without running anything that they name.
+"""Read tensors, arrays and plain containers from pickles without running anything that they name.
 
 Training scripts pickle their configuration, meters and optimisers as objects of their own packages. Here every class or
-function outside a short list of tensor builders becomes an inert stand-in that only remembers what it was given.
+function outside a short list of tensor builders becomes an inert stand-in that only remembers its arguments.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TENSOR_BUILDERS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter
 
 
 class StandIn:
-    """Takes the place of an object of any class: swallows constructor arguments, items and state."""
+    """An inert object in place of one of any class: it remembers constructor arguments, items and state."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> StandIn:
         self = object.__new__(cls)
@@ -65,7 +65,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _check_size(value: Any) -> Any:
-    """Refuses a tensor that is larger than its data, as strides of zero make it."""
+    """Return `value`, unless it is a tensor that is larger than its data, which strides of zero allow."""
     dense = isinstance(value, torch.Tensor) and value.layout == torch.strided
     if dense and value.numel() * value.itemsize > value.untyped_storage().nbytes():
         raise ValueError(f"a tensor of shape {tuple(value.shape)} is larger than its data")
@@ -77,13 +77,11 @@ def _load(file: Any, **kwargs: Any) -> Any:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The dict that `torch.save` wrote to `path`, with stand-ins for foreign objects.
+    """Return the dict that `torch.save` wrote to `path`, with stand-ins for foreign objects.
 
-    Tensors of the zip format stay on disk until used; those of the format before PyTorch 1.6 are read at once.
-
-    Raises:
-        UserError: the file is missing, damaged, a TorchScript program, or not a dict.
+    Tensors of the zip format stay on disk until used; those of the format used until PyTorch 1.5 are read at once.
     """
+    restricted = types.SimpleNamespace(__name__="restricted_pickle", Unpickler=_Unpickler, load=_load)
     try:
         with open(path, "rb") as file:
             old = file.read(len(_OLD_MAGIC)) == _OLD_MAGIC and not tarfile.is_tarfile(path)
@@ -91,31 +89,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             with zipfile.ZipFile(path) as archive:
                 members = archive.infolist()
             if any(info.filename.endswith("constants.pkl") for info in members):  # torch.load would run its interpreter
-                raise UserError(f"{path} is a TorchScript program, not a checkpoint")
+                raise ValueError("it is a TorchScript program, not a checkpoint")
             if sum(info.file_size for info in members) > path.stat().st_size:  # torch.save never packs
-                raise UserError(f"{path} is not a readable checkpoint (it is compressed); download it again")
+                raise ValueError("it is compressed")
+        content = torch.load(path, map_location="cpu", mmap=not old, weights_only=False, pickle_module=restricted)
     except FileNotFoundError:
         raise UserError(f"no such checkpoint: {path}") from None
-    except UserError:
-        raise
-    except Exception as error:  # a damaged archive raises half a dozen types
-        raise UserError(f"{path} is not a readable checkpoint ({error}); download it again") from error
-    restricted = types.SimpleNamespace(__name__="restricted_pickle", Unpickler=_Unpickler, load=_load)
-    try:
-        content = torch.load(path, map_location="cpu", mmap=not old, weights_only=False, pickle_module=restricted)
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); download it again") from error
+    except Exception as error:  # a damaged archive or pickle can raise nearly anything
+        raise UserError(f"{path} is not a readable checkpoint ({error!r}); download it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint's dict")
     return content
 
 
 def read_tensors(path: str | Path) -> Any:
-    """What `torch.save` wrote to `path`: tensors in dicts and lists, of which nothing is executed.
-
-    Raises:
-        UserError: the file cannot be read, or holds other objects.
-    """
+    """Return the tensors in dicts and lists that `torch.save` wrote to `path`. Other objects are refused."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of sparse tensors, which nothing here takes
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -127,18 +115,14 @@ def read_tensors(path: str | Path) -> Any:
 
 
 def load_problem(error: BaseException) -> str:
-    """Why torch.load failed, in a line: without its advice to allow that a file is executed."""
+    """Say in a line why torch.load failed, without its advice to allow that a file is executed."""
     if isinstance(error, pickle.UnpicklingError):
         return "it is damaged, or holds more than tensors"
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def read_matrix(path: str | Path, columns: int | None = None) -> torch.Tensor:
-    """(rows, `columns`) finite numbers of a torch file; None: any number of columns.
-
-    Raises:
-        UserError: the file cannot be read or holds something else.
-    """
+    """Return the finite numbers (rows, `columns`) of a torch file; None: any number of columns."""
     value = read_tensors(path)
     if (
         not isinstance(value, torch.Tensor)
@@ -154,12 +138,9 @@ def read_matrix(path: str | Path, columns: int | None = None) -> torch.Tensor:
 
 
 def read_arrays(path: Path) -> list[Any]:
-    """A list of arrays of numbers, or None, that was pickled to `path`.
+    """Return a list of arrays of numbers, or None, that was pickled to `path`.
 
-    numpy takes no part in unpickling, as it trusts what a pickle says of its types: the bytes are read by hand.
-
-    Raises:
-        UserError: the file is missing or damaged, or holds anything else.
+    numpy takes no part in unpickling, because it trusts the types that a pickle states. The bytes are read by hand.
     """
     try:
         with path.open("rb") as file:
@@ -183,11 +164,11 @@ def _array(value: StandIn) -> np.ndarray:
 
 
 def plain(value: Any, depth: int = 0, budget: list[int] | None = None) -> Any:
-    """Dicts, lists and scalars out of stand-ins for configuration objects; None for what is neither.
+    """Turn stand-ins for configuration objects into dicts, lists and scalars; anything else becomes None.
 
     An OmegaConf container's state has `_content` (a dict or list of nodes), an OmegaConf value's has `_val`; any other
-    object, such as an argparse namespace, becomes the dict of its attributes. What is deeper than 50 or beyond
-    100,000 parts, as in a list that holds itself, becomes None.
+    object, such as an argparse namespace, becomes the dict of its attributes. Parts deeper than 50 or beyond the first
+    100,000 become None; a list may hold itself.
     """
     budget = [100_000] if budget is None else budget
     budget[0] -= 1

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from engine.errors import UserError
 
 MAX_NAME = 200  # bytes of a file name without its suffix; file systems take 255
-MAX_TEXT = 2**28  # bytes of a list of jobs, clips or files
+MAX_FILE = 2**28  # bytes of a JSON file or of a list of jobs, clips or files
 MAX_YAML = 2**20  # bytes of a configuration; the largest bundled one has 6,000
 MAX_SIZE = 2**20  # of a whole number in a configuration: a width, a count of layers or words
 MAX_DEPTH = 32  # of lists and mappings in one another
@@ -25,15 +25,13 @@ _OPEN, _CLOSE = (yaml.SequenceStartEvent, yaml.MappingStartEvent), (yaml.Sequenc
 
 
 def safe_name(name: Any, what: str, folders: bool = False) -> str:
-    """`name`, which stands for a file inside some folder and for nothing else.
+    """Return `name` if it names a file inside some folder and nothing else; otherwise raise UserError.
+
+    Refused: no text, empty, too long, hidden (`.x`), absolute, with `..`, a backslash or a control character.
 
     Args:
         what: where the name comes from, for the error.
         folders: whether it may be a path down into subfolders, as in `speaker/clip`.
-
-    Raises:
-        UserError: it is no text, empty, too long, hidden (`.x`), absolute, or has `..`, a backslash or a control
-            character.
     """
     parts = name.split("/") if isinstance(name, str) and folders else [name]
     for part in parts:
@@ -52,28 +50,33 @@ def safe_name(name: Any, what: str, folders: bool = False) -> str:
     return name
 
 
-def read_lines(path: str | Path, what: Any) -> list[str]:
-    """The lines of a text file in UTF-8.
-
-    Raises:
-        UserError: `what` (a setting and the file) cannot be read, is no text, or has more than `MAX_TEXT` bytes.
-    """
+def read_text(path: str | Path, what: Any = None, limit: int = MAX_FILE) -> str:
+    """Return the content of a text file in UTF-8 of at most `limit` bytes. `what` is its name in errors."""
+    what = what or path
     try:
-        with open(path, "rb") as file:  # of a device or a pipe the size is not known before
-            content = file.read(MAX_TEXT + 1)
-        if len(content) > MAX_TEXT:
-            raise UserError(f"{what} has more than {MAX_TEXT:,} bytes: divide it")
-        return content.decode("utf-8-sig").splitlines()
+        with open(path, "rb") as file:  # a device or a pipe does not state its size
+            content = file.read(limit + 1)
+        if len(content) > limit:
+            raise UserError(f"{what} has more than {limit:,} bytes: divide it")
+        return content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{what} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def parse_json(text: str | bytes, what: Any) -> Any:
-    """The value of a JSON text.
+def read_lines(path: str | Path, what: Any = None) -> list[str]:
+    """Return the lines of a text file, as `read_text` does."""
+    return read_text(path, what).splitlines()
 
-    Raises:
-        UserError: `what` (a file, a line) is no JSON, is nested too deep, or holds a null character, which no file
-            name and no spoken text can have.
+
+def read_json(path: str | Path, what: Any = None) -> Any:
+    """Return the value of a JSON file, as `parse_json` does."""
+    return parse_json(read_text(path, what), what or path)
+
+
+def parse_json(text: str | bytes, what: Any) -> Any:
+    """Return the value of a JSON text. `what` (a file, a line) is its name in errors.
+
+    A null character is refused: no file name and no spoken text can have one.
     """
     try:
         if isinstance(text, bytes):
@@ -88,10 +91,10 @@ def parse_json(text: str | bytes, what: Any) -> Any:
 
 
 def check_numbers(value: Any, where: Any, key: str = "") -> None:
-    """
-    Raises:
-        UserError: a number in the plain containers `value` is not finite, or a whole number is below 0 or above
-            `MAX_SIZE`. `where` and `key` tell where it stands.
+    """Raise UserError unless all floats in the plain containers `value` are finite and all integers 0 to `MAX_SIZE`.
+
+    Args:
+        where, key: file and setting in which the value stands, for the error.
     """
     if isinstance(value, dict | list):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
@@ -103,16 +106,12 @@ def check_numbers(value: Any, where: Any, key: str = "") -> None:
 
 
 def read_yaml(path: Path) -> Any:
-    """The plain containers of a YAML file. References such as ${oc.env:HOME} stay text: they are not resolved.
+    """Return the plain containers of a YAML file. References such as ${oc.env:HOME} stay text: they are not resolved.
 
-    Raises:
-        UserError: it cannot be read as YAML, is too large, nested too deep, or uses aliases, by which a small file can
-            stand for gigabytes.
+    Aliases, by which a small file can stand for gigabytes, are refused.
     """
     try:
-        if path.stat().st_size > MAX_YAML:
-            raise ValueError(f"it has more than {MAX_YAML:,} bytes")
-        text, depth = path.read_text(encoding="utf-8"), 0
+        text, depth = read_text(path, "it", MAX_YAML), 0
         for event in yaml.parse(text, _YAML):
             depth += isinstance(event, _OPEN) - isinstance(event, _CLOSE)
             if isinstance(event, yaml.AliasEvent):

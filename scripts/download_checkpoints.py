@@ -16,11 +16,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from huggingface_hub import hf_hub_url
 
 from engine.config import CONFIGS
-from engine.download import DamagedError, HubFile, NoNetworkError, RemoteFile, check, fetch
+from engine.download import DamagedError, NoNetworkError, RemoteFile, check, fetch
 from engine.errors import UserError, run_cli
+from engine.untrusted import read_yaml
 
 CATALOGUE = CONFIGS / "checkpoints.yaml"
 
@@ -36,70 +37,56 @@ class Checkpoint:
 
 
 def read_catalogue(path: Path = CATALOGUE) -> dict[str, tuple[Checkpoint, ...]]:
-    """The checkpoints by group."""
-    if not path.is_file():
-        raise UserError(f"--catalogue {path}: no such file")
-    groups = OmegaConf.to_container(OmegaConf.load(path))
+    """Return the checkpoints by group."""
     return {
-        group: tuple(Checkpoint(**row | {"files": tuple(map(_remote_file, row["files"]))}) for row in rows)
-        for group, rows in groups.items()
+        group: tuple(
+            Checkpoint(**row | {"files": tuple(_remote_file(**file) for file in row["files"])}) for row in rows
+        )
+        for group, rows in read_yaml(path).items()
     }
 
 
-def _remote_file(row: dict) -> RemoteFile:
-    path, known = row.pop("path"), {key: row.pop(key, None) for key in ("size", "sha256", "about")}
-    source = HubFile(**{"name": path} | row) if "repo" in row else row["url"]
-    return RemoteFile(path, source, **known)
+def _remote_file(path: str, url="", repo="", name=None, revision=None, kind="model", **facts) -> RemoteFile:
+    if repo:
+        url = hf_hub_url(repo, name or path, repo_type=kind, revision=revision)
+    return RemoteFile(path, url, **facts)
 
 
-def presence(file: RemoteFile, folder: Path) -> str:
-    """`missing`, `present` or `damaged`; a file with a known digest is read completely."""
-    path = folder / file.path
-    if not path.is_file():
-        return "missing"
-    try:
-        check(path, file)
-    except DamagedError:
-        return "damaged"
-    return "present"
+def describe(file: RemoteFile, folder: Path) -> str:
+    """Say whether `folder` has the file, how large it is and where it comes from. A known digest is compared."""
+    presence = "missing"
+    if (folder / file.path).is_file():
+        try:
+            check(folder / file.path, file)
+            presence = "present"
+        except DamagedError:
+            presence = "damaged"
+    size = f"{file.size / 1e6:,.1f} MB" if file.size else "size unknown"
+    size = f"about {file.about / 1e6:,.0f} MB" if file.about else size
+    verified = "SHA-256 known" if file.sha256 else "no SHA-256 known"
+    return f"{presence:8} {file.path} ({size}, {verified})\n        from {file.url}"
 
 
-def listing(checkpoints: tuple[Checkpoint, ...], folder: Path) -> list[str]:
-    """Lines that say what the files are, their licence and source, how big they are and whether `folder` has them."""
-    lines = []
+def process(checkpoints: tuple[Checkpoint, ...], folder: Path, only_list: bool, retry_delay: float = 1.0) -> None:
+    """List or download all files; after one that fails, the others are still tried."""
+    failed = []
     for checkpoint in checkpoints:
-        lines += [checkpoint.what, f"    licence: {checkpoint.licence}", f"    published at {checkpoint.origin}"]
+        print(f"{checkpoint.what}\n    licence: {checkpoint.licence}\n    published at {checkpoint.origin}", flush=True)
         for file in checkpoint.files:
-            size = f"{file.size / 1e6:,.1f} MB" if file.size else "size unknown"
-            size = f"about {file.about / 1e6:,.0f} MB" if file.about else size
-            verified = "SHA-256 known" if file.sha256 else "no SHA-256 known"
-            lines += [f"    {presence(file, folder):8} {file.path} ({size}, {verified})", f"        from {file.source}"]
-    return lines
-
-
-def download(checkpoints: tuple[Checkpoint, ...], folder: Path, retry_delay: float = 1.0) -> None:
-    """Download all files; after one that fails, the others are still tried.
-
-    Raises:
-        NoNetworkError: there is no network.
-        UserError: some files could not be downloaded; each was named on standard error.
-    """
-    failed, total = [], 0
-    for checkpoint in checkpoints:
-        print(f"{checkpoint.what}\n    licence: {checkpoint.licence} ({checkpoint.origin})", flush=True)
-        for file in checkpoint.files:
-            total += 1
             try:
-                fetched = fetch(file, folder, retry_delay=retry_delay)
-                print(f"    {'fetched' if fetched else 'already there'}: {folder / file.path}", flush=True)
+                if only_list:
+                    line = describe(file, folder)
+                else:
+                    fetched = fetch(file, folder, retry_delay)
+                    line = f"{'fetched' if fetched else 'already there'}: {folder / file.path}"
+                print(f"    {line}", flush=True)
             except NoNetworkError:
                 raise
             except UserError as error:
                 failed.append(file.path)
-                print(
-                    f"    failed: {file.path}: {error} (published at {checkpoint.origin})", file=sys.stderr, flush=True
-                )
+                print(f"    failed: {file.path}: {error}", file=sys.stderr, flush=True)
     if failed:
+        total = sum(len(checkpoint.files) for checkpoint in checkpoints)
         raise UserError(f"{len(failed)} of {total} files could not be downloaded: {', '.join(failed)}")
 
 
@@ -120,10 +107,7 @@ def main() -> None:
     if args.group is None and not args.list:
         parser.error(f"name a group: {', '.join([*catalogue, 'all'])}")
     checkpoints = catalogue.get(args.group) or sum(catalogue.values(), ())
-    if args.list:
-        print("\n".join(listing(checkpoints, args.to)))
-    else:
-        download(checkpoints, args.to)
+    process(checkpoints, args.to, args.list)
 
 
 if __name__ == "__main__":

@@ -162,10 +162,10 @@ def release(tmp_path):
 def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    hub._fetched.cache_clear()
+    hub._snapshot.cache_clear()
     check_reachable.cache_clear()
     yield tmp_path / "cache"
-    hub._fetched.cache_clear()
+    hub._snapshot.cache_clear()
     check_reachable.cache_clear()
 
 
@@ -218,7 +218,7 @@ def use_endpoint(monkeypatch, address):
 def test_a_name_on_the_hub_is_fetched_and_then_kept(server, empty_cache, monkeypatch):
     config, state = read_release("someone/toy", "toy")
     assert config == {"width": 8} and torch.equal(state["w"], torch.arange(3.0))
-    hub._fetched.cache_clear()
+    hub._snapshot.cache_clear()
     check_reachable.cache_clear()
     use_endpoint(monkeypatch, "http://127.0.0.1:9")  # nobody there
     assert torch.equal(read_release("someone/toy", "toy")[1]["w"], torch.arange(3.0))
@@ -231,7 +231,7 @@ def test_a_name_on_the_hub_is_fetched_and_then_kept(server, empty_cache, monkeyp
 
 def test_a_name_that_the_hub_has_not_is_one_line(server, empty_cache):
     with pytest.raises(
-        UserError, match="someone/else is not a local folder and could not be downloaded from the hub"
+        UserError, match="someone/else is not a local folder, and it could not be downloaded from the hub"
     ) as error:
         read_release("someone/else", "toy")
     assert "\n" not in str(error.value)

@@ -184,7 +184,8 @@ def test_remote_shards_are_fetched_once_and_when_needed(server, tmp_path):
     assert server[1].asked == ["index.json"]
 
 
-def test_a_truncated_answer_is_asked_for_again_and_named_when_it_stays_so(server, tmp_path):
+def test_a_truncated_answer_is_asked_for_again_and_named_when_it_stays_so(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     split = remote(server, tmp_path)
     server[1].truncate["000000.tar"] = 2
     split[0]
