@@ -9,13 +9,11 @@ file is the description of that choice.
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -25,10 +23,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from engine.errors import UserError
+from engine.settings import nearest
 
 PACKAGES = ("engine", "corpora", "hicodit", "talker_t2av", "rvq_codec", "whisperx_vae", "lia_x", "tests")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-T = TypeVar("T")
 HELP_WORDS = ("--help", "-h", "--cfg", "job")
 
 
@@ -114,37 +112,16 @@ def target(name: Any) -> Callable[..., Any]:
     return found
 
 
+def plain(config: DictConfig) -> dict[str, Any]:
+    """Return a composed config as dictionaries, lists and values."""
+    return OmegaConf.to_container(config, resolve=True)
+
+
 def _check_targets(node: Any) -> None:
     if isinstance(node, dict) and "_target_" in node:
         target(node["_target_"])
     for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
         _check_targets(child)
-
-
-def typed(config: DictConfig, schema: type[T]) -> T:
-    """The composed config as an instance of the dataclass `schema`, its types checked.
-
-    Raises:
-        UserError: a value has the wrong type.
-    """
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{error.full_key or 'config'}: {reason}") from error
-
-
-def override(settings: T, changes: Mapping[str, Any]) -> T:
-    """The dataclass `settings` with those fields changed whose new value is not None.
-
-    Raises:
-        UserError: it has no such field.
-    """
-    names = [field.name for field in fields(settings)]
-    unknown = [name for name in changes if name not in names]
-    if unknown:
-        raise UserError(f"unknown setting {unknown[0]!r}; {_nearest(unknown[0], names)}")
-    return replace(settings, **{name: value for name, value in changes.items() if value is not None})
 
 
 def _compose(config_name: str, words: Sequence[str], configs: Path) -> tuple[DictConfig, dict[str, str]]:
@@ -209,7 +186,7 @@ def _check_choice(word: str, configs: Path) -> None:
     options = _options(group, configs)
     if key.startswith("~") or choice in options or choice in ("null", ""):
         return
-    raise UserError(f"{group}={choice} does not exist; {_nearest(choice, options)}")
+    raise UserError(f"{group}={choice} does not exist; {nearest(choice, options)}")
 
 
 def _check_value(word: str, base: DictConfig, groups: list[str]) -> str:
@@ -219,7 +196,7 @@ def _check_value(word: str, base: DictConfig, groups: list[str]) -> str:
         return word
     known = dict(_walk(base))
     if key not in known:
-        raise UserError(f"unknown setting {key!r}; {_nearest(key, [*known, *groups])}")
+        raise UserError(f"unknown setting {key!r}; {nearest(key, [*known, *groups])}")
     default = known[key]
     if text in ("", "''", '""'):
         raise UserError(f"{key}= is empty: give a value, or leave it out")
@@ -285,22 +262,6 @@ def _walk(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield f"{prefix}{key}", value
         if isinstance(value, dict):
             yield from _walk(value, f"{prefix}{key}.")
-
-
-def _nearest(wrong: str, names: Sequence[str]) -> str:
-    """A phrase with the names most like `wrong`; for a dotted key, names with a similar last word count too."""
-    names = list(dict.fromkeys(names))
-    close = difflib.get_close_matches(wrong, names, n=3, cutoff=0.6)
-    leaf = wrong.rpartition(".")[2]
-    leaves = {}
-    for name in names:
-        leaves.setdefault(name.rpartition(".")[2], []).append(name)
-    for match in difflib.get_close_matches(leaf, list(leaves), n=3, cutoff=0.7):
-        close += [name for name in leaves[match] if name not in close]
-    if close:
-        close.sort(key=lambda name: -difflib.SequenceMatcher(None, wrong, name).ratio())
-        return f"did you mean {' or '.join(close[:3])}?"
-    return f"there are: {', '.join(sorted(names)[:12])}" if names else "there are none"
 
 
 def _check_complete(config: DictConfig, choices: dict[str, str], configs: Path) -> None:

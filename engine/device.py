@@ -6,8 +6,8 @@ import os
 
 import torch
 
-from engine.bounds import DEVICES, require_choice
 from engine.errors import UserError
+from engine.settings import DEVICES, require_choice
 
 
 def pick_device(name: str) -> torch.device:

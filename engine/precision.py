@@ -20,7 +20,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from engine.bounds import PRECISIONS, require_choice
+from engine.settings import PRECISIONS, require_choice
 
 CPU_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")  # by torch.cpu's names: x86, x86, ARM
 PACKED_FOR = 256  # rows of the input that the layout suits best; products with fewer or more rows are as fast

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from engine.bounds import SEEDS, require_range
+from engine.settings import SEEDS, require_range
 
 
 def check_seed(seed: Any) -> None:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.bounds import require_range
 from engine.errors import UserError
+from engine.settings import require_range
 from engine.training.task import Release
 from hicodit.conditions.types import Conditions
 from hicodit.diffusion import LogLinearNoise, sample_categorical

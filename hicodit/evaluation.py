@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from engine.codec import load_codec
-from engine.config import override
 from engine.errors import UserError
 from engine.evaluation.clips import Clip
 from engine.evaluation.generate import generate_missing, write_facts
@@ -26,6 +25,7 @@ from engine.metrics.metric import wave_of
 from engine.metrics.registry import metrics_of
 from engine.metrics.speaker import GE2EEncoder
 from engine.metrics.speech import pitch, prosody
+from engine.settings import override
 from hicodit.conditions import EXPRESSIONS
 from hicodit.data import HiCoDiTDataset
 from hicodit.held_out import Figures, HeldOut, Voices, correlations, stored_crops, stored_samples, synthesise

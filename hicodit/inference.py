@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from engine.batch_runner import run_batches
-from engine.config import override
 from engine.device import pick_device
 from engine.faces.detectors import YuNetDetector
 from engine.faces.landmarks import landmark_source
@@ -22,6 +21,7 @@ from engine.media.audio import read_voice, write_wav
 from engine.media.video import mux_audio
 from engine.metrics.speaker import GE2EEncoder
 from engine.progress import stage
+from engine.settings import override
 from hicodit.pipeline import FPS, Crops, HiCoDiTPipeline, Speech
 from hicodit.settings import BUNDLED, FACE, InferConfig
 from hicodit.streaming import SpeechChunk, StreamSettings

@@ -29,9 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.bounds import bounded, check_bounds
 from engine.errors import UserError
 from engine.nn.transfer import send
+from engine.settings import check_settings, setting
 from hicodit.conditions.types import Conditions
 from hicodit.layers import AdaLNBlock, AdaLNFinal, TemporalScales, TimeEmbedding, rotary_table
 from hicodit.settings import UNGUIDED
@@ -67,31 +67,31 @@ class ModelConfig:
     attention: sdpa, or flash for the flash-attn kernel where it applies.
     """
 
-    levels: int = bounded(1, 256, default=12)
-    low_levels: int = bounded(1, 256, default=2)
-    codes: int = bounded(1, 2**16, default=1024)
-    width: int = bounded(1, 2**14, default=768)
-    heads: int = bounded(1, 256, default=12)
-    low_blocks: int = bounded(1, 256, default=8)
-    high_blocks: int = bounded(1, 256, default=8)
-    cond_dim: int = bounded(1, 2**16, default=128)
-    lip_dim: int = bounded(1, 2**16, default=1024)
-    identity_dim: int = bounded(1, 2**16, default=256)
-    face_dim: int = bounded(1, 2**16, default=512)
-    expressions: int = bounded(1, 1024, default=7)
-    dropout: float = bounded(0.0, 1.0, default=0.1)
+    levels: int = setting(12, 1, 256)
+    low_levels: int = setting(2, 1, 256)
+    codes: int = setting(1024, 1, 2**16)
+    width: int = setting(768, 1, 2**14)
+    heads: int = setting(12, 1, 256)
+    low_blocks: int = setting(8, 1, 256)
+    high_blocks: int = setting(8, 1, 256)
+    cond_dim: int = setting(128, 1, 2**16)
+    lip_dim: int = setting(1024, 1, 2**16)
+    identity_dim: int = setting(256, 1, 2**16)
+    face_dim: int = setting(512, 1, 2**16)
+    expressions: int = setting(7, 1, 1024)
+    dropout: float = setting(0.1, 0.0, 1.0)
     hierarchical: bool = True
     dual_scale: bool = True
     expression_context: bool = False
     normalised: bool = True
-    drop_all: float = bounded(0.0, 1.0, default=0.1)
-    drop_each: float = bounded(0.0, 1.0, default=0.1)
-    keep_single: float = bounded(0.0, 1.0, default=0.0)
-    guidance_limit: float | None = bounded(1.0, 100.0, default=None)
+    drop_all: float = setting(0.1, 0.0, 1.0)
+    drop_each: float = setting(0.1, 0.0, 1.0)
+    keep_single: float = setting(0.0, 0.0, 1.0)
+    guidance_limit: float | None = setting(None, 1.0, 100.0)
     attention: str = "sdpa"
 
     def __post_init__(self) -> None:
-        check_bounds(self, "model.")
+        check_settings(self, "model.")
         if self.width % (2 * self.heads):
             raise UserError(f"model: width={self.width} must be a multiple of 2 x heads={self.heads}")
         if not 0 < self.low_levels < self.levels:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from engine.bounds import DEVICES, PRECISIONS, SEEDS, bounded, check_bounds, require_choice
-from engine.config import CONFIGS, override, typed
+from engine.config import CONFIGS, plain
 from engine.errors import UserError
 from engine.faces.track import check_face, given_track, read_boxes
 from engine.files import writable
 from engine.hub import check_release
 from engine.media.ffmpeg import require_stream
 from engine.media.limits import Limits, set_limits
+from engine.settings import DEVICES, PRECISIONS, SEEDS, check_settings, group, make, override, require_choice, setting
 
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "hicodit_tiny"
 METHODS = ("euler", "fixed_count", "confidence", "ordered", "entropy")  # functions of hicodit/samplers.py
@@ -43,20 +43,18 @@ class SamplerConfig:
     end: time at which the steps of `euler` end, a little above 0, and the least time that any method tells the network.
     """
 
-    method: str = "euler"
-    steps: int = bounded(1, 1000, default=64)
-    temperature: float = bounded(0.0, 100.0, default=1.0)
-    choice_noise: float = bounded(0.0, 1000.0, default=4.5)
-    level_delay: float = bounded(0.0, 1000.0, default=5.0)
-    shift: float = bounded(0.01, 1.0, default=0.1)
-    entropy: float = bounded(0.0, 1000.0, default=4.0)
-    window: int = bounded(2, 60, default=3)
-    end: float = bounded(1e-9, 0.5, default=1e-5)
+    method: str = setting("euler", choices=METHODS)
+    steps: int = setting(64, 1, 1000)
+    temperature: float = setting(1.0, 0.0, 100.0)
+    choice_noise: float = setting(4.5, 0.0, 1000.0)
+    level_delay: float = setting(5.0, 0.0, 1000.0)
+    shift: float = setting(0.1, 0.01, 1.0)
+    entropy: float = setting(4.0, 0.0, 1000.0)
+    window: int = setting(3, 2, 60)
+    end: float = setting(1e-5, 1e-9, 0.5)
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UserError(f"sampler.method={self.method!r} is not one of {', '.join(METHODS)}")
-        check_bounds(self, "sampler.")
+        check_settings(self, "sampler.")
 
 
 @dataclass(frozen=True)
@@ -67,17 +65,15 @@ class GuidanceScales:
         which costs one branch (arXiv 2507.08965). The paper: 1, always.
     """
 
-    all: float = bounded(-100.0, 100.0, default=1.0)
-    identity: float = bounded(-100.0, 100.0, default=0.0)
-    expression: float = bounded(-100.0, 100.0, default=0.0)
-    lip: float = bounded(-100.0, 100.0, default=0.0)
-    reading: str = "D"
-    late: float = bounded(0.0, 1.0, default=1.0)
+    all: float = setting(1.0, -100.0, 100.0)
+    identity: float = setting(0.0, -100.0, 100.0)
+    expression: float = setting(0.0, -100.0, 100.0)
+    lip: float = setting(0.0, -100.0, 100.0)
+    reading: str = setting("D", choices=READINGS)
+    late: float = setting(1.0, 0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if self.reading not in READINGS:
-            raise UserError(f"guidance.reading={self.reading!r} is not one of {', '.join(READINGS)}")
-        check_bounds(self, "guidance.")
+        check_settings(self, "guidance.")
         if self.late < 1 and "all" not in self.branches:
             raise UserError(f"guidance.late={self.late} needs guidance.all other than 0")
 
@@ -138,13 +134,13 @@ class InferConfig:
     input: str | None = None
     output: str = ""
     reference_audio: str | None = None
-    seed: int = bounded(*SEEDS, default=0)
-    device: str = "auto"
-    precision: str = "auto"
+    seed: int = setting(0, *SEEDS)
+    device: str = setting("auto", choices=DEVICES)
+    precision: str = setting("auto", choices=PRECISIONS)
     compile: bool = False
-    batch_size: int = bounded(1, 1024, default=8)
+    batch_size: int = setting(8, 1, 1024)
     stream: bool = False
-    lookahead: float = bounded(0.04, 4.0, default=0.4)
+    lookahead: float = setting(0.4, 0.04, 4.0)
     figure: bool = True
     face: str = "largest"
     face_box: str | None = None
@@ -152,9 +148,12 @@ class InferConfig:
     face_landmarks: str | None = None
     debug: bool = False
     encoders: str | None = None
-    sampler: dict[str, Any] = field(default_factory=dict)
-    guidance: dict[str, Any] = field(default_factory=dict)
-    limits: Limits = field(default_factory=Limits)
+    sampler: dict[str, Any] = group(SamplerConfig, unset=True)
+    guidance: dict[str, Any] = group(GuidanceScales, unset=True)
+    limits: Limits = group(Limits)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     @property
     def chosen_face(self) -> str | int:
@@ -167,13 +166,8 @@ def read_settings(config: DictConfig) -> tuple[InferConfig, list[Path]]:
     Raises:
         UserError: a value is wrong, or a file or folder that is named is missing or unreadable.
     """
-    c = typed(config, InferConfig)
-    check_bounds(c)
+    c = make(InferConfig, plain(config))
     set_limits(c.limits)
-    override(SamplerConfig(), c.sampler)
-    override(GuidanceScales(), c.guidance)
-    require_choice("device", c.device, DEVICES)
-    require_choice("precision", c.precision, PRECISIONS)
     for key, place in (("weights", c.weights), ("codec", c.codec), ("encoders", c.encoders)):
         check_release(key, place)
     check_face(c.chosen_face)

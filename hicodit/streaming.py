@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.bounds import bounded, check_bounds
 from engine.codec import Codec
 from engine.errors import UserError
 from engine.faces.detectors import FaceDetector, HaarDetector
 from engine.faces.track import FaceError, FaceTrack, track_face
+from engine.settings import check_settings, setting
 from hicodit.conditions.types import FPS, MIN_FRAMES, Conditions, Crops
 from hicodit.generation import GuidedPosterior
 from hicodit.model import TOKENS_PER_FRAME
@@ -61,12 +61,12 @@ class StreamSettings:
     steps: of the sampler at each hop, which draws a few tokens only.
     """
 
-    lookahead: float = bounded(0.04, 4.0, default=0.4)
-    window: int = bounded(1, 60, default=2)
-    steps: int = bounded(1, 1000, default=4)
+    lookahead: float = setting(0.4, 0.04, 4.0)
+    window: int = setting(2, 1, 60)
+    steps: int = setting(4, 1, 1000)
 
     def __post_init__(self) -> None:
-        check_bounds(self, "stream.")
+        check_settings(self, "stream.")
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,12 @@ import cv2
 from omegaconf import OmegaConf
 
 from corpora.synthetic.mouth_opening import MouthReader
-from engine.bounds import PRECISIONS
-from engine.config import CONFIGS, override
+from engine.config import CONFIGS
 from engine.errors import UserError, run_cli
 from engine.files import atomic_output
 from engine.media.corpus import load_clips
 from engine.record import RESULTS, write_record
+from engine.settings import PRECISIONS, override
 
 Figures = Iterator[tuple[str, dict[str, Any]]]
 

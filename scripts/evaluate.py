@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from engine.bounds import require_range
 from engine.config import load
 from engine.device import pick_device
 from engine.errors import UserError, printable, run_cli
@@ -32,6 +31,7 @@ from engine.files import writable
 from engine.media.limits import Limits, set_limits
 from engine.metrics.registry import metrics_of, protocol_of
 from engine.record import write_json
+from engine.settings import require_range
 
 HELP = """
 Compute a paper's table for the outputs of any system, from two folders or a manifest. Every figure comes with a 95 %

@@ -18,11 +18,11 @@ if __name__ == "__main__":
 
 import argparse
 
-from engine.bounds import DEVICES, PRECISIONS
 from engine.device import pick_device
 from engine.errors import UserError, run_cli
 from engine.media.limits import Limits, set_limits
 from engine.optional import require
+from engine.settings import DEVICES, PRECISIONS
 
 
 def main() -> None:

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.bounds import require_range
 from engine.errors import UserError
 from engine.hub import release_folder
 from engine.nn.transfer import send
 from engine.seeding import generator_for
+from engine.settings import require_range
 from engine.training.task import Release
 from talker_t2av import released
 from talker_t2av.data import TalkerExamples, collate

@@ -9,13 +9,13 @@ import shutil
 from pathlib import Path
 
 from engine.batch_runner import run_batches
-from engine.config import override
 from engine.device import pick_device
 from engine.errors import UserError
 from engine.files import all_or_none, writable
 from engine.media.audio import write_wav
 from engine.media.video import join_audio, mux_audio, write_video
 from engine.progress import stage
+from engine.settings import override
 from talker_t2av.jobs import PreparedJob
 from talker_t2av.pipeline import Talk, TalkerPipeline
 from talker_t2av.settings import InferConfig, Job, outputs_of
@@ -35,7 +35,7 @@ def run(c: InferConfig, jobs: list[tuple[str, Job | UserError]]) -> int:
             pipeline = TalkerPipeline.from_pretrained(
                 c.weights or BUNDLED, pick_device(c.device), codecs, c.precision, c.compile
             )
-        pipeline.sampling = override(pipeline.sampling, vars(c.sampling))
+        pipeline.sampling = override(pipeline.sampling, c.sampling)
 
         def prepare(job: Job | UserError) -> PreparedJob:
             if isinstance(job, UserError):

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from engine.bounds import bounded, check_bounds, require_range
 from engine.errors import UserError
 from engine.nn.transfer import send
 from engine.precision import convert_matrices
 from engine.release import Released, load_strict
+from engine.settings import check_settings, require_range, setting
 from talker_t2av import released
 from talker_t2av.diffusion_head import DiffusionHead, FlowHead
 from talker_t2av.flow_matching import DROP_COND, DROP_MU
@@ -66,28 +66,28 @@ class TalkerConfig:
     """
 
     llm: dict[str, Any]
-    patch_size: int = bounded(1, 256, default=4)
-    delay: int = bounded(0, 256, default=0)
-    context: int = bounded(0, 256, default=1)
-    speech_dim: int = bounded(1, 2**16, default=32)
-    motion_dim: int = bounded(1, 2**16, default=40)
-    speaker_dim: int = bounded(1, 2**16, default=256)
-    encoder_layers: int = bounded(1, 256, default=4)
-    encoder_heads: int = bounded(1, 256, default=8)
-    head_layers: int = bounded(1, 256, default=8)
-    head_heads: int = bounded(1, 256, default=8)
-    max_positions: int = bounded(1, 2**20, default=1024)
-    repeats: int = bounded(1, 256, default=2)
-    motion_weight: float = bounded(0.0, 1e6, default=10.0)
-    stop_share: float = bounded(0.0, 100.0, default=POSITIVE_SHARE)
-    drop_mu: float = bounded(0.0, 1.0, default=DROP_MU)
-    drop_cond: float = bounded(0.0, 1.0, default=DROP_COND)
+    patch_size: int = setting(4, 1, 256)
+    delay: int = setting(0, 0, 256)
+    context: int = setting(1, 0, 256)
+    speech_dim: int = setting(32, 1, 2**16)
+    motion_dim: int = setting(40, 1, 2**16)
+    speaker_dim: int = setting(256, 1, 2**16)
+    encoder_layers: int = setting(4, 1, 256)
+    encoder_heads: int = setting(8, 1, 256)
+    head_layers: int = setting(8, 1, 256)
+    head_heads: int = setting(8, 1, 256)
+    max_positions: int = setting(1024, 1, 2**20)
+    repeats: int = setting(2, 1, 256)
+    motion_weight: float = setting(10.0, 0.0, 1e6)
+    stop_share: float = setting(POSITIVE_SHARE, 0.0, 100.0)
+    drop_mu: float = setting(DROP_MU, 0.0, 1.0)
+    drop_cond: float = setting(DROP_COND, 0.0, 1.0)
     tasks: int = 2
     order: str = "add"
-    guidance_limit: float | None = bounded(1.0, 20.0, default=None)
+    guidance_limit: float | None = setting(None, 1.0, 20.0)
 
     def __post_init__(self) -> None:
-        check_bounds(self, "model.")
+        check_settings(self, "model.")
         if self.order not in ("add", *ORDERS):
             raise UserError(f"model.order={self.order} is unknown; choose add, {', '.join(ORDERS)}")
         if self.order in ORDERS and (self.delay or self.tasks != 2):

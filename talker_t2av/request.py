@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from engine.bounds import bounded, check_bounds
+from engine.settings import check_settings, setting
 
 if TYPE_CHECKING:
     from torch import Tensor  # importing it takes seconds
@@ -56,15 +56,15 @@ class Sampling:
         modes. particle_temperature: factor of the noise where there are several drafts.
     """
 
-    steps: int = bounded(1, 1000, default=10)
-    temperature: float = bounded(0.0, 2.0, default=0.3)
-    guidance: float = bounded(0.0, 20.0, default=2.0)
-    text_bytes: int = bounded(8, 190, default=190)
-    particles: int = bounded(1, 256, default=1)
-    particle_temperature: float = bounded(0.0, 2.0, default=0.8)
+    steps: int = setting(10, 1, 1000)
+    temperature: float = setting(0.3, 0.0, 2.0)
+    guidance: float = setting(2.0, 0.0, 20.0)
+    text_bytes: int = setting(190, 8, 190)
+    particles: int = setting(1, 1, 256)
+    particle_temperature: float = setting(0.8, 0.0, 2.0)
 
     def __post_init__(self) -> None:
-        check_bounds(self, "sampling.")
+        check_settings(self, "sampling.")
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from engine.bounds import DEVICES, PRECISIONS, SEEDS, bounded, check_bounds, require_choice
-from engine.config import override, typed
+from engine.config import plain
 from engine.errors import UserError
 from engine.faces.track import given_track, read_boxes
 from engine.files import writable
 from engine.hub import check_release
 from engine.media.ffmpeg import check_readable, probe, require_stream
 from engine.media.limits import Limits, set_limits
+from engine.settings import DEVICES, PRECISIONS, SEEDS, check_settings, group, make, setting
 from engine.untrusted import parse_json, read_lines, safe_name
 from talker_t2av.request import MODES, Sampling
 
@@ -25,6 +25,7 @@ DEMO = ASSETS / "demo"
 MAX_TEXT = 2000  # bytes: about two minutes of speech, whose pictures take 2.4 GB at 512 pixels
 COMPAT = ("paper", "official", "library")
 CROPS = ("face", "centre")
+FILES = ("reference_audio", "reference_video", "reference_motion", "audio", "video", "face_box")  # of a job
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
@@ -52,7 +53,7 @@ class JobFields:
         seed: of the noise.
     """
 
-    mode: str = "t2av"
+    mode: str = setting("t2av", choices=MODES)
     text: str = ""
     reference_audio: str | None = None
     reference_video: str | None = None
@@ -60,13 +61,13 @@ class JobFields:
     reference_text: str = ""
     audio: str | None = None
     video: str | None = None
-    crop: str = "face"
+    crop: str = setting("face", choices=CROPS)
     face_box: str | None = None
-    prefix_seconds: float = bounded(0.0, 30.0, default=0.0)
-    min_seconds: float = bounded(0.0, 30.0, default=0.16)
-    max_seconds: float | None = bounded(0.16, 30.0, default=None)
-    compat: str = "paper"
-    seed: int = bounded(*SEEDS, default=0)
+    prefix_seconds: float = setting(0.0, 0.0, 30.0)
+    min_seconds: float = setting(0.16, 0.0, 30.0)
+    max_seconds: float | None = setting(None, 0.16, 30.0)
+    compat: str = setting("paper", choices=COMPAT)
+    seed: int = setting(0, *SEEDS)
 
 
 @dataclass(frozen=True)
@@ -74,16 +75,10 @@ class Job(JobFields):
     """`JobFields` that fit together."""
 
     def __post_init__(self) -> None:
-        for own in fields(self):
-            value = getattr(self, own.name)
-            if "str" in own.type and not isinstance(value, str) and not (value is None and "None" in own.type):
-                raise UserError(f"{own.name}={value!r} must be a text")
-            if value == "" and "None" in own.type:
-                raise UserError(f"{own.name}= is empty: name a file, or leave it out")
-        check_bounds(self)
-        for name, allowed in (("mode", MODES), ("compat", COMPAT), ("crop", CROPS)):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name}={getattr(self, name)} is unknown; choose {', '.join(allowed)}")
+        check_settings(self)
+        for name in FILES:
+            if getattr(self, name) == "":
+                raise UserError(f"{name}= is empty: name a file, or leave it out")
         if self.compat != "paper" and self.mode not in ("t2av", "tts"):
             raise UserError(f"compat={self.compat} has no mode={self.mode}: the released programs offer t2av and tts")
         if not self.text.strip() and self.mode in ("t2av", "tts"):
@@ -167,12 +162,6 @@ class CodecFolders:
     speaker: str | None = None
 
 
-# The fields of `Sampling`; None: as the release says.
-SamplingOverrides = make_dataclass(
-    "SamplingOverrides", [(own.name, f"{own.type} | None", None) for own in fields(Sampling)]
-)
-
-
 @dataclass(frozen=True)
 class InferConfig(JobFields):
     """Types of configs/infer_talker.yaml; what each field means stands there."""
@@ -182,14 +171,17 @@ class InferConfig(JobFields):
     name: str | None = None
     output: str = ""
     weights: str | None = None
-    codecs: CodecFolders = field(default_factory=CodecFolders)
-    device: str = "auto"
-    precision: str = "auto"
+    codecs: CodecFolders = group(CodecFolders)
+    device: str = setting("auto", choices=DEVICES)
+    precision: str = setting("auto", choices=PRECISIONS)
     compile: bool = False
-    batch_size: int = bounded(1, 1024, default=8)
+    batch_size: int = setting(8, 1, 1024)
     figure: bool = True
-    sampling: SamplingOverrides = field(default_factory=SamplingOverrides)
-    limits: Limits = field(default_factory=Limits)
+    sampling: dict[str, Any] = group(Sampling, unset=True)
+    limits: Limits = group(Limits)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 JOB_FIELDS = {own.name for own in fields(JobFields)}
@@ -201,12 +193,8 @@ def read_settings(config: DictConfig) -> tuple[InferConfig, list[tuple[str, Job 
     Raises:
         UserError: a value is wrong, or a file or folder that is named is missing or unreadable.
     """
-    c = typed(config, InferConfig)
-    check_bounds(c)
+    c = make(InferConfig, plain(config))
     set_limits(c.limits)
-    override(Sampling(), vars(c.sampling))
-    require_choice("device", c.device, DEVICES)
-    require_choice("precision", c.precision, PRECISIONS)
     check_release("weights", c.weights)
     for stream, place in vars(c.codecs).items():
         check_release(f"codecs.{stream}", place)

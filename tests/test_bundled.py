@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from engine.config import load, override, typed
+from engine.config import load, plain
 from engine.media.ffmpeg import probe
+from engine.settings import make, override
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import InferConfig
 
@@ -27,7 +28,7 @@ def test_every_release_has_a_card_with_command_seed_and_results(folder):
 
 def test_the_default_sampler_takes_fifteen_evaluations_and_the_papers_is_an_override_away():
     pipeline = HiCoDiTPipeline.from_pretrained()
-    paper = typed(load("infer", ["sampler=paper"], ""), InferConfig)
+    paper = make(InferConfig, plain(load("infer", ["sampler=paper"], "")))
     counts = []
     for changes in (InferConfig(), paper):
         sampler, guidance = override(pipeline.sampler, changes.sampler), override(pipeline.guidance, changes.guidance)

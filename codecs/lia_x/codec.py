@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.bounds import bounded, check_bounds
 from engine.codec import PortraitCodec
 from engine.errors import UserError
 from engine.precision import half_precision
 from engine.release import load_strict, weights_digest
+from engine.settings import check_settings, setting
 from lia_x.decoder import Decoder
 from lia_x.encoder import Encoder
 from lia_x.released import find_official, read_official
@@ -38,16 +38,16 @@ class LiaXConfig:
         depth: residual blocks in each of a level's two branches.
     """
 
-    style_dim: int = bounded(1, 2**14, default=512)
-    motion_dim: int = bounded(1, 2**12, default=40)
-    scale: int = bounded(1, 64, default=2)
-    size: int = bounded(4, 2**13, default=512)
-    width: int = bounded(1, 2**12, default=64)
-    max_width: int = bounded(1, 2**14, default=512)
-    depth: int = bounded(1, 64, default=4)
+    style_dim: int = setting(512, 1, 2**14)
+    motion_dim: int = setting(40, 1, 2**12)
+    scale: int = setting(2, 1, 64)
+    size: int = setting(512, 4, 2**13)
+    width: int = setting(64, 1, 2**12)
+    max_width: int = setting(512, 1, 2**14)
+    depth: int = setting(4, 1, 64)
 
     def __post_init__(self):
-        check_bounds(self)
+        check_settings(self)
         if self.motion_dim > self.style_dim * self.scale:
             raise UserError(
                 f"motion_dim={self.motion_dim} exceeds the style's {self.style_dim * self.scale} dimensions: "

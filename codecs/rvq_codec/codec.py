@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.bounds import bounded, check_bounds
 from engine.codec import Codec
 from engine.errors import UserError
 from engine.nn.dac import DACDecoder, DACEncoder
 from engine.release import load_strict, weights_digest
+from engine.settings import check_settings, setting
 from rvq_codec.quantizer import Quantized, ResidualQuantizer
 from rvq_codec.released import find_official, read_official
 from rvq_codec.vocos import VocosDecoder
@@ -35,31 +35,31 @@ class RVQCodecConfig:
         vocos_dim, vocos_intermediate, vocos_layers, n_fft, hop: of the Vocos decoder.
     """
 
-    sample_rate: int = bounded(1, 2**20, default=24_000)
-    encoder_width: int = bounded(1, 2**14, default=96)
-    ratios: tuple[int, ...] = bounded(1, 2**10, default=(3, 4, 5, 8))
+    sample_rate: int = setting(24_000, 1, 2**20)
+    encoder_width: int = setting(96, 1, 2**14)
+    ratios: tuple[int, ...] = setting((3, 4, 5, 8), 1, 2**10)
     encoder_tanh: bool = False
-    latent_channels: int = bounded(1, 2**14, default=256)
-    levels: int = bounded(1, 256, default=12)
-    codebook_size: int = bounded(1, 2**16, default=1024)
-    codebook_dim: int = bounded(1, 2**12, default=8)
+    latent_channels: int = setting(256, 1, 2**14)
+    levels: int = setting(12, 1, 256)
+    codebook_size: int = setting(1024, 1, 2**16)
+    codebook_dim: int = setting(8, 1, 2**12)
     normalize: bool = True
-    quantizer_dropout: float = bounded(0.0, 1.0, default=0.5)
-    commitment: float = bounded(0.0, 1e6, default=0.25)
-    codebook: float = bounded(0.0, 1e6, default=1.0)
+    quantizer_dropout: float = setting(0.5, 0.0, 1.0)
+    commitment: float = setting(0.25, 0.0, 1e6)
+    codebook: float = setting(1.0, 0.0, 1e6)
     decoder: str = "vocos"
-    vocos_dim: int = bounded(1, 2**14, default=512)
-    vocos_intermediate: int = bounded(1, 2**16, default=4096)
-    vocos_layers: int = bounded(1, 256, default=30)
-    n_fft: int = bounded(2, 2**16, default=1920)
-    hop: int = bounded(1, 2**16, default=480)
-    conv_width: int = bounded(1, 2**16, default=1536)
-    conv_ratios: tuple[int, ...] = bounded(1, 2**10, default=(8, 5, 4, 3))
+    vocos_dim: int = setting(512, 1, 2**14)
+    vocos_intermediate: int = setting(4096, 1, 2**16)
+    vocos_layers: int = setting(30, 1, 256)
+    n_fft: int = setting(1920, 2, 2**16)
+    hop: int = setting(480, 1, 2**16)
+    conv_width: int = setting(1536, 1, 2**16)
+    conv_ratios: tuple[int, ...] = setting((8, 5, 4, 3), 1, 2**10)
 
     def __post_init__(self):
         object.__setattr__(self, "ratios", tuple(self.ratios))
         object.__setattr__(self, "conv_ratios", tuple(self.conv_ratios))
-        check_bounds(self)
+        check_settings(self)
         if self.decoder not in ("vocos", "conv"):
             raise UserError(f"decoder={self.decoder!r}: choose vocos or conv")
 

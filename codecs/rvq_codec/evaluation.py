@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.bounds import require_range
 from engine.evaluation.clips import Clip
 from engine.evaluation.generate import write_facts
 from engine.evaluation.resynthesis import fit_length, score, write_resynthesis
 from engine.evaluation.shares import ByClip
 from engine.media.corpus import SpeechClip
+from engine.settings import require_range
 from rvq_codec.codebooks import count_codes, perplexity
 from rvq_codec.codec import RVQCodec
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, sinusoids
 
-from engine.bounds import bounded, check_bounds
 from engine.codec import Codec
 from engine.errors import UserError
 from engine.media.audio import resample
 from engine.nn.dac import DACDecoder, DACEncoder, WNConv1d
 from engine.nn.mel import HOP, RATE, log_mel, pad_or_trim
 from engine.release import load_strict, weights_digest
+from engine.settings import check_settings, setting
 from whisperx_vae.released import find_official, read_official
 
 POSITIONS = "whisper.embed_positions.weight"
@@ -44,22 +44,22 @@ class WhisperXVAEConfig:
         whisper_heads, whisper_layers: of the Whisper encoder.
     """
 
-    sample_rate: int = bounded(1, 2**20, default=24_000)
-    encoder_width: int = bounded(1, 2**14, default=64)
-    encoder_ratios: tuple[int, ...] = bounded(1, 2**10, default=(2, 4, 10, 12))
-    hidden: int = bounded(1, 2**14, default=1280)
-    latent_dim: int = bounded(1, 2**14, default=32)
-    decoder_width: int = bounded(1, 2**16, default=1536)
-    decoder_ratios: tuple[int, ...] = bounded(1, 2**10, default=(12, 10, 4, 2))
-    mel_bands: int = bounded(1, 2**10, default=128)
-    whisper_context: int = bounded(1, 2**16, default=1500)
-    whisper_heads: int = bounded(1, 256, default=20)
-    whisper_layers: int = bounded(1, 256, default=32)
+    sample_rate: int = setting(24_000, 1, 2**20)
+    encoder_width: int = setting(64, 1, 2**14)
+    encoder_ratios: tuple[int, ...] = setting((2, 4, 10, 12), 1, 2**10)
+    hidden: int = setting(1280, 1, 2**14)
+    latent_dim: int = setting(32, 1, 2**14)
+    decoder_width: int = setting(1536, 1, 2**16)
+    decoder_ratios: tuple[int, ...] = setting((12, 10, 4, 2), 1, 2**10)
+    mel_bands: int = setting(128, 1, 2**10)
+    whisper_context: int = setting(1500, 1, 2**16)
+    whisper_heads: int = setting(20, 1, 256)
+    whisper_layers: int = setting(32, 1, 256)
 
     def __post_init__(self):
         object.__setattr__(self, "encoder_ratios", tuple(self.encoder_ratios))
         object.__setattr__(self, "decoder_ratios", tuple(self.decoder_ratios))
-        check_bounds(self)
+        check_settings(self)
         if math.prod(self.encoder_ratios) != math.prod(self.decoder_ratios):
             raise UserError(
                 f"encoder_ratios={list(self.encoder_ratios)} and decoder_ratios={list(self.decoder_ratios)} have "

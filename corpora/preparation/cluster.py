@@ -22,9 +22,9 @@ import cv2
 import torch
 
 from corpora.preparation.task import Cut, Outcome, Pipeline, Setup, Task
-from engine.bounds import bounded, check_bounds
 from engine.errors import UserError
 from engine.media.limits import set_limits
+from engine.settings import check_settings, setting
 
 RETRIES = 2  # of a task or call whose process died; then its clips are tried alone, and given up when that fails too
 AHEAD = 3  # clips on their way for each processor of the cluster: enough to keep it busy, few enough for its memory
@@ -41,12 +41,12 @@ class RayConfig:
     """
 
     address: str | None = None
-    encoders: int = bounded(1, 4096, default=1)
-    gpus: float = bounded(0.0, 8.0, default=0.0)
-    batch: int = bounded(1, 256, default=8)
+    encoders: int = setting(1, 1, 4096)
+    gpus: float = setting(0.0, 0.0, 8.0)
+    batch: int = setting(8, 1, 256)
 
     def __post_init__(self) -> None:
-        check_bounds(self, "ray.")
+        check_settings(self, "ray.")
 
 
 @dataclass(frozen=True)

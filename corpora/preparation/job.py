@@ -18,11 +18,11 @@ from corpora.preparation.cluster import RayConfig, RayPool
 from corpora.preparation.executor import ProcessPool
 from corpora.preparation.sources import Source
 from corpora.preparation.task import Outcome, Setup, Task, previous_samples, stage_settings
-from engine.bounds import require_choice
 from engine.config import build, target
 from engine.errors import UserError
 from engine.media.limits import Limits
 from engine.progress import track
+from engine.settings import require_choice
 from engine.shards.writer import SplitWriter, dumps, reject_sample
 
 EXECUTORS = ("processes", "ray")

@@ -14,11 +14,11 @@ import soundfile
 import torch
 
 from corpora.preparation.clip import FPS, HOP, HOP16, RATE, RATE16, MachineFault, Stage, WorkItem
-from engine.bounds import require_range
 from engine.errors import UserError
 from engine.media.audio import read_audio
 from engine.media.video import iter_video, write_video
 from engine.safe_pickle import read_matrix
+from engine.settings import require_range
 from engine.untrusted import parse_json
 
 

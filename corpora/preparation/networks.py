@@ -18,7 +18,6 @@ from torch.nn.utils.rnn import pad_sequence
 from corpora.preparation.clip import RATE, RATE16, Encoder, Stage, WorkItem, in_parts
 from corpora.preparation.engines import EmotionRecogniser
 from corpora.preparation.labels import expression_labels, phoneme_labels
-from engine.bounds import require_range
 from engine.codec import load_codec
 from engine.errors import UserError
 from engine.faces.square import centre_square, portrait_square
@@ -26,6 +25,7 @@ from engine.media.audio import resample
 from engine.media.pictures import video_to_tensor
 from engine.metrics.speaker import GE2EEncoder
 from engine.release import weights_digest
+from engine.settings import require_range
 from hicodit.conditions import encoder_config, make_encoders
 from hicodit.conditions.poster2 import POSTER2
 from hicodit.conditions.types import EXPRESSIONS, NO_EXPRESSION, WINDOW_SECONDS, window_expressions, windows_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from engine.bounds import bounded, check_bounds
+from engine.settings import check_settings, setting
 
 
 @dataclass
@@ -14,13 +14,13 @@ class Limits:
     seconds: of a video or sound. gap: between two frames of a video; larger ones are damaged time stamps.
     """
 
-    pixels: int = bounded(2**8, 2**31, default=2**24)
-    picture_pixels: int = bounded(2**8, 2**31, default=2**26)
-    seconds: float = bounded(0.1, 1e6, default=3600.0)
-    gap: float = bounded(0.1, 1e6, default=60.0)
+    pixels: int = setting(2**24, 2**8, 2**31)
+    picture_pixels: int = setting(2**26, 2**8, 2**31)
+    seconds: float = setting(3600.0, 0.1, 1e6)
+    gap: float = setting(60.0, 0.1, 1e6)
 
     def __post_init__(self) -> None:
-        check_bounds(self, "limits.")
+        check_settings(self, "limits.")
 
 
 LIMITS = Limits()  # of this process

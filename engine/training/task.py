@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from engine.bounds import SEEDS, bounded, check_bounds
 from engine.errors import UserError
 from engine.evaluation.shares import ALONE, ByClip, Share, figures_of
+from engine.settings import NEEDED, SEEDS, check_settings, setting
 from engine.training.lora import add_lora
 
 
@@ -141,38 +141,38 @@ class Task(nn.Module):
 class TrainerConfig:
     """The fields of configs/trainer/*.yaml, where each is explained. Every field must be given."""
 
-    steps: int = bounded(1, 10**9)
-    batch_size: int = bounded(1, 10**6)
-    batch_tokens: int | None = bounded(1, 10**9)
+    steps: int = setting(NEEDED, 1, 10**9)
+    batch_size: int = setting(NEEDED, 1, 10**6)
+    batch_tokens: int | None = setting(NEEDED, 1, 10**9)
     by_length: bool
-    accumulate: int = bounded(1, 10**6)
-    global_batch_size: int | None = bounded(1, 10**9)
-    lr: float = bounded(0.0, 10.0)
-    betas: tuple[float, float] = bounded(0.0, 1 - 1e-9)
-    weight_decay: float = bounded(0.0, 100.0)
-    warmup: int = bounded(0, 10**9)
+    accumulate: int = setting(NEEDED, 1, 10**6)
+    global_batch_size: int | None = setting(NEEDED, 1, 10**9)
+    lr: float = setting(NEEDED, 0.0, 10.0)
+    betas: tuple[float, float] = setting(NEEDED, 0.0, 1 - 1e-9)
+    weight_decay: float = setting(NEEDED, 0.0, 100.0)
+    warmup: int = setting(NEEDED, 0, 10**9)
     schedule: str
-    min_lr_ratio: float = bounded(0.0, 1.0)
-    clip: float | None = bounded(1e-9, 1e9)
-    ema_decay: float = bounded(0.0, 1 - 1e-9)
+    min_lr_ratio: float = setting(NEEDED, 0.0, 1.0)
+    clip: float | None = setting(NEEDED, 1e-9, 1e9)
+    ema_decay: float = setting(NEEDED, 0.0, 1 - 1e-9)
     precision: str
     device: str
     parallel: str
     checkpointing: bool
     compile: bool
-    workers: int = bounded(0, 256)
-    log_every: int = bounded(1, 10**9)
-    validate_every: int = bounded(1, 10**9)
-    checkpoint_every: int = bounded(1, 10**9)
-    keep: int = bounded(1, 10**6)
+    workers: int = setting(NEEDED, 0, 256)
+    log_every: int = setting(NEEDED, 1, 10**9)
+    validate_every: int = setting(NEEDED, 1, 10**9)
+    checkpoint_every: int = setting(NEEDED, 1, 10**9)
+    keep: int = setting(NEEDED, 1, 10**6)
     best: str | None
-    spike: float | None = bounded(1e-9, 1e9)
-    give_up_after: int = bounded(1, 10**9)
-    seed: int = bounded(*SEEDS)
+    spike: float | None = setting(NEEDED, 1e-9, 1e9)
+    give_up_after: int = setting(NEEDED, 1, 10**9)
+    seed: int = setting(NEEDED, *SEEDS)
     wandb: str
     tensorboard: bool
-    peak_tflops: float | None = bounded(1e-9, 1e9)
-    profile: int = bounded(0, 10_000)
+    peak_tflops: float | None = setting(NEEDED, 1e-9, 1e9)
+    profile: int = setting(NEEDED, 0, 10_000)
 
     @classmethod
     def of(cls, values: Mapping[Any, Any]) -> TrainerConfig:
@@ -196,7 +196,7 @@ class TrainerConfig:
         for name, allowed in words.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"trainer.{name}={getattr(self, name)} is unknown; choose {', '.join(allowed)}")
-        check_bounds(self, "trainer.")
+        check_settings(self, "trainer.")
         if len(self.betas) != 2:
             raise UserError(f"trainer.betas={self.betas} must be two numbers, as in [0.9,0.98]")
         if self.best is not None and not re.fullmatch(r"(min|max) \S+", self.best):

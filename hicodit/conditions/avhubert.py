@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.bounds import bounded, check_bounds
 from engine.errors import UserError
 from engine.release import load_strict
 from engine.safe_pickle import plain, read_checkpoint
+from engine.settings import check_settings, setting
 
 VIEW = 88  # side of the picture that the network sees
 MEAN, DEVIATION = 0.421, 0.165  # of grey values in [0, 1]
@@ -30,16 +30,16 @@ MEAN, DEVIATION = 0.421, 0.165  # of grey values in [0, 1]
 class AVHubertConfig:
     """Sizes; the defaults are AV-HuBERT Large."""
 
-    width: int = bounded(1, 2**14, default=1024)
-    layers: int = bounded(0, 256, default=24)
-    heads: int = bounded(1, 256, default=16)
-    hidden: int = bounded(1, 2**16, default=4096)
-    conv_kernel: int = bounded(1, 2**10, default=128)
-    conv_groups: int = bounded(1, 2**10, default=16)
+    width: int = setting(1024, 1, 2**14)
+    layers: int = setting(24, 0, 256)
+    heads: int = setting(16, 1, 256)
+    hidden: int = setting(4096, 1, 2**16)
+    conv_kernel: int = setting(128, 1, 2**10)
+    conv_groups: int = setting(16, 1, 2**10)
     norm_first: bool = True  # false: layer norms after the residual sums
 
     def __post_init__(self) -> None:
-        check_bounds(self, "encoders.lip.")
+        check_settings(self, "encoders.lip.")
 
 
 def prepare_mouth(mouth: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.bounds import bounded, check_bounds
 from engine.errors import UserError
 from engine.faces.track import FaceTrack
 from engine.nn.transfer import send
+from engine.settings import check_settings, setting
 from hicodit.conditions.crops import crop_face, crop_mouth
 from hicodit.conditions.types import EXPRESSIONS
 from hicodit.layers import AdaLNBlock, rotary_table
@@ -82,17 +82,17 @@ class TinyEncoderConfig:
     picture_every: ClassVar[int] = 1  # video frames to a face picture
 
     kind: str = "tiny"
-    mouth_size: int = bounded(8, 2**10, default=48)
-    face_size: int = bounded(8, 2**10, default=64)
-    lip_dim: int = bounded(1, 2**14, default=192)
-    lip_blocks: int = bounded(1, 256, default=1)
-    lip_heads: int = bounded(1, 256, default=6)
-    face_dim: int = bounded(1, 2**14, default=128)
-    face_width: int = bounded(1, 2**12, default=24)
-    phonemes: int = bounded(0, 2**10, default=0)
+    mouth_size: int = setting(48, 8, 2**10)
+    face_size: int = setting(64, 8, 2**10)
+    lip_dim: int = setting(192, 1, 2**14)
+    lip_blocks: int = setting(1, 1, 256)
+    lip_heads: int = setting(6, 1, 256)
+    face_dim: int = setting(128, 1, 2**14)
+    face_width: int = setting(24, 1, 2**12)
+    phonemes: int = setting(0, 0, 2**10)
 
     def __post_init__(self) -> None:
-        check_bounds(self, "encoders.")
+        check_settings(self, "encoders.")
         if self.lip_dim % self.lip_heads:
             raise UserError(f"encoders.lip_heads={self.lip_heads} does not divide lip_dim={self.lip_dim}")
 

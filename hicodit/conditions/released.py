@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.bounds import bounded, check_bounds
 from engine.errors import UserError
 from engine.faces.detectors import five_points
 from engine.faces.track import FaceTrack
 from engine.release import weights_digest
+from engine.settings import check_settings, setting
 from hicodit.conditions.align import MOUTH_SIDE, WINDOW, avhubert_mouth, face_picture, mouth_poses
 from hicodit.conditions.arcface import IRESNET100, ArcFace
 from hicodit.conditions.avhubert import AVHubert, AVHubertConfig
@@ -49,16 +49,16 @@ class ReleasedEncoderConfig:
     lip_file: str = "large_vox_iter5.pt"
     identity_file: str = "arcface_r100.pth"
     expression_file: str = "affectnet-7-model_best.pth"
-    picture_every: int = bounded(1, 2**10, default=5)
+    picture_every: int = setting(5, 1, 2**10)
     lip: dict[str, Any] = field(default_factory=dict)
-    identity_blocks: tuple[int, ...] = bounded(1, 256, default=IRESNET100)
-    face_dim: int = bounded(1, 2**14, default=512)
-    face_size: int = bounded(8, 2**12, default=224)  # ArcFace's pose at twice its size, for POSTER V2
-    mouth_size: int = bounded(8, 2**12, default=MOUTH_SIDE)
+    identity_blocks: tuple[int, ...] = setting(IRESNET100, 1, 256)
+    face_dim: int = setting(512, 1, 2**14)
+    face_size: int = setting(224, 8, 2**12)  # ArcFace's pose at twice its size, for POSTER V2
+    mouth_size: int = setting(MOUTH_SIDE, 8, 2**12)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "identity_blocks", tuple(self.identity_blocks))
-        check_bounds(self, "encoders.")
+        check_settings(self, "encoders.")
 
     @property
     def lip_dim(self) -> int:

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import WavLMConfig, WavLMModel
 
-from engine.bounds import bounded, check_bounds
 from engine.errors import UserError
 from engine.nn.mel import RATE, log_mel
 from engine.release import Released, load_strict, weights_digest
 from engine.safe_pickle import read_checkpoint
+from engine.settings import check_settings, setting
 from talker_t2av.speaker.released import FILE, LARGE, TRAINING_ONLY, head_sizes, our_name, wavlm_config, wavlm_sizes
 
 SCALE = 8  # parts of a Res2 convolution
@@ -263,14 +263,14 @@ class WavLMEncoder(nn.Module):
 class VoiceEncoderConfig:
     """Sizes of a `VoiceEncoder`; the head's are explained at `EcapaTDNN`."""
 
-    bands: int = bounded(1, 2**10, default=80)
-    channels: int = bounded(1, 2**14, default=96)
-    pooled: int = bounded(1, 2**14, default=256)
-    bottleneck: int = bounded(1, 2**14, default=48)
-    embedding: int = bounded(1, 2**14, default=256)
+    bands: int = setting(80, 1, 2**10)
+    channels: int = setting(96, 1, 2**14)
+    pooled: int = setting(256, 1, 2**14)
+    bottleneck: int = setting(48, 1, 2**14)
+    embedding: int = setting(256, 1, 2**14)
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_settings(self)
 
 
 def level_mel(wave: Tensor, bands: int) -> Tensor:

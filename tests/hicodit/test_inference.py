@@ -15,11 +15,12 @@ from drawn_faces import talking_head
 from omegaconf import OmegaConf
 
 from benchmarks.full_size import read_summary
-from engine.config import load, override, typed
+from engine.config import load, plain
 from engine.errors import UserError
 from engine.media.ffmpeg import probe
 from engine.media.video import read_video, write_video
 from engine.progress import Progress
+from engine.settings import make, override
 from hicodit import inference
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import InferConfig, read_settings
@@ -53,7 +54,7 @@ def test_sampler_groups_set_both_and_single_fields_override(release):
     pipeline = HiCoDiTPipeline.from_pretrained(release)
 
     def settings(*words):
-        c = typed(load("infer", words, ""), InferConfig)
+        c = make(InferConfig, plain(load("infer", words, "")))
         return override(pipeline.sampler, c.sampler), override(pipeline.guidance, c.guidance)
 
     assert settings() == (pipeline.sampler, pipeline.guidance)
@@ -62,7 +63,7 @@ def test_sampler_groups_set_both_and_single_fields_override(release):
     sampler, guidance = settings("sampler=fast", "sampler.steps=5", "guidance.lip=2.0")
     assert (sampler.method, sampler.steps, guidance.lip) == ("confidence", 5, 2.0)
     assert sampler.steps * len(settings("sampler=fast")[1].branches) <= 16
-    with pytest.raises(UserError, match=r"unknown setting 'step'"):
+    with pytest.raises(UserError, match=r"unknown setting 'sampler.step'"):
         settings("+sampler.step=3")
 
 

@@ -16,7 +16,6 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from corpora.preparation.media import Decode
-from engine.bounds import require_range
 from engine.config import CONFIGS, load
 from engine.faces.track import read_boxes
 from engine.media.audio import read_audio, read_voice, write_wav
@@ -24,6 +23,7 @@ from engine.media.ffmpeg import probe
 from engine.media.limits import LIMITS, Limits, set_limits
 from engine.media.video import read_video
 from engine.safe_pickle import read_checkpoint, read_matrix
+from engine.settings import require_range
 from engine.training.export import Release, write
 from hicodit.settings import find_clips
 from hicodit.system import HiCoDiTSystem

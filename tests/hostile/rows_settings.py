@@ -6,8 +6,8 @@ import dataclasses
 import math
 from functools import partial
 
-from engine.bounds import require_range
 from engine.media.limits import Limits
+from engine.settings import require_range
 from engine.training.task import TrainerConfig
 from hicodit.conditions.avhubert import AVHubertConfig
 from hicodit.conditions.encoders import TinyEncoderConfig
@@ -55,7 +55,7 @@ CASES = [
     )
     for kind, given in (SETTINGS | SIZES).items()
     for field in dataclasses.fields(kind)
-    if "bounds" in field.metadata
+    if field.metadata.get("bounds")
     for value in beyond(*field.metadata["bounds"])
 ]
 CASES += [

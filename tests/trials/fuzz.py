@@ -136,7 +136,7 @@ def mutate(data: bytes, draw: random.Random) -> bytes:
 def settings_of(draw: random.Random) -> None:
     """A dataclass of settings with one field drawn from its bounds, which it must take."""
     kind, given = draw.choice(list(SETTINGS.items()))
-    field = draw.choice([field for field in dataclasses.fields(kind) if "bounds" in field.metadata])
+    field = draw.choice([field for field in dataclasses.fields(kind) if field.metadata.get("bounds")])
     low, high = field.metadata["bounds"]
     value = draw.randint(low, high) if isinstance(low, int) and isinstance(high, int) else draw.uniform(low, high)
     kind(**{**given, field.name: (value, value) if field.name == "betas" else value})

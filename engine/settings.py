@@ -1,0 +1,206 @@
+"""Settings: one dataclass field states name, type, bounds or choices, default and sentence; all else is made from it.
+
+    @dataclass(frozen=True)
+    class SamplerConfig:
+        steps: int = setting(64, 1, 1000, "number of network calls (the paper: 64)")
+
+        def __post_init__(self) -> None:
+            check_settings(self, "sampler.")
+
+Command lines, `--help`, `--cfg`, requests of the service and lines of jobs use `listed`, `make` and `override`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from engine.errors import UserError
+
+T = TypeVar("T")
+NEEDED = dataclasses.MISSING  # the default of a setting that must be given
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("auto", "fp32", "bf16")
+SEEDS = (0, 2**63 - 1)  # that torch can be seeded with
+KINDS = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list, as in [1,2]",
+    dict: "a group of settings: set the ones inside it",
+}  # fmt: skip
+
+
+def setting(
+    default: Any,
+    low: float | None = None,
+    high: float | None = None,
+    about: str = "",
+    *,
+    choices: Collection[str] = (),
+) -> Any:
+    """Describe a setting: a dataclass field with bounds (those of the items of a list) or choices, and a sentence."""
+    metadata = {"bounds": None if low is None else (low, high), "choices": tuple(choices), "about": about}
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=partial(copy.deepcopy, default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def group(kind: type, unset: bool = False) -> Any:
+    """Describe a group of settings, the dataclass `kind`.
+
+    Args:
+        unset: the field is a dict of changes to settings that stand elsewhere; each is None, no change, by default.
+    """
+    factory = partial(dict.fromkeys, [field.name for field in dataclasses.fields(kind)]) if unset else kind
+    return dataclasses.field(default_factory=factory, metadata={"group": kind, "unset": unset})
+
+
+def listed(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """Yield (dotted key, field, default) of the settings of a dataclass and of its groups; see `NEEDED`."""
+    for field in dataclasses.fields(schema):
+        if "group" in field.metadata:
+            for key, inner, default in listed(field.metadata["group"], f"{prefix}{field.name}."):
+                yield key, inner, None if field.metadata["unset"] else default
+        else:
+            factory = field.default_factory
+            yield f"{prefix}{field.name}", field, field.default if factory is NEEDED else factory()
+
+
+def make(schema: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+    """Return the dataclass with these values; those of groups are mappings or dataclasses.
+
+    Raises:
+        UserError: a value is wrong, missing, or of no setting.
+    """
+    fields = _fields(schema, values, prefix)
+    needed = [n for n, f in fields.items() if f.default is f.default_factory is NEEDED and n not in values]
+    if needed:
+        raise UserError(f"missing: {' '.join(f'{prefix}{name}=...' for name in needed)}")
+    made = dict(values)
+    for name, value in values.items():
+        kind = fields[name].metadata.get("group")
+        if kind is None or not isinstance(value, Mapping):
+            continue
+        if fields[name].metadata["unset"]:
+            made[name] = check_changes(kind, value, f"{prefix}{name}.")
+        else:
+            made[name] = make(kind, value, f"{prefix}{name}.")
+    return schema(**made)
+
+
+def override(settings: T, changes: Mapping[str, Any]) -> T:
+    """Return the dataclass `settings` with those fields changed whose new value is not None.
+
+    Raises:
+        UserError: a value is wrong, or of no setting.
+    """
+    changes = check_changes(type(settings), changes)
+    return dataclasses.replace(settings, **{name: value for name, value in changes.items() if value is not None})
+
+
+def check_changes(schema: type, changes: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return `changes` of settings of a dataclass, each None or what its field takes.
+
+    Raises:
+        UserError: a value is wrong, or of no setting.
+    """
+    fields, hints = _fields(schema, changes, prefix), _hints(schema)
+    for name, value in changes.items():
+        if value is not None:
+            _check(f"{prefix}{name}", value, hints[name], fields[name].metadata)
+    return dict(changes)
+
+
+def check_settings(settings: Any, prefix: str = "") -> None:
+    """Check type, bounds and choices of all fields of a dataclass, in its `__post_init__`.
+
+    Raises:
+        UserError: with the first that is wrong, its name after `prefix`.
+    """
+    hints = _hints(type(settings))
+    for field in dataclasses.fields(settings):
+        _check(f"{prefix}{field.name}", getattr(settings, field.name), hints[field.name], field.metadata)
+
+
+def require_range(name: str, value: Any, low: float, high: float) -> None:
+    """
+    Raises:
+        UserError: `value` is no number from `low` to `high`, whole if both are.
+    """
+    kind = int if isinstance(low, int) and isinstance(high, int) else float
+    if not is_a(value, kind) or not low <= value <= high:
+        raise UserError(f"{name}={str(value)[:40]} must be {KINDS[kind]} from {low:,} to {high:,}")
+
+
+def require_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """
+    Raises:
+        UserError: `value` is none of the choices.
+    """
+    if value not in choices:
+        raise UserError(f"{name}={str(value)[:40]} is unknown; choose {', '.join(choices)}")
+
+
+def is_a(value: Any, kind: type) -> bool:
+    """Return whether a setting's value is of one of the types `KINDS`: 3 is a number, true is none."""
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, {list: list | tuple, dict: Mapping}.get(kind, kind))
+
+
+def kind_of(hint: Any) -> tuple[Any, bool]:
+    """Return the one of `KINDS` that a field's type is (else None), and whether the field takes None."""
+    options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    kind = next(option for option in options if option is not NoneType)
+    kind = get_origin(kind) or kind
+    if isinstance(kind, type) and kind not in KINDS:
+        kind = dict if issubclass(kind, Mapping) else list if issubclass(kind, Sequence) else None
+    return kind if kind in KINDS and len(options) - (NoneType in options) == 1 else None, NoneType in options
+
+
+def nearest(wrong: str, names: Sequence[str]) -> str:
+    """Return a phrase with the names most like `wrong`; of a dotted key, names with a similar last word count too."""
+    names = list(dict.fromkeys(names))
+    close = difflib.get_close_matches(wrong, names, n=3, cutoff=0.6)
+    leaf = wrong.rpartition(".")[2]
+    leaves = {}
+    for name in names:
+        leaves.setdefault(name.rpartition(".")[2], []).append(name)
+    for match in difflib.get_close_matches(leaf, list(leaves), n=3, cutoff=0.7):
+        close += [name for name in leaves[match] if name not in close]
+    if close:
+        close.sort(key=lambda name: -difflib.SequenceMatcher(None, wrong, name).ratio())
+        return f"did you mean {' or '.join(close[:3])}?"
+    return f"there are: {', '.join(sorted(names)[:12])}" if names else "there are none"
+
+
+@lru_cache
+def _hints(schema: type) -> dict[str, Any]:
+    return get_type_hints(schema)
+
+
+def _fields(schema: type, values: Mapping[str, Any], prefix: str) -> dict[str, dataclasses.Field]:
+    fields = {field.name: field for field in dataclasses.fields(schema)}
+    for name in values:
+        if name not in fields:
+            raise UserError(f"unknown setting {prefix + str(name)[:80]!r}; {nearest(str(name), list(fields))}")
+    return fields
+
+
+def _check(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> None:
+    kind, takes_none = kind_of(hint)
+    if value is None and (takes_none or kind is None):
+        return
+    bounds, choices = metadata.get("bounds"), metadata.get("choices")
+    if kind is list and not is_a(value, list):
+        raise UserError(f"{name}={str(value)[:40]} must be {KINDS[list]}")
+    for item in value if kind is list else [value]:
+        if choices:
+            require_choice(name, item, choices)
+        elif bounds:
+            require_range(name, item, *bounds)
+        elif kind not in (None, list) and not is_a(item, kind):
+            raise UserError(f"{name}={str(item)[:40]} must be {KINDS[kind]}")
