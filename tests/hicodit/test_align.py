@@ -58,3 +58,9 @@ def test_mouth_picture_holds_the_mouth_in_its_middle_and_stays_inside():
     poses = align.mouth_poses((points[:, ::-1] * [1, -1] + [0, 119])[None])
     upright = align.avhubert_mouth(np.rot90(picture)[None], poses)[0]
     assert np.abs(upright.astype(int) - mouth).mean() < 2  # a head that lies on its side is set upright
+
+
+def test_mouth_square_stands_at_the_nearest_whole_pixel_inside_the_frame():
+    still = np.tile(np.eye(2, 3), (3, 1, 1))
+    poses = align.cut_poses(still, np.array([[100.7, 120.2], [10.0, 250.0], [128.0, 157.82]]))
+    assert poses[:, :, 2].tolist() == [[-53, -72], [0, -160], [-80, -110]]

@@ -126,6 +126,7 @@ def test_windows_keep_what_was_said_and_leave_no_gap(pipeline):
     alone = generate(pipeline.system.model, first, pipeline.sampler, pipeline.guidance, [0])[0]
     kept = 2 * (WINDOW - REDO)
     assert torch.equal(whole[:, :kept], alone[:, :kept])
+    assert not torch.equal(whole[:, kept : kept + 2], alone[:, kept : kept + 2])  # from here on they are drawn again
     assert 0 < REDO < OVERLAP < WINDOW and (WINDOW - OVERLAP) % 25 == 0
     assert pipeline.sampler.window == 3
     lengths = (5, WINDOW, WINDOW + 1, 2 * WINDOW - OVERLAP, 2 * WINDOW)

@@ -63,6 +63,12 @@ def test_frequencies_follow_the_posterior(method):
     assert (seen - logits.softmax(-1)).abs().max() < 0.03
 
 
+def test_temperature_sharpens_the_drawn_frequencies():
+    log_q = torch.tensor([2.0, 1, 0, -1, 0]).log_softmax(-1)
+    drawn = invert(log_q.expand(4000, N), (torch.arange(4000) + 0.5) / 4000, temperature=0.5)
+    assert (torch.bincount(drawn, minlength=N) / 4000 - (2 * log_q).softmax(-1)).abs().max() < 1e-3
+
+
 def watched(method, lengths, log_q=None, **settings):
     """The posterior after a run, with what it saw."""
     posterior = Watched(torch.zeros(K, N).log_softmax(-1) if log_q is None else log_q)

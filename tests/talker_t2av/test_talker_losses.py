@@ -103,6 +103,8 @@ def test_given_streams_are_no_examples_and_their_last_patch_is_known_a_patch_ear
     forward = training_forward(model, batch, torch.tensor([1, 2, 3, 0]))
     per_row = 2 * 4  # repeats and patches
     assert (len(forward.speech.x1), len(forward.motion.x1)) == (3 * per_row, 2 * 2 * 3)
+    audio_given = training_forward(model, batch, torch.tensor([1, 3, 3, 0]))  # T2AV, A2V, A2V, TTS
+    assert (len(audio_given.speech.x1), len(audio_given.motion.x1)) == (2 * per_row, 3 * 2 * 3)
     training_losses(model, forward)["loss"].backward()
     assert all(p.grad is not None for p in model.parameters())
     moved = replace(batch, motion=batch.motion.clone(), speech=batch.speech.clone())

@@ -1,0 +1,20 @@
+import pytest
+import torch
+from torch import nn
+
+from engine.training.ema import ExponentialMovingAverage
+
+
+def test_average_forgets_its_start_in_short_runs_and_keeps_to_its_decay_in_long_ones():
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(module.weight)
+    ema, expected = ExponentialMovingAverage(module, decay=0.25), 0.0
+    for count, weight in enumerate((1.0, -2.0, 3.0, 5.0)):
+        nn.init.constant_(module.weight, weight)
+        ema.update(count)
+        decay = (1 / 10, 2 / 11, 3 / 12, 0.25)[count]
+        expected = decay * expected + (1 - decay) * weight
+        assert ema.averages["weight"].item() == pytest.approx(expected, rel=1e-6)
+    with ema.swapped_in():
+        assert module.weight.item() == pytest.approx(expected, rel=1e-6)
+    assert module.weight.item() == 5 and torch.is_grad_enabled()
