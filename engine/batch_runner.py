@@ -39,9 +39,6 @@ class Summary:
 
         Args:
             kind: plural of what a job is. origin: where the jobs came from, such as " of input=FOLDER".
-
-        Raises:
-            UserError: all jobs failed.
         """
         done = self.jobs - len(self.failed)
         if not done:
@@ -72,9 +69,6 @@ def run_batches(
         process: computes a batch.
         write: writes the files of a job; returns a line to print and the seconds of speech in the files.
         name_errors: print the job's name with its error; not needed if the name is a path that the error contains.
-
-    Raises:
-        UserError: from the only job; when there are several, errors of any kind are reported and counted.
     """
     summary, start = Summary(len(jobs)), time.monotonic()
 

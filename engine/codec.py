@@ -45,23 +45,26 @@ class Codec(Released):
         return self.sample_rate / self.hop
 
     def encode(self, signal: Tensor) -> Tensor:
-        """Waves (B, 1, N) in [-1, 1] at `sample_rate` -> code of N // hop frames, up to rounding at the end."""
+        """Encode waves (B, 1, N) in [-1, 1] at `sample_rate` -> code of N // hop frames, up to rounding at the end."""
         raise NotImplementedError
 
     def encode_beginning(self, signal: Tensor, frames: int) -> Tensor:
-        """Code of the first `frames` of waves (B, 1, N). Only what looks at a whole recording may see the rest."""
+        """Encode the first `frames` frames of waves (B, 1, N). Only a codec that looks at whole recordings uses the
+        rest.
+        """
         return self.encode(signal[..., : frames * self.hop])
 
     def decode(self, code: Tensor) -> Tensor:
-        """Code of L frames -> waves (B, 1, hop * L)."""
+        """Decode code of L frames -> waves (B, 1, hop * L)."""
         raise NotImplementedError
 
     def digest(self) -> str:
-        """Eight hex digits that change when, and only when, a weight that `encode` uses does."""
+        """Return the first eight hex digits of the SHA-256 of the weights that `encode` uses."""
         raise NotImplementedError
 
     def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Latents (B, l, Z), chunk after chunk, l >= 0 -> waves (B, 1, n) that concatenate to `decode` of all latents.
+        """Decode latents (B, l, Z), chunk after chunk, l >= 0 -> waves (B, 1, n) that concatenate to `decode` of all
+        latents.
 
         The last wave comes when `chunks` ends; a chunk that completes no frame yields nothing. See `StreamDecoder`.
         """
@@ -87,7 +90,7 @@ class StreamDecoder:
 
     @torch.no_grad()
     def push(self, chunk: Tensor) -> Tensor | None:
-        """Latents (B, l, Z) -> wave (B, 1, n) of the frames that are complete now, or None."""
+        """Append latents (B, l, Z); return the wave (B, 1, n) of the frames that are complete, or None."""
         self.latest = chunk if self.latest is None else torch.cat([self.latest, chunk], 1)
         before, after = self.codec.reach
         ready = self.latest.shape[1] - after
@@ -100,7 +103,7 @@ class StreamDecoder:
 
     @torch.no_grad()
     def finish(self) -> Tensor | None:
-        """The wave of the frames that are left."""
+        """Decode the remaining frames."""
         if self.latest is None or self.latest.shape[1] <= self.known:
             return None
         return self.codec.decode(self.latest)[..., self.known * self.codec.hop :]
@@ -119,15 +122,15 @@ class PortraitCodec(Codec):
     hop = 1
 
     def identity(self, picture: Tensor) -> Any:
-        """Picture (3, S, S) in [-1, 1] -> what `decode` needs of the face besides its motion."""
+        """Turn a picture (3, S, S) in [-1, 1] into what `decode` needs of the face besides its motion."""
         raise NotImplementedError
 
     def encode(self, signal: Tensor) -> Tensor:
-        """Pictures (T, 3, S, S) in [-1, 1] -> motion (T, Z)."""
+        """Encode pictures (T, 3, S, S) in [-1, 1] -> motion (T, Z)."""
         raise NotImplementedError
 
     def decode(self, code: Tensor, identity: Any) -> Tensor:
-        """Motion (T, Z) and what `identity` returned -> pictures (T, 3, S, S), not clamped."""
+        """Decode motion (T, Z) and what `identity` returned -> pictures (T, 3, S, S), not clamped."""
         raise NotImplementedError
 
 
@@ -135,7 +138,7 @@ C = TypeVar("C", bound=Codec)
 
 
 def load_codec(folder: str | Path, codecs: Mapping[str, type[C]]) -> C:
-    """The codec of a release folder, here or on the hub, or of official files, in eval mode.
+    """Load the codec of a release folder, here or on the hub, or of official files, in eval mode.
 
     Args:
         codecs: the classes to choose from, by kind. A model that takes a further codec has it in its table.

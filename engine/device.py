@@ -11,11 +11,7 @@ from engine.settings import DEVICES, require_choice
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` -> this process's device; under torchrun each process gets a GPU of its own.
-
-    Raises:
-        UserError: an unknown word, or `cuda` on a machine without a CUDA device.
-    """
+    """Turn `auto`, `cpu` or `cuda` into this process's device; under torchrun each process gets a GPU of its own."""
     require_choice("device", name, DEVICES)
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but no CUDA device is available; use device=cpu or device=auto")

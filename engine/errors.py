@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 
 def printable(text: object) -> str:
-    """One line of `text`; what a terminal might obey, such as escapes in names of files, becomes a question mark."""
+    """Return one line of `text`; characters that control a terminal, such as escapes, become question marks."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
 
 

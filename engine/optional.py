@@ -14,11 +14,7 @@ from engine.errors import UserError
 
 
 def require(module: str, package: str, extra: str = "eval") -> ModuleType:
-    """Import `module`.
-
-    Raises:
-        UserError: it is not installed; the message names the package and the extra that brings it.
-    """
+    """Import `module`."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -30,9 +26,6 @@ def require_librosa() -> ModuleType:
 
     They are compiled when they are imported for the first time after an installation, into a cache that two
     processes at once leave broken: every later import then ends in a segmentation fault (numba issue 10128).
-
-    Raises:
-        UserError: it is not installed.
     """
     librosa = require("librosa", "librosa")
     with FileLock(Path(tempfile.gettempdir()) / f"librosa-{os.getuid()}.lock"):

@@ -19,7 +19,7 @@ def end_with_parent() -> None:
 
 @contextmanager
 def without_interrupts() -> Iterator[None]:
-    """Ctrl-C does nothing to this process in the block, and nothing ever to the processes that it starts there."""
+    """Ignore Ctrl-C in this process during the block, and for ever in processes that it starts there."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield

@@ -125,7 +125,7 @@ class Progress:
 def stage(
     name: str, total: int | None = None, unit: str = "", label: str | None = None
 ) -> Iterator[Callable[..., None]]:
-    """A part of a command's work; its inner parts are clocked as themselves. Gives what to call after each step.
+    """Clock and show a part of a command's work, without its inner parts. Give a function to call after each step.
 
     Args:
         total, unit: of the steps; without a unit, nothing but the label is shown, and that on a terminal only.
@@ -140,7 +140,7 @@ def stage(
 
 
 def current() -> Progress | None:
-    """The progress of the running command."""
+    """Return the progress of the running command."""
     return _CURRENT.get()
 
 
@@ -151,7 +151,7 @@ def set_prefix(words: str) -> None:
 
 
 def watched(blocks: Iterable[B]) -> Iterator[B]:
-    """Blocks of frames as they are read: clocked as "reading", the frames counted by the open bar."""
+    """Yield blocks of frames as they are read: clocked as "reading", the frames counted by the open bar."""
     progress, source = current(), iter(blocks)
     if progress is not None and progress.bar is not None:
         progress.bar.restart()
@@ -166,7 +166,7 @@ def watched(blocks: Iterable[B]) -> Iterator[B]:
 
 
 def track(items: Iterable[T], total: int, unit: str) -> Iterator[T]:
-    """The items themselves; what is done, its rate and the time left go to standard error."""
+    """Yield the items; progress, rate and remaining time go to standard error."""
     bar = Bar(total, unit)
     try:
         for item in items:

@@ -57,37 +57,29 @@ class Released(nn.Module):
         self.release: dict[str, Any] = {}
 
     def arguments(self) -> dict[str, Any]:
-        """What `from_arguments` makes the same network from; YAML can hold it."""
+        """Return what `from_arguments` makes the same network from; YAML can hold it."""
         return asdict(self.config)
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> Self:
-        """A network with random weights. `arguments` are the whole config.yaml, but for the kind."""
+        """Make a network with random weights. `arguments` are the whole config.yaml except the kind."""
         return cls(cls.Config(**arguments))
 
     def stored(self) -> dict[str, Tensor]:
-        """The tensors that a release holds."""
+        """Return the tensors that a release holds."""
         return self.state_dict()
 
     def take(self, state: dict[str, Tensor], source: str | Path) -> None:
-        """Load the tensors of a release.
-
-        Raises:
-            UserError: a tensor is missing, unknown or of another shape; the message names `source`.
-        """
+        """Load the tensors of a release."""
         load_strict(self, state, source)
 
     def save(self, folder: str | Path, card: str, extra: dict[str, Any] | None = None) -> Path:
-        """Write a release folder in half precision, with `card` as its README.md; `extra` joins its config.yaml.
-
-        Raises:
-            UserError: as `save_release` does.
-        """
+        """Write a release folder in half precision, with `card` as its README.md; `extra` joins its config.yaml."""
         return save_release(folder, self.kind, self.arguments() | (extra or {}), to_float16(self.stored()), card)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Self:
-        """The network of a release folder, here or on the hub (OWNER/NAME), in eval mode; or of its official files.
+        """Load a release folder, here or on the hub (OWNER/NAME), or its official files. The network is in eval mode.
 
         Args:
             options: further arguments of `from_arguments`.
@@ -113,22 +105,19 @@ class Released(nn.Module):
 
     @classmethod
     def from_official(cls, path: Path) -> Self | None:
-        """The network of the official files at `path`, a file or a folder; None: `path` does not hold them."""
+        """Load the official files at `path`, a file or a folder; None if `path` does not hold them."""
         return None
 
     def digest(self) -> str:
-        """Eight hex digits that change when, and only when, a weight does."""
+        """Return the first eight hex digits of the SHA-256 of all weights."""
         return weights_digest(self)
 
 
 @contextmanager
 def _no_larger_than(state: dict[str, Tensor], more_tensors: int, more_numbers: int) -> Iterator[None]:
-    """A network that is made here may have twice as much as `state`, and so many tensors and numbers more.
+    """Limit networks made in the block to twice the size of `state` and `more_tensors`, `more_numbers` beyond it.
 
     Twice, because weight normalisation registers a weight again in place of the first one.
-
-    Raises:
-        UserError: it gets larger, before that memory is filled.
     """
     tensors = 2 * len(state) + more_tensors
     numbers = 2 * sum(value.numel() for value in state.values()) + more_numbers
@@ -213,7 +202,7 @@ def _replace(
 
 
 def to_float16(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Floating tensors as float16: half the download, and under 1e-3 relative rounding of each weight."""
+    """Return floating tensors as float16: half the download, and under 1e-3 relative rounding of each weight."""
     return {k: v.to(torch.float16) if v.is_floating_point() else v for k, v in state.items()}
 
 
@@ -222,7 +211,7 @@ COMPACT_FROM = 4096  # numbers; smaller tensors are not worth the rounding
 
 
 def compact(state: dict[str, Tensor], exact: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """`to_float16(state)` with large matrices in 8 bits: a quarter of the download in float32.
+    """Return `to_float16(state)` with large matrices in 8 bits: a quarter of the download in float32.
 
     A tensor (R, ...) becomes int8 of the same shape and, under its name with `::scale`, one float32 a row: the row's
     largest magnitude over 127, so that rounding is at most 0.4 % of it. `read_release` undoes it.
@@ -248,13 +237,10 @@ def compact(state: dict[str, Tensor], exact: tuple[str, ...] = ()) -> dict[str, 
 def average(
     states: list[dict[str, Tensor]], shares: list[float], prefixes: tuple[str, ...] = ("",)
 ) -> dict[str, Tensor]:
-    """The first state dict, with the floating-point tensors whose names begin with a prefix averaged over all of them.
+    """Return the first state dict, with floating-point tensors whose names begin with a prefix averaged over all.
 
     Args:
         shares: weight of each state dict; divided by their sum.
-
-    Raises:
-        UserError: the names or shapes of the state dicts differ, or no tensor is averaged.
     """
     first = states[0]
     shapes = [{name: value.shape for name, value in state.items()} for state in states]
@@ -277,7 +263,7 @@ def _check_finite(state: dict[str, Tensor], source: str) -> None:
 
 
 def _expand(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Stored tensors in float32, whichever way they were written."""
+    """Return stored tensors in float32, from half precision or from 8 bits with scales."""
     scales = {key.removesuffix(SCALE): state.pop(key) for key in [k for k in state if k.endswith(SCALE)]}
     out = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     for key, scale in scales.items():
@@ -288,7 +274,7 @@ def _expand(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_release(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(constructor arguments, state dict in float32) of a release of `kind`: a folder, or a name on the hub.
+    """Return (constructor arguments, state dict in float32) of a release of `kind`: a folder, or a name on the hub.
 
     Raises:
         UserError: the folder or a file is missing, the release is of another kind, or a file is damaged.
@@ -308,11 +294,7 @@ def read_release(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[st
 
 
 def release_kind(folder: Path) -> str | None:
-    """Kind of the model that a release folder holds; None: its config.yaml has no `kind`.
-
-    Raises:
-        UserError: `folder` is not a release folder.
-    """
+    """Return the kind of the model in a release folder; None if its config.yaml has no `kind`."""
     kind = _read_config(folder).get("kind")
     return kind if isinstance(kind, str) else None
 
@@ -328,13 +310,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def find_codec(folder: Path, name: Any, kinds: Collection[str], bundled: Path) -> str:
-    """Where the codec of the model in `folder` is; `name` is where it was at training, a path or a hub name.
+    """Return the folder of the codec of the model in `folder`; `name` is its path or hub name at training.
 
     A release of one of `kinds` with the last part of `name` as its folder's name is looked for in `folder`, beside it
     and in `bundled`, in this order. Where there is none, the answer is `name`.
-
-    Raises:
-        UserError: `name` is not a string.
     """
     if not isinstance(name, str):
         raise UserError(f"{folder / 'config.yaml'} names {name!r} as its codec: a folder was expected")
@@ -346,7 +325,7 @@ def find_codec(folder: Path, name: Any, kinds: Collection[str], bundled: Path) -
 
 
 def _is_other(folder: Path, kinds: Collection[str]) -> bool:
-    """Whether a folder is a release of another kind; damaged releases are left to whoever reads them."""
+    """Return whether a folder is a release of another kind. Damaged ones count as ours: reading reports the damage."""
     try:
         return release_kind(folder) not in (*kinds, None)
     except UserError:
@@ -354,11 +333,7 @@ def _is_other(folder: Path, kinds: Collection[str]) -> bool:
 
 
 def rewrite_release(source: Path, out: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    """Write a release of any kind with its tensors changed; card and further files, such as a tokenizer's, stay.
-
-    Raises:
-        UserError: as `release_kind`, `read_release` and `save_release` do.
-    """
+    """Write a release of any kind with its tensors changed; card and further files, such as a tokenizer's, stay."""
     kind = release_kind(source)
     config, state = read_release(source, kind)
     card = source / "README.md"
@@ -369,12 +344,9 @@ def rewrite_release(source: Path, out: Path, change: Callable[[dict[str, Tensor]
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path, assign: bool = False) -> None:
-    """`load_state_dict` that tells a user in one line which keys or shapes do not fit.
+    """Load a state dict; say in one line which keys or shapes do not fit.
 
     `assign` makes the tensors of `state` the module's own: for a module built on the meta device.
-
-    Raises:
-        UserError: with the first missing, unexpected or wrongly shaped key.
     """
     own = module.state_dict()
     for what, keys in (("lacks", own.keys() - state.keys()), ("has an unexpected", state.keys() - own.keys())):
@@ -389,7 +361,7 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path,
 
 
 def weights_digest(*modules: nn.Module) -> str:
-    """Eight hex digits that change when, and only when, a tensor of the modules does: tells stale features apart."""
+    """Return the first eight hex digits of the SHA-256 of all tensors of the modules."""
     digest = hashlib.sha256()
     for module in modules:
         for name, value in sorted(module.state_dict().items()):

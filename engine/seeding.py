@@ -11,18 +11,15 @@ from engine.settings import SEEDS, require_range
 
 
 def check_seed(seed: Any) -> None:
-    """
-    Raises:
-        UserError: torch cannot be seeded with it.
-    """
+    """Raise UserError if torch cannot be seeded with `seed`."""
     require_range("seed", seed, *SEEDS)
 
 
 def seed_for(*names: str | int) -> int:
-    """A 63-bit seed that depends on every name and on their order, and on nothing else."""
+    """Return a 63-bit seed that depends on every name and on their order, and on nothing else."""
     return int.from_bytes(hashlib.blake2b(repr(names).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def generator_for(*names: str | int) -> torch.Generator:
-    """A CPU generator seeded by `seed_for(*names)`."""
+    """Return a CPU generator seeded by `seed_for(*names)`."""
     return torch.Generator().manual_seed(seed_for(*names))

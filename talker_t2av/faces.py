@@ -46,21 +46,18 @@ class Square:
     remark: str = ""
 
     def cut(self, frames: np.ndarray) -> np.ndarray:
-        """Frames (F, H, W, 3) -> (F, S, S, 3)."""
+        """Cut frames (F, H, W, 3) -> (F, S, S, 3)."""
         return frames[:, self.top : self.top + self.side, self.left : self.left + self.side]
 
 
 def find_square(path: str | Path, count: int, crop: str = "face", face_box: str | None = None) -> Square:
-    """The square round the face in the first `count` frames of a video, or in a picture.
+    """Find the square round the face in the first `count` frames of a video, or in a picture.
 
     If no face is found, as in a drawing, it is the largest centred square, and `remark` says so.
 
     Args:
         crop: "face", or "centre" for the largest centred square without detection.
         face_box: position of the face in the form of `engine.faces.track.read_boxes`.
-
-    Raises:
-        UserError: the file cannot be read, or `face_box` is wrong.
     """
     if is_picture(path):
         picture = read_picture(path)
@@ -87,7 +84,7 @@ def find_square(path: str | Path, count: int, crop: str = "face", face_box: str 
 
 
 def read_square(path: str | Path, square: Square, count: int, start: int = 0) -> Iterator[np.ndarray]:
-    """The square of `count` frames of a video from frame `start` on, or of a picture: blocks (n, S, S, 3) uint8.
+    """Read the square of `count` frames of a video from frame `start` on, or of a picture: blocks (n, S, S, 3) uint8.
 
     There are fewer frames if the video ends before.
     """
@@ -105,7 +102,7 @@ def read_square(path: str | Path, square: Square, count: int, start: int = 0) ->
 
 
 def read_picture(path: str | Path) -> np.ndarray:
-    """(1, H, W, 3) uint8 RGB of a picture file."""
+    """Read a picture file as (1, H, W, 3) uint8 RGB."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(check_readable(path)) as header:
             pixels = math.prod(header.size)

@@ -52,13 +52,10 @@ MOTION_STD = (
 
 
 def find_released(folder: Path, part: str) -> Path:
-    """The file in `folder` or below it that holds a part of `FILES`, recognised by the names of its tensors.
+    """Find the file in `folder` or below it that holds a part of `FILES`, recognised by the names of its tensors.
 
     Of several, the least deep one counts. A checkpoint in shards gives its folder; a tokenizer beside the model goes
     before others.
-
-    Raises:
-        UserError: there is none.
     """
     what, patterns, mark = FILES[part]
     found = [path for pattern in patterns for path in folder.rglob(pattern)]
@@ -76,18 +73,14 @@ def find_released(folder: Path, part: str) -> Path:
 
 
 def _tensor_names(path: Path) -> bytes:
-    """The beginning of a checkpoint, which holds the names of its tensors."""
+    """Read the beginning of a checkpoint, which holds the names of its tensors."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else HEADER_BYTES
         return file.read(min(length, HEADER_BYTES))
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a file, or of a folder's `*.safetensors`, merged in the order of their names.
-
-    Raises:
-        UserError: there is none, a shard is missing, or a file is damaged.
-    """
+    """Read all tensors of a file, or of a folder's `*.safetensors`, merged in the order of their names."""
     path = Path(path)
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
@@ -105,7 +98,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def _expected_shards(path: Path, files: list[Path]) -> list[str]:
-    """Names of all shards, by the index or by the numbers in the files' names."""
+    """Return names of all shards, by the index or by the numbers in the files' names."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -121,7 +114,7 @@ def _expected_shards(path: Path, files: list[Path]) -> list[str]:
 
 
 def complete(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """`state` with the keys that a file may lack (tied output layer, rotary tables), without those of other models."""
+    """Add to `state` the keys that a file may lack (tied output layer, rotary tables); remove those of other models."""
     out = {key: value for key, value in state.items() if not key.startswith(FOREIGN)}
     if EMBEDDINGS in out:
         out[LM_HEAD] = out[EMBEDDINGS]
@@ -132,25 +125,22 @@ def complete(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 
 def with_tasks(state: dict[str, Tensor], tasks: int) -> dict[str, Tensor]:
-    """`state` with at least `tasks` rows of the task embedding; new ones are copies of the last one, T2AV's."""
+    """Extend the task embedding of `state` to at least `tasks` rows; new ones are copies of the last one, T2AV's."""
     table = state[TASKS]
     return state | {TASKS: torch.cat([table, table[-1:].expand(max(0, tasks - len(table)), -1)])}
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a release of ours: without the tied output layer and without exact rotary tables."""
+    """Return the tensors of a release of ours: without the tied output layer and without exact rotary tables."""
     exact = {f"{n}.w" for n, m in model.named_modules() if isinstance(m, Rotary) and m.w.equal(m.table(m.w.device))}
     return {k: v for k, v in model.state_dict().items() if k != LM_HEAD and k not in exact}
 
 
 def released_fields(state: dict[str, Tensor]) -> dict[str, Any]:
-    """Fields of `TalkerConfig`, from the shapes of a released checkpoint.
+    """Return fields of `TalkerConfig`, from the shapes of a released checkpoint.
 
     Numbers of heads follow from the rotary tables; without these they are as published. So are patch size, delay and
     context, which no shape depends on.
-
-    Raises:
-        UserError: a tensor whose shape is needed is missing.
     """
     try:
         vocabulary, width = state[EMBEDDINGS].shape
@@ -186,20 +176,20 @@ def _layers(state: dict[str, Tensor], pattern: str) -> int:
 
 
 def from_tts(key: str) -> str:
-    """Our name of a tensor of the speech-only predecessor, whose single head was called `motion_cfm`."""
+    """Return our name of a tensor of the speech-only predecessor, whose single head was called `motion_cfm`."""
     key = re.sub(r"^motion_cfm\.", "speech_cfm.", key)
     key = key.replace(".spk_proj.", ".global_cond_proj.").replace("patch_encoder.in_proj.", "patch_encoder.input_proj.")
     return re.sub(r"^patch_encoder\.", "speech_patch_encoder.", key)
 
 
 def from_projector(key: str) -> str:
-    """Our name of a tensor of a projector checkpoint."""
+    """Return our name of a tensor of a projector checkpoint."""
     key = key.replace("first_motion_proj", "global_cond_proj")
     return re.sub(r"^patch_encoder\.", "speech_patch_encoder.", key)
 
 
 def from_qwen(key: str) -> str:
-    """Our name of a tensor of Qwen3 in the Hugging Face format, whose output layer is tied or of no use."""
+    """Return our name of a tensor of Qwen3 in the Hugging Face format, whose output layer is tied or of no use."""
     return f"llm.{key}"
 
 
@@ -213,10 +203,6 @@ def warm_start(model: nn.Module, source: str | Path | dict[str, Tensor], kind: s
         kind: "qwen", a folder of Qwen3 in the Hugging Face format, which has to hold the whole language model; "tts",
             the speech-only predecessor; or "projector". A joint checkpoint cannot be used as "tts": its motion head
             would be copied into the speech head.
-
-    Raises:
-        UserError: the kind is unknown, nothing fits, a joint checkpoint is given as "tts", or a language model of other
-            sizes as "qwen".
     """
     if kind not in WARM_STARTS:
         raise UserError(f"warm start kind {kind!r} is unknown; choose {', '.join(WARM_STARTS)}")
@@ -236,10 +222,7 @@ def warm_start(model: nn.Module, source: str | Path | dict[str, Tensor], kind: s
 
 
 def _check_qwen(model: nn.Module, source: str | Path | dict[str, Tensor], state: dict[str, Tensor]) -> None:
-    """
-    Raises:
-        UserError: the language model lacks a tensor, or it has other sizes or another base of rotary positions.
-    """
+    """Refuse a language model that lacks a tensor, or has other sizes or another base of rotary positions."""
     label = "the state dict" if isinstance(source, dict) else source
     for key, value in model.llm.model.state_dict().items():
         found = state.get(f"model.{key}")
@@ -262,9 +245,5 @@ def _check_qwen(model: nn.Module, source: str | Path | dict[str, Tensor], state:
 
 
 def read_model(folder: Path) -> tuple[dict[str, Tensor], Path]:
-    """The tensors of the model among released files in a folder, by our names, and the folder of its tokenizer.
-
-    Raises:
-        UserError: one of them is missing or damaged.
-    """
+    """Read the model's tensors, by our names, among released files in a folder; return the tokenizer's folder too."""
     return read_safetensors(find_released(folder, "model")), find_released(folder, "tokenizer").parent

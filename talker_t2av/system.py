@@ -48,9 +48,6 @@ class TalkerSystem:
         find: gives the folder or file of `speech`, `motion` or `speaker`.
         digests: of the weights that made the model's training features, by the same names; one that is absent is not
             checked.
-
-    Raises:
-        UserError: tokenizer or motion statistics do not fit the model.
     """
 
     def __init__(
@@ -99,11 +96,7 @@ class TalkerSystem:
         return self._load("speaker", load_speaker)
 
     def require(self, mode: str) -> None:
-        """Load what a mode needs.
-
-        Raises:
-            UserError: a file is missing, damaged, or does not fit the model.
-        """
+        """Load what a mode needs."""
         for part in NEEDS[mode]:
             try:
                 getattr(self, part)
@@ -126,15 +119,13 @@ class TalkerSystem:
         codecs: Mapping[str, str | Path] | None = None,
         device: torch.device | str = "cpu",
     ) -> TalkerSystem:
-        """A release folder of ours, here or on the hub, or a folder (with subfolders) that holds the released files.
+        """Load a release folder of ours, here or on the hub, or a folder (with subfolders) that holds the released
+        files.
 
         Args:
             codecs: folders or files of `speech`, `motion`, `speaker` to use instead of those of the release. Those are
                 looked for in the release, beside it, among the bundled ones, and where they were in training. Among
                 released files each part is found by the names of its tensors.
-
-        Raises:
-            UserError: a file is missing (the message says which and how to get it), damaged, or does not fit.
         """
         folder = release_folder(folder)
         if not folder.is_dir():
@@ -173,29 +164,26 @@ class TalkerSystem:
 
 
 def load_speech(folder: str | Path) -> Codec:
-    """A speech codec of `CODECS`."""
+    """Load A speech codec of `CODECS`."""
     return load_codec(folder, CODECS["speech"])
 
 
 def load_motion(folder: str | Path) -> PortraitCodec:
-    """A portrait codec of `CODECS`, channels last: the same convolutions in nearly half the time on a CPU."""
+    """Load A portrait codec of `CODECS`, channels last: the same convolutions in nearly half the time on a CPU."""
     return load_codec(folder, CODECS["motion"]).to(memory_format=torch.channels_last)
 
 
 def load_speaker(path: str | Path) -> VoiceEncoder | WavLMEncoder:
-    """The speaker encoder of a release folder, or the released one."""
+    """Load the speaker encoder of a release folder, or the released one."""
     path = release_folder(path)
     return (VoiceEncoder if (path / "config.yaml").is_file() else WavLMEncoder).from_pretrained(path)
 
 
 def codec_digests(**codecs: str | Path) -> dict[str, str]:
-    """By stream (`speech`, `motion`, `speaker`), the digest of the weights that encode it.
+    """Return, by stream (`speech`, `motion`, `speaker`), the digest of the weights that encode it.
 
     Args:
         codecs: by stream, its release folder or released file; only those that are named are loaded.
-
-    Raises:
-        UserError: a folder or file is missing, damaged, or of another model.
     """
     load = {"speech": load_speech, "motion": load_motion, "speaker": load_speaker}
     return {stream: load[stream](path).digest() for stream, path in codecs.items()}

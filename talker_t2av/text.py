@@ -71,18 +71,14 @@ class TalkerTokenizer:
         self.tail = self._parts("")[1]
 
     def prompt(self, text: str) -> list[int]:
-        """The tokens before the placeholders.
-
-        Raises:
-            UserError: the text holds one of the tokenizer's control tokens.
-        """
+        """Return the tokens before the placeholders."""
         for token in self._reserved:
             if token in text:
                 raise UserError(f"the text holds {token}, which is a control token: leave it out")
         return self._parts(text)[0]
 
     def unknown_words(self, text: str) -> list[str]:
-        """Words of `text` that are not single tokens of a tokenizer that learned all words of its training text."""
+        """Return words of `text` that are several tokens; a tokenizer of bytes alone has none."""
         if self.tokenizer.chat_template != BYTE_TEMPLATE or self.vocab_size <= BYTES_ONLY:
             return []
         found = self.tokenizer(text, add_special_tokens=False)
@@ -95,7 +91,7 @@ class TalkerTokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> TalkerTokenizer:
-        """The tokenizer of a folder, ours or the released checkpoint's.
+        """Load the tokenizer of a folder, ours or the released checkpoint's.
 
         Raises:
             UserError: the folder has no tokenizer, a damaged one, or one without a chat template.
@@ -118,12 +114,9 @@ class TalkerTokenizer:
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat of the user's turn `MARK` and the assistant's turn `SPEECH`.
+    """Render the chat of the user's turn `MARK` and the assistant's turn `SPEECH`.
 
     A template is a program and may never end, so one that is not ours runs in a process of its own.
-
-    Raises:
-        UserError: it does not end, fails, or leaves out a turn.
     """
     if tokenizer.chat_template == BYTE_TEMPLATE:
         return f"<|user|>{MARK}<|assistant|>{SPEECH}<|end|>"
@@ -142,11 +135,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def split_text(text: str, most: int) -> list[str]:
-    """Parts of at most `most` bytes: whole sentences, as many as fit; of a longer sentence clauses, then words.
-
-    Raises:
-        UserError: a word is longer.
-    """
+    """Split text into parts of at most `most` bytes: whole sentences if they fit, else clauses, then words."""
     if len(text.encode()) <= most:
         return [text]
     pieces = [text]
@@ -170,7 +159,7 @@ def split_text(text: str, most: int) -> list[str]:
 def assemble(
     prompt: list[int], tail: list[int], speech_id: int, patches: int, limit: int = MAX_TOKENS
 ) -> tuple[list[int], tuple[int, int]]:
-    """(prompt, placeholders, tail) cut to `limit` tokens, and the span of the placeholders that are left.
+    """Return (prompt, placeholders, tail) cut to `limit` tokens, and the span of the remaining placeholders.
 
     The span is (-1, -1) where none is left.
     """
@@ -180,7 +169,7 @@ def assemble(
 
 
 def byte_tokenizer(texts: Iterable[str] = (), merges: int = 512) -> TalkerTokenizer:
-    """A byte-level tokenizer made here: 256 bytes, four control tokens, the two frame tokens, 262 in all.
+    """Make a byte-level tokenizer: 256 bytes, four control tokens, the two frame tokens, 262 in all.
 
     With `texts`, up to `merges` merges are learned from them by byte-pair encoding (Sennrich et al., 2016), inside
     words only. If the texts have few different words, each becomes one token, and a small model has to align six tokens

@@ -75,7 +75,7 @@ class ClipFrames:
         return next(iter_video(self.path, self.fps, block=1)).shape[1:3]
 
     def sharper(self, track: FaceTrack) -> tuple[ClipFrames, FaceTrack]:
-        """These frames, gone through once, and their track; larger ones, if the face is small and the file has them."""
+        """Return these frames and their track; for a small face and a larger file, larger frames instead."""
         width = float(np.median(track.boxes[track.seen, 2]))
         if width > 0.7 * GOOD_WIDTH or max(self.size) < self.max_side:
             return self, track
@@ -88,7 +88,7 @@ class ClipFrames:
 def find_face(
     clip: Iterable[np.ndarray], fps: float, face: Face = "largest", detector: FaceDetector | None = None
 ) -> FaceTrack:
-    """`track_face` with a detector, or with OpenCV's cascade.
+    """Run `track_face` with a detector, or with OpenCV's cascade.
 
     Where the cascade is not sure, it also looks for heads that are tilted or very small.
 
@@ -126,21 +126,21 @@ def find_face(
 
 
 def _noting(clip: Iterable[np.ndarray], looks: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """The blocks of a clip; a few frames of its beginning are put into `looks`."""
+    """Yield the blocks of a clip; a few frames of its beginning are put into `looks`."""
     for block in clip:
         looks.extend(block[::LOOK_EVERY][: LOOKS - len(looks)].copy())
         yield block
 
 
 def _evidence(looks: list[np.ndarray], angle: float) -> float:
-    """How sure the cascade is of the faces that it finds in frames turned by `angle`; 0 where most have none."""
+    """Return how sure the cascade is of the faces in frames turned by `angle`; 0 if most frames have none."""
     detector = HaarDetector(angle=angle)
     values = [detector.evidence(frame) for frame in looks]
     return float(np.median([v for v in values if v])) if 2 * sum(v > 0 for v in values) >= len(looks) else 0.0
 
 
 def place_face(clip: ClipFrames | list[np.ndarray], boxes: Any, fps: float) -> FaceTrack:
-    """The track of boxes that the user gives, in pixels of the picture as it is shown; see `given_track`.
+    """Return the track of the user's boxes, in pixels of the picture as it is shown; see `given_track`.
 
     Raises:
         UserError: no boxes; a FaceError: fewer than frames, or one that lies outside the picture.
@@ -164,7 +164,7 @@ def place_landmarks(
     fps: float,
     shown: tuple[int, int] | None = None,
 ) -> FaceTrack:
-    """The track of landmarks (T, P, 2) that the user gives, in pixels of the picture as it is shown.
+    """Return the track of the user's landmarks (T, P, 2), in pixels of the picture as it is shown.
 
     Args:
         present: (T,) in which frames there are any.
@@ -182,7 +182,7 @@ def place_landmarks(
 
 
 def _measure(clip: ClipFrames | list[np.ndarray]) -> tuple[int, tuple[int, int], tuple[int, int]]:
-    """How many frames a clip has, their height and width, and those of the picture as it is shown."""
+    """Return the number of frames of a clip, their height and width, and those of the picture as it is shown."""
     frames, used = 0, (1, 1)
     for block in clip:
         frames, used = frames + len(block), block.shape[1:3]

@@ -29,7 +29,7 @@ class FaceDetector(Protocol):
 
 
 def with_points(faces: np.ndarray) -> np.ndarray:
-    """Faces (n, 4) or (n, 14) -> (n, 14); absent points are those of a frontal face."""
+    """Add the points of a frontal face to boxes (n, 4); faces (n, 14) stay as they are."""
     faces = np.asarray(faces, np.float64)
     if faces.shape[-1] == POINTS.stop:
         return faces
@@ -38,7 +38,7 @@ def with_points(faces: np.ndarray) -> np.ndarray:
 
 
 def five_points(landmarks: np.ndarray) -> np.ndarray:
-    """Landmarks (..., P, 2) of a face, the 68 of iBUG 300-W or five -> the five (..., 5, 2)."""
+    """Reduce landmarks (..., P, 2), the 68 of iBUG 300-W or five, to the five (..., 5, 2)."""
     if landmarks.shape[-2] == 5:
         return landmarks
     eyes = landmarks[..., 36:42, :].mean(-2), landmarks[..., 42:48, :].mean(-2)
@@ -46,7 +46,7 @@ def five_points(landmarks: np.ndarray) -> np.ndarray:
 
 
 def box_of_points(points: np.ndarray) -> np.ndarray:
-    """The square box (4,) in which a frontal face has its eyes and mouth where `points` (5, 2) has them."""
+    """Return the square box (4,) in which a frontal face has its eyes and mouth where `points` (5, 2) has them."""
     eyes, mouth = points[:2].mean(0), points[3:].mean(0)
     where = FRONTAL[:2].mean(0), FRONTAL[3:].mean(0)
     # The larger of two readings of the size: a turned head brings its eyes together, a raised one eyes and mouth.
@@ -83,11 +83,11 @@ class HaarDetector:
         return faces
 
     def evidence(self, frame: np.ndarray) -> int:
-        """How many of the places and sizes tried agree on the likeliest face: 4-13 for mistakes, 10-90 for faces."""
+        """Count the places and sizes that agree on the likeliest face: 4-13 for mistakes, 10-90 for faces."""
         return max(self._look(frame)[1], default=0)
 
     def _look(self, frame: np.ndarray) -> tuple[np.ndarray, list[int], np.ndarray]:
-        """Boxes (n, 4) in the turned picture, how many tries agree on each, and the way back from it (2, 3)."""
+        """Return boxes (n, 4) in the turned picture, how many tries agree on each, and the inverse transform (2, 3)."""
         picture, scale = _at_most(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), (1 + self.fine) * DETECT_SIDE)
         size = max(picture.shape)
         margin = size // 2 if self.angle else size // 8  # a face that touches the border is found with room around it
@@ -112,12 +112,12 @@ class HaarDetector:
 
 
 def transform(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Points (n, 2) through an affine matrix (2, 3)."""
+    """Map points (n, 2) by an affine matrix (2, 3)."""
     return points @ matrix[:, :2].T + matrix[:, 2]
 
 
 def _at_most(picture: np.ndarray, side: int) -> tuple[np.ndarray, float]:
-    """`picture` scaled down to a longer side of at most `side`, and the factor."""
+    """Scale `picture` down to a longer side of at most `side`; return it and the factor."""
     scale = min(1.0, side / max(picture.shape[:2]))
     if scale < 1:
         picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
@@ -128,9 +128,6 @@ class YuNetDetector:
     """YuNet (Wu et al. 2023) by OpenCV: smaller, turned and dimmer faces than the cascade finds, and their points.
 
     Weights: `face_detection_yunet_2023mar.onnx` of the OpenCV Zoo (https://github.com/opencv/opencv_zoo), MIT.
-
-    Raises:
-        UserError: the file is missing or is not that network.
     """
 
     def __init__(self, path: str | Path, score: float = 0.7) -> None:

@@ -42,11 +42,7 @@ class LandmarkFinder(Protocol):
 
 
 def landmark_source(setting: str | None, detector: FaceDetector | None) -> LandmarkFinder | Path | None:
-    """What `face_landmarks=` names: a finder, or a file or folder for `read_landmarks`; None for None.
-
-    Raises:
-        UserError: a package or YuNet's file is missing, or there is no such file.
-    """
+    """Return what `face_landmarks=` names: a finder, or a file or folder for `read_landmarks`; None for None."""
     if setting is None:
         return None
     if setting == "dlib68":
@@ -61,21 +57,13 @@ def landmark_source(setting: str | None, detector: FaceDetector | None) -> Landm
 
 
 def add_landmarks(blocks: Iterable[np.ndarray], track: FaceTrack, finder: LandmarkFinder) -> FaceTrack:
-    """The track with landmarks in every frame; where there are none they lie between those of other frames.
-
-    Raises:
-        FaceError: no frame has landmarks.
-    """
+    """Add landmarks to every frame of the track; missing ones are interpolated between frames."""
     found = list(finder(blocks, track))
     return replace(track, landmarks=fill_landmarks(*_stacked(found)))
 
 
 def fill_landmarks(landmarks: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """(T, P, 2): frames where `present` (T,) is false get landmarks on the line between their neighbours'.
-
-    Raises:
-        FaceError: no frame has landmarks.
-    """
+    """Interpolate landmarks (T, P, 2) in frames where `present` (T,) is false."""
     if not present.any():
         raise FaceError("no frame of the clip has landmarks: give others, or leave face_landmarks out")
     time, known = np.arange(len(landmarks)), np.flatnonzero(present)
@@ -86,7 +74,7 @@ def fill_landmarks(landmarks: np.ndarray, present: np.ndarray) -> np.ndarray:
 
 
 def _stacked(found: list[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Landmarks (P, 2) or None of each frame -> (T, P, 2), zeros for None, and whether they are there (T,)."""
+    """Stack landmarks (P, 2) or None of each frame to (T, P, 2), zeros for None, and their presence (T,)."""
     present = np.array([points is not None for points in found], bool)
     like = next((np.zeros_like(points, np.float64) for points in found if points is not None), np.zeros((5, 2)))
     return np.stack([like if points is None else np.asarray(points, np.float64) for points in found]), present
@@ -99,9 +87,6 @@ class Dlib68:
     trained with. In the frames between, the box's place in the tracked one is interpolated.
 
     Weights: `shape_predictor_68_face_landmarks.dat` (Kazemi and Sullivan 2014, trained on iBUG 300-W: research only).
-
-    Raises:
-        UserError: the extra `landmarks` is not installed.
     """
 
     def __init__(self) -> None:
@@ -130,7 +115,7 @@ class Dlib68:
         yield from [None] * (len(track) - seen)
 
     def _look(self, picture: np.ndarray) -> list[np.ndarray]:
-        """Centre x, y and side of dlib's box nearest to where it usually is; empty where there is none."""
+        """Return centre x, y and side of dlib's box nearest to its usual position; empty if there is none."""
         found = [
             np.array([r.left() + r.right(), r.top() + r.bottom(), 2 * r.width()], np.float64)
             for r in self.detect(cv2.resize(picture, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA))
@@ -142,7 +127,7 @@ class Dlib68:
 def _upright(
     blocks: Iterable[np.ndarray], track: FaceTrack, every: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Number, picture (2 `SIDE`, 2 `SIDE`, 3) and transform (2, 3) of every so many frames that show the face.
+    """Yield number, picture (2 `SIDE`, 2 `SIDE`, 3) and transform (2, 3) of every `every`-th frame with the face.
 
     The tracked box is the picture's middle half, turned upright.
     """
@@ -171,7 +156,7 @@ class NearestFace:
 
 
 def read_landmarks(where: Path, clip: str) -> tuple[np.ndarray, np.ndarray]:
-    """Landmarks (T, P, 2) in pixels of the clip as it is shown, 25 frames a second, and in which frames they are (T,).
+    """Read landmarks (T, P, 2) in pixels of the clip as it is shown, 25 frames a second, and their presence (T,).
 
     A JSON file holds a list of one frame after the other, each a list of [x, y] or null, or what `debug=true` writes
     as NAME_face.json; an npz file one array (T, P, 2) with NaN where there are none; a pickle a list of arrays or None,
@@ -180,9 +165,6 @@ def read_landmarks(where: Path, clip: str) -> tuple[np.ndarray, np.ndarray]:
     Args:
         where: the file, or a folder in which files are named and laid out as the clips are.
         clip: path of the clip in its own folder.
-
-    Raises:
-        UserError: no such file, or other contents.
     """
     if where.is_dir():
         paths = [(where / clip).with_suffix(suffix) for suffix in SUFFIXES]
@@ -222,9 +204,6 @@ def read_landmarks(where: Path, clip: str) -> tuple[np.ndarray, np.ndarray]:
 def write_faces(path: str | Path, track: FaceTrack, mouth: np.ndarray, side: int, fps: float) -> None:
     """Write a track as JSON: of each frame box, landmarks, and `mouth` (T, 2, 3), from its pixels to the picture of the
     mouth with `side` pixels.
-
-    Raises:
-        UserError: it cannot be written.
     """
     columns = (values.round(4).tolist() for values in (track.boxes, track.found, mouth))
     frames = [

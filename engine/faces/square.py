@@ -15,7 +15,7 @@ CROPPED = 0.85  # share of a square picture from which on the face fills it: it 
 
 
 def portrait_square(box: np.ndarray, height: int, width: int) -> tuple[int, int, int]:
-    """Left, top and side of the square inside an H x W picture for a face box (x, y, w, h) from forehead to chin."""
+    """Return left, top and side of the square in an H x W picture for a face box (x, y, w, h), forehead to chin."""
     x, y, w, h = (float(value) for value in box)
     most = min(height, width)
     side = min(most, round(SIDE * max(w, h)))
@@ -26,6 +26,6 @@ def portrait_square(box: np.ndarray, height: int, width: int) -> tuple[int, int,
 
 
 def centre_square(height: int, width: int) -> tuple[int, int, int]:
-    """Left, top and side of the largest square in the middle of an H x W picture."""
+    """Return left, top and side of the largest square in the middle of an H x W picture."""
     side = min(height, width)
     return (width - side) // 2, (height - side) // 2, side

@@ -32,7 +32,7 @@ class Strip:
         self.columns: list[np.ndarray] = []
 
     def add(self, frames: np.ndarray, mouth: np.ndarray, start: int) -> None:
-        """The next block of frames (n, H, W, 3), from frame `start` on, and its mouth pictures (n, S, S)."""
+        """Add the next block of frames (n, H, W, 3), from frame `start` on, and its mouth pictures (n, S, S)."""
         for i in sorted(self.picks & set(range(start, start + len(frames)))):
             frame, part = frames[i - start], self.track[i]
             colour = SEEN if part.seen else UNSEEN
@@ -57,11 +57,7 @@ class Strip:
             self.columns.append(column)
 
     def write(self, path: str | Path) -> None:
-        """Write the PNG.
-
-        Raises:
-            UserError: it cannot be written, or has another suffix than .png.
-        """
+        """Write the PNG."""
         if Path(path).suffix.lower() != ".png":
             raise UserError(f"cannot write {path}: the picture of the face track is a .png")
         picture = np.concatenate(self.columns, 1)
@@ -78,6 +74,6 @@ class Strip:
 
 
 def _write(picture: np.ndarray, text: str, where: tuple[int, int]) -> None:
-    """White letters with a black rim, which can be read on anything."""
+    """Draw white letters with a black rim, which can be read on anything."""
     for colour, width in (((0, 0, 0), 3), (WHITE, 1)):
         cv2.putText(picture, text, where, cv2.FONT_HERSHEY_SIMPLEX, 0.45, colour, width, cv2.LINE_AA)

@@ -47,12 +47,12 @@ class FaceTrack:
         return len(self.boxes)
 
     def __getitem__(self, frames: Any) -> FaceTrack:
-        """The track of some frames: a slice, or indices."""
+        """Return the track of some frames: a slice, or indices."""
         landmarks = None if self.landmarks is None else self.landmarks[frames]
         return FaceTrack(self.boxes[frames], self.points[frames], self.seen[frames], landmarks)
 
     def scaled(self, factor: float) -> FaceTrack:
-        """The track in pictures of `factor` times the size."""
+        """Return the track in pictures of `factor` times the size."""
         landmarks = None if self.landmarks is None else self.landmarks * factor
         return FaceTrack(self.boxes * factor, self.points * factor, self.seen, landmarks)
 
@@ -73,16 +73,13 @@ class FaceTrack:
         return float(self.seen.mean())
 
     def unseen(self, fps: float) -> str:
-        """The stretches out of sight, as "2.0-3.4 s, 7.1-8.0 s"; empty if there are none."""
+        """Return the stretches out of sight, as "2.0-3.4 s, 7.1-8.0 s"; empty if there are none."""
         edges = np.flatnonzero(np.diff(np.concatenate([[0], ~self.seen, [0]]).astype(int)))
         return ", ".join(f"{a / fps:.1f}-{b / fps:.1f} s" for a, b in edges.reshape(-1, 2))
 
 
 def check_face(face: str | int) -> None:
-    """
-    Raises:
-        UserError: `face` says none of what `track_face` takes.
-    """
+    """Raise UserError if `face` is none of what `track_face` takes."""
     if not (face in ("largest", "central") or (isinstance(face, int) and face >= 1)):
         raise UserError(f"face={face} is unknown: give largest, central, or a number from 1 on")
 
@@ -100,10 +97,6 @@ def track_face(
     Args:
         face: "largest" or "central" of several faces, its number by size, counted from 1, or the place (x, y) to which
             it is nearest, in fractions of width and height.
-
-    Raises:
-        FaceError: fewer faces than the number, or too little of the clip shows it; the message says which seconds.
-        UserError: an unknown `face`.
     """
     if not isinstance(face, tuple):
         check_face(face)
@@ -141,7 +134,9 @@ class _Stretch:
 
 
 def _link(found: list[tuple[int, np.ndarray]], fps: float) -> list[_Stretch]:
-    """Faces (n, 14) of frames in order of time to stretches; one or two detections beside longer ones are mistakes."""
+    """Link faces (n, 14) of frames in order of time to stretches; one or two detections beside longer ones are
+    mistakes.
+    """
     open_, done = [], []
     for at, new in found:
         done += [s for s in open_ if at - s[-1][0] > MAX_GAP * fps]
@@ -165,13 +160,13 @@ def _link(found: list[tuple[int, np.ndarray]], fps: float) -> list[_Stretch]:
 
 
 def _distance(stretch: list[tuple[int, np.ndarray]], at: int, face: np.ndarray, fps: float) -> float:
-    """How unlikely it is that `face` in frame `at` goes on a stretch; from 1 on it does not."""
+    """Return the distance of `face` in frame `at` from a stretch; 1 or more: not its next face."""
     when, last = stretch[-1]
     return change(last, face, reach=0.4 + (at - when) / fps)
 
 
 def change(one: np.ndarray, other: np.ndarray, reach: float) -> float:
-    """How unlikely it is that two faces (14,) or boxes (4,) are one person's; from 1 on they are not.
+    """Return the distance of two faces (14,) or boxes (4,); 1 or more: different people.
 
     reach: face widths that the head may have moved.
     """
@@ -180,7 +175,7 @@ def change(one: np.ndarray, other: np.ndarray, reach: float) -> float:
 
 
 def _people(stretches: list[_Stretch], place: np.ndarray | None, unit: float) -> list[list[_Stretch]]:
-    """Stretches by person, the most prominent person first: stretches that overlap in time belong to several.
+    """Group stretches by person, the most prominent person first: stretches that overlap in time belong to several.
 
     Prominent is who is large, or near a `place` in pixels, whose distance is measured in half the longer side (`unit`).
     """
@@ -204,7 +199,7 @@ def _people(stretches: list[_Stretch], place: np.ndarray | None, unit: float) ->
 
 
 def _chains(stretches: list[_Stretch]) -> list[list[_Stretch]]:
-    """Stretches in chains: a face that comes back where it went, at the same size, is the same person's."""
+    """Chain stretches: a face that comes back at the same place and size is the same person's."""
     costs = sorted(
         (cost, b.at[0] - a.at[-1], i, j)
         for i, a in enumerate(stretches)
@@ -226,7 +221,7 @@ def _chains(stretches: list[_Stretch]) -> list[list[_Stretch]]:
 
 
 def _smooth(person: list[_Stretch], frames: int, fps: float) -> FaceTrack:
-    """The face of every frame, each from the stretch nearest in time; stretches are smoothed one by one."""
+    """Return the face of every frame, each from the stretch nearest in time; stretches are smoothed one by one."""
     time = np.arange(frames)
     starts, ends = (np.array([s.at[i] for s in person]) for i in (0, -1))
     away = np.maximum(np.maximum(starts[:, None] - time, time - ends[:, None]), 0)
@@ -243,7 +238,7 @@ def _smooth(person: list[_Stretch], frames: int, fps: float) -> FaceTrack:
 
 
 def _plausible(stretch: _Stretch, fps: float) -> np.ndarray:
-    """Which detections (n,) lie where those of one second to either side usually do."""
+    """Return which detections (n,) lie where those of one second to either side usually do."""
     centre = stretch.faces[:, :2] + stretch.faces[:, 2:4] / 2
     seen = np.column_stack([centre, stretch.faces[:, 2:4]])
     first = np.searchsorted(stretch.at, stretch.at - fps)
@@ -257,7 +252,7 @@ def _plausible(stretch: _Stretch, fps: float) -> np.ndarray:
 
 
 def _local_lines(at: np.ndarray, faces: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Locally weighted linear regression: faces (n, 14) seen at times (n,) -> (m, 14) at times `wanted` (m,).
+    """Fit locally weighted lines to faces (n, 14) at times (n,); return their values (m, 14) at times `wanted` (m,).
 
     Widths get only a local mean: a head does not grow while it is out of sight.
     """
@@ -280,11 +275,7 @@ def _local_lines(at: np.ndarray, faces: np.ndarray, wanted: np.ndarray) -> np.nd
 
 
 def read_boxes(text: str) -> Any:
-    """The boxes that `face_box=` names, for `given_track`: "x,y,w,h", or the path of a JSON file.
-
-    Raises:
-        UserError: neither.
-    """
+    """Read the boxes that `face_box=` names, for `given_track`: "x,y,w,h", or the path of a JSON file."""
     if text.endswith(".json"):
         try:
             return parse_json(Path(text).read_bytes(), f"face_box={text}")
@@ -297,15 +288,12 @@ def read_boxes(text: str) -> Any:
 
 
 def given_track(boxes: Any, frames: int, fps: float = 25.0) -> FaceTrack:
-    """A track from boxes that the user gives instead of a detector's.
+    """Make a track from boxes that the user gives instead of a detector's.
 
     Args:
         boxes: one box [x, y, w, h] for the whole clip; or a list of boxes, one a frame; or a list of
             {"time": seconds, "box": [x, y, w, h]}, between which boxes move in a line. A box reaches from the forehead
             to the chin.
-
-    Raises:
-        UserError: none of these, a box without area, or fewer boxes than frames (a FaceError).
     """
     try:
         if isinstance(boxes[0], dict):
@@ -331,11 +319,7 @@ def given_track(boxes: Any, frames: int, fps: float = 25.0) -> FaceTrack:
 
 
 def landmark_track(landmarks: np.ndarray, present: np.ndarray, fps: float) -> FaceTrack:
-    """The track of a face whose landmarks (T, P, 2), 68 or 5, are known where `present` (T,).
-
-    Raises:
-        FaceError: they are known in too little of the clip.
-    """
+    """Make the track of a face whose landmarks (T, P, 2), 68 or 5, are known where `present` (T,)."""
     points = five_points(landmarks)
     faces = [(i, np.array([[*box_of_points(points[i]), *points[i].ravel()]])) for i in np.flatnonzero(present)]
     if not faces:

@@ -42,7 +42,7 @@ SILENT = 1e-3  # peak of a voice, -60 dB
 
 
 def resample(wave: Tensor, source_rate: int, target_rate: int) -> Tensor:
-    """(..., N) at `source_rate` -> (..., ceil(N * target_rate / source_rate)); windowed sinc of torchaudio."""
+    """Resample (..., N) to (..., ceil(N * target_rate / source_rate)) by torchaudio's windowed sinc."""
     if wave.shape[-1] == 0:
         return wave
     if wave.device.type == "cuda":  # torchaudio would copy numbers there, and the host would wait
@@ -54,19 +54,15 @@ def resample(wave: Tensor, source_rate: int, target_rate: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _resampler(source_rate: int, target_rate: int, dtype: torch.dtype) -> torchaudio.transforms.Resample:
-    """Has the kernel, in main memory."""
+    """Return a module that has the kernel in main memory."""
     return torchaudio.transforms.Resample(source_rate, target_rate, dtype=dtype)
 
 
 def read_audio(path: str | Path, rate: int, span: tuple[float, float] | None = None) -> np.ndarray:
-    """The sound of an audio or video file, channels averaged: (N,) float32 at `rate` Hz.
+    """Read the sound of an audio or video file, channels averaged: (N,) float32 at `rate` Hz.
 
     Args:
         span: seconds from and to which it is read; None: whole.
-
-    Raises:
-        UserError: no such file, a folder, not a media file, no audio stream, zero samples, more than
-            `limits.seconds`, or samples that are no sound.
     """
     path = check_readable(path)
     check_complete(path)
@@ -83,7 +79,7 @@ def read_audio(path: str | Path, rate: int, span: tuple[float, float] | None = N
 
 
 def _read_with_soundfile(path: Path, rate: int) -> np.ndarray | None:
-    """The sound of a file of a kind that libsndfile reads; None for others."""
+    """Read the sound of a file of a kind that libsndfile reads; None for others."""
     try:
         with soundfile.SoundFile(path) as file:
             own_rate, most = file.samplerate, LIMITS.seconds * file.samplerate
@@ -106,11 +102,7 @@ def _read_with_soundfile(path: Path, rate: int) -> np.ndarray | None:
 
 
 def read_voice(path: str | Path, rate: int) -> np.ndarray:
-    """`read_audio` of a reference voice.
-
-    Raises:
-        UserError: as there, or it is silent.
-    """
+    """Read a reference voice by `read_audio`; a silent one is refused."""
     wave = read_audio(path, rate)
     if np.abs(wave).max() < SILENT:
         raise UserError(f"{path} is silent: give a recording of the voice")
@@ -118,11 +110,7 @@ def read_voice(path: str | Path, rate: int) -> np.ndarray:
 
 
 def write_wav(path: str | Path, wave: np.ndarray | Tensor, rate: int) -> None:
-    """Write (N,) samples, clipped to [-1, 1], as 16-bit mono WAV; the file appears whole or not at all.
-
-    Raises:
-        UserError: the file cannot be written, or the samples are not finite.
-    """
+    """Write (N,) samples, clipped to [-1, 1], as 16-bit mono WAV; the file appears whole or not at all."""
     wave = np.asarray(wave.detach().cpu() if isinstance(wave, Tensor) else wave)
     assert wave.ndim == 1, f"expected samples (N,), got {wave.shape}"
     content, pcm = io.BytesIO(), np.empty(len(wave), np.int16)
@@ -137,7 +125,7 @@ def write_wav(path: str | Path, wave: np.ndarray | Tensor, rate: int) -> None:
 
 
 def mel_picture(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Log-mel spectrogram (80, frames) in dB for the eye, 100 frames a second."""
+    """Compute a log-mel spectrogram (80, frames) in dB for the eye, 100 frames a second."""
     hop, size = rate // 100, 1024
     mel = torchaudio.transforms.MelSpectrogram(rate, n_fft=size, hop_length=hop, n_mels=80, center=False)
     padded = np.pad(wave, size // 2, mode="reflect")

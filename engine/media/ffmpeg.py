@@ -25,12 +25,12 @@ THREADS = "4"  # of a decoder; each keeps several frames
 
 
 def command(*arguments: str) -> list[str]:
-    """The argument list of a quiet, non-interactive ffmpeg call."""
+    """Return the argument list of a quiet, non-interactive ffmpeg call."""
     return [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-y", *arguments]
 
 
 def source(path: str | Path, span: tuple[float, float] | None = None) -> list[str]:
-    """Input arguments for a local media file, or for its part from `span[0]` to `span[1]` seconds.
+    """Return input arguments for a local media file, or for its part from `span[0]` to `span[1]` seconds.
 
     The `file:` prefix keeps names with a colon from being read as URLs.
     """
@@ -41,22 +41,22 @@ def source(path: str | Path, span: tuple[float, float] | None = None) -> list[st
 
 
 def last_line(text: str) -> str:
-    """The last line of ffmpeg's complaint without its `[h264 @ 0x...]` prefix."""
+    """Return the last line of ffmpeg's complaint without its `[h264 @ 0x...]` prefix."""
     lines = [line for line in text.strip().splitlines() if line.strip()]
     return re.sub(r"^(\[[^\]]*\] )+", "", lines[-1]) if lines else "no message"
 
 
 def stated_seconds(log: str) -> float:
-    """The length that a file states, out of ffmpeg's messages; 0 where it states none."""
+    """Return the length that a file states, from ffmpeg's messages; 0 if it states none."""
     stated = re.search(r"Duration: (\d+):(\d\d):(\d\d\.\d+)", log)
     return sum(float(n) * unit for n, unit in zip(stated.groups(), (3600, 60, 1))) if stated else 0.0
 
 
 def check_whole(path: Path, kind: str, seconds: float, log: str, span: tuple[float, float] | None = None) -> None:
-    """
-    Raises:
-        UserError: ffmpeg, which wrote `log`, met errors and decoded `seconds` only of the length that the file states,
-            or of the part `span` of it.
+    """Raise UserError if ffmpeg met errors and decoded less than the file states, or than its part `span`.
+
+    Args:
+        seconds: decoded length. log: what ffmpeg wrote.
     """
     errors = [line for line in log.splitlines() if "[error]" in line or "[fatal]" in line]
     total = stated_seconds(log)
@@ -67,7 +67,7 @@ def check_whole(path: Path, kind: str, seconds: float, log: str, span: tuple[flo
 
 
 def stated_bytes(path: Path) -> int:
-    """The size that the header of an AVI, AIFF, AU, ASF or MP3 file states for the file; 0 where it states none."""
+    """Return the size that the header of an AVI, AIFF, AU, ASF or MP3 file states for the file; 0 if it states none."""
     with path.open("rb") as file:
         head, start = file.read(4096), 0
         if head[:3] == b"ID3":  # each byte of its size holds 7 bits
@@ -98,10 +98,7 @@ _ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 
 
 def check_complete(path: Path) -> None:
-    """
-    Raises:
-        UserError: the file is shorter than its header states.
-    """
+    """Raise UserError if the file is shorter than its header states."""
     size, stated = path.stat().st_size, stated_bytes(path)
     if stated - size > max(4096, stated // 1000):
         raise UserError(
@@ -111,7 +108,7 @@ def check_complete(path: Path) -> None:
 
 
 def damaged(path: Path, kind: str, seconds: float, total: float, why: str) -> UserError:
-    """The error of a file that ends early."""
+    """Make the error of a file that ends early."""
     of = f" of {total:.1f}" if total else ""
     return UserError(
         f"{path} is damaged: only the first {seconds:.1f}{of} s of its {kind} can be decoded ({why}): get a whole "
@@ -120,11 +117,7 @@ def damaged(path: Path, kind: str, seconds: float, total: float, why: str) -> Us
 
 
 def check_readable(path: str | Path) -> Path:
-    """`path` as a Path of an existing, non-empty, readable file.
-
-    Raises:
-        UserError: no such file, a folder, an empty file, or no permission.
-    """
+    """Return `path` as a Path of an existing, non-empty, readable file."""
     path = Path(path)
     try:
         if path.is_dir():
@@ -141,11 +134,7 @@ def check_readable(path: str | Path) -> Path:
 
 
 def require_stream(path: str | Path, kind: str) -> None:
-    """Look into a media file without decoding it; `kind` is "video" or "audio".
-
-    Raises:
-        UserError: the file is missing or is not a media file, or has no such stream.
-    """
+    """Look into a media file without decoding it; `kind` is "video" or "audio"."""
     path = check_readable(path)
     with suppress(soundfile.LibsndfileError):  # which reads some files of sound alone that ffmpeg may not
         if kind == "audio" and soundfile.info(path):
@@ -167,11 +156,7 @@ class Streams:
 
 
 def probe(path: str | Path) -> Streams:
-    """Which streams a media file has.
-
-    Raises:
-        UserError: the file is missing or is not a media file.
-    """
+    """Return which streams a media file has."""
     path = check_readable(path)
     report = subprocess.run(command(*source(path)), capture_output=True, text=True, errors="replace").stderr
     lines = [line for line in report.splitlines() if re.match(r"\s*Stream #0:.*: (Video|Audio): ", line)]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def video_to_tensor(frames: np.ndarray, size: int) -> Tensor:
-    """Bytes (T, H, W, 3) RGB -> (T, 3, S, S) in [-1, 1], resized bilinearly with anti-aliasing, aspect not kept.
+    """Turn bytes (T, H, W, 3) RGB into (T, 3, S, S) in [-1, 1], resized bilinearly with anti-aliasing, aspect not kept.
 
     This is how LIA-X's own tools prepare a driving video; crop to a square round the face first.
     """
@@ -24,12 +24,12 @@ def video_to_tensor(frames: np.ndarray, size: int) -> Tensor:
 
 
 def identity_to_tensor(frame: np.ndarray, size: int) -> Tensor:
-    """Bytes (H, W, 3) RGB -> (3, S, S) in [-1, 1], resized by area averages as Talker-T2AV's renderer does."""
+    """Turn bytes (H, W, 3) RGB into (3, S, S) in [-1, 1], resized by area averages as Talker-T2AV's renderer does."""
     frame = cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA)
     return torch.from_numpy(frame).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def to_bytes(pictures: Tensor) -> np.ndarray:
-    """(T, 3, S, S) -> bytes (T, S, S, 3): clamped to [-1, 1], (x + 1) / 2 * 255, truncated."""
+    """Turn (T, 3, S, S) into bytes (T, S, S, 3): clamped to [-1, 1], (x + 1) / 2 * 255, truncated."""
     scaled = (pictures.clamp(-1, 1) + 1) / 2 * 255
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

@@ -25,7 +25,7 @@ CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 
 
 def read_video(path: str | Path, fps: float = 25.0, max_side: int | None = None) -> np.ndarray:
-    """All frames of a video, resampled to `fps` by time stamps, rotation applied.
+    """Read all frames of a video, resampled to `fps` by time stamps, rotation applied.
 
     Args:
         path: a video file of any size and frame rate.
@@ -34,9 +34,6 @@ def read_video(path: str | Path, fps: float = 25.0, max_side: int | None = None)
 
     Returns:
         (T, H, W, 3) uint8 RGB, T >= 1, square pixels.
-
-    Raises:
-        UserError: no such file, a folder, not a media file, no video stream, zero frames, or damaged.
     """
     return np.concatenate(list(iter_video(path, fps, max_side)))
 
@@ -52,7 +49,7 @@ def iter_video(
     block: int = 64,
     span: tuple[float, float] | None = None,
 ) -> Iterator[np.ndarray]:
-    """The frames of `read_video` in blocks of at most `block` frames and `BLOCK_BYTES`, in constant memory.
+    """Yield the frames of `read_video` in blocks of at most `block` frames and `BLOCK_BYTES`, in constant memory.
 
     With `span` only those from one time to another, in seconds; the file is not decoded up to there.
 
@@ -147,9 +144,6 @@ def write_video(
         fps: frames a second.
         audio: (N,) float mono in [-1, 1] at `rate` Hz.
         crf: x264 quality, lower is better.
-
-    Raises:
-        UserError: no frames, an unknown suffix, or an output that cannot be written.
     """
     frames = iter(frames)
     first = next(frames, None)
@@ -187,9 +181,6 @@ def mux_audio(video_path: str | Path, wave: np.ndarray, rate: int, out_path: str
     Args:
         wave: (N,) float mono in [-1, 1] at `rate` Hz, beginning at the video's time zero.
         out_path: .mp4, .mov or .mkv; may be `video_path` itself.
-
-    Raises:
-        UserError: the video cannot be read or has no video stream, or the output cannot be written.
     """
     codec = probe(video_path).video
     if codec is None:
@@ -219,9 +210,6 @@ def join_audio(video_path: str | Path, audio_path: str | Path, out_path: str | P
     Args:
         video_path: with a video stream that the container takes, such as H.264.
         out_path: .mp4, .mov or .mkv.
-
-    Raises:
-        UserError: a file cannot be read or lacks its stream, or the output cannot be written.
     """
     sound = probe(audio_path).audio
     for path, found, kind in ((video_path, probe(video_path).video, "video"), (audio_path, sound, "audio")):
@@ -267,7 +255,7 @@ def _even(frame: np.ndarray) -> np.ndarray:
 
 
 def _read_ppm(stream: BinaryIO) -> np.ndarray | None:
-    """The next (H, W, 3) picture of a stream of binary PPM files, None at its end."""
+    """Read the next (H, W, 3) picture of a stream of binary PPM files, None at its end."""
     if stream.readline() != b"P6\n":
         return None
     width, height = map(int, stream.readline().split())

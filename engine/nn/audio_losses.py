@@ -19,7 +19,7 @@ def _flat(wave: Tensor) -> Tensor:
 
 
 def _magnitude(wave: Tensor, n_fft: int, hop: int, window: Tensor, floor: float) -> Tensor:
-    """STFT magnitude (B, F, T), centred, reflect-padded; powers of `floor` and more keep gradients finite."""
+    """Compute STFT magnitude (B, F, T), centred, reflect-padded; powers of `floor` and more keep gradients finite."""
     spectrum = torch.stft(_flat(wave).to(window.dtype), n_fft, hop, window.numel(), window, return_complex=True)
     return torch.view_as_real(spectrum).square().sum(-1).clamp_min(floor).sqrt()
 
@@ -110,7 +110,7 @@ class CompressedSpectrumLoss(nn.Module):
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
 
     def _compressed(self, wave: Tensor) -> tuple[Tensor, Tensor]:
-        """(A^c, A^c e^(i a)), both (B, F, T)."""
+        """Return (A^c, A^c e^(i a)), both (B, F, T)."""
         n_fft, window = len(self.window), self.window
         spectrum = torch.stft(_flat(wave).to(window.dtype), n_fft, n_fft // 4, window=window, return_complex=True)
         # The floor bounds the gradient of silence, where A^(c - 1) has no limit.
@@ -183,18 +183,18 @@ class DisturbanceLoss(nn.Module):
             )
 
     def _powers(self, wave: Tensor) -> Tensor:
-        """Power in each band, (B, T, bands)."""
+        """Return power in each band, (B, T, bands)."""
         wave = _flat(wave).to(self.window.dtype)
         spectrum = torch.stft(wave, self.frame, self.frame // 2, window=self.window, center=False, return_complex=True)
         return torch.view_as_real(spectrum).square().sum(-1).transpose(1, 2) @ self.filters
 
     def _sones(self, power: Tensor) -> Tensor:
-        """Loudness density of bands (Zwicker): nothing under the threshold of hearing, then a power of 0.23."""
+        """Return loudness density of bands (Zwicker): nothing under the threshold of hearing, then a power of 0.23."""
         return 0.1866 * (2 * self.quiet) ** 0.23 * ((0.5 + 0.5 * power / self.quiet) ** 0.23 - 1).clamp_min(0)
 
     @staticmethod
     def _over_time(frames: Tensor) -> Tensor:
-        """(B, T) -> (B,): sixth power means over 20 frames that overlap by half, then the second power mean."""
+        """Average (B, T) to (B,): sixth power means over 20 frames that overlap by half, then the second power mean."""
         rest = max(20 - frames.shape[1], -frames.shape[1] % 10)  # what a last piece lacks counts as undisturbed
         frames = torch.nn.functional.pad(frames, (0, rest))
         pieces = torch.nn.functional.avg_pool1d((frames[:, None] + 1e-4) ** 6, 20, 10) ** (1 / 6)
@@ -202,8 +202,10 @@ class DisturbanceLoss(nn.Module):
 
 
 def discriminator_loss(real: list[list[Tensor]], fake: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
-    """Least-squares GAN (Mao et al., 2017), the discriminator's side: (loss on real, loss on fake), summed over
-    sub-discriminators. `real` and `fake` are what a discriminator returned: feature maps, logits last."""
+    """Return a discriminator's losses on real and on fake, summed over sub-discriminators (Mao et al., 2017).
+
+    `real` and `fake` are what the discriminator returned: feature maps, logits last.
+    """
     return (
         sum((maps[-1].float() - 1).square().mean() for maps in real),
         sum(maps[-1].float().square().mean() for maps in fake),
@@ -211,12 +213,12 @@ def discriminator_loss(real: list[list[Tensor]], fake: list[list[Tensor]]) -> tu
 
 
 def generator_loss(fake: list[list[Tensor]]) -> Tensor:
-    """Least-squares GAN, the generator's side, summed over sub-discriminators."""
+    """Return the generator's loss of a least-squares GAN, summed over sub-discriminators."""
     return sum((maps[-1].float() - 1).square().mean() for maps in fake)
 
 
 def feature_matching_loss(real: list[list[Tensor]], fake: list[list[Tensor]]) -> Tensor:
-    """Mean |real - fake| of every feature map (logits excluded), summed over maps and sub-discriminators."""
+    """Return the mean |real - fake| of every feature map (logits excluded), summed over maps and sub-discriminators."""
     return sum(
         (a.detach() - b).abs().float().mean()
         for of_real, of_fake in zip(real, fake, strict=True)

@@ -134,7 +134,7 @@ class UpBlock(nn.Module):
 
 
 def down_length(length: int, stride: int) -> int:
-    """Frames that one down block makes of `length`: floor(length / s) for even s, floor((length + 1) / s) for odd."""
+    """Return the frames that one down block makes: floor(length / s) for even s, floor((length + 1) / s) for odd."""
     return max(0, (length + 2 * math.ceil(stride / 2) - 2 * stride) // stride + 1)
 
 
@@ -161,7 +161,7 @@ class DACEncoder(nn.Module):
         self.block = nn.Sequential(*layers)
 
     def frames(self, samples: int) -> int:
-        """Number of frames of a wave of `samples` samples; nothing is padded to a multiple of the hop."""
+        """Return number of frames of a wave of `samples` samples; nothing is padded to a multiple of the hop."""
         for ratio in self.ratios:
             samples = down_length(samples, ratio)
         return samples
@@ -175,7 +175,7 @@ class DACEncoder(nn.Module):
         return max(1, length)
 
     def forward(self, wave: Tensor) -> Tensor:
-        """(B, 1, N) -> (B, out_channels, frames(N))."""
+        """Map (B, 1, N) -> (B, out_channels, frames(N))."""
         return self.block(wave)
 
 
@@ -211,5 +211,5 @@ class DACDecoder(nn.Module):
         return 3 - first, last + 3
 
     def forward(self, frames: Tensor) -> Tensor:
-        """(B, in_channels, T) -> (B, 1, T * hop), in (-1, 1)."""
+        """Map (B, in_channels, T) -> (B, 1, T * hop), in (-1, 1)."""
         return self.model(frames)

@@ -151,7 +151,7 @@ class WaveDiscriminators(nn.Module):
         return self.period(wave) + self.spectrogram(wave)
 
     def own_losses(self, real: Tensor, fake: Tensor, active: bool) -> dict[str, Tensor]:
-        """Losses of the discriminators' update; not `active`, one of 0 that still reaches every parameter."""
+        """Return the losses of the discriminators' update; if not `active`, a zero that reaches every parameter."""
         self.requires_grad_(True)
         if not active:
             return {"loss": sum(p.sum() for p in self.parameters()) * 0.0}
@@ -159,7 +159,7 @@ class WaveDiscriminators(nn.Module):
         return {"loss": on_real + on_fake, "real": on_real.detach(), "fake": on_fake.detach()}
 
     def generator_losses(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-        """`adversarial` and `feature` losses of the generator's update, which follows the discriminators' own."""
+        """Return the `adversarial` and `feature` losses of the generator's update, after the discriminators' own."""
         self.requires_grad_(False)  # only the way to the wave is needed
         with torch.no_grad():
             of_real = self(real)

@@ -19,7 +19,9 @@ N_FFT, HOP = 400, 160
 
 
 def mel_filters(rate: int, n_fft: int, bands: int) -> Tensor:
-    """(F, M) triangles on the Slaney mel scale from 0 Hz to half of `rate`, each of unit area; F = n_fft // 2 + 1."""
+    """Return (F, M) triangles on the Slaney mel scale from 0 Hz to half of `rate`, each of unit area; F = n_fft // 2 +
+    1.
+    """
     filters = mel_filter_bank(n_fft // 2 + 1, bands, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney")
     return torch.from_numpy(filters).float()
 
@@ -28,12 +30,12 @@ _whisper_filters = lru_cache(maxsize=4)(partial(mel_filters, RATE, N_FFT))
 
 
 def pad_or_trim(wave: Tensor, samples: int) -> Tensor:
-    """(..., N) -> (..., samples): cut, or filled with zeros at the end."""
+    """Cut (..., N) to (..., samples), or fill it with zeros at the end."""
     return F.pad(wave[..., :samples], (0, max(0, samples - wave.shape[-1])))
 
 
 def log_mel(wave: Tensor, bands: int = 128) -> Tensor:
-    """16-kHz waves (B, N) or (N,) -> (B, M, T) or (M, T) with T = N // 160; N must exceed 200.
+    """Turn 16-kHz waves (B, N) or (N,) into (B, M, T) or (M, T) with T = N // 160; N must exceed 200.
 
     Base-10 logarithms of the mel power, clipped to 8 below the item's peak, then (x + 4) / 4. An item's features do not
     depend on the others of its batch.
@@ -43,7 +45,7 @@ def log_mel(wave: Tensor, bands: int = 128) -> Tensor:
 
 
 def mel_levels(wave: Tensor, bands: int) -> Tensor:
-    """Base-10 logarithms of the mel power, shapes as in `log_mel`."""
+    """Return base-10 logarithms of the mel power, shapes as in `log_mel`."""
     window = torch.hann_window(N_FFT, device=wave.device)
     with torch.autocast(wave.device.type, enabled=False):
         spectrum = torch.stft(wave.float(), N_FFT, HOP, window=window, return_complex=True)

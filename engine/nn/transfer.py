@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """`x` on `device`. To CUDA it goes through pinned memory, as a copy from ordinary memory waits for the device.
+    """Move `x` to `device`, to CUDA through pinned memory: a copy from ordinary memory waits for the device.
 
     What depends on lengths is computed on the host and sent: the other way round the host would wait.
     """

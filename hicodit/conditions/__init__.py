@@ -20,11 +20,7 @@ KINDS = {  # `kind` of configs/encoders/*.yaml -> its configuration, the encoder
 
 
 def encoder_config(values: dict[str, Any]) -> EncoderConfig:
-    """The configuration that the `values` of a YAML file describe. `kind` is a name of `KINDS`, by default "tiny".
-
-    Raises:
-        UserError: another kind, or a field that it does not have.
-    """
+    """Make the configuration from the `values` of a YAML file. `kind` is a name of `KINDS`, by default "tiny"."""
     kind = values.get("kind", "tiny")
     if kind not in KINDS:
         raise UserError(f"encoders.kind={kind} is unknown: choose {' or '.join(KINDS)}")
@@ -35,5 +31,5 @@ def encoder_config(values: dict[str, Any]) -> EncoderConfig:
 
 
 def make_encoders(config: EncoderConfig) -> Encoders:
-    """Lip, identity and expression encoder with random weights, or with those of the files that `config` names."""
+    """Make lip, identity and expression encoder with random weights, or with those of the files that `config` names."""
     return KINDS[config.kind][1](config)

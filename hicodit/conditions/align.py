@@ -33,13 +33,10 @@ ARCFACE_SIDE = 112
 
 
 def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Least-squares similarity without reflection from `source` (P, 2) onto `target` (P, 2): (2, 3) float64.
+    """Fit the least-squares similarity (2, 3) float64, without reflection, from `source` (P, 2) onto `target` (P, 2).
 
     Umeyama, "Least-squares estimation of transformation parameters between two point patterns" (1991), in the precision
     of its arguments.
-
-    Raises:
-        UserError: the points of `source` coincide.
     """
     centre, goal = source.mean(0), target.mean(0)
     spread = (source - centre).var(0).sum()
@@ -54,7 +51,7 @@ def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def warp(picture: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
-    """(size, size[, 3]) uint8: `picture` (H, W[, 3]) seen through `matrix`, bilinear, black outside.
+    """Sample `picture` (H, W[, 3]) through `matrix` to (size, size[, 3]) uint8, bilinear, black outside.
 
     The same numbers as OpenCV 5's `warpAffine`; OpenCV 4 rounds positions to 1/32 pixel.
     """
@@ -71,7 +68,7 @@ def warp(picture: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
 
 
 def invert(matrix: np.ndarray) -> np.ndarray:
-    """The inverse (2, 3) of an affine map (2, 3)."""
+    """Return the inverse (2, 3) of an affine map (2, 3)."""
     (a, b, tx), (c, d, ty) = np.asarray(matrix, np.float64)
     scale = a * d - b * c
     scale = 1 / scale if scale else 0.0
@@ -80,14 +77,14 @@ def invert(matrix: np.ndarray) -> np.ndarray:
 
 
 def _seen_part(picture: np.ndarray, sx: np.ndarray, sy: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The part of `picture` that sampling at sx, sy (S, S) touches, and the same positions in it; exact, and faster."""
+    """Return the part of `picture` that sampling at sx, sy (S, S) touches, and the positions in it; saves time."""
     left, top = (max(0, int(s.min())) for s in (sx, sy))
     right, bottom = (max(0, int(s.max()) + 2) for s in (sx, sy))
     return picture[top:bottom, left:right], sx - sx.dtype.type(left), sy - sy.dtype.type(top)
 
 
 def bilinear(picture: np.ndarray, sx: np.ndarray, sy: np.ndarray) -> np.ndarray:
-    """Values of `picture` (H, W[, 3]) at positions sx, sy (S, S), in their type; a missing neighbour counts as 0."""
+    """Sample `picture` (H, W[, 3]) at positions sx, sy (S, S), in their type; a missing neighbour counts as 0."""
     left, top = np.floor(sx), np.floor(sy)
     fx, fy = sx - left, sy - top
     height, width = picture.shape[:2]
@@ -102,19 +99,19 @@ def bilinear(picture: np.ndarray, sx: np.ndarray, sy: np.ndarray) -> np.ndarray:
 
 
 def face_picture(picture: np.ndarray, points: np.ndarray, size: int) -> np.ndarray:
-    """Face (size, size, 3) uint8 of `picture` (H, W, 3) as ArcFace wants it, from five points (5, 2)."""
+    """Cut the face (size, size, 3) uint8 of `picture` (H, W, 3) in ArcFace's pose, from five points (5, 2)."""
     matrix = face_matrix(points, size)
     return warp(_blurred(picture, matrix), matrix, size)
 
 
 def face_matrix(points: np.ndarray, size: int = ARCFACE_SIDE) -> np.ndarray:
-    """(2, 3): five points (5, 2) onto ArcFace's; pixel centres stay pixel centres in pictures of another size."""
+    """Map five points (5, 2) onto ArcFace's by (2, 3); pixel centres stay pixel centres in pictures of another size."""
     target = ARCFACE_POINTS if size == ARCFACE_SIDE else (ARCFACE_POINTS + 0.5) * (size / ARCFACE_SIDE) - 0.5
     return similarity(np.asarray(points, np.float32), target.astype(np.float32))
 
 
 def mouth_poses(landmarks: np.ndarray) -> np.ndarray:
-    """AV-HuBERT's transforms (T, 2, 3) from frames to mouth pictures, from landmarks (T, P, 2) of every frame.
+    """Return AV-HuBERT's transforms (T, 2, 3) from frames to mouth pictures, from landmarks (T, P, 2) of every frame.
 
     With 68 landmarks this is the procedure of its own preparation; five lend it both eyes and the middle of the mouth.
     """
@@ -128,7 +125,8 @@ def mouth_poses(landmarks: np.ndarray) -> np.ndarray:
 def avhubert_poses(
     stable: np.ndarray, mouth: np.ndarray, mean: np.ndarray = MEAN_STABLE, window: int = WINDOW
 ) -> tuple[np.ndarray, np.ndarray]:
-    """AV-HuBERT's transforms (T, 2, 3) onto the mean face in its 256 x 256 frame, and the mouth's centres (T, 2) there.
+    """Return AV-HuBERT's transforms (T, 2, 3) onto the mean face in its 256 x 256 frame, and the mouth's centres (T, 2)
+    there.
 
     Args:
         stable: (T, P, 2) landmarks that speech does not move. mouth: (T, M, 2). mean: (P, 2) of the mean face.
@@ -144,7 +142,8 @@ def avhubert_poses(
 
 
 def cut_poses(matrices: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """Transforms (T, 2, 3) to the mean face's frame -> to the 96 x 96 square round `centres` (T, 2), at whole pixels.
+    """Move transforms (T, 2, 3) to the mean face's frame on to the 96 x 96 square round `centres` (T, 2), at whole
+    pixels.
 
     Where the square would stick out of the frame it is moved inside.
     """
@@ -154,7 +153,7 @@ def cut_poses(matrices: np.ndarray, centres: np.ndarray) -> np.ndarray:
 
 
 def avhubert_mouth(frames: np.ndarray, poses: np.ndarray) -> np.ndarray:
-    """Mouth pictures (T, 96, 96) uint8 grey as AV-HuBERT's preparation cuts them, without its detour over a lossy file.
+    """Cut mouth pictures (T, 96, 96) uint8 grey as AV-HuBERT's preparation does, without its lossy file in between.
 
     Args:
         frames: (T, H, W, 3) uint8 RGB. poses: (T, 2, 3) transforms to the pictures.
@@ -173,6 +172,6 @@ _MEAN_EYES_AND_MOUTH = np.stack([MEAN_STABLE[1:3].mean(0), MEAN_STABLE[3:5].mean
 
 
 def _blurred(picture: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """`picture`, without detail that is too fine for what `matrix` makes of it: bilinear sampling would skip pixels."""
+    """Blur detail of `picture` that is too fine for the result of `matrix`: bilinear sampling would skip pixels."""
     scale = np.sqrt(abs(np.linalg.det(matrix[:, :2])))
     return cv2.GaussianBlur(picture, (0, 0), 0.25 / scale) if scale < 0.5 else picture

@@ -66,7 +66,7 @@ class ArcFace(nn.Module):
         self.features = nn.BatchNorm1d(512)
 
     def maps(self, pictures: Tensor) -> list[Tensor]:
-        """The output of each stage for pictures (n, 3, 112, 112) RGB in [-1, 1]."""
+        """Return the output of each stage for pictures (n, 3, 112, 112) RGB in [-1, 1]."""
         x, out = self.prelu(self.bn1(self.conv1(pictures))), []
         for number in range(1, 5):
             x = getattr(self, f"layer{number}")(x)
@@ -74,11 +74,11 @@ class ArcFace(nn.Module):
         return out
 
     def embed(self, pictures: Tensor) -> Tensor:
-        """Pictures (n, 3, 112, 112) RGB in [-1, 1] to embeddings (n, 512), not normalised."""
+        """Map pictures (n, 3, 112, 112) RGB in [-1, 1] to embeddings (n, 512), not normalised."""
         return self.features(self.fc(self.bn2(self.maps(pictures)[-1]).flatten(1)))
 
     def forward(self, faces: Tensor) -> Tensor:
-        """Faces (B, F, 3, H, H) RGB in [0, 1], H a multiple of 112 -> (B, 512).
+        """Map faces (B, F, 3, H, H) RGB in [0, 1], H a multiple of 112, to (B, 512).
 
         The mean of the pictures' unit vectors, times sqrt(512). How many pictures HiCoDiT takes is not reported; the
         scale makes the values of order one for the adapter.
@@ -88,7 +88,7 @@ class ArcFace(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> ArcFace:
-        """The network of an `arcface_torch` file, in eval mode; its depth follows from the names in it.
+        """Load an `arcface_torch` file, in eval mode; its depth follows from the names in it.
 
         Raises:
             UserError: the file is missing, damaged, or lacks a tensor.
@@ -98,19 +98,14 @@ class ArcFace(nn.Module):
 
 
 def prepare_faces(faces: Tensor) -> Tensor:
-    """Faces (n, 3, H, H) in [0, 1] to the network's (n, 3, 112, 112) in [-1, 1]; larger ones are averaged down."""
+    """Turn faces (n, 3, H, H) in [0, 1] into (n, 3, 112, 112) in [-1, 1]; larger ones are averaged down."""
     factor, rest = divmod(faces.shape[-1], ARCFACE_SIDE)
-    if factor < 1 or rest or faces.shape[-1] != faces.shape[-2]:
-        raise UserError(f"faces of {faces.shape[-1]} x {faces.shape[-2]} pixels: ArcFace needs 112 x 112 or a multiple")
+    assert factor and not rest and faces.shape[-1] == faces.shape[-2], faces.shape
     return 2 * (F.avg_pool2d(faces, factor) if factor > 1 else faces) - 1
 
 
 def load_released(state: dict[str, Tensor], source: str | Path) -> ArcFace:
-    """An `ArcFace` in eval mode with the tensors of `state` (released names), strictly.
-
-    Raises:
-        UserError: a tensor is missing or has another shape.
-    """
+    """Make an `ArcFace` in eval mode with the tensors of `state` (released names), strictly."""
     state = {
         key.removeprefix("module."): value.float() if value.is_floating_point() else value
         for key, value in state.items()

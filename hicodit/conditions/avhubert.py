@@ -43,14 +43,9 @@ class AVHubertConfig:
 
 
 def prepare_mouth(mouth: Tensor) -> Tensor:
-    """Mouth pictures (..., H, W) in [0, 1] to the network's view (..., 88, 88): centre crop, fixed mean and deviation.
-
-    Raises:
-        UserError: pictures smaller than the view.
-    """
+    """Cut the middle (..., 88, 88) of mouth pictures (..., H, W) in [0, 1]; apply the fixed mean and deviation."""
     height, width = mouth.shape[-2:]
-    if min(height, width) < VIEW:
-        raise UserError(f"mouth pictures of {width} x {height} pixels: AV-HuBERT needs at least {VIEW} x {VIEW}")
+    assert min(height, width) >= VIEW, mouth.shape
     top, left = (height - VIEW) // 2, (width - VIEW) // 2
     return (mouth[..., top : top + VIEW, left : left + VIEW] - MEAN) / DEVIATION
 
@@ -135,18 +130,18 @@ class AVHubert(nn.Module):
         self.norm = nn.LayerNorm(c.width)
 
     def forward(self, mouth: Tensor, frames: Tensor) -> Tensor:
-        """mouth (B, T, H, W) in [0, 1], frames (B,) valid frames -> (B, T, E), the last hidden states."""
+        """Map mouth (B, T, H, W) in [0, 1] with frames (B,) valid frames to (B, T, E), the last hidden states."""
         valid = torch.arange(mouth.shape[1], device=mouth.device) < frames[:, None]
         video = prepare_mouth(mouth) * valid[..., None, None]  # past its end a clip is as if cut there
         return self.encode(self.fuse(self.video_proj(self.front_end(video))), None if bool(valid.all()) else valid)
 
     def fuse(self, video: Tensor, audio: Tensor | None = None) -> Tensor:
-        """Projected video features, and audio ones or zeros in their place: each (B, T, E) -> (B, T, E)."""
+        """Fuse projected video features with audio ones, or with zeros in their place: each (B, T, E) -> (B, T, E)."""
         audio = torch.zeros_like(video) if audio is None else audio
         return self.fusion_proj(self.fusion_norm(torch.cat([audio, video], -1)))
 
     def encode(self, x: Tensor, valid: Tensor | None = None, layer: int | None = None) -> Tensor:
-        """The transformer on fused features (B, T, E).
+        """Run the transformer on fused features (B, T, E).
 
         Args:
             valid: (B, T), false for padded frames.
@@ -165,7 +160,7 @@ class AVHubert(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> AVHubert:
-        """The video path of a released checkpoint, pre-trained or fine-tuned, in eval mode.
+        """Load the video path of a released checkpoint, pre-trained or fine-tuned, in eval mode.
 
         Sizes come from the weights, heads and the place of the norms from the configuration in the file. Nothing that
         the file's pickle names is run.
@@ -192,7 +187,7 @@ _NAMES = (
 
 
 def our_name(key: str) -> str | None:
-    """Our name of a released tensor, or None for one that the video path does not need."""
+    """Return our name of a released tensor, or None for one that the video path does not need."""
     key = key.removeprefix("encoder.w2v_model.")  # where fine-tuned checkpoints keep the encoder
     stage = re.fullmatch(r"feature_extractor_video\.resnet\.trunk\.layer(\d)\.(.+)", key)
     if stage:
@@ -208,7 +203,7 @@ def our_name(key: str) -> str | None:
 
 
 def from_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The video path's tensors of `state` under our names; the position kernel is multiplied out."""
+    """Return the video path's tensors of `state` under our names; the position kernel is multiplied out."""
     out = {our_name(key): value for key, value in state.items()}
     out.pop(None, None)
     if "position.weight_v" in out and "position.weight_g" in out:
@@ -218,11 +213,7 @@ def from_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_released(state: dict[str, Tensor], source: str | Path, config: AVHubertConfig) -> AVHubert:
-    """An `AVHubert` in eval mode with the tensors of `state` (released names), strictly.
-
-    Raises:
-        UserError: a tensor is missing or has another shape.
-    """
+    """Make an `AVHubert` in eval mode with the tensors of `state` (released names), strictly."""
     with torch.device("meta"):
         model = AVHubert(config)
     ours = {k: v.float() if v.is_floating_point() else v for k, v in from_released(state).items()}
@@ -231,11 +222,7 @@ def load_released(state: dict[str, Tensor], source: str | Path, config: AVHubert
 
 
 def released_config(state: dict[str, Tensor], source: str | Path, settings: Any = None) -> AVHubertConfig:
-    """Sizes from the tensors' shapes (released names); the rest from the pickled `settings`, or the published values.
-
-    Raises:
-        UserError: a tensor whose shape gives a size is missing.
-    """
+    """Read sizes from the tensors' shapes (released names), the rest from the pickled `settings`, or as published."""
     shapes = {our_name(key): value.shape for key, value in state.items()}
     try:
         kernel, hidden = shapes["position.weight_v"], shapes["layers.0.fc1.weight"]
@@ -255,7 +242,7 @@ def released_config(state: dict[str, Tensor], source: str | Path, settings: Any 
 
 
 def _settings(node: Any) -> dict[str, Any]:
-    """The model's settings in a fairseq configuration: of the pre-trained model where a fine-tuned one wraps it."""
+    """Return the model's settings in a fairseq configuration: of the pre-trained model if a fine-tuned one wraps it."""
     node = plain(node)
     if not isinstance(node, dict):
         return {}

@@ -15,7 +15,9 @@ FACE_SIDE = 1.1
 
 
 def _crop(frame: np.ndarray, centre: np.ndarray, side: float, roll: float, size: int) -> np.ndarray:
-    """Square of `side` pixels around `centre`, turned by `roll`, as (size, size); outside pixels repeat the border."""
+    """Cut a square of `side` pixels around `centre`, turned by `roll`, as (size, size); outside pixels repeat the
+    border.
+    """
     scale = size / side
     cos, sin = scale * np.cos(roll), scale * np.sin(roll)
     turn = np.array([[cos, sin], [-sin, cos]])
@@ -28,7 +30,7 @@ def _crop(frame: np.ndarray, centre: np.ndarray, side: float, roll: float, size:
 
 
 def crop_mouth(frames: np.ndarray, track: FaceTrack, size: int) -> np.ndarray:
-    """Grey mouth pictures (T, size, size) uint8 from frames (T, H, W, 3), upright also where the head is tilted."""
+    """Cut grey mouth pictures (T, size, size) uint8 from frames (T, H, W, 3), upright also if the head is tilted."""
     out = np.empty((len(frames), size, size), np.uint8)
     for i, (frame, (x, y, w, h), roll) in enumerate(zip(frames, track.boxes, track.roll, strict=True)):
         right, down = (MOUTH_CENTRE[0] - 0.5) * w, (MOUTH_CENTRE[1] - 0.5) * h
@@ -39,7 +41,7 @@ def crop_mouth(frames: np.ndarray, track: FaceTrack, size: int) -> np.ndarray:
 
 
 def crop_face(frames: np.ndarray, track: FaceTrack, size: int) -> np.ndarray:
-    """Face pictures (T, size, size, 3) uint8 RGB from frames (T, H, W, 3), upright also where the head is tilted."""
+    """Cut face pictures (T, size, size, 3) uint8 RGB from frames (T, H, W, 3), upright also if the head is tilted."""
     out = np.empty((len(frames), size, size, 3), np.uint8)
     for i, (frame, (x, y, w, h), roll) in enumerate(zip(frames, track.boxes, track.roll, strict=True)):
         out[i] = _crop(frame, np.array([x + w / 2, y + h / 2]), FACE_SIDE * w, roll, size)

@@ -45,12 +45,12 @@ class ExpressionEncoder(Protocol):
 
 
 def unit(pictures: Tensor) -> Tensor:
-    """Bytes to [0, 1]; floats stay as they are."""
+    """Scale bytes to [0, 1]; floats stay as they are."""
     return pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures
 
 
 def encode_in_windows(encoder: LipEncoder, mouth: Tensor, frames: Tensor, window: int, context: int) -> Tensor:
-    """Lip features (B, T, E) of clips of any length, by windows that overlap; mouth (B, T, H, W) in [0, 1], or bytes.
+    """Encode mouth (B, T, H, W) in [0, 1], or bytes, of any length to lip features (B, T, E), by overlapping windows.
 
     A clip of up to `window` frames is encoded whole, whatever its batch is padded to: its features do not depend on the
     batch. Of a longer clip's windows, `context` frames at each inner end are seen by the encoder only. Bytes become
@@ -97,11 +97,11 @@ class TinyEncoderConfig:
             raise UserError(f"encoders.lip_heads={self.lip_heads} does not divide lip_dim={self.lip_dim}")
 
     def cut_mouth(self, frames: np.ndarray, track: FaceTrack, start: int = 0) -> np.ndarray:
-        """Mouth pictures (n, S, S) uint8 grey of frames (n, H, W, 3), from frame `start` of a track on, for `lip`."""
+        """Cut mouth pictures (n, S, S) uint8 grey from frames (n, H, W, 3), from frame `start` of a track on."""
         return crop_mouth(frames, track[start : start + len(frames)], self.mouth_size)
 
     def cut_faces(self, frames: np.ndarray, track: FaceTrack) -> np.ndarray:
-        """Face pictures (T, S', S', 3) uint8 RGB of frames (T, H, W, 3), for `identity` and `expression`."""
+        """Cut face pictures (T, S', S', 3) uint8 RGB from frames (T, H, W, 3)."""
         return crop_face(frames, track, self.face_size)
 
 
@@ -138,7 +138,7 @@ class TinyLipEncoder(nn.Module):
         self.phoneme_head = nn.Linear(c.lip_dim, c.phonemes) if c.phonemes else None
 
     def forward(self, mouth: Tensor, frames: Tensor) -> Tensor:
-        """mouth (B, T, H, W) in [0, 1], frames (B,) valid frames -> (B, T, E)."""
+        """Map mouth (B, T, H, W) in [0, 1] with frames (B,) valid frames to (B, T, E)."""
         if self.training:  # whole: FSDP's processes must all run the blocks equally often
             return self._encode(mouth, frames)
         return encode_in_windows(self._encode, mouth, frames, WINDOW_FRAMES, CONTEXT_FRAMES)

@@ -249,13 +249,13 @@ class TokenClassifier(nn.Module):
 
 
 def _to_map(x: Tensor) -> Tensor:
-    """(n, N, C) -> (n, C, H, W) of a square map."""
+    """Reshape (n, N, C) -> (n, C, H, W) of a square map."""
     side = round(x.shape[1] ** 0.5)
     return x.transpose(1, 2).unflatten(-1, (side, side))
 
 
 def _to_positions(x: Tensor) -> Tensor:
-    """(n, C, H, W) -> (n, N, C)."""
+    """Reshape (n, C, H, W) -> (n, N, C)."""
     return x.flatten(2).transpose(1, 2)
 
 
@@ -282,11 +282,11 @@ class POSTER2(nn.Module):
 
     @staticmethod
     def shrink(x: Tensor) -> Tensor:
-        """(n, 3, 224, 224) -> (n, 3, 112, 112) for both backbones: every second pixel, as the original does."""
+        """Shrink (n, 3, 224, 224) -> (n, 3, 112, 112) for both backbones: every second pixel, as the original does."""
         return F.interpolate(x, size=(BACKBONE_SIDE, BACKBONE_SIDE))
 
     def fuse(self, x: Tensor) -> list[Tensor]:
-        """Normalised pictures (n, 3, 224, 224) -> maps (n, 64, 28, 28), (n, 128, 14, 14), (n, 256, 7, 7)."""
+        """Map normalised pictures (n, 3, 224, 224) -> maps (n, 64, 28, 28), (n, 128, 14, 14), (n, 256, 7, 7)."""
         small = self.shrink(x)
         first, second, third = self.face_landback(small)
         landmarks = first, second, self.last_face_conv(third)
@@ -299,23 +299,23 @@ class POSTER2(nn.Module):
         return maps
 
     def tokens(self, maps: list[Tensor]) -> Tensor:
-        """The three maps -> tokens (n, 147, D)."""
+        """Map the three maps -> tokens (n, 147, D)."""
         embedded = self.embed_q(maps[0]), self.embed_k(maps[1]), self.embed_v["proj"](maps[2])
         return torch.cat([_to_positions(x) for x in embedded], 1)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Normalised pictures (n, 3, 224, 224) -> logits (n, classes) in the network's own order."""
+        """Map normalised pictures (n, 3, 224, 224) -> logits (n, classes) in the network's own order."""
         return self.VIT(self.tokens(self.fuse(x)))
 
     def normalise(self, faces: Tensor) -> Tensor:
-        """Pictures (n, 3, H, W) in [0, 1], RGB -> (n, 3, 224, 224) as the network wants them."""
+        """Normalise pictures (n, 3, H, W) in [0, 1], RGB, to the network's (n, 3, 224, 224)."""
         if faces.shape[-2:] != (SIDE, SIDE):
             faces = F.interpolate(faces, size=(SIDE, SIDE), mode="bilinear", antialias=True)
         mean, std = (torch.tensor(v, device=faces.device, dtype=faces.dtype)[:, None, None] for v in (MEAN, STD))
         return (faces - mean) / std
 
     def forward(self, faces: Tensor) -> Tensor:
-        """Face pictures (n, 3, H, W) in [0, 1], RGB, aligned -> logits (n, 7) over `EXPRESSIONS`.
+        """Map face pictures (n, 3, H, W) in [0, 1], RGB, aligned -> logits (n, 7) over `EXPRESSIONS`.
 
         A sequence of them becomes one class a half second by `hicodit.conditions.types.window_expressions`.
         """
@@ -326,11 +326,7 @@ class POSTER2(nn.Module):
     def from_released(
         cls, state: Mapping[str, Tensor], classes: tuple[str, ...], source: str | Path = "POSTER V2"
     ) -> POSTER2:
-        """The network with the tensors of a checkpoint's state dict, strict on all that the forward pass uses.
-
-        Raises:
-            UserError: a tensor is missing or has another shape.
-        """
+        """Make the network with the tensors of a checkpoint's state dict, strict on all that the forward pass uses."""
         with torch.device("meta"):
             model = cls(classes)
         for attention, side in zip((model.attn1, model.attn2, model.attn3), (28, 14, 7)):
@@ -342,7 +338,7 @@ class POSTER2(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> POSTER2:
-        """A released checkpoint; the order of its classes follows from its name ("affectnet" or "raf" in it).
+        """Load a released checkpoint; the order of its classes follows from its name ("affectnet" or "raf" in it).
 
         The meters that its training script pickled along are not rebuilt: nothing in the file is executed.
 

@@ -22,9 +22,9 @@ from engine.faces.detectors import five_points
 from engine.faces.track import FaceTrack
 from engine.release import weights_digest
 from engine.settings import check_settings, setting
-from hicodit.conditions.align import MOUTH_SIDE, WINDOW, avhubert_mouth, face_picture, mouth_poses
+from hicodit.conditions.align import ARCFACE_SIDE, MOUTH_SIDE, WINDOW, avhubert_mouth, face_picture, mouth_poses
 from hicodit.conditions.arcface import IRESNET100, ArcFace
-from hicodit.conditions.avhubert import AVHubert, AVHubertConfig
+from hicodit.conditions.avhubert import VIEW, AVHubert, AVHubertConfig
 from hicodit.conditions.encoders import encode_in_windows
 from hicodit.conditions.poster2 import POSTER2
 
@@ -53,26 +53,28 @@ class ReleasedEncoderConfig:
     lip: dict[str, Any] = field(default_factory=dict)
     identity_blocks: tuple[int, ...] = setting(IRESNET100, 1, 256)
     face_dim: int = setting(512, 1, 2**14)
-    face_size: int = setting(224, 8, 2**12)  # ArcFace's pose at twice its size, for POSTER V2
-    mouth_size: int = setting(MOUTH_SIDE, 8, 2**12)
+    face_size: int = setting(224, ARCFACE_SIDE, 2**12)  # ArcFace's pose at twice its size, for POSTER V2
+    mouth_size: int = setting(MOUTH_SIDE, VIEW, 2**12)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "identity_blocks", tuple(self.identity_blocks))
         check_settings(self, "encoders.")
+        if self.face_size % ARCFACE_SIDE:
+            raise UserError(f"encoders.face_size={self.face_size}: ArcFace needs a multiple of {ARCFACE_SIDE} pixels")
 
     @property
     def lip_dim(self) -> int:
         return AVHubertConfig(**self.lip).width
 
     def cut_mouth(self, frames: np.ndarray, track: FaceTrack, start: int = 0) -> np.ndarray:
-        """Mouth pictures (n, 96, 96) uint8 grey of frames (n, H, W, 3), from frame `start` of a track on, for `lip`."""
+        """Cut mouth pictures (n, 96, 96) uint8 grey from frames (n, H, W, 3), from frame `start` of a track on."""
         first = max(0, min(start, len(track) - WINDOW))  # a pose takes the landmarks of the window after its frame
         stop = start + len(frames)
         poses = mouth_poses(track.found[first : stop + WINDOW - 1])
         return avhubert_mouth(frames, poses[start - first : stop - first])
 
     def cut_faces(self, frames: np.ndarray, track: FaceTrack) -> np.ndarray:
-        """Face pictures (T, 224, 224, 3) uint8 RGB of frames (T, H, W, 3), for `identity` and `expression`."""
+        """Cut face pictures (T, 224, 224, 3) uint8 RGB from frames (T, H, W, 3)."""
         pairs = zip(frames, five_points(track.found), strict=True)
         return np.stack([face_picture(frame, points, self.face_size) for frame, points in pairs])
 
@@ -91,11 +93,7 @@ class ReleasedEncoders:
         return self
 
     def network(self, name: str, device: torch.device) -> nn.Module:
-        """The encoder "lip", "identity" or "expression", on a device.
-
-        Raises:
-            UserError: its file is missing or damaged, of another width, or not the one that a model was trained with.
-        """
+        """Return the encoder "lip", "identity" or "expression", on a device."""
         if name not in self._networks:
             network = self._read(name).eval().requires_grad_(False)
             expected = self.expected.get({"identity": "face_identity"}.get(name, name))
@@ -129,16 +127,16 @@ class ReleasedEncoders:
 
     @torch.no_grad()
     def lip(self, mouth: Tensor, frames: Tensor) -> Tensor:
-        """Mouth pictures (B, T, S, S) in [0, 1] to lip features (B, T, E). Long clips are encoded in windows."""
+        """Map mouth pictures (B, T, S, S) in [0, 1] to lip features (B, T, E). Long clips are encoded in windows."""
         return encode_in_windows(self.network("lip", mouth.device), mouth, frames, WINDOW_FRAMES, CONTEXT_FRAMES)
 
     @torch.no_grad()
     def identity(self, faces: Tensor) -> Tensor:
-        """Face pictures (B, F, 3, S, S) in [0, 1] to (B, 512)."""
+        """Map face pictures (B, F, 3, S, S) in [0, 1] to (B, 512)."""
         return self.network("identity", faces.device)(faces)
 
     @torch.no_grad()
     def expression(self, faces: Tensor) -> Tensor:
-        """Face pictures (n, 3, S, S) in [0, 1] to expression logits (n, 7)."""
+        """Map face pictures (n, 3, S, S) in [0, 1] to expression logits (n, 7)."""
         network = self.network("expression", faces.device)
         return torch.cat([network(part) for part in faces.split(PICTURES)])

@@ -22,7 +22,7 @@ WINDOW_SECONDS = 0.5  # that share one class of expression
 
 
 def windows_of(frames: int) -> int:
-    """Expression windows J that so many video frames reach into: 12.5 frames each, a last partial one counts."""
+    """Return the number J of expression windows, of 12.5 video frames each; a last partial one counts."""
     return -(-2 * frames // 25)
 
 
@@ -47,7 +47,8 @@ class Conditions:
 
 
 def window_expressions(probabilities: Tensor) -> Tensor:
-    """Class probabilities of frames (T, classes), 25 a second, to one class a half second (J,), J = `windows_of(T)`.
+    """Reduce class probabilities of frames (T, classes), 25 a second, to one class a half second (J,), J =
+    `windows_of(T)`.
 
     The most frequent class among the frames that begin in a window wins, ties go to the larger summed probability. A
     window at the end that only the second half of a frame reaches takes the class before it.

@@ -140,12 +140,12 @@ class EcapaTDNN(nn.Module):
 
 
 def mix_states(states: Tensor, weight: Tensor) -> Tensor:
-    """Hidden states (K, B, T, C) and their logits (K,) -> mixed features (B, C, T)."""
+    """Mix hidden states (K, B, T, C) and their logits (K,) -> mixed features (B, C, T)."""
     return torch.einsum("k,kbtc->bct", weight.softmax(0), states)
 
 
 def standardise(features: Tensor) -> Tensor:
-    """(B, C, T) with zero mean and unit variance over time in every channel, as the head of WavLM wants them."""
+    """Scale (B, C, T) to zero mean and unit variance over time in every channel, as the head of WavLM wants them."""
     return F.instance_norm(features + 1e-6)
 
 
@@ -166,15 +166,15 @@ class WavLMEncoder(nn.Module):
         self.head = EcapaTDNN(config.hidden_size, **head)
 
     def digest(self) -> str:
-        """Eight hex digits that change when, and only when, a weight does."""
+        """Return the first eight hex digits of the SHA-256 of all weights."""
         return weights_digest(self)
 
     def normalise(self, wave: Tensor) -> Tensor:
-        """(..., N) -> zero mean, unit variance over N; the wave itself if the model was trained without."""
+        """Scale (..., N) to zero mean, unit variance over N; a model trained without returns the wave itself."""
         return F.layer_norm(wave, wave.shape[-1:]) if self.normalize else wave
 
     def hidden_states(self, waves: Sequence[Tensor]) -> Tensor:
-        """Waves (N_i,) of any lengths -> (K, B, T, C): the input of each layer, then the encoder's normalised output.
+        """Map waves (N_i,) of any lengths to (K, B, T, C): each layer's input, then the normalised output.
 
         Shorter waves are padded with zeros after their normalisation, and their padded frames are masked; the rows of
         masked frames have no meaning.
@@ -195,38 +195,31 @@ class WavLMEncoder(nn.Module):
         return torch.stack([*out.hidden_states[:-1], out.last_hidden_state])
 
     def _samples_of(self, frames: int) -> int:
-        """Fewest samples that give `frames` frames."""
+        """Return the fewest samples that give `frames` frames."""
         config = self.wavlm.config
         for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride)):
             frames = (frames - 1) * stride + kernel
         return frames
 
     def forward(self, waves: Tensor) -> Tensor:
-        """Waves (B, N) at 16 kHz without padding -> (B, D)."""
+        """Map waves (B, N) at 16 kHz without padding -> (B, D)."""
         states = self.hidden_states(list(waves))
         return self.head(standardise(mix_states(states, self.feature_weight)))
 
     @torch.no_grad()
     def embed(self, wave: Tensor) -> Tensor:
-        """Wave (N,) at 16 kHz -> (256,); raw values, not of unit length.
-
-        Raises:
-            UserError: the wave is not one-dimensional or is shorter than a quarter of a second.
-        """
+        """Map a wave (N,) at 16 kHz -> (256,); raw values, not of unit length."""
         return self(_checked(wave)[None])[0]
 
     @classmethod
     def from_released(
         cls, state: Mapping[str, Tensor], original: Mapping[str, Any] = LARGE, source: str | Path = FILE
     ) -> WavLMEncoder:
-        """The encoder with the tensors of `state` (released names), strict; those of the training loss are left out.
+        """Make the encoder with the tensors of `state` (released names), strictly, without those of the training loss.
 
         Args:
             original: WavLM's configuration by the original's field names.
             source: where the state is from, for messages.
-
-        Raises:
-            UserError: a tensor is missing or has another shape.
         """
         with torch.device("meta"):
             encoder = cls(wavlm_config(original), original["normalize"], **head_sizes(state))
@@ -241,7 +234,7 @@ class WavLMEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> WavLMEncoder:
-        """The released `wavlm_large_finetune.pth`, or a folder that holds it. Nothing in the file is executed.
+        """Load the released `wavlm_large_finetune.pth`, or a folder that holds it. Nothing in the file is executed.
 
         Raises:
             UserError: the file is missing or damaged, or tensors are missing or of another shape.
@@ -274,7 +267,7 @@ class VoiceEncoderConfig:
 
 
 def level_mel(wave: Tensor, bands: int) -> Tensor:
-    """Wave (..., N) at 16 kHz -> log-mel (..., M, T) with its largest value at 1: the loudness of a wave drops out."""
+    """Turn a wave (..., N) at 16 kHz into log-mel (..., M, T) with its largest value at 1: loudness drops out."""
     mel = log_mel(wave, bands)
     return mel - mel.amax((-2, -1), keepdim=True) + 1
 
@@ -290,20 +283,16 @@ class VoiceEncoder(Released):
         self.head = EcapaTDNN(config.bands, config.channels, config.pooled, config.bottleneck, config.embedding)
 
     def forward(self, mel: Tensor) -> Tensor:
-        """Log-mel (B, M, T) of `features` -> (B, D)."""
+        """Map log-mel (B, M, T) of `features` -> (B, D)."""
         return self.head(mel)
 
     def features(self, wave: Tensor) -> Tensor:
-        """Wave (N,) or (B, N) at 16 kHz -> log-mel (M, T) or (B, M, T), 100 frames a second; see `level_mel`."""
+        """Compute `level_mel` (M, T) or (B, M, T), 100 frames a second, of a wave (N,) or (B, N) at 16 kHz."""
         return level_mel(wave, self.config.bands)
 
     @torch.no_grad()
     def embed(self, wave: Tensor) -> Tensor:
-        """Wave (N,) at 16 kHz -> (256,); raw values, not of unit length.
-
-        Raises:
-            UserError: the wave is not one-dimensional or is shorter than a quarter of a second.
-        """
+        """Map a wave (N,) at 16 kHz -> (256,); raw values, not of unit length."""
         return self(self.features(_checked(wave)[None]))[0]
 
 

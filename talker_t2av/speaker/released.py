@@ -65,7 +65,7 @@ def _replace_start(name: str, table: Mapping[str, str]) -> str:
 
 
 def hf_name(name: str) -> str:
-    """The original WavLM's name of a tensor -> that of `transformers.WavLMModel`."""
+    """Translate the original WavLM's name of a tensor to that of `transformers.WavLMModel`."""
     convolution = re.fullmatch(r"feature_extractor\.conv_layers\.(\d+)\.(0|2|2\.1)\.(weight|bias)", name)
     if convolution:
         index, place, kind = convolution.groups()
@@ -77,18 +77,14 @@ def hf_name(name: str) -> str:
 
 
 def our_name(name: str) -> str:
-    """The released name of a tensor -> ours."""
+    """Translate the released name of a tensor to ours."""
     if name.startswith(WAVLM):
         return "wavlm." + hf_name(name.removeprefix(WAVLM))
     return name if name == "feature_weight" else "head." + name
 
 
 def wavlm_config(original: Mapping[str, Any]) -> WavLMConfig:
-    """transformers' configuration from the original's fields (those of `LARGE`); dropouts are off.
-
-    Raises:
-        UserError: a variant that transformers' WavLM does not have.
-    """
+    """Make transformers' configuration from the original's fields (those of `LARGE`); dropouts are off."""
     for name, needed in {"activation_fn": "gelu", "relative_position_embedding": True, "gru_rel_pos": True}.items():
         if original.get(name, needed) != needed:
             raise UserError(f"WavLM with {name}={original[name]} is not supported: it must be {needed}")
@@ -118,7 +114,7 @@ def wavlm_config(original: Mapping[str, Any]) -> WavLMConfig:
 
 
 def conv_layers(text: str) -> list[tuple[int, int, int]]:
-    """[(channels, kernel, stride), ...] from the original's formula, e.g. "[(512,10,5)] + [(512,3,2)] * 4"."""
+    """Read [(channels, kernel, stride), ...] from the original's formula, e.g. "[(512,10,5)] + [(512,3,2)] * 4"."""
 
     def value(node: ast.expr) -> Any:
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
@@ -134,7 +130,7 @@ def conv_layers(text: str) -> list[tuple[int, int, int]]:
 
 
 def wavlm_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The fields of `LARGE` that the shapes of a released state tell; strides and norms are those of every WavLM."""
+    """Return the fields of `LARGE` that follow from the shapes of a released state; others are those of every WavLM."""
     layer = WAVLM + "encoder.layers.0."
     try:
         width, group, kernel = state[WAVLM + "encoder.pos_conv.0.weight_v"].shape
@@ -158,11 +154,7 @@ def wavlm_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def head_sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
-    """Arguments of `EcapaTDNN` besides `inputs`, from the shapes of a released state.
-
-    Raises:
-        UserError: a tensor that tells a size is missing.
-    """
+    """Return arguments of `EcapaTDNN` besides `inputs`, from the shapes of a released state."""
     try:
         return {
             "channels": state["layer1.conv.weight"].shape[0],

@@ -26,11 +26,7 @@ FRAMES_A_SECOND = 100
 
 
 def stored_voices(source: str | Path) -> tuple[list[str], Tensor, Tensor]:
-    """Keys, voice numbers (n,) and GE2E embeddings (n, 256) of the clips of a prepared split.
-
-    Raises:
-        UserError: the shards are missing or damaged, hold no GE2E embeddings, or their speakers are no numbers.
-    """
+    """Return keys, voice numbers (n,) and GE2E embeddings (n, 256) of the clips of a prepared split."""
     clips = ShardSplit(source)
     clips.check_holds("ge2e")
     rows = [clips.read(i, ("ge2e",)) for i in range(len(clips))]
@@ -42,7 +38,7 @@ def stored_voices(source: str | Path) -> tuple[list[str], Tensor, Tensor]:
 
 
 def voice_means(embeddings: Tensor, voices: Tensor) -> Tensor:
-    """Unit-length mean embedding (V, D) of each voice number that occurs, in ascending order."""
+    """Return unit-length mean embedding (V, D) of each voice number that occurs, in ascending order."""
     units = F.normalize(embeddings, dim=-1)
     return F.normalize(torch.stack([units[voices == v].mean(0) for v in voices.unique()]), dim=-1)
 
@@ -71,14 +67,14 @@ class VoiceClips:
         return len(self.names)
 
     def mel(self, index: int) -> Tensor:
-        """(M, T) of a whole clip, kept in half precision: a small corpus stays in memory."""
+        """Return the log-mel (M, T) of a whole clip, kept in half precision: a small corpus stays in memory."""
         if index not in self._mels:
             wave = torch.from_numpy(read_audio(self.folder / f"{self.names[index]}.wav", RATE))
             self._mels[index] = level_mel(wave, self.bands).half()
         return self._mels[index].float()
 
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """mel (M, T), ge2e (D,), voice (): a function of (index, generator)."""
+        """Return mel (M, T), ge2e (D,), voice (): a function of (index, generator)."""
         mel = self.mel(index)
         mel = mel.repeat(1, -(-self.frames // mel.shape[1]))
         start = int(torch.randint(mel.shape[1] - self.frames + 1, (), generator=generator))
@@ -90,7 +86,7 @@ class VoiceClips:
 
     @staticmethod
     def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """mel (B, M, T), ge2e (B, D), voice (B,)."""
+        """Stack items to mel (B, M, T), ge2e (B, D), voice (B,)."""
         return {name: torch.stack([item[name] for item in items]) for name in items[0]}
 
 
@@ -135,11 +131,11 @@ class VoiceEncoderTask(Task):
         return {"encoder": self.encoder}
 
     def tokens(self, batch: dict[str, Tensor]) -> int:
-        """Mel frames of a batch."""
+        """Count the mel frames of a batch."""
         return batch["mel"].shape[0] * batch["mel"].shape[-1]
 
     def forward(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-        """Losses; batch: see `VoiceClips`."""
+        """Return losses; batch: see `VoiceClips`."""
         mel = batch["mel"]
         embedding = self.encoder(mel + self.noise * torch.randn_like(mel))
         distance = (embedding / embedding.shape[-1] ** 0.5 - batch["ge2e"]).square().sum(-1).mean()
@@ -150,8 +146,7 @@ class VoiceEncoderTask(Task):
         return {"loss": loss, "distance": distance.detach(), "voice": voice.detach(), "cosine": cosine.detach()}
 
     def measure(self, step: int, folder: Path, share: Share) -> dict[str, float]:
-        """Cosine with GE2E and nearest-voice accuracy of whole held-out clips; see `nearest_voice`. It takes seconds:
-        one process does it."""
+        """Compute cosine with GE2E and nearest-voice accuracy of whole held-out clips, in one process."""
         return {} if not share.first else evaluate(self.encoder, self.corpus, self.shards)
 
     def release_info(self) -> Release:
@@ -174,7 +169,7 @@ unseen clips); `_ge2e`: the same of GE2E itself."""
 
 @torch.no_grad()
 def evaluate(encoder: VoiceEncoder, corpus: str | Path, shards: str | Path) -> dict[str, float]:
-    """Figures of an encoder on a corpus, and the same of GE2E itself.
+    """Compute figures of an encoder on a corpus, and the same of GE2E itself.
 
     Seen voices: the nearest of the voices' mean embeddings over training clips. Unseen voices have no training clips;
     each clip is compared with the means of the other unseen clips of every voice.
@@ -195,13 +190,13 @@ def evaluate(encoder: VoiceEncoder, corpus: str | Path, shards: str | Path) -> d
 
 
 def _nearest(embeddings: Tensor, voices: Tensor, enrolled: Tensor, enrolled_voices: Tensor) -> float:
-    """Share of `embeddings` (n, D) whose nearest voice mean of the enrolled ones is their own voice's."""
+    """Return the share of `embeddings` (n, D) whose nearest voice mean of the enrolled ones is their own voice's."""
     best = (F.normalize(embeddings, dim=-1) @ voice_means(enrolled, enrolled_voices).T).argmax(1)
     return (enrolled_voices.unique()[best] == voices).float().mean().item()
 
 
 def _nearest_other(embeddings: Tensor, voices: Tensor) -> float:
-    """As `_nearest`, each clip against means of all other clips."""
+    """Compute `_nearest` of each clip against means of all other clips."""
     right = 0.0
     for i in range(len(voices)):
         others = torch.arange(len(voices)) != i

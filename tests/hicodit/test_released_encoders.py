@@ -15,7 +15,7 @@ from torch import nn
 
 from engine.config import load
 from engine.errors import UserError
-from hicodit.conditions import arcface, avhubert, encoder_config, released
+from hicodit.conditions import avhubert, encoder_config, released
 from hicodit.conditions.arcface import ArcFace
 from hicodit.conditions.avhubert import AVHubert, AVHubertConfig
 from hicodit.conditions.encoders import TinyEncoderConfig
@@ -103,8 +103,6 @@ def test_a_clip_in_a_batch_is_the_clip_alone(small_hubert):
     together = small_hubert(mouth, torch.tensor([9, 5]))
     alone = small_hubert(mouth[1:, :5], torch.tensor([5]))
     assert torch.allclose(together[1, :5], alone[0], atol=1e-5)
-    with pytest.raises(UserError, match="88 x 88"):
-        small_hubert(mouth[..., :80], torch.tensor([9, 9]))
 
 
 @torch.no_grad()
@@ -142,8 +140,6 @@ def test_arcface_file_and_pictures(tmp_path):
     assert torch.allclose(out[0], each.mean(0) * 512**0.5, atol=1e-5)
     large = faces.repeat_interleave(2, -1).repeat_interleave(2, -2)
     assert torch.allclose(loaded(large), out, atol=1e-4)
-    with pytest.raises(UserError, match="112"):
-        arcface.prepare_faces(torch.rand(1, 3, 100, 100))
 
 
 def test_encoder_choice_is_a_configuration():
@@ -151,8 +147,13 @@ def test_encoder_choice_is_a_configuration():
     assert encoder_config({"kind": "released"}).lip_dim == 1024
     with pytest.raises(UserError, match="kind=huge"):
         encoder_config({"kind": "huge"})
-    with pytest.raises(UserError, match="lip_size"):
-        encoder_config({"kind": "released", "lip_size": 3})
+    for field, value, message in (
+        ("lip_size", 3, "lip_size"),
+        ("mouth_size", 80, "88"),
+        ("face_size", 100, "112"),
+    ):
+        with pytest.raises(UserError, match=message):
+            encoder_config({"kind": "released", field: value})
 
 
 def test_the_papers_recipe_fits_its_encoders():
