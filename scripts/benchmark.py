@@ -23,8 +23,7 @@ from engine.errors import UserError, run_cli
 from engine.record import RESULTS, write_record
 
 NAMES = (
-    "ablations", "faces", "full_size", "gpu", "inference", "levels", "prosody", "recipes",
-    "samplers", "sampling", "serving", "streaming", "synthetic_corpus", "talker", "talker_claims", "training",
+    "ablations", "faces", "gpu", "inference", "levels", "prosody", "samplers", "serving", "talker_claims", "training",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,6 @@ import torch
 from drawn_faces import talking_head
 from omegaconf import OmegaConf
 
-from benchmarks.full_size import read_summary
 from engine.config import load, plain
 from engine.errors import UserError
 from engine.media.ffmpeg import probe
@@ -41,8 +41,9 @@ def config(release, source, output, **changes):
 def test_one_clip_gives_wave_video_and_figure(release, clip, tmp_path, capsys):
     with Progress():
         assert run(config(release, clip, tmp_path)) == 0
-    stages, speech = read_summary(capsys.readouterr().out)  # benchmarks/full_size.py scales the time of `sampling`
-    assert {"faces", "conditions", "sampling", "decoding"} < set(stages) and speech == 1.6
+    printed = capsys.readouterr().out
+    assert "1.6 s of speech" in printed
+    assert {"faces", "conditions", "sampling", "decoding"} < set(re.findall(r"(\w+) [\d.]+ s", printed))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["head.mp4", "head.png", "head.wav"]
     wave, rate = soundfile.read(tmp_path / "head.wav")
     assert rate == 24_000 and len(wave) == 40 * 960

@@ -9,7 +9,7 @@ import pytest
 import torch
 from drawn_faces import talking_head
 
-from benchmarks import faces, prosody, roofline
+from benchmarks import faces, prosody
 from engine.errors import UserError
 from engine.media.video import write_video
 from scripts import benchmark
@@ -38,19 +38,17 @@ def test_settings_are_checked_and_results_recorded(tmp_path, monkeypatch, capsys
         __doc__="Something measured.\n\nMore.", LEAST={"steps": 1}, add_arguments=add_arguments, run=run
     )
     monkeypatch.setattr(benchmark, "import_module", lambda name: module)
-    arguments = ["sampling", "--device", "cpu", "--threads", "1", "--out", str(tmp_path), "--steps", "2"]
+    arguments = ["faces", "--device", "cpu", "--threads", "1", "--out", str(tmp_path), "--steps", "2"]
     monkeypatch.setattr("sys.argv", ["scripts/benchmark.py", *arguments, "0"])
     with pytest.raises(UserError, match="--steps 0 must be at least 1"):
         benchmark.main()
     monkeypatch.setattr("sys.argv", ["scripts/benchmark.py", *arguments, "3"])
     benchmark.main()
-    (path,) = tmp_path.glob("*-sampling-cpu.json")
+    (path,) = tmp_path.glob("*-faces-cpu.json")
     assert capsys.readouterr().out == f"2 steps\n3 steps\n{path}\n"
     record = json.loads(path.read_text())
     assert record["what"] == "Something measured." and record["arguments"]["steps"] == "[2, 3]"
-    assert (
-        record["command"].startswith("python scripts/benchmark.py sampling") and str(tmp_path) not in path.read_text()
-    )
+    assert record["command"].startswith("python scripts/benchmark.py faces") and str(tmp_path) not in path.read_text()
     assert record["hardware"]["threads"] == 1 and record["versions"]["torch"] == torch.__version__
     assert record["results"] == [{"steps": 2, "threads": 1}, {"steps": 3, "threads": 1}]
 
@@ -71,19 +69,3 @@ def test_prosody_is_predicted_from_other_clips_alone():
     assert np.corrcoef(values, prosody.predict(features, values))[0, 1] > 0.98
     luck = rng.normal(size=200)  # a fit to the clips themselves would correlate by 0.16 on average
     assert np.corrcoef(luck, prosody.predict(features, luck))[0, 1] < 0.1
-
-
-def test_a_bound_is_the_slower_of_arithmetic_and_memory():
-    machine = roofline.Machine({"fp32": 1e12, "bf16": 4e12}, 1e11)
-    assert machine.least_ms("fp32", 2e9, 1e8) == pytest.approx(2.0)  # a millisecond of memory, two of products
-    assert machine.least_ms("bf16", 2e9, 1e8) == pytest.approx(1.0)
-    found = roofline.bounds(machine, "bf16", 2e9, 2e8)
-    assert found["machine_ms"] == pytest.approx(2.0) and found["h200_ms"] < found["rtx4090_ms"] < 1
-
-
-def test_a_table_of_embeddings_is_not_read_even_if_it_is_tied():
-    network = torch.nn.ModuleDict({"table": torch.nn.Embedding(100, 8), "out": torch.nn.Linear(8, 100, bias=False)})
-    network["small"] = torch.nn.Linear(8, 4, bias=False, dtype=torch.bfloat16)
-    assert roofline.weight_bytes(network) == 4 * 800 + 2 * 32
-    network["out"].weight = network["table"].weight
-    assert roofline.weight_bytes(network) == 2 * 32

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from talker_fixtures import DM, DS, tiny_model
 
-from benchmarks.plain_talker import plain_losses
 from talker_t2av.flow_matching import FlowDraws
 from talker_t2av.losses import TalkerBatch, training_forward, training_losses
 from talker_t2av.stop_predictor import IGNORED, stop_labels, stop_loss
+from tests.reference.talker_losses import plain_losses
 
 
 def batch_of(rows: list[tuple], delay: int = 0, extra: int = 2, seed: int = 0) -> TalkerBatch:

@@ -1,6 +1,4 @@
-"""Baseline of Talker-T2AV's training forward: a loop over rows and patches, as in the paper's description.
-
-The batched forward of talker_t2av/losses.py must give the same losses in less time (benchmarks/talker.py).
+"""Reference of Talker-T2AV's training losses: a loop over rows and patches, as in the paper's description.
 
 Axes: B batch, T tokens, F frames, P frames of a patch, C channels, D width, N examples.
 """
