@@ -42,14 +42,7 @@ def test_mel_loss_of_a_gain_is_its_logarithm():
     assert loss(10 * real, real).item() == pytest.approx(2.0, rel=1e-4)  # one decade at each of two scales
 
 
-def test_gradients_are_finite_on_silence():
-    fake = torch.zeros(1, 1, 4800, requires_grad=True)
-    loss = MultiScaleMelLoss(24_000, (10, 40), (128, 512))(fake, torch.zeros(1, 1, 4800))
-    (loss + MultiResolutionSTFTLoss(((512, 128, 512),))(fake, torch.randn(1, 1, 4800))).backward()
-    assert fake.grad.isfinite().all()
-
-
-def test_compressed_spectrum_hears_phases_and_levels():
+def test_compressed_spectrum_loss_sees_phases_and_levels():
     real = 0.1 * torch.randn(1, 4800, generator=torch.Generator().manual_seed(0))
     loss = CompressedSpectrumLoss()
     assert loss(real, real) == 0
@@ -76,7 +69,7 @@ def test_disturbance_falls_with_the_noise_as_pesq_does():
     assert drops[0] > 2 and drops[-1] < 0.2
 
 
-def test_disturbance_is_of_what_is_heard():
+def test_disturbance_ignores_inaudible_tones_and_levels():
     real, loss = vowel(24_000)[None, None].repeat(2, 1, 1), DisturbanceLoss(24_000)
     assert loss(real, real) < 1e-2
     time = torch.arange(24_000) / 24_000
@@ -97,15 +90,20 @@ def test_disturbance_counts_to_the_last_frame():
     assert DisturbanceLoss(16_000)(fake[None], real[None]) > 0.1
 
 
-def test_disturbance_has_gradients_everywhere():
+@pytest.mark.parametrize(
+    "loss", [MultiScaleMelLoss(24_000, (10, 40), (128, 512)), MultiResolutionSTFTLoss(), DisturbanceLoss(24_000)]
+)
+def test_gradients_are_finite_everywhere(loss):
     for real in (vowel(24_000)[None], torch.zeros(1, 24_000)):
+        if isinstance(loss, MultiResolutionSTFTLoss) and not real.any():
+            continue  # its spectral convergence is relative to the real wave
         for start in (real, torch.zeros_like(real), real + 0.01 * torch.randn_like(real)):
             fake = start.clone().requires_grad_()
-            DisturbanceLoss(24_000)(fake, real).backward()
+            loss(fake, real).backward()
             assert fake.grad.isfinite().all()
 
 
-def test_gan_losses():
+def test_gan_losses_have_their_closed_values():
     real = [[torch.ones(2, 3), torch.full((2, 4), 1.0)], [torch.zeros(1), torch.zeros(2, 2)]]
     fake = [[torch.zeros(2, 3), torch.zeros(2, 4)], [torch.full((1,), 0.5), torch.full((2, 2), 0.5)]]
     assert [float(x) for x in discriminator_loss(real, fake)] == [1.0, 0.25]

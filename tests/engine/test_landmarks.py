@@ -88,14 +88,22 @@ def test_landmarks_are_found_in_every_frame_and_dlib_looks_at_every_fifth(fake_d
     assert all(abs(right - left - 195) <= 1 for left, _, right, _ in fake_dlib.boxes[-2::-3][:16])
 
 
-@pytest.mark.parametrize("package", ["dlib", "face_recognition_models"])
-def test_a_missing_extra_is_one_line(fake_dlib, monkeypatch, package):
-    if package == "dlib":
+@pytest.mark.parametrize(
+    ("source", "missing", "line"),
+    [
+        ("dlib68", "dlib", r"needs dlib.* bash scripts/setup\.sh landmarks"),
+        ("dlib68", "face_recognition_models", r"needs face_recognition_models.* bash scripts/setup\.sh landmarks"),
+        ("dlib", "", "face_landmarks=dlib: no such file; give dlib68, yunet"),
+        ("yunet", "", "detector=face_detection_yunet_2023mar"),
+    ],
+)
+def test_source_of_landmarks_that_is_absent_is_refused(fake_dlib, monkeypatch, source, missing, line):
+    if missing == "dlib":
         monkeypatch.setitem(sys.modules, "dlib", None)
-    else:
+    elif missing:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=rf"needs {package}.* bash scripts/setup\.sh landmarks"):
-        landmark_source("dlib68", None)
+    with pytest.raises(UserError, match=line):
+        landmark_source(source, None)
 
 
 def test_dlib_finds_drawn_faces():
@@ -128,7 +136,7 @@ def test_tracked_landmarks_are_those_of_dlib_alone_on_a_real_clip():
         assert np.linalg.norm(transform(poses[i], alone[48:]).mean(0) - 48) < 0.05 * scale * size + 0.71
 
 
-def test_yunets_landmarks_are_those_of_the_tracked_face():
+def test_yunet_gives_the_landmarks_of_the_tracked_face():
     five = np.array([[20.0, 30], [60, 34], [40, 50], [25, 70], [58, 73]])
 
     def detector(frame):
@@ -141,8 +149,6 @@ def test_yunets_landmarks_are_those_of_the_tracked_face():
     found = add_landmarks([frames], track, NearestFace(detector)).landmarks
     assert np.allclose(found, five + np.arange(6)[:, None, None])  # that of frame 3 lies between its neighbours'
     assert isinstance(landmark_source("yunet", detector), NearestFace)
-    with pytest.raises(UserError, match="detector=face_detection_yunet_2023mar"):
-        landmark_source("yunet", None)
     with pytest.raises(UserError, match="no frame of the clip has landmarks"):
         add_landmarks([frames], given_track([150, 10, 8, 8], 6), NearestFace(detector))
 
@@ -159,7 +165,7 @@ def face(count: int) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["list", "debug", "npz", "pickle 2", "pickle 4", "pickle 5"])
 @pytest.mark.parametrize("count", [5, 68])
-def test_landmarks_of_files(tmp_path, kind, count):
+def test_landmarks_are_read_from_every_kind_of_file(tmp_path, kind, count):
     """All forms hold the same; in a folder they are laid out as the clips."""
     points = face(count)
     rows = [None if gone else p for p, gone in zip(points, ABSENT)]
@@ -182,35 +188,30 @@ def test_landmarks_of_files(tmp_path, kind, count):
         read_landmarks(tmp_path, "speaker/b.mp4")
 
 
-def test_files_that_are_something_else(tmp_path):
-    class Program:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "run"),)
+JSON = ("{", "[]", "[[[1, 2]]]", "[[1, 2], 3]", '{"frames": [{}]}', "[null, null]x", json.dumps([[[1, 2]] * 4]))
 
-    path = tmp_path / "a.json"
-    for text in (
-        "{",
-        "[]",
-        "[[[1, 2]]]",
-        "[[1, 2], 3]",
-        '{"frames": [{}]}',
-        "[null, null]x",
-        json.dumps([[[1, 2]] * 4]),
-    ):
-        path.write_text(text)
-        with pytest.raises(UserError, match=r"a\.json"):
-            read_landmarks(path, "a.mp4")
-    for content in (Program(), [Program()], "text", {"a": 1}):
-        (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))
-        with pytest.raises(UserError, match=r"a\.pkl"):
-            read_landmarks(tmp_path / "a.pkl", "a.mp4")
-    np.savez(tmp_path / "a.npz", data=np.array([None, {"facial_landmarks": 1}], object))
-    with pytest.raises(UserError, match=r"a\.npz does not hold 68 or 5"):
-        read_landmarks(tmp_path / "a.npz", "a.mp4")
+
+class Program:
+    """Makes a folder `run` if it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("run",)
+
+
+@pytest.mark.parametrize("content", [*JSON, Program(), [Program()], pickle.dumps("text"), {"a": 1}, None], ids=repr)
+def test_file_of_something_else_is_refused(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / ("a.npz" if content is None else "a.json" if content in JSON else "a.pkl")
+    if content is None:
+        np.savez(path, data=np.array([None, {"facial_landmarks": 1}], object))
+    else:
+        path.write_bytes(content.encode() if content in JSON else pickle.dumps(content))
+    with pytest.raises(UserError, match=path.name):
+        read_landmarks(path, "a.mp4")
     assert not (tmp_path / "run").exists()
 
 
-def test_the_track_of_given_landmarks(tmp_path):
+def test_track_follows_given_landmarks(tmp_path):
     """Boxes follow the face, in the frames that are used; a little too long or too short is the same clip."""
     write_video(tmp_path / "a.mp4", np.zeros((20, 360, 1280, 3), np.uint8), 25)
     clip, points = ClipFrames(tmp_path / "a.mp4", 25.0), face(68)
@@ -228,9 +229,3 @@ def test_the_track_of_given_landmarks(tmp_path):
         place_landmarks([np.zeros((26, 90, 320, 3), np.uint8)], points, ~ABSENT, 25.0)
     with pytest.raises(UserError, match="no face found in 90%"):
         place_landmarks(small, points, np.arange(20) < 2, 25.0)
-
-
-def test_an_unknown_source_of_landmarks():
-    assert landmark_source(None, None) is None
-    with pytest.raises(UserError, match="face_landmarks=dlib: no such file; give dlib68, yunet"):
-        landmark_source("dlib", None)

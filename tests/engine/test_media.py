@@ -1,4 +1,3 @@
-import hashlib
 import subprocess
 
 import numpy as np
@@ -45,14 +44,14 @@ def clip(tmp_path_factory):
     return path
 
 
-def test_video_round_trip(clip):
+def test_written_video_reads_back(clip):
     frames = read_video(clip)
     assert frames.shape == (30, 64, 96, 3) and frames.dtype == np.uint8
     assert np.abs(frames.astype(int) - counting_frames(30)).mean() < 3
     assert numbers(frames).tolist() == list(range(30))
 
 
-def test_blocks_are_the_same_video(clip):
+def test_blocks_join_to_the_same_video(clip):
     blocks = list(iter_video(clip, block=7))
     assert [len(block) for block in blocks] == [7, 7, 7, 7, 2]
     assert np.array_equal(np.concatenate(blocks), read_video(clip))
@@ -68,7 +67,7 @@ def test_frame_rate_is_changed_by_time_stamps(clip, fps, expected):
     assert np.abs(found - np.arange(expected) * 25 / fps).max() <= 1
 
 
-def test_variable_frame_rate(tmp_path):
+def test_variable_frame_rate_becomes_constant(tmp_path):
     # Ten frames at 25 fps, then ten at 12.5 fps.
     write_video(tmp_path / "a.mp4", counting_frames(20), 25)
     times = "setpts='if(lt(N,10),N,10+2*(N-10))/25/TB'"
@@ -96,32 +95,24 @@ def test_rotation_is_applied(tmp_path, clip):
     assert min(errors) < 1 < max(errors)
 
 
-def test_size_limit_and_odd_sizes(tmp_path):
+def test_sizes_are_limited_made_even_and_shown_with_square_pixels(tmp_path, clip):
     write_video(tmp_path / "odd.mp4", counting_frames(5, 63, 97), 25)
     frames = read_video(tmp_path / "odd.mp4")
     assert frames.shape == (5, 64, 98, 3)  # 4:2:0 needs even sides: the last pixel is repeated
     assert np.abs(frames[:, -1].astype(int) - frames[:, -2]).mean() < 3
     assert read_video(tmp_path / "odd.mp4", max_side=48).shape == (5, 31, 48, 3)
     assert read_video(tmp_path / "odd.mp4", max_side=500).shape == frames.shape
-
-
-def test_pixels_that_are_not_square(tmp_path, clip):
-    ffmpeg("-i", clip, "-vf", "setsar=2", "-frames:v", 3, tmp_path / "wide.mp4")
+    ffmpeg("-i", clip, "-vf", "setsar=2", "-frames:v", 3, tmp_path / "wide.mp4")  # pixels that are not square
     assert read_video(tmp_path / "wide.mp4").shape == (3, 64, 192, 3)
 
 
-def test_same_input_gives_the_same_bytes(tmp_path, clip):
-    write_video(tmp_path / "again.mp4", counting_frames(30), 25, tone(1.2), RATE)
-    digest = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (clip, tmp_path / "again.mp4")]
-    assert digest[0] == digest[1]
+def test_same_frames_give_the_same_bytes_whole_or_streamed(tmp_path, clip):
+    for name, frames in (("again.mp4", counting_frames(30)), ("streamed.mp4", (f for f in counting_frames(30)))):
+        write_video(tmp_path / name, frames, 25, tone(1.2), RATE)
+        assert (tmp_path / name).read_bytes() == clip.read_bytes()
 
 
-def test_frames_may_be_streamed(tmp_path, clip):
-    write_video(tmp_path / "streamed.mp4", (frame for frame in counting_frames(30)), 25, tone(1.2), RATE)
-    assert (tmp_path / "streamed.mp4").read_bytes() == clip.read_bytes()
-
-
-def test_sound_of_a_video(clip):
+def test_sound_of_a_video_is_in_time(clip):
     wave = read_audio(clip, RATE)
     assert wave.dtype == np.float32 and abs(len(wave) - 1.2 * RATE) < 1100  # AAC frames hold 1024 samples
     assert np.abs(wave[2000:26000] - tone(1.2)[2000:26000]).max() < 0.02  # in time to the sample
@@ -156,7 +147,7 @@ def test_long_sound_is_written_and_drawn_in_parts(tmp_path, monkeypatch):
         write_wav(tmp_path / "parts.wav", np.append(wave, np.nan), 16_000)
 
 
-def test_wav_round_trip_and_channels(tmp_path):
+def test_wav_reads_back_clipped_and_stereo_is_averaged(tmp_path):
     wave = tone(0.5)
     write_wav(tmp_path / "a.wav", torch.from_numpy(wave), RATE)
     assert soundfile.info(tmp_path / "a.wav").subtype == "PCM_16"
@@ -178,15 +169,11 @@ def test_resampling_keeps_a_tone():
 
 
 @pytest.fixture(scope="module")
-def wrong(tmp_path_factory, clip):
+def wrong(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wrong")
     (folder / "notes.txt").write_text("not a video\n" * 500)  # ffmpeg itself would play this as ANSI art
-    (folder / "list.m3u8").write_text(f"#EXTM3U\n#EXTINF:1,\n{clip}\n#EXT-X-ENDLIST\n")
-    (folder / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(50_000))
-    (folder / "empty.mp4").touch()
     write_wav(folder / "sound.wav", tone(0.2), RATE)
     write_video(folder / "silent.mp4", counting_frames(5), 25)
-    soundfile.write(folder / "no_samples.wav", np.zeros(0), RATE)
     whole = (folder / "silent.mp4").read_bytes()
     (folder / "headless.mp4").write_bytes(whole[: whole.index(b"mdat") + 40])  # index in front, pictures cut off
     (folder / "headed.mp4").write_bytes(whole[:300])
@@ -198,42 +185,22 @@ def wrong(tmp_path_factory, clip):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("missing.mp4", "no such file"),
-        (".", "is a folder"),
         ("notes.txt", "is not a video or audio file"),
-        ("list.m3u8", "is not a video or audio file"),
-        ("noise.mp4", "is not a video or audio file"),
         ("picture.png", "is not a video or audio file"),
         ("headed.mp4", "is not a video or audio file"),
-        ("empty.mp4", "is empty"),
         ("sound.wav", "has no video stream"),
         ("cover.mp3", "has no video stream"),
         ("headless.mp4", "has zero frames"),
+        ("silent.mp4", "has no audio stream"),
     ],
 )
-def test_bad_video_is_one_line(wrong, name, message):
+def test_file_without_the_stream_is_refused_in_one_line(wrong, name, message):
     with pytest.raises(UserError, match=message) as caught:
-        read_video(wrong / name)
+        read_audio(wrong / name, RATE) if "audio stream" in message else read_video(wrong / name)
     assert "\n" not in str(caught.value) and str(wrong) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("missing.wav", "no such file"),
-        (".", "is a folder"),
-        ("notes.txt", "is not a video or audio file"),
-        ("silent.mp4", "has no audio stream"),
-        ("no_samples.wav", "has zero audio samples"),
-    ],
-)
-def test_bad_audio_is_one_line(wrong, name, message):
-    with pytest.raises(UserError, match=message) as caught:
-        read_audio(wrong / name, RATE)
-    assert "\n" not in str(caught.value)
-
-
-def test_outputs_that_cannot_be_written(tmp_path, clip):
+def test_unwritable_output_is_refused(tmp_path, clip):
     (tmp_path / "file").write_text("")
     for path, message in [
         (tmp_path, "is a folder"),
@@ -251,7 +218,7 @@ def test_outputs_that_cannot_be_written(tmp_path, clip):
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
 
 
-def test_failure_leaves_the_old_output_and_no_scraps(tmp_path):
+def test_failed_writing_leaves_the_old_output_alone(tmp_path):
     write_video(tmp_path / "x.mp4", counting_frames(3), 25)
     before = (tmp_path / "x.mp4").read_bytes()
 
@@ -267,7 +234,7 @@ def test_failure_leaves_the_old_output_and_no_scraps(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.mp4"]
 
 
-def test_names_that_look_like_options_or_addresses(tmp_path, monkeypatch):
+def test_file_names_may_look_like_options_or_addresses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("-y.mp4", "http:x.mp4", "a b%03d.mp4"):
         write_video(name, counting_frames(3), 25, tone(0.12), RATE)

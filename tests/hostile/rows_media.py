@@ -127,13 +127,13 @@ def template(text: str, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(text)
 
 
-def job(folder: Path, line: str, **settings) -> None:
+def job(folder: Path, line: str) -> None:
     (folder / "jobs.jsonl").write_text(line, encoding="utf-8")
-    read_jobs(InferConfig(jobs=str(folder / "jobs.jsonl"), **{"mode": "tts", "reference_audio": "v.wav", **settings}))
+    read_jobs(InferConfig(jobs=str(folder / "jobs.jsonl"), mode="tts", reference_audio="v.wav"))
 
 
-def command(folder: Path, config: str, *words: str) -> None:
-    load(config, words, "", CONFIGS)
+def command(folder: Path, config: str, words: str) -> None:
+    load(config, words.split(), "", CONFIGS)
 
 
 def released(folder: Path) -> None:
@@ -145,215 +145,174 @@ def expanded(folder: Path) -> None:
     read_checkpoint(folder / "c.pt")
 
 
-NOT_SOUND = "samples that are not finite, or above 100"
-JUMP = "'PTS+gt(N,20)*{}/TB'"
-HICODIT, TALKER, RVQ = (
+HICODIT, TALKER, RVQ, SYSTEM, WORDS = (
     ("hicodit_tiny", HiCoDiTSystem.from_pretrained),
     ("talker_t2av_tiny", TalkerT2AV.from_pretrained),
     ("rvq_tiny", RVQCodec.from_pretrained),
+    ("talker_t2av_tiny", TalkerSystem.load),
+    ("talker_t2av_tiny", TalkerTokenizer.from_pretrained),
 )
+NAN, INF = float("nan"), float("inf")
+STATED, FIRST = "ends after .* of the .* bytes that it states", "only the first .* of its sound"
+
+
+def sound_of(path: Path):
+    return read_audio(path, 16_000)
+
+
+MEDIA = {  # content of a file: what it is read with, and the line
+    "a text": (b"hello\n" * 99, read_video, "is not a video or audio file that ffmpeg can read$"),
+    "nothing": (b"", read_video, "is empty"),
+    "a playlist": (b"#EXTM3U\nfile:///etc/passwd\n", read_video, "is not a video"),
+    "random bytes": (bytes(range(256)) * 9, probe, "is not a video"),
+    "a picture of text": (b"hello", read_picture, "cannot be read as a picture"),
+    "no jobs": (b"\xff", lambda path: read_jobs(InferConfig(jobs=str(path))), "invalid start"),
+}
+SOUNDS = {  # samples, and the line
+    "a gap": ([0.0, NAN, 0.0], "samples that are not finite, or above 100"),
+    "infinite": ([0.0, INF, 0.0], "samples that are not finite, or above 100"),
+    "1e30": ([1e30] * 99, "samples that are not finite, or above 100"),
+    "no samples": ([], "has zero audio samples"),
+    "silent": ([0.0] * 16_000, "is silent"),
+}
+LIMITED = {  # limits, what is read, and the line
+    "pixels": ({"pixels": 9999}, lambda _: read_video(CLIP), "more than 9,999 pixels"),
+    "video": ({"seconds": 1}, lambda _: read_video(CLIP), "more than 1 s of video"),
+    "sound": ({"seconds": 1}, lambda _: sound_of(VOICE), "more than 1 s of sound"),
+}
+MATRICES = {  # motion, and the line
+    "not a number": (torch.full((3, 4), torch.nan), "of finite numbers"),
+    "sparse": (torch.eye(4).to_sparse(), "of finite numbers"),
+    "a dict": ({"a": 1}, "of finite numbers"),
+    "whole numbers": (torch.ones(3, 4, dtype=torch.int64), "of finite numbers"),
+    "no rows": (torch.zeros(0, 4), "of finite numbers"),
+    "a million times its data": (torch.zeros(1).expand(10**9, 4), "larger than its data"),
+    "an object": (Path("x"), "it is damaged, or holds more than tensors"),
+}
+SETTINGS = [  # of a release's config.yaml: which release, key, value, and the line
+    (HICODIT, "model.low_blocks", 200, "lacks tensor"),
+    (HICODIT, "model.low_blocks", 10**6, "from 1 to 256"),
+    (HICODIT, "model.low_blocks", 10**9, "must be from 0 to 1,048,576"),
+    (HICODIT, "model.cond_dim", 10**6, "from 1 to 65,536"),
+    (HICODIT, "model.width", "wide", "config.yaml"),
+    (HICODIT, "model.heads", 0, "config.yaml"),
+    (RVQ, "vocos_layers", -1, "vocos_layers=-1 must be from 0"),
+    (RVQ, "latent_channels", 10**6, "from 1 to 16,384"),
+    (RVQ, "ratios", [0, 4], "ratios=0 must be"),
+    (RVQ, "surprise", 1, "config.yaml"),
+    (TALKER, "model.llm.vocab_size", 10**6, "far larger model"),
+    (TALKER, "model.llm.num_hidden_layers", 10**6, "num_hidden_layers=1000000 must be a whole number from 1 to 256"),
+    (TALKER, "model.llm.attn_implementation", "evil/kernels", "llm.attn_implementation is not one of"),
+    (TALKER, "model.delay", -5, "delay=-5 must be"),
+    (TALKER, "model.patch_size", 0, "patch_size=0 must be"),
+    (TALKER, "motion.mean", [NAN], "must be a finite number"),
+    (SYSTEM, "motion.mean", ["x"], "config.yaml lacks or misspells"),
+    (SYSTEM, "motion.mean", [None], "config.yaml lacks or misspells"),
+]
+WEIGHTS = {  # change of a release's tensors, and the line
+    "scales alone": (lambda state: state.update({"x::scale": torch.ones(3)}), "x::scale does not go with"),
+    "scales of another shape": (
+        lambda state: state.update({f"{min(state)}::scale": torch.ones(7, 7)}),
+        "::scale does not go with",
+    ),
+}
+TEMPLATES = {
+    "{{ 'x' * 99999999999 }}": "chat template cannot be used .MemoryError",
+    "{{ ''.__class__.__mro__ }}": "SecurityError",
+}
+JOBS = {  # a line of a list of jobs, and what is said of it
+    '{"text": "a", "name": null}': "name= 'None' must be a file name",
+    '{"text": "a", "name": "../a"}': "without folders",
+    '{"text": "a", "reference_audio": "a\\u0000.wav"}': "null character",
+    '{"text": "a", "reference_audio": ""}': "reference_audio= is empty",
+    '{"text": "a", "reference_audio": 7}': "must be a text",
+    '{"text": "a", "seed": Infinity}': "seed=inf must be",
+    '{"text": "a", "seed": 1180591620717411303424}': "seed=1180591620717411303424 must be",
+    '{"text": "a", "seed": -1}': "seed=-1 must be",
+    '{"text": ""}': "needs text",
+    "[" * 10**5: "nested too deep",
+}
+COMMANDS = [  # configuration, words, and the line
+    ("infer_talker", "text=", "text= is empty: give a value, or leave it out"),
+    ("infer", "input=", "input= is empty"),
+    ("infer", "input=''", "input= is empty"),
+    ("infer", "weights=", "weights= is empty"),
+    ("train", "experiment=hicodit_synthetic init=", "init= is empty"),
+]
+VALUES = {  # what makes a value, and the line
+    "statistics: not a number": (lambda: MotionStats(torch.tensor([NAN]), torch.ones(1)), "finite numbers"),
+    "statistics: below 0": (lambda: MotionStats(torch.ones(1), -torch.ones(1)), "not below 0"),
+    "decode: min_seconds": (lambda: Decode(min_seconds=NAN), "min_seconds=nan must be a number"),
+    "decode: max_side": (lambda: Decode(max_side=10**6), "max_side=1000000 must be"),
+    "job: min_seconds": (lambda: Job("tts", "a", "v.wav", min_seconds=NAN), "min_seconds=nan must be"),
+    "job: max_seconds": (lambda: Job("tts", "a", "v.wav", max_seconds=1e9), "max_seconds=1000000000.0 must be"),
+    "limits": (lambda: Limits(seconds=NAN), "limits.seconds=nan must be"),
+    "batch size": (lambda: require_range("batch_size", 0, 1, 1024), "batch_size=0 must be"),
+    "video: null byte": (lambda: read_video("a\0.mp4"), "no such file"),
+    "jobs: no end": (lambda: read_jobs(InferConfig(jobs="/dev/zero", mode="tts")), "has more than 268,435,456 bytes"),
+}
+
+
+def jump(hours: int) -> str:
+    return f"setpts='PTS+gt(N,20)*{hours * 3600}/TB'"
 
 
 def changed(source, change) -> partial:
     return partial(release, name=source[0], change=change, load_it=source[1])
 
 
+def bytes_of(data: bytes | int):
+    """Replace the weights of a release by bytes, or keep so many of them."""
+
+    def change(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:data] if isinstance(data, int) else data)
+
+    return changed(RVQ, change)
+
+
 CASES = [
-    ("video: 8k", lambda f: video(f, ".mp4", "scale=7680:4320,trim=end_frame=2"), "more than 16,777,216 pixels"),
-    ("video: limit set", lambda f: limited(f, {"pixels": 9999}, lambda _: read_video(CLIP)), "more than 9,999 pixels"),
+    *((f"file: {k}", partial(named, name="a.mp4", content=c, read=r), line) for k, (c, r, line) in MEDIA.items()),
+    *((f"sound: {k}", partial(sound, samples=v, read=read_voice), line) for k, (v, line) in SOUNDS.items()),
+    *((f"limit: {k}", partial(limited, limits=v, call=c), line) for k, (v, c, line) in LIMITED.items()),
+    *((f"motion: {k}", partial(matrix, value=v), line) for k, (v, line) in MATRICES.items()),
+    *((f"release: {k}={v}", changed(of, partial(setting, k, v)), line) for of, k, v, line in SETTINGS),
+    *((f"release: {k}", changed(RVQ, partial(weights, change)), line) for k, (change, line) in WEIGHTS.items()),
+    *((f"template: {k}", changed(WORDS, partial(template, k)), line) for k, line in TEMPLATES.items()),
+    *((f"job: {k[:50]}", partial(job, line=k), line) for k, line in JOBS.items()),
+    *((f"command: {words}", partial(command, config=of, words=words), line) for of, words, line in COMMANDS),
+    *((k, lambda _, make=make: make(), line) for k, (make, line) in VALUES.items()),
     *(
-        (
-            f"video: a jump of {hours} h, {suffix}",
-            lambda f, h=hours, s=suffix: video(f, s, f"setpts={JUMP.format(h * 3600)}"),
-            "damaged time stamps",
-        )
-        for hours in (1, 27)
-        for suffix in (".mp4", ".mkv")
+        (f"release: {of[0]} of {v}", changed(of, partial(weights, partial(spoil, v))), "weights that are not finite")
+        for of in (HICODIT, TALKER, RVQ)
+        for v in (NAN, INF)
     ),
-    ("video: too long", lambda f: limited(f, {"seconds": 1}, lambda _: read_video(CLIP)), "more than 1 s of video"),
-    (
-        "video: text",
-        lambda f: named(f, "a.mp4", b"hello\n" * 99, read_video),
-        "is not a video or audio file that ffmpeg can read$",
-    ),
-    ("video: empty", lambda f: named(f, "a.mp4", b"", read_video), "is empty"),
-    ("video: a playlist", lambda f: named(f, "a.mp4", b"#EXTM3U\nfile:///etc/passwd\n", read_video), "is not a video"),
+    ("release: weights out of half precision", released, "weights that are not finite numbers .w."),
+    ("release: cut", bytes_of(999), "model.safetensors is damaged"),
+    ("release: one giant header", bytes_of(b"\xff" * 64), "model.safetensors is damaged"),
+    ("checkpoint: larger than its data", expanded, "larger than its data"),
+    ("video: 8k", lambda f: video(f, ".mp4", "scale=7680:4320,trim=end_frame=2"), "more than 16,777,216 pixels"),
+    ("video: a jump of an hour", lambda f: video(f, ".mp4", jump(1)), "damaged time stamps"),
+    ("video: a jump of a day", lambda f: video(f, ".mkv", jump(27)), "damaged time stamps"),
     ("video: cut", lambda f: cut(f, CLIP, 0.5, read_video), "its index is missing|only the first"),
     ("video: cut, index first", lambda f: cut_fast(f, read_video), "only the first .* of its picture"),
+    ("video: cut, .avi", lambda f: cut_as(f, ".avi", read_video), STATED),
     ("video: a link to itself", lambda f: loop(f, "a.mp4", read_video), "no such file"),
-    ("video: null byte", lambda f: read_video("a\0.mp4"), "no such file"),
     ("video: a folder", lambda f: read_video(f), "is a folder"),
-    ("probe: random bytes", lambda f: named(f, "a.mp4", bytes(range(256)) * 9, probe), "is not a video"),
     ("clips: a link to itself", lambda f: loop(f, "a.mp4", lambda path: find_clips(path, f)), "no such file or folder"),
-    ("sound: not a number", lambda f: sound(f, [0.0, np.nan, 0.0]), NOT_SOUND),
-    ("sound: infinite", lambda f: sound(f, [0.0, np.inf, 0.0]), NOT_SOUND),
-    ("sound: 1e30", lambda f: sound(f, [1e30] * 99), NOT_SOUND),
-    ("sound: no samples", lambda f: sound(f, []), "has zero audio samples"),
-    (
-        "sound: too long",
-        lambda f: limited(f, {"seconds": 1}, lambda _: read_audio(VOICE, 16_000)),
-        "more than 1 s of sound",
-    ),
-    (
-        "sound: cut",
-        lambda f: cut(f, VOICE, 0.5, lambda path: read_audio(path, 16_000)),
-        "only the first .* of its sound",
-    ),
-    (
-        "sound: cut, in MP4",
-        lambda f: cut_fast(f, lambda path: read_audio(path, 16_000)),
-        "only the first .* of its sound",
-    ),
+    ("sound: cut", lambda f: cut(f, VOICE, 0.5, sound_of), FIRST),
+    ("sound: cut, in MP4", lambda f: cut_fast(f, sound_of), FIRST),
     *(
-        (f"sound: cut, {suffix}", lambda f, s=suffix: cut_as(f, s, lambda path: read_audio(path, 16_000)), line)
-        for suffix, line in (
-            (".mp3", "ends after .* of the .* bytes that it states"),
-            (".avi", "ends after .* of the .* bytes that it states"),
-            (".wma", "ends after .* of the .* bytes that it states"),
-            (".aiff", "ends after .* of the .* bytes that it states"),
-            (".au", "ends after .* of the .* bytes that it states"),
-            (".flac", "only the first .* of its sound"),
-            (".mkv", "only the first .* of its sound"),
-        )
+        (f"sound: cut, {suffix}", partial(cut_as, suffix=suffix, read=sound_of), line)
+        for suffix, line in (*((s, STATED) for s in (".mp3", ".avi", ".wma", ".aiff", ".au")), (".flac", FIRST))
     ),
-    ("video: cut, .avi", lambda f: cut_as(f, ".avi", read_video), "ends after .* of the .* bytes that it states"),
-    ("voice: silent", lambda f: sound(f, [0.0] * 16_000, read_voice), "is silent"),
-    ("write: not a number", lambda f: write_wav(f / "a.wav", np.array([np.nan]), 16_000), "not finite"),
+    ("sound: cut, .mkv", lambda f: cut_as(f, ".mkv", sound_of), FIRST),
+    ("write: not a number", lambda f: write_wav(f / "a.wav", np.array([NAN]), 16_000), "not finite"),
     (
         "picture: 16k",
         lambda f: (cv2.imwrite(str(f / "a.png"), np.zeros((16_000, 16_000), np.uint8)), read_picture(f / "a.png")),
         "more than 67,108,864",
     ),
-    ("picture: text", lambda f: named(f, "a.png", b"hello", read_picture), "cannot be read as a picture"),
-    ("motion: not a number", lambda f: matrix(f, torch.full((3, 4), torch.nan)), "of finite numbers"),
-    ("motion: sparse", lambda f: matrix(f, torch.eye(4).to_sparse()), "of finite numbers"),
-    ("motion: a dict", lambda f: matrix(f, {"a": 1}), "of finite numbers"),
-    ("motion: whole numbers", lambda f: matrix(f, torch.ones(3, 4, dtype=torch.int64)), "of finite numbers"),
-    ("motion: no rows", lambda f: matrix(f, torch.zeros(0, 4)), "of finite numbers"),
-    ("motion: a million times its data", lambda f: matrix(f, torch.zeros(1).expand(10**9, 4)), "larger than its data"),
-    ("motion: an object", lambda f: matrix(f, Path("x")), "it is damaged, or holds more than tensors"),
-    ("checkpoint: larger than its data", expanded, "larger than its data"),
     ("boxes: deep", lambda f: named(f, "b.json", b"[" * 10**5, lambda path: read_boxes(str(path))), "nested too deep"),
-    ("statistics: not a number", lambda f: MotionStats(torch.tensor([torch.nan]), torch.ones(1)), "finite numbers"),
-    ("statistics: below 0", lambda f: MotionStats(torch.ones(1), -torch.ones(1)), "not below 0"),
-    ("decode: min_seconds", lambda f: Decode(min_seconds=float("nan")), "min_seconds=nan must be a number"),
-    ("decode: max_side", lambda f: Decode(max_side=10**6), "max_side=1000000 must be"),
-    # releases
-    *(
-        (
-            f"release: {name} of {value}",
-            changed(of, partial(weights, partial(spoil, value))),
-            "weights that are not finite",
-        )
-        for name, of in (("HiCoDiT", HICODIT), ("Talker", TALKER), ("RVQ", RVQ))
-        for value in (float("nan"), float("inf"))
-    ),
-    ("release: weights out of half precision", released, "weights that are not finite numbers .w."),
-    ("release: too many layers", changed(HICODIT, partial(setting, "model.low_blocks", 200)), "lacks tensor"),
-    ("release: a million layers", changed(HICODIT, partial(setting, "model.low_blocks", 10**6)), "from 1 to 256"),
-    ("release: wide", changed(HICODIT, partial(setting, "model.cond_dim", 10**6)), "from 1 to 65,536"),
-    ("release: negative", changed(RVQ, partial(setting, "vocos_layers", -1)), "vocos_layers=-1 must be from 0"),
-    (
-        "release: a billion layers",
-        changed(HICODIT, partial(setting, "model.low_blocks", 10**9)),
-        "must be from 0 to 1,048,576",
-    ),
-    ("release: a million words", changed(TALKER, partial(setting, "model.llm.vocab_size", 10**6)), "far larger model"),
-    (
-        "release: a million decoders",
-        changed(TALKER, partial(setting, "model.llm.num_hidden_layers", 10**6)),
-        "num_hidden_layers=1000000 must be a whole number from 1 to 256",
-    ),
-    ("release: wide codec", changed(RVQ, partial(setting, "latent_channels", 10**6)), "from 1 to 16,384"),
-    ("release: ratios", changed(RVQ, partial(setting, "ratios", [0, 4])), "ratios=0 must be"),
-    ("release: delay", changed(TALKER, partial(setting, "model.delay", -5)), "delay=-5 must be"),
-    ("release: patch_size", changed(TALKER, partial(setting, "model.patch_size", 0)), "patch_size=0 must be"),
-    (
-        "release: code of the hub",
-        changed(TALKER, partial(setting, "model.llm.attn_implementation", "evil/kernels")),
-        "llm.attn_implementation is not one of",
-    ),
-    (
-        "release: not a number",
-        changed(TALKER, partial(setting, "motion.mean", [float("nan")])),
-        "must be a finite number",
-    ),
-    *(
-        (
-            f"release: statistics of {value}",
-            changed(("talker_t2av_tiny", TalkerSystem.load), partial(setting, "motion.mean", [value])),
-            "config.yaml lacks or misspells",
-        )
-        for value in ("x", None)
-    ),
-    ("release: text for a size", changed(HICODIT, partial(setting, "model.width", "wide")), "config.yaml"),
-    ("release: no heads", changed(HICODIT, partial(setting, "model.heads", 0)), "config.yaml"),
-    ("release: unknown field", changed(RVQ, partial(setting, "surprise", 1)), "config.yaml"),
-    (
-        "release: scales alone",
-        changed(RVQ, partial(weights, lambda state: state.update({"x::scale": torch.ones(3)}))),
-        "x::scale does not go with",
-    ),
-    (
-        "release: scales of another shape",
-        changed(RVQ, partial(weights, lambda s: s.update({f"{min(s)}::scale": torch.ones(7, 7)}))),
-        "::scale does not go with",
-    ),
-    (
-        "release: cut",
-        changed(RVQ, lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:999])),
-        "model.safetensors is damaged",
-    ),
-    (
-        "release: one giant header",
-        changed(RVQ, lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64)),
-        "model.safetensors is damaged",
-    ),
-    (
-        "tokenizer: a template without memory",
-        partial(
-            release,
-            name=TALKER[0],
-            change=partial(template, "{{ 'x' * 99999999999 }}"),
-            load_it=TalkerTokenizer.from_pretrained,
-        ),
-        "chat template cannot be used .MemoryError",
-    ),
-    (
-        "tokenizer: a template that reaches out",
-        partial(
-            release,
-            name=TALKER[0],
-            change=partial(template, "{{ ''.__class__.__mro__ }}"),
-            load_it=TalkerTokenizer.from_pretrained,
-        ),
-        "SecurityError",
-    ),
-    # jobs and settings
-    ("job: null name", lambda f: job(f, '{"text": "a", "name": null}'), "name= 'None' must be a file name"),
-    ("job: name of folders", lambda f: job(f, '{"text": "a", "name": "../a"}'), "without folders"),
-    ("job: null byte", lambda f: job(f, '{"text": "a", "reference_audio": "a\\u0000.wav"}'), "null character"),
-    ("job: deep", lambda f: job(f, "[" * 10**5), "nested too deep"),
-    ("job: infinite seed", lambda f: job(f, '{"text": "a", "seed": Infinity}'), "seed=inf must be"),
-    (
-        "job: seed of 2^70",
-        lambda f: job(f, '{"text": "a", "seed": 1180591620717411303424}'),
-        "seed=1180591620717411303424 must be",
-    ),
-    ("job: seed of -1", lambda f: job(f, '{"text": "a", "seed": -1}'), "seed=-1 must be"),
-    ("job: empty file name", lambda f: job(f, '{"text": "a", "reference_audio": ""}'), "reference_audio= is empty"),
-    ("job: number for a file", lambda f: job(f, '{"text": "a", "reference_audio": 7}'), "must be a text"),
-    ("job: empty text", lambda f: job(f, '{"text": ""}'), "needs text"),
-    ("job: min_seconds", lambda f: Job("tts", "a", "v.wav", min_seconds=float("nan")), "min_seconds=nan must be"),
-    ("job: max_seconds", lambda f: Job("tts", "a", "v.wav", max_seconds=1e9), "max_seconds=1000000000.0 must be"),
-    ("jobs: no end", lambda f: read_jobs(InferConfig(jobs="/dev/zero", mode="tts")), "has more than 268,435,456 bytes"),
-    ("jobs: no text", lambda f: named(f, "j", b"\xff", lambda p: read_jobs(InferConfig(jobs=str(p)))), "invalid start"),
     ("jobs: a folder", lambda f: read_jobs(InferConfig(jobs=str(f))), "cannot be read: Is a directory"),
-    ("command: text=", lambda f: command(f, "infer_talker", "text="), "text= is empty: give a value, or leave it out"),
-    ("command: input=", lambda f: command(f, "infer", "input="), "input= is empty"),
-    ("command: input=''", lambda f: command(f, "infer", "input=''"), "input= is empty"),
-    ("command: weights=", lambda f: command(f, "infer", "weights="), "weights= is empty"),
-    ("command: init=", lambda f: command(f, "train", "experiment=hicodit_synthetic", "init="), "init= is empty"),
-    ("limits: not a number", lambda f: Limits(seconds=float("nan")), "limits.seconds=nan must be"),
-    ("batch size", lambda f: require_range("batch_size", 0, 1, 1024), "batch_size=0 must be"),
 ]
