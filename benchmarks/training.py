@@ -24,8 +24,9 @@ from benchmarks.common import in_own_process, matrix_rate, now, read_config, tin
 from engine.training import distributed
 from engine.training.ema import ExponentialMovingAverage
 from engine.training.parallel import ParallelTask, adamw
+from engine.training.settings import TrainerConfig
 from engine.training.speed import Utilisation, memory_gib, peak_tflops
-from engine.training.task import Task, TrainerConfig
+from engine.training.task import Task
 from hicodit.conditions.types import windows_of
 from hicodit.model import TOKENS_PER_FRAME
 from hicodit.task import HiCoDiTTask
@@ -149,7 +150,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     device = distributed.init(job["device"])
     name, make_batch, modules = MODELS[job["model"]]
     settings = {name: job[name] for name in ("precision", "device", "compile", "checkpointing", "ema_decay")}
-    config = TrainerConfig(**read_config("trainer/cpu") | settings)
+    config = TrainerConfig(**settings)
     task = build_task(f"{name}_{job['size']}").to(device).train()
     parallel = ParallelTask(task, config, device)
     (part, module), *_ = task.parts().items()

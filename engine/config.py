@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import Field, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from engine.errors import UserError
-from engine.settings import nearest
+from engine.settings import KINDS, check_value, completed, is_a, kind_of, listed, make, nearest
 
 PACKAGES = ("engine", "corpora", "hicodit", "talker_t2av", "rvq_codec", "whisperx_vae", "lia_x", "tests")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -53,26 +53,26 @@ def load(config_name: str, argv: Sequence[str], help_text: str, configs: Path = 
     flags = [word for word in argv if word in HELP_WORDS]
     wants_help, wants_config = "--help" in flags or "-h" in flags, "--cfg" in flags
     words = [word for word in argv if word not in HELP_WORDS]
-    config, choices = _compose(config_name, words, configs)
+    composed = _compose(config_name, words, configs)
     if wants_help:
-        print(_help(config_name, help_text, config, choices, configs))
+        print(_help(config_name, help_text, composed, configs))
         raise SystemExit(0)
     if wants_config:
-        print(OmegaConf.to_yaml(config), end="")
+        print(OmegaConf.to_yaml(composed.config), end="")
         raise SystemExit(0)
-    _check_complete(config, choices, configs)
-    return config
+    _check_complete(composed, configs)
+    return composed.config
 
 
 def compose(config_name: str, words: Sequence[str], configs: Path = CONFIGS) -> DictConfig:
     """As `load`, for programs that look at some values only: mandatory ones may be missing, and data that a recipe
     leaves to the user are `shards`."""
     try:
-        return _compose(config_name, words, configs)[0]
+        return _compose(config_name, words, configs).config
     except MissingChoice as missing:
         if missing.group != "data":
             raise
-        return _compose(config_name, [*words, "data=shards"], configs)[0]
+        return _compose(config_name, [*words, "data=shards"], configs).config
 
 
 def build(config: DictConfig, **extra: Any) -> Any:
@@ -124,8 +124,20 @@ def _check_targets(node: Any) -> None:
         _check_targets(child)
 
 
-def _compose(config_name: str, words: Sequence[str], configs: Path) -> tuple[DictConfig, dict[str, str]]:
-    """(config, group -> choice). Groups are applied first, so that values are checked against what they brought."""
+@dataclass
+class Composed:
+    """A composed config, the choice of each group, and the dataclasses that describe it.
+
+    schemas: dataclass by the key of its node, "" for the whole. described: field and type by dotted key.
+    """
+
+    config: DictConfig
+    choices: dict[str, str | None]
+    schemas: dict[str, type]
+    described: dict[str, tuple[Field, Any]]
+
+
+def _compose(config_name: str, words: Sequence[str], configs: Path) -> Composed:
     groups, values = [], list(words)
     while True:  # an experiment may bring groups of its own, whose choices can be set as well
         try:
@@ -134,23 +146,44 @@ def _compose(config_name: str, words: Sequence[str], configs: Path) -> tuple[Dic
             choices = {missing.group: None}
             if not any(_name(word) in choices for word in values):
                 raise
-        found = [word for word in values if _name(word) in choices]
-        if not found:
+        chosen = [word for word in values if _name(word) in choices]
+        if not chosen:
             break
-        for word in found:
+        for word in chosen:
             _check_choice(word, configs)
-        groups += found
-        values = [word for word in values if word not in found]
-    checked = [_check_value(word, base, [*choices]) for word in values]
-    folders = [word for word in checked if (configs / _name(word)).is_dir() and word[0] not in "+~"]
-    config, choices = _hydra(config_name, [*groups, *(word for word in checked if word not in folders)], configs)
-    for word in folders:  # settings that share a folder's name, which Hydra would take for a choice from it
-        override = _parse(word)
-        assert override is not None
-        OmegaConf.update(config, override.key_or_group, override.value())
+        groups += chosen
+        values = [word for word in values if word not in chosen]
+    early = [word for word in values if word[0] in "+~" or _name(word).endswith("_target_")]
+    if early:  # these decide which settings there are
+        base, choices = _hydra(config_name, groups + early, configs)
+    schemas: dict[str, type] = {}
+    config = OmegaConf.create(_complete(OmegaConf.to_container(base, resolve=False), "", schemas))
+    described = {}
+    for place, schema in schemas.items():
+        described |= {key: (field, hint) for key, field, hint in listed(schema, f"{place}." if place else "")}
+    result = Composed(config, choices, schemas, described)
+    for word in values:
+        if word not in early:
+            _set(result, word)
     if OmegaConf.is_missing(config, "name") and choices.get("experiment"):
         config.name = choices["experiment"]
-    return config, choices
+    OmegaConf.set_struct(config, True)
+    return result
+
+
+def _complete(node: dict[str, Any], place: str, schemas: dict[str, type]) -> dict[str, Any]:
+    """Return `node` with the defaults of its dataclass, if it has one, and so on inside of it.
+
+    The dataclass of a node is what `_schema_` names, or `Settings` of the class that `_target_` names.
+    """
+    schema = target(node.pop("_schema_")) if "_schema_" in node else None
+    if "_target_" in node:
+        schema = getattr(target(node["_target_"]), "Settings", None)
+    if schema is not None:
+        schemas[place] = schema
+        node = completed(schema, node)
+    inside = f"{place}." if place else ""
+    return {k: _complete(v, f"{inside}{k}", schemas) if isinstance(v, dict) else v for k, v in node.items()}
 
 
 def _hydra(config_name: str, overrides: list[str], configs: Path) -> tuple[DictConfig, dict[str, str]]:
@@ -189,70 +222,47 @@ def _check_choice(word: str, configs: Path) -> None:
     raise UserError(f"{group}={choice} does not exist; {nearest(choice, options)}")
 
 
-def _check_value(word: str, base: DictConfig, groups: list[str]) -> str:
-    """`word`, quoted for Hydra's grammar where it stands for a string; its key must exist and its type fit."""
-    key, _, text = word.partition("=")
-    if key.startswith(("+", "~")):  # adding and deleting is Hydra's business
-        return word
-    known = dict(_walk(base))
+def _set(composed: Composed, word: str) -> None:
+    """Apply `key=value`; the key must exist and the value be of the type of its field, else of its default."""
+    config, (key, _, text) = composed.config, word.partition("=")
+    known = dict(_walk(config))
     if key not in known:
-        raise UserError(f"unknown setting {key!r}; {nearest(key, [*known, *groups])}")
-    default = known[key]
+        raise UserError(f"unknown setting {key!r}; {nearest(key, [*known, *composed.choices])}")
     if text in ("", "''", '""'):
         raise UserError(f"{key}= is empty: give a value, or leave it out")
+    field, hint = composed.described.get(key, (None, Any))
+    kind = kind_of(hint)[0] if field else _kind_of_default(config, key, known[key])
+    is_text = kind is str and text != "null" and not re.match(r"['\"]|.*\$\{", text)
+    value = text if is_text else _parse(key, text)
+    if not (isinstance(value, str) and "${" in value):
+        if field:
+            check_value(key, value, hint, field.metadata)
+        elif kind is not None and value is not None and not is_a(value, kind):
+            raise UserError(f"{key}={text} must be {KINDS[kind]} (default: {_shown(known[key])})")
+    try:
+        OmegaConf.update(config, key, value, merge=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"configuration: {_one_line(error)}") from error
+
+
+def _kind_of_default(config: DictConfig, key: str, default: Any) -> type | None:
+    """Return the one of `KINDS` that a default is, or stands for if it is interpolated; None: any will do."""
     if isinstance(default, str) and "${" in default:
-        default = _resolved(base, key, default)
-    if isinstance(default, str) and default != "???" and text != "null" and not re.match(r"['\"]|.*\$\{", text):
-        return f"{key}={_quoted(text)}"
-    override = _parse(word) or _parse(f"{key}={_quoted(text)}")  # paths with commas, brackets or spaces are strings
-    assert override is not None
-    value = override.value()
-    expected = _mismatch(default, value)
-    if expected:
-        raise UserError(f"{key}={text} is not {expected} (default: {_shown(default)})")
-    return override.input_line
+        try:
+            default = OmegaConf.select(config, key, default=default)
+        except OmegaConfBaseException:
+            return str
+        default = plain(default) if OmegaConf.is_config(default) else default
+    return None if default in (None, "???") else type(default)
 
 
-def _resolved(base: DictConfig, key: str, text: str) -> Any:
-    """What an interpolated default stands for, so that the type it has counts; its text where that is not known yet."""
+def _parse(key: str, text: str) -> Any:
+    """Return what Hydra's grammar makes of a value: a number, list, dict or text; paths with commas are texts."""
     try:
-        value = OmegaConf.select(base, key)
-    except OmegaConfBaseException:
-        return text
-    if OmegaConf.is_config(value):
-        return OmegaConf.to_container(value, resolve=False)
-    return text if value is None else value
-
-
-def _parse(word: str) -> Override | None:
-    try:
-        override = OverridesParser.create().parse_override(word)
+        override = OverridesParser.create().parse_override(f"{key}={text}")
     except HydraException:
-        return None
-    return None if override.is_sweep_override() or override.type != OverrideType.CHANGE else override
-
-
-def _quoted(text: str) -> str:
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
-    trailing = len(escaped) - len(escaped.rstrip("\\"))
-    return f"'{escaped}{trailing * chr(92)}'"
-
-
-def _mismatch(default: Any, value: Any) -> str | None:
-    """What `value` should have been, or None if it fits the default's type. `???` and null defaults take anything."""
-    if value is None or default is None or default == "???" or (isinstance(value, str) and "${" in value):
-        return None
-    if isinstance(default, bool):
-        return None if isinstance(value, bool) else "true or false"
-    if isinstance(default, int):
-        return None if isinstance(value, int) and not isinstance(value, bool) else "a whole number"
-    if isinstance(default, float):
-        return None if isinstance(value, int | float) and not isinstance(value, bool) else "a number"
-    if isinstance(default, list):
-        return None if isinstance(value, list) else "a list, as in [1,2]"
-    if isinstance(default, dict):
-        return None if isinstance(value, dict) else "a group of settings; set the ones inside it"
-    return None
+        return text
+    return text if override.is_sweep_override() else override.value()
 
 
 def _walk(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -264,18 +274,25 @@ def _walk(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _walk(value, f"{prefix}{key}.")
 
 
-def _check_complete(config: DictConfig, choices: dict[str, str], configs: Path) -> None:
+def _check_complete(composed: Composed, configs: Path) -> None:
+    config = composed.config
     missing = [key for key, value in _walk(config) if value == "???"]
-    if missing and "experiment" in choices and not choices["experiment"]:
+    if missing and "experiment" in composed.choices and not composed.choices["experiment"]:
         raise UserError(
             f"choose a recipe with experiment=NAME; there are: {', '.join(_options('experiment', configs))}"
         )
     if missing:
         raise UserError(f"missing: {' '.join(f'{key}=...' for key in sorted(missing))} (see --help)")
     try:
-        OmegaConf.to_container(config, resolve=True)
+        values = plain(config)
     except OmegaConfBaseException as error:
         raise UserError(f"configuration: {_one_line(error)}") from error
+    _check_targets(values)
+    for place, schema in composed.schemas.items():
+        node = values
+        for name in place.split(".") if place else ():
+            node = node[name]
+        make(schema, {name: value for name, value in node.items() if name != "_target_"}, f"{place}." if place else "")
 
 
 def _one_line(error: Exception) -> str:
@@ -285,40 +302,37 @@ def _one_line(error: Exception) -> str:
 # --- help ---
 
 
-def _help(name: str, text: str, config: DictConfig, choices: dict[str, str], configs: Path) -> str:
+def _help(name: str, text: str, composed: Composed, configs: Path) -> str:
     about, _, examples = text.partition("Examples:")
-    values = dict(_walk(config))
-    lines = [about.strip(), "", "Settings, as key=value (default):"]
-    sources = [(configs / f"{name}.yaml", "")]
-    for group, choice in choices.items():
-        folder, _, package = group.partition("@")
-        if choice:
-            path = configs / folder / f"{choice}.yaml"
-            is_global = "@package _global_" in path.read_text()  # as recipes are
-            sources.append((path, "" if is_global else package or folder.replace("/", ".")))
-    rows = []
-    for path, prefix in sources:
-        for key, meaning in _comments(path):
-            full = f"{prefix}.{key}" if prefix else key
-            if full in values:
-                rows.append((full, _shown(values[full]), meaning))
-    rows = list({row[0]: row for row in rows}.values())
+    sentences = {key: field.metadata.get("about", "") for key, (field, _) in composed.described.items()}
+    for folder, choice, package in [("", name, ""), *_sources(composed.choices)]:
+        path = configs / folder / f"{choice}.yaml"
+        prefix = "" if "@package _global_" in path.read_text() or not package else f"{package}."
+        sentences |= {f"{prefix}{key}": sentence for key, sentence in _comments(path)}
+    rows = [(key, _shown(value), sentences[key]) for key, value in _walk(composed.config) if sentences.get(key)]
     width = max((len(row[0]) for row in rows), default=0)
     shown = min(24, max((len(row[1]) for row in rows), default=0))
-    lines += [f"  {key:<{width}}  {default:<{shown}}  {meaning}" for key, default, meaning in rows]
-    for group, choice in choices.items():
+    lines = [about.strip(), "", "Settings, as key=value (default):"]
+    lines += [f"  {key:<{width}}  {default:<{shown}}  {sentence}" for key, default, sentence in rows]
+    for group, choice in composed.choices.items():
         lines += ["", f"{group}=..." + (f" ({choice})" if choice else "") + ":"]
         options = _options(group, configs)
         width = max(map(len, options), default=0)
-        lines += [
-            f"  {option:<{width}}  {_headline(configs / group.partition('@')[0] / f'{option}.yaml')}".rstrip()
-            for option in options
-        ]
+        headlines = [_headline(configs / group.partition("@")[0] / f"{option}.yaml") for option in options]
+        lines += [f"  {option:<{width}}  {headline}".rstrip() for option, headline in zip(options, headlines)]
     lines += ["", "  --help         this text; after an experiment=NAME with that recipe's defaults"]
     lines += ["  --cfg          the whole composed config, as YAML"]
     if examples:
         lines += ["", "Examples:", *(f"  {line.strip()}" for line in examples.strip().splitlines())]
     return "\n".join(lines)
+
+
+def _sources(choices: dict[str, str | None]) -> Iterator[tuple[str, str, str]]:
+    """Yield (folder, choice, package) of the chosen files."""
+    for group, choice in choices.items():
+        folder, _, package = group.partition("@")
+        if choice:
+            yield folder, choice, package or folder.replace("/", ".")
 
 
 def _comments(path: Path) -> Iterator[tuple[str, str]]:

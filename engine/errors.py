@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -52,3 +53,12 @@ def run_cli(main: Callable[[], int | None], leave: Callable[[int], None] = sys.e
         traceback.print_exc()
         code = 1
     leave(code or 0)
+
+
+def exit_process(code: int) -> NoReturn:
+    """End this process: at once if it is one of several, as gloo's threads outlive `shutdown`."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -83,6 +83,19 @@ def writable(folder: str | Path, setting: str = "output") -> Iterator[None]:
                 path.rmdir()
 
 
+def require_space(folder: str | Path, setting: str, megabytes: float = 500) -> None:
+    """
+    Raises:
+        UserError: the disk of `folder`, which the setting names, has less space left.
+    """
+    place = next(place for place in (Path(folder).absolute(), *Path(folder).absolute().parents) if place.exists())
+    free = shutil.disk_usage(place).free / 1e6
+    if free < megabytes:
+        raise UserError(
+            f"{setting}={folder}: {free:,.0f} MB are free, this needs {megabytes:,.0f} MB: choose another disk"
+        )
+
+
 @contextmanager
 def all_or_none(folder: str | Path) -> Iterator[Path]:
     """Give a temporary folder inside `folder`; its files move there together when the block succeeds."""

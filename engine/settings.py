@@ -27,6 +27,12 @@ NEEDED = dataclasses.MISSING  # the default of a setting that must be given
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
 SEEDS = (0, 2**63 - 1)  # that torch can be seeded with
+# sentences of settings that several commands have
+SEED = "seed of all random numbers; equal seeds give equal results on the same machine"
+DEVICE = "auto, cpu or cuda"
+PRECISION = "fp32, bf16, or auto: bf16 on processors that multiply it themselves (CUDA, AVX-512 BF16, AMX)"
+COMPILE = "compile the steps of the sampler: faster, after minutes of compiling in each run"
+FACE_BOX = "known position of the face instead of detection: x,y,w,h in pixels, or a JSON file of boxes"
 KINDS = {
     bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list, as in [1,2]",
     dict: "a group of settings: set the ones inside it",
@@ -48,25 +54,42 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def group(kind: type, unset: bool = False) -> Any:
+def group(kind: type, unset: bool = False, about: str = "") -> Any:
     """Describe a group of settings, the dataclass `kind`.
 
     Args:
         unset: the field is a dict of changes to settings that stand elsewhere; each is None, no change, by default.
     """
     factory = partial(dict.fromkeys, [field.name for field in dataclasses.fields(kind)]) if unset else kind
-    return dataclasses.field(default_factory=factory, metadata={"group": kind, "unset": unset})
+    return dataclasses.field(default_factory=factory, metadata={"group": kind, "unset": unset, "about": about})
 
 
 def listed(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
-    """Yield (dotted key, field, default) of the settings of a dataclass and of its groups; see `NEEDED`."""
+    """Yield (dotted key, field, type) of the settings of a dataclass and of its groups."""
     for field in dataclasses.fields(schema):
         if "group" in field.metadata:
-            for key, inner, default in listed(field.metadata["group"], f"{prefix}{field.name}."):
-                yield key, inner, None if field.metadata["unset"] else default
+            yield f"{prefix}{field.name}", field, dict
+            yield from listed(field.metadata["group"], f"{prefix}{field.name}.")
         else:
-            factory = field.default_factory
-            yield f"{prefix}{field.name}", field, field.default if factory is NEEDED else factory()
+            yield f"{prefix}{field.name}", field, _hints(schema)[field.name]
+
+
+def completed(schema: type, values: Mapping[str, Any], unset: bool = False) -> dict[str, Any]:
+    """Return the settings of a dataclass and of its groups: `values`, else defaults, "???" where there is none.
+
+    Args:
+        unset: values that are not given are None.
+    """
+    result = {}
+    for field in dataclasses.fields(schema):
+        value = values.get(field.name, NEEDED)
+        if "group" in field.metadata and (value is NEEDED or isinstance(value, Mapping)):
+            inner = {} if value is NEEDED else value
+            value = completed(field.metadata["group"], inner, unset or field.metadata["unset"])
+        elif value is NEEDED:
+            value = None if unset else _default(field)
+        result[field.name] = "???" if value is NEEDED else value
+    return result | {name: value for name, value in values.items() if name not in result}
 
 
 def make(schema: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
@@ -76,7 +99,7 @@ def make(schema: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
         UserError: a value is wrong, missing, or of no setting.
     """
     fields = _fields(schema, values, prefix)
-    needed = [n for n, f in fields.items() if f.default is f.default_factory is NEEDED and n not in values]
+    needed = [n for n, f in fields.items() if _default(f) is NEEDED and n not in values]
     if needed:
         raise UserError(f"missing: {' '.join(f'{prefix}{name}=...' for name in needed)}")
     made = dict(values)
@@ -110,7 +133,7 @@ def check_changes(schema: type, changes: Mapping[str, Any], prefix: str = "") ->
     fields, hints = _fields(schema, changes, prefix), _hints(schema)
     for name, value in changes.items():
         if value is not None:
-            _check(f"{prefix}{name}", value, hints[name], fields[name].metadata)
+            check_value(f"{prefix}{name}", value, hints[name], fields[name].metadata)
     return dict(changes)
 
 
@@ -122,7 +145,27 @@ def check_settings(settings: Any, prefix: str = "") -> None:
     """
     hints = _hints(type(settings))
     for field in dataclasses.fields(settings):
-        _check(f"{prefix}{field.name}", getattr(settings, field.name), hints[field.name], field.metadata)
+        check_value(f"{prefix}{field.name}", getattr(settings, field.name), hints[field.name], field.metadata)
+
+
+def check_value(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        UserError: `value` is not of the type `hint`, or not what the metadata of a `setting` allow.
+    """
+    kind, takes_none = kind_of(hint)
+    if value is None and (takes_none or kind is None):
+        return
+    bounds, choices = metadata.get("bounds"), metadata.get("choices")
+    if kind is list and not is_a(value, list):
+        raise UserError(f"{name}={str(value)[:40]} must be {KINDS[list]}")
+    for item in value if kind is list else [value]:
+        if choices:
+            require_choice(name, item, choices)
+        elif bounds:
+            require_range(name, item, *bounds)
+        elif kind not in (None, list) and not is_a(item, kind):
+            raise UserError(f"{name}={str(item)[:40]} must be {KINDS[kind]}")
 
 
 def require_range(name: str, value: Any, low: float, high: float) -> None:
@@ -182,25 +225,13 @@ def _hints(schema: type) -> dict[str, Any]:
     return get_type_hints(schema)
 
 
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is NEEDED else field.default_factory()
+
+
 def _fields(schema: type, values: Mapping[str, Any], prefix: str) -> dict[str, dataclasses.Field]:
     fields = {field.name: field for field in dataclasses.fields(schema)}
     for name in values:
         if name not in fields:
             raise UserError(f"unknown setting {prefix + str(name)[:80]!r}; {nearest(str(name), list(fields))}")
     return fields
-
-
-def _check(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> None:
-    kind, takes_none = kind_of(hint)
-    if value is None and (takes_none or kind is None):
-        return
-    bounds, choices = metadata.get("bounds"), metadata.get("choices")
-    if kind is list and not is_a(value, list):
-        raise UserError(f"{name}={str(value)[:40]} must be {KINDS[list]}")
-    for item in value if kind is list else [value]:
-        if choices:
-            require_choice(name, item, choices)
-        elif bounds:
-            require_range(name, item, *bounds)
-        elif kind not in (None, list) and not is_a(item, kind):
-            raise UserError(f"{name}={str(item)[:40]} must be {KINDS[kind]}")

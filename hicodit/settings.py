@@ -16,7 +16,22 @@ from engine.files import writable
 from engine.hub import check_release
 from engine.media.ffmpeg import require_stream
 from engine.media.limits import Limits, set_limits
-from engine.settings import DEVICES, PRECISIONS, SEEDS, check_settings, group, make, override, require_choice, setting
+from engine.settings import (
+    COMPILE,
+    DEVICE,
+    DEVICES,
+    FACE_BOX,
+    PRECISION,
+    PRECISIONS,
+    SEED,
+    SEEDS,
+    check_settings,
+    group,
+    make,
+    override,
+    require_choice,
+    setting,
+)
 
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "hicodit_tiny"
 METHODS = ("euler", "fixed_count", "confidence", "ordered", "entropy")  # functions of hicodit/samplers.py
@@ -27,31 +42,35 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpe
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """How to sample.
+    """Settings of the sampler."""
 
-    method: a name of `METHODS`.
-    steps: network calls (the paper uses 64); `euler` adds a last one that leaves no mask, `entropy` may need fewer.
-    temperature: of the token draw; 0 takes the most likely token.
-    choice_noise: Gumbel noise on the log probabilities by which `confidence`, where it is annealed to 0 with t, and
-        `ordered` choose.
-    level_delay: by how much each level's log probability counts less than that of the level before it, so that coarse
-        levels are revealed before fine ones (`ordered`, `entropy`).
-    shift: 1 reveals as many tokens in each step of `ordered`, less few at first and many at last.
-    entropy: nats a frame of tokens that `entropy` may reveal in a step, as long as `steps` suffice.
-    window: seconds of a clip that are drawn at once, as long as what the model was trained on; longer clips are done in
-        windows that overlap by a second (see `hicodit.generation`).
-    end: time at which the steps of `euler` end, a little above 0, and the least time that any method tells the network.
-    """
-
-    method: str = setting("euler", choices=METHODS)
-    steps: int = setting(64, 1, 1000)
-    temperature: float = setting(1.0, 0.0, 100.0)
-    choice_noise: float = setting(4.5, 0.0, 1000.0)
-    level_delay: float = setting(5.0, 0.0, 1000.0)
-    shift: float = setting(0.1, 0.01, 1.0)
-    entropy: float = setting(4.0, 0.0, 1000.0)
-    window: int = setting(3, 2, 60)
-    end: float = setting(1e-5, 1e-9, 0.5)
+    method: str = setting(
+        "euler", choices=METHODS, about="euler (the paper's), fixed_count, confidence, ordered or entropy"
+    )
+    steps: int = setting(
+        64, 1, 1000, "sampling steps (the paper: 64); euler adds a last one that leaves no mask, entropy may need fewer"
+    )
+    temperature: float = setting(1.0, 0.0, 100.0, "temperature of the token draw; 0: always the most likely token")
+    choice_noise: float = setting(
+        4.5,
+        0.0,
+        1000.0,
+        "scale of the Gumbel noise with which confidence (less and less) and ordered rank positions",
+    )
+    level_delay: float = setting(
+        5.0, 0.0, 1000.0, "ordered and entropy: subtracted from a token's log probability once for each coarser level"
+    )
+    shift: float = setting(
+        0.1, 0.01, 1.0, "ordered: 1 reveals equally many tokens in each step, smaller values fewer early and more late"
+    )
+    entropy: float = setting(4.0, 0.0, 1000.0, "entropy: how many nats of tokens per frame one step may reveal")
+    window: int = setting(
+        3,
+        2,
+        60,
+        "seconds sampled at once; longer clips are sampled in windows that overlap by one second",
+    )
+    end: float = setting(1e-5, 1e-9, 0.5, "diffusion time at which euler ends; no method shows the network less")
 
     def __post_init__(self) -> None:
         check_settings(self, "sampler.")
@@ -59,20 +78,20 @@ class SamplerConfig:
 
 @dataclass(frozen=True)
 class GuidanceScales:
-    """The four scales and the reading of the formula. HiCoDiT: LRS3 2.5, 1.25, 1.5, 2.0; LRS2 2.25 for `all`.
+    """The four scales and the reading of the formula. The paper: LRS3 2.5, 1.25, 1.5, 2.0; LRS2 2.25 for `all`."""
 
-    late: guidance acts while at most this share of a clip's tokens is masked; before, the conditional model is alone,
-        which costs one branch (arXiv 2507.08965). The paper: 1, always.
-    """
+    all: float = setting(1.0, -100.0, 100.0, "guidance scale of all conditions together")
+    identity: float = setting(0.0, -100.0, 100.0, "guidance scale of the identity alone")
+    expression: float = setting(0.0, -100.0, 100.0, "guidance scale of the expression alone")
+    lip: float = setting(0.0, -100.0, 100.0, "guidance scale of the lip motion alone")
+    reading: str = setting(
+        "D", choices=READINGS, about="variant of the guidance formula: A, B, C or D (see hicodit/guidance.py)"
+    )
+    late: float = setting(
+        1.0, 0.0, 1.0, "guidance starts when at most this share of tokens is masked; 1: from the beginning (the paper)"
+    )
 
-    all: float = setting(1.0, -100.0, 100.0)
-    identity: float = setting(0.0, -100.0, 100.0)
-    expression: float = setting(0.0, -100.0, 100.0)
-    lip: float = setting(0.0, -100.0, 100.0)
-    reading: str = setting("D", choices=READINGS)
-    late: float = setting(1.0, 0.0, 1.0)
-
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:  # late: arXiv 2507.08965
         check_settings(self, "guidance.")
         if self.late < 1 and "all" not in self.branches:
             raise UserError(f"guidance.late={self.late} needs guidance.all other than 0")
@@ -126,31 +145,46 @@ def with_preset(name: str, sampler: SamplerConfig, guidance: GuidanceScales) -> 
 
 @dataclass
 class InferConfig:
-    """Types of configs/infer.yaml; what each field means stands there."""
+    """Settings of `infer.py`; those of sampler and guidance are changes to what the release stores."""
 
-    model: str = "hicodit"
-    weights: str | None = None
-    codec: str | None = None
-    input: str | None = None
-    output: str = ""
-    reference_audio: str | None = None
-    seed: int = setting(0, *SEEDS)
-    device: str = setting("auto", choices=DEVICES)
-    precision: str = setting("auto", choices=PRECISIONS)
-    compile: bool = False
-    batch_size: int = setting(8, 1, 1024)
-    stream: bool = False
-    lookahead: float = setting(0.4, 0.04, 4.0)
-    figure: bool = True
-    face: str = "largest"
-    face_box: str | None = None
-    detector: str | None = None
-    face_landmarks: str | None = None
-    debug: bool = False
-    encoders: str | None = None
-    sampler: dict[str, Any] = group(SamplerConfig, unset=True)
-    guidance: dict[str, Any] = group(GuidanceScales, unset=True)
-    limits: Limits = group(Limits)
+    model: str = setting("hicodit", about="hicodit or talker_t2av")
+    weights: str | None = setting(
+        None, about="release folder, or OWNER/NAME on the Hugging Face hub; null: the bundled tiny model"
+    )
+    codec: str | None = setting(None, about="release folder of the tokenizer; null: the one that the weights name")
+    input: str | None = setting(None, about="a clip, or a folder of clips; null: the bundled silent clip")
+    output: str = setting("outputs", about="folder of the results")
+    reference_audio: str | None = setting(
+        None, about="recording of the voice to speak with; null: the voice is predicted from the face"
+    )
+    seed: int = setting(0, *SEEDS, SEED)
+    device: str = setting("auto", choices=DEVICES, about=DEVICE)
+    precision: str = setting("auto", choices=PRECISIONS, about=PRECISION)
+    compile: bool = setting(False, about=COMPILE)
+    batch_size: int = setting(8, 1, 1024, "number of clips of a folder processed at once")
+    stream: bool = setting(
+        False, about="sound in hops of 160 ms as the pictures come, without a look at the whole clip; no figure"
+    )
+    lookahead: float = setting(0.4, 0.04, 4.0, "stream: seconds of pictures after a moment that its sound waits for")
+    figure: bool = setting(True, about="write the figure NAME.png; false leaves the one of an earlier run in place")
+    face: str = setting("largest", about="which of several faces: largest, central, or 1, 2, ... by size")
+    face_box: str | None = setting(None, about=FACE_BOX)
+    detector: str | None = setting(
+        None, about="path of YuNet's file face_detection_yunet_2023mar.onnx; null: OpenCV's cascade"
+    )
+    face_landmarks: str | None = setting(
+        None, about="landmarks in each frame: dlib68, yunet (with detector=), or a file or folder; null: the detector's"
+    )
+    debug: bool = setting(
+        False, about="also write NAME_face.png and NAME_face.json, a picture and the numbers of the face track"
+    )
+    encoders: str | None = setting(
+        None,
+        about="folder of the AV-HuBERT, ArcFace and POSTER V2 files, for models that use them; null: as in training",
+    )
+    sampler: dict[str, Any] = group(SamplerConfig, unset=True, about="null: the release's setting")
+    guidance: dict[str, Any] = group(GuidanceScales, unset=True, about="null: the release's setting")
+    limits: Limits = group(Limits, about="larger inputs are rejected before they are decoded")
 
     def __post_init__(self) -> None:
         check_settings(self)

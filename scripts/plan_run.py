@@ -32,7 +32,8 @@ from engine.errors import UserError, run_cli
 from engine.files import atomic_output
 from engine.record import record, write_json
 from engine.training.plan import CARDS, Efficiency, Measured, Plan, measure_fake, plan, spread
-from engine.training.task import Task, TrainerConfig
+from engine.training.settings import TrainerConfig
+from engine.training.task import Task
 
 WAYS = ("ddp", "fsdp", "hybrid")
 PARTS = ("weights", "gradients", "optimiser", "average", "activations")

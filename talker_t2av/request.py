@@ -47,21 +47,23 @@ MODES = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of both diffusion heads; the defaults are those of the released command line.
+    """Settings of both diffusion heads; the defaults are those of the released command line."""
 
-    steps: solver steps. temperature: factor of the noise. guidance: scale of classifier-free guidance; at 1 the
-        unconditional branch is not evaluated. text_bytes: of the longest text (UTF-8) that is spoken at once, which is
-        little less than 30 s of slow speech; longer texts are spoken in parts. particles: drafts of the speech that
-        V2A draws side by side, to keep what fits the given motion (talker_t2av/particles.py); 1: one draft, as in other
-        modes. particle_temperature: factor of the noise where there are several drafts.
-    """
-
-    steps: int = setting(10, 1, 1000)
-    temperature: float = setting(0.3, 0.0, 2.0)
-    guidance: float = setting(2.0, 0.0, 20.0)
-    text_bytes: int = setting(190, 8, 190)
-    particles: int = setting(1, 1, 256)
-    particle_temperature: float = setting(0.8, 0.0, 2.0)
+    steps: int = setting(10, 1, 1000, "steps of the flow solver (released model: 10)")
+    temperature: float = setting(0.3, 0.0, 2.0, "scale of the initial noise (released model: 0.3)")
+    guidance: float = setting(
+        2.0, 0.0, 20.0, "scale of classifier-free guidance (released model: 2.0); 1: off, twice as fast"
+    )
+    text_bytes: int = setting(
+        190,  # a little less than 30 s of slow speech
+        8,
+        190,
+        "longer texts are spoken in parts (sentences, else clauses, else words) with short pauses between",
+    )
+    particles: int = setting(
+        1, 1, 256, "v2a: drafts of the speech side by side, of which those that fit the face go on; 1: a single one"
+    )
+    particle_temperature: float = setting(0.8, 0.0, 2.0, "v2a: scale of the initial noise of several drafts")
 
     def __post_init__(self) -> None:
         check_settings(self, "sampling.")

@@ -16,7 +16,20 @@ from engine.files import writable
 from engine.hub import check_release
 from engine.media.ffmpeg import check_readable, probe, require_stream
 from engine.media.limits import Limits, set_limits
-from engine.settings import DEVICES, PRECISIONS, SEEDS, check_settings, group, make, setting
+from engine.settings import (
+    COMPILE,
+    DEVICE,
+    DEVICES,
+    FACE_BOX,
+    PRECISION,
+    PRECISIONS,
+    SEED,
+    SEEDS,
+    check_settings,
+    group,
+    make,
+    setting,
+)
 from engine.untrusted import parse_json, read_lines, safe_name
 from talker_t2av.request import MODES, Sampling
 
@@ -30,49 +43,53 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 @dataclass(frozen=True)
-class JobFields:
-    """What to generate from which files: settings of the command line and of a line of JSONL.
+class Job:
+    """What to generate from which files: settings of the command line, of a line of JSONL and of a request.
 
-    Attributes:
-        mode: t2av, tts, a2v or v2a.
-        text: the words to speak. In a2v and v2a, the words of the given sound or lips; it may be empty. If it is longer
-            than `Sampling.text_bytes`, t2av and tts speak it in parts, with a pause of 0.2 s between two: whole
-            sentences, else clauses, else words (compat=paper only).
-        reference_audio: file with the voice. By default the given audio (a2v), or the sound of one of the videos.
-        reference_video: video or picture with the face; its first frame that shows the face is animated (t2av, a2v).
-        reference_motion: torch file with the motion codes (F, Dm) of the reference; by default they are computed.
-        reference_text: what the reference says; needed if it is used as a prefix.
-        audio: a2v: the sound to which the face moves. video: v2a: the clip that gets a voice.
-        crop: part of the videos that is used: "face", the square round it, or "centre", the largest centred square.
-        face_box: position of the face, which is then not detected, in `video` or else in `reference_video`; see
-            `engine.faces.track.read_boxes`.
-        prefix_seconds: length of the reference's beginning that the result continues, in its style.
-        min_seconds, max_seconds: length of the result, or of each part; max None: estimated from the text.
-        compat: paper: as in training. official: as the released command line (t2av) and the released method for speech
-            alone (tts). library: as the released methods. See talker_t2av/official.py.
-        seed: of the noise.
+    compat: `official` is as the released command line (t2av) and the released method for speech alone (tts), `library`
+    as the released methods; see talker_t2av/official.py.
     """
 
-    mode: str = setting("t2av", choices=MODES)
-    text: str = ""
-    reference_audio: str | None = None
-    reference_video: str | None = None
-    reference_motion: str | None = None
-    reference_text: str = ""
-    audio: str | None = None
-    video: str | None = None
-    crop: str = setting("face", choices=CROPS)
-    face_box: str | None = None
-    prefix_seconds: float = setting(0.0, 0.0, 30.0)
-    min_seconds: float = setting(0.16, 0.0, 30.0)
-    max_seconds: float | None = setting(None, 0.16, 30.0)
-    compat: str = setting("paper", choices=COMPAT)
-    seed: int = setting(0, *SEEDS)
-
-
-@dataclass(frozen=True)
-class Job(JobFields):
-    """`JobFields` that fit together."""
+    mode: str = setting(
+        "t2av",
+        choices=MODES,
+        about="t2av: text to talking face; tts: text to speech; a2v: audio to face; v2a: face to audio",
+    )
+    text: str = setting(
+        "", about="text to speak, up to 2,000 bytes; for a2v and v2a: what the given audio or video says"
+    )
+    reference_audio: str | None = setting(
+        None, about="recording of the voice; null: the audio of audio=, reference_video= or video="
+    )
+    reference_video: str | None = setting(
+        None, about="video or image of the face; its first frame with a face is animated (t2av, a2v)"
+    )
+    reference_motion: str | None = setting(
+        None,
+        about="motion codes of reference_video as a torch file (frames, 40); null: computed from its frames",
+    )
+    reference_text: str = setting("", about="transcript of the reference's beginning, where prefix_seconds is used")
+    audio: str | None = setting(None, about="a2v: the audio that the face moves to")
+    video: str | None = setting(None, about="v2a: the clip that gets a voice")
+    crop: str = setting(
+        "face",
+        choices=CROPS,
+        about="square cut from videos: face (around the face) or centre (the largest in the middle)",
+    )
+    face_box: str | None = setting(None, about=FACE_BOX)
+    prefix_seconds: float = setting(
+        0.0, 0.0, 30.0, "length of the reference's beginning that is continued, to copy its style; multiple of 0.16"
+    )
+    min_seconds: float = setting(0.16, 0.0, 30.0, "shortest result of t2av and tts in seconds")
+    max_seconds: float | None = setting(
+        None, 0.16, 30.0, "longest result, or part of a long text, in seconds, up to 30; null: estimated from the text"
+    )
+    compat: str = setting(
+        "paper",
+        choices=COMPAT,
+        about="paper, or reproduce the released code (t2av, tts): official (its command line), library (its methods)",
+    )
+    seed: int = setting(0, *SEEDS, SEED)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -155,36 +172,47 @@ class Job(JobFields):
             require_stream(self.voice_file, "audio")
 
 
-@dataclass
+@dataclass(frozen=True)
 class CodecFolders:
-    speech: str | None = None
-    motion: str | None = None
-    speaker: str | None = None
+    """Release folders of codecs."""
+
+    speech: str | None = setting(None, about="WhisperX-VAE")
+    motion: str | None = setting(None, about="LIA-X")
+    speaker: str | None = setting(None, about="the speaker encoder")
 
 
 @dataclass(frozen=True)
-class InferConfig(JobFields):
-    """Types of configs/infer_talker.yaml; what each field means stands there."""
+class InferConfig(Job):
+    """Settings of `infer.py model=talker_t2av`: a job, or what the jobs of a file share, and how to run them."""
 
-    model: str = "talker_t2av"
-    jobs: str | None = None
-    name: str | None = None
-    output: str = ""
-    weights: str | None = None
-    codecs: CodecFolders = group(CodecFolders)
-    device: str = setting("auto", choices=DEVICES)
-    precision: str = setting("auto", choices=PRECISIONS)
-    compile: bool = False
-    batch_size: int = setting(8, 1, 1024)
-    figure: bool = True
-    sampling: dict[str, Any] = group(Sampling, unset=True)
-    limits: Limits = group(Limits)
+    model: str = setting("talker_t2av", about="talker_t2av or hicodit")
+    jobs: str | None = setting(None, about="JSONL file with one job a line, whose settings override those given here")
+    name: str | None = setting(
+        None, about='name of the output files; null: the mode, or for jobs their "name" or line number'
+    )
+    output: str = setting("outputs", about="folder of the results")
+    weights: str | None = setting(
+        None,
+        about="our release folder, OWNER/NAME on the hub, or a folder of the released files; null: the bundled model",
+    )
+    codecs: CodecFolders = group(
+        CodecFolders, about="release folders of codecs; null: those that belong to the weights"
+    )
+    device: str = setting("auto", choices=DEVICES, about=DEVICE)
+    precision: str = setting("auto", choices=PRECISIONS, about=PRECISION)
+    compile: bool = setting(False, about=COMPILE)
+    batch_size: int = setting(8, 1, 1024, "number of jobs processed at once")
+    figure: bool = setting(
+        True, about="t2av and a2v: write the figure NAME.png; false leaves the one of an earlier run in place"
+    )
+    sampling: dict[str, Any] = group(Sampling, unset=True, about="null: the release's setting")
+    limits: Limits = group(Limits, about="larger inputs are rejected before they are decoded")
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        check_settings(self)  # whether the job's settings fit together is for `Job` to check
 
 
-JOB_FIELDS = {own.name for own in fields(JobFields)}
+JOB_FIELDS = {field.name for field in fields(Job)}
 
 
 def read_settings(config: DictConfig) -> tuple[InferConfig, list[tuple[str, Job | UserError]]]:

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from engine.config import load
 from engine.errors import UserError
-from engine.training.task import TrainerConfig
+from engine.training.settings import TrainerConfig
 from hicodit.conditions import encoder_config
 from hicodit.conditions.encoders import TinyLipEncoder
 from hicodit.model import ModelConfig

@@ -9,15 +9,12 @@ from engine.settings import check_settings, setting
 
 @dataclass
 class Limits:
-    """
-    pixels: of a video's frame; 4K has 9 million. picture_pixels: of a picture.
-    seconds: of a video or sound. gap: between two frames of a video; larger ones are damaged time stamps.
-    """
+    """Limits of the files that a process reads; larger ones are rejected before they are decoded."""
 
-    pixels: int = setting(2**24, 2**8, 2**31)
-    picture_pixels: int = setting(2**26, 2**8, 2**31)
-    seconds: float = setting(3600.0, 0.1, 1e6)
-    gap: float = setting(60.0, 0.1, 1e6)
+    pixels: int = setting(2**24, 2**8, 2**31, "most pixels of a video frame (4K has 8,294,400)")
+    picture_pixels: int = setting(2**26, 2**8, 2**31, "most pixels of an image")
+    seconds: float = setting(3600.0, 0.1, 1e6, "greatest length of a video or audio file in seconds")
+    gap: float = setting(60.0, 0.1, 1e6, "most seconds between two frames of a video; more are damaged time stamps")
 
     def __post_init__(self) -> None:
         check_settings(self, "limits.")

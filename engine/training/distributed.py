@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import lru_cache
@@ -94,15 +93,6 @@ def shutdown() -> None:
         for group in dist.distributed_c10d._world.pg_map:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
         dist.destroy_process_group()
-
-
-def exit_process(code: int) -> NoReturn:
-    """End this process: at once if it is one of several, as gloo's threads outlive `shutdown`."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 def rank() -> int:

@@ -29,8 +29,9 @@ from torch.utils.checkpoint import checkpoint
 from engine.errors import UserError
 from engine.training import distributed
 from engine.training.ema import ExponentialMovingAverage
+from engine.training.settings import TrainerConfig
 from engine.training.speed import recomputing
-from engine.training.task import Task, TrainerConfig
+from engine.training.task import Task
 
 
 class ParallelTask:

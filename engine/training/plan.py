@@ -32,8 +32,9 @@ from torch.utils._pytree import tree_leaves
 
 from engine.training.ema import ExponentialMovingAverage, _local
 from engine.training.parallel import ParallelTask, adamw, begin_state, clipping_groups
+from engine.training.settings import TrainerConfig
 from engine.training.speed import PEAKS, counter
-from engine.training.task import Task, TrainerConfig
+from engine.training.task import Task
 
 
 @dataclass(frozen=True)

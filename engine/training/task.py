@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,6 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.evaluation.shares import ALONE, ByClip, Share, figures_of
-from engine.settings import NEEDED, SEEDS, check_settings, setting
 from engine.training.lora import add_lora
 
 
@@ -135,99 +131,3 @@ class Task(nn.Module):
             )
         self.requires_grad_(False)
         self.lora_scale = add_lora(module, rank, alpha)
-
-
-@dataclass(frozen=True)
-class TrainerConfig:
-    """The fields of configs/trainer/*.yaml, where each is explained. Every field must be given."""
-
-    steps: int = setting(NEEDED, 1, 10**9)
-    batch_size: int = setting(NEEDED, 1, 10**6)
-    batch_tokens: int | None = setting(NEEDED, 1, 10**9)
-    by_length: bool
-    accumulate: int = setting(NEEDED, 1, 10**6)
-    global_batch_size: int | None = setting(NEEDED, 1, 10**9)
-    lr: float = setting(NEEDED, 0.0, 10.0)
-    betas: tuple[float, float] = setting(NEEDED, 0.0, 1 - 1e-9)
-    weight_decay: float = setting(NEEDED, 0.0, 100.0)
-    warmup: int = setting(NEEDED, 0, 10**9)
-    schedule: str
-    min_lr_ratio: float = setting(NEEDED, 0.0, 1.0)
-    clip: float | None = setting(NEEDED, 1e-9, 1e9)
-    ema_decay: float = setting(NEEDED, 0.0, 1 - 1e-9)
-    precision: str
-    device: str
-    parallel: str
-    checkpointing: bool
-    compile: bool
-    workers: int = setting(NEEDED, 0, 256)
-    log_every: int = setting(NEEDED, 1, 10**9)
-    validate_every: int = setting(NEEDED, 1, 10**9)
-    checkpoint_every: int = setting(NEEDED, 1, 10**9)
-    keep: int = setting(NEEDED, 1, 10**6)
-    best: str | None
-    spike: float | None = setting(NEEDED, 1e-9, 1e9)
-    give_up_after: int = setting(NEEDED, 1, 10**9)
-    seed: int = setting(NEEDED, *SEEDS)
-    wandb: str
-    tensorboard: bool
-    peak_tflops: float | None = setting(NEEDED, 1e-9, 1e9)
-    profile: int = setting(NEEDED, 0, 10_000)
-
-    @classmethod
-    def of(cls, values: Mapping[Any, Any]) -> TrainerConfig:
-        """
-        Raises:
-            UserError: a field is missing, unknown or out of range.
-        """
-        try:
-            return cls(**{str(key): value for key, value in values.items()})
-        except TypeError as error:
-            raise UserError(f"trainer config: {error}".replace("TrainerConfig.__init__()", "it")) from error
-
-    def __post_init__(self) -> None:
-        words = {
-            "schedule": ("constant", "cosine"),
-            "precision": ("fp32", "bf16"),
-            "device": ("auto", "cpu", "cuda"),
-            "parallel": ("ddp", "fsdp", "hybrid"),
-            "wandb": ("off", "offline", "online"),
-        }
-        for name, allowed in words.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(f"trainer.{name}={getattr(self, name)} is unknown; choose {', '.join(allowed)}")
-        check_settings(self, "trainer.")
-        if len(self.betas) != 2:
-            raise UserError(f"trainer.betas={self.betas} must be two numbers, as in [0.9,0.98]")
-        if self.best is not None and not re.fullmatch(r"(min|max) \S+", self.best):
-            raise UserError(f"trainer.best={self.best} is not `min NAME` or `max NAME`, as in 'min wer_seen'")
-
-    def shared_among(self, processes: int) -> TrainerConfig:
-        """With `global_batch_size`: batches of at most `batch_size` for each process, and as many of them as it takes.
-
-        Raises:
-            UserError: it cannot be divided so.
-        """
-        whole = self.global_batch_size
-        if whole is None:
-            return self
-        if self.batch_tokens is not None:
-            raise UserError(f"trainer.global_batch_size={whole} counts samples: set it or trainer.batch_tokens to null")
-        each = whole // processes
-        accumulate = -(-each // self.batch_size)
-        if whole % processes or each % max(1, accumulate):
-            raise UserError(
-                f"trainer.global_batch_size={whole} cannot be shared by {processes} processes in equal batches of at "
-                f"most trainer.batch_size={self.batch_size}: choose other numbers"
-            )
-        return replace(self, accumulate=accumulate, batch_size=each // accumulate)
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of step `step` (from 0): linear warm-up, then constant or cosine to `min_lr_ratio`."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        if self.schedule == "constant":
-            return self.lr
-        progress = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
-        cosine = 0.5 * (1 + math.cos(math.pi * progress))
-        return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * cosine)

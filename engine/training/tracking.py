@@ -15,9 +15,9 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.files import atomic_output
+from engine.training.settings import TrainerConfig
 from engine.training.sinks import Sink, TensorBoardSink, WandbSink, send_media
 from engine.training.speed import Utilisation
-from engine.training.task import TrainerConfig
 from engine.untrusted import parse_json
 
 

@@ -24,6 +24,7 @@ from engine.errors import UserError
 from engine.evaluation.shares import ByClip, Share, figures_of
 from engine.files import refuse_links
 from engine.seeding import seed_for
+from engine.settings import make
 from engine.training import checkpoint, distributed
 from engine.training.batches import MicroBatches, TrainingSet, load_batches
 from engine.training.checkpoint import Checkpoints
@@ -31,9 +32,10 @@ from engine.training.ema import ExponentialMovingAverage
 from engine.training.export import describe, export
 from engine.training.guard import StepGuard
 from engine.training.parallel import ParallelTask, adamw, begin_state, clipping_groups, update
+from engine.training.settings import TrainerConfig
 from engine.training.signals import StopRequest
 from engine.training.speed import Utilisation, memory_gib, peak_tflops, steady, tracing
-from engine.training.task import Task, TrainerConfig
+from engine.training.task import Task
 from engine.training.tracking import Tracker, Window, first_line, progress_line, validation_line
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -63,7 +65,7 @@ class Trainer:
         record: dict[str, Any] | None = None,
         fresh: bool = False,
     ):
-        self.config = c = TrainerConfig.of(config).shared_among(distributed.world_size())
+        self.config = c = make(TrainerConfig, config).shared_among(distributed.world_size())
         if len(dataset) == 0:
             raise UserError("the training set is empty")
         self.run, self.record, self.fresh = Path(run), record or {}, fresh

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from toy_task import CONFIG, ToyBlocks, ToyMeasured, ToySet
 
+from engine.errors import exit_process
 from engine.training import distributed
 from engine.training.ema import _local
 from engine.training.trainer import Trainer
@@ -77,5 +78,5 @@ if __name__ == "__main__":
         distributed.shutdown()
     except Exception:
         traceback.print_exc()
-        distributed.exit_process(1)
-    distributed.exit_process(0)
+        exit_process(1)
+    exit_process(0)

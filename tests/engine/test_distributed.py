@@ -13,7 +13,7 @@ import torch.distributed as dist
 from test_parallel import together
 from toy_task import ToyBlocks
 
-from engine.errors import UserError
+from engine.errors import UserError, exit_process
 from engine.training import distributed
 from engine.training.parallel import build_once
 
@@ -49,7 +49,7 @@ def worker(folder: Path) -> None:
             time.sleep(0.1)
     objects = distributed.gather(rank)  # patient: takes as long as it takes
     (folder / f"{rank}.json").write_text(json.dumps(seen | {"objects": objects}))
-    distributed.exit_process(0)
+    exit_process(0)
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,12 @@ from test_parallel import together
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from toy_task import CONFIG, ToyBlocks
 
+from engine.errors import exit_process
 from engine.training import distributed
 from engine.training import plan as planner
 from engine.training.plan import CARDS, Efficiency, Measured, Observer, measure, measure_fake, plan
-from engine.training.task import Task, TrainerConfig
+from engine.training.settings import TrainerConfig
+from engine.training.task import Task
 
 CASES = [("ddp", "fp32"), ("fsdp", "fp32"), ("hybrid", "fp32")]
 
@@ -111,7 +113,7 @@ def worker(folder: Path) -> None:
         facts[f"{way} {precision}"] = {"sent": found.sent, "most": most, "memory": found.memory}
     if distributed.is_main():
         (folder / "facts.json").write_text(json.dumps(facts))
-    distributed.exit_process(0)
+    exit_process(0)
 
 
 @pytest.mark.slow

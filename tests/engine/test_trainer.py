@@ -15,8 +15,9 @@ from toy_task import CONFIG, ToyBlocks, ToyGAN, ToyRegression, ToySet
 
 from engine.errors import UserError
 from engine.release import read_release
+from engine.training.settings import TrainerConfig
 from engine.training.tracking import Window
-from engine.training.trainer import Trainer, TrainerConfig
+from engine.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = ("samples_per_s", "tokens_per_s", "data_wait", "step_s", "memory_gib")
@@ -300,9 +301,10 @@ def test_train_script_trains_releases_and_goes_on(tmp_path):
 
 def test_groups_are_left_in_order_only_after_success(tmp_path, monkeypatch):
     import train
+    from engine.training import run
 
     left = []
-    monkeypatch.setattr(train.distributed, "shutdown", lambda: left.append(1))
+    monkeypatch.setattr(run.distributed, "shutdown", lambda: left.append(1))
     monkeypatch.setattr(sys, "argv", ["train.py", *train_arguments(tmp_path / "run", steps=2)])
     monkeypatch.setattr(Trainer, "fit", lambda self: (_ for _ in ()).throw(RuntimeError("the machine died")))
     with pytest.raises(RuntimeError, match="died"):

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
-from engine.config import CONFIGS
 from engine.evaluation.shares import ByClip
+from engine.training.settings import TrainerConfig
 from engine.training.task import Release, Task
 
-CONFIG = OmegaConf.to_container(OmegaConf.load(CONFIGS / "trainer/cpu.yaml")) | {
+CONFIG = asdict(TrainerConfig()) | {
     "steps": 20,
     "batch_size": 4,
     "accumulate": 2,

@@ -15,14 +15,14 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
-from engine.config import CONFIGS
+from engine.training.settings import TrainerConfig
 from engine.training.task import Task
 from engine.training.trainer import Trainer
 from hicodit.conditions import encoder_config
@@ -45,7 +45,7 @@ from whisperx_vae.task import WhisperXVAETask
 
 FOLDER = Path(__file__).parent / "losses"
 DIGITS = 7  # of a printed loss: what float32 holds
-TRAINER = OmegaConf.to_container(OmegaConf.load(CONFIGS / "trainer/cpu.yaml")) | {
+TRAINER = asdict(TrainerConfig()) | {
     "steps": 4, "accumulate": 1, "lr": 1e-3, "betas": [0.9, 0.98], "weight_decay": 0.01, "warmup": 2,
     "schedule": "cosine", "min_lr_ratio": 0.1, "clip": 1.0, "ema_decay": 0.9, "precision": "fp32", "seed": 0,
     "log_every": 1, "validate_every": 100, "checkpoint_every": 100,

@@ -1,11 +1,12 @@
 """Distillation: the student starts as the teacher's conditional branch, learns guidance, samples with one branch."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
-from omegaconf import OmegaConf
 
-from engine.config import CONFIGS
 from engine.errors import UserError, run_cli
+from engine.training.settings import TrainerConfig
 from engine.training.trainer import Trainer
 from hicodit.conditions.released import ReleasedEncoderConfig
 from hicodit.conditions.types import Conditions
@@ -21,7 +22,7 @@ from infer import main as infer
 
 SCALES = GuidanceScales(2.5, 1.25, 0.0, 2.0)
 T = torch.tensor([0.9, 0.4])
-TRAINER = OmegaConf.to_container(OmegaConf.load(CONFIGS / "trainer/cpu.yaml")) | {
+TRAINER = asdict(TrainerConfig()) | {
     "steps": 25, "batch_size": 3, "lr": 1e-2, "warmup": 0, "schedule": "constant", "ema_decay": 0.5, "log_every": 25,
     "validate_every": 100,
 }  # fmt: skip

@@ -1,15 +1,15 @@
 """HiCoDiT from prepared shards: clips, order and resuming within an epoch."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from shard_files import write_split
 
-from engine.config import CONFIGS
 from engine.errors import UserError
 from engine.shards.reader import ShardSplit
+from engine.training.settings import TrainerConfig
 from engine.training.trainer import Trainer
 from hicodit.data import HiCoDiTDataset
 from hicodit.task import HiCoDiTTask
@@ -20,7 +20,7 @@ MODEL = {
     "face_dim": 16, "dropout": 0.0,
 }  # fmt: skip
 ENCODERS = {"lip_dim": 32, "lip_heads": 4, "face_dim": 16, "face_width": 4, "phonemes": 5}
-TRAINER = OmegaConf.to_container(OmegaConf.load(CONFIGS / "trainer/cpu.yaml")) | {
+TRAINER = asdict(TrainerConfig()) | {
     "steps": 20, "batch_size": 2, "lr": 3e-3, "warmup": 0, "schedule": "constant", "ema_decay": 0.9, "log_every": 1,
     "validate_every": 100, "checkpoint_every": 100,
 }  # fmt: skip

@@ -7,12 +7,11 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from shard_files import write_split
 
-from engine.config import CONFIGS
 from engine.errors import UserError
 from engine.shards.reader import ShardSplit
+from engine.training.settings import TrainerConfig
 from engine.training.trainer import Trainer
 from hicodit.conditions.types import NO_EXPRESSION
 from hicodit.data import HiCoDiTDataset, augment_mouth
@@ -25,7 +24,7 @@ MODEL = {
     "face_dim": 16, "dropout": 0.0,
 }  # fmt: skip
 ENCODERS = {"lip_dim": 32, "lip_heads": 4, "face_dim": 16, "face_width": 4, "phonemes": 5}
-TRAINER = OmegaConf.to_container(OmegaConf.load(CONFIGS / "trainer/cpu.yaml")) | {
+TRAINER = asdict(TrainerConfig()) | {
     "steps": 4, "batch_size": 3, "lr": 3e-3, "warmup": 0, "schedule": "constant", "min_lr_ratio": 1.0, "ema_decay": 0.9,
     "log_every": 2, "validate_every": 100, "checkpoint_every": 2,
 }  # fmt: skip

@@ -8,7 +8,7 @@ from functools import partial
 
 from engine.media.limits import Limits
 from engine.settings import require_range
-from engine.training.task import TrainerConfig
+from engine.training.settings import TrainerConfig
 from hicodit.conditions.avhubert import AVHubertConfig
 from hicodit.conditions.encoders import TinyEncoderConfig
 from hicodit.conditions.released import ReleasedEncoderConfig

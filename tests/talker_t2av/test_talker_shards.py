@@ -2,17 +2,17 @@
 
 import json
 from collections import Counter
+from dataclasses import asdict
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from shard_files import write_split
 from talker_fixtures import DM, DS, LLM, save_talker
 
-from engine.config import CONFIGS
 from engine.errors import UserError
 from engine.shards.reader import Reading, ShardSplit
 from engine.training.batches import MicroBatches
+from engine.training.settings import TrainerConfig
 from engine.training.trainer import Trainer
 from talker_t2av.data import TalkerExamples, TalkerPairs, digests_of
 from talker_t2av.system import codec_digests
@@ -23,7 +23,7 @@ MODEL = {
     "llm": LLM, "speech_dim": DS, "motion_dim": DM, "encoder_layers": 1, "encoder_heads": 2, "head_layers": 2,
     "head_heads": 2, "max_positions": 16, "repeats": 1, "motion_weight": 1.0,
 }  # fmt: skip
-TRAINER = OmegaConf.to_container(OmegaConf.load(CONFIGS / "trainer/cpu.yaml")) | {
+TRAINER = asdict(TrainerConfig()) | {
     "steps": 20, "batch_size": 2, "lr": 3e-3, "warmup": 0, "schedule": "constant", "ema_decay": 0.9, "log_every": 1,
     "validate_every": 100, "checkpoint_every": 100,
 }  # fmt: skip

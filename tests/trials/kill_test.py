@@ -33,20 +33,20 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo  # optimisers import it at their first step: here it is once for all processes
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from engine.config import CONFIGS
 from engine.errors import UserError, run_cli
 from engine.evaluation.shares import Share
 from engine.record import write_record
 from engine.training import checkpoint, distributed
+from engine.training.settings import TrainerConfig
 from engine.training.signals import REQUEUE
 from engine.training.task import Task
 from engine.training.trainer import Trainer
@@ -95,7 +95,7 @@ class Autoencoder(Task):
 
 def settings(steps: int, device: str) -> dict[str, Any]:
     """Constant learning rate: a longer run begins as a shorter one."""
-    return OmegaConf.to_container(OmegaConf.load(CONFIGS / "trainer/cpu.yaml")) | {
+    return asdict(TrainerConfig()) | {
         "steps": steps, "batch_size": 4, "lr": 1e-3, "warmup": 10, "schedule": "constant", "log_every": 1,
         "validate_every": 30, "checkpoint_every": 10, "best": "min weight", "device": device,
     }  # fmt: skip

@@ -1,0 +1,160 @@
+"""Settings of `train.py`, checked before PyTorch is imported, data are made or anything is downloaded."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from engine.errors import UserError
+from engine.media.limits import Limits
+from engine.settings import DEVICES, NEEDED, SEEDS, check_settings, group, setting
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Settings of the trainer."""
+
+    steps: int = setting(1000, 1, 10**9, "optimiser steps of the whole run")
+    batch_size: int = setting(16, 1, 10**6, "samples of a micro-batch in one process")
+    batch_tokens: int | None = setting(
+        None, 1, 10**9, "tokens of a micro-batch, padding included, instead of batch_size"
+    )
+    by_length: bool = setting(False, about="group samples of similar length into a batch; always on with batch_tokens")
+    accumulate: int = setting(
+        1, 1, 10**6, "micro-batches per step; the global batch is batch_size x accumulate x processes"
+    )
+    global_batch_size: int | None = setting(
+        None,
+        1,
+        10**9,
+        "samples of a step over all processes: accumulate follows, batch_size is the most of a micro-batch",
+    )
+    lr: float = setting(2e-4, 0.0, 10.0, "peak learning rate of AdamW")
+    betas: tuple[float, float] = setting((0.9, 0.98), 0.0, 1 - 1e-9, "AdamW's betas")
+    weight_decay: float = setting(
+        0.01, 0.0, 100.0, "AdamW's weight decay of weight matrices; biases and norm gains have none"
+    )
+    warmup: int = setting(100, 0, 10**9, "steps of linear warm-up")
+    schedule: str = setting(
+        "cosine", choices=("constant", "cosine"), about="learning rate after warm-up: cosine or constant"
+    )
+    min_lr_ratio: float = setting(0.1, 0.0, 1.0, "final learning rate of the cosine schedule as a fraction of lr")
+    clip: float | None = setting(
+        1.0,
+        1e-9,
+        1e9,
+        "largest gradient norm of each part (a GAN has two; HiCoDiT's identity adapter is one); null: no clipping",
+    )
+    ema_decay: float = setting(
+        0.999, 0.0, 1 - 1e-9, "decay of the averaged weights, which are validated and released; 0: no averaging"
+    )
+    precision: str = setting("fp32", choices=("fp32", "bf16"), about="fp32, or bf16 for autocast")
+    device: str = setting("cpu", choices=DEVICES, about="cpu, cuda or auto")
+    parallel: str = setting(
+        "ddp",
+        choices=("ddp", "fsdp", "hybrid"),
+        about="how several processes share the model: ddp (copies), fsdp (shards), hybrid (shards within a machine)",
+    )
+    checkpointing: bool = setting(
+        False, about="recompute the blocks' activations in the backward pass instead of storing them"
+    )
+    compile: bool = setting(False, about="apply torch.compile to the blocks")
+    workers: int = setting(0, 0, 256, "data loading processes of each training process")
+    log_every: int = setting(20, 1, 10**9, "steps between log lines")
+    validate_every: int = setting(500, 1, 10**9, "steps between validations")
+    checkpoint_every: int = setting(500, 1, 10**9, "steps between checkpoints")
+    keep: int = setting(2, 1, 10**6, "number of newest checkpoints to keep")
+    best: str | None = setting(None, about="also keep the best checkpoint by a validation figure, e.g. 'min wer_seen'")
+    spike: float | None = setting(
+        None,
+        1e-9,
+        1e9,
+        "skip steps whose loss or gradient norm exceeds its mean by this many mean deviations, e.g. 20; null: never",
+    )
+    give_up_after: int = setting(10, 1, 10**9, "stop after this many skipped steps in a row (not finite, or spikes)")
+    seed: int = setting(0, *SEEDS, "seed of initial weights, data order and all noise")
+    wandb: str = setting(
+        "off", choices=("off", "offline", "online"), about="off, offline or online; log.jsonl is always written"
+    )
+    tensorboard: bool = setting(False, about="write TensorBoard event files into RUN/tensorboard")
+    peak_tflops: float | None = setting(
+        None, 1e-9, 1e9, "peak of the device for the MFU in the log; null: bf16 peak in the data sheet of known GPUs"
+    )
+    profile: int = setting(
+        0, 0, 10_000, "number of steps traced by torch.profiler into RUN/profile/, from the sixth on"
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self, "trainer.")
+        if len(self.betas) != 2:
+            raise UserError(f"trainer.betas={self.betas} must be two numbers, as in [0.9,0.98]")
+        if self.best is not None and not re.fullmatch(r"(min|max) \S+", self.best):
+            raise UserError(f"trainer.best={self.best} is not `min NAME` or `max NAME`, as in 'min wer_seen'")
+
+    def shared_among(self, processes: int) -> TrainerConfig:
+        """With `global_batch_size`: batches of at most `batch_size` for each process, and as many of them as it takes.
+
+        Raises:
+            UserError: it cannot be divided so.
+        """
+        whole = self.global_batch_size
+        if whole is None:
+            return self
+        if self.batch_tokens is not None:
+            raise UserError(f"trainer.global_batch_size={whole} counts samples: set it or trainer.batch_tokens to null")
+        each = whole // processes
+        accumulate = -(-each // self.batch_size)
+        if whole % processes or each % max(1, accumulate):
+            raise UserError(
+                f"trainer.global_batch_size={whole} cannot be shared by {processes} processes in equal batches of at "
+                f"most trainer.batch_size={self.batch_size}: choose other numbers"
+            )
+        return replace(self, accumulate=accumulate, batch_size=each // accumulate)
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step `step` (from 0): linear warm-up, then constant or cosine to `min_lr_ratio`."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return self.lr
+        progress = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+        cosine = 0.5 * (1 + math.cos(math.pi * progress))
+        return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * cosine)
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Settings of low-rank adaptation."""
+
+    rank: int = setting(
+        0, 0, 2**14, "rank of the LoRA updates, which are merged into the release; 0: train all weights"
+    )
+    alpha: float = setting(16.0, 1e-9, 1e9, "the LoRA updates are scaled by alpha / rank")
+
+    def __post_init__(self) -> None:
+        check_settings(self, "lora.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of `train.py`. Those of task and data belong to the classes that `_target_` names there."""
+
+    name: str = setting(NEEDED, about="name of the run; default: the experiment's name")
+    run: str = setting("runs/${name}", about="folder of the run: checkpoints, log.jsonl, validation results, release")
+    fresh: bool = setting(
+        False,
+        about="true deletes the run's checkpoints and starts from step 0; false resumes from the last checkpoint",
+    )
+    init: str | None = setting(
+        None, about="release folder, or OWNER/NAME on the Hugging Face hub, with the initial weights"
+    )
+    lora: LoRAConfig = group(LoRAConfig)
+    limits: Limits = group(Limits, about="larger inputs are rejected before they are decoded")
+    trainer: TrainerConfig = group(TrainerConfig)
+    task: dict[str, Any] = setting(NEEDED)
+    data: dict[str, Any] = setting(NEEDED)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
