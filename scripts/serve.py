@@ -22,7 +22,8 @@ from engine.device import pick_device
 from engine.errors import UserError, run_cli
 from engine.media.limits import Limits, set_limits
 from engine.optional import require
-from engine.settings import DEVICES, PRECISIONS
+from engine.settings import DEVICES, PRECISIONS, listed
+from service.limits import MAX_PICTURE, ServeLimits
 
 
 def main() -> None:
@@ -36,40 +37,36 @@ def main() -> None:
     add("--sampler", choices=("release", "fast", "paper"), default="fast", help="of HiCoDiT (default: %(default)s)")
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
-    add("--rows", type=int, default=8, help="requests in one batch (default: %(default)s)")
-    add("--requests", type=int, default=32, help="requests inside at once; more are refused (default: %(default)s)")
-    add("--streams", type=int, default=8, help="open streams; more are refused (default: %(default)s)")
-    add("--megabytes", type=int, default=32, help="largest body (default: %(default)s)")
-    add("--seconds", type=float, default=60.0, help="longest clip, sound or stream (default: %(default)s)")
-    add("--characters", type=int, default=400, help="longest text (default: %(default)s)")
+    for name, field, default in listed(ServeLimits):
+        about = field.metadata["about"]
+        add(f"--{name}", type=type(default), default=default, help=f"{about} (default: %(default)s)")
     args = parser.parse_args()
-    for name in ("port", "rows", "requests", "streams", "megabytes", "characters"):
-        if getattr(args, name) < 1 or (name == "port" and args.port > 65_535):
-            raise UserError(f"--{name} {getattr(args, name)} must be at least 1" + ", at most 65535" * (name == "port"))
+    if not 0 < args.port < 65_536:
+        raise UserError(f"--port {args.port} must lie between 1 and 65535")
+    limits = ServeLimits(**{name: getattr(args, name) for name, *_ in listed(ServeLimits)})
     for package in ("fastapi", "uvicorn", "websockets", "prometheus_client"):
         require(package, package, "serve")
     import uvicorn
 
     from hicodit.pipeline import HiCoDiTPipeline
     from hicodit.settings import BUNDLED, with_preset
-    from service.admission import ServeLimits, Service
+    from service.admission import Service
     from service.app import make_app
     from talker_t2av.pipeline import TalkerPipeline
     from talker_t2av.system import BUNDLED as BUNDLED_TALKER
 
-    set_limits(Limits(seconds=args.seconds))
-    limits = ServeLimits(args.megabytes * 2**20, args.characters, args.requests, args.streams)
+    set_limits(Limits(seconds=limits.seconds))
     device, hicodit, talker = pick_device(args.device), None, None
     if "hicodit" in args.models:
         hicodit = HiCoDiTPipeline.from_pretrained(args.weights or BUNDLED, device, precision=args.precision)
         hicodit.sampler, hicodit.guidance = with_preset(args.sampler, hicodit.sampler, hicodit.guidance)
     if "talker_t2av" in args.models:
         talker = TalkerPipeline.from_pretrained(args.talker or BUNDLED_TALKER, device, precision=args.precision)
-    service = Service(hicodit, talker, limits, args.rows, demo=args.talker is None)
+    service = Service(hicodit, talker, limits, demo=args.talker is None)
     print(f"serving {', '.join(service.workers)} on http://{args.host}:{args.port}; Ctrl-C ends", flush=True)
     uvicorn.run(
         make_app(service), host=args.host, port=args.port, log_level="warning", ws="websockets-sansio",
-        ws_max_size=limits.frame, timeout_graceful_shutdown=5,
+        ws_max_size=MAX_PICTURE, timeout_graceful_shutdown=5,
     )  # fmt: skip
 
 

@@ -7,46 +7,32 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import HTTPException
 from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, Summary, disable_created_metrics
 
 from hicodit.pipeline import HiCoDiTPipeline
+from service.limits import ServeLimits
 from service.workers import HiCoDiTWorker, TalkerWorker, Ticket, Worker
 from talker_t2av.pipeline import TalkerPipeline
 
 WATCH = 0.2  # seconds between two checks whether the client is still connected
 
 
-@dataclass(frozen=True)
-class ServeLimits:
-    """body: bytes of a request. text: characters. requests: in work or waiting. streams: open WebSockets.
-
-    frame: bytes of a picture.
-    """
-
-    body: int = 32 * 2**20
-    text: int = 400
-    requests: int = 32
-    streams: int = 8
-    frame: int = 2 * 2**20
-
-
 class Service:
     """Both models with their workers; admits requests and counts them."""
 
     def __init__(
-        self, hicodit: HiCoDiTPipeline | None, talker: TalkerPipeline | None, limits: ServeLimits, rows: int, demo: bool
+        self, hicodit: HiCoDiTPipeline | None, talker: TalkerPipeline | None, limits: ServeLimits, demo: bool
     ) -> None:
         self.hicodit, self.talker, self.limits, self.demo = hicodit, talker, limits, demo
         self.workers: dict[str, Worker] = {}
         if hicodit is not None:
-            self.workers["hicodit"] = HiCoDiTWorker(hicodit, rows)
+            self.workers["hicodit"] = HiCoDiTWorker(hicodit, limits.rows)
         if talker is not None:
             talker.system.require("t2av")
-            self.workers["talker_t2av"] = TalkerWorker(talker, rows)
+            self.workers["talker_t2av"] = TalkerWorker(talker, limits.rows)
         self.pool = ThreadPoolExecutor(4, "files")
         self.requests = self.streams = 0
         self.closing = False

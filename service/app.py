@@ -31,8 +31,9 @@ from engine.media.video import write_video
 from engine.seeding import check_seed
 from engine.untrusted import parse_json
 from hicodit.conditions.types import FPS
-from hicodit.streaming import SpeechStream, StreamSettings
+from hicodit.streaming import SpeechChunk, SpeechStream, StreamSettings
 from service.admission import Service, counting
+from service.limits import MAX_PICTURE
 from service.workers import Ticket
 from talker_t2av.jobs import PreparedJob
 from talker_t2av.model import HOP
@@ -80,7 +81,7 @@ def make_app(service: Service) -> FastAPI:
         check_seed(seed)
         with service.admitted(), _folder() as folder:
             clip = folder / "clip.mp4"
-            await _save_body(request, clip, service.limits.body)
+            await _save_body(request, clip, service.limits.megabytes * 2**20)
             crops = await service.in_thread(model.crops, clip)
             speech = await service.generate("hicodit", Ticket(crops, seed), request.is_disconnected)
             return Response(await service.in_thread(_wav, folder, speech.wave, speech.rate), media_type="audio/wav")
@@ -91,7 +92,7 @@ def make_app(service: Service) -> FastAPI:
         model = _loaded(service.talker, "talker_t2av")
         with service.admitted(), _folder() as folder:
             body = folder / "body.json"
-            await _save_body(request, body, service.limits.body)
+            await _save_body(request, body, service.limits.megabytes * 2**20)
             prepared = await service.in_thread(_prepare, service, body.read_bytes(), folder)
             tickets = (Ticket(part) for part in _parts(prepared))
             results = [await service.generate("talker_t2av", ticket, request.is_disconnected) for ticket in tickets]
@@ -139,7 +140,7 @@ def make_app(service: Service) -> FastAPI:
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect
             data = message.get("bytes")
-            chunk = await service.in_thread(_push, stream, data, service.limits.frame) if data else None
+            chunk = await service.in_thread(_push, stream, data) if data else None
             frames += data is not None
             if frames > FPS * LIMITS.seconds:
                 raise UserError(f"a stream of more than {LIMITS.seconds:g} s")
@@ -237,8 +238,8 @@ def _prepare(service: Service, body: bytes, folder: Path) -> PreparedJob:
     text = str(fields.get("text", ""))
     if not text.strip():
         raise UserError("text= is empty: give words to say")
-    if len(text) > service.limits.text:
-        raise UserError(f"text of {len(text)} characters: {service.limits.text} at most")
+    if len(text) > service.limits.characters:
+        raise UserError(f"text of {len(text)} characters: {service.limits.characters} at most")
     for name, setting, suffix in (("voice", "reference_audio", ".wav"), ("face", "reference_video", ".mp4")):
         if name in fields:
             data = _decoded(name, fields.pop(name))
@@ -260,9 +261,9 @@ def _wav(folder: Path, wave: np.ndarray, rate: int) -> bytes:
     return (folder / "sound.wav").read_bytes()
 
 
-def _push(stream: SpeechStream, data: bytes, most: int) -> Any:
-    if len(data) > most:
-        raise UserError(f"a picture of {len(data):,} bytes: {most:,} at most")
+def _push(stream: SpeechStream, data: bytes) -> SpeechChunk | None:
+    if len(data) > MAX_PICTURE:
+        raise UserError(f"a picture of {len(data):,} bytes: {MAX_PICTURE:,} at most")
     if not data.startswith(tuple(PICTURES)):
         raise UserError("a message that is no picture: send JPEG or PNG, and a text at the end")
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)

@@ -20,8 +20,9 @@ from fastapi.testclient import TestClient
 
 from engine.media.video import write_video
 from hicodit.pipeline import HiCoDiTPipeline
-from service.admission import ServeLimits, Service
+from service.admission import Service
 from service.app import make_app
+from service.limits import ServeLimits
 from talker_t2av.pipeline import Job, TalkerPipeline
 from tests.hicodit.conftest import release  # noqa: F401  (a fixture)
 from tests.talker_t2av.talker_fixtures import save_talker, voice_file
@@ -38,12 +39,12 @@ def models(release, tmp_path_factory):  # noqa: F811
 
 
 def service_of(models, demo=False, **limits):
-    return Service(models[0], models[1], ServeLimits(**limits), rows=4, demo=demo)
+    return Service(models[0], models[1], ServeLimits(rows=4, **limits), demo)
 
 
 @pytest.fixture(scope="module")
 def client(models):
-    with TestClient(make_app(service_of(models, text=50, body=2**20)), raise_server_exceptions=False) as client:
+    with TestClient(make_app(service_of(models, characters=50, megabytes=1)), raise_server_exceptions=False) as client:
         yield client
 
 

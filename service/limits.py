@@ -1,0 +1,22 @@
+"""Limits of the service, without PyTorch, whose import takes seconds."""
+
+from dataclasses import dataclass
+
+from engine.settings import check_settings, setting
+
+MAX_PICTURE = 2 * 2**20  # bytes of a picture of a stream
+
+
+@dataclass(frozen=True)
+class ServeLimits:
+    """Limits of the service: options of `scripts/serve.py`."""
+
+    rows: int = setting(8, 1, 1024, "requests in one batch")
+    requests: int = setting(32, 1, 10_000, "requests in work or waiting; more are refused")
+    streams: int = setting(8, 0, 10_000, "open streams; more are refused")
+    megabytes: int = setting(32, 1, 1024, "largest body")
+    seconds: float = setting(60.0, 0.2, 36_000.0, "longest clip, sound or stream")
+    characters: int = setting(400, 1, 2000, "longest text")
+
+    def __post_init__(self) -> None:
+        check_settings(self, "--")
