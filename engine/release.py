@@ -12,11 +12,11 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from omegaconf import OmegaConf
@@ -31,6 +31,8 @@ from torch.nn.modules.module import (
 from engine.errors import UserError
 from engine.hub import release_folder
 from engine.untrusted import check_numbers, read_yaml
+
+N = TypeVar("N", bound=nn.Module)
 
 
 class Released(nn.Module):
@@ -160,10 +162,28 @@ def save_release(
         raise UserError(f"{folder} exists but is not a release folder and was not overwritten; choose another folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        return _replace(folder, kind, config, state, card, files)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            staging = Path(scratch) / "release"
+            staging.mkdir()
+            OmegaConf.save(OmegaConf.create({"kind": kind, **config}), staging / "config.yaml")
+            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, staging / "model.safetensors")
+            (staging / "README.md").write_text(card)
+            for path in files.iterdir() if files else ():
+                if path.is_symlink() or (staging / path.name).exists():
+                    raise UserError(f"{path} cannot join a release: it is a link, or has the name of another file")
+                shutil.copyfile(path, staging / path.name)
+            (staging / "model.safetensors").chmod(0o644)  # safetensors makes files that only their owner can read
+            if folder.exists():
+                previous = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+                os.replace(folder, previous / "release")
+                os.replace(staging, folder)
+                shutil.rmtree(previous)
+            else:
+                os.replace(staging, folder)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
         raise UserError(f"release {folder} cannot be written: {why}") from error
+    return folder
 
 
 def _is_release(folder: Path) -> bool:
@@ -171,34 +191,6 @@ def _is_release(folder: Path) -> bool:
         return release_kind(folder) is not None
     except UserError:
         return False
-
-
-def _replace(
-    folder: Path, kind: str, config: dict[str, Any], state: dict[str, Tensor], card: str, files: Path | None
-) -> Path:
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        OmegaConf.save(OmegaConf.create({"kind": kind, **config}), staging / "config.yaml")
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, staging / "model.safetensors")
-        (staging / "README.md").write_text(card)
-        for path in files.iterdir() if files else ():
-            if path.is_symlink() or (staging / path.name).exists():
-                raise UserError(f"{path} cannot join a release: it is a link, or has the name of another file")
-            shutil.copyfile(path, staging / path.name)
-        staging.chmod(0o755)  # temporary folders and safetensors files begin as their owner's alone
-        for path in staging.iterdir():
-            path.chmod(0o644)
-        if folder.exists():
-            previous = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            os.replace(folder, previous / "release")
-            os.replace(staging, folder)
-            shutil.rmtree(previous)
-        else:
-            os.replace(staging, folder)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    return folder
 
 
 def to_float16(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -358,6 +350,15 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path,
                 f"{source} has {key!r} with shape {tuple(state[key].shape)}, the config asks for {tuple(value.shape)}"
             )
     module.load_state_dict(state, assign=assign)
+
+
+def build_with(make: Callable[[], N], state: Mapping[str, Tensor], source: str | Path) -> N:
+    """Make a network with the tensors of `state`, strictly, in float32 and eval mode; no others are allocated."""
+    with torch.device("meta"):
+        network = make()
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    load_strict(network, state, source, assign=True)
+    return network.eval()
 
 
 def weights_digest(*modules: nn.Module) -> str:

@@ -102,6 +102,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_state(path: str | Path, key: str = "") -> dict[str, torch.Tensor]:
+    """Return the tensors of a state dict that `torch.save` wrote to `path`, at its entry `key` if it has one."""
+    content = read_checkpoint(Path(path))
+    state = content.get(key, content)
+    if not isinstance(state, dict):
+        raise UserError(f"{path} has no state dict under {key!r}: it is another kind of checkpoint")
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
 def read_tensors(path: str | Path) -> Any:
     """Return the tensors in dicts and lists that `torch.save` wrote to `path`. Other objects are refused."""
     try:

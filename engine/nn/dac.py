@@ -17,10 +17,12 @@ from torch import Tensor, nn
 class _WeightNorm:
     """Weight normalisation (Salimans & Kingma, 2016) over all axes but axis 0, under the names `weight_g`, `weight_v`.
 
-    Axis 0 of a transposed convolution is its *input* channel, as in the released files.
+    Axis 0 of a transposed convolution is its *input* channel, as in the released files. Weights are PyTorch's default
+    ones, biases zero.
     """
 
-    def _split_weight(self) -> None:
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         weight = self.weight.detach()
         del self.weight
         self.weight_g = nn.Parameter(self._norm(weight))
@@ -35,35 +37,20 @@ class _WeightNorm:
     def normed_weight(self) -> Tensor:
         return self.weight_v * (self.weight_g / self._norm(self.weight_v))
 
-
-class WNConv1d(_WeightNorm, nn.Conv1d):
-    """Weight-normed `nn.Conv1d`; PyTorch's default weights, zero bias."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._split_weight()
-
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.normed_weight(), self.bias)
+
+
+class WNConv1d(_WeightNorm, nn.Conv1d):
+    """Weight-normed `nn.Conv1d`."""
 
 
 class WNConv2d(_WeightNorm, nn.Conv2d):
-    """Weight-normed `nn.Conv2d`; PyTorch's default weights, zero bias."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._split_weight()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.normed_weight(), self.bias)
+    """Weight-normed `nn.Conv2d`."""
 
 
 class WNConvTranspose1d(_WeightNorm, nn.ConvTranspose1d):
     """Weight-normed `nn.ConvTranspose1d`; the norm is taken per *input* channel."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._split_weight()
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv_transpose1d(x, self.normed_weight(), self.bias, self.stride, self.padding, self.output_padding)

@@ -11,13 +11,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.release import load_strict
-from engine.safe_pickle import read_checkpoint
+from engine.release import build_with
+from engine.safe_pickle import read_state
 from hicodit.conditions.align import ARCFACE_SIDE
 
 IRESNET100 = (3, 13, 30, 3)  # residual blocks of each stage
@@ -44,7 +43,7 @@ class _Block(nn.Module):
 
 
 class ArcFace(nn.Module):
-    """Identity from faces in ArcFace's pose: an `IdentityEncoder`. Names of parameters are the released ones.
+    """Identity from faces in ArcFace's pose. Names of parameters are the released ones.
 
     Args:
         blocks: residual blocks of each of the four stages.
@@ -93,8 +92,7 @@ class ArcFace(nn.Module):
         Raises:
             UserError: the file is missing, damaged, or lacks a tensor.
         """
-        state = {k: v for k, v in read_checkpoint(Path(path)).items() if isinstance(v, Tensor)}
-        return load_released(state, path)
+        return load_released(read_state(path), path)
 
 
 def prepare_faces(faces: Tensor) -> Tensor:
@@ -106,15 +104,9 @@ def prepare_faces(faces: Tensor) -> Tensor:
 
 def load_released(state: dict[str, Tensor], source: str | Path) -> ArcFace:
     """Make an `ArcFace` in eval mode with the tensors of `state` (released names), strictly."""
-    state = {
-        key.removeprefix("module."): value.float() if value.is_floating_point() else value
-        for key, value in state.items()
-    }
+    state = {key.removeprefix("module."): value for key, value in state.items()}
     found = {tuple(map(int, m.groups())) for key in state if (m := re.match(r"layer([1-4])\.(\d+)\.", key))}
     blocks = tuple(sum(stage == number for stage, _ in found) for number in range(1, 5))
     if not all(blocks):
         raise UserError(f"{source} holds no ArcFace network: it has no tensor layer1.0.* to layer4.0.*")
-    with torch.device("meta"):
-        model = ArcFace(blocks)
-    load_strict(model, state, source, assign=True)
-    return model.eval()
+    return build_with(lambda: ArcFace(blocks), state, source)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.release import load_strict
+from engine.release import build_with
 from engine.safe_pickle import plain, read_checkpoint
 from engine.settings import check_settings, setting
 
@@ -115,7 +115,7 @@ class _Layer(nn.Module):
 
 
 class AVHubert(nn.Module):
-    """Lip features from mouth pictures: a `LipEncoder` for pictures of at least 88 x 88."""
+    """Lip features from mouth pictures of at least 88 x 88."""
 
     def __init__(self, config: AVHubertConfig) -> None:
         super().__init__()
@@ -214,11 +214,7 @@ def from_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def load_released(state: dict[str, Tensor], source: str | Path, config: AVHubertConfig) -> AVHubert:
     """Make an `AVHubert` in eval mode with the tensors of `state` (released names), strictly."""
-    with torch.device("meta"):
-        model = AVHubert(config)
-    ours = {k: v.float() if v.is_floating_point() else v for k, v in from_released(state).items()}
-    load_strict(model, ours, source, assign=True)
-    return model.eval()
+    return build_with(lambda: AVHubert(config), from_released(state), source)
 
 
 def released_config(state: dict[str, Tensor], source: str | Path, settings: Any = None) -> AVHubertConfig:

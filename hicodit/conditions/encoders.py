@@ -10,7 +10,7 @@ The tiny encoders here are trained together with the tiny model. Released encode
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -26,30 +26,12 @@ from hicodit.conditions.types import EXPRESSIONS
 from hicodit.layers import AdaLNBlock, rotary_table
 
 
-class LipEncoder(Protocol):
-    """Mouth pictures (B, T, H, W) in [0, 1] and valid frames (B,) to lip features (B, T, E)."""
-
-    def __call__(self, mouth: Tensor, frames: Tensor) -> Tensor: ...
-
-
-class IdentityEncoder(Protocol):
-    """Face pictures (B, F, 3, H, W) in [0, 1] to one face embedding a clip (B, E)."""
-
-    def __call__(self, faces: Tensor) -> Tensor: ...
-
-
-class ExpressionEncoder(Protocol):
-    """Face pictures (n, 3, H, W) in [0, 1] to logits (n, 7) over `EXPRESSIONS`."""
-
-    def __call__(self, faces: Tensor) -> Tensor: ...
-
-
 def unit(pictures: Tensor) -> Tensor:
     """Scale bytes to [0, 1]; floats stay as they are."""
     return pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures
 
 
-def encode_in_windows(encoder: LipEncoder, mouth: Tensor, frames: Tensor, window: int, context: int) -> Tensor:
+def encode_in_windows(encoder: nn.Module, mouth: Tensor, frames: Tensor, window: int, context: int) -> Tensor:
     """Encode mouth (B, T, H, W) in [0, 1], or bytes, of any length to lip features (B, T, E), by overlapping windows.
 
     A clip of up to `window` frames is encoded whole, whatever its batch is padded to: its features do not depend on the
@@ -208,6 +190,6 @@ class ConditionEncoders(nn.Module):
     def __init__(self, config: TinyEncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.lip: LipEncoder = TinyLipEncoder(config)
-        self.identity: IdentityEncoder = TinyIdentityEncoder(config)
-        self.expression: ExpressionEncoder = TinyExpressionEncoder(config)
+        self.lip = TinyLipEncoder(config)
+        self.identity = TinyIdentityEncoder(config)
+        self.expression = TinyExpressionEncoder(config)

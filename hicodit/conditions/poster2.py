@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.release import load_strict
-from engine.safe_pickle import read_checkpoint
+from engine.release import build_with
+from engine.safe_pickle import read_state
 from hicodit.conditions.types import EXPRESSIONS
 
 SIDE, BACKBONE_SIDE = 224, 112
@@ -260,7 +260,7 @@ def _to_positions(x: Tensor) -> Tensor:
 
 
 class POSTER2(nn.Module):
-    """Faces to expression logits over `EXPRESSIONS`, as `hicodit.conditions.encoders.ExpressionEncoder` says.
+    """Faces to expression logits over `EXPRESSIONS`.
 
     Args:
         classes: the expressions in the order of the network's outputs; see `CLASSES`.
@@ -327,14 +327,12 @@ class POSTER2(nn.Module):
         cls, state: Mapping[str, Tensor], classes: tuple[str, ...], source: str | Path = "POSTER V2"
     ) -> POSTER2:
         """Make the network with the tensors of a checkpoint's state dict, strict on all that the forward pass uses."""
-        with torch.device("meta"):
-            model = cls(classes)
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+        used = {key: value for key, value in state.items() if not _is_unused(key)}
+        model = build_with(lambda: cls(classes), used, source)
         for attention, side in zip((model.attn1, model.attn2, model.attn3), (28, 14, 7)):
             attention.index = CrossAttention(HEAD_WIDTH, side).index  # a buffer that no checkpoint has
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-        kept = {key: value for key, value in state.items() if not _is_unused(key)}
-        load_strict(model, kept, source, assign=True)
-        return model.eval()
+        return model
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> POSTER2:
@@ -349,11 +347,7 @@ class POSTER2(nn.Module):
         found = [classes for word, classes in CLASSES.items() if word in path.name.lower()]
         if len(found) != 1:
             raise UserError(f"{path}: the name must contain 'affectnet' or 'raf', which tells the order of the classes")
-        content = read_checkpoint(path)
-        state = content.get("state_dict", content)
-        if not isinstance(state, dict):
-            raise UserError(f"{path} has no state_dict: it is not a POSTER V2 checkpoint")
-        return cls.from_released({k: v for k, v in state.items() if isinstance(v, Tensor)}, found[0], path)
+        return cls.from_released(read_state(path, "state_dict"), found[0], path)
 
 
 def _is_unused(key: str) -> bool:

@@ -22,8 +22,8 @@ from transformers import WavLMConfig, WavLMModel
 
 from engine.errors import UserError
 from engine.nn.mel import RATE, log_mel
-from engine.release import Released, load_strict, weights_digest
-from engine.safe_pickle import read_checkpoint
+from engine.release import Released, build_with, weights_digest
+from engine.safe_pickle import read_state
 from engine.settings import check_settings, setting
 from talker_t2av.speaker.released import FILE, LARGE, TRAINING_ONLY, head_sizes, our_name, wavlm_config, wavlm_sizes
 
@@ -221,16 +221,13 @@ class WavLMEncoder(nn.Module):
             original: WavLM's configuration by the original's field names.
             source: where the state is from, for messages.
         """
-        with torch.device("meta"):
-            encoder = cls(wavlm_config(original), original["normalize"], **head_sizes(state))
         renamed = {our_name(key): value for key, value in state.items() if not key.startswith(TRAINING_ONLY)}
         projection = "wavlm.feature_projection.projection."
         if projection + "weight" not in renamed:  # the original has none where the widths agree
             width = original["encoder_embed_dim"]
             renamed |= {projection + "weight": torch.eye(width), projection + "bias": torch.zeros(width)}
-        renamed = {k: v.float() if v.is_floating_point() else v for k, v in renamed.items()}
-        load_strict(encoder, renamed, source, assign=True)
-        return encoder.eval()
+        config, sizes = wavlm_config(original), head_sizes(state)
+        return build_with(lambda: cls(config, original["normalize"], **sizes), renamed, source)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> WavLMEncoder:
@@ -244,11 +241,7 @@ class WavLMEncoder(nn.Module):
             raise UserError(
                 f"no speaker encoder {path}: get it with  python scripts/download_checkpoints.py talker_t2av --to DIR"
             )
-        content = read_checkpoint(path)
-        state = content.get("model", content)
-        if not isinstance(state, dict):
-            raise UserError(f"{path} has no state dict under 'model': it is not {FILE}")
-        state = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+        state = read_state(path, "model")
         return cls.from_released(state, LARGE | wavlm_sizes(state), path)
 
 
