@@ -116,11 +116,11 @@ class PaperPosterior:
     def __init__(self, model: HiCoDiT, conditions: Conditions, scales: GuidanceScales) -> None:
         self.model, self.conditions, self.scales = model, conditions, scales
 
-    def moments(self, times: Tensor) -> Tensor:
-        return LogLinearNoise().sigma(times.float()).to(self.conditions.lip.device)
+    def at(self, t: Tensor) -> PaperPosterior:
+        return self
 
-    def __call__(self, tokens: Tensor, sigma: Tensor, where: Tensor | None) -> Tensor:
-        branches = []
+    def __call__(self, tokens: Tensor, t: Tensor, where: Tensor | None) -> Tensor:
+        branches, sigma = [], LogLinearNoise().sigma(t)
         for branch in self.scales.branches:
             log_q = self.model(tokens, sigma, self.model.prepare(self.conditions, (branch,)))[0]
             if where is not None:

@@ -27,7 +27,7 @@ from hicodit.data import HiCoDiTDataset, HiCoDiTSample
 from hicodit.diffusion import LogLinearNoise, masked_at, weighted_score_entropy
 from hicodit.evaluation import derangement
 from hicodit.held_out import HeldOut, stored_crops, stored_samples, stored_voices, synthesise
-from hicodit.model import HiCoDiT, Requested
+from hicodit.model import HiCoDiT, positions_of, rows_of
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import with_preset
 
@@ -104,7 +104,7 @@ def losses(pipeline: HiCoDiTPipeline, samples: Sequence[HiCoDiTSample]) -> dict[
 
 def _entropy(model: HiCoDiT, conditions: Conditions, tokens: Tensor, keys: Sequence[str]) -> Tensor:
     """Tokens (B, K, L) of clips `keys` -> loss (B, 2) of levels 1-2 and of the others, for one token of all levels."""
-    noise, prepared, out = LogLinearNoise(), model.prepare(conditions), 0
+    noise, conditioning, out = LogLinearNoise(), model.prepare(conditions), 0
     valid = torch.arange(tokens.shape[2]) < 2 * conditions.frames[:, None]
     for number, moment in enumerate(TIMES):
         t = torch.full((len(tokens),), moment)
@@ -112,9 +112,10 @@ def _entropy(model: HiCoDiT, conditions: Conditions, tokens: Tensor, keys: Seque
                  for n, key in zip(conditions.frames, keys)]  # fmt: skip
         uniforms = pad_sequence([u.T for u in drawn], batch_first=True, padding_value=1.0).transpose(1, 2)
         masked = masked_at(noise.sigma(t), uniforms) & valid[:, None]
-        at = Requested.of(masked, tokens.device)
-        log_q = model(torch.where(masked, model.mask_id, tokens), noise.sigma(t), prepared, at)[0]
-        entropy = weighted_score_entropy(log_q, tokens[at.clip, at.level, at.frame], t[at.clip], noise)
-        sums = torch.zeros(len(tokens), 2).index_put((at.clip, (at.level >= LOW).long()), entropy, accumulate=True)
+        where = positions_of(masked, tokens.device)
+        log_q = model(torch.where(masked, model.mask_id, tokens), noise.sigma(t), conditioning, where)[0]
+        clip, level, frame = rows_of(where)
+        entropy = weighted_score_entropy(log_q, tokens[clip, level, frame], t[clip], noise)
+        sums = torch.zeros(len(tokens), 2).index_put((clip, (level >= LOW).long()), entropy, accumulate=True)
         out = out + sums / (valid.sum(1, keepdim=True) * len(tokens[0])) / len(TIMES)
     return out

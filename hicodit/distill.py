@@ -12,6 +12,7 @@ Axes: B batch, K token levels, L token frames, M masked positions, N real tokens
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from engine.training.task import Release
 from hicodit.conditions.types import Conditions
 from hicodit.diffusion import LogLinearNoise, sample_categorical
 from hicodit.guidance import combine_rows
-from hicodit.model import BRANCHES, HiCoDiT, Prepared, Requested
+from hicodit.model import BRANCHES, Conditioning, HiCoDiT, rows_of
 from hicodit.system import HiCoDiTSystem
 from hicodit.task import MIN_TIME, HiCoDiTTask
 
@@ -49,34 +50,48 @@ class Teacher:
     def __deepcopy__(self, memo: dict) -> Teacher:
         return self
 
-    def prepare(self, conditions: Conditions, scales: Tensor) -> Prepared:
-        """What `log_q` needs of conditions and of scales (B, 4), whatever the tokens and times."""
+    def prepare(self, conditions: Conditions, scales: Tensor) -> Conditioning:
+        """Compute what `log_q` needs from conditions and scales (B, 4) and does not depend on tokens or time."""
         model = self.model.to(scales.device)
         if model.config.guidance_limit is not None:
             return model.prepare(conditions, scales=scales)
         return model.prepare(conditions, tuple(BRANCHES))
 
-    def log_q(self, tokens: Tensor, t: Tensor, prepared: Prepared, scales: Tensor, at: Requested) -> Tensor:
-        """Guided log posteriors (M, N) at positions of tokens (B, K, L) at times (B,), with scales (B, 4)."""
-        log_p = self.model(tokens, self.noise.sigma(t), prepared, at)
+    def log_q(
+        self,
+        tokens: Tensor,
+        t: Tensor,
+        conditioning: Conditioning,
+        scales: Tensor,
+        where: Sequence[tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """Compute guided log posteriors (M, N) at positions of tokens (B, K, L) at times (B,), with scales (B, 4)."""
+        log_p = self.model(tokens, self.noise.sigma(t), conditioning, where)
         if self.model.config.guidance_limit is not None:
             return log_p[0].log_softmax(-1)
-        return combine_rows(log_p, scales[at.clip])
+        return combine_rows(log_p, scales[rows_of(where)[0]])
 
     @torch.no_grad()
-    def targets(self, tokens: Tensor, t: Tensor, conditions: Conditions, scales: Tensor, at: Requested) -> Tensor:
-        """What the student is to say (M, N) at the masked positions of tokens (B, K, L) at times (B,). Reads nothing
-        from the device."""
-        prepared = self.prepare(conditions, scales)
-        out = self.log_q(tokens, t, prepared, scales, at)
-        places, tokens = (at.clip, at.level, at.frame), tokens.clone()
-        masked, log_q = torch.ones_like(at.clip, dtype=torch.bool), out
+    def targets(
+        self,
+        tokens: Tensor,
+        t: Tensor,
+        conditions: Conditions,
+        scales: Tensor,
+        where: Sequence[tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """Compute the student's targets (M, N) at the masked positions of tokens (B, K, L) at times (B,), without
+        synchronising with the host."""
+        conditioning = self.prepare(conditions, scales)
+        out = self.log_q(tokens, t, conditioning, scales, where)
+        (clip, level, frame), tokens = rows_of(where), tokens.clone()
+        masked, log_q = torch.ones_like(clip, dtype=torch.bool), out
         for _ in range(self.substeps - 1):
             drawn = sample_categorical(log_q.exp(), torch.rand_like(log_q))
-            reveal = masked & (torch.rand(len(at.clip), device=t.device) * self.steps * t[at.clip] < 1)  # as Euler does
-            tokens[places] = torch.where(reveal, drawn, tokens[places])
+            reveal = masked & (torch.rand(len(clip), device=t.device) * self.steps * t[clip] < 1)  # as Euler does
+            tokens[clip, level, frame] = torch.where(reveal, drawn, tokens[clip, level, frame])
             masked, t = masked & ~reveal, (t - 1 / self.steps).clamp(min=MIN_TIME)
-            log_q = self.log_q(tokens, t, prepared, scales, at)
+            log_q = self.log_q(tokens, t, conditioning, scales, where)
             out = torch.where(masked[:, None], log_q, out)
         return out
 
@@ -145,10 +160,9 @@ class DistillTask(HiCoDiTTask):
             conditions, _ = self.conditions(batch)
             t, noisy, where = self.mask(batch["tokens"], conditions.frames)
             scales = draw_scales(len(t), model.config.guidance_limit, t.device)
-            at = Requested.of(where, noisy.device)
-            target = self.teacher.targets(noisy, t, conditions, scales, at)
-        prepared = model.prepare(conditions, scales=scales)
-        log_q = model(noisy, self.noise.sigma(t), prepared, at)[0].log_softmax(-1)
+            target = self.teacher.targets(noisy, t, conditions, scales, where)
+        conditioning = model.prepare(conditions, scales=scales)
+        log_q = model(noisy, self.noise.sigma(t), conditioning, where)[0].log_softmax(-1)
         divergence = (target.exp() * (target - log_q)).sum(-1)
         losses = self.by_stage("kl", divergence, where, conditions.frames)
         return losses | {"loss": sum(losses.values())}

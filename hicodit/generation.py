@@ -1,7 +1,7 @@
 """Tokens of clips of any length: model, guidance and sampler, window by window.
 
 Axes: B clips, T video frames (25 a second), L = 2 T token frames, K token levels, M requested frames of a level, N
-codes, R rows of the network (guidance branches times B), S steps.
+codes.
 
 A clip longer than the sampler's window is done in several. A window starts from the last tokens of the one before it,
 which the sampler keeps, so there is no seam to hide. The very last tokens of a window were drawn without a view of what
@@ -10,8 +10,7 @@ follows and are drawn again. Starts are whole seconds, so that expression window
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,25 +21,11 @@ from engine.precision import half_precision
 from hicodit.conditions.types import FPS, Conditions, windows_of
 from hicodit.diffusion import LogLinearNoise, log_expm1
 from hicodit.guidance import combine
-from hicodit.model import TOKENS_PER_FRAME, HiCoDiT, Modulation
+from hicodit.model import TOKENS_PER_FRAME, HiCoDiT
 from hicodit.samplers import Posterior, sample
 from hicodit.settings import UNGUIDED, GuidanceScales, SamplerConfig
 
 OVERLAP, REDO = 25, 5  # video frames that two windows share, and those of them that are drawn again
-MODULATION_VALUES = 2**24  # at most so many are computed beforehand: 64 MiB in float32
-
-
-@dataclass(frozen=True)
-class Moment:
-    """A time of a sampler, as the posterior needs it.
-
-    modulation: of the rows that the network computes. log_odds: (B, 1, 1, 1) of a token being unmasked.
-    guided: where guidance acts: (B, 1, 1, 1), or the same for all clips.
-    """
-
-    modulation: list[Modulation]
-    log_odds: Tensor
-    guided: Tensor | bool
 
 
 class GuidedPosterior:
@@ -53,62 +38,36 @@ class GuidedPosterior:
     """
 
     def __init__(self, model: HiCoDiT, conditions: Conditions, scales: GuidanceScales) -> None:
-        given = None
+        inputs = None
         if model.config.guidance_limit is not None:
             scales.check_input(model.config.guidance_limit)
-            given, scales = conditions.identity.new_tensor([scales.values]), UNGUIDED
+            inputs, scales = conditions.identity.new_tensor([scales.values]), UNGUIDED
         self.model, self.scales, self.noise = model, scales, LogLinearNoise()
         with half_precision(conditions.lip.device, model.dtype):
-            self.prepared = model.prepare(conditions, scales.branches, scales=given)
-            self.early = model.prepare(conditions, UNGUIDED.branches) if scales.late < 1 else None
+            self.conditioning = model.prepare(conditions, scales.branches, scales=inputs)
+        self.early = GuidedPosterior(model, conditions, UNGUIDED) if scales.late < 1 else None
 
-    @torch.inference_mode()
-    def moments(self, times: Tensor) -> Iterator[Moment]:
-        """For each of the times (S, B) on the CPU: all that depends on the time alone, for many steps at once."""
-        device = self.prepared.lip.device
-        late = times <= self.scales.late  # decided by the host, before the first step
-        sigma = self.noise.sigma(times.float()).to(device)
-        log_odds = -log_expm1(sigma)[..., None, None, None]
-        at_once = max(1, MODULATION_VALUES // self._values())
-        for first in range(0, len(times), at_once):
-            part = slice(first, first + at_once)
-            modulation = {False: None, True: None}
-            for any_late in set(late[part].any(1).tolist()):
-                modulation[any_late] = self._modulate(sigma[part], any_late)
-            for i in range(first, min(first + at_once, len(times))):
-                acts = bool(late[i].any())
-                guided = acts if acts == bool(late[i].all()) else late[i, :, None, None, None].to(device)
-                yield Moment([m.at(i - first) for m in modulation[acts]], log_odds[i], guided)
+    def at(self, t: Tensor) -> GuidedPosterior:
+        """Return the posterior without guidance if it acts on no clip at the times t (B,)."""
+        return self if self.early is None or bool((t <= self.scales.late).any()) else self.early
 
-    def __call__(self, tokens: Tensor, moment: Moment | Tensor, where: Tensor | None) -> Tensor:
-        """log q (B, K, M, N), see `samplers.Posterior`; a moment that is a time (B,) may lie on any device."""
-        if isinstance(moment, Tensor):
-            moment = self._moment(moment)
-        alone = moment.guided is False
-        with half_precision(tokens.device, self.model.dtype):
-            log_p = self.model(tokens, moment.modulation, self.early if alone else self.prepared, where)
-        if alone:
-            return combine(log_p, UNGUIDED)
-        guided = combine(log_p, self.scales, moment.log_odds)
-        if moment.guided is True:
-            return guided
-        unguided = combine(log_p[self.scales.branches.index("all")][None], UNGUIDED)
-        return torch.where(moment.guided, guided, unguided)
-
-    def _moment(self, t: Tensor) -> Moment:
-        """That of a time that is known to the device alone."""
+    def __call__(self, tokens: Tensor, t: Tensor, where: Tensor | None) -> Tensor:
+        """Compute log q (B, K, M, N) or (B, K, L, N), see `samplers.Posterior`."""
         sigma = self.noise.sigma(t.float())
-        guided = True if self.scales.late >= 1 else (t <= self.scales.late)[:, None, None, None]
-        modulation = [m.at(0) for m in self._modulate(sigma[None], True)]
-        return Moment(modulation, -log_expm1(sigma)[:, None, None, None], guided)
-
-    def _modulate(self, sigma: Tensor, guided: bool) -> list[Modulation]:
-        return self.model.modulate(sigma, self.prepared if guided else self.early)
-
-    def _values(self) -> int:
-        """Numbers in the modulation of one time."""
-        blocks = [6 * len(stage.blocks) + 2 for stage in self.model.stages]
-        return self.model.config.width * sum(n * len(c) for n, c in zip(blocks, self.prepared.conds))
+        positions = None
+        if where is not None:
+            clip = torch.arange(len(tokens), device=tokens.device)[:, None]
+            positions = [(clip, frame) for frame in where.unbind(1)]
+        with half_precision(tokens.device, self.model.dtype):
+            log_p = self.model(tokens, sigma, self.conditioning, positions)  # of each branch
+        if where is not None:
+            batch, levels, frames = where.shape
+            log_p = log_p.unflatten(1, (levels, batch, frames)).transpose(1, 2)
+        log_q = combine(log_p, self.scales, -log_expm1(sigma)[:, None, None, None])
+        if self.early is None:
+            return log_q
+        unguided = combine(log_p[self.scales.branches.index("all")][None], UNGUIDED)
+        return torch.where((t <= self.scales.late)[:, None, None, None], log_q, unguided)
 
 
 @torch.inference_mode()

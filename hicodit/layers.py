@@ -16,7 +16,7 @@ GELU_SLOPE = math.sqrt(8 / math.pi)
 
 
 def rotary_table(length: int, head_dim: int, device: torch.device, base: float = 10000.0) -> Tensor:
-    """Cosines and sines (2, L, D/2) of rotary positions."""
+    """Return cosines and sines (2, L, D/2) of rotary positions."""
     inverse = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), inverse)
     return torch.stack([angles.cos(), angles.sin()])
@@ -30,7 +30,7 @@ def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str = "sdpa") -> Tensor:
-    """Attention over (B, H, L, D); mask (B, 1, 1, L) is True at keys to use.
+    """Compute attention over (B, H, L, D); mask (B, 1, 1, L) is True at keys to use.
 
     `backend="flash"` takes the flash-attn kernel where it applies (CUDA, half precision, nothing masked).
     """
@@ -71,7 +71,7 @@ class ScaleNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        gain = self.weight.to(x.dtype)  # half precision where shards of weights travel so
+        gain = self.weight.to(x.dtype)  # FSDP may gather this weight in bfloat16
         return F.layer_norm(x, x.shape[-1:], gain) * (1 + scale) + shift
 
 
@@ -93,15 +93,17 @@ class TanhGELU(nn.GELU):
 
 
 class AdaLNBlock(nn.Module):
-    """Pre-norm attention and MLP, both modulated and gated by a condition (B, E).
+    """Pre-norm attention and MLP, both modulated and gated.
 
-    With temporal scales, the modulated inputs of attention and of the MLP are also multiplied by one scalar a frame:
-    gamma_t * [(1 + gamma_c) * LN(h) + beta_c], HiCoDiT's dual-scale AdaLN. The residual
-    stream `h` keeps its precision under autocast.
+    The modulation is computed outside, for all blocks of a stage at once. With temporal scales, the modulated inputs of
+    attention and of the MLP are also multiplied by one scalar a frame: gamma_t * [(1 + gamma_c) * LN(h) + beta_c],
+    HiCoDiT's dual-scale AdaLN. The residual stream `h` keeps its precision under autocast.
     """
 
+    PARTS = 6  # vectors of width C in its modulation: shift, scale and gate, of attention and of the MLP
+
     def __init__(
-        self, width: int, heads: int, cond_dim: int, mlp_ratio: int = 4, dropout: float = 0.0, attention: str = "sdpa"
+        self, width: int, heads: int, mlp_ratio: int = 4, dropout: float = 0.0, attention: str = "sdpa"
     ) -> None:
         super().__init__()
         self.heads, self.attention = heads, attention
@@ -109,27 +111,23 @@ class AdaLNBlock(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), TanhGELU(), nn.Linear(mlp_ratio * width, width))
-        self.modulation = nn.Linear(cond_dim, 6 * width)
         self.dropout = nn.Dropout(dropout)
-        nn.init.zeros_(self.modulation.weight)  # gates start at 0: a new block is the identity
-        nn.init.zeros_(self.modulation.bias)
 
     def forward(
         self,
         h: Tensor,
-        cond: Tensor,
+        modulation: Tensor,
         rotary: Tensor,
         mask: Tensor | None = None,
         temporal: Tensor | None = None,
-        modulation: Tensor | None = None,
     ) -> Tensor:
-        """h (B, L, C), cond (B, E), rotary (2, L, D/2), mask (B, 1, 1, L), temporal (B, L, 2) -> (B, L, C).
+        """Map h (B, L, C) to (B, L, C).
 
-        `temporal` holds the scales of attention and of the MLP. `modulation` (B, 6C): that of `cond`, where it was
-        computed before.
+        Args:
+            modulation: (B, 6C). rotary: (2, L, D/2). mask: (B, 1, 1, L), True at real positions.
+            temporal: (B, L, 2), the scales of attention and of the MLP.
         """
-        modulation = self.modulation(cond) if modulation is None else modulation
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, None].chunk(6, -1)  # each (B, 1, C)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, None].chunk(self.PARTS, -1)  # each (B, 1, C)
         x = self.norm1(h, shift1, scale1)
         if temporal is not None:
             x = x * temporal[..., :1]
@@ -142,6 +140,17 @@ class AdaLNBlock(nn.Module):
         return h + gate2 * self.dropout(self.mlp(x))
 
 
+def modulation_layer(cond_dim: int, width: int, blocks: int, norms: int = 1) -> nn.Linear:
+    """Return the layer from a condition (B, E) to the modulation of n blocks, then shift and scale of further norms.
+
+    It starts at zero: gates are closed, so that a new block is the identity.
+    """
+    layer = nn.Linear(cond_dim, (AdaLNBlock.PARTS * blocks + 2 * norms) * width)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class TemporalScales(nn.Module):
     """gamma_t of a stage's blocks: an MLP of the expression of each half second and of time.
 
@@ -150,32 +159,15 @@ class TemporalScales(nn.Module):
 
     def __init__(self, width: int, cond_dim: int, blocks: int) -> None:
         super().__init__()
-        self.expression = nn.Linear(width, cond_dim)  # the first layer in two parts, so that this one is done once
+        self.expression = nn.Linear(width, cond_dim)  # the first layer's part that does not depend on time
         self.time = nn.Linear(cond_dim, cond_dim, bias=False)
         self.scales = nn.Linear(cond_dim, 2 * blocks)
         nn.init.zeros_(self.scales.weight)
         nn.init.ones_(self.scales.bias)
 
     def forward(self, expression: Tensor, time: Tensor) -> Tensor:
-        """`self.expression` of the windows (B, J, E) and embedded time (..., B, E) -> (..., B, J, 2 * blocks).
+        """Map `self.expression` of the windows (B, J, E) and embedded time (B, E) to scales (B, J, 2 * blocks).
 
         A block's two neighbouring columns are the scales of its attention and of its MLP.
         """
-        return self.scales(F.silu(expression + self.time(time)[..., None, :]))
-
-
-class AdaLNFinal(nn.Module):
-    """Last modulated norm before the heads."""
-
-    def __init__(self, width: int, cond_dim: int) -> None:
-        super().__init__()
-        self.norm = ScaleNorm(width)
-        self.modulation = nn.Linear(cond_dim, 2 * width)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
-
-    def forward(self, h: Tensor, cond: Tensor, modulation: Tensor | None = None) -> Tensor:
-        """h (B, L, C), cond (B, E) -> (B, L, C). `modulation` (B, 2C): that of `cond`, where it was computed before."""
-        modulation = self.modulation(cond) if modulation is None else modulation
-        shift, scale = modulation[:, None].chunk(2, -1)
-        return self.norm(h, shift, scale)
+        return self.scales(F.silu(expression + self.time(time)[:, None]))

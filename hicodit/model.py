@@ -2,7 +2,7 @@
 
 Axes: B clips, G guidance branches, U of them that differ in the low stage, R rows of a stage (its branches times B), K
 token levels, L token frames (50 a second), T video frames (25 a second), J expression windows (2 a second), C width,
-E condition width, N codes (id N is the mask), M requested positions, S noise levels, n blocks of a stage.
+E condition width, N codes (id N is the mask), M requested positions, n blocks of a stage.
 
 Low stage: levels 1-2; lip features joined by channel concatenation, identity and time through AdaLN. High stage: levels
 3-12; the low stage's output joined the same way, expression and time through dual-scale AdaLN. `expression_context`
@@ -33,7 +33,7 @@ from engine.errors import UserError
 from engine.nn.transfer import send
 from engine.settings import check_settings, setting
 from hicodit.conditions.types import Conditions
-from hicodit.layers import AdaLNBlock, AdaLNFinal, TemporalScales, TimeEmbedding, rotary_table
+from hicodit.layers import AdaLNBlock, ScaleNorm, TemporalScales, TimeEmbedding, modulation_layer, rotary_table
 from hicodit.settings import UNGUIDED
 
 CONDITIONS = ("lip", "identity", "expression")
@@ -101,9 +101,11 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """All that does not depend on time, for B clips and G guidance branches. Rows run over branches, then over clips;
-    branches that differ only in what the low stage does not see share its rows there.
+class Conditioning:
+    """All that does not depend on time, for B clips and G guidance branches.
+
+    Rows run over branches, then over clips. Branches that differ only in what the low stage does not see share its
+    rows there.
     """
 
     lip: Tensor  # (U * B, L, C) what joins the low stage's tokens: lip features, with `expression_context` expression
@@ -115,44 +117,22 @@ class Prepared:
     mask: Tensor | None  # (B, 1, 1, L), True at real frames; None when there is no padding
 
 
-@dataclass(frozen=True)
-class Requested:
-    """The positions at which a mask (B, K, L) is true, as indices on the device.
+def positions_of(mask: Tensor, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Return, for each level, clip and frame (n,) of the true positions of a mask (B, K, L), on the device.
 
-    They are found on the host: a device would have to report how many there are, and the host would wait for it.
-
-    levels: (clip, frame) of each level's positions. order: (M,) puts those, one level after the other, in the order of
-    `where.nonzero()`. clip, level, frame: (M,) in that order.
+    The mask lies on the host: a device would have to report how many positions there are.
     """
-
-    levels: list[tuple[Tensor, Tensor]]
-    order: Tensor
-    clip: Tensor
-    level: Tensor
-    frame: Tensor
-
-    @classmethod
-    def of(cls, where: Tensor, device: torch.device) -> Requested:
-        """From a mask on the host; one on the device makes the host wait."""
-        clip, level, frame = where.nonzero(as_tuple=True)
-        by_level = level.argsort(stable=True)
-        counts = level.bincount(minlength=where.shape[1]).tolist()
-        rows = torch.stack([clip[by_level], frame[by_level], by_level.argsort(), clip, level, frame])
-        clips, frames, *others = send(rows, device)
-        return cls(list(zip(clips.split(counts), frames.split(counts))), *others)
+    level, clip, frame = mask.transpose(0, 1).nonzero(as_tuple=True)
+    counts = level.bincount(minlength=mask.shape[1]).tolist()
+    clips, frames = send(torch.stack([clip, frame]), device)
+    return list(zip(clips.split(counts), frames.split(counts)))
 
 
-@dataclass(frozen=True)
-class Modulation:
-    """What noise level and conditions do to one stage, for one noise level, or for S of them with S as first axis."""
-
-    blocks: Tensor  # (n, R, 6C) shifts, scales and gates of the blocks
-    final: Tensor  # (R, 2C)
-    temporal: Tensor | None  # (R, J, 2n) temporal scales of each half second
-
-    def at(self, i: int) -> Modulation:
-        """That of the i-th of S noise levels."""
-        return Modulation(self.blocks[i], self.final[i], self.temporal[i] if self.temporal is not None else None)
+def rows_of(where: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return clip, level and frame (M,) of the rows that `HiCoDiT.forward` computes for such positions."""
+    clip, frame = (torch.cat(parts) for parts in zip(*where))
+    level = torch.cat([torch.full_like(clips, level) for level, (clips, _) in enumerate(where)])
+    return clip, level, frame
 
 
 class Stage(nn.Module):
@@ -170,11 +150,12 @@ class Stage(nn.Module):
         if c.expression_context:
             nn.init.zeros_(self.fuse_expression.weight)  # starts as the model without this input
         self.blocks = nn.ModuleList(
-            AdaLNBlock(c.width, c.heads, c.cond_dim, dropout=c.dropout, attention=c.attention) for _ in range(blocks)
+            AdaLNBlock(c.width, c.heads, dropout=c.dropout, attention=c.attention) for _ in range(blocks)
         )
         two_scales = c.dual_scale and "expression" in conditions
         self.temporal = TemporalScales(c.width, c.cond_dim, blocks) if two_scales else None
-        self.final = AdaLNFinal(c.width, c.cond_dim)
+        self.norm = ScaleNorm(c.width)  # before the heads
+        self.modulation = modulation_layer(c.cond_dim, c.width, blocks)
         self.heads = nn.ModuleList(nn.Linear(c.width, c.codes) for _ in range(first, last))
         for table in self.embeddings:
             nn.init.normal_(table.weight, std=0.02 * (last - first) ** 0.5)
@@ -186,45 +167,26 @@ class Stage(nn.Module):
         """Which of `CONDITIONS` a guidance branch has, as far as this stage takes them."""
         return tuple(name in BRANCHES[branch] and name in self.taken for name in CONDITIONS)
 
-    def modulation(self, time: Tensor, cond: Tensor, windows: Tensor | None) -> Modulation:
-        """Embedded noise levels (S, B, E), cond (R, E) and windows (R, J, E) -> modulation by S noise levels."""
-        time = time.repeat(1, len(cond) // time.shape[1], 1)  # (S, R, E)
-        active = F.silu(cond + time)
-        temporal = self.temporal(windows, time) if self.temporal is not None else None
-        return Modulation(
-            torch.stack([block.modulation(active) for block in self.blocks], 1), self.final.modulation(active), temporal
-        )
-
     def forward(
-        self,
-        tokens: Tensor,
-        context: Tensor,
-        time: Tensor | None,
-        cond: Tensor,
-        prepared: Prepared,
-        given: Modulation | None = None,
+        self, tokens: Tensor, context: Tensor, time: Tensor, cond: Tensor, conditioning: Conditioning
     ) -> tuple[Tensor, Tensor]:
-        """tokens (B, K, L), context (R, L, C), time (B, E), cond (R, E) -> hidden states, inputs of heads (R, L, C).
-
-        `given` replaces time and cond by the modulation that they lead to.
-        """
-        copies, length = len(context) // len(tokens), tokens.shape[-1]
+        """tokens (B, K, L), context (R, L, C), time (B, E), cond (R, E) -> hidden states, inputs of heads (R, L, C)."""
+        copies, length, mask, temporal = len(context) // len(tokens), tokens.shape[-1], conditioning.mask, None
         embedded = torch.stack([table(tokens[:, self.first + i]) for i, table in enumerate(self.embeddings)]).mean(0)
         h = (self.fuse_tokens(embedded).repeat(copies, 1, 1) + context).float()  # the residual stream, also in autocast
-        temporal, mask = None, prepared.mask
-        if given is None:
-            time = time.repeat(copies, 1)
-            cond = F.silu(cond + time)
-        if self.temporal is not None:
-            window = torch.arange(length, device=h.device) // WINDOW_TOKENS
-            scales = self.temporal(prepared.windows, time) if given is None else given.temporal
-            temporal = scales[:, window]
         if mask is not None:
             mask = mask.repeat(copies, 1, 1, 1)
-        for i, block in enumerate(self.blocks):
+        with torch.autocast(h.device.type, enabled=False):  # modulation stays in float32
+            time = time.repeat(copies, 1)
+            modulation = self.modulation(F.silu(cond + time))
+            if self.temporal is not None:
+                window = torch.arange(length, device=h.device) // WINDOW_TOKENS
+                temporal = self.temporal(conditioning.windows, time)[:, window]  # (R, L, 2n)
+        *parts, final = modulation.split([AdaLNBlock.PARTS * h.shape[-1]] * len(self.blocks) + [2 * h.shape[-1]], -1)
+        for i, (block, part) in enumerate(zip(self.blocks, parts)):
             scales = temporal[..., 2 * i : 2 * i + 2] if temporal is not None else None
-            h = block(h, cond, prepared.rotary, mask, scales, given.blocks[i] if given is not None else None)
-        return h, self.final(h, cond, given.final if given is not None else None)
+            h = block(h, part, conditioning.rotary, mask, scales)
+        return h, self.norm(h, *final[:, None].chunk(2, -1))
 
 
 class HiCoDiT(nn.Module):
@@ -280,7 +242,7 @@ class HiCoDiT(nn.Module):
         branches: Sequence[str] = ("all",),
         keep: Tensor | None = None,
         scales: Tensor | None = None,
-    ) -> Prepared:
+    ) -> Conditioning:
         """Do all work that does not depend on diffusion time.
 
         Args:
@@ -301,7 +263,7 @@ class HiCoDiT(nn.Module):
         lip = self.stages[0].fuse_context(lip).repeat_interleave(TOKENS_PER_FRAME, 1)
         starts = WINDOW_TOKENS * torch.arange(-(-length // WINDOW_TOKENS), device=host)
         share = send((ends - starts).clamp(0, WINDOW_TOKENS) / ends, device)  # (B, J) of a clip's tokens, 0 of padding
-        conds, windows, told = [], None, []
+        conds, windows, inputs = [], None, []
         for stage, kept in zip(self.stages, (low, high)):
             cond = 0.0
             if "identity" in stage.conditions:
@@ -309,22 +271,22 @@ class HiCoDiT(nn.Module):
                 cond = cond + self.identity_proj(identity.flatten(0, 1))
             if "expression" in stage.taken:
                 classes = torch.where(kept[..., 2, None], conditions.expression, self.config.expressions)
-                shown = self.expression_table(classes).flatten(0, 1)  # (R, J, C)
+                embedded = self.expression_table(classes).flatten(0, 1)  # (R, J, C)
                 if "expression" in stage.conditions:
-                    cond = cond + self.expression_proj(torch.einsum("rjc,rj->rc", shown, share.repeat(len(kept), 1)))
-                    windows = stage.temporal.expression(shown) if stage.temporal is not None else None
+                    cond = cond + self.expression_proj(torch.einsum("rjc,rj->rc", embedded, share.repeat(len(kept), 1)))
+                    windows = stage.temporal.expression(embedded) if stage.temporal is not None else None
                 if stage.fuse_expression is not None:
-                    told.append(stage.fuse_expression(shown).repeat_interleave(WINDOW_TOKENS, 1)[:, :length])
+                    inputs.append(stage.fuse_expression(embedded).repeat_interleave(WINDOW_TOKENS, 1)[:, :length])
             conds.append(cond)
         if self.config.guidance_limit is not None:
             scales = conditions.identity.new_tensor([UNGUIDED.values]) if scales is None else scales
             guidance = self.guidance_proj(scales / self.config.guidance_limit)  # (B, E) or (1, E)
             conds = [(cond.unflatten(0, (-1, conditions.batch)) + guidance).flatten(0, 1) for cond in conds]
-        lip = lip + told[0] if told else lip
-        return Prepared(lip, tuple(conds), windows, told[1] if len(told) > 1 else None, low_index, rotary, mask)
+        lip = lip + inputs[0] if inputs else lip
+        return Conditioning(lip, tuple(conds), windows, inputs[1] if len(inputs) > 1 else None, low_index, rotary, mask)
 
     def _rows(self, branches: Sequence[str], batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Which conditions the low (U, 1, 3) and the high stage's rows (G, 1, 3) see, and `Prepared.low_index`."""
+        """Which conditions the low (U, 1, 3) and the high stage's rows (G, 1, 3) see, and `Conditioning.low_index`."""
         low, high = ([stage.sees(branch) for branch in branches] for stage in (self.stages[0], self.stages[-1]))
         distinct, index = list(dict.fromkeys(low)), None
         if len(distinct) < len(low):
@@ -333,56 +295,44 @@ class HiCoDiT(nn.Module):
         low_rows, high_rows = (send(torch.tensor(rows)[:, None], device) for rows in (distinct, high))
         return low_rows, high_rows, index
 
-    def modulate(self, sigma: Tensor, prepared: Prepared) -> list[Modulation]:
-        """For each stage, the modulation by noise levels (S, B), in place of `sigma` in S calls of `forward`."""
-        time = self.time(sigma.flatten()).view(*sigma.shape, -1)
-        return [stage.modulation(time, cond, prepared.windows) for stage, cond in zip(self.stages, prepared.conds)]
-
     def forward(
         self,
         tokens: Tensor,
-        sigma: Tensor | Sequence[Modulation],
-        prepared: Prepared,
-        where: Tensor | Requested | None = None,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        where: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
-        """Log posteriors of the clean tokens, float32. Reads nothing from the device unless `where` is a mask there.
+        """Compute log posteriors of the clean tokens in float32, without synchronising with the host.
 
         Args:
             tokens: (B, K, L).
-            sigma: noise level (B,), or what `modulate` made of it.
-            where: the requested positions: (B, K, M) frames of each level, or a mask (B, K, L) bool of any number of
-                positions, or what `Requested.of` made of it; None gives all of them. The first and the last have fixed
-                shapes.
+            sigma: noise level (B,).
+            where: clip and frame of the requested positions of each level, two tensors that broadcast to each other;
+                None gives all positions.
 
         Returns:
-            (G, B, K, M, N), (G, M, N) with rows in the order of `where.nonzero()`, or (G, B, K, L, N). With
-            `normalised` off, logs of unnormalised posteriors.
+            (G, B, K, L, N); with `where` (G, M, N), one row a position, level by level. With `normalised` off, logs of
+            unnormalised posteriors.
         """
-        given = [None] * len(self.stages) if isinstance(sigma, Tensor) else sigma
-        low, time = self.stages[0], self.time(sigma) if isinstance(sigma, Tensor) else None
-        h, out = low(tokens, prepared.lip, time, prepared.conds[0], prepared, given[0])
-        if prepared.low_index is not None:
-            h, out = h[prepared.low_index], out[prepared.low_index]
+        with torch.autocast(tokens.device.type, enabled=False):
+            time = self.time(sigma)
+        low = self.stages[0]
+        h, out = low(tokens, conditioning.lip, time, conditioning.conds[0], conditioning)
+        if conditioning.low_index is not None:
+            h, out = h[conditioning.low_index], out[conditioning.low_index]
         outs = [out] * len(low.heads)
         for high in self.stages[1:]:
             context = high.fuse_context(h)
-            context = context if prepared.expression is None else context + prepared.expression
-            _, out = high(tokens, context, time, prepared.conds[1], prepared, given[1])
+            context = context if conditioning.expression is None else context + conditioning.expression
+            _, out = high(tokens, context, time, conditioning.conds[1], conditioning)
             outs += [out] * len(high.heads)
         heads = [head for stage in self.stages for head in stage.heads]
         outs = [out.unflatten(0, (-1, len(tokens))) for out in outs]  # (G, B, L, C) for each level
-        if isinstance(where, Tensor) and where.dtype == torch.bool:
-            where = Requested.of(where, tokens.device)
-        if isinstance(where, Requested):
-            at = where.levels
-            rows = torch.cat([head(out[:, clip, frame]) for head, out, (clip, frame) in zip(heads, outs, at)], 1)
-            # Put in order once: filling a tensor level by level would copy its whole gradient for every level.
-            logits = rows[:, where.order]
-        else:
-            if where is not None:
-                clip = torch.arange(len(tokens), device=tokens.device)[:, None]
-                outs = [out[:, clip, frame] for out, frame in zip(outs, where.unbind(1))]  # (G, B, M, C)
+        if where is None:
             logits = torch.stack([head(out) for head, out in zip(heads, outs)], 2)
+        else:
+            rows = (head(out[:, clip, frame]) for head, out, (clip, frame) in zip(heads, outs, where))
+            logits = torch.cat([row.flatten(1, -2) for row in rows], 1)
         logits = logits.float()
         return logits.log_softmax(-1) if self.config.normalised else logits - math.log(self.config.codes)
 

@@ -14,9 +14,9 @@ A new method is a function here with an entry in `FUNCTIONS`, and its name one i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,22 +27,22 @@ from hicodit.settings import METHODS, SamplerConfig
 
 
 class Posterior(Protocol):
-    """The distribution of clean tokens that a sampler asks for."""
+    """The distribution of clean tokens that a sampler draws from."""
 
-    def moments(self, times: Tensor) -> Iterable[Any]:
-        """For each of the times (S, B), known beforehand, what `__call__` takes as `moment`."""
+    def at(self, t: Tensor) -> Posterior:
+        """Return the posterior to call at the times t (B,), which lie on the CPU: one that costs less, or itself."""
 
-    def __call__(self, tokens: Tensor, moment: Any, where: Tensor | None) -> Tensor:
-        """log q (B, K, M, N) at the frames `where` (B, K, M) of each level, (B, K, L, N) without it.
+    def __call__(self, tokens: Tensor, t: Tensor, where: Tensor | None) -> Tensor:
+        """Compute log q (B, K, M, N) at the frames `where` (B, K, M) of each level, (B, K, L, N) without it.
 
         Args:
-            tokens: (B, K, L). moment: one of `moments`, or a time (B,) on the device of the tokens.
+            tokens: (B, K, L). t: (B,) times, on the device of the tokens.
         """
 
 
 @dataclass
-class Draft:
-    """Tokens of a batch on their way from masked to clean.
+class SamplerState:
+    """The state of a run: tokens of a batch on their way from masked to clean.
 
     Attributes:
         tokens, masked: (B, K, L), on the model's device. total: (B,) masked tokens at the beginning, on the CPU.
@@ -62,16 +62,22 @@ class Draft:
     compiled: Callable[[Callable], Callable]
 
     def share(self, masked: Tensor) -> Tensor:
-        """The share of each clip's positions that `masked` (..., B) of them are: the time t at which a step begins."""
+        """Return the masked fraction (..., B) of each clip, given the number masked: the time t of the step."""
         share = masked / send(self.lengths, masked.device) / self.tokens.shape[1]
         return share.clamp(min=self.config.end)
 
     def noise(self, columns: int = 1) -> Tensor:
-        """Uniforms in [0, 1) of shape (columns, B, K, L), of each clip as many as it is long."""
+        """Draw uniforms in [0, 1) of shape (columns, B, K, L), of each clip as many as it is long."""
         draws = torch.full((columns, *self.tokens.shape), 0.5, device=self.tokens.device)
         for row, n, generator in zip(draws.unbind(1), self.lengths.tolist(), self.generators):
             row[..., :n] = torch.rand(columns, row.shape[1], n, generator=generator, device=row.device)
         return draws
+
+    def steps(self, times: Tensor) -> Iterator[tuple[Posterior, Tensor]]:
+        """Yield posterior and time (B,) on the device for each of the times (S, B) on the CPU."""
+        times = times.float()
+        for host, t in zip(times, send(times, self.tokens.device)):
+            yield self.posterior.at(host), t
 
 
 def invert(log_q: Tensor, u: Tensor, temperature: float) -> Tensor:
@@ -84,24 +90,24 @@ def invert(log_q: Tensor, u: Tensor, temperature: float) -> Tensor:
 
 
 def planned_step(
-    posterior: Posterior, tokens: Tensor, moment: Any, frames: Tensor, u: Tensor, temperature: float
+    posterior: Posterior, tokens: Tensor, t: Tensor, frames: Tensor, u: Tensor, temperature: float
 ) -> Tensor:
     """Tokens (B, K, L) with some revealed: the frames (B, K, M) of each level. A frame of L reveals nothing."""
     length = tokens.shape[-1]
     asked = frames.clamp(max=length - 1)
-    drawn = invert(posterior(tokens, moment, asked), u.gather(2, asked), temperature)
+    drawn = invert(posterior(tokens, t, asked), u.gather(2, asked), temperature)
     room = torch.cat([tokens, tokens[..., :1]], -1)  # where the frames that reveal nothing write
     return room.scatter(2, frames, drawn)[..., :length].contiguous()  # strides, too, stay from step to step
 
 
 def thinned_step(
-    posterior: Posterior, tokens: Tensor, masked: Tensor, moment: Any, rate: Tensor, u: Tensor, temperature: float
+    posterior: Posterior, tokens: Tensor, masked: Tensor, t: Tensor, rate: Tensor, u: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Tokens and what is still masked, after a step that reveals a position with probability rate (B,) times sum q.
 
     u: (2, B, K, L) uniforms, for whether to reveal and for the token.
     """
-    log_q = posterior(tokens, moment, None)
+    log_q = posterior(tokens, t, None)
     reveal = masked & (u[0] < rate[:, None, None] * log_q.exp().sum(-1))
     return torch.where(reveal, invert(log_q, u[1], temperature), tokens), masked & ~reveal
 
@@ -110,7 +116,7 @@ def ranked_step(
     posterior: Posterior,
     tokens: Tensor,
     masked: Tensor,
-    moment: Any,
+    t: Tensor,
     count: Tensor,
     u: Tensor,
     choice_noise: Tensor,
@@ -121,7 +127,7 @@ def ranked_step(
 
     u: (2, B, K, L) uniforms, for the tokens and for the noise, which `choice_noise` (B,) scales.
     """
-    log_q = posterior(tokens, moment, None)
+    log_q = posterior(tokens, t, None)
     drawn = invert(log_q, u[0], config.temperature)
     score = log_q.gather(-1, drawn[..., None])[..., 0] - level_delay * _levels(drawn)
     score = score - choice_noise[:, None, None] * torch.log(exponential_noise(u[1]))
@@ -144,69 +150,69 @@ def entropy_step(
     return torch.where(reveal, invert(log_q, u, config.temperature), tokens), masked & ~reveal
 
 
-def euler(draft: Draft) -> Iterator[None]:
+def euler(state: SamplerState) -> Iterator[None]:
     """The paper's: from t to t - h every masked token is revealed with probability h / t; at the end the rest.
 
     Time starts at the masked share: at 1, or lower where some tokens are known. If the posterior sums to one, the time
     at which a position is revealed depends on nothing else, and is uniform: it is drawn beforehand.
     """
-    c, start = draft.config, draft.share(draft.total).double()
+    c, start = state.config, state.share(state.total).double()
     times = torch.stack([torch.linspace(t, c.end, c.steps + 1, dtype=torch.float64) for t in start.tolist()], 1)
-    if draft.normalised:
-        when, u = draft.noise(2)
+    if state.normalised:
+        when, u = state.noise(2)
         scale = send((c.steps * start / (start - c.end).clamp(min=1e-12)).to(when.dtype), when.device)[:, None, None]
         step = ((1 - when) * scale).long().clamp(max=c.steps)
-        yield from _planned(draft, Plan.of(step, draft.masked, len(times)), u, times)
+        yield from _planned(state, revealed_frames(step, state.masked, len(times)), u, times)
         return
-    step, tokens, masked = draft.compiled(thinned_step), draft.tokens, draft.masked
+    step, tokens, masked = state.compiled(thinned_step), state.tokens, state.masked
     rates = torch.cat([(times[:-1] - times[1:]) / times[:-1], torch.full_like(times[:1], math.inf)])  # at last all
-    for moment, rate in zip(draft.posterior.moments(times), send(rates.float(), tokens.device)):
-        tokens, masked = step(draft.posterior, tokens, masked, moment, rate, draft.noise(2), c.temperature)
-        draft.tokens, draft.masked = tokens, masked
+    for (posterior, t), rate in zip(state.steps(times), send(rates.float(), tokens.device)):
+        tokens, masked = step(posterior, tokens, masked, t, rate, state.noise(2), c.temperature)
+        state.tokens, state.masked = tokens, masked
         yield
 
 
-def fixed_count(draft: Draft) -> Iterator[None]:
+def fixed_count(state: SamplerState) -> Iterator[None]:
     """The number of tokens that Euler reveals on average in a step, in random order."""
-    steps, total = draft.config.steps, draft.total
+    steps, total = state.config.steps, state.total
     done = torch.stack([total - torch.floor(total * (1 - step / steps)) for step in range(steps + 1)])  # (S + 1, B)
-    order, u = draft.noise(2)
-    place = _ranked((-order).masked_fill(~draft.masked, -math.inf))[-1]
+    order, u = state.noise(2)
+    place = _ranked((-order).masked_fill(~state.masked, -math.inf))[-1]
     ends = send(done[1:].T.contiguous().to(place.dtype), place.device)
     step = torch.searchsorted(ends, place, right=True).view(order.shape)
-    yield from _planned(draft, Plan.of(step, draft.masked, steps), u, draft.share(total - done[:-1]))
+    yield from _planned(state, revealed_frames(step, state.masked, steps), u, state.share(total - done[:-1]))
 
 
-def confidence(draft: Draft) -> Iterator[None]:
+def confidence(state: SamplerState) -> Iterator[None]:
     """The most probable of drawn candidates first, on a cosine schedule (MaskGIT), with noise annealed to 0 with t."""
-    return _surest_first(draft, lambda done: math.cos(math.pi / 2 * done), 0.0, annealed=True)
+    return _surest_first(state, lambda done: math.cos(math.pi / 2 * done), 0.0, annealed=True)
 
 
-def ordered(draft: Draft) -> Iterator[None]:
+def ordered(state: SamplerState) -> Iterator[None]:
     """The most probable tokens of coarse levels first, few in early steps and many in late ones (OmniVoice)."""
-    shift = draft.config.shift
-    return _surest_first(draft, lambda done: (1 - done) / (1 - (1 - shift) * done), draft.config.level_delay)
+    shift = state.config.shift
+    return _surest_first(state, lambda done: (1 - done) / (1 - (1 - shift) * done), state.config.level_delay)
 
 
-def entropy(draft: Draft) -> Iterator[None]:
+def entropy(state: SamplerState) -> Iterator[None]:
     """As many of the surest tokens, coarse levels first, as a bound on their entropy allows (arXiv 2505.24857).
 
     Tokens that are drawn at once are drawn independently; the sum of their entropies without the largest bounds what
     that loses. A step reveals at least the share that is due for `steps` to suffice. Whether all is revealed is known
     to the device alone: the host asks for it after each step on a CPU, after every fourth elsewhere.
     """
-    c, device = draft.config, draft.tokens.device
-    run, bound = draft.compiled(entropy_step), c.entropy * send(draft.lengths, device)
+    c, device = state.config, state.tokens.device
+    run, bound = state.compiled(entropy_step), c.entropy * send(state.lengths, device)
     for step in range(c.steps):
-        left = draft.masked.flatten(1).sum(1)
-        t, due, u = draft.share(left), (left / (c.steps - step)).ceil(), draft.noise()[0]
-        draft.tokens, draft.masked = run(draft.posterior, draft.tokens, draft.masked, t, due, bound, u, c)
+        left = state.masked.flatten(1).sum(1)
+        t, due, u = state.share(left), (left / (c.steps - step)).ceil(), state.noise()[0]
+        state.tokens, state.masked = run(state.posterior, state.tokens, state.masked, t, due, bound, u, c)
         yield
-        if (device.type == "cpu" or step % 4 == 3) and not draft.masked.any():
+        if (device.type == "cpu" or step % 4 == 3) and not state.masked.any():
             return
 
 
-FUNCTIONS: dict[str, Callable[[Draft], Iterator[None]]] = {  # each yields after a step
+FUNCTIONS: dict[str, Callable[[SamplerState], Iterator[None]]] = {  # each yields after a step
     function.__name__: function for function in (euler, fixed_count, confidence, ordered, entropy)
 }
 assert tuple(FUNCTIONS) == METHODS
@@ -239,70 +245,54 @@ def sample(
     masked = (x == mask_id) & valid
     place = torch.device(device)
     total = masked.flatten(1).sum(1)
-    draft = Draft(
+    state = SamplerState(
         posterior, send(x, place), send(masked, place), total, lengths, config, generators, normalised, compiled
     )
-    for step, _ in enumerate(FUNCTIONS[config.method](draft), 1):
+    for step, _ in enumerate(FUNCTIONS[config.method](state), 1):
         on_step(step)
-    return draft.tokens
+    return state.tokens
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Which frames each step reveals, known before the first.
+def revealed_frames(step: Tensor, masked: Tensor, steps: int) -> Tensor:
+    """Return the frames (S, B, K, M) that each step reveals, where `step` (B, K, L) is that of each masked position.
 
-    Attributes:
-        order: (B, K, L) frames of each level, by their step. begins, counts: (B, K, S) where those of a step stand.
-        slots: (M,) numbers from 0 to the most frames of a level that a step reveals, or a few more.
-        steps: S, without a last step that reveals nothing.
+    A frame of L reveals nothing: M is the most frames of a level that a step reveals, or a few more. A last step that
+    reveals nothing is left out. The host reads how many frames the steps need.
     """
-
-    order: Tensor
-    begins: Tensor
-    counts: Tensor
-    slots: Tensor
-    steps: int
-
-    @classmethod
-    def of(cls, step: Tensor, masked: Tensor, steps: int) -> Plan:
-        """The masked positions (B, K, L) are revealed in their `step`. The host reads how many frames a step needs."""
-        step = torch.where(masked, step, steps)
-        counts = torch.zeros(*step.shape[:2], steps + 1, dtype=torch.long, device=step.device)
-        counts = counts.scatter_add(2, step, torch.ones_like(step))[..., :steps]
-        most = counts.amax((0, 1)).tolist()
-        slots = torch.arange(-(-max(*most, 1) // 4) * 4, device=step.device)  # few shapes: fewer graphs to compile
-        used = steps if most[-1] else steps - 1
-        return cls(step.argsort(dim=2, stable=True), counts.cumsum(2) - counts, counts, slots, used)
-
-    def frames(self, i: int) -> Tensor:
-        """(B, K, M) frames that step i reveals; L where a level has fewer than the most."""
-        length = self.order.shape[2]
-        place = (self.begins[..., i, None] + self.slots).clamp(max=length - 1)
-        return torch.where(self.slots < self.counts[..., i, None], self.order.gather(2, place), length)
+    length, step = step.shape[2], torch.where(masked, step, steps)
+    counts = torch.zeros(*step.shape[:2], steps + 1, dtype=torch.long, device=step.device)
+    counts = counts.scatter_add(2, step, torch.ones_like(step))[..., :steps]  # (B, K, S)
+    most = counts.amax((0, 1)).tolist()
+    used = steps if most[-1] else steps - 1
+    slots = torch.arange(-(-max(*most, 1) // 4) * 4, device=step.device)  # few shapes: fewer graphs to compile
+    place = ((counts.cumsum(2) - counts)[..., None] + slots).clamp(max=length - 1)  # (B, K, S, M)
+    order = step.argsort(dim=2, stable=True)[:, :, None].expand(-1, -1, steps, -1)
+    frames = torch.where(slots < counts[..., None], order.gather(3, place), length)
+    return frames.permute(2, 0, 1, 3)[:used].contiguous()
 
 
-def _planned(draft: Draft, plan: Plan, u: Tensor, times: Tensor) -> Iterator[None]:
-    """Follow a plan; step i is at the time times[i] (B,). u: uniforms (B, K, L) for the tokens."""
-    run = draft.compiled(planned_step)
-    for i, moment in enumerate(draft.posterior.moments(times[: plan.steps])):
-        draft.tokens = run(draft.posterior, draft.tokens, moment, plan.frames(i), u, draft.config.temperature)
+def _planned(state: SamplerState, frames: Tensor, u: Tensor, times: Tensor) -> Iterator[None]:
+    """Reveal frames[i] (B, K, M) in step i, at the time times[i] (B,). u: uniforms (B, K, L) for the tokens."""
+    run = state.compiled(planned_step)
+    for (posterior, t), revealed in zip(state.steps(times), frames):
+        state.tokens = run(posterior, state.tokens, t, revealed, u, state.config.temperature)
         yield
 
 
 def _surest_first(
-    draft: Draft, left: Callable[[float], float], level_delay: float, annealed: bool = False
+    state: SamplerState, left: Callable[[float], float], level_delay: float, annealed: bool = False
 ) -> Iterator[None]:
     """Reveal the candidates of highest noisy log probability; `left` is the masked share after a share of all steps."""
-    c, device, total = draft.config, draft.tokens.device, draft.total
+    c, device, total = state.config, state.tokens.device, state.total
     shares = [left(step / c.steps) if step < c.steps else 0.0 for step in range(c.steps + 1)]
     remaining = torch.stack([total if i == 0 else torch.floor(total * share) for i, share in enumerate(shares)])
-    times = draft.share(remaining[:-1])  # (S, B)
+    times = state.share(remaining[:-1])  # (S, B)
     counts = send(remaining[:-1] - remaining[1:], device)
     scales = send((c.choice_noise * (times if annealed else torch.ones_like(times))).float(), device)
-    run, moments = draft.compiled(ranked_step), draft.posterior.moments(times)
-    for moment, count, scale in zip(moments, counts, scales):
-        draft.tokens, draft.masked = run(
-            draft.posterior, draft.tokens, draft.masked, moment, count, draft.noise(2), scale, c, level_delay
+    run = state.compiled(ranked_step)
+    for (posterior, t), count, scale in zip(state.steps(times), counts, scales):
+        state.tokens, state.masked = run(
+            posterior, state.tokens, state.masked, t, count, state.noise(2), scale, c, level_delay
         )
         yield
 

@@ -29,7 +29,7 @@ from hicodit.conditions.types import Conditions
 from hicodit.data import FEATURES, HiCoDiTDataset
 from hicodit.diffusion import LogLinearNoise, masked_at, stratified_times, weighted_score_entropy
 from hicodit.layers import AdaLNBlock
-from hicodit.model import TOKENS_PER_FRAME, ModelConfig, Requested
+from hicodit.model import TOKENS_PER_FRAME, ModelConfig, positions_of, rows_of
 from hicodit.settings import GuidanceScales, SamplerConfig
 from hicodit.system import CODECS, HiCoDiTSystem
 
@@ -190,38 +190,42 @@ class HiCoDiTTask(Task):
         identity = batch["ge2e"] if self.identity_input == "voice" else voice
         return Conditions(lip, identity, batch["expression"], frames), voice
 
-    def mask(self, tokens: Tensor, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw a time (B,) for each clip of tokens (B, K, L), mask some of its tokens -> times, tokens, (B, K, L) which
-        are masked.
+    def mask(self, tokens: Tensor, frames: Tensor) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        """Draw a time (B,) for each clip of tokens (B, K, L) and mask some of its tokens.
 
-        The last is on the host and drawn there: how many tokens are masked is the shape of what follows.
+        Masks are drawn on the host: how many tokens are masked is the shape of what follows.
+
+        Returns:
+            times, tokens, and the masked positions of each level (see `hicodit.model.positions_of`).
         """
         t = stratified_times(len(tokens), MIN_TIME)
         masked = masked_at(self.noise.sigma(t), torch.rand(tokens.shape))
         valid = torch.arange(tokens.shape[2]) < TOKENS_PER_FRAME * frames.cpu()[:, None]
         noisy = torch.where(send(masked, tokens.device), self.system.model.mask_id, tokens)
-        return send(t, tokens.device), noisy, masked & valid[:, None]
+        return send(t, tokens.device), noisy, positions_of(masked & valid[:, None], tokens.device)
 
-    def by_stage(self, name: str, values: Tensor, where: Tensor, frames: Tensor) -> dict[str, Tensor]:
-        """Losses (M,) of the masked tokens `where` (B, K, L), summed for each group of levels, for one token of all."""
+    def by_stage(
+        self, name: str, values: Tensor, where: Sequence[tuple[Tensor, Tensor]], frames: Tensor
+    ) -> dict[str, Tensor]:
+        """Sum the losses (M,) of the masked tokens over each group of levels, for one token of all."""
         c = self.system.model.config
-        low = where.nonzero(as_tuple=True)[1] < c.low_levels
-        parts = {f"{name}_low": low, f"{name}_high": ~low}
+        low = sum(len(clip) for clip, _ in where[: c.low_levels])
         count = TOKENS_PER_FRAME * frames.sum() * c.levels
-        return {k: values[send(p.nonzero()[:, 0], values.device)].sum() / count for k, p in parts.items()}
+        return {f"{name}_low": values[:low].sum() / count, f"{name}_high": values[low:].sum() / count}
 
     def diffusion_losses(self, conditions: Conditions, tokens: Tensor) -> dict[str, Tensor]:
-        """Score entropy by group of levels. tokens (B, K, L); one t a clip, masks independent by level and frame.
+        """Compute score entropy by group of levels. tokens (B, K, L); one t a clip, masks independent by level and
+        frame.
 
         The paper's sum over tokens is divided by their number, so that batch size and clip length do not change the
         scale that gradient clipping sees.
         """
         model = self.system.model
         t, noisy, where = self.mask(tokens, conditions.frames)
-        prepared = model.prepare(conditions, keep=model.draw_keep(len(tokens), tokens.device))
-        at = Requested.of(where, tokens.device)
-        log_q = model(noisy, self.noise.sigma(t), prepared, at)[0]
-        entropy = weighted_score_entropy(log_q, tokens[at.clip, at.level, at.frame], t[at.clip], self.noise)
+        conditioning = model.prepare(conditions, keep=model.draw_keep(len(tokens), tokens.device))
+        log_q = model(noisy, self.noise.sigma(t), conditioning, where)[0]
+        clip, level, frame = rows_of(where)
+        entropy = weighted_score_entropy(log_q, tokens[clip, level, frame], t[clip], self.noise)
         return self.by_stage("dse", entropy, where, conditions.frames)
 
     def measure(self, step: int, folder: Path, share: Share) -> dict[str, float | ByClip]:

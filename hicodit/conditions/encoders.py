@@ -23,7 +23,7 @@ from engine.nn.transfer import send
 from engine.settings import check_settings, setting
 from hicodit.conditions.crops import crop_face, crop_mouth
 from hicodit.conditions.types import EXPRESSIONS
-from hicodit.layers import AdaLNBlock, rotary_table
+from hicodit.layers import AdaLNBlock, modulation_layer, rotary_table
 
 
 def unit(pictures: Tensor) -> Tensor:
@@ -113,10 +113,9 @@ class TinyLipEncoder(nn.Module):
         self.project = nn.Linear(96 * side * side, c.lip_dim)
         self.norm = nn.LayerNorm(c.lip_dim)
         self.context = nn.Conv1d(c.lip_dim, c.lip_dim, 5, padding=2, groups=c.lip_heads)
-        self.blocks = nn.ModuleList(AdaLNBlock(c.lip_dim, c.lip_heads, 1) for _ in range(c.lip_blocks))
-        for block in self.blocks:
-            nn.init.constant_(block.modulation.bias, 0.0)
-            block.modulation.bias.data.view(6, -1)[[2, 5]] = 1.0  # unconditioned: gates open from the start
+        self.blocks = nn.ModuleList(AdaLNBlock(c.lip_dim, c.lip_heads) for _ in range(c.lip_blocks))
+        self.modulation = modulation_layer(1, c.lip_dim, c.lip_blocks, norms=0)  # of the constant 1
+        self.modulation.bias.data.view(-1, AdaLNBlock.PARTS, c.lip_dim)[:, [2, 5]] = 1.0  # gates open from the start
         self.phoneme_head = nn.Linear(c.lip_dim, c.phonemes) if c.phonemes else None
 
     def forward(self, mouth: Tensor, frames: Tensor) -> Tensor:
@@ -137,9 +136,9 @@ class TinyLipEncoder(nn.Module):
         h = h + F.gelu(self.context(h.transpose(1, 2))).transpose(1, 2)
         rotary = rotary_table(time, h.shape[-1] // self.blocks[0].heads, h.device)
         mask = None if whole else valid[:, None, None]
-        cond = h.new_ones(batch, 1)  # nothing conditions these blocks: modulation is a learned constant
-        for block in self.blocks:
-            h = block(h, cond, rotary, mask)
+        modulation = self.modulation(h.new_ones(batch, 1)).chunk(len(self.blocks), -1)
+        for block, part in zip(self.blocks, modulation):
+            h = block(h, part, rotary, mask)
         return h
 
 

@@ -26,7 +26,7 @@ def score_network(dtype: torch.dtype) -> HiCoDiT:
 
 
 class FakeRun:
-    """A draft and its posterior on the fake device; what the host knows before the first step is computed really."""
+    """A sampler's state and its posterior on the fake device; what the host knows before is computed really."""
 
     def __init__(self, method: str, dtype: torch.dtype, steps: int = STEPS, **scales: float):
         frames = torch.tensor([20, 15])
@@ -34,35 +34,35 @@ class FakeRun:
         guidance = GuidanceScales(**vars(SCALES) | scales)
         with torch.inference_mode():
             self.posterior = GuidedPosterior(score_network(dtype), conditions, guidance)
-            self.times = torch.linspace(1, 0.1, steps).expand(B, -1).T.contiguous()
-            self.prepared_moments = list(self.posterior.moments(self.times))
-        self.config = SamplerConfig(method, steps)
+        self.config, self.times = SamplerConfig(method, steps), torch.linspace(1, 0.1, steps)[:, None].expand(-1, B)
         self.lengths, self.masked = 2 * frames, torch.ones(B, K, L, dtype=torch.bool)
-        self.plan = samplers.Plan.of(torch.randint(0, steps, (B, K, L)), self.masked, steps)
+        self.frames = samplers.revealed_frames(torch.randint(0, steps, (B, K, L)), self.masked, steps)
+
+    def on_device(self, device: torch.device) -> GuidedPosterior:
+        for posterior in filter(None, (self.posterior, self.posterior.early)):
+            for name in ("model", "conditioning"):
+                setattr(posterior, name, faked(getattr(posterior, name), device))
+        return self.posterior
 
     def loop(self, device: torch.device) -> None:
         """All steps; called inside `fake_cuda`."""
-        posterior, moments = self.posterior, faked(self.prepared_moments, device)
-        for name in ("model", "prepared", "early"):
-            setattr(posterior, name, faked(getattr(posterior, name), device))
-        posterior.moments = lambda times: moments
-        draft = samplers.Draft(
-            posterior, torch.full((B, K, L), N, device=device), faked(self.masked, device),
-            torch.full((B,), K * L), faked(self.lengths, "cpu"), self.config, [], True, lambda step: step,
+        state = samplers.SamplerState(
+            self.on_device(device), torch.full((B, K, L), N, device=device), faked(self.masked, device),
+            torch.full((B,), K * L), self.lengths, self.config, [], True, lambda step: step,
         )  # fmt: skip
-        draft.noise = lambda columns=1: torch.rand(columns, B, K, L, device=device)
+        state.noise = lambda columns=1: torch.rand(columns, B, K, L, device=device)
         if self.config.method in ("euler", "fixed_count"):
-            steps = samplers._planned(draft, faked(self.plan, device), draft.noise()[0], faked(self.times, "cpu"))
+            steps = samplers._planned(state, faked(self.frames, device), state.noise()[0], self.times)
         else:
-            steps = samplers.FUNCTIONS[self.config.method](draft)
+            steps = samplers.FUNCTIONS[self.config.method](state)
         count = sum(1 for _ in steps)
-        assert count == self.config.steps and draft.tokens.shape == (B, K, L)
+        assert count == self.config.steps and state.tokens.shape == (B, K, L)
 
 
 def run_sampler(method, dtype, **scales):
     """The operators of all steps of a sampler."""
     run = FakeRun(method, dtype, **scales)
-    with fake_cuda() as operators, torch.inference_mode():
+    with fake_cuda(host=True) as operators, torch.inference_mode():
         run.loop(CUDA)
     return operators
 
@@ -79,10 +79,13 @@ def test_a_step_of_free_scores_waits_for_nothing():
     """Guidance readings A and B: which positions are revealed depends on the posterior."""
     run = FakeRun("euler", torch.float32, reading="A")
     with fake_cuda(), torch.inference_mode():
-        run.posterior.model, run.posterior.prepared = faked(run.posterior.model), faked(run.posterior.prepared)
-        tokens, masked = torch.full((B, K, L), N, device=CUDA), faked(run.masked)
-        moment, u = faked(run.prepared_moments[0]), torch.rand(2, B, K, L, device=CUDA)
-        tokens, masked = samplers.thinned_step(run.posterior, tokens, masked, moment, u[0, :, 0, 0], u, 1.0)
+        tokens, masked, u = (
+            torch.full((B, K, L), N, device=CUDA),
+            faked(run.masked),
+            torch.rand(2, B, K, L, device=CUDA),
+        )
+        t = rate = u[0, :, 0, 0]
+        tokens, masked = samplers.thinned_step(run.on_device(CUDA), tokens, masked, t, rate, u, 1.0)
         assert tokens.shape == masked.shape == (B, K, L)
 
 
@@ -90,14 +93,15 @@ def test_half_precision_is_where_it_is_meant():
     operators = run_sampler("ordered", torch.bfloat16)
     half = {name for (name, dtype), n in operators.types.items() if dtype == torch.bfloat16}
     assert "_log_softmax" not in half and not half & {"cumsum", "sort", "native_layer_norm", "add_"}
-    products = {dtype for name, dtype in operators.types if name in ("mm", "addmm", "linear")}
-    assert products == {torch.bfloat16}
+    products = {dtype: n for (name, dtype), n in operators.types.items() if name == "linear"}
+    assert set(products) == {torch.float32, torch.bfloat16}
+    assert products[torch.float32] == 6 * STEPS  # modulation: two of time, two of the stages, two of temporal scales
 
 
 def test_the_fake_device_sees_a_host_read():
     """`entropy` asks after every fourth step whether all is revealed."""
     run = FakeRun("entropy", torch.float32, steps=4)
-    with fake_cuda(), torch.inference_mode(), pytest.raises(DataDependentOutputException):
+    with fake_cuda(host=True), torch.inference_mode(), pytest.raises(DataDependentOutputException):
         run.loop(CUDA)
 
 

@@ -14,7 +14,7 @@ from hicodit.data import HiCoDiTDataset
 from hicodit.distill import DistillTask, Teacher, draw_scales
 from hicodit.generation import GuidedPosterior
 from hicodit.guidance import combine, combine_rows
-from hicodit.model import BRANCHES, ModelConfig, Requested
+from hicodit.model import BRANCHES, ModelConfig, positions_of, rows_of
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import UNGUIDED, GuidanceScales
 from hicodit.system import HiCoDiTSystem
@@ -72,29 +72,29 @@ def test_rows_with_scales_of_their_own_are_combined_as_by_branches():
 
 
 def test_the_target_is_the_teachers_guided_posterior(student, conditions, tokens):
-    where, scales = tokens == 16, torch.tensor([SCALES.values, (1.5, 0.0, 2.0, 1.0)])
-    target = student.teacher.targets(tokens, T, conditions, scales, Requested.of(where, tokens.device))
-    for clip, row in enumerate((SCALES, GuidanceScales(1.5, 0.0, 2.0, 1.0))):
-        guided = GuidedPosterior(student.teacher.model, conditions, row)(tokens, T, None)
-        torch.testing.assert_close(
-            target[where.nonzero()[:, 0] == clip], guided[clip][where[clip]], atol=1e-4, rtol=1e-4
-        )
+    where, scales = positions_of(tokens == 16, tokens.device), torch.tensor([SCALES.values, (1.5, 0.0, 2.0, 1.0)])
+    target, (clip, level, frame) = student.teacher.targets(tokens, T, conditions, scales, where), rows_of(where)
+    for i, row in enumerate((SCALES, GuidanceScales(1.5, 0.0, 2.0, 1.0))):
+        guided = GuidedPosterior(student.teacher.model, conditions, row)(tokens, T, None)[i]
+        own = clip == i
+        torch.testing.assert_close(target[own], guided[level[own], frame[own]], atol=1e-4, rtol=1e-4)
 
 
 def test_a_target_some_steps_ahead_is_from_the_step_that_revealed_the_token(student, conditions, monkeypatch):
     teacher, tokens = Teacher(student.teacher.model, substeps=3, steps=4), torch.full((2, 12, 40), 16)
-    at, t, seen = Requested.of(tokens == 16, tokens.device), torch.tensor([1.0, 0.3]), []
+    where, t, seen = positions_of(tokens == 16, tokens.device), torch.tensor([1.0, 0.3]), []
 
-    def log_q(tokens, t, prepared, scales, at):
+    def log_q(tokens, t, conditioning, scales, where):
         seen.append((tokens.clone(), t))
-        out = torch.full((len(at.clip), 16), -30.0)
+        out = torch.full((sum(len(clip) for clip, _ in where), 16), -30.0)
         out[:, len(seen)] = 0.0  # the first step is sure of token 1, the second of 2, the third of 3
         return out
 
     monkeypatch.setattr(teacher, "log_q", log_q)
     prepare, prepared = teacher.prepare, []
     monkeypatch.setattr(teacher, "prepare", lambda *given: prepared.append(given) or prepare(*given))
-    said = teacher.targets(tokens, t, conditions, torch.ones(2, 4), at).argmax(-1).view(2, -1)
+    said = teacher.targets(tokens, t, conditions, torch.ones(2, 4), where).argmax(-1)
+    said = torch.empty(2, 12, 40, dtype=torch.long).index_put((rows_of(where)[0], *rows_of(where)[1:]), said).flatten(1)
     assert len(prepared) == 1  # the conditions are the same in all steps
     (_, _), (second, t2), (third, t3) = seen
     assert (

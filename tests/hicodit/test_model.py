@@ -14,7 +14,7 @@ from hicodit.conditions.encoders import TinyEncoderConfig
 from hicodit.conditions.types import window_expressions, windows_of
 from hicodit.diffusion import LogLinearNoise, weighted_score_entropy
 from hicodit.layers import AdaLNBlock, rotary_table
-from hicodit.model import BRANCHES, HiCoDiT, ModelConfig
+from hicodit.model import BRANCHES, HiCoDiT, ModelConfig, positions_of, rows_of
 from hicodit.system import HiCoDiTSystem
 
 SMALL = {"codes": 16, "width": 32, "heads": 4, "low_blocks": 2, "high_blocks": 2, "cond_dim": 16, "lip_dim": 8}
@@ -54,25 +54,20 @@ def test_batched_branches_equal_single_ones(changes):
 
 
 def test_requested_positions_are_those_of_the_whole():
-    model, conditions, where = build(), clip_conditions(), TOKENS == 16
-    whole = run(model, conditions, branches=tuple(BRANCHES))
-    rows = run(model, conditions, where=where, branches=tuple(BRANCHES))
-    assert torch.allclose(rows, whole[:, where], atol=1e-6)
+    """Any number of them in each level, as in training, and as many in each level of each clip, as in sampling."""
+    model, conditions, mask = build(), clip_conditions(), TOKENS == 16
+    mask[:, 3] = False  # a level without any
+    whole, branches = run(model, conditions, branches=tuple(BRANCHES)), tuple(BRANCHES)
+    where = positions_of(mask, mask.device)
+    clip, level, frame = rows_of(where)
+    assert torch.equal(torch.stack([clip, level, frame], 1).sort(0).values, mask.nonzero().sort(0).values)
+    rows = run(model, conditions, where=where, branches=branches)
+    assert torch.allclose(rows, whole[:, clip, level, frame], atol=1e-6)
     frames = torch.randint(0, 40, (3, 12, 7), generator=torch.Generator().manual_seed(3))
-    some = run(model, conditions, where=frames, branches=tuple(BRANCHES))
+    clips = torch.arange(3)[:, None]
+    rows = run(model, conditions, where=[(clips, frames[:, level]) for level in range(12)], branches=branches)
     expected = whole.gather(3, frames[None, ..., None].expand(5, -1, -1, -1, 16))
-    assert torch.allclose(some, expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("changes", ABLATIONS, ids=str)
-@torch.no_grad()
-def test_modulation_computed_beforehand_changes_nothing(changes):
-    model, times = build(**changes), torch.stack([SIGMA, 2 * SIGMA])
-    prepared = model.prepare(clip_conditions(), tuple(BRANCHES))
-    given = model.modulate(times, prepared)
-    for i, sigma in enumerate(times):
-        beforehand = model(TOKENS, [stage.at(i) for stage in given], prepared)
-        assert torch.allclose(beforehand, model(TOKENS, sigma, prepared), atol=1e-5)
+    assert torch.allclose(rows.unflatten(1, (12, 3, 7)).transpose(1, 2), expected, atol=1e-6)
 
 
 def test_the_expression_branch_shares_the_low_stage():
@@ -108,10 +103,10 @@ def test_a_dropped_condition_has_no_influence(name):
 def test_a_block_follows_the_papers_formula():
     """alpha * f(gamma_t * [(1 + gamma_c) * LN(h) + beta_c]), with a gamma_t for attention and another for the MLP."""
     torch.manual_seed(0)
-    block, h, cond, gamma = AdaLNBlock(8, 2, 3), torch.randn(2, 6, 8), torch.randn(2, 3), 1 + torch.randn(2, 6, 2)
+    block, h, modulation, gamma = AdaLNBlock(8, 2), torch.randn(2, 6, 8), torch.randn(2, 48), 1 + torch.randn(2, 6, 2)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.5)
-    beta1, gamma1, alpha1, beta2, gamma2, alpha2 = (m[:, None] for m in block.modulation(cond).chunk(6, -1))
+    beta1, gamma1, alpha1, beta2, gamma2, alpha2 = (m[:, None] for m in modulation.chunk(6, -1))
     rotary = rotary_table(6, 4, h.device)
 
     def rotate(x):  # (B, L, H, D)
@@ -125,7 +120,7 @@ def test_a_block_follows_the_papers_formula():
     h1 = h + alpha1 * block.out(torch.einsum("bhlm,bmhd->blhd", weights, v).flatten(-2))
     x = gamma[..., 1:] * ((1 + gamma2) * F.layer_norm(h1, (8,), block.norm2.weight) + beta2)
     expected = h1 + alpha2 * block.mlp[2](F.gelu(block.mlp[0](x), approximate="tanh"))
-    torch.testing.assert_close(block(h, cond, rotary, None, gamma), expected)
+    torch.testing.assert_close(block(h, modulation, rotary, None, gamma), expected)
 
 
 def temporal_scales(model, conditions, sigma=SIGMA, **prepare):
@@ -260,7 +255,9 @@ def test_condition_dropout_rates():
 def test_base_is_the_papers_size():
     with torch.device("meta"):
         model = HiCoDiT(ModelConfig())
-    blocks = sum(p.numel() for stage in model.stages for p in stage.blocks.parameters())
+    blocks = sum(
+        p.numel() for stage in model.stages for part in (stage.blocks, stage.modulation) for p in part.parameters()
+    )
     assert 120e6 < blocks < 130e6  # about 123 M with a 128-d AdaLN condition
     assert len(model.stages[0].blocks) == len(model.stages[1].blocks) == 8
     assert [len(stage.heads) for stage in model.stages] == [2, 10]

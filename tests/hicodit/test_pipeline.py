@@ -68,7 +68,7 @@ def test_half_precision_gives_float32_log_posteriors_that_are_close(release):
     for precision in ("fp32", "bf16"):
         model = HiCoDiTPipeline.from_pretrained(release, precision=precision).system.model
         posterior = GuidedPosterior(model, conditions, GuidanceScales(2.5, 1.25))
-        log_q[precision] = posterior(tokens, next(posterior.moments(torch.full((1, 2), 0.5))), None)
+        log_q[precision] = posterior(tokens, torch.full((2,), 0.5), None)
     assert log_q["bf16"].dtype == torch.float32 and not torch.equal(log_q["fp32"], log_q["bf16"])
     divergence = (log_q["fp32"].exp() * (log_q["fp32"] - log_q["bf16"])).sum(-1).mean()
     assert 0 < divergence < 0.05  # random weights of large scale; the bundled model has less
@@ -159,17 +159,13 @@ def test_guidance_that_is_late_leaves_the_conditional_model_alone_before(pipelin
     scales = GuidanceScales(2.5, 1.25, 1.5, 2.0)
     tokens, t = torch.randint(0, 17, (2, 12, 40)), torch.tensor([0.9, 0.4])
 
-    def log_q(scales, t, where=None, planned=True):
-        posterior = GuidedPosterior(model, conditions, scales)
-        return posterior(tokens, next(iter(posterior.moments(t[None]))) if planned else t, where)
+    def log_q(scales, t, where=None):
+        return GuidedPosterior(model, conditions, scales).at(t)(tokens, t, where)
 
     for where in (None, torch.randint(0, 40, (2, 12, 5))):
-        for planned in (True, False):
-            late, always, never = (
-                log_q(each, t, where, planned) for each in (replace(scales, late=0.5), scales, GuidanceScales())
-            )
-            torch.testing.assert_close(late[0], never[0])
-            torch.testing.assert_close(late[1], always[1])
+        late, always, never = (log_q(each, t, where) for each in (replace(scales, late=0.5), scales, GuidanceScales()))
+        torch.testing.assert_close(late[0], never[0])
+        torch.testing.assert_close(late[1], always[1])
     rows = []
     hook = model.stages[1].register_forward_hook(lambda m, x, y: rows.append(len(y[0])))
     for time in (0.9, 0.4):

@@ -20,8 +20,8 @@ class Closed:
     def __init__(self, log_q):
         self.log_q = log_q
 
-    def moments(self, times):
-        return times
+    def at(self, t):
+        return self
 
     def __call__(self, x, t, where):
         return self.log_q[:, None].expand(*(x if where is None else where).shape, -1)
@@ -203,5 +203,5 @@ def test_normalised_readings_sum_to_one():
         log_p = torch.randn(5, 4, N, dtype=torch.float64).log_softmax(-1)
         total = combine(log_p, scales).exp().sum(-1)
         assert torch.allclose(total, torch.ones(4, dtype=torch.float64))
-    with pytest.raises(UserError, match="'E'"):
+    with pytest.raises(UserError, match="reading=E"):
         GuidanceScales(reading="E")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hicodit.diffusion import LogLinearNoise, expand, log_expm1, sample_categorical
-from hicodit.layers import AdaLNBlock, AdaLNFinal, TimeEmbedding, rotary_table
+from hicodit.layers import AdaLNBlock, ScaleNorm, TimeEmbedding, modulation_layer, rotary_table
 
 # ------------------------------------------------------------------------------------------------ the absorbing graph
 
@@ -144,10 +144,8 @@ RELEASED_NAMES = (  # regex on a released key -> our name
     (r"sigma_map\.", "time."),
     (r"\.attn_qkv\.", ".qkv."),
     (r"\.attn_out\.", ".out."),
-    (r"\.adaLN_modulation\.", ".modulation."),
     (r"output_layer\.linear\.", "head."),
-    (r"output_layer\.norm_final\.", "final.norm."),
-    (r"output_layer\.", "final."),
+    (r"output_layer\.norm_final\.", "norm."),
 )
 
 
@@ -159,21 +157,29 @@ class SEDDNetwork(nn.Module):
         self.scale_by_sigma = scale_by_sigma
         self.embedding = nn.Embedding(tokens + 1, width)
         self.time = TimeEmbedding(cond_dim)
-        self.blocks = nn.ModuleList(AdaLNBlock(width, heads, cond_dim) for _ in range(blocks))
-        self.final = AdaLNFinal(width, cond_dim)
+        self.blocks = nn.ModuleList(AdaLNBlock(width, heads) for _ in range(blocks))
+        self.norm = ScaleNorm(width)
+        self.modulation = modulation_layer(cond_dim, width, blocks)
         self.head = nn.Linear(width, tokens + 1)
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         h = self.embedding(x)
-        cond = nn.functional.silu(self.time(sigma))
+        width = h.shape[-1]
+        modulation = self.modulation(nn.functional.silu(self.time(sigma)))
+        *parts, final = modulation.split([AdaLNBlock.PARTS * width] * len(self.blocks) + [2 * width], -1)
         rotary = rotary_table(x.shape[1], h.shape[-1] // self.blocks[0].heads, h.device)
-        for block in self.blocks:
-            h = block(h, cond, rotary)
-        return to_log_score(self.head(self.final(h, cond)), x, sigma, self.scale_by_sigma)
+        for block, part in zip(self.blocks, parts):
+            h = block(h, part, rotary)
+        out = self.head(self.norm(h, *final[:, None].chunk(2, -1)))
+        return to_log_score(out, x, sigma, self.scale_by_sigma)
 
     def load_released(self, state: dict[str, Tensor]) -> None:
-        """Load a state dict by the released program's key names, strictly."""
-        renamed = {}
+        """Load a state dict by the released program's key names, strictly; its modulation layers become one."""
+        state, renamed = dict(state), {}
+        owners = [*(f"blocks.{i}" for i in range(len(self.blocks))), "output_layer"]
+        for end in ("weight", "bias"):
+            parts = [torch.as_tensor(state.pop(f"{owner}.adaLN_modulation.{end}")) for owner in owners]
+            renamed[f"modulation.{end}"] = torch.cat(parts)
         for key, value in state.items():
             for pattern, name in RELEASED_NAMES:
                 key = re.sub(pattern, name, key)
