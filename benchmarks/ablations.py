@@ -26,8 +26,8 @@ from benchmarks.per_clip import measure
 from benchmarks.trained import make_once, measure_once, train
 from engine.config import compose
 from engine.errors import UserError
-from engine.media.corpus import read_manifest
 from engine.record import dated
+from engine.shards.recordings import read_manifest
 from hicodit.conditions import encoder_config
 from hicodit.model import ModelConfig
 from hicodit.system import HiCoDiTSystem

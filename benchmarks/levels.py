@@ -21,11 +21,11 @@ from engine.codec import Codec, load_codec
 from engine.evaluation.shares import figures_of
 from engine.evaluation.statistics import correlation
 from engine.evaluation.validation import measure_clips, words_by
-from engine.media.corpus import load_clips
 from engine.metrics.speaker import GE2EEncoder
 from engine.metrics.speech import prosody
 from engine.progress import track
 from engine.record import dated
+from engine.shards.recordings import load_clips
 from hicodit.system import CODECS
 
 LEAST: dict[str, float] = {"clips": 3, "levels": 1}

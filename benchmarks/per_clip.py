@@ -19,9 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.paired import Pairs
 from benchmarks.trained import measure_once
-from engine.media.corpus import read_manifest
 from engine.progress import track
 from engine.seeding import generator_for
+from engine.shards.recordings import read_manifest
 from hicodit.conditions.types import Conditions, windows_of
 from hicodit.data import HiCoDiTDataset, HiCoDiTSample
 from hicodit.diffusion import LogLinearNoise, masked_at, weighted_score_entropy

@@ -18,9 +18,9 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.media.audio import read_audio
-from engine.media.corpus import read_manifest
 from engine.metrics.speech import prosody
 from engine.progress import track
+from engine.shards.recordings import read_manifest
 from hicodit.conditions.types import EXPRESSIONS
 
 LEAST: dict[str, float] = {"clips": 20}

@@ -31,9 +31,9 @@ from benchmarks.charts import chart_file
 from engine.config import CONFIGS
 from engine.errors import UserError
 from engine.evaluation.statistics import bootstrap_interval, correlation, ratio
-from engine.media.corpus import read_manifest
 from engine.record import dated
 from engine.settings import PRECISIONS, override
+from engine.shards.recordings import read_manifest
 from hicodit.generation import windows
 from hicodit.held_out import Figures, HeldOut, synthesise
 from hicodit.pipeline import BUNDLED, HiCoDiTPipeline

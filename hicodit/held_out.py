@@ -21,13 +21,13 @@ import torch
 from engine.errors import UserError
 from engine.left_out import LeftOut
 from engine.media.audio import read_audio
-from engine.media.corpus import pick_rows
 from engine.metrics.metric import Sound, Take
 from engine.metrics.speaker import GE2EEncoder
 from engine.metrics.speech import PITCH_HOP, energy, pitch, pitch_range
 from engine.metrics.words import WordErrors
 from engine.progress import track
 from engine.shards.reader import ShardSplit
+from engine.shards.recordings import pick_rows
 from hicodit.data import HiCoDiTDataset, HiCoDiTSample
 from hicodit.pipeline import Crops, Features, HiCoDiTPipeline, Speech
 

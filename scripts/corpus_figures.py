@@ -30,9 +30,9 @@ from corpora.synthetic.mouth_opening import MouthReader
 from engine.config import CONFIGS
 from engine.errors import UserError, run_cli
 from engine.files import atomic_output
-from engine.media.corpus import load_clips
 from engine.record import RESULTS, write_record
 from engine.settings import PRECISIONS, override
+from engine.shards.recordings import load_clips
 
 Figures = Iterator[tuple[str, dict[str, Any]]]
 

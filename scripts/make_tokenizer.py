@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from engine.errors import run_cli
-from engine.media.corpus import read_manifest
+from engine.shards.recordings import read_manifest
 from talker_t2av.text import byte_tokenizer
 
 

@@ -22,9 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from engine.errors import UserError
 from engine.left_out import LeftOut
-from engine.shards.reader import Reading, ShardSplit
+from engine.shards.reader import Blocks, Reading, ShardSplit
 from engine.shards.source import join, read_json
-from engine.training.batches import Blocks
 from talker_t2av.model import MAX_FRAMES
 from talker_t2av.motion import MotionStats
 from talker_t2av.request import tokens_per_patch

@@ -20,12 +20,12 @@ from engine.evaluation.clips import Clip
 from engine.evaluation.generate import generate_missing, write_facts
 from engine.evaluation.resynthesis import fit_length
 from engine.media.audio import read_audio
-from engine.media.corpus import pick_rows, read_manifest
 from engine.media.pictures import identity_to_tensor, to_bytes, video_to_tensor
 from engine.media.video import read_video
 from engine.metrics.recogniser import CorpusRecogniser
 from engine.metrics.speech import speech_end, synchrony
 from engine.progress import track
+from engine.shards.recordings import pick_rows, read_manifest
 from talker_t2av.figure import draw
 from talker_t2av.generation import generate
 from talker_t2av.jobs import prepare_job

@@ -20,11 +20,10 @@ from torch import Tensor
 from engine.errors import UserError
 from engine.files import atomic_output
 from engine.left_out import LeftOut
-from engine.media.corpus import is_prepared, read_manifest
 from engine.progress import track
-from engine.shards.reader import Reading, ShardSplit
+from engine.shards.reader import Blocks, Reading, ShardSplit
+from engine.shards.recordings import is_prepared, read_manifest
 from engine.shards.source import join
-from engine.training.batches import Blocks
 
 PORTRAITS = ("portraits", "portraits_at")  # of a prepared clip, see `pack_portraits`
 QUALITY = 95  # of stored JPEG pictures

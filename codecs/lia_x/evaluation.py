@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from engine.evaluation.shares import ALONE, ByClip, Share
-from engine.media.corpus import is_prepared, read_manifest
 from engine.media.pictures import identity_to_tensor, to_bytes, video_to_tensor
 from engine.media.video import read_video
 from engine.metrics.picture import psnr, ssim
 from engine.shards.reader import ShardSplit
+from engine.shards.recordings import is_prepared, read_manifest
 from engine.shards.source import join
 from lia_x.codec import LiaX
 from lia_x.data import PORTRAITS, unpack_portraits

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.media.corpus import SpeechCrops, at_speed, draw, pad
+from engine.shards.recordings import SpeechCrops, at_speed, draw, pad
 from rvq_codec.codec import RVQCodec
 
 

@@ -15,8 +15,8 @@ from engine.evaluation.clips import Clip
 from engine.evaluation.generate import write_facts
 from engine.evaluation.resynthesis import fit_length, score, write_resynthesis
 from engine.evaluation.shares import ByClip
-from engine.media.corpus import SpeechClip
 from engine.settings import require_range
+from engine.shards.recordings import SpeechClip
 from rvq_codec.codebooks import count_codes, perplexity
 from rvq_codec.codec import RVQCodec
 

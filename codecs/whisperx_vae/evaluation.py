@@ -17,7 +17,7 @@ from engine.evaluation.clips import Clip
 from engine.evaluation.generate import write_facts
 from engine.evaluation.resynthesis import fit_length, score, write_resynthesis
 from engine.evaluation.shares import ByClip
-from engine.media.corpus import SpeechClip
+from engine.shards.recordings import SpeechClip
 from whisperx_vae.codec import WhisperXVAE
 
 BUNDLED = Path(__file__).resolve().parents[2] / "assets" / "whisperx_vae_tiny"

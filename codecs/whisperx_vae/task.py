@@ -20,11 +20,11 @@ from engine.errors import UserError
 from engine.evaluation.resynthesis import validate_codec
 from engine.evaluation.shares import ByClip, Share
 from engine.media.audio import resample
-from engine.media.corpus import load_clips
 from engine.nn.audio_losses import MultiScaleMelLoss
 from engine.nn.dac import DownBlock, UpBlock
 from engine.nn.discriminators import WaveDiscriminators
 from engine.nn.mel import RATE
+from engine.shards.recordings import load_clips
 from engine.training.task import Release, Task
 from whisperx_vae.codec import WhisperXVAE, WhisperXVAEConfig
 from whisperx_vae.evaluation import measure_clips, resynthesise

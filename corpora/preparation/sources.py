@@ -18,8 +18,8 @@ from pathlib import Path
 from corpora.preparation.clip import SourceClip, make_key, with_digest
 from engine import untrusted
 from engine.errors import UserError
-from engine.media.corpus import read_manifest
 from engine.settings import require_range
+from engine.shards.recordings import read_manifest
 
 SOUNDS = (".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus")
 

@@ -18,8 +18,8 @@ from engine.evaluation.generate import generate_missing
 from engine.evaluation.shares import ByClip, Share
 from engine.evaluation.validation import measure_clips, words_by
 from engine.media.audio import write_wav
-from engine.media.corpus import SpeechClip, load_clips
 from engine.metrics.metric import wave_of
+from engine.shards.recordings import SpeechClip, load_clips
 
 NAMES = {"wer": "wer_{}", "wer_free": "wer_{}_free", "stoi": "stoi_{}", "pesq_wide": "pesq_{}"}  # of a version
 

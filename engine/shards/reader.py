@@ -23,7 +23,6 @@ from torch import Tensor
 from engine.errors import UserError
 from engine.left_out import LeftOut
 from engine.shards.source import CachedFiles, Files, LocalFiles, is_remote, join, verify_once
-from engine.training.batches import Blocks
 from engine.untrusted import parse_json, safe_name
 
 VERSION = 2
@@ -69,6 +68,19 @@ class Reading:
             raise UserError(
                 f"data.shards.streams={self.streams} needs data.shards.window, the shards shuffled together"
             )
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Consecutive items of a data set that are read together: block i holds sizes[i] items.
+
+    window: blocks whose items are shuffled together. streams: parts into which the blocks are dealt each epoch; None:
+    as many as processes.
+    """
+
+    sizes: Sequence[int]
+    window: int
+    streams: int | None = 1
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
@@ -22,19 +22,11 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.seeding import generator_for
+from engine.shards.reader import Blocks
 from engine.training import distributed
 from engine.training.signals import ignore_in_worker
 
 POOL = 64  # batches' worth of items that are sorted by length together: more means less padding and less chance
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Block i holds sizes[i] items, those after the blocks before it; `window` and `streams` as in the module."""
-
-    sizes: Sequence[int]
-    window: int
-    streams: int | None = 1  # None: as many as processes
 
 
 class TrainingSet(Protocol):

@@ -16,10 +16,10 @@ from engine.device import pick_device
 from engine.errors import UserError
 from engine.files import require_space, writable
 from engine.hub import release_folder
-from engine.media.corpus import is_prepared, read_manifest
 from engine.media.limits import Limits, set_limits
 from engine.optional import require
 from engine.settings import make
+from engine.shards.recordings import is_prepared, read_manifest
 from engine.shards.source import join, read_index
 from engine.training import distributed
 from engine.training.parallel import build_once

@@ -15,8 +15,8 @@ from engine.config import build
 from engine.config import load as load_config
 from engine.errors import UserError
 from engine.media.audio import read_audio, write_wav
-from engine.media.corpus import SpeechCrops, load_clips
 from engine.media.video import write_video
+from engine.shards.recordings import SpeechCrops, load_clips
 from engine.training.batches import MicroBatches
 from lia_x.codec import LiaX, LiaXConfig
 from lia_x.data import FramePairs

@@ -9,7 +9,8 @@ from toy_task import ToySet
 
 from engine.errors import UserError
 from engine.seeding import seed_for
-from engine.training.batches import Blocks, MicroBatches
+from engine.shards.reader import Blocks
+from engine.training.batches import MicroBatches
 
 N = 203
 

@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from corpora.preparation.sources_listed import tar_members
 from engine.config import build
-from engine.media.corpus import read_manifest
 from engine.release import read_release, save_release
 from engine.shards.reader import Reading, ShardSplit
+from engine.shards.recordings import read_manifest
 from engine.training import checkpoint
 from engine.training.checkpoint import Checkpoints
 from engine.training.export import export

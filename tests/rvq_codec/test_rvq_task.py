@@ -6,7 +6,7 @@ import torch
 
 from engine.errors import UserError
 from engine.media.audio import write_wav
-from engine.media.corpus import SpeechCrops, load_clips, read_manifest
+from engine.shards.recordings import SpeechCrops, load_clips, read_manifest
 from rvq_codec import RVQCodec
 from rvq_codec.data import CodedCrops
 from rvq_codec.latent_targets import SpeechFeatures

@@ -31,10 +31,10 @@ import torch
 from engine.errors import UserError
 from engine.faces.landmarks import read_landmarks
 from engine.media.audio import read_audio
-from engine.media.corpus import read_manifest
 from engine.media.video import read_video
 from engine.safe_pickle import read_checkpoint, read_tensors
 from engine.shards.reader import Reading, ShardSplit
+from engine.shards.recordings import read_manifest
 from engine.training import checkpoint
 from engine.training.checkpoint import Checkpoints
 from rvq_codec import RVQCodec

@@ -10,7 +10,7 @@ from transformers import WhisperConfig, WhisperModel
 from engine.config import load
 from engine.errors import UserError
 from engine.media.audio import write_wav
-from engine.media.corpus import load_clips
+from engine.shards.recordings import load_clips
 from tests.releases import write_release
 from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
 from whisperx_vae.evaluation import evaluate, resynthesise
