@@ -37,12 +37,16 @@ show() { # what pip does: in place on a terminal, else a line for each download
     done
     if [ -t 1 ]; then printf '\r\033[K'; fi
 }
+install() {
+    .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt "$@" | show
+}
 stamp=".venv/ready-$(cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)-${extras//,/-}"
 if [ ! -f "$stamp" ]; then
     echo "making .venv with $("$python" --version) (once; a few minutes, mostly downloads)"
     "$python" -m venv .venv
-    .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt \
-        -e ".${extras:+[$extras]}" | show
+    install -e ".${extras:+[$extras]}"
+    case ",$extras," in *,prepare,*) install --no-deps clearvoice ;; esac # it asks for numpy 1, but runs with 2
+    case ",$extras," in *,flash,*) install --no-build-isolation flash-attn ;; esac # its build imports torch
     touch "$stamp"
     echo "ready: source .venv/bin/activate"
 fi

@@ -77,7 +77,7 @@ class RayPool:
         try:
             import ray
         except ImportError as error:
-            raise UserError("executor=ray needs Ray: bash scripts/setup.sh prepare, or pip install ray") from error
+            raise UserError("executor=ray needs Ray: bash scripts/setup.sh cluster") from error
         self.ray, self.count, self.setup, self.timeout, self.config = ray, count, setup, timeout, config
         self.digests: dict[str, str] = {}
         self.fingerprints: dict[str, str] = {}
