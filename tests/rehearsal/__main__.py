@@ -12,7 +12,6 @@ import importlib
 import json
 import os
 import re
-import resource
 import shutil
 import socket
 import sys
@@ -45,16 +44,11 @@ def main() -> int:
         help="walk with this folder instead of a made-up one; NAME: lrs3, lrs2, vox2, grid, crema_d, ravdess, "
         "talker_t2av_data, emilia, youtube, footage; without NAME: a folder that holds folders of these names",
     )  # fmt: skip
-    parser.add_argument("--weights", type=Path, help="folder of released weights, or stand-ins of them, for downloads")
-    parser.add_argument("--full", action="store_true", help="stand-ins of the weights of official sizes (18 GB)")
-    parser.add_argument("--groups", nargs="+", default=[], help="groups of configs/checkpoints.yaml (default: all)")
-    parser.add_argument("--exact", action="store_true", help="each command is a process of its own, as typed")
     parser.add_argument("--only", default="", help="run only commands with this regular expression (and downloads)")
-    parser.add_argument("--record", help="write time and memory of each command to benchmarks/results/DATE-RECORD.json")
     parser.add_argument("--list", action="store_true", help="print what would be run, and what is not and why")
     args = parser.parse_args()
     work = (args.work or Path(tempfile.mkdtemp()) / "work").resolve()
-    steps = plan(work, args.full)
+    steps = plan(work)
     if args.list:
         for step in steps:
             print(f"{step.command.place}: {step.call or f'not run: {step.reason}'}")
@@ -70,20 +64,13 @@ def main() -> int:
     for step in passed_over:
         print(f"passed over, as it needs {step.missing}: {step.command.place}  {step.command.text}")
     ran, excused = len(chosen) - len(passed_over), sum(bool(step.reason) for step in steps)
-    print(
-        f"{ran} commands, {failed} failed, {len(passed_over)} passed over, {excused} excused; "
-        f"{time.monotonic() - start:.0f} s, {processor_seconds():.0f} s of the processor"
-    )
+    took = time.monotonic() - start
+    print(f"{ran} commands, {failed} failed, {len(passed_over)} passed over, {excused} excused; {took:.0f} s")
     if args.work is None and not failed:
         shutil.rmtree(work.parent)
     elif failed:
         print(f"logs: {work / 'logs'}")
     return int(bool(failed))
-
-
-def processor_seconds() -> float:
-    """Processor time of this process and of its children that have ended."""
-    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def walk(steps: list[Step], args: argparse.Namespace, work: Path) -> int:
@@ -99,43 +86,29 @@ def walk(steps: list[Step], args: argparse.Namespace, work: Path) -> int:
         importlib.import_module("resemblyzer")
     with suppress(UserError):
         require_librosa()
-    weights = (args.weights or work / "published").resolve()
-    builders = make_trees(args.tree, work)
-    if args.weights is None:
-        builders["the stand-ins of the released weights"] = lambda: write_weights(weights, args)
+    weights, builders = work / "published", make_trees(args.tree, work)
+    builders["the stand-ins of the released weights"] = lambda: write_weights(weights)
     builders["the clips of the examples"] = lambda: write_examples(work)
     for what, make in builders.items():
         began = time.monotonic()
-        if wait([run_forked(make, work / "logs" / "made.log")]).code:
+        if wait([run_forked(make, work / "logs" / "made.log")]):
             raise SystemExit(f"{what} could not be made: see {work / 'logs' / 'made.log'}")
         print(f"{time.monotonic() - began:5.1f} s  {what}", flush=True)
-    server = run_forked(lambda: serve(weights, work, port, args.groups), work / "logs" / "server.log")
+    server = run_forked(lambda: serve(weights, work, port), work / "logs" / "server.log")
     began = time.monotonic()
     while not (work / "catalogue.yaml").is_file() and time.monotonic() - began < 300:
         time.sleep(0.05)
     try:
-        failed, results = 0, []
-        runner = Runner(work, args.exact)
+        failed, runner = 0, Runner(work)
         for number, step in enumerate(steps):
             log, began = work / "logs" / f"{number:02d}.log", time.monotonic()
-            ended = runner.run(step.words, step.environment, log)
-            problem = f"exit code {ended.code}" if ended.code else unfinished(step, work)
+            code = runner.run(step.words, step.environment, log)
+            problem = f"exit code {code}" if code else unfinished(step, work)
             failed += bool(problem)
-            results.append({
-                "command": step.call, "documented": step.command.text, "seconds": round(time.monotonic() - began, 1),
-                "cpu_seconds": round(ended.seconds, 1), "peak_gb": round(ended.gigabytes, 2), "exit_code": ended.code,
-                "stages": stages_of(log),
-            })  # fmt: skip
-            took = f"{time.monotonic() - began:5.1f} s, CPU {ended.seconds:5.1f} s, {ended.gigabytes:4.1f} GB"
-            print(f"{took}  {step.command.place}  {step.command.text.splitlines()[0][:110]}")
+            print(f"{time.monotonic() - began:5.1f} s  {step.command.place}  {step.command.text.splitlines()[0][:110]}")
             if problem:
                 print(f"    FAILED ({problem}): {step.call}\n    " + "\n    ".join(log.read_text().splitlines()[-12:]))
             sys.stdout.flush()
-        if args.record:
-            from engine.record import RESULTS, write_record
-
-            what = "The documented commands, walked with stand-ins of the released weights"
-            print(write_record(RESULTS, args.record, what, results, full_size=args.full))
         return failed
     finally:
         os.kill(server, 9)
@@ -161,10 +134,10 @@ def make_trees(given: list[str], work: Path) -> dict[str, Callable[[], None]]:
     return {f"a tree of {name}": lambda name=name: build(name, work / "data" / name) for name in left}
 
 
-def write_weights(folder: Path, args: argparse.Namespace) -> None:
+def write_weights(folder: Path) -> None:
     from tests.rehearsal import checkpoints
 
-    checkpoints.write(folder, args.full, args.groups)
+    checkpoints.write(folder)
 
 
 def write_examples(work: Path) -> None:
@@ -189,16 +162,10 @@ def write_examples(work: Path) -> None:
     checkpoints.speech_only(work / "TTS")
 
 
-def serve(weights: Path, work: Path, port: int, groups: list[str]) -> None:
+def serve(weights: Path, work: Path, port: int) -> None:
     from tests.rehearsal.checkpoints import Mirror
 
-    Mirror(weights, work / "catalogue.yaml", port, groups).server.serve_forever()
-
-
-def stages_of(log: Path) -> dict[str, float]:
-    """CPU seconds a clip by stage, out of the table that a preparation prints."""
-    lines = re.findall(r"^(\w+) +\d+ +[\d.]+ +([\d.]+) +[\d.]+%$", log.read_text(errors="replace"), re.MULTILINE)
-    return {stage: float(seconds) for stage, seconds in lines}
+    Mirror(weights, work / "catalogue.yaml", port).server.serve_forever()
 
 
 def unfinished(step: Step, work: Path) -> str:

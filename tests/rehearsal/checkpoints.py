@@ -1,7 +1,6 @@
 """Stand-ins of every file that scripts/download_checkpoints.py fetches: official name, format and keys, made-up values.
 
-`full`: with the official shapes (12 GB), else the smallest that the products take. A file of configs/checkpoints.yaml
-without a stand-in here fails the rehearsal.
+A file of configs/checkpoints.yaml without a stand-in here fails the rehearsal.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import hashlib
 import json
 import math
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -72,27 +71,19 @@ def official(name: str, seed: int = 0) -> dict[str, Tensor]:
     return state
 
 
-def talker(folder: Path, full: bool) -> None:
-    if full:
-        state = official("talker/talker_full")
-    else:
-        torch.manual_seed(0)
-        state = TalkerT2AV(TalkerConfig(LLM, **SIZES)).state_dict()
+def talker(folder: Path) -> None:
+    torch.manual_seed(0)
+    state = TalkerT2AV(TalkerConfig(LLM, **SIZES)).state_dict()
     state = {key: value.clone() for key, value in state.items() if key != LM_HEAD}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps({"architectures": ["TalkerT2AV"], "model_type": "talker"}))
-    qwen_tokenizer(folder, 151_643 if full else 256)
+    qwen_tokenizer(folder)
 
 
-def qwen_tokenizer(folder: Path, words: int) -> None:
-    """A byte-level BPE in the files that Qwen's tokenizers come in, with `words` entries before the control tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pairs = [(a, b) for a in alphabet for b in alphabet] + [
-        (a + b, c) for a in alphabet[:9] for b in alphabet for c in alphabet
-    ]
-    merges = pairs[: words - len(alphabet)]
-    vocabulary = {word: i for i, word in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+def qwen_tokenizer(folder: Path) -> None:
+    """Write a byte-level BPE without merges in the files that Qwen's tokenizers come in."""
+    vocabulary = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=SPECIALS[0], eos_token=SPECIALS[2],
@@ -100,7 +91,7 @@ def qwen_tokenizer(folder: Path, words: int) -> None:
     )  # fmt: skip
     fast.save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
 
 
 def qwen(folder: Path) -> None:
@@ -110,7 +101,7 @@ def qwen(folder: Path) -> None:
     config = transformers.Qwen3Config(**LLM, rope_parameters=rope, tie_word_embeddings=True)
     model = transformers.Qwen3ForCausalLM(config)
     model.save_pretrained(folder)
-    qwen_tokenizer(folder, 256)
+    qwen_tokenizer(folder)
 
 
 def speech_only(folder: Path) -> None:
@@ -126,84 +117,70 @@ def speech_only(folder: Path) -> None:
     save_file({key: value.clone() for key, value in own.items()}, folder / "model.safetensors")
 
 
-def whisperx_vae(file: Path, full: bool) -> None:
-    if full:
-        state = official("codecs/wxvae_full_encode_in64")
-    else:
-        torch.manual_seed(0)
-        sizes = {"encoder_width": 2, "hidden": 64, "decoder_width": 16, "mel_bands": 20, "whisper_heads": 1}
-        model = WhisperXVAE(WhisperXVAEConfig(**sizes, latent_dim=32, whisper_context=50, whisper_layers=1))
-        state = released_names.whisperx_vae(model.state_dict())
-        state["semantic_model.decoder.token_embedding.weight"] = torch.zeros(4, 2)
+def whisperx_vae(file: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"encoder_width": 2, "hidden": 64, "decoder_width": 16, "mel_bands": 20, "whisper_heads": 1}
+    model = WhisperXVAE(WhisperXVAEConfig(**sizes, latent_dim=32, whisper_context=50, whisper_layers=1))
+    state = released_names.whisperx_vae(model.state_dict())
+    state["semantic_model.decoder.token_embedding.weight"] = torch.zeros(4, 2)
     state["discriminator.convs.0.weight"] = torch.zeros(3)
     settings = OmegaConf.create({"cfg": {"dataset": {"sr": 24_000}}})
     more = {"epoch": 0, "global_step": 480_000, "pytorch-lightning_version": "2.1.0", "optimizer_states": [{}]}
     torch.save({"state_dict": state, "hyper_parameters": settings, **more}, file)
 
 
-def lia_x(file: Path, full: bool) -> None:
-    if full:
-        torch.save(official("codecs/liax_full"), file)
-        return
+def lia_x(file: Path) -> None:
     torch.manual_seed(0)
     codec = LiaX(LiaXConfig(style_dim=40, scale=1, size=32, width=4, max_width=8, depth=1))
     taps = torch.outer(*2 * [torch.tensor([1.0, 3.0, 3.0, 1.0])]) / 64
     torch.save(released_names.lia_x_state(codec) | {"dec.rgb2.up.kernel": 4 * taps}, file)
 
 
-def wavlm(file: Path, full: bool) -> None:
-    if full:
-        state = official("conditions/wavlm_ecapa_large")
-    else:
-        torch.manual_seed(0)
-        encoder = WavLMEncoder(wavlm_config(WAVLM), channels=8, pooled=8, bottleneck=8, embedding=256)
-        state = released_names.speaker_encoder(encoder.state_dict())
+def wavlm(file: Path) -> None:
+    torch.manual_seed(0)
+    encoder = WavLMEncoder(wavlm_config(WAVLM), channels=8, pooled=8, bottleneck=8, embedding=256)
+    state = released_names.speaker_encoder(encoder.state_dict())
     torch.save({"model": state | {"loss_calculator.projection.weight": torch.zeros(3)}}, file)
 
 
-def avhubert(file: Path, full: bool) -> None:
-    state = official(f"conditions/avhubert_{'large' if full else 'small'}")
-    heads, modalities = (16 if full else 4), ["audio", "video"]
+def avhubert(file: Path) -> None:
+    state = official("conditions/avhubert_small")
+    heads, modalities = 4, ["audio", "video"]
     model = {"encoder_attention_heads": heads, "layer_norm_first": True, "modalities": modalities}
     content = {"args": None, "cfg": {"model": Namespace(**model), "task": None}, "model": state, "extra_state": {}}
     torch.save(content | {"criterion": None, "optimizer_history": [], "last_optimizer_state": None}, file)
 
 
-def arcface(file: Path, full: bool) -> None:
+def arcface(file: Path) -> None:
     torch.manual_seed(0)
-    torch.save(official("conditions/arcface_iresnet100") if full else ArcFace((1, 1, 1, 1)).state_dict(), file)
+    torch.save(ArcFace((1, 1, 1, 1)).state_dict(), file)
 
 
-def poster(file: Path, full: bool) -> None:
+def poster(file: Path) -> None:
     """Always of the official shapes, as the network has no others."""
     state = {f"module.{key}": value for key, value in official("conditions/poster_v2_7").items()}
     torch.save({"epoch": 1, "state_dict": state, "best_acc": Namespace(val=67.5), "recorder": Namespace(total=1)}, file)
 
 
-def maskgct(folder: Path, full: bool) -> None:
-    if full:
-        encoder, decoder = (official(f"codecs/mgct_full_{part}") for part in ("encoder", "decoder"))
-    else:
-        torch.manual_seed(0)
-        sizes = {"encoder_width": 4, "latent_channels": 16, "codebook_size": 16, "codebook_dim": 4, "vocos_dim": 16}
-        codec = RVQCodec(RVQCodecConfig(**sizes, vocos_intermediate=32, vocos_layers=1))
-        state = {key: value.contiguous() for key, value in codec.state_dict().items()}
-        encoder = {key.removeprefix("encoder."): v for key, v in state.items() if key.startswith("encoder.")}
-        decoder = {key: v for key, v in state.items() if key.startswith("quantizer.")}
-        decoder |= {
-            "model." + key.removeprefix("decoder."): v for key, v in state.items() if key.startswith("decoder.")
-        }
-        decoder["model.head.istft.window"] = torch.hann_window(1920)
+def maskgct(folder: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"encoder_width": 4, "latent_channels": 16, "codebook_size": 16, "codebook_dim": 4, "vocos_dim": 16}
+    codec = RVQCodec(RVQCodecConfig(**sizes, vocos_intermediate=32, vocos_layers=1))
+    state = {key: value.contiguous() for key, value in codec.state_dict().items()}
+    encoder = {key.removeprefix("encoder."): v for key, v in state.items() if key.startswith("encoder.")}
+    decoder = {key: v for key, v in state.items() if key.startswith("quantizer.")}
+    decoder |= {"model." + key.removeprefix("decoder."): v for key, v in state.items() if key.startswith("decoder.")}
+    decoder["model.head.istft.window"] = torch.hann_window(1920)
     save_file(encoder, folder / "model.safetensors")
     save_file(decoder, folder / "model_1.safetensors")
 
 
-def syncnet(file: Path, full: bool) -> None:
+def syncnet(file: Path) -> None:
     """The official shapes, in the old format that it was published in."""
     torch.save(official("conditions/syncnet_net"), file, _use_new_zipfile_serialization=False)
 
 
-def yunet(file: Path, full: bool) -> None:
+def yunet(file: Path) -> None:
     """Bytes that no program reads: the rehearsal downloads the detector, but detects with OpenCV's cascade."""
     file.write_bytes(b"no network" * 100)
 
@@ -240,7 +217,7 @@ def whisper(folder: Path, letter: str = "") -> None:
     transformers.WhisperProcessor(transformers.WhisperFeatureExtractor(feature_size=80), words).save_pretrained(folder)
 
 
-def any_format(file: Path, full: bool) -> None:
+def any_format(file: Path) -> None:
     """A whole file of its format, which holds one tensor or nothing: networks of metrics, which only downloads meet."""
     if file.suffix == ".safetensors":
         save_file({"a": torch.zeros(1)}, file)
@@ -251,7 +228,7 @@ def any_format(file: Path, full: bool) -> None:
 
 
 # By path in configs/checkpoints.yaml: what writes it. One that ends in / writes the files of a folder.
-STAND_INS: dict[str, Callable[[Path, bool], None]] = {
+STAND_INS: dict[str, Callable[[Path], None]] = {
     "talker-t2av/": talker,
     "whisperx-vae/model.ckpt": whisperx_vae,
     "lia-x.pt": lia_x,
@@ -266,28 +243,27 @@ STAND_INS: dict[str, Callable[[Path, bool], None]] = {
 METRICS = ("utmos_", "ecapa/", "emotion2vec_", "weights-inception", "i3d_", "whisper-", "Qwen3-ASR")
 
 
-def catalogue(groups: Sequence[str] = ()) -> dict[str, list[dict]]:
-    """configs/checkpoints.yaml, or some of its groups."""
-    found = OmegaConf.to_container(OmegaConf.load(CONFIGS / "checkpoints.yaml"))
-    return {name: rows for name, rows in found.items() if not groups or name in groups}
+def catalogue() -> dict[str, list[dict]]:
+    """Return configs/checkpoints.yaml."""
+    return OmegaConf.to_container(OmegaConf.load(CONFIGS / "checkpoints.yaml"))
 
 
 def files_of(groups: dict[str, list[dict]]) -> list[dict]:
     return [file for rows in groups.values() for row in rows for file in row["files"]]
 
 
-def write(folder: Path, full: bool = False, groups: Sequence[str] = ()) -> None:
-    """Write all stand-ins, or those of some groups, below `folder`, as a download would leave them."""
-    paths = [file["path"] for file in files_of(catalogue(groups))]
+def write(folder: Path) -> None:
+    """Write all stand-ins below `folder`, as a download would leave them."""
+    paths = [file["path"] for file in files_of(catalogue())]
     for name, make in STAND_INS.items():
         if any(path.startswith(name) for path in paths):
             place = folder / name
             (place if name.endswith("/") else place.parent).mkdir(parents=True, exist_ok=True)
-            make(place, full)
+            make(place)
     for path in paths:
         if path.startswith(METRICS):
             (folder / path).parent.mkdir(exist_ok=True)
-            any_format(folder / path, full)
+            any_format(folder / path)
 
 
 class Mirror:
@@ -297,8 +273,8 @@ class Mirror:
     of every URL; the hub is `address` itself.
     """
 
-    def __init__(self, folder: Path, listing: Path, port: int, groups: Sequence[str] = ()) -> None:
-        chosen = catalogue(groups)
+    def __init__(self, folder: Path, listing: Path, port: int) -> None:
+        chosen = catalogue()
         files: dict[str, Path] = {}
 
         class Handler(BaseHTTPRequestHandler):

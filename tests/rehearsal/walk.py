@@ -1,7 +1,7 @@
-"""Walks the commands of the documentation in a folder of its own, as `table.yaml` scales them down.
+"""Run the commands of the documentation in one folder, scaled down by `table.yaml`.
 
-Commands run in copies (forks) of one process that has everything imported, which saves ten seconds each; with `exact`
-they are processes of their own. In a fork, worker processes and the scripts that train.py calls are forks, too.
+Commands run in forks of one process that has imported everything, which saves ten seconds each. In a fork, worker
+processes and the scripts that train.py calls are forks, too.
 """
 
 from __future__ import annotations
@@ -51,24 +51,8 @@ class Step:
         return shlex.join(self.words)
 
 
-@dataclass(frozen=True)
-class Ended:
-    """What a call took: its exit code, seconds of the processor, and the peak memory of its largest process in GB."""
-
-    code: int
-    seconds: float = 0.0
-    gigabytes: float = 0.0
-
-
-def plan(work: Path, full: bool = False) -> list[Step]:
-    """All documented commands with what the table makes of them.
-
-    Args:
-        full: networks keep their official sizes.
-
-    Raises:
-        ValueError: a command has no rule, or a rule no command.
-    """
+def plan(work: Path) -> list[Step]:
+    """Return all documented commands, scaled down by the table; each needs a rule, and each rule a command."""
     table = OmegaConf.to_container(OmegaConf.load(TABLE))
     commands, used, steps = documented(), set(), []
     for command in commands:
@@ -80,14 +64,14 @@ def plan(work: Path, full: bool = False) -> list[Step]:
         if excuse is not None:
             steps.append(Step(command, reason=excuse))
             continue
-        steps.append(_scaled(command, table["names"], [rule for _, rule in rules], work, full))
+        steps.append(_scaled(command, table["names"], [rule for _, rule in rules], work))
     idle = [rule["command"] for i, rule in enumerate(table["rules"]) if i not in used]
     if idle:
         raise ValueError(f"{TABLE.name}: no command in the documentation matches {idle}")
     return steps
 
 
-def _scaled(command: Command, names: dict[str, str], rules: list[dict], work: Path, full: bool) -> Step:
+def _scaled(command: Command, names: dict[str, str], rules: list[dict], work: Path) -> Step:
     text = command.text
     missing = next((r["needs"] for r in rules if "needs" in r and importlib.util.find_spec(r["needs"]) is None), "")
     for rule in rules:
@@ -99,8 +83,7 @@ def _scaled(command: Command, names: dict[str, str], rules: list[dict], work: Pa
         text = re.sub(pattern, new, text)
     if is_python(command):
         return Step(command, ("python", "-c", text), missing=missing)
-    kinds = ("size", "full") if full else ("size", "tiny")
-    added = [word for kind in kinds for rule in rules for word in rule.get(kind) or []]
+    added = [word for kind in ("size", "tiny") for rule in rules for word in rule.get(kind) or []]
     text = f"{text} {' '.join(added)}".replace("{work}", str(work))
     shell = subprocess.run(["bash", "-fc", f"printf '%s\\0' {text}"], capture_output=True, text=True, check=True)
     words = shell.stdout.split("\0")[:-1]
@@ -143,48 +126,43 @@ def run_forked(action: Callable[[], None], log: Path) -> int:
         os._exit(code)
 
 
-def wait(pids: list[int]) -> Ended:
-    """The first exit code that is not 0, and what all took; when one process of a group fails, the others are ended."""
-    left, code, end, seconds, peak = set(pids), 0, time.monotonic() + SECONDS, 0.0, 0
-    while left:
-        for pid in list(left):
-            done, status, used = os.wait4(pid, os.WNOHANG)
-            if done:
-                left.discard(pid)
+def wait(pids: list[int]) -> int:
+    """Return the first exit code that is not 0; when one process of a group fails, the others are killed."""
+    running, code, end = set(pids), 0, time.monotonic() + SECONDS
+    while running:
+        for pid in list(running):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                running.discard(pid)
                 code = code or os.waitstatus_to_exitcode(status)
-                seconds, peak = seconds + used.ru_utime + used.ru_stime, max(peak, used.ru_maxrss)
         if code or time.monotonic() > end:
-            for pid in left:
+            for pid in running:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-            code, left = code or 124, set()
+            return code or 124
         time.sleep(0.01)
-    return Ended(code, seconds, peak / 2**20)
+    return 0
 
 
 class Runner:
-    """Runs calls in a folder, each with a log of its own.
+    """Runs calls in the folder `work`, each with its own log."""
 
-    Args:
-        work: the folder. exact: run real processes, as a person would.
-    """
+    def __init__(self, work: Path) -> None:
+        self.work, self.groups = work, 0
 
-    def __init__(self, work: Path, exact: bool) -> None:
-        self.work, self.exact, self.groups = work, exact, 0
-
-    def run(self, words: Sequence[str], environment: dict[str, str], log: Path) -> Ended:
-        """Run a call, which prints to `log`."""
-        if not self.exact and words[0] == "python" and words[1:3] != ("-m", "scripts.launch"):
+    def run(self, words: Sequence[str], environment: dict[str, str], log: Path) -> int:
+        """Run a call, which prints to `log`, and return its exit code."""
+        if words[0] == "python" and words[1:3] != ("-m", "scripts.launch"):
             return wait([self._fork(words[1:], environment, log)])
-        if not self.exact and words[0] == "torchrun":
+        if words[0] == "torchrun":
             return wait(list(self._torchrun(words[1:], environment, log)))
-        programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
-        call = [*programs.get(words[0], words[:1]), *words[1:]]
+        call = [sys.executable if words[0] == "python" else words[0], *words[1:]]
         log.parent.mkdir(exist_ok=True)
         with log.open("ab") as file:
-            about = {"cwd": self.work, "env": os.environ | environment}
-            process = subprocess.Popen(call, stdin=subprocess.DEVNULL, stdout=file, stderr=file, **about)
-            return wait([process.pid])
+            where = {"cwd": self.work, "env": os.environ | environment}
+            return subprocess.run(
+                call, stdin=subprocess.DEVNULL, stdout=file, stderr=file, timeout=SECONDS, **where
+            ).returncode
 
     def _torchrun(self, words: Sequence[str], environment: dict[str, str], log: Path) -> Iterator[int]:
         """The processes of a group, as torchrun starts them."""
@@ -219,7 +197,7 @@ def _fork_instead_of_spawning() -> None:
         if arguments or not known or call[0] != sys.executable or not str(call[1]).endswith(".py"):
             return real(call, *arguments, **more)
         words = [str(word) for word in call[1:]]
-        return subprocess.CompletedProcess(call, wait([run_forked(lambda: _execute(words), log)]).code)
+        return subprocess.CompletedProcess(call, wait([run_forked(lambda: _execute(words), log)]))
 
     subprocess.run = run
 

@@ -1,4 +1,4 @@
-"""The kill test with a few kills, and what a scheduler sees; 100 kills are in benchmarks/."""
+"""The kill test with seven kills, and the exit code that a scheduler sees."""
 
 import json
 import os
@@ -17,20 +17,9 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT /
 
 
 @pytest.mark.slow
-def test_killed_seven_ways_the_run_ends_as_the_unbroken_one(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "tests.trials.kill_test",
-        "--kills",
-        "7",
-        "--pause",
-        "0.5",
-        "--folder",
-        tmp_path / "runs",
-        "--record",
-        tmp_path / "record",
-    ]
+def test_run_that_is_killed_seven_times_ends_as_an_uninterrupted_one(tmp_path):
+    command = [sys.executable, "-m", "tests.trials.kill_test", "--kills", "7", "--pause", "0.5"]
+    command += ["--folder", tmp_path / "runs", "--record", tmp_path / "record"]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout + done.stderr
     (record,) = (tmp_path / "record").glob("*.json")
@@ -40,20 +29,11 @@ def test_killed_seven_ways_the_run_ends_as_the_unbroken_one(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_launcher_asked_to_stop_saves_and_answers_requeue(tmp_path, number):
+def test_launcher_saves_and_asks_for_a_requeue_on_a_stop_signal(tmp_path, number):
     run = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "scripts.launch",
-        "--standalone",
-        "--nproc_per_node=1",
-        "-m",
-        "tests.trials.kill_test",
-    ]
-    launcher = subprocess.Popen(
-        [*command, "--worker", run], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-m", "scripts.launch", "--standalone", "--nproc_per_node=1"]
+    command += ["-m", "tests.trials.kill_test", "--worker", run]
+    launcher = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
     end = time.monotonic() + 200
     while not (run / "log.jsonl").exists():
         assert launcher.poll() is None and time.monotonic() < end

@@ -28,7 +28,6 @@ from corpora.preparation.job import prepare
 from engine.config import load
 from engine.errors import run_cli
 from engine.record import write_record
-from tests.trials.prepare_kill_test import clips_done, files_of
 
 PER_SHARD = 8
 NODES = 3
@@ -42,6 +41,15 @@ def settings(args: argparse.Namespace, output: Path, *more: str) -> DictConfig:
     stages = {name: config.stages[name] for name in ("decode", "face")}
     config.stages = stages | {"mean": {"use": True, "_target_": "tests.corpora.preparation_fakes.Mean"}}
     return config
+
+
+def clips_done(output: Path) -> int:
+    """Return about how many clips are in work folders and finished shards."""
+    return len(list(output.rglob(".work-0*/*.tar"))) + PER_SHARD * len(list(output.rglob("0*.tar")))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def processes_at_work(parent: int) -> list[tuple[int, str]]:
@@ -68,7 +76,7 @@ def killer(cluster, nodes: list, output: Path, clips: int, kills: int, until: fl
     draw, node_at = random.Random(0), kills // 2
     while len(log) < kills and time.monotonic() < until:
         time.sleep(0.2)
-        if clips_done(output, PER_SHARD) < clips * (len(log) + 1) // (kills + 1):
+        if clips_done(output) < clips * (len(log) + 1) // (kills + 1):
             continue
         if len(log) == node_at:
             cluster.remove_node(nodes.pop(), allow_graceful=False)
@@ -82,7 +90,7 @@ def killer(cluster, nodes: list, output: Path, clips: int, kills: int, until: fl
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-        log.append({"killed": what, "clips_done": clips_done(output, PER_SHARD)})
+        log.append({"killed": what, "clips_done": clips_done(output)})
         print(f"killed {what} with {log[-1]['clips_done']} clips done", file=sys.stderr, flush=True)
 
 
