@@ -4,7 +4,7 @@
     python scripts/plan_run.py talker_paper trainer.global_batch_size=128 --seconds 6 --gpus 8 64 --json plan.json
     python scripts/plan_run.py talker_paper --gpus 64 --figure plan.png task.model.llm.num_hidden_layers=36
 
-The training program runs on tensors without data in a fake group of processes (engine/training/plan.py); rates of the
+The training program runs on tensors without data in a fake group of processes (benchmarks/plan.py); rates of the
 card and their efficiency are stated there. One clip of `--seconds` is a sample, for Talker-T2AV a pair of clips. The
 samples of a step over all GPUs are trainer.global_batch_size, else batch_size x accumulate; a GPU takes one at least,
 so with more GPUs a step takes more samples, and the run fewer steps. Takes minutes for the models of the papers.
@@ -26,12 +26,12 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch.utils._python_dispatch import _disable_current_modes
 
+from benchmarks.plan import CARDS, Efficiency, Measured, Plan, measure_fake, plan, spread
 from benchmarks.training import MODELS, build_task
 from engine.config import compose
 from engine.errors import UserError, run_cli
 from engine.files import atomic_output
 from engine.record import record, write_json
-from engine.training.plan import CARDS, Efficiency, Measured, Plan, measure_fake, plan, spread
 from engine.training.settings import TrainerConfig
 from engine.training.task import Task
 

@@ -4,7 +4,7 @@ import gc
 import json
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -12,13 +12,11 @@ from unittest import mock
 import pytest
 import torch
 from test_parallel import together
-from torch.distributed.tensor._sharding_prop import ShardingPropagator
-from toy_task import CONFIG, ToyBlocks
+from toy_task import CONFIG
 
+from benchmarks.plan import CARDS, Efficiency, Measured, measure, measure_fake, plan
 from engine.errors import exit_process
 from engine.training import distributed
-from engine.training import plan as planner
-from engine.training.plan import CARDS, Efficiency, Measured, Observer, measure, measure_fake, plan
 from engine.training.settings import TrainerConfig
 from engine.training.task import Task
 
@@ -155,28 +153,3 @@ def test_a_plan_adds_up():
 
 if __name__ == "__main__":
     worker(Path(json.loads(sys.argv[1])))
-
-
-@pytest.mark.parametrize("mended", [True, False])
-def test_what_dtensor_asks_of_whole_tensors_is_not_counted(monkeypatch, mended):
-    """DTensor finds shapes by running an operator on fake tensors of the whole size: no process computes that."""
-    asking, counted = [], []
-    ask, count = ShardingPropagator._propagate_tensor_meta_non_cached, Observer.__torch_dispatch__
-
-    def asked(self, schema):
-        asking.append(True)
-        try:
-            return ask(self, schema)
-        finally:
-            asking[-1] = False
-
-    def watched(self, func, types, args=(), kwargs=None):
-        counted.append(any(asking))
-        return count(self, func, types, args, kwargs)
-
-    monkeypatch.setattr(ShardingPropagator, "_propagate_tensor_meta_non_cached", asked)
-    monkeypatch.setattr(Observer, "__torch_dispatch__", watched)
-    if not mended:
-        monkeypatch.setattr(planner, "_disable_current_modes", nullcontext)
-    measure_fake(ToyBlocks, config("fsdp", "fp32"), lambda task: {"x": torch.zeros(4, 4)}, 4, 4)
-    assert asking and counted and any(counted) == (not mended)
