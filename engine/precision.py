@@ -20,6 +20,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from engine.cuda_graph import GraphedStep
 from engine.settings import PRECISIONS, require_choice
 
 CPU_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")  # by torch.cpu's names: x86, x86, ARM
@@ -103,6 +104,5 @@ def half_precision(device: torch.device | str, dtype: torch.dtype) -> torch.auto
 
 
 def compile_step(device: torch.device | str) -> Callable[[Callable], Callable]:
-    """Wraps the function of a step for `torch.compile`: the whole step is one graph; on CUDA it is launched as one."""
-    mode = "reduce-overhead" if torch.device(device).type == "cuda" else None
-    return lambda step: torch.compile(step, fullgraph=True, mode=mode)
+    """Return a wrapper of a step's function that compiles it whole; see `engine.cuda_graph` for CUDA graphs."""
+    return lambda step: GraphedStep(step, device, compile=True)

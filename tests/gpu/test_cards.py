@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.cuda_graph import GraphedStep
 from engine.training.trainer import Trainer
 from talker_t2av.settings import Job
 from tests.golden.golden_runs import RUNS, TRAINER
@@ -142,3 +143,21 @@ def test_a_killed_rank_ends_the_other_and_the_run_goes_on(tmp_path):
     again = start([job(tmp_path / "run", 2, steps=kept + 3)], 2)
     assert [process.wait(300) for process in again] == [0, 0]
     assert max(logged(tmp_path / "run")) >= kept + 3
+
+
+@one_card
+@pytest.mark.parametrize("compiled", [False, True])
+def test_replays_of_a_graph_are_the_step(compiled):
+    def step(x, i, cache):
+        cache.index_copy_(0, i[None], x[None])
+        return x + cache.sum(0), i + 1
+
+    results = []
+    for device, compile in (("cpu", False), ("cuda", compiled)):
+        graphed, x, i = GraphedStep(step, device, compile), torch.ones(3, device=device), torch.tensor(0, device=device)
+        cache = torch.zeros(4, 3, device=device)
+        for _ in range(4):
+            x, i = graphed(x, i, fixed=(cache,))
+            results.append(x.cpu())
+        assert len(graphed.graphs) == (device == "cuda")
+    assert all(torch.equal(a, b) for a, b in zip(results[:4], results[4:]))

@@ -1,0 +1,93 @@
+"""Graphs of a step: what they give is the step's, may be kept, and addresses stay; on stand-ins that run on a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.cuda_graph import GraphedStep
+from tests.gpu.dying_graphs import DyingOutputs
+
+
+@dataclass(frozen=True)
+class State:
+    count: Tensor
+    parts: dict[str, Tensor]
+
+
+class Step:
+    """Writes a row of a cache and sums it; notes the addresses of what it is given."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple] = []
+
+    def __call__(self, state: State, scale: float, cache: Tensor) -> tuple[State, Tensor]:
+        self.seen.append((state.count.data_ptr(), state.parts["a"].data_ptr(), cache.data_ptr()))
+        cache.index_copy_(0, state.count[None], (scale * state.parts["a"])[None])
+        return State(state.count + 1, {"a": state.parts["a"] + cache.sum(0)}), cache.sum()
+
+
+def run(step, backend, steps=5, caches=1):
+    graphed, results = GraphedStep(step, backend=backend), []
+    for n in range(caches):
+        cache, state = torch.zeros(8 + n, 3), State(torch.tensor(0), {"a": torch.arange(3.0)})
+        for _ in range(steps):
+            state, total = graphed(state, 0.5, fixed=(cache,))
+            results += [state.count, state.parts["a"], total]
+    return graphed, results
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_outputs_are_those_of_the_step_and_outlive_the_next_replay(strict):
+    backend = DyingOutputs(strict)
+    _, expected = run(Step(), None)
+    _, results = run(step := Step(), backend)
+    assert backend.captures == 1 and backend.replays == 5
+    assert all(torch.equal(a, b) for a, b in zip(results, expected))
+    assert len(set(step.seen)) == 1  # the addresses of all runs
+
+
+def test_outputs_that_are_not_copied_do_die():
+    """What the tests of the loops rest on."""
+    replay = DyingOutputs(True).capture(lambda: torch.ones(2))
+    first = replay()
+    replay()
+    assert first.isnan().all()
+
+
+def test_other_shapes_constants_and_fixed_tensors_make_other_graphs():
+    backend = DyingOutputs(True)
+    graphed = GraphedStep(lambda x, scale, cache: x * scale + cache, backend=backend, limit=3)
+    caches = torch.ones(4), torch.ones(4)
+    for x, scale, cache, graphs in (
+        (torch.ones(4), 2.0, caches[0], 1),
+        (torch.zeros(4), 2.0, caches[0], 1),
+        (torch.zeros(4, dtype=torch.double), 2.0, caches[0], 2),
+        (torch.zeros(4), 3.0, caches[0], 3),
+        (torch.zeros(4), 2.0, caches[1], 4),
+        (torch.zeros(1), 2.0, caches[0][:1], 5),
+        (torch.zeros(4), 3.0, caches[0], 5),  # among the last three
+        (torch.ones(4), 2.0, caches[0], 6),  # was dropped
+    ):
+        assert torch.equal(graphed(x, scale, fixed=(cache,)), x * scale + cache)
+        assert backend.captures == graphs and len(graphed.graphs) <= 3
+
+
+def test_a_graph_made_in_inference_mode_serves_outside_of_it():
+    graphed = GraphedStep(lambda x: x + 1, backend=DyingOutputs(True))
+    with torch.inference_mode():
+        graphed(torch.zeros(2))
+    assert graphed(torch.ones(2)).tolist() == [2, 2]
+
+
+def test_a_compiled_step_is_captured_too():
+    backend = DyingOutputs(True)
+    torch._dynamo.reset()
+    graphed = GraphedStep(lambda x: (2 * x).sin() + x, compile=True, backend=backend)
+    x = torch.linspace(0, 1, 5)
+    for _ in range(2):
+        torch.testing.assert_close(graphed(x), (2 * x).sin() + x)
+    assert backend.captures == 1
