@@ -4,7 +4,8 @@ POST /hicodit      a silent video as body -> speech as WAV. ?seed=0
 POST /talker       {"mode": "tts" or "t2av", "text": "...", "seed": 0, "voice": base64, "face": base64} -> WAV or MP4
 WS /hicodit/stream {"lookahead": 0.4}, then JPEG or PNG pictures, 25 a second, then a text -> sound in hops of 160 ms
 WS /talker/stream  the object of a tts job -> sound while it is drawn
-GET /health, GET /metrics
+/v1/...            OpenAI's interface: models, audio/speech, audio/voices, videos; see docs/service.md
+GET /health, GET /metrics, GET /docs
 
 Requests of several clients share batches; Talker-T2AV's join and leave a running one. What there is no room for is
 refused with 429, a wrong request with 400 and one sentence: {"error": "..."}. Only this machine can connect, unless
@@ -17,6 +18,7 @@ if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
 import argparse
+from pathlib import Path
 
 from engine.device import pick_device
 from engine.errors import UserError, run_cli
@@ -32,6 +34,7 @@ def main() -> None:
     add("--models", nargs="+", choices=("hicodit", "talker_t2av"), default=["hicodit", "talker_t2av"])
     add("--weights", help="HiCoDiT's release folder (default: the bundled one)")
     add("--talker", help="Talker-T2AV's release folder (default: the bundled one)")
+    add("--voices", type=Path, help="folder of recordings, each a voice of /v1; uploaded voices are saved there")
     add("--device", choices=DEVICES, default="auto", help="default: %(default)s")
     add("--precision", choices=PRECISIONS, default="auto", help="default: %(default)s")
     add("--sampler", choices=("release", "fast", "paper"), default="fast", help="of HiCoDiT (default: %(default)s)")
@@ -44,7 +47,9 @@ def main() -> None:
     if not 0 < args.port < 65_536:
         raise UserError(f"--port {args.port} must lie between 1 and 65535")
     limits = ServeLimits(**{name: getattr(args, name) for name, *_ in listed(ServeLimits)})
-    for package in ("fastapi", "uvicorn", "websockets", "prometheus_client"):
+    if args.voices is not None and not args.voices.is_dir():
+        raise UserError(f"--voices {args.voices} is no folder: make it, or leave the option out")
+    for package in ("fastapi", "uvicorn", "websockets", "prometheus_client", "python_multipart"):
         require(package, package, "serve")
     import uvicorn
 
@@ -62,7 +67,7 @@ def main() -> None:
         hicodit.sampler, hicodit.guidance = with_preset(args.sampler, hicodit.sampler, hicodit.guidance)
     if "talker_t2av" in args.models:
         talker = TalkerPipeline.from_pretrained(args.talker or BUNDLED_TALKER, device, precision=args.precision)
-    service = Service(hicodit, talker, limits, demo=args.talker is None)
+    service = Service(hicodit, talker, limits, demo=args.talker is None, voices=args.voices)
     print(f"serving {', '.join(service.workers)} on http://{args.host}:{args.port}; Ctrl-C ends", flush=True)
     uvicorn.run(
         make_app(service), host=args.host, port=args.port, log_level="warning", ws="websockets-sansio",

@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from fastapi import HTTPException
@@ -14,8 +15,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollecto
 
 from hicodit.pipeline import HiCoDiTPipeline
 from service.limits import ServeLimits
+from service.voices import Voices
 from service.workers import HiCoDiTWorker, TalkerWorker, Ticket, Worker
 from talker_t2av.pipeline import TalkerPipeline
+from talker_t2av.settings import DEMO
 
 WATCH = 0.2  # seconds between two checks whether the client is still connected
 
@@ -24,7 +27,12 @@ class Service:
     """Both models with their workers; admits requests and counts them."""
 
     def __init__(
-        self, hicodit: HiCoDiTPipeline | None, talker: TalkerPipeline | None, limits: ServeLimits, demo: bool
+        self,
+        hicodit: HiCoDiTPipeline | None,
+        talker: TalkerPipeline | None,
+        limits: ServeLimits,
+        demo: bool,
+        voices: Path | None = None,
     ) -> None:
         self.hicodit, self.talker, self.limits, self.demo = hicodit, talker, limits, demo
         self.workers: dict[str, Worker] = {}
@@ -33,6 +41,7 @@ class Service:
         if talker is not None:
             talker.system.require("t2av")
             self.workers["talker_t2av"] = TalkerWorker(talker, limits.rows)
+        self.voices = Voices(talker, voices, DEMO / "voice.wav" if demo else None) if talker is not None else None
         self.pool = ThreadPoolExecutor(4, "files")
         self.requests = self.streams = 0
         self.closing = False

@@ -6,11 +6,8 @@ import asyncio
 import base64
 import binascii
 import contextlib
-import shutil
-import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,6 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
-from engine.codec import StreamDecoder
 from engine.errors import UserError
 from engine.media.audio import write_wav
 from engine.media.limits import LIMITS
@@ -34,10 +30,12 @@ from hicodit.conditions.types import FPS
 from hicodit.streaming import SpeechChunk, SpeechStream, StreamSettings
 from service.admission import Service, counting
 from service.limits import MAX_PICTURE
+from service.openai import openai_error, openai_routes
+from service.sound import samples
+from service.speaking import ClientLeft, parts_of, request_folder, speak
 from service.workers import Ticket
 from talker_t2av.jobs import PreparedJob
-from talker_t2av.model import HOP
-from talker_t2av.pipeline import PAUSE, Job
+from talker_t2av.pipeline import Job
 from talker_t2av.settings import with_demo
 
 TALK_FIELDS = {"mode", "text", "seed", "min_seconds", "max_seconds", "voice", "face"}
@@ -45,7 +43,7 @@ PICTURES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg"}
 
 
 def make_app(service: Service) -> FastAPI:
-    """POST /hicodit, POST /talker, WebSockets /hicodit/stream and /talker/stream, GET /health and /metrics."""
+    """Make the app: /hicodit, /talker, their WebSockets, OpenAI's interface under /v1, /health and /metrics."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -61,7 +59,8 @@ def make_app(service: Service) -> FastAPI:
 
     app.add_middleware(counting, service=service)
     for kind in (UserError, RequestValidationError, HTTPException, Exception):
-        app.exception_handler(kind)(lambda _, error: _error(error))
+        app.exception_handler(kind)(_answer_error)
+    app.include_router(openai_routes(service))
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -79,7 +78,7 @@ def make_app(service: Service) -> FastAPI:
         """Return the speech of a silent video, which is the body, as WAV."""
         model = _loaded(service.hicodit, "hicodit")
         check_seed(seed)
-        with service.admitted(), _folder() as folder:
+        with service.admitted(), request_folder() as folder:
             clip = folder / "clip.mp4"
             await _save_body(request, clip, service.limits.megabytes * 2**20)
             crops = await service.in_thread(model.crops, clip)
@@ -90,11 +89,11 @@ def make_app(service: Service) -> FastAPI:
     async def talker(request: Request) -> Response:
         """Return WAV (mode tts) or MP4 (t2av) for a JSON object, see `_prepare`."""
         model = _loaded(service.talker, "talker_t2av")
-        with service.admitted(), _folder() as folder:
+        with service.admitted(), request_folder() as folder:
             body = folder / "body.json"
             await _save_body(request, body, service.limits.megabytes * 2**20)
             prepared = await service.in_thread(_prepare, service, body.read_bytes(), folder)
-            tickets = (Ticket(part) for part in _parts(prepared))
+            tickets = (Ticket(part) for part in parts_of(prepared))
             results = [await service.generate("talker_t2av", ticket, request.is_disconnected) for ticket in tickets]
             talk = await service.in_thread(model.complete, prepared, *results)
             if talk.frames is None:
@@ -111,15 +110,16 @@ def make_app(service: Service) -> FastAPI:
         if prepared.job.mode != "tts":
             raise UserError(f"mode={prepared.job.mode} cannot be streamed: use tts")
         await socket.send_json({"rate": model.rate, "format": "s16le"})
-        disconnected = asyncio.ensure_future(socket.receive())  # no other message is expected
+        closed = asyncio.ensure_future(socket.receive())  # no other message is expected
+
+        async def disconnected() -> bool:
+            return closed.done()
+
         try:
-            samples = 0
-            for part in _parts(prepared):
-                samples += await _send_wave(socket, torch.zeros(1, 1, PAUSE * HOP)) if samples else 0
-                samples += await _send_speech(service, socket, part, disconnected)
-            await socket.send_json({"done": True, "seconds": samples / model.rate})
+            sent = [await _send_wave(socket, wave) async for wave in speak(service, prepared, disconnected)]
+            await socket.send_json({"done": True, "seconds": sum(sent) / model.rate})
         finally:
-            disconnected.cancel()
+            closed.cancel()
 
     @app.websocket("/hicodit/stream")
     @_streaming(service, "/hicodit/stream")
@@ -156,15 +156,18 @@ def make_app(service: Service) -> FastAPI:
     return app
 
 
-def _error(error: Exception) -> JSONResponse:
+async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     status, message = _explain(error)
-    return JSONResponse({"error": message}, status, {"Retry-After": "1"} if status in (429, 503) else None)
+    body = openai_error(status, message) if request.url.path.startswith("/v1/") else {"error": message}
+    return JSONResponse(body, status, {"Retry-After": "1"} if status in (429, 503) else None)
 
 
 def _explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         return 400, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}"
+    if isinstance(error, ClientLeft):
+        return 499, "the client went away"
     if isinstance(error, HTTPException):
         return error.status_code, str(error.detail)
     if isinstance(error, UserError):
@@ -177,40 +180,6 @@ def _loaded(pipeline: Any, name: str) -> Any:
     if pipeline is None:
         raise HTTPException(404, f"{name} is not served here")
     return pipeline
-
-
-@contextlib.contextmanager
-def _folder() -> Iterator[Path]:
-    """Make a folder for the files of a request; its path is removed from error messages."""
-    folder = Path(tempfile.mkdtemp(prefix="serve-"))
-    try:
-        yield folder
-    except UserError as error:
-        raise UserError(str(error).replace(f"{folder}/", "")) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _parts(prepared: PreparedJob) -> list[PreparedJob]:
-    """Return a job for each part of a long text."""
-    return [replace(prepared, request=request, later=()) for request in prepared.requests]
-
-
-async def _send_speech(service: Service, socket: WebSocket, part: PreparedJob, disconnected: asyncio.Future) -> int:
-    """Send the sound of a tts job patch by patch; return the number of samples."""
-    patches: asyncio.Queue = asyncio.Queue()
-    loop, decoder = asyncio.get_running_loop(), StreamDecoder(service.talker.system.speech)
-    ticket = Ticket(part, on_patch=lambda patch: loop.call_soon_threadsafe(patches.put_nowait, patch))
-    service.workers["talker_t2av"].submit(ticket)
-    ticket.add_done_callback(lambda _: loop.call_soon_threadsafe(patches.put_nowait, None))
-    try:
-        samples = 0
-        while (patch := await _unless(disconnected, patches.get())) is not None:
-            samples += await _send_wave(socket, await service.in_thread(decoder.push, patch))
-        ticket.result()
-        return samples + await _send_wave(socket, await service.in_thread(decoder.finish))
-    finally:
-        ticket.cancel()
 
 
 async def _save_body(request: Request, path: Path, most: int) -> None:
@@ -278,18 +247,8 @@ async def _send_wave(socket: WebSocket, wave: torch.Tensor | None) -> int:
     """Send a wave (1, 1, N), if there is one; return N."""
     if wave is None or not wave.numel():
         return 0
-    await socket.send_bytes((wave[0, 0].clamp(-1, 1) * 32767).round().to(torch.int16).cpu().numpy().tobytes())
+    await socket.send_bytes(samples(wave))
     return wave.shape[-1]
-
-
-async def _unless(disconnected: asyncio.Future, result: Coroutine) -> Any:
-    """Await a result; raise WebSocketDisconnect if the client leaves first."""
-    task = asyncio.ensure_future(result)
-    await asyncio.wait([task, disconnected], return_when=asyncio.FIRST_COMPLETED)
-    if not task.done():
-        task.cancel()
-        raise WebSocketDisconnect
-    return task.result()
 
 
 def _streaming(service: Service, path: str) -> Callable:
@@ -300,9 +259,9 @@ def _streaming(service: Service, path: str) -> Callable:
             await socket.accept()
             status, begin = 200, time.monotonic()
             try:
-                with service.admitted(stream=True), _folder() as folder:
+                with service.admitted(stream=True), request_folder() as folder:
                     await stream(socket, folder)
-            except WebSocketDisconnect:
+            except (WebSocketDisconnect, ClientLeft):
                 status = 499
             except Exception as error:
                 is_binary = isinstance(error, KeyError)  # of Starlette's receive_text

@@ -15,6 +15,7 @@ class ServeLimits:
     requests: int = setting(32, 1, 10_000, "requests in work or waiting; more are refused")
     streams: int = setting(8, 0, 10_000, "open streams; more are refused")
     megabytes: int = setting(32, 1, 1024, "largest body")
+    videos: int = setting(64, 1, 10_000, "finished videos of /v1/videos that are kept, for an hour")
     seconds: float = setting(60.0, 0.2, 36_000.0, "longest clip, sound or stream")
     characters: int = setting(400, 1, 2000, "longest text")
 

@@ -24,7 +24,8 @@ from talker_t2av import official
 from talker_t2av.faces import Square, find_square, read_square
 from talker_t2av.model import FPS, HOP, HOP16, MAX_FRAMES, RATE, RATE16
 from talker_t2av.request import MODES, PAPER, LoopRules, Mode, Request
-from talker_t2av.settings import Job, is_picture
+from talker_t2av.settings import Job, is_picture, is_voice
+from talker_t2av.speaker.voice import read_voice as read_saved_voice
 from talker_t2av.system import TalkerSystem
 from talker_t2av.text import split_text
 
@@ -101,6 +102,9 @@ class Reference:
 
     def speaker(self, frames: int | None = None) -> Tensor:
         """(G,) of the voice, or of its first `frames`, which silence fills up."""
+        if is_voice(self.job.voice_file):
+            encoder = self.system.speaker
+            return read_saved_voice(self.job.voice_file, encoder.digest(), self.system.model.config.speaker_dim)
         wave = self.wave16 if frames is None else pad_or_trim(self.wave16, frames * HOP16)
         return self.system.speaker.embed(wave.to(self.system.device)).cpu()
 

@@ -30,10 +30,11 @@ from engine.media.video import CONTAINERS, write_video
 from engine.precision import compile_step, pack_linear, pick_dtype
 from engine.progress import stage
 from talker_t2av.generation import PatchLoop, Result, Step, step_limit
-from talker_t2av.jobs import Job, PreparedJob, prepare_job
+from talker_t2av.jobs import Job, PreparedJob, Reference, prepare_job
 from talker_t2av.model import FPS, HOP, RATE
 from talker_t2av.particles import ParticleLoop, draws_drafts
 from talker_t2av.request import Request, Sampling
+from talker_t2av.speaker.voice import save_voice
 from talker_t2av.system import BUNDLED, TalkerSystem
 
 __all__ = ["Chunk", "Job", "Talk", "TalkerPipeline"]
@@ -151,6 +152,15 @@ class TalkerPipeline:
     def run(self, jobs: Sequence[Job]) -> list[Talk]:
         """Several jobs; those of one mode are one batch."""
         return list(self.finish([self.prepare(job) for job in jobs]))
+
+    def save_voice(self, recording: str | Path, path: str | Path) -> None:
+        """Save the voice of a recording as a file for `reference_audio` (NAME.safetensors).
+
+        Raises:
+            UserError: the recording cannot be read, or holds no sound.
+        """
+        speaker = Reference(Job("tts", "-", str(recording)), self.system).speaker()
+        save_voice(path, speaker, self.system.speaker.digest())
 
     def prepare(self, job: Job) -> PreparedJob:
         """Read and encode a job's files. Raises UserError, as `prepare_job` does."""

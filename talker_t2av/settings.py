@@ -40,6 +40,7 @@ COMPAT = ("paper", "official", "library")
 CROPS = ("face", "centre")
 FILES = ("reference_audio", "reference_video", "reference_motion", "audio", "video", "face_box")  # of a job
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+SAVED_VOICE = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ class Job:
         "", about="text to speak, up to 2,000 bytes; for a2v and v2a: what the given audio or video says"
     )
     reference_audio: str | None = setting(
-        None, about="recording of the voice; null: the audio of audio=, reference_video= or video="
+        None,
+        about="recording of the voice, or a saved voice (.safetensors); null: the audio of audio=, reference_video= or "
+        "video=",
     )
     reference_video: str | None = setting(
         None, about="video or image of the face; its first frame with a face is animated (t2av, a2v)"
@@ -109,6 +112,8 @@ class Job:
             raise UserError("mode=a2v needs audio=FILE, the sound to which the face moves")
         if not (self.reference_audio or self.mode == "a2v" or self.reference_video or self.video):
             raise UserError(f"mode={self.mode} needs reference_audio=FILE, the voice to speak with")
+        if is_voice(self.reference_audio) and (self.prefix_seconds or self.compat != "paper"):
+            raise UserError(f"reference_audio={self.reference_audio} is a saved voice: prefixes need the recording")
         if self.prefix_seconds and self.mode in ("a2v", "v2a") and not (self.reference_audio and self.reference_video):
             raise UserError(f"prefix_seconds with mode={self.mode} needs both reference_audio and reference_video")
 
@@ -158,7 +163,7 @@ class Job:
         kinds = {"audio": "audio", "reference_audio": "audio", "video": "video", "reference_video": "video"}
         for name in (name for name in kinds if getattr(self, name) and name not in self.unused):
             path = getattr(self, name)
-            if name == "reference_video" and is_picture(path):
+            if (name == "reference_video" and is_picture(path)) or (name == "reference_audio" and is_voice(path)):
                 check_readable(path)
             elif name == "video" and is_picture(path):
                 raise UserError(f"video={path} is a picture: give the clip that is to get a voice")
@@ -168,7 +173,7 @@ class Job:
             check_readable(self.reference_motion)
         if self.face_box is not None:
             given_track(read_boxes(self.face_box), 1)
-        if MODES[self.mode].speech == "generated":
+        if MODES[self.mode].speech == "generated" and not is_voice(self.reference_audio):
             require_stream(self.voice_file, "audio")
 
 
@@ -295,6 +300,11 @@ def outputs_of(job: Job, name: str, figure: bool = False) -> list[str]:
     sound = [] if suffix.lower() == ".mp4" else [f"{name}{suffix}"]
     video = [] if job.mode == "tts" else [f"{name}.mp4"]
     return sound + video + ([f"{name}.png"] if figure and job.mode in ("t2av", "a2v") else [])
+
+
+def is_voice(path: str | Path | None) -> bool:
+    """Return whether a file name is that of a saved voice; see `talker_t2av.speaker.voice`."""
+    return path is not None and Path(path).suffix.lower() == SAVED_VOICE
 
 
 def is_picture(path: str | Path) -> bool:

@@ -1,0 +1,256 @@
+"""OpenAI's interface by OpenAI's own client over the loopback interface, with random tiny models."""
+
+import base64
+import io
+import json
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+import soundfile
+
+pytest.importorskip("fastapi")
+pytest.importorskip("openai")
+pytest.importorskip("python_multipart")
+pytest.importorskip("uvicorn")
+pytest.importorskip("websockets")
+import openai
+import uvicorn
+from drawn_faces import talking_head
+
+from engine.errors import UserError
+from engine.media.audio import read_audio
+from engine.media.ffmpeg import probe
+from engine.media.video import read_video, write_video
+from hicodit.pipeline import HiCoDiTPipeline
+from service.admission import Service
+from service.app import make_app
+from service.limits import ServeLimits
+from service.voices import Voices
+from talker_t2av.pipeline import Job, TalkerPipeline
+from tests.hicodit.conftest import release  # noqa: F401  (a fixture)
+from tests.talker_t2av.talker_fixtures import save_talker, voice_file
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Sora API")  # its own service ends, the client stays
+TEXT = "Hi."
+
+
+@pytest.fixture(scope="module")
+def models(release, tmp_path_factory):  # noqa: F811
+    root = tmp_path_factory.mktemp("talker")
+    talker = TalkerPipeline.from_pretrained(save_talker(root), precision="fp32")
+    talker.system.model.head_stop.forward = lambda h: h.new_full(h.shape[:-1], -9)  # speaks as long as the text allows
+    (root / "voices").mkdir()
+    return HiCoDiTPipeline.from_pretrained(release, precision="fp32"), talker, voice_file(root / "voices" / "anna.wav")
+
+
+@pytest.fixture(scope="module")
+def service(models):
+    return Service(models[0], models[1], ServeLimits(rows=4, characters=50, videos=2), False, models[2].parent)
+
+
+@pytest.fixture(scope="module")
+def client(service):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(make_app(service), port=port, log_level="error", ws="websockets-sansio"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    server.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def true_wave(models):
+    """What the pipeline says."""
+    return models[1](Job("tts", TEXT, str(models[2]), seed=3)).wave
+
+
+def speak(client, voice="anna", kind="wav", **more):
+    extra = {"seed": 3} | more.pop("extra_body", {})
+    return client.audio.speech.create(
+        model="talker-t2av", input=TEXT, voice=voice, response_format=kind, extra_body=extra, **more
+    )
+
+
+def test_models_are_listed(client):
+    assert [model.id for model in client.models.list()] == ["talker-t2av", "hicodit"]
+    assert client.models.retrieve("hicodit").owned_by == "speaking-faces"
+    with pytest.raises(openai.NotFoundError, match="tts-1"):
+        client.models.retrieve("tts-1")
+
+
+def test_speech_is_the_pipelines(client, true_wave):
+    wave, rate = soundfile.read(io.BytesIO(speak(client).content))
+    assert rate == 24_000
+    np.testing.assert_allclose(wave, true_wave, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["mp3", "opus", "aac", "flac", "pcm"])
+def test_each_format_can_be_decoded(client, true_wave, tmp_path, kind):
+    answer = speak(client, kind=kind)
+    if kind == "pcm":
+        wave = np.frombuffer(answer.content, np.int16) / 32767
+    else:
+        (tmp_path / f"speech.{kind}").write_bytes(answer.content)
+        wave = read_audio(tmp_path / f"speech.{kind}", 24_000)
+    assert abs(len(wave) - len(true_wave)) < 0.1 * 24_000
+    if kind in ("pcm", "flac"):
+        np.testing.assert_allclose(wave, true_wave, atol=2e-4)
+
+
+@pytest.mark.parametrize("speed", [0.3, 2.0])
+def test_speed_changes_the_length(client, true_wave, speed):
+    wave, _ = soundfile.read(io.BytesIO(speak(client, speed=speed).content))
+    assert len(wave) == pytest.approx(len(true_wave) / speed, abs=0.1 * 24_000)
+
+
+def test_streams_give_the_same_sound(client, true_wave):
+    with client.audio.speech.with_streaming_response.create(
+        model="talker-t2av",
+        input=TEXT,
+        voice="anna",
+        response_format="pcm",
+        stream_format="audio",
+        extra_body={"seed": 3},
+    ) as answer:
+        pieces = list(answer.iter_bytes(2**20))
+    np.testing.assert_allclose(np.frombuffer(b"".join(pieces), np.int16) / 32767, true_wave, atol=2e-4)
+    lines = speak(client, kind="pcm", stream_format="sse").text.split("\n\n")
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line]
+    assert len(events) > 2 and {event["type"] for event in events[:-1]} == {"speech.audio.delta"}
+    assert events[-1]["type"] == "speech.audio.done" and events[-1]["usage"]["input_tokens"] > 0
+    content = b"".join(base64.b64decode(event["audio"]) for event in events[:-1])
+    np.testing.assert_allclose(np.frombuffer(content, np.int16) / 32767, true_wave, atol=2e-4)
+
+
+def test_a_client_that_leaves_a_stream_frees_its_row(client, service):
+    with client.audio.speech.with_streaming_response.create(
+        model="talker-t2av", input=TEXT * 4, voice="anna", response_format="pcm", stream_format="audio"
+    ) as answer:
+        next(answer.iter_bytes())
+    deadline = time.monotonic() + 30
+    while (service.workers["talker_t2av"].rows or service.requests) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not service.workers["talker_t2av"].rows and service.requests == 0
+
+
+def test_an_uploaded_voice_speaks_and_is_deleted(client, models, true_wave):
+    upload = {"name": "bert", "audio_sample": ("bert.wav", models[2].read_bytes())}
+
+    def add(name="bert", content=upload["audio_sample"][1]):
+        return client._client.post(
+            f"{client.base_url}audio/voices", data={"name": name}, files={"audio_sample": ("any.wav", content)}
+        )
+
+    assert add().status_code == 200
+    names = [voice["id"] for voice in client._client.get(f"{client.base_url}audio/voices").json()["data"]]
+    assert names == ["anna", "bert"]
+    np.testing.assert_allclose(soundfile.read(io.BytesIO(speak(client, "bert").content))[0], true_wave, atol=2e-4)
+    assert (models[2].parent / "bert.safetensors").stat().st_size < 4096
+    for name, content, message in [
+        ("bert", upload["audio_sample"][1], "already"),
+        ("../bert", upload["audio_sample"][1], "without folders"),
+        (".bert", upload["audio_sample"][1], "not hidden"),
+        ("x" * 300, upload["audio_sample"][1], "200 bytes"),
+        ("carl", b"no sound", "not a video or audio file"),
+        ("carl", b"", "empty"),
+    ]:
+        answer = add(name, content)
+        assert answer.status_code == 400 and message in answer.json()["error"]["message"], answer.text
+        assert "/tmp" not in answer.text
+    assert client._client.delete(f"{client.base_url}audio/voices/bert").json()["deleted"]
+    assert client._client.delete(f"{client.base_url}audio/voices/bert").status_code == 404
+    assert "stays" in client._client.delete(f"{client.base_url}audio/voices/anna").json()["error"]["message"]
+    assert sorted(path.name for path in models[2].parent.iterdir()) == ["anna.wav"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "message"),
+    [
+        ({"voice": "alloy"}, 400, "voice 'alloy' is unknown; there are: anna"),
+        ({"voice": "../anna"}, 400, "unknown"),
+        ({"model": "tts-1"}, 400, "talker-t2av"),
+        ({"input": " "}, 400, "empty"),
+        ({"input": "x" * 51}, 400, "51 characters"),
+        ({"speed": 9}, 400, "speed"),
+        ({"response_format": "exe"}, 400, "response_format"),
+        ({"instructions": "whisper"}, 400, "instructions"),
+        ({"seed": -1}, 400, "seed"),
+    ],
+)
+def test_wrong_speech_requests_get_one_sentence(client, fields, status, message):
+    body = {"model": "talker-t2av", "input": TEXT, "voice": "anna"} | fields
+    answer = client._client.post(f"{client.base_url}audio/speech", json=body)
+    error = answer.json()["error"]
+    assert answer.status_code == status and message in error["message"] and "\n" not in error["message"], answer.text
+    assert error["type"] == "invalid_request_error"
+
+
+def finished(client, video):
+    deadline = time.monotonic() + 60
+    while video.status in ("queued", "in_progress") and time.monotonic() < deadline:
+        time.sleep(0.05)
+        video = client.videos.retrieve(video.id)
+    return video
+
+
+def test_videos_are_made_fetched_and_deleted(client, models, service, tmp_path):
+    write_video(tmp_path / "head.mp4", talking_head(25), 25)
+    video = client.videos.create(
+        model="talker-t2av", prompt=TEXT, input_reference=tmp_path / "head.mp4", extra_body={"voice": "anna", "seed": 3}
+    )
+    assert video.status == "in_progress" or video.status == "queued"
+    video = finished(client, video)
+    assert (video.status, video.progress, video.error) == ("completed", 100, None)
+    (tmp_path / "talk.mp4").write_bytes(client.videos.download_content(video.id).content)
+    talk = models[1](Job("t2av", TEXT, str(models[2]), str(tmp_path / "head.mp4"), seed=3))
+    assert probe(tmp_path / "talk.mp4").audio == "aac"
+    frames = np.stack(list(read_video(tmp_path / "talk.mp4", 25)))
+    assert frames.shape == talk.frames.shape
+
+    dubbed = finished(client, client.videos.create(model="hicodit", prompt="", input_reference=tmp_path / "head.mp4"))
+    assert dubbed.status == "completed", dubbed.error
+    assert {video.id for video in client.videos.list()} == {video.id, dubbed.id}
+    failed = finished(client, client.videos.create(model="hicodit", prompt="", input_reference=("a.mp4", b"no video")))
+    assert failed.status == "failed" and "/tmp" not in failed.error.message
+    with pytest.raises(openai.ConflictError, match="failed"):
+        client.videos.download_content(failed.id)
+    with pytest.raises(openai.NotFoundError):
+        client.videos.retrieve(video.id)  # `videos=2` are kept
+    assert client.videos.delete(dubbed.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.videos.retrieve(dubbed.id)
+    with pytest.raises(openai.BadRequestError, match="seconds=4"):
+        client.videos.create(model="hicodit", prompt="", seconds="4", input_reference=tmp_path / "head.mp4")
+    assert service.requests == 0
+
+
+def test_a_body_must_state_its_length(client):
+    url = f"{client.base_url}audio/speech"
+    assert client._client.post(url, content=iter([b"{}"])).status_code == 411
+    big = client._client.post(url, content=b"x" * (32 * 2**20 + 1))
+    assert big.status_code == 413 and big.json()["error"]["message"].startswith("a body of more")
+
+
+def test_a_saved_voice_of_another_encoder_is_refused(models, tmp_path):
+    voices = Voices(models[1], None, models[2])
+    path = voices.find("default")
+    assert models[1](Job("tts", TEXT, str(path), max_seconds=0.16)).wave.any()
+    damaged = tmp_path / "other.safetensors"
+    for content, message in [
+        (path.read_bytes().replace(models[1].system.speaker.digest().encode(), b"00000000"), "another speaker encoder"),
+        (b"x" * 100, "is no saved voice"),
+        (b"x" * 2**21, "too many"),
+    ]:
+        damaged.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            models[1](Job("tts", TEXT, str(damaged)))
+    with pytest.raises(UserError, match="prefixes need the recording"):
+        Job("tts", TEXT, str(path), prefix_seconds=0.32)
