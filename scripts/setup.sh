@@ -3,15 +3,15 @@
 # Commas between extras are fine, too. A second call with the same extras and pins returns at once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-for candidate in "${PYTHON:-}" python3.12 python3.11 python3; do
+for candidate in "${PYTHON:-}" python3.12 python3.11 python3.13 python3; do
     if [ -n "$candidate" ] && command -v "$candidate" >/dev/null &&
-        "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+        "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
         python="$candidate"
         break
     fi
 done
 if [ -z "${python:-}" ]; then
-    echo "error: Python 3.11 or 3.12 is needed and was not found; install it or name it with PYTHON=/path/to/python" >&2
+    echo "error: Python 3.11 to 3.13 is needed and was not found; install it or name it with PYTHON=/path/to/python" >&2
     exit 2
 fi
 extras="$("$python" - "$@" <<'EOF'
