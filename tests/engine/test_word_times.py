@@ -1,0 +1,72 @@
+"""Times of words beside the true ones of espeak-ng, and the files that hold them."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from corpora.synthetic.speech import Synthesizer
+from corpora.synthetic.voices import load_voices
+from engine.word_times import Word, WordTimes, cues, write_words
+
+TEXTS = [
+    "set blue by hotel four now",
+    "Before tonight, they purchased this sweet melon.",
+    "seven zebroids wandered blorfing",  # two of which no dictionary has
+]
+
+
+@pytest.fixture(scope="module")
+def spoken():
+    synthesizer = Synthesizer()
+    return [(text, synthesizer.speak(text, voice.lines)) for voice in load_voices(2)[:4] for text in TEXTS]
+
+
+def test_words_are_placed_within_60_milliseconds(spoken):
+    times, errors = WordTimes(), []
+    for text, utterance in spoken:
+        words = times.align(text, utterance.wave, utterance.rate)
+        assert [word.text for word in words] == text.split()
+        begins = [utterance.phonemes[first][1] for first in utterance.words]
+        assert all(a.end <= b.begin + 1e-6 for a, b in pairwise(words))
+        errors += [abs(word.begin - begin) for word, begin in zip(words, begins) if len(words) == len(begins)]
+    assert len(errors) > 40 and np.median(errors) < 0.06
+
+
+def test_nothing_is_placed_where_there_is_no_speech():
+    assert WordTimes().align("set blue", np.zeros(100), 16_000) == []
+    assert WordTimes().align(" ... ", np.zeros(16_000), 16_000) == []
+    assert WordTimes().recognise(np.zeros(16_000), 16_000) == []
+
+
+def test_words_are_recognised_with_times(spoken):
+    times, heard = WordTimes(), 0
+    for text, utterance in spoken:
+        words = times.recognise(utterance.wave, utterance.rate)
+        assert all(0 <= word.begin < word.end <= len(utterance.wave) / utterance.rate for word in words)
+        heard += len({word.text for word in words} & set(text.lower().replace(",", "").rstrip(".").split()))
+    assert heard >= 5, "words of the model without a grammar; its voices are those of people"
+
+
+def test_files_of_words(tmp_path):
+    words = [Word("Set", 0.1, 0.3), Word("blue.", 0.3, 0.75), Word("Now", 3661.5, 3662.0)]
+    assert [(cue.text, cue.begin, cue.end) for cue in cues(words)] == [
+        ("Set blue.", 0.1, 0.75),
+        ("Now", 3661.5, 3662.0),
+    ]
+    assert len(cues([Word("a", i, i + 1) for i in range(15)])) == 3
+    write_words(tmp_path / "talk.one", words, "text", subtitles=True)
+    assert json.loads((tmp_path / "talk.one.json").read_text())["words"][1] == {
+        "text": "blue.",
+        "begin": 0.3,
+        "end": 0.75,
+    }
+    assert (tmp_path / "talk.one.srt").read_text() == (
+        "1\n00:00:00,100 --> 00:00:00,750\nSet blue.\n\n2\n01:01:01,500 --> 01:01:02,000\nNow\n"
+    )
+    assert (
+        (tmp_path / "talk.one.vtt")
+        .read_text()
+        .startswith("WEBVTT\n\n00:00:00.100 --> 00:00:00.750\nSet blue.\n\n01:01")
+    )
