@@ -1,14 +1,257 @@
-"""Worker processes that end with the process that started them."""
+"""Run work in processes of this machine, each of which may crash, hang or be killed without ending the others.
+
+Each process has a pipe of its own, so a killed one damages nothing that others use, and its number tells its device.
+`concurrent.futures` gives up a whole pool when one process dies; pebble's processes share a pipe and its lock.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import math
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Generic, TypeVar
 
+from engine.errors import UserError
+from engine.media.limits import LIMITS, Limits, set_limits
+
+Item = TypeVar("Item")
+Half = TypeVar("Half")
+Result = TypeVar("Result")
 PR_SET_PDEATHSIG = 1  # of Linux' prctl(2)
+ATTEMPTS = 2  # at an item whose process dies
+
+
+class Work(Generic[Item, Half, Result]):
+    """What is done with each item, in two halves that an executor may run on two machines.
+
+    Attributes:
+        about: what the caller needs to know of it, such as digests of weights.
+    """
+
+    about: Any = None
+
+    def cut(self, item: Item) -> Half:
+        """Do the first half, which uses no network."""
+        return item
+
+    def encode(self, halves: Sequence[Half]) -> list[Result]:
+        """Do the second half of one item, or of several together.
+
+        Raises:
+            UserError: the work cannot go on, as on a full disk.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The result of an item whose process died or hung. reason: what happened, in words."""
+
+    reason: str
+
+
+class ThisProcess(Generic[Item, Result]):
+    """Does work in this process, as `Processes` does it in others."""
+
+    def __init__(self, build: Callable[[int], Work[Item, Any, Result]]) -> None:
+        self.build = build
+
+    def __enter__(self) -> ThisProcess[Item, Result]:
+        self.work = self.build(0)
+        self.about = self.work.about
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is left to end."""
+
+    def run(self, items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+        """Yield every item with its result."""
+        for item in items:
+            (result,) = self.work.encode([self.work.cut(item)])
+            yield item, result
+
+
+@dataclass
+class _Process:
+    """A process and this end of its pipe.
+
+    Attributes:
+        task: its item and the number of the attempt. since: time at which it began; infinity while the process loads.
+        replacement: another process of this number was ready before.
+    """
+
+    number: int
+    process: BaseProcess
+    connection: Connection
+    task: tuple[Any, int] | None = None
+    since: float = math.inf
+    replacement: bool = False
+
+
+class Processes(Generic[Item, Result]):
+    """Processes that do work. A context: entering it waits until all are ready, leaving it ends them.
+
+    Args:
+        count: number of processes.
+        build: makes the work in a process from its number, 0 to `count` - 1.
+        timeout: seconds that an item may take.
+
+    Attributes:
+        about: that of the work.
+    """
+
+    def __init__(self, count: int, build: Callable[[int], Work[Item, Any, Result]], timeout: float = math.inf) -> None:
+        self.build, self.timeout = build, timeout
+        self.processes = [self._start(number) for number in range(count)]
+        self.about: Any = None
+        self._again: list[tuple[Item, int]] = []
+
+    def __enter__(self) -> Processes[Item, Result]:
+        try:
+            for process in self.processes:
+                self._receive(process)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in self.processes:
+            each.process.kill()
+        for each in self.processes:
+            each.process.join()
+            each.connection.close()
+
+    def run(self, items: Iterable[Item]) -> Iterator[tuple[Item, Result | Lost]]:
+        """Yield every item with its result, in the order in which they are done; an item is taken when it can start.
+
+        An item whose process dies is tried again in another one. A process that cannot be started again, as on a card
+        that failed, is done without.
+
+        Raises:
+            UserError: a process reports that the work cannot go on, or none is left.
+        """
+        fresh = ((item, 1) for item in items)
+        while True:
+            for each in self.processes:
+                if each.task is None:
+                    self._give(each, self._again.pop() if self._again else next(fresh, None))
+            busy = [each for each in self.processes if each.task]
+            if not busy:
+                return
+            left = min(each.since for each in busy) + self.timeout - time.monotonic()
+            wait([each.connection for each in busy], timeout=min(max(0.05, left), 60))
+            for each in busy:
+                item, results = each.task[0], []
+                if each.connection.poll():
+                    results = self._receive(each)
+                elif time.monotonic() - each.since > self.timeout:
+                    self._replace(each)
+                    results = [Lost(f"it took longer than {self.timeout:g} s")]
+                for result in results:
+                    each.task = None
+                    yield item, result
+
+    def _give(self, each: _Process, task: tuple[Item, int] | None) -> None:
+        each.task = task
+        if each.since < math.inf:
+            each.since = time.monotonic()
+        if task is not None:
+            with suppress(BrokenPipeError, ConnectionResetError):  # it died while idle; `_receive` will notice
+                each.connection.send(task[0])
+
+    def _receive(self, each: _Process) -> list[Result | Lost]:
+        """Return the result that a process sends; nothing if it is ready now, or died and its item is tried again.
+
+        Raises:
+            UserError: the work cannot go on.
+        """
+        try:
+            word, answer = each.connection.recv()
+        except (EOFError, ConnectionResetError):
+            return self._died(each)
+        if word == "done":
+            return [answer]
+        if word == "ready":
+            self.about, each.since = answer, time.monotonic()
+            return []
+        if word == "refused" and each.replacement:
+            self._remove(each, answer)
+            return []
+        raise UserError(answer)
+
+    def _died(self, each: _Process) -> list[Lost]:
+        each.process.join()
+        code = each.process.exitcode
+        what = f"signal {-code}" if code and code < 0 else f"exit code {code}"
+        if each.since == math.inf:
+            self._remove(each, f"a process ended with {what} while it loaded: use fewer if memory is short")
+            return []
+        item, attempt = each.task
+        self._replace(each)
+        if attempt >= ATTEMPTS:
+            return [Lost(f"its process died, {ATTEMPTS} times ({what})")]
+        self._again.append((item, attempt + 1))
+        each.task = None
+        return []
+
+    def _remove(self, each: _Process, reason: str) -> None:
+        """Do without a process that does not start; its item goes to another one.
+
+        Raises:
+            UserError: it never started, or no other is left.
+        """
+        if not each.replacement or len(self.processes) == 1:
+            raise UserError(reason)
+        print(f"{reason}; {len(self.processes) - 1} processes go on", file=sys.stderr, flush=True)
+        self.processes.remove(each)
+        each.process.join()
+        each.connection.close()
+        if each.task is not None:
+            self._again.append(each.task)
+
+    def _replace(self, each: _Process) -> None:
+        each.process.kill()
+        each.process.join()
+        each.connection.close()
+        fresh = self._start(each.number)
+        each.process, each.connection, each.since, each.replacement = fresh.process, fresh.connection, math.inf, True
+
+    def _start(self, number: int) -> _Process:
+        context = get_context("spawn")  # forked processes would share locks of torch
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, self.build, number, LIMITS), daemon=True)
+        process.start()
+        theirs.close()
+        return _Process(number, process, ours)
+
+
+def _serve(connection: Connection, build: Callable[[int], Work], number: int, limits: Limits) -> None:
+    """Do the work of one process: send ("ready", about) or ("refused", why), then for every item ("done", result), or
+    ("error", why) if it cannot continue.
+    """
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
+    word = "refused"
+    with suppress(EOFError, BrokenPipeError):  # the parent has ended
+        try:
+            set_limits(limits)
+            work = build(number)
+            connection.send(("ready", work.about))
+            word = "error"
+            while True:
+                (result,) = work.encode([work.cut(connection.recv())])
+                connection.send(("done", result))
+        except UserError as error:
+            connection.send((word, str(error)))
 
 
 def end_with_parent() -> None:

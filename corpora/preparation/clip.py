@@ -1,4 +1,4 @@
-"""One clip on its way through the stages.
+"""One clip on its way through the steps.
 
 Axes: T video frames (25 a second), H height, W width, N samples at 24 kHz, N16 at 16 kHz, Dm motion
 channels.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -45,7 +45,7 @@ class SourceClip:
         motion: a torch file (T, Dm) of motion codes.
         span: seconds from and to which the files are the clip; None: whole.
         face: (x, y, height), the place in the picture where the clip's face is: pixels of a picture of that height,
-            or for height 0 fractions of width and height. None: the stage `face` chooses.
+            or for height 0 fractions of width and height. None: the step `face` chooses.
         packed: (tar file, offset, size) of those of its paths that lie in tar files.
     """
 
@@ -69,31 +69,65 @@ class SourceClip:
         return name if self.span is None else f"{name} {self.span[0]:g}-{self.span[1]:g} s"
 
 
-@dataclass
-class WorkItem:
-    """A clip on its way through the stages, with what they have made so far.
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a clip.
 
     Attributes:
-        info: of the source. root: folder of its paths.
+        stage, reason: the step that rejected it, and why; "" if its sample was written.
+        machine_fault: the reason may lie in the machine rather than in the clip.
+        seconds: by step, wall-clock and processor time. frames: of the clip, at 25 a second.
+    """
+
+    stage: str = ""
+    reason: str = ""
+    machine_fault: bool = False
+    seconds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    frames: int = 0
+
+
+@dataclass
+class WorkItem:
+    """A clip on its way through the steps, with what they have made so far.
+
+    Attributes:
+        info: of the source. root: folder of its paths. work: work folder of its shard.
+        shard, places: an earlier shard that holds its sample: offset and size of KEY.json, and of KEY.safetensors.
+        unchanged: steps whose results are taken over from there.
         frames: (T, H, W, 3) uint8 RGB, None without pictures. wave: (N,) float32, N = T * 960; wave16: (N16,), T * 640.
         track: of the face in the frames.
         transcripts: by recogniser. inputs: by name of an encoder, what it reads besides the sound.
-        facts: for KEY.json. tensors: for KEY.safetensors. files: further members by suffix. length: T.
+        facts: for KEY.json; earlier_facts: those taken over. tensors: for KEY.safetensors. files: further members by
+            suffix. length: T.
+        waiting: encoders that are to run. seconds: as in `Outcome`. outcome: of a clip that is rejected.
     """
 
     info: SourceClip
     root: Path
+    work: Path | None = None
+    shard: Path | None = None
+    places: Sequence[Sequence[int]] = ()
+    unchanged: frozenset[str] = frozenset()
     frames: np.ndarray | None = None
     wave: np.ndarray | None = None
     wave16: np.ndarray | None = None
     track: FaceTrack | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    earlier_facts: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
     transcripts: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
     length: int = 0
+    waiting: list[str] = field(default_factory=list)
+    seconds: dict[str, tuple[float, float]] = field(default_factory=dict)
+    outcome: Outcome | None = None
     unpacked: tempfile.TemporaryDirectory | None = None
+
+    def cut_face(self, function: Callable[[np.ndarray, FaceTrack], np.ndarray], at: Any = slice(None)) -> Tensor:
+        """Return the pictures that `function` cuts from the frames `at` by the track of the face."""
+        assert self.track is not None, "the step face comes first"
+        return torch.from_numpy(function(self.frames[at], self.track[at]))
 
     def path(self, name: str) -> Path:
         """Where one of the source's files is; what lies in a tar file is taken out first, until `close`."""
@@ -116,13 +150,13 @@ class WorkItem:
             self.unpacked = None
 
 
-class Stage:
+class Step:
     """One step of the preparation: changes the clip, or raises a UserError that says why the clip is rejected.
 
     Attributes:
-        needs: "frames" for a stage that skips clips without pictures, else "".
-        reusable: false for a stage that always runs, as one that changes the pictures or the sound for later stages.
-        tensors, facts: names of the tensors and of the JSON's values that the stage adds to a sample.
+        needs: "frames" for a step that skips clips without pictures, else "".
+        reusable: false for a step that always runs, as one that changes the pictures or the sound for later steps.
+        tensors, facts: names of the tensors and of the JSON's values that the step adds to a sample.
     """
 
     needs: ClassVar[str] = ""
@@ -138,8 +172,8 @@ class Stage:
         raise NotImplementedError
 
 
-class Encoder(Stage):
-    """A stage whose network computes features. It has two parts, which may run in two processes: `cut` takes from the
+class Encoder(Step):
+    """A step whose network computes features. It has two parts, which may run in two processes: `cut` takes from the
     pictures what the network reads, and needs no network; `encode` runs the network, for one clip or for many.
 
     Args:

@@ -1,4 +1,4 @@
-"""Networks of others that stages use: recognisers of words and emotions, speaker counters, an enhancer.
+"""Networks of others that steps use: recognisers of words and emotions, speaker counters, an enhancer.
 
 Each is a small class around a library.
 
@@ -9,7 +9,8 @@ Axes: N samples at 16 kHz, W windows of a clip, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -24,6 +25,16 @@ from engine.metrics.speaker import GE2EEncoder
 from engine.optional import require
 
 WINDOW = 30 * RATE16  # of Whisper
+
+
+@contextmanager
+def loading(what: str, name: str) -> Iterator[None]:
+    """Turn the errors of a library that cannot load the weights `name` into one line."""
+    try:
+        yield
+    except (OSError, ValueError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{what} {name} cannot be loaded: {reason}") from error
 
 
 @dataclass(frozen=True)
@@ -81,11 +92,9 @@ class Whisper:
 
         self.name, self.device = name, pick_device(device)
         self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
-        try:
+        with loading("Whisper", name):
             self.processor = WhisperProcessor.from_pretrained(name)
             model = WhisperForConditionalGeneration.from_pretrained(name, dtype=self.dtype)
-        except (OSError, ValueError) as error:
-            raise UserError(f"Whisper {name} cannot be loaded: {str(error).splitlines()[0]}") from error
         self.model = model.to(self.device).eval()
 
     @torch.inference_mode()
@@ -127,11 +136,9 @@ class Wav2Vec2:
         from transformers import Wav2Vec2ForCTC, Wav2Vec2Processor
 
         self.name, self.device = name, pick_device(device)
-        try:
+        with loading("wav2vec 2.0", name):
             self.processor = Wav2Vec2Processor.from_pretrained(name)
             model = Wav2Vec2ForCTC.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise UserError(f"wav2vec 2.0 {name} cannot be loaded: {str(error).splitlines()[0]}") from error
         self.model = model.to(self.device).eval()
 
     @torch.inference_mode()
@@ -153,13 +160,10 @@ class Emotion2Vec:
 
     def __init__(self, name: str = "emotion2vec/emotion2vec_plus_large", device: str = "auto") -> None:
         package, self.name = require("funasr", "funasr", "emotion"), name
-        try:
+        with loading("emotion2vec", name):
             self.model = package.AutoModel(
                 model=name, hub="hf", device=str(pick_device(device)), disable_update=True, disable_pbar=True
             )
-        except (OSError, ValueError, AssertionError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"emotion2vec {name} cannot be loaded: {reason}") from error
 
     def __call__(self, waves: Sequence[np.ndarray]) -> list[str]:
         results = self.model.generate(list(waves), granularity="utterance", extract_embedding=False)
@@ -174,12 +178,10 @@ class VoxLingua107:
 
     def __init__(self, name: str = "speechbrain/lang-id-voxlingua107-ecapa", device: str = "auto") -> None:
         package, self.name = require("speechbrain.inference.classifiers", "speechbrain", "prepare"), name
-        try:
+        with loading("language identifier", name):
             self.model = package.EncoderClassifier.from_hparams(
                 source=name, run_opts={"device": str(pick_device(device))}
             )
-        except (OSError, ValueError) as error:
-            raise UserError(f"language identifier {name} cannot be loaded: {str(error).splitlines()[0]}") from error
 
     @torch.inference_mode()
     def __call__(self, wave: np.ndarray) -> Transcript:
@@ -219,10 +221,8 @@ class Pyannote:
 
     def __init__(self, name: str = "pyannote/speaker-diarization-community-1", device: str = "auto") -> None:
         package = require("pyannote.audio", "pyannote.audio", "prepare")
-        try:
+        with loading("diarisation", name):
             self.pipeline = package.Pipeline.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise UserError(f"diarisation {name} cannot be loaded: {str(error).splitlines()[0]}") from error
         if self.pipeline is None:  # the terms are not accepted
             raise UserError(f"diarisation {name} cannot be loaded: accept its terms on the hub, then `hf auth login`")
         self.pipeline.to(pick_device(device))
@@ -243,12 +243,10 @@ class SpeechBrain:
 
     def __init__(self, name: str = "speechbrain/metricgan-plus-voicebank", device: str = "auto") -> None:
         package = require("speechbrain.inference.enhancement", "speechbrain", "prepare")
-        try:
+        with loading("enhancer", name):
             self.model = package.SpectralMaskEnhancement.from_hparams(
                 source=name, run_opts={"device": str(pick_device(device))}
             )
-        except (OSError, ValueError) as error:
-            raise UserError(f"enhancer {name} cannot be loaded: {str(error).splitlines()[0]}") from error
 
     @torch.inference_mode()
     def __call__(self, wave: np.ndarray) -> np.ndarray:
@@ -271,10 +269,8 @@ class ClearVoice:
         if task is None or not name.endswith(("_16K", "_48K")):
             raise UserError(f"ClearerVoice has no model {name}: give MossFormer2_SE_48K, or another one of its list")
         self.rate = 1000 * int(name[-3:-1])
-        try:
+        with loading("ClearerVoice", name):
             self.model = package.ClearVoice(task=task, model_names=[name])
-        except (OSError, ValueError) as error:
-            raise UserError(f"ClearerVoice {name} cannot be loaded: {str(error).splitlines()[0]}") from error
 
     def __call__(self, wave: np.ndarray) -> np.ndarray:
         made = np.asarray(self.model(wave[None], False), np.float32).reshape(-1, wave.shape[-1])

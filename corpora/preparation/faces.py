@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from corpora.preparation.clip import FPS, Stage, WorkItem
+from corpora.preparation.clip import FPS, Step, WorkItem
 from engine.errors import UserError
 from engine.faces.clip import ClipFrames, find_face, place_landmarks
 from engine.faces.detectors import YuNetDetector
 from engine.faces.landmarks import add_landmarks, landmark_source, read_landmarks
 
 
-class Face(Stage):
+class Face(Step):
     """Tracks a face through the frames; a clip that does not show one for long enough is rejected.
 
     Args:

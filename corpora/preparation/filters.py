@@ -12,7 +12,7 @@ import re
 import numpy as np
 import torch
 
-from corpora.preparation.clip import RATE, RATE16, MachineFault, Stage, WorkItem
+from corpora.preparation.clip import RATE, RATE16, MachineFault, Step, WorkItem
 from corpora.preparation.engines import Enhancer, Recogniser, SpeakerCounter, Transcript
 from engine.errors import UserError
 from engine.media.audio import resample
@@ -20,7 +20,7 @@ from engine.metrics.recogniser import word_error_rate
 
 
 def transcribe(clip: WorkItem, recogniser: Recogniser) -> Transcript:
-    """The transcript of a clip; a recogniser runs once, for all stages."""
+    """The transcript of a clip; a recogniser runs once, for all steps."""
     if recogniser.name not in clip.transcripts:
         clip.transcripts[recogniser.name] = recogniser(clip.wave16)
     return clip.transcripts[recogniser.name]
@@ -31,7 +31,7 @@ def normalise_text(text: str) -> str:
     return " ".join(re.sub(r"[^\w' ]+", " ", text.lower()).split())
 
 
-class Language(Stage):
+class Language(Step):
     """Keeps clips in some languages.
 
     Args:
@@ -56,7 +56,7 @@ class Language(Stage):
         clip.facts["language"] = transcript.language
 
 
-class SingleSpeaker(Stage):
+class SingleSpeaker(Step):
     """Keeps clips in which one person speaks.
 
     Args:
@@ -75,7 +75,7 @@ class SingleSpeaker(Stage):
             raise UserError(f"other speakers talk for {sum(seconds[1:]):.1f} s, at most {self.others:g} s are allowed")
 
 
-class Enhance(Stage):
+class Enhance(Step):
     """Removes noise from the sound.
 
     Args:
@@ -98,7 +98,7 @@ class Enhance(Stage):
         clip.transcripts.clear()
 
 
-class Transcription(Stage):
+class Transcription(Step):
     """Keeps clips whose text fits the sound; without a text, clips on whose words two recognisers agree.
 
     Args:

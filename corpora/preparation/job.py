@@ -1,77 +1,61 @@
-"""The whole job of one process: its shards of every split, with clips distributed over its workers."""
+"""The whole job of one process: its shards of every split, with clips distributed over an executor's workers."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from corpora.preparation.clip import FPS, SourceClip
-from corpora.preparation.cluster import RayConfig, RayPool
-from corpora.preparation.executor import ProcessPool
+from corpora.preparation.clip import FPS, Outcome, SourceClip, WorkItem
 from corpora.preparation.sources import Source
-from corpora.preparation.task import Outcome, Setup, Task, previous_samples, stage_settings
+from corpora.preparation.steps import earlier_samples, start_steps, without_device
+from engine.cluster import Cluster, ClusterConfig
 from engine.config import build, target
 from engine.errors import UserError
-from engine.media.limits import Limits
+from engine.media.limits import Limits, set_limits
+from engine.processes import Lost, Processes
 from engine.progress import track
-from engine.settings import require_choice
+from engine.settings import EXECUTORS, require_choice, require_range
 from engine.shards.writer import SplitWriter, dumps, reject_sample
 
-EXECUTORS = ("processes", "ray")
-
 
 @dataclass
-class Timing:
-    """By stage, the seconds of the workers on the clock and of the processor, and the number of clips that it saw."""
+class Report:
+    """Counts and times of a run: by step, its clips and seconds of the workers on the clock and of the processor."""
 
-    wall: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    processor: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    clips: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    wall: Counter[str] = field(default_factory=Counter)
+    processor: Counter[str] = field(default_factory=Counter)
+    clips: Counter[str] = field(default_factory=Counter)
+    made: Counter[Path] = field(default_factory=Counter)  # by folder of the split
+    rejected: Counter[Path] = field(default_factory=Counter)
     frames: int = 0
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, outcome: Outcome, folder: Path) -> None:
+        (self.rejected if outcome.stage else self.made)[folder] += 1
         self.frames += outcome.frames
-        for stage, (wall, processor) in outcome.seconds.items():
-            self.wall[stage] += wall
-            self.processor[stage] += processor
-            self.clips[stage] += 1
+        for name, (wall, processor) in outcome.seconds.items():
+            self.wall[name] += wall
+            self.processor[name] += processor
+            self.clips[name] += 1
 
-    def table(self) -> str:
-        total = max(sum(self.wall.values()), 1e-9)
-        lines = [f"{'stage':<14}{'clips':>8}{'s/clip':>10}{'CPU s/clip':>12}{'share':>8}"]
-        for stage, wall in self.wall.items():
-            count = self.clips[stage]
-            lines.append(
-                f"{stage:<14}{count:>8}{wall / count:>10.4f}{self.processor[stage] / count:>12.4f}{wall / total:>8.1%}"
-            )
-        return "\n".join(lines)
-
-
-@dataclass
-class _Split:
-    """A split at work.
-
-    Attributes:
-        previous: folder of shards whose unchanged tensors are taken over, or None.
-        left: by shard, the number of clips that are to be done. new, rejected: clips that this run made and rejected.
-    """
-
-    name: str
-    writer: SplitWriter
-    clips: Mapping[str, SourceClip]
-    about: dict[str, Any]
-    previous: Path | None = None
-    left: dict[int, int] = field(default_factory=dict)
-    new: int = 0
-    rejected: int = 0
+    def print(self, seconds: float, workers: int) -> None:
+        done, total = self.made.total() + self.rejected.total(), max(self.wall.total(), 1e-9)
+        if not done:
+            return
+        print(f"{'stage':<14}{'clips':>8}{'s/clip':>10}{'CPU s/clip':>12}{'share':>8}")
+        for name, wall in self.wall.items():
+            clips, processor = self.clips[name], self.processor[name]
+            print(f"{name:<14}{clips:>8}{wall / clips:>10.4f}{processor / clips:>12.4f}{wall / total:>8.1%}")
+        speed = f"{done / seconds:.2f} clips/s, {self.frames / FPS / seconds:.2f} s of clips a second"
+        print(f"{done} clips in {seconds:.1f} s with {workers} worker{'s'[: workers - 1]}: {speed}")
 
 
 def prepare(config: DictConfig) -> None:
@@ -83,36 +67,39 @@ def prepare(config: DictConfig) -> None:
     """
     rank, world = place(config)
     _check(config)
-    limits = Limits(**config.limits)
+    set_limits(Limits(**config.limits))
     source: Source = build(config.source)
     names = list(config.splits) if config.splits is not None else source.splits()
     if not names:
         raise UserError(f"{source.root} has no splits: is source.root right?")
     listed = {name: source.clips(name)[: config.limit] for name in names}
     stages = chosen_stages(config, source)
-    setup = Setup(stages, config.device, source.symbols, limits)
-    with _pool(config, setup) as pool:
-        splits = [_open(config, name, listed[name], setup, pool, rank, world) for name in names]
-        started = time.monotonic()
-        timing = _run(pool, splits, source.root, config.patience)
-        _report(timing, splits, time.monotonic() - started, config.workers)
-    for split in splits:
-        index = split.writer.finish(split.about)
-        made = f"{split.new} clips made now, {split.rejected} rejected"
+    with _executor(config, partial(start_steps, stages, config.device, source.symbols)) as executor:
+        digests, fingerprints = executor.about
+        about = {"stages": stage_settings(stages), "digests": digests, "symbols": source.symbols}
+        writers = {
+            name: _writer(config, name, clips, {"split": name, **about}, fingerprints, rank, world)
+            for name, clips in listed.items()
+        }
+        count = sum(len(writer.missing(shard)) for writer in writers.values() for shard in writer.mine)
+        items = _items(config, source.root, listed, writers, fingerprints)
+        started, report = time.monotonic(), Report()
+        for item, outcome in _patient(track(executor.run(items), count, "clips"), config.patience):
+            if outcome.stage:
+                reject_sample(item.work, item.info.key, item.info.source, outcome.stage, outcome.reason)
+            writers[item.work.parent.name].settle(item.work)
+            report.add(outcome, item.work.parent)
+        report.print(time.monotonic() - started, config.workers)
+    for name, writer in writers.items():
+        index = writer.finish({"split": name, **about})
+        made = f"{report.made[writer.folder]} clips made now, {report.rejected[writer.folder]} rejected"
         if index is None:
-            print(f"{split.writer.folder}: {made}; the index comes with the last process")
+            print(f"{writer.folder}: {made}; the index comes with the last process")
         else:
             print(
-                f"{split.writer.folder}: {made}; complete: {index['clips']} clips, {index['seconds']:.1f} s, "
+                f"{writer.folder}: {made}; complete: {index['clips']} clips, {index['seconds']:.1f} s, "
                 f"{len(index['shards'])} shards, rejected: {index['rejected'] or 'none'}"
             )
-
-
-def _pool(config: DictConfig, setup: Setup) -> ProcessPool | RayPool:
-    """What runs the tasks: processes of this machine, or a Ray cluster."""
-    if config.executor == "processes":
-        return ProcessPool(config.workers, setup, config.clip_timeout)
-    return RayPool(config.workers, setup, config.clip_timeout, RayConfig(**config.ray))
 
 
 def place(config: DictConfig) -> tuple[int, int]:
@@ -128,11 +115,9 @@ def _check(config: DictConfig) -> None:
     require_choice("executor", config.executor, EXECUTORS)
     if config.executor == "ray" and place(config)[1] > 1:
         raise UserError("executor=ray: one process is enough, the cluster does the work; start it without torchrun")
-    for name in ("clips_per_shard", "workers", "clip_timeout", "patience"):
-        if config[name] < 1:
+    for name in ("clips_per_shard", "workers", "clip_timeout", "patience", "limit"):
+        if config[name] is not None and config[name] < 1:
             raise UserError(f"{name}={config[name]}: give 1 or more")
-    if config.limit is not None and config.limit < 1:
-        raise UserError(f"limit={config.limit}: give 1 or more")
 
 
 def chosen_stages(config: DictConfig, source: Source) -> dict[str, dict[str, Any]]:
@@ -154,78 +139,76 @@ def chosen_stages(config: DictConfig, source: Source) -> dict[str, dict[str, Any
     return used
 
 
-def _open(
+def stage_settings(stages: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return names and settings of the steps for the index."""
+    return [
+        {"name": name, "settings": {k: v for k, v in without_device(config).items() if k != "_target_"}}
+        for name, config in stages.items()
+    ]
+
+
+def _executor(config: DictConfig, start: partial) -> Processes | Cluster:
+    """What runs the steps: processes of this machine, or a Ray cluster."""
+    if config.executor == "processes":
+        return Processes(config.workers, partial(start, True), config.clip_timeout)
+    ray = dict(config.ray)
+    require_range("ray.batch", batch := ray.pop("batch"), 1, 256)
+    starts = partial(start, True), partial(start, False)
+    return Cluster(ClusterConfig(**ray), *starts, config.clip_timeout, batch, config.workers)
+
+
+def _writer(
     config: DictConfig,
     name: str,
     clips: list[SourceClip],
-    setup: Setup,
-    pool: ProcessPool | RayPool,
+    about: Mapping[str, Any],
+    fingerprints: Mapping[str, str],
     rank: int,
     world: int,
-) -> _Split:
+) -> SplitWriter:
     listing = hashlib.sha256(dumps([[clip.key, clip.source, clip.text] for clip in clips])).hexdigest()[:16]
-    about = {"split": name, "stages": stage_settings(setup.stages), "digests": pool.digests, "symbols": setup.symbols}
     plan = {"clips_per_shard": config.clips_per_shard, "clips": len(clips), "listing": listing, **about}
     plan["stages"] = {stage["name"]: stage["settings"] for stage in about["stages"]}
-    keys = [clip.key for clip in clips]
-    folder, previous = Path(config.output) / name, Path(config.reuse) / name if config.reuse else None
-    replace = previous is not None and previous.resolve() == folder.resolve()
-    writer = SplitWriter(folder, keys, config.clips_per_shard, plan, "motion", rank, world, pool.fingerprints, replace)
-    return _Split(name, writer, {clip.key: clip for clip in clips}, about, previous)
+    keys, folder = [clip.key for clip in clips], Path(config.output) / name
+    replace = bool(config.reuse) and (Path(config.reuse) / name).resolve() == folder.resolve()
+    return SplitWriter(folder, keys, config.clips_per_shard, plan, "motion", rank, world, fingerprints, replace)
 
 
-def _run(pool: ProcessPool | RayPool, splits: list[_Split], root: Path, patience: int) -> Timing:
-    """Prepare what is missing and pack every shard that is full."""
-    todo: list[tuple[_Split, int, list[str]]] = []
-    for split in splits:
-        for shard in split.writer.mine:
-            keys = split.writer.missing(shard)
-            if keys:
-                todo.append((split, shard, keys))
-                split.left[shard] = len(keys)
-            elif not split.writer.is_made(shard):  # killed between its last clip and its packing
-                split.writer.pack(shard)
-    owner = {}
-
-    def tasks() -> Iterator[Task]:
-        for split, shard, keys in todo:
-            work = split.writer.begin(shard)
-            owner[work] = split, shard
-            previous = previous_samples(split.previous, shard) if split.previous else {}
+def _items(
+    config: DictConfig,
+    root: Path,
+    listed: Mapping[str, list[SourceClip]],
+    writers: Mapping[str, SplitWriter],
+    fingerprints: Mapping[str, str],
+) -> Iterator[WorkItem]:
+    """Yield the clips that are to be done, shard by shard."""
+    for name, writer in writers.items():
+        clips = {clip.key: clip for clip in listed[name]}
+        for shard in writer.mine:
+            work, keys = writer.begin(shard)
+            earlier = earlier_samples(Path(config.reuse) / name, shard, fingerprints) if config.reuse and keys else {}
             for key in keys:
-                yield Task(split.clips[key], root, work, previous.get(key))
+                yield WorkItem(clips[key], root, work, **earlier.get(key, {}))
 
-    def settle(task: Task, outcome: Outcome) -> None:
-        split, shard = owner[task.work]
-        if outcome.stage:
-            reject_sample(task.work, task.clip.key, task.clip.source, outcome.stage, outcome.reason)
-        split.new, split.rejected = split.new + (not outcome.stage), split.rejected + bool(outcome.stage)
-        split.left[shard] -= 1
-        if not split.left[shard]:
-            split.writer.pack(shard)
 
-    timing, held = Timing(), []  # held: machine faults in a row, not yet written down
-    for task, outcome in track(pool.run(tasks()), sum(len(keys) for _, _, keys in todo), "clips"):
-        timing.add(outcome)
-        held.append((task, outcome))
+def _patient(results: Iterable[tuple[WorkItem, Outcome | Lost]], patience: int) -> Iterator[tuple[WorkItem, Outcome]]:
+    """Yield clips with their outcomes; faults that may be the machine's wait until a clip without one ends the row.
+
+    Raises:
+        UserError: `patience` of them came in a row.
+    """
+    row = []
+    for item, outcome in results:
+        if isinstance(outcome, Lost):
+            outcome = Outcome("crash", outcome.reason, machine_fault=True)
+        row.append((item, outcome))
         if not outcome.machine_fault:
-            for pair in held:
-                settle(*pair)
-            held = []
-        elif len(held) >= patience:
+            yield from row
+            row = []
+        elif len(row) >= patience:
             raise UserError(
-                f"{patience} clips in a row failed, the last one ({task.clip.source}) in stage {outcome.stage}: "
+                f"{patience} clips in a row failed, the last one ({item.info.source}) in stage {outcome.stage}: "
                 f"{outcome.reason}; the clips are probably not the cause and will be tried again; raise patience to "
                 "allow more failures"
             )
-    for pair in held:
-        settle(*pair)
-    return timing
-
-
-def _report(timing: Timing, splits: list[_Split], seconds: float, workers: int) -> None:
-    done = sum(split.new + split.rejected for split in splits)
-    if done:
-        print(timing.table())
-        speed = f"{done / seconds:.2f} clips/s, {timing.frames / FPS / seconds:.2f} s of clips a second"
-        print(f"{done} clips in {seconds:.1f} s with {workers} worker{'s'[: workers - 1]}: {speed}")
+    yield from row

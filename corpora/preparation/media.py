@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 import torch
 
-from corpora.preparation.clip import FPS, HOP, HOP16, RATE, RATE16, MachineFault, Stage, WorkItem
+from corpora.preparation.clip import FPS, HOP, HOP16, RATE, RATE16, MachineFault, Step, WorkItem
 from engine.errors import UserError
 from engine.media.audio import read_audio
 from engine.media.video import iter_video, write_video
@@ -22,7 +22,7 @@ from engine.settings import require_range
 from engine.untrusted import parse_json
 
 
-class Decode(Stage):
+class Decode(Step):
     """Reads a clip: pictures at 25 a second, sound at 24 and 16 kHz, both cut to the shorter; its words.
 
     Args:
@@ -95,7 +95,7 @@ class Decode(Stage):
         return frames[:count]
 
 
-class Wave(Stage):
+class Wave(Step):
     """The sound (N,) int16 at 24 kHz, on which the speech codecs train."""
 
     tensors = ("wave",)
@@ -112,7 +112,7 @@ def _pcm(wave: np.ndarray) -> np.ndarray:
     return np.round(wave.clip(-1, 1) * 32767).astype(np.int16)
 
 
-class KeepMedia(Stage):
+class KeepMedia(Step):
     """Puts the decoded pictures (H.264) and sound (24 kHz, 16 bits) into the shard, as KEY.mp4 and KEY.wav."""
 
     reusable = False

@@ -1,4 +1,4 @@
-"""Stages whose networks compute the features that the models train on.
+"""Steps whose networks compute the features that the models train on.
 
 Axes: T video frames (25 a second), J half seconds, F face pictures, S picture side, E lip feature width, K token
 levels, Ds / Dm speech / motion channels.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from corpora.preparation.clip import RATE, RATE16, Encoder, Stage, WorkItem, in_parts
+from corpora.preparation.clip import RATE, RATE16, Encoder, Step, WorkItem, in_parts
 from corpora.preparation.engines import EmotionRecogniser
 from corpora.preparation.labels import expression_labels, phoneme_labels
 from engine.codec import load_codec
@@ -25,7 +25,7 @@ from engine.media.audio import resample
 from engine.media.pictures import video_to_tensor
 from engine.metrics.speaker import GE2EEncoder
 from engine.release import weights_digest
-from engine.settings import require_range
+from engine.settings import require_choice, require_range
 from hicodit.conditions import encoder_config, make_encoders
 from hicodit.conditions.poster2 import POSTER2
 from hicodit.conditions.types import EXPRESSIONS, NO_EXPRESSION, WINDOW_SECONDS, window_expressions, windows_of
@@ -40,7 +40,7 @@ from talker_t2av.system import load_motion, load_speaker, load_speech
 BLOCK = 64  # frames that a motion codec gets at once, or up to twice as many where clips are encoded together
 
 
-class Crops(Stage):
+class Crops(Step):
     """Mouth pictures (T, S, S) and face pictures (F, S', S', 3), in the sizes of HiCoDiT's condition encoders.
 
     Args:
@@ -55,10 +55,9 @@ class Crops(Stage):
         self.encoders, self.pictures = encoder_config(encoders or {}), pictures
 
     def __call__(self, clip: WorkItem) -> None:
-        assert clip.track is not None, "the stage crops comes after the stage face"
         at = picture_frames(clip.length, self.pictures)
-        clip.tensors["mouth"] = torch.from_numpy(self.encoders.cut_mouth(clip.frames, clip.track))
-        clip.tensors["faces"] = torch.from_numpy(self.encoders.cut_faces(clip.frames[at], clip.track[at]))
+        clip.tensors["mouth"] = clip.cut_face(self.encoders.cut_mouth)
+        clip.tensors["faces"] = clip.cut_face(self.encoders.cut_faces, at)
 
 
 class Lip(Encoder):
@@ -80,8 +79,7 @@ class Lip(Encoder):
         return {self.tensors[0]: weights_digest(self.encoders.network(self.encoder, self.device))}
 
     def cut(self, clip: WorkItem) -> None:
-        assert clip.track is not None, "the stage lip comes after the stage face"
-        clip.inputs["lip"] = torch.from_numpy(self.encoders.config.cut_mouth(clip.frames, clip.track))
+        clip.inputs["lip"] = clip.cut_face(self.encoders.config.cut_mouth)
 
     def encode(self, clips: Sequence[WorkItem]) -> None:
         for part in in_parts(clips, [len(clip.inputs["lip"]) for clip in clips]):
@@ -108,9 +106,8 @@ class FaceIdentity(Lip):
         self.pictures = pictures
 
     def cut(self, clip: WorkItem) -> None:
-        assert clip.track is not None, "the stage face_identity comes after the stage face"
         at = picture_frames(clip.length, self.pictures)
-        clip.inputs["face_identity"] = torch.from_numpy(self.encoders.config.cut_faces(clip.frames[at], clip.track[at]))
+        clip.inputs["face_identity"] = clip.cut_face(self.encoders.config.cut_faces, at)
 
     def encode(self, clips: Sequence[WorkItem]) -> None:
         for part in in_parts(clips, [len(clip.inputs["face_identity"]) for clip in clips]):
@@ -121,7 +118,7 @@ class FaceIdentity(Lip):
                 clip.tensors["face_identity"] = _half(found)
 
 
-class Phonemes(Stage):
+class Phonemes(Step):
     """The phoneme (T,) of each frame, where the source has labels.
 
     Args:
@@ -176,9 +173,8 @@ class Expression(Encoder):
         if classes is not None:
             clip.tensors["expression"] = classes.to(torch.uint8)
             return
-        assert clip.track is not None, "the stage expression comes after the stage face"
         at = slice(0, clip.length, self.every)
-        clip.inputs["expression"] = torch.from_numpy(self.cut_faces(clip.frames[at], clip.track[at]))
+        clip.inputs["expression"] = clip.cut_face(self.cut_faces, at)
 
     def encode(self, clips: Sequence[WorkItem]) -> None:
         shown = [clip for clip in clips if "expression" in clip.inputs]  # the others have labels
@@ -208,8 +204,7 @@ class HeardExpression(Encoder):
 
     def __init__(self, recogniser: EmotionRecogniser | None = None, seconds: float = 2.0) -> None:
         super().__init__(None)
-        if not 0.5 <= seconds <= 30:
-            raise UserError(f"stages.heard_expression.seconds={seconds} must lie between 0.5 and 30")
+        require_range("stages.heard_expression.seconds", seconds, 0.5, 30.0)
         self.recogniser, self.seconds = recogniser, seconds
 
     def digests(self) -> dict[str, str]:
@@ -305,8 +300,7 @@ class Motion(Encoder):
 
     def __init__(self, codec: str, device: torch.device | None, crop: str = "face") -> None:
         super().__init__(device)
-        if crop not in CROPS:
-            raise UserError(f"stages.motion.crop={crop} is unknown: choose {' or '.join(CROPS)}")
+        require_choice("stages.motion.crop", crop, CROPS)
         self.codec, self.crop = None if device is None else load_motion(codec).to(device).eval(), crop
 
     def digests(self) -> dict[str, str]:
@@ -314,7 +308,7 @@ class Motion(Encoder):
 
     def cut(self, clip: WorkItem) -> None:
         if "motion" not in clip.tensors:
-            clip.inputs["motion"] = face_square(clip, self.crop, "motion").cut(clip.frames)
+            clip.inputs["motion"] = face_square(clip, self.crop).cut(clip.frames)
 
     def encode(self, clips: Sequence[WorkItem]) -> None:
         todo = [clip for clip in clips if "motion" in clip.inputs]
@@ -334,7 +328,7 @@ class Motion(Encoder):
                 clip.tensors["motion"] = _half(found)
 
 
-class Portraits(Stage):
+class Portraits(Step):
     """Square pictures of the face as JPEG (see `lia_x.data.pack_portraits`), on which LIA-X trains.
 
     Args:
@@ -346,8 +340,7 @@ class Portraits(Stage):
     tensors = ("portraits", "portraits_at")
 
     def __init__(self, size: int = 512, pictures: int = 12, crop: str = "face") -> None:
-        if crop not in CROPS:
-            raise UserError(f"stages.portraits.crop={crop} is unknown: choose {' or '.join(CROPS)}")
+        require_choice("stages.portraits.crop", crop, CROPS)
         require_range("stages.portraits.size", size, 16, 4096)
         require_range("stages.portraits.pictures", pictures, 2, 1000)
         self.size, self.pictures, self.crop = size, pictures, crop
@@ -359,16 +352,16 @@ class Portraits(Stage):
         if clip.length < 2:
             raise UserError("one frame: a pair of pictures needs two")
         at = np.linspace(0, clip.length - 1, min(self.pictures, clip.length)).round().astype(int)
-        frames = face_square(clip, self.crop, "portraits").cut(clip.frames[at])
+        frames = face_square(clip, self.crop).cut(clip.frames[at])
         clip.tensors["portraits"], clip.tensors["portraits_at"] = pack_portraits(frames, self.size)
 
 
-def face_square(clip: WorkItem, crop: str, stage: str) -> Square:
+def face_square(clip: WorkItem, crop: str) -> Square:
     """The square that is cut from a clip: round the face, as generation cuts it, or the largest in the middle."""
     height, width = clip.frames.shape[1:3]
     if crop == "centre":
         return Square(*centre_square(height, width))
-    assert clip.track is not None, f"the stage {stage} comes after the stage face"
+    assert clip.track is not None, "the step face comes first"
     return Square(*portrait_square(np.median(clip.track.boxes[clip.track.seen], axis=0), height, width))
 
 

@@ -147,6 +147,7 @@ class SplitWriter:
         self.mine = self.shards[rank::world]
         self.scratch = folder / f".work-process-{rank}"
         self._made: set[int] = set()
+        self._left: dict[Path, tuple[int, int]] = {}  # by work folder: shard, keys to settle
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob(".work-process-*"):  # of a killed process
@@ -206,12 +207,23 @@ class SplitWriter:
         there = {path.stem for path in work.iterdir() if path.suffix in (".tar", ".json")} if work.is_dir() else set()
         return [key for key in self.shard_keys(shard) if key not in there]
 
-    def begin(self, shard: int) -> Path:
-        """The work folder of a shard, made."""
-        work = self.work(shard)
-        with _writing(work):
-            work.mkdir(exist_ok=True)
-        return work
+    def begin(self, shard: int) -> tuple[Path, list[str]]:
+        """Make the work folder of a shard; returns it, and the keys that are to do. One that lacks none is packed."""
+        work, keys = self.work(shard), self.missing(shard)
+        if keys:
+            with _writing(work):
+                work.mkdir(exist_ok=True)
+            self._left[work] = (shard, len(keys))
+        elif not self.is_made(shard):  # killed between its last sample and its packing
+            self.pack(shard)
+        return work, keys
+
+    def settle(self, work: Path) -> None:
+        """Count a key of a shard that was begun as written or rejected; after the last one the shard is packed."""
+        shard, left = self._left[work]
+        self._left[work] = (shard, left - 1)
+        if left == 1:
+            self.pack(shard)
 
     def pack(self, shard: int) -> None:
         """Join the samples of a shard, none of which may be missing, and put its sidecar beside it."""

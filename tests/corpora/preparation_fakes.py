@@ -7,11 +7,11 @@ import time
 
 import torch
 
-from corpora.preparation.clip import Encoder, Stage
+from corpora.preparation.clip import Encoder, Step
 from engine.errors import UserError
 
 
-class Brightness(Stage):
+class Brightness(Step):
     """A feature of the pictures, and disasters by the name of the clip."""
 
     tensors = ("motion",)
@@ -38,7 +38,7 @@ class Brightness(Stage):
         clip.tensors["motion"] = torch.from_numpy(clip.frames.mean((1, 2))).half()
 
 
-class Colour(Stage):
+class Colour(Step):
     """A feature of the pictures that notes in a file for which clips it was computed."""
 
     needs = "frames"
@@ -53,7 +53,7 @@ class Colour(Stage):
         clip.tensors["colour"] = torch.from_numpy(clip.frames.mean((0, 1, 2))) * self.scale
 
 
-class Missing(Stage):
+class Missing(Step):
     """A stage whose package is not there."""
 
     def __init__(self):

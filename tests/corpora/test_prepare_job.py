@@ -13,12 +13,13 @@ import pytest
 from drawn_faces import draw_face
 from omegaconf import OmegaConf
 
-from corpora.preparation.clip import SourceClip
+from corpora.preparation.clip import SourceClip, WorkItem
 from corpora.preparation.job import prepare
-from corpora.preparation.task import Pipeline, Setup, Task
+from corpora.preparation.steps import Steps
 from engine.config import load
 from engine.errors import UserError
 from engine.media.audio import write_wav
+from engine.media.limits import LIMITS
 from engine.media.video import write_video
 from engine.shards.writer import read_members
 
@@ -183,7 +184,7 @@ def test_bad_clips_are_listed_with_their_reasons_and_the_others_prepared(tmp_pat
         "noface": ("face", "no face found"),
         "codec": ("decode", "train/codec.mp4"),
         "refuse": ("brightness", "train/refuse.mp4: not wanted"),
-        "segfault": ("crash", "died at this clip, 2 times (signal 11)"),
+        "segfault": ("crash", "its process died, 2 times (signal 11)"),
         "bug": ("brightness", "ZeroDivisionError: at 0x"),
         "hang": ("crash", "took longer than 10 s"),
         "lengths": ("decode", "they must be of one length"),
@@ -217,7 +218,8 @@ def test_what_is_no_fault_of_the_clips_stops_the_job(corpus, tmp_path):
         prepare(settings(corpus, tmp_path / "e", rank=2, world_size=2))
 
 
-def test_limits_hold_in_the_workers(corpus, tmp_path):
+def test_limits_hold_in_the_workers(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(LIMITS, "pixels", LIMITS.pixels)  # back to that afterwards
     prepare(settings(corpus, tmp_path / "out", limit=1, limits={"pixels": 300}))
     assert "more than 300 pixels (limits.pixels)" in (tmp_path / "out" / "train" / "quarantine.jsonl").read_text()
     with pytest.raises(UserError, match=r"limits\.gap=-1 must be"):
@@ -275,6 +277,7 @@ def test_tasks_of_a_slurm_array_are_processes_of_the_job():
 def test_a_clip_of_which_nobody_tells_the_text_has_an_empty_one(corpus, tmp_path):
     clip = SourceClip("a", "train/clip0.mp4", "train/clip0.wav")
     stages = {"decode": {"_target_": "corpora.preparation.media.Decode"}}
-    assert Pipeline(Setup(stages, "cpu", None)).process(Task(clip, corpus, tmp_path)).stage == ""
+    steps = Steps(stages, "cpu", None)
+    assert steps.encode([steps.cut(WorkItem(clip, corpus, tmp_path))])[0].stage == ""
     facts = next(json.loads(data) for suffix, _, data in read_members((tmp_path / "a.tar").read_bytes()))
     assert facts["text"] == "" and facts["frames"] == FRAMES and facts["expression"] is None

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from corpora.preparation.clip import SourceClip
+from corpora.preparation.clip import SourceClip, WorkItem
 from corpora.preparation.job import chosen_stages, prepare
 from corpora.preparation.sources import Synthetic
-from corpora.preparation.task import Pipeline, Setup, Task
+from corpora.preparation.steps import Steps
 from engine.config import load as load_config
 from engine.errors import UserError
 from engine.shards.writer import read_members
@@ -42,20 +42,19 @@ def test_clips_encoded_together_in_another_process_are_those_encoded_alone(tmp_p
     root = corpus(tmp_path / "corpus", ["a", "b", "c"])
     words = [f"source.root={root}", "output=x", "device=cpu", "stages.heard_expression.use=true"]
     config, source = load_config("prepare", [*words, "stages.heard_expression.recogniser=null"], ""), Synthetic(root)
-    setup = Setup(chosen_stages(config, source), "cpu", source.symbols)
-    whole = Pipeline(setup)
-    front = Pipeline(setup, whole.fingerprints)
-    assert front.stages["motion"].codec is None and front.fingerprints == whole.fingerprints
+    stages = chosen_stages(config, source)
+    whole, front = (Steps(stages, "cpu", source.symbols, networks) for networks in (True, False))
+    assert front.steps["motion"].codec is None
     clips = [SourceClip("a", "train/a.mp4", "train/a.wav"), *source.clips("train")[1:]]  # the first has no label
     cuts = {}
     for name in ("alone", "together"):
         (tmp_path / name).mkdir()
-        cuts[name] = [pickle.dumps(front.cut(Task(clip, root, tmp_path / name))) for clip in clips]
+        cuts[name] = [pickle.dumps(front.cut(WorkItem(clip, root, tmp_path / name))) for clip in clips]
     assert max(map(len, cuts["together"])) < 1e6  # without the pictures
     outcomes = [whole.encode([pickle.loads(cut)])[0] for cut in cuts["alone"]]
     outcomes += whole.encode([pickle.loads(cut) for cut in cuts["together"]])
     assert [outcome.stage for outcome in outcomes] == [""] * 6, outcomes
-    assert outcomes[0].seconds.keys() == {*whole.stages, "write"}
+    assert outcomes[0].seconds.keys() == {*whole.steps, "write"}
     alone, together = samples(tmp_path / "alone"), samples(tmp_path / "together")
     for key, members in alone.items():
         assert members["json"] == together[key]["json"]
@@ -67,10 +66,9 @@ def test_clips_encoded_together_in_another_process_are_those_encoded_alone(tmp_p
 
 def test_one_bad_clip_of_a_batch_is_rejected_alone(tmp_path):
     root = corpus(tmp_path / "corpus", ["a", "nan", "c"])
-    setup = Setup({"decode": {"_target_": "corpora.preparation.media.Decode"}, "mean": MEAN | {}}, "cpu", None)
-    del setup.stages["mean"]["use"]
-    pipeline = Pipeline(setup)
-    cuts = [pipeline.cut(Task(clip, root, tmp_path)) for clip in Synthetic(root).clips("train")]
+    stages = {"decode": {"_target_": "corpora.preparation.media.Decode"}, "mean": {"_target_": MEAN["_target_"]}}
+    pipeline = Steps(stages, "cpu", None)
+    cuts = [pipeline.cut(WorkItem(clip, root, tmp_path)) for clip in Synthetic(root).clips("train")]
     outcomes = pipeline.encode(cuts)
     assert [(outcome.stage, outcome.reason) for outcome in outcomes] == [("", ""), ("mean", "not a number"), ("", "")]
     assert samples(tmp_path).keys() == {"a", "c"}

@@ -15,7 +15,7 @@ from corpora.preparation.job import chosen_stages
 from corpora.preparation.media import Decode
 from corpora.preparation.networks import Crops, Expression, HeardExpression, phoneme_labels
 from corpora.preparation.sources import Synthetic
-from corpora.preparation.task import Pipeline, Setup, Task
+from corpora.preparation.steps import Steps
 from engine.config import load as load_config
 from engine.errors import UserError
 from engine.faces.clip import find_face
@@ -72,10 +72,10 @@ def test_the_stages_make_what_the_networks_make(corpus, tmp_path):
     config = load_config(
         "prepare", [f"source.root={corpus}", "output=x", "device=cpu", "stages.media.use=true"], "help"
     )
-    pipeline = Pipeline(Setup(chosen_stages(config, source), "cpu", source.symbols))
-    outcome = pipeline.process(Task(source.clips("train")[0], corpus, tmp_path))
+    pipeline = Steps(chosen_stages(config, source), "cpu", source.symbols)
+    (outcome,) = pipeline.encode([pipeline.cut(WorkItem(source.clips("train")[0], corpus, tmp_path))])
     assert outcome.stage == "", outcome.reason
-    assert set(outcome.seconds) == {*pipeline.stages, "write"} and outcome.frames == FRAMES
+    assert set(outcome.seconds) == {*pipeline.steps, "write"} and outcome.frames == FRAMES
     members = {suffix: data for suffix, _, data in read_members((tmp_path / "a.tar").read_bytes())}
     assert list(members) == ["json", "safetensors", "mp4", "wav"]
     facts, made = json.loads(members["json"]), load(members["safetensors"])
@@ -145,14 +145,14 @@ def test_features_of_the_released_encoders_are_those_of_their_pictures(corpus, t
     words += ["stages.lip.use=true", "stages.face_identity.use=true", "stages.lip.encoders.folder=null"]
     words += [f"+stages.lip.encoders.lip={small}", "+stages.lip.encoders.identity_blocks=[1,1,1,1]"]
     source = Synthetic(corpus)
-    pipeline = Pipeline(Setup(chosen_stages(load_config("prepare", words, "help"), source), "cpu", None))
-    outcome = pipeline.process(Task(source.clips("train")[0], corpus, tmp_path))
+    pipeline = Steps(chosen_stages(load_config("prepare", words, "help"), source), "cpu", None)
+    (outcome,) = pipeline.encode([pipeline.cut(WorkItem(source.clips("train")[0], corpus, tmp_path))])
     assert outcome.stage == "", outcome.reason
     made = load({s: data for s, _, data in read_members((tmp_path / "a.tar").read_bytes())}["safetensors"])
     clip = WorkItem(SourceClip("a", "train/a.mp4", "train/a.wav"), corpus)
     for stage in (Decode(), Face(), Crops({"kind": "released"})):
         stage(clip)
-    lip, identity = (pipeline.stages[name].encoders for name in ("lip", "face_identity"))
+    lip, identity = (pipeline.steps[name].encoders for name in ("lip", "face_identity"))
     with torch.inference_mode():
         expected = lip.lip(clip.tensors["mouth"][None] / 255, torch.tensor([FRAMES]))[0]
         faces = clip.tensors["faces"].permute(0, 3, 1, 2) / 255
@@ -163,7 +163,7 @@ def test_features_of_the_released_encoders_are_those_of_their_pictures(corpus, t
     assert {"lip", "face_identity"} <= set(pipeline.digests)
     config = load_config("prepare", [*words, "stages.lip.encoders.folder=nowhere"], "help")
     with pytest.raises(UserError, match=r"no folder of encoder checkpoints: encoders\.folder=nowhere"):
-        Pipeline(Setup(chosen_stages(config, source), "cpu", None))
+        Steps(chosen_stages(config, source), "cpu", None)
 
 
 def test_stages_that_need_the_face_are_refused_without_it(corpus):

@@ -1,13 +1,17 @@
-"""A killed command leaves no worker process behind."""
+"""Work in processes that crash, hang, are killed, and cannot start again; a killed command leaves none behind."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+from engine.errors import UserError
+from engine.processes import Lost, Processes, Work
 
 KILLED = """
 import os, signal
@@ -21,6 +25,63 @@ if __name__ == "__main__":
         print(*set(workers.map(who, range(2))), flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+class Squares(Work):
+    """Squares of numbers; words are disasters, of which some happen once only."""
+
+    def __init__(self, folder, number):
+        self.folder, self.about = folder, number
+        if number == 1 and (folder / "card").exists():
+            raise UserError("card 1 is lost")
+        (folder / f"started {number}").touch()
+
+    def encode(self, halves):
+        (item,) = halves
+        if item == "refuse":
+            raise UserError("the disk is full")
+        if item == "hang":
+            time.sleep(60)
+        if item == "die" or (item == "die once" and not (self.folder / item).exists()):
+            (self.folder / item).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if item == "lose a card" and self.about == 1:
+            (self.folder / "card").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [f"by {self.about}" if isinstance(item, str) else item**2]
+
+
+def squares(folder, items, count=2, timeout=60.0):
+    with Processes(count, partial(Squares, folder), timeout) as processes:
+        return list(processes.run(items))
+
+
+def test_an_item_whose_process_dies_is_tried_once_more_and_no_other_is_lost_or_doubled(tmp_path):
+    items = [1, "die once", 2, "die", *range(3, 20)]
+    results = squares(tmp_path, items)
+    assert sorted(map(str, (item for item, _ in results))) == sorted(map(str, items))
+    named = dict(results)
+    assert named.pop("die") == Lost("its process died, 2 times (signal 9)") and named.pop("die once").startswith("by ")
+    assert all(result == item**2 for item, result in named.items())
+
+
+def test_an_item_that_hangs_is_given_up(tmp_path):
+    assert dict(squares(tmp_path, ["hang", 3], 1, 0.5)) == {"hang": Lost("it took longer than 0.5 s"), 3: 9}
+
+
+def test_a_card_that_is_lost_costs_its_item_a_second_try(tmp_path, capfd):
+    results = squares(tmp_path, ["lose a card"] * 2 + [5, 6])
+    assert sorted(result for _, result in results if isinstance(result, int)) == [25, 36]
+    assert [result for _, result in results if isinstance(result, str)] == ["by 0"] * 2
+    assert "card 1 is lost; 1 processes go on" in capfd.readouterr().err
+
+
+def test_work_that_cannot_start_or_go_on_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="the disk is full"):
+        squares(tmp_path, [1, "refuse"])
+    (tmp_path / "card").touch()
+    with pytest.raises(UserError, match="card 1 is lost"):
+        squares(tmp_path, [1])
 
 
 def is_alive(process: int) -> bool:

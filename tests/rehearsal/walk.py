@@ -187,7 +187,7 @@ class Runner:
 
 def _fork_instead_of_spawning() -> None:
     """Processes of the preparation and of benchmarks, and the scripts that programs call, become forks of this one."""
-    for name in ("corpora.preparation.executor", "benchmarks.common"):
+    for name in ("engine.processes", "benchmarks.common"):
         importlib.import_module(name).get_context = lambda _: multiprocessing.get_context("fork")
     real = subprocess.run
 

@@ -1,0 +1,234 @@
+"""The steps of the preparation in order, over one clip or several; its sample goes into the work folder of its shard.
+
+They have two halves, which may run in two processes: `Steps.cut` decodes a clip and takes from its pictures what the
+networks read, `Steps.encode` runs the networks and writes the samples. Running a clip again, whole or in part, gives
+the same sample. Tensors that an earlier shard holds, and whose step, networks and settings are unchanged, are taken
+over.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import inspect
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import cv2
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save
+
+from corpora.preparation.clip import Encoder, MachineFault, Outcome, SourceClip, Step, WorkItem
+from engine.config import build, target
+from engine.device import pick_device
+from engine.errors import UserError
+from engine.processes import Work
+from engine.shards.reader import VERSION, read_sample
+from engine.shards.source import checksum
+from engine.shards.writer import dumps, write_sample
+from engine.untrusted import parse_json
+
+# Errors that no clip causes: the disk is full or read-only, or the machine is out of file handles.
+FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE}
+LONGEST_REASON = 300
+
+
+class Steps(Work[WorkItem, WorkItem, Outcome]):
+    """The steps in order: first those without a network of their own, then the encoders.
+
+    Args:
+        stages: their settings by name. device: of the networks. symbols: phonemes of the source.
+        networks: false for steps that can `cut` alone, and load no networks.
+
+    Attributes:
+        steps: by name. digests: of the weights of their networks. fingerprints: by step, eight hex digits that change
+            with its settings, its weights, or those of the earlier steps that change pictures or sound.
+        about: (digests, fingerprints).
+    """
+
+    def __init__(
+        self, stages: Mapping[str, Mapping[str, Any]], device: str, symbols: list[str] | None, networks: bool = True
+    ) -> None:
+        offered = {"device": pick_device(device) if networks else None, "symbols": symbols}
+        self.steps: dict[str, Step] = {}
+        self.digests: dict[str, str] = {}
+        self.fingerprints: dict[str, str] = {}
+        self.about = self.digests, self.fingerprints
+        before: list[Any] = []
+        for name, config in stages.items():
+            kind = target(config["_target_"])
+            parameters = inspect.signature(kind).parameters
+            extra = {key: value for key, value in offered.items() if key in parameters}
+            without = {} if networks else dict.fromkeys(getattr(kind, "settings", ()))
+            step = self.steps[name] = build(OmegaConf.create(dict(config) | without), **extra)
+            if not networks:
+                continue
+            digests = step.digests()
+            self.digests |= digests
+            made_by = [name, without_device(config), digests, symbols if "symbols" in extra else None]
+            self.fingerprints[name] = hashlib.sha256(dumps([*before, made_by])).hexdigest()[:8]
+            if not step.reusable:
+                before.append(made_by)
+
+    @torch.inference_mode()
+    def cut(self, clip: WorkItem) -> WorkItem:
+        """Do all that needs the pictures, and no network of an encoder. A clip that fails gets its outcome.
+
+        Raises:
+            UserError: the disk is full, or something else that no clip causes.
+        """
+        try:
+            if clip.unchanged:
+                self._take_over(clip)
+            needed = {step.needs for name, step in self.steps.items() if step.reusable and name not in clip.unchanged}
+            for name, step in self.steps.items():
+                if step.needs == "frames" and clip.info.video is None:
+                    continue
+                if name in clip.unchanged and (step.reusable or step.needs not in {"", *needed}):
+                    continue
+                start, encoder = _clocks(), isinstance(step, Encoder)
+                clip.waiting += [name] if encoder else []
+                try:
+                    step.cut(clip) if encoder else step(clip)
+                except Exception as error:
+                    clip.seconds[name] = _since(start)
+                    clip.outcome = _rejection(name, error, clip)
+                    break
+                clip.seconds[name] = _since(start)
+        finally:
+            clip.close()
+        clip.frames = clip.track = None
+        return clip
+
+    @torch.inference_mode()
+    def encode(self, clips: Sequence[WorkItem]) -> list[Outcome]:
+        """Run the encoders over all clips together, and write the samples.
+
+        Raises:
+            UserError: as `cut`.
+        """
+        for name, step in self.steps.items():
+            if todo := [clip for clip in clips if clip.outcome is None and name in clip.waiting]:
+                self._encode(name, step, todo)
+        return [clip.outcome or self._write(clip) for clip in clips]
+
+    def _encode(self, name: str, step: Encoder, clips: list[WorkItem]) -> None:
+        """Run an encoder over clips together, or one by one where one of them makes that fail."""
+        start, failure = _clocks(), None
+        try:
+            step.encode(clips)
+        except Exception as error:
+            if len(clips) > 1:
+                for clip in clips:
+                    self._encode(name, step, [clip])
+                return
+            failure = error
+        for clip in clips:
+            spent = (each / len(clips) for each in _since(start))
+            clip.seconds[name] = tuple(map(sum, zip(clip.seconds[name], spent)))
+            if failure is not None:
+                clip.outcome = _rejection(name, failure, clip)
+
+    def _write(self, clip: WorkItem) -> Outcome:
+        start = _clocks()
+        facts = {"key": clip.info.key, **clip.facts, **clip.earlier_facts, "input": input_digest(clip.info)}
+        members = {"json": dumps(facts | {"text": facts["text"] or ""})}  # readers want a string
+        members["safetensors"] = save({name: tensor.contiguous() for name, tensor in clip.tensors.items()})
+        write_sample(clip.work, clip.info.key, members | clip.files)
+        clip.seconds["write"] = _since(start)
+        return Outcome(seconds=clip.seconds, frames=clip.length)
+
+    def _take_over(self, clip: WorkItem) -> None:
+        """Put the tensors of an earlier shard into a clip; nothing is unchanged if its source describes it anew."""
+        start, steps = _clocks(), [self.steps[name] for name in clip.unchanged]
+        with clip.shard.open("rb", buffering=0) as file:
+            facts, tensors = read_sample(file, clip.places, {name for step in steps for name in step.tensors})
+        if facts.get("input") != input_digest(clip.info):
+            clip.unchanged = frozenset()
+            return
+        clip.tensors |= tensors
+        clip.earlier_facts = {name: facts[name] for step in steps for name in step.facts}
+        clip.seconds["reuse"] = _since(start)
+
+
+def start_steps(
+    stages: Mapping[str, Mapping[str, Any]], device: str, symbols: list[str] | None, networks: bool, _number: int
+) -> Steps:
+    """Make the steps of a worker process, which uses one thread: more processes use a machine better."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    return Steps(stages, device, symbols, networks)
+
+
+def earlier_samples(folder: Path, shard: int, fingerprints: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """By key, the fields of a `WorkItem` that tell what a shard of an existing split holds of it.
+
+    It is {} if there is no such shard, or a damaged one.
+    """
+    tar, sidecar = (folder / f"{shard:06d}{suffix}" for suffix in (".tar", ".json"))
+    try:
+        about = parse_json(sidecar.read_bytes(), sidecar)
+        if about["version"] != VERSION or checksum(tar) != about["crc32"]:
+            return {}
+        unchanged = frozenset(name for name, value in fingerprints.items() if about["stages"].get(name) == value)
+        samples = {each["key"]: each["members"] for each in about["samples"]}
+        return {
+            key: {"shard": tar, "places": (members["json"], members["safetensors"]), "unchanged": unchanged}
+            for key, members in samples.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def input_digest(clip: SourceClip) -> str:
+    """Eight hex digits of what the source says of a clip; the contents of its files do not count."""
+    return hashlib.sha256(dumps(asdict(clip))).hexdigest()[:8]
+
+
+def without_device(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without devices: where a network runs does not decide what it makes."""
+    return {
+        name: without_device(value) if isinstance(value, Mapping) else value
+        for name, value in config.items()
+        if name != "device"
+    }
+
+
+def _clocks() -> tuple[float, float]:
+    """Return wall-clock time, and processor time of this process and its finished children."""
+    return time.perf_counter(), sum(os.times()[:4])
+
+
+def _since(start: tuple[float, float]) -> tuple[float, float]:
+    wall, processor = _clocks()
+    return wall - start[0], processor - start[1]
+
+
+def _rejection(name: str, error: Exception, clip: WorkItem) -> Outcome:
+    """Return the outcome of a clip that a step refuses or fails at.
+
+    Raises:
+        UserError: the error, or one that caused it, is none that a clip can cause.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in FATAL:
+            raise UserError(f"{cause.strerror} ({error}); finished clips are kept, run the same command to continue")
+        cause = cause.__cause__ or cause.__context__
+    known = isinstance(error, UserError)
+    reason = _one_line(str(error) if known else f"{type(error).__name__}: {error}", clip)
+    return Outcome(name, reason, isinstance(error, MachineFault) or not known, clip.seconds)
+
+
+def _one_line(reason: str, clip: WorkItem) -> str:
+    """Return a reason as one line that is the same whenever and wherever the clip fails."""
+    for folder in (clip.root, clip.unpacked.name if clip.unpacked else clip.root):
+        reason = reason.replace(f"{folder}/", "")
+    reason = re.sub(r"0x[0-9a-fA-F]{6,}", "0x", " ".join(reason.split()))
+    return reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}..."

@@ -1,0 +1,242 @@
+"""Run work on a Ray cluster: first halves on any number of processors, second halves in actors with GPUs.
+
+Ray starts again what was lost: a task (`_cut`) whose process or machine died, an actor (`_Encoders`) with its calls,
+and the halves that were in a lost machine's memory. It also places them, and asks for more machines where it may. This
+file says what runs where, how much is on its way at once, and what becomes of an item that dies again and again.
+
+All machines need inputs and outputs under the same paths.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from dataclasses import dataclass
+from typing import Any
+
+from engine.errors import UserError
+from engine.media.limits import LIMITS, Limits, set_limits
+from engine.processes import Lost, Work
+from engine.settings import check_settings, setting
+
+RETRIES = 2  # of a task or call whose process died; then its items are tried alone, and given up when that fails too
+AHEAD = 3  # items on their way for each processor of the cluster: enough to keep it busy, few enough for its memory
+LOOK_EVERY = 10.0  # seconds between looks at the size of the cluster
+EXIT_AFTER = 2.0  # seconds in which the answer of a process that hangs goes out
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Settings `ray` of a command with executor=ray."""
+
+    address: str | None = setting(None, about="auto (the cluster of this machine) or HOST:PORT; null: start one here")
+    encoders: int = setting(1, 1, 4096, "number of actors that run the networks")
+    gpus: float = setting(0.0, 0.0, 8.0, "GPUs of each of them: 1, a part such as 0.25 to share one, or 0")
+
+    def __post_init__(self) -> None:
+        check_settings(self, "ray.")
+
+
+def check_place(executor: str, devices: str) -> None:
+    """
+    Raises:
+        UserError: `devices` is neither a number nor "all", or says what `ray` says on a cluster.
+    """
+    if devices != "all" and not (devices.isdecimal() and 1 <= int(devices) <= 64):
+        raise UserError(f"devices={devices} must be a number from 1 to 64, or all")
+    if executor == "ray" and devices != "1":
+        raise UserError(f"devices={devices} with executor=ray: set ray.encoders and ray.gpus instead")
+
+
+class Cluster:
+    """The cluster at work. A context: leaving it ends what this process has running there.
+
+    Args:
+        config: address and actors.
+        build: makes the work in an actor, from 0, as each actor sees its own GPUs only.
+        build_cut: makes work that can `cut` alone, on any processor; None: items go to the actors as they are.
+        timeout: seconds that the first half of an item may take.
+        batch: items that are encoded together.
+        processors: to use where no cluster is named.
+
+    Attributes:
+        about: that of the work.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        build: Callable[[int], Work],
+        build_cut: Callable[[int], Work] | None = None,
+        timeout: float = math.inf,
+        batch: int = 1,
+        processors: int = 1,
+    ) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise UserError("executor=ray needs Ray: bash scripts/setup.sh cluster") from error
+        self.ray, self.config, self.build, self.build_cut = ray, config, build, build_cut
+        self.timeout, self.batch, self.processors = timeout, batch, processors
+        self.about: Any = None
+        self.flying: dict[Any, tuple[list[Any], int]] = {}  # items of a call, and whether they are alone, see `_again`
+        self.suspects: list[Any] = []
+        self._size, self._looked = 0, -LOOK_EVERY
+        self.ours = False
+
+    def __enter__(self) -> Cluster:
+        ray, config = self.ray, self.config
+        path = os.pathsep.join(os.path.abspath(each) for each in sys.path)
+        options = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}}
+        options |= {"log_to_driver": False, "logging_level": logging.ERROR}
+        if not ray.is_initialized():
+            local = {"address": "local", "num_cpus": self.processors}
+            try:
+                ray.init(**({"address": config.address} if config.address else local), **options)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                reason = " ".join(str(error).split())[:300]
+                raise UserError(f"ray.address={config.address}: no Ray cluster answers ({reason})") from error
+            self.ours = True
+        # without a processor of its own: on a cluster that has shrunk to one, it would leave none to `_cut`
+        lasting = {"max_restarts": -1, "max_task_retries": RETRIES}
+        kind = ray.remote(_Encoders).options(num_cpus=0, num_gpus=config.gpus, **lasting)
+        place = (os.getcwd(), LIMITS)
+        try:
+            actors = [kind.remote(self.build, *place) for _ in range(config.encoders)]
+            self.about = ray.get([each.about.remote() for each in actors])[0]
+        except BaseException as error:
+            self.__exit__()
+            if isinstance(self._cause(error), UserError):
+                raise UserError(str(self._cause(error))) from error
+            raise
+        self.actors = itertools.cycle(actors)
+        self.cut = ray.remote(_cut).options(num_cpus=1, max_retries=RETRIES, name="first half")
+        self.shared = ray.put((os.urandom(8), self.build_cut, place, self.timeout))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.ours:
+            self.ray.shutdown()
+
+    def run(self, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        """Yield every item with its result, or `Lost`, in the order in which they are done.
+
+        Raises:
+            UserError: the work cannot go on, as on a full disk.
+        """
+        ray, fresh = self.ray, iter(items)
+        while True:
+            while sum(len(items) for items, _ in self.flying.values()) < self._most():
+                batch = list(itertools.islice(fresh, self.batch))
+                if not batch:
+                    break
+                self._start(batch)
+            if not self.flying and self.suspects:
+                self._start([self.suspects.pop()], alone=2)
+            if not self.flying:
+                return
+            for call in ray.wait(list(self.flying), num_returns=1, timeout=60)[0]:
+                batch, alone = self.flying.pop(call)
+                try:
+                    results = ray.get(call)
+                except ray.exceptions.RayError as error:
+                    cause = self._cause(error)
+                    if isinstance(cause, UserError):
+                        raise UserError(str(cause)) from error
+                    if not isinstance(cause, ray.exceptions.RayError):
+                        raise
+                    results = self._again(batch, alone, cause)
+                yield from zip(batch, results)
+
+    def _start(self, batch: list[Any], alone: int = 0) -> None:
+        halves = batch if self.build_cut is None else [self.cut.remote(self.shared, item) for item in batch]
+        self.flying[next(self.actors).encode.remote(*halves)] = batch, alone
+
+    def _again(self, batch: list[Any], alone: int, error: Exception) -> list[Lost]:
+        """Ray has given a batch up: try its items one by one, to learn which one it is; an item alone has failed.
+
+        A machine that went away is no item's fault, however often.
+
+        Args:
+            alone: 1 for an item that is tried by itself; 2 while nothing else is on its way, either, as an actor that
+                dies fails all calls that wait for it.
+        """
+        kinds = self.ray.exceptions
+        lost = isinstance(error, kinds.NodeDiedError | kinds.ObjectLostError) or "node has died" in str(error)
+        if not alone or lost:
+            for item in batch:
+                self._start([item], max(1, alone))
+        elif alone == 1 and isinstance(error, kinds.RayActorError):
+            self.suspects += batch
+        else:
+            return [Lost("its process died again and again")]
+        return []
+
+    def _most(self) -> int:
+        """Return how many items may be on their way, by the processors that the cluster has now."""
+        if time.monotonic() - self._looked > LOOK_EVERY:
+            self._size, self._looked = int(self.ray.cluster_resources().get("CPU", 1)), time.monotonic()
+        return max(AHEAD * self._size if self.build_cut else 0, 2 * self.batch * self.config.encoders)
+
+    def _cause(self, error: BaseException) -> BaseException:
+        """Return what was raised in a task or actor, or became of its process: Ray wraps it once for each task."""
+        while isinstance(error, self.ray.exceptions.RayTaskError) and error.cause is not None:
+            error = error.cause
+        return error
+
+
+class _Encoders:
+    """An actor with the networks: second halves."""
+
+    def __init__(self, build: Callable[[int], Work], folder: str, limits: Limits) -> None:
+        self.error, self.work = "", None
+        try:
+            self.work = _built(build, folder, limits)
+        except UserError as error:  # from a constructor Ray would tell it as the death of the actor
+            self.error = str(error)
+
+    def about(self) -> Any:
+        if self.error:
+            raise UserError(self.error)
+        return self.work.about
+
+    def encode(self, *halves: Any) -> list[Any]:
+        """Encode items together; those that were lost in their first half stay so."""
+        results = iter(self.work.encode(whole) if (whole := [h for h in halves if not isinstance(h, Lost)]) else ())
+        return [half if isinstance(half, Lost) else next(results) for half in halves]
+
+
+_BUILT: dict[bytes, Work] = {}  # of this process: Ray uses a process for many tasks
+
+
+def _cut(shared: tuple[bytes, Callable[[int], Work], tuple[str, Limits], float], item: Any) -> Any:
+    """Do the first half of an item; of one that takes too long the answer goes out, then its process ends."""
+    key, build, place, timeout = shared
+    if key not in _BUILT:
+        _BUILT[key] = _built(build, *place)
+    if timeout == math.inf:
+        return _BUILT[key].cut(item)
+    thread = ThreadPoolExecutor(1)
+    half = thread.submit(_BUILT[key].cut, item)
+    try:
+        return half.result(timeout)
+    except TimeoutError:
+        if half.done():  # raised by the work
+            raise
+        threading.Timer(EXIT_AFTER, os._exit, (1,)).start()
+        return Lost(f"it took longer than {timeout:g} s")
+    finally:
+        thread.shutdown(wait=False)
+
+
+def _built(build: Callable[[int], Work], folder: str, limits: Limits) -> Work:
+    os.chdir(folder)  # paths in settings are relative to where the command was typed
+    set_limits(limits)
+    return build(0)
