@@ -1,16 +1,24 @@
-"""Runs the named jobs of `infer.py` in batches: a job that fails is reported, and the others go on."""
+"""Run the named jobs of `infer.py` in batches: in this process, in one for each device, or on a Ray cluster.
+
+A job that fails is reported, and the others go on. Batches are the same wherever they run, and so are their results.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import parent_process
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
+from engine.cluster import Cluster, ClusterConfig
 from engine.errors import UserError, printable
+from engine.processes import Lost, Processes, ThisProcess, Work
 from engine.progress import current, set_prefix, stage
 
 Job = TypeVar("Job")
@@ -18,23 +26,56 @@ Prepared = TypeVar("Prepared")
 Result = TypeVar("Result")
 
 
-@dataclass
-class Summary:
-    """What became of the jobs.
+class Jobs(Protocol[Job, Prepared, Result]):
+    """What is done with jobs; made once in each process that does some.
 
     Attributes:
-        jobs: how many there were.
-        failed: error of each job that failed.
+        device: that it computes on.
+    """
+
+    device: object
+
+    def prepare(self, job: Job) -> Prepared:
+        """Read the files of a job."""
+
+    def process(self, batch: list[Prepared]) -> Sequence[Result]:
+        """Compute a batch."""
+
+    def write(self, name: str, prepared: Prepared, result: Result) -> tuple[str, float]:
+        """Write the files of a job; returns a line to print and the seconds of speech in the files."""
+
+
+@dataclass
+class Summary:
+    """What became of the jobs, or of those of a batch.
+
+    Attributes:
+        jobs: how many there were. failed: error of each job that failed.
+        lines: for the output (1) and the error output (2).
         speech_seconds: duration of the speech that was written.
-        seconds: wall time.
+        seconds: wall time. device: that they were computed on.
     """
 
     jobs: int
     failed: list[str] = field(default_factory=list)
+    lines: list[tuple[int, str]] = field(default_factory=list)
     speech_seconds: float = 0.0
     seconds: float = 0.0
+    device: str = ""
 
-    def report(self, kind: str, output: Path, device: object, origin: str = "") -> int:
+    def fail(self, name: str, reason: str) -> None:
+        """Count a failed job; `name` is empty if the reason tells it."""
+        self.failed.append(" ".join(reason.split()))
+        self.lines.append((2, f"failed: {f'{name}: ' if name else ''}{self.failed[-1]}"))
+
+    def add(self, part: Summary) -> None:
+        """Print the lines of a batch, and count its jobs."""
+        for stream, line in part.lines:
+            print(printable(line), file=sys.stderr if stream == 2 else sys.stdout, flush=True)
+        self.failed += part.failed
+        self.speech_seconds += part.speech_seconds
+
+    def report(self, kind: str, output: Path, origin: str = "") -> int:
         """Print the figures, and the command's seconds in each stage; returns the exit code: 1 if a job failed.
 
         Args:
@@ -45,7 +86,7 @@ class Summary:
             raise UserError(f"none of the {self.jobs} {kind}{origin} could be done; the first: {self.failed[0]}")
         progress = current()
         seconds = progress.wall if progress else self.seconds
-        speech = f"{self.speech_seconds:.1f} s of speech in {seconds:.1f} s on {device}"
+        speech = f"{self.speech_seconds:.1f} s of speech in {seconds:.1f} s on {self.device}"
         print(printable(f"{done} of {self.jobs} {kind} in {output}: {speech}"))
         if progress:
             stages = sorted(progress.seconds.items(), key=lambda stage: stage[0] == "other")
@@ -53,55 +94,98 @@ class Summary:
         return 1 if self.failed else 0
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Named jobs that are computed together. first: number of the first, from 0. total: number of all jobs."""
+
+    jobs: Sequence[tuple[str, Any]]
+    first: int
+    total: int
+
+
+class BatchWork(Work[Batch, Batch, Summary]):
+    """Prepares, computes and writes the jobs of a batch. The error of a job that is the only one is raised.
+
+    Args:
+        start: makes what is done with jobs.
+        name_errors: print the job's name with its error; not needed if the name is a path that the error contains.
+        number: of this process, and of its device.
+    """
+
+    def __init__(self, start: Callable[[], Jobs], name_errors: bool, number: int) -> None:
+        if parent_process() is not None:
+            os.environ["LOCAL_RANK"] = str(number)  # `pick_device` goes by it
+        self.worker, self.name_errors = start(), name_errors
+        self.about = str(self.worker.device)
+
+    def encode(self, halves: Sequence[Batch]) -> list[Summary]:
+        return [self._run(batch) for batch in halves]
+
+    def _run(self, batch: Batch) -> Summary:
+        summary, alone, ready = Summary(len(batch.jobs)), batch.total == 1, []
+
+        @contextmanager
+        def failing(name: str) -> Iterator[None]:
+            try:
+                yield
+            except Exception as error:
+                if alone:
+                    raise
+                line = str(error) if isinstance(error, UserError) else f"unforeseen {type(error).__name__}: {error}"
+                summary.fail(name if self.name_errors else "", line)
+
+        for number, (name, job) in enumerate(batch.jobs, batch.first + 1):
+            set_prefix("" if alone else f"{number}/{batch.total} ")
+            with failing(name):
+                ready.append((name, self.worker.prepare(job)))
+        try:
+            results = [[each] for each in self.worker.process([prepared for _, prepared in ready])] if ready else []
+        except Exception:
+            if alone:
+                raise
+            results = [[] for _ in ready]  # one by one, to find the job that ends its batch
+        for (name, prepared), result in zip(ready, results, strict=True):
+            with failing(name):
+                result = result or self.worker.process([prepared])
+                with stage("writing"):
+                    line, seconds = self.worker.write(name, prepared, *result)
+                summary.speech_seconds += seconds
+                summary.lines.append((1, line))
+        return summary
+
+
 def run_batches(
-    jobs: Sequence[tuple[str, Job]],
+    jobs: Sequence[tuple[str, Any]],
     batch_size: int,
-    prepare: Callable[[Job], Prepared],
-    process: Callable[[list[Prepared]], Sequence[Result]],
-    write: Callable[[str, Prepared, Result], tuple[str, float]],
+    start: Callable[[], Jobs],
+    devices: int = 1,
+    ray: ClusterConfig | None = None,
     name_errors: bool = False,
 ) -> Summary:
-    """Prepare, process and write named jobs, `batch_size` at a time. A failure is printed to standard error.
+    """Do named jobs, `batch_size` at a time, and print a line for each; failures go to standard error.
 
     Args:
         jobs: (name, job) pairs.
-        prepare: reads the files of a job.
-        process: computes a batch.
-        write: writes the files of a job; returns a line to print and the seconds of speech in the files.
-        name_errors: print the job's name with its error; not needed if the name is a path that the error contains.
+        start: makes what is done with them. It can be pickled if they are done in other processes.
+        devices: number of processes, each with a device of its own; with one, this process does the jobs.
+        ray: of a cluster that does them instead.
+        name_errors: see `BatchWork`.
     """
-    summary, start = Summary(len(jobs)), time.monotonic()
-
-    @contextmanager
-    def failing(name: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if len(jobs) == 1:
-                raise
-            line = str(error) if isinstance(error, UserError) else f"unforeseen {type(error).__name__}: {error}"
-            summary.failed.append(" ".join(line.split()))
-            line = f"failed: {f'{name}: ' if name_errors else ''}{summary.failed[-1]}"
-            print(printable(line), file=sys.stderr, flush=True)
-
-    for first in range(0, len(jobs), batch_size):
-        batch: list[tuple[str, Prepared]] = []
-        for number, (name, job) in enumerate(jobs[first : first + batch_size], first + 1):
-            set_prefix(f"{number}/{len(jobs)} " if len(jobs) > 1 else "")
-            with failing(name):
-                batch.append((name, prepare(job)))
-        try:
-            results = [[result] for result in process([prepared for _, prepared in batch])] if batch else []
-        except Exception:
-            if len(batch) == 1 == len(jobs):
-                raise
-            results = [[] for _ in batch]  # one by one, to find the job that ends its batch
-        for (name, prepared), result in zip(batch, results, strict=True):
-            with failing(name):
-                result = result or process([prepared])
-                with stage("writing"):
-                    line, seconds = write(name, prepared, *result)
-                summary.speech_seconds += seconds
-                print(printable(line), flush=True)
-    summary.seconds = time.monotonic() - start
+    firsts = range(0, len(jobs), batch_size)
+    batches = [Batch(jobs[first : first + batch_size], first, len(jobs)) for first in firsts]
+    build, count = partial(BatchWork, start, name_errors), min(devices, len(batches))
+    summary, began = Summary(len(jobs)), time.monotonic()
+    executor = Cluster(ray, build) if ray else ThisProcess(build) if count == 1 else Processes(count, build)
+    others = ray.encoders if ray else count if count > 1 else 0
+    with executor, stage("other processes", len(batches), "batches") if others else nullcontext() as step:
+        summary.device = f"{others} processes, {executor.about}" if others else executor.about
+        for batch, part in executor.run(batches):
+            if isinstance(part, Lost):
+                reason, part = part.reason, Summary(len(batch.jobs))
+                for name, _ in batch.jobs:
+                    part.fail(name, reason)
+            summary.add(part)
+            if others:
+                step()
+    summary.seconds = time.monotonic() - began
     return summary

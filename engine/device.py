@@ -1,4 +1,4 @@
-"""Which device a process computes on."""
+"""Which device a process computes on, and how many there are."""
 
 from __future__ import annotations
 
@@ -11,8 +11,16 @@ from engine.settings import DEVICES, require_choice
 
 
 def pick_device(name: str) -> torch.device:
-    """Turn `auto`, `cpu` or `cuda` into this process's device; under torchrun each process gets a GPU of its own."""
+    """Turn a setting `device` into this process's device; each process of a machine gets a GPU of its own.
+
+    auto is the GPU, else the processor. mps, Apple's GPU, is taken where it is named: few of our networks were tried
+    on it.
+    """
     require_choice("device", name, DEVICES)
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("device=mps, but PyTorch has no Apple GPU here; use device=cpu or device=auto")
+        return torch.device("mps")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but no CUDA device is available; use device=cpu or device=auto")
     if name == "cpu" or not torch.cuda.is_available():
@@ -21,3 +29,13 @@ def pick_device(name: str) -> torch.device:
     if local >= count:
         raise UserError(f"process {local} of this machine has no GPU: {count} present; lower --nproc_per_node")
     return torch.device("cuda", local)
+
+
+def count_devices(devices: str, device: str) -> int:
+    """Return how many processes, each with a device of its own, the setting `devices` (a number, or all) asks for."""
+    kind = pick_device(device).type
+    there = torch.cuda.device_count() if kind == "cuda" else 1
+    count = there if devices == "all" else int(devices)
+    if kind != "cpu" and count > there:
+        raise UserError(f"devices={devices}, but {there} {kind} devices are here: use devices=all")
+    return count

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from engine.batch_runner import run_batches
-from engine.device import pick_device
+from engine.device import count_devices, pick_device
 from engine.faces.detectors import YuNetDetector
 from engine.faces.landmarks import landmark_source
 from engine.faces.track import read_boxes
@@ -43,71 +44,67 @@ def write_outputs(clip: Path, speech: Speech, folder: Path, figure: bool, strip:
     return [folder / name for name in names]
 
 
-def run(c: InferConfig, clips: list[Path]) -> int:
-    """Do the job that `read_settings` gives; returns the exit code: 0 when all clips are done, 1 when some failed.
+class ClipJobs:
+    """What is done with clips: cut the faces, speak, write the files."""
 
-    Raises:
-        UserError: no clip could be done.
-    """
-    output = Path(c.output)
-    with writable(c.output), tempfile.TemporaryDirectory() as scratch:
+    def __init__(self, c: InferConfig) -> None:
+        self.config, self.output, self.identity = c, Path(c.output), None
+        self.box = read_boxes(c.face_box) if c.face_box else None
         detector = YuNetDetector(c.detector) if c.detector else None
         landmarks = landmark_source(c.face_landmarks, detector)
-        box = read_boxes(c.face_box) if c.face_box else None
-        weights, device, identity = c.weights or BUNDLED, pick_device(c.device), None
+        weights, self.device = c.weights or BUNDLED, pick_device(c.device)
         if c.reference_audio is not None:
             with stage("reading"):
                 voice = read_voice(c.reference_audio, 16_000)
             with stage("conditions"):
-                identity = GE2EEncoder().embed(voice, 16_000)
+                self.identity = GE2EEncoder().embed(voice, 16_000)
         with stage("loading"):
-            pipeline = HiCoDiTPipeline.from_pretrained(
-                weights, device, c.codec, c.encoders, detector, landmarks, c.precision, c.compile
+            pipeline = self.pipeline = HiCoDiTPipeline.from_pretrained(
+                weights, self.device, c.codec, c.encoders, detector, landmarks, c.precision, c.compile
             )
         pipeline.sampler = override(pipeline.sampler, c.sampler)
         pipeline.guidance = override(pipeline.guidance, c.guidance)
         limit = pipeline.system.model.config.guidance_limit
         if limit is not None:
             pipeline.guidance.check_input(limit)
+        self.scratch = tempfile.TemporaryDirectory()
 
-        if c.stream:
-            steps = c.sampler.get("steps")
-            settings = StreamSettings(c.lookahead, **({} if steps is None else {"steps": steps}))
-            return _run_streams(pipeline, settings, c, clips, identity)
+    def prepare(self, clip: Path) -> Crops:
+        return self.pipeline.crops(clip, self.config.chosen_face, self.box, self._strip(clip))
 
-        def strip_of(clip: Path) -> Path | None:
-            return Path(scratch) / f"{clip.stem}{FACE[0]}" if c.debug else None
+    def process(self, batch: list[Crops]) -> list[Speech]:
+        return self.pipeline.run(batch, [self.config.seed] * len(batch), self.identity)
 
-        def prepare(clip: Path) -> Crops:
-            return pipeline.crops(clip, c.chosen_face, box, strip_of(clip))
+    def write(self, name: str, crops: Crops, speech: Speech) -> tuple[str, float]:
+        strip = self._strip(Path(name))
+        written = write_outputs(Path(name), speech, self.output, self.config.figure, strip)
+        unseen = crops.track.unseen(FPS)
+        note = f" (face seen in {crops.track.coverage:.0%}; not at {unseen})" if unseen else ""
+        seconds = len(speech.wave) / speech.rate
+        return f"{name}, {seconds:.1f} s -> {', '.join(p.name for p in written)}{note}", seconds
 
-        def process(batch: list[Crops]) -> list[Speech]:
-            return pipeline.run(batch, [c.seed] * len(batch), identity)
-
-        def write(name: str, crops: Crops, speech: Speech) -> tuple[str, float]:
-            written = write_outputs(Path(name), speech, output, c.figure, strip_of(Path(name)))
-            unseen = crops.track.unseen(FPS)
-            note = f" (face seen in {crops.track.coverage:.0%}; not at {unseen})" if unseen else ""
-            seconds = len(speech.wave) / speech.rate
-            return f"{name}, {seconds:.1f} s -> {', '.join(p.name for p in written)}{note}", seconds
-
-        jobs = [(str(clip), clip) for clip in clips]
-        summary = run_batches(jobs, c.batch_size, prepare, process, write)
-    return summary.report("clips", output, pipeline.device, f" of input={c.input}")
+    def _strip(self, clip: Path) -> Path | None:
+        return Path(self.scratch.name) / f"{clip.stem}{FACE[0]}" if self.config.debug else None
 
 
-def _run_streams(
-    pipeline: HiCoDiTPipeline, settings: StreamSettings, c: InferConfig, clips: list[Path], identity: np.ndarray | None
-) -> int:
-    """The clips of `run`, one by one as streams."""
-    output = Path(c.output)
+class StreamJobs(ClipJobs):
+    """What is done with clips as streams."""
 
-    def process(batch: list[Path]) -> list[list[SpeechChunk]]:
-        return [list(pipeline.stream(clip, c.seed, identity, **vars(settings))) for clip in batch]
+    def __init__(self, c: InferConfig) -> None:
+        super().__init__(c)
+        steps = c.sampler.get("steps")
+        self.settings = StreamSettings(c.lookahead, **({} if steps is None else {"steps": steps}))
 
-    def write(name: str, clip: Path, chunks: list[SpeechChunk]) -> tuple[str, float]:
+    def prepare(self, clip: Path) -> Path:
+        return clip
+
+    def process(self, batch: list[Path]) -> list[list[SpeechChunk]]:
+        seed, identity, settings = self.config.seed, self.identity, vars(self.settings)
+        return [list(self.pipeline.stream(clip, seed, identity, **settings)) for clip in batch]
+
+    def write(self, name: str, clip: Path, chunks: list[SpeechChunk]) -> tuple[str, float]:
         wave, rate = np.concatenate([chunk.wave for chunk in chunks]), chunks[0].rate
-        with all_or_none(output) as staging:
+        with all_or_none(self.output) as staging:
             write_wav(staging / f"{clip.stem}.wav", wave, rate)
             mux_audio(clip, wave, rate, staging / f"{clip.stem}.mp4")
         seconds, compute = len(wave) / rate, sum(chunk.compute for chunk in chunks)
@@ -115,6 +112,15 @@ def _run_streams(
         figures = f"first sound after {first:.2f} s, {compute / seconds:.2f} s of computing for a second"
         return f"{name}, {seconds:.1f} s -> {clip.stem}.wav, {clip.stem}.mp4 ({figures})", seconds
 
-    jobs = [(str(clip), clip) for clip in clips]
-    summary = run_batches(jobs, 1, lambda clip: clip, process, write)
-    return summary.report("clips", output, pipeline.device, f" of input={c.input}")
+
+def run(c: InferConfig, clips: list[Path]) -> int:
+    """Do the job that `read_settings` gives; returns the exit code: 0 when all clips are done, 1 when some failed.
+
+    Raises:
+        UserError: no clip could be done.
+    """
+    start, jobs = partial(StreamJobs if c.stream else ClipJobs, c), [(str(clip), clip) for clip in clips]
+    with writable(c.output):
+        devices, ray = count_devices(c.devices, c.device), c.ray if c.executor == "ray" else None
+        summary = run_batches(jobs, 1 if c.stream else c.batch_size, start, devices, ray)
+    return summary.report("clips", Path(c.output), f" of input={c.input}")

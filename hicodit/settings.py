@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from engine.cluster import ClusterConfig, check_place
 from engine.config import CONFIGS, plain
 from engine.errors import UserError
 from engine.faces.track import check_face, given_track, read_boxes
@@ -19,7 +20,10 @@ from engine.media.limits import Limits, set_limits
 from engine.settings import (
     COMPILE,
     DEVICE,
+    DEVICE_COUNT,
     DEVICES,
+    EXECUTOR,
+    EXECUTORS,
     FACE_BOX,
     PRECISION,
     PRECISIONS,
@@ -159,6 +163,9 @@ class InferConfig:
     )
     seed: int = setting(0, *SEEDS, SEED)
     device: str = setting("auto", choices=DEVICES, about=DEVICE)
+    devices: str = setting("1", about=DEVICE_COUNT)
+    executor: str = setting("processes", choices=EXECUTORS, about=EXECUTOR)
+    ray: ClusterConfig = group(ClusterConfig, about="with executor=ray")
     precision: str = setting("auto", choices=PRECISIONS, about=PRECISION)
     compile: bool = setting(False, about=COMPILE)
     batch_size: int = setting(8, 1, 1024, "number of clips of a folder processed at once")
@@ -188,6 +195,7 @@ class InferConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        check_place(self.executor, self.devices)
 
     @property
     def chosen_face(self) -> str | int:

@@ -6,10 +6,11 @@ Axes: N samples at 24 kHz, F frames at 25 a second.
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 from engine.batch_runner import run_batches
-from engine.device import pick_device
+from engine.device import count_devices, pick_device
 from engine.errors import UserError
 from engine.files import all_or_none, writable
 from engine.media.audio import write_wav
@@ -22,33 +23,42 @@ from talker_t2av.settings import InferConfig, Job, outputs_of
 from talker_t2av.system import BUNDLED
 
 
+class TalkJobs:
+    """What is done with jobs: read their files, generate, write."""
+
+    def __init__(self, c: InferConfig) -> None:
+        self.config, self.device = c, pick_device(c.device)
+        codecs = {stream: folder for stream, folder in vars(c.codecs).items() if folder}
+        with stage("loading"):
+            self.pipeline = TalkerPipeline.from_pretrained(
+                c.weights or BUNDLED, self.device, codecs, c.precision, c.compile
+            )
+        self.pipeline.sampling = override(self.pipeline.sampling, c.sampling)
+
+    def prepare(self, job: Job | UserError) -> PreparedJob:
+        if isinstance(job, UserError):
+            raise job
+        return self.pipeline.prepare(job)
+
+    def process(self, batch: list[PreparedJob]) -> list[Talk]:
+        return self.pipeline.finish(batch)
+
+    def write(self, name: str, prepared: PreparedJob, talk: Talk) -> tuple[str, float]:
+        written = write_outputs(prepared.job, name, talk, Path(self.config.output), self.config.figure)
+        seconds = len(talk.wave) / self.pipeline.rate
+        return f"{name}, {seconds:.1f} s -> {', '.join(written)}{_remark(prepared, talk)}", seconds
+
+
 def run(c: InferConfig, jobs: list[tuple[str, Job | UserError]]) -> int:
     """Do the jobs that `read_settings` gives; 0 when all is done, 1 when some of several jobs failed.
 
     Raises:
         UserError: nothing could be done.
     """
-    output = Path(c.output)
     with writable(c.output):
-        codecs = {stream: folder for stream, folder in vars(c.codecs).items() if folder}
-        with stage("loading"):
-            pipeline = TalkerPipeline.from_pretrained(
-                c.weights or BUNDLED, pick_device(c.device), codecs, c.precision, c.compile
-            )
-        pipeline.sampling = override(pipeline.sampling, c.sampling)
-
-        def prepare(job: Job | UserError) -> PreparedJob:
-            if isinstance(job, UserError):
-                raise job
-            return pipeline.prepare(job)
-
-        def write(name: str, prepared: PreparedJob, talk: Talk) -> tuple[str, float]:
-            written = write_outputs(prepared.job, name, talk, output, c.figure)
-            seconds = len(talk.wave) / pipeline.rate
-            return f"{name}, {seconds:.1f} s -> {', '.join(written)}{_remark(prepared, talk)}", seconds
-
-        summary = run_batches(jobs, c.batch_size, prepare, pipeline.finish, write, name_errors=True)
-    return summary.report("jobs", output, pipeline.system.device)
+        devices, ray = count_devices(c.devices, c.device), c.ray if c.executor == "ray" else None
+        summary = run_batches(jobs, c.batch_size, partial(TalkJobs, c), devices, ray, name_errors=True)
+    return summary.report("jobs", Path(c.output))
 
 
 def write_outputs(job: Job, name: str, talk: Talk, folder: Path, figure: bool = False) -> list[str]:

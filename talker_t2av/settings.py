@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from engine.cluster import ClusterConfig, check_place
 from engine.config import plain
 from engine.errors import UserError
 from engine.faces.track import given_track, read_boxes
@@ -19,7 +20,10 @@ from engine.media.limits import Limits, set_limits
 from engine.settings import (
     COMPILE,
     DEVICE,
+    DEVICE_COUNT,
     DEVICES,
+    EXECUTOR,
+    EXECUTORS,
     FACE_BOX,
     PRECISION,
     PRECISIONS,
@@ -204,6 +208,9 @@ class InferConfig(Job):
         CodecFolders, about="release folders of codecs; null: those that belong to the weights"
     )
     device: str = setting("auto", choices=DEVICES, about=DEVICE)
+    devices: str = setting("1", about=DEVICE_COUNT)
+    executor: str = setting("processes", choices=EXECUTORS, about=EXECUTOR)
+    ray: ClusterConfig = group(ClusterConfig, about="with executor=ray")
     precision: str = setting("auto", choices=PRECISIONS, about=PRECISION)
     compile: bool = setting(False, about=COMPILE)
     batch_size: int = setting(8, 1, 1024, "number of jobs processed at once")
@@ -215,6 +222,7 @@ class InferConfig(Job):
 
     def __post_init__(self) -> None:
         check_settings(self)  # whether the job's settings fit together is for `Job` to check
+        check_place(self.executor, self.devices)
 
 
 JOB_FIELDS = {field.name for field in fields(Job)}

@@ -1,6 +1,9 @@
 """Batches of named jobs: failures are named and counted, the rest is written, the summary and exit code tell."""
 
+import os
+import signal
 import time
+from functools import partial
 
 import pytest
 
@@ -9,26 +12,39 @@ from engine.errors import UserError
 from engine.progress import Progress, stage
 
 
-def run(jobs, batch_size=2, name_errors=False):
-    """Jobs are numbers: even ones cannot be prepared, 7 cannot be written; a result is the number of its batch."""
-    batches = []
+class Numbers:
+    """Jobs are numbers: even ones cannot be prepared, 7 cannot be written, 9 kills its process; a result is a batch.
 
-    def prepare(job):
+    Args:
+        batches: list that gets each batch, in this process.
+    """
+
+    device = "cpu"
+
+    def __init__(self, batches=None):
+        self.batches = [] if batches is None else batches
+
+    def prepare(self, job):
         if job % 2 == 0:
             raise UserError(f"{job} is even")
         return job
 
-    def process(batch):
-        batches.append(batch)
-        return [len(batches)] * len(batch)
+    def process(self, batch):
+        if 9 in batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.batches.append(batch)
+        return [batch] * len(batch)
 
-    def write(name, job, result):
+    def write(self, name, job, result):
         if job == 7:
             raise UserError("the disk is full")
         return f"{name}: batch {result}", 0.5
 
-    names = [(f"job{job}", job) for job in jobs]
-    return run_batches(names, batch_size, prepare, process, write, name_errors), batches
+
+def run(jobs, batch_size=2, name_errors=False, **place):
+    names, batches = [(f"job{job}", job) for job in jobs], []
+    start = Numbers if place else partial(Numbers, batches)
+    return run_batches(names, batch_size, start, name_errors=name_errors, **place), batches
 
 
 def test_failures_are_reported_and_the_rest_is_written(tmp_path, capsys):
@@ -36,23 +52,23 @@ def test_failures_are_reported_and_the_rest_is_written(tmp_path, capsys):
     assert batches == [[1], [5, 7]]  # nothing is left of the second batch
     assert summary.failed == ["2 is even", "4 is even", "6 is even", "the disk is full"]
     out, err = capsys.readouterr()
-    assert out == "job1: batch 1\njob5: batch 2\n"
+    assert out == "job1: batch [1]\njob5: batch [5, 7]\n"
     assert err.splitlines()[0] == "failed: job2: 2 is even" and len(err.splitlines()) == 4
     with Progress(time.perf_counter() - 3.0):
         with stage("files"):
             time.sleep(0.1)
-        assert summary.report("jobs", tmp_path, "cpu") == 1
+        assert summary.report("jobs", tmp_path) == 1
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith(f"2 of 6 jobs in {tmp_path}: 1.0 s of speech in 3.") and first.endswith(" s on cpu")
     assert second.startswith("of which loading 3.0 s, files 0.") and second.endswith("s, other 0.0 s")
 
 
 def test_all_done_is_exit_code_0_and_all_failed_is_an_error(tmp_path, capsys):
-    assert run([1, 3, 5])[0].report("clips", tmp_path, "cpu") == 0
+    assert run([1, 3, 5])[0].report("clips", tmp_path) == 0
     summary, batches = run([2, 4])
     assert not batches and capsys.readouterr().err == "failed: 2 is even\nfailed: 4 is even\n"
     with pytest.raises(UserError, match="none of the 2 clips of input=x could be done; the first: 2 is even"):
-        summary.report("clips", tmp_path, "cpu", " of input=x")
+        summary.report("clips", tmp_path, " of input=x")
 
 
 @pytest.mark.parametrize(("job", "message"), [(2, "2 is even"), (7, "the disk is full")])
@@ -60,3 +76,14 @@ def test_the_error_of_a_single_job_is_raised(job, message, capsys):
     with pytest.raises(UserError, match=message):
         run([job])
     assert not capsys.readouterr().err
+
+
+def test_batches_are_shared_by_processes_and_one_that_kills_its_process_fails_alone(tmp_path, capsys):
+    summary, _ = run([1, 3, 5, 9, 11, 4, 13], name_errors=True, devices=2)
+    out, err = capsys.readouterr()
+    assert sorted(out.splitlines()) == ["job11: batch [11]", "job13: batch [13]", "job1: batch [1, 3]",
+                                        "job3: batch [1, 3]"]  # fmt: skip
+    died = "its process died, 2 times (signal 9)"
+    assert sorted(err.splitlines()) == ["failed: job4: 4 is even", f"failed: job5: {died}", f"failed: job9: {died}"]
+    assert (len(summary.failed), summary.speech_seconds, summary.device) == (3, 2.0, "2 processes, cpu")
+    assert summary.report("jobs", tmp_path) == 1

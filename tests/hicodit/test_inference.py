@@ -1,11 +1,15 @@
 """`infer.py` as a person uses it: outputs, folders of clips, and one line for every kind of bad input."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +38,8 @@ def run(config):
 
 def config(release, source, output, **changes):
     base = OmegaConf.load(ROOT / "configs" / "infer.yaml")
-    base.pop("defaults")
+    for name in ("defaults", "_schema_"):
+        base.pop(name)
     return OmegaConf.merge(base, {"weights": str(release), "input": str(source), "output": str(output), **changes})
 
 
@@ -84,6 +89,48 @@ def test_a_bad_clip_in_a_folder_does_not_stop_the_rest(release, clip, tmp_path, 
     assert run(config(release, clips, tmp_path / "out", figure=False, batch_size=2)) == 1
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.mp4", "a.wav", "c.mp4", "c.wav"]
     assert "b.mp4" in capsys.readouterr().err
+
+
+def test_two_processes_of_which_one_is_killed_give_the_files_of_one(release, clip, tmp_path, capsys):
+    source, names = tmp_path / "clips", [f"clip{i}" for i in range(4)]
+    source.mkdir()
+    for name in names:
+        shutil.copyfile(clip, source / f"{name}.mp4")
+    changes = {"batch_size": 1, "device": "cpu", "figure": False}
+    assert run(config(release, source, tmp_path / "one", **changes)) == 0
+
+    def kill():
+        while not list((tmp_path / "two").glob("*.wav")):
+            time.sleep(0.02)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    capsys.readouterr()
+    assert run(config(release, source, tmp_path / "two", devices="2", **changes)) == 0
+    killer.join(1)
+    assert not killer.is_alive()
+    *lines, summary = capsys.readouterr().out.splitlines()
+    assert sorted(line.partition(",")[0] for line in lines) == [str(source / f"{name}.mp4") for name in names]
+    assert summary.startswith("4 of 4 clips") and summary.endswith("on 2 processes, cpu")
+    for name in names:
+        assert (tmp_path / "two" / f"{name}.wav").read_bytes() == (tmp_path / "one" / f"{name}.wav").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"devices": "0"}, "devices=0 must be a number from 1 to 64, or all"),
+        ({"devices": "2", "executor": "ray"}, "devices=2 with executor=ray: set ray.encoders and ray.gpus instead"),
+        ({"device": "mps"}, "device=mps, but PyTorch has no Apple GPU here"),
+        ({"ray": {"encoders": 0}}, r"ray\.encoders=0 must be"),
+    ],
+)
+def test_devices_that_are_not_there_are_refused(release, clip, tmp_path, changes, message):
+    if changes.get("device") == "mps" and torch.backends.mps.is_available():
+        pytest.skip("an Apple GPU is here")
+    with pytest.raises(UserError, match=message):
+        run(config(release, clip, tmp_path, **changes))
 
 
 def bad_inputs(folder: Path, clip: Path):

@@ -14,6 +14,7 @@ import threading
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,7 +98,8 @@ def test_names_of_files_do_not_reach_the_terminal_as_they_are(capsys):
             raise UserError(f"no such file: {name}")
         return name
 
-    run_batches([(n, n) for n in names], 2, may_fail, lambda batch: batch, lambda n, *_: (f"{n} done", 1.0), True)
+    jobs = SimpleNamespace(device="cpu", prepare=may_fail, process=list, write=lambda n, *_: (f"{n} done", 1.0))
+    run_batches([(n, n) for n in names], 2, lambda: jobs, name_errors=True)
     said = capsys.readouterr()
     assert said.out.splitlines() == ["?[2Jgone done", "?gpj done", "?31m done", "plain é 你 done"]
     assert said.err == "failed: line break: no such file: line break\n"
@@ -110,14 +112,13 @@ def test_one_bad_job_ends_no_other(stage, capsys):
             raise ZeroDivisionError("by nothing")
         return names
 
-    summary = run_batches(
-        [(name, name) for name in ("first", "bad", "last")],
-        batch_size=3,
+    jobs = SimpleNamespace(
+        device="cpu",
         prepare=lambda job: may_fail("prepare", [job])[0],
         process=lambda batch: may_fail("process", batch),
         write=lambda name, prepared, result: (f"{result} done", len(may_fail("write", [name]))),
-        name_errors=True,
     )
+    summary = run_batches([(name, name) for name in ("first", "bad", "last")], 3, lambda: jobs, name_errors=True)
     said = capsys.readouterr()
     assert said.out.split("\n") == ["first done", "last done", ""] and summary.speech_seconds == 2
     assert said.err == "failed: bad: unforeseen ZeroDivisionError: by nothing\n"
