@@ -117,7 +117,7 @@ class Cluster:
                 raise UserError(str(self._cause(error))) from error
             raise
         self.actors = itertools.cycle(actors)
-        self.cut = ray.remote(_cut).options(num_cpus=1, max_retries=RETRIES, name="first half")
+        self.cut = ray.remote(_cut).options(num_cpus=1, max_retries=RETRIES, name="cut")
         self.shared = ray.put((os.urandom(8), self.build_cut, place, self.timeout))
         return self
 
