@@ -11,7 +11,7 @@ import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,6 +69,33 @@ class Source:
             raise UserError(f"{self.root}: {twice[0]} is listed more than once in split {split}: keep one of them")
         shared = {key for key, count in Counter(clip.key for clip in clips).items() if count > 1}
         return [replace(c, key=with_digest(c.key, c.source)) if c.key in shared else c for c in clips]
+
+
+class Unsplit(Source):
+    """A data set without splits of its own: `val` and `test` are groups of clips that are held out.
+
+    Args:
+        validation, test: shares of the groups (speakers, videos, or files where speakers are not named).
+        customary: groups that are customary for testing, if there are others, too.
+    """
+
+    def __init__(self, root: str | Path, validation: float, test: float = 0.0, customary: Sequence[str] = ()) -> None:
+        super().__init__(root)
+        self.found = list(self.walk())
+        groups = {group for group, _ in self.found}
+        tests = groups.intersection(customary if len(groups) > len(customary) else ())
+        self.own = dict.fromkeys(tests, "test") | held_out(groups - tests, {"test": test, "val": validation})
+
+    def walk(self) -> Iterator[tuple[str, SourceClip]]:
+        """All clips in a fixed order, each with its group."""
+        raise NotImplementedError
+
+    def splits(self) -> list[str]:
+        names = {self.own.get(group, "train") for group, _ in self.found}
+        return [name for name in ("train", "val", "test") if name in names]
+
+    def read(self, split: str) -> Iterator[SourceClip]:
+        return (clip for group, clip in self.found if self.own.get(group, "train") == split)
 
 
 class Synthetic(Source):

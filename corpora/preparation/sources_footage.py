@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from corpora.preparation.clip import SourceClip, make_key
-from corpora.preparation.sources import Source, held_out, read_lines
+from corpora.preparation.sources import Unsplit, read_lines
 from engine.errors import UserError, printable
 from engine.untrusted import parse_json, safe_name
 
@@ -23,7 +23,7 @@ Row = tuple[
 ]  # video, from, to, face, facts as they stand
 
 
-class YoutubeIds(Source):
+class YoutubeIds(Unsplit):
     """Parts of downloaded videos. ROOT/VIDEOS/**/ID.mp4 (or .mkv, .webm, ...), and a list of ids, times and places.
 
     The face nearest to the given place is tracked. Clips whose video is not there (many are no longer to be had) or
@@ -43,41 +43,36 @@ class YoutubeIds(Source):
     def __init__(
         self, root: str | Path, listing: str, videos: str = "videos", test: float = 0.02, validation: float = 0.01
     ) -> None:
-        super().__init__(root)
-        path = self.root / listing
-        files = {f.stem: f.relative_to(self.root).as_posix() for f in _videos(self.root / videos)}
+        self.listing, self.videos = listing, videos
+        super().__init__(root, validation, test)
+
+    def walk(self) -> Iterator[tuple[str, SourceClip]]:
+        path, folder = self.root / self.listing, self.root / self.videos
+        files = {f.stem: f.relative_to(self.root).as_posix() for f in _videos(folder)}
         files = {re.sub("^(RD|WDA|WRA)_", "", name): path for name, path in files.items()} | files  # of HDTF's program
-        absent, bad, self.rows = 0, [], []
+        absent, bad, count = 0, [], 0
         for number, row in enumerate(_reader(path)(path), 1):
             try:
-                row = _checked(*row)
+                video, start, end, face, facts = _checked(*row)
             except UserError as error:
                 bad.append(f"clip {number}: {error}")
                 continue
-            if row[0] in files:
-                self.rows.append((files[row[0]], row))
+            if video in files:
+                key = make_key(f"{video}-{round(1000 * start):07d}-{round(1000 * end):07d}")
+                facts = {"speaker": video} | {name: value for name, value in facts.items() if value}
+                yield video, SourceClip(key, files[video], span=(start, end), face=face, **facts)
+                count += 1
             else:
                 absent += 1
         if absent:
-            print(f"{listing}: {absent} clips are left out, as {self.root / videos} lacks their videos")
+            print(f"{self.listing}: {absent} clips are left out, as {folder} lacks their videos")
         if bad:
-            line = f"{listing}: {len(bad)} clips are left out, as their rows make no sense; the first: {bad[0]}"
+            line = f"{self.listing}: {len(bad)} clips are left out, as their rows make no sense; the first: {bad[0]}"
             print(printable(line))
-        if not self.rows:
+        if not count:
             raise UserError(
-                f"{path}: none of its {absent + len(bad)} clips can be used: is source.videos={videos} right?"
+                f"{path}: none of its {absent + len(bad)} clips can be used: is source.videos={self.videos} right?"
             )
-        self.own = held_out((row[0] for _, row in self.rows), {"test": test, "val": validation})
-
-    def splits(self) -> list[str]:
-        return ["train", *sorted(set(self.own.values()), reverse=True)]
-
-    def read(self, split: str) -> Iterator[SourceClip]:
-        for file, (video, start, end, face, facts) in self.rows:
-            if self.own.get(video, "train") == split:
-                key = make_key(f"{video}-{round(1000 * start):07d}-{round(1000 * end):07d}")
-                facts = {"speaker": video} | {name: value for name, value in facts.items() if value}
-                yield SourceClip(key, file, span=(start, end), face=face, **facts)
 
 
 def _videos(folder: Path) -> Iterator[Path]:

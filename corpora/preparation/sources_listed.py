@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from corpora.preparation.clip import SourceClip, make_key
-from corpora.preparation.sources import Source, held_out, read_lines, read_table
+from corpora.preparation.sources import Unsplit, read_lines, read_table
 from engine.errors import UserError
 from engine.untrusted import safe_name
 
 
-class TalkerData(Source):
+class TalkerData(Unsplit):
     """The released Talker-T2AV-Data: sound and motion codes, no pictures.
 
     Args:
@@ -41,31 +41,28 @@ class TalkerData(Source):
         tars: str | None = None,
         validation: float = 0.002,
     ) -> None:
-        super().__init__(root)
         if (table is None) == (listing is None) or (listing is not None and sounds is None):
             raise UserError("give source.table=FILE.csv, or source.listing=FILE.txt with source.sounds=FOLDER")
-        self.table, self.listing, self.sounds = table, listing, sounds
-        self.members = tar_members(self.root, tars) if tars else {}
-        self.own = held_out((wav for wav, _, _ in self._rows()), {"val": validation})
+        self.table, self.listing, self.sounds, self.tars = table, listing, sounds, tars
+        super().__init__(root, validation)
 
-    def splits(self) -> list[str]:
-        return ["train", *["val"] * bool(self.own)]
-
-    def read(self, split: str) -> Iterator[SourceClip]:
+    def walk(self) -> Iterator[tuple[str, SourceClip]]:
+        members = tar_members(self.root, self.tars) if self.tars else {}
         for wav, motion, text in self._rows():
-            if self.own.get(wav, "train") != split:
-                continue
             stem = os.path.splitext(wav)[0]
             text_file = f"{stem}.json"
-            has_text = text is None and (text_file in self.members or (self.root / text_file).is_file())
-            paths = [path for path in (wav, motion, text_file) if path in self.members]
-            yield SourceClip(
-                make_key(stem),
-                audio=wav,
-                text=text,
-                text_file=text_file if has_text else None,
-                motion=motion,
-                packed={path: self.members[path] for path in paths},
+            has_text = text is None and (text_file in members or (self.root / text_file).is_file())
+            paths = [path for path in (wav, motion, text_file) if path in members]
+            yield (
+                wav,
+                SourceClip(
+                    make_key(stem),
+                    audio=wav,
+                    text=text,
+                    text_file=text_file if has_text else None,
+                    motion=motion,
+                    packed={path: members[path] for path in paths},
+                ),
             )
 
     def _rows(self) -> Iterator[tuple[str, str, str | None]]:
@@ -78,7 +75,7 @@ class TalkerData(Source):
                 yield f"{self.sounds}/{Path(line).stem}.wav", line, None
 
 
-class WavList(Source):
+class WavList(Unsplit):
     """Speech alone: a text file with one sound file a line, and a JSON with the key `text` beside each.
 
     Args:
@@ -90,23 +87,17 @@ class WavList(Source):
     frames = False
 
     def __init__(self, root: str | Path, listing: str, validation: float = 0.002) -> None:
-        super().__init__(root)
-        self.listing = read_lines(self.root / listing)
-        self.own = held_out(self.listing, {"val": validation})
+        self.listing = listing
+        super().__init__(root, validation)
 
-    def splits(self) -> list[str]:
-        return ["train", *["val"] * bool(self.own)]
-
-    def read(self, split: str) -> Iterator[SourceClip]:
-        for path in self.listing:
-            if self.own.get(path, "train") != split:
-                continue
+    def walk(self) -> Iterator[tuple[str, SourceClip]]:
+        for path in read_lines(self.root / self.listing):
             stem = os.path.splitext(path)[0]
             text_file = f"{stem}.json" if (self.root / f"{stem}.json").is_file() else None
-            yield SourceClip(make_key(stem), audio=path, text_file=text_file)
+            yield path, SourceClip(make_key(stem), audio=path, text_file=text_file)
 
 
-class Emilia(Source):
+class Emilia(Unsplit):
     """Emilia as it is published: speech in ROOT/**/EN-B000000.tar, sound EN_B00000_S00000_W000000.mp3 and its .json.
 
     The name tells language and speaker, the JSON's `text` the words. Unpacked files of these names are read, too.
@@ -120,26 +111,19 @@ class Emilia(Source):
     NAME = re.compile(r"([A-Z]{2})_B\d+_S\d+(?=_W\d+$)")
 
     def __init__(self, root: str | Path, languages: list[str] | None = None, validation: float = 0.002) -> None:
-        super().__init__(root)
-        wanted = None if languages is None else {language.lower() for language in languages}
+        self.languages = None if languages is None else {language.lower() for language in languages}
+        super().__init__(root, validation)
+
+    def walk(self) -> Iterator[tuple[str, SourceClip]]:
         members = tar_members(self.root, "**/*.tar") if next(self.root.glob("**/*.tar"), None) else {}
         unpacked = (path.relative_to(self.root).as_posix() for path in self.root.glob("**/*.mp3"))
-        self.found = []  # (sound, text file, language, speaker, where both lie in a tar file)
         for sound in sorted({*(name for name in members if name.endswith(".mp3")), *unpacked}):
             name, text = self.NAME.match(Path(sound).stem), f"{sound.removesuffix('.mp3')}.json"
-            if name is not None and (wanted is None or name[1].lower() in wanted):
-                packed = {path: members[path] for path in (sound, text) if path in members}
-                self.found.append((sound, text, name[1].lower(), name[0], packed))
-        self.own = held_out((speaker for *_, speaker, _ in self.found), {"val": validation})
-
-    def splits(self) -> list[str]:
-        return ["train", *["val"] * bool(self.own)]
-
-    def read(self, split: str) -> Iterator[SourceClip]:
-        for sound, text, language, speaker, packed in self.found:
-            if self.own.get(speaker, "train") == split:
-                key = make_key(Path(sound).stem)
-                yield SourceClip(key, None, sound, text_file=text, speaker=speaker, language=language, packed=packed)
+            if name is None or (self.languages is not None and name[1].lower() not in self.languages):
+                continue
+            packed = {path: members[path] for path in (sound, text) if path in members}
+            about = {"text_file": text, "speaker": name[0], "language": name[1].lower(), "packed": packed}
+            yield name[0], SourceClip(make_key(Path(sound).stem), None, sound, **about)
 
 
 def tar_members(root: Path, pattern: str) -> Mapping[str, tuple[str, int, int]]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from corpora.preparation.clip import SourceClip, make_key
-from corpora.preparation.sources import Source, held_out
+from corpora.preparation.sources import Unsplit
 
 # GRID's six letters
 VERBS = {"b": "bin", "l": "lay", "p": "place", "s": "set"}
@@ -43,24 +43,14 @@ RAVDESS_EMOTIONS = {
 RAVDESS_STATEMENTS = {"01": "kids are talking by the door", "02": "dogs are sitting by the door"}
 
 
-class Studio(Source):
-    """The clips of such a data set by split.
+class Studio(Unsplit):
+    """The clips of such a data set, whose groups are its speakers."""
 
-    Args:
-        test, validation: shares of the speakers that make the splits `test` and `val`.
-    """
+    def walk(self) -> Iterator[tuple[str, SourceClip]]:
+        for clip in sorted(self.clips_of_names(), key=lambda clip: clip.source):
+            yield clip.speaker, clip
 
-    TEST: tuple[str, ...] = ()  # speakers that are customary for testing, instead of a share
-
-    def __init__(self, root: str | Path, test: float, validation: float) -> None:
-        super().__init__(root)
-        self.found = sorted(self.walk(), key=lambda clip: clip.source)
-        speakers = {clip.speaker for clip in self.found}
-        customary = dict.fromkeys(speakers.intersection(self.TEST) if len(speakers) > len(self.TEST) else (), "test")
-        shares = {"val": validation} if self.TEST else {"test": test, "val": validation}
-        self.own = customary | held_out(speakers - customary.keys(), shares)
-
-    def walk(self) -> Iterator[SourceClip]:
+    def clips_of_names(self) -> Iterator[SourceClip]:
         """All clips, in any order."""
         raise NotImplementedError
 
@@ -71,13 +61,6 @@ class Studio(Source):
                 if name.lower().endswith(suffixes):
                     yield (Path(folder) / name).relative_to(self.root)
 
-    def splits(self) -> list[str]:
-        found = {self.own.get(clip.speaker, "train") for clip in self.found}
-        return [name for name in ("train", "val", "test") if name in found]
-
-    def read(self, split: str) -> Iterator[SourceClip]:
-        return (clip for clip in self.found if self.own.get(clip.speaker, "train") == split)
-
 
 class GRID(Studio):
     """ROOT/**/s1/**/bbaf2n.mpg, as the archives s1.zip to s34.zip unpack; the name spells the sentence.
@@ -86,12 +69,10 @@ class GRID(Studio):
     speakers 1, 2, 20 and 22, as with LipNet (arXiv 1611.01599).
     """
 
-    TEST = ("s1", "s2", "s20", "s22")
-
     def __init__(self, root: str | Path, validation: float = 0.06) -> None:
-        super().__init__(root, 0.0, validation)
+        super().__init__(root, validation, customary=("s1", "s2", "s20", "s22"))
 
-    def walk(self) -> Iterator[SourceClip]:
+    def clips_of_names(self) -> Iterator[SourceClip]:
         for path in self.files(".mpg"):
             speaker = next((part for part in path.parts if part[:1] == "s" and part[1:].isdigit()), None)
             text = self.sentence(path.stem)
@@ -112,9 +93,9 @@ class CREMAD(Studio):
     """ROOT/VideoFlash/1001_DFA_ANG_XX.flv, sound ROOT/AudioWAV/1001_DFA_ANG_XX.wav: actor, sentence, emotion, level."""
 
     def __init__(self, root: str | Path, test: float = 0.1, validation: float = 0.07) -> None:
-        super().__init__(root, test, validation)
+        super().__init__(root, validation, test)
 
-    def walk(self) -> Iterator[SourceClip]:
+    def clips_of_names(self) -> Iterator[SourceClip]:
         sounds = {path.stem: path.as_posix() for path in self.files(".wav")}
         for path in self.files(".flv", ".mp4"):
             actor, sentence, emotion, *_ = [*path.stem.split("_"), "", "", ""]
@@ -141,9 +122,9 @@ class RAVDESS(Studio):
 
     def __init__(self, root: str | Path, test: float = 0.17, validation: float = 0.08, songs: bool = False) -> None:
         self.channels = ("01", "02") if songs else ("01",)
-        super().__init__(root, test, validation)
+        super().__init__(root, validation, test)
 
-    def walk(self) -> Iterator[SourceClip]:
+    def clips_of_names(self) -> Iterator[SourceClip]:
         for path in self.files(".mp4"):
             parts = path.stem.split("-")
             if len(parts) == 7 and parts[0] == "01" and parts[1] in self.channels and parts[2] in RAVDESS_EMOTIONS:
