@@ -199,5 +199,5 @@ def test_the_heard_expression_is_the_label_or_what_is_heard_in_each_half_second(
     assert HeardExpression(listen).digests() == {"heard_expression": "a test"}
     with pytest.raises(UserError, match=r"expression 'bored' is none of neutral"):
         heard("bored", None)
-    with pytest.raises(UserError, match=r"seconds=0 must lie between 0\.5 and 30"):
+    with pytest.raises(UserError, match=r"seconds=0 must be a number from 0\.5 to 30"):
         HeardExpression(None, 0)
