@@ -6,12 +6,10 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -19,12 +17,11 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
+from engine import processes
 from engine.errors import UserError
 from engine.evaluation.clips import TRUTH, Clip
 from engine.files import atomic_output
-from engine.media.limits import LIMITS, Limits, set_limits
 from engine.metrics.metric import Metric, Take, wave_of
-from engine.processes import end_with_parent
 from engine.progress import track
 
 Row = dict[str, Any]  # a measurement
@@ -156,43 +153,46 @@ def check_files(take: Take) -> tuple[str, float]:
     return "", seconds
 
 
-def _start(limits: Limits) -> None:
-    end_with_parent()
-    torch.set_num_threads(1)
-    set_limits(limits)
+class Calls(processes.Work):
+    """Calls of functions, (number, function, argument), in a process with one thread."""
+
+    def __init__(self, number: int) -> None:
+        if parent_process() is not None:
+            torch.set_num_threads(1)
+
+    def encode(self, halves: Sequence[tuple[int, Callable, Any]]) -> list[Any]:
+        return [function(argument) for _, function, argument in halves]
 
 
 class Workers:
     """Processes that measure; with one, this process does."""
 
     def __init__(self, count: int) -> None:
-        self.count = count
-        self.pool = (
-            ProcessPoolExecutor(count, get_context("spawn"), _start, (LIMITS,)) if count > 1 else None
-        )  # forked processes would share locks of torch
+        self.pool = processes.Processes(count, Calls) if count > 1 else processes.ThisProcess(Calls)
 
     def __enter__(self) -> Workers:
+        self.pool.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(wait=kind is None, cancel_futures=True)
+    def __exit__(self, *error: object) -> None:
+        self.pool.__exit__(*error)
 
     def map(self, function: Any, items: Sequence[Any], alone: bool = False) -> Iterator[Any]:
         """
         Raises:
-            UserError: a process was ended from outside.
+            UserError: a process was ended from outside, twice at one item.
         """
-        if self.pool is None or alone:
+        if alone:
             yield from map(function, items)
             return
-        try:
-            yield from self.pool.map(function, items)
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a process of the evaluation was ended, probably for memory: set fewer workers=; "
-                "what was measured is kept"
-            ) from error
+        results, number = {}, 0
+        for (at, *_), result in self.pool.run((at, function, item) for at, item in enumerate(items)):
+            if isinstance(result, processes.Lost):
+                raise UserError(f"{result.reason}, probably for memory: set fewer workers=; what was measured is kept")
+            results[at] = result
+            while number in results:  # in the order of the items
+                yield results.pop(number)
+                number += 1
 
 
 def measure(

@@ -33,8 +33,8 @@ class Squares(Work):
     def __init__(self, folder, number):
         self.folder, self.about = folder, number
         if number == 1 and (folder / "card").exists():
+            (folder / "refused").touch()
             raise UserError("card 1 is lost")
-        (folder / f"started {number}").touch()
 
     def encode(self, halves):
         (item,) = halves
@@ -48,6 +48,10 @@ class Squares(Work):
         if item == "lose a card" and self.about == 1:
             (self.folder / "card").touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        while (
+            item in ("lose a card", "wait") and not (self.folder / ("card" if item != "wait" else "refused")).exists()
+        ):
+            time.sleep(0.01)
         return [f"by {self.about}" if isinstance(item, str) else item**2]
 
 
@@ -70,9 +74,9 @@ def test_an_item_that_hangs_is_given_up(tmp_path):
 
 
 def test_a_card_that_is_lost_costs_its_item_a_second_try(tmp_path, capfd):
-    results = squares(tmp_path, ["lose a card"] * 2 + [5, 6])
-    assert sorted(result for _, result in results if isinstance(result, int)) == [25, 36]
-    assert [result for _, result in results if isinstance(result, str)] == ["by 0"] * 2
+    results = squares(tmp_path, ["lose a card", "lose a card", "wait", 5])
+    assert sorted(result for _, result in results if isinstance(result, int)) == [25]
+    assert [result for _, result in results if isinstance(result, str)] == ["by 0"] * 3
     assert "card 1 is lost; 1 processes go on" in capfd.readouterr().err
 
 
