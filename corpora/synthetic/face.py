@@ -18,6 +18,7 @@ from corpora.synthetic.portrait import (
     SIZE,
     Identity,
     backdrop,
+    composite,
     ellipse,
     fill,
     fixed,
@@ -139,13 +140,8 @@ class Face:
             fill(globe, place(ellipse(x, y, 3.0, 3.0, n=24)), who.eye)
             fill(globe, place(ellipse(x, y, 1.7, 1.7, n=16)), (16, 12, 12))
             fill(globe, place(ellipse(x - 1.1, y - 1.3, 0.8, 0.8, n=10)), (250, 250, 250))
-        y1, y2 = 2 * 40, 2 * 84
         if opening >= 0.5:
-            cover = cv2.merge([mask[y1:y2]] * 3)
-            canvas[y1:y2] = cv2.add(
-                cv2.multiply(globe[y1:y2], cover, scale=1 / 255),
-                cv2.multiply(canvas[y1:y2], cv2.bitwise_not(cover), scale=1 / 255),
-            )
+            composite(canvas, globe, mask, (slice(40 * SCALE, 84 * SCALE), slice(None)))
         for top, low, side in lids:
             line(canvas, top, shade(who.hair if max(who.hair) < 120 else (60, 44, 36), 0.7), 1.2)
             line(canvas, low, shade(skin, 0.68), 0.6)

@@ -7,11 +7,10 @@ Axes: N points.
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 
 from corpora.synthetic.expression import Pose
-from corpora.synthetic.portrait import CANVAS, SCALE, Identity, ellipse, fill, line, mix, shade
+from corpora.synthetic.portrait import CANVAS, SCALE, Identity, composite, ellipse, fill, line, mix, shade
 
 _OPENING = 19.0  # pixels between the lips at open = 1
 _T = np.linspace(-1, 1, 25)
@@ -104,7 +103,6 @@ class MouthPainter:
         self, canvas: np.ndarray, place, points, half: float, top: np.ndarray, low: np.ndarray, mouth: dict[str, float]
     ) -> None:
         """Teeth and tongue, seen through the opening between the lips only."""
-        x1, x2, y1, y2 = (int(v * SCALE) for v in (30, 98, 64, 128))
         opening = np.zeros((CANVAS, CANVAS), np.uint8)
         shape = place(np.concatenate([points(half, top), points(half, low)[::-1]]))
         fill(opening, shape, 255)
@@ -140,10 +138,5 @@ class MouthPainter:
         if tongue > 0.9 and height > 2:
             blade = ellipse(64, low.max() - 0.28 * height, half * 0.46, 0.42 * height + 0.8, n=24)
             fill(view, place(blade), mix(self._tongue, (255, 190, 190), 0.15))
-        part = (slice(y1, y2), slice(x1, x2))
-        cover = cv2.merge([opening[part]] * 3)
-        canvas[part] = cv2.add(
-            cv2.multiply(np.ascontiguousarray(view[part]), cover, scale=1 / 255),
-            cv2.multiply(np.ascontiguousarray(canvas[part]), cv2.bitwise_not(cover), scale=1 / 255),
-        )
+        composite(canvas, view, opening, (slice(64 * SCALE, 128 * SCALE), slice(30 * SCALE, 98 * SCALE)))
         line(canvas, place(points(half, top)), shade(self._lip, 0.6), 0.6)

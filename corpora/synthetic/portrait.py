@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from numpy.typing import ArrayLike
 
 SIZE, SCALE = 128, 2
 CANVAS = SIZE * SCALE
@@ -119,19 +120,28 @@ def mix(a, b, share: float) -> tuple[int, int, int]:
     return _rgb([x * (1 - share) + y * share for x, y in zip(a, b)])
 
 
-def fixed(points: np.ndarray) -> np.ndarray:
+def fixed(points: ArrayLike) -> np.ndarray:
     """Points (N, 2) in picture pixels to OpenCV's fixed-point drawing coordinates."""
     return np.rint(np.asarray(points) * (SCALE << _SHIFT)).astype(np.int32)
 
 
-def fill(canvas: np.ndarray, points: np.ndarray, colour) -> None:
+def fill(canvas: np.ndarray, points: ArrayLike, colour) -> None:
     """Fill an antialiased polygon."""
     cv2.fillPoly(canvas, [fixed(points)], colour, cv2.LINE_AA, _SHIFT)
 
 
-def line(canvas: np.ndarray, points: np.ndarray, colour, width: float) -> None:
+def line(canvas: np.ndarray, points: ArrayLike, colour, width: float) -> None:
     """Draw an antialiased open line; `width` in picture pixels."""
     cv2.polylines(canvas, [fixed(points)], False, colour, max(1, round(width * SCALE)), cv2.LINE_AA, _SHIFT)
+
+
+def composite(canvas: np.ndarray, view: np.ndarray, mask: np.ndarray, part: tuple[slice, slice]) -> None:
+    """Put a part of `view` on the canvas where the mask (CANVAS, CANVAS) uint8 covers it."""
+    cover = cv2.merge([mask[part]] * 3)
+    canvas[part] = cv2.add(
+        cv2.multiply(np.ascontiguousarray(view[part]), cover, scale=1 / 255),
+        cv2.multiply(np.ascontiguousarray(canvas[part]), cv2.bitwise_not(cover), scale=1 / 255),
+    )
 
 
 def ellipse(cx: float, cy: float, rx: float, ry: float, start: float = 0, end: float = 360, n: int = 40) -> np.ndarray:
@@ -166,17 +176,17 @@ def backdrop(who: Identity, light: float) -> np.ndarray:
     glow = 1.1 * light - 0.28 * y - 0.25 * ((x - 0.5 + 0.15 * light) ** 2)
     canvas = np.clip(np.array(who.back, np.float32) * glow[..., None], 0, 255).astype(np.uint8)
     neck = who.half_width * 0.56
-    body = np.array(
-        [[64 - neck - 3, 110], [30, 117], [12, 124], [4, 140], [124, 140], [116, 124], [98, 117], [64 + neck + 3, 110]]
-    )
-    fill(canvas, body, who.shirt)
-    fill(
-        canvas,
-        np.array([[64 - neck, 90], [64 - neck - 1, 114], [64, 124], [64 + neck + 1, 114], [64 + neck, 90]]),
-        shade(who.skin, 0.78),
-    )
-    line(canvas, np.array([[64 - neck - 2, 112], [64, 125], [64 + neck + 2, 112]]), shade(who.shirt, 0.72), 1.5)
+    shoulders = [[30, 117], [12, 124], [4, 140], [124, 140], [116, 124], [98, 117]]
+    fill(canvas, [[64 - neck - 3, 110], *shoulders, [64 + neck + 3, 110]], who.shirt)
+    _neck(canvas, neck, (90, 114, 124), 1, shade(who.skin, 0.78))
+    line(canvas, [[64 - neck - 2, 112], [64, 125], [64 + neck + 2, 112]], shade(who.shirt, 0.72), 1.5)
     return canvas
+
+
+def _neck(canvas: np.ndarray, half: float, y: tuple[int, int, int], wider: int, colour) -> None:
+    """The neck from y[0] down to y[1] at its sides, where it is `wider`, and to y[2] in the middle."""
+    left, right = 64 - half, 64 + half
+    fill(canvas, [[left, y[0]], [left - wider, y[1]], [64, y[2]], [right + wider, y[1]], [right, y[0]]], colour)
 
 
 def head(who: Identity, back: np.ndarray, light: float) -> tuple[np.ndarray, np.ndarray]:
@@ -192,12 +202,7 @@ def head(who: Identity, back: np.ndarray, light: float) -> tuple[np.ndarray, np.
     middle = 0.5 * (who.top + who.chin)
     _hair_behind(who, paint, middle)
     if who.hair_style in ("bob", "long"):
-        neck = who.half_width * 0.56
-        fill(
-            canvas,
-            np.array([[64 - neck, 88], [64 - neck, 113], [64, 122], [64 + neck, 113], [64 + neck, 88]]),
-            shade(who.skin, 0.78 * light),
-        )
+        _neck(canvas, who.half_width * 0.56, (88, 113, 122), 0, shade(who.skin, 0.78 * light))
     for side in (-1, 1):
         x = 64 + side * (who.half_width + 0.4 * who.ears - 1.5)
         paint(ellipse(x, middle + 3, 0.62 * who.ears, 1.45 * who.ears), shade(who.skin, 0.93))
@@ -238,20 +243,8 @@ def _beard(who: Identity, canvas: np.ndarray, inside: np.ndarray) -> None:
     clear = ellipse(64, 72, who.half_width * 0.76, who.mouth_y - 72 - 6.5)
     fill(mask, clear, 0)
     fill(mask, ellipse(64, who.mouth_y + 1, who.mouth_width + 3, 8), 0)
-    fill(
-        mask,
-        np.array(
-            [
-                [64 - 15, who.mouth_y - 3],
-                [64, who.mouth_y - 10],
-                [64 + 15, who.mouth_y - 3],
-                [64 + 13, who.mouth_y - 6],
-                [64, who.mouth_y - 11.5],
-                [64 - 13, who.mouth_y - 6],
-            ]
-        ),
-        255,
-    )
+    moustache = [64 - 15, 64, 64 + 15, 64 + 13, 64, 64 - 13], who.mouth_y - np.array([3, 10, 3, 6, 11.5, 6])
+    fill(mask, np.stack(moustache, 1), 255)
     mask = cv2.GaussianBlur(np.minimum(mask, inside), (0, 0), 2.0)
     share = (mask.astype(np.float32) / 255 * 0.75 * who.beard)[..., None]
     canvas[:] = (canvas * (1 - share) + np.array(who.hair, np.float32) * share).astype(np.uint8)
@@ -260,51 +253,23 @@ def _beard(who: Identity, canvas: np.ndarray, inside: np.ndarray) -> None:
 def _nose(who: Identity, canvas: np.ndarray) -> None:
     tip, w = 62 + who.nose_length, who.nose_width
     dark, light = shade(who.skin, 0.74), shade(who.skin, 1.1)
-    side = np.array([[64 + 3.2, 62], [64 + 3.0, tip - 7], [64 + w * 0.8, tip - 2.5]])
+    side = [[64 + 3.2, 62], [64 + 3.0, tip - 7], [64 + w * 0.8, tip - 2.5]]
     line(canvas, side, shade(who.skin, 0.86), 0.9)
     fill(canvas, ellipse(63.2, tip - 5, 1.3, 4.5), light)
-    line(
-        canvas,
-        np.array(
-            [
-                [64 - w, tip - 2],
-                [64 - w + 0.8, tip + 0.6],
-                [64 - 2.2, tip],
-                [64, tip + 1.4],
-                [64 + 2.2, tip],
-                [64 + w - 0.8, tip + 0.6],
-                [64 + w, tip - 2],
-            ]
-        ),
-        dark,
-        0.9,
-    )
+    x = [64 - w, 64 - w + 0.8, 64 - 2.2, 64, 64 + 2.2, 64 + w - 0.8, 64 + w]
+    y = [tip - 2, tip + 0.6, tip, tip + 1.4, tip, tip + 0.6, tip - 2]
+    line(canvas, np.stack([x, y], 1), dark, 0.9)
     for s in (-1, 1):
         fill(canvas, ellipse(64 + s * w * 0.55, tip + 0.2, 1.5, 0.8, n=12), shade(who.skin, 0.5))
 
 
 def _hair_behind(who: Identity, paint, middle: float) -> None:
     dark, w = shade(who.hair, 0.72), who.half_width
-    if who.hair_style == "long":
-        paint(
-            np.concatenate(
-                [
-                    ellipse(64, middle - 8, w + 7, middle - who.top + 1, 180, 360),
-                    [[64 + w + 9, 112], [64 + w - 2, 122], [64 - w + 2, 122], [64 - w - 9, 112]],
-                ]
-            ),
-            dark,
-        )
-    elif who.hair_style == "bob":
-        paint(
-            np.concatenate(
-                [
-                    ellipse(64, middle - 8, w + 7, middle - who.top + 1, 180, 360),
-                    [[64 + w + 8, 92], [64 + w - 1, 99], [64 - w + 1, 99], [64 - w - 8, 92]],
-                ]
-            ),
-            dark,
-        )
+    if who.hair_style in ("long", "bob"):
+        outer, inner, high, low = (9, 2, 112, 122) if who.hair_style == "long" else (8, 1, 92, 99)
+        crown = ellipse(64, middle - 8, w + 7, middle - who.top + 1, 180, 360)
+        ends = [[64 + w + outer, high], [64 + w - inner, low], [64 - w + inner, low], [64 - w - outer, high]]
+        paint(np.concatenate([crown, ends]), dark)
     elif who.hair_style == "bun":
         paint(ellipse(64, who.top - 5, 11, 9), dark)
         paint(ellipse(64, who.top - 6, 9, 7), who.hair)
