@@ -120,7 +120,8 @@ def test_bad_frames_are_one_line(pipeline, frames, message):
 
 def test_command_line(clip, release, tmp_path, capsys):
     base = OmegaConf.load(ROOT / "configs" / "infer.yaml")
-    base.pop("defaults")
+    for name in ("defaults", "_schema_"):
+        base.pop(name)
     given = {"weights": str(release), "input": str(clip), "output": str(tmp_path), "stream": True, "lookahead": 0.2}
     assert inference.run(*read_settings(OmegaConf.merge(base, given))) == 0
     assert "first sound after 0." in capsys.readouterr().out

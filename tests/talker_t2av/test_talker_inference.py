@@ -42,7 +42,7 @@ def run(config):
 
 def config(files, output, **changes):
     base = OmegaConf.load(ROOT / "configs" / "infer_talker.yaml")
-    base.pop("defaults")
+    base.pop("_schema_")
     return OmegaConf.merge(
         base, {"weights": files["weights"], "output": str(output), "max_seconds": 0.64, "figure": False, **changes}
     )
