@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -109,11 +108,11 @@ class BatchWork(Work[Batch, Batch, Summary]):
     Args:
         start: makes what is done with jobs.
         name_errors: print the job's name with its error; not needed if the name is a path that the error contains.
-        number: of this process, and of its device.
+        number: of this process and its device; None: `pick_device` chooses as for a command.
     """
 
-    def __init__(self, start: Callable[[], Jobs], name_errors: bool, number: int) -> None:
-        if parent_process() is not None:
+    def __init__(self, start: Callable[[], Jobs], name_errors: bool, number: int | None) -> None:
+        if number is not None:
             os.environ["LOCAL_RANK"] = str(number)  # `pick_device` goes by it
         self.worker, self.name_errors = start(), name_errors
         self.about = str(self.worker.device)

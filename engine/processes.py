@@ -59,13 +59,13 @@ class Lost:
 
 
 class ThisProcess(Generic[Item, Result]):
-    """Does work in this process, as `Processes` does it in others."""
+    """Does work in this process, as `Processes` does it in others; `build` is called with None."""
 
-    def __init__(self, build: Callable[[int], Work[Item, Any, Result]]) -> None:
+    def __init__(self, build: Callable[[None], Work[Item, Any, Result]]) -> None:
         self.build = build
 
     def __enter__(self) -> ThisProcess[Item, Result]:
-        self.work = self.build(0)
+        self.work = self.build(None)
         self.about = self.work.about
         return self
 

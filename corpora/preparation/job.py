@@ -21,7 +21,7 @@ from engine.cluster import Cluster, ClusterConfig
 from engine.config import build, target
 from engine.errors import UserError
 from engine.media.limits import Limits, set_limits
-from engine.processes import Lost, Processes
+from engine.processes import Lost, Processes, ThisProcess
 from engine.progress import track
 from engine.settings import EXECUTORS, require_choice, require_range
 from engine.shards.writer import SplitWriter, dumps, reject_sample
@@ -55,7 +55,7 @@ class Report:
             clips, processor = self.clips[name], self.processor[name]
             print(f"{name:<14}{clips:>8}{wall / clips:>10.4f}{processor / clips:>12.4f}{wall / total:>8.1%}")
         speed = f"{done / seconds:.2f} clips/s, {self.frames / FPS / seconds:.2f} s of clips a second"
-        print(f"{done} clips in {seconds:.1f} s with {workers} worker{'s'[: workers - 1]}: {speed}")
+        print(f"{done} clips in {seconds:.1f} s, workers={workers}: {speed}")
 
 
 def prepare(config: DictConfig) -> None:
@@ -116,8 +116,9 @@ def _check(config: DictConfig) -> None:
     if config.executor == "ray" and place(config)[1] > 1:
         raise UserError("executor=ray: one process is enough, the cluster does the work; start it without torchrun")
     for name in ("clips_per_shard", "workers", "clip_timeout", "patience", "limit"):
-        if config[name] is not None and config[name] < 1:
-            raise UserError(f"{name}={config[name]}: give 1 or more")
+        least = 0 if name == "workers" and config.executor == "processes" else 1
+        if config[name] is not None and config[name] < least:
+            raise UserError(f"{name}={config[name]}: give {least} or more")
 
 
 def chosen_stages(config: DictConfig, source: Source) -> dict[str, dict[str, Any]]:
@@ -147,10 +148,11 @@ def stage_settings(stages: Mapping[str, Mapping[str, Any]]) -> list[dict[str, An
     ]
 
 
-def _executor(config: DictConfig, start: partial) -> Processes | Cluster:
+def _executor(config: DictConfig, start: partial) -> Processes | ThisProcess | Cluster:
     """What runs the steps: processes of this machine, or a Ray cluster."""
     if config.executor == "processes":
-        return Processes(config.workers, partial(start, True), config.clip_timeout)
+        build = partial(start, True)
+        return Processes(config.workers, build, config.clip_timeout) if config.workers else ThisProcess(build)
     ray = dict(config.ray)
     require_range("ray.batch", batch := ray.pop("batch"), 1, 256)
     starts = partial(start, True), partial(start, False)

@@ -158,11 +158,12 @@ class Steps(Work[WorkItem, WorkItem, Outcome]):
 
 
 def start_steps(
-    stages: Mapping[str, Mapping[str, Any]], device: str, symbols: list[str] | None, networks: bool, _number: int
+    stages: Mapping[str, Mapping[str, Any]], device: str, symbols: list[str] | None, networks: bool, number: int | None
 ) -> Steps:
-    """Make the steps of a worker process, which uses one thread: more processes use a machine better."""
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
+    """Make the steps of a process; a worker (not None) uses one thread, as more processes use a machine better."""
+    if number is not None:
+        torch.set_num_threads(1)
+        cv2.setNumThreads(1)
     return Steps(stages, device, symbols, networks)
 
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -154,10 +153,10 @@ def check_files(take: Take) -> tuple[str, float]:
 
 
 class Calls(processes.Work):
-    """Calls of functions, (number, function, argument), in a process with one thread."""
+    """Calls of functions, (number, function, argument); a process of their own has one thread."""
 
-    def __init__(self, number: int) -> None:
-        if parent_process() is not None:
+    def __init__(self, number: int | None) -> None:
+        if number is not None:
             torch.set_num_threads(1)
 
     def encode(self, halves: Sequence[tuple[int, Callable, Any]]) -> list[Any]:

@@ -66,7 +66,7 @@ def settings(root, output, **changes):
         "clips_per_shard": 4,
         "limit": None,
         "reuse": None,
-        "workers": 1,
+        "workers": 0,
         "device": "cpu",
         "clip_timeout": 60,
         "patience": 25,
@@ -110,7 +110,7 @@ def test_an_unbroken_run(whole, corpus):
 
 def launch(corpus, output, rank, pause):
     """One process of two, as a process of its own that can be killed."""
-    config = settings(corpus, output, rank=rank, world_size=2, stages={"brightness": {"pause": pause}})
+    config = settings(corpus, output, rank=rank, world_size=2, workers=1, stages={"brightness": {"pause": pause}})
     program = (
         "import sys; from omegaconf import OmegaConf; from corpora.preparation.job import prepare\n"
         "if __name__ == '__main__': prepare(OmegaConf.create(sys.argv[1]))"
@@ -220,7 +220,7 @@ def test_what_is_no_fault_of_the_clips_stops_the_job(corpus, tmp_path):
 
 def test_limits_hold_in_the_workers(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(LIMITS, "pixels", LIMITS.pixels)  # back to that afterwards
-    prepare(settings(corpus, tmp_path / "out", limit=1, limits={"pixels": 300}))
+    prepare(settings(corpus, tmp_path / "out", workers=1, limit=1, limits={"pixels": 300}))
     assert "more than 300 pixels (limits.pixels)" in (tmp_path / "out" / "train" / "quarantine.jsonl").read_text()
     with pytest.raises(UserError, match=r"limits\.gap=-1 must be"):
         prepare(settings(corpus, tmp_path / "no", limits={"gap": -1}))

@@ -78,11 +78,11 @@ def test_wrong_settings_of_the_executor_are_one_line(tmp_path):
     with pytest.raises(UserError, match="executor=cloud is unknown; choose processes, ray"):
         prepare(settings(tmp_path, tmp_path / "a", executor="cloud"))
     with pytest.raises(UserError, match="executor=ray: one process is enough"):
-        prepare(settings(tmp_path, tmp_path / "a", executor="ray", ray=RAY, world_size=2))
+        prepare(settings(tmp_path, tmp_path / "a", executor="ray", workers=1, ray=RAY, world_size=2))
     root = corpus(tmp_path / "corpus", ["a"])
     for name, value in (("batch", 0), ("encoders", 0), ("gpus", -1.0)):
         with pytest.raises(UserError, match=rf"ray\.{name}={value} must be"):
-            prepare(settings(root, tmp_path / "a", executor="ray", ray=RAY | {name: value}))
+            prepare(settings(root, tmp_path / "a", executor="ray", workers=1, ray=RAY | {name: value}))
 
 
 @pytest.mark.slow
@@ -109,7 +109,9 @@ def test_a_cluster_that_loses_a_machine_makes_the_same_shards(tmp_path):
     loser = threading.Thread(target=lose, daemon=True)
     loser.start()
     try:
-        prepare(settings(root, output, stages=stages, executor="ray", ray=RAY | {"address": cluster.address}))
+        prepare(
+            settings(root, output, stages=stages, executor="ray", workers=1, ray=RAY | {"address": cluster.address})
+        )
         loser.join(10)
         assert not loser.is_alive()  # the machine went while clips were to be done
     finally:
