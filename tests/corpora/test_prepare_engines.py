@@ -11,7 +11,7 @@ from engine.errors import UserError
 from engine.evaluation.shares import figures_of
 from engine.evaluation.validation import measure_clips, words_by
 from engine.media.audio import read_audio
-from tests.rehearsal import checkpoints
+from tests.rehearsal import stand_ins
 
 RATE = 16_000
 
@@ -20,7 +20,7 @@ RATE = 16_000
 def tiny_whisper(tmp_path_factory):
     """A folder as the hub has them, with every size cut down and random weights."""
     folder = tmp_path_factory.mktemp("whisper")
-    checkpoints.whisper(folder)
+    stand_ins.whisper(folder)
     return folder
 
 

@@ -197,6 +197,9 @@ class Program:
     def __reduce__(self):
         return os.mkdir, ("run",)
 
+    def __repr__(self):
+        return "a program"
+
 
 @pytest.mark.parametrize("content", [*JSON, Program(), [Program()], pickle.dumps("text"), {"a": 1}, None], ids=repr)
 def test_file_of_something_else_is_refused(tmp_path, monkeypatch, content):

@@ -253,7 +253,7 @@ TARGETS = [
     "",
     7,
 ]
-DEEP = {"_target_": "engine.training.batches.Blocks", "sizes": [{"x": {"_target_": "os.getcwd"}}]}
+DEEP = {"_target_": "engine.shards.reader.Blocks", "sizes": [{"x": {"_target_": "os.getcwd"}}]}
 
 
 def target(node: dict) -> None:

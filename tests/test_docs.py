@@ -1,4 +1,4 @@
-"""The README's promises that can be checked cheaply."""
+"""Promises of README.md and docs/ that can be checked cheaply; tests/rehearsal runs their commands."""
 
 import json
 import math
@@ -15,6 +15,9 @@ from engine.record import portable
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RESULTS = ROOT / "benchmarks" / "results"
+FOLDERS = "engine|hicodit|talker_t2av|corpora|configs|scripts|service|tests|benchmarks"
 
 
 def test_first_block_runs_the_main_job_and_the_second_the_tests():
@@ -24,7 +27,7 @@ def test_first_block_runs_the_main_job_and_the_second_the_tests():
     assert "scripts/setup_and_test.sh" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_its_python_lines_run_as_printed(tmp_path, monkeypatch, capsys):
+def test_python_lines_of_the_readme_run_as_printed(tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     monkeypatch.chdir(tmp_path)
@@ -48,17 +51,40 @@ def test_its_python_lines_run_as_printed(tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["assets", "speech.wav", "talk.mp4", "talk.wav"]
 
 
-def test_every_file_that_it_names_is_there():
-    named = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README) + re.findall(
-        r"`((?:scripts|hicodit|configs)/[\w/]+\.\w+)`", README
-    )
-    assert named
-    missing = [name for name in named if not (ROOT / name).is_file()]
-    assert not missing
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_a_page_is_short_and_what_it_names_exists(page):
+    text = page.read_text()
+    lines = text.splitlines()
+    assert len(lines) <= (300 if page.name == "LOG.md" else 150)
+    assert [line for line in lines if len(line) > 120] == []
+    cells = [cell for line in lines if line.startswith("|") for cell in line.split(" | ")]
+    assert [cell for cell in cells if len(cell.split()) > 16] == []
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    files = re.findall(rf"`((?:{FOLDERS})/[\w/-]+(?:\.\w+)*)", text)
+    assert [name for name in files if not (ROOT / name).exists()] == []
+    records = re.findall(r"`(20\d\d-[\w.-]+\.json)`", text)
+    assert [name for name in records if not (RESULTS / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_sentences_of_a_page_are_short(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    text = re.sub(r"^(?: {4}.*|\|.*|#.*|!\[.*)$", "", text, flags=re.M)
+    text = re.sub(r"`[^`]*`", "x", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text))
+    text = re.sub(r"\n\s*(?:[-*]|\d+\.) |\n\n", ". ", text)
+    counts = [len(sentence.split()) for sentence in re.split(r"[.?!](?=\s|$)", text) if sentence.strip()]
+    assert sum(counts) / max(1, len(counts)) <= 25
+
+
+def test_every_record_is_named_by_a_page():
+    pages = " ".join(path.read_text() for path in PAGES)
+    parts = re.findall(r"-[\w.-]+\.(?:json|png)", pages)
+    assert [path.name for path in RESULTS.iterdir() if not any(path.name.endswith(part) for part in parts)] == []
 
 
 def test_records_name_no_folder_of_the_machine_that_measured():
-    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+    for path in RESULTS.glob("*.json"):
         record = json.loads(path.read_text())
         assert record == portable(record), path
         assert not re.search(r"[\"'=\[]/(?!/)\w", path.read_text()), path
@@ -67,7 +93,3 @@ def test_records_name_no_folder_of_the_machine_that_measured():
         "url": "https://host/b",
     }
     assert portable({"a": [math.nan, -math.inf, 0.5]}) == {"a": [None, None, 0.5]}
-
-
-def test_no_placeholder_is_left():
-    assert not re.findall(r"@[A-Z]+@", README)

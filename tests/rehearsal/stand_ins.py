@@ -1,16 +1,11 @@
-"""Stand-ins of every file that scripts/download_checkpoints.py fetches: official name, format and keys, made-up values.
-
-A file of configs/checkpoints.yaml without a stand-in here fails the rehearsal.
-"""
+"""Small stand-ins of released files: official names, formats and keys, made-up values."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from argparse import Namespace
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
@@ -20,7 +15,6 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from engine.config import CONFIGS
 from hicodit.conditions.arcface import ArcFace
 from lia_x import LiaX, LiaXConfig
 from rvq_codec import RVQCodec, RVQCodecConfig
@@ -32,7 +26,6 @@ from tests.reference import released_names
 from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja")
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<SPEECH_FRAME>", "<MOTION_FRAME>")
 WHISPER_SPECIALS = ("endoftext", "startoftranscript", "en", "de", "translate", "transcribe", "startoflm")
 WHISPER_SPECIALS += ("startofprev", "nospeech", "notimestamps")
@@ -175,16 +168,6 @@ def maskgct(folder: Path) -> None:
     save_file(decoder, folder / "model_1.safetensors")
 
 
-def syncnet(file: Path) -> None:
-    """The official shapes, in the old format that it was published in."""
-    torch.save(official("conditions/syncnet_net"), file, _use_new_zipfile_serialization=False)
-
-
-def yunet(file: Path) -> None:
-    """Bytes that no program reads: the rehearsal downloads the detector, but detects with OpenCV's cascade."""
-    file.write_bytes(b"no network" * 100)
-
-
 def whisper(folder: Path, letter: str = "") -> None:
     """A Whisper as the hub has them, with every size cut down; it hears English or German, and one letter if given."""
     names = [f"<|{name}|>" for name in WHISPER_SPECIALS] + [f"<|{i * 0.02:.2f}|>" for i in range(1501)]
@@ -217,18 +200,8 @@ def whisper(folder: Path, letter: str = "") -> None:
     transformers.WhisperProcessor(transformers.WhisperFeatureExtractor(feature_size=80), words).save_pretrained(folder)
 
 
-def any_format(file: Path) -> None:
-    """A whole file of its format, which holds one tensor or nothing: networks of metrics, which only downloads meet."""
-    if file.suffix == ".safetensors":
-        save_file({"a": torch.zeros(1)}, file)
-    elif file.suffix in (".pt", ".pth", ".ckpt"):
-        torch.save({"a": torch.zeros(1)}, file)
-    else:
-        file.write_text("{}")
-
-
-# By path in configs/checkpoints.yaml: what writes it. One that ends in / writes the files of a folder.
-STAND_INS: dict[str, Callable[[Path], None]] = {
+# Folders end in /, and are made before their files are written.
+DOWNLOADED: dict[str, Callable[[Path], None]] = {
     "talker-t2av/": talker,
     "whisperx-vae/model.ckpt": whisperx_vae,
     "lia-x.pt": lia_x,
@@ -236,92 +209,21 @@ STAND_INS: dict[str, Callable[[Path], None]] = {
     "large_vox_iter5.pt": avhubert,
     "arcface_r100.pth": arcface,
     "affectnet-7-model_best.pth": poster,
-    "face_detection_yunet_2023mar.onnx": yunet,
     "acoustic_codec/": maskgct,
-    "syncnet_v2.model": syncnet,
 }
-METRICS = ("utmos_", "ecapa/", "emotion2vec_", "weights-inception", "i3d_", "whisper-", "Qwen3-ASR")
 
 
-def catalogue() -> dict[str, list[dict]]:
-    """Return configs/checkpoints.yaml."""
-    return OmegaConf.to_container(OmegaConf.load(CONFIGS / "checkpoints.yaml"))
-
-
-def files_of(groups: dict[str, list[dict]]) -> list[dict]:
-    return [file for rows in groups.values() for row in rows for file in row["files"]]
-
-
-def write(folder: Path) -> None:
-    """Write all stand-ins below `folder`, as a download would leave them."""
-    paths = [file["path"] for file in files_of(catalogue())]
-    for name, make in STAND_INS.items():
-        if any(path.startswith(name) for path in paths):
-            place = folder / name
-            (place if name.endswith("/") else place.parent).mkdir(parents=True, exist_ok=True)
-            make(place)
-    for path in paths:
-        if path.startswith(METRICS):
-            (folder / path).parent.mkdir(exist_ok=True)
-            any_format(folder / path)
-
-
-class Mirror:
-    """A server on this machine that gives the files of `folder` at the addresses where they were published.
-
-    It writes `listing`: configs/checkpoints.yaml with sizes and digests of the stand-ins, and with this server in place
-    of every URL; the hub is `address` itself.
-    """
-
-    def __init__(self, folder: Path, listing: Path, port: int) -> None:
-        chosen = catalogue()
-        files: dict[str, Path] = {}
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_: object) -> None:
-                pass
-
-            def do_HEAD(self) -> None:
-                self.answer(False)
-
-            def do_GET(self) -> None:
-                self.answer(True)
-
-            def answer(self, with_body: bool) -> None:
-                path = files.get(self.path.partition("?")[0])
-                if path is None:
-                    self.send_error(404)
-                    return
-                self.send_response(200)
-                self.send_header("Content-Length", str(path.stat().st_size))
-                self.send_header("ETag", f'"{digests[path]}"')
-                self.send_header("X-Repo-Commit", "0" * 40)
-                self.end_headers()
-                if with_body:
-                    with path.open("rb") as file:
-                        while block := file.read(2**20):
-                            self.wfile.write(block)
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        self.address = f"http://127.0.0.1:{port}"
-        digests: dict[Path, str] = {}
-        for number, row in enumerate(files_of(chosen)):
-            path = folder / row["path"]
-            if not path.is_file():
-                raise FileNotFoundError(f"tests/rehearsal/checkpoints.py writes no stand-in of {row['path']}")
-            with path.open("rb") as file:
-                digests[path] = hashlib.file_digest(file, "sha256").hexdigest()
-            if "sha256" in row:
-                row["sha256"] = digests[path]
-            if "size" in row:
-                row["size"] = path.stat().st_size
-            if "url" in row:
-                files[f"/{number}"] = path
-                row["url"] = f"{self.address}/{number}"
-            else:
-                kind = f"{row['kind']}s/" if row.get("kind", "model") != "model" else ""
-                name, revision = row.get("name", row["path"]), row.get("revision", "main")
-                files[f"/{kind}{row['repo']}/resolve/{revision}/{name}"] = path
-        partial = listing.with_suffix(".tmp")
-        OmegaConf.save(OmegaConf.create(chosen), partial)
-        partial.rename(listing)
+def write(work: Path) -> None:
+    """Write the folders DOWNLOADED, QWEN, TTS and whisper, and links that the documentation's names stand for."""
+    for name, make in DOWNLOADED.items():
+        path = work / "DOWNLOADED" / name
+        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        make(path)
+    whisper(work / "whisper", "a")
+    qwen(work / "QWEN")
+    speech_only(work / "TTS")
+    (work / "runs").mkdir()
+    for name, run in (("NAME", "hicodit_synthetic"), ("A", "hicodit_synthetic"), ("B", "talker_synthetic")):
+        (work / "runs" / name).symlink_to(run)
+    for name in ("TUNED", "BEFORE"):
+        (work / name).symlink_to("assets/rvq_tiny")
