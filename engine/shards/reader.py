@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.left_out import LeftOut
-from engine.shards.source import CachedFiles, Files, LocalFiles, is_remote, join, verify_once
+from engine.shards.source import CachedFiles, LocalFiles, is_remote, join, verify_once
 from engine.untrusted import parse_json, safe_name
 
 VERSION = 2
@@ -117,7 +117,7 @@ class ShardSplit:
     def __init__(self, source: str | Path, reading: Reading | None = None, least_frames: int = 0) -> None:
         self.reading = r = reading or Reading()
         self.source = str(source)
-        self.files: Files = (
+        self.files = (
             CachedFiles(self.source, r.cache, round(r.cache_gb * 1e9)) if is_remote(source) else LocalFiles(source)
         )
         self.index = self.files.index()

@@ -76,43 +76,49 @@ def load_clips(root: str | Path, split: str, count: int, rate: int) -> list[Spee
     if is_prepared(root, split):
         waves = StoredWaves(root, split, rate)
         return [waves.clip(i) for i in range(min(count, len(waves)))]
-    rows = read_manifest(root, split)[:count]
-    clips, left_out = [], LeftOut(join(root, split), len(rows))
-    for row in rows:
+    clips, waves = [], WavFiles(root, split, rate, count)
+    for index, (name, text) in enumerate(waves.clips):
         try:
-            wave = read_audio(Path(root) / split / f"{row['id']}.wav", rate)
+            clips.append(SpeechClip(name, text, read_audio(waves.path(index), rate)))
         except UserError as error:
-            left_out.add(row["id"], error)
+            waves.left_out.add(name, error)
             last = error
-            continue
-        clips.append(SpeechClip(row["id"], str(row.get("text") or ""), wave))
     if not clips:
         raise last
     return clips
 
 
 class WavFiles:
-    """The WAV files of ROOT/SPLIT that its manifest names."""
+    """The WAV files of ROOT/SPLIT that its manifest names, or the first `count` of them."""
 
     blocks = None
 
-    def __init__(self, root: str | Path, split: str, rate: int) -> None:
-        self.rate, self.keys = rate, [row["id"] for row in read_manifest(root, split)]
-        self.folder = Path(root) / split
+    def __init__(self, root: str | Path, split: str, rate: int, count: int | None = None) -> None:
+        rows = read_manifest(root, split)[:count]
+        self.clips = [(row["id"], str(row.get("text") or "")) for row in rows]
+        self.rate, self.folder, self.left_out = rate, Path(root) / split, LeftOut(join(root, split), len(rows))
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.clips)
 
-    def key(self, index: int) -> str:
-        return self.keys[index]
+    def path(self, index: int) -> Path:
+        return self.folder / f"{self.clips[index][0]}.wav"
 
     def read(self, index: int, most: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """A clip (N,), or a random part of at most `most` samples.
+        """A clip (N,), or a random part of at most `most` samples; the next one if it cannot be read.
 
         Raises:
-            UserError: the file is missing, is no audio, or is not mono at the rate that is wanted.
+            UserError: no file can be read as mono audio at the rate that is wanted.
         """
-        path = self.folder / f"{self.keys[index]}.wav"
+        for at in range(index, index + len(self)):
+            try:
+                return self._read(self.path(at % len(self)), most, generator)
+            except UserError as error:
+                self.left_out.add(self.clips[at % len(self)][0], error)
+                last = error
+        raise last
+
+    def _read(self, path: Path, most: int | None, generator: torch.Generator | None) -> Tensor:
         try:
             file = soundfile.SoundFile(path)
         except (soundfile.LibsndfileError, OSError) as error:
@@ -137,13 +143,10 @@ class StoredWaves:
         self.shards.require("wave")
         if rate != self.rate:
             raise UserError(f"{self.shards.source} holds waves at {self.rate} Hz, {rate} Hz are wanted")
-        self.blocks = self.shards.blocks()
+        self.blocks, self.left_out = self.shards.blocks(), self.shards.left_out
 
     def __len__(self) -> int:
         return len(self.shards)
-
-    def key(self, index: int) -> str:
-        return str(index)
 
     def read(self, index: int, most: int | None = None, generator: torch.Generator | None = None) -> Tensor:
         """As `WavFiles.read`."""
@@ -189,7 +192,7 @@ class SpeechCrops(torch.utils.data.Dataset):
         self.samples, self.gain_db, self.speed = samples, gain_db, speed
         prepared = is_prepared(root, split)
         self.waves = StoredWaves(root, split, sample_rate, shards) if prepared else WavFiles(root, split, sample_rate)
-        self.blocks, self.left_out = self.waves.blocks, LeftOut(join(root, split), len(self.waves))
+        self.blocks, self.left_out = self.waves.blocks, self.waves.left_out
 
     def __len__(self) -> int:
         return len(self.waves)
@@ -199,16 +202,8 @@ class SpeechCrops(torch.utils.data.Dataset):
         self.waves.shards.prefetch(spans)
 
     def read(self, index: int, most: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """Clip `index` (N,) or a random part of at most `most` samples; the next one if it cannot be read."""
-        if isinstance(self.waves, StoredWaves):
-            return self.waves.read(index, most, generator)
-        for at in range(index, index + len(self)):
-            try:
-                return self.waves.read(at % len(self), most, generator)
-            except UserError as error:
-                self.left_out.add(self.waves.key(at % len(self)), error)
-                last = error
-        raise last
+        """As `WavFiles.read`."""
+        return self.waves.read(index, most, generator)
 
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """{"wave": (1, samples)}, a function of (index, generator)."""

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 from filelock import FileLock
@@ -112,20 +112,11 @@ def verify_once(path: Path, crc32: int) -> None:
             note.touch()
 
 
-class Files(Protocol):
-    """The files of one split. `shard` is an entry of the index: name, bytes, crc32."""
-
-    def index(self) -> dict[str, Any]: ...
-
-    def sidecar(self, shard: dict[str, Any]) -> dict[str, Any]: ...
-
-    def tar(self, shard: dict[str, Any]) -> Path: ...
-
-    def prefetch(self, shards: Iterable[dict[str, Any]]) -> None: ...
-
-
 class LocalFiles:
-    """A folder, as `scripts/prepare_data.py` leaves it."""
+    """The files of one split in a folder, as `scripts/prepare_data.py` leaves it.
+
+    `shard` is an entry of the index: name, bytes, crc32.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)

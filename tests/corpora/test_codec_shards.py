@@ -41,7 +41,7 @@ def footage(tmp_path_factory):
 def shards(footage, tmp_path_factory):
     """Of both recipes in one folder: the second is added to the first."""
     root = tmp_path_factory.mktemp("shards")
-    common = ["source=folder", f"source.root={footage}", f"output={root}", "stages.decode.min_seconds=0"]
+    common = ["source=folder", f"source.root={footage}", f"output={root}", "stages.decode.min_seconds=0", "workers=0"]
     prepare(load_config("prepare", [*common, "features=speech_codecs", "device=cpu"], ""))
     more = ["features=lia_x_paper", "stages.wave.use=true", "stages.portraits.size=64", "stages.portraits.pictures=5"]
     prepare(load_config("prepare", [*common, *more, f"reuse={root}", "device=cpu"], ""))
@@ -97,7 +97,8 @@ def test_clips_without_pictures_are_left_out_and_counted(footage, tmp_path, caps
     rows = ("path,audio,text", f"{footage}/c2.wav,,sound", f"{footage}/c0.mp4,{footage}/c0.wav,both")
     (tmp_path / "clips.csv").write_text("\n".join(rows))
     words = ["source=folder", f"source.root={tmp_path}", f"output={tmp_path}", "features=lia_x_paper", "device=cpu"]
-    prepare(load_config("prepare", [*words, "stages.wave.use=true", "stages.portraits.size=64"], ""))
+    words += ["workers=0", "stages.wave.use=true", "stages.portraits.size=64"]
+    prepare(load_config("prepare", words, ""))
     assert len(SpeechCrops(tmp_path, samples=960)) == 2
     pairs = FramePairs(tmp_path, 32)
     assert len(pairs) == 1 and pairs[0]["frames"].shape == (2, 32, 32, 3)
