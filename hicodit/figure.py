@@ -50,5 +50,5 @@ def draw(speech: Speech, path: Path) -> None:
 
 
 def thinned(picture: np.ndarray) -> np.ndarray:
-    """Evenly spaced columns of a picture (rows, columns), at most `COLUMNS`: more than the figure has pixels."""
+    """Return at most `COLUMNS` evenly spaced columns of a picture (rows, columns): more than the figure has pixels."""
     return picture[:, :: -(-picture.shape[1] // COLUMNS)]

@@ -22,7 +22,7 @@ from hicodit.conditions.types import FPS, Conditions, windows_of
 from hicodit.diffusion import LogLinearNoise, log_expm1
 from hicodit.guidance import combine
 from hicodit.model import TOKENS_PER_FRAME, HiCoDiT
-from hicodit.samplers import Posterior, sample
+from hicodit.samplers import sample
 from hicodit.settings import UNGUIDED, GuidanceScales, SamplerConfig
 
 OVERLAP, REDO = 25, 5  # video frames that two windows share, and those of them that are drawn again
@@ -32,9 +32,6 @@ class GuidedPosterior:
     """The posterior that a sampler asks for: all guidance branches in one forward, or one branch while it is early.
 
     A model that takes guidance as its input has one branch at all times.
-
-    Raises:
-        UserError: such a model did not learn these scales.
     """
 
     def __init__(self, model: HiCoDiT, conditions: Conditions, scales: GuidanceScales) -> None:
@@ -77,16 +74,12 @@ def generate(
     sampler: SamplerConfig,
     scales: GuidanceScales,
     seeds: Sequence[int],
-    posterior_of: Callable[[HiCoDiT, Conditions, GuidanceScales], Posterior] = GuidedPosterior,
     on_step: Callable[[int], None] = lambda step: None,
-    compiled: Callable[[Callable], Callable] = lambda step: step,
+    compiled: Callable[[Callable], Callable] | None = None,
 ) -> list[Tensor]:
-    """Tokens (K, L) of each clip, on the CPU. A clip's draws depend on its seed alone.
+    """Sample the tokens (K, L) of each clip; return them on the CPU. A clip's draws depend on its seed alone.
 
     What shares a clip's batch changes only rounding. The draws of a CPU are others than those of an accelerator.
-
-    Raises:
-        UserError: guidance reading A or B with a sampler that plans its own reveal schedule.
     """
     if scales.reading in "AB" and sampler.method != "euler":
         raise UserError(
@@ -95,46 +88,46 @@ def generate(
     levels, mask_id, device = model.config.levels, model.mask_id, conditions.lip.device
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     frames = conditions.frames.tolist()
-    done = [torch.full((levels, TOKENS_PER_FRAME * n), mask_id) for n in frames]
+    tokens = [torch.full((levels, TOKENS_PER_FRAME * n), mask_id) for n in frames]
     windows_by_clip = [windows(n, sampler) for n in frames]
     for turn in range(max(map(len, windows_by_clip))):
-        clips = [b for b, own in enumerate(windows_by_clip) if turn < len(own)]
+        clips = [b for b, spans in enumerate(windows_by_clip) if turn < len(spans)]
         spans = [windows_by_clip[b][turn] for b in clips]
         part = window(conditions, clips, spans)
-        known = pad_sequence(
-            [done[b][:, TOKENS_PER_FRAME * s : TOKENS_PER_FRAME * e].T for b, (s, e) in zip(clips, spans)],
+        prompt = pad_sequence(
+            [tokens[b][:, TOKENS_PER_FRAME * s : TOKENS_PER_FRAME * e].T for b, (s, e) in zip(clips, spans)],
             batch_first=True,
             padding_value=mask_id,
         ).transpose(1, 2)
-        tokens = sample(
-            posterior_of(model, part, scales),
+        samples = sample(
+            GuidedPosterior(model, part, scales),
             TOKENS_PER_FRAME * torch.tensor([end - start for start, end in spans]),
             levels,
             mask_id,
             sampler,
             [generators[b] for b in clips],
             normalised=scales.reading in "CD",
-            known=known,
+            known=prompt,
             on_step=on_step,
             device=device,
             compiled=compiled,
         ).cpu()
-        for row, b, (start, end) in zip(tokens, clips, spans):
-            done[b][:, TOKENS_PER_FRAME * start : TOKENS_PER_FRAME * end] = row[:, : TOKENS_PER_FRAME * (end - start)]
+        for row, b, (start, end) in zip(samples, clips, spans):
+            tokens[b][:, TOKENS_PER_FRAME * start : TOKENS_PER_FRAME * end] = row[:, : TOKENS_PER_FRAME * (end - start)]
             if end < frames[b]:
-                done[b][:, TOKENS_PER_FRAME * (end - REDO) :] = mask_id
-    return done
+                tokens[b][:, TOKENS_PER_FRAME * (end - REDO) :] = mask_id
+    return tokens
 
 
 def windows(frames: int, sampler: SamplerConfig) -> list[tuple[int, int]]:
-    """The overlapping windows [start, end), in video frames, that a clip of so many frames is done in."""
+    """Return the overlapping windows [start, end), in video frames, of a clip of so many frames."""
     most = int(FPS) * sampler.window
     starts = range(0, max(1, frames - OVERLAP), most - OVERLAP)
     return [(start, min(start + most, frames)) for start in starts]
 
 
 def window(conditions: Conditions, clips: list[int], spans: list[tuple[int, int]]) -> Conditions:
-    """The conditions of video frames [start, end) of some clips; `start` is a whole second."""
+    """Cut out the conditions of video frames [start, end) of some clips; `start` is a whole second."""
     lip = pad_sequence([conditions.lip[b, s:e] for b, (s, e) in zip(clips, spans)], batch_first=True)
     expression = [conditions.expression[b, windows_of(s) : windows_of(e)] for b, (s, e) in zip(clips, spans)]
     frames = torch.tensor([e - s for s, e in spans], device=lip.device)

@@ -142,7 +142,7 @@ class Stage(nn.Module):
         super().__init__()
         c = config
         self.first, self.conditions = first, tuple(conditions)
-        self.taken = (*conditions, "expression") if c.expression_context else self.conditions
+        self.inputs = (*conditions, "expression") if c.expression_context else self.conditions
         self.embeddings = nn.ModuleList(nn.Embedding(c.codes + 1, c.width) for _ in range(first, last))
         self.fuse_tokens = nn.Linear(c.width, c.width)
         self.fuse_context = nn.Linear(c.width, c.width, bias=False)  # the concatenation's second half
@@ -164,13 +164,15 @@ class Stage(nn.Module):
             nn.init.zeros_(head.bias)
 
     def sees(self, branch: str) -> tuple[bool, ...]:
-        """Which of `CONDITIONS` a guidance branch has, as far as this stage takes them."""
-        return tuple(name in BRANCHES[branch] and name in self.taken for name in CONDITIONS)
+        """Return which of `CONDITIONS` a guidance branch has, as far as this stage takes them."""
+        return tuple(name in BRANCHES[branch] and name in self.inputs for name in CONDITIONS)
 
     def forward(
         self, tokens: Tensor, context: Tensor, time: Tensor, cond: Tensor, conditioning: Conditioning
     ) -> tuple[Tensor, Tensor]:
-        """tokens (B, K, L), context (R, L, C), time (B, E), cond (R, E) -> hidden states, inputs of heads (R, L, C)."""
+        """Map tokens (B, K, L), context (R, L, C), time (B, E), cond (R, E) to hidden states and inputs of heads, each
+        (R, L, C).
+        """
         copies, length, mask, temporal = len(context) // len(tokens), tokens.shape[-1], conditioning.mask, None
         embedded = torch.stack([table(tokens[:, self.first + i]) for i, table in enumerate(self.embeddings)]).mean(0)
         h = (self.fuse_tokens(embedded).repeat(copies, 1, 1) + context).float()  # the residual stream, also in autocast
@@ -224,11 +226,11 @@ class HiCoDiT(nn.Module):
         return self.stages[0].fuse_tokens.weight.dtype
 
     def adapt_identity(self, face: Tensor) -> Tensor:
-        """Face embedding (B, face_dim) to a unit vector (B, 256) of the GE2E voice space, whose values are >= 0."""
+        """Map a face embedding (B, face_dim) to a unit vector (B, 256) in the GE2E voice space: its values are >= 0."""
         return F.normalize(self.identity_adapter(face), dim=-1, eps=1e-6)
 
     def draw_keep(self, batch: int, device: torch.device) -> Tensor:
-        """Training dropout of conditions: (B, 3) bool, True where lip, identity, expression is kept."""
+        """Draw the training dropout of conditions: (B, 3) bool, True where lip, identity, expression is kept."""
         c = self.config
         keep = torch.rand(batch, 3, device=device) >= c.drop_each
         single = F.one_hot(torch.randint(3, (batch,), device=device), 3).bool()
@@ -243,7 +245,7 @@ class HiCoDiT(nn.Module):
         keep: Tensor | None = None,
         scales: Tensor | None = None,
     ) -> Conditioning:
-        """Do all work that does not depend on diffusion time.
+        """Compute all that does not depend on diffusion time.
 
         Args:
             branches: guidance branches, names of `BRANCHES`.
@@ -264,16 +266,16 @@ class HiCoDiT(nn.Module):
         starts = WINDOW_TOKENS * torch.arange(-(-length // WINDOW_TOKENS), device=host)
         share = send((ends - starts).clamp(0, WINDOW_TOKENS) / ends, device)  # (B, J) of a clip's tokens, 0 of padding
         conds, windows, inputs = [], None, []
-        for stage, kept in zip(self.stages, (low, high)):
+        for stage, sees in zip(self.stages, (low, high)):
             cond = 0.0
             if "identity" in stage.conditions:
-                identity = torch.where(kept[..., 1, None], conditions.identity, self.null_identity)
+                identity = torch.where(sees[..., 1, None], conditions.identity, self.null_identity)
                 cond = cond + self.identity_proj(identity.flatten(0, 1))
-            if "expression" in stage.taken:
-                classes = torch.where(kept[..., 2, None], conditions.expression, self.config.expressions)
+            if "expression" in stage.inputs:
+                classes = torch.where(sees[..., 2, None], conditions.expression, self.config.expressions)
                 embedded = self.expression_table(classes).flatten(0, 1)  # (R, J, C)
                 if "expression" in stage.conditions:
-                    cond = cond + self.expression_proj(torch.einsum("rjc,rj->rc", embedded, share.repeat(len(kept), 1)))
+                    cond = cond + self.expression_proj(torch.einsum("rjc,rj->rc", embedded, share.repeat(len(sees), 1)))
                     windows = stage.temporal.expression(embedded) if stage.temporal is not None else None
                 if stage.fuse_expression is not None:
                     inputs.append(stage.fuse_expression(embedded).repeat_interleave(WINDOW_TOKENS, 1)[:, :length])
@@ -286,7 +288,7 @@ class HiCoDiT(nn.Module):
         return Conditioning(lip, tuple(conds), windows, inputs[1] if len(inputs) > 1 else None, low_index, rotary, mask)
 
     def _rows(self, branches: Sequence[str], batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Which conditions the low (U, 1, 3) and the high stage's rows (G, 1, 3) see, and `Conditioning.low_index`."""
+        """Return the conditions of the rows of the low (U, 1, 3) and the high stage (G, 1, 3), and `low_index`."""
         low, high = ([stage.sees(branch) for branch in branches] for stage in (self.stages[0], self.stages[-1]))
         distinct, index = list(dict.fromkeys(low)), None
         if len(distinct) < len(low):

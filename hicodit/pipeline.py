@@ -91,18 +91,17 @@ class HiCoDiTPipeline:
         device: torch.device | str = "cpu",
         detector: FaceDetector | None = None,
         landmarks: LandmarkFinder | Path | None = None,
-        compiled: Callable[[Callable], Callable] = lambda step: step,
+        compiled: Callable[[Callable], Callable] | None = None,
     ) -> None:
         self.device, self.compiled = torch.device(device), compiled
         self.system, self.codec = system.to(self.device).eval(), codec.to(self.device).eval()
         self.sampler, self.guidance = sampler, guidance
         self.detector, self.landmarks = detector, landmarks
-        wanted = (system.model.config.levels, system.model.config.codes)
-        if wanted != (codec.levels, codec.codes) or codec.frame_rate != TOKENS_PER_FRAME * FPS:
+        config, rate = system.model.config, TOKENS_PER_FRAME * FPS
+        if (config.levels, config.codes, rate) != (codec.levels, codec.codes, codec.frame_rate):
             raise UserError(
-                f"the model expects {wanted[0]} levels of {wanted[1]} codes at {TOKENS_PER_FRAME * FPS:g} Hz, but the "
-                f"tokenizer has {codec.levels} of {codec.codes} at {codec.frame_rate:g} Hz: give the tokenizer that "
-                "the model was trained with"
+                f"the tokenizer has {codec.levels} levels of {codec.codes} codes at {codec.frame_rate:g} Hz, the model "
+                f"{config.levels} of {config.codes} at {rate:g} Hz: give the tokenizer of the model's training"
             )
 
     @classmethod
@@ -140,11 +139,9 @@ class HiCoDiTPipeline:
             system.encoders.expected = dict(config.get("features") or {})
         if codec is None:
             codec = find_codec(folder, config.get("codec", "rvq_tiny"), CODECS, BUNDLED.parent)
-        loaded = load_codec(codec, CODECS)
-        if config.get("token_digest") not in (None, loaded.digest()):
-            raise UserError(
-                f"tokenizer {codec} makes other tokens than {folder} was trained on: name its own with codec="
-            )
+        tokenizer = load_codec(codec, CODECS)
+        if config.get("token_digest") not in (None, tokenizer.digest()):
+            raise UserError(f"codec={codec} makes other tokens than {folder} was trained on: give the model's own")
         try:
             sampler, guidance = SamplerConfig(**config.get("sampler", {})), GuidanceScales(**config.get("guidance", {}))
         except TypeError as error:
@@ -153,8 +150,8 @@ class HiCoDiTPipeline:
             convert_matrices(system.model, dtype, FLOAT32)
         if not compile:  # the compiler does not take packed weights
             pack_linear(system.model, device)
-        compiled = compile_step(device) if compile else lambda step: step
-        return cls(system, loaded, sampler, guidance, device, detector, landmarks, compiled)
+        compiled = compile_step(device) if compile else None
+        return cls(system, tokenizer, sampler, guidance, device, detector, landmarks, compiled)
 
     def crops(
         self,
@@ -163,14 +160,14 @@ class HiCoDiTPipeline:
         face_box: Any = None,
         strip: str | Path | None = None,
     ) -> Crops:
-        """Mouth and face pictures of a clip: a file of any size and frame rate, or frames (T, H, W, 3) uint8 at 25 fps.
+        """Find the face in a clip and cut out the pictures of mouth and face.
 
         Args:
+            video: a file of any size and frame rate, or frames (T, H, W, 3) uint8 at 25 fps.
             face: which of several: "largest", "central", or its number by size from 1 on.
-            face_box: where the face is, instead of looking for it; see `engine.faces.track.given_track`. Pixels
-                are those of the clip as it is shown.
-            strip: PNG file, where to write a picture of what was found, for a person to check; a JSON file beside it
-                has the numbers.
+            face_box: position of the face, in place of detection; see `engine.faces.track.given_track`. Pixels are
+                those of the clip as a player shows it.
+            strip: PNG file for a picture of the track, for a person to check; a JSON file beside it has the numbers.
 
         Raises:
             UserError: not a readable video, shorter than 0.2 s, or no face found.
@@ -191,14 +188,15 @@ class HiCoDiTPipeline:
         with stage("faces", len(track), "frames", f"{label}: cutting out the face"):
             crops = self._cut(clip, track, strip)
         if strip is not None:
-            shown = track if array else track.scaled(clip.shown[1] / clip.size[1])
-            write_faces(Path(strip).with_suffix(".json"), shown, mouth_poses(shown.found), MOUTH_SIDE, FPS)
+            track = track if array else track.scaled(clip.shown[1] / clip.size[1])
+            mouth = mouth_poses(track.best_points)
+            write_faces(Path(strip).with_suffix(".json"), track, mouth, MOUTH_SIDE, FPS)
         return crops
 
     def _track(
         self, clip: ClipFrames | list[np.ndarray], name: str, face: str | int, face_box: Any
     ) -> tuple[ClipFrames | list[np.ndarray], FaceTrack]:
-        """The face's track, with landmarks if they are asked for, and the frames that it is cut from."""
+        """Return the frames to cut the face from, and its track in them, with landmarks if the user wants them."""
         if isinstance(self.landmarks, Path):
             if face_box is not None:
                 raise UserError("face_box and a file of landmarks both say where the face is: give one of them")
@@ -216,30 +214,30 @@ class HiCoDiTPipeline:
         return clip, track
 
     def _cut(self, blocks: Iterable[np.ndarray], track: FaceTrack, strip: str | Path | None) -> Crops:
-        """Mouth and face pictures of blocks of frames (n, H, W, 3); the picture of the track goes to `strip`."""
-        config, mouth, faces, shown, start, count = self.system.encoders.config, None, [], [], 0, 0
-        long, wanted = len(track) > KEPT_FRAMES, self.system.voice_pictures(len(track))
+        """Cut mouth and face from blocks of frames (n, H, W, 3); write the picture of the track to `strip`."""
+        config, mouth, faces, probabilities, start, count = self.system.encoders.config, None, [], [], 0, 0
+        long, voice_pictures = len(track) > KEPT_FRAMES, self.system.voice_pictures(len(track))
         drawing = Strip(track, FPS) if strip is not None else None
         for block in blocks:
             part = track[start : start + len(block)]
-            cut = config.cut_mouth(block, track, start)
+            mouths = config.cut_mouth(block, track, start)
             if mouth is None:
-                mouth = np.empty((len(track), *cut.shape[1:]), cut.dtype)
-            mouth[start : start + len(block)] = cut
-            picked = np.arange(-start % config.picture_every, len(block), config.picture_every)
-            if len(picked):
-                pictures = config.cut_faces(block[picked], part[picked])
+                mouth = np.empty((len(track), *mouths.shape[1:]), mouths.dtype)
+            mouth[start : start + len(block)] = mouths
+            index = np.arange(-start % config.picture_every, len(block), config.picture_every)
+            if len(index):
+                pictures = config.cut_faces(block[index], part[index])
                 if long:
-                    shown.append(self._read_expressions(pictures))
-                    pictures = pictures[[n - count for n in wanted if count <= n < count + len(picked)]]
+                    probabilities.append(self._read_expressions(pictures))
+                    pictures = pictures[[n - count for n in voice_pictures if count <= n < count + len(index)]]
                 faces.append(pictures)
-                count += len(picked)
+                count += len(index)
             if drawing is not None:
-                drawing.add(block, cut, start)
+                drawing.add(block, mouths, start)
             start += len(block)
         if drawing is not None:
             drawing.write(strip)
-        expression = self.system.window_classes(torch.cat(shown), len(track)).cpu().numpy() if long else None
+        expression = self.system.window_classes(torch.cat(probabilities), len(track)).cpu().numpy() if long else None
         return Crops(mouth, np.concatenate(faces), track, expression)
 
     @torch.inference_mode()
@@ -248,7 +246,7 @@ class HiCoDiTPipeline:
 
     @torch.inference_mode()
     def conditions(self, crops: Sequence[Crops] | Sequence[Features], identity: np.ndarray | None = None) -> Conditions:
-        """Conditions of a batch of clips; `identity` (256,) is a reference voice's GE2E vector for all of them."""
+        """Encode a batch of clips; `identity` (256,) is a reference voice's GE2E vector for all of them."""
 
         def pad(arrays: list[np.ndarray]) -> Tensor:
             return pad_sequence([torch.from_numpy(a).to(self.device) for a in arrays], batch_first=True)
@@ -273,20 +271,20 @@ class HiCoDiTPipeline:
 
     @torch.inference_mode()
     def decode_tokens(self, tokens: Sequence[Tensor]) -> list[np.ndarray]:
-        """Waves (N,) of token clips (K, L): parts of equal length in batches, long clips in parts that join exactly."""
+        """Decode token clips (K, L) to waves (N,): equal lengths in batches, long clips in parts that join exactly."""
         hop, (before, after) = self.codec.hop, self.codec.reach
         waves = [np.empty(hop * t.shape[1], np.float32) for t in tokens]
-        parts: dict[int, list[tuple[int, int, int, int]]] = {}  # by length: clip, first token, those that are wanted
+        parts: dict[int, list[tuple[int, int, int, int]]] = {}  # by length: clip, first token, result's start and end
         for clip, length in enumerate(t.shape[1] for t in tokens):
             step = DECODED if max(before, after) < DECODED else length
             for start in range(0, length, step):
                 end = min(start + step, length)
                 first, last = max(0, start - before), min(length, end + after)
                 parts.setdefault(last - first, []).append((clip, first, start, end))
-        for length, alike in parts.items():
-            at_once = max(1, DECODED // length)
-            for i in range(0, len(alike), at_once):
-                group = alike[i : i + at_once]
+        for length, equal in parts.items():
+            size = max(1, DECODED // length)
+            for i in range(0, len(equal), size):
+                group = equal[i : i + size]
                 batch = torch.stack([tokens[clip][:, first : first + length] for clip, first, _, _ in group])
                 decoded = self.codec.decode(batch.to(self.device))[:, 0].clamp(-1, 1).cpu().numpy()
                 for wave, (clip, first, start, end) in zip(decoded, group):
@@ -302,15 +300,19 @@ class HiCoDiTPipeline:
         expressions: Sequence[np.ndarray] | None = None,
         on_step: Callable[[int], None] = lambda step: None,
     ) -> list[Speech]:
-        """A batch of clips whose faces are already cut out, or already encoded.
+        """Generate the speech of a batch of clips whose faces are already cut out, or already encoded.
 
-        `identity` (256,) and `expressions` (each (J,), repeated to the clip's length) replace what the faces show.
+        Args:
+            seeds: one a clip.
+            identity: (256,) GE2E vector of a voice, in place of those of the faces.
+            expressions: (J,) classes of each clip, repeated to its length, in place of those of the faces.
+            on_step: called after each step of the sampler.
         """
         with stage("conditions"):
             conditions = self.conditions(crops, identity)
         if expressions is not None:
-            shown = np.stack([np.resize(e, conditions.expression.shape[1]) for e in expressions])
-            conditions = replace(conditions, expression=torch.from_numpy(shown).to(conditions.expression))
+            classes = np.stack([np.resize(e, conditions.expression.shape[1]) for e in expressions])
+            conditions = replace(conditions, expression=torch.from_numpy(classes).to(conditions.expression))
         settings = sampler or self.sampler
         steps = settings.steps * max(len(windows(len(c), settings)) for c in crops)
         with stage("sampling", steps, "steps", f"sampling {sum(map(len, crops)) / FPS:.1f} s of speech") as count:
@@ -319,15 +321,8 @@ class HiCoDiTPipeline:
                 count()
                 on_step(step)
 
-            tokens = generate(
-                self.system.model,
-                conditions,
-                settings,
-                self.guidance,
-                seeds,
-                on_step=after_step,
-                compiled=self.compiled,
-            )
+            model, scales = self.system.model, self.guidance
+            tokens = generate(model, conditions, settings, scales, seeds, after_step, self.compiled)
         with stage("decoding"):
             waves = self.decode_tokens(tokens)
         expressions = conditions.expression.cpu().numpy()
@@ -343,7 +338,7 @@ class HiCoDiTPipeline:
         identity: np.ndarray | None = None,
         **settings: object,
     ) -> Iterator[SpeechChunk]:
-        """Sound in hops of 160 ms while frames come; the chunks' waves concatenate to the speech of the clip.
+        """Yield sound in hops of 160 ms while frames come; the chunks' waves concatenate to the speech of the clip.
 
         Args:
             frames: a video file, or frames (H, W, 3) or blocks of them (n, H, W, 3), uint8 RGB, 25 a second.
@@ -359,5 +354,5 @@ class HiCoDiTPipeline:
         identity: np.ndarray | None = None,
         **sampler: object,
     ) -> Speech:
-        """Speech of one clip; keyword arguments override fields of the sampler (`steps=16`, `method="confidence"`)."""
+        """Generate the speech of a clip; keyword arguments override fields of the sampler, as in `steps=16`."""
         return self.run([self.crops(video)], [seed], identity, replace(self.sampler, **sampler))[0]

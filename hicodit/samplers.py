@@ -229,7 +229,7 @@ def sample(
     known: Tensor | None = None,
     on_step: Callable[[int], None] = lambda step: None,
     device: torch.device | str = "cpu",
-    compiled: Callable[[Callable], Callable] = lambda step: step,
+    compiled: Callable[[Callable], Callable] | None = None,
 ) -> Tensor:
     """Tokens (B, K, max L) on `device`, for frame counts `lengths` (B,). Positions past a clip's end stay `mask_id`.
 
@@ -246,8 +246,9 @@ def sample(
     place = torch.device(device)
     total = masked.flatten(1).sum(1)
     state = SamplerState(
-        posterior, send(x, place), send(masked, place), total, lengths, config, generators, normalised, compiled
-    )
+        posterior, send(x, place), send(masked, place), total, lengths, config, generators, normalised,
+        compiled or (lambda step: step),
+    )  # fmt: skip
     for step, _ in enumerate(FUNCTIONS[config.method](state), 1):
         on_step(step)
     return state.tokens

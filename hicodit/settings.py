@@ -101,7 +101,7 @@ class GuidanceScales:
             raise UserError(f"guidance.late={self.late} needs guidance.all other than 0")
 
     def exponents(self) -> dict[str, float]:
-        """Exponent of each branch; one of zero drops its branch."""
+        """Return the exponent of each branch; one of zero drops its branch."""
         singles = self.identity + self.expression + self.lip
         base = 2.0 if self.reading in "AC" else 1.0
         values = {"none": base - self.all - singles, "all": self.all}
@@ -114,10 +114,7 @@ class GuidanceScales:
         return self.all, self.identity, self.expression, self.lip
 
     def check_input(self, limit: float) -> None:
-        """
-        Raises:
-            UserError: a model that takes guidance as its input, in scales up to `limit`, did not learn these.
-        """
+        """Check the scales for a model that takes guidance as its input and learned scales up to `limit`."""
         if self.reading != "D" or self.late < 1:
             raise UserError(
                 f"guidance.reading={self.reading} guidance.late={self.late:g}: this model takes guidance as its input, "
@@ -137,11 +134,7 @@ UNGUIDED = GuidanceScales()  # the conditional model alone
 
 
 def with_preset(name: str, sampler: SamplerConfig, guidance: GuidanceScales) -> tuple[SamplerConfig, GuidanceScales]:
-    """These settings with what configs/sampler/NAME.yaml says in their place.
-
-    Raises:
-        UserError: there is no such file.
-    """
+    """Override these settings with those of configs/sampler/NAME.yaml."""
     require_choice("sampler", name, sorted(path.stem for path in (CONFIGS / "sampler").glob("*.yaml")))
     preset = OmegaConf.to_container(OmegaConf.load(CONFIGS / "sampler" / f"{name}.yaml"))
     return override(sampler, preset.get("sampler", {})), override(guidance, preset.get("guidance", {}))
@@ -203,15 +196,11 @@ class InferConfig:
 
 
 def read_settings(config: DictConfig) -> tuple[InferConfig, list[Path]]:
-    """The settings of a job and its clips.
-
-    Raises:
-        UserError: a value is wrong, or a file or folder that is named is missing or unreadable.
-    """
+    """Return the settings of a job and its clips; all that can be checked without loading a model is checked."""
     c = make(InferConfig, plain(config))
     set_limits(c.limits)
-    for key, place in (("weights", c.weights), ("codec", c.codec), ("encoders", c.encoders)):
-        check_release(key, place)
+    for key, folder in (("weights", c.weights), ("codec", c.codec), ("encoders", c.encoders)):
+        check_release(key, folder)
     check_face(c.chosen_face)
     if c.stream:
         _check_stream(c)
@@ -219,10 +208,7 @@ def read_settings(config: DictConfig) -> tuple[InferConfig, list[Path]]:
         given_track(read_boxes(c.face_box), 1)
     if c.reference_audio is not None:
         require_stream(c.reference_audio, "audio")
-    if c.input:
-        clips = find_clips(Path(c.input), Path(c.output), c.debug)
-    else:
-        clips = find_clips(BUNDLED.parent / "demo" / "silent.mp4", Path(c.output), c.debug)
+    clips = find_clips(Path(c.input or BUNDLED.parent / "demo" / "silent.mp4"), Path(c.output), c.debug)
     if len(clips) == 1:
         require_stream(clips[0], "video")
     with writable(c.output):
@@ -230,26 +216,18 @@ def read_settings(config: DictConfig) -> tuple[InferConfig, list[Path]]:
 
 
 def _check_stream(c: InferConfig) -> None:
-    """
-    Raises:
-        UserError: a setting that streaming has no use for: it sees no clip as a whole.
-    """
-    given = {"face": c.face != "largest", "face_box": c.face_box, "face_landmarks": c.face_landmarks, "debug": c.debug}
-    given |= {f"sampler.{name}": value is not None for name, value in c.sampler.items() if name != "steps"}
-    given |= {f"guidance.{name}": value is not None for name, value in c.guidance.items()}
-    unused = [name for name, value in given.items() if value]
-    if unused:
+    """Refuse settings that streaming does not use, as it never sees a whole clip."""
+    is_set = {"face": c.face != "largest", "face_box": c.face_box, "face_landmarks": c.face_landmarks, "debug": c.debug}
+    is_set |= {f"sampler.{name}": value is not None for name, value in c.sampler.items() if name != "steps"}
+    is_set |= {f"guidance.{name}": value is not None for name, value in c.guidance.items()}
+    for name in (name for name, value in is_set.items() if value):
         raise UserError(
-            f"stream=true has no {unused[0]}: it follows the largest face, and draws with the settings of sampler=fast"
+            f"stream=true has no {name}: it follows the largest face, and samples with the settings of sampler=fast"
         )
 
 
 def find_clips(source: Path, output: Path, debug: bool = False) -> list[Path]:
-    """The clip itself, or the video files of a folder in order of name.
-
-    Raises:
-        UserError: nothing there, two clips that would share output files, or a clip that its own output would replace.
-    """
+    """Return the clip itself, or the video files of a folder in order of name; check the paths of their outputs."""
     try:
         source.stat()
     except OSError as error:

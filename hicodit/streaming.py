@@ -1,9 +1,9 @@
 """Speech while the face is still talking: frames in, hops of 160 ms of sound out, after a bounded look-ahead.
 
-At each hop the network sees the last `window` seconds of pictures. Tokens that were settled before are known to it; all
-others up to the newest picture are drawn, and those further than the margin from it are settled. Sound is decoded from
-settled tokens alone, once there are as many after it as the codec's `reach`, or as the look-ahead has room for: with
-enough room it is that of offline decoding of the same tokens, else each hop is faded into the next.
+At each hop the network sees the last `window` seconds of pictures and the settled tokens. All other tokens up to the
+newest picture are sampled, and those further than the margin from it are settled. Sound is decoded from
+settled tokens alone, once there are as many after it as the codec's `reach`, or as the look-ahead allows. A long enough
+look-ahead gives the sound of offline decoding of the same tokens; with a shorter one each hop is faded into the next.
 
 Axes: n frames of a block, H height, W width, T video frames (25 a second), K token levels, L token frames (50 a
 second), N samples.
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from engine.codec import Codec
 from engine.errors import UserError
-from engine.faces.detectors import FaceDetector, HaarDetector
-from engine.faces.track import FaceError, FaceTrack, track_face
+from engine.faces.detectors import FaceDetector, HaarDetector, with_points
+from engine.faces.track import DETECT_EVERY, FaceError, FaceTrack, follow_face
 from engine.settings import check_settings, setting
 from hicodit.conditions.types import FPS, MIN_FRAMES, Conditions, Crops
 from hicodit.generation import GuidedPosterior
@@ -46,10 +46,10 @@ class Networks(Protocol):
     sampler: SamplerConfig
     guidance: GuidanceScales
     detector: FaceDetector | None
-    compiled: Callable[[Callable], Callable]
+    compiled: Callable[[Callable], Callable] | None
 
     def conditions(self, crops: list[Crops], identity: np.ndarray | None) -> Conditions:
-        """Conditions of clips; `identity` (256,) replaces that of the faces."""
+        """Encode clips; `identity` (256,) replaces that of the faces."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class SoundStream:
         self.tail = torch.zeros(0)  # how the last decoding went on
 
     def push(self, tokens: Tensor, last: bool = False) -> Tensor:
-        """Sound (N,) of what can be decoded after these further tokens."""
+        """Add tokens and return the sound (N,) that can be decoded now."""
         hop = self.codec.hop
         self.tokens = tokens if self.tokens is None else torch.cat([self.tokens, tokens], 1)
         end = self.tokens.shape[1] - (0 if last else self.after)
@@ -117,22 +117,6 @@ class SoundStream:
         return out
 
 
-class _Detections:
-    """A detector that looks at each frame once, though windows of frames overlap."""
-
-    def __init__(self, detector: FaceDetector) -> None:
-        self.detector, self.found = detector, {}
-
-    def __call__(self, frame: np.ndarray) -> np.ndarray:
-        key = frame.__array_interface__["data"][0]  # frames are views of what `SpeechStream.frames` keeps
-        if key not in self.found:
-            self.found[key] = self.detector(frame)
-        return self.found[key]
-
-    def forget(self, frame: np.ndarray) -> None:
-        self.found.pop(frame.__array_interface__["data"][0], None)
-
-
 class SpeechStream:
     """One talking face: `push` its frames, take its sound. Memory does not grow with the length.
 
@@ -148,98 +132,101 @@ class SpeechStream:
         self.sampler = replace(sampler, steps=settings.steps)
         self.identity = None if identity is None else torch.as_tensor(identity, dtype=torch.float32)
         self.generator = torch.Generator(pipeline.device).manual_seed(seed)
-        self.detections = _Detections(pipeline.detector or HaarDetector())
+        self.detector = pipeline.detector or HaarDetector()
         lookahead, reach = max(1, round(settings.lookahead * FPS)), -(-pipeline.codec.reach[1] // TOKENS_PER_FRAME)
         after = reach if lookahead - reach >= MIN_MARGIN else lookahead // 2
         self.lookahead, self.margin = lookahead, lookahead - after
         self.sound = SoundStream(pipeline.codec, TOKENS_PER_FRAME * after)
         self.frames: list[np.ndarray] = []  # the last ones, from frame `first` on
-        self.first = self.seen = 0  # `seen`: frames that came so far
+        self.faces: dict[int, np.ndarray] = {}  # those detected in every fifth of them, by number of the frame
+        self.first = self.received = 0  # `received`: number of frames so far
         self.settled = 0  # video frames whose tokens are settled
         self.tokens: Tensor | None = None  # (K, L) settled tokens of the frames from `first` on
         self.track: FaceTrack | None = None
         self._moved = 0  # frames that were forgotten since the face was followed last
 
     def push(self, frame: np.ndarray) -> SpeechChunk | None:
-        """One frame (H, W, 3) uint8 RGB; gives sound after every fourth, as soon as the look-ahead is filled."""
+        """Add a frame (H, W, 3) uint8 RGB; return sound after every fourth, as soon as the look-ahead is filled."""
         if frame.ndim != 3 or frame.shape[-1] != 3 or frame.dtype != np.uint8:
             raise UserError(f"a frame of shape {frame.shape} and type {frame.dtype}: give (H, W, 3) uint8 RGB")
         if self.frames and frame.shape != self.frames[0].shape:
             raise UserError(f"a frame of shape {frame.shape} after frames of {self.frames[0].shape}: keep one size")
         self.frames.append(frame.copy())  # a camera may use its buffer again
-        self.seen += 1
+        self.received += 1
         due = self.settled + HOP + self.margin
-        return self._advance(last=False) if self.seen >= due else None
+        return self._advance(last=False) if self.received >= due else None
 
     def finish(self) -> SpeechChunk | None:
-        """The rest of the sound; None where no frame came."""
-        if not self.seen:
+        """Return the rest of the sound; None if there was no frame."""
+        if not self.received:
             return None
-        if self.seen < MIN_FRAMES:
-            raise UserError(f"{self.seen / FPS:.2f} s of video; at least {MIN_FRAMES / FPS:.1f} s is needed")
+        if self.received < MIN_FRAMES:
+            raise UserError(f"{self.received / FPS:.2f} s of video; at least {MIN_FRAMES / FPS:.1f} s is needed")
         return self._advance(last=True)
 
     @torch.inference_mode()
     def _advance(self, last: bool) -> SpeechChunk:
         begin, levels = time.perf_counter(), self.pipeline.codec.levels
-        settle = self.seen if last else self.settled + HOP
+        settle = self.received if last else self.settled + HOP
         new = torch.zeros(levels, 0, dtype=torch.long)
         if settle > self.settled:
-            new = self._draw()[:, : TOKENS_PER_FRAME * (settle - self.settled)]
+            new = self._sample()[:, : TOKENS_PER_FRAME * (settle - self.settled)]
             self.tokens = new if self.tokens is None else torch.cat([self.tokens, new], 1)
             self.settled = settle
             self._forget()
         wave = self.sound.push(new.to(self.pipeline.device), last).clamp(-1, 1).numpy()
         compute = time.perf_counter() - begin
-        return SpeechChunk(wave, self.pipeline.codec.sample_rate, self.seen, compute, new.numpy())
+        return SpeechChunk(wave, self.pipeline.codec.sample_rate, self.received, compute, new.numpy())
 
-    def _draw(self) -> Tensor:
-        """Tokens (K, L) of all frames from the first unsettled one on."""
+    def _sample(self) -> Tensor:
+        """Sample the tokens (K, L) of all frames from the first unsettled one on."""
         pipeline, length = self.pipeline, TOKENS_PER_FRAME * len(self.frames)
         conditions = pipeline.conditions([self._crops()], None if self.identity is None else self.identity.numpy())
         if self.identity is None:
             self.identity = conditions.identity[0].float().cpu()
         mask_id = pipeline.system.model.mask_id
-        known = torch.full((1, pipeline.codec.levels, length), mask_id)
+        prompt = torch.full((1, pipeline.codec.levels, length), mask_id)
         before = 0 if self.tokens is None else self.tokens.shape[1]
         if before:
-            known[0, :, :before] = self.tokens
-        drawn = sample(
-            GuidedPosterior(pipeline.system.model, conditions, self.guidance), torch.tensor([length]), known.shape[1],
-            mask_id, self.sampler, [self.generator], known=known, device=pipeline.device, compiled=pipeline.compiled,
+            prompt[0, :, :before] = self.tokens
+        tokens = sample(
+            GuidedPosterior(pipeline.system.model, conditions, self.guidance), torch.tensor([length]), prompt.shape[1],
+            mask_id, self.sampler, [self.generator], known=prompt, device=pipeline.device, compiled=pipeline.compiled,
         )  # fmt: skip
-        return drawn[0, :, before:].cpu()
+        return tokens[0, :, before:].cpu()
 
     def _crops(self) -> Crops:
-        """Mouth and faces in the kept frames, followed from where the face was last."""
+        """Cut mouth and faces out of the last frames; the face is followed from its last position."""
         height, width = self.frames[0].shape[:2]
         face: Any = "largest"
         if self.track is not None:
             x, y, w, h = self.track.boxes[-1]
             face = (float((x + w / 2) / width), float((y + h / 2) / height))
+        for i, frame in enumerate(self.frames, self.first):
+            if i % DETECT_EVERY == 0 and i not in self.faces:
+                self.faces[i] = with_points(self.detector(frame))
+        faces = [(i - self.first, self.faces[i]) for i in sorted(self.faces)]
         try:
-            self.track = track_face((frame[None] for frame in self.frames), self.detections, FPS, face)
+            self.track = follow_face(faces, len(self.frames), (width, height), FPS, face)
         except FaceError:
             if self.track is None:
                 raise
             # Out of sight: it is taken to stay where it was.
-            at = np.minimum(np.arange(len(self.frames)) + self._moved, len(self.track) - 1)
-            self.track = self.track[at]
+            self.track = self.track[np.minimum(np.arange(len(self.frames)) + self._moved, len(self.track) - 1)]
         self._moved = 0
         config, blocks = self.pipeline.system.encoders.config, np.stack(self.frames)
         mouth = config.cut_mouth(blocks, self.track, 0)
-        picked = np.arange(0, len(blocks), config.picture_every)
-        return Crops(mouth, config.cut_faces(blocks[picked], self.track[picked]), self.track)
+        index = np.arange(0, len(blocks), config.picture_every)
+        return Crops(mouth, config.cut_faces(blocks[index], self.track[index]), self.track)
 
     def _forget(self) -> None:
-        """Let go of frames before the window, in whole seconds: half seconds of expression stay aligned."""
+        """Remove the frames before the window, in whole seconds: half seconds of expression stay aligned."""
         second = int(FPS)
-        drop = (self.seen - self.first - second * self.settings.window) // second * second
+        drop = (self.received - self.first - second * self.settings.window) // second * second
         drop = min(drop, (self.settled - self.first) // second * second)
         if drop > 0:
-            for frame in self.frames[:drop]:
-                self.detections.forget(frame)
             self.frames, self.first, self._moved = self.frames[drop:], self.first + drop, drop
+            self.faces = {i: faces for i, faces in self.faces.items() if i >= self.first}
             self.tokens = self.tokens[:, TOKENS_PER_FRAME * drop :]
 
 
@@ -250,7 +237,7 @@ def stream_speech(
     seed: int = 0,
     identity: np.ndarray | None = None,
 ) -> Iterator[SpeechChunk]:
-    """Chunks whose waves concatenate to the speech of all frames (H, W, 3), or blocks (n, H, W, 3), at 25 a second."""
+    """Yield chunks of the speech of frames (H, W, 3), or blocks (n, H, W, 3), at 25 a second."""
     stream = SpeechStream(pipeline, settings, seed, identity)
     for block in frames:
         for frame in [block] if block.ndim == 3 else block:

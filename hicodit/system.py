@@ -35,21 +35,15 @@ class HiCoDiTSystem(Released):
 
     def __init__(self, model: ModelConfig, encoders: EncoderConfig) -> None:
         super().__init__(model)
-        if (model.lip_dim, model.face_dim) != (encoders.lip_dim, encoders.face_dim):
-            raise UserError(
-                f"the model takes lip and face features of width {model.lip_dim} and {model.face_dim}, the encoders "
-                f"give {encoders.lip_dim} and {encoders.face_dim}: set model.lip_dim and model.face_dim to those"
-            )
-        if model.expressions != len(EXPRESSIONS):
-            raise UserError(
-                f"model.expressions={model.expressions}, but the expression encoders know {len(EXPRESSIONS)} classes "
-                f"({', '.join(EXPRESSIONS)}): set it to {len(EXPRESSIONS)}"
-            )
+        widths = {"lip_dim": encoders.lip_dim, "face_dim": encoders.face_dim, "expressions": len(EXPRESSIONS)}
+        for name, width in widths.items():
+            if getattr(model, name) != width:
+                raise UserError(f"model.{name}={getattr(model, name)}, but the encoders give {width}: set it to that")
         self.model = HiCoDiT(model)
         self.encoders = make_encoders(encoders)
 
     def conditions(self, mouth: Tensor, faces: Tensor, frames: Tensor, identity: Tensor | None = None) -> Conditions:
-        """The conditions of a batch of clips, from their pictures.
+        """Encode the pictures of a batch of clips.
 
         Args:
             mouth: (B, T, S, S) grey. faces: (B, F, 3, S', S'), one every `picture_every` frames as the encoders'
@@ -58,28 +52,27 @@ class HiCoDiTSystem(Released):
         """
         lengths, every = frames.tolist(), self.encoders.config.picture_every
         voices = torch.stack([clip[self.voice_pictures(n)] for clip, n in zip(faces, lengths)])
-        shown = [self.read_expressions(clip[: -(-n // every)]) for clip, n in zip(faces, lengths)]
-        return self.conditions_of_voices(
-            mouth, voices, [self.window_classes(s, n) for s, n in zip(shown, lengths)], frames, identity
-        )
+        expressions = (self.read_expressions(clip[: -(-n // every)]) for clip, n in zip(faces, lengths))
+        classes = [self.window_classes(e, n) for e, n in zip(expressions, lengths)]
+        return self.conditions_of_voices(mouth, voices, classes, frames, identity)
 
     def voice_pictures(self, frames: int) -> list[int]:
-        """Which face pictures of a clip of so many frames its voice is predicted from: four, a fifth of it apart."""
+        """Return the indices of the face pictures that predict the voice of a clip: four, a fifth of it apart."""
         return [frames * fifth // 5 // self.encoders.config.picture_every for fifth in (1, 2, 3, 4)]
 
     def read_expressions(self, faces: Tensor) -> Tensor:
-        """Class probabilities (F, classes) of face pictures (F, 3, S', S') in [0, 1], or uint8."""
+        """Predict class probabilities (F, classes) of face pictures (F, 3, S', S') in [0, 1], or uint8."""
         parts = faces.split(PICTURES)  # of a long clip, all at once would take gigabytes
         return torch.cat([self.encoders.expression(unit(part)).float().softmax(-1) for part in parts])
 
-    def window_classes(self, shown: Tensor, frames: int) -> Tensor:
-        """The class of each half second (J,) of a clip of so many frames, from what `read_expressions` gives."""
-        return window_expressions(shown.repeat_interleave(self.encoders.config.picture_every, 0)[:frames])
+    def window_classes(self, probabilities: Tensor, frames: int) -> Tensor:
+        """Reduce what `read_expressions` returns to the class of each half second (J,) of a clip of so many frames."""
+        return window_expressions(probabilities.repeat_interleave(self.encoders.config.picture_every, 0)[:frames])
 
     def conditions_of_voices(
         self, mouth: Tensor, voices: Tensor, expression: list[Tensor], frames: Tensor, identity: Tensor | None = None
     ) -> Conditions:
-        """As `conditions`, for clips whose expressions were read and whose voice pictures were picked beforehand.
+        """Encode a batch of clips as `conditions` does, if their expressions and voice pictures are at hand.
 
         Args:
             voices: (B, 4, 3, S', S') the `voice_pictures`. expression: (J,) classes of each clip.
@@ -90,7 +83,7 @@ class HiCoDiTSystem(Released):
         return Conditions(lip, identity, nn.utils.rnn.pad_sequence(expression, batch_first=True), frames)
 
     def conditions_of_features(self, lip: Tensor, faces: Tensor, expression: Tensor, frames: Tensor) -> Conditions:
-        """The conditions of a batch of clips whose pictures encoders that do not learn have read before.
+        """Make the conditions of a batch of clips from stored features of encoders that are not trained.
 
         Args:
             lip: (B, T, E). faces: (B, F, 512), each picture alone through the identity encoder.
@@ -103,13 +96,11 @@ class HiCoDiTSystem(Released):
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any], encoders: str | None = None) -> HiCoDiTSystem:
-        """As `Released` has it.
+        """Make the system with random weights; released encoders are loaded.
 
         Args:
-            encoders: folder of the released encoders' checkpoints, where it is another than at training.
-
-        Raises:
-            UserError: `encoders` is given for a model with encoders of its own.
+            arguments: the whole config.yaml except the kind.
+            encoders: folder of the released encoders' checkpoints; None: that of training.
         """
         settings = dict(arguments["encoders"])
         if encoders is not None and settings.get("kind", "tiny") == "tiny":

@@ -205,7 +205,7 @@ def write_faces(path: str | Path, track: FaceTrack, mouth: np.ndarray, side: int
     """Write a track as JSON: of each frame box, landmarks, and `mouth` (T, 2, 3), from its pixels to the picture of the
     mouth with `side` pixels.
     """
-    columns = (values.round(4).tolist() for values in (track.boxes, track.found, mouth))
+    columns = (values.round(4).tolist() for values in (track.boxes, track.best_points, mouth))
     frames = [
         {"box": box, "points": points, "seen": seen, "mouth": matrix}
         for box, points, matrix, seen in zip(*columns, track.seen.tolist(), strict=True)

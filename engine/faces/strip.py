@@ -48,8 +48,8 @@ class Strip:
             shift = SIDE / 2 - scale * np.array([x + w / 2, y + h / 2])
             matrix = np.array([[scale, 0, shift[0]], [0, scale, shift[1]]])
             close = cv2.warpAffine(frame, matrix, (SIDE, SIDE), flags=cv2.INTER_AREA)
-            radius = 3 if len(part.found) == 5 else 1
-            for point in np.round(part.found * scale + shift).astype(int).tolist():
+            radius = 3 if len(part.best_points) == 5 else 1
+            for point in np.round(part.best_points * scale + shift).astype(int).tolist():
                 cv2.circle(close, point, radius, colour, -1, cv2.LINE_AA)
             lips = cv2.resize(cv2.cvtColor(mouth[i - start], cv2.COLOR_GRAY2RGB), (SIDE, SIDE))
             column = np.concatenate([whole, close, lips])

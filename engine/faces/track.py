@@ -27,15 +27,15 @@ Face = str | int | tuple[float, float]  # which of several faces is followed; se
 
 
 class FaceError(UserError):
-    """The face that is asked for cannot be followed through the clip; the message leaves the clip's name out."""
+    """A face that cannot be followed through a clip; the message leaves the clip's name out."""
 
 
 @dataclass(frozen=True)
 class FaceTrack:
     """One face through a clip: boxes (T, 4), points (T, 5, 2), and `seen` (T,), false where it was out of sight.
 
-    Boxes and points are smooth in time; `landmarks` (T, P, 2), 68 or 5, are as they were found, None if nobody looked.
-    Frames out of sight carry the place where the face was seen nearest in time.
+    Boxes and points are smooth in time; `landmarks` (T, P, 2), 68 or 5, are not smoothed, None if there are none.
+    Frames out of sight have the position at which the face was seen nearest in time.
     """
 
     boxes: np.ndarray
@@ -57,13 +57,13 @@ class FaceTrack:
         return FaceTrack(self.boxes * factor, self.points * factor, self.seen, landmarks)
 
     @property
-    def found(self) -> np.ndarray:
-        """The landmarks (T, P, 2), or else the five points."""
+    def best_points(self) -> np.ndarray:
+        """Landmarks (T, P, 2), or else the five points."""
         return self.points if self.landmarks is None else self.landmarks
 
     @property
     def roll(self) -> np.ndarray:
-        """(T,) how far each head is tilted, in radians: the direction from the eye on the left to that on the right."""
+        """Tilt of each head (T,) in radians: the direction from the eye on the left to that on the right."""
         across = self.points[:, 1] - self.points[:, 0]
         return np.arctan2(across[:, 1], across[:, 0]).round(6)
 
@@ -79,7 +79,7 @@ class FaceTrack:
 
 
 def check_face(face: str | int) -> None:
-    """Raise UserError if `face` is none of what `track_face` takes."""
+    """Check the setting `face`: largest, central, or a number."""
     if not (face in ("largest", "central") or (isinstance(face, int) and face >= 1)):
         raise UserError(f"face={face} is unknown: give largest, central, or a number from 1 on")
 
@@ -87,36 +87,43 @@ def check_face(face: str | int) -> None:
 def track_face(
     blocks: Iterable[np.ndarray], detector: FaceDetector, fps: float = 25.0, face: Face = "largest"
 ) -> FaceTrack:
-    """Follow one face through a clip given as blocks of frames (n, H, W, 3).
-
-    Every `DETECT_EVERY`-th frame is looked at, and detections that lie near each other in time and place are linked. Of
-    the stretches that come of it, those that one person could have made (one after the other: after a cut, or back in
-    view) form a track. A line fitted to each neighbourhood gives the face of every frame: it follows a moving head, and
-    not the jitter. Gaps of up to `MAX_GAP` seconds are interpolated.
-
-    Args:
-        face: "largest" or "central" of several faces, its number by size, counted from 1, or the place (x, y) to which
-            it is nearest, in fractions of width and height.
-    """
+    """Detect faces in every `DETECT_EVERY`-th frame of blocks (n, H, W, 3) of a clip; follow one as `follow_face`."""
     if not isinstance(face, tuple):
         check_face(face)
-    found, frames, size = [], 0, (1, 1)
+    faces, frames, size = [], 0, (1, 1)
     for block in blocks:
         for i in range(-frames % DETECT_EVERY, len(block), DETECT_EVERY):
-            found.append((frames + i, with_points(detector(block[i]))))
+            faces.append((frames + i, with_points(detector(block[i]))))
         frames, size = frames + len(block), block.shape[2:0:-1]
-    stretches = _link(found, fps)
-    place = (0.5, 0.5) if face == "central" else face if isinstance(face, tuple) else None
-    people = _people(stretches, None if place is None else np.array(size) * place, max(size) / 2)
+    return follow_face(faces, frames, size, fps, face)
+
+
+def follow_face(
+    faces: list[tuple[int, np.ndarray]], frames: int, size: tuple[int, int], fps: float, face: Face = "largest"
+) -> FaceTrack:
+    """Follow one face through a clip of `frames` pictures of width and height `size`.
+
+    Detections that lie near each other in time and position are linked to stretches. Those that one person could have
+    made (one after the other: after a cut, or back in view) form a track. A line fitted to each neighbourhood gives the
+    face of every frame: it follows a moving head, and not the jitter. Gaps of up to `MAX_GAP` seconds are interpolated.
+
+    Args:
+        faces: number of a frame, and the faces (n, 14) that were detected in it, in order of time.
+        face: "largest" or "central" of several faces, its number by size, counted from 1, or the position (x, y) to
+            which it is nearest, in fractions of width and height.
+    """
+    centre = (0.5, 0.5) if face == "central" else face if isinstance(face, tuple) else None
+    people = _people(_link(faces, fps), None if centre is None else np.array(size) * centre, max(size) / 2)
     if not people:
         raise FaceError(f"no face found in any of its {frames / fps:.1f} s: {ADVICE}")
     number = face if isinstance(face, int) else 1
     if number > len(people):
-        raise FaceError(f"face={face}: no more than {len(people)} can be told apart in it, so give a number up to that")
-    return _covered(_smooth(people[number - 1], frames, fps), fps)
+        raise FaceError(f"face={face}: only {len(people)} can be distinguished, give a number up to that")
+    return _check_coverage(_smooth(people[number - 1], frames, fps), fps)
 
 
-def _covered(track: FaceTrack, fps: float) -> FaceTrack:
+def _check_coverage(track: FaceTrack, fps: float) -> FaceTrack:
+    """Return `track`, unless too few of its frames show the face."""
     if track.coverage < MIN_COVERAGE:
         raise FaceError(
             f"no face found in {1 - track.coverage:.0%} of it (at {track.unseen(fps)}), at most "
@@ -127,42 +134,34 @@ def _covered(track: FaceTrack, fps: float) -> FaceTrack:
 
 @dataclass(frozen=True)
 class _Stretch:
-    """Detections (n, 14) of one face in the frames `at` (n,), with no long gap."""
+    """Detections (n, 14) of one face, with no long gap, and the numbers (n,) of their frames."""
 
-    at: np.ndarray
+    index: np.ndarray
     faces: np.ndarray
 
 
-def _link(found: list[tuple[int, np.ndarray]], fps: float) -> list[_Stretch]:
+def _link(detections: list[tuple[int, np.ndarray]], fps: float) -> list[_Stretch]:
     """Link faces (n, 14) of frames in order of time to stretches; one or two detections beside longer ones are
     mistakes.
     """
-    open_, done = [], []
-    for at, new in found:
-        done += [s for s in open_ if at - s[-1][0] > MAX_GAP * fps]
-        open_ = [s for s in open_ if at - s[-1][0] <= MAX_GAP * fps]
+    open_, closed = [], []
+    for frame, faces in detections:
+        closed += [s for s in open_ if frame - s[-1][0] > MAX_GAP * fps]
+        open_ = [s for s in open_ if frame - s[-1][0] <= MAX_GAP * fps]
         costs = sorted(
             (cost, i, j)
-            for i, stretch in enumerate(open_)
-            for j, each in enumerate(new)
-            if (cost := _distance(stretch, at, each, fps)) < 1
+            for i, (*_, (before, last)) in enumerate(open_)
+            for j, face in enumerate(faces)
+            if (cost := change(last, face, reach=0.4 + (frame - before) / fps)) < 1
         )
-        taken, used = set(), set()
+        pairs: dict[int, int] = {}  # face -> stretch
         for _, i, j in costs:  # nearest pairs first
-            if i not in used and j not in taken:
-                open_[i].append((at, new[j]))
-                used.add(i)
-                taken.add(j)
-        open_ += [[(at, each)] for j, each in enumerate(new) if j not in taken]
-    stretches = [_Stretch(np.array([a for a, _ in s]), np.stack([f for _, f in s])) for s in done + open_]
-    enough = [s for s in stretches if len(s.at) >= 3]
-    return enough or stretches
-
-
-def _distance(stretch: list[tuple[int, np.ndarray]], at: int, face: np.ndarray, fps: float) -> float:
-    """Return the distance of `face` in frame `at` from a stretch; 1 or more: not its next face."""
-    when, last = stretch[-1]
-    return change(last, face, reach=0.4 + (at - when) / fps)
+            if j not in pairs and i not in pairs.values():
+                open_[i].append((frame, faces[j]))
+                pairs[j] = i
+        open_ += [[(frame, face)] for j, face in enumerate(faces) if j not in pairs]
+    stretches = [_Stretch(np.array([i for i, _ in s]), np.stack([face for _, face in s])) for s in closed + open_]
+    return [s for s in stretches if len(s.index) >= 3] or stretches
 
 
 def change(one: np.ndarray, other: np.ndarray, reach: float) -> float:
@@ -174,37 +173,37 @@ def change(one: np.ndarray, other: np.ndarray, reach: float) -> float:
     return max(moved / reach, abs(np.log(other[2] / one[2])) / 0.4)
 
 
-def _people(stretches: list[_Stretch], place: np.ndarray | None, unit: float) -> list[list[_Stretch]]:
+def _people(stretches: list[_Stretch], centre: np.ndarray | None, unit: float) -> list[list[_Stretch]]:
     """Group stretches by person, the most prominent person first: stretches that overlap in time belong to several.
 
-    Prominent is who is large, or near a `place` in pixels, whose distance is measured in half the longer side (`unit`).
+    Prominent is who is large, or near the position `centre` in pixels, in units of half the longer side (`unit`).
     """
 
     def weight(chain: list[_Stretch]) -> float:
         faces = np.concatenate([s.faces for s in chain])
-        if place is None:
+        if centre is None:
             return float((faces[:, 2] ** 2).sum())
-        offset = np.linalg.norm(faces[:, :2] + faces[:, 2:4] / 2 - place, axis=1) / unit
+        offset = np.linalg.norm(faces[:, :2] + faces[:, 2:4] / 2 - centre, axis=1) / unit
         return float(np.exp(-4 * offset).sum())
 
-    left, people = sorted(_chains(stretches), key=weight, reverse=True), []
-    while left:
-        person, rest = [], []
-        for chain in left:
-            apart = all(a.at[-1] < b.at[0] or b.at[-1] < a.at[0] for a in chain for b in person)
-            (person if apart else rest).extend(chain if apart else [chain])
-        left = rest
-        people.append(sorted(person, key=lambda s: s.at[0]))
+    chains, people = sorted(_chains(stretches), key=weight, reverse=True), []
+    while chains:
+        person, others = [], []
+        for chain in chains:
+            apart = all(a.index[-1] < b.index[0] or b.index[-1] < a.index[0] for a in chain for b in person)
+            (person if apart else others).extend(chain if apart else [chain])
+        chains = others
+        people.append(sorted(person, key=lambda s: s.index[0]))
     return people
 
 
 def _chains(stretches: list[_Stretch]) -> list[list[_Stretch]]:
-    """Chain stretches: a face that comes back at the same place and size is the same person's."""
+    """Join stretches to chains: a face that comes back at the same position and size is the same person's."""
     costs = sorted(
-        (cost, b.at[0] - a.at[-1], i, j)
+        (cost, b.index[0] - a.index[-1], i, j)
         for i, a in enumerate(stretches)
         for j, b in enumerate(stretches)
-        if a.at[-1] < b.at[0] and (cost := change(a.faces[-1], b.faces[0], reach=0.6)) < 1
+        if a.index[-1] < b.index[0] and (cost := change(a.faces[-1], b.faces[0], reach=0.6)) < 1
     )
     after: dict[int, int] = {}
     for _, _, i, j in costs:  # the likeliest pairs first
@@ -223,15 +222,15 @@ def _chains(stretches: list[_Stretch]) -> list[list[_Stretch]]:
 def _smooth(person: list[_Stretch], frames: int, fps: float) -> FaceTrack:
     """Return the face of every frame, each from the stretch nearest in time; stretches are smoothed one by one."""
     time = np.arange(frames)
-    starts, ends = (np.array([s.at[i] for s in person]) for i in (0, -1))
+    starts, ends = (np.array([s.index[i] for s in person]) for i in (0, -1))
     away = np.maximum(np.maximum(starts[:, None] - time, time - ends[:, None]), 0)
     nearest = away.argmin(0)
     values = np.empty((frames, POINTS.stop))
     for i, stretch in enumerate(person):
         mine = np.flatnonzero(nearest == i)
-        wanted = np.clip(mine, stretch.at[0] - DETECT_EVERY, stretch.at[-1] + DETECT_EVERY)
-        good = _plausible(stretch, fps)
-        values[mine] = _local_lines(stretch.at[good] / fps, stretch.faces[good], wanted / fps)
+        times = np.clip(mine, stretch.index[0] - DETECT_EVERY, stretch.index[-1] + DETECT_EVERY) / fps
+        plausible = _plausible(stretch, fps)
+        values[mine] = _local_lines(stretch.index[plausible] / fps, stretch.faces[plausible], times)
     seen = away.min(0) <= DETECT_EVERY // 2
     seen[max(ends) :] |= frames - max(ends) <= DETECT_EVERY  # nothing was looked at after it
     return FaceTrack(values[:, BOX], values[:, POINTS].reshape(-1, 5, 2), seen)
@@ -240,29 +239,29 @@ def _smooth(person: list[_Stretch], frames: int, fps: float) -> FaceTrack:
 def _plausible(stretch: _Stretch, fps: float) -> np.ndarray:
     """Return which detections (n,) lie where those of one second to either side usually do."""
     centre = stretch.faces[:, :2] + stretch.faces[:, 2:4] / 2
-    seen = np.column_stack([centre, stretch.faces[:, 2:4]])
-    first = np.searchsorted(stretch.at, stretch.at - fps)
-    last = np.searchsorted(stretch.at, stretch.at + fps, side="right")
-    near = [seen[a:b] for a, b in zip(first, last)]
+    faces = np.column_stack([centre, stretch.faces[:, 2:4]])
+    first = np.searchsorted(stretch.index, stretch.index - fps)
+    last = np.searchsorted(stretch.index, stretch.index + fps, side="right")
+    near = [faces[a:b] for a, b in zip(first, last)]
     # The middle one by width, not a mean: where two faces were taken for one, one of them is followed.
     middle = np.stack([n[np.argsort(n[:, 2], kind="stable")[len(n) // 2]] for n in near])
-    moved = np.abs(seen[:, :2] - middle[:, :2]).max(1) / middle[:, 2]
-    good = (moved < 0.5) & (np.abs(np.log(seen[:, 2] / middle[:, 2])) < 0.25)
-    return good if good.any() else ~good
+    moved = np.abs(faces[:, :2] - middle[:, :2]).max(1) / middle[:, 2]
+    plausible = (moved < 0.5) & (np.abs(np.log(faces[:, 2] / middle[:, 2])) < 0.25)
+    return plausible if plausible.any() else ~plausible
 
 
-def _local_lines(at: np.ndarray, faces: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Fit locally weighted lines to faces (n, 14) at times (n,); return their values (m, 14) at times `wanted` (m,).
+def _local_lines(seconds: np.ndarray, faces: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Fit locally weighted lines to faces (n, 14) at `seconds` (n,); return their values (m, 14) at `times` (m,).
 
     Widths get only a local mean: a head does not grow while it is out of sight.
     """
     centred_faces = faces.copy()
     centred_faces[:, :2] += faces[:, 2:4] / 2  # centres move; corners also shift as sizes flicker
-    out = np.empty((len(wanted), faces.shape[1]))
+    out = np.empty((len(times), faces.shape[1]))
     far = 8 * SMOOTH_SECONDS  # whose weight is nothing; a stretch has no gap as long
-    for i, time in enumerate(wanted):
-        near = slice(*np.searchsorted(at, (time - far, time + far)))
-        offset, values = at[near] - time, centred_faces[near]
+    for i, time in enumerate(times):
+        near = slice(*np.searchsorted(seconds, (time - far, time + far)))
+        offset, values = seconds[near] - time, centred_faces[near]
         weight = np.exp(-0.5 * (offset / SMOOTH_SECONDS) ** 2) + 1e-9
         mean_offset = np.average(offset, weights=weight)
         mean = np.average(values, axis=0, weights=weight)
@@ -325,4 +324,4 @@ def landmark_track(landmarks: np.ndarray, present: np.ndarray, fps: float) -> Fa
     if not faces:
         raise FaceError("no frame of the clip has landmarks: give others, or leave face_landmarks out")
     track = _smooth(_link(faces, fps), len(points), fps)
-    return _covered(replace(track, seen=present, landmarks=landmarks), fps)
+    return _check_coverage(replace(track, seen=present, landmarks=landmarks), fps)

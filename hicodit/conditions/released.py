@@ -70,12 +70,12 @@ class ReleasedEncoderConfig:
         """Cut mouth pictures (n, 96, 96) uint8 grey from frames (n, H, W, 3), from frame `start` of a track on."""
         first = max(0, min(start, len(track) - WINDOW))  # a pose takes the landmarks of the window after its frame
         stop = start + len(frames)
-        poses = mouth_poses(track.found[first : stop + WINDOW - 1])
+        poses = mouth_poses(track.best_points[first : stop + WINDOW - 1])
         return avhubert_mouth(frames, poses[start - first : stop - first])
 
     def cut_faces(self, frames: np.ndarray, track: FaceTrack) -> np.ndarray:
         """Cut face pictures (T, 224, 224, 3) uint8 RGB from frames (T, H, W, 3)."""
-        pairs = zip(frames, five_points(track.found), strict=True)
+        pairs = zip(frames, five_points(track.best_points), strict=True)
         return np.stack([face_picture(frame, points, self.face_size) for frame, points in pairs])
 
 

@@ -175,7 +175,7 @@ def test_landmarks_are_read_from_every_kind_of_file(tmp_path, kind, count):
         path.write_text(json.dumps([None if p is None else p.tolist() for p in rows]))
     elif kind == "debug":
         track = place_landmarks([np.zeros((20, 90, 300, 3), np.uint8)], points, ~ABSENT, 25.0)
-        write_faces(path, track, mouth_poses(track.found), 96, 25.0)
+        write_faces(path, track, mouth_poses(track.best_points), 96, 25.0)
         assert json.loads(path.read_text())["fps"] == 25
     elif kind == "npz":
         np.savez(path, landmarks=np.where(ABSENT[:, None, None], np.nan, points))
@@ -223,7 +223,7 @@ def test_track_follows_given_landmarks(tmp_path):
     assert np.allclose(track.landmarks, points / 2)
     assert np.abs(track.points - five_points(points) / 2).max() < 1.5  # smooth
     assert np.abs(track.boxes - [[50 + i / 2, 0, 50, 50] for i in range(20)]).max() < 1.5
-    assert np.array_equal(track[3:5].found, track.landmarks[3:5])
+    assert np.array_equal(track[3:5].best_points, track.landmarks[3:5])
     small = [np.zeros((20, 90, 320, 3), np.uint8)]
     assert np.allclose(place_landmarks(small, points, ~ABSENT, 25.0, (360, 1280)).landmarks, points / 4)
     longer = place_landmarks([np.zeros((23, 90, 320, 3), np.uint8)], points, ~ABSENT, 25.0)
