@@ -77,16 +77,16 @@ class Codec(Released):
 
 
 class StreamDecoder:
-    """Decodes latents that come bit by bit.
+    """A decoder of latents that arrive in chunks.
 
-    A frame is returned as soon as the `reach` later frames that it depends on have come, and it is decoded with as many
+    A frame is returned as soon as the `reach` later frames that it depends on are there, and it is decoded with as many
     earlier ones: waves join exactly, up to the rounding of convolutions of another length (1e-5 in float32).
     """
 
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
-        self.latest: Tensor | None = None  # the last frames, of which the first `known` have been returned
-        self.known = 0
+        self.latest: Tensor | None = None  # the last frames, of which the first `returned` were returned
+        self.returned = 0
 
     @torch.no_grad()
     def push(self, chunk: Tensor) -> Tensor | None:
@@ -94,19 +94,19 @@ class StreamDecoder:
         self.latest = chunk if self.latest is None else torch.cat([self.latest, chunk], 1)
         before, after = self.codec.reach
         ready = self.latest.shape[1] - after
-        if ready <= self.known:
+        if ready <= self.returned:
             return None
-        wave = self.codec.decode(self.latest)[..., self.known * self.codec.hop : ready * self.codec.hop]
-        dropped = max(0, ready - before)
-        self.latest, self.known = self.latest[:, dropped:], ready - dropped
+        wave = self.codec.decode(self.latest)[..., self.returned * self.codec.hop : ready * self.codec.hop]
+        drop = max(0, ready - before)
+        self.latest, self.returned = self.latest[:, drop:], ready - drop
         return wave
 
     @torch.no_grad()
     def finish(self) -> Tensor | None:
         """Decode the remaining frames."""
-        if self.latest is None or self.latest.shape[1] <= self.known:
+        if self.latest is None or self.latest.shape[1] <= self.returned:
             return None
-        return self.codec.decode(self.latest)[..., self.known * self.codec.hop :]
+        return self.codec.decode(self.latest)[..., self.returned * self.codec.hop :]
 
 
 class PortraitCodec(Codec):
@@ -142,15 +142,12 @@ def load_codec(folder: str | Path, codecs: Mapping[str, type[C]]) -> C:
 
     Args:
         codecs: the classes to choose from, by kind. A model that takes a further codec has it in its table.
-
-    Raises:
-        UserError: there is none of these codecs, or its files are damaged.
     """
     folder = release_folder(folder)
     for codec in codecs.values():
-        found = codec.from_official(folder)
-        if found is not None:
-            return found
+        official = codec.from_official(folder)
+        if official is not None:
+            return official
     kind = release_kind(folder)
     if kind not in codecs:
         raise UserError(f"weights folder {folder} holds a model of kind {kind!r}, but {' or '.join(codecs)} is needed")

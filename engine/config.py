@@ -1,10 +1,8 @@
-"""Composing the YAML files of configs/ with what was typed, with `--help` and errors for people.
+"""Compose the YAML files of configs/ with command-line overrides; print help; report errors in one line.
 
-Hydra composes; this module gives help that reads like help, finds the nearest valid name for a mistyped one, and checks
-types against the defaults. There are no Hydra output folders and no change of directory.
-
-YAML comments are the documentation: the comment beside a key is its meaning in `--help`, the first comment of a group's
-file is the description of that choice.
+Hydra composes. This module prints the help, names the nearest valid key for a mistyped one, and checks types. There are
+no Hydra output folders and no change of directory. A setting's sentence in `--help` is that of its dataclass field,
+else the comment beside its key in YAML; the first comment of a group's file describes that choice.
 """
 
 from __future__ import annotations
@@ -46,9 +44,6 @@ def load(config_name: str, argv: Sequence[str], help_text: str, configs: Path = 
 
     Args:
         help_text: what the program does, then a line `Examples:` and examples. Overrides and choices go in between.
-
-    Raises:
-        UserError: an unknown key or choice (the nearest are named), a wrong type, or a missing mandatory value.
     """
     flags = [word for word in argv if word in HELP_WORDS]
     wants_help, wants_config = "--help" in flags or "-h" in flags, "--cfg" in flags
@@ -65,8 +60,10 @@ def load(config_name: str, argv: Sequence[str], help_text: str, configs: Path = 
 
 
 def compose(config_name: str, words: Sequence[str], configs: Path = CONFIGS) -> DictConfig:
-    """As `load`, for programs that look at some values only: mandatory ones may be missing, and data that a recipe
-    leaves to the user are `shards`."""
+    """Compose as `load` does, for programs that look at some values only.
+
+    Mandatory values may be missing. Where a recipe leaves the choice of data to the user, it is `shards`.
+    """
     try:
         return _compose(config_name, words, configs).config
     except MissingChoice as missing:
@@ -76,15 +73,11 @@ def compose(config_name: str, words: Sequence[str], configs: Path = CONFIGS) -> 
 
 
 def build(config: DictConfig, **extra: Any) -> Any:
-    """Call the `_target_` of a config node with its other keys as plain Python values, and `extra`.
-
-    Raises:
-        UserError: as the target raised it, or because a target is none of ours or its arguments do not exist.
-    """
-    plain = OmegaConf.to_container(config, resolve=True)
-    _check_targets(plain)
+    """Call the `_target_` of a config node with its other keys as plain Python values, and `extra`."""
+    arguments = plain(config)
+    _check_targets(arguments)
     try:
-        return hydra.utils.instantiate(plain, _convert_="all", **extra)
+        return hydra.utils.instantiate(arguments, _convert_="all", **extra)
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from error
@@ -94,22 +87,18 @@ def build(config: DictConfig, **extra: Any) -> Any:
 
 
 def target(name: Any) -> Callable[..., Any]:
-    """The class or function of this repository that `_target_` names: `engine.release.torch.load` is none.
-
-    Raises:
-        UserError: there is none of that name.
-    """
+    """Return the class or function of this repository that `_target_` names: `engine.release.torch.load` is none."""
     module, _, attribute = str(name).rpartition(".")
-    found = None
+    member = None
     if module.partition(".")[0] in PACKAGES:
         try:
-            found = getattr(import_module(module), attribute, None)
+            member = getattr(import_module(module), attribute, None)
         except ModuleNotFoundError as error:
             if not module.startswith(error.name):  # a package that the module needs is not installed
                 raise
-    if not callable(found) or (found.__module__, getattr(found, "__qualname__", "")) != (module, attribute):
+    if not callable(member) or (member.__module__, getattr(member, "__qualname__", "")) != (module, attribute):
         raise UserError(f"_target_={name} is not a class or function of {', '.join(PACKAGES[:-1])}")
-    return found
+    return member
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -146,21 +135,21 @@ def _compose(config_name: str, words: Sequence[str], configs: Path) -> Composed:
             choices = {missing.group: None}
             if not any(_name(word) in choices for word in values):
                 raise
-        chosen = [word for word in values if _name(word) in choices]
-        if not chosen:
+        choosing = [word for word in values if _name(word) in choices]
+        if not choosing:
             break
-        for word in chosen:
+        for word in choosing:
             _check_choice(word, configs)
-        groups += chosen
-        values = [word for word in values if word not in chosen]
+        groups += choosing
+        values = [word for word in values if word not in choosing]
     early = [word for word in values if word[0] in "+~" or _name(word).endswith("_target_")]
     if early:  # these decide which settings there are
         base, choices = _hydra(config_name, groups + early, configs)
     schemas: dict[str, type] = {}
     config = OmegaConf.create(_complete(OmegaConf.to_container(base, resolve=False), "", schemas))
     described = {}
-    for place, schema in schemas.items():
-        described |= {key: (field, hint) for key, field, hint in listed(schema, f"{place}." if place else "")}
+    for node, schema in schemas.items():
+        described |= {key: (field, hint) for key, field, hint in listed(schema, f"{node}." if node else "")}
     result = Composed(config, choices, schemas, described)
     for word in values:
         if word not in early:
@@ -171,8 +160,8 @@ def _compose(config_name: str, words: Sequence[str], configs: Path) -> Composed:
     return result
 
 
-def _complete(node: dict[str, Any], place: str, schemas: dict[str, type]) -> dict[str, Any]:
-    """Return `node` with the defaults of its dataclass, if it has one, and so on inside of it.
+def _complete(node: dict[str, Any], key: str, schemas: dict[str, type]) -> dict[str, Any]:
+    """Return the node of a dotted key with the defaults of its dataclass, if it has one, and so on inside of it.
 
     The dataclass of a node is what `_schema_` names, or `Settings` of the class that `_target_` names.
     """
@@ -180,9 +169,9 @@ def _complete(node: dict[str, Any], place: str, schemas: dict[str, type]) -> dic
     if "_target_" in node:
         schema = getattr(target(node["_target_"]), "Settings", None)
     if schema is not None:
-        schemas[place] = schema
+        schemas[key] = schema
         node = completed(schema, node)
-    inside = f"{place}." if place else ""
+    inside = f"{key}." if key else ""
     return {k: _complete(v, f"{inside}{k}", schemas) if isinstance(v, dict) else v for k, v in node.items()}
 
 
@@ -202,7 +191,7 @@ def _hydra(config_name: str, overrides: list[str], configs: Path) -> tuple[DictC
 
 
 def _name(word: str) -> str:
-    """The key or group of an override, without the +, ++ or ~ in front."""
+    """Return the key or group of an override, without the +, ++ or ~ in front."""
     key, equals, _ = word.partition("=")
     if not equals and not key.startswith("~"):
         raise UserError(f"unknown argument {word!r}: settings are written key=value; --help lists them")
@@ -225,20 +214,20 @@ def _check_choice(word: str, configs: Path) -> None:
 def _set(composed: Composed, word: str) -> None:
     """Apply `key=value`; the key must exist and the value be of the type of its field, else of its default."""
     config, (key, _, text) = composed.config, word.partition("=")
-    known = dict(_walk(config))
-    if key not in known:
-        raise UserError(f"unknown setting {key!r}; {nearest(key, [*known, *composed.choices])}")
+    defaults = dict(_walk(config))
+    if key not in defaults:
+        raise UserError(f"unknown setting {key!r}; {nearest(key, [*defaults, *composed.choices])}")
     if text in ("", "''", '""'):
         raise UserError(f"{key}= is empty: give a value, or leave it out")
     field, hint = composed.described.get(key, (None, Any))
-    kind = kind_of(hint)[0] if field else _kind_of_default(config, key, known[key])
+    kind = kind_of(hint)[0] if field else _kind_of_default(config, key, defaults[key])
     is_text = kind is str and text != "null" and not re.match(r"['\"]|.*\$\{", text)
     value = text if is_text else _parse(key, text)
     if not (isinstance(value, str) and "${" in value):
         if field:
             check_value(key, value, hint, field.metadata)
         elif kind is not None and value is not None and not is_a(value, kind):
-            raise UserError(f"{key}={text} must be {KINDS[kind]} (default: {_shown(known[key])})")
+            raise UserError(f"{key}={text} must be {KINDS[kind]} (default: {_printed(defaults[key])})")
     try:
         OmegaConf.update(config, key, value, merge=True)
     except OmegaConfBaseException as error:
@@ -266,9 +255,9 @@ def _parse(key: str, text: str) -> Any:
 
 
 def _walk(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, default) of every node; `???` where mandatory, the text where interpolated."""
-    plain = OmegaConf.to_container(config, resolve=False) if isinstance(config, DictConfig) else config
-    for key, value in plain.items():
+    """Yield (dotted key, default) of every node; `???` where mandatory, the text where interpolated."""
+    nodes = OmegaConf.to_container(config, resolve=False) if isinstance(config, DictConfig) else config
+    for key, value in nodes.items():
         yield f"{prefix}{key}", value
         if isinstance(value, dict):
             yield from _walk(value, f"{prefix}{key}.")
@@ -288,11 +277,11 @@ def _check_complete(composed: Composed, configs: Path) -> None:
     except OmegaConfBaseException as error:
         raise UserError(f"configuration: {_one_line(error)}") from error
     _check_targets(values)
-    for place, schema in composed.schemas.items():
+    for key, schema in composed.schemas.items():
         node = values
-        for name in place.split(".") if place else ():
+        for name in key.split(".") if key else ():
             node = node[name]
-        make(schema, {name: value for name, value in node.items() if name != "_target_"}, f"{place}." if place else "")
+        make(schema, {name: value for name, value in node.items() if name != "_target_"}, f"{key}." if key else "")
 
 
 def _one_line(error: Exception) -> str:
@@ -309,11 +298,11 @@ def _help(name: str, text: str, composed: Composed, configs: Path) -> str:
         path = configs / folder / f"{choice}.yaml"
         prefix = "" if "@package _global_" in path.read_text() or not package else f"{package}."
         sentences |= {f"{prefix}{key}": sentence for key, sentence in _comments(path)}
-    rows = [(key, _shown(value), sentences[key]) for key, value in _walk(composed.config) if sentences.get(key)]
+    rows = [(key, _printed(value), sentences[key]) for key, value in _walk(composed.config) if sentences.get(key)]
     width = max((len(row[0]) for row in rows), default=0)
-    shown = min(24, max((len(row[1]) for row in rows), default=0))
+    default_width = min(24, max((len(row[1]) for row in rows), default=0))
     lines = [about.strip(), "", "Settings, as key=value (default):"]
-    lines += [f"  {key:<{width}}  {default:<{shown}}  {sentence}" for key, default, sentence in rows]
+    lines += [f"  {key:<{width}}  {default:<{default_width}}  {sentence}" for key, default, sentence in rows]
     for group, choice in composed.choices.items():
         lines += ["", f"{group}=..." + (f" ({choice})" if choice else "") + ":"]
         options = _options(group, configs)
@@ -336,7 +325,7 @@ def _sources(choices: dict[str, str | None]) -> Iterator[tuple[str, str, str]]:
 
 
 def _comments(path: Path) -> Iterator[tuple[str, str]]:
-    """(dotted key, comment) of a YAML file's lines that have a comment, after those of the files it is based on."""
+    """Yield (dotted key, comment) of a YAML file's lines, after those of the files that it is based on."""
     text = path.read_text()
     for base in re.findall(r"^\s*-\s+(\w+)\s*$", text.partition("defaults:")[2], re.MULTILINE):
         if base != "_self_" and (path.parent / f"{base}.yaml").is_file():
@@ -356,14 +345,14 @@ def _comments(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _headline(path: Path) -> str:
-    """The first comment line of a YAML file that is not an `@package` line."""
+    """Return the first comment line of a YAML file that is not an `@package` line."""
     for line in path.read_text().splitlines():
         if line.startswith("#") and "@package" not in line:
             return line.lstrip("# ").strip()
     return ""
 
 
-def _shown(value: Any) -> str:
+def _printed(value: Any) -> str:
     if value == "???":
         return "needed"
     if isinstance(value, dict):

@@ -138,10 +138,9 @@ def fetch(file: RemoteFile, folder: str | Path, retry_delay: float = 1.0, progre
 
 @lru_cache
 def check_reachable(address: str) -> None:
-    """Send one quick request: without a network, huggingface_hub would retry for half a minute, with a line each time.
+    """Send one quick request; raise NoNetworkError if there is no answer of any kind.
 
-    Raises:
-        NoNetworkError: no answer of any kind.
+    Without a network, huggingface_hub would retry for half a minute, with a line each time.
     """
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=TIMEOUT).close()

@@ -13,6 +13,15 @@ from engine.errors import UserError
 
 
 @contextmanager
+def report_os_errors(what: str, advice: str = "") -> Iterator[None]:
+    """Turn an OSError of the block into a UserError: `what` failed, why, and `advice`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: {error.strerror or error}{advice}") from error
+
+
+@contextmanager
 def atomic_output(path: str | Path) -> Iterator[Path]:
     """Give a temporary path in the folder of `path` (same suffix); it replaces `path` when the block succeeds.
 
@@ -21,21 +30,18 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder; give a file name")
-    try:
+    with report_os_errors(f"cannot write {path}", "; give a folder that can be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
         os.close(handle)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; give a folder that can be written") from error
     staging = Path(name)
     try:
-        yield staging
-        umask = os.umask(0)  # mkstemp makes files only the owner can read; the result gets ordinary rights
-        os.umask(umask)
-        staging.chmod(0o666 & ~umask)
-        os.replace(staging, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        with report_os_errors(f"cannot write {path}"):
+            yield staging
+            umask = os.umask(0)  # mkstemp makes files only the owner can read; the result gets ordinary rights
+            os.umask(umask)
+            staging.chmod(0o666 & ~umask)
+            os.replace(staging, path)
     finally:
         with suppress(FileNotFoundError):
             staging.unlink()
@@ -69,12 +75,9 @@ def writable(folder: str | Path, setting: str = "output") -> Iterator[None]:
         raise UserError(f"{setting}= is empty: name a folder")
     folder = Path(folder)
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first
-    try:
+    with report_os_errors(f"cannot write to {setting}={folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to {setting}={folder}: {error.strerror or error}") from error
+        tempfile.TemporaryFile(dir=folder).close()
     try:
         yield
     finally:
@@ -84,12 +87,9 @@ def writable(folder: str | Path, setting: str = "output") -> Iterator[None]:
 
 
 def require_space(folder: str | Path, setting: str, megabytes: float = 500) -> None:
-    """
-    Raises:
-        UserError: the disk of `folder`, which the setting names, has less space left.
-    """
-    place = next(place for place in (Path(folder).absolute(), *Path(folder).absolute().parents) if place.exists())
-    free = shutil.disk_usage(place).free / 1e6
+    """Check that the disk of `folder`, which the setting names, has so much free space."""
+    path = Path(folder).absolute()
+    free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free / 1e6
     if free < megabytes:
         raise UserError(
             f"{setting}={folder}: {free:,.0f} MB are free, this needs {megabytes:,.0f} MB: choose another disk"
@@ -102,10 +102,9 @@ def all_or_none(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder)
     staging = Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
     try:
-        yield staging
-        for path in sorted(staging.iterdir()):
-            os.replace(path, folder / path.name)
-    except OSError as error:
-        raise UserError(f"cannot write to output={folder}: {error.strerror or error}") from error
+        with report_os_errors(f"cannot write to output={folder}"):
+            yield staging
+            for path in sorted(staging.iterdir()):
+                os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

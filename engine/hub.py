@@ -15,21 +15,18 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 NAME = re.compile(r"([\w-][\w.-]*)/([\w-][\w.-]*)(?:@([\w./-]+))?")  # OWNER/NAME, OWNER/NAME@REVISION
 
 
-def release_folder(place: str | Path) -> Path:
-    """Return the folder `place`, or, if there is none, the local copy of the hub's repository of that name.
+def release_folder(source: str | Path) -> Path:
+    """Return the folder `source`, or, if there is none, the local copy of the hub's repository of that name.
 
     OWNER/NAME is looked for on the hub only if there is neither such a folder nor a folder OWNER here: a mistyped path
     stays a path. Without a network, an earlier copy is used. OWNER/NAME@REVISION names a branch, tag or commit. A
     bundled release, assets/NAME, is found from every folder.
-
-    Raises:
-        UserError: the hub has no such repository or refuses it, or cannot be reached and there is no copy.
     """
-    name = NAME.fullmatch(str(place))
-    if name is None or Path(place).exists() or Path(name[1]).exists():
-        return Path(place)
-    if name[1] == "assets" and (CHECKOUT / place).is_dir():
-        return CHECKOUT / place
+    name = NAME.fullmatch(str(source))
+    if name is None or Path(source).exists() or Path(name[1]).exists():
+        return Path(source)
+    if name[1] == "assets" and (CHECKOUT / source).is_dir():
+        return CHECKOUT / source
     return _snapshot(f"{name[1]}/{name[2]}", name[3])
 
 
@@ -51,9 +48,9 @@ def _snapshot(repository: str, revision: str | None) -> Path:
         raise UserError(f"{repository} is not a local folder, and {why}") from error
 
 
-def check_release(key: str, place: str | None) -> None:
-    """Raise UserError if the release that the setting `key` names does not exist; a name on the hub passes."""
-    if place is not None and not Path(place).exists():
-        name = NAME.fullmatch(place)
+def check_release(key: str, source: str | None) -> None:
+    """Check that the release that the setting `key` names exists; a name on the hub passes."""
+    if source is not None and not Path(source).exists():
+        name = NAME.fullmatch(source)
         if name is None or Path(name[1]).exists():
-            raise UserError(f"{key}={place}: not found; give a folder, or OWNER/NAME on the hub")
+            raise UserError(f"{key}={source}: not found; give a folder, or OWNER/NAME on the hub")

@@ -255,14 +255,14 @@ def _serve(connection: Connection, build: Callable[[int], Work], number: int, li
 
 
 def end_with_parent() -> None:
-    """Called in a worker: a kill of its parent, at which nothing can be tidied up, kills this process too (Linux)."""
+    """Let the kernel kill this process when its parent is killed, which cannot end its workers then (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextmanager
 def without_interrupts() -> Iterator[None]:
-    """Ignore Ctrl-C in this process during the block, and for ever in processes that it starts there."""
+    """Ignore Ctrl-C in this process during the block, and always in the processes that it starts there."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield

@@ -26,46 +26,46 @@ _CURRENT: ContextVar[Progress | None] = ContextVar("progress", default=None)
 
 
 class Bar:
-    """So many steps of `total` (None: unknown) are done: call it after each, `close` it at the end."""
+    """A count of steps up to `total` (None: unknown): call it after each step, `close` it at the end."""
 
     last_line = 0.0  # when any bar wrote one
 
     def __init__(self, total: int | None, unit: str, label: str = "") -> None:
-        self.total, self.unit, self.label, self.done, self.said = total, unit, label, 0, 0
+        self.total, self.unit, self.label, self.count, self.reported = total, unit, label, 0, 0
         self.start = self.last = time.monotonic()
-        self.shown = tqdm(total=total, unit=f" {unit}", desc=label or None, leave=False) if _terminal() else None
+        self.tqdm = tqdm(total=total, unit=f" {unit}", desc=label or None, leave=False) if _terminal() else None
 
     def __call__(self, steps: int = 1) -> None:
-        self.done += steps
-        if self.shown is not None:
-            self.shown.update(steps)
+        self.count += steps
+        if self.tqdm is not None:
+            self.tqdm.update(steps)
         elif time.monotonic() - self.last > LINE_EVERY:
             self._say()
 
     def restart(self) -> None:
         """Begin again at 0."""
-        self.done, self.start = 0, time.monotonic()
-        if self.shown is not None:
-            self.shown.reset()
+        self.count, self.start = 0, time.monotonic()
+        if self.tqdm is not None:
+            self.tqdm.reset()
 
     def close(self) -> None:
-        if self.shown is not None:
-            self.shown.close()
-        elif self.done and self.said != self.done and time.monotonic() - Bar.last_line > LEAST:
+        if self.tqdm is not None:
+            self.tqdm.close()
+        elif self.count and self.reported != self.count and time.monotonic() - Bar.last_line > LEAST:
             self._say(closing=True)
 
     def _say(self, closing: bool = False) -> None:
         self.last = Bar.last_line = time.monotonic()
-        self.said, seconds = self.done, max(self.last - self.start, 1e-9)
-        rate, of, left = self.done / seconds, "", f", after {timedelta(seconds=round(seconds))}"
-        if self.total and self.done < self.total and not closing:
-            of, left = f"/{self.total}", f", {timedelta(seconds=round((self.total - self.done) / rate))} left"
+        self.reported, seconds = self.count, max(self.last - self.start, 1e-9)
+        rate, of, duration = self.count / seconds, "", f", after {timedelta(seconds=round(seconds))}"
+        if self.total and self.count < self.total and not closing:
+            of, duration = f"/{self.total}", f", {timedelta(seconds=round((self.total - self.count) / rate))} left"
         label = f"{self.label}: " if self.label else ""
-        print(f"{label}{self.done}{of} {self.unit}, {rate:.2f} {self.unit}/s{left}", file=sys.stderr, flush=True)
+        print(f"{label}{self.count}{of} {self.unit}, {rate:.2f} {self.unit}/s{duration}", file=sys.stderr, flush=True)
 
 
 class Progress:
-    """What a command is doing, shown and clocked. Stages do not overlap: their seconds add up to the wall time.
+    """The stages of a command, displayed and timed. Stages do not overlap: their seconds add up to the wall time.
 
     Args:
         started: `time.perf_counter()` when the command began; what passed since counts as "loading".
@@ -95,16 +95,16 @@ class Progress:
         self._charge()
         self._stages.append(name)
         outer, label = self.bar, printable(f"{self.prefix}{label or name}")
-        shown: Bar | tqdm | None = None
+        bar: Bar | tqdm | None = None
         if unit:
-            shown = self.bar = Bar(total, unit, label)
+            bar = self.bar = Bar(total, unit, label)
         elif outer is None and _terminal():
-            shown = tqdm(desc=f"{label} ...", bar_format="{desc}", leave=False)
+            bar = tqdm(desc=f"{label} ...", bar_format="{desc}", leave=False)
         try:
             yield self.bar if unit else lambda steps=1: None
         finally:
-            if shown is not None:
-                shown.close()
+            if bar is not None:
+                bar.close()
             self.bar = outer
             self._charge()
             self._stages.pop()
@@ -125,11 +125,11 @@ class Progress:
 def stage(
     name: str, total: int | None = None, unit: str = "", label: str | None = None
 ) -> Iterator[Callable[..., None]]:
-    """Clock and show a part of a command's work, without its inner parts. Give a function to call after each step.
+    """Time and display a part of a command's work, without its inner parts. Give a function to call after each step.
 
     Args:
-        total, unit: of the steps; without a unit, nothing but the label is shown, and that on a terminal only.
-        label: what is shown, if not the name.
+        total, unit: of the steps; without a unit, only the label is displayed, and that on a terminal only.
+        label: text to display, if not the name.
     """
     progress = current()
     if progress is None:
@@ -145,13 +145,13 @@ def current() -> Progress | None:
 
 
 def set_prefix(words: str) -> None:
-    """Put `words` before the labels of later bars."""
+    """Set the text before the labels of later bars."""
     if (progress := current()) is not None:
         progress.prefix = words
 
 
 def watched(blocks: Iterable[B]) -> Iterator[B]:
-    """Yield blocks of frames as they are read: clocked as "reading", the frames counted by the open bar."""
+    """Yield blocks of frames as they are read: timed as "reading", the frames counted by the open bar."""
     progress, source = current(), iter(blocks)
     if progress is not None and progress.bar is not None:
         progress.bar.restart()

@@ -20,7 +20,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
 
 def portable(value: Any) -> Any:
-    """`value` as any JSON reader takes it, and of use elsewhere.
+    """Make `value` portable: valid JSON, without paths of this machine.
 
     Absolute paths in strings are cut to their last component. NaN and infinity, as of figures that no clip has, become
     None: JSON has neither.
@@ -45,7 +45,7 @@ def write_record(folder: Path, name: str, what: str, results: Any, device: str =
 
 
 def dated(folder: Path, name: str) -> Path:
-    """FOLDER/DATE-NAME with the date of today."""
+    """Return the path FOLDER/DATE-NAME with the date of today."""
     return folder / f"{date.today().isoformat()}-{name}"
 
 
@@ -55,7 +55,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def record(what: str, results: Any, device: str = "cpu", **about: Any) -> dict[str, Any]:
-    """Date, command, hardware, versions, `what` was measured, the results, and `about` (such as settings)."""
+    """Make a record: date, command, hardware, versions, results, `what` they measure, `about` (such as settings)."""
     cuda = device.startswith("cuda")
     processor = platform.processor() or platform.machine()
     module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m NAME, which puts its file into argv

@@ -152,9 +152,6 @@ def save_release(
 
     Args:
         files: folder whose files are copied into the release, such as a tokenizer's.
-
-    Raises:
-        UserError: `folder` holds something else than a release, or cannot be written; a weight is not finite.
     """
     folder = Path(folder)
     _check_finite(state, f"release {folder}")
@@ -266,16 +263,12 @@ def _expand(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_release(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return (constructor arguments, state dict in float32) of a release of `kind`: a folder, or a name on the hub.
-
-    Raises:
-        UserError: the folder or a file is missing, the release is of another kind, or a file is damaged.
-    """
+    """Return (constructor arguments, state dict in float32) of a release of `kind`: a folder, or a name on the hub."""
     folder = release_folder(folder)
     config = _read_config(folder)
-    found = config.pop("kind", None)
-    if found != kind:
-        raise UserError(f"weights folder {folder} holds a model of kind {found!r}, but {kind!r} is needed")
+    actual = config.pop("kind", None)
+    if actual != kind:
+        raise UserError(f"weights folder {folder} holds a model of kind {actual!r}, but {kind!r} is needed")
     check_numbers(config, folder / "config.yaml")
     try:
         state = _expand(load_file(folder / "model.safetensors"))
@@ -309,10 +302,10 @@ def find_codec(folder: Path, name: Any, kinds: Collection[str], bundled: Path) -
     """
     if not isinstance(name, str):
         raise UserError(f"{folder / 'config.yaml'} names {name!r} as its codec: a folder was expected")
-    for place in (folder, Path(os.path.realpath(folder)).parent, bundled):
-        found = place / Path(name).name
-        if found.is_dir() and not _is_other(found, kinds):
-            return str(found)
+    for parent in (folder, Path(os.path.realpath(folder)).parent, bundled):
+        codec = parent / Path(name).name
+        if codec.is_dir() and not _is_other(codec, kinds):
+            return str(codec)
     return name
 
 
@@ -340,11 +333,12 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path,
 
     `assign` makes the tensors of `state` the module's own: for a module built on the meta device.
     """
-    own = module.state_dict()
-    for what, keys in (("lacks", own.keys() - state.keys()), ("has an unexpected", state.keys() - own.keys())):
+    parameters = module.state_dict()
+    lacking, unexpected = parameters.keys() - state.keys(), state.keys() - parameters.keys()
+    for what, keys in (("lacks", lacking), ("has an unexpected", unexpected)):
         if keys:
             raise UserError(f"{source} {what} tensor {min(keys)!r} ({len(keys)} such): config and weights do not match")
-    for key, value in own.items():
+    for key, value in parameters.items():
         if value.shape != state[key].shape:
             raise UserError(
                 f"{source} has {key!r} with shape {tuple(state[key].shape)}, the config asks for {tuple(value.shape)}"

@@ -96,43 +96,31 @@ def completed(schema: type, values: Mapping[str, Any], unset: bool = False) -> d
 
 
 def make(schema: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
-    """Return the dataclass with these values; those of groups are mappings or dataclasses.
-
-    Raises:
-        UserError: a value is wrong, missing, or of no setting.
-    """
+    """Return the dataclass with these values; those of groups are mappings or dataclasses."""
     fields = _fields(schema, values, prefix)
-    needed = [n for n, f in fields.items() if _default(f) is NEEDED and n not in values]
-    if needed:
-        raise UserError(f"missing: {' '.join(f'{prefix}{name}=...' for name in needed)}")
-    made = dict(values)
+    missing = [n for n, f in fields.items() if _default(f) is NEEDED and n not in values]
+    if missing:
+        raise UserError(f"missing: {' '.join(f'{prefix}{name}=...' for name in missing)}")
+    checked = dict(values)
     for name, value in values.items():
         kind = fields[name].metadata.get("group")
         if kind is None or not isinstance(value, Mapping):
             continue
         if fields[name].metadata["unset"]:
-            made[name] = check_changes(kind, value, f"{prefix}{name}.")
+            checked[name] = check_changes(kind, value, f"{prefix}{name}.")
         else:
-            made[name] = make(kind, value, f"{prefix}{name}.")
-    return schema(**made)
+            checked[name] = make(kind, value, f"{prefix}{name}.")
+    return schema(**checked)
 
 
 def override(settings: T, changes: Mapping[str, Any]) -> T:
-    """Return the dataclass `settings` with those fields changed whose new value is not None.
-
-    Raises:
-        UserError: a value is wrong, or of no setting.
-    """
+    """Return the dataclass `settings` with those fields changed whose new value is not None."""
     changes = check_changes(type(settings), changes)
     return dataclasses.replace(settings, **{name: value for name, value in changes.items() if value is not None})
 
 
 def check_changes(schema: type, changes: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return `changes` of settings of a dataclass, each None or what its field takes.
-
-    Raises:
-        UserError: a value is wrong, or of no setting.
-    """
+    """Return `changes` of settings of a dataclass, each None or a value of its field."""
     fields, hints = _fields(schema, changes, prefix), _hints(schema)
     for name, value in changes.items():
         if value is not None:
@@ -141,21 +129,14 @@ def check_changes(schema: type, changes: Mapping[str, Any], prefix: str = "") ->
 
 
 def check_settings(settings: Any, prefix: str = "") -> None:
-    """Check type, bounds and choices of all fields of a dataclass, in its `__post_init__`.
-
-    Raises:
-        UserError: with the first that is wrong, its name after `prefix`.
-    """
+    """Check type, bounds and choices of all fields of a dataclass, in its `__post_init__`; errors name the key."""
     hints = _hints(type(settings))
     for field in dataclasses.fields(settings):
         check_value(f"{prefix}{field.name}", getattr(settings, field.name), hints[field.name], field.metadata)
 
 
 def check_value(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> None:
-    """
-    Raises:
-        UserError: `value` is not of the type `hint`, or not what the metadata of a `setting` allow.
-    """
+    """Check that `value` is of the type `hint`, within the bounds or choices in the metadata of a `setting`."""
     kind, takes_none = kind_of(hint)
     if value is None and (takes_none or kind is None):
         return
@@ -172,20 +153,14 @@ def check_value(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -
 
 
 def require_range(name: str, value: Any, low: float, high: float) -> None:
-    """
-    Raises:
-        UserError: `value` is no number from `low` to `high`, whole if both are.
-    """
+    """Check that `value` is a number from `low` to `high`, whole if both are."""
     kind = int if isinstance(low, int) and isinstance(high, int) else float
     if not is_a(value, kind) or not low <= value <= high:
         raise UserError(f"{name}={str(value)[:40]} must be {KINDS[kind]} from {low:,} to {high:,}")
 
 
 def require_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    """
-    Raises:
-        UserError: `value` is none of the choices.
-    """
+    """Check that `value` is one of the choices."""
     if value not in choices:
         raise UserError(f"{name}={str(value)[:40]} is unknown; choose {', '.join(choices)}")
 

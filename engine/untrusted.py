@@ -90,19 +90,19 @@ def parse_json(text: str | bytes, what: Any) -> Any:
         raise UserError(f"{what} cannot be read as JSON ({error})") from error
 
 
-def check_numbers(value: Any, where: Any, key: str = "") -> None:
+def check_numbers(value: Any, source: Any, key: str = "") -> None:
     """Raise UserError unless all floats in the plain containers `value` are finite and all integers 0 to `MAX_SIZE`.
 
     Args:
-        where, key: file and setting in which the value stands, for the error.
+        source, key: file and setting in which the value stands, for the error.
     """
     if isinstance(value, dict | list):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
-            check_numbers(item, where, f"{key}.{name}" if key else str(name))
+            check_numbers(item, source, f"{key}.{name}" if key else str(name))
     elif isinstance(value, int) and not 0 <= value <= MAX_SIZE:
-        raise UserError(f"{where}: {key}={str(value)[:40]} must be from 0 to {MAX_SIZE:,}")
+        raise UserError(f"{source}: {key}={str(value)[:40]} must be from 0 to {MAX_SIZE:,}")
     elif isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where}: {key}={value} must be a finite number")
+        raise UserError(f"{source}: {key}={value} must be a finite number")
 
 
 def read_yaml(path: Path) -> Any:

@@ -165,7 +165,7 @@ class HiCoDiTPipeline:
         Args:
             video: a file of any size and frame rate, or frames (T, H, W, 3) uint8 at 25 fps.
             face: which of several: "largest", "central", or its number by size from 1 on.
-            face_box: position of the face, in place of detection; see `engine.faces.track.given_track`. Pixels are
+            face_box: position of the face, in place of detection; see `engine.faces.track.track_of_boxes`. Pixels are
                 those of the clip as a player shows it.
             strip: PNG file for a picture of the track, for a person to check; a JSON file beside it has the numbers.
 
@@ -188,7 +188,7 @@ class HiCoDiTPipeline:
         with stage("faces", len(track), "frames", f"{label}: cutting out the face"):
             crops = self._cut(clip, track, strip)
         if strip is not None:
-            track = track if array else track.scaled(clip.shown[1] / clip.size[1])
+            track = track if array else track.scaled(clip.display_size[1] / clip.size[1])
             mouth = mouth_poses(track.best_points)
             write_faces(Path(strip).with_suffix(".json"), track, mouth, MOUTH_SIDE, FPS)
         return crops

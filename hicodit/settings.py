@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from engine.cluster import ClusterConfig, check_place
 from engine.config import CONFIGS, plain
 from engine.errors import UserError
-from engine.faces.track import check_face, given_track, read_boxes
+from engine.faces.track import check_face, read_boxes, track_of_boxes
 from engine.files import writable
 from engine.hub import check_release
 from engine.media.ffmpeg import require_stream
@@ -205,7 +205,7 @@ def read_settings(config: DictConfig) -> tuple[InferConfig, list[Path]]:
     if c.stream:
         _check_stream(c)
     if c.face_box is not None:
-        given_track(read_boxes(c.face_box), 1)
+        track_of_boxes(read_boxes(c.face_box), 1)
     if c.reference_audio is not None:
         require_stream(c.reference_audio, "audio")
     clips = find_clips(Path(c.input or BUNDLED.parent / "demo" / "silent.mp4"), Path(c.output), c.debug)

@@ -64,7 +64,7 @@ def find_square(path: str | Path, count: int, crop: str = "face", face_box: str 
         clip, (height, width) = [picture], picture.shape[1:3]
     else:
         clip = ClipFrames(path, float(FPS), frames=max(count, SEARCHED))
-        height, width = clip.shown
+        height, width = clip.display_size
     if crop == "centre" and face_box is None:
         return Square(*centre_square(height, width))
     frames = 1 if isinstance(clip, list) else min(clip.frames, round(probe(path).seconds * FPS)) or None

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from engine.cluster import ClusterConfig, check_place
 from engine.config import plain
 from engine.errors import UserError
-from engine.faces.track import given_track, read_boxes
+from engine.faces.track import read_boxes, track_of_boxes
 from engine.files import writable
 from engine.hub import check_release
 from engine.media.ffmpeg import check_readable, probe, require_stream
@@ -176,7 +176,7 @@ class Job:
         if self.reference_motion and "reference_motion" not in self.unused:
             check_readable(self.reference_motion)
         if self.face_box is not None:
-            given_track(read_boxes(self.face_box), 1)
+            track_of_boxes(read_boxes(self.face_box), 1)
         if MODES[self.mode].speech == "generated" and not is_voice(self.reference_audio):
             require_stream(self.voice_file, "audio")
 

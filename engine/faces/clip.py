@@ -14,7 +14,7 @@ import numpy as np
 
 from engine.faces.detectors import FaceDetector, HaarDetector
 from engine.faces.landmarks import fill_landmarks
-from engine.faces.track import Face, FaceError, FaceTrack, given_track, landmark_track, track_face
+from engine.faces.track import Face, FaceError, FaceTrack, landmark_track, track_face, track_of_boxes
 from engine.media.video import iter_video
 from engine.progress import watched
 
@@ -43,20 +43,20 @@ class ClipFrames:
     def __init__(self, path: str | Path, fps: float, max_side: int = MAX_SIDE, frames: int | None = None) -> None:
         self.path, self.fps, self.max_side, self.frames = path, fps, max_side, frames
         self.size = (0, 0)  # height and width of the frames, known after the first
-        self._kept: list[np.ndarray] | None = None
+        self._decoded: list[np.ndarray] | None = None
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return watched(self._blocks())
 
     def _blocks(self) -> Iterator[np.ndarray]:
-        if self._kept is not None:
-            yield from self._kept
+        if self._decoded is not None:
+            yield from self._decoded
             return
-        blocks, size, left = [], 0, self.frames
+        blocks, size, remaining = [], 0, self.frames
         for block in iter_video(self.path, self.fps, self.max_side):
-            if left is not None:
-                block = block[:left]
-                left -= len(block)
+            if remaining is not None:
+                block = block[:remaining]
+                remaining -= len(block)
             self.size = block.shape[1:3]
             size += block.nbytes
             if size <= KEPT:
@@ -64,13 +64,13 @@ class ClipFrames:
             else:
                 blocks.clear()
             yield block
-            if left == 0:
+            if remaining == 0:
                 break
         if size <= KEPT:
-            self._kept = blocks
+            self._decoded = blocks
 
     @cached_property
-    def shown(self) -> tuple[int, int]:
+    def display_size(self) -> tuple[int, int]:
         """Height and width of the picture as a player shows it."""
         return next(iter_video(self.path, self.fps, block=1)).shape[1:3]
 
@@ -79,7 +79,7 @@ class ClipFrames:
         width = float(np.median(track.boxes[track.seen, 2]))
         if width > 0.7 * GOOD_WIDTH or max(self.size) < self.max_side:
             return self, track
-        side = min(max(self.shown), round(self.max_side * GOOD_WIDTH / width))
+        side = min(max(self.display_size), round(self.max_side * GOOD_WIDTH / width))
         if side <= self.max_side:
             return self, track
         return ClipFrames(self.path, self.fps, side, self.frames), track.scaled(side / self.max_side)
@@ -97,7 +97,6 @@ def find_face(
 
     Raises:
         FaceError: too little of the clip shows the face, or the picture stands on its head or side.
-        UserError: an unknown `face`.
     """
     if detector is not None:
         return track_face(clip, detector, fps, face)
@@ -140,13 +139,9 @@ def _evidence(looks: list[np.ndarray], angle: float) -> float:
 
 
 def place_face(clip: ClipFrames | list[np.ndarray], boxes: Any, fps: float) -> FaceTrack:
-    """Return the track of the user's boxes, in pixels of the picture as it is shown; see `given_track`.
-
-    Raises:
-        UserError: no boxes; a FaceError: fewer than frames, or one that lies outside the picture.
-    """
-    frames, used, (height, width) = _measure(clip)
-    track = given_track(boxes, frames, fps)
+    """Return the track of the user's boxes, in pixels of the picture as it is shown; see `track_of_boxes`."""
+    frames, decoded_size, (height, width) = _measure(clip)
+    track = track_of_boxes(boxes, frames, fps)
     middle = track.boxes[:, :2] + track.boxes[:, 2:] / 2
     outside = ((middle < 0) | (middle > (width, height))).any(1)
     if outside.any():
@@ -154,7 +149,7 @@ def place_face(clip: ClipFrames | list[np.ndarray], boxes: Any, fps: float) -> F
         raise FaceError(
             f"face_box={box} at {outside.argmax() / fps:.1f} s lies outside the picture of {width} x {height} pixels"
         )
-    return track.scaled(used[1] / width)
+    return track.scaled(decoded_size[1] / width)
 
 
 def place_landmarks(
@@ -162,28 +157,25 @@ def place_landmarks(
     landmarks: np.ndarray,
     present: np.ndarray,
     fps: float,
-    shown: tuple[int, int] | None = None,
+    display_size: tuple[int, int] | None = None,
 ) -> FaceTrack:
     """Return the track of the user's landmarks (T, P, 2), in pixels of the picture as it is shown.
 
     Args:
         present: (T,) in which frames there are any.
-        shown: height and width of the picture as it is shown; None: the clip knows, or its frames are the pictures.
-
-    Raises:
-        FaceError: the clip is more than `MISFIT` frames longer or shorter, or too few frames have landmarks.
+        display_size: height and width of the picture as it is shown; None: those of the clip.
     """
-    frames, used, own = _measure(clip)
+    frames, decoded_size, clip_size = _measure(clip)
     if abs(len(landmarks) - frames) > MISFIT:
         raise FaceError(f"landmarks of {len(landmarks)} frames, but the clip has {frames} at {fps:g} a second")
-    at = np.minimum(np.arange(frames), len(landmarks) - 1)
-    track = landmark_track(fill_landmarks(landmarks, present)[at], present[at], fps)
-    return track.scaled(used[1] / (shown or own)[1])
+    index = np.minimum(np.arange(frames), len(landmarks) - 1)
+    track = landmark_track(fill_landmarks(landmarks, present)[index], present[index], fps)
+    return track.scaled(decoded_size[1] / (display_size or clip_size)[1])
 
 
 def _measure(clip: ClipFrames | list[np.ndarray]) -> tuple[int, tuple[int, int], tuple[int, int]]:
     """Return the number of frames of a clip, their height and width, and those of the picture as it is shown."""
-    frames, used = 0, (1, 1)
+    frames, size = 0, (1, 1)
     for block in clip:
-        frames, used = frames + len(block), block.shape[1:3]
-    return frames, used, clip.shown if isinstance(clip, ClipFrames) else used
+        frames, size = frames + len(block), block.shape[1:3]
+    return frames, size, clip.display_size if isinstance(clip, ClipFrames) else size

@@ -48,13 +48,13 @@ def five_points(landmarks: np.ndarray) -> np.ndarray:
 def box_of_points(points: np.ndarray) -> np.ndarray:
     """Return the square box (4,) in which a frontal face has its eyes and mouth where `points` (5, 2) has them."""
     eyes, mouth = points[:2].mean(0), points[3:].mean(0)
-    where = FRONTAL[:2].mean(0), FRONTAL[3:].mean(0)
+    frontal = FRONTAL[:2].mean(0), FRONTAL[3:].mean(0)
     # The larger of two readings of the size: a turned head brings its eyes together, a raised one eyes and mouth.
     side = max(
         np.linalg.norm(points[1] - points[0]) / (FRONTAL[1, 0] - FRONTAL[0, 0]),
-        np.linalg.norm(mouth - eyes) / (where[1][1] - where[0][1]),
+        np.linalg.norm(mouth - eyes) / (frontal[1][1] - frontal[0][1]),
     )
-    corner = (eyes + mouth) / 2 - side * (where[0] + where[1]) / 2
+    corner = (eyes + mouth) / 2 - side * (frontal[0] + frontal[1]) / 2
     return np.array([*corner, side, side])
 
 
@@ -100,15 +100,15 @@ class HaarDetector:
         if not self.fine:
             side = min(picture.shape) - 2 * margin * bool(self.angle)
             limits = [{"minSize": (least, least)} for least in (max(24, side // share) for share in self.shares)]
-        found, agree = (), ()
+        boxes, votes = (), ()
         for limit in limits:
-            if len(found) == 0:
-                found, agree = self.cascade.detectMultiScale2(picture, scaleFactor=1.1, minNeighbors=3, **limit)
-        boxes = np.asarray(found, dtype=np.float64).reshape(-1, 4)
+            if len(boxes) == 0:
+                boxes, votes = self.cascade.detectMultiScale2(picture, scaleFactor=1.1, minNeighbors=3, **limit)
+        boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
         back = cv2.invertAffineTransform(turn)
         back[:, 2] = (back[:, 2] + back[:, :2] @ (margin, margin) - margin) / scale
         boxes[:, :2] -= margin
-        return boxes / scale, [int(n) for n in agree], back
+        return boxes / scale, [int(n) for n in votes], back
 
 
 def transform(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -141,8 +141,8 @@ class YuNetDetector:
     def __call__(self, frame: np.ndarray) -> np.ndarray:
         picture, scale = _at_most(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), DETECT_SIDE)
         self.network.setInputSize(picture.shape[1::-1])
-        found = self.network.detect(picture)[1]
-        if found is None:
+        faces = self.network.detect(picture)[1]
+        if faces is None:
             return np.zeros((0, POINTS.stop))
-        points = found[:, POINTS].astype(np.float64) / scale
+        points = faces[:, POINTS].astype(np.float64) / scale
         return np.stack([np.concatenate([box_of_points(p.reshape(5, 2)), p]) for p in points])

@@ -58,33 +58,32 @@ def landmark_source(setting: str | None, detector: FaceDetector | None) -> Landm
 
 def add_landmarks(blocks: Iterable[np.ndarray], track: FaceTrack, finder: LandmarkFinder) -> FaceTrack:
     """Add landmarks to every frame of the track; missing ones are interpolated between frames."""
-    found = list(finder(blocks, track))
-    return replace(track, landmarks=fill_landmarks(*_stacked(found)))
+    return replace(track, landmarks=fill_landmarks(*_stacked(list(finder(blocks, track)))))
 
 
 def fill_landmarks(landmarks: np.ndarray, present: np.ndarray) -> np.ndarray:
     """Interpolate landmarks (T, P, 2) in frames where `present` (T,) is false."""
     if not present.any():
         raise FaceError("no frame of the clip has landmarks: give others, or leave face_landmarks out")
-    time, known = np.arange(len(landmarks)), np.flatnonzero(present)
+    time, index = np.arange(len(landmarks)), np.flatnonzero(present)
     flat = landmarks.reshape(len(landmarks), -1).astype(np.float64)
-    filled = np.stack([np.interp(time, known, column[known]) for column in flat.T], 1)
-    filled[known] = flat[known]
+    filled = np.stack([np.interp(time, index, column[index]) for column in flat.T], 1)
+    filled[index] = flat[index]
     return filled.reshape(landmarks.shape)
 
 
-def _stacked(found: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+def _stacked(frames: list[Any]) -> tuple[np.ndarray, np.ndarray]:
     """Stack landmarks (P, 2) or None of each frame to (T, P, 2), zeros for None, and their presence (T,)."""
-    present = np.array([points is not None for points in found], bool)
-    like = next((np.zeros_like(points, np.float64) for points in found if points is not None), np.zeros((5, 2)))
-    return np.stack([like if points is None else np.asarray(points, np.float64) for points in found]), present
+    present = np.array([points is not None for points in frames], bool)
+    zeros = next((np.zeros_like(points, np.float64) for points in frames if points is not None), np.zeros((5, 2)))
+    return np.stack([zeros if points is None else np.asarray(points, np.float64) for points in frames]), present
 
 
 class Dlib68:
     """dlib's 68 landmarks, as AV-HuBERT's own preparation finds them. Tilted heads are set upright for it.
 
     Its frontal detector looks at every fifth frame, near the tracked face only: its box is what the predictor was
-    trained with. In the frames between, the box's place in the tracked one is interpolated.
+    trained with. In the frames between, the box's position in the tracked one is interpolated.
 
     Weights: `shape_predictor_68_face_landmarks.dat` (Kazemi and Sullivan 2014, trained on iBUG 300-W: research only).
     """
@@ -100,27 +99,27 @@ class Dlib68:
         self.rectangle = dlib.rectangle
 
     def __call__(self, blocks: Iterable[np.ndarray], track: FaceTrack) -> Iterator[np.ndarray | None]:
-        looks = {i: place for i, picture, _ in _upright(blocks, track, DETECT_EVERY) for place in self._look(picture)}
-        at, places = list(looks) or [0], np.array(list(looks.values()) or [USUAL])
-        seen = 0
+        boxes = {i: box for i, picture, _ in _upright(blocks, track, DETECT_EVERY) for box in self._look(picture)}
+        index, columns = list(boxes) or [0], np.array(list(boxes.values()) or [USUAL]).T
+        count = 0
         for i, picture, matrix in _upright(blocks, track, 1):
-            yield from [None] * (i - seen)
-            x, y, side = (np.interp(i, at, column) for column in places.T)
+            yield from [None] * (i - count)
+            x, y, side = (np.interp(i, index, column) for column in columns)
             points = []
             for half in side / 2 * TRIES:
                 box = self.rectangle(*(round(value) for value in (x - half, y - half, x + half, y + half)))
                 points.append([(p.x, p.y) for p in self.predict(picture, box).parts()])
             yield (np.median(points, 0) - matrix[:, 2]) @ np.linalg.inv(matrix[:, :2]).T
-            seen = i + 1
-        yield from [None] * (len(track) - seen)
+            count = i + 1
+        yield from [None] * (len(track) - count)
 
     def _look(self, picture: np.ndarray) -> list[np.ndarray]:
         """Return centre x, y and side of dlib's box nearest to its usual position; empty if there is none."""
-        found = [
+        boxes = [
             np.array([r.left() + r.right(), r.top() + r.bottom(), 2 * r.width()], np.float64)
             for r in self.detect(cv2.resize(picture, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA))
         ]
-        near = [box for box in found if np.abs(box - USUAL).max() < SIDE / 2]
+        near = [box for box in boxes if np.abs(box - USUAL).max() < SIDE / 2]
         return sorted(near, key=lambda box: np.abs(box - USUAL).max())[:1]
 
 
@@ -155,7 +154,7 @@ class NearestFace:
             yield best[POINTS].reshape(5, 2) if usable else None
 
 
-def read_landmarks(where: Path, clip: str) -> tuple[np.ndarray, np.ndarray]:
+def read_landmarks(path: Path, clip: str) -> tuple[np.ndarray, np.ndarray]:
     """Read landmarks (T, P, 2) in pixels of the clip as it is shown, 25 frames a second, and their presence (T,).
 
     A JSON file holds a list of one frame after the other, each a list of [x, y] or null, or what `debug=true` writes
@@ -163,41 +162,41 @@ def read_landmarks(where: Path, clip: str) -> tuple[np.ndarray, np.ndarray]:
     as in Auto-AVSR's landmarks of LRS3.
 
     Args:
-        where: the file, or a folder in which files are named and laid out as the clips are.
+        path: the file, or a folder in which files are named and laid out as the clips are.
         clip: path of the clip in its own folder.
     """
-    if where.is_dir():
-        paths = [(where / clip).with_suffix(suffix) for suffix in SUFFIXES]
-        if not any(path.is_file() for path in paths):
+    if path.is_dir():
+        paths = [(path / clip).with_suffix(suffix) for suffix in SUFFIXES]
+        path = next((p for p in paths if p.is_file()), None)
+        if path is None:
             raise FaceError(f"no landmarks of it: looked for {paths[0]} (or {', '.join(SUFFIXES[1:])})")
-        where = next(path for path in paths if path.is_file())
     try:
-        size = where.stat().st_size
-        if where.suffix == ".npz":
-            with zipfile.ZipFile(where) as archive:
+        size = path.stat().st_size
+        if path.suffix == ".npz":
+            with zipfile.ZipFile(path) as archive:
                 size = sum(info.file_size for info in archive.infolist())
         if size > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
-        if where.suffix == ".npz":
-            with np.load(where, allow_pickle=False) as arrays:
-                (found,) = (arrays[name] for name in arrays.files)
-            found = [points if np.isfinite(points).all() else None for points in found]
-        elif where.suffix == ".pkl":
-            found = read_arrays(where)
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                (frames,) = (arrays[name] for name in arrays.files)
+            frames = [points if np.isfinite(points).all() else None for points in frames]
+        elif path.suffix == ".pkl":
+            frames = read_arrays(path)
         else:
-            found = parse_json(where.read_bytes(), where)
-            if isinstance(found, dict):
-                found = [frame["points"] if frame.get("seen", True) else None for frame in found["frames"]]
-        shapes = {np.shape(points) for points in found if points is not None}
-        if len(found) > MAX_FRAMES or len(shapes) > 1 or not shapes <= {(68, 2), (5, 2)}:
-            raise ValueError(f"{len(found)} frames of shapes {sorted(shapes)[:3]}")
-        landmarks, present = _stacked(found)
+            frames = parse_json(path.read_bytes(), path)
+            if isinstance(frames, dict):
+                frames = [frame["points"] if frame.get("seen", True) else None for frame in frames["frames"]]
+        shapes = {np.shape(points) for points in frames if points is not None}
+        if len(frames) > MAX_FRAMES or len(shapes) > 1 or not shapes <= {(68, 2), (5, 2)}:
+            raise ValueError(f"{len(frames)} frames of shapes {sorted(shapes)[:3]}")
+        landmarks, present = _stacked(frames)
         if not np.isfinite(landmarks).all():
             raise ValueError("a number that is not finite")
     except UserError:
         raise
     except Exception as error:  # a damaged file or foreign contents can raise nearly anything
-        raise UserError(f"{where} does not hold 68 or 5 landmarks (x, y) for each frame ({error})") from error
+        raise UserError(f"{path} does not hold 68 or 5 landmarks (x, y) for each frame ({error})") from error
     return landmarks, present
 
 

@@ -66,14 +66,14 @@ class Strip:
         unseen = self.track.unseen(self.fps)
         text = f"face seen in {self.track.coverage:.0%} of {seconds:.1f} s" + (f"; not at {unseen}" if unseen else "")
         _write(head, f"{text}.  From above: frame, face and its points, mouth as the model sees it", (5, 17))
-        where = np.arange(width) * len(self.track) // width
-        bar = np.where(self.track.seen[where, None], SEEN, UNSEEN).astype(np.uint8)
+        index = np.arange(width) * len(self.track) // width
+        bar = np.where(self.track.seen[index, None], SEEN, UNSEEN).astype(np.uint8)
         picture = np.concatenate([head, picture, np.repeat(bar[None], BAR, 0)])
         with atomic_output(path) as partial:
             cv2.imwrite(str(partial), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
 
 
-def _write(picture: np.ndarray, text: str, where: tuple[int, int]) -> None:
+def _write(picture: np.ndarray, text: str, position: tuple[int, int]) -> None:
     """Draw white letters with a black rim, which can be read on anything."""
     for colour, width in (((0, 0, 0), 3), (WHITE, 1)):
-        cv2.putText(picture, text, where, cv2.FONT_HERSHEY_SIMPLEX, 0.45, colour, width, cv2.LINE_AA)
+        cv2.putText(picture, text, position, cv2.FONT_HERSHEY_SIMPLEX, 0.45, colour, width, cv2.LINE_AA)

@@ -274,7 +274,7 @@ def _local_lines(seconds: np.ndarray, faces: np.ndarray, times: np.ndarray) -> n
 
 
 def read_boxes(text: str) -> Any:
-    """Read the boxes that `face_box=` names, for `given_track`: "x,y,w,h", or the path of a JSON file."""
+    """Read the boxes that `face_box=` names, for `track_of_boxes`: "x,y,w,h", or the path of a JSON file."""
     if text.endswith(".json"):
         try:
             return parse_json(Path(text).read_bytes(), f"face_box={text}")
@@ -286,7 +286,7 @@ def read_boxes(text: str) -> Any:
         raise UserError(f"face_box={text}: give x,y,w,h in pixels, or a .json file") from None
 
 
-def given_track(boxes: Any, frames: int, fps: float = 25.0) -> FaceTrack:
+def track_of_boxes(boxes: Any, frames: int, fps: float = 25.0) -> FaceTrack:
     """Make a track from boxes that the user gives instead of a detector's.
 
     Args:

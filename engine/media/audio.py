@@ -27,9 +27,9 @@ from engine.media.ffmpeg import (
     command,
     damaged,
     last_line,
-    probe,
     source,
     stated_seconds,
+    stream_codec,
 )
 from engine.media.limits import LIMITS
 from engine.nn.transfer import send
@@ -82,7 +82,7 @@ def _read_with_soundfile(path: Path, rate: int) -> np.ndarray | None:
     """Read the sound of a file of a kind that libsndfile reads; None for others."""
     try:
         with soundfile.SoundFile(path) as file:
-            own_rate, most = file.samplerate, LIMITS.seconds * file.samplerate
+            file_rate, most = file.samplerate, LIMITS.seconds * file.samplerate
             blocks, count = [], 0
             if most < file.frames < UNKNOWN:
                 raise _too_long(path)
@@ -91,14 +91,14 @@ def _read_with_soundfile(path: Path, rate: int) -> np.ndarray | None:
                 count += len(block)
                 if count > most:
                     raise _too_long(path)
-            cut = re.search(r"data : (\d+) \(should be (\d+)\)", file.extra_info)  # of WAV: stated and present bytes
-            share = int(cut[2]) / int(cut[1]) if cut and int(cut[2]) < int(cut[1]) < 2**31 - 2**9 else 1.0
+            size = re.search(r"data : (\d+) \(should be (\d+)\)", file.extra_info)  # of WAV: stated and present bytes
+            share = int(size[2]) / int(size[1]) if size and int(size[2]) < int(size[1]) < 2**31 - 2**9 else 1.0
             total = count / share if 0 < share < 1 else file.frames
-            if 0 < count < total - SHORT * own_rate and file.frames < UNKNOWN:
-                raise damaged(path, "sound", count / own_rate, total / own_rate, "the file ends early")
+            if 0 < count < total - SHORT * file_rate and file.frames < UNKNOWN:
+                raise damaged(path, "sound", count / file_rate, total / file_rate, "the file ends early")
     except soundfile.LibsndfileError:
         return None
-    return resample(torch.from_numpy(np.concatenate(blocks or [np.zeros(0, np.float32)])), own_rate, rate).numpy()
+    return resample(torch.from_numpy(np.concatenate(blocks or [np.zeros(0, np.float32)])), file_rate, rate).numpy()
 
 
 def read_voice(path: str | Path, rate: int) -> np.ndarray:
@@ -143,13 +143,13 @@ def _read_with_ffmpeg(path: Path, rate: int, span: tuple[float, float] | None = 
     filters = f"aresample={int(rate)}:async=1:first_pts=0"
     arguments = ["-map", "0:a:0", "-af", filters, "-ac", "1", "-t", str(LIMITS.seconds + 1), "-c:a", "pcm_f32le"]
     arguments += ["-f", "f32le", "pipe:1"]
-    done = subprocess.run(command("-v", "level+info", "-nostats", *source(path, span), *arguments), capture_output=True)
-    log = done.stderr.decode(errors="replace")
-    if done.returncode != 0:
-        if probe(path).audio is None:
-            raise UserError(f"{path} has no audio stream")
+    call = command("-v", "level+info", "-nostats", *source(path, span), *arguments)
+    result = subprocess.run(call, capture_output=True)
+    log = result.stderr.decode(errors="replace")
+    if result.returncode != 0:
+        stream_codec(path, "audio")
         raise UserError(f"{path} cannot be decoded ({last_line(log)})")
-    wave = np.frombuffer(done.stdout, "<f4")
+    wave = np.frombuffer(result.stdout, "<f4")
     if max(stated_seconds(log) if span is None else 0.0, len(wave) / rate) > LIMITS.seconds:
         raise _too_long(path)
     check_whole(path, "sound", len(wave) / rate, log, span)

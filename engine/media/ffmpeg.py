@@ -20,6 +20,7 @@ FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,mxf,nut,rm,dv,ivf,h264,hevc,"
     "yuv4mpegpipe,wav,mp3,aac,ac3,flac,aiff,au,caf,amr,w64"
 )
+REPAIR = "get a whole copy, or cut out the good part"
 SHORT = 0.5  # seconds by which a damaged file may fall short of the length that it states
 THREADS = "4"  # of a decoder; each keeps several frames
 
@@ -75,8 +76,8 @@ def stated_bytes(path: Path) -> int:
             file.seek(start)
             head = file.read(4096)
 
-    def number(at: int, size: int, order: str) -> int:
-        return int.from_bytes(head[at : at + size], order)
+    def number(offset: int, size: int, order: str) -> int:
+        return int.from_bytes(head[offset : offset + size], order)
 
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
         total = number(4, 4, "little") + 8
@@ -84,10 +85,10 @@ def stated_bytes(path: Path) -> int:
         total = number(4, 4, "big") + 8
     elif head[:4] == b".snd":
         total = number(4, 4, "big") + number(8, 4, "big")
-    elif head.startswith(_ASF) and (at := head.find(_ASF_PROPERTIES)) > 0:
-        return number(at + 40, 8, "little")
-    elif head[:1] == b"\xff" and 0 < (at := max(head.find(b"Xing"), head.find(b"Info"))) < 64 and head[at + 7] & 2:
-        total = start + number(at + (12 if head[at + 7] & 1 else 8), 4, "big")
+    elif head.startswith(_ASF) and (tag := head.find(_ASF_PROPERTIES)) > 0:
+        return number(tag + 40, 8, "little")
+    elif head[:1] == b"\xff" and 0 < (tag := max(head.find(b"Xing"), head.find(b"Info"))) < 64 and head[tag + 7] & 2:
+        total = start + number(tag + (12 if head[tag + 7] & 1 else 8), 4, "big")
     else:
         return 0
     return total if total < 2**32 - 1 else 0  # all bits set: not known
@@ -101,18 +102,14 @@ def check_complete(path: Path) -> None:
     """Raise UserError if the file is shorter than its header states."""
     size, stated = path.stat().st_size, stated_bytes(path)
     if stated - size > max(4096, stated // 1000):
-        raise UserError(
-            f"{path} is damaged: it ends after {size:,} of the {stated:,} bytes that it states: get a whole copy, or "
-            "cut out the good part"
-        )
+        raise UserError(f"{path} is damaged: it ends after {size:,} of the {stated:,} bytes that it states: {REPAIR}")
 
 
 def damaged(path: Path, kind: str, seconds: float, total: float, why: str) -> UserError:
     """Make the error of a file that ends early."""
     of = f" of {total:.1f}" if total else ""
     return UserError(
-        f"{path} is damaged: only the first {seconds:.1f}{of} s of its {kind} can be decoded ({why}): get a whole "
-        "copy, or cut out the good part"
+        f"{path} is damaged: only the first {seconds:.1f}{of} s of its {kind} can be decoded ({why}): {REPAIR}"
     )
 
 
@@ -139,8 +136,15 @@ def require_stream(path: str | Path, kind: str) -> None:
     with suppress(soundfile.LibsndfileError):  # which reads some files of sound alone that ffmpeg may not
         if kind == "audio" and soundfile.info(path):
             return
-    if getattr(probe(path), kind) is None:
+    stream_codec(path, kind)
+
+
+def stream_codec(path: str | Path, kind: str) -> str:
+    """Return the codec name of the first stream of a file; `kind` is "video" or "audio"."""
+    codec = getattr(probe(path), kind)
+    if codec is None:
         raise UserError(f"{path} has no {kind} stream")
+    return codec
 
 
 @dataclass(frozen=True)
@@ -164,8 +168,8 @@ def probe(path: str | Path) -> Streams:
         with path.open("rb") as file:
             has_boxes = file.read(8)[4:] in (b"ftyp", b"mdat", b"free", b"wide", b"skip")  # of MP4 and MOV
         incomplete = has_boxes and "moov atom not found" in report
-        cut = " (its index is missing: the file is not complete)" if incomplete else ""
-        raise UserError(f"{path} is not a video or audio file that ffmpeg can read{cut}")
+        note = " (its index is missing: the file is not complete)" if incomplete else ""
+        raise UserError(f"{path} is not a video or audio file that ffmpeg can read{note}")
     video = [m[1] for line in lines if "(attached pic)" not in line and (m := re.search(r": Video: (\w+)", line))]
     audio = [m[1] for line in lines if (m := re.search(r": Audio: (\w+)", line))]
     return Streams(video[0] if video else None, audio[0] if audio else None, stated_seconds(report))

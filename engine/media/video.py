@@ -18,7 +18,16 @@ import numpy as np
 from engine.errors import UserError
 from engine.files import atomic_output
 from engine.media.audio import write_wav
-from engine.media.ffmpeg import check_complete, check_readable, check_whole, command, damaged, last_line, probe, source
+from engine.media.ffmpeg import (
+    check_complete,
+    check_readable,
+    check_whole,
+    command,
+    damaged,
+    last_line,
+    source,
+    stream_codec,
+)
 from engine.media.limits import LIMITS
 
 CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
@@ -119,8 +128,7 @@ def _check_decoded(
     if "exceeds specified max pixel count" in log:
         raise UserError(f"{path} has frames of more than {LIMITS.pixels:,} pixels (limits.pixels): scale it down")
     if count == 0:
-        if probe(path).video is None:
-            raise UserError(f"{path} has no video stream")
+        stream_codec(path, "video")
         raise UserError(f"{path} has zero frames that can be decoded ({complaint})")
     check_whole(path, "picture", count / fps, log, span)
     if code != 0:
@@ -182,24 +190,14 @@ def mux_audio(video_path: str | Path, wave: np.ndarray, rate: int, out_path: str
         wave: (N,) float mono in [-1, 1] at `rate` Hz, beginning at the video's time zero.
         out_path: .mp4, .mov or .mkv; may be `video_path` itself.
     """
-    codec = probe(video_path).video
-    if codec is None:
-        raise UserError(f"{video_path} has no video stream")
-    with tempfile.TemporaryDirectory() as scratch, atomic_output(out_path) as staging:
-        inputs = [*source(video_path), *_sound_arguments(wave, rate, Path(scratch)), "-map", "0:V:0", "-map", "1:a:0"]
-        even = ["-vf", "scale='ceil(iw/2)*2':'ceil(ih/2)*2'"]
-        choices = [[*even, *_h264(crf)]]
-        if codec == "h264":  # falls back to encoding where a copy fails, as for streams without time stamps
-            choices.insert(0, ["-c:v", "copy", *_BITEXACT])
-        for choice in choices:
-            call = command("-v", "error", *inputs, *choice, "-f", _container(out_path), f"file:{staging}")
-            done = subprocess.run(call, capture_output=True, text=True, errors="replace")
-            if done.returncode == 0:
-                return
-        raise UserError(f"cannot write {out_path}: {last_line(done.stderr)}")
+    choices = [["-vf", "scale='ceil(iw/2)*2':'ceil(ih/2)*2'", *_h264(crf)]]
+    if stream_codec(video_path, "video") == "h264":  # where a copy fails, as without time stamps, it is encoded
+        choices.insert(0, ["-c:v", "copy", *_BITEXACT])
+    with tempfile.TemporaryDirectory() as scratch:
+        _join(out_path, [*source(video_path), *_sound_arguments(wave, rate, Path(scratch))], choices)
 
 
-LOSSLESS = ("aac", "mp3", "flac", "alac", "ac3", "eac3", "opus")  # what an .mp4 takes over as it is
+COPIED = ("aac", "mp3", "flac", "alac", "ac3", "eac3", "opus")  # what an .mp4 takes over as it is
 
 
 def join_audio(video_path: str | Path, audio_path: str | Path, out_path: str | Path) -> None:
@@ -211,17 +209,22 @@ def join_audio(video_path: str | Path, audio_path: str | Path, out_path: str | P
         video_path: with a video stream that the container takes, such as H.264.
         out_path: .mp4, .mov or .mkv.
     """
-    sound = probe(audio_path).audio
-    for path, found, kind in ((video_path, probe(video_path).video, "video"), (audio_path, sound, "audio")):
-        if found is None:
-            raise UserError(f"{path} has no {kind} stream")
-    codec = ["-c:a", "copy"] if sound in LOSSLESS else ["-c:a", "flac", "-compression_level", "5"]
+    stream_codec(video_path, "video")
+    sound = stream_codec(audio_path, "audio")
+    codec = ["-c:a", "copy"] if sound in COPIED else ["-c:a", "flac", "-compression_level", "5"]
+    _join(out_path, [*source(video_path), *source(audio_path)], [["-c:v", "copy", *codec, *_BITEXACT]])
+
+
+def _join(out_path: str | Path, inputs: list[str], choices: list[list[str]]) -> None:
+    """Write picture and sound of two ffmpeg inputs with the first of several encodings that works."""
     with atomic_output(out_path) as staging:
-        inputs = [*source(video_path), *source(audio_path), "-map", "0:V:0", "-map", "1:a:0", "-c:v", "copy"]
-        call = command("-v", "error", *inputs, *codec, *_BITEXACT, "-f", _container(out_path), f"file:{staging}")
-        done = subprocess.run(call, capture_output=True, text=True, errors="replace")
-        if done.returncode != 0:
-            raise UserError(f"cannot write {out_path}: {last_line(done.stderr)}")
+        streams = ["-map", "0:V:0", "-map", "1:a:0"]
+        for choice in choices:
+            call = command("-v", "error", *inputs, *streams, *choice, "-f", _container(out_path), f"file:{staging}")
+            result = subprocess.run(call, capture_output=True, text=True, errors="replace")
+            if result.returncode == 0:
+                return
+        raise UserError(f"cannot write {out_path}: {last_line(result.stderr)}")
 
 
 _BITEXACT = ["-fflags", "+bitexact", "-map_metadata", "-1", "-movflags", "+faststart"]

@@ -87,9 +87,9 @@ class MultiResolutionSTFTLoss(nn.Module):
                 window = getattr(self, f"window_{i}")
                 with torch.no_grad():
                     target = _magnitude(real, n_fft, hop, window, 1e-20)
-                found = _magnitude(fake, n_fft, hop, window, 1e-20)
-                convergence = torch.linalg.vector_norm(target - found) / torch.linalg.vector_norm(target)
-                total = total + convergence + ((found + 1e-7).log() - (target + 1e-7).log()).abs().mean()
+                output = _magnitude(fake, n_fft, hop, window, 1e-20)
+                convergence = torch.linalg.vector_norm(target - output) / torch.linalg.vector_norm(target)
+                total = total + convergence + ((output + 1e-7).log() - (target + 1e-7).log()).abs().mean()
         return total / len(self.resolutions)
 
 
@@ -120,10 +120,10 @@ class CompressedSpectrumLoss(nn.Module):
     def forward(self, fake: Tensor, real: Tensor) -> Tensor:
         with torch.autocast(fake.device.type, enabled=False):
             with torch.no_grad():
-                size, target = self._compressed(real)
-            found_size, found = self._compressed(fake)
-            distance = torch.view_as_real(found - target).square().sum(-1)
-            return distance.mean() + (found_size - size).square().mean()
+                target_size, target = self._compressed(real)
+            size, output = self._compressed(fake)
+            distance = torch.view_as_real(output - target).square().sum(-1)
+            return distance.mean() + (size - target_size).square().mean()
 
 
 class DisturbanceLoss(nn.Module):
@@ -152,8 +152,7 @@ class DisturbanceLoss(nn.Module):
         inside = (bins > 0) & (bins <= 8000)
         band = ((bark + 0.53) / (top + 0.53) * bands).long().clamp_max(bands - 1)
         filters = torch.nn.functional.one_hot(band, bands) * inside[:, None]
-        used = filters.sum(0) > 0  # the lowest bands are narrower than a bin
-        filters = filters[:, used].double()
+        filters = filters[:, filters.sum(0) > 0].double()  # the lowest bands are narrower than a bin
         centre = (filters * bins[:, None]).sum(0) / filters.sum(0) / 1000
         # Threshold of hearing in decibels (Terhardt, 1979)
         quiet = 3.64 * centre**-0.8 - 6.5 * torch.exp(-0.6 * (centre - 3.3) ** 2) + 1e-3 * centre**4
@@ -168,8 +167,8 @@ class DisturbanceLoss(nn.Module):
             real, fake = self._powers(real), self._powers(fake)  # (B, T, bands)
             gain = self.power / (real @ self.speech).mean(1).clamp_min(1e-6)
             real, fake = real * gain[:, None, None], fake * gain[:, None, None]
-            heard, wanted = self._sones(fake), self._sones(real)
-            distance = ((heard - wanted).abs() - 0.25 * torch.minimum(heard, wanted)).clamp_min(0) * self.width
+            output, target = self._sones(fake), self._sones(real)
+            distance = ((output - target).abs() - 0.25 * torch.minimum(output, target)).clamp_min(0) * self.width
             added = ((fake + 50) / (real + 50)) ** 1.2
             added = torch.where(added < 3, 0, added.clamp_max(12))
             whole = self.width * distance.shape[-1]

@@ -187,7 +187,7 @@ class DACDecoder(nn.Module):
 
     @property
     def reach(self) -> tuple[int, int]:
-        """How many frames before and after frame t its samples, t * hop .. (t + 1) * hop - 1, depend on."""
+        """Number of frames before and after frame t its samples, t * hop .. (t + 1) * hop - 1, depend on."""
         first, last = -3, math.prod(self.ratios) - 1 + 3
         for ratio in reversed(self.ratios):
             units = 3 * (1 + 3 + 9)

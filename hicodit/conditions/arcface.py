@@ -87,11 +87,7 @@ class ArcFace(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> ArcFace:
-        """Load an `arcface_torch` file, in eval mode; its depth follows from the names in it.
-
-        Raises:
-            UserError: the file is missing, damaged, or lacks a tensor.
-        """
+        """Load an `arcface_torch` file, in eval mode; its depth follows from the names in it."""
         return load_released(read_state(path), path)
 
 
@@ -105,8 +101,8 @@ def prepare_faces(faces: Tensor) -> Tensor:
 def load_released(state: dict[str, Tensor], source: str | Path) -> ArcFace:
     """Make an `ArcFace` in eval mode with the tensors of `state` (released names), strictly."""
     state = {key.removeprefix("module."): value for key, value in state.items()}
-    found = {tuple(map(int, m.groups())) for key in state if (m := re.match(r"layer([1-4])\.(\d+)\.", key))}
-    blocks = tuple(sum(stage == number for stage, _ in found) for number in range(1, 5))
+    numbers = {tuple(map(int, m.groups())) for key in state if (m := re.match(r"layer([1-4])\.(\d+)\.", key))}
+    blocks = tuple(sum(stage == number for stage, _ in numbers) for number in range(1, 5))
     if not all(blocks):
         raise UserError(f"{source} holds no ArcFace network: it has no tensor layer1.0.* to layer4.0.*")
     return build_with(lambda: ArcFace(blocks), state, source)

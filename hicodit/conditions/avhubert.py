@@ -164,9 +164,6 @@ class AVHubert(nn.Module):
 
         Sizes come from the weights, heads and the place of the norms from the configuration in the file. Nothing that
         the file's pickle names is run.
-
-        Raises:
-            UserError: the file is missing, damaged, or lacks a tensor.
         """
         content = read_checkpoint(Path(path))
         state = content.get("model")

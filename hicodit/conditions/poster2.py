@@ -155,8 +155,8 @@ class CrossAttention(nn.Module):
         self.qkv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * side - 1) ** 2, self.heads))
-        at = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")).flatten(1)
-        offset = at[:, :, None] - at[:, None] + side - 1  # (2, N, N)
+        position = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")).flatten(1)
+        offset = position[:, :, None] - position[:, None] + side - 1  # (2, N, N)
         self.register_buffer("index", offset[0] * (2 * side - 1) + offset[1], persistent=False)
 
     def forward(self, image: Tensor, landmark: Tensor) -> Tensor:
@@ -328,8 +328,8 @@ class POSTER2(nn.Module):
     ) -> POSTER2:
         """Make the network with the tensors of a checkpoint's state dict, strict on all that the forward pass uses."""
         state = {key.removeprefix("module."): value for key, value in state.items()}
-        used = {key: value for key, value in state.items() if not _is_unused(key)}
-        model = build_with(lambda: cls(classes), used, source)
+        state = {key: value for key, value in state.items() if not _is_unused(key)}
+        model = build_with(lambda: cls(classes), state, source)
         for attention, side in zip((model.attn1, model.attn2, model.attn3), (28, 14, 7)):
             attention.index = CrossAttention(HEAD_WIDTH, side).index  # a buffer that no checkpoint has
         return model
@@ -339,15 +339,12 @@ class POSTER2(nn.Module):
         """Load a released checkpoint; the order of its classes follows from its name ("affectnet" or "raf" in it).
 
         The meters that its training script pickled along are not rebuilt: nothing in the file is executed.
-
-        Raises:
-            UserError: the file is missing or damaged, its name tells neither data set, or tensors do not fit.
         """
         path = Path(path)
-        found = [classes for word, classes in CLASSES.items() if word in path.name.lower()]
-        if len(found) != 1:
+        orders = [classes for word, classes in CLASSES.items() if word in path.name.lower()]
+        if len(orders) != 1:
             raise UserError(f"{path}: the name must contain 'affectnet' or 'raf', which tells the order of the classes")
-        return cls.from_released(read_state(path, "state_dict"), found[0], path)
+        return cls.from_released(read_state(path, "state_dict"), orders[0], path)
 
 
 def _is_unused(key: str) -> bool:

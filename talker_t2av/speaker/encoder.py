@@ -231,11 +231,7 @@ class WavLMEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> WavLMEncoder:
-        """Load the released `wavlm_large_finetune.pth`, or a folder that holds it. Nothing in the file is executed.
-
-        Raises:
-            UserError: the file is missing or damaged, or tensors are missing or of another shape.
-        """
+        """Load the released `wavlm_large_finetune.pth`, or a folder that holds it. Nothing in the file is executed."""
         path = Path(path) / FILE if Path(path).is_dir() else Path(path)
         if not path.is_file():
             raise UserError(

@@ -68,8 +68,8 @@ def hf_name(name: str) -> str:
     """Translate the original WavLM's name of a tensor to that of `transformers.WavLMModel`."""
     convolution = re.fullmatch(r"feature_extractor\.conv_layers\.(\d+)\.(0|2|2\.1)\.(weight|bias)", name)
     if convolution:
-        index, place, kind = convolution.groups()
-        return f"feature_extractor.conv_layers.{index}.{'conv' if place == '0' else 'layer_norm'}.{kind}"
+        index, layer, kind = convolution.groups()
+        return f"feature_extractor.conv_layers.{index}.{'conv' if layer == '0' else 'layer_norm'}.{kind}"
     layer = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", name)
     if layer:
         return f"encoder.layers.{layer[1]}.{_replace_start(layer[2], _LAYER)}"

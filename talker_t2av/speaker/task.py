@@ -179,9 +179,9 @@ def evaluate(encoder: VoiceEncoder, corpus: str | Path, shards: str | Path) -> d
     for split in ("train", "seen", "unseen"):
         clips = VoiceClips(corpus, shards, split, encoder.config.bands)
         count = min(len(clips), 8 * len(clips.voices.unique())) if split == "train" else len(clips)
-        own = torch.stack([encoder(clips.mel(i)[None])[0] for i in range(count)])
-        embeddings[split] = clips.voices[:count], own, clips.ge2e[:count]
-        results[f"{split}/cosine"] = F.cosine_similarity(own, clips.ge2e[:count]).mean().item()
+        outputs = torch.stack([encoder(clips.mel(i)[None])[0] for i in range(count)])
+        embeddings[split] = clips.voices[:count], outputs, clips.ge2e[:count]
+        results[f"{split}/cosine"] = F.cosine_similarity(outputs, clips.ge2e[:count]).mean().item()
     for column, suffix in ((1, ""), (2, "_ge2e")):
         train, seen, unseen = (embeddings[split] for split in ("train", "seen", "unseen"))
         results[f"seen/nearest_voice{suffix}"] = _nearest(seen[column], seen[0], train[column], train[0])

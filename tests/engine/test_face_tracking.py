@@ -12,7 +12,7 @@ from engine.errors import UserError
 from engine.faces.clip import ClipFrames, find_face, place_face
 from engine.faces.detectors import FRONTAL, HaarDetector, YuNetDetector, box_of_points, with_points
 from engine.faces.strip import Strip
-from engine.faces.track import DETECT_EVERY, given_track, read_boxes, track_face
+from engine.faces.track import DETECT_EVERY, read_boxes, track_face, track_of_boxes
 from engine.media.video import write_video
 
 SIDE = 96  # of a drawn head; its face box is about 0.7 of it
@@ -144,18 +144,18 @@ def test_long_clip_is_never_held_in_memory():
 
 
 def test_track_follows_the_users_boxes(tmp_path):
-    assert np.allclose(given_track(read_boxes("10,20,30,40"), 7).boxes, [10, 20, 30, 40])
+    assert np.allclose(track_of_boxes(read_boxes("10,20,30,40"), 7).boxes, [10, 20, 30, 40])
     path = tmp_path / "track.json"
     path.write_text(json.dumps([{"time": 0, "box": [0, 0, 50, 50]}, {"time": 1, "box": [25, 0, 50, 50]}]))
-    moving = given_track(read_boxes(str(path)), 40)
+    moving = track_of_boxes(read_boxes(str(path)), 40)
     assert np.allclose(moving.boxes[:26, 0], np.arange(26)) and np.allclose(moving.boxes[26:, 0], 25)
     path.write_text(json.dumps([[i, 0, 50, 50] for i in range(9)]))
-    assert np.allclose(given_track(read_boxes(str(path)), 9).boxes[:, 0], np.arange(9))
+    assert np.allclose(track_of_boxes(read_boxes(str(path)), 9).boxes[:, 0], np.arange(9))
     for text, message in (("1,2,3", "give x,y,w,h"), ("1,2,0,4", "larger than 0"), ("left", "give x,y,w,h")):
         with pytest.raises(UserError, match=message):
-            given_track(read_boxes(text), 9)
+            track_of_boxes(read_boxes(text), 9)
     with pytest.raises(UserError, match="boxes for 9 frames, the clip has 10"):
-        given_track(read_boxes(str(path)), 10)
+        track_of_boxes(read_boxes(str(path)), 10)
     path.write_text("{")
     with pytest.raises(UserError, match=r"track\.json"):
         read_boxes(str(path))

@@ -16,7 +16,7 @@ from engine.errors import UserError
 from engine.faces.clip import ClipFrames, find_face, place_landmarks
 from engine.faces.detectors import box_of_points, five_points
 from engine.faces.landmarks import Dlib68, NearestFace, add_landmarks, landmark_source, read_landmarks, write_faces
-from engine.faces.track import given_track
+from engine.faces.track import track_of_boxes
 from engine.media.video import read_video, write_video
 from hicodit.conditions.align import mouth_poses, transform
 
@@ -68,7 +68,7 @@ def dots(frames: int) -> tuple[np.ndarray, np.ndarray]:
 
 def test_landmarks_are_found_in_every_frame_and_dlib_looks_at_every_fifth(fake_dlib):
     clip, at = dots(20)
-    track = given_track([[x - 30, y - 34, 60, 60] for x, y in at.tolist()], 20)
+    track = track_of_boxes([[x - 30, y - 34, 60, 60] for x, y in at.tolist()], 20)
     turn = np.array([[0.8, -0.6], [0.6, 0.8]])
     track.points[:] = (
         track.points.mean(1, keepdims=True) + (track.points - track.points.mean(1, keepdims=True)) @ turn.T
@@ -145,12 +145,12 @@ def test_yunet_gives_the_landmarks_of_the_tracked_face():
 
     frames = np.zeros((6, 200, 200, 3), np.uint8)
     frames[:, 0, 0, 0] = np.arange(6)
-    track = given_track(box_of_points(five).tolist(), 6)
+    track = track_of_boxes(box_of_points(five).tolist(), 6)
     found = add_landmarks([frames], track, NearestFace(detector)).landmarks
     assert np.allclose(found, five + np.arange(6)[:, None, None])  # that of frame 3 lies between its neighbours'
     assert isinstance(landmark_source("yunet", detector), NearestFace)
     with pytest.raises(UserError, match="no frame of the clip has landmarks"):
-        add_landmarks([frames], given_track([150, 10, 8, 8], 6), NearestFace(detector))
+        add_landmarks([frames], track_of_boxes([150, 10, 8, 8], 6), NearestFace(detector))
 
 
 def face(count: int) -> np.ndarray:
