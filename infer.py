@@ -63,9 +63,9 @@ JOBS = {  # model and package: its config, its help
 
 
 def main() -> int:
-    chosen = [word for word in sys.argv[1:] if word.startswith("model=")]  # Hydra would look for a group of that name
-    words = [word for word in sys.argv[1:] if word not in chosen]
-    model = chosen[-1].removeprefix("model=") if chosen else "hicodit"
+    models = [word for word in sys.argv[1:] if word.startswith("model=")]  # Hydra would look for a group of that name
+    words = [word for word in sys.argv[1:] if word not in models]
+    model = models[-1].removeprefix("model=") if models else "hicodit"
     if model not in JOBS:
         raise UserError(f"model={model} is unknown; choose {', '.join(JOBS)}")
     name, help_text = JOBS[model]
@@ -77,7 +77,7 @@ def main() -> int:
 
 
 def command() -> None:
-    """The console command `speaking-faces`."""
+    """Run the console command `speaking-faces`."""
     if sys.argv[1:2] == ["train"]:
         del sys.argv[1]
         runpy.run_path(str(Path(__file__).with_name("train.py")), run_name="__main__")

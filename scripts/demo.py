@@ -20,6 +20,7 @@ from pathlib import Path
 from engine.errors import UserError, run_cli
 from engine.media.limits import Limits, set_limits
 from engine.optional import require
+from engine.settings import DEVICES
 from hicodit.pipeline import BUNDLED
 from service.demo_actions import Demo
 from talker_t2av.system import BUNDLED as BUNDLED_TALKER
@@ -29,13 +30,12 @@ LONGEST = 60.0  # seconds of a clip or a sound
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", default=BUNDLED, help="HiCoDiT's release folder (default: the bundled one)")
-    parser.add_argument(
-        "--talker", default=BUNDLED_TALKER, help="Talker-T2AV's release folder (default: the bundled one)"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
+    add = parser.add_argument
+    add("--weights", default=BUNDLED, help="HiCoDiT's release folder (default: the bundled one)")
+    add("--talker", default=BUNDLED_TALKER, help="Talker-T2AV's release folder (default: the bundled one)")
+    add("--device", choices=DEVICES, default="auto", help="default: %(default)s")
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    add("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
     args = parser.parse_args()
     if not 0 < args.port < 65_536:
         raise UserError(f"--port {args.port} must lie between 1 and 65535")
@@ -47,16 +47,16 @@ def main() -> None:
         from service.demo_page import page
 
         print("loading the models", flush=True)
-        shown = page(Demo(Path(folder), args.weights, args.talker, args.device))
+        blocks = page(Demo(Path(folder), args.weights, args.talker, args.device))
         try:
-            shown.launch(
+            blocks.launch(
                 server_name=args.host, server_port=args.port, share=False, show_error=False, quiet=True,
-                prevent_thread_lock=True, max_file_size="500mb", run_history=False, footer_links=[], css=shown.rules,
+                prevent_thread_lock=True, max_file_size="500mb", run_history=False, footer_links=[], css=blocks.rules,
             )  # fmt: skip
         except OSError as error:
             raise UserError(f"cannot listen on {args.host}:{args.port}: give another --port") from error
         print(f"open http://{args.host}:{args.port} in a browser; Ctrl-C ends", flush=True)
-        shown.block_thread()
+        blocks.block_thread()
 
 
 if __name__ == "__main__":

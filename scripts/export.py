@@ -60,12 +60,12 @@ def main() -> None:
     if len(args.source) > 1 and not args.average:
         raise UserError(f"{' '.join(args.source)}: give one run or release, or --average for several releases")
     if args.average:
-        how_made = average_releases(args.source, args.out, tuple(args.only or [""]))
+        summary = average_releases(args.source, args.out, tuple(args.only or [""]))
     elif args.compact:
-        how_made = compact_release(Path(args.source[0]), args.out, tuple(args.exact or ()))
+        summary = compact_release(Path(args.source[0]), args.out, tuple(args.exact or ()))
     else:
-        how_made = export_run(Path(args.source[0]), args.out, args.step, args.best)
-    print(f"{args.out}: {how_made}, {_megabytes(args.out):.1f} MB")
+        summary = export_run(Path(args.source[0]), args.out, args.step, args.best)
+    print(f"{args.out}: {summary}, {_megabytes(args.out):.1f} MB")
 
 
 def export_run(run: Path, out: Path, step: int | None, best: str | None) -> str:
@@ -75,11 +75,7 @@ def export_run(run: Path, out: Path, step: int | None, best: str | None) -> str:
 
 
 def best_step(run: Path, rule: str) -> int:
-    """Step of the checkpoint with the best figure of the validation at that step.
-
-    Raises:
-        UserError: the rule is malformed, or no checkpoint has such a figure.
-    """
+    """Return the step of the checkpoint with the best figure of the validation at that step."""
     if not re.fullmatch(r"(min|max) \S+", rule):
         raise UserError(f"--best {rule} is not 'min NAME' or 'max NAME', as in 'min wer_seen'")
     step = checkpoint.best(run / "checkpoints", rule)
@@ -97,11 +93,7 @@ def average_releases(sources: list[str], out: Path, prefixes: tuple[str, ...]) -
 
 
 def split_weight(text: str) -> tuple[Path, float]:
-    """FOLDER:WEIGHT -> (folder, weight).
-
-    Raises:
-        UserError: there is no weight above 0.
-    """
+    """Split FOLDER:WEIGHT into folder and weight."""
     folder, _, share = text.rpartition(":")
     try:
         value = float(share)

@@ -35,7 +35,7 @@ from engine.files import atomic_output
 LEFT_OUT = re.compile(r"step|samples_per_s|data_wait|step_s|mfu|memory_gib|skipped")
 COLUMNS, WIDTH, HEIGHT = 4, 4.2, 2.7  # of the grid; inches of a panel
 FEW = 4  # points of a curve that are marked
-WIDER, MOST_WIDER = 2.6, 10.0  # points by which a line is wider for each equal one above it, and at most
+WIDER, MOST_WIDER = 2.6, 10.0  # line widths of overlapping curves: step and maximum, in points
 WIDE = 30  # a positive curve whose largest value is this many times its smallest is drawn on a logarithmic scale
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
@@ -57,11 +57,11 @@ def main() -> None:
     if args.smooth is not None and args.smooth < 1:
         raise UserError(f"--smooth {args.smooth}: give 1 or more points")
     try:
-        wanted = re.compile(args.only)
+        only = re.compile(args.only)
     except re.error as error:
         raise UserError(f"--only {args.only} is no regular expression: {error}") from error
     curves = {label: read_curves(run) for label, run in zip(labels(args.runs), args.runs)}
-    names = [name for name in panels(curves.values()) if wanted.search(name)]
+    names = [name for name in panels(curves.values()) if only.search(name)]
     if not names:
         raise UserError(
             f"nothing to draw: no logged figure matches --only {args.only}" if args.only else "the logs are empty"
@@ -71,32 +71,24 @@ def main() -> None:
 
 
 def labels(runs: Sequence[Path]) -> list[str]:
-    """A name for each run: its folder's, with as many folders above it as tell it from the others.
-
-    Raises:
-        UserError: a run is given twice.
-    """
+    """Return a name for each run: its folder's, with as many folders above it as distinguish it from the others."""
     folders = [(run.parent if run.suffix == ".jsonl" else run).resolve() for run in runs]
     for run, folder in zip(runs, folders):
         if folders.count(folder) > 1:
             raise UserError(f"{run} is given twice")
     for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
-        found = ["/".join(folder.parts[-depth:]) for folder in folders]
-        if len(set(found)) == len(found):
+        names = ["/".join(folder.parts[-depth:]) for folder in folders]
+        if len(set(names)) == len(names):
             break
-    return found
+    return names
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """What a run's log says of each name, in the order of their first appearance; lines that were cut are passed over.
-
-    Raises:
-        UserError: there is no log.
-    """
+    """Read the curve of each name in a run's log, in order of first appearance; incomplete lines are skipped."""
     path = run if run.suffix == ".jsonl" else run / "log.jsonl"
     if not path.is_file():
         raise UserError(f"no log in {run}: give the folder of a run, which has log.jsonl")
-    found: dict[str, dict[float, float]] = {}
+    curves: dict[str, dict[float, float]] = {}
     for line in path.read_text().splitlines():
         try:
             record = json.loads(line)
@@ -106,33 +98,28 @@ def read_curves(run: Path) -> dict[str, Curve]:
         for name, value in record.items():
             drawable = isinstance(value, int | float) and math.isfinite(value)
             if drawable and not LEFT_OUT.fullmatch(name):
-                found.setdefault(name, {})[step] = value
-    drawn = {
-        name: points for name, points in found.items() if any(points.values())
-    }  # parts that never ran are all zero
-    return {name: (np.array(list(points)), np.array(list(points.values()))) for name, points in drawn.items()}
+                curves.setdefault(name, {})[step] = value
+    return {
+        name: (np.array(list(points)), np.array(list(points.values())))
+        for name, points in curves.items()
+        if any(points.values())  # parts that never ran are all zero
+    }
 
 
 def panels(runs) -> list[str]:
-    """Panels in reading order: losses, gradient norms, learning rate, speed, validation."""
+    """Return panels in reading order: losses, gradient norms, learning rate, speed, validation."""
     names = list(dict.fromkeys(panel(name)[0] for run in runs for name in run))
 
-    def rank(name: str) -> tuple[int, int]:
-        last = name.split("/")[-1]
-        kinds = (
-            name.startswith("validation/"),
-            last == "tokens_per_s",
-            last == "lr",
-            last == "grad_norm",
-            last != "loss",
-        )
-        return next((5 - i for i, is_kind in enumerate(kinds) if is_kind), 0), names.index(name)
+    def rank(name: str) -> int:
+        if name.startswith("validation/"):
+            return 5
+        return {"loss": 0, "grad_norm": 2, "lr": 3, "tokens_per_s": 4}.get(name.split("/")[-1], 1)
 
     return sorted(names, key=rank)
 
 
 def panel(name: str) -> tuple[str, str]:
-    """(panel, line style) of a logged name: seen and unseen clips share a panel."""
+    """Return (panel, line style) of a logged name: seen and unseen clips share a panel."""
     if not name.startswith("validation/"):
         return name, "-"
     shared = re.sub(r"(?<![a-z])(un)?seen(?![a-z])[/_]?|_(un)?seen$", "", name)
@@ -140,13 +127,13 @@ def panel(name: str) -> tuple[str, str]:
 
 
 def smoothed(values: np.ndarray, points: int) -> np.ndarray:
-    """Mean of the `points` values round each one; of fewer at the ends, as many before as after."""
+    """Average the `points` values round each one; fewer at the ends, as many before as after."""
     if points < 2 or len(values) < 3:
         return values
-    at = np.arange(len(values))
-    half = np.minimum(points // 2, np.minimum(at, at[::-1]))
+    index = np.arange(len(values))
+    half = np.minimum(points // 2, np.minimum(index, index[::-1]))
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    return (sums[at + half + 1] - sums[at - half]) / (2 * half + 1)
+    return (sums[index + half + 1] - sums[index - half]) / (2 * half + 1)
 
 
 def draw(runs: dict[str, dict[str, Curve]], names: list[str], smooth: int | None, path: Path) -> None:
@@ -180,27 +167,27 @@ def draw(runs: dict[str, dict[str, Curve]], names: list[str], smooth: int | None
 def covers(
     curve: list, style: str, steps: np.ndarray, values: np.ndarray, logarithmic: bool, span: tuple[float, float]
 ) -> bool:
-    """Whether another curve (style, steps, values) hides much of this one in a panel of the values `span`."""
-    its_style, its_steps, its_values = curve
-    common, own, its = np.intersect1d(steps, its_steps, return_indices=True)
-    low, high, a, b = (np.log(v) if logarithmic else v for v in (*span, values[own], its_values[its]))
-    return style == its_style and (np.abs(a - b) <= 0.005 * (high - low)).sum() > len(common) / 5
+    """Return whether another curve (style, steps, values) hides much of this one in a panel of the values `span`."""
+    other_style, other_steps, other_values = curve
+    common, index, other = np.intersect1d(steps, other_steps, return_indices=True)
+    low, high, a, b = (np.log(v) if logarithmic else v for v in (*span, values[index], other_values[other]))
+    return style == other_style and (np.abs(a - b) <= 0.005 * (high - low)).sum() > len(common) / 5
 
 
 def fill(axis: Axes, name: str, runs: dict[str, dict[str, Curve]], colours: dict[str, str], smooth: int | None) -> None:
-    """One panel."""
-    drawn = [
-        (label, panel(own)[1], *curve)
+    """Draw one panel."""
+    lines = [
+        (label, panel(logged)[1], *curve)
         for label, curves in runs.items()
-        for own, curve in curves.items()
-        if panel(own)[0] == name
+        for logged, curve in curves.items()
+        if panel(logged)[0] == name
     ]
-    lowest, highest = min(v.min() for *_, v in drawn), max(v.max() for *_, v in drawn)
+    lowest, highest = min(v.min() for *_, v in lines), max(v.max() for *_, v in lines)
     logarithmic = lowest > 0 and highest > WIDE * lowest and name != "lr"
     if logarithmic:
         axis.set_yscale("log")
-    for i, (label, style, steps, values) in enumerate(drawn):
-        above = [curve for other, *curve in drawn[i + 1 :] if other != label]
+    for i, (label, style, steps, values) in enumerate(lines):
+        above = [curve for other, *curve in lines[i + 1 :] if other != label]
         covered = sum(covers(curve, style, steps, values, logarithmic, (lowest, highest)) for curve in above)
         wider = min(WIDER * covered, MOST_WIDER)
         line = {"color": colours[label], "lw": 1.4 + wider, "ls": style}

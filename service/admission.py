@@ -98,7 +98,7 @@ class Service:
 
 
 def counting(app: Callable, service: Service) -> Callable:
-    """Middleware that counts answers to HTTP requests. Starlette's BaseHTTPMiddleware would hide disconnections."""
+    """Count answers to HTTP requests, as middleware. Starlette's BaseHTTPMiddleware would hide disconnections."""
 
     async def counted(scope: Any, receive: Callable, send: Callable) -> None:
         if scope["type"] != "http":

@@ -65,7 +65,7 @@ class Demo:
         self, clip: str | None, voice: str | None, steps: int, temperature: float, guidance: float, seed: int | None,
         report: Report,
     ) -> Made:  # fmt: skip
-        """The clip with its new sound, the sound alone, and a figure of the mouth, the spectrogram and the tokens.
+        """Make the clip with its new sound, the sound alone, and a figure of mouth, spectrogram and tokens.
 
         Raises:
             UserError: as `HiCoDiTPipeline` does, or no clip was given.
@@ -99,7 +99,7 @@ class Demo:
         self, mode: str, text: str, voice: str | None, face: str | None, steps: int, temperature: float,
         guidance: float, seed: int | None, report: Report,
     ) -> Made:  # fmt: skip
-        """The video, and the sound alone where it was generated.
+        """Make the video, and the sound alone where it was generated.
 
         Args:
             voice: also the sound of a2v.
@@ -143,7 +143,7 @@ class Demo:
 
 
 def in_page_words(message: str, files: dict[str, str | None]) -> str:
-    """An error or remark without what a visitor of the page cannot know: paths of the server and names of settings.
+    """Remove what a visitor of the page cannot know from an error or remark: the server's paths, names of settings.
 
     Args:
         files: by name on the page ("the clip"), the path of what was uploaded.
@@ -153,7 +153,7 @@ def in_page_words(message: str, files: dict[str, str | None]) -> str:
             message = re.sub(rf"(\w+=)?{re.escape(path)}", name, message)
     message = re.sub(r" \((limits|sampl\w+)\.\w+\)", "", message)
     clauses = re.split(r"(?<=[:;,]) ", message)
-    known = [clause for clause in clauses if not re.search(r"(^|[\s('\"])/\w|\w=|--\w|\(\w+_\w+\)|\.\w+\.", clause)]
-    text = " ".join(known).strip(" :;,")
+    clear = [clause for clause in clauses if not re.search(r"(^|[\s('\"])/\w|\w=|--\w|\(\w+_\w+\)|\.\w+\.", clause)]
+    text = " ".join(clear).strip(" :;,")
     text = text[:1].upper() + text[1:]
     return text + "." * (text[-1:] not in (".", "")) or "The terminal of the server says why."

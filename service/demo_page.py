@@ -70,12 +70,12 @@ class Runs:
 
 
 def looks(mode: str, source: str) -> dict[str, dict[str, Any]]:
-    """Which parts of the page a mode shows, and their labels; `source` of the face is "a clip" or "a picture"."""
-    given = {"a2v": "the sound", "v2a": "the clip"}.get(mode)
+    """Return visibility and labels of the page's parts; `source` of the face is "a clip" or "a picture"."""
+    file = {"a2v": "the sound", "v2a": "the clip"}.get(mode)
     by_clip = mode == "v2a" or (mode != "tts" and source == "a clip")
     return {
-        "text": {"label": f"what {given} says" if given else "text to say"},
-        "sentences": {"visible": not given},
+        "text": {"label": f"what {file} says" if file else "text to say"},
+        "sentences": {"visible": not file},
         "voice": {"label": "sound that the face moves to" if mode == "a2v" else "voice to speak with"},
         "source": {"visible": mode in ("t2av", "a2v")},
         "clip": {"visible": by_clip, "label": "clip that gets the voice" if mode == "v2a" else "face"},
@@ -87,7 +87,7 @@ def looks(mode: str, source: str) -> dict[str, dict[str, Any]]:
 
 
 def text_for(mode: str, text: str, voice: str | None, clip: str | None) -> str:
-    """The text field after a change of the mode or of a file: what an example says, where that is asked for."""
+    """Return the text field after a change of the mode or of a file: what an example says, where that is asked for."""
     file = {"a2v": voice, "v2a": clip}.get(mode)
     if mode in ("t2av", "tts"):
         return SENTENCES[0] if text in SPOKEN.values() else text
@@ -95,7 +95,7 @@ def text_for(mode: str, text: str, voice: str | None, clip: str | None) -> str:
 
 
 def page(demo: Demo) -> gr.Blocks:
-    """The page; it is shown by `launch`."""
+    """Make the page, which `launch` opens."""
     runs = Runs()
     with gr.Blocks(title="speaking-faces", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
         gr.Markdown(f"# speaking-faces\n{KNOWN if demo.bundled else OTHERS}")
@@ -138,7 +138,7 @@ def _talk_tab(demo: Demo, runs: Runs) -> None:
             picture = gr.Image(
                 PICTURE, type="filepath", image_mode=None, sources=["upload"], height=280, visible=False, label="face"
             )
-            picture.preprocess = lambda given: given and given.path  # the reader of faces checks it, not gradio
+            picture.preprocess = lambda file: file and file.path  # the reader of faces checks it, not gradio
             clips = gr.Examples([[path] for path in CLIPS], clip, label="example faces")
             settings = _settings(demo.talker.sampling, demo.talker.sampling.guidance, 50, 1.0, 5.0)
         with gr.Column():
@@ -153,13 +153,13 @@ def _talk_tab(demo: Demo, runs: Runs) -> None:
         return demo.talk(mode, text, voice, picture if by_picture else clip, *rest)
 
     def adapt(mode: str, source: str, text: str, voice: str | None, clip: str | None) -> list[Any]:
-        shown = looks(mode, source)
-        shown["text"]["value"] = text_for(mode, text, voice, clip)
-        return [gr.update(**look) for look in shown.values()]
+        updates = looks(mode, source)
+        updates["text"]["value"] = text_for(mode, text, voice, clip)
+        return [gr.update(**look) for look in updates.values()]
 
-    shown = [parts[name] for name in looks("t2av", "a clip")]
+    fields = [parts[name] for name in looks("t2av", "a clip")]
     for field in (mode, source, voice, clip):  # an example brings its own label along
-        field.change(adapt, [mode, source, text, voice, clip], shown, **QUIET)
+        field.change(adapt, [mode, source, text, voice, clip], fields, **QUIET)
     names = ["", "", "the sound", "", "the clip", "the picture"]
     inputs = [mode, text, voice, source, clip, picture, *settings]
     _connect(runs, talk, inputs, buttons, status, outputs, names)
@@ -204,16 +204,16 @@ def _connect(
             *[None] * len(outputs),
         ]
 
-    def run(request: gr.Request, progress=PROGRESS, *given: Any) -> list[Any]:
-        def report(done: int, total: int, what: str) -> None:
+    def run(request: gr.Request, progress=PROGRESS, *values: Any) -> list[Any]:
+        def report(step: int, total: int, what: str) -> None:
             runs.check(request.session_hash)
-            progress((done, total or None), desc=what, unit="steps")
+            progress((step, total or None), desc=what, unit="steps")
 
-        files = {name: path for name, path in zip(names, given) if name}
-        started, made = time.monotonic(), Made([])
+        files = {name: path for name, path in zip(names, values) if name}
+        start, result = time.monotonic(), Made([])
         try:
-            made = action(*given, report)
-            notes = [*made.notes, f"done in {time.monotonic() - started:.1f} s"]
+            result = action(*values, report)
+            notes = [*result.notes, f"done in {time.monotonic() - start:.1f} s"]
             note = " ".join(in_page_words(note, files) for note in notes)
         except Stopped:
             note = "Stopped."
@@ -223,8 +223,7 @@ def _connect(
         except Exception:
             traceback.print_exc()
             note = "This did not work: a fault of the program. The terminal of the server says more."
-        shown = [made.video, made.sound, made.figure][: len(outputs)]
-        return [*idle, note, *shown]
+        return [*idle, note, *[result.video, result.sound, result.figure][: len(outputs)]]
 
     def stop(request: gr.Request) -> list[Any]:
         runs.stop(request)

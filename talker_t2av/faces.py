@@ -78,8 +78,8 @@ def find_square(path: str | Path, count: int, crop: str = "face", face_box: str 
         if face_box is not None:
             raise UserError(f"{path}: {error}") from error
         return Square(*centre_square(height, width), remark=f"{path}: {error}; its middle is used as the face")
-    used = clip[0].shape[1:3] if isinstance(clip, list) else clip.size
-    box = np.median(track.boxes[track.seen], axis=0) * (max(height, width) / max(used))
+    size = clip[0].shape[1:3] if isinstance(clip, list) else clip.size
+    box = np.median(track.boxes[track.seen], axis=0) * (max(height, width) / max(size))
     return Square(*portrait_square(box, height, width), first=int(track.seen.argmax()))
 
 
@@ -91,13 +91,13 @@ def read_square(path: str | Path, square: Square, count: int, start: int = 0) ->
     if is_picture(path):
         yield square.cut(read_picture(path))
         return
-    at = 0
+    position = 0
     for block in watched(iter_video(path, float(FPS), block=min(start + count, 64))):
-        part = block[max(0, start - at) : max(0, start + count - at)]
+        part = block[max(0, start - position) : max(0, start + count - position)]
         if len(part):
             yield square.cut(part)
-        at += len(block)
-        if at >= start + count:
+        position += len(block)
+        if position >= start + count:
             break
 
 

@@ -25,7 +25,7 @@ FACES = 10
 
 
 def movement(frames: np.ndarray) -> np.ndarray:
-    """(F - 1,) mean change from frame to frame where a portrait has its mouth; the largest is 1."""
+    """Measure the mean change (F - 1,) from frame to frame where a portrait has its mouth; the largest is 1."""
     side = frames.shape[1]
     mouth = frames[:, side * 6 // 10 : side * 9 // 10, side * 3 // 10 : side * 7 // 10].astype(np.float32)
     change = np.abs(np.diff(mouth, axis=0)).mean((1, 2, 3))
@@ -45,8 +45,8 @@ def draw(talk: Talk, text: str, path: Path) -> None:
     mel = mel_picture(talk.wave, rate)
     middle.imshow(mel, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, 80), vmin=mel.max() - 80)
     middle.set_ylabel("mel band")
-    level, moved = loudness(talk.wave, rate), movement(talk.frames)
-    bottom.plot((np.arange(len(moved)) + 1) / FPS, moved, label="movement round the mouth, frame to frame")
+    level, change = loudness(talk.wave, rate), movement(talk.frames)
+    bottom.plot((np.arange(len(change)) + 1) / FPS, change, label="movement round the mouth, frame to frame")
     bottom.plot((np.arange(len(level)) + 0.5) / FPS, level / max(level.max(), 1e-9), label="loudness")
     bottom.set_xlim(0, seconds)
     bottom.set_xlabel("seconds")

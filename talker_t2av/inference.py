@@ -50,11 +50,7 @@ class TalkJobs:
 
 
 def run(c: InferConfig, jobs: list[tuple[str, Job | UserError]]) -> int:
-    """Do the jobs that `read_settings` gives; 0 when all is done, 1 when some of several jobs failed.
-
-    Raises:
-        UserError: nothing could be done.
-    """
+    """Do the jobs that `read_settings` returns. Return the exit code: 1 if some of several jobs failed."""
     with writable(c.output):
         devices, ray = count_devices(c.devices, c.device), c.ray if c.executor == "ray" else None
         summary = run_batches(jobs, c.batch_size, partial(TalkJobs, c), devices, ray, name_errors=True)

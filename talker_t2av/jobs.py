@@ -1,4 +1,4 @@
-"""A job's files to the loop's request: voices, faces, given streams and prefixes.
+"""Read and encode the files of a job: voices, faces, given streams and prefixes become requests of the loop.
 
 Axes: N samples at 24 kHz, F frames at 25 a second, Ds / Dm speech / motion channels, G speaker embedding, S picture
 side.
@@ -77,7 +77,7 @@ class Reference:
 
     @cached_property
     def wave(self) -> Tensor:
-        """(N,) of the voice."""
+        """Wave (N,) of the voice."""
         path = self.job.voice_file
         with stage("reading"):
             wave = torch.from_numpy(read_voice(path, RATE))
@@ -86,22 +86,22 @@ class Reference:
 
     @cached_property
     def wave16(self) -> Tensor:
-        """(N,) of the voice at 16 kHz."""
+        """Wave (N,) of the voice at 16 kHz."""
         return resample(self.wave, RATE, RATE16)
 
     @property
     def frames(self) -> int:
-        """Frames of the voice."""
+        """Number of frames of the voice."""
         return max(1, len(self.wave16) // HOP16)
 
     @cached_property
     def square(self) -> Square:
-        """Where the face is in its video."""
+        """Square round the face in its video."""
         box = None if self.job.mode == "v2a" else self.job.face_box
         return find_square(self.job.reference_video, MAX_FRAMES if self.whole else 1, self.job.crop, box)
 
     def speaker(self, frames: int | None = None) -> Tensor:
-        """(G,) of the voice, or of its first `frames`, which silence fills up."""
+        """Embed the voice, or its first `frames`, padded with silence, as (G,)."""
         if is_voice(self.job.voice_file):
             encoder = self.system.speaker
             return read_saved_voice(self.job.voice_file, encoder.digest(), self.system.model.config.speaker_dim)
@@ -109,18 +109,21 @@ class Reference:
         return self.system.speaker.embed(wave.to(self.system.device)).cpu()
 
     def speech(self) -> Tensor:
-        """(F, Ds) latents of the voice."""
+        """Encode the voice to latents (F, Ds)."""
         return encode_speech(self.system, self.wave)
 
     def prefix_alone(self, frames: int) -> tuple[Tensor, Tensor]:
-        """Speaker embedding (G,) and latents (frames, Ds) as if the voice ended after `frames`; see `official`."""
+        """Encode the voice as if it ended after `frames`: embedding (G,), latents (frames, Ds); see `official`."""
         speech = torch.zeros(0, self.system.model.config.speech_dim)
         if frames:
             speech = self.system.speech.encode_beginning(self.wave[None, None], frames)[0].cpu()
         return self.speaker(official.voice_frames(frames)), speech
 
     def motion(self, count: int = MAX_FRAMES) -> Tensor:
-        """(F, Dm) of the first `count` frames of the face, not normalised; of one: the first that shows the face."""
+        """Encode the first `count` frames of the face to motion (F, Dm), not normalised.
+
+        For one frame, it is the first that shows the face.
+        """
         if self.job.reference_motion is None:
             start = self.square.first if count == 1 else 0
             blocks = read_square(self.job.reference_video, self.square, count, start)
@@ -132,7 +135,7 @@ class Reference:
         return motion.float()[:count]
 
     def picture(self) -> Tensor:
-        """(3, S, S) of the first frame that shows the face."""
+        """Read the picture (3, S, S) of the first frame that shows the face."""
         if self.square.remark:
             self.remarks.append(self.square.remark)
         blocks = read_square(self.job.reference_video, self.square, 1, self.square.first)
@@ -148,10 +151,7 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int | None = None) -
     """Read and encode the files of a job.
 
     Args:
-        text_bytes: length from which on a text is parted; None: as the release says.
-
-    Raises:
-        UserError: a file is missing or unreadable, or a given stream is too long or too short.
+        text_bytes: longer texts are split; None: the setting of the release.
     """
     mode, size, reference = MODES[job.mode], system.model.config.patch_size, Reference(job, system)
     texts = [job.text]
@@ -185,8 +185,7 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int | None = None) -
     for number, text in enumerate(texts[1:], 1):
         prompt, most = _prompt(replace(job, text=text), system), max_patches(replace(job, text=text), size)
         seed = seed_for(job.seed, "part", number)
-        own = {"prompt": prompt, "max_patches": most, "min_patches": min(most, fewest), "seed": seed}
-        later.append(replace(request, **own))
+        later.append(replace(request, prompt=prompt, max_patches=most, min_patches=min(most, fewest), seed=seed))
     reference.remarks += [f"{name}= is not used by mode={job.mode}" for name in job.unused]
     unknown = list(dict.fromkeys(word for text in texts for word in system.tokenizer.unknown_words(text)))
     if unknown:
@@ -197,7 +196,10 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int | None = None) -
 
 
 def _request(job: Job, system: TalkerSystem, reference: Reference) -> tuple[Request, LoopRules, Tensor]:
-    """The request without the given stream of a2v and v2a, how its row ends, and the prefix's raw motion (F, Dm)."""
+    """Make the request without the given stream of a2v and v2a. Return its rules and the prefix's motion (F, Dm), too.
+
+    The motion is not normalised.
+    """
     mode, c, seconds = MODES[job.mode], system.model.config, job.prefix_seconds
     prompt = _prompt(job, system)
     motion = torch.zeros(0, c.motion_dim)
@@ -230,7 +232,7 @@ def _prompt(job: Job, system: TalkerSystem) -> list[int]:
 
 
 def _paper_request(job: Job, system: TalkerSystem, reference: Reference, prompt: list[int]) -> tuple[Request, Tensor]:
-    """The request as training has it, and the reference's motion (F, Dm): all of it, or of one frame."""
+    """Make the request as in training. Return the reference's motion (F, Dm), too: all of it, or of one frame."""
     mode, c = MODES[job.mode], system.model.config
     speech, motion = torch.zeros(0, c.speech_dim), torch.zeros(0, c.motion_dim)
     frames = 0
@@ -243,7 +245,7 @@ def _paper_request(job: Job, system: TalkerSystem, reference: Reference, prompt:
     frames = min(round(job.prefix_seconds * FPS), frames) // c.patch_size * c.patch_size
     request = Request(
         prompt,
-        # Not used where no speech is drawn.
+        # Not used if no speech is generated.
         reference.speaker() if mode.speech == "generated" else torch.zeros(c.speaker_dim),
         speech[:frames],
         system.stats.normalise(motion[:frames]),
@@ -255,13 +257,13 @@ def _paper_request(job: Job, system: TalkerSystem, reference: Reference, prompt:
 
 
 def max_patches(job: Job, patch_size: int) -> int:
-    """Most patches of an open-ended job: from `max_seconds`, or from the text's length in bytes, 30 s at most."""
+    """Return the most patches of an open-ended job: by `max_seconds`, or by the text's length in bytes, up to 30 s."""
     seconds = job.max_seconds or min(MAX_FRAMES / FPS, MARGIN + SLOW_BYTE * len(job.text.encode()))
     return max(1, -(-round(seconds * FPS) // patch_size))
 
 
 def encode_speech(system: TalkerSystem, wave: Tensor | np.ndarray) -> Tensor:
-    """Sound (N,) at 24 kHz -> latents (F, Ds) on the CPU."""
+    """Encode sound (N,) at 24 kHz to latents (F, Ds) on the CPU."""
     wave = torch.as_tensor(wave)
     if len(wave) < HOP:
         raise UserError(f"{len(wave) / RATE:.3f} s of sound is too short: give {HOP / RATE} s or more")
@@ -269,7 +271,7 @@ def encode_speech(system: TalkerSystem, wave: Tensor | np.ndarray) -> Tensor:
 
 
 def encode_motion(system: TalkerSystem, frames: np.ndarray) -> Tensor:
-    """Square frames (F, S, S, 3) uint8 -> motion (F, Dm) on the CPU, not normalised."""
+    """Encode square frames (F, S, S, 3) uint8 to motion (F, Dm) on the CPU, not normalised."""
     codec = system.motion
     return codec.encode(video_to_tensor(frames, codec.size)).cpu()
 

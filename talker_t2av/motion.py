@@ -33,11 +33,7 @@ class MotionStats:
 
     @classmethod
     def read(cls, path: str | Path | None) -> MotionStats:
-        """From a JSON file, or its URL, with `motion_mean` and `motion_std`; None: those of the released model.
-
-        Raises:
-            UserError: the file is missing or has no such lists of one length.
-        """
+        """Read a JSON file, or its URL, with `motion_mean` and `motion_std`; None: those of the released model."""
         if path is None:
             return cls(torch.tensor(MOTION_MEAN), torch.tensor(MOTION_STD))
         try:

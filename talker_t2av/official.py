@@ -34,24 +34,24 @@ EXTRA_SPEECH, EXTRA = 25, 15  # patches that may exceed the reference's length
 
 
 def prefix_frames(seconds: float, reference: int) -> int:
-    """Frames of the prefix that `generate_speech` encodes, of a reference of `reference` frames."""
+    """Count the frames of the prefix that `generate_speech` encodes, for a reference of `reference` frames."""
     return min(round(seconds * FPS), reference)
 
 
 def whole_prefix_frames(seconds: float, reference: int, patch_size: int) -> int:
-    """The same of `generate_speech_motion`."""
+    """Count the frames of the prefix that `generate_speech_motion` encodes."""
     return prefix_frames(seconds, reference) // patch_size * patch_size
 
 
 def voice_frames(prefix: int) -> int:
-    """Frames of sound, zero-padded if need be, that both methods give the speaker encoder."""
+    """Count the frames of sound, zero-padded if need be, that both methods give the speaker encoder."""
     return prefix or MAX_FRAMES
 
 
 def generate_speech(
     config: TalkerConfig, prompt: Sequence[int], speaker: Tensor, speech: Tensor, reference: int
 ) -> tuple[Request, LoopRules]:
-    """The library's text to speech.
+    """Make the request of the library's text to speech.
 
     Args:
         speaker: (G,), see `voice_frames`.
@@ -69,7 +69,7 @@ def generate_speech(
 def generate_speech_motion(
     config: TalkerConfig, prompt: Sequence[int], speaker: Tensor, speech: Tensor, first_motion: Tensor, reference: int
 ) -> tuple[Request, LoopRules]:
-    """The library's text to speech and motion; arguments as those of `generate_speech`.
+    """Make the request of the library's text to speech and motion; arguments as those of `generate_speech`.
 
     Args:
         speech: (F, Ds), a whole number of patches.
@@ -99,7 +99,7 @@ def inference_script(
     motion: Tensor,
     prefix_seconds: float,
 ) -> tuple[Request, LoopRules]:
-    """The released command line, which continues a reference.
+    """Make the request of the released command line, which continues a reference.
 
     Args:
         stats: mean and standard deviation of the motion channels.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -123,9 +124,9 @@ class Job:
 
     @property
     def unused(self) -> list[str]:
-        """Names of the inputs that are given, but that the mode does not use."""
+        """Names of the inputs that the job has, but that the mode does not use."""
         mode, prefix = MODES[self.mode], self.prefix_seconds > 0
-        used = {
+        needs = {
             "reference_audio": mode.speech == "generated" or prefix,
             "reference_video": mode.motion == "generated"
             or not self.reference_audio
@@ -135,20 +136,16 @@ class Job:
             "video": mode.motion == "given",
             "max_seconds": mode.open_ended,
         }
-        return [name for name, is_used in used.items() if getattr(self, name) is not None and not is_used]
+        return [name for name, needed in needs.items() if getattr(self, name) is not None and not needed]
 
     @property
     def keeps_prefix(self) -> bool:
-        """The result begins with the prefix, as that of the released programs does."""
+        """Whether the result begins with the prefix, as that of the released programs does."""
         return self.compat != "paper"
 
     @property
     def voice_file(self) -> str:
-        """The file whose sound is the voice.
-
-        Raises:
-            UserError: none of the job's files has sound.
-        """
+        """File whose sound is the voice."""
         if self.reference_audio:
             return self.reference_audio
         if self.mode == "a2v":
@@ -159,11 +156,7 @@ class Job:
         raise UserError(f"{self.reference_video or self.video} has no sound: give reference_audio=FILE")
 
     def check_files(self) -> None:
-        """Look into the files that the mode uses, without decoding them.
-
-        Raises:
-            UserError: one is missing or unreadable, or has not what is needed.
-        """
+        """Check the files that the mode uses, without decoding them."""
         kinds = {"audio": "audio", "reference_audio": "audio", "video": "video", "reference_video": "video"}
         for name in (name for name in kinds if getattr(self, name) and name not in self.unused):
             path = getattr(self, name)
@@ -229,16 +222,12 @@ JOB_FIELDS = {field.name for field in fields(Job)}
 
 
 def read_settings(config: DictConfig) -> tuple[InferConfig, list[tuple[str, Job | UserError]]]:
-    """The settings and the named jobs; for a line of `jobs` that is wrong, what is wrong with it.
-
-    Raises:
-        UserError: a value is wrong, or a file or folder that is named is missing or unreadable.
-    """
+    """Return the settings and the jobs with their names; in place of a wrong line of `jobs`, its error."""
     c = make(InferConfig, plain(config))
     set_limits(c.limits)
     check_release("weights", c.weights)
-    for stream, place in vars(c.codecs).items():
-        check_release(f"codecs.{stream}", place)
+    for stream, folder in vars(c.codecs).items():
+        check_release(f"codecs.{stream}", folder)
     jobs, output = read_jobs(c), Path(c.output)
     for name, job in jobs:
         if isinstance(job, Job):
@@ -250,11 +239,7 @@ def read_settings(config: DictConfig) -> tuple[InferConfig, list[tuple[str, Job 
 
 
 def read_jobs(c: InferConfig) -> list[tuple[str, Job | UserError]]:
-    """Names and jobs of the command line, or of each line of `jobs`; of a line that is wrong, what is wrong with it.
-
-    Raises:
-        UserError: the only job, or every line, is wrong, or two would share their output files.
-    """
+    """Return names and jobs of the command line, or of each line of `jobs`; in place of a wrong line, its error."""
     common = {name: value for name, value in vars(c).items() if name in JOB_FIELDS and value not in (None, "")}
     if c.jobs is None:
         fields_ = with_demo(common) if c.weights is None else common
@@ -272,17 +257,15 @@ def read_jobs(c: InferConfig) -> list[tuple[str, Job | UserError]]:
         raise UserError(f"jobs={path} has no line with a job")
     if all(isinstance(job, UserError) for _, job in jobs):
         raise jobs[0][1]
-    seen: set[str] = set()
-    for name, _ in jobs:
-        if name in seen:
-            raise UserError(f"jobs={path}: two jobs have the name {name}: their files would be one")
-        seen.add(name)
+    for name, count in Counter(name for name, _ in jobs).items():
+        if count > 1:
+            raise UserError(f"jobs={path}: {count} jobs have the name {name}: give each its own")
     return jobs
 
 
-def with_demo(given: dict[str, Any]) -> dict[str, Any]:
-    """The job's fields with the bundled voice, face and sentence where the bundled model has none to work on."""
-    mode, job = given.get("mode", "t2av"), dict(given)
+def with_demo(values: dict[str, Any]) -> dict[str, Any]:
+    """Add the bundled voice, face and sentence to the fields of a job where it lacks them."""
+    mode, job = values.get("mode", "t2av"), dict(values)
     voice, face = str(DEMO / "voice.wav"), str(DEMO / "silent.mp4")
     if mode in ("t2av", "tts"):
         job.setdefault("text", _words("silent"))
@@ -300,9 +283,9 @@ def with_demo(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def outputs_of(job: Job, name: str, figure: bool = False) -> list[str]:
-    """Names of the files that a job writes: NAME.wav, or the given sound as it is, NAME.mp4 unless tts, and NAME.png.
+    """Return the names of the files of a job: NAME.wav, or the given sound as it is; NAME.mp4 unless tts; NAME.png.
 
-    NAME.png, the figure, is written where a face is drawn.
+    NAME.png, the figure, is written if a face is generated.
     """
     suffix = Path(job.audio).suffix if job.mode == "a2v" else ".wav"
     sound = [] if suffix.lower() == ".mp4" else [f"{name}{suffix}"]

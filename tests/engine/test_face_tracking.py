@@ -36,7 +36,7 @@ def test_largest_central_or_numbered_face_is_followed():
     assert near(track_face([video], THOROUGH, face="central"), slice(None), 130 + 32)
     assert near(track_face([video], THOROUGH, face=1), slice(None), 5 + 56)
     assert near(track_face([video], THOROUGH, face=2), slice(None), 130 + 32)
-    with pytest.raises(UserError, match=r"face=3: no more than 2"):
+    with pytest.raises(UserError, match=r"face=3: only 2"):
         track_face([video], THOROUGH, face=3)
     for wrong in ("smallest", 0):
         with pytest.raises(UserError, match=f"face={wrong} is unknown"):
@@ -239,7 +239,7 @@ def test_a_small_face_in_a_large_file_is_cut_from_larger_frames(tmp_path):
     write_video(tmp_path / "large.mp4", [frame] * 10, 25)
     clip = ClipFrames(tmp_path / "large.mp4", 25.0)
     track = find_face(clip, 25.0)
-    assert clip.size == (360, 640) and clip.shown == (720, 1280)
+    assert clip.size == (360, 640) and clip.display_size == (720, 1280)
     sharp, moved = clip.sharper(track)
     assert sharp.max_side == 1280 and np.abs(middle(moved) - 964).max() < 16
     assert next(iter(sharp)).shape[1:3] == (720, 1280)

@@ -339,5 +339,5 @@ def test_a_tokenizer_of_another_size_is_refused(pipeline, release, tmp_path):
 
     other = RVQCodec(replace(pipeline.codec.config, codebook_size=8))
     other.save(tmp_path / "other", "a test")
-    with pytest.raises(UserError, match="16 codes"):
+    with pytest.raises(UserError, match="levels of 8 codes"):
         HiCoDiTPipeline.from_pretrained(release, codec=tmp_path / "other")
