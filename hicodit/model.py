@@ -88,16 +88,14 @@ class ModelConfig:
     drop_each: float = setting(0.1, 0.0, 1.0)
     keep_single: float = setting(0.0, 0.0, 1.0)
     guidance_limit: float | None = setting(None, 1.0, 100.0)
-    attention: str = "sdpa"
+    attention: str = setting("sdpa", choices=("sdpa", "flash"))
 
     def __post_init__(self) -> None:
         check_settings(self, "model.")
         if self.width % (2 * self.heads):
-            raise UserError(f"model: width={self.width} must be a multiple of 2 x heads={self.heads}")
-        if not 0 < self.low_levels < self.levels:
-            raise UserError(f"model: low_levels={self.low_levels} must lie between 0 and levels={self.levels}")
-        if self.attention not in ("sdpa", "flash"):
-            raise UserError(f"model: attention={self.attention!r} must be sdpa or flash")
+            raise UserError(f"model.width={self.width} must be a multiple of 2 x model.heads={self.heads}")
+        if self.low_levels >= self.levels:
+            raise UserError(f"model.low_levels={self.low_levels} must be less than model.levels={self.levels}")
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,21 @@ class GuidanceScales:
         return tuple(self.exponents())
 
 
+LOOKAHEAD = 0.4, 0.04, 4.0, "stream: seconds of pictures after a moment that its sound waits for"
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """Settings of a stream, each hop of which samples a few tokens only."""
+
+    lookahead: float = setting(*LOOKAHEAD)
+    window: int = setting(2, 1, 60, "seconds of pictures that the network sees at each hop, rounded up to whole ones")
+    steps: int = setting(4, 1, 1000, "sampling steps at each hop")
+
+    def __post_init__(self) -> None:
+        check_settings(self, "stream.")
+
+
 UNGUIDED = GuidanceScales()  # the conditional model alone
 
 
@@ -165,7 +180,7 @@ class InferConfig:
     stream: bool = setting(
         False, about="sound in hops of 160 ms as the pictures come, without a look at the whole clip; no figure"
     )
-    lookahead: float = setting(0.4, 0.04, 4.0, "stream: seconds of pictures after a moment that its sound waits for")
+    lookahead: float = setting(*LOOKAHEAD)
     figure: bool = setting(True, about="write the figure NAME.png; false leaves the one of an earlier run in place")
     face: str = setting("largest", about="which of several faces: largest, central, or 1, 2, ... by size")
     face_box: str | None = setting(None, about=FACE_BOX)

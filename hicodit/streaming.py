@@ -24,12 +24,11 @@ from engine.codec import Codec
 from engine.errors import UserError
 from engine.faces.detectors import FaceDetector, HaarDetector, with_points
 from engine.faces.track import DETECT_EVERY, FaceError, FaceTrack, follow_face
-from engine.settings import check_settings, setting
 from hicodit.conditions.types import FPS, MIN_FRAMES, Conditions, Crops
 from hicodit.generation import GuidedPosterior
 from hicodit.model import TOKENS_PER_FRAME
 from hicodit.samplers import sample
-from hicodit.settings import GuidanceScales, SamplerConfig, with_preset
+from hicodit.settings import GuidanceScales, SamplerConfig, StreamSettings, with_preset
 from hicodit.system import HiCoDiTSystem
 
 HOP = 4  # video frames: 160 ms
@@ -50,23 +49,6 @@ class Networks(Protocol):
 
     def conditions(self, crops: list[Crops], identity: np.ndarray | None) -> Conditions:
         """Encode clips; `identity` (256,) replaces that of the faces."""
-
-
-@dataclass(frozen=True)
-class StreamSettings:
-    """How to stream.
-
-    lookahead: seconds of pictures after a moment that its sound waits for.
-    window: seconds of pictures that the network sees at each hop, rounded up to whole seconds of the clip.
-    steps: of the sampler at each hop, which draws a few tokens only.
-    """
-
-    lookahead: float = setting(0.4, 0.04, 4.0)
-    window: int = setting(2, 1, 60)
-    steps: int = setting(4, 1, 1000)
-
-    def __post_init__(self) -> None:
-        check_settings(self, "stream.")
 
 
 @dataclass(frozen=True)

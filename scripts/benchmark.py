@@ -21,6 +21,7 @@ import torch
 from engine.device import pick_device
 from engine.errors import UserError, run_cli
 from engine.record import RESULTS, write_record
+from engine.settings import DEVICES
 
 NAMES = (
     "ablations", "faces", "gpu", "inference", "levels", "prosody", "samplers", "serving", "talker_claims", "training",
@@ -38,7 +39,7 @@ def main() -> None:
     benchmark = import_module(f"benchmarks.{name}")
     parser = argparse.ArgumentParser(f"benchmark.py {name}", description=benchmark.__doc__, formatter_class=Help)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="where to measure")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON record")
     benchmark.add_arguments(parser)
     args = parser.parse_args(sys.argv[2:])

@@ -44,6 +44,7 @@ MAX_TEXT = 2000  # bytes: about two minutes of speech, whose pictures take 2.4 G
 COMPAT = ("paper", "official", "library")
 CROPS = ("face", "centre")
 FILES = ("reference_audio", "reference_video", "reference_motion", "audio", "video", "face_box")  # of a job
+NEEDED = {"t2av": ("reference_video",), "tts": (), "a2v": ("reference_video", "audio"), "v2a": ("video",)}  # files
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 SAVED_VOICE = ".safetensors"
 
@@ -110,11 +111,9 @@ class Job:
             raise UserError(f"mode={self.mode} needs text=... to say")
         if (size := len(self.text.encode(errors="replace"))) > MAX_TEXT:
             raise UserError(f"the text has {size:,} bytes, and {MAX_TEXT:,} is the most: make several jobs of it")
-        needed = {"t2av": "reference_video", "a2v": "reference_video", "v2a": "video"}.get(self.mode)
-        if needed and not getattr(self, needed):
-            raise UserError(f"mode={self.mode} needs {needed}=FILE")
-        if self.mode == "a2v" and not self.audio:
-            raise UserError("mode=a2v needs audio=FILE, the sound to which the face moves")
+        for name in NEEDED[self.mode]:
+            if not getattr(self, name):
+                raise UserError(f"mode={self.mode} needs {name}=FILE")
         if not (self.reference_audio or self.mode == "a2v" or self.reference_video or self.video):
             raise UserError(f"mode={self.mode} needs reference_audio=FILE, the voice to speak with")
         if is_voice(self.reference_audio) and (self.prefix_seconds or self.compat != "paper"):
