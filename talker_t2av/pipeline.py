@@ -150,7 +150,7 @@ class TalkerPipeline:
         return self.run([job])[0]
 
     def run(self, jobs: Sequence[Job]) -> list[Talk]:
-        """Generate several jobs; those of one mode are one batch."""
+        """Several jobs; those of one mode are one batch."""
         return list(self.finish([self.prepare(job) for job in jobs]))
 
     def save_voice(self, recording: str | Path, path: str | Path) -> None:
@@ -197,11 +197,14 @@ class TalkerPipeline:
 
     @torch.no_grad()
     def stream(self, job: Job, on_step: Callable[[Step], None] = lambda step: None) -> Iterator[Chunk]:
-        """Generate a job and yield its result in chunks as patches arrive; `on_step` is called after each patch.
+        """One job, piece by piece as patches arrive; `on_step` is called after each patch.
 
         The concatenated chunks equal the result of `run`: samples to 1e-4, pictures to one level of 255. The sound of a
         frame comes as soon as the later frames that the decoder needs for it are there. V2A is streamed from a single
-        draft, whatever `sampling.particles` is: sound that was played cannot be replaced.
+        draft, whatever `sampling.particles` is: what was heard cannot be taken back.
+
+        Raises:
+            UserError: as `prepare_job` does.
         """
         prepared = prepare_job(job, self.system, self.sampling.text_bytes)
         fresh: list[Tensor] = []  # motion (P, Dm) that is not rendered yet
@@ -226,7 +229,7 @@ class TalkerPipeline:
     def _waves(
         self, prepared: PreparedJob, request: Request, fresh: list[Tensor], on_step: Callable[[Step], None]
     ) -> Iterator[np.ndarray]:
-        """Yield sound (n,) as patches arrive, and append their motion to `fresh`."""
+        """Sound (n,) as patches arrive; appends their motion to `fresh`."""
         size = self.system.model.config.patch_size
         loop = PatchLoop(
             self.system.model,
@@ -303,7 +306,7 @@ class TalkerPipeline:
 
 
 def bridge(start: Tensor, end: Tensor) -> Tensor:
-    """Interpolate motion (`PAUSE`, Dm) in a line between two frames (Dm,), without them."""
+    """Motion (`PAUSE`, Dm) in a line between two frames (Dm,), without them."""
     share = torch.arange(1, PAUSE + 1, device=start.device)[:, None] / (PAUSE + 1)
     return start + share * (end - start)
 
@@ -320,7 +323,7 @@ class Face:
         self.before = prepared.prefix_motion if prepared.job.keeps_prefix else prepared.prefix_motion[:0]
 
     def show(self, patches: list[Tensor]) -> np.ndarray | None:
-        """Render frames (F, S, S, 3) of new normalised motion, each (f, Dm); None if there is nothing to render.
+        """Frames (F, S, S, 3) of new normalised motion, each (f, Dm); None if there is nothing to render.
 
         The first call also renders the prefix if it belongs to the result. Frames after the end of a given sound are
         left out.

@@ -19,7 +19,7 @@ ORDERS = {"av": ("speech", "motion"), "va": ("motion", "speech")}  # streams tha
 
 
 def tokens_per_patch(order: str, moving: bool) -> int:
-    """Return the number of tokens of a patch: two where two streams take turns."""
+    """Tokens of a patch: two where two streams take turns."""
     return 2 if order in ORDERS and moving else 1
 
 
@@ -33,7 +33,7 @@ class Mode:
 
     @property
     def open_ended(self) -> bool:
-        """Whether the stop head sets the length, and no given stream."""
+        """No given stream sets the length: the stop head does."""
         return "given" not in (self.speech, self.motion)
 
 
