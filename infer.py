@@ -39,7 +39,7 @@ python infer.py input=clip.mp4 stream=true lookahead=0.8
 TALKER = """
 Generate speech and talking faces. mode=t2av: text to speech and a talking face; tts: text to speech; a2v: a face that
 moves to the given audio, which is kept sample for sample; v2a: speech for a given clip, whose frames are kept. The
-output folder gets NAME.wav, except for tts NAME.mp4, and where a face is drawn NAME.png (frames, spectrogram, movement
+output folder gets NAME.wav, except for tts NAME.mp4, and for t2av and a2v NAME.png (frames, spectrogram, movement
 of the mouth, loudness). In a2v the given audio file is copied instead of NAME.wav, and keeps its suffix (NAME.mp3); the
 audio of a given .mp4 is in NAME.mp4 alone. Longer texts are split at sentences, else clauses, else words, into parts of
 up to 190 bytes (bundled model: 40), which are spoken with one voice and short pauses between. With jobs=FILE.jsonl, a

@@ -114,7 +114,7 @@ class PortraitCodec(Codec):
 
     Attributes:
         size: S; `engine.media.pictures` converts and resizes bytes.
-        dtype: in which pictures are drawn: float32, or bfloat16 (see `engine.precision`).
+        dtype: of the decoder of pictures: float32, or bfloat16 (see `engine.precision`).
     """
 
     size: int

@@ -60,7 +60,7 @@ def load(config_name: str, argv: Sequence[str], help_text: str, configs: Path = 
 
 
 def compose(config_name: str, words: Sequence[str], configs: Path = CONFIGS) -> DictConfig:
-    """Compose as `load` does, for programs that look at some values only.
+    """Compose as `load` does, for programs that need some values only.
 
     Mandatory values may be missing. Where a recipe leaves the choice of data to the user, it is `shards`.
     """

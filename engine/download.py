@@ -25,7 +25,7 @@ from engine.untrusted import read_json
 
 BLOCK = 1 << 20
 TIMEOUT = 30.0  # seconds without a byte
-ATTEMPTS = 4  # at a server that answers with an error of its own
+ATTEMPTS = 4  # at a server with errors (5xx)
 STAGING = ".partial"  # folder of incomplete files
 
 
@@ -152,7 +152,7 @@ def check_reachable(address: str) -> None:
 
 
 def _append(part: Path, file: RemoteFile, retry_delay: float, progress: bool) -> None:
-    """Append the rest of the file to its part; wait and retry while the server has errors of its own."""
+    """Append the rest of the file to its part; wait and retry while the server has errors (5xx)."""
     check_reachable("{0.scheme}://{0.netloc}".format(urlsplit(file.url)))
     headers = build_hf_headers() if file.url.startswith(constants.ENDPOINT) else {"User-Agent": "speaking-faces"}
     for attempt in range(ATTEMPTS):

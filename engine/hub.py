@@ -18,7 +18,7 @@ NAME = re.compile(r"([\w-][\w.-]*)/([\w-][\w.-]*)(?:@([\w./-]+))?")  # OWNER/NAM
 def release_folder(source: str | Path) -> Path:
     """Return the folder `source`, or, if there is none, the local copy of the hub's repository of that name.
 
-    OWNER/NAME is looked for on the hub only if there is neither such a folder nor a folder OWNER here: a mistyped path
+    OWNER/NAME is searched on the hub only if there is neither such a folder nor a folder OWNER here: a mistyped path
     stays a path. Without a network, an earlier copy is used. OWNER/NAME@REVISION names a branch, tag or commit. A
     bundled release, assets/NAME, is found from every folder.
     """

@@ -297,8 +297,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def find_codec(folder: Path, name: Any, kinds: Collection[str], bundled: Path) -> str:
     """Return the folder of the codec of the model in `folder`; `name` is its path or hub name at training.
 
-    A release of one of `kinds` with the last part of `name` as its folder's name is looked for in `folder`, beside it
-    and in `bundled`, in this order. Where there is none, the answer is `name`.
+    Search `folder`, its parent and `bundled`, in this order, for a release of one of `kinds` whose folder has the last
+    part of `name` as its name. Without a match, return `name`.
     """
     if not isinstance(name, str):
         raise UserError(f"{folder / 'config.yaml'} names {name!r} as its codec: a folder was expected")

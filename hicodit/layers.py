@@ -76,7 +76,7 @@ class ScaleNorm(nn.Module):
 
 
 class TanhGELU(nn.GELU):
-    """nn.GELU(approximate="tanh"), three times as fast on a CPU where no gradient is wanted.
+    """nn.GELU(approximate="tanh"), three times as fast on a CPU without gradients.
 
     With p = sqrt(8 / pi) (1 + 0.044715 x^2) it is x sigmoid(p x) = silu(p x) / p, and silu has a vectorised kernel.
     """

@@ -1,4 +1,4 @@
-"""What `infer.py` can be asked for, checked before PyTorch is imported, which takes seconds."""
+"""Settings of `infer.py`, checked before PyTorch is imported, which takes seconds."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class SamplerConfig:
     steps: int = setting(
         64, 1, 1000, "sampling steps (the paper: 64); euler adds a last one that leaves no mask, entropy may need fewer"
     )
-    temperature: float = setting(1.0, 0.0, 100.0, "temperature of the token draw; 0: always the most likely token")
+    temperature: float = setting(1.0, 0.0, 100.0, "temperature of token sampling; 0: always the most likely token")
     choice_noise: float = setting(
         4.5,
         0.0,
@@ -178,7 +178,7 @@ class InferConfig:
     compile: bool = setting(False, about=COMPILE)
     batch_size: int = setting(8, 1, 1024, "number of clips of a folder processed at once")
     stream: bool = setting(
-        False, about="sound in hops of 160 ms as the pictures come, without a look at the whole clip; no figure"
+        False, about="sound in hops of 160 ms while the pictures come, without access to the whole clip; no figure"
     )
     lookahead: float = setting(*LOOKAHEAD)
     figure: bool = setting(True, about="write the figure NAME.png; false leaves the one of an earlier run in place")

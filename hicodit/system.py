@@ -1,4 +1,4 @@
-"""A HiCoDiT model with its condition encoders: what is trained, released and loaded as one.
+"""A HiCoDiT model with its condition encoders, which are trained, released and loaded together.
 
 Axes: B batch, T video frames, J half seconds, F face pictures, S picture side, E lip feature width.
 """
@@ -104,7 +104,7 @@ class HiCoDiTSystem(Released):
         """
         settings = dict(arguments["encoders"])
         if encoders is not None and settings.get("kind", "tiny") == "tiny":
-            raise UserError(f"encoders={encoders}: this model has encoders of its own, leave this out")
+            raise UserError(f"encoders={encoders}: this model was trained with its own encoders, leave this out")
         if encoders is not None:
             settings["folder"] = encoders
         return cls(ModelConfig(**arguments["model"]), encoder_config(settings))

@@ -3,7 +3,7 @@
     python scripts/benchmark.py NAME [options]
 
 Prints a line for each setting and writes OUT/DATE-NAME-DEVICE.json with command, hardware, versions and figures.
-`python scripts/benchmark.py NAME --help` explains what is measured and how.
+`python scripts/benchmark.py NAME --help` explains the measurement.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """torchrun with the trainer's exit code: 75 (`engine.training.signals.REQUEUE`) if training was stopped and saved.
 
 torchrun itself exits with 1 whatever its processes return, is killed by SIGUSR1, and kills its processes 30 s after it
-was told to stop; here they have `GRACE` seconds to save. The arguments are torchrun's:
+was asked to stop; here they have `GRACE` seconds to save. The arguments are torchrun's:
 
     python -m scripts.launch --nproc_per_node=8 --max-restarts=3 train.py experiment=NAME
 """

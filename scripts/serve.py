@@ -3,7 +3,7 @@
 POST /hicodit      a silent video as body -> speech as WAV. ?seed=0
 POST /talker       {"mode": "tts" or "t2av", "text": "...", "seed": 0, "voice": base64, "face": base64} -> WAV or MP4
 WS /hicodit/stream {"lookahead": 0.4}, then JPEG or PNG pictures, 25 a second, then a text -> sound in hops of 160 ms
-WS /talker/stream  the object of a tts job -> sound while it is drawn
+WS /talker/stream  the object of a tts job -> sound while it is generated
 /v1/...            OpenAI's interface: models, audio/speech, audio/voices, videos; see docs/service.md
 GET /health, GET /metrics, GET /docs
 

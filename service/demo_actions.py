@@ -27,7 +27,7 @@ from talker_t2av.pipeline import TalkerPipeline
 from talker_t2av.system import BUNDLED as BUNDLED_TALKER
 
 KEPT = 3600.0  # seconds for which results can be downloaded
-Report = Callable[[int, int, str], None]  # steps that are done, steps in all (0: not known), what is being done
+Report = Callable[[int, int, str], None]  # steps, their total (0: unknown), the activity
 
 
 @dataclass(frozen=True)

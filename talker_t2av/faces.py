@@ -26,12 +26,12 @@ from engine.progress import stage, watched
 from talker_t2av.model import FPS
 from talker_t2av.settings import is_picture
 
-SEARCHED = 10 * FPS  # frames of a reference in which the face is looked for, even if only one of them is used
+SEARCHED = 10 * FPS  # frames of a reference that are searched for the face, even if only one of them is used
 
 
 @dataclass(frozen=True)
 class Square:
-    """Position of the crop, the same in all frames of a file, as LIA-X wants it.
+    """Position of the crop, the same in all frames of a file, as LIA-X needs it.
 
     Attributes:
         left, top, side: in pixels of the picture as it is shown.

@@ -40,7 +40,7 @@ class PreparedJob:
         request, mode, rules: of the loop.
         prefix_speech: (F, Ds) latents of the prefix, which the decoder needs before the new ones.
         prefix_motion: (F, Dm) motion of the prefix, not normalised.
-        picture: (3, S, S) in [-1, 1], the face; None where none is drawn.
+        picture: (3, S, S) in [-1, 1], the face; None if none is generated.
         wave: (N,) given sound at 24 kHz (a2v). frames: length of the result if a given stream sets it.
         remark: a note to the user about the files, or "".
         later: requests of the parts of a long text after the first.

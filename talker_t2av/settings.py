@@ -1,4 +1,4 @@
-"""What `infer.py model=talker_t2av` can be asked for, checked before PyTorch is imported, which takes seconds."""
+"""Settings and jobs of `infer.py model=talker_t2av`, checked before PyTorch is imported, which takes seconds."""
 
 from __future__ import annotations
 

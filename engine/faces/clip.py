@@ -1,4 +1,4 @@
-"""A clip in which a face is looked for: its frames as often as they are needed, and where the face is.
+"""Detection of a face in a clip, whose frames are decoded as often as needed.
 
 Axes: T frames, H height, W width, n frames of a block, P landmarks.
 """
@@ -18,7 +18,7 @@ from engine.faces.track import Face, FaceError, FaceTrack, landmark_track, track
 from engine.media.video import iter_video
 from engine.progress import watched
 
-MAX_SIDE = 640  # in which a face is looked for; larger frames are scaled down
+MAX_SIDE = 640  # pixels of frames for face detection; larger ones are scaled down
 GOOD_WIDTH = 140  # pixels of a face from which crops gain nothing more: in AV-HuBERT's pose it has as many
 KEPT = 128 * 2**20  # bytes of decoded frames: 1.5 min at 128 pixels square, 7 s at 640 x 360
 MISFIT = 5  # frames by which landmarks and clip may differ in length: programs count the last ones differently
@@ -90,7 +90,7 @@ def find_face(
 ) -> FaceTrack:
     """Run `track_face` with a detector, or with OpenCV's cascade.
 
-    Where the cascade is not sure, it also looks for heads that are tilted or very small.
+    If the cascade is not sure, tilted and very small heads are searched, too.
 
     Args:
         clip: blocks of frames (n, H, W, 3); it must give them again each time it is iterated over.
@@ -119,7 +119,7 @@ def find_face(
     if track is not None:
         return track
     try:
-        return track_face(clip, HaarDetector(fine=True), fps, face)
+        return track_face(clip, HaarDetector(tiny=True), fps, face)
     except FaceError:
         raise error from None
 

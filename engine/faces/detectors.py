@@ -1,4 +1,4 @@
-"""Where the faces of one picture are: OpenCV's cascade, YuNet, or what the user says.
+"""Detection of the faces in one picture: OpenCV's cascade, or YuNet.
 
 Axes: H height, W width, n faces. A face is 14 numbers: a square box (x, y, w, h) from the forehead to the chin, and
 five points (x, y): the eye on the picture's left, the eye on its right, nose, mouth corner on the left, on the right.
@@ -62,14 +62,14 @@ class HaarDetector:
     """OpenCV's frontal-face cascade, which ships with its wheel (Apache-2.0): no download.
 
     Args:
-        every_size: look for small faces also where there is a large one, at twice the time.
-        fine: look only for faces that are too small otherwise, down to a 20th of the picture's longer side.
-        angle: look for heads that stand upright once the picture is turned by so many degrees, anticlockwise.
+        every_size: detect small faces even if there is a large one, in twice the time.
+        tiny: detect only faces that are too small otherwise, down to a 20th of the picture's longer side.
+        angle: degrees, anticlockwise, by which the picture is turned first: heads that then stand upright are found.
     """
 
-    def __init__(self, every_size: bool = False, fine: bool = False, angle: float = 0.0) -> None:
-        self.fine, self.angle = fine, angle
-        # A large face is found at once; small ones are looked for where there is none.
+    def __init__(self, every_size: bool = False, tiny: bool = False, angle: float = 0.0) -> None:
+        self.tiny, self.angle = tiny, angle
+        # Small faces are searched only if there is no large one.
         self.shares = (8,) if every_size else (3, 8)
         self.cascade = cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / "haarcascade_frontalface_alt2.xml"))
 
@@ -88,7 +88,7 @@ class HaarDetector:
 
     def _look(self, frame: np.ndarray) -> tuple[np.ndarray, list[int], np.ndarray]:
         """Return boxes (n, 4) in the turned picture, how many tries agree on each, and the inverse transform (2, 3)."""
-        picture, scale = _at_most(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), (1 + self.fine) * DETECT_SIDE)
+        picture, scale = _at_most(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), (1 + self.tiny) * DETECT_SIDE)
         size = max(picture.shape)
         margin = size // 2 if self.angle else size // 8  # a face that touches the border is found with room around it
         picture = cv2.copyMakeBorder(picture, margin, margin, margin, margin, cv2.BORDER_REPLICATE)
@@ -97,7 +97,7 @@ class HaarDetector:
         if self.angle:
             picture = cv2.warpAffine(picture, turn, picture.shape[::-1], borderMode=cv2.BORDER_REPLICATE)
         limits = [{"minSize": (24, 24), "maxSize": (DETECT_SIDE // 4, DETECT_SIDE // 4)}]
-        if not self.fine:
+        if not self.tiny:
             side = min(picture.shape) - 2 * margin * bool(self.angle)
             limits = [{"minSize": (least, least)} for least in (max(24, side // share) for share in self.shares)]
         boxes, votes = (), ()

@@ -82,7 +82,7 @@ def _stacked(frames: list[Any]) -> tuple[np.ndarray, np.ndarray]:
 class Dlib68:
     """dlib's 68 landmarks, as AV-HuBERT's own preparation finds them. Tilted heads are set upright for it.
 
-    Its frontal detector looks at every fifth frame, near the tracked face only: its box is what the predictor was
+    Its frontal detector runs on every fifth frame, near the tracked face only: its box is what the predictor was
     trained with. In the frames between, the box's position in the tracked one is interpolated.
 
     Weights: `shape_predictor_68_face_landmarks.dat` (Kazemi and Sullivan 2014, trained on iBUG 300-W: research only).

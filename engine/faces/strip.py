@@ -1,4 +1,4 @@
-"""A picture of what face tracking found, for a person to check.
+"""A picture of a face track, for a person to check.
 
 Axes: T frames, H height, W width, S picture side.
 """

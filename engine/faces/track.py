@@ -232,7 +232,7 @@ def _smooth(person: list[_Stretch], frames: int, fps: float) -> FaceTrack:
         plausible = _plausible(stretch, fps)
         values[mine] = _local_lines(stretch.index[plausible] / fps, stretch.faces[plausible], times)
     seen = away.min(0) <= DETECT_EVERY // 2
-    seen[max(ends) :] |= frames - max(ends) <= DETECT_EVERY  # nothing was looked at after it
+    seen[max(ends) :] |= frames - max(ends) <= DETECT_EVERY  # no later frame was searched
     return FaceTrack(values[:, BOX], values[:, POINTS].reshape(-1, 5, 2), seen)
 
 

@@ -48,7 +48,7 @@ def read_video(path: str | Path, fps: float = 25.0, max_side: int | None = None)
 
 
 BLOCK_BYTES = 64 * 2**20  # of one block of frames: 25 frames of 1280 x 720
-LOG_BYTES = 2**16  # of ffmpeg's messages, in which damaged time stamps are looked for
+LOG_BYTES = 2**16  # of ffmpeg's messages that are searched for damaged time stamps
 
 
 def iter_video(
@@ -69,7 +69,7 @@ def iter_video(
     # The first `scale` and `-reinit_filter 0` are for pictures that change their size: ffmpeg would else begin anew in
     # the midst, at time zero. Frames that are not marked as interlaced pass the second filter untouched. A video stream
     # may begin after the sound does: its first frame then stands from time zero on, so that frame and sample indices
-    # share their origin. Of what comes after a gap in the time stamps, `print` tells the time in the log.
+    # share their origin. After a gap in the time stamps, `print` logs the time of the next frame.
     gap = f"lte(t-if(isnan(prev_selected_t),0,prev_selected_t),{LIMITS.gap})"
     filters = [f"select='if({gap},1,0*print(t,16))'", "scale=iw:ih", "bwdif=mode=send_frame:deint=interlaced"]
     filters += [f"fps={fps!r}:start_time=0"]

@@ -52,8 +52,8 @@ def encode_in_windows(encoder: nn.Module, mouth: Tensor, frames: Tensor, window:
     for start in range(0, mouth.shape[1], keep):
         first = max(start - context, 0)
         part = mouth[:, first : start + keep + context]
-        left = (frames - first).clamp(1, part.shape[1])  # a clip that has ended still needs a frame to attend to
-        parts.append(encoder(unit(part), left)[:, start - first :][:, :keep])
+        remaining = (frames - first).clamp(1, part.shape[1])  # a clip that has ended still needs a frame to attend to
+        parts.append(encoder(unit(part), remaining)[:, start - first :][:, :keep])
     return torch.cat(parts, 1)
 
 

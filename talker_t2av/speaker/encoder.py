@@ -145,7 +145,7 @@ def mix_states(states: Tensor, weight: Tensor) -> Tensor:
 
 
 def standardise(features: Tensor) -> Tensor:
-    """Scale (B, C, T) to zero mean and unit variance over time in every channel, as the head of WavLM wants them."""
+    """Scale (B, C, T) to zero mean and unit variance over time in every channel, the input of WavLM's head."""
     return F.instance_norm(features + 1e-6)
 
 

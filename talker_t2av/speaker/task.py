@@ -95,7 +95,7 @@ class VoiceEncoderTask(Task):
 
     The loss is the squared distance between the embedding, divided by sqrt(D), and the clip's GE2E embedding, a unit
     vector. A cross entropy over the cosines with the mean GE2E embeddings of the training voices is added, so that
-    similar voices are told apart.
+    similar voices are distinguished.
 
     Args:
         encoder: fields of `VoiceEncoderConfig`.

@@ -237,7 +237,7 @@ def test_unwritable_output(release, clip, tmp_path):
         run(config(release, clip, tmp_path / "file"))
     with pytest.raises(UserError, match="output= is empty"):
         run(config(release, clip, ""))
-    with pytest.raises(UserError, match="encoders of its own"):
+    with pytest.raises(UserError, match="its own encoders"):
         run(config(release, clip, tmp_path / "out", encoders=str(tmp_path)))
 
 
