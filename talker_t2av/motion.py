@@ -24,6 +24,8 @@ class MotionStats:
         for name, value in (("mean", self.mean), ("std", self.std)):
             if value.ndim != 1 or not value.isfinite().all() or (name == "std" and (value < 0).any()):
                 raise UserError(f"the motion statistics' {name} must be a list of finite numbers, std's not below 0")
+        if len(self.mean) != len(self.std):
+            raise UserError(f"motion_mean has {len(self.mean)} numbers and motion_std {len(self.std)}: give as many")
 
     def normalise(self, motion: Tensor) -> Tensor:
         return (motion - self.mean) / self.std.clamp_min(1e-6)
@@ -38,9 +40,6 @@ class MotionStats:
             return cls(torch.tensor(MOTION_MEAN), torch.tensor(MOTION_STD))
         try:
             stats = read_json(path)
-            mean, std = (torch.tensor(stats[name], dtype=torch.float32) for name in ("motion_mean", "motion_std"))
+            return cls(*(torch.tensor(stats[name], dtype=torch.float32) for name in ("motion_mean", "motion_std")))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read as motion statistics ({error!r}): make them again") from error
-        if mean.ndim != 1 or mean.shape != std.shape:
-            raise UserError(f"{path}: motion_mean {tuple(mean.shape)} and motion_std {tuple(std.shape)} do not match")
-        return cls(mean, std)

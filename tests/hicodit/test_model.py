@@ -206,7 +206,7 @@ def test_any_number_of_expressions_but_the_encoders_have_seven():
     conditions = replace(conditions, expression=conditions.expression % 3)
     assert run(model, conditions, branches=tuple(BRANCHES)).isfinite().all()
     config = ModelConfig(**SMALL | {"lip_dim": 32, "face_dim": 16}, expressions=3)
-    with pytest.raises(UserError, match=r"expressions=3.*7 classes"):
+    with pytest.raises(UserError, match=r"expressions=3.*give 7"):
         HiCoDiTSystem(config, TinyEncoderConfig(lip_dim=32, lip_heads=4, face_dim=16, face_width=4))
 
 
