@@ -267,7 +267,7 @@ class HiCoDiTPipeline:
                 voices.append(c.faces)
                 expressions.append(torch.from_numpy(c.expression).to(self.device))
         pictures = torch.from_numpy(np.stack(voices)).to(self.device).movedim(-1, 2)  # (B, 4, 3, S', S')
-        return self.system.conditions_of_voices(pad([c.mouth for c in crops]), pictures, expressions, frames, identity)
+        return self.system.conditions(pad([c.mouth for c in crops]), pictures, expressions, frames, identity)
 
     @torch.inference_mode()
     def decode_tokens(self, tokens: Sequence[Tensor]) -> list[np.ndarray]:

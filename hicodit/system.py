@@ -42,20 +42,6 @@ class HiCoDiTSystem(Released):
         self.model = HiCoDiT(model)
         self.encoders = make_encoders(encoders)
 
-    def conditions(self, mouth: Tensor, faces: Tensor, frames: Tensor, identity: Tensor | None = None) -> Conditions:
-        """Encode the pictures of a batch of clips.
-
-        Args:
-            mouth: (B, T, S, S) grey. faces: (B, F, 3, S', S'), one every `picture_every` frames as the encoders'
-                config says. Both in [0, 1], or uint8. frames: (B,) valid frames.
-            identity: (B, 256) GE2E embeddings of reference voices in place of the faces'.
-        """
-        lengths, every = frames.tolist(), self.encoders.config.picture_every
-        voices = torch.stack([clip[self.voice_pictures(n)] for clip, n in zip(faces, lengths)])
-        expressions = (self.read_expressions(clip[: -(-n // every)]) for clip, n in zip(faces, lengths))
-        classes = [self.window_classes(e, n) for e, n in zip(expressions, lengths)]
-        return self.conditions_of_voices(mouth, voices, classes, frames, identity)
-
     def voice_pictures(self, frames: int) -> list[int]:
         """Return the indices of the face pictures that predict the voice of a clip: four, a fifth of it apart."""
         return [frames * fifth // 5 // self.encoders.config.picture_every for fifth in (1, 2, 3, 4)]
@@ -69,13 +55,15 @@ class HiCoDiTSystem(Released):
         """Reduce what `read_expressions` returns to the class of each half second (J,) of a clip of so many frames."""
         return window_expressions(probabilities.repeat_interleave(self.encoders.config.picture_every, 0)[:frames])
 
-    def conditions_of_voices(
+    def conditions(
         self, mouth: Tensor, voices: Tensor, expression: list[Tensor], frames: Tensor, identity: Tensor | None = None
     ) -> Conditions:
-        """Encode a batch of clips as `conditions` does, if their expressions and voice pictures are at hand.
+        """Encode the pictures of a batch of clips.
 
         Args:
-            voices: (B, 4, 3, S', S') the `voice_pictures`. expression: (J,) classes of each clip.
+            mouth: (B, T, S, S) grey. voices: (B, 4, 3, S', S') the `voice_pictures`. Both in [0, 1], or uint8.
+            expression: (J,) classes of each clip, see `window_classes`. frames: (B,) valid frames.
+            identity: (B, 256) GE2E embeddings of reference voices in place of the faces'.
         """
         lip = self.encoders.lip(mouth, frames)
         if identity is None:
