@@ -42,7 +42,7 @@ def request_folder() -> Iterator[Path]:
 
 def parts_of(prepared: PreparedJob) -> list[PreparedJob]:
     """Return a job for each part of a long text."""
-    return [replace(prepared, request=request, later=()) for request in prepared.requests]
+    return [replace(prepared, requests=(request,)) for request in prepared.requests]
 
 
 async def speak(

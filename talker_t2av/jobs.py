@@ -37,18 +37,16 @@ class PreparedJob:
     """A job whose files are read and encoded.
 
     Attributes:
-        request, mode, rules: of the loop.
+        requests: what the loop generates, one for each part of the text. rules: how their rows end.
         prefix_speech: (F, Ds) latents of the prefix, which the decoder needs before the new ones.
         prefix_motion: (F, Dm) motion of the prefix, not normalised.
         picture: (3, S, S) in [-1, 1], the face; None if none is generated.
         wave: (N,) given sound at 24 kHz (a2v). frames: length of the result if a given stream sets it.
         remark: a note to the user about the files, or "".
-        later: requests of the parts of a long text after the first.
     """
 
     job: Job
-    request: Request
-    mode: Mode
+    requests: tuple[Request, ...]
     rules: LoopRules
     prefix_speech: Tensor
     prefix_motion: Tensor
@@ -56,12 +54,15 @@ class PreparedJob:
     wave: np.ndarray | None
     frames: int | None
     remark: str = ""
-    later: tuple[Request, ...] = ()
 
     @property
-    def requests(self) -> tuple[Request, ...]:
-        """One for each part of the text."""
-        return (self.request, *self.later)
+    def mode(self) -> Mode:
+        return MODES[self.job.mode]
+
+    @property
+    def request(self) -> Request:
+        """Request of the first part of the text."""
+        return self.requests[0]
 
 
 class Reference:
@@ -181,18 +182,17 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int | None = None) -
     picture = reference.picture() if mode.motion == "generated" else None
     fewest = max(1, round(job.min_seconds * FPS / size))
     request = replace(request, min_patches=min(request.max_patches, fewest), seed=job.seed)
-    later = []
+    requests = [request]
     for number, text in enumerate(texts[1:], 1):
         prompt, most = _prompt(replace(job, text=text), system), max_patches(replace(job, text=text), size)
         seed = seed_for(job.seed, "part", number)
-        later.append(replace(request, prompt=prompt, max_patches=most, min_patches=min(most, fewest), seed=seed))
+        requests.append(replace(request, prompt=prompt, max_patches=most, min_patches=min(most, fewest), seed=seed))
     reference.remarks += [f"{name}= is not used by mode={job.mode}" for name in job.unused]
     unknown = list(dict.fromkeys(word for text in texts for word in system.tokenizer.unknown_words(text)))
     if unknown:
-        reference.remarks.append(f"not in the training text, expect babble: {', '.join(unknown[:8])}")
+        reference.remarks.append(f"not in the training text and may be unintelligible: {', '.join(unknown[:8])}")
     remark = "; ".join(dict.fromkeys(reference.remarks))
-    files = prefix_speech, prefix_motion, picture, wave, total
-    return PreparedJob(job, request, mode, rules, *files, remark, tuple(later))
+    return PreparedJob(job, tuple(requests), rules, prefix_speech, prefix_motion, picture, wave, total, remark)
 
 
 def _request(job: Job, system: TalkerSystem, reference: Reference) -> tuple[Request, LoopRules, Tensor]:

@@ -66,7 +66,7 @@ def test_other_modes(demo):
     settings = 2, 0.3, 2.0, None, ignore
     made = demo.talk("tts", "hello four", VOICE, None, *settings)
     assert made.video is None and soundfile.info(made.sound).duration > 0.3
-    assert made.notes[1] == "not in the training text, expect babble: hello"
+    assert made.notes[1] == "not in the training text and may be unintelligible: hello"
     made = demo.talk("a2v", "", VOICE, PICTURE, *settings)
     assert made.sound is None and count_frames_and_secs(made.video)[0] > 40
     made = demo.talk("v2a", "", VOICE, CLIP, *settings)
