@@ -26,10 +26,10 @@ Result = TypeVar("Result")
 
 
 class Jobs(Protocol[Job, Prepared, Result]):
-    """What is done with jobs; made once in each process that does some.
+    """The work on jobs of one kind, made once in each process: load (the constructor), prepare, generate, write.
 
     Attributes:
-        device: that it computes on.
+        device: for the computations.
     """
 
     device: object
@@ -37,22 +37,22 @@ class Jobs(Protocol[Job, Prepared, Result]):
     def prepare(self, job: Job) -> Prepared:
         """Read the files of a job."""
 
-    def process(self, batch: list[Prepared]) -> Sequence[Result]:
-        """Compute a batch."""
+    def generate(self, batch: list[Prepared]) -> Sequence[Result]:
+        """Generate the results of a batch."""
 
     def write(self, name: str, prepared: Prepared, result: Result) -> tuple[str, float]:
-        """Write the files of a job; returns a line to print and the seconds of speech in the files."""
+        """Write the files of a job. Return a line about them, and the seconds of speech."""
 
 
 @dataclass
 class Summary:
-    """What became of the jobs, or of those of a batch.
+    """Results of all jobs, or of those of a batch.
 
     Attributes:
-        jobs: how many there were. failed: error of each job that failed.
+        jobs: their number. failed: error of each job that failed.
         lines: for the output (1) and the error output (2).
-        speech_seconds: duration of the speech that was written.
-        seconds: wall time. device: that they were computed on.
+        speech_seconds: duration of the speech in the files.
+        seconds: wall time. device: of the computations.
     """
 
     jobs: int
@@ -75,18 +75,18 @@ class Summary:
         self.speech_seconds += part.speech_seconds
 
     def report(self, kind: str, output: Path, origin: str = "") -> int:
-        """Print the figures, and the command's seconds in each stage; returns the exit code: 1 if a job failed.
+        """Print the figures, and the command's seconds in each stage. Return the exit code: 1 if a job failed.
 
         Args:
-            kind: plural of what a job is. origin: where the jobs came from, such as " of input=FOLDER".
+            kind: plural of the kind of a job. origin: where the jobs came from, such as " of input=FOLDER".
         """
-        done = self.jobs - len(self.failed)
-        if not done:
+        count = self.jobs - len(self.failed)
+        if not count:
             raise UserError(f"none of the {self.jobs} {kind}{origin} could be done; the first: {self.failed[0]}")
         progress = current()
         seconds = progress.wall if progress else self.seconds
         speech = f"{self.speech_seconds:.1f} s of speech in {seconds:.1f} s on {self.device}"
-        print(printable(f"{done} of {self.jobs} {kind} in {output}: {speech}"))
+        print(printable(f"{count} of {self.jobs} {kind} in {output}: {speech}"))
         if progress:
             stages = sorted(progress.seconds.items(), key=lambda stage: stage[0] == "other")
             print("of which " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in stages))
@@ -103,10 +103,10 @@ class Batch:
 
 
 class BatchWork(Work[Batch, Batch, Summary]):
-    """Prepares, computes and writes the jobs of a batch. The error of a job that is the only one is raised.
+    """Prepares, generates and writes the jobs of a batch. The error of a job that is the only one is raised.
 
     Args:
-        start: makes what is done with jobs.
+        start: makes the `Jobs`.
         name_errors: print the job's name with its error; not needed if the name is a path that the error contains.
         number: of this process and its device; None: `pick_device` chooses as for a command.
     """
@@ -138,14 +138,14 @@ class BatchWork(Work[Batch, Batch, Summary]):
             with failing(name):
                 ready.append((name, self.worker.prepare(job)))
         try:
-            results = [[each] for each in self.worker.process([prepared for _, prepared in ready])] if ready else []
+            results = [[each] for each in self.worker.generate([prepared for _, prepared in ready])] if ready else []
         except Exception:
             if alone:
                 raise
             results = [[] for _ in ready]  # one by one, to find the job that ends its batch
         for (name, prepared), result in zip(ready, results, strict=True):
             with failing(name):
-                result = result or self.worker.process([prepared])
+                result = result or self.worker.generate([prepared])
                 with stage("writing"):
                     line, seconds = self.worker.write(name, prepared, *result)
                 summary.speech_seconds += seconds
@@ -165,9 +165,9 @@ def run_batches(
 
     Args:
         jobs: (name, job) pairs.
-        start: makes what is done with them. It can be pickled if they are done in other processes.
-        devices: number of processes, each with a device of its own; with one, this process does the jobs.
-        ray: of a cluster that does them instead.
+        start: makes the `Jobs`. It can be pickled if other processes do the work.
+        devices: number of processes, each with its own device; with one, this process does the work.
+        ray: settings of a cluster that does the work instead.
         name_errors: see `BatchWork`.
     """
     firsts = range(0, len(jobs), batch_size)

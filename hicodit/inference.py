@@ -28,24 +28,17 @@ from hicodit.settings import BUNDLED, FACE, InferConfig
 from hicodit.streaming import SpeechChunk, StreamSettings
 
 
-def write_outputs(clip: Path, speech: Speech, folder: Path, figure: bool, strip: Path | None = None) -> list[Path]:
-    """Write all files of a clip, or none; the picture `strip` of its face track and the JSON beside it are copied."""
-    with all_or_none(folder) as staging:
-        if strip is not None:
-            for path in (strip, strip.with_suffix(".json")):
-                shutil.copyfile(path, staging / path.name)
-        write_wav(staging / f"{clip.stem}.wav", speech.wave, speech.rate)
-        mux_audio(clip, speech.wave, speech.rate, staging / f"{clip.stem}.mp4")
-        if figure:
-            from hicodit.figure import draw  # matplotlib takes a second to import
-
-            draw(speech, staging / f"{clip.stem}.png")
-        names = [path.name for path in sorted(staging.iterdir())]
-    return [folder / name for name in names]
+def run(c: InferConfig, clips: list[Path]) -> int:
+    """Generate the speech of the clips that `read_settings` returns. Return the exit code: 1 if some clips failed."""
+    start, jobs = partial(StreamJobs if c.stream else ClipJobs, c), [(str(clip), clip) for clip in clips]
+    with writable(c.output):
+        devices, ray = count_devices(c.devices, c.device), c.ray if c.executor == "ray" else None
+        summary = run_batches(jobs, 1 if c.stream else c.batch_size, start, devices, ray)
+    return summary.report("clips", Path(c.output), f" of input={c.input}")
 
 
 class ClipJobs:
-    """What is done with clips: cut the faces, speak, write the files."""
+    """The four parts of the work: load the networks, prepare clips, generate their speech, write the files."""
 
     def __init__(self, c: InferConfig) -> None:
         self.config, self.output, self.identity = c, Path(c.output), None
@@ -70,25 +63,28 @@ class ClipJobs:
         self.scratch = tempfile.TemporaryDirectory()
 
     def prepare(self, clip: Path) -> Crops:
+        """Find the face and cut out mouth and face."""
         return self.pipeline.crops(clip, self.config.chosen_face, self.box, self._strip(clip))
 
-    def process(self, batch: list[Crops]) -> list[Speech]:
+    def generate(self, batch: list[Crops]) -> list[Speech]:
+        """Generate the speech of a batch."""
         return self.pipeline.run(batch, [self.config.seed] * len(batch), self.identity)
 
     def write(self, name: str, crops: Crops, speech: Speech) -> tuple[str, float]:
+        """Write the files of a clip. Return a line about them, and the seconds of speech."""
         strip = self._strip(Path(name))
-        written = write_outputs(Path(name), speech, self.output, self.config.figure, strip)
+        files = write_outputs(Path(name), speech, self.output, self.config.figure, strip)
         unseen = crops.track.unseen(FPS)
         note = f" (face seen in {crops.track.coverage:.0%}; not at {unseen})" if unseen else ""
         seconds = len(speech.wave) / speech.rate
-        return f"{name}, {seconds:.1f} s -> {', '.join(p.name for p in written)}{note}", seconds
+        return f"{name}, {seconds:.1f} s -> {', '.join(path.name for path in files)}{note}", seconds
 
     def _strip(self, clip: Path) -> Path | None:
         return Path(self.scratch.name) / f"{clip.stem}{FACE[0]}" if self.config.debug else None
 
 
 class StreamJobs(ClipJobs):
-    """What is done with clips as streams."""
+    """The same for clips that are read as streams."""
 
     def __init__(self, c: InferConfig) -> None:
         super().__init__(c)
@@ -98,7 +94,7 @@ class StreamJobs(ClipJobs):
     def prepare(self, clip: Path) -> Path:
         return clip
 
-    def process(self, batch: list[Path]) -> list[list[SpeechChunk]]:
+    def generate(self, batch: list[Path]) -> list[list[SpeechChunk]]:
         seed, identity, settings = self.config.seed, self.identity, vars(self.settings)
         return [list(self.pipeline.stream(clip, seed, identity, **settings)) for clip in batch]
 
@@ -113,14 +109,17 @@ class StreamJobs(ClipJobs):
         return f"{name}, {seconds:.1f} s -> {clip.stem}.wav, {clip.stem}.mp4 ({figures})", seconds
 
 
-def run(c: InferConfig, clips: list[Path]) -> int:
-    """Do the job that `read_settings` gives; returns the exit code: 0 when all clips are done, 1 when some failed.
+def write_outputs(clip: Path, speech: Speech, folder: Path, figure: bool, strip: Path | None = None) -> list[Path]:
+    """Write all files of a clip, or none; the picture `strip` of its face track and the JSON beside it are copied."""
+    with all_or_none(folder) as staging:
+        if strip is not None:
+            for path in (strip, strip.with_suffix(".json")):
+                shutil.copyfile(path, staging / path.name)
+        write_wav(staging / f"{clip.stem}.wav", speech.wave, speech.rate)
+        mux_audio(clip, speech.wave, speech.rate, staging / f"{clip.stem}.mp4")
+        if figure:
+            from hicodit.figure import draw  # matplotlib takes a second to import
 
-    Raises:
-        UserError: no clip could be done.
-    """
-    start, jobs = partial(StreamJobs if c.stream else ClipJobs, c), [(str(clip), clip) for clip in clips]
-    with writable(c.output):
-        devices, ray = count_devices(c.devices, c.device), c.ray if c.executor == "ray" else None
-        summary = run_batches(jobs, 1 if c.stream else c.batch_size, start, devices, ray)
-    return summary.report("clips", Path(c.output), f" of input={c.input}")
+            draw(speech, staging / f"{clip.stem}.png")
+        names = [path.name for path in sorted(staging.iterdir())]
+    return [folder / name for name in names]

@@ -23,8 +23,16 @@ from talker_t2av.settings import InferConfig, Job, outputs_of
 from talker_t2av.system import BUNDLED
 
 
+def run(c: InferConfig, jobs: list[tuple[str, Job | UserError]]) -> int:
+    """Do the jobs that `read_settings` returns. Return the exit code: 1 if some of several jobs failed."""
+    with writable(c.output):
+        devices, ray = count_devices(c.devices, c.device), c.ray if c.executor == "ray" else None
+        summary = run_batches(jobs, c.batch_size, partial(TalkJobs, c), devices, ray, name_errors=True)
+    return summary.report("jobs", Path(c.output))
+
+
 class TalkJobs:
-    """What is done with jobs: read their files, generate, write."""
+    """The four parts of the work: load the networks, prepare jobs, generate, write the files."""
 
     def __init__(self, c: InferConfig) -> None:
         self.config, self.device = c, pick_device(c.device)
@@ -36,31 +44,26 @@ class TalkJobs:
         self.pipeline.sampling = override(self.pipeline.sampling, c.sampling)
 
     def prepare(self, job: Job | UserError) -> PreparedJob:
+        """Read and encode the files of a job."""
         if isinstance(job, UserError):
             raise job
         return self.pipeline.prepare(job)
 
-    def process(self, batch: list[PreparedJob]) -> list[Talk]:
+    def generate(self, batch: list[PreparedJob]) -> list[Talk]:
+        """Generate the results of a batch."""
         return self.pipeline.finish(batch)
 
     def write(self, name: str, prepared: PreparedJob, talk: Talk) -> tuple[str, float]:
-        written = write_outputs(prepared.job, name, talk, Path(self.config.output), self.config.figure)
+        """Write the files of a job. Return a line about them, and the seconds of speech."""
+        files = write_outputs(prepared.job, name, talk, Path(self.config.output), self.config.figure)
         seconds = len(talk.wave) / self.pipeline.rate
-        return f"{name}, {seconds:.1f} s -> {', '.join(written)}{_remark(prepared, talk)}", seconds
-
-
-def run(c: InferConfig, jobs: list[tuple[str, Job | UserError]]) -> int:
-    """Do the jobs that `read_settings` returns. Return the exit code: 1 if some of several jobs failed."""
-    with writable(c.output):
-        devices, ray = count_devices(c.devices, c.device), c.ray if c.executor == "ray" else None
-        summary = run_batches(jobs, c.batch_size, partial(TalkJobs, c), devices, ray, name_errors=True)
-    return summary.report("jobs", Path(c.output))
+        return f"{name}, {seconds:.1f} s -> {', '.join(files)}{_remark(prepared, talk)}", seconds
 
 
 def write_outputs(job: Job, name: str, talk: Talk, folder: Path, figure: bool = False) -> list[str]:
-    """Write all files of a job, or none, with or without the figure; gives their names.
+    """Write all files of a job, or none, with or without the figure; return their names.
 
-    What was given stays as it was: in a2v the sound, sample for sample, in v2a the pictures.
+    Given streams stay as they are: in a2v the sound, sample for sample, in v2a the pictures.
     """
     with all_or_none(folder) as staging:
         video = staging / f"{name}.mp4"
