@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 
 from engine.batch_runner import run_batches
+from engine.cluster import ClusterConfig
 from engine.errors import UserError
 from engine.progress import Progress, stage
 
@@ -87,3 +88,18 @@ def test_batches_are_shared_by_processes_and_one_that_kills_its_process_fails_al
     assert sorted(err.splitlines()) == ["failed: job4: 4 is even", f"failed: job5: {died}", f"failed: job9: {died}"]
     assert (len(summary.failed), summary.speech_seconds, summary.device) == (3, 2.0, "2 processes, cpu")
     assert summary.report("jobs", tmp_path) == 1
+
+
+@pytest.mark.slow
+def test_a_cluster_does_the_batches_of_which_one_kills_its_actor(capsys):
+    ray = pytest.importorskip("ray")
+    try:
+        summary, _ = run([1, 3, 5, 9, 11, 4, 13], name_errors=True, ray=ClusterConfig(encoders=2))
+    finally:
+        ray.shutdown()
+    out, err = capsys.readouterr()
+    lines = [line for line in out.splitlines() if line.startswith("job")]
+    assert sorted(line.partition(":")[0] for line in lines) == ["job1", "job11", "job13", "job3"]
+    died = "its process died again and again"
+    assert {f"failed: job5: {died}", f"failed: job9: {died}", "failed: job4: 4 is even"} <= set(err.splitlines())
+    assert len(summary.failed) == 3

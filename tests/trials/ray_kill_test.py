@@ -152,7 +152,7 @@ def main() -> int:
         "bytes": sum(map(len, theirs.values())),
         "different_files": different,
         "seconds": round(seconds, 1),
-        "report": lines[-16:],
+        "report": lines[next((i for i, line in enumerate(lines) if line.startswith("stage ")), len(lines) - 1) :],
     }
     spoken = [line.partition(",")[0] for line in lines if " -> " in line]
     doubled = sorted({name for name in spoken if spoken.count(name) > 1})
