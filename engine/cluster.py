@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from engine.errors import UserError
@@ -44,11 +45,13 @@ class ClusterConfig:
         check_settings(self, "ray.")
 
 
-def check_place(executor: str, devices: str) -> None:
+def check_place(executor: str, devices: str = "1") -> None:
     """
     Raises:
-        UserError: `devices` is neither a number nor "all", or says what `ray` says on a cluster.
+        UserError: Ray is not installed; `devices` is neither a number nor "all", or says what `ray` says on a cluster.
     """
+    if executor == "ray" and find_spec("ray") is None:
+        raise UserError("executor=ray needs Ray: bash scripts/setup.sh cluster")
     if devices != "all" and not (devices.isdecimal() and 1 <= int(devices) <= 64):
         raise UserError(f"devices={devices} must be a number from 1 to 64, or all")
     if executor == "ray" and devices != "1":
@@ -79,10 +82,8 @@ class Cluster:
         batch: int = 1,
         processors: int = 1,
     ) -> None:
-        try:
-            import ray
-        except ImportError as error:
-            raise UserError("executor=ray needs Ray: bash scripts/setup.sh cluster") from error
+        import ray  # an extra, see `check_place`
+
         self.ray, self.config, self.build, self.build_cut = ray, config, build, build_cut
         self.timeout, self.batch, self.processors = timeout, batch, processors
         self.about: Any = None

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from corpora.preparation.clip import FPS, Outcome, SourceClip, WorkItem
 from corpora.preparation.sources import Source
 from corpora.preparation.steps import earlier_samples, start_steps, without_device
-from engine.cluster import Cluster, ClusterConfig
+from engine.cluster import Cluster, ClusterConfig, check_place
 from engine.config import build, target
 from engine.errors import UserError
 from engine.media.limits import Limits, set_limits
@@ -113,6 +113,7 @@ def place(config: DictConfig) -> tuple[int, int]:
 
 def _check(config: DictConfig) -> None:
     require_choice("executor", config.executor, EXECUTORS)
+    check_place(config.executor)
     if config.executor == "ray" and place(config)[1] > 1:
         raise UserError("executor=ray: one process is enough, the cluster does the work; start it without torchrun")
     for name in ("clips_per_shard", "workers", "clip_timeout", "patience", "limit"):
