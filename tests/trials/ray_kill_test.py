@@ -82,8 +82,9 @@ def processes_at_work(parent: int) -> list[tuple[int, str]]:
     found, waiting = [], [parent]
     while waiting:
         for pid, title in children.get(waiting.pop(), []):
-            waiting.append(pid)
-            if title.startswith("ray::") and "IDLE" not in title and "Agent" not in title:
+            if not title.startswith("ray::"):
+                waiting.append(pid)  # below a worker are programs that it starts, under its title at first
+            elif "IDLE" not in title and "Agent" not in title:
                 found.append((pid, title))
     return found
 
