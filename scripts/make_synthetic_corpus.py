@@ -8,7 +8,7 @@ with larger numbers of clips to extend one.
 Version 1 is the corpus of the bundled codecs: 40 voices, one expression per clip. Version 2, that of the bundled
 HiCoDiT and Talker-T2AV, has 460 voices that can be predicted from the faces; a split dev, half of it with training
 voices, for choosing settings; a change of expression at a word in half of the clips; and free sentences of about 2,600
-words in half of the clips."""
+words in half of the clips. Version 3 is speech alone, by the voices of version 2: open sentences of any words."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the corpus; made if it does not exist")
     parser.add_argument("--clips", type=int, default=4000, help="training clips (default: %(default)s)")
+    parser.add_argument("--speech", type=int, help="training clips of version 3, without pictures (default: --clips)")
     parser.add_argument(
         "--test-clips", type=int, default=240, help="clips in each held-out split (default: %(default)s)"
     )
@@ -62,6 +63,9 @@ def parse() -> argparse.Namespace:
         "--workers", type=int, default=2, help="number of processes; does not change the result (default: %(default)s)"
     )
     args = parser.parse_args()
+    if args.speech is not None and args.version != 3:
+        raise UserError(f"--speech is for --version 3, which has no pictures: give version {args.version} --clips")
+    args.clips = args.clips if args.speech is None else args.speech
     for name, least in (("clips", 1), ("test_clips", 0), ("seed", 0), ("workers", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give {least} or more")
@@ -125,6 +129,13 @@ def generate(jobs: list[tuple[str, int]], root: Path, seed: int, version: int, w
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+def write_sheet(root: Path, version: int) -> None:
+    """Draw all faces in one picture."""
+    sheet = cv2.imencode(".png", np.ascontiguousarray(contact_sheet(version)[..., ::-1]))[1].tobytes()
+    with atomic_output(root / "contact_sheet.png") as part:
+        part.write_bytes(sheet)
+
+
 def main() -> None:
     args = parse()
     root, splits = args.out, SPLITS[args.version]
@@ -140,9 +151,9 @@ def main() -> None:
     }
     write_text(root / "corpus.json", json.dumps(about | {"complete": False}, indent=1) + "\n")
     write_text(root / "grammar.jsgf", grammar())
-    if args.version == 2:
+    if args.version > 1:
         write_text(root / "free.arpa", language_model())
-    jobs = [(split, i) for split in splits for i in range(counts[split]) if not is_done(root, split, i)]
+    jobs = [(split, i) for split in splits for i in range(counts[split]) if not is_done(root, split, i, args.version)]
     total = sum(counts.values())
     print(f"{total} clips in {root}: {total - len(jobs)} there already, {len(jobs)} to make", flush=True)
     try:
@@ -153,9 +164,8 @@ def main() -> None:
     for split in splits:
         lines = ((root / split / clip_id(split, i)).with_suffix(".json").read_text() for i in range(counts[split]))
         write_text(root / f"{split}.jsonl", "".join(line + "\n" for line in lines))
-    sheet = cv2.imencode(".png", np.ascontiguousarray(contact_sheet(args.version)[..., ::-1]))[1].tobytes()
-    with atomic_output(root / "contact_sheet.png") as part:
-        part.write_bytes(sheet)
+    if args.version < 3:
+        write_sheet(root, args.version)
     write_text(root / "corpus.json", json.dumps(about | {"complete": True}, indent=1) + "\n")
     print(f"done: {root}", flush=True)
 

@@ -24,11 +24,12 @@ from engine.errors import UserError
 from engine.left_out import LeftOut
 from engine.shards.reader import Blocks, Reading, ShardSplit
 from engine.shards.source import join, read_json
+from talker_t2av.alignment import align, token_classes
 from talker_t2av.model import MAX_FRAMES
 from talker_t2av.motion import MotionStats
 from talker_t2av.request import tokens_per_patch
 from talker_t2av.system import codec_digests
-from talker_t2av.text import MAX_TOKENS, TalkerTokenizer, assemble, byte_tokenizer
+from talker_t2av.text import MAX_TOKENS, assemble, load_tokenizer
 
 TASKS = ("t2av", "tts")
 _codec_digests = lru_cache(codec_digests)
@@ -80,8 +81,12 @@ class SequenceFormat:
         }
 
 
-def collate(items: list[dict[str, Tensor]], pad_id: int, patch_size: int) -> dict[str, Tensor]:
+def collate(
+    items: list[dict[str, Tensor]], pad_id: int, patch_size: int, classes: np.ndarray | None = None
+) -> dict[str, Tensor]:
     """Right-padded batch.
+
+    classes: of the tokens, see `token_classes`: adds `pointer` (B, F), the token that each frame says.
 
     Returns:
         input_ids, attention_mask (B, T); speech_span (B, 2); speech (B, F, Ds); motion (B, Fm, Dm), Fm rounded up to
@@ -96,6 +101,9 @@ def collate(items: list[dict[str, Tensor]], pad_id: int, patch_size: int) -> dic
         batch[name] = torch.stack(parts) if same else pad_sequence(parts, batch_first=True, padding_value=fill)
     lengths = torch.tensor([len(item["input_ids"]) for item in items])
     batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+    if classes is not None:
+        prompts, labels = batch["speech_span"][:, 0].numpy(), batch["phoneme"].numpy()
+        batch["pointer"] = torch.from_numpy(align(classes[batch["input_ids"][:, : prompts.max()]], prompts, labels))
     missing = -batch["motion"].shape[1] % patch_size
     batch["motion"] = torch.nn.functional.pad(batch["motion"], (0, 0, 0, missing))
     return batch
@@ -122,8 +130,8 @@ class TalkerExamples:
         stats: JSON file or URL with the motion's statistics, as the training split's index.json; None: those of the
             released model.
         reading: how shards are read.
-        tokenizer: a folder with a tokenizer; None is the byte-level one.
-        patch_size, delay, order: as in the model.
+        tokenizer: as `load_tokenizer` takes it.
+        patch_size, delay, order, phonemes: as in the model.
 
     Raises:
         UserError: the shards are missing or damaged, lack a stream, or other codecs made them.
@@ -136,10 +144,11 @@ class TalkerExamples:
         codecs: Mapping[str, str] | None = None,
         stats: str | Path | None = None,
         reading: Reading | None = None,
-        tokenizer: str | Path | None = None,
+        tokenizer: str | Path | Mapping[str, str] | None = None,
         patch_size: int = 4,
         delay: int = 0,
         order: str = "add",
+        phonemes: int = 0,
     ) -> None:
         if task not in TASKS:
             raise UserError(f"task={task} is unknown; choose t2av or tts")
@@ -155,10 +164,16 @@ class TalkerExamples:
                 checked.remove("motion")
             made = _codec_digests(**{stream: codecs[stream] for stream in checked})
             self.shards.check_made_with({STAGES[stream]: made[stream] for stream in checked})
+        if phonemes:
+            self.streams.append("phoneme")
+            known = 1 + len(self.shards.index.get("symbols") or [])
+            if known > phonemes:
+                raise UserError(f"{source} has {known} phonemes with silence: set task.model.phonemes={known}")
         self.shards.require(*self.streams)
         self.frames = self.shards.frames  # (n,) of each clip
         self.stats = MotionStats.read(stats)
-        self.words = TalkerTokenizer.from_pretrained(tokenizer) if tokenizer else byte_tokenizer()
+        self.words = load_tokenizer(tokenizer)
+        self.classes = token_classes(self.words, self.shards.index["symbols"]) if phonemes else None
         self.format = SequenceFormat(self.words.speech_id, self.words.tail, patch_size, delay, order=order)
         self.left_out = LeftOut(self.shards.source, len(self.shards))  # clips whose text cannot be used
 
@@ -195,7 +210,10 @@ class TalkerExamples:
         motion = self.stats.mean.new_zeros(0, len(self.stats.mean))
         if self.task == "t2av":
             motion = self.stats.normalise(latents["motion"].float())[start : start + MAX_FRAMES]
-        return self.format.example(prompt, speech, len(speech), motion, speaker)
+        example = self.format.example(prompt, speech, len(speech), motion, speaker)
+        if "phoneme" in latents:
+            example["phoneme"] = latents["phoneme"][start : start + MAX_FRAMES]
+        return example
 
 
 class TalkerPairs:
@@ -209,7 +227,7 @@ class TalkerPairs:
         tasks: t2av and tts (the paper), t2av alone (the released model), or tts alone.
         tts_root: of the TTS half, where it is another data set.
         shards: fields of `engine.shards.reader.Reading`.
-        codecs, stats, tokenizer, patch_size, delay, order: as in `TalkerExamples`.
+        codecs, stats, tokenizer, patch_size, delay, order, phonemes: as in `TalkerExamples`.
 
     Raises:
         UserError: as in `TalkerExamples`.
@@ -223,16 +241,26 @@ class TalkerPairs:
         tts_root: str | Path | None = None,
         codecs: Mapping[str, str] | None = None,
         stats: str | Path | None = None,
-        tokenizer: str | Path | None = None,
+        tokenizer: str | Path | Mapping[str, str] | None = None,
         patch_size: int = 4,
         delay: int = 0,
         shards: Mapping[str, Any] | None = None,
         order: str = "add",
+        phonemes: int = 0,
     ) -> None:
         reading, roots = Reading(**(shards or {})), {"tts": tts_root or root}
         self.sets = [
             TalkerExamples(
-                join(roots.get(task, root), split), task, codecs, stats, reading, tokenizer, patch_size, delay, order
+                join(roots.get(task, root), split),
+                task,
+                codecs,
+                stats,
+                reading,
+                tokenizer,
+                patch_size,
+                delay,
+                order,
+                phonemes,
             )
             for task in sorted(tasks)
         ]
@@ -255,7 +283,7 @@ class TalkerPairs:
     def collate(self, items: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
         """T2AV rows first, then as many TTS rows; see `collate`."""
         rows, first = [row[side] for side in range(len(self.sets)) for row in items], self.sets[0]
-        return collate(rows, first.words.pad_id, first.format.patch_size)
+        return collate(rows, first.words.pad_id, first.format.patch_size, first.classes)
 
     @property
     def lengths(self) -> Tensor:

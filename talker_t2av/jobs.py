@@ -29,7 +29,8 @@ from talker_t2av.speaker.voice import read_voice as read_saved_voice
 from talker_t2av.system import TalkerSystem
 from talker_t2av.text import split_text
 
-MARGIN, SLOW_BYTE = 1.5, 0.15  # seconds: even slow speech takes less than MARGIN + SLOW_BYTE for each byte of text
+# Seconds: slow speech takes less than MARGIN and SLOW_BYTE for each byte of text, or SLOW_PHONEME for each phoneme.
+MARGIN, SLOW_BYTE, SLOW_PHONEME = 1.5, 0.15, 0.2
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int | None = None) -
     request = replace(request, min_patches=min(request.max_patches, fewest), seed=job.seed)
     requests = [request]
     for number, text in enumerate(texts[1:], 1):
-        prompt, most = _prompt(replace(job, text=text), system), max_patches(replace(job, text=text), size)
+        prompt, most = _prompt(replace(job, text=text), system), max_patches(replace(job, text=text), system)
         seed = seed_for(job.seed, "part", number)
         requests.append(replace(request, prompt=prompt, max_patches=most, min_patches=min(most, fewest), seed=seed))
     reference.remarks += [f"{name}= is not used by mode={job.mode}" for name in job.unused]
@@ -251,15 +252,17 @@ def _paper_request(job: Job, system: TalkerSystem, reference: Reference, prompt:
         system.stats.normalise(motion[:frames]),
         system.stats.normalise(motion[0]) if len(motion) else None,
         frames // c.patch_size,
-        max_patches(job, c.patch_size),
+        max_patches(job, system),
     )
     return request, motion
 
 
-def max_patches(job: Job, patch_size: int) -> int:
-    """Return the most patches of an open-ended job: by `max_seconds`, or by the text's length in bytes, up to 30 s."""
-    seconds = job.max_seconds or min(MAX_FRAMES / FPS, MARGIN + SLOW_BYTE * len(job.text.encode()))
-    return max(1, -(-round(seconds * FPS) // patch_size))
+def max_patches(job: Job, system: TalkerSystem) -> int:
+    """Return the most patches of an open-ended job: by `max_seconds`, or by the text's length, up to 30 s."""
+    words = system.tokenizer
+    slow = SLOW_PHONEME * len(words.prompt(job.text)) if words.language else SLOW_BYTE * len(job.text.encode())
+    seconds = job.max_seconds or min(MAX_FRAMES / FPS, MARGIN + slow)
+    return max(1, -(-round(seconds * FPS) // system.model.config.patch_size))
 
 
 def encode_speech(system: TalkerSystem, wave: Tensor | np.ndarray) -> Tensor:

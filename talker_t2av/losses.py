@@ -34,6 +34,7 @@ class TalkerBatch:
     speech: (B, F, Ds) latents. speech_frames: (B,) how many count.
     motion: (B, Fm, Dm) normalised. motion_frames: (B,); 0 makes a row TTS.
     speaker: (B, G) embeddings.
+    phoneme, pointer: (B, F) class of each speech frame, and the token of `input_ids` that it says; or None.
 
     All but ids, latents and embeddings should be on the host: shapes and places are computed from them.
     """
@@ -46,11 +47,13 @@ class TalkerBatch:
     motion: Tensor
     motion_frames: Tensor
     speaker: Tensor
+    phoneme: Tensor | None = None
+    pointer: Tensor | None = None
 
     @classmethod
     def of(cls, batch: dict[str, Tensor]) -> TalkerBatch:
         """From a dict that may hold more."""
-        return cls(**{field.name: batch[field.name] for field in fields(cls)})
+        return cls(**{field.name: batch[field.name] for field in fields(cls) if field.name in batch})
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,11 @@ class TrainingForward:
 
 
 def training_forward(
-    model: TalkerT2AV, batch: TalkerBatch, task: Tensor | None = None, shifted_speech: Tensor | None = None
+    model: TalkerT2AV,
+    batch: TalkerBatch,
+    task: Tensor | None = None,
+    shifted_speech: Tensor | None = None,
+    share: float = 1.0,
 ) -> TrainingForward:
     """Run the backbone and collect the examples of both heads, each `repeats` times in a row.
 
@@ -88,6 +95,7 @@ def training_forward(
         task: (B,) rows of the task embedding, on the device of `motion_frames`; by default T2AV where there is motion,
             else TTS. The given stream of V2A and A2V enters the backbone a patch ahead, and no loss is computed for it.
         shifted_speech: (B, F, Ds) speech that enters the backbone instead of the speech that is predicted.
+        share: of the patches that the heads train on, drawn at random.
     """
     c, device = model.config, batch.speech.device
     with_motion = batch.motion_frames > 0
@@ -121,8 +129,8 @@ def training_forward(
         embeds,
         mask,
         hidden,
-        _examples(hidden, begin["speech"], step, slots * (task != A2V), speech, known, batch.speaker, c),
-        _examples(hidden, begin["motion"], step, slots * (task != V2A), motion, motion, first_motion, c),
+        _examples(hidden, begin["speech"], step, slots * (task != A2V), speech, known, batch.speaker, c, share),
+        _examples(hidden, begin["motion"], step, slots * (task != V2A), motion, motion, first_motion, c, share),
         *(send(x, device) for x in labels),
     )
 
@@ -143,6 +151,24 @@ def training_losses(
     }
     losses["loss"] = sum(losses.values())
     return losses
+
+
+def phoneme_loss(model: TalkerT2AV, hidden: Tensor, batch: TalkerBatch) -> Tensor:
+    """Cross entropy of the phonemes of each patch's frames, told from the state before the patch.
+
+    hidden: (B, T, D) of `training_forward`.
+    """
+    size, count = model.config.patch_size, model.config.phonemes
+    labels = batch.phoneme.long()
+    frame = torch.arange(labels.shape[1], device=labels.device)
+    labels = labels.masked_fill(send(frame >= batch.speech_frames[:, None], labels.device), -100)
+    labels = F.pad(labels, (0, -labels.shape[1] % size), value=-100).unflatten(1, (-1, size))  # (B, M, P)
+    patch = torch.arange(labels.shape[1], device=hidden.device)
+    position = send(batch.speech_span[:, :1], hidden.device) + patch  # one task token before, one place earlier
+    position = position.clamp(0, hidden.shape[1] - 1)
+    states = hidden.gather(1, position[..., None].expand(-1, -1, hidden.shape[-1]))
+    logits = model.head_phoneme(states).unflatten(-1, (size, count)).float()
+    return F.cross_entropy(logits.flatten(0, 2), labels.flatten(), ignore_index=-100)
 
 
 def time_warped(speech: Tensor, frames: Tensor, deviation: float, knot: int = 8) -> Tensor:
@@ -200,6 +226,7 @@ def _examples(
     known: PatchStream,
     global_cond: Tensor,
     config: TalkerConfig,
+    share: float,
 ) -> Examples:
     """Patch j of a row is predicted from position start + step * j - 1 and the `known` frames before it.
 
@@ -211,6 +238,8 @@ def _examples(
     position = start[:, None] + step[:, None] * place - 1
     rows = (slots > 0) & (stream.patches > 1)
     chosen = rows[:, None] & (place < stream.patches[:, None]) & ((place == 0) | (position < tokens))
+    if share < 1:
+        chosen &= torch.rand(chosen.shape, device=chosen.device) < share
     row, patch = chosen.nonzero(as_tuple=True)
     row, patch = row.repeat_interleave(repeats), patch.repeat_interleave(repeats)
 

@@ -5,8 +5,9 @@ Axes: B batch, T frames, Ds / Dm speech / motion channels.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,19 +29,21 @@ from engine.seeding import generator_for
 from engine.shards.source import join
 from engine.training.task import Release, Task
 from talker_t2av import released
+from talker_t2av.alignment import Alignment
 from talker_t2av.data import TalkerExamples, collate, digests_of, holds_motion
 from talker_t2av.faces import find_square, read_square
 from talker_t2av.generation import Result, generate
 from talker_t2av.layers import Block
-from talker_t2av.losses import TalkerBatch, time_warped, training_forward, training_losses
+from talker_t2av.losses import TalkerBatch, phoneme_loss, time_warped, training_forward, training_losses
 from talker_t2av.model import FPS, TalkerConfig, TalkerT2AV
 from talker_t2av.motion import MotionStats
 from talker_t2av.particles import why_not
 from talker_t2av.request import A2V, MODES, T2AV, TTS, V2A, Request, Sampling
 from talker_t2av.system import load_motion, load_speech
-from talker_t2av.text import TalkerTokenizer, byte_tokenizer
+from talker_t2av.text import TalkerTokenizer, load_tokenizer
 
 VALIDATION_BATCH = 4
+NEW_WEIGHTS = re.compile(r"\.step_mlp\.|^head_phoneme\.|^llm\.model\.layers\.")  # that `init` may lack
 WAVES, VIDEOS = 4, 2  # saved by a validation, of each split
 
 
@@ -57,12 +60,16 @@ class TalkerTask(Task):
             alone. The release names them; validation decodes with the first.
         stats: index.json of the training shards, or its URL, for the motion's statistics; None: those of the released
             model.
-        tokenizer: folder with a tokenizer; None: the byte-level one.
-        init: a model of the same sizes to start from, which may have fewer tasks: a release folder, or a folder with
-            the released files.
+        tokenizer: as `load_tokenizer` takes it.
+        init: a model of the same sizes to start from, which may have fewer tasks and layers, and another text than
+            this task's phonemes: a release folder, or a folder with the released files.
         dubbing: needs model.tasks=4. `v2a`, `a2v`: shares of the rows with motion that are trained for these tasks.
             `drift`: standard deviation in frames by which speech that V2A rows read is shifted in time (see
             `time_warped`); true speech alone would tell the timing, and the model would ignore the motion.
+        guided_layers: layers of the backbone with a head that is taught where in the text each patch is; see
+            `alignment`. Needs data.train.phonemes.
+        head_share: share of the patches that the diffusion heads train on in a step. They cost most of a step, while
+            the backbone learns from every patch through the auxiliary losses.
         warm_start: `qwen` (a folder of Qwen3-0.6B), `tts` or `projector` (folders of safetensors), `qwen` first; see
             `released.warm_start`.
         freeze_embeddings: do not train the word embeddings.
@@ -79,9 +86,11 @@ class TalkerTask(Task):
         model: Mapping[str, Any],
         codecs: Mapping[str, str],
         stats: str | None = None,
-        tokenizer: str | None = None,
+        tokenizer: str | Mapping[str, str] | None = None,
         init: str | None = None,
         dubbing: Mapping[str, float] | None = None,
+        guided_layers: Sequence[int] = (),
+        head_share: float = 1.0,
         warm_start: Mapping[str, str] | None = None,
         freeze_embeddings: bool = False,
         sampling: Mapping[str, Any] | None = None,
@@ -90,13 +99,13 @@ class TalkerTask(Task):
     ) -> None:
         super().__init__()
         self.model = TalkerT2AV(TalkerConfig(**model))
-        self.words = TalkerTokenizer.from_pretrained(tokenizer) if tokenizer else byte_tokenizer()
+        self.words = load_tokenizer(tokenizer)
         rows = self.model.llm.config.vocab_size
         if self.words.vocab_size > rows:
             raise UserError(
                 f"task.model.llm.vocab_size={rows} has to be {self.words.vocab_size} or more for this tokenizer"
             )
-        self.dubbing = dubbing
+        self.dubbing, self.guided_layers, self.head_share = dubbing, guided_layers, head_share
         if dubbing and self.model.config.tasks < 4:
             raise UserError(
                 "task.dubbing needs task.model.tasks=4: with fewer there are no V2A and A2V task embeddings"
@@ -130,8 +139,9 @@ class TalkerTask(Task):
             state, words = TalkerT2AV.from_pretrained(init).state_dict(), folder
         else:
             state, words = released.read_model(folder)
-        own = TalkerTokenizer.from_pretrained(words).tokenizer.get_vocab()
-        if own != self.words.tokenizer.get_vocab():
+        former, own = TalkerTokenizer.from_pretrained(words), self.model.state_dict()
+        new_text = self.words.language is not None and former.language is None
+        if not new_text and former.tokenizer.get_vocab() != self.words.tokenizer.get_vocab():
             raise UserError(
                 f"init={init} has another vocabulary than task.tokenizer={self.tokenizer}: use the tokenizer in {words}"
             )
@@ -139,8 +149,12 @@ class TalkerTask(Task):
             raise UserError(f"init={init} is no Talker-T2AV: it has no tensor {released.TASKS}")
         state = released.with_tasks(state, self.model.config.tasks)
         state = released.complete({k: v.float() for k, v in state.items()}, self.model)
-        own = self.model.state_dict()  # a student's inputs, which add nothing at first
-        state |= {key: own[key] for key in own if ".step_mlp." in key and key not in state}
+        if new_text:
+            state |= {key: own[key] for key in (released.EMBEDDINGS, released.LM_HEAD)}
+        # A student's inputs and further layers, which add nothing at first, and the head of an auxiliary loss.
+        new = [key for key in own if key not in state and NEW_WEIGHTS.search(key)]
+        added_last = [key for key in new if key.endswith(("o_proj.weight", "down_proj.weight"))]
+        state |= {key: own[key] for key in new} | {key: torch.zeros_like(own[key]) for key in added_last}
         load_strict(self.model, state, f"init={init}")
 
     on_host = ("attention_mask", "speech_span", "speech_frames", "motion_frames")
@@ -162,7 +176,17 @@ class TalkerTask(Task):
         if task is not None:
             shifted = time_warped(rows.speech, rows.speech_frames, self.dubbing["drift"])
             shifted = torch.where(send((task == V2A)[:, None, None], shifted.device), shifted, rows.speech)
-        return training_losses(self.model, training_forward(self.model, rows, task, shifted))
+        with Alignment(self.model, self.guided_layers if rows.pointer is not None else ()) as alignment:
+            forward = training_forward(self.model, rows, task, shifted, self.head_share if self.training else 1.0)
+        losses = training_losses(self.model, forward)
+        more = {}
+        if rows.phoneme is not None and self.model.config.phonemes:
+            more["phoneme"] = phoneme_loss(self.model, forward.hidden, rows)
+        if alignment.inputs:
+            more["alignment"] = alignment.loss(rows, forward.mask, self.model.config.patch_size)
+        losses["loss"] = losses["loss"] + sum(more.values())
+        losses |= more
+        return losses
 
     def _tasks(self, batch: dict[str, Tensor]) -> Tensor | None:
         """(B,) rows of the task embedding; None: the default of `training_forward`."""
@@ -194,6 +218,7 @@ class TalkerTask(Task):
                 patch_size=c.patch_size,
                 delay=c.delay,
                 order=c.order,
+                phonemes=c.phonemes,
             )
             count = min(self.validation["clips"], len(examples))
             chosen = torch.linspace(0, len(examples) - 1, count).round().long().tolist()
@@ -228,7 +253,7 @@ class TalkerTask(Task):
         for start in range(0, len(chosen), VALIDATION_BATCH):
             clips = chosen[start : start + VALIDATION_BATCH]
             items = [examples.__getitem__(i, generator_for(0, "held out", i)) for i in clips]
-            batch = collate(items, examples.words.pad_id, examples.format.patch_size)
+            batch = collate(items, examples.words.pad_id, examples.format.patch_size, examples.classes)
             device = self.model.device
             losses = self({k: v if k in self.on_host else v.to(device) for k, v in batch.items()}, "model")
             for name, value in losses.items():
@@ -261,6 +286,8 @@ class TalkerTask(Task):
             "digests": self.digests,
             "sampling": asdict(self.sampling),
         }
+        if self.words.language:
+            extra["text"] = {"kind": "phonemes", "language": self.words.language}
         return self.release_of(
             "model",
             title="Talker-T2AV",

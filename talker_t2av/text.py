@@ -1,7 +1,7 @@
 """Text to the language model's tokens: a chat of two turns, the assistant's turn being placeholders for patches.
 
-One class serves both tokenizers. Qwen3's comes from the released checkpoint's folder; the tiny model's is a byte-level
-one made here (`byte_tokenizer`), saved in the same files, with a shorter chat template.
+One class serves all tokenizers. Qwen3's comes from the released checkpoint's folder. Those of small models are made
+here, of phonemes (`phoneme_tokenizer`) or bytes (`byte_tokenizer`): the same files, with a shorter chat template.
 
 Axes: none; token ids are lists.
 """
@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -21,6 +21,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from engine.errors import UserError
 from engine.hub import release_folder
+from engine.untrusted import read_yaml
+from talker_t2av.phonemes import LANGUAGES, phonemizer
 
 SPEECH, MOTION = "<SPEECH_FRAME>", "<MOTION_FRAME>"  # the second is in the released vocabulary, but in no sequence
 MAX_TOKENS = 1000  # of a training sequence; longer ones are cut on the right
@@ -56,10 +58,11 @@ class TalkerTokenizer:
         pad_id: fills batches on the right.
         vocab_size: ids are below it; the embedding table must have as many rows or more.
         tail: the tokens after the placeholders.
+        language: of the phonemes that texts are turned into first; None: the tokens are of the text itself.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, language: str | None = None) -> None:
+        self.tokenizer, self.language = tokenizer, language
         missing = [token for token in (SPEECH, MOTION) if token not in tokenizer.get_added_vocab()]
         if missing:
             tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
@@ -75,7 +78,7 @@ class TalkerTokenizer:
         for token in self._reserved:
             if token in text:
                 raise UserError(f"the text holds {token}, which is a control token: leave it out")
-        return self._parts(text)[0]
+        return self._parts(phonemizer(self.language)(text) if self.language else text)[0]
 
     def unknown_words(self, text: str) -> list[str]:
         """Return words of `text` that are several tokens; a tokenizer of bytes alone has none."""
@@ -105,12 +108,35 @@ class TalkerTokenizer:
             raise UserError(f"the tokenizer of {folder} cannot be read ({error}); copy or download it again") from error
         if tokenizer.chat_template is None or tokenizer.pad_token_id is None:
             raise UserError(f"the tokenizer of {folder} has no chat template or no padding token: it is not Qwen3's")
-        return cls(tokenizer)
+        return cls(tokenizer, _language(folder))
 
     def _parts(self, text: str) -> tuple[list[int], list[int]]:
         # Special tokens part a text before anything else is done, so both sides can be encoded by themselves.
         before, _, after = self._frame.replace(MARK, text).rpartition(SPEECH)
         return tuple(self.tokenizer.encode(part, add_special_tokens=False) for part in (before, after))
+
+
+def load_tokenizer(tokenizer: str | Path | Mapping[str, str] | None) -> TalkerTokenizer:
+    """Load the tokenizer of a folder, or make one: {kind: phonemes, language: en-us}; None is the byte-level one."""
+    if tokenizer is None:
+        return byte_tokenizer()
+    if isinstance(tokenizer, Mapping):
+        return phoneme_tokenizer(_checked_language(tokenizer))
+    return TalkerTokenizer.from_pretrained(tokenizer)
+
+
+def _language(folder: Path) -> str | None:
+    """The language of the phonemes that a release's config.yaml names, or None."""
+    if not (folder / "config.yaml").is_file():
+        return None
+    text = read_yaml(folder / "config.yaml").get("text")
+    return None if text is None else _checked_language(text)
+
+
+def _checked_language(text: Mapping[str, str]) -> str:
+    if not isinstance(text, Mapping) or text.get("kind") != "phonemes" or text.get("language") not in LANGUAGES:
+        raise UserError(f"text={text} is unknown; use {{kind: phonemes, language: {' or '.join(LANGUAGES)}}}")
+    return text["language"]
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -168,6 +194,16 @@ def assemble(
     return ids, (start, end) if end > start else (-1, -1)
 
 
+def phoneme_tokenizer(language: str) -> TalkerTokenizer:
+    """Make a tokenizer with one token for each phoneme of a language, with its stress, and for each stop."""
+    names = [BYTE_SPECIALS[0], *LANGUAGES[language]]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    assert len(vocabulary) == len(names), "two phonemes have one name"
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=BYTE_SPECIALS[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return TalkerTokenizer(_fast(tokenizer), language)
+
+
 def byte_tokenizer(texts: Iterable[str] = (), merges: int = 512) -> TalkerTokenizer:
     """Make a byte-level tokenizer: 256 bytes, four control tokens, the two frame tokens, 262 in all.
 
@@ -188,11 +224,15 @@ def byte_tokenizer(texts: Iterable[str] = (), merges: int = 512) -> TalkerTokeni
             vocab_size=len(alphabet) + merges, initial_alphabet=sorted(alphabet), show_progress=False
         )
         tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(
+    return TalkerTokenizer(_fast(tokenizer))
+
+
+def _fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer with the control tokens and chat template of small models."""
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=BYTE_SPECIALS[0],
         additional_special_tokens=[*BYTE_SPECIALS[1:], SPEECH, MOTION],
         chat_template=BYTE_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
-    return TalkerTokenizer(fast)

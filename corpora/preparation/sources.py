@@ -20,6 +20,7 @@ from engine import untrusted
 from engine.errors import UserError
 from engine.settings import require_range
 from engine.shards.recordings import read_manifest
+from talker_t2av.phonemes import SYMBOLS
 
 SOUNDS = (".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus")
 
@@ -99,13 +100,15 @@ class Unsplit(Source):
 
 
 class Synthetic(Source):
-    """The corpus of make_synthetic_corpus.py: ROOT/SPLIT.jsonl, ROOT/SPLIT/ID.mp4 and .wav."""
+    """The corpus of make_synthetic_corpus.py: ROOT/SPLIT.jsonl, ROOT/SPLIT/ID.mp4 (not version 3) and .wav."""
 
     def __init__(self, root: str | Path) -> None:
         super().__init__(root)
         known = "train" if "train" in self.splits() else next(iter(self.splits()), None)
         rows = read_manifest(self.root, known) if known else []
-        self.symbols = sorted({p[0] for row in rows for p in row["phonemes"]})  # of one split, for all splits
+        self.frames = any("face" in row for row in rows)
+        spoken = {p[0] for row in rows for p in row["phonemes"]}  # of one split, for all splits
+        self.symbols = sorted(spoken) if self.frames else SYMBOLS  # speech alone: the same for any number of clips
 
     def splits(self) -> list[str]:
         return sorted(path.stem for path in self.root.glob("*.jsonl"))
@@ -114,7 +117,7 @@ class Synthetic(Source):
         for row in read_manifest(self.root, split):
             yield SourceClip(
                 key=make_key(row["id"]),
-                video=f"{split}/{row['id']}.mp4",
+                video=f"{split}/{row['id']}.mp4" if self.frames else None,
                 audio=f"{split}/{row['id']}.wav",
                 text=row["text"],
                 speaker=str(row["voice"]),

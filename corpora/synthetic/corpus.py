@@ -2,7 +2,8 @@
 order.
 
 Version 2 has a development split, a rule from face to voice (`traits`), expressions that change within a clip, and free
-sentences beside those of a closed vocabulary, each for half of the clips.
+sentences beside those of a closed vocabulary, each for half of the clips. Version 3 is speech alone, without pictures,
+by the voices of version 2: open sentences in one style, half of them neutral.
 
 Axes: N samples, T video frames (25 a second), J half seconds.
 """
@@ -26,10 +27,10 @@ import numpy as np
 from corpora.synthetic.expression import Prosody, draw_change, draw_expression, ease, pose, prosody
 from corpora.synthetic.face import Face, Motion, draw_motion
 from corpora.synthetic.portrait import SIZE
-from corpora.synthetic.sentences import SPLITS, draw_sentence
+from corpora.synthetic.sentences import SPLITS, draw_open_sentence, draw_sentence
 from corpora.synthetic.speech import Synthesizer, Utterance
 from corpora.synthetic.visemes import FPS, MOUTH, mouth_track
-from corpora.synthetic.voices import load_voices
+from corpora.synthetic.voices import Voice, load_voices
 from engine.files import atomic_output
 
 RATE = 24_000
@@ -37,6 +38,7 @@ FRAME = RATE // FPS  # samples a frame
 _WORDS_PER_MINUTE = 150
 _LEVEL = 10 ** (-25 / 20)  # RMS of neutral speech
 _ROOM_TONE = 1e-3  # RMS; recognisers misread digital silence
+LONGEST = 8 * FPS  # frames of a clip of version 3
 
 
 @dataclass(frozen=True)
@@ -157,11 +159,45 @@ class ClipMaker:
         self._synthesizer = Synthesizer()
 
     def make(self, split: str, index: int) -> dict:
-        """Write the clip's .mp4, .wav and, last, .json; return what the .json says."""
+        """Write the clip's .mp4 (not version 3), .wav and, last, .json; return what the .json says."""
         version = self._version
         key = [self._seed, SPLITS[version].index(split), index]
         rng = np.random.default_rng(key if version == 1 else [*key, version])
         voice = self._voices[split][index % len(self._voices[split])]
+        entry, speech = (self._speech_clip if version == 3 else self._talking_clip)(rng, split, index, voice)
+        folder, name = self._root / split, entry["id"]
+        write_wave(folder / f"{name}.wav", speech)
+        write_text(folder / f"{name}.json", json.dumps(entry))
+        return entry
+
+    def _speech_clip(self, rng: np.random.Generator, split: str, index: int, voice: Voice) -> tuple[dict, np.ndarray]:
+        """The description and the wave of a clip of speech alone."""
+        expression, intensity = draw_expression(rng)
+        intensity = intensity if rng.random() < 0.5 else 0.0
+        style = prosody(expression, intensity, self._version)
+        while True:
+            text = draw_open_sentence(rng, split)
+            speech = speak(self._synthesizer, text, voice.lines, [style], rng)
+            frames = len(speech.wave) // FRAME
+            if frames <= LONGEST:
+                break
+        entry = {
+            "id": clip_id(split, index),
+            "split": split,
+            "text": text,
+            "phonemes": speech.phonemes,
+            "voice": voice.number,
+            "expression": expression if intensity else "neutral",
+            "intensity": round(intensity, 4),
+            "frames": frames,
+            "seconds": frames / FPS,
+            "seed": self._seed,
+        }
+        return entry, speech.wave
+
+    def _talking_clip(self, rng: np.random.Generator, split: str, index: int, voice: Voice) -> tuple[dict, np.ndarray]:
+        """The description and the wave of a clip of a talking face, after its pictures are written."""
+        version = self._version
         free, changing = (version == 2 and bool(rng.random() < 0.5) for _ in range(2))
         text = draw_sentence(rng, split, version, free)
         expression, intensity = draw_expression(rng)
@@ -197,17 +233,15 @@ class ClipMaker:
         if version == 2:
             entry |= {"grammar": "free" if free else "closed", "expressions": windows, "change": speech.change}
             entry |= {"traits": vars(voice.traits)}
-        folder = self._root / split
-        write_video(folder / f"{name}.mp4", video)
-        write_wave(folder / f"{name}.wav", speech.wave)
-        write_text(folder / f"{name}.json", json.dumps(entry))
-        return entry
+        write_video(self._root / split / f"{name}.mp4", video)
+        return entry, speech.wave
 
 
-def is_done(root: Path, split: str, index: int) -> bool:
+def is_done(root: Path, split: str, index: int, version: int) -> bool:
     """Whether a clip is complete: its .json is written last."""
     stem = root / split / clip_id(split, index)
-    return all(stem.with_suffix(suffix).is_file() for suffix in (".json", ".mp4", ".wav"))
+    suffixes = (".json", ".wav") if version == 3 else (".json", ".mp4", ".wav")
+    return all(stem.with_suffix(suffix).is_file() for suffix in suffixes)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -55,7 +55,7 @@ _PROSODY_2 = {
     "disgusted": Prosody(pitch=44, span=22, speed=0.86, gain=-2.0),
     "angry": Prosody(pitch=52, span=68, speed=1.16, gain=7.0),
 }
-_PROSODY = {1: _PROSODY_1, 2: _PROSODY_2}
+_PROSODY = {1: _PROSODY_1, 2: _PROSODY_2, 3: _PROSODY_2}
 _FLAT, _LIVELY = ("neutral", "sad", "fearful", "disgusted"), ("happy", "surprised", "angry")
 POSES = {
     "neutral": Pose(),

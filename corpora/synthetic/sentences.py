@@ -1,7 +1,8 @@
 """GRID-style sentences (Cooke et al. 2006, "An audio-visual corpus for speech perception and automatic speech
 recognition"): command, colour, preposition, letter, digit, adverb. Letters are NATO words, because spoken letters are
 confused by a recogniser even on clean speech. Version 2 has free sentences beside them: templates filled with the
-common words of `words.txt`, of which no two look the same on the lips."""
+common words of `words.txt`, of which no two look the same on the lips. Version 3 adds open ones: any word of
+pocketsphinx's dictionary, names, numbers, dates and sums, with or without punctuation."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+
+from engine.optional import require
 
 SLOTS: tuple[tuple[str, ...], ...] = (
     ("bin", "lay", "place", "set"),
@@ -52,6 +55,7 @@ SLOTS: tuple[tuple[str, ...], ...] = (
 )
 SLOT_NAMES = ("command", "colour", "preposition", "letter", "digit", "adverb")
 SPLITS = {1: ("train", "seen", "unseen"), 2: ("train", "dev", "seen", "unseen")}
+SPLITS[3] = SPLITS[2]  # and the same owner of each sentence
 TEMPLATES = (
     "the {adjective} {person} {past} the {thing}",
     "my {person} {past} the {thing} {adverb}",
@@ -67,6 +71,32 @@ TEMPLATES = (
     "before {time} they {past} this {adjective} {thing}",
     "{number} {adjective} {persons} {past} the {place}",
 )
+OPEN_TEMPLATES = (  # in braces: a slot of words.txt, or one of `_open_slot`
+    "I said {word}, not {word}.",
+    "Is it {word} or {word}?",
+    "Did you say {word}?",
+    "{name} {past} the {word} {thing}",
+    "The {thing} costs {money}.",
+    "We met on {date} at {clock}.",
+    "It is {clock}, {name}!",
+    "In {year}, {count} {persons} {past} the {word}.",
+    "Call {name} {word} at {clock} please.",
+    "{number} plus {number} is {count}.",
+    "My {person}, {name}, {past} {count} {things}.",
+    "Turn {word} after {count} {things}, then {verb} the {word}.",
+    "What is the {word} of the {adjective} {thing}?",
+    "Dr. {name} and Mrs. {word} {past} {money}.",
+    "There were {count} {word} in the {place}, and {number} near the {thing}.",
+    "Please {verb} chapter {count}, page {count}.",
+    "The {word} {word} {past} a {word}.",
+    "{adverb}, {name} {past} {word} with the {adjective} {word}.",
+)
+MONTHS = (
+    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "December",
+)  # fmt: skip
+MOST_WORDS = 20
+_RARE = 0.15  # share of words that pocketsphinx's language model does not have: names and rare words
 
 
 def split_of(text: str, version: int = 1) -> str:
@@ -90,6 +120,70 @@ def draw_sentence(rng: np.random.Generator, split: str, version: int = 1, free: 
             text = " ".join(pick(words) for words in SLOTS)
         if split_of(text, version) == split:
             return text
+
+
+def draw_open_sentence(rng: np.random.Generator, split: str) -> str:
+    """A sentence of version 3 that `split` owns: a fifth of version 2's, three tenths templates with any words, the
+    rest 1 to 20 words in random order, short ones more often."""
+    while True:
+        kind = rng.random()
+        if kind < 0.2:
+            return draw_sentence(rng, split, 3, free=bool(kind < 0.14))
+        if kind < 0.5:
+            text = OPEN_TEMPLATES[rng.integers(len(OPEN_TEMPLATES))]
+            text = re.sub(r"{(\w+)}", lambda slot: _open_slot(rng, slot[1]), text)
+        else:
+            count = round(math.exp(rng.uniform(0, math.log(MOST_WORDS))))
+            text = " ".join(_open_word(rng) for _ in range(count))
+            if rng.random() < 0.4:
+                middle = rng.integers(1, count) if count > 4 else 0
+                words = text.split()
+                words[:middle] = [" ".join(words[:middle]) + ","] if middle else []
+                text = " ".join(words).capitalize() + rng.choice((".", ".", "?", "!"))
+        if split_of(text, 3) == split:
+            return text
+
+
+def _open_word(rng: np.random.Generator) -> str:
+    words, shares = open_words()
+    return words[int(np.searchsorted(shares, rng.random() * shares[-1]))]
+
+
+def _open_slot(rng: np.random.Generator, name: str) -> str:
+    if name in free_words():
+        words = free_words()[name]
+        return words[rng.integers(len(words))]
+    one, two = int(rng.integers(1, 100)), int(rng.integers(100))
+    match name:
+        case "count":
+            return str(rng.integers(10 ** rng.integers(1, 5)))
+        case "year":
+            return str(rng.integers(1800, 2051))
+        case "money":
+            return f"${one}.{two:02d}" if two % 2 else f"${one * 10}"
+        case "clock":
+            return f"{one % 12 + 1}:{two % 60:02d}"
+        case "date":
+            return f"{MONTHS[one % 12]} {two % 28 + 1}"
+    return _open_word(rng)
+
+
+@functools.cache
+def open_words() -> tuple[list[str], np.ndarray]:
+    """The words of pocketsphinx's dictionary, and their cumulative weights (n,).
+
+    A word weighs the root of its frequency in pocketsphinx's language model; words that the model lacks share `_RARE`.
+    """
+    pocketsphinx = require("pocketsphinx", "pocketsphinx")
+    dictionary = Path(pocketsphinx.get_model_path("en-us")) / "cmudict-en-us.dict"
+    words = [line.split()[0] for line in dictionary.read_text().splitlines()]
+    words = [word for word in words if re.fullmatch(r"[a-z]+('[a-z]+)?", word)]
+    model = pocketsphinx.Decoder(pocketsphinx.Config(loglevel="FATAL")).get_lm("_default")
+    logs = np.array([model.prob([word]) for word in words], float)  # to the base 1.0001
+    known = logs > logs.min()
+    weights = np.where(known, np.exp(0.5 * 1e-4 * logs), 0.0)
+    weights[~known] = _RARE / (1 - _RARE) * weights.sum() / (~known).sum()
+    return words, np.cumsum(weights)
 
 
 @functools.cache

@@ -3,8 +3,8 @@
 Version 1: `voices.json` keeps 40 espeak-ng voice files that were drawn at random and chosen with GE2E and a recogniser,
 then weeded by hand; its `arguments`, `by_hand` and `results` say how, and what was measured.
 
-Version 2: `voices_v2.json` keeps seeds alone, chosen by `python -m corpora.synthetic.choose_voices`; voice and face
-follow from them (`traits`)."""
+Versions 2 and 3: `voices_v2.json` keeps seeds alone, chosen by `python -m corpora.synthetic.choose_voices`. Voice and
+face follow from them (`traits`)."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ METRICS = {  # figure: the class that measures it
     "wer": "words.WordErrors",
     "wer_free": "words.WordErrors",
     "cer": "words.WordErrors",
+    "per": "phonemes.PhonemeErrors",
     "dnsmos": "dnsmos.DNSMOS",
     "utmos": "utmos.UTMOS",
     "mcd": "mcd.MCD",

@@ -21,16 +21,18 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
+from corpora.preparation.sources import Synthetic
 from corpora.synthetic.corpus import FRAME, resample, window_expressions
 from corpora.synthetic.expression import EXPRESSIONS, pose, prosody
 from corpora.synthetic.face import Face, draw_motion
-from corpora.synthetic.sentences import SLOTS, SPLITS, draw_sentence, free_words, split_of
+from corpora.synthetic.sentences import SLOTS, SPLITS, draw_open_sentence, draw_sentence, free_words, split_of
 from corpora.synthetic.speech import Synthesizer
 from corpora.synthetic.traits import Traits, looks, voice_lines
 from corpora.synthetic.visemes import FPS, MOUTH, mouth_track, shapes_of
 from corpora.synthetic.voices import load_voices
 from engine.metrics.recogniser import Recogniser, word_error_rate
 from hicodit.conditions.types import windows_of
+from talker_t2av.phonemes import SYMBOLS
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -136,11 +138,31 @@ def test_an_interrupt_ends_all_processes_and_leaves_no_parts(tmp_path):
     assert not list(root.rglob(".*")) and not (root / "train.jsonl").exists()
 
 
-@pytest.mark.parametrize("arguments", [("--clips", "0"), ("--workers", "0"), ("--clips", "many"), ("--version", "3")])
+@pytest.mark.parametrize("arguments", [("--clips", "0"), ("--workers", "0"), ("--clips", "many"), ("--speech", "9")])
 def test_user_mistakes_exit_2(tmp_path, arguments):
     done = make(tmp_path / "no", *arguments)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert not (tmp_path / "no").exists()
+
+
+def test_version_3_is_speech_alone_of_any_words(tmp_path):
+    arguments = ("--version", "3", "--speech", "8", "--test-clips", "3", "--seed", "3")
+    assert make(tmp_path / "one", *arguments, "--workers", "1").returncode == 0
+    assert make(tmp_path / "two", *arguments).returncode == 0
+    made = digests(tmp_path / "one")
+    assert made == digests(tmp_path / "two") and not [name for name in made if name.endswith((".mp4", ".png"))]
+    (tmp_path / "two" / "dev" / "dev_000001.wav").unlink()
+    assert make(tmp_path / "two", *arguments).returncode == 0 and made == digests(tmp_path / "two")
+    for split in SPLITS[3]:
+        for entry in entries(tmp_path / "one", split):
+            assert split_of(entry["text"], 3) == split and entry["seconds"] <= 8 and "face" not in entry
+    source = Synthetic(tmp_path / "one")
+    clip = source.clips("dev")[1]
+    assert clip.video is None and {symbol for symbol, *_ in clip.phonemes} <= set(source.symbols) == set(SYMBOLS)
+    rng = np.random.default_rng(0)
+    texts = [draw_open_sentence(rng, "train") for _ in range(2000)]
+    lengths = [len(text.split()) for text in texts]
+    assert min(lengths) == 1 and max(lengths) == 20 and len({word for text in texts for word in text.split()}) > 5000
 
 
 def test_splits_are_disjoint(corpus):

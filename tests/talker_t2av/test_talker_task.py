@@ -16,6 +16,7 @@ from engine.shards.reader import ShardSplit
 from talker_t2av.data import TalkerPairs
 from talker_t2av.losses import TalkerBatch, training_forward
 from talker_t2av.model import TalkerConfig, TalkerT2AV
+from talker_t2av.phonemes import SYMBOLS
 from talker_t2av.released import EMBEDDINGS
 from talker_t2av.system import codec_digests
 from talker_t2av.task import TalkerTask
@@ -202,6 +203,40 @@ def test_low_rank_updates_reach_backbone_and_heads_and_end_up_in_the_weights(roo
     task.load_state_dict(start)
     torch.manual_seed(0)
     assert float(task(batch, "model")["loss"].detach()) != pytest.approx(losses[0], rel=2e-3)
+
+
+def test_phonemes_start_from_a_model_of_words_and_learn_when_they_sound(root, tmp_path):
+    write_release(make_task(root), tmp_path / "words")
+    text = {"kind": "phonemes", "language": "en-us"}
+    latents = {"speech": torch.randn(17, DS).half(), "speaker": torch.randn(256).half()}
+    latents["phoneme"] = torch.arange(17, dtype=torch.uint8) // 3
+    samples = [({"key": f"clip_{i}", "text": said, "frames": 17}, latents) for i, said in enumerate(TEXTS)]
+    write_split(tmp_path / "shards" / "train", samples, 2, symbols=SYMBOLS)
+    model = MODEL | {"phonemes": 1 + len(SYMBOLS), "llm": LLM | {"num_hidden_layers": 3}}
+    init = str(tmp_path / "words")
+    task = make_task(root, model=model, init=init, tokenizer=text, guided_layers=[1], head_share=0.5)
+    embeds, former = torch.randn(1, 7, 32), TalkerT2AV.from_pretrained(init)
+    torch.testing.assert_close(task.model.backbone(embeds), former.backbone(embeds), rtol=0, atol=1e-5)
+
+    stats = root / "shards" / "train" / "index.json"
+    few = {"root": tmp_path / "shards", "tasks": ["tts"], "tokenizer": text, "stats": stats}
+    pairs = TalkerPairs(**few, phonemes=model["phonemes"])
+    batch = pairs.collate([pairs[i] for i in range(3)])
+    losses = task(batch, "model")
+    assert {"phoneme", "alignment"} <= losses.keys()
+    assert float(losses["loss"].detach()) == pytest.approx(
+        sum(float(v.detach()) for k, v in losses.items() if k != "loss")
+    )
+    losses["loss"].backward()
+    assert task.model.head_phoneme.weight.grad.any()
+    with pytest.raises(UserError, match=r"has 68 phonemes with silence: set task\.model.phonemes=68"):
+        TalkerPairs(**few, phonemes=9)
+
+    write_release(task, tmp_path / "phonemes")
+    assert TalkerTokenizer.from_pretrained(tmp_path / "phonemes").language == "en-us"
+    assert make_task(root, model=model, init=str(tmp_path / "phonemes"), tokenizer=text).model.config.phonemes == 68
+    with pytest.raises(UserError, match="has another vocabulary than"):
+        make_task(root, init=str(tmp_path / "phonemes"))
 
 
 def test_a_start_with_other_words_is_refused(root, tmp_path):

@@ -1,0 +1,113 @@
+"""Which phoneme of the text sounds when: auxiliary targets that quickly teach a small model where in the text it is.
+
+The corpus's phoneme labels of frames are aligned with the text's tokens. One attention head of some layers is then
+taught to look, before each patch, at the tokens that the patch says: guided attention (Tachibana et al. 2018,
+arXiv:1710.08969), with the true alignment in place of the diagonal. Inference does not change.
+
+Axes: B batch, T tokens, F frames, M patches, P frames of a patch, D width, h head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
+
+if TYPE_CHECKING:
+    from talker_t2av.losses import TalkerBatch
+    from talker_t2av.model import TalkerT2AV
+    from talker_t2av.text import TalkerTokenizer
+
+SKIPPED = 0.6  # cost of a token without a frame, against 1 for a frame of another phoneme
+FARTHEST = 3  # tokens from one frame to the next
+HEAD = 0
+
+
+def token_classes(words: TalkerTokenizer, symbols: Sequence[str]) -> np.ndarray:
+    """Return the class (V,) of each token: that of its phoneme in the frames' labels, 0 for stops and control tokens.
+
+    symbols: the phonemes of the labels, whose classes are counted from 1.
+    """
+    numbers = {symbol: number for number, symbol in enumerate(symbols, 1)}
+    classes = np.zeros(words.vocab_size, int)
+    for token, index in words.tokenizer.get_vocab().items():
+        classes[index] = numbers.get(token.lstrip("',").rstrip("#"), 0)
+    return classes
+
+
+def align(tokens: np.ndarray, lengths: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return for each frame (B, F) the index of the token that it says: a monotonic path of least cost.
+
+    tokens: (B, T) classes. lengths: (B,) of the prompts, in which paths stay. labels: (B, F) classes of the frames.
+    """
+    rows, count = tokens.shape
+    wrong = tokens[:, None] != labels[..., None]  # (B, F, T)
+    outside = np.arange(count) >= lengths[:, None]
+    cost = np.where(np.arange(count) < 2, 0.0, np.inf) + wrong[:, 0] + np.where(outside, np.inf, 0.0)
+    back = np.zeros(wrong.shape, np.int8)
+    for frame in range(1, labels.shape[1]):
+        steps = np.full((FARTHEST + 1, rows, count), np.inf)
+        for step in range(FARTHEST + 1):
+            steps[step, :, step:] = cost[:, : count - step] + SKIPPED * max(0, step - 1)
+        back[:, frame] = steps.argmin(0)
+        cost = steps.min(0) + wrong[:, frame]
+        cost[outside] = np.inf
+    place = cost.argmin(1)
+    path = np.empty(labels.shape, np.int64)
+    for frame in range(labels.shape[1] - 1, -1, -1):
+        path[:, frame] = place
+        place = place - back[np.arange(rows), frame, place]
+    return path
+
+
+class Alignment:
+    """While it is entered, it keeps what the attention of some layers reads; `loss` then guides one head of each."""
+
+    def __init__(self, model: TalkerT2AV, layers: Sequence[int]) -> None:
+        self.attentions = [model.llm.model.layers[i].self_attn for i in layers]
+        self.inputs: list[tuple[nn.Module, Tensor, tuple[Tensor, Tensor]]] = []
+
+    def __enter__(self) -> Alignment:
+        self._hooks = [a.register_forward_pre_hook(self._keep, with_kwargs=True) for a in self.attentions]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _keep(self, attention: nn.Module, args: tuple, named: dict) -> None:
+        hidden = named["hidden_states"] if "hidden_states" in named else args[0]
+        self.inputs.append((attention, hidden, named["position_embeddings"]))
+
+    def loss(self, batch: TalkerBatch, mask: Tensor, size: int) -> Tensor:
+        """Mean negative logarithm of the attention (B, T) that goes to the tokens of the next patch.
+
+        mask: (B, T), 1 at real tokens, with the task token in front. size: frames of a patch.
+        """
+        device = mask.device
+        frames = torch.arange(batch.pointer.shape[1]) < batch.speech_frames[:, None].cpu()
+        at = torch.where(frames, 1 + batch.pointer.cpu(), -1)  # one task token in front
+        at = F.pad(at, (0, -at.shape[1] % size), value=-1).unflatten(1, (-1, size))  # (B, M, P)
+        row, patch = (at[..., 0] >= 0).nonzero(as_tuple=True)
+        first, last = at[row, patch, 0].to(device), at[row, patch].amax(1).to(device)
+        query = (batch.speech_span[:, 0].cpu()[row] + patch).to(device)
+        row = row.to(device)
+        place = torch.arange(mask.shape[1], device=device)
+        meant = (place >= first[:, None]) & (place <= last[:, None])
+        visible = (place <= query[:, None]) & mask.bool()[row]
+        losses = []
+        for attention, hidden, (cos, sin) in self.inputs:
+            width = attention.head_dim
+            q = attention.q_norm(F.linear(hidden, attention.q_proj.weight[HEAD * width : (HEAD + 1) * width]))
+            k = attention.k_norm(F.linear(hidden, attention.k_proj.weight[:width]))
+            q, k = apply_rotary_pos_emb(q[:, None], k[:, None], cos, sin)
+            scores = (q[:, 0] @ k[:, 0].transpose(1, 2))[row, query].float() * attention.scaling
+            scores = scores.masked_fill(~visible, -torch.inf)
+            right = scores.masked_fill(~meant, -torch.inf).logsumexp(1)
+            losses.append((scores.logsumexp(1) - right).mean())
+        return torch.stack(losses).mean()

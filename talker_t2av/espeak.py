@@ -1,0 +1,39 @@
+"""A process of its own that reads text with espeak-ng, which is GPL-3.0: started by `talker_t2av.phonemes` alone.
+
+It imports nothing of this project. Each line of its input is a JSON text; each line of its output is the JSON list of
+the text's clauses, as pairs of espeak-ng's phoneme mnemonics and the stop that ends the clause, or "".
+"""
+
+import ctypes
+import json
+import re
+import sys
+
+import espeakng_loader
+
+SPACE = ord(" ") << 8  # phonememode: a space between mnemonics
+UTF8, SYNCHRONOUS, DONT_EXIT = 1, 2, 0x8000
+
+
+def main(language: str) -> None:
+    library = ctypes.CDLL(espeakng_loader.get_library_path())
+    library.espeak_Initialize(SYNCHRONOUS, 0, espeakng_loader.get_data_path().encode(), DONT_EXIT)
+    if library.espeak_SetVoiceByName(language.encode()):
+        sys.exit(f"espeak-ng has no language {language}")
+    phonemes = library.espeak_TextToPhonemes
+    phonemes.restype, phonemes.argtypes = ctypes.c_char_p, [ctypes.POINTER(ctypes.c_void_p), ctypes.c_int, ctypes.c_int]
+    for line in sys.stdin:
+        text = json.loads(line).encode()
+        buffer = ctypes.create_string_buffer(text)
+        begin = ctypes.addressof(buffer)
+        place, clauses = ctypes.c_void_p(begin), []
+        while place.value:  # a call reads one clause, and a few bytes more
+            first = place.value - begin
+            mnemonics = phonemes(ctypes.byref(place), UTF8, SPACE).decode()
+            read = text[first : place.value - begin if place.value else len(text)].decode(errors="replace")
+            clauses.append((mnemonics, (re.findall(r"[.,;:?!\u2026]", read) or [""])[-1]))
+        print(json.dumps(clauses), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
