@@ -233,7 +233,7 @@ class HiCoDiTTask(Task):
 
         One process measures the losses: their random draws follow one another.
         """
-        from hicodit.evaluation import evaluate_clips
+        from hicodit.evaluate import evaluate_clips
 
         results: dict[str, float | ByClip] = {}
         for split in self.validate_splits:

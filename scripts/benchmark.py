@@ -23,9 +23,7 @@ from engine.errors import UserError, run_cli
 from engine.record import RESULTS, write_record
 from engine.settings import DEVICES
 
-NAMES = (
-    "ablations", "faces", "gpu", "inference", "levels", "prosody", "samplers", "serving", "talker_claims", "training",
-)  # fmt: skip
+NAMES = ("claims", "faces", "gpu", "inference", "prosody", "serving", "training")
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

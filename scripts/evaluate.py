@@ -1,6 +1,7 @@
 """Evaluate the outputs of any system: `python scripts/evaluate.py table=NAME outputs=DIR references=DIR output=REPORT`.
 
-`python scripts/evaluate.py MODEL [options]` measures what only the synthetic corpus can show (corpus_figures.py)."""
+`python scripts/evaluate.py MODEL [key=value]` generates outputs of a model for held-out clips of a synthetic corpus and
+evaluates them: a short form of `table=synthetic_...`."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ if __name__ == "__main__":
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from importlib import import_module
@@ -20,21 +21,23 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from engine.config import load
+from engine.codec import load_codec
+from engine.config import load, target
 from engine.device import pick_device
 from engine.errors import UserError, printable, run_cli
-from engine.evaluation.clips import Clip, read_clips, system_facts
+from engine.evaluation.clips import Clip, read_clips, read_corpus, system_facts
 from engine.evaluation.measure import Results, cores, measure
 from engine.evaluation.report import write_report
+from engine.evaluation.resynthesis import write_resynthesis
 from engine.evaluation.summary import comparison_lines, summarise, table_lines
 from engine.files import writable
 from engine.media.limits import Limits, set_limits
 from engine.metrics.registry import metrics_of, protocol_of
-from engine.record import write_json
-from engine.settings import require_range
+from engine.record import write_json, write_record
+from engine.settings import require_choice, require_range
 
 HELP = """
-Compute a paper's table for the outputs of any system, from two folders or a manifest. Every figure comes with a 95 %
+Compute a table of figures for the outputs of any system, from two folders or a manifest. Every figure comes with a 95 %
 interval, the row of the true speech and the paper's own rows. OUTPUT gets report.html (one file, no network needed),
 results.json and a cache: the same command goes on where it stopped. A file that cannot be used, and a figure whose
 network was not downloaded, are named and left out; the exit code is 1 if a file was, 2 if there is nothing to show.
@@ -42,84 +45,160 @@ network was not downloaded, are named and left out; the exit code is 1 if a file
 A manifest has a clip a line, {"id": ..., "text": ..., "speaker": ...}; its files are ID.wav or ID.mp4 in outputs= and
 references=, or those that output, reference and video name (paths from the manifest's folder). Several systems side by
 side, with tests that say which figures show one to be better: outputs={one: DIR, other: DIR}. model=NAME generates the
-outputs first.
+outputs first, in float32 unless generate.precision says otherwise; systems= several of them.
 
-What only the synthetic corpus can show: python scripts/evaluate.py MODEL --help
+table=synthetic_hicodit, synthetic_talker and synthetic_codec generate outputs for held-out clips of corpus=. A model's
+name in place of the first setting is a short form: hicodit, talker_t2av, rvq_codec, whisperx_vae, lia_x.
 
 Examples:
+python scripts/evaluate.py hicodit clips=40
+python scripts/evaluate.py talker_t2av only=[t2av,tts] split=[seen,unseen] generate.weights=runs/own/release
 python scripts/evaluate.py table=hicodit outputs=spoken references=true manifest=test.jsonl output=report
 python scripts/evaluate.py table=hicodit outputs="{ours: a, theirs: b}" references=true output=report
 python scripts/evaluate.py table=codec metrics=[pesq_wide,stoi] outputs=decoded references=true output=report
-python scripts/evaluate.py model=hicodit references=data/synthetic/seen manifest=data/synthetic/seen.jsonl clips=20 \\
-    protocol.wer=grammar grammar=data/synthetic/grammar.jsgf output=report
 """
 
-ENCODERS = {"wavlm": "talker_t2av.speaker.encoder.WavLMEncoder"}  # networks of the models that metrics use, too
-MODELS = {
-    "hicodit": "hicodit.evaluation",
-    "talker_t2av": "talker_t2av.evaluation",
-    "rvq_codec": "rvq_codec.evaluation",
-    "whisperx_vae": "whisperx_vae.evaluation",
+MODELS = {"hicodit": "hicodit.evaluate", "talker_t2av": "talker_t2av.evaluate"}
+CODECS = {  # class, and the bundled release
+    "rvq_codec": ("rvq_codec.codec.RVQCodec", "assets/rvq_tiny"),
+    "whisperx_vae": ("whisperx_vae.codec.WhisperXVAE", "assets/whisperx_vae_tiny"),
+    "lia_x": ("lia_x.codec.LiaX", "assets/lia_x_tiny"),
+}
+SHORT = {"hicodit": ["table=synthetic_hicodit"], "talker_t2av": ["table=synthetic_talker"]}
+SHORT |= {codec: ["table=synthetic_codec", f"model={codec}"] for codec in CODECS}
+ROOT = Path(__file__).resolve().parents[1]
+ARGUMENTS = {  # of protocols: classes above the engine that metrics use, too
+    "wavlm": "talker_t2av.speaker.encoder.WavLMEncoder",
+    "drawn": "corpora.synthetic.mouth_opening.MouthReader",
 }
 
 
 def main() -> int:
-    if len(sys.argv) > 1 and "=" not in sys.argv[1] and not sys.argv[1].startswith("-"):
-        from scripts import corpus_figures
+    words = sys.argv[1:]
+    if words and "=" not in words[0] and not words[0].startswith("-"):
+        require_choice("model", words[0], SHORT)
+        words = [*SHORT[words[0]], *words[1:]]
+    config = load("evaluate", words, HELP)
+    splits = list(config.split) or [None]
+    if config.corpus and splits == [None]:
+        raise UserError(f"corpus={config.corpus} needs split=[NAME], such as [seen]")
+    output, codes = Path(config.output), []
+    for split in splits:
+        summary = evaluate(config, split, output / split if len(splits) > 1 else output)
+        if len(splits) > 1:
+            print(f"--- {split} ---")
+        tell(summary)
+        codes.append(1 if any(row["where"] == "file" for row in summary["left_out"]["files"]) else 0)
+    return max(codes)
 
-        return corpus_figures.main() or 0
-    config = load("evaluate", sys.argv[1:], HELP)
+
+def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, Any]:
+    """Generate what is to be generated, measure, and write report and results of one set of clips to `output`.
+
+    Raises:
+        UserError: a setting is wrong, or there is nothing to show.
+    """
     set_limits(Limits(**config.limits))
     figures = OmegaConf.to_container(config)["metrics"] or list(config.columns)
     figures = [figures] if isinstance(figures, str) else [*dict.fromkeys(figures)]
-    protocols = choose_protocols(config, figures)
+    protocols = choose_protocols(config, figures, split)
     for name, value in (("clips", config.clips), ("workers", config.workers), ("resamples", config.resamples)):
         if value is not None:
             require_range(name, value, 1, 10**7)
-    device, output = str(pick_device(config.device)), Path(config.output)
-    outputs = output_folders(config)
+    device, systems = str(pick_device(config.device)), systems_of(config)
+    outputs = output_folders(config, systems)
     references = Path(config.references) if config.references else None
-    manifest = Path(config.manifest) if config.manifest else None
-    paper = paper_rows(config)
-    if references and not manifest and output.resolve().is_relative_to(references.resolve()):
+    rows = other_rows(config, split)
+    if references and not config.manifest and output.resolve().is_relative_to(references.resolve()):
         raise UserError(f"output={output} lies in references=, where all files are clips: name another folder")
-    clips = read_clips(manifest, references, outputs, config.clips)
+
+    def read() -> list[Clip]:
+        if config.corpus:
+            return read_corpus(Path(config.corpus), split, outputs, config.clips)
+        return read_clips(Path(config.manifest) if config.manifest else None, references, outputs, config.clips)
+
+    clips = read()
     cache = Path(config.cache) if config.cache else output / "cache"
     with writable(output), writable(cache, "cache"):
-        if config.model:
-            folder = output / "outputs"
-            import_module(MODELS[config.model]).write_outputs(clips, folder, device, **config.generate)
-            outputs = {**outputs, config.model: folder}
-            clips = read_clips(manifest, references, outputs, config.clips)
+        for name, (model, settings) in systems.items():
+            folder = output / "outputs" / (name if config.systems else "")
+            generate(model, clips, folder, device, settings)
+            outputs = {**outputs, name: folder}
+        if systems:
+            clips = read()
         if config.video == "output":
             clips = [own_pictures(clip) for clip in clips]
         workers = config.workers or cores()
         names = ", ".join(clips[0].takes) or "true speech alone"
         print(f"{len(clips)} clips, {names}, {workers} {'process' if workers == 1 else 'processes'} on {device}")
         results = measure(clips, metrics_of(figures), protocols, Path(config.weights), device, workers, cache)
-        summary = summarise(clips, results, with_free_words(figures, results), protocols, config.resamples)
+        figures = with_free_words(figures, results)
+        summary = summarise(clips, results, figures, protocols, config.resamples, config.compare)
         if not summary["figures"]:
-            tell_left_out(summary, output)
+            tell_left_out(summary)
             raise UserError("no figure of the table could be computed, for the reasons above")
-        summary["notes"] += protocol_notes(config, protocols, summary["figures"], paper)
-        summary |= about(config, clips, summary["figures"], paper, outputs, device)
+        summary["notes"] += protocol_notes(config, protocols, summary["figures"], rows)
+        summary |= about(config, clips, summary["figures"], rows, outputs, device)
+        summary["output"] = str(output)
         write_json(output / "results.json", summary)
         write_report(output / "report.html", summary, clips, config.media)
-    tell(summary, output)
-    return 1 if any(row["where"] == "file" for row in summary["left_out"]["files"]) else 0
+    if config.record:
+        cells = summary["systems"].items()
+        short = {name: {f: {k: c[k] for k in KEPT} for f, c in cell.items()} for name, cell in cells}
+        place, what = Path(f"{config.record}-{split}" if split else config.record), {"settings": summary["settings"]}
+        write_record(place.parent, place.name, summary["title"], short, device, **what)
+    return summary
 
 
-def tell(summary: Mapping[str, Any], output: Path) -> None:
+KEPT = ("value", "interval", "interval_speakers", "clips")  # of a figure, in a record
+
+
+def systems_of(config: DictConfig) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return (model, settings) of each system that generates outputs.
+
+    Raises:
+        UserError: an unknown model, setting or name of a system.
+    """
+    wanted = OmegaConf.to_container(config, resolve=True)
+    systems, known = wanted["systems"] or ({config.model: {}} if config.model else {}), (*MODELS, *CODECS)
+    require_choice("model", config.model or "hicodit", known)
+    if config.model in CODECS:  # of a table of several codecs
+        systems = {name: own for name, own in systems.items() if own.get("model", config.model) == config.model}
+    for name in wanted["only"] or ():
+        require_choice("only", name, systems)
+    found = {}
+    for name, own in systems.items():
+        if name in (wanted["only"] or systems):
+            model = own.get("model") or config.model
+            require_choice(f"systems.{name}.model", model, known)
+            for key in own:
+                require_choice(f"systems.{name}", key, {"model", *wanted["generate"]})
+            shared = wanted["generate"] if model == config.model else {}
+            found[name] = model, {**shared, **{k: v for k, v in own.items() if k != "model"}}
+    return found
+
+
+def generate(model: str, clips: Sequence[Clip], folder: Path, device: str, settings: Mapping[str, Any]) -> None:
+    """Write the outputs of a model for clips to `folder`, where they are missing."""
+    if model in MODELS:
+        import_module(MODELS[model]).write_outputs(clips, folder, device, **settings)
+        return
+    kind, bundled = CODECS[model]
+    codec = load_codec(settings.get("weights") or ROOT / bundled, {model: target(kind)}).to(device)
+    write_resynthesis(codec, clips, folder, settings.get("weights"), settings.get("levels"))
+
+
+def tell(summary: Mapping[str, Any]) -> None:
     """Print the table and the comparison of its systems, and on the error output what was left out."""
     print(*table_lines(summary, summary["paper"]), *comparison_lines(summary), sep="\n")
     for note in summary["notes"]:
         print(printable(f"note: {note}"))
-    tell_left_out(summary, output)
+    tell_left_out(summary)
     print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items()))
-    print(f"written: {output / 'report.html'}, {output / 'results.json'}")
+    print("written: " + ", ".join(str(Path(summary["output"]) / name) for name in ("report.html", "results.json")))
 
 
-def tell_left_out(summary: Mapping[str, Any], output: Path) -> None:
+def tell_left_out(summary: Mapping[str, Any]) -> None:
     """Print figures, and the first twenty files or measurements, that are not in the table, with the reason."""
     for figure, why in summary["left_out"]["figures"].items():
         print(printable(f"left out: {figure}: {why}"), file=sys.stderr)
@@ -128,7 +207,7 @@ def tell_left_out(summary: Mapping[str, Any], output: Path) -> None:
         line = f"left out: {row['clip']} ({row['system']}, {row['where']}): {row['why']}"
         print(printable(line), file=sys.stderr)
     if len(files) > 20:
-        print(f"left out: {len(files) - 20} more, listed in {output / 'results.json'}", file=sys.stderr)
+        print(f"left out: {len(files) - 20} more, listed in results.json", file=sys.stderr)
 
 
 def with_free_words(figures: list[str], results: Results) -> list[str]:
@@ -140,21 +219,22 @@ def with_free_words(figures: list[str], results: Results) -> list[str]:
     return [*figures[:at], "wer_free", *figures[at:]]
 
 
-def paper_rows(config: DictConfig) -> dict[str, dict[str, float | None]]:
-    """The paper's rows by name, values by figure; of its true-speech rows those that `true_speech` names.
+def other_rows(config: DictConfig, split: str | None) -> dict[str, dict[str, float | None]]:
+    """Return the aims and the paper's rows by name, values by figure; of its true-speech rows those of `true_speech`.
 
     Raises:
         UserError: `true_speech` names none.
     """
-    rows = {name: dict(zip(config.columns, values)) for name, values in (config.paper or {}).items()}
+    rows = {f"paper: {name}": dict(zip(config.columns, values)) for name, values in config.paper.items()}
     true = [name for name in rows if "true speech" in name]
-    if config.true_speech is None:
-        return rows
-    chosen = [name for name in true if config.true_speech in name]
-    if not chosen:
-        known = ", ".join(name.removesuffix(" true speech") for name in true) or "none"
-        raise UserError(f"true_speech={config.true_speech} is none of the table's true-speech rows: {known}")
-    return {name: row for name, row in rows.items() if name not in true or name in chosen}
+    if config.true_speech is not None:
+        chosen = [name for name in true if config.true_speech in name]
+        if not chosen:
+            known = ", ".join(n.removeprefix("paper: ").removesuffix(" true speech") for n in true) or "none"
+            raise UserError(f"true_speech={config.true_speech} is none of the table's true-speech rows: {known}")
+        rows = {name: row for name, row in rows.items() if name not in true or name in chosen}
+    aim = config.aim.get(split or "")
+    return ({"aim": dict(aim)} if aim else {}) | rows
 
 
 def protocol_notes(
@@ -162,45 +242,45 @@ def protocol_notes(
 ) -> list[str]:
     """Which of the paper's figures were computed in another way than those of this evaluation."""
     words = [word for word in sys.argv[1:] if word.startswith("table=")]
-    defaults = load("evaluate", [*words, "output=-"], HELP).protocol
-    notes = []
+    defaults, notes = load("evaluate", [*words, "output=-"], HELP).protocol if paper else {}, []
     for metric, names in metrics_of([*figures]).items():
         own, here = protocol_of(metric, defaults), protocols[metric.__name__].partition(":")[0]
-        titles = [metric.figures[f].title for f in names if any(row.get(f) is not None for row in paper.values())]
+        stated = [row for name, row in paper.items() if name.startswith("paper: ")]
+        titles = [metric.figures[f].title for f in names if any(row.get(f) is not None for row in stated)]
         if own != here and titles:
             which = f"the paper's {', '.join(titles)} by {own}, those above by {here}"
             notes.append(f"{which}: the two cannot be compared")
     return notes
 
 
-def choose_protocols(config: DictConfig, figures: list[str]) -> dict[str, str]:
+def choose_protocols(config: DictConfig, figures: list[str], split: str | None) -> dict[str, str]:
     """Protocol by class of metric, with what it needs after a colon.
 
     Raises:
         UserError: an unknown figure or protocol.
     """
     chosen, given = {}, OmegaConf.to_container(config.protocol)
-    arguments = {"grammar": config.grammar or "", **ENCODERS}
+    grammar = config.grammar or (f"{config.corpus}/grammar.jsgf" if config.corpus else "")
+    arguments = {"grammar": grammar, "shards": config.voices.get(split or ""), **ARGUMENTS}
+    given |= {"own_voice_first": "shards"} if arguments["shards"] else {}
     for metric, (figure, *_) in metrics_of(figures).items():
         protocol = protocol_of(metric, given)
         if protocol not in metric.protocols:
             raise UserError(f"protocol.{figure}={protocol} is unknown; choose {', '.join(metric.protocols)}")
-        if protocol == "grammar" and not Path(config.grammar or "").is_file():
-            why = f"grammar={config.grammar} is no file" if config.grammar else "none is given"
+        if protocol == "grammar" and not Path(grammar).is_file():
+            why = f"grammar={grammar} is no file" if grammar else "none is given"
             raise UserError(f"protocol.wer=grammar needs grammar=FILE.jsgf: {why}")
         argument = f":{arguments[protocol]}" if protocol in arguments else ""
         chosen[metric.__name__] = protocol + argument
     return chosen
 
 
-def output_folders(config: DictConfig) -> dict[str, Path]:
-    """Folder of each system.
+def output_folders(config: DictConfig, systems: Iterable[str]) -> dict[str, Path]:
+    """Folder of each system whose outputs are there.
 
     Raises:
-        UserError: `outputs` is neither a folder nor a mapping, or `model` is unknown.
+        UserError: `outputs` is neither a folder nor a mapping.
     """
-    if config.model and config.model not in MODELS:
-        raise UserError(f"model={config.model} is unknown; choose {', '.join(MODELS)}")
     outputs = config.outputs
     if outputs is None:
         return {}
@@ -210,8 +290,8 @@ def output_folders(config: DictConfig) -> dict[str, Path]:
         return {Path(outputs).name or "output": Path(outputs)}
     if not isinstance(outputs, DictConfig) or not all(isinstance(value, str) for value in outputs.values()):
         raise UserError("outputs must be a folder, or several as {name: folder, other: folder}")
-    if config.model in outputs:
-        raise UserError(f"outputs: {config.model} is the name of model=; give the folder another one")
+    if both := [name for name in systems if name in outputs]:
+        raise UserError(f"outputs: {both[0]} is the name of model=; give the folder another one")
     return {str(name): Path(folder) for name, folder in outputs.items()}
 
 
@@ -234,6 +314,7 @@ def about(
         "title": config.title or f"Evaluation: {', '.join(clips[0].takes) or 'true speech'}",
         "paper": {name: row for name, row in paper.items() if any(row.get(f) is not None for f in figures)},
         "count": len(clips),
+        "speakers": {clip.id: clip.speaker for clip in clips},
         "about_systems": {name: system_facts(folder) for name, folder in outputs.items()},
         "date": date.today().isoformat(),
         "command": shlex.join(["python", *sys.argv]),

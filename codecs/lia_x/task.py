@@ -21,8 +21,8 @@ from engine.evaluation.shares import ByClip, Share
 from engine.media.video import write_video
 from engine.training.task import Release, Task
 from lia_x.codec import LiaX, LiaXConfig
-from lia_x.evaluation import measure_each, rebuild_clips, strip
 from lia_x.losses import Discriminator, Perceptual, pyramid_l1, region_weights, structural
+from lia_x.validation import measure_each, rebuild_clips, strip
 
 FPS = 25.0  # of clips
 MOTION_GAIN = 4.0  # of the first motion codes over those of equalised weights
@@ -187,7 +187,7 @@ class LiaXTask(Task):
         for split in self.validation["splits"]:
             own = rebuild_clips(self.codec, self.validation["root"], split, self.validation["clips"], share)
             clips = list(own.values())
-            found = measure_each(clips, self.validation["regions"], list(own))
+            found = measure_each(own, self.validation["regions"])
             results |= {f"{split}/{name}": value for name, value in found.items()}
             if not share.first:
                 continue

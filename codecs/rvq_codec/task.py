@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,9 +26,8 @@ from engine.nn.audio_losses import (
 from engine.nn.dac import DownBlock, UpBlock
 from engine.nn.discriminators import WaveDiscriminators
 from engine.training.task import Release, Task
-from rvq_codec.codebooks import count_codes, restart_dead_codes, warm_start
+from rvq_codec.codebooks import count_codes, perplexity, restart_dead_codes, warm_start
 from rvq_codec.codec import RVQCodec, RVQCodecConfig
-from rvq_codec.evaluation import measure_clips, resynthesise
 from rvq_codec.latent_targets import SpeechFeatures
 from rvq_codec.vocos import ConvNeXtBlock
 
@@ -265,17 +265,17 @@ class RVQCodecTask(Task):
         """Metrics on the first held-out clips; writes the first clip of each split, as it was and decoded."""
         if self.validation is None:
             return {}
-        codec, levels = self.codec, self.validation["levels"]
-        return validate_codec(
-            self.validation,
-            codec.sample_rate,
-            folder,
-            share,
-            measure=lambda clips, grammar, numbers: measure_clips(codec, clips, levels, grammar, numbers),
-            decode=lambda clip: resynthesise(codec, clip, [codec.levels])[1][codec.levels],
-            distance=self.mel_loss,
-            device=next(self.codec.parameters()).device,
-        )
+        combine = {"perplexity": _perplexity, "used": _used}
+        return validate_codec(self.validation, self.codec, folder, share, self._versions, combine, self.mel_loss)
+
+    def _versions(self, wave: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
+        """Decode the codes of a wave (N,) from the first levels of `validation.levels`, and count the codes."""
+        codec = self.codec
+        codes = codec.encode(torch.from_numpy(wave)[None, None].to(next(codec.parameters()).device))
+        levels = dict.fromkeys([*self.validation["levels"], codec.levels])
+        waves = {str(n): codec.decode(codes, n)[0, 0].float().cpu().numpy() for n in levels}
+        counts = count_codes(codes.cpu(), codec.codes)
+        return waves, {"perplexity": counts, "used": counts}
 
     def release_info(self) -> Release:
         return self.release_of(
@@ -285,3 +285,11 @@ class RVQCodecTask(Task):
             usage="from rvq_codec import RVQCodec\n\n"
             'codes = RVQCodec.from_pretrained("FOLDER").encode(wave)  # (B, 1, N) at 24 kHz',
         )
+
+
+def _perplexity(counts: list[Tensor]) -> list[float]:
+    return [round(x, 1) for x in perplexity(sum(counts)).tolist()]
+
+
+def _used(counts: list[Tensor]) -> list[float]:
+    return [round(x, 3) for x in (sum(counts) > 0).double().mean(-1).tolist()]

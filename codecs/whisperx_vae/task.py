@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +28,6 @@ from engine.nn.mel import RATE
 from engine.shards.recordings import load_clips
 from engine.training.task import Release, Task
 from whisperx_vae.codec import WhisperXVAE, WhisperXVAEConfig
-from whisperx_vae.evaluation import measure_clips, resynthesise
 from whisperx_vae.latent_targets import LatentTargets
 
 INITIAL_SCALE = -1.5  # softplus gives 0.2: the posterior begins narrower than the prior
@@ -185,17 +185,15 @@ class WhisperXVAETask(Task):
         """Metrics on the first held-out clips; writes the first clip of each split, as it was and decoded."""
         if self.validation is None:
             return {}
+        combine = {"latent_mean": _largest_mean, "latent_std": _deviation, "latent_speed": _speed}
+        return validate_codec(self.validation, self.codec, folder, share, self._versions, combine, self.mel_loss)
+
+    def _versions(self, wave: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
+        """Decode the latents of a wave (N,); return them, too."""
         codec = self.codec
-        return validate_codec(
-            self.validation,
-            codec.sample_rate,
-            folder,
-            share,
-            measure=lambda clips, grammar, numbers: measure_clips(codec, clips, grammar, numbers),
-            decode=lambda clip: resynthesise(codec, clip)[1],
-            distance=self.mel_loss,
-            device=next(self.codec.parameters()).device,
-        )
+        latents = codec.encode(torch.from_numpy(wave)[None, None].to(next(codec.parameters()).device))
+        decoded = codec.decode(latents)[0, 0].float().cpu().numpy()
+        return {"decoded": decoded}, dict.fromkeys(("latent_mean", "latent_std", "latent_speed"), latents[0].cpu())
 
     def release_info(self) -> Release:
         return self.release_of(
@@ -227,3 +225,18 @@ def _load_whisper(codec: WhisperXVAE, name: str) -> None:
         raise UserError(f"task.whisper={name} has other sizes than task.codec: choose hidden, whisper_* and mel_bands")
     codec.whisper.load_state_dict(encoder.state_dict())
     codec.whisper.requires_grad_(False)
+
+
+def _largest_mean(latents: list[Tensor]) -> float:
+    """Return the largest absolute mean of a channel of latents (T, Z) of all clips."""
+    return torch.cat(latents).mean(0).abs().max().item()
+
+
+def _deviation(latents: list[Tensor]) -> float:
+    return torch.cat(latents).std(0).mean().item()
+
+
+def _speed(latents: list[Tensor]) -> float:
+    """Return the root mean square of a channel's change from frame to frame over its deviation, mean over channels."""
+    steps, deviation = torch.cat([z.diff(dim=0) for z in latents]), torch.cat(latents).std(0)
+    return (steps.square().mean(0).sqrt() / deviation.clamp_min(1e-6)).mean().item()

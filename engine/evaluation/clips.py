@@ -11,6 +11,7 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.metrics.metric import Take
+from engine.shards.recordings import read_manifest
 from engine.untrusted import parse_json, read_lines, safe_name
 
 SOUND = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac")
@@ -105,6 +106,31 @@ def read_clips(
     return [replace(clip, prompt=_prompt(clip, clips)) if clip.prompt == Take() else clip for clip in chosen]
 
 
+def read_corpus(corpus: Path, split: str, outputs: Mapping[str, Path], count: int | None = None) -> list[Clip]:
+    """Read clips of a split of a synthetic corpus, evenly spread.
+
+    The prompt of each is the first clip of its voice in the training or the same split with other words, if possible
+    one with a neutral face.
+
+    Raises:
+        UserError: the corpus has no such split.
+    """
+    if not (corpus / f"{split}.jsonl").is_file():
+        make = "python scripts/make_synthetic_corpus.py --version 2 --out"
+        raise UserError(f"corpus={corpus} has no split {split}: name another one, or make it ({make} {corpus})")
+    clips, known = read_clips(corpus / f"{split}.jsonl", corpus / split, outputs, count), []
+    for source in dict.fromkeys(("train", split)):
+        if (corpus / f"{source}.jsonl").is_file():
+            known += [(row, corpus / source / row["id"]) for row in read_manifest(corpus, source)]
+    known.sort(key=lambda item: item[0].get("expression") != "neutral")
+    prompts = []
+    for clip in clips:
+        paths = (path for row, path in known if str(row["voice"]) == clip.speaker and row["text"] != clip.truth.text)
+        path = next(paths, None)
+        prompts.append(Take() if path is None else Take(path.with_suffix(".wav"), path.with_suffix(".mp4")))
+    return [replace(clip, prompt=prompt) for clip, prompt in zip(clips, prompts)]
+
+
 def _text_of(folder: Path, name: str) -> str | None:
     """What NAME.txt says (LRS2 and LRS3: after `Text:`), or NAME.normalized.txt (LibriTTS)."""
     for suffix in (".txt", ".normalized.txt"):
@@ -135,18 +161,22 @@ def _clip(row: Mapping[str, Any], base: Path, references: Path | None, outputs: 
     text = str(row["text"]) if row.get("text") not in (None, "") else None
     source = source or truth.video
     language = str(row.get("language") or "en")
-    spoken = {"source": source, "text": text, "language": language}
-    truth = replace(truth, **spoken, video=truth.video or source, heard=row.get("reference_heard"))
+    speaker = row.get("speaker", row.get("voice"))
+    speaker = None if speaker is None else str(speaker)
+    spoken = {"source": source, "text": text, "language": language, "speaker": speaker}
+    truth = replace(truth, **spoken, video=truth.video or source, heard=row.get("reference_heard"), about=row)
     takes = {}
     for name, folder in outputs.items():
-        take = find_take(folder, row["id"])
+        take, facts, about = find_take(folder, row["id"]), system_facts(folder), folder / f"{row['id']}.json"
         if row.get("output"):
             take = _take(folder / row["output"], take)
-        bits = system_facts(folder).get("bits_per_second")
-        takes[name] = replace(take, **spoken, heard=row.get("heard"), bits=bits)
-    speaker = row.get("speaker", row.get("voice"))
+        if facts.get("given") == "video":
+            take = replace(take, video=source)
+        stated = parse_json(about.read_bytes(), about) if about.is_file() else {}
+        system = {"given": facts.get("given"), "bits": facts.get("bits_per_second"), "about": stated}
+        takes[name] = replace(take, **spoken, heard=row.get("heard"), **system)
     prompt = Take(*(base / row[key] if row.get(key) else None for key in PROMPT))
-    return Clip(row["id"], None if speaker is None else str(speaker), truth, takes, prompt)
+    return Clip(row["id"], speaker, truth, takes, prompt)
 
 
 def _take(path: Path, other: Take) -> Take:

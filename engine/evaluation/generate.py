@@ -9,11 +9,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine.errors import UserError, printable
 from engine.evaluation.clips import Clip, find_take, system_facts
 from engine.evaluation.measure import file_digest
 from engine.files import atomic_output
 from engine.hub import release_folder
+from engine.media.audio import write_wav
+from engine.media.video import write_video
 from engine.progress import track
 from engine.untrusted import parse_json
 
@@ -42,6 +46,7 @@ def generate_missing(
     batch_size: int,
     inputs: Callable[[Clip], Sequence[Path | str | None]],
     write: Callable[[Sequence[tuple[int, Clip]]], None],
+    length: Callable[[Clip], float] = lambda clip: 0.0,
 ) -> None:
     """Call `write` with batches of (index, clip) whose output is missing; a clip that fails is named and left out.
 
@@ -49,7 +54,8 @@ def generate_missing(
 
     Args:
         inputs: of a clip the files and texts that its output depends on.
-        write: makes the files of a batch in `folder`.
+        write: makes the files of a batch in `folder`, the one that `find_take` finds last.
+        length: of a clip; those of like length share a batch.
 
     Raises:
         UserError: an output that is there was made from other inputs, such as another file of the same name.
@@ -67,6 +73,7 @@ def generate_missing(
         known[clip.id] = state
     with atomic_output(place) as partial:
         partial.write_text(json.dumps(known, indent=1) + "\n")
+    waiting.sort(key=lambda item: length(item[1]))
     batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
     for batch in track(batches, len(batches), "batches"):
         try:
@@ -77,6 +84,24 @@ def generate_missing(
                     write([item])
                 except UserError as error:
                     print(printable(f"failed: {item[1].id}: {error}"), file=sys.stderr, flush=True)
+
+
+def write_take(
+    folder: Path,
+    name: str,
+    wave: np.ndarray,
+    rate: int,
+    frames: np.ndarray | None = None,
+    fps: float = 25,
+    **about: Any,
+) -> None:
+    """Write an output as it is measured, without loss: NAME.mkv, NAME.json (`about`) and NAME.wav, if there are any."""
+    if frames is not None:
+        write_video(folder / f"{name}.mkv", frames, fps, lossless=True)
+    if about:
+        with atomic_output(folder / f"{name}.json") as partial:
+            partial.write_text(json.dumps(about) + "\n")
+    write_wav(folder / f"{name}.wav", wave, rate, lossless=True)
 
 
 def _digest_of(inputs: Sequence[Path | str | None]) -> str:

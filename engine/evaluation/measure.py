@@ -82,7 +82,7 @@ def result_file(work: Work, take: Take) -> Path:
     states = [(file.name, file.stat()) for file in work.metric.files(work.protocol, work.weights)]
     networks = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
     about = [work.metric.__name__, work.metric.version, work.protocol, networks, described(take, work.metric.inputs)]
-    about += [work.truth.text, take.language]
+    about += [work.truth.text, take.language, work.truth.about]
     if work.metric.pair:
         about.append(described(work.truth, work.metric.inputs))
     name = hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
@@ -222,8 +222,12 @@ def measure(
             start = time.monotonic()
             try:
                 metric.check(protocol, weights)
-                wanted = [(clip, _without_truth(t) if metric.outputs_only else t) for clip, t in good]
-                works = [Work(metric, protocol, weights, device, t, clip.truth, cache) for clip, t in wanted]
+                works = [
+                    Work(metric, protocol, weights, device, _judged(metric, takes), clip.truth, cache)
+                    for clip, takes in good
+                ]
+                if not any(work.takes for work in works):  # such as a picture's figures for systems without pictures
+                    continue
                 alone = device.startswith("cuda") and not metric.parallel
                 done = list(track(pool.map(measure_clip, works, alone), len(works), f"{name} clips"))
             except UserError as error:
@@ -266,8 +270,10 @@ def _readable(clips: Sequence[Clip], results: Results, pool: Workers) -> list[tu
     return good
 
 
-def _without_truth(takes: Mapping[str, Take]) -> dict[str, Take]:
-    return {name: take for name, take in takes.items() if name != TRUTH}
+def _judged(metric: type[Metric], takes: Mapping[str, Take]) -> dict[str, Take]:
+    """Return the takes that can have a metric's figures."""
+    names = [name for name, take in takes.items() if metric.applies(take)]
+    return {name: takes[name] for name in names if not (name == TRUTH and metric.outputs_only)}
 
 
 def cores() -> int:

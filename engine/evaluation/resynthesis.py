@@ -1,4 +1,4 @@
-"""Quality of resynthesised speech: word error rate, PESQ and STOI of decoded clips against the originals.
+"""What codecs make of held-out clips: outputs of an evaluation, and figures of a trainer's validation.
 
 Axes: N samples.
 """
@@ -13,14 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.codec import Codec, PortraitCodec
 from engine.evaluation.clips import Clip
-from engine.evaluation.generate import generate_missing
+from engine.evaluation.generate import generate_missing, write_facts, write_take
 from engine.evaluation.shares import ByClip, Share
 from engine.evaluation.validation import measure_clips, words_by
 from engine.media.audio import write_wav
+from engine.media.pictures import identity_to_tensor, to_bytes, video_to_tensor
+from engine.media.video import read_video
 from engine.metrics.metric import wave_of
+from engine.settings import require_range
 from engine.shards.recordings import SpeechClip, load_clips
 
+RATE, PORTRAIT_FPS = 24_000, 25  # of the sound beside a drawn face, and of its frames
 NAMES = {"wer": "wer_{}", "wer_free": "wer_{}_free", "stoi": "stoi_{}", "pesq_wide": "pesq_{}"}  # of a version
 
 
@@ -58,51 +63,88 @@ def score(
 
 def validate_codec(
     settings: Mapping[str, Any],
-    rate: int,
+    codec: Codec,
     folder: Path,
     share: Share,
-    measure: Callable[[list[SpeechClip], str | None, Sequence[int]], Mapping[str, ByClip]],
-    decode: Callable[[SpeechClip], np.ndarray],
+    versions: Callable[[np.ndarray], tuple[dict[str, np.ndarray], dict[str, Any]]],
+    combine: Mapping[str, Callable[[list[Any]], Any]],
     distance: Callable[[Tensor, Tensor], Tensor],
-    device: torch.device,
 ) -> dict[str, float | ByClip]:
-    """A process's share in the validation of a wave codec on held-out clips.
+    """Measure a process's share in the validation of a wave codec on held-out clips.
 
     The first process writes the first clip of each split to `folder`, as it was and decoded.
 
     Args:
         settings: `root` of the corpus, `splits`, and `clips` of each; `grammar`: what hears the words, see `words_by`.
         share: of the clips that this process measures.
-        measure: from clips, the setting `grammar` and the clips' numbers to figures.
-        decode: from a clip to its decoded wave.
-        distance: between decoded and original wave, both (1, N) on `device`; reported as `mel`.
+        versions: from a wave (N,) to decoded waves by name, the last of all codes, and what each figure of `combine`
+            needs of the codes.
+        combine: figures of the codes of all clips, from the values of single clips.
+        distance: between decoded and original wave, both (1, N) on the codec's device; reported as `mel`.
     """
-    root, results = settings["root"], {}
+    results: dict[str, float | ByClip] = {}
+    rate, device = codec.sample_rate, next(codec.parameters()).device
     for split in settings["splits"]:
-        clips = load_clips(root, split, settings["clips"], rate)
-        if own := share.range(len(clips)):
-            found = measure(share.pick(clips), settings.get("grammar"), own)
+        clips = load_clips(settings["root"], split, settings["clips"], rate)
+        own = share.range(len(clips))
+        made = [versions(clips[i].wave) for i in own]
+        if own:
+            waves = {
+                name: [fit_length(w[name], len(clips[i].wave)) for i, (w, _) in zip(own, made)] for name in made[0][0]
+            }
+            found = score(share.pick(clips), waves, rate, settings.get("grammar"), own, str(device))
+            found |= {k: ByClip({i: codes[k] for i, (_, codes) in zip(own, made)}, f) for k, f in combine.items()}
             results |= {f"{split}/{name}": value for name, value in found.items()}
         if not share.first:
             continue
-        wave, decoded = clips[0].wave, decode(clips[0])
+        wave, decoded = clips[0].wave, fit_length([*made[0][0].values()][-1], len(clips[0].wave))
         results[f"{split}/mel"] = distance(*(torch.from_numpy(x)[None].to(device) for x in (decoded, wave))).item()
         write_wav(folder / f"{split}-original.wav", wave, rate)
         write_wav(folder / f"{split}-decoded.wav", decoded, rate)
     return results
 
 
+@torch.inference_mode()
 def write_resynthesis(
-    clips: Sequence[Clip], folder: Path, rate: int, decode: Callable[[np.ndarray], np.ndarray]
+    codec: Codec, clips: Sequence[Clip], folder: Path, weights: str | None, levels: int | None = None, **facts: Any
 ) -> None:
-    """FOLDER/ID.wav of every clip, where it is missing: `decode` of its true speech, a wave (N,) at `rate` Hz."""
+    """Write what a codec makes of the true speech or picture of every clip, where the output is missing.
+
+    A portrait codec draws the motion of each clip on its first frame. The sound beside it is the given one.
+
+    Args:
+        weights: the codec's release folder; None: the bundled one. levels: how many levels of codes are decoded.
+        facts: what else is written to FOLDER/system.json.
+    """
+    device, portrait = next(codec.parameters()).device, isinstance(codec, PortraitCodec)
+    if hasattr(codec, "levels"):
+        levels = codec.levels if levels is None else levels
+        require_range("generate.levels", levels, 1, codec.levels)
+        bits = levels * np.log2(codec.codes) * codec.frame_rate
+        facts |= {"levels": levels, "bits_per_second": float(bits)}
+    write_facts(folder, codec.kind, weights, **facts, **({"given": "audio"} if portrait else {}))
 
     def write(batch: Sequence[tuple[int, Clip]]) -> None:
         for _, clip in batch:
+            frames, rate = None, RATE if portrait else codec.sample_rate
             wave = wave_of(clip.truth.audio, rate)
-            write_wav(folder / f"{clip.id}.wav", fit_length(decode(wave), len(wave)), rate)
+            if portrait:
+                frames = rebuild(codec, read_video(clip.truth.source, PORTRAIT_FPS))
+            else:
+                code = codec.encode(torch.from_numpy(wave.copy())[None, None].to(device))
+                code = code if levels is None else code[:, :levels]
+                wave = fit_length(codec.decode(code)[0, 0].float().cpu().numpy(), len(wave))
+            write_take(folder, clip.id, wave, rate, frames, PORTRAIT_FPS)
 
-    generate_missing(clips, folder, 1, lambda clip: [clip.truth.audio], write)
+    generate_missing(clips, folder, 1, lambda clip: [clip.truth.source if portrait else clip.truth.audio], write)
+
+
+def rebuild(codec: PortraitCodec, frames: np.ndarray, face: np.ndarray | None = None) -> np.ndarray:
+    """Draw the motion of frames (T, H, W, 3) on their first one, or on `face` (H, W, 3): (T, S, S, 3) bytes."""
+    device = next(codec.parameters()).device
+    motion = codec.encode(video_to_tensor(frames, codec.size).to(device))
+    picture = identity_to_tensor(frames[0] if face is None else face, codec.size)
+    return to_bytes(codec.decode(motion, codec.identity(picture.to(device))))
 
 
 def fit_length(wave: np.ndarray, samples: int) -> np.ndarray:

@@ -1,100 +1,125 @@
 """Figures of many clips with intervals, and tests of two systems on the same clips.
 
-A figure is sum(a) / sum(b) over clips, so resampling is a product with counts.
+What is measured of a clip for a figure is a pair (a, b). A figure is sum(a) / sum(b) over clips, or the correlation of
+a with b. Clips, or whole groups of them such as speakers, are resampled by weights.
 
-Axes: N clips, R resamples.
+Axes: N clips, W rows of weights, S seeds (models of one system).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 LEVEL = 95.0  # per cent of an interval
 BLOCK = 2**22  # numbers drawn at once
+RESAMPLES = 2000
+NORMAL = 1.96
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # 97.5 % point of the t distribution for the mean of so many values
+
+Statistic = Callable[[np.ndarray, np.ndarray | float], np.ndarray]
 
 
-def ratio(a: np.ndarray, b: np.ndarray) -> float:
-    """sum(a) / sum(b) of two (N,)."""
-    return float(a.sum() / b.sum()) if b.sum() else float("nan")
+def ratio(pairs: np.ndarray, weights: np.ndarray | float = 1.0) -> np.ndarray:
+    """Return sum(a) / sum(b) of pairs (..., N, 2) with weights (..., N); NaN where sum(b) is 0."""
+    a, b = (weights * pairs[..., column] for column in (0, 1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return a.sum(-1) / b.sum(-1)
 
 
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's of two (N,); 0 where one of them does not vary, as the pitch range of a whisper does not."""
-    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
+def correlation(pairs: np.ndarray, weights: np.ndarray | float = 1.0) -> np.ndarray:
+    """Return Pearson's r of pairs (..., N, 2) with weights (..., N); 0 where a or b does not vary.
+
+    The pitch range of a whisper, for example, does not.
+    """
+    weights = np.broadcast_to(weights, np.broadcast_shapes(np.shape(weights), pairs.shape[:-1]))
+    share = (weights / weights.sum(-1, keepdims=True))[..., None]
+    centred = pairs - (share * pairs).sum(-2, keepdims=True)
+    xx, yy = np.moveaxis((share * centred**2).sum(-2), -1, 0)
+    xy = (share[..., 0] * centred.prod(-1)).sum(-1)
+    scale = np.sqrt(xx * yy)
+    return np.where(scale > 1e-12, xy / np.maximum(scale, 1e-12), 0.0)
+
+
+STATISTICS: dict[str, Statistic] = {"ratio": ratio, "correlation": correlation}
 
 
 def bootstrap_interval(
-    a: np.ndarray, b: np.ndarray, groups: Sequence[str] | None = None, resamples: int = 2000, seed: int = 0
+    pairs: np.ndarray,
+    groups: Sequence[str] | None = None,
+    resamples: int = RESAMPLES,
+    statistic: Statistic = ratio,
+    minus: np.ndarray | None = None,
 ) -> tuple[float, float] | None:
-    """95 % percentile interval of sum(a) / sum(b) over clips, drawn with replacement.
+    """Return the 95 % percentile interval of a figure of pairs (N, 2), or of its difference to that of `minus` (N, 2).
 
     Args:
-        groups: of the clips, such as speakers: whole groups are drawn.
+        groups: of the clips, such as speakers: whole groups are drawn with replacement, the same for both.
 
     Returns:
         None with fewer than two clips or groups.
     """
-    if groups is not None:
-        _, at = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-        a, b = np.bincount(at, a), np.bincount(at, b)
-    n = len(a)
-    if n < 2:
+    values = [
+        statistic(pairs, weights) - (0 if minus is None else statistic(minus, weights))
+        for weights in resampled(len(pairs), groups, resamples)
+    ]
+    if not values:
         return None
-    rng, values = np.random.default_rng(seed), []
-    for size in _blocks(resamples, n):
-        counts = rng.multinomial(n, np.full(n, 1 / n), size)
-        values.append((counts @ a) / np.maximum(counts @ b, 1e-12))
-    low, high = np.percentile(np.concatenate(values), [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
+    low, high = np.nanpercentile(np.concatenate(values), [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
     return float(low), float(high)
+
+
+def resampled(count: int, groups: Sequence[str] | None, resamples: int) -> Iterator[np.ndarray]:
+    """Yield weights (W, N) of `count` clips, `resamples` rows in all; none with fewer than two clips or groups."""
+    at = np.arange(count) if groups is None else np.unique(np.asarray(groups, str), return_inverse=True)[1]
+    units, rng = len(np.unique(at)), np.random.default_rng(0)
+    if units > 1:
+        for size in _blocks(resamples, count):
+            yield rng.multinomial(units, np.full(units, 1 / units), size)[:, at]
 
 
 def permutation_test(
-    one: tuple[np.ndarray, np.ndarray], two: tuple[np.ndarray, np.ndarray], resamples: int = 2000, seed: int = 0
+    one: np.ndarray, two: np.ndarray, resamples: int = RESAMPLES, seed: int = 0, statistic: Statistic = ratio
 ) -> tuple[float, float]:
-    """(difference of two systems' figures, two-sided p), both (a, b) over the same clips.
+    """Return (difference of two systems' figures, two-sided p), both pairs (N, 2) of the same clips.
 
     Under the null hypothesis the two takes of a clip can be exchanged: they are, with a fair coin for each clip.
     """
-    (a1, b1), (a2, b2) = one, two
-    n, seen = len(a1), ratio(a1, b1) - ratio(a2, b2)
+    seen = float(statistic(one, 1.0) - statistic(two, 1.0))
     rng, larger = np.random.default_rng(seed), 0
-    for size in _blocks(resamples, n):
-        swap = rng.integers(0, 2, (size, n)).astype(np.float64)
-        first = (a1.sum() + swap @ (a2 - a1)) / np.maximum(b1.sum() + swap @ (b2 - b1), 1e-12)
-        second = (a2.sum() + swap @ (a1 - a2)) / np.maximum(b2.sum() + swap @ (b1 - b2), 1e-12)
-        larger += int((np.abs(first - second) >= abs(seen) - 1e-12).sum())
+    for size in _blocks(resamples, 4 * len(one)):
+        swap = rng.integers(0, 2, (size, len(one), 1)).astype(bool)
+        apart = statistic(np.where(swap, two, one), 1.0) - statistic(np.where(swap, one, two), 1.0)
+        larger += int((np.abs(apart) >= abs(seen) - 1e-12).sum())
     return seen, (1 + larger) / (1 + resamples)
 
 
-def difference_interval(
-    one: tuple[np.ndarray, np.ndarray],
-    two: tuple[np.ndarray, np.ndarray],
-    groups: Sequence[str] | None = None,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float] | None:
-    """95 % percentile interval of the difference of two systems' figures, both (a, b) over the same clips.
+def estimate(
+    statistic: Statistic, models: np.ndarray, groups: Sequence[str], minus: np.ndarray | None = None
+) -> tuple[float, float]:
+    """Return (mean over seeds of a figure, or of its difference to another system's; half of its 95 % interval).
 
-    Clips, or whole `groups` of them, are drawn with replacement, the same for both systems.
+    Two parts are added as squares: Student's for the mean over seeds of models on the same clips, and the normal one
+    for clips, from resampled groups (whole groups, the same ones for all seeds and both systems).
+
+    Args:
+        models: pairs (S, N, 2), NaN where a clip does not count. groups: the clips' speakers.
+        minus: the same of the other system.
 
     Returns:
-        None with fewer than two clips or groups.
+        NaN with fewer than two groups.
     """
-    columns = [*one, *two]
-    if groups is not None:
-        _, at = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-        columns = [np.bincount(at, column) for column in columns]
-    n = len(columns[0])
-    if n < 2:
-        return None
-    rng, values = np.random.default_rng(seed), []
-    for size in _blocks(resamples, n):
-        a1, b1, a2, b2 = (rng.multinomial(n, np.full(n, 1 / n), size) @ np.stack(columns, 1)).T
-        values.append(a1 / np.maximum(b1, 1e-12) - a2 / np.maximum(b2, 1e-12))
-    low, high = np.percentile(np.concatenate(values), [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
-    return float(low), float(high)
+    counts = ~np.isnan(models).any((0, 2)) & (True if minus is None else ~np.isnan(minus).any((0, 2)))
+    weights = [np.ones((1, counts.sum())), *resampled(counts.sum(), np.asarray(groups)[counts], RESAMPLES)]
+    if len(weights) == 1:
+        return float("nan"), float("nan")
+    values = np.stack([statistic(pairs[counts], np.vstack(weights)) for pairs in models])  # (S, 1 + W)
+    if minus is not None:
+        values = values - np.stack([statistic(pairs[counts], np.vstack(weights)) for pairs in minus])
+    seeds = len(values)
+    spread = STUDENT.get(seeds, STUDENT[5]) * values[:, 0].std(ddof=1) / seeds**0.5 if seeds > 1 else 0.0
+    return float(values[:, 0].mean()), float(np.hypot(spread, NORMAL * values[:, 1:].mean(0).std()))
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -103,6 +128,14 @@ def holm(values: Sequence[float]) -> list[float]:
     for rank, i in enumerate(order):
         worst = max(worst, min(1.0, values[i] * (len(values) - rank)))
         out[i] = worst
+    return out
+
+
+def derangement(size: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw a permutation (size,) that leaves nothing in place: whose words, or face, stands in for each clip's."""
+    order = rng.permutation(size)
+    out = np.empty(size, int)
+    out[order] = np.roll(order, 1)
     return out
 
 

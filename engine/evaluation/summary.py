@@ -11,8 +11,9 @@ import numpy as np
 from engine.errors import UserError
 from engine.evaluation.clips import TRUTH, Clip
 from engine.evaluation.measure import Results, Row
-from engine.evaluation.statistics import bootstrap_interval, difference_interval, holm, permutation_test, ratio
-from engine.metrics.registry import description, metric_of
+from engine.evaluation.statistics import STATISTICS, bootstrap_interval, holm, permutation_test
+from engine.metrics.metric import Figure
+from engine.metrics.registry import description, metric_of, metrics_of
 
 SIGNIFICANT = 0.05
 TOLERANCE = 0.2  # seconds between an output and the true speech that need no remark
@@ -24,8 +25,9 @@ def summarise(
     figures: Sequence[str],
     protocols: Mapping[str, str],
     resamples: int,
+    compare: bool = True,
 ) -> dict[str, Any]:
-    """The figures of every system, as plain values for a JSON file.
+    """The figures of every system, and if asked for tests of every two, as plain values for a JSON file.
 
     `systems[name][figure]` has `value`, `interval` and `interval_speakers` (95 %, or None), `clips` (how many counted)
     and `values`, those of single clips by id. Values are in the unit of the printed table.
@@ -34,9 +36,10 @@ def summarise(
     speakers = {clip.id: clip.speaker for clip in clips}
     systems: dict[str, dict[str, Any]] = {}
     ratios: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
+    measured = _finished(clips, results, figures, protocols)
     for figure in figures:
         metric, about = metric_of(figure), description(figure)
-        rows = results.rows.get(metric.__name__, {})
+        rows = measured.get(metric.__name__, {})
         for system, by_clip in rows.items():
             found = {clip: row[figure] for clip, row in by_clip.items() if figure in row}
             cell: dict[str, Any] | None = None
@@ -44,10 +47,10 @@ def summarise(
                 cell = _set_figure(metric, figure, found, rows.get(TRUTH, {}), missing)
             elif found:
                 ratios[figure, system] = found
-                cell = _ratio_figure(found, speakers, about.scale, resamples)
+                cell = _pair_figure(found, speakers, about, resamples)
             if cell is not None:
                 systems.setdefault(system, {})[figure] = cell
-        if figure not in missing and not any(figure in cells for cells in systems.values()):
+        if rows and figure not in missing and not any(figure in cells for cells in systems.values()):
             missing[figure] = "no clip has it"
     shown = [figure for figure in figures if any(figure in cells for cells in systems.values())]
     return {
@@ -63,8 +66,8 @@ def summarise(
             system: {clip: row["heard"] for clip, row in rows.items() if "heard" in row}
             for system, rows in results.rows.get("WordErrors", {}).items()
         },
-        "tests": _tests(shown, ratios, speakers, resamples),
-        "notes": _length_notes(shown, results.lengths) + _clip_notes(shown, results.rows),
+        "tests": _tests(shown, ratios, speakers, resamples) if compare else [],
+        "notes": _length_notes(shown, results.lengths) + _clip_notes(shown, measured),
         "left_out": {
             "figures": missing,
             "files": [dict(zip(("clip", "system", "where", "why"), row)) for row in results.failed],
@@ -74,17 +77,32 @@ def summarise(
     }
 
 
-def _ratio_figure(
-    found: Mapping[str, tuple[float, float]], speakers: Mapping[str, str | None], scale: float, resamples: int
+def _finished(
+    clips: Sequence[Clip], results: Results, figures: Sequence[str], protocols: Mapping[str, str]
+) -> dict[str, dict[str, Mapping[str, Row]]]:
+    """Return the rows by metric, system and clip, with the figures that need other clips."""
+    truths, measured = {clip.id: clip.truth for clip in clips}, {}
+    for metric in metrics_of(figures):
+        name = metric.__name__
+        systems = results.rows.get(name, {})
+        true = systems.get(TRUTH, {})
+        measured[name] = {s: metric.finish(rows, true, truths, protocols[name]) for s, rows in systems.items()}
+    return measured
+
+
+def _pair_figure(
+    found: Mapping[str, tuple[float, float]], speakers: Mapping[str, str | None], about: Figure, resamples: int
 ) -> dict[str, Any]:
-    a, b = (np.array(column, float) for column in zip(*found.values()))
-    groups = _groups(found, speakers)
+    pairs, statistic, groups = np.array([*found.values()], float), STATISTICS[about.statistic], _groups(found, speakers)
+    over_speakers = groups and bootstrap_interval(pairs, groups, resamples, statistic)
+    single = about.statistic == "ratio"
     return {
-        "value": scale * ratio(a, b),
-        "interval": _scaled(bootstrap_interval(a, b, None, resamples), scale),
-        "interval_speakers": _scaled(groups and bootstrap_interval(a, b, groups, resamples), scale),
+        "value": about.scale * float(statistic(pairs, 1.0)),
+        "interval": _scaled(bootstrap_interval(pairs, None, resamples, statistic), about.scale),
+        "interval_speakers": _scaled(over_speakers, about.scale),
         "clips": len(found),
-        "values": {clip: scale * x / y for clip, (x, y) in found.items() if y},
+        "values": {clip: about.scale * x / y for clip, (x, y) in found.items() if y} if single else {},
+        "pairs": {clip: [float(x) for x in pair] for clip, pair in found.items()},
     }
 
 
@@ -126,19 +144,20 @@ def _tests(
         for one, two in combinations(names, 2):
             first, second = ratios.get((figure, one), {}), ratios.get((figure, two), {})
             both = [clip for clip in first if clip in second]
-            if len(both) < 2 or metric_of(figure).outputs_only:
+            if len(both) < 2 or metric_of(figure).outputs_only or not description(figure).better:
                 continue
-            pairs = [tuple(np.array(column, float) for column in zip(*(x[c] for c in both))) for x in (first, second)]
-            difference, p = permutation_test(*pairs, resamples=resamples)
-            groups = _groups(both, speakers)
-            over_speakers = groups and difference_interval(*pairs, groups, resamples)
-            scale = description(figure).scale
+            one_pairs, two_pairs = (np.array([x[c] for c in both], float) for x in (first, second))
+            about, groups = description(figure), _groups(both, speakers)
+            statistic, scale = STATISTICS[about.statistic], about.scale
+            difference, p = permutation_test(one_pairs, two_pairs, resamples, statistic=statistic)
+            how = (resamples, statistic, two_pairs)
+            over_speakers = groups and bootstrap_interval(one_pairs, groups, *how)
             tests.append(
                 {
                     "figure": figure,
                     "systems": [one, two],
                     "difference": scale * difference,
-                    "interval": _scaled(difference_interval(*pairs, None, resamples), scale),
+                    "interval": _scaled(bootstrap_interval(one_pairs, None, *how), scale),
                     "interval_speakers": _scaled(over_speakers, scale),
                     "p": p,
                     "smallest_p": max(2.0 ** (1 - len(both)), 1 / (1 + resamples)),
@@ -233,7 +252,7 @@ def comparison_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def table_lines(summary: Mapping[str, Any], paper: Mapping[str, Mapping[str, float | None]]) -> list[str]:
-    """The table for a terminal: a row a system with intervals, then the paper's rows."""
+    """The table for a terminal: a row a system with intervals, then the rows of aims and of the paper."""
     figures = summary["figures"]
     arrows = {1: " ↑", -1: " ↓", 0: ""}
     head = ["", *(f["title"] + arrows[f["better"]] for f in figures.values())]
@@ -245,7 +264,7 @@ def table_lines(summary: Mapping[str, Any], paper: Mapping[str, Mapping[str, flo
         rows.append(["", *("" if n == summary["count"] else f"{n} clip{'s'[: n != 1]}" for n in counts)])
     for name, values in paper.items():
         texts = (None if values.get(figure) is None else {"value": values[figure]} for figure in figures)
-        rows.append([f"paper: {name}", *(_cell(c, f["digits"]) for c, f in zip(texts, figures.values()))])
+        rows.append([name, *(_cell(c, f["digits"]) for c, f in zip(texts, figures.values()))])
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = [row[0].ljust(widths[0]) + "".join(f"  {t:>{w}}" for t, w in zip(row[1:], widths[1:])) for row in rows]
     return [line.rstrip() for line in lines if line.strip()]

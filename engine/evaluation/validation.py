@@ -28,7 +28,7 @@ def words_by(recogniser: str | Path | None) -> dict[str, str]:
 
 def ratio_of(pairs: Sequence[tuple[float, float]]) -> float:
     """sum(a) / sum(b) of pairs (a, b)."""
-    return ratio(*np.array(pairs, float).T)
+    return float(ratio(np.array(pairs, float)))
 
 
 def measure_clips(

@@ -109,17 +109,21 @@ def read_voice(path: str | Path, rate: int) -> np.ndarray:
     return wave
 
 
-def write_wav(path: str | Path, wave: np.ndarray | Tensor, rate: int) -> None:
-    """Write (N,) samples, clipped to [-1, 1], as 16-bit mono WAV; the file appears whole or not at all."""
+def write_wav(path: str | Path, wave: np.ndarray | Tensor, rate: int, lossless: bool = False) -> None:
+    """Write (N,) samples, clipped to [-1, 1], as 16-bit mono WAV; the file appears whole or not at all.
+
+    Args:
+        lossless: as 32-bit floats and not clipped, for waves that are measured.
+    """
     wave = np.asarray(wave.detach().cpu() if isinstance(wave, Tensor) else wave)
     assert wave.ndim == 1, f"expected samples (N,), got {wave.shape}"
-    content, pcm = io.BytesIO(), np.empty(len(wave), np.int16)
+    content, samples = io.BytesIO(), np.empty(len(wave), np.float32 if lossless else np.int16)
     for start in range(0, len(wave), BLOCK):  # an hour of float64 at once would take gigabytes
         part = wave[start : start + BLOCK].astype(np.float64)
         if not np.isfinite(part).all():
             raise UserError(f"cannot write {path}: its samples are not finite numbers")
-        pcm[start : start + BLOCK] = np.round(part.clip(-1, 1) * 32767)
-    soundfile.write(content, pcm, int(rate), subtype="PCM_16", format="WAV")
+        samples[start : start + BLOCK] = part if lossless else np.round(part.clip(-1, 1) * 32767)
+    soundfile.write(content, samples, int(rate), subtype="FLOAT" if lossless else "PCM_16", format="WAV")
     with atomic_output(path) as staging:  # libsndfile would call a full disk a "System error"
         staging.write_bytes(content.getvalue())
 

@@ -142,6 +142,7 @@ def write_video(
     audio: np.ndarray | None = None,
     rate: int | None = None,
     crf: int = 18,
+    lossless: bool = False,
 ) -> None:
     """Write H.264 (yuv420p), with AAC sound if `audio` is given; the file appears whole or not at all.
 
@@ -152,6 +153,7 @@ def write_video(
         fps: frames a second.
         audio: (N,) float mono in [-1, 1] at `rate` Hz.
         crf: x264 quality, lower is better.
+        lossless: keep every RGB value, for pictures that are measured; not all players show such a file.
     """
     frames = iter(frames)
     first = next(frames, None)
@@ -162,7 +164,7 @@ def write_video(
     with tempfile.TemporaryDirectory() as scratch, atomic_output(path) as staging, tempfile.TemporaryFile() as log:
         raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", repr(float(fps)), "-i", "pipe:0"]
         sound = _sound_arguments(audio, rate, Path(scratch))
-        encode = [*_h264(crf), "-f", _container(path), f"file:{staging}"]
+        encode = [*(_LOSSLESS if lossless else _h264(crf)), "-f", _container(path), f"file:{staging}"]
         call = [word for word in command("-v", "error", *raw, *sound, *encode) if word != "-nostdin"]
         process = subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log)
         try:
@@ -228,6 +230,8 @@ def _join(out_path: str | Path, inputs: list[str], choices: list[list[str]]) -> 
 
 
 _BITEXACT = ["-fflags", "+bitexact", "-map_metadata", "-1", "-movflags", "+faststart"]
+
+_LOSSLESS = ["-c:v", "libx264rgb", "-crf", "0", "-pix_fmt", "rgb24", "-threads", "1", *_BITEXACT]
 
 
 def _h264(crf: int) -> list[str]:

@@ -9,7 +9,7 @@ Axes: N samples, F rows of features, D features.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from engine.errors import UserError
 from engine.media.audio import read_audio, resample
 
+Rows = Mapping[str, Mapping[str, Any]]  # measurements by clip
 CACHED = 8  # waves and videos of the last files, which several systems are compared with
 
 
@@ -45,6 +46,10 @@ class Take:
         source: the picture that the speech was made for, where the take has none of its own.
         text: the words. heard: a transcript made elsewhere.
         language: of the words, as in `en` or `zh`.
+        speaker: who speaks.
+        about: what else is known: of the true clip its row of the manifest, of an output what its system wrote in
+            ID.json.
+        given: audio or video if that stream was given to the system and is not its own work.
         bits: a second of the code that the speech was decoded from.
     """
 
@@ -54,6 +59,9 @@ class Take:
     text: str | None = None
     heard: str | None = None
     language: str = "en"
+    speaker: str | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+    given: str | None = None
     bits: float | None = None
 
 
@@ -67,6 +75,7 @@ class Figure:
         scale: the printed value for a ratio of 1: 100 for per cent.
         digits: after the point.
         meaning: one line for the reader of a report.
+        statistic: ratio or correlation; what the pairs of all clips give, see `engine.evaluation.statistics`.
     """
 
     title: str
@@ -74,14 +83,16 @@ class Figure:
     digits: int = 2
     scale: float = 1.0
     meaning: str = ""
+    statistic: str = "ratio"
 
 
 class Metric:
     """Measures single clips.
 
-    A measurement maps the name of each figure to (a, b); the figure of many clips is sum(a) / sum(b), times its scale.
-    A mean over clips has b = 1, a word error rate (errors, words). A figure of a whole set gives rows of features
-    (F, D) instead, and `distance` compares two sets. Other values, such as a transcript, are shown in the report.
+    A measurement maps the name of each figure to (a, b); the figure of many clips is sum(a) / sum(b), times its scale,
+    or their correlation. A mean over clips has b = 1, a word error rate (errors, words). A figure of a whole set gives
+    rows of features (F, D) instead, and `distance` compares two sets. Figures that need other clips, too, are made by
+    `finish` of the other values in the rows, of which a transcript is shown in the report.
 
     Attributes:
         figures: the columns that it fills.
@@ -147,12 +158,26 @@ class Metric:
         if why:
             raise Unavailable("; ".join(why))
 
+    @classmethod
+    def applies(cls, take: Take) -> bool:
+        """Return whether a take can have the figures: it has none of a stream that was given to its system."""
+        return take.given is None or bool({"audio", "video"} & {*cls.inputs} - {take.given})
+
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         """
         Raises:
             UserError: the clip cannot be measured.
         """
         raise NotImplementedError
+
+    @classmethod
+    def finish(cls, rows: Rows, true: Rows, truths: Mapping[str, Take], protocol: str) -> Rows:
+        """Return the rows of one system with the figures that need the rows of other clips, or of the true ones.
+
+        Args:
+            rows: measurements of a system by clip. true: of the true clips. truths: the true clips themselves.
+        """
+        return rows
 
     @staticmethod
     def distance(features: np.ndarray, true: np.ndarray) -> float:

@@ -20,6 +20,7 @@ Axes: N samples.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,7 +31,8 @@ import torch
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
 from engine.errors import UserError
-from engine.metrics.metric import Figure, Metric, Take, Unavailable, wave_of
+from engine.evaluation.statistics import derangement
+from engine.metrics.metric import Figure, Metric, Rows, Take, Unavailable, wave_of
 from engine.metrics.recogniser import CorpusRecogniser
 from engine.untrusted import parse_json
 
@@ -44,9 +46,12 @@ class WordErrors(Metric):
     figures: ClassVar = {
         "wer": Figure("WER %", -1, 2, 100, "word errors over words"),
         "wer_free": Figure("WER free %", -1, 2, 100, "word errors of sentences outside the recogniser's grammar"),
+        "wer_shuffled": Figure("WER other %", -1, 1, 100, "control: word errors against the words of another clip"),
+        "wer_free_shuffled": Figure("WER free other %", -1, 1, 100, "control: the same outside the grammar"),
         "cer": Figure("CER %", -1, 2, 100, "character errors over characters"),
     }
     protocols = ("whisper-medium", "whisper-large-v3", "qwen3-asr", "auto-avsr", "grammar")
+    version = 2
     parallel = False
     inputs = ("audio", "heard", "language")
 
@@ -129,7 +134,19 @@ class WordErrors(Metric):
         if not truth.text:
             raise UserError("its words are not known: give text in the manifest, or ID.txt beside the true file")
         heard = self.transcribe(take)
-        return {**self.count(truth.text, heard, take.language), "heard": heard}
+        text, words = (self.normalise(part, take.language) for part in (truth.text, heard))
+        return {**self.count(truth.text, heard, take.language), "heard": heard, "text": text, "words": words}
+
+    @classmethod
+    def finish(cls, rows: Rows, true: Rows, truths: Mapping[str, Take], protocol: str) -> Rows:
+        """Count what was heard against the words of another clip, which the same recogniser hears: a control."""
+        rng, finished = np.random.default_rng(0), {clip: dict(row) for clip, row in rows.items()}
+        for figure in ("wer", "wer_free"):
+            clips = [clip for clip, row in rows.items() if figure in row]
+            for clip, other in zip(clips, derangement(len(clips), rng) if len(clips) > 1 else ()):
+                heard = rows[clips[other]]["words"]
+                finished[clip][f"{figure}_shuffled"] = count_errors(rows[clip]["text"], heard)["wer"]
+        return finished
 
     def count(self, text: str, heard: str, language: str = "en") -> dict[str, tuple[float, float]]:
         """`count_errors` of texts in one form; `wer_free` in place of `wer` for what the grammar does not have."""

@@ -20,7 +20,7 @@ from engine.shards.recordings import SpeechCrops, load_clips
 from engine.training.batches import MicroBatches
 from lia_x.codec import LiaX, LiaXConfig
 from lia_x.data import FramePairs
-from lia_x.evaluation import rebuild_clips
+from lia_x.validation import rebuild_clips
 
 FRAMES = (30, 1, 40)  # of the clips; the second gives no pair of pictures
 

@@ -21,8 +21,7 @@ from hicodit.conditions.avhubert import AVHubert, AVHubertConfig
 from hicodit.conditions.encoders import TinyEncoderConfig
 from hicodit.conditions.released import ReleasedEncoderConfig, ReleasedEncoders
 from hicodit.data import HiCoDiTDataset
-from hicodit.evaluation import evaluate_clips
-from hicodit.held_out import stored_crops
+from hicodit.evaluate import evaluate_clips, stored_crops
 from hicodit.model import ModelConfig
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import GuidanceScales, SamplerConfig

@@ -13,9 +13,9 @@ from engine.media.video import write_video
 from engine.metrics.picture import psnr, ssim, ssim_map
 from lia_x import LiaX, data
 from lia_x.data import FramePairs, sample_frames
-from lia_x.evaluation import RebuiltClip, measure, rebuild_clips, strip
 from lia_x.losses import Discriminator, Perceptual, pyramid_l1, region_weights, structural
 from lia_x.task import LiaXTask
+from lia_x.validation import RebuiltClip, measure_each, rebuild_clips, strip
 from tests.releases import write_release
 
 CODEC = {"style_dim": 16, "motion_dim": 4, "scale": 1, "size": 32, "width": 4, "max_width": 8, "depth": 1}
@@ -223,11 +223,12 @@ def test_validation_measures_and_draws(corpus, tmp_path, shares_give_the_same_fi
 def test_measures_of_known_clips():
     true = moving_square(10)
     line = torch.arange(10.0)[:, None] * torch.ones(4)
-    perfect = measure([RebuiltClip("a", true, true.copy(), line)], {"low": BOX})
-    assert perfect["psnr"] == float("inf") and perfect["low_movement"] == 1
-    assert perfect["ssim"] == pytest.approx(1) and perfect["roughness"] == pytest.approx(0)
     mean = np.repeat(true.mean(0, keepdims=True).round().astype(np.uint8), len(true), 0)
-    assert measure([RebuiltClip("a", true, mean, line)], {"low": BOX})["low_movement"] == pytest.approx(0, abs=0.01)
+    clips = {0: RebuiltClip("a", true, true.copy(), line), 1: RebuiltClip("a", true, mean, line)}
+    found = {name: by_clip.values for name, by_clip in measure_each(clips, {"low": BOX}).items()}
+    assert found["psnr"][0] == float("inf") and found["ssim"][0] == pytest.approx(1)
+    assert found["low_movement"] == pytest.approx({0: 1, 1: 0}, abs=0.01)
+    assert found["roughness"][0] == pytest.approx(0)
 
 
 def test_psnr_and_ssim_of_known_pictures():

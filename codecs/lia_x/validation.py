@@ -1,0 +1,92 @@
+"""How well a LIA-X rebuilds held-out clips from their first frame and their motion codes, while it is trained.
+
+Axes: T frames, S side, H height, W width, M motion. Frames are RGB bytes (T, S, S, 3).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from engine.evaluation.shares import ALONE, ByClip, Share
+from engine.media.pictures import identity_to_tensor, to_bytes, video_to_tensor
+from engine.media.video import read_video
+from engine.metrics.reconstruction import reconstruction
+from engine.shards.reader import ShardSplit
+from engine.shards.recordings import is_prepared, read_manifest
+from engine.shards.source import join
+from lia_x.codec import LiaX
+from lia_x.data import PORTRAITS, unpack_portraits
+
+
+@dataclass(frozen=True)
+class RebuiltClip:
+    """One held-out clip: its name, its frames and the rebuilt ones (T, S, S, 3) bytes, and the codes (T, M)."""
+
+    name: str
+    true: np.ndarray
+    rebuilt: np.ndarray
+    motion: Tensor
+
+
+def rebuild_frames(codec: LiaX, name: str, frames: np.ndarray) -> RebuiltClip:
+    """Rebuild frames (T, H, W, 3) of bytes from the first one and the motion codes of all."""
+    video = video_to_tensor(frames, codec.size).to(next(codec.parameters()).device)
+    motion = codec.encode(video)
+    rebuilt = codec.decode(motion, identity_to_tensor(frames[0], codec.size).to(video.device))
+    return RebuiltClip(name, to_bytes(video + 0.5 / 127.5), to_bytes(rebuilt), motion.cpu())
+
+
+def measure_each(clips: Mapping[int, RebuiltClip], regions: Mapping[str, Mapping[str, float]]) -> dict[str, ByClip]:
+    """Measure clips, by their numbers: `reconstruction`, and the `roughness` of the codes.
+
+    It is the mean square of their second differences over their variance in time; white noise has 6.
+
+    Args:
+        regions: boxes by name, in shares of the side.
+    """
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    for number, clip in clips.items():
+        figures = reconstruction(clip.true, clip.rebuilt, regions)
+        if len(clip.motion) > 2:
+            variance = clip.motion.var(0).sum().clamp_min(1e-12)
+            figures["roughness"] = float(clip.motion.diff(n=2, dim=0).square().mean(0).sum() / variance)
+        for name, value in figures.items():
+            found[name][number] = value
+    return {name: ByClip(values, np.mean) for name, values in found.items()}
+
+
+def rebuild_clips(
+    codec: LiaX, root: str | Path, split: str, count: int, share: Share = ALONE
+) -> dict[int, RebuiltClip]:
+    """Rebuild a share of the first `count` clips of ROOT/SPLIT, by their number.
+
+    Of prepared shards, the pictures that they hold of each clip.
+    """
+    if is_prepared(root, split):
+        shards = ShardSplit(join(root, split), least_frames=2)
+        shards.check_holds("portraits")
+        shards.require(*PORTRAITS)
+        clips = {}
+        for index in share.range(min(count, len(shards))):
+            info, t = shards.read_complete(index, PORTRAITS)
+            frames = unpack_portraits(t["portraits"], t["portraits_at"], codec.size)
+            clips[index] = rebuild_frames(codec, info["key"], frames)
+        return clips
+    names = [row["id"] for row in read_manifest(root, split)[:count]]
+    paths = {i: Path(root) / split / f"{names[i]}.mp4" for i in share.range(len(names))}
+    return {i: rebuild_frames(codec, path.stem, read_video(path)) for i, path in paths.items()}
+
+
+def strip(clips: Sequence[RebuiltClip], columns: int = 12) -> np.ndarray:
+    """Draw two rows a clip, true above rebuilt, `columns` evenly spaced frames: (2 clips S, columns S, 3) bytes."""
+    rows = []
+    for clip in clips:
+        chosen = np.linspace(0, len(clip.true) - 1, columns).astype(int)
+        rows += [np.concatenate(list(frames[chosen]), 1) for frames in (clip.true, clip.rebuilt)]
+    return np.concatenate(rows)

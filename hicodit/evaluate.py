@@ -1,0 +1,181 @@
+"""Speech for the clips of an evaluation, and for those of a validation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.codec import load_codec
+from engine.errors import UserError
+from engine.evaluation.clips import Clip
+from engine.evaluation.generate import generate_missing, write_facts, write_take
+from engine.evaluation.shares import ALONE, ByClip, Share
+from engine.evaluation.statistics import derangement
+from engine.evaluation.validation import measure_clips, words_by
+from engine.media.audio import write_wav
+from engine.media.ffmpeg import probe
+from engine.media.video import write_video
+from engine.metrics.metric import wave_of
+from engine.metrics.registry import metrics_of
+from engine.metrics.speaker import GE2EEncoder
+from engine.settings import override, require_choice
+from hicodit.conditions.types import Crops, windows_of
+from hicodit.data import HiCoDiTDataset, HiCoDiTSample
+from hicodit.generation import windows
+from hicodit.pipeline import BUNDLED, FPS, Features, HiCoDiTPipeline
+from hicodit.settings import GuidanceScales, SamplerConfig, with_preset
+from hicodit.system import CODECS, HiCoDiTSystem
+
+WAVES, VIDEOS = 4, 2  # that a validation keeps of each split
+EXPRESSIONS = ("own", "shuffled", "exchanged")
+
+
+def write_outputs(
+    clips: Sequence[Clip],
+    folder: Path,
+    device: str,
+    weights: str | None = None,
+    codec: str | None = None,
+    precision: str = "fp32",
+    sampler: str = "release",
+    sampling: Mapping[str, float | str] | None = None,
+    guidance: Mapping[str, float] | None = None,
+    voice: bool = False,
+    expressions: str = "own",
+    seed: int = 0,
+    batch_size: int = 8,
+    **other: object,
+) -> None:
+    """Speak the pictures of clips: FOLDER/ID.wav, where it is missing. Clip i is drawn with seed + i.
+
+    Args:
+        sampler: a file of configs/sampler. sampling, guidance: settings that override its own.
+        voice: speak with the voice of each clip's prompt. other: settings of other models.
+        expressions: own; shuffled: those of another clip; exchanged: the first and the last one in each other's place.
+
+    Raises:
+        UserError: the weights cannot be loaded. A clip without a face is named, and the others go on.
+    """
+    require_choice("generate.expressions", expressions, EXPRESSIONS)
+    pipeline = HiCoDiTPipeline.from_pretrained(weights or BUNDLED, device, codec, precision=precision)
+    settings, scales = with_preset(sampler, pipeline.sampler, pipeline.guidance)
+    pipeline.sampler, pipeline.guidance = override(settings, sampling or {}), override(scales, guidance or {})
+    tokens, ge2e, numbers = (
+        pipeline.codec,
+        GE2EEncoder(device) if voice else None,
+        {c.id: i for i, c in enumerate(clips)},
+    )
+    facts = {"sampler": asdict(pipeline.sampler), "guidance": asdict(pipeline.guidance), "precision": precision}
+    facts |= {"voice": voice, "expressions": expressions, "seed": seed}
+    bits = tokens.levels * np.log2(tokens.codes) * tokens.frame_rate
+    write_facts(folder, "hicodit", weights, bits_per_second=float(bits), **facts)
+    others = derangement(len(clips), np.random.default_rng(0)) if expressions == "shuffled" else range(len(clips))
+
+    def classes(number: int, crops: Crops) -> np.ndarray:
+        """Return the classes (J,) of half seconds that a clip is told in place of its own."""
+        if expressions == "shuffled":
+            crops = pipeline.crops(clips[others[number]].truth.source)
+        own = pipeline.conditions([crops]).expression[0, : windows_of(len(crops))].cpu().numpy()
+        return exchange(own) if expressions == "exchanged" else own
+
+    def write(batch: Sequence[tuple[int, Clip]]) -> None:
+        if any(clip.truth.source is None for _, clip in batch):
+            raise UserError("no picture to speak for: ID.mp4 in references=, or video in the manifest")
+        crops, identity, rows = [pipeline.crops(clip.truth.source) for _, clip in batch], None, []
+        if ge2e is not None:  # one voice a call
+            if batch[0][1].prompt.audio is None:
+                raise UserError("no other clip of its speaker: give reference_audio in the manifest")
+            identity = ge2e.embed(wave_of(batch[0][1].prompt.audio, 16_000).copy(), 16_000)
+        told = None if expressions == "own" else [classes(numbers[clip.id], c) for (_, clip), c in zip(batch, crops)]
+        seeds, start = [seed + i for i, _ in batch], time.process_time()
+        hook = pipeline.system.model.register_forward_hook(lambda model, given, out: rows.append(out.shape[:2].numel()))
+        speeches = pipeline.run(crops, seeds, identity, expressions=told)
+        hook.remove()
+        seconds, spans = time.process_time() - start, [len(windows(len(c), pipeline.sampler)) for c in crops]
+        for (_, clip), c, speech, span in zip(batch, crops, speeches, spans):
+            cost = {"evaluations": (sum(rows) * span / sum(spans), span)}
+            cost["seconds_a_second"] = (seconds * len(c) / sum(map(len, crops)), len(c) / FPS)
+            write_take(folder, clip.id, speech.wave, speech.rate, **cost)
+
+    def inputs(clip: Clip) -> list[Path | None]:
+        return [clip.truth.source, clip.prompt.audio if voice else None]
+
+    def length(clip: Clip) -> float:
+        return probe(clip.truth.source).seconds if clip.truth.source else 0.0
+
+    generate_missing(clips, folder, 1 if voice else batch_size, inputs, write, length)
+
+
+def exchange(classes: np.ndarray) -> np.ndarray:
+    """Put the first and the last of the classes (J,) in each other's place, wherever they occur."""
+    first, last = classes[0], classes[-1]
+    return np.where(classes == first, last, np.where(classes == last, first, classes))
+
+
+def evaluate_clips(
+    system: HiCoDiTSystem,
+    codec: Path,
+    shards: str | Path,
+    recogniser: Path | None,
+    clips: int,
+    sampler: SamplerConfig,
+    guidance: GuidanceScales,
+    folder: Path | None,
+    metrics: Sequence[str],
+    share: Share = ALONE,
+) -> dict[str, ByClip]:
+    """Measure a share of `clips` prepared clips, spoken from their pictures (or their features) alone.
+
+    Four waves go to `folder`, and two videos of the mouths that they were read from where the shards hold them.
+
+    Args:
+        recogniser: for word errors, see `words_by`.
+        metrics: names of `engine.metrics.registry`. The true speech is what the tokenizer makes of the true tokens.
+    """
+    data, tokenizer = HiCoDiTDataset(shards, codec, system.encoders.config.kind), load_codec(codec, CODECS)
+    pipeline = HiCoDiTPipeline(system, tokenizer, sampler, guidance, next(system.parameters()).device)
+    samples = stored_samples(data, clips)
+    own, samples = share.range(len(samples)), share.pick(samples)
+    if not own:
+        return {}
+    crops = [stored_crops(clip, system.encoders.config.picture_every) for clip in samples]
+    order = sorted(range(len(crops)), key=lambda i: len(crops[i]))
+    spoken = {}
+    for start in range(0, len(order), 16):
+        group = order[start : start + 16]
+        spoken |= zip(group, pipeline.run([crops[i] for i in group], [own.start + i for i in group]))
+    speeches = [spoken[i] for i in range(len(crops))]
+    if folder is not None:
+        for n, clip, speech in zip(range(WAVES)[own.start :], samples, speeches):
+            write_wav(folder / f"{clip.info['key']}.wav", speech.wave, speech.rate)
+            if n < VIDEOS and clip.mouth is not None:
+                mouth = speech.crops.mouth.repeat(4, 1).repeat(4, 2)[..., None].repeat(3, 3)
+                write_video(folder / f"{clip.info['key']}.mp4", mouth, FPS, speech.wave, speech.rate)
+    texts, waves = [clip.info["text"] for clip in samples], [speech.wave for speech in speeches]
+    compared = any(metric.pair for metric in metrics_of(metrics))
+    true = pipeline.decode_tokens([clip.tokens.T for clip in samples]) if compared else None
+    rate, words, device = tokenizer.sample_rate, words_by(recogniser), str(pipeline.device)
+    return measure_clips(metrics, texts, waves, true, rate, words, device=device, numbers=own)
+
+
+def stored_samples(data: HiCoDiTDataset, clips: int) -> list[HiCoDiTSample]:
+    """Read `clips` clips, evenly spread over a prepared split; replacements for incomplete clips are not repeated."""
+    chosen = torch.linspace(0, len(data) - 1, min(clips, len(data))).round().long().tolist()
+    return list({clip.info["key"]: clip for clip in map(data.read, chosen)}.values())
+
+
+def stored_crops(clip: HiCoDiTSample, every: int = 1) -> Crops | Features:
+    """Return crops of a prepared clip, or its features where it holds those in place of pictures.
+
+    Each frame in `every` takes the nearest of the stored face pictures.
+    """
+    if clip.lip is not None:
+        return Features(clip.lip.numpy(), clip.face_identity.numpy(), clip.expression.numpy())
+    frames = len(clip.mouth)
+    nearest = (np.arange(0, frames, every) * len(clip.faces)) // frames
+    return Crops(clip.mouth.numpy(), clip.faces.numpy()[nearest])

@@ -1,0 +1,95 @@
+"""Speech and talking faces for the clips of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.errors import UserError
+from engine.evaluation.clips import Clip
+from engine.evaluation.generate import generate_missing, write_facts, write_take
+from engine.evaluation.resynthesis import fit_length, rebuild
+from engine.media.video import read_video
+from engine.metrics.metric import wave_of
+from engine.settings import override, require_choice
+from talker_t2av.model import FPS, RATE
+from talker_t2av.pipeline import BUNDLED, Job, TalkerPipeline
+from talker_t2av.request import MODES
+
+GIVEN = {"a2v": "audio", "v2a": "video"}
+
+
+def write_outputs(
+    clips: Sequence[Clip],
+    folder: Path,
+    device: str,
+    weights: str | None = None,
+    codecs: Mapping[str, str] | None = None,
+    precision: str = "fp32",
+    mode: str = "t2av",
+    sampling: Mapping[str, float] | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    **other: object,
+) -> None:
+    """Speak the clips' words with the voice and the face of their prompts, where the output is missing.
+
+    FOLDER/ID.wav and, in t2av and a2v, ID.mkv. a2v moves a face to the true speech, v2a speaks for the true picture.
+    Clip i is generated with seed + i.
+
+    Args:
+        codecs: release folders by name (speech, motion, speaker), other than the release's own.
+        mode: one of the four, or resynthesis: true speech and motion through the codecs alone, on the prompt's face.
+        sampling: settings that override the release's. other: settings of other models.
+
+    Raises:
+        UserError: the weights cannot be loaded. A clip without a prompt is named, and the others go on.
+    """
+    require_choice("generate.mode", mode, (*MODES, "resynthesis"))
+    pipeline = TalkerPipeline.from_pretrained(weights or BUNDLED, device, codecs, precision)
+    pipeline.sampling = override(pipeline.sampling, sampling or {})
+    facts = {"mode": mode, "sampling": asdict(pipeline.sampling), "precision": precision}
+    write_facts(folder, "talker_t2av", weights, **facts, seed=seed, given=GIVEN.get(mode))
+
+    def job(i: int, clip: Clip) -> Job:
+        voice, face, true = clip.prompt.audio, clip.prompt.video, clip.truth
+        if (voice is None and mode != "a2v") or (face is None and mode in ("t2av", "a2v")):
+            raise UserError("no voice or face to show: give reference_audio and reference_video in the manifest")
+        if true.source is None and mode == "v2a":
+            raise UserError("no picture to speak for: ID.mp4 in references=, or video in the manifest")
+        files = {"reference_audio": voice} if mode != "a2v" else {"audio": true.audio}
+        files |= {"reference_video": face} if mode in ("t2av", "a2v") else {}
+        files |= {"video": true.source} if mode == "v2a" else {}
+        return Job(mode, true.text or "", seed=seed + i, **{name: str(path) for name, path in files.items()})
+
+    def write(batch: Sequence[tuple[int, Clip]]) -> None:
+        if mode == "resynthesis":
+            for _, clip in batch:
+                write_take(folder, clip.id, *resynthesise(pipeline, clip), FPS)
+            return
+        for (_, clip), talk in zip(batch, pipeline.run([job(i, clip) for i, clip in batch])):
+            wave = wave_of(clip.truth.audio, RATE) if mode == "a2v" else talk.wave
+            write_take(folder, clip.id, wave, RATE, talk.frames, FPS, stopped=bool(talk.stopped))
+
+    def inputs(clip: Clip) -> list[Path | str | None]:
+        given = clip.truth.audio if mode in ("a2v", "resynthesis") else clip.prompt.audio
+        picture = clip.truth.source if mode == "v2a" else clip.prompt.video if mode != "tts" else None
+        return [clip.truth.text, given, picture]
+
+    generate_missing(clips, folder, batch_size, inputs, write, lambda clip: len(clip.truth.text or ""))
+
+
+@torch.inference_mode()
+def resynthesise(pipeline: TalkerPipeline, clip: Clip) -> tuple[np.ndarray, int, np.ndarray]:
+    """Return the decoded speech of a clip, its rate, and its motion drawn on the first picture of its prompt."""
+    speech, wave = pipeline.system.speech, wave_of(clip.truth.audio, RATE)
+    if clip.truth.source is None or clip.prompt.video is None:
+        raise UserError("no picture of the clip, or no other one of its speaker")
+    latents = speech.encode(torch.from_numpy(wave.copy())[None, None].to(pipeline.system.device))
+    decoded = fit_length(speech.decode(latents)[0, 0].float().cpu().numpy(), len(wave))
+    frames, face = read_video(clip.truth.source, FPS), next(iter(read_video(clip.prompt.video, FPS)))
+    return decoded, RATE, rebuild(pipeline.system.motion, frames, face)

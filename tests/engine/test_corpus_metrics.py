@@ -1,0 +1,133 @@
+"""Figures of the synthetic corpus on made cases: voices, moves at a change, endings, synchrony, controls."""
+
+import numpy as np
+import pytest
+
+from engine.metrics.endings import Endings
+from engine.metrics.metric import Sound, Take
+from engine.metrics.own_voice import OwnVoice, nearest
+from engine.metrics.prosody import Prosody, spans_around_change
+from engine.metrics.registry import metric_of
+from engine.metrics.speech import loudness, speech_end, synchrony
+from engine.metrics.words import WordErrors
+
+RATE = 24_000
+A, B, C = np.eye(3, 256).tolist()
+
+
+def hum(*spans: tuple[float, float], seconds: float) -> np.ndarray:
+    """A tone in the given spans of seconds, room tone elsewhere."""
+    t = np.arange(round(seconds * RATE)) / RATE
+    on = sum((t >= a) & (t < b) for a, b in spans)
+    noise = 1e-3 * np.random.default_rng(0).standard_normal(len(t))
+    return (0.3 * np.sin(2 * np.pi * 220 * t) * on + noise).astype("f4")
+
+
+def voices(true, made, speakers):
+    """`own_voice_first` of made vectors, among the voices of the true ones."""
+    truths = {str(i): Take(speaker=speaker) for i, speaker in enumerate(speakers)}
+    rows, true = ({str(i): {"vector": v} for i, v in enumerate(vectors)} for vectors in (made, true))
+    found = OwnVoice.finish(rows, true, truths, "clips").values()
+    return [
+        (row["own_voice_first"][0], round(row["voice_similarity"][0], 5)) if len(row) > 1 else None for row in found
+    ]
+
+
+def test_a_clip_is_no_witness_of_its_own_voice():
+    assert voices([A, A, B, C], [A, B, B, C], "1123") == [(1, 1), (0, 0), None, None]
+    assert voices([A, A, B, B], [A, B, B, [0] * 256], "1122") == [(1, 1), (0, 0), (1, 1), (0, 0)]  # silence is nobody's
+    assert voices([A, B], [A, B], "12") == [None, None]
+
+
+def test_known_voices_need_no_other_clip():
+    known = {name: {"other": np.array(vector)} for name, vector in zip("123", (A, B, C))}
+    truths = {name: Take(speaker=name) for name in "124"}
+    found = nearest({"1": {"vector": A}, "2": {"vector": A}, "4": {"vector": A}}, truths, known)
+    assert found["1"]["own_voice_first"] == (1, 1) and found["2"]["own_voice_first"] == (0, 1) and "4" not in found
+
+
+def test_a_change_is_right_where_prosody_moves_as_in_the_true_clips():
+    def row(first, second):
+        return {"whole": first, "around_change": [first, second]}
+
+    flat, lively = (1.0, -30.0), (5.0, -20.0)
+    truths = {
+        name: Take(about={"expressions": names})
+        for name, names in {"a": ["sad", "sad", "happy"], "b": ["happy", "sad"], "c": ["sad"]}.items()
+    }
+    true = {"a": row(flat, lively), "b": row(lively, flat), "c": {"whole": flat, "around_change": []}}
+    made = {"a": row(flat, lively), "b": row(flat, lively), "c": {"whole": lively, "around_change": []}}
+    found = Prosody.finish(made, true, truths, "")
+    assert [found[name].get("energy_right_way") for name in "abc"] == [(1, 1), (0, 1), None]
+    assert found["c"]["pitch_range_correlation"] == (1.0, 5.0)
+    assert found["b"]["energy_correlation"] == (-20.0, -30.0)
+    phonemes = [["a", 0.1, 0.5], ["b", 0.5, 0.9], ["c", 1.0, 1.4]]
+    assert spans_around_change({"phonemes": phonemes, "change": 1.0}) == [(0.1, 0.9), (1.0, 1.4)]
+
+
+def test_prosody_before_and_after_a_change_is_that_of_its_sound():
+    pytest.importorskip("librosa")
+    time = np.arange(RATE) / RATE
+    parts = [level * sum(np.sin(2 * np.pi * 150 * k * time) / k for k in range(1, 6)) for level in (0.01, 0.1)]
+    truth = Take(about={"change": 1.0, "phonemes": [["a", 0.0, 0.9], ["b", 1.0, 1.9]], "expressions": ["sad", "happy"]})
+    row = Prosody("", None).measure(Take(Sound(np.concatenate(parts), RATE)), truth)
+    (_, before), (_, after) = row["around_change"]
+    assert after - before == pytest.approx(20, abs=0.5)  # dB
+    assert len(Prosody("", None).measure(Take(Sound(parts[1], RATE)), Take())["around_change"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("quiet", "stopped", "figures"),
+    [
+        (0.15, True, {"ends_in_time"}),
+        (0.28, True, {"ends_in_time"}),
+        (0.5, True, {"ends_late"}),
+        (0.0, True, {"ends_cut"}),
+        (0.2, False, {"runs_away"}),
+    ],
+)
+def test_endings_tell_late_cut_and_endless_apart(quiet, stopped, figures):
+    take = Take(Sound(hum((0.1, 1.0), seconds=1.0 + quiet), RATE), about={"stopped": stopped})
+    row = Endings("", None).measure(take, Take(Sound(hum(seconds=1.5), RATE)))
+    assert {name for name, (a, _) in row.items() if a == 1} == figures
+    assert row["length_error"][0] == pytest.approx(0.5 - quiet, abs=1e-3)
+
+
+def test_speech_ends_where_its_energy_does():
+    assert speech_end(hum((0.2, 0.5), (0.8, 1.23), seconds=1.5), RATE) == pytest.approx(1.23, abs=0.011)
+    assert speech_end(hum((0.2, 1.0), seconds=1.0), RATE) == pytest.approx(1.0)
+    assert speech_end(np.zeros(RATE), RATE) == 0
+
+
+def test_synchrony_finds_the_shift():
+    wave = hum((0.2, 0.4), (0.8, 0.9), (1.3, 1.7), seconds=2.4)
+    mouth = loudness(wave, RATE)
+    assert synchrony(mouth, wave, RATE) == pytest.approx(1)
+    for shift in (-5, 5):  # the mouth 200 ms ahead of the sound, and behind it
+        moved = np.roll(mouth, shift)
+        assert synchrony(moved, wave, RATE, shift) > 0.99 > 0.5 > synchrony(moved, wave, RATE)
+    assert synchrony(np.zeros(60), wave, RATE) == 0
+
+
+def test_words_of_another_clip_are_a_control_of_their_own_kind():
+    def row(figure, text):
+        return {figure: (0, 2), "text": text, "words": text, "heard": text}
+
+    rows = {"a": row("wer", "set red"), "b": row("wer_free", "my hotel"), "c": row("wer", "lay blue")}
+    found = WordErrors.finish(rows, {}, {}, "grammar")
+    assert found["a"]["wer_shuffled"] == found["c"]["wer_shuffled"] == (2, 2)
+    assert "wer_free_shuffled" not in found["b"]  # the only one of its kind
+
+
+@pytest.mark.parametrize(
+    ("figure", "given", "applies"),
+    [
+        ("wer", "audio", False),
+        ("wer", "video", True),
+        ("wer", None, True),
+        ("lse_c", "audio", True),
+        ("fid", "video", False),
+    ],
+)
+def test_a_given_stream_is_not_judged(figure, given, applies):
+    assert metric_of(figure).applies(Take(given=given)) == applies

@@ -1,0 +1,177 @@
+"""The tables of the synthetic corpus, by their short commands, on a corpus of drawn faces that hum."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from talker_fixtures import save_talker
+
+from corpora.synthetic.expression import pose
+from corpora.synthetic.face import Face, draw_motion
+from corpora.synthetic.mouth_opening import MouthReader
+from corpora.synthetic.visemes import MOUTH, mouth_track
+from corpora.synthetic.voices import load_voices
+from engine.errors import UserError
+from engine.evaluation.clips import read_corpus
+from engine.media.audio import read_audio, write_wav
+from engine.media.video import read_video, write_video
+from engine.metrics.synchrony import _reader
+from hicodit.evaluate import exchange
+from scripts import benchmark, evaluate
+from talker_t2av.evaluate import write_outputs
+
+RATE = 24_000
+GRAMMAR = Path(__file__).parents[2] / "assets" / "demo" / "grammar.jsgf"
+SPANS = [(0.08, 0.2), (0.48, 0.6)]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Two speakers with two clips each for training and one held-out clip each."""
+    root = tmp_path_factory.mktemp("humming")
+    rng, t = np.random.default_rng(0), np.arange(round(0.8 * RATE)) / RATE
+    on = sum((t >= a) & (t < b) for a, b in SPANS)
+    texts = {"train": ["set red in hotel three again", "bin blue at alpha one now"], "seen": ["lay it"]}
+    for split, sentences in texts.items():
+        rows = []
+        for voice in load_voices()[:2]:
+            for text in sentences:
+                name = f"{split}_{len(rows):06d}"
+                track = mouth_track([("A:", a, b) for a, b in SPANS], 20)
+                still = draw_motion(np.random.default_rng(len(rows)), 20, np.zeros(20))
+                frames = Face(voice.face).render(track, pose("neutral", 1.0), still)
+                write_video(root / split / f"{name}.mp4", frames, 25)
+                wave = 0.3 * np.sin(2 * np.pi * 220 * t) * on + 1e-3 * rng.standard_normal(len(t))
+                write_wav(root / split / f"{name}.wav", wave, RATE)
+                row = {"id": name, "split": split, "text": text, "voice": voice.number, "expression": "neutral"}
+                rows.append(row | {"mouth": {"open": track[:, MOUTH.index("open")].tolist()}})
+        (root / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "grammar.jsgf").write_text(GRAMMAR.read_text())
+    return root
+
+
+@pytest.fixture(autouse=True)
+def quick_mouth_reader(monkeypatch):
+    """The reader of mouths is fitted on 8 faces, not 64."""
+    fit = MouthReader.__init__
+    monkeypatch.setattr(MouthReader, "__init__", lambda self: fit(self, 8))
+    _reader.cache_clear()
+
+
+def run(monkeypatch, corpus, folder, *words):
+    """Exit code and results.json of a command."""
+    common = [f"corpus={corpus}", "split=[seen]", f"output={folder}", "workers=1", "media=false", "resamples=50"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", words[0], *common, *map(str, words[1:])])
+    code = evaluate.main()
+    return code, json.loads((folder / "results.json").read_text())
+
+
+def test_the_table_of_the_talker(corpus, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pocketsphinx")
+    record = f"record={tmp_path}/records/talker"
+    code, results = run(
+        monkeypatch, corpus, tmp_path, "talker_t2av", f"generate.weights={save_talker(tmp_path)}", record
+    )
+    systems = results["systems"]
+    assert code == 0 and set(systems) == {"t2av", "tts", "a2v", "v2a", "codecs", "true speech"}
+    assert "synchrony" not in systems["tts"] and "wer" not in systems["a2v"] and "wer" in systems["v2a"]
+    true = systems["true speech"]
+    assert true["synchrony"]["value"] > 0.5 > true["synchrony_late"]["value"] and true["runs_away"]["value"] == 0
+    assert "aim" in results["paper"] and "mouth and sound" in capsys.readouterr().out
+    (path,) = (tmp_path / "records").glob("*-talker-seen.json")
+    assert "values" not in json.loads(path.read_text())["results"]["t2av"]["wer"]
+
+
+def test_the_table_of_hicodit(corpus, tmp_path, monkeypatch):
+    pytest.importorskip("pocketsphinx")
+    pytest.importorskip("resemblyzer")
+    words = ("hicodit", "generate.sampling={steps: 1}", "voices={}")
+    code, results = run(monkeypatch, corpus, tmp_path, *words)
+    systems = results["systems"]
+    assert code == 0
+    assert set(systems) == {"hicodit", "tokenizer", "expressions_shuffled", "expressions_exchanged", "true speech"}
+    assert (
+        systems["hicodit"]["evaluations"]["value"] == 3 and systems["true speech"]["energy_correlation"]["clips"] == 2
+    )
+    before = (tmp_path / "outputs" / "hicodit" / "seen_000000.wav").stat().st_mtime_ns
+    run(monkeypatch, corpus, tmp_path, *words)
+    assert (tmp_path / "outputs" / "hicodit" / "seen_000000.wav").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"generate\.expressions=angry is unknown"):
+        run(monkeypatch, corpus, tmp_path, "hicodit", "generate.expressions=angry", "only=[hicodit]")
+
+
+@pytest.mark.parametrize(
+    ("model", "systems", "figure"),
+    [
+        ("rvq_codec", {"rvq_codec", "rvq_codec_1", "rvq_codec_2", "rvq_codec_4"}, "bitrate"),
+        ("whisperx_vae", {"whisperx_vae"}, "wer"),
+        ("lia_x", {"lia_x"}, "mouth_opening"),
+    ],
+)
+def test_the_table_of_the_codecs(corpus, tmp_path, monkeypatch, model, systems, figure):
+    pytest.importorskip("pocketsphinx")
+    code, results = run(monkeypatch, corpus, tmp_path, model)
+    assert code == 0 and set(results["systems"]) - {"true speech"} == systems
+    assert figure in results["systems"][model] and ("psnr" in results["systems"][model]) == (model == "lia_x")
+    assert ("wer" in results["systems"][model]) == (model != "lia_x")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["talker"], "model=talker is unknown; choose hicodit"),
+        (["hicodit", "only=[other]"], "only=other is unknown; choose hicodit, tokenizer"),
+        (["hicodit", "systems={x: {step: 1}}"], "systems.x=step is unknown"),
+        (["hicodit", "split=[]"], "needs split="),
+        (["hicodit", "split=[test]"], "test"),
+    ],
+)
+def test_mistakes_are_one_line(corpus, tmp_path, monkeypatch, words, message):
+    with pytest.raises(UserError, match=message):
+        run(monkeypatch, corpus, tmp_path / "out", *words)
+
+
+@pytest.mark.parametrize(("mode", "video"), [("t2av", True), ("tts", False), ("a2v", True), ("v2a", False)])
+def test_outputs_of_the_talker_are_kept_without_loss(corpus, tmp_path, mode, video):
+    clips = read_corpus(corpus, "train", {}, 2)
+    assert all(clip.prompt.video not in (None, clip.truth.video) for clip in clips)
+    clips = [replace(clip, id=f"speaker/{clip.id}") for clip in clips]  # as LRS2 and LRS3 name theirs
+    write_outputs(clips, tmp_path / "out", "cpu", str(save_talker(tmp_path)), mode=mode)
+    facts = json.loads((tmp_path / "out" / "system.json").read_text())
+    assert facts["precision"] == "fp32" and facts["given"] == {"a2v": "audio", "v2a": "video"}.get(mode)
+    for clip in clips:
+        assert (tmp_path / "out" / f"{clip.id}.mkv").is_file() == video
+        if mode == "a2v":
+            sound = read_audio(tmp_path / "out" / f"{clip.id}.wav", RATE)
+            np.testing.assert_array_equal(sound, read_audio(clip.truth.audio, RATE))
+
+
+def test_lossless_files_hold_every_value(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (5, 16, 18, 3), dtype=np.uint8)
+    wave = np.random.default_rng(1).standard_normal(100).astype(np.float32)
+    write_video(tmp_path / "a.mkv", frames, 25, lossless=True)
+    write_wav(tmp_path / "a.wav", wave, RATE, lossless=True)
+    np.testing.assert_array_equal(read_video(tmp_path / "a.mkv", 25), frames)
+    np.testing.assert_array_equal(read_audio(tmp_path / "a.wav", RATE), wave)
+
+
+def test_expressions_before_and_after_a_change_are_exchanged():
+    assert exchange(np.array([3, 3, 5, 1])).tolist() == [1, 1, 5, 3]
+    assert exchange(np.array([3, 3])).tolist() == [3, 3]
+
+
+def test_a_claim_compares_settings_of_one_model(corpus, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pocketsphinx")
+    more = ["clips=2", "split=[seen]", "workers=1", f"generate.weights={save_talker(tmp_path)}"]
+    words = ["claims", "solver_steps", "--variants", "steps_4", "steps_2", "--corpus", str(corpus), "--evaluate", *more]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)])
+    benchmark.main()
+    (path,) = tmp_path.glob("*-claims-solver_steps-*.json")
+    four, two, true, chart = json.loads(path.read_text())["results"]
+    assert "synchrony_minus_steps_4" in two and "synchrony" in four and true["variant"] == "true speech"
+    assert (tmp_path / chart["chart"]).is_file()
