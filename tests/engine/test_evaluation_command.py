@@ -263,7 +263,9 @@ def test_words_outside_the_grammar_stand_beside_the_others(monkeypatch, folders,
     (folders / "g.jsgf").write_text("#JSGF V1.0;\ngrammar g;\npublic <s> = set blue;\n")
     texts = iter(["set blue", "set free", "set blue"] * 2)
     measured = {"set blue": {"wer": (0, 2)}, "set free": {"wer_free": (1, 2)}}
-    monkeypatch.setattr(WordErrors, "measure", lambda *_: measured[next(texts)] | {"heard": "set blue"})
+    monkeypatch.setattr(
+        WordErrors, "measure", lambda *_: measured[next(texts)] | dict.fromkeys(("heard", "text", "words"), "set blue")
+    )
     words = ("metrics=wer", f"outputs={folders}/good", "media=false", "protocol.wer=grammar")
     code, results = run(monkeypatch, folders, *words, f"grammar={folders}/g.jsgf")
     cells = results["systems"]["good"]
