@@ -17,7 +17,7 @@ from torch import nn
 
 from engine.config import CONFIGS
 from engine.errors import UserError
-from engine.precision import pack_linear
+from engine.precision import Int8Linear, pack_linear
 
 T = TypeVar("T")
 
@@ -71,12 +71,17 @@ def processor_time(call: Callable[[], T]) -> tuple[T, float]:
 def matrix_rate(
     device: torch.device, dtype: torch.dtype = torch.float32, clock: Callable[[torch.device], float] = now
 ) -> float:
-    """Best measured rate of matrix products of a type, in FLOP/s of the clock by which the work is measured too."""
-    n = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    plain = nn.Sequential(nn.Linear(n, n, bias=False, device=device, dtype=dtype))
+    """Best measured rate of matrix products of a type, in FLOP/s of the clock by which the work is measured too.
+
+    torch.int8 stands for an `Int8Linear`, with the rounding of its inputs.
+    """
+    n, eight = 8192 if device.type == "cuda" else 2048, dtype == torch.int8
+    kind = {"device": device, "dtype": torch.float32 if eight else dtype}
+    a = torch.randn(n, n, **kind)
+    plain = nn.Sequential(nn.Linear(n, n, bias=False, **kind))
     best = 0.0
-    for layer in (plain, pack_linear(copy.deepcopy(plain), device)):  # the latter is as inference has it
+    ways = [Int8Linear(plain[0])] if eight else [plain, pack_linear(copy.deepcopy(plain), device)]  # as in inference
+    for layer in ways:
         for _ in range(6):
             start = clock(device)
             layer(a)

@@ -1,7 +1,7 @@
 """Speed and memory of inference: one table for both models, the reference loops and streaming.
 
-Weights are random unless said otherwise. float32, bfloat16 and a reference loop take turns in one process, so that
-other programs disturb all alike. Times are processor time on a CPU.
+Weights are random unless said otherwise. The precisions and a reference loop take turns in one process, so that other
+programs disturb all alike. Times are processor time on a CPU, of all threads; with `--wall` wall-clock time.
 
 HiCoDiT: steps of the first window are timed; the time of a clip follows from its windows and steps. Encoders and codec
 are left out. The reference loop follows the paper literally: it runs the guidance branches one by one, prepares their
@@ -11,7 +11,8 @@ Streams and whole clips (`--minutes`) run the bundled HiCoDiT from pictures to s
 
 step_ms: a step (HiCoDiT), a patch (Talker-T2AV) or a hop (stream). rtf: computing seconds for a second of speech.
 first_s: computing seconds before the first sound. of_rate: share of the machine's measured rate of matrix products.
-speed_up: against the reference loop in float32. Operators and host reads are those of a step or patch.
+speed_up: against the reference loop in float32; slowest and fastest: the same of single rounds. The reference of
+Talker-T2AV takes 10 solver steps, whatever `--sampling` is. Operators and host reads are those of a step or patch.
 
     python scripts/benchmark.py inference              tiny models, a few minutes
     python scripts/benchmark.py inference --full       also released sizes, 60 s and batches of 8
@@ -20,6 +21,8 @@ speed_up: against the reference loop in float32. Operators and host reads are th
 from __future__ import annotations
 
 import argparse
+import copy
+import os
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,9 +36,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import compute_time, in_own_process, matrix_rate, peak_memory_mb, read_config, tiny_encoders
+from benchmarks.common import compute_time, in_own_process, matrix_rate, now, peak_memory_mb, read_config, tiny_encoders
 from benchmarks.official_talker import official_t2av
-from engine.precision import convert_matrices, pack_linear
+from engine.precision import can_int8, convert_matrices, pack_linear, quantise_linear
 from engine.record import dated
 from hicodit.conditions.encoders import TinyEncoderConfig
 from hicodit.conditions.released import ReleasedEncoderConfig
@@ -50,13 +53,14 @@ from hicodit.system import HiCoDiTSystem
 from talker_t2av.generation import PatchLoop
 from talker_t2av.model import TalkerConfig, TalkerT2AV
 from talker_t2av.request import MODES, Request, Sampling
+from talker_t2av.settings import with_preset as with_sampling
 
 GUIDANCE = GuidanceScales(2.5, 1.25, 1.5, 2.0, "D")  # the paper's for LRS3
 CLIP = BUNDLED.parent / "demo" / "silent.mp4"
 LEAST = {"timed_steps": 2, "patches": 2, "rounds": 1, "seconds": 1.0, "batch": 1, "lookahead": 0.04, "minutes": 0.1}
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 COLUMNS = ("model", "size", "batch", "seconds", "sampler", "precision", "step_ms", "rtf", "first_s", "evaluations",
-           "operators", "host_reads", "peak_memory_mb", "of_rate", "speed_up")  # fmt: skip
+           "operators", "host_reads", "peak_memory_mb", "of_rate", "speed_up", "slowest", "fastest")  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +70,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", nargs="+", choices=("tiny", "base"), help="(None: tiny, with --full both)")
     parser.add_argument("--seconds", nargs="+", type=float, help="of HiCoDiT's clips (None: 2 10, with --full 2 10 60)")
     parser.add_argument("--batch", nargs="+", type=int, help="(None: 1, with --full 1 8)")
+    parser.add_argument("--samplers", nargs="+", choices=("paper", "fast"), default=["paper", "fast"], help="HiCoDiT's")
+    parser.add_argument(
+        "--sampling", nargs="+", choices=("release", "fast"), default=["release", "fast"], help="Talker-T2AV's"
+    )
+    parser.add_argument("--precisions", nargs="+", choices=TYPES, help="(None: those that the device has)")
+    parser.add_argument(
+        "--wall", action="store_true", help="measure wall-clock time: for several threads, on idle cores"
+    )
     parser.add_argument("--timed-steps", type=int, default=3, help="steps of HiCoDiT's samplers to time")
     parser.add_argument("--patches", type=int, default=4, help="patches of Talker-T2AV to time")
     parser.add_argument("--rounds", type=int, default=3, help="turns that each way takes; the median counts")
@@ -76,18 +88,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     sizes = args.sizes or (["tiny", "base"] if args.full else ["tiny"])
     lengths = args.seconds or ([2.0, 10.0, 60.0] if args.full else [2.0, 10.0])
-    rates = {name: matrix_rate(args.device, dtype, compute_time) for name, dtype in TYPES.items()}
-    shared = {k: getattr(args, k) for k in ("timed_steps", "patches", "rounds", "device")} | {"rates": rates}
+    clock = now if args.wall else compute_time
+    names = args.precisions or [name for name in TYPES if name != "int8" or can_int8(args.device)]
+    rates = {name: matrix_rate(args.device, TYPES[name], clock) for name in names}
+    shared = {k: getattr(args, k) for k in ("timed_steps", "patches", "rounds", "device")}
+    shared |= {"rates": rates, "clock": clock}
     rows = []
-    yield {"matrix_rate_gflops": {k: round(v / 1e9) for k, v in rates.items()}}, _line(dict(zip(COLUMNS, COLUMNS)))
+    facts = {"matrix_rate_gflops": {k: round(v / 1e9) for k, v in rates.items()}, "load_average": os.getloadavg()}
+    yield facts, f"{facts}\n{_line(dict(zip(COLUMNS, COLUMNS)))}"
     jobs: list[tuple[Callable, dict[str, Any]]] = []
     for size in sizes:
         for batch in args.batch or ([1, 8] if args.full else [1]):
             job = shared | {"size": size, "batch": batch}
             if "hicodit" in args.models:
-                jobs += [(hicodit, job | {"seconds": s, "sampler": k}) for s in lengths for k in ("paper", "fast")]
+                jobs += [(hicodit, job | {"seconds": s, "sampler": k}) for s in lengths for k in args.samplers]
             if "talker_t2av" in args.models:
-                jobs.append((talker, job))
+                jobs += [(talker, job | {"sampling": preset}) for preset in args.sampling]
     if "stream" in args.models:
         jobs += [(stream, shared | {"lookahead": seconds}) for seconds in args.lookahead]
     jobs += [(whole_clip, shared | {"minutes": minutes}) for minutes in args.minutes]
@@ -146,9 +162,9 @@ def hicodit(job: dict[str, Any]) -> list[dict[str, Any]]:
     """Measure one setting of HiCoDiT; return a row for each precision."""
     device, batch, seconds = torch.device(job["device"]), job["batch"], job["seconds"]
     sampler, guidance = with_preset(job["sampler"], SamplerConfig(), GUIDANCE)
-    models = {name: convert_matrices(build_hicodit(job["size"]).to(device), dtype, FLOAT32)
-              for name, dtype in TYPES.items()}  # fmt: skip
-    c, frames = models["fp32"].config, round(FPS * min(seconds, sampler.window))
+    plain, clock, names = build_hicodit(job["size"]).to(device), job["clock"], list(job["rates"])
+    models = {"plain": plain} | {name: build_hicodit(job["size"]).to(device) for name in names}
+    c, frames = plain.config, round(FPS * min(seconds, sampler.window))
     conditions = Conditions(
         torch.randn(batch, frames, c.lip_dim, device=device), torch.rand(batch, 256, device=device),
         torch.randint(0, 7, (batch, windows_of(frames)), device=device), torch.full((batch,), frames, device=device),
@@ -156,19 +172,23 @@ def hicodit(job: dict[str, Any]) -> list[dict[str, Any]]:
 
     def first_window(name: str, steps: int = job["timed_steps"], posterior: Callable = GuidedPosterior) -> list[float]:
         """Generate the first window; return the times of its beginning and of the end of each step."""
-        times = [compute_time(device)]
+        times = [clock(device)]
         generate(
             models[name], conditions, replace(sampler, steps=steps), guidance, range(batch), posterior,
-            lambda _: times.append(compute_time(device)),
+            lambda _: times.append(clock(device)),
         )  # fmt: skip
         return times
 
     # Counted before packing: PyTorch's counter does not know products with packed weights.
-    flops = _flops(lambda: first_window("fp32", 3)) - _flops(lambda: first_window("fp32", 2))
-    for model in models.values():
+    flops = _flops(lambda: first_window("plain", 3)) - _flops(lambda: first_window("plain", 2))
+    for name, model in models.items():
+        if name == "bf16":
+            convert_matrices(model, torch.bfloat16, FLOAT32)
+        if name == "int8":
+            quantise_linear(model, device)
         pack_linear(model, device)
-    ways = {name: lambda name=name: first_window(name) for name in TYPES}
-    ways["reference"] = lambda: first_window("fp32", posterior=PaperPosterior)
+    ways = {name: lambda name=name: first_window(name) for name in names}
+    ways["reference"] = lambda: first_window("plain", posterior=PaperPosterior)
     each: dict[str, list[float]] = {name: [] for name in ways}
     once: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(job["rounds"] + 1):  # the first turn warms up
@@ -178,7 +198,7 @@ def hicodit(job: dict[str, Any]) -> list[dict[str, Any]]:
                 each[name] += durations[1:]
                 once[name].append(durations[0] - statistics.median(durations[1:]))
     rows, count, reference = [], len(windows(round(FPS * seconds), sampler)), statistics.median(each["reference"])
-    for name in TYPES:
+    for name in names:
         step, start = statistics.median(each[name]), max(0.0, statistics.median(once[name]))
         operators = _operators(lambda name=name: first_window(name, 3))
         operators.subtract(_operators(lambda name=name: first_window(name, 2)))
@@ -211,32 +231,35 @@ def random_request(model: TalkerT2AV, patches: int, seed: int) -> Request:
 @torch.inference_mode()
 def talker(job: dict[str, Any]) -> list[dict[str, Any]]:
     """Measure one setting of Talker-T2AV; return a row for each precision. The reference loop has one row alone."""
-    device, batch, patches, sampling = torch.device(job["device"]), job["batch"], job["patches"], Sampling()
+    device, batch, patches, clock = torch.device(job["device"]), job["batch"], job["patches"], job["clock"]
+    sampling = with_sampling(job["sampling"], Sampling())
 
-    def build(dtype: torch.dtype) -> TalkerT2AV:
-        torch.manual_seed(0)
-        model = TalkerT2AV(TalkerConfig(**read_config(f"model/talker_t2av_{job['size']}")))
-        return model.eval().to(device).to_precision(dtype)
+    def converted(precision: str) -> TalkerT2AV:
+        model = copy.deepcopy(plain)
+        if precision == "bf16":
+            model.to_precision(torch.bfloat16)
+        if precision == "int8":
+            quantise_linear(model, device)
+        return pack_linear(model, device)
 
-    plain = build(torch.float32)
-    models = {name: build(dtype) for name, dtype in TYPES.items()}
-    for model in models.values():
-        pack_linear(model, device)
+    torch.manual_seed(0)
+    plain = TalkerT2AV(TalkerConfig(**read_config(f"model/talker_t2av_{job['size']}"))).eval().to(device)
+    models = {name: converted(name) for name in job["rates"]}
     requests = [random_request(plain, patches, seed) for seed in range(batch)]
 
     def loop(model: TalkerT2AV) -> list[float]:
         """Return the seconds of each patch."""
-        times = [compute_time(device)]
+        times = [clock(device)]
         for _ in PatchLoop(model, requests, MODES["t2av"], sampling, use_stop=False):
-            times.append(compute_time(device))
+            times.append(clock(device))
         return np.diff(times).tolist()
 
     def official() -> list[float]:
-        begin = compute_time(device)
-        official_t2av(plain, requests[0], sampling)
-        return [(compute_time(device) - begin) / patches] * patches
+        begin = clock(device)
+        official_t2av(plain, requests[0], Sampling())
+        return [(clock(device) - begin) / patches] * patches
 
-    ways: dict[str, Callable[[], list[float]]] = {name: lambda name=name: loop(models[name]) for name in TYPES}
+    ways: dict[str, Callable[[], list[float]]] = {name: lambda name=name: loop(models[name]) for name in models}
     ways["reference"] = official
     each: dict[str, list[list[float]]] = {name: [] for name in ways}
     for turn in range(job["rounds"] + 1):  # the first turn warms up
@@ -246,15 +269,17 @@ def talker(job: dict[str, Any]) -> list[dict[str, Any]]:
                 each[name].append(durations)
     patch = {name: statistics.median(sum(durations) / patches for durations in each[name]) for name in ways}
     rows, flops = [], _flops(lambda: loop(plain)) / patches
-    for name in TYPES:
+    for name in models:
         operators = _operators(lambda name=name: loop(models[name]))
+        ratios = [sum(r) * batch / sum(d) for r, d in zip(each["reference"], each[name])]
         rows.append({
             "model": "talker_t2av", "size": job["size"], "batch": batch, "seconds": 0.16 * patches,
             "sampler": f"{sampling.steps} steps", "precision": name, "step_ms": 1e3 * patch[name],
             "rtf": patch[name] / 0.16 / batch, "first_s": statistics.median(durations[0] for durations in each[name]),
             "evaluations": 2 * 2 * (sampling.steps - 1), **{k: round(v / patches) for k, v in operators.items()},
             "peak_memory_mb": peak_memory_mb(device), "of_rate": flops / patch[name] / job["rates"][name],
-            "speed_up": patch["reference"] * batch / patch[name],
+            "speed_up": patch["reference"] * batch / patch[name], "slowest": min(ratios), "fastest": max(ratios),
+            "reference_step_ms": 1e3 * patch["reference"],
         })  # fmt: skip
     return rows
 

@@ -1,4 +1,4 @@
-"""How networks run in inference: in which precision (`precision=auto|fp32|bf16`), and compiled or not (`compile=true`).
+"""How networks run in inference: `precision=auto|fp32|bf16|int8`, and compiled or not (`compile=true`).
 
 In bfloat16, matrices and what they are multiplied with are in half precision: half of the bytes, and up to three times
 the speed on a processor that multiplies such numbers. Sums over layers, log posteriors, draws and codecs stay float32.
@@ -7,37 +7,51 @@ On x86 processors, weights of inference are packed (`pack_linear`): put once int
 within PyTorch. Otherwise PyTorch gives float32 products to MKL, which is half as fast on processors of AMD, and
 converts bfloat16 weights to that layout in each call.
 
-Axes: N input features, M output features.
+In 8 bits (`Int8Linear`), a block's weights take a quarter of the bytes of float32: at few rows, reading them is what a
+layer costs. Weights have a scale for each output channel and activations one for each row, found when the layer runs.
+So nothing is calibrated, and a row's result does not depend on what shares its batch. All else is float32.
+
+Axes: R rows, N input features, M output features.
 """
 
 from __future__ import annotations
 
 import platform
+import sys
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from engine.cuda_graph import GraphedStep
+from engine.errors import UserError
+from engine.optional import require
 from engine.settings import PRECISIONS, require_choice
 
 CPU_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")  # by torch.cpu's names: x86, x86, ARM
+VNNI = ("avx512_vnni", "avx_vnni")  # instructions that multiply 8-bit integers
+BLOCKS = ("blocks", "layers")  # lists of transformer blocks: their linear layers are put into 8 bits
+LARGEST, TINY = 127, 1e-30  # the integers that are used lie between -127 and 127; scales are at least 1e-30
 PACKED_FOR = 256  # rows of the input that the layout suits best; products with fewer or more rows are as fast
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def pick_dtype(precision: str, device: torch.device | str) -> torch.dtype:
-    """`auto`, `fp32` or `bf16` -> type of the matrices; `auto` takes bfloat16 where the processor multiplies it itself.
+    """Return the type of the matrices; `auto` takes bfloat16 where the processor multiplies it itself.
+
+    With `int8`, it is the type of the matrices that are not put into 8 bits.
 
     Raises:
         UserError: another word.
     """
     require_choice("precision", precision, PRECISIONS)
-    if precision != "auto":
+    if precision in ("fp32", "bf16"):
         return torch.bfloat16 if precision == "bf16" else torch.float32
+    if precision == "int8" and can_int8(device):
+        return torch.float32  # casts between two types would cost more than the few other matrices
     if torch.device(device).type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -96,6 +110,83 @@ def pack_linear(network: M, device: torch.device | str = "cpu") -> M:
             if type(layer) is nn.Linear and shared[layer.weight.data_ptr()] == 1 and can_pack(layer.weight.dtype):
                 setattr(module, name, PackedLinear(layer))
     return network
+
+
+class Int8Linear(nn.Module):
+    """A float32 linear layer without gradients that multiplies 8-bit integers; its weight (M, N) is in oneDNN's layout.
+
+    With scales s = max |x| / 127 of each row and c = max |w| / 127 of each channel it is
+    s c sum(round(x / s) round(w / c)) + bias. The sum is exact, in 32 bits.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
+        weight = layer.weight.detach()
+        self.scale = weight.abs().amax(1) / LARGEST + TINY
+        self.zero = torch.zeros(self.out_features, dtype=torch.int32)
+        rounded = (weight / self.scale[:, None]).round().to(torch.int8)
+        self.weight: Tensor = torch.ops.onednn.qlinear_prepack(rounded, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., N) -> (..., M)."""
+        rows = x.reshape(-1, self.in_features)
+        scale = rows.abs().amax(1, keepdim=True).mul_(1 / LARGEST).add_(TINY)  # (R, 1)
+        rounded = torch.div(rows, scale).round_().to(torch.int8)
+        y = torch.ops.onednn.qlinear_pointwise(
+            rounded, 1.0, 0, self.weight, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        y = y.mul_(scale) if self.bias is None else torch.addcmul(self.bias, y, scale)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+def can_int8(device: torch.device | str) -> bool:
+    """Return whether a device is an x86 processor that multiplies 8-bit integers itself."""
+    found = torch.cpu.get_capabilities()
+    return torch.device(device).type == "cpu" and can_pack(torch.float32) and any(found.get(name) for name in VNNI)
+
+
+def uses_int8(precision: str, device: torch.device | str, compiled: bool = False) -> bool:
+    """Return whether `quantise_linear` is to be called; say so in one line if the processor cannot do what is asked.
+
+    Raises:
+        UserError: on CUDA torchao is missing, or steps on a processor are to be compiled.
+    """
+    if precision != "int8":
+        return False
+    if torch.device(device).type == "cuda":
+        require("torchao", "torchao", "int8")
+        return True
+    if not can_int8(device):
+        print("precision=int8 needs an x86 processor with VNNI: going on with precision=auto", file=sys.stderr)
+        return False
+    if compiled:
+        raise UserError("precision=int8 cannot be compiled on a processor: leave out compile=true")
+    return True
+
+
+def quantise_linear(network: M, device: torch.device | str = "cpu") -> M:
+    """Put the linear layers of transformer blocks into 8 bits in place, for inference; the result is not to be saved.
+
+    On CUDA the weights alone are in 8 bits, by torchao: half of the memory of bfloat16, and no speed.
+    """
+    if torch.device(device).type == "cuda":
+        torchao = require("torchao.quantization", "torchao", "int8")
+        chosen = {id(layer) for _, _, layer in _block_layers(network)}
+        torchao.quantize_(network, torchao.Int8WeightOnlyConfig(), lambda layer, name: id(layer) in chosen)
+    else:
+        for module, name, layer in list(_block_layers(network)):
+            setattr(module, name, Int8Linear(layer))
+    return network
+
+
+def _block_layers(network: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Yield (parent, name, layer) of the linear layers of transformer blocks."""
+    for path, module in network.named_modules():
+        for name, layer in module.named_children():
+            if type(layer) is nn.Linear and set(path.split(".")) & set(BLOCKS):
+                yield module, name, layer
 
 
 def half_precision(device: torch.device | str, dtype: torch.dtype) -> torch.autocast:

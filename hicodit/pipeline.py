@@ -28,7 +28,7 @@ from engine.hub import release_folder
 from engine.media.audio import write_wav
 from engine.media.ffmpeg import probe
 from engine.media.video import iter_video
-from engine.precision import compile_step, convert_matrices, pack_linear, pick_dtype
+from engine.precision import compile_step, convert_matrices, pack_linear, pick_dtype, quantise_linear, uses_int8
 from engine.progress import stage
 from engine.release import find_codec
 from hicodit.conditions.align import MOUTH_SIDE, mouth_poses
@@ -125,13 +125,13 @@ class HiCoDiTPipeline:
             detector: what finds faces; OpenCV's cascade if None.
             landmarks: what finds the landmarks of a face, or a file or folder of them; see
                 `engine.faces.landmarks.landmark_source`. None: those of the detector.
-            precision: of the score network: auto, fp32 or bf16; see `engine.precision`.
+            precision: of the score network: auto, fp32, bf16 or int8; see `engine.precision`.
             compile: compile the sampler's steps with `torch.compile`, which takes minutes when they first run.
 
         Raises:
             UserError: a folder is missing, of another model, or with wrong shapes.
         """
-        dtype = pick_dtype(precision, device)
+        dtype, int8 = pick_dtype(precision, device), uses_int8(precision, device, compile)
         folder = release_folder(folder)
         system = HiCoDiTSystem.from_pretrained(folder, encoders=encoders)
         config = system.release
@@ -148,6 +148,8 @@ class HiCoDiTPipeline:
             raise UserError(f"{Path(folder) / 'config.yaml'}: {error}") from error
         if dtype != torch.float32:
             convert_matrices(system.model, dtype, FLOAT32)
+        if int8:
+            quantise_linear(system.model, device)
         if not compile:  # the compiler does not take packed weights
             pack_linear(system.model, device)
         compiled = compile_step(device) if compile else None

@@ -38,6 +38,7 @@ def main() -> None:
     add("--device", choices=DEVICES, default="auto", help="default: %(default)s")
     add("--precision", choices=PRECISIONS, default="auto", help="default: %(default)s")
     add("--sampler", choices=("release", "fast", "paper"), default="fast", help="of HiCoDiT (default: %(default)s)")
+    add("--sampling", choices=("release", "fast"), default="release", help="of Talker-T2AV (default: %(default)s)")
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
     for name, field, default in listed(ServeLimits):
@@ -58,6 +59,7 @@ def main() -> None:
     from service.admission import Service
     from service.app import make_app
     from talker_t2av.pipeline import TalkerPipeline
+    from talker_t2av.settings import with_preset as with_sampling
     from talker_t2av.system import BUNDLED as BUNDLED_TALKER
 
     set_limits(Limits(seconds=limits.seconds))
@@ -67,6 +69,7 @@ def main() -> None:
         hicodit.sampler, hicodit.guidance = with_preset(args.sampler, hicodit.sampler, hicodit.guidance)
     if "talker_t2av" in args.models:
         talker = TalkerPipeline.from_pretrained(args.talker or BUNDLED_TALKER, device, precision=args.precision)
+        talker.sampling = with_sampling(args.sampling, talker.sampling)
     service = Service(hicodit, talker, limits, demo=args.talker is None, voices=args.voices)
     print(f"serving {', '.join(service.workers)} on http://{args.host}:{args.port}; Ctrl-C ends", flush=True)
     uvicorn.run(

@@ -65,7 +65,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary | None, keep: slice | None = None) -> Tensor:
         """x (B, L, D) -> (B, Q, D)."""
         width = x.shape[-1]
-        if keep is None or type(self.qkv) is not nn.Linear:  # packed, or with a low-rank update
+        # packed, or with a low-rank update; or of torchao
+        if keep is None or type(self.qkv) is not nn.Linear or type(self.qkv.weight) is not nn.Parameter:
             q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
             q = q if keep is None else q[:, keep]
         else:

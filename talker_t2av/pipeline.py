@@ -27,7 +27,7 @@ from engine.files import output_file
 from engine.media.audio import write_wav
 from engine.media.pictures import to_bytes
 from engine.media.video import CONTAINERS, write_video
-from engine.precision import compile_step, pack_linear, pick_dtype
+from engine.precision import compile_step, pack_linear, pick_dtype, quantise_linear, uses_int8
 from engine.progress import stage
 from talker_t2av.generation import PatchLoop, Result, Step, step_limit
 from talker_t2av.jobs import Job, PreparedJob, Reference, prepare_job
@@ -118,14 +118,17 @@ class TalkerPipeline:
         """Load a release folder of ours, or a folder with the released files; see `TalkerSystem.load`.
 
         Args:
-            precision: of the model, and in which faces are drawn: auto, fp32 or bf16; see `engine.precision`. Speech is
-                decoded in float32.
+            precision: of the model, and in which faces are drawn: auto, fp32, bf16 or int8; see `engine.precision`.
+                With int8, faces are drawn as with auto. Speech is decoded in float32.
             compile: compile the steps with `torch.compile`, which takes minutes when they first run.
         """
-        dtype = pick_dtype(precision, device)
+        dtype, int8 = pick_dtype(precision, device), uses_int8(precision, device, compile)
         system = TalkerSystem.load(folder, codecs, device)
         if dtype != torch.float32:
             system.model.to_precision(dtype)
+        if int8:
+            quantise_linear(system.model, device)
+            system.picture_dtype = pick_dtype("auto", device)
         if not compile:  # the compiler does not take packed weights
             pack_linear(system.model, device)
         return cls(system, compiled=compile_step(device) if compile else None)

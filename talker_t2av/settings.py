@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from engine.cluster import ClusterConfig, check_place
-from engine.config import plain
+from engine.config import CONFIGS, plain
 from engine.errors import UserError
 from engine.faces.track import read_boxes, track_of_boxes
 from engine.files import writable
@@ -33,6 +33,8 @@ from engine.settings import (
     check_settings,
     group,
     make,
+    override,
+    require_choice,
     setting,
 )
 from engine.untrusted import parse_json, read_lines, safe_name
@@ -171,6 +173,17 @@ class Job:
             track_of_boxes(read_boxes(self.face_box), 1)
         if MODES[self.mode].speech == "generated" and not is_voice(self.reference_audio):
             require_stream(self.voice_file, "audio")
+
+
+def with_preset(name: str, sampling: Sampling) -> Sampling:
+    """Return these settings with what configs/sampling/NAME.yaml says in their place.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    require_choice("sampling", name, sorted(path.stem for path in (CONFIGS / "sampling").glob("*.yaml")))
+    preset = OmegaConf.to_container(OmegaConf.load(CONFIGS / "sampling" / f"{name}.yaml")) or {}
+    return override(sampling, preset.get("sampling", {}))
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,9 @@ class TalkerSystem:
         find: gives the folder or file of `speech`, `motion` or `speaker`.
         digests: of the weights that made the model's training features, by the same names; one that is absent is not
             checked.
+
+    Attributes:
+        picture_dtype: in which faces are drawn; None: as the model's.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class TalkerSystem:
     ) -> None:
         self.model, self.tokenizer, self.stats, self.sampling = model, tokenizer, stats, sampling
         self._find, self._digests = find, digests
+        self.picture_dtype: torch.dtype | None = None
         rows = model.llm.config.vocab_size
         if tokenizer.vocab_size > rows:
             raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {rows}: use its own")
@@ -87,7 +91,7 @@ class TalkerSystem:
         """The portrait codec; faces are drawn in the model's precision."""
         codec = self._load("motion", load_motion)
         _check_channels("motion codes", self.model.config.motion_dim, codec.channels)
-        codec.dtype = self.model.dtype
+        codec.dtype = self.picture_dtype or self.model.dtype
         return codec
 
     @cached_property

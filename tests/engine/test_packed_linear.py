@@ -1,15 +1,30 @@
-"""Weights of inference in oneDNN's layout give the same products.
+"""Weights of inference in oneDNN's layout give the same products; those in 8 bits are as defined, and near.
 
 Axes: N input features, M output features.
 """
+
+from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import nn
 
-from engine.precision import PackedLinear, can_pack, convert_matrices, pack_linear
+import engine.precision
+from engine.errors import UserError
+from engine.precision import (
+    Int8Linear,
+    PackedLinear,
+    can_int8,
+    can_pack,
+    convert_matrices,
+    pack_linear,
+    pick_dtype,
+    quantise_linear,
+    uses_int8,
+)
 
 x86 = pytest.mark.skipif(not can_pack(torch.float32), reason="weights are packed on x86 processors alone")
+vnni = pytest.mark.skipif(not can_int8("cpu"), reason="needs an x86 processor with VNNI")
 half = pytest.param(
     torch.bfloat16, marks=pytest.mark.skipif(not can_pack(torch.bfloat16), reason="needs AVX-512 or AVX-NE-CONVERT")
 )
@@ -55,3 +70,69 @@ def test_half_of_a_network_in_half_precision_is_packed_as_it_is():
     pack_linear(convert_matrices(network, torch.bfloat16, without=("time",)))
     assert type(network["time"]) is PackedLinear
     assert [network[name].weight.dtype for name in ("time", "out")] == [torch.float32, torch.bfloat16]
+
+
+@vnni
+@pytest.mark.parametrize("shape", [(0, 48), (48,), (1, 48), (5, 48), (2, 3, 7, 48), (600, 48), (20, 2730)])
+def test_an_int8_layer_is_as_defined(shape):
+    torch.manual_seed(0)
+    for bias in (True, False):
+        layer, x = nn.Linear(shape[-1], 96, bias=bias), 3 * torch.randn(shape)
+        eight, weight = Int8Linear(layer), layer.weight.detach()
+        row, channel = x.abs().amax(-1, keepdim=True) / 127, weight.abs().amax(1) / 127
+        sums = (x / row).round().double() @ (weight / channel[:, None]).round().double().T
+        with torch.inference_mode():
+            found, exact = eight(x), layer(x)
+            part = eight(x.expand(2, *shape)[:, ..., :])  # not contiguous
+        wanted = row * channel * sums + (layer.bias if bias else 0)
+        torch.testing.assert_close(found, wanted.float())
+        torch.testing.assert_close(part[1], found, rtol=0, atol=0)
+        assert found.shape == exact.shape and (found - exact).norm() <= 0.02 * exact.norm()
+
+
+@vnni
+def test_a_row_in_int8_does_not_depend_on_its_batch():
+    torch.manual_seed(0)
+    eight, x = Int8Linear(nn.Linear(64, 32)), torch.randn(9, 64) * torch.logspace(-3, 3, 9)[:, None]
+    with torch.inference_mode():
+        assert torch.equal(eight(x), torch.cat([eight(row[None]) for row in x]))
+        assert torch.equal(eight(torch.zeros(1, 64))[0], eight.bias)
+
+
+@vnni
+def test_layers_of_blocks_alone_are_put_into_int8():
+    block = nn.ModuleDict({"qkv": nn.Linear(8, 8), "norm": nn.LayerNorm(8)})
+    network = nn.ModuleDict({"input": nn.Linear(8, 8), "blocks": nn.ModuleList([block]), "head": nn.Linear(8, 8)})
+    quantise_linear(network)
+    pack_linear(network)
+    assert type(block["qkv"]) is Int8Linear
+    assert type(network["input"]) is PackedLinear and type(network["head"]) is PackedLinear
+
+
+def test_int8_is_taken_where_it_can_be_and_refused_in_one_line(monkeypatch, capsys):
+    if can_int8("cpu"):
+        assert uses_int8("int8", "cpu") and pick_dtype("int8", "cpu") == torch.float32
+        with pytest.raises(UserError, match="compile=true"):
+            uses_int8("int8", "cpu", compiled=True)
+    assert not uses_int8("fp32", "cpu") and not capsys.readouterr().err
+    monkeypatch.setattr(engine.precision, "VNNI", ())  # as of an older processor
+    assert not uses_int8("int8", "cpu") and pick_dtype("int8", "cpu") == pick_dtype("auto", "cpu")
+    assert capsys.readouterr().err == "precision=int8 needs an x86 processor with VNNI: going on with precision=auto\n"
+
+
+@pytest.mark.skipif(find_spec("torchao") is not None, reason="torchao is installed")
+def test_int8_on_a_card_needs_torchao():
+    with pytest.raises(UserError, match=r"torchao.*setup\.sh int8"):
+        uses_int8("int8", "cuda")
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao")
+def test_weights_of_blocks_are_in_int8_by_torchao():
+    torch.manual_seed(0)
+    network = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(64, 64)]), "head": nn.Linear(64, 64)})
+    x, layer, head = torch.randn(3, 64), network["blocks"][0], network["head"].weight
+    exact = layer(x)
+    quantise_linear(network, "cuda")  # torchao converts where the weights are, here on the processor
+    found = network["blocks"][0](x)
+    assert network["head"].weight is head and not torch.equal(found, exact)
+    assert (found - exact).norm() <= 0.02 * exact.norm()

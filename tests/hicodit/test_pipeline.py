@@ -13,7 +13,7 @@ from engine.errors import UserError
 from engine.faces import clip as clip_module
 from engine.faces.detectors import HaarDetector
 from engine.faces.track import track_face
-from engine.precision import PackedLinear, can_pack
+from engine.precision import Int8Linear, PackedLinear, can_int8, can_pack
 from hicodit import pipeline as pipeline_module
 from hicodit import system as system_module
 from hicodit.conditions.crops import crop_mouth
@@ -25,6 +25,9 @@ from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import GuidanceScales
 
 WINDOW = 75  # video frames
+
+
+vnni = pytest.param("int8", marks=pytest.mark.skipif(not can_int8("cpu"), reason="needs an x86 processor with VNNI"))
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +47,12 @@ def test_same_seed_same_speech(pipeline, clip):
     assert not np.array_equal(pipeline(clip, seed=1).tokens, pipeline(clip, seed=2).tokens)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", vnni])
 def test_same_seed_same_tokens_at_each_precision(release, clip, precision):
     first, again = (HiCoDiTPipeline.from_pretrained(release, precision=precision) for _ in range(2))
-    half = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    half = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}[precision]
+    blocks = {type(block.qkv) for stage in first.system.model.stages for block in stage.blocks}
+    assert (blocks == {Int8Linear}) == (precision == "int8")
     assert {stage.heads[0].weight.dtype for stage in first.system.model.stages} == {first.system.model.dtype} == {half}
     crops = [first.crops(clip)]
     assert np.array_equal(first.run(crops, [3])[0].tokens, again.run(crops, [3])[0].tokens)
@@ -60,17 +65,18 @@ def test_weights_are_packed_unless_steps_are_compiled(release):
         assert {type(stage.fuse_tokens) for stage in model.stages} == {kind}
 
 
+@pytest.mark.parametrize("lower", ["bf16", vnni])
 @torch.inference_mode()
-def test_half_precision_gives_float32_log_posteriors_that_are_close(release):
+def test_lower_precision_gives_float32_log_posteriors_that_are_close(release, lower):
     frames = torch.tensor([20, 20])
     conditions = Conditions(torch.randn(2, 20, 32), torch.rand(2, 256), torch.tensor([[1, 2], [3, 4]]), frames)
     tokens, log_q = torch.randint(0, 17, (2, 12, 40)), {}
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", lower):
         model = HiCoDiTPipeline.from_pretrained(release, precision=precision).system.model
         posterior = GuidedPosterior(model, conditions, GuidanceScales(2.5, 1.25))
         log_q[precision] = posterior(tokens, torch.full((2,), 0.5), None)
-    assert log_q["bf16"].dtype == torch.float32 and not torch.equal(log_q["fp32"], log_q["bf16"])
-    divergence = (log_q["fp32"].exp() * (log_q["fp32"] - log_q["bf16"])).sum(-1).mean()
+    assert log_q[lower].dtype == torch.float32 and not torch.equal(log_q["fp32"], log_q[lower])
+    divergence = (log_q["fp32"].exp() * (log_q["fp32"] - log_q[lower])).sum(-1).mean()
     assert 0 < divergence < 0.05  # random weights of large scale; the bundled model has less
 
 
