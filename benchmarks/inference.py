@@ -1,7 +1,8 @@
 """Speed and memory of inference: one table for both models, the reference loops and streaming.
 
-Weights are random unless said otherwise. The precisions and a reference loop take turns in one process, so that other
-programs disturb all alike. Times are processor time on a CPU, of all threads; with `--wall` wall-clock time.
+Weights are random unless said otherwise. Each precision and a reference loop in float32 take turns in one process, so
+that other programs disturb both alike. Times are processor time on a CPU, of all threads, or wall-clock time
+(`--wall`).
 
 HiCoDiT: steps of the first window are timed; the time of a clip follows from its windows and steps. Encoders and codec
 are left out. The reference loop follows the paper literally: it runs the guidance branches one by one, prepares their
@@ -99,18 +100,19 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     jobs: list[tuple[Callable, dict[str, Any]]] = []
     for size in sizes:
         for batch in args.batch or ([1, 8] if args.full else [1]):
-            job = shared | {"size": size, "batch": batch}
+            each = [shared | {"size": size, "batch": batch, "precision": name} for name in names]
             if "hicodit" in args.models:
-                jobs += [(hicodit, job | {"seconds": s, "sampler": k}) for s in lengths for k in args.samplers]
+                settings = [{"seconds": s, "sampler": k} for s in lengths for k in args.samplers]
+                jobs += [(hicodit, job | setting) for setting in settings for job in each]
             if "talker_t2av" in args.models:
-                jobs += [(talker, job | {"sampling": preset}) for preset in args.sampling]
+                jobs += [(talker, job | {"sampling": preset}) for preset in args.sampling for job in each]
     if "stream" in args.models:
         jobs += [(stream, shared | {"lookahead": seconds}) for seconds in args.lookahead]
     jobs += [(whole_clip, shared | {"minutes": minutes}) for minutes in args.minutes]
     for measure, job in jobs:
-        for row in in_own_process(measure, job):
-            rows.append(row)
-            yield row, _line(row)
+        row = in_own_process(measure, job)
+        rows.append(row)
+        yield row, _line(row)
     chart(rows, dated(args.out, f"inference-{args.device.type}.png"))
 
 
@@ -158,37 +160,37 @@ def build_hicodit(size: str) -> HiCoDiT:
 
 
 @torch.inference_mode()
-def hicodit(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measure one setting of HiCoDiT; return a row for each precision."""
+def hicodit(job: dict[str, Any]) -> dict[str, Any]:
+    """Measure one setting of HiCoDiT."""
     device, batch, seconds = torch.device(job["device"]), job["batch"], job["seconds"]
     sampler, guidance = with_preset(job["sampler"], SamplerConfig(), GUIDANCE)
-    plain, clock, names = build_hicodit(job["size"]).to(device), job["clock"], list(job["rates"])
-    models = {"plain": plain} | {name: build_hicodit(job["size"]).to(device) for name in names}
+    plain, clock, precision = build_hicodit(job["size"]).to(device), job["clock"], job["precision"]
     c, frames = plain.config, round(FPS * min(seconds, sampler.window))
     conditions = Conditions(
         torch.randn(batch, frames, c.lip_dim, device=device), torch.rand(batch, 256, device=device),
         torch.randint(0, 7, (batch, windows_of(frames)), device=device), torch.full((batch,), frames, device=device),
     )  # fmt: skip
 
-    def first_window(name: str, steps: int = job["timed_steps"], posterior: Callable = GuidedPosterior) -> list[float]:
+    def first_window(
+        model: HiCoDiT, steps: int = job["timed_steps"], posterior: Callable = GuidedPosterior
+    ) -> list[float]:
         """Generate the first window; return the times of its beginning and of the end of each step."""
         times = [clock(device)]
         generate(
-            models[name], conditions, replace(sampler, steps=steps), guidance, range(batch), posterior,
+            model, conditions, replace(sampler, steps=steps), guidance, range(batch), posterior,
             lambda _: times.append(clock(device)),
         )  # fmt: skip
         return times
 
     # Counted before packing: PyTorch's counter does not know products with packed weights.
-    flops = _flops(lambda: first_window("plain", 3)) - _flops(lambda: first_window("plain", 2))
-    for name, model in models.items():
-        if name == "bf16":
-            convert_matrices(model, torch.bfloat16, FLOAT32)
-        if name == "int8":
-            quantise_linear(model, device)
-        pack_linear(model, device)
-    ways = {name: lambda name=name: first_window(name) for name in names}
-    ways["reference"] = lambda: first_window("plain", posterior=PaperPosterior)
+    flops = _flops(lambda: first_window(plain, 3)) - _flops(lambda: first_window(plain, 2))
+    model = copy.deepcopy(plain)
+    if precision == "bf16":
+        convert_matrices(model, torch.bfloat16, FLOAT32)
+    if precision == "int8":
+        quantise_linear(model, device)
+    pack_linear(model, device)
+    ways = {precision: lambda: first_window(model), "reference": lambda: first_window(plain, posterior=PaperPosterior)}
     each: dict[str, list[float]] = {name: [] for name in ways}
     once: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(job["rounds"] + 1):  # the first turn warms up
@@ -197,20 +199,17 @@ def hicodit(job: dict[str, Any]) -> list[dict[str, Any]]:
             if turn:
                 each[name] += durations[1:]
                 once[name].append(durations[0] - statistics.median(durations[1:]))
-    rows, count, reference = [], len(windows(round(FPS * seconds), sampler)), statistics.median(each["reference"])
-    for name in names:
-        step, start = statistics.median(each[name]), max(0.0, statistics.median(once[name]))
-        operators = _operators(lambda name=name: first_window(name, 3))
-        operators.subtract(_operators(lambda name=name: first_window(name, 2)))
-        window = start + sampler.steps * step
-        rows.append({
-            "model": "hicodit", "size": job["size"], "batch": batch, "seconds": seconds, "sampler": job["sampler"],
-            "precision": name, "step_ms": 1e3 * step, "rtf": count * window / seconds / batch, "first_s": window,
-            "evaluations": count * sampler.steps * len(guidance.branches), **operators,
-            "peak_memory_mb": peak_memory_mb(device), "of_rate": flops / step / job["rates"][name],
-            "speed_up": reference / step,
-        })  # fmt: skip
-    return rows
+    count, step, reference = len(windows(round(FPS * seconds), sampler)), *map(statistics.median, each.values())
+    operators = _operators(lambda: first_window(model, 3))
+    operators.subtract(_operators(lambda: first_window(model, 2)))
+    window = max(0.0, statistics.median(once[precision])) + sampler.steps * step
+    return {
+        "model": "hicodit", "size": job["size"], "batch": batch, "seconds": seconds, "sampler": job["sampler"],
+        "precision": precision, "step_ms": 1e3 * step, "rtf": count * window / seconds / batch, "first_s": window,
+        "evaluations": count * sampler.steps * len(guidance.branches), **operators,
+        "peak_memory_mb": peak_memory_mb(device), "of_rate": flops / step / job["rates"][precision],
+        "speed_up": reference / step,
+    }  # fmt: skip
 
 
 def random_request(model: TalkerT2AV, patches: int, seed: int) -> Request:
@@ -229,22 +228,18 @@ def random_request(model: TalkerT2AV, patches: int, seed: int) -> Request:
 
 
 @torch.inference_mode()
-def talker(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measure one setting of Talker-T2AV; return a row for each precision. The reference loop has one row alone."""
+def talker(job: dict[str, Any]) -> dict[str, Any]:
+    """Measure one setting of Talker-T2AV. The reference loop has one row alone."""
     device, batch, patches, clock = torch.device(job["device"]), job["batch"], job["patches"], job["clock"]
-    sampling = with_sampling(job["sampling"], Sampling())
-
-    def converted(precision: str) -> TalkerT2AV:
-        model = copy.deepcopy(plain)
-        if precision == "bf16":
-            model.to_precision(torch.bfloat16)
-        if precision == "int8":
-            quantise_linear(model, device)
-        return pack_linear(model, device)
-
+    sampling, precision = with_sampling(job["sampling"], Sampling()), job["precision"]
     torch.manual_seed(0)
     plain = TalkerT2AV(TalkerConfig(**read_config(f"model/talker_t2av_{job['size']}"))).eval().to(device)
-    models = {name: converted(name) for name in job["rates"]}
+    model = copy.deepcopy(plain)
+    if precision == "bf16":
+        model.to_precision(torch.bfloat16)
+    if precision == "int8":
+        quantise_linear(model, device)
+    pack_linear(model, device)
     requests = [random_request(plain, patches, seed) for seed in range(batch)]
 
     def loop(model: TalkerT2AV) -> list[float]:
@@ -259,8 +254,7 @@ def talker(job: dict[str, Any]) -> list[dict[str, Any]]:
         official_t2av(plain, requests[0], Sampling())
         return [(clock(device) - begin) / patches] * patches
 
-    ways: dict[str, Callable[[], list[float]]] = {name: lambda name=name: loop(models[name]) for name in models}
-    ways["reference"] = official
+    ways: dict[str, Callable[[], list[float]]] = {precision: lambda: loop(model), "reference": official}
     each: dict[str, list[list[float]]] = {name: [] for name in ways}
     for turn in range(job["rounds"] + 1):  # the first turn warms up
         for name, way in ways.items():
@@ -268,23 +262,20 @@ def talker(job: dict[str, Any]) -> list[dict[str, Any]]:
             if turn:
                 each[name].append(durations)
     patch = {name: statistics.median(sum(durations) / patches for durations in each[name]) for name in ways}
-    rows, flops = [], _flops(lambda: loop(plain)) / patches
-    for name in models:
-        operators = _operators(lambda name=name: loop(models[name]))
-        ratios = [sum(r) * batch / sum(d) for r, d in zip(each["reference"], each[name])]
-        rows.append({
-            "model": "talker_t2av", "size": job["size"], "batch": batch, "seconds": 0.16 * patches,
-            "sampler": f"{sampling.steps} steps", "precision": name, "step_ms": 1e3 * patch[name],
-            "rtf": patch[name] / 0.16 / batch, "first_s": statistics.median(durations[0] for durations in each[name]),
-            "evaluations": 2 * 2 * (sampling.steps - 1), **{k: round(v / patches) for k, v in operators.items()},
-            "peak_memory_mb": peak_memory_mb(device), "of_rate": flops / patch[name] / job["rates"][name],
-            "speed_up": patch["reference"] * batch / patch[name], "slowest": min(ratios), "fastest": max(ratios),
-            "reference_step_ms": 1e3 * patch["reference"],
-        })  # fmt: skip
-    return rows
+    flops, took, operators = _flops(lambda: loop(plain)) / patches, patch[precision], _operators(lambda: loop(model))
+    ratios = [sum(r) * batch / sum(d) for r, d in zip(each["reference"], each[precision])]
+    return {
+        "model": "talker_t2av", "size": job["size"], "batch": batch, "seconds": 0.16 * patches,
+        "sampler": f"{sampling.steps} steps", "precision": precision, "step_ms": 1e3 * took,
+        "rtf": took / 0.16 / batch, "first_s": statistics.median(durations[0] for durations in each[precision]),
+        "evaluations": 2 * 2 * (sampling.steps - 1), **{k: round(v / patches) for k, v in operators.items()},
+        "peak_memory_mb": peak_memory_mb(device), "of_rate": flops / took / job["rates"][precision],
+        "speed_up": patch["reference"] * batch / took, "slowest": min(ratios), "fastest": max(ratios),
+        "reference_step_ms": 1e3 * patch["reference"],
+    }  # fmt: skip
 
 
-def stream(job: dict[str, Any]) -> list[dict[str, Any]]:
+def stream(job: dict[str, Any]) -> dict[str, Any]:
     """Measure the bundled HiCoDiT on the demo clip while its pictures come."""
     device = torch.device(job["device"])
     pipeline = HiCoDiTPipeline.from_pretrained(device=device)
@@ -297,15 +288,15 @@ def stream(job: dict[str, Any]) -> list[dict[str, Any]]:
             firsts.append(chunks[0].compute)
             hops += [chunk.compute for chunk in chunks[1:-1]]
     seconds = sum(len(chunk.wave) for chunk in chunks) / pipeline.codec.sample_rate
-    return [{
+    return {
         "model": "stream", "size": "bundled", "batch": 1, "seconds": seconds,
         "sampler": f"{job['lookahead']:g} s ahead", "step_ms": 1e3 * statistics.median(hops),
         "rtf": (compute_time(device) - begin) / job["rounds"] / seconds, "first_s": statistics.median(firsts),
         "pictures_before_first_s": chunks[0].needed / FPS, "peak_memory_mb": peak_memory_mb(device),
-    }]  # fmt: skip
+    }  # fmt: skip
 
 
-def whole_clip(job: dict[str, Any]) -> list[dict[str, Any]]:
+def whole_clip(job: dict[str, Any]) -> dict[str, Any]:
     """Measure the bundled HiCoDiT on a long clip, from cut pictures to sound, with two steps a window."""
     device = torch.device(job["device"])
     pipeline = HiCoDiTPipeline.from_pretrained(device=device)
@@ -314,10 +305,10 @@ def whole_clip(job: dict[str, Any]) -> list[dict[str, Any]]:
     begin = compute_time(device)
     wave = pipeline.run([crops], [0], sampler=replace(pipeline.sampler, steps=2))[0].wave
     took, seconds = compute_time(device) - begin, len(wave) / pipeline.codec.sample_rate
-    return [{
+    return {
         "model": "whole clip", "size": "bundled", "batch": 1, "seconds": seconds, "sampler": "2 steps",
         "rtf": took / seconds, "peak_memory_mb": peak_memory_mb(device),
-    }]  # fmt: skip
+    }  # fmt: skip
 
 
 def chart(rows: list[dict[str, Any]], path: Path) -> None:
