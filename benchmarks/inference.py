@@ -51,7 +51,8 @@ from hicodit.model import FLOAT32, HiCoDiT, ModelConfig
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig, with_preset
 from hicodit.system import HiCoDiTSystem
-from talker_t2av.generation import PatchLoop
+from talker_t2av.generation import Rows
+from talker_t2av.layers import fuse_mlps
 from talker_t2av.model import TalkerConfig, TalkerT2AV
 from talker_t2av.request import MODES, Request, Sampling
 from talker_t2av.settings import with_preset as with_sampling
@@ -237,6 +238,7 @@ def talker(job: dict[str, Any]) -> dict[str, Any]:
     model = copy.deepcopy(plain)
     if precision == "bf16":
         model.to_precision(torch.bfloat16)
+    fuse_mlps(model)
     if precision == "int8":
         quantise_linear(model, device)
     pack_linear(model, device)
@@ -245,8 +247,8 @@ def talker(job: dict[str, Any]) -> dict[str, Any]:
     def loop(model: TalkerT2AV) -> list[float]:
         """Return the seconds of each patch."""
         times = [clock(device)]
-        for _ in PatchLoop(model, requests, MODES["t2av"], sampling, use_stop=False):
-            times.append(clock(device))
+        rows = Rows(model, MODES["t2av"], sampling, batch, use_stop=False)
+        rows.generate(requests, on_step=lambda _: times.append(clock(device)))
         return np.diff(times).tolist()
 
     def official() -> list[float]:

@@ -15,9 +15,9 @@ from transformers import DynamicCache
 
 from talker_t2av.diffusion_head import DiffusionHead
 from talker_t2av.flow_matching import guide, solver_times, zero_steps
-from talker_t2av.generation import seeded_noise
 from talker_t2av.layers import Transformer
 from talker_t2av.model import TalkerT2AV
+from talker_t2av.prompt import seeded_noise
 from talker_t2av.request import T2AV, Request, Sampling
 
 
@@ -36,7 +36,7 @@ def official_t2av(model: TalkerT2AV, request: Request, sampling: Sampling) -> tu
     }
     frames = {name: empty for name, (_, _, empty) in streams.items()}
     noise = {
-        name: seeded_noise([request], name, (empty.shape[2], size), request.max_patches)
+        name: seeded_noise(request, name, (empty.shape[2], size), request.max_patches)[:, None]
         for name, (_, _, empty) in streams.items()
     }
     for index in range(request.max_patches):
@@ -82,5 +82,5 @@ def _encode(encoder: Transformer, frames: Tensor) -> Tensor:
 def _run(transformer: Transformer, x: Tensor) -> Tensor:
     """Every position through every block."""
     for block in transformer.blocks:
-        x = block(x, transformer.rope)
+        x = block(x, transformer.rope.factors(x.shape[1]))
     return transformer.norm(x)

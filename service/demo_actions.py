@@ -20,10 +20,10 @@ from hicodit.generation import windows
 from hicodit.inference import write_outputs as write_speech
 from hicodit.pipeline import BUNDLED, FPS, HiCoDiTPipeline
 from talker_t2av.faces import is_picture
-from talker_t2av.generation import step_limit
 from talker_t2av.inference import write_outputs as write_talk
 from talker_t2av.jobs import Job
 from talker_t2av.pipeline import TalkerPipeline
+from talker_t2av.prompt import step_limit
 from talker_t2av.system import BUNDLED as BUNDLED_TALKER
 
 KEPT = 3600.0  # seconds for which results can be downloaded

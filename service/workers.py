@@ -14,10 +14,10 @@ import torch
 
 from engine.errors import UserError
 from hicodit.pipeline import HiCoDiTPipeline
+from talker_t2av.generation import Row, Rows
 from talker_t2av.jobs import PreparedJob
 from talker_t2av.pipeline import TalkerPipeline
 from talker_t2av.request import MODES
-from talker_t2av.running_batch import Row, RunningBatch
 
 GATHER = 0.02  # seconds that the first request of a batch waits for others
 
@@ -117,8 +117,8 @@ class TalkerWorker(Worker):
 
     def __init__(self, pipeline: TalkerPipeline, batch_size: int) -> None:
         super().__init__("talker", batch_size)
-        model = pipeline.system.model
-        self.batches = {mode: RunningBatch(model, MODES[mode], pipeline.sampling) for mode in MODES}
+        self.pipeline = pipeline
+        self.batches: dict[str, Rows] = {}  # by mode
         self.rows: dict[Row, Ticket] = {}
 
     def run(self) -> None:
@@ -133,12 +133,18 @@ class TalkerWorker(Worker):
 
     def _join(self, ticket: Ticket) -> None:
         job: PreparedJob = ticket.job
+        mode, pipeline = job.job.mode, self.pipeline
         try:
-            self.rows[self.batches[job.job.mode].join(job.request, job.rules)] = ticket
+            if mode not in self.batches:
+                self.batches[mode] = Rows(
+                    pipeline.system.model, MODES[mode], pipeline.sampling, self.batch_size, check_every=1,
+                    compile=pipeline.compile,
+                )  # fmt: skip
+            self.rows[self.batches[mode].join(job.request, job.rules)] = ticket
         except Exception as error:
             ticket.end(error)
 
-    def _step(self, batch: RunningBatch) -> None:
+    def _step(self, batch: Rows) -> None:
         cancelled = [row for row in batch.rows if self.rows[row].cancelled()]
         batch.leave(*cancelled)
         for row in cancelled:
@@ -150,10 +156,10 @@ class TalkerWorker(Worker):
             ended = batch.step()
             for row in rows:
                 on_patch = self.rows[row].on_patch
-                if on_patch is not None and row.loop.drawn.get("speech"):
-                    on_patch(row.loop.drawn["speech"][-1])
+                if on_patch is not None and row.patches.get("speech"):
+                    on_patch(row.patches["speech"][-1][None])
             for row in ended:
-                self.rows.pop(row).end(row.result())
+                self.rows.pop(row).end(batch.result(row))
         except Exception as error:
             batch.leave(*batch.rows)
             for row in rows:

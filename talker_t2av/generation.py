@@ -1,60 +1,63 @@
-"""One autoregressive loop for T2AV, TTS, A2V and V2A: every step adds a patch of 160 ms.
+"""The one autoregressive loop of T2AV, TTS, A2V and V2A: each step adds a patch of 160 ms to every row.
+
+A batch joins all its requests and steps until they end. A stream joins one, a service joins each when it comes, and
+`talker_t2av.particles` joins several copies of one.
 
 A mode says whether speech and motion are generated, given or absent. Frames of a generated stream that are given are a
 prefix, which the loop continues. Slot j of the sequence holds speech patch j and motion patch j - delay, as in
 training. If the model has task embeddings for A2V and V2A, slot j holds patch j + 1 of the given stream, so that a
-patch is drawn with the other stream's patch of the same time known. All slots of the prefix enter the backbone at once.
+patch is drawn with the other stream's patch of the same time known.
 
 Training labels the hidden state after the last patch's token as the stop and leaves the two states before it without a
 label: so by default the first positive stop test ends a row. The official routines wait for three in a row
 (`LoopRules`, talker_t2av/official.py).
 
-Shapes are the same in every step: rows that have ended stay in the batch, and `results` leaves out what was drawn after
-their end. The noise is drawn beforehand, the stop test stays on the device, and the host reads it every `check_every`
-steps.
+The cache is allocated once, for a fixed number of rows and a length that is a multiple of `BUCKET`, and serves all
+later requests; it grows where a request needs more tokens, up to the backbone's positions. Rows are kept together at
+its beginning: where one leaves, the last one takes its place. A step is a function of tensors whose shapes depend on
+the number of rows and on the bucket alone, so that on CUDA it is one graph for each of these (engine/cuda_graph.py).
+Noise is drawn when a row joins, and the stop test stays on the device.
 
-Axes: B rows, T prompt tokens, S steps, M patches of a stream, P frames of a patch, F frames, C channels (Ds of speech,
-Dm of motion), N tokens that the cache holds, Q tokens that enter it at once, p context patches, D width.
+Axes: B rows, T prompt tokens, S steps, n tokens of a patch, P frames of a patch, F frames, C channels (Ds of speech, Dm
+of motion), G speaker embedding, N tokens that the cache holds, L layers, H key heads, h head width, p context patches,
+D width.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import StaticCache
 
+from engine.cuda_graph import Backend, GraphedStep, map_tensors
 from engine.errors import UserError
+from engine.nn.transfer import send
 from engine.precision import half_precision
-from engine.seeding import generator_for
-from talker_t2av.interleaved import known_pairs
-from talker_t2av.model import TalkerT2AV
-from talker_t2av.request import A2V, ORDERS, PAPER, T2AV, V2A, LoopRules, Mode, Request, Sampling, tokens_per_patch
-from talker_t2av.streams import EncodedStream
+from talker_t2av.model import KeyValues, TalkerT2AV
+from talker_t2av.prompt import known_tokens, last_frames, seeded_noise, step_limit
+from talker_t2av.request import ORDERS, PAPER, LoopRules, Mode, Request, Sampling, Stream, tokens_per_patch
 
-Stream = Literal["speech", "motion"]
+BUCKET = 64  # tokens: lengths of the cache are multiples of it
 
 
 @dataclass(frozen=True)
-class Step:
-    """What one step did to all rows, also to those that have ended.
+class Patch:
+    """What one step drew for all rows, in the order of `Rows.rows` before the step.
 
     Attributes:
-        index: number of the step.
-        running: rows that had not ended before this step, as far as the host has read the stop tests.
-        hidden: (B, D) state that the heads saw.
-        speech, motion: (B, P, C) new patches; None for a stream that is not generated.
-        token: (B, D) input of the backbone for the next step.
-        stop: (B,) probability that the utterance ends with this step; None where it is not tested.
+        index: number of the step, counted by the row that has run for longest.
+        running: requests that had not ended before it, as far as the host knows.
+        speech, motion: (B, P, C) new frames; None for a stream that is not generated, or not yet for any row.
+        token: (B, D) last input of the backbone.
+        stop: (B,) probability that the utterance ends with this step; None where a given stream sets the length.
     """
 
     index: int
     running: int
-    hidden: Tensor
     speech: Tensor | None
     motion: Tensor | None
     token: Tensor
@@ -73,302 +76,368 @@ class Result:
     stopped: bool
 
 
-@dataclass
-class LoopState:
-    """What a step reads and replaces. No shape changes from step to step.
+@dataclass(eq=False)
+class Row:
+    """A request that has joined.
 
     Attributes:
-        cache: keys and values of the backbone, N tokens.
-        hidden: (B, D) state after the last token.
-        context: by generated stream, the frames (B, p P, C) before the next patch.
-        index: () number of the next step.
-        hits: (B,) positive stop tests in a row.
-        end: (B,) steps after which a row ends, as known so far.
+        limit: steps after which it ends at the latest. tokens: that it then has in the cache.
+        prompt: (T, D) tokens before the first generated patch.
+        index: steps that it has taken. end: after how many it ended; None while it runs.
+        patches: (P, C) frames of each generated patch.
     """
 
-    cache: StaticCache
+    request: Request
+    rules: LoopRules
+    limit: int
+    tokens: int
+    prompt: Tensor
+    patches: dict[Stream, list[Tensor]]
+    index: int = 0
+    end: int | None = None
+
+
+@dataclass(frozen=True)
+class State:
+    """What a step replaces. hidden: (B, D) after the last token. context: (B, p P, C) frames before the next patch.
+
+    index: (B,) steps taken. length: (B,) tokens in the cache. hits: (B,) positive stop tests in a row. end: (B,) steps
+    after which a row ends, as known so far.
+    """
+
     hidden: Tensor
     context: dict[Stream, Tensor]
     index: Tensor
+    length: Tensor
     hits: Tensor
     end: Tensor
 
 
-def known_tokens(
-    model: TalkerT2AV, requests: Sequence[Request], mode: Mode, rules: LoopRules, steps: int
-) -> tuple[list[Tensor], Tensor]:
-    """What is known before the loop: text, prefix, given streams, and which motion is absent.
+@dataclass(frozen=True)
+class Plan:
+    """What a step reads, by row. N steps are more than any row takes.
 
-    Returns:
-        For each row, the tokens (T, D) of task, text and prefix; and the known part (S, B, D) of the tokens after it,
-        (S, B, 2, D) where a patch is two tokens.
+    known: (B, N, n, D) part of the tokens that does not depend on what is drawn. noise: (B, N, C, P).
+    condition: (B, G) the speaker's embedding, or the first frame of the motion. first_test, stop_hits: (B,) of the
+    rules.
     """
-    c, before, after = model.config, [], []
-    task = mode.task if mode.task < c.tasks else T2AV
-    ahead = task in (A2V, V2A)  # the token before slot 0 holds the given stream's first patch
-    speech = EncodedStream(model.speech_tokens, [r.speech for r in requests], c.patch_size)
-    if mode.motion != "absent":
-        motion = EncodedStream(model.motion_tokens, [r.motion for r in requests], c.patch_size)
-        if c.order in ORDERS:
-            return known_pairs(model, {"speech": speech, "motion": motion}, requests, mode, steps)
-    for row, request in enumerate(requests):
-        slots = torch.arange(-int(ahead), request.prefix + steps, device=model.device)
-        prefix = slots < request.prefix
-        tokens = speech.patches(row, slots + int(task == A2V)) * (prefix | (mode.speech == "given"))[:, None]
-        if mode.motion == "absent":
-            tokens = tokens + model.motion_pad_emb[0]
-        else:
-            waiting = slots < request.prefix + c.delay  # for the first generated motion
-            filled = torch.full_like(prefix, mode.motion == "given") | (waiting & (not rules.motion_waits))
-            filled = torch.where(prefix, request.prefix_has_motion, filled)
-            tokens = tokens + motion.patches(row, slots + (1 if task == V2A else -c.delay)) * filled[:, None]
-        text = model.embed_text(torch.tensor([request.prompt], dtype=torch.long, device=model.device))[0]
-        start, later = tokens.split([request.prefix + int(ahead), steps])
-        embedding = model.task_embedding.weight[task : task + 1]
-        if request.task_first:
-            text = torch.cat([embedding, text])
-        elif len(start):
-            start = torch.cat([start[:1] + embedding, start[1:]])
-        if ahead:
-            text, start = torch.cat([text[:-1], text[-1:] + start[:1]]), start[1:]
-        before.append(torch.cat([text, start]))
-        after.append(later)
-    return before, torch.stack(after, 1)
+
+    known: Tensor
+    noise: dict[Stream, Tensor]
+    condition: dict[Stream, Tensor]
+    first_test: Tensor
+    stop_hits: Tensor
 
 
-def step_limit(model: TalkerT2AV, request: Request, mode: Mode) -> int:
-    """Steps after which a row ends at the latest. Motion lags by `delay` slots, which come on top."""
-    size, delay = model.config.patch_size, model.config.delay
-    if mode.speech == "given":
-        return -(-len(request.speech) // size) + delay - request.prefix
-    if mode.motion == "given":
-        return -(-len(request.motion) // size) - request.prefix
-    return request.max_patches + (delay if mode.motion == "generated" else 0)
+class Rows:
+    """Requests of one mode that are generated together: `join`, `step`, `leave`; or `generate`, which does all three.
 
-
-def seeded_noise(requests: Sequence[Request], stream: Stream, shape: tuple[int, int], patches: int) -> Tensor:
-    """Noise (M, B, C, P) of a stream; that of a patch depends on the row's seed, the stream and the patch's number."""
-    numbers = range(patches)
-    rows = [[torch.randn(shape, generator=generator_for(r.seed, stream, n)) for n in numbers] for r in requests]
-    return torch.stack([torch.stack(row) for row in rows], 1)
-
-
-class PatchLoop:
-    """Generation of a batch: iterate over it for the steps, then take `results`.
+    A row that ends leaves by itself. What shares the batch changes only rounding.
 
     Args:
-        rules: how rows end.
-        noise: (M, B, C, P) by stream, for as many patches as may be drawn; by default from each row's seed.
+        places: most rows at a time.
         use_stop: let the stop head end rows; it never does where a given stream sets the length.
         check_every: steps between two reads of the stop tests, each of which makes an accelerator wait for the host.
             Results do not depend on it; rows may be computed past their end. By default 1 on a CPU, where a patch
             in vain costs more than a read, and 4 elsewhere.
-        compiled: wraps `step`, such as `torch.compile`.
+        compile: compile the step with `torch.compile`.
+        backend: see `GraphedStep`.
 
     Attributes:
-        limits: steps after which each row ends at the latest.
-        asks_stop: the stop head is asked where rows end.
-        prompts: (T, D) tokens of each row before the first generated patch.
-
-    Raises:
-        UserError: a row has no patch to generate, or needs more tokens than the backbone has positions.
+        rows: those that run, in the order of their places.
+        patch: what the last step drew.
     """
 
-    @torch.no_grad()
     def __init__(
         self,
         model: TalkerT2AV,
-        requests: Sequence[Request],
         mode: Mode,
         sampling: Sampling,
-        rules: LoopRules = PAPER,
-        noise: Mapping[Stream, Tensor] | None = None,
+        places: int = 1,
         use_stop: bool = True,
         check_every: int | None = None,
-        compiled: Callable[[Callable], Callable] | None = None,
+        compile: bool = False,
+        backend: Backend | None = None,
     ) -> None:
-        c, size, device = model.config, model.config.patch_size, model.device
-        requests = [_to_device(request, device) for request in requests]
-        self.model, self.mode, self.sampling, self.rules = model, mode, sampling, rules
-        self.check_every = check_every or (1 if device.type == "cpu" else 4)
-        self.run_step = compiled(self.step) if compiled else self.step
+        c, self.device = model.config, model.device
+        self.model, self.mode, self.sampling, self.places = model, mode, sampling, places
+        self.check_every = check_every or (1 if self.device.type == "cpu" else 4)
         self.asks_stop = use_stop and mode.open_ended
+        self.streams: list[Stream] = [s for s in ("speech", "motion") if getattr(mode, s) == "generated"]
         self.delay = c.delay if mode.motion == "generated" else 0
-        self.limits = [step_limit(model, request, mode) for request in requests]
-        self.steps = max(self.limits)
-        if min(self.limits) < 1:
-            raise UserError(f"nothing to generate: {min(self.limits)} patches are left after the prefix")
-        first_tests = [max(rules.first_test, request.min_patches + self.delay) for request in requests]
-        self.first_test = torch.tensor(first_tests, device=device)
-
-        with half_precision(device, model.dtype):
-            self.prompts, self.known = known_tokens(model, requests, mode, rules, self.steps)
-        self.longest = longest = max(map(len, self.prompts))
-        most = model.llm.config.max_position_embeddings
+        self.lag = {"speech": 0, "motion": self.delay}
         self.per_patch = tokens_per_patch(c.order, mode.motion != "absent")
-        self.capacity = longest + self.per_patch * self.steps
-        if self.capacity > most:
-            raise UserError(
-                f"{longest} tokens of text and prefix and {self.steps} patches exceed {most}: give less text"
-            )
-
+        # The streams that each token of a patch holds.
+        self.turns = [[s] for s in ORDERS[c.order]] if self.per_patch == 2 else [self.streams]
         self.heads = {"speech": model.speech_cfm, "motion": model.motion_cfm}
         self.encoders = {"speech": model.speech_tokens, "motion": model.motion_tokens}
-        streams = [s for s in ("speech", "motion") if getattr(mode, s) == "generated"]
-        context = {s: last_frames([getattr(r, s) for r in requests], c.context * size, size) for s in streams}
-        conditions = {"speech": [r.speaker for r in requests], "motion": [r.first_motion for r in requests]}
-        self.conditions = {s: torch.stack(conditions[s]) for s in streams}
-        self.schedules = {s: self.heads[s].schedule(sampling.steps, guidance=sampling.guidance) for s in streams}
-        if noise is None:
-            channels = {"speech": c.speech_dim, "motion": c.motion_dim}
-            noise = {s: seeded_noise(requests, s, (channels[s], size), self.steps) for s in streams}
-        self.noise = {stream: value.to(device) for stream, value in noise.items()}
-        self.drawn: dict[Stream, list[Tensor]] = {s: [] for s in streams}
+        self.schedules = {s: self.heads[s].schedule(sampling.steps, guidance=sampling.guidance) for s in self.streams}
+        self.run_step = GraphedStep(self._step, self.device, compile, backend)
+        self.rows: list[Row] = []
+        self.patch: Patch | None = None
+        self.steps_taken = 0
+        self.length = 0  # N
+        self.state, self.plan, self.cache = self._allocate(BUCKET)
 
-        # Prompts of different lengths are padded on the left.
-        self.padding = torch.tensor([longest - len(prompt) for prompt in self.prompts], device=device)[:, None]
-        self.state = LoopState(
-            cache=StaticCache(model.llm.config, max_cache_len=self.capacity),
-            hidden=torch.empty(0),
-            context=context,
-            index=torch.zeros((), dtype=torch.long, device=device),
-            hits=torch.zeros(len(requests), dtype=torch.long, device=device),
-            end=torch.tensor(self.limits, device=device),
-        )
-        padded = torch.stack([F.pad(prompt, (0, 0, longest - len(prompt), 0)) for prompt in self.prompts])
-        self._advance(padded, torch.arange(longest, device=device))
+    @property
+    def free(self) -> int:
+        """How many rows may join now."""
+        return self.places - len(self.rows)
+
+    @property
+    def running(self) -> int:
+        """How many requests have not ended, as far as the host knows."""
+        return sum(row.end is None for row in self.rows)
+
+    def needs(self, request: Request) -> tuple[int, int]:
+        """Return the steps after which a request ends at the latest, and its tokens in the cache by then.
+
+        Raises:
+            UserError: there is no patch to generate, or more tokens are needed than the backbone has positions.
+        """
+        limit, most = step_limit(self.model, request, self.mode), self.model.llm.config.max_position_embeddings
+        if limit < 1:
+            raise UserError(f"nothing to generate: {limit} patches are left after the prefix")
+        prompt = len(request.prompt) + request.task_first + self.per_patch * request.prefix
+        if (tokens := prompt + self.per_patch * limit) > most:
+            raise UserError(f"{prompt} tokens of text and prefix and {limit} patches exceed {most}: give less text")
+        return limit, tokens
 
     @torch.no_grad()
-    def __iter__(self) -> Iterator[Step]:
-        ends = self.limits
-        for index in range(self.steps):
-            last = index + 1 == self.steps
-            running = sum(end > index for end in ends)
-            numbers = {"speech": index, "motion": index - self.delay}
-            noise = {stream: self.noise[stream][numbers[stream]] for stream in self.drawn if numbers[stream] >= 0}
-            self.before_step(index)
-            hidden = self.state.hidden
-            patches, token, stop = self.run_step(noise, self.known[index], last)
-            for stream, patch in patches.items():
-                self.drawn[stream].append(patch)
-            yield Step(index, running, hidden, patches.get("speech"), patches.get("motion"), token, stop)
-            if self.asks_stop and not last and (index + 1) % self.check_every == 0:
-                ends = self.state.end.tolist()
-                if max(ends) <= index + 1:
-                    return
-
-    def before_step(self, index: int) -> None:
-        """Nothing here; see `particles.ParticleLoop`."""
-
-    def step(
-        self, noise: Mapping[Stream, Tensor], known: Tensor, last: bool
-    ) -> tuple[dict[Stream, Tensor], Tensor, Tensor | None]:
-        """One patch of all rows: both solvers, both encoders, backbone, stop test. Nothing is read by the host.
+    def join(
+        self,
+        request: Request,
+        rules: LoopRules = PAPER,
+        noise: Mapping[Stream, Tensor] | None = None,
+        like: Row | None = None,
+    ) -> Row:
+        """Compute a request's prompt; the row takes part from the next step on.
 
         Args:
-            noise: (B, C, P) of each stream that is drawn in this step.
-            known: (B, D) part of the token that does not depend on what is drawn; (B, 2, D) if a patch is two tokens.
-            last: the token is not fed back.
+            rules: how it ends.
+            noise: (S, C, P) by stream, for as many patches as may be drawn; by default from the request's seed.
+            like: a row that has just joined with the same prompt, which is then not computed again.
+
+        Raises:
+            UserError: as `needs` does.
+        """
+        assert len(self.rows) < self.places, "no place is free"
+        model, c, size = self.model, self.model.config, self.model.config.patch_size
+        limit, tokens = self.needs(request)
+        request = map_tensors(lambda x: send(x, self.device), request)
+        with half_precision(self.device, model.dtype):
+            prompt, known = known_tokens(model, request, self.mode, rules, limit)
+        assert len(prompt) + self.per_patch * limit == tokens, (len(prompt), limit, tokens)
+        if tokens > self.length:
+            self._grow(tokens)
+        row, place = Row(request, rules, limit, tokens, prompt, {s: [] for s in self.streams}), len(self.rows)
+        shapes = {"speech": (c.speech_dim, size), "motion": (c.motion_dim, size)}
+        if noise is None:
+            noise = {s: seeded_noise(request, s, shapes[s], limit - self.lag[s]) for s in self.streams}
+        condition = {"speech": request.speaker, "motion": request.first_motion}
+        self.plan.known[place, :limit] = known
+        for s in self.streams:
+            self.plan.noise[s][place, : len(noise[s])] = send(noise[s], self.device)
+            self.plan.condition[s][place] = condition[s]
+            self.state.context[s][place] = last_frames(getattr(request, s), c.context * size, size)
+        self.plan.first_test[place] = max(rules.first_test, request.min_patches + self.delay)
+        self.plan.stop_hits[place] = rules.stop_hits
+        if like is None:
+            self.state.hidden[place] = self._prefill(prompt, place)
+        else:
+            other = self.rows.index(like)
+            self.state.hidden[place] = self.state.hidden[other]
+            self.cache[place] = self.cache[other]
+        for value, start in ((self.state.index, 0), (self.state.length, len(prompt)), (self.state.hits, 0)):
+            value[place] = start
+        self.state.end[place] = limit
+        self.rows.append(row)
+        return row
+
+    @torch.no_grad()
+    def step(self) -> list[Row]:
+        """Generate one patch of all rows; return those that ended with it, which have left."""
+        rows, count = [*self.rows], self._computed(len(self.rows))
+        self.before_step()
+        streams = tuple(s for s in self.streams if any(row.index >= self.lag[s] for row in rows))
+        tokens = -(-max(row.tokens for row in rows) // BUCKET) * BUCKET
+        state, plan = (map_tensors(lambda x: x[:count], value) for value in (self.state, self.plan))
+        new, patches, token, stop = self.run_step(state, streams, fixed=(plan, self.cache[:count, ..., :tokens, :]))
+        torch._foreach_copy_(tensors_of(state), tensors_of(new))
+        self.steps_taken += 1
+        drawn = {s: patch[: len(rows)] for s, patch in patches.items()}
+        stop = None if stop is None else stop[: len(rows)]
+        index = max(row.index for row in rows)
+        self.patch = Patch(index, self.running, drawn.get("speech"), drawn.get("motion"), token[: len(rows)], stop)
+        for place, row in enumerate(rows):
+            for s in streams:
+                if row.index >= self.lag[s]:
+                    row.patches[s].append(drawn[s][place])
+            row.index += 1
+        ended = self._ended()
+        self.leave(*ended)
+        return ended
+
+    def _ended(self) -> list[Row]:
+        """Find the rows that end with this step. The host reads the stop tests if it is time."""
+        ends = [row.limit for row in self.rows]
+        if self.asks_stop and (self.steps_taken % self.check_every == 0 or any(r.index >= r.limit for r in self.rows)):
+            ends = self.state.end[: len(self.rows)].tolist()
+        ended = [(row, end) for row, end in zip(self.rows, ends) if row.end is None and end <= row.index]
+        for row, end in ended:
+            row.end = end
+        return [row for row, _ in ended]
+
+    def before_step(self) -> None:
+        """Nothing here; see `talker_t2av.particles`."""
+
+    def leave(self, *rows: Row) -> None:
+        """Take rows out; the last ones move to their places."""
+        for row in rows:
+            if row not in self.rows:
+                continue
+            place, last = self.rows.index(row), self.rows.pop()
+            if last is not row:
+                self.rows[place] = last
+                for x in tensors_of((self.state, self.plan, self.cache)):
+                    x[place] = x[len(self.rows)]
+
+    def result(self, row: Row) -> Result:
+        """Return the new frames of a row that has ended."""
+        assert row.end is not None, "the row is running"
+        counts = {"speech": row.end - self.delay if row.rules.trim else row.end, "motion": row.end - self.delay}
+        frames = {s: torch.stack(x)[: counts[s]].flatten(0, 1) for s, x in row.patches.items() if x}
+        return Result(frames.get("speech"), frames.get("motion"), row.end < row.limit)
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        rules: LoopRules = PAPER,
+        on_step: Callable[[Patch], None] = lambda patch: None,
+    ) -> list[Result]:
+        """Generate requests from beginning to end, in their order; those without a place wait until one is free."""
+        for request in requests:
+            self.needs(request)
+        waiting, joined = deque(requests), []
+        try:
+            while waiting or self.rows:
+                for _ in range(min(self.free, len(waiting))):
+                    joined.append(self.join(waiting.popleft(), rules))
+                self.step()
+                on_step(self.patch)
+        finally:
+            self.rows.clear()
+        return [self.result(row) for row in joined]
+
+    def stream(self, request: Request, rules: LoopRules = PAPER) -> Iterator[Patch]:
+        """Generate one request and yield its patches as they come."""
+        row = self.join(request, rules)
+        try:
+            while row.end is None:
+                self.step()
+                yield self.patch
+        finally:
+            self.leave(row)
+
+    # The step: a function of tensors. Nothing is read by the host.
+
+    def _step(
+        self, state: State, streams: tuple[Stream, ...], plan: Plan, cache: Tensor
+    ) -> tuple[State, dict[Stream, Tensor], Tensor, Tensor | None]:
+        """One patch of all rows: both solvers, both encoders, backbone, stop test. It writes to the cache.
+
+        Args:
+            streams: those that are drawn. cache: (B, L, 2, H, N, h).
 
         Returns:
-            New patches (B, P, C), the (last) token (B, D), and the probability (B,) of the end if it is tested.
+            The next state, the new patches (B, P, C), the last token (B, D), and the probability (B,) of the end.
         """
-        state, token, patches = self.state, known, {}
-        if self.per_patch == 1:
-            for stream, z in noise.items():
-                patches[stream], drawn = self._draw(stream, z)
-                token = token + drawn
-            if not last:
-                self._advance(token[:, None], self.longest + state.index[None])
-        else:
-            for i, stream in enumerate(ORDERS[self.model.config.order]):
-                token = known[:, i]
-                if stream in noise:
-                    patches[stream], token = self._draw(stream, noise[stream])
-                if i == 0 or not last:
-                    self._advance(token[:, None], self.longest + 2 * state.index[None] + i)
-        if last:
-            return patches, token, None
-        state.index = state.index + 1
-        if not self.asks_stop:
-            return patches, token, None
-        stop = self.model.head_stop(state.hidden).sigmoid()
-        hit = (stop >= 0.5) & (state.index >= self.first_test)
-        state.hits = torch.where(hit, state.hits + 1, 0)
-        ended = state.hits >= self.rules.stop_hits
-        state.end = torch.where(ended, torch.minimum(state.end, state.index), state.end)
-        return patches, token, stop
+        row = torch.arange(len(cache), device=cache.device)
+        most = plan.known.shape[1] - 1  # rows beyond the last one, or past their end, stay within bounds
+        known = plan.known[row, state.index.clamp(max=most)]
+        hidden, context, patches = state.hidden, dict(state.context), {}
+        for i, turn in enumerate(self.turns):
+            token = known[:, i]
+            for s in turn:
+                if s not in streams:
+                    continue
+                number = state.index - self.lag[s]
+                noise = plan.noise[s][row, number.clamp(0, most)]
+                patch, drawn, after = self._draw(s, noise, hidden, context[s], plan.condition[s])
+                if self.lag[s]:
+                    begun = (number >= 0)[:, None]
+                    drawn, after = torch.where(begun, drawn, 0), torch.where(begun[..., None], after, context[s])
+                patches[s], context[s], token = patch, after, token + drawn
+            position = (state.length + i).clamp(max=cache.shape[-2] - 1)[:, None]
+            visible = torch.arange(cache.shape[-2], device=cache.device) <= position[..., None]  # (B, 1, N)
+            hidden = self.model.continue_cache(KeyValues(cache, position), token[:, None], visible, position)
+        index, hits, end, stop = state.index + 1, state.hits, state.end, None
+        if self.asks_stop:
+            stop = self.model.head_stop(hidden).sigmoid()
+            hits = torch.where((stop >= 0.5) & (index >= plan.first_test), hits + 1, 0)
+            end = torch.where(hits >= plan.stop_hits, torch.minimum(end, index), end)
+        return State(hidden, context, index, state.length + len(self.turns), hits, end), patches, token, stop
 
-    def _draw(self, stream: Stream, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """The next patch (B, P, C) of a stream, from noise (B, C, P), and its token (B, D); it joins the context."""
-        hidden, context = self.state.hidden, self.state.context
-        patch, token, context[stream] = self.draw(stream, noise, hidden, context[stream], self.conditions[stream])
-        return patch, token
-
-    def draw(
+    def _draw(
         self, stream: Stream, noise: Tensor, hidden: Tensor, context: Tensor, condition: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The next patch (B, P, C) of a stream, its token (B, D), and the context after it.
+        """The next patch (B, P, C) of a stream, its token (B, D), and the context (B, p P, C) after it.
 
         Args:
-            noise: (B, C, P). hidden: (B, D). context: (B, p P, C) frames before the patch.
-            condition: of each row: the speaker's embedding or the first frame of the motion.
+            noise: (B, C, P). hidden: (B, D). condition: (B, G).
         """
-        s = self.sampling
+        s, head = self.sampling, self.heads[stream]
         with half_precision(noise.device, self.model.dtype):
-            patch = (
-                self.heads[stream]
-                .sample(
-                    hidden, context.transpose(1, 2), condition, noise, self.schedules[stream], s.temperature, s.guidance
-                )
-                .transpose(1, 2)
-            )
+            patch = head.sample(
+                hidden, context.transpose(1, 2), condition, noise, self.schedules[stream], s.temperature, s.guidance
+            ).transpose(1, 2)
             return patch, self.encoders[stream](patch), torch.cat([context, patch], 1)[:, patch.shape[1] :]
 
-    def results(self) -> list[Result]:
-        """The new frames of each row, up to its end."""
-        streams = {stream: torch.stack(drawn, 1) for stream, drawn in self.drawn.items() if drawn}  # (B, M, P, C)
-        out = []
-        for row, (end, limit) in enumerate(zip(self.state.end.tolist(), self.limits)):
-            counts = {"speech": end - self.delay if self.rules.trim else end, "motion": end - self.delay}
-            frames = {stream: value[row, : counts[stream]].flatten(0, 1) for stream, value in streams.items()}
-            out.append(Result(frames.get("speech"), frames.get("motion"), end < limit))
-        return out
+    def _prefill(self, prompt: Tensor, place: int) -> Tensor:
+        """Put the tokens (T, D) of a prompt into a place of the cache; return the state (D,) after the last."""
+        position = torch.arange(len(prompt), device=prompt.device)[None]
+        cache = KeyValues(self.cache[place : place + 1, ..., : len(prompt), :], position)
+        return self.model.continue_cache(cache, prompt[None], position[..., None] >= position[:, None], position)[0]
 
-    def _advance(self, embeds: Tensor, place: Tensor) -> None:
-        """Run the backbone over tokens (B, Q, D) at the places (Q,) of the cache; keeps the last hidden state."""
-        key = torch.arange(self.capacity, device=embeds.device)
-        visible = (key >= self.padding)[:, None] & (key <= place[:, None])  # (B, Q, N)
-        if len(place) > 1:
-            visible = visible | (key == place[:, None])  # a padding token sees itself: no softmax over nothing
-        positions = (place - self.padding).clamp(min=0)
-        self.state.hidden = self.model.continue_cache(self.state.cache, embeds, visible, positions)
+    # Memory.
+
+    def _computed(self, rows: int) -> int:
+        """Rows that a step computes: where there are graphs, a power of two, so that there are few of them."""
+        return rows if self.run_step.backend is None else min(self.places, 1 << (rows - 1).bit_length())
+
+    def _allocate(self, length: int) -> tuple[State, Plan, Tensor]:
+        """Return zeros for all places and `length` tokens."""
+        c, llm, size = self.model.config, self.model.llm.config, self.model.config.patch_size
+        channels = {"speech": c.speech_dim, "motion": c.motion_dim}
+        conditions = {"speech": c.speaker_dim, "motion": c.motion_dim}
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(self.places, *shape, dtype=dtype, device=self.device)
+
+        with torch.inference_mode(False):  # others could not be written to outside of inference mode
+            index, total, hits, end, first_test, stop_hits = (zeros(dtype=torch.long) for _ in range(6))
+            context = {s: zeros(c.context * size, channels[s]) for s in self.streams}
+            state = State(zeros(self.model.width), context, index, total, hits, end)
+            noise = {s: zeros(length, channels[s], size) for s in self.streams}
+            condition = {s: zeros(conditions[s]) for s in self.streams}
+            known = zeros(length, self.per_patch, self.model.width)
+            shape = llm.num_hidden_layers, 2, llm.num_key_value_heads, length, llm.head_dim
+            cache = zeros(*shape, dtype=self.model.dtype)
+        self.length = length
+        return state, Plan(known, noise, condition, first_test, stop_hits), cache
+
+    def _grow(self, tokens: int) -> None:
+        """Move to a cache of at least so many tokens. Graphs of the one before are of no use any more."""
+        before = self.state, self.plan, self.cache
+        self.run_step.graphs.clear()
+        self.state, self.plan, self.cache = self._allocate(-(-tokens // BUCKET) * BUCKET)
+        if self.rows:
+            for old, new in zip(tensors_of(before), tensors_of((self.state, self.plan, self.cache))):
+                new[tuple(slice(0, size) for size in old.shape)] = old
 
 
-def generate(
-    model: TalkerT2AV,
-    requests: Sequence[Request],
-    mode: Mode,
-    sampling: Sampling,
-    rules: LoopRules = PAPER,
-    use_stop: bool = True,
-    check_every: int | None = None,
-    on_step: Callable[[Step], None] | None = None,
-) -> list[Result]:
-    """Run a `PatchLoop` to its end; gives the new frames of each row. `on_step` is called after every step."""
-    loop = PatchLoop(model, requests, mode, sampling, rules, use_stop=use_stop, check_every=check_every)
-    for step in loop:
-        if on_step is not None:
-            on_step(step)
-    return loop.results()
-
-
-def last_frames(frames: Sequence[Tensor], count: int, size: int) -> Tensor:
-    """(B, count, C): the last frames of each row, whole patches of `size` of them; zeros where there are fewer."""
-    whole = [F.pad(x, (0, 0, count, -len(x) % size)) for x in frames]
-    return torch.stack([x[len(x) - count :] for x in whole])
-
-
-def _to_device(request: Request, device: torch.device) -> Request:
-    tensors = {name: value.to(device) for name, value in vars(request).items() if isinstance(value, Tensor)}
-    return replace(request, **tensors)
+def tensors_of(value: Any) -> list[Tensor]:
+    """Return the tensors in `value`, in the order of `map_tensors`."""
+    tensors: list[Tensor] = []
+    map_tensors(tensors.append, value)
+    return tensors

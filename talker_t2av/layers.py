@@ -11,6 +11,17 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
+
+
+def product_type(device: torch.device) -> torch.dtype | None:
+    """Return the type that autocast takes for products, where no gradients are needed; None elsewhere.
+
+    What is multiplied next is then written in that type at once: a cast of its own is one more launch on a GPU.
+    """
+    if torch.is_grad_enabled() or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 class RMSNorm(nn.Module):
@@ -20,8 +31,20 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(width))
 
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """dtype: of the result, without gradients; by default that of x."""
+        if dtype is None or dtype == x.dtype:
+            return F.rms_norm(x, self.scale.shape, self.scale.to(x.dtype), 1e-6)
+        return torch.mul(F.rms_norm(x, self.scale.shape, None, 1e-6), self.scale, out=torch.empty_like(x, dtype=dtype))
+
+
+class QwenNorm(nn.RMSNorm):
+    """Norm of the language model in one operator; that of transformers is six and casts twice."""
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.scale.shape, self.scale.to(x.dtype), 1e-6)
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        return F.rms_norm(x, self.normalized_shape, None, self.eps) * self.weight
 
 
 class Rotary(nn.Module):
@@ -42,18 +65,25 @@ class Rotary(nn.Module):
         angles = torch.outer(torch.arange(self.max_positions, device=device, dtype=torch.float32), inverse)
         return torch.stack([angles.cos(), angles.sin()], -1)
 
-    def forward(self, x: Tensor, keep: slice = slice(None)) -> Tensor:
-        """Rotate x (B, Q, H, h), which stand at the positions `keep` of the sequence."""
-        length = x.shape[1] if keep == slice(None) else keep.stop
-        turn = torch.view_as_complex(self.w[:length].float())[keep, None]
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+    def factors(self, length: int) -> tuple[Tensor, Tensor]:
+        """Return what `rotate` needs for the first `length` positions: cosines and signed sines (L, 1, h)."""
+        cos, sin = self.w[:length].float().unbind(-1)
+        cos, sin = torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)
+        return cos.flatten(1)[:, None], sin.flatten(1)[:, None]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (B, L, H, h) by `Rotary.factors`; computed in float32, returned in the type of x."""
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    if torch.is_grad_enabled():
+        return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
+    return torch.addcmul(x * cos, swapped, sin, out=torch.empty_like(x))
 
 
 class Attention(nn.Module):
     """Self-attention over all positions; with `keep`, only the outputs at these positions are computed.
 
-    Without a rotary table, it does not see the order of the sequence.
+    Without rotation, it does not see the order of the sequence.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -62,19 +92,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, rotary: Rotary | None, keep: slice | None = None) -> Tensor:
-        """x (B, L, D) -> (B, Q, D)."""
-        width = x.shape[-1]
-        # packed, or with a low-rank update; or of torchao
-        if keep is None or type(self.qkv) is not nn.Linear or type(self.qkv.weight) is not nn.Parameter:
-            q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
-            q = q if keep is None else q[:, keep]
-        else:
-            q = F.linear(x[:, keep], self.qkv.weight[:width]).unflatten(-1, (self.heads, -1))
-            k, v = F.linear(x, self.qkv.weight[width:]).unflatten(-1, (2, self.heads, -1)).unbind(2)
-        if rotary is not None:
-            q, k = rotary(q) if keep is None else rotary(q, keep), rotary(k)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    def forward(self, x: Tensor, factors: tuple[Tensor, Tensor] | None, keep: slice | None = None) -> Tensor:
+        """x (B, L, D) -> (B, Q, D). factors: of `Rotary`."""
+        queries_keys, v = self.qkv(x).unflatten(-1, (3 * self.heads, -1)).split([2 * self.heads, self.heads], 2)
+        if factors is not None:
+            queries_keys = rotate(queries_keys, *factors)
+        q, k = queries_keys.chunk(2, 2)
+        q, k, v = (part.transpose(1, 2) for part in (q if keep is None else q[:, keep], k, v))
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -92,6 +116,31 @@ class MLP(nn.Module):
         return self.proj(F.silu(self.fc1(x)) * self.fc2(x))
 
 
+class FusedMLP(nn.Module):
+    """A gated MLP whose two input layers are one product; made by `fuse_mlps`."""
+
+    def __init__(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear) -> None:
+        super().__init__()
+        self.both = nn.Linear(gate.in_features, 2 * gate.out_features, bias=False, device="meta")
+        weight = torch.cat([gate.weight.detach(), up.weight.detach()])
+        self.both.weight = nn.Parameter(weight, requires_grad=False)
+        self.down = down
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.both(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+
+def fuse_mlps(network: nn.Module) -> None:
+    """Fuse the gated MLPs, also those of the language model, in place, for inference; the result is not to be saved."""
+    for module in list(network.modules()):
+        for name, mlp in list(module.named_children()):
+            if isinstance(mlp, MLP):
+                setattr(module, name, FusedMLP(mlp.fc1, mlp.fc2, mlp.proj))
+            elif isinstance(mlp, Qwen3MLP):
+                setattr(module, name, FusedMLP(mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+
+
 class Block(nn.Module):
     """Pre-norm attention and MLP, each with a residual."""
 
@@ -102,10 +151,11 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(width)
         self.mlp = MLP(width)
 
-    def forward(self, x: Tensor, rotary: Rotary | None, keep: slice | None = None) -> Tensor:
-        """x (B, L, D) -> (B, Q, D), Q = L without `keep`."""
-        x = self.attn(self.norm1(x), rotary, keep) + (x if keep is None else x[:, keep])
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x: Tensor, factors: tuple[Tensor, Tensor] | None, keep: slice | None = None) -> Tensor:
+        """x (B, L, D) -> (B, Q, D), Q = L without `keep`. factors: of `Rotary`."""
+        dtype = product_type(x.device)
+        x = self.attn(self.norm1(x, dtype), factors, keep) + (x if keep is None else x[:, keep])
+        return x + self.mlp(self.norm2(x, dtype))
 
 
 class Transformer(nn.Module):
@@ -125,6 +175,7 @@ class Transformer(nn.Module):
         """
         if not x.requires_grad:
             x = x.float()  # the residual stream, also in half precision
+        factors = self.rope.factors(x.shape[1])
         for block in self.blocks[:-1]:
-            x = block(x, self.rope)
-        return self.norm(self.blocks[-1](x, self.rope, keep))
+            x = block(x, factors)
+        return self.norm(self.blocks[-1](x, factors, keep))

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from engine.nn.transfer import send
 from talker_t2av.flow_matching import FlowDraws
-from talker_t2av.interleaved import fill_slots, interleaved_labels, place_of
 from talker_t2av.model import FPS, TalkerConfig, TalkerT2AV
+from talker_t2av.orders import fill_slots, interleaved_labels, place_of
+from talker_t2av.patches import PatchStream
 from talker_t2av.request import A2V, ORDERS, T2AV, TTS, V2A
 from talker_t2av.stop_predictor import stop_labels, stop_loss
-from talker_t2av.streams import PatchStream
 
 
 @dataclass(frozen=True)

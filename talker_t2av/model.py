@@ -1,7 +1,7 @@
 """Talker-T2AV: a Qwen3 backbone between patch encoders and diffusion heads. Parameter names are the released ones.
 
 Axes: B batch, T tokens, S tokens that they attend to, M patches, P frames of a patch, Ds / Dm speech / motion channels,
-D width.
+D width; of the cache: L layers, H key heads, N tokens, h head width.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from engine.errors import UserError
 from engine.nn.transfer import send
@@ -23,6 +24,7 @@ from engine.settings import check_settings, require_range, setting
 from talker_t2av import released
 from talker_t2av.diffusion_head import DiffusionHead, FlowHead
 from talker_t2av.flow_matching import DROP_COND, DROP_MU
+from talker_t2av.layers import QwenNorm
 from talker_t2av.patch_encoder import PatchEncoder
 from talker_t2av.request import ORDERS
 from talker_t2av.stop_predictor import POSITIVE_SHARE, StopPredictor
@@ -52,7 +54,7 @@ class TalkerConfig:
     patch_size: frames of a token. delay: patches by which motion lags behind speech. context: number of previous
         patches that a diffusion head gets.
     order: of the tokens of a patch: add (one token, the sum of both streams), av or va (one for each; see
-        `talker_t2av.interleaved`).
+        `talker_t2av.orders`).
     repeats: how often each example is used in a training step. motion_weight: weight of the motion loss.
     stop_share: weight of the stop loss's positives, as a share of the ratio of continue to stop labels: 0.3 in the
         released program, 1 in the paper.
@@ -119,6 +121,10 @@ class TalkerT2AV(Released):
             if heads < 1 or width % (2 * heads):
                 raise UserError(f"model.{name}={heads}: llm.hidden_size={width} must be a multiple of twice that")
         self.llm = Qwen3ForCausalLM(llm)
+        for module in list(self.llm.modules()):
+            for name, norm in list(module.named_children()):
+                if isinstance(norm, Qwen3RMSNorm):
+                    setattr(module, name, QwenNorm(len(norm.weight), norm.variance_epsilon))
         # For training from scratch: word embeddings on the scale of the other tokens instead of Qwen's 0.02.
         nn.init.normal_(self.llm.model.embed_tokens.weight)
         self.projector_speech = nn.Sequential(OrderedDict(linear1=nn.Linear(c.speech_dim, width)))
@@ -182,10 +188,10 @@ class TalkerT2AV(Released):
         """Hidden states (B, T, D) after the final norm. mask (B, S): 1 at real tokens; it and `cache` as Qwen3Model."""
         return self.llm.model(inputs_embeds=embeds, attention_mask=mask, **cache).last_hidden_state
 
-    def continue_cache(self, cache: Any, tokens: Tensor, visible: Tensor, positions: Tensor) -> Tensor:
-        """Add tokens (B, T, D) at positions (B, T) to a cache of S places; the state (B, D) after the last, in float32.
+    def continue_cache(self, cache: KeyValues, tokens: Tensor, visible: Tensor, positions: Tensor) -> Tensor:
+        """Add tokens (B, T, D) at positions (B, T) to a cache of N tokens; the state (B, D) after the last, in float32.
 
-        visible: (B, T, S) the places that each token sees.
+        visible: (B, T, N) the cached tokens that each token sees.
         """
         mask = {"full_attention": visible[:, None]}  # given by layer type, a mask is taken as it is
         tokens = tokens.to(self.dtype)
@@ -226,6 +232,22 @@ class TalkerT2AV(Released):
 
     def stored(self) -> dict[str, Tensor]:
         return released.stored(self)
+
+
+class KeyValues:
+    """Cached keys and values (B, L, 2, H, N, h), as the attention of transformers writes and reads them.
+
+    positions: (B, T) where each row's new tokens are put; rows may be of different lengths.
+    """
+
+    def __init__(self, cache: Tensor, positions: Tensor) -> None:
+        self.cache, self.positions = cache, positions
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Put new keys and values (B, H, T, h) of a layer into the cache; return all (B, H, N, h)."""
+        index = self.positions[:, None, :, None].expand_as(keys)
+        all_keys, all_values = self.cache[:, layer].unbind(1)
+        return all_keys.scatter_(2, index, keys), all_values.scatter_(2, index, values)
 
 
 def _masked(x: Tensor, valid: Tensor | None) -> Tensor:

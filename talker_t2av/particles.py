@@ -13,7 +13,7 @@ p context patches, C motion channels, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,9 +25,9 @@ from engine.errors import UserError
 from engine.nn.transfer import send
 from engine.precision import half_precision
 from engine.seeding import generator_for, seed_for
-from talker_t2av.generation import PatchLoop, Result, Step
+from talker_t2av.generation import Result, Row, Rows, tensors_of
 from talker_t2av.model import TalkerT2AV
-from talker_t2av.request import ORDERS, V2A, Mode, Request, Sampling
+from talker_t2av.request import ORDERS, PAPER, V2A, LoopRules, Mode, Request, Sampling
 
 TIMES = 8  # at which the motion head is asked
 SHARPNESS = 80.0  # what a mean squared error of 1 takes off a log weight; chosen on 20 clips (docs/LOG.md)
@@ -88,41 +88,67 @@ class GivenMotion:
         return cls(*(torch.stack(parts, 1) for parts in by_step), torch.stack(first))
 
 
-class ParticleLoop(PatchLoop):
-    """A `PatchLoop` for V2A with `sampling.particles` drafts of each request; `results` gives one for each request.
+class Particles(Rows):
+    """`Rows` for V2A, with `sampling.particles` drafts of each request; a request's result is its likeliest draft.
 
     The noise of each draft is its own, and is scaled by `sampling.particle_temperature`: drafts that hardly differ
-    leave nothing to choose from. Other arguments are those of `PatchLoop`.
+    leave nothing to choose from. All requests join before the first step, and leave after the last one.
+
+    Args:
+        places: most requests at a time.
 
     Raises:
-        UserError: as `PatchLoop` does; or the model's motion head cannot tell how likely a motion is.
+        UserError: the model's motion head cannot tell how likely a motion is.
     """
 
-    @torch.no_grad()
-    def __init__(
-        self, model: TalkerT2AV, requests: Sequence[Request], mode: Mode, sampling: Sampling, **how: Any
-    ) -> None:
-        c, self.drafts = model.config, sampling.particles
+    def __init__(self, model: TalkerT2AV, mode: Mode, sampling: Sampling, places: int = 1, **how: Any) -> None:
+        self.drafts = sampling.particles
         if reason := why_not(model):
             raise UserError(
                 f"sampling.particles={self.drafts}: this model cannot weigh drafts ({reason}); set sampling.particles=1"
             )
-        rows = [replace(r, seed=seed_for(r.seed, "draft", i)) for r in requests for i in range(self.drafts)]
         sampling = replace(sampling, temperature=sampling.particle_temperature)
-        super().__init__(model, rows, mode, sampling, **how)
-        given = GivenMotion.of(requests, self.limits[:: self.drafts], c.patch_size, c.context, c.delay)
-        self.given = GivenMotion(*(send(value, model.device) for value in vars(given).values()))
-        self.times = torch.linspace(0.5 / TIMES, 1 - 0.5 / TIMES, TIMES, device=model.device)
-        self.log_weights = torch.zeros(len(requests), self.drafts, device=model.device)
+        super().__init__(model, mode, sampling, places * self.drafts, **how)
+        self.times = torch.linspace(0.5 / TIMES, 1 - 0.5 / TIMES, TIMES, device=self.device)
 
-    def __iter__(self) -> Iterator[Step]:
-        """As in `PatchLoop`, of all drafts; `running` counts requests."""
-        for step in super().__iter__():
-            yield replace(step, running=step.running // self.drafts)
+    @property
+    def free(self) -> int:
+        return 0 if any(row.index for row in self.rows) else (self.places - len(self.rows)) // self.drafts
 
-    def before_step(self, index: int) -> None:
+    @property
+    def running(self) -> int:
+        return super().running // self.drafts
+
+    @torch.no_grad()
+    def join(self, request: Request, rules: LoopRules = PAPER, **how: Any) -> Row:
+        """Let the drafts of a request join; return the first of them."""
+        assert self.free, "no place is free"
+        if not self.rows:
+            self.requests: list[Request] = []
+            self.ancestors: list[Tensor] = []  # (B,) of each step: the row that each row continues
+            self.log_weights = torch.zeros(0, self.drafts, device=self.device)  # (R, n)
+        first = None
+        for i in range(self.drafts):
+            row = super().join(replace(request, seed=seed_for(request.seed, "draft", i)), rules, like=first, **how)
+            first = first or row
+        self.requests.append(request)
+        self.log_weights = F.pad(self.log_weights, (0, 0, 0, 1))
+        return first
+
+    def leave(self, *rows: Row) -> None:
+        """Take rows out once all have ended; before that they keep their places."""
+        if all(row.end is not None for row in self.rows):
+            self.drawn = [torch.stack(row.patches["speech"]) for row in self.rows]
+            self.places_of = {row: place for place, row in enumerate(self.rows)}
+            self.rows.clear()
+
+    def before_step(self) -> None:
         """Weigh the drafts by the given patch of this step; draw anew those of requests with unequal weights."""
-        count = self.drafts
+        index, count = self.rows[0].index, self.drafts
+        if index == 0:
+            c, limits = self.model.config, [row.limit for row in self.rows[::count]]
+            given = GivenMotion.of(self.requests, limits, c.patch_size, c.context, c.delay)
+            self.given = GivenMotion(*(send(value, self.device) for value in vars(given).values()))
         errors = self.errors(index) * self.given.counts[index][:, None]
         log_weights = self.log_weights - SHARPNESS * errors
         share = log_weights.softmax(-1)  # (R, n)
@@ -147,22 +173,28 @@ class ParticleLoop(PatchLoop):
 
         with half_precision(noisy.device, self.model.dtype):
             known = head.context(given.context[index], given.first)[:, None].expand(-1, TIMES, -1, -1)
-            state = self.state.hidden[:, None] + head.time(self.times)  # (B, K, D)
+            state = self.state.hidden[: requests * n, None] + head.time(self.times)  # (B, K, D)
             velocity = head.denoise(for_drafts(noisy), head.decoder.input_proj(state.flatten(0, 1)), for_drafts(known))
         errors = (velocity.float() - for_drafts(noise - patch)).square().mean((1, 2))
         return errors.reshape(requests, n, TIMES).mean(-1)
 
     def take(self, rows: Tensor) -> None:
-        """Let row i go on as row `rows[i]` (B,) has been so far."""
-        state = self.state
-        for layer in state.cache.layers:
-            layer.keys.copy_(layer.keys[rows])
-            layer.values.copy_(layer.values[rows])
-        state.hidden = state.hidden[rows]
-        state.context = {stream: frames[rows] for stream, frames in state.context.items()}
-        self.drawn = {stream: [patch[rows] for patch in patches] for stream, patches in self.drawn.items()}
+        """Let row i continue what row `rows[i]` (B,) has been so far. Its noise stays its own."""
+        for x in tensors_of((self.state, self.cache)):
+            x[: len(rows)] = x[rows]
+        self.ancestors.append(rows)
 
-    def results(self) -> list[Result]:
-        """The likeliest draft of each request."""
-        rows, best = super().results(), self.log_weights.argmax(-1).tolist()
-        return [rows[request * self.drafts + draft] for request, draft in enumerate(best)]
+    def result(self, row: Row) -> Result:
+        """Return the likeliest draft of the request of which `row` is the first draft."""
+        first = self.places_of[row]
+        request = first // self.drafts
+        return self.draft(first + int(self.log_weights[request].argmax()))
+
+    def draft(self, place: int) -> Result:
+        """Return the speech of the draft that ended in a place, from its ancestors' patches."""
+        row, patches = next(row for row, other in self.places_of.items() if other == place), []
+        for index in range(len(self.ancestors) - 1, -1, -1):
+            patches.append(self.drawn[place][index])
+            place = int(self.ancestors[index][place])
+        speech = torch.stack(patches[::-1])[: row.end].flatten(0, 1)
+        return Result(speech, None, row.end < row.limit)

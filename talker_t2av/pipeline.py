@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -27,13 +28,15 @@ from engine.files import output_file
 from engine.media.audio import write_wav
 from engine.media.pictures import to_bytes
 from engine.media.video import CONTAINERS, write_video
-from engine.precision import compile_step, pack_linear, pick_dtype, quantise_linear, uses_int8
+from engine.precision import pack_linear, pick_dtype, quantise_linear, uses_int8
 from engine.progress import stage
-from talker_t2av.generation import PatchLoop, Result, Step, step_limit
+from talker_t2av.generation import Patch, Result, Rows
 from talker_t2av.jobs import Job, PreparedJob, Reference, prepare_job
+from talker_t2av.layers import fuse_mlps
 from talker_t2av.model import FPS, HOP, RATE
-from talker_t2av.particles import ParticleLoop, draws_drafts
-from talker_t2av.request import Request, Sampling
+from talker_t2av.particles import Particles, draws_drafts
+from talker_t2av.prompt import step_limit
+from talker_t2av.request import Mode, Request, Sampling
 from talker_t2av.speaker.voice import save_voice
 from talker_t2av.system import BUNDLED, TalkerSystem
 
@@ -42,6 +45,7 @@ __all__ = ["Chunk", "Job", "Talk", "TalkerPipeline"]
 
 PAUSE = 5  # frames between two parts of a long text
 PARTS_AT_ONCE = 8  # rows of a batch
+KEPT = 2  # loops that are kept for later jobs, with their memory and graphs
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class TalkerPipeline:
     Args:
         system: the networks.
         sampling: settings of the diffusion heads; by default those of the release. The attribute may be replaced.
-        compiled: wraps the function of a step, such as `torch.compile`.
+        compile: compile the steps with `torch.compile`.
     """
 
     rate = RATE
@@ -101,10 +105,11 @@ class TalkerPipeline:
         self,
         system: TalkerSystem,
         sampling: Sampling | None = None,
-        compiled: Callable[[Callable], Callable] | None = None,
+        compile: bool = False,
     ) -> None:
-        self.system, self.compiled = system, compiled
+        self.system, self.compile = system, compile
         self.sampling = sampling or system.sampling
+        self._idle: dict[Any, Rows] = {}
 
     @classmethod
     def from_pretrained(
@@ -126,12 +131,13 @@ class TalkerPipeline:
         system = TalkerSystem.load(folder, codecs, device)
         if dtype != torch.float32:
             system.model.to_precision(dtype)
+        fuse_mlps(system.model)
         if int8:
             quantise_linear(system.model, device)
             system.picture_dtype = pick_dtype("auto", device)
         if not compile:  # the compiler does not take packed weights
             pack_linear(system.model, device)
-        return cls(system, compiled=compile_step(device) if compile else None)
+        return cls(system, compile=compile)
 
     def t2av(self, text: str, reference_audio: str | None, reference_video: str, **more: Any) -> Talk:
         """Say a text with a voice and a face; `more` are fields of `Job`. The voice may be the video's sound."""
@@ -170,8 +176,28 @@ class TalkerPipeline:
         with stage("conditions", None, "frames", "reading and encoding the files"):
             return prepare_job(job, self.system, self.sampling.text_bytes)
 
+    @contextmanager
+    def rows(self, mode: Mode, places: int, single: bool = False) -> Iterator[Rows]:
+        """Lend a loop that nobody else uses meanwhile; it serves the next job of the same kind, too.
+
+        Args:
+            single: draw one draft where `sampling.particles` are more.
+        """
+        kind = Particles if draws_drafts(mode, self.sampling) and not single else Rows
+        key = kind, mode, self.sampling, places, self.system.model
+        rows = self._idle.pop(key, None)
+        if rows is None:
+            rows = kind(self.system.model, mode, self.sampling, places, compile=self.compile)
+        try:
+            yield rows
+        finally:
+            rows.rows.clear()
+            self._idle[key] = rows
+            for other in [*self._idle][:-KEPT]:
+                self._idle.pop(other, None)
+
     def finish(
-        self, prepared: Sequence[PreparedJob], on_step: Callable[[Step], None] = lambda step: None
+        self, prepared: Sequence[PreparedJob], on_step: Callable[[Patch], None] = lambda patch: None
     ) -> list[Talk]:
         """Generate prepared jobs, those of one mode as a batch; the results in the given order."""
 
@@ -180,26 +206,26 @@ class TalkerPipeline:
 
         model, talks = self.system.model, dict[int, Talk]()
         for _, group in groupby(sorted(range(len(prepared)), key=batch_of), key=batch_of):
-            rows = list(group)
-            first, requests = prepared[rows[0]], [request for i in rows for request in prepared[i].requests]
-            kind = ParticleLoop if draws_drafts(first.mode, self.sampling) else PatchLoop
+            jobs = list(group)
+            first, requests = prepared[jobs[0]], [request for i in jobs for request in prepared[i].requests]
             most = sum(step_limit(model, request, first.mode) for request in requests)
-            seconds, results = most * model.config.patch_size / FPS, []
-            size = max(len(rows), PARTS_AT_ONCE)
-            with stage("sampling", most, "patches", f"sampling at most {seconds:.1f} s") as count:
-                for start in range(0, len(requests), size):
-                    drawn = requests[start : start + size]
-                    loop = kind(model, drawn, first.mode, self.sampling, rules=first.rules, compiled=self.compiled)
-                    for step in loop:
-                        count(step.running)
-                        on_step(step)
-                    results += loop.results()
-            ordered = iter(results)
-            talks |= {i: self.complete(prepared[i], *islice(ordered, len(prepared[i].requests))) for i in rows}
+            seconds = most * model.config.patch_size / FPS
+            places = min(len(requests), max(len(jobs), PARTS_AT_ONCE))
+            with (
+                stage("sampling", most, "patches", f"sampling at most {seconds:.1f} s") as count,
+                self.rows(first.mode, places) as rows,
+            ):
+
+                def after_step(patch: Patch, count: Callable[[int], None] = count) -> None:
+                    count(patch.running)
+                    on_step(patch)
+
+                results = iter(rows.generate(requests, first.rules, after_step))
+            talks |= {i: self.complete(prepared[i], *islice(results, len(prepared[i].requests))) for i in jobs}
         return [talks[i] for i in range(len(prepared))]
 
     @torch.no_grad()
-    def stream(self, job: Job, on_step: Callable[[Step], None] = lambda step: None) -> Iterator[Chunk]:
+    def stream(self, job: Job, on_step: Callable[[Patch], None] = lambda patch: None) -> Iterator[Chunk]:
         """One job, piece by piece as patches arrive; `on_step` is called after each patch.
 
         The concatenated chunks equal the result of `run`: samples to 1e-4, pictures to one level of 255. The sound of a
@@ -214,38 +240,36 @@ class TalkerPipeline:
         face = Face(self.system, prepared)
         limit = (prepared.frames or 0) * HOP or None
         done, last = 0, None
-        for number, request in enumerate(prepared.requests):
-            sound_begins = motion_begins = number > 0  # after a pause
-            for wave in self._waves(prepared, request, fresh, on_step):
-                wave = wave[: limit - done] if limit is not None else wave
-                if sound_begins and len(wave):
-                    wave, sound_begins = np.concatenate([np.zeros(PAUSE * HOP, np.float32), wave]), False
-                if motion_begins and fresh:
-                    fresh.insert(0, bridge(last, fresh[0][0]))
-                    motion_begins = False
-                done, last = done + len(wave), fresh[-1][-1] if fresh else last
-                frames = face.show(fresh)
-                fresh.clear()
-                if len(wave) or frames is not None:
-                    yield Chunk(wave, frames)
+        with self.rows(prepared.mode, 1, single=True) as rows:
+            for number, request in enumerate(prepared.requests):
+                sound_begins = motion_begins = number > 0  # after a pause
+                for wave in self._waves(rows, prepared, request, fresh, on_step):
+                    wave = wave[: limit - done] if limit is not None else wave
+                    if sound_begins and len(wave):
+                        wave, sound_begins = np.concatenate([np.zeros(PAUSE * HOP, np.float32), wave]), False
+                    if motion_begins and fresh:
+                        fresh.insert(0, bridge(last, fresh[0][0]))
+                        motion_begins = False
+                    done, last = done + len(wave), fresh[-1][-1] if fresh else last
+                    frames = face.show(fresh)
+                    fresh.clear()
+                    if len(wave) or frames is not None:
+                        yield Chunk(wave, frames)
 
     def _waves(
-        self, prepared: PreparedJob, request: Request, fresh: list[Tensor], on_step: Callable[[Step], None]
+        self,
+        rows: Rows,
+        prepared: PreparedJob,
+        request: Request,
+        fresh: list[Tensor],
+        on_step: Callable[[Patch], None],
     ) -> Iterator[np.ndarray]:
         """Sound (n,) as patches arrive; appends their motion to `fresh`."""
         size = self.system.model.config.patch_size
-        loop = PatchLoop(
-            self.system.model,
-            [request],
-            prepared.mode,
-            self.sampling,
-            prepared.rules,
-            check_every=1,
-            compiled=self.compiled,
-        )
+        steps = rows.stream(request, prepared.rules)
         if prepared.wave is not None:
             position = 0
-            for step in loop:
+            for step in steps:
                 on_step(step)
                 if step.motion is not None:
                     fresh.append(step.motion[0])
@@ -257,7 +281,7 @@ class TalkerPipeline:
         def latents() -> Iterator[Tensor]:
             if len(prepared.prefix_speech):
                 yield prepared.prefix_speech[None].to(self.system.device)
-            for step in loop:
+            for step in steps:
                 on_step(step)
                 waiting.append(step.speech)
                 if step.motion is not None:

@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from torch import Tensor  # importing it takes seconds
 
 TTS, T2AV, V2A, A2V = range(4)  # rows of the task embedding; released models have the first two
-ORDERS = {"av": ("speech", "motion"), "va": ("motion", "speech")}  # streams that take turns; see `interleaved`
+Stream = Literal["speech", "motion"]
+# Streams that take turns; see `talker_t2av.orders`.
+ORDERS: dict[str, tuple[Stream, Stream]] = {
+    "av": ("speech", "motion"),
+    "va": ("motion", "speech"),
+}
 
 
 def tokens_per_patch(order: str, moving: bool) -> int:

@@ -32,7 +32,7 @@ from talker_t2av import released
 from talker_t2av.alignment import Alignment
 from talker_t2av.data import TalkerExamples, collate, digests_of, holds_motion
 from talker_t2av.faces import find_square, read_square
-from talker_t2av.generation import Result, generate
+from talker_t2av.generation import Result, Rows
 from talker_t2av.layers import Block
 from talker_t2av.losses import TalkerBatch, phoneme_loss, time_warped, training_forward, training_losses
 from talker_t2av.model import FPS, TalkerConfig, TalkerT2AV
@@ -331,4 +331,4 @@ def speak(
         )
         frames.append(length)
     requests, frames = ([some[n] for n in own] for some in (requests, frames))
-    return generate(model, requests, MODES[examples.task], sampling), frames
+    return Rows(model, MODES[examples.task], sampling, len(requests)).generate(requests), frames

@@ -1,19 +1,29 @@
 """The inner loops of both models on a CUDA device that is not there: no host read, no shape that depends on data."""
 
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
+from unittest import mock
+
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine.cuda_graph import map_tensors
 from engine.precision import convert_matrices
 from hicodit import samplers
 from hicodit.conditions.types import Conditions
 from hicodit.generation import GuidedPosterior
 from hicodit.model import FLOAT32, HiCoDiT, ModelConfig
 from hicodit.settings import METHODS, GuidanceScales, SamplerConfig
-from talker_t2av.generation import PatchLoop
+from talker_t2av.generation import Rows
+from talker_t2av.layers import fuse_mlps
+from talker_t2av.model import TalkerT2AV
+from talker_t2av.particles import Particles
 from talker_t2av.request import MODES, Sampling
 from tests.gpu.fakes import CUDA, fake_cuda, faked
-from tests.talker_t2av.talker_fixtures import DS, request, tiny_model
+from tests.talker_t2av.talker_fixtures import request, tiny_model
 
 B, K, N, L, STEPS = 2, 12, 16, 40, 3
 SCALES = GuidanceScales(2.5, 1.25, 1.5, 2.0)
@@ -105,41 +115,104 @@ def test_the_fake_device_sees_a_host_read():
         run.loop(CUDA)
 
 
-def run_patches(dtype, guidance):
-    """Talker: the operators of backbone, both solvers, both encoders and the stop test, three times."""
-    model = tiny_model().to_precision(dtype)
-    loop = PatchLoop(model, [request(), request(9)], MODES["t2av"], Sampling(3, guidance=guidance))
-    before = {name: value.shape for name, value in vars(loop.state).items() if isinstance(value, torch.Tensor)}
-    with fake_cuda() as operators, torch.inference_mode():
-        loop.model = model = faked(model)
-        loop.heads = {"speech": model.speech_cfm, "motion": model.motion_cfm}
-        loop.encoders = {"speech": model.speech_tokens, "motion": model.motion_tokens}
-        for name in ("conditions", "noise", "known", "padding", "first_test"):
-            setattr(loop, name, faked(getattr(loop, name)))
-        for schedule in loop.schedules.values():
+def run_patches(rows, requests, mode=nullcontext):
+    """Talker: three steps of `rows` on the fake device; a read of the stop tests finds that no row has ended.
+
+    mode: context of the three steps.
+
+    Returns:
+        The operators, and how often the stop tests were read.
+    """
+    for asked in requests:
+        rows.join(asked)
+    shapes, reads, model = map_tensors(lambda x: x.shape, rows.state), [], rows.model
+    with (
+        fake_cuda() as operators,
+        torch.inference_mode(),
+        mock.patch.object(FakeTensor, "tolist", lambda x: reads.append(x) or [99] * len(x)),
+    ):
+        rows.device, rows.model = CUDA, faked(model)
+        rows.heads = {"speech": rows.model.speech_cfm, "motion": rows.model.motion_cfm}
+        rows.encoders = {"speech": rows.model.speech_tokens, "motion": rows.model.motion_tokens}
+        for name in ("state", "plan", "cache", "times", "log_weights", "given"):
+            if hasattr(rows, name):
+                setattr(rows, name, faked(getattr(rows, name)))
+        for schedule in rows.schedules.values():
             object.__setattr__(schedule, "shifts", faked(schedule.shifts))
-        for layer in loop.state.cache.layers:
-            layer.keys, layer.values = faked(layer.keys), faked(layer.values)
-            layer.device = CUDA
-            if isinstance(getattr(layer, "cumulative_length", None), torch.Tensor):
-                layer.cumulative_length = faked(layer.cumulative_length)
-        for name in before:
-            setattr(loop.state, name, faked(getattr(loop.state, name)))
-        loop.state.context = faked(loop.state.context)
         operators.counts.clear()
-        for index in range(3):
-            noise = {stream: loop.noise[stream][index] for stream in ("speech", "motion")}
-            patches, token, stop = loop.step(noise, loop.known[index], False)
-    assert patches["speech"].shape == (2, 4, DS) and token.shape == (2, model.width) and stop.shape == (2,)
-    assert before == {name: value.shape for name, value in vars(loop.state).items() if isinstance(value, torch.Tensor)}
-    return operators
+        operators.types.clear()
+        with mode():
+            for _ in range(3):
+                rows.step()
+    assert all(patch.shape[1] == 4 for patch in (rows.patch.speech, rows.patch.motion) if patch is not None)
+    assert map_tensors(lambda x: x.shape, rows.state) == shapes
+    return operators, len(reads)
+
+
+def half_rows(dtype=torch.bfloat16, steps=3, guidance=2.0, model=None, **how):
+    """Two rows of t2av with the networks as a pipeline has them."""
+    model = (model or tiny_model()).to_precision(dtype)
+    fuse_mlps(model)
+    return Rows(model, MODES["t2av"], Sampling(steps, guidance=guidance), 2, **how)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_a_patch_waits_for_nothing(guidance, dtype):
-    operators = run_patches(dtype, guidance)
-    assert {d for name, d in operators.types if name == "linear"} == {
-        dtype,
-        torch.float32,
-    }  # stop
+    operators, _ = run_patches(half_rows(dtype, guidance=guidance), [request(), request(9)])
+    assert {d for name, d in operators.types if name == "linear"} == {dtype, torch.float32}  # stop
+
+
+@pytest.mark.parametrize(("check_every", "expected"), [(1, 3), (4, 0)])
+def test_stop_tests_are_read_once_a_patch_at_most(check_every, expected):
+    """The service reads them after each patch. All other reads raise."""
+    _, reads = run_patches(half_rows(check_every=check_every), [request(), request(9)])
+    assert reads == expected
+
+
+def test_particles_wait_for_nothing():
+    rows = Particles(tiny_model(), MODES["v2a"], Sampling(3, particles=4), 2)
+    asked = [request(motion=20), request(9, motion=24)]
+    rows.generate(asked)
+    rows.before_step = lambda: Particles.before_step(rows) if rows.rows[0].index else None
+    _, reads = run_patches(rows, asked)
+    assert reads == 0
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that start a kernel on CUDA: those that are neither views nor allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __enter__(self):
+        self.counts.clear()  # attention of the prompts
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
+        view = any(result.alias_info is not None and not result.alias_info.is_write for result in func._schema.returns)
+        if not view and not name.startswith(("empty", "new_empty", "detach", "_unsafe_view", "prim::")):
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+    def attention(self, q, k, v, **_):
+        """Attention is one kernel on CUDA; fake tensors would show the operators that compute it elsewhere."""
+        self.counts["attention"] += 1
+        return torch.empty_like(q)
+
+
+def test_launches_and_casts_of_a_patch_in_half_precision():
+    """At the depth of the paper. Ceilings only fall: they were 7,738 launches of which 29 % were casts."""
+    config = tiny_model().config
+    llm = config.llm | {"num_hidden_layers": 28}
+    model, launches = TalkerT2AV(replace(config, llm=llm, encoder_layers=4, head_layers=8)).eval(), Launches()
+    with (
+        mock.patch("torch.inference_mode", lambda mode=True: torch.no_grad()),  # it hides operators
+        mock.patch("torch.nn.functional.scaled_dot_product_attention", launches.attention),
+    ):
+        run_patches(half_rows(steps=10, model=model), [request(), request(9)], lambda: launches)
+    total, casts = sum(launches.counts.values()) / 3, launches.counts["_to_copy"] / 3
+    assert launches.counts["attention"] == 3 * (28 + 2 * 4 + 2 * 8 * 9)
+    assert total < 3850 and casts < 0.02 * total

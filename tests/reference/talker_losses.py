@@ -107,6 +107,6 @@ def _flow_loss(head: torch.nn.Module, examples: list[tuple], draws: FlowDraws | 
     x = torch.cat([(mu + time)[:, None], net.global_cond_proj(given)[:, None], *frames], 1)
     x = net.decoder.input_proj(x)
     for block in net.decoder.blocks:
-        x = block(x, net.decoder.rope)
+        x = block(x, net.decoder.rope.factors(x.shape[1]))
     predicted = net.out_proj(net.decoder.norm(x)[:, -x1.shape[-1] :]).transpose(1, 2)
     return (predicted - (draws.z - x1)).square().mean()

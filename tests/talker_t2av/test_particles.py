@@ -16,9 +16,8 @@ from torch._subclasses import FakeTensorMode
 from engine.errors import UserError
 from engine.seeding import generator_for
 from talker_t2av import particles
-from talker_t2av.generation import PatchLoop
 from talker_t2av.losses import TalkerBatch, training_forward
-from talker_t2av.particles import TIMES, ParticleLoop, draws_drafts
+from talker_t2av.particles import TIMES, Particles, draws_drafts
 from talker_t2av.pipeline import Job, TalkerPipeline
 from talker_t2av.request import MODES, Sampling
 from talker_t2av.task import TalkerTask
@@ -28,10 +27,17 @@ SAMPLING = Sampling(steps=3, guidance=1.5, particles=4, particle_temperature=1.0
 
 
 def run(model, requests, sampling=SAMPLING):
-    loop = ParticleLoop(model, requests, V2A, sampling)
-    for _ in loop:
-        pass
-    return loop
+    """The loop after its last step, its rows, and the result of each request."""
+    loop = Particles(model, V2A, sampling, len(requests))
+    rows = [loop.join(asked) for asked in requests]
+    while loop.rows:
+        loop.step()
+    return loop, [loop.result(row) for row in rows]
+
+
+def all_drafts(loop):
+    """The speech (B, F, C) of all drafts that are alive at the end."""
+    return torch.stack([loop.draft(place).speech for place in range(len(loop.drawn))])
 
 
 @pytest.mark.parametrize(("delay", "context", "prefix"), [(0, 1, 0), (1, 1, 0), (0, 2, 3), (2, 1, 2)])
@@ -40,15 +46,14 @@ def test_a_draft_is_weighed_by_the_error_of_its_motion_in_training(monkeypatch, 
     model, patches = tiny_model(delay, context), 5
     asked = request(speech=P * prefix, motion=P * (prefix + patches), prefix=prefix)
     monkeypatch.setattr(particles, "SHARPNESS", 0.0)  # no draft is replaced
-    loop, errors = ParticleLoop(model, [asked], V2A, SAMPLING), []
-    own = loop.errors
-    monkeypatch.setattr(loop, "errors", lambda index: errors.append(own(index)) or errors[-1])
-    list(loop)
-    drafts = PatchLoop.results(loop)
+    errors, own = [], Particles.errors
+    monkeypatch.setattr(Particles, "errors", lambda loop, index: errors.append(own(loop, index)) or errors[-1])
+    loop, _ = run(model, [asked])
+    drafts = all_drafts(loop)
     assert len(drafts) == SAMPLING.particles and len(errors) == patches
     for number, draft in enumerate(drafts):
         slots, start = prefix + patches + delay, len(asked.prompt)
-        speech = torch.cat([asked.speech, draft.speech])
+        speech = torch.cat([asked.speech, draft])
         batch = TalkerBatch(
             input_ids=torch.tensor([[*asked.prompt, *[7] * slots]]),
             attention_mask=torch.ones(1, start + slots, dtype=torch.long),
@@ -81,16 +86,12 @@ def test_likely_drafts_take_the_place_of_unlikely_ones(monkeypatch):
     asked = [request(motion=P * 6), request(9, 1, motion=P * 6)]
     errors = torch.zeros(2, 4)
     errors[0, 0] = errors[0, 1] = errors[0, 3] = 1.0  # draft 2 of the first request; those of the second are alike
-    monkeypatch.setattr(ParticleLoop, "errors", lambda loop, index: errors if index == 3 else 0 * errors)
-    whole, plain = ParticleLoop(model, asked, V2A, SAMPLING), []
+    monkeypatch.setattr(Particles, "errors", lambda loop, index: errors if index == 3 else 0 * errors)
     with monkeypatch.context() as patched:
         patched.setattr(particles, "SHARPNESS", 0.0)
-        loop = ParticleLoop(model, asked, V2A, SAMPLING)
-        for _ in loop:
-            plain.append(loop.state.hidden.clone())
-        drawn = torch.stack(loop.drawn["speech"], 1)
-    list(whole)
-    found = torch.stack(whole.drawn["speech"], 1)  # (B, S, P, C)
+        drawn = all_drafts(run(model, asked)[0]).unflatten(1, (-1, P))
+    whole, _ = run(model, asked)
+    found = all_drafts(whole).unflatten(1, (-1, P))  # (B, S, P, C)
     torch.testing.assert_close(found[4:], drawn[4:])
     torch.testing.assert_close(found[:4, :3], drawn[2:3, :3].expand(4, -1, -1, -1))
     assert (found[0, 3] - found[1, 3]).abs().max() > 1e-3  # each goes on with noise of its own
@@ -100,28 +101,30 @@ def test_likely_drafts_take_the_place_of_unlikely_ones(monkeypatch):
 
 def test_the_likeliest_draft_is_the_result(monkeypatch):
     errors = torch.tensor([[0.002, 0.001, 0.0, 0.003]])
-    monkeypatch.setattr(ParticleLoop, "errors", lambda loop, index: errors)
-    loop = run(tiny_model(), [request(motion=P * 3)])
-    (result,) = loop.results()
-    torch.testing.assert_close(result.speech, PatchLoop.results(loop)[2].speech, atol=0, rtol=0)
+    monkeypatch.setattr(Particles, "errors", lambda loop, index: errors)
+    loop, (result,) = run(tiny_model(), [request(motion=P * 3)])
+    torch.testing.assert_close(result.speech, all_drafts(loop)[2], atol=0, rtol=0)
 
 
 def test_a_request_in_a_batch_is_the_request_alone():
     """Motions of different lengths: a request that has ended keeps its weights."""
     model = tiny_model(context=2)
     asked = [request(3 + seed, seed, motion=P * (2 + 2 * seed)) for seed in range(3)]
-    together = run(model, asked).results()
+    _, together = run(model, asked)
     for own, result in zip(asked, together):
         assert len(result.speech) == len(own.motion)
-        (alone,) = run(model, [own]).results()
+        _, (alone,) = run(model, [own])
         torch.testing.assert_close(alone.speech, result.speech, atol=1e-4, rtol=0)
 
 
 def test_choosing_reads_nothing_on_the_host():
     """On fake tensors, which have shapes and no values: a read, or a shape that depends on values, raises."""
-    loop = ParticleLoop(tiny_model(), [request(motion=P * 3), request(9, motion=P * 2)], V2A, SAMPLING)
+    loop = Particles(tiny_model(), V2A, SAMPLING, 2)
+    for asked in (request(motion=P * 3), request(9, motion=P * 2)):
+        loop.join(asked)
+    loop.step()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        loop.before_step(0)
+        loop.before_step()
     assert loop.state.hidden.shape[0] == 8 and loop.log_weights.shape == (2, 4)
 
 
@@ -133,7 +136,7 @@ def test_only_speech_for_a_given_motion_is_drafted():
 @pytest.mark.parametrize("model", [{"tasks": 4}, {"order": "av"}])
 def test_a_model_that_cannot_weigh_drafts_says_so(model):
     with pytest.raises(UserError, match=r"sampling.particles=4: this model cannot weigh drafts \(model.order="):
-        ParticleLoop(tiny_model(**model), [request(motion=P)], V2A, SAMPLING)
+        Particles(tiny_model(**model), V2A, SAMPLING)
 
 
 def test_the_pipeline_draws_drafts_and_streams_a_single_one(tmp_path):

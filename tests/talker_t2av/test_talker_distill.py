@@ -3,13 +3,12 @@
 import pytest
 import torch
 from shard_files import write_split
-from talker_fixtures import DM, DS, request, save_talker
+from talker_fixtures import DM, DS, generate, request, save_talker
 
 from engine.errors import UserError
 from talker_t2av.data import TalkerPairs
 from talker_t2av.distill import TalkerDistillTask, at_times, distillation_loss
 from talker_t2av.flow_matching import solver_times
-from talker_t2av.generation import generate
 from talker_t2av.losses import Examples
 from talker_t2av.model import TalkerT2AV
 from talker_t2av.request import MODES, Sampling

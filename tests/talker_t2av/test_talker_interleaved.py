@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from talker_fixtures import DM, DS, request, tiny_model
+from talker_fixtures import DM, DS, generate, request, tiny_model
 
 from engine.errors import UserError
 from talker_t2av.data import SequenceFormat
 from talker_t2av.diffusion_head import FlowHead
-from talker_t2av.generation import generate
-from talker_t2av.interleaved import interleaved_labels
 from talker_t2av.losses import TalkerBatch, training_forward, training_losses
 from talker_t2av.model import TalkerConfig
+from talker_t2av.orders import interleaved_labels
 from talker_t2av.request import MODES, Sampling
 
 SAMPLING = Sampling(steps=2, temperature=0.8, guidance=1.0)
@@ -40,7 +39,7 @@ def generated(model, asked, mode, monkeypatch):
     sample = FlowHead.sample
 
     def record(self, mu, *more, **settings):
-        seen[id(self)].append(mu)
+        seen[id(self)].append(mu.clone())
         return sample(self, mu, *more, **settings)
 
     monkeypatch.setattr(FlowHead, "sample", record)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from talker_fixtures import tiny_model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from engine.errors import UserError
-from talker_t2av.layers import Block, Rotary, Transformer
+from talker_t2av.layers import MLP, Block, FusedMLP, Rotary, Transformer, fuse_mlps, product_type
 from talker_t2av.model import TalkerConfig, TalkerT2AV
 from talker_t2av.released import EMBEDDINGS, LM_HEAD, read_safetensors, stored, warm_start
 
@@ -147,10 +148,33 @@ def test_a_projector_checkpoint_renames():
 
 def test_kept_positions_are_those_of_the_whole_sequence():
     torch.manual_seed(0)
-    block, rotary, x = Block(16, 2), Rotary(8, 12), torch.randn(3, 9, 16)
-    whole = block(x, rotary)
+    block, factors, x = Block(16, 2), Rotary(8, 12).factors(9), torch.randn(3, 9, 16)
+    whole = block(x, factors)
     for keep in (slice(0, 1), slice(5, 9)):
-        torch.testing.assert_close(block(x, rotary, keep), whole[:, keep])
+        torch.testing.assert_close(block(x, factors, keep), whole[:, keep])
+
+
+def test_blocks_compute_the_same_without_gradients_in_half_precision():
+    """There the results of norms and rotation are written in bfloat16 at once."""
+    torch.manual_seed(0)
+    block, factors, x = Block(16, 2), Rotary(8, 12).factors(9), torch.randn(3, 9, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        with_gradients = block(x, factors)
+        with torch.no_grad():
+            torch.testing.assert_close(block(x, factors), with_gradients, atol=0.02, rtol=0.01)
+            assert block.norm1(x, product_type(x.device)).dtype == torch.bfloat16
+    assert with_gradients.requires_grad and product_type(x.device) is None
+
+
+@torch.no_grad()
+def test_fused_mlps_change_nothing():
+    model, x = tiny_model(), torch.randn(2, 5, 32)
+    before = model.backbone(x), model.speech_tokens(x[..., :4])
+    fuse_mlps(model)
+    kinds = {type(module) for module in model.modules()}
+    assert FusedMLP in kinds and not kinds & {MLP, Qwen3MLP}
+    for a, b in zip(before, (model.backbone(x), model.speech_tokens(x[..., :4]))):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
 def test_a_transformer_has_no_causal_mask():

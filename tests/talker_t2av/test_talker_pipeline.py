@@ -47,7 +47,7 @@ def pipeline(request, tmp_path_factory) -> TalkerPipeline:
 @pytest.mark.skipif(not can_pack(torch.float32), reason="weights are packed on x86 processors alone")
 def test_weights_are_packed(pipeline):
     model = pipeline.system.model
-    layers = model.llm.model.layers[0].mlp.up_proj, model.speech_cfm.estimator.in_proj, model.projector_motion.linear1
+    layers = model.llm.model.layers[0].mlp.both, model.speech_cfm.estimator.in_proj, model.projector_motion.linear1
     assert {type(layer) for layer in layers} == {PackedLinear}
 
 
@@ -91,6 +91,16 @@ def test_a_stream_adds_up_to_the_whole(pipeline, mode):
     else:
         frames = np.concatenate(pictures).astype(int)
         assert frames.shape == whole.frames.shape and np.abs(frames - whole.frames).max() <= 1
+
+
+def test_a_job_may_run_while_a_stream_waits(pipeline):
+    """Each has a loop of its own, of those that are kept for later jobs."""
+    job = jobs_of(pipeline)["tts"]
+    whole, stream = pipeline(job), pipeline.stream(job)
+    first, again = next(stream), pipeline(job)
+    np.testing.assert_array_equal(again.wave, whole.wave)
+    wave = np.concatenate([first.wave, *(chunk.wave for chunk in stream)])
+    np.testing.assert_allclose(wave, whole.wave, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["t2av", "tts"])

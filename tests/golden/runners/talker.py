@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from engine.release import load_strict
 from talker_t2av import flow_matching as flow
 from talker_t2av.diffusion_head import DiffusionHead, FlowHead, TimeMLP, time_features
-from talker_t2av.layers import Block, Rotary
+from talker_t2av.layers import Block, Rotary, rotate
 from talker_t2av.losses import TalkerBatch, training_forward, training_losses
 from talker_t2av.model import TalkerConfig, TalkerT2AV
 from talker_t2av.patch_encoder import PatchEncoder
@@ -73,8 +73,8 @@ def talker(case: Case) -> TalkerT2AV:
 @meta_runner("rope")
 def run_rotary(case: Case) -> dict[str, Tensor]:
     c = case.config
-    rotary = Rotary(c["head_dim"], c["max_len"], c["base"])
-    return {"y": rotary(case.inputs["x"]), "w": rotary.w[: len(case.outputs["w"])]}
+    rotary, x = Rotary(c["head_dim"], c["max_len"], c["base"]), case.inputs["x"]
+    return {"y": rotate(x, *rotary.factors(x.shape[1])), "w": rotary.w[: len(case.outputs["w"])]}
 
 
 @meta_runner("time_embedding")
@@ -89,13 +89,13 @@ def run_time_embedding(case: Case) -> dict[str, Tensor]:
 def run_block(case: Case) -> dict[str, Tensor]:
     width, heads = case.config["n_embd"], case.config["n_head"]
     block, x = loaded(case, Block(width, heads)), case.inputs["x"]
-    rotary = Rotary(width // heads) if case.config.get("rope", True) else None
+    factors = Rotary(width // heads).factors(x.shape[1]) if case.config.get("rope", True) else None
     normed = block.norm1(x)
     return {
         "norm1": normed,
-        "attn": block.attn(normed, rotary),
+        "attn": block.attn(normed, factors),
         "mlp": block.mlp(block.norm2(x)),
-        "y": block(x, rotary),
+        "y": block(x, factors),
     }
 
 

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from engine.nn.mel import RATE, log_mel, pad_or_trim
 from talker_t2av import official
 from talker_t2av.data import SequenceFormat, collate, window_range
-from talker_t2av.generation import PatchLoop, Result, step_limit
+from talker_t2av.generation import Result, Rows
 from talker_t2av.model import HOP, HOP16, TalkerT2AV
 from talker_t2av.motion import MotionStats
+from talker_t2av.prompt import step_limit
 from talker_t2av.request import MODES, LoopRules, Mode, Request, Sampling
 from tests.golden.runners import Case, meta_runner
 from tests.golden.runners.talker import talker
@@ -90,22 +91,25 @@ def run_loop(
     noise = {  # a case has as much as its program drew
         stream: F.pad(z, (0, 0) * 3 + (0, count - len(z))) for stream, z in noise.items() if z is not None
     }
-    loop = PatchLoop(model, [request], mode, sampling, rules, noise, use_stop)
-    embeds = loop.prompts[0]
-    steps = list(loop)
-    tokens = torch.cat([step.token for step in steps])
-    # The loop feeds no token after which nothing is drawn; that state is the last one of a pass without a cache.
-    last = model.backbone(torch.cat([embeds, tokens])[None])[:, -1]
-    stops = [step.stop for step in steps if step.stop is not None and step.index + 1 >= rules.first_test]
+    noise = {stream: z[:, 0] for stream, z in noise.items()}
+    rows = Rows(model, mode, sampling, use_stop=use_stop)
+    row, hidden, steps = rows.join(request, rules, noise), [], []
+    while rows.rows:
+        hidden.append(rows.state.hidden.clone())
+        rows.step()
+        steps.append(rows.patch)
+    stops = [step.stop for step in steps[:-1] if step.stop is not None and step.index + 1 >= rules.first_test]
+    if row.end < row.limit:
+        stops.append(steps[-1].stop)
     out = {
-        "prefill_embeds": embeds[None],
-        "step_tokens": tokens,
-        "h": torch.cat([*(step.hidden for step in steps), last]),
+        "prefill_embeds": row.prompt[None],
+        "step_tokens": torch.cat([step.token for step in steps]),
+        "h": torch.cat([*hidden, rows.state.hidden]),
         "stop_prob": torch.cat(stops) if stops else torch.zeros(0),
         "n_steps": torch.tensor(len(steps)),
         "n_motion_steps": torch.tensor(sum(step.motion is not None for step in steps)),
     }
-    return out, loop.results()[0]
+    return out, rows.result(row)
 
 
 @meta_runner("gen_speech", "gen_speech_motion")

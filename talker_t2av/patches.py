@@ -1,11 +1,10 @@
-"""Streams cut into patches: for training, and encoded for generation.
+"""Streams cut into patches.
 
 Axes: B batch, M patches, P frames of a patch, F frames, C channels, N patches of all rows, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,23 +43,3 @@ class PatchStream:
         real = (frame >= 0) & (frame < self.frames[row][:, None])
         place = send(torch.stack([row, patch.clamp(0, count - 1)]), self.latents.device)
         return self.latents[place[0], place[1]], send(real, self.latents.device)
-
-
-class EncodedStream:
-    """Tokens of the given frames of one stream. A patch without frames has the token of zero frames.
-
-    The token of zero frames is not zero: in training the encoder sees it before and after a stream.
-    """
-
-    def __init__(self, encode: Callable[[Tensor, Tensor], Tensor], frames: Sequence[Tensor], patch_size: int) -> None:
-        self.counts = [-(-len(x) // patch_size) for x in frames]
-        longest = max(self.counts) + 1  # the last column stays empty in every row
-        padded = torch.stack([F.pad(x, (0, 0, 0, longest * patch_size - len(x))) for x in frames])
-        lengths = torch.tensor([len(x) for x in frames], device=padded.device)
-        valid = torch.arange(longest * patch_size, device=padded.device) < lengths[:, None]
-        self.tokens = encode(padded.unflatten(1, (-1, patch_size)), valid.unflatten(1, (-1, patch_size)))  # (B, M, D)
-
-    def patches(self, row: int, numbers: Tensor) -> Tensor:
-        """(n, D): tokens of patches (n,) of a row."""
-        outside = (numbers < 0) | (numbers >= self.counts[row])
-        return self.tokens[row, torch.where(outside, self.tokens.shape[1] - 1, numbers)]

@@ -4,55 +4,24 @@ With `order=add`, the paper's own, a patch of 160 ms is one token, the sum of bo
 tokens, speech then motion; with `va` motion then speech. Each patch is predicted from the token before it, so that the
 second stream is drawn with the first one's patch of the same time known. A row of speech alone has one token a patch.
 
-Axes: B batch, T tokens, M patches, S steps of generation, P frames of a patch, N patches of all rows, D width.
+Axes: B batch, T tokens, P frames of a patch, N patches of all rows, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from engine.errors import UserError
 from engine.nn.transfer import send
 from talker_t2av.model import TalkerT2AV
-from talker_t2av.request import ORDERS, T2AV, Mode, Request
+from talker_t2av.patches import PatchStream
+from talker_t2av.request import ORDERS, Stream
 from talker_t2av.stop_predictor import IGNORED, stop_labels
-from talker_t2av.streams import EncodedStream, PatchStream
 
 
-def place_of(order: str, stream: Literal["speech", "motion"]) -> int:
+def place_of(order: str, stream: Stream) -> int:
     """Which token of its patch a stream is."""
     return ORDERS[order].index(stream)
-
-
-def known_pairs(
-    model: TalkerT2AV, encoded: Mapping[str, EncodedStream], requests: Sequence[Request], mode: Mode, steps: int
-) -> tuple[list[Tensor], Tensor]:
-    """What is known before a generation loop: text, prefix and given streams.
-
-    Returns:
-        For each row, the tokens (T, D) of task, text and prefix; and the known tokens (S, B, 2, D) after it, zero where
-        a stream is drawn.
-
-    Raises:
-        UserError: a request is that of an official routine, which knows no such order.
-    """
-    before, after = [], []
-    for row, request in enumerate(requests):
-        if not (request.task_first and request.prefix_has_motion):
-            raise UserError(f"this model has order={model.config.order}, which the official routines do not know")
-        slots, parts = torch.arange(request.prefix + steps, device=model.device), []
-        for stream in ORDERS[model.config.order]:
-            given = (slots < request.prefix) | (getattr(mode, stream) == "given")
-            parts.append(encoded[stream].patches(row, slots) * given[:, None])
-        start, later = torch.stack(parts, 1).split([request.prefix, steps])
-        text = model.embed_text(torch.tensor([request.prompt], dtype=torch.long, device=model.device))[0]
-        before.append(torch.cat([model.task_embedding.weight[T2AV][None], text, start.flatten(0, 1)]))
-        after.append(later)
-    return before, torch.stack(after, 1)
 
 
 def fill_slots(

@@ -1,0 +1,165 @@
+"""Rows that share a loop come and go; graphs serve one utterance after another; outputs that die change nothing.
+
+Axes: B rows, S steps.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from talker_fixtures import generate, request, tiny_model
+from torch._subclasses import FakeTensorMode
+
+from engine.cuda_graph import map_tensors
+from talker_t2av.generation import BUCKET, Rows, tensors_of
+from talker_t2av.particles import Particles
+from talker_t2av.request import MODES, PAPER, LoopRules, Sampling
+from tests.gpu.dying_graphs import DyingOutputs
+
+SAMPLING = Sampling(steps=3, temperature=0.8, guidance=1.5)
+GIVEN = {"a2v": {"speech": 20}, "v2a": {"motion": 20}}
+
+
+def come_and_go(rows, asked, rules):
+    """Let a request join every second step; return the results in the order of the requests."""
+    joined, waiting = [], list(zip(asked, rules))
+    for step in range(60):
+        if waiting and step % 2 == 0:
+            joined.append(rows.join(*waiting.pop(0)))
+        if rows.rows:
+            rows.step()
+    return [rows.result(row) for row in joined]
+
+
+def assert_close(one, other, **how):
+    assert one.stopped == other.stopped
+    for a, b in ((one.speech, other.speech), (one.motion, other.motion)):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, **how)
+
+
+@pytest.mark.parametrize("order", ["add", "va"])
+@pytest.mark.parametrize("delay", [0, 2])
+@pytest.mark.parametrize("mode", ["t2av", "tts"])
+def test_rows_that_come_and_go_are_what_they_are_alone(mode, delay, order):
+    if order == "va" and delay:
+        return
+    model = tiny_model(delay, order=order)
+    # The cache grows for the long prompt, which joins late.
+    asked = [request(length, seed, max_patches=3 + 2 * seed) for seed, length in enumerate((6, 3, 9, 80, 5))]
+    rules = [PAPER, LoopRules(stop_hits=2), PAPER, PAPER, LoopRules(first_test=4)]
+    for one, result, own in zip(asked, come_and_go(Rows(model, MODES[mode], SAMPLING, 5), asked, rules), rules):
+        assert_close(generate(model, [one], MODES[mode], SAMPLING, own)[0], result, atol=1e-4, rtol=0)
+
+
+def test_a_row_that_is_given_up_changes_nothing_and_memory_does_not_grow():
+    model = tiny_model()
+    model.head_stop.head.weight.data.zero_()  # sigmoid(0) = 0.5 would stop at once
+    model.head_stop.head.weight.data -= 1e-3
+    rows, asked = Rows(model, MODES["tts"], SAMPLING, 3), request(5, 1, max_patches=6, min_patches=6)
+    alone = generate(model, [asked], MODES["tts"], SAMPLING)[0]
+    given_up = rows.join(request(12, 7, max_patches=30, min_patches=30))
+    row = rows.join(asked)
+    rows.step()
+    rows.leave(given_up)
+    while rows.rows:
+        rows.step()
+    assert_close(rows.result(row), alone, atol=1e-4, rtol=0)
+    cache = rows.cache
+    for seed in range(20):  # always two rows, of which one ends every few steps
+        rows.join(request(5, seed, max_patches=6, min_patches=6))
+        for _ in range(3):
+            rows.step()
+    assert rows.cache is cache and rows.length == BUCKET
+
+
+def test_more_requests_than_places_take_turns():
+    model = tiny_model()
+    asked = [request(4 + seed, seed, max_patches=2 + seed) for seed in range(5)]
+    for one, result in zip(asked, Rows(model, MODES["t2av"], SAMPLING, 2).generate(asked)):
+        assert_close(generate(model, [one], MODES["t2av"], SAMPLING)[0], result, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+class TestOutputsThatDie:
+    """A graph's outputs are destroyed by the next replay: nothing may read them after that."""
+
+    @pytest.mark.parametrize("order", ["add", "av"])
+    @pytest.mark.parametrize("mode", MODES)
+    def test_batch(self, mode, order, strict):
+        model, backend = tiny_model(order=order), DyingOutputs(strict)
+        asked = [request(seed=s, max_patches=5, min_patches=3, **GIVEN.get(mode, {})) for s in (1, 2)]
+        expected = generate(model, asked, MODES[mode], SAMPLING)
+        for a, b in zip(expected, generate(model, asked, MODES[mode], SAMPLING, backend=backend)):
+            assert_close(a, b, atol=0, rtol=0)
+        assert backend.captures <= 2 <= backend.replays  # of both rows, and of the one that is left
+
+    def test_stream(self, strict):
+        model, asked = tiny_model(delay=1), request(max_patches=5, min_patches=5)
+        ways = [
+            list(Rows(model, MODES["t2av"], SAMPLING, backend=backend).stream(asked))
+            for backend in (None, DyingOutputs(strict))
+        ]
+        assert len(ways[0]) == len(ways[1]) == 6
+        for a, b in zip(*ways):
+            assert all(torch.equal(x, y) for x, y in zip(tensors_of(a), tensors_of(b), strict=True))
+
+    def test_rows_that_come_and_go(self, strict):
+        """Of four places, so that a step of three rows computes a fourth that nobody has."""
+        model, asked = tiny_model(1), [request(4 + s, s, max_patches=3 + 2 * s) for s in range(4)]
+        results = come_and_go(Rows(model, MODES["t2av"], SAMPLING, 4, backend=DyingOutputs(strict)), asked, [PAPER] * 4)
+        for one, result in zip(asked, results):
+            assert_close(generate(model, [one], MODES["t2av"], SAMPLING)[0], result, atol=1e-4, rtol=0)
+
+    def test_particles(self, strict):
+        model, sampling = tiny_model(), Sampling(steps=3, guidance=1.5, particles=4)
+        asked = [request(motion=16), request(9, motion=12)]
+        ways = [
+            Particles(model, MODES["v2a"], sampling, 2, backend=backend).generate(asked)
+            for backend in (None, DyingOutputs(strict))
+        ]
+        for a, b in zip(*ways):
+            assert_close(a, b, atol=0, rtol=0)
+
+
+def test_a_graph_serves_steps_and_utterances_of_a_bucket():
+    """Its inputs, the cache among them, keep their addresses and shapes; another bucket has a graph of its own."""
+    backend = DyingOutputs(True)
+    rows, seen = Rows(tiny_model(), MODES["t2av"], SAMPLING, 2, backend=backend), []
+    step = rows.run_step.step
+    rows.run_step.step = lambda *values: (
+        seen.append([(x.data_ptr(), x.shape) for x in tensors_of(values)]) or step(*values)
+    )
+    for length, patches in ((6, 5), (20, 9), (3, 12)):
+        rows.generate([request(length, max_patches=patches), request(length + 4, 1, max_patches=patches)])
+    pairs = [shapes for shapes in seen if shapes[-1][1][0] == 2]
+    assert backend.captures == 2  # two rows, and one where the other has ended
+    assert len(pairs) > 6 and all(shapes == pairs[0] for shapes in pairs)
+    rows.generate([request(80, max_patches=3)])
+    assert backend.captures == 3 and rows.length == 2 * BUCKET
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_step_reads_nothing_on_the_host_and_keeps_all_shapes(guidance):
+    """On fake tensors, which have shapes and no values: a read, or a shape that depends on values, raises."""
+    rows = Rows(tiny_model(), MODES["t2av"], Sampling(3, guidance=guidance), 2)
+    for length in (6, 9):
+        rows.join(request(length))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        state, *_ = rows._step(rows.state, ("speech", "motion"), rows.plan, rows.cache)
+    shapes = map_tensors(lambda x: x.shape, rows.state)
+    assert map_tensors(lambda x: x.shape, state) == shapes
+
+
+def test_a_whole_step_can_be_compiled():
+    """Without a compiler behind it: what is tested is that a step can be traced whole, and twice at most."""
+    model, asked, graphs = tiny_model(), [request(max_patches=5, min_patches=5, seed=s) for s in (1, 2)], []
+    torch._dynamo.reset()
+    rows = Rows(model, MODES["t2av"], SAMPLING, 2)
+    rows.run_step.step = torch.compile(
+        rows._step, fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph
+    )
+    for a, b in zip(generate(model, asked, MODES["t2av"], SAMPLING), rows.generate(asked)):
+        assert_close(a, b, atol=1e-5, rtol=0)
+    assert 1 <= len(graphs) <= 2
