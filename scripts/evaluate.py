@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from engine.cluster import ClusterConfig, check_place
 from engine.codec import load_codec
 from engine.config import load, target
-from engine.device import pick_device
+from engine.device import count_devices, pick_device
 from engine.errors import UserError, printable, run_cli
 from engine.evaluation.clips import Clip, read_clips, read_corpus, system_facts
+from engine.evaluation.generate import generate_shares
 from engine.evaluation.measure import Results, cores, measure
 from engine.evaluation.report import write_report
 from engine.evaluation.resynthesis import write_resynthesis
@@ -106,6 +109,9 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
         if value is not None:
             require_range(name, value, 1, 10**7)
     device, systems = str(pick_device(config.device)), systems_of(config)
+    check_place(config.executor, str(config.devices))
+    devices = count_devices(str(config.devices), config.device)
+    ray = ClusterConfig(**config.ray) if config.executor == "ray" else None
     outputs = output_folders(config, systems)
     references = Path(config.references) if config.references else None
     rows = other_rows(config, split)
@@ -122,7 +128,7 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
     with writable(output), writable(cache, "cache"):
         for name, (model, settings) in systems.items():
             folder = output / "outputs" / (name if config.systems else "")
-            generate(model, clips, folder, device, settings)
+            generate_shares(partial(generate, model, clips, folder, settings=settings), config.device, devices, ray)
             outputs = {**outputs, name: folder}
         if systems:
             clips = read()

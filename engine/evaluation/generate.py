@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from engine.cluster import Cluster, ClusterConfig
+from engine.device import pick_device
 from engine.errors import UserError, printable
 from engine.evaluation.clips import Clip, find_take, system_facts
 from engine.evaluation.measure import file_digest
@@ -18,8 +22,49 @@ from engine.files import atomic_output
 from engine.hub import release_folder
 from engine.media.audio import write_wav
 from engine.media.video import write_video
+from engine.processes import Lost, Processes, ThisProcess, Work
 from engine.progress import track
 from engine.untrusted import parse_json
+
+SHARE = [0, 1]  # of this process: it generates batch SHARE[0] of every SHARE[1]
+
+
+class Shares(Work[list[int], list[int], bool]):
+    """Generates a share of the missing outputs.
+
+    Args:
+        generate: writes the missing outputs of this process's share, given the name of a device.
+        device: setting of that name. number: of the process; None: the command's own.
+    """
+
+    def __init__(self, generate: Callable[[str], None], device: str, number: int | None) -> None:
+        if number is not None:
+            os.environ["LOCAL_RANK"] = str(number)  # `pick_device` goes by it
+        self.generate, self.device = generate, str(pick_device(device))
+
+    def encode(self, halves: Sequence[list[int]]) -> list[bool]:
+        for share in halves:
+            SHARE[:] = share
+            self.generate(self.device)
+        return [True] * len(halves)
+
+
+def generate_shares(
+    generate: Callable[[str], None], device: str, devices: int = 1, ray: ClusterConfig | None = None
+) -> None:
+    """Generate missing outputs with a process for each device, or on a cluster; batches are those of one process.
+
+    A share whose process dies goes on in another one, from the files that are there.
+
+    Args:
+        generate, device: see `Shares`.
+    """
+    build, count = partial(Shares, generate, device), ray.encoders if ray else devices
+    executor = Cluster(ray, build) if ray else ThisProcess(build) if count == 1 else Processes(count, build)
+    with executor:
+        for (number, _), result in executor.run([[number, count] for number in range(count)]):
+            if isinstance(result, Lost):
+                print(f"failed: share {number + 1} of {count} of the clips: {result.reason}", file=sys.stderr)
 
 
 def write_facts(folder: Path, model: str, weights: str | Path | None, **facts: Any) -> None:
@@ -50,6 +95,8 @@ def generate_missing(
 ) -> None:
     """Call `write` with batches of (index, clip) whose output is missing; a clip that fails is named and left out.
 
+    Batches are made of all clips, so they are the same for each process and in a run that goes on.
+
     FOLDER/inputs.json keeps what each output is made of.
 
     Args:
@@ -60,21 +107,22 @@ def generate_missing(
     Raises:
         UserError: an output that is there was made from other inputs, such as another file of the same name.
     """
-    place, waiting, known = folder / "inputs.json", [], {}
+    place, waiting, known = folder / "inputs.json", set(), {}
     if place.is_file():
         known = parse_json(place.read_bytes(), place)
     for i, clip in enumerate(clips):
         state = _digest_of(inputs(clip))
         if find_take(folder, clip.id).audio is None:
-            waiting.append((i, clip))
+            waiting.add(i)
         elif known.get(clip.id, state) != state:
             where = f"{folder} holds an output of {clip.id} that was made from other files or words"
             raise UserError(f"{where}: name another output=, or delete that folder")
         known[clip.id] = state
     with atomic_output(place) as partial:
         partial.write_text(json.dumps(known, indent=1) + "\n")
-    waiting.sort(key=lambda item: length(item[1]))
-    batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
+    order = sorted(enumerate(clips), key=lambda item: length(item[1]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)][SHARE[0] :: SHARE[1]]
+    batches = [left for batch in batches if (left := [item for item in batch if item[0] in waiting])]
     for batch in track(batches, len(batches), "batches"):
         try:
             write(batch)
