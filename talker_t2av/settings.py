@@ -271,7 +271,7 @@ def read_jobs(c: InferConfig) -> list[tuple[str, Job | UserError]]:
         raise jobs[0][1]
     for name, count in Counter(name for name, _ in jobs).items():
         if count > 1:
-            raise UserError(f"jobs={path}: {count} jobs have the name {name}: give each its own")
+            raise UserError(f"jobs={path}: two jobs have the name {name}: give each its own")
     return jobs
 
 

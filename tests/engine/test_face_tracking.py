@@ -53,6 +53,19 @@ def test_two_faces_that_cross_keep_their_sizes():
     assert np.abs(middle(track) - (10 + 56 + 3 * np.arange(60)))[5:55].max() < 20
 
 
+def test_of_two_faces_that_take_turns_one_is_followed():
+    """Where the detector's favourite alternates, the track stays on a face instead of the empty middle."""
+
+    def detector(frame):
+        left = frame[0, 0, 0] % 2 == 0
+        return np.array([[10.0, 10, 40, 40] if left else [200.0, 10, 41, 41]])
+
+    frames = np.zeros((100, 80, 260, 3), np.uint8)
+    frames[:, 0, 0, 0] = np.arange(100) // 5
+    x = track_face([frames], detector).boxes[:, 0]
+    assert ((np.abs(x - 10) < 5) | (np.abs(x - 200) < 5)).all()
+
+
 def test_face_that_leaves_and_comes_back_elsewhere_is_followed():
     def head(i):
         return (10, 10, SIDE) if i < 40 else (200, 10, SIDE) if i >= 90 else None

@@ -152,7 +152,7 @@ def test_every_bad_input_is_one_line_and_leaves_nothing(release, clip, tmp_path)
         assert not list((tmp_path / "out").glob("*")), name
 
 
-def test_what_is_no_file_and_no_seed(release, clip, tmp_path):
+def test_missing_file_and_bad_seed_are_refused(release, clip, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name, message in (("pipe", "neither a file nor a folder"), ("x" * 300, "no such file or folder")):
         with pytest.raises(UserError, match=message):

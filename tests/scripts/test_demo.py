@@ -270,14 +270,12 @@ def test_uploads_are_deleted_at_the_end_and_other_files_are_not_served(tmp_path)
     assert not list(tmp_path.glob("speaking-faces-*")) and not Path(path).exists()
 
 
-def test_without_gradio_one_line_says_how_to_get_it(monkeypatch):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [([], r"bash scripts/setup\.sh demo"), (["--port", "99999"], "--port 99999 must lie between")],
+)
+def test_a_missing_package_and_a_bad_port_are_refused(monkeypatch, words, message):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.setattr(sys, "argv", ["demo.py"])
-    with pytest.raises(UserError, match=r"bash scripts/setup\.sh demo"):
-        command.main()
-
-
-def test_a_port_that_does_not_exist_is_one_line(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--port", "99999"])
-    with pytest.raises(UserError, match="--port 99999 must lie between"):
+    monkeypatch.setattr(sys, "argv", ["demo.py", *words])
+    with pytest.raises(UserError, match=message):
         command.main()
