@@ -46,10 +46,7 @@ class ClusterConfig:
 
 
 def check_place(executor: str, devices: str = "1") -> None:
-    """
-    Raises:
-        UserError: Ray is not installed; `devices` is neither a number nor "all", or says what `ray` says on a cluster.
-    """
+    """Check that Ray is installed if needed, that `devices` is a number or "all", and not set beside `ray`."""
     if executor == "ray" and find_spec("ray") is None:
         raise UserError("executor=ray needs Ray: bash scripts/setup.sh cluster")
     if devices != "all" and not (devices.isdecimal() and 1 <= int(devices) <= 64):
@@ -161,7 +158,7 @@ class Cluster:
         self.flying[next(self.actors).encode.remote(*halves)] = batch, alone
 
     def _again(self, batch: list[Any], alone: int, error: Exception) -> list[Lost]:
-        """Ray has given a batch up: try its items one by one, to learn which one it is; an item alone has failed.
+        """Try the items of a batch that Ray gave up one by one, to find the one at fault; a single item has failed.
 
         A machine that went away is no item's fault, however often.
 

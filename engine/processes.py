@@ -70,7 +70,7 @@ class ThisProcess(Generic[Item, Result]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing is left to end."""
+        """Do nothing: there is no other process."""
 
     def run(self, items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
         """Yield every item with its result."""

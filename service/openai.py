@@ -341,7 +341,7 @@ def header(text: str) -> str:
 
 
 async def events(parts: AsyncIterator[bytes], prepared: PreparedJob) -> AsyncIterator[bytes]:
-    """Server-sent events of encoded sound."""
+    """Yield server-sent events of encoded sound."""
     async for part in parts:
         yield event({"type": "speech.audio.delta", "audio": base64.b64encode(part).decode()})
     tokens = sum(len(request.prompt) for request in prepared.requests)

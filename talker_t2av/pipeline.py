@@ -333,7 +333,7 @@ class TalkerPipeline:
 
 
 def bridge(start: Tensor, end: Tensor) -> Tensor:
-    """Motion (`PAUSE`, Dm) in a line between two frames (Dm,), without them."""
+    """Interpolate motion (`PAUSE`, Dm) in a line between two frames (Dm,), without them."""
     share = torch.arange(1, PAUSE + 1, device=start.device)[:, None] / (PAUSE + 1)
     return start + share * (end - start)
 
@@ -350,7 +350,7 @@ class Face:
         self.before = prepared.prefix_motion if prepared.job.keeps_prefix else prepared.prefix_motion[:0]
 
     def show(self, patches: list[Tensor]) -> np.ndarray | None:
-        """Frames (F, S, S, 3) of new normalised motion, each (f, Dm); None if there is nothing to render.
+        """Render frames (F, S, S, 3) of new normalised motion, each (f, Dm); None if there is nothing to render.
 
         The first call also renders the prefix if it belongs to the result. Frames after the end of a given sound are
         left out.

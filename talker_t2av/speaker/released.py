@@ -58,6 +58,7 @@ _LAYER = {
 
 
 def _replace_start(name: str, table: Mapping[str, str]) -> str:
+    """Replace the beginning of a dotted name by the first match in a table."""
     for old, new in table.items():
         if name == old or name.startswith(old + "."):
             return new + name.removeprefix(old)
