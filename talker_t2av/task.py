@@ -149,6 +149,8 @@ class TalkerTask(Task):
             raise UserError(f"init={init} is no Talker-T2AV: it has no tensor {released.TASKS}")
         state = released.with_tasks(state, self.model.config.tasks)
         state = released.complete({k: v.float() for k, v in state.items()}, self.model)
+        if not self.model.config.phonemes:
+            state = {key: value for key, value in state.items() if not key.startswith("head_phoneme.")}
         if new_text:
             state |= {key: own[key] for key in (released.EMBEDDINGS, released.LM_HEAD)}
         # A student's inputs and further layers, which add nothing at first, and the head of an auxiliary loss.

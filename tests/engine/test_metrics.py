@@ -10,8 +10,9 @@ import pytest
 from engine.errors import UserError
 from engine.evaluation import validation
 from engine.evaluation.shares import figures_of
-from engine.metrics.metric import Figure, Metric
+from engine.metrics.metric import Figure, Metric, Sound, Take
 from engine.metrics.pesq import pesq_score
+from engine.metrics.phonemes import PhonemeErrors
 from engine.metrics.recogniser import CorpusRecogniser, Recogniser, word_error_rate
 from engine.metrics.speaker import GE2EEncoder
 from engine.metrics.speech import pitch
@@ -51,6 +52,25 @@ def spoken():
         library.espeak_Synchronize()
         waves.append(np.concatenate(pieces))
     return rate, waves
+
+
+def test_phoneme_errors_tell_the_said_sentence_from_others(spoken):
+    pytest.importorskip("pocketsphinx")
+    rate, waves = spoken
+    metric = PhonemeErrors("", Path())
+    rates = np.zeros((3, 3))
+    for i, wave in enumerate(waves):
+        for j, text in enumerate(SENTENCES):
+            errors, count = metric.measure(Take(audio=Sound(wave, rate)), Take(text=text))["per"]
+            rates[i, j] = errors / count
+    assert rates.diagonal().max() < 0.7 and (rates.argmin(1) == np.arange(3)).all()
+    first = metric.measure(Take(audio=Sound(waves[0], rate)), Take(text=SENTENCES[0]))["per"]
+    assert first[0] / first[1] == rates[0, 0]  # whatever came before
+    assert metric.reference("It's x-ray!") == ["IH", "T", "S", "EH", "K", "S", "R", "EY"]
+    for text in (Path(__file__).parents[2] / "assets" / "demo" / "sentences.txt").read_text().splitlines():
+        assert 15 < len(metric.reference(text)) < 60
+    with pytest.raises(UserError, match="no phonemes are known of 'xyzzyx'"):
+        metric.reference("say xyzzyx")
 
 
 def test_recogniser_hears_the_words_whatever_came_before(spoken, tmp_path):
