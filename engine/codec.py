@@ -148,7 +148,18 @@ def load_codec(folder: str | Path, codecs: Mapping[str, type[C]]) -> C:
         official = codec.from_official(folder)
         if official is not None:
             return official
+    return codecs[_codec_kind(folder, codecs)].from_pretrained(folder)
+
+
+def check_codec(folder: str | Path, codecs: Mapping[str, type[Codec]]) -> None:
+    """Refuse a release of another kind without loading it; what is no release may hold official files."""
+    folder = release_folder(folder)
+    if (folder / "config.yaml").is_file():
+        _codec_kind(folder, codecs)
+
+
+def _codec_kind(folder: Path, codecs: Mapping[str, type[Codec]]) -> str:
     kind = release_kind(folder)
     if kind not in codecs:
         raise UserError(f"weights folder {folder} holds a model of kind {kind!r}, but {' or '.join(codecs)} is needed")
-    return codecs[kind].from_pretrained(folder)
+    return kind

@@ -138,6 +138,12 @@ def _no_larger_than(state: dict[str, Tensor], more_tensors: int, more_numbers: i
             hook.remove()
 
 
+def check_replaceable(folder: Path) -> None:
+    """Raise UserError if `folder` holds something else than a release, which must not be overwritten."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not _is_release(folder)):
+        raise UserError(f"{folder} exists but is not a release folder and was not overwritten; choose another folder")
+
+
 def save_release(
     folder: str | Path,
     kind: str,
@@ -155,8 +161,7 @@ def save_release(
     """
     folder = Path(folder)
     _check_finite(state, f"release {folder}")
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not _is_release(folder)):
-        raise UserError(f"{folder} exists but is not a release folder and was not overwritten; choose another folder")
+    check_replaceable(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:

@@ -111,6 +111,10 @@ class HiCoDiTDataset:
         shards: Mapping[str, Any] | None = None,
         phonemes: int | None = None,
     ) -> None:
+        if expression not in HEARD:
+            raise UserError(f"data.train.expression={expression!r} must be {' or '.join(HEARD)}")
+        if seconds is not None and seconds < 1:
+            raise UserError(f"data.train.seconds={seconds} must be 1 or more, or null")
         tokenizer = load_codec(codec, CODECS)
         self.shards = ShardSplit(source, Reading(**(shards or {})), MIN_FRAMES)
         self.shards.check_made_with({"rvq": tokenizer.digest()})
@@ -120,16 +124,12 @@ class HiCoDiTDataset:
                 f"{source} lacks the features of the {encoders} encoders: add them with scripts/prepare_data.py, "
                 "stages.{lip,face_identity}.use=true stages.lip.encoders.folder=ENCODERS reuse=SHARDS (docs/data.md)"
             )
-        if expression not in HEARD:
-            raise UserError(f"data.train.expression={expression!r} must be {' or '.join(HEARD)}")
         self.expression = HEARD[expression]
         if expression == "heard" and self.expression not in (self.shards.index.get("digests") or ()):
             raise UserError(
                 f"{source} has no heard expressions: add them with scripts/prepare_data.py "
                 "stages.heard_expression.use=true reuse=SHARDS (docs/data.md), or set data.expression=seen"
             )
-        if seconds is not None and seconds < 1:
-            raise UserError(f"data.train.seconds={seconds} must be 1 or more, or null")
         self.required = tuple(dict.fromkeys((*self.inputs, *REQUIRED, self.expression)))
         self.shards.require(*self.required)
         self.most = None if seconds is None else seconds * SECOND

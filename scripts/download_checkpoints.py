@@ -21,6 +21,7 @@ from huggingface_hub import hf_hub_url
 from engine.config import CONFIGS
 from engine.download import DamagedError, NoNetworkError, RemoteFile, check, fetch
 from engine.errors import UserError, run_cli
+from engine.files import writable
 from engine.untrusted import read_yaml
 
 CATALOGUE = CONFIGS / "checkpoints.yaml"
@@ -38,11 +39,14 @@ class Checkpoint:
 
 def read_catalogue(path: Path = CATALOGUE) -> dict[str, tuple[Checkpoint, ...]]:
     """Return the checkpoints by group."""
+    groups = read_yaml(path)
+    if not isinstance(groups, dict):
+        raise UserError(f"{path} is no list of files: see {CATALOGUE}")
     return {
         group: tuple(
             Checkpoint(**row | {"files": tuple(_remote_file(**file) for file in row["files"])}) for row in rows
         )
-        for group, rows in read_yaml(path).items()
+        for group, rows in groups.items()
     }
 
 
@@ -106,6 +110,9 @@ def main() -> None:
         parser.error(f"{args.group} is no group: there are {', '.join([*catalogue, 'all'])}")
     if args.group is None and not args.list:
         parser.error(f"name a group: {', '.join([*catalogue, 'all'])}")
+    if not args.list:
+        with writable(args.to, "--to"):
+            pass
     checkpoints = catalogue.get(args.group) or sum(catalogue.values(), ())
     process(checkpoints, args.to, args.list)
 

@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from engine.errors import run_cli
+from engine.files import writable
 from engine.shards.recordings import read_manifest
 from talker_t2av.text import byte_tokenizer
 
@@ -26,9 +27,10 @@ def main() -> None:
         "--merges", type=int, default=240, help="largest number of merges; 0: bytes only (default: %(default)s)"
     )
     args = parser.parse_args()
-    texts = [row["text"] for row in read_manifest(args.corpus, "train")] if args.merges else []
-    words = byte_tokenizer(texts, args.merges)
-    words.save(args.out)
+    with writable(args.out, "--out"):
+        texts = [row["text"] for row in read_manifest(args.corpus, "train")] if args.merges else []
+        words = byte_tokenizer(texts, args.merges)
+        words.save(args.out)
     print(f"{args.out}: {words.vocab_size} ids")
 
 

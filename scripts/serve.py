@@ -24,7 +24,7 @@ from engine.device import pick_device
 from engine.errors import UserError, run_cli
 from engine.media.limits import Limits, set_limits
 from engine.optional import require
-from engine.settings import DEVICES, PRECISIONS, listed
+from engine.settings import DEVICES, PRECISIONS, kind_of, listed
 from service.limits import MAX_PICTURE, ServeLimits
 
 
@@ -41,9 +41,9 @@ def main() -> None:
     add("--sampling", choices=("release", "fast"), default="release", help="of Talker-T2AV (default: %(default)s)")
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
-    for name, field, default in listed(ServeLimits):
+    for name, field, hint in listed(ServeLimits):
         about = field.metadata["about"]
-        add(f"--{name}", type=type(default), default=default, help=f"{about} (default: %(default)s)")
+        add(f"--{name}", type=kind_of(hint)[0], default=field.default, help=f"{about} (default: %(default)s)")
     args = parser.parse_args()
     if not 0 < args.port < 65_536:
         raise UserError(f"--port {args.port} must lie between 1 and 65535")

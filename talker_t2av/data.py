@@ -248,6 +248,10 @@ class TalkerPairs:
         order: str = "add",
         phonemes: int = 0,
     ) -> None:
+        if sorted(tasks) not in (["t2av", "tts"], ["t2av"], ["tts"]):
+            raise UserError(f"data.train.tasks={list(tasks)}: give [t2av, tts], [t2av] or [tts]")
+        if delay < 0:
+            raise UserError(f"data.train.delay={delay}: give 0 or more")
         reading, roots = Reading(**(shards or {})), {"tts": tts_root or root}
         self.sets = [
             TalkerExamples(
@@ -264,8 +268,6 @@ class TalkerPairs:
             )
             for task in sorted(tasks)
         ]
-        if [examples.task for examples in self.sets] not in (["t2av", "tts"], ["t2av"], ["tts"]):
-            raise UserError(f"data.train.tasks={list(tasks)}: give [t2av, tts], [t2av] or [tts]")
 
     def __len__(self) -> int:
         return max(map(len, self.sets))

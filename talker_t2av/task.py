@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.codec import check_codec
 from engine.errors import UserError
 from engine.evaluation.shares import ByClip, Share
 from engine.evaluation.validation import measure_clips, words_by
@@ -39,12 +40,24 @@ from talker_t2av.model import FPS, TalkerConfig, TalkerT2AV
 from talker_t2av.motion import MotionStats
 from talker_t2av.particles import why_not
 from talker_t2av.request import A2V, MODES, T2AV, TTS, V2A, Request, Sampling
-from talker_t2av.system import load_motion, load_speech
+from talker_t2av.system import CODECS, load_motion, load_speech
 from talker_t2av.text import TalkerTokenizer, load_tokenizer
 
 VALIDATION_BATCH = 4
 NEW_WEIGHTS = re.compile(r"\.step_mlp\.|^head_phoneme\.|^llm\.model\.layers\.")  # that `init` may lack
 WAVES, VIDEOS = 4, 2  # saved by a validation, of each split
+
+
+def _read_start(init: str) -> tuple[dict[str, Tensor], Path]:
+    """Read the weights of a release of ours, or of released files; return them and the folder of their tokenizer."""
+    folder = release_folder(init)
+    if (folder / "config.yaml").is_file():
+        state, words = TalkerT2AV.from_pretrained(init).state_dict(), folder
+    else:
+        state, words = released.read_model(folder)
+    if released.TASKS not in state:
+        raise UserError(f"init={init} is no Talker-T2AV: it has no tensor {released.TASKS}")
+    return state, words
 
 
 class TalkerTask(Task):
@@ -99,6 +112,13 @@ class TalkerTask(Task):
     ) -> None:
         super().__init__()
         self.model = TalkerT2AV(TalkerConfig(**model))
+        self.sampling, self.validation, self.recipe = Sampling(**(sampling or {})), validation, recipe
+        if why_not(self.model):
+            self.sampling = replace(self.sampling, particles=1)
+        for stream, kinds in CODECS.items():
+            if codecs.get(stream):
+                check_codec(codecs[stream], kinds)
+        start = _read_start(init) if init else None
         self.words = load_tokenizer(tokenizer)
         rows = self.model.llm.config.vocab_size
         if self.words.vocab_size > rows:
@@ -119,11 +139,8 @@ class TalkerTask(Task):
             raise UserError(
                 f"task.model.motion_dim={channels}, but the motion has {len(self.stats.mean)}: set it to that"
             )
-        self.sampling, self.validation, self.recipe = Sampling(**(sampling or {})), validation, recipe
-        if why_not(self.model):
-            self.sampling = replace(self.sampling, particles=1)
-        if init:
-            self._start_from(init)
+        if start:
+            self._start_from(init, *start)
         for kind, folder in sorted((warm_start or {}).items(), key=lambda item: item[0] != "qwen"):
             if folder is None:
                 continue
@@ -132,21 +149,14 @@ class TalkerTask(Task):
         if freeze_embeddings:
             self.model.llm.model.embed_tokens.weight.requires_grad_(False)
 
-    def _start_from(self, init: str) -> None:
-        """Take over the weights of a release of ours, or of the released files in a folder."""
-        folder = release_folder(init)
-        if (folder / "config.yaml").is_file():
-            state, words = TalkerT2AV.from_pretrained(init).state_dict(), folder
-        else:
-            state, words = released.read_model(folder)
+    def _start_from(self, init: str, state: dict[str, Tensor], words: Path) -> None:
+        """Take over weights of the tokenizer in the folder `words`, which `_read_start` read from `init`."""
         former, own = TalkerTokenizer.from_pretrained(words), self.model.state_dict()
         new_text = self.words.language is not None and former.language is None
         if not new_text and former.tokenizer.get_vocab() != self.words.tokenizer.get_vocab():
             raise UserError(
                 f"init={init} has another vocabulary than task.tokenizer={self.tokenizer}: use the tokenizer in {words}"
             )
-        if released.TASKS not in state:
-            raise UserError(f"init={init} is no Talker-T2AV: it has no tensor {released.TASKS}")
         state = released.with_tasks(state, self.model.config.tasks)
         state = released.complete({k: v.float() for k, v in state.items()}, self.model)
         if not self.model.config.phonemes:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from engine.errors import UserError
 from engine.evaluation.shares import ByClip, Share
 from engine.media.video import write_video
+from engine.settings import require_range
 from engine.training.task import Release, Task
 from lia_x.codec import LiaX, LiaXConfig
 from lia_x.losses import Discriminator, Perceptual, pyramid_l1, region_weights, structural
@@ -92,7 +93,10 @@ class LiaXTask(Task):
     ):
         super().__init__()
         self.codec = _load(init, LiaXConfig(**codec)) if init else _start(LiaXConfig(**codec))
+        require_range("task.pyramid", pyramid, 1, 8)
         growth = None if init else growth
+        if growth:
+            require_range("task.growth.levels", growth["levels"], 1, len(self.codec.decoder.levels) - 1)
         if growth:  # levels that wait add nothing to the enlarged picture, then little by little
             for level in self.codec.decoder.levels[-growth["levels"] :]:
                 nn.init.zeros_(level.to_rgb.conv.weight)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from engine.errors import UserError
 from engine.evaluation.resynthesis import validate_codec
 from engine.evaluation.shares import ByClip, Share
+from engine.hub import check_release
 from engine.media.audio import resample
 from engine.nn.audio_losses import MultiScaleMelLoss
 from engine.nn.dac import DownBlock, UpBlock
@@ -216,6 +217,7 @@ def _load_whisper(codec: WhisperXVAE, name: str) -> None:
     """Give `codec` the encoder of a transformers Whisper, frozen."""
     from transformers import WhisperModel
 
+    check_release("task.whisper", name)
     try:
         encoder = WhisperModel.from_pretrained(name).encoder
     except OSError as error:

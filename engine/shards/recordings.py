@@ -189,6 +189,8 @@ class SpeechCrops(torch.utils.data.Dataset):
         speed: float = 0.0,
         shards: Mapping[str, Any] | None = None,
     ):
+        if samples < 1:
+            raise UserError(f"data.train.samples={samples}: give 1 or more")
         self.samples, self.gain_db, self.speed = samples, gain_db, speed
         prepared = is_prepared(root, split)
         self.waves = StoredWaves(root, split, sample_rate, shards) if prepared else WavFiles(root, split, sample_rate)

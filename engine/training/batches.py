@@ -45,6 +45,15 @@ class TrainingSet(Protocol):
     def collate(self, items: list[Any]) -> dict[str, Any]: ...
 
 
+def require_lengths(dataset: TrainingSet | type) -> None:
+    """Refuse batches by length of a dataset, or class of datasets, whose items have none."""
+    if getattr(dataset, "lengths", None) is None:
+        name = dataset.__name__ if isinstance(dataset, type) else type(dataset).__name__
+        raise UserError(
+            f"{name} has no lengths of its items: set trainer.by_length=false and trainer.batch_tokens=null"
+        )
+
+
 class MicroBatches(torch.utils.data.Dataset):
     """An endless row of batches; the same number gives the same batch whichever process asks.
 
@@ -61,11 +70,8 @@ class MicroBatches(torch.utils.data.Dataset):
     def __init__(self, dataset: TrainingSet, size: int, seed: int, tokens: int | None = None, by_length: bool = False):
         self.dataset, self.size, self.seed, self.tokens = dataset, size, seed, tokens
         self.by_length = by_length or tokens is not None
-        if self.by_length and getattr(dataset, "lengths", None) is None:
-            raise UserError(
-                f"trainer.batch_tokens={tokens}, trainer.by_length={by_length}: {type(dataset).__name__} does not know "
-                "the lengths of its items; set batch_size alone"
-            )
+        if self.by_length:
+            require_lengths(dataset)
         self.blocks: Blocks | None = getattr(dataset, "blocks", None)
         self.streams = (self.blocks.streams or distributed.world_size()) if self.blocks else 1
         if len(dataset) < self.streams:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from engine.errors import UserError
@@ -269,21 +269,35 @@ def load(folder: str | Path, state: dict[str, Tensor]) -> dict[str, Any]:
         UserError: the checkpoint is of a model with other tensors or shapes.
     """
     folder = Path(folder)
-    stored = Reader(folder).read_metadata().state_dict_metadata
-    hint = "the model was changed since: go on with the old config, or start anew with fresh=true or another run="
-    for key in sorted(stored.keys() - state.keys()):
-        raise UserError(f"checkpoint {folder} has {key!r}, which the model lacks; {hint}")
-    for key in sorted(state.keys() - stored.keys()):
-        if not key.startswith("optim."):
-            raise UserError(f"checkpoint {folder} lacks {key!r}; {hint}")
+    shapes = _shapes(folder)
+    for key in [key for key in state if key.startswith("optim.") and key not in shapes]:
         del state[key]
-    for key, tensor in state.items():
-        if tuple(stored[key].size) != tuple(tensor.shape):
-            raise UserError(
-                f"checkpoint {folder} has {key!r} with shape {tuple(stored[key].size)}, "
-                f"the model has {tuple(tensor.shape)}; {hint}"
-            )
+    _require_equal(folder, shapes, {key: tuple(tensor.shape) for key, tensor in state.items()})
     return _fill(state, folder, no_dist=not dist.is_initialized())
+
+
+def require_model(root: Path, task: nn.Module) -> None:
+    """Refuse the newest checkpoint in `root` if it is of a model with other tensors or shapes than `task`."""
+    for step in steps(root)[-1:]:
+        folder = root / f"step-{step:08d}"
+        if damage(folder) is None:  # else training skips it, and says so
+            stored = {key: shape for key, shape in _shapes(folder).items() if key.startswith("model.")}
+            _require_equal(folder, stored, {f"model.{k}": tuple(v.shape) for k, v in task.state_dict().items()})
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of a checkpoint."""
+    return {key: tuple(entry.size) for key, entry in Reader(folder).read_metadata().state_dict_metadata.items()}
+
+
+def _require_equal(folder: Path, stored: dict[str, tuple[int, ...]], own: dict[str, tuple[int, ...]]) -> None:
+    hint = "the model was changed since: go on with the old config, or start anew with fresh=true or another run="
+    for key in sorted(stored.keys() ^ own.keys()):
+        lacks = f"has {key!r}, which the model lacks" if key in stored else f"lacks {key!r}"
+        raise UserError(f"checkpoint {folder} {lacks}; {hint}")
+    for key, shape in own.items():
+        if stored[key] != shape:
+            raise UserError(f"checkpoint {folder} has {key!r} with shape {stored[key]}, the model has {shape}; {hint}")
 
 
 def read(folder: str | Path, prefixes: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:

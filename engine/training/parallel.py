@@ -205,13 +205,16 @@ def _mesh(kind: str, device: torch.device) -> DeviceMesh:
 
 def prepare_blocks(task: Task, compiled: bool, recomputed: bool) -> None:
     """Compile the task's blocks, and let the backward pass compute their activations again instead of keeping them."""
-    blocks = task.blocks()
+    require_blocks(task, compiled, recomputed)
+    for block in task.blocks() if compiled or recomputed else ():
+        block.forward = _training_forward(block, compiled, recomputed)
+
+
+def require_blocks(task: Task, compiled: bool, recomputed: bool) -> None:
+    """Refuse to compile or recompute the blocks of a task that names none."""
     for name, wanted in (("compile", compiled), ("checkpointing", recomputed)):
-        if wanted and not blocks:
+        if wanted and not task.blocks():
             raise UserError(f"trainer.{name}=true: {type(task).__name__} has no blocks to work on; set it to false")
-    if compiled or recomputed:
-        for block in blocks:
-            block.forward = _training_forward(block, compiled, recomputed)
 
 
 def _training_forward(block: nn.Module, compiled: bool, recomputed: bool) -> Callable[..., Any]:

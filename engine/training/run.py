@@ -1,31 +1,36 @@
-"""A run of `train.py`: what is wrong with its settings, files and devices is found before data are made."""
+"""A run of `train.py`: wrong settings, missing files and devices are found before data are made."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from engine.config import build, plain
+from engine.config import build, plain, target
 from engine.device import pick_device
 from engine.errors import UserError
-from engine.files import require_space, writable
+from engine.files import refuse_links, require_space, writable
 from engine.hub import release_folder
 from engine.media.limits import Limits, set_limits
+from engine.metrics.registry import metrics_of
 from engine.optional import require
-from engine.settings import make
+from engine.release import check_replaceable
+from engine.settings import make, require_range
 from engine.shards.recordings import is_prepared, read_manifest
 from engine.shards.source import join, read_index
-from engine.training import distributed
-from engine.training.parallel import build_once
+from engine.training import checkpoint, distributed
+from engine.training.batches import require_lengths
+from engine.training.parallel import build_once, require_blocks
 from engine.training.settings import TrainerConfig
 from engine.training.signals import REQUEUE
 from engine.training.task import Task
+from engine.training.tracking import check_trackers
 from engine.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,8 +46,6 @@ def run(config: DictConfig, command: str) -> int:
     trainer = make(TrainerConfig, plain(config.trainer)).shared_among(int(os.environ.get("WORLD_SIZE", 1)))
     check_inputs(config)
     distributed.init(trainer.device)
-    make_data(config.data)
-    check_held_out(config.data)
 
     def make_task() -> Task:
         torch.manual_seed(trainer.seed)  # initial weights
@@ -51,6 +54,10 @@ def run(config: DictConfig, command: str) -> int:
             task.adapt(**config.lora)
         return task
 
+    if made_folders(config.data):
+        distributed.from_main(lambda: try_to_build(config, trainer, make_task))
+    make_data(config.data)
+    check_validation(config)
     loop = Trainer(
         make_task() if trainer.parallel == "ddp" else build_once(make_task),
         build(config.data.train),
@@ -67,11 +74,7 @@ def run(config: DictConfig, command: str) -> int:
 
 
 def check_inputs(config: DictConfig) -> None:
-    """Find releases, folders, packages and the device that the run needs, before hours of making data for it.
-
-    Raises:
-        UserError: one is missing or cannot be used.
-    """
+    """Find releases, folders, packages and the device that the run needs, before hours of making data for it."""
     task, data, trainer = config.task, config.data, config.trainer
     if config.lora.rank and not task.get("init"):
         raise UserError(f"lora.rank={config.lora.rank} adapts a release: name it with init=FOLDER")
@@ -80,27 +83,65 @@ def check_inputs(config: DictConfig) -> None:
     for key, place in named.items():
         if isinstance(place, str) and not release_folder(place).exists():
             raise UserError(f"{key}={place}: there is no such file or folder")
-    made = [key for key in ("corpus", "root") if data.get("make") and data.get(key) and "://" not in data[key]]
+    validation, splits = task.get("validation") or {}, (data.get("splits") or {}).get(data.get("version"))
+    clips = {"task.validate_clips": task.get("validate_clips"), "task.validation.clips": validation.get("clips")}
+    for key, count in clips.items():
+        require_range(key, 1 if count is None else count, 1, 10**6)
+    metrics_of(validation.get("metrics") or ())
+    for split in (data.get("held_out") or ()) if splits else ():
+        if split not in splits:
+            raise UserError(f"data.held_out has {split}: these data have {', '.join(splits)}")
     with ExitStack() as stack:
-        stack.enter_context(writable(config.run, "run"))
-        for key in made:
-            stack.enter_context(writable(data[key], f"data.{key}"))
-        require_space(config.run, "run")
+        for key, folder in {"run": config.run, **made_folders(data)}.items():
+            stack.enter_context(writable(folder, key))
+            require_space(folder, key)
+        refuse_links(Path(config.run))
+        check_replaceable(Path(config.run) / "release")
     for package in data.get("needs") or ():
         require(package, package)
     if config.lora.rank:
         require("peft", "PEFT", "finetune")
-    if trainer.tensorboard:
-        require("torch.utils.tensorboard", "TensorBoard", "tensorboard")
+    check_trackers(trainer.wandb, trainer.tensorboard)
     pick_device(trainer.device)
+    if not made_folders(data):
+        check_validation(config)
 
 
-def check_held_out(data: DictConfig) -> None:
-    """Find the validation splits, which the first validation needs.
+def made_folders(data: DictConfig) -> dict[str, str]:
+    """Return the folders of data that `data.make` makes, by setting; {} for data that the user has to bring."""
+    folders = {f"data.{key}": data.get(key) for key in ("corpus", "root") if data.get("make")}
+    return {key: folder for key, folder in folders.items() if folder and "://" not in folder}
 
-    Raises:
-        UserError: one is missing.
+
+def try_to_build(config: DictConfig, trainer: TrainerConfig, make_task: Callable[[], Task]) -> None:
+    """Build what is trained before its data are made, to find wrong settings and damaged releases.
+
+    An error that names one of the folders of data is left to the build after they are made.
     """
+    folders = made_folders(config.data).values()
+
+    def check_task() -> None:
+        task = make_task()
+        require_blocks(task, trainer.compile, trainer.checkpointing)
+        if not config.fresh:
+            checkpoint.require_model(Path(config.run) / "checkpoints", task)
+
+    def check_data() -> None:
+        if trainer.by_length or trainer.batch_tokens:
+            require_lengths(target(config.data.train._target_))
+        build(config.data.train)
+
+    for check in (lambda: find_grammar(config), check_task, check_data):
+        try:
+            check()
+        except UserError as error:
+            if not any(folder in str(error) for folder in folders):
+                raise
+
+
+def check_validation(config: DictConfig) -> None:
+    """Find what the first validation needs: held-out splits and a grammar."""
+    data = config.data
     root = data.get("root") or data.get("corpus")
     for split in (data.get("held_out") or ()) if root else ():
         try:
@@ -110,6 +151,15 @@ def check_held_out(data: DictConfig) -> None:
                 read_manifest(root, split)
         except UserError as error:
             raise UserError(f"data.held_out has {split}: make that split, or set data.held_out=[] ({error})") from error
+    find_grammar(config)
+
+
+def find_grammar(config: DictConfig) -> None:
+    """Refuse a grammar that does not exist: a validation reads it first, after hours of training."""
+    for key in ("task.grammar", "task.validation.grammar"):
+        grammar = OmegaConf.select(config, key)
+        if grammar and not Path(grammar).exists():
+            raise UserError(f"{key}={grammar}: there is no such file or folder")
 
 
 def make_data(data: DictConfig) -> None:
@@ -121,6 +171,8 @@ def make_data(data: DictConfig) -> None:
     for command in filter(None, (data.get("make") or {}).values()) if distributed.is_main() else ():
         script, *arguments = map(str, command)
         code = subprocess.run([sys.executable, ROOT / script, *arguments]).returncode
+        if code == 2:  # a mistake, which the command has explained in a line
+            raise SystemExit(2)
         if code != 0:
             raise UserError(f"{script} {' '.join(arguments)} failed (exit {code}), so there is no data to train on")
     distributed.barrier()

@@ -15,10 +15,22 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.files import atomic_output
+from engine.optional import require
 from engine.training.settings import TrainerConfig
 from engine.training.sinks import Sink, TensorBoardSink, WandbSink, send_media
 from engine.training.speed import Utilisation
 from engine.untrusted import parse_json
+
+
+def check_trackers(wandb: str, tensorboard: bool) -> None:
+    """Refuse trackers that are not installed, or that nobody is logged in to."""
+    if tensorboard:
+        require("torch.utils.tensorboard", "TensorBoard", "tensorboard")
+    if wandb == "online":
+        from wandb import api  # slow to import
+
+        if not api.api_key:
+            raise UserError("trainer.wandb=online: nobody is logged in; run `wandb login` or set trainer.wandb=offline")
 
 
 class Tracker:

@@ -236,8 +236,12 @@ def test_a_validation_split_that_is_missing_is_found_before_training(tmp_path):
     write_split(tmp_path / "train", [({"key": "a", "frames": 9, "text": ""}, {"x": torch.zeros(1)})], 1)
     (tmp_path / "seen.jsonl").write_text('{"id": "a"}')
     for held_out, shards in (([], {}), (["train"], {}), (["seen"], None), (None, None)):
-        run.check_held_out(OmegaConf.create({"root": str(tmp_path), "held_out": held_out, "shards": shards}))
+        run.check_validation(
+            OmegaConf.create({"task": {}, "data": {"root": str(tmp_path), "held_out": held_out, "shards": shards}})
+        )
     for shards in ({"window": 1}, None):
         with pytest.raises(UserError, match=r"data.held_out has val: make that split, or set data.held_out=\[\]"):
-            run.check_held_out(OmegaConf.create({"root": str(tmp_path), "held_out": ["val"], "shards": shards}))
-    run.check_held_out(OmegaConf.create({"held_out": ["val"]}))
+            run.check_validation(
+                OmegaConf.create({"task": {}, "data": {"root": str(tmp_path), "held_out": ["val"], "shards": shards}})
+            )
+    run.check_validation(OmegaConf.create({"task": {}, "data": {"held_out": ["val"]}}))

@@ -1,0 +1,167 @@
+"""Mistakes that a command used to report after work was done, or might: each is one line, at once, and leaves nothing.
+
+The commands run in this process, in an empty folder with the files of `folder`. Making data counts as work.
+"""
+
+import importlib
+import json
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.errors import run_cli
+from engine.training import run
+
+ROOT = Path(__file__).resolve().parents[2]
+HICODIT, TALKER = "experiment=hicodit_synthetic", "experiment=talker_synthetic"
+SHARDS = "source.root=corpus output=shards stages.face.use=false stages.crops.use=false"
+TRAIN = [
+    (f"{HICODIT} trainer.lr=-1", "trainer.lr=-1 must be a number"),
+    (f"{HICODIT} trainer.device=cuda", "no CUDA device is available"),
+    (f"{HICODIT} trainer.best=wer", "trainer.best=wer is not"),
+    (f"{HICODIT} run=file", "cannot write to run=file"),
+    (f"{HICODIT} run=finished", "finished/release exists but is not a release folder"),
+    (f"{HICODIT} run=other", "the model was changed since"),
+    (f"{HICODIT} data.corpus=file", "cannot write to data.corpus=file"),
+    (f"{HICODIT} data.held_out=[nope]", "data.held_out has nope: these data have train, seen, unseen"),
+    (f"{HICODIT} data.grammar=nowhere.jsgf", "task.grammar=nowhere.jsgf: there is no such file"),
+    (f"{HICODIT} data.shards.window=-4", "window=-4"),
+    (f"{HICODIT} data.train.seconds=-1", "data.train.seconds=-1"),
+    (f"{HICODIT} task.model.width=7", "width=7"),
+    (f"{HICODIT} task.model.levels=99", "task.model has 99 levels"),
+    (f"{HICODIT} task.encoders.kind=nope", "encoders.kind=nope"),
+    (f"{HICODIT} task.sampler.steps=0", "sampler.steps=0 must be"),
+    (f"{HICODIT} task.identity_input=nose", "task.identity_input='nose'"),
+    (f"{HICODIT} task.validate_clips=-1", "task.validate_clips=-1 must be"),
+    (f"{HICODIT} task.validate_metrics=[nope]", "metric 'nope' is unknown"),
+    (f"{HICODIT} task.codec=missing", "task.codec=missing: there is no such file"),
+    (f"{HICODIT} task.codec=damaged", "holds a model of kind 'hicodit'"),
+    (f"{HICODIT} init=damaged", "damaged/model.safetensors is damaged"),
+    (f"{HICODIT} init=assets/rvq_tiny", "holds a model of kind 'rvq_codec'"),
+    (f"{HICODIT} lora.rank=4", "lora.rank=4 adapts a release"),
+    ("experiment=hicodit_distill", "name the release to distil"),
+    ("experiment=hicodit_distill init=assets/hicodit_tiny task.substeps=0", "task.substeps=0 must be"),
+    (f"{TALKER} task.model.llm.hidden_size=7", "hidden_size=7"),
+    (f"{TALKER} task.sampling.steps=0", "sampling.steps=0 must be"),
+    (f"{TALKER} task.validation.clips=-3", "task.validation.clips=-3 must be"),
+    (f"{TALKER} task.validation.metrics=[nope]", "metric 'nope' is unknown"),
+    (f"{TALKER} task.codecs.speech=assets/rvq_tiny", "holds a model of kind 'rvq_codec'"),
+    (f"{TALKER} init=assets/rvq_tiny", "holds a model of kind 'rvq_codec'"),
+    (f"{TALKER} data.train.delay=-1", "data.train.delay=-1"),
+    ("experiment=lia_x_synthetic lora.rank=3 init=assets/lia_x_tiny", "LiaXTask has no low-rank training"),
+    ("experiment=lia_x_synthetic task.growth.levels=99", "task.growth.levels=99 must be"),
+    ("experiment=lia_x_synthetic task.weights.perceptual=1.0", "vgg"),
+    ("experiment=lia_x_synthetic data.train.frames=0", "data.train.frames=0"),
+    ("experiment=rvq_synthetic trainer.by_length=true", "SpeechCrops has no lengths"),
+    ("experiment=rvq_synthetic task.decoder_only=true", "task.decoder_only=true needs task.init"),
+    ("experiment=rvq_synthetic data.train.samples=-5", "data.train.samples=-5"),
+    ("experiment=rvq_synthetic_decoder", "init=runs/rvq_synthetic/release: there is no such file"),
+    ("experiment=whisperx_vae_synthetic task.whisper=nowhere", "task.whisper=nowhere: not found"),
+    ("experiment=whisperx_vae_synthetic task.codec.hidden=-3", "hidden=-3"),
+    ("experiment=voice_synthetic task.encoder.channels=0 trainer.compile=true", "channels=0"),
+]  # fmt: skip
+INFER = [
+    ("weights=damaged", "damaged/model.safetensors is damaged"),
+    ("weights=assets/rvq_tiny", "holds a model of kind 'rvq_codec'"),
+    ("codec=assets/lia_x_tiny", "holds a model of kind 'lia_x'"),
+    ("device=cuda", "no CUDA device is available"),
+    ("detector=nowhere.onnx", "no face detector at nowhere.onnx"),
+    ("model=talker_t2av output=file", "cannot write to output=file"),
+    ("model=talker_t2av codecs.motion=damaged", "holds a model of kind 'hicodit'"),
+    ("model=talker_t2av jobs=bad.jsonl", "jobs=bad.jsonl, line 1"),
+]
+EVALUATE = [
+    ("outputs=sounds references=sounds output=file", "cannot write to output=file"),
+    ("outputs=sounds references=sounds output=report cache=file", "cannot write to cache=file"),
+    ("outputs=sounds references=sounds output=report device=cuda", "no CUDA device is available"),
+    ("outputs=sounds references=sounds output=report metrics=[nope]", "metric 'nope' is unknown"),
+    ("outputs=nowhere references=sounds output=report", "outputs.nowhere=nowhere is no folder"),
+    ("model=nope references=sounds output=report", "model=nope is unknown"),
+]
+PREPARE = [
+    ("source.root=nowhere output=shards", "source.root=nowhere is not a folder"),
+    ("source.root=corpus output=file", "file"),
+    (f"{SHARDS} workers=0", "workers=0"),
+    (f"{SHARDS} splits=[nope]", "no split nope"),
+    (f"{SHARDS} device=cuda", "no CUDA device is available"),
+    (f"{SHARDS} stages.rvq.codec=nowhere", "nowhere"),
+    (f"{SHARDS} stages.rvq.codec=assets/lia_x_tiny", "holds a model of kind 'lia_x'"),
+    (f"{SHARDS} stages.speech.codec=damaged", "holds a model of kind 'hicodit'"),
+]
+SCRIPTS = [
+    ("make_synthetic_corpus --out file", "--out file: cannot write there"),
+    ("make_synthetic_corpus --out corpus --clips -1", "--clips -1: give 1 or more"),
+    ("make_tokenizer --out file --merges 0", "cannot write to --out=file"),
+    ("make_tokenizer --out tokenizer", "no manifest data/synthetic/train.jsonl"),
+    ("download_checkpoints hicodit --to file", "cannot write to --to=file"),
+    ("download_checkpoints hicodit --catalogue file", "file is no list of files"),
+    ("export sounds out", "sounds has no checkpoint to export"),
+    ("export sounds out --best wer", "--best wer is not"),
+    ("export damaged out --compact", "damaged/model.safetensors is damaged"),
+    ("export {assets}/rvq_tiny sounds --compact", "sounds exists but is not a release folder"),
+    ("plot_run sounds", "no log in sounds"),
+    ("plot_run sounds --out curves.txt", "its name must end in"),
+    ("serve --rows 0", "--rows=0 must be"),
+    ("serve --weights nowhere", "weights folder not found: nowhere"),
+    ("serve --device cuda", "no CUDA device is available"),
+    ("plan_run nope", "experiment=nope does not exist"),
+    ("plan_run hicodit_paper --gpus 0", "--gpus [0]"),
+    ("plan_run hicodit_synthetic --json file/x.json", "cannot write file/x.json"),
+    ("benchmark training --steps 0", "--steps 0 must be at least 1"),
+    ("benchmark training --device cuda", "no CUDA device is available"),
+    ("benchmark training --out file", "file"),
+    ("check_golden sounds", "no case (*.safetensors) under sounds"),
+]
+PROGRAMS = {"train": TRAIN, "infer": INFER, "scripts.evaluate": EVALUATE, "scripts.prepare_data": PREPARE}
+ROWS = [(program, words, message) for program, rows in PROGRAMS.items() for words, message in rows]
+ROWS += [(f"scripts.{words.partition(' ')[0]}", words.partition(" ")[2], message) for words, message in SCRIPTS]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Files to name: a text, a release whose weights are damaged, sounds, a corpus, runs of earlier commands."""
+    made = tmp_path_factory.mktemp("late")
+    (made / "file").write_text("x")
+    (made / "bad.jsonl").write_text('{"text": 3\n')
+    shutil.copytree(ROOT / "assets/hicodit_tiny", made / "damaged")
+    (made / "damaged/model.safetensors").write_bytes(b"x" * 100)
+    (made / "sounds").mkdir()
+    shutil.copy(ROOT / "assets/demo/voice.wav", made / "sounds")
+    (made / "corpus/train").mkdir(parents=True)
+    clip = {"id": "a", "text": "x", "voice": 0, "expression": 0, "phonemes": []}
+    (made / "corpus/train.jsonl").write_text(json.dumps(clip) + "\n")
+    (made / "finished/release").mkdir(parents=True)
+    (made / "finished/release/notes.txt").write_text("mine")
+    return made
+
+
+@pytest.fixture(scope="module")
+def other_run(folder):
+    """The run of another model."""
+    from toy_task import CONFIG, ToyRegression, ToySet
+
+    from engine.training.trainer import Trainer
+
+    Trainer(ToyRegression(), ToySet(), CONFIG | {"steps": 1}, folder / "other").fit()
+
+
+def files(root):
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+
+
+@pytest.mark.parametrize(("program", "words", "message"), ROWS, ids=lambda text: None)
+def test_a_mistake_is_one_line_before_work(program, words, message, folder, other_run, monkeypatch, capfd):
+    main, codes, before = importlib.import_module(program).main, [], files(folder)
+    monkeypatch.setattr(run, "make_data", lambda data: pytest.fail("data were made first"))
+    monkeypatch.setattr(sys, "argv", [f"{program}.py", *shlex.split(words.format(assets=ROOT / "assets"))])
+    monkeypatch.chdir(folder)
+    start = time.process_time()
+    run_cli(main, codes.append)
+    seconds, said = time.process_time() - start, capfd.readouterr().err
+    assert codes == [2] and message in said, said
+    assert said.startswith("error: ") and said.count("\n") == 1, said
+    assert seconds < 10 and files(folder) == before
