@@ -25,7 +25,8 @@ from engine.nn.audio_losses import (
 )
 from engine.nn.dac import DownBlock, UpBlock
 from engine.nn.discriminators import WaveDiscriminators
-from engine.training.task import Release, Task
+from engine.training.gan import GANTask
+from engine.training.task import Release
 from rvq_codec.codebooks import count_codes, perplexity, restart_dead_codes, warm_start
 from rvq_codec.codec import RVQCodec, RVQCodecConfig
 from rvq_codec.latent_targets import SpeechFeatures
@@ -56,7 +57,7 @@ def _load(folder: str, config: RVQCodecConfig, decoder_only: bool) -> RVQCodec:
     return codec
 
 
-class RVQCodecTask(Task):
+class RVQCodecTask(GANTask):
     """Losses, schedule of stages, validation and release of an `RVQCodec`.
 
     Stages are steps of one run. With `features`, until their `until` the encoder regresses speech features while the
@@ -148,13 +149,14 @@ class RVQCodecTask(Task):
         return batch["wave"].shape[0] * self.codec.frames(batch["wave"].shape[-1])
 
     def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
-        """Losses of a part; batch["wave"] is (B, 1, N). The codec runs once a step, for both parts.
+        """As `GANTask.forward`; batch["wave"] is (B, 1, N). With its own "codes" (B, Q, L) only the decoder runs.
 
-        If the batch has "codes" (B, Q, L), the wave's own, only the decoder runs.
+        The latents are kept, for the code books.
         """
-        if part == "discriminator":
-            return self._discriminator_losses(batch)
-        return self._generator_losses(batch)
+        losses = super().forward(batch, part)
+        if part == "discriminator" and self.training and not self.decoder_only:
+            self.store_latents(batch["_run"]["latent"].detach(), batch["_run"]["quantized"])
+        return losses
 
     def begin_step(self, step: int) -> None:
         """Tend the code books."""
@@ -162,26 +164,19 @@ class RVQCodecTask(Task):
         if not self.decoder_only:
             self.update_codebooks(step)
 
-    def _adversarial(self) -> bool:
-        return self.gan_start is not None and self.step >= self.gan_start
-
-    def _run(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Forward pass of the codec, stored in the batch for the next part."""
-        if "_run" not in batch:
-            step, wave = self.step, batch["wave"]
-            regression = None
-            if step < self.features_until:
-                fake, z, quantized, regression = self._from_features(wave)
-            elif "codes" in batch:
-                fake, z, quantized = self.codec.decoder(self.codec.quantizer.embed(batch["codes"])), None, None
-            else:
-                fake, z, quantized = self.codec(wave, quantize=step >= self.quantizer_start)
-                if self.keep:
-                    regression = self.keep * self._distance(z, self._target(wave), self.features.mel_bands)
-            length = min(fake.shape[-1], wave.shape[-1])
-            batch["_run"] = {"fake": fake[..., :length], "real": wave[..., :length], "quantized": quantized}
-            batch["_run"] |= {"regression": regression, "latent": z}
-        return batch["_run"]
+    def run(self, batch: dict[str, Any]) -> dict[str, Any]:
+        wave, regression = batch["wave"], None
+        if self.step < self.features_until:
+            fake, z, quantized, regression = self._from_features(wave)
+        elif "codes" in batch:
+            fake, z, quantized = self.codec.decoder(self.codec.quantizer.embed(batch["codes"])), None, None
+        else:
+            fake, z, quantized = self.codec(wave, quantize=self.step >= self.quantizer_start)
+            if self.keep:
+                regression = self.keep * self._distance(z, self._target(wave), self.features.mel_bands)
+        length = min(fake.shape[-1], wave.shape[-1])
+        waves = {"fake": fake[..., :length], "real": wave[..., :length]}
+        return waves | {"quantized": quantized, "regression": regression, "latent": z}
 
     def _from_features(self, wave: Tensor) -> tuple[Tensor, Tensor, None, Tensor]:
         """Wave decoded from the features, latent, nothing quantised, and the mean square of latent - features."""
@@ -202,34 +197,21 @@ class RVQCodecTask(Task):
         length = min(z.shape[-1], features.shape[-1])
         return (z[:, :channels, :length] - features[:, :channels, :length]).square().mean()
 
-    def _discriminator_losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        run = self._run(batch)
-        if self.training and not self.decoder_only:
-            self.store_latents(run["latent"].detach(), run["quantized"])
-        return self.discriminator.own_losses(run["real"], run["fake"], self._adversarial())
-
-    def _generator_losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        run, weights = self._run(batch), self.weights
+    def reconstruction_losses(self, run: dict[str, Any]) -> dict[str, Tensor]:
         fake, real = run["fake"], run["real"]
         losses = {"mel": self.mel_loss(fake, real)}
-        if weights["stft"]:
+        if self.weights["stft"]:
             losses["stft"] = self.stft_loss(fake, real)
-        if weights["spectrum"]:
+        if self.weights["spectrum"]:
             losses["spectrum"] = self.spectrum_loss(fake, real)
-        if weights["disturbance"]:
+        if self.weights["disturbance"]:
             losses["disturbance"] = self.disturbance_loss(fake, real)
-        total = sum(weights[name] * value for name, value in losses.items())
         if run["regression"] is not None:
             losses["features"] = run["regression"]
-            total = total + losses["features"]
         if run["quantized"] is not None and not self.decoder_only:
             losses["commitment"] = run["quantized"].commitment.sum()
             losses["codebook"] = run["quantized"].codebook.sum()
-            total = total + losses["commitment"] + losses["codebook"]
-        if self._adversarial():
-            losses |= self.discriminator.generator_losses(real, fake)
-            total = total + weights["adversarial"] * losses["adversarial"] + weights["feature"] * losses["feature"]
-        return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
+        return losses
 
     @torch.no_grad()
     def store_latents(self, z: Tensor, quantized) -> None:

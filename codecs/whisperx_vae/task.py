@@ -27,7 +27,8 @@ from engine.nn.dac import DownBlock, UpBlock
 from engine.nn.discriminators import WaveDiscriminators
 from engine.nn.mel import RATE
 from engine.shards.recordings import load_clips
-from engine.training.task import Release, Task
+from engine.training.gan import GANTask
+from engine.training.task import Release
 from whisperx_vae.codec import WhisperXVAE, WhisperXVAEConfig
 from whisperx_vae.latent_targets import LatentTargets
 
@@ -45,7 +46,7 @@ def semantic_loss(found: Tensor, wanted: Tensor) -> Tensor:
     return F.mse_loss(found, wanted) + (1 - F.cosine_similarity(found, wanted, dim=1)).mean()
 
 
-class WhisperXVAETask(Task):
+class WhisperXVAETask(GANTask):
     """Losses, stages, validation and release of a `WhisperXVAE`.
 
     With `targets`, the latent's means regress speech features (`whisperx_vae.latent_targets`) all the time, and until
@@ -130,22 +131,17 @@ class WhisperXVAETask(Task):
         return batch["wave"].shape[0] * self.codec.frames(batch["wave"].shape[-1])
 
     def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
-        """Losses of a part; batch["wave"] is (B, 1, N), at most Whisper's window. The codec runs once a step, for both
-        parts."""
-        if "_run" not in batch:
-            batch["_run"] = self._run(batch["wave"])
-        if part == "discriminator":
-            run = batch["_run"]
-            return self.discriminator.own_losses(run["real"], run["fake"], self._adversarial())
-        return self._generator_losses(batch["_run"])
+        """As `GANTask.forward`; batch["wave"] is (B, 1, N), at most Whisper's window. `std` is logged, too."""
+        losses, run = super().forward(batch, part), batch["_run"]
+        if part == "generator":
+            losses["std"] = run["std"].mean().detach()
+            if run["from_targets"]:  # every parameter has a gradient in every step
+                losses["loss"] = losses["loss"] + 0.0 * (run["std"].sum() + run["mean"].sum())
+        return losses
 
-    def _adversarial(self) -> bool:
-        return self.gan_start is not None and self.step >= self.gan_start
-
-    def _run(self, wave: Tensor) -> dict[str, Any]:
-        """Forward pass of the codec: what the losses need."""
-        codec, frames = self.codec, wave.shape[-1] // self.codec.hop
-        wave = wave[..., : frames * codec.hop]
+    def run(self, batch: dict[str, Any]) -> dict[str, Any]:
+        codec, frames = self.codec, batch["wave"].shape[-1] // self.codec.hop
+        wave = batch["wave"][..., : frames * codec.hop]
         with torch.autocast(wave.device.type, enabled=False):
             mel = codec.mel(resample(wave[:, 0].float(), codec.sample_rate, RATE))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not (self.frozen_whisper or self.decoder_only)):
@@ -165,21 +161,15 @@ class WhisperXVAETask(Task):
         # Where the branch itself is trained, its states are what is to be kept, not what may be changed to fit.
         return run | {"states": states.detach(), "semantic": self.semantic_head(hidden), "from_targets": from_targets}
 
-    def _generator_losses(self, run: dict[str, Any]) -> dict[str, Tensor]:
-        fake, real = run["fake"], run["real"]
-        losses, idle = {"mel": self.mel_loss(fake, real)}, 0.0
+    def reconstruction_losses(self, run: dict[str, Any]) -> dict[str, Tensor]:
+        losses = {"mel": self.mel_loss(run["fake"], run["real"])}
         if not self.decoder_only:
             losses["semantic"] = semantic_loss(run["semantic"].float(), run["states"].float())
             if run["targets"] is not None:
                 losses["targets"] = (run["mean"] - run["targets"]).square().mean()
-            if run["from_targets"]:
-                idle = 0.0 * (run["std"].sum() + run["mean"].sum())  # every parameter has a gradient in every step
-            else:
+            if not run["from_targets"]:
                 losses["kl"] = kl_divergence(run["mean"], run["std"])
-        if self._adversarial():
-            losses |= self.discriminator.generator_losses(real, fake)
-        total = idle + sum(self.weights[name] * value for name, value in losses.items())
-        return {"loss": total, "std": run["std"].mean().detach(), **{k: v.detach() for k, v in losses.items()}}
+        return losses
 
     @torch.no_grad()
     def measure(self, step: int, folder: Path, share: Share) -> dict[str, float | ByClip]:
