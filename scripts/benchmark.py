@@ -20,6 +20,7 @@ import torch
 
 from engine.device import pick_device
 from engine.errors import UserError, run_cli
+from engine.files import writable
 from engine.record import RESULTS, write_record
 from engine.settings import DEVICES
 
@@ -49,13 +50,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.device = pick_device(args.device)
     results = []
-    for result, line in benchmark.run(args):
-        results.append(result)
-        print(line, flush=True)
-    what = benchmark.__doc__.splitlines()[0]
-    settings = {key: str(value) for key, value in vars(args).items()}
-    stem = benchmark.record_name(args) if hasattr(benchmark, "record_name") else name
-    print(write_record(args.out, f"{stem}-{args.device.type}", what, results, args.device.type, arguments=settings))
+    with writable(args.out, "--out"):
+        for result, line in benchmark.run(args):
+            results.append(result)
+            print(line, flush=True)
+        what = benchmark.__doc__.splitlines()[0]
+        settings = {key: str(value) for key, value in vars(args).items()}
+        stem = benchmark.record_name(args) if hasattr(benchmark, "record_name") else name
+        print(write_record(args.out, f"{stem}-{args.device.type}", what, results, args.device.type, arguments=settings))
 
 
 if __name__ == "__main__":

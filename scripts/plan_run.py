@@ -17,6 +17,7 @@ if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
 import argparse
+import os
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -140,6 +141,9 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     if min(args.gpus) < 1 or max(args.gpus) > 2**17 or not 0.5 <= args.seconds <= 30:
         raise UserError(f"--gpus {args.gpus} --seconds {args.seconds}: give 1 to 131072 GPUs and 0.5 to 30 seconds")
+    for option, path in (("--json", args.json), ("--figure", args.figure)):
+        if path and (path.is_dir() or not os.access(path.parent, os.W_OK) or not path.parent.is_dir()):
+            raise UserError(f"{option} {path} cannot be written: name a file in a folder that exists")
     card, first = CARDS[args.device], max(args.gpus[0], min(8, max(args.gpus)))
     model, sizes, trainer, rows, total = read_recipe(args.recipe, args.settings)
     whole, plans = total / trainer.steps, []

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import groupby
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +19,11 @@ DECAY = 0.99  # of the running means
 NAMES = ("loss", "grad_norm")
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """A step that was left out: its first part that was not good, why, the losses of this process's batches, their
-    samples' keys where they have some, and how many in a row it is."""
+class Skipped(NamedTuple):
+    """A skipped step: the first part that was not accepted, why, and how many in a row it is.
+
+    losses, keys: of this process's batches; `keys` of their samples, where the samples have some.
+    """
 
     step: int
     part: str
@@ -31,14 +31,6 @@ class Skipped:
     losses: list[float]
     keys: list[list[str]]
     in_a_row: int
-
-    def batches(self, rank: int, numbers: Iterable[int], samples: Iterable[list[int]]) -> list[dict[str, Any]]:
-        """This process's batches, with their numbers and the indices of their samples, as JSON can hold them."""
-        return [
-            {"rank": rank, "batch": number, "loss": loss if isfinite(loss) else str(loss), "samples": indices}
-            | ({"keys": keys} if keys else {})
-            for number, loss, indices, keys in zip_longest(numbers, self.losses, samples, self.keys)
-        ]
 
 
 class StepGuard:
@@ -59,82 +51,86 @@ class StepGuard:
         self.skipped = self.in_a_row = 0
         zeros = torch.zeros(3, len(NAMES), dtype=torch.float64, device=device)
         self.figures = dict.fromkeys(parts, zeros)  # mean, mean absolute deviation, steps
-        self._seen: list[tuple[int, str, Tensor, list[list[str]]]] = []
+        self._checked: list[tuple[int, str, Tensor, list[list[str]]]] = []
 
     def check(
         self, step: int, part: str, values: Tensor, finite: Tensor, losses: Tensor, keys: list[list[str]] | None = None
     ) -> Tensor:
-        """Whether a part's step is good, () bool; then its values enter the running means.
+        """Return whether a part's step is accepted, () bool; then its values enter the running means.
 
         Args:
             values: (2,) loss and gradient norm, over all processes. finite: () bool, whether both were.
             losses: (n,) of this process's batches. keys: of their samples.
         """
-        values, known = values.double(), self.figures[part]
-        mean, spread, steps = known
+        values, figures = values.double(), self.figures[part]
+        mean, deviation, steps = figures
         mean = torch.where(steps > 0, mean, values)
-        good = finite
+        accepted = finite
         if self.spike is not None:
-            good = good & ~((steps >= SETTLED) & (values > mean + self.spike * spread)).any()
-        about = torch.cat([torch.stack([good, finite]).double(), values, mean, spread, losses.double()])
-        self._seen.append((step, part, about, keys or []))
+            accepted = accepted & ~((steps >= SETTLED) & (values > mean + self.spike * deviation)).any()
+        row = torch.cat([torch.stack([accepted, finite]).double(), values, mean, deviation, losses.double()])
+        self._checked.append((step, part, row, keys or []))
         rate = (1 / (steps + 1)).clamp_min(1 - DECAY)  # a plain mean at first
-        new_spread = spread + rate * ((values - mean).abs() - spread)
-        new = torch.stack([mean + rate * (values - mean), new_spread, steps + 1])
-        self.figures[part] = torch.where(good, new, known)
-        return good
+        new_deviation = deviation + rate * ((values - mean).abs() - deviation)
+        updated = torch.stack([mean + rate * (values - mean), new_deviation, steps + 1])
+        self.figures[part] = torch.where(accepted, updated, figures)
+        return accepted
 
     def settle(self) -> list[Skipped]:
-        """Steps skipped since the last call, which are counted now. Waits for the device."""
-        found, seen = [], self._seen
-        rows = torch.cat([about for _, _, about, _ in seen]).tolist() if seen else []
-        self._seen, done = [], None
-        for step, part, about, keys in seen:
-            row, rows = rows[: len(about)], rows[len(about) :]
-            if step == done:  # an earlier part of this step was not good
-                continue
-            if row[0]:
-                self.in_a_row = 0 if part == seen[-1][1] else self.in_a_row
-                continue
-            done = step
-            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-            found.append(Skipped(step, part, self._reason(*row[1:8]), row[8:], keys, self.in_a_row))
-        return found
+        """Count and return the steps skipped since the last call. Synchronises with the device."""
+        skips, checked, self._checked = [], self._checked, []
+        numbers = torch.cat([row for _, _, row, _ in checked]).tolist() if checked else []
+        for step, parts in groupby(checked, key=lambda entry: entry[0]):
+            first = None  # the first part of this step that was not accepted
+            for _, part, row, keys in parts:
+                (accepted, *figures), losses, numbers = numbers[:8], numbers[8 : len(row)], numbers[len(row) :]
+                if not accepted and first is None:
+                    first = part, self._reason(*figures), losses, keys
+            self.in_a_row = 0 if first is None else self.in_a_row + 1
+            if first is not None:
+                self.skipped += 1
+                skips.append(Skipped(step, *first, self.in_a_row))
+        return skips
 
     def _reason(self, finite: float, *figures: float) -> str:
         if not finite:
             return "loss or gradient is not finite"
-        values, means, spreads = figures[:2], figures[2:4], figures[4:]
+        values, means, deviations = figures[:2], figures[2:4], figures[4:]
         return " and ".join(
-            f"{name} {value:.4g} is far above its running mean {mean:.4g} (usual deviation {spread:.2g})"
-            for name, value, mean, spread in zip(NAMES, values, means, spreads)
-            if value > mean + self.spike * spread
+            f"{name} {value:.4g} is far above its running mean {mean:.4g} (usual deviation {deviation:.2g})"
+            for name, value, mean, deviation in zip(NAMES, values, means, deviations)
+            if value > mean + self.spike * deviation
         )
 
     def write_down(self, skip: Skipped, batches: list[dict[str, Any]]) -> None:
         """Add a line about a skipped step and all processes' batches. Raises OSError."""
-        record = {"step": skip.step, "part": skip.part, "reason": skip.reason, "batches": batches}
+        for batch in batches:
+            batch["loss"] = batch["loss"] if isfinite(batch["loss"]) else str(batch["loss"])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            line = {"step": skip.step, "part": skip.part, "reason": skip.reason, "batches": batches}
+            file.write(json.dumps(line) + "\n")
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint, after `settle`; waits for the device."""
-        rows = {part: known.T.tolist() for part, known in self.figures.items()}
-        figures = {f"{part}/{name}": row for part, found in rows.items() for name, row in zip(NAMES, found) if row[2]}
+        """Return the state for a checkpoint, after `settle`. Synchronises with the device."""
+        figures = {
+            f"{part}/{name}": row
+            for part, rows in self.figures.items()
+            for name, row in zip(NAMES, rows.T.tolist())
+            if row[2]
+        }
         return {"skipped": self.skipped, "skipped_in_a_row": self.in_a_row, "figures": figures}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """
+        """Take over what `state` returned.
+
         Raises:
-            UserError: `state` is not what `state()` gave.
+            UserError: it is something else.
         """
         try:
             self.skipped, self.in_a_row = int(state["skipped"]), int(state["skipped_in_a_row"])
-            for part, known in self.figures.items():
-                rows = [state["figures"].get(f"{part}/{name}", [0.0] * 3) for name in NAMES]
-                self.figures[part] = known.new_tensor([[float(x) for x in row] for row in rows]).T.contiguous()
-                if self.figures[part].shape != known.shape:
-                    raise ValueError(rows)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            for part, zeros in self.figures.items():
+                rows = [[float(x) for x in state["figures"].get(f"{part}/{name}", (0, 0, 0))] for name in NAMES]
+                self.figures[part] = zeros.new_tensor(rows).T.contiguous().view_as(zeros)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(f"the checkpoint's count of skipped steps is damaged ({error!r})") from error

@@ -1,8 +1,13 @@
-"""The record of a run: RUN/log.jsonl always, wandb and TensorBoard if asked for."""
+"""The record of a run: RUN/log.jsonl always, wandb and TensorBoard if the settings name them.
+
+Axes: T video frames, H height, W width, N samples.
+"""
 
 from __future__ import annotations
 
+import io
 import json
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,16 +15,23 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import numpy as np
+import soundfile
 import torch
+from PIL import Image
 from torch import Tensor
 
 from engine.errors import UserError
 from engine.files import atomic_output
+from engine.media.audio import mel_picture
+from engine.media.video import read_video
 from engine.optional import require
 from engine.training.settings import TrainerConfig
-from engine.training.sinks import Sink, TensorBoardSink, WandbSink, send_media
 from engine.training.speed import Utilisation
 from engine.untrusted import parse_json
+
+GIF_SIDE, GIF_FPS = 256, 12.5  # TensorBoard plays no video files, but moving pictures
 
 
 def check_trackers(wandb: str, tensorboard: bool) -> None:
@@ -34,27 +46,30 @@ def check_trackers(wandb: str, tensorboard: bool) -> None:
 
 
 class Tracker:
-    """Appends one JSON object a record to `run/log.jsonl`.
+    """Appends one JSON object a record to `run/log.jsonl`, and sends it to wandb and TensorBoard.
 
     Args:
         run: the run's folder.
-        place: the step where the run goes on, and whether it was validated; later records, written before a kill, are
+        start: the step where the run goes on, and whether it was validated; later records, written before a kill, are
             dropped.
         wandb: `off`, `offline` (kept in `run`) or `online`.
-        tensorboard: whether event files are written, too.
+        tensorboard: whether event files are written to RUN/tensorboard.
         config: stored with the wandb run.
     """
 
-    def __init__(self, run: Path, place: tuple[int, bool], wandb: str, tensorboard: bool, config: dict[str, Any]):
+    def __init__(self, run: Path, start: tuple[int, bool], wandb: str, tensorboard: bool, config: dict[str, Any]):
         run.mkdir(parents=True, exist_ok=True)
         path = run / "log.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _place(line) <= place]
+        kept = [line for line in lines if _place(line) <= start]
         with atomic_output(path) as partial:  # a kill must not cost the log of the steps before
             partial.write_text("".join(f"{line}\n" for line in kept))
         self._file = path.open("a")
-        self._sinks: list[Sink] = [WandbSink(run, wandb, config)] if wandb != "off" else []
-        self._sinks += [TensorBoardSink(run, place[0])] if tensorboard else []
+        self._wandb = _begin_wandb(run, wandb, config) if wandb != "off" else None
+        self._events = None
+        if tensorboard:
+            writer = require("torch.utils.tensorboard", "TensorBoard", "tensorboard").SummaryWriter
+            self._events = writer(run / "tensorboard", purge_step=start[0] + 1 if start[0] else None)
 
     def write(self, record: dict[str, Any]) -> None:
         """Store a record; it has a `step`.
@@ -67,19 +82,94 @@ class Tracker:
             self._file.flush()
         except OSError as error:
             raise UserError(f"cannot write {self._file.name}: {error.strerror or error}") from error
-        values = {k: v for k, v in record.items() if k != "step" and v is not None}
-        for sink in self._sinks:
-            sink.scalars(values, record["step"])
+        values = {k: v for k, v in record.items() if v is not None}
+        if self._wandb:
+            self._wandb.log(values)
+        if self._events:
+            for name in values.keys() - {"step"}:
+                self._events.add_scalar(name, values[name], record["step"])
 
     def media(self, step: int, folder: Path) -> None:
-        """Show the sounds, pictures and videos that a validation wrote into `folder`."""
-        send_media(folder, "validation", step, self._sinks)
+        """Show every WAV (with its spectrogram), PNG or JPEG and MP4 file that a validation wrote below `folder`.
+
+        A file's name is validation/its path without the suffix/what it is: a clip has the same name at each step.
+        """
+        for path in sorted(folder.rglob("*")) if self._wandb or self._events else ():
+            name = f"validation/{path.relative_to(folder).with_suffix('').as_posix()}"
+            match path.suffix.lower():
+                case ".wav":
+                    self._sound(f"{name}/sound", path, step)
+                    self._picture(f"{name}/spectrogram", spectrogram(path), step)
+                case ".png" | ".jpg":
+                    self._picture(f"{name}/picture", np.asarray(Image.open(path).convert("RGB")), step)
+                case ".mp4":
+                    self._video(f"{name}/video", path, step)
+
+    def _sound(self, name: str, path: Path, step: int) -> None:
+        self._to_wandb("Audio", name, str(path), step)
+        if self._events:
+            wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
+            self._events.add_audio(name, wave.mean(1)[None], step, sample_rate=rate)
+
+    def _picture(self, name: str, picture: np.ndarray, step: int) -> None:
+        """Show a picture (H, W, 3) uint8."""
+        self._to_wandb("Image", name, picture, step)
+        if self._events:
+            self._events.add_image(name, picture, step, dataformats="HWC")
+
+    def _video(self, name: str, path: Path, step: int) -> None:
+        self._to_wandb("Video", name, str(path), step, format="mp4")
+        if self._events:
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            frames, gif = [Image.fromarray(frame) for frame in read_video(path, GIF_FPS, GIF_SIDE)], io.BytesIO()
+            frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:], duration=1000 / GIF_FPS, loop=0)
+            width, height = frames[0].size
+            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif.getvalue())
+            self._events.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+
+    def _to_wandb(self, kind: str, name: str, value: str | np.ndarray, step: int, **options: Any) -> None:
+        if self._wandb:
+            import wandb
+
+            self._wandb.log({name: getattr(wandb, kind)(value, **options), "step": step})
 
     def close(self) -> None:
         with suppress(OSError):  # the disk is full, which was already reported
             self._file.close()
-        for sink in self._sinks:
-            sink.close()
+        if self._wandb:
+            self._wandb.finish()
+        if self._events:
+            self._events.close()
+
+
+def _begin_wandb(run: Path, mode: str, config: dict[str, Any]) -> Any:
+    """Begin or resume the wandb run of a folder.
+
+    `step` is logged as a metric, and is the axis of all others: wandb drops points older than its own counter after a
+    resume, and with them the validation that a stopped run owes.
+    """
+    import wandb  # slow to import, and most runs do without
+
+    file = run / "wandb_id"  # a folder's name is not unique
+    if not file.is_file():
+        file.write_text(f"{secrets.token_hex(6)}\n")
+    started = wandb.init(
+        project="speaking-faces", name=run.name, id=file.read_text().strip(), resume="allow", dir=run, mode=mode,
+        config=config, settings=wandb.Settings(quiet=True),
+    )  # fmt: skip
+    started.define_metric("step")
+    started.define_metric("*", step_metric="step")
+    return started
+
+
+def spectrogram(path: Path) -> np.ndarray:
+    """Draw the log-mel spectrogram of a WAV file, 80 dB deep, low bands at the bottom: (240, 3 x frames, 3) uint8."""
+    wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    mel = mel_picture(wave.mean(1), rate)
+    shade = ((mel - mel.max()) / 80 + 1).clip(0, 1)[::-1]
+    colours = matplotlib.colormaps["magma"](shade, bytes=True)[..., :3]
+    return np.ascontiguousarray(colours.repeat(3, 0).repeat(3, 1))
 
 
 class Window:
@@ -87,11 +177,11 @@ class Window:
 
     def __init__(self) -> None:
         self.start, self.wait, self.steps, self.tokens = time.perf_counter(), 0.0, 0, 0
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
 
     def next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
-        """The next of `batches`; the wait for it counts."""
+        """Return the next batch; the wait for it counts."""
         begin = time.perf_counter()
         batch = next(batches)
         self.wait += time.perf_counter() - begin
@@ -99,27 +189,30 @@ class Window:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done in the block, such as saving, does not count in the rates."""
+        """Leave the time of the block, such as that of saving, out of the rates."""
         begin = time.perf_counter()
         yield
         self.start += time.perf_counter() - begin
 
-    def add(self, values: dict[str, Tensor], good: Tensor, prefix: str) -> None:
-        """Take in one step's scalars, if the step was `good`, () bool."""
+    def add(self, values: dict[str, Tensor], accepted: Tensor, prefix: str) -> None:
+        """Add one step's scalars if the step was `accepted`, () bool."""
         for key, value in values.items():
-            key, value = prefix + key, torch.where(good, value.detach(), 0.0)
-            self.sums[key] = self.sums.get(key, 0) + value
-            self.counts[key] = self.counts.get(key, 0) + good.double()
+            key, value = prefix + key, torch.where(accepted, value.detach(), 0.0)
+            self._sums[key] = self._sums.get(key, 0) + value
+            self._counts[key] = self._counts.get(key, 0) + accepted.double()
 
     def means(self) -> dict[str, float]:
-        """Of the scalars of good steps. Waits for the device."""
-        keys = list(self.sums)
-        values = torch.stack([self.sums[key].double() for key in keys] + [self.counts[key] for key in keys]).tolist()
-        return {key: total / n for key, total, n in zip(keys, values, values[len(keys) :]) if n}
+        """Return the means of the scalars over accepted steps. Synchronises with the device."""
+        keys = list(self._sums)
+        values = [self._sums[key].double() for key in keys] + [self._counts[key] for key in keys]
+        numbers = torch.stack(values).tolist()
+        return {key: total / n for key, total, n in zip(keys, numbers, numbers[len(keys) :]) if n}
 
     def rates(self, samples: float, processes: int, use: Utilisation) -> dict[str, float]:
-        """Speed of all processes together, from `samples` a step; `data_wait` is the share of time without data, `mfu`
-        this process's utilisation of its device."""
+        """Return the speed of all processes together, from `samples` a step.
+
+        `data_wait` is the share of time without data, `mfu` this process's utilisation of its device.
+        """
         seconds = time.perf_counter() - self.start
         return {
             "samples_per_s": self.steps * samples / seconds,
@@ -133,7 +226,7 @@ class Window:
 def first_line(
     parameters: dict[str, dict[str, Tensor]], step: int, config: TrainerConfig, device: str, processes: int
 ) -> str:
-    """What is trained, by part, how long and on what."""
+    """Say what is trained, by part, how long and on what."""
     counts = {part: sum(p.numel() for p in each.values()) / 1e6 for part, each in parameters.items()}
     parts = ", ".join(f"{part} ({count:.2f} M parameters)" for part, count in counts.items())
     way = f" ({config.parallel})" if processes > 1 else ""
@@ -144,7 +237,7 @@ def first_line(
 def progress_line(
     step: int, steps: int, means: dict[str, float], lr: float, rates: dict[str, float], peak: float | None
 ) -> str:
-    """One line for a person; `peak` in TFLOP/s is what `mfu` is a share of."""
+    """Write one line for a person; `peak` in TFLOP/s is what `mfu` is a share of."""
     values = " ".join(f"{key} {value:.4f}" for key, value in means.items())
     eta = timedelta(seconds=round((steps - step) * rates["step_s"]))
     use = f"MFU {rates['mfu']:.1%} HFU {rates['hfu']:.1%} of {peak:,.0f} TFLOP/s " if "mfu" in rates else ""
@@ -156,7 +249,7 @@ def progress_line(
 
 
 def validation_line(step: int, results: dict[str, float], best: str | None) -> str:
-    """What a validation found, and a second line if the figure that `trainer.best` names is not among it."""
+    """Say what a validation found, and in a second line if it lacks the figure that `trainer.best` names."""
     figures = " ".join(f"{key} {value:.4g}" for key, value in results.items())
     line = f"step {step:,} | validation {figures or 'gives no figures: the task measures none'}"
     if best and best.split()[1] not in results:
@@ -166,7 +259,7 @@ def validation_line(step: int, results: dict[str, float], best: str | None) -> s
 
 
 def _place(line: str) -> tuple[float, bool]:
-    """Step of a record, and whether it is of the step's validation, which follows that of its losses."""
+    """Return the step of a record, and whether it is of the step's validation, which follows that of its losses."""
     try:
         record = parse_json(line, "log.jsonl")
         return float(record["step"]), "lr" not in record

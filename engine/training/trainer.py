@@ -13,6 +13,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,7 @@ class Trainer:
         c = self.config
         self._resume()
         distributed.from_main(lambda: describe(self.run, self.task))
-        place = self.step, self.validated == self.step
-        tracker = Tracker(self.run, place, c.wandb, c.tensorboard, self.record) if distributed.is_main() else None
+        tracker, window, stopping = self._open_tracker(), Window(), False
         self._say(first_line(self.parameters, self.step, c, self.device.type, distributed.world_size()))
         self.task.train()
         try:
@@ -114,33 +114,29 @@ class Trainer:
             ):
                 self._say(settings)
                 numbers = self._numbers((c.steps - self.step) * c.accumulate)
-                coming = load_batches(self.batches, numbers, c.workers, self.device, self.task.on_host)
-                window, stopping = Window(), False
+                batches = load_batches(self.batches, numbers, c.workers, self.device, self.task.on_host)
                 while self.step < c.steps and not stopping:
-                    # Before the next step, not after this one: a run that stopped in between makes up for it.
+                    # Before the next step, not after the last: so a run that stopped in between validates when resumed.
                     if self.step % c.validate_every == 0 and self.step > self.validated:
                         with window.paused():
                             self.validate(tracker)
                     with self.use.counting() as tokens:
-                        tokens.append(self._train_step(coming, window))
-                    failing = bool(self.write_error or self.checkpoints.problem)
-                    stopping, failed = self.agreement.reach(stop.asked, failing)
-                    if failed:
-                        self._stop_on_write_error()
+                        tokens.append(self._train_step(batches, window))
                     if trace:
                         trace.step()
+                    stopping = self._agree_to_stop(stop.asked)
                     if window.steps == 1:
                         distributed.shorten_timeouts()  # what starts slowly has started
-                    leaving = stopping or self.step == c.steps
-                    if self.step % c.log_every == 0 or leaving:
+                    last = stopping or self.step == c.steps
+                    if self.step % c.log_every == 0 or last:
                         self._log(window, tracker)
                         window = Window()
-                    best = c.best and self.step % c.validate_every == 0  # is measured next, and may be kept
-                    if self.step % c.checkpoint_every == 0 or leaving or best:
+                    may_be_best = c.best and self.step % c.validate_every == 0  # it is validated next
+                    if self.step % c.checkpoint_every == 0 or last or may_be_best:
                         with window.paused():
                             self._save()
             self._stop_on_write_error()
-            if self.step < c.steps:
+            if stopping and self.step < c.steps:
                 self._say(f"stopped at step {self.step:,}, saved; the same command goes on from here")
                 return None
             return self.validate(tracker)
@@ -149,8 +145,20 @@ class Trainer:
             if tracker:
                 tracker.close()
 
+    def _open_tracker(self) -> Tracker | None:
+        """Open the record of the run, in the main process."""
+        c, start = self.config, (self.step, self.validated == self.step)
+        return Tracker(self.run, start, c.wandb, c.tensorboard, self.record) if distributed.is_main() else None
+
+    def _agree_to_stop(self, asked: bool) -> bool:
+        """Return whether any process was asked to stop; end all if one could not write something."""
+        stopping, failed = self.agreement.reach(asked, bool(self.write_error or self.checkpoints.problem))
+        if failed:
+            self._stop_on_write_error()
+        return stopping
+
     def validate(self, tracker: Tracker | None = None) -> dict[str, float]:
-        """Figures of averaged weights, each process measuring its share ({} on ranks other than 0)."""
+        """Validate the averaged weights, each process its share of the clips; return the figures on rank 0, else {}."""
         results: dict[str, float] = {}
         folder = self.run / "validation" / f"step-{self.step:08d}"
         shares = distributed.gather(self._measure(folder))
@@ -170,76 +178,79 @@ class Trainer:
         return results
 
     def _measure(self, folder: Path) -> dict[str, float | ByClip]:
-        """This process's share of a validation. If one process fails all stop, as they would wait for it."""
-        found, rank = {}, distributed.rank()
+        """Measure this process's share of a validation; if one process fails, all stop, as they would wait for it."""
+        figures, rank = {}, distributed.rank()
         self._share_buffers()
         with self.parallel.evaluation_copy(self.ema) as task:
             torch.manual_seed(seed_for(self.config.seed, "validate"))
             try:
                 with self._record_write_error():
                     folder.mkdir(parents=True, exist_ok=True)
-                    found = task.measure(self.step, folder, Share(rank, distributed.world_size()))
+                    figures = task.measure(self.step, folder, Share(rank, distributed.world_size()))
             except Exception as error:
                 self.write_error = f"process {rank} failed in validation: {error!r}"
-                with suppress(UserError, SystemExit):  # which the others get; this process shows where it failed
+                with suppress(UserError, SystemExit):  # the others end so; this process shows where it failed
                     self._stop_on_write_error()
                 raise
         self._stop_on_write_error()
-        return found
+        return figures
 
     def release(self, folder: str | Path) -> None:
         """Write a release folder from the last checkpoint (rank 0; the others wait)."""
         distributed.from_main(lambda: export(self.run, folder))
         self._say(f"released to {folder}")
 
-    def _train_step(self, coming: Iterator[dict[str, Any]], window: Window) -> int:
-        """One update of every part, from the next batches; gives their tokens. Nothing here waits for the device."""
+    def _train_step(self, batches: Iterator[dict[str, Any]], window: Window) -> int:
+        """Update every part from the next batches; return their tokens. Nothing here synchronises with the device."""
         c, first, several = self.config, next(iter(self.optimisers)), len(self.optimisers) > 1
-        kept, keys, tokens = [], [], 0
-        good = torch.ones((), dtype=torch.bool, device=self.device)
+        stored, keys, tokens = [], [], 0
+        apply_step = torch.ones((), dtype=torch.bool, device=self.device)
         self._share_buffers()
         self.task.begin_step(self.step)
         for part, optimiser in self.optimisers.items():
             self.task.zero_grad(set_to_none=True)
-            losses, each = defaultdict(lambda: torch.zeros((), device=self.device)), []
+            means, batch_losses = defaultdict(lambda: torch.zeros((), device=self.device)), []
             for micro, number in enumerate(self._numbers(c.accumulate)):
-                batch = window.next(coming) if part == first else kept[micro]
+                batch = window.next(batches) if part == first else stored[micro]
                 if part == first:
                     tokens += self.task.tokens(batch)
                     keys += [list(batch["keys"])] if "keys" in batch else []
-                    kept += [batch] if several else []
+                    stored += [batch] if several else []
                 torch.manual_seed(seed_for(c.seed, "step", first, number))
-                # What a part stores for the next one is kept if that is of one batch only.
+                # What a part stores in a batch for the next part is kept only if a step has one batch.
                 batch = batch if c.accumulate == 1 else dict(batch)
-                each.append(self._backward(batch, part, losses, last=micro + 1 == c.accumulate))
-            losses["grad_norm"] = self._clip(part)
-            figures = torch.stack([losses["loss"], losses["grad_norm"]]).double()
-            bad, *worst = distributed.maximum_(torch.cat([(~figures.isfinite()).any()[None], figures.nan_to_num()]))
-            fine = self.guard.check(self.step + 1, part, torch.stack(worst), bad == 0, torch.stack(each), keys)
-            good = good & fine  # later parts may depend on this one: they are skipped too
+                batch_losses.append(self._backward(batch, part, means, last=micro + 1 == c.accumulate))
+            means["grad_norm"] = self._clip(part)
+            figures = torch.stack([means["loss"], means["grad_norm"]]).double()
+            not_finite, *norms = distributed.maximum_(
+                torch.cat([(~figures.isfinite()).any()[None], figures.nan_to_num()])
+            )
+            accepted = self.guard.check(
+                self.step + 1, part, torch.stack(norms), not_finite == 0, torch.stack(batch_losses), keys
+            )
+            apply_step = apply_step & accepted  # later parts may depend on this one: they are skipped too
             for group in optimiser.param_groups:
                 group["lr"] = c.lr_at(self.step)
-            update(optimiser, good)
-            window.add(losses, good, f"{part}/" if several else "")
+            update(optimiser, apply_step)
+            window.add(means, apply_step, f"{part}/" if several else "")
         self.task.zero_grad(set_to_none=True)
         self.ema.update(self.step)
         self.step, self.position = self.step + 1, self.position + c.accumulate * distributed.world_size()
         window.steps, window.tokens = window.steps + 1, window.tokens + tokens
         return tokens
 
-    def _backward(self, batch: dict[str, Any], part: str, totals: dict[str, Tensor], last: bool) -> Tensor:
-        """Add a batch's gradients, and its share of the mean losses to `totals`; gives its loss."""
-        share = self.config.accumulate
+    def _backward(self, batch: dict[str, Any], part: str, means: dict[str, Tensor], last: bool) -> Tensor:
+        """Add a batch's gradients, and its losses to the step's `means`; return its loss."""
         with self.parallel.micro_batch(last):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
                 losses = self.parallel.losses(batch, part)
-            (losses["loss"] / share).backward()
+            (losses["loss"] / self.config.accumulate).backward()
         for name, value in losses.items():
-            totals[name] += value.detach().float() / share
+            means[name] += value.detach().float() / self.config.accumulate
         return losses["loss"].detach().double()
 
     def _clip(self, part: str) -> Tensor:
-        """Clip the gradients of `part`, each group by its norm; gives the norm of all before."""
+        """Clip the gradients of `part`, each group by its norm; return the norm of all before."""
         limit = self.config.clip or math.inf
         norms = [self.parallel.clip(group, limit).to(self.device) for group in self.clipped[part]]
         return torch.stack(norms).norm()
@@ -247,9 +258,13 @@ class Trainer:
     def _report_skipped(self) -> None:
         """Record the steps that were skipped since the last call, and stop after too many in a row."""
         for skip in self.guard.settle():
+            batches = []
             numbers = self._numbers(self.config.accumulate, skip.step - 1 - self.step)
-            samples = [[index for _, index in self.batches.samples(number)] for number in numbers]
-            everyone = distributed.gather(skip.batches(distributed.rank(), numbers, samples))
+            for number, loss, keys in zip_longest(numbers, skip.losses, skip.keys):
+                samples = [index for _, index in self.batches.samples(number)]
+                batch = {"rank": distributed.rank(), "batch": number, "loss": loss, "samples": samples}
+                batches.append(batch | ({"keys": keys} if keys else {}))
+            everyone = distributed.gather(batches)
             self._say(f"step {skip.step:,} skipped: {skip.reason} ({self.guard.skipped} so far)")
             if distributed.is_main():
                 with self._record_write_error():
@@ -278,17 +293,17 @@ class Trainer:
                 distributed.fail(f"training stopped after step {self.step}: {problem}")
 
     def _share_buffers(self) -> None:
-        """Rank 0's persistent buffers count, in training as in checkpoints."""
+        """Overwrite persistent buffers by those of rank 0, in training as in checkpoints."""
         distributed.broadcast(self.task.get_buffer(name) for name in self.buffers)
 
     def _numbers(self, count: int, steps: int = 0) -> range:
-        """Numbers of this process's next `count` micro-batches, or of those that many `steps` later."""
+        """Return the numbers of this process's next `count` micro-batches, or of those `steps` steps later."""
         world = distributed.world_size()
         first = self.position + distributed.rank() + steps * self.config.accumulate * world
         return range(first, first + count * world, world)
 
     def _state(self) -> dict[str, Tensor]:
-        """Everything that training changes, as a flat dict of tensors (references, not copies)."""
+        """Return everything that training changes, as a flat dict of tensors (references, not copies)."""
         state = {f"model.{k}": v for k, v in self.task.state_dict().items()}
         state |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
         for part, optimiser in self.optimisers.items():

@@ -12,8 +12,7 @@ from toy_task import CONFIG, ToyGAN, ToySet
 from engine.errors import UserError
 from engine.media.audio import write_wav
 from engine.media.video import write_video
-from engine.training.sinks import WandbSink, spectrogram
-from engine.training.tracking import Tracker
+from engine.training.tracking import Tracker, check_trackers, spectrogram
 from engine.training.trainer import Trainer
 
 
@@ -88,15 +87,12 @@ def test_a_spectrogram_shows_the_tone_where_it_is(tmp_path):
 
 
 def test_without_a_tracker_nothing_is_read_and_a_missing_one_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.training.sinks.spectrogram", lambda path: pytest.fail("nobody sees it"))
+    monkeypatch.setattr("engine.training.tracking.spectrogram", lambda path: pytest.fail("nobody sees it"))
     train(tmp_path / "plain")
     assert not (tmp_path / "plain" / "tensorboard").exists() and not (tmp_path / "plain" / "wandb").exists()
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match=r"needs TensorBoard .*setup.sh tensorboard"):
-        Tracker(tmp_path / "run", (0, True), "off", True, {})
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    with pytest.raises(UserError, match=r"trainer.wandb=offline needs wandb"):
-        Tracker(tmp_path / "run", (0, True), "offline", False, {})
+        check_trackers("off", True)
 
 
 def test_two_runs_in_folders_of_one_name_are_two_wandb_runs(tmp_path, monkeypatch):
@@ -109,7 +105,6 @@ def test_two_runs_in_folders_of_one_name_are_two_wandb_runs(tmp_path, monkeypatc
 
     monkeypatch.setattr(wandb, "init", init)
     for folder in ("a/base", "b/base", "a/base"):  # the third goes on with the first
-        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-        WandbSink(tmp_path / folder, "offline", {})
+        Tracker(tmp_path / folder, (0, True), "offline", False, {})
     assert [name for name, _ in begun] == ["base"] * 3
     assert begun[0][1] == begun[2][1] != begun[1][1]

@@ -110,10 +110,11 @@ SCRIPTS = [
     ("serve --device cuda", "no CUDA device is available"),
     ("plan_run nope", "experiment=nope does not exist"),
     ("plan_run hicodit_paper --gpus 0", "--gpus [0]"),
-    ("plan_run hicodit_synthetic --json file/x.json", "cannot write file/x.json"),
+    ("plan_run hicodit_synthetic --json file/x.json", "--json file/x.json cannot be written"),
     ("benchmark training --steps 0", "--steps 0 must be at least 1"),
     ("benchmark training --device cuda", "no CUDA device is available"),
-    ("benchmark training --out file", "file"),
+    ("benchmark training --out file", "cannot write to --out=file"),
+    ("demo --port 0", "--port 0 must lie"),
     ("check_golden sounds", "no case (*.safetensors) under sounds"),
 ]
 PROGRAMS = {"train": TRAIN, "infer": INFER, "scripts.evaluate": EVALUATE, "scripts.prepare_data": PREPARE}
