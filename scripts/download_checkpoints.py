@@ -40,7 +40,7 @@ class Checkpoint:
 def read_catalogue(path: Path = CATALOGUE) -> dict[str, tuple[Checkpoint, ...]]:
     """Return the checkpoints by group."""
     groups = read_yaml(path)
-    if not isinstance(groups, dict):
+    if not all(isinstance(rows, list) for rows in groups.values()):
         raise UserError(f"{path} is no list of files: see {CATALOGUE}")
     return {
         group: tuple(

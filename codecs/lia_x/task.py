@@ -113,6 +113,8 @@ class LiaXTask(Task):
                 raise UserError("task.growth with an adversarial loss: the discriminator takes pictures of one size")
             self.discriminator = Discriminator(self.codec.config.size, **discriminator)
         if weights["perceptual"]:
+            if not vgg:
+                raise UserError(f"task.weights.perceptual={weights['perceptual']} needs task.vgg, the file of VGG-19")
             self.perceptual = Perceptual(vgg)
 
     def parts(self) -> dict[str, nn.Module]:

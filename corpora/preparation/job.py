@@ -20,6 +20,7 @@ from corpora.preparation.steps import earlier_samples, start_steps, without_devi
 from engine.cluster import Cluster, ClusterConfig, check_place
 from engine.config import build, target
 from engine.errors import UserError
+from engine.files import writable
 from engine.media.limits import Limits, set_limits
 from engine.processes import Lost, Processes, ThisProcess
 from engine.progress import track
@@ -74,7 +75,8 @@ def prepare(config: DictConfig) -> None:
         raise UserError(f"{source.root} has no splits: is source.root right?")
     listed = {name: source.clips(name)[: config.limit] for name in names}
     stages = chosen_stages(config, source)
-    with _executor(config, partial(start_steps, stages, config.device, source.symbols)) as executor:
+    start = partial(start_steps, stages, config.device, source.symbols)
+    with writable(config.output), _executor(config, start) as executor:
         digests, fingerprints = executor.about
         about = {"stages": stage_settings(stages), "digests": digests, "symbols": source.symbols}
         writers = {

@@ -18,7 +18,7 @@ from engine.training import run
 
 ROOT = Path(__file__).resolve().parents[2]
 HICODIT, TALKER = "experiment=hicodit_synthetic", "experiment=talker_synthetic"
-SHARDS = "source.root=corpus output=shards stages.face.use=false stages.crops.use=false"
+SHARDS = "source.root=corpus output=shards"
 TRAIN = [
     (f"{HICODIT} trainer.lr=-1", "trainer.lr=-1 must be a number"),
     (f"{HICODIT} trainer.device=cuda", "no CUDA device is available"),
@@ -54,9 +54,9 @@ TRAIN = [
     (f"{TALKER} data.train.delay=-1", "data.train.delay=-1"),
     ("experiment=lia_x_synthetic lora.rank=3 init=assets/lia_x_tiny", "LiaXTask has no low-rank training"),
     ("experiment=lia_x_synthetic task.growth.levels=99", "task.growth.levels=99 must be"),
-    ("experiment=lia_x_synthetic task.weights.perceptual=1.0", "vgg"),
+    ("experiment=lia_x_synthetic task.weights.perceptual=1.0", "needs task.vgg"),
     ("experiment=lia_x_synthetic data.train.frames=0", "data.train.frames=0"),
-    ("experiment=rvq_synthetic trainer.by_length=true", "SpeechCrops has no lengths"),
+    ("experiment=rvq_synthetic trainer.by_length=true", "CodedCrops has no lengths"),
     ("experiment=rvq_synthetic task.decoder_only=true", "task.decoder_only=true needs task.init"),
     ("experiment=rvq_synthetic data.train.samples=-5", "data.train.samples=-5"),
     ("experiment=rvq_synthetic_decoder", "init=runs/rvq_synthetic/release: there is no such file"),
@@ -84,8 +84,8 @@ EVALUATE = [
 ]
 PREPARE = [
     ("source.root=nowhere output=shards", "source.root=nowhere is not a folder"),
-    ("source.root=corpus output=file", "file"),
-    (f"{SHARDS} workers=0", "workers=0"),
+    ("source.root=corpus output=file", "cannot write to output=file"),
+    (f"{SHARDS} workers=-1", "workers=-1"),
     (f"{SHARDS} splits=[nope]", "no split nope"),
     (f"{SHARDS} device=cuda", "no CUDA device is available"),
     (f"{SHARDS} stages.rvq.codec=nowhere", "nowhere"),
@@ -143,9 +143,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def other_run(folder):
     """The run of another model."""
-    from toy_task import CONFIG, ToyRegression, ToySet
-
     from engine.training.trainer import Trainer
+    from tests.engine.toy_task import CONFIG, ToyRegression, ToySet
 
     Trainer(ToyRegression(), ToySet(), CONFIG | {"steps": 1}, folder / "other").fit()
 
