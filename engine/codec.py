@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.hub import release_folder
+from engine.hub import CHECKOUT, release_folder
 from engine.release import Released, release_kind
 
 
@@ -152,8 +152,8 @@ def load_codec(folder: str | Path, codecs: Mapping[str, type[C]]) -> C:
 
 
 def check_codec(folder: str | Path, codecs: Mapping[str, type[Codec]]) -> None:
-    """Refuse a release of another kind without loading it; what is no release may hold official files."""
-    folder = release_folder(folder)
+    """Refuse a local or bundled release of another kind, without loading it; other folders may hold official files."""
+    folder = Path(folder) if Path(folder).exists() else CHECKOUT / folder
     if (folder / "config.yaml").is_file():
         _codec_kind(folder, codecs)
 
