@@ -4,7 +4,7 @@
     python scripts/plan_run.py talker_paper trainer.global_batch_size=128 --seconds 6 --gpus 8 64 --json plan.json
     python scripts/plan_run.py talker_paper --gpus 64 --figure plan.png task.model.llm.num_hidden_layers=36
 
-The training program runs on tensors without data in a fake group of processes (benchmarks/plan.py); rates of the
+The training program runs on tensors without data in a fake group of processes (benchmarks/fake_step.py); rates of the
 card and their efficiency are stated there. One clip of `--seconds` is a sample, for Talker-T2AV a pair of clips. The
 samples of a step over all GPUs are trainer.global_batch_size, else batch_size x accumulate; a GPU takes one at least,
 so with more GPUs a step takes more samples, and the run fewer steps. Takes minutes for the models of the papers.
@@ -18,79 +18,12 @@ if __name__ == "__main__":
 
 import argparse
 import os
-import sys
-from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from omegaconf import OmegaConf
-from torch.utils._python_dispatch import _disable_current_modes
-
-from benchmarks.plan import CARDS, Efficiency, Measured, Plan, measure_fake, plan, spread
-from benchmarks.training import MODELS, build_task
-from engine.config import compose
+from benchmarks.plan import CARDS, PARTS, Efficiency, Plan, draw, measure_ways, plan, read_recipe, spread
 from engine.errors import UserError, run_cli
-from engine.files import atomic_output
 from engine.record import record, write_json
-from engine.training.settings import TrainerConfig
-from engine.training.task import Task
-
-WAYS = ("ddp", "fsdp", "hybrid")
-PARTS = ("weights", "gradients", "optimiser", "average", "activations")
-
-
-def read_recipe(name: str, words: list[str]) -> tuple[str, dict[str, Any], TrainerConfig, int, float]:
-    """(model, its settings, the trainer's, rows of a sample, samples of the whole run) of a recipe."""
-    config = compose("train", [f"experiment={name}", *words])
-    target = str(OmegaConf.select(config, "task._target_") or "")
-    model = next((model for model in MODELS if target.startswith(model)), None)
-    if model is None:
-        raise UserError(f"{name} trains {target}: recipes of HiCoDiT and Talker-T2AV can be planned")
-    trainer = OmegaConf.to_container(config.trainer, resolve=True)
-    settings = TrainerConfig(**trainer | {"device": "cpu", "compile": False})
-    sizes = OmegaConf.to_container(config.task.model, resolve=True)
-    if model == "talker":
-        sizes["freeze_embeddings"] = bool(config.task.freeze_embeddings)
-    whole = settings.global_batch_size or settings.batch_size * settings.accumulate
-    rows = 2 if model == "talker" else 1
-    return model, sizes, settings, rows, whole * settings.steps
-
-
-def measure_ways(
-    model: str,
-    sizes: dict[str, Any],
-    trainer: TrainerConfig,
-    rows: int,
-    seconds: float,
-    most: int,
-    gpus: int,
-    machine: int,
-) -> dict[str, tuple[Measured, Measured]]:
-    """By way of spreading: a step with one sample a process, and with two on the line to a step with `most`."""
-    name, make_batch, _ = MODELS[model]
-
-    def make_task() -> Task:
-        # HiCoDiT's task reads a tokenizer's files, and is small; a Talker may be larger than this machine's memory.
-        with nullcontext() if model == "talker" else _disable_current_modes():
-            return build_task(f"{name}_base", **sizes)
-
-    def run(way: str, samples: int) -> Measured:
-        print(f"{way}, {samples} sample{'s' * (samples > 1)} a process ...", file=sys.stderr, flush=True)
-        config = TrainerConfig(**asdict(trainer) | {"parallel": way})
-        count = samples * rows
-        return measure_fake(make_task, config, lambda task: make_batch(task, count, seconds), gpus, machine)
-
-    found, growth = {}, (0.0, 0.0, 0.0)
-    for way in WAYS if gpus > 1 else WAYS[:1]:
-        one = run(way, 1)
-        if way != "hybrid":  # which computes what fsdp does
-            many, n = run(way, most), most - 1
-            more = many.memory["activations"] - one.memory["activations"]
-            growth = more / n, (many.flops - one.flops) / n, (many.touched - one.touched) / n
-        memory = one.memory | {"activations": one.memory["activations"] + growth[0]}
-        found[way] = one, replace(one, memory=memory, flops=one.flops + growth[1], touched=one.touched + growth[2])
-    return found
 
 
 def line(p: Plan) -> str:
@@ -103,30 +36,6 @@ def line(p: Plan) -> str:
         f"network {p.network_s:.3f}); "
         f"{p.steps:,.0f} steps, {p.days:.2f} days; at most {p.largest_batch} samples"
     )
-
-
-def draw(plans: list[Plan], room: float, title: str, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4))
-    for way in WAYS:
-        mine = [p for p in plans if p.parallel == way]
-        left.plot([p.gpus for p in mine], [sum(p.memory.values()) / 2**30 for p in mine], "o-", label=way)
-        right.plot([p.gpus for p in mine], [p.days for p in mine], "o-", label=way)
-    left.axhline(room / 2**30, color="grey", linestyle="--", label="the card's")
-    numbers = sorted({p.gpus for p in plans})
-    for axis, name in ((left, "memory of a GPU, GiB"), (right, "days of the recipe's samples")):
-        axis.set(xscale="log", yscale="log", xlabel="GPUs", ylabel=name)
-        axis.set_xticks(numbers, [f"{n:,}" for n in numbers], minor=False)
-        axis.minorticks_off()
-        axis.legend()
-    figure.suptitle(title)
-    figure.tight_layout()
-    with atomic_output(path) as partial:
-        figure.savefig(partial, format="png", dpi=110)
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ MOTION_GAIN = 4.0  # of the first motion codes over those of equalised weights
 
 
 def _start(config: LiaXConfig) -> LiaX:
-    """Random weights, but no flow yet and larger motion codes."""
+    """Make a codec of random weights, but without flow yet and with larger motion codes."""
     codec = LiaX(config)
     # Random flows would first have to be unlearnt: displacements of the whole picture are in their reach.
     for level in codec.decoder.levels:
@@ -125,15 +125,15 @@ class LiaXTask(Task):
         return [*self.codec.encoder.blocks, *self.codec.decoder.levels]
 
     def has_idle_parameters(self) -> bool:
-        """Levels that wait (`growth`) have no gradients."""
+        """Return whether levels wait (`growth`): they have no gradients."""
         return self.growth is not None or super().has_idle_parameters()
 
     def tokens(self, batch: dict[str, Tensor]) -> int:
-        """Frames of a batch."""
+        """Return the number of frames of a batch."""
         return 2 * len(batch["frames"])
 
     def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
-        """Losses of a part; batch["frames"] is (B, 2, S, S, 3) bytes, batch["tracks"] (B, 2, L).
+        """Return the losses of a part; batch["frames"] is (B, 2, S, S, 3) bytes, batch["tracks"] (B, 2, L).
 
         The codec runs once a step, for both parts.
         """
@@ -150,7 +150,7 @@ class LiaXTask(Task):
         return stage is not None and self.step < stage["until"]
 
     def _rebuild(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Frames (2 B, 3, S, S), pairs side by side -> each from its partner, and the motion codes (2 B, M)."""
+        """Rebuild frames (2 B, 3, S, S), pairs side by side, each from its partner; return them and motion (2 B, M)."""
         codec = self.codec
         style, maps = codec.encoder(frames)
         motion = codec.encoder.to_motion(style)
@@ -185,8 +185,7 @@ class LiaXTask(Task):
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
 
     def measure(self, step: int, folder: Path, share: Share) -> dict[str, float | ByClip]:
-        """Figures of merit on the first held-out clips of each split; writes strips of true and rebuilt frames, and the
-        first clip as a video of both."""
+        """Measure the first held-out clips of each split; write strips and videos of true and rebuilt frames."""
         if self.validation is None:
             return {}
         results: dict[str, float | ByClip] = {}

@@ -37,7 +37,7 @@ DECODER = ("decoder", "vocos_dim", "vocos_intermediate", "vocos_layers", "n_fft"
 
 
 def _load(folder: str, config: RVQCodecConfig, decoder_only: bool) -> RVQCodec:
-    """The codec of a release, with the training settings of `config`, which must describe the same networks.
+    """Load the codec of a release, with the training settings of `config`, which must describe the same networks.
 
     With `decoder_only`, the decoder may be another one; it then starts from random weights.
     """
@@ -141,11 +141,11 @@ class RVQCodecTask(GANTask):
         return [m for m in self.codec.modules() if isinstance(m, (DownBlock, UpBlock, ConvNeXtBlock))]
 
     def whole(self) -> list[nn.Module]:
-        """Code books are initialised and restarted in place."""
+        """Return the quantiser, whose code books are initialised and restarted in place."""
         return [self.codec.quantizer]
 
     def tokens(self, batch: dict[str, Tensor]) -> int:
-        """Codec frames of a batch."""
+        """Return the number of codec frames of a batch."""
         return batch["wave"].shape[0] * self.codec.frames(batch["wave"].shape[-1])
 
     def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
@@ -179,7 +179,7 @@ class RVQCodecTask(GANTask):
         return waves | {"quantized": quantized, "regression": regression, "latent": z}
 
     def _from_features(self, wave: Tensor) -> tuple[Tensor, Tensor, None, Tensor]:
-        """Wave decoded from the features, latent, nothing quantised, and the mean square of latent - features."""
+        """Return the wave decoded from the features, the latent, None, and the mean of (latent - features)^2."""
         features, z = self._target(wave), self.codec.encoder(wave)
         regression = self._distance(z, features)
         # The decoder will see latents that are coarser than the features.
@@ -187,13 +187,13 @@ class RVQCodecTask(GANTask):
         return self.codec.decoder(features + noise), z, None, regression
 
     def _target(self, wave: Tensor) -> Tensor:
-        """Features (B, C, L) that the latent is taught."""
+        """Compute the features (B, C, L) that the latent is taught."""
         with torch.no_grad(), torch.autocast(wave.device.type, enabled=False):
             return self.features(wave.float())
 
     @staticmethod
     def _distance(z: Tensor, features: Tensor, channels: int | None = None) -> Tensor:
-        """Mean square of latent - features over the first `channels` channels and the frames that both have."""
+        """Average (latent - features)^2 over the first `channels` channels and the frames that both have."""
         length = min(z.shape[-1], features.shape[-1])
         return (z[:, :channels, :length] - features[:, :channels, :length]).square().mean()
 
@@ -222,7 +222,7 @@ class RVQCodecTask(GANTask):
             self.counts += count_codes(quantized.codes, self.codec.codes)
 
     def update_codebooks(self, step: int) -> None:
-        """Warm start at `quantizer_start`, restarts of dead codes later; the first levels are kept to the mel bands.
+        """Initialise code books at `quantizer_start`, restart dead codes later, keep the first levels to the mel bands.
 
         The trainer sends buffers from rank 0 to all processes before a step, so every process does the same.
         """
@@ -244,7 +244,7 @@ class RVQCodecTask(GANTask):
 
     @torch.no_grad()
     def measure(self, step: int, folder: Path, share: Share) -> dict[str, float | ByClip]:
-        """Metrics on the first held-out clips; writes the first clip of each split, as it was and decoded."""
+        """Measure the first held-out clips; write the first clip of each split, original and decoded."""
         if self.validation is None:
             return {}
         combine = {"perplexity": _perplexity, "used": _used}

@@ -42,7 +42,7 @@ def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
 
 
 def semantic_loss(found: Tensor, wanted: Tensor) -> Tensor:
-    """Mean square error plus one minus the cosine between frames; both (B, C, T)."""
+    """Return the mean square error plus one minus the cosine between frames; both (B, C, T)."""
     return F.mse_loss(found, wanted) + (1 - F.cosine_similarity(found, wanted, dim=1)).mean()
 
 
@@ -127,7 +127,7 @@ class WhisperXVAETask(GANTask):
         return self
 
     def tokens(self, batch: dict[str, Tensor]) -> int:
-        """Latent frames of a batch."""
+        """Return the number of latent frames of a batch."""
         return batch["wave"].shape[0] * self.codec.frames(batch["wave"].shape[-1])
 
     def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
@@ -173,7 +173,7 @@ class WhisperXVAETask(GANTask):
 
     @torch.no_grad()
     def measure(self, step: int, folder: Path, share: Share) -> dict[str, float | ByClip]:
-        """Metrics on the first held-out clips; writes the first clip of each split, as it was and decoded."""
+        """Measure the first held-out clips; write the first clip of each split, original and decoded."""
         if self.validation is None:
             return {}
         combine = {"latent_mean": _largest_mean, "latent_std": _deviation, "latent_speed": _speed}

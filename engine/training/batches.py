@@ -85,15 +85,15 @@ class MicroBatches(torch.utils.data.Dataset):
 
     @property
     def fixed_shapes(self) -> bool:
-        """Whether all batches are alike, as far as is known: items have no lengths."""
+        """Return whether all batches have the same shape, as far as is known: items have no lengths."""
         return getattr(self.dataset, "lengths", None) is None
 
     def state(self) -> dict[str, int]:
-        """For a checkpoint: what the numbers of batches mean."""
+        """Return what the numbers of batches depend on, for a checkpoint."""
         return {"batch_size": self.size, "streams": self.streams}
 
     def position(self, info: dict[str, Any]) -> int:
-        """The number of the next batch after a checkpoint; goes on in the checkpoint's order of the data."""
+        """Return the number of the next batch after a checkpoint, whose order of the data is taken over."""
         if self.blocks is not None and self.blocks.streams is None:
             self.streams = int(info.get("streams", self.streams))
             self._forget()
@@ -105,7 +105,7 @@ class MicroBatches(torch.utils.data.Dataset):
         return self.__dict__ | {"_order": None, "_cuts": None, "_ends": []}
 
     def __getitem__(self, number: int) -> dict[str, Any] | UserError:
-        """Batch `number`. In a worker process an error is returned, for `load_batches` to raise: it stays one line."""
+        """Make batch `number`. A worker process returns an error, which `load_batches` raises: it stays one line."""
         try:
             epoch, window, chosen = self._choose(number)
             if self.blocks is not None:
@@ -118,18 +118,18 @@ class MicroBatches(torch.utils.data.Dataset):
             return error
 
     def samples(self, number: int) -> list[tuple[tuple, int]]:
-        """(names that seed it, index in the dataset) of every sample of batch `number`."""
+        """Return (names that seed it, index in the dataset) of every sample of batch `number`."""
         return self._choose(number)[2]
 
     def mean_size(self) -> float:
-        """Items of a batch on average."""
+        """Return the mean number of items in a batch."""
         if not self.by_length:
             return self.size
         self._choose(0)
         return (len(self.dataset) // self.streams) / len(self._cuts(0, 0))
 
     def _choose(self, number: int) -> tuple[int, int, list[tuple[tuple, int]]]:
-        """Epoch and window of a batch, and its samples."""
+        """Return the epoch and the window of a batch, and its samples."""
         if self._order is None:  # made when first used, as a cache cannot be pickled
             self._order = lru_cache(maxsize=2)(self._make_order)
             self._cuts = lru_cache(maxsize=2 * self.streams)(self._cut)
@@ -158,7 +158,7 @@ class MicroBatches(torch.utils.data.Dataset):
         return Order.of_blocks(replace(self.blocks, streams=self.streams), draw)
 
     def _cut(self, epoch: int, stream: int) -> list[Tensor]:
-        """The batches of a stream's epoch by length, as places in its order."""
+        """Cut a stream's epoch into batches by length, as positions in its order."""
         order = self._order(epoch)
         lengths = torch.as_tensor(self.dataset.lengths)[order.items[stream]].clamp_min(1)
         size = self.size if self.tokens is None else max(1, int(self.tokens / lengths.double().mean()))
@@ -199,7 +199,7 @@ class Order:
 
     @classmethod
     def of_blocks(cls, blocks: Blocks, draw: torch.Generator) -> Order:
-        """Blocks in random order, dealt to the streams in equal parts; a block on a border belongs to both."""
+        """Deal blocks in random order to the streams in equal parts; a block on a border belongs to both."""
         sizes = torch.tensor(blocks.sizes)
         first = sizes.cumsum(0) - sizes
         order = torch.randperm(len(sizes), generator=draw)
@@ -213,10 +213,10 @@ class Order:
         begin, end = ranks[:, 0].tolist(), ranks[:, -1].tolist()
 
         def spans(stream: int, window: int) -> list[tuple[int, int]]:
-            """Items [first, last) of each block of a window and of the one after it."""
+            """Return items [first, last) of each block of a window and of the next one."""
             at = begin[stream] + window * blocks.window
-            coming = order[at : min(at + 2 * blocks.window, end[stream] + 1)].tolist()
-            return [(int(first[i]), int(first[i] + sizes[i])) for i in coming if sizes[i]]
+            blocks_ahead = order[at : min(at + 2 * blocks.window, end[stream] + 1)].tolist()
+            return [(int(first[i]), int(first[i] + sizes[i])) for i in blocks_ahead if sizes[i]]
 
         return cls(items.gather(1, mixed), windows, spans)
 
@@ -224,7 +224,7 @@ class Order:
 def load_batches(
     batches: MicroBatches, numbers: range, workers: int, device: torch.device, stay: Container[str] = ()
 ) -> Iterator[dict[str, Any]]:
-    """The batches of these numbers on `device`, made by `workers` processes ahead of time.
+    """Yield the batches of these numbers on `device`, made by `workers` processes ahead of time.
 
     For CUDA they come through pinned memory, and one is copied to the device ahead of the one in use.
 
@@ -255,7 +255,7 @@ def load_batches(
 
 
 def _move(value: Any, device: torch.device) -> Any:
-    """Tensors, however nested in dicts, on `device`."""
+    """Move tensors, however nested in dicts, to `device`."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     return {k: _move(v, device) for k, v in value.items()} if isinstance(value, dict) else value

@@ -99,7 +99,7 @@ class Checkpoints:
             self._thread = None
 
     def abandon(self) -> None:
-        """As `close`, for a process that fails: of several, one does not wait long, as the others may be dead."""
+        """Close in a process that fails: of several, it does not wait long, as the others may be dead."""
         if self._thread:
             self._thread.join(FAILING if self._group else None)
 
@@ -117,7 +117,7 @@ class Checkpoints:
         return self.root / f"step-{step:08d}"
 
     def _copy(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`state` in main memory; sharded tensors stay sharded."""
+        """Copy `state` to main memory; sharded tensors stay sharded."""
         pinned = False
         for key, tensor in state.items():
             local = _local(tensor)
@@ -150,7 +150,7 @@ class Checkpoints:
             self.problem = f"checkpoint {final} cannot be written: {_cause(error)}; earlier checkpoints are intact"
 
     def _together(self, action: Callable[[], Any] | None) -> list[Any]:
-        """Results of every process's `action`; raises OSError in all of them if it failed in one."""
+        """Gather the results of every process's `action`; raise OSError in all of them if it failed in one."""
         try:
             outcome = (action() if action else None, None)
         except OSError as error:
@@ -185,14 +185,14 @@ class Checkpoints:
                 self._remove(self._folder(step))
 
     def _remove(self, folder: Path) -> None:
-        """Under a hidden name first: a folder with a final name is whole at any moment."""
+        """Delete a checkpoint, under a hidden name first: a folder with a final name is whole at any moment."""
         hidden = folder.with_name(f".{folder.name}.old")
         os.replace(folder, hidden)
         shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _is_first_copy(tensor: Tensor) -> bool:
-    """Whether this process is the first of those that hold the same tensor, or the same shard of one."""
+    """Return whether this process is the first of those that hold the same tensor, or the same shard of one."""
     if not isinstance(tensor, DTensor):
         return distributed.is_main()
     places = zip(tensor.device_mesh.get_coordinate(), tensor.placements)
@@ -204,13 +204,13 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def steps(root: str | Path) -> list[int]:
-    """Steps of the checkpoint folders in `root`, ascending."""
+    """Return the steps of the checkpoint folders in `root`, ascending."""
     names = (re.fullmatch(r"step-(\d+)", path.name) for path in Path(root).glob("step-*") if path.is_dir())
     return sorted(int(name[1]) for name in names if name)
 
 
 def best(root: str | Path, rule: str) -> int | None:
-    """Step of the checkpoint that is best by `rule` (`min NAME` or `max NAME`); None: none has such a result."""
+    """Return the step of the best checkpoint by `rule` (`min NAME` or `max NAME`); None: none has such a result."""
     direction, name = rule.split()
     found = {}
     for step in steps(root):
@@ -224,7 +224,7 @@ def best(root: str | Path, rule: str) -> int | None:
 
 
 def newest(root: str | Path, say: Callable[[str], None] = print) -> Path | None:
-    """The newest checkpoint whose files are all as they were written; `say` gets a line for each one skipped.
+    """Return the newest checkpoint whose files are all as they were written; `say` gets a line for each one skipped.
 
     Raises:
         UserError: there are some, and every one is damaged.
@@ -247,7 +247,7 @@ def remove_all(root: str | Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None."""
+    """Say what is wrong with a checkpoint folder; None: nothing."""
     try:
         for name, expected in info(folder)["files"].items():
             if name != ".metadata":
@@ -301,8 +301,7 @@ def _require_equal(folder: Path, stored: dict[str, tuple[int, ...]], own: dict[s
 
 
 def read(folder: str | Path, prefixes: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors whose keys begin with one of `prefixes`, info): whole, in this one process, whichever processes wrote
-    them."""
+    """Read whole tensors whose keys begin with one of `prefixes`, and the info, in one process."""
     folder = Path(folder)
     stored = Reader(folder).read_metadata().state_dict_metadata
     state = {
@@ -322,7 +321,7 @@ def _fill(state: dict[str, Tensor], folder: Path, no_dist: bool) -> dict[str, An
 
 
 def info(folder: Path) -> dict[str, Any]:
-    """What was stored beside the tensors: step, config, and what else `save` was given.
+    """Read what is stored beside the tensors: step, config, and what else `save` was given.
 
     Raises:
         UserError: it is damaged.
@@ -334,7 +333,7 @@ def info(folder: Path) -> dict[str, Any]:
 
 
 def code_version() -> str:
-    """The git commit of this code, with `-dirty` if files were changed; outside a checkout, the package's version."""
+    """Return the git commit, with `-dirty` if files were changed; outside a checkout, the package's version."""
     root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists():
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
@@ -349,13 +348,13 @@ def code_version() -> str:
 
 
 def _fingerprints(folder: Path, rank: int) -> dict[str, list[int]]:
-    """Of the files that process `rank` wrote (0 writes `.metadata` too)."""
+    """Fingerprint the files that process `rank` wrote (0 writes `.metadata` too)."""
     paths = sorted(folder.glob(f"__{rank}_*")) + ([folder / ".metadata"] if rank == 0 else [])
     return {path.name: _fingerprint(path) for path in paths}
 
 
 def _fingerprint(path: Path) -> list[int]:
-    """[size, CRC-32] of a file."""
+    """Return [size, CRC-32] of a file."""
     size, crc = 0, 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -373,7 +372,7 @@ def _sync(folder: Path) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """One line: the operating system's message if there is one, else the first line of the error."""
+    """Return one line: the operating system's message if there is one, else the first line of the error."""
     if isinstance(error, dcp.api.CheckpointException) and error.failures:
         return _cause(next(iter(error.failures.values()))[0])
     link: BaseException | None = error

@@ -46,7 +46,7 @@ class Reader(dcp.FileSystemReader):
     """Reads a checkpoint that may come from anywhere: nothing that its files name is run or lies outside its folder."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> dcp_metadata.Metadata:
-        """What the checkpoint holds.
+        """Read what the checkpoint holds.
 
         Raises:
             UserError: anything but tensors, or tensors that its files cannot hold.

@@ -25,7 +25,7 @@ FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT":
 
 
 def init(name: str) -> torch.device:
-    """Join the process group that torchrun's environment describes, if there is one; gives this process's device."""
+    """Join the process group that torchrun's environment describes, if there is one; return this process's device."""
     device = pick_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -40,14 +40,14 @@ def init(name: str) -> torch.device:
 
 
 def patient_group() -> dist.ProcessGroup:
-    """A new gloo group of all processes whose operations on host memory may take long; all have to call this."""
+    """Make a gloo group of all processes whose operations on host memory may take long; all have to call this."""
     group = dist.new_group(backend="gloo", timeout=PATIENT)
     _patient.add(group)
     return group
 
 
 def control() -> dist.ProcessGroup:
-    """The group for objects and flags, which does not touch the device; made at the first use, by all processes."""
+    """Return the group for objects and flags, which does not touch the device; all processes make it at first use."""
     return _control(dist.group.WORLD)
 
 
@@ -57,21 +57,21 @@ def _control(world: dist.ProcessGroup) -> dist.ProcessGroup:
 
 
 def shorten_timeouts() -> None:
-    """From now on collectives on tensors end, or fail, within `STEP_TIMEOUT`; all processes call this."""
+    """Let collectives on tensors end, or fail, within `STEP_TIMEOUT` from now on; all processes call this."""
     for group in dist.distributed_c10d._world.pg_map if dist.is_initialized() else ():
         if group not in _patient:
             dist.distributed_c10d._set_pg_timeout(STEP_TIMEOUT, group)
 
 
 class Agreement:
-    """Flags that any process may raise, known to all at their next call: neither device nor host wait for it."""
+    """Flags that any process may raise, known to all at the next call. Neither device nor host waits for them."""
 
     def __init__(self) -> None:
         self._work: dist.Work | None = None
         self._flags = torch.zeros(0)
 
     def reach(self, *flags: bool) -> list[bool]:
-        """Raise `flags`; gives those that any process raised in the call before (alone: in this one)."""
+        """Raise `flags`; return those that any process raised in the previous call (one process: in this call)."""
         if not dist.is_initialized():
             return list(flags)
         known = [False] * len(flags)
@@ -114,7 +114,7 @@ def barrier() -> None:
 
 
 def mean(values: dict[str, float], device: torch.device) -> dict[str, float]:
-    """The mean of every value over the processes; all must give the same keys."""
+    """Average every value over the processes; all must give the same keys."""
     packed = torch.tensor([float(values[key]) for key in sorted(values)], dtype=torch.float64, device=device)
     if dist.is_initialized() and len(values):
         dist.all_reduce(packed)
@@ -124,19 +124,19 @@ def mean(values: dict[str, float], device: torch.device) -> dict[str, float]:
 
 
 def maximum(values: Tensor) -> list[float]:
-    """(n,) finite values -> the largest of each over the processes. Waits for the device."""
+    """Return the largest of each of (n,) finite values over the processes. Synchronises with the device."""
     return maximum_(values.clone()).tolist()
 
 
 def maximum_(values: Tensor) -> Tensor:
-    """`values`, changed in place to the largest of each over the processes."""
+    """Change `values` in place to the largest of each over the processes."""
     if dist.is_initialized():
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
 
 
 def gather(value: object, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Every process's `value`, in order of rank."""
+    """Return every process's `value`, in order of rank."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()
@@ -156,7 +156,7 @@ def fail(message: str) -> NoReturn:
 
 
 def restarted() -> bool:
-    """Whether torchrun or SLURM started this command again by itself, after a failure or a preemption."""
+    """Return whether torchrun or SLURM restarted this command, after a failure or a preemption."""
     return any(int(os.environ.get(name, 0)) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
@@ -168,7 +168,7 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
 
 def from_main(action: Callable[[], T]) -> T:
-    """The main process's result of `action`, in every process; a `UserError` of it ends them all."""
+    """Return the main process's result of `action` in every process; a `UserError` of it ends them all."""
     box: list[Any] = [None, None]
     if is_main():
         try:

@@ -34,7 +34,7 @@ class ExponentialMovingAverage:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within the block the module, which must not be sharded, has the averages as its weights."""
+        """Give the module, which must not be sharded, the averages as its weights within the block."""
         self._swap()
         try:
             yield
@@ -50,5 +50,5 @@ class ExponentialMovingAverage:
 
 
 def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This process's shards of sharded tensors; others as they are."""
+    """Return this process's shards of sharded tensors; others as they are."""
     return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]

@@ -47,7 +47,7 @@ def describe(run: Path, task: Task) -> None:
 
 
 def export(run: str | Path, folder: str | Path, step: int | None = None) -> Path:
-    """Write the release of a run's newest whole checkpoint, or of that of `step`; gives the checkpoint's folder.
+    """Write the release of a run's newest whole checkpoint, or of that of `step`; return the checkpoint's folder.
 
     Works in one process whichever way the checkpoint was written. Figures are those of the last validation up to it.
 
@@ -86,7 +86,7 @@ def write(folder: str | Path, release: Release, state: Mapping[str, Tensor], tex
 
 
 def last_validation(log: Path, step: int) -> tuple[dict[str, float], int]:
-    """(figures, step) of the last validation at or before `step`; ({}, 0) where there is none."""
+    """Return (figures, step) of the last validation at or before `step`; ({}, 0) where there is none."""
     found: tuple[dict[str, float], int] = {}, 0
     for line in log.read_text().splitlines() if log.is_file() else ():
         try:
@@ -100,7 +100,7 @@ def last_validation(log: Path, step: int) -> tuple[dict[str, float], int]:
 
 
 def card(release: Release, info: Mapping[str, Any], results: Mapping[str, float], at: int = 0) -> str:
-    """Model card: what it is, how it is loaded, data, recipe, figures.
+    """Write the model card: what it is, how it is loaded, data, recipe, figures.
 
     Args:
         info: of the checkpoint: `step`, `config` and `code`, where there are any. results: figures of the validation

@@ -42,7 +42,7 @@ def add_lora(module: nn.Module, rank: int, alpha: float) -> float:
 
 
 def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """A state dict with low-rank updates added to the weights they update, under the names of before."""
+    """Add the low-rank updates of a state dict to the weights they update, under the original names."""
     out = {}
     for key, value in state.items():
         if key.endswith((A, B)):

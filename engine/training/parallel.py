@@ -35,7 +35,7 @@ from engine.training.task import Task
 
 
 class ParallelTask:
-    """A task on its device, wrapped as the trainer's settings say; parameters are final when this is made.
+    """A task moved to its device and wrapped by DDP or FSDP. Do not add parameters afterwards.
 
     Args:
         task: the main process's counts; in the others its parameters may be on the meta device (see `build_once`).
@@ -79,7 +79,7 @@ class ParallelTask:
         fully_shard(self._losses, mesh=mesh, ignored_params=set(self._whole))
 
     def _fill(self, weights: dict[str, Tensor], device: torch.device) -> None:
-        """Give every process its shards of the main one's weights, one tensor at a time: no device holds the whole."""
+        """Give every process its shards of the main one's weights, one tensor at a time: no device holds all."""
         parameters = dict(self.task.named_parameters())
         for name in list(weights):
             p, whole = parameters[name], weights.pop(name)
@@ -94,12 +94,12 @@ class ParallelTask:
                     module._buffers[name] = buffer.to(device)
 
     def losses(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
-        """`task(batch, part)`; of the results only `loss` is attached to the graph."""
+        """Call `task(batch, part)`; of the results only `loss` is attached to the graph."""
         return self._losses(_Opaque(batch), part)
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """Forward and backward of one of a step's batches; gradients are averaged over processes in the `last` only."""
+        """Surround forward and backward of a micro-batch; gradients are averaged over processes in the `last` only."""
         if self.sharded:
             self._losses.set_requires_gradient_sync(last)
         waits = isinstance(self._losses, DistributedDataParallel) and not last
@@ -112,7 +112,7 @@ class ParallelTask:
                     p.grad /= distributed.world_size()
 
     def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-        """Scale gradients down to a common norm of at most `limit`; gives the norm that they had, over all shards."""
+        """Scale gradients down to a common norm of at most `limit`; return their norm before, over all shards."""
         parameters = [p for p in parameters if p.grad is not None]
         if not self.sharded or not parameters:
             return clip_grad_norm_(parameters, limit)
@@ -124,7 +124,7 @@ class ParallelTask:
 
     @contextmanager
     def evaluation_copy(self, ema: ExponentialMovingAverage) -> Iterator[Task]:
-        """The task with averaged weights, in eval mode and without gradients.
+        """Yield the task with averaged weights, in eval mode and without gradients.
 
         All processes have to enter. With shards it is a copy, whose weights are gathered for the while.
         """
@@ -141,7 +141,7 @@ class ParallelTask:
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: TrainerConfig) -> torch.optim.AdamW:
-    """The optimiser of a part. Gains and biases are not decayed.
+    """Make the optimiser of a part. Gains and biases are not decayed.
 
     Fused on CUDA; on processors fusing changes last digits, and golden losses with them.
     """
@@ -155,7 +155,7 @@ def adamw(parameters: Iterable[nn.Parameter], config: TrainerConfig) -> torch.op
 
 
 def clipping_groups(parameters: Iterable[nn.Parameter], apart: list[nn.Module]) -> list[list[nn.Parameter]]:
-    """`parameters` in groups that are clipped each by its own norm: those of each module in `apart`, and the others."""
+    """Group `parameters` that are clipped by a norm of their own: those of each module in `apart`, and the others."""
     left = {id(p): p for p in parameters}
     groups = [[left.pop(id(p)) for p in module.parameters() if id(p) in left] for module in apart]
     return [group for group in (list(left.values()), *groups) if group]
@@ -168,17 +168,17 @@ def begin_state(optimiser: torch.optim.Optimizer) -> None:
         optimiser.state[p] = {"step": count, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 
-def update(optimiser: torch.optim.Optimizer, good: Tensor) -> None:
-    """One step of an optimiser, unless `good` () is false, which fused ones find out on the device."""
+def update(optimiser: torch.optim.Optimizer, apply_step: Tensor) -> None:
+    """Step an optimiser if `apply_step` () is true; fused optimisers read it on the device."""
     if optimiser.defaults["fused"]:
-        optimiser.grad_scale, optimiser.found_inf = None, (~good).float()
+        optimiser.grad_scale, optimiser.found_inf = None, (~apply_step).float()
         optimiser.step()
-    elif good:
+    elif apply_step:
         optimiser.step()
 
 
 def _by_kind(parameters: Iterable[nn.Parameter]) -> dict[tuple[bool, bool], list[nn.Parameter]]:
-    """(is a matrix, is sharded) -> parameters: kernels over many tensors take one kind at a time."""
+    """Group parameters by (is a matrix, is sharded): kernels over many tensors take one kind at a time."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
     for p in parameters:
         groups[p.ndim >= 2, isinstance(p, DTensor)].append(p)
@@ -186,7 +186,7 @@ def _by_kind(parameters: Iterable[nn.Parameter]) -> dict[tuple[bool, bool], list
 
 
 def _full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, sharded or not; every process has to call this."""
+    """Return the whole of a tensor, sharded or not; every process has to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -218,7 +218,7 @@ def require_blocks(task: Task, compiled: bool, recomputed: bool) -> None:
 
 
 def _training_forward(block: nn.Module, compiled: bool, recomputed: bool) -> Callable[..., Any]:
-    """Validation takes the plain forward: its lengths change all the time, and it keeps no activations."""
+    """Make a block's forward of training; validation, whose lengths vary, takes the plain one."""
     plain = block.forward
     fast = torch.compile(plain) if compiled else plain
 
@@ -233,7 +233,7 @@ def _training_forward(block: nn.Module, compiled: bool, recomputed: bool) -> Cal
 
 
 def build_once(make: Callable[[], Task]) -> Task:
-    """`make()` in the main process; in the others the same task with its parameters on the meta device, for sharding.
+    """Call `make` in the main process; return its task, in the others with parameters on the meta device.
 
     Raises:
         UserError: as `make` does.
@@ -249,14 +249,14 @@ def build_once(make: Callable[[], Task]) -> Task:
 
 
 def _take_weights(p: nn.Parameter) -> Tensor:
-    """The data of a parameter, which goes to the meta device and stays the same object."""
+    """Return the data of a parameter, which moves to the meta device and stays the same object."""
     weights = _empty(p)
     torch.utils.swap_tensors(p, weights)
     return weights.detach()
 
 
 def without_weights(task: Task) -> Task:
-    """A copy of a task that shares nothing with it, its parameters on the meta device."""
+    """Copy a task; the copy shares nothing with it, and its parameters are on the meta device."""
     empty = {id(p): _empty(p) for p in task.parameters()}
     return copy.deepcopy(task, empty)
 
@@ -267,7 +267,7 @@ def _empty(p: Tensor) -> nn.Parameter:
 
 @contextmanager
 def _filled(spare: Task, weights: dict[str, Tensor], task: Task) -> Iterator[None]:
-    """Within the block `spare` has these weights, and the buffers of `task`."""
+    """Give `spare` these weights, and the buffers of `task`, within the block."""
     for mine, its in zip(spare.modules(), task.modules(), strict=True):
         for name, buffer in its._buffers.items():  # the copy was made before the task came to its device
             mine._buffers[name] = buffer.clone() if buffer is not None else None

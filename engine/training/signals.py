@@ -1,4 +1,4 @@
-"""How a scheduler or a person asks a run to stop, and what the run answers."""
+"""Stop requests: SIGTERM, SIGUSR1 and Ctrl-C end a run after a checkpoint, with exit code 75."""
 
 from __future__ import annotations
 
@@ -43,6 +43,6 @@ class StopRequest:
 
 
 def ignore_in_worker(_: int) -> None:
-    """For data loading processes: torchrun signals the whole process group, and the batches are needed to the end."""
+    """Ignore stop signals in a data loading process: torchrun signals all, and batches are needed to the end."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)

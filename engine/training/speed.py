@@ -30,7 +30,7 @@ _ATEN = torch.ops.aten
 
 
 def _attention(query: tuple, key: tuple, value: tuple, *_: Any, **__: Any) -> int:
-    """Operations of attention; keys and values may have fewer heads than queries, which torch's formula refuses."""
+    """Count operations of attention; torch's formula refuses fewer heads of keys and values than of queries."""
     return sdpa_flop_count(query, *((x[0], query[1], *x[2:]) for x in (key, value)))
 
 
@@ -46,7 +46,7 @@ for _name in ("flash_attention", "flash_attention_for_cpu", "efficient_attention
 
 
 def peak_tflops(stated: float | None, device: torch.device) -> float | None:
-    """The device's peak: `stated`, else the data sheet's dense bf16 figure of a known GPU, else None."""
+    """Return the device's peak: `stated`, else the data sheet's dense bf16 figure of a known GPU, else None."""
     if stated is not None or device.type != "cuda":
         return stated
     name = torch.cuda.get_device_name(device)
@@ -78,7 +78,7 @@ class Utilisation:
         self._counted = flops.get_total_flops(), sum(_recomputed), sum(tokens)
 
     def share(self, tokens: int, steps: int, seconds: float) -> dict[str, float]:
-        """`mfu` and `hfu` of `steps` steps with `tokens` tokens in `seconds`; {} without a known peak."""
+        """Return `mfu` and `hfu` of `steps` steps with `tokens` tokens in `seconds`; {} without a known peak."""
         if self.peak is None or self._counted is None:
             return {}
         operations, again, counted_tokens = self._counted
@@ -87,7 +87,7 @@ class Utilisation:
 
 
 def counter() -> FlopCounterMode:
-    """Counts floating-point operations within its block, those of attention on processors too."""
+    """Count floating-point operations within a block, those of attention on processors too."""
     return FlopCounterMode(display=False, custom_mapping=_ATTENTION)
 
 
@@ -95,7 +95,7 @@ _recomputed: list[int] = []  # operations of blocks that were computed a second 
 
 
 def recomputing() -> tuple[Any, Any]:
-    """For `torch.utils.checkpoint`: what surrounds the first and the second computation of a block."""
+    """Return the contexts of the first and the second computation of a block, for `torch.utils.checkpoint`."""
     return nullcontext(), _recount() if torch.utils._python_dispatch._get_current_dispatch_mode() else nullcontext()
 
 
@@ -110,7 +110,7 @@ def _recount() -> Iterator[None]:
 
 @contextmanager
 def steady(device: torch.device, precision: str, fixed_shapes: bool) -> Iterator[str]:
-    """Settings for a loop of training steps, restored after it; gives a line that says them.
+    """Change settings for a loop of training steps, and restore them; yield a line that says them.
 
     In bf16, what autocast leaves in float32 may use TF32; fp32 means float32 throughout. cuDNN tries its algorithms
     where the shapes of batches stay the same. Python collects garbage when it is told to, not in the middle of a step:
@@ -134,15 +134,16 @@ def steady(device: torch.device, precision: str, fixed_shapes: bool) -> Iterator
 
 
 def memory_gib(device: torch.device) -> float:
-    """Most memory that tensors of this process took on its GPU, or that the process took on a processor, in GiB."""
+    """Return the peak memory of this process's tensors on its GPU, or of the process on a CPU, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux gives KiB
 
 
 def tracing(folder: Path, steps: int, rank: int) -> Any:
-    """A block that traces `steps` steps, from the sixth on, into FOLDER/rank0.json.gz, for Perfetto or chrome://tracing;
-    its value has `step()`, to be called after every step. With 0 steps the value is None.
+    """Trace `steps` steps within a block, from the sixth on, into FOLDER/rank0.json.gz, for Perfetto.
+
+    The block's value has `step()`, to be called after every step; with 0 steps it is None.
     """
     if not steps:
         return nullcontext()

@@ -44,34 +44,34 @@ class Task(nn.Module):
     on_host: tuple[str, ...] = ()  # entries of a batch that stay in main memory: lengths, which shapes depend on
 
     def parts(self) -> dict[str, nn.Module]:
-        """Optimiser name -> module whose parameters it owns, in update order. A GAN: discriminator, generator."""
+        """Return the module whose parameters each optimiser owns, by name, in update order; see `GANTask`."""
         raise NotImplementedError
 
     def blocks(self) -> list[nn.Module]:
-        """Repeated modules with most of the weights and activations, none within another, used by calling them.
+        """Return repeated modules with most of the weights and activations, none within another, used by calling them.
 
         The unit of sharding, compilation and activation checkpointing, where the trainer's settings ask for them.
         """
         return []
 
     def clipped_apart(self) -> list[nn.Module]:
-        """Modules whose gradients are clipped by a norm of their own, so that they do not scale those of the others."""
+        """Return modules whose gradients are clipped by a norm of their own, and so do not scale the others."""
         return []
 
     def has_idle_parameters(self) -> bool:
-        """Whether some steps give no gradient to some parameters that are trained: DDP then looks for them."""
+        """Return whether some steps give no gradient to some trained parameters: DDP then looks for them."""
         return len(self.parts()) > 1
 
     def whole(self) -> list[nn.Module]:
-        """Modules whose parameters `forward` changes in place, outside of `blocks`: they are never sharded."""
+        """Return modules whose parameters `forward` changes in place, outside of `blocks`: they are never sharded."""
         return []
 
     def begin_step(self, step: int) -> None:
-        """Called before each step of training; schedules go by `self.step`, which the host knows."""
+        """Prepare a step of training; schedules depend on `self.step`, a number on the host."""
         self.step = step
 
     def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
-        """Losses of `part`, weighted: `loss` is what is minimised, the others (scalars) are logged.
+        """Return the losses of `part`: `loss`, which is minimised, and other scalars, which are logged.
 
         A result that the next part needs too may be stored in `batch`. It is there if a step has one batch; else it is
         made again, so that the graphs of all batches need not be kept. Random draws come from torch's default
@@ -82,15 +82,15 @@ class Task(nn.Module):
         raise NotImplementedError
 
     def tokens(self, batch: dict[str, Any]) -> int:
-        """How many tokens (frames) a batch holds, for the log."""
+        """Return the number of tokens (frames) of a batch, for the log."""
         return 0
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """Figures of merit, measured by this process alone; see `measure`."""
+        """Validate in this process alone; see `measure`."""
         return figures_of([self.measure(step, folder, ALONE)])
 
     def measure(self, step: int, folder: Path, share: Share) -> dict[str, float | ByClip]:
-        """What this process contributes to a validation, in eval mode with averaged weights.
+        """Measure this process's share of a validation, in eval mode with averaged weights.
 
         Every process measures its share of the clips; what cannot be divided is measured by the first one. Processes do
         not wait for each other in here. A few fixed clips are written into `folder` as WAV, PNG and MP4 files, which
@@ -99,13 +99,13 @@ class Task(nn.Module):
         return {}
 
     def release_info(self) -> Release | None:
-        """What a release holds beside its weights; None: this task is not released. See `release_of`."""
+        """Describe the release beside its weights; None: this task is not released. See `release_of`."""
         return None
 
     def release_of(
         self, module: str, title: str, about: str, usage: str, extra: dict[str, Any] | None = None
     ) -> Release:
-        """The description of a release of the `Released` submodule `module`; `extra` joins its config."""
+        """Describe a release of the `Released` submodule `module`; `extra` joins its config."""
         network = self.get_submodule(module)
         left_out = tuple(sorted(network.state_dict().keys() - network.stored().keys()))
         config = network.arguments() | (extra or {})
@@ -115,7 +115,7 @@ class Task(nn.Module):
         """Write further files of a release (a tokenizer) into `folder`."""
 
     def adapted(self) -> nn.Module | None:
-        """The module whose linear layers low-rank adaptation updates; None: this task has no such training."""
+        """Return the module whose linear layers low-rank adaptation updates; None: this task has no such training."""
         return None
 
     def adapt(self, rank: int, alpha: float) -> None:

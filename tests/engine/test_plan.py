@@ -14,7 +14,8 @@ import torch
 from test_parallel import together
 from toy_task import CONFIG
 
-from benchmarks.plan import CARDS, Efficiency, Measured, measure, measure_fake, plan
+from benchmarks.fake_step import Measured, measure, measure_fake
+from benchmarks.plan import CARDS, Efficiency, plan
 from engine.errors import exit_process
 from engine.training import distributed
 from engine.training.settings import TrainerConfig

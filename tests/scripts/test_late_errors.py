@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -117,6 +118,14 @@ SCRIPTS = [
     ("demo --port 0", "--port 0 must lie"),
     ("check_golden sounds", "no case (*.safetensors) under sounds"),
 ]
+PACKAGES = [  # command, module that is not installed, the line
+    (f"train {HICODIT}", "resemblyzer", "this needs resemblyzer"),
+    (f"train {HICODIT} trainer.tensorboard=true", "torch.utils.tensorboard", "setup.sh tensorboard"),
+    ("train experiment=talker_synthetic init=assets/talker_t2av_tiny lora.rank=4", "peft", "setup.sh finetune"),
+    ("scripts.serve", "fastapi", "setup.sh serve"),
+    ("scripts.demo", "gradio", "setup.sh demo"),
+    (f"scripts.prepare_data {SHARDS} executor=ray", "ray", "setup.sh cluster"),
+]
 PROGRAMS = {"train": TRAIN, "infer": INFER, "scripts.evaluate": EVALUATE, "scripts.prepare_data": PREPARE}
 ROWS = [(program, words, message) for program, rows in PROGRAMS.items() for words, message in rows]
 ROWS += [(f"scripts.{words.partition(' ')[0]}", words.partition(" ")[2], message) for words, message in SCRIPTS]
@@ -153,15 +162,37 @@ def files(root):
     return sorted(str(path.relative_to(root)) for path in root.rglob("*"))
 
 
+@pytest.fixture
+def refused(folder, other_run, monkeypatch, capfd):
+    """Assert that a command is refused with one line, which has `message`, in seconds, and leaves nothing."""
+
+    def check(program, words, message):
+        main, codes, before = importlib.import_module(program).main, [], files(folder)
+        monkeypatch.setattr(run, "make_data", lambda data: pytest.fail("data were made first"))
+        monkeypatch.setattr(sys, "argv", [f"{program}.py", *shlex.split(words.format(assets=ROOT / "assets"))])
+        monkeypatch.chdir(folder)
+        start = time.process_time()
+        run_cli(main, codes.append)
+        seconds, said = time.process_time() - start, capfd.readouterr().err
+        assert codes == [2] and message in said, said
+        assert said.startswith("error: ") and said.count("\n") == 1, said
+        assert seconds < 10 and files(folder) == before
+
+    return check
+
+
 @pytest.mark.parametrize(("program", "words", "message"), ROWS, ids=lambda text: None)
-def test_a_mistake_is_one_line_before_work(program, words, message, folder, other_run, monkeypatch, capfd):
-    main, codes, before = importlib.import_module(program).main, [], files(folder)
-    monkeypatch.setattr(run, "make_data", lambda data: pytest.fail("data were made first"))
-    monkeypatch.setattr(sys, "argv", [f"{program}.py", *shlex.split(words.format(assets=ROOT / "assets"))])
-    monkeypatch.chdir(folder)
-    start = time.process_time()
-    run_cli(main, codes.append)
-    seconds, said = time.process_time() - start, capfd.readouterr().err
-    assert codes == [2] and message in said, said
-    assert said.startswith("error: ") and said.count("\n") == 1, said
-    assert seconds < 10 and files(folder) == before
+def test_a_mistake_is_one_line_before_work(program, words, message, refused):
+    refused(program, words, message)
+
+
+@pytest.mark.parametrize(("command", "module", "message"), PACKAGES, ids=lambda text: None)
+def test_a_missing_package_is_named_before_work(command, module, message, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    program, _, words = command.partition(" ")
+    refused(program, words, message)
+
+
+def test_a_full_disk_is_named_before_work(refused, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=10**6))
+    refused("train", HICODIT, "1 MB are free, this needs 500 MB")
