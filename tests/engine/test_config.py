@@ -148,19 +148,6 @@ def test_the_papers_recipe_asks_for_what_it_cannot_have():
         load("train", ["experiment=hicodit_paper", "data=lrs3"], "")
 
 
-@pytest.mark.parametrize(
-    "word",
-    [
-        "init=missing",
-        "task.codec=missing",
-    ],
-)
-def test_training_looks_at_what_it_starts_from_before_it_makes_data(word):
-    config = load("train", ["experiment=hicodit_synthetic", word], "")
-    with pytest.raises(UserError, match=re.escape(word.removeprefix("trainer.").replace("null", "None"))):
-        run.check_inputs(config)
-
-
 def test_a_codec_may_be_one_file(tmp_path):
     (tmp_path / "lia-x.pt").touch()
     config = load("train", ["experiment=talker_synthetic", f"task.codecs.motion={tmp_path / 'lia-x.pt'}"], "")

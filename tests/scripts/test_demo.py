@@ -17,7 +17,6 @@ from imageio_ffmpeg import count_frames_and_secs
 
 from engine.errors import UserError
 from engine.media.video import write_video
-from scripts import demo as command
 from service import demo_actions as actions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -268,14 +267,3 @@ def test_uploads_are_deleted_at_the_end_and_other_files_are_not_served(tmp_path)
     finally:
         process.kill()
     assert not list(tmp_path.glob("speaking-faces-*")) and not Path(path).exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [([], r"bash scripts/setup\.sh demo"), (["--port", "99999"], "--port 99999 must lie between")],
-)
-def test_a_missing_package_and_a_bad_port_are_refused(monkeypatch, words, message):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.setattr(sys, "argv", ["demo.py", *words])
-    with pytest.raises(UserError, match=message):
-        command.main()

@@ -6,7 +6,6 @@ import torch
 from engine.errors import UserError
 from engine.release import average, read_release, save_release
 from scripts import export
-from scripts.export import split_weight
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
@@ -35,12 +34,6 @@ def test_what_does_not_fit_is_refused():
         average([state(1.0), state(1.0) | {"decoder.extra": torch.zeros(5)}], [1.0, 1.0])
     with pytest.raises(UserError, match="--only head: no tensor begins so"):
         average([state(1.0)], [1.0], ("head",))
-
-
-@pytest.mark.parametrize("text", ["runs/a", "runs/a:", ":1", "runs/a:0", "runs/a:-1", "runs/a:nan", "runs/a:inf"])
-def test_weights_are_above_zero(text):
-    with pytest.raises(UserError, match="give FOLDER:WEIGHT"):
-        split_weight(text)
 
 
 @pytest.fixture
@@ -73,17 +66,3 @@ def test_compact_stores_large_matrices_in_8_bits(command, tmp_path):
     torch.testing.assert_close(rounded["big.w"].float(), exact["big.w"].float(), atol=0.005, rtol=0)
     with pytest.raises(UserError, match="--exact head: no tensor of a begins so"):
         command("--compact", "a", "out", "--exact", "head")
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["a", "b", "out"], "give one run or release"),
-        (["--compact", "a", "out", "--only", "x"], "--only belongs to --average"),
-        (["a", "out", "--exact", "x"], "--exact belongs to --compact"),
-        (["nowhere", "out"], "no run in nowhere"),
-    ],
-)
-def test_arguments_that_do_not_fit_are_refused(command, words, message):
-    with pytest.raises(UserError, match=message):
-        command(*words)

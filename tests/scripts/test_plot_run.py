@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.errors import UserError
 from scripts import plot_run
 from scripts.plot_run import labels, panel, panels, read_curves, smoothed
 
@@ -73,20 +72,3 @@ def test_smoothing_keeps_straight_lines_and_ends():
     bumpy = line + np.tile([1.0, -1.0], 5)[:9]
     assert np.abs(smoothed(bumpy, 5) - line)[2:-2].max() < 0.3 and smoothed(bumpy, 5)[0] == bumpy[0]
     assert smoothed(bumpy, 1) is bumpy
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["none"], "no log in none"),
-        (["{run}", "{run}"], "given twice"),
-        (["{run}", "--only", "nothing"], "no logged figure matches --only nothing"),
-        (["{run}", "--only", "("], r"--only \( is no regular expression"),
-        (["{run}", "--smooth", "0"], "--smooth 0"),
-        (["{run}", "--out", "x.gif"], "must end in"),
-    ],
-)
-def test_mistakes_are_one_line(runs, monkeypatch, words, message):
-    monkeypatch.setattr(sys, "argv", ["plot_run.py", *(word.format(run=runs[0]) for word in words)])
-    with pytest.raises(UserError, match=message):
-        plot_run.main()
