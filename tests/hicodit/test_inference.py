@@ -28,6 +28,7 @@ from engine.settings import make, override
 from hicodit import inference
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import InferConfig, read_settings
+from tests.trials.ray_kill_test import processes_at_work
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -91,7 +92,21 @@ def test_a_bad_clip_in_a_folder_does_not_stop_the_rest(release, clip, tmp_path, 
     assert "b.mp4" in capsys.readouterr().err
 
 
-def test_two_processes_of_which_one_is_killed_give_the_files_of_one(release, clip, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("place", "victims"),
+    [
+        ({"devices": "2"}, lambda: [child.pid for child in multiprocessing.active_children()]),
+        pytest.param(
+            {"executor": "ray", "ray": {"encoders": 2}},
+            lambda: [pid for pid, _ in processes_at_work(os.getpid())],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["processes", "ray"],
+)
+def test_processes_of_which_one_is_killed_give_the_files_of_one(release, clip, tmp_path, capsys, place, victims):
+    if "executor" in place:
+        ray = pytest.importorskip("ray")
     source, names = tmp_path / "clips", [f"clip{i}" for i in range(4)]
     source.mkdir()
     for name in names:
@@ -100,21 +115,26 @@ def test_two_processes_of_which_one_is_killed_give_the_files_of_one(release, cli
     assert run(config(release, source, tmp_path / "one", **changes)) == 0
 
     def kill():
-        while not list((tmp_path / "two").glob("*.wav")):
+        while not list((tmp_path / "many").glob("*.wav")):
             time.sleep(0.02)
-        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        os.kill(victims()[0], signal.SIGKILL)
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     capsys.readouterr()
-    assert run(config(release, source, tmp_path / "two", devices="2", **changes)) == 0
+    try:
+        assert run(config(release, source, tmp_path / "many", **place, **changes)) == 0
+    finally:
+        if "executor" in place:
+            ray.shutdown()
     killer.join(1)
     assert not killer.is_alive()
-    *lines, summary = capsys.readouterr().out.splitlines()
-    assert sorted(line.partition(",")[0] for line in lines) == [str(source / f"{name}.mp4") for name in names]
-    assert summary.startswith("4 of 4 clips") and summary.endswith("on 2 processes, cpu")
+    said = capsys.readouterr().out.splitlines()
+    lines = [line for line in said if line.startswith(str(source)) or " clips in " in line]  # Ray has some of its own
+    assert sorted(line.partition(",")[0] for line in lines[:-1]) == [str(source / f"{name}.mp4") for name in names]
+    assert lines[-1].startswith("4 of 4 clips") and lines[-1].endswith("on 2 processes, cpu")
     for name in names:
-        assert (tmp_path / "two" / f"{name}.wav").read_bytes() == (tmp_path / "one" / f"{name}.wav").read_bytes()
+        assert (tmp_path / "many" / f"{name}.wav").read_bytes() == (tmp_path / "one" / f"{name}.wav").read_bytes()
 
 
 @pytest.mark.parametrize(
