@@ -77,13 +77,13 @@ class Demo:
         self.hicodit.guidance = replace(self.hicodit.guidance, all=float(guidance))
         report(0, 0, "looking for the face")
         identity = GE2EEncoder().embed(read_voice(voice, 16_000), 16_000) if voice else None
-        crops, done = self.hicodit.crops(clip), 0
+        crops, count = self.hicodit.crops(clip), 0
         total = sampler.steps * len(windows(len(crops), sampler))
 
         def on_step(_: int) -> None:
-            nonlocal done
-            done += 1
-            report(done, total, "generating speech")
+            nonlocal count
+            count += 1
+            report(count, total, "generating speech")
 
         report(0, total, "generating speech")
         speech = self.hicodit.run([crops], [seed], identity, sampler, on_step=on_step)[0]

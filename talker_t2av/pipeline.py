@@ -159,7 +159,7 @@ class TalkerPipeline:
         return self.run([job])[0]
 
     def run(self, jobs: Sequence[Job]) -> list[Talk]:
-        """Several jobs; those of one mode are one batch."""
+        """Generate several jobs; those of one mode are one batch."""
         return list(self.finish([self.prepare(job) for job in jobs]))
 
     def save_voice(self, recording: str | Path, path: str | Path) -> None:
@@ -226,7 +226,7 @@ class TalkerPipeline:
 
     @torch.no_grad()
     def stream(self, job: Job, on_step: Callable[[Patch], None] = lambda patch: None) -> Iterator[Chunk]:
-        """One job, piece by piece as patches arrive; `on_step` is called after each patch.
+        """Generate a job and yield its result in chunks as patches arrive; `on_step` is called after each patch.
 
         The concatenated chunks equal the result of `run`: samples to 1e-4, pictures to one level of 255. The sound of a
         frame comes as soon as the later frames that the decoder needs for it are there. V2A is streamed from a single
@@ -264,7 +264,7 @@ class TalkerPipeline:
         fresh: list[Tensor],
         on_step: Callable[[Patch], None],
     ) -> Iterator[np.ndarray]:
-        """Sound (n,) as patches arrive; appends their motion to `fresh`."""
+        """Yield sound (n,) as patches arrive, and append their motion to `fresh`."""
         size = self.system.model.config.patch_size
         steps = rows.stream(request, prepared.rules)
         if prepared.wave is not None:
@@ -343,7 +343,7 @@ class Face:
 
     def __init__(self, system: TalkerSystem, prepared: PreparedJob) -> None:
         self.system = system
-        self.left = prepared.frames  # to be rendered, if the length is known
+        self.remaining = prepared.frames  # to be rendered, if the length is known
         self.identity = None
         if prepared.picture is not None:
             self.identity = system.motion.identity(prepared.picture.to(system.device))
@@ -359,9 +359,9 @@ class Face:
             return None
         motion = torch.cat([self.before, self.system.stats.restore(torch.cat(patches).cpu())])
         self.before = self.before[:0]
-        if self.left is not None:
-            motion = motion[: self.left]
-            self.left -= len(motion)
+        if self.remaining is not None:
+            motion = motion[: self.remaining]
+            self.remaining -= len(motion)
         if not len(motion):
             return None
         codec = self.system.motion

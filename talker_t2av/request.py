@@ -24,7 +24,7 @@ ORDERS: dict[str, tuple[Stream, Stream]] = {
 
 
 def tokens_per_patch(order: str, moving: bool) -> int:
-    """Tokens of a patch: two where two streams take turns."""
+    """Return the number of tokens of a patch: two where two streams take turns."""
     return 2 if order in ORDERS and moving else 1
 
 
@@ -38,7 +38,7 @@ class Mode:
 
     @property
     def open_ended(self) -> bool:
-        """No given stream sets the length: the stop head does."""
+        """Whether the stop head sets the length, and no given stream."""
         return "given" not in (self.speech, self.motion)
 
 
