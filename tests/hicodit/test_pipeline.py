@@ -19,7 +19,7 @@ from hicodit.conditions.types import Conditions, windows_of
 from hicodit.figure import thinned
 from hicodit.generation import OVERLAP, REDO, GuidedPosterior, generate, windows
 from hicodit.pipeline import HiCoDiTPipeline
-from hicodit.settings import GuidanceScales
+from hicodit.settings import BUNDLED, GuidanceScales
 
 WINDOW = 75  # video frames
 
@@ -316,3 +316,17 @@ def test_a_tokenizer_of_another_size_is_refused(pipeline, release, tmp_path):
     other.save(tmp_path / "other", "a test")
     with pytest.raises(UserError, match="levels of 8 codes"):
         HiCoDiTPipeline.from_pretrained(release, codec=tmp_path / "other")
+
+
+@pytest.mark.skipif(not can_int8("cpu"), reason="needs an x86 processor with VNNI")
+@torch.inference_mode()
+def test_bundled_model_in_int8_has_nearly_the_same_posteriors():
+    exact, eight = (HiCoDiTPipeline.from_pretrained(precision=precision) for precision in ("fp32", "int8"))
+    conditions = exact.conditions([exact.crops(BUNDLED.parent / "demo" / "silent.mp4")])
+    shape = (1, exact.codec.levels, 2 * conditions.lip.shape[1])
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, exact.codec.codes, shape, generator=g)
+    tokens[torch.rand(shape, generator=g) < 0.7] = exact.system.model.mask_id
+    time = torch.full((1,), 0.7)
+    p, q = (GuidedPosterior(x.system.model, conditions, x.guidance)(tokens, time, None) for x in (exact, eight))
+    assert 0 < (p.exp() * (p - q)).sum(-1).mean() < 0.02  # nats a token
