@@ -8,7 +8,7 @@ Axes: N samples.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jiwer
@@ -107,17 +107,6 @@ class CorpusRecogniser:
     def transcribe(self, text: str, wave: np.ndarray, rate: int) -> str:
         """What was recognised in a wave that says, or should say, `text`."""
         return (self._free if self.is_free(text) else self._closed).transcribe(wave, rate)
-
-    def transcribe_all(self, texts: Sequence[str], waves: Iterable[np.ndarray], rate: int) -> list[str]:
-        """`transcribe` of each text and wave."""
-        return [self.transcribe(text, wave, rate) for text, wave in zip(texts, waves)]
-
-    def word_errors(self, name: str, texts: Sequence[str], transcripts: Sequence[str]) -> dict[str, float]:
-        """{NAME: of the grammar's sentences, NAME_free: of the language model's}; what has no sentence is left out."""
-        pairs: dict[str, list[tuple[str, str]]] = {}
-        for text, transcript in zip(texts, transcripts):
-            pairs.setdefault(f"{name}_free" if self.is_free(text) else name, []).append((text, transcript))
-        return {kind: word_error_rate(*zip(*found)) for kind, found in sorted(pairs.items())}
 
 
 def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:

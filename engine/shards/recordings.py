@@ -56,12 +56,6 @@ def read_manifest(root: str | Path, split: str) -> list[dict]:
     return rows
 
 
-def pick_rows(root: str | Path, split: str, count: int) -> list[dict]:
-    """`count` rows of a split, evenly spread over its manifest; all rows if there are fewer."""
-    rows = read_manifest(root, split)
-    return [rows[i] for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)]
-
-
 def is_prepared(root: str | Path, split: str) -> bool:
     """Whether ROOT/SPLIT are prepared shards (as a URL always is), and not recordings."""
     return is_remote(root) or (Path(root) / split / "index.json").is_file()

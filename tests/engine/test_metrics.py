@@ -104,11 +104,9 @@ def test_sentences_outside_the_grammar_are_recognised_by_the_language_model(spok
     (tmp_path / "free.arpa").write_text("\n".join(model))
     recogniser = CorpusRecogniser(tmp_path / "grammar.jsgf")
     assert [recogniser.is_free(text) for text in SENTENCES] == [True, False, False]
-    heard = recogniser.transcribe_all(SENTENCES, waves, rate)
-    errors = recogniser.word_errors("wer", SENTENCES, heard)
-    assert sorted(errors) == ["wer", "wer_free"] and "three" in heard[0]
-    assert errors["wer"] < 0.1 and errors["wer_free"] < 0.5
-    assert sorted(recogniser.word_errors("wer", SENTENCES[1:], heard[1:])) == ["wer"]
+    heard = [recogniser.transcribe(text, wave, rate) for text, wave in zip(SENTENCES, waves)]
+    assert "three" in heard[0] and word_error_rate(SENTENCES[:1], heard[:1]) < 0.5
+    assert word_error_rate(SENTENCES[1:], heard[1:]) < 0.1
 
 
 def test_grammar_mistakes_are_one_line(tmp_path):
