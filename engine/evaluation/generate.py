@@ -101,7 +101,7 @@ def generate_missing(
 
     Args:
         inputs: of a clip the files and texts that its output depends on.
-        write: makes the files of a batch in `folder`, the one that `find_take` finds last.
+        write: makes the files of a batch in `folder`, sound last; see `write_take`.
         length: of a clip; those of like length share a batch.
 
     Raises:
@@ -112,7 +112,8 @@ def generate_missing(
         known = parse_json(place.read_bytes(), place)
     for i, clip in enumerate(clips):
         state = _digest_of(inputs(clip))
-        if find_take(folder, clip.id).audio is None:
+        take = find_take(folder, clip.id)
+        if take.audio in (None, take.video):  # nothing, or a picture whose sound is missing
             waiting.add(i)
         elif known.get(clip.id, state) != state:
             where = f"{folder} holds an output of {clip.id} that was made from other files or words"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.codec import Codec, PortraitCodec
+from engine.errors import UserError
 from engine.evaluation.clips import Clip
 from engine.evaluation.generate import generate_missing, write_facts, write_take
 from engine.evaluation.shares import ByClip, Share
@@ -129,6 +130,8 @@ def write_resynthesis(
             frames, rate = None, RATE if portrait else codec.sample_rate
             wave = wave_of(clip.truth.audio, rate)
             if portrait:
+                if clip.truth.source is None:
+                    raise UserError("no picture to rebuild: ID.mp4 in references=, or video in the manifest")
                 frames = rebuild(codec, read_video(clip.truth.source, PORTRAIT_FPS))
             else:
                 code = codec.encode(torch.from_numpy(wave.copy())[None, None].to(device))
