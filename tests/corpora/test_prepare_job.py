@@ -29,8 +29,8 @@ SYMBOLS = ["a", "b"]
 
 
 def clip_row(name, number=0):
-    phonemes = [[SYMBOLS[number % 2], 0.1, 0.3]]
-    return {"id": name, "text": f"clip {number}", "voice": number, "expression": "happy", "phonemes": phonemes}
+    row = {"id": name, "text": f"clip {number}", "voice": number, "expression": "happy", "face": {}}
+    return row | {"phonemes": [[SYMBOLS[number % 2], 0.1, 0.3]]}
 
 
 def write_clip(root, split, name, number, noise=False):

@@ -41,6 +41,7 @@ def corpus(tmp_path_factory):
     root = tmp_path_factory.mktemp("corpus")
     wave = np.tile(read_audio("assets/demo/voice.wav", 24_000), 2)
     row = {"id": "a", "text": "hello", "voice": 3, "expression": "sad", "phonemes": [["h", 0.1, 0.2], ["oU", 0.2, 0.9]]}
+    row["face"] = {}
     row["expressions"] = ["sad", "sad", "happy"]  # of the half seconds
     write_video(root / "train" / "a.mp4", np.stack([draw_face(i % 7 / 7) for i in range(FRAMES)]), 25)
     write_wav(root / "train" / "a.wav", wave[: FRAMES * 960], 24_000)
