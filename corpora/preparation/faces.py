@@ -35,8 +35,8 @@ class Face(Step):
         if isinstance(self.landmarks, Path):
             if clip.info.span is not None:
                 raise UserError("landmarks of whole videos cannot be used for parts of them: leave face_landmarks out")
-            shown = ClipFrames(clip.path(clip.info.video), FPS).shown
-            clip.track = place_landmarks([clip.frames], *read_landmarks(self.landmarks, clip.info.video), FPS, shown)
+            size = ClipFrames(clip.path(clip.info.video), FPS).display_size
+            clip.track = place_landmarks([clip.frames], *read_landmarks(self.landmarks, clip.info.video), FPS, size)
             return
         clip.track = find_face([clip.frames], FPS, self._which(clip), self.detector)
         if self.landmarks is not None:
