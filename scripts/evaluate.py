@@ -85,6 +85,9 @@ def main() -> int:
     splits = list(config.split) or [None]
     if config.corpus and splits == [None]:
         raise UserError(f"corpus={config.corpus} needs split=[NAME], such as [seen]")
+    if config.corpus and not Path(config.corpus).is_dir():
+        make = f"python scripts/make_synthetic_corpus.py --version 2 --out {config.corpus}"
+        raise UserError(f"corpus={config.corpus} is no folder: name another one, or make it ({make})")
     output, codes = Path(config.output), []
     for split in splits:
         summary = evaluate(config, split, output / split if len(splits) > 1 else output)
