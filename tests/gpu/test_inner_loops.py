@@ -204,7 +204,7 @@ class Launches(TorchDispatchMode):
 
 
 def test_launches_and_casts_of_a_patch_in_half_precision():
-    """At the depth of the paper. Ceilings only fall: they were 7,738 launches of which 29 % were casts."""
+    """At the depth of the paper. The ceilings only fall."""
     config = tiny_model().config
     llm = config.llm | {"num_hidden_layers": 28}
     model, launches = TalkerT2AV(replace(config, llm=llm, encoder_layers=4, head_layers=8)).eval(), Launches()
