@@ -45,7 +45,7 @@ from hicodit.conditions.encoders import TinyEncoderConfig
 from hicodit.conditions.released import ReleasedEncoderConfig
 from hicodit.conditions.types import FPS, Conditions, Crops, windows_of
 from hicodit.diffusion import LogLinearNoise, log_expm1
-from hicodit.generation import GuidedPosterior, generate, windows
+from hicodit.generation import generate, guided_posterior, windows
 from hicodit.guidance import combine
 from hicodit.model import FLOAT32, HiCoDiT, ModelConfig
 from hicodit.pipeline import HiCoDiTPipeline
@@ -173,7 +173,7 @@ def hicodit(job: dict[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
 
     def first_window(
-        model: HiCoDiT, steps: int = job["timed_steps"], posterior: Callable = GuidedPosterior
+        model: HiCoDiT, steps: int = job["timed_steps"], posterior: Callable = guided_posterior
     ) -> list[float]:
         """Generate the first window; return the times of its beginning and of the end of each step."""
         times = [clock(device)]

@@ -129,6 +129,34 @@ class GraphedStep:
         return map_tensors(torch.clone, replay())
 
 
+class GraphedSteps:
+    """A `GraphedStep` for each function that it is called with, all in one memory pool.
+
+    A model's loops that never run at the same time share one, so that a loop finds the graphs of earlier ones. Such a
+    function must be the same object each time: one of a module, not a closure.
+
+    Args:
+        device, compile, backend, limit: as of `GraphedStep`.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        compile: bool = False,
+        backend: Backend | None = None,
+        limit: int = LIMIT,
+    ) -> None:
+        device = torch.device(device)
+        self.backend = backend or (CudaGraphs(device) if device.type == "cuda" else None)
+        self.device, self.compile, self.limit = device, compile, limit
+        self.steps: dict[Callable[..., Any], GraphedStep] = {}
+
+    def __call__(self, step: Callable[..., Any]) -> GraphedStep:
+        if step not in self.steps:
+            self.steps[step] = GraphedStep(step, self.device, self.compile, self.backend, self.limit)
+        return self.steps[step]
+
+
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     """Return `value` with each tensor in it replaced, in order; containers are lists, tuples, dicts and dataclasses."""
     if isinstance(value, Tensor):

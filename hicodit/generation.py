@@ -11,46 +11,45 @@ follows and are drawn again. Starts are whole seconds, so that expression window
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from engine.cuda_graph import GraphedSteps
 from engine.errors import UserError
 from engine.precision import half_precision
 from hicodit.conditions.types import FPS, Conditions, windows_of
 from hicodit.diffusion import LogLinearNoise, log_expm1
 from hicodit.guidance import combine
-from hicodit.model import TOKENS_PER_FRAME, HiCoDiT
-from hicodit.samplers import sample
+from hicodit.model import TOKENS_PER_FRAME, Conditioning, HiCoDiT
+from hicodit.samplers import Posterior, sample
 from hicodit.settings import UNGUIDED, GuidanceScales, SamplerConfig
 
 OVERLAP, REDO = 25, 5  # video frames that two windows share, and those of them that are drawn again
 
 
+@dataclass(frozen=True)
 class GuidedPosterior:
-    """The posterior that a sampler asks for: all guidance branches in one forward, or one branch while it is early.
+    """The posterior that a sampler asks for: all guidance branches in one forward.
 
-    A model that takes guidance as its input has one branch at all times.
+    Attributes:
+        conditioning: tensors of the clips; a graph of a step copies them, so that it serves other clips, too.
+        mixed: `scales.late` parts the clips of a step into guided ones and others.
     """
 
-    def __init__(self, model: HiCoDiT, conditions: Conditions, scales: GuidanceScales) -> None:
-        inputs = None
-        if model.config.guidance_limit is not None:
-            scales.check_input(model.config.guidance_limit)
-            inputs, scales = conditions.identity.new_tensor([scales.values]), UNGUIDED
-        self.model, self.scales, self.noise = model, scales, LogLinearNoise()
-        with half_precision(conditions.lip.device, model.dtype):
-            self.conditioning = model.prepare(conditions, scales.branches, scales=inputs)
-        self.early = GuidedPosterior(model, conditions, UNGUIDED) if scales.late < 1 else None
+    model: HiCoDiT
+    conditioning: Conditioning
+    scales: GuidanceScales
+    mixed: bool = False
 
     def at(self, t: Tensor) -> GuidedPosterior:
-        """Return the posterior without guidance if it acts on no clip at the times t (B,)."""
-        return self if self.early is None or bool((t <= self.scales.late).any()) else self.early
+        return self
 
     def __call__(self, tokens: Tensor, t: Tensor, where: Tensor | None) -> Tensor:
         """Compute log q (B, K, M, N) or (B, K, L, N), see `samplers.Posterior`."""
-        sigma = self.noise.sigma(t.float())
+        sigma = LogLinearNoise().sigma(t.float())
         positions = None
         if where is not None:
             clip = torch.arange(len(tokens), device=tokens.device)[:, None]
@@ -61,10 +60,41 @@ class GuidedPosterior:
             batch, levels, frames = where.shape
             log_p = log_p.unflatten(1, (levels, batch, frames)).transpose(1, 2)
         log_q = combine(log_p, self.scales, -log_expm1(sigma)[:, None, None, None])
-        if self.early is None:
+        if not self.mixed:
             return log_q
         unguided = combine(log_p[self.scales.branches.index("all")][None], UNGUIDED)
         return torch.where((t <= self.scales.late)[:, None, None, None], log_q, unguided)
+
+
+@dataclass(frozen=True)
+class LatePosterior:
+    """A posterior whose guidance acts at times up to `scales.late`; before, one branch is enough."""
+
+    guided: GuidedPosterior
+    early: GuidedPosterior
+
+    def at(self, t: Tensor) -> GuidedPosterior:
+        """Return the posterior without guidance if it acts on no clip at the times t (B,)."""
+        return self.guided if bool((t <= self.guided.scales.late).any()) else self.early
+
+    def __call__(self, tokens: Tensor, t: Tensor, where: Tensor | None) -> Tensor:
+        return self.guided(tokens, t, where)
+
+
+def guided_posterior(model: HiCoDiT, conditions: Conditions, scales: GuidanceScales) -> GuidedPosterior | LatePosterior:
+    """Prepare the posterior of some clips. A model that takes guidance as its input has one branch at all times.
+
+    Raises:
+        UserError: such a model did not learn these scales.
+    """
+    inputs = None
+    if model.config.guidance_limit is not None:
+        scales.check_input(model.config.guidance_limit)
+        inputs, scales = conditions.identity.new_tensor([scales.values]), UNGUIDED
+    with half_precision(conditions.lip.device, model.dtype):
+        conditioning = model.prepare(conditions, scales.branches, scales=inputs)
+    posterior = GuidedPosterior(model, conditioning, scales, mixed=scales.late < 1)
+    return LatePosterior(posterior, guided_posterior(model, conditions, UNGUIDED)) if posterior.mixed else posterior
 
 
 @torch.inference_mode()
@@ -74,8 +104,9 @@ def generate(
     sampler: SamplerConfig,
     scales: GuidanceScales,
     seeds: Sequence[int],
+    posterior_of: Callable[[HiCoDiT, Conditions, GuidanceScales], Posterior] = guided_posterior,
     on_step: Callable[[int], None] = lambda step: None,
-    compiled: Callable[[Callable], Callable] | None = None,
+    graphs: GraphedSteps | None = None,
 ) -> list[Tensor]:
     """Sample the tokens (K, L) of each clip; return them on the CPU. A clip's draws depend on its seed alone.
 
@@ -100,7 +131,7 @@ def generate(
             padding_value=mask_id,
         ).transpose(1, 2)
         samples = sample(
-            GuidedPosterior(model, part, scales),
+            posterior_of(model, part, scales),
             TOKENS_PER_FRAME * torch.tensor([end - start for start, end in spans]),
             levels,
             mask_id,
@@ -110,7 +141,7 @@ def generate(
             known=prompt,
             on_step=on_step,
             device=device,
-            compiled=compiled,
+            graphs=graphs,
         ).cpu()
         for row, b, (start, end) in zip(samples, clips, spans):
             tokens[b][:, TOKENS_PER_FRAME * start : TOKENS_PER_FRAME * end] = row[:, : TOKENS_PER_FRAME * (end - start)]

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from engine.codec import Codec, load_codec
+from engine.cuda_graph import GraphedSteps
 from engine.errors import UserError
 from engine.faces.clip import MAX_SIDE, ClipFrames, find_face, place_face, place_landmarks
 from engine.faces.detectors import FaceDetector
@@ -28,7 +29,7 @@ from engine.hub import release_folder
 from engine.media.audio import write_wav
 from engine.media.ffmpeg import probe
 from engine.media.video import iter_video
-from engine.precision import compile_step, convert_matrices, pack_linear, pick_dtype, quantise_linear, uses_int8
+from engine.precision import convert_matrices, pack_linear, pick_dtype, quantise_linear, uses_int8
 from engine.progress import stage
 from engine.release import find_codec
 from hicodit.conditions.align import MOUTH_SIDE, mouth_poses
@@ -91,9 +92,9 @@ class HiCoDiTPipeline:
         device: torch.device | str = "cpu",
         detector: FaceDetector | None = None,
         landmarks: LandmarkFinder | Path | None = None,
-        compiled: Callable[[Callable], Callable] | None = None,
+        compile: bool = False,
     ) -> None:
-        self.device, self.compiled = torch.device(device), compiled
+        self.device, self.graphs = torch.device(device), GraphedSteps(device, compile)
         self.system, self.codec = system.to(self.device).eval(), codec.to(self.device).eval()
         self.sampler, self.guidance = sampler, guidance
         self.detector, self.landmarks = detector, landmarks
@@ -152,8 +153,7 @@ class HiCoDiTPipeline:
             quantise_linear(system.model, device)
         if not compile:  # the compiler does not take packed weights
             pack_linear(system.model, device)
-        compiled = compile_step(device) if compile else None
-        return cls(system, tokenizer, sampler, guidance, device, detector, landmarks, compiled)
+        return cls(system, tokenizer, sampler, guidance, device, detector, landmarks, compile)
 
     def crops(
         self,
@@ -324,7 +324,7 @@ class HiCoDiTPipeline:
                 on_step(step)
 
             model, scales = self.system.model, self.guidance
-            tokens = generate(model, conditions, settings, scales, seeds, after_step, self.compiled)
+            tokens = generate(model, conditions, settings, scales, seeds, on_step=after_step, graphs=self.graphs)
         with stage("decoding"):
             waves = self.decode_tokens(tokens)
         expressions = conditions.expression.cpu().numpy()

@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engine.cuda_graph import GraphedSteps
 from engine.nn.transfer import send
 from hicodit.diffusion import exponential_noise
 from hicodit.settings import METHODS, SamplerConfig
@@ -48,7 +49,7 @@ class SamplerState:
         tokens, masked: (B, K, L), on the model's device. total: (B,) masked tokens at the beginning, on the CPU.
         lengths: (B,) frames of each clip, on the CPU.
         generators: one a clip, on the model's device.
-        compiled: wraps the function of a step.
+        graphs: runs the functions of steps, on CUDA as graphs.
     """
 
     posterior: Posterior
@@ -59,7 +60,7 @@ class SamplerState:
     config: SamplerConfig
     generators: list[torch.Generator]
     normalised: bool
-    compiled: Callable[[Callable], Callable]
+    graphs: GraphedSteps
 
     def share(self, masked: Tensor) -> Tensor:
         """Return the masked fraction (..., B) of each clip, given the number masked: the time t of the step."""
@@ -164,7 +165,7 @@ def euler(state: SamplerState) -> Iterator[None]:
         step = ((1 - when) * scale).long().clamp(max=c.steps)
         yield from _planned(state, revealed_frames(step, state.masked, len(times)), u, times)
         return
-    step, tokens, masked = state.compiled(thinned_step), state.tokens, state.masked
+    step, tokens, masked = state.graphs(thinned_step), state.tokens, state.masked
     rates = torch.cat([(times[:-1] - times[1:]) / times[:-1], torch.full_like(times[:1], math.inf)])  # at last all
     for (posterior, t), rate in zip(state.steps(times), send(rates.float(), tokens.device)):
         tokens, masked = step(posterior, tokens, masked, t, rate, state.noise(2), c.temperature)
@@ -202,7 +203,7 @@ def entropy(state: SamplerState) -> Iterator[None]:
     to the device alone: the host asks for it after each step on a CPU, after every fourth elsewhere.
     """
     c, device = state.config, state.tokens.device
-    run, bound = state.compiled(entropy_step), c.entropy * send(state.lengths, device)
+    run, bound = state.graphs(entropy_step), c.entropy * send(state.lengths, device)
     for step in range(c.steps):
         left = state.masked.flatten(1).sum(1)
         t, due, u = state.share(left), (left / (c.steps - step)).ceil(), state.noise()[0]
@@ -229,7 +230,7 @@ def sample(
     known: Tensor | None = None,
     on_step: Callable[[int], None] = lambda step: None,
     device: torch.device | str = "cpu",
-    compiled: Callable[[Callable], Callable] | None = None,
+    graphs: GraphedSteps | None = None,
 ) -> Tensor:
     """Tokens (B, K, max L) on `device`, for frame counts `lengths` (B,). Positions past a clip's end stay `mask_id`.
 
@@ -238,7 +239,7 @@ def sample(
         generators: one a clip, on `device`.
         known: (B, K, max L) tokens that are kept, `mask_id` where one is wanted. It and `lengths` lie on the CPU.
         on_step: called with the number of steps that are done.
-        compiled: wraps the function of a step, such as `torch.compile`.
+        graphs: runs the functions of steps; by default as they are.
     """
     valid = (torch.arange(int(lengths.max())) < lengths[:, None])[:, None].expand(-1, levels, -1)
     x = torch.full(valid.shape, mask_id) if known is None else known.clone()
@@ -247,7 +248,7 @@ def sample(
     total = masked.flatten(1).sum(1)
     state = SamplerState(
         posterior, send(x, place), send(masked, place), total, lengths, config, generators, normalised,
-        compiled or (lambda step: step),
+        graphs or GraphedSteps(),
     )  # fmt: skip
     for step, _ in enumerate(FUNCTIONS[config.method](state), 1):
         on_step(step)
@@ -274,7 +275,7 @@ def revealed_frames(step: Tensor, masked: Tensor, steps: int) -> Tensor:
 
 def _planned(state: SamplerState, frames: Tensor, u: Tensor, times: Tensor) -> Iterator[None]:
     """Reveal frames[i] (B, K, M) in step i, at the time times[i] (B,). u: uniforms (B, K, L) for the tokens."""
-    run = state.compiled(planned_step)
+    run = state.graphs(planned_step)
     for (posterior, t), revealed in zip(state.steps(times), frames):
         state.tokens = run(posterior, state.tokens, t, revealed, u, state.config.temperature)
         yield
@@ -290,7 +291,7 @@ def _surest_first(
     times = state.share(remaining[:-1])  # (S, B)
     counts = send(remaining[:-1] - remaining[1:], device)
     scales = send((c.choice_noise * (times if annealed else torch.ones_like(times))).float(), device)
-    run = state.compiled(ranked_step)
+    run = state.graphs(ranked_step)
     for (posterior, t), count, scale in zip(state.steps(times), counts, scales):
         state.tokens, state.masked = run(
             posterior, state.tokens, state.masked, t, count, state.noise(2), scale, c, level_delay

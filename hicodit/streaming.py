@@ -12,7 +12,7 @@ second), N samples.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from engine.codec import Codec
+from engine.cuda_graph import GraphedSteps
 from engine.errors import UserError
 from engine.faces.detectors import FaceDetector, HaarDetector, with_points
 from engine.faces.track import DETECT_EVERY, FaceError, FaceTrack, follow_face
 from hicodit.conditions.types import FPS, MIN_FRAMES, Conditions, Crops
-from hicodit.generation import GuidedPosterior
+from hicodit.generation import guided_posterior
 from hicodit.model import TOKENS_PER_FRAME
 from hicodit.samplers import sample
 from hicodit.settings import GuidanceScales, SamplerConfig, StreamSettings, with_preset
@@ -45,7 +46,7 @@ class Networks(Protocol):
     sampler: SamplerConfig
     guidance: GuidanceScales
     detector: FaceDetector | None
-    compiled: Callable[[Callable], Callable] | None
+    graphs: GraphedSteps
 
     def conditions(self, crops: list[Crops], identity: np.ndarray | None) -> Conditions:
         """Encode clips; `identity` (256,) replaces that of the faces."""
@@ -172,8 +173,8 @@ class SpeechStream:
         if before:
             prompt[0, :, :before] = self.tokens
         tokens = sample(
-            GuidedPosterior(pipeline.system.model, conditions, self.guidance), torch.tensor([length]), prompt.shape[1],
-            mask_id, self.sampler, [self.generator], known=prompt, device=pipeline.device, compiled=pipeline.compiled,
+            guided_posterior(pipeline.system.model, conditions, self.guidance), torch.tensor([length]), prompt.shape[1],
+            mask_id, self.sampler, [self.generator], known=prompt, device=pipeline.device, graphs=pipeline.graphs,
         )  # fmt: skip
         return tokens[0, :, before:].cpu()
 

@@ -10,11 +10,11 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.cuda_graph import map_tensors
+from engine.cuda_graph import GraphedSteps, map_tensors
 from engine.precision import convert_matrices
 from hicodit import samplers
 from hicodit.conditions.types import Conditions
-from hicodit.generation import GuidedPosterior
+from hicodit.generation import GuidedPosterior, LatePosterior, guided_posterior
 from hicodit.model import FLOAT32, HiCoDiT, ModelConfig
 from hicodit.settings import METHODS, GuidanceScales, SamplerConfig
 from talker_t2av.generation import Rows
@@ -43,22 +43,25 @@ class FakeRun:
         conditions = Conditions(torch.randn(B, 20, 8), torch.rand(B, 256), torch.tensor([[1, 4], [2, 0]]), frames)
         guidance = GuidanceScales(**vars(SCALES) | scales)
         with torch.inference_mode():
-            self.posterior = GuidedPosterior(score_network(dtype), conditions, guidance)
+            self.posterior = guided_posterior(score_network(dtype), conditions, guidance)
         self.config, self.times = SamplerConfig(method, steps), torch.linspace(1, 0.1, steps)[:, None].expand(-1, B)
         self.lengths, self.masked = 2 * frames, torch.ones(B, K, L, dtype=torch.bool)
         self.frames = samplers.revealed_frames(torch.randint(0, steps, (B, K, L)), self.masked, steps)
 
-    def on_device(self, device: torch.device) -> GuidedPosterior:
-        for posterior in filter(None, (self.posterior, self.posterior.early)):
-            for name in ("model", "conditioning"):
-                setattr(posterior, name, faked(getattr(posterior, name), device))
-        return self.posterior
+    def on_device(self, device: torch.device) -> GuidedPosterior | LatePosterior:
+        def move(posterior: GuidedPosterior) -> GuidedPosterior:
+            parts = {name: faked(getattr(posterior, name), device) for name in ("model", "conditioning")}
+            return replace(posterior, **parts)
+
+        if isinstance(self.posterior, LatePosterior):
+            return LatePosterior(move(self.posterior.guided), move(self.posterior.early))
+        return move(self.posterior)
 
     def loop(self, device: torch.device) -> None:
         """All steps; called inside `fake_cuda`."""
         state = samplers.SamplerState(
             self.on_device(device), torch.full((B, K, L), N, device=device), faked(self.masked, device),
-            torch.full((B,), K * L), self.lengths, self.config, [], True, lambda step: step,
+            torch.full((B,), K * L), self.lengths, self.config, [], True, GraphedSteps(),
         )  # fmt: skip
         state.noise = lambda columns=1: torch.rand(columns, B, K, L, device=device)
         if self.config.method in ("euler", "fixed_count"):

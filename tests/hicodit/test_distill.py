@@ -12,7 +12,7 @@ from hicodit.conditions.released import ReleasedEncoderConfig
 from hicodit.conditions.types import Conditions
 from hicodit.data import HiCoDiTDataset
 from hicodit.distill import DistillTask, Teacher, draw_scales
-from hicodit.generation import GuidedPosterior
+from hicodit.generation import guided_posterior
 from hicodit.guidance import combine, combine_rows
 from hicodit.model import BRANCHES, ModelConfig, positions_of, rows_of
 from hicodit.pipeline import HiCoDiTPipeline
@@ -55,10 +55,10 @@ def tokens():
 def test_the_student_starts_as_the_teachers_conditional_branch(student, conditions, tokens):
     model, teacher = student.system.model, student.teacher.model
     for scales in (SCALES, UNGUIDED):
-        log_q = [GuidedPosterior(m, conditions, s)(tokens, T, None) for m, s in ((model, scales), (teacher, UNGUIDED))]
+        log_q = [guided_posterior(m, conditions, s)(tokens, T, None) for m, s in ((model, scales), (teacher, UNGUIDED))]
         assert torch.equal(*log_q)
     torch.nn.init.normal_(model.guidance_proj[-1].weight)
-    plain, guided = (GuidedPosterior(model, conditions, s)(tokens, T, None) for s in (UNGUIDED, SCALES))
+    plain, guided = (guided_posterior(model, conditions, s)(tokens, T, None) for s in (UNGUIDED, SCALES))
     assert not torch.allclose(plain, guided)
 
 
@@ -75,7 +75,7 @@ def test_the_target_is_the_teachers_guided_posterior(student, conditions, tokens
     where, scales = positions_of(tokens == 16, tokens.device), torch.tensor([SCALES.values, (1.5, 0.0, 2.0, 1.0)])
     target, (clip, level, frame) = student.teacher.targets(tokens, T, conditions, scales, where), rows_of(where)
     for i, row in enumerate((SCALES, GuidanceScales(1.5, 0.0, 2.0, 1.0))):
-        guided = GuidedPosterior(student.teacher.model, conditions, row)(tokens, T, None)[i]
+        guided = guided_posterior(student.teacher.model, conditions, row)(tokens, T, None)[i]
         own = clip == i
         torch.testing.assert_close(target[own], guided[level[own], frame[own]], atol=1e-4, rtol=1e-4)
 
@@ -143,7 +143,7 @@ def test_its_release_samples_with_one_branch(distilled, release, clip):
         branches.clear()
     assert (tokens[0] != tokens[1]).any()
     with pytest.raises(UserError, match="learned scales from 1 to 3"):
-        GuidedPosterior(pipeline.system.model, pipeline.conditions(crops), GuidanceScales(9.0))
+        guided_posterior(pipeline.system.model, pipeline.conditions(crops), GuidanceScales(9.0))
 
 
 def test_a_student_may_teach(distilled, corpus, release):
@@ -207,7 +207,7 @@ def test_old_releases_have_no_such_input(release, corpus):
     system = HiCoDiTSystem.from_pretrained(release)
     assert system.model.config.guidance_limit is None and not hasattr(system.model, "guidance_proj")
     with torch.no_grad():
-        GuidedPosterior(system.model, Conditions(
+        guided_posterior(system.model, Conditions(
             torch.randn(1, 5, 32), torch.rand(1, 256), torch.tensor([[1]]), torch.tensor([5])
         ), GuidanceScales(9.0))  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from drawn_faces import talking_head
 from torch import nn
 
+from engine.cuda_graph import GraphedSteps
 from engine.errors import UserError
 from engine.faces import clip as clip_module
 from engine.precision import Int8Linear, PackedLinear, can_int8, can_pack
@@ -17,7 +19,7 @@ from hicodit import system as system_module
 from hicodit.conditions.encoders import TinyEncoderConfig, TinyLipEncoder
 from hicodit.conditions.types import Conditions, windows_of
 from hicodit.figure import thinned
-from hicodit.generation import OVERLAP, REDO, GuidedPosterior, generate, windows
+from hicodit.generation import OVERLAP, REDO, generate, guided_posterior, windows
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import BUNDLED, GuidanceScales
 
@@ -67,7 +69,7 @@ def test_lower_precision_gives_float32_log_posteriors_that_are_close(release, lo
     tokens, log_q = torch.randint(0, 17, (2, 12, 40)), {}
     for precision in ("fp32", lower):
         model = HiCoDiTPipeline.from_pretrained(release, precision=precision).system.model
-        posterior = GuidedPosterior(model, conditions, GuidanceScales(2.5, 1.25))
+        posterior = guided_posterior(model, conditions, GuidanceScales(2.5, 1.25))
         log_q[precision] = posterior(tokens, torch.full((2,), 0.5), None)
     assert log_q[lower].dtype == torch.float32 and not torch.equal(log_q["fp32"], log_q[lower])
     divergence = (log_q["fp32"].exp() * (log_q["fp32"] - log_q[lower])).sum(-1).mean()
@@ -88,10 +90,12 @@ def test_whole_steps_are_one_graph(release, clip, method, precision):
     sampler = replace(pipeline.sampler, method=method, steps=3)
     plain = pipeline.run([crops], [0], sampler=sampler)[0]
     torch._dynamo.reset()
-    pipeline.compiled = lambda step: torch.compile(step, fullgraph=True, backend=count)
-    captured = pipeline.run([crops], [0], sampler=sampler)[0]
-    assert np.array_equal(plain.tokens, captured.tokens)
-    pipeline.run([crops], [1], sampler=sampler)
+    compile = torch.compile
+    with mock.patch("torch.compile", lambda step, fullgraph: compile(step, fullgraph=fullgraph, backend=count)):
+        pipeline.graphs = GraphedSteps(compile=True)
+        captured = pipeline.run([crops], [0], sampler=sampler)[0]
+        assert np.array_equal(plain.tokens, captured.tokens)
+        pipeline.run([crops], [1], sampler=sampler)
     assert 1 <= len(graphs) <= 4
 
 
@@ -160,7 +164,7 @@ def test_guidance_that_is_late_leaves_the_conditional_model_alone_before(pipelin
     tokens, t = torch.randint(0, 17, (2, 12, 40)), torch.tensor([0.9, 0.4])
 
     def log_q(scales, t, where=None):
-        return GuidedPosterior(model, conditions, scales).at(t)(tokens, t, where)
+        return guided_posterior(model, conditions, scales).at(t)(tokens, t, where)
 
     for where in (None, torch.randint(0, 40, (2, 12, 5))):
         late, always, never = (log_q(each, t, where) for each in (replace(scales, late=0.5), scales, GuidanceScales()))

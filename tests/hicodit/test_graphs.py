@@ -1,0 +1,67 @@
+"""Sampler steps as graphs, on a stand-in whose outputs die: tokens stay, and clips share graphs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from drawn_faces import talking_head
+
+from engine.cuda_graph import GraphedSteps
+from hicodit.conditions.types import Conditions
+from hicodit.generation import generate
+from hicodit.model import HiCoDiT, ModelConfig
+from hicodit.pipeline import HiCoDiTPipeline
+from hicodit.settings import METHODS, GuidanceScales, SamplerConfig
+from tests.gpu.dying_graphs import DyingOutputs
+
+SCALES = GuidanceScales(2.5, 1.25, 1.5, 2.0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    sizes = {"width": 32, "heads": 4, "low_blocks": 2, "high_blocks": 2, "cond_dim": 16, "lip_dim": 8, "face_dim": 8}
+    model = HiCoDiT(ModelConfig(codes=16, **sizes)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def clips(seed):
+    g, frames = torch.Generator().manual_seed(seed), torch.tensor([20, 15])
+    lip, identity = torch.randn(2, 20, 8, generator=g), torch.rand(2, 256, generator=g)
+    return Conditions(lip, identity, torch.randint(0, 7, (2, 2), generator=g), frames)
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "lenient"])
+@pytest.mark.parametrize(
+    ("method", "scales"),
+    [
+        *((method, SCALES) for method in METHODS),
+        ("ordered", replace(SCALES, late=0.6)),
+        ("euler", replace(SCALES, reading="A")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{value.reading}{value.late}",
+)
+def test_tokens_are_those_without_graphs_and_clips_share_graphs(model, method, scales, strict):
+    sampler, backend = SamplerConfig(method, 6), DyingOutputs(strict)
+    graphs, captures = GraphedSteps(backend=backend), []
+    for seed in (1, 2, 3):
+        expected = generate(model, clips(seed), sampler, scales, [1, 2])
+        tokens = generate(model, clips(seed), sampler, scales, [1, 2], graphs=graphs)
+        assert all(torch.equal(a, b) for a, b in zip(tokens, expected))
+        captures.append(backend.captures)
+    assert backend.replays >= 6
+    ways = 2 if scales.late < 1 else 1
+    # The planned samplers have as many slots for revealed frames as the fullest step needs.
+    assert captures[-1] <= ways * (3 if method in ("euler", "fixed_count") and scales.reading == "D" else 1)
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "lenient"])
+def test_a_stream_is_the_same_with_graphs(release, strict):
+    pipeline, head = HiCoDiTPipeline.from_pretrained(release, precision="fp32"), talking_head(30)
+    expected = [chunk.wave for chunk in pipeline.stream(head, 1, lookahead=0.2)]
+    pipeline.graphs = GraphedSteps(backend=DyingOutputs(strict))
+    waves = [chunk.wave for chunk in pipeline.stream(head, 1, lookahead=0.2)]
+    assert pipeline.graphs.backend.replays
+    assert len(waves) == len(expected) and all((a == b).all() for a, b in zip(waves, expected))
