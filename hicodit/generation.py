@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from engine.cuda_graph import GraphedSteps
 from engine.errors import UserError
+from engine.nn.transfer import send
 from engine.precision import half_precision
 from hicodit.conditions.types import FPS, Conditions, windows_of
 from hicodit.diffusion import LogLinearNoise, log_expm1
@@ -161,5 +162,6 @@ def window(conditions: Conditions, clips: list[int], spans: list[tuple[int, int]
     """Cut out the conditions of video frames [start, end) of some clips; `start` is a whole second."""
     lip = pad_sequence([conditions.lip[b, s:e] for b, (s, e) in zip(clips, spans)], batch_first=True)
     expression = [conditions.expression[b, windows_of(s) : windows_of(e)] for b, (s, e) in zip(clips, spans)]
-    frames = torch.tensor([e - s for s, e in spans], device=lip.device)
-    return Conditions(lip, conditions.identity[clips], pad_sequence(expression, batch_first=True), frames)
+    frames = torch.tensor([e - s for s, e in spans])
+    identity = conditions.identity[send(torch.tensor(clips), lip.device)]
+    return Conditions(lip, identity, pad_sequence(expression, batch_first=True), frames)

@@ -29,6 +29,7 @@ from engine.hub import release_folder
 from engine.media.audio import write_wav
 from engine.media.ffmpeg import probe
 from engine.media.video import iter_video
+from engine.nn.transfer import send
 from engine.precision import convert_matrices, pack_linear, pick_dtype, quantise_linear, uses_int8
 from engine.progress import stage
 from engine.release import find_codec
@@ -244,18 +245,18 @@ class HiCoDiTPipeline:
 
     @torch.inference_mode()
     def _read_expressions(self, faces: np.ndarray) -> Tensor:
-        return self.system.read_expressions(torch.from_numpy(faces).to(self.device).movedim(-1, 1))
+        return self.system.read_expressions(send(torch.from_numpy(faces), self.device).movedim(-1, 1))
 
     @torch.inference_mode()
     def conditions(self, crops: Sequence[Crops] | Sequence[Features], identity: np.ndarray | None = None) -> Conditions:
         """Encode a batch of clips; `identity` (256,) is a reference voice's GE2E vector for all of them."""
 
         def pad(arrays: list[np.ndarray]) -> Tensor:
-            return pad_sequence([torch.from_numpy(a).to(self.device) for a in arrays], batch_first=True)
+            return send(pad_sequence([torch.from_numpy(a) for a in arrays], batch_first=True), self.device)
 
-        frames = torch.tensor([len(c) for c in crops], device=self.device)
+        frames = torch.tensor([len(c) for c in crops])
         if identity is not None:
-            identity = torch.as_tensor(identity, dtype=torch.float32, device=self.device).expand(len(crops), -1)
+            identity = send(torch.as_tensor(identity, dtype=torch.float32), self.device).expand(len(crops), -1)
         if isinstance(crops[0], Features):
             lip, expression = pad([c.lip for c in crops]), pad([c.expression for c in crops])
             conditions = self.system.conditions_of_features(lip, pad([c.faces for c in crops]), expression, frames)
@@ -267,8 +268,8 @@ class HiCoDiTPipeline:
                 expressions.append(self.system.window_classes(self._read_expressions(c.faces), len(c)))
             else:
                 voices.append(c.faces)
-                expressions.append(torch.from_numpy(c.expression).to(self.device))
-        pictures = torch.from_numpy(np.stack(voices)).to(self.device).movedim(-1, 2)  # (B, 4, 3, S', S')
+                expressions.append(send(torch.from_numpy(c.expression), self.device))
+        pictures = send(torch.from_numpy(np.stack(voices)), self.device).movedim(-1, 2)  # (B, 4, 3, S', S')
         return self.system.conditions(pad([c.mouth for c in crops]), pictures, expressions, frames, identity)
 
     @torch.inference_mode()
@@ -288,7 +289,7 @@ class HiCoDiTPipeline:
             for i in range(0, len(equal), size):
                 group = equal[i : i + size]
                 batch = torch.stack([tokens[clip][:, first : first + length] for clip, first, _, _ in group])
-                decoded = self.codec.decode(batch.to(self.device))[:, 0].clamp(-1, 1).cpu().numpy()
+                decoded = self.codec.decode(batch)[:, 0].clamp(-1, 1).cpu().numpy()
                 for wave, (clip, first, start, end) in zip(decoded, group):
                     waves[clip][hop * start : hop * end] = wave[hop * (start - first) : hop * (end - first)]
         return waves
@@ -314,7 +315,7 @@ class HiCoDiTPipeline:
             conditions = self.conditions(crops, identity)
         if expressions is not None:
             classes = np.stack([np.resize(e, conditions.expression.shape[1]) for e in expressions])
-            conditions = replace(conditions, expression=torch.from_numpy(classes).to(conditions.expression))
+            conditions = replace(conditions, expression=send(torch.from_numpy(classes).long(), self.device))
         settings = sampler or self.sampler
         steps = settings.steps * max(len(windows(len(c), settings)) for c in crops)
         with stage("sampling", steps, "steps", f"sampling {sum(map(len, crops)) / FPS:.1f} s of speech") as count:

@@ -264,7 +264,7 @@ def revealed_frames(step: Tensor, masked: Tensor, steps: int) -> Tensor:
     length, step = step.shape[2], torch.where(masked, step, steps)
     counts = torch.zeros(*step.shape[:2], steps + 1, dtype=torch.long, device=step.device)
     counts = counts.scatter_add(2, step, torch.ones_like(step))[..., :steps]  # (B, K, S)
-    most = counts.amax((0, 1)).tolist()
+    most = counts.amax((0, 1)).cpu().tolist()
     used = steps if most[-1] else steps - 1
     slots = torch.arange(-(-max(*most, 1) // 4) * 4, device=step.device)  # few shapes: fewer graphs to compile
     place = ((counts.cumsum(2) - counts)[..., None] + slots).clamp(max=length - 1)  # (B, K, S, M)

@@ -157,7 +157,7 @@ class SpeechStream:
             self.tokens = new if self.tokens is None else torch.cat([self.tokens, new], 1)
             self.settled = settle
             self._forget()
-        wave = self.sound.push(new.to(self.pipeline.device), last).clamp(-1, 1).numpy()
+        wave = self.sound.push(new, last).clamp(-1, 1).numpy()
         compute = time.perf_counter() - begin
         return SpeechChunk(wave, self.pipeline.codec.sample_rate, self.received, compute, new.numpy())
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.codec import Codec
 from engine.errors import UserError
 from engine.nn.dac import DACDecoder, DACEncoder
+from engine.nn.transfer import send
 from engine.release import load_strict, weights_digest
 from engine.settings import check_settings, setting
 from rvq_codec.quantizer import Quantized, ResidualQuantizer
@@ -148,15 +149,18 @@ class RVQCodec(Codec):
     def decode(self, codes: Tensor, levels: int | None = None) -> Tensor:
         """Codes (B, Q, L) -> wave (B, 1, hop * L), from the first `levels` levels (all that are given by default).
 
+        Codes on the host are checked there and sent to the codec's device; of others the host waits for the range.
+
         Raises:
             UserError: the codes have another rank, too few or too many levels, no frame, or a value outside the books.
         """
         if codes.ndim != 3 or codes.shape[-1] < 1:
             raise UserError(f"codes of shape {tuple(codes.shape)}: give (batch, levels, frames) with a frame or more")
-        low, high = codes.min().item(), codes.max().item()
+        low, high = torch.stack(codes.aminmax()).tolist()
         if low < 0 or high >= self.codes:
             raise UserError(f"codes from {low} to {high}: this codec's codes are 0..{self.codes - 1}")
-        return self.decoder(self.quantizer.embed(codes, levels))
+        device = next(self.quantizer.parameters()).device
+        return self.decoder(self.quantizer.embed(send(codes, device), levels))
 
     def digest(self) -> str:
         return weights_digest(self.encoder, self.quantizer)

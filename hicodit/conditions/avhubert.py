@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.nn.transfer import send
 from engine.release import build_with
 from engine.safe_pickle import plain, read_checkpoint
 from engine.settings import check_settings, setting
@@ -131,9 +132,10 @@ class AVHubert(nn.Module):
 
     def forward(self, mouth: Tensor, frames: Tensor) -> Tensor:
         """Map mouth (B, T, H, W) in [0, 1] with frames (B,) valid frames to (B, T, E), the last hidden states."""
-        valid = torch.arange(mouth.shape[1], device=mouth.device) < frames[:, None]
+        valid = torch.arange(mouth.shape[1], device=frames.device) < frames[:, None]
+        whole, valid = bool(valid.all()), send(valid, mouth.device)  # the former on the host
         video = prepare_mouth(mouth) * valid[..., None, None]  # past its end a clip is as if cut there
-        return self.encode(self.fuse(self.video_proj(self.front_end(video))), None if bool(valid.all()) else valid)
+        return self.encode(self.fuse(self.video_proj(self.front_end(video))), None if whole else valid)
 
     def fuse(self, video: Tensor, audio: Tensor | None = None) -> Tensor:
         """Fuse projected video features with audio ones, or with zeros in their place: each (B, T, E) -> (B, T, E)."""

@@ -36,17 +36,18 @@ def encode_in_windows(encoder: nn.Module, mouth: Tensor, frames: Tensor, window:
 
     A clip of up to `window` frames is encoded whole, whatever its batch is padded to: its features do not depend on the
     batch. Of a longer clip's windows, `context` frames at each inner end are seen by the encoder only. Bytes become
-    floats window by window.
+    floats window by window. `frames` lies on the host.
     """
     whole = frames <= window
     if bool(whole.all()):
         return encoder(unit(mouth), frames)
     if bool(whole.any()):
         most = int(frames[whole].max())
-        short = encoder(unit(mouth[whole, :most]), frames[whole])
-        out = mouth.new_zeros(*mouth.shape[:2], short.shape[-1], dtype=short.dtype)
-        out[whole, :most] = short
-        out[~whole] = encode_in_windows(encoder, mouth[~whole], frames[~whole], window, context)
+        short, long = (send(clips.nonzero()[:, 0], mouth.device) for clips in (whole, ~whole))
+        encoded = encoder(unit(mouth[short, :most]), frames[whole])
+        out = mouth.new_zeros(*mouth.shape[:2], encoded.shape[-1], dtype=encoded.dtype)
+        out[short, :most] = encoded
+        out[long] = encode_in_windows(encoder, mouth[long], frames[~whole], window, context)
         return out
     parts, keep = [], window - 2 * context
     for start in range(0, mouth.shape[1], keep):
@@ -129,7 +130,7 @@ class TinyLipEncoder(nn.Module):
         mean = mouth.mean((-1, -2), keepdim=True)  # every picture brings its own brightness and contrast
         mouth = (mouth - mean) / (mouth.std((-1, -2), keepdim=True) + 0.05)
         valid = torch.arange(time, device=frames.device) < frames[:, None]  # (B, T)
-        whole = bool(valid.all())  # in training known to the host
+        whole = bool(valid.all())  # on the host
         valid = send(valid, mouth.device)
         h = self.project(self.frame(mouth.flatten(0, 1)[:, None]).unflatten(0, (batch, time)))
         h = self.norm(h) * valid[..., None]

@@ -33,7 +33,7 @@ class Conditions:
     lip: (B, T, E) lip features, 25 a second.
     identity: (B, 256) unit vectors in the GE2E voice space.
     expression: (B, J) class of each half second, an index into `EXPRESSIONS`; J = `windows_of(T)`.
-    frames: (B,) valid video frames of each clip; the rest of T is padding.
+    frames: (B,) valid video frames of each clip, on the host; the rest of T is padding.
     """
 
     lip: Tensor
@@ -55,7 +55,7 @@ def window_expressions(probabilities: Tensor) -> Tensor:
     """
     window = 2 * torch.arange(len(probabilities), device=probabilities.device) // 25
     votes = torch.nn.functional.one_hot(probabilities.argmax(-1), probabilities.shape[-1]).to(probabilities.dtype)
-    size = (int(window[-1]) + 1, probabilities.shape[-1])
+    size = (2 * (len(probabilities) - 1) // 25 + 1, probabilities.shape[-1])
     counts = torch.zeros(size, dtype=probabilities.dtype, device=probabilities.device).index_add_(0, window, votes)
     mass = torch.zeros_like(counts).index_add_(0, window, probabilities)
     classes = (counts + mass / (mass.sum(-1, keepdim=True) + 1e-9) * 0.5).argmax(-1)  # a tie-break stays under one vote

@@ -10,10 +10,12 @@ the processor instead (`device="cpu"`), for which the same is refused.
 from __future__ import annotations
 
 import copy
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -24,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA = torch.device("cuda", 0)
+ROOT = f"{Path(__file__).resolve().parents[2]}/"
 
 
 class Operators(TorchDispatchMode):
@@ -74,6 +77,79 @@ class FakeDevice(FakeTensorMode):
 
     def _fake(self, x: Any) -> Any:
         return self.from_tensor(x) if isinstance(x, Tensor) and not isinstance(x, FakeTensor) else x
+
+
+class Audit(FakeDevice):
+    """A fake device on which whole pipelines run: host reads give zeros, and are noted by file and function.
+
+    Attributes:
+        reads: copies to the host, values of tensors, and shapes that depend on data.
+        waits: copies to the device from ordinary memory, during which the host waits, too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(CUDA)
+        self.reads: Counter[str] = Counter()
+        self.waits: Counter[str] = Counter()
+
+    def dispatch(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs, aten = kwargs or {}, torch.ops.aten
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        target = torch.device(kwargs.get("device") or "cpu").type
+        if not any(isinstance(x, FakeTensor) for x in tensors):
+            if tensors and target == "cuda" and not kwargs.get("non_blocking"):
+                self.waits[_place()] += 1
+            return super().dispatch(func, types, args, kwargs)
+        if func is aten._local_scalar_dense.default:
+            self.reads[_place()] += 1
+            return False if args[0].dtype == torch.bool else 0.0 if args[0].dtype.is_floating_point else 0
+        if func is aten._to_copy.default and kwargs.get("device") is not None and target == "cpu":
+            self.reads[_place()] += 1
+            with _disable_current_modes():
+                return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        if func is aten.copy_.default and isinstance(args[0], FakeTensor) != isinstance(args[1], FakeTensor):
+            (self.waits if isinstance(args[0], FakeTensor) else self.reads)[_place()] += 1
+            return args[0]
+        host = [x for x in tensors if not isinstance(x, FakeTensor) and x.ndim]
+        assert not host, f"{func} takes tensors of the host and of the device, at {_place()}"
+        return super().dispatch(func, types, args, kwargs)
+
+
+def _place() -> str:
+    """Return FILE:FUNCTION of the innermost frame of the product; those of `send` are its callers'."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(ROOT) and "/tests/" not in name and "/.venv" not in name and "transfer.py" not in name:
+            return f"{name.removeprefix(ROOT)}:{frame.f_code.co_name}"
+        frame = frame.f_back
+    return "?"
+
+
+@contextmanager
+def audited() -> Iterator[Audit]:
+    """Within the block CUDA seems to be there, and whole pipelines of networks made by `faked` run on it."""
+    generator, rand, as_tensor, answers = torch.Generator, torch.rand, torch.as_tensor, dict[str, Any]()
+
+    def fake_rand(*size: Any, generator: Any = None, **how: Any) -> Tensor:
+        on_device = torch.device(how.get("device") or "cpu").type == "cuda"
+        return rand(*size, **how) if on_device else rand(*size, generator=generator, **how)
+
+    def fake_as_tensor(data: Any, dtype: Any = None, device: Any = None) -> Tensor:
+        tensor = as_tensor(data, dtype=dtype)
+        return tensor if device is None else tensor.to(device)
+
+    answers |= {"torch.rand": fake_rand, "torch.as_tensor": fake_as_tensor}
+    answers |= {"torch.Generator": lambda device="cpu": generator(), "torch.nn.Module.to": lambda m, *a, **k: m}
+    answers |= {"torch.cuda.is_available": lambda: True, "torch.cuda.is_bf16_supported": lambda *_, **__: True}
+    answers |= {"torch._subclasses.fake_tensor.init_gpu_context": lambda *_: None}
+    with ExitStack() as stack:
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.enter_context(mock.patch("torch.Tensor.pin_memory", lambda tensor: tensor))
+        audit = stack.enter_context(Audit())
+        for name, answer in answers.items():
+            stack.enter_context(mock.patch(name, answer))
+        yield audit
 
 
 @contextmanager
