@@ -1,4 +1,4 @@
-"""How networks run in inference: `precision=auto|fp32|bf16|int8`, and compiled or not (`compile=true`).
+"""In which numbers networks run in inference: `precision=auto|fp32|bf16|int8`.
 
 In bfloat16, matrices and what they are multiplied with are in half precision: half of the bytes, and up to three times
 the speed on a processor that multiplies such numbers. Sums over layers, log posteriors, draws and codecs stay float32.
@@ -19,13 +19,12 @@ from __future__ import annotations
 import platform
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from engine.cuda_graph import GraphedStep
 from engine.errors import UserError
 from engine.optional import require
 from engine.settings import PRECISIONS, require_choice
@@ -192,8 +191,3 @@ def _block_layers(network: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linea
 def half_precision(device: torch.device | str, dtype: torch.dtype) -> torch.autocast:
     """Context in which networks with matrices of `dtype` run; does nothing in float32."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-
-
-def compile_step(device: torch.device | str) -> Callable[[Callable], Callable]:
-    """Return a wrapper of a step's function that compiles it whole; see `engine.cuda_graph` for CUDA graphs."""
-    return lambda step: GraphedStep(step, device, compile=True)
