@@ -332,5 +332,5 @@ def test_bundled_model_in_int8_has_nearly_the_same_posteriors():
     tokens = torch.randint(0, exact.codec.codes, shape, generator=g)
     tokens[torch.rand(shape, generator=g) < 0.7] = exact.system.model.mask_id
     time = torch.full((1,), 0.7)
-    p, q = (GuidedPosterior(x.system.model, conditions, x.guidance)(tokens, time, None) for x in (exact, eight))
+    p, q = (guided_posterior(x.system.model, conditions, x.guidance)(tokens, time, None) for x in (exact, eight))
     assert 0 < (p.exp() * (p - q)).sum(-1).mean() < 0.02  # nats a token
