@@ -44,9 +44,9 @@ def copy_tree(folder: Path) -> None:
 
 
 def plant(fault: Fault, folder: Path) -> str:
-    """Return the name of the first test that fails with the fault, an empty string if none does.
+    """Return the name of the first test that fails with the fault; an empty string if none does.
 
-    Raises LookupError where the line is missing or occurs twice.
+    Raises LookupError where the line is missing or occurs twice, or no test is named.
     """
     path = folder / fault.file
     text = path.read_text()
@@ -56,11 +56,13 @@ def plant(fault: Fault, folder: Path) -> str:
     environment = os.environ | {"PYTHONPATH": f"{folder}:{folder / 'codecs'}"}
     command = [sys.executable, "-m", "pytest", "-x", "--no-header", "-p", "no:cacheprovider", *fault.tests.split()]
     try:
-        output = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True).stdout
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     finally:
         path.write_text(text)
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
-    return failed[1] if failed else ""
+    if done.returncode in (4, 5):
+        raise LookupError(f"{fault.tests} names no test")
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    return failed[1] if failed else f"the end of pytest, {done.returncode}" if done.returncode else ""
 
 
 def main() -> int:

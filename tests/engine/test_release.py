@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.errors import UserError
-from engine.release import compact, find_codec, read_release, save_release, to_float16
+from engine.release import compact, find_codec, read_release, save_release, to_float16, weights_digest
 
 
 def state() -> dict[str, torch.Tensor]:
@@ -33,6 +33,16 @@ def test_eight_bits_cost_a_quarter_and_under_half_a_percent_of_a_rows_largest(tm
     size = (tmp_path / "r" / "model.safetensors").stat().st_size
     save_release(tmp_path / "r", "toy", {}, to_float16(old), "card")
     assert size < 0.8 * (tmp_path / "r" / "model.safetensors").stat().st_size
+
+
+def test_a_digest_follows_names_and_values():
+    def digest(**tensors):
+        return weights_digest(
+            torch.nn.ParameterDict({name: torch.full((2,), value) for name, value in tensors.items()})
+        )
+
+    assert digest(a=1.0, b=2.0) == digest(b=2.0, a=1.0)
+    assert len({digest(a=1.0, b=2.0), digest(a=1.0, c=2.0), digest(a=1.0, b=3.0)}) == 3
 
 
 def test_a_release_of_another_kind_is_refused(tmp_path):
