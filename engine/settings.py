@@ -38,6 +38,8 @@ PRECISION = (
     "int8: transformer blocks in 8 bits (x86 with VNNI; on CUDA weights alone)"
 )
 COMPILE = "compile the steps of the sampler: faster, after minutes of compiling in each run"
+TIMESTAMPS = "write when each word is said: NAME.json, with a video NAME.srt and NAME.vtt; needs setup.sh eval"
+WORD_FILES = (".json", ".srt", ".vtt")
 FACE_BOX = "known position of the face instead of detection: x,y,w,h in pixels, or a JSON file of boxes"
 KINDS = {
     bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list, as in [1,2]",

@@ -23,6 +23,7 @@ from engine.media.video import mux_audio
 from engine.metrics.speaker import GE2EEncoder
 from engine.progress import stage
 from engine.settings import override
+from engine.word_times import Word, WordTimes, write_words
 from hicodit.pipeline import FPS, Crops, HiCoDiTPipeline, Speech
 from hicodit.settings import BUNDLED, FACE, InferConfig
 from hicodit.streaming import SpeechChunk, StreamSettings
@@ -61,6 +62,7 @@ class ClipJobs:
         if limit is not None:
             pipeline.guidance.check_input(limit)
         self.scratch = tempfile.TemporaryDirectory()
+        self.times = WordTimes() if c.timestamps else None
 
     def prepare(self, clip: Path) -> Crops:
         """Find the face and cut out mouth and face."""
@@ -73,7 +75,8 @@ class ClipJobs:
     def write(self, name: str, crops: Crops, speech: Speech) -> tuple[str, float]:
         """Write the files of a clip. Return a line about them, and the seconds of speech."""
         strip = self._strip(Path(name))
-        files = write_outputs(Path(name), speech, self.output, self.config.figure, strip)
+        words = self.times.recognise(speech.wave, speech.rate) if self.times is not None else None
+        files = write_outputs(Path(name), speech, self.output, self.config.figure, strip, words)
         unseen = crops.track.unseen(FPS)
         note = f" (face seen in {crops.track.coverage:.0%}; not at {unseen})" if unseen else ""
         seconds = len(speech.wave) / speech.rate
@@ -109,7 +112,14 @@ class StreamJobs(ClipJobs):
         return f"{name}, {seconds:.1f} s -> {clip.stem}.wav, {clip.stem}.mp4 ({figures})", seconds
 
 
-def write_outputs(clip: Path, speech: Speech, folder: Path, figure: bool, strip: Path | None = None) -> list[Path]:
+def write_outputs(
+    clip: Path,
+    speech: Speech,
+    folder: Path,
+    figure: bool,
+    strip: Path | None = None,
+    words: list[Word] | None = None,
+) -> list[Path]:
     """Write all files of a clip, or none; the picture `strip` of its face track and the JSON beside it are copied."""
     with all_or_none(folder) as staging:
         if strip is not None:
@@ -121,5 +131,7 @@ def write_outputs(clip: Path, speech: Speech, folder: Path, figure: bool, strip:
             from hicodit.figure import draw  # matplotlib takes a second to import
 
             draw(speech, staging / f"{clip.stem}.png")
+        if words is not None:
+            write_words(staging / clip.stem, words, "recogniser", subtitles=True)
         names = [path.name for path in sorted(staging.iterdir())]
     return [folder / name for name in names]

@@ -17,6 +17,7 @@ from engine.files import writable
 from engine.hub import check_release
 from engine.media.ffmpeg import require_stream
 from engine.media.limits import Limits, set_limits
+from engine.optional import require
 from engine.settings import (
     COMPILE,
     DEVICE,
@@ -29,6 +30,8 @@ from engine.settings import (
     PRECISIONS,
     SEED,
     SEEDS,
+    TIMESTAMPS,
+    WORD_FILES,
     check_settings,
     group,
     make,
@@ -182,6 +185,7 @@ class InferConfig:
     )
     lookahead: float = setting(*LOOKAHEAD)
     figure: bool = setting(True, about="write the figure NAME.png; false leaves the one of an earlier run in place")
+    timestamps: bool = setting(False, about=TIMESTAMPS)
     face: str = setting("largest", about="which of several faces: largest, central, or 1, 2, ... by size")
     face_box: str | None = setting(None, about=FACE_BOX)
     detector: str | None = setting(
@@ -217,13 +221,15 @@ def read_settings(config: DictConfig) -> tuple[InferConfig, list[Path]]:
     for key, folder in (("weights", c.weights), ("codec", c.codec), ("encoders", c.encoders)):
         check_release(key, folder)
     check_face(c.chosen_face)
+    if c.timestamps:
+        require("pocketsphinx", "pocketsphinx")
     if c.stream:
         _check_stream(c)
     if c.face_box is not None:
         track_of_boxes(read_boxes(c.face_box), 1)
     if c.reference_audio is not None:
         require_stream(c.reference_audio, "audio")
-    clips = find_clips(Path(c.input or BUNDLED.parent / "demo" / "silent.mp4"), Path(c.output), c.debug)
+    clips = find_clips(Path(c.input or BUNDLED.parent / "demo" / "silent.mp4"), Path(c.output), c.debug, c.timestamps)
     if len(clips) == 1:
         require_stream(clips[0], "video")
     with writable(c.output):
@@ -232,7 +238,13 @@ def read_settings(config: DictConfig) -> tuple[InferConfig, list[Path]]:
 
 def _check_stream(c: InferConfig) -> None:
     """Refuse settings that streaming does not use, as it never sees a whole clip."""
-    is_set = {"face": c.face != "largest", "face_box": c.face_box, "face_landmarks": c.face_landmarks, "debug": c.debug}
+    is_set = {
+        "timestamps": c.timestamps,
+        "face": c.face != "largest",
+        "face_box": c.face_box,
+        "face_landmarks": c.face_landmarks,
+        "debug": c.debug,
+    }
     is_set |= {f"sampler.{name}": value is not None for name, value in c.sampler.items() if name != "steps"}
     is_set |= {f"guidance.{name}": value is not None for name, value in c.guidance.items()}
     for name in (name for name, value in is_set.items() if value):
@@ -241,7 +253,7 @@ def _check_stream(c: InferConfig) -> None:
         )
 
 
-def find_clips(source: Path, output: Path, debug: bool = False) -> list[Path]:
+def find_clips(source: Path, output: Path, debug: bool = False, timestamps: bool = False) -> list[Path]:
     """Return the clip itself, or the video files of a folder in order of name; check the paths of their outputs."""
     try:
         source.stat()
@@ -257,7 +269,7 @@ def find_clips(source: Path, output: Path, debug: bool = False) -> list[Path]:
         raise UserError(f"input={source} is neither a file nor a folder")
     owners: dict[Path, Path] = {}
     for clip in clips:
-        for target in outputs_of(clip, output, debug):
+        for target in outputs_of(clip, output, debug, timestamps):
             other = owners.setdefault(target, clip)
             if other != clip:
                 raise UserError(f"{other} and {clip} would both be written to {target}: rename one")
@@ -268,6 +280,6 @@ def find_clips(source: Path, output: Path, debug: bool = False) -> list[Path]:
     return clips
 
 
-def outputs_of(clip: Path, folder: Path, debug: bool = False) -> list[Path]:
-    suffixes = (".mp4", ".png", ".wav", *FACE) if debug else (".mp4", ".png", ".wav")
+def outputs_of(clip: Path, folder: Path, debug: bool = False, timestamps: bool = False) -> list[Path]:
+    suffixes = (".mp4", ".png", ".wav", *(FACE if debug else ()), *(WORD_FILES if timestamps else ()))
     return [folder / f"{clip.stem}{suffix}" for suffix in suffixes]

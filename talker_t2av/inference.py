@@ -17,6 +17,7 @@ from engine.media.audio import write_wav
 from engine.media.video import join_audio, mux_audio, write_video
 from engine.progress import stage
 from engine.settings import override
+from engine.word_times import Word, WordTimes, write_words
 from talker_t2av.jobs import PreparedJob
 from talker_t2av.pipeline import Talk, TalkerPipeline
 from talker_t2av.settings import InferConfig, Job, outputs_of
@@ -42,6 +43,7 @@ class TalkJobs:
                 c.weights or BUNDLED, self.device, codecs, c.precision, c.compile
             )
         self.pipeline.sampling = override(self.pipeline.sampling, c.sampling)
+        self.times = WordTimes() if c.timestamps else None
 
     def prepare(self, job: Job | UserError) -> PreparedJob:
         """Read and encode the files of a job."""
@@ -55,13 +57,18 @@ class TalkJobs:
 
     def write(self, name: str, prepared: PreparedJob, talk: Talk) -> tuple[str, float]:
         """Write the files of a job. Return a line about them, and the seconds of speech."""
-        files = write_outputs(prepared.job, name, talk, Path(self.config.output), self.config.figure)
+        words = None
+        if self.times is not None:
+            words = self.times.align(prepared.job.text, talk.wave, self.pipeline.rate)
+        files = write_outputs(prepared.job, name, talk, Path(self.config.output), self.config.figure, words)
         seconds = len(talk.wave) / self.pipeline.rate
         return f"{name}, {seconds:.1f} s -> {', '.join(files)}{_remark(prepared, talk)}", seconds
 
 
-def write_outputs(job: Job, name: str, talk: Talk, folder: Path, figure: bool = False) -> list[str]:
-    """Write all files of a job, or none, with or without the figure; return their names.
+def write_outputs(
+    job: Job, name: str, talk: Talk, folder: Path, figure: bool = False, words: list[Word] | None = None
+) -> list[str]:
+    """Write all files of a job, or none, with or without the figure and the times of words; return their names.
 
     Given streams stay as they are: in a2v the sound, sample for sample, in v2a the pictures.
     """
@@ -83,7 +90,9 @@ def write_outputs(job: Job, name: str, talk: Talk, folder: Path, figure: bool = 
             from talker_t2av.figure import draw  # matplotlib takes a second to import
 
             draw(talk, job.text, staging / f"{name}.png")
-    return outputs_of(job, name, figure)
+        if words is not None:
+            write_words(staging / name, words, "text", subtitles=job.mode != "tts")
+    return outputs_of(job, name, figure, words is not None)
 
 
 def _remark(prepared: PreparedJob, talk: Talk) -> str:

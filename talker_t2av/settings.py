@@ -18,6 +18,7 @@ from engine.files import writable
 from engine.hub import check_release
 from engine.media.ffmpeg import check_readable, probe, require_stream
 from engine.media.limits import Limits, set_limits
+from engine.optional import require
 from engine.settings import (
     COMPILE,
     DEVICE,
@@ -30,6 +31,8 @@ from engine.settings import (
     PRECISIONS,
     SEED,
     SEEDS,
+    TIMESTAMPS,
+    WORD_FILES,
     check_settings,
     group,
     make,
@@ -222,6 +225,7 @@ class InferConfig(Job):
     figure: bool = setting(
         True, about="t2av and a2v: write the figure NAME.png; false leaves the one of an earlier run in place"
     )
+    timestamps: bool = setting(False, about=TIMESTAMPS)
     sampling: dict[str, Any] = group(Sampling, unset=True, about="null: the release's setting")
     limits: Limits = group(Limits, about="larger inputs are rejected before they are decoded")
 
@@ -240,10 +244,12 @@ def read_settings(config: DictConfig) -> tuple[InferConfig, list[tuple[str, Job 
     check_release("weights", c.weights)
     for stream, folder in vars(c.codecs).items():
         check_release(f"codecs.{stream}", folder)
+    if c.timestamps:
+        require("pocketsphinx", "pocketsphinx")
     jobs, output = read_jobs(c), Path(c.output)
     for name, job in jobs:
         if isinstance(job, Job):
-            _check_outputs(job, name, output, c.figure)
+            _check_outputs(job, outputs_of(job, name, c.figure, c.timestamps), output)
     if c.jobs is None:  # of several, one with a bad file is reported and the others go on
         jobs[0][1].check_files()
     with writable(c.output):
@@ -294,15 +300,16 @@ def with_demo(values: dict[str, Any]) -> dict[str, Any]:
     return job
 
 
-def outputs_of(job: Job, name: str, figure: bool = False) -> list[str]:
+def outputs_of(job: Job, name: str, figure: bool = False, timestamps: bool = False) -> list[str]:
     """Return the names of the files of a job: NAME.wav, or the given sound as it is; NAME.mp4 unless tts; NAME.png.
 
-    NAME.png, the figure, is written if a face is generated.
+    NAME.png, the figure, is written if a face is generated. NAME.json, .srt and .vtt have the times of words.
     """
     suffix = Path(job.audio).suffix if job.mode == "a2v" else ".wav"
     sound = [] if suffix.lower() == ".mp4" else [f"{name}{suffix}"]
     video = [] if job.mode == "tts" else [f"{name}.mp4"]
-    return sound + video + ([f"{name}.png"] if figure and job.mode in ("t2av", "a2v") else [])
+    words = [f"{name}{end}" for end in (WORD_FILES if video else WORD_FILES[:1])] if timestamps else []
+    return sound + video + ([f"{name}.png"] if figure and job.mode in ("t2av", "a2v") else []) + words
 
 
 def is_voice(path: str | Path | None) -> bool:
@@ -326,9 +333,9 @@ def _job_of_line(line: str, common: dict[str, Any], number: str) -> tuple[str, J
     return str(name), Job(**{**common, **row})
 
 
-def _check_outputs(job: Job, name: str, folder: Path, figure: bool) -> None:
+def _check_outputs(job: Job, names: list[str], folder: Path) -> None:
     inputs = [job.reference_audio, job.reference_video, job.reference_motion, job.audio, job.video]
-    for target in (folder / file for file in outputs_of(job, name, figure)):
+    for target in (folder / name for name in names):
         if target.is_dir():
             raise UserError(f"cannot write {target}: it is a folder")
         if any(os.path.realpath(target) == os.path.realpath(file) for file in inputs if file):

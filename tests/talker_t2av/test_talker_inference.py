@@ -173,3 +173,19 @@ def test_the_command_line_itself(files, tmp_path):
     assert (tmp_path / "tts.wav").is_file() and "1 of 1 jobs" in done.stdout
     wrong = infer("mode=t2av", "modee=x")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "Traceback" not in wrong.stderr
+
+
+def test_times_of_words_are_written_beside_the_result(files, tmp_path, monkeypatch):
+    pytest.importorskip("pocketsphinx")
+    how = {"text": "set blue", "reference_audio": files["voice"], "timestamps": True, "min_seconds": 0.64}
+    assert run(config(files, tmp_path, mode="tts", **how)) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tts.json", "tts.wav"]
+    words = json.loads((tmp_path / "tts.json").read_text())
+    assert words["origin"] == "text" and [word["text"] for word in words["words"]] in ([], ["set", "blue"])
+    assert run(config(files, tmp_path / "face", mode="t2av", reference_video=files["face"], **how)) == 0
+    names = [p.name for p in sorted((tmp_path / "face").iterdir())]
+    assert names == ["t2av.json", "t2av.mp4", "t2av.srt", "t2av.vtt", "t2av.wav"]
+    monkeypatch.setitem(sys.modules, "pocketsphinx", None)
+    with pytest.raises(UserError, match=r"setup\.sh eval"):
+        run(config(files, tmp_path / "none", mode="tts", **how))
+    assert not (tmp_path / "none").exists()
