@@ -14,6 +14,7 @@ import soundfile
 from omegaconf import OmegaConf
 from talker_fixtures import face_file, save_talker, voice_file
 
+from engine.config import compose
 from engine.errors import UserError
 from engine.media.ffmpeg import command, probe
 from engine.media.video import read_video
@@ -41,11 +42,8 @@ def run(config):
 
 
 def config(files, output, **changes):
-    base = OmegaConf.load(ROOT / "configs" / "infer_talker.yaml")
-    base.pop("_schema_")
-    return OmegaConf.merge(
-        base, {"weights": files["weights"], "output": str(output), "max_seconds": 0.64, "figure": False, **changes}
-    )
+    changes = {"weights": files["weights"], "output": str(output), "max_seconds": 0.64, "figure": False} | changes
+    return OmegaConf.merge(compose("infer_talker", []), changes)
 
 
 def decoded(path: str | Path, *arguments: str) -> bytes:
