@@ -27,6 +27,7 @@ from engine.media.video import write_video
 from engine.nn.transfer import send
 from engine.release import load_strict
 from engine.seeding import generator_for
+from engine.settings import require_range
 from engine.shards.source import join
 from engine.training.task import Release, Task
 from talker_t2av import released
@@ -126,6 +127,10 @@ class TalkerTask(Task):
                 f"task.model.llm.vocab_size={rows} has to be {self.words.vocab_size} or more for this tokenizer"
             )
         self.dubbing, self.guided_layers, self.head_share = dubbing, guided_layers, head_share
+        layers = self.model.llm.config.num_hidden_layers
+        if any(not 0 <= layer < layers for layer in guided_layers):
+            raise UserError(f"task.guided_layers={list(guided_layers)}: give layers from 0 to {layers - 1}")
+        require_range("task.head_share", head_share, 0.0, 1.0)
         if dubbing and self.model.config.tasks < 4:
             raise UserError(
                 "task.dubbing needs task.model.tasks=4: with fewer there are no V2A and A2V task embeddings"

@@ -229,6 +229,8 @@ def test_phonemes_start_from_a_model_of_words_and_learn_when_they_sound(root, tm
     )
     losses["loss"].backward()
     assert task.model.head_phoneme.weight.grad.any()
+    with pytest.raises(UserError, match=r"task.guided_layers=\[3\]: give layers from 0 to 2"):
+        make_task(root, model=model, tokenizer=text, guided_layers=[3])
     with pytest.raises(UserError, match=r"has 68 phonemes with silence: set task\.model.phonemes=68"):
         TalkerPairs(**few, phonemes=9)
 
