@@ -47,6 +47,8 @@ CARDS = {
     "h100": Card(PEAKS["H100"], 80e9, 3.35e12, 450e9, 50e9),
     "a100": Card(PEAKS["A100"], 80e9, 2.04e12, 300e9, 25e9),
     "l40s": Card(PEAKS["L40S"], 48e9, 0.864e12, 32e9, 12.5e9),
+    # NVIDIA's Ada architecture paper, table of the GeForce RTX 4090; its link is PCIe 4.0 x16
+    "rtx4090": Card(PEAKS["RTX 4090"], 24e9, 1.008e12, 32e9, 12.5e9),
 }
 
 
@@ -163,6 +165,8 @@ def read_recipe(name: str, words: list[str]) -> tuple[str, dict[str, Any], Train
     sizes = OmegaConf.to_container(config.task.model, resolve=True)
     if model == "talker":
         sizes["freeze_embeddings"] = bool(config.task.freeze_embeddings)
+    elif config.task.encoders.kind == "tiny":  # released encoders do not run in training
+        sizes["encoders"] = OmegaConf.to_container(config.task.encoders, resolve=True)
     whole = settings.global_batch_size or settings.batch_size * settings.accumulate
     rows = 2 if model == "talker" else 1
     return model, sizes, settings, rows, whole * settings.steps

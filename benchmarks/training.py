@@ -64,10 +64,13 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
                 break
 
 
-def build_task(name: str, freeze_embeddings: bool = True, **changes: Any) -> Task:
+def build_task(
+    name: str, freeze_embeddings: bool = True, encoders: dict[str, Any] | None = None, **changes: Any
+) -> Task:
     """The training task of configs/model/NAME.yaml with random weights: speed does not depend on them.
 
-    HiCoDiT has tiny encoders; Talker's word embeddings are frozen or not, by default frozen as in the released recipe.
+    HiCoDiT has the given encoders, else tiny ones; Talker's word embeddings are frozen or not, by default frozen as in
+    the released recipe.
     """
     model = read_config(f"model/{name}") | changes
     if name.startswith("talker"):
@@ -75,7 +78,8 @@ def build_task(name: str, freeze_embeddings: bool = True, **changes: Any) -> Tas
     codec = RVQCodec(RVQCodecConfig(encoder_width=4, levels=model["levels"], codebook_size=model["codes"]))
     with TemporaryDirectory() as folder:  # the task reads a tokenizer's sizes
         codec.save(f"{folder}/codec", "")
-        return HiCoDiTTask(model, tiny_encoders(model) | {"phonemes": 48}, f"{folder}/codec", "", None)
+        encoders = encoders or tiny_encoders(model) | {"phonemes": 48}
+        return HiCoDiTTask(model, encoders, f"{folder}/codec", "", None)
 
 
 def hicodit_batch(task: Task, rows: int, seconds: float) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """What a recipe costs on N GPUs, found without one: memory, exchange, time and days, for DDP, FSDP2 and hybrid.
 
     python scripts/plan_run.py hicodit_paper --gpus 8 64 --device h200
+    python scripts/plan_run.py hicodit_grid --gpus 1 --device rtx4090 --seconds 3
     python scripts/plan_run.py talker_paper trainer.global_batch_size=128 --seconds 6 --gpus 8 64 --json plan.json
     python scripts/plan_run.py talker_paper --gpus 64 --figure plan.png task.model.llm.num_hidden_layers=36
 
@@ -34,7 +35,7 @@ def line(p: Plan) -> str:
         f"{'' if p.fits else ', does not fit'}; exchanged GB: {sent}; {p.flops / 1e12:.1f} TFLOP; "
         f"step {p.step_s:.3f} s (compute {p.compute_s:.3f}, memory {p.memory_s:.3f}, host {p.host_s:.3f}, "
         f"network {p.network_s:.3f}); "
-        f"{p.steps:,.0f} steps, {p.days:.2f} days; at most {p.largest_batch} samples"
+        f"{p.steps:,.0f} steps, {p.days:.2f} days ({24 * p.days:.1f} h); at most {p.largest_batch} samples"
     )
 
 

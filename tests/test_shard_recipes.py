@@ -12,6 +12,8 @@ from engine.training.settings import TrainerConfig
 from hicodit.conditions import encoder_config
 from hicodit.conditions.encoders import TinyLipEncoder
 from hicodit.model import ModelConfig
+from hicodit.system import HiCoDiTSystem
+from rvq_codec import RVQCodecConfig
 from talker_t2av.model import TalkerConfig
 
 MADE = "data/synthetic/shards"
@@ -43,6 +45,25 @@ def test_the_papers_model_with_small_encoders():
     with pytest.raises(UserError, match="lip_heads=6 does not divide lip_dim=1024"):
         replace(encoders, lip_heads=6)
     assert config.data.train.source == "data/synthetic/shards/hicodit_tiny/train"
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "root"), [("hicodit_grid", 28.5e6, "grid"), ("hicodit_lrs2", 19.8e6, "lrs2")]
+)
+def test_recipes_for_one_card(name, weights, root):
+    config = load("train", [f"experiment={name}", *PAPER[1:] * (name == "hicodit_lrs2")], "")
+    encoders = OmegaConf.to_container(config.task.encoders, resolve=True)
+    model = ModelConfig(**OmegaConf.to_container(config.task.model, resolve=True))
+    with torch.device("meta"):
+        system = HiCoDiTSystem(model, encoder_config(encoders))
+        tokenizer = RVQCodecConfig(**load("train", ["experiment=rvq_grid"], "").task.codec)
+    assert sum(p.numel() for p in system.parameters()) == pytest.approx(weights, rel=0.02)
+    assert (tokenizer.levels, tokenizer.codebook_size) == (model.levels, model.codes)
+    assert config.data.train.source == f"data/shards/{root}/train" and config.trainer.device == "cuda"
+    crops = load("prepare", ["source=grid", "source.root=r", "features=grid", "output=o"], "").stages.crops.encoders
+    if encoders["kind"] == "tiny":
+        assert config.data.train.phonemes == encoders["phonemes"] == 52
+        assert (crops.mouth_size, crops.face_size) == (encoders["mouth_size"], encoders["face_size"])
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,23 @@
 """Recordings of a studio, whose file names tell who says what and with which emotion: GRID, CREMA-D, RAVDESS.
 
-None of them has an official split. Test and validation split are of speakers of their own. An emotion of the name is
-the clip's label, as one of HiCoDiT's seven classes.
+None of them has an official split. Test and validation split are of speakers of their own, but for GRID's "seen". An
+emotion of the name is the clip's label, as one of HiCoDiT's seven classes.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 from corpora.preparation.clip import SourceClip, make_key
-from corpora.preparation.sources import Unsplit
+from corpora.preparation.sources import Unsplit, held_out, read_lines
+from engine.errors import UserError
+from engine.settings import require_choice
 
+ALIGNMENT_RATE = 25_000  # units of GRID's alignments in a second
 # GRID's six letters
 VERBS = {"b": "bin", "l": "lay", "p": "place", "s": "set"}
 COLOURS = {"b": "blue", "g": "green", "r": "red", "w": "white"}
@@ -65,20 +70,79 @@ class Studio(Unsplit):
 class GRID(Studio):
     """ROOT/**/s1/**/bbaf2n.mpg, as the archives s1.zip to s34.zip unpack; the name spells the sentence.
 
-    The sound is the video's: the files of audio_25k.zip lack the silence at both ends and are shorter. Tests are on
-    speakers 1, 2, 20 and 22, as with LipNet (arXiv 1611.01599).
+    The sound is the video's: the files of audio_25k.zip lack the silence at both ends and are shorter. Files
+    s1/**/bbaf2n.align, as alignments.zip unpacks, tell when each word is spoken: its words are the `symbols`.
+
+    Args:
+        protocol: the splits. "lipnet" tests on speakers 1, 2, 20 and 22 (arXiv 1611.01599). "unseen" trains on 16
+            speakers, validates on 7 and tests on 10 others, the lists of VCA-GAN (arXiv 2204.01726). "seen" holds out
+            5 % of each speaker's sentences for validation and 5 % for the test: 50 and 50 of 1,000, as VCA-GAN has it
+            for speakers 1, 2, 4 and 29. Which sentences these are is our own choice.
+        validation: share of the other speakers of "lipnet" that validate.
+        speakers: those that are used; None: all.
+        expression: label of all clips; None: none.
     """
 
-    def __init__(self, root: str | Path, validation: float = 0.06) -> None:
+    PROTOCOLS = ("lipnet", "unseen", "seen")
+    UNSEEN: ClassVar = dict.fromkeys((f"s{i}" for i in (9, 20, 23, 27, 29, 30, 34)), "val") | dict.fromkeys(
+        (f"s{i}" for i in (2, 4, 11, 13, 15, 18, 19, 25, 31, 33)), "test"
+    )
+
+    def __init__(
+        self,
+        root: str | Path,
+        validation: float = 0.06,
+        protocol: str = "lipnet",
+        speakers: Sequence[str] | None = None,
+        expression: str | None = None,
+    ) -> None:
+        require_choice("source.protocol", protocol, self.PROTOCOLS)
+        self.protocol, self.speakers, self.expression = protocol, speakers, expression
         super().__init__(root, validation, customary=("s1", "s2", "s20", "s22"))
+        if protocol == "unseen":
+            self.own = self.UNSEEN
+        if protocol == "seen":
+            clips: dict[str, list[str]] = {}
+            for key, clip in self.found:
+                clips.setdefault(clip.speaker, []).append(key)
+            self.own = {}
+            for keys in clips.values():
+                self.own |= held_out(keys, {"test": 0.05, "val": 0.05})
+        times = {(self._speaker(path), path.stem): path for path in self.files(".align")}
+        self.times = {key: path for key, path in times.items() if self.sentence(key[1])}
+        if self.times:
+            tables = (VERBS, COLOURS, PREPOSITIONS, DIGITS, ADVERBS)
+            letters = set("abcdefghijklmnopqrstuvxyz")  # no w
+            self.symbols = sorted(letters.union(*(table.values() for table in tables)))
+
+    def walk(self) -> Iterator[tuple[str, SourceClip]]:
+        for speaker, clip in super().walk():
+            if self.speakers is None or speaker in self.speakers:
+                yield (clip.key if self.protocol == "seen" else speaker), clip
+
+    def read(self, split: str) -> Iterator[SourceClip]:
+        for clip in super().read(split):
+            path = self.times.get((clip.speaker, Path(clip.video).stem))
+            yield clip if path is None else replace(clip, phonemes=self._words(self.root / path))
 
     def clips_of_names(self) -> Iterator[SourceClip]:
         for path in self.files(".mpg"):
-            speaker = next((part for part in path.parts if part[:1] == "s" and part[1:].isdigit()), None)
-            text = self.sentence(path.stem)
+            speaker, text = self._speaker(path), self.sentence(path.stem)
             if speaker is not None and text is not None:
-                key = make_key(f"{speaker}-{path.stem}")
-                yield SourceClip(key, path.as_posix(), text=text, speaker=speaker, language="en")
+                key, words = make_key(f"{speaker}-{path.stem}"), {"text": text, "expression": self.expression}
+                yield SourceClip(key, path.as_posix(), **words, speaker=speaker, language="en")
+
+    @staticmethod
+    def _speaker(path: Path) -> str | None:
+        return next((part for part in path.parts if part[:1] == "s" and part[1:].isdigit()), None)
+
+    @staticmethod
+    def _words(path: Path) -> list[tuple[str, float, float]]:
+        """Return the words of a file of lines `23750 29500 bin`, times in seconds; a file unit is 1/25,000 s."""
+        rows = [line.split() for line in read_lines(path)]
+        if not all(len(row) == 3 and row[0].isdigit() and row[1].isdigit() for row in rows):
+            raise UserError(f"{path} is no list of lines `start end word`: unpack alignments.zip again")
+        return [(word, int(start) / ALIGNMENT_RATE, int(end) / ALIGNMENT_RATE) for start, end, word in rows]
 
     @staticmethod
     def sentence(name: str) -> str | None:

@@ -26,6 +26,7 @@ METRICS = {  # figure: the class that measures it
     "pesq_wide": "pesq.PESQ",
     "pesq_narrow": "pesq.PESQ",
     "stoi": "stoi.STOI",
+    "estoi": "stoi.ESTOI",
     "duration_distance": "durations.DurationDistance",
     "fid": "frechet.FID",
     "fvd": "frechet.FVD",

@@ -68,6 +68,7 @@ class TinyEncoderConfig:
     mouth_size: int = setting(48, 8, 2**10)
     face_size: int = setting(64, 8, 2**10)
     lip_dim: int = setting(192, 1, 2**14)
+    lip_width: int = setting(24, 1, 2**12)
     lip_blocks: int = setting(1, 1, 256)
     lip_heads: int = setting(6, 1, 256)
     face_dim: int = setting(128, 1, 2**14)
@@ -101,17 +102,17 @@ class TinyLipEncoder(nn.Module):
     def __init__(self, config: TinyEncoderConfig) -> None:
         super().__init__()
         c = config
+        w, side = c.lip_width, c.mouth_size // 16
         self.frame = nn.Sequential(
-            nn.Conv2d(1, 24, 6, stride=4, padding=1),
+            nn.Conv2d(1, w, 6, stride=4, padding=1),
             nn.GELU(),
-            nn.Conv2d(24, 48, 4, stride=2, padding=1),
+            nn.Conv2d(w, 2 * w, 4, stride=2, padding=1),
             nn.GELU(),
-            nn.Conv2d(48, 96, 4, stride=2, padding=1),
+            nn.Conv2d(2 * w, 4 * w, 4, stride=2, padding=1),
             nn.GELU(),
             nn.Flatten(),
         )
-        side = c.mouth_size // 16
-        self.project = nn.Linear(96 * side * side, c.lip_dim)
+        self.project = nn.Linear(4 * w * side * side, c.lip_dim)
         self.norm = nn.LayerNorm(c.lip_dim)
         self.context = nn.Conv1d(c.lip_dim, c.lip_dim, 5, padding=2, groups=c.lip_heads)
         self.blocks = nn.ModuleList(AdaLNBlock(c.lip_dim, c.lip_heads) for _ in range(c.lip_blocks))

@@ -223,6 +223,29 @@ def test_names_of_studio_recordings_tell_speaker_words_and_emotion(name, tmp_pat
         assert (every[key].speaker, every[key].text, every[key].expression, every[key].audio) == about
 
 
+def test_grid_is_split_as_the_field_does(tmp_path):
+    names = [f"{v}bbf{d}n" for v in "bl" for d in "123456789z"]  # twenty sentences of each speaker
+    touch(tmp_path, *(f"s{i}/{name}.mpg" for i in (1, 2, 4, 9, 29) for name in names))
+    (tmp_path / "s1" / "align").mkdir()
+    (tmp_path / "s1" / "align" / "bbbf1n.align").write_text("0 14750 sil\n14750 20000 bin\n20000 25000 blue\n")
+    unseen = by_split(GRID(tmp_path, protocol="unseen"))
+    speakers = {split: sorted({clip.speaker for clip in clips}) for split, clips in unseen.items()}
+    assert speakers == {"train": ["s1"], "val": ["s29", "s9"], "test": ["s2", "s4"]}
+    source = GRID(tmp_path, protocol="seen", speakers=["s1", "s2"], expression="neutral")
+    seen = by_split(source)
+    assert {split: len(clips) for split, clips in seen.items()} == {"train": 36, "val": 2, "test": 2}
+    assert all({clip.speaker for clip in clips} == {"s1", "s2"} for clips in seen.values())
+    every = {clip.key: clip for clips in seen.values() for clip in clips}
+    assert len(every) == 40 and every["s2-bbbf1n"].expression == "neutral" and every["s2-bbbf1n"].phonemes is None
+    assert every["s1-bbbf1n"].phonemes == [("sil", 0.0, 0.59), ("bin", 0.59, 0.8), ("blue", 0.8, 1.0)]
+    assert len(source.symbols) == 51 and {"bin", "blue", "zero", "f"} <= set(source.symbols)
+    (tmp_path / "s1" / "align" / "bbbf1n.align").write_text("0 sil\n")
+    with pytest.raises(UserError, match=r"bbbf1n\.align is no list of lines"):
+        by_split(source)
+    with pytest.raises(UserError, match=r"source\.protocol=lips"):
+        GRID(tmp_path, protocol="lips")
+
+
 def test_ravdess_may_be_sung(tmp_path):
     touch(tmp_path, *STUDIOS["ravdess"][1], *STUDIOS["ravdess"][2])
     sung = [clip for found in by_split(RAVDESS(tmp_path, songs=True)).values() for clip in found]

@@ -116,6 +116,8 @@ def test_stoi(voice, noisy):
     assert figures("stoi", take(noisy[:-100]), take(voice))["stoi"][0] == pytest.approx(0.98543, abs=1e-3)
     with pytest.raises(UserError, match=r"less than 0\.4 s of speech"):  # pystoi gives 0.00001, and warns
         figures("stoi", take(voice[: RATE // 10]), take(voice))
+    assert figures("estoi", take(voice), take(voice))["estoi"][0] == pytest.approx(1, abs=1e-9)
+    assert figures("estoi", take(noisy[:-100]), take(voice))["estoi"][0] == pytest.approx(0.94271, abs=1e-3)
 
 
 @pytest.mark.parametrize(("mode", "value"), [("plain", 5.401065706), ("dtw", 6.368744917), ("dtw_sl", 7.956420704)])
