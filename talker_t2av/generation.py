@@ -240,23 +240,26 @@ class Rows:
             self.plan.noise[s][place, : len(noise[s])] = send(noise[s], self.device)
             self.plan.condition[s][place] = condition[s]
             self.state.context[s][place] = last_frames(getattr(request, s), c.context * size, size)
-        self.plan.first_test[place] = max(rules.first_test, request.min_patches + self.delay)
-        self.plan.stop_hits[place] = rules.stop_hits
         if like is None:
             self.state.hidden[place] = self._prefill(prompt, place)
         else:
             other = self.rows.index(like)
             self.state.hidden[place] = self.state.hidden[other]
             self.cache[place] = self.cache[other]
-        for value, start in ((self.state.index, 0), (self.state.length, len(prompt)), (self.state.hits, 0)):
-            value[place] = start
-        self.state.end[place] = limit
+        numbers = {self.state.index: 0, self.state.length: len(prompt), self.state.hits: 0, self.state.end: limit}
+        first_test = max(rules.first_test, request.min_patches + self.delay)
+        numbers |= {self.plan.first_test: first_test, self.plan.stop_hits: rules.stop_hits}
+        for tensor, number in numbers.items():
+            tensor[place].fill_(number)  # `tensor[place] = number` waits: it copies the number from the host
         self.rows.append(row)
         return row
 
     @torch.no_grad()
-    def step(self) -> list[Row]:
-        """Generate one patch of all rows; return those that ended with it, which have left."""
+    def step(self, ask: bool = False) -> list[Row]:
+        """Generate one patch of all rows; return those that ended with it, which have left.
+
+        ask: read the stop tests now, whatever `check_every` is.
+        """
         rows, count = [*self.rows], self._computed(len(self.rows))
         self.before_step()
         streams = tuple(s for s in self.streams if any(row.index >= self.lag[s] for row in rows))
@@ -274,15 +277,16 @@ class Rows:
                 if row.index >= self.lag[s]:
                     row.patches[s].append(drawn[s][place])
             row.index += 1
-        ended = self._ended()
+        ended = self._ended(ask)
         self.leave(*ended)
         return ended
 
-    def _ended(self) -> list[Row]:
-        """Find the rows that end with this step. The host reads the stop tests if it is time."""
+    def _ended(self, ask: bool) -> list[Row]:
+        """Find the rows that end with this step. The host reads the stop tests if it is time, or if it shall `ask`."""
         ends = [row.limit for row in self.rows]
-        if self.asks_stop and (self.steps_taken % self.check_every == 0 or any(r.index >= r.limit for r in self.rows)):
-            ends = self.state.end[: len(self.rows)].tolist()
+        ask = ask or self.steps_taken % self.check_every == 0 or any(row.index >= row.limit for row in self.rows)
+        if self.asks_stop and ask:
+            ends = self.state.end[: len(self.rows)].cpu().tolist()
         ended = [(row, end) for row, end in zip(self.rows, ends) if row.end is None and end <= row.index]
         for row, end in ended:
             row.end = end
@@ -330,11 +334,11 @@ class Rows:
         return [self.result(row) for row in joined]
 
     def stream(self, request: Request, rules: LoopRules = PAPER) -> Iterator[Patch]:
-        """Generate one request and yield its patches as they come."""
+        """Generate one request and yield its patches as they come, none of them after its end."""
         row = self.join(request, rules)
         try:
             while row.end is None:
-                self.step()
+                self.step(ask=True)
                 yield self.patch
         finally:
             self.leave(row)

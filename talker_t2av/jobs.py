@@ -6,6 +6,7 @@ side.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -17,6 +18,7 @@ from engine.errors import UserError
 from engine.media.audio import read_audio, read_voice, resample
 from engine.media.pictures import identity_to_tensor, video_to_tensor
 from engine.nn.mel import pad_or_trim
+from engine.nn.transfer import send
 from engine.progress import stage
 from engine.safe_pickle import read_matrix
 from engine.seeding import seed_for
@@ -105,10 +107,9 @@ class Reference:
     def speaker(self, frames: int | None = None) -> Tensor:
         """Embed the voice, or its first `frames`, padded with silence, as (G,)."""
         if is_voice(self.job.voice_file):
-            encoder = self.system.speaker
-            return read_saved_voice(self.job.voice_file, encoder.digest(), self.system.model.config.speaker_dim)
+            return read_saved_voice(self.job.voice_file, self.system.voice_digest, self.system.model.config.speaker_dim)
         wave = self.wave16 if frames is None else pad_or_trim(self.wave16, frames * HOP16)
-        return self.system.speaker.embed(wave.to(self.system.device)).cpu()
+        return self.system.speaker.embed(send(wave, self.system.device)).cpu()
 
     def speech(self) -> Tensor:
         """Encode the voice to latents (F, Ds)."""
@@ -118,7 +119,8 @@ class Reference:
         """Encode the voice as if it ended after `frames`: embedding (G,), latents (frames, Ds); see `official`."""
         speech = torch.zeros(0, self.system.model.config.speech_dim)
         if frames:
-            speech = self.system.speech.encode_beginning(self.wave[None, None], frames)[0].cpu()
+            wave = send(self.wave[None, None], self.system.device)
+            speech = self.system.speech.encode_beginning(wave, frames)[0].cpu()
         return self.speaker(official.voice_frames(frames)), speech
 
     def motion(self, count: int = MAX_FRAMES) -> Tensor:
@@ -129,7 +131,7 @@ class Reference:
         if self.job.reference_motion is None:
             start = self.square.first if count == 1 else 0
             blocks = read_square(self.job.reference_video, self.square, count, start)
-            return torch.cat([encode_motion(self.system, block) for block in blocks])
+            return encode_motion(self.system, blocks)
         path = self.job.reference_motion
         motion = read_matrix(path, self.system.model.config.motion_dim)
         if count > 1:
@@ -173,7 +175,7 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int | None = None) -
         if is_picture(job.video):
             raise UserError(f"video={job.video} is a picture: give the clip that is to get a voice")
         square = find_square(job.video, MAX_FRAMES, job.crop, job.face_box)
-        new = torch.cat([encode_motion(system, b) for b in read_square(job.video, square, MAX_FRAMES + 1)])
+        new = encode_motion(system, read_square(job.video, square, MAX_FRAMES + 1))
         total = len(new)
         _check_given(total, f"video={job.video}")
         if square.remark:
@@ -270,13 +272,13 @@ def encode_speech(system: TalkerSystem, wave: Tensor | np.ndarray) -> Tensor:
     wave = torch.as_tensor(wave)
     if len(wave) < HOP:
         raise UserError(f"{len(wave) / RATE:.3f} s of sound is too short: give {HOP / RATE} s or more")
-    return system.speech.encode(wave[None, None].to(system.device))[0].cpu()
+    return system.speech.encode(send(wave[None, None], system.device))[0].cpu()
 
 
-def encode_motion(system: TalkerSystem, frames: np.ndarray) -> Tensor:
-    """Encode square frames (F, S, S, 3) uint8 to motion (F, Dm) on the CPU, not normalised."""
+def encode_motion(system: TalkerSystem, blocks: Iterable[np.ndarray]) -> Tensor:
+    """Encode blocks of square frames (n, S, S, 3) uint8 to motion (F, Dm) on the CPU, not normalised."""
     codec = system.motion
-    return codec.encode(video_to_tensor(frames, codec.size)).cpu()
+    return torch.cat([codec.encode(video_to_tensor(block, codec.size)) for block in blocks]).cpu()
 
 
 def _check_given(frames: int, what: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.nn.transfer import send
 from engine.shards.source import read_json
 from talker_t2av.released import MOTION_MEAN, MOTION_STD
 
@@ -31,7 +32,8 @@ class MotionStats:
         return (motion - self.mean) / self.std.clamp_min(1e-6)
 
     def restore(self, motion: Tensor) -> Tensor:
-        return motion * self.std.clamp_min(1e-6) + self.mean
+        std, mean = (send(x, motion.device) for x in (self.std.clamp_min(1e-6), self.mean))
+        return motion * std + mean
 
     @classmethod
     def read(cls, path: str | Path | None) -> MotionStats:

@@ -137,7 +137,9 @@ class Particles(Rows):
 
     def leave(self, *rows: Row) -> None:
         """Take rows out once all have ended; before that they keep their places."""
-        if all(row.end is not None for row in self.rows):
+        if self.rows and all(row.end is not None for row in self.rows):
+            self.lines = torch.stack(self.ancestors).cpu().tolist()  # the host reads all of them at once
+            self.best = self.log_weights.argmax(1).cpu().tolist()
             self.drawn = [torch.stack(row.patches["speech"]) for row in self.rows]
             self.places_of = {row: place for place, row in enumerate(self.rows)}
             self.rows.clear()
@@ -187,14 +189,13 @@ class Particles(Rows):
     def result(self, row: Row) -> Result:
         """Return the likeliest draft of the request of which `row` is the first draft."""
         first = self.places_of[row]
-        request = first // self.drafts
-        return self.draft(first + int(self.log_weights[request].argmax()))
+        return self.draft(first + self.best[first // self.drafts])
 
     def draft(self, place: int) -> Result:
         """Return the speech of the draft that ended in a place, from its ancestors' patches."""
         row, patches = next(row for row, other in self.places_of.items() if other == place), []
-        for index in range(len(self.ancestors) - 1, -1, -1):
+        for index in range(len(self.lines) - 1, -1, -1):
             patches.append(self.drawn[place][index])
-            place = int(self.ancestors[index][place])
+            place = self.lines[index][place]
         speech = torch.stack(patches[::-1])[: row.end].flatten(0, 1)
         return Result(speech, None, row.end < row.limit)

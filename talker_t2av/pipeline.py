@@ -28,6 +28,7 @@ from engine.files import output_file
 from engine.media.audio import write_wav
 from engine.media.pictures import to_bytes
 from engine.media.video import CONTAINERS, write_video
+from engine.nn.transfer import send
 from engine.precision import pack_linear, pick_dtype, quantise_linear, uses_int8
 from engine.progress import stage
 from talker_t2av.generation import Patch, Result, Rows
@@ -169,7 +170,7 @@ class TalkerPipeline:
             UserError: the recording cannot be read, or holds no sound.
         """
         speaker = Reference(Job("tts", "-", str(recording)), self.system).speaker()
-        save_voice(path, speaker, self.system.speaker.digest())
+        save_voice(path, speaker, self.system.voice_digest)
 
     def prepare(self, job: Job) -> PreparedJob:
         """Read and encode a job's files. Raises UserError, as `prepare_job` does."""
@@ -280,7 +281,7 @@ class TalkerPipeline:
 
         def latents() -> Iterator[Tensor]:
             if len(prepared.prefix_speech):
-                yield prepared.prefix_speech[None].to(self.system.device)
+                yield send(prepared.prefix_speech[None], self.system.device)
             for step in steps:
                 on_step(step)
                 waiting.append(step.speech)
@@ -293,7 +294,7 @@ class TalkerPipeline:
 
         skip = 0 if prepared.job.keeps_prefix else len(prepared.prefix_speech) * HOP
         for piece in self.system.speech.decode_stream(latents()):
-            wave = _samples(piece)
+            wave = _samples(piece).cpu().numpy()
             yield wave[skip:]
             skip = max(0, skip - len(wave))
         if fresh:
@@ -306,28 +307,26 @@ class TalkerPipeline:
         Between the parts of a long text are pauses, in which the face moves on to where the next part begins.
         """
         assert len(results) == len(prepared.requests), (len(results), len(prepared.requests))
-        moved, motion = [], None
+        moved, wave = list[Tensor](), prepared.wave
         for result in results:
             if result.motion is not None:
                 moved += [bridge(moved[-1][-1], result.motion[0])] if moved else []
                 moved.append(result.motion)
-        if moved:
-            motion = self.system.stats.restore(torch.cat(moved).cpu())
-        wave = prepared.wave
-        if wave is None:
-            pause, waves = np.zeros(PAUSE * HOP, np.float32), []
-            for result in results:
-                waves += [pause, self._wave(prepared, result)] if waves else [self._wave(prepared, result)]
-            wave = np.concatenate(waves)
         with stage("decoding"):
+            if wave is None:
+                pause, waves = torch.zeros(PAUSE * HOP, device=self.system.device), []
+                for result in results:
+                    waves += [pause, self._wave(prepared, result)] if waves else [self._wave(prepared, result)]
+                wave = torch.cat(waves).cpu().numpy()
             frames = Face(self.system, prepared).show(moved)
-        speech = None if results[0].speech is None else torch.cat([result.speech.cpu() for result in results])
+        motion = self.system.stats.restore(torch.cat(moved)).cpu() if moved else None
+        speech = None if results[0].speech is None else torch.cat([result.speech for result in results]).cpu()
         return Talk(np.asarray(wave), frames, speech, motion, all(result.stopped for result in results))
 
-    def _wave(self, prepared: PreparedJob, result: Result) -> np.ndarray:
-        before = prepared.prefix_speech.to(self.system.device)
-        with stage("decoding"):
-            wave = _samples(self.system.speech.decode(torch.cat([before, result.speech])[None]))
+    def _wave(self, prepared: PreparedJob, result: Result) -> Tensor:
+        """Decode what was generated for a request of a job to samples (N,)."""
+        before = send(prepared.prefix_speech, self.system.device)
+        wave = _samples(self.system.speech.decode(torch.cat([before, result.speech])[None]))
         wave = wave if prepared.job.keeps_prefix else wave[len(before) * HOP :]
         return wave[: prepared.frames * HOP] if prepared.frames else wave
 
@@ -346,7 +345,7 @@ class Face:
         self.remaining = prepared.frames  # to be rendered, if the length is known
         self.identity = None
         if prepared.picture is not None:
-            self.identity = system.motion.identity(prepared.picture.to(system.device))
+            self.identity = system.motion.identity(send(prepared.picture, system.device))
         self.before = prepared.prefix_motion if prepared.job.keeps_prefix else prepared.prefix_motion[:0]
 
     def show(self, patches: list[Tensor]) -> np.ndarray | None:
@@ -357,7 +356,8 @@ class Face:
         """
         if self.identity is None or not patches:
             return None
-        motion = torch.cat([self.before, self.system.stats.restore(torch.cat(patches).cpu())])
+        new = self.system.stats.restore(torch.cat(patches))
+        motion = torch.cat([send(self.before, new.device), new])
         self.before = self.before[:0]
         if self.remaining is not None:
             motion = motion[: self.remaining]
@@ -369,5 +369,5 @@ class Face:
         return np.concatenate([to_bytes(codec.decode(part, self.identity)) for part in motion.split(64)])
 
 
-def _samples(wave: Tensor) -> np.ndarray:
-    return wave[0, 0].clamp(-1, 1).cpu().numpy()
+def _samples(wave: Tensor) -> Tensor:
+    return wave[0, 0].clamp(-1, 1)

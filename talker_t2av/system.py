@@ -99,6 +99,11 @@ class TalkerSystem:
         """The speaker encoder."""
         return self._load("speaker", load_speaker)
 
+    @cached_property
+    def voice_digest(self) -> str:
+        """Digest of the speaker encoder, which saved voices bear. All its weights are read once."""
+        return self.speaker.digest()
+
     def require(self, mode: str) -> None:
         """Load what a mode needs."""
         for part in NEEDS[mode]:
@@ -111,10 +116,10 @@ class TalkerSystem:
         path = self._find(part)
         # Whoever asks first: weights made in inference mode are of no use outside of it.
         with stage("loading"), torch.inference_mode(False):
-            network = load(path).to(self.device)
-        if self._digests.get(part, None) not in (None, network.digest()):
-            raise UserError(f"{path} makes other features than those the model was trained on: use the model's own")
-        return network
+            network = load(path)
+            if self._digests.get(part, None) not in (None, network.digest()):
+                raise UserError(f"{path} makes other features than those the model was trained on: use the model's own")
+            return network.to(self.device)
 
     @classmethod
     def load(

@@ -289,7 +289,7 @@ class TalkerTask(Task):
             (frame,) = next(read_square(clip, find_square(clip, 1), 1))
             face = identity_to_tensor(frame, codec.size)
             if result.motion is not None and len(result.motion):
-                pictures = codec.decode(self.stats.restore(result.motion.cpu()), codec.identity(face))
+                pictures = codec.decode(self.stats.restore(result.motion), codec.identity(face))
                 write_video(folder / f"{info['key']}.mp4", to_bytes(pictures), FPS, wave, rate)
 
     def adapted(self) -> nn.Module:

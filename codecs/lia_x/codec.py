@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engine.codec import PortraitCodec
 from engine.errors import UserError
+from engine.nn.transfer import send
 from engine.precision import half_precision
 from engine.release import load_strict, weights_digest
 from engine.settings import check_settings, setting
@@ -124,7 +125,8 @@ class LiaX(PortraitCodec):
     def encode(self, video: Tensor, chunk: int = 8) -> Tensor:
         """(T, 3, S, S) -> absolute motion codes (T, M)."""
         video = self._pictures(video, "video", move=False)
-        return torch.cat([self.encoder.motion(part.to(self._device())) for part in video.split(_checked_chunk(chunk))])
+        parts, device = video.split(_checked_chunk(chunk)), self._device()
+        return torch.cat([self.encoder.motion(send(part, device)) for part in parts])
 
     def decode(self, motion: Tensor, identity: Tensor | Identity, chunk: int = 8) -> Tensor:
         """Absolute motion codes (T, M) and an identity, or its picture (3, S, S) -> (T, 3, S, S), not clamped."""
@@ -221,12 +223,12 @@ class LiaX(PortraitCodec):
             raise UserError(
                 f"{what} of {pictures.dtype}: give floats in [-1, 1] (engine.media.pictures converts bytes)"
             )
-        return pictures.to(self._device()) if move else pictures
+        return send(pictures, self._device()) if move else pictures
 
     def _codes(self, motion: Tensor) -> Tensor:
         if motion.ndim != 2 or motion.shape[1] != self.config.motion_dim or not len(motion):
             raise UserError(f"motion of shape {tuple(motion.shape)}: give (frames, {self.config.motion_dim})")
-        return motion.to(self._device(), torch.float32)
+        return send(motion.float(), self._device())
 
     def digest(self) -> str:
         return weights_digest(self.encoder)

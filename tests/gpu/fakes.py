@@ -83,12 +83,14 @@ class Audit(FakeDevice):
     """A fake device on which whole pipelines run: host reads give zeros, and are noted by file and function.
 
     Attributes:
+        answers: what a place reads in place of zero.
         reads: copies to the host, values of tensors, and shapes that depend on data.
         waits: copies to the device from ordinary memory, during which the host waits, too.
     """
 
     def __init__(self) -> None:
         super().__init__(CUDA)
+        self.answers: dict[str, int] = {}
         self.reads: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
 
@@ -106,7 +108,8 @@ class Audit(FakeDevice):
         if func is aten._to_copy.default and kwargs.get("device") is not None and target == "cpu":
             self.reads[_place()] += 1
             with _disable_current_modes():
-                return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+                value = self.answers.get(_place(), 0)
+                return torch.full(args[0].shape, value, dtype=kwargs.get("dtype") or args[0].dtype)
         if func is aten.copy_.default and isinstance(args[0], FakeTensor) != isinstance(args[1], FakeTensor):
             (self.waits if isinstance(args[0], FakeTensor) else self.reads)[_place()] += 1
             return args[0]

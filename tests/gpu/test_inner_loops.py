@@ -3,6 +3,7 @@
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -132,7 +133,9 @@ def run_patches(rows, requests, mode=nullcontext):
     with (
         fake_cuda() as operators,
         torch.inference_mode(),
-        mock.patch.object(FakeTensor, "tolist", lambda x: reads.append(x) or [99] * len(x)),
+        mock.patch.object(
+            FakeTensor, "cpu", lambda x: reads.append(x) or SimpleNamespace(tolist=lambda: [99] * len(x))
+        ),
     ):
         rows.device, rows.model = CUDA, faked(model)
         rows.heads = {"speech": rows.model.speech_cfm, "motion": rows.model.motion_cfm}

@@ -161,13 +161,15 @@ def test_the_first_hit_ends_a_row_and_what_lags_is_trimmed(delay):
 
 
 @pytest.mark.parametrize("check_every", [1, 2, 4, 9])
-def test_a_stop_between_two_reads_is_not_lost_at_the_limit(check_every):
+def test_a_stop_between_two_reads_is_not_lost_at_the_limit_nor_late_in_a_stream(check_every):
     model = tiny_model()
     model.head_stop = Verdicts("....x..")
     rows = [request(max_patches=7), request(max_patches=3)]
     one, other = generate(model, rows, MODES["tts"], SAMPLING, check_every=check_every)
     assert one.stopped and len(one.speech) == 4 * 5
     assert not other.stopped and len(other.speech) == 4 * 3
+    model.head_stop = Verdicts("....x..")
+    assert len(list(Rows(model, MODES["tts"], SAMPLING, check_every=check_every).stream(rows[0]))) == 5
 
 
 def test_the_official_program_waits_for_three_hits_in_a_row():
