@@ -89,6 +89,17 @@ def matrix_rate(
     return best
 
 
+def copy_rate(device: torch.device) -> float:
+    """Best measured rate of copies within a device's memory, in bytes/s; a byte is read and written."""
+    x = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    y, best = torch.empty_like(x), 0.0
+    for _ in range(6):
+        start = now(device)
+        y.copy_(x)
+        best = max(best, 2 * x.numel() / (now(device) - start))
+    return best
+
+
 def read_config(name: str) -> dict[str, Any]:
     """configs/NAME.yaml."""
     return OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))

@@ -160,17 +160,22 @@ def build_hicodit(size: str) -> HiCoDiT:
     return model.eval()
 
 
+def random_conditions(model: HiCoDiT, batch: int, seconds: float, device: torch.device) -> Conditions:
+    """Return random conditions of clips of equal length."""
+    frames = round(FPS * seconds)
+    return Conditions(
+        torch.randn(batch, frames, model.config.lip_dim, device=device), torch.rand(batch, 256, device=device),
+        torch.randint(0, 7, (batch, windows_of(frames)), device=device), torch.full((batch,), frames),
+    )  # fmt: skip
+
+
 @torch.inference_mode()
 def hicodit(job: dict[str, Any]) -> dict[str, Any]:
     """Measure one setting of HiCoDiT."""
     device, batch, seconds = torch.device(job["device"]), job["batch"], job["seconds"]
     sampler, guidance = with_preset(job["sampler"], SamplerConfig(), GUIDANCE)
     plain, clock, precision = build_hicodit(job["size"]).to(device), job["clock"], job["precision"]
-    c, frames = plain.config, round(FPS * min(seconds, sampler.window))
-    conditions = Conditions(
-        torch.randn(batch, frames, c.lip_dim, device=device), torch.rand(batch, 256, device=device),
-        torch.randint(0, 7, (batch, windows_of(frames)), device=device), torch.full((batch,), frames, device=device),
-    )  # fmt: skip
+    conditions = random_conditions(plain, batch, min(seconds, sampler.window), device)
 
     def first_window(
         model: HiCoDiT, steps: int = job["timed_steps"], posterior: Callable = guided_posterior
@@ -213,6 +218,12 @@ def hicodit(job: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def build_talker(size: str) -> TalkerT2AV:
+    """Return the network of configs/model/talker_t2av_SIZE.yaml with random weights."""
+    torch.manual_seed(0)
+    return TalkerT2AV(TalkerConfig(**read_config(f"model/talker_t2av_{size}"))).eval()
+
+
 def random_request(model: TalkerT2AV, patches: int, seed: int) -> Request:
     """Return a t2av request of 40 prompt tokens that ends after exactly so many patches."""
     c, g = model.config, torch.Generator().manual_seed(seed)
@@ -233,8 +244,7 @@ def talker(job: dict[str, Any]) -> dict[str, Any]:
     """Measure one setting of Talker-T2AV. The reference loop has one row alone."""
     device, batch, patches, clock = torch.device(job["device"]), job["batch"], job["patches"], job["clock"]
     sampling, precision = with_sampling(job["sampling"], Sampling()), job["precision"]
-    torch.manual_seed(0)
-    plain = TalkerT2AV(TalkerConfig(**read_config(f"model/talker_t2av_{job['size']}"))).eval().to(device)
+    plain = build_talker(job["size"]).to(device)
     model = copy.deepcopy(plain)
     if precision == "bf16":
         model.to_precision(torch.bfloat16)

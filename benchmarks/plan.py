@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -29,11 +30,13 @@ PARTS = ("weights", "gradients", "optimiser", "average", "activations")
 class Card:
     """A GPU and its network, as data sheets state them.
 
-    peak: dense bf16, TFLOP/s. memory: bytes. bandwidth: of the memory, bytes/s. link: bytes/s that a GPU sends to the
-    others of its machine; network: to other machines, through an adapter of its own. machine: GPUs in one.
+    peak: dense bf16, TFLOP/s. single: float32 without tensor cores, TFLOP/s. memory: bytes. bandwidth: of the memory,
+    bytes/s. link: bytes/s that a GPU sends to the others of its machine; network: to other machines, through an adapter
+    of its own. machine: GPUs in one.
     """
 
     peak: float
+    single: float
     memory: float
     bandwidth: float
     link: float
@@ -42,14 +45,22 @@ class Card:
 
 
 CARDS = {
-    "b200": Card(PEAKS["B200"], 180e9, 8.0e12, 900e9, 50e9),
-    "h200": Card(PEAKS["H200"], 141e9, 4.8e12, 450e9, 50e9),
-    "h100": Card(PEAKS["H100"], 80e9, 3.35e12, 450e9, 50e9),
-    "a100": Card(PEAKS["A100"], 80e9, 2.04e12, 300e9, 25e9),
-    "l40s": Card(PEAKS["L40S"], 48e9, 0.864e12, 32e9, 12.5e9),
+    "b200": Card(PEAKS["B200"], 75.0, 180e9, 8.0e12, 900e9, 50e9),
+    "h200": Card(PEAKS["H200"], 67.0, 141e9, 4.8e12, 450e9, 50e9),
+    "h100": Card(PEAKS["H100"], 67.0, 80e9, 3.35e12, 450e9, 50e9),
+    "a100": Card(PEAKS["A100"], 19.5, 80e9, 2.04e12, 300e9, 25e9),
+    "l40s": Card(PEAKS["L40S"], 91.6, 48e9, 0.864e12, 32e9, 12.5e9),
     # NVIDIA's Ada architecture paper, table of the GeForce RTX 4090; its link is PCIe 4.0 x16
-    "rtx4090": Card(PEAKS["RTX 4090"], 24e9, 1.008e12, 32e9, 12.5e9),
+    "rtx4090": Card(PEAKS["RTX 4090"], 82.6, 24e9, 1.008e12, 32e9, 12.5e9),
 }
+
+
+def find_card(name: str) -> Card | None:
+    """Return the card of a device's name; None: unknown, or a variant with other rates (PCIe, NVL, 40 GB, MIG)."""
+    if re.search("pcie|nvl|40gb|mig", name, re.IGNORECASE):
+        return None
+    words = name.lower().replace("rtx ", "rtx")
+    return next((card for key, card in CARDS.items() if re.search(rf"\b{key}\b", words)), None)
 
 
 @dataclass(frozen=True)

@@ -75,11 +75,15 @@ def build_task(
     model = read_config(f"model/{name}") | changes
     if name.startswith("talker"):
         return TalkerTask(model, {}, freeze_embeddings=freeze_embeddings)
-    codec = RVQCodec(RVQCodecConfig(encoder_width=4, levels=model["levels"], codebook_size=model["codes"]))
     with TemporaryDirectory() as folder:  # the task reads a tokenizer's sizes
-        codec.save(f"{folder}/codec", "")
+        random_codec(model).save(f"{folder}/codec", "")
         encoders = encoders or tiny_encoders(model) | {"phonemes": 48}
         return HiCoDiTTask(model, encoders, f"{folder}/codec", "", None)
+
+
+def random_codec(model: dict[str, Any]) -> RVQCodec:
+    """Return a small tokenizer with the levels and codes of a HiCoDiT config."""
+    return RVQCodec(RVQCodecConfig(encoder_width=4, levels=model["levels"], codebook_size=model["codes"]))
 
 
 def hicodit_batch(task: Task, rows: int, seconds: float) -> dict[str, Tensor]:
@@ -155,7 +159,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     name, make_batch, modules = MODELS[job["model"]]
     settings = {name: job[name] for name in ("precision", "device", "compile", "checkpointing", "ema_decay")}
     config = TrainerConfig(**settings)
-    task = build_task(f"{name}_{job['size']}").to(device).train()
+    task = build_task(f"{name}_{job['size']}", **job.get("changes", {})).to(device).train()
     parallel = ParallelTask(task, config, device)
     (part, module), *_ = task.parts().items()
     parameters = [p for p in module.parameters() if p.requires_grad]

@@ -1,0 +1,62 @@
+"""Check a card: whether everything is right on it, and how near it is to its limit.
+
+    python scripts/check_gpu.py                    # one card, under ten minutes
+    python scripts/check_gpu.py --cards 2          # also DDP, FSDP2 and a killed process
+    python scripts/check_gpu.py --only rates graphs
+
+Prints a line for each finding. PASS: the value is in its range. WARN: within a factor of two of it, or something is not
+installed or known. FAIL: neither, or the check raised an error. Writes OUT/DATE-check-gpu-CARD.json. Exit code 1 if a
+line is FAIL, 2 without a card. What is checked is in benchmarks/card_checks.py; weights are random or bundled.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    import environment  # noqa: F401 -- before anything that may be missing
+
+import argparse
+import re
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from benchmarks.card import Machine, run_checks
+from benchmarks.card_checks import CHECKS
+from engine.errors import UserError, run_cli
+from engine.files import writable
+from engine.record import RESULTS, write_record
+
+
+def main(machine: Machine | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cards", type=int, choices=(1, 2), default=1, help="cards that take part (default: 1)")
+    parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), help="checks to run (default: all)")
+    parser.add_argument("--size", choices=("tiny", "base"), default="base", help="of the models (default: base)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
+    args = parser.parse_args()
+    there = torch.cuda.device_count()
+    if machine is None and there < args.cards:
+        raise UserError(f"{args.cards} CUDA cards are needed, {there} here: run this on a machine with a GPU")
+    machine = machine or Machine(torch.device("cuda", 0), args.cards)
+    begin, lines = time.monotonic(), []
+    with writable(args.out, "--out"):
+        print(machine.name, flush=True)
+        for line in run_checks(machine, args.size, {name: CHECKS[name] for name in CHECKS if name in args.only}):
+            lines.append(line)
+            print(line, flush=True)
+        slug = re.sub(r"[^a-z0-9]+", "-", machine.name.lower()).strip("-")
+        seconds = round(time.monotonic() - begin)
+        print(write_record(
+            args.out, f"check-gpu-{slug}", __doc__.splitlines()[0], [asdict(line) for line in lines],
+            machine.device.type, card=machine.name, seconds=seconds,
+        ))  # fmt: skip
+    counts = Counter(line.verdict for line in lines)
+    print(", ".join(f"{counts[verdict]} {verdict}" for verdict in ("PASS", "WARN", "FAIL")) + f", {seconds} s")
+    return int(counts["FAIL"] > 0)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,152 @@
+"""scripts/check_gpu.py on a processor that gives readings of a card: all lines pass, and each planted fault is seen."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import card_checks
+from benchmarks.card import Machine, Rates, judge
+from engine.cuda_graph import map_tensors
+from engine.errors import UserError
+from scripts import check_gpu
+from tests.gpu.dying_graphs import DyingOutputs
+
+READINGS = {
+    "hicodit seconds": 0.01, "hicodit first sound seconds": 0.01, "hicodit MiB": 200,
+    "talker seconds": 0.01, "talker first sound seconds": 0.004, "talker MiB": 200,
+    "hicodit_paper step seconds": 0.011, "hicodit_paper GiB": 0.13, "hicodit_paper loader": 400,
+    "talker_paper step seconds": 0.011, "talker_paper GiB": 0.13, "talker_paper loader": 400,
+    "service 1 clients": 9, "service 4 clients": 20, "service 16 clients": 40,
+}  # fmt: skip
+TESTED = "def test_one():\n    pass\n"
+SKIPPED = TESTED + "\nimport pytest\n@pytest.mark.skip\ndef test_two():\n    pass\n"
+
+
+class Processor(Machine):
+    """A processor whose readings are those of an H100: the checks run, `readings` are put in for what they measured."""
+
+    name = "NVIDIA H100 80GB HBM3"
+    rates = Rates(650e12, 50e12, 2.8e12)
+
+    def __init__(self, tests, content=TESTED, backend=None, **readings):
+        super().__init__(torch.device("cpu"))
+        self.tests, self.readings, self.backend = tests, readings, backend or DyingOutputs(strict=True)
+        tests.mkdir()
+        (tests / "test_card.py").write_text(content)
+
+    def versions(self):
+        return 13.0, 12.8
+
+    def time(self, name, call, repeats=1):
+        return super().time(name, call, 1)
+
+    def reading(self, name, measured):
+        assert measured > 0
+        return (READINGS | self.readings)[name]
+
+    def in_process(self, measure, *arguments):
+        return measure(*arguments)
+
+
+class WrongGraphs(DyingOutputs):
+    """Graphs whose tokens (B, K, L) differ by one and whose latents by a hundredth."""
+
+    def capture(self, run):
+        replay = super().capture(run)
+
+        def change(x):
+            if x.is_floating_point():
+                return x + 0.01
+            return (x - 1).clamp(min=0) if x.ndim == 3 and x.dtype == torch.int64 else x
+
+        return lambda: map_tensors(change, replay())
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch, capsys):
+    """Run the command; return its exit code, its lines by name, and the record."""
+
+    def run(machine, *only):
+        words = ["--size", "tiny", "--out", str(tmp_path / "out"), *(("--only", *only) if only else ())]
+        monkeypatch.setattr("sys.argv", ["scripts/check_gpu.py", *words])
+        code, printed = check_gpu.main(machine), capsys.readouterr().out
+        (path,) = (tmp_path / "out").glob("20*.json")
+        record = json.loads(path.read_text())
+        lines = {line["name"]: line for line in record["results"]}
+        assert len(lines) == len(record["results"])
+        assert all(f"{line['verdict']}  {name}" in printed for name, line in lines.items())
+        print(printed)  # pytest shows it with a failure
+        return code, lines, record
+
+    return run
+
+
+def not_passed(lines):
+    """Verdicts of lines other than PASS; flash-attn is installed nowhere here."""
+    return {name: line["verdict"] for name, line in lines.items() if line["verdict"] != "PASS" and name != "flash-attn"}
+
+
+def test_a_card_that_is_right_passes_all_checks(check, tmp_path):
+    code, lines, record = check(Processor(tmp_path / "tests"))
+    assert not_passed(lines) == {} and code == 0
+    assert len(lines) == 24
+    assert record["card"] == Processor.name and record["results"][0]["name"] == "driver"
+    assert all(line["note"] for line in record["results"])
+    (path,) = (tmp_path / "out").iterdir()
+    assert path.name == f"{record['date']}-check-gpu-nvidia-h100-80gb-hbm3.json"
+
+
+def test_each_fault_is_seen_in_its_line(check, tmp_path, monkeypatch):
+    def wrong_matrices(network, dtype, without=()):
+        for p in network.parameters():
+            p.data *= 1.1
+        return card_checks_convert(network, dtype, without)
+
+    def broken(size):
+        raise RuntimeError("CUDA error:\nan illegal memory access")
+
+    card_checks_convert = card_checks.convert_matrices
+    machine = Processor(
+        tmp_path / "tests", SKIPPED, WrongGraphs(strict=True),
+        **{"talker seconds": 0.5, "talker MiB": 2000, "hicodit_paper loader": 150, "talker_paper step seconds": 1.0},
+    )  # fmt: skip
+    machine.rates = Rates(400e12, 50e12, 1.0e12)
+    monkeypatch.setattr(card_checks, "convert_matrices", wrong_matrices)
+    monkeypatch.setattr(card_checks, "build_hicodit", broken)
+    code, lines, _ = check(machine, *(name for name in card_checks.CHECKS if name != "service"))
+    assert code == 1
+    assert not_passed(lines) == {
+        "matrix rate bf16": "WARN", "copy rate": "FAIL", "tests/gpu": "FAIL", "graphs hicodit": "FAIL",
+        "graphs talker": "FAIL", "posteriors bf16": "FAIL", "hicodit": "FAIL", "talker real-time factor": "FAIL",
+        "talker memory": "WARN", "hicodit_paper loader": "WARN", "talker_paper step": "FAIL",
+    }  # fmt: skip
+    assert lines["hicodit"]["note"] == "RuntimeError: CUDA error: an illegal memory access"
+    assert lines["tests/gpu"]["note"] == "of 2: test_two"
+
+
+def test_warnings_alone_are_no_failure(check, tmp_path):
+    machine = Processor(tmp_path / "tests")
+    machine.name = "NVIDIA H100 PCIe"
+    code, lines, _ = check(machine, "driver", "rates")
+    assert code == 0
+    assert not_passed(lines) == dict.fromkeys(("matrix rate bf16", "matrix rate fp32", "copy rate"), "WARN")
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "verdict"),
+    [
+        (1, 1, 3, "PASS"), (0.6, 1, 3, "WARN"), (0.4, 1, 3, "FAIL"), (5, 1, 3, "WARN"), (7, 1, 3, "FAIL"),
+        (7, 1, None, "PASS"), (0, 1, None, "FAIL"), (0, 0, 0, "PASS"), (1, 0, 0, "FAIL"), (float("nan"), 0, 1, "FAIL"),
+    ],
+)  # fmt: skip
+def test_ranges(value, low, high, verdict):
+    assert judge(value, low, high) == verdict
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a card")
+def test_without_a_card_nothing_is_done(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["scripts/check_gpu.py", "--out", str(tmp_path / "out")])
+    with pytest.raises(UserError, match="1 CUDA cards are needed, 0 here"):
+        check_gpu.main()
+    assert not (tmp_path / "out").exists()
