@@ -126,7 +126,7 @@ class PortraitCodec(Codec):
         raise NotImplementedError
 
     def encode(self, signal: Tensor) -> Tensor:
-        """Encode pictures (T, 3, S, S) in [-1, 1] -> motion (T, Z)."""
+        """Encode pictures (T, 3, S, S) in [-1, 1], which may lie on the host -> motion (T, Z)."""
         raise NotImplementedError
 
     def decode(self, code: Tensor, identity: Any) -> Tensor:

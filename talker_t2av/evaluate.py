@@ -15,6 +15,7 @@ from engine.evaluation.generate import generate_missing, write_facts, write_take
 from engine.evaluation.resynthesis import fit_length, rebuild
 from engine.media.video import read_video
 from engine.metrics.metric import wave_of
+from engine.nn.transfer import send
 from engine.settings import override, require_choice
 from talker_t2av.model import FPS, RATE
 from talker_t2av.pipeline import BUNDLED, Job, TalkerPipeline
@@ -89,7 +90,7 @@ def resynthesise(pipeline: TalkerPipeline, clip: Clip) -> tuple[np.ndarray, int,
     speech, wave = pipeline.system.speech, wave_of(clip.truth.audio, RATE)
     if clip.truth.source is None or clip.prompt.video is None:
         raise UserError("no picture of the clip, or no other one of its speaker")
-    latents = speech.encode(torch.from_numpy(wave.copy())[None, None].to(pipeline.system.device))
+    latents = speech.encode(send(torch.from_numpy(wave.copy())[None, None], pipeline.system.device))
     decoded = fit_length(speech.decode(latents)[0, 0].float().cpu().numpy(), len(wave))
     frames, face = read_video(clip.truth.source, FPS), next(iter(read_video(clip.prompt.video, FPS)))
     return decoded, RATE, rebuild(pipeline.system.motion, frames, face)

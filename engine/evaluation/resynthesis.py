@@ -23,6 +23,7 @@ from engine.media.audio import write_wav
 from engine.media.pictures import identity_to_tensor, to_bytes, video_to_tensor
 from engine.media.video import read_video
 from engine.metrics.metric import wave_of
+from engine.nn.transfer import send
 from engine.settings import require_range
 from engine.shards.recordings import SpeechClip, load_clips
 
@@ -134,7 +135,7 @@ def write_resynthesis(
                     raise UserError("no picture to rebuild: ID.mp4 in references=, or video in the manifest")
                 frames = rebuild(codec, read_video(clip.truth.source, PORTRAIT_FPS))
             else:
-                code = codec.encode(torch.from_numpy(wave.copy())[None, None].to(device))
+                code = codec.encode(send(torch.from_numpy(wave.copy())[None, None], device))
                 code = code if levels is None else code[:, :levels]
                 wave = fit_length(codec.decode(code)[0, 0].float().cpu().numpy(), len(wave))
             write_take(folder, clip.id, wave, rate, frames, PORTRAIT_FPS)
@@ -145,9 +146,9 @@ def write_resynthesis(
 def rebuild(codec: PortraitCodec, frames: np.ndarray, face: np.ndarray | None = None) -> np.ndarray:
     """Draw the motion of frames (T, H, W, 3) on their first one, or on `face` (H, W, 3): (T, S, S, 3) bytes."""
     device = next(codec.parameters()).device
-    motion = codec.encode(video_to_tensor(frames, codec.size).to(device))
+    motion = codec.encode(video_to_tensor(frames, codec.size))  # which sends them part by part
     picture = identity_to_tensor(frames[0] if face is None else face, codec.size)
-    return to_bytes(codec.decode(motion, codec.identity(picture.to(device))))
+    return to_bytes(codec.decode(motion, codec.identity(send(picture, device))))
 
 
 def fit_length(wave: np.ndarray, samples: int) -> np.ndarray:

@@ -7,13 +7,17 @@ import copy
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
 from torch import nn
 
 from engine.cuda_graph import GraphedStep
+from engine.evaluation.clips import Clip
+from engine.metrics.metric import Take
 from service.workers import TalkerWorker, Ticket
+from talker_t2av.evaluate import write_outputs
 from talker_t2av.pipeline import Job, TalkerPipeline
 from tests.gpu.fakes import audited, faked
 from tests.talker_t2av.talker_fixtures import face_file, save_talker, voice_file
@@ -27,6 +31,7 @@ WAVE = "talker_t2av/pipeline.py:complete"  # sound, latents and motion, each onc
 HOP = "talker_t2av/pipeline.py:_waves"  # sound of a hop
 PICTURES = "engine/media/pictures.py:to_bytes"  # of 64 frames, or of a hop
 DRAFTS = "talker_t2av/particles.py:leave"  # which drafts went on, and which one is the best
+DECODED = "talker_t2av/evaluate.py:resynthesise"  # sound of a clip
 END = 6  # patches after which the stop head ends all rows
 
 
@@ -119,3 +124,18 @@ def test_the_service_reads_once_a_patch(pipeline):
             worker._step(batch)
     assert one.done() and three.done() and not worker.rows and len(heard) == END + 2 + END
     assert audit.reads == {STOP: END + 4} and not audit.waits
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("resynthesis", {DECODED: 2, PICTURES: 2}), ("v2a", {VOICE: 2, MOTION: 2, WAVE: 4})],
+)
+def test_an_evaluation_reads_what_its_clips_do(pipeline, tmp_path, mode, expected):
+    voice, face = pipeline.jobs["tts"].reference_audio, pipeline.jobs["v2a"].video
+    true = Take(audio=Path(voice), video=Path(face), source=Path(face), text="hello")
+    clips = [Clip(name, None, true, {}, true) for name in "ab"]
+    with on_fake_card(pipeline) as (audit, moved), mock.patch.object(TalkerPipeline, "from_pretrained") as load:
+        load.return_value = moved
+        write_outputs(clips, tmp_path, "cuda", mode=mode)
+    assert len([*tmp_path.glob("*.wav")]) == 2
+    assert audit.reads == Counter(expected) and not audit.waits
