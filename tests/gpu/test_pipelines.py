@@ -4,12 +4,17 @@ A read or a waiting copy that is not in the list fails, and so does one that is 
 """
 
 from collections import Counter
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from drawn_faces import talking_head
 
 from engine.cuda_graph import GraphedSteps
+from engine.evaluation.clips import Clip
+from engine.metrics.metric import Take
+from hicodit.evaluate import write_outputs
 from hicodit.pipeline import HiCoDiTPipeline
 from tests.gpu.fakes import CUDA, audited, faked
 from tests.hicodit.conftest import release  # noqa: F401  (a fixture)
@@ -18,6 +23,7 @@ TOKENS = "hicodit/generation.py:generate"  # the tokens of a window
 SCHEDULE = "hicodit/samplers.py:revealed_frames"  # how many frames each step reveals: shapes of the steps
 WAVE = "hicodit/pipeline.py:decode_tokens"  # sound, once for each batch of equal lengths
 EXPRESSION = "hicodit/pipeline.py:run"  # expressions for the figure
+TOLD = "hicodit/evaluate.py:classes"  # expressions of a clip that an evaluation exchanges
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +32,7 @@ def pipeline(release):  # noqa: F811
 
 
 def on_fake_card(pipeline):
-    """Inside `audited`."""
+    """Return a pipeline on the device; inside `audited`."""
     moved = HiCoDiTPipeline(faked(pipeline.system), faked(pipeline.codec), pipeline.sampler, pipeline.guidance)
     moved.device, moved.graphs = CUDA, GraphedSteps()
     return moved
@@ -57,3 +63,14 @@ def test_hicodit_streams_read_tokens_and_sound_of_each_hop(pipeline):
     hops = len(chunks)  # and once the voice, which stays
     assert audit.reads == Counter({"hicodit/streaming.py:_sample": hops + 1, "hicodit/streaming.py:push": hops})
     assert not audit.waits
+
+
+def test_an_evaluation_reads_what_its_clips_do(pipeline, tmp_path):
+    crops, truth = pipeline.crops(talking_head(40)), Take(audio=Path("a.wav"), source=Path("a.mp4"))
+    with audited() as audit, mock.patch.object(HiCoDiTPipeline, "from_pretrained") as load:
+        load.return_value = moved = on_fake_card(pipeline)
+        moved.crops = lambda source: crops
+        with mock.patch("hicodit.evaluate.probe", return_value=mock.Mock(seconds=1.6)):
+            write_outputs([Clip(name, None, truth, {}) for name in "ab"], tmp_path, "cuda", expressions="exchanged")
+    assert len([*tmp_path.glob("*.wav")]) == 2
+    assert audit.reads == Counter({TOLD: 2, TOKENS: 1, SCHEDULE: 1, WAVE: 1, EXPRESSION: 1}) and not audit.waits
