@@ -150,3 +150,11 @@ def test_without_a_card_nothing_is_done(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="1 CUDA cards are needed, 0 here"):
         check_gpu.main()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("cards", "names"), [(1, {"tests/gpu"}), (2, {"tests/gpu", "two cards"})])
+def test_tests_of_two_cards_run_with_two(cards, names, check, tmp_path):
+    machine = Processor(tmp_path / "tests", TESTED + "def test_two_cards_as_one():\n    pass\n")
+    machine.cards = cards
+    code, lines, _ = check(machine, "tests", "two_cards")
+    assert code == 0 and set(lines) == names and all(line["note"] == "of 1" for line in lines.values())
