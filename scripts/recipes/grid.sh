@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# HiCoDiT on GRID with one card, all weights made here: GRID=/data/grid bash scripts/recipes/grid.sh [STEP ...]
+# Steps, in this order: prepare tokenizer tokens train evaluate; without any, all of them. Each goes on where it stopped.
+set -euo pipefail
+here="$(cd "$(dirname "$0")/../.." && pwd)"
+export PYTHONPATH="$here:$here/codecs${PYTHONPATH:+:$PYTHONPATH}"
+
+GRID="${GRID:-/data/grid}"                # s1.zip to s34.zip and alignments.zip of GRID, unpacked
+PROTOCOL="${PROTOCOL:-seen}"              # splits: seen, unseen or lipnet (configs/source/grid.yaml)
+SPEAKERS="${SPEAKERS:-null}"              # as in [s1,s2,s4,s29]; null: all
+SHARDS="${SHARDS:-data/shards/grid}"      # prepared clips, about 32 GB
+TOKENIZER="${TOKENIZER:-runs/rvq_grid}"   # run of the tokenizer
+RUN="${RUN:-runs/hicodit_grid}"           # run of the model
+REPORT="${REPORT:-outputs/grid}"          # report of the evaluation
+WEIGHTS="${WEIGHTS:-checkpoints}"         # networks of the figures: python scripts/download_checkpoints.py metrics
+PYTHON="${PYTHON:-python}"
+# Further settings of each step: PREPARE, TOKENIZE, TRAIN, EVALUATE, such as PREPARE="workers=16" TRAIN="trainer.steps=1000"
+
+if ! compgen -G "$GRID/*" >/dev/null; then
+    echo "error: GRID=$GRID is no folder with files: set GRID to the folder that holds s1, s2, ..." >&2
+    exit 2
+fi
+
+shards() {
+    $PYTHON "$here/scripts/prepare_data.py" source=grid "source.root=$GRID" "source.protocol=$PROTOCOL" \
+        "source.speakers=$SPEAKERS" features=grid "output=$SHARDS" "reuse=$SHARDS" ${PREPARE:-} "$@"
+}
+
+prepare() { if ! [ -d "$TOKENIZER/release" ]; then shards stages.rvq.use=false; fi; }
+
+tokenizer() {
+    if [ -d "$TOKENIZER/release" ]; then echo "$TOKENIZER/release is there"; return; fi
+    $PYTHON "$here/train.py" experiment=rvq_grid "data.root=$SHARDS" "data.held_out=[val]" "run=$TOKENIZER" ${TOKENIZE:-}
+}
+
+tokens() { shards "stages.rvq.codec=$TOKENIZER/release"; }
+
+train() {
+    if [ -d "$RUN/release" ]; then echo "$RUN/release is there"; return; fi
+    $PYTHON "$here/train.py" experiment=hicodit_grid "data.root=$SHARDS" "task.codec=$TOKENIZER/release" "run=$RUN" ${TRAIN:-}
+}
+
+evaluate() {
+    mkdir -p "$REPORT"
+    $PYTHON - "$GRID" "$PROTOCOL" "$SPEAKERS" >"$REPORT/test.jsonl" <<'EOF'
+import json
+import sys
+from pathlib import Path
+
+from corpora.preparation.sources_studio import GRID
+
+root, protocol, speakers = sys.argv[1:]
+chosen = None if speakers == "null" else [name.strip() for name in speakers.strip("[]").split(",")]
+for clip in GRID(root, protocol=protocol, speakers=chosen).clips("test"):
+    path = str((Path(root) / clip.video).resolve())
+    print(json.dumps({"id": clip.key, "text": clip.text, "speaker": clip.speaker, "reference": path, "video": path}))
+EOF
+    $PYTHON "$here/scripts/evaluate.py" table=grid model=hicodit "generate.weights=$RUN/release" \
+        "generate.codec=$TOKENIZER/release" "manifest=$REPORT/test.jsonl" "weights=$WEIGHTS" "output=$REPORT" ${EVALUATE:-}
+}
+
+if [ $# = 0 ]; then set -- prepare tokenizer tokens train evaluate; fi
+for step in "$@"; do
+    case "$step" in
+        prepare | tokenizer | tokens | train | evaluate) echo "--- $step"; "$step" ;;
+        *) echo "error: $step is no step: give prepare, tokenizer, tokens, train or evaluate" >&2; exit 2 ;;
+    esac
+done
