@@ -167,7 +167,7 @@ def test_order_without_blocks_is_as_it_always_was():
 
 
 def test_settings_that_cannot_work_are_one_line():
-    with pytest.raises(UserError, match="ToySet does not know the lengths"):
+    with pytest.raises(UserError, match="ToySet has no lengths of its items"):
         MicroBatches(ToySet(), 8, 0, tokens=10)
     with pytest.raises(UserError, match="streams=6, but there are only 5 clips"):
         MicroBatches(Listed(Blocks([5], 1, 6), size=5), 8, 0)

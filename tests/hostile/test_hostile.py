@@ -98,14 +98,14 @@ def test_names_of_files_do_not_reach_the_terminal_as_they_are(capsys):
             raise UserError(f"no such file: {name}")
         return name
 
-    jobs = SimpleNamespace(device="cpu", prepare=may_fail, process=list, write=lambda n, *_: (f"{n} done", 1.0))
+    jobs = SimpleNamespace(device="cpu", prepare=may_fail, generate=list, write=lambda n, *_: (f"{n} done", 1.0))
     run_batches([(n, n) for n in names], 2, lambda: jobs, name_errors=True)
     said = capsys.readouterr()
     assert said.out.splitlines() == ["?[2Jgone done", "?gpj done", "?31m done", "plain é 你 done"]
     assert said.err == "failed: line break: no such file: line break\n"
 
 
-@pytest.mark.parametrize("stage", ["prepare", "process", "write"])
+@pytest.mark.parametrize("stage", ["prepare", "generate", "write"])
 def test_one_bad_job_ends_no_other(stage, capsys):
     def may_fail(at, names):
         if at == stage and "bad" in names:
@@ -115,7 +115,7 @@ def test_one_bad_job_ends_no_other(stage, capsys):
     jobs = SimpleNamespace(
         device="cpu",
         prepare=lambda job: may_fail("prepare", [job])[0],
-        process=lambda batch: may_fail("process", batch),
+        generate=lambda batch: may_fail("generate", batch),
         write=lambda name, prepared, result: (f"{result} done", len(may_fail("write", [name]))),
     )
     summary = run_batches([(name, name) for name in ("first", "bad", "last")], 3, lambda: jobs, name_errors=True)

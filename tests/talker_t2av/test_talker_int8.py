@@ -28,7 +28,7 @@ def test_the_pipeline_in_int8_is_near_and_repeats_itself(tmp_path):
         talks.append(pipeline(job))
     model = pipelines[1].system.model
     mlp, head = model.llm.model.layers[0].mlp, model.speech_cfm.estimator
-    assert {type(mlp.up_proj), type(head.decoder.blocks[0].attn.qkv)} == {Int8Linear}
+    assert {type(mlp.both), type(mlp.down), type(head.decoder.blocks[0].attn.qkv)} == {Int8Linear}
     assert {type(head.in_proj), type(head.out_proj), type(head.decoder.input_proj)} == {PackedLinear}
     assert model.dtype == torch.float32
     exact, first, again = (talk.wave for talk in talks)
