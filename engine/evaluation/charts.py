@@ -73,5 +73,7 @@ def chart_curves(rows: Sequence[Mapping[str, Any]], figures: Sequence[str], x: s
                 for row in own if not points else ():
                     if figure in row:
                         axis.axhline(row[figure][0], linestyle=":", color="k", linewidth=0.8, label=kind)
-            axis.set(title=figure.replace("_", " "), xscale="log", xlabel=x.replace("_", " "))
+            if any(figure in row and row.get(x, [0])[0] > 0 for row in rows):  # else a logarithm has no range
+                axis.set_xscale("log")
+            axis.set(title=figure.replace("_", " "), xlabel=x.replace("_", " "))
         axes[0].legend(fontsize=7)
