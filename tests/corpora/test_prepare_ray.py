@@ -77,6 +77,7 @@ def test_one_bad_clip_of_a_batch_is_rejected_alone(tmp_path):
 def test_wrong_settings_of_the_executor_are_one_line(tmp_path):
     with pytest.raises(UserError, match="executor=cloud is unknown; choose processes, ray"):
         prepare(settings(tmp_path, tmp_path / "a", executor="cloud"))
+    pytest.importorskip("ray")  # which is asked for first
     with pytest.raises(UserError, match="executor=ray: one process is enough"):
         prepare(settings(tmp_path, tmp_path / "a", executor="ray", workers=1, ray=RAY, world_size=2))
     root = corpus(tmp_path / "corpus", ["a"])
