@@ -123,7 +123,13 @@ def test_an_interrupt_ends_all_processes_and_leaves_no_parts(tmp_path):
     command = [sys.executable, "scripts/make_synthetic_corpus.py", "--out", str(root), "--clips", "1000"]
     environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     making = subprocess.Popen(
-        command, cwd=REPO, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=REPO,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
     )
     try:
         end = time.monotonic() + 60

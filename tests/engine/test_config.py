@@ -127,7 +127,7 @@ def test_every_text_setting_of_inference_can_be_set(name, schema):
         key: field.metadata["choices"][-1] if field.metadata["choices"] else "x"
         for key, field, hint in listed(schema)
         if kind_of(hint)[0] is str
-    } | {"devices": "1"}  # a number, or all
+    } | {"devices": "1", "executor": "processes"}  # a number, or all; Ray may not be installed
     config = load(name, [f"{key}={word}" for key, word in words.items()], "")
     assert {key: OmegaConf.select(config, key) for key in words} == words
 
