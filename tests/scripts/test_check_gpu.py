@@ -153,7 +153,7 @@ def test_without_a_card_nothing_is_done(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("cards", "names"), [(1, {"tests/gpu"}), (2, {"tests/gpu", "two cards"})])
-def test_tests_of_two_cards_run_with_two(cards, names, check, tmp_path):
+def test_tests_of_a_pair_run_with_a_pair(cards, names, check, tmp_path):
     machine = Processor(tmp_path / "tests", TESTED + "def test_two_cards_as_one():\n    pass\n")
     machine.cards = cards
     code, lines, _ = check(machine, "tests", "two_cards")

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -185,6 +186,8 @@ def refused(folder, other_run, monkeypatch, capfd):
         start = time.process_time()
         run_cli(main, codes.append)
         seconds, said = time.process_time() - start, capfd.readouterr().err
+        if message not in said and "resemblyzer" in said.lower() and find_spec("resemblyzer") is None:
+            pytest.skip(said.strip())  # a missing package is named first
         assert codes == [2] and message in said, said
         assert said.startswith("error: ") and said.count("\n") == 1, said
         assert seconds < 10 and files(folder) == before
