@@ -30,7 +30,7 @@ from hicodit.conditions.types import FPS
 from hicodit.streaming import SpeechChunk, SpeechStream, StreamSettings
 from service.admission import Service, counting
 from service.limits import MAX_PICTURE
-from service.openai import openai_error, openai_routes
+from service.openai import check_text, openai_error, openai_routes
 from service.sound import samples
 from service.speaking import ClientLeft, parts_of, request_folder, speak
 from service.workers import Ticket
@@ -204,11 +204,7 @@ def _prepare(service: Service, body: bytes, folder: Path) -> PreparedJob:
     fields = {"mode": "tts"} | fields
     if fields["mode"] not in ("tts", "t2av"):
         raise UserError(f"mode={str(fields['mode'])[:40]} is unknown; choose tts, t2av")
-    text = str(fields.get("text", ""))
-    if not text.strip():
-        raise UserError("text= is empty: give words to say")
-    if len(text) > service.limits.characters:
-        raise UserError(f"text of {len(text)} characters: {service.limits.characters} at most")
+    check_text(service, str(fields.get("text", "")))
     for name, setting, suffix in (("voice", "reference_audio", ".wav"), ("face", "reference_video", ".mp4")):
         if name in fields:
             data = _decoded(name, fields.pop(name))

@@ -330,7 +330,7 @@ class Videos:
 
 def check_text(service: Service, text: str) -> None:
     if not text.strip():
-        raise UserError("the text is empty: give words to say")
+        raise UserError("text= is empty: give words to say")
     if len(text) > service.limits.characters:
         raise UserError(f"text of {len(text)} characters: {service.limits.characters} at most")
 
