@@ -59,9 +59,10 @@ def output_file(path: str | Path, suffixes: Collection[str]) -> Path:
 
 def refuse_links(folder: Path) -> None:
     """Raise UserError if `folder` holds a link, by which another person could make us write elsewhere."""
-    for path in folder.rglob("*"):
-        if path.is_symlink():
-            raise UserError(f"{path} is a link: put the file or folder itself there")
+    for parent, folders, files in os.walk(folder):  # a folder that another rank has just removed is passed over
+        for path in (Path(parent, name) for name in folders + files):
+            if path.is_symlink():
+                raise UserError(f"{path} is a link: put the file or folder itself there")
 
 
 @contextmanager
