@@ -8,21 +8,72 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from engine.cluster import Cluster, ClusterConfig
+from engine.cluster import Cluster, ClusterConfig, check_place
 from engine.errors import UserError, printable
-from engine.processes import Lost, Processes, ThisProcess, Work
+from engine.hub import check_release
+from engine.media.limits import Limits, set_limits
+from engine.optional import require
+from engine.processes import Lost, Processes, Work
 from engine.progress import current, set_prefix, stage
+from engine.settings import DEVICES, EXECUTORS, PRECISIONS, check_settings, group, setting
 
 Job = TypeVar("Job")
 Prepared = TypeVar("Prepared")
 Result = TypeVar("Result")
+WORD_FILES = (".json", ".srt", ".vtt")  # endings of the files of timestamps=true
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings that `infer.py` has for every model: where jobs are done, and how."""
+
+    output: str = setting("outputs", about="folder of the results")
+    device: str = setting("auto", choices=DEVICES, about="auto, cpu, cuda or mps")
+    devices: str = setting(
+        "1", about="number of devices, each with a process that takes some of the batches; all: those of this machine"
+    )
+    executor: str = setting(
+        "processes",
+        choices=EXECUTORS,
+        about="where the batches run: processes (of this machine), or ray (a cluster, extra `cluster`)",
+    )
+    ray: ClusterConfig = group(ClusterConfig, about="with executor=ray")
+    precision: str = setting(
+        "auto",
+        choices=PRECISIONS,
+        about="fp32, bf16, or auto: bf16 on processors that multiply it themselves (CUDA, AVX-512 BF16, AMX); "
+        "int8: transformer blocks in 8 bits (x86 with VNNI; on CUDA weights alone)",
+    )
+    compile: bool = setting(
+        False, about="compile the steps of the sampler: faster, after minutes of compiling in each run"
+    )
+    batch_size: int = setting(8, 1, 1024, "number of clips or jobs processed at once")
+    figure: bool = setting(
+        True, about="write the figure NAME.png of a face; false leaves the one of an earlier run in place"
+    )
+    timestamps: bool = setting(
+        False, about="write when each word is said: NAME.json, with a video NAME.srt and NAME.vtt; needs setup.sh eval"
+    )
+    limits: Limits = group(Limits, about="larger inputs are rejected before they are decoded")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        check_place(self.executor, self.devices)
+
+    def begin(self, releases: Mapping[str, str | None]) -> None:
+        """Apply the limits; check that the release folders, by setting, and the packages that are needed are there."""
+        set_limits(self.limits)
+        for key, folder in releases.items():
+            check_release(key, folder)
+        if self.timestamps:
+            require("pocketsphinx", "pocketsphinx")
 
 
 class Jobs(Protocol[Job, Prepared, Result]):
@@ -102,55 +153,50 @@ class Batch:
     total: int
 
 
+def run_batch(worker: Jobs, batch: Batch, name_errors: bool) -> Summary:
+    """Prepare, generate and write the jobs of a batch. The error of a job that is the only one is raised."""
+    summary, alone, ready = Summary(len(batch.jobs)), batch.total == 1, []
+
+    @contextmanager
+    def failing(name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if alone:
+                raise
+            line = str(error) if isinstance(error, UserError) else f"unforeseen {type(error).__name__}: {error}"
+            summary.fail(name if name_errors else "", line)
+
+    for number, (name, job) in enumerate(batch.jobs, batch.first + 1):
+        set_prefix("" if alone else f"{number}/{batch.total} ")
+        with failing(name):
+            ready.append((name, worker.prepare(job)))
+    try:
+        results = [[each] for each in worker.generate([prepared for _, prepared in ready])] if ready else []
+    except Exception:
+        if alone:
+            raise
+        results = [[] for _ in ready]  # one by one, to find the job that ends its batch
+    for (name, prepared), result in zip(ready, results, strict=True):
+        with failing(name):
+            result = result or worker.generate([prepared])
+            with stage("writing"):
+                line, seconds = worker.write(name, prepared, *result)
+            summary.speech_seconds += seconds
+            summary.lines.append((1, line))
+    return summary
+
+
 class BatchWork(Work[Batch, Batch, Summary]):
-    """Prepares, generates and writes the jobs of a batch. The error of a job that is the only one is raised.
+    """Batches in another process, whose number is that of its device; `start` makes the `Jobs`."""
 
-    Args:
-        start: makes the `Jobs`.
-        name_errors: print the job's name with its error; not needed if the name is a path that the error contains.
-        number: of this process and its device; None: `pick_device` chooses as for a command.
-    """
-
-    def __init__(self, start: Callable[[], Jobs], name_errors: bool, number: int | None) -> None:
-        if number is not None:
-            os.environ["LOCAL_RANK"] = str(number)  # `pick_device` goes by it
+    def __init__(self, start: Callable[[], Jobs], name_errors: bool, number: int) -> None:
+        os.environ["LOCAL_RANK"] = str(number)  # `pick_device` goes by it
         self.worker, self.name_errors = start(), name_errors
         self.about = str(self.worker.device)
 
     def encode(self, halves: Sequence[Batch]) -> list[Summary]:
-        return [self._run(batch) for batch in halves]
-
-    def _run(self, batch: Batch) -> Summary:
-        summary, alone, ready = Summary(len(batch.jobs)), batch.total == 1, []
-
-        @contextmanager
-        def failing(name: str) -> Iterator[None]:
-            try:
-                yield
-            except Exception as error:
-                if alone:
-                    raise
-                line = str(error) if isinstance(error, UserError) else f"unforeseen {type(error).__name__}: {error}"
-                summary.fail(name if self.name_errors else "", line)
-
-        for number, (name, job) in enumerate(batch.jobs, batch.first + 1):
-            set_prefix("" if alone else f"{number}/{batch.total} ")
-            with failing(name):
-                ready.append((name, self.worker.prepare(job)))
-        try:
-            results = [[each] for each in self.worker.generate([prepared for _, prepared in ready])] if ready else []
-        except Exception:
-            if alone:
-                raise
-            results = [[] for _ in ready]  # one by one, to find the job that ends its batch
-        for (name, prepared), result in zip(ready, results, strict=True):
-            with failing(name):
-                result = result or self.worker.generate([prepared])
-                with stage("writing"):
-                    line, seconds = self.worker.write(name, prepared, *result)
-                summary.speech_seconds += seconds
-                summary.lines.append((1, line))
-        return summary
+        return [run_batch(self.worker, batch, self.name_errors) for batch in halves]
 
 
 def run_batches(
@@ -168,23 +214,27 @@ def run_batches(
         start: makes the `Jobs`. It can be pickled if other processes do the work.
         devices: number of processes, each with its own device; with one, this process does the work.
         ray: settings of a cluster that does the work instead.
-        name_errors: see `BatchWork`.
+        name_errors: print the job's name with its error; not needed if the name is a path that the error contains.
     """
     firsts = range(0, len(jobs), batch_size)
     batches = [Batch(jobs[first : first + batch_size], first, len(jobs)) for first in firsts]
-    build, count = partial(BatchWork, start, name_errors), min(devices, len(batches))
-    summary, began = Summary(len(jobs)), time.monotonic()
-    executor = Cluster(ray, build) if ray else ThisProcess(build) if count == 1 else Processes(count, build)
-    others = ray.encoders if ray else count if count > 1 else 0
-    with executor, stage("other processes", len(batches), "batches") if others else nullcontext() as step:
-        summary.device = f"{others} processes, {executor.about}" if others else executor.about
-        for batch, part in executor.run(batches):
-            if isinstance(part, Lost):
-                reason, part = part.reason, Summary(len(batch.jobs))
-                for name, _ in batch.jobs:
-                    part.fail(name, reason)
-            summary.add(part)
-            if others:
+    summary, began, count = Summary(len(jobs)), time.monotonic(), ray.encoders if ray else min(devices, len(batches))
+    if count == 1 and not ray:
+        worker = start()
+        summary.device = str(worker.device)
+        for batch in batches:
+            summary.add(run_batch(worker, batch, name_errors))
+    else:
+        build = partial(BatchWork, start, name_errors)
+        executor = Cluster(ray, build) if ray else Processes(count, build)
+        with executor, stage("other processes", len(batches), "batches") as step:
+            summary.device = f"{count} processes, {executor.about}"
+            for batch, part in executor.run(batches):
+                if isinstance(part, Lost):
+                    reason, part = part.reason, Summary(len(batch.jobs))
+                    for name, _ in batch.jobs:
+                        part.fail(name, reason)
+                summary.add(part)
                 step()
     summary.seconds = time.monotonic() - began
     return summary

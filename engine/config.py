@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from engine.errors import UserError
-from engine.settings import KINDS, check_value, completed, is_a, kind_of, listed, make, nearest
+from engine.settings import KINDS, check_value, completed, is_a, kind_of, listed, make, nearest, require_choice
 
 PACKAGES = ("engine", "corpora", "hicodit", "talker_t2av", "rvq_codec", "whisperx_vae", "lia_x", "tests")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -70,6 +70,12 @@ def compose(config_name: str, words: Sequence[str], configs: Path = CONFIGS) -> 
         if missing.group != "data":
             raise
         return _compose(config_name, [*words, "data=shards"], configs).config
+
+
+def read_preset(group: str, name: str) -> dict[str, dict[str, Any]]:
+    """Return the settings of configs/GROUP/NAME.yaml."""
+    require_choice(group, name, _options(group, CONFIGS))
+    return OmegaConf.to_container(OmegaConf.load(CONFIGS / group / f"{name}.yaml")) or {}
 
 
 def build(config: DictConfig, **extra: Any) -> Any:

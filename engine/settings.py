@@ -28,18 +28,8 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 EXECUTORS = ("processes", "ray")
 PRECISIONS = ("auto", "fp32", "bf16", "int8")
 SEEDS = (0, 2**63 - 1)  # that torch can be seeded with
-# sentences of settings that several commands have
+# sentences of settings that both models have
 SEED = "seed of all random numbers; equal seeds give equal results on the same machine"
-DEVICE = "auto, cpu, cuda or mps"
-DEVICE_COUNT = "number of devices, each with a process that takes some of the batches; all: those of this machine"
-EXECUTOR = "where the batches run: processes (of this machine), or ray (a cluster, extra `cluster`)"
-PRECISION = (
-    "fp32, bf16, or auto: bf16 on processors that multiply it themselves (CUDA, AVX-512 BF16, AMX); "
-    "int8: transformer blocks in 8 bits (x86 with VNNI; on CUDA weights alone)"
-)
-COMPILE = "compile the steps of the sampler: faster, after minutes of compiling in each run"
-TIMESTAMPS = "write when each word is said: NAME.json, with a video NAME.srt and NAME.vtt; needs setup.sh eval"
-WORD_FILES = (".json", ".srt", ".vtt")
 FACE_BOX = "known position of the face instead of detection: x,y,w,h in pixels, or a JSON file of boxes"
 KINDS = {
     bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list, as in [1,2]",

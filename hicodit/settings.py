@@ -7,38 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from engine.cluster import ClusterConfig, check_place
-from engine.config import CONFIGS, plain
+from engine.batch_runner import WORD_FILES, RunConfig
+from engine.config import plain, read_preset
 from engine.errors import UserError
 from engine.faces.track import check_face, read_boxes, track_of_boxes
 from engine.files import writable
-from engine.hub import check_release
 from engine.media.ffmpeg import require_stream
-from engine.media.limits import Limits, set_limits
-from engine.optional import require
-from engine.settings import (
-    COMPILE,
-    DEVICE,
-    DEVICE_COUNT,
-    DEVICES,
-    EXECUTOR,
-    EXECUTORS,
-    FACE_BOX,
-    PRECISION,
-    PRECISIONS,
-    SEED,
-    SEEDS,
-    TIMESTAMPS,
-    WORD_FILES,
-    check_settings,
-    group,
-    make,
-    override,
-    require_choice,
-    setting,
-)
+from engine.settings import FACE_BOX, SEED, SEEDS, check_settings, group, make, override, setting
 
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "hicodit_tiny"
 METHODS = ("euler", "fixed_count", "confidence", "ordered", "entropy")  # functions of hicodit/samplers.py
@@ -153,14 +130,13 @@ UNGUIDED = GuidanceScales()  # the conditional model alone
 
 def with_preset(name: str, sampler: SamplerConfig, guidance: GuidanceScales) -> tuple[SamplerConfig, GuidanceScales]:
     """Override these settings with those of configs/sampler/NAME.yaml."""
-    require_choice("sampler", name, sorted(path.stem for path in (CONFIGS / "sampler").glob("*.yaml")))
-    preset = OmegaConf.to_container(OmegaConf.load(CONFIGS / "sampler" / f"{name}.yaml"))
+    preset = read_preset("sampler", name)
     return override(sampler, preset.get("sampler", {})), override(guidance, preset.get("guidance", {}))
 
 
-@dataclass
-class InferConfig:
-    """Settings of `infer.py`; those of sampler and guidance are changes to what the release stores."""
+@dataclass(frozen=True)
+class ClipConfig:
+    """What to generate: model, clips, and changes to what the release stores of sampler and guidance."""
 
     model: str = setting("hicodit", about="hicodit or talker_t2av")
     weights: str | None = setting(
@@ -168,24 +144,14 @@ class InferConfig:
     )
     codec: str | None = setting(None, about="release folder of the tokenizer; null: the one that the weights name")
     input: str | None = setting(None, about="a clip, or a folder of clips; null: the bundled silent clip")
-    output: str = setting("outputs", about="folder of the results")
     reference_audio: str | None = setting(
         None, about="recording of the voice to speak with; null: the voice is predicted from the face"
     )
     seed: int = setting(0, *SEEDS, SEED)
-    device: str = setting("auto", choices=DEVICES, about=DEVICE)
-    devices: str = setting("1", about=DEVICE_COUNT)
-    executor: str = setting("processes", choices=EXECUTORS, about=EXECUTOR)
-    ray: ClusterConfig = group(ClusterConfig, about="with executor=ray")
-    precision: str = setting("auto", choices=PRECISIONS, about=PRECISION)
-    compile: bool = setting(False, about=COMPILE)
-    batch_size: int = setting(8, 1, 1024, "number of clips of a folder processed at once")
     stream: bool = setting(
         False, about="sound in hops of 160 ms while the pictures come, without access to the whole clip; no figure"
     )
     lookahead: float = setting(*LOOKAHEAD)
-    figure: bool = setting(True, about="write the figure NAME.png; false leaves the one of an earlier run in place")
-    timestamps: bool = setting(False, about=TIMESTAMPS)
     face: str = setting("largest", about="which of several faces: largest, central, or 1, 2, ... by size")
     face_box: str | None = setting(None, about=FACE_BOX)
     detector: str | None = setting(
@@ -203,26 +169,22 @@ class InferConfig:
     )
     sampler: dict[str, Any] = group(SamplerConfig, unset=True, about="null: the release's setting")
     guidance: dict[str, Any] = group(GuidanceScales, unset=True, about="null: the release's setting")
-    limits: Limits = group(Limits, about="larger inputs are rejected before they are decoded")
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-        check_place(self.executor, self.devices)
 
     @property
     def chosen_face(self) -> str | int:
         return int(self.face) if self.face.isdecimal() else self.face
 
 
+@dataclass(frozen=True)
+class InferConfig(RunConfig, ClipConfig):
+    """Settings of `infer.py`."""
+
+
 def read_settings(config: DictConfig) -> tuple[InferConfig, list[Path]]:
     """Return the settings of a job and its clips; all that can be checked without loading a model is checked."""
     c = make(InferConfig, plain(config))
-    set_limits(c.limits)
-    for key, folder in (("weights", c.weights), ("codec", c.codec), ("encoders", c.encoders)):
-        check_release(key, folder)
+    c.begin({"weights": c.weights, "codec": c.codec, "encoders": c.encoders})
     check_face(c.chosen_face)
-    if c.timestamps:
-        require("pocketsphinx", "pocketsphinx")
     if c.stream:
         _check_stream(c)
     if c.face_box is not None:

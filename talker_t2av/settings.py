@@ -8,38 +8,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from engine.cluster import ClusterConfig, check_place
-from engine.config import CONFIGS, plain
+from engine.batch_runner import WORD_FILES, RunConfig
+from engine.config import plain, read_preset
 from engine.errors import UserError
 from engine.faces.track import read_boxes, track_of_boxes
 from engine.files import writable
-from engine.hub import check_release
 from engine.media.ffmpeg import check_readable, probe, require_stream
-from engine.media.limits import Limits, set_limits
-from engine.optional import require
-from engine.settings import (
-    COMPILE,
-    DEVICE,
-    DEVICE_COUNT,
-    DEVICES,
-    EXECUTOR,
-    EXECUTORS,
-    FACE_BOX,
-    PRECISION,
-    PRECISIONS,
-    SEED,
-    SEEDS,
-    TIMESTAMPS,
-    WORD_FILES,
-    check_settings,
-    group,
-    make,
-    override,
-    require_choice,
-    setting,
-)
+from engine.settings import FACE_BOX, SEED, SEEDS, check_settings, group, make, override, setting
 from engine.untrusted import parse_json, read_lines, safe_name
 from talker_t2av.request import MODES, Sampling
 
@@ -179,14 +156,8 @@ class Job:
 
 
 def with_preset(name: str, sampling: Sampling) -> Sampling:
-    """Return these settings with what configs/sampling/NAME.yaml says in their place.
-
-    Raises:
-        UserError: there is no such file.
-    """
-    require_choice("sampling", name, sorted(path.stem for path in (CONFIGS / "sampling").glob("*.yaml")))
-    preset = OmegaConf.to_container(OmegaConf.load(CONFIGS / "sampling" / f"{name}.yaml")) or {}
-    return override(sampling, preset.get("sampling", {}))
+    """Override these settings with those of configs/sampling/NAME.yaml."""
+    return override(sampling, read_preset("sampling", name).get("sampling", {}))
 
 
 @dataclass(frozen=True)
@@ -199,7 +170,7 @@ class CodecFolders:
 
 
 @dataclass(frozen=True)
-class InferConfig(Job):
+class InferConfig(RunConfig, Job):
     """Settings of `infer.py model=talker_t2av`: a job, or what the jobs of a file share, and how to run them."""
 
     model: str = setting("talker_t2av", about="talker_t2av or hicodit")
@@ -207,7 +178,6 @@ class InferConfig(Job):
     name: str | None = setting(
         None, about='name of the output files; null: the mode, or for jobs their "name" or line number'
     )
-    output: str = setting("outputs", about="folder of the results")
     weights: str | None = setting(
         None,
         about="our release folder, OWNER/NAME on the hub, or a folder of the released files; null: the bundled model",
@@ -215,23 +185,7 @@ class InferConfig(Job):
     codecs: CodecFolders = group(
         CodecFolders, about="release folders of codecs; null: those that belong to the weights"
     )
-    device: str = setting("auto", choices=DEVICES, about=DEVICE)
-    devices: str = setting("1", about=DEVICE_COUNT)
-    executor: str = setting("processes", choices=EXECUTORS, about=EXECUTOR)
-    ray: ClusterConfig = group(ClusterConfig, about="with executor=ray")
-    precision: str = setting("auto", choices=PRECISIONS, about=PRECISION)
-    compile: bool = setting(False, about=COMPILE)
-    batch_size: int = setting(8, 1, 1024, "number of jobs processed at once")
-    figure: bool = setting(
-        True, about="t2av and a2v: write the figure NAME.png; false leaves the one of an earlier run in place"
-    )
-    timestamps: bool = setting(False, about=TIMESTAMPS)
     sampling: dict[str, Any] = group(Sampling, unset=True, about="null: the release's setting")
-    limits: Limits = group(Limits, about="larger inputs are rejected before they are decoded")
-
-    def __post_init__(self) -> None:
-        check_settings(self)  # whether the job's settings fit together is for `Job` to check
-        check_place(self.executor, self.devices)
 
 
 JOB_FIELDS = {field.name for field in fields(Job)}
@@ -240,12 +194,7 @@ JOB_FIELDS = {field.name for field in fields(Job)}
 def read_settings(config: DictConfig) -> tuple[InferConfig, list[tuple[str, Job | UserError]]]:
     """Return the settings and the jobs with their names; in place of a wrong line of `jobs`, its error."""
     c = make(InferConfig, plain(config))
-    set_limits(c.limits)
-    check_release("weights", c.weights)
-    for stream, folder in vars(c.codecs).items():
-        check_release(f"codecs.{stream}", folder)
-    if c.timestamps:
-        require("pocketsphinx", "pocketsphinx")
+    c.begin({"weights": c.weights, **{f"codecs.{stream}": folder for stream, folder in vars(c.codecs).items()}})
     jobs, output = read_jobs(c), Path(c.output)
     for name, job in jobs:
         if isinstance(job, Job):
