@@ -143,11 +143,7 @@ def shards_of(args: argparse.Namespace, claim: Mapping[str, Any]) -> Path:
 
 
 def train(folder: Path, settings: list[str]) -> None:
-    """Run train.py to its last step, in the user's working folder: what the settings name lies there.
-
-    Raises:
-        UserError: the training failed.
-    """
+    """Run train.py to its last step, in the user's working folder: what the settings name lies there."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "training.log").open("a") as log:
         command = [sys.executable, str(ROOT / "train.py"), f"run={folder}", *NEVER, *settings]

@@ -23,11 +23,7 @@ T = TypeVar("T")
 
 
 def in_own_process(measure: Callable[..., T], *arguments: Any) -> T:
-    """The result of a call in a new process, so that its peak memory can be measured.
-
-    Raises:
-        UserError: the process was killed.
-    """
+    """The result of a call in a new process, so that its peak memory can be measured."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         try:
             return pool.submit(_with_threads, torch.get_num_threads(), measure, *arguments).result()

@@ -62,11 +62,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def repeat(source: Path, seconds: float, height: int, out: Path) -> Path:
-    """Write `source` repeated to a length of `seconds`, scaled to a height of `height` pixels.
-
-    Raises:
-        UserError: ffmpeg cannot read it.
-    """
+    """Write `source` repeated to a length of `seconds`, scaled to a height of `height` pixels."""
     options = f"-t {seconds} -vf scale=-2:{height} -an -preset ultrafast -threads 1".split()
     call = command("-v", "error", "-stream_loop", "-1", "-i", str(source), *options, str(out))
     done = subprocess.run(call, capture_output=True, text=True)

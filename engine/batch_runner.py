@@ -21,7 +21,7 @@ from engine.hub import check_release
 from engine.media.limits import Limits, set_limits
 from engine.optional import require
 from engine.processes import Lost, Processes, Work
-from engine.progress import current, set_prefix, stage
+from engine.progress import current, stage
 from engine.settings import DEVICES, EXECUTORS, PRECISIONS, check_settings, group, setting
 
 Job = TypeVar("Job")
@@ -135,7 +135,7 @@ class Summary:
         if not count:
             raise UserError(f"none of the {self.jobs} {kind}{origin} could be done; the first: {self.failed[0]}")
         progress = current()
-        seconds = progress.wall if progress else self.seconds
+        seconds = progress.charge() if progress else self.seconds
         speech = f"{self.speech_seconds:.1f} s of speech in {seconds:.1f} s on {self.device}"
         print(printable(f"{count} of {self.jobs} {kind} in {output}: {speech}"))
         if progress:
@@ -168,7 +168,8 @@ def run_batch(worker: Jobs, batch: Batch, name_errors: bool) -> Summary:
             summary.fail(name if name_errors else "", line)
 
     for number, (name, job) in enumerate(batch.jobs, batch.first + 1):
-        set_prefix("" if alone else f"{number}/{batch.total} ")
+        if not alone and (progress := current()):
+            progress.prefix = f"{number}/{batch.total} "
         with failing(name):
             ready.append((name, worker.prepare(job)))
     try:

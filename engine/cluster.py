@@ -124,11 +124,7 @@ class Cluster:
             self.ray.shutdown()
 
     def run(self, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        """Yield every item with its result, or `Lost`, in the order in which they are done.
-
-        Raises:
-            UserError: the work cannot go on, as on a full disk.
-        """
+        """Yield every item with its result, or `Lost`, in the order in which they are done."""
         ray, fresh = self.ray, iter(items)
         while True:
             while sum(len(items) for items, _ in self.flying.values()) < self._most():

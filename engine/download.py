@@ -56,11 +56,7 @@ class DamagedError(UserError):
 
 
 def check(path: Path, file: RemoteFile) -> None:
-    """Compare a local file with the size and digest of `file`; without a known digest, its format must be complete.
-
-    Raises:
-        DamagedError: size, digest or format is wrong.
-    """
+    """Compare a local file with the size and digest of `file`; without a known digest, its format must be complete."""
     size = path.stat().st_size
     if file.size is not None and size != file.size:
         raise DamagedError(f"{path} has {size:,} bytes instead of {file.size:,}")
@@ -102,11 +98,6 @@ def fetch(file: RemoteFile, folder: str | Path, retry_delay: float = 1.0, progre
     Args:
         retry_delay: seconds after a server's first error; doubled after each further one.
         progress: show a progress bar on a terminal.
-
-    Raises:
-        NoNetworkError: the server cannot be reached.
-        DamagedError: verification failed twice.
-        UserError: the server refused, or the folder cannot be written.
     """
     target, part = Path(folder) / file.path, Path(folder) / STAGING / f"{file.path.replace('/', '-')}.part"
     if target.is_file():

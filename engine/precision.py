@@ -42,9 +42,6 @@ def pick_dtype(precision: str, device: torch.device | str) -> torch.dtype:
     """Return the type of the matrices; `auto` takes bfloat16 where the processor multiplies it itself.
 
     With `int8`, it is the type of the matrices that are not put into 8 bits.
-
-    Raises:
-        UserError: another word.
     """
     require_choice("precision", precision, PRECISIONS)
     if precision in ("fp32", "bf16"):
@@ -147,11 +144,7 @@ def can_int8(device: torch.device | str) -> bool:
 
 
 def uses_int8(precision: str, device: torch.device | str, compiled: bool = False) -> bool:
-    """Return whether `quantise_linear` is to be called; say so in one line if the processor cannot do what is asked.
-
-    Raises:
-        UserError: on CUDA torchao is missing, or steps on a processor are to be compiled.
-    """
+    """Return whether `quantise_linear` is to be called; say so in one line if the processor cannot do what is asked."""
     if precision != "int8":
         return False
     if torch.device(device).type == "cuda":

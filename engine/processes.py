@@ -43,11 +43,7 @@ class Work(Generic[Item, Half, Result]):
         return item
 
     def encode(self, halves: Sequence[Half]) -> list[Result]:
-        """Do the second half of one item, or of several together.
-
-        Raises:
-            UserError: the work cannot go on, as on a full disk.
-        """
+        """Do the second half of one item, or of several together."""
         raise NotImplementedError
 
 
@@ -135,9 +131,6 @@ class Processes(Generic[Item, Result]):
 
         An item whose process dies is tried again in another one. A process that cannot be started again, as on a card
         that failed, is done without.
-
-        Raises:
-            UserError: a process reports that the work cannot go on, or none is left.
         """
         fresh = ((item, 1) for item in items)
         while True:
@@ -169,11 +162,7 @@ class Processes(Generic[Item, Result]):
                 each.connection.send(task[0])
 
     def _receive(self, each: _Process) -> list[Result | Lost]:
-        """Return the result that a process sends; nothing if it is ready now, or died and its item is tried again.
-
-        Raises:
-            UserError: the work cannot go on.
-        """
+        """Return the result that a process sends; nothing if it is ready now, or died and its item is tried again."""
         try:
             word, answer = each.connection.recv()
         except (EOFError, ConnectionResetError):
@@ -204,11 +193,7 @@ class Processes(Generic[Item, Result]):
         return []
 
     def _remove(self, each: _Process, reason: str) -> None:
-        """Do without a process that does not start; its item goes to another one.
-
-        Raises:
-            UserError: it never started, or no other is left.
-        """
+        """Do without a process that does not start; its item goes to another one."""
         if not each.replacement or len(self.processes) == 1:
             raise UserError(reason)
         print(f"{reason}; {len(self.processes) - 1} processes go on", file=sys.stderr, flush=True)

@@ -23,6 +23,7 @@ B = TypeVar("B", bound=Sized)
 LINE_EVERY = 10.0  # seconds
 LEAST = 1.0  # seconds between the last lines of two bars
 _CURRENT: ContextVar[Progress | None] = ContextVar("progress", default=None)
+current = _CURRENT.get  # the progress of the running command, or None
 
 
 class Bar:
@@ -33,7 +34,7 @@ class Bar:
     def __init__(self, total: int | None, unit: str, label: str = "") -> None:
         self.total, self.unit, self.label, self.count, self.reported = total, unit, label, 0, 0
         self.start = self.last = time.monotonic()
-        self.tqdm = tqdm(total=total, unit=f" {unit}", desc=label or None, leave=False) if _terminal() else None
+        self.tqdm = tqdm(total=total, unit=f" {unit}", desc=label or None, leave=False) if sys.stderr.isatty() else None
 
     def __call__(self, steps: int = 1) -> None:
         self.count += steps
@@ -78,47 +79,23 @@ class Progress:
     def __init__(self, started: float | None = None) -> None:
         self._last = time.perf_counter() if started is None else started
         self.seconds: Counter[str] = Counter()
-        self.prefix, self.bar = "", None
-        self._stages = ["loading"]
+        self.prefix, self.bar, self.stages = "", None, ["loading"]
 
     def __enter__(self) -> Progress:
-        self._charge()
-        self._stages[0], self._token = "other", _CURRENT.set(self)
+        self.charge()
+        self.stages[0], self._token = "other", _CURRENT.set(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._charge()
+        self.charge()
         _CURRENT.reset(self._token)
 
-    @contextmanager
-    def stage(self, name: str, total: int | None, unit: str, label: str | None) -> Iterator[Callable[..., None]]:
-        self._charge()
-        self._stages.append(name)
-        outer, label = self.bar, printable(f"{self.prefix}{label or name}")
-        bar: Bar | tqdm | None = None
-        if unit:
-            bar = self.bar = Bar(total, unit, label)
-        elif outer is None and _terminal():
-            bar = tqdm(desc=f"{label} ...", bar_format="{desc}", leave=False)
-        try:
-            yield self.bar if unit else lambda steps=1: None
-        finally:
-            if bar is not None:
-                bar.close()
-            self.bar = outer
-            self._charge()
-            self._stages.pop()
-
-    @property
-    def wall(self) -> float:
-        """Seconds since the command began."""
-        self._charge()
-        return sum(self.seconds.values())
-
-    def _charge(self) -> None:
+    def charge(self) -> float:
+        """Count the seconds since the last call to the innermost stage; return those since the command began."""
         now = time.perf_counter()
-        self.seconds[self._stages[-1]] += now - self._last
+        self.seconds[self.stages[-1]] += now - self._last
         self._last = now
+        return sum(self.seconds.values())
 
 
 @contextmanager
@@ -135,19 +112,22 @@ def stage(
     if progress is None:
         yield lambda steps=1: None
         return
-    with progress.stage(name, total, unit, label) as step:
-        yield step
-
-
-def current() -> Progress | None:
-    """Return the progress of the running command."""
-    return _CURRENT.get()
-
-
-def set_prefix(words: str) -> None:
-    """Set the text before the labels of later bars."""
-    if (progress := current()) is not None:
-        progress.prefix = words
+    progress.charge()
+    progress.stages.append(name)
+    outer, label = progress.bar, printable(f"{progress.prefix}{label or name}")
+    bar: Bar | tqdm | None = None
+    if unit:
+        bar = progress.bar = Bar(total, unit, label)
+    elif outer is None and sys.stderr.isatty():
+        bar = tqdm(desc=f"{label} ...", bar_format="{desc}", leave=False)
+    try:
+        yield bar if unit else lambda steps=1: None
+    finally:
+        if bar is not None:
+            bar.close()
+        progress.bar = outer
+        progress.charge()
+        progress.stages.pop()
 
 
 def watched(blocks: Iterable[B]) -> Iterator[B]:
@@ -174,7 +154,3 @@ def track(items: Iterable[T], total: int, unit: str) -> Iterator[T]:
             bar()
     finally:
         bar.close()
-
-
-def _terminal() -> bool:
-    return sys.stderr.isatty()

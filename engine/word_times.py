@@ -39,11 +39,7 @@ class Word:
 
 
 class WordTimes:
-    """Places words in waves.
-
-    Raises:
-        UserError: pocketsphinx is not installed.
-    """
+    """Places words in waves."""
 
     def __init__(self) -> None:
         self._sphinx = require("pocketsphinx", "pocketsphinx")

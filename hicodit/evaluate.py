@@ -57,9 +57,6 @@ def write_outputs(
         sampler: a file of configs/sampler. sampling, guidance: settings that override its own.
         voice: speak with the voice of each clip's prompt. other: settings of other models.
         expressions: own; shuffled: those of another clip; exchanged: the first and the last one in each other's place.
-
-    Raises:
-        UserError: the weights cannot be loaded. A clip without a face is named, and the others go on.
     """
     require_choice("generate.expressions", expressions, EXPRESSIONS)
     pipeline = HiCoDiTPipeline.from_pretrained(weights or BUNDLED, device, codec, precision=precision)

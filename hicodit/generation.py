@@ -83,11 +83,7 @@ class LatePosterior:
 
 
 def guided_posterior(model: HiCoDiT, conditions: Conditions, scales: GuidanceScales) -> GuidedPosterior | LatePosterior:
-    """Prepare the posterior of some clips. A model that takes guidance as its input has one branch at all times.
-
-    Raises:
-        UserError: such a model did not learn these scales.
-    """
+    """Prepare the posterior of some clips. A model that takes guidance as its input has one branch at all times."""
     inputs = None
     if model.config.guidance_limit is not None:
         scales.check_input(model.config.guidance_limit)

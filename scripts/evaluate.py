@@ -99,11 +99,7 @@ def main() -> int:
 
 
 def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, Any]:
-    """Generate what is to be generated, measure, and write report and results of one set of clips to `output`.
-
-    Raises:
-        UserError: a setting is wrong, or there is nothing to show.
-    """
+    """Generate what is to be generated, measure, and write report and results of one set of clips to `output`."""
     set_limits(Limits(**config.limits))
     figures = OmegaConf.to_container(config)["metrics"] or list(config.columns)
     figures = [figures] if isinstance(figures, str) else [*dict.fromkeys(figures)]
@@ -163,11 +159,7 @@ KEPT = ("value", "interval", "interval_speakers", "clips")  # of a figure, in a 
 
 
 def systems_of(config: DictConfig) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Return (model, settings) of each system that generates outputs.
-
-    Raises:
-        UserError: an unknown model, setting or name of a system.
-    """
+    """Return (model, settings) of each system that generates outputs."""
     wanted = OmegaConf.to_container(config, resolve=True)
     systems, known = wanted["systems"] or ({config.model: {}} if config.model else {}), (*MODELS, *CODECS)
     require_choice("model", config.model or "hicodit", known)
@@ -229,11 +221,7 @@ def with_free_words(figures: list[str], results: Results) -> list[str]:
 
 
 def other_rows(config: DictConfig, split: str | None) -> dict[str, dict[str, float | None]]:
-    """Return the aims and the paper's rows by name, values by figure; of its true-speech rows those of `true_speech`.
-
-    Raises:
-        UserError: `true_speech` names none.
-    """
+    """Return the aims and the paper's rows by name, values by figure; of true-speech rows, those of `true_speech`."""
     rows = {f"paper: {name}": dict(zip(config.columns, values)) for name, values in config.paper.items()}
     true = [name for name in rows if "true speech" in name]
     if config.true_speech is not None:
@@ -263,11 +251,7 @@ def protocol_notes(
 
 
 def choose_protocols(config: DictConfig, figures: list[str], split: str | None) -> dict[str, str]:
-    """Protocol by class of metric, with what it needs after a colon.
-
-    Raises:
-        UserError: an unknown figure or protocol.
-    """
+    """Protocol by class of metric, with what it needs after a colon."""
     chosen, given = {}, OmegaConf.to_container(config.protocol)
     grammar = config.grammar or (f"{config.corpus}/grammar.jsgf" if config.corpus else "")
     arguments = {"grammar": grammar, "shards": config.voices.get(split or ""), **ARGUMENTS}
@@ -285,11 +269,7 @@ def choose_protocols(config: DictConfig, figures: list[str], split: str | None) 
 
 
 def output_folders(config: DictConfig, systems: Iterable[str]) -> dict[str, Path]:
-    """Folder of each system whose outputs are there.
-
-    Raises:
-        UserError: `outputs` is neither a folder nor a mapping.
-    """
+    """Folder of each system whose outputs are there."""
     outputs = config.outputs
     if outputs is None:
         return {}

@@ -17,8 +17,6 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import sys
-import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -28,7 +26,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from corpora.synthetic.contact_sheet import contact_sheet
 from corpora.synthetic.corpus import FRAME, RATE, ClipMaker, clip_id, is_done, write_text
@@ -37,12 +34,13 @@ from corpora.synthetic.voices import load_voices
 from engine.errors import UserError, run_cli
 from engine.files import atomic_output
 from engine.processes import end_with_parent, without_interrupts
+from engine.progress import track
 
 _maker = lru_cache(ClipMaker)  # one for a process
 
 
-def _make(root: Path, seed: int, version: int, split: str, index: int) -> int:
-    return _maker(root, seed, version).make(split, index)["frames"]
+def _make(root: Path, seed: int, version: int, split: str, index: int) -> None:
+    _maker(root, seed, version).make(split, index)
 
 
 def parse() -> argparse.Namespace:
@@ -97,28 +95,13 @@ def remove_parts(root: Path) -> None:
 
 
 def generate(jobs: list[tuple[str, int]], root: Path, seed: int, version: int, workers: int) -> None:
-    """Make the clips, with progress: a bar on a terminal, a line every ten seconds in a log."""
-    terminal = sys.stderr.isatty()
-    begin = spoken = time.monotonic()
-    frames = 0
-    workers = min(workers, len(jobs))
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent)
+    """Make the clips."""
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), end_with_parent)
     try:
         with without_interrupts():  # workers start here: at Ctrl-C this process ends them
             clips = [pool.submit(_make, root, seed, version, *job) for job in jobs]
-        with tqdm(total=len(jobs), unit="clip", disable=not terminal) as bar:
-            for done, made in enumerate(as_completed(clips), 1):
-                frames += made.result()
-                bar.update()
-                now = time.monotonic()
-                if not terminal and (now - spoken > 10 or done == len(jobs)):
-                    spoken, rate = now, done / (now - begin)
-                    left = (len(jobs) - done) / rate
-                    print(
-                        f"{done}/{len(jobs)} clips, {rate:.1f} clips/s, {frames / (now - begin):.0f} frames/s, "
-                        f"{left:.0f} s left",
-                        flush=True,
-                    )
+        for made in track(as_completed(clips), len(jobs), "clips"):
+            made.result()
     except BrokenProcessPool as error:
         raise UserError(
             "a process that made clips was killed, probably for lack of memory: use fewer --workers; "

@@ -65,11 +65,7 @@ class Demo:
         self, clip: str | None, voice: str | None, steps: int, temperature: float, guidance: float, seed: int | None,
         report: Report,
     ) -> Made:  # fmt: skip
-        """Make the clip with its new sound, the sound alone, and a figure of mouth, spectrogram and tokens.
-
-        Raises:
-            UserError: as `HiCoDiTPipeline` does, or no clip was given.
-        """
+        """Make the clip with its new sound, the sound alone, and a figure of mouth, spectrogram and tokens."""
         if not clip:
             raise UserError("Give a clip of a talking face.")
         check_seed(seed := int(seed or 0))
@@ -104,9 +100,6 @@ class Demo:
         Args:
             voice: also the sound of a2v.
             face: clip or picture with the face; the clip of v2a.
-
-        Raises:
-            UserError: as `Job` and `TalkerPipeline` do, or the mode lacks something.
         """
         if mode in ("t2av", "tts") and not (text or "").strip():
             raise UserError("Write a text to say.")

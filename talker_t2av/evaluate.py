@@ -46,9 +46,6 @@ def write_outputs(
         codecs: release folders by name (speech, motion, speaker), other than the release's own.
         mode: one of the four, or resynthesis: true speech and motion through the codecs alone, on the prompt's face.
         sampling: settings that override the release's. other: settings of other models.
-
-    Raises:
-        UserError: the weights cannot be loaded. A clip without a prompt is named, and the others go on.
     """
     require_choice("generate.mode", mode, (*MODES, "resynthesis"))
     pipeline = TalkerPipeline.from_pretrained(weights or BUNDLED, device, codecs, precision)

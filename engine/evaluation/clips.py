@@ -37,11 +37,7 @@ class Clip:
 
 
 def read_rows(manifest: Path) -> list[dict[str, Any]]:
-    """The lines of a manifest, JSON objects with a unique `id`.
-
-    Raises:
-        UserError: it is missing or empty, or a line is no such object.
-    """
+    """The lines of a manifest, JSON objects with a unique `id`."""
     lines = read_lines(manifest, f"manifest={manifest}")
     rows, seen = [], set()
     for number, line in enumerate(lines, 1):
@@ -76,9 +72,6 @@ def read_clips(
 
     Args:
         outputs: folder of each system.
-
-    Raises:
-        UserError: a folder is missing, nothing names the clips, or there are none.
     """
     if TRUTH in outputs:
         raise UserError(f"outputs: {TRUTH!r} is the name of the true row; give the system another one")
@@ -111,9 +104,6 @@ def read_corpus(corpus: Path, split: str, outputs: Mapping[str, Path], count: in
 
     The prompt of each is the first clip of its voice in the training or the same split with other words, if possible
     one with a neutral face.
-
-    Raises:
-        UserError: the corpus has no such split.
     """
     if not (corpus / f"{split}.jsonl").is_file():
         make = "python scripts/make_synthetic_corpus.py --version 2 --out"
@@ -195,11 +185,7 @@ def find_take(folder: Path, name: str) -> Take:
 
 
 def system_facts(folder: Path) -> dict[str, Any]:
-    """What FOLDER/system.json says of the system whose outputs are there; {} without that file.
-
-    Raises:
-        UserError: it is no JSON object, or `bits_per_second` is no number.
-    """
+    """What FOLDER/system.json says of the system whose outputs are there; {} without that file."""
     path = folder / "system.json"
     if not path.is_file():
         return {}

@@ -22,7 +22,7 @@ from engine.files import atomic_output
 from engine.hub import release_folder
 from engine.media.audio import write_wav
 from engine.media.video import write_video
-from engine.processes import Lost, Processes, ThisProcess, Work
+from engine.processes import Lost, Processes, Work
 from engine.progress import track
 from engine.untrusted import parse_json
 
@@ -34,12 +34,11 @@ class Shares(Work[list[int], list[int], bool]):
 
     Args:
         generate: writes the missing outputs of this process's share, given the name of a device.
-        device: setting of that name. number: of the process; None: the command's own.
+        device: setting of that name. number: of the process.
     """
 
-    def __init__(self, generate: Callable[[str], None], device: str, number: int | None) -> None:
-        if number is not None:
-            os.environ["LOCAL_RANK"] = str(number)  # `pick_device` goes by it
+    def __init__(self, generate: Callable[[str], None], device: str, number: int) -> None:
+        os.environ["LOCAL_RANK"] = str(number)  # `pick_device` goes by it
         self.generate, self.device = generate, str(pick_device(device))
 
     def encode(self, halves: Sequence[list[int]]) -> list[bool]:
@@ -59,20 +58,18 @@ def generate_shares(
     Args:
         generate, device: see `Shares`.
     """
+    if devices == 1 and not ray:
+        generate(str(pick_device(device)))
+        return
     build, count = partial(Shares, generate, device), ray.encoders if ray else devices
-    executor = Cluster(ray, build) if ray else ThisProcess(build) if count == 1 else Processes(count, build)
-    with executor:
+    with Cluster(ray, build) if ray else Processes(count, build) as executor:
         for (number, _), result in executor.run([[number, count] for number in range(count)]):
             if isinstance(result, Lost):
                 print(f"failed: share {number + 1} of {count} of the clips: {result.reason}", file=sys.stderr)
 
 
 def write_facts(folder: Path, model: str, weights: str | Path | None, **facts: Any) -> None:
-    """Write FOLDER/system.json, what the outputs there are made with.
-
-    Raises:
-        UserError: those that are there were made with something else.
-    """
+    """Write FOLDER/system.json, what the outputs there are made with."""
     place = None if weights is None else release_folder(weights)
     new = {"model": model, "weights": place.name if place else "bundled", **facts}
     if place is not None and (place / "model.safetensors").is_file():
@@ -103,9 +100,6 @@ def generate_missing(
         inputs: of a clip the files and texts that its output depends on.
         write: makes the files of a batch in `folder`, sound last; see `write_take`.
         length: of a clip; those of like length share a batch.
-
-    Raises:
-        UserError: an output that is there was made from other inputs, such as another file of the same name.
     """
     place, waiting, known = folder / "inputs.json", set(), {}
     if place.is_file():

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -153,43 +154,29 @@ def check_files(take: Take) -> tuple[str, float]:
 
 
 class Calls(processes.Work):
-    """Calls of functions, (number, function, argument); a process of their own has one thread."""
+    """Calls of functions, (number, function, argument), in a process with one thread."""
 
-    def __init__(self, number: int | None) -> None:
-        if number is not None:
-            torch.set_num_threads(1)
+    def __init__(self, number: int) -> None:
+        torch.set_num_threads(1)
 
     def encode(self, halves: Sequence[tuple[int, Callable, Any]]) -> list[Any]:
         return [function(argument) for _, function, argument in halves]
 
 
-class Workers:
-    """Processes that measure; with one, this process does."""
+class Workers(processes.Processes):
+    """Processes that measure."""
 
     def __init__(self, count: int) -> None:
-        self.pool = processes.Processes(count, Calls) if count > 1 else processes.ThisProcess(Calls)
+        super().__init__(count, Calls)
 
-    def __enter__(self) -> Workers:
-        self.pool.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.pool.__exit__(*error)
-
-    def map(self, function: Any, items: Sequence[Any], alone: bool = False) -> Iterator[Any]:
-        """
-        Raises:
-            UserError: a process was ended from outside, twice at one item.
-        """
-        if alone:
-            yield from map(function, items)
-            return
+    def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        """Yield the function of each item, in the order of the items."""
         results, number = {}, 0
-        for (at, *_), result in self.pool.run((at, function, item) for at, item in enumerate(items)):
+        for (at, *_), result in self.run((at, function, item) for at, item in enumerate(items)):
             if isinstance(result, processes.Lost):
                 raise UserError(f"{result.reason}, probably for memory: set fewer workers=; what was measured is kept")
             results[at] = result
-            while number in results:  # in the order of the items
+            while number in results:
                 yield results.pop(number)
                 number += 1
 
@@ -210,13 +197,11 @@ def measure(
     Args:
         metrics: classes, with the figures wanted of each.
         protocols: by class name.
-
-    Raises:
-        UserError: no clip can be measured.
     """
-    results = Results()
-    with Workers(min(workers, len(clips))) as pool:
-        good = _readable(clips, results, pool)
+    results, count = Results(), min(workers, len(clips))
+    with Workers(count) if count > 1 else nullcontext() as pool:
+        every = pool.map if pool else map
+        good = _readable(clips, results, every)
         for metric, figures in metrics.items():
             protocol, name = protocols[metric.__name__], metric.__name__
             start = time.monotonic()
@@ -228,8 +213,8 @@ def measure(
                 ]
                 if not any(work.takes for work in works):  # such as a picture's figures for systems without pictures
                     continue
-                alone = device.startswith("cuda") and not metric.parallel
-                done = list(track(pool.map(measure_clip, works, alone), len(works), f"{name} clips"))
+                calls = map if device.startswith("cuda") and not metric.parallel else every
+                done = list(track(calls(measure_clip, works), len(works), f"{name} clips"))
             except UserError as error:
                 results.missing |= dict.fromkeys(figures, str(error))
                 continue
@@ -251,9 +236,9 @@ def measure(
     return results
 
 
-def _readable(clips: Sequence[Clip], results: Results, pool: Workers) -> list[tuple[Clip, dict[str, Take]]]:
+def _readable(clips: Sequence[Clip], results: Results, every: Callable) -> list[tuple[Clip, dict[str, Take]]]:
     pairs = [(clip, name, take) for clip in clips for name, take in {TRUTH: clip.truth, **clip.takes}.items()]
-    checked = list(pool.map(check_files, [take for _, _, take in pairs]))
+    checked = list(every(check_files, [take for _, _, take in pairs]))
     bad = {(clip.id, name): reason for (clip, name, _), (reason, _) in zip(pairs, checked) if reason}
     for (clip, name, _), (_, seconds) in zip(pairs, checked):
         if (clip.id, name) not in bad:

@@ -25,9 +25,6 @@ def write_report(path: Path, summary: Mapping[str, Any], clips: Sequence[Clip], 
 
     Args:
         media: with players and spectrograms.
-
-    Raises:
-        UserError: the file cannot be written.
     """
     systems = [name for name in summary["systems"] if name != TRUTH]
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(systems)} | {TRUTH: TRUE_COLOUR}

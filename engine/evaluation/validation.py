@@ -52,9 +52,6 @@ def measure_clips(
             compares with them is left out.
         protocols: by figure, with an argument after a colon: {"wer": "grammar:FILE"}.
         numbers: of the clips among all clips of a validation, where others are measured elsewhere.
-
-    Raises:
-        UserError: an unknown figure.
     """
     results = {}
     true = [Take(text=text) for text in texts]

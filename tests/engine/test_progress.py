@@ -26,7 +26,7 @@ def test_the_seconds_of_stages_do_not_overlap(monkeypatch):
         work(0.5)
         with stage("inner"):
             work(0.05)
-        assert shown.wall == pytest.approx(2.75)
+        assert shown.charge() == pytest.approx(2.75)
     assert shown.seconds == pytest.approx({"loading": 2.0, "outer": 0.1, "inner": 0.15, "other": 0.5})
 
 
