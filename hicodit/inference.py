@@ -25,7 +25,7 @@ from engine.progress import stage
 from engine.settings import override
 from engine.word_times import Word, WordTimes, write_words
 from hicodit.pipeline import FPS, Crops, HiCoDiTPipeline, Speech
-from hicodit.settings import BUNDLED, FACE, InferConfig
+from hicodit.settings import BUNDLED, FACE, InferConfig, face_name
 from hicodit.streaming import SpeechChunk, StreamSettings
 
 
@@ -64,26 +64,36 @@ class ClipJobs:
         self.scratch = tempfile.TemporaryDirectory()
         self.times = WordTimes() if c.timestamps else None
 
-    def prepare(self, clip: Path) -> Crops:
-        """Find the face and cut out mouth and face."""
-        return self.pipeline.crops(clip, self.config.chosen_face, self.box, self._strip(clip))
+    def prepare(self, clip: Path) -> list[Crops]:
+        """Find the face, or all, and cut out mouth and face."""
+        strip = partial(self._strip, clip) if self.config.debug else None
+        return list(self.pipeline.all_crops(clip, self.config.chosen_face, self.box, strip))
 
-    def generate(self, batch: list[Crops]) -> list[Speech]:
+    def generate(self, batch: list[list[Crops]]) -> list[list[Speech]]:
         """Generate the speech of a batch."""
-        return self.pipeline.run(batch, [self.config.seed] * len(batch), self.identity)
+        faces = [crops for clip in batch for crops in clip]
+        speeches = iter(self.pipeline.run(faces, [self.config.seed] * len(faces), self.identity))
+        return [[next(speeches) for _ in clip] for clip in batch]
 
-    def write(self, name: str, crops: Crops, speech: Speech) -> tuple[str, float]:
+    def write(self, name: str, faces: list[Crops], speeches: list[Speech]) -> tuple[str, float]:
         """Write the files of a clip. Return a line about them, and the seconds of speech."""
-        strip = self._strip(Path(name))
-        words = self.times.recognise(speech.wave, speech.rate) if self.times is not None else None
-        files = write_outputs(Path(name), speech, self.output, self.config.figure, strip, words)
-        unseen = crops.track.unseen(FPS)
-        note = f" (face seen in {crops.track.coverage:.0%}; not at {unseen})" if unseen else ""
-        seconds = len(speech.wave) / speech.rate
-        return f"{name}, {seconds:.1f} s -> {', '.join(path.name for path in files)}{note}", seconds
+        results, unseen, total = [], [], 0.0
+        for number, (crops, speech) in enumerate(zip(faces, speeches, strict=True), 1):
+            strip = self._strip(Path(name), number) if self.config.debug else None
+            words = self.times.recognise(speech.wave, speech.rate) if self.times is not None else None
+            stem = self._stem(Path(name), number)
+            results.append((speech, stem, strip, words))
+            total += len(speech.wave) / speech.rate
+            if seconds := crops.track.unseen(FPS):
+                unseen.append(f" (face seen in {crops.track.coverage:.0%}; not at {seconds})")
+        files = write_outputs(Path(name), results, self.output, self.config.figure)
+        return f"{name}, {total:.1f} s -> {', '.join(path.name for path in files)}{''.join(unseen)}", total
 
-    def _strip(self, clip: Path) -> Path | None:
-        return Path(self.scratch.name) / f"{clip.stem}{FACE[0]}" if self.config.debug else None
+    def _stem(self, clip: Path, number: int) -> str:
+        return face_name(clip, number) if self.config.face == "all" else clip.stem
+
+    def _strip(self, clip: Path, number: int) -> Path:
+        return Path(self.scratch.name) / f"{self._stem(clip, number)}{FACE[0]}"
 
 
 class StreamJobs(ClipJobs):
@@ -113,25 +123,26 @@ class StreamJobs(ClipJobs):
 
 
 def write_outputs(
-    clip: Path,
-    speech: Speech,
-    folder: Path,
-    figure: bool,
-    strip: Path | None = None,
-    words: list[Word] | None = None,
+    clip: Path, results: list[tuple[Speech, str, Path | None, list[Word] | None]], folder: Path, figure: bool
 ) -> list[Path]:
-    """Write all files of a clip, or none; the picture `strip` of its face track and the JSON beside it are copied."""
-    with all_or_none(folder) as staging:
-        if strip is not None:
-            for path in (strip, strip.with_suffix(".json")):
-                shutil.copyfile(path, staging / path.name)
-        write_wav(staging / f"{clip.stem}.wav", speech.wave, speech.rate)
-        mux_audio(clip, speech.wave, speech.rate, staging / f"{clip.stem}.mp4")
-        if figure:
-            from hicodit.figure import draw  # matplotlib takes a second to import
+    """Write all files of a clip, or none.
 
-            draw(speech, staging / f"{clip.stem}.png")
-        if words is not None:
-            write_words(staging / clip.stem, words, "recogniser", subtitles=True)
+    Args:
+        results: for each face the speech, the name of its files without an ending, the picture of its track, which is
+            copied with the JSON beside it, and the words with their times.
+    """
+    with all_or_none(folder) as staging:
+        for speech, stem, strip, words in results:
+            if strip is not None:
+                for path in (strip, strip.with_suffix(".json")):
+                    shutil.copyfile(path, staging / path.name)
+            write_wav(staging / f"{stem}.wav", speech.wave, speech.rate)
+            mux_audio(clip, speech.wave, speech.rate, staging / f"{stem}.mp4")
+            if figure:
+                from hicodit.figure import draw  # matplotlib takes a second to import
+
+                draw(speech, staging / f"{stem}.png")
+            if words is not None:
+                write_words(staging / stem, words, "recogniser", subtitles=True)
         names = [path.name for path in sorted(staging.iterdir())]
     return [folder / name for name in names]

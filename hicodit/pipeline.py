@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from engine.codec import Codec, load_codec
 from engine.cuda_graph import GraphedSteps
 from engine.errors import UserError
-from engine.faces.clip import MAX_SIDE, ClipFrames, find_face, place_face, place_landmarks
+from engine.faces.clip import MAX_SIDE, ClipFrames, find_faces, place_face, place_landmarks
 from engine.faces.detectors import FaceDetector
 from engine.faces.landmarks import LandmarkFinder, add_landmarks, read_landmarks, write_faces
 from engine.faces.strip import Strip
@@ -163,14 +163,25 @@ class HiCoDiTPipeline:
         face_box: Any = None,
         strip: str | Path | None = None,
     ) -> Crops:
-        """Find the face in a clip and cut out the pictures of mouth and face.
+        """Return the crops of one face; `strip` is one path, else as `all_crops`."""
+        return next(self.all_crops(video, face, face_box, None if strip is None else lambda number: strip))
+
+    def all_crops(
+        self,
+        video: str | Path | np.ndarray,
+        face: str | int = "all",
+        face_box: Any = None,
+        strip: Callable[[int], str | Path] | None = None,
+    ) -> Iterator[Crops]:
+        """Find faces in a clip and cut out the pictures of mouth and face of each.
 
         Args:
             video: a file of any size and frame rate, or frames (T, H, W, 3) uint8 at 25 fps.
-            face: which of several: "largest", "central", or its number by size from 1 on.
+            face: which of several; see `engine.faces.track.follow_faces`.
             face_box: position of the face, in place of detection; see `engine.faces.track.track_of_boxes`. Pixels are
                 those of the clip as a player shows it.
-            strip: PNG file for a picture of the track, for a person to check; a JSON file beside it has the numbers.
+            strip: by the face's number, from 1 on, the PNG file for a picture of its track, for a person to check; a
+                JSON file beside it has the numbers.
 
         Raises:
             UserError: not a readable video, shorter than 0.2 s, or no face found.
@@ -180,41 +191,42 @@ class HiCoDiTPipeline:
         if array and (video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8):
             raise UserError(f"frames of shape {video.shape} and type {video.dtype}: give (T, H, W, 3) uint8 RGB")
 
-        clip = [video] if array else ClipFrames(video, FPS)
+        frames = [video] if array else ClipFrames(video, FPS)
         stated = len(video) if array else round(probe(video).seconds * FPS)
         label = f"{Path(name).name} ({stated / FPS:.1f} s)" if stated else Path(name).name
         try:
             with stage("faces", stated or None, "frames", f"{label}: finding the face"):
-                clip, track = self._track(clip, name, face, face_box)
+                tracks = self._tracks(frames, name, face, face_box)
         except FaceError as error:
             raise UserError(f"{name}: {error}") from error
-        with stage("faces", len(track), "frames", f"{label}: cutting out the face"):
-            crops = self._cut(clip, track, strip)
-        if strip is not None:
-            track = track if array else track.scaled(clip.display_size[1] / clip.size[1])
-            mouth = mouth_poses(track.best_points)
-            write_faces(Path(strip).with_suffix(".json"), track, mouth, MOUTH_SIDE, FPS)
-        return crops
+        for number, track in enumerate(tracks, 1):
+            with stage("faces", len(track), "frames", f"{label}: cutting out the face"):
+                clip, track = (frames, track) if array else frames.sharper(track)
+                if callable(self.landmarks):
+                    track = add_landmarks(clip, track, self.landmarks)
+                path = None if strip is None else Path(strip(number))
+                crops = self._cut(clip, track, path)
+            if path is not None:
+                track = track if array else track.scaled(clip.display_size[1] / clip.size[1])
+                write_faces(path.with_suffix(".json"), track, mouth_poses(track.best_points), MOUTH_SIDE, FPS)
+            yield crops
 
-    def _track(
+    def _tracks(
         self, clip: ClipFrames | list[np.ndarray], name: str, face: str | int, face_box: Any
-    ) -> tuple[ClipFrames | list[np.ndarray], FaceTrack]:
-        """Return the frames to cut the face from, and its track in them, with landmarks if the user wants them."""
+    ) -> list[FaceTrack]:
+        """Return the tracks of the faces that are meant."""
         if isinstance(self.landmarks, Path):
             if face_box is not None:
                 raise UserError("face_box and a file of landmarks both say where the face is: give one of them")
-            track = place_landmarks(clip, *read_landmarks(self.landmarks, Path(name).name), FPS)
+            tracks = [place_landmarks(clip, *read_landmarks(self.landmarks, Path(name).name), FPS)]
         elif face_box is None:
-            track = find_face(clip, FPS, face, self.detector)
+            tracks = find_faces(clip, FPS, face, self.detector)
         else:
-            track = place_face(clip, face_box, FPS)
-        if len(track) < MIN_FRAMES:
-            raise FaceError(f"{len(track) / FPS:.2f} s of video; at least {MIN_FRAMES / FPS:.1f} s is needed")
-        if isinstance(clip, ClipFrames):
-            clip, track = clip.sharper(track)
-        if callable(self.landmarks):
-            track = add_landmarks(clip, track, self.landmarks)
-        return clip, track
+            tracks = [place_face(clip, face_box, FPS)]
+        frames = len(tracks[0])
+        if frames < MIN_FRAMES:
+            raise FaceError(f"{frames / FPS:.2f} s of video; at least {MIN_FRAMES / FPS:.1f} s is needed")
+        return tracks
 
     def _cut(self, blocks: Iterable[np.ndarray], track: FaceTrack, strip: str | Path | None) -> Crops:
         """Cut mouth and face from blocks of frames (n, H, W, 3); write the picture of the track to `strip`."""

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from engine.batch_runner import WORD_FILES, RunConfig
 from engine.config import plain, read_preset
 from engine.errors import UserError
-from engine.faces.track import check_face, read_boxes, track_of_boxes
+from engine.faces.track import MOST_FACES, check_face, read_boxes, track_of_boxes
 from engine.files import writable
 from engine.media.ffmpeg import require_stream
 from engine.settings import FACE_BOX, SEED, SEEDS, check_settings, group, make, override, setting
@@ -152,7 +152,11 @@ class ClipConfig:
         False, about="sound in hops of 160 ms while the pictures come, without access to the whole clip; no figure"
     )
     lookahead: float = setting(*LOOKAHEAD)
-    face: str = setting("largest", about="which of several faces: largest, central, or 1, 2, ... by size")
+    face: str = setting(
+        "largest",
+        about="which of several faces: largest, central, left, right, speaking (whose mouth moves most), or 1, 2, ... "
+        "by size; all: NAME_face1.wav and so on for each face",
+    )
     face_box: str | None = setting(None, about=FACE_BOX)
     detector: str | None = setting(
         None, about="path of YuNet's file face_detection_yunet_2023mar.onnx; null: OpenCV's cascade"
@@ -191,7 +195,8 @@ def read_settings(config: DictConfig) -> tuple[InferConfig, list[Path]]:
         track_of_boxes(read_boxes(c.face_box), 1)
     if c.reference_audio is not None:
         require_stream(c.reference_audio, "audio")
-    clips = find_clips(Path(c.input or BUNDLED.parent / "demo" / "silent.mp4"), Path(c.output), c.debug, c.timestamps)
+    source = Path(c.input or BUNDLED.parent / "demo" / "silent.mp4")
+    clips = find_clips(source, Path(c.output), c.debug, c.timestamps, c.face == "all")
     if len(clips) == 1:
         require_stream(clips[0], "video")
     with writable(c.output):
@@ -215,7 +220,9 @@ def _check_stream(c: InferConfig) -> None:
         )
 
 
-def find_clips(source: Path, output: Path, debug: bool = False, timestamps: bool = False) -> list[Path]:
+def find_clips(
+    source: Path, output: Path, debug: bool = False, timestamps: bool = False, every_face: bool = False
+) -> list[Path]:
     """Return the clip itself, or the video files of a folder in order of name; check the paths of their outputs."""
     try:
         source.stat()
@@ -230,18 +237,28 @@ def find_clips(source: Path, output: Path, debug: bool = False, timestamps: bool
     else:
         raise UserError(f"input={source} is neither a file nor a folder")
     owners: dict[Path, Path] = {}
+    inputs = {os.path.realpath(clip): clip for clip in clips}
     for clip in clips:
-        for target in outputs_of(clip, output, debug, timestamps):
+        for target in outputs_of(clip, output, debug, timestamps, every_face):
             other = owners.setdefault(target, clip)
             if other != clip:
                 raise UserError(f"{other} and {clip} would both be written to {target}: rename one")
-            if os.path.realpath(target) == os.path.realpath(clip):
-                raise UserError(f"output={output} would replace the clip {clip} itself: choose another folder")
+            if replaced := inputs.get(os.path.realpath(target)):
+                raise UserError(f"output={output} would replace the clip {replaced} itself: choose another folder")
             if target.is_dir():
                 raise UserError(f"cannot write {target}: it is a folder")
     return clips
 
 
-def outputs_of(clip: Path, folder: Path, debug: bool = False, timestamps: bool = False) -> list[Path]:
+def outputs_of(
+    clip: Path, folder: Path, debug: bool = False, timestamps: bool = False, every_face: bool = False
+) -> list[Path]:
+    """Return the files that a clip may be given in `folder`."""
     suffixes = (".mp4", ".png", ".wav", *(FACE if debug else ()), *(WORD_FILES if timestamps else ()))
-    return [folder / f"{clip.stem}{suffix}" for suffix in suffixes]
+    stems = [face_name(clip, n) for n in range(1, MOST_FACES + 1)] if every_face else [clip.stem]
+    return [folder / f"{stem}{suffix}" for stem in stems for suffix in suffixes]
+
+
+def face_name(clip: Path, number: int) -> str:
+    """Return the name, without an ending, of the files of one of all faces."""
+    return f"{clip.stem}_face{number}"

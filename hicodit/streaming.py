@@ -24,7 +24,7 @@ from engine.codec import Codec
 from engine.cuda_graph import GraphedSteps
 from engine.errors import UserError
 from engine.faces.detectors import FaceDetector, HaarDetector, with_points
-from engine.faces.track import DETECT_EVERY, FaceError, FaceTrack, follow_face
+from engine.faces.track import DETECT_EVERY, FaceError, FaceTrack, follow_faces
 from hicodit.conditions.types import FPS, MIN_FRAMES, Conditions, Crops
 from hicodit.generation import guided_posterior
 from hicodit.model import TOKENS_PER_FRAME
@@ -190,7 +190,7 @@ class SpeechStream:
                 self.faces[i] = with_points(self.detector(frame))
         faces = [(i - self.first, self.faces[i]) for i in sorted(self.faces)]
         try:
-            self.track = follow_face(faces, len(self.frames), (width, height), FPS, face)
+            (self.track,) = follow_faces(faces, len(self.frames), (width, height), FPS, face)
         except FaceError:
             if self.track is None:
                 raise

@@ -84,7 +84,9 @@ class Demo:
         report(0, total, "generating speech")
         speech = self.hicodit.run([crops], [seed], identity, sampler, on_step=on_step)[0]
         report(0, 0, "writing the files")
-        video, figure, sound = map(str, write_speech(Path(clip), speech, self._new_folder(), figure=True))
+        video, figure, sound = map(
+            str, write_speech(Path(clip), [(speech, Path(clip).stem, None, None)], self._new_folder(), True)
+        )
         unseen = crops.track.unseen(FPS)
         notes = [f"{len(speech.wave) / speech.rate:.1f} s of speech"]
         if unseen:

@@ -9,6 +9,7 @@ from engine.errors import UserError
 from engine.faces.clip import ClipFrames, find_face, place_landmarks
 from engine.faces.detectors import YuNetDetector
 from engine.faces.landmarks import add_landmarks, landmark_source, read_landmarks
+from engine.faces.track import check_face
 
 
 class Face(Step):
@@ -16,8 +17,8 @@ class Face(Step):
 
     Args:
         detector: the file face_detection_yunet_2023mar.onnx; None: OpenCV's cascade, also tilted and fine.
-        face: of several faces: largest, central, or a number by size from 1 on; where the source says where the clip's
-            face is, the one nearest to that place.
+        face: of several faces: speaking, the one whose mouth goes with the sound, largest, central, left, right, or a
+            number by size from 1 on; where the source says where the clip's face is, the one nearest to that place.
         face_landmarks: dlib68, yunet (with `detector`), or a folder of landmark files laid out as the source's clips;
             None: those of the detector.
     """
@@ -26,9 +27,12 @@ class Face(Step):
     reusable = False
 
     def __init__(
-        self, detector: str | None = None, face: str | int = "largest", face_landmarks: str | None = None
+        self, detector: str | None = None, face: str | int = "speaking", face_landmarks: str | None = None
     ) -> None:
         self.detector = YuNetDetector(detector) if detector else None
+        check_face(face)
+        if face == "all":
+            raise UserError("stages.face.face=all: a sample has one face; give speaking, or another choice")
         self.face, self.landmarks = face, landmark_source(face_landmarks, self.detector)
 
     def __call__(self, clip: WorkItem) -> None:
@@ -38,7 +42,7 @@ class Face(Step):
             size = ClipFrames(clip.path(clip.info.video), FPS).display_size
             clip.track = place_landmarks([clip.frames], *read_landmarks(self.landmarks, clip.info.video), FPS, size)
             return
-        clip.track = find_face([clip.frames], FPS, self._which(clip), self.detector)
+        clip.track = find_face([clip.frames], FPS, self._which(clip), self.detector, clip.wave16)
         if self.landmarks is not None:
             clip.track = add_landmarks([clip.frames], clip.track, self.landmarks)
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from engine.faces.detectors import FaceDetector, HaarDetector
 from engine.faces.landmarks import fill_landmarks
-from engine.faces.track import Face, FaceError, FaceTrack, landmark_track, track_face, track_of_boxes
+from engine.faces.speaking import speaking_face
+from engine.faces.track import Face, FaceError, FaceTrack, landmark_track, track_faces, track_of_boxes
 from engine.media.video import iter_video
 from engine.progress import watched
 
@@ -86,40 +87,65 @@ class ClipFrames:
 
 
 def find_face(
-    clip: Iterable[np.ndarray], fps: float, face: Face = "largest", detector: FaceDetector | None = None
+    clip: Iterable[np.ndarray],
+    fps: float,
+    face: Face = "largest",
+    detector: FaceDetector | None = None,
+    wave: np.ndarray | None = None,
 ) -> FaceTrack:
-    """Run `track_face` with a detector, or with OpenCV's cascade.
+    """Return the first face of `find_faces`."""
+    return find_faces(clip, fps, face, detector, wave)[0]
+
+
+def find_faces(
+    clip: Iterable[np.ndarray],
+    fps: float,
+    face: Face = "largest",
+    detector: FaceDetector | None = None,
+    wave: np.ndarray | None = None,
+) -> list[FaceTrack]:
+    """Find the face that is meant, or all, with a detector or OpenCV's cascade.
 
     If the cascade is not sure, tilted and very small heads are searched, too.
 
     Args:
         clip: blocks of frames (n, H, W, 3); it must give them again each time it is iterated over.
+        face: see `engine.faces.track.follow_faces`. "speaking" is the one of `engine.faces.speaking.speaking_face`.
+        wave: (N,) the clip's sound at 16 kHz, for "speaking".
 
     Raises:
         FaceError: too little of the clip shows the face, or the picture stands on its head or side.
     """
+    tracks = _track(clip, fps, face, detector)
+    if face == "speaking" and len(tracks) > 1:
+        return [tracks[speaking_face(clip, tracks, wave)]]
+    return tracks
+
+
+def _track(clip: Iterable[np.ndarray], fps: float, face: Face, detector: FaceDetector | None) -> list[FaceTrack]:
     if detector is not None:
-        return track_face(clip, detector, fps, face)
+        return track_faces(clip, detector, fps, face)
+    every_size = face != "largest"
     looks: list[np.ndarray] = []
-    track, error = None, None
+    tracks, error = None, None
     try:
-        track = track_face(_noting(clip, looks), HaarDetector(every_size=face != "largest"), fps, face)
+        tracks = track_faces(_noting(clip, looks), HaarDetector(every_size), fps, face)
     except FaceError as caught:
         error = caught
     upright = _evidence(looks, 0)
-    if track is not None and upright >= SURE:
-        return track
+    if tracks is not None and upright >= SURE:
+        return tracks
     others = {angle: _evidence(looks, angle) for angle in (*TILTS, *TURNS)}
     angle = max(others, key=others.__getitem__)
     if others[angle] > max(2 * upright, SURE):
         if angle in TURNS:
             words = f"there is a face {TURNS[angle]}: turn the picture by {angle} degrees anticlockwise first"
             raise FaceError(f"{error}; {words}" if error else words)
-        return track_face(clip, HaarDetector(every_size=face != "largest", angle=angle), fps, face)
-    if track is not None:
-        return track
+        return track_faces(clip, HaarDetector(every_size, angle=angle), fps, face)
+    if tracks is not None:
+        return tracks
     try:
-        return track_face(clip, HaarDetector(tiny=True), fps, face)
+        return track_faces(clip, HaarDetector(tiny=True), fps, face)
     except FaceError:
         raise error from None
 

@@ -23,7 +23,9 @@ SMOOTH_SECONDS = 0.5
 ADVICE = "give a clip with a frontal, lit face, or say where it is (face_box)"
 
 
-Face = str | int | tuple[float, float]  # which of several faces is followed; see `track_face`
+FACES = ("largest", "central", "left", "right", "speaking", "all")
+MOST_FACES = 9  # that are followed in a clip
+Face = str | int | tuple[float, float]  # which of several faces is followed; see `follow_faces`
 
 
 class FaceError(UserError):
@@ -79,15 +81,15 @@ class FaceTrack:
 
 
 def check_face(face: str | int) -> None:
-    """Check the setting `face`: largest, central, or a number."""
-    if not (face in ("largest", "central") or (isinstance(face, int) and face >= 1)):
-        raise UserError(f"face={face} is unknown: give largest, central, or a number from 1 on")
+    """Check the setting `face`."""
+    if not (face in FACES or (isinstance(face, int) and face >= 1)):
+        raise UserError(f"face={face} is unknown: give {', '.join(FACES)}, or a number from 1 on")
 
 
-def track_face(
+def track_faces(
     blocks: Iterable[np.ndarray], detector: FaceDetector, fps: float = 25.0, face: Face = "largest"
-) -> FaceTrack:
-    """Detect faces in every `DETECT_EVERY`-th frame of blocks (n, H, W, 3) of a clip; follow one as `follow_face`."""
+) -> list[FaceTrack]:
+    """Detect faces in every `DETECT_EVERY`-th frame of blocks (n, H, W, 3) of a clip, and follow them."""
     if not isinstance(face, tuple):
         check_face(face)
     faces, frames, size = [], 0, (1, 1)
@@ -95,13 +97,13 @@ def track_face(
         for i in range(-frames % DETECT_EVERY, len(block), DETECT_EVERY):
             faces.append((frames + i, with_points(detector(block[i]))))
         frames, size = frames + len(block), block.shape[2:0:-1]
-    return follow_face(faces, frames, size, fps, face)
+    return follow_faces(faces, frames, size, fps, face)
 
 
-def follow_face(
+def follow_faces(
     faces: list[tuple[int, np.ndarray]], frames: int, size: tuple[int, int], fps: float, face: Face = "largest"
-) -> FaceTrack:
-    """Follow one face through a clip of `frames` pictures of width and height `size`.
+) -> list[FaceTrack]:
+    """Follow one face, or several, through a clip of `frames` pictures of width and height `size`.
 
     Detections that lie near each other in time and position are linked to stretches. Those that one person could have
     made (one after the other: after a cut, or back in view) form a track. A line fitted to each neighbourhood gives the
@@ -109,17 +111,43 @@ def follow_face(
 
     Args:
         faces: number of a frame, and the faces (n, 14) that were detected in it, in order of time.
-        face: "largest" or "central" of several faces, its number by size, counted from 1, or the position (x, y) to
-            which it is nearest, in fractions of width and height.
+        face: "largest", "central", "left" or "right" of several faces, its number by size, counted from 1, or the
+            position (x, y) to which it is nearest, in fractions of width and height; "all" or "speaking": all faces
+            that enough of the clip shows, by size.
     """
     centre = (0.5, 0.5) if face == "central" else face if isinstance(face, tuple) else None
     people = _people(_link(faces, fps), None if centre is None else np.array(size) * centre, max(size) / 2)
     if not people:
         raise FaceError(f"no face found in any of its {frames / fps:.1f} s: {ADVICE}")
+    if face in ("largest", "central") or isinstance(face, tuple):
+        return [_check_coverage(_smooth(people[0], frames, fps), fps)]
+    people = _distinct([p for p in people if _shown(p, frames)[1].mean() >= MIN_COVERAGE]) or people[:1]
+    if face in ("left", "right"):
+        people.sort(key=lambda person: np.median(_centres(person)[:, 0]), reverse=face == "right")
     number = face if isinstance(face, int) else 1
     if number > len(people):
         raise FaceError(f"face={face}: only {len(people)} can be distinguished, give a number up to that")
-    return _check_coverage(_smooth(people[number - 1], frames, fps), fps)
+    several = people[:MOST_FACES] if face in ("all", "speaking") else people[number - 1 : number]
+    return [_check_coverage(_smooth(person, frames, fps), fps) for person in several]
+
+
+def _distinct(people: list[list[_Stretch]]) -> list[list[_Stretch]]:
+    """Leave out whose middle is mostly in the box of a more prominent person: a face detected in two sizes."""
+    distinct: list[list[_Stretch]] = []
+    for person in people:
+        if not any(_nested(person, other) for other in distinct):
+            distinct.append(person)
+    return distinct
+
+
+def _nested(person: list[_Stretch], other: list[_Stretch]) -> bool:
+    """Return whether the middle of `person` lies in the box of `other` in most frames."""
+    (own, faces), (others, boxes) = (
+        (np.concatenate([s.index for s in each]), np.concatenate([s.faces for s in each])) for each in (person, other)
+    )
+    _, i, j = np.intersect1d(own, others, return_indices=True)
+    apart = np.abs(faces[i, :2] + faces[i, 2:4] / 2 - boxes[j, :2] - boxes[j, 2:4] / 2)
+    return int((apart < boxes[j, 2:4] / 2).all(1).sum()) > len(own) / 2
 
 
 def _check_coverage(track: FaceTrack, fps: float) -> FaceTrack:
@@ -180,10 +208,9 @@ def _people(stretches: list[_Stretch], centre: np.ndarray | None, unit: float) -
     """
 
     def weight(chain: list[_Stretch]) -> float:
-        faces = np.concatenate([s.faces for s in chain])
         if centre is None:
-            return float((faces[:, 2] ** 2).sum())
-        offset = np.linalg.norm(faces[:, :2] + faces[:, 2:4] / 2 - centre, axis=1) / unit
+            return float(sum((s.faces[:, 2] ** 2).sum() for s in chain))
+        offset = np.linalg.norm(_centres(chain) - centre, axis=1) / unit
         return float(np.exp(-4 * offset).sum())
 
     chains, people = sorted(_chains(stretches), key=weight, reverse=True), []
@@ -195,6 +222,12 @@ def _people(stretches: list[_Stretch], centre: np.ndarray | None, unit: float) -
         chains = others
         people.append(sorted(person, key=lambda s: s.index[0]))
     return people
+
+
+def _centres(person: list[_Stretch]) -> np.ndarray:
+    """Return the middles (n, 2) of all detections of a person."""
+    faces = np.concatenate([s.faces for s in person])
+    return faces[:, :2] + faces[:, 2:4] / 2
 
 
 def _chains(stretches: list[_Stretch]) -> list[list[_Stretch]]:
@@ -221,19 +254,24 @@ def _chains(stretches: list[_Stretch]) -> list[list[_Stretch]]:
 
 def _smooth(person: list[_Stretch], frames: int, fps: float) -> FaceTrack:
     """Return the face of every frame, each from the stretch nearest in time; stretches are smoothed one by one."""
-    time = np.arange(frames)
-    starts, ends = (np.array([s.index[i] for s in person]) for i in (0, -1))
-    away = np.maximum(np.maximum(starts[:, None] - time, time - ends[:, None]), 0)
-    nearest = away.argmin(0)
+    nearest, seen = _shown(person, frames)
     values = np.empty((frames, POINTS.stop))
     for i, stretch in enumerate(person):
         mine = np.flatnonzero(nearest == i)
         times = np.clip(mine, stretch.index[0] - DETECT_EVERY, stretch.index[-1] + DETECT_EVERY) / fps
         plausible = _plausible(stretch, fps)
         values[mine] = _local_lines(stretch.index[plausible] / fps, stretch.faces[plausible], times)
+    return FaceTrack(values[:, BOX], values[:, POINTS].reshape(-1, 5, 2), seen)
+
+
+def _shown(person: list[_Stretch], frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each frame (T,) the stretch that is nearest in time, and whether the face is seen in it."""
+    time = np.arange(frames)
+    starts, ends = (np.array([s.index[i] for s in person]) for i in (0, -1))
+    away = np.maximum(np.maximum(starts[:, None] - time, time - ends[:, None]), 0)
     seen = away.min(0) <= DETECT_EVERY // 2
     seen[max(ends) :] |= frames - max(ends) <= DETECT_EVERY  # no later frame was searched
-    return FaceTrack(values[:, BOX], values[:, POINTS].reshape(-1, 5, 2), seen)
+    return away.argmin(0), seen
 
 
 def _plausible(stretch: _Stretch, fps: float) -> np.ndarray:

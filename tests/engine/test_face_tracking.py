@@ -12,11 +12,15 @@ from engine.errors import UserError
 from engine.faces.clip import ClipFrames, find_face, place_face
 from engine.faces.detectors import FRONTAL, HaarDetector, YuNetDetector, box_of_points, with_points
 from engine.faces.strip import Strip
-from engine.faces.track import DETECT_EVERY, read_boxes, track_face, track_of_boxes
+from engine.faces.track import DETECT_EVERY, read_boxes, track_faces, track_of_boxes
 from engine.media.video import write_video
 
 SIDE = 96  # of a drawn head; its face box is about 0.7 of it
 HAAR, THOROUGH = HaarDetector(), HaarDetector(every_size=True)
+
+
+def track_face(*arguments, **settings):
+    return track_faces(*arguments, **settings)[0]
 
 
 def middle(track) -> np.ndarray:
@@ -36,11 +40,22 @@ def test_largest_central_or_numbered_face_is_followed():
     assert near(track_face([video], THOROUGH, face="central"), slice(None), 130 + 32)
     assert near(track_face([video], THOROUGH, face=1), slice(None), 5 + 56)
     assert near(track_face([video], THOROUGH, face=2), slice(None), 130 + 32)
+    assert near(track_face([video], THOROUGH, face="left"), slice(None), 5 + 56)
+    assert near(track_face([video], THOROUGH, face="right"), slice(None), 130 + 32)
+    assert [round(middle(track)[0], -1) for track in track_faces([video], THOROUGH, face="all")] == [60, 160]
     with pytest.raises(UserError, match=r"face=3: only 2"):
         track_face([video], THOROUGH, face=3)
     for wrong in ("smallest", 0):
         with pytest.raises(UserError, match=f"face={wrong} is unknown"):
             track_face([video], HAAR, face=wrong)
+
+
+def test_face_that_is_detected_in_two_sizes_counts_once():
+    def detector(frame):
+        return np.array([[20.0, 20, 60, 60], [30.0, 30, 30, 30], [200.0, 20, 50, 50]])
+
+    tracks = track_faces([np.zeros((40, 80, 260, 3), np.uint8)], detector, face="all")
+    assert [track.boxes[0, 0] for track in tracks] == [20, 200]
 
 
 def test_two_faces_that_cross_keep_their_sizes():
@@ -264,3 +279,21 @@ def test_box_outside_the_picture_is_refused():
     with pytest.raises(UserError, match=r"face_box=200,10,30,30 at 0\.0 s lies outside the picture of 120 x 80 pixels"):
         place_face([frames], [200, 10, 30, 30], 25.0)
     assert np.allclose(place_face([frames], [20, 10, 30, 30], 25.0).boxes, [20, 10, 30, 30])
+
+
+@pytest.mark.parametrize("speaker", [0, 1])
+@pytest.mark.parametrize("sound", [True, False])
+def test_face_that_speaks_is_chosen(speaker, sound):
+    """With sound, both mouths move and one of them with the loudness. Without, the other head only moves about."""
+    rng, frames = np.random.default_rng(speaker), 75
+    openings = [np.convolve(rng.random(frames + 6), np.ones(7) / 2, "valid") % 1 for _ in range(2)]
+    wave = (rng.normal(0, 0.1, (frames, 640)) * openings[speaker][:, None]).ravel()
+    if not sound:
+        openings[1 - speaker][:] = 0.2
+    video = scene(frames, [])
+    for i in range(frames):
+        for side, opening in enumerate(openings):
+            x, y = 160 * side + 20 + round(6 * np.sin(i / 5)), 4 + round(3 * np.sin(i / 7))
+            video[i, y : y + 112, x : x + 112] = draw_face(opening[i], 112)
+    track = find_face([video[:40], video[40:]], 25.0, "speaking", wave=wave if sound else None)
+    assert abs(middle(track).mean() - (76 + 160 * speaker)) < 12

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from drawn_faces import talking_head
+from drawn_faces import scene, talking_head
 from omegaconf import OmegaConf
 
 from engine.config import load, plain
@@ -292,6 +292,24 @@ def test_the_face_can_be_named_and_checked(release, clip, tmp_path):
     with pytest.raises(UserError, match="face_landmarks=absent: no such file"):
         run(config(release, clip, tmp_path / "two", face_landmarks="absent"))
     assert not (tmp_path / "two").exists()
+
+
+def test_every_face_gets_files_of_its_own(release, tmp_path, capsys):
+    write_video(tmp_path / "two.mp4", scene(30, [lambda i: (5, 5, 112), lambda i: (180, 20, 90)]), 25)
+    settings = config(release, tmp_path / "two.mp4", tmp_path / "out", face="all", debug=True, figure=False)
+    assert run(settings) == 0
+    suffixes = ("mp4", "wav")
+    expected = [f"two_face{n}.{s}" for n in (1, 2) for s in suffixes]
+    expected += [f"two_face{n}_face.{s}" for n in (1, 2) for s in ("json", "png")]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(expected)
+    assert "2.4 s -> two_face1.mp4" in capsys.readouterr().out
+    lefts = [
+        json.loads((tmp_path / "out" / f"two_face{n}_face.json").read_text())["frames"][0]["box"][0] for n in (1, 2)
+    ]
+    assert lefts[0] < 60 < 150 < lefts[1]
+    write_video(tmp_path / "two_face1.mp4", scene(6, []), 25)
+    with pytest.raises(UserError, match=r"would replace the clip .*two_face1\.mp4"):
+        run(config(release, tmp_path, tmp_path, face="all"))
 
 
 def test_landmarks_of_a_folder_are_in_pixels_of_the_clip_as_it_is_shown(release, tmp_path):
