@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from engine.media.audio import resample
+from engine.metrics.recogniser import RATE, hear
 from engine.optional import require
 
-RATE = 16_000
 FRAME = 0.01  # seconds of a frame of pocketsphinx
 QUIET = 0.1  # seconds of silence on both sides, without which the first and the last word lose their edges
 CUE_WORDS, CUE_GAP = 7, 0.6  # words of a subtitle at most; a longer pause (seconds) begins a new one
@@ -78,11 +78,7 @@ class WordTimes:
 
     def _spans(self, decoder: Any, wave: np.ndarray, rate: int) -> list[Word]:
         wave = resample(torch.as_tensor(np.asarray(wave), dtype=torch.float32), rate, RATE).numpy()
-        pcm = (np.pad(wave, round(QUIET * RATE)).clip(-1, 1) * 32767).astype("<i2").tobytes()
-        decoder.reinit_feat()  # forgets the statistics of the last wave
-        decoder.start_utt()
-        decoder.process_raw(pcm, full_utt=True)
-        decoder.end_utt()
+        hear(decoder, np.pad(wave, round(QUIET * RATE)))
         words, last = [], len(wave) / RATE
         if not np.abs(wave).max(initial=0) > SILENT:
             return []
@@ -120,18 +116,13 @@ def _span(line: Word, point: str) -> str:
     return f"{clock(line.begin)} --> {clock(line.end)}"
 
 
-def as_json(words: Sequence[Word]) -> list[dict[str, Any]]:
-    """Return words as plain values."""
-    return [asdict(word) for word in words]
-
-
 def write_words(stem: Path, words: Sequence[Word], origin: str, subtitles: bool) -> None:
     """Write STEM.json and, with `subtitles`, STEM.srt and STEM.vtt.
 
     Args:
         origin: where the words come from: text or recogniser.
     """
-    content = {"origin": origin, "words": as_json(words)}
+    content = {"origin": origin, "words": [asdict(word) for word in words]}
     stem.with_name(f"{stem.name}.json").write_text(json.dumps(content, indent=1) + "\n")
     if subtitles:
         lines = cues(words)

@@ -60,12 +60,7 @@ class Report:
 
 
 def prepare(config: DictConfig) -> None:
-    """Run the job that `configs/prepare.yaml` describes.
-
-    Raises:
-        UserError: a wrong setting; a source, weights or a package that are missing; a disk that is full; or one
-            unforeseen failure after the other.
-    """
+    """Run the job that `configs/prepare.yaml` describes."""
     rank, world = place(config)
     _check(config)
     set_limits(Limits(**config.limits))

@@ -128,11 +128,7 @@ class KeepMedia(Step):
 
 
 def read_text(path: Path) -> str:
-    """The words of a .json file (`text`), of the line `Text:` of a .txt file, or all of one without such a line.
-
-    Raises:
-        UserError: the file cannot be read as text or as JSON.
-    """
+    """The words of a .json file (`text`), of the line `Text:` of a .txt file, or all of one without such a line."""
     try:
         content = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
@@ -144,9 +140,5 @@ def read_text(path: Path) -> str:
 
 
 def read_motion(path: Path) -> torch.Tensor:
-    """Motion codes (T, Dm) float16 of a torch file, which is not allowed to execute anything.
-
-    Raises:
-        UserError: the file is damaged or holds no such tensor.
-    """
+    """Motion codes (T, Dm) float16 of a torch file, which is not allowed to execute anything."""
     return read_matrix(path).half().contiguous()

@@ -18,6 +18,7 @@ from pathlib import Path
 from corpora.preparation.clip import SourceClip, make_key, with_digest
 from engine import untrusted
 from engine.errors import UserError
+from engine.files import report_os_errors
 from engine.settings import require_range
 from engine.shards.recordings import read_manifest
 from talker_t2av.phonemes import SYMBOLS
@@ -33,9 +34,6 @@ class Source:
 
     Attributes:
         frames: whether its clips have pictures. symbols: the phonemes of its labels, None without.
-
-    Raises:
-        UserError: there is no such folder.
     """
 
     frames = True
@@ -55,11 +53,7 @@ class Source:
         raise NotImplementedError
 
     def clips(self, split: str) -> list[SourceClip]:
-        """The clips of a split in a fixed order.
-
-        Raises:
-            UserError: there is no such split, it is empty, or names a clip twice.
-        """
+        """The clips of a split in a fixed order."""
         if split not in self.splits():
             raise UserError(f"{self.root} has no split {split}; there are: {', '.join(self.splits()) or 'none'}")
         clips = list(self.read(split))
@@ -250,9 +244,6 @@ def held_out(groups: Iterable[str], shares: Mapping[str, float]) -> dict[str, st
 
     Args:
         shares: by split, the share of the groups.
-
-    Raises:
-        UserError: the shares are no shares, or leave nothing.
     """
     for split, share in shares.items():
         require_range(f"the share of the split {split}", share, 0.0, 0.9)
@@ -271,10 +262,8 @@ def _folders(folder: Path) -> list[str]:
 
 def _walk(folder: Path, depth: int, suffix: str) -> Iterator[str]:
     """Files DEPTH folders below `folder` in alphabetical order, as relative paths without the suffix."""
-    try:
+    with report_os_errors(f"cannot list {folder}"):
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(f"cannot list {folder}: {error.strerror or error}") from error
     for entry in entries:
         if depth and entry.is_dir():
             yield from (f"{entry.name}/{below}" for below in _walk(folder / entry.name, depth - 1, suffix))
@@ -283,20 +272,12 @@ def _walk(folder: Path, depth: int, suffix: str) -> Iterator[str]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a list that are not blank.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """The lines of a list that are not blank."""
     return [line.strip() for line in untrusted.read_lines(path, f"the list {path}") if line.strip()]
 
 
 def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    """Rows of a CSV file that has the given columns.
-
-    Raises:
-        UserError: it cannot be read, has no rows, or lacks a column.
-    """
+    """Rows of a CSV file that has the given columns."""
     try:
         text = "\n".join(untrusted.read_lines(path, f"source.table={path}"))
         rows = list(csv.DictReader(io.StringIO(text)))

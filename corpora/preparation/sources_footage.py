@@ -35,9 +35,6 @@ class YoutubeIds(Unsplit):
             fractions of width and height), text, speaker, language, expression.
         videos: folder of the videos.
         test, validation: shares of the videos that make the splits `test` and `val`.
-
-    Raises:
-        UserError: the list cannot be read, or none of its videos is there.
     """
 
     def __init__(
@@ -162,11 +159,7 @@ def _number(value: Any) -> float:
 def _checked(
     video: Any, start: Any, end: Any, face: tuple[Any, Any, Any] | None, facts: dict[str, str | None]
 ) -> tuple[str, float, float, tuple[float, float, int] | None, dict[str, str | None]]:
-    """A row as numbers.
-
-    Raises:
-        UserError: the name cannot be a file name, the times are not in order, or the face lies outside the picture.
-    """
+    """A row as numbers."""
     begin, stop = _number(start), _number(end)
     if not 0 <= begin < stop < 1e6:
         raise UserError(f"start={start} and end={end} are not two times in seconds, one after the other")

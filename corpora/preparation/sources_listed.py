@@ -25,9 +25,6 @@ class TalkerData(Unsplit):
         sounds: that folder.
         tars: pattern of tar files under `root`, such as "*.tar": paths that they hold are read there.
         validation: share of the clips that make the split `val`; nothing tells their speakers.
-
-    Raises:
-        UserError: not exactly one of table and listing is given, or one of the files cannot be read.
     """
 
     frames = False
@@ -127,11 +124,7 @@ class Emilia(Unsplit):
 
 
 def tar_members(root: Path, pattern: str) -> Mapping[str, tuple[str, int, int]]:
-    """(tar file, offset, size) by name of every file in the tar files of a folder; they must not be compressed.
-
-    Raises:
-        UserError: there are none, or one is no plain tar file.
-    """
+    """(tar file, offset, size) by name of every file in the tar files of a folder; they must not be compressed."""
     members = {}
     for path in sorted(root.glob(pattern)):
         try:

@@ -28,9 +28,9 @@ from corpora.preparation.clip import Encoder, MachineFault, Outcome, SourceClip,
 from engine.config import build, target
 from engine.device import pick_device
 from engine.errors import UserError
+from engine.files import checksum
 from engine.processes import Work
 from engine.shards.reader import VERSION, read_sample
-from engine.shards.source import checksum
 from engine.shards.writer import dumps, write_sample
 from engine.untrusted import parse_json
 
@@ -78,11 +78,7 @@ class Steps(Work[WorkItem, WorkItem, Outcome]):
 
     @torch.inference_mode()
     def cut(self, clip: WorkItem) -> WorkItem:
-        """Do all that needs the pictures, and no network of an encoder. A clip that fails gets its outcome.
-
-        Raises:
-            UserError: the disk is full, or something else that no clip causes.
-        """
+        """Do all that needs the pictures, and no network of an encoder. A clip that fails gets its outcome."""
         try:
             if clip.unchanged:
                 self._take_over(clip)
@@ -108,11 +104,7 @@ class Steps(Work[WorkItem, WorkItem, Outcome]):
 
     @torch.inference_mode()
     def encode(self, clips: Sequence[WorkItem]) -> list[Outcome]:
-        """Run the encoders over all clips together, and write the samples.
-
-        Raises:
-            UserError: as `cut`.
-        """
+        """Run the encoders over all clips together, and write the samples."""
         for name, step in self.steps.items():
             if todo := [clip for clip in clips if clip.outcome is None and name in clip.waiting]:
                 self._encode(name, step, todo)

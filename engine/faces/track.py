@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from engine.errors import UserError
 from engine.faces.detectors import BOX, POINTS, FaceDetector, box_of_points, five_points, with_points
-from engine.untrusted import parse_json
+from engine.untrusted import read_json
 
 DETECT_EVERY = 5  # frames between detections: 0.2 s at 25 fps, far below the time in which a head moves away
 MAX_GAP = 1.0  # seconds without a detection over which a face is taken to have been there
@@ -314,10 +313,7 @@ def _local_lines(seconds: np.ndarray, faces: np.ndarray, times: np.ndarray) -> n
 def read_boxes(text: str) -> Any:
     """Read the boxes that `face_box=` names, for `track_of_boxes`: "x,y,w,h", or the path of a JSON file."""
     if text.endswith(".json"):
-        try:
-            return parse_json(Path(text).read_bytes(), f"face_box={text}")
-        except OSError as error:
-            raise UserError(f"face_box={text}: cannot be read ({error.strerror or error})") from error
+        return read_json(text, f"face_box={text}")
     try:
         return [float(number) for number in text.split(",")]
     except ValueError:

@@ -12,6 +12,7 @@ import imageio_ffmpeg
 import soundfile
 
 from engine.errors import UserError
+from engine.files import report_os_errors
 from engine.media.limits import LIMITS
 
 # Only containers of video and sound: without a list, ffmpeg would follow playlists to other files or the network,
@@ -116,17 +117,14 @@ def damaged(path: Path, kind: str, seconds: float, total: float, why: str) -> Us
 def check_readable(path: str | Path) -> Path:
     """Return `path` as a Path of an existing, non-empty, readable file."""
     path = Path(path)
-    try:
+    with report_os_errors(f"cannot read {path}"):
         if path.is_dir():
             raise UserError(f"{path} is a folder; give a media file")
         if not path.is_file():
             raise UserError(f"no such file: {path}")
         if path.stat().st_size == 0:
             raise UserError(f"{path} is empty (0 bytes)")
-        with path.open("rb"):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        path.open("rb").close()
     return path
 
 

@@ -20,6 +20,7 @@ RATE = 16_000
 
 class DNSMOS(Metric):
     figures: ClassVar = {"dnsmos": Figure("DNSMOS", 1, meaning="predicted opinion of speech quality, 1 to 5")}
+    needs = ("speechmos", "onnxruntime", "librosa")
     protocols = ("p808", "p835")
 
     def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
@@ -31,10 +32,6 @@ class DNSMOS(Metric):
         self.model = package.DNSMOS.__new__(package.DNSMOS)
         self.model.onnx_sess = package.ort.InferenceSession(str(folder / "sig_bak_ovr.onnx"), options)
         self.model.p808_onnx_sess = package.ort.InferenceSession(str(folder / "model_v8.onnx"), options)
-
-    @classmethod
-    def packages(cls, protocol: str) -> list[str]:
-        return ["speechmos", "onnxruntime", "librosa"]
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         scores = self.model(wave_of(take.audio, RATE).clip(-1, 1), RATE, False)

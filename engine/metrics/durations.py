@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from engine.errors import UserError
-from engine.metrics.metric import CACHED, Figure, Metric, Take, wave_of
+from engine.metrics.metric import CACHED, Figure, Metric, Take, text_of, wave_of
 from engine.optional import require
 
 RATE, FRAME = 16_000, 10  # milliseconds
@@ -23,16 +23,13 @@ RATE, FRAME = 16_000, 10  # milliseconds
 
 class DurationDistance(Metric):
     figures: ClassVar = {"duration_distance": Figure("DD ms", -1, 1, meaning="mean difference of the phones' lengths")}
+    needs = ("pocketsphinx",)
     pair = True
 
     def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
         super().__init__(protocol, weights, device)
         self.package = require("pocketsphinx", "pocketsphinx")
         self.phones = lru_cache(CACHED)(self._phones)
-
-    @classmethod
-    def packages(cls, protocol: str) -> list[str]:
-        return ["pocketsphinx"]
 
     def _phones(self, path: Path | None, text: str) -> list[list[tuple[str, int]]]:
         """(phone, frames) of each word of a file's speech."""
@@ -54,9 +51,7 @@ class DurationDistance(Metric):
             raise UserError(f"the text cannot be aligned with the speech ({error})") from error
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
-        if not truth.text:
-            raise UserError("its words are not known: give text in the manifest, or ID.txt beside the true file")
-        words = "".join(c if c.isalnum() or c == "'" else " " for c in truth.text.lower())
+        words = "".join(c if c.isalnum() or c == "'" else " " for c in text_of(truth).lower())
         one, two = (self.phones(path, " ".join(words.split())) for path in (take.audio, truth.audio))
         pairs = [(a, b) for a, b in zip(one, two) if [name for name, _ in a] == [name for name, _ in b]]
         apart = [abs(long - short) for a, b in pairs for (_, long), (_, short) in zip(a, b)]

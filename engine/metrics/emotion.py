@@ -28,6 +28,8 @@ class Emotion(Metric):
         "emotion_accuracy": Figure("EmoAcc %", 1, 2, 100, "clips whose emotion is heard as in the true speech"),
         "emotion_similarity": Figure("EMO-SIM", 1, 4, meaning="cosine of emotion embeddings with the true speech"),
     }
+    needs = ("funasr",)
+    names = (f"{FOLDER}/model.pt", f"{FOLDER}/config.yaml")
     pair, parallel = True, False
 
     def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
@@ -38,14 +40,6 @@ class Emotion(Metric):
                 model=str(weights / FOLDER), device=device, disable_update=True, disable_pbar=True
             )
         self.read = lru_cache(CACHED)(self._read)
-
-    @classmethod
-    def files(cls, protocol: str, weights: Path) -> list[Path]:
-        return [weights / FOLDER / "model.pt", weights / FOLDER / "config.yaml"]
-
-    @classmethod
-    def packages(cls, protocol: str) -> list[str]:
-        return ["funasr"]
 
     def _read(self, path: Path | None) -> tuple[str, np.ndarray]:
         """(class, embedding (D,)) of a file's speech."""

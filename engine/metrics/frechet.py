@@ -33,11 +33,7 @@ FRAMES = 16  # of a clip for FID, of a window for FVD
 
 
 def frechet_distance(one: np.ndarray, two: np.ndarray) -> float:
-    """Of two sets of features (F, D), as of normal distributions with their means and covariances.
-
-    Raises:
-        UserError: a set has fewer than two rows.
-    """
+    """Compare two sets of features (F, D) as normal distributions with their means and covariances."""
     if min(len(one), len(two)) < 2:
         raise UserError("the distance of two sets needs two rows of features in each")
     one, two = one.astype(np.float64), two.astype(np.float64)
@@ -55,13 +51,13 @@ class FaceFeatures(Metric):
     inputs = ("video",)
     parallel = False
 
-    @staticmethod
-    def distance(features: np.ndarray, true: np.ndarray) -> float:
-        return frechet_distance(features, true)
+    distance = staticmethod(frechet_distance)
 
 
 class FID(FaceFeatures):
     figures: ClassVar = {"fid": Figure("FID", -1, meaning="distance of the pictures' features from the true ones")}
+    needs = ("torch_fidelity",)
+    names = ("weights-inception-2015-12-05-6726825d.pth",)
 
     def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
         super().__init__(protocol, weights, device)
@@ -70,14 +66,6 @@ class FID(FaceFeatures):
         with tempfile.NamedTemporaryFile(suffix=".pth") as plain:  # the package would run what a damaged file says
             torch.save(dict(read_checkpoint(file)), plain.name)
             self.network = package.FeatureExtractorInceptionV3("inception", ["2048"], plain.name).to(device)
-
-    @classmethod
-    def files(cls, protocol: str, weights: Path) -> list[Path]:
-        return [weights / "weights-inception-2015-12-05-6726825d.pth"]
-
-    @classmethod
-    def packages(cls, protocol: str) -> list[str]:
-        return ["torch_fidelity"]
 
     @torch.inference_mode()
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
@@ -89,6 +77,7 @@ class FID(FaceFeatures):
 
 class FVD(FaceFeatures):
     figures: ClassVar = {"fvd": Figure("FVD", -1, 1, meaning="distance of the videos' features from the true ones")}
+    names = ("i3d_torchscript.pt",)
 
     def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
         super().__init__(protocol, weights, device)
@@ -98,10 +87,6 @@ class FVD(FaceFeatures):
         except RuntimeError as error:
             raise UserError(f"{file} is no TorchScript file ({str(error).splitlines()[0]})") from error
 
-    @classmethod
-    def files(cls, protocol: str, weights: Path) -> list[Path]:
-        return [weights / "i3d_torchscript.pt"]
-
     @torch.inference_mode()
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         faces = face_video(take.video)
@@ -109,13 +94,7 @@ class FVD(FaceFeatures):
         if not windows:
             raise UserError(f"the clip has {len(faces)} frames, and FVD needs {FRAMES}")
         faces = torch.from_numpy(faces[: windows * FRAMES]).reshape(windows, FRAMES, *faces.shape[1:])
-        rows = [
-            self.network(
-                window[None].permute(0, 4, 1, 2, 3).float().to(self.device),
-                rescale=True,
-                resize=True,
-                return_features=True,
-            )
-            for window in faces
-        ]
+        options = {"rescale": True, "resize": True, "return_features": True}
+        clips = (window[None].permute(0, 4, 1, 2, 3).float().to(self.device) for window in faces)
+        rows = [self.network(clip, **options) for clip in clips]
         return {"fvd": torch.cat(rows).float().cpu().numpy()}

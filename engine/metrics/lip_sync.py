@@ -50,11 +50,7 @@ def face_squares(frames: np.ndarray, boxes: np.ndarray, size: int = SIDE) -> np.
 
 @lru_cache(2)
 def face_video(path: Path | None) -> np.ndarray:
-    """Squares of the largest face of a video at 25 frames a second: (T, 224, 224, 3) bytes.
-
-    Raises:
-        UserError: there is no video, or no face in it.
-    """
+    """Squares of the largest face of a video at 25 frames a second: (T, 224, 224, 3) bytes."""
     if path is None:
         raise UserError("the clip has no picture")
     frames = read_video(path, FPS, MAX_SIDE)
@@ -66,15 +62,12 @@ class LipSync(Metric):
         "lse_c": Figure("LSE-C", 1, meaning="confidence that lips and sound agree"),
         "lse_d": Figure("LSE-D", -1, meaning="distance of lips and sound at the best shift"),
     }
+    names = ("syncnet_v2.model",)
     inputs = ("audio", "video", "source")
 
     def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
         super().__init__(protocol, weights, device)
         self.network = SyncNet.from_pretrained(*self.files(protocol, weights)).to(device)
-
-    @classmethod
-    def files(cls, protocol: str, weights: Path) -> list[Path]:
-        return [weights / "syncnet_v2.model"]
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         score = self.network.score(face_video(take.video or take.source), wave_of(take.audio, RATE))

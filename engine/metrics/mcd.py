@@ -71,12 +71,9 @@ def distortion(reference: np.ndarray, made: np.ndarray, mode: str) -> float:
 
 class MCD(Metric):
     figures: ClassVar = {"mcd": Figure("MCD dB", -1, meaning="distance of spectral envelopes from the true speech")}
+    needs = ("pyworld", "fastdtw")
     protocols = ("dtw", "plain", "dtw_sl")
     pair = True
-
-    @classmethod
-    def packages(cls, protocol: str) -> list[str]:
-        return ["pyworld", "fastdtw"]
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         made, true = wave_of(take.audio, RATE), wave_of(truth.audio, RATE)

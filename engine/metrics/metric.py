@@ -103,6 +103,7 @@ class Metric:
         outputs_only: whether the true clips have no such figure.
         cuts: whether the longer of an output and the true speech is cut to the other's length.
         inputs: attributes of the measured take that the result depends on.
+        needs: modules that must be installed. names: files below `weights`; see `packages` and `files`.
     """
 
     figures: ClassVar[Mapping[str, Figure]] = {}
@@ -113,6 +114,8 @@ class Metric:
     outputs_only: ClassVar[bool] = False
     cuts: ClassVar[bool] = False
     inputs: ClassVar[tuple[str, ...]] = ("audio",)
+    needs: ClassVar[tuple[str, ...]] = ()
+    names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
         """Load what is needed.
@@ -128,8 +131,8 @@ class Metric:
 
     @classmethod
     def files(cls, protocol: str, weights: Path) -> list[Path]:
-        """The files below `weights` that are needed; a result is not used again when one of them changes."""
-        return []
+        """Return the files that a protocol needs; a result is not used again when one of them changes."""
+        return [weights / name for name in cls.names]
 
     @classmethod
     def download(cls, protocol: str) -> str:
@@ -138,8 +141,8 @@ class Metric:
 
     @classmethod
     def packages(cls, protocol: str) -> list[str]:
-        """Modules that must be installed."""
-        return []
+        """Return the modules that a protocol needs."""
+        return list(cls.needs)
 
     @classmethod
     def check(cls, protocol: str, weights: Path) -> None:
@@ -185,18 +188,32 @@ class Metric:
         raise NotImplementedError
 
 
+class PictureMetric(Metric):
+    """Compares the picture that a system made with that of the true clip; outputs without one have no such figure."""
+
+    pair, outputs_only = True, True
+    inputs = ("video",)
+
+    @classmethod
+    def applies(cls, take: Take) -> bool:
+        return take.video is not None and take.given != "video"
+
+
 def cosine(one: np.ndarray, two: np.ndarray) -> float:
-    """Of two vectors (D,); 0 if one of them is zero."""
+    """Return the cosine of two vectors (D,); 0 if one of them is zero."""
     return float(one @ two / (np.linalg.norm(one) * np.linalg.norm(two) + 1e-12))
+
+
+def text_of(truth: Take) -> str:
+    """Return the words of the true clip."""
+    if not truth.text:
+        raise UserError("its words are not known: give text in the manifest, or ID.txt beside the true file")
+    return truth.text
 
 
 @lru_cache(CACHED)
 def wave_of(audio: Path | Sound | None, rate: int) -> np.ndarray:
-    """(N,) float32 at `rate` Hz.
-
-    Raises:
-        UserError: there is no file, or it cannot be read.
-    """
+    """Return samples (N,) float32 at `rate` Hz."""
     if audio is None:
         raise UserError("the clip has no sound")
     if isinstance(audio, Sound):

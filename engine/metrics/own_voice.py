@@ -31,6 +31,7 @@ class OwnVoice(Metric):
         "own_voice_first": Figure("own voice first %", 1, 1, 100, "the nearest of the known voices is the clip's own"),
         "voice_similarity": Figure("voice cosine", 1, 3, meaning="cosine with the mean of the own voice's other clips"),
     }
+    needs = ("resemblyzer",)
     protocols = ("clips", "shards")
 
     def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
@@ -43,10 +44,6 @@ class OwnVoice(Metric):
         if kind == "shards" and not (Path(shards) / "index.json").is_file():
             raise Unavailable(f"voices={shards} has no prepared shards (python scripts/prepare_data.py)")
         return []
-
-    @classmethod
-    def packages(cls, protocol: str) -> list[str]:
-        return ["resemblyzer"]
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         try:

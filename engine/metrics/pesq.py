@@ -21,11 +21,7 @@ RATES = {"wb": 16_000, "nb": 8_000}
 
 
 def pesq_score(reference: np.ndarray, degraded: np.ndarray, rate: int, band: str = "wb") -> float:
-    """About 1.0 to 4.6; both (N,) at `rate` Hz; `band` is wb or nb.
-
-    Raises:
-        UserError: one of the two is silent, or the clip is too short (under a quarter of a second).
-    """
+    """About 1.0 to 4.6; both (N,) at `rate` Hz; `band` is wb or nb."""
     pesq, own = require("pesq", "pesq"), RATES[band]
     pair = [resample(torch.as_tensor(np.asarray(x), dtype=torch.float32), rate, own) for x in (reference, degraded)]
     silent = [name for name, x in zip(("the true speech", "the output"), pair) if not x.any()]
@@ -45,11 +41,8 @@ class PESQ(Metric):
         "pesq_wide": Figure("PESQ wide", 1, meaning="perceived quality against the true speech, 16 kHz"),
         "pesq_narrow": Figure("PESQ narrow", 1, meaning="perceived quality against the true speech, 8 kHz"),
     }
+    needs = ("pesq",)
     pair, cuts = True, True
-
-    @classmethod
-    def packages(cls, protocol: str) -> list[str]:
-        return ["pesq"]
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         true, made = wave_of(truth.audio, RATES["wb"]), wave_of(take.audio, RATES["wb"])

@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 import jiwer
 
 from engine.errors import UserError
-from engine.metrics.metric import Figure, Metric, Take, wave_of
+from engine.metrics.metric import Figure, Metric, Take, text_of, wave_of
+from engine.metrics.recogniser import hear
 from engine.optional import require
 
 RATE = 16_000
@@ -24,6 +25,7 @@ SETTINGS = {"allphone_ci": True, "beam": 1e-20, "pbeam": 1e-20, "lw": 2.0, "remo
 
 class PhonemeErrors(Metric):
     figures: ClassVar = {"per": Figure("PER %", -1, 1, 100, "phoneme errors over phonemes")}
+    needs = ("pocketsphinx",)
     parallel = False
 
     def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
@@ -32,10 +34,6 @@ class PhonemeErrors(Metric):
         model = self.package.get_model_path("en-us/en-us-phone.lm.bin")
         self.recogniser = self.package.Decoder(self.package.Config(allphone=model, lm=None, **SETTINGS))
 
-    @classmethod
-    def packages(cls, protocol: str) -> list[str]:
-        return ["pocketsphinx"]
-
     @cached_property
     def dictionary(self) -> dict[str, list[str]]:
         """Phonemes by word."""
@@ -43,11 +41,7 @@ class PhonemeErrors(Metric):
         return {word: phonemes for word, *phonemes in map(str.split, lines)}
 
     def reference(self, text: str) -> list[str]:
-        """Return the phonemes of a text.
-
-        Raises:
-            UserError: it has a word that the dictionary lacks, or none.
-        """
+        """Return the phonemes of a text."""
         words = [word.strip("'") for word in re.findall(r"[\w'-]+", text.lower())]
         words = [part for word in words for part in ([word] if word in self.dictionary else word.split("-")) if part]
         missing = [word for word in words if word not in self.dictionary]
@@ -56,14 +50,8 @@ class PhonemeErrors(Metric):
         return [phoneme for word in words for phoneme in self.dictionary[word]]
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
-        if not truth.text:
-            raise UserError("its words are not known: give text in the manifest, or ID.txt beside the true file")
-        reference = self.reference(truth.text)
-        pcm = (wave_of(take.audio, RATE).clip(-1, 1) * 32767).astype("<i2").tobytes()
-        self.recogniser.reinit_feat()  # forgets the last clip, whose running statistics would change this one's scores
-        self.recogniser.start_utt()
-        self.recogniser.process_raw(pcm, full_utt=True)
-        self.recogniser.end_utt()
+        reference = self.reference(text_of(truth))
+        hear(self.recogniser, wave_of(take.audio, RATE))
         found = [part.word for part in self.recogniser.seg() or () if part.word.isalpha() and part.word != "SIL"]
         found = jiwer.process_words(" ".join(reference), " ".join(found))
         return {"per": (found.substitutions + found.deletions + found.insertions, len(reference))}

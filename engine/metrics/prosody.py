@@ -30,10 +30,7 @@ class Prosody(Metric):
         "pitch_range_right_way": Figure("pitch right way %", 1, 1, 100, f"pitch range {WAY}"),
         "energy_right_way": Figure("energy right way %", 1, 1, 100, f"energy {WAY}"),
     }
-
-    @classmethod
-    def packages(cls, protocol: str) -> list[str]:
-        return ["librosa"]
+    needs = ("librosa",)
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         wave = wave_of(take.audio, RATE)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jiwer
 import numpy as np
@@ -35,21 +36,26 @@ SETTINGS = {
 }
 
 
+def hear(decoder: Any, wave: np.ndarray) -> None:
+    """Decode a wave (N,) at 16 kHz by pocketsphinx; the result is in `decoder` and does not depend on earlier waves."""
+    decoder.reinit_feat()  # forgets running statistics, which would change this wave's scores
+    decoder.start_utt()
+    if len(wave):
+        decoder.process_raw((wave.clip(-1, 1) * 32767).astype("<i2").tobytes(), full_utt=True)
+    decoder.end_utt()
+
+
 class Recogniser:
     """Speech to words under a JSGF grammar, or by an n-gram language model, which allows any order of words.
 
     Args:
         grammar: path of a grammar file, or its text (which begins with `#JSGF`); path of a language model in ARPA
             format (`.arpa`); None for pocketsphinx's own language model.
-
-    Raises:
-        UserError: pocketsphinx is not installed, the file is missing, or the grammar cannot be used.
     """
 
     def __init__(self, grammar: str | Path | None):
-        text = str(grammar)
+        text, pocketsphinx = str(grammar), require("pocketsphinx", "pocketsphinx")
         if grammar is None or text.endswith(".arpa"):
-            pocketsphinx = require("pocketsphinx", "pocketsphinx")
             model = {} if grammar is None else {"lm": text}
             try:
                 self._decoder = pocketsphinx.Decoder(pocketsphinx.Config(loglevel="FATAL", **model))
@@ -60,7 +66,6 @@ class Recogniser:
             if not Path(grammar).is_file():
                 raise UserError(f"no such grammar file: {grammar}")
             text = Path(grammar).read_text()
-        pocketsphinx = require("pocketsphinx", "pocketsphinx")
         self._decoder = pocketsphinx.Decoder(pocketsphinx.Config(lm=None, **SETTINGS))
         try:
             self._decoder.add_jsgf_string("grammar", text)
@@ -69,17 +74,8 @@ class Recogniser:
             raise UserError(f"the recogniser cannot use this grammar: {error}; are all its words English?") from error
 
     def transcribe(self, wave: np.ndarray, rate: int) -> str:
-        """(N,) float samples in [-1, 1] at `rate` Hz -> lower-case words, "" if none were recognised.
-
-        The answer does not depend on what was transcribed before.
-        """
-        wave = resample(torch.as_tensor(np.asarray(wave), dtype=torch.float32), rate, RATE).numpy()
-        pcm = (wave.clip(-1, 1) * 32767).astype("<i2").tobytes()
-        self._decoder.reinit_feat()  # forgets the last clip, whose running statistics would change this one's scores
-        self._decoder.start_utt()
-        if pcm:
-            self._decoder.process_raw(pcm, full_utt=True)
-        self._decoder.end_utt()
+        """Turn (N,) float samples in [-1, 1] at `rate` Hz into lower-case words, "" if none were recognised."""
+        hear(self._decoder, resample(torch.as_tensor(np.asarray(wave), dtype=torch.float32), rate, RATE).numpy())
         hypothesis = self._decoder.hyp()
         return hypothesis.hypstr.lower() if hypothesis else ""
 
@@ -90,9 +86,6 @@ class CorpusRecogniser:
     Args:
         grammar: path of the grammar file. A language model `free.arpa` beside it is used for sentences with words that
             the grammar does not have; without that file, the grammar is used for all.
-
-    Raises:
-        UserError: as `Recogniser`.
     """
 
     def __init__(self, grammar: str | Path):
@@ -110,11 +103,7 @@ class CorpusRecogniser:
 
 
 def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
-    """Substitutions, deletions and insertions over all sentences, divided by the reference words (a fraction).
-
-    Raises:
-        UserError: there is no reference word.
-    """
+    """Substitutions, deletions and insertions over all sentences, divided by the reference words (a fraction)."""
     reference, hypothesis = ([" ".join(text.lower().split()) for text in texts] for texts in (references, hypotheses))
     if not any(reference):
         raise UserError("word error rate of no words: the references are empty")

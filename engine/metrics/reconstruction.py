@@ -16,7 +16,7 @@ import torch
 
 from engine.media.pictures import to_bytes, video_to_tensor
 from engine.media.video import read_video
-from engine.metrics.metric import Figure, Metric, Take
+from engine.metrics.metric import Figure, PictureMetric, Take
 from engine.metrics.picture import psnr, ssim
 from engine.metrics.speech import FPS
 
@@ -27,7 +27,7 @@ REGIONS: dict[str, Box] = {
 }
 
 
-class Reconstruction(Metric):
+class Reconstruction(PictureMetric):
     figures: ClassVar = {
         "psnr": Figure("PSNR dB", 1, 2, meaning="of whole pictures"),
         "ssim": Figure("SSIM", 1, 4, meaning="of whole pictures"),
@@ -38,12 +38,6 @@ class Reconstruction(Metric):
         "eyes_psnr": Figure("eyes PSNR dB", 1, 2, meaning="of the eyes' region"),
         "eyes_movement": Figure("eyes movement", 1, 3, meaning="share of the eyes' variance in time that is rebuilt"),
     }
-    pair, outputs_only = True, True
-    inputs = ("video",)
-
-    @classmethod
-    def applies(cls, take: Take) -> bool:
-        return take.video is not None and take.given != "video"
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         made, true = read_video(take.video, FPS), read_video(truth.video, FPS)

@@ -8,61 +8,35 @@ from importlib import import_module
 from engine.errors import UserError
 from engine.metrics.metric import Figure, Metric
 
-METRICS = {  # figure: the class that measures it
-    "wer": "words.WordErrors",
-    "wer_free": "words.WordErrors",
-    "wer_shuffled": "words.WordErrors",
-    "wer_free_shuffled": "words.WordErrors",
-    "cer": "words.WordErrors",
-    "per": "phonemes.PhonemeErrors",
-    "dnsmos": "dnsmos.DNSMOS",
-    "utmos": "utmos.UTMOS",
-    "mcd": "mcd.MCD",
-    "lse_c": "lip_sync.LipSync",
-    "lse_d": "lip_sync.LipSync",
-    "emotion_accuracy": "emotion.Emotion",
-    "emotion_similarity": "emotion.Emotion",
-    "speaker_similarity": "speaker_similarity.SpeakerSimilarity",
-    "pesq_wide": "pesq.PESQ",
-    "pesq_narrow": "pesq.PESQ",
-    "stoi": "stoi.STOI",
-    "estoi": "stoi.ESTOI",
-    "duration_distance": "durations.DurationDistance",
-    "fid": "frechet.FID",
-    "fvd": "frechet.FVD",
-    "bitrate": "bitrate.Bitrate",
-    "own_voice_first": "own_voice.OwnVoice",
-    "voice_similarity": "own_voice.OwnVoice",
-    "pitch_range_correlation": "prosody.Prosody",
-    "energy_correlation": "prosody.Prosody",
-    "pitch_range_right_way": "prosody.Prosody",
-    "energy_right_way": "prosody.Prosody",
-    "synchrony": "synchrony.Synchrony",
-    "synchrony_late": "synchrony.Synchrony",
-    "synchrony_early": "synchrony.Synchrony",
-    "ends_in_time": "endings.Endings",
-    "ends_late": "endings.Endings",
-    "ends_cut": "endings.Endings",
-    "runs_away": "endings.Endings",
-    "length_error": "endings.Endings",
-    "psnr": "reconstruction.Reconstruction",
-    "ssim": "reconstruction.Reconstruction",
-    "mouth_psnr": "reconstruction.Reconstruction",
-    "mouth_movement": "reconstruction.Reconstruction",
-    "eyes_psnr": "reconstruction.Reconstruction",
-    "eyes_movement": "reconstruction.Reconstruction",
-    "mouth_opening": "synchrony.MouthOpening",
-    "evaluations": "stated.Stated",
-    "seconds_a_second": "stated.Stated",
+CLASSES = {  # the figures that each measures
+    "words.WordErrors": "wer wer_free wer_shuffled wer_free_shuffled cer",
+    "phonemes.PhonemeErrors": "per",
+    "dnsmos.DNSMOS": "dnsmos",
+    "utmos.UTMOS": "utmos",
+    "mcd.MCD": "mcd",
+    "lip_sync.LipSync": "lse_c lse_d",
+    "emotion.Emotion": "emotion_accuracy emotion_similarity",
+    "speaker_similarity.SpeakerSimilarity": "speaker_similarity",
+    "pesq.PESQ": "pesq_wide pesq_narrow",
+    "stoi.STOI": "stoi",
+    "stoi.ESTOI": "estoi",
+    "durations.DurationDistance": "duration_distance",
+    "frechet.FID": "fid",
+    "frechet.FVD": "fvd",
+    "bitrate.Bitrate": "bitrate",
+    "own_voice.OwnVoice": "own_voice_first voice_similarity",
+    "prosody.Prosody": "pitch_range_correlation energy_correlation pitch_range_right_way energy_right_way",
+    "synchrony.Synchrony": "synchrony synchrony_late synchrony_early",
+    "endings.Endings": "ends_in_time ends_late ends_cut runs_away length_error",
+    "reconstruction.Reconstruction": "psnr ssim mouth_psnr mouth_movement eyes_psnr eyes_movement",
+    "synchrony.MouthOpening": "mouth_opening",
+    "stated.Stated": "evaluations seconds_a_second",
 }
+METRICS = {figure: name for name, figures in CLASSES.items() for figure in figures.split()}
 
 
 def metric_of(figure: str) -> type[Metric]:
-    """The class that measures a figure.
-
-    Raises:
-        UserError: there is no figure of that name.
-    """
+    """The class that measures a figure."""
     if figure not in METRICS:
         raise UserError(f"metric {figure!r} is unknown; there are: {', '.join(METRICS)}")
     module, name = METRICS[figure].split(".")

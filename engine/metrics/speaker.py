@@ -28,9 +28,6 @@ class GE2EEncoder:
     Attributes:
         network: Resemblyzer's encoder of mel spectrograms, an `nn.Module`.
         audio: Resemblyzer's module for preprocessing waves.
-
-    Raises:
-        UserError: Resemblyzer is not installed.
     """
 
     def __init__(self, device: str | torch.device = "cpu"):

@@ -39,13 +39,10 @@ def stoi(reference: np.ndarray, degraded: np.ndarray, rate: int, extended: bool 
 
 class STOI(Metric):
     figures: ClassVar = {"stoi": Figure("STOI", 1, 3, meaning="intelligibility against the true speech, 0 to 1")}
+    needs = ("pystoi",)
     version = 2
     pair, cuts = True, True
     extended: ClassVar[bool] = False
-
-    @classmethod
-    def packages(cls, protocol: str) -> list[str]:
-        return ["pystoi"]
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         (figure,) = self.figures

@@ -15,7 +15,7 @@ import numpy as np
 from engine.config import target
 from engine.errors import UserError
 from engine.media.video import read_video
-from engine.metrics.metric import CACHED, Figure, Metric, Take, wave_of
+from engine.metrics.metric import CACHED, Figure, Metric, PictureMetric, Take, wave_of
 from engine.metrics.speech import FPS, synchrony
 
 RATE = 24_000
@@ -54,18 +54,12 @@ class Synchrony(MouthMetric):
         return {name: (synchrony(opening, wave, RATE, shift), 1) for name, shift in shifts.items()}
 
 
-class MouthOpening(MouthMetric):
+class MouthOpening(PictureMetric, MouthMetric):
     figures: ClassVar = {
         "mouth_opening": Figure(
             "mouth r", 1, 3, meaning="correlation in time of the opening with that of the true clip"
         )
     }
-    pair, outputs_only = True, True
-    inputs = ("video",)
-
-    @classmethod
-    def applies(cls, take: Take) -> bool:
-        return take.video is not None and take.given != "video"
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         made, true = self.opening(take), self.opening(truth)

@@ -133,9 +133,6 @@ class SyncNet(nn.Module):
         Args:
             frames: (T, H, W, 3) uint8 RGB at 25 fps, cut to the face; brought to 224 x 224.
             wave: (N,) in [-1, 1] at 16 kHz.
-
-        Raises:
-            UserError: the clip is shorter than six frames.
         """
         windows = min(len(frames), len(wave) // (RATE // 25)) - WINDOW
         if windows < 1:
@@ -158,11 +155,7 @@ class SyncNet(nn.Module):
 
     @classmethod
     def from_released(cls, state: Mapping[str, Tensor], source: str | Path = "syncnet_v2.model") -> SyncNet:
-        """The network with the tensors of `state`, strict.
-
-        Raises:
-            UserError: a tensor is missing or has another shape.
-        """
+        """The network with the tensors of `state`, strict."""
         with torch.device("meta"):
             model = cls()
         load_strict(model, dict(state), source, assign=True)
@@ -170,11 +163,7 @@ class SyncNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> SyncNet:
-        """The released `syncnet_v2.model`. Nothing in the file is executed.
-
-        Raises:
-            UserError: the file is missing or damaged, or tensors do not fit.
-        """
+        """The released `syncnet_v2.model`. Nothing in the file is executed."""
         return cls.from_released(read_checkpoint(Path(path)), path)
 
 

@@ -21,6 +21,8 @@ RATE = 16_000
 
 class UTMOS(Metric):
     figures: ClassVar = {"utmos": Figure("UTMOS", 1, meaning="predicted opinion of naturalness, 1 to 5")}
+    needs = ("utmos_pytorch",)
+    names = ("utmos_state_dict.pt",)
     parallel = False
 
     def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
@@ -30,14 +32,6 @@ class UTMOS(Metric):
         with torch.device("meta"):  # the package itself passes over tensors that are missing
             load_strict(package.UTMOSModel(), dict(read_checkpoint(file)), file, assign=True)
         self.network = package.UTMOSScoreTorch(str(file), device)
-
-    @classmethod
-    def files(cls, protocol: str, weights: Path) -> list[Path]:
-        return [weights / "utmos_state_dict.pt"]
-
-    @classmethod
-    def packages(cls, protocol: str) -> list[str]:
-        return ["utmos_pytorch"]
 
     @torch.inference_mode()
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from transformers.models.whisper.english_normalizer import BasicTextNormalizer, 
 
 from engine.errors import UserError
 from engine.evaluation.statistics import derangement
-from engine.metrics.metric import Figure, Metric, Rows, Take, Unavailable, wave_of
+from engine.metrics.metric import Figure, Metric, Rows, Take, Unavailable, text_of, wave_of
 from engine.metrics.recogniser import CorpusRecogniser
 from engine.untrusted import parse_json
 
@@ -131,11 +131,12 @@ class WordErrors(Metric):
         return BasicTextNormalizer()(text).strip()
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
-        if not truth.text:
-            raise UserError("its words are not known: give text in the manifest, or ID.txt beside the true file")
-        heard = self.transcribe(take)
-        text, words = (self.normalise(part, take.language) for part in (truth.text, heard))
-        return {**self.count(truth.text, heard, take.language), "heard": heard, "text": text, "words": words}
+        spoken, heard = text_of(truth), self.transcribe(take)
+        text, words = (self.normalise(part, take.language) for part in (spoken, heard))
+        found = count_errors(text, words, take.language)
+        if self.kind == "grammar" and self.recogniser.is_free(spoken):
+            found["wer_free"] = found.pop("wer")
+        return {**found, "heard": heard, "text": text, "words": words}
 
     @classmethod
     def finish(cls, rows: Rows, true: Rows, truths: Mapping[str, Take], protocol: str) -> Rows:
@@ -148,20 +149,9 @@ class WordErrors(Metric):
                 finished[clip][f"{figure}_shuffled"] = count_errors(rows[clip]["text"], heard)["wer"]
         return finished
 
-    def count(self, text: str, heard: str, language: str = "en") -> dict[str, tuple[float, float]]:
-        """`count_errors` of texts in one form; `wer_free` in place of `wer` for what the grammar does not have."""
-        found = count_errors(self.normalise(text, language), self.normalise(heard, language), language)
-        if self.kind == "grammar" and self.recogniser.is_free(text):
-            found["wer_free"] = found.pop("wer")
-        return found
-
 
 def count_errors(reference: str, hypothesis: str, language: str = "en") -> dict[str, tuple[float, float]]:
-    """Errors and units of `wer` (not for languages without spaces) and `cer`.
-
-    Raises:
-        UserError: the reference has no words.
-    """
+    """Errors and units of `wer` (not for languages without spaces) and `cer`."""
     if not reference.split():
         raise UserError("its text has no words")
     found = {}

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.left_out import LeftOut
+from engine.settings import check_settings, setting
 from engine.shards.source import CachedFiles, LocalFiles, is_remote, join, verify_once
 from engine.untrusted import parse_json, safe_name
 
@@ -46,24 +47,18 @@ DTYPES = {
 class Reading:
     """How shards are read and in which order; the fields of `data.shards` in configs/data/shards.yaml.
 
-    cache, cache_gb: folder and size limit of the copies of remote shards.
-    verify: compare each shard's checksum when a machine first opens it.
-    window: shards whose clips are shuffled together; None shuffles all clips of the split.
-    streams: parts into which the shards are dealt each epoch; process r of as many reads one part only. None: as many
-        as processes; a run that goes on with another number of processes keeps those it began with.
+    streams: process r of as many reads one part only; a run that goes on with another number of processes keeps those
+        it began with.
     """
 
-    cache: str = "data/cache"
-    cache_gb: float = 50.0
-    verify: bool = True
-    window: int | None = None
-    streams: int | None = None
+    cache: str = setting("data/cache", about="folder of the copies of remote shards")
+    cache_gb: float = setting(50.0, 1e-9, 1e9, "size limit of these copies in GB")
+    verify: bool = setting(True, about="compare each shard's checksum when a machine first opens it")
+    window: int | None = setting(None, 1, 10**9, "shards whose clips are shuffled together; null: all of the split")
+    streams: int | None = setting(None, 1, 10**9, "parts into which the shards are dealt each epoch; null: processes")
 
     def __post_init__(self) -> None:
-        for name in ("window", "streams"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"data.shards.{name}={value} must be at least 1")
+        check_settings(self, "data.shards.")
         if self.window is None and self.streams not in (None, 1):
             raise UserError(
                 f"data.shards.streams={self.streams} needs data.shards.window, the shards shuffled together"
@@ -83,16 +78,6 @@ class Blocks:
     streams: int | None = 1
 
 
-@dataclass(frozen=True)
-class _Table:
-    """Of one shard's samples: frames (n,); places (n, 2, 2), offset and size of KEY.json and of KEY.safetensors; holds,
-    the names of the tensors of each, None in older shards, which do not list them."""
-
-    frames: np.ndarray
-    places: np.ndarray
-    holds: list[frozenset[str] | None]
-
-
 class ShardSplit:
     """All samples of a split: sample i is (its JSON, its tensors).
 
@@ -109,9 +94,6 @@ class ShardSplit:
         sizes: samples of each shard.
         too_short: number of samples left out for their length.
         left_out: samples that lack a tensor and whose shard does not say so, found when they are read.
-
-    Raises:
-        UserError: the index or a sidecar is missing, damaged, of another version, or they do not fit together.
     """
 
     def __init__(self, source: str | Path, reading: Reading | None = None, least_frames: int = 0) -> None:
@@ -129,12 +111,12 @@ class ShardSplit:
         self.shards: list[dict[str, Any]] = self.index["shards"]
         self.sizes: list[int] = [shard["clips"] for shard in self.shards]
         with ThreadPoolExecutor(16) as pool:  # a URL answers many at once
-            tables = list(pool.map(self._table, self.shards))
+            frames, places, holds = zip(*pool.map(self._table, self.shards)) if self.shards else ((), (), ())
         if not sum(self.sizes):
             raise UserError(f"{source} has no samples: its quarantine.jsonl says why clips were rejected")
-        self.frames = torch.from_numpy(np.concatenate([table.frames for table in tables]))
-        self._places = np.concatenate([table.places for table in tables])
-        self._holds = [names for table in tables for names in table.holds]
+        self.frames = torch.from_numpy(np.concatenate(frames))
+        self._places = np.concatenate(places)
+        self._holds = [names for shard in holds for names in shard]
         self._ends = np.cumsum(self.sizes)
         short = self.frames.numpy() < least_frames
         self.too_short = int(short.sum())
@@ -153,11 +135,7 @@ class ShardSplit:
         return self.read(index)
 
     def read(self, index: int, names: Collection[str] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The JSON of a sample, and those of its tensors that are named and present (None: all).
-
-        Raises:
-            UserError: the sample's shard is missing or damaged.
-        """
+        """The JSON of a sample, and those of its tensors that are named and present (None: all)."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         shard = int(np.searchsorted(self._ends, index, "right"))
@@ -169,11 +147,7 @@ class ShardSplit:
             raise UserError(f"shard {path} is damaged ({error}): copy it or prepare it again") from error
 
     def require(self, *names: str) -> None:
-        """Leave out the samples that lack one of these tensors, as a clip without pictures does; a line says how many.
-
-        Raises:
-            UserError: no sample has them all.
-        """
+        """Leave out samples that lack one of these tensors, as a clip without pictures does; a line says how many."""
         without = np.array([holds is not None and not holds.issuperset(names) for holds in self._holds])
         held = frozenset(names).intersection(*(self._holds[i] for i in np.flatnonzero(without)))
         lacking = ", ".join(name for name in names if name not in held)
@@ -186,9 +160,6 @@ class ShardSplit:
 
         Older shards do not list the tensors that a sample lacks, so that `require` cannot leave it out: the next sample
         takes its place here.
-
-        Raises:
-            UserError: a shard is missing or damaged, or no sample has all tensors.
         """
         for at in range(index, index + len(self)):
             info, tensors = self.read(at % len(self), (*names, *optional))
@@ -215,9 +186,6 @@ class ShardSplit:
 
         Args:
             digests: by feature (a name in the index), the digest of the weights in use.
-
-        Raises:
-            UserError: a feature is missing, or other weights made it.
         """
         self.check_holds(*digests)
         for name, digest in digests.items():
@@ -228,10 +196,7 @@ class ShardSplit:
                 )
 
     def check_holds(self, *names: str) -> None:
-        """
-        Raises:
-            UserError: a feature (a name in the index's digests) is missing.
-        """
+        """ """
         for name in names:
             if not (self.index.get("digests") or {}).get(name):
                 raise UserError(f"{self.source} holds no features of {name}: prepare them with that stage")
@@ -247,7 +212,10 @@ class ShardSplit:
         self._ends, self._holds = np.cumsum(self.sizes), [self._holds[i] for i in np.flatnonzero(~rows)]
         self.frames, self._places = self.frames[torch.from_numpy(~rows)], self._places[~rows]
 
-    def _table(self, shard: dict[str, Any]) -> _Table:
+    def _table(self, shard: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, list[frozenset[str] | None]]:
+        """Return of a shard's n samples the frames (n,), offset and size of KEY.json and of KEY.safetensors (n, 2, 2),
+        and the names of the tensors of each; None in older shards, which do not list them.
+        """
         sidecar, name = self.files.sidecar(shard), join(self.source, f"{shard['name']}.json")
         try:
             same = (sidecar["bytes"], sidecar["crc32"], len(sidecar["samples"])) == (
@@ -268,7 +236,7 @@ class ShardSplit:
             raise UserError(f"{name} does not belong to this index.json: copy both again")
         if (places < 0).any() or (places.sum(-1) > shard["bytes"]).any() or (frames < 0).any():
             raise UserError(f"{name} is damaged: a sample lies outside its shard; copy it or prepare it again")
-        return _Table(frames, places, holds)
+        return frames, places, holds
 
     def _open(self, shard: int) -> BinaryIO:
         if shard not in self._handles:

@@ -39,11 +39,7 @@ class SpeechClip:
 
 
 def read_manifest(root: str | Path, split: str) -> list[dict]:
-    """Rows of ROOT/SPLIT.jsonl.
-
-    Raises:
-        UserError: the manifest is missing, empty or not JSON lines.
-    """
+    """Rows of ROOT/SPLIT.jsonl."""
     path = Path(root) / f"{split}.jsonl"
     if not path.is_file():
         raise UserError(f"no manifest {path}: make the corpus with scripts/make_synthetic_corpus.py, or set data.root")
@@ -62,11 +58,7 @@ def is_prepared(root: str | Path, split: str) -> bool:
 
 
 def load_clips(root: str | Path, split: str, count: int, rate: int) -> list[SpeechClip]:
-    """The first `count` clips of a split, whole, at `rate` Hz; a recording that cannot be read is left out.
-
-    Raises:
-        UserError: none of them can be read, or the split is missing or damaged.
-    """
+    """The first `count` clips of a split, whole, at `rate` Hz; a recording that cannot be read is left out."""
     if is_prepared(root, split):
         waves = StoredWaves(root, split, rate)
         return [waves.clip(i) for i in range(min(count, len(waves)))]
@@ -99,11 +91,7 @@ class WavFiles:
         return self.folder / f"{self.clips[index][0]}.wav"
 
     def read(self, index: int, most: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """A clip (N,), or a random part of at most `most` samples; the next one if it cannot be read.
-
-        Raises:
-            UserError: no file can be read as mono audio at the rate that is wanted.
-        """
+        """A clip (N,), or a random part of at most `most` samples; the next one if it cannot be read."""
         for at in range(index, index + len(self)):
             try:
                 return self._read(self.path(at % len(self)), most, generator)
@@ -168,9 +156,6 @@ class SpeechCrops(torch.utils.data.Dataset):
         speed: half of the crops are played slower or faster by up to this share, in steps of a twentieth. Pitch and
             formants move along, which makes more voices than there are.
         shards: fields of `engine.shards.reader.Reading`, for prepared shards.
-
-    Raises:
-        UserError: no manifest or no shards with waves; a damaged shard; no recording that can be read.
     """
 
     def __init__(

@@ -8,7 +8,6 @@ import os
 import tempfile
 import threading
 import time
-import zlib
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -17,10 +16,11 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
+from engine import untrusted
 from engine.download import NoNetworkError, RemoteFile, fetch
 from engine.errors import UserError
-from engine.files import atomic_output
-from engine.untrusted import parse_json, safe_name
+from engine.files import atomic_output, checksum
+from engine.untrusted import safe_name
 
 BLOCK = 1 << 22
 RETRY_DELAY = 1.0  # seconds before a second attempt; doubled for each further one
@@ -40,31 +40,17 @@ def join(source: str | Path, *names: str) -> str:
 
 
 def read_json(source: str | Path) -> Any:
-    """The JSON at a path or URL, as it is now.
-
-    Raises:
-        UserError: it is missing, cannot be reached, or is no JSON.
-    """
-    try:
-        if not is_remote(source):
-            return parse_json(Path(source).read_bytes(), source)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "file.json"
-            _get(str(source), path)
-            return parse_json(path.read_bytes(), source)
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(f"{source} cannot be read ({reason})") from error
+    """The JSON at a path or URL, as it is now."""
+    if not is_remote(source):
+        return untrusted.read_json(source)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file.json"
+        _get(str(source), path)
+        return untrusted.read_json(path, source)
 
 
 def read_index(source: str | Path) -> dict[str, Any]:
-    """The index.json of a split, its entries of shards checked: their names become names of files.
-
-    Raises:
-        UserError: it cannot be read, or an entry is not as it must be.
-    """
+    """The index.json of a split, its entries of shards checked: their names become names of files."""
     path = join(source, "index.json")
     index = read_json(path)
     shards = index.get("shards") if isinstance(index, dict) else None
@@ -78,23 +64,11 @@ def read_index(source: str | Path) -> dict[str, Any]:
     return index
 
 
-def checksum(path: Path) -> int:
-    """CRC-32 of a file."""
-    crc = 0
-    with path.open("rb") as stream:
-        while block := stream.read(BLOCK):
-            crc = zlib.crc32(block, crc)
-    return crc
-
-
 def verify_once(path: Path, crc32: int) -> None:
     """Compare a file's checksum, unless a process of this machine did so since the file was last written.
 
     What was verified is noted in an empty file in the machine's folder of temporary files; one process reads, the
     others that ask for the same file wait.
-
-    Raises:
-        UserError: the checksum is wrong.
     """
     about = path.stat()
     key = repr((str(path.resolve()), about.st_size, about.st_mtime_ns, about.st_ino, crc32)).encode()

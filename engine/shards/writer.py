@@ -24,7 +24,7 @@ import uuid
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +32,7 @@ import torch
 from safetensors.torch import load
 
 from engine.errors import UserError
+from engine.files import report_os_errors
 
 VERSION = 2
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
@@ -64,23 +65,12 @@ def read_members(data: bytes) -> Iterator[tuple[str, int, bytes]]:
             yield info.name.partition(".")[2], start, data[start : start + info.size]
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; finished samples are kept, run the same "
-            "command to continue"
-        ) from error
+def _writing(path: Path) -> AbstractContextManager[None]:
+    return report_os_errors(f"cannot write {path}", "; finished samples are kept, run the same command to continue")
 
 
 def write_whole(path: Path, chunks: Iterable[bytes], staging: Path | None = None) -> None:
-    """Write `path` by way of `staging` (KEY.part beside it if not given); both must lie on one disk.
-
-    Raises:
-        UserError: the disk is full or the folder cannot be written.
-    """
+    """Write `path` by way of `staging` (KEY.part beside it if not given); both must lie on one disk."""
     staging = staging or path.with_suffix(".part")
     with _writing(path):
         with staging.open("wb") as file:
@@ -124,9 +114,6 @@ class SplitWriter:
         rank, world: of this process.
         stages: by name, the fingerprint of each stage that makes the samples; every shard's JSON gets them.
         replace: replace shards of another plan; without it they are an error.
-
-    Raises:
-        UserError: the folder cannot be written, or holds shards of another plan.
     """
 
     def __init__(

@@ -230,9 +230,6 @@ def load_batches(
 
     Args:
         stay: entries of a batch that stay in main memory.
-
-    Raises:
-        UserError: as an item did, whichever process made it.
     """
     cuda = device.type == "cuda"
     loader = torch.utils.data.DataLoader(

@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import threading
 import warnings
-import zlib
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from engine.errors import UserError
-from engine.files import atomic_output
+from engine.files import atomic_output, checksum
 from engine.safe_pickle import load_problem
 from engine.training import distributed
 from engine.training.checkpoint_reader import Reader
@@ -70,9 +69,6 @@ class Checkpoints:
         Args:
             state: flat dict of tensors; equal keys of several processes are one replicated tensor, unless DTensors.
             info: what JSON can hold; the main process's counts.
-
-        Raises:
-            UserError: the one before could not be written.
         """
         self.wait()
         copy = self._copy({key: tensor for key, tensor in state.items() if _is_first_copy(tensor)})
@@ -224,11 +220,7 @@ def best(root: str | Path, rule: str) -> int | None:
 
 
 def newest(root: str | Path, say: Callable[[str], None] = print) -> Path | None:
-    """Return the newest checkpoint whose files are all as they were written; `say` gets a line for each one skipped.
-
-    Raises:
-        UserError: there are some, and every one is damaged.
-    """
+    """Return the newest checkpoint whose files are all as they were written; `say` gets a line for each one skipped."""
     for step in reversed(steps(root)):
         folder = Path(root) / f"step-{step:08d}"
         problem = damage(folder)
@@ -264,9 +256,6 @@ def damage(folder: Path) -> str | None:
 def load(folder: str | Path, state: dict[str, Tensor]) -> dict[str, Any]:
     """Fill the tensors of `state` in place and return the info. Keys that the checkpoint lacks are removed from `state`
     if they are of an optimiser (`optim.`): a parameter that never had a gradient has no optimiser state.
-
-    Raises:
-        UserError: the checkpoint is of a model with other tensors or shapes.
     """
     folder = Path(folder)
     shapes = _shapes(folder)
@@ -321,11 +310,7 @@ def _fill(state: dict[str, Tensor], folder: Path, no_dist: bool) -> dict[str, An
 
 
 def info(folder: Path) -> dict[str, Any]:
-    """Read what is stored beside the tensors: step, config, and what else `save` was given.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """Read what is stored beside the tensors: step, config, and what else `save` was given."""
     found = parse_json((folder / INFO).read_bytes(), folder / INFO)
     if not isinstance(found, dict) or not type(found.get("step")) is type(found.get("position", 0)) is int:
         raise UserError(f"{folder / INFO} is damaged: step and position must be whole numbers")
@@ -355,11 +340,7 @@ def _fingerprints(folder: Path, rank: int) -> dict[str, list[int]]:
 
 def _fingerprint(path: Path) -> list[int]:
     """Return [size, CRC-32] of a file."""
-    size, crc = 0, 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            size, crc = size + len(block), zlib.crc32(block, crc)
-    return [size, crc]
+    return [path.stat().st_size, checksum(path)]
 
 
 def _sync(folder: Path) -> None:

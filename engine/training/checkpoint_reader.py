@@ -46,11 +46,7 @@ class Reader(dcp.FileSystemReader):
     """Reads a checkpoint that may come from anywhere: nothing that its files name is run or lies outside its folder."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> dcp_metadata.Metadata:
-        """Read what the checkpoint holds.
-
-        Raises:
-            UserError: anything but tensors, or tensors that its files cannot hold.
-        """
+        """Read what the checkpoint holds."""
         try:
             with (self.path / ".metadata").open("rb") as file:
                 found = _Unpickler(file).load()

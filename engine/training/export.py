@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.files import atomic_output
+from engine.files import atomic_output, report_os_errors
 from engine.release import save_release, to_float16
 from engine.training import checkpoint
 from engine.training.lora import merged
@@ -28,20 +28,14 @@ DESCRIPTION, FILES = "release.json", "release_files"  # in a run's folder
 
 
 def describe(run: Path, task: Task) -> None:
-    """Write into the run's folder what its release will hold beside the weights.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Write into the run's folder what its release will hold beside the weights."""
     release, files = task.release_info(), run / FILES
     if release is None:
         return
-    try:
+    with report_os_errors(f"cannot write {files}"):
         shutil.rmtree(files, ignore_errors=True)
         files.mkdir(parents=True)
         task.release_files(files)
-    except OSError as error:
-        raise UserError(f"cannot write {files}: {error.strerror or error}") from error
     with atomic_output(run / DESCRIPTION) as staging:
         staging.write_text(json.dumps(asdict(release), indent=1) + "\n")
 
@@ -50,9 +44,6 @@ def export(run: str | Path, folder: str | Path, step: int | None = None) -> Path
     """Write the release of a run's newest whole checkpoint, or of that of `step`; return the checkpoint's folder.
 
     Works in one process whichever way the checkpoint was written. Figures are those of the last validation up to it.
-
-    Raises:
-        UserError: the run has no such checkpoint or no description, or `folder` cannot be replaced.
     """
     run = Path(run)
     found = checkpoint.newest(run / "checkpoints") if step is None else run / "checkpoints" / f"step-{step:08d}"

@@ -122,11 +122,7 @@ class StepGuard:
         return {"skipped": self.skipped, "skipped_in_a_row": self.in_a_row, "figures": figures}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `state` returned.
-
-        Raises:
-            UserError: it is something else.
-        """
+        """Take over what `state` returned."""
         try:
             self.skipped, self.in_a_row = int(state["skipped"]), int(state["skipped_in_a_row"])
             for part, zeros in self.figures.items():

@@ -22,9 +22,6 @@ def add_lora(module: nn.Module, rank: int, alpha: float) -> float:
 
     Returns:
         The factor of the updates, `alpha` / `rank`.
-
-    Raises:
-        UserError: `rank` is negative or wider than every layer, or PEFT is not installed.
     """
     if rank < 1:
         raise UserError(f"lora.rank={rank} must be 1 or more, or 0 for training all weights")

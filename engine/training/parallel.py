@@ -42,10 +42,6 @@ class ParallelTask:
         config: `parallel`, `precision`, `compile` and `checkpointing` count here.
         device: where the task then is, whole or this process's shards of it.
         has_data: False for a task of fake tensors, which stays where it is and is never evaluated.
-
-    Raises:
-        UserError: blocks are to be compiled or recomputed and the task names none, or the processes of `hybrid` are not
-            equally many on every machine.
     """
 
     def __init__(self, task: Task, config: TrainerConfig, device: torch.device, has_data: bool = True):
@@ -233,11 +229,7 @@ def _training_forward(block: nn.Module, compiled: bool, recomputed: bool) -> Cal
 
 
 def build_once(make: Callable[[], Task]) -> Task:
-    """Call `make` in the main process; return its task, in the others with parameters on the meta device.
-
-    Raises:
-        UserError: as `make` does.
-    """
+    """Call `make` in the main process; return its task, in the others with parameters on the meta device."""
     built: list[Task] = []
 
     def build() -> Task:

@@ -163,11 +163,7 @@ def find_grammar(config: DictConfig) -> None:
 
 
 def make_data(data: DictConfig) -> None:
-    """Run the commands of `data.make` in order (rank 0; the others wait). Each does only what is not done yet.
-
-    Raises:
-        UserError: a script failed.
-    """
+    """Run the commands of `data.make` in order (rank 0; the others wait). Each does only what is not done yet."""
     for command in filter(None, (data.get("make") or {}).values()) if distributed.is_main() else ():
         script, *arguments = map(str, command)
         code = subprocess.run([sys.executable, ROOT / script, *arguments]).returncode

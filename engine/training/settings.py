@@ -94,11 +94,7 @@ class TrainerConfig:
             raise UserError(f"trainer.best={self.best} is not `min NAME` or `max NAME`, as in 'min wer_seen'")
 
     def shared_among(self, processes: int) -> TrainerConfig:
-        """With `global_batch_size`: batches of at most `batch_size` for each process, and as many of them as it takes.
-
-        Raises:
-            UserError: it cannot be divided so.
-        """
+        """Return equal batches of at most `batch_size` for each process, which make `global_batch_size` together."""
         whole = self.global_batch_size
         if whole is None:
             return self

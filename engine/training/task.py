@@ -119,11 +119,7 @@ class Task(nn.Module):
         return None
 
     def adapt(self, rank: int, alpha: float) -> None:
-        """Train nothing but low-rank updates of the linear layers of `adapted`; see `engine.training.lora.add_lora`.
-
-        Raises:
-            UserError: the task has nothing to adapt, or as `add_lora` does.
-        """
+        """Train nothing but low-rank updates of the linear layers of `adapted`; see `engine.training.lora.add_lora`."""
         module = self.adapted()
         if module is None:
             raise UserError(

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.files import atomic_output
+from engine.files import atomic_output, report_os_errors
 from engine.media.audio import mel_picture
 from engine.media.video import read_video
 from engine.optional import require
@@ -72,16 +72,10 @@ class Tracker:
             self._events = writer(run / "tensorboard", purge_step=start[0] + 1 if start[0] else None)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Store a record; it has a `step`.
-
-        Raises:
-            UserError: the disk is full.
-        """
-        try:
+        """Store a record; it has a `step`."""
+        with report_os_errors(f"cannot write {self._file.name}"):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise UserError(f"cannot write {self._file.name}: {error.strerror or error}") from error
         values = {k: v for k, v in record.items() if v is not None}
         if self._wandb:
             self._wandb.log(values)

@@ -52,9 +52,6 @@ class Trainer:
         run: folder of this run; an earlier run in it is continued.
         record: the whole config, kept with checkpoints and log.
         fresh: delete earlier checkpoints, unless torchrun or SLURM started this process again by itself.
-
-    Raises:
-        UserError: a setting is out of range, or the folder holds a run of another model.
     """
 
     def __init__(
