@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
+from engine.nn.transfer import send
+
 if TYPE_CHECKING:
     from talker_t2av.losses import TalkerBatch
     from talker_t2av.model import TalkerT2AV
@@ -89,15 +91,14 @@ class Alignment:
 
         mask: (B, T), 1 at real tokens, with the task token in front. size: frames of a patch.
         """
-        device = mask.device
-        frames = torch.arange(batch.pointer.shape[1]) < batch.speech_frames[:, None].cpu()
-        at = torch.where(frames, 1 + batch.pointer.cpu(), -1)  # one task token in front
+        device = self.inputs[0][1].device
+        frames = torch.arange(batch.pointer.shape[1]) < batch.speech_frames[:, None]
+        at = torch.where(frames, 1 + batch.pointer, -1)  # one task token in front
         at = F.pad(at, (0, -at.shape[1] % size), value=-1).unflatten(1, (-1, size))  # (B, M, P)
         row, patch = (at[..., 0] >= 0).nonzero(as_tuple=True)
-        first, last = at[row, patch, 0].to(device), at[row, patch].amax(1).to(device)
-        query = (batch.speech_span[:, 0].cpu()[row] + patch).to(device)
-        row = row.to(device)
-        place = torch.arange(mask.shape[1], device=device)
+        pointer, start = at[row, patch], batch.speech_span[row, 0]
+        row, query, first, last = send(torch.stack([row, start + patch, pointer[:, 0], pointer.amax(1)]), device)
+        mask, place = send(mask, device), torch.arange(mask.shape[1], device=device)
         meant = (place >= first[:, None]) & (place <= last[:, None])
         visible = (place <= query[:, None]) & mask.bool()[row]
         losses = []

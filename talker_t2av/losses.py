@@ -36,7 +36,7 @@ class TalkerBatch:
     speaker: (B, G) embeddings.
     phoneme, pointer: (B, F) class of each speech frame, and the token of `input_ids` that it says; or None.
 
-    All but ids, latents and embeddings should be on the host: shapes and places are computed from them.
+    All but ids, phonemes, latents and embeddings should be on the host: shapes and places are computed from them.
     """
 
     input_ids: Tensor

@@ -174,7 +174,7 @@ class TalkerTask(Task):
         state |= {key: own[key] for key in new} | {key: torch.zeros_like(own[key]) for key in added_last}
         load_strict(self.model, state, f"init={init}")
 
-    on_host = ("attention_mask", "speech_span", "speech_frames", "motion_frames")
+    on_host = ("attention_mask", "speech_span", "speech_frames", "motion_frames", "pointer")
 
     def parts(self) -> dict[str, nn.Module]:
         return {"model": self.model}
