@@ -149,7 +149,7 @@ def test_bad_listings_are_one_line(copy, tmp_path):
     with pytest.raises(UserError, match=r"000002.json does not belong to this index"):
         ShardSplit(copy)
     (copy / "000002.json").unlink()
-    with pytest.raises(UserError, match=r"000002.json cannot be read .No such file"):
+    with pytest.raises(UserError, match=r"000002.json cannot be read: No such file"):
         ShardSplit(copy)
     index = (copy / "index.json").read_text()
     (copy / "index.json").write_text(index.replace('"version": 2', '"version": 1'))
