@@ -4,6 +4,9 @@ Starts `scripts/serve.py` with the bundled models. First, for each number of cli
 second; then a longer run of 16 clients in which a tenth of the requests are wrong, a twentieth are cut off by the
 client, and a twentieth are clips for HiCoDiT. Every other request must get the answer that it deserves, and the
 server's memory must not grow. Server and clients share the machine.
+
+With `--interface openai`, all go through /v1. Of the longer run, 15 % are bad: a tenth are wrong, a twentieth are cut
+off. A twentieth are videos by HiCoDiT, a twentieth server-sent events, a twentieth upload a voice, use and delete it.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from engine.errors import UserError
 from engine.optional import require
 
 ROOT = Path(__file__).resolve().parents[1]
+CLIP, VOICE = (ROOT / "assets" / "demo" / name for name in ("silent.mp4", "voice.wav"))
 LEAST = {"clients": 1, "requests": 1, "mixed": 0}
 JOB = {"mode": "tts", "text": "set red", "max_seconds": 0.48, "min_seconds": 0.48}
 WRONG = (
@@ -38,6 +42,20 @@ WRONG = (
     [JOB],
     JOB | {"voice": "?"},
 )
+SPEECH = {"model": "talker-t2av", "input": "red", "response_format": "wav"}
+WRONG_OF_OPENAI: tuple[tuple[str, dict[str, Any], int], ...] = (  # path, request, status
+    ("audio/speech", {"json": SPEECH | {"model": "tts-1"}}, 400),
+    ("audio/speech", {"json": SPEECH | {"voice": "../default"}}, 400),
+    ("audio/speech", {"json": SPEECH | {"input": "x" * 5000}}, 400),
+    ("audio/speech", {"json": SPEECH | {"speed": 0}}, 400),
+    ("audio/speech", {"json": [SPEECH]}, 400),
+    ("audio/speech", {"content": b'{"model": "talker-t2av", "inp'}, 400),
+    ("audio/voices", {"data": {"name": "../../etc/voice"}, "files": {"audio_sample": b"RIFF"}}, 400),
+    ("audio/voices", {"data": {"name": "empty"}, "files": {"audio_sample": b""}}, 400),
+    ("videos", {"data": {"model": "hicodit"}}, 400),
+    ("videos", {"data": {"model": "hicodit", "seconds": "4"}, "files": {"input_reference": b"no video"}}, 400),
+    ("audio/transcriptions", {"json": {}}, 404),
+)
 CUT = 0.2  # seconds after which a client leaves
 PATIENCE = 600.0  # seconds for an answer
 
@@ -46,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 4, 16], help="numbers of clients")
     parser.add_argument("--requests", type=int, default=48, help="requests for each number of clients")
     parser.add_argument("--mixed", type=int, default=1000, help="requests of the longer run")
+    parser.add_argument("--interface", choices=INTERFACES, default="native", help="/talker and /hicodit, or /v1")
     parser.add_argument("--rows", type=int, default=8, help="rows of the server's batches")
 
 
@@ -60,42 +79,79 @@ async def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     results = []
     async with _server(args) as address, httpx.AsyncClient(base_url=address, timeout=PATIENCE) as client:
-        await asyncio.gather(*(client.post("/talker", json=JOB) for _ in range(4)))  # warm up
+        send = INTERFACES[args.interface]
+        await asyncio.gather(*(send(client, number, "speech") for number in range(4)))  # warm up
         for clients in args.clients:
-            results.append({"clients": clients} | await _load(client, clients, ["speech"] * args.requests))
+            results.append({"clients": clients} | await _load(client, send, clients, ["speech"] * args.requests))
         if args.mixed:
-            kinds = [
-                ("wrong" if i % 10 == 3 else {7: "cut", 11: "clip"}.get(i % 20, "speech")) for i in range(args.mixed)
-            ]
-            results.append({"clients": 16, "mixed": True} | await _load(client, 16, kinds))
+            others = {7: "cut", 11: "clip"} | ({1: "events", 17: "voice"} if args.interface == "openai" else {})
+            kinds = ["wrong" if i % 10 == 3 else others.get(i % 20, "speech") for i in range(args.mixed)]
+            results.append({"clients": 16, "mixed": True} | await _load(client, send, 16, kinds))
     return results
 
 
-async def _load(client: Any, clients: int, kinds: list[str]) -> dict[str, Any]:
+async def _native(client: Any, number: int, kind: str) -> tuple[Any, int]:
+    """Send a request to /talker or /hicodit; return the answer, and the status that it should have."""
+    if kind == "clip":
+        return await client.post(f"/hicodit?seed={number}", content=CLIP.read_bytes()), 200
+    if kind == "wrong":
+        body = WRONG[number % len(WRONG)]
+        return await client.post("/talker", **({"content": body} if isinstance(body, bytes) else {"json": body})), 400
+    changes = {"max_seconds": 8.0, "min_seconds": 8.0} if kind == "cut" else {"seed": number}
+    return await client.post("/talker", json=JOB | changes), 200
+
+
+async def _openai(client: Any, number: int, kind: str) -> tuple[Any, int]:
+    """Send a request to /v1; return the last answer, and the status that it should have."""
+    if kind == "wrong":
+        path, request, status = WRONG_OF_OPENAI[number % len(WRONG_OF_OPENAI)]
+        return await client.post(f"/v1/{path}", **request), status
+    if kind == "clip":
+        files = {"input_reference": ("clip.mp4", CLIP.read_bytes())}
+        answer = await client.post("/v1/videos", data={"model": "hicodit", "seed": str(number)}, files=files)
+        while answer.status_code == 200 and answer.json()["status"] in ("queued", "in_progress"):
+            await asyncio.sleep(0.5)
+            answer = await client.get(f"/v1/videos/{answer.json()['id']}")
+        if answer.status_code == 200:
+            answer = await client.get(f"/v1/videos/{answer.json()['id']}/content")
+        return answer, 200
+    body = SPEECH | {"seed": number}
+    if kind == "cut":
+        body |= {"input": "set red in hotel three. " * 12}
+    if kind == "events":
+        body |= {"response_format": "pcm", "stream_format": "sse"}
+    if kind == "voice":
+        body |= {"voice": f"voice-{number}"}
+        files = {"audio_sample": ("voice.wav", VOICE.read_bytes())}
+        answer = await client.post("/v1/audio/voices", data={"name": body["voice"]}, files=files)
+        if answer.status_code != 200:
+            return answer, 200
+    answer = await client.post("/v1/audio/speech", json=body)
+    if kind == "voice" and answer.status_code == 200:
+        answer = await client.delete(f"/v1/audio/voices/{body['voice']}")
+    return answer, 200
+
+
+INTERFACES: dict[str, Callable[[Any, int, str], Awaitable[tuple[Any, int]]]] = {"native": _native, "openai": _openai}
+
+
+async def _load(client: Any, send: Callable, clients: int, kinds: list[str]) -> dict[str, Any]:
     """Send all requests, as many at a time as there are clients."""
-    clip = (ROOT / "assets" / "demo" / "silent.mp4").read_bytes()
     waiting, seconds, answers = iter(enumerate(kinds)), [], Counter()
     memory, begin, every = [], time.monotonic(), max(1, len(kinds) // 10)
 
     async def one(number: int, kind: str) -> str:
         start = time.monotonic()
-        if kind == "clip":
-            answer = await client.post(f"/hicodit?seed={number}", content=clip)
-        elif kind == "wrong":
-            body = WRONG[number % len(WRONG)]
-            given = {"content": body} if isinstance(body, bytes) else {"json": body}
-            answer = await client.post("/talker", **given)
-        elif kind == "cut":
-            long = JOB | {"max_seconds": 8.0, "min_seconds": 8.0}
+        if kind == "cut":
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(client.post("/talker", json=long), CUT)
+                await asyncio.wait_for(send(client, number, kind), CUT)
             return "cut off"
-        else:
-            answer = await client.post("/talker", json=JOB | {"seed": number})
+        answer, status = await send(client, number, kind)
         seconds.append(time.monotonic() - start)
-        good = answer.status_code == (400 if kind == "wrong" else 200)
-        one_sentence = kind != "wrong" or list(answer.json()) == ["error"]
-        return f"{kind}: as it should" if good and one_sentence else f"{kind}: {answer.status_code}"
+        is_error = status >= 400
+        if answer.status_code != status or (is_error and list(answer.json()) != ["error"]):
+            return f"{kind}: {answer.status_code}"
+        return f"{kind}: as it should" if is_error or answer.content else f"{kind}: empty"
 
     async def worker() -> None:
         for number, kind in waiting:
@@ -116,6 +172,10 @@ async def _load(client: Any, clients: int, kinds: list[str]) -> dict[str, Any]:
     figures = {"requests": len(kinds), "requests_a_second": round(len(kinds) / took, 2)} | quantiles
     megabytes = [round(value / 2**20) for value in memory]
     return figures | {"answers": dict(answers), "left_inside": int(inside), "server_memory_mb": megabytes}
+
+
+def record_name(args: argparse.Namespace) -> str:
+    return "serving" if args.interface == "native" else f"serving-{args.interface}"
 
 
 async def _metric(client: Any, name: str) -> float:

@@ -58,7 +58,7 @@ def make_app(service: Service) -> FastAPI:
     app.state.service = service
 
     app.add_middleware(counting, service=service)
-    for kind in (UserError, RequestValidationError, HTTPException, Exception):
+    for kind in (UserError, RequestValidationError, HTTPException, ClientLeft, Exception):
         app.exception_handler(kind)(_answer_error)
     app.include_router(openai_routes(service))
 
