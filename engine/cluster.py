@@ -47,7 +47,7 @@ class ClusterConfig:
 
 def check_place(executor: str, devices: str = "1") -> None:
     """Check that Ray is installed if needed, that `devices` is a number or "all", and not set beside `ray`."""
-    if devices != "all" and not (devices.isdecimal() and 1 <= int(devices) <= 64):
+    if devices != "all" and not (devices.isdecimal() and len(devices) < 3 and 1 <= int(devices) <= 64):
         raise UserError(f"devices={devices} must be a number from 1 to 64, or all")
     if executor == "ray" and devices != "1":
         raise UserError(f"devices={devices} with executor=ray: set ray.encoders and ray.gpus instead")

@@ -26,6 +26,7 @@ FRAME = 0.01  # seconds of a frame of pocketsphinx
 QUIET = 0.1  # seconds of silence on both sides, without which the first and the last word lose their edges
 CUE_WORDS, CUE_GAP = 7, 0.6  # words of a subtitle at most; a longer pause (seconds) begins a new one
 SOUNDS = "AE B K D EH F G HH IH JH K L M N AA P K R S T AH V W K Y Z"  # roughly, of the letters a to z
+MOST_ADDED = 10_000  # words, after which an aligner is made anew: its dictionary never forgets one
 SILENT = 1e-3  # peak of a wave without speech, -60 dB
 
 
@@ -44,6 +45,7 @@ class WordTimes:
     def __init__(self) -> None:
         self._sphinx = require("pocketsphinx", "pocketsphinx")
         self._aligner: Any = None
+        self._added = 0  # words that the aligner's dictionary lacked
         self._recogniser: Any = None
 
     def align(self, text: str, wave: np.ndarray, rate: int) -> list[Word]:
@@ -51,7 +53,8 @@ class WordTimes:
 
         A word that the dictionary lacks gets a rough pronunciation from its letters, which is enough to place it.
         """
-        if self._aligner is None:
+        if self._aligner is None or self._added > MOST_ADDED:
+            self._added = 0
             self._aligner = self._sphinx.Decoder(self._config(lm=None, beam=1e-100, pbeam=1e-100, wbeam=1e-80))
         written = [word for word in text.split() if _key(word)]
         keys, sounds = [_key(word) for word in written], dict(zip(ascii_lowercase, SOUNDS.split()))
@@ -59,6 +62,7 @@ class WordTimes:
             if self._aligner.lookup_word(key) is None:
                 phones = " ".join(sounds[letter] for letter in key if letter in sounds)
                 self._aligner.add_word(key, phones, True)
+                self._added += 1
         if not keys:
             return []
         self._aligner.set_align_text(" ".join(keys))

@@ -176,7 +176,7 @@ class ClipConfig:
 
     @property
     def chosen_face(self) -> str | int:
-        return int(self.face) if self.face.isdecimal() else self.face
+        return int(self.face) if self.face.isdecimal() and len(self.face) < 9 else self.face
 
 
 @dataclass(frozen=True)

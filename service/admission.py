@@ -1,26 +1,58 @@
-"""Admission, waiting for the models, and Prometheus metrics of the service."""
+"""Admission, waiting for the models, errors as status and sentence, and Prometheus metrics of the service."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fastapi import HTTPException
+import torch
+from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, Summary, disable_created_metrics
+from starlette.exceptions import HTTPException
 
+from engine.errors import UserError
+from engine.word_times import Word, WordTimes
 from hicodit.pipeline import HiCoDiTPipeline
 from service.limits import ServeLimits
 from service.voices import Voices
-from service.workers import HiCoDiTWorker, TalkerWorker, Ticket, Worker
+from service.workers import HiCoDiTWorker, TalkerWorker, Ticket, Worker, WorkerEnded
 from talker_t2av.pipeline import TalkerPipeline
 from talker_t2av.settings import DEMO
 
 WATCH = 0.2  # seconds between two checks whether the client is still connected
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+
+
+class ClientLeft(Exception):
+    """The client has disconnected."""
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """Return the status and the sentence of an error."""
+    cause = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in NO_SPACE:
+            return 507, f"the server cannot write files: {cause.strerror}"
+        cause = cause.__cause__
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        return 400, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}"
+    if isinstance(error, ClientLeft):
+        return 499, "the client went away"
+    if isinstance(error, HTTPException):
+        return error.status_code, str(error.detail)
+    if isinstance(error, WorkerEnded):
+        return 503, str(error)
+    if isinstance(error, UserError):
+        return 400, " ".join(str(error).split())
+    print(f"unforeseen {type(error).__name__}: {error}", flush=True)
+    return 500, f"internal error: {type(error).__name__}"
 
 
 class Service:
@@ -43,8 +75,10 @@ class Service:
             self.workers["talker_t2av"] = TalkerWorker(talker, limits.rows)
         self.voices = Voices(talker, voices, DEMO / "voice.wav" if demo else None) if talker is not None else None
         self.pool = ThreadPoolExecutor(4, "files")
+        self.words_pool = ThreadPoolExecutor(1, "words")  # one thread, as the aligner has one state
         self.requests = self.streams = 0
         self.closing = False
+        self._times: WordTimes | None = None
         self._add_metrics()
 
     def _add_metrics(self) -> None:
@@ -66,6 +100,17 @@ class Service:
         """Count an answer to a request that came at `begin`, by time.monotonic."""
         self.answers.labels(path, status).inc()
         self.seconds.labels(path).observe(time.monotonic() - begin)
+
+    async def place_words(self, text: str, wave: torch.Tensor, rate: int, speed: float) -> list[dict[str, Any]]:
+        """Return the words of `text` in a wave (1, 1, N), with their start and end in seconds at a speed."""
+
+        def place() -> list[Word]:
+            if self._times is None:
+                self._times = WordTimes()
+            return self._times.align(text, wave[0, 0].cpu().numpy(), rate)
+
+        words = await asyncio.get_running_loop().run_in_executor(self.words_pool, place)
+        return [{"word": w.text, "start": round(w.begin / speed, 3), "end": round(w.end / speed, 3)} for w in words]
 
     async def in_thread(self, call: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.pool, call, *arguments)
@@ -91,7 +136,7 @@ class Service:
             while not future.done():
                 await asyncio.wait([future], timeout=WATCH)
                 if not future.done() and await disconnected():
-                    raise HTTPException(499, "the client went away")
+                    raise ClientLeft
             return future.result()
         finally:
             ticket.cancel()

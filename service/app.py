@@ -28,11 +28,11 @@ from engine.seeding import check_seed
 from engine.untrusted import parse_json
 from hicodit.conditions.types import FPS
 from hicodit.streaming import SpeechChunk, SpeechStream, StreamSettings
-from service.admission import Service, counting
+from service.admission import ClientLeft, Service, counting, explain
 from service.limits import MAX_PICTURE
 from service.openai import check_text, openai_error, openai_routes
 from service.sound import samples
-from service.speaking import ClientLeft, parts_of, request_folder, speak
+from service.speaking import parts_of, request_folder, speak
 from service.workers import Ticket
 from talker_t2av.jobs import PreparedJob
 from talker_t2av.pipeline import Job
@@ -58,7 +58,7 @@ def make_app(service: Service) -> FastAPI:
     app.state.service = service
 
     app.add_middleware(counting, service=service)
-    for kind in (UserError, RequestValidationError, HTTPException, ClientLeft, Exception):
+    for kind in (UserError, RequestValidationError, HTTPException, ClientLeft, OSError, Exception):
         app.exception_handler(kind)(_answer_error)
     app.include_router(openai_routes(service))
 
@@ -157,23 +157,9 @@ def make_app(service: Service) -> FastAPI:
 
 
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:
-    status, message = _explain(error)
+    status, message = explain(error)
     body = openai_error(status, message) if request.url.path.startswith("/v1/") else {"error": message}
     return JSONResponse(body, status, {"Retry-After": "1"} if status in (429, 503) else None)
-
-
-def _explain(error: Exception) -> tuple[int, str]:
-    if isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        return 400, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}"
-    if isinstance(error, ClientLeft):
-        return 499, "the client went away"
-    if isinstance(error, HTTPException):
-        return error.status_code, str(error.detail)
-    if isinstance(error, UserError):
-        return 400, " ".join(str(error).split())
-    print(f"unforeseen {type(error).__name__}: {error}", flush=True)
-    return 500, f"internal error: {type(error).__name__}"
 
 
 def _loaded(pipeline: Any, name: str) -> Any:
@@ -261,7 +247,7 @@ def _streaming(service: Service, path: str) -> Callable:
                 status = 499
             except Exception as error:
                 is_binary = isinstance(error, KeyError)  # of Starlette's receive_text
-                status, message = _explain(UserError("begin with a text message") if is_binary else error)
+                status, message = explain(UserError("begin with a text message") if is_binary else error)
                 with contextlib.suppress(Exception):
                     await socket.send_json({"error": message, "status": status})
             finally:

@@ -14,23 +14,24 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from fastapi import APIRouter, Depends, File, Form, HTTPException, Request, Response, UploadFile
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict
 from pydantic import Field as Bounded
 
 from engine.errors import UserError
 from engine.media.video import mux_audio, write_video
+from engine.optional import require
 from engine.seeding import check_seed
-from service.admission import Service
+from service.admission import Service, explain
 from service.sound import FORMATS, encode, encode_whole
-from service.speaking import always, parts_of, request_folder, speak
+from service.speaking import always, noting, parts_of, request_folder, speak
 from service.voices import DEFAULT
 from service.workers import Ticket
 from talker_t2av.jobs import PreparedJob
@@ -55,6 +56,7 @@ class SpeechRequest(BaseModel):
     response_format: Literal["mp3", "opus", "aac", "flac", "wav", "pcm"] = "mp3"
     speed: Annotated[float, Bounded(ge=SPEEDS[0], le=SPEEDS[1])] = 1.0
     stream_format: Literal["audio", "sse"] | None = None
+    timestamp_granularities: Annotated[list[Literal["word"]], Bounded(max_length=1)] = []
     seed: int = 0
 
 
@@ -151,11 +153,18 @@ def openai_routes(service: Service) -> APIRouter:
         """Say a text.
 
         The answer is a whole file; with stream_format=audio the file in chunks as it is generated, with sse events
-        speech.audio.delta (base64) and speech.audio.done. The header X-Warning says what may be unintelligible.
+        speech.audio.delta (base64) and speech.audio.done. The header X-Warning says what may be unintelligible. With
+        timestamp_granularities ["word"] the answer is JSON: `audio` (base64) and `words`, each with its start and end
+        in seconds; of events, the last one has the words.
         """
         require_model(body.model)
         check_text(service, body.input)
         check_seed(body.seed)
+        timed = bool(body.timestamp_granularities)
+        if timed and body.stream_format == "audio":
+            raise UserError("timestamp_granularities with stream_format=audio has no place for words: use sse")
+        if timed:
+            require("pocketsphinx", "pocketsphinx")
         voice = service.voices.find(body.voice if isinstance(body.voice, str) else body.voice.get("id", ""))
         media, rate = FORMATS[body.response_format][0], service.talker.rate
         with contextlib.ExitStack() as resources:
@@ -163,16 +172,26 @@ def openai_routes(service: Service) -> APIRouter:
             job = Job("tts", body.input, str(voice), seed=body.seed)
             prepared = await service.in_thread(service.talker.prepare, job)
             headers = {"X-Warning": header(prepared.remark)} if prepared.remark else {}
-            waves = speak(service, prepared, request.is_disconnected)
+            waves, whole = speak(service, prepared, request.is_disconnected), list[torch.Tensor]()
+
+            def words() -> Awaitable[list[dict[str, Any]]]:
+                return service.place_words(body.input, torch.cat(whole, -1), rate, body.speed)
+
+            if timed:
+                waves = noting(waves, whole)
             if body.stream_format is None:
                 content = await encode_whole(waves, rate, body.response_format, body.speed)
-                return Response(content, media_type=media, headers=headers)
+                if not timed:
+                    return Response(content, media_type=media, headers=headers)
+                seconds = sum(wave.shape[-1] for wave in whole) / rate / body.speed
+                audio = {"audio": base64.b64encode(content).decode(), "format": body.response_format}
+                answer = audio | {"duration": round(seconds, 3), "words": await words()}
+                return JSONResponse(answer | {"warning": prepared.remark or None}, headers=headers)
             parts = encode(waves, rate, body.response_format, body.speed)
             first = await anext(parts)  # errors before the first sound still have their status
             if body.stream_format == "sse":
-                return HeldResponse(
-                    events(always(first, parts), prepared), resources.pop_all(), media_type="text/event-stream"
-                )
+                sent = events(always(first, parts), prepared, words if timed else None)
+                return HeldResponse(sent, resources.pop_all(), media_type="text/event-stream")
             return HeldResponse(always(first, parts), resources.pop_all(), media_type=media, headers=headers)
 
     @router.get("/audio/voices")
@@ -198,7 +217,7 @@ def openai_routes(service: Service) -> APIRouter:
         require_model(TALKER)
         if name not in service.voices.files:
             raise HTTPException(404, f"voice {name[:80]!r} is unknown")
-        service.voices.remove(name)
+        await service.in_thread(service.voices.remove, name)  # it may wait for an upload
         return {"id": name, "object": "audio.voice.deleted", "deleted": True}
 
     @router.post("/videos", dependencies=limited)
@@ -294,11 +313,8 @@ class Videos:
                 job.status = "in_progress"
                 await (self.talk if job.model == TALKER else self.dub)(job, voice, seed, reference)
                 job.status, job.progress = "completed", 100
-            except UserError as error:
-                job.status, job.error = "failed", " ".join(str(error).replace(f"{job.folder}/", "").split())
             except Exception as error:
-                print(f"unforeseen {type(error).__name__}: {error}", flush=True)
-                job.status, job.error = "failed", f"internal error: {type(error).__name__}"
+                job.status, job.error = "failed", explain(error)[1].replace(f"{job.folder}/", "")
             job.finished = time.time()
 
     async def talk(self, job: VideoJob, voice: str, seed: int, reference: Path) -> None:
@@ -340,13 +356,16 @@ def header(text: str) -> str:
     return text.encode("latin-1", "replace").decode("latin-1").replace("\n", " ")
 
 
-async def events(parts: AsyncIterator[bytes], prepared: PreparedJob) -> AsyncIterator[bytes]:
-    """Yield server-sent events of encoded sound."""
+async def events(
+    parts: AsyncIterator[bytes], prepared: PreparedJob, words: Callable[[], Awaitable[list[dict[str, Any]]]] | None
+) -> AsyncIterator[bytes]:
+    """Yield server-sent events of encoded sound; `words` gives the words with their times for the last one."""
     async for part in parts:
         yield event({"type": "speech.audio.delta", "audio": base64.b64encode(part).decode()})
     tokens = sum(len(request.prompt) for request in prepared.requests)
     usage = {"input_tokens": tokens, "output_tokens": 0, "total_tokens": tokens}
-    yield event({"type": "speech.audio.done", "usage": usage, "warning": prepared.remark or None})
+    done = {"type": "speech.audio.done", "usage": usage, "warning": prepared.remark or None}
+    yield event(done if words is None else done | {"words": await words()})
 
 
 def event(content: dict[str, Any]) -> bytes:

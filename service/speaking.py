@@ -15,17 +15,13 @@ import torch
 
 from engine.codec import StreamDecoder
 from engine.errors import UserError
-from service.admission import WATCH, Service
+from service.admission import WATCH, ClientLeft, Service
 from service.workers import Ticket
 from talker_t2av.jobs import PreparedJob
 from talker_t2av.model import HOP
 from talker_t2av.pipeline import PAUSE
 
 T = TypeVar("T")
-
-
-class ClientLeft(Exception):
-    """The client of a stream has disconnected."""
 
 
 @contextlib.contextmanager
@@ -35,6 +31,8 @@ def request_folder() -> Iterator[Path]:
     try:
         yield folder
     except UserError as error:
+        if str(folder) not in str(error):
+            raise
         raise UserError(str(error).replace(f"{folder}/", "")) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -93,3 +91,10 @@ async def always(first: T, rest: AsyncIterator[T]) -> AsyncIterator[T]:
     yield first
     async for item in rest:
         yield item
+
+
+async def noting(waves: AsyncIterator[torch.Tensor], whole: list[torch.Tensor]) -> AsyncIterator[torch.Tensor]:
+    """Yield waves and put them into `whole`."""
+    async for wave in waves:
+        whole.append(wave)
+        yield wave

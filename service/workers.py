@@ -40,6 +40,13 @@ class Ticket(Future):
             self.set_exception(result) if isinstance(result, Exception) else self.set_result(result)
 
 
+class WorkerEnded(UserError):
+    """The worker has ended: the server is shutting down, or the worker's thread died."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
+
+
 class Worker(threading.Thread):
     """A model's thread and its queue. `running`: number of requests in the current batch."""
 
@@ -52,9 +59,22 @@ class Worker(threading.Thread):
     def submit(self, ticket: Ticket) -> None:
         with self.changed:
             if self.stopping:
-                raise UserError("the server is shutting down")
+                raise WorkerEnded
             self.waiting.append(ticket)
             self.changed.notify()
+
+    def run(self) -> None:
+        """Work until `stop`; whatever ends the thread, none of its tickets waits for ever."""
+        try:
+            while not self.stopping:
+                self.work()
+        finally:
+            self.stop()
+            self.fail()
+
+    def work(self) -> None:
+        """Wait for tickets and work on them for a while."""
+        raise NotImplementedError
 
     def stop(self) -> None:
         """End the thread; all its tickets fail."""
@@ -73,10 +93,10 @@ class Worker(threading.Thread):
                     tickets.append(ticket)
             return tickets
 
-    def fail(self, *tickets: Ticket) -> None:
-        """End tickets, and those in the queue, because the server stops."""
-        for ticket in (*tickets, *self.waiting):
-            ticket.end(UserError("the server is shutting down"))
+    def fail(self) -> None:
+        """End all tickets, because the worker ends."""
+        for ticket in self.waiting:
+            ticket.end(WorkerEnded())
 
 
 class HiCoDiTWorker(Worker):
@@ -84,19 +104,22 @@ class HiCoDiTWorker(Worker):
 
     def __init__(self, pipeline: HiCoDiTPipeline, batch_size: int) -> None:
         super().__init__("hicodit", batch_size)
-        self.pipeline = pipeline
+        self.pipeline, self.batch = pipeline, list[Ticket]()
 
-    def run(self) -> None:
-        while not self.stopping:
-            tickets = self.take(1, wait=True)
-            if tickets and self.batch_size > 1:
-                time.sleep(GATHER)
-                tickets += self.take(self.batch_size - 1, wait=False)
-            self.running = len(tickets)
-            if tickets:
-                self._generate(tickets)
-            self.running = 0
-        self.fail()
+    def work(self) -> None:
+        self.batch = self.take(1, wait=True)
+        if self.batch and self.batch_size > 1:
+            time.sleep(GATHER)
+            self.batch += self.take(self.batch_size - 1, wait=False)
+        self.running = len(self.batch)
+        if self.batch:
+            self._generate(self.batch)
+        self.batch, self.running = [], 0
+
+    def fail(self) -> None:
+        super().fail()
+        for ticket in self.batch:
+            ticket.end(WorkerEnded())
 
     def _generate(self, tickets: list[Ticket]) -> None:
         try:
@@ -121,15 +144,18 @@ class TalkerWorker(Worker):
         self.batches: dict[str, Rows] = {}  # by mode
         self.rows: dict[Row, Ticket] = {}
 
-    def run(self) -> None:
-        while not self.stopping:
-            for ticket in self.take(self.batch_size - len(self.rows), wait=not self.rows):
-                self._join(ticket)
-            for batch in self.batches.values():
-                if batch.rows:
-                    self._step(batch)
-            self.running = len(self.rows)
-        self.fail(*self.rows.values())
+    def work(self) -> None:
+        for ticket in self.take(self.batch_size - len(self.rows), wait=not self.rows):
+            self._join(ticket)
+        for batch in self.batches.values():
+            if batch.rows:
+                self._step(batch)
+        self.running = len(self.rows)
+
+    def fail(self) -> None:
+        super().fail()
+        for ticket in self.rows.values():
+            ticket.end(WorkerEnded())
 
     def _join(self, ticket: Ticket) -> None:
         job: PreparedJob = ticket.job

@@ -3,10 +3,12 @@
 import base64
 import io
 import json
+import resource
 import socket
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from drawn_faces import talking_head
 from engine.errors import UserError
 from engine.media.ffmpeg import command, probe
 from engine.media.video import read_video, write_video
+from engine.word_times import Word, WordTimes
 from hicodit.pipeline import HiCoDiTPipeline
 from service.admission import Service
 from service.app import make_app
@@ -176,6 +179,17 @@ def test_an_uploaded_voice_speaks_and_is_deleted(client, models, true_wave):
 @pytest.mark.parametrize(
     ("fields", "status", "message"),
     [
+        ({"input": 5}, 400, "input"),
+        ({"input": None}, 400, "input"),
+        ({"voice": ["anna"]}, 400, "voice"),
+        ({"voice": {"name": "anna"}}, 400, "voice"),
+        ({"seed": "three"}, 400, "seed"),
+        ({"seed": 10**30}, 400, "seed"),
+        ({"speed": "nan"}, 400, "speed"),
+        ({"stream_format": ["sse"]}, 400, "stream_format"),
+        ({"timestamp_granularities": ["segment"]}, 400, "timestamp_granularities"),
+        ({"timestamp_granularities": ["word"], "stream_format": "audio"}, 400, "use sse"),
+        ({"model": {"id": "talker-t2av"}}, 400, "model"),
         ({"voice": "alloy"}, 400, "voice 'alloy' is unknown; there are: anna"),
         ({"voice": "../anna"}, 400, "unknown"),
         ({"model": "tts-1"}, 400, "talker-t2av"),
@@ -193,6 +207,66 @@ def test_wrong_speech_requests_get_one_sentence(client, fields, status, message)
     error = answer.json()["error"]
     assert answer.status_code == status and message in error["message"] and "\n" not in error["message"], answer.text
     assert error["type"] == "invalid_request_error"
+
+
+def test_words_come_with_their_times(client, service, monkeypatch):
+    pytest.importorskip("pocketsphinx")
+    calls = []
+
+    def align(self, text, wave, rate):
+        calls.append((text, len(wave) / rate))
+        return [Word("Hi.", 0.2, 0.6)]  # random weights say nothing that could be placed
+
+    monkeypatch.setattr(WordTimes, "align", align)
+    timed = {"timestamp_granularities": ["word"]}
+    answer = json.loads(speak(client, speed=2.0, extra_body=timed).content)
+    wave, rate = soundfile.read(io.BytesIO(base64.b64decode(answer["audio"])))
+    assert answer["words"] == [{"word": "Hi.", "start": 0.1, "end": 0.3}] and answer["format"] == "wav"
+    assert answer["duration"] == pytest.approx(calls[0][1] / 2, abs=1e-3)
+    assert answer["duration"] == pytest.approx(len(wave) / rate, abs=0.1)
+    lines = speak(client, kind="pcm", stream_format="sse", extra_body=timed).text.split("\n\n")
+    assert json.loads(lines[-2].removeprefix("data: "))["words"] == [{"word": "Hi.", "start": 0.2, "end": 0.6}]
+    assert [text for text, _ in calls] == [TEXT, TEXT]
+
+
+def test_one_of_two_uploads_of_a_name_wins(client, models):
+    def add(_):
+        files = {"audio_sample": ("any.wav", models[2].read_bytes())}
+        return client._client.post(f"{client.base_url}audio/voices", data={"name": "twin"}, files=files)
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(add, range(4)))
+    assert sorted(answer.status_code for answer in answers) == [200, 400, 400, 400]
+    assert sum("already" in answer.text for answer in answers) == 3
+    assert client._client.delete(f"{client.base_url}audio/voices/twin").json()["deleted"]
+
+
+def test_an_upload_that_is_cut_off_leaves_nothing(client, models, service):
+    head = (
+        "POST /v1/audio/voices HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n"
+        "Content-Type: multipart/form-data; boundary=b\r\n\r\n"
+        '--b\r\nContent-Disposition: form-data; name="name"\r\n\r\ncut\r\n'
+        '--b\r\nContent-Disposition: form-data; name="audio_sample"; filename="a.wav"\r\n\r\nRIFF'
+    )
+    with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
+        connection.sendall(head.encode())
+    assert client.models.list() and service.requests == 0
+    assert sorted(path.name for path in models[2].parent.iterdir()) == ["anna.wav"]
+
+
+def test_a_full_disk_is_told_in_one_sentence(client, models, service):
+    """No file may grow beyond a kilobyte, which the system reports as it does a full disk."""
+    voice, limits = models[2].read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert len(voice) > 1024
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    try:
+        files = {"audio_sample": ("any.wav", voice)}
+        answer = client._client.post(f"{client.base_url}audio/voices", data={"name": "full"}, files=files)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert answer.status_code == 507 and "cannot write files" in answer.json()["error"]["message"], answer.text
+    assert "/tmp" not in answer.text and service.requests == 0
+    assert sorted(path.name for path in models[2].parent.iterdir()) == ["anna.wav"]
 
 
 def finished(client, video):

@@ -200,6 +200,23 @@ def test_what_there_is_no_room_for_is_refused(models, job):
         assert client.post("/talker", json=job).status_code == client.get("/health").status_code == 503
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("model", ["talker_t2av", "hicodit"])
+def test_requests_of_a_worker_that_dies_are_answered(models, job, model, tmp_path, monkeypatch):
+    """Its thread ends by what no handler takes; the request in work and later ones get 503, and so does /health."""
+    service = service_of(models)
+    monkeypatch.setattr(service.workers[model], "_step" if model == "talker_t2av" else "_generate", lambda _: 1 / 0)
+    write_video(tmp_path / "head.mp4", talking_head(10), 25)
+    clip = (tmp_path / "head.mp4").read_bytes()
+
+    def ask():
+        return client.post("/talker", json=job) if model == "talker_t2av" else client.post("/hicodit", content=clip)
+
+    with TestClient(make_app(service)) as client:
+        assert ask().status_code == ask().status_code == client.get("/health").status_code == 503
+        assert service.requests == 0
+
+
 def test_a_client_that_leaves_frees_its_row(client, models, job):
     service = client.app.state.service
     with client.websocket_connect("/talker/stream") as socket:

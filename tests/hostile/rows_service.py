@@ -1,0 +1,53 @@
+"""Rows of the doors: names of voices, devices, faces, files of word times."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from hostile.rows_files import BAD_NAMES, NAME
+
+from engine.cluster import check_place
+from engine.faces.track import check_face
+from hicodit.settings import ClipConfig, find_clips
+from service.voices import Voices
+
+
+def upload(name: str, folder: Path) -> None:
+    """Add a voice; its name is refused before the recording is read."""
+    Voices(None, folder).add(name, folder / "sample.wav")
+
+
+def in_the_way(name: str, folder: Path) -> None:
+    """Ask for word times where a folder has the name of the file."""
+    (folder / "a.mp4").write_bytes(b"x")
+    (folder / "out" / name).mkdir(parents=True)
+    find_clips(folder / "a.mp4", folder / "out", timestamps=True, every_face="face" in name)
+
+
+PLACE = "must be a number from 1 to 64, or all"
+FACE = "is unknown: give largest"
+CASES = [
+    *((f"voice: {label}", partial(upload, name), NAME) for label, name in BAD_NAMES.items() if isinstance(name, str)),
+    *(
+        (
+            f"devices: {value[:9]}",
+            lambda _, v=value: check_place("processes", v),
+            "must be a number from 1 to 64, or all",
+        )
+        for value in ("0", "-1", "65", "1.5", "two", "", "9" * 5000, "all ", "²")
+    ),
+    ("devices beside Ray", lambda _: check_place("ray", "2"), "set ray.encoders and ray.gpus instead"),
+    *(
+        (
+            f"face: {value[:9]}",
+            lambda _, v=value: check_face(ClipConfig(face=v).chosen_face),
+            "is unknown: give largest",
+        )
+        for value in ("0", "-1", "nose", "", "9" * 5000, "../1", "²")
+    ),
+    *(
+        (f"a folder {name}", partial(in_the_way, name), f"cannot write .*{name}: it is a folder")
+        for name in ("a.json", "a.srt", "a_face9.wav")
+    ),
+]
