@@ -56,13 +56,6 @@ def compute_time(device: torch.device) -> float:
     return now(device) if device.type == "cuda" else time.process_time()
 
 
-def processor_time(call: Callable[[], T]) -> tuple[T, float]:
-    """(result of a call, its CPU time in seconds), which other programs disturb less than wall-clock time."""
-    begin = time.process_time()
-    result = call()
-    return result, time.process_time() - begin
-
-
 @torch.inference_mode()
 def matrix_rate(
     device: torch.device, dtype: torch.dtype = torch.float32, clock: Callable[[torch.device], float] = now

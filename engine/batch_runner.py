@@ -22,7 +22,7 @@ from engine.media.limits import Limits, set_limits
 from engine.optional import require
 from engine.processes import Lost, Processes, Work
 from engine.progress import current, stage
-from engine.settings import DEVICES, EXECUTORS, PRECISIONS, check_settings, group, setting
+from engine.settings import DEVICES, EXECUTORS, PRECISIONS, Group, group, setting
 
 Job = TypeVar("Job")
 Prepared = TypeVar("Prepared")
@@ -31,7 +31,7 @@ WORD_FILES = (".json", ".srt", ".vtt")  # endings of the files of timestamps=tru
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Group):
     """Settings that `infer.py` has for every model: where jobs are done, and how."""
 
     output: str = setting("outputs", about="folder of the results")
@@ -64,7 +64,7 @@ class RunConfig:
     limits: Limits = group(Limits, about="larger inputs are rejected before they are decoded")
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        Group.__post_init__(self)  # not that of a job, which is for the jobs made of it
         check_place(self.executor, self.devices)
 
     def begin(self, releases: Mapping[str, str | None]) -> None:

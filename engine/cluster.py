@@ -25,7 +25,7 @@ from typing import Any
 from engine.errors import UserError
 from engine.media.limits import LIMITS, Limits, set_limits
 from engine.processes import Lost, Work
-from engine.settings import check_settings, setting
+from engine.settings import Group, setting
 
 RETRIES = 2  # of a task or call whose process died; then its items are tried alone, and given up when that fails too
 AHEAD = 3  # items on their way for each processor of the cluster: enough to keep it busy, few enough for its memory
@@ -34,15 +34,12 @@ EXIT_AFTER = 2.0  # seconds in which the answer of a process that hangs goes out
 
 
 @dataclass(frozen=True)
-class ClusterConfig:
+class ClusterConfig(Group, prefix="ray."):
     """Settings `ray` of a command with executor=ray."""
 
     address: str | None = setting(None, about="auto (the cluster of this machine) or HOST:PORT; null: start one here")
     encoders: int = setting(1, 1, 4096, "number of actors that run the networks")
     gpus: float = setting(0.0, 0.0, 8.0, "GPUs of each of them: 1, a part such as 0.25 to share one, or 0")
-
-    def __post_init__(self) -> None:
-        check_settings(self, "ray.")
 
 
 def check_place(executor: str, devices: str = "1") -> None:

@@ -1,11 +1,8 @@
 """Settings: one dataclass field states name, type, bounds or choices, default and sentence; all else is made from it.
 
     @dataclass(frozen=True)
-    class SamplerConfig:
+    class SamplerConfig(Group, prefix="sampler."):
         steps: int = setting(64, 1, 1000, "number of network calls (the paper: 64)")
-
-        def __post_init__(self) -> None:
-            check_settings(self, "sampler.")
 
 Command lines, `--help`, `--cfg`, requests of the service and lines of jobs use `listed`, `make` and `override`.
 """
@@ -18,11 +15,12 @@ import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from engine.errors import UserError
 
 T = TypeVar("T")
+_hints = lru_cache(get_type_hints)  # type of each field of a dataclass
 NEEDED = dataclasses.MISSING  # the default of a setting that must be given
 DEVICES = ("auto", "cpu", "cuda", "mps")
 EXECUTORS = ("processes", "ray")
@@ -50,6 +48,21 @@ def setting(
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=partial(copy.deepcopy, default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+class Group:
+    """A dataclass of settings: type, bounds and choices are checked when it is made. `prefix` leads to it in errors."""
+
+    prefix: ClassVar[str]
+
+    def __init_subclass__(cls, prefix: str = "") -> None:
+        cls.prefix = prefix
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check_value(
+                f"{self.prefix}{field.name}", getattr(self, field.name), _hints(type(self))[field.name], field.metadata
+            )
 
 
 def group(kind: type, unset: bool = False, about: str = "") -> Any:
@@ -123,13 +136,6 @@ def check_changes(schema: type, changes: Mapping[str, Any], prefix: str = "") ->
     return dict(changes)
 
 
-def check_settings(settings: Any, prefix: str = "") -> None:
-    """Check type, bounds and choices of all fields of a dataclass, in its `__post_init__`; errors name the key."""
-    hints = _hints(type(settings))
-    for field in dataclasses.fields(settings):
-        check_value(f"{prefix}{field.name}", getattr(settings, field.name), hints[field.name], field.metadata)
-
-
 def check_value(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> None:
     """Check that `value` is of the type `hint`, within the bounds or choices in the metadata of a `setting`."""
     kind, takes_none = kind_of(hint)
@@ -191,11 +197,6 @@ def nearest(wrong: str, names: Sequence[str]) -> str:
         close.sort(key=lambda name: -difflib.SequenceMatcher(None, wrong, name).ratio())
         return f"did you mean {' or '.join(close[:3])}?"
     return f"there are: {', '.join(sorted(names)[:12])}" if names else "there are none"
-
-
-@lru_cache
-def _hints(schema: type) -> dict[str, Any]:
-    return get_type_hints(schema)
 
 
 def _default(field: dataclasses.Field) -> Any:

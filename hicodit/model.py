@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.nn.transfer import send
-from engine.settings import check_settings, setting
+from engine.settings import Group, setting
 from hicodit.conditions.types import Conditions
 from hicodit.layers import AdaLNBlock, ScaleNorm, TemporalScales, TimeEmbedding, modulation_layer, rotary_table
 from hicodit.settings import UNGUIDED
@@ -52,7 +52,7 @@ WINDOW_TOKENS = 25  # half a second of tokens share one temporal scale
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Group, prefix="model."):
     """Sizes and switches. The defaults are `hicodit_base`.
 
     expressions: classes; their embedding is C wide.
@@ -91,7 +91,7 @@ class ModelConfig:
     attention: str = setting("sdpa", choices=("sdpa", "flash"))
 
     def __post_init__(self) -> None:
-        check_settings(self, "model.")
+        super().__post_init__()
         if self.width % (2 * self.heads):
             raise UserError(f"model.width={self.width} must be a multiple of 2 x model.heads={self.heads}")
         if self.low_levels >= self.levels:

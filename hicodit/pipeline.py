@@ -228,6 +228,7 @@ class HiCoDiTPipeline:
             raise FaceError(f"{frames / FPS:.2f} s of video; at least {MIN_FRAMES / FPS:.1f} s is needed")
         return tracks
 
+    @torch.inference_mode()
     def _cut(self, blocks: Iterable[np.ndarray], track: FaceTrack, strip: str | Path | None) -> Crops:
         """Cut mouth and face from blocks of frames (n, H, W, 3); write the picture of the track to `strip`."""
         config, mouth, faces, probabilities, start, count = self.system.encoders.config, None, [], [], 0, 0
@@ -243,7 +244,7 @@ class HiCoDiTPipeline:
             if len(index):
                 pictures = config.cut_faces(block[index], part[index])
                 if long:
-                    probabilities.append(self._read_expressions(pictures))
+                    probabilities.append(self.system.read_expressions(torch.from_numpy(pictures).movedim(-1, 1)))
                     pictures = pictures[[n - count for n in voice_pictures if count <= n < count + len(index)]]
                 faces.append(pictures)
                 count += len(index)
@@ -254,10 +255,6 @@ class HiCoDiTPipeline:
             drawing.write(strip)
         expression = self.system.window_classes(torch.cat(probabilities), len(track)).cpu().numpy() if long else None
         return Crops(mouth, np.concatenate(faces), track, expression)
-
-    @torch.inference_mode()
-    def _read_expressions(self, faces: np.ndarray) -> Tensor:
-        return self.system.read_expressions(send(torch.from_numpy(faces), self.device).movedim(-1, 1))
 
     @torch.inference_mode()
     def conditions(self, crops: Sequence[Crops] | Sequence[Features], identity: np.ndarray | None = None) -> Conditions:
@@ -277,7 +274,8 @@ class HiCoDiTPipeline:
         for c in crops:
             if c.expression is None:
                 voices.append(c.faces[self.system.voice_pictures(len(c))])
-                expressions.append(self.system.window_classes(self._read_expressions(c.faces), len(c)))
+                probabilities = self.system.read_expressions(torch.from_numpy(c.faces).movedim(-1, 1))
+                expressions.append(self.system.window_classes(probabilities, len(c)))
             else:
                 voices.append(c.faces)
                 expressions.append(send(torch.from_numpy(c.expression), self.device))

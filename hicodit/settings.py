@@ -15,7 +15,7 @@ from engine.errors import UserError
 from engine.faces.track import MOST_FACES, check_face, read_boxes, track_of_boxes
 from engine.files import writable
 from engine.media.ffmpeg import require_stream
-from engine.settings import FACE_BOX, SEED, SEEDS, check_settings, group, make, override, setting
+from engine.settings import FACE_BOX, SEED, SEEDS, Group, group, make, override, setting
 
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "hicodit_tiny"
 METHODS = ("euler", "fixed_count", "confidence", "ordered", "entropy")  # functions of hicodit/samplers.py
@@ -25,7 +25,7 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpe
 
 
 @dataclass(frozen=True)
-class SamplerConfig:
+class SamplerConfig(Group, prefix="sampler."):
     """Settings of the sampler."""
 
     method: str = setting(
@@ -56,12 +56,9 @@ class SamplerConfig:
     )
     end: float = setting(1e-5, 1e-9, 0.5, "diffusion time at which euler ends; no method shows the network less")
 
-    def __post_init__(self) -> None:
-        check_settings(self, "sampler.")
-
 
 @dataclass(frozen=True)
-class GuidanceScales:
+class GuidanceScales(Group, prefix="guidance."):
     """The four scales and the reading of the formula. The paper: LRS3 2.5, 1.25, 1.5, 2.0; LRS2 2.25 for `all`."""
 
     all: float = setting(1.0, -100.0, 100.0, "guidance scale of all conditions together")
@@ -76,7 +73,7 @@ class GuidanceScales:
     )
 
     def __post_init__(self) -> None:  # late: arXiv 2507.08965
-        check_settings(self, "guidance.")
+        super().__post_init__()
         if self.late < 1 and "all" not in self.branches:
             raise UserError(f"guidance.late={self.late} needs guidance.all other than 0")
 
@@ -114,15 +111,12 @@ LOOKAHEAD = 0.4, 0.04, 4.0, "stream: seconds of pictures after a moment that its
 
 
 @dataclass(frozen=True)
-class StreamSettings:
+class StreamSettings(Group, prefix="stream."):
     """Settings of a stream, each hop of which samples a few tokens only."""
 
     lookahead: float = setting(*LOOKAHEAD)
     window: int = setting(2, 1, 60, "seconds of pictures that the network sees at each hop, rounded up to whole ones")
     steps: int = setting(4, 1, 1000, "sampling steps at each hop")
-
-    def __post_init__(self) -> None:
-        check_settings(self, "stream.")
 
 
 UNGUIDED = GuidanceScales()  # the conditional model alone

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from engine.codec import Codec
 from engine.errors import UserError
+from engine.nn.transfer import send
 from engine.release import Released
 from hicodit.conditions import EncoderConfig, encoder_config, make_encoders
 from hicodit.conditions.encoders import unit
@@ -47,8 +48,9 @@ class HiCoDiTSystem(Released):
         return [frames * fifth // 5 // self.encoders.config.picture_every for fifth in (1, 2, 3, 4)]
 
     def read_expressions(self, faces: Tensor) -> Tensor:
-        """Predict class probabilities (F, classes) of face pictures (F, 3, S', S') in [0, 1], or uint8."""
-        parts = faces.split(PICTURES)  # of a long clip, all at once would take gigabytes
+        """Predict class probabilities (F, classes) of face pictures (F, 3, S', S') in [0, 1], or uint8; any device."""
+        device = next(self.parameters()).device
+        parts = (send(part, device) for part in faces.split(PICTURES))  # of a long clip, all would take gigabytes
         return torch.cat([self.encoders.expression(unit(part)).float().softmax(-1) for part in parts])
 
     def window_classes(self, probabilities: Tensor, frames: int) -> Tensor:

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from engine.settings import check_settings, setting
+from engine.settings import Group, setting
 
 MAX_PICTURE = 2 * 2**20  # bytes of a picture of a stream
 
 
 @dataclass(frozen=True)
-class ServeLimits:
+class ServeLimits(Group, prefix="--"):
     """Limits of the service: options of `scripts/serve.py`."""
 
     rows: int = setting(8, 1, 1024, "requests in one batch")
@@ -18,6 +18,3 @@ class ServeLimits:
     videos: int = setting(64, 1, 10_000, "finished videos of /v1/videos that are kept, for an hour")
     seconds: float = setting(60.0, 0.2, 36_000.0, "longest clip, sound or stream")
     characters: int = setting(400, 1, 2000, "longest text")
-
-    def __post_init__(self) -> None:
-        check_settings(self, "--")

@@ -20,7 +20,7 @@ from engine.errors import UserError
 from engine.nn.transfer import send
 from engine.precision import convert_matrices
 from engine.release import Released, load_strict
-from engine.settings import check_settings, require_range, setting
+from engine.settings import Group, require_range, setting
 from talker_t2av import released
 from talker_t2av.diffusion_head import DiffusionHead, FlowHead
 from talker_t2av.flow_matching import DROP_COND, DROP_MU
@@ -47,7 +47,7 @@ MAX_FRAMES = 30 * FPS  # the speech encoder's window
 
 
 @dataclass(frozen=True)
-class TalkerConfig:
+class TalkerConfig(Group, prefix="model."):
     """Sizes and settings; the defaults are those of the released model.
 
     llm: fields of `transformers.Qwen3Config`; its hidden size is the width of every part.
@@ -92,7 +92,7 @@ class TalkerConfig:
     guidance_limit: float | None = setting(None, 1.0, 20.0)
 
     def __post_init__(self) -> None:
-        check_settings(self, "model.")
+        super().__post_init__()
         if self.order not in ("add", *ORDERS):
             raise UserError(f"model.order={self.order} is unknown; choose add, {', '.join(ORDERS)}")
         if self.order in ORDERS and (self.delay or self.tasks != 2):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from engine.settings import check_settings, setting
+from engine.settings import Group, setting
 
 if TYPE_CHECKING:
     from torch import Tensor  # importing it takes seconds
@@ -51,7 +51,7 @@ MODES = {
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Group, prefix="sampling."):
     """Settings of both diffusion heads; the defaults are those of the released command line."""
 
     steps: int = setting(10, 1, 1000, "steps of the flow solver (released model: 10)")
@@ -69,9 +69,6 @@ class Sampling:
         1, 1, 256, "v2a: drafts of the speech side by side, of which those that fit the face go on; 1: a single one"
     )
     particle_temperature: float = setting(0.8, 0.0, 2.0, "v2a: scale of the initial noise of several drafts")
-
-    def __post_init__(self) -> None:
-        check_settings(self, "sampling.")
 
 
 @dataclass(frozen=True)

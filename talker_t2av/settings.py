@@ -16,7 +16,7 @@ from engine.errors import UserError
 from engine.faces.track import read_boxes, track_of_boxes
 from engine.files import writable
 from engine.media.ffmpeg import check_readable, probe, require_stream
-from engine.settings import FACE_BOX, SEED, SEEDS, check_settings, group, make, override, setting
+from engine.settings import FACE_BOX, SEED, SEEDS, Group, group, make, override, setting
 from engine.untrusted import parse_json, read_lines, safe_name
 from talker_t2av.request import MODES, Sampling
 
@@ -32,7 +32,7 @@ SAVED_VOICE = ".safetensors"
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Group):
     """What to generate from which files: settings of the command line, of a line of JSONL and of a request.
 
     compat: `official` is as the released command line (t2av) and the released method for speech alone (tts), `library`
@@ -83,7 +83,7 @@ class Job:
     seed: int = setting(0, *SEEDS, SEED)
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         for name in FILES:
             if getattr(self, name) == "":
                 raise UserError(f"{name}= is empty: name a file, or leave it out")

@@ -19,14 +19,14 @@ from engine.errors import UserError
 from engine.nn.transfer import send
 from engine.precision import half_precision
 from engine.release import load_strict, weights_digest
-from engine.settings import check_settings, setting
+from engine.settings import Group, setting
 from lia_x.decoder import Decoder
 from lia_x.encoder import Encoder
 from lia_x.released import find_official, read_official
 
 
 @dataclass(frozen=True)
-class LiaXConfig:
+class LiaXConfig(Group):
     """Constructor arguments of `LiaX`; the defaults are the released network.
 
     Attributes:
@@ -48,7 +48,7 @@ class LiaXConfig:
     depth: int = setting(4, 1, 64)
 
     def __post_init__(self):
-        check_settings(self)
+        super().__post_init__()
         if self.motion_dim > self.style_dim * self.scale:
             raise UserError(
                 f"motion_dim={self.motion_dim} exceeds the style's {self.style_dim * self.scale} dimensions: "

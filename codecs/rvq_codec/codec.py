@@ -17,14 +17,14 @@ from engine.errors import UserError
 from engine.nn.dac import DACDecoder, DACEncoder
 from engine.nn.transfer import send
 from engine.release import load_strict, weights_digest
-from engine.settings import check_settings, setting
+from engine.settings import Group, setting
 from rvq_codec.quantizer import Quantized, ResidualQuantizer
 from rvq_codec.released import find_official, read_official
 from rvq_codec.vocos import VocosDecoder
 
 
 @dataclass(frozen=True)
-class RVQCodecConfig:
+class RVQCodecConfig(Group):
     """Constructor arguments of `RVQCodec`; the defaults are the released MaskGCT codec.
 
     Attributes:
@@ -60,7 +60,7 @@ class RVQCodecConfig:
     def __post_init__(self):
         object.__setattr__(self, "ratios", tuple(self.ratios))
         object.__setattr__(self, "conv_ratios", tuple(self.conv_ratios))
-        check_settings(self)
+        super().__post_init__()
         if self.decoder not in ("vocos", "conv"):
             raise UserError(f"decoder={self.decoder!r}: choose vocos or conv")
 

@@ -23,14 +23,14 @@ from engine.media.audio import resample
 from engine.nn.dac import DACDecoder, DACEncoder, WNConv1d
 from engine.nn.mel import HOP, RATE, log_mel, pad_or_trim
 from engine.release import load_strict, weights_digest
-from engine.settings import check_settings, setting
+from engine.settings import Group, setting
 from whisperx_vae.released import find_official, read_official
 
 POSITIONS = "whisper.embed_positions.weight"
 
 
 @dataclass(frozen=True)
-class WhisperXVAEConfig:
+class WhisperXVAEConfig(Group):
     """Constructor arguments of `WhisperXVAE`; the defaults are the released network (`encoder_width` as far as known).
 
     Attributes:
@@ -59,7 +59,7 @@ class WhisperXVAEConfig:
     def __post_init__(self):
         object.__setattr__(self, "encoder_ratios", tuple(self.encoder_ratios))
         object.__setattr__(self, "decoder_ratios", tuple(self.decoder_ratios))
-        check_settings(self)
+        super().__post_init__()
         if math.prod(self.encoder_ratios) != math.prod(self.decoder_ratios):
             raise UserError(
                 f"encoder_ratios={list(self.encoder_ratios)} and decoder_ratios={list(self.decoder_ratios)} have "

@@ -9,11 +9,11 @@ from typing import Any
 
 from engine.errors import UserError
 from engine.media.limits import Limits
-from engine.settings import DEVICES, NEEDED, SEEDS, check_settings, group, setting
+from engine.settings import DEVICES, NEEDED, SEEDS, Group, group, setting
 
 
 @dataclass(frozen=True)
-class TrainerConfig:
+class TrainerConfig(Group, prefix="trainer."):
     """Settings of the trainer."""
 
     steps: int = setting(1000, 1, 10**9, "optimiser steps of the whole run")
@@ -87,7 +87,7 @@ class TrainerConfig:
     )
 
     def __post_init__(self) -> None:
-        check_settings(self, "trainer.")
+        super().__post_init__()
         if len(self.betas) != 2:
             raise UserError(f"trainer.betas={self.betas} must be two numbers, as in [0.9,0.98]")
         if self.best is not None and not re.fullmatch(r"(min|max) \S+", self.best):
@@ -121,7 +121,7 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(Group, prefix="lora."):
     """Settings of low-rank adaptation."""
 
     rank: int = setting(
@@ -129,12 +129,9 @@ class LoRAConfig:
     )
     alpha: float = setting(16.0, 1e-9, 1e9, "the LoRA updates are scaled by alpha / rank")
 
-    def __post_init__(self) -> None:
-        check_settings(self, "lora.")
-
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Group):
     """Settings of `train.py`. Those of task and data belong to the classes that `_target_` names there."""
 
     name: str = setting(NEEDED, about="name of the run; default: the experiment's name")
@@ -151,6 +148,3 @@ class TrainConfig:
     trainer: TrainerConfig = group(TrainerConfig)
     task: dict[str, Any] = setting(NEEDED)
     data: dict[str, Any] = setting(NEEDED)
-
-    def __post_init__(self) -> None:
-        check_settings(self)

@@ -21,14 +21,14 @@ from engine.errors import UserError
 from engine.nn.transfer import send
 from engine.release import build_with
 from engine.safe_pickle import plain, read_checkpoint
-from engine.settings import check_settings, setting
+from engine.settings import Group, setting
 
 VIEW = 88  # side of the picture that the network sees
 MEAN, DEVIATION = 0.421, 0.165  # of grey values in [0, 1]
 
 
 @dataclass(frozen=True)
-class AVHubertConfig:
+class AVHubertConfig(Group, prefix="encoders.lip."):
     """Sizes; the defaults are AV-HuBERT Large."""
 
     width: int = setting(1024, 1, 2**14)
@@ -38,9 +38,6 @@ class AVHubertConfig:
     conv_kernel: int = setting(128, 1, 2**10)
     conv_groups: int = setting(16, 1, 2**10)
     norm_first: bool = True  # false: layer norms after the residual sums
-
-    def __post_init__(self) -> None:
-        check_settings(self, "encoders.lip.")
 
 
 def prepare_mouth(mouth: Tensor) -> Tensor:

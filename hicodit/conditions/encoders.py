@@ -21,7 +21,7 @@ from engine.errors import UserError
 from engine.faces.crops import crop_face, crop_mouth
 from engine.faces.track import FaceTrack
 from engine.nn.transfer import send
-from engine.settings import check_settings, setting
+from engine.settings import Group, setting
 from hicodit.conditions.types import EXPRESSIONS
 from hicodit.layers import AdaLNBlock, modulation_layer, rotary_table
 
@@ -59,7 +59,7 @@ def encode_in_windows(encoder: nn.Module, mouth: Tensor, frames: Tensor, window:
 
 
 @dataclass(frozen=True)
-class TinyEncoderConfig:
+class TinyEncoderConfig(Group, prefix="encoders."):
     """Sizes of the tiny encoders. phonemes: classes of the auxiliary frame-wise phoneme loss (0: no such head)."""
 
     picture_every: ClassVar[int] = 1  # video frames to a face picture
@@ -76,7 +76,7 @@ class TinyEncoderConfig:
     phonemes: int = setting(0, 0, 2**10)
 
     def __post_init__(self) -> None:
-        check_settings(self, "encoders.")
+        super().__post_init__()
         if self.lip_dim % self.lip_heads:
             raise UserError(f"encoders.lip_heads={self.lip_heads} does not divide lip_dim={self.lip_dim}")
 

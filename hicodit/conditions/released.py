@@ -21,7 +21,7 @@ from engine.errors import UserError
 from engine.faces.detectors import five_points
 from engine.faces.track import FaceTrack
 from engine.release import weights_digest
-from engine.settings import check_settings, setting
+from engine.settings import Group, setting
 from hicodit.conditions.align import ARCFACE_SIDE, MOUTH_SIDE, WINDOW, avhubert_mouth, face_picture, mouth_poses
 from hicodit.conditions.arcface import IRESNET100, ArcFace
 from hicodit.conditions.avhubert import VIEW, AVHubert, AVHubertConfig
@@ -34,7 +34,7 @@ PICTURES = 16  # that POSTER V2 sees at once
 
 
 @dataclass(frozen=True)
-class ReleasedEncoderConfig:
+class ReleasedEncoderConfig(Group, prefix="encoders."):
     """Where the checkpoints are.
 
     folder: of the three files; None gives networks with random weights, to measure time and memory.
@@ -58,7 +58,7 @@ class ReleasedEncoderConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "identity_blocks", tuple(self.identity_blocks))
-        check_settings(self, "encoders.")
+        super().__post_init__()
         if self.face_size % ARCFACE_SIDE:
             raise UserError(f"encoders.face_size={self.face_size}: ArcFace needs a multiple of {ARCFACE_SIDE} pixels")
 

@@ -24,7 +24,7 @@ from engine.errors import UserError
 from engine.nn.mel import RATE, log_mel
 from engine.release import Released, build_with, weights_digest
 from engine.safe_pickle import read_state
-from engine.settings import check_settings, setting
+from engine.settings import Group, setting
 from talker_t2av.speaker.released import FILE, LARGE, TRAINING_ONLY, head_sizes, our_name, wavlm_config, wavlm_sizes
 
 SCALE = 8  # parts of a Res2 convolution
@@ -242,7 +242,7 @@ class WavLMEncoder(nn.Module):
 
 
 @dataclass(frozen=True)
-class VoiceEncoderConfig:
+class VoiceEncoderConfig(Group):
     """Sizes of a `VoiceEncoder`; the head's are explained at `EcapaTDNN`."""
 
     bands: int = setting(80, 1, 2**10)
@@ -250,9 +250,6 @@ class VoiceEncoderConfig:
     pooled: int = setting(256, 1, 2**14)
     bottleneck: int = setting(48, 1, 2**14)
     embedding: int = setting(256, 1, 2**14)
-
-    def __post_init__(self) -> None:
-        check_settings(self)
 
 
 def level_mel(wave: Tensor, bands: int) -> Tensor:
