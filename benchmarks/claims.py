@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +103,11 @@ def measure(
     pairs, true = ({f: c["pairs"] for f, c in cells.get(which, {}).items() if "pairs" in c} for which in (name, TRUTH))
     if claim.get("losses"):
         shards = shards_of(args, claim) / config.split[0]
-        losses = partial(hicodit_models.losses, settings["weights"], shards, config.clips)
-        pairs |= once(folder / "losses.json", lambda: in_own_process(losses))
+        path = folder / "losses.json"
+        if not path.is_file():
+            losses = in_own_process(hicodit_models.losses, settings["weights"], shards, config.clips)
+            path.write_text(json.dumps(losses))
+        pairs |= json.loads(path.read_text())
     return pairs, true, summary["speakers"]
 
 
@@ -150,14 +152,6 @@ def train(folder: Path, settings: list[str]) -> None:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
     if code != 0:
         raise UserError(f"the training of {folder.name} failed (exit {code}), see {folder / 'training.log'}")
-
-
-def once(path: Path, make: Any) -> Any:
-    """Return what the JSON file `path` holds; where it is missing, it is written with what `make` gives."""
-    if not path.is_file():
-        found = make()
-        path.write_text(json.dumps(found))
-    return json.loads(path.read_text())
 
 
 def compare(

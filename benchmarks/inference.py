@@ -39,6 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import compute_time, in_own_process, matrix_rate, now, peak_memory_mb, read_config, tiny_encoders
 from benchmarks.official_talker import official_t2av
+from engine.evaluation.charts import chart_file
 from engine.precision import can_int8, convert_matrices, pack_linear, quantise_linear
 from engine.record import dated
 from hicodit.conditions.encoders import TinyEncoderConfig
@@ -180,13 +181,13 @@ def hicodit(job: dict[str, Any]) -> dict[str, Any]:
     def first_window(
         model: HiCoDiT, steps: int = job["timed_steps"], posterior: Callable = guided_posterior
     ) -> list[float]:
-        """Generate the first window; return the times of its beginning and of the end of each step."""
+        """Generate the first window; return the seconds of each step."""
         times = [clock(device)]
         generate(
             model, conditions, replace(sampler, steps=steps), guidance, range(batch), posterior,
             lambda _: times.append(clock(device)),
         )  # fmt: skip
-        return times
+        return np.diff(times).tolist()
 
     # Counted before packing: PyTorch's counter does not know products with packed weights.
     flops = _flops(lambda: first_window(plain, 3)) - _flops(lambda: first_window(plain, 2))
@@ -196,19 +197,15 @@ def hicodit(job: dict[str, Any]) -> dict[str, Any]:
     if precision == "int8":
         quantise_linear(model, device)
     pack_linear(model, device)
-    ways = {precision: lambda: first_window(model), "reference": lambda: first_window(plain, posterior=PaperPosterior)}
-    each: dict[str, list[float]] = {name: [] for name in ways}
-    once: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(job["rounds"] + 1):  # the first turn warms up
-        for name, way in ways.items():
-            durations = np.diff(way()).tolist()
-            if turn:
-                each[name] += durations[1:]
-                once[name].append(durations[0] - statistics.median(durations[1:]))
-    count, step, reference = len(windows(round(FPS * seconds), sampler)), *map(statistics.median, each.values())
+    times = take_turns(
+        job["rounds"], lambda: first_window(model), lambda: first_window(plain, posterior=PaperPosterior)
+    )
+    first, each = times[..., 0], times[..., 1:]  # the first step also prepares the conditions
+    once = statistics.median(first[0] - np.median(each[0], 1))
+    count, step, reference = len(windows(round(FPS * seconds), sampler)), *map(float, np.median(each, (1, 2)))
     operators = _operators(lambda: first_window(model, 3))
     operators.subtract(_operators(lambda: first_window(model, 2)))
-    window = max(0.0, statistics.median(once[precision])) + sampler.steps * step
+    window = max(0.0, once) + sampler.steps * step
     return {
         "model": "hicodit", "size": job["size"], "batch": batch, "seconds": seconds, "sampler": job["sampler"],
         "precision": precision, "step_ms": 1e3 * step, "rtf": count * window / seconds / batch, "first_s": window,
@@ -266,24 +263,18 @@ def talker(job: dict[str, Any]) -> dict[str, Any]:
         official_t2av(plain, requests[0], Sampling())
         return [(clock(device) - begin) / patches] * patches
 
-    ways: dict[str, Callable[[], list[float]]] = {precision: lambda: loop(model), "reference": official}
-    each: dict[str, list[list[float]]] = {name: [] for name in ways}
-    for turn in range(job["rounds"] + 1):  # the first turn warms up
-        for name, way in ways.items():
-            durations = way()
-            if turn:
-                each[name].append(durations)
-    patch = {name: statistics.median(sum(durations) / patches for durations in each[name]) for name in ways}
-    flops, took, operators = _flops(lambda: loop(plain)) / patches, patch[precision], _operators(lambda: loop(model))
-    ratios = [sum(r) * batch / sum(d) for r, d in zip(each["reference"], each[precision])]
+    own, theirs = take_turns(job["rounds"], lambda: loop(model), official)  # (rounds, patches)
+    took, reference = (float(np.median(times.mean(1))) for times in (own, theirs))
+    flops, operators = _flops(lambda: loop(plain)) / patches, _operators(lambda: loop(model))
+    ratios = (theirs.sum(1) * batch / own.sum(1)).tolist()
     return {
         "model": "talker_t2av", "size": job["size"], "batch": batch, "seconds": 0.16 * patches,
         "sampler": f"{sampling.steps} steps", "precision": precision, "step_ms": 1e3 * took,
-        "rtf": took / 0.16 / batch, "first_s": statistics.median(durations[0] for durations in each[precision]),
+        "rtf": took / 0.16 / batch, "first_s": float(np.median(own[:, 0])),
         "evaluations": 2 * 2 * (sampling.steps - 1), **{k: round(v / patches) for k, v in operators.items()},
         "peak_memory_mb": peak_memory_mb(device), "of_rate": flops / took / job["rates"][precision],
-        "speed_up": patch["reference"] * batch / took, "slowest": min(ratios), "fastest": max(ratios),
-        "reference_step_ms": 1e3 * patch["reference"],
+        "speed_up": reference * batch / took, "slowest": min(ratios), "fastest": max(ratios),
+        "reference_step_ms": 1e3 * reference,
     }  # fmt: skip
 
 
@@ -325,26 +316,23 @@ def whole_clip(job: dict[str, Any]) -> dict[str, Any]:
 
 def chart(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw real-time factors as bars on a logarithmic axis."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     names = [f"{r['model']} {r['size']}, {r['sampler']}, {r['seconds']:g} s x {r['batch']}" for r in rows]
     labels = list(dict.fromkeys(names))
-    figure, axes = plt.subplots(figsize=(9, 1 + 0.45 * len(labels)), layout="constrained")
-    for i, precision in enumerate(TYPES):
-        factors = {name: r["rtf"] for name, r in zip(names, rows) if r.get("precision", "fp32") == precision}
-        positions = np.arange(len(labels)) + 0.4 * i
-        axes.barh(positions, [factors.get(name, np.nan) for name in labels], 0.38, label=precision)
-    axes.set(xscale="log", xlabel="real-time factor (processor seconds for a second of speech; less is faster)")
-    axes.set_yticks(np.arange(len(labels)) + 0.2, labels)
-    axes.axvline(1, color="grey", linestyle=":")
-    axes.invert_yaxis()
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with chart_file(path, 1, 1, figsize=(9, 1 + 0.45 * len(labels))) as (axes,):
+        for i, precision in enumerate(TYPES):
+            factors = {name: r["rtf"] for name, r in zip(names, rows) if r.get("precision", "fp32") == precision}
+            positions = np.arange(len(labels)) + 0.4 * i
+            axes.barh(positions, [factors.get(name, np.nan) for name in labels], 0.38, label=precision)
+        axes.set(xscale="log", xlabel="real-time factor (processor seconds for a second of speech; less is faster)")
+        axes.set_yticks(np.arange(len(labels)) + 0.2, labels)
+        axes.axvline(1, color="grey", linestyle=":")
+        axes.invert_yaxis()
+        axes.legend()
+
+
+def take_turns(rounds: int, *ways: Callable[[], list[float]]) -> np.ndarray:
+    """Return the durations (ways, rounds, steps) of ways that take turns; a round before the others warms up."""
+    return np.array([[way() for way in ways] for _ in range(rounds + 1)][1:]).swapaxes(0, 1)
 
 
 def _operators(call: Callable[[], Any]) -> Counter[str]:

@@ -17,7 +17,7 @@ from benchmarks.fake_step import Measured, measure_fake
 from benchmarks.training import MODELS, build_task
 from engine.config import compose
 from engine.errors import UserError
-from engine.files import atomic_output
+from engine.evaluation.charts import chart_file
 from engine.training.settings import TrainerConfig
 from engine.training.speed import PEAKS
 from engine.training.task import Task
@@ -220,24 +220,15 @@ def measure_ways(
 
 
 def draw(plans: list[Plan], room: float, title: str, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4))
-    for way in WAYS:
-        mine = [p for p in plans if p.parallel == way]
-        left.plot([p.gpus for p in mine], [sum(p.memory.values()) / 2**30 for p in mine], "o-", label=way)
-        right.plot([p.gpus for p in mine], [p.days for p in mine], "o-", label=way)
-    left.axhline(room / 2**30, color="grey", linestyle="--", label="the card's")
     numbers = sorted({p.gpus for p in plans})
-    for axis, name in ((left, "memory of a GPU, GiB"), (right, "days of the recipe's samples")):
-        axis.set(xscale="log", yscale="log", xlabel="GPUs", ylabel=name)
-        axis.set_xticks(numbers, [f"{n:,}" for n in numbers], minor=False)
-        axis.minorticks_off()
-        axis.legend()
-    figure.suptitle(title)
-    figure.tight_layout()
-    with atomic_output(path) as partial:
-        figure.savefig(partial, format="png", dpi=110)
+    with chart_file(path, 2, 2, title, figsize=(9, 3.4)) as (left, right):
+        for way in WAYS:
+            mine = [p for p in plans if p.parallel == way]
+            left.plot([p.gpus for p in mine], [sum(p.memory.values()) / 2**30 for p in mine], "o-", label=way)
+            right.plot([p.gpus for p in mine], [p.days for p in mine], "o-", label=way)
+        left.axhline(room / 2**30, color="grey", linestyle="--", label="the card's")
+        for axis, name in ((left, "memory of a GPU, GiB"), (right, "days of the recipe's samples")):
+            axis.set(xscale="log", yscale="log", xlabel="GPUs", ylabel=name)
+            axis.set_xticks(numbers, [f"{n:,}" for n in numbers], minor=False)
+            axis.minorticks_off()
+            axis.legend()

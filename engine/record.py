@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import sys
 from datetime import date
 from pathlib import Path
@@ -55,7 +56,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def record(what: str, results: Any, device: str = "cpu", **about: Any) -> dict[str, Any]:
-    """Make a record: date, command, hardware, versions, results, `what` they measure, `about` (such as settings)."""
+    """Make a record: `what` the results measure, `about` (such as settings), `origin`, and the results."""
+    return {"what": what, **about, **origin(device), "results": results}
+
+
+def origin(device: str = "cpu") -> dict[str, Any]:
+    """Return date, command, hardware and versions of what this process measures."""
     cuda = device.startswith("cuda")
     processor = platform.processor() or platform.machine()
     module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m NAME, which puts its file into argv
@@ -63,9 +69,7 @@ def record(what: str, results: Any, device: str = "cpu", **about: Any) -> dict[s
     program = ["-m", module.name.removesuffix(".__main__")] if named else sys.argv[:1]
     return {
         "date": date.today().isoformat(),
-        "what": what,
-        "command": " ".join(["python", *program, *sys.argv[1:]]),
-        **about,
+        "command": shlex.join(["python", *program, *sys.argv[1:]]),
         "hardware": {
             "device": torch.cuda.get_device_name(device) if cuda else processor,
             "cores": os.cpu_count(),
@@ -73,5 +77,4 @@ def record(what: str, results: Any, device: str = "cpu", **about: Any) -> dict[s
             "load_average_5_min": round(os.getloadavg()[1], 2),
         },
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "results": results,
     }

@@ -38,7 +38,7 @@ from hicodit.conditions.types import FPS, MIN_FRAMES, Conditions, Crops, windows
 from hicodit.generation import generate, windows
 from hicodit.model import FLOAT32, TOKENS_PER_FRAME
 from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig
-from hicodit.streaming import HOP, SpeechChunk, StreamSettings, stream_speech
+from hicodit.streaming import HOP, SpeechChunk, SpeechStream, StreamSettings
 from hicodit.system import CODECS, HiCoDiTSystem
 
 KEPT_FRAMES = 1500  # longer clips: expressions are read while faces are cut out, and only the voice's pictures are kept
@@ -357,8 +357,13 @@ class HiCoDiTPipeline:
             frames: a video file, or frames (H, W, 3) or blocks of them (n, H, W, 3), uint8 RGB, 25 a second.
             settings: fields of `hicodit.streaming.StreamSettings`, such as `lookahead=0.8`.
         """
-        source = iter_video(frames, FPS, MAX_SIDE, HOP) if isinstance(frames, str | Path) else frames
-        return stream_speech(self, source, StreamSettings(**settings), seed, identity)
+        stream = SpeechStream(self, StreamSettings(**settings), seed, identity)
+        for block in iter_video(frames, FPS, MAX_SIDE, HOP) if isinstance(frames, str | Path) else frames:
+            for frame in [block] if block.ndim == 3 else block:
+                if (chunk := stream.push(frame)) is not None and len(chunk.wave):
+                    yield chunk
+        if (chunk := stream.finish()) is not None and len(chunk.wave):
+            yield chunk
 
     def __call__(
         self,

@@ -12,7 +12,6 @@ second), N samples.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -211,22 +210,3 @@ class SpeechStream:
             self.frames, self.first, self._moved = self.frames[drop:], self.first + drop, drop
             self.faces = {i: faces for i, faces in self.faces.items() if i >= self.first}
             self.tokens = self.tokens[:, TOKENS_PER_FRAME * drop :]
-
-
-def stream_speech(
-    pipeline: Networks,
-    frames: Iterable[np.ndarray],
-    settings: StreamSettings,
-    seed: int = 0,
-    identity: np.ndarray | None = None,
-) -> Iterator[SpeechChunk]:
-    """Yield chunks of the speech of frames (H, W, 3), or blocks (n, H, W, 3), at 25 a second."""
-    stream = SpeechStream(pipeline, settings, seed, identity)
-    for block in frames:
-        for frame in [block] if block.ndim == 3 else block:
-            chunk = stream.push(frame)
-            if chunk is not None and len(chunk.wave):
-                yield chunk
-    chunk = stream.finish()
-    if chunk is not None and len(chunk.wave):
-        yield chunk

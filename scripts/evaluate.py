@@ -8,18 +8,14 @@ from __future__ import annotations
 if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
-import platform
-import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from datetime import date
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from engine.cluster import ClusterConfig, check_place
@@ -36,7 +32,7 @@ from engine.evaluation.summary import comparison_lines, summarise, table_lines
 from engine.files import writable
 from engine.media.limits import Limits, set_limits
 from engine.metrics.registry import metrics_of, protocol_of
-from engine.record import write_json, write_record
+from engine.record import origin, write_json, write_record
 from engine.settings import require_choice, require_range
 
 HELP = """
@@ -305,14 +301,8 @@ def about(
         "count": len(clips),
         "speakers": {clip.id: clip.speaker for clip in clips},
         "about_systems": {name: system_facts(folder) for name, folder in outputs.items()},
-        "date": date.today().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
+        **origin(device),
         "settings": {key: settings[key] for key in ("columns", "protocol", "clips", "resamples", "model", "generate")},
-        "hardware": {
-            "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine(),
-            "cores": cores(),
-        },
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
 
 

@@ -30,7 +30,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from engine.errors import UserError, run_cli
-from engine.files import atomic_output
+from engine.evaluation.charts import chart_file
 
 LEFT_OUT = re.compile(r"step|samples_per_s|data_wait|step_s|mfu|memory_gib|skipped")
 COLUMNS, WIDTH, HEIGHT = 4, 4.2, 2.7  # of the grid; inches of a panel
@@ -140,28 +140,21 @@ def draw(runs: dict[str, dict[str, Curve]], names: list[str], smooth: int | None
     """Write the figure: a panel a name, a colour a run."""
     columns = min(COLUMNS, len(names))
     rows = -(-len(names) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(WIDTH * columns, HEIGHT * rows + 0.4), squeeze=False, layout="constrained"
-    )
     colours = dict(zip(runs, plt.rcParams["axes.prop_cycle"].by_key()["color"] * len(runs)))
-    for axis, name in zip(axes.flat, names):
-        fill(axis, name, runs, colours, smooth)
-    for axis in list(axes.flat)[len(names) :]:
-        axis.set_visible(False)
     last = max(steps.max() for curves in runs.values() for steps, _ in curves.values())
-    for i, axis in enumerate(axes.flat):
-        axis.set_xlim(0, 1.02 * max(last, 1))
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        if i + columns >= len(names):
-            axis.set_xlabel("step")
-    handles = [Line2D([], [], color=colours[label], lw=1.4, label=label) for label in runs]
-    if any(panel(name)[1] == "--" for run in runs.values() for name in run):
-        for what, style, inside in (("seen", "-", "0.4"), ("unseen", "--", "white")):
-            handles.append(Line2D([], [], color="0.4", ls=style, marker="o", ms=4, mfc=inside, label=what))
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(6, len(handles)), frameon=False)
-    with atomic_output(path) as staging:
-        figure.savefig(staging, dpi=110)
-    plt.close(figure)
+    with chart_file(path, len(names), columns, figsize=(WIDTH * columns, HEIGHT * rows + 0.4)) as axes:
+        for i, (axis, name) in enumerate(zip(axes, names)):
+            fill(axis, name, runs, colours, smooth)
+            axis.set_xlim(0, 1.02 * max(last, 1))
+            axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            if i + columns >= len(names):
+                axis.set_xlabel("step")
+        handles = [Line2D([], [], color=colours[label], lw=1.4, label=label) for label in runs]
+        if any(panel(name)[1] == "--" for run in runs.values() for name in run):
+            for what, style, inside in (("seen", "-", "0.4"), ("unseen", "--", "white")):
+                handles.append(Line2D([], [], color="0.4", ls=style, marker="o", ms=4, mfc=inside, label=what))
+        ncols = min(6, len(handles))
+        axes[0].figure.legend(handles=handles, loc="outside upper center", ncols=ncols, frameon=False)
 
 
 def covers(
@@ -205,7 +198,6 @@ def fill(axis: Axes, name: str, runs: dict[str, dict[str, Curve]], colours: dict
         axis.set_ylim(0, 1.08 * highest or 1)
     title = name.replace("tokens_per_s", "tokens/s").replace("grad_norm", "gradient norm").replace("_", " ")
     axis.set_title(title, fontsize=10)
-    axis.grid(alpha=0.25)
     axis.tick_params(labelsize=8)
 
 

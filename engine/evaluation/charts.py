@@ -1,4 +1,4 @@
-"""Charts of several systems' figures, drawn without a screen.
+"""Charts, drawn without a screen, such as of several systems' figures.
 
 A row is {"variant": name, FIGURE: [value, half of its interval], FIGURE_minus_FIRST: ...} of one system.
 """
@@ -18,7 +18,7 @@ from engine.files import atomic_output
 
 @contextmanager
 def chart_file(path: Path, panels: int, columns: int, title: str = "", **how: Any) -> Iterator[np.ndarray]:
-    """Yield the axes (`panels`,) of a new chart; it is written to the PNG file `path` when the block succeeds."""
+    """Yield the axes (`panels`,) of a new chart; it is written to `path` when the block succeeds."""
     import matplotlib  # takes a second
 
     matplotlib.use("Agg")
@@ -33,7 +33,7 @@ def chart_file(path: Path, panels: int, columns: int, title: str = "", **how: An
         figure.suptitle(title)
         yield axes.flat[:panels]
         with atomic_output(path) as partial:
-            figure.savefig(partial, dpi=100, format="png")
+            figure.savefig(partial, dpi=110)
     finally:
         plt.close(figure)
 
