@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.left_out import LeftOut
-from engine.settings import check_settings, setting
+from engine.settings import Group, setting
 from engine.shards.source import CachedFiles, LocalFiles, is_remote, join, verify_once
 from engine.untrusted import parse_json, safe_name
 
@@ -44,7 +44,7 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Reading:
+class Reading(Group, prefix="data.shards."):
     """How shards are read and in which order; the fields of `data.shards` in configs/data/shards.yaml.
 
     streams: process r of as many reads one part only; a run that goes on with another number of processes keeps those
@@ -58,7 +58,7 @@ class Reading:
     streams: int | None = setting(None, 1, 10**9, "parts into which the shards are dealt each epoch; null: processes")
 
     def __post_init__(self) -> None:
-        check_settings(self, "data.shards.")
+        super().__post_init__()
         if self.window is None and self.streams not in (None, 1):
             raise UserError(
                 f"data.shards.streams={self.streams} needs data.shards.window, the shards shuffled together"
