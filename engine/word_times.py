@@ -120,13 +120,13 @@ def _span(line: Word, point: str) -> str:
     return f"{clock(line.begin)} --> {clock(line.end)}"
 
 
-def write_words(stem: Path, words: Sequence[Word], origin: str, subtitles: bool) -> None:
+def write_words(stem: Path, words: Sequence[Word], origin: str, subtitles: bool, **about: str) -> None:
     """Write STEM.json and, with `subtitles`, STEM.srt and STEM.vtt.
 
     Args:
-        origin: where the words come from: text or recogniser.
+        origin: what placed the words: text or recogniser. about: more facts for STEM.json.
     """
-    content = {"origin": origin, "words": [asdict(word) for word in words]}
+    content = {"origin": origin, **about, "words": [asdict(word) for word in words]}
     stem.with_name(f"{stem.name}.json").write_text(json.dumps(content, indent=1) + "\n")
     if subtitles:
         lines = cues(words)

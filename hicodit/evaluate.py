@@ -45,7 +45,7 @@ def write_outputs(
     sampler: str = "release",
     sampling: Mapping[str, float | str] | None = None,
     guidance: Mapping[str, float] | None = None,
-    voice: bool = False,
+    voice: bool | None = None,
     expressions: str = "own",
     seed: int = 0,
     batch_size: int = 8,
@@ -55,7 +55,7 @@ def write_outputs(
 
     Args:
         sampler: a file of configs/sampler. sampling, guidance: settings that override its own.
-        voice: speak with the voice of each clip's prompt. other: settings of other models.
+        voice: speak with the voice of each clip's prompt, not with the face's. other: settings of other models.
         expressions: own; shuffled: those of another clip; exchanged: the first and the last one in each other's place.
     """
     require_choice("generate.expressions", expressions, EXPRESSIONS)
@@ -68,7 +68,7 @@ def write_outputs(
         {c.id: i for i, c in enumerate(clips)},
     )
     facts = {"sampler": asdict(pipeline.sampler), "guidance": asdict(pipeline.guidance), "precision": precision}
-    facts |= {"voice": voice, "expressions": expressions, "seed": seed}
+    facts |= {"voice": bool(voice), "expressions": expressions, "seed": seed}
     bits = tokens.levels * np.log2(tokens.codes) * tokens.frame_rate
     write_facts(folder, "hicodit", weights, bits_per_second=float(bits), **facts)
     others = derangement(len(clips), np.random.default_rng(0)) if expressions == "shuffled" else range(len(clips))

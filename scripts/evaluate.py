@@ -33,7 +33,8 @@ from engine.files import writable
 from engine.media.limits import Limits, set_limits
 from engine.metrics.registry import metrics_of, protocol_of
 from engine.record import origin, write_json, write_record
-from engine.settings import require_choice, require_range
+from engine.settings import make, require_choice, require_range
+from talker_t2av.settings import AutoConfig
 
 HELP = """
 Compute a table of figures for the outputs of any system, from two folders or a manifest. Every figure comes with a 95 %
@@ -178,6 +179,11 @@ def systems_of(config: DictConfig) -> dict[str, tuple[str, dict[str, Any]]]:
 def generate(model: str, clips: Sequence[Clip], folder: Path, device: str, settings: Mapping[str, Any]) -> None:
     """Write the outputs of a model for clips to `folder`, where they are missing."""
     if model in MODELS:
+        if settings.get("words") == "heard" and model == "talker_t2av":
+            from corpora.clip_words import ClipWords  # with the networks of both models
+
+            auto = make(AutoConfig, settings["auto"] or {}, "generate.auto.")
+            settings = {**settings, "find_words": ClipWords(auto, device, settings["precision"], transcripts=False)}
         import_module(MODELS[model]).write_outputs(clips, folder, device, **settings)
         return
     kind, bundled = CODECS[model]

@@ -17,9 +17,11 @@ from engine.media.video import read_video
 from engine.metrics.metric import wave_of
 from engine.nn.transfer import send
 from engine.settings import override, require_choice
+from talker_t2av.jobs import FindWords
 from talker_t2av.model import FPS, RATE
 from talker_t2av.pipeline import BUNDLED, Job, TalkerPipeline
 from talker_t2av.request import MODES
+from talker_t2av.settings import AUTO
 
 GIVEN = {"a2v": "audio", "v2a": "video"}
 
@@ -35,6 +37,9 @@ def write_outputs(
     sampling: Mapping[str, float] | None = None,
     seed: int = 0,
     batch_size: int = 8,
+    words: str = "given",
+    voice: bool | None = None,
+    find_words: FindWords | None = None,
     **other: object,
 ) -> None:
     """Speak the clips' words with the voice and the face of their prompts, where the output is missing.
@@ -46,32 +51,44 @@ def write_outputs(
         codecs: release folders by name (speech, motion, speaker), other than the release's own.
         mode: one of the four, or resynthesis: true speech and motion through the codecs alone, on the prompt's face.
         sampling: settings that override the release's. other: settings of other models.
+        words: given: the clip's own; heard (v2a): those that `find_words` finds for its picture.
+        voice: false (v2a with heard words): the voice that `find_words` finds, in place of the prompt's.
     """
     require_choice("generate.mode", mode, (*MODES, "resynthesis"))
     pipeline = TalkerPipeline.from_pretrained(weights or BUNDLED, device, codecs, precision)
     pipeline.sampling = override(pipeline.sampling, sampling or {})
+    require_choice("generate.words", words, ("given", "heard"))
+    if (words == "heard") != (find_words is not None) or (words == "heard" and mode != "v2a"):
+        raise UserError(f"generate.words={words} with generate.mode={mode}: words are heard for v2a")
+    if voice is False and words != "heard":
+        raise UserError("generate.voice=false: Talker-T2AV has a voice of its own only with generate.words=heard")
     facts = {"mode": mode, "sampling": asdict(pipeline.sampling), "precision": precision}
-    write_facts(folder, "talker_t2av", weights, **facts, seed=seed, given=GIVEN.get(mode))
+    asked = {} if words == "given" else {"words": words, "voice": voice is not False}
+    write_facts(folder, "talker_t2av", weights, **facts, seed=seed, given=GIVEN.get(mode), **asked)
 
-    def job(i: int, clip: Clip) -> Job:
-        voice, face, true = clip.prompt.audio, clip.prompt.video, clip.truth
-        if (voice is None and mode != "a2v") or (face is None and mode in ("t2av", "a2v")):
+    def job(i: int, clip: Clip) -> tuple[Job, Mapping[str, str]]:
+        sound, face, true = clip.prompt.audio, clip.prompt.video, clip.truth
+        if (sound is None and mode != "a2v" and voice is not False) or (face is None and mode in ("t2av", "a2v")):
             raise UserError("no voice or face to show: give reference_audio and reference_video in the manifest")
         if true.source is None and mode == "v2a":
             raise UserError("no picture to speak for: ID.mp4 in references=, or video in the manifest")
-        files = {"reference_audio": voice} if mode != "a2v" else {"audio": true.audio}
+        files = {"reference_audio": sound} if mode != "a2v" else {"audio": true.audio}
+        files = {} if voice is False else files
         files |= {"reference_video": face} if mode in ("t2av", "a2v") else {}
         files |= {"video": true.source} if mode == "v2a" else {}
-        return Job(mode, true.text or "", seed=seed + i, **{name: str(path) for name, path in files.items()})
+        text = (true.text or "") if find_words is None else AUTO
+        own = Job(mode, text, seed=seed + i, **{name: str(path) for name, path in files.items()})
+        return (own, {}) if find_words is None else find_words(own)
 
     def write(batch: Sequence[tuple[int, Clip]]) -> None:
         if mode == "resynthesis":
             for _, clip in batch:
                 write_take(folder, clip.id, *resynthesise(pipeline, clip), FPS)
             return
-        for (_, clip), talk in zip(batch, pipeline.run([job(i, clip) for i, clip in batch])):
+        jobs = [job(i, clip) for i, clip in batch]
+        for (_, clip), (_, origin), talk in zip(batch, jobs, pipeline.run([each for each, _ in jobs])):
             wave = wave_of(clip.truth.audio, RATE) if mode == "a2v" else talk.wave
-            write_take(folder, clip.id, wave, RATE, talk.frames, FPS, stopped=bool(talk.stopped))
+            write_take(folder, clip.id, wave, RATE, talk.frames, FPS, stopped=bool(talk.stopped), **origin)
 
     def inputs(clip: Clip) -> list[Path | str | None]:
         given = clip.truth.audio if mode in ("a2v", "resynthesis") else clip.prompt.audio

@@ -5,7 +5,10 @@ Axes: N samples at 24 kHz, F frames at 25 a second.
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,24 +21,29 @@ from engine.media.video import join_audio, mux_audio, write_video
 from engine.progress import stage
 from engine.settings import override
 from engine.word_times import Word, WordTimes, write_words
-from talker_t2av.jobs import PreparedJob
+from talker_t2av.jobs import FindWords, PreparedJob
 from talker_t2av.pipeline import Talk, TalkerPipeline
 from talker_t2av.settings import InferConfig, Job, outputs_of
 from talker_t2av.system import BUNDLED
 
 
-def run(c: InferConfig, jobs: list[tuple[str, Job | UserError]]) -> int:
-    """Do the jobs that `read_settings` returns. Return the exit code: 1 if some of several jobs failed."""
+def run(c: InferConfig, jobs: list[tuple[str, Job | UserError]], finder: Callable[[], FindWords] | None = None) -> int:
+    """Do the jobs that `read_settings` returns. Return the exit code: 1 if some of several jobs failed.
+
+    Args:
+        finder: makes, in each process, what completes jobs with the text `auto`; can be pickled.
+    """
     with writable(c.output):
         devices, ray = count_devices(c.devices, c.device), c.ray if c.executor == "ray" else None
-        summary = run_batches(jobs, c.batch_size, partial(TalkJobs, c), devices, ray, name_errors=True)
+        summary = run_batches(jobs, c.batch_size, partial(TalkJobs, c, finder), devices, ray, name_errors=True)
     return summary.report("jobs", Path(c.output))
 
 
 class TalkJobs:
     """The four parts of the work: load the networks, prepare jobs, generate, write the files."""
 
-    def __init__(self, c: InferConfig) -> None:
+    def __init__(self, c: InferConfig, finder: Callable[[], FindWords] | None) -> None:
+        self.find_words = finder() if finder else None
         self.config, self.device = c, pick_device(c.device)
         codecs = {stream: folder for stream, folder in vars(c.codecs).items() if folder}
         with stage("loading"):
@@ -49,7 +57,12 @@ class TalkJobs:
         """Read and encode the files of a job."""
         if isinstance(job, UserError):
             raise job
-        return self.pipeline.prepare(job)
+        if not job.is_auto:
+            return self.pipeline.prepare(job)
+        job, origin = self.find_words(job)
+        prepared = self.pipeline.prepare(job)
+        found = f"{origin['text']!r}, words: {origin['text_origin']}; voice: {origin['voice_origin']}"
+        return replace(prepared, origin=origin, remark="; ".join(filter(None, (found, prepared.remark))))
 
     def generate(self, batch: list[PreparedJob]) -> list[Talk]:
         """Generate the results of a batch."""
@@ -60,15 +73,23 @@ class TalkJobs:
         words = None
         if self.times is not None:
             words = self.times.align(prepared.job.text, talk.wave, self.pipeline.rate)
-        files = write_outputs(prepared.job, name, talk, Path(self.config.output), self.config.figure, words)
+        files = write_outputs(
+            prepared.job, name, talk, Path(self.config.output), self.config.figure, words, prepared.origin
+        )
         seconds = len(talk.wave) / self.pipeline.rate
         return f"{name}, {seconds:.1f} s -> {', '.join(files)}{_remark(prepared, talk)}", seconds
 
 
 def write_outputs(
-    job: Job, name: str, talk: Talk, folder: Path, figure: bool = False, words: list[Word] | None = None
+    job: Job,
+    name: str,
+    talk: Talk,
+    folder: Path,
+    figure: bool = False,
+    words: list[Word] | None = None,
+    origin: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Write all files of a job, or none, with or without the figure and the times of words; return their names.
+    """Write all files of a job, or none; return their names. Figure, times of words and `origin` are optional.
 
     Given streams stay as they are: in a2v the sound, sample for sample, in v2a the pictures.
     """
@@ -91,8 +112,11 @@ def write_outputs(
 
             draw(talk, job.text, staging / f"{name}.png")
         if words is not None:
-            write_words(staging / name, words, "text", subtitles=job.mode != "tts")
-    return outputs_of(job, name, figure, words is not None)
+            write_words(staging / name, words, "text", subtitles=job.mode != "tts", **(origin or {}))
+        elif origin:
+            (staging / f"{name}.json").write_text(json.dumps(origin, indent=1) + "\n")
+    files = outputs_of(job, name, figure, words is not None)
+    return files + ([f"{name}.json"] if origin and words is None else [])
 
 
 def _remark(prepared: PreparedJob, talk: Talk) -> str:

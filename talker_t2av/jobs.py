@@ -6,8 +6,8 @@ side.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -34,6 +34,9 @@ from talker_t2av.text import split_text
 # Seconds: slow speech takes less than MARGIN and SLOW_BYTE for each byte of text, or SLOW_PHONEME for each phoneme.
 MARGIN, SLOW_BYTE, SLOW_PHONEME = 1.5, 0.15, 0.2
 
+# Completes a job with the text `auto`: the job with words and a voice, and facts of text, text_origin, voice_origin.
+FindWords = Callable[[Job], tuple[Job, Mapping[str, str]]]
+
 
 @dataclass(frozen=True)
 class PreparedJob:
@@ -46,6 +49,7 @@ class PreparedJob:
         picture: (3, S, S) in [-1, 1], the face; None if none is generated.
         wave: (N,) given sound at 24 kHz (a2v). frames: length of the result if a given stream sets it.
         remark: a note to the user about the files, or "".
+        origin: for the text `auto`, the words and where they and the voice come from; see `FindWords`.
     """
 
     job: Job
@@ -57,6 +61,7 @@ class PreparedJob:
     wave: np.ndarray | None
     frames: int | None
     remark: str = ""
+    origin: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def mode(self) -> Mode:
@@ -157,6 +162,8 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int | None = None) -
     Args:
         text_bytes: longer texts are split; None: the setting of the release.
     """
+    if job.is_auto:
+        raise UserError("text=auto is for infer.py, which finds the words: give the text, or none")
     mode, size, reference = MODES[job.mode], system.model.config.patch_size, Reference(job, system)
     texts = [job.text]
     if mode.open_ended and job.compat == "paper":
@@ -168,7 +175,7 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int | None = None) -
         with stage("reading"):
             wave = read_audio(job.audio, RATE)
         total = -(-len(wave) // HOP)
-        _check_given(total, f"audio={job.audio}")
+        check_given(total, f"audio={job.audio}")
         new = encode_speech(system, np.pad(wave, (0, total * HOP - len(wave))))
         request = replace(request, speech=torch.cat([prefix_speech, new]))
     if mode.motion == "given":
@@ -177,7 +184,7 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int | None = None) -
         square = find_square(job.video, MAX_FRAMES, job.crop, job.face_box)
         new = encode_motion(system, read_square(job.video, square, MAX_FRAMES + 1))
         total = len(new)
-        _check_given(total, f"video={job.video}")
+        check_given(total, f"video={job.video}")
         if square.remark:
             reference.remarks.append(square.remark)
         new = torch.cat([new, new[-1:].expand(-total % size, -1)])  # motion comes in whole patches
@@ -281,6 +288,7 @@ def encode_motion(system: TalkerSystem, blocks: Iterable[np.ndarray]) -> Tensor:
     return torch.cat([codec.encode(video_to_tensor(block, codec.size)) for block in blocks]).cpu()
 
 
-def _check_given(frames: int, what: str) -> None:
+def check_given(frames: int, what: str) -> None:
+    """Refuse a given stream that is too long."""
     if frames > MAX_FRAMES:
         raise UserError(f"{what} lasts longer than {MAX_FRAMES / FPS:.0f} s: give a part of it")

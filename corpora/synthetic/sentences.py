@@ -200,16 +200,21 @@ def grammar() -> str:
     return "\n".join(["#JSGF V1.0;", "grammar grid;", f"public <sentence> = {whole};", *rules, ""])
 
 
-def language_model(count: int = 20_000) -> str:
+def language_model(count: int = 20_000, closed: bool = False) -> str:
     """A bigram model of free training sentences in ARPA format, for a recogniser without a grammar: after each word
-    every other may follow (Witten-Bell smoothing: Witten and Bell 1991, "The zero-frequency problem")."""
+    every other may follow (Witten-Bell smoothing: Witten and Bell 1991, "The zero-frequency problem").
+
+    Args:
+        closed: every second sentence is of the closed vocabulary, for a recogniser that is not told the kind.
+    """
     rng = np.random.default_rng(0)
     pairs: Counter[tuple[str, str]] = Counter()
-    for _ in range(count):
-        words = ["<s>", *draw_sentence(rng, "train", 2, free=True).split(), "</s>"]
+    for number in range(count):
+        words = ["<s>", *draw_sentence(rng, "train", 2, free=not closed or number % 2 == 0).split(), "</s>"]
         pairs.update(pairwise(words))
     fixed = re.sub(r"{\w+}", "", " ".join(TEMPLATES)).split()
-    vocabulary = sorted({"<s>", "</s>", *fixed, *(word for words in free_words().values() for word in words)})
+    slots = [*free_words().values(), *(SLOTS if closed else ())]
+    vocabulary = sorted({"<s>", "</s>", *fixed, *(word for words in slots for word in words)})
     total, kinds, follows = Counter(), Counter(), Counter()
     for (first, second), times in pairs.items():
         total[first] += times

@@ -83,7 +83,7 @@ def read_clips(
     elif references is not None:
         found = sorted(p for p in references.rglob("*") if p.suffix.lower() in SOUND + VIDEO and p.is_file())
         names = dict.fromkeys(p.relative_to(references).with_suffix("").as_posix() for p in found)
-        rows = [{"id": name, "text": _text_of(references, name), "speaker": _speaker_of(name)} for name in names]
+        rows = [{"id": name, "text": text_of(references, name), "speaker": _speaker_of(name)} for name in names]
         if not rows:
             raise UserError(f"references={references} holds no sound or video files")
     else:
@@ -121,7 +121,7 @@ def read_corpus(corpus: Path, split: str, outputs: Mapping[str, Path], count: in
     return [replace(clip, prompt=prompt) for clip, prompt in zip(clips, prompts)]
 
 
-def _text_of(folder: Path, name: str) -> str | None:
+def text_of(folder: Path, name: str) -> str | None:
     """What NAME.txt says (LRS2 and LRS3: after `Text:`), or NAME.normalized.txt (LibriTTS)."""
     for suffix in (".txt", ".normalized.txt"):
         path = folder / f"{name}{suffix}"

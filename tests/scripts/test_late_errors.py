@@ -20,6 +20,7 @@ from engine.training import run
 
 ROOT = Path(__file__).resolve().parents[2]
 HICODIT, TALKER = "experiment=hicodit_synthetic", "experiment=talker_synthetic"
+AUTO = "model=talker_t2av mode=v2a text=auto video=clip.mp4"
 SHARDS = "source.root=corpus output=shards"
 TRAIN = [
     (f"{HICODIT} trainer.lr=-1", "trainer.lr=-1 must be a number"),
@@ -76,6 +77,15 @@ INFER = [
     ("model=talker_t2av output=file", "cannot write to output=file"),
     ("model=talker_t2av codecs.motion=damaged", "holds a model of kind 'hicodit'"),
     ("model=talker_t2av jobs=bad.jsonl", "jobs=bad.jsonl, line 1"),
+    ("model=talker_t2av mode=tts text=auto", "text=auto belongs to mode=v2a"),
+    ("model=talker_t2av mode=v2a auto.heard=file", "auto.*= is for mode=v2a text=auto"),
+    (f"{AUTO} auto.heard=nowhere", "auto.heard=nowhere: there is no such file"),
+    (f"{AUTO} auto.heard=bad.jsonl", "bad.jsonl, line 1"),
+    (f"{AUTO} auto.recogniser=nowhere", "auto.recogniser=nowhere: there is no such file"),
+    (f"{AUTO} auto.recogniser=sounds", "not there: sounds/config.json"),
+    (f"{AUTO} auto.hicodit=nowhere", "auto.hicodit=nowhere: not found"),
+    (f"{AUTO} auto.hicodit=damaged", "clip.mp4 has no words: give auto.recogniser=FOLDER of Whisper"),
+    (f"{AUTO} auto.hicodit=damaged auto.recogniser={ROOT}/assets/demo/grammar.jsgf", "model.safetensors is damaged"),
 ]
 EVALUATE = [
     ("outputs=sounds references=sounds output=file", "cannot write to output=file"),
@@ -134,6 +144,7 @@ PACKAGES = [  # command, module that is not installed, the line
     (f"train {HICODIT}", "resemblyzer", "this needs resemblyzer"),
     (f"train {HICODIT} trainer.tensorboard=true", "torch.utils.tensorboard", "setup.sh tensorboard"),
     ("train experiment=talker_synthetic init=assets/talker_t2av_tiny lora.rank=4", "peft", "setup.sh finetune"),
+    (f"infer {AUTO}", "pocketsphinx", "setup.sh eval"),
     ("scripts.serve", "fastapi", "setup.sh serve"),
     ("scripts.demo", "gradio", "setup.sh demo"),
     (f"scripts.prepare_data {SHARDS} executor=ray", "ray", "setup.sh cluster"),
@@ -149,6 +160,7 @@ def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("late")
     (made / "file").write_text("x")
     (made / "bad.jsonl").write_text('{"text": 3\n')
+    shutil.copy(ROOT / "assets/demo/silent.mp4", made / "clip.mp4")
     shutil.copytree(ROOT / "assets/hicodit_tiny", made / "damaged")
     (made / "damaged/model.safetensors").write_bytes(b"x" * 100)
     (made / "sounds").mkdir()

@@ -1,0 +1,161 @@
+"""Words and a voice for silent clips: both seeds together.
+
+Lips alone do not tell all words, so Talker-T2AV's V2A takes them as text: from a transcript, from a lip reader, or from
+a recogniser that hears the speech that HiCoDiT generates from the clip. That speech is also a voice fit for the face.
+
+Axes: N samples.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+
+from corpora.synthetic.sentences import language_model
+from engine.device import pick_device
+from engine.errors import UserError
+from engine.evaluation.clips import read_rows, text_of
+from engine.evaluation.validation import WEIGHTS, words_by
+from engine.faces.track import read_boxes
+from engine.media.audio import write_wav
+from engine.media.ffmpeg import probe
+from engine.metrics.metric import Sound, Take
+from engine.metrics.recogniser import Recogniser
+from engine.metrics.words import WordErrors
+from engine.optional import require
+from engine.untrusted import read_text
+from hicodit.pipeline import BUNDLED, HiCoDiTPipeline, Speech
+from talker_t2av.jobs import check_given
+from talker_t2av.model import FPS
+from talker_t2av.settings import AutoConfig, InferConfig, Job
+
+FACE = "HiCoDiT's speech, from the face"  # where a voice comes from
+
+
+def finder(c: InferConfig, jobs: Sequence[tuple[str, Job | UserError]]) -> Callable[[], ClipWords]:
+    """Check that words can be found for all jobs with the text `auto`; return what makes their finder."""
+    make = partial(ClipWords, c.auto, c.device, c.precision)
+    make().check([job for _, job in jobs if isinstance(job, Job) and job.is_auto])
+    return make
+
+
+class ClipWords:
+    """Completes V2A jobs with the text `auto`: a `talker_t2av.jobs.FindWords`.
+
+    Args:
+        config: where words come from; see there.
+        device, precision: of HiCoDiT and of Whisper.
+        transcripts: whether a file NAME.txt beside the clip gives its words.
+        hicodit: a pipeline that is loaded already.
+    """
+
+    def __init__(
+        self,
+        config: AutoConfig,
+        device: str = "auto",
+        precision: str = "auto",
+        transcripts: bool = True,
+        hicodit: HiCoDiTPipeline | None = None,
+    ) -> None:
+        self.config, self.device, self.precision, self.transcripts = config, device, precision, transcripts
+        self.folder, self.voices = tempfile.TemporaryDirectory(prefix="clip-words-"), 0
+        if hicodit is not None:
+            self.hicodit = hicodit
+        self.heard: dict[str, str] | None = None
+        if config.heard and Path(config.heard).suffix == ".jsonl":
+            rows = read_rows(Path(config.heard))
+            self.heard = {row["id"]: str(row["heard"]) for row in rows if row.get("heard")}
+            if not self.heard:
+                raise UserError(f"auto.heard={config.heard}: no line has heard, the words of a clip")
+
+    def __call__(self, job: Job) -> tuple[Job, dict[str, str]]:
+        """Return the job with words and a voice, and where they come from: text, text_origin, voice_origin."""
+        found, voice = self.written(job.video), job.find_voice()
+        speech = self.speak(job) if found is None or voice is None else None
+        text, origin = found or self.recognise(speech)
+        about = {"text": text, "text_origin": origin, "voice_origin": Path(voice).name if voice else FACE}
+        if voice is None:
+            self.voices += 1
+            voice = str(Path(self.folder.name) / f"{self.voices}.wav")
+            write_wav(voice, speech.wave, speech.rate)
+            job = replace(job, reference_audio=voice)
+        return replace(job, text=text), about
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Check, before networks are loaded, that each job's clip has words or a recogniser to hear them."""
+        heard, recogniser = self.config.heard, self.config.recogniser
+        if heard and Path(heard).is_file() and self.heard is None and len(jobs) > 1:
+            raise UserError(f"auto.heard={heard} has the words of one clip: give a manifest (.jsonl) or a folder")
+        silent = [job.video for job in jobs if Path(job.video).is_file() and self.written(job.video) is None]
+        if not silent:
+            return
+        if recogniser is None and self.config.hicodit is not None:
+            raise UserError(
+                f"text=auto: {silent[0]} has no words: give auto.recogniser=FOLDER of Whisper, or auto.heard=FILE, "
+                f"or {Path(silent[0]).stem}.txt beside it"
+            )
+        if recogniser is not None and Path(recogniser).is_dir():
+            WordErrors.check(words_by(recogniser)["wer"], WEIGHTS)
+        else:
+            require("pocketsphinx", "pocketsphinx")
+
+    def written(self, video: str) -> tuple[str, str] | None:
+        """Return the words of a clip that are in files, and which files; None if there are none."""
+        clip = Path(video)
+        if self.transcripts and (text := text_of(clip.parent, clip.stem)):
+            return text, f"transcript, {clip.stem}.txt"
+        if not self.config.heard:
+            return None
+        source, parts = Path(self.config.heard), clip.absolute().with_suffix("").parts[1:]
+        names = ["/".join(parts[start:]) for start in range(len(parts))]  # a clip's id may have folders
+        if source.is_dir():
+            texts = (text_of(source, name) for name in names)
+        elif self.heard is not None:
+            texts = (self.heard.get(name) for name in names)
+        else:
+            texts = iter([read_text(source)])
+        text = next(filter(None, texts), None)
+        return text and (_lip_reader_text(text), f"lip reader, {source.name}")
+
+    def speak(self, job: Job) -> Speech:
+        """Generate the speech of a job's clip by HiCoDiT."""
+        check_given(int(probe(job.video).seconds * FPS), f"video={job.video}")
+        crops = self.hicodit.crops(job.video, face_box=read_boxes(job.face_box) if job.face_box else None)
+        return self.hicodit.run([crops], [job.seed])[0]
+
+    def recognise(self, speech: Speech) -> tuple[str, str]:
+        """Return the words of generated speech, and which recogniser heard them."""
+        text = self.transcribe(speech.wave, speech.rate)
+        name = Path(self.config.recogniser).name if self.config.recogniser else "the corpus's recogniser"
+        return text.strip(), f"{name}, on HiCoDiT's speech"
+
+    @cached_property
+    def transcribe(self) -> Callable[[np.ndarray, int], str]:
+        """The recogniser: a wave (N,) and its rate to words."""
+        source = self.config.recogniser
+        if source is not None and Path(source).is_dir():
+            whisper = WordErrors(words_by(source)["wer"], WEIGHTS, str(pick_device(self.device)))
+            return lambda wave, rate: whisper.transcribe(Take(Sound(wave, rate)))
+        if source is None:
+            source = Path(self.folder.name, "corpus.arpa")
+            source.write_text(language_model(closed=True))
+        return Recogniser(source).transcribe
+
+    @cached_property
+    def hicodit(self) -> HiCoDiTPipeline:
+        return HiCoDiTPipeline.from_pretrained(
+            self.config.hicodit or BUNDLED, pick_device(self.device), precision=self.precision
+        )
+
+
+def _lip_reader_text(text: str) -> str:
+    """Return the words in an output of Auto-AVSR: `transcript: WORDS` or `hyp: WORDS`, or the words alone."""
+    line = re.search(r"\b(?:transcript|hyp): *(.*)", text)
+    words = " ".join((line[1] if line else text).split())
+    return words.lower() if words.isupper() else words
