@@ -55,13 +55,13 @@ def write_outputs(
         voice: false (v2a with heard words): the voice that `find_words` finds, in place of the prompt's.
     """
     require_choice("generate.mode", mode, (*MODES, "resynthesis"))
-    pipeline = TalkerPipeline.from_pretrained(weights or BUNDLED, device, codecs, precision)
-    pipeline.sampling = override(pipeline.sampling, sampling or {})
     require_choice("generate.words", words, ("given", "heard"))
     if (words == "heard") != (find_words is not None) or (words == "heard" and mode != "v2a"):
         raise UserError(f"generate.words={words} with generate.mode={mode}: words are heard for v2a")
     if voice is False and words != "heard":
         raise UserError("generate.voice=false: Talker-T2AV has a voice of its own only with generate.words=heard")
+    pipeline = TalkerPipeline.from_pretrained(weights or BUNDLED, device, codecs, precision)
+    pipeline.sampling = override(pipeline.sampling, sampling or {})
     facts = {"mode": mode, "sampling": asdict(pipeline.sampling), "precision": precision}
     asked = {} if words == "given" else {"words": words, "voice": voice is not False}
     write_facts(folder, "talker_t2av", weights, **facts, seed=seed, given=GIVEN.get(mode), **asked)
