@@ -182,7 +182,7 @@ class CodecFolders:
 
 
 @dataclass(frozen=True)
-class AutoConfig:
+class AutoConfig(Group, prefix="auto."):
     """Where text=auto finds words if there is no transcript NAME.txt beside the clip."""
 
     heard: str | None = setting(
