@@ -12,6 +12,8 @@ from pathlib import Path
 
 from engine.errors import UserError
 
+SPACE = 500  # megabytes that a run needs at least
+
 
 @contextmanager
 def report_os_errors(what: str, advice: str = "") -> Iterator[None]:
@@ -97,14 +99,12 @@ def writable(folder: str | Path, setting: str = "output") -> Iterator[None]:
                 path.rmdir()
 
 
-def require_space(folder: str | Path, setting: str, megabytes: float = 500) -> None:
-    """Check that the disk of `folder`, which the setting names, has so much free space."""
+def require_space(folder: str | Path, setting: str) -> None:
+    """Check that the disk of `folder`, which the setting names, has `SPACE` megabytes free."""
     path = Path(folder).absolute()
     free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free / 1e6
-    if free < megabytes:
-        raise UserError(
-            f"{setting}={folder}: {free:,.0f} MB are free, this needs {megabytes:,.0f} MB: choose another disk"
-        )
+    if free < SPACE:
+        raise UserError(f"{setting}={folder}: {free:,.0f} MB are free, this needs {SPACE} MB: choose another disk")
 
 
 @contextmanager

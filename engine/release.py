@@ -140,7 +140,7 @@ def _no_larger_than(state: dict[str, Tensor], more_tensors: int, more_numbers: i
 
 def check_replaceable(folder: Path) -> None:
     """Raise UserError if `folder` holds something else than a release, which must not be overwritten."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not _is_release(folder)):
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not _kind(folder)):
         raise UserError(f"{folder} exists but is not a release folder and was not overwritten; choose another folder")
 
 
@@ -188,11 +188,12 @@ def save_release(
     return folder
 
 
-def _is_release(folder: Path) -> bool:
+def _kind(folder: Path) -> str | None:
+    """Return the kind of the model in a release folder; None if it has no kind, or cannot be read."""
     try:
-        return release_kind(folder) is not None
+        return release_kind(folder)
     except UserError:
-        return False
+        return None
 
 
 def to_float16(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -309,17 +310,9 @@ def find_codec(folder: Path, name: Any, kinds: Collection[str], bundled: Path) -
         raise UserError(f"{folder / 'config.yaml'} names {name!r} as its codec: a folder was expected")
     for parent in (folder, Path(os.path.realpath(folder)).parent, bundled):
         codec = parent / Path(name).name
-        if codec.is_dir() and not _is_other(codec, kinds):
+        if codec.is_dir() and _kind(codec) in (*kinds, None):  # a damaged one is ours: reading reports the damage
             return str(codec)
     return name
-
-
-def _is_other(folder: Path, kinds: Collection[str]) -> bool:
-    """Return whether a folder is a release of another kind. Damaged ones count as ours: reading reports the damage."""
-    try:
-        return release_kind(folder) not in (*kinds, None)
-    except UserError:
-        return False
 
 
 def rewrite_release(source: Path, out: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:

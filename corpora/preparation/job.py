@@ -73,7 +73,10 @@ def prepare(config: DictConfig) -> None:
     start = partial(start_steps, stages, config.device, source.symbols)
     with writable(config.output), _executor(config, start) as executor:
         digests, fingerprints = executor.about
-        about = {"stages": stage_settings(stages), "digests": digests, "symbols": source.symbols}
+        made_by = {name: without_device(stage) for name, stage in stages.items()}
+        settings = {name: {k: v for k, v in stage.items() if k != "_target_"} for name, stage in made_by.items()}
+        listing = [{"name": name, "settings": stage} for name, stage in settings.items()]
+        about = {"stages": listing, "digests": digests, "symbols": source.symbols}
         writers = {
             name: _writer(config, name, clips, {"split": name, **about}, fingerprints, rank, world)
             for name, clips in listed.items()
@@ -136,14 +139,6 @@ def chosen_stages(config: DictConfig, source: Source) -> dict[str, dict[str, Any
                 + (f", or stages.{name}.crop=centre" if "crop" in used[name] else "")
             )
     return used
-
-
-def stage_settings(stages: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return names and settings of the steps for the index."""
-    return [
-        {"name": name, "settings": {k: v for k, v in without_device(config).items() if k != "_target_"}}
-        for name, config in stages.items()
-    ]
 
 
 def _executor(config: DictConfig, start: partial) -> Processes | ThisProcess | Cluster:

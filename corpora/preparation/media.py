@@ -57,7 +57,7 @@ class Decode(Step):
             clip.frames = self._frames(clip.path(info.video), info.span)
         sound = clip.path(info.audio or info.video)
         clip.wave = read_audio(sound, RATE, info.span)
-        motion = read_motion(clip.path(info.motion)) if info.motion else None
+        motion = read_matrix(clip.path(info.motion)).half().contiguous() if info.motion else None
         lengths = {"sound": len(clip.wave) // HOP}
         lengths |= {"picture": len(clip.frames)} if clip.frames is not None else {}
         lengths |= {"motion": len(motion)} if motion is not None else {}
@@ -128,7 +128,7 @@ class KeepMedia(Step):
 
 
 def read_text(path: Path) -> str:
-    """The words of a .json file (`text`), of the line `Text:` of a .txt file, or all of one without such a line."""
+    """Return the words: `text` of a .json file, the line `Text:` of a .txt file, or all of one without such a line."""
     try:
         content = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
@@ -137,8 +137,3 @@ def read_text(path: Path) -> str:
         raise UserError(f"the text {path} cannot be read ({error})") from error
     lines = [line.partition(":")[2] for line in content.splitlines() if line.startswith("Text:")]
     return " ".join((lines[0] if lines else content).split())
-
-
-def read_motion(path: Path) -> torch.Tensor:
-    """Motion codes (T, Dm) float16 of a torch file, which is not allowed to execute anything."""
-    return read_matrix(path).half().contiguous()

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from corpora.preparation.clip import SourceClip, make_key
 from corpora.preparation.sources import Unsplit, read_lines
 from engine.errors import UserError, printable
-from engine.untrusted import parse_json, safe_name
+from engine.untrusted import read_json, safe_name
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".flv")
 ID = re.compile(r"(?:v=|youtu\.be/|shorts/|embed/)([\w-]{11})")
@@ -45,10 +45,14 @@ class YoutubeIds(Unsplit):
 
     def walk(self) -> Iterator[tuple[str, SourceClip]]:
         path, folder = self.root / self.listing, self.root / self.videos
-        files = {f.stem: f.relative_to(self.root).as_posix() for f in _videos(folder)}
+        if not folder.is_dir():
+            raise UserError(f"source.videos: {folder} is not a folder")
+        found = (f for f in sorted(folder.rglob("*")) if f.suffix.lower() in VIDEOS)
+        files = {f.stem: f.relative_to(self.root).as_posix() for f in found}
         files = {re.sub("^(RD|WDA|WRA)_", "", name): path for name, path in files.items()} | files  # of HDTF's program
         absent, bad, count = 0, [], 0
-        for number, row in enumerate(_reader(path)(path), 1):
+        read = _hdtf if path.is_dir() else _json if path.suffix.lower() == ".json" else _csv
+        for number, row in enumerate(read(path), 1):
             try:
                 video, start, end, face, facts = _checked(*row)
             except UserError as error:
@@ -72,21 +76,6 @@ class YoutubeIds(Unsplit):
             )
 
 
-def _videos(folder: Path) -> Iterator[Path]:
-    if not folder.is_dir():
-        raise UserError(f"source.videos: {folder} is not a folder")
-    return (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in VIDEOS)
-
-
-def _reader(path: Path) -> Callable[[Path], Iterable[Row]]:
-    """What reads a list of this kind."""
-    if path.is_dir():
-        return _hdtf
-    if path.suffix.lower() == ".json":
-        return _json
-    return _csv
-
-
 def _csv(path: Path) -> Iterator[Row]:
     """AVSpeech's rows without a header, or a table with one."""
     lines = read_lines(path)
@@ -99,10 +88,7 @@ def _csv(path: Path) -> Iterator[Row]:
 
 def _json(path: Path) -> Iterator[Row]:
     """TalkVid: a list of clips with a link and times. CelebV-HQ: `clips` by name, with a box in fractions."""
-    try:
-        content = parse_json(path.read_bytes(), path)
-    except OSError as error:
-        raise UserError(f"the list {path} cannot be read ({error})") from error
+    content = read_json(path, f"the list {path}")
     try:
         if isinstance(content, dict):
             for clip in content["clips"].values():
@@ -159,7 +145,7 @@ def _number(value: Any) -> float:
 def _checked(
     video: Any, start: Any, end: Any, face: tuple[Any, Any, Any] | None, facts: dict[str, str | None]
 ) -> tuple[str, float, float, tuple[float, float, int] | None, dict[str, str | None]]:
-    """A row as numbers."""
+    """Return a row as numbers, if it makes sense."""
     begin, stop = _number(start), _number(end)
     if not 0 <= begin < stop < 1e6:
         raise UserError(f"start={start} and end={end} are not two times in seconds, one after the other")

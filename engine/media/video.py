@@ -141,7 +141,6 @@ def write_video(
     fps: float,
     audio: np.ndarray | None = None,
     rate: int | None = None,
-    crf: int = 18,
     lossless: bool = False,
 ) -> None:
     """Write H.264 (yuv420p), with AAC sound if `audio` is given; the file appears whole or not at all.
@@ -152,7 +151,6 @@ def write_video(
             pixel, as 4:2:0 chroma needs even sides.
         fps: frames a second.
         audio: (N,) float mono in [-1, 1] at `rate` Hz.
-        crf: x264 quality, lower is better.
         lossless: keep every RGB value, for pictures that are measured; not all players show such a file.
     """
     frames = iter(frames)
@@ -164,7 +162,7 @@ def write_video(
     with tempfile.TemporaryDirectory() as scratch, atomic_output(path) as staging, tempfile.TemporaryFile() as log:
         raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", repr(float(fps)), "-i", "pipe:0"]
         sound = _sound_arguments(audio, rate, Path(scratch))
-        encode = [*(_LOSSLESS if lossless else _h264(crf)), "-f", _container(path), f"file:{staging}"]
+        encode = [*(_LOSSLESS if lossless else _H264), "-f", _container(path), f"file:{staging}"]
         call = [word for word in command("-v", "error", *raw, *sound, *encode) if word != "-nostdin"]
         process = subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log)
         try:
@@ -185,14 +183,14 @@ def write_video(
             raise UserError(f"cannot write {path}: {last_line(log.read().decode(errors='replace'))}")
 
 
-def mux_audio(video_path: str | Path, wave: np.ndarray, rate: int, out_path: str | Path, crf: int = 18) -> None:
+def mux_audio(video_path: str | Path, wave: np.ndarray, rate: int, out_path: str | Path) -> None:
     """Write the picture of `video_path` with new sound: H.264 is copied, anything else re-encoded; sound is AAC.
 
     Args:
         wave: (N,) float mono in [-1, 1] at `rate` Hz, beginning at the video's time zero.
         out_path: .mp4, .mov or .mkv; may be `video_path` itself.
     """
-    choices = [["-vf", "scale='ceil(iw/2)*2':'ceil(ih/2)*2'", *_h264(crf)]]
+    choices = [["-vf", "scale='ceil(iw/2)*2':'ceil(ih/2)*2'", *_H264]]
     if stream_codec(video_path, "video") == "h264":  # where a copy fails, as without time stamps, it is encoded
         choices.insert(0, ["-c:v", "copy", *_BITEXACT])
     with tempfile.TemporaryDirectory() as scratch:
@@ -230,14 +228,9 @@ def _join(out_path: str | Path, inputs: list[str], choices: list[list[str]]) -> 
 
 
 _BITEXACT = ["-fflags", "+bitexact", "-map_metadata", "-1", "-movflags", "+faststart"]
-
+# One thread: x264's output depends on the thread count, and the same input should give the same bytes.
 _LOSSLESS = ["-c:v", "libx264rgb", "-crf", "0", "-pix_fmt", "rgb24", "-threads", "1", *_BITEXACT]
-
-
-def _h264(crf: int) -> list[str]:
-    # One thread: x264's output depends on the thread count, and the same input should give the same bytes.
-    video = ["-c:v", "libx264", "-crf", str(crf), "-pix_fmt", "yuv420p", "-threads", "1", "-flags:v", "+bitexact"]
-    return [*video, *_BITEXACT]
+_H264 = ["-c:v", "libx264", "-crf", "18", "-pix_fmt", "yuv420p", "-threads", "1", "-flags:v", "+bitexact", *_BITEXACT]
 
 
 def _container(path: str | Path) -> str:

@@ -9,7 +9,7 @@ second), H height, S = 31 shifts, D = 1024 embedding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -144,7 +144,7 @@ class SyncNet(nn.Module):
         sound = torch.from_numpy(mfcc(np.round(np.clip(wave, -1, 1) * 32767))).float()
         device = next(self.parameters()).device
         lips, sounds = [], []
-        for at in _batches(windows):
+        for at in torch.arange(windows).split(BATCH):
             lips.append(self.lip(torch.stack([pixels[:, i : i + WINDOW] for i in at]).to(device).float()))
             sounds.append(self.audio(torch.stack([sound[None, :, 4 * i : 4 * i + STEPS] for i in at]).to(device)))
         return torch.cat(lips), torch.cat(sounds)
@@ -165,10 +165,6 @@ class SyncNet(nn.Module):
     def from_pretrained(cls, path: str | Path) -> SyncNet:
         """The released `syncnet_v2.model`. Nothing in the file is executed."""
         return cls.from_released(read_checkpoint(Path(path)), path)
-
-
-def _batches(count: int) -> Iterator[range]:
-    return (range(i, min(i + BATCH, count)) for i in range(0, count, BATCH))
 
 
 # --- the scores ---

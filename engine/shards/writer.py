@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors.torch import load
@@ -76,13 +76,9 @@ def write_whole(path: Path, chunks: Iterable[bytes], staging: Path | None = None
         with staging.open("wb") as file:
             for chunk in chunks:
                 file.write(chunk)
-            sync_to_disk(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(staging, path)
-
-
-def sync_to_disk(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def write_sample(work: Path, key: str, members: Mapping[str, bytes]) -> None:

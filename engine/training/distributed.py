@@ -123,11 +123,6 @@ def mean(values: dict[str, float], device: torch.device) -> dict[str, float]:
     return {key: means[key] for key in values}
 
 
-def maximum(values: Tensor) -> list[float]:
-    """Return the largest of each of (n,) finite values over the processes. Synchronises with the device."""
-    return maximum_(values.clone()).tolist()
-
-
 def maximum_(values: Tensor) -> Tensor:
     """Change `values` in place to the largest of each over the processes."""
     if dist.is_initialized():

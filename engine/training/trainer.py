@@ -100,7 +100,9 @@ class Trainer:
         c = self.config
         self._resume()
         distributed.from_main(lambda: describe(self.run, self.task))
-        tracker, window, stopping = self._open_tracker(), Window(), False
+        start, tracker, window, stopping = (self.step, self.validated == self.step), None, Window(), False
+        if distributed.is_main():
+            tracker = Tracker(self.run, start, c.wandb, c.tensorboard, self.record)
         self._say(first_line(self.parameters, self.step, c, self.device.type, distributed.world_size()))
         self.task.train()
         try:
@@ -141,11 +143,6 @@ class Trainer:
             self.checkpoints.abandon()  # nothing is in work unless this process fails
             if tracker:
                 tracker.close()
-
-    def _open_tracker(self) -> Tracker | None:
-        """Open the record of the run, in the main process."""
-        c, start = self.config, (self.step, self.validated == self.step)
-        return Tracker(self.run, start, c.wandb, c.tensorboard, self.record) if distributed.is_main() else None
 
     def _agree_to_stop(self, asked: bool) -> bool:
         """Return whether any process was asked to stop; end all if one could not write something."""
@@ -344,7 +341,8 @@ class Trainer:
         self._report_skipped()
         means = distributed.mean(window.means(), self.device)
         rates = window.rates(c.accumulate * self.batches.mean_size() * world, world, self.use)
-        (rates["memory_gib"],) = distributed.maximum(torch.tensor([memory_gib(self.device)], device=self.device))
+        memory = torch.tensor(memory_gib(self.device), device=self.device)
+        rates["memory_gib"] = distributed.maximum_(memory).item()
         if tracker:
             lr = c.lr_at(self.step - 1)
             with self._record_write_error():

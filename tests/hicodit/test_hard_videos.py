@@ -42,7 +42,7 @@ def pipeline(release):
 def base(tmp_path_factory):
     """Folder with the plain clip, nearly lossless, and a sound."""
     folder = tmp_path_factory.mktemp("base")
-    write_video(folder / "plain.mp4", scene(FRAMES, [head], SIZE), 25, crf=5)
+    write_video(folder / "plain.mp4", scene(FRAMES, [head], SIZE), 25)
     write_wav(folder / "sound.wav", 0.1 * np.sin(np.arange(24_000 * 2) / 20).astype(np.float32), 24_000)
     return folder
 
