@@ -164,39 +164,33 @@ class ClipMaker:
         key = [self._seed, SPLITS[version].index(split), index]
         rng = np.random.default_rng(key if version == 1 else [*key, version])
         voice = self._voices[split][index % len(self._voices[split])]
-        entry, speech = (self._speech_clip if version == 3 else self._talking_clip)(rng, split, index, voice)
-        folder, name = self._root / split, entry["id"]
-        write_wave(folder / f"{name}.wav", speech)
-        write_text(folder / f"{name}.json", json.dumps(entry))
+        stem = self._root / split / clip_id(split, index)
+        text, speech, expression, intensity, more = (
+            self._speech_clip(rng, split, voice) if version == 3 else self._talking_clip(rng, split, voice, stem)
+        )
+        frames = len(speech.wave) // FRAME
+        entry = {"id": stem.name, "split": split, "text": text, "phonemes": speech.phonemes, "voice": voice.number}
+        entry |= {"expression": expression, "intensity": round(intensity, 4), "frames": frames}
+        entry |= {"seconds": frames / FPS, **more, "seed": self._seed}
+        write_wave(stem.with_suffix(".wav"), speech.wave)
+        write_text(stem.with_suffix(".json"), json.dumps(entry))
         return entry
 
-    def _speech_clip(self, rng: np.random.Generator, split: str, index: int, voice: Voice) -> tuple[dict, np.ndarray]:
-        """The description and the wave of a clip of speech alone."""
+    def _speech_clip(self, rng: np.random.Generator, split: str, voice: Voice) -> tuple[str, Speech, str, float, dict]:
+        """Speak a clip without pictures: words, speech, expression, its intensity, and no more."""
         expression, intensity = draw_expression(rng)
         intensity = intensity if rng.random() < 0.5 else 0.0
         style = prosody(expression, intensity, self._version)
         while True:
             text = draw_open_sentence(rng, split)
             speech = speak(self._synthesizer, text, voice.lines, [style], rng)
-            frames = len(speech.wave) // FRAME
-            if frames <= LONGEST:
-                break
-        entry = {
-            "id": clip_id(split, index),
-            "split": split,
-            "text": text,
-            "phonemes": speech.phonemes,
-            "voice": voice.number,
-            "expression": expression if intensity else "neutral",
-            "intensity": round(intensity, 4),
-            "frames": frames,
-            "seconds": frames / FPS,
-            "seed": self._seed,
-        }
-        return entry, speech.wave
+            if len(speech.wave) // FRAME <= LONGEST:
+                return text, speech, expression if intensity else "neutral", intensity, {}
 
-    def _talking_clip(self, rng: np.random.Generator, split: str, index: int, voice: Voice) -> tuple[dict, np.ndarray]:
-        """The description and the wave of a clip of a talking face, after its pictures are written."""
+    def _talking_clip(
+        self, rng: np.random.Generator, split: str, voice: Voice, stem: Path
+    ) -> tuple[str, Speech, str, float, dict]:
+        """Speak a clip and draw its face: as `_speech_clip`, and what the description says of the pictures."""
         version = self._version
         free, changing = (version == 2 and bool(rng.random() < 0.5) for _ in range(2))
         text = draw_sentence(rng, split, version, free)
@@ -214,27 +208,13 @@ class ClipMaker:
             poses = ease((np.arange(frames) + 0.5) / FPS, speech.change, *poses)
         video = Face(voice.face, light).render(mouth, poses if changing else poses[0], motion)
         windows = window_expressions(frames, shown[0], shown[-1], speech.change)
-        name = clip_id(split, index)
-        entry = {
-            "id": name,
-            "split": split,
-            "text": text,
-            "phonemes": speech.phonemes,
-            "voice": voice.number,
-            "expression": max(shown, key=windows.count),
-            "intensity": round(intensity, 4),
-            "frames": frames,
-            "seconds": frames / FPS,
-            "face": vars(voice.face) | {"light": round(light, 4)},
-            "mouth": {key: [round(float(v), 3) for v in column] for key, column in zip(MOUTH, mouth.T)},
-            "pose": pose_tracks(motion),
-            "seed": self._seed,
-        }
+        mouth = {key: [round(float(v), 3) for v in column] for key, column in zip(MOUTH, mouth.T)}
+        more = {"face": vars(voice.face) | {"light": round(light, 4)}, "mouth": mouth, "pose": pose_tracks(motion)}
         if version == 2:
-            entry |= {"grammar": "free" if free else "closed", "expressions": windows, "change": speech.change}
-            entry |= {"traits": vars(voice.traits)}
-        write_video(self._root / split / f"{name}.mp4", video)
-        return entry, speech.wave
+            more |= {"grammar": "free" if free else "closed", "expressions": windows, "change": speech.change}
+            more |= {"traits": vars(voice.traits)}
+        write_video(stem.with_suffix(".mp4"), video)
+        return text, speech, max(shown, key=windows.count), intensity, more
 
 
 def is_done(root: Path, split: str, index: int, version: int) -> bool:

@@ -79,17 +79,15 @@ class StepGuard:
     def settle(self) -> list[Skipped]:
         """Count and return the steps skipped since the last call. Synchronises with the device."""
         skips, checked, self._checked = [], self._checked, []
-        numbers = torch.cat([row for _, _, row, _ in checked]).tolist() if checked else []
-        for step, parts in groupby(checked, key=lambda entry: entry[0]):
-            first = None  # the first part of this step that was not accepted
-            for _, part, row, keys in parts:
-                (accepted, *figures), losses, numbers = numbers[:8], numbers[8 : len(row)], numbers[len(row) :]
-                if not accepted and first is None:
-                    first = part, self._reason(*figures), losses, keys
-            self.in_a_row = 0 if first is None else self.in_a_row + 1
-            if first is not None:
+        rows = [row for _, _, row, _ in checked]
+        rows = torch.cat(rows).cpu().split([len(row) for row in rows]) if rows else ()  # one copy
+        for step, parts in groupby(zip(checked, rows), key=lambda entry: entry[0][0]):
+            refused = [(part, row.tolist(), keys) for (_, part, _, keys), row in parts if not row[0]]
+            self.in_a_row = self.in_a_row + 1 if refused else 0
+            if refused:
+                part, row, keys = refused[0]
                 self.skipped += 1
-                skips.append(Skipped(step, *first, self.in_a_row))
+                skips.append(Skipped(step, part, self._reason(*row[1:8]), row[8:], keys, self.in_a_row))
         return skips
 
     def _reason(self, finite: float, *figures: float) -> str:
