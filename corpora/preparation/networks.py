@@ -6,9 +6,10 @@ levels, Ds / Dm speech / motion channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from corpora.preparation.clip import RATE, RATE16, Encoder, Step, WorkItem, in_parts
 from corpora.preparation.engines import EmotionRecogniser
 from corpora.preparation.labels import expression_labels, phoneme_labels
-from engine.codec import load_codec
+from engine.codec import Codec, load_codec
 from engine.errors import UserError
 from engine.faces.square import centre_square, portrait_square
 from engine.media.audio import resample
@@ -216,15 +217,12 @@ class HeardExpression(Encoder):
         if classes is None:
             classes = torch.full((windows,), NO_EXPRESSION)
             if self.recogniser is not None:
-                heard = self.recogniser([self._around(clip.wave16, window) for window in range(windows)])
+                middles, half = [(window + 0.5) * WINDOW_SECONDS for window in range(windows)], self.seconds / 2
+                spans = [(max(0, round((m - half) * RATE16)), round((m + half) * RATE16)) for m in middles]
+                heard = self.recogniser([clip.wave16[first:last] for first, last in spans])  # shorter at the ends
                 for window, name in enumerate(heard):
                     classes[window] = EXPRESSIONS.index(name) if name in EXPRESSIONS else NO_EXPRESSION
         clip.tensors["heard_expression"] = classes.to(torch.uint8)
-
-    def _around(self, wave: np.ndarray, window: int) -> np.ndarray:
-        """The sound round a half second: shorter at the clip's ends."""
-        middle, half = (window + 0.5) * WINDOW_SECONDS, self.seconds / 2
-        return wave[max(0, round((middle - half) * RATE16)) : round((middle + half) * RATE16)]
 
 
 class GE2E(Encoder):
@@ -243,21 +241,31 @@ class GE2E(Encoder):
         clip.tensors["ge2e"] = torch.from_numpy(np.asarray(self.encoder.embed(clip.wave16, RATE16), np.float32))
 
 
-class RVQTokens(Encoder):
-    """Tokens (2 T, K) of the sound.
+class CodecEncoder(Encoder):
+    """An encoder whose network is one codec.
 
     Args:
-        codec: release folder of the tokenizer.
+        codec: its release folder.
+
+    Attributes:
+        name: of the codec in the digests. load: reads it.
     """
 
-    tensors = ("tokens",)
+    name: ClassVar[str]
+    load: ClassVar[Callable[[str], Codec]]
 
     def __init__(self, codec: str, device: torch.device | None) -> None:
         super().__init__(device)
-        self.codec = None if device is None else load_codec(codec, TOKENIZERS).to(device).eval()
+        self.codec = None if device is None else type(self).load(codec).to(device).eval()
 
     def digests(self) -> dict[str, str]:
-        return {"rvq": self.codec.digest()}
+        return {self.name: self.codec.digest()}
+
+
+class RVQTokens(CodecEncoder):
+    """Tokens (2 T, K) of the sound."""
+
+    tensors, name, load = ("tokens",), "rvq", partial(load_codec, codecs=TOKENIZERS)
 
     def encode_one(self, clip: WorkItem) -> None:
         wave = resample(torch.from_numpy(clip.wave), RATE, self.codec.sample_rate)
@@ -267,44 +275,29 @@ class RVQTokens(Encoder):
         clip.tensors["tokens"] = codes.T.to("cpu", torch.int16)
 
 
-class SpeechLatents(Encoder):
-    """Latents (T, Ds) of the sound.
+class SpeechLatents(CodecEncoder):
+    """Latents (T, Ds) of the sound, by WhisperX-VAE."""
 
-    Args:
-        codec: release folder of the WhisperX-VAE.
-    """
-
-    tensors = ("speech",)
-
-    def __init__(self, codec: str, device: torch.device | None) -> None:
-        super().__init__(device)
-        self.codec = None if device is None else load_speech(codec).to(device).eval()
-
-    def digests(self) -> dict[str, str]:
-        return {"whisperx_vae": self.codec.digest()}
+    tensors, name, load = ("speech",), "whisperx_vae", load_speech
 
     def encode_one(self, clip: WorkItem) -> None:
         clip.tensors["speech"] = _half(self.codec.encode(torch.from_numpy(clip.wave)[None, None])[0])
 
 
-class Motion(Encoder):
-    """Motion codes (T, Dm) of the pictures, not normalised; codes of the source are kept.
+class Motion(CodecEncoder):
+    """Motion codes (T, Dm) of the pictures by LIA-X, not normalised; codes of the source are kept.
 
     Args:
-        codec: release folder of LIA-X.
         crop: "face" for the square round the face, as generation cuts it; "centre" for the largest in the middle.
     """
 
     needs = "frames"
-    tensors = ("motion",)
+    tensors, name, load = ("motion",), "lia_x", load_motion
 
     def __init__(self, codec: str, device: torch.device | None, crop: str = "face") -> None:
-        super().__init__(device)
         require_choice("stages.motion.crop", crop, CROPS)
-        self.codec, self.crop = None if device is None else load_motion(codec).to(device).eval(), crop
-
-    def digests(self) -> dict[str, str]:
-        return {"lia_x": self.codec.digest()}
+        super().__init__(codec, device)
+        self.crop = crop
 
     def cut(self, clip: WorkItem) -> None:
         if "motion" not in clip.tensors:

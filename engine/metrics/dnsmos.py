@@ -23,8 +23,7 @@ class DNSMOS(Metric):
     needs = ("speechmos", "onnxruntime", "librosa")
     protocols = ("p808", "p835")
 
-    def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
-        super().__init__(protocol, weights, device)
+    def load(self) -> None:
         require_librosa()
         package = require("speechmos.dnsmos", "speechmos", "metrics")
         folder, options = Path(package.__file__).parent / "dnsmos_models", package.ort.SessionOptions()

@@ -26,8 +26,7 @@ class DurationDistance(Metric):
     needs = ("pocketsphinx",)
     pair = True
 
-    def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
-        super().__init__(protocol, weights, device)
+    def load(self) -> None:
         self.package = require("pocketsphinx", "pocketsphinx")
         self.phones = lru_cache(CACHED)(self._phones)
 

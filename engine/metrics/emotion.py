@@ -32,12 +32,11 @@ class Emotion(Metric):
     names = (f"{FOLDER}/model.pt", f"{FOLDER}/config.yaml")
     pair, parallel = True, False
 
-    def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
-        super().__init__(protocol, weights, device)
+    def load(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             package = require("funasr", "funasr", "metrics")
             self.model = package.AutoModel(
-                model=str(weights / FOLDER), device=device, disable_update=True, disable_pbar=True
+                model=str(self.weights / FOLDER), device=self.device, disable_update=True, disable_pbar=True
             )
         self.read = lru_cache(CACHED)(self._read)
 

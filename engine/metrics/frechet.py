@@ -17,7 +17,6 @@ Axes: T frames, F rows of features, D features.
 from __future__ import annotations
 
 import tempfile
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -59,13 +58,12 @@ class FID(FaceFeatures):
     needs = ("torch_fidelity",)
     names = ("weights-inception-2015-12-05-6726825d.pth",)
 
-    def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
-        super().__init__(protocol, weights, device)
+    def load(self) -> None:
         package = require("torch_fidelity.feature_extractor_inceptionv3", "torch-fidelity", "metrics")
-        (file,) = self.files(protocol, weights)
+        (file,) = self.files(self.protocol, self.weights)
         with tempfile.NamedTemporaryFile(suffix=".pth") as plain:  # the package would run what a damaged file says
             torch.save(dict(read_checkpoint(file)), plain.name)
-            self.network = package.FeatureExtractorInceptionV3("inception", ["2048"], plain.name).to(device)
+            self.network = package.FeatureExtractorInceptionV3("inception", ["2048"], plain.name).to(self.device)
 
     @torch.inference_mode()
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
@@ -79,11 +77,10 @@ class FVD(FaceFeatures):
     figures: ClassVar = {"fvd": Figure("FVD", -1, 1, meaning="distance of the videos' features from the true ones")}
     names = ("i3d_torchscript.pt",)
 
-    def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
-        super().__init__(protocol, weights, device)
-        (file,) = self.files(protocol, weights)
+    def load(self) -> None:
+        (file,) = self.files(self.protocol, self.weights)
         try:
-            self.network = torch.jit.load(str(file), map_location=device).eval()
+            self.network = torch.jit.load(str(file), map_location=self.device).eval()
         except RuntimeError as error:
             raise UserError(f"{file} is no TorchScript file ({str(error).splitlines()[0]})") from error
 

@@ -65,9 +65,8 @@ class LipSync(Metric):
     names = ("syncnet_v2.model",)
     inputs = ("audio", "video", "source")
 
-    def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
-        super().__init__(protocol, weights, device)
-        self.network = SyncNet.from_pretrained(*self.files(protocol, weights)).to(device)
+    def load(self) -> None:
+        self.network = SyncNet.from_pretrained(*self.files(self.protocol, self.weights)).to(self.device)
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         score = self.network.score(face_video(take.video or take.source), wave_of(take.audio, RATE))

@@ -118,16 +118,16 @@ class Metric:
     names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
-        """Load what is needed.
-
+        """
         Args:
             protocol: one of `protocols`.
             weights: folder of the downloaded networks.
-
-        Raises:
-            Unavailable: a package or a file is missing.
         """
         self.protocol, self.weights, self.device = protocol, weights, device
+        self.load()
+
+    def load(self) -> None:
+        """Load networks and packages."""
 
     @classmethod
     def files(cls, protocol: str, weights: Path) -> list[Path]:
@@ -146,10 +146,7 @@ class Metric:
 
     @classmethod
     def check(cls, protocol: str, weights: Path) -> None:
-        """
-        Raises:
-            Unavailable: a package or a file is missing.
-        """
+        """Raise `Unavailable` if a package or a file is missing."""
         packages = [name for name in cls.packages(protocol) if find_spec(name) is None]
         files = [str(file) for file in cls.files(protocol, weights) if not file.exists()]
         why = []
@@ -167,10 +164,7 @@ class Metric:
         return take.given is None or bool({"audio", "video"} & {*cls.inputs} - {take.given})
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
-        """
-        Raises:
-            UserError: the clip cannot be measured.
-        """
+        """Return the measurement of a clip; raise UserError if it cannot be measured."""
         raise NotImplementedError
 
     @classmethod

@@ -34,9 +34,8 @@ class OwnVoice(Metric):
     needs = ("resemblyzer",)
     protocols = ("clips", "shards")
 
-    def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
-        super().__init__(protocol, weights, device)
-        self.encoder = GE2EEncoder(device)
+    def load(self) -> None:
+        self.encoder = GE2EEncoder(self.device)
 
     @classmethod
     def files(cls, protocol: str, weights: Path) -> list[Path]:

@@ -28,8 +28,7 @@ class PhonemeErrors(Metric):
     needs = ("pocketsphinx",)
     parallel = False
 
-    def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
-        super().__init__(protocol, weights, device)
+    def load(self) -> None:
         self.package = require("pocketsphinx", "pocketsphinx")
         model = self.package.get_model_path("en-us/en-us-phone.lm.bin")
         self.recogniser = self.package.Decoder(self.package.Config(allphone=model, lm=None, **SETTINGS))

@@ -35,18 +35,17 @@ class SpeakerSimilarity(Metric):
     protocols = ("ecapa", "wavlm", "ge2e")
     pair, parallel = True, False
 
-    def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
-        super().__init__(protocol, weights, device)
-        kind, _, encoder = protocol.partition(":")
+    def load(self) -> None:
+        kind, _, encoder = self.protocol.partition(":")
         embed: Callable[[np.ndarray], np.ndarray]
         if kind == "ge2e":
-            ge2e = GE2EEncoder(device)
+            ge2e = GE2EEncoder(self.device)
             embed = lambda wave: ge2e.embed(wave, RATE)  # noqa: E731
         elif kind == "wavlm":
-            wavlm = target(encoder).from_pretrained(weights / FILES[kind]).to(device)
-            embed = lambda wave: wavlm.embed(torch.from_numpy(wave).to(device)).float().cpu().numpy()  # noqa: E731
+            wavlm = target(encoder).from_pretrained(self.weights / FILES[kind]).to(self.device)
+            embed = lambda wave: wavlm.embed(torch.from_numpy(wave).to(self.device)).float().cpu().numpy()  # noqa: E731
         else:
-            embed = Ecapa(weights / FILES[kind], device).embed
+            embed = Ecapa(self.weights / FILES[kind], self.device).embed
         self.embed = lru_cache(CACHED)(lambda path: embed(wave_of(path, RATE).copy()))
 
     @classmethod

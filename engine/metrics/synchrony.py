@@ -7,7 +7,6 @@ turns frames (T, H, W, 3) into openings (T,). The controls move the sound by 200
 from __future__ import annotations
 
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,9 +27,8 @@ class MouthMetric(Metric):
     protocols = ("drawn",)
     inputs = ("audio", "video", "source")
 
-    def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
-        super().__init__(protocol, weights, device)
-        self.read = _reader(protocol.partition(":")[2])
+    def load(self) -> None:
+        self.read = _reader(self.protocol.partition(":")[2])
 
     @classmethod
     def applies(cls, take: Take) -> bool:

@@ -6,7 +6,6 @@ MIT. 16 kHz, one clip at a time: padding moves the score.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -25,13 +24,12 @@ class UTMOS(Metric):
     names = ("utmos_state_dict.pt",)
     parallel = False
 
-    def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
-        super().__init__(protocol, weights, device)
+    def load(self) -> None:
         package = require("utmos_pytorch.utmos_torch", "utmos-pytorch", "metrics")
-        (file,) = self.files(protocol, weights)
+        (file,) = self.files(self.protocol, self.weights)
         with torch.device("meta"):  # the package itself passes over tensors that are missing
             load_strict(package.UTMOSModel(), dict(read_checkpoint(file)), file, assign=True)
-        self.network = package.UTMOSScoreTorch(str(file), device)
+        self.network = package.UTMOSScoreTorch(str(file), self.device)
 
     @torch.inference_mode()
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:

@@ -55,15 +55,14 @@ class WordErrors(Metric):
     parallel = False
     inputs = ("audio", "heard", "language")
 
-    def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
-        super().__init__(protocol, weights, device)
-        kind, _, argument = protocol.partition(":")
+    def load(self) -> None:
+        kind, _, argument = self.protocol.partition(":")
         self.kind = kind
         if kind == "grammar":
             self.recogniser = CorpusRecogniser(Path(argument))
         elif kind != "auto-avsr":
-            folder = Path(argument) if argument else weights / FOLDERS[kind]
-            self.processor, self.model = load_speech_model(folder, device)
+            folder = Path(argument) if argument else self.weights / FOLDERS[kind]
+            self.processor, self.model = load_speech_model(folder, self.device)
 
     @classmethod
     def files(cls, protocol: str, weights: Path) -> list[Path]:

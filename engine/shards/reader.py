@@ -92,7 +92,6 @@ class ShardSplit:
         index: the split's index.json.
         frames: (n,) int64, of every sample.
         sizes: samples of each shard.
-        too_short: number of samples left out for their length.
         left_out: samples that lack a tensor and whose shard does not say so, found when they are read.
     """
 
@@ -119,7 +118,6 @@ class ShardSplit:
         self._holds = [names for shard in holds for names in shard]
         self._ends = np.cumsum(self.sizes)
         short = self.frames.numpy() < least_frames
-        self.too_short = int(short.sum())
         self._leave_out(short, f"shorter than {least_frames} frames", f"of {least_frames} frames or more")
         self.left_out = LeftOut(self.source, len(self))
         self._handles: OrderedDict[int, BinaryIO] = OrderedDict()
