@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jiwer
 import numpy as np
 import pytest
 import soundfile
@@ -44,7 +45,7 @@ def test_the_silent_clip_is_silent_and_speaks_intelligibly():
     speech = HiCoDiTPipeline.from_pretrained()(clip, seed=0)
     said = (ASSETS / "demo" / "silent.txt").read_text().split()
     heard = recogniser.Recogniser(ASSETS / "demo" / "grammar.jsgf").transcribe(speech.wave, speech.rate)
-    assert recogniser.word_error_rate([" ".join(said)], [heard]) <= 1 / len(said), heard
+    assert jiwer.wer(" ".join(said), heard) <= 1 / len(said), heard
 
 
 def test_speech_of_the_bundled_model_is_not_clipped_or_silent(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 
+import jiwer
 import numpy as np
 import torch
 
@@ -16,7 +17,6 @@ from corpora.preparation.clip import RATE, RATE16, MachineFault, Step, WorkItem
 from corpora.preparation.engines import Enhancer, Recogniser, SpeakerCounter, Transcript
 from engine.errors import UserError
 from engine.media.audio import resample
-from engine.metrics.recogniser import word_error_rate
 
 
 def transcribe(clip: WorkItem, recogniser: Recogniser) -> Transcript:
@@ -123,7 +123,7 @@ class Transcription(Step):
         expected, other = normalise_text(expected), normalise_text(other)
         if not expected:
             raise UserError("its text is empty" if text is not None else "no words were recognised")
-        rate = word_error_rate([expected], [other])
+        rate = jiwer.wer(expected, other)
         if rate > self.most:
             whose = "its text" if text is not None else "a second recogniser"
             raise UserError(f"the recognised words differ from {whose}: word error rate {rate:.2f}, over {self.most:g}")

@@ -10,7 +10,6 @@ import math
 import torch
 from torch import Tensor
 
-from engine.errors import UserError
 from engine.nn.transfer import send
 
 WINDOW, SIGMA = 11, 1.5  # of SSIM's Gaussian, in pixels
@@ -24,8 +23,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 def _gaussian(size: int) -> Tensor:
     """Blur along one axis as a matrix (size - 10, size): on a CPU much faster than convolving one channel."""
-    if size < WINDOW:
-        raise UserError(f"pictures with a side of {size}: SSIM takes {WINDOW} pixels or more")
+    assert size >= WINDOW, f"SSIM takes {WINDOW} pixels or more, not {size}"
     taps = torch.exp(-((torch.arange(WINDOW) - WINDOW // 2) ** 2).double() / (2 * SIGMA**2))
     rows = torch.zeros(size - WINDOW + 1, size, dtype=torch.float64)
     for k, tap in enumerate(taps / taps.sum()):

@@ -8,11 +8,9 @@ Axes: N samples.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jiwer
 import numpy as np
 import torch
 
@@ -100,11 +98,3 @@ class CorpusRecogniser:
     def transcribe(self, text: str, wave: np.ndarray, rate: int) -> str:
         """What was recognised in a wave that says, or should say, `text`."""
         return (self._free if self.is_free(text) else self._closed).transcribe(wave, rate)
-
-
-def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
-    """Substitutions, deletions and insertions over all sentences, divided by the reference words (a fraction)."""
-    reference, hypothesis = ([" ".join(text.lower().split()) for text in texts] for texts in (references, hypotheses))
-    if not any(reference):
-        raise UserError("word error rate of no words: the references are empty")
-    return float(jiwer.wer(reference, hypothesis))

@@ -9,7 +9,6 @@ second), H height, S = 31 shifts, D = 1024 embedding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.release import load_strict
+from engine.release import build_with
 from engine.safe_pickle import read_checkpoint
 
 RATE = 16_000
@@ -154,17 +153,9 @@ class SyncNet(nn.Module):
         return sync_score(*self.embed(frames, wave))
 
     @classmethod
-    def from_released(cls, state: Mapping[str, Tensor], source: str | Path = "syncnet_v2.model") -> SyncNet:
-        """The network with the tensors of `state`, strict."""
-        with torch.device("meta"):
-            model = cls()
-        load_strict(model, dict(state), source, assign=True)
-        return model.eval()
-
-    @classmethod
     def from_pretrained(cls, path: str | Path) -> SyncNet:
-        """The released `syncnet_v2.model`. Nothing in the file is executed."""
-        return cls.from_released(read_checkpoint(Path(path)), path)
+        """Load the released `syncnet_v2.model`. Nothing in the file is executed."""
+        return build_with(cls, read_checkpoint(Path(path)), path)
 
 
 # --- the scores ---

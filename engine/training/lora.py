@@ -23,8 +23,6 @@ def add_lora(module: nn.Module, rank: int, alpha: float) -> float:
     Returns:
         The factor of the updates, `alpha` / `rank`.
     """
-    if rank < 1:
-        raise UserError(f"lora.rank={rank} must be 1 or more, or 0 for training all weights")
     peft = require("peft", "PEFT", "finetune")
     layers = [
         name

@@ -46,8 +46,6 @@ def test_random_weights_are_not_adapted(monkeypatch):
 
 
 def test_refusals_are_one_line(monkeypatch):
-    with pytest.raises(UserError, match=r"lora.rank=-1 must be 1 or more"):
-        Adaptable().adapt(-1, 1.0)
     with pytest.raises(UserError, match=r"lora.rank=8: ToyGAN has no low-rank training"):
         ToyGAN().adapt(8, 1.0)
     pytest.importorskip("peft")

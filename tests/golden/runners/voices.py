@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from engine.metrics.speaker import GE2EEncoder
 from engine.metrics.syncnet import SyncNet, mfcc, sync_score
+from engine.release import build_with
 from hicodit.conditions.poster2 import POSTER2
 from talker_t2av.speaker.encoder import EcapaTDNN, WavLMEncoder, mix_states, standardise
 from talker_t2av.speaker.released import LARGE, WAVLM, head_sizes, our_name
@@ -174,7 +175,7 @@ def run_poster(case: Case) -> dict[str, Tensor]:
 @runner("syncnet_net")
 @torch.no_grad()
 def run_syncnet(case: Case) -> dict[str, Tensor]:
-    model = SyncNet.from_released(case.weights(), case.name)
+    model = build_with(SyncNet, case.weights(), case.name)
     frames = case.inputs["frames_bgr"]
     frames = (frames if frames.ndim == 5 else frames[None]).permute(0, 4, 1, 2, 3).float()
     return {
