@@ -18,7 +18,7 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.media.audio import read_audio
-from engine.metrics.speech import prosody
+from engine.metrics.speech import energy, pitch, pitch_range
 from engine.progress import track
 from engine.shards.recordings import read_manifest
 from hicodit.conditions.types import EXPRESSIONS
@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict, str]]:
     if not all("expressions" in row and "traits" in row for row in rows):
         raise UserError(f"--corpus {args.corpus} is no corpus of version 2: make_synthetic_corpus.py --version 2")
     files = [args.corpus / args.split / f"{row['id']}.wav" for row in rows]
-    heard = np.array([prosody(read_audio(file, RATE), RATE) for file in track(files, len(files), "clips")])  # (M, 2)
+    waves = (read_audio(file, RATE) for file in track(files, len(files), "clips"))
+    heard = np.array([(pitch_range(pitch(wave, RATE)), energy(wave)) for wave in waves])  # (M, 2)
     shares = np.array(
         [[row["expressions"].count(name) / len(row["expressions"]) for name in EXPRESSIONS] for row in rows]
     )

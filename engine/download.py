@@ -20,7 +20,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers, tqdm
 from safetensors import SafetensorError, safe_open
 
-from engine.errors import UserError
+from engine.errors import UserError, printable
 from engine.untrusted import read_json
 
 BLOCK = 1 << 20
@@ -163,14 +163,16 @@ def _append(part: Path, file: RemoteFile, retry_delay: float, progress: bool) ->
             if status == 416 and size:  # the part is longer than the file
                 part.unlink()
             elif status < 500 or attempt == ATTEMPTS - 1:
-                raise UserError(f"{file.url} answered {status}: {_one_line(error)}") from error
+                raise UserError(f"{file.url} answered {status}: {printable(error)[:200]}") from error
             else:
                 time.sleep(retry_delay * 2**attempt)
         # errors.HTTPError is httpx's in huggingface_hub 1, and httpx2's in huggingface_hub 2.
         except (errors.HTTPError, OSError) as error:
             if getattr(error, "errno", None) is not None:
                 raise  # the disk's fault
-            raise UserError(f"{file.url} did not arrive whole ({_one_line(error)}): run the command again") from error
+            raise UserError(
+                f"{file.url} did not arrive whole ({printable(error)[:200]}): run the command again"
+            ) from error
 
 
 class _Limited(io.BufferedWriter):
@@ -189,7 +191,3 @@ class _Limited(io.BufferedWriter):
 class _NoBar(tqdm):
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs | {"disable": True})
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

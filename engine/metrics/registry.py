@@ -23,7 +23,7 @@ CLASSES = {  # the figures that each measures
     "durations.DurationDistance": "duration_distance",
     "frechet.FID": "fid",
     "frechet.FVD": "fvd",
-    "bitrate.Bitrate": "bitrate",
+    "stated.Bitrate": "bitrate",
     "own_voice.OwnVoice": "own_voice_first voice_similarity",
     "prosody.Prosody": "pitch_range_correlation energy_correlation pitch_range_right_way energy_right_way",
     "synchrony.Synchrony": "synchrony synchrony_late synchrony_early",

@@ -18,11 +18,6 @@ LOWEST, HIGHEST = 60.0, 500.0  # Hz, between which a pitch is looked for
 DROP = 30.0  # dB below the loudest moment: what is quieter is not speech
 
 
-def prosody(wave: np.ndarray, rate: int) -> tuple[float, float]:
-    """(pitch range in semitones between the 10th and 90th percentile, mean power in dB) of a wave (N,) at `rate` Hz."""
-    return pitch_range(pitch(wave, rate)), energy(wave)
-
-
 def pitch_range(f0: np.ndarray) -> float:
     """Semitones between the 10th and 90th percentile of the voiced frames of a pitch (F,); 0 with fewer than five."""
     voiced = f0[f0 > 0]

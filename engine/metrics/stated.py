@@ -1,9 +1,14 @@
-"""What a system itself wrote of an output in ID.json, as (a, b) by the name of the figure: such as its cost."""
+"""What a system itself states of its outputs.
+
+ID.json states of one output (a, b) by the name of the figure, such as its cost. system.json states of all of them the
+bits a second of their code: levels times log2(codes) times frames.
+"""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from engine.errors import UserError
 from engine.metrics.metric import Figure, Metric, Take
 
 
@@ -23,3 +28,14 @@ class Stated(Metric):
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         return {name: tuple(take.about[name]) for name in self.figures if name in take.about}
+
+
+class Bitrate(Metric):
+    figures: ClassVar = {"bitrate": Figure("bit/s", -1, 0, meaning="of the code that the speech was decoded from")}
+    inputs = ("bits",)
+    outputs_only = True
+
+    def measure(self, take: Take, truth: Take) -> dict[str, Any]:
+        if take.bits is None:
+            raise UserError('not stated: write {"bits_per_second": N} to system.json in the folder of the outputs')
+        return {"bitrate": (take.bits, 1)}

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -79,15 +80,20 @@ def write(folder: str | Path, release: Release, state: Mapping[str, Tensor], tex
 def last_validation(log: Path, step: int) -> tuple[dict[str, float], int]:
     """Return (figures, step) of the last validation at or before `step`; ({}, 0) where there is none."""
     found: tuple[dict[str, float], int] = {}, 0
-    for line in log.read_text().splitlines() if log.is_file() else ():
-        try:
-            record = parse_json(line, log)
-            figures = {k.removeprefix("validation/"): v for k, v in record.items() if k.startswith("validation/")}
-            if figures and found[1] <= record["step"] <= step:
-                found = figures, record["step"]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # a line cut short by a kill
+    for _, record in read_log(log):
+        figures = {k.removeprefix("validation/"): v for k, v in record.items() if k.startswith("validation/")}
+        if figures and found[1] <= record["step"] <= step:
+            found = figures, record["step"]
     return found
+
+
+def read_log(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each line of a run's log.jsonl and its record, but for lines that a kill cut short."""
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with suppress(UserError):
+            record = parse_json(line, path)
+            if isinstance(record, dict) and isinstance(record.get("step"), int | float):
+                yield line, record
 
 
 def card(release: Release, info: Mapping[str, Any], results: Mapping[str, float], at: int = 0) -> str:

@@ -27,9 +27,9 @@ from engine.files import atomic_output, report_os_errors
 from engine.media.audio import mel_picture
 from engine.media.video import read_video
 from engine.optional import require
+from engine.training.export import read_log
 from engine.training.settings import TrainerConfig
 from engine.training.speed import Utilisation
-from engine.untrusted import parse_json
 
 GIF_SIDE, GIF_FPS = 256, 12.5  # TensorBoard plays no video files, but moving pictures
 
@@ -51,7 +51,7 @@ class Tracker:
     Args:
         run: the run's folder.
         start: the step where the run goes on, and whether it was validated; later records, written before a kill, are
-            dropped.
+            dropped. The record of a step's validation, which has no `lr`, follows that of its losses.
         wandb: `off`, `offline` (kept in `run`) or `online`.
         tensorboard: whether event files are written to RUN/tensorboard.
         config: stored with the wandb run.
@@ -60,8 +60,7 @@ class Tracker:
     def __init__(self, run: Path, start: tuple[int, bool], wandb: str, tensorboard: bool, config: dict[str, Any]):
         run.mkdir(parents=True, exist_ok=True)
         path = run / "log.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _place(line) <= start]
+        kept = [line for line, record in read_log(path) if (record["step"], "lr" not in record) <= start]
         with atomic_output(path) as partial:  # a kill must not cost the log of the steps before
             partial.write_text("".join(f"{line}\n" for line in kept))
         self._file = path.open("a")
@@ -250,12 +249,3 @@ def validation_line(step: int, results: dict[str, float], best: str | None) -> s
         names = ", ".join(results) or "no figures"
         line += f"\ntrainer.best={best!r}: no best is kept, as the validation gives {names}"
     return line
-
-
-def _place(line: str) -> tuple[float, bool]:
-    """Return the step of a record, and whether it is of the step's validation, which follows that of its losses."""
-    try:
-        record = parse_json(line, "log.jsonl")
-        return float(record["step"]), "lr" not in record
-    except (ValueError, KeyError, TypeError):
-        return float("inf"), True  # a line cut short by a kill
