@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 
 from engine.errors import printable
 
 
-class LeftOut:
-    """Says which clips of a data set cannot be used, each once.
+def leaving_out(source: object, total: int) -> Callable[[str, object], None]:
+    """Return what says, once a clip, that a clip of the data set `source` of `total` clips cannot be used, and why."""
+    return partial(_leave_out, set(), source, total)
 
-    Args:
-        source: name of the data set in the lines. total: number of its clips.
-    """
 
-    def __init__(self, source: object, total: int) -> None:
-        self.source, self.total = source, total
-        self.keys: set[str] = set()
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def add(self, key: str, reason: object) -> None:
-        if key not in self.keys:
-            self.keys.add(key)
-            count = f"{len(self)} of {self.total} so far"
-            print(printable(f"{self.source}: clip {key} is left out ({count}): {reason}"), file=sys.stderr)
+def _leave_out(said: set[str], source: object, total: int, key: str, reason: object) -> None:
+    if key not in said:
+        said.add(key)
+        count = f"{len(said)} of {total} so far"
+        print(printable(f"{source}: clip {key} is left out ({count}): {reason}"), file=sys.stderr)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from engine.errors import UserError
-from engine.left_out import LeftOut
+from engine.left_out import leaving_out
 from engine.shards.reader import Blocks, Reading, ShardSplit
 from engine.shards.source import join, read_json
 from talker_t2av.alignment import align, token_classes
@@ -175,7 +175,7 @@ class TalkerExamples:
         self.words = load_tokenizer(tokenizer)
         self.classes = token_classes(self.words, self.shards.index["symbols"]) if phonemes else None
         self.format = SequenceFormat(self.words.speech_id, self.words.tail, patch_size, delay, order=order)
-        self.left_out = LeftOut(self.shards.source, len(self.shards))  # clips whose text cannot be used
+        self.leave_out = leaving_out(self.shards.source, len(self.shards))  # clips whose text cannot be used
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -191,7 +191,7 @@ class TalkerExamples:
             try:
                 return info, latents, self.words.prompt(info["text"])
             except UserError as error:
-                self.left_out.add(info["key"], error)
+                self.leave_out(info["key"], error)
         raise UserError(f"{self.shards.source}: no clip has a text that can be used")
 
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.files import atomic_output
-from engine.left_out import LeftOut
+from engine.left_out import leaving_out
 from engine.progress import track
 from engine.shards.reader import Blocks, Reading, ShardSplit
 from engine.shards.recordings import is_prepared, read_manifest
@@ -175,7 +175,7 @@ def _decode(paths: list[Path], out: Path, kept_file: Path, size: int, phases: np
     Raises:
         UserError: none can be read.
     """
-    kept, left_out = [], LeftOut(out.parent, len(paths))
+    kept, leave = [], leaving_out(out.parent, len(paths))
     with atomic_output(out) as partial:
         shape = (len(paths), frames, size, size, 3)
         array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
@@ -184,7 +184,7 @@ def _decode(paths: list[Path], out: Path, kept_file: Path, size: int, phases: np
                 array[len(kept)] = sample_frames(path, frames, size, float(phases[i]))
                 kept.append(i)
             except UserError as error:
-                left_out.add(path.stem, error)
+                leave(path.stem, error)
         if not kept:
             raise UserError(f"{paths[0].parent}: none of its {len(paths)} clips can be read")
         array.flush()

@@ -60,7 +60,7 @@ class CodedCrops(SpeechCrops):
         """Wave (N,) and codes (Q, L) of a whole clip, in small types: a corpus of hours stays in memory."""
         if index not in self._coded:
             faster = self.draw_speed(torch.Generator().manual_seed(index))
-            wave = pad(at_speed(self.read(index), faster), self.samples).half()
+            wave = pad(at_speed(self.waves.read(index), faster), self.samples).half()
             codes = self.codec.encode(wave.float()[None, None])[0]
             self._coded[index] = wave, codes[:, : len(wave) // self.codec.hop].short()
         return self._coded[index]

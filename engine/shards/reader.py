@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.left_out import LeftOut
+from engine.left_out import leaving_out
 from engine.settings import Group, setting
 from engine.shards.source import CachedFiles, LocalFiles, is_remote, join, verify_once
 from engine.untrusted import parse_json, safe_name
@@ -92,7 +92,7 @@ class ShardSplit:
         index: the split's index.json.
         frames: (n,) int64, of every sample.
         sizes: samples of each shard.
-        left_out: samples that lack a tensor and whose shard does not say so, found when they are read.
+        leave_out: says which samples lack a tensor without their shard's saying so, found when they are read.
     """
 
     def __init__(self, source: str | Path, reading: Reading | None = None, least_frames: int = 0) -> None:
@@ -118,8 +118,8 @@ class ShardSplit:
         self._holds = [names for shard in holds for names in shard]
         self._ends = np.cumsum(self.sizes)
         short = self.frames.numpy() < least_frames
-        self._leave_out(short, f"shorter than {least_frames} frames", f"of {least_frames} frames or more")
-        self.left_out = LeftOut(self.source, len(self))
+        self._drop(short, f"shorter than {least_frames} frames", f"of {least_frames} frames or more")
+        self.leave_out = leaving_out(self.source, len(self))
         self._handles: OrderedDict[int, BinaryIO] = OrderedDict()
 
     def __len__(self) -> int:
@@ -149,7 +149,7 @@ class ShardSplit:
         without = np.array([holds is not None and not holds.issuperset(names) for holds in self._holds])
         held = frozenset(names).intersection(*(self._holds[i] for i in np.flatnonzero(without)))
         lacking = ", ".join(name for name in names if name not in held)
-        self._leave_out(without, f"as they have no {lacking}", f"with {', '.join(names)}: prepare that too")
+        self._drop(without, f"as they have no {lacking}", f"with {', '.join(names)}: prepare that too")
 
     def read_complete(
         self, index: int, names: Collection[str], optional: Collection[str] = ()
@@ -164,7 +164,7 @@ class ShardSplit:
             missing = [name for name in names if name not in tensors]
             if not missing:
                 return info, tensors
-            self.left_out.add(info["key"], f"it has no {', '.join(missing)}")
+            self.leave_out(info["key"], f"it has no {', '.join(missing)}")
         raise UserError(f"{self.source} has no samples with {', '.join(names)}: prepare that too")
 
     def blocks(self, limit: int | None = None) -> Blocks | None:
@@ -199,7 +199,7 @@ class ShardSplit:
             if not (self.index.get("digests") or {}).get(name):
                 raise UserError(f"{self.source} holds no features of {name}: prepare them with that stage")
 
-    def _leave_out(self, rows: np.ndarray, which: str, wanted: str) -> None:
+    def _drop(self, rows: np.ndarray, which: str, wanted: str) -> None:
         """Forget the samples that are True in `rows` (n,); `which` names them, and `wanted` the others."""
         if not rows.any():
             return

@@ -20,7 +20,7 @@ import torchaudio
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.left_out import LeftOut
+from engine.left_out import leaving_out
 from engine.media.audio import read_audio
 from engine.shards.reader import Reading, ShardSplit
 from engine.shards.source import is_remote, join
@@ -67,7 +67,7 @@ def load_clips(root: str | Path, split: str, count: int, rate: int) -> list[Spee
         try:
             clips.append(SpeechClip(name, text, read_audio(waves.path(index), rate)))
         except UserError as error:
-            waves.left_out.add(name, error)
+            waves.leave_out(name, error)
             last = error
     if not clips:
         raise last
@@ -82,7 +82,7 @@ class WavFiles:
     def __init__(self, root: str | Path, split: str, rate: int, count: int | None = None) -> None:
         rows = read_manifest(root, split)[:count]
         self.clips = [(row["id"], str(row.get("text") or "")) for row in rows]
-        self.rate, self.folder, self.left_out = rate, Path(root) / split, LeftOut(join(root, split), len(rows))
+        self.rate, self.folder, self.leave_out = rate, Path(root) / split, leaving_out(join(root, split), len(rows))
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -96,7 +96,7 @@ class WavFiles:
             try:
                 return self._read(self.path(at % len(self)), most, generator)
             except UserError as error:
-                self.left_out.add(self.clips[at % len(self)][0], error)
+                self.leave_out(self.clips[at % len(self)][0], error)
                 last = error
         raise last
 
@@ -125,7 +125,7 @@ class StoredWaves:
         self.shards.require("wave")
         if rate != self.rate:
             raise UserError(f"{self.shards.source} holds waves at {self.rate} Hz, {rate} Hz are wanted")
-        self.blocks, self.left_out = self.shards.blocks(), self.shards.left_out
+        self.blocks = self.shards.blocks()
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -173,7 +173,7 @@ class SpeechCrops(torch.utils.data.Dataset):
         self.samples, self.gain_db, self.speed = samples, gain_db, speed
         prepared = is_prepared(root, split)
         self.waves = StoredWaves(root, split, sample_rate, shards) if prepared else WavFiles(root, split, sample_rate)
-        self.blocks, self.left_out = self.waves.blocks, self.waves.left_out
+        self.blocks = self.waves.blocks
 
     def __len__(self) -> int:
         return len(self.waves)
@@ -182,15 +182,11 @@ class SpeechCrops(torch.utils.data.Dataset):
         """Clips [first, last) come next."""
         self.waves.shards.prefetch(spans)
 
-    def read(self, index: int, most: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """As `WavFiles.read`."""
-        return self.waves.read(index, most, generator)
-
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """{"wave": (1, samples)}, a function of (index, generator)."""
         faster = self.draw_speed(generator)
         samples = -(-self.samples * (SPEED_STEPS + faster) // SPEED_STEPS)
-        wave = at_speed(self.read(index, samples, generator), faster)[: self.samples]
+        wave = at_speed(self.waves.read(index, samples, generator), faster)[: self.samples]
         gain = 10 ** (-self.gain_db * torch.rand((), generator=generator) / 20)
         return {"wave": pad(wave * gain, self.samples)[None]}
 
