@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -48,16 +48,6 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             staging.unlink()
-
-
-def output_file(path: str | Path, suffixes: Collection[str]) -> Path:
-    """Return `path` as a path to write to: one of `suffixes`, in a folder that exists."""
-    path = Path(path)
-    if path.suffix.lower() not in suffixes:
-        raise UserError(f"cannot write {path}: its name must end in {' or '.join(suffixes)}")
-    if not path.parent.is_dir():
-        raise UserError(f"cannot write {path}: there is no folder {path.parent}; make it first")
-    return path
 
 
 def checksum(path: Path) -> int:

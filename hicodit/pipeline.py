@@ -24,7 +24,6 @@ from engine.faces.detectors import FaceDetector
 from engine.faces.landmarks import LandmarkFinder, add_landmarks, read_landmarks, write_faces
 from engine.faces.strip import Strip
 from engine.faces.track import FaceError, FaceTrack
-from engine.files import output_file
 from engine.hub import release_folder
 from engine.media.audio import write_wav
 from engine.media.ffmpeg import probe
@@ -73,7 +72,7 @@ class Speech:
         Raises:
             UserError: the name does not end in .wav, or the file cannot be written.
         """
-        write_wav(output_file(path, [".wav"]), self.wave, self.rate)
+        write_wav(path, self.wave, self.rate)
 
 
 class HiCoDiTPipeline:

@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.files import output_file
 from engine.media.audio import write_wav
 from engine.media.pictures import to_bytes
-from engine.media.video import CONTAINERS, write_video
+from engine.media.video import write_video
 from engine.nn.transfer import send
 from engine.precision import pack_linear, pick_dtype, quantise_linear, uses_int8
 from engine.progress import stage
@@ -73,8 +72,7 @@ class Talk:
         Raises:
             UserError: another suffix, a video without pictures (tts, v2a), or the file cannot be written.
         """
-        path = output_file(path, [*CONTAINERS, ".wav"])
-        if path.suffix.lower() == ".wav":
+        if Path(path).suffix.lower() == ".wav":
             write_wav(path, self.wave, RATE)
         elif self.frames is None:
             raise UserError(f"cannot write {path}: tts and v2a draw no pictures; save the sound as .wav")

@@ -42,7 +42,6 @@ def test_python_lines_of_the_readme_run_as_printed(tmp_path, monkeypatch, capsys
     assert soundfile.info("talk.wav").frames == len(known["talk"].wave)
     for result, name, why in (
         (known["speech"], "speech.mp3", r"must end in \.wav"),
-        (known["speech"], "no/speech.wav", "there is no folder no"),
         (known["talk"], "talk.gif", r"must end in \.mp4"),
         (replace(known["talk"], frames=None), "tts.mp4", "no pictures"),
     ):

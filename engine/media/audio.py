@@ -115,6 +115,8 @@ def write_wav(path: str | Path, wave: np.ndarray | Tensor, rate: int, lossless: 
     Args:
         lossless: as 32-bit floats and not clipped, for waves that are measured.
     """
+    if Path(path).suffix.lower() != ".wav":
+        raise UserError(f"cannot write {path}: its name must end in .wav")
     wave = np.asarray(wave.detach().cpu() if isinstance(wave, Tensor) else wave)
     assert wave.ndim == 1, f"expected samples (N,), got {wave.shape}"
     content, samples = io.BytesIO(), np.empty(len(wave), np.float32 if lossless else np.int16)

@@ -232,12 +232,6 @@ def newest(root: str | Path, say: Callable[[str], None] = print) -> Path | None:
     return None
 
 
-def remove_all(root: str | Path) -> None:
-    """Delete the checkpoints in `root`, for a fresh start."""
-    for step in steps(root):
-        shutil.rmtree(Path(root) / f"step-{step:08d}")
-
-
 def damage(folder: Path) -> str | None:
     """Say what is wrong with a checkpoint folder; None: nothing."""
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import gc
 import math
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -317,7 +318,7 @@ class Trainer:
         root = self.run / "checkpoints"
         distributed.from_main(lambda: refuse_links(self.run))
         if self.fresh and not distributed.restarted():
-            distributed.from_main(lambda: checkpoint.remove_all(root))
+            distributed.from_main(lambda: shutil.rmtree(root, ignore_errors=True))
         folder = distributed.from_main(lambda: checkpoint.newest(root, self._say))
         if folder is None:
             return
