@@ -47,29 +47,19 @@ class Recogniser:
     """Speech to words under a JSGF grammar, or by an n-gram language model, which allows any order of words.
 
     Args:
-        grammar: path of a grammar file, or its text (which begins with `#JSGF`); path of a language model in ARPA
-            format (`.arpa`); None for pocketsphinx's own language model.
+        file: the grammar, or a language model in ARPA format (`.arpa`).
     """
 
-    def __init__(self, grammar: str | Path | None):
-        text, pocketsphinx = str(grammar), require("pocketsphinx", "pocketsphinx")
-        if grammar is None or text.endswith(".arpa"):
-            model = {} if grammar is None else {"lm": text}
-            try:
-                self._decoder = pocketsphinx.Decoder(pocketsphinx.Config(loglevel="FATAL", **model))
-            except RuntimeError as error:
-                raise UserError(f"the recogniser cannot use the language model {grammar}: {error}") from error
-            return
-        if not text.lstrip().startswith("#JSGF"):
-            if not Path(grammar).is_file():
-                raise UserError(f"no such grammar file: {grammar}")
-            text = Path(grammar).read_text()
-        self._decoder = pocketsphinx.Decoder(pocketsphinx.Config(lm=None, **SETTINGS))
+    def __init__(self, file: Path) -> None:
+        pocketsphinx, free = require("pocketsphinx", "pocketsphinx"), file.suffix == ".arpa"
+        settings = {"lm": str(file), "loglevel": "FATAL"} if free else {"lm": None, **SETTINGS}
         try:
-            self._decoder.add_jsgf_string("grammar", text)
-            self._decoder.activate_search("grammar")
-        except (ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"the recogniser cannot use this grammar: {error}; are all its words English?") from error
+            self._decoder = pocketsphinx.Decoder(pocketsphinx.Config(**settings))
+            if not free:
+                self._decoder.add_jsgf_string("grammar", file.read_text())
+                self._decoder.activate_search("grammar")
+        except (ValueError, RuntimeError, KeyError, OSError) as error:
+            raise UserError(f"the recogniser cannot use {file}: {error}; are all its words English?") from error
 
     def transcribe(self, wave: np.ndarray, rate: int) -> str:
         """Turn (N,) float samples in [-1, 1] at `rate` Hz into lower-case words, "" if none were recognised."""
@@ -86,9 +76,9 @@ class CorpusRecogniser:
             the grammar does not have; without that file, the grammar is used for all.
     """
 
-    def __init__(self, grammar: str | Path):
-        self._closed, model = Recogniser(grammar), Path(grammar).with_name("free.arpa")
-        self._words = set(re.findall(r"[\w'-]+", Path(grammar).read_text()))
+    def __init__(self, grammar: Path) -> None:
+        self._closed, model = Recogniser(grammar), grammar.with_name("free.arpa")
+        self._words = set(re.findall(r"[\w'-]+", grammar.read_text()))
         self._free = Recogniser(model) if model.is_file() else None
 
     def is_free(self, text: str) -> bool:
