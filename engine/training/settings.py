@@ -26,10 +26,7 @@ class TrainerConfig(Group, prefix="trainer."):
         1, 1, 10**6, "micro-batches per step; the global batch is batch_size x accumulate x processes"
     )
     global_batch_size: int | None = setting(
-        None,
-        1,
-        10**9,
-        "samples of a step over all processes: accumulate follows, batch_size is the most of a micro-batch",
+        None, 1, 10**9, "samples of a step over all processes, in micro-batches of at most batch_size; sets accumulate"
     )
     lr: float = setting(2e-4, 0.0, 10.0, "peak learning rate of AdamW")
     betas: tuple[float, float] = setting((0.9, 0.98), 0.0, 1 - 1e-9, "AdamW's betas")
@@ -45,7 +42,7 @@ class TrainerConfig(Group, prefix="trainer."):
         1.0,
         1e-9,
         1e9,
-        "largest gradient norm of each part (a GAN has two; HiCoDiT's identity adapter is one); null: no clipping",
+        "largest gradient norm of each part, such as a GAN's two or HiCoDiT's adapter; null: no clipping",
     )
     ema_decay: float = setting(
         0.999, 0.0, 1 - 1e-9, "decay of the averaged weights, which are validated and released; 0: no averaging"
@@ -68,10 +65,7 @@ class TrainerConfig(Group, prefix="trainer."):
     keep: int = setting(2, 1, 10**6, "number of newest checkpoints to keep")
     best: str | None = setting(None, about="also keep the best checkpoint by a validation figure, e.g. 'min wer_seen'")
     spike: float | None = setting(
-        None,
-        1e-9,
-        1e9,
-        "skip steps whose loss or gradient norm exceeds its mean by this many mean deviations, e.g. 20; null: never",
+        None, 1e-9, 1e9, "skip steps with a loss or norm this many mean deviations above the mean, e.g. 20; null: never"
     )
     give_up_after: int = setting(10, 1, 10**9, "stop after this many skipped steps in a row (not finite, or spikes)")
     seed: int = setting(0, *SEEDS, "seed of initial weights, data order and all noise")
