@@ -130,7 +130,7 @@ class WorkItem:
         return torch.from_numpy(function(self.frames[at], self.track[at]))
 
     def path(self, name: str) -> Path:
-        """Where one of the source's files is; what lies in a tar file is taken out first, until `close`."""
+        """Return where one of the source's files is; what lies in a tar file is taken out first, until `close`."""
         if name not in self.info.packed:
             return self.root / name
         if self.unpacked is None:
@@ -165,7 +165,7 @@ class Step:
     facts: ClassVar[tuple[str, ...]] = ()
 
     def digests(self) -> dict[str, str]:
-        """By feature, the digest of the weights that make it."""
+        """Return by feature the digest of the weights that make it."""
         return {}
 
     def __call__(self, clip: WorkItem) -> None:
@@ -205,7 +205,7 @@ class Encoder(Step):
 
 
 def in_parts(clips: Sequence[WorkItem], pictures: Sequence[int]) -> Iterator[list[WorkItem]]:
-    """The clips in order, in groups of at most `PICTURES` pictures together (a longer clip alone).
+    """Yield the clips in order, in groups of at most `PICTURES` pictures together (a longer clip alone).
 
     Args:
         pictures: of each clip.
@@ -222,7 +222,7 @@ def in_parts(clips: Sequence[WorkItem], pictures: Sequence[int]) -> Iterator[lis
 
 
 def make_key(path: str) -> str:
-    """A key from a relative path: folders and odd characters become -, a long one is cut and gets a digest."""
+    """Return a key from a relative path: folders and odd characters become -, a long one is cut and gets a digest."""
     key = re.sub(r"[^A-Za-z0-9_-]+", "-", path).strip("-") or "clip"
     return key if len(key) <= LONGEST_KEY else with_digest(key, path)
 

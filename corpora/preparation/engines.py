@@ -110,7 +110,7 @@ class Whisper:
         return Transcript(self.processor.batch_decode(ids, skip_special_tokens=True)[0].strip(), language, probability)
 
     def _language(self, features: torch.Tensor) -> tuple[str, float]:
-        """The likeliest language of the first window: Whisper's first token after the start names it."""
+        """Return the likeliest language of the first window: Whisper's first token after the start names it."""
         tokens = self.model.generation_config.lang_to_id
         start = torch.tensor([[self.model.config.decoder_start_token_id]], device=self.device)
         logits = self.model(features, decoder_input_ids=start).logits[0, -1].float()  # (V,)
@@ -121,7 +121,7 @@ class Whisper:
 
 @cache
 def whisper(name: str = "openai/whisper-large-v3", device: str = "auto") -> Whisper:
-    """One `Whisper` for all stages of a process that ask for the same."""
+    """Return one `Whisper` for all stages of a process that ask for the same."""
     return Whisper(name, device)
 
 

@@ -47,7 +47,7 @@ class Face(Step):
             clip.track = add_landmarks([clip.frames], clip.track, self.landmarks)
 
     def _which(self, clip: WorkItem) -> str | int | tuple[float, float]:
-        """The face that the source names by its place in fractions of the picture, else that of the settings."""
+        """Return the face that the source names by its place in fractions of the picture, else that of the settings."""
         if clip.info.face is None:
             return self.face
         x, y, lines = clip.info.face

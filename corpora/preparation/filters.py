@@ -20,14 +20,14 @@ from engine.media.audio import resample
 
 
 def transcribe(clip: WorkItem, recogniser: Recogniser) -> Transcript:
-    """The transcript of a clip; a recogniser runs once, for all steps."""
+    """Return the transcript of a clip; a recogniser runs once, for all steps."""
     if recogniser.name not in clip.transcripts:
         clip.transcripts[recogniser.name] = recogniser(clip.wave16)
     return clip.transcripts[recogniser.name]
 
 
 def normalise_text(text: str) -> str:
-    """Lower case, without punctuation: recognisers differ in both."""
+    """Return a text in lower case without punctuation: recognisers differ in both."""
     return " ".join(re.sub(r"[^\w' ]+", " ", text.lower()).split())
 
 

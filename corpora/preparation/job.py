@@ -103,7 +103,7 @@ def prepare(config: DictConfig) -> None:
 
 
 def place(config: DictConfig) -> tuple[int, int]:
-    """(rank, world size) of this process: as set, else from torchrun's environment."""
+    """Return (rank, world size) of this process: as set, else from torchrun's environment."""
     rank = int(os.environ.get("RANK", 0)) if config.rank is None else config.rank
     world = int(os.environ.get("WORLD_SIZE", 1)) if config.world_size is None else config.world_size
     if not 0 <= rank < world:
@@ -123,7 +123,7 @@ def _check(config: DictConfig) -> None:
 
 
 def chosen_stages(config: DictConfig, source: Source) -> dict[str, dict[str, Any]]:
-    """Settings by stage of those that are used and for which the source has what they need."""
+    """Return the settings by stage of those that are used and for which the source has what they need."""
     stages = OmegaConf.to_container(config, resolve=True)["stages"]
     if not stages["decode"]["use"]:
         raise UserError("stages.decode.use=false: without it there is nothing to prepare")
@@ -142,7 +142,7 @@ def chosen_stages(config: DictConfig, source: Source) -> dict[str, dict[str, Any
 
 
 def _executor(config: DictConfig, start: partial) -> Processes | ThisProcess | Cluster:
-    """What runs the steps: processes of this machine, or a Ray cluster."""
+    """Make what runs the steps: processes of this machine, or a Ray cluster."""
     if config.executor == "processes":
         build = partial(start, True)
         return Processes(config.workers, build, config.clip_timeout) if config.workers else ThisProcess(build)

@@ -15,7 +15,7 @@ from hicodit.conditions.types import EXPRESSIONS
 
 
 def phoneme_labels(phonemes: list, frames: int, symbols: list[str]) -> np.ndarray:
-    """Index (T,) of the phoneme at each frame's centre, counted from 1 in `symbols`; 0 where none sounds."""
+    """Return the index (T,) of the phoneme at each frame's centre, counted from 1 in `symbols`; 0 where none sounds."""
     labels = np.zeros(frames, np.uint8)
     for symbol, start, end in phonemes:
         if symbol in symbols:
@@ -25,7 +25,7 @@ def phoneme_labels(phonemes: list, frames: int, symbols: list[str]) -> np.ndarra
 
 
 def expression_labels(label: str | list[str] | None, windows: int) -> Tensor | None:
-    """Classes (J,) from a source's label of the whole clip, or of each of its `windows` half seconds; None without."""
+    """Return classes (J,) by a source's label of the whole clip, or of each of `windows` half seconds; None without."""
     if label is None:
         return None
     labels = [label] * windows if isinstance(label, str) else label[:windows]

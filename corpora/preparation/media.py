@@ -83,7 +83,7 @@ class Decode(Step):
             clip.facts["phonemes"] = info.phonemes
 
     def _frames(self, path: Path, span: tuple[float, float] | None) -> np.ndarray:
-        """All frames; reading stops, and memory with it, where a clip gets too long."""
+        """Read all frames; reading stops, and memory with it, where a clip gets too long."""
         frames, count, most = None, 0, int((self.max_seconds + self.max_mismatch) * FPS)
         for block in iter_video(path, FPS, self.max_side, span=span):
             if frames is None:  # takes memory as it is filled
@@ -108,7 +108,7 @@ class Wave(Step):
 
 
 def _pcm(wave: np.ndarray) -> np.ndarray:
-    """[-1, 1] to 16 bits."""
+    """Turn samples in [-1, 1] into 16 bits."""
     return np.round(wave.clip(-1, 1) * 32767).astype(np.int16)
 
 

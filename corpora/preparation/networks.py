@@ -350,7 +350,7 @@ class Portraits(Step):
 
 
 def face_square(clip: WorkItem, crop: str) -> Square:
-    """The square that is cut from a clip: round the face, as generation cuts it, or the largest in the middle."""
+    """Return the square to cut from a clip: round the face, as generation cuts it, or the largest in the middle."""
     height, width = clip.frames.shape[1:3]
     if crop == "centre":
         return Square(*centre_square(height, width))

@@ -45,15 +45,15 @@ class Source:
             raise UserError(f"source.root={root} is not a folder")
 
     def splits(self) -> list[str]:
-        """Names of the splits that are there."""
+        """Return the names of the splits that are there."""
         raise NotImplementedError
 
     def read(self, split: str) -> Iterable[SourceClip]:
-        """The clips of a split in a fixed order; their keys need not be unique yet."""
+        """Return the clips of a split in a fixed order; their keys need not be unique yet."""
         raise NotImplementedError
 
     def clips(self, split: str) -> list[SourceClip]:
-        """The clips of a split in a fixed order."""
+        """Return the clips of a split in a fixed order."""
         if split not in self.splits():
             raise UserError(f"{self.root} has no split {split}; there are: {', '.join(self.splits()) or 'none'}")
         clips = list(self.read(split))
@@ -82,7 +82,7 @@ class Unsplit(Source):
         self.own = dict.fromkeys(tests, "test") | held_out(groups - tests, {"test": test, "val": validation})
 
     def walk(self) -> Iterator[tuple[str, SourceClip]]:
-        """All clips in a fixed order, each with its group."""
+        """Yield all clips in a fixed order, each with its group."""
         raise NotImplementedError
 
     def splits(self) -> list[str]:
@@ -229,7 +229,7 @@ class Folder(Source):
 
 
 def _with_text(folder: str, name: str) -> SourceClip:
-    """VIDEO/CLIP of LRS; the folder, a video, stands for the speaker, who is not named."""
+    """Describe VIDEO/CLIP of LRS; the folder, a video, stands for the speaker, who is not named."""
     path = f"{folder}/{name}"
     return SourceClip(
         make_key(name), f"{path}.mp4", text_file=f"{path}.txt", speaker=name.partition("/")[0], language="en"
@@ -237,7 +237,7 @@ def _with_text(folder: str, name: str) -> SourceClip:
 
 
 def held_out(groups: Iterable[str], shares: Mapping[str, float]) -> dict[str, str]:
-    """By group (a speaker, a video) the split that it is held out for; groups that train are absent.
+    """Return by group (a speaker, a video) the split that it is held out for; groups that train are absent.
 
     A share above 0 takes at least one group, and at least one is left for training: of a single group nothing is held
     out.
@@ -256,12 +256,12 @@ def held_out(groups: Iterable[str], shares: Mapping[str, float]) -> dict[str, st
 
 
 def _folders(folder: Path) -> list[str]:
-    """Names of the folders in `folder`; [] where it is not."""
+    """Return the names of the folders in `folder`; [] where it is not."""
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
 
 
 def _walk(folder: Path, depth: int, suffix: str) -> Iterator[str]:
-    """Files DEPTH folders below `folder` in alphabetical order, as relative paths without the suffix."""
+    """Yield files DEPTH folders below `folder` in alphabetical order, as relative paths without the suffix."""
     with report_os_errors(f"cannot list {folder}"):
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     for entry in entries:
@@ -272,12 +272,12 @@ def _walk(folder: Path, depth: int, suffix: str) -> Iterator[str]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a list that are not blank."""
+    """Return the lines of a list that are not blank."""
     return [line.strip() for line in untrusted.read_lines(path, f"the list {path}") if line.strip()]
 
 
 def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    """Rows of a CSV file that has the given columns."""
+    """Return the rows of a CSV file that has the given columns."""
     try:
         text = "\n".join(untrusted.read_lines(path, f"source.table={path}"))
         rows = list(csv.DictReader(io.StringIO(text)))

@@ -77,7 +77,7 @@ class YoutubeIds(Unsplit):
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    """AVSpeech's rows without a header, or a table with one."""
+    """Read AVSpeech's rows without a header, or a table with one."""
     lines = read_lines(path)
     has_header = bool(lines) and {"id", "start", "end"} <= set(next(csv.reader(lines[:1])))
     for row in csv.DictReader(lines, None if has_header else ("id", "start", "end", "x", "y")):
@@ -87,7 +87,7 @@ def _csv(path: Path) -> Iterator[Row]:
 
 
 def _json(path: Path) -> Iterator[Row]:
-    """TalkVid: a list of clips with a link and times. CelebV-HQ: `clips` by name, with a box in fractions."""
+    """Read TalkVid: a list of clips with a link and times. CelebV-HQ: `clips` by name, with a box in fractions."""
     content = read_json(path, f"the list {path}")
     try:
         if isinstance(content, dict):
@@ -105,7 +105,7 @@ def _json(path: Path) -> Iterator[Row]:
 
 
 def _hdtf(folder: Path) -> Iterator[Row]:
-    """NAME_annotion_time.txt, NAME_crop_wh.txt and NAME_resolution.txt of HDTF_dataset; videos are named as there."""
+    """Read NAME_annotion_time.txt, NAME_crop_wh.txt and NAME_resolution.txt of HDTF_dataset; videos are named so."""
     lists = sorted(folder.glob("*_annotion_time.txt"))
     if not lists:
         raise UserError(f"{folder} holds no *_annotion_time.txt: name HDTF's folder HDTF_dataset")
@@ -124,18 +124,18 @@ def _hdtf(folder: Path) -> Iterator[Row]:
 
 
 def _by_name(path: Path) -> dict[str, list[str]]:
-    """Lines of words by their first word; {} where the file is not."""
+    """Return lines of words by their first word; {} where the file is not."""
     return {line.split()[0]: line.split()[1:] for line in read_lines(path)} if path.is_file() else {}
 
 
 def _clock(text: str) -> float:
-    """Seconds of 1:05 or 01:02:05; -1 for something else."""
+    """Return the seconds of 1:05 or 01:02:05; -1 for something else."""
     parts = [_number(part) for part in text.split(":")]
     return sum(60**i * part for i, part in enumerate(reversed(parts))) if min(parts) >= 0 else -1.0
 
 
 def _number(value: Any) -> float:
-    """The number that a text is; -1 for something else."""
+    """Return the number that a text is; -1 for something else."""
     try:
         return float(value)
     except (TypeError, ValueError):

@@ -63,7 +63,7 @@ class TalkerData(Unsplit):
             )
 
     def _rows(self) -> Iterator[tuple[str, str, str | None]]:
-        """(sound, motion file, text or None)."""
+        """Yield (sound, motion file, text or None)."""
         if self.table is not None:
             for row in read_table(self.root / self.table, ("wav_path", "motion_pt_path")):
                 yield row["wav_path"], row["motion_pt_path"], row.get("text") or None
@@ -124,7 +124,7 @@ class Emilia(Unsplit):
 
 
 def tar_members(root: Path, pattern: str) -> Mapping[str, tuple[str, int, int]]:
-    """(tar file, offset, size) by name of every file in the tar files of a folder; they must not be compressed."""
+    """Return (tar file, offset, size) by name of every file in the uncompressed tar files of a folder."""
     members = {}
     for path in sorted(root.glob(pattern)):
         try:

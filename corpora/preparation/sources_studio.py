@@ -56,11 +56,11 @@ class Studio(Unsplit):
             yield clip.speaker, clip
 
     def clips_of_names(self) -> Iterator[SourceClip]:
-        """All clips, in any order."""
+        """Yield all clips, in any order."""
         raise NotImplementedError
 
     def files(self, *suffixes: str) -> Iterator[Path]:
-        """Files with one of the suffixes below the root, wherever its archives were unpacked, relative to it."""
+        """Yield files with one of the suffixes below the root, wherever its archives were unpacked, relative to it."""
         for folder, _, names in os.walk(self.root):
             for name in names:
                 if name.lower().endswith(suffixes):
@@ -146,7 +146,7 @@ class GRID(Studio):
 
     @staticmethod
     def sentence(name: str) -> str | None:
-        """The six words that a name such as bbaf2n stands for; None for another name."""
+        """Return the six words that a name such as bbaf2n stands for; None for another name."""
         tables = (VERBS, COLOURS, PREPOSITIONS, None, DIGITS, ADVERBS)
         words = [(letter if letter.isalpha() else None) if table is None else table.get(letter)
                  for table, letter in zip(tables, name.lower())]  # fmt: skip

@@ -160,7 +160,7 @@ def start_steps(
 
 
 def earlier_samples(folder: Path, shard: int, fingerprints: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """By key, the fields of a `WorkItem` that tell what a shard of an existing split holds of it.
+    """Return by key the fields of a `WorkItem` that tell what a shard of an existing split holds of it.
 
     It is {} if there is no such shard, or a damaged one.
     """
@@ -180,7 +180,7 @@ def earlier_samples(folder: Path, shard: int, fingerprints: Mapping[str, str]) -
 
 
 def input_digest(clip: SourceClip) -> str:
-    """Eight hex digits of what the source says of a clip; the contents of its files do not count."""
+    """Return eight hex digits of what the source says of a clip; the contents of its files do not count."""
     return hashlib.sha256(dumps(asdict(clip))).hexdigest()[:8]
 
 

@@ -31,7 +31,7 @@ class DurationDistance(Metric):
         self.phones = lru_cache(CACHED)(self._phones)
 
     def _phones(self, path: Path | None, text: str) -> list[list[tuple[str, int]]]:
-        """(phone, frames) of each word of a file's speech."""
+        """Return (phone, frames) of each word of a file's speech."""
         pcm = (wave_of(path, RATE).clip(-1, 1) * 32767).astype("<i2").tobytes()
         decoder = self.package.Decoder(self.package.Config(loglevel="FATAL", lm=None, bestpath=False))
         try:

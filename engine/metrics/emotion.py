@@ -41,7 +41,7 @@ class Emotion(Metric):
         self.read = lru_cache(CACHED)(self._read)
 
     def _read(self, path: Path | None) -> tuple[str, np.ndarray]:
-        """(class, embedding (D,)) of a file's speech."""
+        """Return (class, embedding (D,)) of a file's speech."""
         with contextlib.redirect_stdout(io.StringIO()):
             (row,) = self.model.generate(wave_of(path, RATE), granularity="utterance", extract_embedding=True)
         return row["labels"][int(np.argmax(row["scores"]))], np.asarray(row["feats"], np.float64)

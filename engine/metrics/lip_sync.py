@@ -29,7 +29,7 @@ MAX_SIDE = 1280  # of the picture in which the face is looked for
 
 
 def face_squares(frames: np.ndarray, boxes: np.ndarray, size: int = SIDE) -> np.ndarray:
-    """(T, H, W, 3) and boxes (T, 4) of x, y, w, h -> (T, size, size, 3), what is outside the picture grey.
+    """Cut (T, H, W, 3) by boxes (T, 4) of x, y, w, h to (T, size, size, 3), what is outside the picture grey.
 
     With s half of the box's longer side, the square reaches from s above its middle to 1.8 s below, 1.4 s to the sides;
     middle and s are medians over 13 frames.
@@ -50,7 +50,7 @@ def face_squares(frames: np.ndarray, boxes: np.ndarray, size: int = SIDE) -> np.
 
 @lru_cache(2)
 def face_video(path: Path | None) -> np.ndarray:
-    """Squares of the largest face of a video at 25 frames a second: (T, 224, 224, 3) bytes."""
+    """Cut squares of the largest face of a video at 25 frames a second: (T, 224, 224, 3) bytes."""
     if path is None:
         raise UserError("the clip has no picture")
     frames = read_video(path, FPS, MAX_SIDE)

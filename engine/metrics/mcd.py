@@ -27,7 +27,7 @@ DECIBEL = 10 / math.log(10) * math.sqrt(2)
 
 @lru_cache(1)
 def _warp() -> np.ndarray:
-    """(BINS / 2 + 1, M): cepstrum to mel cepstrum by the all-pass (z^-1 - alpha) / (1 - alpha z^-1).
+    """Return (BINS / 2 + 1, M), cepstrum to mel cepstrum by the all-pass (z^-1 - alpha) / (1 - alpha z^-1).
 
     Column by column from the highest coefficient down (Oppenheim and Johnson 1972), applied to unit vectors.
     """
@@ -44,7 +44,7 @@ def _warp() -> np.ndarray:
 
 
 def mel_cepstrum(wave: np.ndarray) -> np.ndarray:
-    """(N,) at 22.05 kHz -> (F, M)."""
+    """Compute the mel cepstra (F, M) of a wave (N,) at 22.05 kHz."""
     pyworld = require("pyworld", "pyworld", "metrics")
     wave = np.ascontiguousarray(wave, dtype=np.float64)
     f0, times = pyworld.dio(wave, RATE, frame_period=PERIOD)
@@ -56,7 +56,7 @@ def mel_cepstrum(wave: np.ndarray) -> np.ndarray:
 
 
 def distortion(reference: np.ndarray, made: np.ndarray, mode: str) -> float:
-    """Waves (N,) at 22.05 kHz -> dB; `mode` is plain, dtw or dtw_sl."""
+    """Return the distortion in dB of waves (N,) at 22.05 kHz; `mode` is plain, dtw or dtw_sl."""
     if mode == "plain":
         length = max(len(reference), len(made))
         reference, made = (np.pad(wave, (0, length - len(wave))) for wave in (reference, made))

@@ -136,7 +136,7 @@ class Metric:
 
     @classmethod
     def download(cls, protocol: str) -> str:
-        """The group of configs/checkpoints.yaml that has the files."""
+        """Return the group of configs/checkpoints.yaml that has the files."""
         return "metrics"
 
     @classmethod
@@ -178,7 +178,7 @@ class Metric:
 
     @staticmethod
     def distance(features: np.ndarray, true: np.ndarray) -> float:
-        """Figure of a whole set: features (F, D) of a system and of the truth."""
+        """Return the figure of a whole set: features (F, D) of a system and of the truth."""
         raise NotImplementedError
 
 

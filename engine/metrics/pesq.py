@@ -21,7 +21,7 @@ RATES = {"wb": 16_000, "nb": 8_000}
 
 
 def pesq_score(reference: np.ndarray, degraded: np.ndarray, rate: int, band: str = "wb") -> float:
-    """About 1.0 to 4.6; both (N,) at `rate` Hz; `band` is wb or nb."""
+    """Return PESQ, about 1.0 to 4.6; both (N,) at `rate` Hz; `band` is wb or nb."""
     pesq, own = require("pesq", "pesq"), RATES[band]
     pair = [resample(torch.as_tensor(np.asarray(x), dtype=torch.float32), rate, own) for x in (reference, degraded)]
     try:

@@ -16,13 +16,13 @@ WINDOW, SIGMA = 11, 1.5  # of SSIM's Gaussian, in pixels
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of two equal shapes with values from 0 to 255. Equal inputs: inf."""
+    """Return the peak signal-to-noise ratio in dB of two equal shapes with values from 0 to 255. Equal inputs: inf."""
     error = (a.double() - b.double()).square().mean().item()
     return math.inf if error == 0 else 10 * math.log10(255.0**2 / error)
 
 
 def _gaussian(size: int) -> Tensor:
-    """Blur along one axis as a matrix (size - 10, size): on a CPU much faster than convolving one channel."""
+    """Return a blur along one axis as a matrix (size - 10, size): on a CPU much faster than convolving one channel."""
     assert size >= WINDOW, f"SSIM takes {WINDOW} pixels or more, not {size}"
     taps = torch.exp(-((torch.arange(WINDOW) - WINDOW // 2) ** 2).double() / (2 * SIGMA**2))
     rows = torch.zeros(size - WINDOW + 1, size, dtype=torch.float64)
@@ -32,7 +32,7 @@ def _gaussian(size: int) -> Tensor:
 
 
 def ssim_map(a: Tensor, b: Tensor, span: float = 255.0) -> Tensor:
-    """Local structural similarity (Wang et al., 2004): (B, C, H, W) x 2 -> (B, C, H - 10, W - 10).
+    """Compute local structural similarity (Wang et al., 2004) (B, C, H - 10, W - 10) of two (B, C, H, W).
 
     Gaussian window of 11 pixels with a deviation of 1.5, constants 0.01 and 0.03, no padding. `span` is the range of
     the values.
@@ -49,5 +49,5 @@ def ssim_map(a: Tensor, b: Tensor, span: float = 255.0) -> Tensor:
 
 
 def ssim(a: Tensor, b: Tensor) -> float:
-    """Mean structural similarity of pictures (B, C, H, W) with values from 0 to 255, in float64."""
+    """Return the mean structural similarity of pictures (B, C, H, W) with values from 0 to 255, in float64."""
     return ssim_map(a.double(), b.double()).mean().item()

@@ -82,9 +82,9 @@ class CorpusRecogniser:
         self._free = Recogniser(model) if model.is_file() else None
 
     def is_free(self, text: str) -> bool:
-        """Whether the language model recognises this sentence."""
+        """Return whether the language model recognises this sentence."""
         return self._free is not None and not set(text.lower().split()) <= self._words
 
     def transcribe(self, text: str, wave: np.ndarray, rate: int) -> str:
-        """What was recognised in a wave that says, or should say, `text`."""
+        """Return what was recognised in a wave that says, or should say, `text`."""
         return (self._free if self.is_free(text) else self._closed).transcribe(wave, rate)

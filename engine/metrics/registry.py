@@ -36,7 +36,7 @@ METRICS = {figure: name for name, figures in CLASSES.items() for figure in figur
 
 
 def metric_of(figure: str) -> type[Metric]:
-    """The class that measures a figure."""
+    """Return the class that measures a figure."""
     if figure not in METRICS:
         raise UserError(f"metric {figure!r} is unknown; there are: {', '.join(METRICS)}")
     module, name = METRICS[figure].split(".")
@@ -44,7 +44,7 @@ def metric_of(figure: str) -> type[Metric]:
 
 
 def metrics_of(figures: Sequence[str]) -> dict[type[Metric], list[str]]:
-    """Figures by the class that measures them, in the order given."""
+    """Return figures by the class that measures them, in the order given."""
     found: dict[type[Metric], list[str]] = {}
     for figure in figures:
         found.setdefault(metric_of(figure), []).append(figure)
@@ -52,7 +52,7 @@ def metrics_of(figures: Sequence[str]) -> dict[type[Metric], list[str]]:
 
 
 def protocol_of(metric: type[Metric], given: Mapping[str, str]) -> str:
-    """What `given` says for one of the metric's figures; where it says nothing, the metric's first protocol."""
+    """Return what `given` says for one of the metric's figures; where it says nothing, the metric's first protocol."""
     return next((given[figure] for figure in metric.figures if figure in given), metric.protocols[0])
 
 

@@ -40,7 +40,7 @@ class GE2EEncoder:
             self.network = resemblyzer.VoiceEncoder(device, verbose=False)
 
     def embed(self, wave: np.ndarray, rate: int) -> np.ndarray:
-        """(N,) float samples at `rate` Hz -> (256,) float32 of unit length, non-negative.
+        """Embed (N,) float samples at `rate` Hz: (256,) float32 of unit length, non-negative.
 
         Volume is raised to -30 dBFS and silences are cut by Resemblyzer's own rules.
 

@@ -92,6 +92,6 @@ class Ecapa:
 
     @torch.inference_mode()
     def embed(self, wave: np.ndarray) -> np.ndarray:
-        """(N,) at 16 kHz -> (192,)."""
+        """Embed a wave (N,) at 16 kHz: (192,)."""
         wave, whole = torch.from_numpy(wave)[None].to(self.device), torch.ones(1, device=self.device)
         return self.network(self.normalise(self.bands(wave), whole), whole)[0, 0].cpu().numpy()

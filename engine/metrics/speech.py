@@ -19,18 +19,18 @@ DROP = 30.0  # dB below the loudest moment: what is quieter is not speech
 
 
 def pitch_range(f0: np.ndarray) -> float:
-    """Semitones between the 10th and 90th percentile of the voiced frames of a pitch (F,); 0 with fewer than five."""
+    """Return semitones from the 10th to the 90th percentile of the voiced frames of a pitch (F,); 0 with under 5."""
     voiced = f0[f0 > 0]
     return float(12 * np.log2(np.percentile(voiced, 90) / np.percentile(voiced, 10))) if len(voiced) > 4 else 0.0
 
 
 def energy(wave: np.ndarray) -> float:
-    """Mean power of a wave (N,) in dB."""
+    """Return the mean power of a wave (N,) in dB."""
     return float(10 * np.log10(np.mean(np.square(wave)) + 1e-10))
 
 
 def pitch(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Fundamental frequency (F,) in Hz of every 16 ms of a wave (N,), 0 where unvoiced, by pYIN (Mauch & Dixon 2014).
+    """Find the pitch (F,) in Hz of every 16 ms of a wave (N,), 0 where unvoiced, by pYIN (Mauch & Dixon 2014).
 
     Its path search matters: frame by frame, resynthesised speech loses so many octaves that the pitch ranges of clips
     no longer correlate with those of the originals (0.62, against 0.89 with pYIN, 20 clips).
@@ -42,14 +42,14 @@ def pitch(wave: np.ndarray, rate: int) -> np.ndarray:
 
 
 def loudness(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Root mean square of each video frame's sound: (N,) -> (T,), T = N / rate * 25 rounded down."""
+    """Return the root mean square of each video frame's sound: (N,) -> (T,), T = N / rate * 25 rounded down."""
     frame = rate // FPS
     whole = wave[: len(wave) // frame * frame].reshape(-1, frame)
     return np.sqrt(np.mean(np.square(whole, dtype=np.float64), 1))
 
 
 def synchrony(opening: np.ndarray, wave: np.ndarray, rate: int, shift: int = 0) -> float:
-    """Pearson correlation of mouth opening (T,) with the loudness of the sound, over the frames that both have.
+    """Correlate mouth opening (T,) with the loudness of the sound (Pearson), over the frames that both have.
 
     Args:
         shift: frames by which the sound is moved against the mouth; positive: it comes later.
@@ -67,7 +67,7 @@ def synchrony(opening: np.ndarray, wave: np.ndarray, rate: int, shift: int = 0) 
 
 
 def speech_end(wave: np.ndarray, rate: int) -> float:
-    """Seconds from the start to the end of the last 10 ms within 30 dB of the loudest; 0 for silence.
+    """Return the seconds from the start to the end of the last 10 ms within 30 dB of the loudest; 0 for silence.
 
     Energy alone decides: no recogniser is needed.
     """

@@ -20,7 +20,7 @@ RATE = 16_000
 
 
 def stoi(reference: np.ndarray, degraded: np.ndarray, rate: int, extended: bool = False) -> float:
-    """About 0 to 1; both (N,) at `rate` Hz, time-aligned. The longer wave is cut to the shorter one.
+    """Return STOI, about 0 to 1; both (N,) at `rate` Hz, time-aligned. The longer wave is cut to the shorter one.
 
     Args:
         extended: ESTOI, which correlates whole spectra and so also counts modulated noise.

@@ -35,7 +35,7 @@ BATCH = 20
 
 @lru_cache(maxsize=2)
 def _mel_filters(count: int, size: int) -> np.ndarray:
-    """(count, size / 2 + 1) triangles between FFT bins that are evenly spaced in mels (2595 log10(1 + f / 700))."""
+    """Return triangles (count, size / 2 + 1) between FFT bins evenly spaced in mels (2595 log10(1 + f / 700))."""
     top = 2595 * np.log10(1 + RATE / 2 / 700)
     edges = 700 * (10 ** (np.linspace(0, top, count + 2) / 2595) - 1)
     bins = np.floor((size + 1) * edges / RATE)
@@ -49,7 +49,7 @@ def _mel_filters(count: int, size: int) -> np.ndarray:
 
 
 def mfcc(wave: np.ndarray, coefficients: int = 13) -> np.ndarray:
-    """16-bit samples (N,) at 16 kHz -> (coefficients, F) float64, the defaults of python_speech_features.
+    """Turn 16-bit samples (N,) at 16 kHz into (coefficients, F) float64 by the defaults of python_speech_features.
 
     Frames of 25 ms every 10 ms, a rectangular window, the last one filled with zeros; pre-emphasis 0.97; the log of the
     frame's energy in place of the first coefficient. F = 1 + ceil((N - 400) / 160).
@@ -114,20 +114,20 @@ class SyncNet(nn.Module):
         self.netfcaud, self.netfclip = _project(), _project()
 
     def audio(self, mfccs: Tensor) -> Tensor:
-        """MFCC windows (B, 1, 13, 20) -> (B, D)."""
+        """Embed MFCC windows (B, 1, 13, 20): (B, D)."""
         return self.netfcaud(self.netcnnaud(mfccs).flatten(1))
 
     def lip_features(self, frames: Tensor) -> Tensor:
-        """Faces (B, 3, 5, 224, 224), BGR in 0..255 -> (B, 512), before the last layers."""
+        """Compute features (B, 512) of faces (B, 3, 5, 224, 224), BGR in 0..255, before the last layers."""
         return self.netcnnlip(frames).flatten(1)
 
     def lip(self, frames: Tensor) -> Tensor:
-        """Faces (B, 3, 5, 224, 224), BGR in 0..255 -> (B, D)."""
+        """Embed faces (B, 3, 5, 224, 224), BGR in 0..255: (B, D)."""
         return self.netfclip(self.lip_features(frames))
 
     @torch.no_grad()
     def embed(self, frames: np.ndarray, wave: np.ndarray) -> tuple[Tensor, Tensor]:
-        """A clip -> (lip (W, D), audio (W, D)); W is the smaller of T and floor(N / 640), less 5.
+        """Embed a clip: lip (W, D), audio (W, D); W is the smaller of T and floor(N / 640), less 5.
 
         Args:
             frames: (T, H, W, 3) uint8 RGB at 25 fps, cut to the face; brought to 224 x 224.
@@ -149,7 +149,7 @@ class SyncNet(nn.Module):
         return torch.cat(lips), torch.cat(sounds)
 
     def score(self, frames: np.ndarray, wave: np.ndarray) -> SyncScore:
-        """LSE-C, LSE-D and offset of a clip; arguments and errors are those of `embed`."""
+        """Return LSE-C, LSE-D and offset of a clip; arguments and errors are those of `embed`."""
         return sync_score(*self.embed(frames, wave))
 
     @classmethod
@@ -178,7 +178,7 @@ class SyncScore:
 
 
 def sync_score(lip: Tensor, audio: Tensor, shift: int = SHIFT) -> SyncScore:
-    """Embeddings (W, D) of lips and sound, window by window -> score over shifts of -shift..shift windows.
+    """Score embeddings (W, D) of lips and sound, window by window, over shifts of -shift..shift windows.
 
     Beyond the ends the sound is a zero vector.
     """

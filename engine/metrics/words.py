@@ -87,7 +87,7 @@ class WordErrors(Metric):
         return ["pocketsphinx"] if protocol.startswith("grammar") else []
 
     def transcribe(self, take: Take) -> str:
-        """What is heard in a take, as the recogniser writes it."""
+        """Return what is heard in a take, as the recogniser writes it."""
         if self.kind == "auto-avsr":
             if take.heard is None:
                 raise UserError("the manifest gives no transcript: transcribe with auto-avsr and add it as heard")
@@ -150,7 +150,7 @@ class WordErrors(Metric):
 
 
 def count_errors(reference: str, hypothesis: str, language: str = "en") -> dict[str, tuple[float, float]]:
-    """Errors and units of `wer` (not for languages without spaces) and `cer`."""
+    """Count errors and units of `wer` (not for languages without spaces) and `cer`."""
     if not reference.split():
         raise UserError("its text has no words")
     found = {}
@@ -164,7 +164,7 @@ def count_errors(reference: str, hypothesis: str, language: str = "en") -> dict[
 
 
 def load_speech_model(folder: Path, device: str) -> tuple[Any, Any]:
-    """(processor, model) of transformers, from files on disk; half precision on a GPU."""
+    """Load (processor, model) of transformers from files on disk; half precision on a GPU."""
     from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32

@@ -129,11 +129,11 @@ class ShardSplit:
         return self.__dict__ | {"_handles": OrderedDict()}
 
     def __getitem__(self, index: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The JSON and all tensors of a sample."""
+        """Return the JSON and all tensors of a sample."""
         return self.read(index)
 
     def read(self, index: int, names: Collection[str] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The JSON of a sample, and those of its tensors that are named and present (None: all)."""
+        """Return the JSON of a sample, and those of its tensors that are named and present (None: all)."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         shard = int(np.searchsorted(self._ends, index, "right"))
@@ -154,7 +154,7 @@ class ShardSplit:
     def read_complete(
         self, index: int, names: Collection[str], optional: Collection[str] = ()
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The JSON of a sample, its tensors `names`, and those of `optional` that it has.
+        """Return the JSON of a sample, its tensors `names`, and those of `optional` that it has.
 
         Older shards do not list the tensors that a sample lacks, so that `require` cannot leave it out: the next sample
         takes its place here.
@@ -168,7 +168,7 @@ class ShardSplit:
         raise UserError(f"{self.source} has no samples with {', '.join(names)}: prepare that too")
 
     def blocks(self, limit: int | None = None) -> Blocks | None:
-        """The shards of the first `limit` samples as the trainer's blocks; None if all samples are shuffled at once."""
+        """Return the shards of the first `limit` samples as blocks; None if all samples are shuffled at once."""
         if self.reading.window is None:
             return None
         ends = self._ends if limit is None else self._ends.clip(max=limit)
@@ -252,7 +252,7 @@ class ShardSplit:
 def read_sample(
     file: BinaryIO, places: Sequence[Sequence[int]], names: Collection[str] | None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The JSON of a sample, and those of its tensors that are named and present (None: all), from an open shard.
+    """Return the JSON of a sample, and those of its tensors that are named and present (None: all), from an open shard.
 
     Args:
         places: offset and size of KEY.json, and of KEY.safetensors.
@@ -273,7 +273,7 @@ def _bytes(file: BinaryIO, at: int, size: int) -> bytearray:
 
 
 def _tensors(file: BinaryIO, at: int, size: int, names: Collection[str] | None) -> dict[str, Tensor]:
-    """The named tensors of a safetensors member, without reading the others: 8 bytes of length, a JSON header, data."""
+    """Read the named tensors of a safetensors member and no others: 8 bytes of length, a JSON header, data."""
     head = _bytes(file, at, min(size, HEADER))
     length = int.from_bytes(head[:8], "little")
     if length > size - 8:

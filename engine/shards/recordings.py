@@ -39,7 +39,7 @@ class SpeechClip:
 
 
 def read_manifest(root: str | Path, split: str) -> list[dict]:
-    """Rows of ROOT/SPLIT.jsonl."""
+    """Return the rows of ROOT/SPLIT.jsonl."""
     path = Path(root) / f"{split}.jsonl"
     if not path.is_file():
         raise UserError(f"no manifest {path}: make the corpus with scripts/make_synthetic_corpus.py, or set data.root")
@@ -53,12 +53,12 @@ def read_manifest(root: str | Path, split: str) -> list[dict]:
 
 
 def is_prepared(root: str | Path, split: str) -> bool:
-    """Whether ROOT/SPLIT are prepared shards (as a URL always is), and not recordings."""
+    """Return whether ROOT/SPLIT are prepared shards (as a URL always is), and not recordings."""
     return is_remote(root) or (Path(root) / split / "index.json").is_file()
 
 
 def load_clips(root: str | Path, split: str, count: int, rate: int) -> list[SpeechClip]:
-    """The first `count` clips of a split, whole, at `rate` Hz; a recording that cannot be read is left out."""
+    """Read the first `count` clips of a split, whole, at `rate` Hz; a recording that cannot be read is left out."""
     if is_prepared(root, split):
         waves = StoredWaves(root, split, rate)
         return [waves.clip(i) for i in range(min(count, len(waves)))]
@@ -91,7 +91,7 @@ class WavFiles:
         return self.folder / f"{self.clips[index][0]}.wav"
 
     def read(self, index: int, most: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """A clip (N,), or a random part of at most `most` samples; the next one if it cannot be read."""
+        """Return a clip (N,), or a random part of at most `most` samples; the next one if it cannot be read."""
         for at in range(index, index + len(self)):
             try:
                 return self._read(self.path(at % len(self)), most, generator)
@@ -179,7 +179,7 @@ class SpeechCrops(torch.utils.data.Dataset):
         return len(self.waves)
 
     def prefetch(self, spans: list[tuple[int, int]]) -> None:
-        """Clips [first, last) come next."""
+        """Fetch clips [first, last), which come next."""
         self.waves.shards.prefetch(spans)
 
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -191,7 +191,7 @@ class SpeechCrops(torch.utils.data.Dataset):
         return {"wave": pad(wave * gain, self.samples)[None]}
 
     def draw_speed(self, generator: torch.Generator | None) -> int:
-        """Steps of speed, 0 for half of the crops."""
+        """Draw steps of speed, 0 for half of the crops."""
         most = round(self.speed * SPEED_STEPS)
         if not most or torch.rand((), generator=generator) < 0.5:
             return 0
@@ -199,20 +199,20 @@ class SpeechCrops(torch.utils.data.Dataset):
 
     @staticmethod
     def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Every entry stacked: {"wave": (B, 1, N)}."""
+        """Stack every entry: {"wave": (B, 1, N)}."""
         return {name: torch.stack([item[name] for item in items]) for name in items[0]}
 
 
 def draw(spare: int, generator: torch.Generator | None) -> int:
-    """A random start in 0..spare."""
+    """Draw a random start in 0..spare."""
     return int(torch.randint(max(0, spare) + 1, (), generator=generator))
 
 
 def at_speed(wave: Tensor, faster: int) -> Tensor:
-    """(N,) played `faster` steps of speed faster, or slower below 0; pitch and formants move along."""
+    """Play (N,) `faster` steps of speed faster, or slower below 0; pitch and formants move along."""
     return torchaudio.functional.resample(wave, SPEED_STEPS + faster, SPEED_STEPS) if faster else wave
 
 
 def pad(wave: Tensor, samples: int) -> Tensor:
-    """Zeros at the end of (N,) up to `samples`."""
+    """Add zeros at the end of (N,) up to `samples`."""
     return torch.nn.functional.pad(wave, (0, max(0, samples - len(wave))))

@@ -30,17 +30,17 @@ AHEAD = 2  # shards that a process fetches at once while it trains
 
 
 def is_remote(source: str | Path) -> bool:
-    """Whether `source` is a URL (https://..., s3://...) and no path."""
+    """Return whether `source` is a URL (https://..., s3://...) and no path."""
     return "://" in str(source)
 
 
 def join(source: str | Path, *names: str) -> str:
-    """A path or URL below `source`."""
+    """Return a path or URL below `source`."""
     return "/".join([str(source).rstrip("/"), *names])
 
 
 def read_json(source: str | Path) -> Any:
-    """The JSON at a path or URL, as it is now."""
+    """Return the JSON at a path or URL, as it is now."""
     if not is_remote(source):
         return untrusted.read_json(source)
     with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +50,7 @@ def read_json(source: str | Path) -> Any:
 
 
 def read_index(source: str | Path) -> dict[str, Any]:
-    """The index.json of a split, its entries of shards checked: their names become names of files."""
+    """Return the index.json of a split, its entries of shards checked: their names become names of files."""
     path = join(source, "index.json")
     index = read_json(path)
     shards = index.get("shards") if isinstance(index, dict) else None
@@ -105,7 +105,7 @@ class LocalFiles:
         return read_json(self.folder / f"{shard['name']}.json")
 
     def tar(self, shard: dict[str, Any]) -> Path:
-        """The shard's path. Raises UserError if it is missing or has another size than in the index."""
+        """Return the shard's path. Raises UserError if it is missing or has another size than in the index."""
         path = self.folder / f"{shard['name']}.tar"
         if not path.is_file():
             raise UserError(
@@ -153,7 +153,7 @@ class CachedFiles:
         return read_json(self._have(f"{shard['name']}.json"))
 
     def tar(self, shard: dict[str, Any]) -> Path:
-        """The path of the shard's copy, fetched now if it is not there. Raises UserError if it does not come whole."""
+        """Return the path of the shard's copy, fetched now if it is not there; UserError if it does not come whole."""
         path = self._have(f"{shard['name']}.tar", shard)
         with suppress(OSError):
             os.utime(path)  # the deletion goes by this time

@@ -42,12 +42,12 @@ INDEX, QUARANTINE, PLAN = "index.json", "quarantine.jsonl", ".plan.json"
 
 
 def dumps(value: Any) -> bytes:
-    """JSON in one line, the same bytes for equal values."""
+    """Write JSON in one line, the same bytes for equal values."""
     return (json.dumps(value, ensure_ascii=False, sort_keys=True) + "\n").encode()
 
 
 def sample_bytes(key: str, members: Mapping[str, bytes]) -> bytes:
-    """The members KEY.SUFFIX of a tar file, in the order given; no time, owner or other trace of the run."""
+    """Return the members KEY.SUFFIX of a tar file, in the order given; no time, owner or other trace of the run."""
     assert KEY.fullmatch(key), key
     parts = []
     for suffix, data in members.items():
@@ -58,7 +58,7 @@ def sample_bytes(key: str, members: Mapping[str, bytes]) -> bytes:
 
 
 def read_members(data: bytes) -> Iterator[tuple[str, int, bytes]]:
-    """(suffix, offset of the data, data) of every member that `sample_bytes` packed."""
+    """Return (suffix, offset of the data, data) of every member that `sample_bytes` packed."""
     with tarfile.open(fileobj=io.BytesIO(data + END)) as tar:
         for info in tar:
             start = info.offset_data
@@ -93,8 +93,11 @@ def reject_sample(work: Path, key: str, source: str, stage: str, reason: str) ->
 
 
 def _own_staging(work: Path, key: str) -> Path:
-    """A name that no other process writes to: a cluster may run a clip again while its first run, on a machine that was
-    given up, goes on. What a killed process leaves goes with the work folder."""
+    """Return a name that no other process writes to.
+
+    A cluster may run a clip again while its first run, on a machine that was given up, goes on. What a killed process
+    leaves goes with the work folder.
+    """
     return work / f"{key}.{uuid.uuid4().hex[:12]}.part"
 
 
@@ -176,14 +179,14 @@ class SplitWriter:
         return self.keys[shard * self.per_shard : (shard + 1) * self.per_shard]
 
     def is_made(self, shard: int) -> bool:
-        """Whether the shard exists and is of this plan."""
+        """Return whether the shard exists and is of this plan."""
         path = self.folder / f"{shard:06d}.json"
         if shard not in self._made and path.is_file() and json.loads(path.read_bytes()).get("plan") == self.plan:
             self._made.add(shard)
         return shard in self._made
 
     def missing(self, shard: int) -> list[str]:
-        """Keys of a shard that are still to do, in order."""
+        """Return the keys of a shard that are still to do, in order."""
         if self.is_made(shard):
             return []
         work = self.work(shard)
@@ -335,7 +338,7 @@ class _Moments:
 
 
 def _difference(there: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:
-    """The first setting in which two plans differ, as `name=VALUE, not OTHER`."""
+    """Return the first setting in which two plans differ, as `name=VALUE, not OTHER`."""
     for name in sorted({*there, *wanted}):
         old, new = there.get(name), wanted.get(name)
         if old != new:

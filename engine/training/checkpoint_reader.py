@@ -26,7 +26,7 @@ _GLOBALS |= {tuple(str(found).split(".")): found for found in _METADATA if isins
 
 
 def _member(found: type, name: str) -> Any:
-    """In place of `getattr`, by which Python 3.11.2 (Debian 12) pickles members of enumerations; 3.11.7 does not."""
+    """Stand in for `getattr`, by which Python 3.11.2 (Debian 12) pickles members of enumerations; 3.11.7 does not."""
     if found is not dcp_metadata._MEM_FORMAT_ENCODING or name not in found.__members__:
         raise pickle.UnpicklingError(f"it asks for {name!r} of {found}")
     return found[name]

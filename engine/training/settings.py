@@ -104,7 +104,7 @@ class TrainerConfig(Group, prefix="trainer."):
         return replace(self, accumulate=accumulate, batch_size=each // accumulate)
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of step `step` (from 0): linear warm-up, then constant or cosine to `min_lr_ratio`."""
+        """Return the learning rate of a step (from 0): linear warm-up, then constant or cosine to `min_lr_ratio`."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         if self.schedule == "constant":
