@@ -241,11 +241,7 @@ class LiaX(PortraitCodec):
 
     @classmethod
     def from_tensors(cls, sizes: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> LiaX:
-        """A codec with these fields of its config that takes `state` as it is: nothing is initialised or copied.
-
-        Raises:
-            UserError: a tensor is missing, unknown or of another shape; the message names `source`.
-        """
+        """A codec with these fields of its config that takes `state` as it is: nothing is initialised or copied."""
         with torch.device("meta"):
             codec = cls(LiaXConfig(**sizes))
         load_strict(codec, state, source, assign=True)

@@ -37,9 +37,6 @@ def sample_frames(path: str | Path, count: int, size: int, shift: float = 0.5) -
 
     Args:
         shift: where in its share of the clip each frame is taken, in [0, 1). Frames repeat in a clip of fewer frames.
-
-    Raises:
-        UserError: the file is missing or has no frames.
     """
     capture = cv2.VideoCapture(str(path))
     total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
@@ -76,10 +73,6 @@ class FramePairs(torch.utils.data.Dataset):
         tracks: known movements, one number a frame, that the manifest has under `mouth` or `pose`, and the factor of
             each. Not for shards.
         shards: fields of `engine.shards.reader.Reading`.
-
-    Raises:
-        UserError: no manifest or no shards with pictures, a damaged shard, no clip that can be read, fewer than two
-            frames a clip, or a track that is missing.
     """
 
     blocks: Blocks | None = None
@@ -170,11 +163,7 @@ def _tracks(row: dict, factors: Mapping[str, float], frames: int, phase: float) 
 
 
 def _decode(paths: list[Path], out: Path, kept_file: Path, size: int, phases: np.ndarray, frames: int) -> None:
-    """Write the frames of all clips as one array (N, K, S, S, 3), and which can be read: their frames come first.
-
-    Raises:
-        UserError: none can be read.
-    """
+    """Write the frames of all clips as one array (N, K, S, S, 3), and which can be read: their frames come first."""
     kept, leave = [], leaving_out(out.parent, len(paths))
     with atomic_output(out) as partial:
         shape = (len(paths), frames, size, size, 3)
@@ -207,11 +196,7 @@ def pack_portraits(frames: np.ndarray, size: int) -> tuple[Tensor, Tensor]:
 
 
 def unpack_portraits(packed: Tensor, starts: Tensor, size: int, chosen: Sequence[int] | None = None) -> np.ndarray:
-    """Pictures (k, S, S, 3) RGB that `pack_portraits` wrote: all of them, or those chosen.
-
-    Raises:
-        UserError: one is no picture.
-    """
+    """Pictures (k, S, S, 3) RGB that `pack_portraits` wrote: all of them, or those chosen."""
     frames = []
     for k in range(len(starts) - 1) if chosen is None else chosen:
         coded = packed[int(starts[k]) : int(starts[k + 1])].numpy()

@@ -61,9 +61,6 @@ class Perceptual(nn.Module):
 
     Args:
         weights: file with torchvision's `vgg19` state dict (its ImageNet weights).
-
-    Raises:
-        UserError: no torchvision, or the file is missing or is not that state dict.
     """
 
     def __init__(self, weights: str | Path):

@@ -27,11 +27,7 @@ def find_official(path: Path) -> Path | None:
 
 
 def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(fields of `LiaXConfig`, state dict under our names) of the official file.
-
-    Raises:
-        UserError: the file is damaged or is not a LIA-X checkpoint.
-    """
+    """(fields of `LiaXConfig`, state dict under our names) of the official file."""
     state = read_tensors(path)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} is not a flat state dict: give the official {FILE}")
@@ -42,9 +38,6 @@ def sizes_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The fields of `LiaXConfig` by the shapes of an official `state`.
 
     Only the product of a width and `scale` shows in them; published networks are `WIDTH` wide before `scale`.
-
-    Raises:
-        UserError: a tensor that tells a size is missing.
     """
     try:
         style_dim, motion_dim = state["dec.direction.weight"].shape
@@ -68,11 +61,7 @@ def sizes_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def our_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An official `state` under our names, in float32. Kernels may be absent.
-
-    Raises:
-        UserError: a stored kernel is not the one that this network uses.
-    """
+    """An official `state` under our names, in float32. Kernels may be absent."""
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
     last = sum(re.fullmatch(r"enc\.enc_2r\.block\d+\.0\.conv1\.0\.weight", key) is not None for key in state)
     ours = {}

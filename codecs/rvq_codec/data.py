@@ -25,9 +25,6 @@ class CodedCrops(SpeechCrops):
         samples: length of a crop, a multiple of the codec's hop.
         root, split, sample_rate, gain_db, speed, shards: as in `SpeechCrops`; with a codec, gains stay as they are,
             and a clip keeps the speed that its number draws.
-
-    Raises:
-        UserError: as in `SpeechCrops`, or `samples` is no multiple of the hop.
     """
 
     def __init__(

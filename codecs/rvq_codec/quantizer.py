@@ -154,9 +154,6 @@ class ResidualQuantizer(nn.Module):
         """Sum (B, C, T) of the looked-up, out-projected vectors of the first `levels` levels of codes (B, Q, T).
 
         In training mode quantiser dropout may leave an item fewer levels.
-
-        Raises:
-            UserError: more levels asked for than the codes or the quantiser have.
         """
         count = codes.shape[1] if levels is None else levels
         if not 1 <= count <= min(codes.shape[1], len(self.quantizers)):

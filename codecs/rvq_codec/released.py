@@ -22,11 +22,7 @@ def find_official(path: Path) -> Path | None:
 
 
 def read_official(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(fields of `RVQCodecConfig`, state dict under our names) of the published files, whose decoder is Vocos.
-
-    Raises:
-        UserError: a file is missing, damaged, or lacks a tensor that tells a size.
-    """
+    """(fields of `RVQCodecConfig`, state dict under our names) of the published files, whose decoder is Vocos."""
     states = []
     for name in (ENCODER, DECODER):
         if not (folder / name).is_file():
@@ -39,11 +35,7 @@ def read_official(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def sizes_of(encoder: dict[str, Tensor], decoder: dict[str, Tensor], source: Path) -> dict[str, Any]:
-    """The fields of `RVQCodecConfig` by the shapes of the two published states.
-
-    Raises:
-        UserError: a tensor that tells a size is missing.
-    """
+    """The fields of `RVQCodecConfig` by the shapes of the two published states."""
     try:
         blocks = takewhile(encoder.__contains__, (f"block.{i}.block.4.weight_v" for i in count(1)))
         strides = tuple(encoder[key].shape[-1] // 2 for key in blocks)  # half the kernel

@@ -126,11 +126,7 @@ class WhisperXVAE(Codec):
         return log_mel(pad_or_trim(wave16, window), self.config.mel_bands)
 
     def semantic(self, mel: Tensor) -> Tensor:
-        """Mel (B, M, 2 * context) -> Whisper's last states (B, context, C), 50 a second.
-
-        Raises:
-            UserError: the mel is not of Whisper's window length.
-        """
+        """Mel (B, M, 2 * context) -> Whisper's last states (B, context, C), 50 a second."""
         expected = (self.config.mel_bands, 2 * self.config.whisper_context)
         if mel.ndim != 3 or mel.shape[1:] != expected:
             raise UserError(f"mel of shape {tuple(mel.shape)}: give (batch, {expected[0]}, {expected[1]})")
@@ -227,11 +223,7 @@ class WhisperXVAE(Codec):
 
     @classmethod
     def from_tensors(cls, sizes: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> WhisperXVAE:
-        """A codec with these fields of its config that takes `state` as it is: nothing is initialised or copied.
-
-        Raises:
-            UserError: a tensor is missing or has another shape; the message names `source`.
-        """
+        """A codec with these fields of its config that takes `state` as it is: nothing is initialised or copied."""
         config = WhisperXVAEConfig(**sizes)
         with torch.device("meta"):
             codec = cls(config)

@@ -64,9 +64,6 @@ def sizes_of(state: dict[str, Tensor]) -> dict[str, Any]:
     """The fields of `WhisperXVAEConfig` by the shapes of an official `state`.
 
     Whisper's head size is the published one, and so is its context if the state has no position table.
-
-    Raises:
-        UserError: a tensor that tells a size is missing.
     """
     try:
         return {
@@ -94,11 +91,7 @@ def _strides(state: dict[str, Tensor], pattern: str) -> tuple[int, ...]:
 
 
 def find_official(path: Path) -> Path | None:
-    """The Lightning checkpoint that `path` is, or the only one in the folder `path`; None: there is none.
-
-    Raises:
-        UserError: there are several.
-    """
+    """The Lightning checkpoint that `path` is, or the only one in the folder `path`; None: there is none."""
     if path.is_file():
         return path
     found = sorted(path.glob("*.ckpt")) if path.is_dir() else []
@@ -111,9 +104,6 @@ def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(fields of `WhisperXVAEConfig`, state dict under our names) of an official checkpoint.
 
     Sizes come from the weights; the configuration in the file must agree.
-
-    Raises:
-        UserError: the file is damaged, lacks tensors, or its configuration contradicts its weights.
     """
     content = read_checkpoint(path)
     state = content.get("state_dict", content)
