@@ -318,7 +318,7 @@ class Trainer:
         root = self.run / "checkpoints"
         distributed.from_main(lambda: refuse_links(self.run))
         if self.fresh and not distributed.restarted():
-            distributed.from_main(lambda: shutil.rmtree(root, ignore_errors=True))
+            distributed.from_main(lambda: shutil.rmtree(root) if root.exists() else None)
         folder = distributed.from_main(lambda: checkpoint.newest(root, self._say))
         if folder is None:
             return
