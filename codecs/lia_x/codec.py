@@ -18,7 +18,7 @@ from engine.codec import PortraitCodec
 from engine.errors import UserError
 from engine.nn.transfer import send
 from engine.precision import half_precision
-from engine.release import load_strict, weights_digest
+from engine.release import build_with, weights_digest
 from engine.settings import Group, setting
 from lia_x.decoder import Decoder
 from lia_x.encoder import Encoder
@@ -241,11 +241,8 @@ class LiaX(PortraitCodec):
 
     @classmethod
     def from_tensors(cls, sizes: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> LiaX:
-        """A codec with these fields of its config that takes `state` as it is: nothing is initialised or copied."""
-        with torch.device("meta"):
-            codec = cls(LiaXConfig(**sizes))
-        load_strict(codec, state, source, assign=True)
-        return codec.eval()
+        """Make a codec with these fields of its config and the tensors of `state`: nothing is initialised or copied."""
+        return build_with(lambda: cls(LiaXConfig(**sizes)), state, source)
 
 
 def _checked_chunk(chunk: int) -> int:

@@ -22,7 +22,7 @@ from engine.errors import UserError
 from engine.media.audio import resample
 from engine.nn.dac import DACDecoder, DACEncoder, WNConv1d
 from engine.nn.mel import HOP, RATE, log_mel, pad_or_trim
-from engine.release import load_strict, weights_digest
+from engine.release import build_with, weights_digest
 from engine.settings import Group, setting
 from whisperx_vae.released import find_official, read_official
 
@@ -223,10 +223,7 @@ class WhisperXVAE(Codec):
 
     @classmethod
     def from_tensors(cls, sizes: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> WhisperXVAE:
-        """A codec with these fields of its config that takes `state` as it is: nothing is initialised or copied."""
+        """Make a codec with these fields of its config and the tensors of `state`: nothing is initialised or copied."""
         config = WhisperXVAEConfig(**sizes)
-        with torch.device("meta"):
-            codec = cls(config)
         positions = {POSITIONS: sinusoids(config.whisper_context, config.hidden)}  # older files do not store them
-        load_strict(codec, positions | {key: value.float() for key, value in state.items()}, source, assign=True)
-        return codec.eval()
+        return build_with(lambda: cls(config), positions | state, source)
