@@ -1,15 +1,41 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from engine import processes
 from engine.evaluation.shares import Share, figures_of
 from engine.training.parallel import prepare_blocks
 from engine.training.task import Task
+from tests import forked
+
+ROOT = Path(__file__).resolve().parents[1]
+torch.set_num_threads(1)  # tests run in a process for each core
+os.environ |= {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "codecs"))), "OMP_NUM_THREADS": "1"}
+
+processes.get_context = lambda _: forked.SERVER  # in place of "spawn": as separate, and there at once
+
+# Files that take longest, longest first, so that none is left for the end in several processes (`-n 2`).
+LONG = [
+    f"tests/{name}.py"
+    for name in (
+        "rehearsal/test_rehearsal", "hicodit/test_inference", "engine/test_plan", "engine/test_parallel",
+        "rehearsal/test_grid_recipe", "talker_t2av/test_talker_pipeline", "hicodit/test_hard_videos",
+        "corpora/test_synthetic_corpus", "corpora/test_prepare_job", "talker_t2av/test_evaluation_tables",
+        "scripts/test_kill_test", "scripts/test_late_errors", "hicodit/test_task", "hicodit/test_pipeline",
+        "engine/test_trainer", "talker_t2av/test_talker_inference",
+    )
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(name) if (name := item.nodeid.split("::")[0]) in LONG else len(LONG))
 
 
 def _losses(task: Task, batch: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -164,4 +164,4 @@ def test_the_source_root_codecs_leaves_the_standard_module_alone(tmp_path):
         "assert '/codecs/' in rvq_codec.__file__.replace(chr(92), '/'), rvq_codec.__file__\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}  # what pip installed
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=environment, timeout=120)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=environment, timeout=600)

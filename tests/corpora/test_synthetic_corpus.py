@@ -36,14 +36,13 @@ from corpora.synthetic.voices import load_voices
 from engine.metrics.recogniser import Recogniser
 from hicodit.conditions.types import windows_of
 from talker_t2av.phonemes import SYMBOLS
+from tests import forked
 
 REPO = Path(__file__).resolve().parents[2]
 
 
 def make(out: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "scripts/make_synthetic_corpus.py", "--out", str(out), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
+    return forked.run("scripts/make_synthetic_corpus.py", "--out", out, *arguments)
 
 
 def digests(root: Path) -> dict[str, str]:
@@ -113,7 +112,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_parts(tmp_path):
     )
     slow.chmod(0o755)
     command = f"ulimit -f 80; {sys.executable} scripts/make_synthetic_corpus.py --out {tmp_path / 'full'} --clips 4"
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "IMAGEIO_FFMPEG_EXE": str(slow)}
+    environment = os.environ | {"IMAGEIO_FFMPEG_EXE": str(slow)}
     done = subprocess.run(["bash", "-c", command], cwd=REPO, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert "cannot write" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
@@ -124,11 +123,9 @@ def test_a_full_disk_is_one_line_and_leaves_no_parts(tmp_path):
 def test_an_interrupt_ends_all_processes_and_leaves_no_parts(tmp_path):
     root = tmp_path / "corpus"
     command = [sys.executable, "scripts/make_synthetic_corpus.py", "--out", str(root), "--clips", "1000"]
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     making = subprocess.Popen(
         command,
         cwd=REPO,
-        env=environment,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,

@@ -69,10 +69,11 @@ def run(job: dict) -> None:
             (folder / "facts.json").write_text(json.dumps({"reduced": count, "held": held}))
 
 
-if __name__ == "__main__":
+def worker(jobs: list[dict]) -> None:
+    """Do the jobs in one process of a group, and end it."""
     distributed.init(os.environ.get("DEVICE", "cpu"))
     try:  # both ends are at once, as in train.py: threads of gloo that are left would sometimes abort a normal one
-        for each in json.loads(sys.argv[1]):
+        for each in jobs:
             os.environ["LOCAL_WORLD_SIZE"] = str(each["node"])
             run(each)
         distributed.shutdown()
@@ -80,3 +81,7 @@ if __name__ == "__main__":
         traceback.print_exc()
         exit_process(1)
     exit_process(0)
+
+
+if __name__ == "__main__":
+    worker(json.loads(sys.argv[1]))

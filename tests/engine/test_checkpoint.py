@@ -76,7 +76,7 @@ def test_what_changes_after_the_call_is_not_saved(tmp_path, monkeypatch):
     assert torch.equal(read["model.weight"], torch.ones(3, 4))
 
 
-def test_all_damaged_is_told_and_not_taken_for_a_fresh_start(tmp_path):
+def test_resume_fails_if_every_checkpoint_is_damaged(tmp_path):
     truncate(save(tmp_path, 1))
     with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
         checkpoint.newest(tmp_path, lambda _: None)

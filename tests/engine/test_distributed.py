@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -55,7 +54,7 @@ def worker(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("seen")
-    together(2, str(folder), "test_distributed.py")
+    together(folder, 2, worker, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -81,7 +80,3 @@ def test_the_flight_recorder_is_on(seen):
 def test_a_task_that_cannot_be_built_is_one_line():
     with pytest.raises(UserError, match="no such release"):
         build_once(lambda: (_ for _ in ()).throw(UserError("no such release")))
-
-
-if __name__ == "__main__":
-    worker(Path(json.loads(sys.argv[1])))

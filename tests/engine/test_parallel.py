@@ -1,11 +1,7 @@
 """Several processes against one: the same toy run in every way of spreading it."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import parallel_runs
 import pytest
@@ -16,8 +12,8 @@ from engine.errors import UserError
 from engine.release import read_release
 from engine.training.export import export
 from engine.training.trainer import Trainer
+from tests import forked
 
-ROOT = Path(__file__).resolve().parents[2]
 COMMON = {"schedule": "constant", "validate_every": 1000, "checkpoint_every": 1000, "steps": 6}
 GLOBAL = 4  # batches of a step, over all processes
 
@@ -27,22 +23,20 @@ def job(run, processes, node=None, **changes):
     return {"run": str(run), "node": node or processes, "changes": changes}
 
 
-def together(processes, jobs, script="parallel_runs.py", code=0):
-    """Run the jobs in `processes` new processes, as torchrun would; gives what they say of errors."""
+def together(folder, processes, call, *arguments, code=0):
+    """Make a call in new processes, as torchrun would; return what they print, which is kept in `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "codecs")))
-    shared = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, str(Path(__file__).with_name(script)), json.dumps(jobs)]
-    started = []
-    for rank in range(processes):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-        started.append(
-            subprocess.Popen(command, env=os.environ | shared | own, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        )
-    said = [process.communicate(timeout=300)[1].decode() for process in started]
-    assert [process.returncode for process in started] == [code] * processes, said
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": processes}
+    logs = [folder / f"process-{rank}.txt" for rank in range(processes)]
+    started = [
+        forked.start(log, shared | {"RANK": rank, "LOCAL_RANK": rank}, call, *arguments)
+        for rank, log in enumerate(logs)
+    ]
+    for process in started:
+        process.join(forked.SECONDS)
+    said = [log.read_text() for log in logs]
+    assert [process.exitcode for process in started] == [code] * processes, "\n".join(said)
     return said
 
 
@@ -72,7 +66,7 @@ def runs(tmp_path_factory):
         job(root / "measured", 2, validate_every=2) | {"task": "measured"},
         job(root / "measured_fsdp", 2, validate_every=2, parallel="fsdp") | {"task": "measured"},
     ]
-    together(2, jobs)
+    together(root, 2, parallel_runs.worker, jobs)
     alone(root / "1_2_1")
     return root
 
@@ -121,8 +115,8 @@ def test_one_process_exports_what_several_wrote(runs, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_two_machines_of_two_processes_do_too(runs):
-    together(4, [job(runs / "2x2", 4, node=2, parallel="hybrid")])
+def test_two_machines_give_the_losses_of_one(runs):
+    together(runs, 4, parallel_runs.worker, [job(runs / "2x2", 4, node=2, parallel="hybrid")])
     assert_equal_runs(runs / "one", runs / "2x2")
 
 
@@ -130,7 +124,8 @@ def test_two_machines_of_two_processes_do_too(runs):
 def test_three_processes_go_on_to_the_last_bit(tmp_path):
     """In which order DDP adds up three gradients must not depend on how long a run has been going on."""
     jobs = [(tmp_path / "whole", 6), (tmp_path / "parts", 2), (tmp_path / "parts", 6)]
-    together(3, [job(run, 3, steps=steps, accumulate=1) | {"task": "autoencoder"} for run, steps in jobs])
+    jobs = [job(run, 3, steps=steps, accumulate=1) | {"task": "autoencoder"} for run, steps in jobs]
+    together(tmp_path, 3, parallel_runs.worker, jobs)
     whole, parts = released(tmp_path / "whole"), released(tmp_path / "parts")
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
@@ -202,6 +197,7 @@ def test_processes_share_a_validation(runs, name):
 
 
 def test_a_failing_validation_ends_all_processes(tmp_path):
-    said = together(2, [job(tmp_path, 2, validate_every=2) | {"task": "failing"}], code=1)
+    jobs = [job(tmp_path, 2, validate_every=2) | {"task": "failing"}]
+    said = together(tmp_path, 2, parallel_runs.worker, jobs, code=1)
     assert "UserError: training stopped after step 2: process 1 failed in validation: RuntimeError" in said[0]
     assert "RuntimeError: no such clip" in said[1].splitlines()[-1]

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -118,7 +117,7 @@ def worker(folder: Path) -> None:
 @pytest.mark.slow
 def test_fake_processes_cost_what_real_ones_do(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # four processes are two machines
-    together(4, str(tmp_path), "test_plan.py")
+    together(tmp_path, 4, worker, tmp_path)
     facts = json.loads((tmp_path / "facts.json").read_text())
     for way, precision in CASES:
         real, found = (
@@ -149,7 +148,3 @@ def test_a_plan_adds_up():
     large = replace(one, flops=10**18)
     slow = plan(large, large, "ddp", 1, card, 1, 10)
     assert slow.step_s == pytest.approx(slow.compute_s + slow.memory_s)
-
-
-if __name__ == "__main__":
-    worker(Path(json.loads(sys.argv[1])))

@@ -1,9 +1,7 @@
 import gzip
 import json
 import math
-import os
 import resource
-import subprocess
 import sys
 import weakref
 from collections import defaultdict
@@ -18,6 +16,7 @@ from engine.release import read_release
 from engine.training.settings import TrainerConfig
 from engine.training.tracking import Window
 from engine.training.trainer import Trainer
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = ("samples_per_s", "tokens_per_s", "data_wait", "step_s", "memory_gib")
@@ -261,21 +260,6 @@ def test_a_changed_model_is_told_in_one_line(tmp_path):
         trainer(tmp_path, task=ToyRegression).fit()
 
 
-def torchrun(processes, script, *arguments, cwd=ROOT):
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "codecs", Path(__file__).parent)))
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run(
-        [*launcher, str(ROOT / script), *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        timeout=300,
-    )
-
-
 def train_arguments(run, **changes):
     settings = CONFIG | {"log_every": 1} | changes
     words = [f"trainer.{k}={json.dumps(v)}".replace(" ", "") for k, v in settings.items()]
@@ -284,13 +268,13 @@ def train_arguments(run, **changes):
 
 
 def test_train_script_trains_releases_and_goes_on(tmp_path):
-    done = torchrun(1, "train.py", *train_arguments(tmp_path / "run", steps=6), cwd=tmp_path)
+    done = forked.run("train.py", *train_arguments(tmp_path / "run", steps=6), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run/release/model.safetensors").is_file()
     assert {path.name for path in tmp_path.iterdir()} == {"run"}  # no outputs/ or .hydra folders
     info = json.loads((tmp_path / "run/checkpoints/step-00000006/info.json").read_text())
     assert info["config"]["trainer"]["steps"] == 6
-    again = torchrun(1, "train.py", *train_arguments(tmp_path / "run", steps=8), cwd=tmp_path)
+    again = forked.run("train.py", *train_arguments(tmp_path / "run", steps=8), cwd=tmp_path)
     assert "resumed from" in again.stdout and "step 8/8" in again.stdout
 
 
@@ -306,26 +290,6 @@ def test_groups_are_left_in_order_only_after_success(tmp_path, monkeypatch):
         train.main()
     assert left == []  # its peers may never come
     monkeypatch.undo()
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_loss_curve_of_one(tmp_path):
-    # Two processes draw the random numbers (dropout too) of one process that accumulates twice as much.
-    constant = {"schedule": "constant"}
-    one = torchrun(1, "train.py", *train_arguments(tmp_path / "one", accumulate=4, **constant))
-    two = torchrun(2, "train.py", *train_arguments(tmp_path / "two", accumulate=2, **constant))
-    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    a, b = records(tmp_path / "one"), records(tmp_path / "two")
-    assert len(a) == len(b) == 23
-    for left, right in zip(a, b):
-        assert left == pytest.approx(right, rel=1e-5, abs=1e-6)
-    # Stopped half way and resumed on two processes: the same to the last digit.
-    first = torchrun(2, "train.py", *train_arguments(tmp_path / "parts", accumulate=2, steps=10, **constant))
-    rest = torchrun(2, "train.py", *train_arguments(tmp_path / "parts", accumulate=2, **constant))
-    assert first.returncode == rest.returncode == 0, first.stderr + rest.stderr
-    assert records(tmp_path / "parts")[-1] == b[-1]
-    losses = [[r["generator/loss"] for r in records(tmp_path / name) if "lr" in r] for name in ("two", "parts")]
-    assert losses[0] == losses[1]
 
 
 class LoudSide(ToyRegression):

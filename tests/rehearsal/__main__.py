@@ -1,5 +1,8 @@
 import sys
+from pathlib import Path
 
-from tests.rehearsal.walk import main
+from tests.rehearsal.walk import walk
 
-sys.exit(main())
+if __name__ == "__main__":
+    failed, _ = walk(Path(sys.argv[1]).resolve(), "".join(sys.argv[2:3]))
+    sys.exit(bool(failed))

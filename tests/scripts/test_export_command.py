@@ -16,7 +16,7 @@ def state(value: float) -> dict[str, torch.Tensor]:
     }
 
 
-def test_means_where_asked_and_nowhere_else():
+def test_average_changes_only_named_tensors():
     mixed = average([state(1.0), state(4.0)], [1.0, 2.0], ("decoder.",))
     torch.testing.assert_close(mixed["decoder.w"], torch.full((2, 3), 3.0))
     assert torch.equal(mixed["encoder.w"], state(1.0)["encoder.w"])

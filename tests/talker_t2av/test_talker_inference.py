@@ -20,6 +20,7 @@ from engine.media.ffmpeg import command, probe
 from engine.media.video import read_video
 from talker_t2av import inference
 from talker_t2av.settings import InferConfig, read_jobs, read_settings
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -156,9 +157,7 @@ def test_the_bundled_model_works_on_the_demo_where_nothing_is_given():
 
 def test_the_command_line_itself(files, tmp_path):
     def infer(*words):
-        call = [sys.executable, "infer.py", "model=talker_t2av", *words]
-        environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'codecs'}", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-        return subprocess.run(call, capture_output=True, text=True, cwd=ROOT, env=environment)
+        return forked.run("infer.py", "model=talker_t2av", *words)
 
     shown = infer("--help")
     assert shown.returncode == 0 and "prefix_seconds" in shown.stdout and "mode=v2a" in shown.stdout
