@@ -166,7 +166,7 @@ class TalkerWorker(Worker):
                     pipeline.system.model, MODES[mode], pipeline.sampling, self.batch_size, check_every=1,
                     compile=pipeline.compile,
                 )  # fmt: skip
-            self.rows[self.batches[mode].join(job.request, job.rules)] = ticket
+            self.rows[self.batches[mode].join(job.request)] = ticket
         except Exception as error:
             ticket.end(error)
 

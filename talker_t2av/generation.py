@@ -39,7 +39,7 @@ from engine.nn.transfer import send
 from engine.precision import half_precision
 from talker_t2av.model import KeyValues, TalkerT2AV
 from talker_t2av.prompt import known_tokens, last_frames, seeded_noise, step_limit
-from talker_t2av.request import ORDERS, PAPER, LoopRules, Mode, Request, Sampling, Stream, tokens_per_patch
+from talker_t2av.request import ORDERS, Mode, Request, Sampling, Stream, tokens_per_patch
 
 BUCKET = 64  # tokens: lengths of the cache are multiples of it
 
@@ -88,7 +88,6 @@ class Row:
     """
 
     request: Request
-    rules: LoopRules
     limit: int
     tokens: int
     prompt: Tensor
@@ -207,14 +206,12 @@ class Rows:
     def join(
         self,
         request: Request,
-        rules: LoopRules = PAPER,
         noise: Mapping[Stream, Tensor] | None = None,
         like: Row | None = None,
     ) -> Row:
         """Compute a request's prompt; the row takes part from the next step on.
 
         Args:
-            rules: how it ends.
             noise: (S, C, P) by stream, for as many patches as may be drawn; by default from the request's seed.
             like: a row that has just joined with the same prompt, which is then not computed again.
 
@@ -226,11 +223,11 @@ class Rows:
         limit, tokens = self.needs(request)
         request = map_tensors(lambda x: send(x, self.device), request)
         with half_precision(self.device, model.dtype):
-            prompt, known = known_tokens(model, request, self.mode, rules, limit)
+            prompt, known = known_tokens(model, request, self.mode, limit)
         assert len(prompt) + self.per_patch * limit == tokens, (len(prompt), limit, tokens)
         if tokens > self.length:
             self._grow(tokens)
-        row, place = Row(request, rules, limit, tokens, prompt, {s: [] for s in self.streams}), len(self.rows)
+        row, place = Row(request, limit, tokens, prompt, {s: [] for s in self.streams}), len(self.rows)
         shapes = {"speech": (c.speech_dim, size), "motion": (c.motion_dim, size)}
         if noise is None:
             noise = {s: seeded_noise(request, s, shapes[s], limit - self.lag[s]) for s in self.streams}
@@ -247,8 +244,8 @@ class Rows:
             self.state.hidden[place] = self.state.hidden[other]
             self.cache[place] = self.cache[other]
         numbers = {self.state.index: 0, self.state.length: len(prompt), self.state.hits: 0, self.state.end: limit}
-        first_test = max(rules.first_test, request.min_patches + self.delay)
-        numbers |= {self.plan.first_test: first_test, self.plan.stop_hits: rules.stop_hits}
+        first_test = max(request.rules.first_test, request.min_patches + self.delay)
+        numbers |= {self.plan.first_test: first_test, self.plan.stop_hits: request.rules.stop_hits}
         for tensor, number in numbers.items():
             tensor[place].fill_(number)  # `tensor[place] = number` waits: it copies the number from the host
         self.rows.append(row)
@@ -309,14 +306,13 @@ class Rows:
     def result(self, row: Row) -> Result:
         """Return the new frames of a row that has ended."""
         assert row.end is not None, "the row is running"
-        counts = {"speech": row.end - self.delay if row.rules.trim else row.end, "motion": row.end - self.delay}
+        counts = {"speech": row.end - self.delay if row.request.rules.trim else row.end, "motion": row.end - self.delay}
         frames = {s: torch.stack(x)[: counts[s]].flatten(0, 1) for s, x in row.patches.items() if x}
         return Result(frames.get("speech"), frames.get("motion"), row.end < row.limit)
 
     def generate(
         self,
         requests: Sequence[Request],
-        rules: LoopRules = PAPER,
         on_step: Callable[[Patch], None] = lambda patch: None,
     ) -> list[Result]:
         """Generate requests from beginning to end, in their order; those without a place wait until one is free."""
@@ -326,16 +322,16 @@ class Rows:
         try:
             while waiting or self.rows:
                 for _ in range(min(self.free, len(waiting))):
-                    joined.append(self.join(waiting.popleft(), rules))
+                    joined.append(self.join(waiting.popleft()))
                 self.step()
                 on_step(self.patch)
         finally:
             self.rows.clear()
         return [self.result(row) for row in joined]
 
-    def stream(self, request: Request, rules: LoopRules = PAPER) -> Iterator[Patch]:
+    def stream(self, request: Request) -> Iterator[Patch]:
         """Generate one request and yield its patches as they come, none of them after its end."""
-        row = self.join(request, rules)
+        row = self.join(request)
         try:
             while row.end is None:
                 self.step(ask=True)

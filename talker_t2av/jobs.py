@@ -25,7 +25,7 @@ from engine.seeding import seed_for
 from talker_t2av import official
 from talker_t2av.faces import Square, find_square, read_square
 from talker_t2av.model import FPS, HOP, HOP16, MAX_FRAMES, RATE, RATE16
-from talker_t2av.request import MODES, PAPER, LoopRules, Mode, Request
+from talker_t2av.request import MODES, Mode, Request
 from talker_t2av.settings import Job, is_picture, is_voice
 from talker_t2av.speaker.voice import read_voice as read_saved_voice
 from talker_t2av.system import TalkerSystem
@@ -43,7 +43,7 @@ class PreparedJob:
     """A job whose files are read and encoded.
 
     Attributes:
-        requests: what the loop generates, one for each part of the text. rules: how their rows end.
+        requests: what the loop generates, one for each part of the text.
         prefix_speech: (F, Ds) latents of the prefix, which the decoder needs before the new ones.
         prefix_motion: (F, Dm) motion of the prefix, not normalised.
         picture: (3, S, S) in [-1, 1], the face; None if none is generated.
@@ -54,7 +54,6 @@ class PreparedJob:
 
     job: Job
     requests: tuple[Request, ...]
-    rules: LoopRules
     prefix_speech: Tensor
     prefix_motion: Tensor
     picture: Tensor | None
@@ -169,7 +168,7 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int | None = None) -
     if mode.open_ended and job.compat == "paper":
         texts = split_text(job.text, text_bytes or system.sampling.text_bytes)
     system.require(job.mode)
-    request, rules, prefix_motion = _request(replace(job, text=texts[0]), system, reference)
+    request, prefix_motion = _request(replace(job, text=texts[0]), system, reference)
     prefix_speech, wave, total = request.speech, None, None
     if mode.speech == "given":
         with stage("reading"):
@@ -202,11 +201,11 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int | None = None) -
     if unknown:
         reference.remarks.append(f"not in the training text and may be unintelligible: {', '.join(unknown[:8])}")
     remark = "; ".join(dict.fromkeys(reference.remarks))
-    return PreparedJob(job, tuple(requests), rules, prefix_speech, prefix_motion, picture, wave, total, remark)
+    return PreparedJob(job, tuple(requests), prefix_speech, prefix_motion, picture, wave, total, remark)
 
 
-def _request(job: Job, system: TalkerSystem, reference: Reference) -> tuple[Request, LoopRules, Tensor]:
-    """Make the request without the given stream of a2v and v2a. Return its rules and the prefix's motion (F, Dm), too.
+def _request(job: Job, system: TalkerSystem, reference: Reference) -> tuple[Request, Tensor]:
+    """Make the request without the given stream of a2v and v2a. Return the prefix's motion (F, Dm), too.
 
     The motion is not normalised.
     """
@@ -215,26 +214,26 @@ def _request(job: Job, system: TalkerSystem, reference: Reference) -> tuple[Requ
     motion = torch.zeros(0, c.motion_dim)
     if job.compat == "paper":
         request, motion = _paper_request(job, system, reference, prompt)
-        rules, frames = PAPER, len(request.speech)
+        frames = len(request.speech)
     elif job.compat == "official" and job.mode == "t2av":
         motion = reference.motion()
-        request, rules = official.inference_script(
+        request = official.inference_script(
             c, system.stats, prompt, reference.speaker(), reference.speech(), motion, seconds
         )
         frames = len(request.motion)
     elif mode.motion == "absent":
         frames = official.prefix_frames(seconds, reference.frames)
         speaker, speech = reference.prefix_alone(frames)
-        request, rules = official.generate_speech(c, prompt, speaker, speech, reference.frames)
+        request = official.generate_speech(c, prompt, speaker, speech, reference.frames)
     else:
         frames = official.whole_prefix_frames(seconds, reference.frames, c.patch_size)
         speaker, speech = reference.prefix_alone(frames)
         motion = reference.motion(max(1, frames))
         first = system.stats.normalise(motion[0])
-        request, rules = official.generate_speech_motion(c, prompt, speaker, speech, first, reference.frames)
+        request = official.generate_speech_motion(c, prompt, speaker, speech, first, reference.frames)
     if seconds and not frames:
         raise UserError(f"prefix_seconds={seconds}: the reference gives no whole patch of {c.patch_size / FPS} s")
-    return request, rules, motion[:frames]
+    return request, motion[:frames]
 
 
 def _prompt(job: Job, system: TalkerSystem) -> list[int]:

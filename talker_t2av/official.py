@@ -28,7 +28,7 @@ from talker_t2av.motion import MotionStats
 from talker_t2av.request import LoopRules, Request
 
 HITS = 3
-FIRST_TEST = 7
+WAITING = LoopRules(HITS, first_test=7, motion_waits=True, trim=False)  # of the two routines with motion
 MIN_FRAMES = 25  # of `generate_speech`, before its first stop test
 EXTRA_SPEECH, EXTRA = 25, 15  # patches that may exceed the reference's length
 
@@ -50,7 +50,7 @@ def voice_frames(prefix: int) -> int:
 
 def generate_speech(
     config: TalkerConfig, prompt: Sequence[int], speaker: Tensor, speech: Tensor, reference: int
-) -> tuple[Request, LoopRules]:
+) -> Request:
     """Make the request of the library's text to speech.
 
     Args:
@@ -62,13 +62,13 @@ def generate_speech(
     prefix = -(-len(speech) // size)
     limit = -(-reference // size) - prefix + EXTRA_SPEECH
     motion = speech.new_zeros(0, config.motion_dim)
-    request = Request(prompt, speaker, speech, motion, prefix=prefix, max_patches=limit)
-    return request, LoopRules(HITS, MIN_FRAMES // size)
+    rules = LoopRules(HITS, MIN_FRAMES // size)
+    return Request(prompt, speaker, speech, motion, prefix=prefix, max_patches=limit, rules=rules)
 
 
 def generate_speech_motion(
     config: TalkerConfig, prompt: Sequence[int], speaker: Tensor, speech: Tensor, first_motion: Tensor, reference: int
-) -> tuple[Request, LoopRules]:
+) -> Request:
     """Make the request of the library's text to speech and motion; arguments as those of `generate_speech`.
 
     Args:
@@ -77,7 +77,7 @@ def generate_speech_motion(
     """
     size = config.patch_size
     prefix = len(speech) // size
-    request = Request(
+    return Request(
         prompt,
         speaker,
         speech,
@@ -86,8 +86,8 @@ def generate_speech_motion(
         prefix,
         max_patches=-(-reference // size) - prefix + EXTRA - config.delay,
         prefix_has_motion=False,
+        rules=WAITING,
     )
-    return request, LoopRules(HITS, FIRST_TEST, motion_waits=True, trim=False)
 
 
 def inference_script(
@@ -98,7 +98,7 @@ def inference_script(
     speech: Tensor,
     motion: Tensor,
     prefix_seconds: float,
-) -> tuple[Request, LoopRules]:
+) -> Request:
     """Make the request of the released command line, which continues a reference.
 
     Args:
@@ -111,7 +111,7 @@ def inference_script(
     prefix = frames // size + delay
     reference = max(-(-len(speech) // size), len(motion) // size + delay)
     normalised = stats.normalise(motion).bfloat16().float()
-    request = Request(
+    return Request(
         prompt,
         speaker,
         speech[: prefix * size],
@@ -120,5 +120,5 @@ def inference_script(
         prefix,
         max_patches=reference - prefix + EXTRA - delay,
         task_first=False,
+        rules=WAITING,
     )
-    return request, LoopRules(HITS, FIRST_TEST, motion_waits=True, trim=False)

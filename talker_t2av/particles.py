@@ -27,7 +27,7 @@ from engine.precision import half_precision
 from engine.seeding import generator_for, seed_for
 from talker_t2av.generation import Result, Row, Rows, tensors_of
 from talker_t2av.model import TalkerT2AV
-from talker_t2av.request import ORDERS, PAPER, V2A, LoopRules, Mode, Request, Sampling
+from talker_t2av.request import ORDERS, V2A, Mode, Request, Sampling
 
 TIMES = 8  # at which the motion head is asked
 SHARPNESS = 80.0  # what a mean squared error of 1 takes off a log weight; chosen on 20 clips (docs/LOG.md)
@@ -120,7 +120,7 @@ class Particles(Rows):
         return super().running // self.drafts
 
     @torch.no_grad()
-    def join(self, request: Request, rules: LoopRules = PAPER, **how: Any) -> Row:
+    def join(self, request: Request, **how: Any) -> Row:
         """Let the drafts of a request join; return the first of them."""
         assert self.free, "no place is free"
         if not self.rows:
@@ -129,7 +129,7 @@ class Particles(Rows):
             self.log_weights = torch.zeros(0, self.drafts, device=self.device)  # (R, n)
         first = None
         for i in range(self.drafts):
-            row = super().join(replace(request, seed=seed_for(request.seed, "draft", i)), rules, like=first, **how)
+            row = super().join(replace(request, seed=seed_for(request.seed, "draft", i)), like=first, **how)
             first = first or row
         self.requests.append(request)
         self.log_weights = F.pad(self.log_weights, (0, 0, 0, 1))

@@ -219,7 +219,7 @@ class TalkerPipeline:
                     count(patch.running)
                     on_step(patch)
 
-                results = iter(rows.generate(requests, first.rules, after_step))
+                results = iter(rows.generate(requests, after_step))
             talks |= {i: self.complete(prepared[i], *islice(results, len(prepared[i].requests))) for i in jobs}
         return [talks[i] for i in range(len(prepared))]
 
@@ -265,7 +265,7 @@ class TalkerPipeline:
     ) -> Iterator[np.ndarray]:
         """Yield sound (n,) as patches arrive, and append their motion to `fresh`."""
         size = self.system.model.config.patch_size
-        steps = rows.stream(request, prepared.rules)
+        steps = rows.stream(request)
         if prepared.wave is not None:
             position = 0
             for step in steps:
@@ -287,7 +287,7 @@ class TalkerPipeline:
                     fresh.append(step.motion[0])
                 if step.motion is not None or prepared.mode.motion != "generated":
                     yield waiting.popleft()
-            if not prepared.rules.trim:
+            if not request.rules.trim:
                 yield from waiting
 
         skip = 0 if prepared.job.keeps_prefix else len(prepared.prefix_speech) * HOP

@@ -15,12 +15,10 @@ from engine.errors import UserError
 from engine.nn.transfer import send
 from engine.seeding import generator_for
 from talker_t2av.model import TalkerT2AV
-from talker_t2av.request import A2V, ORDERS, T2AV, V2A, LoopRules, Mode, Request, Stream
+from talker_t2av.request import A2V, ORDERS, T2AV, V2A, Mode, Request, Stream
 
 
-def known_tokens(
-    model: TalkerT2AV, request: Request, mode: Mode, rules: LoopRules, steps: int
-) -> tuple[Tensor, Tensor]:
+def known_tokens(model: TalkerT2AV, request: Request, mode: Mode, steps: int) -> tuple[Tensor, Tensor]:
     """What is known before the loop: text, prefix, given streams, and which motion is absent.
 
     Returns:
@@ -39,7 +37,7 @@ def known_tokens(
         tokens = tokens + model.motion_pad_emb[0]
     else:
         waiting = slots < request.prefix + c.delay  # for the first generated motion
-        filled = torch.full_like(prefix, mode.motion == "given") | (waiting & (not rules.motion_waits))
+        filled = torch.full_like(prefix, mode.motion == "given") | (waiting & (not request.rules.motion_waits))
         filled = torch.where(prefix, request.prefix_has_motion, filled)
         numbers = slots + (1 if task == V2A else -c.delay)
         tokens = tokens + patch_tokens(model.motion_tokens, request.motion, numbers, c.patch_size) * filled[:, None]

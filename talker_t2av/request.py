@@ -73,7 +73,7 @@ class Sampling(Group, prefix="sampling."):
 
 @dataclass(frozen=True)
 class LoopRules:
-    """How a batch ends. The defaults follow training; talker_t2av/official.py has those of the official routines.
+    """How a row ends. The defaults follow training; talker_t2av/official.py has those of the official routines.
 
     stop_hits: positive stop tests in a row that end a row; what was drawn between the first and the last is kept.
     first_test: the stop head is not asked before this step.
@@ -85,9 +85,6 @@ class LoopRules:
     first_test: int = 1
     motion_waits: bool = False
     trim: bool = True
-
-
-PAPER = LoopRules()
 
 
 @dataclass(frozen=True)
@@ -107,6 +104,7 @@ class Request:
         task_first: the task embedding is the first token, as in training. If not, it is added to the first prefix
             patch, and left out where there is no prefix (the official inference script).
         prefix_has_motion: the prefix patches hold motion, as in training (not so in `generate_speech_motion`).
+        rules: how the row ends.
     """
 
     prompt: Sequence[int]
@@ -120,3 +118,4 @@ class Request:
     seed: int = 0
     task_first: bool = True
     prefix_has_motion: bool = True
+    rules: LoopRules = LoopRules()

@@ -15,7 +15,7 @@ from engine.media.video import write_video
 from lia_x import LiaX, LiaXConfig
 from talker_t2av.generation import Result, Rows
 from talker_t2av.model import TalkerConfig, TalkerT2AV
-from talker_t2av.request import PAPER, LoopRules, Mode, Request, Sampling
+from talker_t2av.request import Mode, Request, Sampling
 from talker_t2av.speaker.encoder import VoiceEncoder, VoiceEncoderConfig
 from talker_t2av.text import byte_tokenizer
 from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
@@ -66,11 +66,9 @@ def request(length: int = 6, seed: int = 0, speech: int = 0, motion: int = 0, **
     )
 
 
-def generate(
-    model: TalkerT2AV, requests: list[Request], mode: Mode, sampling: Sampling, rules: LoopRules = PAPER, **how
-) -> list[Result]:
+def generate(model: TalkerT2AV, requests: list[Request], mode: Mode, sampling: Sampling, **how) -> list[Result]:
     """All requests in one batch."""
-    return Rows(model, mode, sampling, len(requests), **how).generate(requests, rules)
+    return Rows(model, mode, sampling, len(requests), **how).generate(requests)
 
 
 def save_talker(root: Path, delay: int = 0) -> Path:

@@ -176,7 +176,7 @@ def test_the_official_program_waits_for_three_hits_in_a_row():
     model = tiny_model()
     model.head_stop = Verdicts("xxxxxxxx.xxx")
     rules = LoopRules(stop_hits=3, first_test=7)
-    result = generate(model, [request(max_patches=30)], MODES["t2av"], SAMPLING, rules)[0]
+    result = generate(model, [request(max_patches=30, rules=rules)], MODES["t2av"], SAMPLING)[0]
     assert result.stopped and len(result.speech) == 4 * (7 + 5)
 
 

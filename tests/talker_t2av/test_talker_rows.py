@@ -13,19 +13,19 @@ from torch._subclasses import FakeTensorMode
 from engine.cuda_graph import map_tensors
 from talker_t2av.generation import BUCKET, Rows, tensors_of
 from talker_t2av.particles import Particles
-from talker_t2av.request import MODES, PAPER, LoopRules, Sampling
+from talker_t2av.request import MODES, LoopRules, Sampling
 from tests.gpu.dying_graphs import DyingOutputs
 
 SAMPLING = Sampling(steps=3, temperature=0.8, guidance=1.5)
 GIVEN = {"a2v": {"speech": 20}, "v2a": {"motion": 20}}
 
 
-def come_and_go(rows, asked, rules):
+def come_and_go(rows, asked):
     """Let a request join every second step; return the results in the order of the requests."""
-    joined, waiting = [], list(zip(asked, rules))
+    joined, waiting = [], [*asked]
     for step in range(60):
         if waiting and step % 2 == 0:
-            joined.append(rows.join(*waiting.pop(0)))
+            joined.append(rows.join(waiting.pop(0)))
         if rows.rows:
             rows.step()
     return [rows.result(row) for row in joined]
@@ -47,10 +47,13 @@ def test_rows_that_come_and_go_are_what_they_are_alone(mode, delay, order):
         return
     model = tiny_model(delay, order=order)
     # The cache grows for the long prompt, which joins late.
-    asked = [request(length, seed, max_patches=3 + 2 * seed) for seed, length in enumerate((6, 3, 9, 80, 5))]
-    rules = [PAPER, LoopRules(stop_hits=2), PAPER, PAPER, LoopRules(first_test=4)]
-    for one, result, own in zip(asked, come_and_go(Rows(model, MODES[mode], SAMPLING, 5), asked, rules), rules):
-        assert_close(generate(model, [one], MODES[mode], SAMPLING, own)[0], result, atol=1e-4, rtol=0)
+    rules = [LoopRules(), LoopRules(stop_hits=2), LoopRules(), LoopRules(), LoopRules(first_test=4)]
+    asked = [
+        request(length, seed, max_patches=3 + 2 * seed, rules=own)
+        for seed, (length, own) in enumerate(zip((6, 3, 9, 80, 5), rules))
+    ]
+    for one, result in zip(asked, come_and_go(Rows(model, MODES[mode], SAMPLING, 5), asked)):
+        assert_close(generate(model, [one], MODES[mode], SAMPLING)[0], result, atol=1e-4, rtol=0)
 
 
 def test_a_row_that_is_given_up_changes_nothing_and_memory_does_not_grow():
@@ -108,7 +111,7 @@ class TestOutputsThatDie:
     def test_rows_that_come_and_go(self, strict):
         """Of four places, so that a step of three rows computes a fourth that nobody has."""
         model, asked = tiny_model(1), [request(4 + s, s, max_patches=3 + 2 * s) for s in range(4)]
-        results = come_and_go(Rows(model, MODES["t2av"], SAMPLING, 4, backend=DyingOutputs(strict)), asked, [PAPER] * 4)
+        results = come_and_go(Rows(model, MODES["t2av"], SAMPLING, 4, backend=DyingOutputs(strict)), asked)
         for one, result in zip(asked, results):
             assert_close(generate(model, [one], MODES["t2av"], SAMPLING)[0], result, atol=1e-4, rtol=0)
 

@@ -17,7 +17,7 @@ from talker_t2av.generation import Result, Rows
 from talker_t2av.model import HOP, HOP16, TalkerT2AV
 from talker_t2av.motion import MotionStats
 from talker_t2av.prompt import step_limit
-from talker_t2av.request import MODES, LoopRules, Mode, Request, Sampling
+from talker_t2av.request import MODES, Mode, Request, Sampling
 from tests.golden.runners import Case, meta_runner
 from tests.golden.runners.talker import talker
 from tests.reference.official_dataset import cut_recording, repeated
@@ -80,9 +80,7 @@ def run_dataset(case: Case) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def run_loop(
-    case: Case, model: TalkerT2AV, mode: Mode, request: Request, rules: LoopRules
-) -> tuple[dict[str, Any], Result]:
+def run_loop(case: Case, model: TalkerT2AV, mode: Mode, request: Request) -> tuple[dict[str, Any], Result]:
     """The loop's outputs that all routines have in common, and the new frames."""
     kw, count = case.meta["args"]["kw"], step_limit(model, request, mode)
     sampling = Sampling(kw["cfm_steps"], kw["cfm_temperature"], kw["cfm_cfg"])
@@ -93,12 +91,12 @@ def run_loop(
     }
     noise = {stream: z[:, 0] for stream, z in noise.items()}
     rows = Rows(model, mode, sampling, use_stop=use_stop)
-    row, hidden, steps = rows.join(request, rules, noise), [], []
+    row, hidden, steps = rows.join(request, noise), [], []
     while rows.rows:
         hidden.append(rows.state.hidden.clone())
         rows.step()
         steps.append(rows.patch)
-    stops = [step.stop for step in steps[:-1] if step.stop is not None and step.index + 1 >= rules.first_test]
+    stops = [step.stop for step in steps[:-1] if step.stop is not None and step.index + 1 >= request.rules.first_test]
     if row.end < row.limit:
         stops.append(steps[-1].stop)
     out = {
@@ -122,12 +120,12 @@ def run_method(case: Case) -> dict[str, Any]:
     if moving:
         frames = official.whole_prefix_frames(seconds, reference, model.config.patch_size)
         speech = i["speech_latent"][0, :frames]
-        asked = official.generate_speech_motion(model.config, prompt, speaker, speech, i["first_motion"], reference)
+        request = official.generate_speech_motion(model.config, prompt, speaker, speech, i["first_motion"], reference)
     else:
         frames = official.prefix_frames(seconds, reference)
         speech = i["speech_latent"][0, :frames]
-        asked = official.generate_speech(model.config, prompt, speaker, speech, reference)
-    out, result = run_loop(case, model, MODES["t2av" if moving else "tts"], *asked)
+        request = official.generate_speech(model.config, prompt, speaker, speech, reference)
+    out, result = run_loop(case, model, MODES["t2av" if moving else "tts"], request)
     whole = torch.cat([speech, result.speech])[None]
     parts = [whole, speech[None], result.speech[None]] if frames else [whole, result.speech[None]]
     out |= {f"decoded_{n}": part for n, part in enumerate(parts)}
@@ -145,8 +143,8 @@ def run_script(case: Case) -> dict[str, Any]:
     size, stats, motion = model.config.patch_size, MotionStats(i["motion_mean"], i["motion_std"]), i["motion_raw"]
     seconds, speech = case.meta["args"]["kw"]["gt_prefix_seconds"], i["speech_latent"][0]
     prompt, speaker = i["text_ids"].tolist(), i["speaker_emb"][0]
-    request, rules = official.inference_script(model.config, stats, prompt, speaker, speech, motion, seconds)
-    out, result = run_loop(case, model, MODES["t2av"], request, rules)
+    request = official.inference_script(model.config, stats, prompt, speaker, speech, motion, seconds)
+    out, result = run_loop(case, model, MODES["t2av"], request)
     for name in ("codec_audio_shape", "spk_audio_shape"):
         case.skip(name, "the whole reference is encoded, before generation")
     return out | {
