@@ -207,10 +207,11 @@ def measure(
             start = time.monotonic()
             try:
                 metric.check(protocol, weights)
-                works = [
-                    Work(metric, protocol, weights, device, _judged(metric, takes), clip.truth, cache)
-                    for clip, takes in good
-                ]
+                works = []
+                for clip, takes in good:
+                    left_out = [name for name in takes if name == TRUTH and metric.outputs_only]
+                    own = {name: t for name, t in takes.items() if name not in left_out and metric.applies(t)}
+                    works.append(Work(metric, protocol, weights, device, own, clip.truth, cache))
                 if not any(work.takes for work in works):  # such as a picture's figures for systems without pictures
                     continue
                 calls = map if device.startswith("cuda") and not metric.parallel else every
@@ -253,12 +254,6 @@ def _readable(clips: Sequence[Clip], results: Results, every: Callable) -> list[
         clip, name, _, reason = results.failed[0]
         raise UserError(f"none of the {len(clips)} clips can be measured; the first: {clip} ({name}): {reason}")
     return good
-
-
-def _judged(metric: type[Metric], takes: Mapping[str, Take]) -> dict[str, Take]:
-    """Return the takes that can have a metric's figures."""
-    names = [name for name, take in takes.items() if metric.applies(take)]
-    return {name: takes[name] for name in names if not (name == TRUTH and metric.outputs_only)}
 
 
 def cores() -> int:
