@@ -147,6 +147,49 @@ def test_the_check_sees_a_circle(tmp_path, line):
     assert circles(tmp_path) == []
 
 
+def missing_names(root: Path) -> list[str]:
+    """`file: module.name` for every name that a product file or a test imports from a module that has it not."""
+    modules, found = product_modules(root), []
+    defined = {name: names_of(ast.parse(file.read_text()).body) for name, file in modules.items()}
+    for file in [*modules.values(), *sorted((root / "tests").rglob("*.py"))]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module in modules:
+                names = {alias.name for alias in node.names} - defined[node.module]
+                lost = (f"{node.module}.{name}" for name in sorted(names) if f"{node.module}.{name}" not in modules)
+                found += [f"{file.relative_to(root)}: {name}" for name in lost]
+    return found
+
+
+def names_of(body: list[ast.stmt]) -> set[str]:
+    """Names that statements of a module bind, also inside of `if`, `try` and `with`."""
+    names = set()
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
+        else:
+            names |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and type(part.ctx) is ast.Store}
+            names |= names_of([part for part in ast.iter_child_nodes(node) if isinstance(part, ast.stmt)])
+    return names
+
+
+def test_every_imported_name_is_there():
+    assert missing_names(ROOT) == []
+
+
+def test_the_check_sees_a_name_that_is_gone(tmp_path):
+    files = {
+        "__init__.py": "",
+        "one.py": "try:\n    import json\nexcept ImportError:\n    A: int = 1\nB, C = 2, 3",
+        "two.py": "def f():\n    from engine.one import A, B, D, json\nfrom engine import one",
+    }
+    (tmp_path / "engine").mkdir()
+    for name, text in files.items():
+        (tmp_path / "engine" / name).write_text(text)
+    assert missing_names(tmp_path) == ["engine/two.py: engine.one.D"]
+
+
 def test_models_know_codecs_by_their_table_alone():
     users = {
         file.relative_to(ROOT).as_posix()
