@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from corpora.synthetic.sentences import language_model
+from corpora.synthetic.sentences import SLOTS, grammar, language_model
 from engine.device import pick_device
 from engine.errors import UserError
 from engine.evaluation.clips import read_rows, text_of
@@ -142,16 +142,33 @@ class ClipWords:
         if source is not None and Path(source).is_dir():
             whisper = WordErrors(words_by(source)["wer"], WEIGHTS, str(pick_device(self.device)))
             return lambda wave, rate: whisper.transcribe(Take(Sound(wave, rate)))
-        if source is None:
-            source = Path(self.folder.name, "corpus.arpa")
-            source.write_text(language_model(closed=True))
-        return Recogniser(source).transcribe
+        return corpus_recogniser(Path(self.folder.name)) if source is None else Recogniser(source).transcribe
 
     @cached_property
     def hicodit(self) -> HiCoDiTPipeline:
         return HiCoDiTPipeline.from_pretrained(
             self.config.hicodit or BUNDLED, pick_device(self.device), precision=self.precision
         )
+
+
+def corpus_recogniser(folder: Path) -> Callable[[np.ndarray, int], str]:
+    """Return a recogniser of the synthetic corpus that is not told the kind of a sentence.
+
+    A language model hears both kinds; the grammar then decides if it has more than half of the words.
+
+    Args:
+        folder: where the language model may be written.
+    """
+    (folder / "corpus.arpa").write_text(language_model(closed=True))
+    both, closed = Recogniser(folder / "corpus.arpa"), Recogniser(grammar())
+    vocabulary = {word for words in SLOTS for word in words}
+
+    def transcribe(wave: np.ndarray, rate: int) -> str:
+        text = both.transcribe(wave, rate)
+        known = [word in vocabulary for word in text.split()]
+        return closed.transcribe(wave, rate) if 2 * sum(known) > len(known) else text
+
+    return transcribe
 
 
 def _lip_reader_text(text: str) -> str:

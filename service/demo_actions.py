@@ -8,8 +8,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
+from corpora.clip_words import ClipWords
 from engine.device import pick_device
 from engine.errors import UserError
 from engine.media.audio import read_voice
@@ -20,10 +22,12 @@ from hicodit.generation import windows
 from hicodit.inference import write_outputs as write_speech
 from hicodit.pipeline import BUNDLED, FPS, HiCoDiTPipeline
 from talker_t2av.faces import is_picture
+from talker_t2av.inference import describe
 from talker_t2av.inference import write_outputs as write_talk
 from talker_t2av.jobs import Job
 from talker_t2av.pipeline import TalkerPipeline
 from talker_t2av.prompt import step_limit
+from talker_t2av.settings import AUTO, AutoConfig
 from talker_t2av.system import BUNDLED as BUNDLED_TALKER
 
 KEPT = 3600.0  # seconds for which results can be downloaded
@@ -54,6 +58,9 @@ class Demo:
         self.folder, self.bundled = folder, (weights, talker) == (BUNDLED, BUNDLED_TALKER)
         self.hicodit = HiCoDiTPipeline.from_pretrained(weights, pick_device(device))
         self.talker = TalkerPipeline.from_pretrained(talker, pick_device(device))
+        self.clip_words = None  # what finds the words of a clip, by a recogniser that knows the bundled HiCoDiT's
+        if weights == BUNDLED and find_spec("pocketsphinx"):
+            self.clip_words = ClipWords(AutoConfig(), device, transcripts=False, hicodit=self.hicodit)
 
     def _new_folder(self) -> Path:
         for old in self.folder.glob("made-*"):
@@ -101,7 +108,8 @@ class Demo:
 
         Args:
             voice: also the sound of a2v.
-            face: clip or picture with the face; the clip of v2a.
+            face: clip or picture with the face; the clip of v2a. Without a text, its words are found, and a voice
+                if none is given.
         """
         if mode in ("t2av", "tts") and not (text or "").strip():
             raise UserError("Write a text to say.")
@@ -109,7 +117,10 @@ class Demo:
             raise UserError("Give a clip." if mode == "v2a" else "Give a face: a clip or a picture.")
         if not voice and (mode in ("tts", "a2v") or is_picture(face)):
             raise UserError("Give a sound." if mode == "a2v" else "Give a voice.")
-        if not voice and probe(face).audio is None:
+        auto = mode == "v2a" and not (text or "").strip()
+        if auto and self.clip_words is None:
+            raise UserError("Write what the clip says.")
+        if not voice and not auto and probe(face).audio is None:
             raise UserError("Give a voice: the clip has no sound.")
         check_seed(seed := int(seed or 0))
         fields = {
@@ -118,7 +129,12 @@ class Demo:
             "a2v": {"audio": voice, "reference_video": face},
             "v2a": {"reference_audio": voice, "video": face},
         }[mode]
-        job = Job(mode, text or "", seed=seed, **{name: path for name, path in fields.items() if path})
+        text = AUTO if auto else text or ""
+        job, notes = Job(mode, text, seed=seed, **{name: path for name, path in fields.items() if path}), []
+        if auto:
+            report(0, 0, "reading the lips")
+            job, origin = self.clip_words(job)
+            notes.append(describe(origin))
         changes = {"steps": int(steps), "temperature": float(temperature), "guidance": float(guidance)}
         self.talker.sampling = replace(self.talker.sampling, **changes)
         report(0, 0, "reading the files")
@@ -131,7 +147,7 @@ class Demo:
         names = write_talk(job, mode, talk, folder)
         sound = str(folder / f"{mode}.wav") if mode != "a2v" else None
         video = str(folder / f"{mode}.mp4") if f"{mode}.mp4" in names else None
-        notes = [f"{len(talk.wave) / self.talker.rate:.1f} s of speech", *filter(None, prepared.remark.split("; "))]
+        notes += [f"{len(talk.wave) / self.talker.rate:.1f} s of speech", *filter(None, prepared.remark.split("; "))]
         if prepared.mode.open_ended and not talk.stopped:
             notes.append("it was cut off at the longest length allowed")
         return Made(notes, video, sound)

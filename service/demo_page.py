@@ -43,6 +43,7 @@ KNOWN = (
 )
 OTHERS = "This page runs other weights than the bundled ones. The examples fit the bundled ones only."
 HAS_GE2E = find_spec("resemblyzer") is not None  # of the eval extra: embeds a voice for HiCoDiT
+READS_LIPS = find_spec("pocketsphinx") is not None  # of the eval extra: recognises the words of HiCoDiT's speech
 PROGRESS = gr.Progress()  # as a default it makes gradio hand over that of the call
 QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}  # events that take no time
 CSS = "@media (max-width: 640px) {.gradio-container main {padding: 8px !important}}"
@@ -73,10 +74,15 @@ def looks(mode: str, source: str) -> dict[str, dict[str, Any]]:
     """Return visibility and labels of the page's parts; `source` of the face is "a clip" or "a picture"."""
     file = {"a2v": "the sound", "v2a": "the clip"}.get(mode)
     by_clip = mode == "v2a" or (mode != "tts" and source == "a clip")
+    alone = mode == "v2a" and READS_LIPS
     return {
-        "text": {"label": f"what {file} says" if file else "text to say"},
+        "text": {"label": f"what {file} says{', if it is known' * alone}" if file else "text to say"},
         "sentences": {"visible": not file},
-        "voice": {"label": "sound that the face moves to" if mode == "a2v" else "voice to speak with"},
+        "voice": {
+            "label": "sound that the face moves to"
+            if mode == "a2v"
+            else f"voice to speak with{', if not one that fits the face' * alone}"
+        },
         "source": {"visible": mode in ("t2av", "a2v")},
         "clip": {"visible": by_clip, "label": "clip that gets the voice" if mode == "v2a" else "face"},
         "clips": {"visible": by_clip},

@@ -61,8 +61,7 @@ class TalkJobs:
             return self.pipeline.prepare(job)
         job, origin = self.find_words(job)
         prepared = self.pipeline.prepare(job)
-        found = f"{origin['text']!r}, words: {origin['text_origin']}; voice: {origin['voice_origin']}"
-        return replace(prepared, origin=origin, remark="; ".join(filter(None, (found, prepared.remark))))
+        return replace(prepared, origin=origin, remark="; ".join(filter(None, (describe(origin), prepared.remark))))
 
     def generate(self, batch: list[PreparedJob]) -> list[Talk]:
         """Generate the results of a batch."""
@@ -117,6 +116,11 @@ def write_outputs(
             (staging / f"{name}.json").write_text(json.dumps(origin, indent=1) + "\n")
     files = outputs_of(job, name, figure, words is not None)
     return files + ([f"{name}.json"] if origin and words is None else [])
+
+
+def describe(origin: Mapping[str, str]) -> str:
+    """Return a remark on the words that were found for a clip, and where they and the voice come from."""
+    return f"{origin['text']!r}, words: {origin['text_origin']}; voice: {origin['voice_origin']}"
 
 
 def _remark(prepared: PreparedJob, talk: Talk) -> str:

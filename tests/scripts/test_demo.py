@@ -68,8 +68,17 @@ def test_other_modes(demo):
     assert made.notes[1] == "not in the training text and may be unintelligible: hello"
     made = demo.talk("a2v", "", VOICE, PICTURE, *settings)
     assert made.sound is None and count_frames_and_secs(made.video)[0] > 40
-    made = demo.talk("v2a", "", VOICE, CLIP, *settings)
+    made = demo.talk("v2a", SENTENCE, VOICE, CLIP, *settings)
     assert made.sound and count_frames_and_secs(made.video)[0] == count_frames_and_secs(CLIP)[0]
+
+
+def test_a_silent_clip_alone_gets_words_and_a_voice(demo, monkeypatch):
+    pytest.importorskip("pocketsphinx")
+    made = demo.talk("v2a", " ", None, CLIP, 2, 0.3, 2.0, 0, ignore)
+    assert made.sound and "recogniser, on HiCoDiT's speech" in made.notes[0] and "place" in made.notes[0]
+    monkeypatch.setattr(demo, "clip_words", None)  # as with other weights, or without pocketsphinx
+    with pytest.raises(UserError, match="Write what the clip says"):
+        demo.talk("v2a", "", None, CLIP, 2, 0.3, 2.0, 0, ignore)
 
 
 def test_a_report_that_raises_ends_the_run(demo):
