@@ -74,15 +74,14 @@ def looks(mode: str, source: str) -> dict[str, dict[str, Any]]:
     """Return visibility and labels of the page's parts; `source` of the face is "a clip" or "a picture"."""
     file = {"a2v": "the sound", "v2a": "the clip"}.get(mode)
     by_clip = mode == "v2a" or (mode != "tts" and source == "a clip")
-    alone = mode == "v2a" and READS_LIPS
+    text = f"what {file} says" if file else "text to say"
+    voice = "sound that the face moves to" if mode == "a2v" else "voice to speak with"
+    if mode == "v2a" and READS_LIPS:
+        text, voice = f"{text} (empty: read from the lips)", f"{voice} (empty: one that fits the face)"
     return {
-        "text": {"label": f"what {file} says{', if it is known' * alone}" if file else "text to say"},
+        "text": {"label": text},
         "sentences": {"visible": not file},
-        "voice": {
-            "label": "sound that the face moves to"
-            if mode == "a2v"
-            else f"voice to speak with{', if not one that fits the face' * alone}"
-        },
+        "voice": {"label": voice},
         "source": {"visible": mode in ("t2av", "a2v")},
         "clip": {"visible": by_clip, "label": "clip that gets the voice" if mode == "v2a" else "face"},
         "clips": {"visible": by_clip},
