@@ -142,7 +142,7 @@ class ClipWords:
         if source is not None and Path(source).is_dir():
             whisper = WordErrors(words_by(source)["wer"], WEIGHTS, str(pick_device(self.device)))
             return lambda wave, rate: whisper.transcribe(Take(Sound(wave, rate)))
-        return corpus_recogniser(Path(self.folder.name)) if source is None else Recogniser(source).transcribe
+        return corpus_recogniser(Path(self.folder.name)) if source is None else Recogniser(Path(source)).transcribe
 
     @cached_property
     def hicodit(self) -> HiCoDiTPipeline:
@@ -157,10 +157,11 @@ def corpus_recogniser(folder: Path) -> Callable[[np.ndarray, int], str]:
     A language model hears both kinds; the grammar then decides if it has more than half of the words.
 
     Args:
-        folder: where the language model may be written.
+        folder: where both may be written.
     """
-    (folder / "corpus.arpa").write_text(language_model(closed=True))
-    both, closed = Recogniser(folder / "corpus.arpa"), Recogniser(grammar())
+    for name, text in {"both.arpa": language_model(closed=True), "closed.jsgf": grammar()}.items():
+        (folder / name).write_text(text)
+    both, closed = Recogniser(folder / "both.arpa"), Recogniser(folder / "closed.jsgf")
     vocabulary = {word for words in SLOTS for word in words}
 
     def transcribe(wave: np.ndarray, rate: int) -> str:
