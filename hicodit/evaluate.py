@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.codec import load_codec
 from engine.errors import UserError
 from engine.evaluation.clips import Clip
 from engine.evaluation.generate import generate_missing, write_facts, write_take
@@ -28,8 +27,7 @@ from hicodit.conditions.types import Crops, windows_of
 from hicodit.data import HiCoDiTDataset, HiCoDiTSample
 from hicodit.generation import windows
 from hicodit.pipeline import BUNDLED, FPS, Features, HiCoDiTPipeline
-from hicodit.settings import GuidanceScales, SamplerConfig, with_preset
-from hicodit.system import CODECS, HiCoDiTSystem
+from hicodit.settings import with_preset
 
 WAVES, VIDEOS = 4, 2  # that a validation keeps of each split
 EXPRESSIONS = ("own", "shuffled", "exchanged")
@@ -115,13 +113,10 @@ def exchange(classes: np.ndarray) -> np.ndarray:
 
 
 def evaluate_clips(
-    system: HiCoDiTSystem,
-    codec: Path,
-    shards: str | Path,
+    pipeline: HiCoDiTPipeline,
+    data: HiCoDiTDataset,
     recogniser: Path | None,
     clips: int,
-    sampler: SamplerConfig,
-    guidance: GuidanceScales,
     folder: Path | None,
     metrics: Sequence[str],
     share: Share = ALONE,
@@ -134,13 +129,11 @@ def evaluate_clips(
         recogniser: for word errors, see `words_by`.
         metrics: names of `engine.metrics.registry`. The true speech is what the tokenizer makes of the true tokens.
     """
-    data, tokenizer = HiCoDiTDataset(shards, codec, system.encoders.config.kind), load_codec(codec, CODECS)
-    pipeline = HiCoDiTPipeline(system, tokenizer, sampler, guidance, next(system.parameters()).device)
     samples = stored_samples(data, clips)
     own, samples = share.range(len(samples)), share.pick(samples)
     if not own:
         return {}
-    crops = [stored_crops(clip, system.encoders.config.picture_every) for clip in samples]
+    crops = [stored_crops(clip, pipeline.system.encoders.config.picture_every) for clip in samples]
     order = sorted(range(len(crops)), key=lambda i: len(crops[i]))
     spoken = {}
     for start in range(0, len(order), 16):
@@ -156,7 +149,7 @@ def evaluate_clips(
     texts, waves = [clip.info["text"] for clip in samples], [speech.wave for speech in speeches]
     compared = any(metric.pair for metric in metrics_of(metrics))
     true = pipeline.decode_tokens([clip.tokens.T for clip in samples]) if compared else None
-    rate, words, device = tokenizer.sample_rate, words_by(recogniser), str(pipeline.device)
+    rate, words, device = pipeline.codec.sample_rate, words_by(recogniser), str(pipeline.device)
     return measure_clips(metrics, texts, waves, true, rate, words, device=device, numbers=own)
 
 

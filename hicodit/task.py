@@ -234,23 +234,18 @@ class HiCoDiTTask(Task):
         One process measures the losses: their random draws follow one another.
         """
         from hicodit.evaluate import evaluate_clips
+        from hicodit.pipeline import HiCoDiTPipeline
 
         results: dict[str, float | ByClip] = {}
+        kind, device = self.system.encoders.config.kind, self.system.model.null_lip.device
+        sampler = replace(self.sampler, steps=min(self.sampler.steps, VALIDATION_STEPS))
+        pipeline = HiCoDiTPipeline(self.system, load_codec(self.codec, CODECS), sampler, self.guidance, device)
         for split in self.validate_splits:
             if share.first:
                 results |= {f"{name}_{split}": value for name, value in self.held_out_losses(split).items()}
-            scores = evaluate_clips(
-                self.system,
-                self.codec,
-                join(self.shards, split),
-                self.grammar,
-                self.validate_clips,
-                replace(self.sampler, steps=min(self.sampler.steps, VALIDATION_STEPS)),
-                self.guidance,
-                folder / split if step else None,
-                self.validate_metrics,
-                share,
-            )
+            data, place = HiCoDiTDataset(join(self.shards, split), self.codec, kind), folder / split if step else None
+            arguments = self.grammar, self.validate_clips, place, self.validate_metrics, share
+            scores = evaluate_clips(pipeline, data, *arguments)
             results |= {f"{name}_{split}": value for name, value in scores.items()}
         return results
 

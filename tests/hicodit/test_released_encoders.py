@@ -270,11 +270,11 @@ def test_a_training_step_from_features_is_that_from_pictures_and_runs_no_encoder
 
 def test_validation_from_features_sees_what_the_pictures_show(system, release, shards, calls, tmp_path):
     codec = release.parent / "codec"
-    arguments = (None, 3, SamplerConfig(steps=1), GuidanceScales(), tmp_path, ["stoi", "utmos"])
-    found = evaluate_clips(system, codec, shards / "both", *arguments)
+    pipeline = HiCoDiTPipeline(system, RVQCodec.from_pretrained(codec), SamplerConfig(steps=1), GuidanceScales())
+    data = HiCoDiTDataset(shards / "both", codec, "released")
+    found = evaluate_clips(pipeline, data, None, 3, tmp_path, ["stoi", "utmos"])
     assert calls == [] and set(found) == ({"stoi"} if importlib.util.find_spec("pystoi") else set())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip0.wav", "clip1.wav", "clip2.wav"]
-    pipeline = HiCoDiTPipeline(system, RVQCodec.from_pretrained(codec), SamplerConfig(steps=1), GuidanceScales())
     pictures, features = (
         pipeline.conditions([stored_crops(data.read(i), every) for i in range(3)])
         for data, every in ((HiCoDiTDataset(shards / "both", codec, kind), 5) for kind in ("tiny", "released"))
