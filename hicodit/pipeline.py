@@ -31,6 +31,7 @@ from engine.media.video import iter_video
 from engine.nn.transfer import send
 from engine.precision import convert_matrices, pack_linear, pick_dtype, quantise_linear, uses_int8
 from engine.progress import stage
+from engine.publish import publish
 from engine.release import find_codec
 from hicodit.conditions.align import MOUTH_SIDE, mouth_poses
 from hicodit.conditions.types import FPS, MIN_FRAMES, Conditions, Crops, windows_of
@@ -98,6 +99,8 @@ class HiCoDiTPipeline:
         self.system, self.codec = system.to(self.device).eval(), codec.to(self.device).eval()
         self.sampler, self.guidance = sampler, guidance
         self.detector, self.landmarks = detector, landmarks
+        self.folder: Path | None = None  # of the release, and of its tokenizer by name
+        self.parts: dict[str, str | Path] = {}
         config, rate = system.model.config, TOKENS_PER_FRAME * FPS
         if (config.levels, config.codes, rate) != (codec.levels, codec.codes, codec.frame_rate):
             raise UserError(
@@ -153,7 +156,17 @@ class HiCoDiTPipeline:
             quantise_linear(system.model, device)
         if not compile:  # the compiler does not take packed weights
             pack_linear(system.model, device)
-        return cls(system, tokenizer, sampler, guidance, device, detector, landmarks, compile)
+        pipeline = cls(system, tokenizer, sampler, guidance, device, detector, landmarks, compile)
+        pipeline.folder, pipeline.parts = folder, {Path(config.get("codec", "rvq_tiny")).name: codec}
+        return pipeline
+
+    def push_to_hub(self, repository: str, license: str | None = None, private: bool = False) -> str:
+        """Publish the release that was loaded, with its tokenizer, on the Hugging Face hub; return its address.
+
+        Args:
+            repository: OWNER/NAME. license: of the weights, as apache-2.0; None: that of the release's card.
+        """
+        return publish(self.folder, self.parts, repository, license, private)
 
     def crops(
         self,

@@ -30,6 +30,7 @@ from engine.media.video import write_video
 from engine.nn.transfer import send
 from engine.precision import pack_linear, pick_dtype, quantise_linear, uses_int8
 from engine.progress import stage
+from engine.publish import publish
 from talker_t2av.generation import Patch, Result, Rows
 from talker_t2av.jobs import Job, PreparedJob, Reference, prepare_job
 from talker_t2av.layers import fuse_mlps
@@ -137,6 +138,14 @@ class TalkerPipeline:
         if not compile:  # the compiler does not take packed weights
             pack_linear(system.model, device)
         return cls(system, compile=compile)
+
+    def push_to_hub(self, repository: str, license: str | None = None, private: bool = False) -> str:
+        """Publish the release that was loaded, with its codecs, on the Hugging Face hub; return its address.
+
+        Args:
+            repository: OWNER/NAME. license: of the weights, as apache-2.0; None: that of the release's card.
+        """
+        return publish(self.system.folder, self.system.parts, repository, license, private)
 
     def t2av(self, text: str, reference_audio: str | None, reference_video: str, **more: Any) -> Talk:
         """Say a text with a voice and a face; `more` are fields of `Job`. The voice may be the video's sound."""

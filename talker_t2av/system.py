@@ -64,6 +64,8 @@ class TalkerSystem:
     ) -> None:
         self.model, self.tokenizer, self.stats, self.sampling = model, tokenizer, stats, sampling
         self._find, self._digests = find, digests
+        self.folder: Path | None = None  # of the release, if it is one of ours
+        self.part_names: dict[str, str] = {}  # of codecs and speaker encoder, as in training
         self.picture_dtype: torch.dtype | None = None
         rows = model.llm.config.vocab_size
         if tokenizer.vocab_size > rows:
@@ -73,6 +75,11 @@ class TalkerSystem:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def parts(self) -> dict[str, str | Path]:
+        """Folders of the codecs and the speaker encoder, by the names by which the release looks for them."""
+        return {Path(name).name: self._find(part) for part, name in self.part_names.items()}
 
     @cached_property
     def speech(self) -> Codec:
@@ -159,7 +166,9 @@ class TalkerSystem:
                 raise
             raise UserError(f"{folder / 'config.yaml'} lacks or misspells {error}: make the release again") from error
         words = TalkerTokenizer.from_pretrained(folder)
-        return cls(model.to(device), words, stats, find, sampling, config.get("digests") or {})
+        system = cls(model.to(device), words, stats, find, sampling, config.get("digests") or {})
+        system.folder, system.part_names = folder, names
+        return system
 
     @classmethod
     def _load_released(cls, folder: Path, codecs: Mapping[str, str | Path], device: torch.device | str) -> TalkerSystem:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.files import atomic_output, report_os_errors
+from engine.publish import front_matter
 from engine.release import save_release, to_float16
 from engine.training import checkpoint
 from engine.training.lora import merged
@@ -105,7 +106,9 @@ def card(release: Release, info: Mapping[str, Any], results: Mapping[str, float]
     """
     config, step = info.get("config") or {}, info.get("step", 0)
     data, trainer, task = (config.get(name) or {} for name in ("data", "trainer", "task"))
-    parts = [f"# {release.title}", release.about, f"```python\n{release.usage}\n```"]
+    dataset = str(data.get("root") or "held-out clips of the run")
+    parts = [front_matter(release.kind, release.title, results, dataset)]
+    parts += [f"# {release.title}", release.about, f"```python\n{release.usage}\n```"]
     if results:
         late = "" if at == step else f" (step {at:,}; the weights are of step {step:,})"
         rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in sorted(results.items()))

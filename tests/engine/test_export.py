@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,12 +12,12 @@ from toy_task import CONFIG, ToyGAN, ToyRegression, ToySet
 
 from engine import hub
 from engine.config import CONFIGS
-from engine.download import check_reachable
 from engine.errors import UserError, run_cli
 from engine.release import read_release, save_release
 from engine.training.export import card, export, last_validation
 from engine.training.trainer import Trainer
 from scripts import export as script
+from tests.hub_stand_in import empty_cache, forget, stand_in_hub, use_endpoint  # noqa: F401  (two are fixtures)
 
 RECORD = {
     "command": "python train.py experiment=toy",
@@ -138,7 +136,7 @@ def test_the_last_validation_is_found_among_cut_lines(tmp_path):
 
 def test_a_card_without_a_config_is_short(run):
     text = card(run.task.release_info(), {}, {})
-    assert "Recipe" not in text and "Data" not in text and text.startswith("# Toy\n\nAn autoencoder.")
+    assert "Recipe" not in text and "Data" not in text and "---\n\n# Toy\n\nAn autoencoder." in text
 
 
 def test_every_recipe_takes_init():
@@ -159,67 +157,15 @@ def release(tmp_path):
 
 
 @pytest.fixture
-def empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    hub._snapshot.cache_clear()
-    check_reachable.cache_clear()
-    yield tmp_path / "cache"
-    hub._snapshot.cache_clear()
-    check_reachable.cache_clear()
-
-
-@pytest.fixture
-def server(release, monkeypatch):
+def server(release, stand_in_hub):  # noqa: F811
     """A hub with one repository, `someone/toy`."""
-    commit = "1" * 40
-    files = {path.name: path.read_bytes() for path in release.iterdir()}
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-        def do_HEAD(self):
-            self.do_GET(body=False)
-
-        def do_GET(self, body=True):
-            data = files.get(self.path.rpartition("/")[2]) if "/someone/toy/resolve/" in self.path else None
-            if self.path.startswith("/api/models/someone/toy/tree/"):
-                found = [{"type": "file", "path": n, "size": len(d), "oid": "0"} for n, d in files.items()]
-                data = json.dumps(found).encode()
-            elif self.path.startswith("/api/models/someone/toy/"):
-                data = json.dumps({"id": "someone/toy", "sha": commit, "siblings": []}).encode()
-            self.send_response(200 if data is not None else 404)
-            for name, value in {
-                "Content-Length": len(data or b""),
-                "Content-Type": "application/json",
-                "ETag": f'"{hash(data)}"',
-                "X-Repo-Commit": commit,
-                **({} if data is not None else {"X-Error-Code": "RepoNotFound"}),
-            }.items():
-                self.send_header(name, str(value))
-            self.end_headers()
-            if body and data:
-                self.wfile.write(data)
-
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    use_endpoint(monkeypatch, f"http://127.0.0.1:{httpd.server_address[1]}")
-    yield httpd
-    httpd.shutdown()
-    httpd.server_close()
+    stand_in_hub["someone/toy"] = {path.name: path.read_bytes() for path in release.iterdir()}
 
 
-def use_endpoint(monkeypatch, address):
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
-
-
-def test_a_name_on_the_hub_is_fetched_and_then_kept(server, empty_cache, monkeypatch):
+def test_a_name_on_the_hub_is_fetched_and_then_kept(server, empty_cache, monkeypatch):  # noqa: F811
     config, state = read_release("someone/toy", "toy")
     assert config == {"width": 8} and torch.equal(state["w"], torch.arange(3.0))
-    hub._snapshot.cache_clear()
-    check_reachable.cache_clear()
+    forget()
     use_endpoint(monkeypatch, "http://127.0.0.1:9")  # nobody there
     assert torch.equal(read_release("someone/toy", "toy")[1]["w"], torch.arange(3.0))
     with pytest.raises(
@@ -229,7 +175,7 @@ def test_a_name_on_the_hub_is_fetched_and_then_kept(server, empty_cache, monkeyp
     assert "\n" not in str(error.value)
 
 
-def test_a_name_that_the_hub_has_not_is_one_line(server, empty_cache):
+def test_a_name_that_the_hub_has_not_is_one_line(server, empty_cache):  # noqa: F811
     with pytest.raises(
         UserError, match="someone/else is not a local folder, and it could not be downloaded from the hub"
     ) as error:
@@ -237,13 +183,13 @@ def test_a_name_that_the_hub_has_not_is_one_line(server, empty_cache):
     assert "\n" not in str(error.value)
 
 
-def test_offline_is_one_line(empty_cache, monkeypatch):
+def test_offline_is_one_line(empty_cache, monkeypatch):  # noqa: F811
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"there is no cached copy from the hub \(HF_HUB_OFFLINE is set\)"):
         read_release("someone/toy", "toy")
 
 
-def test_a_mistyped_path_is_no_name(empty_cache, tmp_path):
+def test_a_mistyped_path_is_no_name(empty_cache, tmp_path):  # noqa: F811
     (tmp_path / "assets").mkdir()
     for place in ("assets/hicodit_tinny", "/no/where", "./a/b", "a/b/c", "nothing"):
         assert hub.release_folder(place) == Path(place)

@@ -1,0 +1,88 @@
+"""Publish a release on the Hugging Face hub: its files, the codecs that it needs, and a card that renders there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData, constants, errors
+
+from engine.errors import UserError
+from engine.hub import NAME, release_folder
+from engine.release import release_kind
+
+LIBRARY = "speaking-faces"
+TASKS = {  # by kind of release: the hub's name of its task, and tags
+    "hicodit": ("video-to-video", ("lip-to-speech", "video-to-speech", "arxiv:2604.15923")),
+    "talker_t2av": ("text-to-video", ("talking-head", "text-to-speech", "audio-driven", "arxiv:2604.23586")),
+    "rvq_codec": ("audio-to-audio", ("speech-codec",)),
+    "whisperx_vae": ("audio-to-audio", ("speech-codec",)),
+    "lia_x": ("image-to-video", ("portrait-animation",)),
+    "voice_encoder": ("feature-extraction", ("speaker-embedding",)),
+}
+
+
+def front_matter(kind: str | None, title: str, results: Mapping[str, float], dataset: str) -> str:
+    """Return the metadata of a model card, as YAML between lines of dashes.
+
+    Args:
+        results: figures by name, which become the card's model-index. dataset: what they were measured on.
+    """
+    task, tags = TASKS.get(kind, (None, ()))
+    figures = [
+        EvalResult(
+            task_type=task or "other", dataset_type="held-out", dataset_name=dataset, metric_type=name,
+            metric_name=name, metric_value=value,
+        )
+        for name, value in sorted(results.items())
+    ]  # fmt: skip
+    data = ModelCardData(
+        model_name=title, eval_results=figures or None, library_name=LIBRARY, pipeline_tag=task, tags=[*tags] or None
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def publish(
+    folder: Path | None, parts: Mapping[str, str | Path], repository: str, license: str | None, private: bool
+) -> str:
+    """Upload a release and return its address. An existing repository gets a new commit.
+
+    Args:
+        folder: the release; None: the model was loaded from other files.
+        parts: by name, the releases of its codecs, which become folders of the repository.
+        repository: OWNER/NAME.
+        license: the hub's name of the weights' licence, as apache-2.0; None: the card's.
+
+    Raises:
+        UserError: the model is no release, no licence is named, or the hub refuses.
+    """
+    if not NAME.fullmatch(repository) or "@" in repository:
+        raise UserError(f"{repository}: give OWNER/NAME, without a revision")
+    if folder is None:
+        raise UserError("only a release of ours can be published: this model was loaded from other files")
+    readme = folder / "README.md"
+    card = ModelCard(readme.read_text() if readme.is_file() else f"# {repository}\n", ignore_metadata_errors=True)
+    task, tags = TASKS.get(release_kind(folder), (None, ()))
+    data = card.data
+    data.license = license or data.license
+    if not data.license:
+        raise UserError(f"{readme} names no licence: give license=, as in license='apache-2.0'")
+    data.library_name = data.library_name or LIBRARY
+    data.pipeline_tag = data.pipeline_tag or task
+    data.tags = sorted({*(data.tags or ()), *tags}) or None
+    files = {path.name: path for path in folder.iterdir() if path.is_file() and path.name != "README.md"}
+    for name, part in parts.items():
+        part = release_folder(part)
+        if not (part / "config.yaml").is_file():
+            raise UserError(f"{part} is not a release folder: publish with codecs that are")
+        files |= {f"{name}/{path.name}": path for path in part.iterdir() if path.is_file()}
+    additions = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
+    additions.append(CommitOperationAdd("README.md", str(card).encode()))
+    api = HfApi(constants.ENDPOINT)
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        api.create_commit(repository, additions, commit_message=f"Release of {LIBRARY}")
+    except (errors.HTTPError, OSError, ValueError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise UserError(f"{repository} could not be published: {why}; hf auth login sets a token") from error
+    return f"{constants.ENDPOINT}/{repository}"
