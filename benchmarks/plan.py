@@ -9,8 +9,10 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from omegaconf import OmegaConf
+from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from benchmarks.fake_step import Measured, measure_fake
@@ -178,6 +180,9 @@ def read_recipe(name: str, words: list[str]) -> tuple[str, dict[str, Any], Train
         sizes["freeze_embeddings"] = bool(config.task.freeze_embeddings)
     elif config.task.encoders.kind == "tiny":  # released encoders do not run in training
         sizes["encoders"] = OmegaConf.to_container(config.task.encoders, resolve=True)
+    lora = OmegaConf.to_container(config.lora)
+    if lora["rank"]:
+        sizes["lora"] = lora
     whole = settings.global_batch_size or settings.batch_size * settings.accumulate
     rows = 2 if model == "talker" else 1
     return model, sizes, settings, rows, whole * settings.steps
@@ -195,11 +200,16 @@ def measure_ways(
 ) -> dict[str, tuple[Measured, Measured]]:
     """By way of spreading: a step with one sample a process, and with two on the line to a step with `most`."""
     name, make_batch, _ = MODELS[model]
+    lora = sizes.get("lora", {"rank": 0})
+    sizes = {key: value for key, value in sizes.items() if key != "lora"}
 
     def make_task() -> Task:
         # HiCoDiT's task reads a tokenizer's files, and is small; a Talker may be larger than this machine's memory.
         with nullcontext() if model == "talker" else _disable_current_modes():
-            return build_task(f"{name}_base", **sizes)
+            task = build_task(f"{name}_base", **sizes)
+        if lora["rank"]:
+            _adapt(task, lora)
+        return task
 
     def run(way: str, samples: int) -> Measured:
         print(f"{way}, {samples} sample{'s' * (samples > 1)} a process ...", file=sys.stderr, flush=True)
@@ -217,6 +227,12 @@ def measure_ways(
         memory = one.memory | {"activations": one.memory["activations"] + growth[0]}
         found[way] = one, replace(one, memory=memory, flops=one.flops + growth[1], touched=one.touched + growth[2])
     return found
+
+
+def _adapt(task: Task, lora: dict[str, Any]) -> None:
+    """Give a task without data low-rank updates, where PEFT would move them to the device on which they are."""
+    with mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
+        task.adapt(**lora)
 
 
 def draw(plans: list[Plan], room: float, title: str, path: Path) -> None:

@@ -102,6 +102,9 @@ def test_the_papers_and_the_released_recipe_of_the_talker_differ_as_the_texts_sa
     assert (paper.task.model.tasks if "tasks" in paper.task.model else 2) == 2
     tuned = talker("talker_released", "init=f", "task.warm_start=null", "task.stats=null", "lora.rank=4")
     assert tuned.task.init == "f" and tuned.task.warm_start is None
+    one_person = load("train", ["experiment=talker_finetune", "init=f"], "")
+    assert one_person.task.init == "f" and one_person.lora.rank == 16 and one_person.task.stats is None
+    assert one_person.data.train.codecs.speech == "f/whisperx-vae" and one_person.data.train.root == "data/shards/own"
     alone = talker("talker_paper", "data=emilia", "task.codecs.motion=null", "task.warm_start.qwen=q")
     assert alone.data.train.tasks == ["tts"] and alone.task.codecs.motion is None
 

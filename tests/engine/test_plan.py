@@ -14,7 +14,7 @@ from test_parallel import together
 from toy_task import CONFIG
 
 from benchmarks.fake_step import Measured, measure, measure_fake
-from benchmarks.plan import CARDS, Efficiency, plan
+from benchmarks.plan import CARDS, Efficiency, measure_ways, plan, read_recipe
 from engine.errors import exit_process
 from engine.training import distributed
 from engine.training.settings import TrainerConfig
@@ -148,3 +148,21 @@ def test_a_plan_adds_up():
     large = replace(one, flops=10**18)
     slow = plan(large, large, "ddp", 1, card, 1, 10)
     assert slow.step_s == pytest.approx(slow.compute_s + slow.memory_s)
+
+
+def test_lora_has_gradients_and_optimiser_of_its_updates_alone():
+    pytest.importorskip("peft")
+    llm = {"vocab_size": 384, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 32}
+    llm |= {"num_key_value_heads": 1, "intermediate_size": 96}
+    words = [f"task.model.llm.{name}={value}" for name, value in llm.items()]
+    words += [
+        f"task.model.{part}_{name}={n}" for part in ("encoder", "head") for name, n in (("layers", 1), ("heads", 2))
+    ]
+
+    def memory(*changes):
+        name, sizes, trainer, rows, _ = read_recipe("talker_finetune", ["init=x", *words, *changes])
+        return measure_ways(name, sizes, trainer, rows, 1.0, 2, 1, 8)["ddp"][0].memory
+
+    low, whole = memory("lora.rank=2"), memory("lora.rank=0")
+    assert whole["weights"] <= low["weights"] < 1.3 * whole["weights"]
+    assert low["gradients"] < 0.3 * whole["gradients"] and low["optimiser"] < 0.3 * whole["optimiser"]
