@@ -12,7 +12,6 @@ from engine.errors import UserError
 from hicodit.conditions import Conditions
 from hicodit.conditions.encoders import TinyEncoderConfig
 from hicodit.conditions.types import window_expressions, windows_of
-from hicodit.diffusion import LogLinearNoise, weighted_score_entropy
 from hicodit.layers import AdaLNBlock, rotary_table
 from hicodit.model import BRANCHES, HiCoDiT, ModelConfig, positions_of, rows_of
 from hicodit.system import HiCoDiTSystem
@@ -235,13 +234,6 @@ def test_a_forward_of_all_positions_reads_nothing_back(changes):
         with torch.device("cuda"):
             model = HiCoDiT(ModelConfig(**SMALL, **changes, face_dim=8))
         assert model(fake(TOKENS), fake(SIGMA), fake(prepared)).shape == (5, 3, 12, 40, 16)
-
-
-def test_loss_is_cross_entropy_over_t_when_normalised_and_more_otherwise():
-    log_q, x0, t = torch.randn(6, 16).log_softmax(-1), torch.randint(0, 16, (6,)), torch.full((6,), 0.25)
-    loss = weighted_score_entropy(log_q, x0, t, LogLinearNoise())
-    assert torch.allclose(loss, -log_q[range(6), x0] / 0.25, rtol=1e-4)
-    assert (weighted_score_entropy(log_q + 0.5, x0, t, LogLinearNoise()) > loss).all()
 
 
 def test_condition_dropout_rates():
