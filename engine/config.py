@@ -145,7 +145,9 @@ def _compose(config_name: str, words: Sequence[str], configs: Path) -> Composed:
         if not choosing:
             break
         for word in choosing:
-            _check_choice(word, configs)
+            group, choice, options = _name(word), word.partition("=")[2], _options(_name(word), configs)
+            if not word.startswith("~") and choice not in (*options, "null", ""):
+                raise UserError(f"{group}={choice} does not exist; {nearest(choice, options)}")
         groups += choosing
         values = [word for word in values if word not in choosing]
     early = [word for word in values if word[0] in "+~" or _name(word).endswith("_target_")]
@@ -206,15 +208,6 @@ def _name(word: str) -> str:
 
 def _options(group: str, configs: Path) -> list[str]:
     return sorted(path.stem for path in (configs / group.partition("@")[0]).glob("*.yaml"))
-
-
-def _check_choice(word: str, configs: Path) -> None:
-    key, _, choice = word.partition("=")
-    group = _name(word)
-    options = _options(group, configs)
-    if key.startswith("~") or choice in options or choice in ("null", ""):
-        return
-    raise UserError(f"{group}={choice} does not exist; {nearest(choice, options)}")
 
 
 def _set(composed: Composed, word: str) -> None:
@@ -300,8 +293,11 @@ def _one_line(error: Exception) -> str:
 def _help(name: str, text: str, composed: Composed, configs: Path) -> str:
     about, _, examples = text.partition("Examples:")
     sentences = {key: field.metadata.get("about", "") for key, (field, _) in composed.described.items()}
-    for folder, choice, package in [("", name, ""), *_sources(composed.choices)]:
-        path = configs / folder / f"{choice}.yaml"
+    for group, choice in {"": name, **composed.choices}.items():
+        if not choice:
+            continue
+        folder, _, package = group.partition("@")
+        package, path = package or folder.replace("/", "."), configs / folder / f"{choice}.yaml"
         prefix = "" if "@package _global_" in path.read_text() or not package else f"{package}."
         sentences |= {f"{prefix}{key}": sentence for key, sentence in _comments(path)}
     rows = [(key, _printed(value), sentences[key]) for key, value in _walk(composed.config) if sentences.get(key)]
@@ -320,14 +316,6 @@ def _help(name: str, text: str, composed: Composed, configs: Path) -> str:
     if examples:
         lines += ["", "Examples:", *(f"  {line.strip()}" for line in examples.strip().splitlines())]
     return "\n".join(lines)
-
-
-def _sources(choices: dict[str, str | None]) -> Iterator[tuple[str, str, str]]:
-    """Yield (folder, choice, package) of the chosen files."""
-    for group, choice in choices.items():
-        folder, _, package = group.partition("@")
-        if choice:
-            yield folder, choice, package or folder.replace("/", ".")
 
 
 def _comments(path: Path) -> Iterator[tuple[str, str]]:
