@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_one_line(data, codec, tmp_path):
         HiCoDiTDataset(tmp_path / "spoken", codec, phonemes=8)
     with pytest.raises(UserError, match="has no samples with mouth, faces, tokens, ge2e, expression: prepare that too"):
         HiCoDiTDataset(tmp_path / "train", codec).read(0)
-    with pytest.raises(UserError, match=r"window=0 must be at least 1"):
+    with pytest.raises(UserError, match=r"window=0 must be a whole number from 1"):
         dataset(data, codec, window=0)
     (data / "train" / "000003.tar").rename(data / "hidden.tar")
     try:
