@@ -26,9 +26,10 @@ def pesq_score(reference: np.ndarray, degraded: np.ndarray, rate: int, band: str
     pair = [resample(torch.as_tensor(np.asarray(x), dtype=torch.float32), rate, own) for x in (reference, degraded)]
     try:
         return float(pesq.pesq(own, pair[0].numpy(), pair[1].numpy(), band))
-    except (pesq.PesqError, ValueError) as error:  # such as no utterance, under a quarter of a second, or silence
-        why = error.args[0].decode() if error.args and isinstance(error.args[0], bytes) else error
-        raise UserError(f"PESQ cannot be computed: {why}") from error
+    except pesq.PesqError as error:  # such as no utterance, or under a quarter of a second
+        raise UserError(f"PESQ cannot be computed: {error.args[0].decode()}") from error
+    except ValueError as error:  # levels of almost nothing are no numbers for it
+        raise UserError("PESQ cannot be computed: one of the two is silent, or almost") from error
 
 
 class PESQ(Metric):
