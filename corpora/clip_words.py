@@ -154,7 +154,7 @@ class ClipWords:
 def corpus_recogniser(folder: Path) -> Callable[[np.ndarray, int], str]:
     """Return a recogniser of the synthetic corpus that is not told the kind of a sentence.
 
-    A language model hears both kinds; the grammar then decides if it has more than half of the words.
+    A language model hears both kinds; the grammar then decides if it has over three quarters of the words.
 
     Args:
         folder: where both may be written.
@@ -167,7 +167,7 @@ def corpus_recogniser(folder: Path) -> Callable[[np.ndarray, int], str]:
     def transcribe(wave: np.ndarray, rate: int) -> str:
         text = both.transcribe(wave, rate)
         known = [word in vocabulary for word in text.split()]
-        return closed.transcribe(wave, rate) if 2 * sum(known) > len(known) else text
+        return closed.transcribe(wave, rate) if 4 * sum(known) > 3 * len(known) else text
 
     return transcribe
 
