@@ -32,6 +32,7 @@ def trace(program: str, arguments: list[str]) -> list[CodeType]:
             functions.setdefault(code)
 
     sys.argv = [program, *arguments]
+    sys.path.insert(0, str((ROOT / program).parent))  # as Python does with a program
     threading.setprofile(note)
     sys.setprofile(note)
     try:
