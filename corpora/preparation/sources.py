@@ -94,15 +94,20 @@ class Unsplit(Source):
 
 
 class Synthetic(Source):
-    """The corpus of make_synthetic_corpus.py: ROOT/SPLIT.jsonl, ROOT/SPLIT/ID.mp4 (not version 3) and .wav."""
+    """The corpus of make_synthetic_corpus.py: ROOT/SPLIT.jsonl, ROOT/SPLIT/ID.mp4 (not version 3) and .wav.
 
-    def __init__(self, root: str | Path) -> None:
+    Args:
+        all_symbols: number the phonemes of every version alike, so that one model can learn from several; false: those
+            that the corpus speaks, as the bundled HiCoDiT has them. Speech alone always has all.
+    """
+
+    def __init__(self, root: str | Path, all_symbols: bool = False) -> None:
         super().__init__(root)
         known = "train" if "train" in self.splits() else next(iter(self.splits()), None)
         rows = read_manifest(self.root, known) if known else []
         self.frames = any("face" in row for row in rows)
         spoken = {p[0] for row in rows for p in row["phonemes"]}  # of one split, for all splits
-        self.symbols = sorted(spoken) if self.frames else SYMBOLS  # speech alone: the same for any number of clips
+        self.symbols = sorted(spoken) if self.frames and not all_symbols else SYMBOLS
 
     def splits(self) -> list[str]:
         return sorted(path.stem for path in self.root.glob("*.jsonl"))
