@@ -23,7 +23,7 @@ Examples:
 python train.py experiment=hicodit_synthetic
 python train.py experiment=hicodit_synthetic trainer=gpu trainer.batch_size=64 run=runs/big_batch
 torchrun --nproc_per_node=2 train.py experiment=hicodit_synthetic
-python train.py experiment=talker_synthetic_2 init=assets/talker_t2av_tiny lora.rank=8 trainer.lr=1e-4 run=runs/adapted
+python train.py experiment=talker_synthetic_3 data.tasks=[t2av] init=assets/talker_t2av_tiny lora.rank=8 run=runs/new
 python train.py experiment=hicodit_synthetic --help
 """
 

@@ -20,7 +20,7 @@ CLIPS = [str(EXAMPLES / name) for name in ("silent.mp4", "face_8.mp4", "face_24.
 VOICES = [str(EXAMPLES / name) for name in ("voice.wav", "voice_8.flac", "voice_24.flac")]
 VOICE_NAMES = ["of face 1", "of face 2", "of face 3"]
 PICTURE = str(EXAMPLES / "face.png")
-SENTENCES = ["set blue by hotel four now", "place red with zulu nine please", "lay white at echo two again"]
+SENTENCES = (EXAMPLES / "sentences.txt").read_text().splitlines()[16:58:6]  # some of news, small talk and instructions
 SPOKEN = {  # in the examples
     "silent.mp4": "place blue in whiskey six please",
     "face_8.mp4": "set red with india five again",
@@ -36,10 +36,8 @@ MODES = {
     "v2a": "a silent clip gets a voice",
 }
 KNOWN = (
-    "The bundled models know drawn faces like the examples, computer voices like the examples, and sentences of six "
-    "words, one of each list: **bin, lay, place, set** · **blue, green, red, white** · **at, by, in, with** · "
-    "**alpha, bravo** to **zulu** · **zero** to **nine** · **again, now, please, soon**. "
-    "Real footage, other words and other languages give babble."
+    "The bundled models know drawn faces and computer voices like the examples, and any English sentence. "
+    "Long and rare words are less clear than common ones. Real footage and other languages do not work with them."
 )
 OTHERS = "This page runs other weights than the bundled ones. The examples fit the bundled ones only."
 HAS_GE2E = find_spec("resemblyzer") is not None  # of the eval extra: embeds a voice for HiCoDiT

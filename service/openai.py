@@ -153,7 +153,7 @@ def openai_routes(service: Service) -> APIRouter:
         """Say a text.
 
         The answer is a whole file; with stream_format=audio the file in chunks as it is generated, with sse events
-        speech.audio.delta (base64) and speech.audio.done. The header X-Warning says what may be unintelligible. With
+        speech.audio.delta (base64) and speech.audio.done. The header X-Warning says what was done about an input. With
         timestamp_granularities ["word"] the answer is JSON: `audio` (base64) and `words`, each with its start and end
         in seconds; of events, the last one has the words.
         """

@@ -197,9 +197,6 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int | None = None) -
         seed = seed_for(job.seed, "part", number)
         requests.append(replace(request, prompt=prompt, max_patches=most, min_patches=min(most, fewest), seed=seed))
     reference.remarks += [f"{name}= is not used by mode={job.mode}" for name in job.unused]
-    unknown = list(dict.fromkeys(word for text in texts for word in system.tokenizer.unknown_words(text)))
-    if unknown:
-        reference.remarks.append(f"not in the training text and may be unintelligible: {', '.join(unknown[:8])}")
     remark = "; ".join(dict.fromkeys(reference.remarks))
     return PreparedJob(job, tuple(requests), prefix_speech, prefix_motion, picture, wave, total, remark)
 

@@ -12,7 +12,6 @@ import json
 import re
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -28,7 +27,6 @@ SPEECH, MOTION = "<SPEECH_FRAME>", "<MOTION_FRAME>"  # the second is in the rele
 MAX_TOKENS = 1000  # of a training sequence; longer ones are cut on the right
 FILES = ("tokenizer.json", "tokenizer_config.json")
 BYTE_TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|end|>"
-BYTES_ONLY = 262  # tokens of a byte-level tokenizer that learned no words
 MARK = "the words that are said"  # stands for them in a rendered chat
 # Places after the end of a sentence, a clause, a word.
 SENTENCE, CLAUSE, WORD = (
@@ -79,14 +77,6 @@ class TalkerTokenizer:
             if token in text:
                 raise UserError(f"the text holds {token}, which is a control token: leave it out")
         return self._parts(phonemizer(self.language)(text) if self.language else text)[0]
-
-    def unknown_words(self, text: str) -> list[str]:
-        """Return words of `text` that are several tokens; a tokenizer of bytes alone has none."""
-        if self.tokenizer.chat_template != BYTE_TEMPLATE or self.vocab_size <= BYTES_ONLY:
-            return []
-        found = self.tokenizer(text, add_special_tokens=False)
-        spans = [found.word_to_chars(word) for word, count in Counter(found.word_ids()).items() if count > 1]
-        return list(dict.fromkeys(text[span.start : span.end].strip() for span in spans))
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer's files into a release folder."""

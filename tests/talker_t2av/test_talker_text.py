@@ -4,7 +4,6 @@ import pytest
 
 from engine.errors import UserError
 from talker_t2av.settings import Job
-from talker_t2av.system import BUNDLED
 from talker_t2av.text import SPEECH, TalkerTokenizer, assemble, byte_tokenizer, split_text
 
 WORDS = ["bin blue at alpha one now", "lay green by bravo two soon", "set red in alpha two please"]
@@ -52,9 +51,3 @@ def test_a_word_that_is_longer_than_a_part_is_named():
         split_text("so xxxxxxxxxx", 8)
     with pytest.raises(UserError, match="the text has 2,001 bytes, and 2,000 is the most: make several jobs"):
         Job("tts", "x" * 2001, "voice.wav")
-
-
-def test_unknown_words_of_the_bundled_model_are_named():
-    words = TalkerTokenizer.from_pretrained(BUNDLED)
-    assert words.unknown_words("Chinese 你好 😀 hello red") == ["Chinese", "你好", "😀", "hello"]
-    assert words.unknown_words("lay red at alpha one soon") == []
