@@ -8,7 +8,8 @@ with larger numbers of clips to extend one.
 Version 1 is the corpus of the bundled codecs: 40 voices, one expression per clip. Version 2, that of the bundled
 HiCoDiT and Talker-T2AV, has 460 voices that can be predicted from the faces; a split dev, half of it with training
 voices, for choosing settings; a change of expression at a word in half of the clips; and free sentences of about 2,600
-words in half of the clips. Version 3 is speech alone, by the voices of version 2: open sentences of any words."""
+words in half of the clips. Version 3 is speech alone, by the voices of version 2: open sentences of any words, and,
+in the split `plain`, the sentences of assets/demo/sentences.txt by held-out voices."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ import numpy as np
 
 from corpora.synthetic.contact_sheet import contact_sheet
 from corpora.synthetic.corpus import FRAME, RATE, ClipMaker, clip_id, is_done, write_text
-from corpora.synthetic.sentences import SPLITS, grammar, language_model
+from corpora.synthetic.sentences import SPLITS, grammar, language_model, plain_sentences
 from corpora.synthetic.voices import load_voices
 from engine.errors import UserError, run_cli
 from engine.files import atomic_output
@@ -123,6 +124,8 @@ def main() -> None:
     args = parse()
     root, splits = args.out, SPLITS[args.version]
     counts = {split: args.clips if split == "train" else args.test_clips for split in splits}
+    if "plain" in counts:
+        counts["plain"] = min(args.test_clips, len(plain_sentences()))
     prepare(root, args.seed, args.version)
     about = {
         "version": args.version,

@@ -27,7 +27,7 @@ import numpy as np
 from corpora.synthetic.expression import Prosody, draw_change, draw_expression, ease, pose, prosody
 from corpora.synthetic.face import Face, Motion, draw_motion
 from corpora.synthetic.portrait import SIZE
-from corpora.synthetic.sentences import SPLITS, draw_open_sentence, draw_sentence
+from corpora.synthetic.sentences import SPLITS, draw_open_sentence, draw_sentence, plain_sentences
 from corpora.synthetic.speech import Synthesizer, Utterance
 from corpora.synthetic.visemes import FPS, MOUTH, mouth_track
 from corpora.synthetic.voices import Voice, load_voices
@@ -153,7 +153,7 @@ class ClipMaker:
         cv2.setNumThreads(1)
         self._root, self._seed, self._version = root, seed, version
         groups = {group: [v for v in load_voices(version) if v.group == group] for group in ("train", "dev", "unseen")}
-        self._voices = groups | {"seen": groups["train"]}
+        self._voices = groups | {"seen": groups["train"], "plain": groups["unseen"]}
         if groups["dev"]:  # known and unknown voices in turn
             self._voices["dev"] = [v for pair in zip(groups["train"], cycle(groups["dev"])) for v in pair]
         self._synthesizer = Synthesizer()
@@ -182,7 +182,7 @@ class ClipMaker:
         intensity = intensity if rng.random() < 0.5 else 0.0
         style = prosody(expression, intensity, self._version)
         while True:
-            text = draw_open_sentence(rng, split)
+            text = plain_sentences()[index] if split == "plain" else draw_open_sentence(rng, split)
             speech = speak(self._synthesizer, text, voice.lines, [style], rng)
             if len(speech.wave) // FRAME <= LONGEST:
                 return text, speech, expression if intensity else "neutral", intensity, {}

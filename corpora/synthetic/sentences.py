@@ -55,7 +55,8 @@ SLOTS: tuple[tuple[str, ...], ...] = (
 )
 SLOT_NAMES = ("command", "colour", "preposition", "letter", "digit", "adverb")
 SPLITS = {1: ("train", "seen", "unseen"), 2: ("train", "dev", "seen", "unseen")}
-SPLITS[3] = SPLITS[2]  # and the same owner of each sentence
+SPLITS[3] = (*SPLITS[2], "plain")  # the same owner of each sentence, and sentences that were written by hand
+PLAIN = Path(__file__).resolve().parents[2] / "assets" / "demo" / "sentences.txt"
 TEMPLATES = (
     "the {adjective} {person} {past} the {thing}",
     "my {person} {past} the {thing} {adverb}",
@@ -103,8 +104,13 @@ def split_of(text: str, version: int = 1) -> str:
     """The split that owns a sentence, by hash: 10 % each the splits after `train`, which owns the rest. No sentence
     belongs to two splits."""
     bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 10
-    splits = SPLITS[version]
+    splits = SPLITS[min(version, 2)]
     return splits[max(0, bucket - 10 + len(splits))]
+
+
+def plain_sentences() -> list[str]:
+    """Return the sentences of version 3's split `plain`, such as people say; no split owns them."""
+    return PLAIN.read_text().splitlines()
 
 
 def draw_sentence(rng: np.random.Generator, split: str, version: int = 1, free: bool = False) -> str:

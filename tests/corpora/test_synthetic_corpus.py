@@ -28,7 +28,15 @@ from corpora.preparation.sources import Synthetic
 from corpora.synthetic.corpus import FRAME, resample, window_expressions
 from corpora.synthetic.expression import EXPRESSIONS, pose, prosody
 from corpora.synthetic.face import Face, draw_motion
-from corpora.synthetic.sentences import SLOTS, SPLITS, draw_open_sentence, draw_sentence, free_words, split_of
+from corpora.synthetic.sentences import (
+    SLOTS,
+    SPLITS,
+    draw_open_sentence,
+    draw_sentence,
+    free_words,
+    plain_sentences,
+    split_of,
+)
 from corpora.synthetic.speech import Synthesizer
 from corpora.synthetic.traits import Traits, looks, voice_lines
 from corpora.synthetic.visemes import FPS, MOUTH, mouth_track, shapes_of
@@ -161,7 +169,9 @@ def test_version_3_is_speech_alone_of_any_words(tmp_path):
     assert make(tmp_path / "two", *arguments).returncode == 0 and made == digests(tmp_path / "two")
     for split in SPLITS[3]:
         for entry in entries(tmp_path / "one", split):
-            assert split_of(entry["text"], 3) == split and entry["seconds"] <= 8 and "face" not in entry
+            assert split == "plain" or split_of(entry["text"], 3) == split
+            assert entry["seconds"] <= 8 and "face" not in entry
+    assert [entry["text"] for entry in entries(tmp_path / "one", "plain")] == plain_sentences()[:3]
     source = Synthetic(tmp_path / "one")
     clip = source.clips("dev")[1]
     assert clip.video is None and {symbol for symbol, *_ in clip.phonemes} <= set(source.symbols) == set(SYMBOLS)
