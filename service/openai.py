@@ -47,7 +47,7 @@ class SpeechRequest(BaseModel):
 
     model_config = ConfigDict(
         extra="forbid",
-        json_schema_extra={"example": {"model": TALKER, "voice": DEFAULT, "input": "Set blue by hotel four now."}},
+        json_schema_extra={"example": {"model": TALKER, "voice": DEFAULT, "input": "How was your trip to the lake?"}},
     )
 
     model: Literal["talker-t2av"]
