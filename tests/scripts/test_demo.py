@@ -22,7 +22,7 @@ from service import demo_actions as actions
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "assets" / "demo"
 CLIP, VOICE, PICTURE = (str(EXAMPLES / name) for name in ("silent.mp4", "voice.wav", "face.png"))
-SENTENCE = "set blue by hotel four now"
+SENTENCE = "Would you like some tea, or maybe coffee?"  # an example of the page
 
 
 def ignore(done, total, what):
@@ -65,7 +65,6 @@ def test_other_modes(demo):
     settings = 2, 0.3, 2.0, None, ignore
     made = demo.talk("tts", "hello four", VOICE, None, *settings)
     assert made.video is None and soundfile.info(made.sound).duration > 0.3
-    assert made.notes[1] == "not in the training text and may be unintelligible: hello"
     made = demo.talk("a2v", "", VOICE, PICTURE, *settings)
     assert made.sound is None and count_frames_and_secs(made.video)[0] > 40
     made = demo.talk("v2a", SENTENCE, VOICE, CLIP, *settings)
