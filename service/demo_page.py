@@ -20,7 +20,7 @@ CLIPS = [str(EXAMPLES / name) for name in ("silent.mp4", "face_8.mp4", "face_24.
 VOICES = [str(EXAMPLES / name) for name in ("voice.wav", "voice_8.flac", "voice_24.flac")]
 VOICE_NAMES = ["of face 1", "of face 2", "of face 3"]
 PICTURE = str(EXAMPLES / "face.png")
-SENTENCES = (EXAMPLES / "sentences.txt").read_text().splitlines()[21:58:6]  # some of news, small talk and instructions
+SENTENCES = (EXAMPLES / "sentences.txt").read_text().splitlines()[22:58:6]  # some of news, small talk and instructions
 SPOKEN = {  # in the examples
     "silent.mp4": "place blue in whiskey six please",
     "face_8.mp4": "set red with india five again",
