@@ -166,7 +166,7 @@ class ClipMaker:
         voice = self._voices[split][index % len(self._voices[split])]
         stem = self._root / split / clip_id(split, index)
         text, speech, expression, intensity, more = (
-            self._speech_clip(rng, split, voice) if version == 3 else self._talking_clip(rng, split, voice, stem)
+            self._speech_clip(rng, split, voice, index) if version == 3 else self._talking_clip(rng, split, voice, stem)
         )
         frames = len(speech.wave) // FRAME
         entry = {"id": stem.name, "split": split, "text": text, "phonemes": speech.phonemes, "voice": voice.number}
@@ -176,7 +176,9 @@ class ClipMaker:
         write_text(stem.with_suffix(".json"), json.dumps(entry))
         return entry
 
-    def _speech_clip(self, rng: np.random.Generator, split: str, voice: Voice) -> tuple[str, Speech, str, float, dict]:
+    def _speech_clip(
+        self, rng: np.random.Generator, split: str, voice: Voice, index: int
+    ) -> tuple[str, Speech, str, float, dict]:
         """Speak a clip without pictures: words, speech, expression, its intensity, and no more."""
         expression, intensity = draw_expression(rng)
         intensity = intensity if rng.random() < 0.5 else 0.0
