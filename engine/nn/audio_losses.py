@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from engine.errors import UserError
 from engine.nn.mel import mel_filters
 
 
@@ -54,8 +55,10 @@ class MultiScaleMelLoss(nn.Module):
         clamp: float = 1e-5,
     ):
         super().__init__()
+        if len(n_mels) != len(windows):
+            raise UserError(f"mel.n_mels={list(n_mels)} and mel.windows={list(windows)}: give as many of both")
         self.clamp = clamp
-        self.scales = nn.ModuleList(MelSpectrogram(sample_rate, m, w) for m, w in zip(n_mels, windows, strict=True))
+        self.scales = nn.ModuleList(MelSpectrogram(sample_rate, m, w) for m, w in zip(n_mels, windows))
 
     def forward(self, fake: Tensor, real: Tensor) -> Tensor:
         with torch.autocast(fake.device.type, enabled=False):

@@ -119,6 +119,8 @@ class VoiceEncoderTask(Task):
         init: str | None = None,
     ):
         super().__init__()
+        if temperature <= 0:
+            raise UserError(f"task.temperature={temperature} must be over 0")
         self.encoder = VoiceEncoder(VoiceEncoderConfig(**encoder))
         if init:
             load_strict(self.encoder, VoiceEncoder.from_pretrained(init).state_dict(), f"init={init}")

@@ -65,7 +65,9 @@ TRAIN = [
     ("experiment=rvq_synthetic data.train.samples=-5", "data.train.samples=-5"),
     ("experiment=rvq_synthetic_decoder", "init=runs/rvq_synthetic/release: there is no such file"),
     ("experiment=whisperx_vae_synthetic task.whisper=nowhere", "task.whisper=nowhere: not found"),
+    ("experiment=rvq_synthetic task.mel.n_mels=[20]", "mel.n_mels=[20] and mel.windows=[128, 512, 2048]"),
     ("experiment=whisperx_vae_synthetic task.codec.hidden=-3", "hidden=-3"),
+    ("experiment=voice_synthetic task.temperature=0", "task.temperature=0 must be over 0"),
     ("experiment=voice_synthetic task.encoder.channels=0 trainer.compile=true", "channels=0"),
 ]  # fmt: skip
 INFER = [
