@@ -313,7 +313,13 @@ def service(machine: Machine, size: str) -> Iterator[Line]:
     """Requests a second of the web service with the bundled models, each for half a second of speech."""
     requests = 48 if size == "base" else 4
     args = argparse.Namespace(
-        clients=[1, 4, 16], requests=requests, mixed=0, rows=8, threads=torch.get_num_threads(), device=machine.device
+        clients=[1, 4, 16],
+        requests=requests,
+        mixed=0,
+        rows=8,
+        interface="native",
+        threads=torch.get_num_threads(),
+        device=machine.device,
     )
     least = 1 / serving.JOB["max_seconds"]
     for result, _ in serving.run(args):

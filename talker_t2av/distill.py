@@ -151,7 +151,7 @@ class TalkerDistillTask(TalkerTask):
             raise UserError(f"init={init} is a student itself: name its teacher")
         own = dict((teacher.release or {}).get("sampling") or {}) | {"steps": student_steps[0]}
         own |= {name: value for name, value in (sampling or {}).items() if value is not None}
-        model = asdict(replace(teacher.config, guidance_limit=float(guidance_limit), repeats=1))
+        model = asdict(replace(teacher.config, guidance_limit=float(guidance_limit), repeats=1, phonemes=0))
         super().__init__(model, codecs, tokenizer=tokenizer or str(words), init=init, sampling=own, **others)
         if not 1 <= self.sampling.guidance <= guidance_limit:
             raise UserError(
