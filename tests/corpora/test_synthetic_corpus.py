@@ -181,6 +181,10 @@ def test_version_3_is_speech_alone_of_any_words(tmp_path):
     assert min(lengths) == 1 and max(lengths) == 20 and len({word for text in texts for word in text.split()}) > 5000
 
 
+def test_phonemes_of_all_versions_can_share_their_numbers(corpus):
+    assert Synthetic(corpus, all_symbols=True).symbols == SYMBOLS != Synthetic(corpus).symbols
+
+
 def test_splits_are_disjoint(corpus):
     texts = {split: {entry["text"] for entry in entries(corpus, split)} for split in SPLITS[1]}
     voices = {split: {entry["voice"] for entry in entries(corpus, split)} for split in SPLITS[1]}
