@@ -16,7 +16,7 @@ from engine.batch_runner import run_batches
 from engine.device import count_devices, pick_device
 from engine.faces.detectors import YuNetDetector
 from engine.faces.landmarks import landmark_source
-from engine.faces.track import read_boxes
+from engine.faces.track import read_boxes, read_face
 from engine.files import all_or_none, writable
 from engine.media.audio import read_voice, write_wav
 from engine.media.video import mux_audio
@@ -67,7 +67,7 @@ class ClipJobs:
     def prepare(self, clip: Path) -> list[Crops]:
         """Find the face, or all, and cut out mouth and face."""
         strip = partial(self._strip, clip) if self.config.debug else None
-        return list(self.pipeline.all_crops(clip, self.config.chosen_face, self.box, strip))
+        return list(self.pipeline.all_crops(clip, read_face(self.config.face), self.box, strip))
 
     def generate(self, batch: list[list[Crops]]) -> list[list[Speech]]:
         """Generate the speech of a batch."""

@@ -12,9 +12,10 @@ from omegaconf import DictConfig
 from engine.batch_runner import WORD_FILES, RunConfig
 from engine.config import plain, read_preset
 from engine.errors import UserError
-from engine.faces.track import MOST_FACES, check_face, read_boxes, track_of_boxes
+from engine.faces.track import MOST_FACES, read_boxes, read_face, track_of_boxes
 from engine.files import writable
 from engine.media.ffmpeg import require_stream
+from engine.settings import FACE as WHICH_FACE
 from engine.settings import FACE_BOX, SEED, SEEDS, Group, group, make, override, setting
 
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "hicodit_tiny"
@@ -148,8 +149,7 @@ class ClipConfig:
     lookahead: float = setting(*LOOKAHEAD)
     face: str = setting(
         "largest",
-        about="which of several faces: largest, central, left, right, speaking (whose mouth moves most), or 1, 2, ... "
-        "by size; all: NAME_face1.wav and so on for each face",
+        about=f"{WHICH_FACE}; all: NAME_face1.wav and so on for each face",
     )
     face_box: str | None = setting(None, about=FACE_BOX)
     detector: str | None = setting(
@@ -168,10 +168,6 @@ class ClipConfig:
     sampler: dict[str, Any] = group(SamplerConfig, unset=True, about="null: the release's setting")
     guidance: dict[str, Any] = group(GuidanceScales, unset=True, about="null: the release's setting")
 
-    @property
-    def chosen_face(self) -> str | int:
-        return int(self.face) if self.face.isdecimal() and len(self.face) < 9 else self.face
-
 
 @dataclass(frozen=True)
 class InferConfig(RunConfig, ClipConfig):
@@ -182,7 +178,7 @@ def read_settings(config: DictConfig) -> tuple[InferConfig, list[Path]]:
     """Return the settings of a job and its clips; all that can be checked without loading a model is checked."""
     c = make(InferConfig, plain(config))
     c.begin({"weights": c.weights, "codec": c.codec, "encoders": c.encoders})
-    check_face(c.chosen_face)
+    read_face(c.face)
     if c.stream:
         _check_stream(c)
     if c.face_box is not None:

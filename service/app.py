@@ -9,28 +9,30 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
 import torch
-from fastapi import FastAPI, Request, WebSocket, WebSocketDisconnect
+from fastapi import FastAPI, Query, Request, WebSocket, WebSocketDisconnect
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from engine.errors import UserError
+from engine.faces.track import read_face
 from engine.media.audio import write_wav
 from engine.media.limits import LIMITS
 from engine.media.video import write_video
 from engine.seeding import check_seed
+from engine.settings import FACE
 from engine.untrusted import parse_json
 from hicodit.conditions.types import FPS
 from hicodit.streaming import SpeechChunk, SpeechStream, StreamSettings
 from service.admission import ClientLeft, Service, counting, explain
 from service.limits import MAX_PICTURE
-from service.openai import check_text, openai_error, openai_routes
+from service.openai import FIRST, check_text, openai_error, openai_routes
 from service.sound import samples
 from service.speaking import parts_of, request_folder, speak
 from service.workers import Ticket
@@ -74,14 +76,18 @@ def make_app(service: Service) -> FastAPI:
         return Response(generate_latest(service.metrics), media_type=CONTENT_TYPE_LATEST)
 
     @app.post("/hicodit")
-    async def hicodit(request: Request, seed: int = 0) -> Response:
+    async def hicodit(
+        request: Request, seed: int = 0, face: Annotated[str, Query(description=FACE)] = FIRST
+    ) -> Response:
         """Return the speech of a silent video, which is the body, as WAV."""
         model = _loaded(service.hicodit, "hicodit")
         check_seed(seed)
+        if (chosen := read_face(face)) == "all":
+            raise UserError("face=all makes a file for each face: use /v1/videos")
         with service.admitted(), request_folder() as folder:
             clip = folder / "clip.mp4"
             await _save_body(request, clip, service.limits.megabytes * 2**20)
-            crops = await service.in_thread(model.crops, clip)
+            crops = await service.in_thread(model.crops, clip, chosen)
             speech = await service.generate("hicodit", Ticket(crops, seed), request.is_disconnected)
             return Response(await service.in_thread(_wav, folder, speech.wave, speech.rate), media_type="audio/wav")
 

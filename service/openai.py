@@ -16,19 +16,22 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from fastapi import APIRouter, Depends, File, Form, HTTPException, Request, Response, UploadFile
+from fastapi import APIRouter, Depends, File, Form, HTTPException, Query, Request, Response, UploadFile
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict
 from pydantic import Field as Bounded
 
 from engine.errors import UserError
+from engine.faces.track import read_face
 from engine.media.video import mux_audio, write_video
 from engine.optional import require
 from engine.seeding import check_seed
+from engine.settings import FACE
 from service.admission import Service, explain
 from service.sound import FORMATS, encode, encode_whole
 from service.speaking import always, noting, parts_of, request_folder, speak
@@ -40,6 +43,7 @@ from talker_t2av.pipeline import Job
 TALKER, HICODIT = "talker-t2av", "hicodit"
 KEPT_SECONDS = 3600.0  # after which a finished video is deleted
 SPEEDS = (0.25, 4.0)
+FIRST = "largest"  # of several faces
 
 
 class SpeechRequest(BaseModel):
@@ -64,7 +68,8 @@ class SpeechRequest(BaseModel):
 class VideoJob:
     """A video that is being made, or is kept for its client.
 
-    status: queued, in_progress, completed or failed. folder: has `video.mp4` when it is completed.
+    status: queued, in_progress, completed or failed. faces: number of videos of a completed job, one a face; the folder
+    has them as video1.mp4, ...
     """
 
     model: str
@@ -77,6 +82,7 @@ class VideoJob:
     finished: float | None = None
     error: str | None = None
     warning: str | None = None
+    faces: int = 1
     task: asyncio.Task | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -86,7 +92,11 @@ class VideoJob:
             "completed_at": self.finished and int(self.finished),
             "expires_at": self.finished and int(self.finished + KEPT_SECONDS),
             "error": self.error and {"code": "failed", "message": self.error}, "warning": self.warning,
+            "faces": self.faces,
         }  # fmt: skip
+
+
+Make = Callable[[VideoJob, Path], Awaitable[None]]  # of a job and its upload
 
 
 class HeldResponse(StreamingResponse):
@@ -227,6 +237,7 @@ def openai_routes(service: Service) -> APIRouter:
         prompt: Annotated[str, Form(description="talker-t2av: the text to say; hicodit: not used")] = "",
         voice: Annotated[str, Form(description="talker-t2av: one of /v1/audio/voices")] = DEFAULT,
         seed: Annotated[int, Form()] = 0,
+        face: Annotated[str, Form(description=f"hicodit: {FACE}; all: a video for each, see `faces`")] = FIRST,
         seconds: Annotated[str | None, Form(description="cannot be set: it follows the text or the clip")] = None,
         size: Annotated[str | None, Form(description="cannot be set: it is the model's")] = None,
     ) -> dict[str, Any]:
@@ -239,7 +250,12 @@ def openai_routes(service: Service) -> APIRouter:
         if model == TALKER:
             check_text(service, prompt)
             service.voices.find(voice)
-        return (await videos.start(model, prompt, voice, seed, input_reference)).as_json()
+            if face != FIRST:
+                raise UserError(f"face={face[:20]} is for hicodit: leave it out")
+            make = partial(videos.talk, voice=voice, seed=seed)
+        else:
+            make = partial(videos.dub, seed=seed, face=read_face(face))
+        return (await videos.start(model, prompt, input_reference, make)).as_json()
 
     @router.get("/videos")
     async def list_videos() -> dict[str, Any]:
@@ -258,12 +274,16 @@ def openai_routes(service: Service) -> APIRouter:
         return {"id": name, "object": "video.deleted", "deleted": True}
 
     @router.get("/videos/{name}/content", response_class=FileResponse)
-    async def video_content(name: str, variant: Literal["video"] = "video") -> Response:
+    async def video_content(
+        name: str, variant: Literal["video"] = "video", face: Annotated[int, Query(description="of face=all")] = 1
+    ) -> Response:
         """Fetch a completed video as MP4."""
         job = videos.find(name)
         if job.status != "completed":
             raise HTTPException(409, f"{name} is {job.status}" + (f": {job.error}" if job.error else ""))
-        return FileResponse(job.folder / "video.mp4", media_type="video/mp4")
+        if not 1 <= face <= job.faces:
+            raise HTTPException(404, f"{name} has no face {face}: give 1 to {job.faces}")
+        return FileResponse(job.folder / f"video{face}.mp4", media_type="video/mp4")
 
     return router
 
@@ -274,7 +294,7 @@ class Videos:
     def __init__(self, service: Service) -> None:
         self.service, self.jobs = service, dict[str, VideoJob]()
 
-    async def start(self, model: str, prompt: str, voice: str, seed: int, upload: UploadFile) -> VideoJob:
+    async def start(self, model: str, prompt: str, upload: UploadFile, make: Make) -> VideoJob:
         """Save the upload and begin a job in the background; it holds a place of the service until it ends."""
         self.forget()
         with contextlib.ExitStack() as resources:
@@ -284,7 +304,7 @@ class Videos:
             reference = job.folder / f"input_reference{Path(upload.filename or '').suffix.lower()[:8]}"
             await save_upload(upload, reference)
             self.jobs[job.id] = job
-            job.task = asyncio.ensure_future(self.run(job, voice, seed, reference, resources.pop_all()))
+            job.task = asyncio.ensure_future(self.run(job, reference, make, resources.pop_all()))
             return job
 
     def find(self, name: str) -> VideoJob:
@@ -306,18 +326,18 @@ class Videos:
             if number < surplus or time.time() > job.finished + KEPT_SECONDS:
                 self.delete(job)
 
-    async def run(self, job: VideoJob, voice: str, seed: int, reference: Path, resources: contextlib.ExitStack) -> None:
+    async def run(self, job: VideoJob, reference: Path, make: Make, resources: contextlib.ExitStack) -> None:
         """Make the video of a job; what goes wrong becomes its error."""
         with resources:
             try:
                 job.status = "in_progress"
-                await (self.talk if job.model == TALKER else self.dub)(job, voice, seed, reference)
+                await make(job, reference)
                 job.status, job.progress = "completed", 100
             except Exception as error:
                 job.status, job.error = "failed", explain(error)[1].replace(f"{job.folder}/", "")
             job.finished = time.time()
 
-    async def talk(self, job: VideoJob, voice: str, seed: int, reference: Path) -> None:
+    async def talk(self, job: VideoJob, reference: Path, voice: str, seed: int) -> None:
         service = self.service
         wanted = Job("t2av", job.prompt, str(service.voices.find(voice)), str(reference), seed=seed)
         prepared = await service.in_thread(service.talker.prepare, wanted)
@@ -333,15 +353,19 @@ class Videos:
         tickets = [Ticket(part, on_patch=count) for part in parts_of(prepared)]
         results = [await service.generate("talker_t2av", ticket, never) for ticket in tickets]
         talk = await service.in_thread(service.talker.complete, prepared, *results)
-        path = job.folder / "video.mp4"
+        path = job.folder / "video1.mp4"
         await service.in_thread(write_video, path, talk.frames, service.talker.fps, talk.wave, service.talker.rate)
 
-    async def dub(self, job: VideoJob, voice: str, seed: int, reference: Path) -> None:
+    async def dub(self, job: VideoJob, reference: Path, seed: int, face: str | int) -> None:
         service = self.service
-        crops = await service.in_thread(service.hicodit.crops, reference)
-        speech = await service.generate("hicodit", Ticket(crops, seed), never)
+        crops = await service.in_thread(lambda: list(service.hicodit.all_crops(reference, face)))
+        tickets = [service.generate("hicodit", Ticket(part, seed), never) for part in crops]
+        speeches = await asyncio.gather(*tickets)
         job.progress = 90
-        await service.in_thread(mux_audio, reference, speech.wave, speech.rate, job.folder / "video.mp4")
+        for number, speech in enumerate(speeches, 1):
+            path = job.folder / f"video{number}.mp4"
+            await service.in_thread(mux_audio, reference, speech.wave, speech.rate, path)
+        job.faces = len(speeches)
 
 
 def check_text(service: Service, text: str) -> None:

@@ -82,7 +82,14 @@ class FaceTrack:
 def check_face(face: str | int) -> None:
     """Check the setting `face`."""
     if not (face in FACES or (isinstance(face, int) and face >= 1)):
-        raise UserError(f"face={face} is unknown: give {', '.join(FACES)}, or a number from 1 on")
+        raise UserError(f"face={str(face)[:40]} is unknown: give {', '.join(FACES)}, or a number from 1 on")
+
+
+def read_face(text: str) -> str | int:
+    """Return the setting `face` of its text."""
+    face = int(text) if text.isdecimal() and len(text) < 9 else text
+    check_face(face)
+    return face
 
 
 def track_faces(

@@ -8,8 +8,8 @@ from pathlib import Path
 from hostile.rows_files import BAD_NAMES, NAME
 
 from engine.cluster import check_place
-from engine.faces.track import check_face
-from hicodit.settings import ClipConfig, find_clips
+from engine.faces.track import read_face
+from hicodit.settings import find_clips
 from service.voices import Voices
 
 
@@ -41,7 +41,7 @@ CASES = [
     *(
         (
             f"face: {value[:9]}",
-            lambda _, v=value: check_face(ClipConfig(face=v).chosen_face),
+            lambda _, v=value: read_face(v),
             "is unknown: give largest",
         )
         for value in ("0", "-1", "nose", "", "9" * 5000, "../1", "²")

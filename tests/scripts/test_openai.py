@@ -21,9 +21,10 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("websockets")
 import openai
 import uvicorn
-from drawn_faces import talking_head
+from drawn_faces import scene, talking_head
 
 from engine.errors import UserError
+from engine.media.audio import read_audio
 from engine.media.ffmpeg import command, probe
 from engine.media.video import read_video, write_video
 from engine.word_times import Word, WordTimes
@@ -38,6 +39,7 @@ from tests.talker_t2av.talker_fixtures import save_talker, voice_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API")  # its own service ends, the client stays
 TEXT = "Hi."
+TALK = {"model": "talker-t2av", "prompt": TEXT}
 
 
 @pytest.fixture(scope="module")
@@ -306,6 +308,38 @@ def test_videos_are_made_fetched_and_deleted(client, models, service, tmp_path):
     with pytest.raises(openai.BadRequestError, match="seconds=4"):
         client.videos.create(model="hicodit", prompt="", seconds="4", input_reference=tmp_path / "head.mp4")
     assert service.requests == 0
+
+
+def test_each_face_of_a_clip_gets_a_video(client, models, tmp_path):
+    write_video(tmp_path / "two.mp4", scene(25, [lambda i: (5, 5, 112), lambda i: (180, 20, 90)]), 25)
+
+    def dub(**extra):
+        fields = {"model": "hicodit", "prompt": "", "input_reference": tmp_path / "two.mp4"} | extra.pop("fields", {})
+        return finished(client, client.videos.create(**fields, extra_body={"seed": 3} | extra))
+
+    def heard(video, face=1):
+        query = {"face": face}
+        (tmp_path / "dubbed.mp4").write_bytes(client.videos.download_content(video.id, extra_query=query).content)
+        return read_audio(tmp_path / "dubbed.mp4", 24_000)
+
+    both, right = dub(face="all"), dub(face="right")
+    assert (both.status, both.faces, right.faces) == ("completed", 2, 1)
+    first, second, alone = heard(both, 1), heard(both, 2), heard(right)
+    np.testing.assert_allclose(second, alone, atol=5e-3)  # of another batch
+    assert np.abs(first - second).max() > 0.01
+    for face, error in ((3, openai.NotFoundError), (0, openai.NotFoundError), ("x", openai.BadRequestError)):
+        with pytest.raises(error, match="face"):
+            heard(both, face)
+    failed = dub(face="3")
+    assert failed.status == "failed" and "face=3" in failed.error.message
+    for extra in (
+        {"face": "nose"},
+        {"face": "9" * 5000},
+        {"face": "../1"},
+        {"face": "left", "voice": "anna", "fields": TALK},
+    ):
+        with pytest.raises(openai.BadRequestError, match=r"face=.{1,40} is (unknown|for hicodit)"):
+            dub(**extra)
 
 
 def test_a_body_must_state_its_length(client):
