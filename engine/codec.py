@@ -144,7 +144,7 @@ def load_codec(folder: str | Path, codecs: Mapping[str, type[C]]) -> C:
         codecs: the classes to choose from, by kind. A model that takes a further codec has it in its table.
     """
     folder = release_folder(folder)
-    for codec in codecs.values():
+    for codec in codecs.values() if not (folder / "config.yaml").is_file() else ():
         official = codec.from_official(folder)
         if official is not None:
             return official

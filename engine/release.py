@@ -90,7 +90,7 @@ class Released(nn.Module):
             UserError: the folder or a file is missing or damaged, or its tensors do not fit its config.
         """
         folder = release_folder(folder)
-        official = cls.from_official(folder)
+        official = None if (folder / "config.yaml").is_file() else cls.from_official(folder)
         if official is not None:
             return official
         config, state = read_release(folder, cls.kind)

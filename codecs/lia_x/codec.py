@@ -22,7 +22,7 @@ from engine.release import build_with, weights_digest
 from engine.settings import Group, setting
 from lia_x.decoder import Decoder
 from lia_x.encoder import Encoder
-from lia_x.released import find_official, read_official
+from lia_x.released import read_official
 
 
 @dataclass(frozen=True)
@@ -236,8 +236,8 @@ class LiaX(PortraitCodec):
     @classmethod
     def from_official(cls, path: Path) -> LiaX | None:
         """The official `lia-x.pt`: the file, or a folder that holds it."""
-        file = find_official(path)
-        return None if file is None else cls.from_tensors(*read_official(file), file)
+        found = read_official(path)
+        return None if found is None else cls.from_tensors(*found, path)
 
     @classmethod
     def from_tensors(cls, sizes: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> LiaX:

@@ -5,7 +5,6 @@ It also stores the constant low-pass kernels (`*.kernel`), and keeps an axis of 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,76 +13,12 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.official import numbered, rename_all, sizes_of
 from engine.safe_pickle import read_tensors
 
 FILE = "lia-x.pt"
 WIDTH = 64  # channels at full size before `scale`, the same in every published network
-
-
-def find_official(path: Path) -> Path | None:
-    """The official file that `path` is, or that the folder `path` holds; None: neither."""
-    path = path / FILE if (path / FILE).is_file() else path
-    return path if path.is_file() else None
-
-
-def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(fields of `LiaXConfig`, state dict under our names) of the official file."""
-    state = read_tensors(path)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} is not a flat state dict: give the official {FILE}")
-    return sizes_of(state), our_state(state)
-
-
-def sizes_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The fields of `LiaXConfig` by the shapes of an official `state`.
-
-    Only the product of a width and `scale` shows in them; published networks are `WIDTH` wide before `scale`.
-    """
-    try:
-        style_dim, motion_dim = state["dec.direction.weight"].shape
-        first = state["enc.enc_2r.block1.0.weight"].shape[0]
-        _, widest, base, _ = state["dec.input.input"].shape
-    except KeyError as error:
-        raise UserError(f"not a LIA-X checkpoint: it has no tensor {error}") from error
-    except (ValueError, IndexError) as error:
-        raise UserError(f"not a LIA-X checkpoint: a tensor has another rank ({error})") from error
-    scale = max(1, first // WIDTH)
-    blocks = [key for key in state if re.fullmatch(r"enc\.enc_2r\.block(_512|\d+\.0)\.conv1\.0\.weight", key)]
-    return {
-        "style_dim": style_dim // scale,
-        "motion_dim": motion_dim,
-        "scale": scale,
-        "size": base << len(blocks),
-        "width": first // scale,
-        "max_width": widest // scale,
-        "depth": sum(re.fullmatch(r"dec\.conv_512_2\.\d+\.gamma", key) is not None for key in state),
-    }
-
-
-def our_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An official `state` under our names, in float32. Kernels may be absent."""
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
-    last = sum(re.fullmatch(r"enc\.enc_2r\.block\d+\.0\.conv1\.0\.weight", key) is not None for key in state)
-    ours = {}
-    for key, value in state.items():
-        if not key.endswith(".kernel"):
-            ours[our_name(key, last)] = (value.squeeze(0) if value.ndim == 5 else value).float()
-            continue
-        kernel = torch.outer(taps, taps) * (1 if key.startswith("enc.") else 4)  # the decoder's belong to up-sampling
-        if value.shape != kernel.shape or not torch.allclose(value.float().cpu(), kernel, atol=1e-6):
-            raise UserError(f"tensor {key!r} is not the [1, 3, 3, 1] low-pass kernel: not a LIA-X checkpoint")
-    return ours
-
-
-_PREFIXES = {
-    "enc.enc_2r.block1.": "encoder.stem.",
-    "enc.enc_2r.block8.": "encoder.head.",
-    "enc.enc_r2t.": "encoder.to_motion.",
-    "dec.direction.": "decoder.directions.",
-    "dec.input.input": "decoder.constant",
-    "dec.conv1.": "decoder.first.",
-}
-_LEVEL_PARTS = {
+PARTS = {
     "conv_1": "grow",
     "conv_2": "flow_blocks",
     "conv_2_up": "carry",
@@ -91,21 +26,71 @@ _LEVEL_PARTS = {
     "flow": "to_flow",
     "rgb": "to_rgb",
 }
-
-
-def our_name(key: str, last: int) -> str:
-    """Our name of an official tensor; an unknown name stays. `last` is the number of the encoder's last block.
-
-    The first level is called 512 there and the others 2, 3, ...; so are the encoder's last block and its others.
-    """
+RULES = (
     # A layer is a sequence there, and the bias may belong to its activation.
-    key = re.sub(r"\.\d+\.(weight|bias)$", r".\1", key).replace("activate.", "")
-    for official, ours in _PREFIXES.items():
-        if key.startswith(official):
-            return ours + key.removeprefix(official)
-    if block := re.fullmatch(r"enc\.enc_2r\.block(?:_512|(\d+)\.0)\.(.+)", key):
-        return f"encoder.blocks.{last if block[1] is None else int(block[1]) - 2}.{block[2]}"
-    if level := re.fullmatch(r"dec\.(conv|flow|rgb)(?:_512|(\d+))(|_1|_2|_2_up|_2_rgb)\.(.+)", key):
-        number = 0 if level[2] is None else int(level[2]) - 1
-        return f"decoder.levels.{number}.{_LEVEL_PARTS.get(level[1] + level[3])}.{level[4]}"
-    return key
+    (r"\.\d+\.(weight|bias)$", r".\1"),
+    (r"activate\.", ""),
+    (r"^enc\.enc_2r\.block1\.", "encoder.stem."),
+    (r"^enc\.enc_2r\.block8\.", "encoder.head."),
+    (r"^enc\.enc_2r\.block(\d+)\.0\.", lambda found: f"encoder.blocks.{int(found[1]) - 2}."),
+    (r"^enc\.enc_2r\.block_512\.", "encoder.blocks.last."),
+    (r"^enc\.enc_r2t\.", "encoder.to_motion."),
+    (r"^dec\.direction\.", "decoder.directions."),
+    (r"^dec\.input\.input", "decoder.constant"),
+    (r"^dec\.conv1\.", "decoder.first."),
+    # The first level is called 512 there and the others 2, 3, ...
+    (
+        r"^dec\.(conv|flow|rgb)(?:_512|(\d+))(|_1|_2|_2_up|_2_rgb)\.",
+        lambda found: f"decoder.levels.{int(found[2] or 1) - 1}.{PARTS.get(found[1] + found[3])}.",
+    ),
+)
+
+
+def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """(fields of `LiaXConfig`, state dict under our names) of the official file that `path` is, or that the folder
+    `path` holds; None: neither.
+    """
+    path = path / FILE if (path / FILE).is_file() else path
+    if not path.is_file():
+        return None
+    state = read_tensors(path)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} is not a flat state dict: give the official {FILE}")
+    ours = our_state(state)
+    return config_of(ours), ours
+
+
+def config_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of `LiaXConfig` by the shapes of an official state under our names.
+
+    Only the product of a width and `scale` shows in them; published networks are `WIDTH` wide before `scale`.
+    """
+    with sizes_of("a LIA-X checkpoint"):
+        style_dim, motion_dim = state["decoder.directions.weight"].shape
+        first = state["encoder.stem.weight"].shape[0]
+        _, widest, base, _ = state["decoder.constant"].shape
+    scale = max(1, first // WIDTH)
+    return {
+        "style_dim": style_dim // scale,
+        "motion_dim": motion_dim,
+        "scale": scale,
+        "size": base << len(numbered(state, "encoder.blocks.{}.conv1.weight")),
+        "width": first // scale,
+        "max_width": widest // scale,
+        "depth": len(numbered(state, "decoder.levels.0.flow_blocks.{}.gamma")),
+    }
+
+
+def our_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An official `state` under our names, in float32. Kernels may be absent; an unknown name stays."""
+    taps, weights = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8, {}
+    for key, value in state.items():
+        if not key.endswith(".kernel"):
+            weights[key] = (value.squeeze(0) if value.ndim == 5 else value).float()
+            continue
+        kernel = torch.outer(taps, taps) * (1 if key.startswith("enc.") else 4)  # the decoder's belong to up-sampling
+        if value.shape != kernel.shape or not torch.allclose(value.float().cpu(), kernel, atol=1e-6):
+            raise UserError(f"tensor {key!r} is not the [1, 3, 3, 1] low-pass kernel: not a LIA-X checkpoint")
+    ours = rename_all(weights, RULES)
+    last = f"encoder.blocks.{len(numbered(ours, 'encoder.blocks.{}.conv1.weight'))}."
+    return {key.replace("encoder.blocks.last.", last): value for key, value in ours.items()}

@@ -19,7 +19,7 @@ from engine.nn.transfer import send
 from engine.release import load_strict, weights_digest
 from engine.settings import Group, setting
 from rvq_codec.quantizer import Quantized, ResidualQuantizer
-from rvq_codec.released import find_official, read_official
+from rvq_codec.released import read_official
 from rvq_codec.vocos import VocosDecoder
 
 
@@ -167,11 +167,10 @@ class RVQCodec(Codec):
 
     @classmethod
     def from_official(cls, path: Path) -> RVQCodec | None:
-        """MaskGCT's `acoustic_codec` files; see `rvq_codec.released.find_official`."""
-        folder = find_official(path)
-        if folder is None:
+        """MaskGCT's `acoustic_codec` files; see `rvq_codec.released`."""
+        if (found := read_official(path)) is None:
             return None
-        sizes, state = read_official(folder)
+        sizes, state = found
         codec = cls(RVQCodecConfig(**sizes))
-        load_strict(codec, state, folder)
+        load_strict(codec, state, path)
         return codec.eval()

@@ -1,9 +1,8 @@
-"""MaskGCT's published acoustic codec: its two files, and their key names as they stand in `RVQCodec`."""
+"""MaskGCT's published acoustic codec: its two files, whose decoder is Vocos, with key names as in `RVQCodec`."""
 
 from __future__ import annotations
 
 import math
-from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -12,65 +11,46 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.official import numbered, rename_all, sizes_of, strides
 
-ENCODER, DECODER = "model.safetensors", "model_1.safetensors"  # the latter holds the quantiser, too
-
-
-def find_official(path: Path) -> Path | None:
-    """The folder of the published files: `path` or its subfolder `acoustic_codec`; None: neither has them."""
-    return next((place for place in (path / "acoustic_codec", path) if (place / DECODER).is_file()), None)
+FILES = ("model.safetensors", "model_1.safetensors")  # the latter holds quantiser and decoder
+# The stored window of the inverse STFT is left out: the module computes it.
+RULES = ((r"^model\.head\.istft\.window$", None), (r"^block\.", "encoder.block."), (r"^model\.", "decoder."))
 
 
-def read_official(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(fields of `RVQCodecConfig`, state dict under our names) of the published files, whose decoder is Vocos."""
-    states = []
-    for name in (ENCODER, DECODER):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}: download both files of MaskGCT's acoustic_codec folder")
+def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """(fields of `RVQCodecConfig`, state dict under our names) of the published files in `path` or its subfolder
+    `acoustic_codec`; None: neither has them.
+    """
+    folder = next((place for place in (path / "acoustic_codec", path) if (place / FILES[1]).is_file()), None)
+    if folder is None:
+        return None
+    state: dict[str, Tensor] = {}
+    for file in (folder / name for name in FILES):
+        if not file.is_file():
+            raise UserError(f"{folder} has no {file.name}: download both files of MaskGCT's acoustic_codec folder")
         try:
-            states.append(load_file(folder / name))
+            state |= rename_all(load_file(file), RULES)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{folder / name} is damaged ({error}); download it again") from error
-    return sizes_of(*states, folder), {**encoder_state(states[0]), **decoder_state(states[1], "vocos")}
+            raise UserError(f"{file} is damaged ({error}); download it again") from error
+    return config_of(state), state
 
 
-def sizes_of(encoder: dict[str, Tensor], decoder: dict[str, Tensor], source: Path) -> dict[str, Any]:
-    """The fields of `RVQCodecConfig` by the shapes of the two published states."""
-    try:
-        blocks = takewhile(encoder.__contains__, (f"block.{i}.block.4.weight_v" for i in count(1)))
-        strides = tuple(encoder[key].shape[-1] // 2 for key in blocks)  # half the kernel
-        book = decoder["quantizer.quantizers.0.codebook.weight"]
-        width = decoder["model.backbone.embed.weight"]
+def config_of(state: dict[str, Tensor]) -> dict[str, Any]:
+    """The fields of `RVQCodecConfig` by the shapes of a published state under our names."""
+    with sizes_of("MaskGCT's acoustic codec"):
+        ratios = strides(state, "encoder.block.{}.block.4.weight_v")
+        book, width = state["quantizer.quantizers.0.codebook.weight"], state["decoder.backbone.embed.weight"]
         return {
-            "encoder_width": len(encoder["block.0.weight_v"]),
-            "ratios": strides,
+            "encoder_width": len(state["encoder.block.0.weight_v"]),
+            "ratios": ratios,
             "latent_channels": width.shape[1],
-            "levels": next(q for q in count() if f"quantizer.quantizers.{q}.codebook.weight" not in decoder),
+            "levels": len(numbered(state, "quantizer.quantizers.{}.codebook.weight")),
             "codebook_size": book.shape[0],
             "codebook_dim": book.shape[1],
             "vocos_dim": width.shape[0],
-            "vocos_intermediate": len(decoder["model.backbone.convnext.0.pwconv1.weight"]),
-            "vocos_layers": next(n for n in count() if f"model.backbone.convnext.{n}.gamma" not in decoder),
-            "n_fft": len(decoder["model.head.out.weight"]) - 2,
-            "hop": math.prod(strides),
+            "vocos_intermediate": len(state["decoder.backbone.convnext.0.pwconv1.weight"]),
+            "vocos_layers": len(numbered(state, "decoder.backbone.convnext.{}.gamma")),
+            "n_fft": len(state["decoder.head.out.weight"]) - 2,
+            "hop": math.prod(ratios),
         }
-    except (KeyError, IndexError) as error:
-        raise UserError(f"{source} is not MaskGCT's acoustic codec: it lacks the tensor {error}") from error
-
-
-def encoder_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The published encoder file: `block.*` -> `encoder.block.*`."""
-    return {f"encoder.{key}": value for key, value in state.items()}
-
-
-def decoder_state(state: dict[str, Tensor], decoder: str) -> dict[str, Tensor]:
-    """The published quantiser and decoder file: `model.*` -> `decoder.*` (Vocos) or `decoder.model.*` (convolutional).
-
-    The stored window of the inverse STFT is left out: the module computes it.
-    """
-    prefix = "decoder." if decoder == "vocos" else "decoder.model."
-    return {
-        prefix + key.removeprefix("model.") if key.startswith("model.") else key: value
-        for key, value in state.items()
-        if key != "model.head.istft.window"
-    }

@@ -24,7 +24,7 @@ from engine.nn.dac import DACDecoder, DACEncoder, WNConv1d
 from engine.nn.mel import HOP, RATE, log_mel, pad_or_trim
 from engine.release import build_with, weights_digest
 from engine.settings import Group, setting
-from whisperx_vae.released import find_official, read_official
+from whisperx_vae.released import read_official
 
 POSITIONS = "whisper.embed_positions.weight"
 
@@ -218,8 +218,8 @@ class WhisperXVAE(Codec):
     @classmethod
     def from_official(cls, path: Path) -> WhisperXVAE | None:
         """The official Lightning checkpoint: the file, or a folder that holds it."""
-        file = find_official(path)
-        return None if file is None else cls.from_tensors(*read_official(file), file)
+        found = read_official(path)
+        return None if found is None else cls.from_tensors(*found, path)
 
     @classmethod
     def from_tensors(cls, sizes: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> WhisperXVAE:

@@ -8,13 +8,13 @@ set). The code there is MIT, the models are for non-commercial research only. Th
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.official import numbered, rename_all
 from engine.release import build_with
 from engine.safe_pickle import read_state
 from hicodit.conditions.align import ARCFACE_SIDE
@@ -88,7 +88,16 @@ class ArcFace(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path) -> ArcFace:
         """Load an `arcface_torch` file, in eval mode; its depth follows from the names in it."""
-        return load_released(read_state(path), path)
+        return cls.from_released(read_state(path), path)
+
+    @classmethod
+    def from_released(cls, state: dict[str, Tensor], source: str | Path) -> ArcFace:
+        """Make the network with the tensors of `state`, strictly, in eval mode."""
+        state = rename_all(state, ((r"^module\.", ""),))
+        blocks = tuple(len(numbered(state, f"layer{stage}.{{}}.bn1.weight")) for stage in range(1, 5))
+        if not all(blocks):
+            raise UserError(f"{source} holds no ArcFace network: it has no tensor layer1.0.* to layer4.0.*")
+        return build_with(lambda: cls(blocks), state, source)
 
 
 def prepare_faces(faces: Tensor) -> Tensor:
@@ -96,13 +105,3 @@ def prepare_faces(faces: Tensor) -> Tensor:
     factor, rest = divmod(faces.shape[-1], ARCFACE_SIDE)
     assert factor and not rest and faces.shape[-1] == faces.shape[-2], faces.shape
     return 2 * (F.avg_pool2d(faces, factor) if factor > 1 else faces) - 1
-
-
-def load_released(state: dict[str, Tensor], source: str | Path) -> ArcFace:
-    """Make an `ArcFace` in eval mode with the tensors of `state` (released names), strictly."""
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    numbers = {tuple(map(int, m.groups())) for key in state if (m := re.match(r"layer([1-4])\.(\d+)\.", key))}
-    blocks = tuple(sum(stage == number for stage, _ in numbers) for number in range(1, 5))
-    if not all(blocks):
-        raise UserError(f"{source} holds no ArcFace network: it has no tensor layer1.0.* to layer4.0.*")
-    return build_with(lambda: ArcFace(blocks), state, source)

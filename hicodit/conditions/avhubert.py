@@ -8,7 +8,6 @@ VoxCeleb2), under the "AV-HuBERT License" of Meta: non-commercial research only.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.nn.transfer import send
+from engine.official import numbered, rename_all, sizes_of
 from engine.release import build_with
 from engine.safe_pickle import plain, read_checkpoint
 from engine.settings import Group, setting
@@ -161,74 +161,62 @@ class AVHubert(nn.Module):
     def from_pretrained(cls, path: str | Path) -> AVHubert:
         """Load the video path of a released checkpoint, pre-trained or fine-tuned, in eval mode.
 
-        Sizes come from the weights, heads and the place of the norms from the configuration in the file. Nothing that
-        the file's pickle names is run.
+        Nothing that the file's pickle names is run.
         """
         content = read_checkpoint(Path(path))
         state = content.get("model")
         if not isinstance(state, dict):
             raise UserError(f"{path} has no entry 'model': it is not an AV-HuBERT checkpoint")
         state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-        return load_released(state, path, released_config(state, path, content.get("cfg") or content.get("args")))
+        return cls.from_released(state, path, content.get("cfg") or content.get("args"))
+
+    @classmethod
+    def from_released(cls, state: dict[str, Tensor], source: str | Path, settings: Any = None) -> AVHubert:
+        """Make the network with the tensors of `state` (released names), strictly; see `released_config`."""
+        ours = our_state(state)
+        config = released_config(ours, settings)
+        return build_with(lambda: cls(config), ours, source)
 
 
-_NAMES = (
-    (r"feature_extractor_video\.resnet\.frontend3D\.", "front_end.stem."),
-    (r"feature_extractor_video\.proj\.", "video_proj."),
-    (r"layer_norm\.", "fusion_norm."),
-    (r"post_extract_proj\.", "fusion_proj."),
-    (r"encoder\.pos_conv\.0\.", "position."),
-    (r"encoder\.layer_norm\.", "norm."),
+RULES = (  # names of the released file -> ours; what the video path does not need is left out
+    (r"^encoder\.w2v_model\.", ""),  # where fine-tuned checkpoints keep the encoder
+    (r"^(?!feature_extractor_video\.|layer_norm\.|post_extract_proj\.|encoder\.)", None),
+    (r"^feature_extractor_video\.proj\.", "video_proj."),
+    (r"^feature_extractor_video\.resnet\.frontend3D\.", "front_end.stem."),
+    (r"^feature_extractor_video\.resnet\.trunk\.layer(\d)", lambda found: f"front_end.stages.{int(found[1]) - 1}"),
+    (r"^layer_norm\.", "fusion_norm."),
+    (r"^post_extract_proj\.", "fusion_proj."),
+    (r"^encoder\.pos_conv\.0\.", "position."),
+    (r"^encoder\.layer_norm\.", "norm."),
+    (r"^encoder\.layers\.", "layers."),
+    (r"\.self_attn_layer_norm\.", ".attention_norm."),
+    (r"\.final_layer_norm\.", ".final_norm."),
+    (r"\.self_attn\.", "."),
 )
 
 
-def our_name(key: str) -> str | None:
-    """Return our name of a released tensor, or None for one that the video path does not need."""
-    key = key.removeprefix("encoder.w2v_model.")  # where fine-tuned checkpoints keep the encoder
-    stage = re.fullmatch(r"feature_extractor_video\.resnet\.trunk\.layer(\d)\.(.+)", key)
-    if stage:
-        return f"front_end.stages.{int(stage[1]) - 1}.{stage[2]}"
-    layer = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", key)
-    if layer:
-        part = layer[2].replace("self_attn_layer_norm", "attention_norm").replace("final_layer_norm", "final_norm")
-        return f"layers.{layer[1]}.{part.removeprefix('self_attn.')}"
-    for theirs, ours in _NAMES:
-        if re.match(theirs, key):
-            return re.sub(f"^{theirs}", ours, key)
-    return None
-
-
-def from_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def our_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the video path's tensors of `state` under our names; the position kernel is multiplied out."""
-    out = {our_name(key): value for key, value in state.items()}
-    out.pop(None, None)
+    out = rename_all(state, RULES)
     if "position.weight_v" in out and "position.weight_g" in out:
         direction, gain = out.pop("position.weight_v").float(), out.pop("position.weight_g").float()
         out["position.weight"] = gain * direction / direction.norm(dim=(0, 1), keepdim=True)  # one gain a kernel tap
     return out
 
 
-def load_released(state: dict[str, Tensor], source: str | Path, config: AVHubertConfig) -> AVHubert:
-    """Make an `AVHubert` in eval mode with the tensors of `state` (released names), strictly."""
-    return build_with(lambda: AVHubert(config), from_released(state), source)
-
-
-def released_config(state: dict[str, Tensor], source: str | Path, settings: Any = None) -> AVHubertConfig:
-    """Read sizes from the tensors' shapes (released names), the rest from the pickled `settings`, or as published."""
-    shapes = {our_name(key): value.shape for key, value in state.items()}
-    try:
-        kernel, hidden = shapes["position.weight_v"], shapes["layers.0.fc1.weight"]
-    except KeyError as error:
-        raise UserError(f"{source} lacks tensor {error}: it is not an AV-HuBERT checkpoint") from error
-    width = kernel[0]
+def released_config(state: dict[str, Tensor], settings: Any = None) -> AVHubertConfig:
+    """Read sizes from the tensors' shapes (our names), the rest from the pickled `settings`, or as published."""
+    with sizes_of("an AV-HuBERT checkpoint"):
+        width, group, kernel = state["position.weight"].shape
+        hidden = len(state["layers.0.fc1.weight"])
     published = _settings(settings)
     return AVHubertConfig(
         width=width,
-        layers=1 + max(int(k.split(".")[1]) for k in shapes if k and k.startswith("layers.")),
+        layers=len(numbered(state, "layers.{}.fc1.weight")),
         heads=published.get("encoder_attention_heads", width // 64),
-        hidden=hidden[0],
-        conv_kernel=kernel[2],
-        conv_groups=width // kernel[1],
+        hidden=hidden,
+        conv_kernel=kernel,
+        conv_groups=width // group,
         norm_first=published.get("layer_norm_first", True),
     )
 

@@ -22,13 +22,43 @@ from transformers import WavLMConfig, WavLMModel
 
 from engine.errors import UserError
 from engine.nn.mel import RATE, log_mel
+from engine.official import numbered, rename_all, sizes_of
 from engine.release import Released, build_with, weights_digest
 from engine.safe_pickle import read_state
 from engine.settings import Group, setting
-from talker_t2av.speaker.released import FILE, LARGE, TRAINING_ONLY, head_sizes, our_name, wavlm_config, wavlm_sizes
 
 SCALE = 8  # parts of a Res2 convolution
 MIN_SAMPLES = RATE // 4  # a quarter of a second
+FILE = "wavlm_large_finetune.pth"
+
+# WavLM-Large as fields of `WavLMConfig`; the released file holds no configuration, but its tensors tell most sizes.
+LARGE: dict[str, Any] = {
+    "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
+    "conv_dim": [512] * 7, "conv_kernel": [10, 3, 3, 3, 3, 2, 2], "conv_stride": [5, 2, 2, 2, 2, 2, 2],
+    "conv_bias": False, "feat_extract_norm": "layer", "do_stable_layer_norm": True, "num_conv_pos_embeddings": 128,
+    "num_conv_pos_embedding_groups": 16, "num_buckets": 320, "max_bucket_distance": 800, "hidden_dropout": 0.0,
+    "activation_dropout": 0.0, "attention_dropout": 0.0, "feat_proj_dropout": 0.0, "layerdrop": 0.0,
+}  # fmt: skip
+RULES = (  # names of the released file -> ours, which are those of transformers
+    (r"^loss_calculator\.", None),
+    (r"^(?!feature_extract\.model\.|feature_weight$)", "head."),
+    (r"^feature_extract\.model\.", "wavlm."),
+    (r"^wavlm\.mask_emb$", "wavlm.masked_spec_embed"),
+    (r"^wavlm\.layer_norm\.", "wavlm.feature_projection.layer_norm."),
+    (r"^wavlm\.post_extract_proj\.", "wavlm.feature_projection.projection."),
+    (r"\.conv_layers\.(\d+)\.0\.", r".conv_layers.\1.conv."),
+    (r"\.conv_layers\.(\d+)\.2\.(?:1\.)?", r".conv_layers.\1.layer_norm."),
+    (r"\.pos_conv\.0\.", ".pos_conv_embed.conv."),
+    (r"\.weight_g$", ".parametrizations.weight.original0"),
+    (r"\.weight_v$", ".parametrizations.weight.original1"),
+    (r"\.self_attn\.grep_linear\.", ".attention.gru_rel_pos_linear."),
+    (r"\.self_attn\.grep_a$", ".attention.gru_rel_pos_const"),
+    (r"\.self_attn\.relative_attention_bias\.", ".attention.rel_attn_embed."),
+    (r"\.self_attn_layer_norm\.", ".layer_norm."),
+    (r"\.self_attn\.", ".attention."),
+    (r"\.fc1\.", ".feed_forward.intermediate_dense."),
+    (r"\.fc2\.", ".feed_forward.output_dense."),
+)
 
 
 class ConvReluNorm(nn.Module):
@@ -213,21 +243,25 @@ class WavLMEncoder(nn.Module):
 
     @classmethod
     def from_released(
-        cls, state: Mapping[str, Tensor], original: Mapping[str, Any] = LARGE, source: str | Path = FILE
+        cls,
+        state: Mapping[str, Tensor],
+        settings: Mapping[str, Any] | None = None,
+        normalize: bool = True,
+        source: str | Path = FILE,
     ) -> WavLMEncoder:
         """Make the encoder with the tensors of `state` (released names), strictly, without those of the training loss.
 
         Args:
-            original: WavLM's configuration by the original's field names.
+            settings: fields of `WavLMConfig`; None: those of `LARGE`, as far as shapes do not tell others.
             source: where the state is from, for messages.
         """
-        renamed = {our_name(key): value for key, value in state.items() if not key.startswith(TRAINING_ONLY)}
-        projection = "wavlm.feature_projection.projection."
-        if projection + "weight" not in renamed:  # the original has none where the widths agree
-            width = original["encoder_embed_dim"]
-            renamed |= {projection + "weight": torch.eye(width), projection + "bias": torch.zeros(width)}
-        config, sizes = wavlm_config(original), head_sizes(state)
-        return build_with(lambda: cls(config, original["normalize"], **sizes), renamed, source)
+        state = rename_all(state, RULES)
+        config = WavLMConfig(**(LARGE | wavlm_sizes(state) if settings is None else settings))
+        sizes, width = head_sizes(state), config.hidden_size
+        projection = "wavlm.feature_projection.projection."  # the original has none where the widths agree
+        state.setdefault(projection + "weight", torch.eye(width))
+        state.setdefault(projection + "bias", torch.zeros(width))
+        return build_with(lambda: cls(config, normalize, **sizes), state, source)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> WavLMEncoder:
@@ -237,8 +271,36 @@ class WavLMEncoder(nn.Module):
             raise UserError(
                 f"no speaker encoder {path}: get it with  python scripts/download_checkpoints.py talker_t2av --to DIR"
             )
-        state = read_state(path, "model")
-        return cls.from_released(state, LARGE | wavlm_sizes(state), path)
+        return cls.from_released(read_state(path, "model"), source=path)
+
+
+def wavlm_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the fields of `LARGE` that the shapes of a released state (our names) tell."""
+    layer = "wavlm.encoder.layers.{}."
+    with sizes_of("a WavLM-ECAPA speaker encoder"):
+        position = state["wavlm.encoder.pos_conv_embed.conv.parametrizations.weight.original1"]
+        width, group, kernel = position.shape
+        buckets, heads = state[layer.format(0) + "attention.rel_attn_embed.weight"].shape
+        first = [state[f"wavlm.feature_extractor.conv_layers.{i}.conv.weight"].shape for i in range(7)]
+        hidden = numbered(state, layer + "feed_forward.intermediate_dense.weight")
+        return {
+            "hidden_size": width,
+            "num_hidden_layers": len(hidden),
+            "num_attention_heads": heads,
+            "intermediate_size": len(hidden[0]),
+            "conv_dim": [channels for channels, *_ in first],
+            "conv_kernel": [size for *_, size in first],
+            "num_conv_pos_embeddings": kernel,
+            "num_conv_pos_embedding_groups": width // max(1, group),
+            "num_buckets": buckets,
+        }
+
+
+def head_sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return arguments of `EcapaTDNN` besides `inputs`, from the shapes of a released state (our names)."""
+    names = {"channels": "layer1.conv", "pooled": "conv", "bottleneck": "pooling.linear1", "embedding": "linear"}
+    with sizes_of("a WavLM-ECAPA speaker encoder"):
+        return {size: len(state[f"head.{layer}.weight"]) for size, layer in names.items()}
 
 
 @dataclass(frozen=True)

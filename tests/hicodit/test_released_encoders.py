@@ -15,6 +15,7 @@ from torch import nn
 
 from engine.config import load
 from engine.errors import UserError
+from engine.official import rename
 from hicodit.conditions import avhubert, encoder_config, released
 from hicodit.conditions.arcface import ArcFace
 from hicodit.conditions.avhubert import AVHubert, AVHubertConfig
@@ -53,12 +54,12 @@ def small_hubert():
 
 def test_large_checkpoint_has_every_tensor_of_the_network():
     state = {key: torch.empty(shape, device="meta") for key, shape in shapes("avhubert_large").items()}
-    assert avhubert.released_config(state, "test") == AVHubertConfig()
+    renamed = avhubert.our_state(state)
+    assert avhubert.released_config(renamed) == AVHubertConfig()
     with torch.device("meta"):
         ours = {key: value.shape for key, value in AVHubert(AVHubertConfig()).state_dict().items()}
-    renamed = {key: value.shape for key, value in avhubert.from_released(state).items()}
-    assert renamed == ours
-    unused = {key for key in state if avhubert.our_name(key) is None}
+    assert {key: value.shape for key, value in renamed.items()} == ours
+    unused = {key for key in state if rename(key, avhubert.RULES) is None}
     assert {key.split(".")[0] for key in unused} == {
         "feature_extractor_audio", "final_proj", "label_embs_concat", "mask_emb"
     }  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from engine.errors import UserError
 from engine.media.pictures import identity_to_tensor, to_bytes, video_to_tensor
 from lia_x import LiaX, LiaXConfig
-from lia_x.released import our_state, sizes_of
+from lia_x.released import config_of, our_state
 from tests.reference.released_names import lia_x_state
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "codecs"
@@ -39,12 +39,12 @@ def test_sizes(size, base, levels):
 def test_released_network_has_the_released_keys_and_shapes():
     shapes = {key: tuple(shape) for key, shape in json.loads((GOLDEN / "liax_full.keys.json").read_text()).items()}
     state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    assert LiaXConfig(**sizes_of(state)) == LiaXConfig()
     with torch.device("meta"):
         model = LiaX(LiaXConfig())
     ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    kernel_free = {key: value for key, value in state.items() if not key.endswith(".kernel")}
-    assert {key: tuple(value.shape) for key, value in our_state(kernel_free).items()} == ours
+    named = our_state({key: value for key, value in state.items() if not key.endswith(".kernel")})
+    assert {key: tuple(value.shape) for key, value in named.items()} == ours
+    assert LiaXConfig(**config_of(named)) == LiaXConfig()
 
 
 def test_released_names_round_trip(model, video):

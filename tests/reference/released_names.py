@@ -6,46 +6,47 @@ The product reads released names only. Here its tables are inverted over the off
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
 
+from engine.official import Rules, rename
 from lia_x import LiaX
-from lia_x.released import our_name as our_lia_x_name
-from talker_t2av.speaker.released import our_name as our_speaker_name
-from whisperx_vae.released import our_name as our_whisperx_name
+from lia_x.released import RULES as LIA_X
+from talker_t2av.speaker.encoder import RULES as SPEAKER
+from whisperx_vae.released import RULES as WHISPERX_VAE
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
-def _renamed(state: dict[str, Tensor], our_name: Callable[[str], str | None], released: Iterable[str]) -> dict:
-    names = {our_name(key): key for key in released}
+def _renamed(state: dict[str, Tensor], rules: Rules, released: Iterable[str]) -> dict:
+    names = {rename(key, rules): key for key in released}
     return {names[key]: value for key, value in state.items()}
 
 
 def whisperx_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A WhisperX-VAE's state dict, of any size up to the released one, as its Lightning checkpoint names it."""
     return _renamed(
-        state, our_whisperx_name, json.loads((GOLDEN / "codecs" / "wxvae_full_encode_in64.keys.json").read_text())
+        state, WHISPERX_VAE, json.loads((GOLDEN / "codecs" / "wxvae_full_encode_in64.keys.json").read_text())
     )
 
 
-def speaker_encoder(state: dict[str, Tensor], extractor_mode: str = "layer_norm") -> dict[str, Tensor]:
-    """A speaker encoder's state dict by original names, which depend on the extractor's mode and may have biases."""
+def speaker_encoder(state: dict[str, Tensor], norm: str = "layer") -> dict[str, Tensor]:
+    """A speaker encoder's state dict by original names, which depend on the extractor's norm and may have biases."""
     released = list(json.loads((GOLDEN / "conditions" / "wavlm_ecapa_large.keys.json").read_text()))
     released += [f"feature_extract.model.feature_extractor.conv_layers.{i}.0.bias" for i in range(7)]
-    if extractor_mode == "default":  # its one norm is not wrapped between transpositions
+    if norm == "group":  # its one norm is not wrapped between transpositions
         released = [key.replace(".2.1.", ".2.") for key in released]
-    return _renamed(state, our_speaker_name, released)
+    return _renamed(state, SPEAKER, released)
 
 
 def lia_x_state(codec: LiaX) -> dict[str, Tensor]:
     """A LIA-X's state dict, of any size up to the released one, as `lia-x.pt` holds it but for the kernels."""
     shapes = json.loads((GOLDEN / "codecs" / "liax_full.keys.json").read_text())
-    names = {our_lia_x_name(key, last=6): key for key in shapes}
+    names = {rename(key, LIA_X): key for key in shapes}
     last, state = f"encoder.blocks.{len(codec.encoder.blocks) - 1}.", {}
     for key, value in codec.state_dict().items():
-        name = names[key.replace(last, "encoder.blocks.6.")]
+        name = names[key.replace(last, "encoder.blocks.last.")]
         state[name] = value[None] if len(shapes[name]) == 5 else value
     return state

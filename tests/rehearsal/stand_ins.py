@@ -20,8 +20,7 @@ from lia_x import LiaX, LiaXConfig
 from rvq_codec import RVQCodec, RVQCodecConfig
 from talker_t2av.model import TalkerConfig, TalkerT2AV
 from talker_t2av.released import LM_HEAD
-from talker_t2av.speaker.encoder import WavLMEncoder
-from talker_t2av.speaker.released import LARGE, wavlm_config
+from talker_t2av.speaker.encoder import LARGE, WavLMEncoder
 from tests.reference import released_names
 from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
 
@@ -42,9 +41,8 @@ SIZES = {
     "max_positions": 64,
 }  # fmt: skip
 WAVLM = LARGE | {
-    "encoder_layers": 2, "encoder_embed_dim": 16, "encoder_ffn_embed_dim": 24, "encoder_attention_heads": 2,
-    "conv_feature_layers": "[(8,10,5)] + [(8,3,2)] * 4 + [(8,2,2)] * 2", "conv_pos": 8, "conv_pos_groups": 2,
-    "num_buckets": 16, "max_distance": 800,
+    "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "conv_dim": [8] * 7,
+    "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "num_buckets": 16,
 }  # fmt: skip
 
 
@@ -131,7 +129,7 @@ def lia_x(file: Path) -> None:
 
 def wavlm(file: Path) -> None:
     torch.manual_seed(0)
-    encoder = WavLMEncoder(wavlm_config(WAVLM), channels=8, pooled=8, bottleneck=8, embedding=256)
+    encoder = WavLMEncoder(transformers.WavLMConfig(**WAVLM), channels=8, pooled=8, bottleneck=8, embedding=256)
     state = released_names.speaker_encoder(encoder.state_dict())
     torch.save({"model": state | {"loss_calculator.projection.weight": torch.zeros(3)}}, file)
 

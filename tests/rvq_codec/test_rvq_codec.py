@@ -122,7 +122,7 @@ def test_released_files(tmp_path):
 
     key = next(iter(files["model"]))
     save_file({k: v.clone() for k, v in files["model"].items() if k != key}, folder / "model.safetensors")
-    with pytest.raises(UserError, match="lacks tensor"):
+    with pytest.raises(UserError, match=r"lacks tensor|has no tensor"):
         RVQCodec.from_pretrained(tmp_path)
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"no model\.safetensors"):

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
+from engine.official import rename_all
 from rvq_codec.codec import RVQCodecConfig, build_decoder, build_encoder, build_quantizer
-from rvq_codec.released import sizes_of
+from rvq_codec.released import RULES, config_of
 
 FOLDER = Path(__file__).parents[1] / "golden" / "codecs"
 
@@ -29,4 +30,4 @@ def test_sizes_follow_from_the_tensors():
         {key: torch.empty(shape, device="meta") for key, shape in json.loads((FOLDER / name).read_text()).items()}
         for name in ("mgct_full_encoder.keys.json", "mgct_full_decoder.keys.json")
     )
-    assert RVQCodecConfig(**sizes_of(encoder, decoder, FOLDER)) == RVQCodecConfig()
+    assert RVQCodecConfig(**config_of(rename_all(encoder | decoder, RULES))) == RVQCodecConfig()

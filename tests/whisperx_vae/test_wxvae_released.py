@@ -10,9 +10,10 @@ import torch
 from omegaconf import OmegaConf
 
 from engine.errors import UserError
+from engine.official import rename_all
 from tests.reference import released_names
 from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
-from whisperx_vae.released import our_state, sizes_of
+from whisperx_vae.released import RULES, config_of
 
 KEYS = Path(__file__).parents[1] / "golden" / "codecs" / "wxvae_full_encode_in64.keys.json"
 TINY = WhisperXVAEConfig(
@@ -58,11 +59,11 @@ def checkpoint(model, tmp_path):
 
 def test_released_network_takes_every_key_of_its_inference_subset():
     shapes = {key: tuple(shape) for key, shape in json.loads(KEYS.read_text()).items()}
-    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    assert WhisperXVAEConfig(**sizes_of(state)) == WhisperXVAEConfig(encoder_width=64)
+    state = rename_all({key: torch.empty(shape, device="meta") for key, shape in shapes.items()}, RULES)
+    assert WhisperXVAEConfig(**config_of(state)) == WhisperXVAEConfig(encoder_width=64)
     with torch.device("meta"):
         ours = {key: tuple(value.shape) for key, value in WhisperXVAE(WhisperXVAEConfig()).state_dict().items()}
-    assert {key: tuple(value.shape) for key, value in our_state(state).items()} == ours
+    assert {key: tuple(value.shape) for key, value in state.items()} == ours
     inference = {key for key in shapes if not key.startswith("semantic_model.decoder.")}
     assert len(inference) == len(ours) == 731
 
@@ -78,7 +79,7 @@ def test_checkpoint_with_foreign_objects(checkpoint, model):
 def test_absent_position_table_is_computed(checkpoint, model):
     state = released_names.whisperx_vae(model.state_dict())
     del state["semantic_model.encoder.positional_embedding"]
-    again = WhisperXVAE.from_tensors(asdict(TINY), our_state(state), "test")
+    again = WhisperXVAE.from_tensors(asdict(TINY), rename_all(state, RULES), "test")
     assert torch.equal(again.whisper.embed_positions.weight, model.whisper.embed_positions.weight)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.faces.landmarks import fill_landmarks
+from engine.official import rename
 from engine.release import load_strict
 from hicodit.conditions import align, arcface, avhubert
 from tests.golden.runners import Case, runner
@@ -19,9 +20,9 @@ from tests.reference import mouth
 
 def _hubert(case: Case) -> avhubert.AVHubert:
     """The case's network. Targets and masks of pre-training are not even filled: they are large."""
-    state = case.weights(lambda key: avhubert.our_name(key) is not None)
+    state = case.weights(lambda key: rename(key, avhubert.RULES) is not None)
     said = {key: case.config[key] for key in ("encoder_attention_heads", "layer_norm_first") if key in case.config}
-    return avhubert.load_released(state, case.name, avhubert.released_config(state, case.name, said))
+    return avhubert.AVHubert.from_released(state, case.name, said)
 
 
 @runner("avhubert_preproc")
@@ -32,7 +33,7 @@ def preprocessing(case: Case) -> dict[str, Tensor]:
 @runner("avhubert_resnet")
 @torch.no_grad()
 def front_end(case: Case) -> dict[str, Tensor]:
-    state = avhubert.from_released(case.weights())
+    state = avhubert.our_state(case.weights())
     network = nn.ModuleDict(
         {"front_end": avhubert.VideoFrontEnd(), "video_proj": nn.Linear(*state["video_proj.weight"].shape[::-1])}
     )
@@ -106,7 +107,7 @@ def face_alignment(case: Case) -> dict[str, np.ndarray]:
 @runner("arcface_iresnet")
 @torch.no_grad()
 def iresnet(case: Case) -> dict[str, Tensor]:
-    model = arcface.load_released(case.weights(), case.name)
+    model = arcface.ArcFace.from_released(case.weights(), case.name)
     faces = torch.from_numpy(_rgb(case.inputs["image_bgr"])).movedim(-1, -3).float() / 255
     picture = arcface.prepare_faces(faces if faces.ndim == 4 else faces[None])
     embedding = model.embed(picture)

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.official import rename
 from lia_x import ops
 from lia_x.codec import LiaX
-from lia_x.released import our_name, our_state
+from lia_x.released import RULES, our_state
 from tests.golden.runners import Case, runner
 
 HOOKED_LEVELS = ("512", "2", "3", "4", "5", "6", "7")  # released names of the levels, coarsest first
@@ -95,7 +96,7 @@ def run_blocks(case: Case) -> dict[str, Tensor]:
     def load(name: str, module: nn.Module) -> nn.Module:
         prefix = f"{name}."
         own = {key: value for key, value in weights.items() if key.startswith(prefix) and "kernel" not in key}
-        own = {our_name(key, 0).removeprefix(prefix): value for key, value in own.items()}
+        own = {rename(key, RULES).removeprefix(prefix): value for key, value in own.items()}
         module.load_state_dict({k: v.squeeze(0) if v.ndim == 5 else v for k, v in own.items()})
         return module.eval()
 

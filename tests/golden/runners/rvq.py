@@ -16,9 +16,10 @@ from engine.nn.audio_losses import (
     mel_filters,
 )
 from engine.nn.discriminators import MultiPeriodDiscriminator, MultiResolutionDiscriminator
+from engine.official import rename_all
 from engine.release import load_strict
 from rvq_codec.codec import RVQCodecConfig, build_decoder, build_encoder, build_quantizer
-from rvq_codec.released import decoder_state, encoder_state
+from rvq_codec.released import RULES
 from tests.golden.runners import Case, runner
 
 ENCODER = {
@@ -70,7 +71,7 @@ def run_codec(case: Case) -> dict[str, Tensor]:
 @torch.no_grad()
 def _run_encoder(case: Case) -> dict[str, Tensor]:
     encoder = build_encoder(config_of(case.config)).eval()
-    load_strict(encoder, _strip(encoder_state(case.weights()), "encoder."), case.name)
+    load_strict(encoder, _strip(rename_all(case.weights(), RULES), "encoder."), case.name)
     out = {}
     for name, wave in case.inputs.items():
         z = encoder(wave)
@@ -83,7 +84,7 @@ def _run_encoder(case: Case) -> dict[str, Tensor]:
 def _run_decoder(case: Case) -> dict[str, Tensor]:
     config = config_of(case.config)
     quantizer, decoder = build_quantizer(config).eval(), build_decoder(config).eval()
-    state = decoder_state(case.weights(), config.decoder)
+    state = rename_all(case.weights(), RULES if config.decoder == "vocos" else ((r"^model", "decoder.model"),))
     load_strict(quantizer, _strip(state, "quantizer."), case.name)
     load_strict(decoder, _strip(state, "decoder."), case.name)
 

@@ -5,6 +5,8 @@ Axes: B batch, N samples, T frames, K hidden states, C channels.
 
 from __future__ import annotations
 
+import ast
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -13,13 +15,38 @@ from torch import Tensor, nn
 
 from engine.metrics.speaker import GE2EEncoder
 from engine.metrics.syncnet import SyncNet, mfcc, sync_score
+from engine.official import rename_all
 from engine.release import build_with
 from hicodit.conditions.poster2 import POSTER2
-from talker_t2av.speaker.encoder import EcapaTDNN, WavLMEncoder, mix_states, standardise
-from talker_t2av.speaker.released import LARGE, WAVLM, head_sizes, our_name
+from talker_t2av.speaker.encoder import LARGE, RULES, EcapaTDNN, WavLMEncoder, head_sizes, mix_states, standardise
 from tests.golden.runners import Case, runner
 
 # --- WavLM and ECAPA-TDNN ---
+
+WAVLM = "feature_extract.model."
+FIELDS = {  # of the original's configuration, as transformers names them
+    "encoder_layers": "num_hidden_layers",
+    "encoder_embed_dim": "hidden_size",
+    "encoder_ffn_embed_dim": "intermediate_size",
+    "encoder_attention_heads": "num_attention_heads",
+    "layer_norm_first": "do_stable_layer_norm",
+    "conv_bias": "conv_bias",
+    "conv_pos": "num_conv_pos_embeddings",
+    "conv_pos_groups": "num_conv_pos_embedding_groups",
+    "num_buckets": "num_buckets",
+    "max_distance": "max_bucket_distance",
+}
+
+
+def wavlm_settings(original: dict[str, Any]) -> dict[str, Any]:
+    settings = LARGE | {FIELDS[name]: value for name, value in original.items() if name in FIELDS}
+    if "extractor_mode" in original:
+        settings["feat_extract_norm"] = "layer" if original["extractor_mode"] == "layer_norm" else "group"
+    if "conv_feature_layers" in original:  # a formula such as "[(8,10,5)] + [(8,3,2)] * 4"
+        parts = [part.partition("*") for part in original["conv_feature_layers"].split("+")]
+        layers = [layer for text, _, times in parts for layer in ast.literal_eval(text.strip()) * int(times or 1)]
+        settings |= zip(("conv_dim", "conv_kernel", "conv_stride"), map(list, zip(*layers)))
+    return settings
 
 
 def head_outputs(head: EcapaTDNN, mixed: Tensor) -> dict[str, Tensor]:
@@ -45,8 +72,9 @@ def run_ecapa(case: Case) -> dict[str, Tensor]:
     weights = case.weights()
     given = case.inputs
     states = given["hidden_states"] if "hidden_states" in given else given["base"] @ given["mix"]
-    head = EcapaTDNN(states.shape[-1], **head_sizes(weights)).eval()
-    head.load_state_dict({our_name(k).removeprefix("head."): v for k, v in weights.items() if k != "feature_weight"})
+    named = rename_all(weights, RULES)
+    head = EcapaTDNN(states.shape[-1], **head_sizes(named)).eval()
+    head.load_state_dict({k.removeprefix("head."): v for k, v in named.items() if k != "feature_weight"})
     return head_outputs(head, mix_states(states, weights["feature_weight"]))
 
 
@@ -64,7 +92,9 @@ def complete(case: Case) -> dict[str, Tensor]:
 @runner("wavlm")
 @torch.no_grad()
 def run_wavlm(case: Case) -> dict[str, Tensor]:
-    encoder = WavLMEncoder.from_released(complete(case), {**LARGE, **case.config}, case.name)
+    encoder = WavLMEncoder.from_released(
+        complete(case), wavlm_settings(case.config), case.config.get("normalize", True), case.name
+    )
     if "wav" in case.inputs:
         waves = list(case.inputs["wav"])
     else:

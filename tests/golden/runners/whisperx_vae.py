@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from engine.media.audio import resample
 from engine.nn.mel import HOP, RATE, log_mel, mel_filters, mel_levels, pad_or_trim
+from engine.official import rename_all
 from engine.release import load_strict
 from tests.golden.runners import Case, runner
 from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
-from whisperx_vae.released import our_state
+from whisperx_vae.released import RULES
 
 WINDOW = 30 * RATE
 
@@ -68,11 +69,11 @@ def build(case: Case) -> WhisperXVAE:
     """The case's network; where it has the decoder's half alone, the rest stays on the meta device."""
     state, config = inference_weights(case), config_of(case)
     if any(key.startswith("CodecEnc.") for key in state):
-        return WhisperXVAE.from_tensors(asdict(config), our_state(state), case.name)
+        return WhisperXVAE.from_tensors(asdict(config), rename_all(state, RULES), case.name)
     with torch.device("meta"):
         model = WhisperXVAE(config).eval()
     half = nn.ModuleDict({"out_proj": model.out_proj, "decoder": model.decoder})
-    load_strict(half, our_state(state), case.name, assign=True)
+    load_strict(half, rename_all(state, RULES), case.name, assign=True)
     return model
 
 
