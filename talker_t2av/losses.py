@@ -10,6 +10,7 @@ official program. Without examples the loss is 0 but still depends on every para
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -19,7 +20,6 @@ from torch import Tensor
 from engine.nn.transfer import send
 from talker_t2av.flow_matching import FlowDraws
 from talker_t2av.model import FPS, TalkerConfig, TalkerT2AV
-from talker_t2av.orders import fill_slots, interleaved_labels, place_of
 from talker_t2av.patches import PatchStream
 from talker_t2av.request import A2V, ORDERS, T2AV, TTS, V2A
 from talker_t2av.stop_predictor import stop_labels, stop_loss
@@ -108,23 +108,16 @@ def training_forward(
 
     speech = PatchStream.of(batch.speech, batch.speech_frames, c.patch_size)
     motion = PatchStream.of(batch.motion, batch.motion_frames, c.patch_size)
-    step = 1 + with_motion.long() if c.order in ORDERS else torch.ones_like(start)  # tokens of a patch
+    step = 1 + with_motion * (c.order in ORDERS)  # tokens of a patch
     filled = torch.where(with_motion, torch.maximum(speech.patches, motion.patches + c.delay), speech.patches)
     filled = torch.minimum(filled, slots // step)
     known = speech if shifted_speech is None else PatchStream.of(shifted_speech, batch.speech_frames, c.patch_size)
-    if c.order in ORDERS:
-        embeds = fill_slots(model, embeds, start, filled, known, motion, with_motion)
-    else:
-        embeds = _fill_slots(model, embeds, start, filled, known, motion, with_motion, task)
+    turns = {s: with_motion * (c.order in ORDERS and s == ORDERS[c.order][1]) for s in ("speech", "motion")}
+    embeds = _fill_slots(model, embeds, start, step, turns, filled, known, motion, with_motion, task)
     hidden = model.padded_backbone(embeds, mask)
-
-    begin = {"speech": start, "motion": start + c.delay}
-    if c.order in ORDERS:
-        begin = {stream: start + with_motion * place_of(c.order, stream) for stream in begin}
-        labels = interleaved_labels(start, span[:, 1] - start, step, embeds.shape[1], c.patch_size, FPS)
-    else:
-        labels = stop_labels(start, span[:, 1] - start, embeds.shape[1], c.patch_size, FPS)
+    labels = stop_labels(start, span[:, 1] - start, embeds.shape[1], c.patch_size, FPS, step=step)
     first_motion = batch.motion[:, 0] if batch.motion.shape[1] else batch.motion.new_zeros(len(task), c.motion_dim)
+    begin = {"speech": start + turns["speech"], "motion": start + c.delay + turns["motion"]}
     return TrainingForward(
         embeds,
         mask,
@@ -190,6 +183,8 @@ def _fill_slots(
     model: TalkerT2AV,
     embeds: Tensor,
     start: Tensor,
+    step: Tensor,
+    turns: Mapping[str, Tensor],
     filled: Tensor,
     speech: PatchStream,
     motion: PatchStream,
@@ -198,23 +193,24 @@ def _fill_slots(
 ) -> Tensor:
     """Put the tokens of the first `filled` (B,) patches into each row's slots; other slots keep their embedding.
 
-    In rows with a given stream, its first patch is added to the token before the first slot (slot -1).
+    Slot j begins at token start + step * j; a stream's token of it is `turns` further. Tokens of both streams at one
+    position are added. In rows with a given stream, its first patch is added to the token before the first slot.
     """
-    speech_given, motion_given = task == A2V, task == V2A
+    device, given = embeds.device, {"speech": task == A2V, "motion": task == V2A}
     place = torch.arange(-1, embeds.shape[1], device=start.device)
-    begin = -((speech_given | motion_given) & (filled > 0)).long()
+    begin = -((given["speech"] | given["motion"]) & (filled > 0)).long()
     row, column = ((place >= begin[:, None]) & (place < filled[:, None])).nonzero(as_tuple=True)
-    patch = place[column]
-    tokens = model.speech_tokens(*speech.gather(row, patch + speech_given[row]))
-    has_motion = with_motion[row]
-    moving = has_motion.nonzero()[:, 0]
-    shift = torch.where(motion_given, 1, -model.config.delay)[row[moving]]
-    moves = model.motion_tokens(*motion.gather(row[moving], patch[moving] + shift))
-    device = embeds.device
-    tokens = tokens + model.motion_pad_emb[0] * send(~has_motion[:, None], device)
-    tokens = tokens.index_add(0, send(moving, device), moves.to(tokens.dtype))
-    at = tuple(send(torch.stack([row, start[row] + patch]), device))
-    return embeds.index_put(at, tokens.to(embeds.dtype) + embeds[at] * send((patch < 0)[:, None], device))
+    slot, moving = place[column], with_motion[row]
+    shift = torch.where(given["motion"], 1, -model.config.delay)[row]
+    tokens = model.speech_tokens(*speech.gather(row, slot + given["speech"][row]))
+    tokens = tokens + model.motion_pad_emb[0] * send(~moving[:, None], device)
+    moves = model.motion_tokens(*motion.gather(row[moving], (slot + shift)[moving]))
+    slots = (place[1:] >= start[:, None]) & (place[1:] < (start + step * filled)[:, None])
+    embeds = embeds.masked_fill(send(slots, device)[..., None], 0)
+    for stream, value, which in (("speech", tokens, slice(None)), ("motion", moves, moving)):
+        at = torch.stack([row, start[row] + step[row] * slot + turns[stream][row]])[:, which]
+        embeds = embeds.index_put(tuple(send(at, device)), value.to(embeds.dtype), accumulate=True)
+    return embeds
 
 
 def _examples(

@@ -54,7 +54,7 @@ class TalkerConfig(Group, prefix="model."):
     patch_size: frames of a token. delay: patches by which motion lags behind speech. context: number of previous
         patches that a diffusion head gets.
     order: of the tokens of a patch: add (one token, the sum of both streams), av or va (one for each; see
-        `talker_t2av.orders`).
+        `talker_t2av.request.ORDERS`).
     repeats: how often each example is used in a training step. motion_weight: weight of the motion loss.
     stop_share: weight of the stop loss's positives, as a share of the ratio of continue to stop labels: 0.3 in the
         released program, 1 in the paper.

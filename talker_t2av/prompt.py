@@ -15,7 +15,7 @@ from engine.errors import UserError
 from engine.nn.transfer import send
 from engine.seeding import generator_for
 from talker_t2av.model import TalkerT2AV
-from talker_t2av.request import A2V, ORDERS, T2AV, V2A, Mode, Request, Stream
+from talker_t2av.request import A2V, ORDERS, T2AV, V2A, Mode, Request, Stream, tokens_per_patch
 
 
 def known_tokens(model: TalkerT2AV, request: Request, mode: Mode, steps: int) -> tuple[Tensor, Tensor]:
@@ -23,34 +23,40 @@ def known_tokens(model: TalkerT2AV, request: Request, mode: Mode, steps: int) ->
 
     Returns:
         The tokens (T, D) of task, text and prefix; and the known part (S, n, D) of the tokens after it.
+
+    Raises:
+        UserError: the request is that of an official routine, which does not know the model's order.
     """
     c = model.config
+    in_turn = tokens_per_patch(c.order, mode.motion != "absent") > 1
+    if in_turn and not (request.task_first and request.prefix_has_motion):
+        raise UserError(f"this model has order={c.order}, which the official routines do not know")
     task = mode.task if mode.task < c.tasks else T2AV
-    if c.order in ORDERS and mode.motion != "absent":
-        return known_pairs(model, request, mode, steps)
     ahead = task in (A2V, V2A)  # the token before slot 0 holds the given stream's first patch
     slots = torch.arange(-int(ahead), request.prefix + steps, device=model.device)
     prefix = slots < request.prefix
-    tokens = patch_tokens(model.speech_tokens, request.speech, slots + int(task == A2V), c.patch_size)
-    tokens = tokens * (prefix | (mode.speech == "given"))[:, None]
+    speech = patch_tokens(model.speech_tokens, request.speech, slots + int(task == A2V), c.patch_size)
+    speech = speech * (prefix | (mode.speech == "given"))[:, None]
     if mode.motion == "absent":
-        tokens = tokens + model.motion_pad_emb[0]
+        motion = model.motion_pad_emb[0]
     else:
         waiting = slots < request.prefix + c.delay  # for the first generated motion
         filled = torch.full_like(prefix, mode.motion == "given") | (waiting & (not request.rules.motion_waits))
         filled = torch.where(prefix, request.prefix_has_motion, filled)
         numbers = slots + (1 if task == V2A else -c.delay)
-        tokens = tokens + patch_tokens(model.motion_tokens, request.motion, numbers, c.patch_size) * filled[:, None]
+        motion = patch_tokens(model.motion_tokens, request.motion, numbers, c.patch_size) * filled[:, None]
+    streams = {"speech": speech, "motion": motion}
+    tokens = torch.stack([streams[s] for s in ORDERS[c.order]] if in_turn else [speech + motion], 1)  # (slots, n, D)
     text = model.embed_text(send(torch.tensor([request.prompt], dtype=torch.long), model.device))[0]
     start, later = tokens.split([request.prefix + int(ahead), steps])
-    embedding = model.task_embedding.weight[task : task + 1]
+    start, embedding = start.flatten(0, 1), model.task_embedding.weight[task : task + 1]
     if request.task_first:
         text = torch.cat([embedding, text])
     elif len(start):
         start = torch.cat([start[:1] + embedding, start[1:]])
     if ahead:
         text, start = torch.cat([text[:-1], text[-1:] + start[:1]]), start[1:]
-    return torch.cat([text, start]), later[:, None]
+    return torch.cat([text, start]), later
 
 
 def step_limit(model: TalkerT2AV, request: Request, mode: Mode) -> int:
@@ -66,29 +72,6 @@ def step_limit(model: TalkerT2AV, request: Request, mode: Mode) -> int:
 def seeded_noise(request: Request, stream: Stream, shape: tuple[int, int], patches: int) -> Tensor:
     """Noise (S, C, P) of a stream; that of a patch depends on the row's seed, the stream and the patch's number."""
     return torch.stack([torch.randn(shape, generator=generator_for(request.seed, stream, n)) for n in range(patches)])
-
-
-def known_pairs(model: TalkerT2AV, request: Request, mode: Mode, steps: int) -> tuple[Tensor, Tensor]:
-    """What is known before a generation loop: text, prefix and given streams.
-
-    Returns:
-        The tokens (T, D) of task, text and prefix; and the known tokens (S, 2, D) after it, zero where a stream is
-        drawn.
-
-    Raises:
-        UserError: the request is that of an official routine, which knows no such order.
-    """
-    c = model.config
-    if not (request.task_first and request.prefix_has_motion):
-        raise UserError(f"this model has order={c.order}, which the official routines do not know")
-    slots, parts = torch.arange(request.prefix + steps, device=model.device), []
-    encoders = {"speech": model.speech_tokens, "motion": model.motion_tokens}
-    for stream in ORDERS[c.order]:
-        given = (slots < request.prefix) | (getattr(mode, stream) == "given")
-        parts.append(patch_tokens(encoders[stream], getattr(request, stream), slots, c.patch_size) * given[:, None])
-    start, later = torch.stack(parts, 1).split([request.prefix, steps])
-    text = model.embed_text(send(torch.tensor([request.prompt], dtype=torch.long), model.device))[0]
-    return torch.cat([model.task_embedding.weight[T2AV][None], text, start.flatten(0, 1)]), later
 
 
 def patch_tokens(encode: Callable[[Tensor, Tensor], Tensor], frames: Tensor, numbers: Tensor, size: int) -> Tensor:

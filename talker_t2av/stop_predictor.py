@@ -27,7 +27,13 @@ class StopPredictor(nn.Module):
 
 
 def stop_labels(
-    start: Tensor, length: Tensor, tokens: int, patch_size: int = 4, fps: float = 25, ignore_seconds: float = 0.3
+    start: Tensor,
+    length: Tensor,
+    tokens: int,
+    patch_size: int = 4,
+    fps: float = 25,
+    ignore_seconds: float = 0.3,
+    step: Tensor | int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Labels (B, T) of spans: 1 at the last patch, 0 before, -100 outside and shortly before the end.
 
@@ -36,23 +42,27 @@ def stop_labels(
     Args:
         start, length: (B,) of each row's span, in tokens.
         tokens: T.
+        step: (B,) tokens of a patch. The last of them bears the label, the others have none.
     Returns:
         Labels, and the mean number of zeros of the rows that have a 1 (1.0 if none has).
     """
-    ignored = max(1, round(ignore_seconds * fps / patch_size))
-    end = start + length
+    ignored, end, step = (
+        max(1, round(ignore_seconds * fps / patch_size)),
+        start + length,
+        step + torch.zeros_like(start),
+    )
     first, stop = start.clamp(min=0), end.clamp(max=tokens)
     valid = (length > 0) & (first < stop)
-    ends = valid & (end <= tokens) & (length <= LONGEST_SPAN)
-    last = torch.maximum(first, stop - 1 - ignored)
-    place = torch.arange(tokens, device=start.device)
-    zeros_end = torch.where(ends, last, stop)[:, None]
-    labels = torch.full((len(start), tokens), IGNORED, device=start.device)
-    labels = labels.masked_fill(valid[:, None] & (place >= first[:, None]) & (place < zeros_end), 0)
-    labels = labels.masked_fill(ends[:, None] & (place == stop[:, None] - 1), 1)
-    count = ends.sum()
-    zeros = ((last - first) * ends).sum() / count.clamp(min=1)
-    return labels, torch.where(count > 0, zeros, 1.0)
+    ends = valid & (end <= tokens) & (length // step <= LONGEST_SPAN)
+    count = (stop - first) // step  # of patches
+    last = (count - 1 - ignored).clamp(min=0)
+    offset, step = torch.arange(tokens, device=start.device) - first[:, None], step[:, None]
+    patch = torch.where((offset >= 0) & (offset % step == step - 1) & valid[:, None], offset // step, -1)
+    zero = (patch >= 0) & (patch < torch.where(ends, last, count)[:, None])
+    one = (patch >= 0) & ends[:, None] & (patch == count[:, None] - 1)
+    labels = torch.full_like(patch, IGNORED).masked_fill(zero, 0).masked_fill(one, 1)
+    rows = ends.sum()
+    return labels, torch.where(rows > 0, (last * ends).sum() / rows.clamp(min=1), 1.0)
 
 
 def stop_loss(logits: Tensor, labels: Tensor, pos_weight: Tensor, share: float = POSITIVE_SHARE) -> Tensor:

@@ -11,8 +11,8 @@ from talker_t2av.data import SequenceFormat
 from talker_t2av.diffusion_head import FlowHead
 from talker_t2av.losses import TalkerBatch, training_forward, training_losses
 from talker_t2av.model import TalkerConfig
-from talker_t2av.orders import interleaved_labels
 from talker_t2av.request import MODES, Sampling
+from talker_t2av.stop_predictor import stop_labels
 
 SAMPLING = Sampling(steps=2, temperature=0.8, guidance=1.0)
 SIZE, PATCHES = 4, 5
@@ -101,7 +101,7 @@ def test_sequences_have_two_slots_a_patch_where_there_is_motion():
 
 def test_the_end_is_asked_for_after_the_last_token_of_a_patch():
     start, length, step = torch.tensor([2, 1]), torch.tensor([12, 6]), torch.tensor([2, 1])
-    labels, weight = interleaved_labels(start, length, step, 15, SIZE, 25.0)
+    labels, weight = stop_labels(start, length, 15, SIZE, step=step)
     ignored = -100
     assert labels[0].tolist() == [ignored] * 3 + [0, ignored, 0, ignored, 0] + [ignored] * 5 + [1, ignored]
     assert labels[1].tolist() == [ignored, 0, 0, 0, ignored, ignored, 1] + [ignored] * 8
