@@ -1,7 +1,7 @@
 """A card under test: what is measured on it, and the ranges by which a line becomes PASS, WARN or FAIL.
 
 The checks are in benchmarks/card_checks.py. Their ranges come from `Card` (data sheets), or from the work that a call
-does: `Work` counts it, and `Machine.bounds` turns it into seconds.
+does: `Operators` counts it, and `Machine.bounds` turns it into seconds.
 """
 
 from __future__ import annotations
@@ -16,15 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from benchmarks.common import copy_rate, in_own_process, matrix_rate, now, peak_memory_mb
+from benchmarks.common import Operators, copy_rate, in_own_process, matrix_rate, now, peak_memory_mb
 from benchmarks.plan import Card, Efficiency, find_card
 from engine.cuda_graph import Backend
 from engine.errors import printable
-from engine.training.speed import counter
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST, MOST, STARTED = 1.5, 6.0, 3.0  # a loop at batch 1: times the roofline; at most, times what its kernels take
@@ -71,35 +67,6 @@ class Rates:
     bf16: float
     fp32: float
     copy: float
-
-
-class Work(TorchDispatchMode):
-    """What a block of code does: `flops`, `kernels` (operators that are no views), `weights` (bytes of them read)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.flops = self.kernels = self.weights = 0
-        self.addresses = {p.untyped_storage().data_ptr() for p in model.parameters() if p.ndim > 1}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        views = any(x.alias_info is not None and not x.alias_info.is_write for x in func._schema.returns)
-        if not views and not func._opname.startswith(("empty", "new_empty", "detach", "_unsafe_view")):
-            self.kernels += 1
-            if "embedding" not in func._opname:  # it reads a few rows of its weight
-                for x in tree_leaves((args, kwargs or {})):
-                    if isinstance(x, Tensor) and x.untyped_storage().data_ptr() in self.addresses:
-                        self.weights += x.numel() * x.element_size()
-        return func(*args, **(kwargs or {}))
-
-    @classmethod
-    def of(cls, model: nn.Module, call: Callable[[], Any]) -> Work:
-        """Count the work of a call, which must not replay graphs."""
-        with counter() as flops:
-            call()
-        with cls(model) as work:
-            call()
-        work.flops = flops.get_total_flops()
-        return work
 
 
 class Machine:
@@ -180,7 +147,7 @@ class Machine:
         self.forget_peak()
         return in_own_process(measure, *arguments)
 
-    def bounds(self, work: Work) -> tuple[float, float, str]:
+    def bounds(self, work: Operators) -> tuple[float, float, str]:
         """Return the range of the seconds of work that is replayed as CUDA graphs, and where the range comes from."""
         roofline = work.flops / self.rates.bf16 + work.weights / self.rates.copy
         kernels = work.kernels * REPLAYED

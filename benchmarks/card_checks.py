@@ -10,45 +10,37 @@ import math
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import torch
-from safetensors.torch import save
 
 from benchmarks import serving, training
-from benchmarks.card import LEAST, MIB, ROOT, Check, Line, Machine, Work, judge
+from benchmarks.card import LEAST, MIB, ROOT, Check, Line, Machine, judge
+from benchmarks.common import Operators, nbytes
 from benchmarks.inference import CLIP, GUIDANCE, build_hicodit, build_talker, random_conditions, random_request
-from benchmarks.plan import measure_ways, plan, read_recipe
-from engine.codec import load_codec
+from benchmarks.plan import measure_samples, plan, read_recipe
 from engine.cuda_graph import GraphedSteps
 from engine.errors import UserError
 from engine.precision import convert_matrices
-from engine.shards.writer import SplitWriter, dumps, write_sample
-from engine.training.batches import MicroBatches, load_batches
-from engine.training.settings import TrainerConfig
-from hicodit.conditions.types import FPS, Conditions, windows_of
-from hicodit.data import HiCoDiTDataset
+from hicodit.conditions.types import Conditions
 from hicodit.generation import generate, guided_posterior, window
 from hicodit.layers import attend
 from hicodit.model import FLOAT32, TOKENS_PER_FRAME, HiCoDiT
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import BUNDLED as HICODIT
 from hicodit.settings import SamplerConfig, with_preset
-from hicodit.system import CODECS, HiCoDiTSystem
-from talker_t2av.data import TalkerPairs
+from hicodit.system import HiCoDiTSystem
 from talker_t2av.generation import Rows
 from talker_t2av.layers import fuse_mlps
 from talker_t2av.request import MODES, Sampling
 from talker_t2av.system import BUNDLED, TalkerSystem
 
-# Seconds of HiCoDiT's clip, patches of Talker-T2AV, seconds and number of training clips, steps of training.
+# Seconds of HiCoDiT's clip, patches of Talker-T2AV, seconds and most samples of a training step, number of steps.
 SCALE = {"base": (10.0, 25, 8.0, 64, 10), "tiny": (1.0, 3, 0.4, 2, 2)}
 TWO_CARDS = "two_cards or killed_rank"  # of tests/gpu/test_cards.py
 PATIENCE = 900  # seconds for the tests
@@ -212,27 +204,26 @@ def _speed(
 
     Both take whether steps are called one by one, so that their work can be counted, or replayed as graphs.
     """
-    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / MIB
+    weights = nbytes(model.parameters()) / MIB
     took, sound = machine.time(name, lambda: whole(False)), machine.time(f"{name} first sound", lambda: first(False))
     peak = machine.peak(name)
-    low, high, note = machine.bounds(Work.of(model, lambda: whole(True)))
+    low, high, note = machine.bounds(Operators.of(model, lambda: whole(True)))
     yield line(f"{name} real-time factor", took / seconds, "", low / seconds, high / seconds, note)
-    low, high, note = machine.bounds(Work.of(model, lambda: first(True)))
+    low, high, note = machine.bounds(Operators.of(model, lambda: first(True)))
     yield line(f"{name} first sound", sound, "s", low, high, note)
     yield line(f"{name} memory", peak, "MiB", weights, 2 * weights + 1024, "the weights, to twice those and 1 GiB")
 
 
 def train_steps(machine: Machine, size: str) -> Iterator[Line]:
-    """Ten steps of each paper's recipe beside the prediction for one card, and how fast shards are read."""
-    seconds, clips, steps = SCALE[size][2:]
+    """Ten steps of each paper's recipe beside the prediction for one card."""
+    seconds, samples, steps = SCALE[size][2:]
     card = machine.stated
     for recipe in ("hicodit_paper", "talker_paper"):
         model, sizes, trainer, rows, total = read_recipe(recipe, [])
         if size == "tiny":
             sizes = training.read_config(f"model/{training.MODELS[model][0]}_tiny")
-            trainer = replace(trainer, workers=0)
-        most = min(trainer.batch_size, clips)
-        (pair,) = measure_ways(model, sizes, trainer, rows, seconds, max(2, most), 1, card.machine).values()
+        most = min(trainer.batch_size, samples)
+        pair = measure_samples(model, sizes, trainer, rows, seconds, max(2, most))
         samples = max(1, min(most, plan(*pair, "ddp", 1, card, 1, total).largest_batch))
         expected = plan(*pair, "ddp", 1, card, samples, total)
         peak = machine.rates.bf16 / 1e12
@@ -249,64 +240,6 @@ def train_steps(machine: Machine, size: str) -> Iterator[Line]:
         yield line(f"{recipe} step", step, "s", expected.step_s / 2, 2 * expected.step_s, f"{how}; half to twice that")
         memory, gib = sum(expected.memory.values()) / 2**30, machine.reading(f"{recipe} GiB", result["peak_gib"])
         yield line(f"{recipe} memory", gib, "GiB", memory / 2, LEAST * memory, f"predicted {memory:.3g} GiB")
-        loaded = _loader_rate(model, sizes, trainer, samples, seconds, clips, machine)
-        rate = machine.reading(f"{recipe} loader", loaded)
-        note = f"the step takes so many; {trainer.workers} processes read"
-        yield line(f"{recipe} loader", rate, "samples/s", samples / step, None, note)
-
-
-def _loader_rate(
-    model: str, sizes: dict[str, Any], trainer: TrainerConfig, samples: int, seconds: float, clips: int,
-    machine: Machine,
-) -> float:  # fmt: skip
-    """Samples a second that reach the card from shards of random features."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        dataset: Any
-        if model == "hicodit":
-            training.random_codec(sizes).save(folder / "codec", "")
-            digest = load_codec(folder / "codec", CODECS).digest()
-            write_shards(folder, clips, seconds, sizes["lip_dim"], {"rvq": digest})
-            dataset = HiCoDiTDataset(folder / "train", folder / "codec", encoders="released", expression="heard")
-        else:
-            write_shards(folder, clips, seconds, 8, {}, sizes["speech_dim"], sizes["motion_dim"], sizes["speaker_dim"])
-            dataset = TalkerPairs(folder)
-        count = 10 * max(1, trainer.workers)
-        batches = MicroBatches(dataset, samples, 0, by_length=trainer.by_length)
-        arriving = load_batches(batches, range(count + 1), trainer.workers, machine.device)
-        next(arriving)
-        begin = time.perf_counter()
-        for _ in islice(arriving, count):
-            pass
-        return count * samples / (time.perf_counter() - begin)
-
-
-def write_shards(
-    folder: Path, clips: int, seconds: float, lip: int, digests: dict[str, str], speech: int = 32, motion: int = 40,
-    speaker: int = 256,
-) -> None:  # fmt: skip
-    """Write a training split of random features of both models' data; the last arguments are their channels."""
-    frames, keys, g = round(FPS * seconds), [f"clip-{i:04d}" for i in range(clips)], torch.Generator().manual_seed(0)
-    writer = SplitWriter(folder / "train", keys, clips, {}, "motion")
-    work, _ = writer.begin(0)
-    for key in keys:
-        tensors = {
-            "lip": torch.randn(frames, lip, generator=g).half(),
-            "face_identity": torch.randn(5, 512, generator=g).half(),
-            "tokens": torch.randint(16, (TOKENS_PER_FRAME * frames, 12), generator=g).short(),
-            "ge2e": torch.rand(256, generator=g),
-            "phoneme": torch.zeros(frames, dtype=torch.uint8),
-            "speech": torch.randn(frames, speech, generator=g).half(),
-            "motion": torch.randn(frames, motion, generator=g).half(),
-            "speaker": torch.randn(speaker, generator=g),
-        }
-        for name in ("expression", "heard_expression"):
-            tensors[name] = torch.zeros(windows_of(frames), dtype=torch.uint8)
-        about = {"key": key, "frames": frames, "seconds": seconds, "text": "set blue by hotel four now"}
-        write_sample(work, key, {"json": dumps(about), "safetensors": save(tensors)})
-        writer.settle(work)
-    names = ("lip", "face_identity", "heard_expression")
-    writer.finish({"split": "train", "digests": dict.fromkeys(names, "random") | digests})
 
 
 def service(machine: Machine, size: str) -> Iterator[Line]:

@@ -1,11 +1,13 @@
-"""Helpers of the benchmarks: a separate process for each setting, time, memory, configs."""
+"""Helpers of the benchmarks: a separate process for each setting, time, memory, operators, configs."""
 
 from __future__ import annotations
 
 import copy
 import resource
 import time
-from collections.abc import Callable
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -13,11 +15,14 @@ from typing import Any, TypeVar
 
 import torch
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from engine.config import CONFIGS
 from engine.errors import UserError
 from engine.precision import Int8Linear, pack_linear
+from engine.training.speed import counter
 
 T = TypeVar("T")
 
@@ -54,6 +59,78 @@ def now(device: torch.device) -> float:
 def compute_time(device: torch.device) -> float:
     """Seconds to measure work on a device with: on a CPU processor time, which other programs disturb little."""
     return now(device) if device.type == "cuda" else time.process_time()
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+class Operators(TorchDispatchMode):
+    """Counts what operators do in a block, on real and on fake tensors.
+
+    Args:
+        model: whose matrices count as `weights`.
+
+    Attributes:
+        names: calls by operator. kernels: calls that are no views. weights: bytes of matrices that kernels read.
+        touched: bytes that kernels other than matrix products read and write. flops: of `of`.
+        alive, peak: bytes of tensors that were made, or given to `hold`.
+    """
+
+    PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "convolution", "convolution_backward", "scaled_dot_product")
+    NO_KERNELS = ("empty", "new_empty", "detach", "_unsafe_view", "_local_scalar_dense")
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+        self.alive = self.flops = self.weights = 0
+        self.matrices = {p.untyped_storage()._cdata for p in model.parameters() if p.ndim > 1} if model else set()
+        self._sizes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self.begin()
+
+    def begin(self) -> None:
+        """Count from now on; what is alive stays so."""
+        self.peak, self.touched, self.kernels = self.alive, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._opname
+        self.names[name] += 1
+        results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        for x in results:
+            self.hold(x)
+        is_view = any(x.alias_info is not None and not x.alias_info.is_write for x in func._schema.returns)
+        if func.namespace != "prim" and not is_view and not name.startswith(self.NO_KERNELS):
+            inputs = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)]
+            self.kernels += 1
+            if "embedding" not in name:  # it reads a few rows of its weight
+                self.weights += nbytes(x for x in inputs if x.untyped_storage()._cdata in self.matrices)
+            if not name.strip("_").startswith(self.PRODUCTS):
+                self.touched += nbytes([*inputs, *results])
+        return out
+
+    def hold(self, x: Tensor) -> None:
+        """Count a tensor's memory as long as something refers to it."""
+        storage = x.untyped_storage()
+        if storage not in self._sizes:
+            self._sizes[storage] = size = storage.nbytes()
+            self.alive += size
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.alive -= size
+
+    @classmethod
+    def of(cls, model: nn.Module, call: Callable[[], Any]) -> Operators:
+        """Count the work of a call, which must not replay graphs."""
+        with counter() as flops:
+            call()
+        with cls(model) as work:
+            call()
+        work.flops = flops.get_total_flops()
+        return work
 
 
 @torch.inference_mode()

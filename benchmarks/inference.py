@@ -34,14 +34,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import compute_time, in_own_process, matrix_rate, now, peak_memory_mb, read_config, tiny_encoders
+from benchmarks.common import (
+    Operators,
+    compute_time,
+    in_own_process,
+    matrix_rate,
+    now,
+    peak_memory_mb,
+    read_config,
+    tiny_encoders,
+)
 from benchmarks.official_talker import official_t2av
 from engine.evaluation.charts import chart_file
 from engine.precision import can_int8, convert_matrices, pack_linear, quantise_linear
 from engine.record import dated
+from engine.training.speed import counter
 from hicodit.conditions.encoders import TinyEncoderConfig
 from hicodit.conditions.released import ReleasedEncoderConfig
 from hicodit.conditions.types import FPS, Conditions, Crops, windows_of
@@ -116,18 +124,6 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
         rows.append(row)
         yield row, _line(row)
     chart(rows, dated(args.out, f"inference-{args.device.type}.png"))
-
-
-class Counted(TorchDispatchMode):
-    """Counts operators, and values that the host reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        self.names[func.overloadpacket._qualified_op_name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 class PaperPosterior:
@@ -336,16 +332,16 @@ def take_turns(rounds: int, *ways: Callable[[], list[float]]) -> np.ndarray:
 
 
 def _operators(call: Callable[[], Any]) -> Counter[str]:
-    with Counted() as counted:
+    with Operators() as counted:
         call()
-    reads = counted.names["aten::_local_scalar_dense"]
+    reads = counted.names["_local_scalar_dense"]
     return Counter(operators=sum(counted.names.values()) - reads, host_reads=reads)
 
 
 def _flops(call: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with counter() as flops:
         call()
-    return counter.get_total_flops()
+    return flops.get_total_flops()
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -6,7 +6,8 @@ import math
 import re
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,7 +16,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from benchmarks.fake_step import Measured, measure_fake
+from benchmarks.fake_step import Measured, Size, measure_fake
 from benchmarks.training import MODELS, build_task
 from engine.config import compose
 from engine.errors import UserError
@@ -125,16 +126,16 @@ def network_seconds(measured: Measured, parallel: str, gpus: int, card: Card, ra
 
 
 def plan(
-    one: Measured, two: Measured, parallel: str, gpus: int, card: Card, samples: int, total: float,
-    rates: Efficiency | None = None,
+    one: Measured, two: Measured, parallel: str, gpus: int, card: Card, samples: int, total: float, half: bool = False,
 ) -> Plan:  # fmt: skip
-    """What steps of `samples` a process cost, from measurements with one sample and with two: activations and
-    operations grow with the batch, what is exchanged does not.
+    """Predict what steps of `samples` a process cost, from measurements of one process with one sample and with two:
+    activations and operations grow with the batch, what is exchanged does not.
 
     Args:
-        total: samples of the whole run.
+        total: samples of the whole run. half: blocks are gathered in half precision.
     """
-    rates = rates or Efficiency()
+    rates = Efficiency()
+    one, two = (spread(measured, parallel, gpus, card.machine, half) for measured in (one, two))
 
     def at(first: float, second: float) -> float:
         return first + (second - first) * (samples - 1)
@@ -144,8 +145,8 @@ def plan(
     room, each = card.memory * rates.full - fixed, two.memory["activations"] - one.memory["activations"]
     largest = int((room - one.memory["activations"]) // max(each, 1)) + 1
     compute = at(one.flops, two.flops) / (card.peak * 1e12 * rates.compute)
-    moved = at(one.touched, two.touched) / (card.bandwidth * rates.memory)
-    network = network_seconds(one, parallel, gpus, card, rates) if gpus > 1 else 0.0
+    moved = (at(one.touched, two.touched) + one.moved) / (card.bandwidth * rates.memory)
+    network = network_seconds(one, parallel, gpus, card, rates)
     host = one.kernels * rates.launch  # as many for any batch
     busy = max(compute + moved, host)
     step = busy + max(0.0, network - rates.hidden * busy)
@@ -156,14 +157,47 @@ def plan(
     return Plan(parallel, gpus, samples, memory, fits, max(0, largest), sent, flops, *costs)
 
 
-def spread(measured: Measured, parallel: str, before: int, now: int, machine: int) -> Measured:
-    """A measurement on `before` processes as it would be on `now`: shards shrink, what travels does not change. (Rows
-    that pad a shard, and what the optimiser reads and writes of its shards, are not counted anew.)"""
+def spread(one: Measured, parallel: str, gpus: int, machine: int, half: bool = False) -> Measured:
+    """Return a measurement of one process as it would be on each of `gpus`, `machine` of them in one machine.
+
+    DDP reduces all gradients, in a bucket of 1 MiB and others of 25. FSDP keeps a share of the first dimension of each
+    parameter. It gathers a block for its forward and again for its backward pass, the rest once, and scatters each
+    group's gradients; what it leaves whole is reduced. At its peak the rest and two blocks are gathered, one of them
+    with gradients.
+    `hybrid` does this in each machine, and reduces the shards of gradients over machines.
+    """
+    if gpus == 1:
+        return one
     if parallel == "ddp":
-        return measured
-    shards = [min(count, machine) if parallel == "hybrid" else count for count in (before, now)]
-    memory = {k: v if k == "activations" else v * shards[0] // shards[1] for k, v in measured.memory.items()}
-    return replace(measured, memory=memory)
+        gradients = one.memory["gradients"]
+        buckets = 1 + math.ceil(max(0, gradients - 2**20) / 25 / 2**20)
+        return replace(one, sent={"allreduce": gradients}, calls={"allreduce": buckets})
+    shards = gpus if parallel == "fsdp" else min(gpus, machine)
+
+    def numbers(sizes: list[Size], count: int, trained: bool) -> int:
+        """Count the numbers of a shard, of `count`."""
+        return sum(-(-first // count) * rest for first, rest, learns in sizes if learns or not trained)
+
+    every, grouped = [size for sizes in (*one.groups, one.whole) for size in sizes], [s for g in one.groups for s in g]
+    shares = [
+        Fraction(numbers(grouped, shards, trained) + numbers(one.whole, 1, trained), max(1, numbers(every, 1, trained)))
+        for trained in (False, True)
+    ]
+    *blocks, rest = ([shards * numbers(sizes, shards, trained) for trained in (False, True)] for sizes in one.groups)
+    travels = 2 if half else 4  # bytes of a block's number
+    scattered, whole = 4 * sum(trained for _, trained in (*blocks, rest)), 4 * numbers(one.whole, 1, True)
+    sent = {"allgather": 2 * travels * sum(b for b, _ in blocks) + 4 * rest[0], "reduce_scatter": scattered}
+    calls = {"allgather": 2 * len(blocks) + bool(rest[0])}
+    calls["reduce_scatter"] = sum(trained > 0 for _, trained in (*blocks, rest))
+    between = scattered // shards if gpus > shards else 0
+    if between or whole:
+        sent["allreduce"] = between + whole
+        calls["allreduce"] = calls["reduce_scatter"] * bool(between) + len(one.whole)
+    largest = max(blocks, default=[0, 0])
+    gathered = 4 * rest[0] + 2 * travels * largest[0] + (travels + 4) * largest[1]
+    memory = {part: int(size * shares[part != "weights"]) for part, size in one.memory.items()}
+    memory["activations"] = one.memory["activations"] + gathered
+    return replace(one, memory=memory, moved=int(one.moved * shares[1]), sent=sent, calls=calls)
 
 
 def read_recipe(name: str, words: list[str]) -> tuple[str, dict[str, Any], TrainerConfig, int, float]:
@@ -188,17 +222,10 @@ def read_recipe(name: str, words: list[str]) -> tuple[str, dict[str, Any], Train
     return model, sizes, settings, rows, whole * settings.steps
 
 
-def measure_ways(
-    model: str,
-    sizes: dict[str, Any],
-    trainer: TrainerConfig,
-    rows: int,
-    seconds: float,
-    most: int,
-    gpus: int,
-    machine: int,
-) -> dict[str, tuple[Measured, Measured]]:
-    """By way of spreading: a step with one sample a process, and with two on the line to a step with `most`."""
+def measure_samples(
+    model: str, sizes: dict[str, Any], trainer: TrainerConfig, rows: int, seconds: float, most: int,
+) -> tuple[Measured, Measured]:  # fmt: skip
+    """Measure a step with one sample a process, and one with two on the line to a step with `most`."""
     name, make_batch, _ = MODELS[model]
     lora = sizes.get("lora", {"rank": 0})
     sizes = {key: value for key, value in sizes.items() if key != "lora"}
@@ -211,22 +238,17 @@ def measure_ways(
             _adapt(task, lora)
         return task
 
-    def run(way: str, samples: int) -> Measured:
-        print(f"{way}, {samples} sample{'s' * (samples > 1)} a process ...", file=sys.stderr, flush=True)
-        config = TrainerConfig(**asdict(trainer) | {"parallel": way})
-        count = samples * rows
-        return measure_fake(make_task, config, lambda task: make_batch(task, count, seconds), gpus, machine)
+    def run(samples: int) -> Measured:
+        print(f"{samples} sample{'s' * (samples > 1)} a process ...", file=sys.stderr, flush=True)
+        return measure_fake(make_task, trainer, lambda task: make_batch(task, samples * rows, seconds))
 
-    found, growth = {}, (0.0, 0.0, 0.0)
-    for way in WAYS if gpus > 1 else WAYS[:1]:
-        one = run(way, 1)
-        if way != "hybrid":  # which computes what fsdp does
-            many, n = run(way, most), most - 1
-            more = many.memory["activations"] - one.memory["activations"]
-            growth = more / n, (many.flops - one.flops) / n, (many.touched - one.touched) / n
-        memory = one.memory | {"activations": one.memory["activations"] + growth[0]}
-        found[way] = one, replace(one, memory=memory, flops=one.flops + growth[1], touched=one.touched + growth[2])
-    return found
+    one, many = run(1), run(most)
+
+    def two(first: float, last: float) -> float:
+        return first + (last - first) / (most - 1)
+
+    memory = one.memory | {"activations": two(one.memory["activations"], many.memory["activations"])}
+    return one, replace(one, memory=memory, flops=two(one.flops, many.flops), touched=two(one.touched, many.touched))
 
 
 def _adapt(task: Task, lora: dict[str, Any]) -> None:

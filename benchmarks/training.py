@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import in_own_process, matrix_rate, now, read_config, tiny_encoders
+from benchmarks.common import in_own_process, matrix_rate, nbytes, now, read_config, tiny_encoders
 from engine.training import distributed
 from engine.training.ema import ExponentialMovingAverage
 from engine.training.parallel import ParallelTask, adamw
@@ -149,10 +149,6 @@ class Clock:
         self.sums[name] += self.last - before
 
 
-def gib(tensors: Any) -> float:
-    return sum(t.numel() * t.element_size() for t in tensors) / 2**30
-
-
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """One setting: seconds of each part of a step (mean), forward seconds by module, GiB by part, tokens/s, MFU."""
     device = distributed.init(job["device"])
@@ -200,10 +196,10 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     seconds = {name: value / job["steps"] for name, value in clock.sums.items()}
     whole = sum(seconds.values())
     memory = {
-        "weights": gib(task.parameters()),
-        "gradients": gib(parameters),
-        "optimiser": gib(t for state in optimiser.state.values() for t in state.values()),
-        "average": gib(ema.averages.values()),
+        "weights": nbytes(task.parameters()) / 2**30,
+        "gradients": nbytes(parameters) / 2**30,
+        "optimiser": nbytes(t for state in optimiser.state.values() for t in state.values()) / 2**30,
+        "average": nbytes(ema.averages.values()) / 2**30,
     }
     inside = Clock(device)
     for name in modules:

@@ -5,11 +5,13 @@
     python scripts/plan_run.py talker_paper trainer.global_batch_size=128 --seconds 6 --gpus 8 64 --json plan.json
     python scripts/plan_run.py talker_paper --gpus 64 --figure plan.png task.model.llm.num_hidden_layers=36
 
-The training program runs on tensors without data in a fake group of processes (benchmarks/fake_step.py); rates of the
-card and their efficiency are stated there. One clip of `--seconds` is a sample, for Talker-T2AV a pair of clips. The
-samples of a step over all GPUs are trainer.global_batch_size, else batch_size x accumulate; a GPU takes one at least,
-so with more GPUs a step takes more samples, and the run fewer steps. Takes minutes for the models of the papers.
-Further words are settings of the recipe, as train.py takes them.
+A training step of one process runs on tensors without data (benchmarks/fake_step.py). What several exchange and share
+follows from the sizes of parameters (benchmarks/plan.py); rates of the cards and their efficiency are stated there.
+
+One clip of `--seconds` is a sample, for Talker-T2AV a pair of clips. The samples of a step over all GPUs are
+trainer.global_batch_size, else batch_size x accumulate; a GPU takes one at least, so with more GPUs a step takes more
+samples, and the run fewer steps. Takes minutes for the models of the papers. Further words are settings of the recipe,
+as train.py takes them.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.plan import CARDS, PARTS, Efficiency, Plan, draw, measure_ways, plan, read_recipe, spread
+from benchmarks.plan import CARDS, PARTS, WAYS, Efficiency, Plan, draw, measure_samples, plan, read_recipe
 from engine.errors import UserError, run_cli
 from engine.record import record, write_json
 
@@ -54,24 +56,22 @@ def main() -> None:
     for option, path in (("--json", args.json), ("--figure", args.figure)):
         if path and (path.is_dir() or not os.access(path.parent, os.W_OK) or not path.parent.is_dir()):
             raise UserError(f"{option} {path} cannot be written: name a file in a folder that exists")
-    card, first = CARDS[args.device], max(args.gpus[0], min(8, max(args.gpus)))
+    card = CARDS[args.device]
     model, sizes, trainer, rows, total = read_recipe(args.recipe, args.settings)
     whole, plans = total / trainer.steps, []
     each_gpu = {gpus: max(1, min(trainer.batch_size, round(whole / gpus))) for gpus in args.gpus}
-    most = max(2, *each_gpu.values())
-    found = measure_ways(model, sizes, trainer, rows, args.seconds, most, first, card.machine)
+    pair = measure_samples(model, sizes, trainer, rows, args.seconds, max(2, *each_gpu.values()))
     for gpus in args.gpus:
-        for way, both in found.items():
-            each = [spread(one, way, first, gpus, card.machine) for one in both]
-            plans.append(plan(*each, way, gpus, card, each_gpu[gpus], total))
+        for way in WAYS if gpus > 1 else WAYS[:1]:
+            plans.append(plan(*pair, way, gpus, card, each_gpu[gpus], total, trainer.precision == "bf16"))
             print(line(plans[-1]), flush=True)
     if args.json:
         about = {"recipe": args.recipe, "settings": args.settings, "seconds": args.seconds, "card": args.device}
-        about |= {"rates": asdict(card), "efficiency": asdict(Efficiency()), "measured_as_if_on": first}
+        about |= {"rates": asdict(card), "efficiency": asdict(Efficiency())}
         what = "memory, exchange and time of a training step, predicted without a GPU"
         write_json(args.json, record(what, [asdict(p) for p in plans], **about))
     if args.figure:
-        size = found["ddp"][0].memory["weights"] / 4e9
+        size = pair[0].memory["weights"] / 4e9
         title = f"{args.recipe}, {size:.2g} billion parameters, {args.seconds:g} s clips, on {args.device}"
         draw(plans, card.memory, title, args.figure)
 

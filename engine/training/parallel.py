@@ -41,20 +41,19 @@ class ParallelTask:
         task: the main process's counts; in the others its parameters may be on the meta device (see `build_once`).
         config: `parallel`, `precision`, `compile` and `checkpointing` count here.
         device: where the task then is, whole or this process's shards of it.
-        has_data: False for a task of fake tensors, which stays where it is and is never evaluated.
     """
 
-    def __init__(self, task: Task, config: TrainerConfig, device: torch.device, has_data: bool = True):
+    def __init__(self, task: Task, config: TrainerConfig, device: torch.device):
         self.task = task
         self.sharded = config.parallel != "ddp" and distributed.world_size() > 1
-        self._spare = without_weights(task) if has_data and self.sharded else None
-        if has_data and not self.sharded:
+        self._spare = without_weights(task) if self.sharded else None
+        if not self.sharded:
             task.to(device)
         prepare_blocks(task, config.compile, config.checkpointing)
         self._whole: list[nn.Parameter] = []
         self._losses: nn.Module = _Losses(task)
         if self.sharded:
-            weights = {name: _take_weights(p) for name, p in task.named_parameters()} if has_data else {}
+            weights = {name: _take_weights(p) for name, p in task.named_parameters()}
             self._shard(_mesh(config.parallel, device), config.precision == "bf16")
             self._fill(weights, device)
         elif distributed.world_size() > 1:
