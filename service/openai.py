@@ -403,10 +403,7 @@ async def never() -> bool:
 
 async def save_upload(upload: UploadFile, path: Path) -> None:
     """Write an uploaded file."""
-    size = 0
-    with path.open("wb") as file:
-        while block := await upload.read(2**20):
-            size += len(block)
-            file.write(block)
-    if not size:
+    content = await upload.read()
+    if not content:
         raise UserError("the uploaded file is empty")
+    path.write_bytes(content)

@@ -48,8 +48,7 @@ async def speak(
 ) -> AsyncIterator[torch.Tensor]:
     """Yield the sound (1, 1, N) of a tts job as it is generated, with pauses between the parts of a long text.
 
-    Raises:
-        ClientLeft: `disconnected` says so; the rest is not generated.
+    `ClientLeft` ends it when `disconnected` says so.
     """
     for number, part in enumerate(parts_of(prepared)):
         if number:

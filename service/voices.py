@@ -39,11 +39,7 @@ class Voices:
                     self._save(path.stem, path, Path(self._scratch.name))
 
     def add(self, name: str, recording: Path) -> None:
-        """Save the voice of a recording.
-
-        Raises:
-            UserError: the name is no file name or has a voice already, or the recording cannot be used.
-        """
+        """Save the voice of a recording."""
         safe_name(name, "the voice's name")
         with self.lock:
             if name in self.files:
@@ -53,22 +49,14 @@ class Voices:
             self._save(name, recording, self.folder)
 
     def remove(self, name: str) -> None:
-        """Delete an uploaded voice.
-
-        Raises:
-            UserError: there is none of that name, or it belongs to the service.
-        """
+        """Delete an uploaded voice."""
         with self.lock:
             if self.find(name).parent != self.folder:
                 raise UserError(f"voice {name!r} belongs to the service and stays")
             self.files.pop(name).unlink(missing_ok=True)
 
     def find(self, name: str) -> Path:
-        """Return the file of a voice.
-
-        Raises:
-            UserError: there is none of that name.
-        """
+        """Return the file of a voice."""
         if name not in self.files:
             some = ", ".join(sorted(self.files)[:20]) or "none; upload one at /v1/audio/voices"
             raise UserError(f"voice {name[:80]!r} is unknown; there are: {some}")

@@ -7,7 +7,7 @@ from engine.errors import UserError
 from engine.optional import require_librosa
 
 for name in (
-    "corpora.preparation.faces", "corpora.preparation.filters", "corpora.preparation.job", "corpora.preparation.media",
+    "corpora.preparation.filters", "corpora.preparation.job", "corpora.preparation.media",
     "corpora.preparation.networks", "corpora.preparation.sources_footage", "corpora.preparation.sources_listed",
     "corpora.preparation.sources_studio", "corpora.synthetic.corpus", "engine.training.trainer", "hicodit.inference",
     "hicodit.task", "lia_x.task", "matplotlib.pyplot", "talker_t2av.inference", "talker_t2av.task", "torch._dynamo",

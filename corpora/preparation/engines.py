@@ -1,6 +1,8 @@
-"""Networks of others that steps use: recognisers of words and emotions, speaker counters, an enhancer.
+"""Networks of others that steps use, each a small class around a library, called with sound (N,) float32.
 
-Each is a small class around a library.
+Recognisers of words and languages return a `Transcript`, and one of emotions a name for each of several sounds; both
+have a `name`. Speaker counters return the seconds that each speaker talks, the longest first. Enhancers return clean
+sound (N,) at their own `rate`.
 
 Weights come from the Hugging Face hub by name, or from a folder. Only `VoiceWindows` has its weights in its package.
 
@@ -11,9 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,44 +38,12 @@ def loading(what: str, name: str) -> Iterator[None]:
         raise UserError(f"{what} {name} cannot be loaded: {reason}") from error
 
 
-@dataclass(frozen=True)
-class Transcript:
+class Transcript(NamedTuple):
     """What a recogniser understands in a clip: the words, the language ("en") and its probability (0 to 1)."""
 
     text: str
     language: str
     probability: float
-
-
-class Recogniser(Protocol):
-    """Sound (N,) float32 to words. name: tells recognisers apart."""
-
-    name: str
-
-    def __call__(self, wave: np.ndarray) -> Transcript: ...
-
-
-class SpeakerCounter(Protocol):
-    """Sound (N,) float32 to the seconds that each of its speakers talks, the longest first."""
-
-    def __call__(self, wave: np.ndarray) -> list[float]: ...
-
-
-class Enhancer(Protocol):
-    """Noisy sound (N,) float32 at `rate` Hz to clean sound (N,)."""
-
-    rate: int
-
-    def __call__(self, wave: np.ndarray) -> np.ndarray: ...
-
-
-class EmotionRecogniser(Protocol):
-    """Pieces of sound (N,) float32 to the name of the emotion that is heard in each; other names than those of
-    `hicodit.conditions.types.EXPRESSIONS` count as unknown. name: tells recognisers apart."""
-
-    name: str
-
-    def __call__(self, waves: Sequence[np.ndarray]) -> list[str]: ...
 
 
 class Whisper:
@@ -133,19 +102,14 @@ class Wav2Vec2:
     """
 
     def __init__(self, name: str = "facebook/wav2vec2-large-960h-lv60-self", device: str = "auto") -> None:
-        from transformers import Wav2Vec2ForCTC, Wav2Vec2Processor
+        from transformers import pipeline
 
-        self.name, self.device = name, pick_device(device)
+        self.name = name
         with loading("wav2vec 2.0", name):
-            self.processor = Wav2Vec2Processor.from_pretrained(name)
-            model = Wav2Vec2ForCTC.from_pretrained(name)
-        self.model = model.to(self.device).eval()
+            self.recognise = pipeline("automatic-speech-recognition", name, device=pick_device(device))
 
-    @torch.inference_mode()
     def __call__(self, wave: np.ndarray) -> Transcript:
-        values = self.processor(wave, sampling_rate=RATE16, return_tensors="pt")["input_values"]
-        ids = self.model(values.to(self.device)).logits.argmax(-1)
-        return Transcript(self.processor.batch_decode(ids)[0].lower(), "en", 1.0)
+        return Transcript(self.recognise(wave)["text"].lower(), "en", 1.0)
 
 
 class Emotion2Vec:
@@ -170,6 +134,13 @@ class Emotion2Vec:
         return [r["labels"][int(np.argmax(r["scores"]))].split("/")[-1] for r in results]  # "name in Chinese/happy"
 
 
+def _speechbrain(module: str, kind: str, name: str, device: str) -> Any:
+    """Load a network by SpeechBrain's class `kind` of speechbrain.inference."""
+    package = require(f"speechbrain.inference.{module}", "speechbrain", "prepare")
+    with loading("SpeechBrain's network", name):
+        return getattr(package, kind).from_hparams(source=name, run_opts={"device": str(pick_device(device))})
+
+
 class VoxLingua107:
     """Language by an ECAPA-TDNN trained on VoxLingua107 (Valk and Alumaee 2020) through SpeechBrain, as the paper does.
 
@@ -177,11 +148,7 @@ class VoxLingua107:
     """
 
     def __init__(self, name: str = "speechbrain/lang-id-voxlingua107-ecapa", device: str = "auto") -> None:
-        package, self.name = require("speechbrain.inference.classifiers", "speechbrain", "prepare"), name
-        with loading("language identifier", name):
-            self.model = package.EncoderClassifier.from_hparams(
-                source=name, run_opts={"device": str(pick_device(device))}
-            )
+        self.name, self.model = name, _speechbrain("classifiers", "EncoderClassifier", name, device)
 
     @torch.inference_mode()
     def __call__(self, wave: np.ndarray) -> Transcript:
@@ -242,11 +209,7 @@ class SpeechBrain:
     rate = RATE16
 
     def __init__(self, name: str = "speechbrain/metricgan-plus-voicebank", device: str = "auto") -> None:
-        package = require("speechbrain.inference.enhancement", "speechbrain", "prepare")
-        with loading("enhancer", name):
-            self.model = package.SpectralMaskEnhancement.from_hparams(
-                source=name, run_opts={"device": str(pick_device(device))}
-            )
+        self.model = _speechbrain("enhancement", "SpectralMaskEnhancement", name, device)
 
     @torch.inference_mode()
     def __call__(self, wave: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Stages that reject clips by language, number of speakers or words that do not fit the sound; and enhancement.
 
-The paper filters VoxCeleb2 in this way. The networks are behind the small interfaces of `corpora.preparation.engines`.
+The paper filters VoxCeleb2 in this way. Networks are those of `corpora.preparation.engines`, or others called alike.
 
 Axes: N samples.
 """
@@ -8,18 +8,20 @@ Axes: N samples.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import jiwer
 import numpy as np
 import torch
 
 from corpora.preparation.clip import RATE, RATE16, MachineFault, Step, WorkItem
-from corpora.preparation.engines import Enhancer, Recogniser, SpeakerCounter, Transcript
+from corpora.preparation.engines import Transcript
 from engine.errors import UserError
 from engine.media.audio import resample
 
 
-def transcribe(clip: WorkItem, recogniser: Recogniser) -> Transcript:
+def transcribe(clip: WorkItem, recogniser: Any) -> Transcript:
     """Return the transcript of a clip; a recogniser runs once, for all steps."""
     if recogniser.name not in clip.transcripts:
         clip.transcripts[recogniser.name] = recogniser(clip.wave16)
@@ -42,7 +44,7 @@ class Language(Step):
 
     facts = ("language",)
 
-    def __init__(self, recogniser: Recogniser, languages: list[str], least: float = 0.5) -> None:
+    def __init__(self, recogniser: Any, languages: list[str], least: float = 0.5) -> None:
         self.recogniser, self.languages, self.least = recogniser, languages, least
 
     def __call__(self, clip: WorkItem) -> None:
@@ -64,7 +66,7 @@ class SingleSpeaker(Step):
         others: seconds that all but the first speaker may talk, together.
     """
 
-    def __init__(self, counter: SpeakerCounter, others: float = 0.5) -> None:
+    def __init__(self, counter: Callable[[np.ndarray], list[float]], others: float = 0.5) -> None:
         self.counter, self.others = counter, others
 
     def __call__(self, clip: WorkItem) -> None:
@@ -84,7 +86,7 @@ class Enhance(Step):
 
     reusable = False
 
-    def __init__(self, enhancer: Enhancer) -> None:
+    def __init__(self, enhancer: Any) -> None:
         self.enhancer = enhancer
 
     def __call__(self, clip: WorkItem) -> None:
@@ -109,7 +111,7 @@ class Transcription(Step):
 
     facts = ("text",)
 
-    def __init__(self, recogniser: Recogniser, second: Recogniser | None = None, most: float = 0.3) -> None:
+    def __init__(self, recogniser: Any, second: Any = None, most: float = 0.3) -> None:
         self.recogniser, self.second, self.most = recogniser, second, most
 
     def __call__(self, clip: WorkItem) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from corpora.preparation.clip import FPS, Outcome, SourceClip, WorkItem
@@ -24,39 +25,44 @@ from engine.files import writable
 from engine.media.limits import Limits, set_limits
 from engine.processes import Lost, Processes, ThisProcess
 from engine.progress import track
-from engine.settings import EXECUTORS, require_choice, require_range
+from engine.settings import EXECUTORS, require_choice, setting
 from engine.shards.writer import SplitWriter, dumps, reject_sample
 
 
-@dataclass
-class Report:
-    """Counts and times of a run: by step, its clips and seconds of the workers on the clock and of the processor."""
+@dataclass(frozen=True)
+class RayConfig(ClusterConfig, prefix="ray."):
+    """Settings `ray` of the preparation."""
 
-    wall: Counter[str] = field(default_factory=Counter)
-    processor: Counter[str] = field(default_factory=Counter)
-    clips: Counter[str] = field(default_factory=Counter)
-    made: Counter[Path] = field(default_factory=Counter)  # by folder of the split
-    rejected: Counter[Path] = field(default_factory=Counter)
-    frames: int = 0
+    batch: int = setting(8, 1, 256, "clips that go through the networks together")
+
+
+class Report:
+    """Counts and times of a run.
+
+    Attributes:
+        clips: by folder of the split and whether they were rejected. frames: of all clips.
+        steps: by step, its clips, and the seconds of the workers on the clock and of the processor.
+    """
+
+    def __init__(self) -> None:
+        self.clips, self.frames = Counter[tuple[Path, bool]](), 0
+        self.steps: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))
 
     def add(self, outcome: Outcome, folder: Path) -> None:
-        (self.rejected if outcome.stage else self.made)[folder] += 1
+        self.clips[folder, bool(outcome.stage)] += 1
         self.frames += outcome.frames
-        for name, (wall, processor) in outcome.seconds.items():
-            self.wall[name] += wall
-            self.processor[name] += processor
-            self.clips[name] += 1
+        for name, seconds in outcome.seconds.items():
+            self.steps[name] += (1, *seconds)
 
     def print(self, seconds: float, workers: int) -> None:
-        done, total = self.made.total() + self.rejected.total(), max(self.wall.total(), 1e-9)
-        if not done:
+        count, total = self.clips.total(), max(sum(wall for _, wall, _ in self.steps.values()), 1e-9)
+        if not count:
             return
         print(f"{'stage':<14}{'clips':>8}{'s/clip':>10}{'CPU s/clip':>12}{'share':>8}")
-        for name, wall in self.wall.items():
-            clips, processor = self.clips[name], self.processor[name]
-            print(f"{name:<14}{clips:>8}{wall / clips:>10.4f}{processor / clips:>12.4f}{wall / total:>8.1%}")
-        speed = f"{done / seconds:.2f} clips/s, {self.frames / FPS / seconds:.2f} s of clips a second"
-        print(f"{done} clips in {seconds:.1f} s, workers={workers}: {speed}")
+        for name, (clips, wall, processor) in self.steps.items():
+            print(f"{name:<14}{clips:>8.0f}{wall / clips:>10.4f}{processor / clips:>12.4f}{wall / total:>8.1%}")
+        speed = f"{count / seconds:.2f} clips/s, {self.frames / FPS / seconds:.2f} s of clips a second"
+        print(f"{count} clips in {seconds:.1f} s, workers={workers}: {speed}")
 
 
 def prepare(config: DictConfig) -> None:
@@ -92,7 +98,8 @@ def prepare(config: DictConfig) -> None:
         report.print(time.monotonic() - started, config.workers)
     for name, writer in writers.items():
         index = writer.finish({"split": name, **about})
-        made = f"{report.made[writer.folder]} clips made now, {report.rejected[writer.folder]} rejected"
+        new, rejected = (report.clips[writer.folder, each] for each in (False, True))
+        made = f"{new} clips made now, {rejected} rejected"
         if index is None:
             print(f"{writer.folder}: {made}; the index comes with the last process")
         else:
@@ -146,10 +153,8 @@ def _executor(config: DictConfig, start: partial) -> Processes | ThisProcess | C
     if config.executor == "processes":
         build = partial(start, True)
         return Processes(config.workers, build, config.clip_timeout) if config.workers else ThisProcess(build)
-    ray = dict(config.ray)
-    require_range("ray.batch", batch := ray.pop("batch"), 1, 256)
-    starts = partial(start, True), partial(start, False)
-    return Cluster(ClusterConfig(**ray), *starts, config.clip_timeout, batch, config.workers)
+    ray, starts = RayConfig(**config.ray), (partial(start, True), partial(start, False))
+    return Cluster(ray, *starts, config.clip_timeout, ray.batch, config.workers)
 
 
 def _writer(
@@ -187,11 +192,7 @@ def _items(
 
 
 def _patient(results: Iterable[tuple[WorkItem, Outcome | Lost]], patience: int) -> Iterator[tuple[WorkItem, Outcome]]:
-    """Yield clips with their outcomes; faults that may be the machine's wait until a clip without one ends the row.
-
-    Raises:
-        UserError: `patience` of them came in a row.
-    """
+    """Yield clips with their outcomes; faults that may be the machine's wait until a clip without one ends the row."""
     row = []
     for item, outcome in results:
         if isinstance(outcome, Lost):

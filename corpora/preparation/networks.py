@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from corpora.preparation.clip import RATE, RATE16, Encoder, Step, WorkItem, in_parts
-from corpora.preparation.engines import EmotionRecogniser
-from corpora.preparation.labels import expression_labels, phoneme_labels
+from corpora.preparation.clip import FPS, RATE, RATE16, Encoder, Step, WorkItem, in_parts
 from engine.codec import Codec, load_codec
 from engine.errors import UserError
 from engine.faces.square import centre_square, portrait_square
@@ -196,14 +194,15 @@ class HeardExpression(Encoder):
     knows.
 
     Args:
-        recogniser: see `corpora.preparation.engines.EmotionRecogniser`; None: labels of the source alone.
+        recogniser: see `corpora.preparation.engines.Emotion2Vec`; names of emotions other than `EXPRESSIONS` count as
+            unknown. None: labels of the source alone.
         seconds: of sound that the recogniser hears, with the half second in their middle.
     """
 
     tensors = ("heard_expression",)
     settings = ("recogniser",)
 
-    def __init__(self, recogniser: EmotionRecogniser | None = None, seconds: float = 2.0) -> None:
+    def __init__(self, recogniser: Any = None, seconds: float = 2.0) -> None:
         super().__init__(None)
         require_range("stages.heard_expression.seconds", seconds, 0.5, 30.0)
         self.recogniser, self.seconds = recogniser, seconds
@@ -384,3 +383,26 @@ def _half(x: Tensor) -> Tensor:
     if not x.isfinite().all():
         raise UserError("a feature contains NaN or infinite values")
     return x
+
+
+def phoneme_labels(phonemes: list, frames: int, symbols: list[str]) -> np.ndarray:
+    """Return the index (T,) of the phoneme at each frame's centre, counted from 1 in `symbols`; 0 where none sounds."""
+    labels = np.zeros(frames, np.uint8)
+    for symbol, start, end in phonemes:
+        if symbol in symbols:
+            first, last = (int(np.ceil(t * FPS - 0.5)) for t in (start, end))
+            labels[max(first, 0) : max(last, 0)] = symbols.index(symbol) + 1
+    return labels
+
+
+def expression_labels(label: str | list[str] | None, windows: int) -> Tensor | None:
+    """Return classes (J,) by a source's label of the whole clip, or of each of `windows` half seconds; None without."""
+    if label is None:
+        return None
+    labels = [label] * windows if isinstance(label, str) else label[:windows]
+    unknown = [name for name in labels if name not in EXPRESSIONS]
+    if unknown:
+        raise UserError(f"expression {unknown[0]!r} is none of {', '.join(EXPRESSIONS)}")
+    if len(labels) < windows:
+        raise UserError(f"{len(labels)} expressions are given, {windows} half seconds need one each")
+    return torch.tensor([EXPRESSIONS.index(name) for name in labels])

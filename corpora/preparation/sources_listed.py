@@ -14,15 +14,16 @@ from engine.errors import UserError
 from engine.untrusted import safe_name
 
 
-class TalkerData(Unsplit):
-    """The released Talker-T2AV-Data: sound and motion codes, no pictures.
+class Listed(Unsplit):
+    """Sound that a table or a list names, without pictures: speech alone, or with the motion codes of Talker-T2AV-Data.
+
+    The words are the table's, or the key `text` of STEM.json beside the sound.
 
     Args:
         root: folder of the relative paths.
-        table: CSV with the columns motion_pt_path, wav_path, text.
-        listing: instead of a table, a text file with one motion file a line; the sound is SOUNDS/STEM.wav, and the
-            text in SOUNDS/STEM.json.
-        sounds: that folder.
+        table: CSV with the columns wav_path, motion_pt_path, text.
+        listing: instead of a table, a text file with one sound file a line; with `sounds`, with one motion file a line.
+        sounds: folder of the sound STEM.wav of a motion file.
         tars: pattern of tar files under `root`, such as "*.tar": paths that they hold are read there.
         validation: share of the clips that make the split `val`; nothing tells their speakers.
     """
@@ -38,7 +39,7 @@ class TalkerData(Unsplit):
         tars: str | None = None,
         validation: float = 0.002,
     ) -> None:
-        if (table is None) == (listing is None) or (listing is not None and sounds is None):
+        if (table is None) == (listing is None):
             raise UserError("give source.table=FILE.csv, or source.listing=FILE.txt with source.sounds=FOLDER")
         self.table, self.listing, self.sounds, self.tars = table, listing, sounds, tars
         super().__init__(root, validation)
@@ -49,49 +50,20 @@ class TalkerData(Unsplit):
             stem = os.path.splitext(wav)[0]
             text_file = f"{stem}.json"
             has_text = text is None and (text_file in members or (self.root / text_file).is_file())
-            paths = [path for path in (wav, motion, text_file) if path in members]
-            yield (
-                wav,
-                SourceClip(
-                    make_key(stem),
-                    audio=wav,
-                    text=text,
-                    text_file=text_file if has_text else None,
-                    motion=motion,
-                    packed={path: members[path] for path in paths},
-                ),
-            )
+            packed = {path: members[path] for path in (wav, motion, text_file) if path in members}
+            about = {"text": text, "text_file": text_file if has_text else None, "motion": motion, "packed": packed}
+            yield wav, SourceClip(make_key(stem), audio=wav, **about)
 
-    def _rows(self) -> Iterator[tuple[str, str, str | None]]:
-        """Yield (sound, motion file, text or None)."""
+    def _rows(self) -> Iterator[tuple[str, str | None, str | None]]:
+        """Yield (sound, motion file, text)."""
         if self.table is not None:
             for row in read_table(self.root / self.table, ("wav_path", "motion_pt_path")):
                 yield row["wav_path"], row["motion_pt_path"], row.get("text") or None
         else:
             for line in read_lines(self.root / self.listing):
-                yield f"{self.sounds}/{Path(line).stem}.wav", line, None
-
-
-class WavList(Unsplit):
-    """Speech alone: a text file with one sound file a line, and a JSON with the key `text` beside each.
-
-    Args:
-        root: folder of the relative paths.
-        listing: the text file; a relative path stands under `root`.
-        validation: share of the clips that make the split `val`; nothing tells their speakers.
-    """
-
-    frames = False
-
-    def __init__(self, root: str | Path, listing: str, validation: float = 0.002) -> None:
-        self.listing = listing
-        super().__init__(root, validation)
-
-    def walk(self) -> Iterator[tuple[str, SourceClip]]:
-        for path in read_lines(self.root / self.listing):
-            stem = os.path.splitext(path)[0]
-            text_file = f"{stem}.json" if (self.root / f"{stem}.json").is_file() else None
-            yield path, SourceClip(make_key(stem), audio=path, text_file=text_file)
+                if self.sounds is None and line.endswith(".pt"):
+                    raise UserError(f"source.listing={self.listing} lists motion files: give source.sounds=FOLDER, too")
+                yield (f"{self.sounds}/{Path(line).stem}.wav", line, None) if self.sounds else (line, None, None)
 
 
 class Emilia(Unsplit):

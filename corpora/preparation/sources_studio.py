@@ -48,26 +48,14 @@ RAVDESS_EMOTIONS = {
 RAVDESS_STATEMENTS = {"01": "kids are talking by the door", "02": "dogs are sitting by the door"}
 
 
-class Studio(Unsplit):
-    """The clips of such a data set, whose groups are its speakers."""
-
-    def walk(self) -> Iterator[tuple[str, SourceClip]]:
-        for clip in sorted(self.clips_of_names(), key=lambda clip: clip.source):
-            yield clip.speaker, clip
-
-    def clips_of_names(self) -> Iterator[SourceClip]:
-        """Yield all clips, in any order."""
-        raise NotImplementedError
-
-    def files(self, *suffixes: str) -> Iterator[Path]:
-        """Yield files with one of the suffixes below the root, wherever its archives were unpacked, relative to it."""
-        for folder, _, names in os.walk(self.root):
-            for name in names:
-                if name.lower().endswith(suffixes):
-                    yield (Path(folder) / name).relative_to(self.root)
+def find_files(root: Path, *suffixes: str) -> list[Path]:
+    """Return files with one of the suffixes, wherever archives were unpacked below `root`; in order, relative to it."""
+    walk = ((Path(folder) / name for name in names) for folder, _, names in os.walk(root))
+    files = (path.relative_to(root) for paths in walk for path in paths if path.name.lower().endswith(suffixes))
+    return sorted(files, key=Path.as_posix)
 
 
-class GRID(Studio):
+class GRID(Unsplit):
     """ROOT/**/s1/**/bbaf2n.mpg, as the archives s1.zip to s34.zip unpack; the name spells the sentence.
 
     The sound is the video's: the files of audio_25k.zip lack the silence at both ends and are shorter. Files
@@ -108,7 +96,7 @@ class GRID(Studio):
             self.own = {}
             for keys in clips.values():
                 self.own |= held_out(keys, {"test": 0.05, "val": 0.05})
-        times = {(self._speaker(path), path.stem): path for path in self.files(".align")}
+        times = {(self._speaker(path), path.stem): path for path in find_files(self.root, ".align")}
         self.times = {key: path for key, path in times.items() if self.sentence(key[1])}
         if self.times:
             tables = (VERBS, COLOURS, PREPOSITIONS, DIGITS, ADVERBS)
@@ -116,21 +104,17 @@ class GRID(Studio):
             self.symbols = sorted(letters.union(*(table.values() for table in tables)))
 
     def walk(self) -> Iterator[tuple[str, SourceClip]]:
-        for speaker, clip in super().walk():
-            if self.speakers is None or speaker in self.speakers:
-                yield (clip.key if self.protocol == "seen" else speaker), clip
+        for path in find_files(self.root, ".mpg"):
+            speaker, text = self._speaker(path), self.sentence(path.stem)
+            if speaker and text and (self.speakers is None or speaker in self.speakers):
+                key, words = make_key(f"{speaker}-{path.stem}"), {"text": text, "expression": self.expression}
+                clip = SourceClip(key, path.as_posix(), **words, speaker=speaker, language="en")
+                yield (key if self.protocol == "seen" else speaker), clip
 
     def read(self, split: str) -> Iterator[SourceClip]:
         for clip in super().read(split):
             path = self.times.get((clip.speaker, Path(clip.video).stem))
             yield clip if path is None else replace(clip, phonemes=self._words(self.root / path))
-
-    def clips_of_names(self) -> Iterator[SourceClip]:
-        for path in self.files(".mpg"):
-            speaker, text = self._speaker(path), self.sentence(path.stem)
-            if speaker is not None and text is not None:
-                key, words = make_key(f"{speaker}-{path.stem}"), {"text": text, "expression": self.expression}
-                yield SourceClip(key, path.as_posix(), **words, speaker=speaker, language="en")
 
     @staticmethod
     def _speaker(path: Path) -> str | None:
@@ -153,29 +137,23 @@ class GRID(Studio):
         return " ".join(words) if len(name) == 6 and all(words) else None
 
 
-class CREMAD(Studio):
+class CREMAD(Unsplit):
     """ROOT/VideoFlash/1001_DFA_ANG_XX.flv, sound ROOT/AudioWAV/1001_DFA_ANG_XX.wav: actor, sentence, emotion, level."""
 
     def __init__(self, root: str | Path, test: float = 0.1, validation: float = 0.07) -> None:
         super().__init__(root, validation, test)
 
-    def clips_of_names(self) -> Iterator[SourceClip]:
-        sounds = {path.stem: path.as_posix() for path in self.files(".wav")}
-        for path in self.files(".flv", ".mp4"):
+    def walk(self) -> Iterator[tuple[str, SourceClip]]:
+        sounds = {path.stem: path.as_posix() for path in find_files(self.root, ".wav")}
+        for path in find_files(self.root, ".flv", ".mp4"):
             actor, sentence, emotion, *_ = [*path.stem.split("_"), "", "", ""]
             if actor.isdigit() and emotion in CREMA_D_EMOTIONS:
-                yield SourceClip(
-                    make_key(path.stem),
-                    path.as_posix(),
-                    sounds.get(path.stem),
-                    text=CREMA_D_SENTENCES.get(sentence),
-                    speaker=actor,
-                    language="en",
-                    expression=CREMA_D_EMOTIONS[emotion],
-                )
+                about = {"text": CREMA_D_SENTENCES.get(sentence), "expression": CREMA_D_EMOTIONS[emotion]}
+                names = make_key(path.stem), path.as_posix(), sounds.get(path.stem)
+                yield actor, SourceClip(*names, **about, speaker=actor, language="en")
 
 
-class RAVDESS(Studio):
+class RAVDESS(Unsplit):
     """ROOT/**/Actor_01/01-01-03-01-02-01-01.mp4: modality, channel, emotion, intensity, statement, repetition, actor.
 
     Modality 01 has picture and sound. Calm counts as neutral.
@@ -188,15 +166,10 @@ class RAVDESS(Studio):
         self.channels = ("01", "02") if songs else ("01",)
         super().__init__(root, validation, test)
 
-    def clips_of_names(self) -> Iterator[SourceClip]:
-        for path in self.files(".mp4"):
+    def walk(self) -> Iterator[tuple[str, SourceClip]]:
+        for path in find_files(self.root, ".mp4"):
             parts = path.stem.split("-")
             if len(parts) == 7 and parts[0] == "01" and parts[1] in self.channels and parts[2] in RAVDESS_EMOTIONS:
-                yield SourceClip(
-                    make_key(path.stem),
-                    path.as_posix(),
-                    text=RAVDESS_STATEMENTS.get(parts[4]),
-                    speaker=f"Actor_{parts[6]}",
-                    language="en",
-                    expression=RAVDESS_EMOTIONS[parts[2]],
-                )
+                about = {"text": RAVDESS_STATEMENTS.get(parts[4]), "expression": RAVDESS_EMOTIONS[parts[2]]}
+                actor = f"Actor_{parts[6]}"
+                yield actor, SourceClip(make_key(path.stem), path.as_posix(), **about, speaker=actor, language="en")

@@ -204,11 +204,7 @@ def _since(start: tuple[float, float]) -> tuple[float, float]:
 
 
 def _rejection(name: str, error: Exception, clip: WorkItem) -> Outcome:
-    """Return the outcome of a clip that a step refuses or fails at.
-
-    Raises:
-        UserError: the error, or one that caused it, is none that a clip can cause.
-    """
+    """Return the outcome of a clip that a step refuses or fails at; what no clip can cause ends the job."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in FATAL:

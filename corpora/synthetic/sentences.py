@@ -18,40 +18,17 @@ import numpy as np
 
 from engine.optional import require
 
-SLOTS: tuple[tuple[str, ...], ...] = (
-    ("bin", "lay", "place", "set"),
-    ("blue", "green", "red", "white"),
-    ("at", "by", "in", "with"),
-    (
-        "alpha",
-        "bravo",
-        "charlie",
-        "delta",
-        "echo",
-        "foxtrot",
-        "golf",
-        "hotel",
-        "india",
-        "juliet",
-        "kilo",
-        "lima",
-        "mike",
-        "november",
-        "oscar",
-        "papa",
-        "quebec",
-        "romeo",
-        "sierra",
-        "tango",
-        "uniform",
-        "victor",
-        "whiskey",
-        "x-ray",
-        "yankee",
-        "zulu",
-    ),
-    ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
-    ("again", "now", "please", "soon"),
+SLOTS: tuple[tuple[str, ...], ...] = tuple(
+    tuple(words.split())
+    for words in (
+        "bin lay place set",
+        "blue green red white",
+        "at by in with",
+        "alpha bravo charlie delta echo foxtrot golf hotel india juliet kilo lima mike november oscar papa quebec "
+        "romeo sierra tango uniform victor whiskey x-ray yankee zulu",
+        "zero one two three four five six seven eight nine",
+        "again now please soon",
+    )
 )
 SLOT_NAMES = ("command", "colour", "preposition", "letter", "digit", "adverb")
 SPLITS = {1: ("train", "seen", "unseen"), 2: ("train", "dev", "seen", "unseen")}

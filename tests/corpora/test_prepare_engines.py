@@ -5,8 +5,9 @@ import types
 
 import numpy as np
 import pytest
+import transformers
 
-from corpora.preparation.engines import Emotion2Vec, VoiceWindows, Whisper
+from corpora.preparation.engines import Emotion2Vec, VoiceWindows, Wav2Vec2, Whisper
 from engine.errors import UserError
 from engine.evaluation.shares import figures_of
 from engine.evaluation.validation import measure_clips, words_by
@@ -84,3 +85,18 @@ def test_validation_measures_words_with_any_whisper(tiny_whisper, tmp_path, caps
     assert measure_clips(["wer"], texts, waves, None, 24_000, words_by(tmp_path / "empty")) == {}
     assert measure_clips(["wer", "mcd"], texts, waves, None, 24_000, words_by(None), tmp_path) == {}
     assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["no wer", "no wer", "no mcd"]
+
+
+def test_wav2vec2_spells_what_it_hears(tmp_path):
+    """A tiny network whose every frame is the letter A."""
+    (tmp_path / "vocab.json").write_text('{"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4, "A": 5}')
+    words = transformers.Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"))
+    sound = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    transformers.Wav2Vec2Processor(sound, words).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes |= {"conv_dim": [8] * 7, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    model = transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(vocab_size=6, **sizes))
+    model.lm_head.bias.data[5] = 100.0
+    model.save_pretrained(tmp_path)
+    heard = Wav2Vec2(str(tmp_path), "cpu")(np.random.default_rng(0).normal(0, 0.1, RATE).astype(np.float32))
+    assert (heard.text, heard.language, heard.probability) == ("a", "en", 1.0)

@@ -161,7 +161,7 @@ def test_bad_clips_are_listed_with_their_reasons_and_the_others_prepared(tmp_pat
     (split / "missing.mp4").unlink()
     (split / "codec.mp4").write_bytes(whole.replace(b"avc1", b"xxxx"))
     write_wav(split / "lengths.wav", np.zeros(60 * 960), 24_000)
-    stages = {"face": {"use": True, "_target_": "corpora.preparation.faces.Face"}}
+    stages = {"face": {"use": True, "_target_": "corpora.preparation.media.Face"}}
     config = settings(root, output, workers=2, clip_timeout=10, stages=stages)
     prepare(config)
     index = json.loads((output / "train" / "index.json").read_text())

@@ -10,11 +10,10 @@ import torch
 from drawn_faces import scene
 
 from corpora.preparation.clip import WorkItem, make_key
-from corpora.preparation.faces import Face
-from corpora.preparation.media import Decode, read_text
+from corpora.preparation.media import Decode, Face, read_text
 from corpora.preparation.sources import LRS2, LRS3, Folder, Synthetic, VoxCeleb2, held_out
 from corpora.preparation.sources_footage import YoutubeIds
-from corpora.preparation.sources_listed import Emilia, TalkerData, WavList
+from corpora.preparation.sources_listed import Emilia, Listed
 from corpora.preparation.sources_studio import CREMAD, GRID, RAVDESS
 from engine.errors import UserError
 from engine.media.audio import write_wav
@@ -112,8 +111,8 @@ def test_talker_data_by_table_and_by_list_inside_tar_files(tmp_path):
     (tmp_path / "list.txt").write_text("one.pt\n")
     write_csv(tmp_path / "t.csv", [{"motion_pt_path": "one.pt", "wav_path": "s/one.wav", "text": "from the table"}])
     for source, words in (
-        (TalkerData(tmp_path, listing="list.txt", sounds="s", tars="*.tar"), "hello there"),
-        (TalkerData(tmp_path, table="t.csv", tars="*.tar"), "from the table"),
+        (Listed(tmp_path, listing="list.txt", sounds="s", tars="*.tar"), "hello there"),
+        (Listed(tmp_path, table="t.csv", tars="*.tar"), "from the table"),
     ):
         (info,) = source.clips("train")
         clip = WorkItem(info, source.root)
@@ -122,21 +121,21 @@ def test_talker_data_by_table_and_by_list_inside_tar_files(tmp_path):
         assert clip.facts["text"] == words and clip.facts["frames"] == clip.length == 25
         assert torch.equal(clip.tensors["motion"], torch.ones(25, 40).half()) and len(clip.wave) == 25 * 960
     with pytest.raises(UserError, match=r"tars=\*\.zip"):
-        TalkerData(tmp_path, table="t.csv", tars="*.zip")
+        Listed(tmp_path, table="t.csv", tars="*.zip")
     (tmp_path / "bad.tar").write_bytes(b"no tar" * 200)
     with pytest.raises(UserError, match=r"bad\.tar cannot be read"):
-        TalkerData(tmp_path, table="t.csv", tars="*.tar")
+        Listed(tmp_path, table="t.csv", tars="*.tar")
 
 
 def test_a_list_of_sound_files(tmp_path):
     touch(tmp_path, "a/1.wav", "b.mp3")
     (tmp_path / "a" / "1.json").write_text('{"text": "hello"}')
     (tmp_path / "list.txt").write_text("a/1.wav\nb.mp3\n")
-    one, two = WavList(tmp_path, "list.txt", validation=0).clips("train")
+    one, two = Listed(tmp_path, listing="list.txt", validation=0).clips("train")
     assert (one.key, one.audio, one.text_file, one.video) == ("a-1", "a/1.wav", "a/1.json", None)
     assert (two.key, two.audio, two.text_file) == ("b", "b.mp3", None)
     with pytest.raises(UserError, match=r"the list .*none\.txt cannot be read"):
-        WavList(tmp_path, "none.txt").clips("train")
+        Listed(tmp_path, listing="none.txt").clips("train")
 
 
 def test_wrong_roots_and_splits_are_one_line(tmp_path):

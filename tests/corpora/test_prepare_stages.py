@@ -10,9 +10,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load
 
 from corpora.preparation.clip import SourceClip, WorkItem
-from corpora.preparation.faces import Face
 from corpora.preparation.job import chosen_stages
-from corpora.preparation.media import Decode
+from corpora.preparation.media import Decode, Face
 from corpora.preparation.networks import Crops, Expression, HeardExpression, phoneme_labels
 from corpora.preparation.sources import Synthetic
 from corpora.preparation.steps import Steps

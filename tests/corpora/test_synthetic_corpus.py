@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -23,7 +22,6 @@ import jiwer
 import numpy as np
 import pytest
 
-from benchmarks import speaking
 from corpora.preparation.sources import Synthetic
 from corpora.synthetic.corpus import FRAME, resample, window_expressions
 from corpora.synthetic.expression import EXPRESSIONS, pose, prosody
@@ -150,13 +148,6 @@ def test_an_interrupt_ends_all_processes_and_leaves_no_parts(tmp_path):
             os.killpg(making.pid, signal.SIGKILL)
     assert making.returncode == 130
     assert not list(root.rglob(".*")) and not (root / "train.jsonl").exists()
-
-
-@pytest.mark.parametrize("arguments", [("--clips", "0"), ("--workers", "0"), ("--clips", "many"), ("--speech", "9")])
-def test_user_mistakes_exit_2(tmp_path, arguments):
-    done = make(tmp_path / "no", *arguments)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert not (tmp_path / "no").exists()
 
 
 def test_version_3_is_speech_alone_of_any_words(tmp_path):
@@ -382,9 +373,3 @@ def test_resample_keeps_a_tone():
     got = resample(tone.astype(np.float32), 22050, 24000)
     assert len(got) == 24000
     assert np.abs(got - expected).max() < 1e-3
-
-
-def test_speaking_one_of_two_faces_is_chosen(second):
-    """The trial of benchmarks/speaking.py, whose record is of 100 clips."""
-    settings = argparse.Namespace(corpus=second, split="train", clips=2, seed=0)
-    assert [result["right"] for result, _ in speaking.run(settings)] == [2, 2]
