@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.hub import CHECKOUT, release_folder
+from engine.hub import release_folder
 from engine.release import Released, release_kind
 
 
@@ -149,13 +149,6 @@ def load_codec(folder: str | Path, codecs: Mapping[str, type[C]]) -> C:
         if official is not None:
             return official
     return codecs[_codec_kind(folder, codecs)].from_pretrained(folder)
-
-
-def check_codec(folder: str | Path, codecs: Mapping[str, type[Codec]]) -> None:
-    """Refuse a local or bundled release of another kind, without loading it; other folders may hold official files."""
-    folder = Path(folder) if Path(folder).exists() else CHECKOUT / folder
-    if (folder / "config.yaml").is_file():
-        _codec_kind(folder, codecs)
 
 
 def _codec_kind(folder: Path, codecs: Mapping[str, type[Codec]]) -> str:

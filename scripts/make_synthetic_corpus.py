@@ -33,7 +33,7 @@ from corpora.synthetic.corpus import FRAME, RATE, ClipMaker, clip_id, is_done, w
 from corpora.synthetic.sentences import SPLITS, grammar, language_model, plain_sentences
 from corpora.synthetic.voices import load_voices
 from engine.errors import UserError, run_cli
-from engine.files import atomic_output
+from engine.files import atomic_output, require_space, writable
 from engine.processes import end_with_parent, without_interrupts
 from engine.progress import track
 
@@ -81,12 +81,11 @@ def prepare(root: Path, seed: int, version: int) -> None:
                 f"--out {root} holds a corpus of seed {old.get('seed')}, version {old.get('version')}; "
                 f"this one would be seed {seed}, version {version}: choose another folder"
             )
-    try:
+    with writable(root, "--out"):
+        require_space(root, "--out")
         for split in SPLITS[version]:
             (root / split).mkdir(parents=True, exist_ok=True)
         remove_parts(root)
-    except OSError as error:
-        raise UserError(f"--out {root}: cannot write there ({error.strerror}); choose another folder") from error
 
 
 def remove_parts(root: Path) -> None:

@@ -4,8 +4,8 @@
 
 Draws a panel for each loss, gradient norms, learning rate, tokens per second and each validation figure. A figure that
 was measured on seen and unseen clips has one panel (seen: line, unseen: dashes). Logged losses are drawn pale below the
-smoothed ones. Where curves of several runs are equal, those below are wider, so that all of them can be seen. It also
-works during training.
+smoothed ones. Each run's curves are wider than those of the runs after it, which are drawn over them, so that equal
+ones can be seen. It also works during training.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from engine.evaluation.charts import chart_file
 LEFT_OUT = re.compile(r"step|samples_per_s|data_wait|step_s|mfu|memory_gib|skipped")
 COLUMNS, WIDTH, HEIGHT = 4, 4.2, 2.7  # of the grid; inches of a panel
 FEW = 4  # points of a curve that are marked
-WIDER, MOST_WIDER = 2.6, 10.0  # line widths of overlapping curves: step and maximum, in points
+WIDER, MOST_WIDER = 1.8, 10.0  # points by which a run is wider than the next one, and at most
 WIDE = 30  # a positive curve whose largest value is this many times its smallest is drawn on a logarithmic scale
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
@@ -157,21 +157,11 @@ def draw(runs: dict[str, dict[str, Curve]], names: list[str], smooth: int | None
         axes[0].figure.legend(handles=handles, loc="outside upper center", ncols=ncols, frameon=False)
 
 
-def covers(
-    curve: list, style: str, steps: np.ndarray, values: np.ndarray, logarithmic: bool, span: tuple[float, float]
-) -> bool:
-    """Return whether another curve (style, steps, values) hides much of this one in a panel of the values `span`."""
-    other_style, other_steps, other_values = curve
-    common, index, other = np.intersect1d(steps, other_steps, return_indices=True)
-    low, high, a, b = (np.log(v) if logarithmic else v for v in (*span, values[index], other_values[other]))
-    return style == other_style and (np.abs(a - b) <= 0.005 * (high - low)).sum() > len(common) / 5
-
-
 def fill(axis: Axes, name: str, runs: dict[str, dict[str, Curve]], colours: dict[str, str], smooth: int | None) -> None:
     """Draw one panel."""
     lines = [
-        (label, panel(logged)[1], *curve)
-        for label, curves in runs.items()
+        (label, panel(logged)[1], min(WIDER * (len(runs) - 1 - number), MOST_WIDER), *curve)
+        for number, (label, curves) in enumerate(runs.items())
         for logged, curve in curves.items()
         if panel(logged)[0] == name
     ]
@@ -179,10 +169,7 @@ def fill(axis: Axes, name: str, runs: dict[str, dict[str, Curve]], colours: dict
     logarithmic = lowest > 0 and highest > WIDE * lowest and name != "lr"
     if logarithmic:
         axis.set_yscale("log")
-    for i, (label, style, steps, values) in enumerate(lines):
-        above = [curve for other, *curve in lines[i + 1 :] if other != label]
-        covered = sum(covers(curve, style, steps, values, logarithmic, (lowest, highest)) for curve in above)
-        wider = min(WIDER * covered, MOST_WIDER)
+    for label, style, wider, steps, values in lines:
         line = {"color": colours[label], "lw": 1.4 + wider, "ls": style}
         if name.startswith("validation/") or len(steps) < FEW:  # a line through one point cannot be seen
             axis.plot(steps, values, **line, marker="o", ms=4 + wider, mfc="white" if style == "--" else None)

@@ -11,6 +11,7 @@ from typing import Any
 
 import gradio as gr
 
+from corpora.synthetic.sentences import plain_sentences
 from engine.errors import UserError, printable
 from hicodit.pipeline import BUNDLED
 from service.demo_actions import Demo, Made, in_page_words
@@ -20,7 +21,7 @@ CLIPS = [str(EXAMPLES / name) for name in ("silent.mp4", "face_8.mp4", "face_24.
 VOICES = [str(EXAMPLES / name) for name in ("voice.wav", "voice_8.flac", "voice_24.flac")]
 VOICE_NAMES = ["of face 1", "of face 2", "of face 3"]
 PICTURE = str(EXAMPLES / "face.png")
-SENTENCES = (EXAMPLES / "sentences.txt").read_text().splitlines()[22:58:6]  # some of news, small talk and instructions
+SENTENCES = plain_sentences()[22:58:6]  # some of news, small talk and instructions
 SPOKEN = {  # in the examples
     "silent.mp4": "place blue in whiskey six please",
     "face_8.mp4": "set red with india five again",

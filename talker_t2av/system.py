@@ -14,7 +14,7 @@ import torch
 
 from engine.codec import Codec, PortraitCodec, load_codec
 from engine.errors import UserError
-from engine.hub import release_folder
+from engine.hub import CHECKOUT, release_folder
 from engine.progress import stage
 from engine.release import find_codec
 from lia_x.codec import LiaX
@@ -197,14 +197,23 @@ def load_speaker(path: str | Path) -> VoiceEncoder | WavLMEncoder:
     return (VoiceEncoder if (path / "config.yaml").is_file() else WavLMEncoder).from_pretrained(path)
 
 
+LOADERS = {"speech": load_speech, "motion": load_motion, "speaker": load_speaker}
+
+
 def codec_digests(**codecs: str | Path) -> dict[str, str]:
     """Return, by stream (`speech`, `motion`, `speaker`), the digest of the weights that encode it.
 
     Args:
         codecs: by stream, its release folder or released file; only those that are named are loaded.
     """
-    load = {"speech": load_speech, "motion": load_motion, "speaker": load_speaker}
-    return {stream: load[stream](path).digest() for stream, path in codecs.items()}
+    return {stream: LOADERS[stream](path).digest() for stream, path in codecs.items()}
+
+
+def check_codecs(codecs: Mapping[str, str | Path | None]) -> None:
+    """Read the codecs that are on this machine: one of another kind, or a damaged one, is found before training."""
+    for stream, path in codecs.items():
+        if path and any((place / path).exists() for place in (Path(), CHECKOUT)):
+            LOADERS[stream](path)
 
 
 def _check_channels(what: str, wanted: int, found: int) -> None:

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.codec import check_codec
 from engine.errors import UserError
 from engine.evaluation.shares import ByClip, Share
 from engine.evaluation.validation import measure_clips, words_by
@@ -29,6 +28,7 @@ from engine.release import load_strict
 from engine.seeding import generator_for
 from engine.settings import require_range
 from engine.shards.source import join
+from engine.training import distributed
 from engine.training.task import Release, Task
 from talker_t2av import released
 from talker_t2av.alignment import Alignment
@@ -41,7 +41,7 @@ from talker_t2av.model import FPS, TalkerConfig, TalkerT2AV
 from talker_t2av.motion import MotionStats
 from talker_t2av.particles import why_not
 from talker_t2av.request import A2V, MODES, T2AV, TTS, V2A, Request, Sampling
-from talker_t2av.system import CODECS, load_motion, load_speech
+from talker_t2av.system import check_codecs, load_motion, load_speech
 from talker_t2av.text import TalkerTokenizer, load_tokenizer
 
 VALIDATION_BATCH = 4
@@ -116,9 +116,8 @@ class TalkerTask(Task):
         self.sampling, self.validation, self.recipe = Sampling(**(sampling or {})), validation, recipe
         if why_not(self.model):
             self.sampling = replace(self.sampling, particles=1)
-        for stream, kinds in CODECS.items():
-            if codecs.get(stream):
-                check_codec(codecs[stream], kinds)
+        if distributed.is_main():
+            check_codecs(codecs)
         start = _read_start(init) if init else None
         self.words = load_tokenizer(tokenizer)
         rows = self.model.llm.config.vocab_size

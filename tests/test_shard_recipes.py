@@ -88,27 +88,6 @@ def talker(name, *words):
     return load("train", [f"experiment={name}", "data=talker_t2av_data", *CODECS, *words], "")
 
 
-def test_the_papers_and_the_released_recipe_of_the_talker_differ_as_the_texts_say():
-    paper, released = (
-        talker("talker_paper", "task.warm_start.qwen=q"),
-        talker("talker_released", "task.warm_start.tts=w"),
-    )
-    assert (paper.data.train.tasks, released.data.train.tasks) == (["t2av", "tts"], ["t2av"])
-    assert (paper.task.model.motion_weight, released.task.model.motion_weight) == (8, 10)
-    assert (paper.task.model.stop_share, released.task.model.stop_share) == (1, 0.3)
-    assert dict(paper.task.warm_start) == {"qwen": "q"} and released.task.warm_start.qwen is None
-    assert (paper.task.sampling.temperature, released.task.sampling.temperature) == (0.7, 0.3)
-    assert paper.trainer.warmup == 0.03 * paper.trainer.steps and released.trainer.batch_size == 8
-    assert (paper.task.model.tasks if "tasks" in paper.task.model else 2) == 2
-    tuned = talker("talker_released", "init=f", "task.warm_start=null", "task.stats=null", "lora.rank=4")
-    assert tuned.task.init == "f" and tuned.task.warm_start is None
-    one_person = load("train", ["experiment=talker_finetune", "init=f"], "")
-    assert one_person.task.init == "f" and one_person.lora.rank == 16 and one_person.task.stats is None
-    assert one_person.data.train.codecs.speech == "f/whisperx-vae" and one_person.data.train.root == "data/shards/own"
-    alone = talker("talker_paper", "data=emilia", "task.codecs.motion=null", "task.warm_start.qwen=q")
-    assert alone.data.train.tasks == ["tts"] and alone.task.codecs.motion is None
-
-
 @pytest.mark.parametrize(
     "words", [["task.model.delay=1"], ["task.model.delay=3"], ["task.model.order=av"], ["task.model.order=va"]], ids=str
 )
@@ -123,23 +102,6 @@ def test_a_codecs_words_are_heard_by_what_the_data_names(name):
     words = [f"experiment={name}", "data=recordings", "data.corpus=c", "data.grammar=g.jsgf"]
     assert load("train", words, "").task.validation.grammar == "g.jsgf"
     assert load("train", words[:-1], "").task.validation.grammar is None
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["task.model.hierarchical=false"],
-        ["task.model.dual_scale=false"],
-        ["task.identity_weight=0"],
-        ["task.identity_weight=0", "task.identity_input=face"],
-    ],
-    ids=str,
-)
-def test_ablations_of_hicodit_are_settings_of_its_recipe(words):
-    config = load("train", ["experiment=hicodit_paper", "data=voxceleb2", *PAPER, *words], "")
-    ModelConfig(**OmegaConf.to_container(config.task.model, resolve=True))
-    plain = load("train", ["experiment=hicodit_paper", "data=voxceleb2", *PAPER], "")
-    assert config != plain and config.task.identity_input in ("voice", "face")
 
 
 BATCHES = {

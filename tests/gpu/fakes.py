@@ -26,6 +26,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA = torch.device("cuda", 0)
+SEEMS = {  # what makes CUDA seem to be there
+    "torch.cuda.is_available": lambda: True,
+    "torch.cuda.is_bf16_supported": lambda *_, **__: True,
+    "torch._subclasses.fake_tensor.init_gpu_context": lambda *_: None,
+}
 ROOT = f"{Path(__file__).resolve().parents[2]}/"
 
 
@@ -144,13 +149,11 @@ def audited() -> Iterator[Audit]:
 
     answers |= {"torch.rand": fake_rand, "torch.as_tensor": fake_as_tensor}
     answers |= {"torch.Generator": lambda device="cpu": generator(), "torch.nn.Module.to": lambda m, *a, **k: m}
-    answers |= {"torch.cuda.is_available": lambda: True, "torch.cuda.is_bf16_supported": lambda *_, **__: True}
-    answers |= {"torch._subclasses.fake_tensor.init_gpu_context": lambda *_: None}
     with ExitStack() as stack:
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(mock.patch("torch.Tensor.pin_memory", lambda tensor: tensor))
         audit = stack.enter_context(Audit())
-        for name, answer in answers.items():
+        for name, answer in (answers | SEEMS).items():
             stack.enter_context(mock.patch(name, answer))
         yield audit
 
@@ -162,18 +165,13 @@ def fake_cuda(device: torch.device | str = CUDA, host: bool = False) -> Iterator
     Args:
         host: tensors of the host are real.
     """
-    told = {
-        "torch.cuda.is_available": lambda: True,
-        "torch.cuda.is_bf16_supported": lambda *_, **__: True,
-        "torch._subclasses.fake_tensor.init_gpu_context": lambda *_: None,
-    }
     with ExitStack() as stack:
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # its grid_sample knows no fake tensors
         stack.enter_context(mock.patch("torch.Tensor.pin_memory", lambda tensor: tensor))
         stack.enter_context(
             FakeDevice(device) if host else FakeTensorMode()
         )  # first: where there is no driver it puts an idle one in its place
-        for name, answer in told.items() if torch.device(device).type == "cuda" else ():
+        for name, answer in SEEMS.items() if torch.device(device).type == "cuda" else ():
             stack.enter_context(mock.patch(name, answer))
         yield stack.enter_context(Operators())
 

@@ -4,12 +4,11 @@ import importlib
 import json
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from drawn_faces import talking_head
 
-from benchmarks import faces, prosody
+from benchmarks import faces
 from engine.errors import UserError
 from engine.media.video import write_video
 from scripts import benchmark
@@ -60,12 +59,3 @@ def test_memory_of_faces_is_that_of_the_crops_an_encoder_takes(part, side, tmp_p
     assert found["frames"] == 10 and found["peak_mb"] >= found["before_mb"] > 0
     pictures = {"track": 0, "tiny": 10 * 64 * 64 * 3, "released": 2 * 224 * 224 * 3}[part]
     assert found["crops_mb"] == (10 * side * side + pictures) / 2**20
-
-
-def test_prosody_is_predicted_from_other_clips_alone():
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=(200, 5))
-    values = features @ rng.normal(size=5) + rng.normal(size=200) * 0.1
-    assert np.corrcoef(values, prosody.predict(features, values))[0, 1] > 0.98
-    luck = rng.normal(size=200)  # a fit to the clips themselves would correlate by 0.16 on average
-    assert np.corrcoef(luck, prosody.predict(features, luck))[0, 1] < 0.1

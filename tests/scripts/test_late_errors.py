@@ -54,6 +54,10 @@ TRAIN = [
     (f"{TALKER} task.validation.clips=-3", "task.validation.clips=-3 must be"),
     (f"{TALKER} task.validation.metrics=[nope]", "metric 'nope' is unknown"),
     (f"{TALKER} task.codecs.speech=assets/rvq_tiny", "holds a model of kind 'rvq_codec'"),
+    (f"{TALKER} task.codecs.speech=sounds", "weights folder sounds has no config.yaml"),
+    (f"{TALKER} task.codecs.motion=file", "file"),
+    (f"{TALKER} task.codecs.motion=cut", "cut/model.safetensors is damaged"),
+    (f"{TALKER} task.codecs.speaker=sounds", "sounds"),
     (f"{TALKER} init=assets/rvq_tiny", "holds a model of kind 'rvq_codec'"),
     (f"{TALKER} data.train.delay=-1", "data.train.delay=-1"),
     ("experiment=lia_x_synthetic lora.rank=3 init=assets/lia_x_tiny", "LiaXTask has no low-rank training"),
@@ -89,13 +93,24 @@ INFER = [
     (f"{AUTO} auto.hicodit=damaged", "clip.mp4 has no words: give auto.recogniser=FOLDER of Whisper"),
     (f"{AUTO} auto.hicodit=damaged auto.recogniser={ROOT}/assets/demo/grammar.jsgf", "model.safetensors is damaged"),
 ]
+REPORT = "references=sounds output=report"
 EVALUATE = [
     ("outputs=sounds references=sounds output=file", "cannot write to output=file"),
-    ("outputs=sounds references=sounds output=report cache=file", "cannot write to cache=file"),
-    ("outputs=sounds references=sounds output=report device=cuda", "no CUDA device is available"),
-    ("outputs=sounds references=sounds output=report metrics=[nope]", "metric 'nope' is unknown"),
-    ("outputs=nowhere references=sounds output=report", "outputs.nowhere=nowhere is no folder"),
-    ("model=nope references=sounds output=report", "model=nope is unknown"),
+    (f"{REPORT} outputs=sounds cache=file", "cannot write to cache=file"),
+    (f"{REPORT} outputs=sounds device=cuda", "no CUDA device is available"),
+    (f"{REPORT} outputs=sounds metrics=[nope]", "metric 'nope' is unknown; there are: wer"),
+    (f"{REPORT} outputs=nowhere", "outputs.nowhere=nowhere is no folder"),
+    (f"{REPORT} outputs=[a,b]", "outputs must be a folder"),
+    (f"{REPORT} outputs='{{{{true speech: .}}}}'", "'true speech' is the name of the true row"),
+    (f"{REPORT} outputs='{{{{hicodit: .}}}}' model=hicodit", "hicodit is the name of model="),
+    (f"{REPORT} outputs='{{{{<b>: ., x: 3}}}}'", "cannot be read: quote names"),
+    (f"{REPORT} protocol.wer=ears", "protocol.wer=ears is unknown; choose whisper-medium"),
+    (f"{REPORT} protocol.wer=grammar", "protocol.wer=grammar needs grammar=FILE.jsgf: none is given"),
+    (f"{REPORT} protocol.wer=grammar grammar=gone.jsgf", "grammar=gone.jsgf is no file"),
+    (f"{REPORT} true_speech=LRS9", "true_speech=LRS9 is none of the table's true-speech rows: LRS3, LRS2"),
+    (f"{REPORT} clips=0", "clips=0 must be"),
+    (f"{REPORT} model=nope", "model=nope is unknown"),
+    (f"{REPORT} model=hicodit generate.sampler=nope", "sampler="),
 ]
 PREPARE = [
     ("source.root=nowhere output=shards", "source.root=nowhere is not a folder"),
@@ -108,8 +123,11 @@ PREPARE = [
     (f"{SHARDS} stages.speech.codec=damaged", "holds a model of kind 'hicodit'"),
 ]
 SCRIPTS = [
-    ("make_synthetic_corpus --out file", "--out file: cannot write there"),
+    ("make_synthetic_corpus --out file", "cannot write to --out=file"),
+    ("make_synthetic_corpus --out /proc/corpus", "cannot write to --out=/proc/corpus"),
     ("make_synthetic_corpus --out corpus --clips -1", "--clips -1: give 1 or more"),
+    ("make_synthetic_corpus --out corpus --workers 0", "--workers 0: give 1 or more"),
+    ("make_synthetic_corpus --out corpus --speech 9", "--speech is for --version 3"),
     ("make_tokenizer --out file --merges 0", "cannot write to --out=file"),
     ("make_tokenizer --out tokenizer", "no manifest data/synthetic/train.jsonl"),
     ("download_checkpoints hicodit --to file", "cannot write to --to=file"),
@@ -164,7 +182,9 @@ def folder(tmp_path_factory):
     (made / "bad.jsonl").write_text('{"text": 3\n')
     shutil.copy(ROOT / "assets/demo/silent.mp4", made / "clip.mp4")
     shutil.copytree(ROOT / "assets/hicodit_tiny", made / "damaged")
-    (made / "damaged/model.safetensors").write_bytes(b"x" * 100)
+    shutil.copytree(ROOT / "assets/lia_x_tiny", made / "cut")
+    for release in ("damaged", "cut"):
+        (made / release / "model.safetensors").write_bytes(b"x" * 100)
     (made / "sounds").mkdir()
     shutil.copy(ROOT / "assets/demo/voice.wav", made / "sounds")
     (made / "corpus/train").mkdir(parents=True)
@@ -221,6 +241,7 @@ def test_a_missing_package_is_named_before_work(command, module, message, refuse
     refused(program, words, message)
 
 
-def test_a_full_disk_is_named_before_work(refused, monkeypatch):
+@pytest.mark.parametrize("command", [f"train {HICODIT}", "scripts.make_synthetic_corpus --out full"])
+def test_a_full_disk_is_named_before_work(refused, monkeypatch, command):
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=10**6))
-    refused("train", HICODIT, "1 MB are free, this needs 500 MB")
+    refused(*command.split(" ", 1), "1 MB are free, this needs 500 MB")
