@@ -54,27 +54,6 @@ class Lost:
     reason: str
 
 
-class ThisProcess(Generic[Item, Result]):
-    """Does work in this process, as `Processes` does it in others; `build` is called with None."""
-
-    def __init__(self, build: Callable[[None], Work[Item, Any, Result]]) -> None:
-        self.build = build
-
-    def __enter__(self) -> ThisProcess[Item, Result]:
-        self.work = self.build(None)
-        self.about = self.work.about
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Do nothing: there is no other process."""
-
-    def run(self, items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
-        """Yield every item with its result."""
-        for item in items:
-            (result,) = self.work.encode([self.work.cut(item)])
-            yield item, result
-
-
 @dataclass
 class _Process:
     """A process and this end of its pipe.
@@ -96,21 +75,26 @@ class Processes(Generic[Item, Result]):
     """Processes that do work. A context: entering it waits until all are ready, leaving it ends them.
 
     Args:
-        count: number of processes.
-        build: makes the work in a process from its number, 0 to `count` - 1.
+        count: number of processes; 0: this one, without a timeout.
+        build: makes the work in a process from its number, 0 to `count` - 1, or None in this one.
         timeout: seconds that an item may take.
 
     Attributes:
         about: that of the work.
     """
 
-    def __init__(self, count: int, build: Callable[[int], Work[Item, Any, Result]], timeout: float = math.inf) -> None:
+    def __init__(
+        self, count: int, build: Callable[[int | None], Work[Item, Any, Result]], timeout: float = math.inf
+    ) -> None:
         self.build, self.timeout = build, timeout
         self.processes = [self._start(number) for number in range(count)]
         self.about: Any = None
         self._again: list[tuple[Item, int]] = []
 
     def __enter__(self) -> Processes[Item, Result]:
+        if not self.processes:
+            self._work = self.build(None)
+            self.about = self._work.about
         try:
             for process in self.processes:
                 self._receive(process)
@@ -132,6 +116,8 @@ class Processes(Generic[Item, Result]):
         An item whose process dies is tried again in another one. A process that cannot be started again, as on a card
         that failed, is done without.
         """
+        for item in items if not self.processes else ():
+            yield item, self._work.encode([self._work.cut(item)])[0]
         fresh = ((item, 1) for item in items)
         while True:
             for each in self.processes:

@@ -23,7 +23,7 @@ from engine.config import build, target
 from engine.errors import UserError
 from engine.files import writable
 from engine.media.limits import Limits, set_limits
-from engine.processes import Lost, Processes, ThisProcess
+from engine.processes import Lost, Processes
 from engine.progress import track
 from engine.settings import EXECUTORS, require_choice, setting
 from engine.shards.writer import SplitWriter, dumps, reject_sample
@@ -148,11 +148,10 @@ def chosen_stages(config: DictConfig, source: Source) -> dict[str, dict[str, Any
     return used
 
 
-def _executor(config: DictConfig, start: partial) -> Processes | ThisProcess | Cluster:
+def _executor(config: DictConfig, start: partial) -> Processes | Cluster:
     """Make what runs the steps: processes of this machine, or a Ray cluster."""
     if config.executor == "processes":
-        build = partial(start, True)
-        return Processes(config.workers, build, config.clip_timeout) if config.workers else ThisProcess(build)
+        return Processes(config.workers, partial(start, True), config.clip_timeout)
     ray, starts = RayConfig(**config.ray), (partial(start, True), partial(start, False))
     return Cluster(ray, *starts, config.clip_timeout, ray.batch, config.workers)
 

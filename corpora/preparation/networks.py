@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from corpora.preparation.clip import FPS, RATE, RATE16, Encoder, Step, WorkItem, in_parts
-from engine.codec import Codec, load_codec
+from engine.codec import load_codec
 from engine.errors import UserError
 from engine.faces.square import centre_square, portrait_square
 from engine.media.audio import resample
@@ -241,17 +241,10 @@ class GE2E(Encoder):
 
 
 class CodecEncoder(Encoder):
-    """An encoder whose network is one codec.
-
-    Args:
-        codec: its release folder.
-
-    Attributes:
-        name: of the codec in the digests. load: reads it.
-    """
+    """An encoder whose network is one codec, with its `name` in the digests, read by `load` from its release folder."""
 
     name: ClassVar[str]
-    load: ClassVar[Callable[[str], Codec]]
+    load: ClassVar[Callable[[str], Any]]
 
     def __init__(self, codec: str, device: torch.device | None) -> None:
         super().__init__(device)
@@ -357,25 +350,21 @@ def face_square(clip: WorkItem, crop: str) -> Square:
     return Square(*portrait_square(np.median(clip.track.boxes[clip.track.seen], axis=0), height, width))
 
 
-class Voice(Encoder):
+class Voice(CodecEncoder):
     """The speaker vector (256,) that Talker-T2AV's heads are conditioned on.
 
     Args:
         encoder: release folder, or the file of the released encoder.
     """
 
-    tensors = ("speaker",)
+    tensors, name, load = ("speaker",), "speaker", load_speaker
 
     def __init__(self, encoder: str, device: torch.device | None) -> None:
-        super().__init__(device)
-        self.encoder = None if device is None else load_speaker(encoder).to(device).eval()
-
-    def digests(self) -> dict[str, str]:
-        return {"speaker": self.encoder.digest()}
+        super().__init__(encoder, device)
 
     def encode_one(self, clip: WorkItem) -> None:
         wave = resample(torch.from_numpy(clip.wave), RATE, RATE16).to(self.device)  # as generation does
-        clip.tensors["speaker"] = _half(self.encoder.embed(wave))
+        clip.tensors["speaker"] = _half(self.codec.embed(wave))
 
 
 def _half(x: Tensor) -> Tensor:
