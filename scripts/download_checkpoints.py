@@ -13,8 +13,8 @@ if __name__ == "__main__":
 
 import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_url
 
@@ -27,27 +27,17 @@ from engine.untrusted import read_yaml
 CATALOGUE = CONFIGS / "checkpoints.yaml"
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """Files that belong together: what they are, their licence, where they were published."""
-
-    what: str
-    licence: str
-    origin: str
-    files: tuple[RemoteFile, ...]
+Checkpoint = dict[str, Any]  # files that belong together: what they are, their licence, their origin, their `files`
 
 
-def read_catalogue(path: Path = CATALOGUE) -> dict[str, tuple[Checkpoint, ...]]:
+def read_catalogue(path: Path = CATALOGUE) -> dict[str, list[Checkpoint]]:
     """Return the checkpoints by group."""
     groups = read_yaml(path)
     if not all(isinstance(rows, list) for rows in groups.values()):
         raise UserError(f"{path} is no list of files: see {CATALOGUE}")
-    return {
-        group: tuple(
-            Checkpoint(**row | {"files": tuple(_remote_file(**file) for file in row["files"])}) for row in rows
-        )
-        for group, rows in groups.items()
-    }
+    for row in (row for rows in groups.values() for row in rows):
+        row["files"] = [_remote_file(**file) for file in row["files"]]
+    return groups
 
 
 def _remote_file(path: str, url="", repo="", name=None, revision=None, kind="model", **facts) -> RemoteFile:
@@ -71,12 +61,12 @@ def describe(file: RemoteFile, folder: Path) -> str:
     return f"{presence:8} {file.path} ({size}, {verified})\n        from {file.url}"
 
 
-def process(checkpoints: tuple[Checkpoint, ...], folder: Path, only_list: bool, retry_delay: float = 1.0) -> None:
+def process(checkpoints: list[Checkpoint], folder: Path, only_list: bool, retry_delay: float = 1.0) -> None:
     """List or download all files; after one that fails, the others are still tried."""
     failed = []
     for checkpoint in checkpoints:
-        print(f"{checkpoint.what}\n    licence: {checkpoint.licence}\n    published at {checkpoint.origin}", flush=True)
-        for file in checkpoint.files:
+        print("{what}\n    licence: {licence}\n    published at {origin}".format(**checkpoint), flush=True)
+        for file in checkpoint["files"]:
             try:
                 if only_list:
                     line = describe(file, folder)
@@ -90,7 +80,7 @@ def process(checkpoints: tuple[Checkpoint, ...], folder: Path, only_list: bool, 
                 failed.append(file.path)
                 print(f"    failed: {file.path}: {error}", file=sys.stderr, flush=True)
     if failed:
-        total = sum(len(checkpoint.files) for checkpoint in checkpoints)
+        total = sum(len(checkpoint["files"]) for checkpoint in checkpoints)
         raise UserError(f"{len(failed)} of {total} files could not be downloaded: {', '.join(failed)}")
 
 
@@ -113,7 +103,7 @@ def main() -> None:
     if not args.list:
         with writable(args.to, "--to"):
             pass
-    checkpoints = catalogue.get(args.group) or sum(catalogue.values(), ())
+    checkpoints = catalogue.get(args.group) or [row for rows in catalogue.values() for row in rows]
     process(checkpoints, args.to, args.list)
 
 

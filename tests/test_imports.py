@@ -63,15 +63,8 @@ def test_no_import_runs_backwards():
     ("file", "line"),
     [
         ("engine/metrics/new.py", "import hicodit.task"),
-        ("engine/new.py", "from rvq_codec import RVQCodec"),
-        ("codecs/rvq_codec/new.py", "from lia_x import blocks"),
-        ("codecs/lia_x/new.py", "import hicodit"),
         ("hicodit/new.py", "def f():\n    from talker_t2av import model"),
-        ("talker_t2av/new.py", "import tests.golden.runners"),
         ("hicodit/new.py", "import importlib\nimportlib.import_module('talker_t2av.task')"),
-        ("scripts/new.py", "import train"),
-        ("corpora/new.py", "from scripts import export"),
-        ("benchmarks/new.py", "from tests.golden import runners"),
         ("service/new.py", "from scripts import serve"),
     ],
 )

@@ -21,7 +21,6 @@ from hicodit.settings import METHODS, GuidanceScales, SamplerConfig
 from talker_t2av.generation import Rows
 from talker_t2av.layers import fuse_mlps
 from talker_t2av.model import TalkerT2AV
-from talker_t2av.particles import Particles
 from talker_t2av.request import MODES, Sampling
 from tests.gpu.fakes import CUDA, fake_cuda, faked
 from tests.talker_t2av.talker_fixtures import request, tiny_model
@@ -167,22 +166,6 @@ def half_rows(dtype=torch.bfloat16, steps=3, guidance=2.0, model=None, **how):
 def test_a_patch_waits_for_nothing(guidance, dtype):
     operators, _ = run_patches(half_rows(dtype, guidance=guidance), [request(), request(9)])
     assert {d for name, d in operators.types if name == "linear"} == {dtype, torch.float32}  # stop
-
-
-@pytest.mark.parametrize(("check_every", "expected"), [(1, 3), (4, 0)])
-def test_stop_tests_are_read_once_a_patch_at_most(check_every, expected):
-    """The service reads them after each patch. All other reads raise."""
-    _, reads = run_patches(half_rows(check_every=check_every), [request(), request(9)])
-    assert reads == expected
-
-
-def test_particles_wait_for_nothing():
-    rows = Particles(tiny_model(), MODES["v2a"], Sampling(3, particles=4), 2)
-    asked = [request(motion=20), request(9, motion=24)]
-    rows.generate(asked)
-    rows.before_step = lambda: Particles.before_step(rows) if rows.rows[0].index else None
-    _, reads = run_patches(rows, asked)
-    assert reads == 0
 
 
 class Launches(TorchDispatchMode):

@@ -1,6 +1,5 @@
 """The frame of benchmarks: limits of settings, lines as they come, one record with command, hardware and versions."""
 
-import importlib
 import json
 from types import SimpleNamespace
 
@@ -12,17 +11,6 @@ from benchmarks import faces
 from engine.errors import UserError
 from engine.media.video import write_video
 from scripts import benchmark
-
-
-@pytest.mark.parametrize("name", benchmark.NAMES)
-def test_every_benchmark_fits_the_frame(name):
-    module = importlib.import_module(f"benchmarks.{name}")
-    assert (
-        module.__doc__
-        and callable(module.add_arguments)
-        and callable(module.run)
-        and min(module.LEAST.values(), default=0) >= 0
-    )
 
 
 def test_settings_are_checked_and_results_recorded(tmp_path, monkeypatch, capsys):

@@ -16,7 +16,7 @@ from safetensors.numpy import save
 from engine.download import DamagedError, NoNetworkError, RemoteFile, check, fetch
 from engine.errors import UserError, run_cli
 from scripts import download_checkpoints
-from scripts.download_checkpoints import Checkpoint, process, read_catalogue
+from scripts.download_checkpoints import process, read_catalogue
 
 DATA = np.random.default_rng(0).integers(0, 256, 300_000, dtype=np.uint8).tobytes()
 SHA = hashlib.sha256(DATA).hexdigest()
@@ -196,7 +196,7 @@ def test_format_must_be_whole_without_a_digest(tmp_path):
 @pytest.fixture
 def checkpoints(server):
     files = (remote(server), RemoteFile("b", f"{server.address}/absent"), remote(server, path="c.bin"))
-    return (Checkpoint("Something", "MIT", "https://example.org", files),)
+    return [{"what": "Something", "licence": "MIT", "origin": "https://example.org", "files": files}]
 
 
 def test_command_goes_on_after_a_failed_download(checkpoints, tmp_path, capsys):
@@ -212,8 +212,13 @@ def test_listing_states_presence_size_and_source(checkpoints, server, tmp_path, 
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/weights.bin").write_bytes(DATA)
     (tmp_path / "c.bin").write_bytes(DATA[:-1])
-    rounded = Checkpoint("c", "MIT", "o", (RemoteFile("d", "https://h/c", about=170_000_000),))
-    process((*checkpoints, rounded), tmp_path, True)
+    rounded = {
+        "what": "c",
+        "licence": "MIT",
+        "origin": "o",
+        "files": [RemoteFile("d", "https://h/c", about=170_000_000)],
+    }
+    process([*checkpoints, rounded], tmp_path, True)
     text = capsys.readouterr().out
     assert re.search(r"present +sub/weights.bin \(0.3 MB, SHA-256 known\)", text)
     assert re.search(r"missing +b \(size unknown, no SHA-256 known\)", text)
@@ -223,11 +228,11 @@ def test_listing_states_presence_size_and_source(checkpoints, server, tmp_path, 
 
 
 def test_catalogue_has_unique_paths_licences_digests_and_commits():
-    everything = sum(read_catalogue().values(), ())
-    paths = [file.path for checkpoint in everything for file in checkpoint.files]
+    everything = [row for rows in read_catalogue().values() for row in rows]
+    paths = [file.path for checkpoint in everything for file in checkpoint["files"]]
     assert len(paths) == len(set(paths)) and len(everything) == 18 and not any(".." in path for path in paths)
     for checkpoint in everything:
-        assert checkpoint.licence and checkpoint.origin.startswith("https://")
-        for file in checkpoint.files:
+        assert checkpoint["licence"] and checkpoint["origin"].startswith("https://")
+        for file in checkpoint["files"]:
             assert file.sha256 is None or re.fullmatch(r"[0-9a-f]{64}", file.sha256)
             assert file.url.startswith("https://")
