@@ -128,14 +128,16 @@ class Service:
         finally:
             self.requests, self.streams = self.requests - (not stream), self.streams - stream
 
-    async def generate(self, model: str, ticket: Ticket, disconnected: Callable[[], Awaitable[bool]]) -> Any:
-        """Submit a ticket and return its result; cancel it when the client has disconnected."""
+    async def generate(
+        self, model: str, ticket: Ticket, disconnected: Callable[[], Awaitable[bool]] | None = None
+    ) -> Any:
+        """Submit a ticket and return its result; cancel it when the client, if one waits, has disconnected."""
         self.workers[model].submit(ticket)
         future = asyncio.wrap_future(ticket)
         try:
             while not future.done():
                 await asyncio.wait([future], timeout=WATCH)
-                if not future.done() and await disconnected():
+                if not future.done() and disconnected and await disconnected():
                     raise ClientLeft
             return future.result()
         finally:

@@ -181,7 +181,8 @@ def openai_routes(service: Service) -> APIRouter:
             resources.enter_context(service.admitted())
             job = Job("tts", body.input, str(voice), seed=body.seed)
             prepared = await service.in_thread(service.talker.prepare, job)
-            headers = {"X-Warning": header(prepared.remark)} if prepared.remark else {}
+            remark = prepared.remark.replace("\n", " ")
+            headers = {"X-Warning": remark.encode("latin-1", "replace").decode("latin-1")} if remark else {}
             waves, whole = speak(service, prepared, request.is_disconnected), list[torch.Tensor]()
 
             def words() -> Awaitable[list[dict[str, Any]]]:
@@ -207,10 +208,8 @@ def openai_routes(service: Service) -> APIRouter:
     @router.get("/audio/voices")
     async def list_voices() -> dict[str, Any]:
         """List the voices."""
-        return {"object": "list", "data": [{"id": name, "name": name, "object": "audio.voice"} for name in names()]}
-
-    def names() -> list[str]:
-        return sorted(service.voices.files) if service.voices else []
+        names = sorted(service.voices.files) if service.voices else []
+        return {"object": "list", "data": [{"id": name, "name": name, "object": "audio.voice"} for name in names]}
 
     @router.post("/audio/voices", dependencies=limited)
     async def add_voice(name: Annotated[str, Form()], audio_sample: Annotated[UploadFile, File()]) -> dict[str, Any]:
@@ -351,7 +350,7 @@ class Videos:
             job.progress = min(90, 90 * patches // most)
 
         tickets = [Ticket(part, on_patch=count) for part in parts_of(prepared)]
-        results = [await service.generate("talker_t2av", ticket, never) for ticket in tickets]
+        results = [await service.generate("talker_t2av", ticket) for ticket in tickets]
         talk = await service.in_thread(service.talker.complete, prepared, *results)
         path = job.folder / "video1.mp4"
         await service.in_thread(write_video, path, talk.frames, service.talker.fps, talk.wave, service.talker.rate)
@@ -359,7 +358,7 @@ class Videos:
     async def dub(self, job: VideoJob, reference: Path, seed: int, face: str | int) -> None:
         service = self.service
         crops = await service.in_thread(lambda: list(service.hicodit.all_crops(reference, face)))
-        tickets = [service.generate("hicodit", Ticket(part, seed), never) for part in crops]
+        tickets = [service.generate("hicodit", Ticket(part, seed)) for part in crops]
         speeches = await asyncio.gather(*tickets)
         job.progress = 90
         for number, speech in enumerate(speeches, 1):
@@ -373,11 +372,6 @@ def check_text(service: Service, text: str) -> None:
         raise UserError("text= is empty: give words to say")
     if len(text) > service.limits.characters:
         raise UserError(f"text of {len(text)} characters: {service.limits.characters} at most")
-
-
-def header(text: str) -> str:
-    """Return a text as a header can hold it."""
-    return text.encode("latin-1", "replace").decode("latin-1").replace("\n", " ")
 
 
 async def events(
@@ -394,11 +388,6 @@ async def events(
 
 def event(content: dict[str, Any]) -> bytes:
     return f"data: {json.dumps(content)}\n\n".encode()
-
-
-async def never() -> bool:
-    """Return False: a job of /v1/videos has no connection that could end."""
-    return False
 
 
 async def save_upload(upload: UploadFile, path: Path) -> None:
