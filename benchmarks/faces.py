@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.common import in_own_process, peak_memory_mb, read_config
 from engine.codec import load_codec
 from engine.errors import UserError
-from engine.faces.clip import ClipFrames, find_face
+from engine.faces.clip import ClipFrames, find_faces
 from engine.media.ffmpeg import command, last_line
 from hicodit.conditions import EncoderConfig
 from hicodit.conditions.encoders import TinyEncoderConfig
@@ -87,7 +87,7 @@ def measure(clip: str, part: str) -> dict[str, float]:
         pipeline = HiCoDiTPipeline.from_pretrained()
     start, before, stored = time.process_time(), peak_memory_mb(), 0
     if pipeline is None:
-        track = find_face(ClipFrames(clip, FPS), FPS)
+        track = find_faces(ClipFrames(clip, FPS), FPS)[0]
     else:
         crops = pipeline.crops(clip)
         track, stored = crops.track, crops.mouth.nbytes + crops.faces.nbytes

@@ -27,8 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import UserError
-from engine.optional import require
+from engine.errors import UserError, require
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIP, VOICE = (ROOT / "assets" / "demo" / name for name in ("silent.mp4", "voice.wav"))

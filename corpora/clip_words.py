@@ -19,7 +19,7 @@ import numpy as np
 
 from corpora.synthetic.sentences import SLOTS, grammar, language_model
 from engine.device import pick_device
-from engine.errors import UserError
+from engine.errors import UserError, require
 from engine.evaluation.clips import read_rows, text_of
 from engine.evaluation.validation import WEIGHTS, words_by
 from engine.faces.track import read_boxes
@@ -28,7 +28,6 @@ from engine.media.ffmpeg import probe
 from engine.metrics.metric import Sound, Take
 from engine.metrics.recogniser import Recogniser
 from engine.metrics.words import WordErrors
-from engine.optional import require
 from engine.untrusted import read_text
 from hicodit.pipeline import BUNDLED, HiCoDiTPipeline, Speech
 from talker_t2av.jobs import check_given

@@ -15,14 +15,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from engine.cluster import Cluster, ClusterConfig, check_place
-from engine.errors import UserError, printable
+from engine.cluster import Cluster
+from engine.errors import UserError, printable, require
 from engine.hub import check_release
-from engine.media.limits import Limits, set_limits
-from engine.optional import require
 from engine.processes import Lost, Processes, Work
 from engine.progress import current, stage
-from engine.settings import DEVICES, EXECUTORS, PRECISIONS, Group, group, setting
+from engine.settings import (
+    DEVICES,
+    EXECUTORS,
+    PRECISIONS,
+    ClusterConfig,
+    Group,
+    Limits,
+    check_place,
+    group,
+    set_limits,
+    setting,
+)
 
 Job = TypeVar("Job")
 Prepared = TypeVar("Prepared")
@@ -36,13 +45,9 @@ class RunConfig(Group):
 
     output: str = setting("outputs", about="folder of the results")
     device: str = setting("auto", choices=DEVICES, about="auto, cpu, cuda or mps")
-    devices: str = setting(
-        "1", about="number of devices, each with a process that takes some of the batches; all: those of this machine"
-    )
+    devices: str = setting("1", about="number of devices, each with a process; all: those of this machine")
     executor: str = setting(
-        "processes",
-        choices=EXECUTORS,
-        about="where the batches run: processes (of this machine), or ray (a cluster, extra `cluster`)",
+        "processes", choices=EXECUTORS, about="where batches run: processes (of this machine), or ray (extra `cluster`)"
     )
     ray: ClusterConfig = group(ClusterConfig, about="with executor=ray")
     precision: str = setting(
@@ -51,16 +56,10 @@ class RunConfig(Group):
         about="fp32, bf16, or auto: bf16 on processors that multiply it themselves (CUDA, AVX-512 BF16, AMX); "
         "int8: transformer blocks in 8 bits (x86 with VNNI; on CUDA weights alone)",
     )
-    compile: bool = setting(
-        False, about="compile the steps of the sampler: faster, after minutes of compiling in each run"
-    )
+    compile: bool = setting(False, about="compile the sampler's steps: faster, after minutes of compiling in each run")
     batch_size: int = setting(8, 1, 1024, "number of clips or jobs processed at once")
-    figure: bool = setting(
-        True, about="write the figure NAME.png of a face; false leaves the one of an earlier run in place"
-    )
-    timestamps: bool = setting(
-        False, about="write when each word is said: NAME.json, with a video NAME.srt and NAME.vtt; needs setup.sh eval"
-    )
+    figure: bool = setting(True, about="write the figure NAME.png of a face; false leaves an earlier one in place")
+    timestamps: bool = setting(False, about="write the times of words: NAME.json, .srt and .vtt; needs setup.sh eval")
     limits: Limits = group(Limits, about="larger inputs are rejected before they are decoded")
 
     def __post_init__(self) -> None:
@@ -196,8 +195,8 @@ class BatchWork(Work[Batch, Batch, Summary]):
         self.worker, self.name_errors = start(), name_errors
         self.about = str(self.worker.device)
 
-    def encode(self, halves: Sequence[Batch]) -> list[Summary]:
-        return [run_batch(self.worker, batch, self.name_errors) for batch in halves]
+    def do(self, half: Batch) -> Summary:
+        return run_batch(self.worker, half, self.name_errors)
 
 
 def run_batches(

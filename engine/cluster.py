@@ -18,38 +18,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
-from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 from engine.errors import UserError
-from engine.media.limits import LIMITS, Limits, set_limits
 from engine.processes import Lost, Work
-from engine.settings import Group, setting
+from engine.settings import LIMITS, ClusterConfig, Limits, set_limits
 
 RETRIES = 2  # of a task or call whose process died; then its items are tried alone, and given up when that fails too
 AHEAD = 3  # items on their way for each processor of the cluster: enough to keep it busy, few enough for its memory
 LOOK_EVERY = 10.0  # seconds between looks at the size of the cluster
 EXIT_AFTER = 2.0  # seconds in which the answer of a process that hangs goes out
-
-
-@dataclass(frozen=True)
-class ClusterConfig(Group, prefix="ray."):
-    """Settings `ray` of a command with executor=ray."""
-
-    address: str | None = setting(None, about="auto (the cluster of this machine) or HOST:PORT; null: start one here")
-    encoders: int = setting(1, 1, 4096, "number of actors that run the networks")
-    gpus: float = setting(0.0, 0.0, 8.0, "GPUs of each of them: 1, a part such as 0.25 to share one, or 0")
-
-
-def check_place(executor: str, devices: str = "1") -> None:
-    """Check that Ray is installed if needed, that `devices` is a number or "all", and not set beside `ray`."""
-    if devices != "all" and not (devices.isdecimal() and len(devices) < 3 and 1 <= int(devices) <= 64):
-        raise UserError(f"devices={devices} must be a number from 1 to 64, or all")
-    if executor == "ray" and devices != "1":
-        raise UserError(f"devices={devices} with executor=ray: set ray.encoders and ray.gpus instead")
-    if executor == "ray" and find_spec("ray") is None:
-        raise UserError("executor=ray needs Ray: bash scripts/setup.sh cluster")
 
 
 class Cluster:

@@ -69,9 +69,7 @@ class Codec(Released):
         The last wave comes when `chunks` ends; a chunk that completes no frame yields nothing. See `StreamDecoder`.
         """
         decoder = StreamDecoder(self)
-        for chunk in chunks:
-            if (wave := decoder.push(chunk)) is not None:
-                yield wave
+        yield from (wave for chunk in chunks if (wave := decoder.push(chunk)) is not None)
         if (wave := decoder.finish()) is not None:
             yield wave
 
@@ -148,11 +146,7 @@ def load_codec(folder: str | Path, codecs: Mapping[str, type[C]]) -> C:
         official = codec.from_official(folder)
         if official is not None:
             return official
-    return codecs[_codec_kind(folder, codecs)].from_pretrained(folder)
-
-
-def _codec_kind(folder: Path, codecs: Mapping[str, type[Codec]]) -> str:
     kind = release_kind(folder)
     if kind not in codecs:
         raise UserError(f"weights folder {folder} holds a model of kind {kind!r}, but {' or '.join(codecs)} is needed")
-    return kind
+    return codecs[kind].from_pretrained(folder)

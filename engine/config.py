@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import Field, dataclass
+from functools import reduce
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -45,14 +47,11 @@ def load(config_name: str, argv: Sequence[str], help_text: str, configs: Path = 
     Args:
         help_text: what the program does, then a line `Examples:` and examples. Overrides and choices go in between.
     """
-    flags = [word for word in argv if word in HELP_WORDS]
-    wants_help, wants_config = "--help" in flags or "-h" in flags, "--cfg" in flags
-    words = [word for word in argv if word not in HELP_WORDS]
-    composed = _compose(config_name, words, configs)
-    if wants_help:
+    composed = _compose(config_name, [word for word in argv if word not in HELP_WORDS], configs)
+    if "--help" in argv or "-h" in argv:
         print(_help(config_name, help_text, composed, configs))
         raise SystemExit(0)
-    if wants_config:
+    if "--cfg" in argv:
         print(OmegaConf.to_yaml(composed.config), end="")
         raise SystemExit(0)
     _check_complete(composed, configs)
@@ -154,11 +153,9 @@ def _compose(config_name: str, words: Sequence[str], configs: Path) -> Composed:
     if early:  # these decide which settings there are
         base, choices = _hydra(config_name, groups + early, configs)
     schemas: dict[str, type] = {}
-    config = OmegaConf.create(_complete(OmegaConf.to_container(base, resolve=False), "", schemas))
-    described = {}
-    for node, schema in schemas.items():
-        described |= {key: (field, hint) for key, field, hint in listed(schema, f"{node}." if node else "")}
-    result = Composed(config, choices, schemas, described)
+    config = OmegaConf.create(_complete(base, "", schemas))
+    known = [row for node, schema in schemas.items() for row in listed(schema, f"{node}." if node else "")]
+    result = Composed(config, choices, schemas, {key: (field, hint) for key, field, hint in known})
     for word in values:
         if word not in early:
             _set(result, word)
@@ -183,7 +180,7 @@ def _complete(node: dict[str, Any], key: str, schemas: dict[str, type]) -> dict[
     return {k: _complete(v, f"{inside}{k}", schemas) if isinstance(v, dict) else v for k, v in node.items()}
 
 
-def _hydra(config_name: str, overrides: list[str], configs: Path) -> tuple[DictConfig, dict[str, str]]:
+def _hydra(config_name: str, overrides: list[str], configs: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         with hydra.initialize_config_dir(config_dir=str(configs), version_base="1.3"):
             config = hydra.compose(config_name, overrides=overrides, return_hydra_config=True)
@@ -192,10 +189,9 @@ def _hydra(config_name: str, overrides: list[str], configs: Path) -> tuple[DictC
             raise MissingChoice(missing[1], _options(missing[1], configs)) from error
         raise UserError(f"configuration: {_one_line(error)}") from error
     choices = {key: choice for key, choice in config.hydra.runtime.choices.items() if not key.startswith("hydra/")}
-    OmegaConf.set_struct(config, False)
-    del config["hydra"]
-    OmegaConf.set_struct(config, True)
-    return config, choices
+    values = OmegaConf.to_container(config, resolve=False)
+    del values["hydra"]
+    return values, choices
 
 
 def _name(word: str) -> str:
@@ -221,7 +217,11 @@ def _set(composed: Composed, word: str) -> None:
     field, hint = composed.described.get(key, (None, Any))
     kind = kind_of(hint)[0] if field else _kind_of_default(config, key, defaults[key])
     is_text = kind is str and text != "null" and not re.match(r"['\"]|.*\$\{", text)
-    value = text if is_text else _parse(key, text)
+    value = text
+    if not is_text:  # a number, list, dict or text; paths with commas are texts
+        with suppress(HydraException):
+            parsed = OverridesParser.create().parse_override(word)
+            value = text if parsed.is_sweep_override() else parsed.value()
     if not (isinstance(value, str) and "${" in value):
         if field:
             check_value(key, value, hint, field.metadata)
@@ -242,15 +242,6 @@ def _kind_of_default(config: DictConfig, key: str, default: Any) -> type | None:
             return str
         default = plain(default) if OmegaConf.is_config(default) else default
     return None if default in (None, "???") else type(default)
-
-
-def _parse(key: str, text: str) -> Any:
-    """Return what Hydra's grammar makes of a value: a number, list, dict or text; paths with commas are texts."""
-    try:
-        override = OverridesParser.create().parse_override(f"{key}={text}")
-    except HydraException:
-        return text
-    return text if override.is_sweep_override() else override.value()
 
 
 def _walk(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -277,9 +268,7 @@ def _check_complete(composed: Composed, configs: Path) -> None:
         raise UserError(f"configuration: {_one_line(error)}") from error
     _check_targets(values)
     for key, schema in composed.schemas.items():
-        node = values
-        for name in key.split(".") if key else ():
-            node = node[name]
+        node = reduce(lambda node, name: node[name], key.split(".") if key else (), values)
         make(schema, {name: value for name, value in node.items() if name != "_target_"}, f"{key}." if key else "")
 
 
@@ -340,10 +329,8 @@ def _comments(path: Path) -> Iterator[tuple[str, str]]:
 
 def _headline(path: Path) -> str:
     """Return the first comment line of a YAML file that is not an `@package` line."""
-    for line in path.read_text().splitlines():
-        if line.startswith("#") and "@package" not in line:
-            return line.lstrip("# ").strip()
-    return ""
+    lines = path.read_text().splitlines()
+    return next((line.lstrip("# ").strip() for line in lines if line[:1] == "#" and "@package" not in line), "")
 
 
 def _printed(value: Any) -> str:

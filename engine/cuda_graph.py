@@ -146,14 +146,13 @@ class GraphedSteps:
         backend: Backend | None = None,
         limit: int = LIMIT,
     ) -> None:
-        device = torch.device(device)
-        self.backend = backend or (CudaGraphs(device) if device.type == "cuda" else None)
-        self.device, self.compile, self.limit = device, compile, limit
+        self.backend = backend or (CudaGraphs(torch.device(device)) if torch.device(device).type == "cuda" else None)
+        self.arguments = device, compile, self.backend, limit
         self.steps: dict[Callable[..., Any], GraphedStep] = {}
 
     def __call__(self, step: Callable[..., Any]) -> GraphedStep:
         if step not in self.steps:
-            self.steps[step] = GraphedStep(step, self.device, self.compile, self.backend, self.limit)
+            self.steps[step] = GraphedStep(step, *self.arguments)
         return self.steps[step]
 
 

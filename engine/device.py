@@ -1,10 +1,11 @@
-"""Which device a process computes on, and how many there are."""
+"""Which device a process computes on, how many there are, and how tensors come to it."""
 
 from __future__ import annotations
 
 import os
 
 import torch
+from torch import Tensor
 
 from engine.errors import UserError
 from engine.settings import DEVICES, require_choice
@@ -39,3 +40,13 @@ def count_devices(devices: str, device: str) -> int:
     if kind != "cpu" and count > there:
         raise UserError(f"devices={devices}, but {there} {kind} devices are here: use devices=all")
     return count
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """Move `x` to `device`, to CUDA through pinned memory: a copy from ordinary memory waits for the device.
+
+    What depends on lengths is computed on the host and sent: the other way round the host would wait.
+    """
+    if x.device.type == "cpu" and device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)

@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -101,11 +102,9 @@ def fetch(file: RemoteFile, folder: str | Path, retry_delay: float = 1.0, progre
     """
     target, part = Path(folder) / file.path, Path(folder) / STAGING / f"{file.path.replace('/', '-')}.part"
     if target.is_file():
-        try:
+        with suppress(DamagedError):  # it is replaced after a good one has arrived
             check(target, file)
             return False
-        except DamagedError:
-            pass  # replaced after a good one has arrived
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         for attempt in (1, 2):

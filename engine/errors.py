@@ -1,14 +1,21 @@
-"""The one error type that a command line turns into a single line and exit code 2."""
+"""Lines for people: the error type that becomes one line and exit code 2, missing packages, clips that are left out."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import select
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
+
+from filelock import FileLock
 
 
 class UserError(ValueError):
@@ -18,6 +25,38 @@ class UserError(ValueError):
 def printable(text: object) -> str:
     """Return one line of `text`; characters that control a terminal, such as escapes, become question marks."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
+
+
+def require(module: str, package: str, extra: str = "eval") -> ModuleType:
+    """Import a package that only an extra installs; an error says which one."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"this needs {package} ({error}): install it with  bash scripts/setup.sh {extra}") from error
+
+
+def require_librosa() -> ModuleType:
+    """Import librosa with those of its vectorised functions that are used here, one process at a time.
+
+    They are compiled when they are imported for the first time after an installation, into a cache that two
+    processes at once leave broken: every later import then ends in a segmentation fault (numba issue 10128).
+    """
+    librosa = require("librosa", "librosa")
+    with FileLock(Path(tempfile.gettempdir()) / f"librosa-{os.getuid()}.lock"):
+        _ = librosa.pyin, librosa.feature.melspectrogram  # librosa imports its modules as they are named
+    return librosa
+
+
+def leaving_out(source: object, total: int) -> Callable[[str, object], None]:
+    """Return what says, once a clip, that a clip of the data set `source` of `total` clips cannot be used, and why."""
+    return partial(_leave_out, set(), source, total)
+
+
+def _leave_out(said: set[str], source: object, total: int, key: str, reason: object) -> None:
+    if key not in said:
+        said.add(key)
+        count = f"{len(said)} of {total} so far"
+        print(printable(f"{source}: clip {key} is left out ({count}): {reason}"), file=sys.stderr)
 
 
 def run_cli(main: Callable[[], int | None], leave: Callable[[int], None] = sys.exit) -> None:

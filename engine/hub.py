@@ -32,14 +32,13 @@ def release_folder(source: str | Path) -> Path:
 
 @lru_cache
 def _snapshot(repository: str, revision: str | None) -> Path:
-    offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+    offline, endpoint = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "", constants.ENDPOINT
     try:
         if not offline:
-            check_reachable(constants.ENDPOINT)
+            check_reachable(endpoint)
     except NoNetworkError as error:
         offline = str(error)
     try:
-        endpoint = constants.ENDPOINT
         return Path(snapshot_download(repository, revision=revision, endpoint=endpoint, local_files_only=bool(offline)))
     except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError) as error:
         why = f"there is no cached copy from the hub ({offline})"

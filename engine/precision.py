@@ -25,8 +25,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from engine.errors import UserError
-from engine.optional import require
+from engine.errors import UserError, require
 from engine.settings import PRECISIONS, require_choice
 
 CPU_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")  # by torch.cpu's names: x86, x86, ARM

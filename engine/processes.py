@@ -16,11 +16,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
 from engine.errors import UserError
-from engine.media.limits import LIMITS, Limits, set_limits
+from engine.settings import LIMITS, Limits, set_limits
 
 Item = TypeVar("Item")
 Half = TypeVar("Half")
@@ -42,9 +41,13 @@ class Work(Generic[Item, Half, Result]):
         """Do the first half, which uses no network."""
         return item
 
+    def do(self, half: Half) -> Result:
+        """Do the second half of an item."""
+        raise NotImplementedError
+
     def encode(self, halves: Sequence[Half]) -> list[Result]:
         """Do the second half of one item, or of several together."""
-        raise NotImplementedError
+        return [self.do(half) for half in halves]
 
 
 @dataclass(frozen=True)
@@ -54,21 +57,31 @@ class Lost:
     reason: str
 
 
-@dataclass
 class _Process:
     """A process and this end of its pipe.
 
     Attributes:
         task: its item and the number of the attempt. since: time at which it began; infinity while the process loads.
-        replacement: another process of this number was ready before.
+        starts: how often a process of this number was started.
     """
 
-    number: int
-    process: BaseProcess
-    connection: Connection
-    task: tuple[Any, int] | None = None
-    since: float = math.inf
-    replacement: bool = False
+    def __init__(self, number: int, build: Callable[[int], Work]) -> None:
+        self.number, self.build, self.starts = number, build, 0
+        self.task: tuple[Any, int] | None = None
+        self.start()
+
+    def start(self) -> None:
+        context = get_context("spawn")  # forked processes would share locks of torch
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, self.build, self.number, LIMITS), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.since, self.starts = math.inf, self.starts + 1
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
 
 
 class Processes(Generic[Item, Result]):
@@ -86,9 +99,8 @@ class Processes(Generic[Item, Result]):
     def __init__(
         self, count: int, build: Callable[[int | None], Work[Item, Any, Result]], timeout: float = math.inf
     ) -> None:
-        self.build, self.timeout = build, timeout
-        self.processes = [self._start(number) for number in range(count)]
-        self.about: Any = None
+        self.build, self.timeout, self.about = build, timeout, None
+        self.processes = [_Process(number, build) for number in range(count)]
         self._again: list[tuple[Item, int]] = []
 
     def __enter__(self) -> Processes[Item, Result]:
@@ -105,10 +117,9 @@ class Processes(Generic[Item, Result]):
 
     def __exit__(self, *_: object) -> None:
         for each in self.processes:
-            each.process.kill()
+            each.process.kill()  # all of them, before one is waited for
         for each in self.processes:
-            each.process.join()
-            each.connection.close()
+            each.end()
 
     def run(self, items: Iterable[Item]) -> Iterator[tuple[Item, Result | Lost]]:
         """Yield every item with its result, in the order in which they are done; an item is taken when it can start.
@@ -133,7 +144,8 @@ class Processes(Generic[Item, Result]):
                 if each.connection.poll():
                     results = self._receive(each)
                 elif time.monotonic() - each.since > self.timeout:
-                    self._replace(each)
+                    each.end()
+                    each.start()
                     results = [Lost(f"it took longer than {self.timeout:g} s")]
                 for result in results:
                     each.task = None
@@ -152,57 +164,31 @@ class Processes(Generic[Item, Result]):
         try:
             word, answer = each.connection.recv()
         except (EOFError, ConnectionResetError):
-            return self._died(each)
-        if word == "done":
-            return [answer]
-        if word == "ready":
-            self.about, each.since = answer, time.monotonic()
-            return []
-        if word == "refused" and each.replacement:
-            self._remove(each, answer)
-            return []
-        raise UserError(answer)
-
-    def _died(self, each: _Process) -> list[Lost]:
-        each.process.join()
-        code = each.process.exitcode
-        what = f"signal {-code}" if code and code < 0 else f"exit code {code}"
-        if each.since == math.inf:
-            self._remove(each, f"a process ended with {what} while it loaded: use fewer if memory is short")
-            return []
-        item, attempt = each.task
-        self._replace(each)
-        if attempt >= ATTEMPTS:
-            return [Lost(f"its process died, {ATTEMPTS} times ({what})")]
-        self._again.append((item, attempt + 1))
-        each.task = None
+            each.process.join()
+            code = each.process.exitcode
+            word, answer = "died", f"signal {-code}" if code and code < 0 else f"exit code {code}"
+            if each.since == math.inf:
+                word, answer = "refused", f"a process ended with {answer} while it loaded: use fewer if memory is short"
+        match word:
+            case "done":
+                return [answer]
+            case "ready":
+                self.about, each.since = answer, time.monotonic()
+            case "died":
+                (item, attempt), each.task = each.task, None
+                each.end()
+                each.start()
+                if attempt >= ATTEMPTS:
+                    return [Lost(f"its process died, {ATTEMPTS} times ({answer})")]
+                self._again.append((item, attempt + 1))
+            case "refused" if each.starts > 1 and len(self.processes) > 1:
+                print(f"{answer}; {len(self.processes) - 1} processes go on", file=sys.stderr, flush=True)
+                self.processes.remove(each)
+                each.end()
+                self._again += [each.task] if each.task else []
+            case _:
+                raise UserError(answer)
         return []
-
-    def _remove(self, each: _Process, reason: str) -> None:
-        """Do without a process that does not start; its item goes to another one."""
-        if not each.replacement or len(self.processes) == 1:
-            raise UserError(reason)
-        print(f"{reason}; {len(self.processes) - 1} processes go on", file=sys.stderr, flush=True)
-        self.processes.remove(each)
-        each.process.join()
-        each.connection.close()
-        if each.task is not None:
-            self._again.append(each.task)
-
-    def _replace(self, each: _Process) -> None:
-        each.process.kill()
-        each.process.join()
-        each.connection.close()
-        fresh = self._start(each.number)
-        each.process, each.connection, each.since, each.replacement = fresh.process, fresh.connection, math.inf, True
-
-    def _start(self, number: int) -> _Process:
-        context = get_context("spawn")  # forked processes would share locks of torch
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, self.build, number, LIMITS), daemon=True)
-        process.start()
-        theirs.close()
-        return _Process(number, process, ours)
 
 
 def _serve(connection: Connection, build: Callable[[int], Work], number: int, limits: Limits) -> None:

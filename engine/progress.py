@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
 from typing import TypeVar
@@ -42,12 +42,6 @@ class Bar:
             self.tqdm.update(steps)
         elif time.monotonic() - self.last > LINE_EVERY:
             self._say()
-
-    def restart(self) -> None:
-        """Begin again at 0."""
-        self.count, self.start = 0, time.monotonic()
-        if self.tqdm is not None:
-            self.tqdm.reset()
 
     def close(self) -> None:
         if self.tqdm is not None:
@@ -132,25 +126,24 @@ def stage(
 
 def watched(blocks: Iterable[B]) -> Iterator[B]:
     """Yield blocks of frames as they are read: timed as "reading", the frames counted by the open bar."""
-    progress, source = current(), iter(blocks)
-    if progress is not None and progress.bar is not None:
-        progress.bar.restart()
+    bar, source = getattr(current(), "bar", None), iter(blocks)
+    if bar is not None:  # frames that are read again are counted from 0
+        bar.count, bar.start = 0, time.monotonic()
+        if bar.tqdm is not None:
+            bar.tqdm.reset()
     while True:
         with stage("reading"):
             block = next(source, None)
         if block is None:
             return
-        if progress is not None and progress.bar is not None:
-            progress.bar(len(block))
+        if bar is not None:
+            bar(len(block))
         yield block
 
 
 def track(items: Iterable[T], total: int, unit: str) -> Iterator[T]:
     """Yield the items; progress, rate and remaining time go to standard error."""
-    bar = Bar(total, unit)
-    try:
+    with closing(Bar(total, unit)) as bar:
         for item in items:
             yield item
             bar()
-    finally:
-        bar.close()

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -190,10 +190,8 @@ def save_release(
 
 def _kind(folder: Path) -> str | None:
     """Return the kind of the model in a release folder; None if it has no kind, or cannot be read."""
-    try:
+    with suppress(UserError):
         return release_kind(folder)
-    except UserError:
-        return None
 
 
 def to_float16(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -216,12 +214,8 @@ def compact(state: dict[str, Tensor], exact: tuple[str, ...] = ()) -> dict[str, 
     """
     out = to_float16(state)
     for key, value in state.items():
-        if (
-            value.is_floating_point()
-            and value.ndim >= 2
-            and value.numel() >= COMPACT_FROM
-            and not key.startswith(exact)
-        ):
+        large = value.is_floating_point() and value.ndim >= 2 and value.numel() >= COMPACT_FROM
+        if large and not key.startswith(exact):
             rows = value.detach().float().flatten(1)
             scale = rows.abs().amax(1).clamp_min(1e-12) / 127
             out[key] = (rows / scale[:, None]).round().to(torch.int8).view(value.shape)
@@ -246,9 +240,8 @@ def average(
     names = [name for name, value in first.items() if name.startswith(prefixes) and value.is_floating_point()]
     if not names:
         raise UserError(f"--only {' '.join(prefixes)}: no tensor begins so; the first is {min(first)}")
-    total = sum(shares)
-    means = {name: sum(share / total * state[name] for share, state in zip(shares, states)) for name in names}
-    return first | means
+    weights = [share / sum(shares) for share in shares]
+    return first | {name: sum(w * state[name] for w, state in zip(weights, states)) for name in names}
 
 
 def _check_finite(state: dict[str, Tensor], source: str) -> None:
@@ -317,9 +310,8 @@ def find_codec(folder: Path, name: Any, kinds: Collection[str], bundled: Path) -
 
 def rewrite_release(source: Path, out: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
     """Write a release of any kind with its tensors changed; card and further files, such as a tokenizer's, stay."""
-    kind = release_kind(source)
+    kind, card = release_kind(source), source / "README.md"
     config, state = read_release(source, kind)
-    card = source / "README.md"
     save_release(out, kind, config, change(state), card.read_text() if card.is_file() else "")
     for path in source.iterdir():
         if path.is_file() and not path.is_symlink() and not (out / path.name).exists():
@@ -337,10 +329,9 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path,
         if keys:
             raise UserError(f"{source} {what} tensor {min(keys)!r} ({len(keys)} such): config and weights do not match")
     for key, value in parameters.items():
-        if value.shape != state[key].shape:
-            raise UserError(
-                f"{source} has {key!r} with shape {tuple(state[key].shape)}, the config asks for {tuple(value.shape)}"
-            )
+        shape, wanted = tuple(state[key].shape), tuple(value.shape)
+        if shape != wanted:
+            raise UserError(f"{source} has {key!r} with shape {shape}, the config asks for {wanted}")
     module.load_state_dict(state, assign=assign)
 
 

@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from types import NoneType, UnionType
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
@@ -37,12 +38,7 @@ KINDS = {
 
 
 def setting(
-    default: Any,
-    low: float | None = None,
-    high: float | None = None,
-    about: str = "",
-    *,
-    choices: Collection[str] = (),
+    default: Any, low: float | None = None, high: float | None = None, about: str = "", *, choices: Collection[str] = ()
 ) -> Any:
     """Describe a setting: a dataclass field with bounds (those of the items of a list) or choices, and a sentence."""
     metadata = {"bounds": None if low is None else (low, high), "choices": tuple(choices), "about": about}
@@ -60,10 +56,10 @@ class Group:
         cls.prefix = prefix
 
     def __post_init__(self) -> None:
+        hints = _hints(type(self))
         for field in dataclasses.fields(self):
-            check_value(
-                f"{self.prefix}{field.name}", getattr(self, field.name), _hints(type(self))[field.name], field.metadata
-            )
+            name = field.name
+            check_value(f"{self.prefix}{name}", getattr(self, name), hints[name], field.metadata)
 
 
 def group(kind: type, unset: bool = False, about: str = "") -> Any:
@@ -112,13 +108,9 @@ def make(schema: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
         raise UserError(f"missing: {' '.join(f'{prefix}{name}=...' for name in missing)}")
     checked = dict(values)
     for name, value in values.items():
-        kind = fields[name].metadata.get("group")
-        if kind is None or not isinstance(value, Mapping):
-            continue
-        if fields[name].metadata["unset"]:
-            checked[name] = check_changes(kind, value, f"{prefix}{name}.")
-        else:
-            checked[name] = make(kind, value, f"{prefix}{name}.")
+        about = fields[name].metadata
+        if "group" in about and isinstance(value, Mapping):
+            checked[name] = (check_changes if about["unset"] else make)(about["group"], value, f"{prefix}{name}.")
     return schema(**checked)
 
 
@@ -188,12 +180,9 @@ def nearest(wrong: str, names: Sequence[str]) -> str:
     """Return a phrase with the names most like `wrong`; of a dotted key, names with a similar last word count too."""
     names = list(dict.fromkeys(names))
     close = difflib.get_close_matches(wrong, names, n=3, cutoff=0.6)
-    leaf = wrong.rpartition(".")[2]
-    leaves = {}
-    for name in names:
-        leaves.setdefault(name.rpartition(".")[2], []).append(name)
-    for match in difflib.get_close_matches(leaf, list(leaves), n=3, cutoff=0.7):
-        close += [name for name in leaves[match] if name not in close]
+    last_words = {name: name.rpartition(".")[2] for name in names}
+    near = difflib.get_close_matches(wrong.rpartition(".")[2], [*dict.fromkeys(last_words.values())], n=3, cutoff=0.7)
+    close += [name for name in names if last_words[name] in near and name not in close]
     if close:
         close.sort(key=lambda name: -difflib.SequenceMatcher(None, wrong, name).ratio())
         return f"did you mean {' or '.join(close[:3])}?"
@@ -210,3 +199,40 @@ def _fields(schema: type, values: Mapping[str, Any], prefix: str) -> dict[str, d
         if name not in fields:
             raise UserError(f"unknown setting {prefix + str(name)[:80]!r}; {nearest(str(name), list(fields))}")
     return fields
+
+
+@dataclasses.dataclass
+class Limits(Group, prefix="limits."):
+    """Limits of the files that a process reads; larger ones are rejected before they are decoded."""
+
+    pixels: int = setting(2**24, 2**8, 2**31, "most pixels of a video frame (4K has 8,294,400)")
+    picture_pixels: int = setting(2**26, 2**8, 2**31, "most pixels of an image")
+    seconds: float = setting(3600.0, 0.1, 1e6, "greatest length of a video or audio file in seconds")
+    gap: float = setting(60.0, 0.1, 1e6, "most seconds between two frames of a video; more are damaged time stamps")
+
+
+LIMITS = Limits()  # of this process
+
+
+def set_limits(limits: Limits) -> None:
+    """Use other limits in this process."""
+    vars(LIMITS).update(vars(limits))
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterConfig(Group, prefix="ray."):
+    """Settings `ray` of a command with executor=ray."""
+
+    address: str | None = setting(None, about="auto (the cluster of this machine) or HOST:PORT; null: start one here")
+    encoders: int = setting(1, 1, 4096, "number of actors that run the networks")
+    gpus: float = setting(0.0, 0.0, 8.0, "GPUs of each of them: 1, a part such as 0.25 to share one, or 0")
+
+
+def check_place(executor: str, devices: str = "1") -> None:
+    """Check that Ray is installed if needed, that `devices` is a number or "all", and not set beside `ray`."""
+    if devices != "all" and not (devices.isdecimal() and len(devices) < 3 and 1 <= int(devices) <= 64):
+        raise UserError(f"devices={devices} must be a number from 1 to 64, or all")
+    if executor == "ray" and devices != "1":
+        raise UserError(f"devices={devices} with executor=ray: set ray.encoders and ray.gpus instead")
+    if executor == "ray" and find_spec("ray") is None:
+        raise UserError("executor=ray needs Ray: bash scripts/setup.sh cluster")

@@ -68,6 +68,12 @@ def read_lines(path: str | Path, what: Any = None) -> list[str]:
     return read_text(path, what).splitlines()
 
 
+def read_json_lines(path: str | Path, what: Any = None) -> list[tuple[str, Any]]:
+    """Return (place, value) of each line of a file of JSON lines; the place is for errors."""
+    places = [(f"{path}, line {number}", line) for number, line in enumerate(read_lines(path, what), 1) if line.strip()]
+    return [(place, parse_json(line, place)) for place, line in places]
+
+
 def read_json(path: str | Path, what: Any = None) -> Any:
     """Return the value of a JSON file, as `parse_json` does."""
     return parse_json(read_text(path, what), what or path)

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.errors import require
 from engine.media.audio import resample
 from engine.metrics.recogniser import RATE, hear
-from engine.optional import require
 
 FRAME = 0.01  # seconds of a frame of pocketsphinx
 QUIET = 0.1  # seconds of silence on both sides, without which the first and the last word lose their edges

@@ -13,9 +13,8 @@ import torch
 from engine.errors import UserError
 from engine.evaluation.clips import Clip
 from engine.evaluation.generate import generate_missing, write_facts, write_take
-from engine.evaluation.shares import ALONE, ByClip, Share
 from engine.evaluation.statistics import derangement
-from engine.evaluation.validation import measure_clips, words_by
+from engine.evaluation.validation import ALONE, ByClip, Share, measure_clips, words_by
 from engine.media.audio import write_wav
 from engine.media.ffmpeg import probe
 from engine.media.video import write_video

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from engine.cuda_graph import GraphedSteps
+from engine.device import send
 from engine.errors import UserError
-from engine.nn.transfer import send
 from engine.precision import half_precision
 from hicodit.conditions.types import FPS, Conditions, windows_of
 from hicodit.diffusion import LogLinearNoise, log_expm1

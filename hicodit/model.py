@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.device import send
 from engine.errors import UserError
-from engine.nn.transfer import send
 from engine.settings import Group, setting
 from hicodit.conditions.types import Conditions
 from hicodit.layers import AdaLNBlock, ScaleNorm, TemporalScales, TimeEmbedding, modulation_layer, rotary_table

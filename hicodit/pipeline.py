@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from engine.codec import Codec, load_codec
 from engine.cuda_graph import GraphedSteps
+from engine.device import send
 from engine.errors import UserError
 from engine.faces.clip import MAX_SIDE, ClipFrames, find_faces, place_face, place_landmarks
 from engine.faces.detectors import FaceDetector
@@ -28,7 +29,6 @@ from engine.hub import release_folder
 from engine.media.audio import write_wav
 from engine.media.ffmpeg import probe
 from engine.media.video import iter_video
-from engine.nn.transfer import send
 from engine.precision import convert_matrices, pack_linear, pick_dtype, quantise_linear, uses_int8
 from engine.progress import stage
 from engine.publish import publish

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from engine.cuda_graph import GraphedSteps
-from engine.nn.transfer import send
+from engine.device import send
 from hicodit.diffusion import exponential_noise
 from hicodit.settings import METHODS, SamplerConfig
 

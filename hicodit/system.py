@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.codec import Codec
+from engine.device import send
 from engine.errors import UserError
-from engine.nn.transfer import send
 from engine.release import Released
 from hicodit.conditions import EncoderConfig, encoder_config, make_encoders
 from hicodit.conditions.encoders import unit

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.codec import load_codec
+from engine.device import send
 from engine.errors import UserError
-from engine.evaluation.shares import ByClip, Share
+from engine.evaluation.validation import ByClip, Share
 from engine.metrics.registry import metrics_of
-from engine.nn.transfer import send
 from engine.release import load_strict
 from engine.seeding import generator_for
 from engine.shards.source import join, read_index, read_json

@@ -17,10 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from engine.errors import UserError, run_cli
-from engine.media.limits import Limits, set_limits
-from engine.optional import require
-from engine.settings import DEVICES
+from engine.errors import UserError, require, run_cli
+from engine.settings import DEVICES, Limits, set_limits
 from hicodit.pipeline import BUNDLED
 from service.demo_actions import Demo
 from talker_t2av.system import BUNDLED as BUNDLED_TALKER

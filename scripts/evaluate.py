@@ -18,7 +18,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from engine.cluster import ClusterConfig, check_place
 from engine.codec import load_codec
 from engine.config import load, target
 from engine.device import count_devices, pick_device
@@ -30,10 +29,9 @@ from engine.evaluation.report import write_report
 from engine.evaluation.resynthesis import write_resynthesis
 from engine.evaluation.summary import comparison_lines, summarise, table_lines
 from engine.files import writable
-from engine.media.limits import Limits, set_limits
 from engine.metrics.registry import metrics_of, protocol_of
 from engine.record import origin, write_json, write_record
-from engine.settings import make, require_choice, require_range
+from engine.settings import ClusterConfig, Limits, check_place, make, require_choice, require_range, set_limits
 from talker_t2av.settings import AutoConfig
 
 HELP = """

@@ -21,10 +21,8 @@ import argparse
 from pathlib import Path
 
 from engine.device import pick_device
-from engine.errors import UserError, run_cli
-from engine.media.limits import Limits, set_limits
-from engine.optional import require
-from engine.settings import DEVICES, PRECISIONS, kind_of, listed
+from engine.errors import UserError, require, run_cli
+from engine.settings import DEVICES, PRECISIONS, Limits, kind_of, listed, set_limits
 from service.limits import MAX_PICTURE, ServeLimits
 
 

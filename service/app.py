@@ -23,10 +23,9 @@ from starlette.exceptions import HTTPException
 from engine.errors import UserError
 from engine.faces.track import read_face
 from engine.media.audio import write_wav
-from engine.media.limits import LIMITS
 from engine.media.video import write_video
 from engine.seeding import check_seed
-from engine.settings import FACE
+from engine.settings import FACE, LIMITS
 from engine.untrusted import parse_json
 from hicodit.conditions.types import FPS
 from hicodit.streaming import SpeechChunk, SpeechStream, StreamSettings

@@ -26,10 +26,9 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict
 from pydantic import Field as Bounded
 
-from engine.errors import UserError
+from engine.errors import UserError, require
 from engine.faces.track import read_face
 from engine.media.video import mux_audio, write_video
-from engine.optional import require
 from engine.seeding import check_seed
 from engine.settings import FACE
 from service.admission import Service, explain

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
-from engine.nn.transfer import send
+from engine.device import send
 
 if TYPE_CHECKING:
     from talker_t2av.losses import TalkerBatch

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from engine.errors import UserError
-from engine.left_out import leaving_out
+from engine.errors import UserError, leaving_out
 from engine.shards.reader import Blocks, Reading, ShardSplit
 from engine.shards.source import join, read_json
 from talker_t2av.alignment import align, token_classes

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.device import send
 from engine.errors import UserError
-from engine.nn.transfer import send
 from talker_t2av.flow_matching import (
     DROP_COND,
     DROP_MU,

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.device import send
 from engine.errors import UserError
 from engine.hub import release_folder
-from engine.nn.transfer import send
 from engine.seeding import generator_for
 from engine.settings import require_range
 from engine.training.task import Release

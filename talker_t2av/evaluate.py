@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from engine.device import send
 from engine.errors import UserError
 from engine.evaluation.clips import Clip
 from engine.evaluation.generate import generate_missing, write_facts, write_take
 from engine.evaluation.resynthesis import fit_length, rebuild
 from engine.media.video import read_video
 from engine.metrics.metric import wave_of
-from engine.nn.transfer import send
 from engine.settings import override, require_choice
 from talker_t2av.jobs import FindWords
 from talker_t2av.model import FPS, RATE

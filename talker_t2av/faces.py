@@ -16,13 +16,13 @@ import numpy as np
 from PIL import Image
 
 from engine.errors import UserError
-from engine.faces.clip import ClipFrames, find_face, place_face
-from engine.faces.square import centre_square, portrait_square
+from engine.faces.clip import ClipFrames, find_faces, place_face
+from engine.faces.crops import centre_square, portrait_square
 from engine.faces.track import FaceError, read_boxes
 from engine.media.ffmpeg import check_readable, probe
-from engine.media.limits import LIMITS
 from engine.media.video import iter_video
 from engine.progress import stage, watched
+from engine.settings import LIMITS
 from talker_t2av.model import FPS
 from talker_t2av.settings import is_picture
 
@@ -73,7 +73,7 @@ def find_square(path: str | Path, count: int, crop: str = "face", face_box: str 
             if face_box is not None:
                 track = place_face(clip, read_boxes(face_box), float(FPS))
             else:
-                track = find_face(clip, float(FPS))
+                track = find_faces(clip, float(FPS))[0]
     except FaceError as error:
         if face_box is not None:
             raise UserError(f"{path}: {error}") from error

@@ -34,8 +34,8 @@ import torch
 from torch import Tensor
 
 from engine.cuda_graph import Backend, GraphedStep, map_tensors
+from engine.device import send
 from engine.errors import UserError
-from engine.nn.transfer import send
 from engine.precision import half_precision
 from talker_t2av.model import KeyValues, TalkerT2AV
 from talker_t2av.prompt import known_tokens, last_frames, seeded_noise, step_limit

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.device import send
 from engine.errors import UserError
 from engine.media.audio import read_audio, read_voice, resample
 from engine.media.pictures import identity_to_tensor, video_to_tensor
 from engine.nn.mel import pad_or_trim
-from engine.nn.transfer import send
 from engine.progress import stage
 from engine.safe_pickle import read_matrix
 from engine.seeding import seed_for

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.nn.transfer import send
+from engine.device import send
 from talker_t2av.flow_matching import FlowDraws
 from talker_t2av.model import FPS, TalkerConfig, TalkerT2AV
 from talker_t2av.patches import PatchStream

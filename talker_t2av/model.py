@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from engine.device import send
 from engine.errors import UserError
-from engine.nn.transfer import send
 from engine.precision import convert_matrices
 from engine.release import Released, load_strict
 from engine.settings import Group, require_range, setting

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.device import send
 from engine.errors import UserError
-from engine.nn.transfer import send
 from engine.shards.source import read_json
 from talker_t2av.released import MOTION_MEAN, MOTION_STD
 

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.device import send
 from engine.errors import UserError
-from engine.nn.transfer import send
 from engine.precision import half_precision
 from engine.seeding import generator_for, seed_for
 from talker_t2av.generation import Result, Row, Rows, tensors_of

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.nn.transfer import send
+from engine.device import send
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.device import send
 from engine.errors import UserError
 from engine.media.audio import write_wav
 from engine.media.pictures import to_bytes
 from engine.media.video import write_video
-from engine.nn.transfer import send
 from engine.precision import pack_linear, pick_dtype, quantise_linear, uses_int8
 from engine.progress import stage
 from engine.publish import publish

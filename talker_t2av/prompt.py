@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.device import send
 from engine.errors import UserError
-from engine.nn.transfer import send
 from engine.seeding import generator_for
 from talker_t2av.model import TalkerT2AV
 from talker_t2av.request import A2V, ORDERS, T2AV, V2A, Mode, Request, Stream, tokens_per_patch

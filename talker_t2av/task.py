@@ -16,14 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.device import send
 from engine.errors import UserError
-from engine.evaluation.shares import ByClip, Share
-from engine.evaluation.validation import measure_clips, words_by
+from engine.evaluation.validation import ByClip, Share, measure_clips, words_by
 from engine.hub import release_folder
 from engine.media.audio import write_wav
 from engine.media.pictures import identity_to_tensor, to_bytes
 from engine.media.video import write_video
-from engine.nn.transfer import send
 from engine.release import load_strict
 from engine.seeding import generator_for
 from engine.settings import require_range

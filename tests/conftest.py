@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine import processes
-from engine.evaluation.shares import Share, figures_of
+from engine.evaluation.validation import Share, figures_of
 from engine.training.parallel import prepare_blocks
 from engine.training.task import Task
 from tests import forked

@@ -3,8 +3,7 @@
 import importlib
 from contextlib import suppress
 
-from engine.errors import UserError
-from engine.optional import require_librosa
+from engine.errors import UserError, require_librosa
 
 for name in (
     "corpora.preparation.filters", "corpora.preparation.job", "corpora.preparation.media",

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from engine.codec import PortraitCodec
+from engine.device import send
 from engine.errors import UserError
-from engine.nn.transfer import send
 from engine.precision import half_precision
 from engine.release import build_with, weights_digest
 from engine.settings import Group, setting

@@ -17,9 +17,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from engine.errors import UserError
+from engine.errors import UserError, leaving_out
 from engine.files import atomic_output
-from engine.left_out import leaving_out
 from engine.progress import track
 from engine.shards.reader import Blocks, Reading, ShardSplit
 from engine.shards.recordings import is_prepared, read_manifest

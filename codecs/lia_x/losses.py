@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.errors import UserError
+from engine.errors import UserError, require
 from engine.metrics.picture import ssim_map
-from engine.optional import require
 from engine.safe_pickle import read_tensors
 from lia_x.ops import ConvLayer, EqualLinear, ResBlock
 

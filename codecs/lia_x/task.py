@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.evaluation.shares import ByClip, Share
+from engine.evaluation.validation import ByClip, Share
 from engine.media.video import write_video
 from engine.settings import require_range
 from engine.training.task import Release, Task

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from engine.evaluation.shares import ALONE, ByClip, Share
+from engine.evaluation.validation import ALONE, ByClip, Share
 from engine.media.pictures import identity_to_tensor, to_bytes, video_to_tensor
 from engine.media.video import read_video
-from engine.metrics.reconstruction import reconstruction
+from engine.metrics.picture import reconstruction
 from engine.shards.reader import ShardSplit
 from engine.shards.recordings import is_prepared, read_manifest
 from engine.shards.source import join

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from engine.codec import Codec
+from engine.device import send
 from engine.errors import UserError
 from engine.nn.dac import DACDecoder, DACEncoder
-from engine.nn.transfer import send
 from engine.release import load_strict, weights_digest
 from engine.settings import Group, setting
 from rvq_codec.quantizer import Quantized, ResidualQuantizer

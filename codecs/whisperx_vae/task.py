@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.evaluation.resynthesis import validate_codec
-from engine.evaluation.shares import ByClip, Share
+from engine.evaluation.validation import ByClip, Share
 from engine.hub import check_release
 from engine.media.audio import resample
 from engine.nn.audio_losses import MultiScaleMelLoss

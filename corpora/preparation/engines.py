@@ -21,9 +21,8 @@ import torch
 
 from corpora.preparation.clip import RATE16
 from engine.device import pick_device
-from engine.errors import UserError
+from engine.errors import UserError, require
 from engine.metrics.speaker import GE2EEncoder
-from engine.optional import require
 
 WINDOW = 30 * RATE16  # of Whisper
 

@@ -18,14 +18,13 @@ from omegaconf import DictConfig, OmegaConf
 from corpora.preparation.clip import FPS, Outcome, SourceClip, WorkItem
 from corpora.preparation.sources import Source
 from corpora.preparation.steps import earlier_samples, start_steps, without_device
-from engine.cluster import Cluster, ClusterConfig, check_place
+from engine.cluster import Cluster
 from engine.config import build, target
 from engine.errors import UserError
 from engine.files import writable
-from engine.media.limits import Limits, set_limits
 from engine.processes import Lost, Processes
 from engine.progress import track
-from engine.settings import EXECUTORS, require_choice, setting
+from engine.settings import EXECUTORS, ClusterConfig, Limits, check_place, require_choice, set_limits, setting
 from engine.shards.writer import SplitWriter, dumps, reject_sample
 
 

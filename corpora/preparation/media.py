@@ -15,7 +15,7 @@ import torch
 
 from corpora.preparation.clip import FPS, HOP, HOP16, RATE, RATE16, MachineFault, Step, WorkItem
 from engine.errors import UserError
-from engine.faces.clip import ClipFrames, find_face, place_landmarks
+from engine.faces.clip import ClipFrames, find_faces, place_landmarks
 from engine.faces.detectors import YuNetDetector
 from engine.faces.landmarks import add_landmarks, landmark_source, read_landmarks
 from engine.faces.track import check_face
@@ -129,7 +129,7 @@ class Face(Step):
             size = ClipFrames(clip.path(clip.info.video), FPS).display_size
             clip.track = place_landmarks([clip.frames], *read_landmarks(self.landmarks, clip.info.video), FPS, size)
             return
-        clip.track = find_face([clip.frames], FPS, self._which(clip), self.detector, clip.wave16)
+        clip.track = find_faces([clip.frames], FPS, self._which(clip), self.detector, clip.wave16)[0]
         if self.landmarks is not None:
             clip.track = add_landmarks([clip.frames], clip.track, self.landmarks)
 

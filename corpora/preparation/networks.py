@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from corpora.preparation.clip import FPS, RATE, RATE16, Encoder, Step, WorkItem, in_parts
 from engine.codec import load_codec
 from engine.errors import UserError
-from engine.faces.square import centre_square, portrait_square
+from engine.faces.crops import centre_square, portrait_square
 from engine.media.audio import resample
 from engine.media.pictures import video_to_tensor
 from engine.metrics.speaker import GE2EEncoder

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.optional import require
+from engine.errors import require
 
 SLOTS: tuple[tuple[str, ...], ...] = tuple(
     tuple(words.split())

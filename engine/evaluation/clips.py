@@ -12,7 +12,7 @@ import numpy as np
 from engine.errors import UserError
 from engine.metrics.metric import Take
 from engine.shards.recordings import read_manifest
-from engine.untrusted import parse_json, read_lines, safe_name
+from engine.untrusted import read_json, read_json_lines, safe_name
 
 SOUND = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac")
 VIDEO = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".m4v")
@@ -37,35 +37,29 @@ class Clip:
 
 
 def read_rows(manifest: Path) -> list[dict[str, Any]]:
-    """The lines of a manifest, JSON objects with a unique `id`."""
-    lines = read_lines(manifest, f"manifest={manifest}")
-    rows, seen = [], set()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{manifest}, line {number}"
-        row = parse_json(line, where)
+    """Return the lines of a manifest, JSON objects with a unique `id`."""
+    rows: dict[str, dict[str, Any]] = {}
+    for where, row in read_json_lines(manifest, f"manifest={manifest}"):
         if not isinstance(row, dict):
             raise UserError(f"{where} is no JSON object: write id, text, reference, output, ... of one clip")
         if not isinstance(row.get("id"), str):
             raise UserError(f"{where}: id must be text in quotes, the name of the clip's files without suffix")
         safe_name(row["id"], f"{where}: id", folders=True)
         for key in (*KEYS, *PROMPT):
-            if key in row and row[key] is not None and not isinstance(row[key], str | int):
+            if not isinstance(row.get(key), str | int | None):
                 raise UserError(f"{where}: {key} must be text")
-        if row["id"] in seen:
+        if row["id"] in rows:
             raise UserError(f"{where}: id {row['id']} is there twice")
-        seen.add(row["id"])
-        rows.append(row)
+        rows[row["id"]] = row
     if not rows:
         raise UserError(f"manifest={manifest} lists no clips")
-    return rows
+    return [*rows.values()]
 
 
 def read_clips(
     manifest: Path | None, references: Path | None, outputs: Mapping[str, Path], count: int | None = None
 ) -> list[Clip]:
-    """The clips of a manifest, or of all files of `references`; `count` of them, evenly spread.
+    """Return the clips of a manifest, or of all files of `references`; `count` of them, evenly spread.
 
     Paths in a manifest count from its folder. A file that is not there stays None, and is told when it is measured.
     Without a manifest, texts are those of ID.txt beside the true files, and folders are speakers.
@@ -83,7 +77,7 @@ def read_clips(
     elif references is not None:
         found = sorted(p for p in references.rglob("*") if p.suffix.lower() in SOUND + VIDEO and p.is_file())
         names = dict.fromkeys(p.relative_to(references).with_suffix("").as_posix() for p in found)
-        rows = [{"id": name, "text": text_of(references, name), "speaker": _speaker_of(name)} for name in names]
+        rows = [{"id": n, "text": text_of(references, n), "speaker": n.rpartition("/")[0] or None} for n in names]
         if not rows:
             raise UserError(f"references={references} holds no sound or video files")
     else:
@@ -92,11 +86,8 @@ def read_clips(
         outputs = {"output": manifest.parent}
     base = manifest.parent if manifest is not None else Path()
     clips = [_clip(row, base, references, outputs) for row in rows]
-    if count is not None:
-        chosen = [clips[i] for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)]
-    else:
-        chosen = clips
-    return [replace(clip, prompt=_prompt(clip, clips)) if clip.prompt == Take() else clip for clip in chosen]
+    chosen = np.linspace(0, len(rows) - 1, min(count or len(rows), len(rows))).round().astype(int)
+    return [replace(c, prompt=_prompt(c, clips)) if c.prompt == Take() else c for c in (clips[i] for i in chosen)]
 
 
 def read_corpus(corpus: Path, split: str, outputs: Mapping[str, Path], count: int | None = None) -> list[Clip]:
@@ -122,7 +113,7 @@ def read_corpus(corpus: Path, split: str, outputs: Mapping[str, Path], count: in
 
 
 def text_of(folder: Path, name: str) -> str | None:
-    """What NAME.txt says (LRS2 and LRS3: after `Text:`), or NAME.normalized.txt (LibriTTS)."""
+    """Return what NAME.txt says (LRS2 and LRS3: after `Text:`), or NAME.normalized.txt (LibriTTS)."""
     for suffix in (".txt", ".normalized.txt"):
         path = folder / f"{name}{suffix}"
         if path.is_file():
@@ -130,11 +121,6 @@ def text_of(folder: Path, name: str) -> str | None:
             found = next((line.removeprefix("Text:") for line in lines if line.startswith("Text:")), None)
             return (found if found is not None else " ".join(lines)).strip() or None
     return None
-
-
-def _speaker_of(name: str) -> str | None:
-    """The folder that a clip lies in."""
-    return name.rpartition("/")[0] or None
 
 
 def _prompt(clip: Clip, clips: Sequence[Clip]) -> Take:
@@ -149,11 +135,9 @@ def _clip(row: Mapping[str, Any], base: Path, references: Path | None, outputs: 
     if row.get("reference"):
         truth = _take(base / row["reference"], truth)
     text = str(row["text"]) if row.get("text") not in (None, "") else None
-    source = source or truth.video
-    language = str(row.get("language") or "en")
-    speaker = row.get("speaker", row.get("voice"))
+    source, speaker = source or truth.video, row.get("speaker", row.get("voice"))
     speaker = None if speaker is None else str(speaker)
-    spoken = {"source": source, "text": text, "language": language, "speaker": speaker}
+    spoken = {"source": source, "text": text, "language": str(row.get("language") or "en"), "speaker": speaker}
     truth = replace(truth, **spoken, video=truth.video or source, heard=row.get("reference_heard"), about=row)
     takes = {}
     for name, folder in outputs.items():
@@ -162,7 +146,7 @@ def _clip(row: Mapping[str, Any], base: Path, references: Path | None, outputs: 
             take = _take(folder / row["output"], take)
         if facts.get("given") == "video":
             take = replace(take, video=source)
-        stated = parse_json(about.read_bytes(), about) if about.is_file() else {}
+        stated = read_json(about) if about.is_file() else {}
         system = {"given": facts.get("given"), "bits": facts.get("bits_per_second"), "about": stated}
         takes[name] = replace(take, **spoken, heard=row.get("heard"), **system)
     prompt = Take(*(base / row[key] if row.get(key) else None for key in PROMPT))
@@ -175,7 +159,9 @@ def _take(path: Path, other: Take) -> Take:
 
 
 def find_take(folder: Path, name: str) -> Take:
-    """FOLDER/NAME.wav (or another sound) and FOLDER/NAME.mp4 (or another video); without a sound file, the video's."""
+    """Return FOLDER/NAME.wav (or another sound) and FOLDER/NAME.mp4 (or another video); without a sound file, the
+    video's.
+    """
 
     def first(suffixes: tuple[str, ...]) -> Path | None:
         return next((path for s in suffixes if (path := folder / f"{name}{s}").is_file()), None)
@@ -185,11 +171,11 @@ def find_take(folder: Path, name: str) -> Take:
 
 
 def system_facts(folder: Path) -> dict[str, Any]:
-    """What FOLDER/system.json says of the system whose outputs are there; {} without that file."""
+    """Return what FOLDER/system.json says of the system whose outputs are there; {} without that file."""
     path = folder / "system.json"
     if not path.is_file():
         return {}
-    facts = parse_json(path.read_bytes(), path)
+    facts = read_json(path)
     if not isinstance(facts, dict) or not isinstance(facts.get("bits_per_second", 0.0), int | float):
         raise UserError(f"{path} must be a JSON object, and its bits_per_second a number")
     return facts

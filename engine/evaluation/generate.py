@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.cluster import Cluster, ClusterConfig
+from engine.cluster import Cluster
 from engine.device import pick_device
 from engine.errors import UserError, printable
 from engine.evaluation.clips import Clip, find_take, system_facts
@@ -24,7 +24,8 @@ from engine.media.audio import write_wav
 from engine.media.video import write_video
 from engine.processes import Lost, Processes, Work
 from engine.progress import track
-from engine.untrusted import parse_json
+from engine.settings import ClusterConfig
+from engine.untrusted import read_json
 
 SHARE = [0, 1]  # of this process: it generates batch SHARE[0] of every SHARE[1]
 
@@ -41,11 +42,10 @@ class Shares(Work[list[int], list[int], bool]):
         os.environ["LOCAL_RANK"] = str(number)  # `pick_device` goes by it
         self.generate, self.device = generate, str(pick_device(device))
 
-    def encode(self, halves: Sequence[list[int]]) -> list[bool]:
-        for share in halves:
-            SHARE[:] = share
-            self.generate(self.device)
-        return [True] * len(halves)
+    def do(self, half: list[int]) -> bool:
+        SHARE[:] = half
+        self.generate(self.device)
+        return True
 
 
 def generate_shares(
@@ -70,13 +70,12 @@ def generate_shares(
 
 def write_facts(folder: Path, model: str, weights: str | Path | None, **facts: Any) -> None:
     """Write FOLDER/system.json, what the outputs there are made with."""
-    place = None if weights is None else release_folder(weights)
-    new = {"model": model, "weights": place.name if place else "bundled", **facts}
-    if place is not None and (place / "model.safetensors").is_file():
-        new["size_of_weights"] = (place / "model.safetensors").stat().st_size
-    new = json.loads(json.dumps(new))
-    old = system_facts(folder)
-    if old and old != new:
+    new = {"model": model, "weights": "bundled", **facts}
+    if weights is not None:
+        place = release_folder(weights)
+        new["weights"], tensors = place.name, place / "model.safetensors"
+        new |= {"size_of_weights": tensors.stat().st_size} if tensors.is_file() else {}
+    if (old := system_facts(folder)) and old != json.loads(json.dumps(new)):
         raise UserError(f"{folder} holds outputs made with other settings: name another output=, or delete that folder")
     with atomic_output(folder / "system.json") as partial:
         partial.write_text(json.dumps(new, indent=1) + "\n")
@@ -101,11 +100,11 @@ def generate_missing(
         write: makes the files of a batch in `folder`, sound last; see `write_take`.
         length: of a clip; those of like length share a batch.
     """
-    place, waiting, known = folder / "inputs.json", set(), {}
-    if place.is_file():
-        known = parse_json(place.read_bytes(), place)
+    place, waiting = folder / "inputs.json", set()
+    known = read_json(place) if place.is_file() else {}
     for i, clip in enumerate(clips):
-        state = _digest_of(inputs(clip))
+        values = [file_digest(value) if isinstance(value, Path) else value for value in inputs(clip)]
+        state = hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()
         take = find_take(folder, clip.id)
         if take.audio in (None, take.video):  # nothing, or a picture whose sound is missing
             waiting.add(i)
@@ -145,8 +144,3 @@ def write_take(
         with atomic_output(folder / f"{name}.json") as partial:
             partial.write_text(json.dumps(about) + "\n")
     write_wav(folder / f"{name}.wav", wave, rate, lossless=True)
-
-
-def _digest_of(inputs: Sequence[Path | str | None]) -> str:
-    values = [file_digest(value) if isinstance(value, Path) else value for value in inputs]
-    return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()

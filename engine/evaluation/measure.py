@@ -66,7 +66,7 @@ def _digest(path: Path, size: int, changed: int) -> str:
 
 
 def file_digest(path: Path | None) -> str | None:
-    """Of the contents of a file; None if there is none."""
+    """Return a digest of the contents of a file; None if there is none."""
     if path is None or not path.is_file():
         return None
     state = path.stat()
@@ -74,7 +74,7 @@ def file_digest(path: Path | None) -> str | None:
 
 
 def result_file(work: Work, take: Take) -> Path:
-    """Where the measurement of a take is kept: a name made of all that it depends on."""
+    """Return where the measurement of a take is kept: its name is made of all that it depends on."""
 
     def described(one: Take, names: Sequence[str]) -> list[Any]:
         values = [getattr(one, name) for name in names]
@@ -118,9 +118,8 @@ def _metric(work: Work) -> Metric:
 
 
 def measure_clip(work: Work) -> tuple[dict[str, Row | str], int]:
-    """(measurement, or why there is none, by system; how many were found in the cache)."""
-    out: dict[str, Row | str] = {}
-    found = 0
+    """Return the measurement, or why there is none, by system, and how many were found in the cache."""
+    out, found = {}, 0
     for name, take in work.takes.items():
         try:
             path = result_file(work, take)
@@ -140,17 +139,16 @@ def measure_clip(work: Work) -> tuple[dict[str, Row | str], int]:
     return out, found
 
 
-def check_files(take: Take) -> tuple[str, float]:
-    """(why the files of a take cannot be used, "" if they can; seconds)."""
+def check_files(take: Take) -> float | str:
+    """Return the seconds of a take, or why its files cannot be used."""
     if take.audio is None:
-        return "there is no file of that name, with the suffix of a sound or a video", 0.0
+        return "there is no file of that name, with the suffix of a sound or a video"
+    if take.source is not None and not take.source.is_file():
+        return f"no such file: {take.source}"
     try:
-        seconds = len(wave_of(take.audio, 16_000)) / 16_000
-        if take.source is not None and not take.source.is_file():
-            return f"no such file: {take.source}", 0.0
+        return len(wave_of(take.audio, 16_000)) / 16_000
     except UserError as error:
-        return str(error), 0.0
-    return "", seconds
+        return str(error)
 
 
 class Calls(processes.Work):
@@ -159,8 +157,9 @@ class Calls(processes.Work):
     def __init__(self, number: int) -> None:
         torch.set_num_threads(1)
 
-    def encode(self, halves: Sequence[tuple[int, Callable, Any]]) -> list[Any]:
-        return [function(argument) for _, function, argument in halves]
+    def do(self, half: tuple[int, Callable, Any]) -> Any:
+        _, function, argument = half
+        return function(argument)
 
 
 class Workers(processes.Processes):
@@ -207,10 +206,9 @@ def measure(
             start = time.monotonic()
             try:
                 metric.check(protocol, weights)
-                works = []
+                works, without = [], [TRUTH] if metric.outputs_only else []
                 for clip, takes in good:
-                    left_out = [name for name in takes if name == TRUTH and metric.outputs_only]
-                    own = {name: t for name, t in takes.items() if name not in left_out and metric.applies(t)}
+                    own = {n: take for n, take in takes.items() if n not in without and metric.applies(take)}
                     works.append(Work(metric, protocol, weights, device, own, clip.truth, cache))
                 if not any(work.takes for work in works):  # such as a picture's figures for systems without pictures
                     continue
@@ -219,14 +217,13 @@ def measure(
             except UserError as error:
                 results.missing |= dict.fromkeys(figures, str(error))
                 continue
-            rows: dict[str, dict[str, Row]] = {}
-            reasons = []
-            for (clip, _), (found, _) in zip(good, done):
-                for system, row in found.items():
-                    if isinstance(row, str):
-                        reasons.append((clip.id, system, name, row))
-                    else:
-                        rows.setdefault(system, {})[clip.id] = row
+            rows, reasons = {}, []
+            measured = [(clip, *each) for (clip, _), (found, _) in zip(good, done) for each in found.items()]
+            for clip, system, row in measured:
+                if isinstance(row, str):
+                    reasons.append((clip.id, system, name, row))
+                else:
+                    rows.setdefault(system, {})[clip.id] = row
             if not rows:
                 results.missing |= dict.fromkeys(figures, reasons[0][3] if reasons else "nothing was measured")
                 continue
@@ -239,17 +236,16 @@ def measure(
 
 def _readable(clips: Sequence[Clip], results: Results, every: Callable) -> list[tuple[Clip, dict[str, Take]]]:
     pairs = [(clip, name, take) for clip in clips for name, take in {TRUTH: clip.truth, **clip.takes}.items()]
-    checked = list(every(check_files, [take for _, _, take in pairs]))
-    bad = {(clip.id, name): reason for (clip, name, _), (reason, _) in zip(pairs, checked) if reason}
-    for (clip, name, _), (_, seconds) in zip(pairs, checked):
-        if (clip.id, name) not in bad:
-            results.lengths.setdefault(name, {})[clip.id] = seconds
-    results.failed += [(clip, name, "file", reason) for (clip, name), reason in bad.items()]
+    for (clip, name, _), found in zip(pairs, every(check_files, [take for _, _, take in pairs])):
+        if isinstance(found, str):
+            results.failed.append((clip.id, name, "file", found))
+        else:
+            results.lengths.setdefault(name, {})[clip.id] = found
     good = []
     for clip in clips:
-        takes = {TRUTH: clip.truth} | {n: t for n, t in clip.takes.items() if (clip.id, n) not in bad}
-        if (clip.id, TRUTH) not in bad and (len(takes) > 1 or not clip.takes):
-            good.append((clip, takes))
+        readable = {n: t for n, t in clip.takes.items() if clip.id in results.lengths.get(n, ())}
+        if clip.id in results.lengths.get(TRUTH, ()) and (readable or not clip.takes):
+            good.append((clip, {TRUTH: clip.truth, **readable}))
     if not good:
         clip, name, _, reason = results.failed[0]
         raise UserError(f"none of the {len(clips)} clips can be measured; the first: {clip} ({name}): {reason}")
@@ -257,5 +253,5 @@ def _readable(clips: Sequence[Clip], results: Results, every: Callable) -> list[
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0))

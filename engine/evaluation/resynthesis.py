@@ -14,53 +14,20 @@ import torch
 from torch import Tensor
 
 from engine.codec import Codec, PortraitCodec
+from engine.device import send
 from engine.errors import UserError
 from engine.evaluation.clips import Clip
 from engine.evaluation.generate import generate_missing, write_facts, write_take
-from engine.evaluation.shares import ByClip, Share
-from engine.evaluation.validation import measure_clips, words_by
+from engine.evaluation.validation import ByClip, Share, measure_clips, words_by
 from engine.media.audio import write_wav
 from engine.media.pictures import identity_to_tensor, to_bytes, video_to_tensor
 from engine.media.video import read_video
 from engine.metrics.metric import wave_of
-from engine.nn.transfer import send
 from engine.settings import require_range
-from engine.shards.recordings import SpeechClip, load_clips
+from engine.shards.recordings import load_clips
 
 RATE, PORTRAIT_FPS = 24_000, 25  # of the sound beside a drawn face, and of its frames
 NAMES = {"wer": "wer_{}", "wer_free": "wer_{}_free", "stoi": "stoi_{}", "pesq_wide": "pesq_{}"}  # of a version
-
-
-def score(
-    clips: Sequence[SpeechClip],
-    versions: Mapping[str, Sequence[np.ndarray]],
-    rate: int,
-    grammar: str | Path | None = None,
-    numbers: Sequence[int] | None = None,
-    device: str = "cpu",
-) -> dict[str, ByClip]:
-    """Figures over whole clips.
-
-    Args:
-        versions: name -> one wave (N,) for each clip, as long as the clip's.
-        rate: of all waves.
-        grammar: what hears the words, see `words_by`; what is not there is named in a line, and there are no words.
-        numbers: of the clips among all clips of a validation, where others are measured elsewhere.
-
-    Returns:
-        `wer_clean` and for each version `wer_NAME`, `pesq_NAME`, `stoi_NAME`: those whose package is installed; means
-        over clips, word error rate over words.
-    """
-    texts, true, results = [clip.text for clip in clips], [clip.wave for clip in clips], {}
-    words, protocols = ["wer", "wer_free"], words_by(grammar)
-    for name, waves in {"clean": true, **versions}.items():
-        figures = words if name == "clean" else [*words, "stoi", "pesq_wide"]
-        found = measure_clips(figures, texts, waves, true, rate, protocols, device=device, numbers=numbers)
-        if name == "clean" and not found:  # nothing hears the words, or there are none: not to be tried again
-            words = []
-        for figure, value in found.items():
-            results[NAMES[figure].format(name)] = value
-    return results
 
 
 def validate_codec(
@@ -74,7 +41,9 @@ def validate_codec(
 ) -> dict[str, float | ByClip]:
     """Measure a process's share in the validation of a wave codec on held-out clips.
 
-    The first process writes the first clip of each split to `folder`, as it was and decoded.
+    The figures of each split are `wer_clean` and for each version `wer_NAME`, `pesq_NAME`, `stoi_NAME`: those whose
+    package is installed; means over clips, word error rate over words. The first process writes the first clip of each
+    split to `folder`, as it was and decoded.
 
     Args:
         settings: `root` of the corpus, `splits`, and `clips` of each; `grammar`: what hears the words, see `words_by`.
@@ -94,7 +63,17 @@ def validate_codec(
             waves = {
                 name: [fit_length(w[name], len(clips[i].wave)) for i, (w, _) in zip(own, made)] for name in made[0][0]
             }
-            found = score(share.pick(clips), waves, rate, settings.get("grammar"), own, str(device))
+            found, words = {}, ["wer", "wer_free"]
+            texts, true = [clips[i].text for i in own], [clips[i].wave for i in own]
+            for name, made_waves in {"clean": true, **waves}.items():
+                figures = words if name == "clean" else [*words, "stoi", "pesq_wide"]
+                protocols = words_by(settings.get("grammar"))
+                measured = measure_clips(
+                    figures, texts, made_waves, true, rate, protocols, device=str(device), numbers=own
+                )
+                if name == "clean" and not measured:  # nothing hears the words, or there are none: not tried again
+                    words = []
+                found |= {NAMES[figure].format(name): value for figure, value in measured.items()}
             found |= {k: ByClip({i: codes[k] for i, (_, codes) in zip(own, made)}, f) for k, f in combine.items()}
             results |= {f"{split}/{name}": value for name, value in found.items()}
         if not share.first:
@@ -152,5 +131,5 @@ def rebuild(codec: PortraitCodec, frames: np.ndarray, face: np.ndarray | None = 
 
 
 def fit_length(wave: np.ndarray, samples: int) -> np.ndarray:
-    """(N,) cut, or padded with zeros at the end, to `samples`."""
+    """Cut (N,), or pad it with zeros at the end, to `samples`."""
     return np.pad(wave[:samples], (0, max(0, samples - len(wave))))

@@ -27,7 +27,7 @@ def summarise(
     resamples: int,
     compare: bool = True,
 ) -> dict[str, Any]:
-    """The figures of every system, and if asked for tests of every two, as plain values for a JSON file.
+    """Return the figures of every system, and if asked for tests of every two, as plain values for a JSON file.
 
     `systems[name][figure]` has `value`, `interval` and `interval_speakers` (95 %, or None), `clips` (how many counted)
     and `values`, those of single clips by id. Values are in the unit of the printed table.
@@ -36,19 +36,27 @@ def summarise(
     speakers = {clip.id: clip.speaker for clip in clips}
     systems: dict[str, dict[str, Any]] = {}
     ratios: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
-    measured = _finished(clips, results, figures, protocols)
+    truths, measured = {clip.id: clip.truth for clip in clips}, {}  # rows by metric, system and clip
+    for metric in metrics_of(figures):
+        name = metric.__name__
+        rows = results.rows.get(name, {})
+        true = rows.get(TRUTH, {})
+        measured[name] = {system: metric.finish(own, true, truths, protocols[name]) for system, own in rows.items()}
     for figure in figures:
         metric, about = metric_of(figure), description(figure)
         rows = measured.get(metric.__name__, {})
         for system, by_clip in rows.items():
             found = {clip: row[figure] for clip, row in by_clip.items() if figure in row}
-            cell: dict[str, Any] | None = None
-            if found and isinstance(next(iter(found.values())), np.ndarray):
-                cell = _set_figure(metric, figure, found, rows.get(TRUTH, {}), missing)
-            elif found:
-                ratios[figure, system] = found
-                cell = _pair_figure(found, speakers, about, resamples)
-            if cell is not None:
+            if not found:
+                continue
+            try:
+                if isinstance(next(iter(found.values())), np.ndarray):
+                    cell = _set_figure(metric, figure, found, rows.get(TRUTH, {}))
+                else:
+                    ratios[figure, system], cell = found, _pair_figure(found, speakers, about, resamples)
+            except UserError as error:
+                missing[figure] = str(error)
+            else:
                 systems.setdefault(system, {})[figure] = cell
         if rows and figure not in missing and not any(figure in cells for cells in systems.values()):
             missing[figure] = "no clip has it"
@@ -77,19 +85,6 @@ def summarise(
     }
 
 
-def _finished(
-    clips: Sequence[Clip], results: Results, figures: Sequence[str], protocols: Mapping[str, str]
-) -> dict[str, dict[str, Mapping[str, Row]]]:
-    """Return the rows by metric, system and clip, with the figures that need other clips."""
-    truths, measured = {clip.id: clip.truth for clip in clips}, {}
-    for metric in metrics_of(figures):
-        name = metric.__name__
-        systems = results.rows.get(name, {})
-        true = systems.get(TRUTH, {})
-        measured[name] = {s: metric.finish(rows, true, truths, protocols[name]) for s, rows in systems.items()}
-    return measured
-
-
 def _pair_figure(
     found: Mapping[str, tuple[float, float]], speakers: Mapping[str, str | None], about: Figure, resamples: int
 ) -> dict[str, Any]:
@@ -107,23 +102,16 @@ def _pair_figure(
 
 
 def _groups(clips: Iterable[str], speakers: Mapping[str, str | None]) -> list[str] | None:
-    """The speaker of each clip, for an interval over speakers; None if one is unknown, or all are the same."""
+    """Return the speaker of each clip, for an interval over them; None if one is unknown, or all are the same."""
     groups = [speakers[clip] for clip in clips]
     return groups if None not in groups and len(set(groups)) > 1 else None
 
 
-def _set_figure(
-    metric: Any, figure: str, found: Mapping[str, np.ndarray], true: Mapping[str, Row], missing: dict[str, str]
-) -> dict[str, Any] | None:
+def _set_figure(metric: Any, figure: str, found: Mapping[str, np.ndarray], true: Mapping[str, Row]) -> dict[str, Any]:
     truth = [row[figure] for row in true.values() if figure in row]
     if not truth:
-        missing[figure] = "the true clips have no pictures to compare with"
-        return None
-    try:
-        value = metric.distance(np.concatenate(list(found.values())), np.concatenate(truth))
-    except UserError as error:
-        missing[figure] = str(error)
-        return None
+        raise UserError("the true clips have no pictures to compare with")
+    value = metric.distance(np.concatenate(list(found.values())), np.concatenate(truth))
     return {"value": value, "interval": None, "interval_speakers": None, "clips": len(found), "values": {}}
 
 
@@ -133,7 +121,7 @@ def _tests(
     speakers: Mapping[str, str | None],
     resamples: int,
 ) -> list[dict[str, Any]]:
-    """Permutation tests of every two systems on the clips that both have; p values corrected over all tests (Holm).
+    """Test every two systems by permutation on the clips that both have; p values are corrected over all tests (Holm).
 
     `better` names a system if the corrected p is below 0.05, else it is None. `smallest_p` is what the most different
     systems could reach: each clip is exchanged or not, so few clips can show nothing.
@@ -173,13 +161,12 @@ def _tests(
 
 
 def _length_notes(figures: Sequence[str], lengths: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Of systems that end early or late, where figures see only what they have in common with the true speech."""
-    cut = [description(f).title for f in figures if metric_of(f).cuts]
+    """Name systems that end early or late: figures see only what they have in common with the true speech."""
+    cut, true = [description(f).title for f in figures if metric_of(f).cuts], lengths.get(TRUTH, {})
     notes = []
-    for system, own in lengths.items():
-        true = lengths.get(TRUTH, {})
+    for system, own in lengths.items() if cut else ():
         other = [clip for clip in own if clip in true and abs(own[clip] - true[clip]) > TOLERANCE]
-        if other and cut:
+        if other:
             some = ", ".join(other[:3]) + (", ..." if len(other) > 3 else "")
             what = f"{len(other)} of {len(own)} outputs of {system} are over {TOLERANCE} s longer or shorter"
             notes.append(
@@ -189,7 +176,7 @@ def _length_notes(figures: Sequence[str], lengths: Mapping[str, Mapping[str, flo
 
 
 def _clip_notes(figures: Sequence[str], measured: Mapping[str, Mapping[str, Mapping[str, Row]]]) -> list[str]:
-    """Of figures whose rows are of different clips, as of a system that has not all of them."""
+    """Name figures whose rows are of different clips, as of a system that has not all of them."""
     other, systems = [], 0
     for figure in figures:
         rows = measured[metric_of(figure).__name__]
@@ -210,9 +197,8 @@ def _scaled(interval: tuple[float, float] | None, scale: float) -> list[float] |
 
 
 def verdicts(summary: Mapping[str, Any]) -> list[str]:
-    """For every two systems a sentence: which is better by which figures, and what shows no difference."""
-    lines, figures = [], summary["figures"]
-    pairs: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    """Write a sentence for every two systems: which is better by which figures, and what shows no difference."""
+    lines, figures, pairs = [], summary["figures"], {}
     for test in summary["tests"]:
         pairs.setdefault(tuple(test["systems"]), []).append(test)
     for (one, two), tests in pairs.items():
@@ -235,7 +221,7 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
 
 
 def comparison_lines(summary: Mapping[str, Any]) -> list[str]:
-    """The comparison of systems for a terminal: a sentence for every two, then a line for each test."""
+    """Return the comparison of systems for a terminal: a sentence for every two, then a line for each test."""
     lines = verdicts(summary)
     for test in summary["tests"]:
         about = summary["figures"][test["figure"]]
@@ -245,14 +231,13 @@ def comparison_lines(summary: Mapping[str, Any]) -> list[str]:
         head = f"  {about['title']}, {one} less {two}: {value} {interval}"
         lines.append(f"{head}, p {test['p_holm']:.4f}, {test['clips']} clips: {shown}")
     if lines:
-        count = len(summary["tests"])
-        how = f"permutation tests over clips; p is corrected for {count} tests"
+        how = f"permutation tests over clips; p is corrected for {len(summary['tests'])} tests"
         lines.append(f"  ({how}; a difference is shown where it is below {SIGNIFICANT})")
     return lines
 
 
 def table_lines(summary: Mapping[str, Any], paper: Mapping[str, Mapping[str, float | None]]) -> list[str]:
-    """The table for a terminal: a row a system with intervals, then the rows of aims and of the paper."""
+    """Return the table for a terminal: a row a system with intervals, then the rows of aims and of the paper."""
     figures = summary["figures"]
     arrows = {1: " ↑", -1: " ↓", 0: ""}
     head = ["", *(f["title"] + arrows[f["better"]] for f in figures.values())]

@@ -1,33 +1,98 @@
-"""The metrics of an evaluation, by name, for waves in memory: what a trainer validates with.
+"""A trainer's validation: the metrics of an evaluation for waves in memory, spread over processes.
+
+Each process measures its share of the clips, and the figures come of all of them. What processes measure is kept by
+clip, in the order of the clips, so that the figures do not depend on their number.
 
 Axes: N samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
 from engine.errors import UserError
-from engine.evaluation.shares import ByClip
 from engine.evaluation.statistics import ratio
 from engine.metrics.metric import Sound, Take, Unavailable
 from engine.metrics.registry import metrics_of, protocol_of
 
+T = TypeVar("T")
 WEIGHTS = Path("checkpoints")  # as in configs/evaluate.yaml
 
 
+@dataclass(frozen=True)
+class Share:
+    """What process `rank` of `count` measures: neighbouring items, the smaller shares first.
+
+    The first process also measures what cannot be divided. It has an item if there is any: random draws then come after
+    the same work as in a single process.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    def range(self, items: int) -> range:
+        """Return the numbers of this process's items among `items`."""
+        parts = min(self.count, items)
+        if self.rank >= parts:
+            return range(0)
+        return range(self.rank * items // parts, (self.rank + 1) * items // parts)
+
+    def pick(self, items: Sequence[T]) -> list[T]:
+        return [items[i] for i in self.range(len(items))]
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+ALONE = Share()
+
+
+def mean_of(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+@dataclass(frozen=True)
+class ByClip:
+    """A figure that all clips have together.
+
+    Attributes:
+        values: number of a clip -> what was measured of it.
+        figure: of the values of all clips in their order; a function that pickle knows by name.
+    """
+
+    values: Mapping[int, Any]
+    figure: Callable[[list[Any]], Any] = mean_of
+
+    def __call__(self) -> Any:
+        return self.figure([self.values[clip] for clip in sorted(self.values)])
+
+
+def figures_of(shares: Sequence[Mapping[str, float | ByClip]]) -> dict[str, float]:
+    """Return the figures of all shares. A figure of several values is their mean; one that no clip has is left out."""
+    found: dict[str, float | ByClip] = {}
+    for name, value in ((name, value) for share in shares for name, value in share.items()):
+        if isinstance(before := found.get(name), ByClip):
+            value = ByClip({**before.values, **value.values}, value.figure)
+        found[name] = value
+    ready = {k: v() if isinstance(v, ByClip) else v for k, v in found.items() if getattr(v, "values", True)}
+    return {name: float(np.mean(value)) for name, value in ready.items()}
+
+
 def words_by(recogniser: str | Path | None) -> dict[str, str]:
-    """The protocol of word errors: by a JSGF grammar (a file), by the Whisper of a folder; None: by Whisper medium."""
+    """Return the protocol of word errors: a JSGF grammar (a file), the Whisper of a folder; None: Whisper medium."""
     if recogniser is None:
         return {}
     return {"wer": f"{'whisper-medium' if Path(recogniser).is_dir() else 'grammar'}:{recogniser}"}
 
 
 def ratio_of(pairs: Sequence[tuple[float, float]]) -> float:
-    """sum(a) / sum(b) of pairs (a, b)."""
+    """Return sum(a) / sum(b) of pairs (a, b)."""
     return float(ratio(np.array(pairs, float)))
 
 
@@ -42,7 +107,7 @@ def measure_clips(
     device: str = "cpu",
     numbers: Sequence[int] | None = None,
 ) -> dict[str, ByClip]:
-    """Figures of clips, as ratios: a word error rate of 0.1 is 10 %. `figures_of` makes one of all clips.
+    """Measure figures of clips, as ratios: a word error rate of 0.1 is 10 %. `figures_of` makes one of all clips.
 
     A figure whose package or network is missing is left out, with one line. A clip that cannot be measured is, too.
 

@@ -77,24 +77,12 @@ class ClipFrames:
 
     def sharper(self, track: FaceTrack) -> tuple[ClipFrames, FaceTrack]:
         """Return these frames and their track; for a small face and a larger file, larger frames instead."""
-        width = float(np.median(track.boxes[track.seen, 2]))
-        if width > 0.7 * GOOD_WIDTH or max(self.size) < self.max_side:
-            return self, track
-        side = min(max(self.display_size), round(self.max_side * GOOD_WIDTH / width))
+        width, side = float(np.median(track.boxes[track.seen, 2])), 0
+        if width <= 0.7 * GOOD_WIDTH and max(self.size) >= self.max_side:
+            side = min(max(self.display_size), round(self.max_side * GOOD_WIDTH / width))
         if side <= self.max_side:
             return self, track
         return ClipFrames(self.path, self.fps, side, self.frames), track.scaled(side / self.max_side)
-
-
-def find_face(
-    clip: Iterable[np.ndarray],
-    fps: float,
-    face: Face = "largest",
-    detector: FaceDetector | None = None,
-    wave: np.ndarray | None = None,
-) -> FaceTrack:
-    """Return the first face of `find_faces`."""
-    return find_faces(clip, fps, face, detector, wave)[0]
 
 
 def find_faces(
@@ -116,20 +104,24 @@ def find_faces(
     Raises:
         FaceError: too little of the clip shows the face, or the picture stands on its head or side.
     """
-    tracks = _track(clip, fps, face, detector)
+    tracks = track_faces(clip, detector, fps, face) if detector else _search(clip, fps, face)
     if face == "speaking" and len(tracks) > 1:
         return [tracks[speaking_face(clip, tracks, wave)]]
     return tracks
 
 
-def _track(clip: Iterable[np.ndarray], fps: float, face: Face, detector: FaceDetector | None) -> list[FaceTrack]:
-    if detector is not None:
-        return track_faces(clip, detector, fps, face)
-    every_size = face != "largest"
-    looks: list[np.ndarray] = []
+def _search(clip: Iterable[np.ndarray], fps: float, face: Face) -> list[FaceTrack]:
+    """Find faces with OpenCV's cascade: upright ones, else tilted ones, else very small ones."""
+    every_size, looks = face != "largest", []
     tracks, error = None, None
+
+    def noting() -> Iterator[np.ndarray]:
+        for block in clip:
+            looks.extend(block[::LOOK_EVERY][: LOOKS - len(looks)].copy())  # a few frames of the beginning
+            yield block
+
     try:
-        tracks = track_faces(_noting(clip, looks), HaarDetector(every_size), fps, face)
+        tracks = track_faces(noting(), HaarDetector(every_size), fps, face)
     except FaceError as caught:
         error = caught
     upright = _evidence(looks, 0)
@@ -148,13 +140,6 @@ def _track(clip: Iterable[np.ndarray], fps: float, face: Face, detector: FaceDet
         return track_faces(clip, HaarDetector(tiny=True), fps, face)
     except FaceError:
         raise error from None
-
-
-def _noting(clip: Iterable[np.ndarray], looks: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yield the blocks of a clip; a few frames of its beginning are put into `looks`."""
-    for block in clip:
-        looks.extend(block[::LOOK_EVERY][: LOOKS - len(looks)].copy())
-        yield block
 
 
 def _evidence(looks: list[np.ndarray], angle: float) -> float:

@@ -1,4 +1,4 @@
-"""Cutting pictures of mouth and face out by box.
+"""Cutting pictures of mouth and face out by box, and the square round a face that a portrait codec sees.
 
 Axes: T frames, H height, W width. Boxes are (x, y, w, h) in pixels.
 """
@@ -12,6 +12,12 @@ from engine.faces.track import FaceTrack
 
 MOUTH_CENTRE, MOUTH_SIDE = (0.5, 0.77), 0.56  # of the detector's box
 FACE_SIDE = 1.1
+
+# Head and shoulders, as in the videos LIA-X was trained on. Of a face box from the forehead to the chin: how wide the
+# square is, and how far its middle lies above the box's. The published tools take half as much again as a taller box,
+# from the hairline on, and more above than below; on the released model's own example this is the same square.
+SQUARE_SIDE, RAISE = 1.78, 0.16
+CROPPED = 0.85  # share of a square picture from which on the face fills it: it has been cropped already
 
 
 def _crop(frame: np.ndarray, centre: np.ndarray, side: float, roll: float, size: int) -> np.ndarray:
@@ -46,3 +52,20 @@ def crop_face(frames: np.ndarray, track: FaceTrack, size: int) -> np.ndarray:
     for i, (frame, (x, y, w, h), roll) in enumerate(zip(frames, track.boxes, track.roll, strict=True)):
         out[i] = _crop(frame, np.array([x + w / 2, y + h / 2]), FACE_SIDE * w, roll, size)
     return out
+
+
+def portrait_square(box: np.ndarray, height: int, width: int) -> tuple[int, int, int]:
+    """Return left, top and side of the square in an H x W picture for a face box (x, y, w, h), forehead to chin."""
+    x, y, w, h = (float(value) for value in box)
+    most = min(height, width)
+    side = min(most, round(SQUARE_SIDE * max(w, h)))
+    if height == width and side >= CROPPED * most:
+        return 0, 0, most
+    left, top = x + w / 2 - side / 2, y + h / 2 - RAISE * max(w, h) - side / 2
+    return int(np.clip(round(left), 0, width - side)), int(np.clip(round(top), 0, height - side)), side
+
+
+def centre_square(height: int, width: int) -> tuple[int, int, int]:
+    """Return left, top and side of the largest square in the middle of an H x W picture."""
+    side = min(height, width)
+    return (width - side) // 2, (height - side) // 2, side

@@ -17,13 +17,12 @@ from typing import Any, Protocol
 import cv2
 import numpy as np
 
-from engine.errors import UserError
+from engine.errors import UserError, require
 from engine.faces.detectors import POINTS, FaceDetector
 from engine.faces.track import DETECT_EVERY, FaceError, FaceTrack, change
 from engine.files import atomic_output
-from engine.optional import require
 from engine.safe_pickle import read_arrays
-from engine.untrusted import parse_json
+from engine.untrusted import read_json
 
 SIDE = 256  # pixels of the tracked box in the picture of twice the size that dlib sees
 USUAL = SIDE * np.array([1.0, 1.07, 0.76])  # of dlib's box there: centre x, y and side; mean of a real clip
@@ -184,7 +183,7 @@ def read_landmarks(path: Path, clip: str) -> tuple[np.ndarray, np.ndarray]:
         elif path.suffix == ".pkl":
             frames = read_arrays(path)
         else:
-            frames = parse_json(path.read_bytes(), path)
+            frames = read_json(path)
             if isinstance(frames, dict):
                 frames = [frame["points"] if frame.get("seen", True) else None for frame in frames["frames"]]
         shapes = {np.shape(points) for points in frames if points is not None}

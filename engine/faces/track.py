@@ -127,7 +127,11 @@ def follow_faces(
         raise FaceError(f"no face found in any of its {frames / fps:.1f} s: {ADVICE}")
     if face in ("largest", "central") or isinstance(face, tuple):
         return [_check_coverage(_smooth(people[0], frames, fps), fps)]
-    people = _distinct([p for p in people if _shown(p, frames)[1].mean() >= MIN_COVERAGE]) or people[:1]
+    distinct: list[list[_Stretch]] = []
+    for person in people:  # less prominent ones in the box of another are faces that were detected in two sizes
+        if _shown(person, frames)[1].mean() >= MIN_COVERAGE and not any(_nested(person, other) for other in distinct):
+            distinct.append(person)
+    people = distinct or people[:1]
     if face in ("left", "right"):
         people.sort(key=lambda person: np.median(_centres(person)[:, 0]), reverse=face == "right")
     number = face if isinstance(face, int) else 1
@@ -135,15 +139,6 @@ def follow_faces(
         raise FaceError(f"face={face}: only {len(people)} can be distinguished, give a number up to that")
     several = people[:MOST_FACES] if face in ("all", "speaking") else people[number - 1 : number]
     return [_check_coverage(_smooth(person, frames, fps), fps) for person in several]
-
-
-def _distinct(people: list[list[_Stretch]]) -> list[list[_Stretch]]:
-    """Leave out whose middle is mostly in the box of a more prominent person: a face detected in two sizes."""
-    distinct: list[list[_Stretch]] = []
-    for person in people:
-        if not any(_nested(person, other) for other in distinct):
-            distinct.append(person)
-    return distinct
 
 
 def _nested(person: list[_Stretch], other: list[_Stretch]) -> bool:
@@ -362,7 +357,5 @@ def landmark_track(landmarks: np.ndarray, present: np.ndarray, fps: float) -> Fa
     """Make the track of a face whose landmarks (T, P, 2), 68 or 5, are known where `present` (T,)."""
     points = five_points(landmarks)
     faces = [(i, np.array([[*box_of_points(points[i]), *points[i].ravel()]])) for i in np.flatnonzero(present)]
-    if not faces:
-        raise FaceError("no frame of the clip has landmarks: give others, or leave face_landmarks out")
     track = _smooth(_link(faces, fps), len(points), fps)
     return _check_coverage(replace(track, seen=present, landmarks=landmarks), fps)

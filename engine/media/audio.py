@@ -17,6 +17,7 @@ import torch
 import torchaudio
 from torch import Tensor
 
+from engine.device import send
 from engine.errors import UserError
 from engine.files import atomic_output
 from engine.media.ffmpeg import (
@@ -31,8 +32,7 @@ from engine.media.ffmpeg import (
     stated_seconds,
     stream_codec,
 )
-from engine.media.limits import LIMITS
-from engine.nn.transfer import send
+from engine.settings import LIMITS
 
 BLOCK = 2**20  # samples of each channel that are read, or written, at once
 LOUDEST = 100.0  # magnitude of a sample; full scale is 1

@@ -13,7 +13,7 @@ import soundfile
 
 from engine.errors import UserError
 from engine.files import report_os_errors
-from engine.media.limits import LIMITS
+from engine.settings import LIMITS
 
 # Only containers of video and sound: without a list, ffmpeg would follow playlists to other files or the network,
 # and would play a .txt file as ANSI art.
@@ -48,6 +48,11 @@ def last_line(text: str) -> str:
     return re.sub(r"^(\[[^\]]*\] )+", "", lines[-1]) if lines else "no message"
 
 
+def errors_of(log: str) -> list[str]:
+    """Return the lines of ffmpeg's messages that are errors."""
+    return [line for line in log.splitlines() if "[error]" in line or "[fatal]" in line]
+
+
 def stated_seconds(log: str) -> float:
     """Return the length that a file states, from ffmpeg's messages; 0 if it states none."""
     stated = re.search(r"Duration: (\d+):(\d\d):(\d\d\.\d+)", log)
@@ -60,8 +65,7 @@ def check_whole(path: Path, kind: str, seconds: float, log: str, span: tuple[flo
     Args:
         seconds: decoded length. log: what ffmpeg wrote.
     """
-    errors = [line for line in log.splitlines() if "[error]" in line or "[fatal]" in line]
-    total = stated_seconds(log)
+    errors, total = errors_of(log), stated_seconds(log)
     if span is not None:
         total = min(total, span[1]) - span[0]
     if errors and seconds < total - SHORT:

@@ -24,11 +24,12 @@ from engine.media.ffmpeg import (
     check_whole,
     command,
     damaged,
+    errors_of,
     last_line,
     source,
     stream_codec,
 )
-from engine.media.limits import LIMITS
+from engine.settings import LIMITS
 
 CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 
@@ -123,8 +124,7 @@ def _check_decoded(
     path: Path, code: int, log: str, count: int, fps: float, span: tuple[float, float] | None = None
 ) -> None:
     """Raise UserError unless ffmpeg decoded the whole video. It often exits with 0 on a cut file: its `log` tells."""
-    errors = [line for line in log.splitlines() if "[error]" in line or "[fatal]" in line]
-    complaint = last_line("\n".join(errors))
+    complaint = last_line("\n".join(errors_of(log)))
     if "exceeds specified max pixel count" in log:
         raise UserError(f"{path} has frames of more than {LIMITS.pixels:,} pixels (limits.pixels): scale it down")
     if count == 0:

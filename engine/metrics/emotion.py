@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from engine.errors import require
 from engine.metrics.metric import CACHED, Figure, Metric, Take, cosine, wave_of
-from engine.optional import require
 
 RATE = 16_000
 FOLDER = "emotion2vec_plus_large"

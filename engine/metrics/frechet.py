@@ -22,10 +22,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from engine.errors import UserError
+from engine.errors import UserError, require
 from engine.metrics.lip_sync import face_video
 from engine.metrics.metric import Figure, Metric, Take
-from engine.optional import require
 from engine.safe_pickle import read_checkpoint
 
 FRAMES = 16  # of a clip for FID, of a window for FVD

@@ -1,31 +1,205 @@
 """LSE-C and LSE-D, called Sync-C and Sync-D elsewhere: agreement of lips and sound by SyncNet.
 
-Chung and Zisserman 2016; scores of Prajwal et al. 2020, arXiv:2008.10010. `engine.metrics.syncnet` has the network,
-whose released weights (no licence stated) are downloaded. 25 frames a second, 31 shifts. The face is cut as SyncNet's
-own program cuts it, a margin of 0.4 around the tracked box, but found by OpenCV's cascade, where that program uses
-S3FD: figures of clips with loose boxes differ from its figures.
+Chung & Zisserman 2016, "Out of time: automated lip sync in the wild"; scores of Wav2Lip (Prajwal et al. 2020,
+arXiv:2008.10010). Weights: `syncnet_v2.model` of joonson/syncnet_python (code MIT; no separate licence is stated for
+the weights). 25 frames a second, 31 shifts. The face is cut as SyncNet's own program cuts it, a margin of 0.4 around
+the tracked box, but found by OpenCV's cascade, where that program uses S3FD: figures of clips with loose boxes differ
+from its figures.
 
-Axes: T frames, H height, W width.
+Axes: B batch, T video frames (25 a second), W windows of five frames, N samples at 16 kHz, F MFCC frames (100 a
+second), S = 31 shifts, D = 1024 embedding. Pictures are (T, height, width, 3).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import cv2
 import numpy as np
+import torch
 from numpy.lib.stride_tricks import sliding_window_view
+from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.faces.clip import find_face
+from engine.faces.clip import find_faces
 from engine.media.video import read_video
 from engine.metrics.metric import Figure, Metric, Take, wave_of
-from engine.metrics.syncnet import RATE, SIDE, SyncNet
+from engine.release import build_with
+from engine.safe_pickle import read_checkpoint
 
+RATE = 16_000
+SIDE = 224
+WINDOW = 5  # video frames
+STEPS = 20  # MFCC frames beside them
+SHIFT = 15  # largest shift that the published scores look at, in video frames
+BATCH = 20
 FPS, MARGIN, SMOOTH = 25.0, 0.4, 13
 MAX_SIDE = 1280  # of the picture in which the face is looked for
+
+
+# --- MFCC ---
+
+
+@lru_cache(maxsize=2)
+def _mel_filters(count: int, size: int) -> np.ndarray:
+    """Return triangles (count, size / 2 + 1) between FFT bins evenly spaced in mels (2595 log10(1 + f / 700))."""
+    top = 2595 * np.log10(1 + RATE / 2 / 700)
+    edges = 700 * (10 ** (np.linspace(0, top, count + 2) / 2595) - 1)
+    bins = np.floor((size + 1) * edges / RATE)
+    at = np.arange(size // 2 + 1)
+    filters = np.zeros((count, len(at)))
+    for row, (low, middle, high) in zip(filters, zip(bins, bins[1:], bins[2:])):
+        rising, falling = (at >= low) & (at < middle), (at >= middle) & (at < high)
+        row[rising] = (at[rising] - low) / (middle - low)
+        row[falling] = (high - at[falling]) / (high - middle)
+    return filters
+
+
+def mfcc(wave: np.ndarray, coefficients: int = 13) -> np.ndarray:
+    """Turn 16-bit samples (N,) at 16 kHz into (coefficients, F) float64 by the defaults of python_speech_features.
+
+    Frames of 25 ms every 10 ms, a rectangular window, the last one filled with zeros; pre-emphasis 0.97; the log of the
+    frame's energy in place of the first coefficient. F = 1 + ceil((N - 400) / 160).
+    """
+    width, step, size, filters, lifter = RATE // 40, RATE // 100, 512, 26, 22
+    signal = np.asarray(wave, dtype=np.float64)
+    signal = np.append(signal[:1], signal[1:] - 0.97 * signal[:-1])
+    frames = 1 + max(0, -(-(len(signal) - width) // step))
+    signal = np.pad(signal, (0, (frames - 1) * step + width - len(signal)))
+    windows = sliding_window_view(signal, width)[::step]
+    power = np.abs(np.fft.rfft(windows, size)) ** 2 / size
+    energy, bands = power.sum(1), power @ _mel_filters(filters, size).T
+    tiny = np.finfo(float).eps
+    levels = np.log(np.where(bands == 0, tiny, bands))
+    n, k = np.arange(filters), np.arange(coefficients)
+    cosines = np.cos(np.pi * k[:, None] * (2 * n + 1) / (2 * filters)) * np.sqrt(2 / filters)
+    cosines[0] /= np.sqrt(2)
+    result = levels @ cosines.T * (1 + lifter / 2 * np.sin(np.pi * k / lifter))
+    result[:, 0] = np.log(np.where(energy == 0, tiny, energy))
+    return result.T
+
+
+# --- the networks ---
+
+
+def _conv(dims: int, inputs: int, outputs: int, kernel, stride=1, padding=0) -> list[nn.Module]:
+    conv, norm = (nn.Conv2d, nn.BatchNorm2d) if dims == 2 else (nn.Conv3d, nn.BatchNorm3d)
+    return [conv(inputs, outputs, kernel, stride, padding), norm(outputs), nn.ReLU()]
+
+
+def _project() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 1024))
+
+
+class SyncNet(nn.Module):
+    """Two networks into one space: five frames of a face, and the 0.2 s of sound beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.netcnnaud = nn.Sequential(
+            *_conv(2, 1, 64, 3, 1, 1),
+            nn.MaxPool2d(1, 1),
+            *_conv(2, 64, 192, 3, 1, 1),
+            nn.MaxPool2d(3, (1, 2)),
+            *_conv(2, 192, 384, 3, 1, 1),
+            *_conv(2, 384, 256, 3, 1, 1),
+            *_conv(2, 256, 256, 3, 1, 1),
+            nn.MaxPool2d(3, 2),
+            *_conv(2, 256, 512, (5, 4)),
+        )
+        self.netcnnlip = nn.Sequential(
+            *_conv(3, 3, 96, (5, 7, 7), (1, 2, 2)),
+            nn.MaxPool3d((1, 3, 3), (1, 2, 2)),
+            *_conv(3, 96, 256, (1, 5, 5), (1, 2, 2), (0, 1, 1)),
+            nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)),
+            *_conv(3, 256, 256, (1, 3, 3), 1, (0, 1, 1)),
+            *_conv(3, 256, 256, (1, 3, 3), 1, (0, 1, 1)),
+            *_conv(3, 256, 256, (1, 3, 3), 1, (0, 1, 1)),
+            nn.MaxPool3d((1, 3, 3), (1, 2, 2)),
+            *_conv(3, 256, 512, (1, 6, 6)),
+        )
+        self.netfcaud, self.netfclip = _project(), _project()
+
+    def audio(self, mfccs: Tensor) -> Tensor:
+        """Embed MFCC windows (B, 1, 13, 20): (B, D)."""
+        return self.netfcaud(self.netcnnaud(mfccs).flatten(1))
+
+    def lip_features(self, frames: Tensor) -> Tensor:
+        """Compute features (B, 512) of faces (B, 3, 5, 224, 224), BGR in 0..255, before the last layers."""
+        return self.netcnnlip(frames).flatten(1)
+
+    def lip(self, frames: Tensor) -> Tensor:
+        """Embed faces (B, 3, 5, 224, 224), BGR in 0..255: (B, D)."""
+        return self.netfclip(self.lip_features(frames))
+
+    @torch.no_grad()
+    def embed(self, frames: np.ndarray, wave: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Embed a clip: lip (W, D), audio (W, D); W is the smaller of T and floor(N / 640), less 5.
+
+        Args:
+            frames: (T, H, W, 3) uint8 RGB at 25 fps, cut to the face; brought to 224 x 224.
+            wave: (N,) in [-1, 1] at 16 kHz.
+        """
+        windows = min(len(frames), len(wave) // (RATE // 25)) - WINDOW
+        if windows < 1:
+            raise UserError(
+                f"clip of {len(frames)} frames and {len(wave)} samples: SyncNet needs more than {WINDOW} frames of both"
+            )
+        pixels = np.stack([cv2.resize(frame, (SIDE, SIDE))[..., ::-1] for frame in frames[: windows + WINDOW]])
+        pixels = torch.from_numpy(pixels).permute(3, 0, 1, 2)  # (3, T, 224, 224)
+        sound = torch.from_numpy(mfcc(np.round(np.clip(wave, -1, 1) * 32767))).float()
+        device = next(self.parameters()).device
+        lips, sounds = [], []
+        for at in torch.arange(windows).split(BATCH):
+            lips.append(self.lip(torch.stack([pixels[:, i : i + WINDOW] for i in at]).to(device).float()))
+            sounds.append(self.audio(torch.stack([sound[None, :, 4 * i : 4 * i + STEPS] for i in at]).to(device)))
+        return torch.cat(lips), torch.cat(sounds)
+
+    def score(self, frames: np.ndarray, wave: np.ndarray) -> SyncScore:
+        """Return LSE-C, LSE-D and offset of a clip; arguments and errors are those of `embed`."""
+        return sync_score(*self.embed(frames, wave))
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> SyncNet:
+        """Load the released `syncnet_v2.model`. Nothing in the file is executed."""
+        return build_with(cls, read_checkpoint(Path(path)), path)
+
+
+# --- the scores ---
+
+
+@dataclass(frozen=True)
+class SyncScore:
+    """How well lips and sound agree.
+
+    confidence: LSE-C, the median over shifts of the mean distance less the smallest one; larger is better.
+    distance: LSE-D, the smallest mean distance; smaller is better.
+    offset: video frames by which the sound comes early at the best shift.
+    distances: (W, S) of every lip window to the sound at every shift.
+    """
+
+    confidence: float
+    distance: float
+    offset: int
+    distances: Tensor
+
+
+def sync_score(lip: Tensor, audio: Tensor, shift: int = SHIFT) -> SyncScore:
+    """Score embeddings (W, D) of lips and sound, window by window, over shifts of -shift..shift windows.
+
+    Beyond the ends the sound is a zero vector.
+    """
+    padded = nn.functional.pad(audio, (0, 0, shift, shift)).unfold(0, 2 * shift + 1, 1)  # (W, D, S)
+    distances = (lip[..., None] - padded + 1e-6).norm(dim=1)
+    mean = distances.mean(0)
+    least, at = mean.min(0)
+    return SyncScore(float(mean.median() - least), float(least), shift - int(at), distances)
+
+
+# --- the metric ---
 
 
 def face_squares(frames: np.ndarray, boxes: np.ndarray, size: int = SIDE) -> np.ndarray:
@@ -54,7 +228,7 @@ def face_video(path: Path | None) -> np.ndarray:
     if path is None:
         raise UserError("the clip has no picture")
     frames = read_video(path, FPS, MAX_SIDE)
-    return face_squares(frames, find_face([frames], FPS).boxes)
+    return face_squares(frames, find_faces([frames], FPS)[0].boxes)
 
 
 class LipSync(Metric):

@@ -16,9 +16,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from engine.errors import UserError
+from engine.errors import UserError, require
 from engine.metrics.metric import Figure, Metric, Take, wave_of
-from engine.optional import require
 
 RATE, PERIOD, BINS = 22_050, 5.0, 512
 ORDER, ALPHA, FLOOR = 13, 0.65, 1e-8

@@ -193,6 +193,39 @@ class PictureMetric(Metric):
         return take.video is not None and take.given != "video"
 
 
+class Stated(Metric):
+    """What a system itself states of an output in ID.json: (a, b) by the name of the figure, such as its cost."""
+
+    figures: ClassVar = {
+        "evaluations": Figure(
+            "evaluations", -1, 1, meaning="clips that the network was given, by guidance branch and window"
+        ),
+        "seconds_a_second": Figure("s / s", -1, 3, meaning="processor seconds for a second of speech"),
+    }
+    inputs = ("about",)
+    outputs_only = True
+
+    @classmethod
+    def applies(cls, take: Take) -> bool:
+        return any(name in take.about for name in cls.figures)
+
+    def measure(self, take: Take, truth: Take) -> dict[str, Any]:
+        return {name: tuple(take.about[name]) for name in self.figures if name in take.about}
+
+
+class Bitrate(Metric):
+    """What system.json states of all outputs: the bits a second of their code, levels x log2(codes) x frames."""
+
+    figures: ClassVar = {"bitrate": Figure("bit/s", -1, 0, meaning="of the code that the speech was decoded from")}
+    inputs = ("bits",)
+    outputs_only = True
+
+    def measure(self, take: Take, truth: Take) -> dict[str, Any]:
+        if take.bits is None:
+            raise UserError('not stated: write {"bits_per_second": N} to system.json in the folder of the outputs')
+        return {"bitrate": (take.bits, 1)}
+
+
 def cosine(one: np.ndarray, two: np.ndarray) -> float:
     """Return the cosine of two vectors (D,); 0 if one of them is zero."""
     return float(one @ two / (np.linalg.norm(one) * np.linalg.norm(two) + 1e-12))

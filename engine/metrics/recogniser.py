@@ -14,24 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.errors import UserError
+from engine.errors import UserError, require
 from engine.media.audio import resample
-from engine.optional import require
 
 RATE = 16_000
 
 # The default beams lose the right path of a grammar search; these keep every hypothesis that matters.
 SETTINGS = {
-    "beam": 1e-150,
-    "pbeam": 1e-150,
-    "wbeam": 1e-100,
-    "maxhmmpf": -1,
-    "maxwpf": -1,
-    "bestpath": False,
-    "fwdflat": False,
-    "remove_noise": False,
-    "loglevel": "FATAL",
-}
+    "beam": 1e-150, "pbeam": 1e-150, "wbeam": 1e-100, "maxhmmpf": -1, "maxwpf": -1, "bestpath": False,
+    "fwdflat": False, "remove_noise": False, "loglevel": "FATAL",
+}  # fmt: skip
 
 
 def hear(decoder: Any, wave: np.ndarray) -> None:

@@ -1,9 +1,19 @@
-"""Speaker identity: the GE2E embedding (Wan et al. 2018, arXiv:1710.10467) of Resemblyzer.
+"""Whose voice it is: embeddings of speakers.
 
-Code and weights are those of the PyPI package Resemblyzer (Apache-2.0), which carries `pretrained.pt`: nothing is
-downloaded.
+SpkSim is the cosine of the embeddings of the measured and the true speech:
+- `ecapa` (HiCoDiT's is an ECAPA-TDNN, taken to be this one): Desplanques et al. 2020, arXiv:2005.07143, trained on
+  VoxCeleb; network and filters of the package speechbrain, weights `spkrec-ecapa-voxceleb` (both Apache-2.0).
+- `wavlm`: WavLM-Large with an ECAPA-TDNN head (Chen et al. 2022, arXiv:2110.13900; weights CC BY-SA 3.0), as AlignDiT
+  measures it.
+- `ge2e`: Wan et al. 2018, arXiv:1710.10467, by the package Resemblyzer (Apache-2.0), which carries its weights; as
+  V2SFlow and SLD-L2S measure it.
 
-Axes: N samples.
+Own voice compares GE2E vectors with the mean vector of each of many voices:
+- `clips`: the voices are those of the true clips. A clip is left out of the mean of its own voice, and does not count
+  if nothing is left.
+- `shards`: the voices are the speakers of prepared shards that hold `ge2e`, such as those of a training set.
+
+Axes: N samples, V voices.
 """
 
 from __future__ import annotations
@@ -11,15 +21,25 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from engine.errors import UserError
+from engine.config import target
+from engine.errors import UserError, require, require_librosa
 from engine.media.audio import resample
-from engine.optional import require, require_librosa
+from engine.metrics.metric import CACHED, Figure, Metric, Rows, Take, Unavailable, cosine, wave_of
+from engine.release import load_strict
+from engine.safe_pickle import read_checkpoint
+from engine.shards.reader import ShardSplit
 
 RATE = 16_000
+FILES = {"ecapa": "ecapa/embedding_model.ckpt", "wavlm": "wavlm_large_finetune.pth"}
+Voices = Mapping[str, Mapping[str, np.ndarray]]  # voice -> clip -> GE2E vector (256,)
 
 
 class GE2EEncoder:
@@ -56,3 +76,132 @@ class GE2EEncoder:
         if len(speech) == 0:
             raise UserError("no speaker embedding: no speech was found in the audio")
         return self.network.embed_utterance(speech)
+
+
+class SpeakerSimilarity(Metric):
+    figures: ClassVar = {"speaker_similarity": Figure("SpkSim", 1, 4, meaning="cosine with the true speech's voice")}
+    protocols = ("ecapa", "wavlm", "ge2e")
+    pair, parallel = True, False
+
+    def load(self) -> None:
+        kind, _, encoder = self.protocol.partition(":")
+        embed: Callable[[np.ndarray], np.ndarray]
+        if kind == "ge2e":
+            ge2e = GE2EEncoder(self.device)
+            embed = lambda wave: ge2e.embed(wave, RATE)  # noqa: E731
+        elif kind == "wavlm":
+            wavlm = target(encoder).from_pretrained(self.weights / FILES[kind]).to(self.device)
+            embed = lambda wave: wavlm.embed(torch.from_numpy(wave).to(self.device)).float().cpu().numpy()  # noqa: E731
+        else:
+            embed = Ecapa(self.weights / FILES[kind], self.device).embed
+        self.embed = lru_cache(CACHED)(lambda path: embed(wave_of(path, RATE).copy()))
+
+    @classmethod
+    def files(cls, protocol: str, weights: Path) -> list[Path]:
+        kind = protocol.partition(":")[0]
+        return [weights / FILES[kind]] if kind in FILES else []
+
+    @classmethod
+    def download(cls, protocol: str) -> str:
+        return "talker_t2av" if protocol.startswith("wavlm") else "metrics"
+
+    @classmethod
+    def packages(cls, protocol: str) -> list[str]:
+        return {"ecapa": ["speechbrain"], "ge2e": ["resemblyzer"]}.get(protocol.partition(":")[0], [])
+
+    def measure(self, take: Take, truth: Take) -> dict[str, Any]:
+        one, two = (self.embed(path).astype(np.float64) for path in (take.audio, truth.audio))
+        return {"speaker_similarity": (cosine(one, two), 1)}
+
+
+class Ecapa:
+    """SpeechBrain's ECAPA-TDNN with the settings of `spkrec-ecapa-voxceleb`.
+
+    It is put together here: speechbrain's own loader would run what the downloaded YAML names.
+    """
+
+    def __init__(self, file: Path, device: str) -> None:
+        lobes = require("speechbrain.lobes.models.ECAPA_TDNN", "speechbrain", "metrics")
+        features = require("speechbrain.lobes.features", "speechbrain", "metrics")
+        processing = require("speechbrain.processing.features", "speechbrain", "metrics")
+        self.device = device
+        self.bands = features.Fbank(n_mels=80).to(device)
+        self.normalise = processing.InputNormalization(norm_type="sentence", std_norm=False).to(device)
+        self.network = lobes.ECAPA_TDNN(
+            80,
+            channels=[1024, 1024, 1024, 1024, 3072],
+            kernel_sizes=[5, 3, 3, 3, 1],
+            dilations=[1, 2, 3, 4, 1],
+            attention_channels=128,
+            lin_neurons=192,
+        )
+        load_strict(self.network, dict(read_checkpoint(file)), file)
+        self.network.to(device).eval()
+
+    @torch.inference_mode()
+    def embed(self, wave: np.ndarray) -> np.ndarray:
+        """Embed a wave (N,) at 16 kHz: (192,)."""
+        wave, whole = torch.from_numpy(wave)[None].to(self.device), torch.ones(1, device=self.device)
+        return self.network(self.normalise(self.bands(wave), whole), whole)[0, 0].cpu().numpy()
+
+
+class OwnVoice(Metric):
+    figures: ClassVar = {
+        "own_voice_first": Figure("own voice first %", 1, 1, 100, "the nearest of the known voices is the clip's own"),
+        "voice_similarity": Figure("voice cosine", 1, 3, meaning="cosine with the mean of the own voice's other clips"),
+    }
+    needs = ("resemblyzer",)
+    protocols = ("clips", "shards")
+
+    def load(self) -> None:
+        self.encoder = GE2EEncoder(self.device)
+
+    @classmethod
+    def files(cls, protocol: str, weights: Path) -> list[Path]:
+        kind, _, shards = protocol.partition(":")
+        if kind == "shards" and not (Path(shards) / "index.json").is_file():
+            raise Unavailable(f"voices={shards} has no prepared shards (python scripts/prepare_data.py)")
+        return []
+
+    def measure(self, take: Take, truth: Take) -> dict[str, Any]:
+        try:
+            return {"vector": self.encoder.embed(wave_of(take.audio, 24_000), 24_000).tolist()}
+        except UserError:  # no speech: nobody's voice
+            return {"vector": [0.0] * 256}
+
+    @classmethod
+    def finish(cls, rows: Rows, true: Rows, truths: Mapping[str, Take], protocol: str) -> Rows:
+        kind, _, shards = protocol.partition(":")
+        known: dict[str, dict[str, np.ndarray]] = {}
+        for clip, row in true.items() if kind == "clips" else ():
+            known.setdefault(truths[clip].speaker, {})[clip] = np.array(row["vector"], np.float32)
+        found = nearest(rows, truths, known if kind == "clips" else stored_voices(shards))
+        return {clip: {**row, **found.get(clip, {})} for clip, row in rows.items()}
+
+
+def nearest(rows: Rows, truths: Mapping[str, Take], known: Voices) -> dict[str, dict[str, tuple[float, float]]]:
+    """Return by clip whether the nearest of the `known` voices is its own, and the cosine with the own voice's mean."""
+    names, found = sorted(known), {}
+    sums = np.array([np.sum([*known[name].values()], 0) for name in names])  # (V, 256)
+    for clip, row in rows.items():
+        voice, vector = truths[clip].speaker, np.array(row["vector"], np.float32)
+        if voice not in known:
+            continue
+        own, means = names.index(voice), sums.copy()
+        means[own] -= known[voice].get(clip, 0)
+        if not means[own].any():
+            continue
+        cosines = means / (np.linalg.norm(means, axis=1, keepdims=True) + 1e-9) @ vector
+        first = vector.any() and cosines.argmax() == own
+        found[clip] = {"own_voice_first": (float(first), 1), "voice_similarity": (float(cosines[own]), 1)}
+    return found
+
+
+@lru_cache(2)
+def stored_voices(shards: str | Path) -> Voices:
+    """Read the GE2E vector (256,) of every clip of a prepared split, by voice."""
+    split, voices = ShardSplit(shards), {}
+    for index in range(len(split)):
+        info, tensors = split.read_complete(index, ("ge2e",))
+        voices.setdefault(str(info["speaker"]), {})[info["key"]] = tensors["ge2e"].numpy()
+    return voices

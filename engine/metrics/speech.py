@@ -1,21 +1,45 @@
-"""Prosody and end of speech, and its synchrony with a mouth.
+"""Pitch, energy and end of speech, and how a mouth and a sound go together.
+
+- Prosody: how pitch range and energy follow the true clips, and whether they move as those do where expressions change.
+  Pitch by pYIN (Mauch and Dixon 2014; package librosa, ISC). The manifest's row of a clip that changes its expression
+  has `change` (seconds), `phonemes` (name, start, end) and `expressions` (names by half second). The right way is that
+  of the means over all true clips' parts of the two expressions.
+- Endings: a model that decides itself when to stop may stop late, early, or never. An output is in time with 0.02 to
+  0.3 s of quiet after the last speech, late with more and cut with less. It runs away if only the limit of its length
+  ended it: `stopped` is false in ID.json.
+- Synchrony: the correlation of the mouth's opening with the loudness, clip by clip. A reader of openings knows one kind
+  of face. `drawn` is that of the synthetic corpus, a class named after a colon that turns frames (T, H, W, 3) into
+  openings (T,). The controls move the sound by 200 ms.
 
 Axes: N samples, F analysis frames, T video frames (25 a second).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, ClassVar
+
 import numpy as np
 import torch
 
+from engine.config import target
+from engine.errors import UserError, require_librosa
 from engine.media.audio import resample
-from engine.optional import require_librosa
+from engine.media.video import read_video
+from engine.metrics.metric import CACHED, Figure, Metric, PictureMetric, Rows, Take, wave_of
 
+RATE = 24_000
 FPS = 25  # video frames a second
 WINDOW = 0.01  # seconds of a power measurement
 PITCH_HOP = 0.016  # seconds of a frame of `pitch`
+FRAMES = 1 / PITCH_HOP  # a second
 LOWEST, HIGHEST = 60.0, 500.0  # Hz, between which a pitch is looked for
 DROP = 30.0  # dB below the loudest moment: what is quieter is not speech
+LATE, CUT = 0.3, 0.02  # seconds of quiet; the synthetic corpus has 0.12 s and more
+SHIFT = 5  # video frames: 200 ms
+NAMES = ("pitch_range", "energy")
+WAY = "moves the right way where the expression changes"
 
 
 def pitch_range(f0: np.ndarray) -> float:
@@ -77,3 +101,129 @@ def speech_end(wave: np.ndarray, rate: int) -> float:
     if not power.any():
         return 0.0
     return float((np.flatnonzero(power > power.max() * 10 ** (-DROP / 10))[-1] + 1) * WINDOW)
+
+
+class Prosody(Metric):
+    figures: ClassVar = {
+        "pitch_range_correlation": Figure(
+            "pitch r", 1, 2, 1, "pitch range: correlation with true clips", "correlation"
+        ),
+        "energy_correlation": Figure("energy r", 1, 2, 1, "energy: correlation with true clips", "correlation"),
+        "pitch_range_right_way": Figure("pitch right way %", 1, 1, 100, f"pitch range {WAY}"),
+        "energy_right_way": Figure("energy right way %", 1, 1, 100, f"energy {WAY}"),
+    }
+    needs = ("librosa",)
+
+    def measure(self, take: Take, truth: Take) -> dict[str, Any]:
+        wave = wave_of(take.audio, RATE)
+        f0, row, parts = pitch(wave, RATE), truth.about, []
+        for start, end in spans_around_change(row) if row.get("change") is not None else ():
+            part = wave[int(start * RATE) : int(end * RATE)]
+            parts.append((pitch_range(f0[int(start * FRAMES) : int(end * FRAMES)]), energy(part)))
+        return {"whole": (pitch_range(f0), energy(wave)), "around_change": parts}
+
+    @classmethod
+    def finish(cls, rows: Rows, true: Rows, truths: Mapping[str, Take], protocol: str) -> Rows:
+        finished = {clip: dict(row) for clip, row in rows.items()}
+        means: dict[str, list[Any]] = {}
+        for clip, row in true.items():
+            for name, part in zip(ends_of(truths[clip]), row["around_change"]):
+                means.setdefault(name, []).append(part)
+        levels = {name: np.mean(parts, 0) for name, parts in means.items()}
+        for clip, row in finished.items():
+            pairs = zip(NAMES, true[clip]["whole"], row["whole"]) if clip in true else ()
+            row |= {f"{name}_correlation": (own, made) for name, own, made in pairs}
+            if row["around_change"] and true:
+                first, second = ends_of(truths[clip])
+                moved = np.sign(np.diff(row["around_change"], axis=0)[0])
+                right = moved == np.sign(levels[second] - levels[first])
+                row |= {f"{name}_right_way": (float(value), 1) for name, value in zip(NAMES, right)}
+        return finished
+
+
+def ends_of(truth: Take) -> tuple[str, str]:
+    """Return the expressions at the beginning and at the end of a clip that changes."""
+    expressions = truth.about.get("expressions") or [""]
+    return expressions[0], expressions[-1]
+
+
+def spans_around_change(row: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """Return the seconds in which a clip speaks before and after its change of expression."""
+    times = [times for _, *times in row["phonemes"]]
+    parts = [[t for t in times if (t[0] >= row["change"] - 1e-6) == after] for after in (False, True)]
+    return [(part[0][0], part[-1][1]) for part in parts]
+
+
+class Endings(Metric):
+    figures: ClassVar = {
+        "ends_in_time": Figure("ends in time %", 1, 1, 100, "0.02 to 0.3 s after the last speech"),
+        "ends_late": Figure("late %", -1, 1, 100, "over 0.3 s after the last speech"),
+        "ends_cut": Figure("cut %", -1, 1, 100, "less than 0.02 s after the last speech"),
+        "runs_away": Figure("runs away %", -1, 1, 100, "ended by the limit of its length"),
+        "length_error": Figure("length s", -1, 2, meaning="difference to the length of the true clip in seconds"),
+    }
+    inputs = ("audio", "about")
+    pair = True
+
+    def measure(self, take: Take, truth: Take) -> dict[str, Any]:
+        wave, true = wave_of(take.audio, RATE), wave_of(truth.audio, RATE)
+        quiet, stopped = len(wave) / RATE - speech_end(wave, RATE), bool(take.about.get("stopped", True))
+        return {
+            "ends_in_time": (float(stopped and CUT <= quiet <= LATE), 1),
+            "ends_late": (float(quiet > LATE), 1),
+            "ends_cut": (float(quiet < CUT), 1),
+            "runs_away": (float(not stopped), 1),
+            "length_error": (abs(len(wave) - len(true)) / RATE, 1),
+        }
+
+
+class MouthMetric(Metric):
+    """A metric of the mouth's opening."""
+
+    protocols = ("drawn",)
+    inputs = ("audio", "video", "source")
+
+    def load(self) -> None:
+        self.read = _reader(self.protocol.partition(":")[2])
+
+    @classmethod
+    def applies(cls, take: Take) -> bool:
+        return (take.video or take.source) is not None
+
+    def opening(self, take: Take) -> np.ndarray:
+        """Return the opening (T,) in a take's own picture, or in the one that its sound was made for."""
+        return self.read(take.video or take.source)
+
+
+class Synchrony(MouthMetric):
+    figures: ClassVar = {
+        "synchrony": Figure("mouth and sound", 1, 3, meaning="correlation of mouth opening and loudness"),
+        "synchrony_late": Figure("200 ms late", 0, 3, meaning="control: the same with the sound 200 ms late"),
+        "synchrony_early": Figure("200 ms early", 0, 3, meaning="control: the same with the sound 200 ms early"),
+    }
+
+    def measure(self, take: Take, truth: Take) -> dict[str, Any]:
+        opening, wave = self.opening(take), wave_of(take.audio, RATE)
+        shifts = {"synchrony": 0, "synchrony_late": SHIFT, "synchrony_early": -SHIFT}
+        return {name: (synchrony(opening, wave, RATE, shift), 1) for name, shift in shifts.items()}
+
+
+class MouthOpening(PictureMetric, MouthMetric):
+    figures: ClassVar = {
+        "mouth_opening": Figure(
+            "mouth r", 1, 3, meaning="correlation in time of the opening with that of the true clip"
+        )
+    }
+
+    def measure(self, take: Take, truth: Take) -> dict[str, Any]:
+        made, true = self.opening(take), self.opening(truth)
+        length = min(len(made), len(true))
+        if np.ptp(made[:length]) == 0 or np.ptp(true[:length]) == 0:
+            raise UserError("the mouth does not move")
+        return {"mouth_opening": (float(np.corrcoef(true[:length], made[:length])[0, 1]), 1)}
+
+
+@lru_cache(1)
+def _reader(name: str) -> Any:
+    read = target(name)()  # fitted here, which takes seconds
+    return lru_cache(CACHED)(lambda path: read(read_video(path, FPS)))

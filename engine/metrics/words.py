@@ -34,7 +34,7 @@ from engine.errors import UserError
 from engine.evaluation.statistics import derangement
 from engine.metrics.metric import Figure, Metric, Rows, Take, Unavailable, text_of, wave_of
 from engine.metrics.recogniser import CorpusRecogniser
-from engine.untrusted import parse_json
+from engine.untrusted import read_json
 
 RATE = 16_000
 LONG = 30  # seconds that Whisper hears at once
@@ -119,7 +119,7 @@ class WordErrors(Metric):
         for folder in ("whisper-medium", "whisper-large-v3"):
             path = self.weights / folder / "normalizer.json"
             if path.is_file():
-                return dict(parse_json(path.read_bytes(), path))
+                return dict(read_json(path))
         return {}
 
     def normalise(self, text: str, language: str) -> str:

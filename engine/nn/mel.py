@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.audio_utils import mel_filter_bank
 
-from engine.nn.transfer import send
+from engine.device import send
 
 RATE = 16_000
 N_FFT, HOP = 400, 160

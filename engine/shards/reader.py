@@ -20,27 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.errors import UserError
-from engine.left_out import leaving_out
+from engine.errors import UserError, leaving_out
 from engine.settings import Group, setting
-from engine.shards.source import CachedFiles, LocalFiles, is_remote, join, verify_once
+from engine.shards.source import SplitFiles, join, verify_once
 from engine.untrusted import parse_json, safe_name
 
 VERSION = 2
 OPEN_SHARDS = 64  # file handles that a process keeps
 HEADER = 2048  # bytes; most headers of a sample's tensors are shorter
 DTYPES = {
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "BOOL": torch.bool,
-}
+    "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,15 +89,10 @@ class ShardSplit:
     def __init__(self, source: str | Path, reading: Reading | None = None, least_frames: int = 0) -> None:
         self.reading = r = reading or Reading()
         self.source = str(source)
-        self.files = (
-            CachedFiles(self.source, r.cache, round(r.cache_gb * 1e9)) if is_remote(source) else LocalFiles(source)
-        )
-        self.index = self.files.index()
-        if self.index.get("version") != VERSION:
-            raise UserError(
-                f"{source}: shards of version {self.index.get('version')}, this program reads {VERSION}: "
-                "prepare them again"
-            )
+        self.files = SplitFiles(self.source, r.cache, round(r.cache_gb * 1e9))
+        self.index = self.files.index
+        if (version := self.index.get("version")) != VERSION:
+            raise UserError(f"{source}: shards of version {version}, this program reads {VERSION}: prepare them again")
         self.shards: list[dict[str, Any]] = self.index["shards"]
         self.sizes: list[int] = [shard["clips"] for shard in self.shards]
         with ThreadPoolExecutor(16) as pool:  # a URL answers many at once
@@ -129,7 +115,6 @@ class ShardSplit:
         return self.__dict__ | {"_handles": OrderedDict()}
 
     def __getitem__(self, index: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return the JSON and all tensors of a sample."""
         return self.read(index)
 
     def read(self, index: int, names: Collection[str] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -187,14 +172,12 @@ class ShardSplit:
         """
         self.check_holds(*digests)
         for name, digest in digests.items():
-            if self.index["digests"][name] != digest:
-                raise UserError(
-                    f"{self.source} was made with {name} {self.index['digests'][name]}, but {name} {digest} is in use: "
-                    "use the one it was made with, or prepare the shards again"
-                )
+            if (stored := self.index["digests"][name]) != digest:
+                use = f"{name} {digest} is in use: use the one it was made with, or prepare the shards again"
+                raise UserError(f"{self.source} was made with {name} {stored}, but {use}")
 
     def check_holds(self, *names: str) -> None:
-        """ """
+        """Check that the split has features of these names."""
         for name in names:
             if not (self.index.get("digests") or {}).get(name):
                 raise UserError(f"{self.source} holds no features of {name}: prepare them with that stage")
@@ -216,12 +199,8 @@ class ShardSplit:
         """
         sidecar, name = self.files.sidecar(shard), join(self.source, f"{shard['name']}.json")
         try:
-            same = (sidecar["bytes"], sidecar["crc32"], len(sidecar["samples"])) == (
-                shard["bytes"],
-                shard["crc32"],
-                shard["clips"],
-            )
             rows = sidecar["samples"]
+            stated = sidecar["bytes"], sidecar["crc32"], len(rows)
             frames = np.array([sample["frames"] for sample in rows], np.int64)
             members = [[s["members"]["json"], s["members"]["safetensors"]] for s in rows]
             places = np.array(members, np.int64).reshape(-1, 2, 2)
@@ -230,7 +209,7 @@ class ShardSplit:
             holds = [distinct[tuple(s.get("lacks", ()))] if everything else None for s in rows]
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{name} is damaged ({error!r}): copy it or prepare it again") from error
-        if not same:
+        if stated != (shard["bytes"], shard["crc32"], shard["clips"]):
             raise UserError(f"{name} does not belong to this index.json: copy both again")
         if (places < 0).any() or (places.sum(-1) > shard["bytes"]).any() or (frames < 0).any():
             raise UserError(f"{name} is damaged: a sample lies outside its shard; copy it or prepare it again")
@@ -240,7 +219,7 @@ class ShardSplit:
         if shard not in self._handles:
             known = self.shards[shard]
             path = self.files.tar(known)
-            if self.reading.verify and isinstance(self.files, LocalFiles):
+            if self.reading.verify and not self.files.remote:
                 verify_once(path, known["crc32"])
             self._handles[shard] = path.open("rb", buffering=0)
             if len(self._handles) > OPEN_SHARDS:
@@ -290,10 +269,6 @@ def _tensors(file: BinaryIO, at: int, size: int, names: Collection[str] | None) 
         dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
         if math.prod(shape) * dtype.itemsize != last - first:
             raise ValueError(f"{name} has another size than its shape {shape}")
-        if first == last:
-            tensors[name] = torch.empty(shape, dtype=dtype)
-        else:
-            tensors[name] = torch.frombuffer(_bytes(file, at + 8 + length + first, last - first), dtype=dtype).reshape(
-                shape
-            )
+        data = _bytes(file, at + 8 + length + first, last - first)
+        tensors[name] = (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).reshape(shape)
     return tensors

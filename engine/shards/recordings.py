@@ -19,12 +19,11 @@ import torch
 import torchaudio
 from torch import Tensor
 
-from engine.errors import UserError
-from engine.left_out import leaving_out
+from engine.errors import UserError, leaving_out
 from engine.media.audio import read_audio
 from engine.shards.reader import Reading, ShardSplit
 from engine.shards.source import is_remote, join
-from engine.untrusted import parse_json, read_lines, safe_name
+from engine.untrusted import read_json_lines, safe_name
 
 SPEED_STEPS = 20  # steps of speed that make it twice as fast
 
@@ -43,13 +42,12 @@ def read_manifest(root: str | Path, split: str) -> list[dict]:
     path = Path(root) / f"{split}.jsonl"
     if not path.is_file():
         raise UserError(f"no manifest {path}: make the corpus with scripts/make_synthetic_corpus.py, or set data.root")
-    lines = read_lines(path, path)
-    rows = [parse_json(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
-    for number, row in enumerate(rows, 1):
-        safe_name(row.get("id") if isinstance(row, dict) else None, f"{path}, clip {number}: id", folders=True)
-    if not rows:
+    lines = read_json_lines(path)
+    for place, row in lines:
+        safe_name(row.get("id") if isinstance(row, dict) else None, f"{place}: id", folders=True)
+    if not lines:
         raise UserError(f"{path} lists no clips")
-    return rows
+    return [row for _, row in lines]
 
 
 def is_prepared(root: str | Path, split: str) -> bool:
@@ -134,15 +132,15 @@ class StoredWaves:
         """As `WavFiles.read`."""
         wave = self._stored(index)[1]
         start = 0 if most is None else draw(len(wave) - most, generator)
-        return wave[start : None if most is None else start + most].float() / 32768
+        return wave[start : None if most is None else start + most]
 
     def clip(self, index: int) -> SpeechClip:
         info, wave = self._stored(index)
-        return SpeechClip(info["key"], info["text"], (wave.float() / 32768).numpy())
+        return SpeechClip(info["key"], info["text"], wave.numpy())
 
     def _stored(self, index: int) -> tuple[dict[str, Any], Tensor]:
         info, tensors = self.shards.read_complete(index, ("wave",))
-        return info, tensors["wave"]
+        return info, tensors["wave"].float() / 32768
 
 
 class SpeechCrops(torch.utils.data.Dataset):

@@ -86,84 +86,65 @@ def verify_once(path: Path, crc32: int) -> None:
             note.touch()
 
 
-class LocalFiles:
-    """The files of one split in a folder, as `scripts/prepare_data.py` leaves it.
-
-    `shard` is an entry of the index: name, bytes, crc32.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-
-    def index(self) -> dict[str, Any]:
-        path = self.folder / "index.json"
-        if not path.is_file():
-            raise UserError(f"no prepared shards in {self.folder}: make them with python scripts/prepare_data.py")
-        return read_index(self.folder)
-
-    def sidecar(self, shard: dict[str, Any]) -> dict[str, Any]:
-        return read_json(self.folder / f"{shard['name']}.json")
-
-    def tar(self, shard: dict[str, Any]) -> Path:
-        """Return the shard's path. Raises UserError if it is missing or has another size than in the index."""
-        path = self.folder / f"{shard['name']}.tar"
-        if not path.is_file():
-            raise UserError(
-                f"shard {path} is missing: copy it again, or prepare it with python scripts/prepare_data.py"
-            )
-        if path.stat().st_size != shard["bytes"]:
-            raise UserError(f"shard {path} is damaged: {path.stat().st_size:,} bytes instead of {shard['bytes']:,}")
-        return path
-
-    def prefetch(self, shards: Iterable[dict[str, Any]]) -> None:
-        """Nothing: they are here."""
-
-
-class CachedFiles:
-    """A URL with a folder of copies, which all processes of a machine share.
+class SplitFiles:
+    """The files of one split, in a folder or behind a URL. All processes of a machine share a folder of remote copies.
 
     A copy appears whole and verified or not at all, and is fetched by one process while the others wait. When the
     copies exceed the limit, those that were opened longest ago are deleted; a process that has one open can still read
     it.
 
     Args:
-        url: of the split; http(s), or any that fsspec has a package for.
+        source: a folder as `scripts/prepare_data.py` leaves it, or a URL: http(s), or what fsspec has a package for.
         cache: folder of copies, of any number of URLs.
         limit: of the copies, in bytes.
+
+    Attributes:
+        index: the split's index.json. Its entries of shards have name, bytes and crc32.
     """
 
-    def __init__(self, url: str, cache: str | Path, limit: int) -> None:
-        self.url, self.cache, self.limit = url, Path(cache), limit
-        self._index = read_index(url)
-        known = json.dumps([url, self._index], sort_keys=True).encode()
-        self.folder = self.cache / hashlib.blake2b(known, digest_size=8).hexdigest()  # another index, other copies
-        largest = max((shard["bytes"] for shard in self._index["shards"]), default=0)
-        if limit < 2 * largest:
-            raise UserError(f"a shard cache of {limit / 1e9:g} GB is too small for {url}: give {4 * largest / 1e9:.1f}")
+    def __init__(self, source: str | Path, cache: str | Path, limit: int) -> None:
+        self.source, self.remote = str(source), is_remote(source)
+        if not self.remote and not Path(source, "index.json").is_file():
+            raise UserError(f"no prepared shards in {source}: make them with python scripts/prepare_data.py")
+        self.index = read_index(source)
+        self.folder, self.cache, self.limit = Path(source), Path(cache), limit
         self._slots: tuple[int, threading.Semaphore] | None = None
         self._asked: set[str] = set()
+        if self.remote:  # another index, other copies
+            known = json.dumps([source, self.index], sort_keys=True).encode()
+            self.folder = self.cache / hashlib.blake2b(known, digest_size=8).hexdigest()
+            largest = max((shard["bytes"] for shard in self.index["shards"]), default=0)
+            if limit < 2 * largest:
+                least = f"{4 * largest / 1e9:.1f}"
+                raise UserError(f"a shard cache of {limit / 1e9:g} GB is too small for {source}: give {least}")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_slots": None, "_asked": set()}
 
-    def index(self) -> dict[str, Any]:
-        return self._index
-
     def sidecar(self, shard: dict[str, Any]) -> dict[str, Any]:
-        return read_json(self._have(f"{shard['name']}.json"))
+        name = f"{shard['name']}.json"
+        return read_json(self._fetched(name) if self.remote else self.folder / name)
 
     def tar(self, shard: dict[str, Any]) -> Path:
-        """Return the path of the shard's copy, fetched now if it is not there; UserError if it does not come whole."""
-        path = self._have(f"{shard['name']}.tar", shard)
-        with suppress(OSError):
-            os.utime(path)  # the deletion goes by this time
+        """Return the shard's path, fetched now if it is not there; UserError if it is missing or not whole."""
+        path = self.folder / f"{shard['name']}.tar"
+        if self.remote:
+            self._fetched(path.name, shard)
+            with suppress(OSError):
+                os.utime(path)  # the deletion goes by this time
+        elif not path.is_file():
+            raise UserError(
+                f"shard {path} is missing: copy it again, or prepare it with python scripts/prepare_data.py"
+            )
+        elif path.stat().st_size != shard["bytes"]:
+            raise UserError(f"shard {path} is damaged: {path.stat().st_size:,} bytes instead of {shard['bytes']:,}")
         return path
 
     def prefetch(self, shards: Iterable[dict[str, Any]]) -> None:
-        """Fetch shards in the background. What goes wrong shows when the shard is opened."""
+        """Fetch remote shards in the background. What goes wrong shows when the shard is opened."""
         if self._slots is None or self._slots[0] != os.getpid():  # threads do not live on in a forked process
             self._slots, self._asked = (os.getpid(), threading.Semaphore(AHEAD)), set()
-        for shard in shards:
+        for shard in shards if self.remote else ():
             if shard["name"] not in self._asked and not (self.folder / f"{shard['name']}.tar").is_file():
                 self._asked.add(shard["name"])
                 # No pool: a process would not end before its pool's last download.
@@ -171,10 +152,11 @@ class CachedFiles:
 
     def _fetch_ahead(self, shard: dict[str, Any]) -> None:
         with self._slots[1], suppress(UserError):
-            self._have(f"{shard['name']}.tar", shard)
+            self._fetched(f"{shard['name']}.tar", shard)
         self._asked.discard(shard["name"])
 
-    def _have(self, name: str, shard: dict[str, Any] | None = None) -> Path:
+    def _fetched(self, name: str, shard: dict[str, Any] | None = None) -> Path:
+        """Return the copy of a file, fetched now if it is not there; that of a `shard` is verified."""
         path = self.folder / name
         if path.is_file():
             return path
@@ -182,14 +164,14 @@ class CachedFiles:
         with FileLock(self.folder / f"{name}.lock"):
             if path.is_file():  # another process has just fetched it
                 return path
-            arrival = self.folder / ".arriving" / name
-            for attempt in (1, 2):
-                _get(join(self.url, name), arrival, shard and shard["bytes"])
+            arrival, url = self.folder / ".arriving" / name, join(self.source, name)
+            for _ in range(2):
+                _get(url, arrival, shard and shard["bytes"])
                 if shard is None or (arrival.stat().st_size, checksum(arrival)) == (shard["bytes"], shard["crc32"]):
                     break
                 arrival.unlink()
-                if attempt == 2:
-                    raise UserError(f"shard {join(self.url, name)} is damaged: checksum mismatch after two downloads")
+            else:
+                raise UserError(f"shard {url} is damaged: checksum mismatch after two downloads")
             os.replace(arrival, path)
             self._make_room(path)
         return path

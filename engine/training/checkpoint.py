@@ -18,6 +18,7 @@ import subprocess
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from engine.files import atomic_output, checksum
 from engine.safe_pickle import load_problem
 from engine.training import distributed
 from engine.training.checkpoint_reader import Reader
-from engine.untrusted import parse_json, safe_name
+from engine.untrusted import parse_json, read_json, safe_name
 
 INFO, RESULTS = "info.json", "results.json"
 FAILING = 60.0  # seconds that one of several processes which fails waits for the checkpoint in work
@@ -76,7 +77,7 @@ class Checkpoints:
         # A daemon, so that a process that fails while its peers are dead can leave.
         self._thread = threading.Thread(target=self._write, args=(step, copy, info, device), daemon=True)
         self._thread.start()
-        return self._folder(step)
+        return folder_of(self.root, step)
 
     def wait(self) -> None:
         """Return when the checkpoint in work is on the disk.
@@ -102,15 +103,13 @@ class Checkpoints:
     def note(self, step: int, results: dict[str, float]) -> None:
         """Keep the validation results of `step` with its checkpoint (main process); waits for it to be written."""
         self.wait()
-        if distributed.is_main() and self._folder(step).is_dir():
+        folder = folder_of(self.root, step)
+        if distributed.is_main() and folder.is_dir():
             try:
-                with atomic_output(self._folder(step) / RESULTS) as path:
+                with atomic_output(folder / RESULTS) as path:
                     path.write_text(json.dumps(results, indent=1) + "\n")
             except UserError as error:
                 self.problem = str(error)
-
-    def _folder(self, step: int) -> Path:
-        return self.root / f"step-{step:08d}"
 
     def _copy(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copy `state` to main memory; sharded tensors stay sharded."""
@@ -131,13 +130,13 @@ class Checkpoints:
         }
 
     def _write(self, step: int, state: dict[str, Tensor], info: dict[str, Any], device: int | None) -> None:
-        final, staging = self._folder(step), self.root / f".step-{step:08d}.writing"
+        final, staging = folder_of(self.root, step), self.root / f".step-{step:08d}.writing"
         if device is not None:
             torch.cuda.set_device(device)
         try:
             self._together(self._make_room if distributed.is_main() else None)
             dcp.save(state, checkpoint_id=staging, process_group=self._group, no_dist=self._group is None)
-            files = self._together(lambda: _fingerprints(staging, distributed.rank()))
+            files = self._together(lambda: _fingerprints(staging))
             info = {**info, "step": step, "files": {name: of for part in files for name, of in part.items()}}
             self._together((lambda: self._commit(staging, final, info)) if distributed.is_main() else None)
         except (Exception, dcp.api.CheckpointException) as error:  # the latter is a BaseException
@@ -178,7 +177,7 @@ class Checkpoints:
             kept.append(best(self.root, self.best))
         for step in present:
             if step not in kept:
-                self._remove(self._folder(step))
+                self._remove(folder_of(self.root, step))
 
     def _remove(self, folder: Path) -> None:
         """Delete a checkpoint, under a hidden name first: a folder with a final name is whole at any moment."""
@@ -199,6 +198,11 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
+def folder_of(root: str | Path, step: int) -> Path:
+    """Return the folder of the checkpoint of a step."""
+    return Path(root) / f"step-{step:08d}"
+
+
 def steps(root: str | Path) -> list[int]:
     """Return the steps of the checkpoint folders in `root`, ascending."""
     names = (re.fullmatch(r"step-(\d+)", path.name) for path in Path(root).glob("step-*") if path.is_dir())
@@ -207,24 +211,19 @@ def steps(root: str | Path) -> list[int]:
 
 def best(root: str | Path, rule: str) -> int | None:
     """Return the step of the best checkpoint by `rule` (`min NAME` or `max NAME`); None: none has such a result."""
-    direction, name = rule.split()
-    found = {}
+    (direction, name), found = rule.split(), {}
     for step in steps(root):
-        try:
-            results = Path(root) / f"step-{step:08d}" / RESULTS
-            found[step] = float(parse_json(results.read_bytes(), results)[name])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    finite = {step: value for step, value in found.items() if value == value}
-    return (min if direction == "min" else max)(finite, key=finite.__getitem__, default=None)
+        with suppress(UserError, ValueError, KeyError, TypeError):
+            found[step] = float(read_json(folder_of(root, step) / RESULTS)[name])
+    numbers = [step for step, value in found.items() if value == value]
+    return (min if direction == "min" else max)(numbers, key=found.__getitem__, default=None)
 
 
 def newest(root: str | Path, say: Callable[[str], None] = print) -> Path | None:
     """Return the newest checkpoint whose files are all as they were written; `say` gets a line for each one skipped."""
     for step in reversed(steps(root)):
-        folder = Path(root) / f"step-{step:08d}"
-        problem = damage(folder)
-        if problem is None:
+        folder = folder_of(root, step)
+        if (problem := damage(folder)) is None:
             return folder
         say(f"checkpoint {folder} is skipped: {problem}")
     if steps(root):
@@ -262,7 +261,7 @@ def load(folder: str | Path, state: dict[str, Tensor]) -> dict[str, Any]:
 def require_model(root: Path, task: nn.Module) -> None:
     """Refuse the newest checkpoint in `root` if it is of a model with other tensors or shapes than `task`."""
     for step in steps(root)[-1:]:
-        folder = root / f"step-{step:08d}"
+        folder = folder_of(root, step)
         if damage(folder) is None:  # else training skips it, and says so
             stored = {key: shape for key, shape in _shapes(folder).items() if key.startswith("model.")}
             _require_equal(folder, stored, {f"model.{k}": tuple(v.shape) for k, v in task.state_dict().items()})
@@ -305,7 +304,7 @@ def _fill(state: dict[str, Tensor], folder: Path, no_dist: bool) -> dict[str, An
 
 def info(folder: Path) -> dict[str, Any]:
     """Read what is stored beside the tensors: step, config, and what else `save` was given."""
-    found = parse_json((folder / INFO).read_bytes(), folder / INFO)
+    found = parse_json((folder / INFO).read_bytes(), folder / INFO)  # the error of a missing file is the caller's
     if not isinstance(found, dict) or not type(found.get("step")) is type(found.get("position", 0)) is int:
         raise UserError(f"{folder / INFO} is damaged: step and position must be whole numbers")
     return found
@@ -316,19 +315,16 @@ def code_version() -> str:
     root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists():
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        try:
+        with suppress(OSError, subprocess.SubprocessError):
             return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            pass
-    try:
+    with suppress(metadata.PackageNotFoundError):
         return metadata.version("speaking-faces")
-    except metadata.PackageNotFoundError:
-        return "unknown"
+    return "unknown"
 
 
-def _fingerprints(folder: Path, rank: int) -> dict[str, list[int]]:
-    """Fingerprint the files that process `rank` wrote (0 writes `.metadata` too)."""
-    paths = sorted(folder.glob(f"__{rank}_*")) + ([folder / ".metadata"] if rank == 0 else [])
+def _fingerprints(folder: Path) -> dict[str, list[int]]:
+    """Fingerprint the files that this process wrote; the main one writes `.metadata` too."""
+    paths = sorted(folder.glob(f"__{distributed.rank()}_*")) + [folder / ".metadata"] * distributed.is_main()
     return {path.name: _fingerprint(path) for path in paths}
 
 

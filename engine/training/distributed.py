@@ -48,12 +48,10 @@ def patient_group() -> dist.ProcessGroup:
 
 def control() -> dist.ProcessGroup:
     """Return the group for objects and flags, which does not touch the device; all processes make it at first use."""
-    return _control(dist.group.WORLD)
+    return _group_beside(dist.group.WORLD)
 
 
-@lru_cache(maxsize=1)
-def _control(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    return patient_group()
+_group_beside = lru_cache(maxsize=1)(lambda world: patient_group())  # anew in each process group
 
 
 def shorten_timeouts() -> None:
@@ -115,11 +113,11 @@ def barrier() -> None:
 
 def mean(values: dict[str, float], device: torch.device) -> dict[str, float]:
     """Average every value over the processes; all must give the same keys."""
-    packed = torch.tensor([float(values[key]) for key in sorted(values)], dtype=torch.float64, device=device)
-    if dist.is_initialized() and len(values):
-        dist.all_reduce(packed)
-        packed /= world_size()
-    means = dict(zip(sorted(values), packed.tolist(), strict=True))
+    if not dist.is_initialized() or not values:
+        return values
+    packed = torch.tensor([values[key] for key in sorted(values)], dtype=torch.float64, device=device)
+    dist.all_reduce(packed)
+    means = dict(zip(sorted(values), (packed / world_size()).tolist()))
     return {key: means[key] for key in values}
 
 

@@ -22,9 +22,8 @@ from engine.files import atomic_output, report_os_errors
 from engine.publish import front_matter
 from engine.release import save_release, to_float16
 from engine.training import checkpoint
-from engine.training.lora import merged
-from engine.training.task import Release, Task
-from engine.untrusted import parse_json
+from engine.training.task import Release, Task, merged
+from engine.untrusted import parse_json, read_json
 
 DESCRIPTION, FILES = "release.json", "release_files"  # in a run's folder
 
@@ -48,13 +47,14 @@ def export(run: str | Path, folder: str | Path, step: int | None = None) -> Path
     Works in one process whichever way the checkpoint was written. Figures are those of the last validation up to it.
     """
     run = Path(run)
-    found = checkpoint.newest(run / "checkpoints") if step is None else run / "checkpoints" / f"step-{step:08d}"
+    root = run / "checkpoints"
+    found = checkpoint.newest(root) if step is None else checkpoint.folder_of(root, step)
     problem = "there is none" if found is None else checkpoint.damage(found) if step is not None else None
     if found is None or problem:
         raise UserError(f"{run} has no checkpoint to export{f' of step {step}' if step is not None else ''}: {problem}")
     try:
-        release = Release(**parse_json((run / DESCRIPTION).read_bytes(), run / DESCRIPTION))
-    except (OSError, ValueError, TypeError) as error:
+        release = Release(**read_json(run / DESCRIPTION))
+    except (ValueError, TypeError) as error:
         raise UserError(f"{run / DESCRIPTION} cannot be read ({error}): was the run started by train.py?") from error
     state, info = checkpoint.read(found, ("model.", "ema."))
     averaged = {k.removeprefix("ema."): v for k, v in state.items() if k.startswith("ema.")}

@@ -20,10 +20,7 @@ NAMES = ("loss", "grad_norm")
 
 
 class Skipped(NamedTuple):
-    """A skipped step: the first part that was not accepted, why, and how many in a row it is.
-
-    losses, keys: of this process's batches; `keys` of their samples, where the samples have some.
-    """
+    """A skipped step: the first part that was not accepted, why, losses and samples' keys of this process's batches."""
 
     step: int
     part: str
@@ -102,21 +99,15 @@ class StepGuard:
 
     def write_down(self, skip: Skipped, batches: list[dict[str, Any]]) -> None:
         """Add a line about a skipped step and all processes' batches. Raises OSError."""
-        for batch in batches:
-            batch["loss"] = batch["loss"] if isfinite(batch["loss"]) else str(batch["loss"])
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        batches = [b | {"loss": b["loss"] if isfinite(b["loss"]) else str(b["loss"])} for b in batches]
+        line = {"step": skip.step, "part": skip.part, "reason": skip.reason, "batches": batches}
         with self.path.open("a") as file:
-            line = {"step": skip.step, "part": skip.part, "reason": skip.reason, "batches": batches}
             file.write(json.dumps(line) + "\n")
 
     def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint, after `settle`. Synchronises with the device."""
-        figures = {
-            f"{part}/{name}": row
-            for part, rows in self.figures.items()
-            for name, row in zip(NAMES, rows.T.tolist())
-            if row[2]
-        }
+        columns = {part: zip(NAMES, figures.T.tolist()) for part, figures in self.figures.items()}
+        figures = {f"{part}/{name}": row for part, each in columns.items() for name, row in each if row[2]}
         return {"skipped": self.skipped, "skipped_in_a_row": self.in_a_row, "figures": figures}
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -14,14 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from engine.config import build, plain, target
 from engine.device import pick_device
-from engine.errors import UserError
+from engine.errors import UserError, require
 from engine.files import refuse_links, require_space, writable
 from engine.hub import release_folder
-from engine.media.limits import Limits, set_limits
 from engine.metrics.registry import metrics_of
-from engine.optional import require
 from engine.release import check_replaceable
-from engine.settings import make, require_range
+from engine.settings import Limits, make, require_range, set_limits
 from engine.shards.recordings import is_prepared, read_manifest
 from engine.shards.source import join, read_index
 from engine.training import checkpoint, distributed
@@ -84,9 +82,8 @@ def check_inputs(config: DictConfig) -> None:
         if isinstance(place, str) and not release_folder(place).exists():
             raise UserError(f"{key}={place}: there is no such file or folder")
     validation, splits = task.get("validation") or {}, (data.get("splits") or {}).get(data.get("version"))
-    clips = {"task.validate_clips": task.get("validate_clips"), "task.validation.clips": validation.get("clips")}
-    for key, count in clips.items():
-        require_range(key, 1 if count is None else count, 1, 10**6)
+    for key, count in (("validate_clips", task.get("validate_clips")), ("validation.clips", validation.get("clips"))):
+        require_range(f"task.{key}", 1 if count is None else count, 1, 10**6)
     metrics_of(validation.get("metrics") or ())
     for split in (data.get("held_out") or ()) if splits else ():
         if split not in splits:

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.errors import UserError
-from engine.media.limits import Limits
-from engine.settings import DEVICES, NEEDED, SEEDS, Group, group, setting
+from engine.settings import DEVICES, NEEDED, SEEDS, Group, Limits, group, setting
 
 
 @dataclass(frozen=True)
@@ -18,35 +17,20 @@ class TrainerConfig(Group, prefix="trainer."):
 
     steps: int = setting(1000, 1, 10**9, "optimiser steps of the whole run")
     batch_size: int = setting(16, 1, 10**6, "samples of a micro-batch in one process")
-    batch_tokens: int | None = setting(
-        None, 1, 10**9, "tokens of a micro-batch, padding included, instead of batch_size"
-    )
+    batch_tokens: int | None = setting(None, 1, 10**9, "tokens of a micro-batch with padding, instead of batch_size")
     by_length: bool = setting(False, about="group samples of similar length into a batch; always on with batch_tokens")
-    accumulate: int = setting(
-        1, 1, 10**6, "micro-batches per step; the global batch is batch_size x accumulate x processes"
-    )
+    accumulate: int = setting(1, 1, 10**6, "micro-batches a step; global batch: batch_size x accumulate x processes")
     global_batch_size: int | None = setting(
         None, 1, 10**9, "samples of a step over all processes, in micro-batches of at most batch_size; sets accumulate"
     )
     lr: float = setting(2e-4, 0.0, 10.0, "peak learning rate of AdamW")
     betas: tuple[float, float] = setting((0.9, 0.98), 0.0, 1 - 1e-9, "AdamW's betas")
-    weight_decay: float = setting(
-        0.01, 0.0, 100.0, "AdamW's weight decay of weight matrices; biases and norm gains have none"
-    )
+    weight_decay: float = setting(0.01, 0.0, 100.0, "AdamW's decay of weight matrices; biases and gains have none")
     warmup: int = setting(100, 0, 10**9, "steps of linear warm-up")
-    schedule: str = setting(
-        "cosine", choices=("constant", "cosine"), about="learning rate after warm-up: cosine or constant"
-    )
+    schedule: str = setting("cosine", choices=("constant", "cosine"), about="rate after warm-up: cosine or constant")
     min_lr_ratio: float = setting(0.1, 0.0, 1.0, "final learning rate of the cosine schedule as a fraction of lr")
-    clip: float | None = setting(
-        1.0,
-        1e-9,
-        1e9,
-        "largest gradient norm of each part, such as a GAN's two or HiCoDiT's adapter; null: no clipping",
-    )
-    ema_decay: float = setting(
-        0.999, 0.0, 1 - 1e-9, "decay of the averaged weights, which are validated and released; 0: no averaging"
-    )
+    clip: float | None = setting(1.0, 1e-9, 1e9, "largest gradient norm of each part, such as a GAN's two; null: any")
+    ema_decay: float = setting(0.999, 0.0, 1 - 1e-9, "decay of the averaged weights, which are released; 0: none")
     precision: str = setting("fp32", choices=("fp32", "bf16"), about="fp32, or bf16 for autocast")
     device: str = setting("cpu", choices=DEVICES, about="cpu, cuda or auto")
     parallel: str = setting(
@@ -54,9 +38,7 @@ class TrainerConfig(Group, prefix="trainer."):
         choices=("ddp", "fsdp", "hybrid"),
         about="how several processes share the model: ddp (copies), fsdp (shards), hybrid (shards within a machine)",
     )
-    checkpointing: bool = setting(
-        False, about="recompute the blocks' activations in the backward pass instead of storing them"
-    )
+    checkpointing: bool = setting(False, about="recompute the blocks' activations instead of storing them")
     compile: bool = setting(False, about="apply torch.compile to the blocks")
     workers: int = setting(0, 0, 256, "data loading processes of each training process")
     log_every: int = setting(20, 1, 10**9, "steps between log lines")
@@ -69,16 +51,12 @@ class TrainerConfig(Group, prefix="trainer."):
     )
     give_up_after: int = setting(10, 1, 10**9, "stop after this many skipped steps in a row (not finite, or spikes)")
     seed: int = setting(0, *SEEDS, "seed of initial weights, data order and all noise")
-    wandb: str = setting(
-        "off", choices=("off", "offline", "online"), about="off, offline or online; log.jsonl is always written"
-    )
+    wandb: str = setting("off", choices=("off", "offline", "online"), about="off, offline or online, beside log.jsonl")
     tensorboard: bool = setting(False, about="write TensorBoard event files into RUN/tensorboard")
     peak_tflops: float | None = setting(
         None, 1e-9, 1e9, "peak of the device for the MFU in the log; null: bf16 peak in the data sheet of known GPUs"
     )
-    profile: int = setting(
-        0, 0, 10_000, "number of steps traced by torch.profiler into RUN/profile/, from the sixth on"
-    )
+    profile: int = setting(0, 0, 10_000, "steps traced by torch.profiler into RUN/profile/, from the sixth on")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,9 +96,7 @@ class TrainerConfig(Group, prefix="trainer."):
 class LoRAConfig(Group, prefix="lora."):
     """Settings of low-rank adaptation."""
 
-    rank: int = setting(
-        0, 0, 2**14, "rank of the LoRA updates, which are merged into the release; 0: train all weights"
-    )
+    rank: int = setting(0, 0, 2**14, "rank of the LoRA updates, merged into the release; 0: train all weights")
     alpha: float = setting(16.0, 1e-9, 1e9, "the LoRA updates are scaled by alpha / rank")
 
 
@@ -130,13 +106,8 @@ class TrainConfig(Group):
 
     name: str = setting(NEEDED, about="name of the run; default: the experiment's name")
     run: str = setting("runs/${name}", about="folder of the run: checkpoints, log.jsonl, validation results, release")
-    fresh: bool = setting(
-        False,
-        about="true deletes the run's checkpoints and starts from step 0; false resumes from the last checkpoint",
-    )
-    init: str | None = setting(
-        None, about="release folder, or OWNER/NAME on the Hugging Face hub, with the initial weights"
-    )
+    fresh: bool = setting(False, about="true deletes the run's checkpoints; false resumes from the last checkpoint")
+    init: str | None = setting(None, about="release folder, or OWNER/NAME on the hub, with the initial weights")
     lora: LoRAConfig = group(LoRAConfig)
     limits: Limits = group(Limits, about="larger inputs are rejected before they are decoded")
     trainer: TrainerConfig = group(TrainerConfig)

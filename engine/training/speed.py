@@ -16,16 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 # Dense bf16 tensor-core TFLOP/s without sparsity, as in NVIDIA's data sheets of the products (H100, H200 and B200 state
 # twice the figure, with sparsity). The first name that is found in the device's name counts.
 PEAKS = {
-    "B200": 2250.0,
-    "H200": 989.4,
-    "H100 PCIe": 756.0,
-    "H100": 989.4,
-    "A100": 312.0,
-    "L40S": 362.1,
-    "L40": 181.1,
-    "L4": 121.0,
-    "RTX 4090": 165.2,
-}
+    "B200": 2250.0, "H200": 989.4, "H100 PCIe": 756.0, "H100": 989.4, "A100": 312.0, "L40S": 362.1, "L40": 181.1,
+    "L4": 121.0, "RTX 4090": 165.2,
+}  # fmt: skip
 _ATEN = torch.ops.aten
 
 

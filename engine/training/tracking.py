@@ -22,11 +22,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from engine.errors import UserError
+from engine.errors import UserError, require
 from engine.files import atomic_output, report_os_errors
 from engine.media.audio import mel_picture
 from engine.media.video import read_video
-from engine.optional import require
 from engine.training.export import read_log
 from engine.training.settings import TrainerConfig
 from engine.training.speed import Utilisation
@@ -64,8 +63,7 @@ class Tracker:
         with atomic_output(path) as partial:  # a kill must not cost the log of the steps before
             partial.write_text("".join(f"{line}\n" for line in kept))
         self._file = path.open("a")
-        self._wandb = _begin_wandb(run, wandb, config) if wandb != "off" else None
-        self._events = None
+        self._wandb, self._events = _begin_wandb(run, wandb, config) if wandb != "off" else None, None
         if tensorboard:
             writer = require("torch.utils.tensorboard", "TensorBoard", "tensorboard").SummaryWriter
             self._events = writer(run / "tensorboard", purge_step=start[0] + 1 if start[0] else None)
@@ -91,18 +89,15 @@ class Tracker:
             name = f"validation/{path.relative_to(folder).with_suffix('').as_posix()}"
             match path.suffix.lower():
                 case ".wav":
-                    self._sound(f"{name}/sound", path, step)
+                    self._to_wandb("Audio", f"{name}/sound", str(path), step)
+                    if self._events:
+                        wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
+                        self._events.add_audio(f"{name}/sound", wave.mean(1)[None], step, sample_rate=rate)
                     self._picture(f"{name}/spectrogram", spectrogram(path), step)
                 case ".png" | ".jpg":
                     self._picture(f"{name}/picture", np.asarray(Image.open(path).convert("RGB")), step)
                 case ".mp4":
                     self._video(f"{name}/video", path, step)
-
-    def _sound(self, name: str, path: Path, step: int) -> None:
-        self._to_wandb("Audio", name, str(path), step)
-        if self._events:
-            wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
-            self._events.add_audio(name, wave.mean(1)[None], step, sample_rate=rate)
 
     def _picture(self, name: str, picture: np.ndarray, step: int) -> None:
         """Show a picture (H, W, 3) uint8."""
@@ -222,9 +217,8 @@ def first_line(
     """Say what is trained, by part, how long and on what."""
     counts = {part: sum(p.numel() for p in each.values()) / 1e6 for part, each in parameters.items()}
     parts = ", ".join(f"{part} ({count:.2f} M parameters)" for part, count in counts.items())
-    way = f" ({config.parallel})" if processes > 1 else ""
-    left = f"{config.steps - step:,} of {config.steps:,} steps"
-    return f"training {parts}; {left} to go on {processes} x {device}{way}, {config.precision}"
+    place = f"{processes} x {device}" + (f" ({config.parallel})" if processes > 1 else "")
+    return f"training {parts}; {config.steps - step:,} of {config.steps:,} steps to go on {place}, {config.precision}"
 
 
 def progress_line(

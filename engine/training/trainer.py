@@ -23,7 +23,7 @@ from torch import Tensor
 
 from engine.device import pick_device
 from engine.errors import UserError
-from engine.evaluation.shares import ByClip, Share, figures_of
+from engine.evaluation.validation import ByClip, Share, figures_of
 from engine.files import refuse_links
 from engine.seeding import seed_for
 from engine.settings import make
@@ -124,7 +124,10 @@ class Trainer:
                         tokens.append(self._train_step(batches, window))
                     if trace:
                         trace.step()
-                    stopping = self._agree_to_stop(stop.asked)
+                    failing = bool(self.write_error or self.checkpoints.problem)
+                    stopping, failed = self.agreement.reach(stop.asked, failing)  # in any process
+                    if failed:
+                        self._stop_on_write_error()
                     if window.steps == 1:
                         distributed.shorten_timeouts()  # what starts slowly has started
                     last = stopping or self.step == c.steps
@@ -144,13 +147,6 @@ class Trainer:
             self.checkpoints.abandon()  # nothing is in work unless this process fails
             if tracker:
                 tracker.close()
-
-    def _agree_to_stop(self, asked: bool) -> bool:
-        """Return whether any process was asked to stop; end all if one could not write something."""
-        stopping, failed = self.agreement.reach(asked, bool(self.write_error or self.checkpoints.problem))
-        if failed:
-            self._stop_on_write_error()
-        return stopping
 
     def validate(self, tracker: Tracker | None = None) -> dict[str, float]:
         """Validate the averaged weights, each process its share of the clips; return the figures on rank 0, else {}."""

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.device import send
 from engine.errors import UserError
-from engine.nn.transfer import send
 from engine.official import numbered, rename_all, sizes_of
 from engine.release import build_with
 from engine.safe_pickle import plain, read_checkpoint

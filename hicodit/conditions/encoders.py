@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.device import send
 from engine.errors import UserError
 from engine.faces.crops import crop_face, crop_mouth
 from engine.faces.track import FaceTrack
-from engine.nn.transfer import send
 from engine.settings import Group, setting
 from hicodit.conditions.types import EXPRESSIONS
 from hicodit.layers import AdaLNBlock, modulation_layer, rotary_table

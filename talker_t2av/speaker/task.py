@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.evaluation.shares import Share
+from engine.evaluation.validation import Share
 from engine.media.audio import read_audio
 from engine.release import load_strict
 from engine.shards.reader import ShardSplit

@@ -9,8 +9,7 @@ import transformers
 
 from corpora.preparation.engines import Emotion2Vec, VoiceWindows, Wav2Vec2, Whisper
 from engine.errors import UserError
-from engine.evaluation.shares import figures_of
-from engine.evaluation.validation import measure_clips, words_by
+from engine.evaluation.validation import figures_of, measure_clips, words_by
 from engine.media.audio import read_audio
 from tests.rehearsal import stand_ins
 

@@ -19,8 +19,8 @@ from corpora.preparation.steps import Steps
 from engine.config import load
 from engine.errors import UserError
 from engine.media.audio import write_wav
-from engine.media.limits import LIMITS
 from engine.media.video import write_video
+from engine.settings import LIMITS
 from engine.shards.writer import read_members
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,7 +17,7 @@ from corpora.preparation.sources import Synthetic
 from corpora.preparation.steps import Steps
 from engine.config import load as load_config
 from engine.errors import UserError
-from engine.faces.clip import find_face
+from engine.faces.clip import find_faces
 from engine.media.audio import read_audio, resample, write_wav
 from engine.media.video import read_video, write_video
 from engine.metrics.speaker import GE2EEncoder
@@ -83,7 +83,7 @@ def test_the_stages_make_what_the_networks_make(corpus, tmp_path):
 
     codec, ge2e = RVQCodec.from_pretrained("assets/rvq_tiny"), GE2EEncoder()
     frames, wave = read_video(corpus / "train" / "a.mp4", 25), read_audio(corpus / "train" / "a.wav", 24_000)
-    track, sizes = find_face([frames], 25), encoder_config({})
+    track, sizes = find_faces([frames], 25)[0], encoder_config({})
     pictures = [6, 12, 17, 23]  # of 30 frames
     sound = torch.from_numpy(wave)[None, None]
     expected = {

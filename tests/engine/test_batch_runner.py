@@ -8,9 +8,9 @@ from functools import partial
 import pytest
 
 from engine.batch_runner import run_batches
-from engine.cluster import ClusterConfig
 from engine.errors import UserError
 from engine.progress import Progress, stage
+from engine.settings import ClusterConfig
 
 
 class Numbers:

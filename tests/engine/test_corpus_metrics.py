@@ -3,12 +3,10 @@
 import numpy as np
 import pytest
 
-from engine.metrics.endings import Endings
 from engine.metrics.metric import Sound, Take
-from engine.metrics.own_voice import OwnVoice, nearest
-from engine.metrics.prosody import Prosody, spans_around_change
 from engine.metrics.registry import metric_of
-from engine.metrics.speech import loudness, speech_end, synchrony
+from engine.metrics.speaker import OwnVoice, nearest
+from engine.metrics.speech import Endings, Prosody, loudness, spans_around_change, speech_end, synchrony
 from engine.metrics.words import WordErrors
 
 RATE = 24_000

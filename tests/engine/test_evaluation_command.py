@@ -280,7 +280,7 @@ def test_words_outside_the_grammar_stand_beside_the_others(monkeypatch, folders,
 
 def test_a_result_that_is_no_number_is_no_measurement(monkeypatch, folders, capsys):
     pytest.importorskip("pystoi")
-    from engine.metrics.stoi import STOI
+    from engine.metrics.quality import STOI
 
     measured = STOI.measure
     values = iter([float("nan")])
@@ -300,7 +300,7 @@ def test_a_manifest_that_names_the_outputs(monkeypatch, folders, capsys):
 
 def test_a_second_run_measures_nothing_again(monkeypatch, folders):
     pytest.importorskip("pystoi")
-    from engine.metrics.stoi import STOI
+    from engine.metrics.quality import STOI
 
     words = ("table=codec", "metrics=[stoi]", f"outputs={folders}/good", "media=false")
     _, first = run(monkeypatch, folders, *words)

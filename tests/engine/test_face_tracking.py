@@ -9,7 +9,7 @@ import pytest
 from drawn_faces import draw_face, scene, talking_head
 
 from engine.errors import UserError
-from engine.faces.clip import ClipFrames, find_face, place_face
+from engine.faces.clip import ClipFrames, find_faces, place_face
 from engine.faces.detectors import FRONTAL, HaarDetector, YuNetDetector, box_of_points, with_points
 from engine.faces.strip import Strip
 from engine.faces.track import DETECT_EVERY, read_boxes, track_faces, track_of_boxes
@@ -266,7 +266,7 @@ def test_a_small_face_in_a_large_file_is_cut_from_larger_frames(tmp_path):
     frame[300:428, 900:1028] = head
     write_video(tmp_path / "large.mp4", [frame] * 10, 25)
     clip = ClipFrames(tmp_path / "large.mp4", 25.0)
-    track = find_face(clip, 25.0)
+    track = find_faces(clip, 25.0)[0]
     assert clip.size == (360, 640) and clip.display_size == (720, 1280)
     sharp, moved = clip.sharper(track)
     assert sharp.max_side == 1280 and np.abs(middle(moved) - 964).max() < 16
@@ -295,5 +295,5 @@ def test_face_that_speaks_is_chosen(speaker, sound):
         for side, opening in enumerate(openings):
             x, y = 160 * side + 20 + round(6 * np.sin(i / 5)), 4 + round(3 * np.sin(i / 7))
             video[i, y : y + 112, x : x + 112] = draw_face(opening[i], 112)
-    track = find_face([video[:40], video[40:]], 25.0, "speaking", wave=wave if sound else None)
+    track = find_faces([video[:40], video[40:]], 25.0, "speaking", wave=wave if sound else None)[0]
     assert abs(middle(track).mean() - (76 + 160 * speaker)) < 12

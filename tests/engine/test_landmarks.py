@@ -13,7 +13,7 @@ import pytest
 from drawn_faces import scene, talking_head
 
 from engine.errors import UserError
-from engine.faces.clip import ClipFrames, find_face, place_landmarks
+from engine.faces.clip import ClipFrames, find_faces, place_landmarks
 from engine.faces.detectors import box_of_points, five_points
 from engine.faces.landmarks import Dlib68, NearestFace, add_landmarks, landmark_source, read_landmarks, write_faces
 from engine.faces.track import track_of_boxes
@@ -113,7 +113,7 @@ def test_dlib_finds_drawn_faces():
         (talking_head(10), 128, 0),
         (scene(10, [lambda i: (90, 10, 96)]), 96, np.array([90, 10])),
     ):
-        found = add_landmarks([clip], find_face([clip], 25.0), Dlib68()).landmarks
+        found = add_landmarks([clip], find_faces([clip], 25.0)[0], Dlib68()).landmarks
         true = np.array([[49, 60], [79, 60], [64, 76], [50, 90], [78, 90]]) * side / 128 + corner
         off = np.linalg.norm(five_points(found) - true, axis=-1).mean(0) / (30 * side / 128)
         assert off.max() < 0.2  # of the eyes' distance; drawn eyes have no corners
@@ -124,7 +124,7 @@ def test_tracked_landmarks_are_those_of_dlib_alone_on_a_real_clip():
     if not SAMPLE.is_file():
         pytest.skip("no real clip in ../shared/samples")
     clip = ClipFrames(SAMPLE, 25.0, frames=41)
-    track = add_landmarks(clip, find_face(clip, 25.0), Dlib68())
+    track = add_landmarks(clip, find_faces(clip, 25.0)[0], Dlib68())
     finder, frames = Dlib68(), read_video(SAMPLE, 25)
     poses = mouth_poses(track.landmarks)
     for i in range(0, 41, 8):

@@ -6,7 +6,7 @@ from toy_task import ToyGAN
 
 import train
 from engine.errors import UserError
-from engine.training.lora import merged
+from engine.training.task import merged
 
 
 class Adaptable(ToyGAN):

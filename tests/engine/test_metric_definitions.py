@@ -339,7 +339,7 @@ def test_lip_sync_scores_the_cut_faces(monkeypatch, tmp_path, voice):
             return type("Score", (), {"confidence": 6.5, "distance": 7.5, "offset": 1})
 
     monkeypatch.setattr(
-        lip_sync, "find_face", lambda *_: type("Track", (), {"boxes": np.tile([10, 10, 40, 40], (20, 1))})
+        lip_sync, "find_faces", lambda *_: [type("Track", (), {"boxes": np.tile([10, 10, 40, 40], (20, 1))})]
     )
     metric = object.__new__(lip_sync.LipSync)
     metric.network = Network()

@@ -10,14 +10,13 @@ import pytest
 
 from engine.errors import UserError
 from engine.evaluation import validation
-from engine.evaluation.shares import figures_of
+from engine.evaluation.validation import figures_of
 from engine.metrics.metric import Figure, Metric, Sound, Take
-from engine.metrics.pesq import pesq_score
 from engine.metrics.phonemes import PhonemeErrors
+from engine.metrics.quality import pesq_score, stoi
 from engine.metrics.recogniser import CorpusRecogniser, Recogniser
 from engine.metrics.speaker import GE2EEncoder
 from engine.metrics.speech import pitch
-from engine.metrics.stoi import stoi
 
 RATE = 24_000
 GRAMMAR = """#JSGF V1.0;

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.errors import UserError
-from engine.metrics.syncnet import SHIFT, SyncNet, mfcc, sync_score
+from engine.metrics.lip_sync import SHIFT, SyncNet, mfcc, sync_score
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "conditions"
 

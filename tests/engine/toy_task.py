@@ -10,7 +10,7 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
-from engine.evaluation.shares import ByClip
+from engine.evaluation.validation import ByClip
 from engine.training.settings import TrainerConfig
 from engine.training.task import Release, Task
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from engine.config import load
 from engine.errors import UserError
+from engine.evaluation.validation import ALONE, figures_of
 from engine.official import rename
 from hicodit.conditions import avhubert, encoder_config, released
 from hicodit.conditions.arcface import ArcFace
@@ -306,7 +307,7 @@ def test_held_out_losses_need_no_encoder_and_no_recogniser(system, release, shar
         first = task.held_out_losses("both")
         torch.manual_seed(0)
         assert task.held_out_losses("both") == first and first["loss"] > first["dse"] > 0 and calls == []
-        results = task.validate(0, tmp_path)
+        results = figures_of([task.measure(0, tmp_path, ALONE)])
     assert results.keys() == {"loss_both", "dse_both"}
 
 
@@ -329,7 +330,7 @@ def test_features_of_other_encoders_are_one_line_in_training_and_inference(syste
         released_task(system, release, shards, index=str(other), init=str(tmp_path / "release"))
     wrong = released_task(system, release, shards, index=str(other), validate_splits=["both"]).eval()
     with pytest.raises(UserError, match="was made with lip"):
-        wrong.validate(0, tmp_path)
+        figures_of([wrong.measure(0, tmp_path, ALONE)])
     pipeline = HiCoDiTPipeline.from_pretrained(tmp_path / "release", codec=release.parent / "codec")
     assert pipeline.system.encoders.expected["lip"] == made["lip"]
     pipeline.system.encoders.expected["face_identity"] = "0000abcd"

@@ -222,9 +222,9 @@ JSON = {  # a text, and the line
     b"\xff\xfe\x00": "it cannot be read as JSON",
 }
 MANIFESTS = {  # lines of a list of clips, and what is said of them
-    '{"id": "../../x"}\n': "train.jsonl, clip 1: id",
-    '{"text": "x"}\n': "train.jsonl, clip 1: id",
-    "7\n": "train.jsonl, clip 1: id",
+    '{"id": "../../x"}\n': "train.jsonl, line 1: id",
+    '{"text": "x"}\n': "train.jsonl, line 1: id",
+    "7\n": "train.jsonl, line 1: id",
     '{"id": "a"}\n{"id": \n': "train.jsonl, line 2 cannot be read",
 }
 SIDECARS = {(0, 10**15): "outside its shard", (-9, 9): "outside its shard", (0, 10**40): "is damaged"}

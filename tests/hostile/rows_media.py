@@ -20,10 +20,9 @@ from engine.config import CONFIGS, load
 from engine.faces.track import read_boxes
 from engine.media.audio import read_audio, read_voice, write_wav
 from engine.media.ffmpeg import probe
-from engine.media.limits import LIMITS, Limits, set_limits
 from engine.media.video import read_video
 from engine.safe_pickle import read_checkpoint, read_matrix
-from engine.settings import require_range
+from engine.settings import LIMITS, Limits, require_range, set_limits
 from engine.training.export import Release, write
 from hicodit.settings import find_clips
 from hicodit.system import HiCoDiTSystem

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from hostile.rows_files import BAD_NAMES, NAME
 
-from engine.cluster import check_place
 from engine.faces.track import read_face
+from engine.settings import check_place
 from hicodit.settings import find_clips
 from service.voices import Voices
 

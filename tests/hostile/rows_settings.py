@@ -6,8 +6,7 @@ import dataclasses
 import math
 from functools import partial
 
-from engine.media.limits import Limits
-from engine.settings import require_range
+from engine.settings import Limits, require_range
 from engine.training.settings import TrainerConfig
 from hicodit.conditions.avhubert import AVHubertConfig
 from hicodit.conditions.encoders import TinyEncoderConfig

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engine.errors import UserError
+from engine.evaluation.validation import ALONE, figures_of
 from engine.media.video import write_video
 from engine.metrics.picture import psnr, ssim, ssim_map
 from lia_x import LiaX, data
@@ -209,7 +210,7 @@ def test_decoder_alone_goes_on_from_a_release(tmp_path):
 def test_validation_measures_and_draws(corpus, tmp_path, shares_give_the_same_figures):
     validation = {"root": str(corpus), "splits": ["train"], "clips": 2, "regions": {"low": BOX}}
     task = make_task(validation=validation).eval()
-    results = task.validate(0, tmp_path)
+    results = figures_of([task.measure(0, tmp_path, ALONE)])
     names = ("psnr", "ssim", "low_psnr", "low_movement", "roughness")
     assert set(results) == {f"train/{name}" for name in names}
     assert (tmp_path / "train.png").is_file()
@@ -217,7 +218,7 @@ def test_validation_measures_and_draws(corpus, tmp_path, shares_give_the_same_fi
     clips = list(rebuild_clips(task.codec, corpus, "train", 1).values())
     assert strip(clips, columns=3).shape == (64, 96, 3)
     assert np.abs(clips[0].true.astype(int) - moving_square(10)).mean() < 8
-    assert make_task().validate(0, tmp_path) == {}
+    assert figures_of([make_task().measure(0, tmp_path, ALONE)]) == {}
 
 
 def test_measures_of_known_clips():

@@ -21,7 +21,7 @@ from engine.errors import UserError
 from engine.evaluation.clips import read_corpus
 from engine.media.audio import read_audio, write_wav
 from engine.media.video import read_video, write_video
-from engine.metrics.synchrony import _reader
+from engine.metrics.speech import _reader
 from hicodit.evaluate import exchange
 from scripts import benchmark, evaluate
 from talker_t2av.evaluate import write_outputs

@@ -8,7 +8,7 @@ import pytest
 from drawn_faces import draw_face, scene
 
 from engine.errors import UserError
-from engine.faces.square import centre_square, portrait_square
+from engine.faces.crops import centre_square, portrait_square
 from engine.media.video import read_video, write_video
 from talker_t2av.faces import Square, find_square, read_square
 

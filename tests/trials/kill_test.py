@@ -43,7 +43,7 @@ import torch._dynamo  # optimisers import it at their first step: here it is onc
 from torch import Tensor, nn
 
 from engine.errors import UserError, run_cli
-from engine.evaluation.shares import Share
+from engine.evaluation.validation import Share
 from engine.record import write_record
 from engine.training import checkpoint, distributed
 from engine.training.settings import TrainerConfig

@@ -45,13 +45,13 @@ def trace(program: str, arguments: list[str]) -> list[CodeType]:
 
 
 if __name__ == "__main__":
-    words = [word for word in sys.argv[1:] if word != "--list"]
+    words, listed = [word for word in sys.argv[1:] if word != "--list"], "--list" in sys.argv
     functions = trace(words[0], words[1:])
     files = [code.co_filename.removeprefix(f"{ROOT}/") for code in functions]
     steps = [(a, b) for a, b in pairwise(files) if a != b]
     returns = sum(b in files[: i + 1] for i, (a, b) in enumerate(pairwise(files)) if a != b)
     lines = sum(max(line or 0 for *_, line in code.co_lines()) - code.co_firstlineno + 1 for code in functions)
-    for file in dict.fromkeys(files) if "--list" in sys.argv else ():
+    for file in dict.fromkeys(files) if listed else ():
         print(f"{file}: {', '.join(code.co_qualname for code, f in zip(functions, files) if f == file)}")
     counts = f"{len(set(files))} files, {len(functions)} functions of {lines:,} lines"
     print(f"{counts}, {len(set(steps))} arrows between files, {returns} returns")

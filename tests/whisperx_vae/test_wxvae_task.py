@@ -9,6 +9,7 @@ from transformers import WhisperConfig, WhisperModel
 
 from engine.config import load
 from engine.errors import UserError
+from engine.evaluation.validation import ALONE, figures_of
 from engine.media.audio import write_wav
 from engine.shards.recordings import load_clips
 from tests.releases import write_release
@@ -187,7 +188,7 @@ def test_a_given_whisper_is_frozen(tmp_path):
 
 def test_validation_and_release(corpus, tmp_path, shares_give_the_same_figures):
     task = make_task(validation={"root": corpus, "splits": ["seen"], "clips": 2}).eval()
-    results = task.validate(0, tmp_path)
+    results = figures_of([task.measure(0, tmp_path, ALONE)])
     assert {"seen/mel", "seen/latent_std", "seen/latent_speed"} <= results.keys()
     assert (tmp_path / "seen-decoded.wav").is_file()
     shares_give_the_same_figures(task)
@@ -202,7 +203,7 @@ def test_validation_and_release(corpus, tmp_path, shares_give_the_same_figures):
 
 def test_figures_of_latents(corpus, tmp_path):
     task = make_task(validation={"root": corpus, "splits": ["seen"], "clips": 2}).eval()
-    results = task.validate(0, tmp_path)
+    results = figures_of([task.measure(0, tmp_path, ALONE)])
     latents = torch.cat(
         [task.codec.encode(torch.from_numpy(c.wave)[None, None])[0] for c in load_clips(corpus, "seen", 2, 24_000)]
     )

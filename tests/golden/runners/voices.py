@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.metrics.lip_sync import SyncNet, mfcc, sync_score
 from engine.metrics.speaker import GE2EEncoder
-from engine.metrics.syncnet import SyncNet, mfcc, sync_score
 from engine.official import rename_all
 from engine.release import build_with
 from hicodit.conditions.poster2 import POSTER2

@@ -1,0 +1,133 @@
+"""Opinions and intelligibility that programs compute for speech.
+
+- DNSMOS, predicted opinion of quality, 1 to 5, without a reference: `p808`, Reddy et al. 2021, arXiv:2010.15258
+  (HiCoDiT's, as its true-speech rows say); `p835`, the overall score of Reddy et al. 2022, arXiv:2110.01763. The
+  package speechmos (MIT) carries both networks. Clips under 9 s are repeated, longer ones averaged over windows, as its
+  authors do.
+- UTMOS, predicted opinion of naturalness, 1 to 5, without a reference (Saeki et al. 2022, arXiv:2204.02152): the strong
+  learner of utmos22, by the package utmos-pytorch (MIT), which states that it equals the original; weights MIT. One
+  clip at a time: padding moves the score.
+- PESQ, quality against the true speech: narrow band at 8 kHz (ITU-T P.862), wide band at 16 kHz (P.862.2), by the
+  package pesq (MIT), which wraps the ITU's program.
+- STOI (Taal et al. 2011) and ESTOI (Jensen & Taal 2016), intelligibility against the true speech, by the package pystoi
+  (MIT).
+
+PESQ and STOI take time-aligned waves, the longer one cut.
+
+Axes: N samples.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from engine.errors import UserError, require, require_librosa
+from engine.media.audio import resample
+from engine.metrics.metric import Figure, Metric, Take, wave_of
+from engine.release import load_strict
+from engine.safe_pickle import read_checkpoint
+
+RATE = 16_000
+BANDS = {"wb": 16_000, "nb": 8_000}  # sample rates of PESQ's two bands
+
+
+class DNSMOS(Metric):
+    figures: ClassVar = {"dnsmos": Figure("DNSMOS", 1, meaning="predicted opinion of speech quality, 1 to 5")}
+    needs = ("speechmos", "onnxruntime", "librosa")
+    protocols = ("p808", "p835")
+
+    def load(self) -> None:
+        require_librosa()
+        package = require("speechmos.dnsmos", "speechmos", "metrics")
+        folder, options = Path(package.__file__).parent / "dnsmos_models", package.ort.SessionOptions()
+        options.intra_op_num_threads = 1  # the package takes all cores, which other processes use, too
+        self.model = package.DNSMOS.__new__(package.DNSMOS)
+        self.model.onnx_sess = package.ort.InferenceSession(str(folder / "sig_bak_ovr.onnx"), options)
+        self.model.p808_onnx_sess = package.ort.InferenceSession(str(folder / "model_v8.onnx"), options)
+
+    def measure(self, take: Take, truth: Take) -> dict[str, Any]:
+        scores = self.model(wave_of(take.audio, RATE).clip(-1, 1), RATE, False)
+        return {"dnsmos": (float(scores["p808_mos" if self.protocol == "p808" else "ovrl_mos"]), 1)}
+
+
+class UTMOS(Metric):
+    figures: ClassVar = {"utmos": Figure("UTMOS", 1, meaning="predicted opinion of naturalness, 1 to 5")}
+    needs = ("utmos_pytorch",)
+    names = ("utmos_state_dict.pt",)
+    parallel = False
+
+    def load(self) -> None:
+        package = require("utmos_pytorch.utmos_torch", "utmos-pytorch", "metrics")
+        (file,) = self.files(self.protocol, self.weights)
+        with torch.device("meta"):  # the package itself passes over tensors that are missing
+            load_strict(package.UTMOSModel(), dict(read_checkpoint(file)), file, assign=True)
+        self.network = package.UTMOSScoreTorch(str(file), self.device)
+
+    @torch.inference_mode()
+    def measure(self, take: Take, truth: Take) -> dict[str, Any]:
+        wave = torch.from_numpy(wave_of(take.audio, RATE).copy()).to(self.device)
+        return {"utmos": (float(self.network.score(wave[None]).reshape(-1)[0]), 1)}
+
+
+def pesq_score(reference: np.ndarray, degraded: np.ndarray, rate: int, band: str = "wb") -> float:
+    """Return PESQ, about 1.0 to 4.6; both (N,) at `rate` Hz; `band` is wb or nb."""
+    pesq, own = require("pesq", "pesq"), BANDS[band]
+    pair = [resample(torch.as_tensor(np.asarray(x), dtype=torch.float32), rate, own) for x in (reference, degraded)]
+    try:
+        return float(pesq.pesq(own, pair[0].numpy(), pair[1].numpy(), band))
+    except pesq.PesqError as error:  # such as no utterance, or under a quarter of a second
+        raise UserError(f"PESQ cannot be computed: {error.args[0].decode()}") from error
+    except ValueError as error:  # levels of almost nothing are no numbers for it
+        raise UserError("PESQ cannot be computed: one of the two is silent, or almost") from error
+
+
+class PESQ(Metric):
+    figures: ClassVar = {
+        "pesq_wide": Figure("PESQ wide", 1, meaning="perceived quality against the true speech, 16 kHz"),
+        "pesq_narrow": Figure("PESQ narrow", 1, meaning="perceived quality against the true speech, 8 kHz"),
+    }
+    needs = ("pesq",)
+    pair, cuts = True, True
+
+    def measure(self, take: Take, truth: Take) -> dict[str, Any]:
+        true, made = wave_of(truth.audio, RATE), wave_of(take.audio, RATE)
+        length = min(len(true), len(made))
+        pair = true[:length], made[:length], RATE
+        return {"pesq_wide": (pesq_score(*pair, "wb"), 1), "pesq_narrow": (pesq_score(*pair, "nb"), 1)}
+
+
+def stoi(reference: np.ndarray, degraded: np.ndarray, rate: int, extended: bool = False) -> float:
+    """Return STOI, about 0 to 1; both (N,) at `rate` Hz, time-aligned. The longer wave is cut to the shorter one.
+
+    With `extended` it is ESTOI, which correlates whole spectra and so also counts modulated noise. Less than 0.4 s of
+    speech is refused: pystoi warns and gives 0.00001, which is no measurement.
+    """
+    length = min(len(reference), len(degraded))
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        value = float(require("pystoi", "pystoi").stoi(reference[:length], degraded[:length], rate, extended))
+    if any("Not enough STFT frames" in str(warning.message) for warning in given):
+        raise UserError("STOI cannot be computed: the two have less than 0.4 s of speech in common")
+    return value
+
+
+class STOI(Metric):
+    figures: ClassVar = {"stoi": Figure("STOI", 1, 3, meaning="intelligibility against the true speech, 0 to 1")}
+    needs = ("pystoi",)
+    version = 2
+    pair, cuts = True, True
+    extended: ClassVar[bool] = False
+
+    def measure(self, take: Take, truth: Take) -> dict[str, Any]:
+        (figure,) = self.figures
+        return {figure: (stoi(wave_of(truth.audio, RATE), wave_of(take.audio, RATE), RATE, self.extended), 1)}
+
+
+class ESTOI(STOI):
+    figures: ClassVar = {"estoi": Figure("ESTOI", 1, 3, meaning="extended STOI against the true speech, 0 to 1")}
+    extended = True
