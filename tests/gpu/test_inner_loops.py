@@ -1,16 +1,14 @@
 """The inner loops of both models on a CUDA device that is not there: no host read, no shape that depends on data."""
 
-from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
+from benchmarks.common import Operators
 from engine.cuda_graph import GraphedSteps, map_tensors
 from engine.precision import convert_matrices
 from hicodit import samplers
@@ -119,23 +117,14 @@ def test_the_fake_device_sees_a_host_read():
 
 
 def run_patches(rows, requests, mode=nullcontext):
-    """Talker: three steps of `rows` on the fake device; a read of the stop tests finds that no row has ended.
+    """Run three steps of Talker's `rows` on the fake device, in the context `mode`; return the operators.
 
-    mode: context of the three steps.
-
-    Returns:
-        The operators, and how often the stop tests were read.
+    Whole pipelines, in `test_talker_pipelines`, show which values the host reads.
     """
     for asked in requests:
         rows.join(asked)
-    shapes, reads, model = map_tensors(lambda x: x.shape, rows.state), [], rows.model
-    with (
-        fake_cuda() as operators,
-        torch.inference_mode(),
-        mock.patch.object(
-            FakeTensor, "cpu", lambda x: reads.append(x) or SimpleNamespace(tolist=lambda: [99] * len(x))
-        ),
-    ):
+    shapes, model = map_tensors(lambda x: x.shape, rows.state), rows.model
+    with fake_cuda() as operators, torch.inference_mode():
         rows.device, rows.model = CUDA, faked(model)
         rows.heads = {"speech": rows.model.speech_cfm, "motion": rows.model.motion_cfm}
         rows.encoders = {"speech": rows.model.speech_tokens, "motion": rows.model.motion_tokens}
@@ -151,7 +140,7 @@ def run_patches(rows, requests, mode=nullcontext):
                 rows.step()
     assert all(patch.shape[1] == 4 for patch in (rows.patch.speech, rows.patch.motion) if patch is not None)
     assert map_tensors(lambda x: x.shape, rows.state) == shapes
-    return operators, len(reads)
+    return operators
 
 
 def half_rows(dtype=torch.bfloat16, steps=3, guidance=2.0, model=None, **how):
@@ -164,44 +153,30 @@ def half_rows(dtype=torch.bfloat16, steps=3, guidance=2.0, model=None, **how):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_a_patch_waits_for_nothing(guidance, dtype):
-    operators, _ = run_patches(half_rows(dtype, guidance=guidance), [request(), request(9)])
+    operators = run_patches(half_rows(dtype, guidance=guidance), [request(), request(9)])
     assert {d for name, d in operators.types if name == "linear"} == {dtype, torch.float32}  # stop
-
-
-class Launches(TorchDispatchMode):
-    """Counts operators that start a kernel on CUDA: those that are neither views nor allocations."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __enter__(self):
-        self.counts.clear()  # attention of the prompts
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
-        view = any(result.alias_info is not None and not result.alias_info.is_write for result in func._schema.returns)
-        if not view and not name.startswith(("empty", "new_empty", "detach", "_unsafe_view", "prim::")):
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
-
-    def attention(self, q, k, v, **_):
-        """Attention is one kernel on CUDA; fake tensors would show the operators that compute it elsewhere."""
-        self.counts["attention"] += 1
-        return torch.empty_like(q)
 
 
 def test_launches_and_casts_of_a_patch_in_half_precision():
     """At the depth of the paper. The ceilings only fall."""
-    config = tiny_model().config
-    llm = config.llm | {"num_hidden_layers": 28}
-    model, launches = TalkerT2AV(replace(config, llm=llm, encoder_layers=4, head_layers=8)).eval(), Launches()
+    config, attention, launches = tiny_model().config, [], Operators()
+    model = TalkerT2AV(replace(config, llm=config.llm | {"num_hidden_layers": 28}, encoder_layers=4, head_layers=8))
+
+    def attend(q, k, v, **_):  # one kernel on CUDA; fake tensors would show the operators that compute it elsewhere
+        attention.append(1)
+        return torch.empty_like(q)
+
+    @contextmanager
+    def counted():
+        attention.clear()  # that of the prompts
+        with launches:
+            yield
+
     with (
         mock.patch("torch.inference_mode", lambda mode=True: torch.no_grad()),  # it hides operators
-        mock.patch("torch.nn.functional.scaled_dot_product_attention", launches.attention),
+        mock.patch("torch.nn.functional.scaled_dot_product_attention", attend),
     ):
-        run_patches(half_rows(steps=10, model=model), [request(), request(9)], lambda: launches)
-    total, casts = sum(launches.counts.values()) / 3, launches.counts["_to_copy"] / 3
-    assert launches.counts["attention"] == 3 * (28 + 2 * 4 + 2 * 8 * 9)
+        run_patches(half_rows(steps=10, model=model.eval()), [request(), request(9)], counted)
+    assert len(attention) == 3 * (28 + 2 * 4 + 2 * 8 * 9)
+    total, casts = (launches.kernels + len(attention)) / 3, launches.names["_to_copy"] / 3
     assert total < 3850 and casts < 0.02 * total
