@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import Operators, copy_rate, in_own_process, matrix_rate, now, peak_memory_mb
-from benchmarks.plan import Card, Efficiency, find_card
+from benchmarks.plan import EFFICIENCY, Card, find_card
 from engine.cuda_graph import Backend
 from engine.errors import printable
 
@@ -104,9 +104,9 @@ class Machine:
         """The data sheet; of an unknown card, what was measured, with the efficiency that predictions assume."""
         if self.card is not None:
             return self.card
-        share, memory = Efficiency(), torch.cuda.get_device_properties(self.device).total_memory
-        peak, single = self.rates.bf16 / 1e12 / share.compute, self.rates.fp32 / 1e12 / share.compute
-        return Card(peak, single, memory, self.rates.copy / share.memory, math.inf, math.inf)
+        memory, share = torch.cuda.get_device_properties(self.device).total_memory, EFFICIENCY["compute"]
+        peak, single = self.rates.bf16 / 1e12 / share, self.rates.fp32 / 1e12 / share
+        return Card(peak, single, memory, self.rates.copy / EFFICIENCY["memory"], math.inf, math.inf)
 
     def versions(self) -> tuple[float, float]:
         """Return the newest CUDA version that the driver has, and the one of PyTorch, such as 12.8."""

@@ -66,29 +66,20 @@ def find_card(name: str) -> Card | None:
     return next((card for key, card in CARDS.items() if re.search(rf"\b{key}\b", words)), None)
 
 
-@dataclass(frozen=True)
-class Efficiency:
-    """Shares of the stated rates that are reached, and the network's hidden part; assumptions, not measurements.
-
-    compute: of the peak, in matrix products and attention. memory: of the bandwidth, in all other operators, each
-    of which reads and writes its tensors (no fusion). network: of link and network. hidden: share of the computing time
-    behind which exchange goes on. latency: seconds of a collective, for each doubling of its ranks. launch: seconds in
-    which the host starts an operator; a step takes at least that for all of them. full: share of the memory that may be
-    used.
-    """
-
-    compute: float = 0.5
-    memory: float = 0.7
-    network: float = 0.7
-    hidden: float = 0.7
-    latency: float = 10e-6
-    launch: float = 5e-6
-    full: float = 0.92
+EFFICIENCY = {  # assumptions, not measurements
+    "compute": 0.5,  # of the peak, in matrix products and attention
+    "memory": 0.7,  # of the bandwidth, in other operators, each of which reads and writes its tensors (no fusion)
+    "network": 0.7,  # of link and network
+    "hidden": 0.7,  # of the computing time, behind which exchange goes on
+    "latency": 10e-6,  # seconds of a collective, for each doubling of its ranks
+    "launch": 5e-6,  # seconds in which the host starts an operator; a step takes at least that for all of them
+    "full": 0.92,  # of the memory that may be used
+}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one way of spreading a recipe costs. Bytes and seconds of a process and step; see `Efficiency`."""
+    """What one way of spreading a recipe costs. Bytes and seconds of a process and step."""
 
     parallel: str
     gpus: int
@@ -107,7 +98,7 @@ class Plan:
     days: float
 
 
-def network_seconds(measured: Measured, parallel: str, gpus: int, card: Card, rates: Efficiency) -> float:
+def network_seconds(measured: Measured, parallel: str, gpus: int, card: Card) -> float:
     """Time of a step's collectives in rings: each rank sends (n - 1) / n of what it gathers or scatters, twice that of
     what it reduces to all. Rings over whole machines cross a machine's border once and share the adapters of all its
     GPUs. `hybrid` shards within a machine, and reduces between machines in as many rings at once as one has GPUs."""
@@ -120,8 +111,8 @@ def network_seconds(measured: Measured, parallel: str, gpus: int, card: Card, ra
             rate = card.network
         else:
             rate = card.link if ranks <= card.machine else min(card.link, card.machine * card.network)
-        seconds += (2 if kind == "allreduce" else 1) * (ranks - 1) / ranks * size / (rate * rates.network)
-        seconds += measured.calls[kind] * rates.latency * math.log2(max(2, ranks))
+        seconds += (2 if kind == "allreduce" else 1) * (ranks - 1) / ranks * size / (rate * EFFICIENCY["network"])
+        seconds += measured.calls[kind] * EFFICIENCY["latency"] * math.log2(max(2, ranks))
     return seconds
 
 
@@ -134,7 +125,6 @@ def plan(
     Args:
         total: samples of the whole run. half: blocks are gathered in half precision.
     """
-    rates = Efficiency()
     one, two = (spread(measured, parallel, gpus, card.machine, half) for measured in (one, two))
 
     def at(first: float, second: float) -> float:
@@ -142,16 +132,16 @@ def plan(
 
     memory = {name: at(one.memory[name], two.memory[name]) for name in one.memory}
     fixed = sum(memory.values()) - memory["activations"]
-    room, each = card.memory * rates.full - fixed, two.memory["activations"] - one.memory["activations"]
+    room, each = card.memory * EFFICIENCY["full"] - fixed, two.memory["activations"] - one.memory["activations"]
     largest = int((room - one.memory["activations"]) // max(each, 1)) + 1
-    compute = at(one.flops, two.flops) / (card.peak * 1e12 * rates.compute)
-    moved = (at(one.touched, two.touched) + one.moved) / (card.bandwidth * rates.memory)
-    network = network_seconds(one, parallel, gpus, card, rates)
-    host = one.kernels * rates.launch  # as many for any batch
+    compute = at(one.flops, two.flops) / (card.peak * 1e12 * EFFICIENCY["compute"])
+    moved = (at(one.touched, two.touched) + one.moved) / (card.bandwidth * EFFICIENCY["memory"])
+    network = network_seconds(one, parallel, gpus, card)
+    host = one.kernels * EFFICIENCY["launch"]  # as many for any batch
     busy = max(compute + moved, host)
-    step = busy + max(0.0, network - rates.hidden * busy)
+    step = busy + max(0.0, network - EFFICIENCY["hidden"] * busy)
     steps = total / (samples * gpus)
-    fits, days = sum(memory.values()) <= card.memory * rates.full, steps * step / 86_400
+    fits, days = sum(memory.values()) <= card.memory * EFFICIENCY["full"], steps * step / 86_400
     flops, sent = at(one.flops, two.flops), dict(one.sent)
     costs = compute, moved, host, network, step, steps, days
     return Plan(parallel, gpus, samples, memory, fits, max(0, largest), sent, flops, *costs)

@@ -24,7 +24,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.plan import CARDS, PARTS, WAYS, Efficiency, Plan, draw, measure_samples, plan, read_recipe
+from benchmarks.plan import CARDS, EFFICIENCY, PARTS, WAYS, Plan, draw, measure_samples, plan, read_recipe
 from engine.errors import UserError, run_cli
 from engine.record import record, write_json
 
@@ -67,7 +67,7 @@ def main() -> None:
             print(line(plans[-1]), flush=True)
     if args.json:
         about = {"recipe": args.recipe, "settings": args.settings, "seconds": args.seconds, "card": args.device}
-        about |= {"rates": asdict(card), "efficiency": asdict(Efficiency())}
+        about |= {"rates": asdict(card), "efficiency": EFFICIENCY}
         what = "memory, exchange and time of a training step, predicted without a GPU"
         write_json(args.json, record(what, [asdict(p) for p in plans], **about))
     if args.figure:

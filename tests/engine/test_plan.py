@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from toy_task import CONFIG
 
 from benchmarks.common import nbytes
 from benchmarks.fake_step import Measured, measure, measure_fake
-from benchmarks.plan import CARDS, Efficiency, measure_samples, plan, read_recipe, spread
+from benchmarks.plan import CARDS, EFFICIENCY, measure_samples, plan, read_recipe, spread
 from engine.errors import exit_process
 from engine.training import distributed
 from engine.training.parallel import ParallelTask
@@ -120,7 +121,7 @@ def test_a_plan_adds_up():
     sizes = {"weights": 8, "gradients": 8, "activations": 4}
     one = Measured(sizes, 100, 50, 7, 0, [[(2, 1, True)]])
     two = replace(one, memory=sizes | {"activations": 7}, flops=200, touched=100)
-    card, rates = CARDS["h200"], Efficiency()
+    card, rates = CARDS["h200"], SimpleNamespace(**EFFICIENCY)
     found = plan(one, two, "ddp", 64, card, 3, 1920)
     assert found.memory == sizes | {"activations": 10} and found.fits and found.flops == 300
     assert found.compute_s == pytest.approx(300 / (card.peak * 1e12 * rates.compute)) and found.steps == 10
