@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from engine.cluster import Cluster
 from engine.errors import UserError, printable, require
@@ -33,9 +33,6 @@ from engine.settings import (
     setting,
 )
 
-Job = TypeVar("Job")
-Prepared = TypeVar("Prepared")
-Result = TypeVar("Result")
 WORD_FILES = (".json", ".srt", ".vtt")  # endings of the files of timestamps=true
 
 
@@ -75,7 +72,7 @@ class RunConfig(Group):
             require("pocketsphinx", "pocketsphinx")
 
 
-class Jobs(Protocol[Job, Prepared, Result]):
+class Jobs(Protocol):
     """The work on jobs of one kind, made once in each process: load (the constructor), prepare, generate, write.
 
     Attributes:
@@ -84,13 +81,13 @@ class Jobs(Protocol[Job, Prepared, Result]):
 
     device: object
 
-    def prepare(self, job: Job) -> Prepared:
+    def prepare(self, job: Any) -> Any:
         """Read the files of a job."""
 
-    def generate(self, batch: list[Prepared]) -> Sequence[Result]:
+    def generate(self, batch: list[Any]) -> Sequence[Any]:
         """Generate the results of a batch."""
 
-    def write(self, name: str, prepared: Prepared, result: Result) -> tuple[str, float]:
+    def write(self, name: str, prepared: Any, result: Any) -> tuple[str, float]:
         """Write the files of a job. Return a line about them, and the seconds of speech."""
 
 

@@ -95,7 +95,8 @@ def completed(schema: type, values: Mapping[str, Any], unset: bool = False) -> d
             inner = {} if value is NEEDED else value
             value = completed(field.metadata["group"], inner, unset or field.metadata["unset"])
         elif value is NEEDED:
-            value = None if unset else _default(field)
+            value = field.default if field.default_factory is NEEDED else field.default_factory()
+            value = None if unset else value
         result[field.name] = "???" if value is NEEDED else value
     return result | {name: value for name, value in values.items() if name not in result}
 
@@ -103,7 +104,7 @@ def completed(schema: type, values: Mapping[str, Any], unset: bool = False) -> d
 def make(schema: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     """Return the dataclass with these values; those of groups are mappings or dataclasses."""
     fields = _fields(schema, values, prefix)
-    missing = [n for n, f in fields.items() if _default(f) is NEEDED and n not in values]
+    missing = [n for n, f in fields.items() if f.default is f.default_factory is NEEDED and n not in values]
     if missing:
         raise UserError(f"missing: {' '.join(f'{prefix}{name}=...' for name in missing)}")
     checked = dict(values)
@@ -187,10 +188,6 @@ def nearest(wrong: str, names: Sequence[str]) -> str:
         close.sort(key=lambda name: -difflib.SequenceMatcher(None, wrong, name).ratio())
         return f"did you mean {' or '.join(close[:3])}?"
     return f"there are: {', '.join(sorted(names)[:12])}" if names else "there are none"
-
-
-def _default(field: dataclasses.Field) -> Any:
-    return field.default if field.default_factory is NEEDED else field.default_factory()
 
 
 def _fields(schema: type, values: Mapping[str, Any], prefix: str) -> dict[str, dataclasses.Field]:

@@ -47,7 +47,7 @@ class Results:
 
 
 @dataclass(frozen=True)
-class Work:
+class ClipWork:
     """One clip for one metric: its takes by system."""
 
     metric: type[Metric]
@@ -73,7 +73,7 @@ def file_digest(path: Path | None) -> str | None:
     return _digest(path, state.st_size, state.st_mtime_ns)
 
 
-def result_file(work: Work, take: Take) -> Path:
+def result_file(work: ClipWork, take: Take) -> Path:
     """Return where the measurement of a take is kept: its name is made of all that it depends on."""
 
     def described(one: Take, names: Sequence[str]) -> list[Any]:
@@ -109,7 +109,7 @@ def _load(path: Path) -> Row | None:
 _loaded: dict[tuple, Metric] = {}  # the one metric of this process
 
 
-def _metric(work: Work) -> Metric:
+def _metric(work: ClipWork) -> Metric:
     key = (work.metric, work.protocol, work.weights, work.device)
     if key not in _loaded:
         _loaded.clear()
@@ -117,7 +117,7 @@ def _metric(work: Work) -> Metric:
     return _loaded[key]
 
 
-def measure_clip(work: Work) -> tuple[dict[str, Row | str], int]:
+def measure_clip(work: ClipWork) -> tuple[dict[str, Row | str], int]:
     """Return the measurement, or why there is none, by system, and how many were found in the cache."""
     out, found = {}, 0
     for name, take in work.takes.items():
@@ -209,7 +209,7 @@ def measure(
                 works, without = [], [TRUTH] if metric.outputs_only else []
                 for clip, takes in good:
                     own = {n: take for n, take in takes.items() if n not in without and metric.applies(take)}
-                    works.append(Work(metric, protocol, weights, device, own, clip.truth, cache))
+                    works.append(ClipWork(metric, protocol, weights, device, own, clip.truth, cache))
                 if not any(work.takes for work in works):  # such as a picture's figures for systems without pictures
                     continue
                 calls = map if device.startswith("cuda") and not metric.parallel else every

@@ -214,20 +214,17 @@ class SplitWriter:
     def pack(self, shard: int) -> None:
         """Join the samples of a shard, none of which may be missing, and put its sidecar beside it."""
         name, work = f"{shard:06d}", self.work(shard)
-        samples: list[dict[str, Any]] = []
-        rejected: list[dict[str, str]] = []
-        moments = _Moments()
+        samples, rejected, moments = [], [], _Moments()
         crc = size = 0
 
         def chunks() -> Iterator[bytes]:
             nonlocal crc, size
             for key in self.shard_keys(shard):
-                if (work / f"{key}.tar").is_file():
-                    data = (work / f"{key}.tar").read_bytes()
-                    samples.append(self._sample(key, data, size, moments))
-                else:
+                if not (work / f"{key}.tar").is_file():
                     rejected.append(json.loads((work / f"{key}.json").read_bytes()))
                     continue
+                data = (work / f"{key}.tar").read_bytes()
+                samples.append(self._sample(key, data, size, moments))
                 crc, size = zlib.crc32(data, crc), size + len(data)
                 yield data
             crc, size = zlib.crc32(END, crc), size + len(END)
@@ -261,9 +258,11 @@ class SplitWriter:
                 about = json.loads(member)
             elif suffix == "safetensors":
                 tensors = load(member)
-                moments.add(tensors.get(self.moments))
-        found = {"key": key, "frames": about["frames"], "seconds": about["seconds"], "members": places}
-        return found | {"tensors": list(tensors)}
+                if self.moments in tensors:
+                    rows = tensors[self.moments].double()
+                    moments.add(len(rows), torch.stack([rows.sum(0), rows.square().sum(0)]))
+        sizes = {"frames": about["frames"], "seconds": about["seconds"]}
+        return {"key": key, **sizes, "members": places, "tensors": list(tensors)}
 
     def finish(self, about: Mapping[str, Any]) -> dict[str, Any] | None:
         """Write the index if every shard exists; returns it, or None while other processes are at work.
@@ -287,7 +286,8 @@ class SplitWriter:
     def _index(self, sidecars: list[tuple[str, dict[str, Any]]], about: Mapping[str, Any]) -> dict[str, Any]:
         moments, rejected, shards = _Moments(), Counter(), []
         for name, sidecar in sidecars:
-            moments.merge(sidecar[self.moments])
+            if part := sidecar[self.moments]:
+                moments.add(part["count"], torch.tensor([part["sum"], part["square"]], dtype=torch.float64))
             rejected.update(sidecar["rejected"])
             samples = sidecar["samples"]
             seconds = round(sum(sample["seconds"] for sample in samples), 3)
@@ -310,30 +310,21 @@ class _Moments:
     """Sums over the rows of tensors (T, D) in float64, and of their squares, added in the order of the samples."""
 
     def __init__(self) -> None:
-        self.count, self.sum, self.square = 0, torch.zeros(0), torch.zeros(0)
+        self.count, self.sums = 0, torch.zeros(2, 0, dtype=torch.float64)
 
-    def add(self, rows: torch.Tensor | None) -> None:
-        if rows is not None:
-            rows = rows.double()
-            self.merge({"count": len(rows), "sum": rows.sum(0).tolist(), "square": rows.square().sum(0).tolist()})
-
-    def merge(self, other: dict[str, Any] | None) -> None:
-        if other is not None:
-            total, square = (torch.tensor(other[name], dtype=torch.float64) for name in ("sum", "square"))
-            first = self.count == 0
-            self.count += other["count"]
-            self.sum, self.square = (total, square) if first else (self.sum + total, self.square + square)
+    def add(self, count: int, sums: torch.Tensor) -> None:
+        """Add the sums (2, D) of `count` rows and of their squares."""
+        self.count, self.sums = self.count + count, self.sums + sums if self.count else sums
 
     def value(self) -> dict[str, Any] | None:
-        if not self.count:
-            return None
-        return {"count": self.count, "sum": self.sum.tolist(), "square": self.square.tolist()}
+        total, square = self.sums.tolist()
+        return {"count": self.count, "sum": total, "square": square} if self.count else None
 
     def mean_and_std(self) -> tuple[list[float] | None, list[float] | None]:
         if self.count < 2:
             return None, None
-        mean = self.sum / self.count
-        variance = (self.square - self.count * mean.square()) / (self.count - 1)
+        mean = self.sums[0] / self.count
+        variance = (self.sums[1] - self.count * mean.square()) / (self.count - 1)
         return mean.tolist(), variance.clamp_min(0).sqrt().clamp_min(MIN_STD).tolist()
 
 
