@@ -6,16 +6,17 @@ Axes: B batch, N samples, L code frames, Q levels, Z channels, T pictures, S sid
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from engine.errors import UserError
 from engine.hub import release_folder
-from engine.release import Released, release_kind
+from engine.release import Released, build_with, release_kind
 
 
 class Codec(Released):
@@ -44,6 +45,36 @@ class Codec(Released):
         """Code frames a second."""
         return self.sample_rate / self.hop
 
+    @classmethod
+    def read_official(cls, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Read the fields of `Config`, and the tensors under our names, of official files at `path`; None: it has none.
+
+        `path` is a file or a folder.
+        """
+        return None
+
+    @classmethod
+    def from_official(cls, path: Path) -> Self | None:
+        found = cls.read_official(path)
+        return None if found is None else cls.from_tensors(*found, path)
+
+    @classmethod
+    def from_tensors(cls, sizes: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> Self:
+        """Make a codec with these fields of its config and the tensors of `state`: nothing is initialised or copied."""
+        return build_with(lambda: cls(cls.Config(**sizes)), state, source)
+
+    def frames(self, samples: int) -> int:
+        """Count the code frames of a wave of so many samples."""
+        raise NotImplementedError
+
+    def checked_frames(self, wave: Tensor) -> int:
+        """Count the code frames of waves (B, 1, N); refuse other shapes, and waves that are too short for one."""
+        if wave.ndim != 3 or wave.shape[1] != 1:
+            raise UserError(f"wave of shape {tuple(wave.shape)}: give mono waves of shape (batch, 1, samples)")
+        if (frames := self.frames(wave.shape[-1])) < 1:
+            raise UserError(f"wave of {wave.shape[-1]} samples is too short: give {self.encoder.min_samples} or more")
+        return frames
+
     def encode(self, signal: Tensor) -> Tensor:
         """Encode waves (B, 1, N) in [-1, 1] at `sample_rate` -> code of N // hop frames, up to rounding at the end."""
         raise NotImplementedError
@@ -62,49 +93,62 @@ class Codec(Released):
         """Return the first eight hex digits of the SHA-256 of the weights that `encode` uses."""
         raise NotImplementedError
 
-    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Decode latents (B, l, Z), chunk after chunk, l >= 0 -> waves (B, 1, n) that concatenate to `decode` of all
-        latents.
+    def decode_stream(self, chunks: Iterable[Tensor], axis: int = 1) -> Iterator[Tensor]:
+        """Decode latents (B, l, Z), or codes (B, Q, l) with axis 2, chunk after chunk, l >= 0 -> waves (B, 1, n) that
+        concatenate to `decode` of all chunks.
 
         The last wave comes when `chunks` ends; a chunk that completes no frame yields nothing. See `StreamDecoder`.
         """
-        decoder = StreamDecoder(self)
+        decoder = StreamDecoder(self, axis)
         yield from (wave for chunk in chunks if (wave := decoder.push(chunk)) is not None)
         if (wave := decoder.finish()) is not None:
             yield wave
 
 
-class StreamDecoder:
-    """A decoder of latents that arrive in chunks.
+FADE = 240  # samples over which a wave becomes the next one, where the latter was decoded with a longer look-ahead
 
-    A frame is returned as soon as the `reach` later frames that it depends on are there, and it is decoded with as many
-    earlier ones: waves join exactly, up to the rounding of convolutions of another length (1e-5 in float32).
+
+class StreamDecoder:
+    """A decoder of a code that arrives in chunks.
+
+    A frame is returned as soon as the later frames that it depends on are there, and it is decoded with as many earlier
+    ones: waves join exactly, up to the rounding of convolutions of another length (1e-5 in float32).
+
+    Args:
+        axis: of the frames: 1 of latents, 2 of tokens.
+        after: later frames to wait for; None: the codec's `reach`. With fewer, each wave is faded into the next.
     """
 
-    def __init__(self, codec: Codec) -> None:
-        self.codec = codec
+    def __init__(self, codec: Codec, axis: int = 1, after: int | None = None) -> None:
+        self.codec, self.axis, (self.before, reach) = codec, axis, codec.reach
+        self.after = reach if after is None else min(after, reach)
+        self.fades = self.after < reach
         self.latest: Tensor | None = None  # the last frames, of which the first `returned` were returned
         self.returned = 0
+        self.tail: Tensor | None = None  # how the last wave went on
 
     @torch.no_grad()
-    def push(self, chunk: Tensor) -> Tensor | None:
-        """Append latents (B, l, Z); return the wave (B, 1, n) of the frames that are complete, or None."""
-        self.latest = chunk if self.latest is None else torch.cat([self.latest, chunk], 1)
-        before, after = self.codec.reach
-        ready = self.latest.shape[1] - after
+    def push(self, chunk: Tensor, last: bool = False) -> Tensor | None:
+        """Append code of some frames; return the wave (B, 1, n) of the frames that are complete, or None."""
+        self.latest = chunk if self.latest is None else torch.cat([self.latest, chunk], self.axis)
+        ready, hop = self.latest.shape[self.axis] - (0 if last else self.after), self.codec.hop
         if ready <= self.returned:
             return None
-        wave = self.codec.decode(self.latest)[..., self.returned * self.codec.hop : ready * self.codec.hop]
-        drop = max(0, ready - before)
-        self.latest, self.returned = self.latest[:, drop:], ready - drop
+        decoded = self.codec.decode(self.latest)
+        wave, tail = decoded[..., self.returned * hop : ready * hop], self.tail
+        if self.fades and tail is not None:
+            n = min(wave.shape[-1], tail.shape[-1])
+            rise = torch.linspace(0, 1, n + 2, device=wave.device)[1:-1]
+            wave = torch.cat([rise * wave[..., :n] + (1 - rise) * tail[..., :n], wave[..., n:]], -1)
+        self.tail = decoded[..., ready * hop :][..., :FADE].clone()
+        drop = max(0, ready - self.before)
+        self.latest = self.latest.narrow(self.axis, drop, self.latest.shape[self.axis] - drop)
+        self.returned = ready - drop
         return wave
 
-    @torch.no_grad()
     def finish(self) -> Tensor | None:
         """Decode the remaining frames."""
-        if self.latest is None or self.latest.shape[1] <= self.returned:
-            return None
-        return self.codec.decode(self.latest)[..., self.returned * self.codec.hop :]
+        return None if self.latest is None else self.push(self.latest.narrow(self.axis, 0, 0), last=True)
 
 
 class PortraitCodec(Codec):
@@ -150,3 +194,12 @@ def load_codec(folder: str | Path, codecs: Mapping[str, type[C]]) -> C:
     if kind not in codecs:
         raise UserError(f"weights folder {folder} holds a model of kind {kind!r}, but {' or '.join(codecs)} is needed")
     return codecs[kind].from_pretrained(folder)
+
+
+def load_like(codec: type[C], folder: str, config: Any, free: Collection[str] = ()) -> C:
+    """Load the release that a training starts from; refuse one whose config differs from `config` but in `free`."""
+    network = codec.from_pretrained(folder)
+    for name, value in asdict(network.config).items():
+        if name not in free and value != getattr(config, name):
+            raise UserError(f"task.init={folder} has {name}={value}, but task.codec asks for {getattr(config, name)}")
+    return network.train()

@@ -93,10 +93,6 @@ class HiCoDiTDataset:
         limit: use only the first clips.
         shards: fields of `engine.shards.reader.Reading`.
         phonemes: classes of the lip encoder's auxiliary phoneme loss; None or 0: it has no such loss.
-
-    Raises:
-        UserError: the shards are missing or damaged, another tokenizer made them, they lack the features, or they
-            have more phonemes than the auxiliary loss.
     """
 
     def __init__(
@@ -141,11 +137,7 @@ class HiCoDiTDataset:
         self.blocks = self.shards.blocks(self.size)
 
     def read(self, index: int) -> HiCoDiTSample:
-        """Clip `index` as it is stored; the next one in place of one that lacks a tensor (see `read_complete`).
-
-        Raises:
-            UserError: its shard is damaged, or no clip has all tensors.
-        """
+        """Clip `index` as it is stored; the next one in place of one that lacks a tensor (see `read_complete`)."""
         info, tensors = self.shards.read_complete(index, self.required, ("phoneme",))
         tensors.setdefault("phoneme", torch.zeros(len(tensors[self.inputs[0]])))
         for name in {"tokens", "expression", "phoneme", self.expression}:

@@ -106,9 +106,6 @@ class DistillTask(HiCoDiTTask):
         substeps, teacher_steps: see `Teacher`; 1 distils guidance alone.
         sampler, guidance: defaults that the release carries; fields that are None: the teacher's.
         others: as `HiCoDiTTask` has them.
-
-    Raises:
-        UserError: there is no teacher, it has other encoders, a number is out of range, or the guidance scales are.
     """
 
     tokens_loss = "kl"

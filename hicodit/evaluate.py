@@ -59,11 +59,8 @@ def write_outputs(
     pipeline = HiCoDiTPipeline.from_pretrained(weights or BUNDLED, device, codec, precision=precision)
     settings, scales = with_preset(sampler, pipeline.sampler, pipeline.guidance)
     pipeline.sampler, pipeline.guidance = override(settings, sampling or {}), override(scales, guidance or {})
-    tokens, ge2e, numbers = (
-        pipeline.codec,
-        GE2EEncoder(device) if voice else None,
-        {c.id: i for i, c in enumerate(clips)},
-    )
+    tokens, ge2e = pipeline.codec, GE2EEncoder(device) if voice else None
+    numbers = {clip.id: i for i, clip in enumerate(clips)}
     facts = {"sampler": asdict(pipeline.sampler), "guidance": asdict(pipeline.guidance), "precision": precision}
     facts |= {"voice": bool(voice), "expressions": expressions, "seed": seed}
     bits = tokens.levels * np.log2(tokens.codes) * tokens.frame_rate

@@ -297,24 +297,19 @@ class HiCoDiTPipeline:
     @torch.inference_mode()
     def decode_tokens(self, tokens: Sequence[Tensor]) -> list[np.ndarray]:
         """Decode token clips (K, L) to waves (N,): equal lengths in batches, long clips in parts that join exactly."""
-        hop, (before, after) = self.codec.hop, self.codec.reach
-        waves = [np.empty(hop * t.shape[1], np.float32) for t in tokens]
-        parts: dict[int, list[tuple[int, int, int, int]]] = {}  # by length: clip, first token, result's start and end
-        for clip, length in enumerate(t.shape[1] for t in tokens):
-            step = DECODED if max(before, after) < DECODED else length
-            for start in range(0, length, step):
-                end = min(start + step, length)
-                first, last = max(0, start - before), min(length, end + after)
-                parts.setdefault(last - first, []).append((clip, first, start, end))
-        for length, equal in parts.items():
+        waves: dict[int, np.ndarray] = {}
+        clips: dict[int, list[int]] = {}  # by length
+        for clip, each in enumerate(tokens):
+            clips.setdefault(each.shape[1], []).append(clip)
+        for length, equal in clips.items():
             size = max(1, DECODED // length)
             for i in range(0, len(equal), size):
-                group = equal[i : i + size]
-                batch = torch.stack([tokens[clip][:, first : first + length] for clip, first, _, _ in group])
-                decoded = self.codec.decode(batch)[:, 0].clamp(-1, 1).cpu().numpy()
-                for wave, (clip, first, start, end) in zip(decoded, group):
-                    waves[clip][hop * start : hop * end] = wave[hop * (start - first) : hop * (end - first)]
-        return waves
+                batch = torch.stack([tokens[clip] for clip in equal[i : i + size]])
+                long = length > DECODED
+                parts = self.codec.decode_stream(batch.split(DECODED, 2), 2) if long else [self.codec.decode(batch)]
+                decoded = torch.cat([part[:, 0].clamp(-1, 1).cpu() for part in parts], 1)
+                waves |= zip(equal[i : i + size], decoded.numpy())
+        return [waves[clip] for clip in range(len(tokens))]
 
     def run(
         self,

@@ -13,42 +13,24 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.codec import Codec
-from engine.cuda_graph import GraphedSteps
+from engine.codec import StreamDecoder
 from engine.errors import UserError
-from engine.faces.detectors import FaceDetector, HaarDetector, with_points
+from engine.faces.detectors import HaarDetector, with_points
 from engine.faces.track import DETECT_EVERY, FaceError, FaceTrack, follow_faces
-from hicodit.conditions.types import FPS, MIN_FRAMES, Conditions, Crops
+from hicodit.conditions.types import FPS, MIN_FRAMES, Crops
 from hicodit.generation import guided_posterior
 from hicodit.model import TOKENS_PER_FRAME
 from hicodit.samplers import sample
-from hicodit.settings import GuidanceScales, SamplerConfig, StreamSettings, with_preset
-from hicodit.system import HiCoDiTSystem
+from hicodit.settings import StreamSettings, with_preset
 
 HOP = 4  # video frames: 160 ms
 MIN_MARGIN = 5  # video frames between the newest picture and a settled token, where the look-ahead has room for them
-FADE = 240  # samples at 24 kHz over which one hop's sound becomes the next one's
-
-
-class Networks(Protocol):
-    """What a stream takes from `HiCoDiTPipeline`."""
-
-    device: torch.device
-    system: HiCoDiTSystem
-    codec: Codec
-    sampler: SamplerConfig
-    guidance: GuidanceScales
-    detector: FaceDetector | None
-    graphs: GraphedSteps
-
-    def conditions(self, crops: list[Crops], identity: np.ndarray | None) -> Conditions:
-        """Encode clips; `identity` (256,) replaces that of the faces."""
 
 
 @dataclass(frozen=True)
@@ -66,48 +48,16 @@ class SpeechChunk:
     tokens: np.ndarray
 
 
-class SoundStream:
-    """Decodes tokens (K, L) that come bit by bit, each frame with a bounded part of what lies around it.
-
-    Args:
-        after: token frames that must follow those whose sound is returned. From the codec's `reach` on, the waves
-            concatenate to its offline decoding of all tokens, up to rounding.
-    """
-
-    def __init__(self, codec: Codec, after: int) -> None:
-        self.codec, self.before, self.after = codec, codec.reach[0], min(after, codec.reach[1])
-        self.tokens: Tensor | None = None  # from `before` frames ahead of the next sound on
-        self.ready = 0  # of these, how many have sounded
-        self.tail = torch.zeros(0)  # how the last decoding went on
-
-    def push(self, tokens: Tensor, last: bool = False) -> Tensor:
-        """Add tokens and return the sound (N,) that can be decoded now."""
-        hop = self.codec.hop
-        self.tokens = tokens if self.tokens is None else torch.cat([self.tokens, tokens], 1)
-        end = self.tokens.shape[1] - (0 if last else self.after)
-        if end <= self.ready:
-            return torch.zeros(0)
-        wave = self.codec.decode(self.tokens[None])[0, 0].cpu()
-        out = wave[self.ready * hop : end * hop].clone()
-        if self.after < self.codec.reach[1] and len(self.tail):
-            n = min(len(out), len(self.tail))
-            rise = torch.linspace(0, 1, n + 2)[1:-1]
-            out[:n] = rise * out[:n] + (1 - rise) * self.tail[:n]
-        self.tail = wave[end * hop :][:FADE].clone()
-        drop = max(0, end - self.before)
-        self.tokens, self.ready = self.tokens[:, drop:], end - drop
-        return out
-
-
 class SpeechStream:
     """One talking face: `push` its frames, take its sound. Memory does not grow with the length.
 
     Args:
+        pipeline: a `HiCoDiTPipeline`, whose file imports this one.
         identity: (256,) GE2E vector of a voice; None: the face's, as it is seen before the first sound.
     """
 
     def __init__(
-        self, pipeline: Networks, settings: StreamSettings, seed: int = 0, identity: np.ndarray | None = None
+        self, pipeline: Any, settings: StreamSettings, seed: int = 0, identity: np.ndarray | None = None
     ) -> None:
         self.pipeline, self.settings = pipeline, settings
         sampler, self.guidance = with_preset("fast", pipeline.sampler, pipeline.guidance)
@@ -118,7 +68,7 @@ class SpeechStream:
         lookahead, reach = max(1, round(settings.lookahead * FPS)), -(-pipeline.codec.reach[1] // TOKENS_PER_FRAME)
         after = reach if lookahead - reach >= MIN_MARGIN else lookahead // 2
         self.lookahead, self.margin = lookahead, lookahead - after
-        self.sound = SoundStream(pipeline.codec, TOKENS_PER_FRAME * after)
+        self.sound = StreamDecoder(pipeline.codec, 2, TOKENS_PER_FRAME * after)
         self.frames: list[np.ndarray] = []  # the last ones, from frame `first` on
         self.faces: dict[int, np.ndarray] = {}  # those detected in every fifth of them, by number of the frame
         self.first = self.received = 0  # `received`: number of frames so far
@@ -156,7 +106,8 @@ class SpeechStream:
             self.tokens = new if self.tokens is None else torch.cat([self.tokens, new], 1)
             self.settled = settle
             self._forget()
-        wave = self.sound.push(new, last).clamp(-1, 1).numpy()
+        sound = self.sound.push(new[None], last)
+        wave = np.zeros(0, np.float32) if sound is None else sound[0, 0].clamp(-1, 1).cpu().numpy()
         compute = time.perf_counter() - begin
         return SpeechChunk(wave, self.pipeline.codec.sample_rate, self.received, compute, new.numpy())
 

@@ -5,6 +5,7 @@ Axes: B batch, T video frames, L = 2 T token frames, K token levels, J expressio
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -35,6 +36,9 @@ from hicodit.system import CODECS, HiCoDiTSystem
 
 MIN_TIME = 1e-3  # of the training draw; not the schedule's eps, not the sampler's end
 VALIDATION_BATCH = 8
+# Tensors that a start may lack: of an auxiliary loss, and of inputs that add nothing at first.
+NEW = re.compile(r"\.phoneme_head\.|\.guidance_proj\.|\.fuse_expression\.")
+TABLES = re.compile(r"\.embeddings\.|\.heads\.")  # those that belong to a tokenizer
 VALIDATION_STEPS = 16  # enough to tell runs apart, at a quarter of the cost
 
 
@@ -121,26 +125,18 @@ class HiCoDiTTask(Task):
                     f"init={init} was trained on {name} features {before[name]}, the shards hold {made}: prepare them "
                     "with the encoders of that release"
                 )
-        if start.release.get("token_digest") not in (None, self.token_digest):
-            if not new_tokens:
-                raise UserError(
-                    f"init={init} was trained with another tokenizer than task.codec={self.codec}: use that tokenizer, "
-                    "or set task.new_tokens=true to reinitialise token embeddings and heads"
-                )
-            own = self.system.state_dict()
-            state |= {key: own[key] for key in own if ".embeddings." in key or ".heads." in key}
-        state |= self._phoneme_head(state) | self._new_inputs(state)
+        renewed = start.release.get("token_digest") not in (None, self.token_digest)
+        if renewed and not new_tokens:
+            raise UserError(
+                f"init={init} was trained with another tokenizer than task.codec={self.codec}: use that tokenizer, "
+                "or set task.new_tokens=true to reinitialise token embeddings and heads"
+            )
+        own = self.system.state_dict()
+        for key, value in own.items():
+            lacks = key not in state or state[key].shape != value.shape
+            if (lacks and NEW.search(key)) or (renewed and TABLES.search(key)):
+                state[key] = value
         load_strict(self.system, state, f"init={init}")
-
-    def _phoneme_head(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Its own tensors if those of `state` have another number of phonemes: only an auxiliary loss needs them."""
-        own = {key: value for key, value in self.system.state_dict().items() if ".phoneme_head." in key}
-        return own if any(key in state and state[key].shape != own[key].shape for key in own) else {}
-
-    def _new_inputs(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Its own tensors of the inputs that `state` lacks, which add nothing at first."""
-        own, new = self.system.state_dict(), (".guidance_proj.", ".fuse_expression.")
-        return {key: own[key] for key in own if any(part in key for part in new) and key not in state}
 
     on_host = ("frames",)
 

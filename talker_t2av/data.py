@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from engine.errors import UserError, leaving_out
+from engine.settings import require_choice, require_range
 from engine.shards.reader import Blocks, Reading, ShardSplit
 from engine.shards.source import join, read_json
 from talker_t2av.alignment import align, token_classes
 from talker_t2av.model import MAX_FRAMES
-from talker_t2av.motion import MotionStats
 from talker_t2av.request import tokens_per_patch
-from talker_t2av.system import codec_digests
+from talker_t2av.system import MotionStats, codec_digests
 from talker_t2av.text import MAX_TOKENS, assemble, load_tokenizer
 
 TASKS = ("t2av", "tts")
@@ -131,9 +131,6 @@ class TalkerExamples:
         reading: how shards are read.
         tokenizer: as `load_tokenizer` takes it.
         patch_size, delay, order, phonemes: as in the model.
-
-    Raises:
-        UserError: the shards are missing or damaged, lack a stream, or other codecs made them.
     """
 
     def __init__(
@@ -149,8 +146,8 @@ class TalkerExamples:
         order: str = "add",
         phonemes: int = 0,
     ) -> None:
-        if task not in TASKS:
-            raise UserError(f"task={task} is unknown; choose t2av or tts")
+        require_choice("task", task, TASKS)
+        require_range("data.train.delay", delay, 0, 256)
         self.shards = ShardSplit(source, reading, least_frames=patch_size + 1)  # one patch alone gives no example
         self.task, self.streams = task, ["speech", "speaker", *(["motion"] if task == "t2av" else [])]
         if codecs is not None:
@@ -198,9 +195,6 @@ class TalkerExamples:
 
         A clip whose text holds a control token, or that lacks a stream, is left out with a line; the next one takes its
         place.
-
-        Raises:
-            UserError: its shard is damaged, no clip has all streams, or no text can be used.
         """
         _, latents, prompt = self._usable(index)
         speech, speaker = latents["speech"].float(), latents["speaker"].float()
@@ -226,10 +220,7 @@ class TalkerPairs:
         tasks: t2av and tts (the paper), t2av alone (the released model), or tts alone.
         tts_root: of the TTS half, where it is another data set.
         shards: fields of `engine.shards.reader.Reading`.
-        codecs, stats, tokenizer, patch_size, delay, order, phonemes: as in `TalkerExamples`.
-
-    Raises:
-        UserError: as in `TalkerExamples`.
+        examples: as `TalkerExamples` has them: codecs, stats, tokenizer, patch_size, delay, order, phonemes.
     """
 
     def __init__(
@@ -238,33 +229,14 @@ class TalkerPairs:
         split: str = "train",
         tasks: Sequence[str] = TASKS,
         tts_root: str | Path | None = None,
-        codecs: Mapping[str, str] | None = None,
-        stats: str | Path | None = None,
-        tokenizer: str | Path | Mapping[str, str] | None = None,
-        patch_size: int = 4,
-        delay: int = 0,
         shards: Mapping[str, Any] | None = None,
-        order: str = "add",
-        phonemes: int = 0,
+        **examples: Any,
     ) -> None:
         if sorted(tasks) not in (["t2av", "tts"], ["t2av"], ["tts"]):
             raise UserError(f"data.train.tasks={list(tasks)}: give [t2av, tts], [t2av] or [tts]")
-        if delay < 0:
-            raise UserError(f"data.train.delay={delay}: give 0 or more")
         reading, roots = Reading(**(shards or {})), {"tts": tts_root or root}
         self.sets = [
-            TalkerExamples(
-                join(roots.get(task, root), split),
-                task,
-                codecs,
-                stats,
-                reading,
-                tokenizer,
-                patch_size,
-                delay,
-                order,
-                phonemes,
-            )
+            TalkerExamples(join(roots.get(task, root), split), task, reading=reading, **examples)
             for task in sorted(tasks)
         ]
 

@@ -21,17 +21,15 @@ from torch import Tensor, nn
 
 from engine.device import send
 from engine.errors import UserError
-from engine.hub import release_folder
 from engine.seeding import generator_for
 from engine.settings import require_range
 from engine.training.task import Release
-from talker_t2av import released
 from talker_t2av.data import TalkerExamples, collate
 from talker_t2av.diffusion_head import FlowHead
 from talker_t2av.flow_matching import guide, solver_times, zero_steps
 from talker_t2av.losses import Examples, TalkerBatch, training_forward
 from talker_t2av.model import TalkerT2AV
-from talker_t2av.task import VALIDATION_BATCH, TalkerTask
+from talker_t2av.task import VALIDATION_BATCH, TalkerTask, load_start
 
 
 class Teacher:
@@ -115,9 +113,6 @@ class TalkerDistillTask(TalkerTask):
         temperature_limit: factors of the noise are drawn from 0 to this.
         sampling: defaults that the release carries; fields that are None: the teacher's, but the first `student_steps`.
         others: as `TalkerTask` has them.
-
-    Raises:
-        UserError: there is no teacher, it is itself a student, or a number is out of range.
     """
 
     def __init__(
@@ -141,12 +136,7 @@ class TalkerDistillTask(TalkerTask):
             require_range("task.student_steps", steps, 1, 1000)
         require_range("task.guidance_limit", float(guidance_limit), 1.0, 20.0)
         require_range("task.temperature_limit", float(temperature_limit), 0.0, 2.0)
-        folder = release_folder(init)
-        if (folder / "config.yaml").is_file():
-            teacher, words = TalkerT2AV.from_pretrained(init), folder
-        else:
-            teacher = TalkerT2AV.from_released(released.find_released(folder, "model"))
-            words = released.find_released(folder, "tokenizer").parent
+        teacher, words = load_start(init)
         if teacher.config.guidance_limit is not None:
             raise UserError(f"init={init} is a student itself: name its teacher")
         own = dict((teacher.release or {}).get("sampling") or {}) | {"steps": student_steps[0]}

@@ -168,7 +168,11 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int | None = None) -
     if mode.open_ended and job.compat == "paper":
         texts = split_text(job.text, text_bytes or system.sampling.text_bytes)
     system.require(job.mode)
-    request, prefix_motion = _request(replace(job, text=texts[0]), system, reference)
+    prompts = [system.tokenizer.prompt(f"{job.reference_text} {text}".strip()) for text in texts]
+    make = _paper_request if job.compat == "paper" else _official_request
+    request, motion, frames = make(job, system, reference, prompts[0])
+    if job.prefix_seconds and not frames:
+        raise UserError(f"prefix_seconds={job.prefix_seconds}: the reference gives no whole patch of {size / FPS} s")
     prefix_speech, wave, total = request.speech, None, None
     if mode.speech == "given":
         with stage("reading"):
@@ -184,71 +188,59 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int | None = None) -
         new = encode_motion(system, read_square(job.video, square, MAX_FRAMES + 1))
         total = len(new)
         check_given(total, f"video={job.video}")
-        if square.remark:
-            reference.remarks.append(square.remark)
+        reference.remarks += [square.remark] if square.remark else []
         new = torch.cat([new, new[-1:].expand(-total % size, -1)])  # motion comes in whole patches
         request = replace(request, motion=torch.cat([request.motion, system.stats.normalise(new)]))
     picture = reference.picture() if mode.motion == "generated" else None
     fewest = max(1, round(job.min_seconds * FPS / size))
-    request = replace(request, min_patches=min(request.max_patches, fewest), seed=job.seed)
-    requests = [request]
-    for number, text in enumerate(texts[1:], 1):
-        prompt, most = _prompt(replace(job, text=text), system), max_patches(replace(job, text=text), system)
-        seed = seed_for(job.seed, "part", number)
-        requests.append(replace(request, prompt=prompt, max_patches=most, min_patches=min(most, fewest), seed=seed))
+    limits = [max_patches(text, job, system) for text in texts] if job.compat == "paper" else [request.max_patches]
+    seeds = [job.seed, *(seed_for(job.seed, "part", number) for number in range(1, len(texts)))]
+    requests = tuple(
+        replace(request, prompt=prompt, max_patches=most, min_patches=min(most, fewest), seed=seed)
+        for prompt, most, seed in zip(prompts, limits, seeds)
+    )
     reference.remarks += [f"{name}= is not used by mode={job.mode}" for name in job.unused]
     remark = "; ".join(dict.fromkeys(reference.remarks))
-    return PreparedJob(job, tuple(requests), prefix_speech, prefix_motion, picture, wave, total, remark)
+    return PreparedJob(job, requests, prefix_speech, motion[:frames], picture, wave, total, remark)
 
 
-def _request(job: Job, system: TalkerSystem, reference: Reference) -> tuple[Request, Tensor]:
-    """Make the request without the given stream of a2v and v2a. Return the prefix's motion (F, Dm), too.
-
-    The motion is not normalised.
-    """
-    mode, c, seconds = MODES[job.mode], system.model.config, job.prefix_seconds
-    prompt = _prompt(job, system)
-    motion = torch.zeros(0, c.motion_dim)
-    if job.compat == "paper":
-        request, motion = _paper_request(job, system, reference, prompt)
-        frames = len(request.speech)
-    elif job.compat == "official" and job.mode == "t2av":
-        motion = reference.motion()
-        request = official.inference_script(
-            c, system.stats, prompt, reference.speaker(), reference.speech(), motion, seconds
-        )
-        frames = len(request.motion)
-    elif mode.motion == "absent":
+def _official_request(
+    job: Job, system: TalkerSystem, reference: Reference, prompt: list[int]
+) -> tuple[Request, Tensor, int]:
+    """Make the request of an official routine. Return the reference's motion (F, Dm) and the prefix's frames, too."""
+    c, seconds, motion = system.model.config, job.prefix_seconds, torch.zeros(0, system.model.config.motion_dim)
+    if MODES[job.mode].motion == "absent":
         frames = official.prefix_frames(seconds, reference.frames)
         speaker, speech = reference.prefix_alone(frames)
-        request = official.generate_speech(c, prompt, speaker, speech, reference.frames)
-    else:
+        return official.generate_speech(c, prompt, speaker, speech, reference.frames), motion, frames
+    if job.compat == "library":
         frames = official.whole_prefix_frames(seconds, reference.frames, c.patch_size)
         speaker, speech = reference.prefix_alone(frames)
         motion = reference.motion(max(1, frames))
         first = system.stats.normalise(motion[0])
         request = official.generate_speech_motion(c, prompt, speaker, speech, first, reference.frames)
-    if seconds and not frames:
-        raise UserError(f"prefix_seconds={seconds}: the reference gives no whole patch of {c.patch_size / FPS} s")
-    return request, motion[:frames]
+        return request, motion, frames
+    motion = reference.motion()
+    request = official.inference_script(
+        c, system.stats, prompt, reference.speaker(), reference.speech(), motion, seconds
+    )
+    return request, motion, len(request.motion)
 
 
-def _prompt(job: Job, system: TalkerSystem) -> list[int]:
-    return system.tokenizer.prompt(f"{job.reference_text} {job.text}".strip())
-
-
-def _paper_request(job: Job, system: TalkerSystem, reference: Reference, prompt: list[int]) -> tuple[Request, Tensor]:
-    """Make the request as in training. Return the reference's motion (F, Dm), too: all of it, or of one frame."""
-    mode, c = MODES[job.mode], system.model.config
+def _paper_request(
+    job: Job, system: TalkerSystem, reference: Reference, prompt: list[int]
+) -> tuple[Request, Tensor, int]:
+    """Make the request as in training. Return the reference's motion, of one frame without a prefix, and the frames of
+    the prefix, too.
+    """
+    mode, c, seconds = MODES[job.mode], system.model.config, job.prefix_seconds
     speech, motion = torch.zeros(0, c.speech_dim), torch.zeros(0, c.motion_dim)
-    frames = 0
-    if job.prefix_seconds:
-        speech = reference.speech()
-        frames = len(speech)
-    if mode.motion == "generated" or (job.prefix_seconds and mode.motion == "given"):
-        motion = reference.motion(MAX_FRAMES if job.prefix_seconds else 1)
+    speech = reference.speech() if seconds else speech
+    frames = len(speech)
+    if mode.motion == "generated" or (seconds and mode.motion == "given"):
+        motion = reference.motion(MAX_FRAMES if seconds else 1)
         frames = min(frames, len(motion))
-    frames = min(round(job.prefix_seconds * FPS), frames) // c.patch_size * c.patch_size
+    frames = min(round(seconds * FPS), frames) // c.patch_size * c.patch_size
     request = Request(
         prompt,
         # Not used if no speech is generated.
@@ -257,15 +249,14 @@ def _paper_request(job: Job, system: TalkerSystem, reference: Reference, prompt:
         system.stats.normalise(motion[:frames]),
         system.stats.normalise(motion[0]) if len(motion) else None,
         frames // c.patch_size,
-        max_patches(job, system),
     )
-    return request, motion
+    return request, motion, frames
 
 
-def max_patches(job: Job, system: TalkerSystem) -> int:
-    """Return the most patches of an open-ended job: by `max_seconds`, or by the text's length, up to 30 s."""
+def max_patches(text: str, job: Job, system: TalkerSystem) -> int:
+    """Return the most patches of a text: by `max_seconds`, or by its length, up to 30 s."""
     words = system.tokenizer
-    slow = SLOW_PHONEME * len(words.prompt(job.text)) if words.language else SLOW_BYTE * len(job.text.encode())
+    slow = SLOW_PHONEME * len(words.prompt(text)) if words.language else SLOW_BYTE * len(text.encode())
     seconds = job.max_seconds or min(MAX_FRAMES / FPS, MARGIN + slow)
     return max(1, -(-round(seconds * FPS) // system.model.config.patch_size))
 

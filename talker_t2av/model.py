@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
@@ -24,10 +25,8 @@ from engine.settings import Group, require_range, setting
 from talker_t2av import released
 from talker_t2av.diffusion_head import DiffusionHead, FlowHead
 from talker_t2av.flow_matching import DROP_COND, DROP_MU
-from talker_t2av.layers import QwenNorm
-from talker_t2av.patch_encoder import PatchEncoder
+from talker_t2av.layers import PatchEncoder, QwenNorm
 from talker_t2av.request import ORDERS
-from talker_t2av.stop_predictor import POSITIVE_SHARE, StopPredictor
 
 LLM_FIELDS = {
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -44,6 +43,7 @@ FPS = 25  # latent frames a second, speech and motion
 RATE, RATE16 = 24_000, 16_000  # samples a second of the speech codec, and of Whisper and the speaker encoders
 HOP, HOP16 = RATE // FPS, RATE16 // FPS
 MAX_FRAMES = 30 * FPS  # the speech encoder's window
+POSITIVE_SHARE = 0.3  # released weight of positive stop labels, as a share of the ratio of negatives to positives
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,18 @@ class TalkerConfig(Group, prefix="model."):
             raise UserError(f"model.llm.{min(wrong)} is not one of {', '.join(sorted(LLM_FIELDS))}")
         for name, most in LLM_SIZES.items():
             require_range(f"model.llm.{name}", self.llm.get(name, 1), 1, most)
+
+
+class StopPredictor(nn.Module):
+    """Hidden states (..., D) to logits (...)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, width)
+        self.head = nn.Linear(width, 1, bias=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.head(F.silu(self.proj(h)))[..., 0]
 
 
 class TalkerT2AV(Released):

@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from talker_t2av.model import FPS, MAX_FRAMES, TalkerConfig
-from talker_t2av.motion import MotionStats
 from talker_t2av.request import LoopRules, Request
+from talker_t2av.system import MotionStats
 
 HITS = 3
 WAITING = LoopRules(HITS, first_test=7, motion_waits=True, trim=False)  # of the two routines with motion

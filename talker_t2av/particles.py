@@ -45,11 +45,6 @@ def why_not(model: TalkerT2AV) -> str:
     return f"model.order={c.order}, model.tasks={c.tasks}" if c.order in ORDERS or c.tasks > V2A else ""
 
 
-def draws_drafts(mode: Mode, sampling: Sampling) -> bool:
-    """Whether a mode draws several drafts: speech for a given motion, with more than one particle."""
-    return mode.speech == "generated" and mode.motion == "given" and sampling.particles > 1
-
-
 @dataclass(frozen=True)
 class GivenMotion:
     """The motion of R requests as what the motion head is asked for in each step.
@@ -96,9 +91,6 @@ class Particles(Rows):
 
     Args:
         places: most requests at a time.
-
-    Raises:
-        UserError: the model's motion head cannot tell how likely a motion is.
     """
 
     def __init__(self, model: TalkerT2AV, mode: Mode, sampling: Sampling, places: int = 1, **how: Any) -> None:

@@ -41,11 +41,7 @@ class Phonemizer:
         self._lock, self._process, self._owner = threading.Lock(), None, 0
 
     def __call__(self, text: str) -> str:
-        """Return the phonemes of a text, with a space between tokens.
-
-        Raises:
-            UserError: the text has letters of another script.
-        """
+        """Return the phonemes of a text, with a space between tokens."""
         text = " ".join(unicodedata.normalize("NFKC", text).split())
         letters = (c for c in text if c.isalpha() and not unicodedata.name(c, "").startswith("LATIN"))
         foreign = next(letters, None)

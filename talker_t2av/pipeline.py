@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ from talker_t2av.generation import Patch, Result, Rows
 from talker_t2av.jobs import Job, PreparedJob, Reference, prepare_job
 from talker_t2av.layers import fuse_mlps
 from talker_t2av.model import FPS, HOP, RATE
-from talker_t2av.particles import Particles, draws_drafts
 from talker_t2av.prompt import step_limit
 from talker_t2av.request import Mode, Request, Sampling
 from talker_t2av.speaker.voice import save_voice
@@ -191,7 +190,9 @@ class TalkerPipeline:
         Args:
             single: draw one draft where `sampling.particles` are more.
         """
-        kind = Particles if draws_drafts(mode, self.sampling) and not single else Rows
+        kind = Rows
+        if mode.motion == "given" and self.sampling.particles > 1 and not single:
+            from talker_t2av.particles import Particles as kind
         key = kind, mode, self.sampling, places, self.system.model
         rows = self._idle.pop(key, None)
         if rows is None:
@@ -208,13 +209,11 @@ class TalkerPipeline:
         self, prepared: Sequence[PreparedJob], on_step: Callable[[Patch], None] = lambda patch: None
     ) -> list[Talk]:
         """Generate prepared jobs, those of one mode as a batch; the results in the given order."""
-
-        def batch_of(i: int) -> tuple[str, str]:
-            return prepared[i].job.mode, prepared[i].job.compat
-
+        groups: dict[tuple[str, str], list[int]] = {}
+        for i, each in enumerate(prepared):
+            groups.setdefault((each.job.mode, each.job.compat), []).append(i)
         model, talks = self.system.model, dict[int, Talk]()
-        for _, group in groupby(sorted(range(len(prepared)), key=batch_of), key=batch_of):
-            jobs = list(group)
+        for jobs in groups.values():
             first, requests = prepared[jobs[0]], [request for i in jobs for request in prepared[i].requests]
             most = sum(step_limit(model, request, first.mode) for request in requests)
             seconds = most * model.config.patch_size / FPS
@@ -301,7 +300,7 @@ class TalkerPipeline:
 
         skip = 0 if prepared.job.keeps_prefix else len(prepared.prefix_speech) * HOP
         for piece in self.system.speech.decode_stream(latents()):
-            wave = _samples(piece).cpu().numpy()
+            wave = piece[0, 0].clamp(-1, 1).cpu().numpy()
             yield wave[skip:]
             skip = max(0, skip - len(wave))
         if fresh:
@@ -333,7 +332,7 @@ class TalkerPipeline:
     def _wave(self, prepared: PreparedJob, result: Result) -> Tensor:
         """Decode what was generated for a request of a job to samples (N,)."""
         before = send(prepared.prefix_speech, self.system.device)
-        wave = _samples(self.system.speech.decode(torch.cat([before, result.speech])[None]))
+        wave = self.system.speech.decode(torch.cat([before, result.speech])[None])[0, 0].clamp(-1, 1)
         wave = wave if prepared.job.keeps_prefix else wave[len(before) * HOP :]
         return wave[: prepared.frames * HOP] if prepared.frames else wave
 
@@ -374,7 +373,3 @@ class Face:
         codec = self.system.motion
         # A minute of float frames takes 4.7 GB at 512 pixels.
         return np.concatenate([to_bytes(codec.decode(part, self.identity)) for part in motion.split(64)])
-
-
-def _samples(wave: Tensor) -> Tensor:
-    return wave[0, 0].clamp(-1, 1)

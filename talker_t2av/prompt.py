@@ -23,9 +23,6 @@ def known_tokens(model: TalkerT2AV, request: Request, mode: Mode, steps: int) ->
 
     Returns:
         The tokens (T, D) of task, text and prefix; and the known part (S, n, D) of the tokens after it.
-
-    Raises:
-        UserError: the request is that of an official routine, which does not know the model's order.
     """
     c = model.config
     in_turn = tokens_per_patch(c.order, mode.motion != "absent") > 1

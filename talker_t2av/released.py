@@ -6,7 +6,6 @@ Our parameters bear the released names, so that loading is: read all shards, com
 from __future__ import annotations
 
 import re
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.official import numbered, rename_all, sizes_of
 from engine.untrusted import parse_json, safe_name
 from talker_t2av.layers import Rotary
 
@@ -142,7 +142,7 @@ def released_fields(state: dict[str, Tensor]) -> dict[str, Any]:
     Numbers of heads follow from the rotary tables; without these they are as published. So are patch size, delay and
     context, which no shape depends on.
     """
-    try:
+    with sizes_of("a Talker-T2AV checkpoint"):
         vocabulary, width = state[EMBEDDINGS].shape
         layer = "llm.model.layers.0."
         head_dim = len(state[layer + "self_attn.q_norm.weight"])
@@ -154,16 +154,14 @@ def released_fields(state: dict[str, Tensor]) -> dict[str, Any]:
                 "num_attention_heads": len(state[layer + "self_attn.q_proj.weight"]) // head_dim,
                 "num_key_value_heads": len(state[layer + "self_attn.k_proj.weight"]) // head_dim,
                 "intermediate_size": len(state[layer + "mlp.gate_proj.weight"]),
-                "num_hidden_layers": _layers(state, "llm.model.layers.{}.input_layernorm.weight"),
+                "num_hidden_layers": len(numbered(state, "llm.model.layers.{}.input_layernorm.weight")),
             },
             "speech_dim": state["projector_speech.linear1.weight"].shape[1],
             "motion_dim": state["projector_motion.linear1.weight"].shape[1],
             "speaker_dim": state["speech_cfm.estimator.global_cond_proj.weight"].shape[1],
-            "encoder_layers": _layers(state, "speech_patch_encoder.blocks.{}.norm1.scale"),
-            "head_layers": _layers(state, "speech_cfm.estimator.decoder.blocks.{}.norm1.scale"),
+            "encoder_layers": len(numbered(state, "speech_patch_encoder.blocks.{}.norm1.scale")),
+            "head_layers": len(numbered(state, "speech_cfm.estimator.decoder.blocks.{}.norm1.scale")),
         }
-    except KeyError as error:
-        raise UserError(f"not a Talker-T2AV checkpoint: it has no tensor {error}") from error
     for field, owner in (("encoder_heads", "speech_patch_encoder"), ("head_heads", "speech_cfm.estimator.decoder")):
         table = state.get(owner + ROTARY)
         if table is not None:
@@ -171,29 +169,16 @@ def released_fields(state: dict[str, Tensor]) -> dict[str, Any]:
     return fields
 
 
-def _layers(state: dict[str, Tensor], pattern: str) -> int:
-    return next(i for i in count() if pattern.format(i) not in state)
-
-
-def from_tts(key: str) -> str:
-    """Return our name of a tensor of the speech-only predecessor, whose single head was called `motion_cfm`."""
-    key = re.sub(r"^motion_cfm\.", "speech_cfm.", key)
-    key = key.replace(".spk_proj.", ".global_cond_proj.").replace("patch_encoder.in_proj.", "patch_encoder.input_proj.")
-    return re.sub(r"^patch_encoder\.", "speech_patch_encoder.", key)
-
-
-def from_projector(key: str) -> str:
-    """Return our name of a tensor of a projector checkpoint."""
-    key = key.replace("first_motion_proj", "global_cond_proj")
-    return re.sub(r"^patch_encoder\.", "speech_patch_encoder.", key)
-
-
-def from_qwen(key: str) -> str:
-    """Return our name of a tensor of Qwen3 in the Hugging Face format, whose output layer is tied or of no use."""
-    return f"llm.{key}"
-
-
-WARM_STARTS = {"qwen": from_qwen, "tts": from_tts, "projector": from_projector}
+WARM_STARTS = {  # kind of checkpoint -> rules from its names to ours
+    "qwen": ((r"^", "llm."),),  # in the Hugging Face format; its output layer is tied or of no use
+    "tts": (  # the speech-only predecessor, whose single head was called `motion_cfm`
+        (r"^motion_cfm\.", "speech_cfm."),
+        (r"\.spk_proj\.", ".global_cond_proj."),
+        (r"patch_encoder\.in_proj\.", "patch_encoder.input_proj."),
+        (r"^patch_encoder\.", "speech_patch_encoder."),
+    ),
+    "projector": ((r"first_motion_proj", "global_cond_proj"), (r"^patch_encoder\.", "speech_patch_encoder.")),
+}
 
 
 def warm_start(model: nn.Module, source: str | Path | dict[str, Tensor], kind: str) -> list[str]:
@@ -213,7 +198,7 @@ def warm_start(model: nn.Module, source: str | Path | dict[str, Tensor], kind: s
     own = model.state_dict()
     if kind == "qwen":
         _check_qwen(model, source, state)
-    renamed = {WARM_STARTS[kind](key): value for key, value in state.items()}
+    renamed = rename_all(state, WARM_STARTS[kind])
     fits = {key: value for key, value in renamed.items() if key in own and own[key].shape == value.shape}
     if not fits:
         raise UserError(f"{label} shares no tensor with the model: it is not a {kind} checkpoint of these sizes")
@@ -242,8 +227,3 @@ def _check_qwen(model: nn.Module, source: str | Path | dict[str, Tensor], state:
             raise UserError(
                 f"{config} has rope_theta={base}, task.model.llm has {ours:g}: set task.model.llm.rope_theta"
             )
-
-
-def read_model(folder: Path) -> tuple[dict[str, Tensor], Path]:
-    """Read the model's tensors, by our names, among released files in a folder; return the tokenizer's folder too."""
-    return read_safetensors(find_released(folder, "model")), find_released(folder, "tokenizer").parent

@@ -166,6 +166,13 @@ class Job(Group):
         if speaks and (self.find_voice() or not self.is_auto):
             require_stream(self.voice_file, "audio")
 
+    def check_output(self, target: Path) -> None:
+        """Refuse to write a file in place of a folder, or of a file that the job reads."""
+        if target.is_dir():
+            raise UserError(f"cannot write {target}: it is a folder")
+        if any(os.path.realpath(target) == os.path.realpath(file) for name in FILES if (file := getattr(self, name))):
+            raise UserError(f"output={target.parent} would replace the input {target}: choose another folder or name")
+
 
 def with_preset(name: str, sampling: Sampling) -> Sampling:
     """Override these settings with those of configs/sampling/NAME.yaml."""
@@ -231,10 +238,10 @@ def read_settings(config: DictConfig) -> tuple[InferConfig, list[tuple[str, Job 
     for name in ("heard", "recogniser"):
         if (path := getattr(c.auto, name)) and not Path(path).exists():
             raise UserError(f"auto.{name}={path}: there is no such file or folder")
-    jobs, output = read_jobs(c), Path(c.output)
+    jobs = read_jobs(c)
     for name, job in jobs:
-        if isinstance(job, Job):
-            _check_outputs(job, outputs_of(job, name, c.figure, c.timestamps), output)
+        for output in outputs_of(job, name, c.figure, c.timestamps) if isinstance(job, Job) else ():
+            job.check_output(Path(c.output) / output)
     if any(vars(c.auto).values()) and not any(isinstance(job, Job) and job.is_auto for _, job in jobs):
         raise UserError("auto.*= is for mode=v2a text=auto: add text=auto, or leave it out")
     if c.jobs is None:  # of several, one with a bad file is reported and the others go on
@@ -250,12 +257,9 @@ def read_jobs(c: InferConfig) -> list[tuple[str, Job | UserError]]:
         fields_ = with_demo(common) if c.weights is None else common
         return [(safe_name(c.name or c.mode, "name="), _make_job(fields_))]
     path, jobs = Path(c.jobs), []
-    lines = read_lines(path, f"jobs={path}")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(read_lines(path, f"jobs={path}"), 1):
         try:
-            jobs.append(_job_of_line(line, common, f"{number:04d}"))
+            jobs += [_job_of_line(line, common, f"{number:04d}")] if line.strip() else []
         except UserError as error:
             jobs.append((f"line {number}", UserError(f"jobs={path}, line {number}: {error}")))
     if not jobs:
@@ -272,14 +276,10 @@ def with_demo(values: dict[str, Any]) -> dict[str, Any]:
     """Add the bundled voice, face and sentence to the fields of a job where it lacks them."""
     mode, job = values.get("mode", "t2av"), dict(values)
     voice, face = str(DEMO / "voice.wav"), str(DEMO / "silent.mp4")
-    if mode in ("t2av", "tts"):
-        job.setdefault("text", _words("silent"))
-    if mode == "a2v" and "audio" not in job:
-        job["audio"] = voice
-        job.setdefault("text", _words("voice"))
-    if mode == "v2a" and "video" not in job:
-        job["video"] = face
-        job.setdefault("text", _words("silent"))
+    given = {"a2v": ("audio", voice), "v2a": ("video", face)}.get(mode)
+    if given is None or given[0] not in job:  # the words of the bundled file
+        job |= [given] if given else []
+        job.setdefault("text", (DEMO / f"{'voice' if mode == 'a2v' else 'silent'}.txt").read_text().strip())
     if mode in ("t2av", "tts", "v2a") and "reference_video" not in job and (mode, job.get("text")) != ("v2a", AUTO):
         job.setdefault("reference_audio", voice)
     if mode in ("t2av", "a2v"):
@@ -315,11 +315,10 @@ def _job_of_line(line: str, common: dict[str, Any], number: str) -> tuple[str, J
     if not isinstance(row, dict):
         raise UserError('give an object, as in {"text": "hello"}')
     name = row.pop("name", number)
-    safe_name(str(name) if type(name) is int else name, "name=")
-    unknown = sorted(row.keys() - JOB_FIELDS)
-    if unknown:
+    name = safe_name(str(name) if type(name) is int else name, "name=")
+    if unknown := sorted(row.keys() - JOB_FIELDS):
         raise UserError(f"unknown setting {unknown[0]!r}; there are: name, {', '.join(sorted(JOB_FIELDS))}")
-    return str(name), _make_job({**common, **row})
+    return name, _make_job({**common, **row})
 
 
 def _make_job(values: dict[str, Any]) -> Job:
@@ -330,16 +329,3 @@ def _make_job(values: dict[str, Any]) -> Job:
             f"text={AUTO} belongs to mode=v2a, which finds what a clip says: write the text of mode={job.mode}"
         )
     return job
-
-
-def _check_outputs(job: Job, names: list[str], folder: Path) -> None:
-    inputs = [job.reference_audio, job.reference_video, job.reference_motion, job.audio, job.video]
-    for target in (folder / name for name in names):
-        if target.is_dir():
-            raise UserError(f"cannot write {target}: it is a folder")
-        if any(os.path.realpath(target) == os.path.realpath(file) for file in inputs if file):
-            raise UserError(f"output={folder} would replace the input {target}: choose another folder or name")
-
-
-def _words(stem: str) -> str:
-    return (DEMO / f"{stem}.txt").read_text().strip()

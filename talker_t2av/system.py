@@ -6,21 +6,24 @@ Two kinds of folder can be loaded: a release of ours, and a folder with the rele
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from engine.codec import Codec, PortraitCodec, load_codec
+from engine.device import send
 from engine.errors import UserError
 from engine.hub import CHECKOUT, release_folder
 from engine.progress import stage
 from engine.release import find_codec
+from engine.shards.source import read_json
 from lia_x.codec import LiaX
 from talker_t2av.model import FPS, RATE, TalkerT2AV
-from talker_t2av.motion import MotionStats
-from talker_t2av.released import find_released
+from talker_t2av.released import MOTION_MEAN, MOTION_STD, find_released
 from talker_t2av.request import Sampling
 from talker_t2av.settings import ASSETS
 from talker_t2av.speaker.encoder import VoiceEncoder, WavLMEncoder
@@ -39,6 +42,39 @@ NEEDS = {
     "a2v": ("speech", "motion"),
     "v2a": ("speech", "motion", "speaker"),
 }
+
+
+@dataclass(frozen=True)
+class MotionStats:
+    """Mean and standard deviation of each motion channel, (Dm,) both; the heads work on normalised motion (F, Dm)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __post_init__(self) -> None:
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            if value.ndim != 1 or not value.isfinite().all() or (name == "std" and (value < 0).any()):
+                raise UserError(f"the motion statistics' {name} must be a list of finite numbers, std's not below 0")
+        if len(self.mean) != len(self.std):
+            raise UserError(f"motion_mean has {len(self.mean)} numbers and motion_std {len(self.std)}: give as many")
+
+    def normalise(self, motion: Tensor) -> Tensor:
+        return (motion - self.mean) / self.std.clamp_min(1e-6)
+
+    def restore(self, motion: Tensor) -> Tensor:
+        std, mean = (send(x, motion.device) for x in (self.std.clamp_min(1e-6), self.mean))
+        return motion * std + mean
+
+    @classmethod
+    def read(cls, path: str | Path | None) -> MotionStats:
+        """Read a JSON file, or its URL, with `motion_mean` and `motion_std`; None: those of the released model."""
+        if path is None:
+            return cls(torch.tensor(MOTION_MEAN), torch.tensor(MOTION_STD))
+        try:
+            stats = read_json(path)
+            return cls(*(torch.tensor(stats[name], dtype=torch.float32) for name in ("motion_mean", "motion_std")))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} cannot be read as motion statistics ({error!r}): make them again") from error
 
 
 class TalkerSystem:
@@ -84,7 +120,7 @@ class TalkerSystem:
     @cached_property
     def speech(self) -> Codec:
         """The speech codec."""
-        codec = self._load("speech", load_speech)
+        codec = self._load("speech")
         _check_channels("speech latents", self.model.config.speech_dim, codec.channels)
         if (codec.sample_rate, codec.frame_rate) != (RATE, FPS):
             raise UserError(
@@ -96,7 +132,7 @@ class TalkerSystem:
     @cached_property
     def motion(self) -> PortraitCodec:
         """The portrait codec; faces are drawn in the model's precision."""
-        codec = self._load("motion", load_motion)
+        codec = self._load("motion")
         _check_channels("motion codes", self.model.config.motion_dim, codec.channels)
         codec.dtype = self.picture_dtype or self.model.dtype
         return codec
@@ -104,7 +140,7 @@ class TalkerSystem:
     @cached_property
     def speaker(self) -> VoiceEncoder | WavLMEncoder:
         """The speaker encoder."""
-        return self._load("speaker", load_speaker)
+        return self._load("speaker")
 
     @cached_property
     def voice_digest(self) -> str:
@@ -119,11 +155,11 @@ class TalkerSystem:
             except UserError as error:
                 raise UserError(f"mode={mode}: {error}") from error
 
-    def _load(self, part: str, load: Callable[[str | Path], Any]) -> Any:
+    def _load(self, part: str) -> Any:
         path = self._find(part)
         # Whoever asks first: weights made in inference mode are of no use outside of it.
         with stage("loading"), torch.inference_mode(False):
-            network = load(path)
+            network = LOADERS[part](path)
             if self._digests.get(part, None) not in (None, network.digest()):
                 raise UserError(f"{path} makes other features than those the model was trained on: use the model's own")
             return network.to(self.device)
@@ -182,12 +218,12 @@ class TalkerSystem:
 
 
 def load_speech(folder: str | Path) -> Codec:
-    """Load A speech codec of `CODECS`."""
+    """Load a speech codec of `CODECS`."""
     return load_codec(folder, CODECS["speech"])
 
 
 def load_motion(folder: str | Path) -> PortraitCodec:
-    """Load A portrait codec of `CODECS`, channels last: the same convolutions in nearly half the time on a CPU."""
+    """Load a portrait codec of `CODECS`, channels last: the same convolutions in nearly half the time on a CPU."""
     return load_codec(folder, CODECS["motion"]).to(memory_format=torch.channels_last)
 
 

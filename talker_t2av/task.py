@@ -37,10 +37,9 @@ from talker_t2av.generation import Result, Rows
 from talker_t2av.layers import Block
 from talker_t2av.losses import TalkerBatch, phoneme_loss, time_warped, training_forward, training_losses
 from talker_t2av.model import FPS, TalkerConfig, TalkerT2AV
-from talker_t2av.motion import MotionStats
 from talker_t2av.particles import why_not
 from talker_t2av.request import A2V, MODES, T2AV, TTS, V2A, Request, Sampling
-from talker_t2av.system import check_codecs, load_motion, load_speech
+from talker_t2av.system import MotionStats, check_codecs, load_motion, load_speech
 from talker_t2av.text import TalkerTokenizer, load_tokenizer
 
 VALIDATION_BATCH = 4
@@ -48,16 +47,13 @@ NEW_WEIGHTS = re.compile(r"\.step_mlp\.|^head_phoneme\.|^llm\.model\.layers\.") 
 WAVES, VIDEOS = 4, 2  # saved by a validation, of each split
 
 
-def _read_start(init: str) -> tuple[dict[str, Tensor], Path]:
-    """Read the weights of a release of ours, or of released files; return them and the folder of their tokenizer."""
+def load_start(init: str) -> tuple[TalkerT2AV, Path]:
+    """Load the model that a training starts from, a release of ours or released files, and its tokenizer's folder."""
     folder = release_folder(init)
     if (folder / "config.yaml").is_file():
-        state, words = TalkerT2AV.from_pretrained(init).state_dict(), folder
-    else:
-        state, words = released.read_model(folder)
-    if released.TASKS not in state:
-        raise UserError(f"init={init} is no Talker-T2AV: it has no tensor {released.TASKS}")
-    return state, words
+        return TalkerT2AV.from_pretrained(init), folder
+    words = released.find_released(folder, "tokenizer").parent
+    return TalkerT2AV.from_released(released.find_released(folder, "model")), words
 
 
 class TalkerTask(Task):
@@ -117,7 +113,7 @@ class TalkerTask(Task):
             self.sampling = replace(self.sampling, particles=1)
         if distributed.is_main():
             check_codecs(codecs)
-        start = _read_start(init) if init else None
+        start = load_start(init) if init else None
         self.words = load_tokenizer(tokenizer)
         rows = self.model.llm.config.vocab_size
         if self.words.vocab_size > rows:
@@ -152,16 +148,15 @@ class TalkerTask(Task):
         if freeze_embeddings:
             self.model.llm.model.embed_tokens.weight.requires_grad_(False)
 
-    def _start_from(self, init: str, state: dict[str, Tensor], words: Path) -> None:
-        """Take over weights of the tokenizer in the folder `words`, which `_read_start` read from `init`."""
+    def _start_from(self, init: str, start: TalkerT2AV, words: Path) -> None:
+        """Take over the weights of a model, whose tokenizer is in the folder `words`."""
         former, own = TalkerTokenizer.from_pretrained(words), self.model.state_dict()
         new_text = self.words.language is not None and former.language is None
         if not new_text and former.tokenizer.get_vocab() != self.words.tokenizer.get_vocab():
             raise UserError(
                 f"init={init} has another vocabulary than task.tokenizer={self.tokenizer}: use the tokenizer in {words}"
             )
-        state = released.with_tasks(state, self.model.config.tasks)
-        state = released.complete({k: v.float() for k, v in state.items()}, self.model)
+        state = released.complete(released.with_tasks(start.state_dict(), self.model.config.tasks), self.model)
         if not self.model.config.phonemes:
             state = {key: value for key, value in state.items() if not key.startswith("head_phoneme.")}
         if new_text:
@@ -225,16 +220,9 @@ class TalkerTask(Task):
         c = self.model.config
         for split in self.validation["splits"]:
             source = join(self.validation["root"], split)
-            examples = TalkerExamples(
-                source,
-                "t2av" if self.codecs.get("motion") and holds_motion(source) else "tts",
-                stats=self.stats_file,
-                tokenizer=self.tokenizer,
-                patch_size=c.patch_size,
-                delay=c.delay,
-                order=c.order,
-                phonemes=c.phonemes,
-            )
+            task = "t2av" if self.codecs.get("motion") and holds_motion(source) else "tts"
+            sizes = {name: getattr(c, name) for name in ("patch_size", "delay", "order", "phonemes")}
+            examples = TalkerExamples(source, task, stats=self.stats_file, tokenizer=self.tokenizer, **sizes)
             count = min(self.validation["clips"], len(examples))
             chosen = torch.linspace(0, len(examples) - 1, count).round().long().tolist()
             own = share.range(count)
@@ -329,21 +317,18 @@ def speak(
     Returns:
         The results, and the true lengths of the clips in frames.
     """
-    requests, frames = [], []
-    for i in chosen:
-        item = examples[i]
-        length = len(item["speech"])
-        requests.append(
-            Request(
-                prompt=examples.words.prompt(examples.info(i)["text"]),
-                speaker=item["speaker"],
-                speech=item["speech"][:0],
-                motion=item["motion"][:0],
-                first_motion=item["motion"][0] if examples.task == "t2av" else None,
-                max_patches=2 * -(-length // model.config.patch_size),
-                seed=i,
-            )
+    items, size = [examples[i] for i in chosen], model.config.patch_size
+    requests = [
+        Request(
+            prompt=examples.words.prompt(examples.info(chosen[n])["text"]),
+            speaker=items[n]["speaker"],
+            speech=items[n]["speech"][:0],
+            motion=items[n]["motion"][:0],
+            first_motion=items[n]["motion"][0] if examples.task == "t2av" else None,
+            max_patches=2 * -(-len(items[n]["speech"]) // size),
+            seed=chosen[n],
         )
-        frames.append(length)
-    requests, frames = ([some[n] for n in own] for some in (requests, frames))
-    return Rows(model, MODES[examples.task], sampling, len(requests)).generate(requests), frames
+        for n in own
+    ]
+    spoken = Rows(model, MODES[examples.task], sampling, len(requests)).generate(requests)
+    return spoken, [len(items[n]["speech"]) for n in own]

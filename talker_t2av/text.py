@@ -84,11 +84,7 @@ class TalkerTokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> TalkerTokenizer:
-        """Load the tokenizer of a folder, ours or the released checkpoint's.
-
-        Raises:
-            UserError: the folder has no tokenizer, a damaged one, or one without a chat template.
-        """
+        """Load the tokenizer of a folder, ours or the released checkpoint's."""
         folder = release_folder(folder)
         if not any((folder / name).is_file() for name in (FILES[0], "vocab.json")):
             raise UserError(f"{folder} has no tokenizer ({FILES[0]}): copy or download the whole folder")
@@ -98,7 +94,8 @@ class TalkerTokenizer:
             raise UserError(f"the tokenizer of {folder} cannot be read ({error}); copy or download it again") from error
         if tokenizer.chat_template is None or tokenizer.pad_token_id is None:
             raise UserError(f"the tokenizer of {folder} has no chat template or no padding token: it is not Qwen3's")
-        return cls(tokenizer, _language(folder))
+        ours = folder / "config.yaml"
+        return cls(tokenizer, language_of(read_yaml(ours).get("text") if ours.is_file() else None))
 
     def _parts(self, text: str) -> tuple[list[int], list[int]]:
         # Special tokens part a text before anything else is done, so both sides can be encoded by themselves.
@@ -111,19 +108,14 @@ def load_tokenizer(tokenizer: str | Path | Mapping[str, str] | None) -> TalkerTo
     if tokenizer is None:
         return byte_tokenizer()
     if isinstance(tokenizer, Mapping):
-        return phoneme_tokenizer(_checked_language(tokenizer))
+        return phoneme_tokenizer(language_of(tokenizer))
     return TalkerTokenizer.from_pretrained(tokenizer)
 
 
-def _language(folder: Path) -> str | None:
-    """The language of the phonemes that a release's config.yaml names, or None."""
-    if not (folder / "config.yaml").is_file():
+def language_of(text: Mapping[str, str] | None) -> str | None:
+    """Return the language of the phonemes that the setting `text` names; None: the tokens are of the text itself."""
+    if text is None:
         return None
-    text = read_yaml(folder / "config.yaml").get("text")
-    return None if text is None else _checked_language(text)
-
-
-def _checked_language(text: Mapping[str, str]) -> str:
     if not isinstance(text, Mapping) or text.get("kind") != "phonemes" or text.get("language") not in LANGUAGES:
         raise UserError(f"text={text} is unknown; use {{kind: phonemes, language: {' or '.join(LANGUAGES)}}}")
     return text["language"]

@@ -18,10 +18,9 @@ from engine.codec import PortraitCodec
 from engine.device import send
 from engine.errors import UserError
 from engine.precision import half_precision
-from engine.release import build_with, weights_digest
-from engine.settings import Group, setting
-from lia_x.decoder import Decoder
-from lia_x.encoder import Encoder
+from engine.release import weights_digest
+from engine.settings import Group, require_range, setting
+from lia_x.networks import Decoder, Encoder
 from lia_x.released import read_official
 
 
@@ -125,7 +124,8 @@ class LiaX(PortraitCodec):
     def encode(self, video: Tensor, chunk: int = 8) -> Tensor:
         """(T, 3, S, S) -> absolute motion codes (T, M)."""
         video = self._pictures(video, "video", move=False)
-        parts, device = video.split(_checked_chunk(chunk)), self._device()
+        require_range("chunk", chunk, 1, 2**20)
+        parts, device = video.split(chunk), self._device()
         return torch.cat([self.encoder.motion(send(part, device)) for part in parts])
 
     def decode(self, motion: Tensor, identity: Tensor | Identity, chunk: int = 8) -> Tensor:
@@ -188,7 +188,8 @@ class LiaX(PortraitCodec):
 
     @torch.no_grad()
     def _decode(self, identity: Identity, chunk: int, target: Tensor, *relative: Tensor) -> Tensor:
-        navigate, parts = self.decoder.navigate, target.split(_checked_chunk(chunk))
+        require_range("chunk", chunk, 1, 2**20)
+        navigate, parts = self.decoder.navigate, target.split(chunk)
         styles = [navigate(identity.style, codes, *relative) for codes in parts]
         with half_precision(self._device(), self.dtype):
             return torch.cat([self.decoder(style, identity.maps) for style in styles])
@@ -234,18 +235,5 @@ class LiaX(PortraitCodec):
         return weights_digest(self.encoder)
 
     @classmethod
-    def from_official(cls, path: Path) -> LiaX | None:
-        """The official `lia-x.pt`: the file, or a folder that holds it."""
-        found = read_official(path)
-        return None if found is None else cls.from_tensors(*found, path)
-
-    @classmethod
-    def from_tensors(cls, sizes: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> LiaX:
-        """Make a codec with these fields of its config and the tensors of `state`: nothing is initialised or copied."""
-        return build_with(lambda: cls(LiaXConfig(**sizes)), state, source)
-
-
-def _checked_chunk(chunk: int) -> int:
-    if chunk < 1:
-        raise UserError(f"chunk={chunk}: give 1 or more frames at a time")
-    return chunk
+    def read_official(cls, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        return read_official(path)

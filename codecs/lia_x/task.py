@@ -6,7 +6,6 @@ Axes: B pairs, S side, M motion, L known movements.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.codec import load_like
 from engine.errors import UserError
 from engine.evaluation.validation import ByClip, Share
 from engine.media.video import write_video
@@ -39,14 +39,6 @@ def _start(config: LiaXConfig) -> LiaX:
     with torch.no_grad():
         codec.encoder.to_motion.weight.mul_(MOTION_GAIN)
     return codec
-
-
-def _load(folder: str, config: LiaXConfig) -> LiaX:
-    codec = LiaX.from_pretrained(folder)
-    for name, value in asdict(codec.config).items():
-        if value != getattr(config, name):
-            raise UserError(f"task.init={folder} has {name}={value}, but task.codec asks for {getattr(config, name)}")
-    return codec.train()
 
 
 class LiaXTask(Task):
@@ -92,7 +84,7 @@ class LiaXTask(Task):
         validation: Mapping[str, Any] | None = None,
     ):
         super().__init__()
-        self.codec = _load(init, LiaXConfig(**codec)) if init else _start(LiaXConfig(**codec))
+        self.codec = load_like(LiaX, init, LiaXConfig(**codec)) if init else _start(LiaXConfig(**codec))
         require_range("task.pyramid", pyramid, 1, 8)
         growth = None if init else growth
         if growth:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,10 +141,7 @@ class RVQCodec(Codec):
         Raises:
             UserError: the wave has another shape or is too short for one frame.
         """
-        if wave.ndim != 3 or wave.shape[1] != 1:
-            raise UserError(f"wave of shape {tuple(wave.shape)}: give mono waves of shape (batch, 1, samples)")
-        if self.frames(wave.shape[-1]) < 1:
-            raise UserError(f"wave of {wave.shape[-1]} samples is too short: give {self.encoder.min_samples} or more")
+        self.checked_frames(wave)
         return self.quantizer.quantize(self.encoder(wave))
 
     def decode(self, codes: Tensor, levels: int | None = None) -> Tensor:
@@ -166,11 +164,11 @@ class RVQCodec(Codec):
         return weights_digest(self.encoder, self.quantizer)
 
     @classmethod
-    def from_official(cls, path: Path) -> RVQCodec | None:
-        """MaskGCT's `acoustic_codec` files; see `rvq_codec.released`."""
-        if (found := read_official(path)) is None:
-            return None
-        sizes, state = found
-        codec = cls(RVQCodecConfig(**sizes))
-        load_strict(codec, state, path)
+    def read_official(cls, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        return read_official(path)
+
+    @classmethod
+    def from_tensors(cls, sizes: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> RVQCodec:
+        codec = cls(RVQCodecConfig(**sizes))  # on no meta device, as its window is no tensor of the state
+        load_strict(codec, state, source)
         return codec.eval()

@@ -6,17 +6,14 @@ Axes: B batch, N samples, L frames, C latent channels, Q levels, K codes of a bo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.codec import load_like
 from engine.errors import UserError
-from engine.evaluation.resynthesis import validate_codec
-from engine.evaluation.validation import ByClip, Share
 from engine.nn.audio_losses import (
     CompressedSpectrumLoss,
     DisturbanceLoss,
@@ -41,20 +38,20 @@ def _load(folder: str, config: RVQCodecConfig, decoder_only: bool) -> RVQCodec:
 
     With `decoder_only`, the decoder may be another one; it then starts from random weights.
     """
-    old = RVQCodec.from_pretrained(folder)
-    differing = [name for name, value in asdict(old.config).items() if value != getattr(config, name)]
-    for name in differing:
-        if name not in SETTINGS and not (decoder_only and name in DECODER):
-            raise UserError(
-                f"task.init={folder} has {name}={getattr(old.config, name)}, "
-                f"but task.codec asks for {getattr(config, name)}"
-            )
-    codec = RVQCodec(config)
+    old, codec = load_like(RVQCodec, folder, config, SETTINGS + DECODER * decoder_only), RVQCodec(config)
     codec.encoder.load_state_dict(old.encoder.state_dict())
     codec.quantizer.load_state_dict(old.quantizer.state_dict())
-    if not set(differing) & set(DECODER):
+    if all(getattr(old.config, name) == getattr(config, name) for name in DECODER):
         codec.decoder.load_state_dict(old.decoder.state_dict())
     return codec
+
+
+def _perplexity(counts: list[Tensor]) -> list[float]:
+    return [round(x, 1) for x in perplexity(sum(counts)).tolist()]
+
+
+def _used(counts: list[Tensor]) -> list[float]:
+    return [round(x, 3) for x in (sum(counts) > 0).double().mean(-1).tolist()]
 
 
 class RVQCodecTask(GANTask):
@@ -83,6 +80,8 @@ class RVQCodecTask(GANTask):
             `features` and `quantizer_start` do not count.
         validation: `root`, `splits`, `clips` (per split) and `levels` of validation; None turns it off.
     """
+
+    figures: ClassVar = {"perplexity": _perplexity, "used": _used}
 
     def __init__(
         self,
@@ -143,10 +142,6 @@ class RVQCodecTask(GANTask):
     def whole(self) -> list[nn.Module]:
         """Return the quantiser, whose code books are initialised and restarted in place."""
         return [self.codec.quantizer]
-
-    def tokens(self, batch: dict[str, Tensor]) -> int:
-        """Return the number of codec frames of a batch."""
-        return batch["wave"].shape[0] * self.codec.frames(batch["wave"].shape[-1])
 
     def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
         """As `GANTask.forward`; batch["wave"] is (B, 1, N). With its own "codes" (B, Q, L) only the decoder runs.
@@ -242,15 +237,7 @@ class RVQCodecTask(GANTask):
             warm_start(self.codec.quantizer, latents, generator, self.envelope_levels, bands)
         self.counts.zero_()
 
-    @torch.no_grad()
-    def measure(self, step: int, folder: Path, share: Share) -> dict[str, float | ByClip]:
-        """Measure the first held-out clips; write the first clip of each split, original and decoded."""
-        if self.validation is None:
-            return {}
-        combine = {"perplexity": _perplexity, "used": _used}
-        return validate_codec(self.validation, self.codec, folder, share, self._versions, combine, self.mel_loss)
-
-    def _versions(self, wave: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
+    def versions(self, wave: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
         """Decode the codes of a wave (N,) from the first levels of `validation.levels`, and count the codes."""
         codec = self.codec
         codes = codec.encode(torch.from_numpy(wave)[None, None].to(next(codec.parameters()).device))
@@ -267,11 +254,3 @@ class RVQCodecTask(GANTask):
             usage="from rvq_codec import RVQCodec\n\n"
             'codes = RVQCodec.from_pretrained("FOLDER").encode(wave)  # (B, 1, N) at 24 kHz',
         )
-
-
-def _perplexity(counts: list[Tensor]) -> list[float]:
-    return [round(x, 1) for x in perplexity(sum(counts)).tolist()]
-
-
-def _used(counts: list[Tensor]) -> list[float]:
-    return [round(x, 3) for x in (sum(counts) > 0).double().mean(-1).tolist()]

@@ -22,7 +22,7 @@ from engine.errors import UserError
 from engine.media.audio import resample
 from engine.nn.dac import DACDecoder, DACEncoder, WNConv1d
 from engine.nn.mel import HOP, RATE, log_mel, pad_or_trim
-from engine.release import build_with, weights_digest
+from engine.release import weights_digest
 from engine.settings import Group, setting
 from whisperx_vae.released import read_official
 
@@ -140,15 +140,8 @@ class WhisperXVAE(Codec):
         """Wave (B, 1, N), mel (B, M, 2 * context) -> mean and raw scale, both (B, Z, T).
 
         Nothing is cropped to a multiple of the hop: the samples beyond it reach the last frames.
-
-        Raises:
-            UserError: the wave has another shape, is too short for one frame, or longer than Whisper's window.
         """
-        if wave.ndim != 3 or wave.shape[1] != 1:
-            raise UserError(f"wave of shape {tuple(wave.shape)}: give mono waves of shape (batch, 1, samples)")
-        frames, most = self.frames(wave.shape[-1]), self.config.max_frames
-        if frames < 1:
-            raise UserError(f"wave of {wave.shape[-1]} samples is too short: give {self.encoder.min_samples} or more")
+        frames, most = self.checked_frames(wave), self.config.max_frames
         if frames > most:
             raise UserError(
                 f"wave of {wave.shape[-1]} samples is longer than Whisper's window: give {most * self.hop} or fewer"
@@ -175,8 +168,7 @@ class WhisperXVAE(Codec):
         Raises:
             UserError: the wave has another shape or is shorter than one frame.
         """
-        if wave.ndim != 3 or wave.shape[1] != 1:
-            raise UserError(f"wave of shape {tuple(wave.shape)}: give mono waves of shape (batch, 1, samples)")
+        self.checked_frames(wave)
         frames, most = wave.shape[-1] // self.hop, self.config.max_frames
         wave = wave.to(self.in_proj.weight_g.device)
         wave16 = resample(wave[:, 0], self.sample_rate, RATE)
@@ -216,14 +208,11 @@ class WhisperXVAE(Codec):
         return weights_digest(self.encoder, self.whisper, self.in_proj)
 
     @classmethod
-    def from_official(cls, path: Path) -> WhisperXVAE | None:
-        """The official Lightning checkpoint: the file, or a folder that holds it."""
-        found = read_official(path)
-        return None if found is None else cls.from_tensors(*found, path)
+    def read_official(cls, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        return read_official(path)
 
     @classmethod
     def from_tensors(cls, sizes: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> WhisperXVAE:
-        """Make a codec with these fields of its config and the tensors of `state`: nothing is initialised or copied."""
         config = WhisperXVAEConfig(**sizes)
         positions = {POSITIONS: sinusoids(config.whisper_context, config.hidden)}  # older files do not store them
-        return build_with(lambda: cls(config), positions | state, source)
+        return super().from_tensors(sizes, positions | state, source)

@@ -9,17 +9,15 @@ Axes: B batch, N samples, T latent frames, C hidden channels, Z latent channels.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.codec import load_like
 from engine.errors import UserError
-from engine.evaluation.resynthesis import validate_codec
-from engine.evaluation.validation import ByClip, Share
 from engine.hub import check_release
 from engine.media.audio import resample
 from engine.nn.audio_losses import MultiScaleMelLoss
@@ -44,6 +42,21 @@ def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
 def semantic_loss(found: Tensor, wanted: Tensor) -> Tensor:
     """Return the mean square error plus one minus the cosine between frames; both (B, C, T)."""
     return F.mse_loss(found, wanted) + (1 - F.cosine_similarity(found, wanted, dim=1)).mean()
+
+
+def _largest_mean(latents: list[Tensor]) -> float:
+    """Return the largest absolute mean of a channel of latents (T, Z) of all clips."""
+    return torch.cat(latents).mean(0).abs().max().item()
+
+
+def _deviation(latents: list[Tensor]) -> float:
+    return torch.cat(latents).std(0).mean().item()
+
+
+def _speed(latents: list[Tensor]) -> float:
+    """Return the root mean square of a channel's change from frame to frame over its deviation, mean over channels."""
+    steps, deviation = torch.cat([z.diff(dim=0) for z in latents]), torch.cat(latents).std(0)
+    return (steps.square().mean(0).sqrt() / deviation.clamp_min(1e-6)).mean().item()
 
 
 class WhisperXVAETask(GANTask):
@@ -73,6 +86,8 @@ class WhisperXVAETask(GANTask):
         validation: `root`, `splits` and `clips` (per split); None turns it off.
     """
 
+    figures: ClassVar = {"latent_mean": _largest_mean, "latent_std": _deviation, "latent_speed": _speed}
+
     def __init__(
         self,
         codec: Mapping[str, Any],
@@ -89,7 +104,7 @@ class WhisperXVAETask(GANTask):
     ):
         super().__init__()
         config = WhisperXVAEConfig(**codec)
-        self.codec = _load(init, config) if init else WhisperXVAE(config)
+        self.codec = load_like(WhisperXVAE, init, config) if init else WhisperXVAE(config)
         if not init:
             with torch.no_grad():
                 self.codec.in_proj.bias[config.latent_dim :] = INITIAL_SCALE
@@ -125,10 +140,6 @@ class WhisperXVAETask(GANTask):
         if self.frozen_whisper:
             self.codec.whisper.eval()
         return self
-
-    def tokens(self, batch: dict[str, Tensor]) -> int:
-        """Return the number of latent frames of a batch."""
-        return batch["wave"].shape[0] * self.codec.frames(batch["wave"].shape[-1])
 
     def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
         """As `GANTask.forward`; batch["wave"] is (B, 1, N), at most Whisper's window. `std` is logged, too."""
@@ -171,20 +182,12 @@ class WhisperXVAETask(GANTask):
                 losses["kl"] = kl_divergence(run["mean"], run["std"])
         return losses
 
-    @torch.no_grad()
-    def measure(self, step: int, folder: Path, share: Share) -> dict[str, float | ByClip]:
-        """Measure the first held-out clips; write the first clip of each split, original and decoded."""
-        if self.validation is None:
-            return {}
-        combine = {"latent_mean": _largest_mean, "latent_std": _deviation, "latent_speed": _speed}
-        return validate_codec(self.validation, self.codec, folder, share, self._versions, combine, self.mel_loss)
-
-    def _versions(self, wave: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
+    def versions(self, wave: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
         """Decode the latents of a wave (N,); return them, too."""
         codec = self.codec
         latents = codec.encode(torch.from_numpy(wave)[None, None].to(next(codec.parameters()).device))
         decoded = codec.decode(latents)[0, 0].float().cpu().numpy()
-        return {"decoded": decoded}, dict.fromkeys(("latent_mean", "latent_std", "latent_speed"), latents[0].cpu())
+        return {"decoded": decoded}, dict.fromkeys(self.figures, latents[0].cpu())
 
     def release_info(self) -> Release:
         return self.release_of(
@@ -194,13 +197,6 @@ class WhisperXVAETask(GANTask):
             usage="from whisperx_vae import WhisperXVAE\n\n"
             'latents = WhisperXVAE.from_pretrained("FOLDER").encode(wave)  # (B, 1, N) at 24 kHz',
         )
-
-
-def _load(folder: str, config: WhisperXVAEConfig) -> WhisperXVAE:
-    codec = WhisperXVAE.from_pretrained(folder)
-    if codec.config != config:
-        raise UserError(f"task.init={folder} has {codec.config}, but task.codec asks for {config}")
-    return codec
 
 
 def _load_whisper(codec: WhisperXVAE, name: str) -> None:
@@ -217,18 +213,3 @@ def _load_whisper(codec: WhisperXVAE, name: str) -> None:
         raise UserError(f"task.whisper={name} has other sizes than task.codec: choose hidden, whisper_* and mel_bands")
     codec.whisper.load_state_dict(encoder.state_dict())
     codec.whisper.requires_grad_(False)
-
-
-def _largest_mean(latents: list[Tensor]) -> float:
-    """Return the largest absolute mean of a channel of latents (T, Z) of all clips."""
-    return torch.cat(latents).mean(0).abs().max().item()
-
-
-def _deviation(latents: list[Tensor]) -> float:
-    return torch.cat(latents).std(0).mean().item()
-
-
-def _speed(latents: list[Tensor]) -> float:
-    """Return the root mean square of a channel's change from frame to frame over its deviation, mean over channels."""
-    steps, deviation = torch.cat([z.diff(dim=0) for z in latents]), torch.cat(latents).std(0)
-    return (steps.square().mean(0).sqrt() / deviation.clamp_min(1e-6)).mean().item()

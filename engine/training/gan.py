@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from engine.codec import Codec
+from engine.evaluation.resynthesis import validate_codec
+from engine.evaluation.validation import ByClip, Share
+from engine.nn.audio_losses import MultiScaleMelLoss
 from engine.nn.discriminators import WaveDiscriminators
 from engine.training.task import Task
 
@@ -17,11 +25,16 @@ class GANTask(Task):
         discriminator: of waves (B, 1, N).
         weights: of the losses by name; a loss that is not in it counts once.
         gan_start: step from which the discriminators are trained and heard; None: never.
+        mel_loss, validation, figures: see `validate_codec`; validation may be None.
     """
 
+    codec: Codec
     discriminator: WaveDiscriminators
     weights: dict[str, float]
     gan_start: int | None
+    mel_loss: MultiScaleMelLoss
+    validation: Mapping[str, Any] | None
+    figures: ClassVar[Mapping[str, Callable[[list[Any]], Any]]]
 
     def run(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Run the codec: waves `real` and `fake` (B, 1, N), and whatever `reconstruction_losses` needs."""
@@ -30,6 +43,21 @@ class GANTask(Task):
     def reconstruction_losses(self, run: dict[str, Any]) -> dict[str, Tensor]:
         """Return the generator's losses () that need no discriminator, without their weights."""
         raise NotImplementedError
+
+    def versions(self, wave: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Decode a wave (N,) of a validation; see `validate_codec`."""
+        raise NotImplementedError
+
+    def tokens(self, batch: dict[str, Tensor]) -> int:
+        """Return the number of code frames of a batch."""
+        return batch["wave"].shape[0] * self.codec.frames(batch["wave"].shape[-1])
+
+    @torch.no_grad()
+    def measure(self, step: int, folder: Path, share: Share) -> dict[str, float | ByClip]:
+        """Measure the first held-out clips; write the first clip of each split, original and decoded."""
+        if self.validation is None:
+            return {}
+        return validate_codec(self.validation, self.codec, folder, share, self.versions, self.figures, self.mel_loss)
 
     def adversarial(self) -> bool:
         """Return whether the discriminators take part in this step."""

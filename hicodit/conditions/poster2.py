@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.official import rename_all
 from engine.release import build_with
 from engine.safe_pickle import read_state
 from hicodit.conditions.types import EXPRESSIONS
@@ -30,8 +31,11 @@ CLASSES = {
     "affectnet": EXPRESSIONS,
     "raf": ("surprised", "fearful", "disgusted", "happy", "sad", "angry", "neutral"),
 }
-_UNUSED = ("VIT.CON1.", "VIT.IRLinear", "VIT.eca_block.", "VIT.patch_embed.", "ir_back.output_layer.")
-_UNUSED += ("face_landback.output_layer.",)
+RULES = (  # names of the checkpoints -> ours; what the forward pass never uses is left out
+    (r"^module\.", ""),
+    (r"^VIT\.(?:CON1\.|IRLinear|eca_block\.|patch_embed\.)|^(?:ir_back|face_landback)\.output_layer\.", None),
+    (r"^VIT\.blocks\..*\.conv\.", None),
+)
 
 
 # --- the landmark network: MobileFaceNet (Chen et al. 2018, arXiv:1804.07573) without its embedding ---
@@ -327,9 +331,7 @@ class POSTER2(nn.Module):
         cls, state: Mapping[str, Tensor], classes: tuple[str, ...], source: str | Path = "POSTER V2"
     ) -> POSTER2:
         """Make the network with the tensors of a checkpoint's state dict, strict on all that the forward pass uses."""
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-        state = {key: value for key, value in state.items() if not _is_unused(key)}
-        model = build_with(lambda: cls(classes), state, source)
+        model = build_with(lambda: cls(classes), rename_all(state, RULES), source)
         for attention, side in zip((model.attn1, model.attn2, model.attn3), (28, 14, 7)):
             attention.index = CrossAttention(HEAD_WIDTH, side).index  # a buffer that no checkpoint has
         return model
@@ -345,7 +347,3 @@ class POSTER2(nn.Module):
         if len(orders) != 1:
             raise UserError(f"{path}: the name must contain 'affectnet' or 'raf', which tells the order of the classes")
         return cls.from_released(read_state(path, "state_dict"), orders[0], path)
-
-
-def _is_unused(key: str) -> bool:
-    return key.startswith(_UNUSED) or (key.startswith("VIT.blocks.") and ".conv." in key)

@@ -107,17 +107,17 @@ class ReleasedEncoders:
 
     def _read(self, name: str) -> nn.Module:
         c = self.config
+        kinds = {  # and what they are made of without a file
+            "lip": (AVHubert, [AVHubertConfig(**c.lip)]),
+            "identity": (ArcFace, [c.identity_blocks]),
+            "expression": (POSTER2, []),
+        }
+        kind, sizes = kinds[name]
         if c.folder is None:
-            random = {
-                "lip": lambda: AVHubert(AVHubertConfig(**c.lip)),
-                "identity": lambda: ArcFace(c.identity_blocks),
-                "expression": POSTER2,
-            }
-            return random[name]()
+            return kind(*sizes)
         if not Path(c.folder).is_dir():
             raise UserError(f"no folder of encoder checkpoints: encoders.folder={c.folder}")
-        kinds = {"lip": AVHubert, "identity": ArcFace, "expression": POSTER2}
-        network = kinds[name].from_pretrained(Path(c.folder) / getattr(c, f"{name}_file"))
+        network = kind.from_pretrained(Path(c.folder) / getattr(c, f"{name}_file"))
         if name == "lip" and network.config.width != c.lip_dim:
             raise UserError(
                 f"{c.lip_file} gives lip features of width {network.config.width}, the model takes {c.lip_dim}: "

@@ -30,9 +30,6 @@ def read_voice(path: str | Path, digest: str, size: int) -> Tensor:
 
     Args:
         digest: of the encoder whose embeddings the model knows. size: G.
-
-    Raises:
-        UserError: the file cannot be read, or another encoder made it.
     """
     path = check_readable(path)
     if path.stat().st_size > MAX_BYTES:

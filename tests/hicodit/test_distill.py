@@ -11,7 +11,7 @@ from engine.training.trainer import Trainer
 from hicodit.conditions.released import ReleasedEncoderConfig
 from hicodit.conditions.types import Conditions
 from hicodit.data import HiCoDiTDataset
-from hicodit.distill import DistillTask, Teacher, draw_scales
+from hicodit.distill import DistillTask, draw_scales
 from hicodit.generation import guided_posterior
 from hicodit.guidance import combine, combine_rows
 from hicodit.model import BRANCHES, ModelConfig, positions_of, rows_of
@@ -78,33 +78,6 @@ def test_the_target_is_the_teachers_guided_posterior(student, conditions, tokens
         guided = guided_posterior(student.teacher.model, conditions, row)(tokens, T, None)[i]
         own = clip == i
         torch.testing.assert_close(target[own], guided[level[own], frame[own]], atol=1e-4, rtol=1e-4)
-
-
-def test_a_target_some_steps_ahead_is_from_the_step_that_revealed_the_token(student, conditions, monkeypatch):
-    teacher, tokens = Teacher(student.teacher.model, substeps=3, steps=4), torch.full((2, 12, 40), 16)
-    where, t, seen = positions_of(tokens == 16, tokens.device), torch.tensor([1.0, 0.3]), []
-
-    def log_q(tokens, t, conditioning, scales, where):
-        seen.append((tokens.clone(), t))
-        out = torch.full((sum(len(clip) for clip, _ in where), 16), -30.0)
-        out[:, len(seen)] = 0.0  # the first step is sure of token 1, the second of 2, the third of 3
-        return out
-
-    monkeypatch.setattr(teacher, "log_q", log_q)
-    prepare, prepared = teacher.prepare, []
-    monkeypatch.setattr(teacher, "prepare", lambda *given: prepared.append(given) or prepare(*given))
-    said = teacher.targets(tokens, t, conditions, torch.ones(2, 4), where).argmax(-1)
-    said = torch.empty(2, 12, 40, dtype=torch.long).index_put((rows_of(where)[0], *rows_of(where)[1:]), said).flatten(1)
-    assert len(prepared) == 1  # the conditions are the same in all steps
-    (_, _), (second, t2), (third, t3) = seen
-    assert (
-        (tokens == 16).all()
-        and t2.tolist() == pytest.approx([0.75, 0.05])
-        and t3.tolist() == pytest.approx([0.5, 1e-3])
-    )
-    assert 0.15 < (second[0] == 1).float().mean() < 0.35 and 0.4 < (third[0] != 16).float().mean() < 0.6
-    expected = torch.where(second == 1, 1, torch.where(third == 2, 2, 3)).flatten(1)
-    assert torch.equal(said, expected) and (third[1] != 16).all()
 
 
 @pytest.fixture(scope="module")

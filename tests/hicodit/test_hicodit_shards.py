@@ -92,14 +92,6 @@ def test_a_run_stopped_within_an_epoch_goes_on_as_if_it_had_not_been(data, codec
     assert losses == same_losses and same(state, resumed)
 
 
-def test_lengths_are_those_that_the_log_counts(data, codec):
-    items = dataset(data, codec)
-    batch = items.collate([items.__getitem__(i, torch.Generator()) for i in range(3)])
-    torch.manual_seed(0)
-    task = HiCoDiTTask(MODEL, ENCODERS, str(codec), str(data), None)
-    assert task.tokens(batch) == int(items.lengths[:3].sum()) == 2 * 12 * sum(FRAMES[:3])
-
-
 def test_what_does_not_fit_is_one_line(data, codec, tmp_path):
     with pytest.raises(UserError, match=r"made with rvq .*, but rvq \w+ is in use"):
         HiCoDiTDataset(data / "train", "assets/rvq_tiny")

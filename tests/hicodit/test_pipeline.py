@@ -12,16 +12,14 @@ from torch import nn
 
 from engine.cuda_graph import GraphedSteps
 from engine.errors import UserError
-from engine.faces import clip as clip_module
 from engine.precision import Int8Linear, PackedLinear, can_int8, can_pack
 from hicodit import pipeline as pipeline_module
 from hicodit import system as system_module
 from hicodit.conditions.encoders import TinyEncoderConfig, TinyLipEncoder
 from hicodit.conditions.types import Conditions, windows_of
-from hicodit.figure import thinned
 from hicodit.generation import OVERLAP, REDO, generate, guided_posterior, windows
 from hicodit.pipeline import HiCoDiTPipeline
-from hicodit.settings import BUNDLED, GuidanceScales
+from hicodit.settings import GuidanceScales
 
 WINDOW = 75  # video frames
 
@@ -99,17 +97,6 @@ def test_whole_steps_are_one_graph(release, clip, method, precision):
     assert 1 <= len(graphs) <= 4
 
 
-def test_an_unknown_precision_is_one_line(release):
-    with pytest.raises(UserError, match=r"precision=half.*bf16"):
-        HiCoDiTPipeline.from_pretrained(release, precision="half")
-
-
-def test_overrides_do_not_stick(pipeline, clip):
-    before = pipeline.sampler
-    pipeline(clip, steps=1, method="fixed_count")
-    assert pipeline.sampler == before
-
-
 def test_a_clip_in_a_batch_is_the_clip_alone(pipeline):
     long, short = pipeline.crops(talking_head(40)), pipeline.crops(talking_head(20))
     together = pipeline.run([long, short], [0, 1])
@@ -180,28 +167,6 @@ def test_guidance_that_is_late_leaves_the_conditional_model_alone_before(pipelin
         replace(scales, all=0.0, late=0.5)
 
 
-def test_the_window_is_the_samplers(pipeline):
-    conditions = pipeline.conditions([pipeline.crops(talking_head(WINDOW + 5))])
-    counts = []
-    for seconds in (3, 4):
-        sampler, steps = replace(pipeline.sampler, window=seconds), []
-        generate(pipeline.system.model, conditions, sampler, pipeline.guidance, [0], on_step=steps.append)
-        counts.append(len(steps))
-    assert counts[0] == 2 * counts[1]  # two windows of three seconds, one of four
-    with pytest.raises(UserError, match="window=1"):
-        replace(pipeline.sampler, window=1)
-
-
-@torch.no_grad()
-def test_long_clips_are_encoded_in_windows_that_join(monkeypatch):
-    """Without attention what is left sees a few frames only, so windows must join without a trace."""
-    encoder = TinyLipEncoder(TinyEncoderConfig(lip_blocks=1)).eval()
-    monkeypatch.setattr(encoder.blocks[0], "forward", lambda h, *_: h)
-    mouth, frames = torch.rand(2, 130, 48, 48), torch.tensor([130, 90])
-    parts, whole = encoder(mouth, frames), encoder._encode(mouth, frames)
-    assert torch.allclose(parts[0], whole[0], atol=1e-5) and torch.allclose(parts[1, :90], whole[1, :90], atol=1e-5)
-
-
 def test_memory_does_not_grow_with_the_clip(pipeline, monkeypatch):
     """Of a clip twice as long no stage sees more at once, and no more face pictures are kept."""
     monkeypatch.setattr(pipeline_module, "KEPT_FRAMES", 100)
@@ -242,17 +207,6 @@ def test_a_long_clip_says_what_it_says_as_a_whole(pipeline, clip, monkeypatch, k
         np.testing.assert_allclose(before.wave, after.wave, atol=1e-5)
 
 
-def test_waves_of_clips_of_one_length_are_decoded_together(pipeline, monkeypatch):
-    g, batches = torch.Generator().manual_seed(0), []
-    tokens = [torch.randint(0, 16, (12, n), generator=g) for n in (30, 40, 30, 30)]
-    alone = [pipeline.decode_tokens([t])[0] for t in tokens]
-    decode = pipeline.codec.decode
-    monkeypatch.setattr(pipeline.codec, "decode", lambda x: batches.append(tuple(x.shape)) or decode(x))
-    for wave, expected in zip(pipeline.decode_tokens(tokens), alone):
-        np.testing.assert_allclose(wave, expected, atol=1e-5)
-    assert sorted(batches) == [(1, 12, 40), (3, 12, 30)]
-
-
 @torch.no_grad()
 def test_lip_features_do_not_depend_on_what_shares_the_batch(monkeypatch):
     encoder, mouth = TinyLipEncoder(TinyEncoderConfig()).eval(), torch.rand(3, 130, 48, 48)
@@ -265,32 +219,6 @@ def test_lip_features_do_not_depend_on_what_shares_the_batch(monkeypatch):
     monkeypatch.setattr(encoder, "_encode", lambda mouth, frames: calls.append(len(mouth)))
     encoder.train()(mouth, frames)
     assert calls == [3]  # in training every process runs the blocks once
-
-
-def test_figures_of_long_clips_have_no_more_columns():
-    assert thinned(np.zeros((2, 4000))).shape == (2, 4000) and thinned(np.zeros((2, 60_001))).shape == (2, 3751)
-
-
-def test_reference_identity_changes_speech(pipeline, clip):
-    crops = [pipeline.crops(clip)]
-    voice = np.eye(256, dtype=np.float32)[3]
-    assert not np.array_equal(pipeline.run(crops, [0])[0].tokens, pipeline.run(crops, [0], voice)[0].tokens)
-
-
-@pytest.mark.parametrize(("kept", "times"), [(2**20, 2), (2**28, 1)])
-def test_short_clips_are_decoded_once_and_long_ones_twice(pipeline, clip, monkeypatch, kept, times):
-    """The clip has 1.9 MB of pixels."""
-    expected, calls, read = pipeline.crops(clip), [], clip_module.iter_video
-
-    def counted(*arguments, **options):
-        calls.append(arguments)
-        return read(*arguments, **options)
-
-    monkeypatch.setattr(clip_module, "iter_video", counted)
-    monkeypatch.setattr(clip_module, "KEPT", kept)
-    crops = pipeline.crops(clip)
-    assert len(calls) == times
-    assert np.array_equal(crops.mouth, expected.mouth) and np.array_equal(crops.faces, expected.faces)
 
 
 @pytest.mark.parametrize(
@@ -313,17 +241,3 @@ def test_a_tokenizer_of_another_size_is_refused(pipeline, release, tmp_path):
     other.save(tmp_path / "other", "a test")
     with pytest.raises(UserError, match="levels of 8 codes"):
         HiCoDiTPipeline.from_pretrained(release, codec=tmp_path / "other")
-
-
-@pytest.mark.skipif(not can_int8("cpu"), reason="needs an x86 processor with VNNI")
-@torch.inference_mode()
-def test_bundled_model_in_int8_has_nearly_the_same_posteriors():
-    exact, eight = (HiCoDiTPipeline.from_pretrained(precision=precision) for precision in ("fp32", "int8"))
-    conditions = exact.conditions([exact.crops(BUNDLED.parent / "demo" / "silent.mp4")])
-    shape = (1, exact.codec.levels, 2 * conditions.lip.shape[1])
-    g = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, exact.codec.codes, shape, generator=g)
-    tokens[torch.rand(shape, generator=g) < 0.7] = exact.system.model.mask_id
-    time = torch.full((1,), 0.7)
-    p, q = (guided_posterior(x.system.model, conditions, x.guidance)(tokens, time, None) for x in (exact, eight))
-    assert 0 < (p.exp() * (p - q)).sum(-1).mean() < 0.02  # nats a token

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from engine.errors import UserError
-from hicodit.conditions.poster2 import CLASSES, POSTER2, CrossAttention, _is_unused
+from engine.official import rename, rename_all
+from hicodit.conditions.poster2 import CLASSES, POSTER2, RULES, CrossAttention
 from hicodit.conditions.types import EXPRESSIONS
 
 KEYS = Path(__file__).parents[1] / "golden" / "conditions" / "poster_v2_7.keys.json"
@@ -19,7 +20,7 @@ def state():
     generator = torch.Generator().manual_seed(0)
     values = {}
     for key, shape in keys.items():
-        if _is_unused(key):
+        if rename(key, RULES) is None:
             values[key] = torch.empty(shape, device="meta")
         elif len(shape) < 2:
             values[key] = torch.ones(shape) if "weight" in key or "running_var" in key else torch.zeros(shape)
@@ -31,8 +32,7 @@ def state():
 def test_names_are_the_released_ones_and_the_unused_are_left_out(state):
     model = POSTER2.from_released({f"module.{key}": value for key, value in state.items()}, EXPRESSIONS)
     own = model.state_dict()
-    assert own.keys() == {key for key in state if not _is_unused(key)}
-    assert len(own) == len(state) - sum(map(_is_unused, state)) < len(state)
+    assert own.keys() == rename_all(state, RULES).keys() and len(own) < len(state)
     incomplete = {key: value for key, value in state.items() if key != "attn2.proj.bias"}
     with pytest.raises(UserError, match=r"attn2\.proj\.bias"):
         POSTER2.from_released(incomplete, EXPRESSIONS)
@@ -46,10 +46,6 @@ def test_classes_are_put_in_the_order_of_the_expressions(state):
     assert given.shape == (1, 7) and given.std() > 0
     for i, name in enumerate(CLASSES["raf"]):
         assert torch.allclose(given[:, EXPRESSIONS.index(name)], own[:, i], atol=1e-5)
-
-
-def test_class_orders_are_permutations():
-    assert all(sorted(order) == sorted(EXPRESSIONS) for order in CLASSES.values())
 
 
 def test_cross_attention_follows_the_bias_of_relative_positions():

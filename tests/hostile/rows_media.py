@@ -30,9 +30,8 @@ from rvq_codec import RVQCodec
 from talker_t2av.faces import read_picture
 from talker_t2av.jobs import Job
 from talker_t2av.model import TalkerT2AV
-from talker_t2av.motion import MotionStats
 from talker_t2av.settings import InferConfig, read_jobs
-from talker_t2av.system import TalkerSystem
+from talker_t2av.system import MotionStats, TalkerSystem
 from talker_t2av.text import TalkerTokenizer
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"

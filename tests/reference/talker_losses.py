@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from talker_t2av.flow_matching import DROP_COND, DROP_MU, FlowDraws, drop, noised
-from talker_t2av.losses import TalkerBatch
+from talker_t2av.losses import TalkerBatch, stop_labels, stop_loss
 from talker_t2av.model import TalkerT2AV
-from talker_t2av.stop_predictor import stop_labels, stop_loss
 
 
 def plain_losses(

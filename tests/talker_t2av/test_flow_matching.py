@@ -5,11 +5,9 @@ import math
 import pytest
 import torch
 
-from engine.errors import UserError
 from talker_t2av.diffusion_head import DiffusionHead, FlowHead
 from talker_t2av.flow_matching import (
     FlowDraws,
-    drop,
     euler,
     flow_loss,
     guide,
@@ -31,23 +29,8 @@ def conditions(batch: int = 2, width: int = 16, patches: int = 1) -> tuple[torch
     return tuple(torch.randn(shape, generator=g) for shape in shapes)
 
 
-def test_times_run_from_one_to_zero_and_are_finer_near_the_noise():
-    times = solver_times(10)
-    assert times[0] == pytest.approx(1, abs=1e-6) and times[-1] == pytest.approx(0, abs=1e-6)
-    steps = times[:-1] - times[1:]
-    assert (steps > 0).all() and (steps[1:] > steps[:-1]).all()
-    torch.testing.assert_close(solver_times(4, sway=0.0), torch.tensor([1, 0.75, 0.5, 0.25, 0]))
-    with pytest.raises(UserError, match="steps=0"):
-        solver_times(0)
-
-
 def test_zero_steps_follow_the_number_of_steps():
     assert [zero_steps(n) for n in (1, 10, 48, 49, 73, 74)] == [1, 1, 1, 2, 2, 3]
-
-
-def test_a_straight_flow_is_solved_exactly_in_one_step():
-    data, noise = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    torch.testing.assert_close(euler(lambda x, i: noise - data, noise, [1.0]), data)
 
 
 def test_the_flow_to_a_gaussian_converges_to_its_closed_form():
@@ -67,12 +50,6 @@ def test_the_flow_to_a_gaussian_converges_to_its_closed_form():
     coarse, fine = solve(50), solve(400)
     assert fine < 0.01
     assert coarse / fine == pytest.approx(8, rel=0.3)  # first order
-
-
-def test_skipped_steps_leave_x_and_are_not_evaluated():
-    called = []
-    euler(lambda x, i: called.append(i) or torch.zeros_like(x), torch.ones(1, 1, 1), [0.25] * 4, skip=2)
-    assert called == [2, 3]
 
 
 def test_guidance_of_parallel_velocities():
@@ -96,15 +73,6 @@ def test_guidance_one_evaluates_half_and_agrees():
     torch.testing.assert_close(one, near)
 
 
-def test_rows_of_a_batch_do_not_see_each_other():
-    model, all_rows = head(), conditions(3, patches=2)
-    settings = (model.schedule(6), 0.5, 2.0)
-    together = model.sample(*all_rows, *settings)
-    for i in range(3):
-        alone = model.sample(*(x[i : i + 1] for x in all_rows), *settings)
-        torch.testing.assert_close(alone[0], together[i], rtol=1e-4, atol=1e-5)
-
-
 def test_one_step_is_the_scaled_noise():
     mu, cond, given, noise = conditions()
     model = head()
@@ -118,21 +86,6 @@ def test_the_true_velocity_has_no_loss():
     assert flow_loss(draws.z - x1, x1, draws.z) == 0
     x = noised(x1, draws)
     torch.testing.assert_close(x - draws.t[:, None, None] * (draws.z - x1), x1)
-
-
-def test_a_mask_leaves_frames_out():
-    x1, mask = torch.randn(2, 3, 4), torch.ones(2, 1, 4)
-    mask[:, :, 2:] = 0
-    wrong = torch.zeros(2, 3, 4)
-    wrong[:, :, 2:] = 100.0
-    assert flow_loss(wrong - x1, x1, torch.zeros_like(x1), mask) == 0
-    assert flow_loss(wrong - x1, x1, torch.zeros_like(x1)) == pytest.approx(5000)
-
-
-def test_conditions_are_dropped_by_example():
-    x = torch.ones(4, 2, 3)
-    kept = drop(x, torch.tensor([0.05, 0.1, 0.100001, 0.9]), 0.1)
-    assert kept.sum((1, 2)).tolist() == [0, 0, 6, 6]
 
 
 def test_a_head_without_examples_has_a_zero_loss_and_zero_gradients():

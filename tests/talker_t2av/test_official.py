@@ -5,7 +5,7 @@ import torch
 from talker_fixtures import tiny_model
 
 from talker_t2av import official
-from talker_t2av.motion import MotionStats
+from talker_t2av.system import MotionStats
 
 SIZE, SPEECH, MOTION = 4, 32, 40  # frames of a patch, channels
 

@@ -17,7 +17,7 @@ from engine.errors import UserError
 from engine.seeding import generator_for
 from talker_t2av import particles
 from talker_t2av.losses import TalkerBatch, training_forward
-from talker_t2av.particles import TIMES, Particles, draws_drafts
+from talker_t2av.particles import TIMES, Particles
 from talker_t2av.pipeline import Job, TalkerPipeline
 from talker_t2av.request import MODES, Sampling
 from talker_t2av.task import TalkerTask
@@ -126,11 +126,6 @@ def test_choosing_reads_nothing_on_the_host():
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         loop.before_step()
     assert loop.state.hidden.shape[0] == 8 and loop.log_weights.shape == (2, 4)
-
-
-def test_only_speech_for_a_given_motion_is_drafted():
-    assert [name for name, mode in MODES.items() if draws_drafts(mode, SAMPLING)] == ["v2a"]
-    assert not draws_drafts(V2A, replace(SAMPLING, particles=1))
 
 
 @pytest.mark.parametrize("model", [{"tasks": 4}, {"order": "av"}])

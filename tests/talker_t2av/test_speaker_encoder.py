@@ -24,7 +24,7 @@ from talker_t2av.speaker.encoder import (
     head_sizes,
     wavlm_sizes,
 )
-from talker_t2av.speaker.task import VoiceClips, VoiceEncoderTask, voice_means
+from talker_t2av.speaker.task import VoiceClips, VoiceEncoderTask
 from tests.reference import released_names
 from tests.releases import write_release
 
@@ -66,27 +66,6 @@ def test_a_state_by_released_names_makes_the_same_encoder(changes):
     del state["bn.weight"]
     with pytest.raises(UserError, match=r"head\.bn\.weight"):
         WavLMEncoder.from_released(state, settings)
-
-
-def test_padding_does_not_change_the_valid_frames():
-    encoder = tiny_encoder()
-    long, short = torch.randn(6400), torch.randn(4880)
-    with torch.no_grad():
-        together, alone = encoder.hidden_states([long, short]), encoder.hidden_states([short])
-    whole = alone.shape[2]
-    assert together.shape[:2] == (3, 2)
-    # The original counts frames by equal blocks, so that the last valid frame may see a little of the padding.
-    assert torch.allclose(together[:, 1, : whole - 6], alone[:, 0, : whole - 6], atol=5e-2)
-    assert torch.allclose(together[:, 0], encoder.hidden_states([long])[:, 0], atol=1e-5)
-
-
-def test_loudness_drops_out_and_short_waves_are_refused():
-    encoder = tiny_encoder()
-    wave = torch.randn(8000)
-    assert torch.allclose(encoder.embed(wave), encoder.embed(0.5 * wave), atol=1e-3)
-    for bad in (torch.zeros(100), torch.zeros(1, 8000)):
-        with pytest.raises(UserError, match="reference voice of shape"):
-            encoder.embed(bad)
 
 
 def test_missing_and_foreign_files(tmp_path):
@@ -165,8 +144,3 @@ def test_crops_are_functions_of_the_generator_and_short_clips_repeat(corpus):
     assert int(one["voice"]) == 0 and clips.voices[3] == 7  # classes count from 0
     with pytest.raises(UserError, match="prepare_data"):
         VoiceClips(corpus, corpus / "shards", split="absent")
-
-
-def test_voice_means_are_units_in_the_order_of_the_voices():
-    means = voice_means(torch.tensor([[2.0, 0.0], [0.0, 3.0], [0.0, 1.0]]), torch.tensor([9, 4, 4]))
-    assert torch.allclose(means, torch.tensor([[0.0, 1.0], [1.0, 0.0]]))

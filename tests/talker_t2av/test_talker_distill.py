@@ -7,8 +7,7 @@ from talker_fixtures import DM, DS, generate, request, save_talker
 
 from engine.errors import UserError
 from talker_t2av.data import TalkerPairs
-from talker_t2av.distill import TalkerDistillTask, at_times, distillation_loss
-from talker_t2av.flow_matching import solver_times
+from talker_t2av.distill import TalkerDistillTask
 from talker_t2av.losses import Examples
 from talker_t2av.model import TalkerT2AV
 from talker_t2av.request import MODES, Sampling
@@ -86,28 +85,6 @@ def test_the_path_is_what_the_teacher_samples(student, examples):
     for i, guidance in enumerate((1.0, 1.5, 2.0, 2.0, 3.0)):
         one = [x[i : i + 1] for x in (examples.mu, examples.cond, examples.global_cond, noise)]
         torch.testing.assert_close(head.sample(*one, head.schedule(10), guidance=guidance), path[-1, i : i + 1])
-
-
-def test_steps_of_the_target_lead_from_noise_to_the_teachers_patch(student, examples):
-    times, path = solver_times(10), torch.randn(11, 5, DS, 4)
-    assert torch.equal(at_times(path, times, times), path)
-    middle = at_times(path, times, (times[3:4] + times[4:5]) / 2)
-    torch.testing.assert_close(middle[0], (path[3] + path[4]) / 2)
-
-    class Exact:
-        """Knows the mean velocity of each step, and hands out what it was asked for."""
-
-        def mean_velocity(self, x, mu, t, length, guidance, cond, global_cond):
-            own = solver_times(STEPS)
-            begin, end = at_times(path, times, own[:-1]).flatten(0, 1), at_times(path, times, own[1:]).flatten(0, 1)
-            assert torch.equal(x, begin) and torch.equal(t, own[:-1].repeat_interleave(5)) and len(mu) == 5 * STEPS
-            assert torch.equal(guidance, torch.arange(5.0).repeat(STEPS)) and torch.equal(mu[:5], mu[5:10])
-            self.x = begin[:5] - ((begin - end).view(STEPS, 5, DS, 4)).sum(0)
-            return (begin - end) / length[:, None, None]
-
-    exact = Exact()
-    assert distillation_loss(exact, path, times, examples, torch.arange(5.0), STEPS) < 1e-10
-    torch.testing.assert_close(exact.x, path[-1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

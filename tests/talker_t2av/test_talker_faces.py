@@ -8,7 +8,6 @@ import pytest
 from drawn_faces import draw_face, scene
 
 from engine.errors import UserError
-from engine.faces.crops import centre_square, portrait_square
 from engine.media.video import read_video, write_video
 from talker_t2av.faces import Square, find_square, read_square
 
@@ -80,10 +79,3 @@ def test_pictures(tmp_path):
     square = find_square(tmp_path / "face.png", 1)
     assert abs(square.left + square.side / 2 - 104) < 14
     assert frames_of(tmp_path / "face.png", square).shape[0] == 1
-
-
-def test_squares_stay_inside_the_picture():
-    for box in ([0, 0, 100, 100], [560, 300, 100, 100], [200, -50, 300, 300], [-30, 100, 60, 60]):
-        left, top, side = portrait_square(np.array(box), 360, 640)
-        assert 0 <= left <= 640 - side and 0 <= top <= 360 - side and 0 < side <= 360
-    assert centre_square(48, 64) == (8, 0, 48) and centre_square(64, 48) == (0, 8, 48)

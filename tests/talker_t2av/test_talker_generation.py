@@ -11,7 +11,7 @@ from talker_fixtures import generate, request, tiny_model
 from engine.errors import UserError
 from talker_t2av.generation import Rows
 from talker_t2av.losses import TalkerBatch, training_forward
-from talker_t2av.request import MODES, LoopRules, Sampling
+from talker_t2av.request import MODES, Sampling
 
 SAMPLING = Sampling(steps=3, temperature=0.8, guidance=1.5)
 
@@ -101,21 +101,6 @@ def test_eight_rows_at_once_are_eight_rows_one_by_one(mode, delay, tasks):
     assert len(lengths) > 2  # rows did end at different times
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_the_first_patch_of_a_row_does_not_depend_on_the_rows_beside_it(mode):
-    """Before rounding is fed back; the rows have prompts of different lengths."""
-    model, first = tiny_model(), slice(0, 4)
-    given = {"speech": 8} if mode == "a2v" else {"motion": 8} if mode == "v2a" else {}
-    rows = [request(3 + 4 * seed, seed, max_patches=2, **given) for seed in range(8)]
-    together = generate(model, rows, MODES[mode], SAMPLING, use_stop=False)
-    for row, result in zip(rows, together):
-        alone = generate(model, [row], MODES[mode], SAMPLING, use_stop=False)[0]
-        for a, b in ((alone.speech, result.speech), (alone.motion, result.motion)):
-            assert (a is None) == (b is None)
-            if a is not None:
-                torch.testing.assert_close(a[first], b[first], atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize(("tasks", "known"), [(2, 0), (4, 1)])
 @pytest.mark.parametrize("mode", ["v2a", "a2v"])
 def test_a_patch_is_drawn_with_the_given_patch_of_its_time_known_if_there_are_tasks_for_it(mode, tasks, known):
@@ -127,17 +112,6 @@ def test_a_patch_is_drawn_with_the_given_patch_of_its_time_known_if_there_are_ta
     states = [hidden_states(model, row, mode)[1] for row in (asked, replace(asked, **{given: stream}))]
     same = [torch.equal(a, b) for a, b in zip(*states)]
     assert same.index(False) == changed + 1 - known
-
-
-def test_looking_seldom_at_the_stop_head_changes_nothing():
-    model = tiny_model()
-    rows = [request(5, seed, max_patches=12, min_patches=2) for seed in range(6)]
-    often = generate(model, rows, MODES["t2av"], SAMPLING, check_every=1)
-    seldom = generate(model, rows, MODES["t2av"], SAMPLING, check_every=4)
-    assert any(r.stopped for r in often)
-    for a, b in zip(often, seldom):
-        assert a.stopped == b.stopped
-        torch.testing.assert_close(a.motion, b.motion, atol=1e-5, rtol=0)
 
 
 class Verdicts(torch.nn.Module):
@@ -172,14 +146,6 @@ def test_a_stop_between_two_reads_is_not_lost_at_the_limit_nor_late_in_a_stream(
     assert len(list(Rows(model, MODES["tts"], SAMPLING, check_every=check_every).stream(rows[0]))) == 5
 
 
-def test_the_official_program_waits_for_three_hits_in_a_row():
-    model = tiny_model()
-    model.head_stop = Verdicts("xxxxxxxx.xxx")
-    rules = LoopRules(stop_hits=3, first_test=7)
-    result = generate(model, [request(max_patches=30, rules=rules)], MODES["t2av"], SAMPLING)[0]
-    assert result.stopped and len(result.speech) == 4 * (7 + 5)
-
-
 def test_limits():
     model = tiny_model()
     model.head_stop = Verdicts("." * 99)
@@ -200,12 +166,6 @@ def test_a_seed_decides_and_only_a_seed():
     other = generate(model, [type(first)(**{**vars(first), "seed": 5})], MODES["t2av"], SAMPLING)[0]
     assert not torch.allclose(same.speech, other.speech, atol=1e-2)
     assert second.seed != first.seed
-
-
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"temperature": -1.0}, {"guidance": 99.0}])
-def test_sampling_settings_are_checked(wrong):
-    with pytest.raises(UserError, match=next(iter(wrong))):
-        Sampling(**wrong)
 
 
 def test_half_precision_is_close_and_repeats_itself():

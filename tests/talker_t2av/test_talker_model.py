@@ -7,9 +7,9 @@ from talker_fixtures import tiny_model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from engine.errors import UserError
-from talker_t2av.layers import MLP, Block, FusedMLP, Rotary, Transformer, fuse_mlps, product_type
+from talker_t2av.layers import MLP, FusedMLP, fuse_mlps
 from talker_t2av.model import TalkerConfig, TalkerT2AV
-from talker_t2av.released import EMBEDDINGS, LM_HEAD, read_safetensors, stored, warm_start
+from talker_t2av.released import LM_HEAD, read_safetensors, stored, warm_start
 
 DROPPED = ("llm.lm_head.weight", "rope.w")
 
@@ -146,26 +146,6 @@ def test_a_projector_checkpoint_renames():
     assert torch.equal(model.speech_patch_encoder.norm.scale, bias)
 
 
-def test_kept_positions_are_those_of_the_whole_sequence():
-    torch.manual_seed(0)
-    block, factors, x = Block(16, 2), Rotary(8, 12).factors(9), torch.randn(3, 9, 16)
-    whole = block(x, factors)
-    for keep in (slice(0, 1), slice(5, 9)):
-        torch.testing.assert_close(block(x, factors, keep), whole[:, keep])
-
-
-def test_blocks_compute_the_same_without_gradients_in_half_precision():
-    """There the results of norms and rotation are written in bfloat16 at once."""
-    torch.manual_seed(0)
-    block, factors, x = Block(16, 2), Rotary(8, 12).factors(9), torch.randn(3, 9, 16)
-    with torch.autocast("cpu", torch.bfloat16):
-        with_gradients = block(x, factors)
-        with torch.no_grad():
-            torch.testing.assert_close(block(x, factors), with_gradients, atol=0.02, rtol=0.01)
-            assert block.norm1(x, product_type(x.device)).dtype == torch.bfloat16
-    assert with_gradients.requires_grad and product_type(x.device) is None
-
-
 @torch.no_grad()
 def test_fused_mlps_change_nothing():
     model, x = tiny_model(), torch.randn(2, 5, 32)
@@ -177,32 +157,7 @@ def test_fused_mlps_change_nothing():
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
-def test_a_transformer_has_no_causal_mask():
-    torch.manual_seed(0)
-    net = Transformer(4, 16, 2, 2, 12)
-    x = torch.randn(1, 6, 16)
-    changed = x.clone()
-    changed[:, 5] += 1
-    first = slice(0, 1)
-    assert (net.run(x, first) - net.run(changed, first)).abs().max() > 1e-4
-
-
-def test_a_patch_of_no_frames_has_a_token():
-    model = tiny_model()
-    frames = torch.randn(1, 1, 4, model.config.speech_dim)
-    none = torch.zeros(1, 1, 4, dtype=torch.bool)
-    empty = model.speech_tokens(frames, none)
-    torch.testing.assert_close(empty, model.speech_tokens(torch.randn_like(frames), none))
-    assert empty.abs().max() > 0.1
-    assert (model.speech_tokens(torch.zeros_like(frames)) - empty).abs().max() > 1e-3  # the projector has a bias
-
-
 def test_heads_that_do_not_divide_the_width_are_refused():
     config = tiny_model().config
     with pytest.raises(UserError, match="encoder_heads=5"):
         TalkerT2AV(TalkerConfig(config.llm, encoder_heads=5, head_heads=2))
-
-
-def test_the_embedding_table_is_tied():
-    model = tiny_model()
-    assert EMBEDDINGS in dict(model.named_parameters()) and LM_HEAD not in dict(model.named_parameters())

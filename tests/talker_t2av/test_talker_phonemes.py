@@ -71,11 +71,6 @@ def test_a_release_says_that_its_tokens_are_phonemes(tmp_path):
         load_tokenizer({"kind": "runes", "language": "en-us"})
 
 
-def test_tokens_differ():
-    vocabulary = WORDS.tokenizer.get_vocab()
-    assert len(set(vocabulary.values())) == len(vocabulary) == WORDS.vocab_size
-
-
 def test_frames_are_aligned_with_the_tokens_that_they_say():
     ids = WORDS.prompt("my map, my map")  # repeated words: only the order tells them apart
     classes = token_classes(WORDS, SYMBOLS)

@@ -14,7 +14,7 @@ from engine.shards.reader import Reading, ShardSplit
 from engine.training.batches import MicroBatches
 from engine.training.settings import TrainerConfig
 from engine.training.trainer import Trainer
-from talker_t2av.data import TalkerExamples, TalkerPairs, digests_of
+from talker_t2av.data import TalkerExamples, TalkerPairs
 from talker_t2av.system import codec_digests
 from talker_t2av.task import TalkerTask
 from whisperx_vae import WhisperXVAE
@@ -197,7 +197,3 @@ def test_a_clip_without_motion_is_left_out_of_t2av_alone_and_counted(root, tmp_p
     write_split(tmp_path / "none", samples[1:2], 1, **words, **stats)
     with pytest.raises(UserError, match="no samples with speech, speaker, motion: prepare that too"):
         TalkerExamples(tmp_path / "none", stats=index(root))[0]
-
-
-def test_the_index_tells_which_codecs_made_the_latents(root):
-    assert digests_of(index(root)) == codec_digests(**codecs(root))

@@ -1,7 +1,6 @@
 """Training of Talker-T2AV on prepared latents and on recordings, validation and release."""
 
 import json
-import math
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from engine.evaluation.validation import ALONE, figures_of
 from engine.media.ffmpeg import probe
 from engine.shards.reader import ShardSplit
 from talker_t2av.data import TalkerPairs
-from talker_t2av.losses import TalkerBatch, training_forward
 from talker_t2av.model import TalkerConfig, TalkerT2AV
 from talker_t2av.phonemes import SYMBOLS
 from talker_t2av.released import EMBEDDINGS
@@ -80,30 +78,6 @@ def a_batch(root) -> dict[str, torch.Tensor]:
     return data.collate([data.__getitem__(i, torch.Generator().manual_seed(i)) for i in range(3)])
 
 
-def test_a_batch_is_learned(root):
-    task, batch = make_task(root), a_batch(root)
-    optimiser = torch.optim.AdamW(task.parts()["model"].parameters(), lr=3e-3)
-    found = []
-    for step in range(30):
-        torch.manual_seed(step)
-        losses = task(batch, "model")
-        values = {name: float(value.detach()) for name, value in losses.items()}
-        assert math.isclose(values["loss"], values["speech"] + values["motion"] + values["stop"], rel_tol=1e-5)
-        optimiser.zero_grad()
-        losses["loss"].backward()
-        optimiser.step()
-        found.append(values["loss"])
-    assert sum(found[-10:]) < 0.8 * sum(found[:10])
-
-
-def test_half_of_a_batch_is_speech_only(root):
-    task, batch = make_task(root), a_batch(root)
-    assert (batch["motion_frames"] > 0).tolist() == [True] * 3 + [False] * 3
-    embeds = training_forward(task.model, TalkerBatch.of(batch)).embeds
-    assert torch.equal(embeds[:, 0], task.model.task_embedding.weight[[1, 1, 1, 0, 0, 0]])
-    assert task.tokens(batch) == int(batch["attention_mask"].sum())
-
-
 def test_dubbing_gives_rows_with_motion_the_tasks_of_given_streams(root, tmp_path):
     dubbing = {"v2a": 0.4, "a2v": 0.3, "drift": 1.5}
     write_release(make_task(root), tmp_path / "two")
@@ -166,13 +140,6 @@ def test_frozen_embeddings_leave_the_losses(root):
         found[-1].backward()
         assert [name for name, p in task.model.named_parameters() if p.grad is None] == frozen
     torch.testing.assert_close(*found)
-
-
-def test_a_warm_start_is_taken(root, tmp_path):
-    value = torch.full((32,), 3.0)
-    save_file({"patch_encoder.norm.scale": value}, tmp_path / "model.safetensors")
-    task = make_task(root, warm_start={"tts": str(tmp_path)})
-    assert torch.equal(task.model.speech_patch_encoder.norm.scale.data, value)
 
 
 def test_low_rank_updates_reach_backbone_and_heads_and_end_up_in_the_weights(root, tmp_path):
@@ -320,22 +287,6 @@ def test_training_starts_from_the_released_files(root, tmp_path):
     assert torch.equal(task.model.task_embedding.weight[3], state["task_embedding.weight"][1].float())
 
 
-def test_low_rank_updates_of_the_released_files(root, tmp_path):
-    pytest.importorskip("peft")
-    state = released_folder(tmp_path / "files")
-    task, batch = make_task(root, init=str(tmp_path / "files")), a_batch(root)
-    task.adapt(2, 4.0)
-    task(batch, "model")["loss"].backward()
-    learns = {name for name, p in task.named_parameters() if p.requires_grad}
-    assert learns and all("lora_" in name for name in learns)
-    folder = tmp_path / "adapted"
-    write_release(task, folder)
-    assert torch.equal(
-        TalkerT2AV.from_pretrained(folder).state_dict()["head_stop.head.weight"].float(),
-        state["head_stop.head.weight"].float(),
-    )
-
-
 def test_a_folder_without_a_talker_is_one_line(root, tmp_path):
     qwen_folder(tmp_path / "qwen")
     with pytest.raises(UserError, match="lacks the Talker-T2AV model"):
@@ -359,14 +310,6 @@ def test_speech_alone_needs_no_motion_codec(root, tmp_path):
     task = make_task(root, stats=None, codecs=codecs, validation=validation, model=MODEL | {"motion_dim": 40})
     assert "stopped_train" in figures_of([task.eval().measure(1, tmp_path, ALONE)])
     assert "motion" not in task.release_info().config["codecs"]
-
-
-@pytest.mark.parametrize("tasks", [["t2av"], ["tts"], ["t2av", "tts"]])
-def test_a_batch_has_the_tasks_that_are_asked_for(root, tasks):
-    data = TalkerPairs(root / "shards", tasks=tasks, stats=root / "shards" / "train" / "index.json")
-    batch = data.collate([data.__getitem__(i, torch.Generator()) for i in range(3)])
-    moving = (batch["motion_frames"] > 0).tolist()
-    assert moving == [True] * 3 * ("t2av" in tasks) + [False] * 3 * ("tts" in tasks)
 
 
 def test_codes_that_came_with_the_data_are_taken(root, tmp_path, capsys):

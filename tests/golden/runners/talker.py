@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from engine.release import load_strict
 from talker_t2av import flow_matching as flow
 from talker_t2av.diffusion_head import DiffusionHead, FlowHead, TimeMLP, time_features
-from talker_t2av.layers import Block, Rotary, rotate
-from talker_t2av.losses import TalkerBatch, training_forward, training_losses
-from talker_t2av.model import TalkerConfig, TalkerT2AV
-from talker_t2av.patch_encoder import PatchEncoder
+from talker_t2av.layers import Block, PatchEncoder, Rotary, rotate
+from talker_t2av.losses import IGNORED, TalkerBatch, stop_labels, training_forward, training_losses
+from talker_t2av.model import POSITIVE_SHARE, StopPredictor, TalkerConfig, TalkerT2AV
 from talker_t2av.released import LM_HEAD, complete
-from talker_t2av.stop_predictor import IGNORED, POSITIVE_SHARE, StopPredictor, stop_labels
 from tests.golden.runners import Case, meta_runner
 
 TRAINED_APART = "encoders run before training; its batches hold what they returned"

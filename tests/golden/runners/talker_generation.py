@@ -15,9 +15,9 @@ from talker_t2av import official
 from talker_t2av.data import SequenceFormat, collate, window_range
 from talker_t2av.generation import Result, Rows
 from talker_t2av.model import HOP, HOP16, TalkerT2AV
-from talker_t2av.motion import MotionStats
 from talker_t2av.prompt import step_limit
 from talker_t2av.request import MODES, Mode, Request, Sampling
+from talker_t2av.system import MotionStats
 from tests.golden.runners import Case, meta_runner
 from tests.golden.runners.talker import talker
 from tests.reference.official_dataset import cut_recording, repeated
