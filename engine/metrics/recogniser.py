@@ -39,12 +39,15 @@ class Recogniser:
     """Speech to words under a JSGF grammar, or by an n-gram language model, which allows any order of words.
 
     Args:
-        file: the grammar, or a language model in ARPA format (`.arpa`).
+        file: the grammar, or a language model in ARPA format (`.arpa`). Pronunciations of all its words may lie beside
+            it, in CMU's format, with the suffix `.dict`.
     """
 
     def __init__(self, file: Path) -> None:
         pocketsphinx, free = require("pocketsphinx", "pocketsphinx"), file.suffix == ".arpa"
         settings = {"lm": str(file), "loglevel": "FATAL"} if free else {"lm": None, **SETTINGS}
+        if (pronunciations := file.with_suffix(".dict")).is_file():
+            settings["dict"] = str(pronunciations)
         try:
             self._decoder = pocketsphinx.Decoder(pocketsphinx.Config(**settings))
             if not free:

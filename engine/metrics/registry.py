@@ -10,6 +10,7 @@ from engine.metrics.metric import Figure, Metric
 
 CLASSES = {  # the figures that each measures
     "words.WordErrors": "wer wer_free wer_shuffled wer_free_shuffled cer",
+    "words.LipWords": "wer_lips",
     "phonemes.PhonemeErrors": "per",
     "quality.DNSMOS": "dnsmos",
     "quality.UTMOS": "utmos",

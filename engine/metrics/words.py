@@ -149,6 +149,18 @@ class WordErrors(Metric):
         return finished
 
 
+class LipWords(WordErrors):
+    """Words that a lip reader reads in the generated video, beside those that a recogniser hears in its sound."""
+
+    figures: ClassVar = {"wer_lips": Figure("WER lips %", -1, 2, 100, "word errors of a lip reader on the video")}
+    protocols = ("auto-avsr",)
+    inputs = ("heard", "language")
+
+    def measure(self, take: Take, truth: Take) -> dict[str, Any]:
+        found = super().measure(take, truth)
+        return {"wer_lips": found["wer"], **{name: found[name] for name in ("heard", "text", "words")}}
+
+
 def count_errors(reference: str, hypothesis: str, language: str = "en") -> dict[str, tuple[float, float]]:
     """Count errors and units of `wer` (not for languages without spaces) and `cer`."""
     if not reference.split():

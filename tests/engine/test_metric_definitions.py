@@ -68,6 +68,8 @@ def test_texts_are_brought_to_one_form_as_whisper_does(tmp_path):
     assert row["wer"] == (0, 5)
     with pytest.raises(UserError, match="no transcript"):
         metric.measure(Take(), Take(text="a"))
+    lips = metric_of("wer_lips")("auto-avsr", tmp_path).measure(Take(heard="set glue"), Take(text="Set blue now."))
+    assert lips["wer_lips"] == (2, 3) and "wer" not in lips and lips["words"] == "set glue"
 
 
 def test_the_recogniser_with_a_grammar(voice, tmp_path):
@@ -77,6 +79,11 @@ def test_the_recogniser_with_a_grammar(voice, tmp_path):
     )
     row = figures("wer", take(voice), take(voice), f"grammar:{tmp_path / 'g.jsgf'}")
     assert row["wer"] == (0, 6) and row["heard"] == TEXT
+    (tmp_path / "g.jsgf").write_text("#JSGF V1.0;\ngrammar g;\npublic <s> = (set | put) (g | r) at m four again;")
+    words = {"set": "S EH T", "put": "P UH T", "g": "G R IY N", "r": "R EH D", "at": "AE T", "m": "M AY K"}
+    (tmp_path / "g.dict").write_text("".join(f"{a} {b}\n" for a, b in words.items()) + "four F AO R\nagain AH G EH N\n")
+    said = Take(text="set g at m four again")
+    assert figures("wer", take(voice), said, f"grammar:{tmp_path / 'g.jsgf'}")["wer"] == (0, 6)
     with pytest.raises(Unavailable, match=r"grammar=FILE\.jsgf"):
         metric_of("wer").check("grammar:", tmp_path)
 

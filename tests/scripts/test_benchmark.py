@@ -7,9 +7,13 @@ import pytest
 import torch
 from drawn_faces import talking_head
 
-from benchmarks import faces
+from benchmarks import faces, grid
+from corpora.preparation.sources_studio import GRID
 from engine.errors import UserError
-from engine.media.video import write_video
+from engine.media.audio import read_audio
+from engine.media.ffmpeg import probe
+from engine.media.video import read_video, write_video
+from engine.metrics.recogniser import Recogniser
 from scripts import benchmark
 
 
@@ -47,3 +51,17 @@ def test_memory_of_faces_is_that_of_the_crops_an_encoder_takes(part, side, tmp_p
     assert found["frames"] == 10 and found["peak_mb"] >= found["before_mb"] > 0
     pictures = {"track": 0, "tiny": 10 * 64 * 64 * 3, "released": 2 * 224 * 224 * 3}[part]
     assert found["crops_mb"] == (10 * side * side + pictures) / 2**20
+
+
+def test_stand_in_has_the_files_of_grid(tmp_path):
+    pytest.importorskip("pocketsphinx")
+    grammar, root = grid.write_grammar(tmp_path), tmp_path / "grid"
+    grid.render(root, grammar, SimpleNamespace(speakers=3, clips=1, test_clips=1))
+    source = GRID(root, protocol="unseen")
+    assert {split: len(source.clips(split)) for split in ("train", "val", "test")} == {"train": 3, "val": 1, "test": 2}
+    clip = source.clips("train")[0]
+    assert [word for word, *_ in clip.phonemes if word != "sil"] == clip.text.split()
+    frames = read_video(root / clip.video, 25)
+    assert probe(root / clip.video).video == "mpeg1video" and frames.shape[1:] == (288, 360, 3)
+    assert clip.phonemes[-1][2] == pytest.approx(len(frames) / 25, abs=0.1)
+    assert Recogniser(grammar).transcribe(read_audio(root / clip.video, 16_000), 16_000) == clip.text

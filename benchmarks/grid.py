@@ -1,0 +1,207 @@
+"""The recipe of docs/one_card.md on a stand-in for GRID: words by training step, from bundled and from random weights.
+
+The stand-in has GRID's folders, names, pictures, sound and alignments, with drawn faces and synthetic voices that no
+bundled weights were trained on, and sentences that they were not trained on either. A letter of GRID is said as its
+code word ("foxtrot"), because letters that look alike on drawn lips could not be told apart. scripts/recipes/grid.sh
+prepares, trains at the size of the bundled model and evaluates. What is finished is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from corpora.preparation.sources_studio import ADVERBS, ALIGNMENT_RATE, COLOURS, DIGITS, GRID, PREPOSITIONS, VERBS
+from corpora.synthetic.corpus import FRAME, RATE, loudness, speak
+from corpora.synthetic.expression import Pose, prosody
+from corpora.synthetic.face import Face, draw_motion
+from corpora.synthetic.sentences import SLOTS, draw_sentence
+from corpora.synthetic.speech import Synthesizer
+from corpora.synthetic.traits import draw_traits, looks, voice_lines
+from corpora.synthetic.visemes import FPS, mouth_track
+from engine.errors import UserError, require
+from engine.files import atomic_output
+from engine.media.audio import write_wav
+from engine.media.ffmpeg import command
+from engine.metrics.recogniser import Recogniser
+from engine.metrics.words import count_errors
+from engine.progress import track
+from engine.training.export import read_log
+from engine.word_times import WordTimes
+
+ROOT = Path(__file__).resolve().parents[1]
+LEAST = {"speakers": 3, "clips": 1, "test_clips": 1, "steps": 1, "every": 1}
+SPEAKERS = "s1", "s2", "s3", "s4", "s5", "s9", "s6", "s7", "s8", "s10", "s12"  # of GRID, in the order of their voices
+FIRST_VOICE = 10_000  # seed; those of the bundled weights are smaller
+TRIALS, MOST_WRONG = 8, 1  # sentences by which a voice is tried, and words that a recogniser may miss in them
+SIDE, WIDTH = 288, 360  # of GRID's pictures
+BUNDLED = ROOT / "assets" / "hicodit_tiny"
+STARTS = "untrained", "bundled", "nothing"  # the bundled weights as they are; trained from them; from random weights
+TRAIN = """model@task.model=hicodit_tiny encoders@task.encoders=tiny task.encoders.phonemes=52 trainer=cpu
+trainer.global_batch_size=null trainer.batch_size=16 trainer.warmup=10 trainer.ema_decay=0.9
+trainer.log_every=10 trainer.checkpoint_every=20 task.validate_clips=100 task.validate_metrics=[wer]
+task.sampler.method=confidence task.sampler.steps=5 task.sampler.temperature=0.7 task.sampler.choice_noise=1.0
+task.guidance.identity=0.0 task.guidance.expression=1.0 task.guidance.lip=0.0"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--work", type=Path, default=Path("runs/grid_stand_in"), help="folder of all that is made")
+    parser.add_argument("--speakers", type=int, default=3, help="speakers in training; one validates, two test")
+    parser.add_argument("--clips", type=int, default=40, help="clips of each speaker in training")
+    parser.add_argument("--test-clips", type=int, default=20, help="clips of each other speaker")
+    parser.add_argument("--steps", type=int, default=60, help="training steps of 16 clips from each start")
+    parser.add_argument("--every", type=int, default=30, help="steps between validations")
+
+
+def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
+    grammar = write_grammar(args.work)
+    render(args.work / "grid", grammar, args)
+    tokenizer = args.work / "rvq" / "release"  # the bundled one knows such sound, so that none is trained
+    shutil.copytree(ROOT / "assets" / "rvq_tiny", tokenizer, dirs_exist_ok=True)
+    shutil.copytree(BUNDLED, args.work / "untrained" / "release", dirs_exist_ok=True)  # the recipe only evaluates it
+    for start in STARTS:
+        train = [*TRAIN.split(), f"trainer.steps={args.steps}", f"trainer.validate_every={args.every}"]
+        train += [f"data.grammar={grammar.resolve()}", f"trainer.device={args.device}"]
+        recipe(args, start, TRAIN=" ".join([*train, f"init={BUNDLED}"] if start == "bundled" else train))
+        yield from curve(args.work / start / "log.jsonl", start)
+        report = json.loads((args.work / f"{start}_report" / "results.json").read_text())
+        for system in ("hicodit", "true speech"):
+            kept = ("value", "interval", "clips")
+            cells = {f: {k: cell[k] for k in kept} for f, cell in report["systems"][system].items()}
+            yield {"start": start, "test": system, **cells}, f"{start}, test, {system}: {cells}"
+
+
+def curve(log: Path, start: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """Return the words of each validation, with the time that the steps until then took."""
+    seconds, last = 0.0, 0
+    for record in [row for _, row in read_log(log)] if log.is_file() else ():
+        if "step_s" in record:
+            seconds, last = seconds + record["step_s"] * (record["step"] - last), record["step"]
+        if "validation/wer_val" in record:
+            row = {"start": start, "step": record["step"], "seconds": round(seconds)}
+            row["wer"] = round(100 * record["validation/wer_val"], 2)
+            yield row, f"{start}: step {row['step']}, {row['seconds']} s, words {row['wer']} % (validation)"
+
+
+def recipe(args: argparse.Namespace, start: str, **settings: str) -> None:
+    """Run all steps of the recipe for one start; both starts share the shards."""
+    paths = {"GRID": "grid", "SHARDS": "shards", "TOKENIZER": "rvq", "RUN": start, "REPORT": f"{start}_report"}
+    settings |= {name: str((args.work / path).resolve()) for name, path in paths.items()}
+    settings["PROTOCOL"] = "unseen"
+    settings["PREPARE"] = (
+        f"device={args.device} splits=[train,val] stages.wave.use=false "
+        "stages.crops.encoders.mouth_size=48 stages.crops.encoders.face_size=64"
+    )
+    settings["EVALUATE"] = (
+        f"device={args.device} workers=1 protocol.wer=grammar grammar={(args.work / 'grid.jsgf').resolve()} media=false"
+    )
+    settings |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": str(args.threads)}
+    script = ["bash", str(ROOT / "scripts" / "recipes" / "grid.sh"), "tokens", "train", "evaluate"]
+    if code := subprocess.run(script, env=os.environ | settings).returncode:
+        raise UserError(f"the recipe ended with {code}, its last lines say why; the same command goes on")
+
+
+def write_grammar(folder: Path) -> Path:
+    """Write GRID's sentences as a grammar, and how the recogniser says their words: letters as code words."""
+    decoder = require("pocketsphinx", "pocketsphinx").Decoder(loglevel="FATAL")
+    letters = {word[0]: word for word in SLOTS[3] if word[0] != "w"}
+    slots = [tuple(letters) if index == 3 else words for index, words in enumerate(SLOTS)]
+    rules = [f"<slot{index}> = {' | '.join(words)};" for index, words in enumerate(slots)]
+    sentence = " ".join(f"<slot{index}>" for index in range(len(slots)))
+    lines = ["#JSGF V1.0;", "grammar grid;", f"public <sentence> = {sentence};", *rules, ""]
+    said = {word: letters.get(word, word) for words in slots for word in words}
+    sounds = [f"{word} {decoder.lookup_word(spoken)}\n" for word, spoken in said.items()]
+    with atomic_output(folder / "grid.dict") as part:
+        part.write_text("".join(sounds))
+    with atomic_output(folder / "grid.jsgf") as part:
+        part.write_text("\n".join(lines))
+    return folder / "grid.jsgf"
+
+
+def as_grid(text: str) -> tuple[str, str]:
+    """Return GRID's name and words of a sentence with code words: bbaf2n, bin blue at f two now."""
+    words = [word[0] if slot == 3 else word for slot, word in enumerate(text.split())]
+    tables = (VERBS, COLOURS, PREPOSITIONS, None, DIGITS, ADVERBS)
+    keys = [word if table is None else next(key for key, value in table.items() if value == word)
+            for word, table in zip(words, tables)]  # fmt: skip
+    return "".join(keys), " ".join(words)
+
+
+def render(root: Path, grammar: Path, args: argparse.Namespace) -> None:
+    """Write the clips ROOT/s1/bbaf2n.mpg and alignments that are missing."""
+    synthesizer, recogniser, times = Synthesizer(), Recogniser(grammar), WordTimes()
+    seed = FIRST_VOICE
+    for speaker in SPEAKERS[: args.speakers + 3]:
+        clips = args.test_clips if speaker in GRID.UNSEEN else args.clips
+        while not understood(seed, synthesizer, recogniser):
+            seed += 1
+        rng, names = np.random.default_rng([seed, 0]), {}
+        while len(names) < clips:
+            text = draw_sentence(rng, "unseen", 2)
+            if "whiskey" not in text:  # GRID has no w
+                names[as_grid(text)[0]] = text
+        for index, (name, text) in enumerate(track(names.items(), len(names), speaker)):
+            align = root / "alignments" / speaker / f"{name}.align"  # written last
+            if not align.is_file():
+                rng = np.random.default_rng([seed, 1, index])
+                write_clip(root / speaker / f"{name}.mpg", align, seed, text, synthesizer, times, rng)
+        seed += 1
+
+
+def understood(seed: int, synthesizer: Synthesizer, recogniser: Recogniser) -> bool:
+    """Return whether a recogniser understands a voice."""
+    rng, wrong = np.random.default_rng([seed, 2]), 0
+    for _ in range(TRIALS):
+        text = draw_sentence(rng, "unseen", 2).replace("whiskey", "zulu")
+        wave = speak(synthesizer, text, voice_lines(draw_traits(seed)), [prosody("neutral", 0.0, 2)], rng).wave
+        wrong += count_errors(as_grid(text)[1], recogniser.transcribe(wave, RATE))["wer"][0]
+    return wrong <= MOST_WRONG
+
+
+def write_clip(
+    path: Path,
+    align: Path,
+    seed: int,
+    text: str,
+    synthesizer: Synthesizer,
+    times: WordTimes,
+    rng: np.random.Generator,
+) -> None:
+    """Speak and draw a sentence; write it as MPEG-1 of GRID's size, and its words in GRID's unit of time."""
+    traits = draw_traits(seed)
+    speech = speak(synthesizer, text, voice_lines(traits), [prosody("neutral", 0.0, 2)], rng)
+    length = len(speech.wave) // FRAME
+    motion = draw_motion(rng, length, loudness(speech.wave))
+    face = Face(looks(traits, seed), float(rng.uniform(0.93, 1.07)))
+    frames = face.render(mouth_track(speech.phonemes, length), Pose(), motion)
+    with atomic_output(path) as part:
+        wav = part.with_suffix(".wav")
+        write_wav(wav, speech.wave, RATE)
+        raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{frames.shape[2]}x{frames.shape[1]}", "-r", str(FPS)]
+        scale = f"scale={SIDE}:{SIDE},pad={WIDTH}:{SIDE}:(ow-iw)/2:0"
+        code = ["-vf", scale, "-c:v", "mpeg1video", "-q:v", "3", "-c:a", "mp2", "-ar", "44100", "-threads", "1"]
+        call = [word for word in command("-v", "error", *raw, "-i", "-", "-i", str(wav)) if word != "-nostdin"]
+        try:
+            subprocess.run([*call, *code, str(part)], input=frames.tobytes(), check=True)
+        finally:
+            wav.unlink()
+    words = times.align(text, speech.wave, RATE)
+    spoken = [(word.begin, word.end, name) for word, name in zip(words, as_grid(text)[1].split())]
+    end, lines = len(speech.wave) / RATE, []
+    for begin, stop, word in [*spoken, (end, end, "sil")]:
+        last = lines[-1][1] if lines else 0.0
+        if begin > last:
+            lines.append((last, begin, "sil"))
+        if word != "sil":
+            lines.append((begin, stop, word))
+    with atomic_output(align) as part:
+        part.write_text("".join(f"{a * ALIGNMENT_RATE:.0f} {b * ALIGNMENT_RATE:.0f} {word}\n" for a, b, word in lines))
