@@ -234,8 +234,8 @@ def _paper_request(
     the prefix, too.
     """
     mode, c, seconds = MODES[job.mode], system.model.config, job.prefix_seconds
-    speech, motion = torch.zeros(0, c.speech_dim), torch.zeros(0, c.motion_dim)
-    speech = reference.speech() if seconds else speech
+    motion = torch.zeros(0, c.motion_dim)
+    speech = reference.speech() if seconds else torch.zeros(0, c.speech_dim)
     frames = len(speech)
     if mode.motion == "generated" or (seconds and mode.motion == "given"):
         motion = reference.motion(MAX_FRAMES if seconds else 1)

@@ -131,7 +131,9 @@ class LiaX(PortraitCodec):
     def decode(self, motion: Tensor, identity: Tensor | Identity, chunk: int = 8) -> Tensor:
         """Absolute motion codes (T, M) and an identity, or its picture (3, S, S) -> (T, 3, S, S), not clamped."""
         identity = identity if isinstance(identity, Identity) else self.identity(identity)
-        return self._decode(identity, chunk, self._codes(motion))
+        if motion.ndim != 2 or motion.shape[1] != self.config.motion_dim or not len(motion):
+            raise UserError(f"motion of shape {tuple(motion.shape)}: give (frames, {self.config.motion_dim})")
+        return self._decode(identity, chunk, send(motion.float(), self._device()))
 
     def animate(
         self,
@@ -225,11 +227,6 @@ class LiaX(PortraitCodec):
                 f"{what} of {pictures.dtype}: give floats in [-1, 1] (engine.media.pictures converts bytes)"
             )
         return send(pictures, self._device()) if move else pictures
-
-    def _codes(self, motion: Tensor) -> Tensor:
-        if motion.ndim != 2 or motion.shape[1] != self.config.motion_dim or not len(motion):
-            raise UserError(f"motion of shape {tuple(motion.shape)}: give (frames, {self.config.motion_dim})")
-        return send(motion.float(), self._device())
 
     def digest(self) -> str:
         return weights_digest(self.encoder)

@@ -50,16 +50,12 @@ class Encoder(nn.Module):
         style = self.head(maps.pop()).flatten(1)
         return style, maps[::-1]
 
-    def style(self, pictures: Tensor) -> Tensor:
-        """The style (B, D) alone, without keeping the feature maps of every level."""
+    def motion(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, 3, S, S) -> motion codes (B, M), without keeping the feature maps of every level."""
         x = self.stem(pictures)
         for block in self.blocks:
             x = block(x)
-        return self.head(x).flatten(1)
-
-    def motion(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, 3, S, S) -> motion codes (B, M)."""
-        return self.to_motion(self.style(pictures))
+        return self.to_motion(self.head(x).flatten(1))
 
 
 class LevelState(NamedTuple):

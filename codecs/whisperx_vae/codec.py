@@ -84,22 +84,6 @@ class WhisperXVAEConfig(Group):
         return self.whisper_context // 2
 
 
-def build_whisper(config: WhisperXVAEConfig) -> WhisperEncoder:
-    """Transformers' Whisper encoder: mel (B, M, 2 * context) -> states (B, context, C)."""
-    return WhisperEncoder(
-        WhisperConfig(
-            num_mel_bins=config.mel_bands,
-            max_source_positions=config.whisper_context,
-            d_model=config.hidden,
-            encoder_attention_heads=config.whisper_heads,
-            encoder_layers=config.whisper_layers,
-            encoder_ffn_dim=4 * config.hidden,
-            dropout=0.0,
-            encoder_layerdrop=0.0,
-        )
-    )
-
-
 class WhisperXVAE(Codec):
     """Acoustic encoder, Whisper encoder, Gaussian bottleneck, acoustic decoder."""
 
@@ -110,7 +94,17 @@ class WhisperXVAE(Codec):
         super().__init__(config)
         self.sample_rate, self.hop, self.channels = config.sample_rate, config.hop, config.latent_dim
         self.encoder = DACEncoder(config.encoder_width, config.encoder_ratios, config.hidden)
-        self.whisper = build_whisper(config)
+        whisper = WhisperConfig(
+            num_mel_bins=config.mel_bands,
+            max_source_positions=config.whisper_context,
+            d_model=config.hidden,
+            encoder_attention_heads=config.whisper_heads,
+            encoder_layers=config.whisper_layers,
+            encoder_ffn_dim=4 * config.hidden,
+            dropout=0.0,
+            encoder_layerdrop=0.0,
+        )
+        self.whisper = WhisperEncoder(whisper)  # mel (B, M, 2 * context) -> states (B, context, C)
         self.in_proj = WNConv1d(config.hidden, 2 * config.latent_dim, 1)
         self.out_proj = WNConv1d(config.latent_dim, config.hidden, 1)
         self.decoder = DACDecoder(config.hidden, config.decoder_width, config.decoder_ratios)
