@@ -57,16 +57,11 @@ class SequenceFormat:
         patches = max(speech, motion_frames // self.patch_size + self.delay) if motion_frames else speech
         return patches * tokens_per_patch(self.order, motion_frames > 0)
 
-    def whole_patches(self, motion: Tensor) -> tuple[Tensor, int]:
-        """Motion (Fm, Dm) cut to whole patches, and the length that counts: one patch at least, if there is motion."""
-        if not len(motion):
-            return motion, 0
-        whole = len(motion) // self.patch_size * self.patch_size
-        return motion[:whole] if whole else motion, max(whole, self.patch_size)
-
     def example(self, prompt: list[int], speech: Tensor, speech_frames: int, motion: Tensor, speaker: Tensor) -> dict:
         """An item for `collate`: speech (F, Ds), motion (Fm, Dm) normalised (Fm = 0: TTS), speaker (G,)."""
-        motion, motion_frames = self.whole_patches(motion)
+        whole = len(motion) // self.patch_size * self.patch_size
+        motion_frames = max(whole, self.patch_size) if len(motion) else 0  # one patch at least, if there is motion
+        motion = motion[:whole] if whole else motion
         slots = self.slots(speech_frames, motion_frames)
         ids, span = assemble(prompt, self.tail, self.speech_id, slots, self.limit)
         return {

@@ -76,7 +76,11 @@ class TalkJobs:
             prepared.job, name, talk, Path(self.config.output), self.config.figure, words, prepared.origin
         )
         seconds = len(talk.wave) / self.pipeline.rate
-        return f"{name}, {seconds:.1f} s -> {', '.join(files)}{_remark(prepared, talk)}", seconds
+        remarks = [prepared.remark] if prepared.remark else []
+        if prepared.mode.open_ended and not talk.stopped:
+            remarks.append("cut off at the longest length allowed: see max_seconds")
+        remark = f" ({'; '.join(remarks)})" if remarks else ""
+        return f"{name}, {seconds:.1f} s -> {', '.join(files)}{remark}", seconds
 
 
 def write_outputs(
@@ -121,10 +125,3 @@ def write_outputs(
 def describe(origin: Mapping[str, str]) -> str:
     """Return a remark on the words that were found for a clip, and where they and the voice come from."""
     return f"{origin['text']!r}, words: {origin['text_origin']}; voice: {origin['voice_origin']}"
-
-
-def _remark(prepared: PreparedJob, talk: Talk) -> str:
-    remarks = [prepared.remark] if prepared.remark else []
-    if prepared.mode.open_ended and not talk.stopped:
-        remarks.append("cut off at the longest length allowed: see max_seconds")
-    return f" ({'; '.join(remarks)})" if remarks else ""

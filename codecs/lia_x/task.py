@@ -135,7 +135,10 @@ class LiaXTask(Task):
             batch["_run"] = F.interpolate(frames, fake.shape[-2:], mode="area"), fake, motion
         real, fake, motion = batch["_run"]
         if part == "discriminator":
-            return self._discriminator_losses(real, fake.detach())
+            self.discriminator.requires_grad_(True)
+            pairs = ((-1, real), (1, fake.detach()))
+            of_real, of_fake = (F.softplus(sign * self.discriminator(x)).mean() for sign, x in pairs)
+            return {"loss": of_real + of_fake, "real": of_real.detach(), "fake": of_fake.detach()}
         return self._generator_losses(real, fake, motion, batch.get("tracks"))
 
     def _under_way(self, stage: Mapping[str, float] | None) -> bool:
@@ -152,11 +155,6 @@ class LiaXTask(Task):
         noisy = motion + self.motion_noise * torch.randn_like(motion)
         style = codec.decoder.navigate(style[partner], noisy)
         return codec.decoder(style, [level[partner] for level in maps]), motion
-
-    def _discriminator_losses(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-        self.discriminator.requires_grad_(True)
-        of_real, of_fake = (F.softplus(sign * self.discriminator(x)).mean() for sign, x in ((-1, real), (1, fake)))
-        return {"loss": of_real + of_fake, "real": of_real.detach(), "fake": of_fake.detach()}
 
     def _generator_losses(self, real: Tensor, fake: Tensor, motion: Tensor, tracks: Tensor | None) -> dict[str, Tensor]:
         real, fake = real.float(), fake.float()

@@ -101,7 +101,10 @@ def bilinear(picture: np.ndarray, sx: np.ndarray, sy: np.ndarray) -> np.ndarray:
 def face_picture(picture: np.ndarray, points: np.ndarray, size: int) -> np.ndarray:
     """Cut the face (size, size, 3) uint8 of `picture` (H, W, 3) in ArcFace's pose, from five points (5, 2)."""
     matrix = face_matrix(points, size)
-    return warp(_blurred(picture, matrix), matrix, size)
+    scale = np.sqrt(abs(np.linalg.det(matrix[:, :2])))
+    if scale < 0.5:  # detail is too fine for the result: bilinear sampling would skip pixels
+        picture = cv2.GaussianBlur(picture, (0, 0), 0.25 / scale)
+    return warp(picture, matrix, size)
 
 
 def face_matrix(points: np.ndarray, size: int = ARCFACE_SIDE) -> np.ndarray:
@@ -169,9 +172,3 @@ def avhubert_mouth(frames: np.ndarray, poses: np.ndarray) -> np.ndarray:
 
 # An eye's middle is halfway between its corners (36 and 39, 42 and 45).
 _MEAN_EYES_AND_MOUTH = np.stack([MEAN_STABLE[1:3].mean(0), MEAN_STABLE[3:5].mean(0), MEAN_MOUTH])
-
-
-def _blurred(picture: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Blur detail of `picture` that is too fine for the result of `matrix`: bilinear sampling would skip pixels."""
-    scale = np.sqrt(abs(np.linalg.det(matrix[:, :2])))
-    return cv2.GaussianBlur(picture, (0, 0), 0.25 / scale) if scale < 0.5 else picture
