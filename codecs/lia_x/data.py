@@ -126,19 +126,14 @@ class FramePairs(torch.utils.data.Dataset):
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """{"frames": (2, S, S, 3) bytes}, with tracks also {"tracks": (2, L)}; a function of (index, generator)."""
         if self.stored is not None:
-            return {"frames": torch.from_numpy(self._stored_pair(index, generator))}
+            packed, starts = map(self.stored.read_complete(index, PORTRAITS)[1].get, PORTRAITS)
+            if len(starts) < 3:  # preparation rejects such a clip
+                raise UserError(f"{self.stored.source}: a clip has fewer than 2 pictures: prepare it again")
+            chosen = torch.randperm(len(starts) - 1, generator=generator)[:2].tolist()
+            return {"frames": torch.from_numpy(unpack_portraits(packed, starts, self.size, chosen))}
         chosen = torch.randperm(self.pictures.shape[1], generator=generator)[:2].tolist()
         item = {"frames": torch.from_numpy(np.stack([self.pictures[index, k] for k in chosen]))}
         return item if self.tracks is None else item | {"tracks": self.tracks[index, chosen]}
-
-    def _stored_pair(self, index: int, generator: torch.Generator | None) -> np.ndarray:
-        """Two pictures (2, S, S, 3) of a prepared clip."""
-        tensors = self.stored.read_complete(index, PORTRAITS)[1]
-        count = len(tensors["portraits_at"]) - 1
-        if count < 2:  # preparation rejects such a clip
-            raise UserError(f"{self.stored.source}: a clip has fewer than 2 pictures: prepare it again")
-        chosen = torch.randperm(count, generator=generator)[:2].tolist()
-        return unpack_portraits(tensors["portraits"], tensors["portraits_at"], self.size, chosen)
 
     @staticmethod
     def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
