@@ -75,7 +75,7 @@ class Operators(TorchDispatchMode):
     Attributes:
         names: calls by operator. kernels: calls that are no views. weights: bytes of matrices that kernels read.
         touched: bytes that kernels other than matrix products read and write. flops: of `of`.
-        alive, peak: bytes of tensors that were made, or given to `hold`.
+        alive, peak: bytes of tensors that were made, or given to `hold`. used: the peak without bytes `reserved` then.
     """
 
     PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "convolution", "convolution_backward", "scaled_dot_product")
@@ -84,14 +84,14 @@ class Operators(TorchDispatchMode):
     def __init__(self, model: nn.Module | None = None) -> None:
         super().__init__()
         self.names: Counter[str] = Counter()
-        self.alive = self.flops = self.weights = 0
+        self.alive = self.flops = self.weights = self.reserved = 0
         self.matrices = {p.untyped_storage()._cdata for p in model.parameters() if p.ndim > 1} if model else set()
         self._sizes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self.begin()
 
     def begin(self) -> None:
         """Count from now on; what is alive stays so."""
-        self.peak, self.touched, self.kernels = self.alive, 0, 0
+        self.peak, self.used, self.touched, self.kernels = self.alive, self.alive - self.reserved, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -116,7 +116,7 @@ class Operators(TorchDispatchMode):
         if storage not in self._sizes:
             self._sizes[storage] = size = storage.nbytes()
             self.alive += size
-            self.peak = max(self.peak, self.alive)
+            self.peak, self.used = max(self.peak, self.alive), max(self.used, self.alive - self.reserved)
             weakref.finalize(storage, self._free, size)
 
     def _free(self, size: int) -> None:

@@ -61,6 +61,8 @@ class Measured:
         memory: bytes by part. flops, touched, kernels: see `benchmarks.common.Operators`, without the optimiser.
         moved: bytes that the optimiser reads and writes, fused, as it is on CUDA.
         groups: parameters that FSDP gathers together: of each block, and last the rest. whole: those it leaves whole.
+        beside: bytes of activations at the peak if all gradients have their memory from the beginning, as in DDP.
+        sharded: the same if autocast keeps no copies of the weights of blocks, as in FSDP.
         sent, calls: bytes and calls by collective; {} in one process.
     """
 
@@ -71,6 +73,8 @@ class Measured:
     moved: int
     groups: list[list[Size]] = field(default_factory=list)
     whole: list[Size] = field(default_factory=list)
+    beside: float = 0
+    sharded: float = 0
     sent: dict[str, float] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
 
@@ -86,6 +90,8 @@ def measure(task: Task, config: TrainerConfig, batch: dict[str, Any]) -> Measure
             begin_state(optimiser)
         for tensor in [*task.parameters(), *task.buffers()]:
             seen.hold(tensor)
+        for p in (p for ps in trained.values() for p in ps):
+            _reserve(p, seen)
         seen.begin()
         data = dict(batch)
         with counter() as flops:
@@ -109,7 +115,8 @@ def measure(task: Task, config: TrainerConfig, batch: dict[str, Any]) -> Measure
             ),
             "average": nbytes(ema.averages.values()),
         }
-        memory["activations"] = max(0, seen.peak - sum(memory.values()))
+        beside = max(0, seen.peak - sum(memory.values()))
+        memory["activations"] = max(0, seen.used - sum(memory.values()))
     whole = [p for module in task.whole() for p in module.parameters()]
     groups, grouped = [], {id(p) for p in whole}
     for module in (*task.blocks(), task):
@@ -117,7 +124,20 @@ def measure(task: Task, config: TrainerConfig, batch: dict[str, Any]) -> Measure
         grouped |= {id(p) for p in module.parameters()}
     moved = gradients + 2 * (nbytes(p for ps in trained.values() for p in ps) + memory["optimiser"])
     counts = flops.get_total_flops(), seen.touched, seen.kernels, moved
-    return Measured(memory, *counts, groups, [_size(p) for p in whole])
+    return Measured(memory, *counts, groups, [_size(p) for p in whole], beside, beside)
+
+
+def _reserve(p: nn.Parameter, seen: Operators) -> None:
+    """Make room for a gradient, which counts as reserved until the gradient comes."""
+    room = torch.empty_like(p)
+    seen.reserved += nbytes([room])
+
+    def come(p: nn.Parameter) -> None:
+        if p.grad is not room:
+            seen.reserved -= nbytes([room])
+            p.grad = room
+
+    p.register_post_accumulate_grad_hook(come)
 
 
 def _size(p: nn.Parameter) -> Size:
@@ -126,17 +146,25 @@ def _size(p: nn.Parameter) -> Size:
 
 
 def measure_fake(
-    make_task: Callable[[], Task], config: TrainerConfig, make_batch: Callable[[Task], dict[str, Any]]
+    make_task: Callable[[], Task],
+    config: TrainerConfig,
+    make_batch: Callable[[Task], dict[str, Any]],
+    half: bool = False,
 ) -> Measured:
     """`measure` with fake weights.
 
     Args:
         make_task: called where `empty` gives fake tensors, so that a model of any size can be made.
         make_batch: a real batch for the task, of a step's typical size.
+        half: weights of blocks are in bfloat16, as FSDP gathers them: autocast then keeps no copies of them.
     """
     with (mode := HostOrFake(allow_non_fake_inputs=True)):
         task = make_task()
-        memo: dict[int, Any] = {id(p): nn.Parameter(torch.empty(p.shape), p.requires_grad) for p in task.parameters()}
+        gathered = {id(p) for block in task.blocks() for p in block.parameters()} if half else set()
+        types = {id(p): torch.bfloat16 if id(p) in gathered else p.dtype for p in task.parameters()}
+        memo: dict[int, Any] = {
+            id(p): nn.Parameter(torch.empty(p.shape, dtype=types[id(p)]), p.requires_grad) for p in task.parameters()
+        }
         memo |= {id(b): torch.empty(b.shape, dtype=b.dtype) for b in task.buffers()}
     task = copy.deepcopy(task, memo)
     data = make_batch(task)

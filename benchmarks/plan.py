@@ -152,16 +152,15 @@ def spread(one: Measured, parallel: str, gpus: int, machine: int, half: bool = F
 
     DDP reduces all gradients, in a bucket of 1 MiB and others of 25. FSDP keeps a share of the first dimension of each
     parameter. It gathers a block for its forward and again for its backward pass, the rest once, and scatters each
-    group's gradients; what it leaves whole is reduced. At its peak the rest and two blocks are gathered, one of them
-    with gradients.
+    group's gradients; what it leaves whole is reduced. At its peak the rest and two blocks are gathered.
     `hybrid` does this in each machine, and reduces the shards of gradients over machines.
     """
     if gpus == 1:
         return one
     if parallel == "ddp":
-        gradients = one.memory["gradients"]
+        gradients, memory = one.memory["gradients"], one.memory | {"activations": one.beside}
         buckets = 1 + math.ceil(max(0, gradients - 2**20) / 25 / 2**20)
-        return replace(one, sent={"allreduce": gradients}, calls={"allreduce": buckets})
+        return replace(one, memory=memory, sent={"allreduce": gradients}, calls={"allreduce": buckets})
     shards = gpus if parallel == "fsdp" else min(gpus, machine)
 
     def numbers(sizes: list[Size], count: int, trained: bool) -> int:
@@ -184,9 +183,9 @@ def spread(one: Measured, parallel: str, gpus: int, machine: int, half: bool = F
         sent["allreduce"] = between + whole
         calls["allreduce"] = calls["reduce_scatter"] * bool(between) + len(one.whole)
     largest = max(blocks, default=[0, 0])
-    gathered = 4 * rest[0] + 2 * travels * largest[0] + (travels + 4) * largest[1]
+    gathered = 4 * rest[0] + 2 * travels * largest[0]
     memory = {part: int(size * shares[part != "weights"]) for part, size in one.memory.items()}
-    memory["activations"] = one.memory["activations"] + gathered
+    memory["activations"] = one.sharded + gathered
     return replace(one, memory=memory, moved=int(one.moved * shares[1]), sent=sent, calls=calls)
 
 
@@ -214,8 +213,13 @@ def read_recipe(name: str, words: list[str]) -> tuple[str, dict[str, Any], Train
 
 def measure_samples(
     model: str, sizes: dict[str, Any], trainer: TrainerConfig, rows: int, seconds: float, most: int,
+    shards: bool = False,
 ) -> tuple[Measured, Measured]:  # fmt: skip
-    """Measure a step with one sample a process, and one with two on the line to a step with `most`."""
+    """Measure a step with one sample a process, and one with two on the line to a step with `most`.
+
+    Args:
+        shards: also for FSDP.
+    """
     name, make_batch, _ = MODELS[model]
     lora = sizes.get("lora", {"rank": 0})
     sizes = {key: value for key, value in sizes.items() if key != "lora"}
@@ -230,7 +234,11 @@ def measure_samples(
 
     def run(samples: int) -> Measured:
         print(f"{samples} sample{'s' * (samples > 1)} a process ...", file=sys.stderr, flush=True)
-        return measure_fake(make_task, trainer, lambda task: make_batch(task, samples * rows, seconds))
+        whole, *halves = (
+            measure_fake(make_task, trainer, lambda task: make_batch(task, samples * rows, seconds), half)
+            for half in ((False, True) if shards and trainer.precision == "bf16" else (False,))
+        )
+        return replace(whole, sharded=halves[0].beside) if halves else whole
 
     one, many = run(1), run(most)
 
@@ -238,7 +246,8 @@ def measure_samples(
         return first + (last - first) / (most - 1)
 
     memory = one.memory | {"activations": two(one.memory["activations"], many.memory["activations"])}
-    return one, replace(one, memory=memory, flops=two(one.flops, many.flops), touched=two(one.touched, many.touched))
+    names = ("flops", "touched", "beside", "sharded")
+    return one, replace(one, memory=memory, **{name: two(getattr(one, name), getattr(many, name)) for name in names})
 
 
 def _adapt(task: Task, lora: dict[str, Any]) -> None:

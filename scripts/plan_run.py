@@ -60,7 +60,8 @@ def main() -> None:
     model, sizes, trainer, rows, total = read_recipe(args.recipe, args.settings)
     whole, plans = total / trainer.steps, []
     each_gpu = {gpus: max(1, min(trainer.batch_size, round(whole / gpus))) for gpus in args.gpus}
-    pair = measure_samples(model, sizes, trainer, rows, args.seconds, max(2, *each_gpu.values()))
+    most, shards = max(2, *each_gpu.values()), max(args.gpus) > 1
+    pair = measure_samples(model, sizes, trainer, rows, args.seconds, most, shards)
     for gpus in args.gpus:
         for way in WAYS if gpus > 1 else WAYS[:1]:
             plans.append(plan(*pair, way, gpus, card, each_gpu[gpus], total, trainer.precision == "bf16"))

@@ -119,8 +119,8 @@ def test_shards_and_exchanged_bytes_are_those_of_real_processes(tmp_path, monkey
 
 def test_a_plan_adds_up():
     sizes = {"weights": 8, "gradients": 8, "activations": 4}
-    one = Measured(sizes, 100, 50, 7, 0, [[(2, 1, True)]])
-    two = replace(one, memory=sizes | {"activations": 7}, flops=200, touched=100)
+    one = Measured(sizes, 100, 50, 7, 0, [[(2, 1, True)]], beside=4)
+    two = replace(one, memory=sizes | {"activations": 7}, flops=200, touched=100, beside=7)
     card, rates = CARDS["h200"], SimpleNamespace(**EFFICIENCY)
     found = plan(one, two, "ddp", 64, card, 3, 1920)
     assert found.memory == sizes | {"activations": 10} and found.fits and found.flops == 300
