@@ -35,8 +35,8 @@ from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import BUNDLED as HICODIT
 from hicodit.settings import SamplerConfig, with_preset
 from hicodit.system import HiCoDiTSystem
+from talker_t2av.fused import fuse_layers
 from talker_t2av.generation import Rows
-from talker_t2av.layers import fuse_mlps
 from talker_t2av.request import MODES, Sampling
 from talker_t2av.system import BUNDLED, TalkerSystem
 
@@ -178,7 +178,7 @@ def hicodit(machine: Machine, size: str) -> Iterator[Line]:
 def talker(machine: Machine, size: str) -> Iterator[Line]:
     """Talker-T2AV with random weights: t2av after a prompt of 40 tokens, one row, graphs on CUDA."""
     model = build_talker(size).to_precision(torch.bfloat16)
-    fuse_mlps(model)
+    fuse_layers(model)
     machine.forget_peak()
     model.to(machine.device)
     rows = Rows(model, MODES["t2av"], Sampling(), use_stop=False, backend=machine.backend)

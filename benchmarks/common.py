@@ -102,7 +102,8 @@ class Operators(TorchDispatchMode):
             self.hold(x)
         is_view = any(x.alias_info is not None and not x.alias_info.is_write for x in func._schema.returns)
         if func.namespace != "prim" and not is_view and not name.startswith(self.NO_KERNELS):
-            inputs = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)]
+            # Packed weights have no storage that can be seen.
+            inputs = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor) and not x.is_mkldnn]
             self.kernels += 1
             if "embedding" not in name:  # it reads a few rows of its weight
                 self.weights += nbytes(x for x in inputs if x.untyped_storage()._cdata in self.matrices)

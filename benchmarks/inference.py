@@ -60,8 +60,8 @@ from hicodit.model import FLOAT32, HiCoDiT, ModelConfig
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig, with_preset
 from hicodit.system import HiCoDiTSystem
+from talker_t2av.fused import fuse_layers
 from talker_t2av.generation import Rows
-from talker_t2av.layers import fuse_mlps
 from talker_t2av.model import TalkerConfig, TalkerT2AV
 from talker_t2av.request import MODES, Request, Sampling
 from talker_t2av.settings import with_preset as with_sampling
@@ -241,7 +241,7 @@ def talker(job: dict[str, Any]) -> dict[str, Any]:
     model = copy.deepcopy(plain)
     if precision == "bf16":
         model.to_precision(torch.bfloat16)
-    fuse_mlps(model)
+    fuse_layers(model)
     if precision == "int8":
         quantise_linear(model, device)
     pack_linear(model, device)

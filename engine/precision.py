@@ -11,7 +11,7 @@ In 8 bits (`Int8Linear`), a block's weights take a quarter of the bytes of float
 layer costs. Weights have a scale for each output channel and activations one for each row, found when the layer runs.
 So nothing is calibrated, and a row's result does not depend on what shares its batch. All else is float32.
 
-Axes: R rows, N input features, M output features.
+Axes: N input features, M output features.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from engine.settings import PRECISIONS, require_choice
 CPU_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")  # by torch.cpu's names: x86, x86, ARM
 VNNI = ("avx512_vnni", "avx_vnni")  # instructions that multiply 8-bit integers
 BLOCKS = ("blocks", "layers")  # lists of transformer blocks: their linear layers are put into 8 bits
-LARGEST, TINY = 127, 1e-30  # the integers that are used lie between -127 and 127; scales are at least 1e-30
+LARGEST, TINY = 127, 1e-30  # the integers that are used lie between -127 and 127; scales of weights are at least 1e-30
 PACKED_FOR = 256  # rows of the input that the layout suits best; products with fewer or more rows are as fast
 
 M = TypeVar("M", bound=nn.Module)
@@ -126,14 +126,15 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., N) -> (..., M)."""
-        rows = x.reshape(-1, self.in_features)
-        scale = rows.abs().amax(1, keepdim=True).mul_(1 / LARGEST).add_(TINY)  # (R, 1)
-        rounded = torch.div(rows, scale).round_().to(torch.int8)
+        if x.numel() == 0:  # the operator below would lose leading axes
+            return x.new_zeros(*x.shape[:-1], self.out_features)
+        scale = x.abs().amax(-1, keepdim=True).mul_(1 / LARGEST)  # (..., 1)
+        # A row of zeros has no numbers here, whatever integers they become: their sum is multiplied by 0.
+        rounded = torch.div(x, scale).round_().to(torch.int8)
         y = torch.ops.onednn.qlinear_pointwise(
             rounded, 1.0, 0, self.weight, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        y = y.mul_(scale) if self.bias is None else torch.addcmul(self.bias, y, scale)
-        return y.view(*x.shape[:-1], self.out_features)
+        return y.mul_(scale) if self.bias is None else torch.addcmul(self.bias, y, scale)
 
 
 def can_int8(device: torch.device | str) -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 
 def product_type(device: torch.device) -> torch.dtype | None:
@@ -75,7 +74,8 @@ class Rotary(nn.Module):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x (B, L, H, h) by `Rotary.factors`; computed in float32, returned in the type of x."""
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    swapped = torch.stack([odd, even], -1).flatten(-2)  # `flip` takes three times as long on a CPU
     if torch.is_grad_enabled():
         return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
     return torch.addcmul(x * cos, swapped, sin, out=torch.empty_like(x))
@@ -115,31 +115,6 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(F.silu(self.fc1(x)) * self.fc2(x))
-
-
-class FusedMLP(nn.Module):
-    """A gated MLP whose two input layers are one product; made by `fuse_mlps`."""
-
-    def __init__(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear) -> None:
-        super().__init__()
-        self.both = nn.Linear(gate.in_features, 2 * gate.out_features, bias=False, device="meta")
-        weight = torch.cat([gate.weight.detach(), up.weight.detach()])
-        self.both.weight = nn.Parameter(weight, requires_grad=False)
-        self.down = down
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.both(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
-
-
-def fuse_mlps(network: nn.Module) -> None:
-    """Fuse the gated MLPs, also those of the language model, in place, for inference; the result is not to be saved."""
-    for module in list(network.modules()):
-        for name, mlp in list(module.named_children()):
-            if isinstance(mlp, MLP):
-                setattr(module, name, FusedMLP(mlp.fc1, mlp.fc2, mlp.proj))
-            elif isinstance(mlp, Qwen3MLP):
-                setattr(module, name, FusedMLP(mlp.gate_proj, mlp.up_proj, mlp.down_proj))
 
 
 class Block(nn.Module):

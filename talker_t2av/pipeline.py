@@ -31,9 +31,9 @@ from engine.media.video import write_video
 from engine.precision import pack_linear, pick_dtype, quantise_linear, uses_int8
 from engine.progress import stage
 from engine.publish import publish
+from talker_t2av.fused import fuse_layers
 from talker_t2av.generation import Patch, Result, Rows
 from talker_t2av.jobs import Job, PreparedJob, Reference, prepare_job
-from talker_t2av.layers import fuse_mlps
 from talker_t2av.model import FPS, HOP, RATE
 from talker_t2av.prompt import step_limit
 from talker_t2av.request import Mode, Request, Sampling
@@ -130,7 +130,7 @@ class TalkerPipeline:
         system = TalkerSystem.load(folder, codecs, device)
         if dtype != torch.float32:
             system.model.to_precision(dtype)
-        fuse_mlps(system.model)
+        fuse_layers(system.model)
         if int8:
             quantise_linear(system.model, device)
             system.picture_dtype = pick_dtype("auto", device)

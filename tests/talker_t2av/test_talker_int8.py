@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
-from talker_fixtures import face_file, save_talker, tiny_model, voice_file
+from talker_fixtures import face_file, request, save_talker, tiny_model, voice_file
 
+from benchmarks.common import Operators
 from engine.errors import UserError
-from engine.precision import Int8Linear, PackedLinear, can_int8, quantise_linear
+from engine.precision import Int8Linear, PackedLinear, can_int8, pack_linear, quantise_linear
+from talker_t2av.fused import fuse_layers
+from talker_t2av.generation import Rows
+from talker_t2av.model import TalkerT2AV
 from talker_t2av.pipeline import Job, TalkerPipeline
-from talker_t2av.request import Sampling
+from talker_t2av.request import MODES, Sampling
 from talker_t2av.settings import with_preset
 
 vnni = pytest.mark.skipif(not can_int8("cpu"), reason="needs an x86 processor with VNNI")
@@ -35,6 +40,23 @@ def test_the_pipeline_in_int8_is_near_and_repeats_itself(tmp_path):
     assert np.array_equal(first, again) and np.array_equal(talks[1].frames, talks[2].frames)
     assert not np.array_equal(first, exact)
     assert np.linalg.norm(first - exact) < 0.1 * np.linalg.norm(exact)
+
+
+@vnni
+@torch.inference_mode()
+def test_operators_of_a_patch_in_int8():
+    """At the depth of the released size; the ceiling only falls."""
+    config = tiny_model().config
+    llm = config.llm | {"num_hidden_layers": 28}
+    model = TalkerT2AV(replace(config, llm=llm, encoder_layers=4, head_layers=8)).eval()
+    fuse_layers(model)
+    pack_linear(quantise_linear(model))
+    rows = Rows(model, MODES["t2av"], with_preset("fast", Sampling()))
+    rows.join(request())
+    with Operators() as counted:
+        rows.step()
+    assert counted.names["qlinear_pointwise"] == 4 * (28 + 2 * 4 + 2 * 8 * 3)
+    assert sum(counted.names.values()) < 5400
 
 
 @pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao")

@@ -1,14 +1,18 @@
 """The model's files: released checkpoints with and without their optional keys, shards, warm starts, our releases."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from talker_fixtures import tiny_model
-from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
+from torch import nn
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP
 
 from engine.errors import UserError
-from talker_t2av.layers import MLP, FusedMLP, fuse_mlps
-from talker_t2av.model import TalkerConfig, TalkerT2AV
+from talker_t2av.fused import FusedAttention, FusedMLP, fuse_layers
+from talker_t2av.layers import MLP
+from talker_t2av.model import KeyValues, TalkerConfig, TalkerT2AV
 from talker_t2av.released import LM_HEAD, read_safetensors, stored, warm_start
 
 DROPPED = ("llm.lm_head.weight", "rope.w")
@@ -147,14 +151,31 @@ def test_a_projector_checkpoint_renames():
 
 
 @torch.no_grad()
-def test_fused_mlps_change_nothing():
-    model, x = tiny_model(), torch.randn(2, 5, 32)
-    before = model.backbone(x), model.speech_tokens(x[..., :4])
-    fuse_mlps(model)
+@pytest.mark.parametrize("bias", [False, True])
+def test_fused_layers_change_nothing(bias):
+    """A prompt without a cache and a row of two; then tokens that see a cache, one and three at a time."""
+    torch.manual_seed(0)
+    config = tiny_model().config
+    model = TalkerT2AV(replace(config, llm=config.llm | {"attention_bias": bias, "head_dim": 8})).eval()
+    for parameter in model.llm.parameters():
+        nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.2)
+    llm, x = model.llm.config, torch.randn(2, 5, 32)
+    assert llm.num_attention_heads == 2 * llm.num_key_value_heads
+    cache = torch.randn(2, llm.num_hidden_layers, 2, llm.num_key_value_heads, 9, llm.head_dim)
+    positions = torch.tensor([[3, 4, 5], [5, 6, 7]])
+    visible = torch.arange(9) <= positions[..., None]
+
+    def answers():
+        caches = [KeyValues(cache.clone(), positions[:, :n]) for n in (1, 3)]
+        states = [model.continue_cache(c, x[:, :n], visible[:, :n], positions[:, :n]) for c, n in zip(caches, (1, 3))]
+        return model.backbone(x), model.speech_tokens(x[..., :4]), *states, *(c.cache for c in caches)
+
+    before = answers()
+    fuse_layers(model)
     kinds = {type(module) for module in model.modules()}
-    assert FusedMLP in kinds and not kinds & {MLP, Qwen3MLP}
-    for a, b in zip(before, (model.backbone(x), model.speech_tokens(x[..., :4]))):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+    assert {FusedMLP, FusedAttention} <= kinds and not kinds & {MLP, Qwen3MLP, Qwen3Attention}
+    for a, b in zip(before, answers()):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():
