@@ -19,6 +19,7 @@ from engine.nn.audio_losses import (
     DisturbanceLoss,
     MultiResolutionSTFTLoss,
     MultiScaleMelLoss,
+    VoiceLoss,
 )
 from engine.nn.dac import DownBlock, UpBlock
 from engine.nn.discriminators import WaveDiscriminators
@@ -65,7 +66,7 @@ class RVQCodecTask(GANTask):
         codec: fields of `RVQCodecConfig`.
         mel: `n_mels` and `windows` of the mel loss.
         weights: of the losses `mel`, `stft`, `spectrum` (compressed complex spectra), `disturbance` (of loudness, after
-            PESQ), `feature` and `adversarial`; commitment and codebook weights are the codec's own.
+            PESQ), `voice` (GE2E), `feature` and `adversarial`; commitment and codebook weights are the codec's own.
         period, spectrogram: arguments of the two families of discriminators.
         features: `mel_bands` and `low_samples` (together the latent's channels), `until`, and what stays of them after
             it: the first `envelope_levels` levels see the mel bands only, which are regressed on with weight `keep`.
@@ -107,6 +108,7 @@ class RVQCodecTask(GANTask):
         self.stft_loss = MultiResolutionSTFTLoss()
         self.spectrum_loss = CompressedSpectrumLoss()
         self.disturbance_loss = DisturbanceLoss(config.sample_rate)
+        self.voice_loss = VoiceLoss(config.sample_rate) if weights.get("voice") else None
         self.weights = dict(weights)
         if decoder_only:
             if not init:
@@ -201,6 +203,8 @@ class RVQCodecTask(GANTask):
             losses["spectrum"] = self.spectrum_loss(fake, real)
         if self.weights["disturbance"]:
             losses["disturbance"] = self.disturbance_loss(fake, real)
+        if self.voice_loss is not None:
+            losses["voice"] = self.voice_loss(fake, real)
         if run["regression"] is not None:
             losses["features"] = run["regression"]
         if run["quantized"] is not None and not self.decoder_only:

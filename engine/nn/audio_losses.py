@@ -1,4 +1,5 @@
-"""Losses of wave generators: multi-scale mel, STFT, compressed complex spectrum, least-squares GAN, feature matching.
+"""Losses of wave generators: multi-scale mel, STFT, compressed complex spectrum, loudness, voice, least-squares GAN,
+feature matching.
 
 Axes: B batch, N samples, F frequency bins, M mel bands, T frames. Waves are (B, N) or (B, 1, N). Everything that
 takes a logarithm runs in the precision of its buffers (float32), whatever autocast says.
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.media.audio import resample
+from engine.metrics.speaker import RATE, GE2EEncoder
 from engine.nn.mel import mel_filters
 
 
@@ -201,6 +204,37 @@ class DisturbanceLoss(nn.Module):
         frames = torch.nn.functional.pad(frames, (0, rest))
         pieces = torch.nn.functional.avg_pool1d((frames[:, None] + 1e-4) ** 6, 20, 10) ** (1 / 6)
         return pieces.square().mean((1, 2)).sqrt()
+
+
+class VoiceLoss(nn.Module):
+    """One less the cosine of the GE2E embeddings of two waves, mean over waves (Wan et al. 2018, arXiv:1710.10467).
+
+    The network is Resemblyzer's (extra eval), which keeps its weights and belongs to no checkpoint. It sees a crop as one
+    piece; it was trained on pieces of 1.6 s. Volume and silence stay as they are.
+
+    Args:
+        sample_rate: of both waves.
+    """
+
+    def __init__(self, sample_rate: int):
+        super().__init__()
+        self.sample_rate, self.encoder = sample_rate, GE2EEncoder()
+        self.encoder.network.requires_grad_(False)
+        self.register_buffer("window", torch.hann_window(400), persistent=False)
+        self.register_buffer("filters", mel_filters(RATE, 400, 40), persistent=False)
+
+    def embed(self, wave: Tensor) -> Tensor:
+        """Embed waves (B, N): (B, 256), as `GE2EEncoder.embed` does for one loud piece without silence."""
+        wave = resample(_flat(wave).to(self.window.dtype), self.sample_rate, RATE)
+        spectrum = torch.stft(wave, 400, 160, window=self.window, pad_mode="constant", return_complex=True)
+        power = self.filters.T @ torch.view_as_real(spectrum).square().sum(-1)
+        return self.encoder.network.to(wave.device)(power.transpose(1, 2))
+
+    def forward(self, fake: Tensor, real: Tensor) -> Tensor:
+        with torch.autocast(fake.device.type, enabled=False):
+            with torch.no_grad():
+                target = self.embed(real)
+            return 1 - (self.embed(fake) * target).sum(1).mean()
 
 
 def discriminator_loss(real: list[list[Tensor]], fake: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
