@@ -209,8 +209,8 @@ class DisturbanceLoss(nn.Module):
 class VoiceLoss(nn.Module):
     """One less the cosine of the GE2E embeddings of two waves, mean over waves (Wan et al. 2018, arXiv:1710.10467).
 
-    The network is Resemblyzer's (extra eval), which keeps its weights and belongs to no checkpoint. It sees a crop as one
-    piece; it was trained on pieces of 1.6 s. Volume and silence stay as they are.
+    The network is Resemblyzer's (extra eval), which carries its weights and belongs to no checkpoint. It sees a crop as
+    one piece; it was trained on pieces of 1.6 s. Volume and silence stay as they are.
 
     Args:
         sample_rate: of both waves.

@@ -7,6 +7,7 @@ from engine.nn.audio_losses import (
     DisturbanceLoss,
     MultiResolutionSTFTLoss,
     MultiScaleMelLoss,
+    VoiceLoss,
     discriminator_loss,
     feature_matching_loss,
     generator_loss,
@@ -90,10 +91,25 @@ def test_disturbance_counts_to_the_last_frame():
     assert DisturbanceLoss(16_000)(fake[None], real[None]) > 0.1
 
 
-@pytest.mark.parametrize(
-    "loss", [MultiScaleMelLoss(24_000, (10, 40), (128, 512)), MultiResolutionSTFTLoss(), DisturbanceLoss(24_000)]
-)
-def test_gradients_are_finite_everywhere(loss):
+def test_voice_loss_is_the_distance_of_resemblyzers_embeddings():
+    pytest.importorskip("resemblyzer")
+    loss, deep, high = VoiceLoss(16_000), vowel(16_000, 1.6), 0.5 * vowel(24_000, 1.6)[: int(1.6 * 16_000)]
+    both = torch.stack([deep, high])
+    ours, theirs = loss.embed(both), [loss.encoder.embed(wave.numpy(), 16_000) for wave in both]
+    assert all(float(a @ torch.from_numpy(b)) > 0.95 for a, b in zip(ours, theirs))  # which pads a second piece
+    assert loss(deep[None], deep[None]).abs() < 1e-5 and loss(high[None], deep[None]) > 0.05
+    assert not any(name.startswith("encoder") for name in loss.state_dict())  # checkpoints do not hold the network
+
+
+LOSSES = {"mel": lambda: MultiScaleMelLoss(24_000, (10, 40), (128, 512)), "stft": MultiResolutionSTFTLoss}
+LOSSES |= {"disturbance": lambda: DisturbanceLoss(24_000), "voice": lambda: VoiceLoss(24_000)}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_are_finite_everywhere(name):
+    if name == "voice":
+        pytest.importorskip("resemblyzer")
+    loss = LOSSES[name]()
     for real in (vowel(24_000)[None], torch.zeros(1, 24_000)):
         if isinstance(loss, MultiResolutionSTFTLoss) and not real.any():
             continue  # its spectral convergence is relative to the real wave
