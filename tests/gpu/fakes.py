@@ -128,8 +128,9 @@ def _place() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(ROOT) and "/tests/" not in name and "/.venv" not in name and "transfer.py" not in name:
-            return f"{name.removeprefix(ROOT)}:{frame.f_code.co_name}"
+        if name.startswith(ROOT) and "/tests/" not in name and "/.venv" not in name and "engine/device.py" not in name:
+            function = frame.f_code.co_qualname.removesuffix(".<locals>.<listcomp>").rsplit(".", 1)[-1]
+            return f"{name.removeprefix(ROOT)}:{function}"
         frame = frame.f_back
     return "?"
 

@@ -61,7 +61,7 @@ def test_hicodit_streams_read_tokens_and_sound_of_each_hop(pipeline):
     with audited() as audit:
         chunks = list(on_fake_card(pipeline).stream(head, 0, lookahead=0.2))
     hops = len(chunks)  # and once the voice, which stays
-    assert audit.reads == Counter({"hicodit/streaming.py:_sample": hops + 1, "hicodit/streaming.py:push": hops})
+    assert audit.reads == Counter({"hicodit/streaming.py:_sample": hops + 1, "hicodit/streaming.py:_advance": hops})
     assert not audit.waits
 
 
