@@ -241,3 +241,16 @@ def test_file_names_may_look_like_options_or_addresses(tmp_path, monkeypatch):
         assert len(read_video(name)) == 3
         mux_audio(name, tone(0.12), RATE, name)
         assert len(read_audio(name, RATE)) > 0
+
+
+def test_an_mp3_that_states_too_many_frames_has_only_those_that_it_holds(tmp_path):
+    """As a pipe writes it, without the header that would tell its length."""
+    noise = (np.random.default_rng(0).standard_normal(49_920) * 3000).astype("<i2").tobytes()
+    raw = ["-f", "s16le", "-ar", "24000", "-ac", "1", "-i", "pipe:0", "-c:a", "libmp3lame", "-f", "mp3", "pipe:1"]
+    call = [word for word in command("-v", "error", *raw) if word != "-nostdin"]
+    done = subprocess.run(call, input=noise, capture_output=True)
+    (tmp_path / "x.mp3").write_bytes(done.stdout)
+    with soundfile.SoundFile(tmp_path / "x.mp3") as file:
+        held = len(file.read(2**20))
+        assert held < file.frames
+    assert len(read_audio(tmp_path / "x.mp3", 24_000)) == held
