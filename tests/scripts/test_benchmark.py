@@ -1,13 +1,15 @@
 """The frame of benchmarks: limits of settings, lines as they come, one record with command, hardware and versions."""
 
+import importlib
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from drawn_faces import talking_head
 
-from benchmarks import faces, grid
+from benchmarks import faces, grid, prosody
 from corpora.preparation.sources_studio import GRID
 from engine.errors import UserError
 from engine.media.audio import read_audio
@@ -15,6 +17,17 @@ from engine.media.ffmpeg import probe
 from engine.media.video import read_video, write_video
 from engine.metrics.recogniser import Recogniser
 from scripts import benchmark
+
+
+@pytest.mark.parametrize("name", benchmark.NAMES)
+def test_every_benchmark_fits_the_frame(name):
+    module = importlib.import_module(f"benchmarks.{name}")
+    assert (
+        module.__doc__
+        and callable(module.add_arguments)
+        and callable(module.run)
+        and min(module.LEAST.values(), default=0) >= 0
+    )
 
 
 def test_settings_are_checked_and_results_recorded(tmp_path, monkeypatch, capsys):
@@ -65,3 +78,12 @@ def test_stand_in_has_the_files_of_grid(tmp_path):
     assert probe(root / clip.video).video == "mpeg1video" and frames.shape[1:] == (288, 360, 3)
     assert clip.phonemes[-1][2] == pytest.approx(len(frames) / 25, abs=0.1)
     assert Recogniser(grammar).transcribe(read_audio(root / clip.video, 16_000), 16_000) == clip.text
+
+
+def test_prosody_is_predicted_from_other_clips_alone():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(200, 5))
+    values = features @ rng.normal(size=5) + rng.normal(size=200) * 0.1
+    assert np.corrcoef(values, prosody.predict(features, values))[0, 1] > 0.98
+    luck = rng.normal(size=200)  # a fit to the clips themselves would correlate by 0.16 on average
+    assert np.corrcoef(luck, prosody.predict(features, luck))[0, 1] < 0.1
