@@ -73,7 +73,7 @@ def chart_curves(rows: Sequence[Mapping[str, Any]], figures: Sequence[str], x: s
                 for row in own if not points else ():
                     if figure in row:
                         axis.axhline(row[figure][0], linestyle=":", color="k", linewidth=0.8, label=kind)
-            if any(figure in row and row.get(x, [0])[0] > 0 for row in rows):  # else a logarithm has no range
+            if np.isfinite(axis.dataLim.minposx):  # a point was drawn right of 0; else a logarithm has no range
                 axis.set_xscale("log")
             axis.set(title=figure.replace("_", " "), xlabel=x.replace("_", " "))
         axes[0].legend(fontsize=7)

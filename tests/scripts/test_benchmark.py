@@ -12,6 +12,7 @@ from drawn_faces import talking_head
 from benchmarks import faces, grid, prosody
 from corpora.preparation.sources_studio import GRID
 from engine.errors import UserError
+from engine.evaluation.charts import chart_curves
 from engine.media.audio import read_audio
 from engine.media.ffmpeg import probe
 from engine.media.video import read_video, write_video
@@ -87,3 +88,11 @@ def test_prosody_is_predicted_from_other_clips_alone():
     assert np.corrcoef(values, prosody.predict(features, values))[0, 1] > 0.98
     luck = rng.normal(size=200)  # a fit to the clips themselves would correlate by 0.16 on average
     assert np.corrcoef(luck, prosody.predict(features, luck))[0, 1] < 0.1
+
+
+def test_a_figure_that_no_clip_has_leaves_its_panel_empty(tmp_path):
+    none, rows = [float("nan")] * 2, []
+    for steps in (4, 8):
+        rows.append({"variant": f"euler_{steps}", "evaluations": [steps, 0], "wer": [1 / steps, 0.1], "wer_free": none})
+    chart_curves(rows, ["wer", "wer_free"], "evaluations", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
