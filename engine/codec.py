@@ -186,10 +186,10 @@ def load_codec(folder: str | Path, codecs: Mapping[str, type[C]]) -> C:
         codecs: the classes to choose from, by kind. A model that takes a further codec has it in its table.
     """
     folder = release_folder(folder)
-    for codec in codecs.values() if not (folder / "config.yaml").is_file() else ():
-        official = codec.from_official(folder)
-        if official is not None:
-            return official
+    if not (folder / "config.yaml").is_file():
+        for codec in codecs.values():
+            if (official := codec.from_official(folder)) is not None:
+                return official
     kind = release_kind(folder)
     if kind not in codecs:
         raise UserError(f"weights folder {folder} holds a model of kind {kind!r}, but {' or '.join(codecs)} is needed")

@@ -127,8 +127,10 @@ class Processes(Generic[Item, Result]):
         An item whose process dies is tried again in another one. A process that cannot be started again, as on a card
         that failed, is done without.
         """
-        for item in items if not self.processes else ():
-            yield item, self._work.encode([self._work.cut(item)])[0]
+        if not self.processes:
+            for item in items:
+                yield item, self._work.encode([self._work.cut(item)])[0]
+            return
         fresh = ((item, 1) for item in items)
         while True:
             for each in self.processes:
@@ -185,7 +187,8 @@ class Processes(Generic[Item, Result]):
                 print(f"{answer}; {len(self.processes) - 1} processes go on", file=sys.stderr, flush=True)
                 self.processes.remove(each)
                 each.end()
-                self._again += [each.task] if each.task else []
+                if each.task:
+                    self._again.append(each.task)
             case _:
                 raise UserError(answer)
         return []

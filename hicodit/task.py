@@ -145,8 +145,9 @@ class HiCoDiTTask(Task):
         for key in new:
             if key.endswith(("out.weight", "mlp.2.weight", "mlp.2.bias")):
                 new[key] = torch.zeros_like(own[key])
-        for key in (f"{name}modulation.weight", f"{name}modulation.bias") if new else ():
-            new[key] = torch.cat([state[key], own[key][len(state[key]) :]])
+        if new:  # one layer modulates all blocks
+            for key in (f"{name}modulation.weight", f"{name}modulation.bias"):
+                new[key] = torch.cat([state[key], own[key][len(state[key]) :]])
         return new
 
     on_host = ("frames",)

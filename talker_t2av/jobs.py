@@ -188,7 +188,8 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int | None = None) -
         new = encode_motion(system, read_square(job.video, square, MAX_FRAMES + 1))
         total = len(new)
         check_given(total, f"video={job.video}")
-        reference.remarks += [square.remark] if square.remark else []
+        if square.remark:
+            reference.remarks.append(square.remark)
         new = torch.cat([new, new[-1:].expand(-total % size, -1)])  # motion comes in whole patches
         request = replace(request, motion=torch.cat([request.motion, system.stats.normalise(new)]))
     picture = reference.picture() if mode.motion == "generated" else None

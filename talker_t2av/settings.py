@@ -240,8 +240,9 @@ def read_settings(config: DictConfig) -> tuple[InferConfig, list[tuple[str, Job 
             raise UserError(f"auto.{name}={path}: there is no such file or folder")
     jobs = read_jobs(c)
     for name, job in jobs:
-        for output in outputs_of(job, name, c.figure, c.timestamps) if isinstance(job, Job) else ():
-            job.check_output(Path(c.output) / output)
+        if isinstance(job, Job):
+            for output in outputs_of(job, name, c.figure, c.timestamps):
+                job.check_output(Path(c.output) / output)
     if any(vars(c.auto).values()) and not any(isinstance(job, Job) and job.is_auto for _, job in jobs):
         raise UserError("auto.*= is for mode=v2a text=auto: add text=auto, or leave it out")
     if c.jobs is None:  # of several, one with a bad file is reported and the others go on
@@ -259,7 +260,8 @@ def read_jobs(c: InferConfig) -> list[tuple[str, Job | UserError]]:
     path, jobs = Path(c.jobs), []
     for number, line in enumerate(read_lines(path, f"jobs={path}"), 1):
         try:
-            jobs += [_job_of_line(line, common, f"{number:04d}")] if line.strip() else []
+            if line.strip():
+                jobs.append(_job_of_line(line, common, f"{number:04d}"))
         except UserError as error:
             jobs.append((f"line {number}", UserError(f"jobs={path}, line {number}: {error}")))
     if not jobs:
@@ -278,7 +280,8 @@ def with_demo(values: dict[str, Any]) -> dict[str, Any]:
     voice, face = str(DEMO / "voice.wav"), str(DEMO / "silent.mp4")
     given = {"a2v": ("audio", voice), "v2a": ("video", face)}.get(mode)
     if given is None or given[0] not in job:  # the words of the bundled file
-        job |= [given] if given else []
+        if given is not None:
+            job[given[0]] = given[1]
         job.setdefault("text", (DEMO / f"{'voice' if mode == 'a2v' else 'silent'}.txt").read_text().strip())
     if mode in ("t2av", "tts", "v2a") and "reference_video" not in job and (mode, job.get("text")) != ("v2a", AUTO):
         job.setdefault("reference_audio", voice)

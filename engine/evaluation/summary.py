@@ -164,7 +164,9 @@ def _length_notes(figures: Sequence[str], lengths: Mapping[str, Mapping[str, flo
     """Name systems that end early or late: figures see only what they have in common with the true speech."""
     cut, true = [description(f).title for f in figures if metric_of(f).cuts], lengths.get(TRUTH, {})
     notes = []
-    for system, own in lengths.items() if cut else ():
+    if not cut:
+        return []
+    for system, own in lengths.items():
         other = [clip for clip in own if clip in true and abs(own[clip] - true[clip]) > TOLERANCE]
         if other:
             some = ", ".join(other[:3]) + (", ..." if len(other) > 3 else "")

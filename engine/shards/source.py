@@ -142,9 +142,11 @@ class SplitFiles:
 
     def prefetch(self, shards: Iterable[dict[str, Any]]) -> None:
         """Fetch remote shards in the background. What goes wrong shows when the shard is opened."""
+        if not self.remote:
+            return
         if self._slots is None or self._slots[0] != os.getpid():  # threads do not live on in a forked process
             self._slots, self._asked = (os.getpid(), threading.Semaphore(AHEAD)), set()
-        for shard in shards if self.remote else ():
+        for shard in shards:
             if shard["name"] not in self._asked and not (self.folder / f"{shard['name']}.tar").is_file():
                 self._asked.add(shard["name"])
                 # No pool: a process would not end before its pool's last download.
