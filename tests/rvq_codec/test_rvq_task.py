@@ -93,6 +93,19 @@ def test_decoder_only_keeps_the_codes(tmp_path):
         make_task(decoder_only=True)
 
 
+def test_the_voice_is_a_loss_of_its_own_weight():
+    pytest.importorskip("resemblyzer")
+    wave, losses = 0.1 * torch.randn(2, 1, 9600, generator=torch.Generator().manual_seed(1)), {}
+    for weight in (0.0, 30.0):
+        task = make_task(weights={"mel": 15.0, "stft": 0.0, "spectrum": 2.0, "disturbance": 0.0, "voice": weight})
+        torch.manual_seed(0)  # of the levels that are left out
+        losses[weight] = task({"wave": wave}, "generator")
+        assert not any("voice" in name for name in task.state_dict())  # checkpoints do not hold the network
+    assert "voice" not in losses[0.0] and losses[30.0]["voice"] > 0
+    more = losses[30.0]["loss"] - losses[0.0]["loss"]
+    torch.testing.assert_close(more.detach(), 30.0 * losses[30.0]["voice"])
+
+
 def test_coded_crops_train_the_decoder_alone(corpus, tmp_path):
     write_release(make_task(), tmp_path / "release")
     release = str(tmp_path / "release")

@@ -94,5 +94,6 @@ def test_a_figure_that_no_clip_has_leaves_its_panel_empty(tmp_path):
     none, rows = [float("nan")] * 2, []
     for steps in (4, 8):
         rows.append({"variant": f"euler_{steps}", "evaluations": [steps, 0], "wer": [1 / steps, 0.1], "wer_free": none})
+    rows.append({"variant": "true speech", "wer": [0.02, 0.01], "wer_free": [0.2, 0.1]})
     chart_curves(rows, ["wer", "wer_free"], "evaluations", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
