@@ -14,6 +14,7 @@ from engine.media.audio import write_wav
 from engine.media.video import write_video
 from lia_x import LiaX, LiaXConfig
 from talker_t2av.generation import Result, Rows
+from talker_t2av.losses import TalkerBatch
 from talker_t2av.model import TalkerConfig, TalkerT2AV
 from talker_t2av.request import Mode, Request, Sampling
 from talker_t2av.speaker.encoder import VoiceEncoder, VoiceEncoderConfig
@@ -35,6 +36,11 @@ VAE = WhisperXVAEConfig(
     encoder_width=2, hidden=16, latent_dim=DS, decoder_width=16, mel_bands=20, whisper_context=50, whisper_heads=2,
     whisper_layers=1,
 )  # fmt: skip
+MODEL = {  # of a training
+    "llm": LLM, "speech_dim": DS, "motion_dim": DM, "encoder_layers": 1, "encoder_heads": 2, "head_layers": 2,
+    "head_heads": 2, "max_positions": 16, "repeats": 1, "motion_weight": 1.0,
+}  # fmt: skip
+STATS = {"motion_mean": [0.1] * DM, "motion_std": [0.5] * DM}
 
 
 def tiny_model(
@@ -69,6 +75,56 @@ def request(length: int = 6, seed: int = 0, speech: int = 0, motion: int = 0, **
 def generate(model: TalkerT2AV, requests: list[Request], mode: Mode, sampling: Sampling, **how) -> list[Result]:
     """All requests in one batch."""
     return Rows(model, mode, sampling, len(requests), **how).generate(requests)
+
+
+def utterance(asked: Request, speech: torch.Tensor, motion: torch.Tensor, slots: int) -> TalkerBatch:
+    """The training batch of a request's prompt with these frames in `slots` places."""
+    start = len(asked.prompt)
+    return TalkerBatch(
+        input_ids=torch.tensor([[*asked.prompt, *[7] * slots]]),
+        attention_mask=torch.ones(1, start + slots, dtype=torch.long),
+        speech_span=torch.tensor([[start, start + slots]]),
+        speech=speech[None],
+        speech_frames=torch.tensor([len(speech)]),
+        motion=motion[None],
+        motion_frames=torch.tensor([len(motion)]),
+        speaker=asked.speaker[None],
+    )
+
+
+def all_frames(asked: Request, result: Result) -> tuple[torch.Tensor, torch.Tensor]:
+    """Speech and motion of a finished utterance, given and generated."""
+    pairs = (asked.speech, result.speech), (asked.motion, result.motion)
+    return tuple(given if made is None else torch.cat([given, made]) for given, made in pairs)
+
+
+def assert_close(one: Result, other: Result, atol: float = 0.0) -> None:
+    assert one.stopped == other.stopped
+    for a, b in ((one.speech, other.speech), (one.motion, other.motion)):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+def latents(texts: list[str], name: str = "clip", seed: int = 0) -> list[tuple[dict, dict[str, torch.Tensor]]]:
+    """Samples of shards with random latents, of 14, 17, 20, ... frames."""
+    g, samples = torch.Generator().manual_seed(seed), []
+    for i, text in enumerate(texts):
+        frames, key = 14 + 3 * i, f"{name}{i}"
+        tensors = {
+            "speech": torch.randn(frames, DS, generator=g),
+            "motion": 0.5 * torch.randn(frames, DM, generator=g) + 0.1,
+            "speaker": torch.randn(256, generator=g),
+        }
+        info = {"key": key, "text": text, "frames": frames, "source": f"{name.rstrip('_')}/{key}.mp4"}
+        samples.append((info, {k: v.half() for k, v in tensors.items()}))
+    return samples
+
+
+def releases(root: Path, *names: str) -> dict[str, str]:
+    """The codecs that `save_talker` left in `root`; all of them if none is named."""
+    folders = {"speech": "speech", "motion": "motion", "speaker": "voice"}
+    return {name: str(root / folders[name]) for name in names or folders}
 
 
 def save_talker(root: Path, delay: int = 0) -> Path:

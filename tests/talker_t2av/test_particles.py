@@ -10,13 +10,13 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from talker_fixtures import face_file, request, save_talker, tiny_model, voice_file
+from talker_fixtures import face_file, request, save_talker, tiny_model, utterance, voice_file
 from torch._subclasses import FakeTensorMode
 
 from engine.errors import UserError
 from engine.seeding import generator_for
 from talker_t2av import particles
-from talker_t2av.losses import TalkerBatch, training_forward
+from talker_t2av.losses import training_forward
 from talker_t2av.particles import TIMES, Particles
 from talker_t2av.pipeline import Job, TalkerPipeline
 from talker_t2av.request import MODES, Sampling
@@ -52,18 +52,7 @@ def test_a_draft_is_weighed_by_the_error_of_its_motion_in_training(monkeypatch, 
     drafts = all_drafts(loop)
     assert len(drafts) == SAMPLING.particles and len(errors) == patches
     for number, draft in enumerate(drafts):
-        slots, start = prefix + patches + delay, len(asked.prompt)
-        speech = torch.cat([asked.speech, draft])
-        batch = TalkerBatch(
-            input_ids=torch.tensor([[*asked.prompt, *[7] * slots]]),
-            attention_mask=torch.ones(1, start + slots, dtype=torch.long),
-            speech_span=torch.tensor([[start, start + slots]]),
-            speech=speech[None],
-            speech_frames=torch.tensor([len(speech)]),
-            motion=asked.motion[None],
-            motion_frames=torch.tensor([len(asked.motion)]),
-            speaker=asked.speaker[None],
-        )
+        batch = utterance(asked, torch.cat([asked.speech, draft]), asked.motion, prefix + patches + delay)
         with torch.no_grad():
             m = training_forward(model, batch).motion
             for step in range(patches):

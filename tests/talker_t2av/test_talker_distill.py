@@ -3,7 +3,7 @@
 import pytest
 import torch
 from shard_files import write_split
-from talker_fixtures import DM, DS, generate, request, save_talker
+from talker_fixtures import DS, STATS, generate, latents, request, save_talker
 
 from engine.errors import UserError
 from talker_t2av.data import TalkerPairs
@@ -21,31 +21,18 @@ DRAFTS = {"particles": 1, "particle_temperature": 0.8}  # defaults
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """Shards of four clips and a release of random weights."""
-    root, g = tmp_path_factory.mktemp("distill"), torch.Generator().manual_seed(0)
-    samples = []
-    for i, text in enumerate(["lay blue", "set red now", "bin green at two", "place it"]):
-        latents = {
-            "speech": torch.randn(14 + 3 * i, DS, generator=g),
-            "motion": torch.randn(14 + 3 * i, DM, generator=g),
-        }
-        latents["speaker"] = torch.randn(256, generator=g)
-        info = {"key": f"clip_{i}", "text": text, "frames": 14 + 3 * i, "source": f"clip_{i}.mp4"}
-        samples.append((info, {k: v.half() for k, v in latents.items()}))
-    stats = {"motion_mean": [0.1] * DM, "motion_std": [0.5] * DM, "digests": {"whisperx_vae": "abc"}}
-    write_split(root / "shards" / "train", samples, 2, **stats)
+    root, texts = tmp_path_factory.mktemp("distill"), ["lay blue", "set red now", "bin green at two", "place it"]
+    write_split(root / "shards" / "train", latents(texts), 2, **STATS, digests={"whisperx_vae": "abc"})
     save_talker(root / "releases")
     return root
 
 
 def make_student(root, **changes) -> TalkerDistillTask:
     torch.manual_seed(0)
-    codecs = {"speech": str(root / "releases" / "speech"), "motion": "some/motion", "speaker": "some/voice"}
-    arguments = {
-        "init": str(root / "releases" / "talker"),
-        "codecs": codecs,
-        "stats": str(root / "shards/train/index.json"),
-    }
-    return TalkerDistillTask(**(arguments | {"student_steps": [STEPS]} | changes))
+    weights, stats = root / "releases", str(root / "shards/train/index.json")
+    arguments = {"init": str(weights / "talker"), "stats": stats, "student_steps": [STEPS]}
+    codecs = {"speech": str(weights / "speech"), "motion": "some/motion", "speaker": "some/voice"}
+    return TalkerDistillTask(**(arguments | {"codecs": codecs} | changes))
 
 
 @pytest.fixture

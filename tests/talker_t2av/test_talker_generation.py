@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from talker_fixtures import generate, request, tiny_model
+from talker_fixtures import all_frames, assert_close, generate, request, tiny_model, utterance
 
 from engine.errors import UserError
 from talker_t2av.generation import Rows
-from talker_t2av.losses import TalkerBatch, training_forward
+from talker_t2av.losses import training_forward
 from talker_t2av.request import MODES, Sampling
 
 SAMPLING = Sampling(steps=3, temperature=0.8, guidance=1.5)
@@ -41,27 +41,14 @@ def test_hidden_states_are_those_of_training(mode, delay, prefix, tasks):
     }[mode]
     asked = request(speech=given[0], motion=given[1], prefix=prefix, max_patches=patches)
     result, ours = hidden_states(model, asked, mode)
-    speech = asked.speech if result.speech is None else torch.cat([asked.speech, result.speech])
-    motion = asked.motion if result.motion is None else torch.cat([asked.motion, result.motion])
+    speech, motion = all_frames(asked, result)
     assert -(-len(speech) // size) == prefix + patches
     assert len(motion) == (0 if mode == "tts" else 4 * (prefix + patches))
     slots = prefix + patches + (delay if mode != "tts" else 0)
     start = len(asked.prompt)
     with torch.no_grad():
-        forward = training_forward(
-            model,
-            TalkerBatch(
-                input_ids=torch.tensor([[*asked.prompt, *[7] * slots]]),
-                attention_mask=torch.ones(1, start + slots, dtype=torch.long),
-                speech_span=torch.tensor([[start, start + slots]]),
-                speech=speech[None],
-                speech_frames=torch.tensor([len(speech)]),
-                motion=motion[None],
-                motion_frames=torch.tensor([len(motion)]),
-                speaker=asked.speaker[None],
-            ),
-            torch.tensor([("tts", "t2av", "v2a", "a2v").index(mode)]) if tasks == 4 else None,
-        )
+        task = torch.tensor([("tts", "t2av", "v2a", "a2v").index(mode)]) if tasks == 4 else None
+        forward = training_forward(model, utterance(asked, speech, motion, slots), task)
     # The state before slot j is at position start + j, as the task token comes first.
     same = patches if mode == "t2av" else len(ours)  # later slots hold speech that is trimmed
     theirs = forward.hidden[0, start + prefix : start + prefix + same]
@@ -92,12 +79,8 @@ def test_eight_rows_at_once_are_eight_rows_one_by_one(mode, delay, tasks):
     lengths = set()
     for row, result in zip(rows, together):
         alone = generate(model, [row], MODES[mode], SAMPLING)[0]
-        assert alone.stopped == result.stopped
-        for a, b in ((alone.speech, result.speech), (alone.motion, result.motion)):
-            assert (a is None) == (b is None)
-            if a is not None:
-                lengths.add(len(a))
-                torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+        assert_close(alone, result, 1e-4)
+        lengths |= {len(x) for x in (alone.speech, alone.motion) if x is not None}
     assert len(lengths) > 2  # rows did end at different times
 
 

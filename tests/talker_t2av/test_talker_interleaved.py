@@ -4,32 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from talker_fixtures import generate, request, tiny_model
+from talker_fixtures import all_frames, generate, request, tiny_model, utterance
 
 from engine.errors import UserError
 from talker_t2av.data import SequenceFormat
 from talker_t2av.diffusion_head import FlowHead
-from talker_t2av.losses import TalkerBatch, stop_labels, training_forward
+from talker_t2av.losses import stop_labels, training_forward
 from talker_t2av.model import TalkerConfig
 from talker_t2av.request import MODES, Sampling
 
 SAMPLING = Sampling(steps=2, temperature=0.8, guidance=1.0)
 SIZE, PATCHES = 4, 5
-
-
-def batch_of(prompt, speech, motion, speaker, order="av"):
-    slots = SequenceFormat(7, [], order=order).slots(len(speech), len(motion))
-    start = len(prompt)
-    return TalkerBatch(
-        input_ids=torch.tensor([[*prompt, *[7] * slots, 9, 9]]),
-        attention_mask=torch.ones(1, start + slots + 2, dtype=torch.long),
-        speech_span=torch.tensor([[start, start + slots]]),
-        speech=speech[None],
-        speech_frames=torch.tensor([len(speech)]),
-        motion=motion[None],
-        motion_frames=torch.tensor([len(motion)]),
-        speaker=speaker[None],
-    )
 
 
 def generated(model, asked, mode, monkeypatch):
@@ -54,11 +39,11 @@ def test_patches_are_drawn_from_the_states_of_training(order, mode, prefix, monk
     given = {"t2av": (prefix, prefix), "tts": (prefix, 0), "a2v": (total, prefix), "v2a": (prefix, total)}[mode]
     asked = request(speech=SIZE * given[0], motion=SIZE * given[1], prefix=prefix, max_patches=PATCHES)
     result, states = generated(model, asked, mode, monkeypatch)
-    speech = asked.speech if result.speech is None else torch.cat([asked.speech, result.speech])
-    motion = asked.motion if result.motion is None else torch.cat([asked.motion, result.motion])
+    speech, motion = all_frames(asked, result)
     assert len(speech) == SIZE * total and len(motion) == (0 if mode == "tts" else SIZE * total)
     with torch.no_grad():
-        forward = training_forward(model, batch_of(asked.prompt, speech, motion, asked.speaker, order))
+        slots = SequenceFormat(7, [], order=order).slots(len(speech), len(motion))
+        forward = training_forward(model, utterance(asked, speech, motion, slots))
     for drawn, examples in zip(states, (forward.speech, forward.motion)):
         if drawn is not None:
             expected = examples.mu[:: model.config.repeats][prefix:]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from talker_fixtures import generate, request, tiny_model
+from talker_fixtures import assert_close, generate, request, tiny_model
 from torch._subclasses import FakeTensorMode
 
 from engine.cuda_graph import map_tensors
@@ -31,14 +31,6 @@ def come_and_go(rows, asked):
     return [rows.result(row) for row in joined]
 
 
-def assert_close(one, other, **how):
-    assert one.stopped == other.stopped
-    for a, b in ((one.speech, other.speech), (one.motion, other.motion)):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, **how)
-
-
 @pytest.mark.parametrize("order", ["add", "va"])
 @pytest.mark.parametrize("delay", [0, 2])
 @pytest.mark.parametrize("mode", ["t2av", "tts"])
@@ -53,7 +45,7 @@ def test_rows_that_come_and_go_are_what_they_are_alone(mode, delay, order):
         for seed, (length, own) in enumerate(zip((6, 3, 9, 80, 5), rules))
     ]
     for one, result in zip(asked, come_and_go(Rows(model, MODES[mode], SAMPLING, 5), asked)):
-        assert_close(generate(model, [one], MODES[mode], SAMPLING)[0], result, atol=1e-4, rtol=0)
+        assert_close(generate(model, [one], MODES[mode], SAMPLING)[0], result, 1e-4)
 
 
 def test_a_row_that_is_given_up_changes_nothing_and_memory_does_not_grow():
@@ -68,7 +60,7 @@ def test_a_row_that_is_given_up_changes_nothing_and_memory_does_not_grow():
     rows.leave(given_up)
     while rows.rows:
         rows.step()
-    assert_close(rows.result(row), alone, atol=1e-4, rtol=0)
+    assert_close(rows.result(row), alone, 1e-4)
     cache = rows.cache
     for seed in range(20):  # always two rows, of which one ends every few steps
         rows.join(request(5, seed, max_patches=6, min_patches=6))
@@ -81,7 +73,7 @@ def test_more_requests_than_places_take_turns():
     model = tiny_model()
     asked = [request(4 + seed, seed, max_patches=2 + seed) for seed in range(5)]
     for one, result in zip(asked, Rows(model, MODES["t2av"], SAMPLING, 2).generate(asked)):
-        assert_close(generate(model, [one], MODES["t2av"], SAMPLING)[0], result, atol=1e-4, rtol=0)
+        assert_close(generate(model, [one], MODES["t2av"], SAMPLING)[0], result, 1e-4)
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -95,7 +87,7 @@ class TestOutputsThatDie:
         asked = [request(seed=s, max_patches=5, min_patches=3, **GIVEN.get(mode, {})) for s in (1, 2)]
         expected = generate(model, asked, MODES[mode], SAMPLING)
         for a, b in zip(expected, generate(model, asked, MODES[mode], SAMPLING, backend=backend)):
-            assert_close(a, b, atol=0, rtol=0)
+            assert_close(a, b)
         assert backend.captures <= 2 <= backend.replays  # of both rows, and of the one that is left
 
     def test_stream(self, strict):
@@ -113,7 +105,7 @@ class TestOutputsThatDie:
         model, asked = tiny_model(1), [request(4 + s, s, max_patches=3 + 2 * s) for s in range(4)]
         results = come_and_go(Rows(model, MODES["t2av"], SAMPLING, 4, backend=DyingOutputs(strict)), asked)
         for one, result in zip(asked, results):
-            assert_close(generate(model, [one], MODES["t2av"], SAMPLING)[0], result, atol=1e-4, rtol=0)
+            assert_close(generate(model, [one], MODES["t2av"], SAMPLING)[0], result, 1e-4)
 
     def test_particles(self, strict):
         model, sampling = tiny_model(), Sampling(steps=3, guidance=1.5, particles=4)
@@ -123,7 +115,7 @@ class TestOutputsThatDie:
             for backend in (None, DyingOutputs(strict))
         ]
         for a, b in zip(*ways):
-            assert_close(a, b, atol=0, rtol=0)
+            assert_close(a, b)
 
 
 def test_a_graph_serves_steps_and_utterances_of_a_bucket():
@@ -164,5 +156,5 @@ def test_a_whole_step_can_be_compiled():
         rows._step, fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph
     )
     for a, b in zip(generate(model, asked, MODES["t2av"], SAMPLING), rows.generate(asked)):
-        assert_close(a, b, atol=1e-5, rtol=0)
+        assert_close(a, b, 1e-5)
     assert 1 <= len(graphs) <= 2

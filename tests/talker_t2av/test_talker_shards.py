@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from shard_files import write_split
-from talker_fixtures import DM, DS, LLM, save_talker
+from talker_fixtures import DM, DS, MODEL, STATS, latents, releases, save_talker
 
 from engine.errors import UserError
 from engine.shards.reader import Reading, ShardSplit
@@ -19,10 +19,6 @@ from talker_t2av.system import codec_digests
 from talker_t2av.task import TalkerTask
 from whisperx_vae import WhisperXVAE
 
-MODEL = {
-    "llm": LLM, "speech_dim": DS, "motion_dim": DM, "encoder_layers": 1, "encoder_heads": 2, "head_layers": 2,
-    "head_heads": 2, "max_positions": 16, "repeats": 1, "motion_weight": 1.0,
-}  # fmt: skip
 TRAINER = asdict(TrainerConfig()) | {
     "steps": 20, "batch_size": 2, "lr": 3e-3, "warmup": 0, "schedule": "constant", "ema_decay": 0.9, "log_every": 1,
     "validate_every": 100, "checkpoint_every": 100,
@@ -36,30 +32,19 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("corpus")
     save_talker(root / "releases")
     made = codec_digests(**codecs(root))
-    g, samples = torch.Generator().manual_seed(0), []
-    for i, text in enumerate(TEXTS):
-        frames = int(torch.randint(6, 25, (), generator=g))
-        tensors = {
-            "speech": torch.randn(frames, DS, generator=g).half(),
-            "motion": (0.5 * torch.randn(frames, DM, generator=g) + 0.1).half(),
-            "speaker": torch.randn(256, generator=g).half(),
-            "mouth": torch.zeros(frames, 8, 8, dtype=torch.uint8),  # of the other model
-        }
-        samples.append(({"key": f"clip{i}", "text": text, "frames": frames}, tensors))
-    stats = {"motion_mean": [0.1] * DM, "motion_std": [0.5] * DM}
+    samples = latents(TEXTS)
+    for info, tensors in samples:
+        tensors["mouth"] = torch.zeros(info["frames"], 8, 8, dtype=torch.uint8)  # of the other model
     digests = {"rvq": None, "whisperx_vae": made["speech"], "lia_x": made["motion"], "speaker": made["speaker"]}
-    write_split(root / "shards" / "train", samples, 2, digests=digests, **stats)
-    write_split(root / "few" / "train", samples[:3], 2, digests=digests, **stats)
+    write_split(root / "shards" / "train", samples, 2, digests=digests, **STATS)
+    write_split(root / "few" / "train", samples[:3], 2, digests=digests, **STATS)
     speech_only = [(info, {k: x[k] for k in ("speech", "speaker")}) for info, x in samples]
     write_split(root / "speech" / "train", speech_only, 4, digests=digests | {"lia_x": None})
     return root
 
 
 def codecs(root):
-    return {name: str(root / "releases" / folder) for name, folder in NAMES.items()}
-
-
-NAMES = {"speech": "speech", "motion": "motion", "speaker": "voice"}
+    return releases(root / "releases")
 
 
 def index(root):
@@ -167,12 +152,12 @@ def test_other_codecs_and_wrong_tasks_are_one_line(root, tmp_path):
 
 def test_a_clip_with_a_bad_text_is_left_out_and_counted(root, tmp_path, capsys):
     good, bad = ({"key": f"clip{i}", "text": text, "frames": 8} for i, text in enumerate(("now", "a <|end|> b")))
-    latents = {"speech": torch.zeros(8, DS), "motion": torch.zeros(8, DM), "speaker": torch.zeros(256)}
-    write_split(tmp_path / "train", [(bad, latents), (good, latents)], 2, motion_mean=[0.0] * DM, motion_std=[1.0] * DM)
+    zeros = {"speech": torch.zeros(8, DS), "motion": torch.zeros(8, DM), "speaker": torch.zeros(256)}
+    write_split(tmp_path / "train", [(bad, zeros), (good, zeros)], 2, **STATS)
     found = TalkerExamples(tmp_path / "train", stats=tmp_path / "train" / "index.json")
     assert same(found[0], found[1]) and same(found[0], found[1])
     assert capsys.readouterr().err.count("clip clip1 is left out (1 of 2 so far): the text holds <|end|>") == 1
-    write_split(tmp_path / "bad", [(bad, latents)], 1, motion_mean=[0.0] * DM, motion_std=[1.0] * DM)
+    write_split(tmp_path / "bad", [(bad, zeros)], 1, **STATS)
     with pytest.raises(UserError, match="no clip has a text that can be used"):
         TalkerExamples(tmp_path / "bad", stats=tmp_path / "bad" / "index.json")[0]
 
@@ -182,8 +167,7 @@ def test_a_clip_without_motion_is_left_out_of_t2av_alone_and_counted(root, tmp_p
     split, words = ShardSplit(root / "shards" / "train"), {"tells_tensors": told, "digests": {}}
     samples = [split[i] for i in range(4)]
     samples[1] = samples[1][0], {name: x for name, x in samples[1][1].items() if name != "motion"}
-    stats = {"motion_mean": [0.0] * DM, "motion_std": [1.0] * DM}
-    write_split(tmp_path / "train", samples, 2, **words, **stats)
+    write_split(tmp_path / "train", samples, 2, **words, **STATS)
     t2av, tts = (TalkerExamples(tmp_path / "train", task, stats=index(root)) for task in ("t2av", "tts"))
     keys = [t2av.info(i)["key"] for i in range(len(t2av))]
     assert all(len(t2av[i]["motion"]) for i in range(len(t2av)))
@@ -194,6 +178,6 @@ def test_a_clip_without_motion_is_left_out_of_t2av_alone_and_counted(root, tmp_p
     else:
         assert keys == ["clip0", "clip2", "clip2", "clip3"]
         assert said.count("clip clip1 is left out (1 of 4 so far): it has no motion") == 1
-    write_split(tmp_path / "none", samples[1:2], 1, **words, **stats)
+    write_split(tmp_path / "none", samples[1:2], 1, **words, **STATS)
     with pytest.raises(UserError, match="no samples with speech, speaker, motion: prepare that too"):
         TalkerExamples(tmp_path / "none", stats=index(root))[0]

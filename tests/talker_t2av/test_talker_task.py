@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from shard_files import write_split
-from talker_fixtures import DM, DS, LLM, face_file, save_talker
+from talker_fixtures import DM, DS, LLM, MODEL, STATS, face_file, latents, releases, save_talker
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from engine.errors import UserError
@@ -23,19 +23,6 @@ from talker_t2av.text import TalkerTokenizer, byte_tokenizer
 from tests.releases import write_release
 
 TEXTS = ["lay blue", "set red now", "bin green at two"]
-MODEL = {
-    "llm": LLM,
-    "speech_dim": DS,
-    "motion_dim": DM,
-    "encoder_layers": 1,
-    "encoder_heads": 2,
-    "head_layers": 2,
-    "head_heads": 2,
-    "max_positions": 16,
-    "repeats": 1,
-    "motion_weight": 1.0,
-}
-
 DRAFTS = {"particles": 1, "particle_temperature": 0.8}  # defaults
 
 
@@ -43,20 +30,9 @@ DRAFTS = {"particles": 1, "particle_temperature": 0.8}  # defaults
 def root(tmp_path_factory):
     """Shards of two splits, a grammar, and releases of random codecs."""
     root = tmp_path_factory.mktemp("corpus")
-    g = torch.Generator().manual_seed(0)
-    stats = {"motion_mean": [0.1] * DM, "motion_std": [0.5] * DM, "digests": {"whisperx_vae": "abc"}}
-    for split in ("train", "seen"):
-        samples = []
-        for i, text in enumerate(TEXTS):
-            frames, key = 14 + 3 * i, f"{split}_{i}"
-            latents = {
-                "speech": torch.randn(frames, DS, generator=g),
-                "motion": 0.5 * torch.randn(frames, DM, generator=g) + 0.1,
-                "speaker": torch.randn(256, generator=g),
-            }
-            info = {"key": key, "text": text, "frames": frames, "source": f"{split}/{key}.mp4"}
-            samples.append((info, {k: v.half() for k, v in latents.items()}))
-        write_split(root / "shards" / split, samples, 2, **stats)
+    for seed, split in enumerate(("train", "seen")):
+        digests = {"whisperx_vae": "abc"}
+        write_split(root / "shards" / split, latents(TEXTS, f"{split}_", seed), 2, **STATS, digests=digests)
     (root / "grammar.jsgf").write_text("#JSGF V1.0;\ngrammar g;\npublic <g> = (lay blue) | (set red now);\n")
     save_talker(root / "releases")
     return root
@@ -99,8 +75,7 @@ def test_validation_speaks_held_out_sentences(root, tmp_path, shares_give_the_sa
     checks |= {"grammar": str(root / "grammar.jsgf"), "metrics": ["wer", "wer_free", "mcd"]}
     for i in (0, 2):
         face_file(root / "seen" / f"seen_{i}.mp4")
-    codecs = {name: str(root / "releases" / name) for name in ("speech", "motion", "speaker")}
-    task = make_task(root, validation=checks, codecs=codecs).eval()
+    task = make_task(root, validation=checks, codecs=releases(root / "releases")).eval()
     results = figures_of([task.measure(5, tmp_path, ALONE)])
     losses = {f"{name}_seen" for name in ("loss", "loss_speech", "loss_motion", "loss_stop")}
     assert results.keys() == {"wer_seen", "stopped_seen", "length_error_seen"} | losses
@@ -297,11 +272,11 @@ def test_speech_alone_needs_no_motion_codec(root, tmp_path):
     """Neither the data set nor validation opens it, and shards without motion are enough."""
     split = ShardSplit(root / "shards" / "train")
     samples = [(info, {k: v for k, v in t.items() if k != "motion"}) for info, t in (split[i] for i in range(3))]
-    releases = {name: str(root / "releases" / folder) for name, folder in (("speech", "speech"), ("speaker", "voice"))}
-    digests = codec_digests(**releases)
+    known = releases(root / "releases", "speech", "speaker")
+    digests = codec_digests(**known)
     made = {"whisperx_vae": digests["speech"], "speaker": digests["speaker"]}
     write_split(tmp_path / "train", samples, 2, digests=made)
-    codecs = releases | {"motion": None}
+    codecs = known | {"motion": None}
     data = TalkerPairs(tmp_path, tasks=["tts"], codecs=codecs)
     assert len(data.collate([data.__getitem__(0)])["speech"]) == 1
     with pytest.raises(UserError, match=r"task.codecs.motion is needed"):
@@ -315,11 +290,10 @@ def test_speech_alone_needs_no_motion_codec(root, tmp_path):
 def test_codes_that_came_with_the_data_are_taken(root, tmp_path, capsys):
     """Talker-T2AV-Data has motion codes and no pictures: no codec of ours made them."""
     split = ShardSplit(root / "shards" / "train")
-    releases = {name: str(root / "releases" / folder) for name, folder in (("speech", "speech"), ("speaker", "voice"))}
-    digests = codec_digests(**releases)
-    index = {"motion_mean": [0.0] * DM, "motion_std": [1.0] * DM}
+    known = releases(root / "releases", "speech", "speaker")
+    digests = codec_digests(**known)
     made = {"whisperx_vae": digests["speech"], "speaker": digests["speaker"]}
-    write_split(tmp_path / "train", [split[i] for i in range(3)], 2, digests=made, **index)
+    write_split(tmp_path / "train", [split[i] for i in range(3)], 2, digests=made, **STATS)
     stats = tmp_path / "train" / "index.json"
-    data = TalkerPairs(tmp_path, tasks=["t2av"], codecs=releases | {"motion": "a/lia-x"}, stats=stats)
+    data = TalkerPairs(tmp_path, tasks=["t2av"], codecs=known | {"motion": "a/lia-x"}, stats=stats)
     assert len(data) == 3 and "came with the data and are taken for those of a/lia-x" in capsys.readouterr().out
