@@ -59,8 +59,9 @@ def plant(fault: Fault, folder: Path) -> str:
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     finally:
         path.write_text(text)
-    if done.returncode in (4, 5):
-        raise LookupError(f"{fault.tests} names no test")
+    broken = re.search(r"^ERROR (\S+\.py)(?: - .*)?$", done.stdout, re.MULTILINE)
+    if broken or done.returncode in (4, 5):
+        raise LookupError(f"{broken[1]} cannot be collected" if broken else f"{fault.tests} names no test")
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
     return failed[1] if failed else f"the end of pytest, {done.returncode}" if done.returncode else ""
 

@@ -41,6 +41,8 @@ from talker_t2av.speaker.task import VoiceEncoderTask
 from talker_t2av.task import TalkerTask
 from talker_t2av.text import byte_tokenizer
 from tests.shard_files import write_split
+from tests.talker_t2av.talker_fixtures import MODEL
+from tests.tiny import DISCRIMINATORS, ENCODERS, HICODIT, LIA_X, RVQ, WHISPERX_VAE
 from whisperx_vae.task import WhisperXVAETask
 
 FOLDER = Path(__file__).parent / "losses"
@@ -51,8 +53,6 @@ TRAINER = asdict(TrainerConfig()) | {
     "log_every": 1, "validate_every": 100, "checkpoint_every": 100,
 }  # fmt: skip
 NOT_LOSSES = ("samples_per_s", "tokens_per_s", "data_wait", "step_s", "mfu", "memory_gib", "lr", "skipped")
-WAVES = {"period": {"periods": [2, 3], "channels": 2, "max_channels": 4}}
-WAVES |= {"spectrogram": {"fft_sizes": [128], "channels": 2, "max_channels": 4}}
 
 
 class Made:
@@ -89,11 +89,6 @@ def hicodit_parts(folder: Path) -> tuple[dict[str, Any], Made]:
         vocos_intermediate=8, vocos_layers=1, n_fft=960,
     )  # fmt: skip
     RVQCodec(codec).save(folder / "codec", "made for a test")
-    model = {
-        "codes": 16, "width": 32, "heads": 4, "low_blocks": 1, "high_blocks": 1, "cond_dim": 16, "lip_dim": 32,
-        "face_dim": 16, "dropout": 0.1,
-    }  # fmt: skip
-    encoders = {"lip_dim": 32, "lip_heads": 4, "face_dim": 16, "face_width": 4, "phonemes": 5}
     g = torch.Generator().manual_seed(0)
     items = []
     for frames in (14, 15, 13):
@@ -109,7 +104,7 @@ def hicodit_parts(folder: Path) -> tuple[dict[str, Any], Made]:
             }
         )
     names = {"codec": str(folder / "codec"), "shards": "none", "grammar": "none.jsgf"}
-    return {"model": model, "encoders": encoders, **names}, Made(items, HiCoDiTDataset.collate)
+    return {"model": HICODIT | {"dropout": 0.1}, "encoders": ENCODERS, **names}, Made(items, HiCoDiTDataset.collate)
 
 
 def hicodit(folder: Path) -> tuple[Task, Made]:
@@ -129,14 +124,6 @@ def hicodit_distill(folder: Path) -> tuple[Task, Made]:
 
 
 def talker_parts(folder: Path, with_motion: bool = True) -> tuple[dict[str, Any], Made]:
-    llm = {
-        "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16,
-        "num_key_value_heads": 1, "intermediate_size": 48, "max_position_embeddings": 512,
-    }  # fmt: skip
-    model = {
-        "llm": llm, "speech_dim": 4, "motion_dim": 5, "encoder_layers": 1, "encoder_heads": 2, "head_layers": 2,
-        "head_heads": 2, "max_positions": 16, "repeats": 2, "motion_weight": 1.0,
-    }  # fmt: skip
     stats = {"motion_mean": [0.0] * 5, "motion_std": [1.0] * 5}
     (folder / "stats.json").write_text(json.dumps(stats))
     words = byte_tokenizer()
@@ -151,7 +138,9 @@ def talker_parts(folder: Path, with_motion: bool = True) -> tuple[dict[str, Any]
         return collate([row for kind in zip(*items) for row in kind], words.pad_id, 4)
 
     codecs = {"speech": "a", "motion": "b", "speaker": "c"}
-    return {"model": model, "codecs": codecs, "stats": str(folder / "stats.json")}, Made(pairs, together)
+    return {"model": MODEL | {"repeats": 2}, "codecs": codecs, "stats": str(folder / "stats.json")}, Made(
+        pairs, together
+    )
 
 
 def talker_t2av(folder: Path) -> tuple[Task, Made]:
@@ -177,33 +166,33 @@ def rvq_codec(folder: Path) -> tuple[Task, Made]:
 
     The warm start by k-means is left out: its axes have the signs that a machine's eigenvectors happen to have.
     """
-    codec = {
-        "encoder_width": 4, "ratios": [3, 4, 5], "latent_channels": 12, "levels": 3, "codebook_size": 16,
-        "codebook_dim": 4, "vocos_dim": 16, "vocos_intermediate": 24, "vocos_layers": 1, "n_fft": 180, "hop": 60,
-    }  # fmt: skip
     weights = {"mel": 15.0, "stft": 0.0, "spectrum": 2.0, "disturbance": 0.0, "feature": 2.0, "adversarial": 1.0}
     features = {"mel_bands": 8, "low_samples": 4, "until": 1, "envelope_levels": 1, "keep": 0.5}
     mel = {"n_mels": [10, 40], "windows": [128, 512], "clamp": 1e-4}
     task = RVQCodecTask(
-        codec, mel, weights, **WAVES, features=features, quantizer_start=0, gan_start=2, restart_every=2, pool=500
+        RVQ,
+        mel,
+        weights,
+        **DISCRIMINATORS,
+        features=features,
+        quantizer_start=0,
+        gan_start=2,
+        restart_every=2,
+        pool=500,
     )
     return task, Made([{"wave": wave} for wave in waves(3, 2400)])
 
 
 def whisperx_vae(folder: Path) -> tuple[Task, Made]:
     """Two steps without discriminators and two with them."""
-    codec = {
-        "encoder_width": 2, "encoder_ratios": [12, 10, 4, 2], "hidden": 16, "latent_dim": 8, "decoder_width": 16,
-        "decoder_ratios": [12, 10, 4, 2], "mel_bands": 20, "whisper_context": 20, "whisper_heads": 2,
-        "whisper_layers": 1,
-    }  # fmt: skip
     weights = {"mel": 15.0, "adversarial": 1.0, "feature": 2.0, "kl": 0.01, "semantic": 1.0, "targets": 1.0}
-    task = WhisperXVAETask(codec, {"n_mels": [10, 40], "windows": [128, 512]}, weights, **WAVES, gan_start=2)
+    task = WhisperXVAETask(
+        WHISPERX_VAE, {"n_mels": [10, 40], "windows": [128, 512]}, weights, **DISCRIMINATORS, gan_start=2
+    )
     return task, Made([{"wave": wave} for wave in waves(3, 6720)])
 
 
 def lia_x(folder: Path) -> tuple[Task, Made]:
-    codec = {"style_dim": 16, "motion_dim": 4, "scale": 1, "size": 32, "width": 4, "max_width": 8, "depth": 1}
     weights = {"l1": 10.0, "structural": 1.0, "perceptual": 0.0, "adversarial": 1.0, "sparsity": 0.01}
     items = []
     for i in range(3):
@@ -213,7 +202,7 @@ def lia_x(folder: Path) -> tuple[Task, Made]:
         items.append({"frames": frames, "tracks": torch.tensor([[0.2, -0.1 * i], [-0.4, 0.3]])})
     sizes = {"width": 4, "max_width": 8}
     guide = {"weight": 2.0, "until": 2}
-    return LiaXTask(codec, weights, pyramid=2, guide=guide, motion_noise=0.05, discriminator=sizes), Made(items)
+    return LiaXTask(LIA_X, weights, pyramid=2, guide=guide, motion_noise=0.05, discriminator=sizes), Made(items)
 
 
 def voice_encoder(folder: Path) -> tuple[Task, Made]:

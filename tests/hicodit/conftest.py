@@ -10,6 +10,7 @@ from hicodit.conditions.encoders import TinyEncoderConfig
 from hicodit.model import ModelConfig
 from hicodit.system import HiCoDiTSystem
 from rvq_codec import RVQCodec, RVQCodecConfig
+from tests.tiny import HICODIT
 
 
 @pytest.fixture(scope="session")
@@ -22,9 +23,7 @@ def release(tmp_path_factory):
         vocos_intermediate=32, vocos_layers=1, n_fft=960,
     )  # fmt: skip
     RVQCodec(codec).save(root / "codec", "a test")
-    model = ModelConfig(
-        codes=16, width=32, heads=4, low_blocks=1, high_blocks=1, cond_dim=16, lip_dim=32, face_dim=16, dropout=0.0
-    )
+    model = ModelConfig(**HICODIT)
     system = HiCoDiTSystem(model, TinyEncoderConfig(lip_dim=32, lip_heads=4, face_dim=16, face_width=4))
     for parameter in system.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

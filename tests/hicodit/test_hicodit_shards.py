@@ -14,12 +14,8 @@ from engine.training.trainer import Trainer
 from hicodit.data import HiCoDiTDataset
 from hicodit.task import HiCoDiTTask
 from rvq_codec import RVQCodec
+from tests.tiny import ENCODERS, HICODIT
 
-MODEL = {
-    "codes": 16, "width": 32, "heads": 4, "low_blocks": 1, "high_blocks": 1, "cond_dim": 16, "lip_dim": 32,
-    "face_dim": 16, "dropout": 0.0,
-}  # fmt: skip
-ENCODERS = {"lip_dim": 32, "lip_heads": 4, "face_dim": 16, "face_width": 4, "phonemes": 5}
 TRAINER = asdict(TrainerConfig()) | {
     "steps": 20, "batch_size": 2, "lr": 3e-3, "warmup": 0, "schedule": "constant", "ema_decay": 0.9, "log_every": 1,
     "validate_every": 100, "checkpoint_every": 100,
@@ -59,7 +55,7 @@ def dataset(data, codec, **shards):
 
 def train(data, codec, run, shards=None, **changes):
     torch.manual_seed(0)
-    task = HiCoDiTTask(MODEL, ENCODERS, str(codec), str(data), None, validate_splits=[])
+    task = HiCoDiTTask(HICODIT, ENCODERS, str(codec), str(data), None, validate_splits=[])
     trainer = Trainer(task, dataset(data, codec, **(shards or {})), TRAINER | changes, run)
     trainer.fit()
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

@@ -17,12 +17,8 @@ from hicodit.data import HiCoDiTDataset
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.system import HiCoDiTSystem
 from hicodit.task import HiCoDiTTask
+from tests.tiny import ENCODERS, HICODIT
 
-MODEL = {
-    "codes": 16, "width": 32, "heads": 4, "low_blocks": 1, "high_blocks": 1, "cond_dim": 16, "lip_dim": 32,
-    "face_dim": 16, "dropout": 0.0,
-}  # fmt: skip
-ENCODERS = {"lip_dim": 32, "lip_heads": 4, "face_dim": 16, "face_width": 4, "phonemes": 5}
 TRAINER = asdict(TrainerConfig()) | {
     "steps": 4, "batch_size": 3, "lr": 3e-3, "warmup": 0, "schedule": "constant", "min_lr_ratio": 1.0, "ema_decay": 0.9,
     "log_every": 2, "validate_every": 100, "checkpoint_every": 2,
@@ -30,7 +26,7 @@ TRAINER = asdict(TrainerConfig()) | {
 
 
 def make_task(corpus, release, **changes):
-    model = MODEL | changes.pop("model", {})
+    model = HICODIT | changes.pop("model", {})
     torch.manual_seed(0)
     arguments = {"model": model, "encoders": ENCODERS, "codec": str(release.parent / "codec"), "shards": str(corpus)}
     return HiCoDiTTask(**(arguments | {"grammar": "none.jsgf"} | changes))

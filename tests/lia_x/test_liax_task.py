@@ -16,15 +16,15 @@ from lia_x.losses import Perceptual, pyramid_l1, region_weights, structural
 from lia_x.task import LiaXTask
 from lia_x.validation import RebuiltClip, measure_each, rebuild_clips, strip
 from tests.releases import write_release
+from tests.tiny import LIA_X
 
-CODEC = {"style_dim": 16, "motion_dim": 4, "scale": 1, "size": 32, "width": 4, "max_width": 8, "depth": 1}
 WEIGHTS = {"l1": 10.0, "structural": 1.0, "perceptual": 0.0, "adversarial": 1.0, "sparsity": 0.01}
 BOX = {"left": 0.25, "top": 0.5, "right": 0.75, "bottom": 1.0}
 
 
 def make_task(**changes):
     torch.manual_seed(0)
-    arguments = {"codec": CODEC, "weights": WEIGHTS, "pyramid": 2, "discriminator": {"width": 4, "max_width": 8}}
+    arguments = {"codec": LIA_X, "weights": WEIGHTS, "pyramid": 2, "discriminator": {"width": 4, "max_width": 8}}
     return LiaXTask(**(arguments | changes))
 
 
@@ -144,7 +144,7 @@ def test_decoder_alone_goes_on_from_a_release(tmp_path):
     moved = task.codec.decoder.levels[-1].to_rgb.bias - released.decoder.levels[-1].to_rgb.bias
     assert moved.abs().min() > 1e-4  # more than the rounding of a release
     with pytest.raises(UserError, match="depth=1"):
-        make_task(codec=CODEC | {"depth": 2}, init=str(tmp_path / "release"))
+        make_task(codec=LIA_X | {"depth": 2}, init=str(tmp_path / "release"))
     with pytest.raises(UserError, match=r"task\.init"):
         make_task(decoder_only=True)
 

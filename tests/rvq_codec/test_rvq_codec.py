@@ -7,20 +7,9 @@ from rvq_codec import RVQCodec, RVQCodecConfig
 from rvq_codec.codebooks import count_codes, restart_dead_codes, warm_start
 from rvq_codec.codec import build_quantizer
 from rvq_codec.vocos import ISTFT
+from tests.tiny import RVQ
 
-SMALL = RVQCodecConfig(
-    encoder_width=4,
-    ratios=(3, 4, 5),
-    latent_channels=12,
-    levels=4,
-    codebook_size=16,
-    codebook_dim=4,
-    vocos_dim=16,
-    vocos_intermediate=24,
-    vocos_layers=2,
-    n_fft=180,
-    hop=60,
-)
+SMALL = RVQCodecConfig(**RVQ | {"ratios": (3, 4, 5), "levels": 4, "vocos_layers": 2})
 
 
 @pytest.fixture

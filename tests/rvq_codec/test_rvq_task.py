@@ -13,33 +13,22 @@ from rvq_codec.data import CodedCrops
 from rvq_codec.latent_targets import SpeechFeatures
 from rvq_codec.task import RVQCodecTask
 from tests.releases import write_release
-
-CODEC = {
-    "encoder_width": 4,
-    "ratios": [3, 4, 5],
-    "latent_channels": 12,
-    "levels": 3,
-    "codebook_size": 16,
-    "codebook_dim": 4,
-    "vocos_dim": 16,
-    "vocos_intermediate": 24,
-    "vocos_layers": 1,
-    "n_fft": 180,
-    "hop": 60,
-}
+from tests.tiny import DISCRIMINATORS, RVQ, train
 
 
 def make_task(**changes):
     torch.manual_seed(0)
     arguments = {
-        "codec": CODEC,
+        "codec": RVQ,
         "mel": {"n_mels": [10, 40], "windows": [128, 512]},
         "weights": {"mel": 15.0, "stft": 1.0, "spectrum": 2.0, "disturbance": 1.0, "feature": 2.0, "adversarial": 1.0},
-        "period": {"periods": [2, 3], "channels": 2, "max_channels": 4},
-        "spectrogram": {"fft_sizes": [128], "channels": 2, "max_channels": 4},
+        **DISCRIMINATORS,
         "pool": 500,
     }
     return RVQCodecTask(**(arguments | changes))
+
+
+WAVES = {"wave": 0.1 * torch.randn(4, 1, 2400, generator=torch.Generator().manual_seed(1))}
 
 
 @pytest.fixture
@@ -54,34 +43,11 @@ def corpus(tmp_path):
     return tmp_path
 
 
-def step(task, wave, optimisers):
-    batch, losses = {"wave": wave}, {}
-    for part in task.parts():
-        task.zero_grad(set_to_none=True)
-        losses[part] = task(batch, part)
-        losses[part]["loss"].backward()
-        optimisers[part].step()
-    return losses
-
-
-def train(task, steps, wave=None):
-    wave = 0.1 * torch.randn(4, 1, 2400, generator=torch.Generator().manual_seed(1)) if wave is None else wave
-    parts = task.train().parts()
-    optimisers = {
-        k: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=5e-3) for k, m in parts.items()
-    }
-    logs = []
-    for count in range(steps):
-        task.begin_step(count)
-        logs.append(step(task, wave, optimisers))
-    return logs
-
-
 def test_decoder_only_keeps_the_codes(tmp_path):
     write_release(make_task(), tmp_path / "release", {"mel": 1.0})
     task = make_task(init=str(tmp_path / "release"), decoder_only=True)
     before = {k: v.clone() for k, v in task.codec.state_dict().items()}
-    train(task, 2)
+    train(task, WAVES, 2)
     after = task.codec.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in after if k.startswith(("encoder.", "quantizer.")))
     assert not all(torch.equal(before[k], after[k]) for k in after if k.startswith("decoder."))
@@ -148,7 +114,7 @@ def test_validation_on_clips(corpus, tmp_path, shares_give_the_same_figures, cap
 def test_first_levels_keep_to_the_envelope():
     features = {"mel_bands": 8, "low_samples": 4, "until": 1, "envelope_levels": 1, "keep": 1.0}
     task = make_task(features=features, quantizer_start=1, gan_start=None)
-    logs = train(task, 5)
+    logs = train(task, WAVES, 5)
     assert all("features" in log["generator"] for log in logs)
     task.update_codebooks(5)
     first, second = (level.in_project.weight_v for level in task.codec.quantizer.quantizers[:2])
@@ -184,13 +150,13 @@ def test_features_follow_the_wave():
 
 def test_init_must_be_the_same_codec(tmp_path):
     write_release(make_task(), tmp_path / "release")
-    task = make_task(init=str(tmp_path / "release"), codec=CODEC | {"quantizer_dropout": 0.1})
+    task = make_task(init=str(tmp_path / "release"), codec=RVQ | {"quantizer_dropout": 0.1})
     assert task.codec.quantizer.dropout == 0.1
     features = {"mel_bands": 8, "low_samples": 4, "until": 9, "envelope_levels": 1}
     again = make_task(init=str(tmp_path / "release"), features=features, quantizer_start=9, gan_start=None)
-    assert "codebook" in train(again, 1)[0]["generator"]  # the stages of a new codec are over
+    assert "codebook" in train(again, WAVES, 1)[0]["generator"]  # the stages of a new codec are over
     with pytest.raises(UserError, match=r"levels=3, but task\.codec asks for 2"):
-        make_task(init=str(tmp_path / "release"), codec=CODEC | {"levels": 2})
+        make_task(init=str(tmp_path / "release"), codec=RVQ | {"levels": 2})
 
 
 def test_recomputed_blocks_leave_the_losses(prepared_blocks_change_nothing):

@@ -5,18 +5,10 @@ import torch
 
 from engine.errors import UserError
 from engine.media.audio import resample
+from tests.tiny import WHISPERX_VAE
 from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
 
-TINY = WhisperXVAEConfig(
-    encoder_width=4,
-    hidden=32,
-    latent_dim=6,
-    decoder_width=32,
-    mel_bands=20,
-    whisper_context=50,
-    whisper_heads=2,
-    whisper_layers=1,
-)
+TINY = WhisperXVAEConfig(**WHISPERX_VAE | {"latent_dim": 6, "whisper_context": 50})
 
 
 @pytest.fixture(scope="module")

@@ -12,22 +12,11 @@ from engine.errors import UserError
 from engine.evaluation.validation import ALONE, figures_of
 from engine.media.audio import write_wav
 from tests.releases import write_release
+from tests.tiny import DISCRIMINATORS, WHISPERX_VAE
+from tests.tiny import train as train_task
 from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
 from whisperx_vae.latent_targets import SUBFRAMES, LatentTargets
 from whisperx_vae.task import WhisperXVAETask, kl_divergence
-
-CODEC = {
-    "encoder_width": 2,
-    "encoder_ratios": [12, 10, 4, 2],
-    "hidden": 16,
-    "latent_dim": 8,
-    "decoder_width": 16,
-    "decoder_ratios": [12, 10, 4, 2],
-    "mel_bands": 20,
-    "whisper_context": 20,
-    "whisper_heads": 2,
-    "whisper_layers": 1,
-}
 
 
 def speech(samples=7200, seed=0):
@@ -54,11 +43,10 @@ def corpus(tmp_path_factory):
 def make_task(**changes):
     torch.manual_seed(0)
     arguments = {
-        "codec": CODEC,
+        "codec": WHISPERX_VAE,
         "mel": {"n_mels": [10, 40], "windows": [128, 512], "clamp": 1e-4},
         "weights": {"mel": 15.0, "adversarial": 1.0, "feature": 2.0, "kl": 0.01, "semantic": 1.0, "targets": 1.0},
-        "period": {"periods": [2], "channels": 2, "max_channels": 4},
-        "spectrogram": {"fft_sizes": [128], "channels": 2, "max_channels": 4},
+        **DISCRIMINATORS,
         "gan_start": None,
     }
     return WhisperXVAETask(**(arguments | changes))
@@ -68,22 +56,8 @@ def targets_of(corpus, **changes):
     return {"root": corpus, "split": "train", "clips": 6, "until": 2, "noise": 0.3} | changes
 
 
-def train(task, steps, lr=5e-3):
-    wave = torch.stack([speech(seed=s) for s in range(3)])
-    parts, logs = task.train().parts(), []
-    optimisers = {k: torch.optim.AdamW(m.parameters(), lr=lr) for k, m in parts.items()}
-    for count in range(steps):
-        task.begin_step(count)
-        batch, losses = {"wave": wave}, {}
-        for part in parts:
-            task.zero_grad(set_to_none=True)
-            losses[part] = task(batch, part)
-            losses[part]["loss"].backward()
-            unused = [n for n, p in parts[part].named_parameters() if p.requires_grad and p.grad is None]
-            assert unused == [], "a parameter without a gradient stops distributed training"
-            optimisers[part].step()
-        logs.append(losses)
-    return logs
+def train(task, steps):
+    return train_task(task, {"wave": torch.stack([speech(seed=s) for s in range(3)])}, steps, whole=True)
 
 
 def test_stages_follow_the_schedule(corpus):
@@ -168,7 +142,7 @@ def test_a_given_whisper_is_frozen(tmp_path):
     assert not task.codec.whisper.training and task.codec.encoder.training
     assert any(not torch.equal(a, b) for a, b in zip(encoder, task.codec.encoder.state_dict().values(), strict=True))
     with pytest.raises(UserError, match="other sizes"):
-        make_task(whisper=str(tmp_path / "whisper"), codec=CODEC | {"whisper_layers": 2})
+        make_task(whisper=str(tmp_path / "whisper"), codec=WHISPERX_VAE | {"whisper_layers": 2})
     with pytest.raises(UserError, match=r"task\.whisper=/no/where"):
         make_task(whisper="/no/where")
 
@@ -181,11 +155,11 @@ def test_validation_and_release(corpus, tmp_path, shares_give_the_same_figures):
     shares_give_the_same_figures(task)
     write_release(task, tmp_path / "release", results)
     codec = WhisperXVAE.from_pretrained(tmp_path / "release")
-    assert codec.config == WhisperXVAEConfig(**CODEC)
+    assert codec.config == WhisperXVAEConfig(**WHISPERX_VAE)
     again = make_task(init=str(tmp_path / "release"), targets=targets_of(corpus, until=9))
     assert again.codec.config == codec.config and "kl" in train(again, 1)[0]["generator"]
     with pytest.raises(UserError, match=r"task\.init"):
-        make_task(init=str(tmp_path / "release"), codec=CODEC | {"mel_bands": 30})
+        make_task(init=str(tmp_path / "release"), codec=WHISPERX_VAE | {"mel_bands": 30})
 
 
 def test_recipes_compose():
