@@ -16,7 +16,6 @@ from omegaconf import OmegaConf
 from corpora.preparation.clip import SourceClip, WorkItem
 from corpora.preparation.job import prepare
 from corpora.preparation.steps import Steps
-from engine.config import load
 from engine.errors import UserError
 from engine.media.audio import write_wav
 from engine.media.video import write_video
@@ -252,13 +251,6 @@ def test_unchanged_tensors_are_taken_over_and_nothing_else(corpus, whole, tmp_pa
     assert contents(tmp_path / "a") == contents(tmp_path / "c")
     other = {"stages": {"colour": both["colour"] | {"scale": 2.0}, "brightness": {"pause": 0.01}}}
     assert run(tmp_path / "a", reuse=str(tmp_path / "a"), **other) == names
-
-
-def test_the_command_line(tmp_path):
-    config = load("prepare", ["output=x", "source=lrs3", "source.root=/data/lrs3"], "help")
-    assert [name for name, stage in config.stages.items() if stage.use][:3] == ["decode", "face", "crops"]
-    with pytest.raises(UserError, match=r"unknown setting 'stages\.fase\.use'; did you mean stages\.face\.use"):
-        load("prepare", ["output=x", "stages.fase.use=false"], "help")
 
 
 def test_tasks_of_a_slurm_array_are_processes_of_the_job():

@@ -14,14 +14,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from toy_task import CONFIG, ToyBlocks, ToyMeasured, ToySet
+from toy_task import CONFIG, ToyBlocks, ToyGAN, ToyMeasured, ToySet
 
 from engine.errors import exit_process
 from engine.training import distributed
 from engine.training.ema import _local
 from engine.training.trainer import Trainer
 from tests.lia_x.test_liax_task import WEIGHTS, make_task
-from tests.trials.kill_test import Autoencoder, Vectors
 
 
 class Pairs(ToySet):
@@ -41,7 +40,7 @@ def lia_x():
 
 TASKS = {
     "blocks": lambda: (ToyBlocks(), ToySet()),
-    "autoencoder": lambda: (Autoencoder(), Vectors()),
+    "gan": lambda: (ToyGAN(), ToySet()),
     "lia_x": lia_x,
     "measured": lambda: (ToyMeasured(), ToySet()),
     "failing": lambda: (ToyMeasured(fails=1), ToySet()),

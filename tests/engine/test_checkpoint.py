@@ -1,5 +1,4 @@
 import io
-import json
 import os
 import pickle
 import shutil
@@ -127,16 +126,6 @@ def test_half_written_one_is_never_seen_and_is_cleared_away(tmp_path):
     assert not list(tmp_path.glob(".step-*"))
 
 
-def test_no_checkpoint_is_none(tmp_path):
-    assert checkpoint.newest(tmp_path / "nothing") is None
-
-
-def test_unwritable_place_is_one_line_and_leaves_the_last_one(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        save(tmp_path / "file", 1)
-
-
 @pytest.mark.parametrize("spare", [0, 4096, 3 * 4096])
 def test_full_disk_keeps_the_last_checkpoint(tmp_path, spare):
     """A real one: 256 KiB in memory, filled up but for `spare` bytes."""
@@ -173,11 +162,6 @@ def test_tensors_of_another_model(tmp_path):
     extra = state() | {"optim.model.bias.exp_avg": torch.zeros(1)}  # a parameter that never had a gradient
     checkpoint.load(folder, extra)
     assert "optim.model.bias.exp_avg" not in extra
-
-
-def test_info_is_json_that_a_person_can_read(tmp_path):
-    info = json.loads((save(tmp_path, 3) / "info.json").read_text())
-    assert set(info["files"]) == {".metadata", data_file(tmp_path / "step-00000003").name}
 
 
 @pytest.fixture

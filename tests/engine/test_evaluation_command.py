@@ -290,14 +290,6 @@ def test_a_result_that_is_no_number_is_no_measurement(monkeypatch, folders, caps
     assert results["systems"]["good"]["stoi"]["value"] > 0.5
 
 
-def test_a_manifest_that_names_the_outputs(monkeypatch, folders, capsys):
-    pytest.importorskip("pystoi")
-    row = {"id": "x", "text": "a", "output": "good/s0/c0.wav", "reference": "true/s0/c0.wav"}
-    (folders / "clips.jsonl").write_text(json.dumps(row))
-    _, results = run(monkeypatch, folders, "table=codec", "metrics=[stoi]", "media=false")
-    assert results["title"] == "Evaluation: output" and "1 clips, output, 1 process on" in capsys.readouterr().out
-
-
 def test_a_second_run_measures_nothing_again(monkeypatch, folders):
     pytest.importorskip("pystoi")
     from engine.metrics.quality import STOI

@@ -12,7 +12,7 @@ from toy_task import CONFIG, ToyGAN, ToyRegression, ToySet
 
 from engine import hub
 from engine.config import CONFIGS
-from engine.errors import UserError, run_cli
+from engine.errors import UserError
 from engine.release import read_release, save_release
 from engine.training.export import card, export, last_validation
 from engine.training.trainer import Trainer
@@ -79,10 +79,9 @@ def test_the_best_step_is_asked_for_by_a_rule(run, tmp_path, monkeypatch, capsys
         monkeypatch.setattr("sys.argv", ["export.py", str(there), str(tmp_path / "out"), "--best", rule])
         script.main()
         assert f"step-{step:08d} of" in capsys.readouterr().out
-    for rule, words in (("min wer", "no checkpoint of .* such a figure"), ("weight", "is not 'min NAME'")):
-        monkeypatch.setattr("sys.argv", ["export.py", str(there), str(tmp_path / "out"), "--best", rule])
-        with pytest.raises(UserError, match=words):
-            script.main()
+    monkeypatch.setattr("sys.argv", ["export.py", str(there), str(tmp_path / "out"), "--best", "min wer"])
+    with pytest.raises(UserError, match=r"no checkpoint of .* such a figure"):
+        script.main()
 
 
 def test_only_a_release_or_nothing_is_replaced(run, tmp_path):
@@ -112,18 +111,10 @@ def test_a_write_that_fails_leaves_the_release_that_is_there(run, tmp_path, monk
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_cannot_be_exported_is_one_line(run, tmp_path, monkeypatch, capsys):
-    torch.manual_seed(0)
-    unreleased = Trainer(ToyRegression(), ToySet(), CONFIG | {"steps": 1}, tmp_path / "regression")
-    unreleased.fit()
+def test_a_run_without_a_release_is_refused(tmp_path):
+    Trainer(ToyRegression(), ToySet(), CONFIG | {"steps": 1}, tmp_path / "regression").fit()
     with pytest.raises(UserError, match=r"release\.json cannot be read"):
         export(tmp_path / "regression", tmp_path / "out")
-    for folder, words in ((tmp_path, "has no checkpoint to export"), (tmp_path / "none", "no run in")):
-        monkeypatch.setattr("sys.argv", ["export.py", str(folder), str(tmp_path / "out")])
-        with pytest.raises(SystemExit) as end:
-            run_cli(script.main)
-        error = capsys.readouterr().err
-        assert end.value.code == 2 and words in error and error.count("\n") == 1
 
 
 def test_the_last_validation_is_found_among_cut_lines(tmp_path):

@@ -85,16 +85,6 @@ def test_picture_that_begins_late_keeps_time_with_the_sound(tmp_path, clip):
     assert found[10:].tolist() == list(range(30))
 
 
-def test_rotation_is_applied(tmp_path, clip):
-    ffmpeg("-display_rotation", 90, "-i", clip, "-c", "copy", tmp_path / "turned.mp4")
-    frames = read_video(tmp_path / "turned.mp4")
-    assert frames.shape == (30, 96, 64, 3)
-    upright = read_video(clip)
-    turned = [np.rot90(upright, k, (1, 2)) for k in (1, 3)]
-    errors = [np.abs(frames.astype(int) - t).mean() for t in turned]
-    assert min(errors) < 1 < max(errors)
-
-
 def test_sizes_are_limited_made_even_and_shown_with_square_pixels(tmp_path, clip):
     write_video(tmp_path / "odd.mp4", counting_frames(5, 63, 97), 25)
     frames = read_video(tmp_path / "odd.mp4")

@@ -45,12 +45,6 @@ def test_a_digest_follows_names_and_values():
     assert len({digest(a=1.0, b=2.0), digest(a=1.0, c=2.0), digest(a=1.0, b=3.0)}) == 3
 
 
-def test_a_release_of_another_kind_is_refused(tmp_path):
-    save_release(tmp_path / "r", "toy", {}, state(), "card")
-    with pytest.raises(UserError, match="'toy', but 'other' is needed"):
-        read_release(tmp_path / "r", "other")
-
-
 def test_a_codec_is_found_in_the_release_beside_it_bundled_or_where_it_was(tmp_path):
     model, bundled = tmp_path / "run" / "release", tmp_path / "assets"
     save_release(model, "model", {}, state(), "card")

@@ -157,15 +157,6 @@ def test_bad_listings_are_one_line(copy, tmp_path):
         ShardSplit(copy)
 
 
-def test_other_codecs_are_refused(folder):
-    split = ShardSplit(folder)
-    split.check_made_with({"rvq": "aa"})
-    with pytest.raises(UserError, match="made with rvq aa, but rvq bb is in use"):
-        split.check_made_with({"rvq": "bb"})
-    with pytest.raises(UserError, match="no features of lia_x"):
-        split.check_made_with({"lia_x": "cc"})
-
-
 # --- remote ---
 
 

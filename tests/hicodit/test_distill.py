@@ -176,23 +176,12 @@ def test_scales_are_drawn_over_the_stated_range():
         GuidanceScales(*row).check_input(3.0)
 
 
-def test_old_releases_have_no_such_input(release, corpus):
-    system = HiCoDiTSystem.from_pretrained(release)
-    assert system.model.config.guidance_limit is None and not hasattr(system.model, "guidance_proj")
-    with torch.no_grad():
-        guided_posterior(system.model, Conditions(
-            torch.randn(1, 5, 32), torch.rand(1, 256), torch.tensor([[1]]), torch.tensor([5])
-        ), GuidanceScales(9.0))  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"init": None}, "init=FOLDER"),
         ({"encoders": {"kind": "released"}}, "use experiment=hicodit_distill$"),
         ({"guidance": {"all": 5.0}}, "guidance.all=5: this model learned scales from 1 to 3"),
         ({"guidance_limit": 0.5}, "guidance_limit=0.5 must be a number from 1"),
-        ({"substeps": 0}, "task.substeps=0 must be a whole number from 1"),
     ],
 )
 def test_a_wrong_setting_is_one_line(corpus, release, changes, message):

@@ -140,15 +140,10 @@ def test_limits():
         generate(model, [request(length=510, max_patches=5)], MODES["tts"], SAMPLING)
 
 
-def test_a_seed_decides_and_only_a_seed():
-    model = tiny_model()
-    first, second = (request(max_patches=3, min_patches=3, seed=s) for s in (1, 2))
-    same = generate(model, [first], MODES["t2av"], SAMPLING)[0]
-    torch.manual_seed(99)
-    assert torch.equal(same.speech, generate(model, [first], MODES["t2av"], SAMPLING)[0].speech)
-    other = generate(model, [type(first)(**{**vars(first), "seed": 5})], MODES["t2av"], SAMPLING)[0]
-    assert not torch.allclose(same.speech, other.speech, atol=1e-2)
-    assert second.seed != first.seed
+def test_another_seed_is_another_utterance():
+    model, first = tiny_model(), request(max_patches=3, min_patches=3)
+    one, other = (generate(model, [x], MODES["t2av"], SAMPLING)[0] for x in (first, replace(first, seed=5)))
+    assert not torch.allclose(one.speech, other.speech, atol=1e-2)
 
 
 def test_half_precision_is_close_and_repeats_itself():

@@ -262,12 +262,6 @@ def test_training_starts_from_the_released_files(root, tmp_path):
     assert torch.equal(task.model.task_embedding.weight[3], state["task_embedding.weight"][1].float())
 
 
-def test_a_folder_without_a_talker_is_one_line(root, tmp_path):
-    qwen_folder(tmp_path / "qwen")
-    with pytest.raises(UserError, match="lacks the Talker-T2AV model"):
-        make_task(root, init=str(tmp_path / "qwen"))
-
-
 def test_speech_alone_needs_no_motion_codec(root, tmp_path):
     """Neither the data set nor validation opens it, and shards without motion are enough."""
     split = ShardSplit(root / "shards" / "train")

@@ -40,16 +40,14 @@ from typing import Any
 
 import torch
 import torch._dynamo  # optimisers import it at their first step: here it is once for all processes
-from torch import Tensor, nn
 
 from engine.errors import UserError, run_cli
-from engine.evaluation.validation import Share
 from engine.record import write_record
 from engine.training import checkpoint, distributed
 from engine.training.settings import TrainerConfig
 from engine.training.signals import REQUEUE
-from engine.training.task import Task
 from engine.training.trainer import Trainer
+from tests.engine.toy_task import ToyGAN, ToySet
 
 KINDS = ("group", "node", "rank", "term", "usr1", "disk", "slow")
 FAR = 1_000_000  # steps of a run that is killed
@@ -57,40 +55,6 @@ STARTING = 0.15  # share of kills that may fall before the first step after a st
 TIMEOUT = 600.0  # seconds in which a group has to start or to exit, on a machine that others use too
 GRACE = 10.0  # seconds after the end of one process before the first step
 SLOW = 0.5  # seconds that a file takes to reach a slow disk
-
-
-class Vectors:
-    """101 vectors of 16 numbers with noise, an odd number so that batches straddle epochs."""
-
-    def __len__(self) -> int:
-        return 101
-
-    def __getitem__(self, index: int, generator: torch.Generator) -> Tensor:
-        return torch.sin(torch.arange(16.0) * (index + 1)) + 0.1 * torch.randn(16, generator=generator)
-
-    def collate(self, items: list[Tensor]) -> dict[str, Tensor]:
-        return {"x": torch.stack(items)}
-
-
-class Autoencoder(Task):
-    """With dropout, so that random numbers count, and a buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Dropout(0.1), nn.Linear(32, 16))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-
-    def parts(self) -> dict[str, nn.Module]:
-        return {"net": self.net}
-
-    def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
-        self.seen += len(batch["x"])
-        return {"loss": (self.net(batch["x"]) - batch["x"]).square().mean()}
-
-    def measure(self, step: int, folder: Path, share: Share) -> dict[str, float]:
-        if share.first:
-            (folder / "note.txt").write_text(f"step {step}\n")
-        return {"weight": float(self.net[0].weight.square().sum())}
 
 
 def settings(steps: int, device: str) -> dict[str, Any]:
@@ -106,7 +70,7 @@ def train(run: str, steps: int, device: str = "cpu") -> int:
     torch.set_num_threads(1)
     distributed.init(device)
     torch.manual_seed(0)
-    finished = Trainer(Autoencoder(), Vectors(), settings(steps, device), run).fit() is not None
+    finished = Trainer(ToyGAN(), ToySet(), settings(steps, device), run).fit() is not None
     distributed.shutdown()
     return 0 if finished else REQUEUE
 
