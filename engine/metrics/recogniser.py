@@ -18,6 +18,7 @@ from engine.errors import UserError, require
 from engine.media.audio import resample
 
 RATE = 16_000
+MODEL = "free.arpa"  # name of a language model beside a grammar
 
 # The default beams lose the right path of a grammar search; these keep every hypothesis that matters.
 SETTINGS = {
@@ -72,9 +73,16 @@ class CorpusRecogniser:
     """
 
     def __init__(self, grammar: Path) -> None:
-        self._closed, model = Recogniser(grammar), grammar.with_name("free.arpa")
+        self._closed, model = Recogniser(grammar), grammar.with_name(MODEL)
         self._words = set(re.findall(r"[\w'-]+", grammar.read_text()))
         self._free = Recogniser(model) if model.is_file() else None
+
+    @staticmethod
+    def files(grammar: Path) -> list[Path]:
+        """Return the grammar and those of the language model and the pronunciations that lie beside it."""
+        models = grammar, grammar.with_name(MODEL)
+        beside = (models[1], *(model.with_suffix(".dict") for model in models))
+        return [grammar, *(file for file in beside if file.is_file())]
 
     def is_free(self, text: str) -> bool:
         """Return whether the language model recognises this sentence."""

@@ -72,7 +72,7 @@ class WordErrors(Metric):
                 raise Unavailable("the recogniser needs a grammar: grammar=FILE.jsgf")
             if not Path(argument).is_file():
                 raise Unavailable(f"grammar={argument}: there is no such file")
-            return [Path(argument)]
+            return CorpusRecogniser.files(Path(argument))
         if kind not in FOLDERS:
             return []
         folder = Path(argument) if argument else weights / FOLDERS[kind]

@@ -278,6 +278,22 @@ def test_words_outside_the_grammar_stand_beside_the_others(monkeypatch, folders,
     )
 
 
+def test_words_are_recognised_again_when_a_file_of_the_recogniser_changes(monkeypatch, folders):
+    pytest.importorskip("pocketsphinx")
+    from engine.metrics.words import WordErrors
+
+    monkeypatch.setattr(WordErrors, "load", lambda self: None)
+    monkeypatch.setattr(WordErrors, "measure", lambda *_: {"wer": (0, 2), "heard": "", "text": "set", "words": "set"})
+    words = ("metrics=wer", f"outputs={folders}/good", "media=false", f"grammar={folders}/g.jsgf")
+    (folders / "g.jsgf").write_text("#JSGF V1.0;\ngrammar g;\npublic <s> = set blue;\n")
+    run(monkeypatch, folders, *words, "protocol.wer=grammar")
+    for name in ("free.arpa", "free.dict", "g.dict"):
+        (folders / name).write_text("of a corpus that was made anew")
+        for found in (0, 6):
+            _, results = run(monkeypatch, folders, *words, "protocol.wer=grammar")
+            assert results["found_in_cache"] == {"WordErrors": found}
+
+
 def test_a_result_that_is_no_number_is_no_measurement(monkeypatch, folders, capsys):
     pytest.importorskip("pystoi")
     from engine.metrics.quality import STOI
