@@ -14,7 +14,6 @@ if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
 import argparse
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from matplotlib.ticker import MaxNLocator
 
 from engine.errors import UserError, run_cli
 from engine.evaluation.charts import chart_file
+from engine.training.export import read_log
 
 LEFT_OUT = re.compile(r"step|samples_per_s|data_wait|step_s|mfu|memory_gib|skipped")
 COLUMNS, WIDTH, HEIGHT = 4, 4.2, 2.7  # of the grid; inches of a panel
@@ -89,16 +89,11 @@ def read_curves(run: Path) -> dict[str, Curve]:
     if not path.is_file():
         raise UserError(f"no log in {run}: give the folder of a run, which has log.jsonl")
     curves: dict[str, dict[float, float]] = {}
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-            step = float(record["step"])
-        except (ValueError, KeyError, TypeError):
-            continue
+    for _, record in read_log(path):
         for name, value in record.items():
             drawable = isinstance(value, int | float) and math.isfinite(value)
             if drawable and not LEFT_OUT.fullmatch(name):
-                curves.setdefault(name, {})[step] = value
+                curves.setdefault(name, {})[record["step"]] = value
     return {
         name: (np.array(list(points)), np.array(list(points.values())))
         for name, points in curves.items()

@@ -15,6 +15,7 @@ import torch
 
 from corpora.preparation.clip import FPS, HOP, HOP16, RATE, RATE16, MachineFault, Step, WorkItem
 from engine.errors import UserError
+from engine.evaluation.clips import words_of
 from engine.faces.clip import ClipFrames, find_faces, place_landmarks
 from engine.faces.detectors import YuNetDetector
 from engine.faces.landmarks import add_landmarks, landmark_source, read_landmarks
@@ -182,5 +183,4 @@ def read_text(path: Path) -> str:
             return " ".join(str(parse_json(content, path).get("text") or "").split())
     except (OSError, UnicodeDecodeError, ValueError, AttributeError) as error:
         raise UserError(f"the text {path} cannot be read ({error})") from error
-    lines = [line.partition(":")[2] for line in content.splitlines() if line.startswith("Text:")]
-    return " ".join((lines[0] if lines else content).split())
+    return words_of(content)

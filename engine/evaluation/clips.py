@@ -113,14 +113,18 @@ def read_corpus(corpus: Path, split: str, outputs: Mapping[str, Path], count: in
 
 
 def text_of(folder: Path, name: str) -> str | None:
-    """Return what NAME.txt says (LRS2 and LRS3: after `Text:`), or NAME.normalized.txt (LibriTTS)."""
+    """Return the words of NAME.txt, or of NAME.normalized.txt (LibriTTS); None if there are none."""
     for suffix in (".txt", ".normalized.txt"):
         path = folder / f"{name}{suffix}"
         if path.is_file():
-            lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-            found = next((line.removeprefix("Text:") for line in lines if line.startswith("Text:")), None)
-            return (found if found is not None else " ".join(lines)).strip() or None
+            return words_of(path.read_text(encoding="utf-8-sig", errors="replace")) or None
     return None
+
+
+def words_of(transcript: str) -> str:
+    """Return the words of a transcript: what its line `Text:` says (LRS2 and LRS3), or all of it."""
+    marked = (line for line in transcript.splitlines() if line.startswith("Text:"))
+    return " ".join(next(marked, transcript).removeprefix("Text:").split())
 
 
 def _prompt(clip: Clip, clips: Sequence[Clip]) -> Take:
