@@ -57,10 +57,10 @@ task.guidance.identity=0.0 task.guidance.expression=1.0 task.guidance.lip=0.0"""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/grid_stand_in"), help="folder of all that is made")
     parser.add_argument("--speakers", type=int, default=3, help="speakers in training; one validates, two test")
-    parser.add_argument("--clips", type=int, default=40, help="clips of each speaker in training")
-    parser.add_argument("--test-clips", type=int, default=20, help="clips of each other speaker")
-    parser.add_argument("--steps", type=int, default=60, help="training steps of 16 clips from each start")
-    parser.add_argument("--every", type=int, default=30, help="steps between validations")
+    parser.add_argument("--clips", type=int, default=100, help="clips of each speaker in training")
+    parser.add_argument("--test-clips", type=int, default=100, help="clips of each other speaker")
+    parser.add_argument("--steps", type=int, default=240, help="training steps of 16 clips from each start")
+    parser.add_argument("--every", type=int, default=80, help="steps between validations")
 
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:

@@ -1,0 +1,176 @@
+"""Talker-T2AV before and after experiment=talker_finetune on one drawn person: words, voice, mouth, and a picture.
+
+The person is one of the corpus's voices that no bundled weights were trained on, the sentences are of a split that they
+were not trained on either. The steps are those of docs/one_card.md, the bundled weights stand in for the released ones.
+Rank, rate, batch and number of steps are those of experiment=talker_finetune. Choose others on `--split val`. What is
+finished is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from omegaconf import OmegaConf
+
+from corpora.synthetic.corpus import FRAME, RATE, ClipMaker, clip_id, is_done
+from corpora.synthetic.sentences import grammar, language_model
+from engine.errors import UserError
+from engine.files import atomic_output
+from engine.media.audio import mel_picture, read_audio
+from engine.media.video import read_video
+from engine.progress import track
+from engine.record import write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+LEAST = {"person": 0, "clips": 8, "val_clips": 2, "test_clips": 2, "steps": 1, "rank": 1}
+VOICES, SEED = 40, 1  # voices that the bundled weights never saw; seed of the footage, the corpus has 0
+BUNDLED = ROOT / "assets" / "talker_t2av_tiny"
+FIGURES = "[wer,wer_free,voice_similarity,synchrony,ends_in_time,length_error]"
+FACES = 5  # in a row of the picture
+PREPARE = """source=folder stages.face.use=false stages.crops.use=false stages.phonemes.use=false
+stages.expression.use=false stages.ge2e.use=false stages.rvq.use=false stages.motion.crop=centre"""
+TRAIN = """experiment=talker_synthetic_3 data.make=null data.held_out=[] data.tasks=[t2av] data.train.phonemes=null
+data.train.tts_root=null task.guided_layers=[] task.validation=null trainer.warmup=20 trainer.min_lr_ratio=0.01
+trainer.ema_decay=0 trainer.by_length=false trainer.batch_size=8 trainer.log_every=20 trainer.checkpoint_every=100"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--work", type=Path, default=Path("runs/finetune_stand_in"), help="folder of all that is made")
+    parser.add_argument("--person", type=int, default=0, help="which of the corpus's 40 held-out voices")
+    parser.add_argument("--clips", type=int, default=100, help="clips in training")
+    parser.add_argument("--val-clips", type=int, default=20, help="clips by which settings may be chosen")
+    parser.add_argument("--test-clips", type=int, default=30, help="clips of the figures")
+    parser.add_argument("--steps", type=int, default=400, help="training steps of 8 clips")
+    parser.add_argument("--rank", type=int, default=16, help="of the low-rank updates")
+    parser.add_argument("--lr", type=float, default=2e-4, help="learning rate")
+    parser.add_argument("--split", choices=("val", "test"), default="test", help="clips of the figures")
+
+
+def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
+    if args.person >= VOICES:
+        raise UserError(f"--person {args.person} must be below {VOICES}")
+    footage, shards = args.work / "footage", args.work / "shards"
+    run = args.work / f"rank_{args.rank}_lr_{args.lr}_steps_{args.steps}"
+    begin = time.monotonic()
+    seconds = film(footage, args)
+    yield took("footage", begin, minutes=round(seconds / 60, 1))
+    begin = time.monotonic()
+    codecs = {"speech": "whisperx_vae_tiny", "motion": "lia_x_tiny", "speaker": "voice_tiny"}
+    codecs = {stream: ROOT / "assets" / name for stream, name in codecs.items()}
+    stages = [f"stages.{s}.{'encoder' if s == 'speaker' else 'codec'}={folder}" for s, folder in codecs.items()]
+    where = [f"source.root={footage}", f"output={shards}", f"reuse={shards}", f"device={args.device}"]
+    program(args, "scripts/prepare_data.py", *PREPARE.split(), "splits=[train]", *where, *stages)
+    yield took("preparation", begin)
+    begin = time.monotonic()
+    if not (run / "release").is_dir():
+        settings = [f"init={BUNDLED}", f"data.root={shards}", f"data.stats={motion_stats(args.work, shards)}"]
+        settings += [f"task.codecs.{stream}={folder}" for stream, folder in codecs.items()]
+        settings += [f"lora.rank={args.rank}", f"lora.alpha={args.rank}", f"trainer.lr={args.lr}"]
+        settings += [f"trainer.steps={args.steps}", f"trainer.device={args.device}", f"run={run}"]
+        program(args, "train.py", *TRAIN.split(), *settings)
+    yield took("training", begin)
+    begin, report = time.monotonic(), args.work / f"{run.name}_{args.split}"
+    systems = f"{{before:{{mode:t2av}},after:{{mode:t2av,weights:{run / 'release'}}},codecs:{{mode:resynthesis}}}}"
+    settings = f"""clips=null split=[] corpus=null compare=true media=false workers=1 references={footage / "unseen"}
+    manifest={footage / args.split}.jsonl grammar={footage / "grammar.jsgf"} output={report} device={args.device}"""
+    program(args, "scripts/evaluate.py", "talker_t2av", *settings.split(), f"systems={systems}", f"metrics={FIGURES}")
+    yield took("evaluation", begin)
+    found = json.loads((report / "results.json").read_text())
+    for system, cells in found["systems"].items():
+        kept = {f: {k: cell[k] for k in ("value", "interval", "clips")} for f, cell in cells.items()}
+        yield {"system": system, "figures": kept}, f"{system}: {kept}"
+    yield {"tests": found["tests"]}, f"tests: {found['tests']}"
+    draw(footage, report / "outputs", args.work / f"{args.split}.jpg")
+
+
+def took(part: str, begin: float, **more: float) -> tuple[dict[str, Any], str]:
+    seconds = round(time.monotonic() - begin)
+    return {"part": part, "seconds": seconds, **more}, f"{part}: {seconds} s"
+
+
+def program(args: argparse.Namespace, *words: str) -> None:
+    """Run a command of the repository."""
+    settings = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'codecs'}", "OMP_NUM_THREADS": str(args.threads)}
+    call = [sys.executable, str(ROOT / words[0]), *words[1:]]
+    if code := subprocess.run(call, env=os.environ | settings).returncode:
+        raise UserError(f"{words[0]} ended with {code}, its last lines say why; the same command goes on")
+
+
+def film(root: Path, args: argparse.Namespace) -> float:
+    """Make what is missing of the footage with its lists, of distinct sentences; return its seconds of training."""
+    maker, counts = ClipMaker(root, SEED, 2), {"train": args.clips, "val": args.val_clips, "test": args.test_clips}
+    splits = iter([split for split, count in counts.items() for _ in range(count)])
+    entries: dict[str, dict[str, Any]] = {}
+    index = args.person
+    (root / "unseen").mkdir(parents=True, exist_ok=True)
+    for split in track(splits, sum(counts.values()), "clips"):
+        while True:
+            stem = root / "unseen" / clip_id("unseen", index)
+            done = is_done(root, "unseen", index, 2)
+            entry = json.loads(stem.with_suffix(".json").read_text()) if done else maker.make("unseen", index)
+            index += VOICES
+            if entry["text"] not in entries:
+                break
+        entries[entry["text"]] = entry | {"of": split}
+    own = [*entries.values()]
+    table = [(f"unseen/{e['id']}.mp4", f"unseen/{e['id']}.wav", e["text"], e["of"]) for e in own]
+    with atomic_output(root / "clips.csv") as part, part.open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "audio", "text", "split"), *table])
+    prompt = next((e for e in own if e["of"] == "train" and e["expression"] == "neutral"), own[0])
+    shown = {"reference_audio": f"unseen/{prompt['id']}.wav", "reference_video": f"unseen/{prompt['id']}.mp4"}
+    for split in ("val", "test"):
+        rows = [{"id": e["id"], "text": e["text"], "speaker": "own"} for e in own if e["of"] == split]
+        with atomic_output(root / f"{split}.jsonl") as part:
+            part.write_text("".join(json.dumps(row | shown) + "\n" for row in rows))
+    for name, text in {"grammar.jsgf": grammar(), "free.arpa": language_model()}.items():
+        with atomic_output(root / name) as part:
+            part.write_text(text)
+    return sum(e["seconds"] for e in own if e["of"] == "train")
+
+
+def motion_stats(work: Path, shards: Path) -> Path:
+    """Write the index of the shards with the motion statistics of the weights that the training starts from."""
+    motion = OmegaConf.load(BUNDLED / "config.yaml").motion
+    index = json.loads((shards / "train" / "index.json").read_text())
+    write_json(work / "stats.json", index | {"motion_mean": [*motion.mean], "motion_std": [*motion.std]})
+    return work / "stats.json"
+
+
+def draw(footage: Path, outputs: Path, path: Path) -> None:
+    """Write the picture of the first test sentence: faces and spectrograms of the true clip, before and after."""
+    row = json.loads((footage / f"{path.stem}.jsonl").read_text().splitlines()[0])
+    true = footage / "unseen" / row["id"]
+    takes = {"the person": (true.with_suffix(".wav"), true.with_suffix(".mp4"))}
+    for name in ("before", "after"):
+        stem = outputs / name / row["id"]
+        takes[f"{name} fine-tuning"] = stem.with_suffix(".wav"), stem.with_suffix(".mkv")
+    figure, axes = plt.subplots(2, 3, figsize=(12, 3.4), height_ratios=(1, 1.6), constrained_layout=True)
+    for (name, (wav, video)), (top, bottom) in zip(takes.items(), axes.T):
+        wave, frames = read_audio(wav, RATE), read_video(video)
+        picks = ((np.arange(FACES) + 0.5) * len(frames) / FACES).astype(int)
+        top.imshow(np.concatenate(frames[picks], 1))
+        top.axis("off")
+        top.set_title(name)
+        mel = mel_picture(wave, RATE)
+        extent = (0, len(wave) / FRAME / 25, 0, 80)
+        bottom.imshow(mel, origin="lower", aspect="auto", cmap="magma", extent=extent, vmin=mel.max() - 80)
+        bottom.set_xlabel("seconds")
+    axes[1, 0].set_ylabel("mel band")
+    figure.suptitle(row["text"])
+    with atomic_output(path) as part:
+        figure.savefig(part, dpi=90, format="jpg", pil_kwargs={"quality": 85})
+    plt.close(figure)
