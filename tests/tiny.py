@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from engine.training.settings import TrainerConfig
 from engine.training.task import Task
+from engine.training.trainer import Trainer
 
 HICODIT = {
     "codes": 16, "width": 32, "heads": 4, "low_blocks": 1, "high_blocks": 1, "cond_dim": 16, "lip_dim": 32,
@@ -28,6 +33,21 @@ DISCRIMINATORS = {
     "period": {"periods": [2, 3], "channels": 2, "max_channels": 4},
     "spectrogram": {"fft_sizes": [128], "channels": 2, "max_channels": 4},
 }
+TRAINER = asdict(TrainerConfig()) | {
+    "steps": 20, "batch_size": 2, "lr": 3e-3, "warmup": 0, "schedule": "constant", "ema_decay": 0.9, "log_every": 1,
+    "validate_every": 100, "checkpoint_every": 100,
+}  # fmt: skip
+
+
+def fit(task: Task, data: Any, run: Path, **changes: Any) -> tuple[dict[str, Tensor], list[float]]:
+    """The trained state and the losses of all steps of a run of the trainer."""
+    Trainer(task, data, TRAINER | changes, run).fit()
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return task.state_dict(), [line["loss"] for line in lines if "loss" in line]
+
+
+def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def train(task: Task, batch: dict[str, Tensor], steps: int, whole: bool = False) -> list[dict[str, dict[str, Any]]]:

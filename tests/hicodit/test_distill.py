@@ -1,12 +1,9 @@
 """Distillation: the student starts as the teacher's conditional branch, learns guidance, samples with one branch."""
 
-from dataclasses import asdict
-
 import pytest
 import torch
 
 from engine.errors import UserError, run_cli
-from engine.training.settings import TrainerConfig
 from engine.training.trainer import Trainer
 from hicodit.conditions.released import ReleasedEncoderConfig
 from hicodit.conditions.types import Conditions
@@ -19,13 +16,11 @@ from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import UNGUIDED, GuidanceScales
 from hicodit.system import HiCoDiTSystem
 from infer import main as infer
+from tests.tiny import TRAINER
 
 SCALES = GuidanceScales(2.5, 1.25, 0.0, 2.0)
 T = torch.tensor([0.9, 0.4])
-TRAINER = asdict(TrainerConfig()) | {
-    "steps": 25, "batch_size": 3, "lr": 1e-2, "warmup": 0, "schedule": "constant", "ema_decay": 0.5, "log_every": 25,
-    "validate_every": 100,
-}  # fmt: skip
+SETTINGS = TRAINER | {"steps": 25, "batch_size": 3, "lr": 1e-2, "ema_decay": 0.5}
 
 
 def make_student(corpus, release, **changes):
@@ -84,7 +79,7 @@ def test_the_target_is_the_teachers_guided_posterior(student, conditions, tokens
 def distilled(corpus, release, tmp_path_factory):
     """The release of a few steps, and the KL divergence of held-out clips before and after."""
     student, data = make_student(corpus, release), HiCoDiTDataset(corpus / "train", release.parent / "codec")
-    trainer, kl = Trainer(student, data, TRAINER, run=tmp_path_factory.mktemp("run")), []
+    trainer, kl = Trainer(student, data, SETTINGS, run=tmp_path_factory.mktemp("run")), []
     before = {name: value.clone() for name, value in student.system.state_dict().items()}
     for do in (lambda: None, trainer.fit):
         do()

@@ -1,25 +1,16 @@
 """HiCoDiT from prepared shards: clips, order and resuming within an epoch."""
 
-import json
-from dataclasses import asdict
-
 import pytest
 import torch
 from shard_files import write_split
 
 from engine.errors import UserError
 from engine.shards.reader import ShardSplit
-from engine.training.settings import TrainerConfig
-from engine.training.trainer import Trainer
 from hicodit.data import HiCoDiTDataset
 from hicodit.task import HiCoDiTTask
 from rvq_codec import RVQCodec
-from tests.tiny import ENCODERS, HICODIT
+from tests.tiny import ENCODERS, HICODIT, fit, same
 
-TRAINER = asdict(TrainerConfig()) | {
-    "steps": 20, "batch_size": 2, "lr": 3e-3, "warmup": 0, "schedule": "constant", "ema_decay": 0.9, "log_every": 1,
-    "validate_every": 100, "checkpoint_every": 100,
-}  # fmt: skip
 FRAMES = [7, 11, 6, 9, 12, 5, 8, 10, 6]
 
 
@@ -56,14 +47,7 @@ def dataset(data, codec, **shards):
 def train(data, codec, run, shards=None, **changes):
     torch.manual_seed(0)
     task = HiCoDiTTask(HICODIT, ENCODERS, str(codec), str(data), None, validate_splits=[])
-    trainer = Trainer(task, dataset(data, codec, **(shards or {})), TRAINER | changes, run)
-    trainer.fit()
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return trainer.task.state_dict(), [line["loss"] for line in lines if "loss" in line]
-
-
-def same(one, two):
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    return fit(task, dataset(data, codec, **(shards or {})), run, **changes)
 
 
 def test_clips_come_out_as_they_are_stored(data, codec):

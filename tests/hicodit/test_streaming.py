@@ -10,6 +10,7 @@ from drawn_faces import talking_head
 from omegaconf import OmegaConf
 
 from engine.codec import StreamDecoder
+from engine.config import compose
 from engine.errors import UserError
 from hicodit import inference
 from hicodit.pipeline import HiCoDiTPipeline
@@ -94,9 +95,7 @@ def test_bad_frames_are_one_line(pipeline, frames, message):
 
 
 def test_command_line(clip, release, tmp_path, capsys):
-    base = OmegaConf.load(ROOT / "configs" / "infer.yaml")
-    for name in ("defaults", "_schema_"):
-        base.pop(name)
+    base = compose("infer", [])
     given = {"weights": str(release), "input": str(clip), "output": str(tmp_path), "stream": True, "lookahead": 0.2}
     assert inference.run(*read_settings(OmegaConf.merge(base, given))) == 0
     assert "first sound after 0." in capsys.readouterr().out

@@ -10,19 +10,13 @@ from shard_files import write_split
 
 from engine.errors import UserError
 from engine.shards.reader import ShardSplit
-from engine.training.settings import TrainerConfig
 from engine.training.trainer import Trainer
 from hicodit.conditions.types import NO_EXPRESSION
 from hicodit.data import HiCoDiTDataset
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.system import HiCoDiTSystem
 from hicodit.task import HiCoDiTTask
-from tests.tiny import ENCODERS, HICODIT
-
-TRAINER = asdict(TrainerConfig()) | {
-    "steps": 4, "batch_size": 3, "lr": 3e-3, "warmup": 0, "schedule": "constant", "min_lr_ratio": 1.0, "ema_decay": 0.9,
-    "log_every": 2, "validate_every": 100, "checkpoint_every": 2,
-}  # fmt: skip
+from tests.tiny import ENCODERS, HICODIT, TRAINER
 
 
 def make_task(corpus, release, **changes):
@@ -90,7 +84,9 @@ def test_low_rank_updates_learn_alone_and_end_up_in_the_weights(corpus, release,
     task.adapt(2, 4.0)
     learns = {n for n, p in task.named_parameters() if p.requires_grad}
     assert learns and all("lora_" in name and name.startswith("system.model.") for name in learns)
-    trainer = Trainer(task, make_data(corpus, release), TRAINER | {"ema_decay": 0.0}, tmp_path / "run")
+    trainer = Trainer(
+        task, make_data(corpus, release), TRAINER | {"steps": 4, "batch_size": 3, "ema_decay": 0.0}, tmp_path / "run"
+    )
     trainer.fit()
     idle = {n for n, p in task.named_parameters() if "lora_B" in n and not p.any()}
     assert idle == set(), "these layers are used past their module's forward"

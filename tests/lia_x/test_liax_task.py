@@ -200,8 +200,10 @@ def test_regions_count_more():
 
 def test_perceptual_loss_takes_torchvision_weights(tmp_path):
     models = pytest.importorskip("torchvision.models")
+    with torch.device("meta"):
+        sizes = {k: v.shape for k, v in models.vgg19().state_dict().items() if k.startswith("features.")}
     torch.manual_seed(0)
-    state = {k: v for k, v in models.vgg19().state_dict().items() if k.startswith("features.")}
+    state = {k: torch.randn(size) / max(1, size[1:].numel()) ** 0.5 for k, size in sizes.items()}
     torch.save(state, tmp_path / "vgg19.pth")
     loss = Perceptual(tmp_path / "vgg19.pth")
     assert not any(p.requires_grad for p in loss.parameters())

@@ -1,8 +1,6 @@
 """Talker-T2AV from prepared shards: examples, pairs, order and resuming within an epoch."""
 
-import json
 from collections import Counter
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -12,17 +10,12 @@ from talker_fixtures import DM, DS, MODEL, STATS, latents, releases, save_talker
 from engine.errors import UserError
 from engine.shards.reader import Reading, ShardSplit
 from engine.training.batches import MicroBatches
-from engine.training.settings import TrainerConfig
-from engine.training.trainer import Trainer
 from talker_t2av.data import TalkerExamples, TalkerPairs
 from talker_t2av.system import codec_digests
 from talker_t2av.task import TalkerTask
+from tests.tiny import fit, same
 from whisperx_vae import WhisperXVAE
 
-TRAINER = asdict(TrainerConfig()) | {
-    "steps": 20, "batch_size": 2, "lr": 3e-3, "warmup": 0, "schedule": "constant", "ema_decay": 0.9, "log_every": 1,
-    "validate_every": 100, "checkpoint_every": 100,
-}  # fmt: skip
 TEXTS = ["lay blue", "set red now", "bin green at two", "place", "a b c", "with five soon", "now"]
 
 
@@ -62,14 +55,7 @@ def pairs(root, tasks=("t2av", "tts"), **shards):
 def train(root, data, run, **changes):
     torch.manual_seed(0)
     task = TalkerTask(MODEL, codecs(root), index(root))
-    trainer = Trainer(task, data, TRAINER | changes, run)
-    trainer.fit()
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return trainer.task.state_dict(), [line["loss"] for line in lines if "loss" in line]
-
-
-def same(one, two):
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    return fit(task, data, run, **changes)
 
 
 @pytest.mark.parametrize("task", ["t2av", "tts"])
