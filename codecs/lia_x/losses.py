@@ -64,11 +64,12 @@ class Perceptual(nn.Module):
 
     def __init__(self, weights: str | Path):
         super().__init__()
-        features = require("torchvision", "the perceptual loss").models.vgg19().features
+        with torch.device("meta"):  # random weights of the whole network would take seconds
+            features = require("torchvision", "the perceptual loss").models.vgg19().features
         try:
             state = read_tensors(weights)
             features.load_state_dict(
-                {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
+                {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}, assign=True
             )
         except (RuntimeError, AttributeError) as error:
             raise UserError(f"task.vgg={weights} is not torchvision's vgg19 weights: {error}") from error

@@ -1,14 +1,20 @@
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from engine.errors import UserError
+from engine.official import rename_all
 from rvq_codec import RVQCodec, RVQCodecConfig
 from rvq_codec.codebooks import count_codes, restart_dead_codes, warm_start
-from rvq_codec.codec import build_quantizer
+from rvq_codec.codec import build_decoder, build_encoder, build_quantizer
+from rvq_codec.released import RULES, config_of
 from rvq_codec.vocos import ISTFT
 from tests.tiny import RVQ
 
+FOLDER = Path(__file__).parents[1] / "golden" / "codecs"
 SMALL = RVQCodecConfig(**RVQ | {"ratios": (3, 4, 5), "levels": 4, "vocos_layers": 2})
 
 
@@ -183,3 +189,25 @@ def test_codes_are_searched_in_float32_under_autocast():
     torch.testing.assert_close(half.latent, whole.latent)
     assert torch.equal(codes, quantizer.quantize(z.bfloat16().float()))
     assert (rounded[0] != whole.codes[:, 0]).float().mean() > 0.01  # autocast does change the search where it is let
+
+
+def test_released_keys_and_shapes_of_the_full_size():
+    config = RVQCodecConfig()
+
+    def shapes(module, prefix):
+        return {prefix + k: list(v.shape) for k, v in module.state_dict().items()}
+
+    with torch.device("meta"):
+        encoder = shapes(build_encoder(config), "")
+        decoder = shapes(build_quantizer(config), "quantizer.") | shapes(build_decoder(config), "model.")
+    decoder["model.head.istft.window"] = [1920]  # stored in the file, computed by ours
+    assert encoder == json.loads((FOLDER / "mgct_full_encoder.keys.json").read_text())
+    assert decoder == json.loads((FOLDER / "mgct_full_decoder.keys.json").read_text())
+
+
+def test_sizes_follow_from_the_tensors():
+    encoder, decoder = (
+        {key: torch.empty(shape, device="meta") for key, shape in json.loads((FOLDER / name).read_text()).items()}
+        for name in ("mgct_full_encoder.keys.json", "mgct_full_decoder.keys.json")
+    )
+    assert RVQCodecConfig(**config_of(rename_all(encoder | decoder, RULES))) == RVQCodecConfig()
