@@ -41,6 +41,7 @@ from corpora.synthetic.speech import Synthesizer
 from corpora.synthetic.traits import Traits, looks, voice_lines
 from corpora.synthetic.visemes import FPS, MOUTH, mouth_track, shapes_of
 from corpora.synthetic.voices import load_voices
+from engine.media.audio import read_audio
 from engine.metrics.recogniser import Recogniser
 from hicodit.conditions.types import windows_of
 from talker_t2av.phonemes import SYMBOLS
@@ -233,8 +234,7 @@ def test_phonemes_lie_in_the_clip_and_where_the_sound_is(corpus):
         for _, start, end in entry["phonemes"]:
             assert ends[-1] - 1e-6 <= start < end <= entry["seconds"]
             ends.append(end)
-        with wave.open(str(corpus / "train" / f"{entry['id']}.wav")) as file:
-            samples = np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768
+        samples = read_audio(corpus / "train" / f"{entry['id']}.wav", 24_000)
         first, last = (int(24000 * t) for t in (entry["phonemes"][0][1], entry["phonemes"][-1][2]))
         spoken, silent = samples[first:last], np.concatenate([samples[: first - 480], samples[last + 2400 :]])
         assert np.sqrt(np.mean(spoken**2)) > 10 * np.sqrt(np.mean(silent**2))
@@ -360,9 +360,7 @@ def test_free_sentences_are_understood_without_a_grammar(second):
     rows = [("train", entry) for entry in entries(second, "train") if entry["grammar"] == "free"][:6]
     recogniser, heard = Recogniser(second / "free.arpa"), []
     for split, entry in rows:
-        with wave.open(str(second / split / f"{entry['id']}.wav")) as file:
-            samples = np.frombuffer(file.readframes(file.getnframes()), "<i2") / np.float32(32768)
-        heard.append(recogniser.transcribe(samples, 24_000))
+        heard.append(recogniser.transcribe(read_audio(second / split / f"{entry['id']}.wav", 24_000), 24_000))
     texts = [entry["text"] for _, entry in rows]
     assert jiwer.wer(texts, heard) < 0.5 < jiwer.wer(texts, heard[1:] + heard[:1])
 

@@ -37,16 +37,6 @@ def data_file(folder):
     return next(folder.glob("*.distcp"))
 
 
-def test_round_trip(tmp_path):
-    folder = save(tmp_path, 10)
-    assert folder.name == "step-00000010"
-    read = state(0.0)
-    info = checkpoint.load(folder, read)
-    assert info["step"] == 10 and info["config"] == {"lr": 0.1}
-    for key, value in state(10.0).items():
-        assert torch.equal(read[key], value)
-
-
 def test_the_last_few_are_kept(tmp_path):
     for step in (5, 10, 15, 20):
         save(tmp_path, step, keep=2)

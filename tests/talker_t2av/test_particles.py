@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from talker_fixtures import face_file, request, save_talker, tiny_model, utterance, voice_file
-from torch._subclasses import FakeTensorMode
 
 from engine.errors import UserError
 from engine.seeding import generator_for
@@ -104,17 +103,6 @@ def test_a_request_in_a_batch_is_the_request_alone():
         assert len(result.speech) == len(own.motion)
         _, (alone,) = run(model, [own])
         torch.testing.assert_close(alone.speech, result.speech, atol=1e-4, rtol=0)
-
-
-def test_choosing_reads_nothing_on_the_host():
-    """On fake tensors, which have shapes and no values: a read, or a shape that depends on values, raises."""
-    loop = Particles(tiny_model(), V2A, SAMPLING, 2)
-    for asked in (request(motion=P * 3), request(9, motion=P * 2)):
-        loop.join(asked)
-    loop.step()
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        loop.before_step()
-    assert loop.state.hidden.shape[0] == 8 and loop.log_weights.shape == (2, 4)
 
 
 @pytest.mark.parametrize("model", [{"tasks": 4}, {"order": "av"}])
