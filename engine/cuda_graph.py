@@ -136,18 +136,14 @@ class GraphedSteps:
     function must be the same object each time: one of a module, not a closure.
 
     Args:
-        device, compile, backend, limit: as of `GraphedStep`.
+        device, compile, backend: as of `GraphedStep`.
     """
 
     def __init__(
-        self,
-        device: torch.device | str = "cpu",
-        compile: bool = False,
-        backend: Backend | None = None,
-        limit: int = LIMIT,
+        self, device: torch.device | str = "cpu", compile: bool = False, backend: Backend | None = None
     ) -> None:
         self.backend = backend or (CudaGraphs(torch.device(device)) if torch.device(device).type == "cuda" else None)
-        self.arguments = device, compile, self.backend, limit
+        self.arguments = device, compile, self.backend
         self.steps: dict[Callable[..., Any], GraphedStep] = {}
 
     def __call__(self, step: Callable[..., Any]) -> GraphedStep:

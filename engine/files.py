@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -9,6 +10,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from engine.errors import UserError
 
@@ -48,6 +50,12 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             staging.unlink()
+
+
+def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
+    """Write a JSON file, whole or not at all."""
+    with atomic_output(path) as staging:
+        staging.write_text(json.dumps(content, indent=indent) + "\n")
 
 
 def checksum(path: Path) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from engine.files import atomic_output
+from engine.files import write_json
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
@@ -41,18 +40,13 @@ def portable(value: Any) -> Any:
 def write_record(folder: Path, name: str, what: str, results: Any, device: str = "cpu", **about: Any) -> Path:
     """Write FOLDER/DATE-NAME.json with a `record` and return its path."""
     path = dated(folder, f"{name}.json")
-    write_json(path, record(what, results, device, **about))
+    write_json(path, portable(record(what, results, device, **about)))
     return path
 
 
 def dated(folder: Path, name: str) -> Path:
     """Return the path FOLDER/DATE-NAME with the date of today."""
     return folder / f"{date.today().isoformat()}-{name}"
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    with atomic_output(path) as partial:
-        partial.write_text(json.dumps(portable(content), indent=1) + "\n")
 
 
 def record(what: str, results: Any, device: str = "cpu", **about: Any) -> dict[str, Any]:

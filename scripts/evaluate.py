@@ -8,6 +8,7 @@ from __future__ import annotations
 if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -24,13 +25,13 @@ from engine.device import count_devices, pick_device
 from engine.errors import UserError, printable, run_cli
 from engine.evaluation.clips import Clip, read_clips, read_corpus, system_facts
 from engine.evaluation.generate import generate_shares
-from engine.evaluation.measure import Results, cores, measure
+from engine.evaluation.measure import Results, measure
 from engine.evaluation.report import write_report
 from engine.evaluation.resynthesis import write_resynthesis
 from engine.evaluation.summary import comparison_lines, summarise, table_lines
-from engine.files import writable
+from engine.files import writable, write_json
 from engine.metrics.registry import metrics_of, protocol_of
-from engine.record import origin, write_json, write_record
+from engine.record import origin, portable, write_record
 from engine.settings import ClusterConfig, Limits, check_place, make, require_choice, require_range, set_limits
 from talker_t2av.settings import AutoConfig
 
@@ -128,7 +129,7 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
             clips = read()
         if config.video == "output":
             clips = [own_pictures(clip) for clip in clips]
-        workers = config.workers or cores()
+        workers = config.workers or len(os.sched_getaffinity(0))  # the cores that this process may use
         names = ", ".join(clips[0].takes) or "true speech alone"
         print(f"{len(clips)} clips, {names}, {workers} {'process' if workers == 1 else 'processes'} on {device}")
         results = measure(clips, metrics_of(figures), protocols, Path(config.weights), device, workers, cache)
@@ -140,7 +141,7 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
         summary["notes"] += protocol_notes(config, protocols, summary["figures"], rows)
         summary |= about(config, clips, summary["figures"], rows, outputs, device)
         summary["output"] = str(output)
-        write_json(output / "results.json", summary)
+        write_json(output / "results.json", portable(summary))
         write_report(output / "report.html", summary, clips, config.media)
     if config.record:
         cells = summary["systems"].items()

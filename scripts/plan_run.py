@@ -26,7 +26,8 @@ from pathlib import Path
 
 from benchmarks.plan import CARDS, EFFICIENCY, PARTS, WAYS, Plan, draw, measure_samples, plan, read_recipe
 from engine.errors import UserError, run_cli
-from engine.record import record, write_json
+from engine.files import write_json
+from engine.record import portable, record
 
 
 def line(p: Plan) -> str:
@@ -70,7 +71,7 @@ def main() -> None:
         about = {"recipe": args.recipe, "settings": args.settings, "seconds": args.seconds, "card": args.device}
         about |= {"rates": asdict(card), "efficiency": EFFICIENCY}
         what = "memory, exchange and time of a training step, predicted without a GPU"
-        write_json(args.json, record(what, [asdict(p) for p in plans], **about))
+        write_json(args.json, portable(record(what, [asdict(p) for p in plans], **about)))
     if args.figure:
         size = pair[0].memory["weights"] / 4e9
         title = f"{args.recipe}, {size:.2g} billion parameters, {args.seconds:g} s clips, on {args.device}"

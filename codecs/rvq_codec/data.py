@@ -5,7 +5,6 @@ Axes: B batch, N samples, Q levels, L frames.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +22,16 @@ class CodedCrops(SpeechCrops):
     Args:
         codec: release folder; None for crops without codes.
         samples: length of a crop, a multiple of the codec's hop.
-        root, split, sample_rate, gain_db, speed, shards: as in `SpeechCrops`; with a codec, gains stay as they are,
-            and a clip keeps the speed that its number draws.
+        root, crops: as in `SpeechCrops`; with a codec, gains stay as they are, and a clip keeps the speed that its
+            number draws.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        split: str = "train",
-        sample_rate: int = 24_000,
-        samples: int = 24_000,
-        gain_db: float = 6.0,
-        codec: str | None = None,
-        speed: float = 0.0,
-        shards: Mapping[str, Any] | None = None,
-    ):
-        super().__init__(root, split, sample_rate, samples, gain_db, speed, shards)
+    def __init__(self, root: str | Path, codec: str | None = None, **crops: Any):
+        super().__init__(root, **crops)
         self.codec = RVQCodec.from_pretrained(codec) if codec else None
         self._coded: dict[int, tuple[Tensor, Tensor]] = {}
-        if self.codec and samples % self.codec.hop:
-            raise UserError(f"samples={samples}: give a multiple of the codec's hop of {self.codec.hop}")
+        if self.codec and self.samples % self.codec.hop:
+            raise UserError(f"samples={self.samples}: give a multiple of the codec's hop of {self.codec.hop}")
 
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """{"wave": (1, samples)}, with a codec also {"codes": (Q, samples / hop)}; a function of (index, generator)."""

@@ -19,7 +19,7 @@ from engine.evaluation.clips import words_of
 from engine.faces.clip import ClipFrames, find_faces, place_landmarks
 from engine.faces.detectors import YuNetDetector
 from engine.faces.landmarks import add_landmarks, landmark_source, read_landmarks
-from engine.faces.track import check_face
+from engine.faces.track import read_face
 from engine.media.audio import read_audio
 from engine.media.video import iter_video, write_video
 from engine.safe_pickle import read_matrix
@@ -118,7 +118,7 @@ class Face(Step):
         self, detector: str | None = None, face: str | int = "speaking", face_landmarks: str | None = None
     ) -> None:
         self.detector = YuNetDetector(detector) if detector else None
-        check_face(face)
+        read_face(face)
         if face == "all":
             raise UserError("stages.face.face=all: a sample has one face; give speaking, or another choice")
         self.face, self.landmarks = face, landmark_source(face_landmarks, self.detector)

@@ -18,7 +18,7 @@ from engine.device import pick_device
 from engine.errors import UserError, printable
 from engine.evaluation.clips import Clip, find_take, system_facts
 from engine.evaluation.measure import file_digest
-from engine.files import atomic_output
+from engine.files import write_json
 from engine.hub import release_folder
 from engine.media.audio import write_wav
 from engine.media.video import write_video
@@ -77,8 +77,7 @@ def write_facts(folder: Path, model: str, weights: str | Path | None, **facts: A
         new |= {"size_of_weights": tensors.stat().st_size} if tensors.is_file() else {}
     if (old := system_facts(folder)) and old != json.loads(json.dumps(new)):
         raise UserError(f"{folder} holds outputs made with other settings: name another output=, or delete that folder")
-    with atomic_output(folder / "system.json") as partial:
-        partial.write_text(json.dumps(new, indent=1) + "\n")
+    write_json(folder / "system.json", new)
 
 
 def generate_missing(
@@ -112,8 +111,7 @@ def generate_missing(
             where = f"{folder} holds an output of {clip.id} that was made from other files or words"
             raise UserError(f"{where}: name another output=, or delete that folder")
         known[clip.id] = state
-    with atomic_output(place) as partial:
-        partial.write_text(json.dumps(known, indent=1) + "\n")
+    write_json(place, known)
     order = sorted(enumerate(clips), key=lambda item: length(item[1]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)][SHARE[0] :: SHARE[1]]
     batches = [left for batch in batches if (left := [item for item in batch if item[0] in waiting])]
@@ -141,6 +139,5 @@ def write_take(
     if frames is not None:
         write_video(folder / f"{name}.mkv", frames, fps, lossless=True)
     if about:
-        with atomic_output(folder / f"{name}.json") as partial:
-            partial.write_text(json.dumps(about) + "\n")
+        write_json(folder / f"{name}.json", about)
     write_wav(folder / f"{name}.wav", wave, rate, lossless=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -250,8 +249,3 @@ def _readable(clips: Sequence[Clip], results: Results, every: Callable) -> list[
         clip, name, _, reason = results.failed[0]
         raise UserError(f"none of the {len(clips)} clips can be measured; the first: {clip} ({name}): {reason}")
     return good
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0))

@@ -18,8 +18,9 @@ from engine.errors import UserError
 from engine.evaluation.clips import TRUTH, Clip
 from engine.evaluation.summary import verdicts
 from engine.files import atomic_output
-from engine.media.audio import mel_picture, read_audio
+from engine.media.audio import read_audio
 from engine.media.ffmpeg import command, source
+from engine.media.pictures import spectrogram
 from engine.metrics.metric import Take
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -127,7 +128,7 @@ def _media(take: Take) -> str:
     if take.audio is None:
         return ""
     try:
-        return player(take.audio, take.video) + spectrogram(take.audio)
+        return player(take.audio, take.video) + spectrogram_image(take.audio)
     except UserError:
         return ""
 
@@ -153,12 +154,11 @@ def player(audio: Path, video: Path | None) -> str:
         return f'<audio controls preload="metadata" src="{_url(out, "audio/mp4")}"></audio>'
 
 
-def spectrogram(path: Path) -> str:
-    """Return an <img> with the log-mel spectrogram of a file's first 20 s, 80 dB from light to dark."""
-    mel = mel_picture(read_audio(path, RATE)[: int(SECONDS * RATE)], RATE)[::-1]
-    grey = (255 * np.clip((mel - mel.max() + 80) / 80, 0, 1)).astype(np.uint8)
-    picture = cv2.resize(cv2.applyColorMap(grey, cv2.COLORMAP_MAGMA), (480, 120), interpolation=cv2.INTER_AREA)
-    _, content = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 80])
+def spectrogram_image(path: Path) -> str:
+    """Return an <img> with the spectrogram of a file's first 20 s."""
+    picture = spectrogram(read_audio(path, RATE)[: int(SECONDS * RATE)], RATE)
+    picture = cv2.resize(picture, (480, 120), interpolation=cv2.INTER_AREA)
+    _, content = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
     return f'<img alt="spectrogram" src="{_url(content.tobytes(), "image/jpeg")}">'
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -88,23 +88,26 @@ def summarise(
 def _pair_figure(
     found: Mapping[str, tuple[float, float]], speakers: Mapping[str, str | None], about: Figure, resamples: int
 ) -> dict[str, Any]:
-    pairs, statistic, groups = np.array([*found.values()], float), STATISTICS[about.statistic], _groups(found, speakers)
-    over_speakers = groups and bootstrap_interval(pairs, groups, resamples, statistic)
-    single = about.statistic == "ratio"
+    pairs, single = np.array([*found.values()], float), about.statistic == "ratio"
     return {
-        "value": about.scale * float(statistic(pairs, 1.0)),
-        "interval": _scaled(bootstrap_interval(pairs, None, resamples, statistic), about.scale),
-        "interval_speakers": _scaled(over_speakers, about.scale),
+        "value": about.scale * float(STATISTICS[about.statistic](pairs, 1.0)),
+        **_intervals(pairs, [speakers[clip] for clip in found], about, resamples),
         "clips": len(found),
         "values": {clip: about.scale * x / y for clip, (x, y) in found.items() if y} if single else {},
         "pairs": {clip: [float(x) for x in pair] for clip, pair in found.items()},
     }
 
 
-def _groups(clips: Iterable[str], speakers: Mapping[str, str | None]) -> list[str] | None:
-    """Return the speaker of each clip, for an interval over them; None if one is unknown, or all are the same."""
-    groups = [speakers[clip] for clip in clips]
-    return groups if None not in groups and len(set(groups)) > 1 else None
+def _intervals(
+    pairs: np.ndarray, speakers: Sequence[str | None], about: Figure, resamples: int, minus: np.ndarray | None = None
+) -> dict[str, list[float] | None]:
+    """Return the interval of a figure over clips, and over their speakers if all are known and some differ."""
+    statistic, several = STATISTICS[about.statistic], None not in speakers and len(set(speakers)) > 1
+    intervals = {
+        "interval": bootstrap_interval(pairs, None, resamples, statistic, minus),
+        "interval_speakers": bootstrap_interval(pairs, speakers, resamples, statistic, minus) if several else None,
+    }
+    return {name: ends and [about.scale * end for end in ends] for name, ends in intervals.items()}
 
 
 def _set_figure(metric: Any, figure: str, found: Mapping[str, np.ndarray], true: Mapping[str, Row]) -> dict[str, Any]:
@@ -135,18 +138,14 @@ def _tests(
             if len(both) < 2 or metric_of(figure).outputs_only or not description(figure).better:
                 continue
             one_pairs, two_pairs = (np.array([x[c] for c in both], float) for x in (first, second))
-            about, groups = description(figure), _groups(both, speakers)
-            statistic, scale = STATISTICS[about.statistic], about.scale
-            difference, p = permutation_test(one_pairs, two_pairs, resamples, statistic=statistic)
-            how = (resamples, statistic, two_pairs)
-            over_speakers = groups and bootstrap_interval(one_pairs, groups, *how)
+            about = description(figure)
+            difference, p = permutation_test(one_pairs, two_pairs, resamples, statistic=STATISTICS[about.statistic])
             tests.append(
                 {
                     "figure": figure,
                     "systems": [one, two],
-                    "difference": scale * difference,
-                    "interval": _scaled(bootstrap_interval(one_pairs, None, *how), scale),
-                    "interval_speakers": _scaled(over_speakers, scale),
+                    "difference": about.scale * difference,
+                    **_intervals(one_pairs, [speakers[clip] for clip in both], about, resamples, two_pairs),
                     "p": p,
                     "smallest_p": max(2.0 ** (1 - len(both)), 1 / (1 + resamples)),
                     "clips": len(both),
@@ -192,10 +191,6 @@ def _clip_notes(figures: Sequence[str], measured: Mapping[str, Mapping[str, Mapp
         f"the rows' {', '.join(other)} {'is' if len(other) == 1 else 'are'} of different clips, as some were left out"
     )
     return [note + ("; the comparison of two systems counts the clips that both have" if systems > 1 else "")]
-
-
-def _scaled(interval: tuple[float, float] | None, scale: float) -> list[float] | None:
-    return None if interval is None else [scale * end for end in interval]
 
 
 def verdicts(summary: Mapping[str, Any]) -> list[str]:

@@ -6,8 +6,8 @@ five points (x, y): the eye on the picture's left, the eye on its right, nose, m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import cv2
 import numpy as np
@@ -22,10 +22,8 @@ BOX, POINTS = slice(0, 4), slice(4, 14)
 FRONTAL = np.array([[0.31, 0.39], [0.69, 0.39], [0.5, 0.6], [0.36, 0.79], [0.64, 0.79]])
 
 
-class FaceDetector(Protocol):
-    """Finds faces in one frame (H, W, 3) uint8 RGB: (n, 14) float as above, or boxes (n, 4) alone; n may be 0."""
-
-    def __call__(self, frame: np.ndarray) -> np.ndarray: ...
+# Finds faces in one frame (H, W, 3) uint8 RGB: (n, 14) float as above, or boxes (n, 4) alone; n may be 0.
+FaceDetector = Callable[[np.ndarray], np.ndarray]
 
 
 def with_points(faces: np.ndarray) -> np.ndarray:

@@ -7,12 +7,11 @@ Axes: T frames, P landmarks, n frames of a block, H height, W width. Landmarks a
 from __future__ import annotations
 
 import importlib.util
-import json
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,7 +19,7 @@ import numpy as np
 from engine.errors import UserError, require
 from engine.faces.detectors import POINTS, FaceDetector
 from engine.faces.track import DETECT_EVERY, FaceError, FaceTrack, change
-from engine.files import atomic_output
+from engine.files import write_json
 from engine.safe_pickle import read_arrays
 from engine.untrusted import read_json
 
@@ -31,13 +30,9 @@ MAX_BYTES, MAX_FRAMES = 2**28, 200_000  # of a file of landmarks; an hour at 25 
 SUFFIXES = (".json", ".npz", ".pkl")
 
 
-class LandmarkFinder(Protocol):
-    """Gives the landmarks (P, 2) of a tracked face in each frame of a clip, or None where it has none.
-
-    The clip is blocks (n, H, W, 3); it must give them again each time it is iterated over.
-    """
-
-    def __call__(self, blocks: Iterable[np.ndarray], track: FaceTrack) -> Iterator[np.ndarray | None]: ...
+# Gives the landmarks (P, 2) of a tracked face in each frame of a clip, or None where it has none. The clip is blocks
+# (n, H, W, 3); it must give them again each time it is iterated over.
+LandmarkFinder = Callable[[Iterable[np.ndarray], FaceTrack], Iterator[np.ndarray | None]]
 
 
 def landmark_source(setting: str | None, detector: FaceDetector | None) -> LandmarkFinder | Path | None:
@@ -208,5 +203,4 @@ def write_faces(path: str | Path, track: FaceTrack, mouth: np.ndarray, side: int
         {"box": box, "points": points, "seen": seen, "mouth": matrix}
         for box, points, matrix, seen in zip(*columns, track.seen.tolist(), strict=True)
     ]
-    with atomic_output(path) as partial:
-        partial.write_text(json.dumps({"fps": fps, "mouth_side": side, "frames": frames}))
+    write_json(path, {"fps": fps, "mouth_side": side, "frames": frames}, indent=None)

@@ -79,16 +79,12 @@ class FaceTrack:
         return ", ".join(f"{a / fps:.1f}-{b / fps:.1f} s" for a, b in edges.reshape(-1, 2))
 
 
-def check_face(face: str | int) -> None:
-    """Check the setting `face`."""
+def read_face(face: str | int) -> str | int:
+    """Return the setting `face`, which may be the text of a number."""
+    if isinstance(face, str) and face.isdecimal() and len(face) < 9:
+        face = int(face)
     if not (face in FACES or (isinstance(face, int) and face >= 1)):
         raise UserError(f"face={str(face)[:40]} is unknown: give {', '.join(FACES)}, or a number from 1 on")
-
-
-def read_face(text: str) -> str | int:
-    """Return the setting `face` of its text."""
-    face = int(text) if text.isdecimal() and len(text) < 9 else text
-    check_face(face)
     return face
 
 
@@ -97,7 +93,7 @@ def track_faces(
 ) -> list[FaceTrack]:
     """Detect faces in every `DETECT_EVERY`-th frame of blocks (n, H, W, 3) of a clip, and follow them."""
     if not isinstance(face, tuple):
-        check_face(face)
+        face = read_face(face)
     faces, frames, size = [], 0, (1, 1)
     for block in blocks:
         for i in range(-frames % DETECT_EVERY, len(block), DETECT_EVERY):

@@ -1,6 +1,6 @@
-"""Pictures between bytes and the [-1, 1] of a portrait codec.
+"""Pictures between bytes and the [-1, 1] of a portrait codec; pictures of sound.
 
-Axes: T frames, H height, W width, S side of the codec's square.
+Axes: T frames, H height, W width, S side of the codec's square, N samples.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from engine.media.audio import mel_picture
 
 
 def video_to_tensor(frames: np.ndarray, size: int) -> Tensor:
@@ -27,6 +29,13 @@ def identity_to_tensor(frame: np.ndarray, size: int) -> Tensor:
     """Turn bytes (H, W, 3) RGB into (3, S, S) in [-1, 1], resized by area averages as Talker-T2AV's renderer does."""
     frame = cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA)
     return torch.from_numpy(frame).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def spectrogram(wave: np.ndarray, rate: int) -> np.ndarray:
+    """Draw a wave (N,) as a log-mel spectrogram, 80 dB deep, low bands at the bottom: (80, T, 3) RGB bytes."""
+    mel = mel_picture(wave, rate)[::-1]
+    grey = (255 * np.clip((mel - mel.max()) / 80 + 1, 0, 1)).astype(np.uint8)
+    return cv2.cvtColor(cv2.applyColorMap(grey, cv2.COLORMAP_MAGMA), cv2.COLOR_BGR2RGB)
 
 
 def to_bytes(pictures: Tensor) -> np.ndarray:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from engine.errors import UserError
-from engine.files import atomic_output, checksum
+from engine.files import checksum, write_json
 from engine.safe_pickle import load_problem
 from engine.training import distributed
 from engine.training.checkpoint_reader import Reader
@@ -106,8 +106,7 @@ class Checkpoints:
         folder = folder_of(self.root, step)
         if distributed.is_main() and folder.is_dir():
             try:
-                with atomic_output(folder / RESULTS) as path:
-                    path.write_text(json.dumps(results, indent=1) + "\n")
+                write_json(folder / RESULTS, results)
             except UserError as error:
                 self.problem = str(error)
 
@@ -115,7 +114,7 @@ class Checkpoints:
         """Copy `state` to main memory; sharded tensors stay sharded."""
         pinned = False
         for key, tensor in state.items():
-            local = _local(tensor)
+            local = distributed.local(tensor)
             if key not in self._copies or self._copies[key].shape != local.shape:
                 self._copies[key] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
             self._copies[key].copy_(local, non_blocking=local.is_cuda)
@@ -192,10 +191,6 @@ def _is_first_copy(tensor: Tensor) -> bool:
         return distributed.is_main()
     places = zip(tensor.device_mesh.get_coordinate(), tensor.placements)
     return all(place == 0 for place, placement in places if placement.is_replicate())
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def folder_of(root: str | Path, step: int) -> Path:

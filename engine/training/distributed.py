@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from engine.device import pick_device
 from engine.errors import UserError
@@ -109,6 +110,11 @@ def barrier() -> None:
     """Wait until every process has come here."""
     if dist.is_initialized():
         dist.barrier(group=control())
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's shard of a sharded tensor; another one as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def mean(values: dict[str, float], device: torch.device) -> dict[str, float]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from engine.training.distributed import local
 
 
 class ExponentialMovingAverage:
@@ -30,7 +31,8 @@ class ExponentialMovingAverage:
         """Take in the weights after update number `count` (from 0)."""
         decay = min(self.decay, (1 + count) / (10 + count))
         if self.averages:
-            torch._foreach_lerp_(_local(self.averages.values()), _local(self.parameters.values()), 1 - decay)
+            averages, weights = (map(local, each.values()) for each in (self.averages, self.parameters))
+            torch._foreach_lerp_(list(averages), list(weights), 1 - decay)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -47,8 +49,3 @@ class ExponentialMovingAverage:
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self.averages)
-
-
-def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return this process's shards of sharded tensors; others as they are."""
-    return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]

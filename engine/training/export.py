@@ -6,7 +6,6 @@ and the log a release is made without the model's code, its data, or the process
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -18,7 +17,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.files import atomic_output, report_os_errors
+from engine.files import report_os_errors, write_json
 from engine.publish import front_matter
 from engine.release import save_release, to_float16
 from engine.training import checkpoint
@@ -37,8 +36,7 @@ def describe(run: Path, task: Task) -> None:
         shutil.rmtree(files, ignore_errors=True)
         files.mkdir(parents=True)
         task.release_files(files)
-    with atomic_output(run / DESCRIPTION) as staging:
-        staging.write_text(json.dumps(asdict(release), indent=1) + "\n")
+    write_json(run / DESCRIPTION, asdict(release))
 
 
 def export(run: str | Path, folder: str | Path, step: int | None = None) -> Path:

@@ -15,7 +15,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import soundfile
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from engine.errors import UserError, require
 from engine.files import atomic_output, report_os_errors
-from engine.media.audio import mel_picture
+from engine.media.pictures import spectrogram
 from engine.media.video import read_video
 from engine.training.export import read_log
 from engine.training.settings import TrainerConfig
@@ -89,11 +88,12 @@ class Tracker:
             name = f"validation/{path.relative_to(folder).with_suffix('').as_posix()}"
             match path.suffix.lower():
                 case ".wav":
+                    wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
                     self._to_wandb("Audio", f"{name}/sound", str(path), step)
                     if self._events:
-                        wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
                         self._events.add_audio(f"{name}/sound", wave.mean(1)[None], step, sample_rate=rate)
-                    self._picture(f"{name}/spectrogram", spectrogram(path), step)
+                    picture = spectrogram(wave.mean(1), rate).repeat(3, 0).repeat(3, 1)
+                    self._picture(f"{name}/spectrogram", picture, step)
                 case ".png" | ".jpg":
                     self._picture(f"{name}/picture", np.asarray(Image.open(path).convert("RGB")), step)
                 case ".mp4":
@@ -149,15 +149,6 @@ def _begin_wandb(run: Path, mode: str, config: dict[str, Any]) -> Any:
     started.define_metric("step")
     started.define_metric("*", step_metric="step")
     return started
-
-
-def spectrogram(path: Path) -> np.ndarray:
-    """Draw the log-mel spectrogram of a WAV file, 80 dB deep, low bands at the bottom: (240, 3 x frames, 3) uint8."""
-    wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    mel = mel_picture(wave.mean(1), rate)
-    shade = ((mel - mel.max()) / 80 + 1).clip(0, 1)[::-1]
-    colours = matplotlib.colormaps["magma"](shade, bytes=True)[..., :3]
-    return np.ascontiguousarray(colours.repeat(3, 0).repeat(3, 1))
 
 
 class Window:
