@@ -45,8 +45,8 @@ class Codec(Released):
         """Code frames a second."""
         return self.sample_rate / self.hop
 
-    @classmethod
-    def read_official(cls, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    @staticmethod
+    def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """Read the fields of `Config`, and the tensors under our names, of official files at `path`; None: it has none.
 
         `path` is a file or a folder.

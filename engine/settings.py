@@ -58,8 +58,10 @@ class Group:
     def __post_init__(self) -> None:
         hints = _hints(type(self))
         for field in dataclasses.fields(self):
-            name = field.name
-            check_value(f"{self.prefix}{name}", getattr(self, name), hints[name], field.metadata)
+            name, value, hint = field.name, getattr(self, field.name), hints[field.name]
+            check_value(f"{self.prefix}{name}", value, hint, field.metadata)
+            if get_origin(hint) is tuple:  # YAML and JSON give lists
+                object.__setattr__(self, name, tuple(value))
 
 
 def group(kind: type, unset: bool = False, about: str = "") -> Any:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,6 +90,7 @@ class LiaX(PortraitCodec):
     """
 
     kind = "lia_x"
+    read_official = staticmethod(read_official)
     Config = LiaXConfig
     sample_rate = 25
 
@@ -230,7 +229,3 @@ class LiaX(PortraitCodec):
 
     def digest(self) -> str:
         return weights_digest(self.encoder)
-
-    @classmethod
-    def read_official(cls, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        return read_official(path)

@@ -49,7 +49,7 @@ class RVQCodecConfig(Group):
     quantizer_dropout: float = setting(0.5, 0.0, 1.0)
     commitment: float = setting(0.25, 0.0, 1e6)
     codebook: float = setting(1.0, 0.0, 1e6)
-    decoder: str = "vocos"
+    decoder: str = setting("vocos", choices=("vocos", "conv"))
     vocos_dim: int = setting(512, 1, 2**14)
     vocos_intermediate: int = setting(4096, 1, 2**16)
     vocos_layers: int = setting(30, 1, 256)
@@ -57,13 +57,6 @@ class RVQCodecConfig(Group):
     hop: int = setting(480, 1, 2**16)
     conv_width: int = setting(1536, 1, 2**16)
     conv_ratios: tuple[int, ...] = setting((8, 5, 4, 3), 1, 2**10)
-
-    def __post_init__(self):
-        object.__setattr__(self, "ratios", tuple(self.ratios))
-        object.__setattr__(self, "conv_ratios", tuple(self.conv_ratios))
-        super().__post_init__()
-        if self.decoder not in ("vocos", "conv"):
-            raise UserError(f"decoder={self.decoder!r}: choose vocos or conv")
 
     @property
     def decoder_hop(self) -> int:
@@ -105,6 +98,7 @@ class RVQCodec(Codec):
 
     kind = "rvq_codec"
     Config = RVQCodecConfig
+    read_official = staticmethod(read_official)
 
     def __init__(self, config: RVQCodecConfig):
         super().__init__(config)
@@ -162,10 +156,6 @@ class RVQCodec(Codec):
 
     def digest(self) -> str:
         return weights_digest(self.encoder, self.quantizer)
-
-    @classmethod
-    def read_official(cls, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        return read_official(path)
 
     @classmethod
     def from_tensors(cls, sizes: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> RVQCodec:

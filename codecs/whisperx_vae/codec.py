@@ -57,8 +57,6 @@ class WhisperXVAEConfig(Group):
     whisper_layers: int = setting(32, 1, 256)
 
     def __post_init__(self):
-        object.__setattr__(self, "encoder_ratios", tuple(self.encoder_ratios))
-        object.__setattr__(self, "decoder_ratios", tuple(self.decoder_ratios))
         super().__post_init__()
         if math.prod(self.encoder_ratios) != math.prod(self.decoder_ratios):
             raise UserError(
@@ -88,6 +86,7 @@ class WhisperXVAE(Codec):
     """Acoustic encoder, Whisper encoder, Gaussian bottleneck, acoustic decoder."""
 
     kind = "whisperx_vae"
+    read_official = staticmethod(read_official)
     Config = WhisperXVAEConfig
 
     def __init__(self, config: WhisperXVAEConfig):
@@ -200,10 +199,6 @@ class WhisperXVAE(Codec):
 
     def digest(self) -> str:
         return weights_digest(self.encoder, self.whisper, self.in_proj)
-
-    @classmethod
-    def read_official(cls, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        return read_official(path)
 
     @classmethod
     def from_tensors(cls, sizes: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> WhisperXVAE:

@@ -146,7 +146,7 @@ def adamw(parameters: Iterable[nn.Parameter], config: TrainerConfig) -> torch.op
         for (matrix, _), group in _by_kind(parameters).items()
     ]
     fused = all(p.is_cuda for p in parameters)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), fused=fused)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
 
 
 def clipping_groups(parameters: Iterable[nn.Parameter], apart: list[nn.Module]) -> list[list[nn.Parameter]]:

@@ -57,7 +57,6 @@ class ReleasedEncoderConfig(Group, prefix="encoders."):
     mouth_size: int = setting(MOUTH_SIDE, VIEW, 2**12)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "identity_blocks", tuple(self.identity_blocks))
         super().__post_init__()
         if self.face_size % ARCFACE_SIDE:
             raise UserError(f"encoders.face_size={self.face_size}: ArcFace needs a multiple of {ARCFACE_SIDE} pixels")
