@@ -38,7 +38,7 @@ class MissingChoice(UserError):
         self.group = group
 
 
-def load(config_name: str, argv: Sequence[str], help_text: str, configs: Path = CONFIGS) -> DictConfig:
+def load(config_name: str, argv: Sequence[str], help_text: str) -> DictConfig:
     """Compose `configs/{config_name}.yaml` with the overrides in `argv` (`key=value`, `group=choice`).
 
     `--help` prints help and ends the program; `--cfg` prints the composed config and does so too. A key `name` that
@@ -47,33 +47,33 @@ def load(config_name: str, argv: Sequence[str], help_text: str, configs: Path = 
     Args:
         help_text: what the program does, then a line `Examples:` and examples. Overrides and choices go in between.
     """
-    composed = _compose(config_name, [word for word in argv if word not in HELP_WORDS], configs)
+    composed = _compose(config_name, [word for word in argv if word not in HELP_WORDS])
     if "--help" in argv or "-h" in argv:
-        print(_help(config_name, help_text, composed, configs))
+        print(_help(config_name, help_text, composed))
         raise SystemExit(0)
     if "--cfg" in argv:
         print(OmegaConf.to_yaml(composed.config), end="")
         raise SystemExit(0)
-    _check_complete(composed, configs)
+    _check_complete(composed)
     return composed.config
 
 
-def compose(config_name: str, words: Sequence[str], configs: Path = CONFIGS) -> DictConfig:
+def compose(config_name: str, words: Sequence[str]) -> DictConfig:
     """Compose as `load` does, for programs that need some values only.
 
     Mandatory values may be missing. Where a recipe leaves the choice of data to the user, it is `shards`.
     """
     try:
-        return _compose(config_name, words, configs).config
+        return _compose(config_name, words).config
     except MissingChoice as missing:
         if missing.group != "data":
             raise
-        return _compose(config_name, [*words, "data=shards"], configs).config
+        return _compose(config_name, [*words, "data=shards"]).config
 
 
 def read_preset(group: str, name: str) -> dict[str, dict[str, Any]]:
     """Return the settings of configs/GROUP/NAME.yaml."""
-    require_choice(group, name, _options(group, CONFIGS))
+    require_choice(group, name, _options(group))
     return OmegaConf.to_container(OmegaConf.load(CONFIGS / group / f"{name}.yaml")) or {}
 
 
@@ -131,11 +131,11 @@ class Composed:
     described: dict[str, tuple[Field, Any]]
 
 
-def _compose(config_name: str, words: Sequence[str], configs: Path) -> Composed:
+def _compose(config_name: str, words: Sequence[str]) -> Composed:
     groups, values = [], list(words)
     while True:  # an experiment may bring groups of its own, whose choices can be set as well
         try:
-            base, choices = _hydra(config_name, groups, configs)
+            base, choices = _hydra(config_name, groups)
         except MissingChoice as missing:  # a recipe leaves this group's choice to the user
             choices = {missing.group: None}
             if not any(_name(word) in choices for word in values):
@@ -144,14 +144,14 @@ def _compose(config_name: str, words: Sequence[str], configs: Path) -> Composed:
         if not choosing:
             break
         for word in choosing:
-            group, choice, options = _name(word), word.partition("=")[2], _options(_name(word), configs)
+            group, choice, options = _name(word), word.partition("=")[2], _options(_name(word))
             if not word.startswith("~") and choice not in (*options, "null", ""):
                 raise UserError(f"{group}={choice} does not exist; {nearest(choice, options)}")
         groups += choosing
         values = [word for word in values if word not in choosing]
     early = [word for word in values if word[0] in "+~" or _name(word).endswith("_target_")]
     if early:  # these decide which settings there are
-        base, choices = _hydra(config_name, groups + early, configs)
+        base, choices = _hydra(config_name, groups + early)
     schemas: dict[str, type] = {}
     config = OmegaConf.create(_complete(base, "", schemas))
     known = [row for node, schema in schemas.items() for row in listed(schema, f"{node}." if node else "")]
@@ -180,13 +180,13 @@ def _complete(node: dict[str, Any], key: str, schemas: dict[str, type]) -> dict[
     return {k: _complete(v, f"{inside}{k}", schemas) if isinstance(v, dict) else v for k, v in node.items()}
 
 
-def _hydra(config_name: str, overrides: list[str], configs: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def _hydra(config_name: str, overrides: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
     try:
-        with hydra.initialize_config_dir(config_dir=str(configs), version_base="1.3"):
+        with hydra.initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
             config = hydra.compose(config_name, overrides=overrides, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         if missing := re.match(r"You must specify '([^']+)'", str(error)):
-            raise MissingChoice(missing[1], _options(missing[1], configs)) from error
+            raise MissingChoice(missing[1], _options(missing[1])) from error
         raise UserError(f"configuration: {_one_line(error)}") from error
     choices = {key: choice for key, choice in config.hydra.runtime.choices.items() if not key.startswith("hydra/")}
     values = OmegaConf.to_container(config, resolve=False)
@@ -202,8 +202,8 @@ def _name(word: str) -> str:
     return key.lstrip("+~")
 
 
-def _options(group: str, configs: Path) -> list[str]:
-    return sorted(path.stem for path in (configs / group.partition("@")[0]).glob("*.yaml"))
+def _options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group.partition("@")[0]).glob("*.yaml"))
 
 
 def _set(composed: Composed, word: str) -> None:
@@ -253,13 +253,11 @@ def _walk(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _walk(value, f"{prefix}{key}.")
 
 
-def _check_complete(composed: Composed, configs: Path) -> None:
+def _check_complete(composed: Composed) -> None:
     config = composed.config
     missing = [key for key, value in _walk(config) if value == "???"]
     if missing and "experiment" in composed.choices and not composed.choices["experiment"]:
-        raise UserError(
-            f"choose a recipe with experiment=NAME; there are: {', '.join(_options('experiment', configs))}"
-        )
+        raise UserError(f"choose a recipe with experiment=NAME; there are: {', '.join(_options('experiment'))}")
     if missing:
         raise UserError(f"missing: {' '.join(f'{key}=...' for key in sorted(missing))} (see --help)")
     try:
@@ -279,14 +277,14 @@ def _one_line(error: Exception) -> str:
 # --- help ---
 
 
-def _help(name: str, text: str, composed: Composed, configs: Path) -> str:
+def _help(name: str, text: str, composed: Composed) -> str:
     about, _, examples = text.partition("Examples:")
     sentences = {key: field.metadata.get("about", "") for key, (field, _) in composed.described.items()}
     for group, choice in {"": name, **composed.choices}.items():
         if not choice:
             continue
         folder, _, package = group.partition("@")
-        package, path = package or folder.replace("/", "."), configs / folder / f"{choice}.yaml"
+        package, path = package or folder.replace("/", "."), CONFIGS / folder / f"{choice}.yaml"
         prefix = "" if "@package _global_" in path.read_text() or not package else f"{package}."
         sentences |= {f"{prefix}{key}": sentence for key, sentence in _comments(path)}
     rows = [(key, _printed(value), sentences[key]) for key, value in _walk(composed.config) if sentences.get(key)]
@@ -296,9 +294,9 @@ def _help(name: str, text: str, composed: Composed, configs: Path) -> str:
     lines += [f"  {key:<{width}}  {default:<{default_width}}  {sentence}" for key, default, sentence in rows]
     for group, choice in composed.choices.items():
         lines += ["", f"{group}=..." + (f" ({choice})" if choice else "") + ":"]
-        options = _options(group, configs)
+        options = _options(group)
         width = max(map(len, options), default=0)
-        headlines = [_headline(configs / group.partition("@")[0] / f"{option}.yaml") for option in options]
+        headlines = [_headline(CONFIGS / group.partition("@")[0] / f"{option}.yaml") for option in options]
         lines += [f"  {option:<{width}}  {headline}".rstrip() for option, headline in zip(options, headlines)]
     lines += ["", "  --help         this text; after an experiment=NAME with that recipe's defaults"]
     lines += ["  --cfg          the whole composed config, as YAML"]

@@ -49,11 +49,12 @@ EXPERIMENT = "experiment=tiny_talker"
 
 
 @pytest.fixture
-def compose(tmp_path):
+def compose(tmp_path, monkeypatch):
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    return lambda *words: load("main", words, "Does a thing.\n\nExamples:\nrun it", tmp_path)
+    monkeypatch.setattr("engine.config.CONFIGS", tmp_path)
+    return lambda *words: load("main", words, "Does a thing.\n\nExamples:\nrun it")
 
 
 def test_composition(compose):

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from corpora.preparation.media import Decode
-from engine.config import CONFIGS, load
+from engine.config import load
 from engine.faces.track import read_boxes
 from engine.media.audio import read_audio, read_voice, write_wav
 from engine.media.ffmpeg import probe
@@ -131,7 +131,7 @@ def job(folder: Path, line: str) -> None:
 
 
 def command(folder: Path, config: str, words: str) -> None:
-    load(config, words.split(), "", CONFIGS)
+    load(config, words.split(), "")
 
 
 def released(folder: Path) -> None:
