@@ -10,6 +10,7 @@ import importlib.util
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def landmark_source(setting: str | None, detector: FaceDetector | None) -> Landm
     if setting == "yunet":
         if detector is None:
             raise UserError("face_landmarks=yunet needs the network's file: detector=face_detection_yunet_2023mar.onnx")
-        return NearestFace(detector)
+        return partial(nearest_face, detector)
     if not Path(setting).exists():
         raise UserError(f"face_landmarks={setting}: no such file; give dlib68, yunet, or a {', '.join(SUFFIXES)} file")
     return Path(setting)
@@ -134,18 +135,13 @@ def _upright(
             yield i, cv2.warpAffine(frame, matrix, (2 * SIDE, 2 * SIDE), borderMode=cv2.BORDER_REPLICATE), matrix
 
 
-class NearestFace:
-    """Five landmarks a frame: those of the face, of all that a detector with points finds, nearest the tracked one."""
-
-    def __init__(self, detector: FaceDetector) -> None:
-        self.detector = detector
-
-    def __call__(self, blocks: Iterable[np.ndarray], track: FaceTrack) -> Iterator[np.ndarray | None]:
-        for i, frame in enumerate(frame for block in blocks for frame in block):
-            faces = self.detector(frame) if track.seen[i] else ()
-            best = min(faces, key=lambda face: change(track.boxes[i], face, 0.4), default=None)
-            usable = best is not None and change(track.boxes[i], best, 0.4) < 1
-            yield best[POINTS].reshape(5, 2) if usable else None
+def nearest_face(detector: FaceDetector, blocks: Iterable[np.ndarray], track: FaceTrack) -> Iterator[np.ndarray | None]:
+    """Yield the five points of the face, of all that a detector with points finds, nearest the tracked one."""
+    for i, frame in enumerate(frame for block in blocks for frame in block):
+        faces = detector(frame) if track.seen[i] else ()
+        best = min(faces, key=lambda face: change(track.boxes[i], face, 0.4), default=None)
+        usable = best is not None and change(track.boxes[i], best, 0.4) < 1
+        yield best[POINTS].reshape(5, 2) if usable else None
 
 
 def read_landmarks(path: Path, clip: str) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ from drawn_faces import scene, talking_head
 from engine.errors import UserError
 from engine.faces.clip import ClipFrames, find_faces, place_landmarks
 from engine.faces.detectors import box_of_points, five_points
-from engine.faces.landmarks import Dlib68, NearestFace, add_landmarks, landmark_source, read_landmarks, write_faces
+from engine.faces.landmarks import Dlib68, add_landmarks, landmark_source, read_landmarks, write_faces
 from engine.faces.track import track_of_boxes
 from engine.media.video import read_video, write_video
 from hicodit.conditions.align import mouth_poses, transform
@@ -146,11 +146,11 @@ def test_yunet_gives_the_landmarks_of_the_tracked_face():
     frames = np.zeros((6, 200, 200, 3), np.uint8)
     frames[:, 0, 0, 0] = np.arange(6)
     track = track_of_boxes(box_of_points(five).tolist(), 6)
-    found = add_landmarks([frames], track, NearestFace(detector)).landmarks
+    finder = landmark_source("yunet", detector)
+    found = add_landmarks([frames], track, finder).landmarks
     assert np.allclose(found, five + np.arange(6)[:, None, None])  # that of frame 3 lies between its neighbours'
-    assert isinstance(landmark_source("yunet", detector), NearestFace)
     with pytest.raises(UserError, match="no frame of the clip has landmarks"):
-        add_landmarks([frames], track_of_boxes([150, 10, 8, 8], 6), NearestFace(detector))
+        add_landmarks([frames], track_of_boxes([150, 10, 8, 8], 6), finder)
 
 
 def face(count: int) -> np.ndarray:
