@@ -144,13 +144,25 @@ class Service:
             ticket.cancel()
 
 
-def counting(app: Callable, service: Service) -> Callable:
-    """Count answers to HTTP requests, as middleware. Starlette's BaseHTTPMiddleware would hide disconnections."""
+def counted(app: Callable, service: Service) -> Callable:
+    """Count answers to HTTP requests, and refuse bodies that are too large, as middleware.
 
-    async def counted(scope: Any, receive: Callable, send: Callable) -> None:
+    Starlette's BaseHTTPMiddleware would hide disconnections; its RequestBodyLimitMiddleware answers in plain text.
+    """
+    most = service.limits.megabytes * 2**20
+
+    async def call(scope: Any, receive: Callable, send: Callable) -> None:
         if scope["type"] != "http":
             return await app(scope, receive, send)
-        begin, status = time.monotonic(), 500
+        begin, status, size = time.monotonic(), 500, 0
+
+        async def limited() -> Any:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > most:
+                raise HTTPException(413, f"a body of more than {most:,} bytes")
+            return message
 
         async def watched(message: Any) -> None:
             nonlocal status
@@ -158,8 +170,8 @@ def counting(app: Callable, service: Service) -> Callable:
             await send(message)
 
         try:
-            await app(scope, receive, watched)
+            await app(scope, limited, watched)
         finally:
             service.count(scope["path"] if status not in (404, 405) else "other", status, begin)
 
-    return counted
+    return call

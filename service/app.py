@@ -29,7 +29,7 @@ from engine.settings import FACE, LIMITS
 from engine.untrusted import parse_json
 from hicodit.conditions.types import FPS
 from hicodit.streaming import SpeechChunk, SpeechStream, StreamSettings
-from service.admission import ClientLeft, Service, counting, explain
+from service.admission import ClientLeft, Service, counted, explain
 from service.limits import MAX_PICTURE
 from service.openai import FIRST, check_text, openai_error, openai_routes
 from service.sound import samples
@@ -58,7 +58,7 @@ def make_app(service: Service) -> FastAPI:
     app = FastAPI(title="speaking-faces", lifespan=lifespan)
     app.state.service = service
 
-    app.add_middleware(counting, service=service)
+    app.add_middleware(counted, service=service)
     for kind in (UserError, RequestValidationError, HTTPException, ClientLeft, OSError, Exception):
         app.exception_handler(kind)(_answer_error)
     app.include_router(openai_routes(service))
@@ -85,7 +85,7 @@ def make_app(service: Service) -> FastAPI:
             raise UserError("face=all makes a file for each face: use /v1/videos")
         with service.admitted(), request_folder() as folder:
             clip = folder / "clip.mp4"
-            await _save_body(request, clip, service.limits.megabytes * 2**20)
+            clip.write_bytes(await _body(request))
             crops = await service.in_thread(model.crops, clip, chosen)
             speech = await service.generate("hicodit", Ticket(crops, seed), request.is_disconnected)
             return Response(await service.in_thread(_wav, folder, speech.wave, speech.rate), media_type="audio/wav")
@@ -95,9 +95,7 @@ def make_app(service: Service) -> FastAPI:
         """Return WAV (mode tts) or MP4 (t2av) for a JSON object, see `_prepare`."""
         model = _loaded(service.talker, "talker_t2av")
         with service.admitted(), request_folder() as folder:
-            body = folder / "body.json"
-            await _save_body(request, body, service.limits.megabytes * 2**20)
-            prepared = await service.in_thread(_prepare, service, body.read_bytes(), folder)
+            prepared = await service.in_thread(_prepare, service, await _body(request), folder)
             tickets = (Ticket(part) for part in parts_of(prepared))
             results = [await service.generate("talker_t2av", ticket, request.is_disconnected) for ticket in tickets]
             talk = await service.in_thread(model.complete, prepared, *results)
@@ -173,16 +171,10 @@ def _loaded(pipeline: Any, name: str) -> Any:
     return pipeline
 
 
-async def _save_body(request: Request, path: Path, most: int) -> None:
-    size = 0
-    with path.open("wb") as file:
-        async for part in request.stream():
-            size += len(part)
-            if size > most:
-                raise HTTPException(413, f"a body of more than {most:,} bytes")
-            file.write(part)
-    if not size:
+async def _body(request: Request) -> bytes:
+    if not (body := await request.body()):
         raise UserError("the body is empty")
+    return body
 
 
 def _prepare(service: Service, body: bytes, folder: Path) -> PreparedJob:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from fastapi import APIRouter, Depends, File, Form, HTTPException, Query, Request, Response, UploadFile
+from fastapi import APIRouter, File, Form, HTTPException, Query, Request, Response, UploadFile
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict
 from pydantic import Field as Bounded
@@ -117,23 +117,9 @@ def openai_error(status: int, message: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
-def sized(service: Service) -> Any:
-    """Return a dependency that refuses bodies that are too large, or do not say how large they are."""
-
-    def check(request: Request) -> None:
-        stated, most = request.headers.get("content-length", ""), service.limits.megabytes * 2**20
-        if not stated.isdecimal():
-            raise HTTPException(411, "the body's length is not stated: send a Content-Length header")
-        if int(stated) > most:
-            raise HTTPException(413, f"a body of more than {most:,} bytes")
-
-    return Depends(check)
-
-
 def openai_routes(service: Service) -> APIRouter:
     """Return the routes of /v1."""
     router = APIRouter(prefix="/v1")
-    limited = [sized(service)]
     videos = Videos(service)
     models = {TALKER: service.talker, HICODIT: service.hicodit}
     started = int(time.time())
@@ -157,7 +143,7 @@ def openai_routes(service: Service) -> APIRouter:
             known = ", ".join(name for name, model in models.items() if model is not None)
             raise HTTPException(404, f"model {name[:80]!r} is not served here; there are: {known}")
 
-    @router.post("/audio/speech", dependencies=limited, responses={200: {"content": {"audio/*": {}}}})
+    @router.post("/audio/speech", responses={200: {"content": {"audio/*": {}}}})
     async def speech(body: SpeechRequest, request: Request) -> Response:
         """Say a text.
 
@@ -210,7 +196,7 @@ def openai_routes(service: Service) -> APIRouter:
         names = sorted(service.voices.files) if service.voices else []
         return {"object": "list", "data": [{"id": name, "name": name, "object": "audio.voice"} for name in names]}
 
-    @router.post("/audio/voices", dependencies=limited)
+    @router.post("/audio/voices")
     async def add_voice(name: Annotated[str, Form()], audio_sample: Annotated[UploadFile, File()]) -> dict[str, Any]:
         """Save the voice of a recording under a name; the recording itself is not kept."""
         require_model(TALKER)
@@ -228,7 +214,7 @@ def openai_routes(service: Service) -> APIRouter:
         await service.in_thread(service.voices.remove, name)  # it may wait for an upload
         return {"id": name, "object": "audio.voice.deleted", "deleted": True}
 
-    @router.post("/videos", dependencies=limited)
+    @router.post("/videos")
     async def make_video(
         input_reference: Annotated[UploadFile, File(description="talker-t2av: the face; hicodit: the silent clip")],
         model: Annotated[Literal["talker-t2av", "hicodit"], Form()] = TALKER,

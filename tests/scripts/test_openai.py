@@ -337,11 +337,17 @@ def test_each_face_of_a_clip_gets_a_video(client, models, tmp_path):
             dub(**extra)
 
 
-def test_a_body_must_state_its_length(client):
-    url = f"{client.base_url}audio/speech"
-    assert client._client.post(url, content=iter([b"{}"])).status_code == 411
-    big = client._client.post(url, content=b"x" * (32 * 2**20 + 1))
-    assert big.status_code == 413 and big.json()["error"]["message"].startswith("a body of more")
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("audio/speech", {"content": b"x" * (2**25 + 1)}),
+        ("audio/speech", {"content": [b"x" * 2**20] * 33}),  # in chunks, without a Content-Length
+        ("videos", {"data": {"model": "hicodit"}, "files": {"input_reference": b"x" * 2**25}}),
+    ],
+)
+def test_a_body_that_is_too_large_is_refused(client, path, body):
+    answer = client._client.post(f"{client.base_url}{path}", **body)
+    assert answer.status_code == 413 and answer.json()["error"]["message"].startswith("a body of more than 33,554,432")
 
 
 def test_a_saved_voice_of_another_encoder_is_refused(models, tmp_path):
