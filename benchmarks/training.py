@@ -76,14 +76,10 @@ def build_task(
     if name.startswith("talker"):
         return TalkerTask(model, {}, freeze_embeddings=freeze_embeddings)
     with TemporaryDirectory() as folder:  # the task reads a tokenizer's sizes
-        random_codec(model).save(f"{folder}/codec", "")
+        sizes = RVQCodecConfig(encoder_width=4, levels=model["levels"], codebook_size=model["codes"])
+        RVQCodec(sizes).save(f"{folder}/codec", "")
         encoders = encoders or tiny_encoders(model) | {"phonemes": 48}
         return HiCoDiTTask(model, encoders, f"{folder}/codec", "", None)
-
-
-def random_codec(model: dict[str, Any]) -> RVQCodec:
-    """Return a small tokenizer with the levels and codes of a HiCoDiT config."""
-    return RVQCodec(RVQCodecConfig(encoder_width=4, levels=model["levels"], codebook_size=model["codes"]))
 
 
 def hicodit_batch(task: Task, rows: int, seconds: float) -> dict[str, Tensor]:

@@ -57,9 +57,9 @@ def weighted_score_entropy(log_q: Tensor, x0: Tensor, t: Tensor, noise: LogLinea
     return weight * (excess - log_q.gather(-1, x0.unsqueeze(-1)).squeeze(-1))
 
 
-def stratified_times(batch: int, low: float, generator: torch.Generator | None = None) -> Tensor:
+def stratified_times(batch: int, low: float) -> Tensor:
     """`batch` times in [low, 1], one in each of `batch` equal slices, in random order: the 1/t weight stays tame."""
-    u = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
+    u = (torch.randperm(batch) + torch.rand(batch)) / batch
     return low + (1 - low) * u
 
 

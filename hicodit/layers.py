@@ -15,9 +15,9 @@ from torch import Tensor, nn
 GELU_SLOPE = math.sqrt(8 / math.pi)
 
 
-def rotary_table(length: int, head_dim: int, device: torch.device, base: float = 10000.0) -> Tensor:
+def rotary_table(length: int, head_dim: int, device: torch.device) -> Tensor:
     """Return cosines and sines (2, L, D/2) of rotary positions."""
-    inverse = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    inverse = 10000.0 ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), inverse)
     return torch.stack([angles.cos(), angles.sin()])
 

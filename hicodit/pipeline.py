@@ -168,15 +168,9 @@ class HiCoDiTPipeline:
         """
         return publish(self.folder, self.parts, repository, license, private)
 
-    def crops(
-        self,
-        video: str | Path | np.ndarray,
-        face: str | int = "largest",
-        face_box: Any = None,
-        strip: str | Path | None = None,
-    ) -> Crops:
-        """Return the crops of one face; `strip` is one path, else as `all_crops`."""
-        return next(self.all_crops(video, face, face_box, None if strip is None else lambda number: strip))
+    def crops(self, video: str | Path | np.ndarray, face: str | int = "largest", face_box: Any = None) -> Crops:
+        """Return the crops of one face; arguments as those of `all_crops`."""
+        return next(self.all_crops(video, face, face_box))
 
     def all_crops(
         self,
@@ -279,9 +273,10 @@ class HiCoDiTPipeline:
         if identity is not None:
             identity = send(torch.as_tensor(identity, dtype=torch.float32), self.device).expand(len(crops), -1)
         if isinstance(crops[0], Features):
-            lip, expression = pad([c.lip for c in crops]), pad([c.expression for c in crops])
-            conditions = self.system.conditions_of_features(lip, pad([c.faces for c in crops]), expression, frames)
-            return conditions if identity is None else replace(conditions, identity=identity)
+            lip, faces, expression = (pad([getattr(c, part) for c in crops]) for part in ("lip", "faces", "expression"))
+            if identity is None:
+                identity = self.system.model.adapt_identity(faces.float().mean(1))
+            return Conditions(lip.float(), identity, expression, frames)
         voices, expressions = [], []
         for c in crops:
             if c.expression is None:

@@ -72,15 +72,6 @@ class HiCoDiTSystem(Released):
             identity = self.model.adapt_identity(self.encoders.identity(unit(voices)))
         return Conditions(lip, identity, nn.utils.rnn.pad_sequence(expression, batch_first=True), frames)
 
-    def conditions_of_features(self, lip: Tensor, faces: Tensor, expression: Tensor, frames: Tensor) -> Conditions:
-        """Make the conditions of a batch of clips from stored features of encoders that are not trained.
-
-        Args:
-            lip: (B, T, E). faces: (B, F, 512), each picture alone through the identity encoder.
-            expression: (B, J) classes. frames: (B,) valid frames.
-        """
-        return Conditions(lip.float(), self.model.adapt_identity(faces.float().mean(1)), expression, frames)
-
     def arguments(self) -> dict[str, Any]:
         return {"model": asdict(self.model.config), "encoders": asdict(self.encoders.config)}
 

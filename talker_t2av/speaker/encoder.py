@@ -331,17 +331,13 @@ class VoiceEncoder(Released):
         self.head = EcapaTDNN(config.bands, config.channels, config.pooled, config.bottleneck, config.embedding)
 
     def forward(self, mel: Tensor) -> Tensor:
-        """Map log-mel (B, M, T) of `features` -> (B, D)."""
+        """Map a `level_mel` (B, M, T), 100 frames a second, -> (B, D)."""
         return self.head(mel)
-
-    def features(self, wave: Tensor) -> Tensor:
-        """Compute `level_mel` (M, T) or (B, M, T), 100 frames a second, of a wave (N,) or (B, N) at 16 kHz."""
-        return level_mel(wave, self.config.bands)
 
     @torch.no_grad()
     def embed(self, wave: Tensor) -> Tensor:
         """Map a wave (N,) at 16 kHz -> (256,); raw values, not of unit length."""
-        return self(self.features(_checked(wave)[None]))[0]
+        return self(level_mel(_checked(wave)[None], self.config.bands))[0]
 
 
 def _checked(wave: Tensor) -> Tensor:

@@ -190,7 +190,7 @@ def system():
 def test_a_clip_speaks_through_released_encoders(system, release, clip, tmp_path):
     codec = RVQCodec.from_pretrained(release.parent / "codec")
     pipeline = HiCoDiTPipeline(system, codec, SamplerConfig(steps=2), GuidanceScales())
-    crops = pipeline.crops(clip, strip=tmp_path / "strip.png")
+    crops = next(pipeline.all_crops(clip, "largest", strip=lambda _: tmp_path / "strip.png"))
     assert crops.mouth.shape == (40, 96, 96) and crops.faces.shape == (8, 224, 224, 3)
     assert (tmp_path / "strip.png").stat().st_size > 5000
     speech = pipeline.run([crops], [0])[0]
