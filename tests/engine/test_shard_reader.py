@@ -23,7 +23,7 @@ COUNT = 23
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return random_split(tmp_path_factory.mktemp("shards") / "train", digests={"rvq": "aa", "lia_x": None})
+    return random_split(tmp_path_factory.mktemp("shards") / "train")
 
 
 @pytest.fixture
