@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.device import send
 from engine.errors import UserError
 from engine.official import rename_all
 from engine.release import build_with
@@ -315,7 +316,7 @@ class POSTER2(nn.Module):
         """Normalise pictures (n, 3, H, W) in [0, 1], RGB, to the network's (n, 3, 224, 224)."""
         if faces.shape[-2:] != (SIDE, SIDE):
             faces = F.interpolate(faces, size=(SIDE, SIDE), mode="bilinear", antialias=True)
-        mean, std = (torch.tensor(v, device=faces.device, dtype=faces.dtype)[:, None, None] for v in (MEAN, STD))
+        mean, std = send(torch.tensor([MEAN, STD], dtype=faces.dtype), faces.device)[..., None, None]
         return (faces - mean) / std
 
     def forward(self, faces: Tensor) -> Tensor:
@@ -323,7 +324,7 @@ class POSTER2(nn.Module):
 
         A sequence of them becomes one class a half second by `hicodit.conditions.types.window_expressions`.
         """
-        order = [self.classes.index(name) for name in EXPRESSIONS]
+        order = send(torch.tensor([self.classes.index(name) for name in EXPRESSIONS]), faces.device)
         return self.logits(self.normalise(faces))[:, order]
 
     @classmethod

@@ -9,6 +9,7 @@ import pytest
 
 from engine.batch_runner import run_batches
 from engine.errors import UserError
+from engine.files import atomic_output
 from engine.progress import Progress, stage
 from engine.settings import ClusterConfig
 
@@ -40,6 +41,40 @@ class Numbers:
         if job == 7:
             raise UserError("the disk is full")
         return f"{name}: batch {result}", 0.5
+
+
+STAGES = ("prepare", "generate", "write", "report")
+
+
+class Killed:
+    """Each even job below 20 kills its process once, at one of four stages: ten kills. Jobs write a file each."""
+
+    device = "cpu"
+
+    def __init__(self, folder):
+        self.output, self.killed = folder / "output", folder / "killed"
+
+    def reach(self, job, stage):
+        mark = self.killed / str(job)
+        if job in range(0, 20, 2) and STAGES[job // 2 % 4] == stage and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def prepare(self, job):
+        self.reach(job, "prepare")
+        return job
+
+    def generate(self, batch):
+        for job in batch:
+            self.reach(job, "generate")
+        return [job**2 for job in batch]
+
+    def write(self, name, job, result):
+        with atomic_output(self.output / f"{name}.txt") as path:
+            path.write_text(f"{result}")
+            self.reach(job, "write")
+        self.reach(job, "report")
+        return f"{name}: {result}", 0.5
 
 
 def run(jobs, batch_size=2, name_errors=False, **place):
@@ -88,6 +123,18 @@ def test_batches_are_shared_by_processes_and_one_that_kills_its_process_fails_al
     assert sorted(err.splitlines()) == ["failed: job4: 4 is even", f"failed: job5: {died}", f"failed: job9: {died}"]
     assert (len(summary.failed), summary.speech_seconds, summary.device) == (3, 2.0, "2 processes, cpu")
     assert summary.report("jobs", tmp_path) == 1
+
+
+def test_ten_kills_lose_and_double_nothing(tmp_path, capsys):
+    (tmp_path / "killed").mkdir()
+    jobs = [(f"job{job}", job) for job in range(30)]
+    summary = run_batches(jobs, 2, partial(Killed, tmp_path), devices=2)
+    assert len([*(tmp_path / "killed").iterdir()]) == 10
+    out, err = capsys.readouterr()
+    assert sorted(out.splitlines()) == sorted(f"{name}: {job**2}" for name, job in jobs) and not err
+    assert (summary.failed, summary.speech_seconds) == ([], 15.0)
+    files = {path.stem: path.read_text() for path in (tmp_path / "output").glob("[!.]*.txt")}
+    assert files == {name: f"{job**2}" for name, job in jobs}
 
 
 @pytest.mark.slow
