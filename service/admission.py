@@ -26,6 +26,7 @@ from talker_t2av.pipeline import TalkerPipeline
 from talker_t2av.settings import DEMO
 
 WATCH = 0.2  # seconds between two checks whether the client is still connected
+TALKER, HICODIT = "talker-t2av", "hicodit"  # names of the models in requests
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
@@ -67,6 +68,8 @@ class Service:
         voices: Path | None = None,
     ) -> None:
         self.hicodit, self.talker, self.limits, self.demo = hicodit, talker, limits, demo
+        models = {TALKER: talker, HICODIT: hicodit}
+        self.served = {name: model for name, model in models.items() if model is not None}
         self.workers: dict[str, Worker] = {}
         if hicodit is not None:
             self.workers["hicodit"] = HiCoDiTWorker(hicodit, limits.rows)
@@ -95,6 +98,12 @@ class Service:
         inside = Gauge("requests_inside", "Admitted requests that have no answer yet.", registry=registry)
         inside.set_function(lambda: self.requests)
         Gauge("streams_open", "Open WebSockets.", registry=registry).set_function(lambda: self.streams)
+
+    def find(self, name: str) -> Any:
+        """Return the pipeline of a model; answer 404 if it is not served."""
+        if name not in self.served:
+            raise HTTPException(404, f"model {name[:80]!r} is not served here; there are: {', '.join(self.served)}")
+        return self.served[name]
 
     def count(self, path: str, status: int, begin: float) -> None:
         """Count an answer to a request that came at `begin`, by time.monotonic."""

@@ -29,7 +29,7 @@ from engine.settings import FACE, LIMITS
 from engine.untrusted import parse_json
 from hicodit.conditions.types import FPS
 from hicodit.streaming import SpeechChunk, SpeechStream, StreamSettings
-from service.admission import ClientLeft, Service, counted, explain
+from service.admission import HICODIT, TALKER, ClientLeft, Service, counted, explain
 from service.limits import MAX_PICTURE
 from service.openai import FIRST, check_text, openai_error, openai_routes
 from service.sound import samples
@@ -79,7 +79,7 @@ def make_app(service: Service) -> FastAPI:
         request: Request, seed: int = 0, face: Annotated[str, Query(description=FACE)] = FIRST
     ) -> Response:
         """Return the speech of a silent video, which is the body, as WAV."""
-        model = _loaded(service.hicodit, "hicodit")
+        model = service.find(HICODIT)
         check_seed(seed)
         if (chosen := read_face(face)) == "all":
             raise UserError("face=all makes a file for each face: use /v1/videos")
@@ -93,7 +93,7 @@ def make_app(service: Service) -> FastAPI:
     @app.post("/talker")
     async def talker(request: Request) -> Response:
         """Return WAV (mode tts) or MP4 (t2av) for a JSON object, see `_prepare`."""
-        model = _loaded(service.talker, "talker_t2av")
+        model = service.find(TALKER)
         with service.admitted(), request_folder() as folder:
             prepared = await service.in_thread(_prepare, service, await _body(request), folder)
             tickets = (Ticket(part) for part in parts_of(prepared))
@@ -108,7 +108,7 @@ def make_app(service: Service) -> FastAPI:
     @_streaming(service, "/talker/stream")
     async def talker_stream(socket: WebSocket, folder: Path) -> None:
         """Receive the JSON object of a tts job; send the rate, then sound (16-bit samples) patch by patch."""
-        model = _loaded(service.talker, "talker_t2av")
+        model = service.find(TALKER)
         prepared = await service.in_thread(_prepare, service, (await socket.receive_text()).encode(), folder)
         if prepared.job.mode != "tts":
             raise UserError(f"mode={prepared.job.mode} cannot be streamed: use tts")
@@ -131,7 +131,7 @@ def make_app(service: Service) -> FastAPI:
 
         Send the rate, then sound (16-bit samples) in hops of 160 ms.
         """
-        model = _loaded(service.hicodit, "hicodit")
+        model = service.find(HICODIT)
         fields = parse_json(await socket.receive_text(), "the first message")
         if not isinstance(fields, dict) or fields.keys() - {"lookahead", "seed"}:
             raise UserError('begin with an object such as {"lookahead": 0.4, "seed": 0}')
@@ -163,12 +163,6 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     status, message = explain(error)
     body = openai_error(status, message) if request.url.path.startswith("/v1/") else {"error": message}
     return JSONResponse(body, status, {"Retry-After": "1"} if status in (429, 503) else None)
-
-
-def _loaded(pipeline: Any, name: str) -> Any:
-    if pipeline is None:
-        raise HTTPException(404, f"{name} is not served here")
-    return pipeline
 
 
 async def _body(request: Request) -> bytes:

@@ -31,7 +31,7 @@ from engine.faces.track import read_face
 from engine.media.video import mux_audio, write_video
 from engine.seeding import check_seed
 from engine.settings import FACE
-from service.admission import Service, explain
+from service.admission import TALKER, Service, explain
 from service.sound import FORMATS, encode, encode_whole
 from service.speaking import always, noting, parts_of, request_folder, speak
 from service.voices import DEFAULT
@@ -39,7 +39,6 @@ from service.workers import Ticket
 from talker_t2av.jobs import PreparedJob
 from talker_t2av.pipeline import Job
 
-TALKER, HICODIT = "talker-t2av", "hicodit"
 KEPT_SECONDS = 3600.0  # after which a finished video is deleted
 SPEEDS = (0.25, 4.0)
 FIRST = "largest"  # of several faces
@@ -121,7 +120,6 @@ def openai_routes(service: Service) -> APIRouter:
     """Return the routes of /v1."""
     router = APIRouter(prefix="/v1")
     videos = Videos(service)
-    models = {TALKER: service.talker, HICODIT: service.hicodit}
     started = int(time.time())
 
     def model_json(name: str) -> dict[str, Any]:
@@ -130,18 +128,13 @@ def openai_routes(service: Service) -> APIRouter:
     @router.get("/models")
     async def list_models() -> dict[str, Any]:
         """List the models."""
-        return {"object": "list", "data": [model_json(name) for name, model in models.items() if model is not None]}
+        return {"object": "list", "data": [model_json(name) for name in service.served]}
 
     @router.get("/models/{name}")
     async def get_model(name: str) -> dict[str, Any]:
         """Describe a model."""
-        require_model(name)
+        service.find(name)
         return model_json(name)
-
-    def require_model(name: str) -> None:
-        if models.get(name) is None:
-            known = ", ".join(name for name, model in models.items() if model is not None)
-            raise HTTPException(404, f"model {name[:80]!r} is not served here; there are: {known}")
 
     @router.post("/audio/speech", responses={200: {"content": {"audio/*": {}}}})
     async def speech(body: SpeechRequest, request: Request) -> Response:
@@ -152,7 +145,7 @@ def openai_routes(service: Service) -> APIRouter:
         timestamp_granularities ["word"] the answer is JSON: `audio` (base64) and `words`, each with its start and end
         in seconds; of events, the last one has the words.
         """
-        require_model(body.model)
+        service.find(body.model)
         check_text(service, body.input)
         check_seed(body.seed)
         timed = bool(body.timestamp_granularities)
@@ -199,7 +192,7 @@ def openai_routes(service: Service) -> APIRouter:
     @router.post("/audio/voices")
     async def add_voice(name: Annotated[str, Form()], audio_sample: Annotated[UploadFile, File()]) -> dict[str, Any]:
         """Save the voice of a recording under a name; the recording itself is not kept."""
-        require_model(TALKER)
+        service.find(TALKER)
         with service.admitted(), request_folder() as folder:
             await save_upload(audio_sample, folder / "sample")
             await service.in_thread(service.voices.add, name, folder / "sample")
@@ -208,7 +201,7 @@ def openai_routes(service: Service) -> APIRouter:
     @router.delete("/audio/voices/{name}")
     async def delete_voice(name: str) -> dict[str, Any]:
         """Delete an uploaded voice."""
-        require_model(TALKER)
+        service.find(TALKER)
         if name not in service.voices.files:
             raise HTTPException(404, f"voice {name[:80]!r} is unknown")
         await service.in_thread(service.voices.remove, name)  # it may wait for an upload
@@ -226,7 +219,7 @@ def openai_routes(service: Service) -> APIRouter:
         size: Annotated[str | None, Form(description="cannot be set: it is the model's")] = None,
     ) -> dict[str, Any]:
         """Begin to make a talking face from a text (talker-t2av), or a clip with speech from a silent one (hicodit)."""
-        require_model(model)
+        service.find(model)
         check_seed(seed)
         for name, value in (("seconds", seconds), ("size", size)):
             if value is not None:

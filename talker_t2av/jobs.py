@@ -155,18 +155,18 @@ class Reference:
 
 
 @torch.no_grad()
-def prepare_job(job: Job, system: TalkerSystem, text_bytes: int | None = None) -> PreparedJob:
+def prepare_job(job: Job, system: TalkerSystem, text_bytes: int) -> PreparedJob:
     """Read and encode the files of a job.
 
     Args:
-        text_bytes: longer texts are split; None: the setting of the release.
+        text_bytes: longer texts are split.
     """
     if job.is_auto:
         raise UserError("text=auto is for infer.py, which finds the words: give the text, or none")
     mode, size, reference = MODES[job.mode], system.model.config.patch_size, Reference(job, system)
     texts = [job.text]
     if mode.open_ended and job.compat == "paper":
-        texts = split_text(job.text, text_bytes or system.sampling.text_bytes)
+        texts = split_text(job.text, text_bytes)
     system.require(job.mode)
     prompts = [system.tokenizer.prompt(f"{job.reference_text} {text}".strip()) for text in texts]
     make = _paper_request if job.compat == "paper" else _official_request

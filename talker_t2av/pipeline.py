@@ -242,7 +242,7 @@ class TalkerPipeline:
         Raises:
             UserError: as `prepare_job` does.
         """
-        prepared = prepare_job(job, self.system, self.sampling.text_bytes)
+        prepared = self.prepare(job)
         fresh: list[Tensor] = []  # motion (P, Dm) that is not rendered yet
         face = Face(self.system, prepared)
         limit = (prepared.frames or 0) * HOP or None
