@@ -76,8 +76,6 @@ class Decode(Step):
         wave16 = read_audio(sound, RATE16, info.span)[: length * HOP16]
         clip.wave16 = np.pad(wave16, (0, length * HOP16 - len(wave16)))
         clip.wave = clip.wave[: length * HOP]
-        if not (np.isfinite(clip.wave).all() and np.isfinite(clip.wave16).all()):
-            raise UserError("the audio contains NaN or infinite samples")
         if clip.frames is not None:
             clip.frames = clip.frames[:length]
         if motion is not None:
@@ -118,10 +116,9 @@ class Face(Step):
         self, detector: str | None = None, face: str | int = "speaking", face_landmarks: str | None = None
     ) -> None:
         self.detector = YuNetDetector(detector) if detector else None
-        read_face(face)
+        self.face, self.landmarks = read_face(face), landmark_source(face_landmarks, self.detector)
         if face == "all":
             raise UserError("stages.face.face=all: a sample has one face; give speaking, or another choice")
-        self.face, self.landmarks = face, landmark_source(face_landmarks, self.detector)
 
     def __call__(self, clip: WorkItem) -> None:
         if isinstance(self.landmarks, Path):

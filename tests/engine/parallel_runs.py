@@ -18,7 +18,6 @@ from toy_task import CONFIG, ToyBlocks, ToyGAN, ToyMeasured, ToySet
 
 from engine.errors import exit_process
 from engine.training import distributed
-from engine.training.distributed import local
 from engine.training.trainer import Trainer
 from tests.lia_x.test_liax_task import WEIGHTS, make_task
 
@@ -64,7 +63,7 @@ def run(job: dict) -> None:
     with trainer.parallel.evaluation_copy(trainer.ema) as task:
         if distributed.is_main():
             torch.save(task.state_dict(), folder / "weights.pt")
-            held = sum(p.numel() for p in map(local, trainer.task.parameters()))
+            held = sum(p.numel() for p in map(distributed.local, trainer.task.parameters()))
             (folder / "facts.json").write_text(json.dumps({"reduced": count, "held": held}))
 
 
