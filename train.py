@@ -9,7 +9,7 @@ import shlex
 import sys
 
 from engine.config import load
-from engine.errors import exit_process, run_cli
+from engine.errors import run_cli
 
 HELP = """
 Train a model. A recipe (experiment=NAME) sets the task, the data and the trainer's settings, which can all be changed
@@ -36,4 +36,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_cli(main, exit_process)
+    run_cli(main)

@@ -59,11 +59,9 @@ def _leave_out(said: set[str], source: object, total: int, key: str, reason: obj
         print(printable(f"{source}: clip {key} is left out ({count}): {reason}"), file=sys.stderr)
 
 
-def run_cli(main: Callable[[], int | None], leave: Callable[[int], None] = sys.exit) -> None:
+def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run `main`; a `UserError` becomes one line on standard error and exit code 2, Ctrl-C becomes 130, a reader of the
     output that has ended 141.
-
-    `leave` ends the process with the exit code, whatever ended `main`.
     """
     with suppress(AttributeError):  # a stream that is no file; names of files need not be text
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -91,7 +89,7 @@ def run_cli(main: Callable[[], int | None], leave: Callable[[int], None] = sys.e
     except Exception:
         traceback.print_exc()
         code = 1
-    leave(code or 0)
+    exit_process(code or 0)
 
 
 def exit_process(code: int) -> NoReturn:
