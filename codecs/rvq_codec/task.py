@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from engine.codec import load_like
 from engine.errors import UserError
-from engine.nn.audio_losses import CompressedSpectrumLoss, DisturbanceLoss, MultiScaleMelLoss, VoiceLoss
+from engine.nn.audio_losses import (
+    CompressedSpectrumLoss,
+    DisturbanceLoss,
+    MultiResolutionSTFTLoss,
+    MultiScaleMelLoss,
+    VoiceLoss,
+)
 from engine.nn.dac import DownBlock, UpBlock
 from engine.nn.discriminators import WaveDiscriminators
 from engine.training.gan import GANTask
@@ -59,8 +65,8 @@ class RVQCodecTask(GANTask):
     Args:
         codec: fields of `RVQCodecConfig`.
         mel: `n_mels` and `windows` of the mel loss.
-        weights: of the losses `mel`, `spectrum` (compressed complex spectra), `disturbance` (of loudness, after PESQ),
-            `voice` (GE2E), `feature` and `adversarial`; commitment and codebook weights are the codec's own.
+        weights: of the losses `mel`, `stft`, `spectrum` (compressed complex spectra), `disturbance` (of loudness, after
+            PESQ), `voice` (GE2E), `feature` and `adversarial`; commitment and codebook weights are the codec's own.
         period, spectrogram: arguments of the two families of discriminators.
         features: `mel_bands` and `low_samples` (together the latent's channels), `until`, and what stays of them after
             it: the first `envelope_levels` levels see the mel bands only, which are regressed on with weight `keep`.
@@ -99,6 +105,7 @@ class RVQCodecTask(GANTask):
         self.codec = _load(init, config, decoder_only) if init else RVQCodec(config)
         self.discriminator = WaveDiscriminators(period, spectrogram)
         self.mel_loss = MultiScaleMelLoss(config.sample_rate, **mel)
+        self.stft_loss = MultiResolutionSTFTLoss()
         self.spectrum_loss = CompressedSpectrumLoss()
         self.disturbance_loss = DisturbanceLoss(config.sample_rate)
         self.voice_loss = VoiceLoss(config.sample_rate) if weights.get("voice") else None
@@ -190,6 +197,8 @@ class RVQCodecTask(GANTask):
     def reconstruction_losses(self, run: dict[str, Any]) -> dict[str, Tensor]:
         fake, real = run["fake"], run["real"]
         losses = {"mel": self.mel_loss(fake, real)}
+        if self.weights["stft"]:
+            losses["stft"] = self.stft_loss(fake, real)
         if self.weights["spectrum"]:
             losses["spectrum"] = self.spectrum_loss(fake, real)
         if self.weights["disturbance"]:

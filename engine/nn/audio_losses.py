@@ -1,4 +1,5 @@
-"""Losses of wave generators: multi-scale mel, compressed complex spectrum, loudness, voice, GAN, feature matching.
+"""Losses of wave generators: multi-scale mel, STFT, compressed complex spectrum, loudness, voice, least-squares GAN,
+feature matching.
 
 Axes: B batch, N samples, F frequency bins, M mel bands, T frames. Waves are (B, N) or (B, 1, N). Everything that
 takes a logarithm runs in the precision of its buffers (float32), whatever autocast says.
@@ -21,20 +22,23 @@ def _flat(wave: Tensor) -> Tensor:
     return wave.squeeze(1) if wave.ndim == 3 else wave
 
 
+def _magnitude(wave: Tensor, n_fft: int, hop: int, window: Tensor, floor: float) -> Tensor:
+    """Compute STFT magnitude (B, F, T), centred, reflect-padded; powers of `floor` and more keep gradients finite."""
+    spectrum = torch.stft(_flat(wave).to(window.dtype), n_fft, hop, window.numel(), window, return_complex=True)
+    return torch.view_as_real(spectrum).square().sum(-1).clamp_min(floor).sqrt()
+
+
 class MelSpectrogram(nn.Module):
     """Slaney mel bands of the STFT magnitude: (B, N) -> (B, M, T). Hop is a quarter of the window."""
 
     def __init__(self, sample_rate: int, n_mels: int, window: int):
         super().__init__()
-        self.hop = window // 4
+        self.n_fft, self.hop = window, window // 4
         self.register_buffer("window", torch.hann_window(window), persistent=False)
         self.register_buffer("filters", mel_filters(sample_rate, window, n_mels), persistent=False)
 
     def forward(self, wave: Tensor) -> Tensor:
-        wave, window = _flat(wave).to(self.window.dtype), self.window
-        spectrum = torch.stft(wave, len(window), self.hop, window=window, return_complex=True)
-        power = torch.view_as_real(spectrum).square().sum(-1)
-        return self.filters.T @ power.clamp_min(1e-20).sqrt()  # the floor keeps gradients finite
+        return self.filters.T @ _magnitude(wave, self.n_fft, self.hop, self.window, 1e-20)
 
 
 class MultiScaleMelLoss(nn.Module):
@@ -67,6 +71,32 @@ class MultiScaleMelLoss(nn.Module):
                     target = scale(real).clamp_min(self.clamp).log10()
                 total = total + (scale(fake).clamp_min(self.clamp).log10() - target).abs().mean()
         return total
+
+
+class MultiResolutionSTFTLoss(nn.Module):
+    """Spectral convergence plus mean log-magnitude distance, averaged over resolutions (Yamamoto et al., 2020).
+
+    Args:
+        resolutions: (n_fft, hop, window) each.
+    """
+
+    def __init__(self, resolutions: Sequence[Sequence[int]] = ((512, 128, 512), (2048, 512, 2048))):
+        super().__init__()
+        self.resolutions = [tuple(r) for r in resolutions]
+        for i, (_, _, window) in enumerate(self.resolutions):
+            self.register_buffer(f"window_{i}", torch.hann_window(window), persistent=False)
+
+    def forward(self, fake: Tensor, real: Tensor) -> Tensor:
+        with torch.autocast(fake.device.type, enabled=False):
+            total = fake.new_zeros((), dtype=torch.float32)
+            for i, (n_fft, hop, _) in enumerate(self.resolutions):
+                window = getattr(self, f"window_{i}")
+                with torch.no_grad():
+                    target = _magnitude(real, n_fft, hop, window, 1e-20)
+                output = _magnitude(fake, n_fft, hop, window, 1e-20)
+                convergence = torch.linalg.vector_norm(target - output) / torch.linalg.vector_norm(target)
+                total = total + convergence + ((output + 1e-7).log() - (target + 1e-7).log()).abs().mean()
+        return total / len(self.resolutions)
 
 
 class CompressedSpectrumLoss(nn.Module):

@@ -166,7 +166,7 @@ def rvq_codec(folder: Path) -> tuple[Task, Made]:
 
     The warm start by k-means is left out: its axes have the signs that a machine's eigenvectors happen to have.
     """
-    weights = {"mel": 15.0, "spectrum": 2.0, "disturbance": 0.0, "feature": 2.0, "adversarial": 1.0}
+    weights = {"mel": 15.0, "stft": 0.0, "spectrum": 2.0, "disturbance": 0.0, "feature": 2.0, "adversarial": 1.0}
     features = {"mel_bands": 8, "low_samples": 4, "until": 1, "envelope_levels": 1, "keep": 0.5}
     mel = {"n_mels": [10, 40], "windows": [128, 512], "clamp": 1e-4}
     task = RVQCodecTask(

@@ -21,7 +21,7 @@ def make_task(**changes):
     arguments = {
         "codec": RVQ,
         "mel": {"n_mels": [10, 40], "windows": [128, 512]},
-        "weights": {"mel": 15.0, "spectrum": 2.0, "disturbance": 1.0, "feature": 2.0, "adversarial": 1.0},
+        "weights": {"mel": 15.0, "stft": 1.0, "spectrum": 2.0, "disturbance": 1.0, "feature": 2.0, "adversarial": 1.0},
         **DISCRIMINATORS,
         "pool": 500,
     }
@@ -63,7 +63,7 @@ def test_the_voice_is_a_loss_of_its_own_weight():
     pytest.importorskip("resemblyzer")
     wave, losses = 0.1 * torch.randn(2, 1, 9600, generator=torch.Generator().manual_seed(1)), {}
     for weight in (0.0, 30.0):
-        task = make_task(weights={"mel": 15.0, "spectrum": 2.0, "disturbance": 0.0, "voice": weight})
+        task = make_task(weights={"mel": 15.0, "stft": 0.0, "spectrum": 2.0, "disturbance": 0.0, "voice": weight})
         torch.manual_seed(0)  # of the levels that are left out
         losses[weight] = task({"wave": wave}, "generator")
         assert not any("voice" in name for name in task.state_dict())  # checkpoints do not hold the network

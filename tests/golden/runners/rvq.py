@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.nn.audio_losses import (
     MelSpectrogram,
+    MultiResolutionSTFTLoss,
     MultiScaleMelLoss,
     discriminator_loss,
     generator_loss,
@@ -210,7 +211,7 @@ def run_losses(case: Case) -> dict[str, Tensor]:
         elif parts[0] == "melfb":
             rate, window = int(parts[1]), int(parts[2])
             out[name] = mel_filters(rate, window, bands[window]).flatten()[::53]
-    case.skip("stft_loss", "no recipe, not the official one either, trains with this loss")
+    out["stft_loss"] = MultiResolutionSTFTLoss()(fake, real).reshape(1)
     on_real, on_fake = discriminator_loss([[case.inputs["disc_real"]]], [[case.inputs["disc_fake"]]])
     out["gan_disc_real"], out["gan_disc_fake"] = on_real.reshape(1), on_fake.reshape(1)
     out["gan_gen"] = generator_loss([[case.inputs["disc_fake"]]]).reshape(1)
