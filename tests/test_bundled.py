@@ -27,14 +27,14 @@ def test_every_release_has_a_card_with_command_seed_and_results(folder):
     assert "train.py experiment=" in card and "seed" in card and "| " in card
 
 
-def test_the_default_sampler_takes_fifteen_evaluations_and_the_papers_is_an_override_away():
+def test_the_default_sampler_takes_thirty_evaluations_and_the_papers_is_an_override_away():
     pipeline = HiCoDiTPipeline.from_pretrained()
     paper = make(InferConfig, plain(load("infer", ["sampler=paper"], "")))
     counts = []
     for changes in (InferConfig(), paper):
         sampler, guidance = override(pipeline.sampler, changes.sampler), override(pipeline.guidance, changes.guidance)
         counts.append(sampler.steps * len(guidance.branches))
-    assert counts == [15, 320]
+    assert counts == [30, 320]
 
 
 def test_the_silent_clip_is_silent_and_speaks_intelligibly():
