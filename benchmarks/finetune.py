@@ -1,9 +1,10 @@
 """Talker-T2AV before and after experiment=talker_finetune on one drawn person: words, voice, mouth, and a picture.
 
 The person is one of the corpus's voices that no bundled weights were trained on, the sentences are of a split that they
-were not trained on either. The steps are those of docs/one_card.md, the bundled weights stand in for the released ones.
-Rank, rate, batch and number of steps are those of experiment=talker_finetune. Choose others on `--split val`. What is
-finished is not done again.
+were not trained on either. The steps are those of docs/one_card.md, the bundled weights stand in for the released ones,
+so their own recipe with low-rank updates stands in for experiment=talker_finetune, whose tokenizer is another. Rank,
+rate, batch and number of steps are those of that experiment. Choose others on `--split val`. What is finished is not
+done again.
 """
 
 from __future__ import annotations
