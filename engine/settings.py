@@ -166,7 +166,9 @@ def is_a(value: Any, kind: type) -> bool:
     """Return whether a setting's value is of one of the types `KINDS`: 3 is a number, true is none."""
     if kind in (int, float):
         return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-    return isinstance(value, {list: list | tuple, dict: Mapping}.get(kind, kind))
+    if kind is list:  # Hydra hands over sequences of its own
+        return isinstance(value, Sequence) and not isinstance(value, str)
+    return isinstance(value, Mapping if kind is dict else kind)
 
 
 def kind_of(hint: Any) -> tuple[Any, bool]:
