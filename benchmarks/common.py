@@ -175,3 +175,9 @@ def read_config(name: str) -> dict[str, Any]:
 def tiny_encoders(model: dict[str, Any]) -> dict[str, int]:
     """Settings of tiny condition encoders with the widths in a HiCoDiT config."""
     return {"lip_dim": model["lip_dim"], "lip_heads": model["lip_dim"] // 32, "face_dim": model["face_dim"]}
+
+
+def took(part: str, begin: float, **more: float) -> tuple[dict[str, Any], str]:
+    """Return a row with the seconds since `begin`, by time.monotonic: almost none if the part was done earlier."""
+    seconds = round(time.monotonic() - begin)
+    return {"part": part, "seconds": seconds, **more}, f"{part}: {seconds} s"

@@ -27,14 +27,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 from omegaconf import OmegaConf
 
-from corpora.synthetic.corpus import FRAME, RATE, ClipMaker, clip_id, is_done
+from benchmarks.common import took
+from corpora.synthetic.corpus import RATE, ClipMaker, clip_id, is_done
 from corpora.synthetic.sentences import grammar, language_model
 from engine.errors import UserError
-from engine.files import atomic_output
-from engine.media.audio import mel_picture, read_audio
+from engine.files import atomic_output, write_json
+from engine.media.audio import read_audio
+from engine.media.pictures import spectrogram
 from engine.media.video import read_video
 from engine.progress import track
-from engine.record import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST = {"person": 0, "clips": 8, "val_clips": 2, "test_clips": 2, "steps": 1, "rank": 1}
@@ -100,11 +101,6 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     draw(footage, report / "outputs", args.work / f"{args.split}.jpg")
 
 
-def took(part: str, begin: float, **more: float) -> tuple[dict[str, Any], str]:
-    seconds = round(time.monotonic() - begin)
-    return {"part": part, "seconds": seconds, **more}, f"{part}: {seconds} s"
-
-
 def program(args: argparse.Namespace, *words: str) -> None:
     """Run a command of the repository."""
     settings = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'codecs'}", "OMP_NUM_THREADS": str(args.threads)}
@@ -168,9 +164,7 @@ def draw(footage: Path, outputs: Path, path: Path) -> None:
         top.imshow(np.concatenate(frames[picks], 1))
         top.axis("off")
         top.set_title(name)
-        mel = mel_picture(wave, RATE)
-        extent = (0, len(wave) / FRAME / 25, 0, 80)
-        bottom.imshow(mel, origin="lower", aspect="auto", cmap="magma", extent=extent, vmin=mel.max() - 80)
+        bottom.imshow(spectrogram(wave, RATE), aspect="auto", extent=(0, len(wave) / RATE, 0, 80))
         bottom.set_xlabel("seconds")
     axes[1, 0].set_ylabel("mel band")
     figure.suptitle(row["text"])

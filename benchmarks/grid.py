@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common import took
 from corpora.preparation.sources_studio import ADVERBS, ALIGNMENT_RATE, COLOURS, DIGITS, GRID, PREPOSITIONS, VERBS
 from corpora.synthetic.corpus import FRAME, RATE, loudness, speak
 from corpora.synthetic.expression import Pose, prosody
@@ -82,12 +83,6 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
             kept = ("value", "interval", "clips")
             cells = {f: {k: cell[k] for k in kept} for f, cell in report["systems"][system].items()}
             yield {"start": start, "test": system, **cells}, f"{start}, test, {system}: {cells}"
-
-
-def took(part: str, begin: float) -> tuple[dict[str, Any], str]:
-    """Return the seconds since `begin`; parts that were done earlier take almost none."""
-    seconds = round(time.monotonic() - begin)
-    return {"part": part, "seconds": seconds}, f"{part}: {seconds} s"
 
 
 def curve(log: Path, start: str) -> Iterator[tuple[dict[str, Any], str]]:
