@@ -108,10 +108,11 @@ def pack_linear(network: M, device: torch.device | str = "cpu") -> M:
 
 
 class Int8Linear(nn.Module):
-    """A float32 linear layer without gradients that multiplies 8-bit integers; its weight (M, N) is in oneDNN's layout.
+    """A float32 linear layer without gradients that multiplies 8-bit integers; its weight (M, N) is in FBGEMM's layout.
 
     With scales s = max |x| / 127 of each row and c = max |w| / 127 of each channel it is
-    s c sum(round(x / s) round(w / c)) + bias. The sum is exact, in 32 bits.
+    s c sum(round(x / s) round(w / c)) + bias. The sum is exact, in 32 bits. FBGEMM is a library within PyTorch. At few
+    rows it reads weights twice as fast as oneDNN, whose operator for signed activations needs AMX.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -119,22 +120,20 @@ class Int8Linear(nn.Module):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
         weight = layer.weight.detach()
-        self.scale = weight.abs().amax(1) / LARGEST + TINY
-        self.zero = torch.zeros(self.out_features, dtype=torch.int32)
-        rounded = (weight / self.scale[:, None]).round().to(torch.int8)
-        self.weight: Tensor = torch.ops.onednn.qlinear_prepack(rounded, None)
+        scale = weight.abs().amax(1) / LARGEST + TINY
+        rounded = (weight / scale[:, None]).round().to(torch.int8)
+        zeros = torch.zeros(self.out_features, dtype=torch.long)
+        quantised = torch._make_per_channel_quantized_tensor(rounded, scale.double(), zeros, 0)
+        self.weight = torch.ops.quantized.linear_prepack(quantised, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., N) -> (..., M)."""
-        if x.numel() == 0:  # the operator below would lose leading axes
-            return x.new_zeros(*x.shape[:-1], self.out_features)
-        scale = x.abs().amax(-1, keepdim=True).mul_(1 / LARGEST)  # (..., 1)
+        """x (..., N), of two axes or more -> (..., M)."""
+        largest = x.abs().amax(-1, keepdim=True)  # (..., 1)
+        # The operator rounds x / s + 128, multiplies unsigned integers, and takes what the 128 add from the sum.
         # A row of zeros has no numbers here, whatever integers they become: their sum is multiplied by 0.
-        rounded = torch.div(x, scale).round_().to(torch.int8)
-        y = torch.ops.onednn.qlinear_pointwise(
-            rounded, 1.0, 0, self.weight, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], ""
-        )
-        return y.mul_(scale) if self.bias is None else torch.addcmul(self.bias, y, scale)
+        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        y = product(x / largest, 1 / LARGEST, 128, self.weight)
+        return y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest)
 
 
 def can_int8(device: torch.device | str) -> bool:
