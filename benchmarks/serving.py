@@ -5,7 +5,8 @@ second; then a longer run of 16 clients in which a tenth of the requests are wro
 client, and a twentieth are clips for HiCoDiT. Every other request must get the answer that it deserves, and the
 server's memory must not grow. Server and clients share the machine.
 
-With `--interface openai`, all go through /v1. Of the longer run, 15 % are bad: a tenth are wrong, a twentieth are cut
+With `--size base`, the server has a Talker-T2AV of the released size with random weights, and no HiCoDiT. With
+`--interface openai`, all go through /v1. Of the longer run, 15 % are bad: a tenth are wrong, a twentieth are cut
 off. A twentieth are videos by HiCoDiT, a twentieth server-sent events, a twentieth upload a voice, use and delete it.
 """
 
@@ -13,12 +14,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import contextlib
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -27,12 +31,19 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.inference import build_talker
 from engine.errors import UserError, require
+from engine.settings import PRECISIONS
+from talker_t2av.model import TalkerT2AV
+from talker_t2av.system import BUNDLED
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIP, VOICE = (ROOT / "assets" / "demo" / name for name in ("silent.mp4", "voice.wav"))
 LEAST = {"clients": 1, "requests": 1, "mixed": 0}
-JOB = {"mode": "tts", "text": "set red", "max_seconds": 0.48, "min_seconds": 0.48}
+JOB = {
+    "mode": "tts", "text": "set red", "max_seconds": 0.48, "min_seconds": 0.48,
+    "voice": base64.b64encode(VOICE.read_bytes()).decode(),
+}  # fmt: skip
 WRONG = (
     {"mode": "sing", "text": "a"},
     JOB | {"text": "x" * 5000},
@@ -65,10 +76,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mixed", type=int, default=1000, help="requests of the longer run")
     parser.add_argument("--interface", choices=INTERFACES, default="native", help="/talker and /hicodit, or /v1")
     parser.add_argument("--rows", type=int, default=8, help="rows of the server's batches")
+    parser.add_argument("--size", choices=("tiny", "base"), default="tiny", help="of Talker-T2AV; base has no --mixed")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto")
+    parser.add_argument("--sampling", choices=("release", "fast"), default="release")
 
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     require("httpx", "httpx", "serve")
+    if args.size == "base" and (args.mixed or args.interface != "native"):
+        raise UserError("--size base serves Talker-T2AV alone, with random weights: give --mixed 0 --interface native")
     for result in asyncio.run(_measure(args)):
         yield result, ", ".join(f"{key} {value}" for key, value in result.items())
 
@@ -183,6 +199,16 @@ async def _metric(client: Any, name: str) -> float:
     return float(found[1]) if found else float("nan")
 
 
+def save_released_size(folder: Path) -> None:
+    """Write a release with random weights of the released size, and the tokenizer and codecs of the bundled one."""
+    model, bundled = build_talker("base"), TalkerT2AV.from_pretrained(BUNDLED).release
+    model.save(
+        folder, "Random weights.", {name: value for name, value in bundled.items() if name not in ("kind", "model")}
+    )
+    for name in ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUNDLED / name, folder)
+
+
 @contextlib.asynccontextmanager
 async def _server(args: argparse.Namespace) -> AsyncIterator[str]:
     """The service in a process of its own, on a free port of this machine."""
@@ -193,6 +219,11 @@ async def _server(args: argparse.Namespace) -> AsyncIterator[str]:
         port = free.getsockname()[1]
     command = [sys.executable, "scripts/serve.py", "--port", str(port), "--rows", str(args.rows)]
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": f"{ROOT}:{ROOT / 'codecs'}"}
+    command += [f"--{name}={getattr(args, name)}" for name in ("precision", "sampling")]
+    folder = Path(tempfile.mkdtemp(prefix="serving-"))
+    if args.size == "base":
+        save_released_size(folder)
+        command += ["--models", "talker_t2av", "--talker", str(folder)]
     process = subprocess.Popen([*command, "--device", args.device.type], cwd=ROOT, env=environment)
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
@@ -207,3 +238,4 @@ async def _server(args: argparse.Namespace) -> AsyncIterator[str]:
     finally:
         process.terminate()
         process.wait(60)
+        shutil.rmtree(folder)
