@@ -187,18 +187,19 @@ class FlowHead(nn.Module):
 
     def branches(
         self, mu: Tensor, cond: Tensor, global_cond: Tensor, schedule: Schedule, unconditional: bool
-    ) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+    ) -> Callable[..., tuple[Tensor, Tensor]]:
         """A function (x, i) -> velocities with and without mu at step i, evaluated as one batch.
 
-        If not `unconditional`, both are the conditional one. The unconditional branch keeps context and global
-        condition.
+        If not `unconditional`, or with a third argument False, both are the conditional one. The unconditional branch
+        keeps context and global condition.
         """
-        net, copies = self.estimator, 2 if unconditional else 1
-        context = net.context(cond, global_cond).repeat(copies, 1, 1)
+        net = self.estimator
+        context = net.context(cond, global_cond).repeat(1 + unconditional, 1, 1)
         state = net.decoder.input_proj(torch.cat([mu, torch.zeros_like(mu)]) if unconditional else mu)  # (N, D)
 
-        def evaluate(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
-            both = net.denoise(x.repeat(copies, 1, 1), state + schedule.shifts[i], context)
+        def evaluate(x: Tensor, i: int, unconditional: bool = unconditional) -> tuple[Tensor, Tensor]:
+            rows = (1 + unconditional) * len(x)
+            both = net.denoise(x.repeat(1 + unconditional, 1, 1), state[:rows] + schedule.shifts[i], context[:rows])
             return both[: len(x)], both[-len(x) :]
 
         return evaluate
@@ -214,6 +215,7 @@ class FlowHead(nn.Module):
         temperature: float = 1.0,
         guidance: float = 1.0,
         zero_star: bool = True,
+        unguided: int = 0,
     ) -> Tensor:
         """Draw a patch (B, C, P) in the layout of `noise`.
 
@@ -225,14 +227,16 @@ class FlowHead(nn.Module):
             schedule: the solver's times, from `schedule`.
             guidance: at 1 the unconditional branch is not evaluated. A student takes that of `schedule`.
             zero_star: CFG-Zero*, see `guide`; it also leaves out the first steps. A student has learned both.
+            unguided: number of last steps whose unconditional branch is not evaluated either.
         """
         if self.limit is not None:
             guidance, zero_star = 1.0, False
         evaluate = self.branches(mu, cond, global_cond, schedule, guidance != 1)
+        guided = 0 if guidance == 1 else len(schedule.lengths) - unguided  # steps
 
         def velocity(x: Tensor, i: int) -> Tensor:
-            conditional, unconditional = evaluate(x, i)
-            return conditional if guidance == 1 else guide(conditional, unconditional, guidance, zero_star)
+            conditional, unconditional = evaluate(x, i, i < guided)
+            return guide(conditional, unconditional, guidance, zero_star) if i < guided else conditional
 
         skip = zero_steps(len(schedule.lengths)) if zero_star else 0
         return euler(velocity, temperature * noise, schedule.lengths, skip)

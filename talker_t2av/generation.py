@@ -389,8 +389,9 @@ class Rows:
         s, head = self.sampling, self.heads[stream]
         with half_precision(noise.device, self.model.dtype):
             patch = head.sample(
-                hidden, context.transpose(1, 2), condition, noise, self.schedules[stream], s.temperature, s.guidance
-            ).transpose(1, 2)
+                hidden, context.transpose(1, 2), condition, noise, self.schedules[stream], s.temperature, s.guidance,
+                unguided=s.unguided,
+            ).transpose(1, 2)  # fmt: skip
             return patch, self.encoders[stream](patch), torch.cat([context, patch], 1)[:, patch.shape[1] :]
 
     def _prefill(self, prompt: Tensor, place: int) -> Tensor:

@@ -73,6 +73,20 @@ def test_guidance_one_evaluates_half_and_agrees():
     torch.testing.assert_close(one, near)
 
 
+def test_last_steps_without_guidance():
+    model, (mu, cond, given, noise) = head(), conditions()
+    rows = []
+    model.estimator.out_proj.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    schedule = model.schedule(4)
+    found = model.sample(mu, cond, given, noise, schedule, guidance=3.0, unguided=1)
+    assert rows == [4, 4, 2]  # the first of four steps is not computed
+    assert not torch.allclose(found, model.sample(mu, cond, given, noise, schedule, guidance=3.0))
+    evaluate, x = model.branches(mu, cond, given, schedule, unconditional=True), noise
+    for i in (1, 2):
+        x = x - schedule.lengths[i] * guide(*evaluate(x, i), 3.0)
+    torch.testing.assert_close(found, x - schedule.lengths[3] * evaluate(x, 3)[0])
+
+
 def test_one_step_is_the_scaled_noise():
     mu, cond, given, noise = conditions()
     model = head()

@@ -108,7 +108,7 @@ def test_its_release_takes_one_evaluation_a_step(trained, root, tmp_path):
     student = trained[0]
     write_release(student, tmp_path / "student")
     carried = student.release_info().config["sampling"]
-    assert carried == {"steps": STEPS, "temperature": 0.8, "guidance": 1.5, "text_bytes": 190} | DRAFTS
+    assert carried == {"steps": STEPS, "temperature": 0.8, "guidance": 1.5, "unguided": 0, "text_bytes": 190} | DRAFTS
     model = TalkerT2AV.from_pretrained(tmp_path / "student").eval()
     rows = []
     for head in (model.speech_cfm, model.motion_cfm):

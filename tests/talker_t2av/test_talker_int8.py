@@ -54,13 +54,13 @@ def test_operators_of_a_patch_in_int8():
     rows.join(request())
     with Operators() as counted:
         rows.step()
-    assert counted.names["qlinear_pointwise"] == 4 * (28 + 2 * 4 + 2 * 8 * 3)
-    assert sum(counted.names.values()) < 5400
+    assert counted.names["linear_with_input_q_dq_qweight_dq_output_fp32"] == 4 * (28 + 2 * 4 + 2 * 8 * 3)
+    assert sum(counted.names.values()) < 4400
 
 
 def test_sampling_presets():
     stored = Sampling(steps=7, temperature=0.5)
-    assert with_preset("fast", stored) == Sampling(steps=4, temperature=0.5)
+    assert with_preset("fast", stored) == Sampling(steps=4, temperature=0.5, unguided=2)
     assert with_preset("release", stored) == stored
     with pytest.raises(UserError, match=r"sampling=quick.*fast, release"):
         with_preset("quick", stored)
