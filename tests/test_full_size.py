@@ -1,14 +1,75 @@
-"""Networks of the published sizes, on the meta device."""
+"""Networks of the published sizes, on the meta device: names and shapes of their tensors are the released ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from transformers import WavLMConfig
 
 from engine.config import CONFIGS
-from engine.release import _no_larger_than
-from lia_x import LiaX
-from rvq_codec import RVQCodec
-from whisperx_vae import WhisperXVAE
+from engine.official import rename_all
+from engine.release import _no_larger_than, load_strict
+from hicodit.conditions import avhubert
+from hicodit.conditions.arcface import ArcFace
+from hicodit.conditions.avhubert import AVHubert, AVHubertConfig
+from lia_x import LiaX, LiaXConfig
+from lia_x import released as lia_x
+from rvq_codec import RVQCodec, RVQCodecConfig
+from rvq_codec import released as rvq
+from talker_t2av.model import TalkerConfig, TalkerT2AV
+from talker_t2av.speaker import encoder as speaker
+from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
+from whisperx_vae import released as wxvae
+
+GOLDEN = Path(__file__).parent / "golden"
+BASE = OmegaConf.to_container(OmegaConf.load(CONFIGS / "model" / "talker_t2av_base.yaml"))
+
+
+# Lists of the released tensors, how they become ours, the configuration read off them and the expected one, and what
+# makes the network of it.
+NETWORKS = {
+    "AV-HuBERT": (
+        ["conditions/avhubert_large"], avhubert.our_state, avhubert.released_config, AVHubertConfig(), AVHubert,
+    ),
+    "ArcFace": (["conditions/arcface_iresnet100"], dict, lambda _: None, None, lambda _: ArcFace()),
+    "WavLM-ECAPA": (
+        ["conditions/wavlm_ecapa_large"], lambda state: rename_all(state, speaker.RULES),
+        lambda state: (speaker.LARGE | speaker.wavlm_sizes(state), speaker.head_sizes(state)),
+        (speaker.LARGE, {"channels": 512, "pooled": 1536, "bottleneck": 128, "embedding": 256}),
+        lambda sizes: speaker.WavLMEncoder(WavLMConfig(**sizes[0]), **sizes[1]),
+    ),
+    "MaskGCT's codec": (
+        ["codecs/mgct_full_encoder", "codecs/mgct_full_decoder"], lambda state: rename_all(state, rvq.RULES),
+        lambda state: RVQCodecConfig(**rvq.config_of(state)), RVQCodecConfig(), RVQCodec,
+    ),
+    "WhisperX-VAE": (
+        ["codecs/wxvae_full_encode_in64"], lambda state: rename_all(state, wxvae.RULES),
+        lambda state: WhisperXVAEConfig(**wxvae.config_of(state)), WhisperXVAEConfig(), WhisperXVAE,
+    ),
+    "LIA-X": (
+        ["codecs/liax_full"],
+        lambda state: lia_x.our_state({key: x for key, x in state.items() if not key.endswith(".kernel")}),
+        lambda state: LiaXConfig(**lia_x.config_of(state)), LiaXConfig(), LiaX,
+    ),
+    "Talker-T2AV": (
+        ["talker/talker_full"], dict, lambda _: TalkerConfig(**BASE), TalkerConfig(llm=BASE["llm"]), TalkerT2AV,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("lists", "ours", "read", "config", "network"), NETWORKS.values(), ids=NETWORKS)
+def test_the_released_network_has_the_released_names_and_shapes(lists, ours, read, config, network):
+    shapes = {}
+    for name in lists:
+        shapes |= json.loads((GOLDEN / f"{name}.keys.json").read_text())
+    state = ours({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
+    assert read(state) == config
+    with torch.device("meta"):
+        load_strict(network(config), state, "the list", assign=True)
 
 
 @pytest.mark.parametrize(

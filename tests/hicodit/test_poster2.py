@@ -1,32 +1,18 @@
 """POSTER V2: released names, the order of classes, pictures of any size."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
 from engine.errors import UserError
-from engine.official import rename, rename_all
+from engine.official import rename_all
 from hicodit.conditions.poster2 import CLASSES, POSTER2, RULES, CrossAttention
 from hicodit.conditions.types import EXPRESSIONS
-
-KEYS = Path(__file__).parents[1] / "golden" / "conditions" / "poster_v2_7.keys.json"
+from tests.rehearsal.stand_ins import official
 
 
 @pytest.fixture(scope="module")
 def state():
-    keys = json.loads(KEYS.read_text())
-    generator = torch.Generator().manual_seed(0)
-    values = {}
-    for key, shape in keys.items():
-        if rename(key, RULES) is None:
-            values[key] = torch.empty(shape, device="meta")
-        elif len(shape) < 2:
-            values[key] = torch.ones(shape) if "weight" in key or "running_var" in key else torch.zeros(shape)
-        else:
-            values[key] = torch.randn(shape, generator=generator) / max(1, torch.Size(shape[1:]).numel()) ** 0.5
-    return values
+    return official("conditions/poster_v2_7")
 
 
 def test_names_are_the_released_ones_and_the_unused_are_left_out(state):
@@ -63,12 +49,3 @@ def test_cross_attention_follows_the_bias_of_relative_positions():
         for column in range(2):
             here = 3 * row + column
             assert torch.allclose(out[0, here], value[0, here + 1], atol=1e-5)
-
-
-def test_the_file_name_tells_the_classes(tmp_path):
-    torch.save({"state_dict": {}}, tmp_path / "best.pth")
-    with pytest.raises(UserError, match="'affectnet' or 'raf'"):
-        POSTER2.from_pretrained(tmp_path / "best.pth")
-    torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "raf-db-model_best.pth")
-    with pytest.raises(UserError, match="lacks tensor"):
-        POSTER2.from_pretrained(tmp_path / "raf-db-model_best.pth")

@@ -228,6 +228,12 @@ JOBS = {  # a line of a list of jobs, and what is said of it
     '{"text": "a", "seed": 1180591620717411303424}': "seed=1180591620717411303424 must be",
     '{"text": "a", "seed": -1}': "seed=-1 must be",
     '{"text": ""}': "needs text",
+    "[1]": "give an object",
+    '{"txt": "a"}': "unknown setting 'txt'",
+    '{"text": 3}': "text=3",
+    '{"text": "a", "seed": "x"}': "seed=x must be a whole number",
+    '{"text": "a"}\n{"text": "b", "name": "0001"}': "two jobs",
+    "": "no line",
     "[" * 10**5: "nested too deep",
 }
 COMMANDS = [  # configuration, words, and the line

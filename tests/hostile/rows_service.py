@@ -25,26 +25,25 @@ def in_the_way(name: str, folder: Path) -> None:
     find_clips(folder / "a.mp4", folder / "out", timestamps=True, every_face="face" in name)
 
 
-PLACE = "must be a number from 1 to 64, or all"
-FACE = "is unknown: give largest"
+def bad_place(value: str, _: Path) -> None:
+    check_place("processes", value)
+
+
+def bad_face(value: str, _: Path) -> None:
+    read_face(value)
+
+
+NUMBERS = ("0", "-1", "", "9" * 5000, "²")  # that are none, or far too large
 CASES = [
     *((f"voice: {label}", partial(upload, name), NAME) for label, name in BAD_NAMES.items() if isinstance(name, str)),
     *(
-        (
-            f"devices: {value[:9]}",
-            lambda _, v=value: check_place("processes", v),
-            "must be a number from 1 to 64, or all",
-        )
-        for value in ("0", "-1", "65", "1.5", "two", "", "9" * 5000, "all ", "²")
+        (f"devices: {value[:9]}", partial(bad_place, value), "must be a number from 1 to 64, or all")
+        for value in (*NUMBERS, "65", "1.5", "two", "all ")
     ),
     ("devices beside Ray", lambda _: check_place("ray", "2"), "set ray.encoders and ray.gpus instead"),
     *(
-        (
-            f"face: {value[:9]}",
-            lambda _, v=value: read_face(v),
-            "is unknown: give largest",
-        )
-        for value in ("0", "-1", "nose", "", "9" * 5000, "../1", "²")
+        (f"face: {value[:9]}", partial(bad_face, value), "is unknown: give largest")
+        for value in (*NUMBERS, "nose", "../1")
     ),
     *(
         (f"a folder {name}", partial(in_the_way, name), f"cannot write .*{name}: it is a folder")

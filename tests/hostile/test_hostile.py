@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hostile import rows_files, rows_media, rows_service, rows_settings
+from hostile import rows_codecs, rows_files, rows_media, rows_released, rows_service, rows_settings
 
 from engine.batch_runner import run_batches
 from engine.download import RemoteFile, fetch
@@ -27,7 +27,8 @@ from engine.release import read_release, save_release
 from engine.training.trainer import Trainer
 from tests.engine.toy_task import CONFIG, ToyGAN, ToySet
 
-CASES = [*rows_files.CASES, *rows_settings.CASES, *rows_media.CASES, *rows_service.CASES]
+ROWS = rows_codecs, rows_files, rows_media, rows_released, rows_service, rows_settings
+CASES = [row for rows in ROWS for row in rows.CASES]
 ROOT = Path(__file__).resolve().parents[2]
 MEMORY = 2 * 2**30  # bytes by which one row may grow the process
 

@@ -1,8 +1,6 @@
 """LIA-X as a whole, at toy size. Axes: T frames, S side."""
 
-import json
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +9,9 @@ import torch
 from engine.errors import UserError
 from engine.media.pictures import identity_to_tensor, to_bytes, video_to_tensor
 from lia_x import LiaX, LiaXConfig
-from lia_x.released import config_of, our_state
+from lia_x.released import our_state
 from tests.reference.released_names import lia_x_state
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "codecs"
 TINY = LiaXConfig(style_dim=16, motion_dim=4, scale=1, size=48, width=4, max_width=8, depth=1)
 
 
@@ -34,17 +31,6 @@ def test_sizes(size, base, levels):
     config = LiaXConfig(size=size, scale=1)
     assert (config.base, len(config.widths)) == (base, levels)
     assert config.widths[-1] == 64
-
-
-def test_released_network_has_the_released_keys_and_shapes():
-    shapes = {key: tuple(shape) for key, shape in json.loads((GOLDEN / "liax_full.keys.json").read_text()).items()}
-    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    with torch.device("meta"):
-        model = LiaX(LiaXConfig())
-    ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    named = our_state({key: value for key, value in state.items() if not key.endswith(".kernel")})
-    assert {key: tuple(value.shape) for key, value in named.items()} == ours
-    assert LiaXConfig(**config_of(named)) == LiaXConfig()
 
 
 def test_released_names_round_trip(model, video):
@@ -103,41 +89,6 @@ def test_interpolation_order(video, mouth):
     expected = {0: 1 / 16, 15: 1.0, 31: 0.0, 47: 1.0 if mouth else -1.0, 63: 0.0}
     for frame, value in expected.items():
         assert path[frame].item() == pytest.approx(value, abs=1e-5)
-    with pytest.raises(UserError, match="ten"):
-        model.interpolate_image(video[0], [0], [0.5])
-
-
-def test_unreadable_official_files(tmp_path):
-    (tmp_path / "lia-x.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match="cannot be read as tensors"):
-        LiaX.from_pretrained(tmp_path)
-    torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "lia-x.pt")
-    with pytest.raises(UserError, match="flat"):
-        LiaX.from_pretrained(tmp_path / "lia-x.pt")
-    torch.save({"a": torch.zeros(1)}, tmp_path / "lia-x.pt")
-    with pytest.raises(UserError, match="not a LIA-X"):
-        LiaX.from_pretrained(tmp_path / "lia-x.pt")
-
-
-def test_wrong_inputs_say_what_to_give(model, video):
-    with pytest.raises(UserError, match="48 x 48"):
-        model.encode(torch.zeros(2, 3, 64, 64))
-    with pytest.raises(UserError, match="without frames"):
-        model.encode(torch.zeros(0, 3, 48, 48))
-    with pytest.raises(UserError, match="floats"):
-        model.encode(torch.zeros(2, 3, 48, 48, dtype=torch.uint8))
-    with pytest.raises(UserError, match=r"\(frames, 4\)"):
-        model.decode(torch.zeros(2, 5), video[0])
-    with pytest.raises(UserError, match="chunk=0"):
-        model.decode(torch.zeros(2, 4), video[0], chunk=0)
-    with pytest.raises(UserError, match="edit index 4"):
-        model.edit_image(video[0], [4], [0.1])
-
-
-@pytest.mark.parametrize("change", [{"size": 100}, {"size": 3}, {"motion_dim": 17}, {"depth": 0}, {"width": 1.5}])
-def test_wrong_configs(change):
-    with pytest.raises(UserError, match=next(iter(change))):
-        LiaXConfig(**{"style_dim": 16, "motion_dim": 4, "scale": 1, **change})
 
 
 def test_pictures_to_and_from_bytes():

@@ -153,10 +153,11 @@ def poster(file: Path) -> None:
     torch.save({"epoch": 1, "state_dict": state, "best_acc": Namespace(val=67.5), "recorder": Namespace(total=1)}, file)
 
 
-def maskgct(folder: Path) -> None:
+def maskgct(folder: Path, config: RVQCodecConfig | None = None) -> RVQCodec:
+    """Write both files of a codec, by default of one with the hop and levels of the released one; return it."""
     torch.manual_seed(0)
     sizes = {"encoder_width": 4, "latent_channels": 16, "codebook_size": 16, "codebook_dim": 4, "vocos_dim": 16}
-    codec = RVQCodec(RVQCodecConfig(**sizes, vocos_intermediate=32, vocos_layers=1))
+    codec = RVQCodec(config or RVQCodecConfig(**sizes, vocos_intermediate=32, vocos_layers=1))
     state = {key: value.contiguous() for key, value in codec.state_dict().items()}
     encoder = {key.removeprefix("encoder."): v for key, v in state.items() if key.startswith("encoder.")}
     decoder = {key: v for key, v in state.items() if key.startswith("quantizer.")}
@@ -164,6 +165,7 @@ def maskgct(folder: Path) -> None:
     decoder["model.head.istft.window"] = torch.hann_window(1920)
     save_file(encoder, folder / "model.safetensors")
     save_file(decoder, folder / "model_1.safetensors")
+    return codec
 
 
 def whisper(folder: Path, letter: str = "") -> None:
@@ -199,7 +201,7 @@ def whisper(folder: Path, letter: str = "") -> None:
 
 
 # Folders end in /, and are made before their files are written.
-DOWNLOADED: dict[str, Callable[[Path], None]] = {
+DOWNLOADED: dict[str, Callable[[Path], object]] = {
     "talker-t2av/": talker,
     "whisperx-vae/model.ckpt": whisperx_vae,
     "lia-x.pt": lia_x,
@@ -211,12 +213,17 @@ DOWNLOADED: dict[str, Callable[[Path], None]] = {
 }
 
 
+def download(folder: Path, *names: str) -> None:
+    """Write what these names of `DOWNLOADED` stand for."""
+    for name in names:
+        path = folder / name
+        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        DOWNLOADED[name](path)
+
+
 def write(work: Path) -> None:
     """Write the folders DOWNLOADED, QWEN, TTS and whisper, and links that the documentation's names stand for."""
-    for name, make in DOWNLOADED.items():
-        path = work / "DOWNLOADED" / name
-        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
-        make(path)
+    download(work / "DOWNLOADED", *DOWNLOADED)
     whisper(work / "whisper", "a")
     qwen(work / "QWEN")
     speech_only(work / "TTS")

@@ -1,20 +1,14 @@
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from engine.errors import UserError
-from engine.official import rename_all
 from rvq_codec import RVQCodec, RVQCodecConfig
 from rvq_codec.codebooks import count_codes, restart_dead_codes, warm_start
-from rvq_codec.codec import build_decoder, build_encoder, build_quantizer
-from rvq_codec.released import RULES, config_of
-from rvq_codec.vocos import ISTFT
+from rvq_codec.codec import build_quantizer
+from tests.rehearsal.stand_ins import maskgct
 from tests.tiny import RVQ
 
-FOLDER = Path(__file__).parents[1] / "golden" / "codecs"
 SMALL = RVQCodecConfig(**RVQ | {"ratios": (3, 4, 5), "levels": 4, "vocos_layers": 2})
 
 
@@ -51,27 +45,6 @@ def test_fewer_levels_are_a_prefix(codec):
         assert not torch.allclose(few, codec.decode(full))
 
 
-@pytest.mark.parametrize(
-    "call, words",
-    [
-        (lambda c: c.encode(torch.zeros(1, 51)), "shape (1, 51)"),
-        (lambda c: c.encode(torch.zeros(1, 2, 600)), "shape (1, 2, 600)"),
-        (lambda c: c.encode(torch.zeros(1, 1, 5)), "5 samples is too short"),
-        (lambda c: c.decode(torch.zeros(1, 4, 0, dtype=torch.int64)), "shape (1, 4, 0)"),
-        (lambda c: c.decode(torch.full((1, 4, 3), 16)), "0..15"),
-        (lambda c: c.decode(torch.zeros(1, 2, 3, dtype=torch.int64), levels=3), "levels=3"),
-        (lambda c: c.decode(torch.zeros(1, 5, 3, dtype=torch.int64)), "levels=5"),
-        (lambda c: c.quantizer(torch.zeros(1, 12, 3), 9), "levels=9"),
-        (lambda c: RVQCodec(RVQCodecConfig(ratios=(2, 2))), "hop of 4"),
-        (lambda c: RVQCodecConfig(decoder="wavenet"), "wavenet"),
-    ],
-)
-def test_errors_name_the_value(codec, call, words):
-    with pytest.raises(UserError) as error:
-        call(codec)
-    assert words in str(error.value) and "\n" not in str(error.value)
-
-
 def test_release_and_back(codec, tmp_path):
     with torch.no_grad():
         for p in codec.parameters():
@@ -86,38 +59,20 @@ def test_release_and_back(codec, tmp_path):
 
 
 def test_released_files(tmp_path):
-    torch.manual_seed(1)
-    codec = RVQCodec(SMALL).eval()
-    files = {"model": {}, "model_1": {"model.head.istft.window": torch.hann_window(180)}}
-    for key, value in codec.state_dict().items():
-        part, _, rest = key.partition(".")
-        if part == "encoder":
-            files["model"][rest] = value
-        else:
-            files["model_1"][{"quantizer": key, "decoder": f"model.{rest.removeprefix('model.')}"}[part]] = value
     folder = tmp_path / "acoustic_codec"
     folder.mkdir()
-    for name, state in files.items():
-        save_file({k: v.clone() for k, v in state.items()}, folder / f"{name}.safetensors")
+    codec = maskgct(folder, SMALL)
     for place in (tmp_path, folder):
         again = RVQCodec.from_pretrained(place)
         assert all(torch.equal(v, again.state_dict()[k]) for k, v in codec.state_dict().items())
-
-    key = next(iter(files["model"]))
-    save_file({k: v.clone() for k, v in files["model"].items() if k != key}, folder / "model.safetensors")
+    encoder = load_file(folder / "model.safetensors")
+    encoder.popitem()
+    save_file(encoder, folder / "model.safetensors")
     with pytest.raises(UserError, match=r"lacks tensor|has no tensor"):
         RVQCodec.from_pretrained(tmp_path)
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"no model\.safetensors"):
         RVQCodec.from_pretrained(tmp_path)
-
-
-def test_istft_inverts_an_stft():
-    n_fft, hop, frames = 180, 60, 12
-    x = wave(hop * frames, seed=3)[:, 0]
-    padded = torch.nn.functional.pad(x, ((n_fft - hop) // 2,) * 2)
-    spectrum = torch.stft(padded, n_fft, hop, window=torch.hann_window(n_fft), center=False, return_complex=True)
-    torch.testing.assert_close(ISTFT(n_fft, hop)(spectrum), x, atol=1e-6, rtol=0)
 
 
 def test_quantizer_without_projections():
@@ -189,25 +144,3 @@ def test_codes_are_searched_in_float32_under_autocast():
     torch.testing.assert_close(half.latent, whole.latent)
     assert torch.equal(codes, quantizer.quantize(z.bfloat16().float()))
     assert (rounded[0] != whole.codes[:, 0]).float().mean() > 0.01  # autocast does change the search where it is let
-
-
-def test_released_keys_and_shapes_of_the_full_size():
-    config = RVQCodecConfig()
-
-    def shapes(module, prefix):
-        return {prefix + k: list(v.shape) for k, v in module.state_dict().items()}
-
-    with torch.device("meta"):
-        encoder = shapes(build_encoder(config), "")
-        decoder = shapes(build_quantizer(config), "quantizer.") | shapes(build_decoder(config), "model.")
-    decoder["model.head.istft.window"] = [1920]  # stored in the file, computed by ours
-    assert encoder == json.loads((FOLDER / "mgct_full_encoder.keys.json").read_text())
-    assert decoder == json.loads((FOLDER / "mgct_full_decoder.keys.json").read_text())
-
-
-def test_sizes_follow_from_the_tensors():
-    encoder, decoder = (
-        {key: torch.empty(shape, device="meta") for key, shape in json.loads((FOLDER / name).read_text()).items()}
-        for name in ("mgct_full_encoder.keys.json", "mgct_full_decoder.keys.json")
-    )
-    assert RVQCodecConfig(**config_of(rename_all(encoder | decoder, RULES))) == RVQCodecConfig()

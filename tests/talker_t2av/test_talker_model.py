@@ -12,7 +12,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP
 from engine.errors import UserError
 from talker_t2av.fused import FusedAttention, FusedMLP, fuse_layers
 from talker_t2av.layers import MLP
-from talker_t2av.model import KeyValues, TalkerConfig, TalkerT2AV
+from talker_t2av.model import KeyValues, TalkerT2AV
 from talker_t2av.released import LM_HEAD, read_safetensors, stored, warm_start
 
 DROPPED = ("llm.lm_head.weight", "rope.w")
@@ -176,9 +176,3 @@ def test_fused_layers_change_nothing(bias):
     assert {FusedMLP, FusedAttention} <= kinds and not kinds & {MLP, Qwen3MLP, Qwen3Attention}
     for a, b in zip(before, answers()):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-
-
-def test_heads_that_do_not_divide_the_width_are_refused():
-    config = tiny_model().config
-    with pytest.raises(UserError, match="encoder_heads=5"):
-        TalkerT2AV(TalkerConfig(config.llm, encoder_heads=5, head_heads=2))

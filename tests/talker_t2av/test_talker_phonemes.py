@@ -14,7 +14,6 @@ from talker_t2av.losses import TalkerBatch, training_forward
 from talker_t2av.phonemes import SYMBOLS, phonemizer
 from talker_t2av.text import TalkerTokenizer, load_tokenizer, phoneme_tokenizer
 
-TEXT = {"kind": "phonemes", "language": "en-us"}
 WORDS = phoneme_tokenizer("en-us")
 
 

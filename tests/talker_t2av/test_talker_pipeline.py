@@ -9,22 +9,18 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
-from talker_fixtures import DM, VAE, face_file, save_talker, tiny_model, voice_file
+from safetensors.torch import load_file, save_file
+from talker_fixtures import DM, face_file, save_talker, voice_file
 
 from engine.errors import UserError
 from engine.media.audio import read_audio, write_wav
 from engine.precision import PackedLinear, can_pack
-from lia_x import LiaX, LiaXConfig
 from talker_t2av.faces import find_square, read_square
 from talker_t2av.jobs import encode_motion, prepare_job
-from talker_t2av.pipeline import Job, TalkerPipeline
-from talker_t2av.released import LM_HEAD
+from talker_t2av.pipeline import Job, Talk, TalkerPipeline
 from talker_t2av.request import Sampling
 from talker_t2av.system import TalkerSystem
-from talker_t2av.text import byte_tokenizer
-from tests.reference import released_names
-from whisperx_vae import WhisperXVAE
+from tests.rehearsal.stand_ins import download
 
 TEXT = "set red"
 
@@ -78,19 +74,22 @@ def test_four_jobs_at_once(pipeline):
         np.testing.assert_allclose(alone.wave, talk.wave, atol=1e-4)
 
 
+def assert_streamed(pipeline: TalkerPipeline, job: Job, whole: Talk) -> None:
+    """A stream of the job adds up to its whole sound and pictures."""
+    chunks = list(pipeline.stream(job))
+    assert len(chunks) > 1
+    np.testing.assert_allclose(np.concatenate([chunk.wave for chunk in chunks]), whole.wave, atol=1e-4)
+    pictures = [chunk.frames for chunk in chunks if chunk.frames is not None]
+    assert bool(pictures) == (whole.frames is not None)
+    if pictures:
+        frames = np.concatenate(pictures).astype(int)
+        assert frames.shape == whole.frames.shape and np.abs(frames - whole.frames).max() <= 1
+
+
 @pytest.mark.parametrize("mode", ["t2av", "tts", "a2v", "v2a"])
 def test_a_stream_adds_up_to_the_whole(pipeline, mode):
     job = jobs_of(pipeline)[mode]
-    whole, chunks = pipeline(job), list(pipeline.stream(job))
-    wave = np.concatenate([chunk.wave for chunk in chunks])
-    assert len(chunks) > 1 and wave.shape == whole.wave.shape
-    np.testing.assert_allclose(wave, whole.wave, atol=1e-4)
-    pictures = [chunk.frames for chunk in chunks if chunk.frames is not None]
-    if whole.frames is None:
-        assert not pictures
-    else:
-        frames = np.concatenate(pictures).astype(int)
-        assert frames.shape == whole.frames.shape and np.abs(frames - whole.frames).max() <= 1
+    assert_streamed(pipeline, job, pipeline(job))
 
 
 def test_a_job_may_run_while_a_stream_waits(pipeline):
@@ -110,7 +109,8 @@ def test_a_long_text_is_spoken_in_parts(pipeline, mode):
     assert len(pipeline(job).wave) <= 0.8 * 24_000  # it is not long
     pipeline.sampling = replace(before := pipeline.sampling, text_bytes=12)
     try:
-        talk, again, chunks = pipeline(job), pipeline(job), list(pipeline.stream(job))
+        talk, again = pipeline(job), pipeline(job)
+        assert_streamed(pipeline, job, talk)
     finally:
         pipeline.sampling = before
     requests = prepare_job(job, pipeline.system, 12).requests
@@ -120,13 +120,10 @@ def test_a_long_text_is_spoken_in_parts(pipeline, mode):
     np.testing.assert_allclose(talk.wave[: len(first.wave)], first.wave, atol=1e-4)
     assert not talk.wave[len(first.wave) :][: 5 * 960].any() and talk.wave[len(first.wave) + 5 * 960 :].any()
     assert len(talk.wave) == 960 * (len(talk.speech) + 2 * 5) and np.array_equal(talk.wave, again.wave)
-    np.testing.assert_allclose(np.concatenate([chunk.wave for chunk in chunks]), talk.wave, atol=1e-4)
     if mode == "t2av":
         assert len(talk.wave) == 960 * len(talk.frames) == 960 * len(talk.motion)
         pause = talk.motion[len(first.frames) - 1 :][:7].diff(dim=0)  # in a line from the last frame to the next part's
         torch.testing.assert_close(pause, pause[:1].expand(6, -1), atol=1e-4, rtol=1e-3)
-        frames = np.concatenate([chunk.frames for chunk in chunks if chunk.frames is not None]).astype(int)
-        assert np.abs(frames - talk.frames).max() <= 1
 
 
 def test_a_stream_speaks_before_it_knows_the_end(pipeline):
@@ -141,11 +138,11 @@ def test_a_stream_speaks_before_it_knows_the_end(pipeline):
 def test_official_switches_keep_the_prefix(pipeline):
     files = pipeline.files
     job = Job("t2av", TEXT, files["voice"], files["face"], compat="official", prefix_seconds=0.33)
-    talk, stream = pipeline(job), list(pipeline.stream(job))
+    talk = pipeline(job)
     delay = pipeline.system.model.config.delay
     assert talk.stopped or len(talk.speech) == 4 * (max(5, 3 + delay) - 2 - delay + 15)
     assert len(talk.wave) == 960 * (len(talk.speech) + 8 + 4 * delay) and len(talk.frames) == 8 + len(talk.motion)
-    np.testing.assert_allclose(np.concatenate([c.wave for c in stream]), talk.wave, atol=1e-4)
+    assert_streamed(pipeline, job, talk)
     tts = pipeline(Job("tts", TEXT, files["voice"], compat="official", prefix_seconds=0.42))
     assert len(tts.wave) == 960 * (len(tts.speech) + 10)  # not cut to whole patches
 
@@ -203,8 +200,6 @@ def test_files_are_checked(pipeline, tmp_path):
 def test_folders_are_checked(tmp_path):
     released = tmp_path / "released"
     (released / "acoustic_codec").mkdir(parents=True)
-    with pytest.raises(UserError, match="weights folder not found"):
-        TalkerSystem.load(tmp_path / "nowhere")
     save_file({"encoder.weight": torch.zeros(1)}, released / "acoustic_codec" / "model.safetensors")
     (released / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"lacks the Talker-T2AV model.*download_checkpoints") as error:
@@ -214,39 +209,22 @@ def test_folders_are_checked(tmp_path):
 
 def test_a_folder_of_downloaded_files(tmp_path):
     """Everything that download_checkpoints.py fetches in one folder; each part is found by the names of its tensors."""
-    folder, ours = tmp_path / "all", tmp_path / "ours"
-    for name in ("acoustic_codec", "talker-t2av", "whisperx-vae"):
-        (folder / name).mkdir(parents=True)
-    other = {"encoder.weight": torch.zeros(1)}
-    save_file(other, folder / "acoustic_codec" / "model.safetensors")
-    for name in ("affectnet-7-model_best.pth", "large_vox_iter5.pt", "a.ckpt"):
-        torch.save(other, folder / name)
-    model = tiny_model(motion_dim=40)
-    state = {name: value.clone() for name, value in model.state_dict().items() if name != LM_HEAD}
-    save_file(state, folder / "talker-t2av" / "model.safetensors")
-    byte_tokenizer().save(folder / "talker-t2av")
-    torch.manual_seed(1)
-    codec = WhisperXVAE(replace(VAE, whisper_heads=1)).eval()  # a released file does not tell the number of heads
-    torch.save({"state_dict": released_names.whisperx_vae(codec.state_dict())}, folder / "whisperx-vae" / "model.ckpt")
-    save_talker(ours)
-
-    voice, face = str(voice_file(tmp_path / "v.wav")), str(tmp_path / "face.png")
+    folder, voice, face = tmp_path / "all", str(voice_file(tmp_path / "v.wav")), str(tmp_path / "face.png")
     cv2.imwrite(face, np.full((40, 50, 3), 90, np.uint8))
+    download(folder, "acoustic_codec/", "large_vox_iter5.pt", "talker-t2av/", "whisperx-vae/model.ckpt")
     with pytest.raises(UserError, match=r"mode=tts: .* lacks the WavLM speaker encoder"):
         TalkerPipeline.from_pretrained(folder).tts(TEXT, voice)
-    codecs = {"speaker": ours / "voice"}
-    pipeline = TalkerPipeline.from_pretrained(folder, codecs=codecs, precision="fp32")
+    download(folder, "wavlm_large_finetune.pth")
+    pipeline = TalkerPipeline.from_pretrained(folder, precision="fp32")
     assert pipeline.sampling == Sampling() and len(pipeline.system.stats.mean) == 40
-    loaded, saved = pipeline.system.model.state_dict(), model.state_dict()
+    loaded, saved = pipeline.system.model.state_dict(), load_file(folder / "talker-t2av" / "model.safetensors")
     assert loaded.keys() & saved.keys()  # the others are fused
     assert all(torch.equal(loaded[name], saved[name]) for name in loaded.keys() & saved.keys())
     assert np.isfinite(pipeline.tts(TEXT, voice, max_seconds=0.32).wave).all()  # speech needs no portrait codec
     with pytest.raises(UserError, match=r"mode=t2av: .* lacks the LIA-X checkpoint"):
         pipeline.t2av(TEXT, voice, face)
-    lia = LiaXConfig(style_dim=40, motion_dim=40, scale=1, size=32, width=4, max_width=8, depth=1)
-    LiaX(lia).save(ours / "motion40", "card")
-    pipeline = TalkerPipeline.from_pretrained(folder, codecs=codecs | {"motion": ours / "motion40"})
-    talk = pipeline.t2av(TEXT, voice, face, max_seconds=0.32)
+    download(folder, "lia-x.pt")
+    talk = TalkerPipeline.from_pretrained(folder).t2av(TEXT, voice, face, max_seconds=0.32)
     assert np.isfinite(talk.wave).all() and talk.frames.shape[1:] == (32, 32, 3)
 
 

@@ -1,9 +1,7 @@
 """The released checkpoint: names, sizes, strictness, and a reader that runs nothing."""
 
 import json
-import zipfile
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,18 +11,11 @@ from engine.errors import UserError
 from engine.official import rename_all
 from tests.reference import released_names
 from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
-from whisperx_vae.released import RULES, config_of
+from whisperx_vae.released import RULES
 
-KEYS = Path(__file__).parents[1] / "golden" / "codecs" / "wxvae_full_encode_in64.keys.json"
 TINY = WhisperXVAEConfig(
-    encoder_width=4,
-    hidden=64,  # one attention head of Whisper's head size
-    latent_dim=6,
-    decoder_width=32,
-    whisper_context=50,
-    whisper_heads=1,
-    whisper_layers=1,
-)
+    encoder_width=4, hidden=64, latent_dim=6, decoder_width=32, whisper_context=50, whisper_heads=1, whisper_layers=1
+)  # hidden: one attention head of Whisper's head size
 HYPER = {
     "cfg": {
         "dataset": {"sr": 24000},
@@ -57,17 +48,6 @@ def checkpoint(model, tmp_path):
     return write
 
 
-def test_released_network_takes_every_key_of_its_inference_subset():
-    shapes = {key: tuple(shape) for key, shape in json.loads(KEYS.read_text()).items()}
-    state = rename_all({key: torch.empty(shape, device="meta") for key, shape in shapes.items()}, RULES)
-    assert WhisperXVAEConfig(**config_of(state)) == WhisperXVAEConfig(encoder_width=64)
-    with torch.device("meta"):
-        ours = {key: tuple(value.shape) for key, value in WhisperXVAE(WhisperXVAEConfig()).state_dict().items()}
-    assert {key: tuple(value.shape) for key, value in state.items()} == ours
-    inference = {key for key in shapes if not key.startswith("semantic_model.decoder.")}
-    assert len(inference) == len(ours) == 731
-
-
 def test_checkpoint_with_foreign_objects(checkpoint, model):
     loaded = WhisperXVAE.from_pretrained(checkpoint().parent)
     assert loaded.config == TINY
@@ -83,14 +63,10 @@ def test_absent_position_table_is_computed(checkpoint, model):
     assert torch.equal(again.whisper.embed_positions.weight, model.whisper.embed_positions.weight)
 
 
-def test_missing_and_misshapen_tensors_are_refused(checkpoint, model):
+def test_a_missing_tensor_is_refused(checkpoint, model):
     state = released_names.whisperx_vae(model.state_dict())
     with pytest.raises(UserError, match="lacks"):
         WhisperXVAE.from_pretrained(checkpoint({k: v for k, v in state.items() if k != "CodecDec.model.0.bias"}))
-    with pytest.raises(UserError, match="shape"):
-        WhisperXVAE.from_pretrained(checkpoint({**state, "CodecDec.model.0.bias": torch.zeros(3)}))
-    with pytest.raises(UserError, match="not a WhisperX-VAE"):
-        WhisperXVAE.from_pretrained(checkpoint({"a": torch.zeros(1)}))
 
 
 def test_contradicting_configuration_is_refused(checkpoint):
@@ -98,21 +74,3 @@ def test_contradicting_configuration_is_refused(checkpoint):
     hyper["cfg"]["model"]["codec_encoder"]["in_dim"] = 80
     with pytest.raises(UserError, match=r"codec_encoder.in_dim=80, its weights have 4"):
         WhisperXVAE.from_pretrained(checkpoint(hyper=hyper))
-
-
-def test_unreadable_files(tmp_path):
-    (tmp_path / "a.ckpt").write_bytes(b"no checkpoint")
-    with pytest.raises(UserError, match="not a readable checkpoint"):
-        WhisperXVAE.from_pretrained(tmp_path / "a.ckpt")
-    torch.save([1, 2], tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match="holds a list"):
-        WhisperXVAE.from_pretrained(tmp_path / "a.ckpt")
-    with zipfile.ZipFile(tmp_path / "a.ckpt", "a") as archive:
-        archive.writestr("archive/constants.pkl", b"")
-    with pytest.raises(UserError, match="TorchScript"):
-        WhisperXVAE.from_pretrained(tmp_path)
-    (tmp_path / "b.ckpt").write_bytes(b"")
-    with pytest.raises(UserError, match="holds 2 checkpoints"):
-        WhisperXVAE.from_pretrained(tmp_path)
-    with pytest.raises(UserError, match="weights folder not found"):
-        WhisperXVAE.from_pretrained(tmp_path / "absent")

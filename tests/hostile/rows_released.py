@@ -1,0 +1,70 @@
+"""Rows of files of others: what stands in place of a released checkpoint, or of one of its tensors, and is none."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hicodit.conditions.arcface import ArcFace
+from hicodit.conditions.avhubert import AVHubert
+from hicodit.conditions.poster2 import POSTER2
+from lia_x import LiaX
+from talker_t2av.speaker.encoder import WavLMEncoder
+from talker_t2av.system import TalkerSystem
+from whisperx_vae import WhisperXVAE
+
+A = {"a": torch.zeros(1)}
+FILES = [  # what reads a file, its name, its content, and the line; None: there is no file
+    (AVHubert.from_pretrained, "a.pt", {"state_dict": {}}, "'model'"),
+    (AVHubert.from_pretrained, "a.pt", {"model": A}, "not an AV-HuBERT checkpoint"),
+    (ArcFace.from_pretrained, "a.pt", {"conv1.weight": torch.zeros(1)}, "no ArcFace network"),
+    (ArcFace.from_pretrained, "absent.pth", None, "no such checkpoint"),
+    (POSTER2.from_pretrained, "best.pth", {"state_dict": {}}, "'affectnet' or 'raf'"),
+    (POSTER2.from_pretrained, "raf-db-model_best.pth", {"state_dict": A}, "lacks tensor"),
+    (WavLMEncoder.from_pretrained, "", None, "download_checkpoints"),
+    (WavLMEncoder.from_pretrained, "a.pth", {"model": A}, "not a WavLM-ECAPA speaker encoder"),
+    (LiaX.from_pretrained, "lia-x.pt", b"not a checkpoint", "cannot be read as tensors"),
+    (LiaX.from_pretrained, "lia-x.pt", {"state_dict": A}, "flat"),
+    (LiaX.from_pretrained, "lia-x.pt", A, "not a LIA-X"),
+    (WhisperXVAE.from_pretrained, "a.ckpt", b"no checkpoint", "not a readable checkpoint"),
+    (WhisperXVAE.from_pretrained, "a.ckpt", [1, 2], "holds a list"),
+    (WhisperXVAE.from_pretrained, "a.ckpt", {"state_dict": A}, "not a WhisperX-VAE"),
+    (WhisperXVAE.from_pretrained, "absent", None, "weights folder not found"),
+    (TalkerSystem.load, "absent", None, "weights folder not found"),
+]
+
+
+def read(read: Callable[[Path], Any], name: str, content: Any, folder: Path) -> None:
+    if isinstance(content, bytes):
+        (folder / name).write_bytes(content)
+    elif content is not None:
+        torch.save(content, folder / name)
+    read(folder / name)
+
+
+def torch_script(folder: Path) -> None:
+    torch.save([1], folder / "a.ckpt")
+    with zipfile.ZipFile(folder / "a.ckpt", "a") as archive:
+        archive.writestr("archive/constants.pkl", b"")
+    WhisperXVAE.from_pretrained(folder)
+
+
+def two_files(folder: Path) -> None:
+    for name in ("a.ckpt", "b.ckpt"):
+        (folder / name).write_bytes(b"")
+    WhisperXVAE.from_pretrained(folder)
+
+
+CASES = [
+    *(
+        (f"released: {name or 'folder'}, {number}", partial(read, reader, name, content), line)
+        for number, (reader, name, content, line) in enumerate(FILES)
+    ),
+    ("released: TorchScript", torch_script, "TorchScript"),
+    ("released: two checkpoints", two_files, "holds 2 checkpoints"),
+]
