@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,12 @@ import pytest
 import torch
 
 from engine import processes
+from engine.errors import UserError
 from engine.evaluation.validation import Share, figures_of
-from engine.training.parallel import prepare_blocks
 from engine.training.task import Task
 from tests import forked
+from tests.releases import write_release
+from tests.tiny import train
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)  # tests run in a process for each core
@@ -48,45 +49,66 @@ def signals_end_processes_again():
         signal.signal(number, handler)
 
 
-def _losses(task: Task, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Losses and gradients of one step of a task."""
-    found, batch = {}, dict(batch)
-    task.train()
-    for part in task.parts():
-        torch.manual_seed(0)
-        task.zero_grad()
-        losses = task(batch, part)
-        losses["loss"].backward()
-        found |= {f"{part}/{name}": value.detach() for name, value in losses.items()}
-        found |= {f"{part}/{name}": p.grad for name, p in task.named_parameters() if p.grad is not None}
-    return found
+@pytest.fixture
+def low_rank_updates_end_up_in_the_weights(tmp_path) -> Callable[..., set[str]]:
+    """Asserts that low-rank updates of a task learn alone, all of them, and are added to the weights of its release."""
+
+    def check(task: Task, batch: dict[str, Any], name: str, read: Callable[[Path], torch.nn.Module]) -> set[str]:
+        """Return the names of the parameters that learn.
+
+        Args:
+            name: the task's attribute that is its network.
+            read: makes the network from the folder of a release.
+        """
+        start = {key: value.clone() for key, value in task.state_dict().items()}
+        task.adapt(2, 4.0)
+        learns = {key for key, p in task.named_parameters() if p.requires_grad}
+        train(task, batch, 4)
+        idle = {key for key, p in task.named_parameters() if "lora_B" in key and not p.any()}
+        assert idle == set(), "these layers are used past their module's forward"
+        write_release(task, tmp_path / "adapted")
+        new, losses = read(tmp_path / "adapted"), []
+        changed = {key for key, value in new.state_dict().items() if not torch.equal(value, start[f"{name}.{key}"])}
+        assert changed == {key.removeprefix(f"{name}.").split(".lora_")[0] + ".weight" for key in learns}
+
+        def measure(network: torch.nn.Module) -> None:
+            setattr(task, name, network)
+            torch.manual_seed(0)
+            losses.append(float(task.eval()(batch, "model")["loss"].detach()))
+
+        measure(getattr(task, name))
+        measure(new)
+        task.load_state_dict(start)
+        measure(new)
+        assert losses[0] == pytest.approx(losses[1], rel=2e-3) != losses[2]  # half precision
+        return learns
+
+    return check
 
 
 @pytest.fixture
-def prepared_blocks_change_nothing(monkeypatch) -> Callable[..., None]:
-    """Asserts that losses and gradients stay the same when blocks are recomputed, and one of each kind compiled.
+def the_decoder_alone_goes_on_from_a_release(tmp_path) -> Callable[..., None]:
+    """Asserts that a codec's task with `decoder_only` keeps the codes of a release, which must be of the same sizes."""
 
-    Compiled here means captured: the graphs are run by PyTorch, as a C++ compiler would take minutes.
-    """
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-
-    def check(make_task: Callable[[], Task], batch: dict[str, Any], compiled: bool = True) -> None:
-        plain, task, calls = _losses(make_task(), batch), make_task(), []
-        for block in task.blocks():
-            block.register_forward_hook(lambda *_: calls.append(1))
-        prepare_blocks(task, compiled=False, recomputed=True)
-        found = [_losses(task, batch)]
-        assert len(calls) >= len(task.blocks()) > 0
-        if compiled:
-            task = make_task()
-            chosen = list({type(block): block for block in task.blocks()}.values())
-            task.blocks = lambda: chosen
-            prepare_blocks(task, compiled=True, recomputed=True)
-            found.append(_losses(task, batch))
-        for other in found:
-            assert other.keys() == plain.keys()
-            for name, value in plain.items():
-                torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    def check(
+        make_task: Callable[..., Task], batch: dict[str, Any], signal: torch.Tensor, sizes: dict[str, Any], message: str
+    ) -> None:
+        """Sizes are those of another codec, and `message` is what is said of them."""
+        init = str(tmp_path / "release")
+        write_release(make_task(), tmp_path / "release")
+        task = make_task(init=init, decoder_only=True)
+        before = {name: value.clone() for name, value in task.codec.state_dict().items()}
+        train(task, batch, 2)
+        after = task.codec.state_dict()
+        changed = {name.split(".")[0] for name in after if not torch.equal(after[name], before[name])}
+        assert "decoder" in changed <= {"decoder", "out_proj"}
+        write_release(task, tmp_path / "again")
+        first, again = (type(task.codec).from_pretrained(tmp_path / name) for name in ("release", "again"))
+        assert torch.equal(first.encode(signal), again.encode(signal))
+        with pytest.raises(UserError, match=r"task\.init"):
+            make_task(decoder_only=True)
+        with pytest.raises(UserError, match=message):
+            make_task(init=init, codec=sizes)
 
     return check
 

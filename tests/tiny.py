@@ -50,6 +50,12 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+def batch_of(data: Any, count: int | None = None) -> dict[str, Any]:
+    """A batch of the first items of a training set, by default of all, each drawn with a generator of its own."""
+    numbers = range(len(data) if count is None else count)
+    return data.collate([data.__getitem__(i, torch.Generator().manual_seed(i)) for i in numbers])
+
+
 def train(task: Task, batch: dict[str, Tensor], steps: int, whole: bool = False) -> list[dict[str, dict[str, Any]]]:
     """Losses by part of each step on one batch, from step 0 of the task's schedules on.
 

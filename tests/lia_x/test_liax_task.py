@@ -10,7 +10,6 @@ from engine.errors import UserError
 from engine.evaluation.validation import ALONE, figures_of
 from engine.media.video import write_video
 from engine.metrics.picture import ssim
-from lia_x import LiaX
 from lia_x.data import FramePairs, sample_frames
 from lia_x.losses import Perceptual, pyramid_l1, region_weights, structural
 from lia_x.task import LiaXTask
@@ -130,23 +129,9 @@ def test_a_start_from_a_release_keeps_all_levels(tmp_path):
     assert both["_run"][1].shape == (4, 3, 32, 32)
 
 
-def test_decoder_alone_goes_on_from_a_release(tmp_path):
-    write_release(make_task(), tmp_path / "release", {"seen/psnr": 1.0})
-    weights = WEIGHTS | {"adversarial": 0.0}
-    task = make_task(weights=weights, init=str(tmp_path / "release"), decoder_only=True)
-    released = LiaX.from_pretrained(tmp_path / "release")
-    parameters = [p for p in task.parts()["generator"].parameters() if p.requires_grad]
-    optimiser = torch.optim.Adam(parameters, lr=1e-3)
-    task(batch(), "generator")["loss"].backward()
-    optimiser.step()
-    picture = torch.rand(1, 3, 32, 32)
-    assert torch.equal(task.codec.encode(picture), released.encode(picture))
-    moved = task.codec.decoder.levels[-1].to_rgb.bias - released.decoder.levels[-1].to_rgb.bias
-    assert moved.abs().min() > 1e-4  # more than the rounding of a release
-    with pytest.raises(UserError, match="depth=1"):
-        make_task(codec=LIA_X | {"depth": 2}, init=str(tmp_path / "release"))
-    with pytest.raises(UserError, match=r"task\.init"):
-        make_task(decoder_only=True)
+def test_the_decoder_alone(the_decoder_alone_goes_on_from_a_release):
+    sizes, picture = LIA_X | {"depth": 2}, torch.rand(1, 3, 32, 32)
+    the_decoder_alone_goes_on_from_a_release(make_task, batch(), picture, sizes, "depth=1")
 
 
 def test_validation_measures_and_draws(corpus, tmp_path, shares_give_the_same_figures):
@@ -214,7 +199,3 @@ def test_perceptual_loss_takes_torchvision_weights(tmp_path):
     assert loss(x, x.detach(), levels=2) == 0
     with pytest.raises(UserError, match="cannot be read as tensors"):
         Perceptual(tmp_path / "missing.pth")
-
-
-def test_recomputed_blocks_leave_the_losses(prepared_blocks_change_nothing):
-    prepared_blocks_change_nothing(make_task, batch(), compiled=False)

@@ -12,6 +12,7 @@ from talker_t2av.losses import Examples
 from talker_t2av.model import TalkerT2AV
 from talker_t2av.request import MODES, Sampling
 from tests.releases import write_release
+from tests.tiny import batch_of
 
 STEPS = 2
 
@@ -42,8 +43,7 @@ def student(root):
 
 @pytest.fixture(scope="module")
 def batch(root):
-    data = TalkerPairs(root / "shards", stats=root / "shards/train/index.json")
-    return data.collate([data.__getitem__(i, torch.Generator().manual_seed(i)) for i in range(4)])
+    return batch_of(TalkerPairs(root / "shards", stats=root / "shards/train/index.json"), 4)
 
 
 @pytest.fixture
@@ -129,8 +129,7 @@ def test_its_release_takes_one_evaluation_a_step(trained, root, tmp_path):
 
 def test_a_speech_only_batch_reaches_both_heads(student, root):
     data = TalkerPairs(root / "shards", stats=root / "shards/train/index.json", tasks=["tts"])
-    batch = data.collate([data.__getitem__(i, torch.Generator().manual_seed(i)) for i in range(2)])
-    losses = student(batch, "model")
+    losses = student(batch_of(data, 2), "model")
     assert losses["motion"] == 0 and losses["speech"] > 0
     losses["loss"].backward()
     assert all(p.grad is not None for p in student.model.motion_cfm.estimator.step_mlp.parameters())
