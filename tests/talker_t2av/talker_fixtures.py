@@ -23,15 +23,9 @@ from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
 
 DS, DM = 4, 5
 LLM = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "intermediate_size": 48,
-    "max_position_embeddings": 512,
-}
+    "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "head_dim": 16, "intermediate_size": 48, "max_position_embeddings": 512,
+}  # fmt: skip
 VAE = WhisperXVAEConfig(
     encoder_width=2, hidden=16, latent_dim=DS, decoder_width=16, mel_bands=20, whisper_context=50, whisper_heads=2,
     whisper_layers=1,

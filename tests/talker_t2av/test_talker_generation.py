@@ -9,6 +9,8 @@ import torch
 from talker_fixtures import all_frames, assert_close, generate, request, tiny_model, utterance
 
 from engine.errors import UserError
+from talker_t2av.data import SequenceFormat
+from talker_t2av.diffusion_head import FlowHead
 from talker_t2av.generation import Rows
 from talker_t2av.losses import training_forward
 from talker_t2av.request import MODES, Sampling
@@ -16,43 +18,51 @@ from talker_t2av.request import MODES, Sampling
 SAMPLING = Sampling(steps=3, temperature=0.8, guidance=1.5)
 
 
-def hidden_states(model, asked, mode):
-    """The result of a request without stop tests, and the states (S, D) that the heads saw."""
-    rows, states = Rows(model, MODES[mode], SAMPLING, use_stop=False), []
-    row = rows.join(asked)
-    while rows.rows:
-        states.append(rows.state.hidden.clone())
-        rows.step()
-    return rows.result(row), torch.cat(states)
+def drawn_states(model, asked, mode, monkeypatch):
+    """The result without stop tests, and for speech and motion the states (n, D) from which patches were drawn."""
+    seen, sample = {id(model.speech_cfm): [], id(model.motion_cfm): []}, FlowHead.sample
+
+    def record(head, mu, *more):
+        seen[id(head)].append(mu.clone())
+        return sample(head, mu, *more)
+
+    monkeypatch.setattr(FlowHead, "sample", record)
+    result = generate(model, [asked], MODES[mode], SAMPLING, use_stop=False)[0]
+    return result, [torch.cat(states) if states else None for states in seen.values()]
 
 
-@pytest.mark.parametrize("delay", [0, 2])
+KINDS = [{}, {"delay": 2}, {"tasks": 4}, {"tasks": 4, "delay": 2}, {"order": "av"}, {"order": "va"}]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("prefix", [0, 3])
-@pytest.mark.parametrize("tasks", [2, 4])
-def test_hidden_states_are_those_of_training(mode, delay, prefix, tasks):
+def test_patches_are_drawn_from_the_states_of_training(mode, kind, prefix, monkeypatch):
     """What the heads see equals the training forward on the finished utterance."""
-    model, size, patches = tiny_model(delay, tasks=tasks), 4, 6
-    given = {
-        "t2av": (4 * prefix, 4 * prefix),
-        "tts": (4 * prefix, 0),
-        "a2v": (4 * (prefix + patches) - 1, 4 * prefix),
-        "v2a": (4 * prefix, 4 * (prefix + patches)),
+    model, size, total = tiny_model(**kind), 4, prefix + 6
+    frames = {
+        "t2av": (size * prefix, size * prefix),
+        "tts": (size * prefix, 0),
+        "a2v": (size * total - 1, size * prefix),
+        "v2a": (size * prefix, size * total),
     }[mode]
-    asked = request(speech=given[0], motion=given[1], prefix=prefix, max_patches=patches)
-    result, ours = hidden_states(model, asked, mode)
+    asked = request(speech=frames[0], motion=frames[1], prefix=prefix, max_patches=total - prefix)
+    result, states = drawn_states(model, asked, mode, monkeypatch)
     speech, motion = all_frames(asked, result)
-    assert -(-len(speech) // size) == prefix + patches
-    assert len(motion) == (0 if mode == "tts" else 4 * (prefix + patches))
-    slots = prefix + patches + (delay if mode != "tts" else 0)
-    start = len(asked.prompt)
+    assert -(-len(speech) // size) == total and len(motion) == (0 if mode == "tts" else size * total)
+    delay = kind.get("delay", 0)
+    format = SequenceFormat(7, [], size, delay, order=kind.get("order", "add"))
+    task = torch.tensor([("tts", "t2av", "v2a", "a2v").index(mode)]) if "tasks" in kind else None
     with torch.no_grad():
-        task = torch.tensor([("tts", "t2av", "v2a", "a2v").index(mode)]) if tasks == 4 else None
-        forward = training_forward(model, utterance(asked, speech, motion, slots), task)
-    # The state before slot j is at position start + j, as the task token comes first.
-    same = patches if mode == "t2av" else len(ours)  # later slots hold speech that is trimmed
-    theirs = forward.hidden[0, start + prefix : start + prefix + same]
-    torch.testing.assert_close(ours[:same], theirs, atol=2e-5, rtol=1e-4)
+        batch = utterance(asked, speech, motion, format.slots(len(speech), len(motion)))
+        forward = training_forward(model, batch, task)
+    assert [drawn is None for drawn in states] == [mode == "a2v", mode in ("tts", "v2a")]
+    for drawn, examples, lag in zip(states, (forward.speech, forward.motion), (0, delay)):
+        if drawn is not None:
+            expected = examples.mu[:: model.config.repeats][prefix:]
+            assert len(expected) == total - prefix
+            same = total - prefix - lag * (mode == "t2av")  # later states have seen speech that is trimmed
+            torch.testing.assert_close(drawn[:same], expected[:same], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("delay", "tasks"), [(0, 2), (1, 2), (1, 4)])
@@ -84,17 +94,31 @@ def test_eight_rows_at_once_are_eight_rows_one_by_one(mode, delay, tasks):
     assert len(lengths) > 2  # rows did end at different times
 
 
-@pytest.mark.parametrize(("tasks", "known"), [(2, 0), (4, 1)])
-@pytest.mark.parametrize("mode", ["v2a", "a2v"])
-def test_a_patch_is_drawn_with_the_given_patch_of_its_time_known_if_there_are_tasks_for_it(mode, tasks, known):
-    model, changed = tiny_model(tasks=tasks), 3
-    given = "motion" if mode == "v2a" else "speech"
-    asked = request(**{given: 24})
-    stream = getattr(asked, given).clone()
-    stream[4 * changed] += 1.0
-    states = [hidden_states(model, row, mode)[1] for row in (asked, replace(asked, **{given: stream}))]
-    same = [torch.equal(a, b) for a, b in zip(*states)]
-    assert same.index(False) == changed + 1 - known
+@pytest.mark.parametrize(
+    ("kind", "mode", "known"),
+    [
+        ({}, "v2a", False),
+        ({}, "a2v", False),
+        ({"tasks": 4}, "v2a", True),
+        ({"tasks": 4}, "a2v", True),
+        ({"order": "av"}, "a2v", True),
+        ({"order": "va"}, "a2v", False),
+        ({"order": "va"}, "v2a", True),
+    ],
+    ids=str,
+)
+def test_a_patch_is_drawn_with_the_given_patch_of_its_time_known_if_the_model_is_made_for_it(kind, mode, known):
+    model, size = tiny_model(**kind), 4
+    given, drawn = ("speech", "motion") if mode == "a2v" else ("motion", "speech")
+    asked = request(**{given: 6 * size})
+    changed = getattr(asked, given).clone()
+    changed[3 * size :] += 1
+    one, two = (
+        getattr(generate(model, [row], MODES[mode], SAMPLING)[0], drawn).unflatten(0, (-1, size))
+        for row in (asked, replace(asked, **{given: changed}))
+    )
+    same = [torch.equal(a, b) for a, b in zip(one, two)]
+    assert same.index(False) == (3 if known else 4)
 
 
 class Verdicts(torch.nn.Module):
@@ -138,6 +162,8 @@ def test_limits():
         generate(model, [request(max_patches=0)], MODES["tts"], SAMPLING)
     with pytest.raises(UserError, match="less text"):
         generate(model, [request(length=510, max_patches=5)], MODES["tts"], SAMPLING)
+    with pytest.raises(UserError, match="official routines do not know"):
+        generate(tiny_model(order="av"), [request(task_first=False)], MODES["t2av"], SAMPLING)
 
 
 def test_another_seed_is_another_utterance():

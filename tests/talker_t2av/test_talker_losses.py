@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from talker_fixtures import DM, DS, tiny_model
 
+from talker_t2av.data import SequenceFormat
 from talker_t2av.flow_matching import FlowDraws
 from talker_t2av.losses import IGNORED, TalkerBatch, stop_labels, stop_loss, training_forward, training_losses
 from tests.reference.talker_losses import plain_losses
@@ -107,11 +108,24 @@ def test_given_streams_are_no_examples_and_their_last_patch_is_known_a_patch_ear
     assert change.int().argmax(1).tolist() == [8, 7, 8, 9]
 
 
-def test_stop_labels_mark_the_last_patch_and_leave_two_before_it():
-    labels, weight = stop_labels(torch.tensor([2, 1, 0]), torch.tensor([6, 9, 0]), 8)
-    none = IGNORED
-    assert labels.tolist() == [[none, none, 0, 0, 0, none, none, 1], [none, *[0] * 7], [none] * 8]
-    assert weight == 3  # of the first row; the second runs past the end
+@pytest.mark.parametrize(
+    ("start", "length", "total", "step", "labels"),
+    [
+        ([2, 1, 0], [6, 9, 0], 8, [1, 1, 1], ["..000..1", ".0000000", "........"]),  # the second runs past the end
+        ([2, 1], [12, 6], 15, [2, 1], ["...0.0.0.....1.", ".000..1........"]),  # of two tokens a patch, the last
+    ],
+)
+def test_stop_labels_mark_the_last_patch_and_leave_two_before_it(start, length, total, step, labels):
+    """A point stands for a position that is not asked. The weight is the number of zeros before an end, on average."""
+    found, weight = stop_labels(torch.tensor(start), torch.tensor(length), total, step=torch.tensor(step))
+    assert found.tolist() == [[IGNORED if label == "." else int(label) for label in row] for row in labels]
+    assert weight == 3
+
+
+def test_sequences_have_two_slots_a_patch_where_there_is_motion():
+    plain, turns = SequenceFormat(7, []), SequenceFormat(7, [], order="va")
+    assert (plain.slots(17, 16), turns.slots(17, 16)) == (5, 10)
+    assert plain.slots(17, 0) == turns.slots(17, 0) == 5
 
 
 def test_stop_loss_weighs_positives_and_skips_unlabelled_positions():
