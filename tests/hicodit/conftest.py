@@ -8,6 +8,7 @@ from shard_files import write_split
 from engine.media.video import write_video
 from hicodit.conditions.encoders import TinyEncoderConfig
 from hicodit.model import ModelConfig
+from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.system import HiCoDiTSystem
 from rvq_codec import RVQCodec, RVQCodecConfig
 from tests.tiny import HICODIT
@@ -29,6 +30,11 @@ def release(tmp_path_factory):
         torch.nn.init.normal_(parameter, std=0.3)
     system.save(root / "hicodit", "a test", {"codec": "codec", "sampler": {"method": "euler", "steps": 3}})
     return root / "hicodit"
+
+
+@pytest.fixture(scope="module")
+def pipeline(release):
+    return HiCoDiTPipeline.from_pretrained(release, precision="fp32")
 
 
 @pytest.fixture(scope="session")

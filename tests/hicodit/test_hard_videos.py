@@ -17,7 +17,6 @@ from engine.faces.clip import ClipFrames
 from engine.media.audio import write_wav
 from engine.media.ffmpeg import command
 from engine.media.video import write_video
-from hicodit.pipeline import HiCoDiTPipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO, REAL = ROOT / "assets" / "demo" / "silent.mp4", ROOT.parent / "shared" / "samples" / "reference_video.mp4"
@@ -31,11 +30,6 @@ def ffmpeg(*arguments):
 
 def head(i):
     return 30, 30, HEAD
-
-
-@pytest.fixture(scope="module")
-def pipeline(release):
-    return HiCoDiTPipeline.from_pretrained(release)
 
 
 @pytest.fixture(scope="module")

@@ -20,23 +20,32 @@ def codec(release):
 
 
 @pytest.fixture(scope="module")
-def data(codec, tmp_path_factory):
+def digests(codec):
+    return {"rvq": RVQCodec.from_pretrained(codec).digest()}
+
+
+def made_clip(frames, g, **more):
+    """Tensors of a made-up clip, as the tiny encoders take them."""
+    return {
+        "mouth": torch.randint(0, 255, (frames, 48, 48), generator=g).to(torch.uint8),
+        "faces": torch.randint(0, 255, (4, 64, 64, 3), generator=g).to(torch.uint8),
+        "ge2e": torch.nn.functional.normalize(torch.rand(256, generator=g), dim=-1),
+        "expression": (torch.arange(-(-2 * frames // 25)) % 7).to(torch.uint8),
+        "tokens": torch.randint(0, 16, (2 * frames, 12), generator=g).to(torch.int16),
+    } | more
+
+
+@pytest.fixture(scope="module")
+def data(digests, tmp_path_factory):
     """ROOT/train: nine clips in shards of two."""
     root = tmp_path_factory.mktemp("data")
     g, samples = torch.Generator().manual_seed(0), []
     for i, n in enumerate(FRAMES):
-        tensors = {
-            "mouth": torch.randint(0, 255, (n, 48, 48), generator=g).to(torch.uint8),
-            "faces": torch.randint(0, 255, (4, 64, 64, 3), generator=g).to(torch.uint8),
-            "ge2e": torch.nn.functional.normalize(torch.rand(256, generator=g), dim=-1),
-            "expression": torch.tensor([i % 7], dtype=torch.uint8),
-            "tokens": torch.randint(0, 16, (2 * n, 12), generator=g).to(torch.int16),
-            "motion": torch.zeros(n, 40).half(),  # of the other model
-        }
+        more = {"motion": torch.zeros(n, 40).half()}  # of the other model
         if i:
-            tensors["phoneme"] = torch.randint(0, 5, (n,), generator=g).to(torch.uint8)
-        samples.append(({"key": f"clip{i}", "frames": n, "text": f"text {i}"}, tensors))
-    write_split(root / "train", samples, 2, digests={"rvq": RVQCodec.from_pretrained(codec).digest()})
+            more["phoneme"] = torch.randint(0, 5, (n,), generator=g).to(torch.uint8)
+        samples.append(({"key": f"clip{i}", "frames": n, "text": f"text {i}"}, made_clip(n, g, **more)))
+    write_split(root / "train", samples, 2, digests=digests)
     return root
 
 
@@ -72,18 +81,12 @@ def test_a_run_stopped_within_an_epoch_goes_on_as_if_it_had_not_been(data, codec
     assert losses == same_losses and same(state, resumed)
 
 
-def test_what_does_not_fit_is_one_line(data, codec, tmp_path):
+def test_what_does_not_fit_is_one_line(data, codec, digests, tmp_path):
     with pytest.raises(UserError, match=r"made with rvq .*, but rvq \w+ is in use"):
         HiCoDiTDataset(data / "train", "assets/rvq_tiny")
     sample = ({"key": "a", "frames": 5}, {"mouth": torch.zeros(5, 48, 48, dtype=torch.uint8)})
-    write_split(tmp_path / "train", [sample], 1, digests={"rvq": RVQCodec.from_pretrained(codec).digest()})
-    write_split(
-        tmp_path / "spoken",
-        [ShardSplit(data / "train")[0]],
-        1,
-        digests={"rvq": RVQCodec.from_pretrained(codec).digest()},
-        symbols=["a"] * 8,
-    )
+    write_split(tmp_path / "train", [sample], 1, digests=digests)
+    write_split(tmp_path / "spoken", [ShardSplit(data / "train")[0]], 1, digests=digests, symbols=["a"] * 8)
     HiCoDiTDataset(tmp_path / "spoken", codec, phonemes=9)
     with pytest.raises(UserError, match=r"has 9 phonemes with silence: set task\.encoders\.phonemes=9 or more"):
         HiCoDiTDataset(tmp_path / "spoken", codec, phonemes=8)
@@ -100,40 +103,35 @@ def test_what_does_not_fit_is_one_line(data, codec, tmp_path):
         (data / "hidden.tar").rename(data / "train" / "000003.tar")
 
 
-def longer(data, root, codec):
+@pytest.fixture
+def longer(data, digests, tmp_path):
     """Three clips of `data`, one too short, one of 2.6 s whose frames can be told apart, one just long enough."""
     split, g = ShardSplit(data / "train"), torch.Generator().manual_seed(1)
     samples = [split[i] for i in range(3)]
     for key, frames in (("short", 4), ("long", 65), ("least", 5)):
-        windows = -(-2 * frames // 25)
-        tensors = {
-            "mouth": torch.arange(frames, dtype=torch.uint8)[:, None, None].expand(-1, 48, 48).contiguous(),
-            "faces": torch.randint(0, 255, (4, 64, 64, 3), generator=g).to(torch.uint8),
-            "ge2e": torch.ones(256) / 16,
-            "expression": torch.arange(windows, dtype=torch.uint8),
-            "tokens": (torch.arange(2 * frames) % 16)[:, None].expand(-1, 12).to(torch.int16).contiguous(),
-        }
-        samples.append(({"key": key, "frames": frames, "text": key}, tensors))
-    return write_split(root / "train", samples, 2, digests=split.index["digests"])
+        mouth = torch.arange(frames, dtype=torch.uint8)[:, None, None].expand(-1, 48, 48).contiguous()
+        tokens = (torch.arange(2 * frames) % 16)[:, None].expand(-1, 12).to(torch.int16).contiguous()
+        samples.append(({"key": key, "frames": frames, "text": key}, made_clip(frames, g, mouth=mouth, tokens=tokens)))
+    return write_split(tmp_path / "longer", samples, 2, digests=digests)
 
 
-def test_too_short_clips_are_left_out_and_counted(data, codec, tmp_path, capsys):
-    clips = HiCoDiTDataset(longer(data, tmp_path, codec), codec, shards={"window": 1})
+def test_too_short_clips_are_left_out_and_counted(longer, codec, capsys):
+    clips = HiCoDiTDataset(longer, codec, shards={"window": 1})
     assert "1 of 6 samples are left out, shorter than 5 frames" in capsys.readouterr().err
     assert [clips.read(i).info["key"] for i in range(len(clips))] == ["clip0", "clip1", "clip2", "long", "least"]
     assert clips.blocks.sizes == [2, 1, 2]
     with pytest.raises(UserError, match="has no samples of 100 frames or more"):
-        ShardSplit(tmp_path / "train", least_frames=100)
+        ShardSplit(longer, least_frames=100)
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["listed", "older-shards"])
-def test_a_clip_without_pictures_is_left_out_and_counted(data, codec, tmp_path, capsys, told):
+def test_a_clip_without_pictures_is_left_out_and_counted(data, codec, digests, tmp_path, capsys, told):
     """Of two clips of a shard one, and both of another: a training goes through, and sees every other clip."""
     split = ShardSplit(data / "train")
     samples = [split[i] for i in range(6)]
     for i in (1, 4, 5):
         samples[i] = samples[i][0], {k: x for k, x in samples[i][1].items() if k not in ("mouth", "faces")}
-    write_split(tmp_path / "train", samples, 2, tells_tensors=told, digests=split.index["digests"])
+    write_split(tmp_path / "train", samples, 2, tells_tensors=told, digests=digests)
     clips = HiCoDiTDataset(tmp_path / "train", codec, augment=False)
     found = [clips.read(i).info["key"] for i in range(len(clips))]
     said = capsys.readouterr().err
@@ -146,13 +144,13 @@ def test_a_clip_without_pictures_is_left_out_and_counted(data, codec, tmp_path, 
         assert [f"clip clip{i} is left out" in said for i in range(6)] == [False, True, False, False, True, True]
     _, losses = train(tmp_path, codec, tmp_path / "run", {"window": 2}, steps=4)
     assert len(losses) == 4
-    write_split(tmp_path / "none", samples[4:], 2, tells_tensors=told, digests=split.index["digests"])
+    write_split(tmp_path / "none", samples[4:], 2, tells_tensors=told, digests=digests)
     with pytest.raises(UserError, match=r"has no samples with mouth, faces, .*: prepare that too"):
         HiCoDiTDataset(tmp_path / "none", codec).read(0)
 
 
-def test_longer_clips_are_cropped_at_whole_seconds(data, codec, tmp_path):
-    clips = HiCoDiTDataset(longer(data, tmp_path, codec), codec, seconds=1, augment=False)
+def test_longer_clips_are_cropped_at_whole_seconds(data, longer, codec):
+    clips = HiCoDiTDataset(longer, codec, seconds=1, augment=False)
     starts = set()
     for seed in range(20):
         item = clips.__getitem__(3, torch.Generator().manual_seed(seed))

@@ -28,8 +28,6 @@ from hicodit import inference
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import InferConfig, read_settings
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def run(config):
     return inference.run(*read_settings(config))

@@ -1,8 +1,5 @@
 """Sound while pictures come: it is that of its tokens, depends on no later picture, and needs bounded memory."""
 
-from dataclasses import replace
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -13,18 +10,11 @@ from engine.codec import StreamDecoder
 from engine.config import compose
 from engine.errors import UserError
 from hicodit import inference
-from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import read_settings
 from hicodit.streaming import SpeechStream, StreamSettings
 
-ROOT = Path(__file__).resolve().parents[2]
 HEAD = talking_head(80)
 FAST = {"steps": 2}
-
-
-@pytest.fixture(scope="module")
-def pipeline(release):
-    return HiCoDiTPipeline.from_pretrained(release, precision="fp32")
 
 
 def joined(chunks, name):
@@ -76,22 +66,6 @@ def test_memory_does_not_grow_and_the_face_may_go_away(pipeline):
     samples += len(stream.finish().wave)
     assert samples == 240 * 960
     assert max(frames for frames, _, _ in kept) <= 25 + 25 + 4 and max(found for _, found, _ in kept) <= 10
-
-
-@pytest.mark.parametrize(
-    ("frames", "message"),
-    [
-        (np.zeros((30, 64, 64, 3), np.uint8), "no face found"),
-        ([HEAD[0], HEAD[0][:50]], "one size"),
-        ([HEAD[0].astype(float)], "uint8"),
-        (HEAD[:3], r"0\.12 s"),
-    ],
-)
-def test_bad_frames_are_one_line(pipeline, frames, message):
-    with pytest.raises(UserError, match=message):
-        list(pipeline.stream(frames, **FAST))
-    with pytest.raises(UserError, match=r"stream\.lookahead"):
-        replace(StreamSettings(), lookahead=99.0)
 
 
 def test_command_line(clip, release, tmp_path, capsys):
