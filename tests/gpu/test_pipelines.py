@@ -4,6 +4,7 @@ A read or a waiting copy that is not in the list fails, and so does one that is 
 """
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -16,6 +17,7 @@ from engine.evaluation.clips import Clip
 from engine.metrics.metric import Take
 from hicodit.evaluate import write_outputs
 from hicodit.pipeline import HiCoDiTPipeline
+from hicodit.settings import METHODS, GuidanceScales
 from tests.gpu.fakes import CUDA, audited, faked
 from tests.hicodit.conftest import release  # noqa: F401  (a fixture)
 
@@ -54,6 +56,22 @@ def test_hicodit_reads_tokens_and_sound_alone(pipeline, lengths, voice, expected
     with audited() as audit:
         on_fake_card(pipeline).run(crops, range(len(crops)), identity)
     assert audit.reads == Counter(expected) and not audit.waits
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [*((method, {"late": late}) for method in METHODS for late in (1.0, 0.6)), ("euler", {"reading": "A"})],
+    ids=str,
+)
+def test_steps_of_every_sampler_wait_for_nothing(pipeline, method, changes):
+    """With guidance reading A, which positions are revealed depends on the posterior."""
+    crops = [pipeline.crops(talking_head(length)) for length in (40, 30)]
+    with audited() as audit:
+        moved = on_fake_card(pipeline)
+        moved.guidance = replace(GuidanceScales(2.5, 1.25, 1.5, 2.0), **changes)
+        moved.run(crops, range(2), sampler=replace(pipeline.sampler, method=method, steps=3))
+    planned = {SCHEDULE: 1} if method in ("euler", "fixed_count") and "reading" not in changes else {}
+    assert audit.reads == Counter({TOKENS: 1, WAVE: 2, EXPRESSION: 1} | planned) and not audit.waits
 
 
 def test_hicodit_streams_read_tokens_and_sound_of_each_hop(pipeline):

@@ -75,6 +75,7 @@ def on_fake_card(pipeline, **sampling):
         (["saved"], {}, {STOP: 2, WAVE: 2}),
         (["official"], {}, {VOICE: 1, EARLY: 1, STOP: 2, WAVE: 2}),
         (["t2av", "t2av"], {}, {VOICE: 2, MOTION: 2, STOP: 2, WAVE: 6, PICTURES: 2}),
+        (["t2av"], {"guidance": 1.0}, {VOICE: 1, MOTION: 1, STOP: 2, WAVE: 3, PICTURES: 1}),
         (["parts"], {"text_bytes": 10}, {VOICE: 1, MOTION: 1, STOP: 2, WAVE: 3, PICTURES: 2}),
         (["prefix"], {}, {VOICE: 1, GIVEN: 1, MOTION: 1, STOP: 2, WAVE: 3, PICTURES: 1}),
         (["a2v"], {}, {GIVEN: 1, MOTION: 1, WAVE: 1, PICTURES: 1}),
