@@ -7,7 +7,6 @@ import ast
 import os
 import subprocess
 import sys
-from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -27,56 +26,6 @@ ALLOWED = {
 }
 
 
-def imported_names(tree: ast.AST) -> set[str]:
-    """Top-level names that a module imports, by statement or `import_module("...")`; relative imports stay inside."""
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names.add(node.module.split(".")[0])
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            function = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            if function in ("import_module", "__import__") and isinstance(node.args[0].value, str):
-                names.add(node.args[0].value.split(".")[0])
-    return names
-
-
-def violations(root: Path) -> list[str]:
-    """`file imports package` for every import against the arrows."""
-    found = []
-    for unit, allowed in ALLOWED.items():
-        places = [root / unit, root / "codecs" / unit, root / f"{unit}.py"]
-        files = [f for place in places for f in ([place] if place.suffix == ".py" else sorted(place.rglob("*.py")))]
-        for file in files:
-            if file.is_file():
-                wrong = imported_names(ast.parse(file.read_text())) & ALL - allowed
-                found += [f"{file.relative_to(root)} imports {name}" for name in sorted(wrong)]
-    return found
-
-
-def test_no_import_runs_backwards():
-    assert violations(ROOT) == []
-
-
-@pytest.mark.parametrize(
-    ("file", "line"),
-    [
-        ("engine/metrics/new.py", "import hicodit.task"),
-        ("hicodit/new.py", "def f():\n    from talker_t2av import model"),
-        ("hicodit/new.py", "import importlib\nimportlib.import_module('talker_t2av.task')"),
-        ("service/new.py", "from scripts import serve"),
-    ],
-)
-def test_the_check_sees_a_backward_import(tmp_path, file, line):
-    path = tmp_path / file
-    path.parent.mkdir(parents=True)
-    path.write_text(line)
-    assert len(violations(tmp_path)) == 1
-    path.write_text("from engine import errors\nfrom . import sibling\nimport numpy")
-    assert violations(tmp_path) == []
-
-
 def product_modules(root: Path) -> dict[str, Path]:
     """Dotted name -> file."""
     found = {}
@@ -88,22 +37,43 @@ def product_modules(root: Path) -> dict[str, Path]:
     return found | {name: root / f"{name}.py" for name in ("train", "infer") if (root / f"{name}.py").is_file()}
 
 
-def imported_modules(file: Path, modules: Collection[str]) -> set[str]:
-    """Those of `modules` that a file imports: at its top, in functions, and under TYPE_CHECKING."""
+def imported_names(file: Path) -> set[str]:
+    """Dotted names that a file imports by statement or `import_module("...")`: `a.b` for `from a import b`. Those in
+    functions and under TYPE_CHECKING count; relative imports stay inside.
+    """
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            inner = {f"{node.module}.{alias.name}" for alias in node.names}
-            names |= inner & set(modules) or {node.module}
-    return names & set(modules)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            function = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if function in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                names.add(node.args[0].value)
+    return names
+
+
+def imported_units(file: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported_names(file)}
+
+
+def violations(root: Path) -> list[str]:
+    """`module imports package` for every import against the arrows."""
+    return [
+        f"{module} imports {name}"
+        for module, file in product_modules(root).items()
+        for name in sorted(imported_units(file) & ALL - ALLOWED[module.split(".")[0]])
+    ]
 
 
 def circles(root: Path) -> list[list[str]]:
     """Groups of modules that import each other, directly or by way of others."""
     modules = product_modules(root)
-    imports = {name: imported_modules(file, modules) - {name} for name, file in modules.items()}
+    imports = {}
+    for module, file in modules.items():
+        places = {name if name in modules else name.rpartition(".")[0] for name in imported_names(file)}
+        imports[module] = places & modules.keys() - {module}
 
     def reach(start: str) -> set[str]:
         seen, waiting = set(), [start]
@@ -116,28 +86,6 @@ def circles(root: Path) -> list[list[str]]:
     reached = {name: reach(name) for name in modules}
     groups = {tuple(sorted(other for other in reached[name] if name in reached[other])) for name in modules}
     return [list(group) for group in sorted(groups) if group]
-
-
-def test_no_imports_run_in_a_circle():
-    assert circles(ROOT) == []
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "from engine import one",
-        "import engine.one",
-        "def f():\n    from engine.one import x",
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from engine.one import x",
-    ],
-)
-def test_the_check_sees_a_circle(tmp_path, line):
-    for name, text in {"one": "from engine.two import y", "two": "import engine.three", "three": line}.items():
-        (tmp_path / "engine").mkdir(exist_ok=True)
-        (tmp_path / "engine" / f"{name}.py").write_text(text)
-    assert circles(tmp_path) == [["engine.one", "engine.three", "engine.two"]]
-    (tmp_path / "engine" / "three.py").write_text("from engine import four")
-    assert circles(tmp_path) == []
 
 
 def missing_names(root: Path) -> list[str]:
@@ -167,20 +115,38 @@ def names_of(body: list[ast.stmt]) -> set[str]:
     return names
 
 
-def test_every_imported_name_is_there():
-    assert missing_names(ROOT) == []
+@pytest.mark.parametrize("check", [violations, circles, missing_names])
+def test_imports_are_in_order(check):
+    assert check(ROOT) == []
 
 
-def test_the_check_sees_a_name_that_is_gone(tmp_path):
-    files = {
-        "__init__.py": "",
-        "one.py": "try:\n    import json\nexcept ImportError:\n    A: int = 1\nB, C = 2, 3",
-        "two.py": "def f():\n    from engine.one import A, B, D, json\nfrom engine import one",
-    }
-    (tmp_path / "engine").mkdir()
-    for name, text in files.items():
-        (tmp_path / "engine" / name).write_text(text)
-    assert missing_names(tmp_path) == ["engine/two.py: engine.one.D"]
+TYPED = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from engine.one import A"
+
+
+@pytest.mark.parametrize(
+    ("check", "file", "line", "found"),
+    [
+        (violations, "engine/metrics/new.py", "import hicodit.task", 1),
+        (violations, "hicodit/new.py", "def f():\n    from talker_t2av import model", 1),
+        (violations, "hicodit/new.py", "import importlib\nimportlib.import_module('talker_t2av.task')", 1),
+        (violations, "service/new.py", "from scripts import serve", 1),
+        (violations, "service/new.py", "from engine import errors\nfrom . import sibling\nimport numpy", 0),
+        (circles, "engine/three.py", "from engine import one", 1),
+        (circles, "engine/three.py", "import engine.one", 1),
+        (circles, "engine/three.py", "def f():\n    from engine.one import A", 1),
+        (circles, "engine/three.py", TYPED, 1),
+        (circles, "engine/three.py", "from engine import four", 0),
+        (missing_names, "engine/three.py", "def f():\n    from engine.one import A, B, D, json", 1),
+        (missing_names, "engine/three.py", "from engine import one\nfrom engine.one import A, B, C, json", 0),
+    ],
+)
+def test_a_check_sees_what_is_wrong(tmp_path, check, file, line, found):
+    one = "from engine.two import y\ntry:\n    import json\nexcept ImportError:\n    A: int = 1\nB, C = 2, 3"
+    two = "import engine.three\ny = 1"
+    for name, text in {"engine/__init__.py": "", "engine/one.py": one, "engine/two.py": two, file: line}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert len(check(tmp_path)) == found
 
 
 def test_models_know_codecs_by_their_table_alone():
@@ -188,7 +154,7 @@ def test_models_know_codecs_by_their_table_alone():
         file.relative_to(ROOT).as_posix()
         for model in MODELS
         for file in (ROOT / model).rglob("*.py")
-        if imported_names(ast.parse(file.read_text())) & CODECS
+        if imported_units(file) & CODECS
     }
     assert users <= {f"{model}/system.py" for model in MODELS}
 

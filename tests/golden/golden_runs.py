@@ -77,9 +77,8 @@ def waves(count: int, samples: int) -> Tensor:
     """(count, 1, N): gliding tones in noise, at 24 kHz."""
     g, t = torch.Generator().manual_seed(1), torch.arange(samples) / 24_000
     pitch = torch.linspace(100, 300, count)[:, None]
-    return (0.3 * torch.sin(2 * torch.pi * pitch * (1 + t) * t) + 0.02 * torch.randn(count, samples, generator=g))[
-        :, None
-    ]
+    tones = 0.3 * torch.sin(2 * torch.pi * pitch * (1 + t) * t)
+    return (tones + 0.02 * torch.randn(count, samples, generator=g))[:, None]
 
 
 def hicodit_parts(folder: Path) -> tuple[dict[str, Any], Made]:
@@ -169,17 +168,8 @@ def rvq_codec(folder: Path) -> tuple[Task, Made]:
     weights = {"mel": 15.0, "stft": 0.0, "spectrum": 2.0, "disturbance": 0.0, "feature": 2.0, "adversarial": 1.0}
     features = {"mel_bands": 8, "low_samples": 4, "until": 1, "envelope_levels": 1, "keep": 0.5}
     mel = {"n_mels": [10, 40], "windows": [128, 512], "clamp": 1e-4}
-    task = RVQCodecTask(
-        RVQ,
-        mel,
-        weights,
-        **DISCRIMINATORS,
-        features=features,
-        quantizer_start=0,
-        gan_start=2,
-        restart_every=2,
-        pool=500,
-    )
+    stages = {"features": features, "quantizer_start": 0, "gan_start": 2, "restart_every": 2, "pool": 500}
+    task = RVQCodecTask(RVQ, mel, weights, **DISCRIMINATORS, **stages)
     return task, Made([{"wave": wave} for wave in waves(3, 2400)])
 
 

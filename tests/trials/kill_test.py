@@ -34,7 +34,6 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,46 +56,45 @@ GRACE = 10.0  # seconds after the end of one process before the first step
 SLOW = 0.5  # seconds that a file takes to reach a slow disk
 
 
-def settings(steps: int, device: str) -> dict[str, Any]:
+def settings(steps: int) -> dict[str, Any]:
     """Constant learning rate: a longer run begins as a shorter one."""
     return asdict(TrainerConfig()) | {
         "steps": steps, "batch_size": 4, "lr": 1e-3, "warmup": 10, "schedule": "constant", "log_every": 1,
-        "validate_every": 30, "checkpoint_every": 10, "best": "min weight", "device": device,
+        "validate_every": 30, "checkpoint_every": 10, "best": "min weight", "device": "cpu",
     }  # fmt: skip
 
 
-def train(run: str, steps: int, device: str = "cpu") -> int:
-    """One process of the group."""
+def train(run: str, steps: int) -> int:
+    """Do the work of one process of the group and return its exit code."""
     torch.set_num_threads(1)
-    distributed.init(device)
+    distributed.init("cpu")
     torch.manual_seed(0)
-    finished = Trainer(ToyGAN(), ToySet(), settings(steps, device), run).fit() is not None
+    finished = Trainer(ToyGAN(), ToySet(), settings(steps), run).fit() is not None
     distributed.shutdown()
     return 0 if finished else REQUEUE
 
 
 class Group:
-    """Processes of one run, forked from here as torchrun would start them."""
+    """Processes of one run, forked from here as torchrun would start them; their output goes to a file descriptor."""
 
-    def __init__(self, run: Path, steps: int, ranks: int, output: int, slow_disk: bool = False, device: str = "cpu"):
+    def __init__(self, run: Path, steps: int, ranks: int, output: int, slow_disk: bool = False):
         sys.stdout.flush(), sys.stderr.flush()
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
+        where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
         self.processes: list[int] = []
         for rank in range(ranks):
             process = os.fork()
             if process == 0:
                 os.dup2(output, 1), os.dup2(output, 2)
                 sys.stdout, sys.stderr = (os.fdopen(file, "w", closefd=False) for file in (1, 2))
-                where = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": ranks, "RANK": rank}
-                where["LOCAL_RANK"] = rank
-                os.environ.update({key: str(value) for key, value in where.items()})
-                code = 1
+                os.environ |= where | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 if slow_disk:
-                    os.fsync = partial(_sync_slowly, os.fsync)
+                    os.fsync = lambda file, sync=os.fsync: (time.sleep(SLOW), sync(file))
+                code = 1
                 try:
-                    run_cli(lambda: train(str(run), steps, device))
+                    run_cli(lambda: train(str(run), steps))
                 except SystemExit as leaving:
                     code = leaving.code
                 except BaseException:
@@ -111,7 +109,7 @@ class Group:
             os.kill(process, number)  # not waited for yet, so its id is still its own
 
     def wait(self, seconds: float, grace: float | None = None) -> list[int]:
-        """Wait until all have exited; returns their exit codes (negative: a signal).
+        """Wait until all have exited; return their exit codes (negative: a signal).
 
         Args:
             grace: seconds after the end of one in which the others must end, or they get SIGKILL, as from torchrun.
@@ -119,26 +117,20 @@ class Group:
         Raises:
             UserError: a process does not exit in time.
         """
-        end, codes = time.monotonic() + seconds, dict.fromkeys(self.processes)
+        end, codes, stopping = time.monotonic() + seconds, dict.fromkeys(self.processes), False
         while left := [process for process, code in codes.items() if code is None]:
             for process in left:
                 ended, status = os.waitpid(process, os.WNOHANG)
                 if ended:
                     codes[process] = os.waitstatus_to_exitcode(status)
-                    if grace is not None:
-                        end, grace = time.monotonic() + grace, None
-                        seconds = 0.0
-                elif time.monotonic() > end and not seconds:
+                    if grace is not None and not stopping:
+                        end, stopping = time.monotonic() + grace, True
+                elif time.monotonic() > end and stopping:
                     os.kill(process, signal.SIGKILL)
                 elif time.monotonic() > end:
                     raise UserError(f"process {process} was still there after {seconds:.0f} s; see the output")
             time.sleep(0.02)
         return list(codes.values())
-
-
-def _sync_slowly(sync: Callable[[int], None], file: int) -> None:
-    time.sleep(SLOW)
-    sync(file)
 
 
 def last_step(run: Path) -> int:
@@ -157,12 +149,6 @@ def wait_for(what: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def wait_for_step(run: Path) -> None:
-    """Wait until a group that was just started has done a step."""
-    begin, log = time.time(), run / "log.jsonl"
-    wait_for(lambda: log.exists() and log.stat().st_mtime > begin)
-
-
 def kill(kind: str, group: Group, nodes: int, chance: random.Random) -> None:
     one, each = [chance.choice(group.processes)], len(group.processes) // nodes
     first = each * chance.randrange(nodes)
@@ -177,64 +163,44 @@ def kill(kind: str, group: Group, nodes: int, chance: random.Random) -> None:
 
 
 def train_with_kills(
-    run: Path, kills: int, nodes: int, ranks: int, pause: float, seed: int, sink: subprocess.Popen, until: float
-) -> list[dict]:
-    """Train, killed `kills` times or until so late; returns the events."""
-    chance, events = random.Random(seed), []
+    run: Path, kills: int, nodes: int, ranks: int, pause: float, seed: int, output: int, until: float
+) -> list[dict[str, Any]]:
+    """Train, killed `kills` times or until so late; return the events."""
+    chance, events, log = random.Random(seed), [], run / "log.jsonl"
     kinds = [KINDS[i % len(KINDS)] for i in range(kills)]
     chance.shuffle(kinds)
     for number, kind in enumerate(kinds, 1):
         begin = time.monotonic()
         if begin > until:
             break
-        slow = kind == "slow"
-        group = Group(run, FAR, ranks, sink.stdin.fileno(), slow)
+        started, slow = time.time(), kind == "slow"
+        group = Group(run, FAR, ranks, output, slow)
         early = chance.random() <= STARTING and not slow
-        if not early:
-            wait_for_step(run)
+        if not early:  # until it has done a step
+            wait_for(lambda started=started: log.exists() and log.stat().st_mtime > started)
         time.sleep(chance.uniform(0, pause))
         if slow:
             wait_for(lambda: any((run / "checkpoints").glob(".step-*.writing")))
         kill(kind, group, nodes, chance)
         # Before the first step the others may wait for the one that is gone: torchrun ends them, here as there.
         codes = group.wait(TIMEOUT, GRACE if early else None)
-        reached = last_step(run)
-        saved = checkpoint.newest(run / "checkpoints", lambda line: print(line, flush=True))
+        reached, saved = last_step(run), checkpoint.newest(run / "checkpoints", lambda line: print(line, flush=True))
         kept = int(saved.name.split("-")[1]) if saved else 0
-        events.append(
-            {
-                "kind": kind,
-                "early": early,
-                "codes": codes,
-                "reached": reached,
-                "kept": kept,
-                "lost": max(0, reached - kept),
-            }
-        )
+        event = {"kind": kind, "early": early, "codes": codes, "reached": reached, "kept": kept}
+        events.append(event | {"lost": max(0, reached - kept)})
         print(f"{number}/{kills} {events[-1]} {time.monotonic() - begin:.1f} s", flush=True)
     return events
 
 
-def train_uninterrupted(run: Path, steps: int, ranks: int, sink: subprocess.Popen) -> None:
-    """Train to `steps`."""
-    codes = Group(run, steps, ranks, sink.stdin.fileno()).wait(1800)
-    if any(codes):
-        raise UserError(f"{run} ended with exit codes {codes}; see the output")
-
-
 def differences(one: Path, two: Path, steps: int) -> list[str]:
-    """Names of what differs between two runs after `steps` steps: tensors of the last checkpoint, lines of the log."""
+    """Name what differs between two runs after `steps` steps: tensors of the last checkpoint, lines of the log."""
     folders = [run / "checkpoints" / f"step-{steps:08d}" for run in (one, two)]
     a, b = (checkpoint.read(folder, ("model.", "ema.", "optim."))[0] for folder in folders)
-    found = [
-        name for name in a.keys() | b.keys() if name not in a or name not in b or not torch.equal(a[name], b[name])
-    ]
+    shared = a.keys() & b.keys()
+    names = [name for name in a.keys() | b.keys() if name not in shared or not torch.equal(a[name], b[name])]
     left, right = logged(one), logged(two)
-    return found + [
-        f"log of step {step}"
-        for step, validation in sorted(left.keys() | right.keys())
-        if left.get((step, validation)) != right.get((step, validation))
-    ]
+    places = sorted(place for place in left.keys() | right.keys() if left.get(place) != right.get(place))
+    return names + [f"log of step {step}" for step, _ in places]
 
 
 def logged(run: Path) -> dict[tuple[int, bool], dict[str, float]]:
@@ -256,10 +222,9 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="keep the runs here (default: a temporary folder)")
     parser.add_argument("--record", type=Path, help="folder for a dated record, such as benchmarks/results")
     parser.add_argument("--worker", type=Path, help="run as one process of a torchrun group that trains in this folder")
-    parser.add_argument("--worker-steps", type=int, default=FAR)
     args = parser.parse_args()
     if args.worker:
-        return train(str(args.worker), args.worker_steps)
+        return train(str(args.worker), FAR)
     if not 1 <= args.nodes <= args.ranks or args.ranks % args.nodes:
         raise UserError(f"--nodes={args.nodes} does not divide the {args.ranks} processes of --ranks")
     with tempfile.TemporaryDirectory() as temporary:
@@ -273,35 +238,33 @@ def main() -> int:
             # Through a pipe: the training's output must be kept even when it can write no file.
             sink = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=output, start_new_session=True)
             until = begin + 60 * args.minutes
-            events = train_with_kills(one, args.kills, args.nodes, args.ranks, args.pause, args.seed, sink, until)
+            events = train_with_kills(
+                one, args.kills, args.nodes, args.ranks, args.pause, args.seed, sink.stdin.fileno(), until
+            )
             steps = last_step(one) + 25
-            train_uninterrupted(one, steps, args.ranks, sink)
-            train_uninterrupted(two, steps, args.ranks, sink)
+            for run in (one, two):
+                if any(codes := Group(run, steps, args.ranks, sink.stdin.fileno()).wait(1800)):
+                    raise UserError(f"{run} ended with exit codes {codes}; see the output")
             sink.stdin.close()
             sink.wait()
-        found, said = differences(one, two, steps), (root / "output.txt").read_text(errors="replace")
+        said = (root / "output.txt").read_text(errors="replace")
+        full_disk = r"^error: training stopped after step \d+: .*File too large"
         results = {
             "kills": {kind: sum(e["kind"] == kind for e in events) for kind in KINDS},
             "resumed": said.count("resumed from"),
             "steps": steps,
-            "different": found,
+            "different": differences(one, two, steps),
             "most_steps_lost": {k: max((e["lost"] for e in events if e["kind"] == k), default=0) for k in KINDS},
-            "full_disk_lines": len(
-                re.findall(r"^error: training stopped after step \d+: .*File too large", said, re.M)
-            ),
+            "full_disk_lines": len(re.findall(full_disk, said, re.M)),
             "saved_on_signal": len(re.findall(r"^stopped at step", said, re.M)),
             "minutes": round((time.monotonic() - begin) / 60, 1),
             "events": events,
         }
         print(*(f"{name}: {value}" for name, value in results.items() if name != "events"), sep="\n")
         if args.record:
-            write_record(
-                args.record,
-                "training-kills",
-                f"{len(events)} kills of {args.ranks} processes on {args.nodes} nodes, against an uninterrupted run",
-                results,
-            )
-    return 1 if found else 0
+            what = f"{len(events)} kills of {args.ranks} processes on {args.nodes} nodes, against an uninterrupted run"
+            write_record(args.record, "training-kills", what, results)
+    return 1 if results["different"] else 0
 
 
 if __name__ == "__main__":

@@ -158,30 +158,15 @@ def _discriminate(case: Case, discriminator: torch.nn.Module, step: int = 997) -
 
 @runner("disc_mpd")
 def run_period_discriminator(case: Case) -> dict[str, Tensor]:
-    c = case.config
-    return _discriminate(
-        case,
-        MultiPeriodDiscriminator(
-            c["periods"], c["channels"], c["channel_increasing_factor"], c["max_downsample_channels"]
-        ),
-    )
+    sizes = ("periods", "channels", "channel_increasing_factor", "max_downsample_channels")
+    return _discriminate(case, MultiPeriodDiscriminator(*(case.config[name] for name in sizes)))
 
 
 @runner("disc_spec")
 def run_spectrogram_discriminator(case: Case) -> dict[str, Tensor]:
-    c, stft = case.config, case.config["stft_params"]
-    return _discriminate(
-        case,
-        MultiResolutionDiscriminator(
-            stft["fft_sizes"],
-            stft["hop_sizes"],
-            stft["win_lengths"],
-            c["channels"],
-            c["max_downsample_channels"],
-            c["kernel_sizes"],
-            c["downsample_scales"],
-        ),
-    )
+    windows = [case.config["stft_params"][name] for name in ("fft_sizes", "hop_sizes", "win_lengths")]
+    sizes = ("channels", "max_downsample_channels", "kernel_sizes", "downsample_scales")
+    return _discriminate(case, MultiResolutionDiscriminator(*windows, *(case.config[name] for name in sizes)))
 
 
 def _learning_rate(step: int) -> float:
