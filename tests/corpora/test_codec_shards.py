@@ -1,9 +1,6 @@
 """The three codecs train from prepared shards, in a folder or at a URL, and leave out what cannot be used."""
 
-import http.server
 import json
-import threading
-from functools import partial
 
 import numpy as np
 import pytest
@@ -21,6 +18,7 @@ from engine.training.batches import MicroBatches
 from lia_x.codec import LiaX, LiaXConfig
 from lia_x.data import FramePairs
 from lia_x.validation import rebuild_clips
+from tests.file_server import file_server  # noqa: F401  (a fixture)
 
 FRAMES = (30, 1, 40)  # of the clips; the second gives no pair of pictures
 
@@ -78,18 +76,13 @@ def test_the_recipe_of_lia_x_reads_pictures_from_shards(shards):
         FramePairs(shards, 32, tracks={"open": 1.0})
 
 
-def test_shards_at_a_url_give_the_same_crops(shards, tmp_path):
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(shards))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        cached = {"cache": str(tmp_path), "window": 1}
-        pictures = [FramePairs(root, 32, shards=cached) for root in (shards, url)]
-        waves = [SpeechCrops(root, samples=960, shards=cached) for root in (shards, url)]
-        for near, far in (pictures, waves):
-            one, two = (MicroBatches(data, 2, 0)[0] for data in (near, far))
-            assert all(torch.equal(one[name], two[name]) for name in one)
-        server.shutdown()
+def test_shards_at_a_url_give_the_same_crops(shards, file_server, tmp_path):  # noqa: F811
+    url, cached = file_server.add(shards), {"cache": str(tmp_path), "window": 1}
+    pictures = [FramePairs(root, 32, shards=cached) for root in (shards, url)]
+    waves = [SpeechCrops(root, samples=960, shards=cached) for root in (shards, url)]
+    for near, far in (pictures, waves):
+        one, two = (MicroBatches(data, 2, 0)[0] for data in (near, far))
+        assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_clips_without_pictures_are_left_out_and_counted(footage, tmp_path, capsys):

@@ -1,13 +1,10 @@
 """Samples come out of local and remote shards as they went in, and damage is one line that names the shard."""
 
-import http.server
+import json
 import os
 import pickle
-import threading
 import time
-from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +14,8 @@ from shard_files import random_split
 from engine.errors import UserError
 from engine.shards import source
 from engine.shards.reader import Reading, ShardSplit
+from tests.file_server import file_server  # noqa: F401  (a fixture)
+from tests.waiting import wait_until
 
 COUNT = 23
 
@@ -31,41 +30,16 @@ def copy(tmp_path):
     return random_split(tmp_path / "train")
 
 
-class Handler(http.server.SimpleHTTPRequestHandler):
-    """Counts what is asked for; `truncate` names a file of which only half comes, as often as its value says."""
-
-    asked: list[str]
-    truncate: dict[str, int]
-
-    def do_GET(self):
-        name = self.path.rpartition("/")[2]
-        self.asked.append(name)
-        if self.truncate.get(name, 0) > 0:
-            self.truncate[name] -= 1
-            data = Path(self.translate_path(self.path)).read_bytes()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data[: len(data) // 2])
-            return
-        super().do_GET()
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
-def server(folder, monkeypatch):
-    """(URL of the split, handler class)."""
+def server(file_server, folder, monkeypatch):  # noqa: F811
     monkeypatch.setattr(source, "RETRY_DELAY", 0.01)
-    handler = type("Counting", (Handler,), {"asked": [], "truncate": {}})
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder.parent)))
-    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{httpd.server_port}/train", handler
-    httpd.shutdown()
-    thread.join()
-    httpd.server_close()
+    file_server.add(folder, "/train")
+    return file_server
+
+
+def asked(server):
+    """Return the names of the files that were asked for."""
+    return [path.rpartition("/")[2] for path, _ in server.requests]
 
 
 def check_all(split, order=range(COUNT)):
@@ -114,103 +88,100 @@ def test_few_files_stay_open(folder, monkeypatch):
     assert len(split._handles) == 2
 
 
-@pytest.mark.parametrize(
-    ("harm", "message"),
-    [
-        (lambda path: path.unlink(), "000001.tar is missing"),
-        (lambda path: os.truncate(path, 5000), r"000001.tar is damaged: 5,000 bytes instead of"),
-        (lambda path: path.write_bytes(bytes(path.stat().st_size)), "000001.tar is damaged .its checksum"),
-    ],
-    ids=["missing", "truncated", "changed"],
-)
-def test_a_bad_shard_is_one_line_with_its_name(copy, harm, message):
-    harm(copy / "000001.tar")
-    split = ShardSplit(copy)
-    split[4]
+def remove(folder, name):
+    (folder / name).unlink()
+
+
+def cut(folder, name, size):
+    os.truncate(folder / name, size)
+
+
+def zeros(folder, name):
+    (folder / name).write_bytes(bytes((folder / name).stat().st_size))
+
+
+def replace(folder, name, old, new):
+    (folder / name).write_text((folder / name).read_text().replace(old, new))
+
+
+HARMS = [  # what is done to a file of five shards, its arguments, and the line
+    (remove, ["000001.tar"], "000001.tar is missing"),
+    (cut, ["000001.tar", 5000], "000001.tar is damaged: 5,000 bytes instead of"),
+    (zeros, ["000001.tar"], "000001.tar is damaged .its checksum"),
+    (remove, ["000002.json"], "000002.json cannot be read: No such file"),
+    (cut, ["000002.json", 40], "000002.json cannot be read"),
+    (replace, ["000002.json", '"crc32": ', '"crc32": 1'], "000002.json does not belong to this index"),
+    (replace, ["index.json", '"version": 2', '"version": 1'], "of version 1, this program reads 2: prepare them again"),
+    (remove, ["index.json"], "no prepared shards in .*prepare_data.py"),
+]
+
+
+@pytest.mark.parametrize(("harm", "arguments", "message"), HARMS)
+def test_damage_is_one_line_with_its_file(copy, harm, arguments, message):
+    harm(copy, *arguments)
     with pytest.raises(UserError, match=message):
-        split[5]
+        ShardSplit(copy).read(5)
 
 
-def test_damage_shows_without_checksums_too(copy):
-    path = copy / "000001.tar"
-    path.write_bytes(bytes(path.stat().st_size))
+def test_a_damaged_shard_hides_no_other_and_shows_without_checksums_too(copy):
+    zeros(copy, "000001.tar")
+    ShardSplit(copy).read(4)
     with pytest.raises(UserError, match=r"000001.tar is damaged"):
         ShardSplit(copy, Reading(verify=False))[5]
-
-
-def test_bad_listings_are_one_line(copy, tmp_path):
-    with pytest.raises(UserError, match=r"no prepared shards in .*prepare_data.py"):
-        ShardSplit(tmp_path)
-    sidecar = (copy / "000002.json").read_text()
-    (copy / "000002.json").write_text(sidecar[:40])
-    with pytest.raises(UserError, match=r"000002.json cannot be read"):
-        ShardSplit(copy)
-    (copy / "000002.json").write_text(sidecar.replace('"crc32": ', '"crc32": 1'))
-    with pytest.raises(UserError, match=r"000002.json does not belong to this index"):
-        ShardSplit(copy)
-    (copy / "000002.json").unlink()
-    with pytest.raises(UserError, match=r"000002.json cannot be read: No such file"):
-        ShardSplit(copy)
-    index = (copy / "index.json").read_text()
-    (copy / "index.json").write_text(index.replace('"version": 2', '"version": 1'))
-    with pytest.raises(UserError, match="shards of version 1, this program reads 2: prepare them again"):
-        ShardSplit(copy)
 
 
 # --- remote ---
 
 
 def remote(server, tmp_path, **reading):
-    return ShardSplit(server[0], Reading(cache=str(tmp_path / "cache"), **reading))
+    return ShardSplit(f"{server.address}/train", Reading(cache=str(tmp_path / "cache"), **reading))
 
 
 def test_remote_shards_are_fetched_once_and_when_needed(server, tmp_path):
     split = remote(server, tmp_path)
-    assert not any(name.endswith(".tar") for name in server[1].asked)
+    assert not any(name.endswith(".tar") for name in asked(server))
     split[0], split[3]
-    assert [name for name in server[1].asked if name.endswith(".tar")] == ["000000.tar"]
+    assert [name for name in asked(server) if name.endswith(".tar")] == ["000000.tar"]
     check_all(split)
-    server[1].asked.clear()
+    server.requests.clear()
     check_all(remote(server, tmp_path))  # a second process
-    assert server[1].asked == ["index.json"]
+    assert asked(server) == ["index.json"]
 
 
 def test_a_truncated_answer_is_asked_for_again_and_named_when_it_stays_so(server, tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     split = remote(server, tmp_path)
-    server[1].truncate["000000.tar"] = 2
+    server.faults["/train/000000.tar"] += ["truncate"] * 2
     split[0]
-    server[1].truncate["000003.tar"] = 1000
+    server.faults["/train/000003.tar"] += ["truncate"] * 1000
     with pytest.raises(UserError, match=r"train/000003.tar could not be fetched: .*did not arrive whole"):
         split[15]
     assert not list((tmp_path / "cache").glob("*/000003.tar"))
-    server[1].truncate.clear()
+    server.faults.clear()
     check_all(split)
 
 
-def test_a_changed_shard_behind_the_url_is_refused(server, folder, tmp_path):
-    path = folder / "000004.tar"
-    data = path.read_bytes()
-    try:
-        path.write_bytes(data[:600] + b"?" + data[601:])
-        split = remote(server, tmp_path)
-        with pytest.raises(
-            UserError, match=r"shard http.*000004.tar is damaged: checksum mismatch after two downloads"
-        ):
-            split[22]
-    finally:
-        path.write_bytes(data)
+def test_a_changed_shard_behind_the_url_is_refused(server, tmp_path):
+    whole = server.files["/train/000004.tar"]
+    server.files["/train/000004.tar"] = whole[:600] + b"?" + whole[601:]
+    split = remote(server, tmp_path)
+    with pytest.raises(UserError, match=r"shard http.*000004.tar is damaged: checksum mismatch after two downloads"):
+        split[22]
+    server.files["/train/000004.tar"] = whole
     check_all(split)
 
 
-def test_missing_files_and_servers_are_one_line(server, tmp_path):
-    url = server[0].replace("train", "elsewhere")
-    with pytest.raises(UserError, match=r"elsewhere/index.json could not be fetched.* answered 404"):
-        ShardSplit(url, Reading(cache=str(tmp_path)))
-    with pytest.raises(UserError, match="cannot be reached"):
-        ShardSplit("http://127.0.0.1:9/train", Reading(cache=str(tmp_path)))
-    with pytest.raises(UserError, match=r"nonsense://x/index.json could not be fetched"):
-        ShardSplit("nonsense://x", Reading(cache=str(tmp_path)))
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("{}/elsewhere", r"elsewhere/index.json could not be fetched.* answered 404"),
+        ("http://127.0.0.1:9/train", "cannot be reached"),
+        ("nonsense://x", "nonsense://x/index.json could not be fetched"),
+    ],
+)
+def test_missing_files_and_servers_are_one_line(server, tmp_path, url, message):
+    with pytest.raises(UserError, match=message):
+        ShardSplit(url.format(server.address), Reading(cache=str(tmp_path)))
 
 
 def test_the_cache_keeps_its_limit(server, folder, tmp_path):
@@ -230,18 +201,16 @@ def test_the_cache_keeps_its_limit(server, folder, tmp_path):
 def test_coming_shards_are_fetched_in_the_background(server, tmp_path):
     split = pickle.loads(pickle.dumps(remote(server, tmp_path)))
     split.prefetch([(5, 10), (15, 20)])
-    until = time.monotonic() + 10
-    while len(list((tmp_path / "cache").glob("*/*.tar"))) < 2 and time.monotonic() < until:
-        time.sleep(0.01)
-    server[1].asked.clear()
-    assert int(split[7][1]["label"]) == 7 and int(split[16][1]["label"]) == 16 and server[1].asked == []
+    wait_until(lambda: len(list((tmp_path / "cache").glob("*/*.tar"))) == 2, 10)
+    server.requests.clear()
+    assert int(split[7][1]["label"]) == 7 and int(split[16][1]["label"]) == 16 and asked(server) == []
 
 
 def test_several_processes_fetch_a_shard_once(server, tmp_path):
     split = remote(server, tmp_path)
     with get_context("fork").Pool(3) as pool:
         pool.starmap(_sum, [(split, range(COUNT))] * 3)
-    tars = [name for name in server[1].asked if name.endswith(".tar")]
+    tars = [name for name in asked(server) if name.endswith(".tar")]
     assert sorted(tars) == [f"{i:06d}.tar" for i in range(5)]
 
 
@@ -294,7 +263,16 @@ def test_all_processes_of_a_machine_verify_a_shard_once(copy, tmp_path, monkeypa
         pool.starmap(_sum, [(split, range(COUNT))] * 4)
     check_all(ShardSplit(copy))
     assert sorted(counted.read_text().split()) == [f"{i:06d}.tar" for i in range(5)]
-    path = copy / "000002.tar"
-    path.write_bytes(bytes(path.stat().st_size))  # written again: verified again
+    zeros(copy, "000002.tar")  # written again: verified again
     with pytest.raises(UserError, match=r"000002.tar is damaged .its checksum"):
         ShardSplit(copy)[12]
+
+
+def test_the_reader_of_webdataset_opens_the_shards(folder):
+    webdataset = pytest.importorskip("webdataset")
+    samples = list(webdataset.WebDataset(f"{folder}/{{000000..000004}}.tar", shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [f"k{i:02d}" for i in range(COUNT)]
+    for (info, tensors), sample in zip(ShardSplit(folder), samples):
+        assert json.loads(sample["json"])["text"] == info["text"]
+        theirs = load(sample["safetensors"])
+        assert theirs.keys() == tensors.keys() and all(theirs[name].equal(tensors[name]) for name in theirs)

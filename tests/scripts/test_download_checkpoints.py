@@ -3,9 +3,6 @@
 import hashlib
 import io
 import re
-import threading
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -17,71 +14,16 @@ from engine.download import DamagedError, NoNetworkError, RemoteFile, check, fet
 from engine.errors import UserError, run_cli
 from scripts import download_checkpoints
 from scripts.download_checkpoints import process, read_catalogue
+from tests.file_server import file_server  # noqa: F401  (a fixture)
 
 DATA = np.random.default_rng(0).integers(0, 256, 300_000, dtype=np.uint8).tobytes()
 SHA = hashlib.sha256(DATA).hexdigest()
 
 
-@dataclass
-class Server:
-    """Files by path; `faults` are used up, one an answer: truncate, corrupt, 503, ignore_range."""
-
-    address: str = ""
-    files: dict = field(default_factory=dict)
-    faults: list = field(default_factory=list)
-    requests: list = field(default_factory=list)
-
-
 @pytest.fixture
-def server():
-    state = Server()
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-        def do_HEAD(self):
-            self.answer(with_body=False)
-
-        def do_GET(self):
-            self.answer(with_body=True)
-
-        def answer(self, with_body):
-            data = state.files.get(self.path)
-            if data is None:
-                self.send_error(404, "Not Found")
-                return
-            wanted = self.headers.get("Range")
-            if with_body:
-                state.requests.append((self.path, wanted))
-            fault = state.faults.pop(0) if with_body and state.faults else ""
-            if fault == "503":
-                self.send_error(503, "Busy")
-                return
-            start = int(re.match(r"bytes=(\d+)-", wanted)[1]) if wanted and fault != "ignore_range" else 0
-            if start >= len(data) > 0:
-                self.send_error(416, "Range Not Satisfiable")
-                return
-            body = data[start:]
-            if fault == "corrupt":
-                body = bytes([body[0] ^ 1]) + body[1:]
-            self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(body)))
-            if start:
-                self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-            self.end_headers()
-            if with_body:
-                self.wfile.write(body[: len(body) // 3] if fault == "truncate" else body)
-                self.close_connection = True
-
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    state.address = f"http://127.0.0.1:{httpd.server_address[1]}"
-    state.files["/w"] = DATA
-    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    yield state
-    httpd.shutdown()
-    httpd.server_close()
+def server(file_server):  # noqa: F811
+    file_server.files["/w"] = DATA
+    return file_server
 
 
 def remote(server, size=300_000, sha256=SHA, path="sub/weights.bin", url="/w"):
@@ -104,7 +46,7 @@ def test_file_is_fetched_once(server, tmp_path):
 def test_truncated_download_is_resumed(server, tmp_path, known, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    server.faults += ["truncate", "503"]
+    server.faults["/w"] += ["truncate", "503"]
     file = remote(server) if known else remote(server, None, None)
     assert bring(file, tmp_path) == DATA
     starts = [wanted for _, wanted in server.requests]
@@ -126,7 +68,7 @@ def test_leftover_of_a_stopped_download_is_resumed_or_replaced(server, tmp_path,
     part = tmp_path / ".partial" / "sub-weights.bin.part"
     part.parent.mkdir()
     part.write_bytes(leftover)
-    server.faults += faults
+    server.faults["/w"] += faults
     assert bring(remote(server, 300_000 if known else None), tmp_path) == DATA
     assert len(leftover) != 1234 or server.requests[0][1] == "bytes=1234-"
 
@@ -136,11 +78,11 @@ def test_damaged_file_is_replaced_only_by_a_good_one(server, tmp_path):
     target = tmp_path / file.path
     target.parent.mkdir()
     target.write_bytes(b"old")
-    server.faults += ["corrupt", "corrupt"]
+    server.faults["/w"] += ["corrupt", "corrupt"]
     with pytest.raises(DamagedError, match=r"verification failed after two downloads.*SHA-256"):
         fetch(file, tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [target] and target.read_bytes() == b"old"
-    server.faults += ["corrupt"]
+    server.faults["/w"] += ["corrupt"]
     assert bring(file, tmp_path) == DATA
 
 
@@ -154,7 +96,7 @@ REFUSALS = {  # faults, path of the URL, path of the file, message
 
 @pytest.mark.parametrize(("faults", "url", "path", "line"), REFUSALS.values(), ids=REFUSALS.keys())
 def test_refusal_is_one_line(server, tmp_path, faults, url, path, line):
-    server.faults += faults
+    server.faults[url] += faults
     server.files["/page"] = b"\n<!DOCTYPE html><html>Sign in</html>"
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=line) as error:
@@ -212,13 +154,8 @@ def test_listing_states_presence_size_and_source(checkpoints, server, tmp_path, 
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/weights.bin").write_bytes(DATA)
     (tmp_path / "c.bin").write_bytes(DATA[:-1])
-    rounded = {
-        "what": "c",
-        "licence": "MIT",
-        "origin": "o",
-        "files": [RemoteFile("d", "https://h/c", about=170_000_000)],
-    }
-    process([*checkpoints, rounded], tmp_path, True)
+    rounded = {"files": [RemoteFile("d", "https://h/c", about=170_000_000)]}
+    process([*checkpoints, checkpoints[0] | rounded], tmp_path, True)
     text = capsys.readouterr().out
     assert re.search(r"present +sub/weights.bin \(0.3 MB, SHA-256 known\)", text)
     assert re.search(r"missing +b \(size unknown, no SHA-256 known\)", text)
