@@ -17,6 +17,7 @@ from engine.metrics.quality import pesq_score, stoi
 from engine.metrics.recogniser import CorpusRecogniser, Recogniser
 from engine.metrics.speaker import GE2EEncoder
 from engine.metrics.speech import pitch
+from tests.spoken import speak
 
 RATE = 24_000
 GRAMMAR = """#JSGF V1.0;
@@ -30,28 +31,8 @@ SENTENCES = ["place red with delta three please", "set white by charlie zero soo
 @pytest.fixture(scope="module")
 def spoken():
     """(rate, waves) of the sentences, by espeak-ng's default English voice."""
-    import ctypes
-
-    loader = pytest.importorskip("espeakng_loader")
-    library = ctypes.CDLL(loader.get_library_path())
-    rate = library.espeak_Initialize(2, 0, str(Path(loader.get_data_path())).encode(), 0)
-    pieces = []
-
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-    def collect(samples, count, _):
-        if samples and count > 0:
-            pieces.append(np.ctypeslib.as_array(samples, (count,)).astype(np.float32) / 32768)
-        return 0
-
-    library.espeak_SetSynthCallback(collect)
-    library.espeak_SetVoiceByName(b"en-us")
-    waves = []
-    for sentence in SENTENCES:
-        pieces.clear()
-        library.espeak_Synth(sentence.encode(), len(sentence) + 1, 0, 0, 0, 1, None, None)
-        library.espeak_Synchronize()
-        waves.append(np.concatenate(pieces))
-    return rate, waves
+    utterances = speak([(sentence, "") for sentence in SENTENCES])
+    return utterances[0].rate, [utterance.wave for utterance in utterances]
 
 
 def test_phoneme_errors_tell_the_said_sentence_from_others(spoken):
@@ -111,18 +92,14 @@ def test_sentences_outside_the_grammar_are_recognised_by_the_language_model(spok
 
 def test_grammar_mistakes_are_one_line(tmp_path):
     pytest.importorskip("pocketsphinx")
-    for name, text in (
-        ("none", None),
-        ("broken", "#JSGF V1.0;\ngrammar (;"),
-        ("word", GRAMMAR.replace("green", "grxxn")),
-    ):
-        if text is not None:
-            (tmp_path / name).write_text(text)
+    (tmp_path / "broken").write_text("#JSGF V1.0;\ngrammar (;")
+    (tmp_path / "word").write_text(GRAMMAR.replace("green", "grxxn"))
+    for name in ("none", "broken", "word"):
         with pytest.raises(UserError, match=f"the recogniser cannot use .*{name}"):
             Recogniser(tmp_path / name)
 
 
-def test_speaker_embedding(spoken):
+def test_a_speaker_embedding_tells_voices_apart(spoken):
     pytest.importorskip("resemblyzer")
     rate, waves = spoken
     encoder = GE2EEncoder()

@@ -1,16 +1,14 @@
 """Times of words beside the true ones of espeak-ng, and the files that hold them."""
 
 import json
-from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
-from multiprocessing import get_context
 
 import numpy as np
 import pytest
 
-from corpora.synthetic.speech import Synthesizer
 from corpora.synthetic.voices import load_voices
 from engine.word_times import Word, WordTimes, cues, write_words
+from tests.spoken import speak
 
 TEXTS = [
     "set blue by hotel four now",
@@ -19,16 +17,11 @@ TEXTS = [
 ]
 
 
-def speak():
-    synthesizer = Synthesizer()
-    return [(text, synthesizer.speak(text, voice.lines)) for voice in load_voices(2)[:4] for text in TEXTS]
-
-
 @pytest.fixture(scope="module")
 def spoken():
-    """Utterances of a process of its own: espeak-ng's state belongs to the first synthesiser of a process."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(speak).result()
+    """Texts and their utterances."""
+    sayings = [(text, voice.lines) for voice in load_voices(2)[:4] for text in TEXTS]
+    return [(text, utterance) for (text, _), utterance in zip(sayings, speak(sayings))]
 
 
 def test_words_are_placed_within_60_milliseconds(spoken):
@@ -57,24 +50,13 @@ def test_words_are_recognised_with_times(spoken):
     assert heard >= 5, "words of the model without a grammar; its voices are those of people"
 
 
-def test_files_of_words(tmp_path):
+def test_words_are_written_as_json_and_subtitles(tmp_path):
     words = [Word("Set", 0.1, 0.3), Word("blue.", 0.3, 0.75), Word("Now", 3661.5, 3662.0)]
-    assert [(cue.text, cue.begin, cue.end) for cue in cues(words)] == [
-        ("Set blue.", 0.1, 0.75),
-        ("Now", 3661.5, 3662.0),
-    ]
+    lines = [(cue.text, cue.begin, cue.end) for cue in cues(words)]
+    assert lines == [("Set blue.", 0.1, 0.75), ("Now", 3661.5, 3662.0)]
     assert len(cues([Word("a", i, i + 1) for i in range(15)])) == 3
     write_words(tmp_path / "talk.one", words, "text", subtitles=True)
-    assert json.loads((tmp_path / "talk.one.json").read_text())["words"][1] == {
-        "text": "blue.",
-        "begin": 0.3,
-        "end": 0.75,
-    }
-    assert (tmp_path / "talk.one.srt").read_text() == (
-        "1\n00:00:00,100 --> 00:00:00,750\nSet blue.\n\n2\n01:01:01,500 --> 01:01:02,000\nNow\n"
-    )
-    assert (
-        (tmp_path / "talk.one.vtt")
-        .read_text()
-        .startswith("WEBVTT\n\n00:00:00.100 --> 00:00:00.750\nSet blue.\n\n01:01")
-    )
+    written, srt, vtt = ((tmp_path / f"talk.one.{suffix}").read_text() for suffix in ("json", "srt", "vtt"))
+    assert json.loads(written)["words"][1] == {"text": "blue.", "begin": 0.3, "end": 0.75}
+    assert srt == "1\n00:00:00,100 --> 00:00:00,750\nSet blue.\n\n2\n01:01:01,500 --> 01:01:02,000\nNow\n"
+    assert vtt.startswith("WEBVTT\n\n00:00:00.100 --> 00:00:00.750\nSet blue.\n\n01:01")
