@@ -4,8 +4,7 @@ import asyncio
 import base64
 import io
 import json
-import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import cv2
@@ -19,23 +18,14 @@ from drawn_faces import talking_head
 from fastapi.testclient import TestClient
 
 from engine.media.video import write_video
-from hicodit.pipeline import HiCoDiTPipeline
 from service.admission import Service
 from service.app import make_app
 from service.limits import ServeLimits
-from talker_t2av.pipeline import Job, TalkerPipeline
-from tests.hicodit.conftest import release  # noqa: F401  (a fixture)
-from tests.talker_t2av.talker_fixtures import save_talker, voice_file
+from talker_t2av.pipeline import Job
+from tests.waiting import wait_until
 
 LENGTHS = {"max_seconds": 0.48, "min_seconds": 0.48}
 JOB = {"mode": "tts", "text": "set red", **LENGTHS}
-
-
-@pytest.fixture(scope="module")
-def models(release, tmp_path_factory):  # noqa: F811
-    root = tmp_path_factory.mktemp("talker")
-    talker = TalkerPipeline.from_pretrained(save_talker(root), precision="fp32")
-    return HiCoDiTPipeline.from_pretrained(release, precision="fp32"), talker, voice_file(root / "voice.wav")
 
 
 def service_of(models, demo=False, **limits):
@@ -55,6 +45,15 @@ def job(models):
 
 def sound(content):
     return soundfile.read(io.BytesIO(content))
+
+
+def receive(socket):
+    """Return the wave that comes after the first message, and the text that ends it."""
+    assert socket.receive_json() == {"rate": 24_000, "format": "s16le"}
+    pieces = []
+    while "bytes" in (message := socket.receive()):
+        pieces.append(np.frombuffer(message["bytes"], np.int16))
+    return np.concatenate(pieces) / 32767, message["text"]
 
 
 def test_health_and_metrics(client):
@@ -80,18 +79,10 @@ def test_speech_of_a_clip_is_the_pipelines(client, models, tmp_path):
 
 
 def test_several_clients_at_once_get_what_each_gets_alone(client, models, job):
-    answers = {}
-
-    def ask(seed):
-        answers[seed] = client.post("/talker", json=job | {"seed": seed, "max_seconds": 0.48 + 0.16 * (seed % 3)})
-
-    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for seed, answer in answers.items():
-        given = {"seed": seed, "max_seconds": 0.48 + 0.16 * (seed % 3), "min_seconds": 0.48}
+    settings = [{"seed": seed, "max_seconds": 0.48 + 0.16 * (seed % 3), "min_seconds": 0.48} for seed in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda given: client.post("/talker", json=job | given), settings))
+    for given, answer in zip(settings, answers):
         alone = models[1](Job("tts", "set red", str(models[2]), **given))
         np.testing.assert_allclose(sound(answer.content)[0], alone.wave, atol=2e-4)
 
@@ -99,25 +90,19 @@ def test_several_clients_at_once_get_what_each_gets_alone(client, models, job):
 def test_streams_give_the_same_sound(client, models, job):
     with client.websocket_connect("/talker/stream") as socket:
         socket.send_json(job | {"seed": 5})
-        assert socket.receive_json() == {"rate": 24_000, "format": "s16le"}
-        pieces = []
-        while "bytes" in (message := socket.receive()):
-            pieces.append(np.frombuffer(message["bytes"], np.int16))
-        assert '"done":true' in message["text"].replace(" ", "")
+        wave, end = receive(socket)
+    assert '"done":true' in end.replace(" ", "")
     whole = sound(client.post("/talker", json=job | {"seed": 5}).content)[0]
-    np.testing.assert_allclose(np.concatenate(pieces) / 32767, whole, atol=2e-4)
+    np.testing.assert_allclose(wave, whole, atol=2e-4)
     head = talking_head(25)
     with client.websocket_connect("/hicodit/stream") as socket:
         socket.send_json({"lookahead": 0.2, "seed": 1})
-        socket.receive_json()
         for frame in head:
             socket.send_bytes(cv2.imencode(".png", frame[..., ::-1])[1].tobytes())
         socket.send_text("end")
-        pieces = []
-        while "bytes" in (message := socket.receive()):
-            pieces.append(np.frombuffer(message["bytes"], np.int16))
+        wave, _ = receive(socket)
     expected = np.concatenate([chunk.wave for chunk in models[0].stream(head, 1, lookahead=0.2)])
-    np.testing.assert_allclose(np.concatenate(pieces) / 32767, expected, atol=1e-4)
+    np.testing.assert_allclose(wave, expected, atol=1e-4)
 
 
 def test_the_parts_of_a_long_text_come_one_after_the_other(client, models, job, monkeypatch):
@@ -129,11 +114,7 @@ def test_the_parts_of_a_long_text_come_one_after_the_other(client, models, job, 
     assert len(whole) > 2 * 0.48 * 24_000
     with client.websocket_connect("/talker/stream") as socket:
         socket.send_json(asked)
-        socket.receive_json()
-        pieces = []
-        while "bytes" in (message := socket.receive()):
-            pieces.append(np.frombuffer(message["bytes"], np.int16))
-    np.testing.assert_allclose(np.concatenate(pieces) / 32767, whole, atol=2e-4)
+        np.testing.assert_allclose(receive(socket)[0], whole, atol=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +171,7 @@ def test_wrong_streams_get_one_sentence(client, path, messages, error):
     assert error in answer["error"] and answer["status"] == 400
 
 
-def test_what_there_is_no_room_for_is_refused(models, job):
+def test_requests_beyond_the_limits_are_refused(models, job):
     service = service_of(models, requests=1, streams=0)
     with TestClient(make_app(service)) as client:
         with service.admitted():
@@ -226,10 +207,7 @@ def test_a_client_that_leaves_frees_its_row(client, models, job):
         socket.send_json(job | {"max_seconds": 30.0, "min_seconds": 30.0})
         socket.receive_json()
         socket.receive_bytes()
-    deadline = time.monotonic() + 30
-    while (service.workers["talker_t2av"].rows or service.streams) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not service.workers["talker_t2av"].rows and service.streams == 0
+    wait_until(lambda: not service.workers["talker_t2av"].rows and service.streams == 0)
 
 
 def test_a_client_that_hangs_up_frees_its_row(client, job):
@@ -248,7 +226,4 @@ def test_a_client_that_hangs_up_frees_its_row(client, job):
     service = client.app.state.service
     assert sent[0]["status"] == 499 and service.requests == 0
     assert service.metrics.get_sample_value("requests_total", {"path": "/talker", "status": "499"}) == 1
-    deadline = time.monotonic() + 30
-    while service.workers["talker_t2av"].rows and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not service.workers["talker_t2av"].rows
+    wait_until(lambda: not service.workers["talker_t2av"].rows)
