@@ -13,6 +13,14 @@ SETTINGS = {"best": "min weight", "keep": 9}  # every step that is validated is 
 STEP = 14  # a multiple of CONFIG["validate_every"], not of "checkpoint_every"
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Folder of a run that nothing stopped."""
+    run = tmp_path_factory.mktemp("whole")
+    trainer(run, **SETTINGS).fit()
+    return run
+
+
 def assert_same_records(whole, broken):
     assert records(whole) == records(broken)
     assert [record["step"] for record in records(whole) if "lr" not in record] == [7, 14, 20]
@@ -20,19 +28,17 @@ def assert_same_records(whole, broken):
     assert one.read_text() == two.read_text()
 
 
-def test_a_run_that_stops_at_a_validation_makes_up_for_it(tmp_path):
-    trainer(tmp_path / "whole", **SETTINGS).fit()
+def test_a_run_that_stops_at_a_validation_makes_up_for_it(whole, tmp_path):
     signal = ToySet(trouble_at=8 * (STEP - 1) + 1, trouble="term")  # with the first of 8 samples of this step
-    assert trainer(tmp_path / "broken", signal, **SETTINGS).fit() is None
-    assert records(tmp_path / "broken")[-1]["step"] == STEP and "lr" in records(tmp_path / "broken")[-1]
-    trainer(tmp_path / "broken", **SETTINGS).fit()
-    assert_same_records(tmp_path / "whole", tmp_path / "broken")
+    assert trainer(tmp_path, signal, **SETTINGS).fit() is None
+    assert records(tmp_path)[-1]["step"] == STEP and "lr" in records(tmp_path)[-1]
+    trainer(tmp_path, **SETTINGS).fit()
+    assert_same_records(whole, tmp_path)
 
 
 @pytest.mark.parametrize("where", ["measure", "write", "note"])
-def test_a_validation_in_which_a_run_was_killed_is_recorded_once(tmp_path, monkeypatch, where):
-    trainer(tmp_path / "whole", **SETTINGS).fit()
-    run = trainer(tmp_path / "broken", **SETTINGS)
+def test_a_validation_in_which_a_run_was_killed_is_recorded_once(whole, tmp_path, monkeypatch, where):
+    run = trainer(tmp_path, **SETTINGS)
     owner = {"measure": run.task, "write": Tracker, "note": run.checkpoints}[where]
     original = getattr(owner, where)
 
@@ -45,8 +51,8 @@ def test_a_validation_in_which_a_run_was_killed_is_recorded_once(tmp_path, monke
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(owner, where, kill)
         run.fit()
-    trainer(tmp_path / "broken", **SETTINGS).fit()
-    assert_same_records(tmp_path / "whole", tmp_path / "broken")
+    trainer(tmp_path, **SETTINGS).fit()
+    assert_same_records(whole, tmp_path)
 
 
 class StandIn:
@@ -76,8 +82,8 @@ def test_wandb_gets_the_validation_that_a_resumed_run_makes_up_for(tmp_path, mon
     wandb = SimpleNamespace(init=run.begin, Settings=lambda **settings: settings)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     signal = ToySet(trouble_at=8 * (STEP - 1) + 1, trouble="term")
-    trainer(tmp_path / "run", signal, wandb="online", **SETTINGS).fit()
-    trainer(tmp_path / "run", wandb="online", **SETTINGS).fit()
+    for data in (signal, ToySet()):
+        trainer(tmp_path / "run", data, wandb="online", **SETTINGS).fit()
     kept = [data.get("step", step) for step, data in run.rows if "validation/weight" in data]
     assert kept == [7, STEP, 20]
     assert run.axes["*"] == "step"

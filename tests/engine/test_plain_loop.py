@@ -1,11 +1,10 @@
 """The trainer against a plain loop over the same batches: the same losses to rounding, and the same weights."""
 
-import json
 import math
 
 import pytest
 import torch
-from toy_task import CONFIG, ToyBlocks, ToySet
+from toy_task import CONFIG, ToyBlocks, ToySet, read_lines
 
 from engine.seeding import generator_for, seed_for
 from engine.training.trainer import Trainer
@@ -68,7 +67,7 @@ def test_losses_and_weights_are_those_of_a_plain_loop(tmp_path):
     torch.manual_seed(0)
     trainer = Trainer(ToyBlocks(), ToySet(), SETTINGS, tmp_path)
     trainer.fit()
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    lines = read_lines(tmp_path / "log.jsonl")
     found = [{part: line[f"{part}/loss"] for part in wanted[0]} for line in lines if "lr" in line]
     assert len(found) == STEPS and found[0] != found[-1]
     for one, two in zip(found, wanted):

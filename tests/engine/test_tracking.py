@@ -1,13 +1,12 @@
 """What trackers show of a run: figures, and whatever media a validation writes."""
 
-import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toy_task import CONFIG, ToyGAN, ToySet
+from toy_task import CONFIG, ToyGAN, ToySet, read_lines
 
 from engine.errors import UserError
 from engine.media.audio import write_wav
@@ -44,8 +43,8 @@ def test_tensorboard_has_figures_sounds_spectrograms_pictures_and_videos(tmp_pat
     train(tmp_path / "run", steps=9, tensorboard=True)  # goes on, in a second event file
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), {"images": 0, "audio": 0, "scalars": 0})
     events.Reload()
-    logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    losses = {row["step"]: row["generator/loss"] for row in logged if "generator/loss" in row}
+    rows = read_lines(tmp_path / "run" / "log.jsonl")
+    losses = {row["step"]: row["generator/loss"] for row in rows if "generator/loss" in row}
     found = {event.step: event.value for event in events.Scalars("generator/loss")}
     assert found == pytest.approx(losses) and sorted(found) == list(range(1, 10))
     assert {event.step for event in events.Scalars("validation/weight")} == {7, 9}
@@ -61,13 +60,9 @@ def test_tensorboard_has_figures_sounds_spectrograms_pictures_and_videos(tmp_pat
 def test_wandb_keeps_figures_and_media_offline(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    logged = []
-    log = wandb.sdk.wandb_run.Run.log
-    monkeypatch.setattr(
-        wandb.sdk.wandb_run.Run,
-        "log",
-        lambda self, data: (logged.append((data["step"], data)), log(self, data)),
-    )
+    run, logged = wandb.sdk.wandb_run.Run, []
+    log = run.log
+    monkeypatch.setattr(run, "log", lambda self, data: (logged.append((data["step"], data)), log(self, data)))
     train(tmp_path / "a run", wandb="offline")
     names = {name: type(value).__name__ for _, data in logged for name, value in data.items()}
     assert names["validation/seen/a/sound"] == "Audio" and names["validation/b/video"] == "Video"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,18 +17,14 @@ from engine.training.settings import TrainerConfig
 from engine.training.task import Release, Task
 
 CONFIG = asdict(TrainerConfig()) | {
-    "steps": 20,
-    "batch_size": 4,
-    "accumulate": 2,
-    "lr": 1e-2,
-    "betas": [0.9, 0.99],
-    "weight_decay": 0.1,
-    "warmup": 5,
-    "ema_decay": 0.99,
-    "log_every": 1,
-    "validate_every": 7,
-    "checkpoint_every": 5,
-}
+    "steps": 20, "batch_size": 4, "accumulate": 2, "lr": 1e-2, "betas": [0.9, 0.99], "weight_decay": 0.1, "warmup": 5,
+    "ema_decay": 0.99, "log_every": 1, "validate_every": 7, "checkpoint_every": 5,
+}  # fmt: skip
+
+
+def read_lines(file: Path) -> list[dict]:
+    """Return the lines of a JSONL file, such as the log of a run."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 class ToySet:
@@ -37,11 +35,7 @@ class ToySet:
     """
 
     def __init__(
-        self,
-        size: int = 37,
-        trouble_at: int | None = None,
-        trouble: str | Callable[[], None] = "crash",
-        span: int = 1,
+        self, size: int = 37, trouble_at: int | None = None, trouble: str | Callable[[], None] = "crash", span: int = 1
     ):
         self.x = torch.randn(size, 4, generator=torch.Generator().manual_seed(0))
         self.calls, self.trouble_at, self.trouble, self.span = 0, trouble_at, trouble, span
