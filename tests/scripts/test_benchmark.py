@@ -11,7 +11,6 @@ from drawn_faces import talking_head
 
 from benchmarks import faces, grid, prosody
 from corpora.preparation.sources_studio import GRID
-from engine.errors import UserError
 from engine.evaluation.charts import chart_curves
 from engine.media.audio import read_audio
 from engine.media.ffmpeg import probe
@@ -23,15 +22,11 @@ from scripts import benchmark
 @pytest.mark.parametrize("name", benchmark.NAMES)
 def test_every_benchmark_fits_the_frame(name):
     module = importlib.import_module(f"benchmarks.{name}")
-    assert (
-        module.__doc__
-        and callable(module.add_arguments)
-        and callable(module.run)
-        and min(module.LEAST.values(), default=0) >= 0
-    )
+    assert module.__doc__ and callable(module.add_arguments) and callable(module.run)
+    assert min(module.LEAST.values(), default=0) >= 0
 
 
-def test_settings_are_checked_and_results_recorded(tmp_path, monkeypatch, capsys):
+def test_results_are_recorded(tmp_path, monkeypatch, capsys):
     def run(args):
         for number in args.steps:
             yield {"steps": number, "threads": torch.get_num_threads()}, f"{number} steps"
@@ -39,14 +34,10 @@ def test_settings_are_checked_and_results_recorded(tmp_path, monkeypatch, capsys
     def add_arguments(parser):
         parser.add_argument("--steps", type=int, nargs="+", default=[1])
 
-    module = SimpleNamespace(
-        __doc__="Something measured.\n\nMore.", LEAST={"steps": 1}, add_arguments=add_arguments, run=run
-    )
+    about = "Something measured.\n\nMore."
+    module = SimpleNamespace(__doc__=about, LEAST={"steps": 1}, add_arguments=add_arguments, run=run)
     monkeypatch.setattr(benchmark, "import_module", lambda name: module)
     arguments = ["faces", "--device", "cpu", "--threads", "1", "--out", str(tmp_path), "--steps", "2"]
-    monkeypatch.setattr("sys.argv", ["scripts/benchmark.py", *arguments, "0"])
-    with pytest.raises(UserError, match="--steps 0 must be at least 1"):
-        benchmark.main()
     monkeypatch.setattr("sys.argv", ["scripts/benchmark.py", *arguments, "3"])
     benchmark.main()
     (path,) = tmp_path.glob("*-faces-cpu.json")
