@@ -46,7 +46,7 @@ def run(monkeypatch, *words) -> int:
         ({}, None, None),
     ],
 )  # fmt: skip
-def test_words_of_files(clip, tmp_path, files, heard, words):
+def test_words_are_found_in_files_beside_or_named(clip, tmp_path, files, heard, words):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(text)

@@ -39,9 +39,8 @@ TALKER = {"speech": "assets/whisperx_vae_tiny", "motion": "assets/lia_x_tiny", "
 def corpus(tmp_path_factory):
     root = tmp_path_factory.mktemp("corpus")
     wave = np.tile(read_audio("assets/demo/voice.wav", 24_000), 2)
-    row = {"id": "a", "text": "hello", "voice": 3, "expression": "sad", "phonemes": [["h", 0.1, 0.2], ["oU", 0.2, 0.9]]}
-    row["face"] = {}
-    row["expressions"] = ["sad", "sad", "happy"]  # of the half seconds
+    row = {"id": "a", "text": "hello", "voice": 3, "face": {}, "phonemes": [["h", 0.1, 0.2], ["oU", 0.2, 0.9]]}
+    row |= {"expression": "sad", "expressions": ["sad", "sad", "happy"]}  # of the half seconds
     write_video(root / "train" / "a.mp4", np.stack([draw_face(i % 7 / 7) for i in range(FRAMES)]), 25)
     write_wav(root / "train" / "a.wav", wave[: FRAMES * 960], 24_000)
     (root / "train.jsonl").write_text(json.dumps(row) + "\n")
@@ -130,13 +129,6 @@ def test_expressions_are_seen_where_the_source_has_no_label(corpus):
     assert clip.tensors["expression"].tolist() == classes.tolist()
 
 
-def test_pictures_for_the_released_encoders(corpus):
-    clip = WorkItem(SourceClip("a", "train/a.mp4", "train/a.wav"), corpus)
-    for stage in (Decode(), Face(), Crops({"kind": "released"})):
-        stage(clip)
-    assert clip.tensors["mouth"].shape == (FRAMES, 96, 96) and clip.tensors["faces"].shape == (4, 224, 224, 3)
-
-
 def test_features_of_the_released_encoders_are_those_of_their_pictures(corpus, tmp_path):
     small = "{width: 16, layers: 1, heads: 2, hidden: 32, conv_kernel: 8, conv_groups: 4}"
     off = ("crops", "phonemes", "expression", "ge2e", "rvq", "speech", "motion", "speaker")
@@ -159,6 +151,7 @@ def test_features_of_the_released_encoders_are_those_of_their_pictures(corpus, t
         together = identity.identity(faces[None])[0]
     assert made["face_identity"].shape == (4, 512) and made["face_identity"].dtype == torch.float16
     torch.testing.assert_close(made["face_identity"].float().mean(0), together, rtol=1e-3, atol=2e-3)
+    assert clip.tensors["mouth"].shape == (FRAMES, 96, 96) and clip.tensors["faces"].shape == (4, 224, 224, 3)
     assert {"lip", "face_identity"} <= set(pipeline.digests)
     config = load_config("prepare", [*words, "stages.lip.encoders.folder=nowhere"], "help")
     with pytest.raises(UserError, match=r"no folder of encoder checkpoints: encoders\.folder=nowhere"):

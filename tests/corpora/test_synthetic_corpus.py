@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import wave
 from collections import Counter
 from dataclasses import replace
@@ -25,18 +24,11 @@ import pytest
 
 from benchmarks import speaking
 from corpora.preparation.sources import Synthetic
+from corpora.synthetic import sentences
 from corpora.synthetic.corpus import FRAME, resample, window_expressions
 from corpora.synthetic.expression import EXPRESSIONS, pose, prosody
 from corpora.synthetic.face import Face, draw_motion
-from corpora.synthetic.sentences import (
-    SLOTS,
-    SPLITS,
-    draw_open_sentence,
-    draw_sentence,
-    free_words,
-    plain_sentences,
-    split_of,
-)
+from corpora.synthetic.sentences import SLOTS, SPLITS, draw_open_sentence, draw_sentence, free_words, split_of
 from corpora.synthetic.speech import Synthesizer
 from corpora.synthetic.traits import Traits, looks, voice_lines
 from corpora.synthetic.visemes import FPS, MOUTH, mouth_track, shapes_of
@@ -46,12 +38,15 @@ from engine.metrics.recogniser import Recogniser
 from hicodit.conditions.types import windows_of
 from talker_t2av.phonemes import SYMBOLS
 from tests import forked
+from tests.waiting import wait_until
 
 REPO = Path(__file__).resolve().parents[2]
 
 
-def make(out: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return forked.run("scripts/make_synthetic_corpus.py", "--out", out, *arguments)
+def make(out: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
+    done = forked.run("scripts/make_synthetic_corpus.py", "--out", out, *arguments)
+    assert done.returncode == code, done.stderr
+    return done
 
 
 def digests(root: Path) -> dict[str, str]:
@@ -63,11 +58,13 @@ def entries(root: Path, split: str) -> list[dict]:
     return [json.loads(line) for line in (root / f"{split}.jsonl").read_text().splitlines()]
 
 
+SMALL = ("--clips", "6", "--test-clips", "2", "--seed", "3")
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("corpus") / "two_workers"
-    done = make(root, "--clips", "6", "--test-clips", "2", "--seed", "3", "--workers", "2")
-    assert done.returncode == 0, done.stderr
+    make(root, *SMALL, "--workers", "2")
     return root
 
 
@@ -75,14 +72,12 @@ def corpus(tmp_path_factory) -> Path:
 def second(tmp_path_factory) -> Path:
     """A corpus of version 2."""
     root = tmp_path_factory.mktemp("corpus") / "second"
-    done = make(root, "--version", "2", "--clips", "16", "--test-clips", "4", "--seed", "3")
-    assert done.returncode == 0, done.stderr
+    make(root, "--version", "2", "--clips", "16", "--test-clips", "4", "--seed", "3")
     return root
 
 
 def test_worker_count_changes_no_byte(corpus, tmp_path):
-    done = make(tmp_path / "one", "--clips", "6", "--test-clips", "2", "--seed", "3", "--workers", "1")
-    assert done.returncode == 0, done.stderr
+    make(tmp_path / "one", *SMALL, "--workers", "1")
     one, two = digests(tmp_path / "one"), digests(corpus)
     assert one == two
     assert len(one) == 10 * 3 + 3 + 3  # clips; manifests; grammar, contact sheet, corpus.json
@@ -96,20 +91,15 @@ def test_an_interrupted_corpus_is_finished_the_same(corpus, tmp_path):
     (root / "seen" / ".seen_000000-part.mp4").write_bytes(b"half a file")
     (root / "train.jsonl").unlink()
     kept = (root / "train" / "train_000003.mp4").stat().st_mtime_ns
-    done = make(root, "--clips", "6", "--test-clips", "2", "--seed", "3", "--workers", "1")
-    assert done.returncode == 0, done.stderr
-    assert "8 there already, 2 to make" in done.stdout
+    assert "8 there already, 2 to make" in make(root, *SMALL, "--workers", "1").stdout
     assert digests(root) == digests(corpus)
     assert (root / "train" / "train_000003.mp4").stat().st_mtime_ns == kept
 
 
 def test_another_seed_makes_another_corpus_elsewhere_only(corpus):
-    done = make(corpus, "--clips", "6", "--test-clips", "2", "--seed", "4")
-    assert done.returncode == 2
-    assert "seed 3" in done.stderr and len(done.stderr.strip().splitlines()) == 1
-    done = make(corpus, "--clips", "6", "--test-clips", "2", "--seed", "3", "--version", "2")
-    assert done.returncode == 2
-    assert "version 1" in done.stderr and not (corpus / "dev").exists()
+    said = make(corpus, *SMALL, "--seed", "4", code=2).stderr
+    assert "seed 3" in said and len(said.strip().splitlines()) == 1
+    assert "version 1" in make(corpus, *SMALL, "--version", "2", code=2).stderr and not (corpus / "dev").exists()
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_parts(tmp_path):
@@ -131,19 +121,13 @@ def test_a_full_disk_is_one_line_and_leaves_no_parts(tmp_path):
 
 def test_an_interrupt_ends_all_processes_and_leaves_no_parts(tmp_path):
     root = tmp_path / "corpus"
-    command = [sys.executable, "scripts/make_synthetic_corpus.py", "--out", str(root), "--clips", "1000"]
     making = subprocess.Popen(
-        command,
-        cwd=REPO,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+        [sys.executable, "scripts/make_synthetic_corpus.py", "--out", str(root), "--clips", "1000"],
+        cwd=REPO, stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
-    )
+    )  # fmt: skip
     try:
-        end = time.monotonic() + 60
-        while making.poll() is None and not list(root.glob("train/*.json")) and time.monotonic() < end:
-            time.sleep(0.1)
+        wait_until(lambda: making.poll() is not None or list(root.glob("train/*.json")))
         os.killpg(making.pid, signal.SIGINT)  # as Ctrl-C does: to every process of the terminal
         assert making.communicate(timeout=60)[1].splitlines()[-1] == "interrupted"
     finally:
@@ -155,17 +139,18 @@ def test_an_interrupt_ends_all_processes_and_leaves_no_parts(tmp_path):
 
 def test_version_3_is_speech_alone_of_any_words(tmp_path):
     arguments = ("--version", "3", "--speech", "8", "--test-clips", "3", "--seed", "3")
-    assert make(tmp_path / "one", *arguments, "--workers", "1").returncode == 0
-    assert make(tmp_path / "two", *arguments).returncode == 0
+    make(tmp_path / "one", *arguments, "--workers", "1")
+    make(tmp_path / "two", *arguments)
     made = digests(tmp_path / "one")
     assert made == digests(tmp_path / "two") and not [name for name in made if name.endswith((".mp4", ".png"))]
     (tmp_path / "two" / "dev" / "dev_000001.wav").unlink()
-    assert make(tmp_path / "two", *arguments).returncode == 0 and made == digests(tmp_path / "two")
+    make(tmp_path / "two", *arguments)
+    assert made == digests(tmp_path / "two")
     for split in SPLITS[3]:
         for entry in entries(tmp_path / "one", split):
             assert split == "plain" or split_of(entry["text"], 3) == split
             assert entry["seconds"] <= 8 and "face" not in entry
-    assert [entry["text"] for entry in entries(tmp_path / "one", "plain")] == plain_sentences()[:3]
+    assert [entry["text"] for entry in entries(tmp_path / "one", "plain")] == sentences.plain_sentences()[:3]
     source = Synthetic(tmp_path / "one")
     clip = source.clips("dev")[1]
     assert clip.video is None and {symbol for symbol, *_ in clip.phonemes} <= set(source.symbols) == set(SYMBOLS)
@@ -244,9 +229,8 @@ def test_phonemes_lie_in_the_clip_and_where_the_sound_is(corpus):
 def test_closures_close_the_mouth(symbol):
     column = MOUTH.index("open")
     for offset in np.linspace(0, 0.04, 9):  # wherever the frame grid falls
-        track = mouth_track(
-            [("A:", 0.2, 0.4 + offset), (symbol, 0.4 + offset, 0.45 + offset), ("a", 0.45 + offset, 0.8)], 25
-        )
+        begin, end = 0.4 + offset, 0.45 + offset
+        track = mouth_track([("A:", 0.2, begin), (symbol, begin, end), ("a", end, 0.8)], 25)
         assert track[5:20, column].max() > 0.6
         assert track[9:14, column].min() < 0.02
 
@@ -357,22 +341,20 @@ def test_windows_take_the_expression_of_their_middle():
 
 
 def test_free_sentences_are_understood_without_a_grammar(second):
-    rows = [("train", entry) for entry in entries(second, "train") if entry["grammar"] == "free"][:6]
-    recogniser, heard = Recogniser(second / "free.arpa"), []
-    for split, entry in rows:
-        heard.append(recogniser.transcribe(read_audio(second / split / f"{entry['id']}.wav", 24_000), 24_000))
-    texts = [entry["text"] for _, entry in rows]
+    rows = [entry for entry in entries(second, "train") if entry["grammar"] == "free"][:6]
+    waves = [read_audio(second / "train" / f"{entry['id']}.wav", 24_000) for entry in rows]
+    recogniser, texts = Recogniser(second / "free.arpa"), [entry["text"] for entry in rows]
+    heard = [recogniser.transcribe(wave, 24_000) for wave in waves]
     assert jiwer.wer(texts, heard) < 0.5 < jiwer.wer(texts, heard[1:] + heard[:1])
 
 
 def test_resample_keeps_a_tone():
-    t = np.arange(22050) / 22050
-    tone = np.sin(2 * np.pi * 440 * t) * np.hanning(22050)
-    t = np.arange(24000) / 24000
-    expected = np.sin(2 * np.pi * 440 * t) * np.interp(t, np.arange(22050) / 22050, np.hanning(22050))
-    got = resample(tone.astype(np.float32), 22050, 24000)
-    assert len(got) == 24000
-    assert np.abs(got - expected).max() < 1e-3
+    def tone(rate):
+        t = np.arange(rate) / rate
+        return np.sin(2 * np.pi * 440 * t) * np.interp(t, np.arange(22050) / 22050, np.hanning(22050))
+
+    got = resample(tone(22050).astype(np.float32), 22050, 24000)
+    assert len(got) == 24000 and np.abs(got - tone(24000)).max() < 1e-3
 
 
 def test_speaking_one_of_two_faces_is_chosen(second):

@@ -12,6 +12,7 @@ import pytest
 
 from engine.errors import UserError
 from engine.processes import Lost, Processes, Work
+from tests.waiting import wait_until
 
 KILLED = """
 import os, signal
@@ -48,10 +49,8 @@ class Squares(Work):
         if item == "lose a card" and self.about == 1:
             (self.folder / "card").touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        while (
-            item in ("lose a card", "wait") and not (self.folder / ("card" if item != "wait" else "refused")).exists()
-        ):
-            time.sleep(0.01)
+        if item in ("lose a card", "wait"):
+            wait_until((self.folder / ("card" if item == "lose a card" else "refused")).exists)
         return [f"by {self.about}" if isinstance(item, str) else item**2]
 
 
@@ -106,7 +105,4 @@ def test_workers_of_an_evaluation_end_when_it_is_killed(tmp_path):
     assert ended.returncode == -signal.SIGKILL, warned.read_text()
     workers = [int(word) for word in said.read_text().split()]
     assert workers
-    end = time.monotonic() + 10
-    while any(map(is_alive, workers)):
-        assert time.monotonic() < end, "workers are left"
-        time.sleep(0.1)
+    wait_until(lambda: not any(map(is_alive, workers)), 10)
