@@ -40,8 +40,10 @@ def data_file(folder):
 def test_the_last_few_are_kept(tmp_path):
     for step in (5, 10, 15, 20):
         save(tmp_path, step, keep=2)
-    assert checkpoint.steps(tmp_path) == [15, 20]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000015", "step-00000020"]
+    truncate(tmp_path / "step-00000020")
+    save(tmp_path, 17, keep=2)  # damaged later ones go when a new one is written
+    assert checkpoint.steps(tmp_path) == [15, 17]
 
 
 def test_the_best_is_kept_too(tmp_path):
@@ -69,12 +71,6 @@ def test_resume_fails_if_every_checkpoint_is_damaged(tmp_path):
     truncate(save(tmp_path, 1))
     with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
         checkpoint.newest(tmp_path, lambda _: None)
-
-
-def test_damaged_later_ones_go_when_a_new_one_is_written(tmp_path):
-    save(tmp_path, 5), truncate(save(tmp_path, 10))
-    save(tmp_path, 7, keep=2)
-    assert checkpoint.steps(tmp_path) == [5, 7]
 
 
 def truncate(folder):
@@ -126,11 +122,9 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, spare):
         good = save(tmp_path / "runs", 1)
         free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_bsize
         (tmp_path / "ballast").write_bytes(bytes(free - spare))
-        with pytest.raises(
-            UserError, match=r"step-00000002 cannot be written: .*No space left.*earlier checkpoints are intact$"
-        ) as caught:
+        line = r"^.*step-00000002 cannot be written: .*No space left.*earlier checkpoints are intact$"
+        with pytest.raises(UserError, match=line):
             save(tmp_path / "runs", 2)
-        assert "\n" not in str(caught.value)
         assert [path.name for path in (tmp_path / "runs").iterdir()] == [good.name]
         assert checkpoint.damage(good) is None
         (tmp_path / "ballast").unlink()
@@ -139,16 +133,16 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, spare):
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-def test_tensors_of_another_model(tmp_path):
-    folder = save(tmp_path, 1)
-    other = state()
-    other["model.weight"] = torch.zeros(2, 2)
-    with pytest.raises(UserError, match=r"'model.weight' with shape \(3, 4\), the model has \(2, 2\)"):
-        checkpoint.load(folder, other)
-    with pytest.raises(UserError, match=r"lacks 'model\.new'"):
-        checkpoint.load(folder, state() | {"model.new": torch.zeros(1)})
-    with pytest.raises(UserError, match=r"has 'model\.count', which the model lacks"):
-        checkpoint.load(folder, {k: v for k, v in state().items() if k != "model.count"})
+def test_tensors_of_another_model_are_refused(tmp_path):
+    folder, lacking = save(tmp_path, 1), state()
+    del lacking["model.count"]
+    for other, message in (
+        (state() | {"model.weight": torch.zeros(2, 2)}, r"with shape \(3, 4\), the model has \(2, 2\)"),
+        (state() | {"model.new": torch.zeros(1)}, r"lacks 'model\.new'"),
+        (lacking, r"has 'model\.count', which the model lacks"),
+    ):
+        with pytest.raises(UserError, match=message):
+            checkpoint.load(folder, other)
     extra = state() | {"optim.model.bias.exp_avg": torch.zeros(1)}  # a parameter that never had a gradient
     checkpoint.load(folder, extra)
     assert "optim.model.bias.exp_avg" not in extra
@@ -197,9 +191,6 @@ def test_the_copies_memory_is_used_again(tmp_path):
         checkpoints.wait()
         places.append({key: copy.data_ptr() for key, copy in checkpoints._copies.items()})
     assert places[0] == places[1] and len(places[0]) == 3
-    read = state(0.0)
-    checkpoint.load(tmp_path / "step-00000002", read)
-    assert torch.equal(read["model.weight"], torch.full((3, 4), 2.0))
 
 
 class Attribute:

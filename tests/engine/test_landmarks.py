@@ -70,9 +70,8 @@ def test_landmarks_are_found_in_every_frame_and_dlib_looks_at_every_fifth(fake_d
     clip, at = dots(20)
     track = track_of_boxes([[x - 30, y - 34, 60, 60] for x, y in at.tolist()], 20)
     turn = np.array([[0.8, -0.6], [0.6, 0.8]])
-    track.points[:] = (
-        track.points.mean(1, keepdims=True) + (track.points - track.points.mean(1, keepdims=True)) @ turn.T
-    )
+    centre = track.points.mean(1, keepdims=True)
+    track.points[:] = centre + (track.points - centre) @ turn.T
     found = add_landmarks([clip[:7], clip[7:]], track, Dlib68()).landmarks
     scale = 60 / 256
     assert np.abs(found - (at[:, None] + 6 * scale * SHAPE @ turn.T)).max() < 0.6  # turned back with the head
@@ -108,13 +107,9 @@ def test_source_of_landmarks_that_is_absent_is_refused(fake_dlib, monkeypatch, s
 
 def test_dlib_finds_drawn_faces():
     pytest.importorskip("dlib", reason="the extra landmarks is not installed")
-    side, corner = 96, np.array([90, 10])
-    for clip, side, corner in (
-        (talking_head(10), 128, 0),
-        (scene(10, [lambda i: (90, 10, 96)]), 96, np.array([90, 10])),
-    ):
+    for clip, side, corner in ((talking_head(10), 128, (0, 0)), (scene(10, [lambda i: (90, 10, 96)]), 96, (90, 10))):
         found = add_landmarks([clip], find_faces([clip], 25.0)[0], Dlib68()).landmarks
-        true = np.array([[49, 60], [79, 60], [64, 76], [50, 90], [78, 90]]) * side / 128 + corner
+        true = np.array([[49, 60], [79, 60], [64, 76], [50, 90], [78, 90]]) * side / 128 + np.array(corner)
         off = np.linalg.norm(five_points(found) - true, axis=-1).mean(0) / (30 * side / 128)
         assert off.max() < 0.2  # of the eyes' distance; drawn eyes have no corners
 

@@ -11,12 +11,8 @@ def state() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     big = torch.randn(64, 32, 3, generator=generator) * torch.logspace(-4, 2, 64)[:, None, None]
     big[5] = 0
-    return {
-        "a.weight": big,
-        "b.weight": big.clone(),
-        "bias": torch.randn(64, generator=generator),
-        "n": torch.tensor(7),
-    }
+    small = {"bias": torch.randn(64, generator=generator), "n": torch.tensor(7)}
+    return {"a.weight": big, "b.weight": big.clone()} | small
 
 
 def test_eight_bits_cost_a_quarter_and_under_half_a_percent_of_a_rows_largest(tmp_path):
@@ -36,10 +32,8 @@ def test_eight_bits_cost_a_quarter_and_under_half_a_percent_of_a_rows_largest(tm
 
 
 def test_a_digest_follows_names_and_values():
-    def digest(**tensors):
-        return weights_digest(
-            torch.nn.ParameterDict({name: torch.full((2,), value) for name, value in tensors.items()})
-        )
+    def digest(**values):
+        return weights_digest(torch.nn.ParameterDict({name: torch.full((2,), x) for name, x in values.items()}))
 
     assert digest(a=1.0, b=2.0) == digest(b=2.0, a=1.0)
     assert len({digest(a=1.0, b=2.0), digest(a=1.0, c=2.0), digest(a=1.0, b=3.0)}) == 3

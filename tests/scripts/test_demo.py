@@ -61,7 +61,7 @@ def test_a_text_becomes_a_talking_face(demo, face):
     assert count_frames_and_secs(made.video)[1] == pytest.approx(soundfile.info(made.sound).duration, abs=0.1) != 0
 
 
-def test_other_modes(demo):
+def test_each_mode_makes_its_streams(demo):
     settings = 2, 0.3, 2.0, None, ignore
     made = demo.talk("tts", "hello four", VOICE, None, *settings)
     assert made.video is None and soundfile.info(made.sound).duration > 0.3

@@ -56,7 +56,7 @@ def test_equal_curves_and_single_points_can_be_seen(tmp_path):
     assert ticks[:4] == ["0", "1", "2", "3"]
 
 
-def test_what_is_read_and_in_which_order(runs):
+def test_curves_are_read_in_a_fixed_order(runs):
     curves = read_curves(runs[0])
     steps, values = curves["generator/loss"]
     assert len(steps) == 60 and values[4] == 1.0 and read_curves(runs[0] / "log.jsonl").keys() == curves.keys()
