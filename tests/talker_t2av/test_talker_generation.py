@@ -22,9 +22,9 @@ def drawn_states(model, asked, mode, monkeypatch):
     """The result without stop tests, and for speech and motion the states (n, D) from which patches were drawn."""
     seen, sample = {id(model.speech_cfm): [], id(model.motion_cfm): []}, FlowHead.sample
 
-    def record(head, mu, *more):
+    def record(head, mu, *more, **settings):
         seen[id(head)].append(mu.clone())
-        return sample(head, mu, *more)
+        return sample(head, mu, *more, **settings)
 
     monkeypatch.setattr(FlowHead, "sample", record)
     result = generate(model, [asked], MODES[mode], SAMPLING, use_stop=False)[0]
