@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,20 @@ def parse_json(text: str | bytes, what: Any) -> Any:
         raise UserError(f"{what} cannot be read as JSON: it is nested too deep") from None
     except ValueError as error:
         raise UserError(f"{what} cannot be read as JSON ({error})") from error
+
+
+def parse_object(text: str | bytes, what: Any, names: Collection[str], example: str) -> dict[str, Any]:
+    """Return the JSON object of a text, all of whose names are among `names`.
+
+    Args:
+        what: the text's name in errors. example: an object, for errors.
+    """
+    value = parse_json(text, what)
+    if not isinstance(value, dict):
+        raise UserError(f"give an object, as in {example}")
+    if unknown := sorted(value.keys() - names):
+        raise UserError(f"unknown setting {unknown[0][:40]!r}; there are: {', '.join(sorted(names))}")
+    return value
 
 
 def check_numbers(value: Any, source: Any, key: str = "") -> None:

@@ -26,7 +26,7 @@ from engine.media.audio import write_wav
 from engine.media.video import write_video
 from engine.seeding import check_seed
 from engine.settings import FACE, LIMITS
-from engine.untrusted import parse_json
+from engine.untrusted import parse_object
 from hicodit.conditions.types import FPS
 from hicodit.streaming import SpeechChunk, SpeechStream, StreamSettings
 from service.admission import HICODIT, TALKER, ClientLeft, Service, counted, explain
@@ -132,9 +132,8 @@ def make_app(service: Service) -> FastAPI:
         Send the rate, then sound (16-bit samples) in hops of 160 ms.
         """
         model = service.find(HICODIT)
-        fields = parse_json(await socket.receive_text(), "the first message")
-        if not isinstance(fields, dict) or fields.keys() - {"lookahead", "seed"}:
-            raise UserError('begin with an object such as {"lookahead": 0.4, "seed": 0}')
+        example, text = '{"lookahead": 0.4, "seed": 0}', await socket.receive_text()
+        fields = parse_object(text, "the first message", ("lookahead", "seed"), example)
         check_seed(seed := fields.pop("seed", 0))
         stream, samples, frames = SpeechStream(model, StreamSettings(**fields), seed), 0, 0
         await socket.send_json({"rate": model.codec.sample_rate, "format": "s16le"})
@@ -173,12 +172,7 @@ async def _body(request: Request) -> bytes:
 
 def _prepare(service: Service, body: bytes, folder: Path) -> PreparedJob:
     """Prepare the job of a JSON object with `TALK_FIELDS`: mode tts or t2av; voice and face are files in base64."""
-    fields = parse_json(body, "the body")
-    if not isinstance(fields, dict):
-        raise UserError('give an object, as in {"mode": "tts", "text": "hello"}')
-    if unknown := sorted(fields.keys() - TALK_FIELDS):
-        raise UserError(f"unknown setting {str(unknown[0])[:40]!r}; there are: {', '.join(sorted(TALK_FIELDS))}")
-    fields = {"mode": "tts"} | fields
+    fields = {"mode": "tts"} | parse_object(body, "the body", TALK_FIELDS, '{"mode": "tts", "text": "hello"}')
     if fields["mode"] not in ("tts", "t2av"):
         raise UserError(f"mode={str(fields['mode'])[:40]} is unknown; choose tts, t2av")
     check_text(service, str(fields.get("text", "")))

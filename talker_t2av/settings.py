@@ -17,7 +17,7 @@ from engine.faces.track import read_boxes, track_of_boxes
 from engine.files import writable
 from engine.media.ffmpeg import check_readable, probe, require_stream
 from engine.settings import FACE_BOX, SEED, SEEDS, Group, group, make, override, setting
-from engine.untrusted import parse_json, read_lines, safe_name
+from engine.untrusted import parse_object, read_lines, safe_name
 from talker_t2av.request import MODES, Sampling
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -314,13 +314,9 @@ def is_picture(path: str | Path) -> bool:
 
 
 def _job_of_line(line: str, common: dict[str, Any], number: str) -> tuple[str, Job]:
-    row = parse_json(line, "the line")
-    if not isinstance(row, dict):
-        raise UserError('give an object, as in {"text": "hello"}')
+    row = parse_object(line, "the line", {"name", *JOB_FIELDS}, '{"text": "hello"}')
     name = row.pop("name", number)
     name = safe_name(str(name) if type(name) is int else name, "name=")
-    if unknown := sorted(row.keys() - JOB_FIELDS):
-        raise UserError(f"unknown setting {unknown[0]!r}; there are: name, {', '.join(sorted(JOB_FIELDS))}")
     return name, _make_job({**common, **row})
 
 

@@ -156,6 +156,7 @@ def test_wrong_requests_get_one_sentence(client, method, path, given, status, me
         ("/talker/stream", ["{"], "the body"),
         ("/talker/stream", ['{"mode": "t2av", "text": "a"}'], "reference_video"),
         ("/hicodit/stream", ['{"lookahead": 99}'], "lookahead"),
+        ("/hicodit/stream", ['{"face": 1}'], "unknown setting 'face'; there are: lookahead, seed"),
         ("/hicodit/stream", ['{"seed": 0}', b"no picture"], "JPEG or PNG"),
         ("/hicodit/stream", ['{"seed": 0}', b"\x89PNG damaged"], "damaged"),
         ("/hicodit/stream", ['{"seed": 0}', "end"], "no picture came"),
