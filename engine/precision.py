@@ -172,6 +172,18 @@ def quantise_linear(network: M, device: torch.device | str = "cpu") -> M:
     return network
 
 
+def prepare_inference(network: M, int8: bool, device: torch.device | str, compiled: bool = False) -> M:
+    """Put the linear layers of a network into the layouts of inference, in place; the result is not to be saved.
+
+    Args:
+        int8: put those of transformer blocks into 8 bits; see `uses_int8`.
+        compiled: whether `torch.compile` is applied, which does not take packed weights.
+    """
+    if int8:
+        quantise_linear(network, device)
+    return network if compiled else pack_linear(network, device)
+
+
 def _block_layers(network: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     """Yield (parent, name, layer) of the linear layers of transformer blocks."""
     for path, module in network.named_modules():

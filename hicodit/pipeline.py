@@ -29,7 +29,7 @@ from engine.hub import release_folder
 from engine.media.audio import write_wav
 from engine.media.ffmpeg import probe
 from engine.media.video import iter_video
-from engine.precision import convert_matrices, pack_linear, pick_dtype, quantise_linear, uses_int8
+from engine.precision import convert_matrices, pick_dtype, prepare_inference, uses_int8
 from engine.progress import stage
 from engine.publish import publish
 from engine.release import find_codec
@@ -150,12 +150,7 @@ class HiCoDiTPipeline:
             sampler, guidance = SamplerConfig(**config.get("sampler", {})), GuidanceScales(**config.get("guidance", {}))
         except TypeError as error:
             raise UserError(f"{Path(folder) / 'config.yaml'}: {error}") from error
-        if dtype != torch.float32:
-            convert_matrices(system.model, dtype, FLOAT32)
-        if int8:
-            quantise_linear(system.model, device)
-        if not compile:  # the compiler does not take packed weights
-            pack_linear(system.model, device)
+        prepare_inference(convert_matrices(system.model, dtype, FLOAT32), int8, device, compile)
         pipeline = cls(system, tokenizer, sampler, guidance, device, detector, landmarks, compile)
         pipeline.folder, pipeline.parts = folder, {Path(config.get("codec", "rvq_tiny")).name: codec}
         return pipeline

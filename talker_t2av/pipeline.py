@@ -28,7 +28,7 @@ from engine.errors import UserError
 from engine.media.audio import write_wav
 from engine.media.pictures import to_bytes
 from engine.media.video import write_video
-from engine.precision import pack_linear, pick_dtype, quantise_linear, uses_int8
+from engine.precision import pick_dtype, prepare_inference, uses_int8
 from engine.progress import stage
 from engine.publish import publish
 from talker_t2av.fused import fuse_layers
@@ -128,14 +128,10 @@ class TalkerPipeline:
         """
         dtype, int8 = pick_dtype(precision, device), uses_int8(precision, device, compile)
         system = TalkerSystem.load(folder, codecs, device)
-        if dtype != torch.float32:
-            system.model.to_precision(dtype)
-        fuse_layers(system.model)
+        fuse_layers(system.model.to_precision(dtype))
+        prepare_inference(system.model, int8, device, compile)
         if int8:
-            quantise_linear(system.model, device)
             system.picture_dtype = pick_dtype("auto", device)
-        if not compile:  # the compiler does not take packed weights
-            pack_linear(system.model, device)
         return cls(system, compile=compile)
 
     def push_to_hub(self, repository: str, license: str | None = None, private: bool = False) -> str:
