@@ -185,8 +185,7 @@ def read_settings(config: DictConfig) -> tuple[InferConfig, list[Path]]:
         track_of_boxes(read_boxes(c.face_box), 1)
     if c.reference_audio is not None:
         require_stream(c.reference_audio, "audio")
-    source = Path(c.input or BUNDLED.parent / "demo" / "silent.mp4")
-    clips = find_clips(source, Path(c.output), c.debug, c.timestamps, c.face == "all")
+    clips = find_clips(c)
     if len(clips) == 1:
         require_stream(clips[0], "video")
     with writable(c.output):
@@ -210,10 +209,9 @@ def _check_stream(c: InferConfig) -> None:
         )
 
 
-def find_clips(
-    source: Path, output: Path, debug: bool = False, timestamps: bool = False, every_face: bool = False
-) -> list[Path]:
+def find_clips(c: InferConfig) -> list[Path]:
     """Return the clip itself, or the video files of a folder in order of name; check the paths of their outputs."""
+    source = Path(c.input or BUNDLED.parent / "demo" / "silent.mp4")
     try:
         source.stat()
     except OSError as error:
@@ -229,24 +227,22 @@ def find_clips(
     owners: dict[Path, Path] = {}
     inputs = {os.path.realpath(clip): clip for clip in clips}
     for clip in clips:
-        for target in outputs_of(clip, output, debug, timestamps, every_face):
+        for target in outputs_of(clip, c):
             other = owners.setdefault(target, clip)
             if other != clip:
                 raise UserError(f"{other} and {clip} would both be written to {target}: rename one")
             if replaced := inputs.get(os.path.realpath(target)):
-                raise UserError(f"output={output} would replace the clip {replaced} itself: choose another folder")
+                raise UserError(f"output={c.output} would replace the clip {replaced} itself: choose another folder")
             if target.is_dir():
                 raise UserError(f"cannot write {target}: it is a folder")
     return clips
 
 
-def outputs_of(
-    clip: Path, folder: Path, debug: bool = False, timestamps: bool = False, every_face: bool = False
-) -> list[Path]:
-    """Return the files that a clip may be given in `folder`."""
-    suffixes = (".mp4", ".png", ".wav", *(FACE if debug else ()), *(WORD_FILES if timestamps else ()))
-    stems = [face_name(clip, n) for n in range(1, MOST_FACES + 1)] if every_face else [clip.stem]
-    return [folder / f"{stem}{suffix}" for stem in stems for suffix in suffixes]
+def outputs_of(clip: Path, c: InferConfig) -> list[Path]:
+    """Return the files that a clip may be given."""
+    suffixes = (".mp4", ".png", ".wav", *(FACE if c.debug else ()), *(WORD_FILES if c.timestamps else ()))
+    stems = [face_name(clip, n) for n in range(1, MOST_FACES + 1)] if c.face == "all" else [clip.stem]
+    return [Path(c.output) / f"{stem}{suffix}" for stem in stems for suffix in suffixes]
 
 
 def face_name(clip: Path, number: int) -> str:

@@ -9,7 +9,7 @@ from hostile.rows_files import BAD_NAMES, NAME
 
 from engine.faces.track import read_face
 from engine.settings import check_place
-from hicodit.settings import find_clips
+from hicodit.settings import InferConfig, find_clips
 from service.voices import Voices
 
 
@@ -22,7 +22,8 @@ def in_the_way(name: str, folder: Path) -> None:
     """Ask for word times where a folder has the name of the file."""
     (folder / "a.mp4").write_bytes(b"x")
     (folder / "out" / name).mkdir(parents=True)
-    find_clips(folder / "a.mp4", folder / "out", timestamps=True, every_face="face" in name)
+    face = "all" if "face" in name else "largest"
+    find_clips(InferConfig(input=str(folder / "a.mp4"), output=str(folder / "out"), timestamps=True, face=face))
 
 
 def bad_place(value: str, _: Path) -> None:
