@@ -52,10 +52,15 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
             staging.unlink()
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with atomic_output(path) as staging:
+        staging.write_text(text, encoding="utf-8")
+
+
 def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
     """Write a JSON file, whole or not at all."""
-    with atomic_output(path) as staging:
-        staging.write_text(json.dumps(content, indent=indent) + "\n")
+    write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
 def checksum(path: Path) -> int:

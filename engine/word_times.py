@@ -7,7 +7,6 @@ Axes: N samples.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,10 +15,10 @@ from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
-import torch
 
 from engine.errors import require
-from engine.media.audio import resample
+from engine.files import write_json
+from engine.media.audio import resample_wave
 from engine.metrics.recogniser import RATE, hear
 
 FRAME = 0.01  # seconds of a frame of pocketsphinx
@@ -81,7 +80,7 @@ class WordTimes:
         return self._sphinx.Config(loglevel="FATAL", bestpath=False, remove_noise=False, **settings)
 
     def _spans(self, decoder: Any, wave: np.ndarray, rate: int) -> list[Word]:
-        wave = resample(torch.as_tensor(np.asarray(wave), dtype=torch.float32), rate, RATE).numpy()
+        wave = resample_wave(wave, rate, RATE)
         hear(decoder, np.pad(wave, round(QUIET * RATE)))
         words, last = [], len(wave) / RATE
         if not np.abs(wave).max(initial=0) > SILENT:
@@ -127,7 +126,7 @@ def write_words(stem: Path, words: Sequence[Word], origin: str, subtitles: bool,
         origin: what placed the words: text or recogniser. about: more facts for STEM.json.
     """
     content = {"origin": origin, **about, "words": [asdict(word) for word in words]}
-    stem.with_name(f"{stem.name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_json(stem.with_name(f"{stem.name}.json"), content)
     if subtitles:
         lines = cues(words)
         srt = [f"{n}\n{_span(line, ',')}\n{line.text}\n" for n, line in enumerate(lines, 1)]

@@ -29,11 +29,11 @@ import cv2
 import numpy as np
 
 from corpora.synthetic.contact_sheet import contact_sheet
-from corpora.synthetic.corpus import FRAME, RATE, ClipMaker, clip_id, is_done, write_text
+from corpora.synthetic.corpus import FRAME, RATE, ClipMaker, clip_id, is_done
 from corpora.synthetic.sentences import SPLITS, grammar, language_model, plain_sentences
 from corpora.synthetic.voices import load_voices
 from engine.errors import UserError, run_cli
-from engine.files import atomic_output, require_space, writable
+from engine.files import atomic_output, require_space, writable, write_json, write_text
 from engine.processes import end_with_parent, without_interrupts
 from engine.progress import track
 
@@ -134,7 +134,7 @@ def main() -> None:
         "samples_per_frame": FRAME,
         "voices": Counter(voice.group for voice in load_voices(args.version)),
     }
-    write_text(root / "corpus.json", json.dumps(about | {"complete": False}, indent=1) + "\n")
+    write_json(root / "corpus.json", about | {"complete": False})
     write_text(root / "grammar.jsgf", grammar())
     if args.version > 1:
         write_text(root / "free.arpa", language_model())
@@ -151,7 +151,7 @@ def main() -> None:
         write_text(root / f"{split}.jsonl", "".join(line + "\n" for line in lines))
     if args.version < 3:
         write_sheet(root, args.version)
-    write_text(root / "corpus.json", json.dumps(about | {"complete": True}, indent=1) + "\n")
+    write_json(root / "corpus.json", about | {"complete": True})
     print(f"done: {root}", flush=True)
 
 

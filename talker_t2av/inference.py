@@ -5,7 +5,6 @@ Axes: N samples at 24 kHz, F frames at 25 a second.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,7 +14,7 @@ from pathlib import Path
 from engine.batch_runner import run_batches
 from engine.device import count_devices, pick_device
 from engine.errors import UserError
-from engine.files import all_or_none, writable
+from engine.files import all_or_none, writable, write_json
 from engine.media.audio import write_wav
 from engine.media.video import join_audio, mux_audio, write_video
 from engine.progress import stage
@@ -117,7 +116,7 @@ def write_outputs(
         if words is not None:
             write_words(staging / name, words, "text", subtitles=job.mode != "tts", **(origin or {}))
         elif origin:
-            (staging / f"{name}.json").write_text(json.dumps(origin, indent=1) + "\n")
+            write_json(staging / f"{name}.json", origin)
     files = outputs_of(job, name, figure, words is not None)
     return files + ([f"{name}.json"] if origin and words is None else [])
 

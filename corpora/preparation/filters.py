@@ -13,12 +13,11 @@ from typing import Any
 
 import jiwer
 import numpy as np
-import torch
 
 from corpora.preparation.clip import RATE, RATE16, MachineFault, Step, WorkItem
 from corpora.preparation.engines import Transcript
 from engine.errors import UserError
-from engine.media.audio import resample
+from engine.media.audio import resample_wave
 
 
 def transcribe(clip: WorkItem, recogniser: Any) -> Transcript:
@@ -90,13 +89,13 @@ class Enhance(Step):
         self.enhancer = enhancer
 
     def __call__(self, clip: WorkItem) -> None:
-        own = resample(torch.from_numpy(clip.wave), RATE, self.enhancer.rate).numpy()
+        own = resample_wave(clip.wave, RATE, self.enhancer.rate)
         clean = np.asarray(self.enhancer(own), np.float32)
         if clean.shape != own.shape or not np.isfinite(clean).all():
             raise UserError(f"the enhancer made {clean.shape} finite samples of {own.shape}: it cannot take this clip")
-        back = torch.from_numpy(clean.clip(-1, 1))
-        clip.wave = resample(back, self.enhancer.rate, RATE).numpy()[: len(clip.wave)]
-        clip.wave16 = resample(back, self.enhancer.rate, RATE16).numpy()[: len(clip.wave16)]
+        clean = clean.clip(-1, 1)
+        clip.wave = resample_wave(clean, self.enhancer.rate, RATE)[: len(clip.wave)]
+        clip.wave16 = resample_wave(clean, self.enhancer.rate, RATE16)[: len(clip.wave16)]
         clip.transcripts.clear()
 
 

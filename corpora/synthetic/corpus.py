@@ -31,7 +31,7 @@ from corpora.synthetic.sentences import SPLITS, draw_open_sentence, draw_sentenc
 from corpora.synthetic.speech import Synthesizer, Utterance
 from corpora.synthetic.visemes import FPS, MOUTH, mouth_track
 from corpora.synthetic.voices import Voice, load_voices
-from engine.files import atomic_output
+from engine.files import atomic_output, write_text
 
 RATE = 24_000
 FRAME = RATE // FPS  # samples a frame
@@ -224,11 +224,6 @@ def is_done(root: Path, split: str, index: int, version: int) -> bool:
     stem = root / split / clip_id(split, index)
     suffixes = (".json", ".wav") if version == 3 else (".json", ".mp4", ".wav")
     return all(stem.with_suffix(suffix).is_file() for suffix in suffixes)
-
-
-def write_text(path: Path, text: str) -> None:
-    with atomic_output(path) as part:
-        part.write_text(text)
 
 
 def write_wave(path: Path, wave: np.ndarray) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from engine.errors import UserError
 from engine.evaluation.clips import TRUTH, Clip
 from engine.evaluation.summary import verdicts
-from engine.files import atomic_output
+from engine.files import write_text
 from engine.media.audio import read_audio
 from engine.media.ffmpeg import command, source
 from engine.media.pictures import spectrogram
@@ -70,8 +70,7 @@ def write_report(path: Path, summary: Mapping[str, Any], clips: Sequence[Clip], 
         cards=cards,
         ranking=ranking,
     )
-    with atomic_output(path) as partial:
-        partial.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def rank(summary: Mapping[str, Any], systems: Sequence[str]) -> tuple[str, list[str], list[str]]:

@@ -52,6 +52,11 @@ def resample(wave: Tensor, source_rate: int, target_rate: int) -> Tensor:
     return torchaudio.functional.resample(wave, int(source_rate), int(target_rate))
 
 
+def resample_wave(wave: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
+    """Resample samples of any type as `resample` does; the result is float32."""
+    return resample(torch.as_tensor(np.asarray(wave), dtype=torch.float32), source_rate, target_rate).numpy()
+
+
 @lru_cache(maxsize=8)
 def _resampler(source_rate: int, target_rate: int, dtype: torch.dtype) -> torchaudio.transforms.Resample:
     """Return a module that has the kernel in main memory."""
@@ -99,7 +104,7 @@ def _read_with_soundfile(path: Path, rate: int) -> np.ndarray | None:
                 raise damaged(path, "sound", count / file_rate, total / file_rate, "the file ends early")
     except soundfile.LibsndfileError:
         return None
-    return resample(torch.from_numpy(np.concatenate(blocks or [np.zeros(0, np.float32)])), file_rate, rate).numpy()
+    return resample_wave(np.concatenate(blocks or [np.zeros(0, np.float32)]), file_rate, rate)
 
 
 def read_voice(path: str | Path, rate: int) -> np.ndarray:

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
 from engine.errors import UserError
-from engine.media.audio import read_audio, resample
+from engine.media.audio import read_audio, resample_wave
 
 Rows = Mapping[str, Mapping[str, Any]]  # measurements by clip
 CACHED = 8  # waves and videos of the last files, which several systems are compared with
@@ -244,5 +243,5 @@ def wave_of(audio: Path | Sound | None, rate: int) -> np.ndarray:
     if audio is None:
         raise UserError("the clip has no sound")
     if isinstance(audio, Sound):
-        return resample(torch.as_tensor(audio.wave, dtype=torch.float32), audio.rate, rate).numpy()
+        return resample_wave(audio.wave, audio.rate, rate)
     return read_audio(audio, rate)

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from engine.errors import UserError, require, require_librosa
-from engine.media.audio import resample
+from engine.media.audio import resample_wave
 from engine.metrics.metric import Figure, Metric, Take, wave_of
 from engine.release import load_strict
 from engine.safe_pickle import read_checkpoint
@@ -77,9 +77,8 @@ class UTMOS(Metric):
 def pesq_score(reference: np.ndarray, degraded: np.ndarray, rate: int, band: str = "wb") -> float:
     """Return PESQ, about 1.0 to 4.6; both (N,) at `rate` Hz; `band` is wb or nb."""
     pesq, own = require("pesq", "pesq"), BANDS[band]
-    pair = [resample(torch.as_tensor(np.asarray(x), dtype=torch.float32), rate, own) for x in (reference, degraded)]
     try:
-        return float(pesq.pesq(own, pair[0].numpy(), pair[1].numpy(), band))
+        return float(pesq.pesq(own, *(resample_wave(wave, rate, own) for wave in (reference, degraded)), band))
     except pesq.PesqError as error:  # such as no utterance, or under a quarter of a second
         raise UserError(f"PESQ cannot be computed: {error.args[0].decode()}") from error
     except ValueError as error:  # levels of almost nothing are no numbers for it

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from engine.errors import UserError, require
-from engine.media.audio import resample
+from engine.media.audio import resample_wave
 
 RATE = 16_000
 MODEL = "free.arpa"  # name of a language model beside a grammar
@@ -59,7 +58,7 @@ class Recogniser:
 
     def transcribe(self, wave: np.ndarray, rate: int) -> str:
         """Turn (N,) float samples in [-1, 1] at `rate` Hz into lower-case words, "" if none were recognised."""
-        hear(self._decoder, resample(torch.as_tensor(np.asarray(wave), dtype=torch.float32), rate, RATE).numpy())
+        hear(self._decoder, resample_wave(wave, rate, RATE))
         hypothesis = self._decoder.hyp()
         return hypothesis.hypstr.lower() if hypothesis else ""
 

@@ -31,7 +31,7 @@ import torch
 
 from engine.config import target
 from engine.errors import UserError, require, require_librosa
-from engine.media.audio import resample
+from engine.media.audio import resample_wave
 from engine.metrics.metric import CACHED, Figure, Metric, Rows, Take, Unavailable, cosine, wave_of
 from engine.release import load_strict
 from engine.safe_pickle import read_checkpoint
@@ -67,7 +67,7 @@ class GE2EEncoder:
         Raises:
             UserError: no speech is found in the wave.
         """
-        wave = resample(torch.as_tensor(np.asarray(wave), dtype=torch.float32), rate, RATE).numpy()
+        wave = resample_wave(wave, rate, RATE)
         if not np.any(wave):
             raise UserError("no speaker embedding: the audio is silent")
         with warnings.catch_warnings():

@@ -21,11 +21,10 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
 from engine.config import target
 from engine.errors import UserError, require_librosa
-from engine.media.audio import resample
+from engine.media.audio import resample_wave
 from engine.media.video import read_video
 from engine.metrics.metric import CACHED, Figure, Metric, PictureMetric, Rows, Take, wave_of
 
@@ -60,7 +59,7 @@ def pitch(wave: np.ndarray, rate: int) -> np.ndarray:
     no longer correlate with those of the originals (0.62, against 0.89 with pYIN, 20 clips).
     """
     librosa, low_rate = require_librosa(), 12_000
-    wave = resample(torch.as_tensor(np.asarray(wave), dtype=torch.float32), rate, low_rate).numpy()
+    wave = resample_wave(wave, rate, low_rate)
     f0, _, _ = librosa.pyin(wave, fmin=LOWEST, fmax=HIGHEST, sr=low_rate, frame_length=768, hop_length=192)
     return np.nan_to_num(f0)
 

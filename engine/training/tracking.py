@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine.errors import UserError, require
-from engine.files import atomic_output, report_os_errors
+from engine.files import report_os_errors, write_text
 from engine.media.pictures import spectrogram
 from engine.media.video import read_video
 from engine.training.export import read_log
@@ -59,8 +59,7 @@ class Tracker:
         run.mkdir(parents=True, exist_ok=True)
         path = run / "log.jsonl"
         kept = [line for line, record in read_log(path) if (record["step"], "lr" not in record) <= start]
-        with atomic_output(path) as partial:  # a kill must not cost the log of the steps before
-            partial.write_text("".join(f"{line}\n" for line in kept))
+        write_text(path, "".join(f"{line}\n" for line in kept))  # a kill must not cost the log of the steps before
         self._file = path.open("a")
         self._wandb, self._events = _begin_wandb(run, wandb, config) if wandb != "off" else None, None
         if tensorboard:
@@ -72,12 +71,11 @@ class Tracker:
         with report_os_errors(f"cannot write {self._file.name}"):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
-        values = {k: v for k, v in record.items() if v is not None}
         if self._wandb:
-            self._wandb.log(values)
+            self._wandb.log(record)
         if self._events:
-            for name in values.keys() - {"step"}:
-                self._events.add_scalar(name, values[name], record["step"])
+            for name in record.keys() - {"step"}:
+                self._events.add_scalar(name, record[name], record["step"])
 
     def media(self, step: int, folder: Path) -> None:
         """Show every WAV (with its spectrogram), PNG or JPEG and MP4 file that a validation wrote below `folder`.
