@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.faces.detectors import FaceDetector, HaarDetector
+from engine.faces.detectors import FaceDetector, HaarDetector, middle_of
 from engine.faces.landmarks import fill_landmarks
 from engine.faces.speaking import speaking_face
 from engine.faces.track import Face, FaceError, FaceTrack, landmark_track, track_faces, track_of_boxes
@@ -153,7 +153,7 @@ def place_face(clip: ClipFrames | list[np.ndarray], boxes: Any, fps: float) -> F
     """Return the track of the user's boxes, in pixels of the picture as it is shown; see `track_of_boxes`."""
     frames, decoded_size, (height, width) = _measure(clip)
     track = track_of_boxes(boxes, frames, fps)
-    middle = track.boxes[:, :2] + track.boxes[:, 2:] / 2
+    middle = middle_of(track.boxes)
     outside = ((middle < 0) | (middle > (width, height))).any(1)
     if outside.any():
         box = ",".join(f"{value:g}" for value in track.boxes[outside.argmax()])

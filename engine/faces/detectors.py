@@ -35,6 +35,11 @@ def with_points(faces: np.ndarray) -> np.ndarray:
     return np.concatenate([faces, points.reshape(len(faces), 10)], 1)
 
 
+def middle_of(boxes: np.ndarray) -> np.ndarray:
+    """Return the middles (..., 2) of boxes (..., 4) or of faces (..., 14)."""
+    return boxes[..., :2] + boxes[..., 2:4] / 2
+
+
 def five_points(landmarks: np.ndarray) -> np.ndarray:
     """Reduce landmarks (..., P, 2), the 68 of iBUG 300-W or five, to the five (..., 5, 2)."""
     if landmarks.shape[-2] == 5:
@@ -75,7 +80,7 @@ class HaarDetector:
         boxes, _, back = self._look(frame)
         faces = with_points(boxes[np.argsort(-boxes[:, 2], kind="stable")])
         if self.angle:  # boxes stay upright round their middle
-            middle = transform(back, faces[:, :2] + faces[:, 2:4] / 2)
+            middle = transform(back, middle_of(faces))
             faces[:, :2] = middle - faces[:, 2:4] / 2
             faces[:, POINTS] = transform(back, faces[:, POINTS].reshape(-1, 2)).reshape(-1, 10)
         return faces

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import UserError
-from engine.faces.detectors import BOX, POINTS, FaceDetector, box_of_points, five_points, with_points
+from engine.faces.detectors import BOX, POINTS, FaceDetector, box_of_points, five_points, middle_of, with_points
 from engine.untrusted import read_json
 
 DETECT_EVERY = 5  # frames between detections: 0.2 s at 25 fps, far below the time in which a head moves away
@@ -143,7 +143,7 @@ def _nested(person: list[_Stretch], other: list[_Stretch]) -> bool:
         (np.concatenate([s.index for s in each]), np.concatenate([s.faces for s in each])) for each in (person, other)
     )
     _, i, j = np.intersect1d(own, others, return_indices=True)
-    apart = np.abs(faces[i, :2] + faces[i, 2:4] / 2 - boxes[j, :2] - boxes[j, 2:4] / 2)
+    apart = np.abs(middle_of(faces[i]) - middle_of(boxes[j]))
     return int((apart < boxes[j, 2:4] / 2).all(1).sum()) > len(own) / 2
 
 
@@ -194,7 +194,7 @@ def change(one: np.ndarray, other: np.ndarray, reach: float) -> float:
 
     reach: face widths that the head may have moved.
     """
-    moved = np.abs(other[:2] + other[2:4] / 2 - one[:2] - one[2:4] / 2).max() / max(one[2], other[2])
+    moved = np.abs(middle_of(other) - middle_of(one)).max() / max(one[2], other[2])
     return max(moved / reach, abs(np.log(other[2] / one[2])) / 0.4)
 
 
@@ -223,8 +223,7 @@ def _people(stretches: list[_Stretch], centre: np.ndarray | None, unit: float) -
 
 def _centres(person: list[_Stretch]) -> np.ndarray:
     """Return the middles (n, 2) of all detections of a person."""
-    faces = np.concatenate([s.faces for s in person])
-    return faces[:, :2] + faces[:, 2:4] / 2
+    return middle_of(np.concatenate([s.faces for s in person]))
 
 
 def _chains(stretches: list[_Stretch]) -> list[list[_Stretch]]:
@@ -273,8 +272,7 @@ def _shown(person: list[_Stretch], frames: int) -> tuple[np.ndarray, np.ndarray]
 
 def _plausible(stretch: _Stretch, fps: float) -> np.ndarray:
     """Return which detections (n,) lie where those of one second to either side usually do."""
-    centre = stretch.faces[:, :2] + stretch.faces[:, 2:4] / 2
-    faces = np.column_stack([centre, stretch.faces[:, 2:4]])
+    faces = np.column_stack([middle_of(stretch.faces), stretch.faces[:, 2:4]])
     first = np.searchsorted(stretch.index, stretch.index - fps)
     last = np.searchsorted(stretch.index, stretch.index + fps, side="right")
     near = [faces[a:b] for a, b in zip(first, last)]
@@ -291,7 +289,7 @@ def _local_lines(seconds: np.ndarray, faces: np.ndarray, times: np.ndarray) -> n
     Widths get only a local mean: a head does not grow while it is out of sight.
     """
     centred_faces = faces.copy()
-    centred_faces[:, :2] += faces[:, 2:4] / 2  # centres move; corners also shift as sizes flicker
+    centred_faces[:, :2] = middle_of(faces)  # centres move; corners also shift as sizes flicker
     out = np.empty((len(times), faces.shape[1]))
     far = 8 * SMOOTH_SECONDS  # whose weight is nothing; a stretch has no gap as long
     for i, time in enumerate(times):

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.faces.clip import find_faces
+from engine.faces.detectors import middle_of
 from engine.media.video import read_video
 from engine.metrics.metric import Figure, Metric, Take, wave_of
 from engine.release import build_with
@@ -202,23 +203,22 @@ def sync_score(lip: Tensor, audio: Tensor, shift: int = SHIFT) -> SyncScore:
 # --- the metric ---
 
 
-def face_squares(frames: np.ndarray, boxes: np.ndarray, size: int = SIDE) -> np.ndarray:
-    """Cut (T, H, W, 3) by boxes (T, 4) of x, y, w, h to (T, size, size, 3), what is outside the picture grey.
+def face_squares(frames: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Cut (T, H, W, 3) by boxes (T, 4) of x, y, w, h to (T, 224, 224, 3), what is outside the picture grey.
 
     With s half of the box's longer side, the square reaches from s above its middle to 1.8 s below, 1.4 s to the sides;
     middle and s are medians over 13 frames.
     """
-    middles, halves = boxes[:, :2] + boxes[:, 2:] / 2, boxes[:, 2:].max(1, keepdims=True) / 2
-    values = np.concatenate([middles, halves], 1)
+    values = np.concatenate([middle_of(boxes), boxes[:, 2:].max(1, keepdims=True) / 2], 1)
     edge = SMOOTH // 2
     values = np.median(sliding_window_view(np.pad(values, ((edge, edge), (0, 0)), "edge"), SMOOTH, 0), -1)
-    out = np.empty((len(frames), size, size, 3), np.uint8)
+    out = np.empty((len(frames), SIDE, SIDE, 3), np.uint8)
     for i, (frame, (x, y, half)) in enumerate(zip(frames, values)):
         left, top, side = x - half * (1 + MARGIN), y - half, half * 2 * (1 + MARGIN)
-        scale = size / side
+        scale = SIDE / side
         matrix = np.array([[scale, 0, -left * scale], [0, scale, -top * scale]])
         mode = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-        out[i] = cv2.warpAffine(frame, matrix, (size, size), flags=mode, borderValue=(110, 110, 110))
+        out[i] = cv2.warpAffine(frame, matrix, (SIDE, SIDE), flags=mode, borderValue=(110, 110, 110))
     return out
 
 
