@@ -14,7 +14,7 @@ from engine.errors import UserError
 from engine.evaluation.clips import Clip
 from engine.evaluation.generate import generate_missing, write_facts, write_take
 from engine.evaluation.statistics import derangement
-from engine.evaluation.validation import ALONE, ByClip, Share, measure_clips, words_by
+from engine.evaluation.validation import ALONE, ByClip, Share, measure_clips
 from engine.media.audio import write_wav
 from engine.media.ffmpeg import probe
 from engine.media.video import write_video
@@ -145,8 +145,8 @@ def evaluate_clips(
     texts, waves = [clip.info["text"] for clip in samples], [speech.wave for speech in speeches]
     compared = any(metric.pair for metric in metrics_of(metrics))
     true = pipeline.decode_tokens([clip.tokens.T for clip in samples]) if compared else None
-    rate, words, device = pipeline.codec.sample_rate, words_by(recogniser), str(pipeline.device)
-    return measure_clips(metrics, texts, waves, true, rate, words, device=device, numbers=own)
+    rate, device = pipeline.codec.sample_rate, str(pipeline.device)
+    return measure_clips(metrics, texts, waves, true, rate, recogniser, device=device, numbers=own)
 
 
 def stored_samples(data: HiCoDiTDataset, clips: int) -> list[HiCoDiTSample]:

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.device import send
 from engine.errors import UserError
 from engine.evaluation.clips import Clip
 from engine.evaluation.generate import generate_missing, write_facts, write_take
-from engine.evaluation.resynthesis import fit_length, rebuild
+from engine.evaluation.resynthesis import rebuild, rebuild_wave
 from engine.media.video import read_video
 from engine.metrics.metric import wave_of
 from engine.settings import override, require_choice
@@ -101,10 +100,9 @@ def write_outputs(
 @torch.inference_mode()
 def resynthesise(pipeline: TalkerPipeline, clip: Clip) -> tuple[np.ndarray, int, np.ndarray]:
     """Return the decoded speech of a clip, its rate, and its motion drawn on the first picture of its prompt."""
-    speech, wave = pipeline.system.speech, wave_of(clip.truth.audio, RATE)
+    wave = wave_of(clip.truth.audio, RATE)
     if clip.truth.source is None or clip.prompt.video is None:
         raise UserError("no picture of the clip, or no other one of its speaker")
-    latents = speech.encode(send(torch.from_numpy(wave.copy())[None, None], pipeline.system.device))
-    decoded = fit_length(speech.decode(latents)[0, 0].float().cpu().numpy(), len(wave))
     frames, face = read_video(clip.truth.source, FPS), next(iter(read_video(clip.prompt.video, FPS)))
-    return decoded, RATE, rebuild(pipeline.system.motion, frames, face)
+    drawn, _ = rebuild(pipeline.system.motion, frames, face)
+    return rebuild_wave(pipeline.system.speech, wave), RATE, drawn

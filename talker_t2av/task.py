@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from engine.device import send
 from engine.errors import UserError
-from engine.evaluation.validation import ByClip, Share, measure_clips, words_by
+from engine.evaluation.validation import ByClip, Share, measure_clips
 from engine.hub import release_folder
 from engine.media.audio import write_wav
 from engine.media.pictures import identity_to_tensor, to_bytes
@@ -243,10 +243,9 @@ class TalkerTask(Task):
             }
             if share.first:
                 scores |= self._held_out_losses(examples, chosen)
-            texts, words = [info["text"] for info in infos], words_by(self.validation["grammar"])
-            metrics = self.validation["metrics"]
-            rate = codec.sample_rate
-            scores |= measure_clips(metrics, texts, waves, None, rate, words, device=str(device), numbers=own)
+            texts, rate = [info["text"] for info in infos], codec.sample_rate
+            metrics, grammar = self.validation["metrics"], self.validation["grammar"]
+            scores |= measure_clips(metrics, texts, waves, None, rate, grammar, device=str(device), numbers=own)
             results |= {f"{name}_{split}": value for name, value in scores.items()}
         return results
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from engine.evaluation.resynthesis import rebuild
 from engine.evaluation.validation import ALONE, ByClip, Share
-from engine.media.pictures import identity_to_tensor, to_bytes, video_to_tensor
+from engine.media.pictures import fit_frames
 from engine.media.video import read_video
 from engine.metrics.picture import reconstruction
 from engine.shards.reader import ShardSplit
@@ -26,20 +27,17 @@ from lia_x.data import PORTRAITS, unpack_portraits
 
 @dataclass(frozen=True)
 class RebuiltClip:
-    """One held-out clip: its name, its frames and the rebuilt ones (T, S, S, 3) bytes, and the codes (T, M)."""
+    """One held-out clip: its frames and the rebuilt ones (T, S, S, 3) bytes, and the codes (T, M)."""
 
-    name: str
     true: np.ndarray
     rebuilt: np.ndarray
     motion: Tensor
 
 
-def rebuild_frames(codec: LiaX, name: str, frames: np.ndarray) -> RebuiltClip:
+def rebuild_frames(codec: LiaX, frames: np.ndarray) -> RebuiltClip:
     """Rebuild frames (T, H, W, 3) of bytes from the first one and the motion codes of all."""
-    video = video_to_tensor(frames, codec.size).to(next(codec.parameters()).device)
-    motion = codec.encode(video)
-    rebuilt = codec.decode(motion, identity_to_tensor(frames[0], codec.size).to(video.device))
-    return RebuiltClip(name, to_bytes(video + 0.5 / 127.5), to_bytes(rebuilt), motion.cpu())
+    rebuilt, motion = rebuild(codec, frames)
+    return RebuiltClip(fit_frames(frames, codec.size), rebuilt, motion.cpu())
 
 
 def measure_each(clips: Mapping[int, RebuiltClip], regions: Mapping[str, Mapping[str, float]]) -> dict[str, ByClip]:
@@ -74,13 +72,12 @@ def rebuild_clips(
         shards.require(*PORTRAITS)
         clips = {}
         for index in share.range(min(count, len(shards))):
-            info, t = shards.read_complete(index, PORTRAITS)
-            frames = unpack_portraits(t["portraits"], t["portraits_at"], codec.size)
-            clips[index] = rebuild_frames(codec, info["key"], frames)
+            packed, starts = map(shards.read_complete(index, PORTRAITS)[1].get, PORTRAITS)
+            clips[index] = rebuild_frames(codec, unpack_portraits(packed, starts, codec.size))
         return clips
     names = [row["id"] for row in read_manifest(root, split)[:count]]
     paths = {i: Path(root) / split / f"{names[i]}.mp4" for i in share.range(len(names))}
-    return {i: rebuild_frames(codec, path.stem, read_video(path)) for i, path in paths.items()}
+    return {i: rebuild_frames(codec, read_video(path)) for i, path in paths.items()}
 
 
 def strip(clips: Sequence[RebuiltClip], columns: int = 12) -> np.ndarray:

@@ -1,6 +1,6 @@
 """What codecs make of held-out clips: outputs of an evaluation, and figures of a trainer's validation.
 
-Axes: N samples.
+Axes: N samples, T frames, H height, W width, S side, M motion.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from engine.device import send
 from engine.errors import UserError
 from engine.evaluation.clips import Clip
 from engine.evaluation.generate import generate_missing, write_facts, write_take
-from engine.evaluation.validation import ByClip, Share, measure_clips, words_by
+from engine.evaluation.validation import ByClip, Share, measure_clips
 from engine.media.audio import write_wav
 from engine.media.pictures import identity_to_tensor, to_bytes, video_to_tensor
 from engine.media.video import read_video
@@ -67,9 +67,9 @@ def validate_codec(
             texts, true = [clips[i].text for i in own], [clips[i].wave for i in own]
             for name, made_waves in {"clean": true, **waves}.items():
                 figures = words if name == "clean" else [*words, "stoi", "pesq_wide"]
-                protocols = words_by(settings.get("grammar"))
+                grammar = settings.get("grammar")
                 measured = measure_clips(
-                    figures, texts, made_waves, true, rate, protocols, device=str(device), numbers=own
+                    figures, texts, made_waves, true, rate, grammar, device=str(device), numbers=own
                 )
                 if name == "clean" and not measured:  # nothing hears the words, or there are none: not tried again
                     words = []
@@ -87,7 +87,7 @@ def validate_codec(
 
 @torch.inference_mode()
 def write_resynthesis(
-    codec: Codec, clips: Sequence[Clip], folder: Path, weights: str | None, levels: int | None = None, **facts: Any
+    codec: Codec, clips: Sequence[Clip], folder: Path, weights: str | None, levels: int | None = None
 ) -> None:
     """Write what a codec makes of the true speech or picture of every clip, where the output is missing.
 
@@ -95,15 +95,15 @@ def write_resynthesis(
 
     Args:
         weights: the codec's release folder; None: the bundled one. levels: how many levels of codes are decoded.
-        facts: what else is written to FOLDER/system.json.
     """
-    device, portrait = next(codec.parameters()).device, isinstance(codec, PortraitCodec)
+    portrait = isinstance(codec, PortraitCodec)
+    facts: dict[str, Any] = {"given": "audio"} if portrait else {}
     if hasattr(codec, "levels"):
         levels = codec.levels if levels is None else levels
         require_range("generate.levels", levels, 1, codec.levels)
         bits = levels * np.log2(codec.codes) * codec.frame_rate
-        facts |= {"levels": levels, "bits_per_second": float(bits)}
-    write_facts(folder, codec.kind, weights, **facts, **({"given": "audio"} if portrait else {}))
+        facts = {"levels": levels, "bits_per_second": float(bits)}
+    write_facts(folder, codec.kind, weights, **facts)
 
     def write(batch: Sequence[tuple[int, Clip]]) -> None:
         for _, clip in batch:
@@ -112,22 +112,31 @@ def write_resynthesis(
             if portrait:
                 if clip.truth.source is None:
                     raise UserError("no picture to rebuild: ID.mp4 in references=, or video in the manifest")
-                frames = rebuild(codec, read_video(clip.truth.source, PORTRAIT_FPS))
+                frames, _ = rebuild(codec, read_video(clip.truth.source, PORTRAIT_FPS))
             else:
-                code = codec.encode(send(torch.from_numpy(wave.copy())[None, None], device))
-                code = code if levels is None else code[:, :levels]
-                wave = fit_length(codec.decode(code)[0, 0].float().cpu().numpy(), len(wave))
+                wave = rebuild_wave(codec, wave, levels)
             write_take(folder, clip.id, wave, rate, frames, PORTRAIT_FPS)
 
     generate_missing(clips, folder, 1, lambda clip: [clip.truth.source if portrait else clip.truth.audio], write)
 
 
-def rebuild(codec: PortraitCodec, frames: np.ndarray, face: np.ndarray | None = None) -> np.ndarray:
-    """Draw the motion of frames (T, H, W, 3) on their first one, or on `face` (H, W, 3): (T, S, S, 3) bytes."""
+def rebuild_wave(codec: Codec, wave: np.ndarray, levels: int | None = None) -> np.ndarray:
+    """Encode and decode a wave (N,) at the codec's rate; of levels of codes the first `levels`, None: all."""
+    code = codec.encode(send(torch.from_numpy(wave.copy())[None, None], next(codec.parameters()).device))
+    code = code if levels is None else code[:, :levels]
+    return fit_length(codec.decode(code)[0, 0].float().cpu().numpy(), len(wave))
+
+
+def rebuild(codec: PortraitCodec, frames: np.ndarray, face: np.ndarray | None = None) -> tuple[np.ndarray, Tensor]:
+    """Draw the motion of frames (T, H, W, 3) on their first one, or on `face` (H, W, 3).
+
+    Returns:
+        (T, S, S, 3) bytes, and the motion codes (T, M).
+    """
     device = next(codec.parameters()).device
     motion = codec.encode(video_to_tensor(frames, codec.size))  # which sends them part by part
     picture = identity_to_tensor(frames[0] if face is None else face, codec.size)
-    return to_bytes(codec.decode(motion, codec.identity(send(picture, device))))
+    return to_bytes(codec.decode(motion, codec.identity(send(picture, device)))), motion
 
 
 def fit_length(wave: np.ndarray, samples: int) -> np.ndarray:

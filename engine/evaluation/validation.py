@@ -102,7 +102,7 @@ def measure_clips(
     waves: Sequence[np.ndarray],
     truths: Sequence[np.ndarray] | None,
     rate: int,
-    protocols: Mapping[str, str] | None = None,
+    recogniser: str | Path | None = None,
     weights: Path = WEIGHTS,
     device: str = "cpu",
     numbers: Sequence[int] | None = None,
@@ -115,7 +115,7 @@ def measure_clips(
         figures: names of `engine.metrics.registry`.
         texts, waves, truths: of each clip its words, the wave (N,) to be measured, and the true one. No truths: what
             compares with them is left out.
-        protocols: by figure, with an argument after a colon: {"wer": "grammar:FILE"}.
+        recogniser: what hears the words; see `words_by`.
         numbers: of the clips among all clips of a validation, where others are measured elsewhere.
     """
     results = {}
@@ -124,7 +124,7 @@ def measure_clips(
         true = [Take(Sound(wave, rate), text=text) for wave, text in zip(truths, texts, strict=True)]
     made = [Take(Sound(wave, rate), text=text) for wave, text in zip(waves, texts, strict=True)]
     for metric, names in metrics_of(figures).items():
-        protocol = protocol_of(metric, protocols or {})
+        protocol = protocol_of(metric, words_by(recogniser))
         try:
             metric.check(protocol, weights)
             if metric.pair and truths is None:

@@ -25,6 +25,11 @@ def video_to_tensor(frames: np.ndarray, size: int) -> Tensor:
     return video
 
 
+def fit_frames(frames: np.ndarray, size: int) -> np.ndarray:
+    """Resize bytes (T, H, W, 3) as `video_to_tensor` does: (T, S, S, 3) bytes, rounded."""
+    return to_bytes(video_to_tensor(frames, size) + 0.5 / 127.5)  # `to_bytes` truncates
+
+
 def identity_to_tensor(frame: np.ndarray, size: int) -> Tensor:
     """Turn bytes (H, W, 3) RGB into (3, S, S) in [-1, 1], resized by area averages as Talker-T2AV's renderer does."""
     frame = cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA)

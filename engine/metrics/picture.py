@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.device import send
-from engine.media.pictures import to_bytes, video_to_tensor
+from engine.media.pictures import fit_frames
 from engine.media.video import read_video
 from engine.metrics.metric import Figure, PictureMetric, Take
 from engine.metrics.speech import FPS
@@ -83,8 +83,8 @@ class Reconstruction(PictureMetric):
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         made, true = read_video(take.video, FPS), read_video(truth.video, FPS)
         length = min(len(made), len(true))
-        true = to_bytes(video_to_tensor(true[:length], made.shape[1]) + 0.5 / 127.5)  # + 0.5: `to_bytes` truncates
-        return {name: (value, 1) for name, value in reconstruction(true, made[:length], REGIONS).items()}
+        found = reconstruction(fit_frames(true[:length], made.shape[1]), made[:length], REGIONS)
+        return {name: (value, 1) for name, value in found.items()}
 
 
 def reconstruction(true: np.ndarray, rebuilt: np.ndarray, regions: Mapping[str, Box]) -> dict[str, float]:

@@ -152,7 +152,7 @@ def test_measures_of_known_clips():
     true = moving_square(10)
     line = torch.arange(10.0)[:, None] * torch.ones(4)
     mean = np.repeat(true.mean(0, keepdims=True).round().astype(np.uint8), len(true), 0)
-    clips = {0: RebuiltClip("a", true, true.copy(), line), 1: RebuiltClip("a", true, mean, line)}
+    clips = {0: RebuiltClip(true, true.copy(), line), 1: RebuiltClip(true, mean, line)}
     found = {name: by_clip.values for name, by_clip in measure_each(clips, {"low": BOX}).items()}
     assert found["psnr"][0] == float("inf") and found["ssim"][0] == pytest.approx(1)
     assert found["low_movement"] == pytest.approx({0: 1, 1: 0}, abs=0.01)
