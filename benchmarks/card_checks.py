@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import serving, training
 from benchmarks.card import LEAST, MIB, ROOT, Check, Line, Machine, judge
-from benchmarks.common import Operators, nbytes
+from benchmarks.common import Operators, nbytes, read_config
 from benchmarks.inference import CLIP, GUIDANCE, build_hicodit, build_talker, random_conditions, random_request
 from benchmarks.plan import measure_samples, plan, read_recipe
 from engine.cuda_graph import GraphedSteps
@@ -221,7 +221,7 @@ def train_steps(machine: Machine, size: str) -> Iterator[Line]:
     for recipe in ("hicodit_paper", "talker_paper"):
         model, sizes, trainer, rows, total = read_recipe(recipe, [])
         if size == "tiny":
-            sizes = training.read_config(f"model/{training.MODELS[model][0]}_tiny")
+            sizes = read_config(f"model/{training.MODELS[model][0]}_tiny")
         most = min(trainer.batch_size, samples)
         pair = measure_samples(model, sizes, trainer, rows, seconds, max(2, most))
         samples = max(1, min(most, plan(*pair, "ddp", 1, card, 1, total).largest_batch))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-import resource
+import os
+import subprocess
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -22,13 +23,13 @@ from torch.utils._pytree import tree_leaves
 from engine.config import CONFIGS
 from engine.errors import UserError
 from engine.precision import Int8Linear, pack_linear
-from engine.training.speed import counter
+from engine.training.speed import counter, memory_gib
 
 T = TypeVar("T")
 
 
 def in_own_process(measure: Callable[..., T], *arguments: Any) -> T:
-    """The result of a call in a new process, so that its peak memory can be measured."""
+    """Return the result of a call in a new process, so that its peak memory can be measured."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         try:
             return pool.submit(_with_threads, torch.get_num_threads(), measure, *arguments).result()
@@ -43,21 +44,19 @@ def _with_threads(threads: int, measure: Callable[..., T], *arguments: Any) -> T
 
 
 def peak_memory_mb(device: torch.device | str = "cpu") -> float:
-    """Largest memory so far: allocated on a CUDA device, else resident memory of this process."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Return the largest memory so far in MiB: allocated on a CUDA device, else resident memory of this process."""
+    return 1024 * memory_gib(torch.device(device))
 
 
 def now(device: torch.device) -> float:
-    """Wall-clock time in seconds, once the device has finished its work."""
+    """Return the wall-clock time in seconds, once the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def compute_time(device: torch.device) -> float:
-    """Seconds to measure work on a device with: on a CPU processor time, which other programs disturb little."""
+    """Return the seconds to measure work with: on a CPU those of the processor, which other programs disturb little."""
     return now(device) if device.type == "cuda" else time.process_time()
 
 
@@ -138,7 +137,7 @@ class Operators(TorchDispatchMode):
 def matrix_rate(
     device: torch.device, dtype: torch.dtype = torch.float32, clock: Callable[[torch.device], float] = now
 ) -> float:
-    """Best measured rate of matrix products of a type, in FLOP/s of the clock by which the work is measured too.
+    """Measure the rate of matrix products of a type, in FLOP/s of the clock by which the work is measured too.
 
     torch.int8 stands for an `Int8Linear`, with the rounding of its inputs.
     """
@@ -157,7 +156,7 @@ def matrix_rate(
 
 
 def copy_rate(device: torch.device) -> float:
-    """Best measured rate of copies within a device's memory, in bytes/s; a byte is read and written."""
+    """Measure the rate of copies within a device's memory, in bytes/s; a byte is read and written."""
     x = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
     y, best = torch.empty_like(x), 0.0
     for _ in range(6):
@@ -168,13 +167,19 @@ def copy_rate(device: torch.device) -> float:
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """configs/NAME.yaml."""
+    """Return the content of configs/NAME.yaml."""
     return OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))
 
 
 def tiny_encoders(model: dict[str, Any]) -> dict[str, int]:
-    """Settings of tiny condition encoders with the widths in a HiCoDiT config."""
+    """Return the settings of tiny condition encoders with the widths in a HiCoDiT config."""
     return {"lip_dim": model["lip_dim"], "lip_heads": model["lip_dim"] // 32, "face_dim": model["face_dim"]}
+
+
+def run_program(call: Sequence[str], name: str, **environment: str) -> None:
+    """Run a program in this environment with more variables."""
+    if code := subprocess.run(call, env=os.environ | environment).returncode:
+        raise UserError(f"{name} ended with {code}, its last lines say why; the same command goes on")
 
 
 def took(part: str, begin: float, **more: float) -> tuple[dict[str, Any], str]:

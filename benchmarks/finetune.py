@@ -13,7 +13,6 @@ import argparse
 import csv
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -27,15 +26,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 from omegaconf import OmegaConf
 
-from benchmarks.common import took
+from benchmarks.common import run_program, took
 from corpora.synthetic.corpus import RATE, ClipMaker, clip_id, is_done
 from corpora.synthetic.sentences import grammar, language_model
 from engine.errors import UserError
-from engine.files import atomic_output, write_json
+from engine.evaluation.summary import headline
+from engine.files import atomic_output, write_json, write_text
 from engine.media.audio import read_audio
 from engine.media.pictures import spectrogram
 from engine.media.video import read_video
 from engine.progress import track
+from engine.untrusted import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST = {"person": 0, "clips": 8, "val_clips": 2, "test_clips": 2, "steps": 1, "rank": 1}
@@ -92,10 +93,9 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     output={report} device={args.device}"""
     program(args, "scripts/evaluate.py", "talker_t2av", *settings.split(), f"systems={systems}", f"metrics={FIGURES}")
     yield took("evaluation", begin)
-    found = json.loads((report / "results.json").read_text())
-    for system, cells in found["systems"].items():
-        kept = {f: {k: cell[k] for k in ("value", "interval", "clips")} for f, cell in cells.items()}
-        yield {"system": system, "figures": kept}, f"{system}: {kept}"
+    found = read_json(report / "results.json")
+    for system, cells in headline(found).items():
+        yield {"system": system, "figures": cells}, f"{system}: {cells}"
     tests = [test for test in found["tests"] if set(test["systems"]) == {"before", "after"}]
     yield {"tests": tests}, f"tests: {tests}"
     draw(footage, report / "outputs", args.work / f"{args.split}.jpg")
@@ -104,9 +104,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
 def program(args: argparse.Namespace, *words: str) -> None:
     """Run a command of the repository."""
     settings = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'codecs'}", "OMP_NUM_THREADS": str(args.threads)}
-    call = [sys.executable, str(ROOT / words[0]), *words[1:]]
-    if code := subprocess.run(call, env=os.environ | settings).returncode:
-        raise UserError(f"{words[0]} ended with {code}, its last lines say why; the same command goes on")
+    run_program([sys.executable, str(ROOT / words[0]), *words[1:]], words[0], **settings)
 
 
 def film(root: Path, args: argparse.Namespace) -> float:
@@ -133,11 +131,9 @@ def film(root: Path, args: argparse.Namespace) -> float:
     shown = {"reference_audio": f"unseen/{prompt['id']}.wav", "reference_video": f"unseen/{prompt['id']}.mp4"}
     for split in ("val", "test"):
         rows = [{"id": e["id"], "text": e["text"], "speaker": "own"} for e in own if e["of"] == split]
-        with atomic_output(root / f"{split}.jsonl") as part:
-            part.write_text("".join(json.dumps(row | shown) + "\n" for row in rows))
-    for name, text in {"grammar.jsgf": grammar(), "free.arpa": language_model()}.items():
-        with atomic_output(root / name) as part:
-            part.write_text(text)
+        write_text(root / f"{split}.jsonl", "".join(json.dumps(row | shown) + "\n" for row in rows))
+    write_text(root / "grammar.jsgf", grammar())
+    write_text(root / "free.arpa", language_model())
     return sum(e["seconds"] for e in own if e["of"] == "train")
 
 

@@ -9,8 +9,6 @@ prepares, trains at the size of the bundled model and evaluates. What is finishe
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import took
+from benchmarks.common import run_program, took
 from corpora.preparation.sources_studio import ADVERBS, ALIGNMENT_RATE, COLOURS, DIGITS, GRID, PREPOSITIONS, VERBS
 from corpora.synthetic.corpus import FRAME, RATE, loudness, speak
 from corpora.synthetic.expression import Pose, prosody
@@ -30,14 +28,16 @@ from corpora.synthetic.sentences import SLOTS, draw_sentence
 from corpora.synthetic.speech import Synthesizer
 from corpora.synthetic.traits import draw_traits, looks, voice_lines
 from corpora.synthetic.visemes import FPS, mouth_track
-from engine.errors import UserError, require
-from engine.files import atomic_output
+from engine.errors import require
+from engine.evaluation.summary import headline
+from engine.files import atomic_output, write_text
 from engine.media.audio import write_wav
 from engine.media.ffmpeg import command
 from engine.metrics.recogniser import Recogniser
 from engine.metrics.words import count_errors
 from engine.progress import track
 from engine.training.export import read_log
+from engine.untrusted import read_json
 from engine.word_times import WordTimes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,17 +78,14 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
         recipe(args, start, TRAIN=" ".join([*train, f"init={BUNDLED}"] if start == "bundled" else train))
         yield took(f"recipe, {start}", begin)
         yield from curve(args.work / start / "log.jsonl", start)
-        report = json.loads((args.work / f"{start}_report" / "results.json").read_text())
-        for system in ("hicodit", "true speech"):
-            kept = ("value", "interval", "clips")
-            cells = {f: {k: cell[k] for k in kept} for f, cell in report["systems"][system].items()}
+        for system, cells in headline(read_json(args.work / f"{start}_report" / "results.json")).items():
             yield {"start": start, "test": system, **cells}, f"{start}, test, {system}: {cells}"
 
 
 def curve(log: Path, start: str) -> Iterator[tuple[dict[str, Any], str]]:
     """Return the words of each validation, with the time that the steps until then took."""
     seconds, last = 0.0, 0
-    for record in [row for _, row in read_log(log)] if log.is_file() else ():
+    for _, record in read_log(log):
         if "step_s" in record:
             seconds, last = seconds + record["step_s"] * (record["step"] - last), record["step"]
         if "validation/wer_val" in record:
@@ -112,8 +109,7 @@ def recipe(args: argparse.Namespace, start: str, **settings: str) -> None:
     )
     settings |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": str(args.threads)}
     script = ["bash", str(ROOT / "scripts" / "recipes" / "grid.sh"), "tokens", "train", "evaluate"]
-    if code := subprocess.run(script, env=os.environ | settings).returncode:
-        raise UserError(f"the recipe ended with {code}, its last lines say why; the same command goes on")
+    run_program(script, "the recipe", **settings)
 
 
 def write_grammar(folder: Path) -> Path:
@@ -126,10 +122,8 @@ def write_grammar(folder: Path) -> Path:
     lines = ["#JSGF V1.0;", "grammar grid;", f"public <sentence> = {sentence};", *rules, ""]
     said = {word: letters.get(word, word) for words in slots for word in words}
     sounds = [f"{word} {decoder.lookup_word(spoken)}\n" for word, spoken in said.items()]
-    with atomic_output(folder / "grid.dict") as part:
-        part.write_text("".join(sounds))
-    with atomic_output(folder / "grid.jsgf") as part:
-        part.write_text("\n".join(lines))
+    write_text(folder / "grid.dict", "".join(sounds))
+    write_text(folder / "grid.jsgf", "\n".join(lines))
     return folder / "grid.jsgf"
 
 
@@ -211,5 +205,4 @@ def write_clip(
             lines.append((last, begin, "sil"))
         if word != "sil":
             lines.append((begin, stop, word))
-    with atomic_output(align) as part:
-        part.write_text("".join(f"{a * ALIGNMENT_RATE:.0f} {b * ALIGNMENT_RATE:.0f} {word}\n" for a, b, word in lines))
+    write_text(align, "".join(f"{a * ALIGNMENT_RATE:.0f} {b * ALIGNMENT_RATE:.0f} {word}\n" for a, b, word in lines))

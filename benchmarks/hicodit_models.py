@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from engine.config import compose
+from engine.config import compose, plain
 from engine.evaluation.statistics import derangement
 from engine.release import find_codec
 from engine.seeding import generator_for
@@ -40,7 +39,7 @@ SHARED = ("encoders.lip.", "encoders.expression.")  # parts that may start train
 
 def start(folder: Path, settings: list[str], seed: int, encoders: str | Path) -> Path:
     """Write a release with random weights, but for the `SHARED` parts, which are those of the release `encoders`."""
-    task = OmegaConf.to_container(compose("train", settings).task, resolve=True)
+    task = plain(compose("train", settings).task)
     torch.manual_seed(seed)
     system = HiCoDiTSystem(ModelConfig(**task["model"]), encoder_config(task["encoders"]))
     take(system, HiCoDiTSystem.from_pretrained(encoders), SHARED)

@@ -2,7 +2,8 @@
 
 It generates one row with a growing cache, evaluates both guidance branches in one call of the head, skips the zeroed
 first solver step, passes all positions through all layers, precomputes nothing, and reads the stop head on the host
-after every patch. The loop of talker_t2av/generation.py must give the same result in less time (benchmarks/talker.py).
+after every patch. benchmarks/inference.py compares the loop of talker_t2av/generation.py with it, which must give the
+same result in less time.
 
 Axes: T tokens, P frames of a patch, F frames, C channels (Ds of speech, Dm of motion), D width, N both branches.
 """

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from benchmarks.fake_step import Measured, Size, measure_fake
 from benchmarks.training import MODELS, build_task
-from engine.config import compose
+from engine.config import compose, plain
 from engine.errors import UserError
 from engine.evaluation.charts import chart_file
 from engine.training.settings import TrainerConfig
@@ -198,16 +198,14 @@ def read_recipe(name: str, words: list[str]) -> tuple[str, dict[str, Any], Train
     model = next((model for model in MODELS if target.startswith(model)), None)
     if model is None:
         raise UserError(f"{name} trains {target}: recipes of HiCoDiT and Talker-T2AV can be planned")
-    trainer = OmegaConf.to_container(config.trainer, resolve=True)
-    settings = TrainerConfig(**trainer | {"device": "cpu", "compile": False})
-    sizes = OmegaConf.to_container(config.task.model, resolve=True)
+    settings = TrainerConfig(**plain(config.trainer) | {"device": "cpu", "compile": False})
+    sizes = plain(config.task.model)
     if model == "talker":
         sizes["freeze_embeddings"] = bool(config.task.freeze_embeddings)
     elif config.task.encoders.kind == "tiny":  # released encoders do not run in training
-        sizes["encoders"] = OmegaConf.to_container(config.task.encoders, resolve=True)
-    lora = OmegaConf.to_container(config.lora)
-    if lora["rank"]:
-        sizes["lora"] = lora
+        sizes["encoders"] = plain(config.task.encoders)
+    if config.lora.rank:
+        sizes["lora"] = plain(config.lora)
     whole = settings.global_batch_size or settings.batch_size * settings.accumulate
     rows = 2 if model == "talker" else 1
     return model, sizes, settings, rows, whole * settings.steps

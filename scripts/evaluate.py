@@ -17,10 +17,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from engine.codec import load_codec
-from engine.config import load, target
+from engine.config import load, plain, target
 from engine.device import count_devices, pick_device
 from engine.errors import UserError, printable, run_cli
 from engine.evaluation.clips import Clip, read_clips, read_corpus, system_facts
@@ -28,7 +28,7 @@ from engine.evaluation.generate import generate_shares
 from engine.evaluation.measure import Results, measure
 from engine.evaluation.report import write_report
 from engine.evaluation.resynthesis import write_resynthesis
-from engine.evaluation.summary import comparison_lines, summarise, table_lines
+from engine.evaluation.summary import comparison_lines, headline, summarise, table_lines
 from engine.files import writable, write_json
 from engine.metrics.registry import metrics_of, protocol_of
 from engine.record import origin, portable, write_record
@@ -97,7 +97,7 @@ def main() -> int:
 def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, Any]:
     """Generate what is to be generated, measure, and write report and results of one set of clips to `output`."""
     set_limits(Limits(**config.limits))
-    figures = OmegaConf.to_container(config)["metrics"] or list(config.columns)
+    figures = plain(config)["metrics"] or list(config.columns)
     figures = [figures] if isinstance(figures, str) else [*dict.fromkeys(figures)]
     protocols = choose_protocols(config, figures, split)
     for name, value in (("clips", config.clips), ("workers", config.workers), ("resamples", config.resamples)):
@@ -144,19 +144,14 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
         write_json(output / "results.json", portable(summary))
         write_report(output / "report.html", summary, clips, config.media)
     if config.record:
-        cells = summary["systems"].items()
-        short = {name: {f: {k: c[k] for k in KEPT} for f, c in cell.items()} for name, cell in cells}
         place, what = Path(f"{config.record}-{split}" if split else config.record), {"settings": summary["settings"]}
-        write_record(place.parent, place.name, summary["title"], short, device, **what)
+        write_record(place.parent, place.name, summary["title"], headline(summary), device, **what)
     return summary
-
-
-KEPT = ("value", "interval", "interval_speakers", "clips")  # of a figure, in a record
 
 
 def systems_of(config: DictConfig) -> dict[str, tuple[str, dict[str, Any]]]:
     """Return (model, settings) of each system that generates outputs."""
-    wanted = OmegaConf.to_container(config, resolve=True)
+    wanted = plain(config)
     systems, known = wanted["systems"] or ({config.model: {}} if config.model else {}), (*MODELS, *CODECS)
     require_choice("model", config.model or "hicodit", known)
     if config.model in CODECS:  # of a table of several codecs
@@ -253,7 +248,7 @@ def protocol_notes(
 
 def choose_protocols(config: DictConfig, figures: list[str], split: str | None) -> dict[str, str]:
     """Protocol by class of metric, with what it needs after a colon."""
-    chosen, given = {}, OmegaConf.to_container(config.protocol)
+    chosen, given = {}, plain(config.protocol)
     grammar = config.grammar or (f"{config.corpus}/grammar.jsgf" if config.corpus else "")
     arguments = {"grammar": grammar, "shards": config.voices.get(split or ""), **ARGUMENTS}
     given |= {"own_voice_first": "shards"} if arguments["shards"] else {}
@@ -299,7 +294,7 @@ def about(
     device: str,
 ) -> dict[str, Any]:
     """What was evaluated, how, and where."""
-    settings = OmegaConf.to_container(config, resolve=True)
+    settings = plain(config)
     return {
         "title": config.title or f"Evaluation: {', '.join(clips[0].takes) or 'true speech'}",
         "paper": {name: row for name, row in paper.items() if any(row.get(f) is not None for f in figures)},

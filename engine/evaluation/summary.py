@@ -16,6 +16,7 @@ from engine.metrics.metric import Figure
 from engine.metrics.registry import description, metric_of, metrics_of
 
 SIGNIFICANT = 0.05
+HEADLINE = ("value", "interval", "interval_speakers", "clips")  # of a figure, in a record
 TOLERANCE = 0.2  # seconds between an output and the true speech that need no remark
 
 
@@ -83,6 +84,12 @@ def summarise(
         "seconds": {name: round(value, 2) for name, value in results.seconds.items()},
         "found_in_cache": results.cached,
     }
+
+
+def headline(summary: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return by system and figure what a record keeps of a summary: all but what was measured of single clips."""
+    systems = summary["systems"].items()
+    return {name: {f: {key: cell[key] for key in HEADLINE} for f, cell in cells.items()} for name, cells in systems}
 
 
 def _pair_figure(

@@ -1,5 +1,6 @@
 """The frame of benchmarks: limits of settings, lines as they come, one record with command, hardware and versions."""
 
+import csv
 import importlib
 import json
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 import torch
 from drawn_faces import talking_head
 
-from benchmarks import faces, grid, prosody
+from benchmarks import faces, finetune, grid, prosody
 from corpora.preparation.sources_studio import GRID
 from engine.evaluation.charts import chart_curves
 from engine.media.audio import read_audio
@@ -70,6 +71,23 @@ def test_stand_in_has_the_files_of_grid(tmp_path):
     assert probe(root / clip.video).video == "mpeg1video" and frames.shape[1:] == (288, 360, 3)
     assert clip.phonemes[-1][2] == pytest.approx(len(frames) / 25, abs=0.1)
     assert Recogniser(grammar).transcribe(read_audio(root / clip.video, 16_000), 16_000) == clip.text
+
+
+def test_footage_of_one_person_goes_on_where_it_stopped(tmp_path):
+    args = SimpleNamespace(person=3, clips=2, val_clips=1, test_clips=1)
+    seconds = finetune.film(tmp_path, args)
+    with (tmp_path / "clips.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["split"] for row in rows] == ["train", "train", "val", "test"]
+    assert len({row["text"] for row in rows}) == 4
+    clips = {path: path.stat().st_mtime_ns for path in (tmp_path / "unseen").iterdir()}
+    numbers = {int(path.stem.rpartition("_")[2]) for path in clips}
+    assert {number % finetune.VOICES for number in numbers} == {3}
+    (test,) = (json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines())
+    assert f"unseen/{test['id']}.mp4" == rows[3]["path"] and test["text"] == rows[3]["text"]
+    assert test["reference_video"] in [row["path"] for row in rows[:2]]  # the prompt is a clip of the training
+    assert finetune.film(tmp_path, args) == seconds > 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "unseen").iterdir()} == clips
 
 
 def test_prosody_is_predicted_from_other_clips_alone():
