@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from engine.errors import UserError, leaving_out
 from engine.files import atomic_output
@@ -135,10 +136,7 @@ class FramePairs(torch.utils.data.Dataset):
         item = {"frames": torch.from_numpy(np.stack([self.pictures[index, k] for k in chosen]))}
         return item if self.tracks is None else item | {"tracks": self.tracks[index, chosen]}
 
-    @staticmethod
-    def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """{"frames": (B, 2, S, S, 3) bytes} and, with tracks, {"tracks": (B, 2, L)}."""
-        return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+    collate = staticmethod(default_collate)  # {"frames": (B, 2, S, S, 3) bytes}, with tracks also {"tracks": (B, 2, L)}
 
 
 def _positions(total: int, count: int, shift: float) -> np.ndarray:

@@ -11,7 +11,6 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.metrics.metric import Take
-from engine.shards.recordings import read_manifest
 from engine.untrusted import read_json, read_json_lines, safe_name
 
 SOUND = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac")
@@ -102,7 +101,7 @@ def read_corpus(corpus: Path, split: str, outputs: Mapping[str, Path], count: in
     clips, known = read_clips(corpus / f"{split}.jsonl", corpus / split, outputs, count), []
     for source in dict.fromkeys(("train", split)):
         if (corpus / f"{source}.jsonl").is_file():
-            known += [(row, corpus / source / row["id"]) for row in read_manifest(corpus, source)]
+            known += [(row, corpus / source / row["id"]) for row in read_rows(corpus / f"{source}.jsonl")]
     known.sort(key=lambda item: item[0].get("expression") != "neutral")
     prompts = []
     for clip in clips:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -17,7 +16,7 @@ from engine.cluster import Cluster
 from engine.device import pick_device
 from engine.errors import UserError, printable
 from engine.evaluation.clips import Clip, find_take, system_facts
-from engine.evaluation.measure import file_digest
+from engine.evaluation.measure import digest_of
 from engine.files import write_json
 from engine.hub import release_folder
 from engine.media.audio import write_wav
@@ -102,8 +101,7 @@ def generate_missing(
     place, waiting = folder / "inputs.json", set()
     known = read_json(place) if place.is_file() else {}
     for i, clip in enumerate(clips):
-        values = [file_digest(value) if isinstance(value, Path) else value for value in inputs(clip)]
-        state = hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()
+        state = digest_of(inputs(clip))
         take = find_take(folder, clip.id)
         if take.audio in (None, take.video):  # nothing, or a picture whose sound is missing
             waiting.add(i)

@@ -72,21 +72,24 @@ def file_digest(path: Path | None) -> str | None:
     return _digest(path, state.st_size, state.st_mtime_ns)
 
 
+def digest_of(values: Sequence[Any]) -> str:
+    """Return a digest of plain values, and of the contents of the files whose paths are among them."""
+    return hashlib.blake2b(json.dumps(values, default=file_digest).encode(), digest_size=16).hexdigest()
+
+
 def result_file(work: ClipWork, take: Take) -> Path:
     """Return where the measurement of a take is kept: its name is made of all that it depends on."""
 
-    def described(one: Take, names: Sequence[str]) -> list[Any]:
-        values = [getattr(one, name) for name in names]
-        return [file_digest(value) if isinstance(value, Path) else value for value in values]
+    def inputs(one: Take) -> list[Any]:
+        return [getattr(one, name) for name in work.metric.inputs]
 
     states = [(file.name, file.stat()) for file in work.metric.files(work.protocol, work.weights)]
     networks = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
-    about = [work.metric.__name__, work.metric.version, work.protocol, networks, described(take, work.metric.inputs)]
+    about = [work.metric.__name__, work.metric.version, work.protocol, networks, inputs(take)]
     about += [work.truth.text, take.language, work.truth.about]
     if work.metric.pair:
-        about.append(described(work.truth, work.metric.inputs))
-    name = hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
-    return work.cache / work.metric.__name__ / f"{name}.npz"
+        about.append(inputs(work.truth))
+    return work.cache / work.metric.__name__ / f"{digest_of(about)}.npz"
 
 
 def _store(path: Path, row: Row) -> None:

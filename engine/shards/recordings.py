@@ -18,6 +18,7 @@ import soundfile
 import torch
 import torchaudio
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from engine.errors import UserError, leaving_out
 from engine.media.audio import read_audio
@@ -195,10 +196,7 @@ class SpeechCrops(torch.utils.data.Dataset):
             return 0
         return int(torch.randint(-most, most + 1, (), generator=generator))
 
-    @staticmethod
-    def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Stack every entry: {"wave": (B, 1, N)}."""
-        return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+    collate = staticmethod(default_collate)  # {"wave": (B, 1, N)}
 
 
 def draw(spare: int, generator: torch.Generator | None) -> int:

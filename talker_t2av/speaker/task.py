@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from engine.errors import UserError
 from engine.evaluation.validation import Share
@@ -84,10 +85,7 @@ class VoiceClips:
             "voice": self.classes[index],
         }
 
-    @staticmethod
-    def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Stack items to mel (B, M, T), ge2e (B, D), voice (B,)."""
-        return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+    collate = staticmethod(default_collate)  # mel (B, M, T), ge2e (B, D), voice (B,)
 
 
 class VoiceEncoderTask(Task):
