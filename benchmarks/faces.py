@@ -32,14 +32,12 @@ from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig
 from hicodit.system import CODECS, HiCoDiTSystem
 
 ENCODERS = {"tiny": TinyEncoderConfig, "released": ReleasedEncoderConfig}
+CLIP = BUNDLED.parent / "demo" / "silent.mp4"  # which is repeated
 PARTS = ("track", *ENCODERS, "encoded")
 LEAST = {"seconds": 1, "heights": 16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--input", type=Path, default=BUNDLED.parent / "demo" / "silent.mp4", help="the clip that is repeated"
-    )
     parser.add_argument("--seconds", nargs="+", type=float, default=[10.0, 60.0, 600.0], help="lengths of the clips")
     parser.add_argument("--heights", nargs="+", type=int, default=[128], help="frame heights in pixels")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured")
@@ -49,7 +47,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     with tempfile.TemporaryDirectory() as scratch:
         for height in args.heights:
             for seconds in args.seconds:
-                clip = repeat(args.input, seconds, height, Path(scratch) / f"{height}-{seconds:g}.mp4")
+                clip = repeat(CLIP, seconds, height, Path(scratch) / f"{height}-{seconds:g}.mp4")
                 for part in args.parts:
                     result = in_own_process(measure, str(clip), part)
                     line = (

@@ -90,7 +90,6 @@ class HiCoDiTDataset:
             face's, as at inference.
         seconds: longer clips are cropped to a random part of so many whole seconds; None: never.
         augment: shift, mirror and relight the mouth pictures; features stay as they are.
-        limit: use only the first clips.
         shards: fields of `engine.shards.reader.Reading`.
         phonemes: classes of the lip encoder's auxiliary phoneme loss; None or 0: it has no such loss.
     """
@@ -103,7 +102,6 @@ class HiCoDiTDataset:
         expression: str = "seen",
         seconds: int | None = None,
         augment: bool = True,
-        limit: int | None = None,
         shards: Mapping[str, Any] | None = None,
         phonemes: int | None = None,
     ) -> None:
@@ -133,8 +131,7 @@ class HiCoDiTDataset:
         if phonemes and spoken > phonemes:
             raise UserError(f"{source} has {spoken} phonemes with silence: set task.encoders.phonemes={spoken} or more")
         self.augment, self.levels = augment, tokenizer.levels
-        self.size = min(limit or len(self.shards), len(self.shards))
-        self.blocks = self.shards.blocks(self.size)
+        self.blocks = self.shards.blocks()
 
     def read(self, index: int) -> HiCoDiTSample:
         """Clip `index` as it is stored; the next one in place of one that lacks a tensor (see `read_complete`)."""
@@ -147,7 +144,7 @@ class HiCoDiTDataset:
     @property
     def lengths(self) -> Tensor:
         """Tokens of each clip, all levels counted, (n,)."""
-        frames = self.shards.frames[: self.size]
+        frames = self.shards.frames
         return (frames if self.most is None else frames.clamp(max=self.most)) * TOKENS_PER_FRAME * self.levels
 
     def prefetch(self, spans: list[tuple[int, int]]) -> None:
@@ -155,7 +152,7 @@ class HiCoDiTDataset:
         self.shards.prefetch(spans)
 
     def __len__(self) -> int:
-        return self.size
+        return len(self.shards)
 
     def __getitem__(self, index: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Clip `index`: mouth (T, S, S) and face (3, S', S') in [0, 1], or lip (T, E) and face_identity (512,);

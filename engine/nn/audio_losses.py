@@ -103,17 +103,15 @@ class CompressedSpectrumLoss(nn.Module):
     """Mean squared distance of STFTs whose magnitudes are raised to a power under one, with phases and without.
 
     mean |A^c e^(i a) - B^c e^(i b)|^2 + mean (A^c - B^c)^2 (Braun & Tashev, 2021, whose c is 0.3; equal weights here).
-    Compression lets quiet bands count, so that phases are learned beyond the loudest harmonics.
-
-    Args:
-        n_fft: length of the Hann window; the hop is a quarter of it.
-        power: c.
+    Compression lets quiet bands count, so that phases are learned beyond the loudest harmonics. The hop is a quarter of
+    the window.
     """
 
-    def __init__(self, n_fft: int = 512, power: float = 0.3):
+    power = 0.3  # c
+
+    def __init__(self):
         super().__init__()
-        self.power = power
-        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+        self.register_buffer("window", torch.hann_window(512), persistent=False)
 
     def _compressed(self, wave: Tensor) -> tuple[Tensor, Tensor]:
         """Return (A^c, A^c e^(i a)), both (B, F, T)."""
@@ -145,24 +143,25 @@ class DisturbanceLoss(nn.Module):
 
     Args:
         sample_rate: of both waves, at least 16 kHz.
-        bands: Bark bands of equal width up to 8 kHz.
-        level: at which the real wave is heard, in decibels of sound pressure between 350 and 3,250 Hz.
     """
 
-    def __init__(self, sample_rate: int, bands: int = 49, level: float = 80.0):
+    bands = 49  # Bark bands of equal width up to 8 kHz
+    power = 10 ** (80 / 10)  # at which the real wave is heard: 80 dB of sound pressure between 350 and 3,250 Hz
+
+    def __init__(self, sample_rate: int):
         super().__init__()
-        self.power, self.frame = 10 ** (level / 10), round(0.032 * sample_rate)
+        self.frame = round(0.032 * sample_rate)
         bins = torch.arange(self.frame // 2 + 1, dtype=torch.float64) * (sample_rate / self.frame)
         bark = 26.81 * bins / (1960 + bins) - 0.53  # Traunmueller (1990)
         top = 26.81 * 8000 / (1960 + 8000) - 0.53
         inside = (bins > 0) & (bins <= 8000)
-        band = ((bark + 0.53) / (top + 0.53) * bands).long().clamp_max(bands - 1)
-        filters = torch.nn.functional.one_hot(band, bands) * inside[:, None]
+        band = ((bark + 0.53) / (top + 0.53) * self.bands).long().clamp_max(self.bands - 1)
+        filters = torch.nn.functional.one_hot(band, self.bands) * inside[:, None]
         filters = filters[:, filters.sum(0) > 0].double()  # the lowest bands are narrower than a bin
         centre = (filters * bins[:, None]).sum(0) / filters.sum(0) / 1000
         # Threshold of hearing in decibels (Terhardt, 1979)
         quiet = 3.64 * centre**-0.8 - 6.5 * torch.exp(-0.6 * (centre - 3.3) ** 2) + 1e-3 * centre**4
-        self.width = (top + 0.53) / bands
+        self.width = (top + 0.53) / self.bands
         self.register_buffer("window", torch.hann_window(self.frame), persistent=False)
         self.register_buffer("filters", filters.float(), persistent=False)
         self.register_buffer("speech", ((centre > 0.35) & (centre < 3.25)).float(), persistent=False)

@@ -152,12 +152,11 @@ class ShardSplit:
             self.leave_out(info["key"], f"it has no {', '.join(missing)}")
         raise UserError(f"{self.source} has no samples with {', '.join(names)}: prepare that too")
 
-    def blocks(self, limit: int | None = None) -> Blocks | None:
-        """Return the shards of the first `limit` samples as blocks; None if all samples are shuffled at once."""
+    def blocks(self) -> Blocks | None:
+        """Return the shards as blocks; None if all samples are shuffled at once."""
         if self.reading.window is None:
             return None
-        ends = self._ends if limit is None else self._ends.clip(max=limit)
-        return Blocks(np.diff(ends, prepend=0).tolist(), self.reading.window, self.reading.streams)
+        return Blocks(np.diff(self._ends, prepend=0).tolist(), self.reading.window, self.reading.streams)
 
     def prefetch(self, items: Iterable[tuple[int, int]]) -> None:
         """Fetch the shards of samples [first, last) in the background, if they are remote."""
