@@ -20,7 +20,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from engine.codec import load_codec
-from engine.config import load, plain, target
+from engine.config import compose, load, plain, target
 from engine.device import count_devices, pick_device
 from engine.errors import UserError, printable, run_cli
 from engine.evaluation.clips import Clip, read_clips, read_corpus, system_facts
@@ -235,7 +235,7 @@ def protocol_notes(
 ) -> list[str]:
     """Which of the paper's figures were computed in another way than those of this evaluation."""
     words = [word for word in sys.argv[1:] if word.startswith("table=")]
-    defaults, notes = load("evaluate", [*words, "output=-"], HELP).protocol if paper else {}, []
+    defaults, notes = compose("evaluate", words).protocol if paper else {}, []
     for metric, names in metrics_of([*figures]).items():
         own, here = protocol_of(metric, defaults), protocols[metric.__name__].partition(":")[0]
         stated = [row for name, row in paper.items() if name.startswith("paper: ")]
