@@ -113,7 +113,7 @@ def evaluate_clips(
     data: HiCoDiTDataset,
     recogniser: Path | None,
     clips: int,
-    folder: Path | None,
+    folder: Path,
     metrics: Sequence[str],
     share: Share = ALONE,
 ) -> dict[str, ByClip]:
@@ -136,12 +136,11 @@ def evaluate_clips(
         group = order[start : start + 16]
         spoken |= zip(group, pipeline.run([crops[i] for i in group], [own.start + i for i in group]))
     speeches = [spoken[i] for i in range(len(crops))]
-    if folder is not None:
-        for n, clip, speech in zip(range(WAVES)[own.start :], samples, speeches):
-            write_wav(folder / f"{clip.info['key']}.wav", speech.wave, speech.rate)
-            if n < VIDEOS and clip.mouth is not None:
-                mouth = speech.crops.mouth.repeat(4, 1).repeat(4, 2)[..., None].repeat(3, 3)
-                write_video(folder / f"{clip.info['key']}.mp4", mouth, FPS, speech.wave, speech.rate)
+    for n, clip, speech in zip(range(WAVES)[own.start :], samples, speeches):
+        write_wav(folder / f"{clip.info['key']}.wav", speech.wave, speech.rate)
+        if n < VIDEOS and clip.mouth is not None:
+            mouth = speech.crops.mouth.repeat(4, 1).repeat(4, 2)[..., None].repeat(3, 3)
+            write_video(folder / f"{clip.info['key']}.mp4", mouth, FPS, speech.wave, speech.rate)
     texts, waves = [clip.info["text"] for clip in samples], [speech.wave for speech in speeches]
     compared = any(metric.pair for metric in metrics_of(metrics))
     true = pipeline.decode_tokens([clip.tokens.T for clip in samples]) if compared else None

@@ -236,7 +236,7 @@ class HiCoDiTTask(Task):
         entropy = weighted_score_entropy(log_q, tokens[clip, level, frame], t[clip], self.noise)
         return self.by_stage("dse", entropy, where, conditions.frames)
 
-    def measure(self, step: int, folder: Path, share: Share) -> dict[str, float | ByClip]:
+    def measure(self, folder: Path, share: Share) -> dict[str, float | ByClip]:
         """Losses of held-out clips; `validate_metrics` of speech made from their pictures alone.
 
         One process measures the losses: their random draws follow one another.
@@ -251,9 +251,9 @@ class HiCoDiTTask(Task):
         for split in self.validate_splits:
             if share.first:
                 results |= {f"{name}_{split}": value for name, value in self.held_out_losses(split).items()}
-            data, place = HiCoDiTDataset(join(self.shards, split), self.codec, kind), folder / split if step else None
-            arguments = self.grammar, self.validate_clips, place, self.validate_metrics, share
-            scores = evaluate_clips(pipeline, data, *arguments)
+            data = HiCoDiTDataset(join(self.shards, split), self.codec, kind)
+            how = self.grammar, self.validate_clips, folder / split, self.validate_metrics, share
+            scores = evaluate_clips(pipeline, data, *how)
             results |= {f"{name}_{split}": value for name, value in scores.items()}
         return results
 

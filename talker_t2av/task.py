@@ -209,7 +209,7 @@ class TalkerTask(Task):
         return torch.where(moving, task, TTS)
 
     @torch.no_grad()
-    def measure(self, step: int, folder: Path, share: Share) -> dict[str, float | ByClip]:
+    def measure(self, folder: Path, share: Share) -> dict[str, float | ByClip]:
         """Losses of held-out clips; their sentences synthesised: how well the stop head finds the end, and word error
         rates if there is a recogniser. One process measures the losses: their random draws follow one another."""
         if self.validation is None:
@@ -231,10 +231,10 @@ class TalkerTask(Task):
             infos = [examples.info(chosen[n]) for n in own]
             spoken, frames = speak(self.model, examples, chosen, self.sampling, own)
             waves = [codec.decode(r.speech[None])[0, 0].cpu().numpy() for r in spoken]
-            for _, info, wave in zip(range(WAVES if step else 0)[own.start :], infos, waves):
+            for _, info, wave in zip(range(WAVES)[own.start :], infos, waves):
                 write_wav(folder / f"{info['key']}.wav", wave, codec.sample_rate)
             drawn = len(range(VIDEOS)[own.start :])
-            if step and self.validation.get("corpus") and examples.task == "t2av":
+            if self.validation.get("corpus") and examples.task == "t2av":
                 self._draw(folder, infos[:drawn], spoken, waves, codec.sample_rate)
             late = {n: abs(len(r.speech) - true) / FPS for n, r, true in zip(own, spoken, frames)}
             scores: dict[str, float | ByClip] = {

@@ -117,22 +117,22 @@ def the_decoder_alone_goes_on_from_a_release(tmp_path) -> Callable[..., None]:
 def shares_give_the_same_figures(tmp_path) -> Callable[..., None]:
     """Asserts that a validation in two and in four processes gives the figures of one, and each has a part in it."""
 
-    def measured(task: Task, step: int, share: Share) -> dict[str, Any]:
+    def measured(task: Task, share: Share) -> dict[str, Any]:
         torch.manual_seed(0)  # as the trainer does in every process
         folder = tmp_path / f"share-{share.rank}-of-{share.count}"
         folder.mkdir()
         with torch.no_grad():
-            return task.measure(step, folder, share)
+            return task.measure(folder, share)
 
     def written(count: int) -> list[str]:
         folders = [tmp_path / f"share-{rank}-of-{count}" for rank in range(count)]
         return sorted(path.name for folder in folders for path in folder.rglob("*") if path.is_file())
 
-    def check(task: Task, step: int = 0, tolerance: float = 1e-4) -> None:
-        whole = figures_of([measured(task, step, Share())])
+    def check(task: Task, tolerance: float = 1e-4) -> None:
+        whole = figures_of([measured(task, Share())])
         files = written(1)
         for count in (2, 4):
-            shares = [measured(task, step, Share(rank, count)) for rank in range(count)]
+            shares = [measured(task, Share(rank, count)) for rank in range(count)]
             assert sum(map(bool, shares)) >= 2
             assert figures_of(shares) == pytest.approx(whole, rel=tolerance, nan_ok=True)
             assert written(count) == files

@@ -174,7 +174,7 @@ class LiaXTask(Task):
             total = total + self.guide["weight"] * losses["guide"]
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
 
-    def measure(self, step: int, folder: Path, share: Share) -> dict[str, float | ByClip]:
+    def measure(self, folder: Path, share: Share) -> dict[str, float | ByClip]:
         """Measure the first held-out clips of each split; write strips and videos of true and rebuilt frames."""
         if self.validation is None:
             return {}

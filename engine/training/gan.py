@@ -53,7 +53,7 @@ class GANTask(Task):
         return batch["wave"].shape[0] * self.codec.frames(batch["wave"].shape[-1])
 
     @torch.no_grad()
-    def measure(self, step: int, folder: Path, share: Share) -> dict[str, float | ByClip]:
+    def measure(self, folder: Path, share: Share) -> dict[str, float | ByClip]:
         """Measure the first held-out clips; write the first clip of each split, original and decoded."""
         if self.validation is None:
             return {}

@@ -90,7 +90,7 @@ class Task(nn.Module):
         """Return the number of tokens (frames) of a batch, for the log."""
         return 0
 
-    def measure(self, step: int, folder: Path, share: Share) -> dict[str, float | ByClip]:
+    def measure(self, folder: Path, share: Share) -> dict[str, float | ByClip]:
         """Measure this process's share of a validation, in eval mode with averaged weights.
 
         Every process measures its share of the clips; what cannot be divided is measured by the first one. Processes do

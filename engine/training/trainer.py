@@ -177,7 +177,7 @@ class Trainer:
             try:
                 with self._record_write_error():
                     folder.mkdir(parents=True, exist_ok=True)
-                    figures = task.measure(self.step, folder, Share(rank, distributed.world_size()))
+                    figures = task.measure(folder, Share(rank, distributed.world_size()))
             except Exception as error:
                 self.write_error = f"process {rank} failed in validation: {error!r}"
                 with suppress(UserError, SystemExit):  # the others end so; this process shows where it failed

@@ -145,7 +145,7 @@ class VoiceEncoderTask(Task):
         loss = distance + self.voice_weight * voice
         return {"loss": loss, "distance": distance.detach(), "voice": voice.detach(), "cosine": cosine.detach()}
 
-    def measure(self, step: int, folder: Path, share: Share) -> dict[str, float]:
+    def measure(self, folder: Path, share: Share) -> dict[str, float]:
         """Compute cosine with GE2E and nearest-voice accuracy of whole held-out clips, in one process."""
         return {} if not share.first else evaluate(self.encoder, self.corpus, self.shards)
 

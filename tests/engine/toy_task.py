@@ -90,7 +90,7 @@ class ToyGAN(Task):
         adversarial = (self.discriminator(batch["y"]) - 1).square().mean()
         return {"loss": reconstruction + 0.1 * adversarial, "reconstruction": reconstruction}
 
-    def measure(self, step, folder, share):
+    def measure(self, folder, share):
         assert not self.training
         return {"weight": self.generator[0].weight.sum().item()}
 
@@ -165,7 +165,7 @@ class ToyMeasured(ToyBlocks):
         super().__init__()
         self.fails = fails
 
-    def measure(self, step, folder, share):
+    def measure(self, folder, share):
         if share.rank == self.fails:
             raise RuntimeError("no such clip")
         assert not self.training

@@ -236,7 +236,7 @@ def losses_of(name: str) -> list[dict[str, float]]:
             folder = Path(scratch)
             torch.manual_seed(0)
             task, data = RUNS[name](folder)
-            task.measure = lambda step, folder, share: {}
+            task.measure = lambda folder, share: {}
             Trainer(task, data, TRAINER | {"batch_size": data.batch}, folder / "run").fit()
             lines = map(json.loads, (folder / "run" / "log.jsonl").read_text().splitlines())
             steps = [{k: v for k, v in line.items() if k not in NOT_LOSSES} for line in lines if "lr" in line]

@@ -44,7 +44,7 @@ def train(name, folder, run, **changes):
     torch.manual_seed(0)
     folder.mkdir(exist_ok=True)
     task, data = RUNS[name](folder)
-    task.measure = lambda step, folder, share: {}
+    task.measure = lambda folder, share: {}
     trainer = Trainer(task, data, TRAINER | ON_CARD | {"batch_size": data.batch} | changes, run)
     trainer.fit()
     return trainer

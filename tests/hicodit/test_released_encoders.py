@@ -252,14 +252,14 @@ def test_held_out_losses_need_no_encoder_and_no_recogniser(system, release, shar
         first = task.held_out_losses("both")
         torch.manual_seed(0)
         assert task.held_out_losses("both") == first and first["loss"] > first["dse"] > 0 and calls == []
-        results = figures_of([task.measure(0, tmp_path, ALONE)])
+        results = figures_of([task.measure(tmp_path, ALONE)])
     assert results.keys() == {"loss_both", "dse_both"}
 
 
 def test_processes_speak_and_measure_their_shares(system, release, shards, shares_give_the_same_figures):
     pytest.importorskip("pystoi")
     quick = {"sampler": {"steps": 1}, "validate_splits": ["both", "both"], "validate_clips": 3}
-    shares_give_the_same_figures(released_task(system, release, shards, validate_metrics=["stoi"], **quick).eval(), 1)
+    shares_give_the_same_figures(released_task(system, release, shards, validate_metrics=["stoi"], **quick).eval())
 
 
 def test_features_of_other_encoders_are_one_line_in_training_and_inference(system, release, shards, tmp_path):
@@ -275,7 +275,7 @@ def test_features_of_other_encoders_are_one_line_in_training_and_inference(syste
         released_task(system, release, shards, index=str(other), init=str(tmp_path / "release"))
     wrong = released_task(system, release, shards, index=str(other), validate_splits=["both"]).eval()
     with pytest.raises(UserError, match="was made with lip"):
-        figures_of([wrong.measure(0, tmp_path, ALONE)])
+        figures_of([wrong.measure(tmp_path, ALONE)])
     pipeline = HiCoDiTPipeline.from_pretrained(tmp_path / "release", codec=release.parent / "codec")
     assert pipeline.system.encoders.expected["lip"] == made["lip"]
     pipeline.system.encoders.expected["face_identity"] = "0000abcd"

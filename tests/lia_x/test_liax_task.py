@@ -137,7 +137,7 @@ def test_the_decoder_alone(the_decoder_alone_goes_on_from_a_release):
 def test_validation_measures_and_draws(corpus, tmp_path, shares_give_the_same_figures):
     validation = {"root": str(corpus), "splits": ["train"], "clips": 2, "regions": {"low": BOX}}
     task = make_task(validation=validation).eval()
-    results = figures_of([task.measure(0, tmp_path, ALONE)])
+    results = figures_of([task.measure(tmp_path, ALONE)])
     names = ("psnr", "ssim", "low_psnr", "low_movement", "roughness")
     assert set(results) == {f"train/{name}" for name in names}
     assert (tmp_path / "train.png").is_file()
@@ -145,7 +145,7 @@ def test_validation_measures_and_draws(corpus, tmp_path, shares_give_the_same_fi
     clips = list(rebuild_clips(task.codec, corpus, "train", 1).values())
     assert strip(clips, columns=3).shape == (64, 96, 3)
     assert np.abs(clips[0].true.astype(int) - moving_square(10)).mean() < 8
-    assert figures_of([make_task().measure(0, tmp_path, ALONE)]) == {}
+    assert figures_of([make_task().measure(tmp_path, ALONE)]) == {}
 
 
 def test_measures_of_known_clips():

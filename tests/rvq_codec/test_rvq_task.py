@@ -84,7 +84,7 @@ def test_validation_on_clips(corpus, tmp_path, shares_give_the_same_figures, cap
     validation = {"root": corpus, "splits": ["train"], "clips": 2, "levels": [1, 3]}
     (tmp_path / "words.jsgf").write_text("#JSGF V1.0; grammar g; public <s> = lay blue;")
     task = make_task(validation=validation | {"grammar": str(tmp_path / "words.jsgf")}).eval()
-    results = figures_of([task.measure(0, tmp_path, ALONE)])
+    results = figures_of([task.measure(tmp_path, ALONE)])
     assert {"train/wer_clean", "train/wer_1", "train/wer_3"} < results.keys()
     assert 1 <= results["train/perplexity"] <= 16 and results["train/mel"] > 0
     assert (tmp_path / "train-decoded.wav").is_file()
@@ -93,7 +93,7 @@ def test_validation_on_clips(corpus, tmp_path, shares_give_the_same_figures, cap
     monkeypatch.chdir(tmp_path)  # where no Whisper is in checkpoints/
     capsys.readouterr()
     assert not any(
-        "wer" in name for name in figures_of([make_task(validation=validation).eval().measure(0, tmp_path, ALONE)])
+        "wer" in name for name in figures_of([make_task(validation=validation).eval().measure(tmp_path, ALONE)])
     )
     assert capsys.readouterr().out.count("no wer") == 1  # not again for each number of levels
     (corpus / "train.jsonl").write_text(json.dumps({"id": "c0"}))  # recordings whose words are not known

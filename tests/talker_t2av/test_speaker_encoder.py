@@ -98,7 +98,7 @@ def test_distillation_learns_the_voices(corpus, tmp_path):
         losses.append(result["distance"].item())
     assert losses[-1] < 0.3 * losses[0]
     task.eval()
-    results = figures_of([task.measure(25, tmp_path, ALONE)])
+    results = figures_of([task.measure(tmp_path, ALONE)])
     assert results["seen/nearest_voice"] == results["unseen/nearest_voice"] == 1.0
     assert results["seen/cosine"] > 0.8
     write_release(task, tmp_path / "release", results)

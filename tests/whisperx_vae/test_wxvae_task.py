@@ -143,7 +143,7 @@ def test_a_given_whisper_is_frozen(tmp_path):
 
 def test_validation_and_release(corpus, tmp_path, shares_give_the_same_figures):
     task = make_task(validation={"root": corpus, "splits": ["seen"], "clips": 2}).eval()
-    results = figures_of([task.measure(0, tmp_path, ALONE)])
+    results = figures_of([task.measure(tmp_path, ALONE)])
     assert {"seen/mel", "seen/latent_std", "seen/latent_speed"} <= results.keys()
     assert (tmp_path / "seen-decoded.wav").is_file()
     shares_give_the_same_figures(task)
