@@ -20,7 +20,7 @@ from engine.codec import Codec, load_codec
 from engine.cuda_graph import GraphedSteps
 from engine.device import send
 from engine.errors import UserError
-from engine.faces.clip import MAX_SIDE, ClipFrames, find_faces, place_face, place_landmarks
+from engine.faces.clip import MAX_SIDE, ArrayFrames, ClipFrames, find_faces, place_face, place_landmarks
 from engine.faces.detectors import FaceDetector
 from engine.faces.landmarks import LandmarkFinder, add_landmarks, read_landmarks, write_faces
 from engine.faces.strip import Strip
@@ -192,7 +192,7 @@ class HiCoDiTPipeline:
         if array and (video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8):
             raise UserError(f"frames of shape {video.shape} and type {video.dtype}: give (T, H, W, 3) uint8 RGB")
 
-        frames = [video] if array else ClipFrames(video, FPS)
+        frames = ArrayFrames(video) if array else ClipFrames(video, FPS)
         stated = len(video) if array else round(probe(video).seconds * FPS)
         label = f"{Path(name).name} ({stated / FPS:.1f} s)" if stated else Path(name).name
         try:
@@ -202,19 +202,17 @@ class HiCoDiTPipeline:
             raise UserError(f"{name}: {error}") from error
         for number, track in enumerate(tracks, 1):
             with stage("faces", len(track), "frames", f"{label}: cutting out the face"):
-                clip, track = (frames, track) if array else frames.sharper(track)
+                clip, track = frames.sharper(track)
                 if callable(self.landmarks):
                     track = add_landmarks(clip, track, self.landmarks)
                 path = None if strip is None else Path(strip(number))
                 crops = self._cut(clip, track, path)
             if path is not None:
-                track = track if array else track.scaled(clip.display_size[1] / clip.size[1])
+                track = track.scaled(clip.display_size[1] / clip.size[1])
                 write_faces(path.with_suffix(".json"), track, mouth_poses(track.best_points), MOUTH_SIDE, FPS)
             yield crops
 
-    def _tracks(
-        self, clip: ClipFrames | list[np.ndarray], name: str, face: str | int, face_box: Any
-    ) -> list[FaceTrack]:
+    def _tracks(self, clip: ClipFrames, name: str, face: str | int, face_box: Any) -> list[FaceTrack]:
         """Return the tracks of the faces that are meant."""
         if isinstance(self.landmarks, Path):
             if face_box is not None:

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from engine.errors import UserError
-from engine.faces.clip import ClipFrames, find_faces, place_face
+from engine.faces.clip import ArrayFrames, ClipFrames, find_faces, place_face
 from engine.faces.crops import centre_square, portrait_square
 from engine.faces.track import FaceError, read_boxes
 from engine.media.ffmpeg import check_readable, probe
@@ -59,15 +59,12 @@ def find_square(path: str | Path, count: int, crop: str = "face", face_box: str 
         crop: "face", or "centre" for the largest centred square without detection.
         face_box: position of the face in the form of `engine.faces.track.read_boxes`.
     """
-    if is_picture(path):
-        picture = read_picture(path)
-        clip, (height, width) = [picture], picture.shape[1:3]
-    else:
-        clip = ClipFrames(path, float(FPS), frames=max(count, SEARCHED))
-        height, width = clip.display_size
+    still, count = is_picture(path), max(count, SEARCHED)
+    clip = ArrayFrames(read_picture(path)) if still else ClipFrames(path, float(FPS), frames=count)
+    height, width = clip.display_size
     if crop == "centre" and face_box is None:
         return Square(*centre_square(height, width))
-    frames = 1 if isinstance(clip, list) else min(clip.frames, round(probe(path).seconds * FPS)) or None
+    frames = 1 if still else min(count, round(probe(path).seconds * FPS)) or None
     try:
         with stage("faces", frames, "frames", f"{Path(path).name}: finding the face"):
             if face_box is not None:
@@ -78,8 +75,7 @@ def find_square(path: str | Path, count: int, crop: str = "face", face_box: str 
         if face_box is not None:
             raise UserError(f"{path}: {error}") from error
         return Square(*centre_square(height, width), remark=f"{path}: {error}; its middle is used as the face")
-    size = clip[0].shape[1:3] if isinstance(clip, list) else clip.size
-    box = np.median(track.boxes[track.seen], axis=0) * (max(height, width) / max(size))
+    box = np.median(track.boxes[track.seen], axis=0) * (max(height, width) / max(clip.size))
     return Square(*portrait_square(box, height, width), first=int(track.seen.argmax()))
 
 

@@ -16,7 +16,7 @@ import torch
 from corpora.preparation.clip import FPS, HOP, HOP16, RATE, RATE16, MachineFault, Step, WorkItem
 from engine.errors import UserError
 from engine.evaluation.clips import words_of
-from engine.faces.clip import ClipFrames, find_faces, place_landmarks
+from engine.faces.clip import ArrayFrames, ClipFrames, find_faces, place_landmarks
 from engine.faces.detectors import YuNetDetector
 from engine.faces.landmarks import add_landmarks, landmark_source, read_landmarks
 from engine.faces.track import read_face
@@ -125,7 +125,8 @@ class Face(Step):
             if clip.info.span is not None:
                 raise UserError("landmarks of whole videos cannot be used for parts of them: leave face_landmarks out")
             size = ClipFrames(clip.path(clip.info.video), FPS).display_size
-            clip.track = place_landmarks([clip.frames], *read_landmarks(self.landmarks, clip.info.video), FPS, size)
+            frames = ArrayFrames(clip.frames, size)
+            clip.track = place_landmarks(frames, *read_landmarks(self.landmarks, clip.info.video), FPS)
             return
         clip.track = find_faces([clip.frames], FPS, self._which(clip), self.detector, clip.wave16)[0]
         if self.landmarks is not None:

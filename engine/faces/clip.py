@@ -85,6 +85,25 @@ class ClipFrames:
         return ClipFrames(self.path, self.fps, side, self.frames), track.scaled(side / self.max_side)
 
 
+class ArrayFrames(ClipFrames):
+    """Frames (T, H, W, 3) in memory, as one block.
+
+    Args:
+        display_size: height and width of the picture as a player shows it; None: those of the frames.
+    """
+
+    def __init__(self, frames: np.ndarray, display_size: tuple[int, int] | None = None) -> None:
+        self.array, self.size = frames, frames.shape[1:3]
+        self.display_size = display_size or self.size
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        yield self.array
+
+    def sharper(self, track: FaceTrack) -> tuple[ClipFrames, FaceTrack]:
+        """Return these frames and their track: there are no larger ones."""
+        return self, track
+
+
 def find_faces(
     clip: Iterable[np.ndarray],
     fps: float,
@@ -149,10 +168,9 @@ def _evidence(looks: list[np.ndarray], angle: float) -> float:
     return float(np.median([v for v in values if v])) if 2 * sum(v > 0 for v in values) >= len(looks) else 0.0
 
 
-def place_face(clip: ClipFrames | list[np.ndarray], boxes: Any, fps: float) -> FaceTrack:
+def place_face(clip: ClipFrames, boxes: Any, fps: float) -> FaceTrack:
     """Return the track of the user's boxes, in pixels of the picture as it is shown; see `track_of_boxes`."""
-    frames, decoded_size, (height, width) = _measure(clip)
-    track = track_of_boxes(boxes, frames, fps)
+    track, (height, width) = track_of_boxes(boxes, sum(map(len, clip)), fps), clip.display_size
     middle = middle_of(track.boxes)
     outside = ((middle < 0) | (middle > (width, height))).any(1)
     if outside.any():
@@ -160,33 +178,18 @@ def place_face(clip: ClipFrames | list[np.ndarray], boxes: Any, fps: float) -> F
         raise FaceError(
             f"face_box={box} at {outside.argmax() / fps:.1f} s lies outside the picture of {width} x {height} pixels"
         )
-    return track.scaled(decoded_size[1] / width)
+    return track.scaled(clip.size[1] / width)
 
 
-def place_landmarks(
-    clip: ClipFrames | list[np.ndarray],
-    landmarks: np.ndarray,
-    present: np.ndarray,
-    fps: float,
-    display_size: tuple[int, int] | None = None,
-) -> FaceTrack:
+def place_landmarks(clip: ClipFrames, landmarks: np.ndarray, present: np.ndarray, fps: float) -> FaceTrack:
     """Return the track of the user's landmarks (T, P, 2), in pixels of the picture as it is shown.
 
     Args:
         present: (T,) in which frames there are any.
-        display_size: height and width of the picture as it is shown; None: those of the clip.
     """
-    frames, decoded_size, clip_size = _measure(clip)
+    frames = sum(map(len, clip))
     if abs(len(landmarks) - frames) > MISFIT:
         raise FaceError(f"landmarks of {len(landmarks)} frames, but the clip has {frames} at {fps:g} a second")
     index = np.minimum(np.arange(frames), len(landmarks) - 1)
     track = landmark_track(fill_landmarks(landmarks, present)[index], present[index], fps)
-    return track.scaled(decoded_size[1] / (display_size or clip_size)[1])
-
-
-def _measure(clip: ClipFrames | list[np.ndarray]) -> tuple[int, tuple[int, int], tuple[int, int]]:
-    """Return the number of frames of a clip, their height and width, and those of the picture as it is shown."""
-    frames, size = 0, (1, 1)
-    for block in clip:
-        frames, size = frames + len(block), block.shape[1:3]
-    return frames, size, clip.display_size if isinstance(clip, ClipFrames) else size
+    return track.scaled(clip.size[1] / clip.display_size[1])

@@ -9,7 +9,7 @@ import pytest
 from drawn_faces import draw_face, scene, talking_head
 
 from engine.errors import UserError
-from engine.faces.clip import ClipFrames, find_faces, place_face
+from engine.faces.clip import ArrayFrames, ClipFrames, find_faces, place_face
 from engine.faces.detectors import FRONTAL, HaarDetector, YuNetDetector, box_of_points, with_points
 from engine.faces.strip import Strip
 from engine.faces.track import DETECT_EVERY, read_boxes, track_faces, track_of_boxes
@@ -246,10 +246,10 @@ def test_a_small_face_in_a_large_file_is_cut_from_larger_frames(tmp_path):
 
 
 def test_box_outside_the_picture_is_refused():
-    frames = np.zeros((10, 80, 120, 3), np.uint8)
+    frames = ArrayFrames(np.zeros((10, 80, 120, 3), np.uint8))
     with pytest.raises(UserError, match=r"face_box=200,10,30,30 at 0\.0 s lies outside the picture of 120 x 80 pixels"):
-        place_face([frames], [200, 10, 30, 30], 25.0)
-    assert np.allclose(place_face([frames], [20, 10, 30, 30], 25.0).boxes, [20, 10, 30, 30])
+        place_face(frames, [200, 10, 30, 30], 25.0)
+    assert np.allclose(place_face(frames, [20, 10, 30, 30], 25.0).boxes, [20, 10, 30, 30])
 
 
 @pytest.mark.parametrize("speaker", [0, 1])

@@ -13,7 +13,7 @@ import pytest
 from drawn_faces import scene, talking_head
 
 from engine.errors import UserError
-from engine.faces.clip import ClipFrames, find_faces, place_landmarks
+from engine.faces.clip import ArrayFrames, ClipFrames, find_faces, place_landmarks
 from engine.faces.detectors import box_of_points, five_points
 from engine.faces.landmarks import Dlib68, add_landmarks, landmark_source, read_landmarks, write_faces
 from engine.faces.track import track_of_boxes
@@ -169,7 +169,7 @@ def test_landmarks_are_read_from_every_kind_of_file(tmp_path, kind, count):
     if kind == "list":
         path.write_text(json.dumps([None if p is None else p.tolist() for p in rows]))
     elif kind == "debug":
-        track = place_landmarks([np.zeros((20, 90, 300, 3), np.uint8)], points, ~ABSENT, 25.0)
+        track = place_landmarks(ArrayFrames(np.zeros((20, 90, 300, 3), np.uint8)), points, ~ABSENT, 25.0)
         write_faces(path, track, mouth_poses(track.best_points), 96, 25.0)
         assert json.loads(path.read_text())["fps"] == 25
     elif kind == "npz":
@@ -219,11 +219,11 @@ def test_track_follows_given_landmarks(tmp_path):
     assert np.abs(track.points - five_points(points) / 2).max() < 1.5  # smooth
     assert np.abs(track.boxes - [[50 + i / 2, 0, 50, 50] for i in range(20)]).max() < 1.5
     assert np.array_equal(track[3:5].best_points, track.landmarks[3:5])
-    small = [np.zeros((20, 90, 320, 3), np.uint8)]
-    assert np.allclose(place_landmarks(small, points, ~ABSENT, 25.0, (360, 1280)).landmarks, points / 4)
-    longer = place_landmarks([np.zeros((23, 90, 320, 3), np.uint8)], points, ~ABSENT, 25.0)
+    small = ArrayFrames(np.zeros((20, 90, 320, 3), np.uint8), (360, 1280))
+    assert np.allclose(place_landmarks(small, points, ~ABSENT, 25.0).landmarks, points / 4)
+    longer = place_landmarks(ArrayFrames(np.zeros((23, 90, 320, 3), np.uint8)), points, ~ABSENT, 25.0)
     assert len(longer) == 23 and np.allclose(longer.landmarks[20:], points[19])
     with pytest.raises(UserError, match="landmarks of 20 frames, but the clip has 26 at 25 a second"):
-        place_landmarks([np.zeros((26, 90, 320, 3), np.uint8)], points, ~ABSENT, 25.0)
+        place_landmarks(ArrayFrames(np.zeros((26, 90, 320, 3), np.uint8)), points, ~ABSENT, 25.0)
     with pytest.raises(UserError, match="no face found in 90%"):
         place_landmarks(small, points, np.arange(20) < 2, 25.0)
