@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from corpora.preparation.clip import FPS, Outcome, SourceClip, WorkItem
 from corpora.preparation.sources import Source
 from corpora.preparation.steps import earlier_samples, start_steps, without_device
 from engine.cluster import Cluster
-from engine.config import build, target
+from engine.config import build, plain, target
 from engine.errors import UserError
 from engine.files import writable
 from engine.processes import Lost, Processes
@@ -130,7 +130,7 @@ def _check(config: DictConfig) -> None:
 
 def chosen_stages(config: DictConfig, source: Source) -> dict[str, dict[str, Any]]:
     """Return the settings by stage of those that are used and for which the source has what they need."""
-    stages = OmegaConf.to_container(config, resolve=True)["stages"]
+    stages = plain(config)["stages"]
     if not stages["decode"]["use"]:
         raise UserError("stages.decode.use=false: without it there is nothing to prepare")
     used = {name: stage for name, stage in stages.items() if stage.pop("use")}
