@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -83,15 +82,13 @@ def write_outputs(
                 raise UserError("no other clip of its speaker: give reference_audio in the manifest")
             identity = ge2e.embed(wave_of(batch[0][1].prompt.audio, 16_000).copy(), 16_000)
         told = None if expressions == "own" else [classes(numbers[clip.id], c) for (_, clip), c in zip(batch, crops)]
-        seeds, start = [seed + i for i, _ in batch], time.process_time()
         hook = pipeline.system.model.register_forward_hook(lambda model, given, out: rows.append(out.shape[:2].numel()))
-        speeches = pipeline.run(crops, seeds, identity, expressions=told)
+        speeches = pipeline.run(crops, [seed + i for i, _ in batch], identity, expressions=told)
         hook.remove()
-        seconds, spans = time.process_time() - start, [len(windows(len(c), pipeline.sampler)) for c in crops]
-        for (_, clip), c, speech, span in zip(batch, crops, speeches, spans):
-            cost = {"evaluations": (sum(rows) * span / sum(spans), span)}
-            cost["seconds_a_second"] = (seconds * len(c) / sum(map(len, crops)), len(c) / FPS)
-            write_take(folder, clip.id, speech.wave, speech.rate, **cost)
+        spans = [len(windows(len(c), pipeline.sampler)) for c in crops]
+        for (_, clip), speech, span in zip(batch, speeches, spans):
+            evaluations = sum(rows) * span / sum(spans), span
+            write_take(folder, clip.id, speech.wave, speech.rate, evaluations=evaluations)
 
     def inputs(clip: Clip) -> list[Path | None]:
         return [clip.truth.source, clip.prompt.audio if voice else None]

@@ -198,8 +198,7 @@ class Stated(Metric):
     figures: ClassVar = {
         "evaluations": Figure(
             "evaluations", -1, 1, meaning="clips that the network was given, by guidance branch and window"
-        ),
-        "seconds_a_second": Figure("s / s", -1, 3, meaning="processor seconds for a second of speech"),
+        )
     }
     inputs = ("about",)
     outputs_only = True
