@@ -23,7 +23,8 @@ from engine.media.video import mux_audio
 from engine.metrics.speaker import GE2EEncoder
 from engine.progress import stage
 from engine.settings import override
-from engine.word_times import Word, WordTimes, write_words
+from engine.word_times import WordTimes, write_words
+from hicodit.figure import draw
 from hicodit.pipeline import FPS, Crops, HiCoDiTPipeline, Speech
 from hicodit.settings import BUNDLED, FACE, InferConfig, face_name
 from hicodit.streaming import SpeechChunk, StreamSettings
@@ -76,18 +77,24 @@ class ClipJobs:
         return [[next(speeches) for _ in clip] for clip in batch]
 
     def write(self, name: str, faces: list[Crops], speeches: list[Speech]) -> tuple[str, float]:
-        """Write the files of a clip. Return a line about them, and the seconds of speech."""
-        results, unseen, total = [], [], 0.0
-        for number, (crops, speech) in enumerate(zip(faces, speeches, strict=True), 1):
-            strip = self._strip(Path(name), number) if self.config.debug else None
-            words = self.times.recognise(speech.wave, speech.rate) if self.times is not None else None
-            stem = self._stem(Path(name), number)
-            results.append((speech, stem, strip, words))
-            total += len(speech.wave) / speech.rate
-            if seconds := crops.track.unseen(FPS):
-                unseen.append(f" (face seen in {crops.track.coverage:.0%}; not at {seconds})")
-        files = write_outputs(Path(name), results, self.output, self.config.figure)
-        return f"{name}, {total:.1f} s -> {', '.join(path.name for path in files)}{''.join(unseen)}", total
+        """Write the files of a clip, all or none. Return a line about them, and the seconds of speech."""
+        clip, unseen, total = Path(name), [], 0.0
+        with all_or_none(self.output) as staging:
+            for number, (crops, speech) in enumerate(zip(faces, speeches, strict=True), 1):
+                stem = self._stem(clip, number)
+                if self.config.debug:
+                    strip = self._strip(clip, number)
+                    for path in (strip, strip.with_suffix(".json")):
+                        shutil.copyfile(path, staging / path.name)
+                write_speech(clip, speech, staging, stem, self.config.figure)
+                if self.times is not None:
+                    words = self.times.recognise(speech.wave, speech.rate)
+                    write_words(staging / stem, words, "recogniser", subtitles=True)
+                total += len(speech.wave) / speech.rate
+                if seconds := crops.track.unseen(FPS):
+                    unseen.append(f" (face seen in {crops.track.coverage:.0%}; not at {seconds})")
+            files = [path.name for path in sorted(staging.iterdir())]
+        return f"{name}, {total:.1f} s -> {', '.join(files)}{''.join(unseen)}", total
 
     def _stem(self, clip: Path, number: int) -> str:
         return face_name(clip, number) if self.config.face == "all" else clip.stem
@@ -122,27 +129,9 @@ class StreamJobs(ClipJobs):
         return f"{name}, {seconds:.1f} s -> {clip.stem}.wav, {clip.stem}.mp4 ({figures})", seconds
 
 
-def write_outputs(
-    clip: Path, results: list[tuple[Speech, str, Path | None, list[Word] | None]], folder: Path, figure: bool
-) -> list[Path]:
-    """Write all files of a clip, or none.
-
-    Args:
-        results: for each face the speech, the name of its files without an ending, the picture of its track, which is
-            copied with the JSON beside it, and the words with their times.
-    """
-    with all_or_none(folder) as staging:
-        for speech, stem, strip, words in results:
-            if strip is not None:
-                for path in (strip, strip.with_suffix(".json")):
-                    shutil.copyfile(path, staging / path.name)
-            write_wav(staging / f"{stem}.wav", speech.wave, speech.rate)
-            mux_audio(clip, speech.wave, speech.rate, staging / f"{stem}.mp4")
-            if figure:
-                from hicodit.figure import draw  # matplotlib takes a second to import
-
-                draw(speech, staging / f"{stem}.png")
-            if words is not None:
-                write_words(staging / stem, words, "recogniser", subtitles=True)
-        names = [path.name for path in sorted(staging.iterdir())]
-    return [folder / name for name in names]
+def write_speech(clip: Path, speech: Speech, folder: Path, stem: str, figure: bool) -> None:
+    """Write the speech of a clip, the clip with this sound and, if asked for, the figure: STEM.wav, .mp4 and .png."""
+    write_wav(folder / f"{stem}.wav", speech.wave, speech.rate)
+    mux_audio(clip, speech.wave, speech.rate, folder / f"{stem}.mp4")
+    if figure:
+        draw(speech, folder / f"{stem}.png")

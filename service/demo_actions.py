@@ -19,11 +19,10 @@ from engine.media.ffmpeg import probe
 from engine.metrics.speaker import GE2EEncoder
 from engine.seeding import check_seed
 from hicodit.generation import windows
-from hicodit.inference import write_outputs as write_speech
+from hicodit.inference import write_speech
 from hicodit.pipeline import BUNDLED, FPS, HiCoDiTPipeline
 from talker_t2av.faces import is_picture
-from talker_t2av.inference import describe
-from talker_t2av.inference import write_outputs as write_talk
+from talker_t2av.inference import describe, write_talk
 from talker_t2av.jobs import Job
 from talker_t2av.pipeline import TalkerPipeline
 from talker_t2av.prompt import step_limit
@@ -91,9 +90,9 @@ class Demo:
         report(0, total, "generating speech")
         speech = self.hicodit.run([crops], [seed], identity, sampler, on_step=on_step)[0]
         report(0, 0, "writing the files")
-        video, figure, sound = map(
-            str, write_speech(Path(clip), [(speech, Path(clip).stem, None, None)], self._new_folder(), True)
-        )
+        folder, stem = self._new_folder(), Path(clip).stem
+        write_speech(Path(clip), speech, folder, stem, figure=True)
+        video, figure, sound = (str(folder / f"{stem}.{kind}") for kind in ("mp4", "png", "wav"))
         unseen = crops.track.unseen(FPS)
         notes = [f"{len(speech.wave) / speech.rate:.1f} s of speech"]
         if unseen:
@@ -144,9 +143,9 @@ class Demo:
         talk = self.talker.finish([prepared], lambda step: report(step.index + 1, total, "generating"))[0]
         report(0, 0, "writing the files")
         folder = self._new_folder()
-        names = write_talk(job, mode, talk, folder)
+        write_talk(job, mode, talk, folder)
         sound = str(folder / f"{mode}.wav") if mode != "a2v" else None
-        video = str(folder / f"{mode}.mp4") if f"{mode}.mp4" in names else None
+        video = str(folder / f"{mode}.mp4") if mode != "tts" else None
         notes += [f"{len(talk.wave) / self.talker.rate:.1f} s of speech", *filter(None, prepared.remark.split("; "))]
         if prepared.mode.open_ended and not talk.stopped:
             notes.append("it was cut off at the longest length allowed")

@@ -9,13 +9,9 @@ import warnings
 from pathlib import Path
 from textwrap import shorten
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
-from engine.files import atomic_output
+from engine.evaluation.charts import chart_file
 from engine.media.audio import mel_picture
 from engine.metrics.speech import loudness
 from talker_t2av.model import FPS
@@ -35,24 +31,22 @@ def movement(frames: np.ndarray) -> np.ndarray:
 def draw(talk: Talk, text: str, path: Path) -> None:
     """Write the figure as PNG."""
     rate, seconds = TalkerPipeline.rate, len(talk.frames) / FPS
-    figure, (top, middle, bottom) = plt.subplots(
-        3, 1, figsize=(12, 5.4), height_ratios=(1, 2, 1), constrained_layout=True, sharex=True
-    )
     picks = ((np.arange(FACES) + 0.5) * len(talk.frames) / FACES).astype(int)
-    top.imshow(np.concatenate(talk.frames[picks], 1), aspect="auto", extent=(0, seconds, 0, 1))
-    top.set_yticks([])
-    top.set_title(shorten(text, 100), parse_math=False)
-    mel = mel_picture(talk.wave, rate)
-    middle.imshow(mel, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, 80), vmin=mel.max() - 80)
-    middle.set_ylabel("mel band")
-    level, change = loudness(talk.wave, rate), movement(talk.frames)
-    bottom.plot((np.arange(len(change)) + 1) / FPS, change, label="movement round the mouth, frame to frame")
-    bottom.plot((np.arange(len(level)) + 0.5) / FPS, level / max(level.max(), 1e-9), label="loudness")
-    bottom.set_xlim(0, seconds)
-    bottom.set_xlabel("seconds")
-    bottom.set_ylabel("relative")
-    bottom.set_ylim(-0.05, 1.5)
-    bottom.legend(loc="upper right", ncols=2, fontsize=8)
-    with warnings.catch_warnings(action="ignore"), atomic_output(path) as staging:  # the font may lack a letter
-        figure.savefig(staging, dpi=100)
-    plt.close(figure)
+    mel, level, change = mel_picture(talk.wave, rate), loudness(talk.wave, rate), movement(talk.frames)
+    how = {"figsize": (12, 5.4), "height_ratios": (1, 2, 1), "sharex": True, "grid": False, "dpi": 100}
+    with (
+        warnings.catch_warnings(action="ignore"),  # the font may lack a letter
+        chart_file(path, 3, 1, **how) as (top, middle, bottom),
+    ):
+        top.imshow(np.concatenate(talk.frames[picks], 1), aspect="auto", extent=(0, seconds, 0, 1))
+        top.set_yticks([])
+        top.set_title(shorten(text, 100), parse_math=False)
+        middle.imshow(mel, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, 80), vmin=mel.max() - 80)
+        middle.set_ylabel("mel band")
+        bottom.plot((np.arange(len(change)) + 1) / FPS, change, label="movement round the mouth, frame to frame")
+        bottom.plot((np.arange(len(level)) + 0.5) / FPS, level / max(level.max(), 1e-9), label="loudness")
+        bottom.set_xlim(0, seconds)
+        bottom.set_xlabel("seconds")
+        bottom.set_ylabel("relative")
+        bottom.set_ylim(-0.05, 1.5)
+        bottom.legend(loc="upper right", ncols=2, fontsize=8)

@@ -19,7 +19,8 @@ from engine.media.audio import write_wav
 from engine.media.video import join_audio, mux_audio, write_video
 from engine.progress import stage
 from engine.settings import override
-from engine.word_times import Word, WordTimes, write_words
+from engine.word_times import WordTimes, write_words
+from talker_t2av.figure import draw
 from talker_t2av.jobs import FindWords, PreparedJob
 from talker_t2av.pipeline import Talk, TalkerPipeline
 from talker_t2av.settings import InferConfig, Job, outputs_of
@@ -67,58 +68,44 @@ class TalkJobs:
         return self.pipeline.finish(batch)
 
     def write(self, name: str, prepared: PreparedJob, talk: Talk) -> tuple[str, float]:
-        """Write the files of a job. Return a line about them, and the seconds of speech."""
-        words = None
-        if self.times is not None:
-            words = self.times.align(prepared.job.text, talk.wave, self.pipeline.rate)
-        files = write_outputs(
-            prepared.job, name, talk, Path(self.config.output), self.config.figure, words, prepared.origin
-        )
-        seconds = len(talk.wave) / self.pipeline.rate
+        """Write the files of a job, all or none. Return a line about them, and the seconds of speech."""
+        c, job, origin, rate = self.config, prepared.job, prepared.origin, self.pipeline.rate
+        with all_or_none(c.output) as staging:
+            write_talk(job, name, talk, staging)
+            if c.figure and talk.frames is not None:
+                draw(talk, job.text, staging / f"{name}.png")
+            if self.times is not None:
+                words = self.times.align(job.text, talk.wave, rate)
+                write_words(staging / name, words, "text", subtitles=job.mode != "tts", **(origin or {}))
+            elif origin:
+                write_json(staging / f"{name}.json", origin)
+        files = outputs_of(job, name, c.figure, c.timestamps)
+        files += [f"{name}.json"] if origin and not c.timestamps else []
         remarks = [prepared.remark] if prepared.remark else []
         if prepared.mode.open_ended and not talk.stopped:
             remarks.append("cut off at the longest length allowed: see max_seconds")
-        remark = f" ({'; '.join(remarks)})" if remarks else ""
+        remark, seconds = f" ({'; '.join(remarks)})" if remarks else "", len(talk.wave) / rate
         return f"{name}, {seconds:.1f} s -> {', '.join(files)}{remark}", seconds
 
 
-def write_outputs(
-    job: Job,
-    name: str,
-    talk: Talk,
-    folder: Path,
-    figure: bool = False,
-    words: list[Word] | None = None,
-    origin: Mapping[str, str] | None = None,
-) -> list[str]:
-    """Write all files of a job, or none; return their names. Figure, times of words and `origin` are optional.
+def write_talk(job: Job, name: str, talk: Talk, folder: Path) -> None:
+    """Write sound and video of a job to `folder`.
 
     Given streams stay as they are: in a2v the sound, sample for sample, in v2a the pictures.
     """
-    with all_or_none(folder) as staging:
-        video = staging / f"{name}.mp4"
-        if job.mode == "a2v":
-            for target in outputs_of(job, name)[:-1]:
-                shutil.copyfile(job.audio, staging / target)
-            write_video(staging / "silent.mp4", talk.frames, TalkerPipeline.fps)
-            join_audio(staging / "silent.mp4", job.audio, video)
-            (staging / "silent.mp4").unlink()
-        else:
-            write_wav(staging / f"{name}.wav", talk.wave, TalkerPipeline.rate)
-        if job.mode == "t2av":
-            write_video(video, talk.frames, TalkerPipeline.fps, talk.wave, TalkerPipeline.rate)
-        elif job.mode == "v2a":
-            mux_audio(job.video, talk.wave, TalkerPipeline.rate, video)
-        if figure and talk.frames is not None:
-            from talker_t2av.figure import draw  # matplotlib takes a second to import
-
-            draw(talk, job.text, staging / f"{name}.png")
-        if words is not None:
-            write_words(staging / name, words, "text", subtitles=job.mode != "tts", **(origin or {}))
-        elif origin:
-            write_json(staging / f"{name}.json", origin)
-    files = outputs_of(job, name, figure, words is not None)
-    return files + ([f"{name}.json"] if origin and words is None else [])
+    video = folder / f"{name}.mp4"
+    if job.mode == "a2v":
+        for target in outputs_of(job, name)[:-1]:
+            shutil.copyfile(job.audio, folder / target)
+        write_video(folder / "silent.mp4", talk.frames, TalkerPipeline.fps)
+        join_audio(folder / "silent.mp4", job.audio, video)
+        (folder / "silent.mp4").unlink()
+    else:
+        write_wav(folder / f"{name}.wav", talk.wave, TalkerPipeline.rate)
+    if job.mode == "t2av":
+        write_video(video, talk.frames, TalkerPipeline.fps, talk.wave, TalkerPipeline.rate)
+    elif job.mode == "v2a":
+        mux_audio(job.video, talk.wave, TalkerPipeline.rate, video)
 
 
 def describe(origin: Mapping[str, str]) -> str:

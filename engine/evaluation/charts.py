@@ -17,8 +17,10 @@ from engine.files import atomic_output
 
 
 @contextmanager
-def chart_file(path: Path, panels: int, columns: int, title: str = "", **how: Any) -> Iterator[np.ndarray]:
-    """Yield the axes (`panels`,) of a new chart; it is written to `path` when the block succeeds."""
+def chart_file(
+    path: Path, panels: int, columns: int, title: str = "", grid: bool = True, dpi: int = 110, **how: Any
+) -> Iterator[np.ndarray]:
+    """Yield the axes (`panels`,) of a new figure; it is written to `path` when the block succeeds."""
     import matplotlib  # takes a second
 
     matplotlib.use("Agg")
@@ -28,12 +30,13 @@ def chart_file(path: Path, panels: int, columns: int, title: str = "", **how: An
     try:
         for axis in axes.flat[panels:]:
             axis.set_visible(False)
-        for axis in axes.flat:
+        for axis in axes.flat if grid else ():
             axis.grid(alpha=0.3)
-        figure.suptitle(title)
+        if title:
+            figure.suptitle(title)
         yield axes.flat[:panels]
         with atomic_output(path) as partial:
-            figure.savefig(partial, dpi=110)
+            figure.savefig(partial, dpi=dpi)
     finally:
         plt.close(figure)
 
