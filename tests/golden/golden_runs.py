@@ -9,6 +9,7 @@ Axes: B batch, T video frames, L = 2 T token frames, K token levels, F latent fr
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import re
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.training.settings import TrainerConfig
@@ -224,7 +226,24 @@ def machine() -> dict[str, str]:
         fields = dict(re.findall(r"^(cpu family|model name|model|stepping)\s*:\s*(.*?)\s*$", first, re.MULTILINE))
         processor = " ".join(fields.get(name, "") for name in ("model name", "cpu family", "model", "stepping")).strip()
     kernels = torch.backends.cpu.get_cpu_capability()
-    return {"processor": processor or platform.machine(), "kernels": kernels, "torch": torch.__version__}
+    return {
+        "processor": processor or platform.machine(), "kernels": kernels, "torch": torch.__version__,
+        "rounding": rounding(),
+    }  # fmt: skip
+
+
+def rounding() -> str:
+    """Return eight hex digits of sums on one thread. Kernels also order them by what the name does not tell: caches."""
+    g, digest, threads = torch.Generator().manual_seed(0), hashlib.sha256(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    for n in (3, 24, 96, 500):
+        x, weight = torch.randn(n, 48, generator=g), torch.randn(48, 144, generator=g, requires_grad=True)
+        q, k, v = (x @ weight).unflatten(-1, (4, 36)).transpose(0, 1).split(12, -1)
+        y = F.layer_norm(F.scaled_dot_product_attention(q[None], k[None], v[None]), (12,)).log_softmax(-1)
+        y = F.conv1d(y.flatten(0, 2).T[None], torch.randn(24, 12, 3, generator=g)).square().mean()
+        digest.update(torch.autograd.grad(y, weight)[0].numpy().tobytes() + y.detach().numpy().tobytes())
+    torch.set_num_threads(threads)
+    return digest.hexdigest()[:8]
 
 
 def losses_of(name: str) -> list[dict[str, float]]:
