@@ -167,6 +167,26 @@ class LiaX(PortraitCodec):
         """(T, 3, S, S) with the same edit in every frame: `animate` with the first frame as the source."""
         return self.animate(video[0], video, edit_indices, edit_values, chunk)
 
+    def interpolate_image(
+        self, picture: Tensor, edit_indices: Sequence[int], edit_values: Sequence[float], chunk: int = 8
+    ) -> Tensor:
+        """64 frames that swing the given entries of the motion code: (3, S, S) -> (64, 3, S, S), not clamped.
+
+        Up by `edit_values` in 16 steps and back. Then the same once more if any of the values 6 to 9 is non-zero (the
+        demo's mouth controls), else down by as much and back.
+        """
+        if len(edit_values) < 10:
+            raise UserError(
+                f"{len(edit_values)} edit values: interpolation takes ten or more (the demo has 14 controls)"
+            )
+        up = torch.ones(16, dtype=torch.float64)
+        second = torch.cat([up, -up]) if any(edit_values[6:10]) else torch.cat([-up, up])
+        amounts = torch.cat([up, -up, second])[:, None] * (torch.tensor(edit_values, dtype=torch.float64) / 16)
+        identity = self.identity(picture)
+        codes = self._edited(identity, edit_indices, [0.0] * len(edit_values)).repeat(64, 1)
+        codes[:, list(edit_indices)] += amounts.cumsum(0).to(codes)
+        return self.decode(codes, identity, chunk)
+
     @torch.no_grad()
     def _decode(self, identity: Identity, chunk: int, target: Tensor, *relative: Tensor) -> Tensor:
         require_range("chunk", chunk, 1, 2**20)

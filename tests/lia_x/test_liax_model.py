@@ -75,6 +75,22 @@ def test_animate_starts_from_the_edited_source(model, video):
     )
 
 
+@pytest.mark.parametrize("mouth", [False, True])
+def test_interpolation_order(video, mouth):
+    model = LiaX(LiaXConfig(style_dim=16, motion_dim=12, scale=1, size=48, width=4, max_width=8, depth=1)).eval()
+    seen = []
+    model.decode = lambda motion, identity, chunk: seen.append(motion)
+    values = [0.0] * 10
+    values[7 if mouth else 0] = 0.8
+    model.interpolate_image(video[0], list(range(10)), values)
+    index = 7 if mouth else 0
+    path = (seen[0] - model.encode(video[:1]))[:, index] / 0.8
+    assert path.shape == (64,)
+    expected = {0: 1 / 16, 15: 1.0, 31: 0.0, 47: 1.0 if mouth else -1.0, 63: 0.0}
+    for frame, value in expected.items():
+        assert path[frame].item() == pytest.approx(value, abs=1e-5)
+
+
 def test_pictures_to_and_from_bytes():
     frames = np.random.default_rng(0).integers(0, 256, (2, 48, 48, 3), dtype=np.uint8)
     tensor = video_to_tensor(frames, 48)
