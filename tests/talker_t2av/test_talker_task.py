@@ -99,7 +99,8 @@ def test_a_release_holds_all_that_inference_needs(root, tmp_path):
         "speaker": "some/voice",
     }
     assert config["motion"]["mean"] == pytest.approx([0.1] * DM) and config["digests"] == {"speech": "abc"}
-    assert config["sampling"] == {"steps": 2, "temperature": 0.5, "guidance": 1.5, "text_bytes": 190} | DRAFTS
+    stated = {"steps": 2, "temperature": 0.5, "guidance": 1.5}
+    assert config["sampling"] == stated | {"unguided": 0, "text_bytes": 190} | DRAFTS
     words = TalkerTokenizer.from_pretrained(tmp_path / "out")
     assert words.prompt("lay blue") == task.words.prompt("lay blue")
     assert "wer_seen | 0.5" in (tmp_path / "out" / "README.md").read_text()
