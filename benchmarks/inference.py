@@ -47,7 +47,7 @@ from benchmarks.common import (
 )
 from benchmarks.official_talker import official_t2av
 from engine.evaluation.charts import chart_file
-from engine.precision import can_int8, convert_matrices, pack_linear, quantise_linear
+from engine.precision import can_int8, convert_matrices, prepare_inference
 from engine.record import dated
 from engine.training.speed import counter
 from hicodit.conditions.encoders import TinyEncoderConfig
@@ -190,9 +190,7 @@ def hicodit(job: dict[str, Any]) -> dict[str, Any]:
     model = copy.deepcopy(plain)
     if precision == "bf16":
         convert_matrices(model, torch.bfloat16, FLOAT32)
-    if precision == "int8":
-        quantise_linear(model, device)
-    pack_linear(model, device)
+    prepare_inference(model, precision == "int8", device)
     times = take_turns(
         job["rounds"], lambda: first_window(model), lambda: first_window(plain, posterior=PaperPosterior)
     )
@@ -242,9 +240,7 @@ def talker(job: dict[str, Any]) -> dict[str, Any]:
     if precision == "bf16":
         model.to_precision(torch.bfloat16)
     fuse_layers(model)
-    if precision == "int8":
-        quantise_linear(model, device)
-    pack_linear(model, device)
+    prepare_inference(model, precision == "int8", device)
     requests = [random_request(plain, patches, seed) for seed in range(batch)]
 
     def loop(model: TalkerT2AV) -> list[float]:

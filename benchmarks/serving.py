@@ -220,10 +220,10 @@ async def _server(args: argparse.Namespace) -> AsyncIterator[str]:
     command = [sys.executable, "scripts/serve.py", "--port", str(port), "--rows", str(args.rows)]
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": f"{ROOT}:{ROOT / 'codecs'}"}
     command += [f"--{name}={getattr(args, name)}" for name in ("precision", "sampling")]
-    folder = Path(tempfile.mkdtemp(prefix="serving-"))
+    folder = tempfile.TemporaryDirectory(prefix="serving-")  # deleted with the object, whatever happens
     if args.size == "base":
-        save_released_size(folder)
-        command += ["--models", "talker_t2av", "--talker", str(folder)]
+        save_released_size(Path(folder.name))
+        command += ["--models", "talker_t2av", "--talker", folder.name]
     process = subprocess.Popen([*command, "--device", args.device.type], cwd=ROOT, env=environment)
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
@@ -238,4 +238,4 @@ async def _server(args: argparse.Namespace) -> AsyncIterator[str]:
     finally:
         process.terminate()
         process.wait(60)
-        shutil.rmtree(folder)
+        folder.cleanup()
