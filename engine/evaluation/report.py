@@ -6,17 +6,15 @@ import base64
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import cv2
 import jinja2
-import numpy as np
 
 from engine.errors import UserError
 from engine.evaluation.clips import TRUTH, Clip
-from engine.evaluation.summary import verdicts
+from engine.evaluation.summary import comparison_lines
 from engine.files import write_text
 from engine.media.audio import read_audio
 from engine.media.ffmpeg import command, source
@@ -27,28 +25,15 @@ TEMPLATE = Path(__file__).with_name("report.html.jinja")
 SHOWN = 10  # best clips, and worst
 SECONDS = 20.0  # of a clip that are shown
 VIDEO_SIDE, RATE = 224, 16_000
-COLOURS = ("#2f6fde", "#d9662b", "#2a9d6f", "#9b51c4", "#c43d63", "#7a7a2c")
-TRUE_COLOUR = "#7d8590"
 
 
 def write_report(path: Path, summary: Mapping[str, Any], clips: Sequence[Clip], media: bool = True) -> None:
-    """Write the tables, distributions, tests, and the ten best and worst clips of the first system.
+    """Write the table, the comparison of systems, and the ten best and worst clips of the first system.
 
     Args:
         media: with players and spectrograms.
     """
     systems = [name for name in summary["systems"] if name != TRUTH]
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(systems)} | {TRUTH: TRUE_COLOUR}
-    plots = []
-    for figure, about in summary["figures"].items():
-        values = {
-            name: list(cells[figure]["values"].values())
-            for name, cells in summary["systems"].items()
-            if figure in cells and len(cells[figure]["values"]) > 1
-        }
-        values = {n: own for n, own in values.items() if n != TRUTH or np.ptp(own) > 1e-6}  # not 0 or 1 by definition
-        if any(np.ptp(own) > 1e-6 for own in values.values()):
-            plots.append({**about, "svg": distribution(values, colours, about["digits"])})
     ranking, best, worst = rank(summary, systems)
     by_id = {clip.id: clip for clip in clips}
     cards = {
@@ -60,15 +45,7 @@ def write_report(path: Path, summary: Mapping[str, Any], clips: Sequence[Clip], 
     )
     environment.filters["figure"] = lambda value, digits: f"{value:.{digits}f}".replace("-", "−")
     page = environment.from_string(TEMPLATE.read_text()).render(
-        s=summary,
-        systems=systems,
-        verdicts=verdicts(summary),
-        truth=TRUTH,
-        best=_best(summary, systems),
-        colours=colours,
-        plots=plots,
-        cards=cards,
-        ranking=ranking,
+        s=summary, systems=systems, comparison=comparison_lines(summary), cards=cards, ranking=ranking
     )
     write_text(path, page)
 
@@ -92,28 +69,13 @@ def rank(summary: Mapping[str, Any], systems: Sequence[str]) -> tuple[str, list[
     return summary["figures"][keys[0]]["title"], order[:count], order[count:][::-1][:SHOWN]
 
 
-def _best(summary: Mapping[str, Any], systems: Sequence[str]) -> dict[str, str]:
-    """Return the system with the best value of each figure, where there are several, measured on the same clips."""
-    found = {}
-    for figure, about in summary["figures"].items():
-        cells = {n: summary["systems"][n][figure] for n in systems if figure in summary["systems"][n]}
-        values = {name: cell["value"] for name, cell in cells.items()}
-        if len({(cell["clips"], *sorted(cell["values"])) for cell in cells.values()}) > 1:
-            continue
-        shown = {name: round(about["better"] * value, about["digits"]) for name, value in values.items()}
-        top = [name for name, value in shown.items() if value == max(shown.values())]
-        if len(top) == 1 < len(values):
-            found[figure] = top[0]
-    return found
-
-
 def _card(clip: Clip, summary: Mapping[str, Any], systems: Sequence[str], media: bool) -> dict[str, Any]:
     takes = []
     for name in [*systems, TRUTH]:
         take = clip.truth if name == TRUTH else clip.takes.get(name)
         cells = summary["systems"].get(name, {})
         values = [
-            (about["title"], f"{cells[figure]['values'][clip.id]:.{about['digits']}f}")
+            f"{about['title']} {cells[figure]['values'][clip.id]:.{about['digits']}f}"
             for figure, about in summary["figures"].items()
             if clip.id in cells.get(figure, {}).get("values", {})
         ]
@@ -159,35 +121,3 @@ def spectrogram_image(path: Path) -> str:
     picture = cv2.resize(picture, (480, 120), interpolation=cv2.INTER_AREA)
     _, content = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
     return f'<img alt="spectrogram" src="{_url(content.tobytes(), "image/jpeg")}">'
-
-
-def distribution(values: Mapping[str, Sequence[float]], colours: Mapping[str, str], digits: int) -> str:
-    """Return an <svg> with a row for each system: its clips as points, quartiles and median as a box."""
-    every = np.concatenate([np.asarray(v, float) for v in values.values()])
-    low, high = float(every.min()), float(every.max())
-    span = (high - low) or 1.0
-    width, left, row = 560, 8, 54
-    height = row * len(values) + 26
-
-    def at(value: float) -> float:
-        return left + (value - low) / span * (width - 2 * left)
-
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img">']
-    rng = np.random.default_rng(0)
-    for i, (name, own) in enumerate(values.items()):
-        own, y, colour = np.asarray(own, float), 32 + row * i, colours[name]
-        q1, middle, q3 = np.percentile(own, [25, 50, 75])
-        parts.append(f'<text x="{left}" y="{y - 18}" class="name">{escape(name)}</text>')
-        for value, shift in zip(own, rng.uniform(-9, 9, len(own))):
-            place = f'cx="{at(value):.1f}" cy="{y + shift:.1f}" r="2.4"'
-            parts.append(f'<circle {place} fill="{colour}" fill-opacity=".4"/>')
-        parts.append(
-            f'<rect x="{at(q1):.1f}" y="{y - 11}" width="{max(at(q3) - at(q1), 1):.1f}" height="22" fill="none" '
-            f'stroke="{colour}" stroke-width="1.5"/><line x1="{at(middle):.1f}" x2="{at(middle):.1f}" y1="{y - 11}" '
-            f'y2="{y + 11}" stroke="{colour}" stroke-width="3"/>'
-        )
-    for value, anchor in ((low, "start"), (low + span / 2, "middle"), (low + span, "end")):
-        parts.append(
-            f'<text x="{at(value):.1f}" y="{height - 6}" text-anchor="{anchor}" class="tick">{value:.{digits}f}</text>'
-        )
-    return "".join(parts) + "</svg>"

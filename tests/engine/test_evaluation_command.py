@@ -138,7 +138,7 @@ def test_two_systems_side_by_side(run):
     assert "utmos_state_dict.pt (python scripts/download_checkpoints.py metrics" in missing
     assert "paper: LibriTTS WhisperX-VAE" in out
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page) and "http" not in re.sub(r"base64,[^\"]*", "", page)
-    assert page.count("<audio") == page.count('alt="spectrogram"') == 3 * 3 and "<svg" in page
+    assert page.count("<audio") == page.count('alt="spectrogram"') == 3 * 3
 
 
 def test_the_report_says_which_system_is_better(run, folders):
@@ -157,13 +157,12 @@ def test_the_report_says_which_system_is_better(run, folders):
     assert "no difference is shown by STOI. So few clips" in run("clips=3", outputs=("bad", "good")).out
 
 
-def test_values_of_different_clips_are_not_ranked(run, folders):
-    _, results, out, _, page = run(outputs=("good", "bad"), metrics="stoi,stoi")
+def test_values_of_different_clips_are_noted(run, folders):
+    _, results, out, *_ = run(outputs=("good", "bad"), metrics="stoi,stoi")
     assert len(results["tests"]) == 1  # asked for twice, it is one
-    assert 'class="best">' in page and "of different clips" not in out
+    assert "of different clips" not in out
     (folders / "bad" / "s0" / "c0.wav").unlink()
-    _, _, out, _, page = run(outputs=("good", "bad"))
-    assert 'class="best">' not in page
+    out = run(outputs=("good", "bad")).out
     assert "note: the rows' STOI is of different clips, as some were left out; the comparison" in out
 
 
