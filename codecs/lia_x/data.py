@@ -7,7 +7,7 @@ square.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from engine.errors import UserError, leaving_out
+from engine.evaluation.validation import Share
 from engine.files import atomic_output
+from engine.media.video import read_video
 from engine.progress import track
 from engine.shards.reader import Blocks, Reading, ShardSplit
 from engine.shards.recordings import is_prepared, read_manifest
@@ -93,9 +95,7 @@ class FramePairs(torch.utils.data.Dataset):
         if is_prepared(root, split):
             if tracks:
                 raise UserError("data.train.tracks: prepared shards have no known movements; set it to null")
-            self.stored = ShardSplit(join(root, split), Reading(**(shards or {})), least_frames=2)
-            self.stored.check_holds("portraits")
-            self.stored.require(*PORTRAITS)
+            self.stored = _stored_portraits(root, split, Reading(**(shards or {})))
             self.blocks = self.stored.blocks()
             return
         if cache is None:
@@ -137,6 +137,31 @@ class FramePairs(torch.utils.data.Dataset):
         return item if self.tracks is None else item | {"tracks": self.tracks[index, chosen]}
 
     collate = staticmethod(default_collate)  # {"frames": (B, 2, S, S, 3) bytes}, with tracks also {"tracks": (B, 2, L)}
+
+
+def held_out_frames(
+    root: str | Path, split: str, count: int, size: int, share: Share
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the numbers and frames (T, H, W, 3) of a share of the first `count` clips of ROOT/SPLIT.
+
+    Of prepared shards, they are the pictures that the shards hold of a clip, scaled to S = `size`.
+    """
+    if is_prepared(root, split):
+        stored = _stored_portraits(root, split)
+        for index in share.range(min(count, len(stored))):
+            packed, starts = map(stored.read_complete(index, PORTRAITS)[1].get, PORTRAITS)
+            yield index, unpack_portraits(packed, starts, size)
+        return
+    rows = read_manifest(root, split)[:count]
+    for index in share.range(len(rows)):
+        yield index, read_video(Path(root) / split / f"{rows[index]['id']}.mp4")
+
+
+def _stored_portraits(root: str | Path, split: str, reading: Reading | None = None) -> ShardSplit:
+    stored = ShardSplit(join(root, split), reading, least_frames=2)
+    stored.check_holds("portraits")
+    stored.require(*PORTRAITS)
+    return stored
 
 
 def _positions(total: int, count: int, shift: float) -> np.ndarray:

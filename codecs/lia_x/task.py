@@ -5,11 +5,11 @@ Axes: B pairs, S side, M motion, L known movements.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 from engine.codec import load_like
 from engine.errors import UserError
+from engine.evaluation.resynthesis import rebuild
 from engine.evaluation.validation import ByClip, Share
-from engine.media.video import write_video
+from engine.media.pictures import fit_frames
+from engine.metrics.picture import reconstruction
 from engine.settings import require_range
 from engine.training.task import Release, Task
 from lia_x.codec import LiaX, LiaXConfig
+from lia_x.data import held_out_frames
 from lia_x.losses import Discriminator, Perceptual, pyramid_l1, region_weights, structural
-from lia_x.validation import measure_each, rebuild_clips, strip
 
-FPS = 25.0  # of clips
 MOTION_GAIN = 4.0  # of the first motion codes over those of equalised weights
 
 
@@ -64,8 +65,7 @@ class LiaXTask(Task):
         decoder_only: the encoder keeps the weights of `init`, so that motion codes stay the same.
         discriminator: `width` and `max_width`.
         vgg: file of torchvision's vgg19 weights.
-        validation: `root`, `splits`, `clips` (per split) and `regions` (boxes by name); None: no
-            validation.
+        validation: `root`, `splits` and `clips` (per split); None: no validation.
     """
 
     def __init__(
@@ -175,21 +175,18 @@ class LiaXTask(Task):
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
 
     def measure(self, folder: Path, share: Share) -> dict[str, float | ByClip]:
-        """Measure the first held-out clips of each split; write strips and videos of true and rebuilt frames."""
+        """Measure how well held-out clips, the first of each split, are rebuilt from one frame and their motion."""
         if self.validation is None:
             return {}
+        root, count, size = self.validation["root"], self.validation["clips"], self.codec.size
         results: dict[str, float | ByClip] = {}
         for split in self.validation["splits"]:
-            own = rebuild_clips(self.codec, self.validation["root"], split, self.validation["clips"], share)
-            clips = list(own.values())
-            found = measure_each(own, self.validation["regions"])
-            results |= {f"{split}/{name}": value for name, value in found.items()}
-            if not share.first:
-                continue
-            picture = strip(clips[:4])
-            pair = np.concatenate([clips[0].true, clips[0].rebuilt], 2)
-            write_video(folder / f"{split}.mp4", pair, FPS)
-            cv2.imwrite(str(folder / f"{split}.png"), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+            figures: dict[str, dict[int, float]] = defaultdict(dict)
+            for number, frames in held_out_frames(root, split, count, size, share):
+                rebuilt, _ = rebuild(self.codec, frames)
+                for name, value in reconstruction(fit_frames(frames, size), rebuilt).items():
+                    figures[name][number] = value
+            results |= {f"{split}/{name}": ByClip(values, np.mean) for name, values in figures.items()}
         return results
 
     def release_info(self) -> Release:

@@ -83,15 +83,15 @@ class Reconstruction(PictureMetric):
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         made, true = read_video(take.video, FPS), read_video(truth.video, FPS)
         length = min(len(made), len(true))
-        found = reconstruction(fit_frames(true[:length], made.shape[1]), made[:length], REGIONS)
+        found = reconstruction(fit_frames(true[:length], made.shape[1]), made[:length])
         return {name: (value, 1) for name, value in found.items()}
 
 
-def reconstruction(true: np.ndarray, rebuilt: np.ndarray, regions: Mapping[str, Box]) -> dict[str, float]:
-    """Return `psnr` (dB), `ssim`, and NAME_psnr and NAME_movement of regions, for frames (T, S, S, 3) of bytes."""
+def reconstruction(true: np.ndarray, rebuilt: np.ndarray) -> dict[str, float]:
+    """Return `psnr` (dB), `ssim`, and NAME_psnr and NAME_movement of `REGIONS`, for frames (T, S, S, 3) of bytes."""
     pictures = [torch.from_numpy(frames).permute(0, 3, 1, 2) for frames in (true, rebuilt)]
     found = {"psnr": psnr(*pictures), "ssim": ssim(*pictures)}
-    for name, box in regions.items():
+    for name, box in REGIONS.items():
         a, b = (region(frames, box).astype(np.float64) for frames in (true, rebuilt))
         found[f"{name}_psnr"] = psnr(torch.from_numpy(a), torch.from_numpy(b))
         variance = np.square(a - a.mean(0)).sum()

@@ -78,7 +78,7 @@ class Tracker:
                 self._events.add_scalar(name, record[name], record["step"])
 
     def media(self, step: int, folder: Path) -> None:
-        """Show every WAV (with its spectrogram), PNG or JPEG and MP4 file that a validation wrote below `folder`.
+        """Show every WAV (with its spectrogram) and MP4 file that a validation wrote below `folder`.
 
         A file's name is validation/its path without the suffix/what it is: a clip has the same name at each step.
         """
@@ -92,8 +92,6 @@ class Tracker:
                         self._events.add_audio(f"{name}/sound", wave.mean(1)[None], step, sample_rate=rate)
                     picture = spectrogram(wave.mean(1), rate).repeat(3, 0).repeat(3, 1)
                     self._picture(f"{name}/spectrogram", picture, step)
-                case ".png" | ".jpg":
-                    self._picture(f"{name}/picture", np.asarray(Image.open(path).convert("RGB")), step)
                 case ".mp4":
                     self._video(f"{name}/video", path, step)
 

@@ -11,13 +11,12 @@ from corpora.preparation.job import prepare
 from engine.config import build
 from engine.config import load as load_config
 from engine.errors import UserError
+from engine.evaluation.validation import ALONE
 from engine.media.audio import read_audio, write_wav
 from engine.media.video import write_video
 from engine.shards.recordings import SpeechCrops, load_clips
 from engine.training.batches import MicroBatches
-from lia_x.codec import LiaX, LiaXConfig
-from lia_x.data import FramePairs
-from lia_x.validation import rebuild_clips
+from lia_x.data import FramePairs, held_out_frames
 from tests.file_server import file_server  # noqa: F401  (a fixture)
 
 FRAMES = (30, 1, 40)  # of the clips; the second gives no pair of pictures
@@ -68,10 +67,8 @@ def test_the_recipe_of_lia_x_reads_pictures_from_shards(shards):
     data = build(recipe("lia_x_paper", shards, "task.vgg=v", "task.codec.size=32").data.train)
     pair = data.__getitem__(0, torch.Generator().manual_seed(0))["frames"]
     assert len(data) == 2 and pair.shape == (2, 32, 32, 3) and not torch.equal(pair[0], pair[1])
-    torch.manual_seed(0)
-    codec = LiaX(LiaXConfig(style_dim=16, motion_dim=4, scale=1, size=32, width=4, max_width=8, depth=1)).eval()
-    clips = rebuild_clips(codec, shards, "train", 4)
-    assert [clip.true.shape for clip in clips.values()] == [(5, 32, 32, 3)] * 2
+    clips = dict(held_out_frames(shards, "train", 4, 32, ALONE))
+    assert [frames.shape for frames in clips.values()] == [(5, 32, 32, 3)] * 2
     with pytest.raises(UserError, match="have no known movements"):
         FramePairs(shards, 32, tracks={"open": 1.0})
 

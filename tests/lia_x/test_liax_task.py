@@ -9,11 +9,10 @@ import torch
 from engine.errors import UserError
 from engine.evaluation.validation import ALONE, figures_of
 from engine.media.video import write_video
-from engine.metrics.picture import ssim
-from lia_x.data import FramePairs, sample_frames
+from engine.metrics.picture import Reconstruction, reconstruction, ssim
+from lia_x.data import FramePairs, held_out_frames, sample_frames
 from lia_x.losses import Perceptual, pyramid_l1, region_weights, structural
 from lia_x.task import LiaXTask
-from lia_x.validation import RebuiltClip, measure_each, rebuild_clips, strip
 from tests.releases import write_release
 from tests.tiny import LIA_X
 
@@ -134,29 +133,22 @@ def test_the_decoder_alone(the_decoder_alone_goes_on_from_a_release):
     the_decoder_alone_goes_on_from_a_release(make_task, batch(), picture, sizes, "depth=1")
 
 
-def test_validation_measures_and_draws(corpus, tmp_path, shares_give_the_same_figures):
-    validation = {"root": str(corpus), "splits": ["train"], "clips": 2, "regions": {"low": BOX}}
-    task = make_task(validation=validation).eval()
+def test_validation_measures_held_out_clips(corpus, tmp_path, shares_give_the_same_figures):
+    task = make_task(validation={"root": str(corpus), "splits": ["train"], "clips": 2}).eval()
     results = figures_of([task.measure(tmp_path, ALONE)])
-    names = ("psnr", "ssim", "low_psnr", "low_movement", "roughness")
-    assert set(results) == {f"train/{name}" for name in names}
-    assert (tmp_path / "train.png").is_file()
+    assert set(results) == {f"train/{name}" for name in Reconstruction.figures}
     shares_give_the_same_figures(task)
-    clips = list(rebuild_clips(task.codec, corpus, "train", 1).values())
-    assert strip(clips, columns=3).shape == (64, 96, 3)
-    assert np.abs(clips[0].true.astype(int) - moving_square(10)).mean() < 8
+    _, frames = next(held_out_frames(corpus, "train", 1, 32, ALONE))
+    assert np.abs(frames.astype(int) - moving_square(10)).mean() < 8
     assert figures_of([make_task().measure(tmp_path, ALONE)]) == {}
 
 
 def test_measures_of_known_clips():
     true = moving_square(10)
-    line = torch.arange(10.0)[:, None] * torch.ones(4)
+    same = reconstruction(true, true.copy())
+    assert same["psnr"] == float("inf") and same["ssim"] == pytest.approx(1) and same["mouth_movement"] == 1
     mean = np.repeat(true.mean(0, keepdims=True).round().astype(np.uint8), len(true), 0)
-    clips = {0: RebuiltClip(true, true.copy(), line), 1: RebuiltClip(true, mean, line)}
-    found = {name: by_clip.values for name, by_clip in measure_each(clips, {"low": BOX}).items()}
-    assert found["psnr"][0] == float("inf") and found["ssim"][0] == pytest.approx(1)
-    assert found["low_movement"] == pytest.approx({0: 1, 1: 0}, abs=0.01)
-    assert found["roughness"][0] == pytest.approx(0)
+    assert reconstruction(true, mean)["mouth_movement"] == pytest.approx(0, abs=0.01)
 
 
 def test_ssim_follows_scikit_image():
