@@ -46,10 +46,7 @@ class TrainerConfig(Group, prefix="trainer."):
     checkpoint_every: int = setting(500, 1, 10**9, "steps between checkpoints")
     keep: int = setting(2, 1, 10**6, "number of newest checkpoints to keep")
     best: str | None = setting(None, about="also keep the best checkpoint by a validation figure, e.g. 'min wer_seen'")
-    spike: float | None = setting(
-        None, 1e-9, 1e9, "skip steps with a loss or norm this many mean deviations above the mean, e.g. 20; null: never"
-    )
-    give_up_after: int = setting(10, 1, 10**9, "stop after this many skipped steps in a row (not finite, or spikes)")
+    give_up_after: int = setting(10, 1, 10**9, "stop after this many skipped (not finite) steps in a row")
     seed: int = setting(0, *SEEDS, "seed of initial weights, data order and all noise")
     wandb: str = setting("off", choices=("off", "offline", "online"), about="off, offline or online, beside log.jsonl")
     tensorboard: bool = setting(False, about="write TensorBoard event files into RUN/tensorboard")

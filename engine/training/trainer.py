@@ -32,7 +32,7 @@ from engine.training.batches import MicroBatches, TrainingSet, load_batches
 from engine.training.checkpoint import Checkpoints
 from engine.training.ema import ExponentialMovingAverage
 from engine.training.export import describe, export
-from engine.training.guard import StepGuard
+from engine.training.guard import REASON, StepGuard
 from engine.training.parallel import ParallelTask, adamw, begin_state, clipping_groups, update
 from engine.training.settings import TrainerConfig
 from engine.training.signals import StopRequest
@@ -81,7 +81,7 @@ class Trainer:
         self.buffers = [name for name, _ in task.named_buffers() if name in task.state_dict()]
         self.batches = MicroBatches(dataset, c.batch_size, c.seed, c.batch_tokens, c.by_length)
         self.checkpoints = Checkpoints(self.run / "checkpoints", c.keep, c.best)
-        self.guard = StepGuard(self.run, c.spike, self.parameters, self.device)
+        self.guard = StepGuard(self.run)
         self.agreement = distributed.Agreement()
         self.use = Utilisation(peak_tflops(c.peak_tflops, self.device))
         self.step = self.position = 0  # steps done; batches used for them, in all processes together
@@ -212,14 +212,10 @@ class Trainer:
                 batch = batch if c.accumulate == 1 else dict(batch)
                 batch_losses.append(self._backward(batch, part, means, last=micro + 1 == c.accumulate))
             means["grad_norm"] = self._clip(part)
-            figures = torch.stack([means["loss"], means["grad_norm"]]).double()
-            not_finite, *norms = distributed.maximum_(
-                torch.cat([(~figures.isfinite()).any()[None], figures.nan_to_num()])
-            )
-            accepted = self.guard.check(
-                self.step + 1, part, torch.stack(norms), not_finite == 0, torch.stack(batch_losses), keys
-            )
-            apply_step = apply_step & accepted  # later parts may depend on this one: they are skipped too
+            finite = means["loss"].isfinite() & means["grad_norm"].isfinite()
+            finite = distributed.maximum_((~finite).int()) == 0  # in all processes
+            self.guard.check(self.step + 1, part, finite, torch.stack(batch_losses), keys)
+            apply_step = apply_step & finite  # later parts may depend on this one: they are skipped too
             for group in optimiser.param_groups:
                 group["lr"] = c.lr_at(self.step)
             update(optimiser, apply_step)
@@ -256,13 +252,13 @@ class Trainer:
                 batch = {"rank": distributed.rank(), "batch": number, "loss": loss, "samples": samples}
                 batches.append(batch | ({"keys": keys} if keys else {}))
             everyone = distributed.gather(batches)
-            self._say(f"step {skip.step:,} skipped: {skip.reason} ({self.guard.skipped} so far)")
+            self._say(f"step {skip.step:,} skipped: {REASON} ({self.guard.skipped} so far)")
             if distributed.is_main():
                 with self._record_write_error():
                     self.guard.write_down(skip, [entry for entries in everyone for entry in entries])
             if skip.in_a_row >= self.config.give_up_after:
                 distributed.fail(
-                    f"training stopped at step {skip.step}: {skip.reason}, {skip.in_a_row} steps in a row skipped; see "
+                    f"training stopped at step {skip.step}: {REASON}, {skip.in_a_row} steps in a row skipped; see "
                     f"{self.guard.path} for their samples; fix the data or lower trainer.lr ({self.config.lr})"
                 )
 

@@ -99,16 +99,12 @@ def test_averaged_weights_are_validated_and_released(tmp_path, whole):
     assert torch.equal(run.task.generator[0].weight, live)  # swapped back
 
 
-@pytest.mark.parametrize(
-    ("trouble", "step", "reason", "settings"),
-    [("nan", 3, "", {}), ("spike", 121, ": loss", {"task": ToyRegression, "steps": 130, "spike": 20})],
-)
-def test_a_bad_step_is_left_out_and_training_goes_on(tmp_path, capsys, trouble, step, reason, settings):
-    run = trainer(tmp_path, ToySet(trouble_at=8 * (step - 1) + 1, trouble=trouble), **settings)
+def test_a_bad_step_is_left_out_and_training_goes_on(tmp_path, capsys):
+    run = trainer(tmp_path, ToySet(trouble_at=8 * 2 + 1, trouble="nan"))
     run.fit()
     assert (run.guard.skipped, run.guard.in_a_row) == (1, 0)
     assert all(p.isfinite().all() for p in run.task.parameters())
-    assert f"step {step} skipped{reason}" in capsys.readouterr().out
+    assert "step 3 skipped" in capsys.readouterr().out
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run_and_their_samples_are_named(tmp_path):
@@ -117,6 +113,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_and_their_samples_are_named(tm
         run.fit()
     lines = read_lines(tmp_path / "bad_batches.jsonl")
     assert [line["step"] for line in lines] == [3, 4, 5, 6] and lines[0]["part"] == "discriminator"
+    assert lines[0]["reason"] == "loss or gradient is not finite"
     batch = lines[0]["batches"][1]  # step 3 takes batches 4 and 5
     assert batch == {"rank": 0, "batch": 5, "loss": "nan", "samples": [i for _, i in run.batches.samples(5)]}
 

@@ -30,8 +30,8 @@ def read_lines(file: Path) -> list[dict]:
 class ToySet:
     """37 vectors, an odd number so that batches straddle epochs; the augmentation is noise.
 
-    `trouble_at` / `trouble`: what happens when the sample at that call is fetched: term, usr1, crash, nan, spike, or a
-    function that is called. The two of numbers last for `span` samples.
+    `trouble_at` / `trouble`: what happens when the sample at that call is fetched: term, usr1, crash, nan, or a
+    function that is called. `nan` lasts for `span` samples.
     """
 
     def __init__(
@@ -54,8 +54,6 @@ class ToySet:
                     os.kill(os.getpid(), signal.SIGTERM if self.trouble == "term" else signal.SIGUSR1)
             if callable(self.trouble):
                 self.trouble()
-            if self.trouble == "spike":
-                return sample * 1000
             if self.trouble == "nan":
                 return sample * float("nan")
         return sample

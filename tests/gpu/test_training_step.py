@@ -40,7 +40,7 @@ def step(task, tmp_path, **changes):
             mock.patch("torch.cuda.is_current_stream_capturing", lambda: False),
             mock.patch("torch.Tensor.backward", lambda loss: fill_gradients(loss, task.parameters())),
         ):
-            trainer = Trainer(task, data, CONFIG | {"precision": "bf16", "spike": 20.0} | changes, tmp_path)
+            trainer = Trainer(task, data, CONFIG | {"precision": "bf16"} | changes, tmp_path)
             operators.counts.clear()
             trainer._train_step(iter(faked(batches)), Window())
     return operators
