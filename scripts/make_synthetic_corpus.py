@@ -40,8 +40,8 @@ from engine.progress import track
 _maker = lru_cache(ClipMaker)  # one for a process
 
 
-def _make(root: Path, seed: int, version: int, split: str, index: int) -> None:
-    _maker(root, seed, version).make(split, index)
+def _make(corpus: tuple[Path, int, int, int], split: str, index: int) -> None:
+    _maker(*corpus).make(split, index)
 
 
 def parse() -> argparse.Namespace:
@@ -59,27 +59,34 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--version", type=int, choices=SPLITS, default=1, help="of the corpus (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the corpus (default: %(default)s)")
     parser.add_argument(
+        "--more-voices", type=int, default=0, help="that training clips have beside the 400 (default: %(default)s)"
+    )
+    parser.add_argument(
         "--workers", type=int, default=2, help="number of processes; does not change the result (default: %(default)s)"
     )
     args = parser.parse_args()
     if args.speech is not None and args.version != 3:
         raise UserError(f"--speech is for --version 3, which has no pictures: give version {args.version} --clips")
     args.clips = args.clips if args.speech is None else args.speech
-    for name, least in (("clips", 1), ("test_clips", 0), ("seed", 0), ("workers", 1)):
+    if args.more_voices and args.version == 1:
+        raise UserError("--more-voices: version 1 has its 40 voices alone, give --version 2 or 3")
+    for name, least in (("clips", 1), ("test_clips", 0), ("seed", 0), ("more_voices", 0), ("workers", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give {least} or more")
     return args
 
 
-def prepare(root: Path, seed: int, version: int) -> None:
+def prepare(root: Path, seed: int, version: int, more: int) -> None:
     """Make the folders, or refuse a folder that holds another corpus."""
     about = root / "corpus.json"
     if about.is_file():
         old = json.loads(about.read_text())
-        if (old.get("seed"), old.get("version")) != (seed, version):
+        there = old.get("seed"), old.get("version"), old.get("voices", {}).get("more", 0)
+        if there != (seed, version, more):
+            words = "seed {}, version {}, {} more voices"
             raise UserError(
-                f"--out {root} holds a corpus of seed {old.get('seed')}, version {old.get('version')}; "
-                f"this one would be seed {seed}, version {version}: choose another folder"
+                f"--out {root} holds a corpus of {words.format(*there)}; this one would be "
+                f"{words.format(seed, version, more)}: choose another folder"
             )
     with writable(root, "--out"):
         require_space(root, "--out")
@@ -94,12 +101,12 @@ def remove_parts(root: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def generate(jobs: list[tuple[str, int]], root: Path, seed: int, version: int, workers: int) -> None:
-    """Make the clips."""
+def generate(jobs: list[tuple[str, int]], corpus: tuple[Path, int, int, int], workers: int) -> None:
+    """Make the clips of a corpus: folder, seed, version, number of more voices."""
     pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), end_with_parent)
     try:
         with without_interrupts():  # workers start here: at Ctrl-C this process ends them
-            clips = [pool.submit(_make, root, seed, version, *job) for job in jobs]
+            clips = [pool.submit(_make, corpus, *job) for job in jobs]
         for made in track(as_completed(clips), len(jobs), "clips"):
             made.result()
     except BrokenProcessPool as error:
@@ -125,14 +132,14 @@ def main() -> None:
     counts = {split: args.clips if split == "train" else args.test_clips for split in splits}
     if "plain" in counts:
         counts["plain"] = min(args.test_clips, len(plain_sentences()))
-    prepare(root, args.seed, args.version)
+    prepare(root, args.seed, args.version, args.more_voices)
     about = {
         "version": args.version,
         "seed": args.seed,
         "clips": counts,
         "rate": RATE,
         "samples_per_frame": FRAME,
-        "voices": Counter(voice.group for voice in load_voices(args.version)),
+        "voices": Counter(voice.group for voice in load_voices(args.version, args.more_voices)),
     }
     write_json(root / "corpus.json", about | {"complete": False})
     write_text(root / "grammar.jsgf", grammar())
@@ -143,7 +150,7 @@ def main() -> None:
     print(f"{total} clips in {root}: {total - len(jobs)} there already, {len(jobs)} to make", flush=True)
     try:
         if jobs:
-            generate(jobs, root, args.seed, args.version, args.workers)
+            generate(jobs, (root, args.seed, args.version, args.more_voices), args.workers)
     finally:
         remove_parts(root)
     for split in splits:

@@ -147,15 +147,17 @@ def window_expressions(frames: int, first: str, second: str, change: float | Non
 
 
 class ClipMaker:
-    """Makes clips of one corpus under `root`; one for a process."""
+    """Makes clips of one corpus under `root`; one for a process. `more`: voices that the training clips have beside."""
 
-    def __init__(self, root: Path, seed: int, version: int) -> None:
+    def __init__(self, root: Path, seed: int, version: int, more: int = 0) -> None:
         cv2.setNumThreads(1)
         self._root, self._seed, self._version = root, seed, version
-        groups = {group: [v for v in load_voices(version) if v.group == group] for group in ("train", "dev", "unseen")}
+        voices = load_voices(version, more)
+        groups = {group: [v for v in voices if v.group == group] for group in ("train", "dev", "unseen", "more")}
         self._voices = groups | {"seen": groups["train"], "plain": groups["unseen"][:30]}
         if groups["dev"]:  # known and unknown voices in turn
             self._voices["dev"] = [v for pair in zip(groups["train"], cycle(groups["dev"])) for v in pair]
+        self._voices["train"] = groups["train"] + groups["more"]
         self._synthesizer = Synthesizer()
 
     def make(self, split: str, index: int) -> dict:

@@ -25,7 +25,7 @@ import pytest
 from benchmarks import speaking
 from corpora.preparation.sources import Synthetic
 from corpora.synthetic import sentences
-from corpora.synthetic.corpus import FRAME, resample, window_expressions
+from corpora.synthetic.corpus import FRAME, ClipMaker, resample, window_expressions
 from corpora.synthetic.expression import EXPRESSIONS, pose, prosody
 from corpora.synthetic.face import Face, draw_motion
 from corpora.synthetic.sentences import SLOTS, SPLITS, draw_open_sentence, draw_sentence, free_words, split_of
@@ -58,6 +58,7 @@ def entries(root: Path, split: str) -> list[dict]:
     return [json.loads(line) for line in (root / f"{split}.jsonl").read_text().splitlines()]
 
 
+SECOND = ("--version", "2", "--test-clips", "4", "--seed", "3")
 SMALL = ("--clips", "6", "--test-clips", "2", "--seed", "3")
 
 
@@ -72,7 +73,7 @@ def corpus(tmp_path_factory) -> Path:
 def second(tmp_path_factory) -> Path:
     """A corpus of version 2."""
     root = tmp_path_factory.mktemp("corpus") / "second"
-    make(root, "--version", "2", "--clips", "16", "--test-clips", "4", "--seed", "3")
+    make(root, *SECOND, "--clips", "16")
     return root
 
 
@@ -100,6 +101,19 @@ def test_another_seed_makes_another_corpus_elsewhere_only(corpus):
     said = make(corpus, *SMALL, "--seed", "4", code=2).stderr
     assert "seed 3" in said and len(said.strip().splitlines()) == 1
     assert "version 1" in make(corpus, *SMALL, "--version", "2", code=2).stderr and not (corpus / "dev").exists()
+    assert "40 voices alone" in make(corpus, *SMALL, "--more-voices", "1", code=2).stderr
+
+
+def test_more_voices_speak_in_training_clips_alone(second, tmp_path):
+    voices = load_voices(2, more=2)
+    assert voices[:460] == load_voices(2)
+    assert [(voice.number, voice.group) for voice in voices[460:]] == [(460, "more"), (461, "more")]
+    wide = ClipMaker(tmp_path, 3, 2, more=2)
+    for split in SPLITS[2]:
+        (tmp_path / split).mkdir()
+        assert json.loads(json.dumps(wide.make(split, 1))) == entries(second, split)[1]
+    assert [wide.make("train", i)["voice"] for i in (399, 401, 402)] == [399, 461, 0]
+    assert "0 more voices" in make(second, *SECOND, "--more-voices", "2", code=2).stderr
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_parts(tmp_path):
