@@ -6,7 +6,7 @@ sound (N,) at their own `rate`.
 
 Weights come from the Hugging Face hub by name, or from a folder. Only `VoiceWindows` has its weights in its package.
 
-Axes: N samples at 16 kHz, W windows of a clip, V vocabulary.
+Axes: N samples at 16 kHz, W windows of a clip.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import torch
 from corpora.preparation.clip import RATE16
 from engine.device import pick_device
 from engine.errors import UserError, require
+from engine.metrics.emotion import load_emotion2vec
 from engine.metrics.speaker import GE2EEncoder
-
-WINDOW = 30 * RATE16  # of Whisper
+from engine.metrics.words import hear_words, load_speech_model
 
 
 @contextmanager
@@ -56,35 +56,13 @@ class Whisper:
     """
 
     def __init__(self, name: str = "openai/whisper-large-v3", device: str = "auto") -> None:
-        from transformers import WhisperForConditionalGeneration, WhisperProcessor  # half a minute on a busy machine
-
-        self.name, self.device = name, pick_device(device)
-        self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
+        self.name = name
         with loading("Whisper", name):
-            self.processor = WhisperProcessor.from_pretrained(name)
-            model = WhisperForConditionalGeneration.from_pretrained(name, dtype=self.dtype)
-        self.model = model.to(self.device).eval()
+            self.processor, self.model = load_speech_model(name, pick_device(device), torch.float16)
 
-    @torch.inference_mode()
     def __call__(self, wave: np.ndarray) -> Transcript:
-        long = len(wave) > WINDOW
-        more = {"truncation": False, "padding": "longest"} if long else {}
-        inputs = self.processor(wave, sampling_rate=RATE16, return_tensors="pt", return_attention_mask=True, **more)
-        features, mask = inputs["input_features"].to(self.device, self.dtype), inputs["attention_mask"].to(self.device)
-        language, probability = self._language(features[..., : WINDOW // 160])
-        ids = self.model.generate(
-            features, attention_mask=mask, language=language, task="transcribe", return_timestamps=long
-        )
-        return Transcript(self.processor.batch_decode(ids, skip_special_tokens=True)[0].strip(), language, probability)
-
-    def _language(self, features: torch.Tensor) -> tuple[str, float]:
-        """Return the likeliest language of the first window: Whisper's first token after the start names it."""
-        tokens = self.model.generation_config.lang_to_id
-        start = torch.tensor([[self.model.config.decoder_start_token_id]], device=self.device)
-        logits = self.model(features, decoder_input_ids=start).logits[0, -1].float()  # (V,)
-        chances = logits[list(tokens.values())].softmax(0)
-        best = int(chances.argmax())
-        return list(tokens)[best].strip("<|>"), float(chances[best])
+        text, language, probability = hear_words(self.processor, self.model, wave)
+        return Transcript(text.strip(), language, probability)
 
 
 @cache
@@ -122,11 +100,9 @@ class Emotion2Vec:
     """
 
     def __init__(self, name: str = "emotion2vec/emotion2vec_plus_large", device: str = "auto") -> None:
-        package, self.name = require("funasr", "funasr", "emotion"), name
+        self.name = name
         with loading("emotion2vec", name):
-            self.model = package.AutoModel(
-                model=name, hub="hf", device=str(pick_device(device)), disable_update=True, disable_pbar=True
-            )
+            self.model = load_emotion2vec(name, str(pick_device(device)), "emotion")
 
     def __call__(self, waves: Sequence[np.ndarray]) -> list[str]:
         results = self.model.generate(list(waves), granularity="utterance", extract_embedding=False)

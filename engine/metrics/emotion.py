@@ -33,11 +33,7 @@ class Emotion(Metric):
     pair, parallel = True, False
 
     def load(self) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):
-            package = require("funasr", "funasr", "metrics")
-            self.model = package.AutoModel(
-                model=str(self.weights / FOLDER), device=self.device, disable_update=True, disable_pbar=True
-            )
+        self.model = load_emotion2vec(str(self.weights / FOLDER), self.device, "metrics")
         self.read = lru_cache(CACHED)(self._read)
 
     def _read(self, path: Path | None) -> tuple[str, np.ndarray]:
@@ -50,3 +46,10 @@ class Emotion(Metric):
         (label, one), (true, two) = self.read(take.audio), self.read(truth.audio)
         same, near = (float(label == true), 1), (cosine(one, two), 1)
         return {"emotion_accuracy": same, "emotion_similarity": near, "emotion": label}
+
+
+def load_emotion2vec(name: str, device: str, extra: str) -> Any:
+    """Load FunASR's model from a folder, or by its name on the Hugging Face hub; `extra` installs FunASR."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        package = require("funasr", "funasr", extra)
+        return package.AutoModel(model=name, hub="hf", device=device, disable_update=True, disable_pbar=True)

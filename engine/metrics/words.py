@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 import jiwer
 import numpy as np
 import torch
+from torch import Tensor
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
 from engine.errors import UserError
@@ -95,16 +96,9 @@ class WordErrors(Metric):
         wave = wave_of(take.audio, RATE)
         if self.kind == "grammar":
             return self.recogniser.transcribe(take.text or "", wave, RATE)
-        return (self._whisper if self.kind.startswith("whisper") else self._qwen)(wave, take.language)
-
-    @torch.inference_mode()
-    def _whisper(self, wave: np.ndarray, language: str) -> str:
-        long = len(wave) > LONG * RATE
-        more = {"truncation": False, "padding": "longest"} if long else {}
-        inputs = self.processor(wave, sampling_rate=RATE, return_tensors="pt", return_attention_mask=True, **more)
-        inputs = inputs.to(self.model.device, self.model.dtype)
-        tokens = self.model.generate(**inputs, language=language, task="transcribe", return_timestamps=long)
-        return self.processor.batch_decode(tokens, skip_special_tokens=True)[0]
+        if self.kind == "qwen3-asr":
+            return self._qwen(wave, take.language)
+        return hear_words(self.processor, self.model, wave, take.language)[0]
 
     @torch.inference_mode()
     def _qwen(self, wave: np.ndarray, language: str) -> str:
@@ -175,11 +169,34 @@ def count_errors(reference: str, hypothesis: str, language: str = "en") -> dict[
     return found | {"cer": (letters.substitutions + letters.deletions + letters.insertions, len(reference))}
 
 
-def load_speech_model(folder: Path, device: str) -> tuple[Any, Any]:
-    """Load (processor, model) of transformers from files on disk; half precision on a GPU."""
-    from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
+def load_speech_model(name: str | Path, device: Any, half: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+    """Load (processor, model) of transformers, in `half` on a GPU, from a folder (Path) or by a name of the hub."""
+    from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor  # half a minute on a busy machine
 
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, local_files_only=True, dtype=dtype, use_safetensors=True)
+    dtype, local = half if str(device).startswith("cuda") else torch.float32, isinstance(name, Path)
+    processor = AutoProcessor.from_pretrained(name, local_files_only=local)
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(name, local_files_only=local, dtype=dtype, use_safetensors=True)
     return processor, model.to(device).eval()
+
+
+@torch.inference_mode()
+def hear_words(processor: Any, model: Any, wave: np.ndarray, language: str | None = None) -> tuple[str, str, float]:
+    """Return the words that Whisper hears in sound (N,), their language, and its probability; 1 for a given one."""
+    long, probability = len(wave) > LONG * RATE, 1.0
+    more = {"truncation": False, "padding": "longest"} if long else {}
+    inputs = processor(wave, sampling_rate=RATE, return_tensors="pt", return_attention_mask=True, **more)
+    inputs = inputs.to(model.device, model.dtype)
+    if language is None:
+        language, probability = _hear_language(model, inputs["input_features"][..., : 100 * LONG])
+    tokens = model.generate(**inputs, language=language, task="transcribe", return_timestamps=long)
+    return processor.batch_decode(tokens, skip_special_tokens=True)[0], language, probability
+
+
+def _hear_language(model: Any, features: Tensor) -> tuple[str, float]:
+    """Return the likeliest language of a window: Whisper's first token after the start names it."""
+    tokens = model.generation_config.lang_to_id
+    start = torch.tensor([[model.config.decoder_start_token_id]], device=features.device)
+    logits = model(features, decoder_input_ids=start).logits[0, -1].float()
+    chances = logits[list(tokens.values())].softmax(0)
+    best = int(chances.argmax())
+    return list(tokens)[best].strip("<|>"), float(chances[best])
