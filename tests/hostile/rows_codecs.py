@@ -7,27 +7,40 @@ from functools import cache, partial
 import torch
 
 from hicodit.conditions import encoder_config
+from hicodit.conditions.avhubert import AVHubertConfig
 from hicodit.settings import GuidanceScales
 from hicodit.streaming import StreamSettings
 from lia_x import LiaX, LiaXConfig
 from rvq_codec import RVQCodec, RVQCodecConfig
 from talker_t2av.model import TalkerConfig, TalkerT2AV
-from talker_t2av.speaker.encoder import EcapaTDNN
+from talker_t2av.speaker.encoder import EcapaTDNN, VoiceEncoderConfig
 from tests.talker_t2av.talker_fixtures import LLM
 from tests.tiny import LIA_X, RVQ, WHISPERX_VAE
 from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
 
 SIZES = {  # what makes a configuration or a network, and the line
+    "AV-HuBERT layers": (lambda: AVHubertConfig(layers=-1), "layers=-1 must be a whole number from 0 to 256"),
+    "ECAPA bands": (lambda: VoiceEncoderConfig(bands="1"), "bands=1 must be a whole number from 1 to 1,024"),
     "ECAPA channels": (lambda: EcapaTDNN(4, channels=12), "multiple of 8"),
+    "LIA-X width": (lambda: LiaXConfig(width=True), "width=True must be a whole number"),
     "LIA-X size": (lambda: LiaXConfig(size=100), "size=100"),
     "LIA-X motion": (lambda: LiaXConfig(style_dim=16, motion_dim=17, scale=1), "motion_dim=17 exceeds"),
     "RVQ hop": (lambda: RVQCodec(RVQCodecConfig(ratios=(2, 2))), "hop of 4"),
     "RVQ decoder": (lambda: RVQCodecConfig(decoder="wavenet"), "wavenet"),
     "VAE ratios": (lambda: WhisperXVAEConfig(decoder_ratios=(2, 2)), "decoder_ratios"),
+    "VAE ratio": (
+        lambda: WhisperXVAEConfig(encoder_ratios=(2, 10**30)),
+        "encoder_ratios=1000.* must be a whole number",
+    ),
     "VAE heads": (lambda: WhisperXVAEConfig(hidden=33), "hidden=33"),
     "VAE decoder": (lambda: WhisperXVAEConfig(decoder_width=20), "cannot be halved"),
     "encoders' kind": (lambda: encoder_config({"kind": "huge"}), "encoders.kind=huge is unknown"),
     "encoders' fields": (lambda: encoder_config({"kind": "released", "lip_size": 3}), "lip_size"),
+    "encoders' phonemes": (lambda: encoder_config({"phonemes": 1e9}), "phonemes=1000000000.0 must be a whole number"),
+    "encoders' blocks": (
+        lambda: encoder_config({"kind": "released", "identity_blocks": (2, [[]])}),
+        "identity_blocks=.* must be a whole number",
+    ),
     "encoders' faces": (
         lambda: encoder_config({"kind": "released", "face_size": 120}),
         "face_size=120: .* a multiple of 112",

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
-from shard_files import random_split
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from corpora.preparation.sources_listed import tar_members
@@ -25,6 +24,7 @@ from engine.training import checkpoint
 from engine.training.checkpoint import Checkpoints
 from engine.training.export import export
 from engine.untrusted import MAX_NAME, parse_json, safe_name
+from tests.shard_files import random_split
 
 # name, and whether it may stand for a path into subfolders
 BAD_NAMES = {

@@ -24,15 +24,19 @@ from engine.media.video import read_video
 from engine.safe_pickle import read_checkpoint, read_matrix
 from engine.settings import LIMITS, Limits, require_range, set_limits
 from engine.training.export import Release, write
+from engine.training.settings import TrainerConfig
 from hicodit import settings as hicodit_settings
+from hicodit.model import ModelConfig
 from hicodit.system import HiCoDiTSystem
 from rvq_codec import RVQCodec
 from talker_t2av.faces import read_picture
 from talker_t2av.jobs import Job
 from talker_t2av.model import TalkerT2AV
+from talker_t2av.request import Sampling
 from talker_t2av.settings import InferConfig, read_jobs
 from talker_t2av.system import MotionStats, TalkerSystem
 from talker_t2av.text import TalkerTokenizer
+from tests.engine.toy_task import CONFIG
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 CLIP, VOICE = ASSETS / "demo" / "silent.mp4", ASSETS / "demo" / "voice.wav"
@@ -254,6 +258,15 @@ VALUES = {  # what makes a value, and the line
     "decode: max_side": (lambda: Decode(max_side=10**6), "max_side=1000000 must be"),
     "job: min_seconds": (lambda: Job("tts", "a", "v.wav", min_seconds=NAN), "min_seconds=nan must be"),
     "job: max_seconds": (lambda: Job("tts", "a", "v.wav", max_seconds=1e9), "max_seconds=1000000000.0 must be"),
+    "sampler: steps": (lambda: hicodit_settings.SamplerConfig(steps=1001), "steps=1001 must be a whole number from 1"),
+    "guidance: all": (lambda: hicodit_settings.GuidanceScales(all=-INF), "all=-inf must be a number from -100.0"),
+    "sampling: temperature": (lambda: Sampling(temperature=True), "temperature=True must be a number from 0.0 to 2.0"),
+    "trainer: lr": (lambda: TrainerConfig(**CONFIG | {"lr": "1"}), "lr=1 must be a number"),
+    "trainer: beta": (lambda: TrainerConfig(**CONFIG | {"betas": (0.1, NAN)}), "betas=nan must be a number"),
+    "trainer: betas": (lambda: TrainerConfig(**CONFIG | {"betas": (0.1, 0.1, 0.1)}), "betas=.* must be two numbers"),
+    "model: a switch of text": (lambda: ModelConfig(hierarchical="no"), "hierarchical=no must be true or false"),
+    "model: a list": (lambda: ModelConfig(drop_all=[]), "drop_all=.. must be a number from 0.0 to 1.0"),
+    "seed: none": (lambda: require_range("seed", None, 0, 1), "seed=None must be a whole number from 0 to 1"),
     "limits": (lambda: Limits(seconds=NAN), "limits.seconds=nan must be"),
     "batch size": (lambda: require_range("batch_size", 0, 1, 1024), "batch_size=0 must be"),
     "video: null byte": (lambda: read_video("a\0.mp4"), "no such file"),

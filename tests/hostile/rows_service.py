@@ -5,12 +5,11 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from hostile.rows_files import BAD_NAMES, NAME
-
 from engine.faces.track import read_face
 from engine.settings import check_place
 from hicodit.settings import InferConfig, find_clips
 from service.voices import Voices
+from tests.hostile.rows_files import BAD_NAMES, NAME
 
 
 def upload(name: str, folder: Path) -> None:
@@ -34,18 +33,15 @@ def bad_face(value: str, _: Path) -> None:
     read_face(value)
 
 
-NUMBERS = ("0", "-1", "", "9" * 5000, "²")  # that are none, or far too large
+NUMBERS = ("0", "", "9" * 5000, "²")  # that are none, or far too large
 CASES = [
-    *((f"voice: {label}", partial(upload, name), NAME) for label, name in BAD_NAMES.items() if isinstance(name, str)),
+    ("voice: a path", partial(upload, BAD_NAMES["up inside"]), NAME),
     *(
         (f"devices: {value[:9]}", partial(bad_place, value), "must be a number from 1 to 64, or all")
-        for value in (*NUMBERS, "65", "1.5", "two", "all ")
+        for value in (*NUMBERS, "65", "1.5")
     ),
     ("devices beside Ray", lambda _: check_place("ray", "2"), "set ray.encoders and ray.gpus instead"),
-    *(
-        (f"face: {value[:9]}", partial(bad_face, value), "is unknown: give largest")
-        for value in (*NUMBERS, "nose", "../1")
-    ),
+    *((f"face: {value[:9]}", partial(bad_face, value), "is unknown: give largest") for value in (*NUMBERS, "nose")),
     *(
         (f"a folder {name}", partial(in_the_way, name), f"cannot write .*{name}: it is a folder")
         for name in ("a.json", "a.srt", "a_face9.wav")

@@ -18,7 +18,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hostile import rows_codecs, rows_files, rows_media, rows_released, rows_service, rows_settings
 
 from engine.batch_runner import run_batches
 from engine.download import RemoteFile, fetch
@@ -26,8 +25,9 @@ from engine.errors import UserError, run_cli
 from engine.release import read_release, save_release
 from engine.training.trainer import Trainer
 from tests.engine.toy_task import CONFIG, ToyGAN, ToySet
+from tests.hostile import rows_codecs, rows_files, rows_media, rows_released, rows_service
 
-ROWS = rows_codecs, rows_files, rows_media, rows_released, rows_service, rows_settings
+ROWS = rows_codecs, rows_files, rows_media, rows_released, rows_service
 CASES = [row for rows in ROWS for row in rows.CASES]
 ROOT = Path(__file__).resolve().parents[2]
 MEMORY = 2 * 2**30  # bytes by which one row may grow the process
@@ -104,22 +104,3 @@ def test_names_of_files_do_not_reach_the_terminal_as_they_are(capsys):
     said = capsys.readouterr()
     assert said.out.splitlines() == ["?[2Jgone done", "?gpj done", "?31m done", "plain é 你 done"]
     assert said.err == "failed: line break: no such file: line break\n"
-
-
-@pytest.mark.parametrize("stage", ["prepare", "generate", "write"])
-def test_one_bad_job_ends_no_other(stage, capsys):
-    def may_fail(at, names):
-        if at == stage and "bad" in names:
-            raise ZeroDivisionError("by nothing")
-        return names
-
-    jobs = SimpleNamespace(
-        device="cpu",
-        prepare=lambda job: may_fail("prepare", [job])[0],
-        generate=lambda batch: may_fail("generate", batch),
-        write=lambda name, prepared, result: (f"{result} done", len(may_fail("write", [name]))),
-    )
-    summary = run_batches([(name, name) for name in ("first", "bad", "last")], 3, lambda: jobs, name_errors=True)
-    said = capsys.readouterr()
-    assert said.out.split("\n") == ["first done", "last done", ""] and summary.speech_seconds == 2
-    assert said.err == "failed: bad: unforeseen ZeroDivisionError: by nothing\n"
