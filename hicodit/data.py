@@ -134,8 +134,8 @@ class HiCoDiTDataset:
         self.blocks = self.shards.blocks()
 
     def read(self, index: int) -> HiCoDiTSample:
-        """Clip `index` as it is stored; the next one in place of one that lacks a tensor (see `read_complete`)."""
-        info, tensors = self.shards.read_complete(index, self.required, ("phoneme",))
+        """Read clip `index` as it is stored; without phonemes they are 0."""
+        info, tensors = self.shards.read(index, (*self.required, "phoneme"))
         tensors.setdefault("phoneme", torch.zeros(len(tensors[self.inputs[0]])))
         for name in {"tokens", "expression", "phoneme", self.expression}:
             tensors[name] = tensors[name].long()

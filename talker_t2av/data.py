@@ -176,9 +176,9 @@ class TalkerExamples:
         return self._usable(index)[0]
 
     def _usable(self, index: int) -> tuple[dict[str, Any], dict[str, Tensor], list[int]]:
-        """JSON, streams and prompt of clip `index`, or of the next one that has all streams and a text of use."""
+        """Return JSON, streams and prompt of clip `index`, or of the next one that has a text of use."""
         for at in range(index, index + len(self)):
-            info, latents = self.shards.read_complete(at % len(self), self.streams)
+            info, latents = self.shards.read(at % len(self), self.streams)
             try:
                 return info, latents, self.words.prompt(info["text"])
             except UserError as error:
@@ -188,8 +188,7 @@ class TalkerExamples:
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """The example of clip `index`; the window of a clip over 30 s is drawn from the generator.
 
-        A clip whose text holds a control token, or that lacks a stream, is left out with a line; the next one takes its
-        place.
+        A clip whose text holds a control token is left out with a line; the next one takes its place.
         """
         _, latents, prompt = self._usable(index)
         speech, speaker = latents["speech"].float(), latents["speaker"].float()

@@ -13,13 +13,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 
-def write_split(
-    folder: Path, samples: list[tuple[dict, dict[str, Tensor]]], per_shard: int, tells_tensors: bool = True, **index
-) -> Path:
-    """Write `samples`, (JSON with key and frames, tensors), as shards of `per_shard`; `index` joins index.json.
-
-    tells_tensors: the shards' lists say which tensors samples lack, as those of earlier versions do not.
-    """
+def write_split(folder: Path, samples: list[tuple[dict, dict[str, Tensor]]], per_shard: int, **index) -> Path:
+    """Write `samples`, (JSON with key and frames, tensors), as shards of `per_shard`; `index` joins index.json."""
     folder.mkdir(parents=True)
     shards = []
     for number in range(-(-len(samples) // per_shard)):
@@ -35,10 +30,9 @@ def write_split(
                 rows.append({"key": info["key"], "frames": info["frames"], "members": members})
         data = (folder / f"{name}.tar").read_bytes()
         about, every = {"bytes": len(data), "crc32": zlib.crc32(data)}, {name for _, x in part for name in x}
-        if tells_tensors:
-            rows = [row | {"lacks": sorted(every - x.keys())} for row, (_, x) in zip(rows, part)]
-        listed = {"tensors": sorted(every)} if tells_tensors else {}
-        (folder / f"{name}.json").write_text(json.dumps({"version": 2, "samples": rows, **listed, **about}))
+        rows = [row | {"lacks": sorted(every - x.keys())} for row, (_, x) in zip(rows, part)]
+        sidecar = {"version": 2, "samples": rows, "tensors": sorted(every), **about}
+        (folder / f"{name}.json").write_text(json.dumps(sidecar))
         shards.append({"name": name, "clips": len(part), **about})
     whole = {"version": 2, "split": folder.name, "shards": shards, "clips": len(samples), **index}
     (folder / "index.json").write_text(json.dumps(whole))

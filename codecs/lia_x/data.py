@@ -127,7 +127,7 @@ class FramePairs(torch.utils.data.Dataset):
     def __getitem__(self, index: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """{"frames": (2, S, S, 3) bytes}, with tracks also {"tracks": (2, L)}; a function of (index, generator)."""
         if self.stored is not None:
-            packed, starts = map(self.stored.read_complete(index, PORTRAITS)[1].get, PORTRAITS)
+            packed, starts = map(self.stored.read(index, PORTRAITS)[1].get, PORTRAITS)
             if len(starts) < 3:  # preparation rejects such a clip
                 raise UserError(f"{self.stored.source}: a clip has fewer than 2 pictures: prepare it again")
             chosen = torch.randperm(len(starts) - 1, generator=generator)[:2].tolist()
@@ -149,7 +149,7 @@ def held_out_frames(
     if is_prepared(root, split):
         stored = _stored_portraits(root, split)
         for index in share.range(min(count, len(stored))):
-            packed, starts = map(stored.read_complete(index, PORTRAITS)[1].get, PORTRAITS)
+            packed, starts = map(stored.read(index, PORTRAITS)[1].get, PORTRAITS)
             yield index, unpack_portraits(packed, starts, size)
         return
     rows = read_manifest(root, split)[:count]

@@ -201,7 +201,8 @@ def nearest(rows: Rows, truths: Mapping[str, Take], known: Voices) -> dict[str, 
 def stored_voices(shards: str | Path) -> Voices:
     """Read the GE2E vector (256,) of every clip of a prepared split, by voice."""
     split, voices = ShardSplit(shards), {}
+    split.require("ge2e")
     for index in range(len(split)):
-        info, tensors = split.read_complete(index, ("ge2e",))
+        info, tensors = split.read(index, ("ge2e",))
         voices.setdefault(str(info["speaker"]), {})[info["key"]] = tensors["ge2e"].numpy()
     return voices

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.errors import UserError, leaving_out
+from engine.errors import UserError
 from engine.settings import Group, setting
 from engine.shards.source import SplitFiles, join, verify_once
 from engine.untrusted import parse_json, safe_name
@@ -83,7 +83,6 @@ class ShardSplit:
         index: the split's index.json.
         frames: (n,) int64, of every sample.
         sizes: samples of each shard.
-        leave_out: says which samples lack a tensor without their shard's saying so, found when they are read.
     """
 
     def __init__(self, source: str | Path, reading: Reading | None = None, least_frames: int = 0) -> None:
@@ -105,7 +104,6 @@ class ShardSplit:
         self._ends = np.cumsum(self.sizes)
         short = self.frames.numpy() < least_frames
         self._drop(short, f"shorter than {least_frames} frames", f"of {least_frames} frames or more")
-        self.leave_out = leaving_out(self.source, len(self))
         self._handles: OrderedDict[int, BinaryIO] = OrderedDict()
 
     def __len__(self) -> int:
@@ -123,34 +121,22 @@ class ShardSplit:
             raise IndexError(f"sample {index} of {len(self)}")
         shard = int(np.searchsorted(self._ends, index, "right"))
         handle = self._open(shard)
+        listed = self._holds[index] if names is None else self._holds[index].intersection(names)
         try:
-            return read_sample(handle, self._places[index].tolist(), names)
+            info, tensors = read_sample(handle, self._places[index].tolist(), names)
+            if not tensors.keys() >= listed:
+                raise ValueError(f"{info['key']} has no {', '.join(sorted(listed - tensors.keys()))}")
+            return info, tensors
         except (OSError, ValueError, KeyError, TypeError) as error:
             path = self.files.tar(self.shards[shard])
             raise UserError(f"shard {path} is damaged ({error}): copy it or prepare it again") from error
 
     def require(self, *names: str) -> None:
         """Leave out samples that lack one of these tensors, as a clip without pictures does; a line says how many."""
-        without = np.array([holds is not None and not holds.issuperset(names) for holds in self._holds])
+        without = np.array([not holds.issuperset(names) for holds in self._holds])
         held = frozenset(names).intersection(*(self._holds[i] for i in np.flatnonzero(without)))
         lacking = ", ".join(name for name in names if name not in held)
         self._drop(without, f"as they have no {lacking}", f"with {', '.join(names)}: prepare that too")
-
-    def read_complete(
-        self, index: int, names: Collection[str], optional: Collection[str] = ()
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return the JSON of a sample, its tensors `names`, and those of `optional` that it has.
-
-        Older shards do not list the tensors that a sample lacks, so that `require` cannot leave it out: the next sample
-        takes its place here.
-        """
-        for at in range(index, index + len(self)):
-            info, tensors = self.read(at % len(self), (*names, *optional))
-            missing = [name for name in names if name not in tensors]
-            if not missing:
-                return info, tensors
-            self.leave_out(info["key"], f"it has no {', '.join(missing)}")
-        raise UserError(f"{self.source} has no samples with {', '.join(names)}: prepare that too")
 
     def blocks(self) -> Blocks | None:
         """Return the shards as blocks; None if all samples are shuffled at once."""
@@ -192,9 +178,9 @@ class ShardSplit:
         self._ends, self._holds = np.cumsum(self.sizes), [self._holds[i] for i in np.flatnonzero(~rows)]
         self.frames, self._places = self.frames[torch.from_numpy(~rows)], self._places[~rows]
 
-    def _table(self, shard: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, list[frozenset[str] | None]]:
+    def _table(self, shard: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, list[frozenset[str]]]:
         """Return of a shard's n samples the frames (n,), offset and size of KEY.json and of KEY.safetensors (n, 2, 2),
-        and the names of the tensors of each; None in older shards, which do not list them.
+        and the names of the tensors of each.
         """
         sidecar, name = self.files.sidecar(shard), join(self.source, f"{shard['name']}.json")
         try:
@@ -203,9 +189,10 @@ class ShardSplit:
             frames = np.array([sample["frames"] for sample in rows], np.int64)
             members = [[s["members"]["json"], s["members"]["safetensors"]] for s in rows]
             places = np.array(members, np.int64).reshape(-1, 2, 2)
-            everything = frozenset(sidecar.get("tensors") or ())
-            distinct = {lacks: everything - set(lacks) for lacks in {tuple(s.get("lacks", ())) for s in rows}}
-            holds = [distinct[tuple(s.get("lacks", ()))] if everything else None for s in rows]
+            everything = frozenset(sidecar["tensors"])  # which older shards do not list
+            lacking = [tuple(sample.get("lacks", ())) for sample in rows]
+            distinct = {lacks: everything.difference(lacks) for lacks in {*lacking}}
+            holds = [distinct[lacks] for lacks in lacking]
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{name} is damaged ({error!r}): copy it or prepare it again") from error
         if stated != (shard["bytes"], shard["crc32"], shard["clips"]):

@@ -140,7 +140,7 @@ class StoredWaves:
         return SpeechClip(info["key"], info["text"], wave.numpy())
 
     def _stored(self, index: int) -> tuple[dict[str, Any], Tensor]:
-        info, tensors = self.shards.read_complete(index, ("wave",))
+        info, tensors = self.shards.read(index, ("wave",))
         return info, tensors["wave"].float() / 32768
 
 
