@@ -177,7 +177,7 @@ class TalkerDistillTask(TalkerTask):
     @torch.no_grad()
     def examples(self, batch: dict[str, Tensor]) -> dict[str, Examples]:
         """What the heads are asked for in a batch; the true latents `x1` are not learned from."""
-        forward = training_forward(self.model, TalkerBatch.of(batch), self._tasks(batch))
+        forward = training_forward(self.model, TalkerBatch.of(batch))
         return {"speech": forward.speech, "motion": forward.motion}
 
     def draw(self, like: Tensor) -> tuple[Tensor, Tensor]:

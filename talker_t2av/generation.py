@@ -5,8 +5,7 @@ A batch joins all its requests and steps until they end. A stream joins one, a s
 
 A mode says whether speech and motion are generated, given or absent. Frames of a generated stream that are given are a
 prefix, which the loop continues. Slot j of the sequence holds speech patch j and motion patch j - delay, as in
-training. If the model has task embeddings for A2V and V2A, slot j holds patch j + 1 of the given stream, so that a
-patch is drawn with the other stream's patch of the same time known.
+training.
 
 Training labels the hidden state after the last patch's token as the stop and leaves the two states before it without a
 label: so by default the first positive stop test ends a row. The official routines wait for three in a row

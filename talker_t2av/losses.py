@@ -20,7 +20,7 @@ from torch import Tensor
 from engine.device import send
 from talker_t2av.flow_matching import FlowDraws
 from talker_t2av.model import FPS, POSITIVE_SHARE, TalkerConfig, TalkerT2AV
-from talker_t2av.request import A2V, ORDERS, T2AV, TTS, V2A
+from talker_t2av.request import ORDERS, T2AV, TTS
 
 IGNORED = -100
 LONGEST_SPAN = 187  # patches; longer clips were cut at 30 s, so that their end is unknown
@@ -117,22 +117,16 @@ class TrainingForward:
 def training_forward(
     model: TalkerT2AV,
     batch: TalkerBatch,
-    task: Tensor | None = None,
-    shifted_speech: Tensor | None = None,
     share: float = 1.0,
 ) -> TrainingForward:
     """Run the backbone and collect the examples of both heads, each `repeats` times in a row.
 
     Args:
-        task: (B,) rows of the task embedding, on the device of `motion_frames`; by default T2AV where there is motion,
-            else TTS. The given stream of V2A and A2V enters the backbone a patch ahead, and no loss is computed for it.
-        shifted_speech: (B, F, Ds) speech that enters the backbone instead of the speech that is predicted.
         share: of the patches that the heads train on, drawn at random.
     """
     c, device = model.config, batch.speech.device
     with_motion = batch.motion_frames > 0
-    if task is None:
-        task = torch.where(with_motion, T2AV, TTS)
+    task = torch.where(with_motion, T2AV, TTS)
     embeds = torch.cat([model.task_embedding(send(task, device))[:, None], model.embed_text(batch.input_ids)], 1)
     mask = F.pad(batch.attention_mask, (1, 0), value=1)
     span = batch.speech_span + (batch.speech_span[:, :1] >= 0)
@@ -143,9 +137,8 @@ def training_forward(
     step = 1 + with_motion * (c.order in ORDERS)  # tokens of a patch
     filled = torch.where(with_motion, torch.maximum(speech.patches, motion.patches + c.delay), speech.patches)
     filled = torch.minimum(filled, slots // step)
-    known = speech if shifted_speech is None else PatchStream.of(shifted_speech, batch.speech_frames, c.patch_size)
     turns = {s: with_motion * (c.order in ORDERS and s == ORDERS[c.order][1]) for s in ("speech", "motion")}
-    embeds = _fill_slots(model, embeds, start, step, turns, filled, known, motion, with_motion, task)
+    embeds = _fill_slots(model, embeds, start, step, turns, filled, speech, motion, with_motion)
     hidden = model.padded_backbone(embeds, mask)
     labels = stop_labels(start, span[:, 1] - start, embeds.shape[1], c.patch_size, FPS, step=step)
     first_motion = batch.motion[:, 0] if batch.motion.shape[1] else batch.motion.new_zeros(len(task), c.motion_dim)
@@ -154,8 +147,8 @@ def training_forward(
         embeds,
         mask,
         hidden,
-        _examples(hidden, begin["speech"], step, slots * (task != A2V), speech, known, batch.speaker, c, share),
-        _examples(hidden, begin["motion"], step, slots * (task != V2A), motion, motion, first_motion, c, share),
+        _examples(hidden, begin["speech"], step, slots, speech, batch.speaker, c, share),
+        _examples(hidden, begin["motion"], step, slots, motion, first_motion, c, share),
         *(send(x, device) for x in labels),
     )
 
@@ -248,21 +241,6 @@ def phoneme_loss(model: TalkerT2AV, hidden: Tensor, batch: TalkerBatch) -> Tenso
     return F.cross_entropy(logits.flatten(0, 2), labels.flatten(), ignore_index=-100)
 
 
-def time_warped(speech: Tensor, frames: Tensor, deviation: float, knot: int = 8) -> Tensor:
-    """Speech (B, F, Ds) shifted in time by an amount that changes along the clip.
-
-    Every `knot` frames a Gaussian shift of standard deviation `deviation` frames is drawn; between them it is
-    interpolated. Shifts end at the first and at the last of the `frames` (B,) that are not padding.
-    """
-    count = speech.shape[1]
-    amounts = deviation * torch.randn(len(speech), 1, count // knot + 2, device=speech.device)
-    amounts = F.interpolate(amounts, scale_factor=knot, mode="linear", align_corners=False)[:, 0, :count]
-    last = send((frames[:, None] - 1).clamp(min=0), speech.device)
-    place = (torch.arange(count, device=speech.device) + amounts).round().long()
-    place = torch.minimum(place.clamp(min=0), last)
-    return speech.gather(1, place[..., None].expand_as(speech))
-
-
 def _fill_slots(
     model: TalkerT2AV,
     embeds: Tensor,
@@ -273,23 +251,20 @@ def _fill_slots(
     speech: PatchStream,
     motion: PatchStream,
     with_motion: Tensor,
-    task: Tensor,
 ) -> Tensor:
     """Put the tokens of the first `filled` (B,) patches into each row's slots; other slots keep their embedding.
 
     Slot j begins at token start + step * j; a stream's token of it is `turns` further. Tokens of both streams at one
-    position are added. In rows with a given stream, its first patch is added to the token before the first slot.
+    position are added.
     """
-    device, given = embeds.device, {"speech": task == A2V, "motion": task == V2A}
-    place = torch.arange(-1, embeds.shape[1], device=start.device)
-    begin = -((given["speech"] | given["motion"]) & (filled > 0)).long()
-    row, column = ((place >= begin[:, None]) & (place < filled[:, None])).nonzero(as_tuple=True)
-    slot, moving = place[column], with_motion[row]
-    shift = torch.where(given["motion"], 1, -model.config.delay)[row]
-    tokens = model.speech_tokens(*speech.gather(row, slot + given["speech"][row]))
+    device = embeds.device
+    place = torch.arange(embeds.shape[1], device=start.device)
+    row, slot = (place < filled[:, None]).nonzero(as_tuple=True)
+    moving = with_motion[row]
+    tokens = model.speech_tokens(*speech.gather(row, slot))
     tokens = tokens + model.motion_pad_emb[0] * send(~moving[:, None], device)
-    moves = model.motion_tokens(*motion.gather(row[moving], (slot + shift)[moving]))
-    slots = (place[1:] >= start[:, None]) & (place[1:] < (start + step * filled)[:, None])
+    moves = model.motion_tokens(*motion.gather(row[moving], slot[moving] - model.config.delay))
+    slots = (place >= start[:, None]) & (place < (start + step * filled)[:, None])
     embeds = embeds.masked_fill(send(slots, device)[..., None], 0)
     for stream, value, which in (("speech", tokens, slice(None)), ("motion", moves, moving)):
         at = torch.stack([row, start[row] + step[row] * slot + turns[stream][row]])[:, which]
@@ -303,12 +278,11 @@ def _examples(
     step: Tensor,
     slots: Tensor,
     stream: PatchStream,
-    known: PatchStream,
     global_cond: Tensor,
     config: TalkerConfig,
     share: float,
 ) -> Examples:
-    """Patch j of a row is predicted from position start + step * j - 1 and the `known` frames before it.
+    """Patch j of a row is predicted from position start + step * j - 1 and the frames before it.
 
     Rows with one patch or without slots give no example. Padded frames of the last patch are targets, too. Rows whose
     span was cut off give examples up to the last position. All this is as in the official program.
@@ -323,7 +297,7 @@ def _examples(
     row, patch = chosen.nonzero(as_tuple=True)
     row, patch = row.repeat_interleave(repeats), patch.repeat_interleave(repeats)
 
-    padded = F.pad(known.latents, (0, 0, 0, 0, context, 0))  # patches before the first are zeros
+    padded = F.pad(stream.latents, (0, 0, 0, 0, context, 0))  # patches before the first are zeros
     places = torch.stack([row, patch, position[row, patch].clamp(max=tokens - 1)])
     row, patch, before = send(places, hidden.device)
     window = patch[:, None] + torch.arange(context, device=patch.device)

@@ -60,9 +60,6 @@ class TalkerConfig(Group, prefix="model."):
         released program, 1 in the paper.
     drop_mu, drop_cond: probabilities with which the diffusion heads train without the hidden state, without the
         context patches.
-    tasks: rows of the task embedding. 2, as released: V2A and A2V use T2AV's row, and a patch is drawn before the
-        backbone has read the given stream's patch of the same time. 4: V2A and A2V have their own rows; slot j then
-        holds patch j + 1 of the given stream, and patch 0 is added to the last token before the slots.
     phonemes: classes of an auxiliary loss of training, with silence: the state before a patch also tells which phoneme
         each of its frames holds. It teaches a small model in few steps where in the text it is. 0: there is none.
     guidance_limit: the diffusion heads take guidance, up to this scale, and the step's length as inputs
@@ -86,7 +83,6 @@ class TalkerConfig(Group, prefix="model."):
     stop_share: float = setting(POSITIVE_SHARE, 0.0, 100.0)
     drop_mu: float = setting(DROP_MU, 0.0, 1.0)
     drop_cond: float = setting(DROP_COND, 0.0, 1.0)
-    tasks: int = 2
     order: str = "add"
     phonemes: int = setting(0, 0, 255)
     guidance_limit: float | None = setting(None, 1.0, 20.0)
@@ -95,8 +91,8 @@ class TalkerConfig(Group, prefix="model."):
         super().__post_init__()
         if self.order not in ("add", *ORDERS):
             raise UserError(f"model.order={self.order} is unknown; choose add, {', '.join(ORDERS)}")
-        if self.order in ORDERS and (self.delay or self.tasks != 2):
-            raise UserError(f"model.order={self.order} needs model.delay=0 and model.tasks=2")
+        if self.order in ORDERS and self.delay:
+            raise UserError(f"model.order={self.order} needs model.delay=0")
         # transformers would load code from its hub for other fields, such as attn_implementation.
         wrong = self.llm.keys() - LLM_FIELDS if isinstance(self.llm, dict) else {"llm"}
         if wrong:
@@ -127,8 +123,6 @@ class TalkerT2AV(Released):
         c = config
         llm = Qwen3Config(**{"rope_theta": 1e6, "tie_word_embeddings": True, "use_cache": False, **c.llm})
         self.width = width = llm.hidden_size
-        if c.tasks not in (2, 4):
-            raise UserError(f"model.tasks={c.tasks}: give 2 (tts, t2av) or 4 (and v2a, a2v)")
         for name, heads in (("encoder_heads", c.encoder_heads), ("head_heads", c.head_heads)):
             if heads < 1 or width % (2 * heads):
                 raise UserError(f"model.{name}={heads}: llm.hidden_size={width} must be a multiple of twice that")
@@ -151,7 +145,7 @@ class TalkerT2AV(Released):
         self.head_stop = StopPredictor(width)
         if c.phonemes:
             self.head_phoneme = nn.Linear(width, c.patch_size * c.phonemes)
-        self.task_embedding = nn.Embedding(c.tasks, width)
+        self.task_embedding = nn.Embedding(2, width)  # TTS, and T2AV for all modes with motion
         self.motion_pad_emb = nn.Parameter(torch.zeros(1, 1, width))  # replaces the motion part of a TTS token
 
     @property

@@ -27,7 +27,7 @@ from engine.precision import half_precision
 from engine.seeding import generator_for, seed_for
 from talker_t2av.generation import Result, Row, Rows, tensors_of
 from talker_t2av.model import TalkerT2AV
-from talker_t2av.request import ORDERS, V2A, Mode, Request, Sampling
+from talker_t2av.request import ORDERS, Mode, Request, Sampling
 
 TIMES = 8  # at which the motion head is asked
 SHARPNESS = 80.0  # what a mean squared error of 1 takes off a log weight; chosen on 20 clips (docs/LOG.md)
@@ -37,12 +37,12 @@ def why_not(model: TalkerT2AV) -> str:
     """Why a model cannot weigh drafts, in words for an error message; "" if it can.
 
     Weights are losses of the motion head after the speech of the same patch. A distilled head has another loss; other
-    orders and tasks train it on other hidden states.
+    orders train it on other hidden states.
     """
     if model.motion_cfm.limit is not None:
         return "it is distilled"
-    c = model.config
-    return f"model.order={c.order}, model.tasks={c.tasks}" if c.order in ORDERS or c.tasks > V2A else ""
+    order = model.config.order
+    return f"model.order={order}" if order in ORDERS else ""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from engine.device import send
 from engine.errors import UserError
 from engine.seeding import generator_for
 from talker_t2av.model import TalkerT2AV
-from talker_t2av.request import A2V, ORDERS, T2AV, V2A, Mode, Request, Stream, tokens_per_patch
+from talker_t2av.request import ORDERS, Mode, Request, Stream, tokens_per_patch
 
 
 def known_tokens(model: TalkerT2AV, request: Request, mode: Mode, steps: int) -> tuple[Tensor, Tensor]:
@@ -28,11 +28,9 @@ def known_tokens(model: TalkerT2AV, request: Request, mode: Mode, steps: int) ->
     in_turn = tokens_per_patch(c.order, mode.motion != "absent") > 1
     if in_turn and not (request.task_first and request.prefix_has_motion):
         raise UserError(f"this model has order={c.order}, which the official routines do not know")
-    task = mode.task if mode.task < c.tasks else T2AV
-    ahead = task in (A2V, V2A)  # the token before slot 0 holds the given stream's first patch
-    slots = torch.arange(-int(ahead), request.prefix + steps, device=model.device)
+    slots = torch.arange(request.prefix + steps, device=model.device)
     prefix = slots < request.prefix
-    speech = patch_tokens(model.speech_tokens, request.speech, slots + int(task == A2V), c.patch_size)
+    speech = patch_tokens(model.speech_tokens, request.speech, slots, c.patch_size)
     speech = speech * (prefix | (mode.speech == "given"))[:, None]
     if mode.motion == "absent":
         motion = model.motion_pad_emb[0]
@@ -40,19 +38,16 @@ def known_tokens(model: TalkerT2AV, request: Request, mode: Mode, steps: int) ->
         waiting = slots < request.prefix + c.delay  # for the first generated motion
         filled = torch.full_like(prefix, mode.motion == "given") | (waiting & (not request.rules.motion_waits))
         filled = torch.where(prefix, request.prefix_has_motion, filled)
-        numbers = slots + (1 if task == V2A else -c.delay)
-        motion = patch_tokens(model.motion_tokens, request.motion, numbers, c.patch_size) * filled[:, None]
+        motion = patch_tokens(model.motion_tokens, request.motion, slots - c.delay, c.patch_size) * filled[:, None]
     streams = {"speech": speech, "motion": motion}
     tokens = torch.stack([streams[s] for s in ORDERS[c.order]] if in_turn else [speech + motion], 1)  # (slots, n, D)
     text = model.embed_text(send(torch.tensor([request.prompt], dtype=torch.long), model.device))[0]
-    start, later = tokens.split([request.prefix + int(ahead), steps])
-    start, embedding = start.flatten(0, 1), model.task_embedding.weight[task : task + 1]
+    start, later = tokens.split([request.prefix, steps])
+    start, embedding = start.flatten(0, 1), model.task_embedding.weight[mode.task : mode.task + 1]
     if request.task_first:
         text = torch.cat([embedding, text])
     elif len(start):
         start = torch.cat([start[:1] + embedding, start[1:]])
-    if ahead:
-        text, start = torch.cat([text[:-1], text[-1:] + start[:1]]), start[1:]
     return torch.cat([text, start]), later
 
 

@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -19,7 +18,6 @@ from engine.official import numbered, rename_all, sizes_of
 from engine.untrusted import parse_json, safe_name
 from talker_t2av.layers import Rotary
 
-TASKS = "task_embedding.weight"
 EMBEDDINGS, LM_HEAD = "llm.model.embed_tokens.weight", "llm.lm_head.weight"  # tied
 ROTARY = ".rope.w"
 FOREIGN = ("pretrained_speech_encoder.", "spk.")  # codec and speaker encoder, loaded from other files
@@ -122,12 +120,6 @@ def complete(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, Rotary):
             out.setdefault(f"{name}.w", module.table("cpu"))
     return out
-
-
-def with_tasks(state: dict[str, Tensor], tasks: int) -> dict[str, Tensor]:
-    """Extend the task embedding of `state` to at least `tasks` rows; new ones are copies of the last one, T2AV's."""
-    table = state[TASKS]
-    return state | {TASKS: torch.cat([table, table[-1:].expand(max(0, tasks - len(table)), -1)])}
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from engine.settings import Group, setting
 if TYPE_CHECKING:
     from torch import Tensor  # importing it takes seconds
 
-TTS, T2AV, V2A, A2V = range(4)  # rows of the task embedding; released models have the first two
+TTS, T2AV = range(2)  # rows of the task embedding
 Stream = Literal["speech", "motion"]
 # Streams that take turns: the ablation of Table 4 (arXiv 2604.23586). With order=add, the paper's own, a patch of
 # 160 ms is one token, the sum of both streams'. Else it is two, one of each stream, each predicted from the one before
@@ -32,11 +32,15 @@ def tokens_per_patch(order: str, moving: bool) -> int:
 
 @dataclass(frozen=True)
 class Mode:
-    """What happens to each stream, and the mode's own row of the task embedding."""
+    """What happens to each stream."""
 
     speech: Literal["generated", "given"]
     motion: Literal["generated", "given", "absent"]
-    task: int
+
+    @property
+    def task(self) -> int:
+        """Return the row of the task embedding. V2A and A2V have T2AV's: training reads both true streams, too."""
+        return TTS if self.motion == "absent" else T2AV
 
     @property
     def open_ended(self) -> bool:
@@ -45,10 +49,10 @@ class Mode:
 
 
 MODES = {
-    "t2av": Mode("generated", "generated", T2AV),
-    "tts": Mode("generated", "absent", TTS),
-    "a2v": Mode("given", "generated", A2V),
-    "v2a": Mode("generated", "given", V2A),
+    "t2av": Mode("generated", "generated"),
+    "tts": Mode("generated", "absent"),
+    "a2v": Mode("given", "generated"),
+    "v2a": Mode("generated", "given"),
 }
 
 

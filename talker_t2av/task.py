@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.device import send
 from engine.errors import UserError
 from engine.evaluation.validation import ByClip, Share, measure_clips
 from engine.hub import release_folder
@@ -35,10 +34,10 @@ from talker_t2av.data import TalkerExamples, collate, digests_of, holds_motion
 from talker_t2av.faces import find_square, read_square
 from talker_t2av.generation import Result, Rows
 from talker_t2av.layers import Block
-from talker_t2av.losses import TalkerBatch, phoneme_loss, time_warped, training_forward, training_losses
+from talker_t2av.losses import TalkerBatch, phoneme_loss, training_forward, training_losses
 from talker_t2av.model import FPS, TalkerConfig, TalkerT2AV
 from talker_t2av.particles import why_not
-from talker_t2av.request import A2V, MODES, T2AV, TTS, V2A, Request, Sampling
+from talker_t2av.request import MODES, Request, Sampling
 from talker_t2av.system import MotionStats, check_codecs, load_motion, load_speech
 from talker_t2av.text import TalkerTokenizer, load_tokenizer
 
@@ -60,8 +59,7 @@ class TalkerTask(Task):
     """Flow matching of speech and motion patches, and the stop head, on precomputed latents.
 
     A model trained for T2AV also does A2V and V2A: in training the backbone reads both true streams, as it reads a
-    given stream at inference. But a patch is then drawn before the given patch of the same time is read. With
-    `dubbing` the model is trained to read the given patch first.
+    given stream at inference. A patch is then drawn before the given patch of the same time is read.
 
     Args:
         model: fields of `TalkerConfig`.
@@ -70,11 +68,8 @@ class TalkerTask(Task):
         stats: index.json of the training shards, or its URL, for the motion's statistics; None: those of the released
             model.
         tokenizer: as `load_tokenizer` takes it.
-        init: a model of the same sizes to start from, which may have fewer tasks and layers, and another text than
-            this task's phonemes: a release folder, or a folder with the released files.
-        dubbing: needs model.tasks=4. `v2a`, `a2v`: shares of the rows with motion that are trained for these tasks.
-            `drift`: standard deviation in frames by which speech that V2A rows read is shifted in time (see
-            `time_warped`); true speech alone would tell the timing, and the model would ignore the motion.
+        init: a model of the same sizes to start from, which may have fewer layers, and another text than this task's
+            phonemes: a release folder, or a folder with the released files.
         guided_layers: layers of the backbone with a head that is taught where in the text each patch is; see
             `alignment`. Needs data.train.phonemes.
         head_share: share of the patches that the diffusion heads train on in a step. They cost most of a step, while
@@ -97,7 +92,6 @@ class TalkerTask(Task):
         stats: str | None = None,
         tokenizer: str | Mapping[str, str] | None = None,
         init: str | None = None,
-        dubbing: Mapping[str, float] | None = None,
         guided_layers: Sequence[int] = (),
         head_share: float = 1.0,
         warm_start: Mapping[str, str] | None = None,
@@ -120,15 +114,11 @@ class TalkerTask(Task):
             raise UserError(
                 f"task.model.llm.vocab_size={rows} has to be {self.words.vocab_size} or more for this tokenizer"
             )
-        self.dubbing, self.guided_layers, self.head_share = dubbing, guided_layers, head_share
+        self.guided_layers, self.head_share = guided_layers, head_share
         layers = self.model.llm.config.num_hidden_layers
         if any(not 0 <= layer < layers for layer in guided_layers):
             raise UserError(f"task.guided_layers={list(guided_layers)}: give layers from 0 to {layers - 1}")
         require_range("task.head_share", head_share, 0.0, 1.0)
-        if dubbing and self.model.config.tasks < 4:
-            raise UserError(
-                "task.dubbing needs task.model.tasks=4: with fewer there are no V2A and A2V task embeddings"
-            )
         self.codecs, self.tokenizer, self.stats_file, self.digests = dict(codecs), tokenizer, stats, {}
         self.stats = MotionStats.read(stats)
         if stats:
@@ -156,7 +146,7 @@ class TalkerTask(Task):
             raise UserError(
                 f"init={init} has another vocabulary than task.tokenizer={self.tokenizer}: use the tokenizer in {words}"
             )
-        state = released.complete(released.with_tasks(start.state_dict(), self.model.config.tasks), self.model)
+        state = released.complete(start.state_dict(), self.model)
         if not self.model.config.phonemes:
             state = {key: value for key, value in state.items() if not key.startswith("head_phoneme.")}
         if new_text:
@@ -182,12 +172,9 @@ class TalkerTask(Task):
 
     def forward(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
         """Losses of a batch; see `data.collate`."""
-        rows, task, shifted = TalkerBatch.of(batch), self._tasks(batch), None  # tasks are drawn where the lengths are
-        if task is not None:
-            shifted = time_warped(rows.speech, rows.speech_frames, self.dubbing["drift"])
-            shifted = torch.where(send((task == V2A)[:, None, None], shifted.device), shifted, rows.speech)
+        rows = TalkerBatch.of(batch)
         with Alignment(self.model, self.guided_layers if rows.pointer is not None else ()) as alignment:
-            forward = training_forward(self.model, rows, task, shifted, self.head_share if self.training else 1.0)
+            forward = training_forward(self.model, rows, self.head_share if self.training else 1.0)
         losses = training_losses(self.model, forward)
         more = {}
         if rows.phoneme is not None and self.model.config.phonemes:
@@ -197,16 +184,6 @@ class TalkerTask(Task):
         losses["loss"] = losses["loss"] + sum(more.values())
         losses |= more
         return losses
-
-    def _tasks(self, batch: dict[str, Tensor]) -> Tensor | None:
-        """(B,) rows of the task embedding; None: the default of `training_forward`."""
-        if not self.dubbing:
-            return None
-        moving = batch["motion_frames"] > 0
-        u = torch.rand(len(moving), device=moving.device)
-        task = torch.where(u < self.dubbing["v2a"], V2A, T2AV)
-        task = torch.where(u >= 1 - self.dubbing["a2v"], A2V, task)
-        return torch.where(moving, task, TTS)
 
     @torch.no_grad()
     def measure(self, folder: Path, share: Share) -> dict[str, float | ByClip]:

@@ -37,14 +37,12 @@ MODEL = {  # of a training
 STATS = {"motion_mean": [0.1] * DM, "motion_std": [0.5] * DM}
 
 
-def tiny_model(
-    delay: int = 0, context: int = 1, seed: int = 0, motion_dim: int = DM, tasks: int = 2, order: str = "add"
-) -> TalkerT2AV:
+def tiny_model(delay: int = 0, context: int = 1, seed: int = 0, motion_dim: int = DM, order: str = "add") -> TalkerT2AV:
     """Random weights, with a stop head whose verdict changes from step to step."""
     torch.manual_seed(seed)
     config = TalkerConfig(
         LLM, delay=delay, context=context, speech_dim=DS, motion_dim=motion_dim, encoder_layers=1, encoder_heads=2,
-        head_layers=2, head_heads=2, max_positions=32, tasks=tasks, order=order,
+        head_layers=2, head_heads=2, max_positions=32, order=order,
     )  # fmt: skip
     model = TalkerT2AV(config).eval()
     torch.nn.init.normal_(model.motion_pad_emb)

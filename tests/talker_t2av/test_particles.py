@@ -105,10 +105,9 @@ def test_a_request_in_a_batch_is_the_request_alone():
         torch.testing.assert_close(alone.speech, result.speech, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("model", [{"tasks": 4}, {"order": "av"}])
-def test_a_model_that_cannot_weigh_drafts_says_so(model):
-    with pytest.raises(UserError, match=r"sampling.particles=4: this model cannot weigh drafts \(model.order="):
-        Particles(tiny_model(**model), V2A, SAMPLING)
+def test_a_model_that_cannot_weigh_drafts_says_so():
+    with pytest.raises(UserError, match=r"sampling.particles=4: this model cannot weigh drafts \(model.order=av"):
+        Particles(tiny_model(order="av"), V2A, SAMPLING)
 
 
 def test_the_pipeline_draws_drafts_and_streams_a_single_one(tmp_path):

@@ -54,21 +54,6 @@ def a_batch(root) -> dict[str, torch.Tensor]:
     return batch_of(TalkerPairs(root / "shards", stats=root / "shards" / "train" / "index.json"), 3)
 
 
-def test_dubbing_gives_rows_with_motion_the_tasks_of_given_streams(root, tmp_path):
-    dubbing = {"v2a": 0.4, "a2v": 0.3, "drift": 1.5}
-    write_release(make_task(root), tmp_path / "two")
-    task = make_task(root, model=MODEL | {"tasks": 4}, init=str(tmp_path / "two"), dubbing=dubbing)
-    table = task.model.task_embedding.weight
-    assert torch.equal(table[2], table[1]) and torch.equal(table[3], table[1])
-    batch = {"motion_frames": torch.arange(4000) % 2}
-    counts = task._tasks(batch)[1::2].bincount(minlength=4) / 2000
-    torch.testing.assert_close(counts, torch.tensor([0.0, 0.3, 0.4, 0.3]), atol=0.05, rtol=0)
-    assert not task._tasks(batch)[::2].any()
-    assert torch.isfinite(task(a_batch(root), "model")["loss"])
-    with pytest.raises(UserError, match="tasks=4"):
-        make_task(root, dubbing=dubbing)
-
-
 def test_validation_speaks_held_out_sentences(root, tmp_path, shares_give_the_same_figures):
     pytest.importorskip("pocketsphinx")
     checks = {"root": str(root / "shards"), "splits": ["seen"], "clips": 2, "corpus": str(root)}
@@ -235,8 +220,6 @@ def test_training_starts_from_the_released_files(root, tmp_path):
     for name, value in task.model.state_dict().items():
         if name != "llm.lm_head.weight":
             assert torch.equal(value, state[name].float()), name
-    task = make_task(root, init=str(tmp_path / "files"), model=MODEL | {"tasks": 4})
-    assert torch.equal(task.model.task_embedding.weight[3], state["task_embedding.weight"][1].float())
 
 
 def test_speech_alone_needs_no_motion_codec(root, tmp_path):

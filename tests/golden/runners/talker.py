@@ -213,7 +213,7 @@ def run_training_forward(case: Case) -> dict[str, Any]:
         motion_frames=i["motion_len"],
         speaker=i["speaker_emb"],
     )
-    forward = training_forward(model, batch, i.get("task_tag"))
+    forward = training_forward(model, batch)
     draws = {name: draws_of(case, f"draw.{name}.") if f"draw.{name}.z" in i else None for name in ("speech", "motion")}
     dummy = len(forward.motion.x1) == 0
     if dummy:
