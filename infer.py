@@ -13,10 +13,9 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from engine import STARTED
 from engine.config import load
 from engine.errors import UserError, run_cli
-from engine.progress import Progress, stage
+from engine.progress import showing, stage
 
 HICODIT = """
 Generate the speech of a silent clip of a talking face. For each clip NAME the output folder gets NAME.wav, NAME.mp4
@@ -75,7 +74,7 @@ def main() -> int:
         raise UserError(f"model={model} is unknown; choose {', '.join(JOBS)}")
     name, help_text = JOBS[model]
     settings = import_module(f"{model}.settings").read_settings(load(name, words, help_text))
-    with Progress(STARTED):
+    with showing():
         with stage("loading"):  # importing PyTorch takes seconds
             inference = import_module(f"{model}.inference")
             if model == "talker_t2av" and any(getattr(job, "is_auto", False) for _, job in settings[1]):

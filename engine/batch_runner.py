@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from engine import STARTED
 from engine.cluster import Cluster
 from engine.errors import UserError, printable, require
 from engine.hub import check_release
@@ -99,14 +100,13 @@ class Summary:
         jobs: their number. failed: error of each job that failed.
         lines: for the output (1) and the error output (2).
         speech_seconds: duration of the speech in the files.
-        seconds: wall time. device: of the computations.
+        device: of the computations.
     """
 
     jobs: int
     failed: list[str] = field(default_factory=list)
     lines: list[tuple[int, str]] = field(default_factory=list)
     speech_seconds: float = 0.0
-    seconds: float = 0.0
     device: str = ""
 
     def fail(self, name: str, reason: str) -> None:
@@ -122,7 +122,7 @@ class Summary:
         self.speech_seconds += part.speech_seconds
 
     def report(self, kind: str, output: Path, origin: str = "") -> int:
-        """Print the figures, and the command's seconds in each stage. Return the exit code: 1 if a job failed.
+        """Print the figures, and the seconds since the command began. Return the exit code: 1 if a job failed.
 
         Args:
             kind: plural of the kind of a job. origin: where the jobs came from, such as " of input=FOLDER".
@@ -130,13 +130,8 @@ class Summary:
         count = self.jobs - len(self.failed)
         if not count:
             raise UserError(f"none of the {self.jobs} {kind}{origin} could be done; the first: {self.failed[0]}")
-        progress = current()
-        seconds = progress.charge() if progress else self.seconds
-        speech = f"{self.speech_seconds:.1f} s of speech in {seconds:.1f} s on {self.device}"
+        speech = f"{self.speech_seconds:.1f} s of speech in {time.perf_counter() - STARTED:.1f} s on {self.device}"
         print(printable(f"{count} of {self.jobs} {kind} in {output}: {speech}"))
-        if progress:
-            stages = sorted(progress.seconds.items(), key=lambda stage: stage[0] == "other")
-            print("of which " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in stages))
         return 1 if self.failed else 0
 
 
@@ -215,7 +210,7 @@ def run_batches(
     """
     firsts = range(0, len(jobs), batch_size)
     batches = [Batch(jobs[first : first + batch_size], first, len(jobs)) for first in firsts]
-    summary, began, count = Summary(len(jobs)), time.monotonic(), ray.encoders if ray else min(devices, len(batches))
+    summary, count = Summary(len(jobs)), ray.encoders if ray else min(devices, len(batches))
     if count == 1 and not ray:
         worker = start()
         summary.device = str(worker.device)
@@ -224,7 +219,7 @@ def run_batches(
     else:
         build = partial(BatchWork, start, name_errors)
         executor = Cluster(ray, build) if ray else Processes(count, build)
-        with executor, stage("other processes", len(batches), "batches") as step:
+        with executor, stage("in other processes", len(batches), "batches") as step:
             summary.device = f"{count} processes, {executor.about}"
             for batch, part in executor.run(batches):
                 if isinstance(part, Lost):
@@ -233,5 +228,4 @@ def run_batches(
                         part.fail(name, reason)
                 summary.add(part)
                 step()
-    summary.seconds = time.monotonic() - began
     return summary

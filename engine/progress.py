@@ -1,17 +1,16 @@
-"""Progress of long work: a bar in place on a terminal, plain lines with rate and ETA everywhere else; and clocks.
+"""Progress of long work on standard error: bars on a terminal, plain lines with rate and remaining time elsewhere.
 
-A command opens a `Progress`; what it calls names its stages with `stage`, without which nothing is shown or clocked.
+A command opens `showing`; what it calls names its stages with `stage`, without which nothing is shown.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
-from datetime import timedelta
+from dataclasses import dataclass
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -20,130 +19,97 @@ from engine.errors import printable
 
 T = TypeVar("T")
 B = TypeVar("B", bound=Sized)
+LINE = "{n_fmt}/{total_fmt}{unit}, {rate_noinv_fmt}, {remaining} left"
 LINE_EVERY = 10.0  # seconds
-LEAST = 1.0  # seconds between the last lines of two bars
+
+
+@dataclass
+class Progress:
+    """What a command shows. prefix: put before the labels of stages. bar: the open one."""
+
+    prefix: str = ""
+    bar: tqdm | None = None
+
+
 _CURRENT: ContextVar[Progress | None] = ContextVar("progress", default=None)
 current = _CURRENT.get  # the progress of the running command, or None
 
 
-class Bar:
-    """A count of steps up to `total` (None: unknown): call it after each step, `close` it at the end."""
+class _Lines:
+    """The stream of bars where there is no terminal: of all that they write, a line every `LINE_EVERY` seconds."""
 
-    last_line = 0.0  # when any bar wrote one
+    def __init__(self) -> None:
+        self.last = time.monotonic()
 
-    def __init__(self, total: int | None, unit: str, label: str = "") -> None:
-        self.total, self.unit, self.label, self.count, self.reported = total, unit, label, 0, 0
-        self.start = self.last = time.monotonic()
-        self.tqdm = tqdm(total=total, unit=f" {unit}", desc=label or None, leave=False) if sys.stderr.isatty() else None
+    def write(self, text: str) -> None:
+        text, now = text.strip(), time.monotonic()
+        if text and now - self.last > LINE_EVERY:
+            self.last = now
+            print(text, file=sys.stderr, flush=True)
 
-    def __call__(self, steps: int = 1) -> None:
-        self.count += steps
-        if self.tqdm is not None:
-            self.tqdm.update(steps)
-        elif time.monotonic() - self.last > LINE_EVERY:
-            self._say()
-
-    def close(self) -> None:
-        if self.tqdm is not None:
-            self.tqdm.close()
-        elif self.count and self.reported != self.count and time.monotonic() - Bar.last_line > LEAST:
-            self._say(closing=True)
-
-    def _say(self, closing: bool = False) -> None:
-        self.last = Bar.last_line = time.monotonic()
-        self.reported, seconds = self.count, max(self.last - self.start, 1e-9)
-        rate, of, duration = self.count / seconds, "", f", after {timedelta(seconds=round(seconds))}"
-        if self.total and self.count < self.total and not closing:
-            of, duration = f"/{self.total}", f", {timedelta(seconds=round((self.total - self.count) / rate))} left"
-        label = f"{self.label}: " if self.label else ""
-        print(f"{label}{self.count}{of} {self.unit}, {rate:.2f} {self.unit}/s{duration}", file=sys.stderr, flush=True)
+    def flush(self) -> None:
+        """Do nothing: lines are flushed."""
 
 
-class Progress:
-    """The stages of a command, displayed and timed. Stages do not overlap: their seconds add up to the wall time.
+_LINES = _Lines()
 
-    Args:
-        started: `time.perf_counter()` when the command began; what passed since counts as "loading".
 
-    Attributes:
-        seconds: wall time of each stage.
-        prefix: put before the labels of bars.
-    """
+class _Bar(tqdm):
+    """A bar with a label; without a `unit`, the label alone."""
 
-    def __init__(self, started: float | None = None) -> None:
-        self._last = time.perf_counter() if started is None else started
-        self.seconds: Counter[str] = Counter()
-        self.prefix, self.bar, self.stages = "", None, ["loading"]
+    monitor_interval = 0  # no thread that redraws
 
-    def __enter__(self) -> Progress:
-        self.charge()
-        self.stages[0], self._token = "other", _CURRENT.set(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.charge()
-        _CURRENT.reset(self._token)
-
-    def charge(self) -> float:
-        """Count the seconds since the last call to the innermost stage; return those since the command began."""
-        now = time.perf_counter()
-        self.seconds[self.stages[-1]] += now - self._last
-        self._last = now
-        return sum(self.seconds.values())
+    def __init__(self, label: str, total: int | None, unit: str, items: Iterable[T] | None = None) -> None:
+        settings = {"total": total, "unit": f" {unit}", "leave": False, "miniters": 1}
+        if not unit:
+            settings["bar_format"] = "{desc} ..."
+        if not sys.stderr.isatty():
+            line = "{desc}: " + LINE if label else LINE
+            settings = {"bar_format": line, **settings, "file": _LINES, "position": 0}
+        super().__init__(items, label, **settings)
 
 
 @contextmanager
-def stage(
-    name: str, total: int | None = None, unit: str = "", label: str | None = None
-) -> Iterator[Callable[..., None]]:
-    """Time and display a part of a command's work, without its inner parts. Give a function to call after each step.
+def showing() -> Iterator[Progress]:
+    """Show the stages of the work in this block."""
+    token = _CURRENT.set(Progress())
+    try:
+        yield current()
+    finally:
+        _CURRENT.reset(token)
+
+
+@contextmanager
+def stage(label: str, total: int | None = None, unit: str = "") -> Iterator[Callable[..., object]]:
+    """Show a part of a command's work. Give a function to call after each step.
 
     Args:
-        total, unit: of the steps; without a unit, only the label is displayed, and that on a terminal only.
-        label: text to display, if not the name.
+        label: text to show.
+        total, unit: of the steps; without a unit, only the label is shown, and only if nothing else is.
     """
     progress = current()
-    if progress is None:
+    outer = progress and progress.bar
+    if progress is None or (outer is not None and not unit):
         yield lambda steps=1: None
         return
-    progress.charge()
-    progress.stages.append(name)
-    outer, label = progress.bar, printable(f"{progress.prefix}{label or name}")
-    bar: Bar | tqdm | None = None
-    if unit:
-        bar = progress.bar = Bar(total, unit, label)
-    elif outer is None and sys.stderr.isatty():
-        bar = tqdm(desc=f"{label} ...", bar_format="{desc}", leave=False)
-    try:
-        yield bar if unit else lambda steps=1: None
-    finally:
-        if bar is not None:
-            bar.close()
-        progress.bar = outer
-        progress.charge()
-        progress.stages.pop()
+    with _Bar(printable(progress.prefix + label), total, unit) as progress.bar:
+        try:
+            yield progress.bar.update
+        finally:
+            progress.bar = outer
 
 
 def watched(blocks: Iterable[B]) -> Iterator[B]:
-    """Yield blocks of frames as they are read: timed as "reading", the frames counted by the open bar."""
-    bar, source = getattr(current(), "bar", None), iter(blocks)
+    """Yield blocks of frames as they are read, and count the frames in the open bar, if there is one."""
+    bar = getattr(current(), "bar", None)
     if bar is not None:  # frames that are read again are counted from 0
-        bar.count, bar.start = 0, time.monotonic()
-        if bar.tqdm is not None:
-            bar.tqdm.reset()
-    while True:
-        with stage("reading"):
-            block = next(source, None)
-        if block is None:
-            return
+        bar.reset()
+    for block in blocks:
         if bar is not None:
-            bar(len(block))
+            bar.update(len(block))
         yield block
 
 
 def track(items: Iterable[T], total: int, unit: str) -> Iterator[T]:
     """Yield the items; progress, rate and remaining time go to standard error."""
-    with closing(Bar(total, unit)) as bar:
-        for item in items:
-            yield item
-            bar()
+    yield from _Bar("", total, unit, items)

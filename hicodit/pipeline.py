@@ -196,12 +196,12 @@ class HiCoDiTPipeline:
         stated = len(video) if array else round(probe(video).seconds * FPS)
         label = f"{Path(name).name} ({stated / FPS:.1f} s)" if stated else Path(name).name
         try:
-            with stage("faces", stated or None, "frames", f"{label}: finding the face"):
+            with stage(f"{label}: finding the face", stated or None, "frames"):
                 tracks = self._tracks(frames, name, face, face_box)
         except FaceError as error:
             raise UserError(f"{name}: {error}") from error
         for number, track in enumerate(tracks, 1):
-            with stage("faces", len(track), "frames", f"{label}: cutting out the face"):
+            with stage(f"{label}: cutting out the face", len(track), "frames"):
                 clip, track = frames.sharper(track)
                 if callable(self.landmarks):
                     track = add_landmarks(clip, track, self.landmarks)
@@ -323,7 +323,7 @@ class HiCoDiTPipeline:
             conditions = replace(conditions, expression=send(torch.from_numpy(classes).long(), self.device))
         settings = sampler or self.sampler
         steps = settings.steps * max(len(windows(len(c), settings)) for c in crops)
-        with stage("sampling", steps, "steps", f"sampling {sum(map(len, crops)) / FPS:.1f} s of speech") as count:
+        with stage(f"sampling {sum(map(len, crops)) / FPS:.1f} s of speech", steps, "steps") as count:
 
             def after_step(step: int) -> None:
                 count()

@@ -66,7 +66,7 @@ def find_square(path: str | Path, count: int, crop: str = "face", face_box: str 
         return Square(*centre_square(height, width))
     frames = 1 if still else min(count, round(probe(path).seconds * FPS)) or None
     try:
-        with stage("faces", frames, "frames", f"{Path(path).name}: finding the face"):
+        with stage(f"{Path(path).name}: finding the face", frames, "frames"):
             if face_box is not None:
                 track = place_face(clip, read_boxes(face_box), float(FPS))
             else:

@@ -176,7 +176,7 @@ class TalkerPipeline:
 
     def prepare(self, job: Job) -> PreparedJob:
         """Read and encode a job's files. Raises UserError, as `prepare_job` does."""
-        with stage("conditions", None, "frames", "reading and encoding the files"):
+        with stage("reading and encoding the files", unit="frames"):
             return prepare_job(job, self.system, self.sampling.text_bytes)
 
     @contextmanager
@@ -215,7 +215,7 @@ class TalkerPipeline:
             seconds = most * model.config.patch_size / FPS
             places = min(len(requests), max(len(jobs), PARTS_AT_ONCE))
             with (
-                stage("sampling", most, "patches", f"sampling at most {seconds:.1f} s") as count,
+                stage(f"sampling at most {seconds:.1f} s", most, "patches") as count,
                 self.rows(first.mode, places) as rows,
             ):
 

@@ -24,17 +24,13 @@ def command(*words: str, folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(call, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
-def test_the_command_works_in_any_folder_and_its_times_add_up(tmp_path):
+def test_the_command_works_in_any_folder_and_states_its_seconds(tmp_path):
     done = command("sampler=fast", "sampler.steps=2", "codec=assets/rvq_tiny", "figure=false", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == ["silent.mp4", "silent.wav"]
-    assert re.search(r"silent\.mp4.*: finding the face: \d+ frames, [\d.]+ frames/s", done.stderr), done.stderr
-    _, first, second, wall = done.stdout.splitlines()
-    stated = float(re.search(r"of speech in ([\d.]+) s", first)[1])
-    stages = {name: float(seconds) for name, seconds in re.findall(r"(\w+) ([\d.]+) s", second)}
-    assert {"loading", "reading", "faces", "conditions", "sampling", "decoding", "writing"} <= stages.keys()
-    assert sum(stages.values()) == pytest.approx(stated, abs=0.06 * len(stages))  # rounded to 0.1 s
-    assert stated == pytest.approx(float(wall), rel=0.03, abs=0.5) and stages["other"] < 0.05 * float(wall) + 0.5
+    _, line, wall = done.stdout.splitlines()
+    stated = float(re.search(r"of speech in ([\d.]+) s", line)[1])
+    assert stated == pytest.approx(float(wall), rel=0.03, abs=0.5)
     wrong = command("train", "experiment=nosuch", folder=tmp_path)
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: experiment=nosuch does not exist")
 

@@ -1,52 +1,35 @@
-"""Stages are clocked one at a time, and long work says how far it is."""
+"""Long work says how far it is: in plain lines where standard error is no terminal."""
 
 import re
+from time import sleep
 
 import numpy as np
-import pytest
 
 from engine import progress
-from engine.progress import Progress, stage, track, watched
+from engine.progress import showing, stage, track, watched
 
 
-def test_the_seconds_of_stages_do_not_overlap(monkeypatch):
-    now = 10.0
-
-    def work(seconds):
-        nonlocal now
-        now += seconds
-
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: now)
-    with Progress(8.0) as shown:
-        with stage("outer"):
-            work(0.05)
-            with stage("inner"):
-                work(0.1)
-            work(0.05)
-        work(0.5)
-        with stage("inner"):
-            work(0.05)
-        assert shown.charge() == pytest.approx(2.75)
-    assert shown.seconds == pytest.approx({"loading": 2.0, "outer": 0.1, "inner": 0.15, "other": 0.5})
-
-
-def test_without_a_progress_nothing_is_said(capsys):
+def test_without_a_command_that_shows_its_stages_nothing_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY", -1.0)  # seconds: a line after each step
     with stage("sampling", 3, "steps") as step:
         step()
     assert len(list(watched([np.zeros(2)]))) == 1
     assert capsys.readouterr() == ("", "")
 
 
-def test_lines_have_rate_and_time_left(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "LINE_EVERY", -1.0)  # seconds: a line after each step
-    monkeypatch.setattr(progress, "LEAST", -1.0)
-    with Progress() as shown:
+def test_lines_have_rate_and_time_left_and_are_rare(capsys, monkeypatch):
+    with showing() as shown:
         shown.prefix = "2/7 "
-        with stage("faces", 5, "frames", "a.mp4 (0.2 s): finding the face"):
-            assert len(list(watched([np.zeros(2), np.zeros(3)]))) == 2
-    list(track("ab", 4, "clips"))
-    faces, all_faces, one, *_, end = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"2/7 a\.mp4 \(0\.2 s\): finding the face: 2/5 frames, [\d.]+ frames/s, 0:00:00 left", faces)
-    assert re.fullmatch(r"2/7 a\.mp4 \(0\.2 s\): finding the face: 5 frames, [\d.]+ frames/s, after 0:00:00", all_faces)
-    assert re.fullmatch(r"1/4 clips, [\d.]+ clips/s, 0:00:00 left", one)
-    assert re.fullmatch(r"2/4 clips, [\d.]+ clips/s, 0:00:00 left", end)
+        for seconds in (-1.0, 10.0):
+            monkeypatch.setattr(progress, "LINE_EVERY", seconds)
+            with stage("a.mp4 (0.2 s): finding the face", 5, "frames"), stage("reading"):
+                for _ in watched([np.zeros(2), np.zeros(3)]):
+                    sleep(0.11)  # tqdm looks at the clock ten times a second
+            for _ in track("ab", 4, "clips"):
+                sleep(0.11)
+    text = capsys.readouterr().err
+    assert "\r" not in text and "reading" not in text
+    faces, clips = (re.findall(f"^.*{unit}/s.*$", text, re.MULTILINE) for unit in ("frames", "clips"))
+    assert re.fullmatch(r"2/7 a\.mp4 \(0\.2 s\): finding the face: 5/5 frames, +[\d.]+ frames/s, 00:00 left", faces[-1])
+    assert [line.split(",")[0] for line in clips] == ["0/4 clips", "1/4 clips", "2/4 clips"]
+    assert re.fullmatch(r"2/4 clips, +[\d.]+ clips/s, 00:00 left", clips[-1])

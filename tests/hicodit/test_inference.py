@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import threading
@@ -22,7 +21,6 @@ from engine.config import compose, load, plain
 from engine.errors import UserError
 from engine.media.ffmpeg import probe
 from engine.media.video import read_video, write_video
-from engine.progress import Progress
 from engine.settings import make, override
 from hicodit import inference
 from hicodit.pipeline import HiCoDiTPipeline
@@ -39,11 +37,8 @@ def config(release, source, output, **changes):
 
 
 def test_one_clip_gives_wave_video_and_figure(release, clip, tmp_path, capsys):
-    with Progress():
-        assert run(config(release, clip, tmp_path)) == 0
-    printed = capsys.readouterr().out
-    assert "1.6 s of speech" in printed
-    assert {"faces", "conditions", "sampling", "decoding"} < set(re.findall(r"(\w+) [\d.]+ s", printed))
+    assert run(config(release, clip, tmp_path)) == 0
+    assert "1.6 s of speech" in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["head.mp4", "head.png", "head.wav"]
     wave, rate = soundfile.read(tmp_path / "head.wav")
     assert rate == 24_000 and len(wave) == 40 * 960
