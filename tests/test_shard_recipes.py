@@ -92,13 +92,6 @@ def test_ablations_of_the_talker_reach_model_and_data(words):
     assert (config.data.train.delay, config.data.train.order) == (model.delay, model.order) != (0, "add")
 
 
-@pytest.mark.parametrize("name", ["rvq_paper", "whisperx_vae_paper"])
-def test_a_codecs_words_are_heard_by_what_the_data_names(name):
-    words = [f"experiment={name}", "data=recordings", "data.corpus=c", "data.grammar=g.jsgf"]
-    assert load("train", words, "").task.validation.grammar == "g.jsgf"
-    assert load("train", words[:-1], "").task.validation.grammar is None
-
-
 BATCHES = {
     "hicodit_paper": (32, PAPER),
     "talker_paper": (128, [*CODECS, "task.warm_start.qwen=q"]),

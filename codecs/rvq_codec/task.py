@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -79,7 +78,7 @@ class RVQCodecTask(GANTask):
         pool: M, latents kept for k-means and for restarts.
         init: release folder to start from instead of random weights; its code books are in use from the first step, so
             `features` and `quantizer_start` do not count.
-        validation: `root`, `splits`, `clips` (per split) and `levels` of validation; None turns it off.
+        validation: `root`, `splits` and `clips` (per split); None turns it off.
     """
 
     figures: ClassVar = {"perplexity": _perplexity, "used": _used}
@@ -241,14 +240,9 @@ class RVQCodecTask(GANTask):
             warm_start(self.codec.quantizer, latents, generator, self.envelope_levels, bands)
         self.counts.zero_()
 
-    def versions(self, wave: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
-        """Decode the codes of a wave (N,) from the first levels of `validation.levels`, and count the codes."""
-        codec = self.codec
-        codes = codec.encode(torch.from_numpy(wave)[None, None].to(next(codec.parameters()).device))
-        levels = dict.fromkeys([*self.validation["levels"], codec.levels])
-        waves = {str(n): codec.decode(codes, n)[0, 0].float().cpu().numpy() for n in levels}
-        counts = count_codes(codes.cpu(), codec.codes)
-        return waves, {"perplexity": counts, "used": counts}
+    def code_facts(self, code: Tensor) -> Tensor:
+        """Count the codes of each level."""
+        return count_codes(code.cpu(), self.codec.codes)
 
     def release_info(self) -> Release:
         return self.release_of(

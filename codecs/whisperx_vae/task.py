@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from engine.nn.audio_losses import MultiScaleMelLoss
 from engine.nn.dac import DownBlock, UpBlock
 from engine.nn.discriminators import WaveDiscriminators
 from engine.nn.mel import RATE
-from engine.shards.recordings import load_clips
+from engine.shards.recordings import load_waves
 from engine.training.gan import GANTask
 from engine.training.task import Release
 from whisperx_vae.codec import WhisperXVAE, WhisperXVAEConfig
@@ -122,9 +121,9 @@ class WhisperXVAETask(GANTask):
         self.weights, self.gan_start, self.validation = dict(weights), gan_start, validation
         self.targets, self.targets_until, self.noise = None, 0, 0.0
         if targets:
-            clips = load_clips(targets["root"], targets["split"], targets["clips"], config.sample_rate)
+            waves = load_waves(targets["root"], targets["split"], targets["clips"], config.sample_rate)
             self.targets = LatentTargets(config.latent_dim, config.sample_rate, self.codec.hop)
-            self.targets.fit([torch.from_numpy(clip.wave) for clip in clips])
+            self.targets.fit([torch.from_numpy(wave) for wave in waves])
             self.targets_until, self.noise = 0 if init else targets["until"], targets["noise"]
 
     def parts(self) -> dict[str, nn.Module]:
@@ -182,12 +181,9 @@ class WhisperXVAETask(GANTask):
                 losses["kl"] = kl_divergence(run["mean"], run["std"])
         return losses
 
-    def versions(self, wave: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
-        """Decode the latents of a wave (N,); return them, too."""
-        codec = self.codec
-        latents = codec.encode(torch.from_numpy(wave)[None, None].to(next(codec.parameters()).device))
-        decoded = codec.decode(latents)[0, 0].float().cpu().numpy()
-        return {"decoded": decoded}, dict.fromkeys(self.figures, latents[0].cpu())
+    def code_facts(self, code: Tensor) -> Tensor:
+        """Return the latents (T, Z)."""
+        return code[0].cpu()
 
     def release_info(self) -> Release:
         return self.release_of(

@@ -1,11 +1,11 @@
-"""What codecs make of held-out clips: outputs of an evaluation, and figures of a trainer's validation.
+"""What codecs make of true clips, as outputs of an evaluation.
 
 Axes: N samples, T frames, H height, W width, S side, M motion.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,71 +18,12 @@ from engine.device import send
 from engine.errors import UserError
 from engine.evaluation.clips import Clip
 from engine.evaluation.generate import generate_missing, write_facts, write_take
-from engine.evaluation.validation import ByClip, Share, measure_clips
-from engine.media.audio import write_wav
 from engine.media.pictures import identity_to_tensor, to_bytes, video_to_tensor
 from engine.media.video import read_video
 from engine.metrics.metric import wave_of
 from engine.settings import require_range
-from engine.shards.recordings import load_clips
 
 RATE, PORTRAIT_FPS = 24_000, 25  # of the sound beside a drawn face, and of its frames
-NAMES = {"wer": "wer_{}", "wer_free": "wer_{}_free", "stoi": "stoi_{}", "pesq_wide": "pesq_{}"}  # of a version
-
-
-def validate_codec(
-    settings: Mapping[str, Any],
-    codec: Codec,
-    folder: Path,
-    share: Share,
-    versions: Callable[[np.ndarray], tuple[dict[str, np.ndarray], dict[str, Any]]],
-    combine: Mapping[str, Callable[[list[Any]], Any]],
-    distance: Callable[[Tensor, Tensor], Tensor],
-) -> dict[str, float | ByClip]:
-    """Measure a process's share in the validation of a wave codec on held-out clips.
-
-    The figures of each split are `wer_clean` and for each version `wer_NAME`, `pesq_NAME`, `stoi_NAME`: those whose
-    package is installed; means over clips, word error rate over words. The first process writes the first clip of each
-    split to `folder`, as it was and decoded.
-
-    Args:
-        settings: `root` of the corpus, `splits`, and `clips` of each; `grammar`: what hears the words, see `words_by`.
-        share: of the clips that this process measures.
-        versions: from a wave (N,) to decoded waves by name, the last of all codes, and what each figure of `combine`
-            needs of the codes.
-        combine: figures of the codes of all clips, from the values of single clips.
-        distance: between decoded and original wave, both (1, N) on the codec's device; reported as `mel`.
-    """
-    results: dict[str, float | ByClip] = {}
-    rate, device = codec.sample_rate, next(codec.parameters()).device
-    for split in settings["splits"]:
-        clips = load_clips(settings["root"], split, settings["clips"], rate)
-        own = share.range(len(clips))
-        made = [versions(clips[i].wave) for i in own]
-        if own:
-            waves = {
-                name: [fit_length(w[name], len(clips[i].wave)) for i, (w, _) in zip(own, made)] for name in made[0][0]
-            }
-            found, words = {}, ["wer", "wer_free"]
-            texts, true = [clips[i].text for i in own], [clips[i].wave for i in own]
-            for name, made_waves in {"clean": true, **waves}.items():
-                figures = words if name == "clean" else [*words, "stoi", "pesq_wide"]
-                grammar = settings.get("grammar")
-                measured = measure_clips(
-                    figures, texts, made_waves, true, rate, grammar, device=str(device), numbers=own
-                )
-                if name == "clean" and not measured:  # nothing hears the words, or there are none: not tried again
-                    words = []
-                found |= {NAMES[figure].format(name): value for figure, value in measured.items()}
-            found |= {k: ByClip({i: codes[k] for i, (_, codes) in zip(own, made)}, f) for k, f in combine.items()}
-            results |= {f"{split}/{name}": value for name, value in found.items()}
-        if not share.first:
-            continue
-        wave, decoded = clips[0].wave, fit_length([*made[0][0].values()][-1], len(clips[0].wave))
-        results[f"{split}/mel"] = distance(*(torch.from_numpy(x)[None].to(device) for x in (decoded, wave))).item()
-        write_wav(folder / f"{split}-original.wav", wave, rate)
-        write_wav(folder / f"{split}-decoded.wav", decoded, rate)
-    return results
 
 
 @torch.inference_mode()

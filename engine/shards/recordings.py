@@ -9,7 +9,6 @@ Axes: B batch, N samples.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,6 @@ from engine.shards.source import is_remote, join
 from engine.untrusted import read_json_lines, safe_name
 
 SPEED_STEPS = 20  # steps of speed that make it twice as fast
-
-
-@dataclass(frozen=True)
-class SpeechClip:
-    """One held-out clip: its name, its words ("" if they are not known), its wave (N,)."""
-
-    name: str
-    text: str
-    wave: np.ndarray
 
 
 def read_manifest(root: str | Path, split: str) -> list[dict]:
@@ -56,21 +46,21 @@ def is_prepared(root: str | Path, split: str) -> bool:
     return is_remote(root) or (Path(root) / split / "index.json").is_file()
 
 
-def load_clips(root: str | Path, split: str, count: int, rate: int) -> list[SpeechClip]:
-    """Read the first `count` clips of a split, whole, at `rate` Hz; a recording that cannot be read is left out."""
+def load_waves(root: str | Path, split: str, count: int, rate: int) -> list[np.ndarray]:
+    """Read the first `count` clips (N,) of a split at `rate` Hz; a recording that cannot be read is left out."""
     if is_prepared(root, split):
-        waves = StoredWaves(root, split, rate)
-        return [waves.clip(i) for i in range(min(count, len(waves)))]
-    clips, waves = [], WavFiles(root, split, rate, count)
-    for index, (name, text) in enumerate(waves.clips):
+        stored = StoredWaves(root, split, rate)
+        return [stored.read(i).numpy() for i in range(min(count, len(stored)))]
+    waves, files = [], WavFiles(root, split, rate, count)
+    for index, name in enumerate(files.names):
         try:
-            clips.append(SpeechClip(name, text, read_audio(waves.path(index), rate)))
+            waves.append(read_audio(files.path(index), rate))
         except UserError as error:
-            waves.leave_out(name, error)
+            files.leave_out(name, error)
             last = error
-    if not clips:
+    if not waves:
         raise last
-    return clips
+    return waves
 
 
 class WavFiles:
@@ -79,15 +69,15 @@ class WavFiles:
     blocks = None
 
     def __init__(self, root: str | Path, split: str, rate: int, count: int | None = None) -> None:
-        rows = read_manifest(root, split)[:count]
-        self.clips = [(row["id"], str(row.get("text") or "")) for row in rows]
-        self.rate, self.folder, self.leave_out = rate, Path(root) / split, leaving_out(join(root, split), len(rows))
+        self.names = [row["id"] for row in read_manifest(root, split)[:count]]
+        self.rate, self.folder = rate, Path(root) / split
+        self.leave_out = leaving_out(join(root, split), len(self.names))
 
     def __len__(self) -> int:
-        return len(self.clips)
+        return len(self.names)
 
     def path(self, index: int) -> Path:
-        return self.folder / f"{self.clips[index][0]}.wav"
+        return self.folder / f"{self.names[index]}.wav"
 
     def read(self, index: int, most: int | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Return a clip (N,), or a random part of at most `most` samples; the next one if it cannot be read."""
@@ -95,7 +85,7 @@ class WavFiles:
             try:
                 return self._read(self.path(at % len(self)), most, generator)
             except UserError as error:
-                self.leave_out(self.clips[at % len(self)][0], error)
+                self.leave_out(self.names[at % len(self)], error)
                 last = error
         raise last
 
@@ -131,17 +121,9 @@ class StoredWaves:
 
     def read(self, index: int, most: int | None = None, generator: torch.Generator | None = None) -> Tensor:
         """As `WavFiles.read`."""
-        wave = self._stored(index)[1]
+        wave = self.shards.read(index, ("wave",))[1]["wave"].float() / 32768
         start = 0 if most is None else draw(len(wave) - most, generator)
         return wave[start : None if most is None else start + most]
-
-    def clip(self, index: int) -> SpeechClip:
-        info, wave = self._stored(index)
-        return SpeechClip(info["key"], info["text"], wave.numpy())
-
-    def _stored(self, index: int) -> tuple[dict[str, Any], Tensor]:
-        info, tensors = self.shards.read(index, ("wave",))
-        return info, tensors["wave"].float() / 32768
 
 
 class SpeechCrops(torch.utils.data.Dataset):

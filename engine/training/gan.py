@@ -6,15 +6,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from engine.codec import Codec
-from engine.evaluation.resynthesis import validate_codec
+from engine.evaluation.resynthesis import fit_length
 from engine.evaluation.validation import ByClip, Share
+from engine.media.audio import write_wav
 from engine.nn.audio_losses import MultiScaleMelLoss
 from engine.nn.discriminators import WaveDiscriminators
+from engine.shards.recordings import load_waves
 from engine.training.task import Task
 
 
@@ -25,7 +26,8 @@ class GANTask(Task):
         discriminator: of waves (B, 1, N).
         weights: of the losses by name; a loss that is not in it counts once.
         gan_start: step from which the discriminators are trained and heard; None: never.
-        mel_loss, validation, figures: see `validate_codec`; validation may be None.
+        validation: `root` of a corpus, `splits`, and `clips` of each; None: there is no validation.
+        figures: of the codes of all clips of a validation, from what `code_facts` returns of each.
     """
 
     codec: Codec
@@ -44,8 +46,8 @@ class GANTask(Task):
         """Return the generator's losses () that need no discriminator, without their weights."""
         raise NotImplementedError
 
-    def versions(self, wave: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Decode a wave (N,) of a validation; see `validate_codec`."""
+    def code_facts(self, code: Tensor) -> Tensor:
+        """Return what `figures` need of the code of one clip, on the CPU."""
         raise NotImplementedError
 
     def tokens(self, batch: dict[str, Tensor]) -> int:
@@ -54,10 +56,24 @@ class GANTask(Task):
 
     @torch.no_grad()
     def measure(self, folder: Path, share: Share) -> dict[str, float | ByClip]:
-        """Measure the first held-out clips; write the first clip of each split, original and decoded."""
-        if self.validation is None:
-            return {}
-        return validate_codec(self.validation, self.codec, folder, share, self.versions, self.figures, self.mel_loss)
+        """Measure mel loss and codes of the first held-out clips; write the first of each split, true and decoded."""
+        results: dict[str, float | ByClip] = {}
+        rate, device, settings = self.codec.sample_rate, next(self.codec.parameters()).device, self.validation
+        for split in settings["splits"] if settings else ():
+            waves, mel, facts = load_waves(settings["root"], split, settings["clips"], rate), {}, {}
+            for number in share.range(len(waves)):
+                wave = torch.from_numpy(waves[number])[None, None].to(device)
+                code = self.codec.encode(wave)
+                decoded = fit_length(self.codec.decode(code)[0, 0].float().cpu().numpy(), wave.shape[-1])
+                mel[number] = self.mel_loss(torch.from_numpy(decoded)[None, None].to(device), wave).item()
+                facts[number] = self.code_facts(code)
+                if number == 0:
+                    write_wav(folder / f"{split}-original.wav", waves[number], rate)
+                    write_wav(folder / f"{split}-decoded.wav", decoded, rate)
+            if facts:
+                results[f"{split}/mel"] = ByClip(mel)
+                results |= {f"{split}/{name}": ByClip(facts, figure) for name, figure in self.figures.items()}
+        return results
 
     def adversarial(self) -> bool:
         """Return whether the discriminators take part in this step."""

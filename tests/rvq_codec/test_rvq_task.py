@@ -7,7 +7,7 @@ import torch
 from engine.errors import UserError
 from engine.evaluation.validation import ALONE, figures_of
 from engine.media.audio import write_wav
-from engine.shards.recordings import SpeechCrops, load_clips
+from engine.shards.recordings import SpeechCrops, load_waves
 from rvq_codec import RVQCodec
 from rvq_codec.data import CodedCrops
 from rvq_codec.latent_targets import SpeechFeatures
@@ -38,7 +38,7 @@ def corpus(tmp_path):
     rows = []
     for i, samples in enumerate((9600, 2880)):
         write_wav(tmp_path / "train" / f"c{i}.wav", 0.1 * rng.standard_normal(samples), 24_000)
-        rows.append({"id": f"c{i}", "text": "lay blue"})
+        rows.append({"id": f"c{i}"})
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp_path
 
@@ -67,7 +67,7 @@ def test_coded_crops_train_the_decoder_alone(corpus, tmp_path):
     data = CodedCrops(corpus, samples=2400, codec=release)
     items = [data.__getitem__(i, torch.Generator().manual_seed(i)) for i in (0, 1, 0)]
     codec = RVQCodec.from_pretrained(release)
-    whole = torch.from_numpy(load_clips(corpus, "train", 1, 24_000)[0].wave)[None, None]
+    whole = torch.from_numpy(load_waves(corpus, "train", 1, 24_000)[0])[None, None]
     codes = codec.encode(whole)[0]
     starts = [f for f in range(codes.shape[-1] - 39) if torch.equal(codes[:, f : f + 40], items[0]["codes"])]
     assert any(torch.allclose(whole[0, :, f * 60 : f * 60 + 2400], items[0]["wave"], atol=1e-3) for f in starts)
@@ -80,24 +80,12 @@ def test_coded_crops_train_the_decoder_alone(corpus, tmp_path):
         CodedCrops(corpus, samples=2401, codec=release)
 
 
-def test_validation_on_clips(corpus, tmp_path, shares_give_the_same_figures, capsys, monkeypatch):
-    validation = {"root": corpus, "splits": ["train"], "clips": 2, "levels": [1, 3]}
-    (tmp_path / "words.jsgf").write_text("#JSGF V1.0; grammar g; public <s> = lay blue;")
-    task = make_task(validation=validation | {"grammar": str(tmp_path / "words.jsgf")}).eval()
+def test_validation_on_clips(corpus, tmp_path, shares_give_the_same_figures):
+    task = make_task(validation={"root": corpus, "splits": ["train"], "clips": 2}).eval()
     results = figures_of([task.measure(tmp_path, ALONE)])
-    assert {"train/wer_clean", "train/wer_1", "train/wer_3"} < results.keys()
-    assert 1 <= results["train/perplexity"] <= 16 and results["train/mel"] > 0
+    assert 1 <= results["train/perplexity"] <= 16 and 0 < results["train/used"] <= 1 and results["train/mel"] > 0
     assert (tmp_path / "train-decoded.wav").is_file()
-    assert load_clips(corpus, "train", 1, 24_000)[0].text == "lay blue"
     shares_give_the_same_figures(task)
-    monkeypatch.chdir(tmp_path)  # where no Whisper is in checkpoints/
-    capsys.readouterr()
-    assert not any(
-        "wer" in name for name in figures_of([make_task(validation=validation).eval().measure(tmp_path, ALONE)])
-    )
-    assert capsys.readouterr().out.count("no wer") == 1  # not again for each number of levels
-    (corpus / "train.jsonl").write_text(json.dumps({"id": "c0"}))  # recordings whose words are not known
-    assert load_clips(corpus, "train", 1, 24_000)[0].text == ""
 
 
 def test_first_levels_keep_to_the_envelope():
