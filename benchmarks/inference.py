@@ -132,9 +132,6 @@ class PaperPosterior:
     def __init__(self, model: HiCoDiT, conditions: Conditions, scales: GuidanceScales) -> None:
         self.model, self.conditions, self.scales = model, conditions, scales
 
-    def at(self, t: Tensor) -> PaperPosterior:
-        return self
-
     def __call__(self, tokens: Tensor, t: Tensor, where: Tensor | None) -> Tensor:
         branches, sigma = [], LogLinearNoise().sigma(t)
         for branch in self.scales.branches:

@@ -26,6 +26,7 @@ from hicodit.conditions.types import Conditions
 from hicodit.diffusion import LogLinearNoise, sample_categorical
 from hicodit.guidance import combine_rows
 from hicodit.model import BRANCHES, Conditioning, HiCoDiT, rows_of
+from hicodit.settings import stored_guidance
 from hicodit.system import HiCoDiTSystem
 from hicodit.task import MIN_TIME, HiCoDiTTask
 
@@ -132,8 +133,9 @@ class DistillTask(HiCoDiTTask):
             raise UserError(f"init={init} has {own.kind} encoders: use experiment={recipe}")
         if known.guidance_limit not in (None, guidance_limit):
             raise UserError(f"init={init} takes scales up to {known.guidance_limit:g}: set task.guidance_limit to that")
+        stored = {"sampler": teacher.release.get("sampler") or {}, "guidance": stored_guidance(teacher.release)}
         carried = {
-            name: (teacher.release.get(name) or {}) | {k: v for k, v in (given or {}).items() if v is not None}
+            name: stored[name] | {k: v for k, v in (given or {}).items() if v is not None}
             for name, given in (("sampler", sampler), ("guidance", guidance))
         }
         model = asdict(replace(known, guidance_limit=guidance_limit, dropout=0.0))

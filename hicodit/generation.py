@@ -37,16 +37,11 @@ class GuidedPosterior:
 
     Attributes:
         conditioning: tensors of the clips; a graph of a step copies them, so that it serves other clips, too.
-        mixed: `scales.late` parts the clips of a step into guided ones and others.
     """
 
     model: HiCoDiT
     conditioning: Conditioning
     scales: GuidanceScales
-    mixed: bool = False
-
-    def at(self, t: Tensor) -> GuidedPosterior:
-        return self
 
     def __call__(self, tokens: Tensor, t: Tensor, where: Tensor | None) -> Tensor:
         """Compute log q (B, K, M, N) or (B, K, L, N), see `samplers.Posterior`."""
@@ -60,29 +55,10 @@ class GuidedPosterior:
         if where is not None:
             batch, levels, frames = where.shape
             log_p = log_p.unflatten(1, (levels, batch, frames)).transpose(1, 2)
-        log_q = combine(log_p, self.scales, -log_expm1(sigma)[:, None, None, None])
-        if not self.mixed:
-            return log_q
-        unguided = combine(log_p[self.scales.branches.index("all")][None], UNGUIDED)
-        return torch.where((t <= self.scales.late)[:, None, None, None], log_q, unguided)
+        return combine(log_p, self.scales, -log_expm1(sigma)[:, None, None, None])
 
 
-@dataclass(frozen=True)
-class LatePosterior:
-    """A posterior whose guidance acts at times up to `scales.late`; before, one branch is enough."""
-
-    guided: GuidedPosterior
-    early: GuidedPosterior
-
-    def at(self, t: Tensor) -> GuidedPosterior:
-        """Return the posterior without guidance if it acts on no clip at the times t (B,)."""
-        return self.guided if bool((t <= self.guided.scales.late).any()) else self.early
-
-    def __call__(self, tokens: Tensor, t: Tensor, where: Tensor | None) -> Tensor:
-        return self.guided(tokens, t, where)
-
-
-def guided_posterior(model: HiCoDiT, conditions: Conditions, scales: GuidanceScales) -> GuidedPosterior | LatePosterior:
+def guided_posterior(model: HiCoDiT, conditions: Conditions, scales: GuidanceScales) -> GuidedPosterior:
     """Prepare the posterior of some clips. A model that takes guidance as its input has one branch at all times."""
     inputs = None
     if model.config.guidance_limit is not None:
@@ -90,8 +66,7 @@ def guided_posterior(model: HiCoDiT, conditions: Conditions, scales: GuidanceSca
         inputs, scales = conditions.identity.new_tensor([scales.values]), UNGUIDED
     with half_precision(conditions.lip.device, model.dtype):
         conditioning = model.prepare(conditions, scales.branches, scales=inputs)
-    posterior = GuidedPosterior(model, conditioning, scales, mixed=scales.late < 1)
-    return LatePosterior(posterior, guided_posterior(model, conditions, UNGUIDED)) if posterior.mixed else posterior
+    return GuidedPosterior(model, conditioning, scales)
 
 
 @torch.inference_mode()

@@ -37,7 +37,7 @@ from hicodit.conditions.align import MOUTH_SIDE, mouth_poses
 from hicodit.conditions.types import FPS, MIN_FRAMES, Conditions, Crops, windows_of
 from hicodit.generation import generate, windows
 from hicodit.model import FLOAT32, TOKENS_PER_FRAME
-from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig
+from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig, stored_guidance
 from hicodit.streaming import HOP, SpeechChunk, SpeechStream, StreamSettings
 from hicodit.system import CODECS, HiCoDiTSystem
 
@@ -147,7 +147,7 @@ class HiCoDiTPipeline:
         if config.get("token_digest") not in (None, tokenizer.digest()):
             raise UserError(f"codec={codec} makes other tokens than {folder} was trained on: give the model's own")
         try:
-            sampler, guidance = SamplerConfig(**config.get("sampler", {})), GuidanceScales(**config.get("guidance", {}))
+            sampler, guidance = SamplerConfig(**config.get("sampler", {})), GuidanceScales(**stored_guidance(config))
         except TypeError as error:
             raise UserError(f"{Path(folder) / 'config.yaml'}: {error}") from error
         prepare_inference(convert_matrices(system.model, dtype, FLOAT32), int8, device, compile)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,19 +25,9 @@ from engine.device import send
 from hicodit.diffusion import exponential_noise
 from hicodit.settings import METHODS, SamplerConfig
 
-
-class Posterior(Protocol):
-    """The distribution of clean tokens that a sampler draws from."""
-
-    def at(self, t: Tensor) -> Posterior:
-        """Return the posterior to call at the times t (B,), which lie on the CPU: one that costs less, or itself."""
-
-    def __call__(self, tokens: Tensor, t: Tensor, where: Tensor | None) -> Tensor:
-        """Compute log q (B, K, M, N) at the frames `where` (B, K, M) of each level, (B, K, L, N) without it.
-
-        Args:
-            tokens: (B, K, L). t: (B,) times, on the device of the tokens.
-        """
+# The distribution of clean tokens that a sampler draws from. `posterior(tokens, t, where)`, with tokens (B, K, L) and
+# their times (B,), is log q (B, K, M, N) at the frames `where` (B, K, M) of each level, (B, K, L, N) if that is None.
+Posterior = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass
@@ -73,12 +62,6 @@ class SamplerState:
         for row, n, generator in zip(draws.unbind(1), self.lengths.tolist(), self.generators):
             row[..., :n] = torch.rand(columns, row.shape[1], n, generator=generator, device=row.device)
         return draws
-
-    def steps(self, times: Tensor) -> Iterator[tuple[Posterior, Tensor]]:
-        """Yield posterior and time (B,) on the device for each of the times (S, B) on the CPU."""
-        times = times.float()
-        for host, t in zip(times, send(times, self.tokens.device)):
-            yield self.posterior.at(host), t
 
 
 def invert(log_q: Tensor, u: Tensor, temperature: float) -> Tensor:
@@ -167,8 +150,8 @@ def euler(state: SamplerState) -> Iterator[None]:
         return
     step, tokens, masked = state.graphs(thinned_step), state.tokens, state.masked
     rates = torch.cat([(times[:-1] - times[1:]) / times[:-1], torch.full_like(times[:1], math.inf)])  # at last all
-    for (posterior, t), rate in zip(state.steps(times), send(rates.float(), tokens.device)):
-        tokens, masked = step(posterior, tokens, masked, t, rate, state.noise(2), c.temperature)
+    for t, rate in zip(*send(torch.stack([times, rates]).float(), tokens.device)):
+        tokens, masked = step(state.posterior, tokens, masked, t, rate, state.noise(2), c.temperature)
         state.tokens, state.masked = tokens, masked
         yield
 
@@ -276,8 +259,8 @@ def revealed_frames(step: Tensor, masked: Tensor, steps: int) -> Tensor:
 def _planned(state: SamplerState, frames: Tensor, u: Tensor, times: Tensor) -> Iterator[None]:
     """Reveal frames[i] (B, K, M) in step i, at the time times[i] (B,). u: uniforms (B, K, L) for the tokens."""
     run = state.graphs(planned_step)
-    for (posterior, t), revealed in zip(state.steps(times), frames):
-        state.tokens = run(posterior, state.tokens, t, revealed, u, state.config.temperature)
+    for t, revealed in zip(send(times.float(), frames.device), frames):
+        state.tokens = run(state.posterior, state.tokens, t, revealed, u, state.config.temperature)
         yield
 
 
@@ -292,9 +275,9 @@ def _surest_first(
     counts = send(remaining[:-1] - remaining[1:], device)
     scales = send((c.choice_noise * (times if annealed else torch.ones_like(times))).float(), device)
     run = state.graphs(ranked_step)
-    for (posterior, t), count, scale in zip(state.steps(times), counts, scales):
+    for t, count, scale in zip(send(times.float(), device), counts, scales):
         state.tokens, state.masked = run(
-            posterior, state.tokens, state.masked, t, count, state.noise(2), scale, c, level_delay
+            state.posterior, state.tokens, state.masked, t, count, state.noise(2), scale, c, level_delay
         )
         yield
 

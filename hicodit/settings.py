@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,14 +70,6 @@ class GuidanceScales(Group, prefix="guidance."):
     reading: str = setting(
         "D", choices=READINGS, about="variant of the guidance formula: A, B, C or D (see hicodit/guidance.py)"
     )
-    late: float = setting(
-        1.0, 0.0, 1.0, "guidance starts when at most this share of tokens is masked; 1: from the beginning (the paper)"
-    )
-
-    def __post_init__(self) -> None:  # late: arXiv 2507.08965
-        super().__post_init__()
-        if self.late < 1 and "all" not in self.branches:
-            raise UserError(f"guidance.late={self.late} needs guidance.all other than 0")
 
     def exponents(self) -> dict[str, float]:
         """Return the exponent of each branch; one of zero drops its branch."""
@@ -93,10 +86,9 @@ class GuidanceScales(Group, prefix="guidance."):
 
     def check_input(self, limit: float) -> None:
         """Check the scales for a model that takes guidance as its input and learned scales up to `limit`."""
-        if self.reading != "D" or self.late < 1:
+        if self.reading != "D":
             raise UserError(
-                f"guidance.reading={self.reading} guidance.late={self.late:g}: this model takes guidance as its input, "
-                "learned with reading D and late=1"
+                f"guidance.reading={self.reading}: this model takes guidance as its input, learned with reading D"
             )
         for name, low, value in zip(("all", "identity", "expression", "lip"), (1.0, 0.0, 0.0, 0.0), self.values):
             if not low <= value <= limit:
@@ -121,6 +113,11 @@ class StreamSettings(Group, prefix="stream."):
 
 
 UNGUIDED = GuidanceScales()  # the conditional model alone
+
+
+def stored_guidance(release: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the guidance scales of a release's config. Those of before 2026-11-25 also state `late: 1.0`: no limit."""
+    return {name: value for name, value in (release.get("guidance") or {}).items() if (name, value) != ("late", 1.0)}
 
 
 def with_preset(name: str, sampler: SamplerConfig, guidance: GuidanceScales) -> tuple[SamplerConfig, GuidanceScales]:

@@ -47,7 +47,7 @@ MISTAKES = [
     ("device=tpu", "device=tpu is unknown"),
     ("sampler.steps=0", "sampler.steps=0 must be"),
     ("sampler.method=none", "sampler.method="),
-    ("guidance.late=2", "guidance.late=2 must be"),
+    ("guidance.lip=200", "guidance.lip=200 must be"),
     ("limits.seconds=0", "limits.seconds=0"),
     ("model=talker_t2av mode=none", "mode=none is unknown"),
     ("model=talker_t2av sampling.steps=0", "sampling.steps=0 must be"),

@@ -128,7 +128,6 @@ def test_a_student_may_teach(distilled, corpus, release):
         ("guidance.all=3.5", "guidance.all=3.5: this model learned scales from 1 to 3"),
         ("guidance.lip=-0.5", "guidance.lip=-0.5: this model learned scales from 0 to 3"),
         ("guidance.reading=C", "takes guidance as its input"),
-        ("guidance.late=0.5", "takes guidance as its input"),
     ],
 )
 def test_guidance_not_learned_is_one_line(distilled, release, clip, tmp_path, word, message, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """From clip to speech with a random tiny release: shapes, seeds, windows, batches."""
 
+import shutil
 from collections import defaultdict
 from dataclasses import replace
 from unittest import mock
@@ -131,28 +132,6 @@ def test_expressions_that_change_within_a_clip_reach_the_temporal_scales(pipelin
     assert torch.equal(second[0], second[-1])
 
 
-@torch.no_grad()
-def test_guidance_that_is_late_leaves_the_conditional_model_alone_before(pipeline):
-    model, frames = pipeline.system.model, torch.tensor([20, 20])
-    conditions = Conditions(torch.randn(2, 20, 32), torch.rand(2, 256), torch.tensor([[1, 2], [3, 4]]), frames)
-    scales = GuidanceScales(2.5, 1.25, 1.5, 2.0)
-    tokens, t = torch.randint(0, 17, (2, 12, 40)), torch.tensor([0.9, 0.4])
-
-    def log_q(scales, t, where=None):
-        return guided_posterior(model, conditions, scales).at(t)(tokens, t, where)
-
-    for where in (None, torch.randint(0, 40, (2, 12, 5))):
-        late, always, never = (log_q(each, t, where) for each in (replace(scales, late=0.5), scales, GuidanceScales()))
-        torch.testing.assert_close(late[0], never[0])
-        torch.testing.assert_close(late[1], always[1])
-    rows = []
-    hook = model.stages[1].register_forward_hook(lambda m, x, y: rows.append(len(y[0])))
-    for time in (0.9, 0.4):
-        log_q(replace(scales, late=0.5), torch.full((2,), time))
-    hook.remove()
-    assert rows == [2, 10]  # one branch, then five
-
-
 def test_memory_does_not_grow_with_the_clip(pipeline, monkeypatch):
     """Of a clip twice as long no stage sees more at once, and no more face pictures are kept."""
     monkeypatch.setattr(pipeline_module, "KEPT_FRAMES", 100)
@@ -222,6 +201,16 @@ def test_lip_features_do_not_depend_on_what_shares_the_batch(monkeypatch):
 def test_bad_frames_are_one_line(pipeline, read, frames, message):
     with pytest.raises(UserError, match=message):
         list(getattr(pipeline, read)(frames))
+
+
+def test_a_release_may_state_that_guidance_is_not_late(release, tmp_path):
+    config = (release / "config.yaml").read_text()
+    old = shutil.copytree(release, tmp_path / "old")
+    (old / "config.yaml").write_text(f"{config}guidance: {{all: 2.0, late: 1.0}}\n")
+    assert HiCoDiTPipeline.from_pretrained(old, codec=release.parent / "codec").guidance == GuidanceScales(2.0)
+    (old / "config.yaml").write_text(f"{config}guidance: {{all: 2.0, late: 0.5}}\n")
+    with pytest.raises(UserError, match="unexpected keyword argument 'late'"):
+        HiCoDiTPipeline.from_pretrained(old, codec=release.parent / "codec")
 
 
 def test_a_tokenizer_of_another_size_is_refused(pipeline, release, tmp_path):

@@ -50,7 +50,6 @@ SIZES = {  # what makes a configuration or a network, and the line
         "lip_heads=6 does not divide lip_dim=32",
     ),
     "guidance reading": (lambda: GuidanceScales(reading="E"), "reading=E"),
-    "late guidance of nothing": (lambda: GuidanceScales(all=0.0, late=0.5), r"guidance\.late=0\.5 needs guidance\.all"),
     "lookahead": (lambda: StreamSettings(lookahead=99.0), r"stream\.lookahead"),
     "talker heads": (lambda: TalkerT2AV(TalkerConfig(LLM, encoder_heads=5, head_heads=2)), "encoder_heads=5"),
     "talker order": (lambda: TalkerConfig({}, order="xy"), "order=xy is unknown; choose add, av, va"),
