@@ -9,7 +9,6 @@ import os
 import time
 import urllib.error
 import urllib.request
-import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,12 +18,9 @@ from urllib.parse import urlsplit
 from huggingface_hub import constants, errors
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers, tqdm
-from safetensors import SafetensorError, safe_open
 
 from engine.errors import UserError, printable
-from engine.untrusted import read_json
 
-BLOCK = 1 << 20
 TIMEOUT = 30.0  # seconds without a byte
 ATTEMPTS = 4  # at a server with errors (5xx)
 STAGING = ".partial"  # folder of incomplete files
@@ -53,42 +49,22 @@ class NoNetworkError(UserError):
 
 
 class DamagedError(UserError):
-    """A file has the wrong size, digest or format."""
+    """A file has the wrong size or digest, or is a web page."""
 
 
 def check(path: Path, file: RemoteFile) -> None:
-    """Compare a local file with the size and digest of `file`; without a known digest, its format must be complete."""
+    """Compare a local file with the size and digest of `file`; without a known digest, it must not be a web page."""
     size = path.stat().st_size
     if file.size is not None and size != file.size:
         raise DamagedError(f"{path} has {size:,} bytes instead of {file.size:,}")
-    if file.sha256 is None:
-        _check_format(path, Path(file.path).suffix)
-        return
     with path.open("rb") as stream:
+        if file.sha256 is None:
+            if stream.read(256).lstrip().lower().startswith((b"<!doctype html", b"<html")):
+                raise DamagedError(f"{path} is a web page instead of a file: open its address in a browser")
+            return
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != file.sha256:
         raise DamagedError(f"{path} has SHA-256 {digest[:12]}... instead of {file.sha256[:12]}...")
-
-
-def _check_format(path: Path, suffix: str) -> None:
-    """Raise DamagedError if the file is a web page, or has a known format and is not complete."""
-    with path.open("rb") as stream:
-        head = stream.read(256).lstrip().lower()
-    if head.startswith((b"<!doctype html", b"<html")):
-        raise DamagedError(f"{path} is a web page instead of a file: open its address in a browser")
-    whole = True
-    try:
-        if suffix == ".safetensors":
-            with safe_open(path, "pt"):
-                pass
-        elif suffix == ".json":
-            read_json(path)
-        elif suffix in (".pth", ".pt", ".ckpt", ".model"):  # a zip since PyTorch 1.6, a bare pickle in older versions
-            whole = zipfile.is_zipfile(path) or head[:1] == b"\x80"
-    except (SafetensorError, UserError):
-        whole = False
-    if not whole:
-        raise DamagedError(f"{path} is not a whole {suffix} file")
 
 
 def fetch(file: RemoteFile, folder: str | Path, retry_delay: float = 1.0, progress: bool = True) -> bool:
@@ -105,21 +81,16 @@ def fetch(file: RemoteFile, folder: str | Path, retry_delay: float = 1.0, progre
         with suppress(DamagedError):  # it is replaced after a good one has arrived
             check(target, file)
             return False
+    check_reachable("{0.scheme}://{0.netloc}".format(urlsplit(file.url)))
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
-        for attempt in (1, 2):
-            _append(part, file, retry_delay, progress)
-            try:
-                check(part, file)
-                break
-            except DamagedError as error:
-                part.unlink()
-                if attempt == 2:
-                    raise DamagedError(
-                        f"verification failed after two downloads of {file.url} ({error}); the file was deleted"
-                    ) from error
+        _append(part, file, retry_delay, progress)
+        check(part, file)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(part, target)
+    except DamagedError as error:
+        part.unlink()
+        raise DamagedError(f"the download of {file.url} was deleted: {error}") from error
     except OSError as error:
         full = error.errno == errno.ENOSPC
         raise UserError(f"cannot write {target}: {'the disk is full' if full else error}") from error
@@ -143,20 +114,13 @@ def check_reachable(address: str) -> None:
 
 def _append(part: Path, file: RemoteFile, retry_delay: float, progress: bool) -> None:
     """Append the rest of the file to its part; wait and retry while the server has errors (5xx)."""
-    check_reachable("{0.scheme}://{0.netloc}".format(urlsplit(file.url)))
     headers = build_hf_headers() if file.url.startswith(constants.ENDPOINT) else {"User-Agent": "speaking-faces"}
+    options = {"headers": headers, "expected_size": file.size, "tqdm_class": tqdm if progress else _NoBar}
     for attempt in range(ATTEMPTS):
         size = part.stat().st_size if part.is_file() else 0
-        if size == file.size:
-            return
-        if file.size is not None and size > file.size:
-            part.unlink()
-            size = 0
         try:
             with _Limited(part, file) as out:
-                return http_get(
-                    file.url, out, resume_size=size, headers=headers, tqdm_class=tqdm if progress else _NoBar
-                )
+                return http_get(file.url, out, resume_size=size, **options)
         except errors.HfHubHTTPError as error:
             status = error.response.status_code
             if status == 416 and size:  # the part is longer than the file
