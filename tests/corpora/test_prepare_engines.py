@@ -1,13 +1,10 @@
 """The engines that can be run without a download: Whisper as a tiny random network, and the windows of GE2E."""
 
-import sys
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import transformers
 
-from corpora.preparation.engines import Emotion2Vec, VoiceWindows, Wav2Vec2, Whisper
+from corpora.preparation.engines import VoiceWindows, Wav2Vec2, Whisper
 from engine.errors import UserError
 from engine.evaluation.validation import figures_of, measure_clips
 from engine.media.audio import read_audio
@@ -47,25 +44,6 @@ def test_windows_tell_one_voice_from_two():
     assert sum(both) == pytest.approx((len(voice) + len(other)) / RATE)
     with pytest.raises(UserError):
         count(np.zeros(RATE, np.float32))
-
-
-def test_emotion2vec_hears_pieces_of_sound(monkeypatch):
-    """Through FunASR's interface, whose labels name a class in Chinese and in English."""
-    asked = {}
-
-    class AutoModel:
-        def __init__(self, **settings):
-            asked.update(settings)
-
-        def generate(self, waves, **settings):
-            labels = ["\u5f00\u5fc3/happy", "\u96be\u8fc7/sad", "<unk>"]
-            best = [0 if len(wave) == RATE else 1 if wave.any() else 2 for wave in waves]
-            return [{"key": "a", "labels": labels, "scores": np.eye(3)[i].tolist()} for i in best]
-
-    monkeypatch.setitem(sys.modules, "funasr", SimpleNamespace(AutoModel=AutoModel))
-    listen = Emotion2Vec("a/model", device="cpu")
-    assert listen([np.zeros(RATE), np.ones(9), np.zeros(9)]) == ["happy", "sad", "<unk>"]
-    assert (asked["model"], asked["device"], listen.name) == ("a/model", "cpu", "a/model")
 
 
 def test_validation_measures_words_with_any_whisper(tiny_whisper, tmp_path, capsys):

@@ -1,15 +1,12 @@
 """The filters, with engines that hear what they are told to."""
 
-import sys
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 from corpora.preparation.clip import MachineFault, SourceClip, WorkItem
-from corpora.preparation.engines import ClearVoice, Emotion2Vec, Pyannote, SpeechBrain, Transcript, VoxLingua107
+from corpora.preparation.engines import Transcript
 from corpora.preparation.filters import Enhance, Language, SingleSpeaker, Transcription, normalise_text
 from engine.errors import UserError
 
@@ -86,56 +83,3 @@ def test_enhancement_replaces_the_sound_at_both_rates():
     assert np.abs(noisy.wave - before / 2)[100:-100].max() < 0.01
     with pytest.raises(UserError, match="enhancer made"):
         Enhance(type("Cuts", (), {"rate": 16_000, "__call__": lambda self, wave: wave[1:]})())(noisy)
-
-
-@pytest.mark.parametrize(
-    ("engine", "package", "extra"),
-    [
-        (Pyannote, "pyannote.audio", "prepare"),
-        (SpeechBrain, "speechbrain", "prepare"),
-        (VoxLingua107, "speechbrain", "prepare"),
-        (ClearVoice, "clearvoice", "prepare"),
-        (Emotion2Vec, "funasr", "emotion"),
-    ],
-)
-def test_a_missing_package_is_one_line(engine, package, extra, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf"this needs {package} .* install it with  bash scripts/setup.sh {extra}"):
-        engine(device="cpu")
-
-
-def test_the_papers_engines_call_their_packages(monkeypatch):
-    """Packages that answer as the published ones: labels such as "en: English", sources of a separation as rows."""
-    calls = []
-
-    class Classifier:
-        @classmethod
-        def from_hparams(cls, source, run_opts):
-            calls.append((source, run_opts))
-            return cls()
-
-        def classify_batch(self, waves):
-            return None, torch.tensor([0.9]).log(), None, ["en: English"]
-
-    class Voice:
-        def __init__(self, task, model_names):
-            calls.append((task, model_names))
-
-        def __call__(self, waves, online_write):
-            assert waves.ndim == 2 and online_write is False
-            return np.stack([waves / 4, waves / 2])
-
-    for name in ("speechbrain", "speechbrain.inference"):
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "speechbrain.inference.classifiers", SimpleNamespace(EncoderClassifier=Classifier))
-    monkeypatch.setitem(sys.modules, "clearvoice", SimpleNamespace(ClearVoice=Voice))
-    heard = VoxLingua107(device="cpu")(np.zeros(1600, np.float32))
-    assert (heard.language, heard.text) == ("en", "") and heard.probability == pytest.approx(0.9)
-    assert calls == [("speechbrain/lang-id-voxlingua107-ecapa", {"device": "cpu"})]
-    wave = np.linspace(-1, 1, 800, dtype=np.float32)
-    clear, apart = ClearVoice(), ClearVoice("MossFormer2_SS_16K")
-    assert (clear.rate, apart.rate) == (48_000, 16_000)
-    assert calls[1:] == [("speech_enhancement", ["MossFormer2_SE_48K"]), ("speech_separation", ["MossFormer2_SS_16K"])]
-    assert np.array_equal(apart(wave), wave / 2)  # the louder of two
-    with pytest.raises(UserError, match="ClearerVoice has no model other"):
-        ClearVoice("other")

@@ -71,24 +71,6 @@ def test_files_are_found_by_id_or_named_by_the_manifest(folders):
     assert len(read_clips(None, folders / "true", {}, 2)) == 2
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"id": "../x"}', "id"),
-        ('{"id": "a"}\n{"id": "a"}', "twice"),
-        ('{"id": 7}', "line 1: id must be text"),
-        ("[1]", "no JSON object"),
-        ('{"id": "a", "text": [1]}', "text must be text"),
-        ("", "lists no clips"),
-        ("{", "cannot be read as JSON"),
-    ],
-)
-def test_a_bad_manifest_is_one_line(tmp_path, text, message):
-    (tmp_path / "m.jsonl").write_text(text)
-    with pytest.raises(UserError, match=message):
-        read_clips(tmp_path / "m.jsonl", None, {})
-
-
 # --- the command ---
 
 

@@ -13,7 +13,6 @@ from engine.evaluation import validation
 from engine.evaluation.validation import figures_of
 from engine.metrics.metric import Figure, Metric, Sound, Take
 from engine.metrics.phonemes import PhonemeErrors
-from engine.metrics.quality import pesq_score, stoi
 from engine.metrics.recogniser import CorpusRecogniser, Recogniser
 from engine.metrics.speaker import GE2EEncoder
 from engine.metrics.speech import pitch
@@ -148,22 +147,6 @@ def test_processes_that_start_together_leave_librosa_whole(tmp_path):
             for delay in delays
         ]
         assert [(p.communicate()[0], p.returncode) for p in processes] == [(b"63\n", 0)] * len(delays)
-
-
-@pytest.mark.parametrize(
-    ("module", "call"),
-    [
-        ("pocketsphinx", lambda: Recogniser(Path("grammar.jsgf"))),
-        ("resemblyzer", GE2EEncoder),
-        ("pystoi", lambda: stoi(np.zeros(RATE), np.zeros(RATE), RATE)),
-        ("pesq", lambda: pesq_score(np.zeros(RATE), np.zeros(RATE), RATE)),
-        ("librosa", lambda: pitch(np.zeros(RATE), RATE)),
-    ],
-)
-def test_missing_package_names_the_extra(monkeypatch, module, call):
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=r"setup\.sh eval"):
-        call()
 
 
 def test_a_figure_that_only_some_clips_have(monkeypatch):

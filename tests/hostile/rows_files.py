@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from corpora.preparation.sources_listed import tar_members
 from engine.config import build
+from engine.evaluation.clips import read_clips
 from engine.release import read_release, save_release
 from engine.shards.reader import Reading, ShardSplit
 from engine.shards.recordings import read_manifest
@@ -204,6 +205,11 @@ def manifest_with(folder: Path, text: str) -> None:
     read_manifest(folder, "train")
 
 
+def clips_with(folder: Path, text: str) -> None:
+    (folder / "clips.jsonl").write_text(text)
+    read_clips(folder / "clips.jsonl", None, {})
+
+
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(9)
 )
@@ -226,6 +232,15 @@ MANIFESTS = {  # lines of a list of clips, and what is said of them
     '{"text": "x"}\n': "train.jsonl, line 1: id",
     "7\n": "train.jsonl, line 1: id",
     '{"id": "a"}\n{"id": \n': "train.jsonl, line 2 cannot be read",
+}
+CLIPS = {  # lines of an evaluation's manifest, and what is said of them
+    '{"id": "../x"}': "line 1: id",
+    '{"id": "a"}\n{"id": "a"}': "twice",
+    '{"id": 7}': "line 1: id must be text",
+    "[1]": "no JSON object",
+    '{"id": "a", "text": [1]}': "text must be text",
+    "": "lists no clips",
+    "{": "cannot be read as JSON",
 }
 SIDECARS = {(0, 10**15): "outside its shard", (-9, 9): "outside its shard", (0, 10**40): "is damaged"}
 SAMPLES = [  # bytes in a shard, their replacement of the same length, and the line
@@ -284,6 +299,7 @@ CASES = [
     *((f"config: {k[:50]}", partial(config_of, text=k), line) for k, line in CONFIGS.items()),
     *((f"json: {k[:50]}", lambda _, k=k: parse_json(k, "it"), line) for k, line in JSON.items()),
     *((f"manifest: {k}", partial(manifest_with, text=k), line) for k, line in MANIFESTS.items()),
+    *((f"clips: {k}", partial(clips_with, text=k), line) for k, line in CLIPS.items()),
     *((f"tar: {name}", partial(tar_with, name=name), NAME) for name in ("../../../ran", "a/../../../b", "a\nb")),
     *((f"target: {n}", lambda _, n=n: target({"_target_": n}), "is not a class or function") for n in TARGETS),
     ("target: deep inside", lambda _: target(DEEP), "_target_=os.getcwd is not a class or function"),
