@@ -37,7 +37,7 @@ from hicodit.system import CODECS, HiCoDiTSystem
 MIN_TIME = 1e-3  # of the training draw; not the schedule's eps, not the sampler's end
 VALIDATION_BATCH = 8
 # Tensors that a start may lack: of an auxiliary loss, and of inputs that add nothing at first.
-NEW = re.compile(r"\.phoneme_head\.|\.guidance_proj\.|\.fuse_expression\.|\.lip\.blocks\.|\.lip\.modulation\.")
+NEW = re.compile(r"\.phoneme_head\.|\.guidance_proj\.|\.fuse_expression\.")
 TABLES = re.compile(r"\.embeddings\.|\.heads\.")  # those that belong to a tokenizer
 VALIDATION_STEPS = 16  # enough to tell runs apart, at a quarter of the cost
 
@@ -131,24 +131,11 @@ class HiCoDiTTask(Task):
                 f"init={init} was trained with another tokenizer than task.codec={self.codec}: use that tokenizer, "
                 "or set task.new_tokens=true to reinitialise token embeddings and heads"
             )
-        own = self.system.state_dict() | self._new_lip_blocks(state)
-        for key, value in own.items():
+        for key, value in self.system.state_dict().items():
             lacks = key not in state or state[key].shape != value.shape
             if (lacks and NEW.search(key)) or (renewed and TABLES.search(key)):
                 state[key] = value
         load_strict(self.system, state, f"init={init}")
-
-    def _new_lip_blocks(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tiny lip encoder's blocks beyond those of `state`, which add nothing at first."""
-        own, name = self.system.state_dict(), "encoders.lip."
-        new = {key: own[key] for key in own if key.startswith(f"{name}blocks.") and key not in state}
-        for key in new:
-            if key.endswith(("out.weight", "mlp.2.weight", "mlp.2.bias")):
-                new[key] = torch.zeros_like(own[key])
-        if new:  # one layer modulates all blocks
-            for key in (f"{name}modulation.weight", f"{name}modulation.bias"):
-                new[key] = torch.cat([state[key], own[key][len(state[key]) :]])
-        return new
 
     on_host = ("frames",)
 

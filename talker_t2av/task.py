@@ -42,7 +42,7 @@ from talker_t2av.system import MotionStats, check_codecs, load_motion, load_spee
 from talker_t2av.text import TalkerTokenizer, load_tokenizer
 
 VALIDATION_BATCH = 4
-NEW_WEIGHTS = re.compile(r"\.step_mlp\.|^head_phoneme\.|^llm\.model\.layers\.")  # that `init` may lack
+NEW_WEIGHTS = re.compile(r"\.step_mlp\.|^head_phoneme\.")  # that `init` may lack: of a student, of an auxiliary loss
 WAVES, VIDEOS = 4, 2  # saved by a validation, of each split
 
 
@@ -68,8 +68,7 @@ class TalkerTask(Task):
         stats: index.json of the training shards, or its URL, for the motion's statistics; None: those of the released
             model.
         tokenizer: as `load_tokenizer` takes it.
-        init: a model of the same sizes to start from, which may have fewer layers, and another text than this task's
-            phonemes: a release folder, or a folder with the released files.
+        init: a model of the same sizes and text to start from: a release folder, or a folder with the released files.
         guided_layers: layers of the backbone with a head that is taught where in the text each patch is; see
             `alignment`. Needs data.train.phonemes.
         head_share: share of the patches that the diffusion heads train on in a step. They cost most of a step, while
@@ -141,20 +140,14 @@ class TalkerTask(Task):
     def _start_from(self, init: str, start: TalkerT2AV, words: Path) -> None:
         """Take over the weights of a model, whose tokenizer is in the folder `words`."""
         former, own = TalkerTokenizer.from_pretrained(words), self.model.state_dict()
-        new_text = self.words.language is not None and former.language is None
-        if not new_text and former.tokenizer.get_vocab() != self.words.tokenizer.get_vocab():
+        if former.tokenizer.get_vocab() != self.words.tokenizer.get_vocab():
             raise UserError(
                 f"init={init} has another vocabulary than task.tokenizer={self.tokenizer}: use the tokenizer in {words}"
             )
         state = released.complete(start.state_dict(), self.model)
         if not self.model.config.phonemes:
             state = {key: value for key, value in state.items() if not key.startswith("head_phoneme.")}
-        if new_text:
-            state |= {key: own[key] for key in (released.EMBEDDINGS, released.LM_HEAD)}
-        # A student's inputs and further layers, which add nothing at first, and the head of an auxiliary loss.
-        new = [key for key in own if key not in state and NEW_WEIGHTS.search(key)]
-        added_last = [key for key in new if key.endswith(("o_proj.weight", "down_proj.weight"))]
-        state |= {key: own[key] for key in new} | {key: torch.zeros_like(own[key]) for key in added_last}
+        state |= {key: value for key, value in own.items() if key not in state and NEW_WEIGHTS.search(key)}
         load_strict(self.model, state, f"init={init}")
 
     on_host = ("attention_mask", "speech_span", "speech_frames", "motion_frames", "pointer")

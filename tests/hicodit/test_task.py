@@ -116,18 +116,6 @@ def test_a_start_takes_all_but_what_is_new(corpus, release, tmp_path, changes, n
         assert "fuse_expression" not in key or not ours[key].any()  # adds nothing at first
 
 
-def test_a_start_with_fewer_lip_blocks_gives_the_same_features(corpus, release, tmp_path):
-    other = make_task(corpus, release).system.eval()
-    other.save(tmp_path / "other", "card", {"codec": "codec"})
-    encoders = ENCODERS | {"lip_blocks": other.encoders.config.lip_blocks + 2}
-    ours = make_task(corpus, release, init=str(tmp_path / "other"), encoders=encoders).system.eval()
-    mouth, frames = torch.rand(2, 30, 48, 48), torch.tensor([30, 20])
-    theirs = type(other).from_pretrained(tmp_path / "other").encoders.lip(mouth, frames)
-    torch.testing.assert_close(ours.encoders.lip(mouth, frames), theirs, atol=0, rtol=0)
-    ours.encoders.lip(mouth, frames).square().sum().backward()
-    assert ours.encoders.lip.blocks[-1].out.weight.grad.any()  # and they learn
-
-
 def test_expressions_change_within_a_clip(corpus, release):
     """Each half second has its own class; that of the face picture is the class of its half second."""
     data = make_data(corpus, release)
