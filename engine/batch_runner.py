@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from engine import STARTED
 from engine.cluster import Cluster
@@ -34,6 +34,7 @@ from engine.settings import (
     setting,
 )
 
+Batch = tuple[Sequence[tuple[str, Any]], int, int]  # named jobs, the number of the first of them, and of all jobs
 WORD_FILES = (".json", ".srt", ".vtt")  # endings of the files of timestamps=true
 
 
@@ -71,25 +72,6 @@ class RunConfig(Group):
             check_release(key, folder)
         if self.timestamps:
             require("pocketsphinx", "pocketsphinx")
-
-
-class Jobs(Protocol):
-    """The work on jobs of one kind, made once in each process: load (the constructor), prepare, generate, write.
-
-    Attributes:
-        device: for the computations.
-    """
-
-    device: object
-
-    def prepare(self, job: Any) -> Any:
-        """Read the files of a job."""
-
-    def generate(self, batch: list[Any]) -> Sequence[Any]:
-        """Generate the results of a batch."""
-
-    def write(self, name: str, prepared: Any, result: Any) -> tuple[str, float]:
-        """Write the files of a job. Return a line about them, and the seconds of speech."""
 
 
 @dataclass
@@ -135,60 +117,73 @@ class Summary:
         return 1 if self.failed else 0
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Named jobs that are computed together. first: number of the first, from 0. total: number of all jobs."""
+class Jobs(Work[Batch, Batch, Summary]):
+    """The work on jobs of one kind, made once in each process: load (the constructor), prepare, generate, write.
 
-    jobs: Sequence[tuple[str, Any]]
-    first: int
-    total: int
+    Attributes:
+        device: for the computations.
+        name_errors: put a job's name before its error; not needed if the name is a path that the error contains.
+    """
 
+    device: object
+    name_errors = False
 
-def run_batch(worker: Jobs, batch: Batch, name_errors: bool) -> Summary:
-    """Prepare, generate and write the jobs of a batch. The error of a job that is the only one is raised."""
-    summary, alone, ready = Summary(len(batch.jobs)), batch.total == 1, []
+    def prepare(self, job: Any) -> Any:
+        """Read the files of a job."""
+        raise NotImplementedError
 
-    @contextmanager
-    def failing(name: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if alone:
-                raise
-            line = str(error) if isinstance(error, UserError) else f"unforeseen {type(error).__name__}: {error}"
-            summary.fail(name if name_errors else "", line)
+    def generate(self, batch: list[Any]) -> Sequence[Any]:
+        """Generate the results of a batch."""
+        raise NotImplementedError
 
-    for number, (name, job) in enumerate(batch.jobs, batch.first + 1):
-        if not alone and (progress := current()):
-            progress.prefix = f"{number}/{batch.total} "
-        with failing(name):
-            ready.append((name, worker.prepare(job)))
-    try:
-        results = [[each] for each in worker.generate([prepared for _, prepared in ready])] if ready else []
-    except Exception:
-        if alone:
-            raise
-        results = [[] for _ in ready]  # one by one, to find the job that ends its batch
-    for (name, prepared), result in zip(ready, results, strict=True):
-        with failing(name):
-            result = result or worker.generate([prepared])
-            with stage("writing"):
-                line, seconds = worker.write(name, prepared, *result)
-            summary.speech_seconds += seconds
-            summary.lines.append((1, line))
-    return summary
+    def write(self, name: str, prepared: Any, result: Any) -> tuple[str, float]:
+        """Write the files of a job. Return a line about them, and the seconds of speech."""
+        raise NotImplementedError
 
-
-class BatchWork(Work[Batch, Batch, Summary]):
-    """Batches in another process, whose number is that of its device; `start` makes the `Jobs`."""
-
-    def __init__(self, start: Callable[[], Jobs], name_errors: bool, number: int) -> None:
-        os.environ["LOCAL_RANK"] = str(number)  # `pick_device` goes by it
-        self.worker, self.name_errors = start(), name_errors
-        self.about = str(self.worker.device)
+    @property
+    def about(self) -> str:
+        return str(self.device)
 
     def do(self, half: Batch) -> Summary:
-        return run_batch(self.worker, half, self.name_errors)
+        """Prepare, generate and write the jobs of a batch. The error of a job that is the only one is raised."""
+        jobs, first, total = half
+        summary, alone, ready = Summary(len(jobs)), total == 1, []
+
+        @contextmanager
+        def failing(name: str) -> Iterator[None]:
+            try:
+                yield
+            except Exception as error:
+                if alone:
+                    raise
+                line = str(error) if isinstance(error, UserError) else f"unforeseen {type(error).__name__}: {error}"
+                summary.fail(name if self.name_errors else "", line)
+
+        for number, (name, job) in enumerate(jobs, first):
+            if not alone and (progress := current()):
+                progress.prefix = f"{number}/{total} "
+            with failing(name):
+                ready.append((name, self.prepare(job)))
+        try:
+            results = [[each] for each in self.generate([prepared for _, prepared in ready])] if ready else []
+        except Exception:
+            if alone:
+                raise
+            results = [[] for _ in ready]  # one by one, to find the job that ends its batch
+        for (name, prepared), result in zip(ready, results, strict=True):
+            with failing(name):
+                result = result or self.generate([prepared])
+                with stage("writing"):
+                    line, seconds = self.write(name, prepared, *result)
+                summary.speech_seconds += seconds
+                summary.lines.append((1, line))
+        return summary
+
+
+def _on_device(start: Callable[[], Jobs], number: int) -> Jobs:
+    """Make the `Jobs` of another process, whose number is that of its device."""
+    os.environ["LOCAL_RANK"] = str(number)  # `pick_device` goes by it
+    return start()
 
 
 def run_batches(
@@ -197,7 +192,6 @@ def run_batches(
     start: Callable[[], Jobs],
     devices: int = 1,
     ray: ClusterConfig | None = None,
-    name_errors: bool = False,
 ) -> Summary:
     """Do named jobs, `batch_size` at a time, and print a line for each; failures go to standard error.
 
@@ -206,25 +200,24 @@ def run_batches(
         start: makes the `Jobs`. It can be pickled if other processes do the work.
         devices: number of processes, each with its own device; with one, this process does the work.
         ray: settings of a cluster that does the work instead.
-        name_errors: print the job's name with its error; not needed if the name is a path that the error contains.
     """
     firsts = range(0, len(jobs), batch_size)
-    batches = [Batch(jobs[first : first + batch_size], first, len(jobs)) for first in firsts]
+    batches = [(jobs[first : first + batch_size], first + 1, len(jobs)) for first in firsts]
     summary, count = Summary(len(jobs)), ray.encoders if ray else min(devices, len(batches))
     if count == 1 and not ray:
-        worker = start()
-        summary.device = str(worker.device)
+        work = start()
+        summary.device = work.about
         for batch in batches:
-            summary.add(run_batch(worker, batch, name_errors))
+            summary.add(work.do(batch))
     else:
-        build = partial(BatchWork, start, name_errors)
+        build = partial(_on_device, start)
         executor = Cluster(ray, build) if ray else Processes(count, build)
         with executor, stage("in other processes", len(batches), "batches") as step:
             summary.device = f"{count} processes, {executor.about}"
             for batch, part in executor.run(batches):
                 if isinstance(part, Lost):
-                    reason, part = part.reason, Summary(len(batch.jobs))
-                    for name, _ in batch.jobs:
+                    reason, part = part.reason, Summary(len(batch[0]))
+                    for name, _ in batch[0]:
                         part.fail(name, reason)
                 summary.add(part)
                 step()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.batch_runner import run_batches
+from engine.batch_runner import Jobs, run_batches
 from engine.device import count_devices, pick_device
 from engine.faces.detectors import YuNetDetector
 from engine.faces.landmarks import landmark_source
@@ -39,8 +39,8 @@ def run(c: InferConfig, clips: list[Path]) -> int:
     return summary.report("clips", Path(c.output), f" of input={c.input}")
 
 
-class ClipJobs:
-    """The four parts of the work: load the networks, prepare clips, generate their speech, write the files."""
+class ClipJobs(Jobs):
+    """The work on clips: find the face, generate the speech, write the files."""
 
     def __init__(self, c: InferConfig) -> None:
         self.config, self.output, self.identity = c, Path(c.output), None

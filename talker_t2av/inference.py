@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from engine.batch_runner import run_batches
+from engine.batch_runner import Jobs, run_batches
 from engine.device import count_devices, pick_device
 from engine.errors import UserError
 from engine.files import all_or_none, writable, write_json
@@ -35,12 +35,14 @@ def run(c: InferConfig, jobs: list[tuple[str, Job | UserError]], finder: Callabl
     """
     with writable(c.output):
         devices, ray = count_devices(c.devices, c.device), c.ray if c.executor == "ray" else None
-        summary = run_batches(jobs, c.batch_size, partial(TalkJobs, c, finder), devices, ray, name_errors=True)
+        summary = run_batches(jobs, c.batch_size, partial(TalkJobs, c, finder), devices, ray)
     return summary.report("jobs", Path(c.output))
 
 
-class TalkJobs:
-    """The four parts of the work: load the networks, prepare jobs, generate, write the files."""
+class TalkJobs(Jobs):
+    """The work on jobs of all modes."""
+
+    name_errors = True
 
     def __init__(self, c: InferConfig, finder: Callable[[], FindWords] | None) -> None:
         self.find_words = finder() if finder else None

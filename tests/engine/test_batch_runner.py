@@ -8,12 +8,12 @@ from functools import partial
 import pytest
 
 from engine import batch_runner
-from engine.batch_runner import run_batches
+from engine.batch_runner import Jobs, run_batches
 from engine.errors import UserError
 from engine.settings import ClusterConfig
 
 
-class Numbers:
+class Numbers(Jobs):
     """Jobs are numbers; a result is a batch. Even jobs cannot be prepared, 7 cannot be written, 9 kills its process, 15
     ends its batch.
 
@@ -23,8 +23,8 @@ class Numbers:
 
     device = "cpu"
 
-    def __init__(self, batches=None):
-        self.batches = [] if batches is None else batches
+    def __init__(self, batches=None, name_errors=True):
+        self.batches, self.name_errors = [] if batches is None else batches, name_errors
 
     def prepare(self, job):
         if job % 2 == 0:
@@ -45,14 +45,14 @@ class Numbers:
         return f"{name}: batch {result}", 0.5
 
 
-def run(jobs, batch_size=2, name_errors=False, **place):
+def run(jobs, batch_size=2, name_errors=True, **place):
     names, batches = [(f"job{job}", job) for job in jobs], []
-    start = Numbers if place else partial(Numbers, batches)
-    return run_batches(names, batch_size, start, name_errors=name_errors, **place), batches
+    start = Numbers if place else partial(Numbers, batches, name_errors)
+    return run_batches(names, batch_size, start, **place), batches
 
 
 def test_failures_are_reported_and_the_rest_is_written(tmp_path, capsys, monkeypatch):
-    summary, batches = run([1, 2, 4, 6, 5, 7, 15, 11], name_errors=True)
+    summary, batches = run([1, 2, 4, 6, 5, 7, 15, 11])
     assert batches == [[1], [5, 7], [11]]  # nothing is left of the second batch
     unforeseen = "unforeseen ZeroDivisionError: by nothing"
     assert summary.failed == ["2 is even", "4 is even", "6 is even", "the disk is full", unforeseen]
@@ -67,7 +67,7 @@ def test_failures_are_reported_and_the_rest_is_written(tmp_path, capsys, monkeyp
 
 def test_all_done_is_exit_code_0_and_all_failed_is_an_error(tmp_path, capsys):
     assert run([1, 3, 5])[0].report("clips", tmp_path) == 0
-    summary, batches = run([2, 4])
+    summary, batches = run([2, 4], name_errors=False)
     assert not batches and capsys.readouterr().err == "failed: 2 is even\nfailed: 4 is even\n"
     with pytest.raises(UserError, match="none of the 2 clips of input=x could be done; the first: 2 is even"):
         summary.report("clips", tmp_path, " of input=x")
@@ -81,7 +81,7 @@ def test_the_error_of_a_single_job_is_raised(job, message, capsys):
 
 
 def test_batches_are_shared_by_processes_and_one_that_kills_its_process_fails_alone(tmp_path, capsys):
-    summary, _ = run([1, 3, 5, 9, 11, 4, 13], name_errors=True, devices=2)
+    summary, _ = run([1, 3, 5, 9, 11, 4, 13], devices=2)
     out, err = capsys.readouterr()
     assert sorted(out.splitlines()) == ["job11: batch [11]", "job13: batch [13]", "job1: batch [1, 3]",
                                         "job3: batch [1, 3]"]  # fmt: skip
@@ -95,7 +95,7 @@ def test_batches_are_shared_by_processes_and_one_that_kills_its_process_fails_al
 def test_a_cluster_does_the_batches_of_which_one_kills_its_actor(capsys):
     ray = pytest.importorskip("ray")
     try:
-        summary, _ = run([1, 3, 5, 9, 11, 4, 13], name_errors=True, ray=ClusterConfig(encoders=2))
+        summary, _ = run([1, 3, 5, 9, 11, 4, 13], ray=ClusterConfig(encoders=2))
     finally:
         ray.shutdown()
     out, err = capsys.readouterr()

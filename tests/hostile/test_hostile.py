@@ -14,12 +14,11 @@ import threading
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from engine.batch_runner import run_batches
+from engine.batch_runner import Jobs, run_batches
 from engine.download import RemoteFile, fetch
 from engine.errors import UserError, run_cli
 from engine.release import read_release, save_release
@@ -94,13 +93,21 @@ def test_a_reader_that_ends_early_is_no_error():
 def test_names_of_files_do_not_reach_the_terminal_as_they_are(capsys):
     names = ["\x1b[2Jgone", "line\nbreak", "\u202egpj", "\x9b31m", "plain é 你"]
 
-    def may_fail(name):
-        if "b" in name:
-            raise UserError(f"no such file: {name}")
-        return name
+    class Names(Jobs):
+        device, name_errors = "cpu", True
 
-    jobs = SimpleNamespace(device="cpu", prepare=may_fail, generate=list, write=lambda n, *_: (f"{n} done", 1.0))
-    run_batches([(n, n) for n in names], 2, lambda: jobs, name_errors=True)
+        def prepare(self, name):
+            if "b" in name:
+                raise UserError(f"no such file: {name}")
+            return name
+
+        def generate(self, batch):
+            return batch
+
+        def write(self, name, *_):
+            return f"{name} done", 1.0
+
+    run_batches([(name, name) for name in names], 2, Names)
     said = capsys.readouterr()
     assert said.out.splitlines() == ["?[2Jgone done", "?gpj done", "?31m done", "plain é 你 done"]
     assert said.err == "failed: line break: no such file: line break\n"
