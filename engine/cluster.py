@@ -24,7 +24,7 @@ from engine.errors import UserError
 from engine.processes import Lost, Work
 from engine.settings import LIMITS, ClusterConfig, Limits, set_limits
 
-RETRIES = 2  # of a task or call whose process died; then its items are tried alone, and given up when that fails too
+RETRIES = 2  # of a task or call whose process died; then its item is tried again, and given up when that fails too
 AHEAD = 3  # items on their way for each processor of the cluster: enough to keep it busy, few enough for its memory
 LOOK_EVERY = 10.0  # seconds between looks at the size of the cluster
 EXIT_AFTER = 2.0  # seconds in which the answer of a process that hangs goes out
@@ -38,7 +38,6 @@ class Cluster:
         build: makes the work in an actor, from 0, as each actor sees its own GPUs only.
         build_cut: makes work that can `cut` alone, on any processor; None: items go to the actors as they are.
         timeout: seconds that the first half of an item may take.
-        batch: items that are encoded together.
         processors: to use where no cluster is named.
 
     Attributes:
@@ -51,15 +50,14 @@ class Cluster:
         build: Callable[[int], Work],
         build_cut: Callable[[int], Work] | None = None,
         timeout: float = math.inf,
-        batch: int = 1,
         processors: int = 1,
     ) -> None:
         import ray  # an extra, see `check_place`
 
         self.ray, self.config, self.build, self.build_cut = ray, config, build, build_cut
-        self.timeout, self.batch, self.processors = timeout, batch, processors
+        self.timeout, self.processors = timeout, processors
         self.about: Any = None
-        self.flying: dict[Any, tuple[list[Any], int]] = {}  # items of a call, and whether they are alone, see `_again`
+        self.flying: dict[Any, tuple[Any, int]] = {}  # the item of a call, and how often it was given up, see `_again`
         self.suspects: list[Any] = []
         self._size, self._looked = 0, -LOOK_EVERY
         self.ours = False
@@ -102,57 +100,53 @@ class Cluster:
         """Yield every item with its result, or `Lost`, in the order in which they are done."""
         ray, fresh = self.ray, iter(items)
         while True:
-            while sum(len(items) for items, _ in self.flying.values()) < self._most():
-                batch = list(itertools.islice(fresh, self.batch))
-                if not batch:
-                    break
-                self._start(batch)
+            for item in itertools.islice(fresh, max(0, self._most() - len(self.flying))):
+                self._start(item)
             if not self.flying and self.suspects:
-                self._start([self.suspects.pop()], alone=2)
+                self._start(self.suspects.pop(), given_up=2)
             if not self.flying:
                 return
             for call in ray.wait(list(self.flying), num_returns=1, timeout=60)[0]:
-                batch, alone = self.flying.pop(call)
+                item, given_up = self.flying.pop(call)
                 try:
-                    results = ray.get(call)
+                    result = ray.get(call)
                 except ray.exceptions.RayError as error:
                     cause = self._cause(error)
                     if isinstance(cause, UserError):
                         raise UserError(str(cause)) from error
                     if not isinstance(cause, ray.exceptions.RayError):
                         raise
-                    results = self._again(batch, alone, cause)
-                yield from zip(batch, results)
+                    if self._again(item, given_up, cause):
+                        continue
+                    result = Lost("its process died again and again")
+                yield item, result
 
-    def _start(self, batch: list[Any], alone: int = 0) -> None:
-        halves = batch if self.build_cut is None else [self.cut.remote(self.shared, item) for item in batch]
-        self.flying[next(self.actors).encode.remote(*halves)] = batch, alone
+    def _start(self, item: Any, given_up: int = 0) -> None:
+        half = item if self.build_cut is None else self.cut.remote(self.shared, item)
+        self.flying[next(self.actors).do.remote(half)] = item, given_up
 
-    def _again(self, batch: list[Any], alone: int, error: Exception) -> list[Lost]:
-        """Try the items of a batch that Ray gave up one by one, to find the one at fault; a single item has failed.
-
-        A machine that went away is no item's fault, however often.
+    def _again(self, item: Any, given_up: int, error: Exception) -> bool:
+        """Return whether an item that Ray gave up is tried again. A machine that went away is no item's fault.
 
         Args:
-            alone: 1 for an item that is tried by itself; 2 while nothing else is on its way, either, as an actor that
-                dies fails all calls that wait for it.
+            given_up: how often Ray did so before. An actor that dies fails all calls that wait for it, so the third try
+                comes while nothing else is on its way.
         """
         kinds = self.ray.exceptions
         lost = isinstance(error, kinds.NodeDiedError | kinds.ObjectLostError) or "node has died" in str(error)
-        if not alone or lost:
-            for item in batch:
-                self._start([item], max(1, alone))
-        elif alone == 1 and isinstance(error, kinds.RayActorError):
-            self.suspects += batch
+        if given_up == 0 or lost:
+            self._start(item, max(1, given_up))
+        elif given_up == 1 and isinstance(error, kinds.RayActorError):
+            self.suspects.append(item)
         else:
-            return [Lost("its process died again and again")]
-        return []
+            return False
+        return True
 
     def _most(self) -> int:
         """Return how many items may be on their way, by the processors that the cluster has now."""
         if time.monotonic() - self._looked > LOOK_EVERY:
             self._size, self._looked = int(self.ray.cluster_resources().get("CPU", 1)), time.monotonic()
-        return max(AHEAD * self._size if self.build_cut else 0, 2 * self.batch * self.config.encoders)
+        return max(AHEAD * self._size if self.build_cut else 0, 2 * self.config.encoders)
 
     def _cause(self, error: BaseException) -> BaseException:
         """Return what was raised in a task or actor, or became of its process: Ray wraps it once for each task."""
@@ -176,10 +170,9 @@ class _Encoders:
             raise UserError(self.error)
         return self.work.about
 
-    def encode(self, *halves: Any) -> list[Any]:
-        """Encode items together; those that were lost in their first half stay so."""
-        results = iter(self.work.encode(whole) if (whole := [h for h in halves if not isinstance(h, Lost)]) else ())
-        return [half if isinstance(half, Lost) else next(results) for half in halves]
+    def do(self, half: Any) -> Any:
+        """Do the second half of an item; one that was lost in its first half stays so."""
+        return half if isinstance(half, Lost) else self.work.do(half)
 
 
 _BUILT: dict[bytes, Work] = {}  # of this process: Ray uses a process for many tasks

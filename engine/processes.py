@@ -11,7 +11,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -44,10 +44,6 @@ class Work(Generic[Item, Half, Result]):
     def do(self, half: Half) -> Result:
         """Do the second half of an item."""
         raise NotImplementedError
-
-    def encode(self, halves: Sequence[Half]) -> list[Result]:
-        """Do the second half of one item, or of several together."""
-        return [self.do(half) for half in halves]
 
 
 @dataclass(frozen=True)
@@ -129,7 +125,7 @@ class Processes(Generic[Item, Result]):
         """
         if not self.processes:
             for item in items:
-                yield item, self._work.encode([self._work.cut(item)])[0]
+                yield item, self._work.do(self._work.cut(item))
             return
         fresh = ((item, 1) for item in items)
         while True:
@@ -208,8 +204,7 @@ def _serve(connection: Connection, build: Callable[[int], Work], number: int, li
             connection.send(("ready", work.about))
             word = "error"
             while True:
-                (result,) = work.encode([work.cut(connection.recv())])
-                connection.send(("done", result))
+                connection.send(("done", work.do(work.cut(connection.recv()))))
         except UserError as error:
             connection.send((word, str(error)))
 

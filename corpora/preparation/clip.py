@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,7 +24,6 @@ from engine.faces.track import FaceTrack
 FPS, RATE, RATE16 = 25, 24_000, 16_000
 HOP, HOP16 = RATE // FPS, RATE16 // FPS
 LONGEST_KEY = 80
-PICTURES = 2000  # pictures of clips that an encoder gets together
 
 
 class MachineFault(UserError):
@@ -174,7 +173,7 @@ class Step:
 
 class Encoder(Step):
     """A step whose network computes features. It has two parts, which may run in two processes: `cut` takes from the
-    pictures what the network reads, and needs no network; `encode` runs the network, for one clip or for many.
+    pictures what the network reads, and needs no network; `encode` runs the network.
 
     Args:
         device: of the network; None: for `cut` alone, without a network.
@@ -191,34 +190,13 @@ class Encoder(Step):
     def cut(self, clip: WorkItem) -> None:
         """Put what the network reads, besides the sound, into the clip's `inputs`."""
 
-    def encode(self, clips: Sequence[WorkItem]) -> None:
-        """Add the features to clips that were cut; here one by one, where the network takes one at a time."""
-        for clip in clips:
-            self.encode_one(clip)
-
-    def encode_one(self, clip: WorkItem) -> None:
+    def encode(self, clip: WorkItem) -> None:
+        """Add the features to a clip that was cut."""
         raise NotImplementedError
 
     def __call__(self, clip: WorkItem) -> None:
         self.cut(clip)
-        self.encode([clip])
-
-
-def in_parts(clips: Sequence[WorkItem], pictures: Sequence[int]) -> Iterator[list[WorkItem]]:
-    """Yield the clips in order, in groups of at most `PICTURES` pictures together (a longer clip alone).
-
-    Args:
-        pictures: of each clip.
-    """
-    part, count = [], 0
-    for clip, own in zip(clips, pictures):
-        if part and count + own > PICTURES:
-            yield part
-            part, count = [], 0
-        part.append(clip)
-        count += own
-    if part:
-        yield part
+        self.encode(clip)
 
 
 def make_key(path: str) -> str:

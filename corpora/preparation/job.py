@@ -7,7 +7,6 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,8 @@ from engine.errors import UserError
 from engine.files import writable
 from engine.processes import Lost, Processes
 from engine.progress import track
-from engine.settings import EXECUTORS, ClusterConfig, Limits, check_place, require_choice, set_limits, setting
+from engine.settings import EXECUTORS, ClusterConfig, Limits, check_place, require_choice, set_limits
 from engine.shards.writer import SplitWriter, dumps, reject_sample
-
-
-@dataclass(frozen=True)
-class RayConfig(ClusterConfig, prefix="ray."):
-    """Settings `ray` of the preparation."""
-
-    batch: int = setting(8, 1, 256, "clips that go through the networks together")
 
 
 class Report:
@@ -151,8 +143,8 @@ def _executor(config: DictConfig, start: partial) -> Processes | Cluster:
     """Make what runs the steps: processes of this machine, or a Ray cluster."""
     if config.executor == "processes":
         return Processes(config.workers, partial(start, True), config.clip_timeout)
-    ray, starts = RayConfig(**config.ray), (partial(start, True), partial(start, False))
-    return Cluster(ray, *starts, config.clip_timeout, ray.batch, config.workers)
+    starts = partial(start, True), partial(start, False)
+    return Cluster(ClusterConfig(**config.ray), *starts, config.clip_timeout, config.workers)
 
 
 def _writer(

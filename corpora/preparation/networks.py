@@ -6,7 +6,7 @@ levels, Ds / Dm speech / motion channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,9 +14,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from corpora.preparation.clip import FPS, RATE, RATE16, Encoder, Step, WorkItem, in_parts
+from corpora.preparation.clip import FPS, RATE, RATE16, Encoder, Step, WorkItem
 from engine.codec import load_codec
 from engine.errors import UserError
 from engine.faces.crops import centre_square, portrait_square
@@ -36,7 +35,7 @@ from talker_t2av.faces import Square
 from talker_t2av.settings import CROPS
 from talker_t2av.system import load_motion, load_speaker, load_speech
 
-BLOCK = 64  # frames that a motion codec gets at once, or up to twice as many where clips are encoded together
+BLOCK = 64  # frames that a motion codec gets at once: in float a minute of large pictures takes many GB
 
 
 class Crops(Step):
@@ -80,13 +79,9 @@ class Lip(Encoder):
     def cut(self, clip: WorkItem) -> None:
         clip.inputs["lip"] = clip.cut_face(self.encoders.config.cut_mouth)
 
-    def encode(self, clips: Sequence[WorkItem]) -> None:
-        for part in in_parts(clips, [len(clip.inputs["lip"]) for clip in clips]):
-            mouth = pad_sequence([clip.inputs["lip"] for clip in part], batch_first=True)
-            frames = torch.tensor([clip.length for clip in part], device=self.device)
-            lip = self.encoders.lip(mouth.to(self.device) / 255, frames)
-            for clip, row in zip(part, lip):
-                clip.tensors["lip"] = _half(row[: clip.length])
+    def encode(self, clip: WorkItem) -> None:
+        mouth, frames = clip.inputs["lip"][None].to(self.device), torch.tensor([clip.length], device=self.device)
+        clip.tensors["lip"] = _half(self.encoders.lip(mouth / 255, frames)[0])
 
 
 class FaceIdentity(Lip):
@@ -108,13 +103,9 @@ class FaceIdentity(Lip):
         at = picture_frames(clip.length, self.pictures)
         clip.inputs["face_identity"] = clip.cut_face(self.encoders.config.cut_faces, at)
 
-    def encode(self, clips: Sequence[WorkItem]) -> None:
-        for part in in_parts(clips, [len(clip.inputs["face_identity"]) for clip in clips]):
-            faces = torch.cat([clip.inputs["face_identity"] for clip in part])
-            faces = faces.permute(0, 3, 1, 2)[:, None].to(self.device) / 255  # one picture a row, embeddings of each
-            rows = self.encoders.identity(faces).split([len(clip.inputs["face_identity"]) for clip in part])
-            for clip, found in zip(part, rows):
-                clip.tensors["face_identity"] = _half(found)
+    def encode(self, clip: WorkItem) -> None:
+        faces = clip.inputs["face_identity"].permute(0, 3, 1, 2)[:, None]  # one picture a row, embeddings of each
+        clip.tensors["face_identity"] = _half(self.encoders.identity(faces.to(self.device) / 255))
 
 
 class Phonemes(Step):
@@ -175,16 +166,14 @@ class Expression(Encoder):
         at = slice(0, clip.length, self.every)
         clip.inputs["expression"] = clip.cut_face(self.cut_faces, at)
 
-    def encode(self, clips: Sequence[WorkItem]) -> None:
-        shown = [clip for clip in clips if "expression" in clip.inputs]  # the others have labels
-        if not shown:
+    def encode(self, clip: WorkItem) -> None:
+        if "expression" not in clip.inputs:  # it has labels
             return
-        faces = torch.cat([clip.inputs["expression"] for clip in shown]).permute(0, 3, 1, 2)
+        faces = clip.inputs["expression"].permute(0, 3, 1, 2)
         parts = [self.network(part.to(self.device).float() / 255) for part in faces.split(16)]
-        found = torch.cat(parts).float().softmax(-1).cpu().split([len(clip.inputs["expression"]) for clip in shown])
-        for clip, rows in zip(shown, found):
-            classes = window_expressions(rows.repeat_interleave(self.every, 0)[: clip.length])
-            clip.tensors["expression"] = classes.to(torch.uint8)
+        shares = torch.cat(parts).float().softmax(-1).cpu()
+        classes = window_expressions(shares.repeat_interleave(self.every, 0)[: clip.length])
+        clip.tensors["expression"] = classes.to(torch.uint8)
 
 
 class HeardExpression(Encoder):
@@ -210,7 +199,7 @@ class HeardExpression(Encoder):
     def digests(self) -> dict[str, str]:
         return {"heard_expression": self.recogniser.name if self.recogniser else "labels"}
 
-    def encode_one(self, clip: WorkItem) -> None:
+    def encode(self, clip: WorkItem) -> None:
         windows = windows_of(clip.length)
         classes = expression_labels(clip.info.expression, windows)
         if classes is None:
@@ -236,7 +225,7 @@ class GE2E(Encoder):
     def digests(self) -> dict[str, str]:
         return {"ge2e": weights_digest(self.encoder.network)}
 
-    def encode_one(self, clip: WorkItem) -> None:
+    def encode(self, clip: WorkItem) -> None:
         clip.tensors["ge2e"] = torch.from_numpy(np.asarray(self.encoder.embed(clip.wave16, RATE16), np.float32))
 
 
@@ -259,7 +248,7 @@ class RVQTokens(CodecEncoder):
 
     tensors, name, load = ("tokens",), "rvq", partial(load_codec, codecs=TOKENIZERS)
 
-    def encode_one(self, clip: WorkItem) -> None:
+    def encode(self, clip: WorkItem) -> None:
         wave = resample(torch.from_numpy(clip.wave), RATE, self.codec.sample_rate)
         codes = self.codec.encode(wave[None, None].to(self.device))[0]  # (K, 2 T)
         if codes.shape[1] != 2 * clip.length:
@@ -272,7 +261,7 @@ class SpeechLatents(CodecEncoder):
 
     tensors, name, load = ("speech",), "whisperx_vae", load_speech
 
-    def encode_one(self, clip: WorkItem) -> None:
+    def encode(self, clip: WorkItem) -> None:
         clip.tensors["speech"] = _half(self.codec.encode(torch.from_numpy(clip.wave)[None, None])[0])
 
 
@@ -295,22 +284,13 @@ class Motion(CodecEncoder):
         if "motion" not in clip.tensors:
             clip.inputs["motion"] = face_square(clip, self.crop).cut(clip.frames)
 
-    def encode(self, clips: Sequence[WorkItem]) -> None:
-        todo = [clip for clip in clips if "motion" in clip.inputs]
-        blocks, motion, waiting = [], [], 0
-        for clip in todo:
-            frames = clip.inputs["motion"]
-            for start in range(0, len(frames), BLOCK):  # in float a minute of large pictures takes many GB
-                blocks.append(video_to_tensor(frames[start : start + BLOCK], self.codec.size))
-                waiting += len(blocks[-1])
-                if waiting >= BLOCK:
-                    motion.append(self.codec.encode(torch.cat(blocks)))
-                    blocks, waiting = [], 0
-        if blocks:
-            motion.append(self.codec.encode(torch.cat(blocks)))
-        if todo:
-            for clip, found in zip(todo, torch.cat(motion).split([len(clip.inputs["motion"]) for clip in todo])):
-                clip.tensors["motion"] = _half(found)
+    def encode(self, clip: WorkItem) -> None:
+        if "motion" not in clip.inputs:  # it has codes of the source
+            return
+        frames = clip.inputs["motion"]
+        blocks = (frames[start : start + BLOCK] for start in range(0, len(frames), BLOCK))
+        motion = [self.codec.encode(video_to_tensor(block, self.codec.size)) for block in blocks]
+        clip.tensors["motion"] = _half(torch.cat(motion))
 
 
 class Portraits(Step):
@@ -362,7 +342,7 @@ class Voice(CodecEncoder):
     def __init__(self, encoder: str, device: torch.device | None) -> None:
         super().__init__(encoder, device)
 
-    def encode_one(self, clip: WorkItem) -> None:
+    def encode(self, clip: WorkItem) -> None:
         wave = resample(torch.from_numpy(clip.wave), RATE, RATE16).to(self.device)  # as generation does
         clip.tensors["speaker"] = _half(self.codec.embed(wave))
 

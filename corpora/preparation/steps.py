@@ -1,9 +1,8 @@
-"""The steps of the preparation in order, over one clip or several; its sample goes into the work folder of its shard.
+"""The steps of the preparation in order, over one clip; its sample goes into the work folder of its shard.
 
 They have two halves, which may run in two processes: `Steps.cut` decodes a clip and takes from its pictures what the
-networks read, `Steps.encode` runs the networks and writes the samples. Running a clip again, whole or in part, gives
-the same sample. Tensors that an earlier shard holds, and whose step, networks and settings are unchanged, are taken
-over.
+networks read, `Steps.do` runs the networks and writes the sample. Running a clip again, whole or in part, gives the
+same sample. Tensors that an earlier shard holds, and whose step, networks and settings are unchanged, are taken over.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import inspect
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -103,29 +102,18 @@ class Steps(Work[WorkItem, WorkItem, Outcome]):
         return clip
 
     @torch.inference_mode()
-    def encode(self, clips: Sequence[WorkItem]) -> list[Outcome]:
-        """Run the encoders over all clips together, and write the samples."""
-        for name, step in self.steps.items():
-            if todo := [clip for clip in clips if clip.outcome is None and name in clip.waiting]:
-                self._encode(name, step, todo)
-        return [clip.outcome or self._write(clip) for clip in clips]
-
-    def _encode(self, name: str, step: Encoder, clips: list[WorkItem]) -> None:
-        """Run an encoder over clips together, or one by one where one of them makes that fail."""
-        start, failure = _clocks(), None
-        try:
-            step.encode(clips)
-        except Exception as error:
-            if len(clips) > 1:
-                for clip in clips:
-                    self._encode(name, step, [clip])
-                return
-            failure = error
-        for clip in clips:
-            spent = (each / len(clips) for each in _since(start))
-            clip.seconds[name] = tuple(map(sum, zip(clip.seconds[name], spent)))
-            if failure is not None:
-                clip.outcome = _rejection(name, failure, clip)
+    def do(self, clip: WorkItem) -> Outcome:
+        """Run the encoders over a clip that was cut, and write its sample."""
+        for name in clip.waiting:
+            if clip.outcome is not None:
+                return clip.outcome
+            start = _clocks()
+            try:
+                self.steps[name].encode(clip)
+            except Exception as error:
+                clip.outcome = _rejection(name, error, clip)
+            clip.seconds[name] = tuple(map(sum, zip(clip.seconds[name], _since(start))))
+        return clip.outcome or self._write(clip)
 
     def _write(self, clip: WorkItem) -> Outcome:
         start = _clocks()

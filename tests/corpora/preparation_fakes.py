@@ -61,7 +61,7 @@ class Missing(Step):
 
 
 class Mean(Encoder):
-    """A feature of the sound that clips get together, and no sum where one of them is named nan."""
+    """A feature of the sound by an encoder, which refuses the clip that is named nan."""
 
     tensors = ("mean",)
 
@@ -71,9 +71,8 @@ class Mean(Encoder):
     def cut(self, clip):
         clip.inputs["mean"] = clip.wave16[::640].copy()
 
-    def encode(self, clips):
+    def encode(self, clip):
         assert self.device is not None  # not where clips are cut
-        for clip in clips:
-            if clip.info.key == "nan":
-                raise UserError("not a number")
-            clip.tensors["mean"] = torch.from_numpy(clip.inputs["mean"])
+        if clip.info.key == "nan":
+            raise UserError("not a number")
+        clip.tensors["mean"] = torch.from_numpy(clip.inputs["mean"])

@@ -246,6 +246,6 @@ def test_a_clip_of_which_nobody_tells_the_text_has_an_empty_one(corpus, tmp_path
     clip = SourceClip("a", "train/clip0.mp4", "train/clip0.wav")
     stages = {"decode": {"_target_": "corpora.preparation.media.Decode"}}
     steps = Steps(stages, "cpu", None)
-    assert steps.encode([steps.cut(WorkItem(clip, corpus, tmp_path))])[0].stage == ""
+    assert steps.do(steps.cut(WorkItem(clip, corpus, tmp_path))).stage == ""
     facts = next(json.loads(data) for suffix, _, data in read_members((tmp_path / "a.tar").read_bytes()))
     assert facts["text"] == "" and facts["frames"] == FRAMES and facts["expression"] is None

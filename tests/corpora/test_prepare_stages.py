@@ -72,7 +72,7 @@ def test_the_stages_make_what_the_networks_make(corpus, tmp_path):
         "prepare", [f"source.root={corpus}", "output=x", "device=cpu", "stages.media.use=true"], "help"
     )
     pipeline = Steps(chosen_stages(config, source), "cpu", source.symbols)
-    (outcome,) = pipeline.encode([pipeline.cut(WorkItem(source.clips("train")[0], corpus, tmp_path))])
+    outcome = pipeline.do(pipeline.cut(WorkItem(source.clips("train")[0], corpus, tmp_path)))
     assert outcome.stage == "", outcome.reason
     assert set(outcome.seconds) == {*pipeline.steps, "write"} and outcome.frames == FRAMES
     members = {suffix: data for suffix, _, data in read_members((tmp_path / "a.tar").read_bytes())}
@@ -137,7 +137,7 @@ def test_features_of_the_released_encoders_are_those_of_their_pictures(corpus, t
     words += [f"+stages.lip.encoders.lip={small}", "+stages.lip.encoders.identity_blocks=[1,1,1,1]"]
     source = Synthetic(corpus)
     pipeline = Steps(chosen_stages(load_config("prepare", words, "help"), source), "cpu", None)
-    (outcome,) = pipeline.encode([pipeline.cut(WorkItem(source.clips("train")[0], corpus, tmp_path))])
+    outcome = pipeline.do(pipeline.cut(WorkItem(source.clips("train")[0], corpus, tmp_path)))
     assert outcome.stage == "", outcome.reason
     made = load({s: data for s, _, data in read_members((tmp_path / "a.tar").read_bytes())}["safetensors"])
     clip = WorkItem(SourceClip("a", "train/a.mp4", "train/a.wav"), corpus)

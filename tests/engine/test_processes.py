@@ -37,8 +37,7 @@ class Squares(Work):
             (folder / "refused").touch()
             raise UserError("card 1 is lost")
 
-    def encode(self, halves):
-        (item,) = halves
+    def do(self, item):
         if item == "refuse":
             raise UserError("the disk is full")
         if item == "hang":
@@ -51,7 +50,7 @@ class Squares(Work):
             os.kill(os.getpid(), signal.SIGKILL)
         if item in ("lose a card", "wait"):
             wait_until((self.folder / ("card" if item == "lose a card" else "refused")).exists)
-        return [f"by {self.about}" if isinstance(item, str) else item**2]
+        return f"by {self.about}" if isinstance(item, str) else item**2
 
 
 def squares(folder, items, count=2, timeout=60.0):
