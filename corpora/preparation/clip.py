@@ -96,8 +96,7 @@ class WorkItem:
         frames: (T, H, W, 3) uint8 RGB, None without pictures. wave: (N,) float32, N = T * 960; wave16: (N16,), T * 640.
         track: of the face in the frames.
         transcripts: by recogniser. inputs: by name of an encoder, what it reads besides the sound.
-        facts: for KEY.json; earlier_facts: those taken over. tensors: for KEY.safetensors. files: further members by
-            suffix. length: T.
+        facts: for KEY.json; earlier_facts: those taken over. tensors: for KEY.safetensors. length: T.
         waiting: encoders that are to run. seconds: as in `Outcome`. outcome: of a clip that is rejected.
     """
 
@@ -114,7 +113,6 @@ class WorkItem:
     facts: dict[str, Any] = field(default_factory=dict)
     earlier_facts: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    files: dict[str, bytes] = field(default_factory=dict)
     transcripts: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
     length: int = 0

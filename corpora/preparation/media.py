@@ -1,16 +1,13 @@
-"""Stages that decode clips, reject them by length, track the face, and store the media themselves.
+"""Stages that decode clips, reject them by length, track the face, and store the sound itself.
 
 Axes: T video frames (25 a second), N samples at 24 kHz, N16 at 16 kHz, Dm motion channels.
 """
 
 from __future__ import annotations
 
-import io
-import tempfile
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 
 from corpora.preparation.clip import FPS, HOP, HOP16, RATE, RATE16, MachineFault, Step, WorkItem
@@ -21,7 +18,7 @@ from engine.faces.detectors import YuNetDetector
 from engine.faces.landmarks import add_landmarks, landmark_source, read_landmarks
 from engine.faces.track import read_face
 from engine.media.audio import read_audio
-from engine.media.video import iter_video, write_video
+from engine.media.video import iter_video
 from engine.safe_pickle import read_matrix
 from engine.settings import require_range
 from engine.untrusted import parse_json
@@ -150,27 +147,7 @@ class Wave(Step):
         return {"wave": "16 bits"}
 
     def __call__(self, clip: WorkItem) -> None:
-        clip.tensors["wave"] = torch.from_numpy(_pcm(clip.wave))
-
-
-def _pcm(wave: np.ndarray) -> np.ndarray:
-    """Turn samples in [-1, 1] into 16 bits."""
-    return np.round(wave.clip(-1, 1) * 32767).astype(np.int16)
-
-
-class KeepMedia(Step):
-    """Puts the decoded pictures (H.264) and sound (24 kHz, 16 bits) into the shard, as KEY.mp4 and KEY.wav."""
-
-    reusable = False
-
-    def __call__(self, clip: WorkItem) -> None:
-        if clip.frames is not None:
-            with tempfile.TemporaryDirectory() as folder:
-                write_video(Path(folder) / "clip.mp4", clip.frames, FPS)
-                clip.files["mp4"] = (Path(folder) / "clip.mp4").read_bytes()
-        sound = io.BytesIO()
-        soundfile.write(sound, _pcm(clip.wave), RATE, subtype="PCM_16", format="WAV")
-        clip.files["wav"] = sound.getvalue()
+        clip.tensors["wave"] = torch.from_numpy(np.round(clip.wave.clip(-1, 1) * 32767).astype(np.int16))
 
 
 def read_text(path: Path) -> str:

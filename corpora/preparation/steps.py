@@ -120,7 +120,7 @@ class Steps(Work[WorkItem, WorkItem, Outcome]):
         facts = {"key": clip.info.key, **clip.facts, **clip.earlier_facts, "input": input_digest(clip.info)}
         members = {"json": dumps(facts | {"text": facts["text"] or ""})}  # readers want a string
         members["safetensors"] = save({name: tensor.contiguous() for name, tensor in clip.tensors.items()})
-        write_sample(clip.work, clip.info.key, members | clip.files)
+        write_sample(clip.work, clip.info.key, members)
         clip.seconds["write"] = _since(start)
         return Outcome(seconds=clip.seconds, frames=clip.length)
 

@@ -68,15 +68,13 @@ def test_mouths_are_cut_by_given_landmarks(corpus, tmp_path):
 def test_the_stages_make_what_the_networks_make(corpus, tmp_path):
     pytest.importorskip("resemblyzer")
     source = Synthetic(corpus)
-    config = load_config(
-        "prepare", [f"source.root={corpus}", "output=x", "device=cpu", "stages.media.use=true"], "help"
-    )
+    config = load_config("prepare", [f"source.root={corpus}", "output=x", "device=cpu"], "help")
     pipeline = Steps(chosen_stages(config, source), "cpu", source.symbols)
     outcome = pipeline.do(pipeline.cut(WorkItem(source.clips("train")[0], corpus, tmp_path)))
     assert outcome.stage == "", outcome.reason
     assert set(outcome.seconds) == {*pipeline.steps, "write"} and outcome.frames == FRAMES
     members = {suffix: data for suffix, _, data in read_members((tmp_path / "a.tar").read_bytes())}
-    assert list(members) == ["json", "safetensors", "mp4", "wav"]
+    assert list(members) == ["json", "safetensors"]
     facts, made = json.loads(members["json"]), load(members["safetensors"])
     assert facts["frames"] == FRAMES and facts["seconds"] == FRAMES / 25 and facts["speaker"] == "3"
 
