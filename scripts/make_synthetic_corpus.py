@@ -25,15 +25,11 @@ from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 
-import cv2
-import numpy as np
-
-from corpora.synthetic.contact_sheet import contact_sheet
 from corpora.synthetic.corpus import FRAME, RATE, ClipMaker, clip_id, is_done
 from corpora.synthetic.sentences import SPLITS, grammar, language_model, plain_sentences
 from corpora.synthetic.voices import load_voices
 from engine.errors import UserError, run_cli
-from engine.files import atomic_output, require_space, writable, write_json, write_text
+from engine.files import require_space, writable, write_json, write_text
 from engine.processes import end_with_parent, without_interrupts
 from engine.progress import track
 
@@ -119,13 +115,6 @@ def generate(jobs: list[tuple[str, int]], corpus: tuple[Path, int, int, int], wo
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def write_sheet(root: Path, version: int) -> None:
-    """Draw all faces in one picture."""
-    sheet = cv2.imencode(".png", np.ascontiguousarray(contact_sheet(version)[..., ::-1]))[1].tobytes()
-    with atomic_output(root / "contact_sheet.png") as part:
-        part.write_bytes(sheet)
-
-
 def main() -> None:
     args = parse()
     root, splits = args.out, SPLITS[args.version]
@@ -156,8 +145,6 @@ def main() -> None:
     for split in splits:
         lines = ((root / split / clip_id(split, i)).with_suffix(".json").read_text() for i in range(counts[split]))
         write_text(root / f"{split}.jsonl", "".join(line + "\n" for line in lines))
-    if args.version < 3:
-        write_sheet(root, args.version)
     write_json(root / "corpus.json", about | {"complete": True})
     print(f"done: {root}", flush=True)
 

@@ -81,7 +81,7 @@ def test_worker_count_changes_no_byte(corpus, tmp_path):
     make(tmp_path / "one", *SMALL, "--workers", "1")
     one, two = digests(tmp_path / "one"), digests(corpus)
     assert one == two
-    assert len(one) == 10 * 3 + 3 + 3  # clips; manifests; grammar, contact sheet, corpus.json
+    assert len(one) == 10 * 3 + 3 + 2  # clips; manifests; grammar, corpus.json
 
 
 def test_an_interrupted_corpus_is_finished_the_same(corpus, tmp_path):
