@@ -23,7 +23,6 @@ import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 
 from engine.errors import UserError, require, require_librosa
@@ -33,7 +32,6 @@ from engine.release import load_strict
 from engine.safe_pickle import read_checkpoint
 
 RATE = 16_000
-BANDS = {"wb": 16_000, "nb": 8_000}  # sample rates of PESQ's two bands
 
 
 class DNSMOS(Metric):
@@ -74,17 +72,6 @@ class UTMOS(Metric):
         return {"utmos": (float(self.network.score(wave[None]).reshape(-1)[0]), 1)}
 
 
-def pesq_score(reference: np.ndarray, degraded: np.ndarray, rate: int, band: str = "wb") -> float:
-    """Return PESQ, about 1.0 to 4.6; both (N,) at `rate` Hz; `band` is wb or nb."""
-    pesq, own = require("pesq", "pesq"), BANDS[band]
-    try:
-        return float(pesq.pesq(own, *(resample_wave(wave, rate, own) for wave in (reference, degraded)), band))
-    except pesq.PesqError as error:  # such as no utterance, or under a quarter of a second
-        raise UserError(f"PESQ cannot be computed: {error.args[0].decode()}") from error
-    except ValueError as error:  # levels of almost nothing are no numbers for it
-        raise UserError("PESQ cannot be computed: one of the two is silent, or almost") from error
-
-
 class PESQ(Metric):
     figures: ClassVar = {
         "pesq_wide": Figure("PESQ wide", 1, meaning="perceived quality against the true speech, 16 kHz"),
@@ -95,24 +82,16 @@ class PESQ(Metric):
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         true, made = wave_of(truth.audio, RATE), wave_of(take.audio, RATE)
-        length = min(len(true), len(made))
-        pair = true[:length], made[:length], RATE
-        return {"pesq_wide": (pesq_score(*pair, "wb"), 1), "pesq_narrow": (pesq_score(*pair, "nb"), 1)}
-
-
-def stoi(reference: np.ndarray, degraded: np.ndarray, rate: int, extended: bool = False) -> float:
-    """Return STOI, about 0 to 1; both (N,) at `rate` Hz, time-aligned. The longer wave is cut to the shorter one.
-
-    With `extended` it is ESTOI, which correlates whole spectra and so also counts modulated noise. Less than 0.4 s of
-    speech is refused: pystoi warns and gives 0.00001, which is no measurement.
-    """
-    length = min(len(reference), len(degraded))
-    with warnings.catch_warnings(record=True) as given:
-        warnings.simplefilter("always")
-        value = float(require("pystoi", "pystoi").stoi(reference[:length], degraded[:length], rate, extended))
-    if any("Not enough STFT frames" in str(warning.message) for warning in given):
-        raise UserError("STOI cannot be computed: the two have less than 0.4 s of speech in common")
-    return value
+        pesq, length, found = require("pesq", "pesq"), min(len(true), len(made)), {}
+        try:
+            for figure, rate, band in (("pesq_wide", 16_000, "wb"), ("pesq_narrow", 8_000, "nb")):
+                pair = (resample_wave(wave[:length], RATE, rate) for wave in (true, made))
+                found[figure] = (float(pesq.pesq(rate, *pair, band)), 1)
+        except pesq.PesqError as error:  # such as no utterance, or under a quarter of a second
+            raise UserError(f"PESQ cannot be computed: {error.args[0].decode()}") from error
+        except ValueError as error:  # levels of almost nothing are no numbers for it
+            raise UserError("PESQ cannot be computed: one of the two is silent, or almost") from error
+        return found
 
 
 class STOI(Metric):
@@ -123,8 +102,16 @@ class STOI(Metric):
     extended: ClassVar[bool] = False
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
+        """Measure a clip; less than 0.4 s of speech is refused, for which pystoi warns and gives 0.00001."""
+        true, made = wave_of(truth.audio, RATE), wave_of(take.audio, RATE)
+        length = min(len(true), len(made))
+        with warnings.catch_warnings(record=True) as given:
+            warnings.simplefilter("always")
+            value = float(require("pystoi", "pystoi").stoi(true[:length], made[:length], RATE, self.extended))
+        if any("Not enough STFT frames" in str(warning.message) for warning in given):
+            raise UserError("STOI cannot be computed: the two have less than 0.4 s of speech in common")
         (figure,) = self.figures
-        return {figure: (stoi(wave_of(truth.audio, RATE), wave_of(take.audio, RATE), RATE, self.extended), 1)}
+        return {figure: (value, 1)}
 
 
 class ESTOI(STOI):
