@@ -88,7 +88,7 @@ def measure(clip: str, part: str) -> dict[str, float]:
         track = find_faces(ClipFrames(clip, FPS), FPS)[0]
     else:
         crops = pipeline.crops(clip)
-        track, stored = crops.track, crops.mouth.nbytes + crops.faces.nbytes
+        track, stored = crops.track, crops.mouth.nbytes + crops.voices.nbytes
         if part == "encoded":
             pipeline.conditions([crops])
     decoder = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -81,12 +81,12 @@ def losses(release: str, shards: str | Path, clips: int) -> dict[str, dict[str, 
 
 def losses_of(pipeline: HiCoDiTPipeline, samples: Sequence[HiCoDiTSample]) -> Tensor:
     """Return losses (N, 3, 2): with own conditions, with other expressions, with another face; of both level groups."""
-    every, model = pipeline.system.encoders.config.picture_every, pipeline.system.model
+    model = pipeline.system.model
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].phoneme))
     groups = [order[first : first + BATCH] for first in range(0, len(order), BATCH)]
     other, conditions = derangement(len(samples), np.random.default_rng(0)), {}
     for group in groups:
-        own = pipeline.conditions([stored_crops(samples[i], every) for i in group])
+        own = pipeline.conditions([stored_crops(pipeline.system, samples[i]) for i in group])
         for row, i in enumerate(group):
             length = len(samples[i].phoneme)
             conditions[i] = own.lip[row, :length], own.identity[row], own.expression[row, : windows_of(length)]

@@ -294,7 +294,8 @@ def whole_clip(job: dict[str, Any]) -> dict[str, Any]:
     device = torch.device(job["device"])
     pipeline = HiCoDiTPipeline.from_pretrained(device=device)
     frames, rng = round(60 * FPS * job["minutes"]), np.random.default_rng(0)
-    crops = Crops(rng.integers(0, 255, (frames, 48, 48), np.uint8), rng.integers(0, 255, (frames, 64, 64, 3), np.uint8))
+    mouth, voices = (rng.integers(0, 255, shape, np.uint8) for shape in ((frames, 48, 48), (4, 64, 64, 3)))
+    crops = Crops(mouth, voices, torch.zeros(windows_of(frames), dtype=torch.long))
     begin = compute_time(device)
     wave = pipeline.run([crops], [0], sampler=replace(pipeline.sampler, steps=2))[0].wave
     took, seconds = compute_time(device) - begin, len(wave) / pipeline.codec.sample_rate

@@ -21,11 +21,12 @@ from engine.metrics.metric import wave_of
 from engine.metrics.registry import metrics_of
 from engine.metrics.speaker import GE2EEncoder
 from engine.settings import override, require_choice
-from hicodit.conditions.types import Crops, windows_of
+from hicodit.conditions.types import Crops
 from hicodit.data import HiCoDiTDataset, HiCoDiTSample
 from hicodit.generation import windows
 from hicodit.pipeline import BUNDLED, FPS, Features, HiCoDiTPipeline
 from hicodit.settings import with_preset
+from hicodit.system import HiCoDiTSystem
 
 WAVES, VIDEOS = 4, 2  # that a validation keeps of each split
 EXPRESSIONS = ("own", "shuffled", "exchanged")
@@ -70,7 +71,7 @@ def write_outputs(
         """Return the classes (J,) of half seconds that a clip is told in place of its own."""
         if expressions == "shuffled":
             crops = pipeline.crops(clips[others[number]].truth.source)
-        own = pipeline.conditions([crops]).expression[0, : windows_of(len(crops))].cpu().numpy()
+        own = crops.expression.cpu().numpy()
         return exchange(own) if expressions == "exchanged" else own
 
     def write(batch: Sequence[tuple[int, Clip]]) -> None:
@@ -126,7 +127,7 @@ def evaluate_clips(
     own, samples = share.range(len(samples)), share.pick(samples)
     if not own:
         return {}
-    crops = [stored_crops(clip, pipeline.system.encoders.config.picture_every) for clip in samples]
+    crops = [stored_crops(pipeline.system, clip) for clip in samples]
     order = sorted(range(len(crops)), key=lambda i: len(crops[i]))
     spoken = {}
     for start in range(0, len(order), 16):
@@ -151,13 +152,15 @@ def stored_samples(data: HiCoDiTDataset, clips: int) -> list[HiCoDiTSample]:
     return list({clip.info["key"]: clip for clip in map(data.read, chosen)}.values())
 
 
-def stored_crops(clip: HiCoDiTSample, every: int = 1) -> Crops | Features:
+@torch.inference_mode()
+def stored_crops(system: HiCoDiTSystem, clip: HiCoDiTSample) -> Crops | Features:
     """Return crops of a prepared clip, or its features where it holds those in place of pictures.
 
-    Each frame in `every` takes the nearest of the stored face pictures.
+    Each frame whose expression is read takes the nearest of the stored face pictures.
     """
     if clip.lip is not None:
         return Features(clip.lip.numpy(), clip.face_identity.numpy(), clip.expression.numpy())
     frames = len(clip.mouth)
-    nearest = (np.arange(0, frames, every) * len(clip.faces)) // frames
-    return Crops(clip.mouth.numpy(), clip.faces.numpy()[nearest])
+    pictures = clip.faces[torch.arange(0, frames, system.encoders.config.picture_every) * len(clip.faces) // frames]
+    expression = system.window_classes(system.read_expressions(pictures.movedim(-1, 1)), frames)
+    return Crops(clip.mouth.numpy(), pictures[system.voice_pictures(frames)].numpy(), expression)

@@ -1,7 +1,7 @@
 """A silent clip in, a waveform out.
 
-Axes: B batch, T video frames (25 a second), L = 2 T token frames, K token levels, N samples, J half seconds,
-F face pictures, H height, W width, S, S' side of mouth and face pictures, E lip feature width.
+Axes: B batch, T video frames (25 a second), L = 2 T token frames, K token levels, N samples, J half seconds, F stored
+face pictures, H height, W width, S' side of face pictures, E lip feature width.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig, stored_guid
 from hicodit.streaming import HOP, SpeechChunk, SpeechStream, StreamSettings
 from hicodit.system import CODECS, HiCoDiTSystem
 
-KEPT_FRAMES = 1500  # longer clips: expressions are read while faces are cut out, and only the voice's pictures are kept
 DECODED = 1500  # token frames that are decoded at once, beside those that they depend on
 
 
@@ -206,7 +205,7 @@ class HiCoDiTPipeline:
                 if callable(self.landmarks):
                     track = add_landmarks(clip, track, self.landmarks)
                 path = None if strip is None else Path(strip(number))
-                crops = self._cut(clip, track, path)
+                crops = self.cut(clip, track, path)
             if path is not None:
                 track = track.scaled(clip.display_size[1] / clip.size[1])
                 write_faces(path.with_suffix(".json"), track, mouth_poses(track.best_points), MOUTH_SIDE, FPS)
@@ -228,10 +227,13 @@ class HiCoDiTPipeline:
         return tracks
 
     @torch.inference_mode()
-    def _cut(self, blocks: Iterable[np.ndarray], track: FaceTrack, strip: str | Path | None) -> Crops:
-        """Cut mouth and face from blocks of frames (n, H, W, 3); write the picture of the track to `strip`."""
-        config, mouth, faces, probabilities, start, count = self.system.encoders.config, None, [], [], 0, 0
-        long, voice_pictures = len(track) > KEPT_FRAMES, self.system.voice_pictures(len(track))
+    def cut(self, blocks: Iterable[np.ndarray], track: FaceTrack, strip: str | Path | None = None) -> Crops:
+        """Cut mouth and face from blocks of frames (n, H, W, 3), and read the expression.
+
+        strip: a file for the picture of the track.
+        """
+        config, mouth, voices, probabilities, start, count = self.system.encoders.config, None, [], [], 0, 0
+        voice_pictures = self.system.voice_pictures(len(track))
         drawing = Strip(track, FPS) if strip is not None else None
         for block in blocks:
             part = track[start : start + len(block)]
@@ -242,45 +244,34 @@ class HiCoDiTPipeline:
             index = np.arange(-start % config.picture_every, len(block), config.picture_every)
             if len(index):
                 pictures = config.cut_faces(block[index], part[index])
-                if long:
-                    probabilities.append(self.system.read_expressions(torch.from_numpy(pictures).movedim(-1, 1)))
-                    pictures = pictures[[n - count for n in voice_pictures if count <= n < count + len(index)]]
-                faces.append(pictures)
+                probabilities.append(self.system.read_expressions(torch.from_numpy(pictures).movedim(-1, 1)))
+                voices.append(pictures[[n - count for n in voice_pictures if count <= n < count + len(index)]])
                 count += len(index)
             if drawing is not None:
                 drawing.add(block, mouths, start)
             start += len(block)
         if drawing is not None:
             drawing.write(strip)
-        expression = self.system.window_classes(torch.cat(probabilities), len(track)).cpu().numpy() if long else None
-        return Crops(mouth, np.concatenate(faces), track, expression)
+        expression = self.system.window_classes(torch.cat(probabilities), len(track))
+        return Crops(mouth, np.concatenate(voices), expression, track)
 
     @torch.inference_mode()
     def conditions(self, crops: Sequence[Crops] | Sequence[Features], identity: np.ndarray | None = None) -> Conditions:
         """Encode a batch of clips; `identity` (256,) is a reference voice's GE2E vector for all of them."""
 
-        def pad(arrays: list[np.ndarray]) -> Tensor:
-            return send(pad_sequence([torch.from_numpy(a) for a in arrays], batch_first=True), self.device)
+        def padded(part: str) -> Tensor:
+            rows = [torch.as_tensor(getattr(c, part)) for c in crops]
+            return send(pad_sequence(rows, batch_first=True), self.device)
 
-        frames = torch.tensor([len(c) for c in crops])
+        frames, expression = torch.tensor([len(c) for c in crops]), padded("expression")
         if identity is not None:
             identity = send(torch.as_tensor(identity, dtype=torch.float32), self.device).expand(len(crops), -1)
         if isinstance(crops[0], Features):
-            lip, faces, expression = (pad([getattr(c, part) for c in crops]) for part in ("lip", "faces", "expression"))
             if identity is None:
-                identity = self.system.model.adapt_identity(faces.float().mean(1))
-            return Conditions(lip.float(), identity, expression, frames)
-        voices, expressions = [], []
-        for c in crops:
-            if c.expression is None:
-                voices.append(c.faces[self.system.voice_pictures(len(c))])
-                probabilities = self.system.read_expressions(torch.from_numpy(c.faces).movedim(-1, 1))
-                expressions.append(self.system.window_classes(probabilities, len(c)))
-            else:
-                voices.append(c.faces)
-                expressions.append(send(torch.from_numpy(c.expression), self.device))
-        pictures = send(torch.from_numpy(np.stack(voices)), self.device).movedim(-1, 2)  # (B, 4, 3, S', S')
-        return self.system.conditions(pad([c.mouth for c in crops]), pictures, expressions, frames, identity)
+                identity = self.system.model.adapt_identity(padded("faces").float().mean(1))
+            return Conditions(padded("lip").float(), identity, expression, frames)
+        voices = padded("voices").movedim(-1, 2)  # (B, 4, 3, S', S')
+        return self.system.conditions(padded("mouth"), voices, expression, frames, identity)
 
     @torch.inference_mode()
     def decode_tokens(self, tokens: Sequence[Tensor]) -> list[np.ndarray]:

@@ -147,10 +147,7 @@ class SpeechStream:
             # Out of sight: it is taken to stay where it was.
             self.track = self.track[np.minimum(np.arange(len(self.frames)) + self._moved, len(self.track) - 1)]
         self._moved = 0
-        config, blocks = self.pipeline.system.encoders.config, np.stack(self.frames)
-        mouth = config.cut_mouth(blocks, self.track, 0)
-        index = np.arange(0, len(blocks), config.picture_every)
-        return Crops(mouth, config.cut_faces(blocks[index], self.track[index]), self.track)
+        return self.pipeline.cut([np.stack(self.frames)], self.track)
 
     def _forget(self) -> None:
         """Remove the frames before the window, in whole seconds: half seconds of expression stay aligned."""

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.codec import Codec
 from engine.device import send
@@ -58,19 +58,19 @@ class HiCoDiTSystem(Released):
         return window_expressions(probabilities.repeat_interleave(self.encoders.config.picture_every, 0)[:frames])
 
     def conditions(
-        self, mouth: Tensor, voices: Tensor, expression: list[Tensor], frames: Tensor, identity: Tensor | None = None
+        self, mouth: Tensor, voices: Tensor, expression: Tensor, frames: Tensor, identity: Tensor | None = None
     ) -> Conditions:
         """Encode the pictures of a batch of clips.
 
         Args:
             mouth: (B, T, S, S) grey. voices: (B, 4, 3, S', S') the `voice_pictures`. Both in [0, 1], or uint8.
-            expression: (J,) classes of each clip, see `window_classes`. frames: (B,) valid frames.
+            expression: (B, J) classes, see `window_classes`. frames: (B,) valid frames.
             identity: (B, 256) GE2E embeddings of reference voices in place of the faces'.
         """
         lip = self.encoders.lip(mouth, frames)
         if identity is None:
             identity = self.model.adapt_identity(self.encoders.identity(unit(voices)))
-        return Conditions(lip, identity, nn.utils.rnn.pad_sequence(expression, batch_first=True), frames)
+        return Conditions(lip, identity, expression, frames)
 
     def arguments(self) -> dict[str, Any]:
         return {"model": asdict(self.model.config), "encoders": asdict(self.encoders.config)}

@@ -97,7 +97,8 @@ def test_hicodit_speaks_by_a_token_codec_of_its_table(tmp_path, monkeypatch):
     monkeypatch.setitem(hicodit.system.CODECS, ToyTokens.kind, ToyTokens)
     pipeline = HiCoDiTPipeline.from_pretrained(tmp_path / "hicodit")
     random = np.random.default_rng(0)
-    crops = Crops(random.integers(0, 255, (10, 16, 16), np.uint8), random.integers(0, 255, (10, 16, 16, 3), np.uint8))
+    mouth, voices = (random.integers(0, 255, shape, np.uint8) for shape in ((10, 16, 16), (4, 16, 16, 3)))
+    crops = Crops(mouth, voices, torch.zeros(1, dtype=torch.long))
     (speech,) = pipeline.run([crops], [0])
     assert speech.tokens.shape == (3, 20) and speech.wave.shape == (10 * 960,)
 

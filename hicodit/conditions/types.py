@@ -1,7 +1,7 @@
 """The typed conditions of HiCoDiT.
 
-Axes: B batch, T video frames (25 a second), J expression windows (2 a second), F face pictures, E lip feature width,
-S, S' side of mouth and face pictures.
+Axes: B batch, T video frames (25 a second), J expression windows (2 a second), E lip feature width, S, S' side of mouth
+and face pictures.
 """
 
 from __future__ import annotations
@@ -64,16 +64,18 @@ def window_expressions(probabilities: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Crops:
-    """Pictures of one clip: mouth (T, S, S) uint8 grey, faces (F, S', S', 3) uint8 RGB, and where they were cut.
+    """What is kept of the pictures of one clip.
 
-    One face picture every `picture_every` frames, as the config of the model's encoders says; of a long clip, whose
-    expression (J,) was read while it was cut, only those that the voice is predicted from.
+    mouth: (T, S, S) uint8 grey.
+    voices: (4, S', S', 3) uint8 RGB, the face pictures that the voice is predicted from.
+    expression: (J,) class of each half second, read while the face was cut out; on the model's device.
+    track: where they were cut.
     """
 
     mouth: np.ndarray
-    faces: np.ndarray
+    voices: np.ndarray
+    expression: Tensor
     track: FaceTrack | None = None
-    expression: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.mouth)
