@@ -145,9 +145,16 @@ class VoiceEncoderTask(Task):
         loss = distance + self.voice_weight * voice
         return {"loss": loss, "distance": distance.detach(), "voice": voice.detach(), "cosine": cosine.detach()}
 
+    @torch.no_grad()
     def measure(self, folder: Path, share: Share) -> dict[str, float]:
-        """Compute cosine with GE2E and nearest-voice accuracy of whole held-out clips, in one process."""
-        return {} if not share.first else evaluate(self.encoder, self.corpus, self.shards)
+        """Compute the mean cosine with GE2E of whole clips of each split (train: eight a voice), in one process."""
+        results = {}
+        for split in ("train", "seen", "unseen") if share.first else ():
+            clips = VoiceClips(self.corpus, self.shards, split, self.encoder.config.bands)
+            count = min(len(clips), 8 * len(clips.voices.unique())) if split == "train" else len(clips)
+            outputs = torch.stack([self.encoder(clips.mel(i)[None])[0] for i in range(count)])
+            results[f"{split}/cosine"] = F.cosine_similarity(outputs, clips.ge2e[:count]).mean().item()
+        return results
 
     def release_info(self) -> Release:
         config, millions = self.encoder.config, sum(p.numel() for p in self.encoder.parameters()) / 1e6
@@ -155,9 +162,7 @@ class VoiceEncoderTask(Task):
 log-mel bands, {millions:.2f} M weights. Trained to repeat the GE2E embeddings of Resemblyzer, it knows the voices of
 its data only. The numbers are not of unit length (about {config.embedding**0.5:.0f}); loudness drops out.
 
-`cosine`: with GE2E, whole clips. `nearest_voice`: share of clips nearest to the mean embedding of their own voice,
-among the training voices (seen; means of training clips) or among the held-out voices (unseen; means of the other
-unseen clips); `_ge2e`: the same of GE2E itself."""
+`cosine`: with GE2E, whole clips."""
         return self.release_of(
             "encoder",
             title="Voice encoder",
@@ -165,40 +170,3 @@ unseen clips); `_ge2e`: the same of GE2E itself."""
             usage="from talker_t2av.speaker.encoder import VoiceEncoder\n\n"
             'embedding = VoiceEncoder.from_pretrained("FOLDER").embed(wave)  # (N,) at 16 kHz',
         )
-
-
-@torch.no_grad()
-def evaluate(encoder: VoiceEncoder, corpus: str | Path, shards: str | Path) -> dict[str, float]:
-    """Compute figures of an encoder on a corpus, and the same of GE2E itself.
-
-    Seen voices: the nearest of the voices' mean embeddings over training clips. Unseen voices have no training clips;
-    each clip is compared with the means of the other unseen clips of every voice.
-    """
-    encoder.eval()
-    embeddings, results = {}, {}
-    for split in ("train", "seen", "unseen"):
-        clips = VoiceClips(corpus, shards, split, encoder.config.bands)
-        count = min(len(clips), 8 * len(clips.voices.unique())) if split == "train" else len(clips)
-        outputs = torch.stack([encoder(clips.mel(i)[None])[0] for i in range(count)])
-        embeddings[split] = clips.voices[:count], outputs, clips.ge2e[:count]
-        results[f"{split}/cosine"] = F.cosine_similarity(outputs, clips.ge2e[:count]).mean().item()
-    for column, suffix in ((1, ""), (2, "_ge2e")):
-        train, seen, unseen = (embeddings[split] for split in ("train", "seen", "unseen"))
-        results[f"seen/nearest_voice{suffix}"] = _nearest(seen[column], seen[0], train[column], train[0])
-        results[f"unseen/nearest_voice{suffix}"] = _nearest_other(unseen[column], unseen[0])
-    return results
-
-
-def _nearest(embeddings: Tensor, voices: Tensor, enrolled: Tensor, enrolled_voices: Tensor) -> float:
-    """Return the share of `embeddings` (n, D) whose nearest voice mean of the enrolled ones is their own voice's."""
-    best = (F.normalize(embeddings, dim=-1) @ voice_means(enrolled, enrolled_voices).T).argmax(1)
-    return (enrolled_voices.unique()[best] == voices).float().mean().item()
-
-
-def _nearest_other(embeddings: Tensor, voices: Tensor) -> float:
-    """Compute `_nearest` of each clip against means of all other clips."""
-    right = 0.0
-    for i in range(len(voices)):
-        others = torch.arange(len(voices)) != i
-        right += _nearest(embeddings[i : i + 1], voices[i : i + 1], embeddings[others], voices[others])
-    return right / len(voices)

@@ -99,10 +99,9 @@ def test_distillation_learns_the_voices(corpus, tmp_path):
     assert losses[-1] < 0.3 * losses[0]
     task.eval()
     results = figures_of([task.measure(tmp_path, ALONE)])
-    assert results["seen/nearest_voice"] == results["unseen/nearest_voice"] == 1.0
-    assert results["seen/cosine"] > 0.8
+    assert results.keys() == {"train/cosine", "seen/cosine", "unseen/cosine"} and min(results.values()) > 0.8
     write_release(task, tmp_path / "release", results)
-    assert "seen/nearest_voice" in (tmp_path / "release" / "README.md").read_text()
+    assert "seen/cosine" in (tmp_path / "release" / "README.md").read_text()
 
 
 def test_crops_are_functions_of_the_generator_and_short_clips_repeat(corpus):
