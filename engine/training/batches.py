@@ -49,9 +49,7 @@ def require_lengths(dataset: TrainingSet | type) -> None:
     """Refuse batches by length of a dataset, or class of datasets, whose items have none."""
     if getattr(dataset, "lengths", None) is None:
         name = dataset.__name__ if isinstance(dataset, type) else type(dataset).__name__
-        raise UserError(
-            f"{name} has no lengths of its items: set trainer.by_length=false and trainer.batch_tokens=null"
-        )
+        raise UserError(f"{name} has no lengths of its items: set trainer.by_length=false")
 
 
 class MicroBatches(torch.utils.data.Dataset):
@@ -63,14 +61,12 @@ class MicroBatches(torch.utils.data.Dataset):
 
     Args:
         size: items of a batch.
-        tokens: of a batch, padding counted; replaces `size`.
-        by_length: put items of like length in one batch; always so with `tokens`.
+        by_length: put items of like length in one batch.
     """
 
-    def __init__(self, dataset: TrainingSet, size: int, seed: int, tokens: int | None = None, by_length: bool = False):
-        self.dataset, self.size, self.seed, self.tokens = dataset, size, seed, tokens
-        self.by_length = by_length or tokens is not None
-        if self.by_length:
+    def __init__(self, dataset: TrainingSet, size: int, seed: int, by_length: bool = False):
+        self.dataset, self.size, self.seed, self.by_length = dataset, size, seed, by_length
+        if by_length:
             require_lengths(dataset)
         self.blocks: Blocks | None = getattr(dataset, "blocks", None)
         self.streams = (self.blocks.streams or distributed.world_size()) if self.blocks else 1
@@ -160,28 +156,18 @@ class MicroBatches(torch.utils.data.Dataset):
     def _cut(self, epoch: int, stream: int) -> list[Tensor]:
         """Cut a stream's epoch into batches by length, as positions in its order."""
         order = self._order(epoch)
-        lengths = torch.as_tensor(self.dataset.lengths)[order.items[stream]].clamp_min(1)
-        size = self.size if self.tokens is None else max(1, int(self.tokens / lengths.double().mean()))
+        lengths = torch.as_tensor(self.dataset.lengths)[order.items[stream]]
         windows, batches = order.windows[stream], []
         starts = torch.cat([torch.zeros(1, dtype=torch.long), (windows.diff() != 0).nonzero()[:, 0] + 1])
         for window, (start, end) in enumerate(zip(starts.tolist(), [*starts[1:].tolist(), len(windows)])):
-            pools = torch.arange(start, end).split(POOL * size)
-            cuts = [cut for pool in pools for cut in self._cut_pool(pool, lengths[pool])]
+            pools = torch.arange(start, end).split(POOL * self.size)
+            cuts = []
+            for pool in pools:
+                pool = pool[lengths[pool].argsort(descending=True, stable=True)]
+                cuts += pool.tensor_split(-(-len(pool) // self.size))
             draw = generator_for(self.seed, "batches", epoch, stream, window)
             batches += [cuts[i] for i in torch.randperm(len(cuts), generator=draw).tolist()]
         return batches
-
-    def _cut_pool(self, pool: Tensor, lengths: Tensor) -> list[Tensor]:
-        down = lengths.argsort(descending=True, stable=True)
-        pool, lengths = pool[down], lengths[down].tolist()
-        if self.tokens is None:
-            return list(pool.tensor_split(-(-len(pool) // self.size)))
-        cuts, begin = [], 0
-        while begin < len(pool):
-            count = max(1, self.tokens // lengths[begin])  # the first is the longest, to which the others are padded
-            cuts.append(pool[begin : begin + count])
-            begin += count
-        return cuts
 
 
 @dataclass(frozen=True)

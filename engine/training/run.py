@@ -124,7 +124,7 @@ def try_to_build(config: DictConfig, trainer: TrainerConfig, make_task: Callable
             checkpoint.require_model(Path(config.run) / "checkpoints", task)
 
     def check_data() -> None:
-        if trainer.by_length or trainer.batch_tokens:
+        if trainer.by_length:
             require_lengths(target(config.data.train._target_))
         build(config.data.train)
 

@@ -17,8 +17,7 @@ class TrainerConfig(Group, prefix="trainer."):
 
     steps: int = setting(1000, 1, 10**9, "optimiser steps of the whole run")
     batch_size: int = setting(16, 1, 10**6, "samples of a micro-batch in one process")
-    batch_tokens: int | None = setting(None, 1, 10**9, "tokens of a micro-batch with padding, instead of batch_size")
-    by_length: bool = setting(False, about="group samples of similar length into a batch; always on with batch_tokens")
+    by_length: bool = setting(False, about="group samples of similar length into a batch")
     accumulate: int = setting(1, 1, 10**6, "micro-batches a step; global batch: batch_size x accumulate x processes")
     global_batch_size: int | None = setting(
         None, 1, 10**9, "samples of a step over all processes, in micro-batches of at most batch_size; sets accumulate"
@@ -67,8 +66,6 @@ class TrainerConfig(Group, prefix="trainer."):
         whole = self.global_batch_size
         if whole is None:
             return self
-        if self.batch_tokens is not None:
-            raise UserError(f"trainer.global_batch_size={whole} counts samples: set it or trainer.batch_tokens to null")
         each = whole // processes
         accumulate = -(-each // self.batch_size)
         if whole % processes or each % max(1, accumulate):

@@ -79,7 +79,7 @@ class Trainer:
             self.clipped[part] = clipping_groups(self.parameters[part].values(), task.clipped_apart())
         self.ema = ExponentialMovingAverage(task, c.ema_decay)
         self.buffers = [name for name, _ in task.named_buffers() if name in task.state_dict()]
-        self.batches = MicroBatches(dataset, c.batch_size, c.seed, c.batch_tokens, c.by_length)
+        self.batches = MicroBatches(dataset, c.batch_size, c.seed, c.by_length)
         self.checkpoints = Checkpoints(self.run / "checkpoints", c.keep, c.best)
         self.guard = StepGuard(self.run)
         self.agreement = distributed.Agreement()

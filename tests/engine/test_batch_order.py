@@ -52,7 +52,7 @@ def epoch_of(batches, streams=1, epochs=1, by_length=False):
     return out
 
 
-SETTINGS = {"count": {}, "like lengths": {"by_length": True}, "tokens": {"tokens": 700}}
+SETTINGS = {"count": {}, "like lengths": {"by_length": True}}
 
 
 @pytest.mark.parametrize(("where", "streams"), [("anywhere", 1), ("blocks", 1), ("blocks", 3)])
@@ -82,7 +82,7 @@ def test_any_number_gives_the_same_batch_at_any_time(setting):
 
 
 def test_draws_of_an_item_change_from_epoch_to_epoch():
-    batches = MicroBatches(Listed(), 8, 0, tokens=700)
+    batches = MicroBatches(Listed(), 8, 0, by_length=True)
     draws = {}
     for i in range(60):
         for index, draw in batches[i]["x"].tolist():
@@ -119,7 +119,7 @@ def test_windows_that_hold_everything_mix_everything():
 
 
 @pytest.mark.parametrize("order", [None, blocks(window=4)], ids=["anywhere", "blocks"])
-def test_batches_by_length_pad_little_and_keep_to_the_budget(order):
+def test_batches_by_length_pad_little(order):
     data = Listed(order)
 
     def padding(batches, count):
@@ -130,29 +130,17 @@ def test_batches_by_length_pad_little_and_keep_to_the_budget(order):
         return 1 - real / padded
 
     assert padding(MicroBatches(data, 8, 0), 50) > 0.3
-    assert padding(MicroBatches(data, 8, 0, by_length=True), 50) < 0.12
-    budget = MicroBatches(data, 8, 0, tokens=700)
-    assert padding(budget, 50) < 0.15
-    sizes = []
-    for i in range(50):
-        lengths = data.lengths[items(budget, i)]
-        assert len(lengths) * int(lengths.max()) <= 700
-        sizes.append(len(lengths))
-    assert max(sizes) > 2 * min(sizes)
-    longest = [int(data.lengths[items(budget, i)].max()) for i in range(50)]
-    assert longest[:10] != sorted(longest[:10], reverse=True)  # long ones do not come first
-    assert budget.mean_size() == pytest.approx(sum(sizes) / 50, rel=0.2)
-
-
-def test_an_item_over_the_budget_goes_alone():
-    data = Listed()
-    batches = MicroBatches(data, 8, 0, tokens=30)
-    assert all(len(items(batches, i)) <= 3 for i in range(200))
-    assert sorted(epoch_of(batches, by_length=True)[0][0]) == list(range(N))
+    batches = MicroBatches(data, 8, 0, by_length=True)
+    assert padding(batches, 50) < 0.12
+    lengths = [data.lengths[items(batches, i)] for i in range(50)]
+    longest = [int(each.max()) for each in lengths[:10]]
+    assert longest != sorted(longest, reverse=True)  # long ones do not come first
+    sizes = [len(each) for each in lengths]
+    assert max(sizes) == 8 and batches.mean_size() == pytest.approx(sum(sizes) / 50, rel=0.2)
 
 
 def test_settings_that_cannot_work_are_one_line():
     with pytest.raises(UserError, match="ToySet has no lengths of its items"):
-        MicroBatches(ToySet(), 8, 0, tokens=10)
+        MicroBatches(ToySet(), 8, 0, by_length=True)
     with pytest.raises(UserError, match="streams=6, but there are only 5 clips"):
         MicroBatches(Listed(Blocks([5], 1, 6), size=5), 8, 0)

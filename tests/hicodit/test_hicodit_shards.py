@@ -72,7 +72,7 @@ def test_clips_come_out_as_they_are_stored(data, codec):
         assert clip.info == info
 
 
-@pytest.mark.parametrize("changes", [{}, {"batch_tokens": 600}], ids=["count", "tokens"])
+@pytest.mark.parametrize("changes", [{}, {"by_length": True}], ids=["count", "length"])
 def test_a_run_stopped_within_an_epoch_goes_on_as_if_it_had_not_been(data, codec, tmp_path, changes):
     shards = {"window": 2, "streams": 2}
     state, losses = train(data, codec, tmp_path / "whole", shards, steps=4, **changes)
