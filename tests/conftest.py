@@ -30,7 +30,7 @@ LONG = [
         "rehearsal/test_rehearsal", "hicodit/test_inference", "engine/test_plan", "engine/test_parallel",
         "rehearsal/test_grid_recipe", "talker_t2av/test_talker_pipeline", "hicodit/test_hard_videos",
         "corpora/test_synthetic_corpus", "corpora/test_prepare_job", "talker_t2av/test_evaluation_tables",
-        "scripts/test_kill_test", "scripts/test_late_errors", "hicodit/test_task", "hicodit/test_pipeline",
+        "engine/test_kills", "scripts/test_late_errors", "hicodit/test_task", "hicodit/test_pipeline",
         "engine/test_trainer", "talker_t2av/test_talker_inference",
     )
 ]  # fmt: skip

@@ -5,11 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,14 @@ SERVER.set_forkserver_preload(["tests.preloaded"])
 def start(log: Path, environment: Mapping[str, Any], call: Callable[..., Any], *arguments: Any) -> BaseProcess:
     """Start `call(*arguments)` in a process of one thread that prints to `log`."""
     return _start((log, log), environment, call, arguments)
+
+
+def start_group(logs: Sequence[Path], call: Callable[..., Any], *arguments: Any) -> list[BaseProcess]:
+    """Start a call in processes that find each other, as torchrun would: one for each of the files `logs`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": len(logs)}
+    return [start(log, group | {"RANK": rank, "LOCAL_RANK": rank}, call, *arguments) for rank, log in enumerate(logs)]
 
 
 def run(*words: Any, cwd: Path = ROOT) -> subprocess.CompletedProcess:
@@ -84,6 +93,7 @@ def _call(logs: tuple[Path, Path], environment: dict[str, str], call: Callable[.
     for number, log in zip((1, 2), logs):
         with log.open("ab", buffering=0) as file:
             os.dup2(file.fileno(), number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)

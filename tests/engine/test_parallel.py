@@ -1,7 +1,6 @@
 """Several processes against one: the same toy run in every way of spreading it."""
 
 import json
-import socket
 
 import parallel_runs
 import pytest
@@ -25,14 +24,8 @@ def job(run, processes, node=None, **changes):
 
 def together(folder, processes, call, *arguments, code=0):
     """Make a call in new processes, as torchrun would; return what they print, which is kept in `folder`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": processes}
     logs = [folder / f"process-{rank}.txt" for rank in range(processes)]
-    started = [
-        forked.start(log, shared | {"RANK": rank, "LOCAL_RANK": rank}, call, *arguments)
-        for rank, log in enumerate(logs)
-    ]
+    started = forked.start_group(logs, call, *arguments)
     for process in started:
         process.join(forked.SECONDS)
     said = [log.read_text() for log in logs]

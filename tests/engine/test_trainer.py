@@ -191,7 +191,7 @@ def test_learning_rate_ends_at_a_tenth_or_stays():
 
 def train_arguments(run, **changes):
     settings = CONFIG | {"log_every": 1} | changes
-    words = [f"trainer.{k}={json.dumps(v)}".replace(" ", "") for k, v in settings.items()]
+    words = [f"trainer.{k}={json.dumps(v)}" for k, v in settings.items()]
     target = "task={_target_: tests.engine.toy_task.ToyGAN}"
     return ["name=toy", f"run={run}", target, "data={train: {_target_: tests.engine.toy_task.ToySet}}", *words]
 
