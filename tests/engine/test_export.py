@@ -17,7 +17,7 @@ from engine.release import average, read_release, save_release
 from engine.training.export import card, export, last_validation
 from engine.training.trainer import Trainer
 from scripts import export as script
-from tests.hub_stand_in import empty_cache, forget, stand_in_hub, use_endpoint  # noqa: F401  (two are fixtures)
+from tests.hub_stand_in import stand_in_hub, use_endpoint  # noqa: F401  (one is a fixture)
 
 RECORD = {
     "command": "python train.py experiment=toy",
@@ -201,15 +201,16 @@ def release(tmp_path):
 @pytest.fixture
 def server(release, stand_in_hub):  # noqa: F811
     """A hub with one repository, `someone/toy`."""
-    stand_in_hub["someone/toy"] = {path.name: path.read_bytes() for path in release.iterdir()}
+    shutil.copytree(release, stand_in_hub / "someone/toy")
 
 
-def test_a_name_on_the_hub_is_fetched_and_then_kept(server, empty_cache, monkeypatch):  # noqa: F811
+def test_a_name_on_the_hub_is_fetched_and_then_kept(server, monkeypatch):
     config, state = read_release("someone/toy", "toy")
     assert config == {"width": 8} and torch.equal(state["w"], torch.arange(3.0))
-    forget()
+    hub._snapshot.cache_clear()
     use_endpoint(monkeypatch, "http://127.0.0.1:9")  # nobody there
     assert torch.equal(read_release("someone/toy", "toy")[1]["w"], torch.arange(3.0))
+    assert [call.kwargs["local_files_only"] for call in hub.snapshot_download.call_args_list] == [False, True]
     line = "^someone/other is not a local folder, and there is no cached copy .* cannot be reached.*$"
     with pytest.raises(UserError, match=line):
         read_release("someone/other", "toy")
@@ -222,13 +223,13 @@ def test_a_name_on_the_hub_is_fetched_and_then_kept(server, empty_cache, monkeyp
         (True, r"there is no cached copy from the hub \(HF_HUB_OFFLINE is set\)"),
     ],
 )
-def test_a_name_that_the_hub_does_not_give_is_one_line(server, empty_cache, monkeypatch, offline, message):  # noqa: F811
+def test_a_name_that_the_hub_does_not_give_is_one_line(server, monkeypatch, offline, message):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     with pytest.raises(UserError, match=message):
         read_release("someone/else", "toy")
 
 
-def test_a_mistyped_path_is_no_name(empty_cache, tmp_path):  # noqa: F811
+def test_a_mistyped_path_is_no_name(stand_in_hub, tmp_path):  # noqa: F811
     (tmp_path / "assets").mkdir()
     for place in ("assets/hicodit_tinny", "/no/where", "./a/b", "a/b/c", "nothing"):
         assert hub.release_folder(place) == Path(place)

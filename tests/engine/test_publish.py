@@ -1,16 +1,18 @@
 """Publishing on a stand-in of the hub: what was pushed loads by its name, and its card has the hub's metadata."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from drawn_faces import talking_head
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants
 
 from engine.errors import UserError
 from engine.publish import publish
 from hicodit.pipeline import HiCoDiTPipeline
 from talker_t2av.pipeline import Job, TalkerPipeline
 from tests.hicodit.conftest import release  # noqa: F401  (a fixture)
-from tests.hub_stand_in import empty_cache, stand_in_hub, use_endpoint  # noqa: F401  (fixtures)
+from tests.hub_stand_in import stand_in_hub, use_endpoint  # noqa: F401  (one is a fixture)
 from tests.talker_t2av.talker_fixtures import save_talker, voice_file
 
 
@@ -18,16 +20,18 @@ def test_a_pushed_hicodit_speaks_from_the_hub(release, stand_in_hub):  # noqa: F
     pipeline = HiCoDiTPipeline.from_pretrained(release)
     with pytest.raises(UserError, match="names no licence: give license="):
         pipeline.push_to_hub("someone/lips")
-    assert "someone/lips" not in stand_in_hub
+    assert not stand_in_hub.exists()
     assert pipeline.push_to_hub("someone/lips", license="apache-2.0") == f"{constants.ENDPOINT}/someone/lips"
-    assert {"README.md", "config.yaml", "model.safetensors", "codec/config.yaml"} < stand_in_hub["someone/lips"].keys()
-    card = ModelCard(stand_in_hub["someone/lips"]["README.md"].decode())
+    published = stand_in_hub / "someone/lips"
+    files = {path.relative_to(published).as_posix() for path in published.rglob("*")}
+    assert {"README.md", "config.yaml", "model.safetensors", "codec/config.yaml"} < files
+    card = ModelCard.load(published / "README.md")
     assert (card.data.license, card.data.pipeline_tag, card.data.library_name) == (
         "apache-2.0", "video-to-video", "speaking-faces",
     )  # fmt: skip
     assert "lip-to-speech" in card.data.tags and card.text.strip() == "a test"
     other = HiCoDiTPipeline.from_pretrained("someone/lips")
-    assert "models--someone--lips" in str(other.folder) and str(other.parts["codec"]).endswith("codec")
+    assert other.folder == published and str(other.parts["codec"]).endswith("codec")
     clip = talking_head(10)
     np.testing.assert_array_equal(other(clip, seed=1).wave, pipeline(clip, seed=1).wave)
 
@@ -36,7 +40,8 @@ def test_a_pushed_talker_speaks_from_the_hub(stand_in_hub, tmp_path):  # noqa: F
     pipeline = TalkerPipeline.from_pretrained(save_talker(tmp_path))
     pipeline.push_to_hub("someone/talker", license="mit", private=True)
     other = TalkerPipeline.from_pretrained("someone/talker")
-    assert all("models--someone--talker" in str(part) for part in other.system.parts.values())
+    assert all(stand_in_hub / "someone/talker" in Path(part).parents for part in other.system.parts.values())
+    assert HfApi.create_repo.call_args.kwargs == {"private": True, "exist_ok": True}
     job = Job("tts", "Hi.", str(voice_file(tmp_path / "voice.wav")), seed=1, max_seconds=0.32)
     np.testing.assert_array_equal(other(job).wave, pipeline(job).wave)
 
@@ -45,12 +50,13 @@ def test_a_pushed_talker_speaks_from_the_hub(stand_in_hub, tmp_path):  # noqa: F
 def test_a_wrong_name_is_refused_before_anything_is_sent(release, stand_in_hub, name):  # noqa: F811
     with pytest.raises(UserError, match="give OWNER/NAME"):
         publish(release, {}, name, "mit", False)
-    assert not stand_in_hub
+    assert not HfApi.create_repo.called
 
 
-def test_other_files_and_a_hub_that_is_away_are_one_line(release, stand_in_hub, monkeypatch):  # noqa: F811
+def test_other_files_and_a_hub_that_is_away_are_one_line(release, monkeypatch):  # noqa: F811
     with pytest.raises(UserError, match="only a release of ours"):
         publish(None, {}, "someone/toy", "mit", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_stand_in")
     use_endpoint(monkeypatch, "http://127.0.0.1:9")  # nobody there
     with pytest.raises(UserError, match="someone/toy could not be published") as error:
         publish(release, {}, "someone/toy", "mit", False)
