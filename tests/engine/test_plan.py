@@ -1,29 +1,17 @@
-"""What the planner predicts against real processes: memory of a step within 10 %, shards and exchanged bytes alike."""
+"""What the planner predicts: memory of a step within 10 % of a real one's, and sums."""
 
 import gc
-import json
-from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_parallel import together
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from toy_task import CONFIG
 
-from benchmarks.common import nbytes
 from benchmarks.fake_step import Measured, measure, measure_fake
-from benchmarks.plan import CARDS, EFFICIENCY, measure_samples, plan, read_recipe, spread
-from engine.errors import exit_process
-from engine.training import distributed
-from engine.training.parallel import ParallelTask
+from benchmarks.plan import CARDS, EFFICIENCY, plan
 from engine.training.settings import TrainerConfig
 from engine.training.task import Task
-
-WAYS = ("ddp", "fsdp", "hybrid")
 
 
 class Tower(Task):
@@ -46,8 +34,8 @@ class Tower(Task):
         return {"loss": self.head(self.model(batch["x"]))[chosen].square().mean()}
 
 
-def config(way="ddp"):
-    return TrainerConfig(**CONFIG | {"parallel": way, "precision": "fp32"})
+def config():
+    return TrainerConfig(**CONFIG | {"parallel": "ddp", "precision": "fp32"})
 
 
 def batch(task=None):
@@ -74,49 +62,6 @@ def test_fake_step_takes_the_memory_of_a_real_one():
     assert sum(found.memory.values()) == pytest.approx(allocated(lambda: measure(Tower(), config(), batch())), rel=0.1)
 
 
-class Sent(TorchDispatchMode):
-    """Counts bytes and calls by collective."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent, self.calls = Counter(), Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # what is done to a shard comes here by itself
-        if func.namespace == "c10d":
-            kind = func._opname.strip("_").replace("_base", "")
-            self.sent[kind] += max(nbytes([x]) for x in torch.utils._pytree.tree_leaves(args) if torch.is_tensor(x))
-            self.calls[kind] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def worker(folder: Path) -> None:
-    """A real process; the first writes FOLDER/facts.json."""
-    distributed.init("cpu")
-    facts = {}
-    for way in WAYS:
-        task = Tower()
-        parallel = ParallelTask(task.train(), config(way), torch.device("cpu"))
-        with Sent() as seen, parallel.micro_batch(last=True):
-            parallel.losses(batch(), "all")["loss"].backward()
-        shards = [p.to_local() if isinstance(p, DTensor) else p for p in task.parameters()]
-        facts[way] = {"sent": seen.sent, "calls": seen.calls, "weights": nbytes(shards)}
-    if distributed.is_main():
-        (folder / "facts.json").write_text(json.dumps(facts))
-    exit_process(0)
-
-
-@pytest.mark.slow
-def test_shards_and_exchanged_bytes_are_those_of_real_processes(tmp_path, monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # four processes are two machines
-    together(tmp_path, 4, worker, tmp_path)
-    facts, one = json.loads((tmp_path / "facts.json").read_text()), measure_fake(Tower, config(), batch)
-    for way in WAYS:
-        found = spread(one, way, 4, 2)
-        assert {"sent": found.sent, "calls": found.calls, "weights": found.memory["weights"]} == facts[way], way
-
-
 def test_a_plan_adds_up():
     sizes = {"weights": 8, "gradients": 8, "activations": 4}
     one = Measured(sizes, 100, 50, 7, 0, [[(2, 1, True)]], beside=4)
@@ -137,21 +82,3 @@ def test_a_plan_adds_up():
     assert shared.memory["weights"] == 4 and shared.sent == {"allgather": 32, "reduce_scatter": 32, "allreduce": 4}
     inside, between = 2 * 7 / 8 * 32 / card.link, 2 * 7 / 8 * 4 / card.network
     assert shared.network_s == pytest.approx((inside + between) / rates.network + 9 * rates.latency)
-
-
-def test_lora_has_gradients_and_optimiser_of_its_updates_alone():
-    pytest.importorskip("peft")
-    llm = {"vocab_size": 384, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 32}
-    llm |= {"num_key_value_heads": 1, "intermediate_size": 96}
-    words = [f"task.model.llm.{name}={value}" for name, value in llm.items()]
-    words += [
-        f"task.model.{part}_{name}={n}" for part in ("encoder", "head") for name, n in (("layers", 1), ("heads", 2))
-    ]
-
-    def memory(*changes):
-        name, sizes, trainer, rows, _ = read_recipe("talker_finetune", ["init=x", *words, *changes])
-        return measure_samples(name, sizes, trainer, rows, 1.0, 2)[0].memory
-
-    low, whole = memory("lora.rank=2"), memory("lora.rank=0")
-    assert whole["weights"] <= low["weights"] < 1.3 * whole["weights"]
-    assert low["gradients"] < 0.3 * whole["gradients"] and low["optimiser"] < 0.3 * whole["optimiser"]
