@@ -1,9 +1,7 @@
 """Evaluation of any outputs: manifests, and the whole command."""
 
 import json
-import os
 import re
-import signal
 import sys
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,13 +10,11 @@ import numpy as np
 import pytest
 
 from engine.errors import UserError
-from engine.evaluation.clips import Clip, read_clips
-from engine.evaluation.generate import generate_missing, generate_shares
+from engine.evaluation.clips import read_clips
 from engine.evaluation.measure import Results
 from engine.evaluation.summary import summarise
 from engine.media.audio import write_wav
 from engine.metrics.lip_sync import LipSync
-from engine.metrics.metric import Take
 from engine.metrics.quality import STOI
 from engine.metrics.registry import METRICS, description, metric_of
 from engine.metrics.words import WordErrors
@@ -249,34 +245,6 @@ def test_a_codec_resynthesises_first_and_goes_on_where_it_stopped(run, folders, 
     write_tone(folders / "true" / "s1" / "c1.wav", 95)  # another file of the same name
     with pytest.raises(UserError, match=r"holds an output of s1/c1 that was made from other files"):
         again()
-
-
-def speak(clips, folder, log, device):
-    """Speak clips in batches of two; the file names what was in the batch. The first process to begin is killed."""
-
-    def write(batch):
-        with log.open("a") as file:
-            file.write("".join(f"{clip.id}\n" for _, clip in batch))
-        for number, clip in batch:
-            write_wav(folder / f"{clip.id}.wav", np.full(960, (1 + number) / 100 + len(batch) / 1000), RATE)
-        if not (log.parent / "killed").exists():
-            (log.parent / "killed").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    generate_missing(clips, folder, 2, lambda clip: [], write)
-
-
-def test_processes_share_the_clips_and_one_that_is_killed_goes_on(tmp_path):
-    clips = [Clip(f"c{i}", None, Take(), {}) for i in range(9)]
-    for name, devices in (("two", 2), ("one", 1)):  # the kill is in the first run
-        (tmp_path / name).mkdir()
-        generate_shares(partial(speak, clips, tmp_path / name, tmp_path / f"{name}.txt"), "cpu", devices)
-    assert (tmp_path / "killed").exists()
-    for clip in clips:
-        one, two = (tmp_path / name / f"{clip.id}.wav" for name in ("one", "two"))
-        assert one.read_bytes() == two.read_bytes()
-    for name in ("one", "two"):
-        assert sorted((tmp_path / f"{name}.txt").read_text().split()) == [clip.id for clip in clips]
 
 
 def test_a_clip_without_a_picture_is_named_before_a_model_speaks_for_it(run, capsys):

@@ -1,9 +1,7 @@
 """Axes: T frames, D channels."""
 
-import errno
 import io
 import json
-import os
 import tarfile
 import zlib
 
@@ -115,16 +113,3 @@ def test_processes_may_change_in_number_and_end_in_any_order(whole, tmp_path):
 def test_a_folder_is_of_one_plan(whole):
     with pytest.raises(UserError, match=r"begun with stages\.decode\.max_side=3, not 4"):
         make(whole, plan={"stages": {"decode": {"max_side": 4}}})
-
-
-def test_a_full_disk_is_one_line_and_nothing_half_written_gets_a_name(tmp_path, monkeypatch):
-    writer = make(tmp_path)
-    work, _ = writer.begin(0)
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"cannot write .*clip_0\.tar: No space left on device"):
-        write_sample(work, "clip_0", members("clip_0"))
-    assert writer.missing(0) == KEYS[:3]
