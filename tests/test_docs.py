@@ -66,16 +66,6 @@ def test_a_page_is_short_and_what_it_names_exists(page):
     assert [name for name in records if not (RESULTS / name).exists()] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_sentences_of_a_page_are_short(page):
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
-    text = re.sub(r"^(?: {4}.*|\|.*|#.*|!\[.*)$", "", text, flags=re.M)
-    text = re.sub(r"`[^`]*`", "x", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text))
-    text = re.sub(r"\n\s*(?:[-*]|\d+\.) |\n\n", ". ", text)
-    counts = [len(sentence.split()) for sentence in re.split(r"[.?!](?=\s|$)", text) if sentence.strip()]
-    assert sum(counts) / max(1, len(counts)) <= 25
-
-
 def test_every_record_is_named_by_a_page():
     pages = " ".join(path.read_text() for path in PAGES)
     parts = re.findall(r"-[\w.-]+\.(?:json|png)", pages)
