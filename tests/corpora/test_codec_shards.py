@@ -95,17 +95,7 @@ def test_clips_without_pictures_are_left_out_and_counted(footage, tmp_path, caps
     assert "1 of 2 samples are left out, as they have no portraits" in capsys.readouterr().err
 
 
-def test_shards_without_waves_or_of_another_rate_are_one_line(shards, tmp_path):
-    index = json.loads((shards / "train" / "index.json").read_text())
-    (tmp_path / "train").mkdir()
-    for path in (shards / "train").iterdir():
-        (tmp_path / "train" / path.name).write_bytes(path.read_bytes())
-    del index["digests"]["wave"], index["digests"]["portraits"]
-    (tmp_path / "train" / "index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="holds no features of wave: prepare them"):
-        SpeechCrops(tmp_path)
-    with pytest.raises(UserError, match="holds no features of portraits"):
-        FramePairs(tmp_path, 32)
+def test_waves_of_another_rate_are_one_line(shards):
     with pytest.raises(UserError, match="holds waves at 24000 Hz, 16000 Hz are wanted"):
         SpeechCrops(shards, sample_rate=16_000)
 

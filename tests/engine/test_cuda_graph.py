@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -41,9 +40,8 @@ def run(step, backend, steps=5, caches=1):
     return graphed, results
 
 
-@pytest.mark.parametrize("strict", [True, False])
-def test_outputs_are_those_of_the_step_and_outlive_the_next_replay(strict):
-    backend = DyingOutputs(strict)
+def test_outputs_are_those_of_the_step_and_outlive_the_next_replay():
+    backend = DyingOutputs()
     _, expected = run(Step(), None)
     _, results = run(step := Step(), backend)
     assert backend.captures == 1 and backend.replays == 5
@@ -53,14 +51,14 @@ def test_outputs_are_those_of_the_step_and_outlive_the_next_replay(strict):
 
 def test_outputs_that_are_not_copied_do_die():
     """What the tests of the loops rest on."""
-    replay = DyingOutputs(True).capture(lambda: torch.ones(2))
+    replay = DyingOutputs().capture(lambda: torch.ones(2))
     first = replay()
     replay()
     assert first.isnan().all()
 
 
 def test_other_shapes_constants_and_fixed_tensors_make_other_graphs():
-    backend = DyingOutputs(True)
+    backend = DyingOutputs()
     graphed = GraphedStep(lambda x, scale, cache: x * scale + cache, backend=backend, limit=3)
     caches = torch.ones(4), torch.ones(4)
     for x, scale, cache, graphs in (
@@ -78,7 +76,7 @@ def test_other_shapes_constants_and_fixed_tensors_make_other_graphs():
 
 
 def test_a_graph_made_in_inference_mode_serves_outside_of_it():
-    graphed = GraphedStep(lambda x: x + 1, backend=DyingOutputs(True))
+    graphed = GraphedStep(lambda x: x + 1, backend=DyingOutputs())
     with torch.inference_mode():
         graphed(torch.zeros(2))
     assert graphed(torch.ones(2)).tolist() == [2, 2]
@@ -87,7 +85,7 @@ def test_a_graph_made_in_inference_mode_serves_outside_of_it():
 def test_a_compiled_step_is_captured_too(monkeypatch):
     """PyTorch runs the compiled graph, as a C++ compiler would take a minute."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    backend = DyingOutputs(True)
+    backend = DyingOutputs()
     torch._dynamo.reset()
     graphed = GraphedStep(lambda x: (2 * x).sin() + x, compile=True, backend=backend)
     x = torch.linspace(0, 1, 5)

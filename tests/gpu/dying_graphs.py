@@ -13,17 +13,14 @@ from engine.cuda_graph import map_tensors
 
 
 class DyingOutputs:
-    """A backend of `engine.cuda_graph.GraphedStep`: a replay destroys the outputs of all replays before it.
-
-    Args:
-        strict: they die when a replay begins, so that it cannot read them either; else when it has ended.
+    """A backend of `engine.cuda_graph.GraphedStep`: a replay begins by destroying the outputs of all before it.
 
     Attributes:
         captures: number of graphs. replays: number of replays.
     """
 
-    def __init__(self, strict: bool) -> None:
-        self.strict, self.captures, self.replays = strict, 0, 0
+    def __init__(self) -> None:
+        self.captures, self.replays = 0, 0
         self.alive: list[weakref.ref[Tensor]] = []
 
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
@@ -33,19 +30,12 @@ class DyingOutputs:
 
         def replay() -> Any:
             self.replays += 1
-            if self.strict:
-                self.destroy()
-            # Copies: an output may be an input as it is.
-            outputs = map_tensors(torch.clone, run())
-            if not self.strict:
-                self.destroy()
+            for reference in self.alive:
+                if (x := reference()) is not None:
+                    x.fill_(float("nan") if x.is_floating_point() else False if x.dtype == torch.bool else -7)
+            self.alive.clear()
+            outputs = map_tensors(torch.clone, run())  # copies: an output may be an input as it is
             map_tensors(lambda x: self.alive.append(weakref.ref(x)), outputs)
             return outputs
 
         return replay
-
-    def destroy(self) -> None:
-        for reference in self.alive:
-            if (x := reference()) is not None:
-                x.fill_(float("nan") if x.is_floating_point() else False if x.dtype == torch.bool else -7)
-        self.alive.clear()

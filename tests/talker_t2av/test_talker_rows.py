@@ -74,43 +74,42 @@ def test_more_requests_than_places_take_turns():
         assert_close(generate(model, [one], MODES["t2av"], SAMPLING)[0], result, 1e-4)
 
 
-@pytest.mark.parametrize("strict", [True, False])
 class TestOutputsThatDie:
     """A graph's outputs are destroyed by the next replay: nothing may read them after that."""
 
     @pytest.mark.parametrize("order", ["add", "av"])
     @pytest.mark.parametrize("mode", MODES)
-    def test_batch(self, mode, order, strict):
-        model, backend = tiny_model(order=order), DyingOutputs(strict)
+    def test_batch(self, mode, order):
+        model, backend = tiny_model(order=order), DyingOutputs()
         asked = [request(seed=s, max_patches=5, min_patches=3, **GIVEN.get(mode, {})) for s in (1, 2)]
         expected = generate(model, asked, MODES[mode], SAMPLING)
         for a, b in zip(expected, generate(model, asked, MODES[mode], SAMPLING, backend=backend)):
             assert_close(a, b)
         assert backend.captures <= 2 <= backend.replays  # of both rows, and of the one that is left
 
-    def test_stream(self, strict):
+    def test_stream(self):
         model, asked = tiny_model(delay=1), request(max_patches=5, min_patches=5)
         ways = [
             list(Rows(model, MODES["t2av"], SAMPLING, backend=backend).stream(asked))
-            for backend in (None, DyingOutputs(strict))
+            for backend in (None, DyingOutputs())
         ]
         assert len(ways[0]) == len(ways[1]) == 6
         for a, b in zip(*ways):
             assert all(torch.equal(x, y) for x, y in zip(tensors_of(a), tensors_of(b), strict=True))
 
-    def test_rows_that_come_and_go(self, strict):
+    def test_rows_that_come_and_go(self):
         """Of four places, so that a step of three rows computes a fourth that nobody has."""
         model, asked = tiny_model(1), [request(4 + s, s, max_patches=3 + 2 * s) for s in range(4)]
-        results = come_and_go(Rows(model, MODES["t2av"], SAMPLING, 4, backend=DyingOutputs(strict)), asked)
+        results = come_and_go(Rows(model, MODES["t2av"], SAMPLING, 4, backend=DyingOutputs()), asked)
         for one, result in zip(asked, results):
             assert_close(generate(model, [one], MODES["t2av"], SAMPLING)[0], result, 1e-4)
 
-    def test_particles(self, strict):
+    def test_particles(self):
         model, sampling = tiny_model(), Sampling(steps=3, guidance=1.5, particles=4)
         asked = [request(motion=16), request(9, motion=12)]
         ways = [
             Particles(model, MODES["v2a"], sampling, 2, backend=backend).generate(asked)
-            for backend in (None, DyingOutputs(strict))
+            for backend in (None, DyingOutputs())
         ]
         for a, b in zip(*ways):
             assert_close(a, b)
@@ -118,7 +117,7 @@ class TestOutputsThatDie:
 
 def test_a_graph_serves_steps_and_utterances_of_a_bucket():
     """Its inputs, the cache among them, keep their addresses and shapes; another bucket has a graph of its own."""
-    backend = DyingOutputs(True)
+    backend = DyingOutputs()
     rows, seen = Rows(tiny_model(), MODES["t2av"], SAMPLING, 2, backend=backend), []
     step = rows.run_step.step
     rows.run_step.step = lambda *values: (
