@@ -30,11 +30,16 @@ def start(log: Path, environment: Mapping[str, Any], call: Callable[..., Any], *
     return _start((log, log), environment, call, arguments)
 
 
-def start_group(logs: Sequence[Path], call: Callable[..., Any], *arguments: Any) -> list[BaseProcess]:
+def start_group(
+    logs: Sequence[Path], call: Callable[..., Any], *arguments: Any, **environment: Any
+) -> list[BaseProcess]:
     """Start a call in processes that find each other, as torchrun would: one for each of the files `logs`."""
+    if len(logs) == 1:
+        return [start(logs[0], environment, call, *arguments)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": len(logs)}
+    group |= environment
     return [start(log, group | {"RANK": rank, "LOCAL_RANK": rank}, call, *arguments) for rank, log in enumerate(logs)]
 
 

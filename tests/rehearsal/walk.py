@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import time
@@ -93,21 +92,19 @@ def plan(work: Path) -> list[Step]:
     return steps
 
 
-def run(call: str, work: Path, log: Path, number: int) -> int:
+def run(call: str, work: Path, log: Path) -> int:
     """Run a call in the folder `work`; return the first exit code that is not 0."""
     shell = subprocess.run(["bash", "-fc", f"printf '%s\\0' {call}"], capture_output=True, text=True, check=True)
     words = [word.removeprefix(".venv/bin/") for word in shell.stdout.split("\0")[:-1]]
     environment = dict(words.pop(0).split("=", 1) for word in words[:1] if re.match(r"[A-Z_]+=", word))
     environment |= {"WANDB_MODE": "offline", "MPLBACKEND": "agg"}
-    groups = [{}]
+    count = 1
     if words[0] == "torchrun":
         start = next(i for i, word in enumerate(words) if word.endswith(".py"))
         count = int(next(word.partition("=")[2] for word in words[:start] if word.startswith("--nproc_per_node=")))
-        group = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
-        group["MASTER_PORT"] = 20_000 + (os.getpid() + 7 * number) % 20_000
-        groups = [group | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
+        environment["LOCAL_WORLD_SIZE"] = count
         words = words[start - 1 :]
-    started = [forked.start(log, environment | group, forked.program, work, words[1:]) for group in groups]
+    started = forked.start_group([log] * count, forked.program, work, words[1:], **environment)
     end = time.monotonic() + forked.SECONDS
     while time.monotonic() < end and any(process.is_alive() for process in started):
         wait([process.sentinel for process in started if process.is_alive()], 1.0)
@@ -144,7 +141,7 @@ def walk(work: Path, pattern: str = "") -> tuple[int, list[str]]:
             print(f"{place}  {text}: {reason}")
             continue
         log, began = logs / f"{number:03d}.log", time.monotonic()
-        code = run(call, work, log, number)
+        code = run(call, work, log)
         problem = f"exit code {code}" if code else unfinished(call, work)
         failed += bool(problem)
         print(f"{time.monotonic() - began:5.1f} s  {place}  {text[:110]}")
