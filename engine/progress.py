@@ -72,6 +72,7 @@ class _Bar(tqdm):
 @contextmanager
 def showing() -> Iterator[Progress]:
     """Show the stages of the work in this block."""
+    _LINES.last = time.monotonic()  # a command that ends within seconds writes no line
     token = _CURRENT.set(Progress())
     try:
         yield current()
