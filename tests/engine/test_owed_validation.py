@@ -1,8 +1,5 @@
 """A run that stops, or is killed, at a step that it validates makes up for that validation when it goes on."""
 
-import sys
-from types import SimpleNamespace
-
 import pytest
 from test_trainer import records, trainer
 from toy_task import ToySet
@@ -53,37 +50,3 @@ def test_a_validation_in_which_a_run_was_killed_is_recorded_once(whole, tmp_path
         run.fit()
     trainer(tmp_path, **SETTINGS).fit()
     assert_same_records(whole, tmp_path)
-
-
-class StandIn:
-    """A run of wandb's server, which goes on after the last step and drops what is logged for one before it."""
-
-    def __init__(self):
-        self.rows, self.axes, self.passed = [], {}, -1
-
-    def begin(self, **settings):
-        self.passed = max((step for step, _ in self.rows), default=-1)
-        return self
-
-    def define_metric(self, name, step_metric=None):
-        self.axes[name] = step_metric
-
-    def log(self, data, step=None):
-        step = max([self.passed, *(step for step, _ in self.rows)]) + 1 if step is None else step
-        if step > self.passed:
-            self.rows.append((step, data))
-
-    def finish(self):
-        pass
-
-
-def test_wandb_gets_the_validation_that_a_resumed_run_makes_up_for(tmp_path, monkeypatch):
-    run = StandIn()
-    wandb = SimpleNamespace(init=run.begin, Settings=lambda **settings: settings)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    signal = ToySet(trouble_at=8 * (STEP - 1) + 1, trouble="term")
-    for data in (signal, ToySet()):
-        trainer(tmp_path / "run", data, wandb="online", **SETTINGS).fit()
-    kept = [data.get("step", step) for step, data in run.rows if "validation/weight" in data]
-    assert kept == [7, STEP, 20]
-    assert run.axes["*"] == "step"

@@ -1,7 +1,5 @@
 """What trackers show of a run: figures, and whatever media a validation writes."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,7 @@ from engine.errors import UserError
 from engine.media.audio import write_wav
 from engine.media.pictures import spectrogram
 from engine.media.video import write_video
-from engine.training.tracking import Tracker, check_trackers
+from engine.training.tracking import check_trackers
 from engine.training.trainer import Trainer
 
 
@@ -86,18 +84,3 @@ def test_without_a_tracker_nothing_is_read_and_a_missing_one_is_named(tmp_path, 
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match=r"needs TensorBoard .*setup.sh tensorboard"):
         check_trackers("off", True)
-
-
-def test_two_runs_in_folders_of_one_name_are_two_wandb_runs(tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb")
-    begun = []
-
-    def init(**settings):
-        begun.append((settings["name"], settings["id"]))
-        return SimpleNamespace(define_metric=lambda *_, **__: None)
-
-    monkeypatch.setattr(wandb, "init", init)
-    for folder in ("a/base", "b/base", "a/base"):  # the third goes on with the first
-        Tracker(tmp_path / folder, (0, True), "offline", False, {})
-    assert [name for name, _ in begun] == ["base"] * 3
-    assert begun[0][1] == begun[2][1] != begun[1][1]

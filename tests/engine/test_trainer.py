@@ -3,7 +3,6 @@ import json
 import resource
 import sys
 import weakref
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from toy_task import CONFIG, ToyBlocks, ToyGAN, ToyRegression, ToySet, read_line
 from engine.errors import UserError
 from engine.release import read_release
 from engine.training.settings import TrainerConfig
-from engine.training.tracking import Window
 from engine.training.trainer import Trainer
 from tests import forked
 
@@ -167,26 +165,11 @@ def test_full_disk_is_one_line_and_the_last_checkpoint_is_whole(tmp_path, whole,
     assert_same_state(whole, run)
 
 
-def test_utilisation_against_a_stated_peak(tmp_path, capsys):
-    run = trainer(tmp_path, task=ToyRegression, batch_size=4, accumulate=2, peak_tflops=1e-6, steps=4, log_every=4)
-    run.fit()
-    # Forward and weight gradient of a 4 x 4 matrix for 8 samples; the input needs no gradient.
-    assert run.use._counted == (2 * 2 * 4 * 4 * 8, 0, 0)
-    line = read_lines(tmp_path / "log.jsonl")[0]
-    assert line["mfu"] == pytest.approx(512 / line["step_s"] / 1e6, rel=1e-6)
-    assert "of 0 TFLOP/s" in capsys.readouterr().out and line["memory_gib"] > 0.05
-
-
 def test_a_trace_of_the_named_steps_is_written(tmp_path):
     trainer(tmp_path, steps=9, profile=2).fit()
     with gzip.open(tmp_path / "profile/rank0.json.gz", "rt") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     assert {"ProfilerStep#5", "ProfilerStep#6", "aten::linear"} <= names and "ProfilerStep#7" not in names
-
-
-def test_learning_rate_ends_at_a_tenth_or_stays():
-    cosine, constant = (TrainerConfig(**(CONFIG | {"schedule": name})) for name in ("cosine", "constant"))
-    assert cosine.lr_at(CONFIG["steps"] + 9) == pytest.approx(CONFIG["lr"] / 10) and constant.lr_at(19) == CONFIG["lr"]
 
 
 def train_arguments(run, **changes):
@@ -221,35 +204,6 @@ def test_groups_are_left_in_order_only_after_success(tmp_path, monkeypatch):
     monkeypatch.undo()
 
 
-class LoudSide(ToyRegression):
-    """A second layer whose loss weighs ten thousand times as much."""
-
-    def __init__(self, apart: bool) -> None:
-        super().__init__()
-        self.model = torch.nn.ModuleDict({"main": torch.nn.Linear(4, 4), "side": torch.nn.Linear(4, 4)})
-        self.apart = apart
-
-    def clipped_apart(self):
-        return [self.model["side"]] if self.apart else []
-
-    def forward(self, batch, part):
-        main = (self.model["main"](batch["x"]) - 2 * batch["x"]).square().mean()
-        side = (self.model["side"](batch["x"]) - 2 * batch["x"]).square().mean()
-        return {"loss": main + 1e4 * side, "main": main}
-
-
-@pytest.mark.parametrize("apart", [True, False])
-def test_a_module_clipped_apart_does_not_scale_the_gradients_of_the_others(tmp_path, apart):
-    run, norms = trainer(tmp_path, task=lambda: LoudSide(apart), accumulate=1), {}
-    run._backward(run.batches[0], "model", defaultdict(float), last=True)
-    total = run._clip("model")
-    for name, layer in run.task.model.items():
-        norms[name] = float(torch.stack([p.grad.norm() for p in layer.parameters()]).norm())
-    assert total > 1000  # the norm before clipping is that of all gradients
-    assert norms["side"] == pytest.approx(1, abs=1e-3)
-    assert norms["main"] == pytest.approx(1, abs=1e-3) if apart else norms["main"] < 0.001
-
-
 class Watched(ToyGAN):
     """Counts the generator's results that are alive, and runs of it."""
 
@@ -274,17 +228,6 @@ def test_one_graph_is_alive_at_a_time_and_schedules_count_steps(tmp_path, accumu
     run.fit()
     assert run.task.most <= 2 and run.task.steps == [0, 1, 2]
     assert int(run.task.seen) == 3 * 4 * accumulate  # what is made again for the second part is not counted again
-
-
-def test_a_result_made_again_is_the_one_that_was_shared(tmp_path):
-    """One process with two batches a step draws and learns what two processes with one batch each do."""
-    both = trainer(tmp_path / "a", task=Watched, accumulate=1)
-    both._train_step(iter([both.batches[0]]), Window())
-    again = trainer(tmp_path / "b", task=Watched, accumulate=2)
-    again._numbers = lambda count, steps=0: [0] * count  # the same batch and draws twice: their mean is that of one
-    again._train_step(iter([again.batches[0], again.batches[0]]), Window())
-    for one, two in zip(both.task.parameters(), again.task.parameters()):
-        torch.testing.assert_close(one, two)
 
 
 def test_the_global_batch_is_shared_among_processes():

@@ -47,6 +47,7 @@ TRAIN = [
     (f"{HICODIT} init=damaged", "damaged/model.safetensors is damaged"),
     (f"{HICODIT} init=assets/rvq_tiny", "holds a model of kind 'rvq_codec'"),
     (f"{HICODIT} lora.rank=4", "lora.rank=4 adapts a release"),
+    (f"{HICODIT} init=assets/hicodit_tiny lora.rank=4096", "lora.rank=4096 is as wide as every layer"),
     ("experiment=hicodit_paper", "needs data=NAME; there are: "),
     ("experiment=hicodit_paper data=lsr3", "data=lsr3 does not exist; did you mean lrs3"),
     ("experiment=hicodit_paper data=lrs3", "task.codec=... task.encoders.folder=..."),
