@@ -6,8 +6,9 @@ Pictures are RGB in [-1, 1], (3, S, S); videos (T, 3, S, S); motion codes (T, M)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -132,7 +133,8 @@ class LiaX(PortraitCodec):
         identity = identity if isinstance(identity, Identity) else self.identity(identity)
         if motion.ndim != 2 or motion.shape[1] != self.config.motion_dim or not len(motion):
             raise UserError(f"motion of shape {tuple(motion.shape)}: give (frames, {self.config.motion_dim})")
-        return self._decode(identity, chunk, send(motion.float(), self._device()))
+        codes = send(motion.float(), self._device())
+        return self._render(identity, codes, chunk, partial(self.decoder.navigate, identity.style))
 
     def animate(
         self,
@@ -154,7 +156,8 @@ class LiaX(PortraitCodec):
         """
         identity, codes = self.identity(source), self.encode(driving, chunk)
         edited = self._edited(identity, edit_indices, edit_values)
-        return self._decode(identity, chunk, codes, edited, codes[:1])
+        navigate = partial(self.decoder.navigate_relative, identity.style, source=edited, start=codes[:1])
+        return self._render(identity, codes, chunk, navigate)
 
     def edit_image(self, picture: Tensor, edit_indices: Sequence[int], edit_values: Sequence[float]) -> Tensor:
         """(3, S, S) with amounts added to entries of its motion code -> (1, 3, S, S), not clamped."""
@@ -188,10 +191,10 @@ class LiaX(PortraitCodec):
         return self.decode(codes, identity, chunk)
 
     @torch.no_grad()
-    def _decode(self, identity: Identity, chunk: int, target: Tensor, *relative: Tensor) -> Tensor:
+    def _render(self, identity: Identity, codes: Tensor, chunk: int, navigate: Callable[[Tensor], Tensor]) -> Tensor:
+        """Draw pictures (T, 3, S, S) of motion codes (T, M); `navigate` turns codes (t, M) into styles (t, D)."""
         require_range("chunk", chunk, 1, 2**20)
-        navigate, parts = self.decoder.navigate, target.split(chunk)
-        styles = [navigate(identity.style, codes, *relative) for codes in parts]
+        styles = [navigate(part) for part in codes.split(chunk)]
         with half_precision(self._device(), self.dtype):
             return torch.cat([self.decoder(style, identity.maps) for style in styles])
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,22 +57,6 @@ class Encoder(nn.Module):
         return self.to_motion(self.head(x).flatten(1))
 
 
-class LevelState(NamedTuple):
-    """What one level hands to the next.
-
-    Attributes:
-        hidden: generated and warped features, (B, C, S, S).
-        refined: the source's warped features after refinement, (B, C, S, S).
-        flow: raw flow and mask logits, (B, 3, S, S).
-        picture: (B, 3, S, S), not clamped.
-    """
-
-    hidden: Tensor
-    refined: Tensor | None
-    flow: Tensor | None
-    picture: Tensor | None
-
-
 class Level(nn.Module):
     """One resolution: doubles the size, predicts the flow, warps the source's features, adds to the picture."""
 
@@ -86,16 +69,31 @@ class Level(nn.Module):
         self.refine_blocks = nn.Sequential(*(ResBlock(channels, channels) for _ in range(depth)))
         self.to_rgb = ToRGB(channels)
 
-    def forward(self, below: LevelState, style: Tensor, source: Tensor) -> LevelState:
-        """`source` is the source picture's feature map of this level, (B, C, S, S)."""
-        hidden = self.grow(below.hidden, style)
+    def forward(
+        self,
+        hidden: Tensor,
+        refined: Tensor | None,
+        flow: Tensor | None,
+        picture: Tensor | None,
+        style: Tensor,
+        source: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """From what the level below returned, None where the first one has nothing, to the same at twice the size.
+
+        Args:
+            hidden: generated and warped features, (B, C, S, S).
+            refined: the source's warped features after refinement, (B, C, S, S).
+            flow: raw flow and mask logits, (B, 3, S, S). picture: (B, 3, S, S), not clamped.
+            source: the source picture's feature map of this level, (B, C, S, S).
+        """
+        hidden = self.grow(hidden, style)
         for block in self.flow_blocks:
             hidden = block(hidden, style)
-        warp, hidden, flow = self.to_flow(hidden, style, source, below.flow)
+        warp, hidden, flow = self.to_flow(hidden, style, source, flow)
         if self.carry is not None:
-            warp = warp + self.carry(below.refined)
+            warp = warp + self.carry(refined)
         refined = self.refine_blocks(warp)
-        return LevelState(hidden, refined, flow, self.to_rgb(refined, below.picture))
+        return hidden, refined, flow, self.to_rgb(refined, picture)
 
 
 class Decoder(nn.Module):
@@ -118,21 +116,12 @@ class Decoder(nn.Module):
             for i, (below, width) in enumerate(pairwise([widths[0], *widths]))
         )
 
-    def navigate(
-        self, style: Tensor, target: Tensor | None = None, source: Tensor | None = None, start: Tensor | None = None
-    ) -> Tensor:
-        """The style moved along the motion directions.
+    def navigate(self, style: Tensor, target: Tensor) -> Tensor:
+        """Move the style (B, D) along the motion directions, by motion codes (B, M): absolute motion."""
+        return style + self.directions(target)
 
-        Nothing given: the style itself. `target` alone: absolute motion, style + direction(target). With `source` and
-        `start`: relative motion, style + direction(target) - direction(start) + direction(source).
-
-        Args:
-            style: (B, D); target, source, start: motion codes (B, M).
-        """
-        if target is None:
-            return style
-        if source is None or start is None:
-            return style + self.directions(target)
+    def navigate_relative(self, style: Tensor, target: Tensor, source: Tensor, start: Tensor) -> Tensor:
+        """Move the style (B, D) to the motion code `source`, and from there as from `start` to `target`: (B, M) all."""
         return style + (self.directions(target) - self.directions(start)) + self.directions(source)
 
     def forward(self, style: Tensor, maps: Sequence[Tensor]) -> Tensor:
@@ -141,7 +130,8 @@ class Decoder(nn.Module):
         Feature maps with a batch of one serve every style. Fewer maps than levels give the picture of that level.
         """
         count = style.shape[0]
-        state = LevelState(self.first(self.constant.expand(count, -1, -1, -1), style), None, None, None)
+        hidden, refined, flow, picture = self.first(self.constant.expand(count, -1, -1, -1), style), None, None, None
         for level, source in zip(self.levels, maps, strict=False):
-            state = level(state, style, source.expand(count, -1, -1, -1))
-        return state.picture
+            source = source.expand(count, -1, -1, -1)
+            hidden, refined, flow, picture = level(hidden, refined, flow, picture, style, source)
+        return picture

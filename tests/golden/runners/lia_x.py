@@ -58,7 +58,8 @@ def run_network(case: Case) -> dict[str, Tensor]:
     for name, level in zip(HOOKED_LEVELS, model.decoder.levels, strict=False):
 
         def keep(_module: nn.Module, _inputs: tuple, state: tuple, name: str = name) -> None:
-            out.update({f"rgb_{name}": state.picture, f"flowlogit_{name}": state.flow})
+            _, _, flow, picture = state
+            out.update({f"rgb_{name}": picture, f"flowlogit_{name}": flow})
 
         hooks.append(level.register_forward_hook(keep))
     out |= stored(case, "img_abs", model.decode(motion[:1], identity))
@@ -66,9 +67,9 @@ def run_network(case: Case) -> dict[str, Tensor]:
         hook.remove()
 
     if "img_none_s4" in case.outputs:
-        out |= stored(case, "img_none", model.decoder(model.decoder.navigate(identity.style), identity.maps))
+        out |= stored(case, "img_none", model.decoder(identity.style, identity.maps))
     if "z_rel" in case.outputs or "img_rel_s4" in case.outputs:
-        out["z_rel"] = model.decoder.navigate(identity.style, motion[:1], motion[1:2], motion[2:3])
+        out["z_rel"] = model.decoder.navigate_relative(identity.style, motion[:1], motion[1:2], motion[2:3])
         out |= stored(case, "img_rel", model.decoder(out["z_rel"], identity.maps))
     return out
 
