@@ -1,8 +1,7 @@
-"""The official WhisperX-VAE checkpoint, a Lightning file: its key names, its sizes, its configuration."""
+"""The official WhisperX-VAE checkpoint, a Lightning file: its key names and its sizes."""
 
 from __future__ import annotations
 
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.official import numbered, rename_all, sizes_of, strides
-from engine.safe_pickle import plain, read_checkpoint
+from engine.safe_pickle import read_checkpoint
 
 HEAD_SIZE = 64  # of every published Whisper
 RULES = (
@@ -32,14 +31,6 @@ RULES = (
     (r"\.mlp\.2\.", ".fc2."),
     (r"\.mlp_ln\.", ".final_layer_norm."),
 )
-CONFIGURATION = {  # where the pickled configuration has our fields
-    "encoder_width": ("codec_encoder", "in_dim"),
-    "encoder_ratios": ("codec_encoder", "ratios"),
-    "hidden": ("codec_encoder", "hidden_dim"),
-    "decoder_width": ("codec_decoder", "hidden_dim"),
-    "decoder_ratios": ("codec_decoder", "ratios"),
-    "latent_dim": ("codec_decoder", "z_dim"),
-}
 
 
 def config_of(state: dict[str, Tensor]) -> dict[str, Any]:
@@ -65,7 +56,7 @@ def config_of(state: dict[str, Tensor]) -> dict[str, Any]:
 
 def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """(fields of `WhisperXVAEConfig`, state dict under our names) of the checkpoint that `path` is, or of the only one
-    in the folder `path`; None: there is none. Sizes come from the weights; the configuration in the file must agree.
+    in the folder `path`; None: there is none. Sizes come from the weights.
     """
     files = [path] if path.is_file() else sorted(path.glob("*.ckpt"))
     if not files:
@@ -77,14 +68,4 @@ def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None
     if not isinstance(state, dict):
         raise UserError(f"{path} has no state_dict: it is not a WhisperX-VAE checkpoint")
     state = rename_all({key: value for key, value in state.items() if isinstance(value, Tensor)}, RULES)
-    sizes, configuration = config_of(state), plain(content.get("hyper_parameters"))
-    for field, (part, name) in CONFIGURATION.items():
-        stated = reduce(_entry, ("cfg", "model", part, name), configuration)
-        found = list(sizes[field]) if isinstance(sizes[field], tuple) else sizes[field]
-        if stated is not None and stated != found:
-            raise UserError(f"{files[0]}: its configuration says {part}.{name}={stated}, its weights have {found}")
-    return sizes, state
-
-
-def _entry(node: Any, name: str) -> Any:
-    return node.get(name) if isinstance(node, dict) else None
+    return config_of(state), state

@@ -3,6 +3,8 @@
 Axes: B batch, N samples, T latent frames, Z latent channels, M bands, F mel frames.
 """
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from engine.nn.dac import DACDecoder
 from engine.nn.mel import log_mel, pad_or_trim
 from tests.tiny import WHISPERX_VAE
 from whisperx_vae import WhisperXVAE, WhisperXVAEConfig
+from whisperx_vae.codec import POSITIONS
 
 TINY = WhisperXVAEConfig(**WHISPERX_VAE | {"latent_dim": 6, "whisper_context": 40})
 
@@ -113,3 +116,9 @@ def test_log_mel_is_that_of_transformers(bands):
     expected = extractor([w.numpy() for w in waves], sampling_rate=16_000, return_tensors="pt").input_features
     actual = log_mel(torch.stack([pad_or_trim(w, 480_000) for w in waves]), bands)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+def test_a_position_table_that_a_release_lacks_is_computed(model):
+    state = {key: value for key, value in model.state_dict().items() if key != POSITIONS}
+    again = WhisperXVAE.from_tensors(asdict(TINY), state, "test")
+    assert torch.equal(again.whisper.embed_positions.weight, model.whisper.embed_positions.weight)
