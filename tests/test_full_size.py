@@ -11,11 +11,14 @@ from omegaconf import OmegaConf
 from transformers import WavLMConfig
 
 from engine.config import CONFIGS
+from engine.metrics.lip_sync import SyncNet
 from engine.official import rename_all
 from engine.release import _no_larger_than, load_strict
-from hicodit.conditions import avhubert
+from hicodit.conditions import avhubert, poster2
 from hicodit.conditions.arcface import ArcFace
 from hicodit.conditions.avhubert import AVHubert, AVHubertConfig
+from hicodit.conditions.poster2 import POSTER2
+from hicodit.conditions.types import EXPRESSIONS
 from lia_x import LiaX, LiaXConfig
 from lia_x import released as lia_x
 from rvq_codec import RVQCodec, RVQCodecConfig
@@ -36,6 +39,11 @@ NETWORKS = {
         ["conditions/avhubert_large"], avhubert.our_state, avhubert.released_config, AVHubertConfig(), AVHubert,
     ),
     "ArcFace": (["conditions/arcface_iresnet100"], dict, lambda _: None, None, lambda _: ArcFace()),
+    "POSTER V2": (
+        ["conditions/poster_v2_7"], lambda state: rename_all(state, poster2.RULES), lambda _: None, None,
+        lambda _: POSTER2(EXPRESSIONS),
+    ),
+    "SyncNet": (["conditions/syncnet_net"], dict, lambda _: None, None, lambda _: SyncNet()),
     "WavLM-ECAPA": (
         ["conditions/wavlm_ecapa_large"], lambda state: rename_all(state, speaker.RULES),
         lambda state: (speaker.LARGE | speaker.wavlm_sizes(state), speaker.head_sizes(state)),

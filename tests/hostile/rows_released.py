@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from engine.metrics.lip_sync import SyncNet
+from engine.release import load_strict
 from hicodit.conditions.arcface import ArcFace
 from hicodit.conditions.avhubert import AVHubert
 from hicodit.conditions.poster2 import POSTER2
@@ -32,6 +34,8 @@ FILES = [  # what reads a file, its name, its content, and the line; None: there
     (LiaX.from_pretrained, "lia-x.pt", b"not a checkpoint", "cannot be read as tensors"),
     (LiaX.from_pretrained, "lia-x.pt", {"state_dict": A}, "flat"),
     (LiaX.from_pretrained, "lia-x.pt", A, "not a LIA-X"),
+    (LiaX.from_pretrained, "lia-x.pt", {"dec.rgb2.up.kernel": torch.zeros(4, 4)}, "low-pass"),
+    (SyncNet.from_pretrained, "syncnet_v2.model", A, "lacks tensor"),
     (WhisperXVAE.from_pretrained, "a.ckpt", b"no checkpoint", "not a readable checkpoint"),
     (WhisperXVAE.from_pretrained, "a.ckpt", [1, 2], "holds a list"),
     (WhisperXVAE.from_pretrained, "a.ckpt", {"state_dict": A}, "not a WhisperX-VAE"),
@@ -61,10 +65,24 @@ def two_files(folder: Path) -> None:
     WhisperXVAE.from_pretrained(folder)
 
 
+def of_a_line(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    load_strict(torch.nn.Linear(2, 1, bias=False), state, "a.pt")
+
+
 CASES = [
     *(
         (f"released: {name or 'folder'}, {number}", partial(read, reader, name, content), line)
         for number, (reader, name, content, line) in enumerate(FILES)
+    ),
+    (
+        "released: a tensor too many",
+        partial(of_a_line, state=A | {"weight": torch.zeros(1, 2)}),
+        "unexpected tensor 'a'",
+    ),
+    (
+        "released: another shape",
+        partial(of_a_line, state={"weight": torch.zeros(3, 2)}),
+        r"shape \(3, 2\), .* \(1, 2\)",
     ),
     ("released: TorchScript", torch_script, "TorchScript"),
     ("released: two checkpoints", two_files, "holds 2 checkpoints"),

@@ -1,16 +1,11 @@
 """LIA-X as a whole, at toy size. Axes: T frames, S side."""
 
-from dataclasses import asdict
-
 import numpy as np
 import pytest
 import torch
 
-from engine.errors import UserError
 from engine.media.pictures import identity_to_tensor, to_bytes, video_to_tensor
 from lia_x import LiaX, LiaXConfig
-from lia_x.released import our_state
-from tests.reference.released_names import lia_x_state
 
 TINY = LiaXConfig(style_dim=16, motion_dim=4, scale=1, size=48, width=4, max_width=8, depth=1)
 
@@ -31,30 +26,6 @@ def test_sizes(size, base, levels):
     config = LiaXConfig(size=size, scale=1)
     assert (config.base, len(config.widths)) == (base, levels)
     assert config.widths[-1] == 64
-
-
-def test_released_names_round_trip(model, video):
-    state = lia_x_state(model)
-    again = LiaX.from_tensors(asdict(TINY), our_state(state), "test")
-    codes = model.encode(video)
-    assert torch.equal(again.encode(video), codes)
-    assert torch.equal(again.decode(codes[:1], video[0]), model.decode(codes[:1], video[0]))
-    kernel = torch.outer(*2 * [torch.tensor([1.0, 3.0, 3.0, 1.0])]) / 64
-    kernels = {"enc.enc_2r.block2.0.conv2.0.kernel": kernel, "dec.rgb2.up.kernel": 4 * kernel}
-    assert our_state(state | kernels).keys() == model.state_dict().keys()
-
-
-def test_damaged_released_states_are_refused(model):
-    state = lia_x_state(model)
-    lean = {key: value for key, value in state.items() if key != "dec.direction.weight"}
-    for match, damaged in {
-        "lacks": lean,
-        "unexpected": {**state, "dec.extra": torch.zeros(1)},
-        "low-pass": {**state, "dec.rgb2.up.kernel": torch.zeros(4, 4)},
-        "shape": {**state, "dec.direction.weight": torch.zeros(16, 3)},
-    }.items():
-        with pytest.raises(UserError, match=match):
-            LiaX.from_tensors(asdict(TINY), our_state(damaged), "test")
 
 
 def test_chunks_do_not_change_the_result(model, video):

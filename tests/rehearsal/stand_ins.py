@@ -124,7 +124,8 @@ def lia_x(file: Path) -> None:
     torch.manual_seed(0)
     codec = LiaX(LiaXConfig(style_dim=40, scale=1, size=32, width=4, max_width=8, depth=1))
     taps = torch.outer(*2 * [torch.tensor([1.0, 3.0, 3.0, 1.0])]) / 64
-    torch.save(released_names.lia_x_state(codec) | {"dec.rgb2.up.kernel": 4 * taps}, file)
+    kernels = {"enc.enc_2r.block2.0.conv2.0.kernel": taps, "dec.rgb2.up.kernel": 4 * taps}
+    torch.save(released_names.lia_x_state(codec) | kernels, file)
 
 
 def wavlm(file: Path) -> None:
