@@ -12,13 +12,11 @@ from safetensors import safe_open
 from shard_files import write_split
 from torch import nn
 
-from engine.config import load
 from engine.errors import UserError
 from engine.evaluation.validation import ALONE, figures_of
-from hicodit.conditions import encoder_config, released
+from hicodit.conditions import released
 from hicodit.conditions.arcface import ArcFace
 from hicodit.conditions.avhubert import AVHubert, AVHubertConfig
-from hicodit.conditions.encoders import TinyEncoderConfig
 from hicodit.conditions.released import ReleasedEncoderConfig, ReleasedEncoders
 from hicodit.data import HiCoDiTDataset
 from hicodit.evaluate import evaluate_clips, stored_crops
@@ -95,22 +93,6 @@ def test_arcface_file_and_pictures(tmp_path):
     assert torch.allclose(out[0], each.mean(0) * 512**0.5, atol=1e-5)
     large = faces.repeat_interleave(2, -1).repeat_interleave(2, -2)
     assert torch.allclose(loaded(large), out, atol=1e-4)
-
-
-def test_encoder_choice_is_a_configuration():
-    assert encoder_config({"lip_dim": 12}) == TinyEncoderConfig(lip_dim=12)
-    assert encoder_config({"kind": "released"}).lip_dim == 1024
-
-
-def test_the_papers_recipe_fits_its_encoders():
-    config = load(
-        "train",
-        ["experiment=hicodit_paper", "data=shards", "data.root=z", "task.codec=x", "task.encoders.folder=y"],
-        "",
-    )
-    encoders = encoder_config(OmegaConf.to_container(config.task.encoders))
-    assert isinstance(encoders, ReleasedEncoderConfig) and encoders.folder == "y"
-    assert (encoders.lip_dim, encoders.face_dim) == (config.task.model.lip_dim, config.task.model.face_dim)
 
 
 class Expression(nn.Module):

@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import WhisperConfig, WhisperModel
 
-from engine.config import load
 from engine.errors import UserError
 from engine.evaluation.validation import ALONE, figures_of
 from engine.media.audio import write_wav
@@ -152,11 +151,3 @@ def test_validation_and_release(corpus, tmp_path, shares_give_the_same_figures):
     assert codec.config == WhisperXVAEConfig(**WHISPERX_VAE)
     again = make_task(init=str(tmp_path / "release"), targets=targets_of(corpus, until=9))
     assert again.codec.config == codec.config and "kl" in train(again, 1)[0]["generator"]
-
-
-def test_recipes_compose():
-    paper = load("train", ["experiment=whisperx_vae_paper", "data=recordings", "data.corpus=x"], "")
-    assert WhisperXVAEConfig(**paper.task.codec) == WhisperXVAEConfig()
-    assert paper.task.whisper and paper.task.targets is None
-    tiny = load("train", ["experiment=whisperx_vae_synthetic"], "")
-    assert WhisperXVAEConfig(**tiny.task.codec).max_frames * 960 == tiny.data.train.samples
