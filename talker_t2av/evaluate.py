@@ -104,5 +104,5 @@ def resynthesise(pipeline: TalkerPipeline, clip: Clip) -> tuple[np.ndarray, int,
     if clip.truth.source is None or clip.prompt.video is None:
         raise UserError("no picture of the clip, or no other one of its speaker")
     frames, face = read_video(clip.truth.source, FPS), next(iter(read_video(clip.prompt.video, FPS)))
-    drawn, _ = rebuild(pipeline.system.motion, frames, face)
+    drawn = rebuild(pipeline.system.motion, frames, face)
     return rebuild_wave(pipeline.system.speech, wave), RATE, drawn

@@ -183,8 +183,7 @@ class LiaXTask(Task):
         for split in self.validation["splits"]:
             figures: dict[str, dict[int, float]] = defaultdict(dict)
             for number, frames in held_out_frames(root, split, count, size, share):
-                rebuilt, _ = rebuild(self.codec, frames)
-                for name, value in reconstruction(fit_frames(frames, size), rebuilt).items():
+                for name, value in reconstruction(fit_frames(frames, size), rebuild(self.codec, frames)).items():
                     figures[name][number] = value
             results |= {f"{split}/{name}": ByClip(values, np.mean) for name, values in figures.items()}
         return results

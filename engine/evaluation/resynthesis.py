@@ -1,6 +1,6 @@
 """What codecs make of true clips, as outputs of an evaluation.
 
-Axes: N samples, T frames, H height, W width, S side, M motion.
+Axes: N samples, T frames, H height, W width, S side.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from engine.codec import Codec, PortraitCodec
 from engine.device import send
@@ -53,7 +52,7 @@ def write_resynthesis(
             if portrait:
                 if clip.truth.source is None:
                     raise UserError("no picture to rebuild: ID.mp4 in references=, or video in the manifest")
-                frames, _ = rebuild(codec, read_video(clip.truth.source, PORTRAIT_FPS))
+                frames = rebuild(codec, read_video(clip.truth.source, PORTRAIT_FPS))
             else:
                 wave = rebuild_wave(codec, wave, levels)
             write_take(folder, clip.id, wave, rate, frames, PORTRAIT_FPS)
@@ -68,16 +67,12 @@ def rebuild_wave(codec: Codec, wave: np.ndarray, levels: int | None = None) -> n
     return fit_length(codec.decode(code)[0, 0].float().cpu().numpy(), len(wave))
 
 
-def rebuild(codec: PortraitCodec, frames: np.ndarray, face: np.ndarray | None = None) -> tuple[np.ndarray, Tensor]:
-    """Draw the motion of frames (T, H, W, 3) on their first one, or on `face` (H, W, 3).
-
-    Returns:
-        (T, S, S, 3) bytes, and the motion codes (T, M).
-    """
+def rebuild(codec: PortraitCodec, frames: np.ndarray, face: np.ndarray | None = None) -> np.ndarray:
+    """Draw the motion of frames (T, H, W, 3) on their first one, or on `face` (H, W, 3): (T, S, S, 3) bytes."""
     device = next(codec.parameters()).device
     motion = codec.encode(video_to_tensor(frames, codec.size))  # which sends them part by part
     picture = identity_to_tensor(frames[0] if face is None else face, codec.size)
-    return to_bytes(codec.decode(motion, codec.identity(send(picture, device)))), motion
+    return to_bytes(codec.decode(motion, codec.identity(send(picture, device))))
 
 
 def fit_length(wave: np.ndarray, samples: int) -> np.ndarray:
