@@ -13,7 +13,7 @@ import inspect
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -87,15 +87,13 @@ class Steps(Work[WorkItem, WorkItem, Outcome]):
                     continue
                 if name in clip.unchanged and (step.reusable or step.needs not in {"", *needed}):
                     continue
-                start, encoder = _clocks(), isinstance(step, Encoder)
-                clip.waiting += [name] if encoder else []
-                try:
-                    step.cut(clip) if encoder else step(clip)
-                except Exception as error:
-                    clip.seconds[name] = _since(start)
-                    clip.outcome = _rejection(name, error, clip)
+                if isinstance(step, Encoder):
+                    clip.waiting.append(name)
+                    _run(name, step.cut, clip)
+                else:
+                    _run(name, step, clip)
+                if clip.outcome is not None:
                     break
-                clip.seconds[name] = _since(start)
         finally:
             clip.close()
         clip.frames = clip.track = None
@@ -105,14 +103,8 @@ class Steps(Work[WorkItem, WorkItem, Outcome]):
     def do(self, clip: WorkItem) -> Outcome:
         """Run the encoders over a clip that was cut, and write its sample."""
         for name in clip.waiting:
-            if clip.outcome is not None:
-                return clip.outcome
-            start = _clocks()
-            try:
-                self.steps[name].encode(clip)
-            except Exception as error:
-                clip.outcome = _rejection(name, error, clip)
-            clip.seconds[name] = tuple(map(sum, zip(clip.seconds[name], _since(start))))
+            if clip.outcome is None:
+                _run(name, self.steps[name].encode, clip)
         return clip.outcome or self._write(clip)
 
     def _write(self, clip: WorkItem) -> Outcome:
@@ -189,6 +181,16 @@ def _clocks() -> tuple[float, float]:
 def _since(start: tuple[float, float]) -> tuple[float, float]:
     wall, processor = _clocks()
     return wall - start[0], processor - start[1]
+
+
+def _run(name: str, work: Callable[[WorkItem], None], clip: WorkItem) -> None:
+    """Do a step, or a half of it, and add its seconds; an error becomes the clip's outcome."""
+    start = _clocks()
+    try:
+        work(clip)
+    except Exception as error:
+        clip.outcome = _rejection(name, error, clip)
+    clip.seconds[name] = tuple(map(sum, zip(clip.seconds.get(name, (0.0, 0.0)), _since(start))))
 
 
 def _rejection(name: str, error: Exception, clip: WorkItem) -> Outcome:
