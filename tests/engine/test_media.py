@@ -67,6 +67,41 @@ def test_frame_rate_is_changed_by_time_stamps(clip, fps, expected):
     assert np.abs(found - np.arange(expected) * 25 / fps).max() <= 1
 
 
+FORMATS = {  # kind: what ffmpeg makes of the clip, in which file
+    "60 frames a second": (("-r", 60), "a.mp4"),
+    "12 frames a second": (("-r", 12), "a.mp4"),
+    "10 bits": (("-pix_fmt", "yuv420p10le"), "a.mp4"),
+    "full colour": (("-pix_fmt", "yuv444p"), "a.mp4"),
+    "grey": (("-pix_fmt", "gray"), "a.mp4"),
+    "webm": (("-c:v", "libvpx-vp9", "-deadline", "realtime"), "a.webm"),
+    "mkv": (("-c", "copy"), "a.mkv"),
+    "avi": (("-c:v", "mpeg4", "-q:v", 3), "a.avi"),
+    "gif": (("-r", 10), "a.gif"),
+    "mov of an editor": (("-c:v", "prores_ks"), "a.mov"),
+    "interlaced": (
+        ("-vf", "fps=50,tinterlace=interleave_top,fieldorder=tff", "-flags", "+ilme+ildct", "-c:v", "mpeg2video"),
+        "a.mpg",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_formats_keep_frames_and_time(tmp_path, clip, kind):
+    options, name = FORMATS[kind]
+    ffmpeg("-i", clip, "-an", *options, tmp_path / name)
+    found = numbers(read_video(tmp_path / name, 25))
+    if kind in ("12 frames a second", "gif"):  # ffmpeg writes pictures of a low rate up to two of them late
+        assert 29 <= len(found) <= 35 and np.abs(found - np.arange(len(found)).clip(max=29)).max() <= 6
+    else:
+        assert found.tolist() == list(range(30))
+
+
+def test_a_cover_picture_is_not_the_video(tmp_path, clip, wrong):
+    inputs = ("-i", clip, "-i", wrong / "picture.png", "-map", 0, "-map", 1)
+    ffmpeg(*inputs, "-c", "copy", "-disposition:v:1", "attached_pic", tmp_path / "cover.mp4")
+    assert numbers(read_video(tmp_path / "cover.mp4")).tolist() == list(range(30))
+
+
 def test_variable_frame_rate_becomes_constant(tmp_path):
     # Ten frames at 25 fps, then ten at 12.5 fps.
     write_video(tmp_path / "a.mp4", counting_frames(20), 25)

@@ -165,16 +165,3 @@ def test_scales_are_drawn_over_the_stated_range():
     assert scales[:, 1:].min() == 0 and 2.9 < scales[:, 1:].max() <= 3
     for row in scales[:50].tolist():
         GuidanceScales(*row).check_input(3.0)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"encoders": {"kind": "released"}}, "use experiment=hicodit_distill$"),
-        ({"guidance": {"all": 5.0}}, "guidance.all=5: this model learned scales from 1 to 3"),
-        ({"guidance_limit": 0.5}, "guidance_limit=0.5 must be a number from 1"),
-    ],
-)
-def test_a_wrong_setting_is_one_line(corpus, release, changes, message):
-    with pytest.raises(UserError, match=message):
-        make_student(corpus, release, **changes)

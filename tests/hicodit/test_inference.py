@@ -1,19 +1,11 @@
 """`infer.py` as a person uses it: outputs, folders of clips, and one line for every kind of bad input."""
 
 import json
-import multiprocessing
-import os
 import shutil
-import signal
-import threading
-import time
-from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-import torch
 from drawn_faces import scene, talking_head
 from omegaconf import OmegaConf
 
@@ -74,30 +66,12 @@ def test_a_bad_clip_in_a_folder_does_not_stop_the_rest(release, clip, tmp_path, 
     assert "b.mp4" in capsys.readouterr().err
 
 
-def processes_at_work() -> list[int]:
-    """Return the processes below this one that do Ray's tasks and actors; their titles say so."""
-    parents, titles = {}, {}
-    for path in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            titles[int(path.name)] = (path / "cmdline").read_text()
-    ours = {os.getpid()}
-    while more := {process for process, parent in parents.items() if parent in ours} - ours:
-        ours |= more
-    rays = {process for process in ours if titles.get(process, "").startswith("ray::")}
-    idle = {process for process in rays if "IDLE" in titles[process] or "Agent" in titles[process]}
-    return [process for process in rays - idle if parents[process] not in rays]  # below them are programs
-
-
 @pytest.mark.parametrize(
-    ("place", "victims"),
-    [
-        ({"devices": "2"}, lambda: [child.pid for child in multiprocessing.active_children()]),
-        pytest.param({"executor": "ray", "ray": {"encoders": 2}}, processes_at_work, marks=pytest.mark.slow),
-    ],
+    "place",
+    [{"devices": "2"}, pytest.param({"executor": "ray", "ray": {"encoders": 2}}, marks=pytest.mark.slow)],
     ids=["processes", "ray"],
 )
-def test_processes_of_which_one_is_killed_give_the_files_of_one(release, clip, tmp_path, capsys, place, victims):
+def test_two_processes_give_the_files_of_one(release, clip, tmp_path, capsys, place):
     if "executor" in place:
         ray = pytest.importorskip("ray")
     source, names = tmp_path / "clips", [f"clip{i}" for i in range(4)]
@@ -106,53 +80,18 @@ def test_processes_of_which_one_is_killed_give_the_files_of_one(release, clip, t
         shutil.copyfile(clip, source / f"{name}.mp4")
     changes = {"batch_size": 1, "device": "cpu", "figure": False}
     assert run(config(release, source, tmp_path / "one", **changes)) == 0
-
-    def kill():
-        while not list((tmp_path / "many").glob("*.wav")):
-            time.sleep(0.02)
-        os.kill(victims()[0], signal.SIGKILL)
-
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
     capsys.readouterr()
     try:
         assert run(config(release, source, tmp_path / "many", **place, **changes)) == 0
     finally:
         if "executor" in place:
             ray.shutdown()
-    killer.join(1)
-    assert not killer.is_alive()
     said = capsys.readouterr().out.splitlines()
     lines = [line for line in said if line.startswith(str(source)) or " clips in " in line]  # Ray has some of its own
     assert sorted(line.partition(",")[0] for line in lines[:-1]) == [str(source / f"{name}.mp4") for name in names]
     assert lines[-1].startswith("4 of 4 clips") and lines[-1].endswith("on 2 processes, cpu")
     for name in names:
         assert (tmp_path / "many" / f"{name}.wav").read_bytes() == (tmp_path / "one" / f"{name}.wav").read_bytes()
-
-
-MISTAKES = [  # that tests/test_command.py and tests/scripts/test_late_errors.py do not make
-    ({"devices": "2", "executor": "ray"}, "devices=2 with executor=ray: set ray.encoders and ray.gpus instead"),
-    ({"device": "mps"}, "device=mps, but PyTorch has no Apple GPU here"),
-    ({"ray": {"encoders": 0}}, r"ray\.encoders=0 must be"),
-    ({"seed": 99999999999999999999}, "seed=99999999999999999999"),
-    ({"sampler": {"steps": "many"}}, "steps"),
-    ({"batch_size": 1.5}, "batch_size"),
-    ({"guidance": {"lip": "loud"}}, "lip"),
-    ({"encoders": "."}, "its own encoders"),
-    ({"face": "2"}, "face=2"),
-    ({"face_landmarks": "absent"}, "face_landmarks=absent: no such file"),
-    ({"input": "x" * 300}, "no such file or folder"),
-    ({"input": "/dev/null"}, "neither a file nor a folder"),
-]
-
-
-@pytest.mark.parametrize(("changes", "message"), MISTAKES)
-def test_a_mistake_is_named_and_leaves_nothing(release, clip, tmp_path, changes, message):
-    if changes.get("device") == "mps" and torch.backends.mps.is_available():
-        pytest.skip("an Apple GPU is here")
-    with pytest.raises(UserError, match=message):
-        run(OmegaConf.merge(config(release, clip, tmp_path / "new" / "out"), changes))
-    assert not (tmp_path / "new").exists()
 
 
 def test_an_output_that_is_there_survives_a_failed_run(release, clip, tmp_path, monkeypatch):

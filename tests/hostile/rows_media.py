@@ -62,10 +62,10 @@ def limited(folder: Path, limits: dict, call) -> None:
         set_limits(before)
 
 
-def cut(folder: Path, source: Path, share: float, read) -> None:
+def cut(folder: Path, source: Path, share: float, read, tail: bytes = b"") -> None:
     data = source.read_bytes()
     path = folder / source.name
-    path.write_bytes(data[: int(len(data) * share)])
+    path.write_bytes(data[: int(len(data) * share)] + tail)
     read(path)
 
 
@@ -75,11 +75,11 @@ def cut_fast(folder: Path, read) -> None:
     cut(folder / "cut", folder / "fast.mp4", 0.5, read)
 
 
-def cut_as(folder: Path, suffix: str, read) -> None:
-    """Half of a file whose header states its size."""
+def cut_as(folder: Path, suffix: str, read, tail: bytes = b"") -> None:
+    """Half of a file whose header states its size, and another tail."""
     ffmpeg("-stream_loop", 3, "-i", CLIP, "-stream_loop", 3, "-i", VOICE, "-shortest", folder / f"whole{suffix}")
     (folder / "cut").mkdir()
-    cut(folder / "cut", folder / f"whole{suffix}", 0.5, read)
+    cut(folder / "cut", folder / f"whole{suffix}", 0.5, read, tail)
 
 
 def sound(folder: Path, samples, read=read_audio) -> None:
@@ -159,6 +159,7 @@ HICODIT, TALKER, RVQ, SYSTEM, WORDS = (
     ("talker_t2av_tiny", TalkerTokenizer.from_pretrained),
 )
 NAN, INF = float("nan"), float("inf")
+RANDOM = np.random.default_rng(0).bytes(100_000)
 STATED, FIRST = "ends after .* of the .* bytes that it states", "only the first .* of its sound"
 
 
@@ -235,7 +236,17 @@ JOBS = {  # a line of a list of jobs, and what is said of it
     '{"text": "a", "seed": Infinity}': "seed=inf must be",
     '{"text": "a", "seed": 1180591620717411303424}': "seed=1180591620717411303424 must be",
     '{"text": "a", "seed": -1}': "seed=-1 must be",
-    '{"text": ""}': "needs text",
+    '{"text": " "}': "needs text",
+    '{"text": "a", "compat": "old"}': "compat=old",
+    '{"text": "a", "prefix_seconds": -1}': "prefix_seconds=-1",
+    '{"text": "a", "max_seconds": 99}': "max_seconds=99",
+    '{"text": "a", "mode": "t2av"}': "reference_video",
+    '{"mode": "v2a"}': "video=FILE",
+    '{"mode": "a2v", "reference_video": "v.mp4"}': " audio=FILE",
+    '{"mode": "a2v", "audio": "x", "reference_video": "v.mp4", "compat": "official"}': "compat=official",
+    '{"mode": "a2v", "audio": "x", "reference_video": "v.mp4", "reference_audio": null, "prefix_seconds": 1}': (
+        "needs both"
+    ),
     "[1]": "give an object",
     '{"txt": "a"}': "unknown setting 'txt'",
     '{"text": 3}': "text=3",
@@ -318,6 +329,8 @@ CASES = [
     ("video: cut", lambda f: cut(f, CLIP, 0.5, read_video), "its index is missing|only the first"),
     ("video: cut, index first", lambda f: cut_fast(f, read_video), "only the first .* of its picture"),
     ("video: cut, .avi", lambda f: cut_as(f, ".avi", read_video), STATED),
+    ("video: cut, .mkv", lambda f: cut_as(f, ".mkv", read_video), "damaged: only the first .* of"),
+    ("video: random tail, .mkv", lambda f: cut_as(f, ".mkv", read_video, RANDOM), "damaged: only the first .* of"),
     ("video: a link to itself", lambda f: loop(f, "a.mp4", read_video), "no such file"),
     ("video: a folder", lambda f: read_video(f), "is a folder"),
     ("clips: a link to itself", lambda f: loop(f, "a.mp4", find_clip), "no such file or folder"),

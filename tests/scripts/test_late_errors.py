@@ -14,13 +14,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from engine.errors import run_cli
 from engine.training import run
 
 ROOT = Path(__file__).resolve().parents[2]
 HICODIT, TALKER = "experiment=hicodit_synthetic", "experiment=talker_synthetic"
+HICODIT_STUDENT = "experiment=hicodit_distill init=assets/hicodit_tiny"
+TALKER_STUDENT = "experiment=talker_distill init=assets/talker_t2av_tiny"
 AUTO = "model=talker_t2av mode=v2a text=auto video=clip.mp4"
+SPEAK = "model=talker_t2av mode=tts text=a reference_audio=sounds/voice.wav"
 SHARDS = "source.root=corpus output=shards"
 TRAIN = [
     (f"{HICODIT} trainer.lr=-1", "trainer.lr=-1 must be a number"),
@@ -52,7 +56,10 @@ TRAIN = [
     ("experiment=hicodit_paper data=lsr3", "data=lsr3 does not exist; did you mean lrs3"),
     ("experiment=hicodit_paper data=lrs3", "task.codec=... task.encoders.folder=..."),
     ("experiment=hicodit_distill", "name the release to distil"),
-    ("experiment=hicodit_distill init=assets/hicodit_tiny task.substeps=0", "task.substeps=0 must be"),
+    (f"{HICODIT_STUDENT} task.substeps=0", "task.substeps=0 must be"),
+    (f"{HICODIT_STUDENT} task.guidance_limit=0.5", "guidance_limit=0.5 must be"),
+    (f"{HICODIT_STUDENT} task.guidance.all=5", "guidance.all=5: this model learned scales from 1 to 3"),
+    (f"{HICODIT_STUDENT} task.encoders.kind=released", "has tiny encoders: use experiment=hicodit_distill"),
     (f"{TALKER} task.model.llm.hidden_size=7", "hidden_size=7"),
     (f"{TALKER} task.sampling.steps=0", "sampling.steps=0 must be"),
     (f"{TALKER} task.validation.clips=-3", "task.validation.clips=-3 must be"),
@@ -64,6 +71,15 @@ TRAIN = [
     (f"{TALKER} task.codecs.speaker=sounds", "sounds"),
     (f"{TALKER} init=assets/rvq_tiny", "holds a model of kind 'rvq_codec'"),
     (f"{TALKER} data.train.delay=-1", "data.train.delay=-1"),
+    (f"{TALKER} task.tokenizer=null task.model.llm.vocab_size=200", "vocab_size=200 has to be 262 or more"),
+    ("experiment=talker_speech_3 task.model.motion_dim=7", "motion_dim=7, but the motion has 40"),
+    ("experiment=talker_distill", "name the release to distil with init=FOLDER"),
+    (f"{TALKER_STUDENT} task.student_steps=[]", "task.student_steps is empty"),
+    (f"{TALKER_STUDENT} task.student_steps=[0]", "task.student_steps=0 must be"),
+    (f"{TALKER_STUDENT} task.teacher_steps=0", "task.teacher_steps=0 must be"),
+    (f"{TALKER_STUDENT} task.guidance_limit=0.5", "task.guidance_limit=0.5 must be"),
+    (f"{TALKER_STUDENT} task.guidance_limit=1.2 task.stats=null", "the student learns scales from 1 to 1.2"),
+    (f"{TALKER_STUDENT} task.temperature_limit=-1", "task.temperature_limit=-1.0 must be"),
     ("experiment=lia_x_synthetic lora.rank=3 init=assets/lia_x_tiny", "LiaXTask has no low-rank training"),
     ("experiment=lia_x_synthetic task.growth.levels=99", "task.growth.levels=99 must be"),
     ("experiment=lia_x_synthetic task.weights.perceptual=1.0", "needs task.vgg"),
@@ -84,7 +100,22 @@ INFER = [
     ("codec=assets/lia_x_tiny", "holds a model of kind 'lia_x'"),
     ("device=cuda", "no CUDA device is available"),
     ("detector=nowhere.onnx", "no face detector at nowhere.onnx"),
+    ("devices=2 executor=ray", "devices=2 with executor=ray: set ray.encoders and ray.gpus instead"),
+    ("ray.encoders=0", "ray.encoders=0 must be"),
+    ("seed=99999999999999999999", "seed=99999999999999999999"),
+    ("sampler.steps=many", "sampler.steps=many must be"),
+    ("batch_size=1.5", "batch_size=1.5 must be"),
+    ("guidance.lip=loud", "guidance.lip=loud must be"),
+    ("encoders=.", "its own encoders"),
+    ("face_landmarks=absent", "face_landmarks=absent: no such file"),
+    (f"input={'x' * 300}", "no such file or folder"),
+    ("input=/dev/null", "neither a file nor a folder"),
     ("model=talker_t2av output=file", "cannot write to output=file"),
+    (f"{SPEAK} weights=nowhere", "weights=nowhere: not found"),
+    (f"{SPEAK} weights=assets/voice_tiny", "holds a model of kind 'voice_encoder'"),
+    (f"{SPEAK} batch_size=0", "batch_size=0 must be"),
+    (f"{SPEAK} seed=x", "seed=x must be"),
+    (f"{SPEAK} mode=t2av reference_video=clip.mp4 output=. name=clip", "would replace the input"),
     ("model=talker_t2av codecs.motion=damaged", "holds a model of kind 'hicodit'"),
     ("model=talker_t2av jobs=bad.jsonl", "jobs=bad.jsonl, line 1"),
     ("model=talker_t2av mode=tts text=auto", "text=auto belongs to mode=v2a"),
@@ -97,7 +128,9 @@ INFER = [
     (f"{AUTO} auto.hicodit=damaged", "clip.mp4 has no words: give auto.recogniser=FOLDER of Whisper"),
     (f"{AUTO} auto.hicodit=damaged auto.recogniser={ROOT}/assets/demo/grammar.jsgf", "model.safetensors is damaged"),
 ]
+NO_APPLE = [] if torch.backends.mps.is_available() else [("device=mps", "but PyTorch has no Apple GPU here")]
 REPORT = "references=sounds output=report"
+OWN = "corpus=corpus output=report split=[train]"
 EVALUATE = [
     ("outputs=sounds references=sounds output=file", "cannot write to output=file"),
     (f"{REPORT} outputs=sounds cache=file", "cannot write to cache=file"),
@@ -115,6 +148,15 @@ EVALUATE = [
     (f"{REPORT} clips=0", "clips=0 must be"),
     (f"{REPORT} model=nope", "model=nope is unknown"),
     (f"{REPORT} model=hicodit generate.sampler=nope", "sampler="),
+    (f"talker {OWN}", "model=talker is unknown; choose hicodit"),
+    (f"hicodit {OWN} only=[other]", "only=other is unknown; choose hicodit, tokenizer"),
+    (f"hicodit {OWN} systems='{{{{x: {{{{step: 1}}}}}}}}'", "systems.x=step is unknown"),
+    (f"hicodit {OWN} split=[]", "needs split="),
+    (f"hicodit {OWN} split=[test]", "test"),
+    (f"talker_t2av {OWN} only=[tts] generate.words=heard", "generate.words=heard with generate.mode=tts"),
+    (f"talker_t2av {OWN} only=[v2a] generate.words=read", "generate.words=read is unknown"),
+    (f"talker_t2av {OWN} only=[v2a] generate.voice=false", "generate.voice=false"),
+    (f"talker_t2av {OWN} only=[v2a] generate.words=heard generate.auto='{{{{lips: x}}}}'", "generate.auto.lips"),
 ]
 PREPARE = [
     ("source.root=nowhere output=shards", "source.root=nowhere is not a folder"),
@@ -180,7 +222,7 @@ PACKAGES = [  # command, module that is not installed, the line
     (f"scripts.prepare_data {SHARDS} stages.enhance.use=true", "clearvoice", "setup.sh prepare"),
     (f"scripts.prepare_data {SHARDS} stages.heard_expression.use=true", "funasr", "setup.sh emotion"),
 ]
-PROGRAMS = {"train": TRAIN, "infer": INFER, "scripts.evaluate": EVALUATE, "scripts.prepare_data": PREPARE}
+PROGRAMS = {"train": TRAIN, "infer": INFER + NO_APPLE, "scripts.evaluate": EVALUATE, "scripts.prepare_data": PREPARE}
 ROWS = [(program, words, message) for program, rows in PROGRAMS.items() for words, message in rows]
 ROWS += [(f"scripts.{words.partition(' ')[0]}", words.partition(" ")[2], message) for words, message in SCRIPTS]
 
@@ -201,6 +243,7 @@ def folder(tmp_path_factory):
     (made / "corpus/train").mkdir(parents=True)
     clip = {"id": "a", "text": "x", "voice": 0, "expression": 0, "phonemes": []}
     (made / "corpus/train.jsonl").write_text(json.dumps(clip) + "\n")
+    shutil.copy(ROOT / "assets/demo/grammar.jsgf", made / "corpus")
     (made / "finished/release").mkdir(parents=True)
     (made / "finished/release/notes.txt").write_text("mine")
     return made

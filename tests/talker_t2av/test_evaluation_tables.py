@@ -122,25 +122,6 @@ def test_the_table_of_the_codecs(corpus, tmp_path, monkeypatch, model, systems, 
     assert ("wer" in results["systems"][model]) == (model != "lia_x")
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["talker"], "model=talker is unknown; choose hicodit"),
-        (["hicodit", "only=[other]"], "only=other is unknown; choose hicodit, tokenizer"),
-        (["hicodit", "systems={x: {step: 1}}"], "systems.x=step is unknown"),
-        (["hicodit", "split=[]"], "needs split="),
-        (["hicodit", "split=[test]"], "test"),
-        (["talker_t2av", "only=[tts]", "generate.words=heard"], r"generate\.words=heard with generate\.mode=tts"),
-        (["talker_t2av", "only=[v2a]", "generate.words=read"], r"generate\.words=read is unknown"),
-        (["talker_t2av", "only=[v2a]", "generate.voice=false"], r"generate\.voice=false"),
-        (["talker_t2av", "only=[v2a]", "generate.words=heard", "generate.auto={lips: x}"], "generate.auto.lips"),
-    ],
-)
-def test_mistakes_are_one_line(corpus, tmp_path, monkeypatch, words, message):
-    with pytest.raises(UserError, match=message):
-        run(monkeypatch, corpus, tmp_path / "out", *words)
-
-
 @pytest.mark.parametrize(("mode", "video"), [("t2av", True), ("tts", False), ("a2v", True), ("v2a", False)])
 def test_outputs_of_the_talker_are_kept_without_loss(corpus, tmp_path, mode, video):
     clips = read_corpus(corpus, "train", {}, 2)

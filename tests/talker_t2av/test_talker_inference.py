@@ -94,23 +94,6 @@ def test_many_jobs_and_one_that_fails(files, tmp_path, capsys):
     np.testing.assert_allclose(first, alone, atol=2 / 32768)
 
 
-def test_every_mistake_is_one_line_and_leaves_nothing(files, tmp_path):
-    """Mistakes that tests/test_command.py does not make."""
-    base = {"mode": "t2av", "text": "a", "reference_audio": files["voice"], "reference_video": files["face"]}
-    output = tmp_path / "out"
-    for change, message in (
-        ({"weights": str(tmp_path / "nowhere")}, "not found"),
-        ({"weights": str(Path(files["weights"]).parent / "voice")}, "voice_encoder"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"seed": "x"}, "seed"),
-    ):
-        with pytest.raises(UserError, match=message) as error:
-            run(config(files, output, **{**base, **change}))
-        assert "\n" not in str(error.value) and not output.exists(), change
-    with pytest.raises(UserError, match="would replace the input"):
-        run(config(files, Path(files["face"]).parent, **base, name="face"))
-
-
 def test_the_bundled_model_works_on_the_demo_where_nothing_is_given():
     def job(**given):
         return read_jobs(InferConfig(**given))[0][1]

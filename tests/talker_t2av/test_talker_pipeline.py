@@ -160,28 +160,6 @@ def test_the_video_may_bring_the_voice_and_a_file_the_motion(pipeline, tmp_path)
         pipeline(Job(**{**vars(job), "reference_motion": str(saved)}))
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"mode": "t2a"}, "mode=t2a"),
-        ({"compat": "old"}, "compat=old"),
-        ({"text": " "}, "needs text"),
-        ({"reference_video": None}, "reference_video"),
-        ({"mode": "tts", "reference_video": None, "reference_audio": None}, "reference_audio"),
-        ({"mode": "a2v"}, "audio=FILE"),
-        ({"mode": "v2a"}, "video=FILE"),
-        ({"mode": "a2v", "audio": "x", "compat": "official"}, "compat=official"),
-        ({"prefix_seconds": -1}, "prefix_seconds=-1"),
-        ({"max_seconds": 99}, "max_seconds=99"),
-        ({"mode": "a2v", "audio": "x", "reference_audio": None, "prefix_seconds": 1}, "needs both"),
-    ],
-)
-def test_jobs_are_checked(fields, message):
-    with pytest.raises(UserError, match=message) as error:
-        Job(**{"mode": "t2av", "text": "a", "reference_audio": "a.wav", "reference_video": "v.mp4", **fields})
-    assert "\n" not in str(error.value)
-
-
 def test_files_are_checked(pipeline, tmp_path):
     files = pipeline.files
     long = str(voice_file(tmp_path / "long.wav", 30.5))
