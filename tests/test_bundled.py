@@ -5,7 +5,6 @@ from pathlib import Path
 import jiwer
 import numpy as np
 import pytest
-import soundfile
 
 from engine.config import load, plain
 from engine.media.ffmpeg import probe
@@ -48,8 +47,7 @@ def test_the_silent_clip_is_silent_and_speaks_intelligibly():
     assert jiwer.wer(" ".join(said), heard) <= 1 / len(said), heard
 
 
-def test_speech_of_the_bundled_model_is_not_clipped_or_silent(tmp_path):
+def test_speech_of_the_bundled_model_is_not_clipped_or_silent():
     speech = HiCoDiTPipeline.from_pretrained()(ASSETS / "demo" / "silent.mp4", seed=0, steps=8)
     level = 20 * np.log10(np.sqrt(np.mean(np.square(speech.wave))) + 1e-9)
     assert -40 < level < -6 and np.mean(np.abs(speech.wave) > 0.99) < 1e-3
-    soundfile.write(tmp_path / "x.wav", speech.wave, speech.rate)

@@ -1,4 +1,4 @@
-"""Damaged files against every reader: `python -m tests.trials.fuzz --count 2000`.
+"""Damaged files against every reader: `python -m tests.hostile.fuzz --count 2000`.
 
 Each mutation truncates a good file, flips bits, copies or removes a span, or overwrites numbers in it. Reading it must
 succeed or end in a `UserError`, in less than 60 s and 4 GB, and leave nothing beside it. Prints a line for each that
