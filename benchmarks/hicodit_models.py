@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from engine.release import find_codec
 from engine.seeding import generator_for
 from hicodit.conditions import encoder_config
 from hicodit.conditions.types import Conditions, windows_of
-from hicodit.data import HiCoDiTDataset, HiCoDiTSample
+from hicodit.data import HiCoDiTDataset
 from hicodit.diffusion import LogLinearNoise, masked_at, weighted_score_entropy
 from hicodit.evaluate import stored_crops, stored_samples
 from hicodit.model import HiCoDiT, ModelConfig, positions_of, rows_of
@@ -75,34 +76,37 @@ def losses(release: str, shards: str | Path, clips: int) -> dict[str, dict[str, 
     table = losses_of(pipeline, samples).double()  # (N, 3 versions, 2 groups of levels)
     own, expression, identity = table.unbind(1)
     columns = own[:, 0], own[:, 1], (expression - own)[:, 1], (identity - own)[:, 0]
-    keys = [sample.info["key"] for sample in samples]
+    keys = [info["key"] for info, _ in samples]
     return {n: {key: (value, 1.0) for key, value in zip(keys, c.tolist())} for n, c in zip(LOSSES, columns)}
 
 
-def losses_of(pipeline: HiCoDiTPipeline, samples: Sequence[HiCoDiTSample]) -> Tensor:
-    """Return losses (N, 3, 2): with own conditions, with other expressions, with another face; of both level groups."""
-    model = pipeline.system.model
-    order = sorted(range(len(samples)), key=lambda i: len(samples[i].phoneme))
+def losses_of(pipeline: HiCoDiTPipeline, samples: Sequence[tuple[dict[str, Any], dict[str, Tensor]]]) -> Tensor:
+    """Return losses (N, 3, 2): with own conditions, with other expressions, with another face; of both level groups.
+
+    samples: JSON and tensors, see `HiCoDiTDataset.read`.
+    """
+    model, (infos, clips) = pipeline.system.model, zip(*samples)
+    order = sorted(range(len(clips)), key=lambda i: len(clips[i]["phoneme"]))
     groups = [order[first : first + BATCH] for first in range(0, len(order), BATCH)]
-    other, conditions = derangement(len(samples), np.random.default_rng(0)), {}
+    other, conditions = derangement(len(clips), np.random.default_rng(0)), {}
     for group in groups:
-        own = pipeline.conditions([stored_crops(pipeline.system, samples[i]) for i in group])
+        own = pipeline.conditions([stored_crops(pipeline.system, clips[i]) for i in group])
         for row, i in enumerate(group):
-            length = len(samples[i].phoneme)
+            length = len(clips[i]["phoneme"])
             conditions[i] = own.lip[row, :length], own.identity[row], own.expression[row, : windows_of(length)]
     found = {}
     for group in groups:
-        frames = torch.tensor([len(samples[i].phoneme) for i in group])
+        frames = torch.tensor([len(clips[i]["phoneme"]) for i in group])
         lip, identity, expression = zip(*(conditions[i] for i in group))
         far = [conditions[other[i]] for i in group]
         resized = [torch.from_numpy(np.resize(o[2].numpy(), len(e))) for o, e in zip(far, expression)]
         lip, expression, resized = (pad_sequence(parts, batch_first=True) for parts in (lip, expression, resized))
         own = Conditions(lip, torch.stack(identity), expression, frames)
         versions = own, replace(own, expression=resized), replace(own, identity=torch.stack([o[1] for o in far]))
-        tokens = pad_sequence([samples[i].tokens for i in group], batch_first=True).transpose(1, 2)
-        keys = [samples[i].info["key"] for i in group]
+        tokens = pad_sequence([clips[i]["tokens"] for i in group], batch_first=True).transpose(1, 2)
+        keys = [infos[i]["key"] for i in group]
         found |= zip(group, torch.stack([_entropy(model, version, tokens, keys) for version in versions], 1))
-    return torch.stack([found[i] for i in range(len(samples))])
+    return torch.stack([found[i] for i in range(len(clips))])
 
 
 def _entropy(model: HiCoDiT, conditions: Conditions, tokens: Tensor, keys: Sequence[str]) -> Tensor:

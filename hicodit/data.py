@@ -7,7 +7,6 @@ E lip feature width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,31 +49,6 @@ def augment_mouth(mouth: Tensor, generator: torch.Generator) -> Tensor:
 def picture_frames(length: int, count: int) -> np.ndarray:
     """The video frames (F,) of a clip's stored face pictures: `count` of them, evenly spread between its ends."""
     return np.linspace(0, length - 1, count + 2).round().astype(int)[1:-1]
-
-
-@dataclass(frozen=True)
-class HiCoDiTSample:
-    """One clip as it is stored, with its pictures or with their features.
-
-    Attributes:
-        tokens: (2 T, K) int64. ge2e: (256,). phoneme: (T,) int64, 0 is silence.
-        expression: (J,) int64, what the face shows. heard_expression: (J,) int64, what the voice says; `NO_EXPRESSION`
-            where it is not known.
-        info: the clip's JSON.
-        mouth: (T, S, S) uint8 grey. faces: (F, S', S', 3) uint8 RGB, of the frames `picture_frames`.
-        lip: (T, E) float16. face_identity: (F, 512) float16, of the same frames.
-    """
-
-    tokens: Tensor
-    ge2e: Tensor
-    expression: Tensor
-    phoneme: Tensor
-    info: dict[str, Any]
-    heard_expression: Tensor | None = None
-    mouth: Tensor | None = None
-    faces: Tensor | None = None
-    lip: Tensor | None = None
-    face_identity: Tensor | None = None
 
 
 class HiCoDiTDataset:
@@ -133,13 +107,20 @@ class HiCoDiTDataset:
         self.augment, self.levels = augment, tokenizer.levels
         self.blocks = self.shards.blocks()
 
-    def read(self, index: int) -> HiCoDiTSample:
-        """Read clip `index` as it is stored; without phonemes they are 0."""
+    def read(self, index: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Read the JSON and the tensors of clip `index` as they are stored.
+
+        Returns:
+            tokens (2 T, K) int64; ge2e (256,); phoneme (T,) int64, 0 is silence or not known; expression (J,) int64,
+            what the face shows; heard_expression (J,) int64, what the voice says, if that is the condition:
+            `NO_EXPRESSION` where it is not known. Pictures: mouth (T, S, S) uint8 grey, and faces (F, S', S', 3) uint8
+            RGB of the frames `picture_frames`; or their features: lip (T, E) and face_identity (F, 512) float16.
+        """
         info, tensors = self.shards.read(index, (*self.required, "phoneme"))
         tensors.setdefault("phoneme", torch.zeros(len(tensors[self.inputs[0]])))
         for name in {"tokens", "expression", "phoneme", self.expression}:
             tensors[name] = tensors[name].long()
-        return HiCoDiTSample(**tensors, info=info)
+        return info, tensors
 
     @property
     def lengths(self) -> Tensor:
@@ -159,40 +140,39 @@ class HiCoDiTDataset:
         tokens (2 T, K), ge2e (256,), phoneme (T,), expression (J,) of each half second, heard or seen, and
         face_expression (), seen in the one that the face is from.
         """
-        clip, whole = self._crop(self.read(index), generator)
-        expression = getattr(clip, self.expression)
-        item = {"tokens": clip.tokens, "ge2e": clip.ge2e, "expression": expression, "phoneme": clip.phoneme}
+        _, whole = self.read(index)
+        clip = self._crop(whole, generator)
+        item = {name: clip[name] for name in ("tokens", "ge2e", "phoneme")} | {"expression": clip[self.expression]}
         if self.inputs == FEATURES:
-            count = len(clip.face_identity)
+            count = len(clip["face_identity"])
             picture = int(torch.randint(count, (1,), generator=generator))
-            item |= {"lip": clip.lip, "face_identity": clip.face_identity[picture]}
+            item |= {"lip": clip["lip"], "face_identity": clip["face_identity"][picture]}
         else:
-            mouth, count = clip.mouth.float() / 255, len(clip.faces)
+            mouth, count = clip["mouth"].float() / 255, len(clip["faces"])
             if self.augment:
                 mouth = augment_mouth(mouth, generator)
             picture = int(torch.randint(count, (1,), generator=generator))
-            face = clip.faces[picture].permute(2, 0, 1).float() / 255
+            face = clip["faces"][picture].permute(2, 0, 1).float() / 255
             if self.augment:
                 face = (face * (0.85 + 0.3 * torch.rand(1, generator=generator))).clamp(0, 1)
             item |= {"mouth": mouth, "face": face}
-        at = 2 * picture_frames(len(whole.phoneme), count)[picture] // 25
-        return item | {"face_expression": whole.expression[at]}
+        at = 2 * picture_frames(len(whole["phoneme"]), count)[picture] // 25
+        return item | {"face_expression": whole["expression"][at]}
 
-    def _crop(self, clip: HiCoDiTSample, generator: torch.Generator) -> tuple[HiCoDiTSample, HiCoDiTSample]:
-        """A random part of a clip that is too long, and the clip. Its face pictures may be from anywhere in the clip.
+    def _crop(self, clip: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """Return a random part of a clip that is too long. Its face pictures may be from anywhere in the clip.
 
         Parts begin at whole seconds, where a window of expression does.
         """
-        spare = 0 if self.most is None else len(clip.phoneme) - self.most
+        spare = 0 if self.most is None else len(clip["phoneme"]) - self.most
         if spare <= 0:
-            return clip, clip
+            return clip
         start = SECOND * int(torch.randint(spare // SECOND + 1, (), generator=generator))
         frames, windows = slice(start, start + self.most), slice(windows_of(start), windows_of(start + self.most))
         tokens = slice(TOKENS_PER_FRAME * frames.start, TOKENS_PER_FRAME * frames.stop)
         parts = {"tokens": tokens, "expression": windows, "heard_expression": windows}
         parts |= dict.fromkeys(("phoneme", "mouth", "lip"), frames)
-        cut = {name: getattr(clip, name)[part] for name, part in parts.items() if getattr(clip, name) is not None}
-        return replace(clip, **cut), clip
+        return clip | {name: clip[name][part] for name, part in parts.items() if name in clip}
 
     @staticmethod
     def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from engine.errors import UserError
 from engine.evaluation.clips import Clip
@@ -22,7 +24,7 @@ from engine.metrics.registry import metrics_of
 from engine.metrics.speaker import GE2EEncoder
 from engine.settings import override, require_choice
 from hicodit.conditions.types import Crops
-from hicodit.data import HiCoDiTDataset, HiCoDiTSample
+from hicodit.data import HiCoDiTDataset
 from hicodit.generation import windows
 from hicodit.pipeline import BUNDLED, FPS, Features, HiCoDiTPipeline
 from hicodit.settings import with_preset
@@ -127,40 +129,40 @@ def evaluate_clips(
     own, samples = share.range(len(samples)), share.pick(samples)
     if not own:
         return {}
-    crops = [stored_crops(pipeline.system, clip) for clip in samples]
+    crops = [stored_crops(pipeline.system, clip) for _, clip in samples]
     order = sorted(range(len(crops)), key=lambda i: len(crops[i]))
     spoken = {}
     for start in range(0, len(order), 16):
         group = order[start : start + 16]
         spoken |= zip(group, pipeline.run([crops[i] for i in group], [own.start + i for i in group]))
     speeches = [spoken[i] for i in range(len(crops))]
-    for n, clip, speech in zip(range(WAVES)[own.start :], samples, speeches):
-        write_wav(folder / f"{clip.info['key']}.wav", speech.wave, speech.rate)
-        if n < VIDEOS and clip.mouth is not None:
+    for n, (info, clip), speech in zip(range(WAVES)[own.start :], samples, speeches):
+        write_wav(folder / f"{info['key']}.wav", speech.wave, speech.rate)
+        if n < VIDEOS and "mouth" in clip:
             mouth = speech.crops.mouth.repeat(4, 1).repeat(4, 2)[..., None].repeat(3, 3)
-            write_video(folder / f"{clip.info['key']}.mp4", mouth, FPS, speech.wave, speech.rate)
-    texts, waves = [clip.info["text"] for clip in samples], [speech.wave for speech in speeches]
+            write_video(folder / f"{info['key']}.mp4", mouth, FPS, speech.wave, speech.rate)
+    texts, waves = [info["text"] for info, _ in samples], [speech.wave for speech in speeches]
     compared = any(metric.pair for metric in metrics_of(metrics))
-    true = pipeline.decode_tokens([clip.tokens.T for clip in samples]) if compared else None
+    true = pipeline.decode_tokens([clip["tokens"].T for _, clip in samples]) if compared else None
     rate, device = pipeline.codec.sample_rate, str(pipeline.device)
     return measure_clips(metrics, texts, waves, true, rate, recogniser, device=device, numbers=own)
 
 
-def stored_samples(data: HiCoDiTDataset, clips: int) -> list[HiCoDiTSample]:
+def stored_samples(data: HiCoDiTDataset, clips: int) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
     """Read `clips` clips, evenly spread over a prepared split; replacements for incomplete clips are not repeated."""
     chosen = torch.linspace(0, len(data) - 1, min(clips, len(data))).round().long().tolist()
-    return list({clip.info["key"]: clip for clip in map(data.read, chosen)}.values())
+    return list({info["key"]: (info, clip) for info, clip in map(data.read, chosen)}.values())
 
 
 @torch.inference_mode()
-def stored_crops(system: HiCoDiTSystem, clip: HiCoDiTSample) -> Crops | Features:
-    """Return crops of a prepared clip, or its features where it holds those in place of pictures.
+def stored_crops(system: HiCoDiTSystem, clip: Mapping[str, Tensor]) -> Crops | Features:
+    """Return crops of a prepared clip (`HiCoDiTDataset.read`), or its features where it holds those.
 
     Each frame whose expression is read takes the nearest of the stored face pictures.
     """
-    if clip.lip is not None:
-        return Features(clip.lip.numpy(), clip.face_identity.numpy(), clip.expression.numpy())
-    frames = len(clip.mouth)
-    pictures = clip.faces[torch.arange(0, frames, system.encoders.config.picture_every) * len(clip.faces) // frames]
+    if "lip" in clip:
+        return Features(*(clip[name].numpy() for name in ("lip", "face_identity", "expression")))
+    frames, faces = len(clip["mouth"]), clip["faces"]
+    pictures = faces[torch.arange(0, frames, system.encoders.config.picture_every) * len(faces) // frames]
     expression = system.window_classes(system.read_expressions(pictures.movedim(-1, 1)), frames)
-    return Crops(clip.mouth.numpy(), pictures[system.voice_pictures(frames)].numpy(), expression)
+    return Crops(clip["mouth"].numpy(), pictures[system.voice_pictures(frames)].numpy(), expression)

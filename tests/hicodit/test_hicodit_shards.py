@@ -63,13 +63,13 @@ def test_clips_come_out_as_they_are_stored(data, codec):
     clips, stored = dataset(data, codec), ShardSplit(data / "train")
     assert len(clips) == 9
     for i in range(9):
-        clip, (info, tensors) = clips.read(i), stored[i]
+        (read, clip), (info, tensors) = clips.read(i), stored[i]
         for name in ("mouth", "faces", "ge2e"):
-            assert torch.equal(getattr(clip, name), tensors[name]), name
+            assert torch.equal(clip[name], tensors[name]), name
         for name in ("tokens", "expression"):
-            assert torch.equal(getattr(clip, name), tensors[name].long()), name
-        assert torch.equal(clip.phoneme, tensors.get("phoneme", torch.zeros(FRAMES[i])).long())
-        assert clip.info == info
+            assert torch.equal(clip[name], tensors[name].long()), name
+        assert torch.equal(clip["phoneme"], tensors.get("phoneme", torch.zeros(FRAMES[i])).long())
+        assert read == info
 
 
 @pytest.mark.parametrize("changes", [{}, {"by_length": True}], ids=["count", "length"])
@@ -118,7 +118,7 @@ def longer(data, digests, tmp_path):
 def test_too_short_clips_are_left_out_and_counted(longer, codec, capsys):
     clips = HiCoDiTDataset(longer, codec, shards={"window": 1})
     assert "1 of 6 samples are left out, shorter than 5 frames" in capsys.readouterr().err
-    assert [clips.read(i).info["key"] for i in range(len(clips))] == ["clip0", "clip1", "clip2", "long", "least"]
+    assert [clips.read(i)[0]["key"] for i in range(len(clips))] == ["clip0", "clip1", "clip2", "long", "least"]
     assert clips.blocks.sizes == [2, 1, 2]
     with pytest.raises(UserError, match="has no samples of 100 frames or more"):
         ShardSplit(longer, least_frames=100)
@@ -132,7 +132,7 @@ def test_a_clip_without_pictures_is_left_out_and_counted(data, codec, digests, t
         samples[i] = samples[i][0], {k: x for k, x in samples[i][1].items() if k not in ("mouth", "faces")}
     write_split(tmp_path / "train", samples, 2, digests=digests)
     clips = HiCoDiTDataset(tmp_path / "train", codec, augment=False)
-    found = [clips.read(i).info["key"] for i in range(len(clips))]
+    found = [clips.read(i)[0]["key"] for i in range(len(clips))]
     assert "3 of 6 samples are left out, as they have no mouth, faces\n" in capsys.readouterr().err
     assert found == ["clip0", "clip2", "clip3"] and clips.lengths.tolist() == [24 * FRAMES[i] for i in (0, 2, 3)]
     assert HiCoDiTDataset(tmp_path / "train", codec, shards={"window": 1}).blocks.sizes == [1, 2, 0]

@@ -208,7 +208,7 @@ def test_validation_from_features_sees_what_the_pictures_show(system, release, s
     assert calls == [] and set(found) == ({"stoi"} if importlib.util.find_spec("pystoi") else set())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip0.wav", "clip1.wav", "clip2.wav"]
     pictures, features = (
-        pipeline.conditions([stored_crops(system, data.read(i)) for i in range(3)])
+        pipeline.conditions([stored_crops(system, data.read(i)[1]) for i in range(3)])
         for data in (HiCoDiTDataset(shards / "both", codec, kind) for kind in ("tiny", "released"))
     )
     assert torch.equal(features.frames, pictures.frames) and features.expression.shape == (3, 2)
@@ -216,7 +216,7 @@ def test_validation_from_features_sees_what_the_pictures_show(system, release, s
     torch.testing.assert_close(features.lip[1, :9], pictures.lip[1, :9], rtol=2e-3, atol=2e-3)
     whole = [0, 2]  # of the short clip other pictures are seen: one in five frames
     torch.testing.assert_close(features.identity[whole], pictures.identity[whole], rtol=2e-3, atol=2e-3)
-    assert features.expression[2].tolist() == HiCoDiTDataset(shards / "both", codec).read(2).expression.tolist()
+    assert features.expression[2].tolist() == HiCoDiTDataset(shards / "both", codec).read(2)[1]["expression"].tolist()
 
 
 def test_shards_without_features_are_refused_for_encoders_that_do_not_learn(release, shards):
