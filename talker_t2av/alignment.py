@@ -9,7 +9,7 @@ Axes: B batch, T tokens, F frames, M patches, P frames of a patch, D width, h he
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +21,6 @@ from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 from engine.device import send
 
 if TYPE_CHECKING:
-    from talker_t2av.losses import TalkerBatch
     from talker_t2av.model import TalkerT2AV
     from talker_t2av.text import TalkerTokenizer
 
@@ -86,17 +85,17 @@ class Alignment:
         hidden = named["hidden_states"] if "hidden_states" in named else args[0]
         self.inputs.append((attention, hidden, named["position_embeddings"]))
 
-    def loss(self, batch: TalkerBatch, mask: Tensor, size: int) -> Tensor:
+    def loss(self, batch: Mapping[str, Tensor], mask: Tensor, size: int) -> Tensor:
         """Mean negative logarithm of the attention (B, T) that goes to the tokens of the next patch.
 
         mask: (B, T), 1 at real tokens, with the task token in front. size: frames of a patch.
         """
         device = self.inputs[0][1].device
-        frames = torch.arange(batch.pointer.shape[1]) < batch.speech_frames[:, None]
-        at = torch.where(frames, 1 + batch.pointer, -1)  # one task token in front
+        frames = torch.arange(batch["pointer"].shape[1]) < batch["speech_frames"][:, None]
+        at = torch.where(frames, 1 + batch["pointer"], -1)  # one task token in front
         at = F.pad(at, (0, -at.shape[1] % size), value=-1).unflatten(1, (-1, size))  # (B, M, P)
         row, patch = (at[..., 0] >= 0).nonzero(as_tuple=True)
-        pointer, start = at[row, patch], batch.speech_span[row, 0]
+        pointer, start = at[row, patch], batch["speech_span"][row, 0]
         row, query, first, last = send(torch.stack([row, start + patch, pointer[:, 0], pointer.amax(1)]), device)
         mask, place = send(mask, device), torch.arange(mask.shape[1], device=device)
         meant = (place >= first[:, None]) & (place <= last[:, None])

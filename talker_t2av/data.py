@@ -83,9 +83,10 @@ def collate(
     classes: of the tokens, see `token_classes`: adds `pointer` (B, F), the token that each frame says.
 
     Returns:
-        input_ids, attention_mask (B, T); speech_span (B, 2); speech (B, F, Ds); motion (B, Fm, Dm), Fm rounded up to
-        whole patches, 0 if the batch has no motion; speech_frames, motion_frames (B,), the latter 0 in TTS rows;
-        speaker (B, G). Whatever else the items hold is padded along its first axis.
+        input_ids, attention_mask (B, T); speech_span (B, 2), the first placeholder and one past the last, (-1, -1)
+        where there is none; speech (B, F, Ds); motion (B, Fm, Dm) normalised, Fm rounded up to whole patches, 0 if the
+        batch has no motion; speech_frames, motion_frames (B,), the latter 0 in TTS rows; speaker (B, G). Whatever else
+        the items hold, as `phoneme` (B, F), is padded along its first axis.
     """
     batch = {}
     for name, value in items[0].items():

@@ -27,7 +27,7 @@ from engine.training.task import Release
 from talker_t2av.data import TalkerExamples, collate
 from talker_t2av.diffusion_head import FlowHead
 from talker_t2av.flow_matching import guide, solver_times, zero_steps
-from talker_t2av.losses import Examples, TalkerBatch, training_forward
+from talker_t2av.losses import Examples, training_forward
 from talker_t2av.model import TalkerT2AV
 from talker_t2av.task import VALIDATION_BATCH, TalkerTask, load_start
 
@@ -177,7 +177,7 @@ class TalkerDistillTask(TalkerTask):
     @torch.no_grad()
     def examples(self, batch: dict[str, Tensor]) -> dict[str, Examples]:
         """What the heads are asked for in a batch; the true latents `x1` are not learned from."""
-        forward = training_forward(self.model, TalkerBatch.of(batch))
+        forward = training_forward(self.model, batch)
         return {"speech": forward.speech, "motion": forward.motion}
 
     def draw(self, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ official program. Without examples the loss is 0 but still depends on every para
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,37 +24,6 @@ from talker_t2av.request import ORDERS, T2AV, TTS
 
 IGNORED = -100
 LONGEST_SPAN = 187  # patches; longer clips were cut at 30 s, so that their end is unknown
-
-
-@dataclass(frozen=True)
-class TalkerBatch:
-    """Padded training samples.
-
-    input_ids, attention_mask: (B, T0), padded on the right.
-    speech_span: (B, 2) first placeholder and one past the last; (-1, -1) where there is none.
-    speech: (B, F, Ds) latents. speech_frames: (B,) how many count.
-    motion: (B, Fm, Dm) normalised. motion_frames: (B,); 0 makes a row TTS.
-    speaker: (B, G) embeddings.
-    phoneme, pointer: (B, F) class of each speech frame, and the token of `input_ids` that it says; or None.
-
-    All but ids, phonemes, latents and embeddings should be on the host: shapes and places are computed from them.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    speech_span: Tensor
-    speech: Tensor
-    speech_frames: Tensor
-    motion: Tensor
-    motion_frames: Tensor
-    speaker: Tensor
-    phoneme: Tensor | None = None
-    pointer: Tensor | None = None
-
-    @classmethod
-    def of(cls, batch: dict[str, Tensor]) -> TalkerBatch:
-        """From a dict that may hold more."""
-        return cls(**{field.name: batch[field.name] for field in fields(cls) if field.name in batch})
 
 
 @dataclass(frozen=True)
@@ -114,26 +83,24 @@ class TrainingForward:
     pos_weight: Tensor
 
 
-def training_forward(
-    model: TalkerT2AV,
-    batch: TalkerBatch,
-    share: float = 1.0,
-) -> TrainingForward:
+def training_forward(model: TalkerT2AV, batch: Mapping[str, Tensor], share: float = 1.0) -> TrainingForward:
     """Run the backbone and collect the examples of both heads, each `repeats` times in a row.
 
     Args:
+        batch: of `talker_t2av.data.collate`. All but ids, phonemes, latents and embeddings should be on the host, where
+            shapes and places are computed.
         share: of the patches that the heads train on, drawn at random.
     """
-    c, device = model.config, batch.speech.device
-    with_motion = batch.motion_frames > 0
+    c, device = model.config, batch["speech"].device
+    with_motion = batch["motion_frames"] > 0
     task = torch.where(with_motion, T2AV, TTS)
-    embeds = torch.cat([model.task_embedding(send(task, device))[:, None], model.embed_text(batch.input_ids)], 1)
-    mask = F.pad(batch.attention_mask, (1, 0), value=1)
-    span = batch.speech_span + (batch.speech_span[:, :1] >= 0)
+    embeds = torch.cat([model.task_embedding(send(task, device))[:, None], model.embed_text(batch["input_ids"])], 1)
+    mask = F.pad(batch["attention_mask"], (1, 0), value=1)
+    span = batch["speech_span"] + (batch["speech_span"][:, :1] >= 0)
     start, slots = span[:, 0], (span[:, 1] - span[:, 0]).clamp(min=0)
 
-    speech = PatchStream.of(batch.speech, batch.speech_frames, c.patch_size)
-    motion = PatchStream.of(batch.motion, batch.motion_frames, c.patch_size)
+    speech = PatchStream.of(batch["speech"], batch["speech_frames"], c.patch_size)
+    motion = PatchStream.of(batch["motion"], batch["motion_frames"], c.patch_size)
     step = 1 + with_motion * (c.order in ORDERS)  # tokens of a patch
     filled = torch.where(with_motion, torch.maximum(speech.patches, motion.patches + c.delay), speech.patches)
     filled = torch.minimum(filled, slots // step)
@@ -141,13 +108,14 @@ def training_forward(
     embeds = _fill_slots(model, embeds, start, step, turns, filled, speech, motion, with_motion)
     hidden = model.padded_backbone(embeds, mask)
     labels = stop_labels(start, span[:, 1] - start, embeds.shape[1], c.patch_size, FPS, step=step)
-    first_motion = batch.motion[:, 0] if batch.motion.shape[1] else batch.motion.new_zeros(len(task), c.motion_dim)
+    frames = batch["motion"]
+    first_motion = frames[:, 0] if frames.shape[1] else frames.new_zeros(len(task), c.motion_dim)
     begin = {"speech": start + turns["speech"], "motion": start + c.delay + turns["motion"]}
     return TrainingForward(
         embeds,
         mask,
         hidden,
-        _examples(hidden, begin["speech"], step, slots, speech, batch.speaker, c, share),
+        _examples(hidden, begin["speech"], step, slots, speech, batch["speaker"], c, share),
         _examples(hidden, begin["motion"], step, slots, motion, first_motion, c, share),
         *(send(x, device) for x in labels),
     )
@@ -223,18 +191,18 @@ def stop_loss(logits: Tensor, labels: Tensor, pos_weight: Tensor, share: float =
     return (loss * counted).sum() / counted.sum().clamp(min=1)
 
 
-def phoneme_loss(model: TalkerT2AV, hidden: Tensor, batch: TalkerBatch) -> Tensor:
+def phoneme_loss(model: TalkerT2AV, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     """Cross entropy of the phonemes of each patch's frames, told from the state before the patch.
 
     hidden: (B, T, D) of `training_forward`.
     """
     size, count = model.config.patch_size, model.config.phonemes
-    labels = batch.phoneme.long()
+    labels = batch["phoneme"].long()
     frame = torch.arange(labels.shape[1], device=labels.device)
-    labels = labels.masked_fill(send(frame >= batch.speech_frames[:, None], labels.device), -100)
+    labels = labels.masked_fill(send(frame >= batch["speech_frames"][:, None], labels.device), -100)
     labels = F.pad(labels, (0, -labels.shape[1] % size), value=-100).unflatten(1, (-1, size))  # (B, M, P)
     patch = torch.arange(labels.shape[1], device=hidden.device)
-    position = send(batch.speech_span[:, :1], hidden.device) + patch  # one task token before, one place earlier
+    position = send(batch["speech_span"][:, :1], hidden.device) + patch  # one task token before, one place earlier
     position = position.clamp(0, hidden.shape[1] - 1)
     states = hidden.gather(1, position[..., None].expand(-1, -1, hidden.shape[-1]))
     logits = model.head_phoneme(states).unflatten(-1, (size, count)).float()

@@ -34,7 +34,7 @@ from talker_t2av.data import TalkerExamples, collate, digests_of, holds_motion
 from talker_t2av.faces import find_square, read_square
 from talker_t2av.generation import Result, Rows
 from talker_t2av.layers import Block
-from talker_t2av.losses import TalkerBatch, phoneme_loss, training_forward, training_losses
+from talker_t2av.losses import phoneme_loss, training_forward, training_losses
 from talker_t2av.model import FPS, TalkerConfig, TalkerT2AV
 from talker_t2av.particles import why_not
 from talker_t2av.request import MODES, Request, Sampling
@@ -165,15 +165,14 @@ class TalkerTask(Task):
 
     def forward(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
         """Losses of a batch; see `data.collate`."""
-        rows = TalkerBatch.of(batch)
-        with Alignment(self.model, self.guided_layers if rows.pointer is not None else ()) as alignment:
-            forward = training_forward(self.model, rows, self.head_share if self.training else 1.0)
+        with Alignment(self.model, self.guided_layers if "pointer" in batch else ()) as alignment:
+            forward = training_forward(self.model, batch, self.head_share if self.training else 1.0)
         losses = training_losses(self.model, forward)
         more = {}
-        if rows.phoneme is not None and self.model.config.phonemes:
-            more["phoneme"] = phoneme_loss(self.model, forward.hidden, rows)
+        if "phoneme" in batch and self.model.config.phonemes:
+            more["phoneme"] = phoneme_loss(self.model, forward.hidden, batch)
         if alignment.inputs:
-            more["alignment"] = alignment.loss(rows, forward.mask, self.model.config.patch_size)
+            more["alignment"] = alignment.loss(batch, forward.mask, self.model.config.patch_size)
         losses["loss"] = losses["loss"] + sum(more.values())
         losses |= more
         return losses

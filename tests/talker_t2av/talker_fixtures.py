@@ -14,7 +14,6 @@ from engine.media.audio import write_wav
 from engine.media.video import write_video
 from lia_x import LiaX, LiaXConfig
 from talker_t2av.generation import Result, Rows
-from talker_t2av.losses import TalkerBatch
 from talker_t2av.model import TalkerConfig, TalkerT2AV
 from talker_t2av.request import Mode, Request, Sampling
 from talker_t2av.speaker.encoder import VoiceEncoder, VoiceEncoderConfig
@@ -69,19 +68,19 @@ def generate(model: TalkerT2AV, requests: list[Request], mode: Mode, sampling: S
     return Rows(model, mode, sampling, len(requests), **how).generate(requests)
 
 
-def utterance(asked: Request, speech: torch.Tensor, motion: torch.Tensor, slots: int) -> TalkerBatch:
+def utterance(asked: Request, speech: torch.Tensor, motion: torch.Tensor, slots: int) -> dict[str, torch.Tensor]:
     """The training batch of a request's prompt with these frames in `slots` places."""
     start = len(asked.prompt)
-    return TalkerBatch(
-        input_ids=torch.tensor([[*asked.prompt, *[7] * slots]]),
-        attention_mask=torch.ones(1, start + slots, dtype=torch.long),
-        speech_span=torch.tensor([[start, start + slots]]),
-        speech=speech[None],
-        speech_frames=torch.tensor([len(speech)]),
-        motion=motion[None],
-        motion_frames=torch.tensor([len(motion)]),
-        speaker=asked.speaker[None],
-    )
+    return {
+        "input_ids": torch.tensor([[*asked.prompt, *[7] * slots]]),
+        "attention_mask": torch.ones(1, start + slots, dtype=torch.long),
+        "speech_span": torch.tensor([[start, start + slots]]),
+        "speech": speech[None],
+        "speech_frames": torch.tensor([len(speech)]),
+        "motion": motion[None],
+        "motion_frames": torch.tensor([len(motion)]),
+        "speaker": asked.speaker[None],
+    }
 
 
 def all_frames(asked: Request, result: Result) -> tuple[torch.Tensor, torch.Tensor]:

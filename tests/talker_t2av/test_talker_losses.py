@@ -1,7 +1,5 @@
 """The training forward beside its golden cases (`llm_forward_*`): padding, the task, and the stop head's labels."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,26 +7,26 @@ from talker_fixtures import DM, DS, tiny_model
 from torch.nn.utils.rnn import pad_sequence
 
 from talker_t2av.data import SequenceFormat
-from talker_t2av.losses import IGNORED, TalkerBatch, stop_labels, stop_loss, training_forward, training_losses
+from talker_t2av.losses import IGNORED, stop_labels, stop_loss, training_forward, training_losses
 
 
-def batch_of(rows: list[tuple[int, int, int]], seed: int = 0) -> TalkerBatch:
+def batch_of(rows: list[tuple[int, int, int]], seed: int = 0) -> dict[str, torch.Tensor]:
     """Rows of so many prompt tokens, speech frames and motion frames; without motion, none are given."""
     g = torch.Generator().manual_seed(seed)
     slots = [-(-speech // 4) for _, speech, _ in rows]
     lengths = torch.tensor([prompt + own + 2 for (prompt, *_), own in zip(rows, slots)])
     ids = [torch.randint(0, 250, (length,), generator=g) for length in lengths]
     frames, motions = max(r[1] for r in rows), max(r[2] for r in rows)
-    return TalkerBatch(
-        input_ids=pad_sequence(ids, batch_first=True),
-        attention_mask=(torch.arange(lengths.max()) < lengths[:, None]).long(),
-        speech_span=torch.tensor([(prompt, prompt + own) for (prompt, *_), own in zip(rows, slots)]),
-        speech=torch.randn(len(rows), frames, DS, generator=g),
-        speech_frames=torch.tensor([r[1] for r in rows]),
-        motion=torch.randn(len(rows), motions, DM, generator=g),
-        motion_frames=torch.tensor([r[2] for r in rows]),
-        speaker=torch.randn(len(rows), 256, generator=g),
-    )
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": (torch.arange(lengths.max()) < lengths[:, None]).long(),
+        "speech_span": torch.tensor([(prompt, prompt + own) for (prompt, *_), own in zip(rows, slots)]),
+        "speech": torch.randn(len(rows), frames, DS, generator=g),
+        "speech_frames": torch.tensor([r[1] for r in rows]),
+        "motion": torch.randn(len(rows), motions, DM, generator=g),
+        "motion_frames": torch.tensor([r[2] for r in rows]),
+        "speaker": torch.randn(len(rows), 256, generator=g),
+    }
 
 
 ROWS = [(5, 14, 12), (7, 9, 0), (4, 21, 20)]
@@ -36,13 +34,12 @@ ROWS = [(5, 14, 12), (7, 9, 0), (4, 21, 20)]
 
 def test_padding_changes_nothing():
     model, batch = tiny_model(), batch_of(ROWS)
-    wider = replace(
-        batch,
-        input_ids=F.pad(batch.input_ids, (0, 3), value=9),
-        attention_mask=F.pad(batch.attention_mask, (0, 3)),
-        speech=F.pad(batch.speech, (0, 0, 0, 7), value=5.0),
-        motion=F.pad(batch.motion, (0, 0, 0, 8), value=5.0),
-    )
+    wider = batch | {
+        "input_ids": F.pad(batch["input_ids"], (0, 3), value=9),
+        "attention_mask": F.pad(batch["attention_mask"], (0, 3)),
+        "speech": F.pad(batch["speech"], (0, 0, 0, 7), value=5.0),
+        "motion": F.pad(batch["motion"], (0, 0, 0, 8), value=5.0),
+    }
     torch.manual_seed(0)
     one = training_losses(model, training_forward(model, batch))
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ from talker_fixtures import tiny_model
 
 from engine.errors import UserError
 from talker_t2av.alignment import Alignment, align, token_classes
-from talker_t2av.losses import TalkerBatch, training_forward
+from talker_t2av.losses import training_forward
 from talker_t2av.phonemes import SYMBOLS, phonemizer
 from talker_t2av.text import TalkerTokenizer, load_tokenizer, phoneme_tokenizer
 
@@ -87,17 +87,17 @@ def test_frames_are_aligned_with_the_tokens_that_they_say():
 def test_guidance_is_the_attention_that_misses_the_tokens_of_the_next_patch():
     model = tiny_model()
     torch.manual_seed(0)
-    batch = TalkerBatch(
-        input_ids=torch.randint(0, 99, (2, 15)),
-        attention_mask=torch.ones(2, 15, dtype=torch.long),
-        speech_span=torch.tensor([[9, 14], [9, 12]]),
-        speech=torch.randn(2, 20, 4),
-        speech_frames=torch.tensor([20, 12]),
-        motion=torch.zeros(2, 0, 5),
-        motion_frames=torch.zeros(2, dtype=torch.long),
-        speaker=torch.randn(2, 256),
-        pointer=(torch.arange(20) // 3).expand(2, -1),
-    )
+    batch = {
+        "input_ids": torch.randint(0, 99, (2, 15)),
+        "attention_mask": torch.ones(2, 15, dtype=torch.long),
+        "speech_span": torch.tensor([[9, 14], [9, 12]]),
+        "speech": torch.randn(2, 20, 4),
+        "speech_frames": torch.tensor([20, 12]),
+        "motion": torch.zeros(2, 0, 5),
+        "motion_frames": torch.zeros(2, dtype=torch.long),
+        "speaker": torch.randn(2, 256),
+        "pointer": (torch.arange(20) // 3).expand(2, -1),
+    }
     with Alignment(model, [1]) as alignment:
         forward = training_forward(model, batch)
     loss = alignment.loss(batch, forward.mask, 4)

@@ -14,7 +14,7 @@ from engine.release import load_strict
 from talker_t2av import flow_matching as flow
 from talker_t2av.diffusion_head import DiffusionHead, FlowHead, TimeMLP, time_features
 from talker_t2av.layers import Block, PatchEncoder, Rotary, rotate
-from talker_t2av.losses import IGNORED, TalkerBatch, stop_labels, training_forward, training_losses
+from talker_t2av.losses import IGNORED, stop_labels, training_forward, training_losses
 from talker_t2av.model import POSITIVE_SHARE, StopPredictor, TalkerConfig, TalkerT2AV
 from talker_t2av.released import LM_HEAD, complete
 from tests.golden.runners import Case, meta_runner
@@ -203,16 +203,16 @@ def run_stop_predictor(case: Case) -> dict[str, Tensor]:
 @meta_runner("llm_forward")
 def run_training_forward(case: Case) -> dict[str, Any]:
     model, i = talker(case), case.inputs
-    batch = TalkerBatch(
-        input_ids=i["input_ids"],
-        attention_mask=i["attention_mask"],
-        speech_span=i["speech_span"],
-        speech=i["speech_latent"],
-        speech_frames=i["mel_len"],
-        motion=i["motion"],
-        motion_frames=i["motion_len"],
-        speaker=i["speaker_emb"],
-    )
+    batch = {
+        "input_ids": i["input_ids"],
+        "attention_mask": i["attention_mask"],
+        "speech_span": i["speech_span"],
+        "speech": i["speech_latent"],
+        "speech_frames": i["mel_len"],
+        "motion": i["motion"],
+        "motion_frames": i["motion_len"],
+        "speaker": i["speaker_emb"],
+    }
     forward = training_forward(model, batch)
     draws = {name: draws_of(case, f"draw.{name}.") if f"draw.{name}.z" in i else None for name in ("speech", "motion")}
     dummy = len(forward.motion.x1) == 0
