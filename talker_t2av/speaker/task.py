@@ -152,7 +152,8 @@ class VoiceEncoderTask(Task):
         for split in ("train", "seen", "unseen") if share.first else ():
             clips = VoiceClips(self.corpus, self.shards, split, self.encoder.config.bands)
             count = min(len(clips), 8 * len(clips.voices.unique())) if split == "train" else len(clips)
-            outputs = torch.stack([self.encoder(clips.mel(i)[None])[0] for i in range(count)])
+            mels = (clips.mel(i)[None].to(self.means.device) for i in range(count))
+            outputs = torch.cat([self.encoder(mel).cpu() for mel in mels])
             results[f"{split}/cosine"] = F.cosine_similarity(outputs, clips.ge2e[:count]).mean().item()
         return results
 
