@@ -149,9 +149,9 @@ def evaluate_clips(
 
 
 def stored_samples(data: HiCoDiTDataset, clips: int) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
-    """Read `clips` clips, evenly spread over a prepared split; replacements for incomplete clips are not repeated."""
+    """Read `clips` clips, evenly spread over a prepared split, as `HiCoDiTDataset.read` does."""
     chosen = torch.linspace(0, len(data) - 1, min(clips, len(data))).round().long().tolist()
-    return list({info["key"]: (info, clip) for info, clip in map(data.read, chosen)}.values())
+    return [data.read(index) for index in chosen]
 
 
 @torch.inference_mode()

@@ -55,7 +55,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--version", type=int, choices=SPLITS, default=1, help="of the corpus (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the corpus (default: %(default)s)")
     parser.add_argument(
-        "--more-voices", type=int, default=0, help="that training clips have beside the 400 (default: %(default)s)"
+        "--more-voices", type=int, default=0, help="further voices of training clips, beside the 400 (default: 0)"
     )
     parser.add_argument(
         "--workers", type=int, default=2, help="number of processes; does not change the result (default: %(default)s)"

@@ -147,7 +147,7 @@ def window_expressions(frames: int, first: str, second: str, change: float | Non
 
 
 class ClipMaker:
-    """Makes clips of one corpus under `root`; one for a process. `more`: voices that the training clips have beside."""
+    """Makes clips of one corpus under `root`; one for a process. `more`: further voices of training clips."""
 
     def __init__(self, root: Path, seed: int, version: int, more: int = 0) -> None:
         cv2.setNumThreads(1)

@@ -26,7 +26,8 @@ class Voice:
 
     Attributes:
         number: counted from 0; training voices come first.
-        group: "train", "unseen" (heard in that test split alone), "dev" (in that split alone) or "more".
+        group: "train", "unseen" (heard in that test split alone), "dev" (in that split alone) or "more"
+            (further voices for training).
         lines: of the espeak-ng voice file.
         face: what the voice looks like.
         traits: what voice and face share; None in version 1.
@@ -43,8 +44,8 @@ def load_voices(version: int = 1, more: int = 0) -> list[Voice]:
     """All voices of a version, in the order of their numbers.
 
     Args:
-        more: so many of the group "more" follow, of the next seeds, of versions 2 and 3. Nothing is known of them: some
-            are hard to understand, and in some faces OpenCV finds none.
+        more: number of further voices of versions 2 and 3, group "more", of the next seeds. They are not checked: some
+            are hard to understand, and OpenCV finds some of their faces not at all.
     """
     if version == 1:
         return [

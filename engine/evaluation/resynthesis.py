@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from engine.codec import Codec, PortraitCodec
 from engine.device import send
@@ -64,7 +65,13 @@ def rebuild_wave(codec: Codec, wave: np.ndarray, levels: int | None = None) -> n
     """Encode and decode a wave (N,) at the codec's rate; of levels of codes the first `levels`, None: all."""
     code = codec.encode(send(torch.from_numpy(wave.copy())[None, None], next(codec.parameters()).device))
     code = code if levels is None else code[:, :levels]
-    return fit_length(codec.decode(code)[0, 0].float().cpu().numpy(), len(wave))
+    return decode_wave(codec, code, len(wave))
+
+
+def decode_wave(codec: Codec, code: Tensor, samples: int) -> np.ndarray:
+    """Decode the code of one wave to `samples` samples (N,): cut, or filled up with zeros at the end."""
+    wave = codec.decode(code)[0, 0, :samples].float().cpu().numpy()
+    return np.pad(wave, (0, samples - len(wave)))
 
 
 def rebuild(codec: PortraitCodec, frames: np.ndarray, face: np.ndarray | None = None) -> np.ndarray:
@@ -73,8 +80,3 @@ def rebuild(codec: PortraitCodec, frames: np.ndarray, face: np.ndarray | None = 
     motion = codec.encode(video_to_tensor(frames, codec.size))  # which sends them part by part
     picture = identity_to_tensor(frames[0] if face is None else face, codec.size)
     return to_bytes(codec.decode(motion, codec.identity(send(picture, device))))
-
-
-def fit_length(wave: np.ndarray, samples: int) -> np.ndarray:
-    """Cut (N,), or pad it with zeros at the end, to `samples`."""
-    return np.pad(wave[:samples], (0, max(0, samples - len(wave))))

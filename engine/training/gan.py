@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.codec import Codec
-from engine.evaluation.resynthesis import fit_length
+from engine.evaluation.resynthesis import decode_wave
 from engine.evaluation.validation import ByClip, Share
 from engine.media.audio import write_wav
 from engine.nn.audio_losses import MultiScaleMelLoss
@@ -64,7 +64,7 @@ class GANTask(Task):
             for number in share.range(len(waves)):
                 wave = torch.from_numpy(waves[number])[None, None].to(device)
                 code = self.codec.encode(wave)
-                decoded = fit_length(self.codec.decode(code)[0, 0].float().cpu().numpy(), wave.shape[-1])
+                decoded = decode_wave(self.codec, code, wave.shape[-1])
                 mel[number] = self.mel_loss(torch.from_numpy(decoded)[None, None].to(device), wave).item()
                 facts[number] = self.code_facts(code)
                 if number == 0:
