@@ -31,7 +31,7 @@ WAVE = "talker_t2av/pipeline.py:complete"  # sound, latents and motion, each onc
 HOP = "talker_t2av/pipeline.py:_waves"  # sound of a hop
 PICTURES = "engine/media/pictures.py:to_bytes"  # of 64 frames, or of a hop
 DRAFTS = "talker_t2av/particles.py:leave"  # which drafts went on, and which one is the best
-DECODED = "engine/evaluation/resynthesis.py:rebuild_wave"  # sound of a clip
+DECODED = "engine/evaluation/resynthesis.py:decode_wave"  # sound of a clip
 END = 6  # patches after which the stop head ends all rows
 
 
