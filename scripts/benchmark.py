@@ -24,7 +24,7 @@ from engine.files import writable
 from engine.record import RESULTS, write_record
 from engine.settings import DEVICES
 
-NAMES = ("claims", "faces", "finetune", "grid", "inference", "prosody", "serving", "speaking", "training")
+NAMES = ("claims", "faces", "finetune", "grid", "inference", "serving", "speaking", "training")
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
