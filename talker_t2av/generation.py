@@ -144,7 +144,10 @@ class Rows:
     Attributes:
         rows: those that run, in the order of their places.
         patch: what the last step drew.
+        length: N.
     """
+
+    drafts = 1  # rows of a request
 
     def __init__(
         self,
@@ -174,18 +177,17 @@ class Rows:
         self.rows: list[Row] = []
         self.patch: Patch | None = None
         self.steps_taken = 0
-        self.length = 0  # N
-        self.state, self.plan, self.cache = self._allocate(BUCKET)
+        self._allocate(BUCKET)
 
     @property
     def free(self) -> int:
-        """How many rows may join now."""
-        return self.places - len(self.rows)
+        """How many requests may join now."""
+        return (self.places - len(self.rows)) // self.drafts
 
     @property
     def running(self) -> int:
         """How many requests have not ended, as far as the host knows."""
-        return sum(row.end is None for row in self.rows)
+        return sum(row.end is None for row in self.rows) // self.drafts
 
     def needs(self, request: Request) -> tuple[int, int]:
         """Return the steps after which a request ends at the latest, and its tokens in the cache by then.
@@ -218,15 +220,14 @@ class Rows:
             UserError: as `needs` does.
         """
         assert len(self.rows) < self.places, "no place is free"
-        model, c, size = self.model, self.model.config, self.model.config.patch_size
+        c, size, place = self.model.config, self.model.config.patch_size, len(self.rows)
         limit, tokens = self.needs(request)
         request = map_tensors(lambda x: send(x, self.device), request)
-        with half_precision(self.device, model.dtype):
-            prompt, known = known_tokens(model, request, self.mode, limit)
-        assert len(prompt) + self.per_patch * limit == tokens, (len(prompt), limit, tokens)
+        with half_precision(self.device, self.model.dtype):
+            prompt, known = known_tokens(self.model, request, self.mode, limit)
         if tokens > self.length:
-            self._grow(tokens)
-        row, place = Row(request, limit, tokens, prompt, {s: [] for s in self.streams}), len(self.rows)
+            self._allocate(tokens)
+        row = Row(request, limit, tokens, prompt, {s: [] for s in self.streams})
         shapes = {"speech": (c.speech_dim, size), "motion": (c.motion_dim, size)}
         if noise is None:
             noise = {s: seeded_noise(request, s, shapes[s], limit - self.lag[s]) for s in self.streams}
@@ -237,15 +238,23 @@ class Rows:
             self.plan.condition[s][place] = condition[s]
             self.state.context[s][place] = last_frames(getattr(request, s), c.context * size, size)
         if like is None:
-            self.state.hidden[place] = self._prefill(prompt, place)
+            position = torch.arange(len(prompt), device=prompt.device)[None]
+            cache = KeyValues(self.cache[place : place + 1, ..., : len(prompt), :], position)
+            visible = position[..., None] >= position[:, None]
+            self.state.hidden[place] = self.model.continue_cache(cache, prompt[None], visible, position)[0]
         else:
             other = self.rows.index(like)
             self.state.hidden[place] = self.state.hidden[other]
             self.cache[place] = self.cache[other]
-        numbers = {self.state.index: 0, self.state.length: len(prompt), self.state.hits: 0, self.state.end: limit}
         first_test = max(request.rules.first_test, request.min_patches + self.delay)
-        numbers |= {self.plan.first_test: first_test, self.plan.stop_hits: request.rules.stop_hits}
-        for tensor, number in numbers.items():
+        for tensor, number in (
+            (self.state.index, 0),
+            (self.state.length, len(prompt)),
+            (self.state.hits, 0),
+            (self.state.end, limit),
+            (self.plan.first_test, first_test),
+            (self.plan.stop_hits, request.rules.stop_hits),
+        ):
             tensor[place].fill_(number)  # `tensor[place] = number` waits: it copies the number from the host
         self.rows.append(row)
         return row
@@ -256,36 +265,33 @@ class Rows:
 
         ask: read the stop tests now, whatever `check_every` is.
         """
-        rows, count = [*self.rows], self._computed(len(self.rows))
+        rows, running = [*self.rows], self.running
+        # Where there are graphs, a power of two rows are computed, so that there are few graphs.
+        count = len(rows) if self.run_step.backend is None else min(self.places, 1 << (len(rows) - 1).bit_length())
         self.before_step()
         streams = tuple(s for s in self.streams if any(row.index >= self.lag[s] for row in rows))
         tokens = -(-max(row.tokens for row in rows) // BUCKET) * BUCKET
-        state, plan = (map_tensors(lambda x: x[:count], value) for value in (self.state, self.plan))
+        state, plan = map_tensors(lambda x: x[:count], (self.state, self.plan))
         new, patches, token, stop = self.run_step(state, streams, fixed=(plan, self.cache[:count, ..., :tokens, :]))
         torch._foreach_copy_(tensors_of(state), tensors_of(new))
         self.steps_taken += 1
         drawn = {s: patch[: len(rows)] for s, patch in patches.items()}
         stop = None if stop is None else stop[: len(rows)]
         index = max(row.index for row in rows)
-        self.patch = Patch(index, self.running, drawn.get("speech"), drawn.get("motion"), token[: len(rows)], stop)
+        self.patch = Patch(index, running, drawn.get("speech"), drawn.get("motion"), token[: len(rows)], stop)
         for place, row in enumerate(rows):
             for s in streams:
                 if row.index >= self.lag[s]:
                     row.patches[s].append(drawn[s][place])
             row.index += 1
-        ended = self._ended(ask)
-        self.leave(*ended)
-        return ended
-
-    def _ended(self, ask: bool) -> list[Row]:
-        """Find the rows that end with this step. The host reads the stop tests if it is time, or if it shall `ask`."""
-        ends = [row.limit for row in self.rows]
-        ask = ask or self.steps_taken % self.check_every == 0 or any(row.index >= row.limit for row in self.rows)
+        ends = [row.limit for row in rows]
+        ask = ask or self.steps_taken % self.check_every == 0 or any(row.index >= row.limit for row in rows)
         if self.asks_stop and ask:
-            ends = self.state.end[: len(self.rows)].cpu().tolist()
-        ended = [(row, end) for row, end in zip(self.rows, ends) if row.end is None and end <= row.index]
+            ends = self.state.end[: len(rows)].cpu().tolist()
+        ended = [(row, end) for row, end in zip(rows, ends) if row.end is None and end <= row.index]
         for row, end in ended:
             row.end = end
+        self.leave(*(row for row, _ in ended))
         return [row for row, _ in ended]
 
     def before_step(self) -> None:
@@ -362,7 +368,13 @@ class Rows:
                     continue
                 number = state.index - self.lag[s]
                 noise = plan.noise[s][row, number.clamp(0, most)]
-                patch, drawn, after = self._draw(s, noise, hidden, context[s], plan.condition[s])
+                with half_precision(noise.device, self.model.dtype):
+                    patch = self.heads[s].sample(
+                        hidden, context[s].transpose(1, 2), plan.condition[s], noise, self.schedules[s],
+                        self.sampling.temperature, self.sampling.guidance, unguided=self.sampling.unguided,
+                    ).transpose(1, 2)  # fmt: skip
+                    drawn = self.encoders[s](patch)  # (B, D)
+                    after = torch.cat([context[s], patch], 1)[:, patch.shape[1] :]
                 if self.lag[s]:
                     begun = (number >= 0)[:, None]
                     drawn, after = torch.where(begun, drawn, 0), torch.where(begun[..., None], after, context[s])
@@ -377,39 +389,14 @@ class Rows:
             end = torch.where(hits >= plan.stop_hits, torch.minimum(end, index), end)
         return State(hidden, context, index, state.length + len(self.turns), hits, end), patches, token, stop
 
-    def _draw(
-        self, stream: Stream, noise: Tensor, hidden: Tensor, context: Tensor, condition: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The next patch (B, P, C) of a stream, its token (B, D), and the context (B, p P, C) after it.
-
-        Args:
-            noise: (B, C, P). hidden: (B, D). condition: (B, G).
-        """
-        s, head = self.sampling, self.heads[stream]
-        with half_precision(noise.device, self.model.dtype):
-            patch = head.sample(
-                hidden, context.transpose(1, 2), condition, noise, self.schedules[stream], s.temperature, s.guidance,
-                unguided=s.unguided,
-            ).transpose(1, 2)  # fmt: skip
-            return patch, self.encoders[stream](patch), torch.cat([context, patch], 1)[:, patch.shape[1] :]
-
-    def _prefill(self, prompt: Tensor, place: int) -> Tensor:
-        """Put the tokens (T, D) of a prompt into a place of the cache; return the state (D,) after the last."""
-        position = torch.arange(len(prompt), device=prompt.device)[None]
-        cache = KeyValues(self.cache[place : place + 1, ..., : len(prompt), :], position)
-        return self.model.continue_cache(cache, prompt[None], position[..., None] >= position[:, None], position)[0]
-
-    # Memory.
-
-    def _computed(self, rows: int) -> int:
-        """Rows that a step computes: where there are graphs, a power of two, so that there are few of them."""
-        return rows if self.run_step.backend is None else min(self.places, 1 << (rows - 1).bit_length())
-
-    def _allocate(self, length: int) -> tuple[State, Plan, Tensor]:
-        """Return zeros for all places and `length` tokens."""
+    def _allocate(self, tokens: int) -> None:
+        """Make room for all places and at least so many tokens, and take over the rows that run."""
         c, llm, size = self.model.config, self.model.llm.config, self.model.config.patch_size
         channels = {"speech": c.speech_dim, "motion": c.motion_dim}
         conditions = {"speech": c.speaker_dim, "motion": c.motion_dim}
+        before = tensors_of((self.state, self.plan, self.cache)) if self.rows else []
+        self.run_step.graphs.clear()  # they are of the former tensors
+        self.length = length = -(-tokens // BUCKET) * BUCKET
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(self.places, *shape, dtype=dtype, device=self.device)
@@ -417,23 +404,15 @@ class Rows:
         with torch.inference_mode(False):  # others could not be written to outside of inference mode
             index, total, hits, end, first_test, stop_hits = (zeros(dtype=torch.long) for _ in range(6))
             context = {s: zeros(c.context * size, channels[s]) for s in self.streams}
-            state = State(zeros(self.model.width), context, index, total, hits, end)
+            self.state = State(zeros(self.model.width), context, index, total, hits, end)
             noise = {s: zeros(length, channels[s], size) for s in self.streams}
             condition = {s: zeros(conditions[s]) for s in self.streams}
             known = zeros(length, self.per_patch, self.model.width)
+            self.plan = Plan(known, noise, condition, first_test, stop_hits)
             shape = llm.num_hidden_layers, 2, llm.num_key_value_heads, length, llm.head_dim
-            cache = zeros(*shape, dtype=self.model.dtype)
-        self.length = length
-        return state, Plan(known, noise, condition, first_test, stop_hits), cache
-
-    def _grow(self, tokens: int) -> None:
-        """Move to a cache of at least so many tokens. Graphs of the one before are of no use any more."""
-        before = self.state, self.plan, self.cache
-        self.run_step.graphs.clear()
-        self.state, self.plan, self.cache = self._allocate(-(-tokens // BUCKET) * BUCKET)
-        if self.rows:
-            for old, new in zip(tensors_of(before), tensors_of((self.state, self.plan, self.cache))):
-                new[tuple(slice(0, size) for size in old.shape)] = old
+            self.cache = zeros(*shape, dtype=self.model.dtype)
+        for old, new in zip(before, tensors_of((self.state, self.plan, self.cache))):
+            new[tuple(slice(0, size) for size in old.shape)] = old
 
 
 def tensors_of(value: Any) -> list[Tensor]:

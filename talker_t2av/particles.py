@@ -13,8 +13,7 @@ p context patches, C motion channels, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,44 +44,6 @@ def why_not(model: TalkerT2AV) -> str:
     return f"model.order={order}" if order in ORDERS else ""
 
 
-@dataclass(frozen=True)
-class GivenMotion:
-    """The motion of R requests as what the motion head is asked for in each step.
-
-    Attributes:
-        counts: (S, R) 1 where the step has a given patch, else 0.
-        patch: (S, R, C, P). context: (S, R, C, p P) frames before it, zeros before the first.
-        noise: (S, R, K, C, P), from each request's seed.
-        first: (R, C) first frame.
-    """
-
-    counts: Tensor
-    patch: Tensor
-    context: Tensor
-    noise: Tensor
-    first: Tensor
-
-    @classmethod
-    def of(cls, requests: Sequence[Request], limits: Sequence[int], size: int, context: int, delay: int) -> GivenMotion:
-        """limits: steps of each request. size: P. context: p."""
-        steps = torch.arange(max(limits))
-        rows = []
-        for request, limit in zip(requests, limits):
-            motion = request.motion.cpu()
-            number = request.prefix + steps - delay  # of the patch
-            counts = (number >= 0) & (steps < limit)
-            frames = F.pad(motion, (0, 0, context * size, (len(steps) + 1) * size))
-            window = number.clamp(min=0)[:, None] * size + torch.arange((context + 1) * size)
-            windows = frames[window].transpose(1, 2)  # (S, C, (p + 1) P)
-            shape = (TIMES, motion.shape[1], size)
-            noise = [
-                torch.randn(shape, generator=generator_for(request.seed, "weigh", step)) for step in steps.tolist()
-            ]
-            rows.append((counts.float(), windows[..., -size:], windows[..., :-size], torch.stack(noise), motion[0]))
-        *by_step, first = zip(*rows)
-        return cls(*(torch.stack(parts, 1) for parts in by_step), torch.stack(first))
-
-
 class Particles(Rows):
     """`Rows` for V2A, with `sampling.particles` drafts of each request; a request's result is its likeliest draft.
 
@@ -105,11 +66,7 @@ class Particles(Rows):
 
     @property
     def free(self) -> int:
-        return 0 if any(row.index for row in self.rows) else (self.places - len(self.rows)) // self.drafts
-
-    @property
-    def running(self) -> int:
-        return super().running // self.drafts
+        return 0 if any(row.index for row in self.rows) else super().free
 
     @torch.no_grad()
     def join(self, request: Request, **how: Any) -> Row:
@@ -132,18 +89,15 @@ class Particles(Rows):
         if self.rows and all(row.end is not None for row in self.rows):
             self.lines = torch.stack(self.ancestors).cpu().tolist()  # the host reads all of them at once
             self.best = self.log_weights.argmax(1).cpu().tolist()
-            self.drawn = [torch.stack(row.patches["speech"]) for row in self.rows]
-            self.places_of = {row: place for place, row in enumerate(self.rows)}
+            self.ended = [*self.rows]
             self.rows.clear()
 
     def before_step(self) -> None:
         """Weigh the drafts by the given patch of this step; draw anew those of requests with unequal weights."""
         index, count = self.rows[0].index, self.drafts
         if index == 0:
-            c, limits = self.model.config, [row.limit for row in self.rows[::count]]
-            given = GivenMotion.of(self.requests, limits, c.patch_size, c.context, c.delay)
-            self.given = GivenMotion(*(send(value, self.device) for value in vars(given).values()))
-        errors = self.errors(index) * self.given.counts[index][:, None]
+            self.given = self.given_motion()
+        errors = self.errors(index) * self.given["counts"][index][:, None]
         log_weights = self.log_weights - SHARPNESS * errors
         share = log_weights.softmax(-1)  # (R, n)
         unequal = share.square().sum(-1, keepdim=True) * count > 2  # the effective number is under half of n
@@ -154,11 +108,36 @@ class Particles(Rows):
         first = count * torch.arange(len(share), device=share.device)[:, None]
         self.take((first + torch.where(unequal, drawn, own)).flatten())
 
+    def given_motion(self) -> dict[str, Tensor]:
+        """Lay out the motion of all requests as what the motion head is asked for in each step.
+
+        Returns:
+            counts (S, R), 1 where the step has a given patch, else 0; patch (S, R, C, P); context (S, R, C, p P), the
+            frames before it, zeros before the first; noise (S, R, K, C, P), from each request's seed; first (R, C), the
+            first frame.
+        """
+        c, size, limits = self.model.config, self.model.config.patch_size, [row.limit for row in self.rows]
+        steps, given = torch.arange(max(limits)), []
+        for request, limit in zip(self.requests, limits[:: self.drafts]):
+            motion = request.motion.cpu()
+            number = request.prefix + steps - c.delay  # of the patch
+            frames = F.pad(motion, (0, 0, c.context * size, (len(steps) + 1) * size))
+            window = number.clamp(min=0)[:, None] * size + torch.arange((c.context + 1) * size)
+            windows = frames[window].transpose(1, 2)  # (S, C, (p + 1) P)
+            shape, seed = (TIMES, motion.shape[1], size), request.seed
+            noise = [torch.randn(shape, generator=generator_for(seed, "weigh", step)) for step in steps.tolist()]
+            counts = ((number >= 0) & (steps < limit)).float()
+            given.append((counts, windows[..., -size:], windows[..., :-size], torch.stack(noise), motion[0]))
+        *by_step, first = zip(*given)
+        tensors = [*(torch.stack(parts, 1) for parts in by_step), torch.stack(first)]
+        names = ("counts", "patch", "context", "noise", "first")
+        return {name: send(tensor, self.device) for name, tensor in zip(names, tensors)}
+
     def errors(self, index: int) -> Tensor:
         """Mean squared error (R, n) of the motion head's velocities of the given patch, at `TIMES` times."""
         given, head, n = self.given, self.model.motion_cfm.estimator, self.drafts
-        requests, (patch, noise) = len(given.first), (given.patch[index][:, None], given.noise[index])
-        t = self.times[:, None, None]
+        patch, noise, t = given["patch"][index][:, None], given["noise"][index], self.times[:, None, None]
+        requests = len(patch)
         noisy = (1 - t) * patch + t * noise  # (R, K, C, P)
 
         def for_drafts(value: Tensor) -> Tensor:
@@ -166,7 +145,7 @@ class Particles(Rows):
             return value[:, None].expand(requests, n, *value.shape[1:]).flatten(0, 2)
 
         with half_precision(noisy.device, self.model.dtype):
-            known = head.context(given.context[index], given.first)[:, None].expand(-1, TIMES, -1, -1)
+            known = head.context(given["context"][index], given["first"])[:, None].expand(-1, TIMES, -1, -1)
             state = self.state.hidden[: requests * n, None] + head.time(self.times)  # (B, K, D)
             velocity = head.denoise(for_drafts(noisy), head.decoder.input_proj(state.flatten(0, 1)), for_drafts(known))
         errors = (velocity.float() - for_drafts(noise - patch)).square().mean((1, 2))
@@ -180,14 +159,14 @@ class Particles(Rows):
 
     def result(self, row: Row) -> Result:
         """Return the likeliest draft of the request of which `row` is the first draft."""
-        first = self.places_of[row]
+        first = self.ended.index(row)
         return self.draft(first + self.best[first // self.drafts])
 
     def draft(self, place: int) -> Result:
         """Return the speech of the draft that ended in a place, from its ancestors' patches."""
-        row, patches = next(row for row, other in self.places_of.items() if other == place), []
+        row, patches = self.ended[place], []
         for index in range(len(self.lines) - 1, -1, -1):
-            patches.append(self.drawn[place][index])
+            patches.append(self.ended[place].patches["speech"][index])
             place = self.lines[index][place]
         speech = torch.stack(patches[::-1])[: row.end].flatten(0, 1)
         return Result(speech, None, row.end < row.limit)

@@ -22,7 +22,7 @@ from talker_t2av.pipeline import Job, TalkerPipeline
 from tests.gpu.fakes import audited, faked
 from tests.talker_t2av.talker_fixtures import face_file, save_talker, voice_file
 
-STOP = "talker_t2av/generation.py:_ended"  # the stop tests of all rows, every fourth patch; in a stream, each patch
+STOP = "talker_t2av/generation.py:step"  # the stop tests of all rows, every fourth patch; in a stream, each patch
 VOICE = "talker_t2av/jobs.py:speaker"  # the embedding: requests wait on the host for their batch
 GIVEN = "talker_t2av/jobs.py:encode_speech"  # latents of a given sound, or of a prefix
 EARLY = "talker_t2av/jobs.py:prefix_alone"  # latents of a prefix, as the official routines encode it

@@ -36,7 +36,7 @@ def run(model, requests, sampling=SAMPLING):
 
 def all_drafts(loop):
     """The speech (B, F, C) of all drafts that are alive at the end."""
-    return torch.stack([loop.draft(place).speech for place in range(len(loop.drawn))])
+    return torch.stack([loop.draft(place).speech for place in range(len(loop.ended))])
 
 
 @pytest.mark.parametrize(("delay", "context", "prefix"), [(0, 1, 0), (1, 1, 0), (0, 2, 3), (2, 1, 2)])
@@ -57,14 +57,14 @@ def test_a_draft_is_weighed_by_the_error_of_its_motion_in_training(monkeypatch, 
             for step in range(patches):
                 place = (prefix + step - delay) * model.config.repeats  # among the examples, patch by patch
                 if place < 0:
-                    assert loop.given.counts[step, 0] == 0
+                    assert loop.given["counts"][step, 0] == 0
                     continue
                 z = torch.randn((TIMES, *m.x1.shape[1:]), generator=generator_for(asked.seed, "weigh", step))
                 t, x1 = loop.times[:, None, None], m.x1[place]
                 several = [value[place].expand(TIMES, *value.shape[1:]) for value in (m.mu, m.cond, m.global_cond)]
                 velocity = model.motion_cfm.estimator((1 - t) * x1 + t * z, several[0], loop.times, *several[1:])
                 expected = (velocity - (z - x1)).square().mean()
-                assert loop.given.counts[step, 0] == 1
+                assert loop.given["counts"][step, 0] == 1
                 torch.testing.assert_close(errors[step][0, number], expected, atol=2e-5, rtol=1e-4)
 
 
