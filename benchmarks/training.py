@@ -158,12 +158,13 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     optimiser, ema = adamw(parameters, config), ExponentialMovingAverage(task, config.ema_decay)
     batch = {k: v.to(device) for k, v in make_batch(task, job["batch"], job["seconds"]).items()}
     tokens, clock, use = task.tokens(batch), Clock(device), Utilisation(job["peak_tflops"])
+    losses: list[float] = []
 
     def forward() -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             return parallel.losses(batch, part)["loss"]
 
-    def step() -> float:
+    def step() -> int:
         clock.start()
         loss = forward()
         clock.stop("forward")
@@ -176,16 +177,16 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         ema.update(0)
         optimiser.zero_grad()
         clock.stop("average")
-        return float(loss.detach())
+        losses.append(float(loss.detach()))
+        return tokens
 
     try:
-        with use.counting() as counted:
-            step()
-            counted.append(tokens)
+        use.count(step)
         for _ in range(job["warmup"]):
             step()
         clock.sums.clear()
-        losses = [step() for _ in range(job["steps"])]
+        for _ in range(job["steps"]):
+            step()
         peak = memory_gib(device)
     except torch.cuda.OutOfMemoryError:
         return {**job, "out_of_memory": True}

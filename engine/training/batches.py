@@ -91,11 +91,11 @@ class MicroBatches(torch.utils.data.Dataset):
     def position(self, info: dict[str, Any]) -> int:
         """Return the number of the next batch after a checkpoint, whose order of the data is taken over."""
         if self.blocks is not None and self.blocks.streams is None:
-            self.streams = int(info.get("streams", self.streams))
+            self.streams = info.get("streams", self.streams)
             self._forget()
         if self.by_length:
             return info["position"]
-        return info["position"] * int(info.get("batch_size", self.size)) // self.size
+        return info["position"] * info.get("batch_size", self.size) // self.size
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_order": None, "_cuts": None, "_ends": []}

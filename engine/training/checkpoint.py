@@ -37,6 +37,7 @@ from engine.training.checkpoint_reader import Reader
 from engine.untrusted import parse_json, read_json, safe_name
 
 INFO, RESULTS = "info.json", "results.json"
+COUNTS = ("step", "position", "batch_size", "streams", "skipped", "skipped_in_a_row")  # in `INFO`
 FAILING = 60.0  # seconds that one of several processes which fails waits for the checkpoint in work
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # one process: fine
@@ -65,7 +66,7 @@ class Checkpoints:
         self.problem: str | None = None  # one line: what could not be written
 
     def save(self, step: int, state: dict[str, Tensor], info: dict[str, Any]) -> Path:
-        """Start writing the checkpoint of `step`; waits for the one before. Gives its folder.
+        """Start writing the checkpoint of `step`, once the one before is written; return its folder.
 
         Args:
             state: flat dict of tensors; equal keys of several processes are one replicated tensor, unless DTensors.
@@ -79,47 +80,28 @@ class Checkpoints:
         self._thread.start()
         return folder_of(self.root, step)
 
-    def wait(self) -> None:
-        """Return when the checkpoint in work is on the disk.
+    def wait(self, failing: bool = False) -> None:
+        """Wait for the checkpoint in work, whatever becomes of it: see `problem`.
 
-        Raises:
-            UserError: it cannot be written (in the main process; the others exit). Earlier ones are untouched.
+        A process that is `failing` does not wait long if there are several: the others may be dead.
         """
-        self.close()
-        if self.problem:
-            distributed.fail(self.problem)
-
-    def close(self) -> None:
-        """Wait for the checkpoint in work, however long it takes and whatever becomes of it."""
         if self._thread:
-            self._thread.join()
-            self._thread = None
-
-    def abandon(self) -> None:
-        """Close in a process that fails: of several, it does not wait long, as the others may be dead."""
-        if self._thread:
-            self._thread.join(FAILING if self._group else None)
+            self._thread.join(FAILING if failing and self._group else None)
 
     def note(self, step: int, results: dict[str, float]) -> None:
-        """Keep the validation results of `step` with its checkpoint (main process); waits for it to be written."""
+        """Keep the validation results of `step` with its checkpoint, once that is written; for the main process."""
         self.wait()
-        folder = folder_of(self.root, step)
-        if distributed.is_main() and folder.is_dir():
-            try:
-                write_json(folder / RESULTS, results)
-            except UserError as error:
-                self.problem = str(error)
+        if (folder := folder_of(self.root, step)).is_dir():
+            write_json(folder / RESULTS, results)
 
     def _copy(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copy `state` to main memory; sharded tensors stay sharded."""
-        pinned = False
         for key, tensor in state.items():
             local = distributed.local(tensor)
-            if key not in self._copies or self._copies[key].shape != local.shape:
+            if key not in self._copies:
                 self._copies[key] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
             self._copies[key].copy_(local, non_blocking=local.is_cuda)
-            pinned = pinned or local.is_cuda
-        if pinned:
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # once, after all copies are under way
         return {
             key: DTensor(self._copies[key], tensor._spec, requires_grad=False)
@@ -300,8 +282,9 @@ def _fill(state: dict[str, Tensor], folder: Path, no_dist: bool) -> dict[str, An
 def info(folder: Path) -> dict[str, Any]:
     """Read what is stored beside the tensors: step, config, and what else `save` was given."""
     found = parse_json((folder / INFO).read_bytes(), folder / INFO)  # the error of a missing file is the caller's
-    if not isinstance(found, dict) or not type(found.get("step")) is type(found.get("position", 0)) is int:
-        raise UserError(f"{folder / INFO} is damaged: step and position must be whole numbers")
+    whole = isinstance(found, dict) and all(type(found.get(name, 0)) is int for name in COUNTS)
+    if not whole or "step" not in found:
+        raise UserError(f"{folder / INFO} is damaged: {', '.join(COUNTS)} must be whole numbers")
     return found
 
 

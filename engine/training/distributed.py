@@ -106,12 +106,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def barrier() -> None:
-    """Wait until every process has come here."""
-    if dist.is_initialized():
-        dist.barrier(group=control())
-
-
 def local(tensor: Tensor) -> Tensor:
     """Return this process's shard of a sharded tensor; another one as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from engine.training.distributed import local
 
@@ -46,6 +46,3 @@ class ExponentialMovingAverage:
     def _swap(self) -> None:
         for name, parameter in self.parameters.items():  # exchanges storages; nothing is copied
             parameter.data, self.averages[name] = self.averages[name], parameter.data
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return dict(self.averages)

@@ -54,7 +54,7 @@ def run(config: DictConfig, command: str) -> int:
 
     if made_folders(config.data):
         distributed.from_main(lambda: try_to_build(config, trainer, make_task))
-    make_data(config.data)
+    distributed.from_main(lambda: make_data(config.data))
     check_validation(config)
     loop = Trainer(
         make_task() if trainer.parallel == "ddp" else build_once(make_task),
@@ -160,12 +160,11 @@ def find_grammar(config: DictConfig) -> None:
 
 
 def make_data(data: DictConfig) -> None:
-    """Run the commands of `data.make` in order (rank 0; the others wait). Each does only what is not done yet."""
-    for command in filter(None, (data.get("make") or {}).values()) if distributed.is_main() else ():
+    """Run the commands of `data.make` in order. Each does only what is not done yet."""
+    for command in filter(None, (data.get("make") or {}).values()):
         script, *arguments = map(str, command)
         code = subprocess.run([sys.executable, ROOT / script, *arguments]).returncode
         if code == 2:  # a mistake, which the command has explained in a line
             raise SystemExit(2)
         if code != 0:
             raise UserError(f"{script} {' '.join(arguments)} failed (exit {code}), so there is no data to train on")
-    distributed.barrier()

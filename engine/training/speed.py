@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -58,17 +58,15 @@ class Utilisation:
         self.peak = peak
         self._counted: tuple[int, int, int] | None = None  # operations, of them recomputed, tokens
 
-    @contextmanager
-    def counting(self) -> Iterator[list[int]]:
-        """Count the step in this block, unless one was counted or no peak is known. Its tokens belong into the list."""
-        tokens: list[int] = []
+    def count(self, step: Callable[..., int], *arguments: Any) -> None:
+        """Do a step, which returns its tokens; count its operations unless one was counted or no peak is known."""
         if self.peak is None or self._counted:
-            yield tokens
+            step(*arguments)
             return
         _recomputed.clear()
         with torch.compiler.set_stance("force_eager"), counter() as flops:  # compiled code hides its operations
-            yield tokens
-        self._counted = flops.get_total_flops(), sum(_recomputed), sum(tokens)
+            tokens = step(*arguments)
+        self._counted = flops.get_total_flops(), sum(_recomputed), tokens
 
     def share(self, tokens: int, steps: int, seconds: float) -> dict[str, float]:
         """Return `mfu` and `hfu` of `steps` steps with `tokens` tokens in `seconds`; {} without a known peak."""

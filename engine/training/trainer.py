@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import errno
 import gc
+import json
 import math
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from engine.training.batches import MicroBatches, TrainingSet, load_batches
 from engine.training.checkpoint import Checkpoints
 from engine.training.ema import ExponentialMovingAverage
 from engine.training.export import describe, export
-from engine.training.guard import REASON, StepGuard
 from engine.training.parallel import ParallelTask, adamw, begin_state, clipping_groups, update
 from engine.training.settings import TrainerConfig
 from engine.training.signals import StopRequest
@@ -41,6 +40,7 @@ from engine.training.task import Task
 from engine.training.tracking import Tracker, Window, first_line, progress_line, validation_line
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_FINITE = "loss or gradient is not finite"  # why a step is skipped
 
 
 class Trainer:
@@ -81,7 +81,10 @@ class Trainer:
         self.buffers = [name for name, _ in task.named_buffers() if name in task.state_dict()]
         self.batches = MicroBatches(dataset, c.batch_size, c.seed, c.by_length)
         self.checkpoints = Checkpoints(self.run / "checkpoints", c.keep, c.best)
-        self.guard = StepGuard(self.run)
+        self.skipped = self.skipped_in_a_row = 0
+        # Of the steps since these were counted: number, numbers of its micro-batches and keys of their samples; for
+        # each part whether it is finite in all processes, and the losses of the micro-batches (parts, 1 + n).
+        self.steps_done: list[tuple[int, range, list[Any], Tensor]] = []
         self.agreement = distributed.Agreement()
         self.use = Utilisation(peak_tflops(c.peak_tflops, self.device))
         self.step = self.position = 0  # steps done; batches used for them, in all processes together
@@ -120,8 +123,7 @@ class Trainer:
                     if self.step % c.validate_every == 0 and self.step > self.validated:
                         with window.paused():
                             self.validate(tracker)
-                    with self.use.counting() as tokens:
-                        tokens.append(self._train_step(batches, window))
+                    self.use.count(self._train_step, batches, window)
                     if trace:
                         trace.step()
                     failing = bool(self.write_error or self.checkpoints.problem)
@@ -144,15 +146,33 @@ class Trainer:
                 return None
             return self.validate(tracker)
         finally:
-            self.checkpoints.abandon()  # nothing is in work unless this process fails
+            self.checkpoints.wait(failing=True)  # nothing is in work unless this process fails
             if tracker:
                 tracker.close()
 
     def validate(self, tracker: Tracker | None = None) -> dict[str, float]:
-        """Validate the averaged weights, each process its share of the clips; return the figures on rank 0, else {}."""
-        results: dict[str, float] = {}
+        """Validate the averaged weights, each process its share of the clips; return the figures on rank 0, else {}.
+
+        If one process fails, all stop: the others would wait for it.
+        """
+        share = Share(distributed.rank(), distributed.world_size())
         folder = self.run / "validation" / f"step-{self.step:08d}"
-        shares = distributed.gather(self._measure(folder))
+        figures: dict[str, float | ByClip] = {}
+        results: dict[str, float] = {}
+        self._share_buffers()
+        with self.parallel.evaluation_copy(self.ema) as task:
+            torch.manual_seed(seed_for(self.config.seed, "validate"))
+            try:
+                with self._record_write_error():
+                    folder.mkdir(parents=True, exist_ok=True)
+                    figures = task.measure(folder, share)
+            except Exception as error:
+                self.write_error = f"process {share.rank} failed in validation: {error!r}"
+                with suppress(UserError, SystemExit):  # the others end so; this process shows where it failed
+                    self._stop_on_write_error()
+                raise
+        self._stop_on_write_error()
+        shares = distributed.gather(figures)
         if distributed.is_main():
             with self._record_write_error():
                 results = figures_of(shares)
@@ -162,29 +182,10 @@ class Trainer:
                     tracker.media(self.step, folder)
                 if not any(folder.iterdir()):
                     folder.rmdir()
-        self._stop_on_write_error()
-        self.checkpoints.note(self.step, results)
+                self.checkpoints.note(self.step, results)
         self._stop_on_write_error()
         self.validated = self.step
         return results
-
-    def _measure(self, folder: Path) -> dict[str, float | ByClip]:
-        """Measure this process's share of a validation; if one process fails, all stop, as they would wait for it."""
-        figures, rank = {}, distributed.rank()
-        self._share_buffers()
-        with self.parallel.evaluation_copy(self.ema) as task:
-            torch.manual_seed(seed_for(self.config.seed, "validate"))
-            try:
-                with self._record_write_error():
-                    folder.mkdir(parents=True, exist_ok=True)
-                    figures = task.measure(folder, Share(rank, distributed.world_size()))
-            except Exception as error:
-                self.write_error = f"process {rank} failed in validation: {error!r}"
-                with suppress(UserError, SystemExit):  # the others end so; this process shows where it failed
-                    self._stop_on_write_error()
-                raise
-        self._stop_on_write_error()
-        return figures
 
     def release(self, folder: str | Path) -> None:
         """Write a release folder from the last checkpoint (rank 0; the others wait)."""
@@ -194,27 +195,28 @@ class Trainer:
     def _train_step(self, batches: Iterator[dict[str, Any]], window: Window) -> int:
         """Update every part from the next batches; return their tokens. Nothing here synchronises with the device."""
         c, first, several = self.config, next(iter(self.optimisers)), len(self.optimisers) > 1
-        stored, keys, tokens = [], [], 0
+        numbers, stored, keys, checked, tokens = self._numbers(c.accumulate), [], [], [], 0
         apply_step = torch.ones((), dtype=torch.bool, device=self.device)
         self._share_buffers()
         self.task.begin_step(self.step)
         for part, optimiser in self.optimisers.items():
             self.task.zero_grad(set_to_none=True)
-            means, batch_losses = defaultdict(lambda: torch.zeros((), device=self.device)), []
-            for micro, number in enumerate(self._numbers(c.accumulate)):
+            means, losses = defaultdict(lambda: torch.zeros((), device=self.device)), []
+            for micro, number in enumerate(numbers):
                 batch = window.next(batches) if part == first else stored[micro]
                 if part == first:
                     tokens += self.task.tokens(batch)
-                    keys += [list(batch["keys"])] if "keys" in batch else []
+                    keys.append(batch.get("keys"))
                     stored += [batch] if several else []
                 torch.manual_seed(seed_for(c.seed, "step", first, number))
                 # What a part stores in a batch for the next part is kept only if a step has one batch.
                 batch = batch if c.accumulate == 1 else dict(batch)
-                batch_losses.append(self._backward(batch, part, means, last=micro + 1 == c.accumulate))
-            means["grad_norm"] = self._clip(part)
+                losses.append(self._backward(batch, part, means, last=micro + 1 == c.accumulate))
+            norms = [self.parallel.clip(group, c.clip or math.inf) for group in self.clipped[part]]  # before clipping
+            means["grad_norm"] = torch.stack([norm.to(self.device) for norm in norms]).norm()
             finite = means["loss"].isfinite() & means["grad_norm"].isfinite()
             finite = distributed.maximum_((~finite).int()) == 0  # in all processes
-            self.guard.check(self.step + 1, part, finite, torch.stack(batch_losses), keys)
+            checked.append(torch.stack([finite.double(), *losses]))
             apply_step = apply_step & finite  # later parts may depend on this one: they are skipped too
             for group in optimiser.param_groups:
                 group["lr"] = c.lr_at(self.step)
@@ -223,6 +225,7 @@ class Trainer:
         self.task.zero_grad(set_to_none=True)
         self.ema.update(self.step)
         self.step, self.position = self.step + 1, self.position + c.accumulate * distributed.world_size()
+        self.steps_done.append((self.step, numbers, keys, torch.stack(checked)))
         window.steps, window.tokens = window.steps + 1, window.tokens + tokens
         return tokens
 
@@ -236,31 +239,36 @@ class Trainer:
             means[name] += value.detach().float() / self.config.accumulate
         return losses["loss"].detach().double()
 
-    def _clip(self, part: str) -> Tensor:
-        """Clip the gradients of `part`, each group by its norm; return the norm of all before."""
-        limit = self.config.clip or math.inf
-        norms = [self.parallel.clip(group, limit).to(self.device) for group in self.clipped[part]]
-        return torch.stack(norms).norm()
-
     def _report_skipped(self) -> None:
-        """Record the steps that were skipped since the last call, and stop after too many in a row."""
-        for skip in self.guard.settle():
-            batches = []
-            numbers = self._numbers(self.config.accumulate, skip.step - 1 - self.step)
-            for number, loss, keys in zip_longest(numbers, skip.losses, skip.keys):
+        """Count and record the steps that were skipped since the last call, and stop after too many in a row."""
+        if not self.steps_done:
+            return
+        checked = torch.stack([each for *_, each in self.steps_done]).tolist()  # one copy from the device
+        for (step, numbers, keys, _), by_part in zip(self.steps_done, checked):
+            refused = [(part, losses) for part, (finite, *losses) in zip(self.optimisers, by_part) if not finite]
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if refused else 0
+            if not refused:
+                continue
+            self.skipped += 1
+            self._say(f"step {step:,} skipped: {NOT_FINITE} ({self.skipped} so far)")
+            (part, losses), batches = refused[0], []
+            for number, loss, names in zip(numbers, losses, keys):
                 samples = [index for _, index in self.batches.samples(number)]
-                batch = {"rank": distributed.rank(), "batch": number, "loss": loss, "samples": samples}
-                batches.append(batch | ({"keys": keys} if keys else {}))
-            everyone = distributed.gather(batches)
-            self._say(f"step {skip.step:,} skipped: {REASON} ({self.guard.skipped} so far)")
+                batch = {"rank": distributed.rank(), "batch": number, "samples": samples}
+                batch["loss"] = loss if math.isfinite(loss) else str(loss)  # JSON has no NaN
+                batches.append(batch | ({"keys": list(names)} if names is not None else {}))
+            everyone = [batch for share in distributed.gather(batches) for batch in share]
+            path = self.run / "bad_batches.jsonl"
             if distributed.is_main():
-                with self._record_write_error():
-                    self.guard.write_down(skip, [entry for entries in everyone for entry in entries])
-            if skip.in_a_row >= self.config.give_up_after:
+                with self._record_write_error(), path.open("a") as file:
+                    line = {"step": step, "part": part, "reason": NOT_FINITE, "batches": everyone}
+                    file.write(json.dumps(line) + "\n")
+            if self.skipped_in_a_row >= self.config.give_up_after:
                 distributed.fail(
-                    f"training stopped at step {skip.step}: {REASON}, {skip.in_a_row} steps in a row skipped; see "
-                    f"{self.guard.path} for their samples; fix the data or lower trainer.lr ({self.config.lr})"
+                    f"training stopped at step {step}: {NOT_FINITE}, {self.skipped_in_a_row} steps in a row skipped; "
+                    f"see {path} for their samples; fix the data or lower trainer.lr ({self.config.lr})"
                 )
+        self.steps_done.clear()
 
     @contextmanager
     def _record_write_error(self) -> Iterator[None]:
@@ -274,7 +282,7 @@ class Trainer:
 
     def _stop_on_write_error(self) -> None:
         """Wait for the checkpoint in progress; stop all processes if one of them could not write something."""
-        self.checkpoints.close()
+        self.checkpoints.wait()
         for problem in distributed.gather(self.write_error or self.checkpoints.problem):
             if problem:
                 distributed.fail(f"training stopped after step {self.step}: {problem}")
@@ -283,16 +291,16 @@ class Trainer:
         """Overwrite persistent buffers by those of rank 0, in training as in checkpoints."""
         distributed.broadcast(self.task.get_buffer(name) for name in self.buffers)
 
-    def _numbers(self, count: int, steps: int = 0) -> range:
-        """Return the numbers of this process's next `count` micro-batches, or of those `steps` steps later."""
+    def _numbers(self, count: int) -> range:
+        """Return the numbers of this process's next `count` micro-batches."""
         world = distributed.world_size()
-        first = self.position + distributed.rank() + steps * self.config.accumulate * world
+        first = self.position + distributed.rank()
         return range(first, first + count * world, world)
 
     def _state(self) -> dict[str, Tensor]:
         """Return everything that training changes, as a flat dict of tensors (references, not copies)."""
         state = {f"model.{k}": v for k, v in self.task.state_dict().items()}
-        state |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
+        state |= {f"ema.{k}": v for k, v in self.ema.averages.items()}
         for part, optimiser in self.optimisers.items():
             for name, parameter in self.parameters[part].items():
                 for key, value in optimiser.state[parameter].items():
@@ -303,8 +311,9 @@ class Trainer:
         self._stop_on_write_error()
         self._share_buffers()
         self._report_skipped()
-        info = {"position": self.position, "config": self.record, "code": self.code}
-        self.checkpoints.save(self.step, self._state(), info | self.batches.state() | self.guard.state())
+        info = {"position": self.position, "config": self.record, "code": self.code, **self.batches.state()}
+        info |= {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        self.checkpoints.save(self.step, self._state(), info)
 
     def _resume(self) -> None:
         root = self.run / "checkpoints"
@@ -323,7 +332,7 @@ class Trainer:
                 if f"optim.{part}.{name}.step" not in state:
                     del optimiser.state[p]
         self.step, self.position = info["step"], self.batches.position(info)
-        self.guard.load_state(info)
+        self.skipped, self.skipped_in_a_row = info.get("skipped", 0), info.get("skipped_in_a_row", 0)
         if distributed.from_main((folder / checkpoint.RESULTS).is_file):
             self.validated = self.step
         self._say(f"resumed from {folder}; init= is not read again, fresh=true starts anew")
@@ -339,7 +348,7 @@ class Trainer:
         if tracker:
             lr = c.lr_at(self.step - 1)
             with self._record_write_error():
-                tracker.write({"step": self.step, **means, "lr": lr, **rates, "skipped": self.guard.skipped})
+                tracker.write({"step": self.step, **means, "lr": lr, **rates, "skipped": self.skipped})
             self._say(progress_line(self.step, c.steps, means, lr, rates, self.use.peak))
 
     def _say(self, line: str) -> None:

@@ -92,6 +92,7 @@ def flip_a_bit(folder):
         (lambda folder: (folder / "info.json").unlink(), "info.json is missing"),
         (lambda folder: (folder / "info.json").write_text('{"step": 2'), "cannot be read"),
         (lambda folder: (folder / "info.json").write_text("[]"), "cannot be read"),
+        (lambda folder: (folder / "info.json").write_text('{"step": 2, "skipped": null}'), "must be whole numbers"),
     ],
 )
 def test_damaged_one_is_skipped_and_said_so(tmp_path, harm, said):
@@ -156,10 +157,10 @@ def test_a_process_that_fails_does_not_wait_for_a_checkpoint_that_never_ends(tmp
     monkeypatch.setattr(checkpoint.dcp, "save", lambda *a, **k: disk.wait(120))
     checkpoints = Checkpoints(tmp_path / "run", 3)
     checkpoints.save(1, state(), {})
-    checkpoints.abandon()
+    checkpoints.wait(failing=True)
     assert checkpoints._thread.is_alive()
     disk.set()
-    checkpoints.close()
+    checkpoints.wait()
 
 
 def test_the_copies_memory_is_used_again(tmp_path):

@@ -41,7 +41,7 @@ def test_a_validation_in_which_a_run_was_killed_is_recorded_once(whole, tmp_path
 
     def kill(*arguments):
         if run.step == STEP and (where != "write" or "lr" not in arguments[-1]):
-            run.checkpoints.close()  # that of this step is whole, however slow the disk
+            run.checkpoints.wait()  # that of this step is whole, however slow the disk
             raise KeyboardInterrupt
         return original(*arguments)
 

@@ -100,7 +100,7 @@ def test_averaged_weights_are_validated_and_released(tmp_path, whole):
 def test_a_bad_step_is_left_out_and_training_goes_on(tmp_path, capsys):
     run = trainer(tmp_path, ToySet(trouble_at=8 * 2 + 1, trouble="nan"))
     run.fit()
-    assert (run.guard.skipped, run.guard.in_a_row) == (1, 0)
+    assert (run.skipped, run.skipped_in_a_row) == (1, 0)
     assert all(p.isfinite().all() for p in run.task.parameters())
     assert "step 3 skipped" in capsys.readouterr().out
 
@@ -114,6 +114,24 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_and_their_samples_are_named(tm
     assert lines[0]["reason"] == "loss or gradient is not finite"
     batch = lines[0]["batches"][1]  # step 3 takes batches 4 and 5
     assert batch == {"rank": 0, "batch": 5, "loss": "nan", "samples": [i for _, i in run.batches.samples(5)]}
+
+
+class NotFinite(ToyGAN):
+    """Has losses that are not finite, by the step and its part."""
+
+    def forward(self, batch, part):
+        losses = super().forward(batch, part)
+        bad = {1: ("discriminator", "generator"), 2: ("generator",), 4: ("generator",), 5: ("discriminator",)}
+        return losses | ({"loss": losses["loss"] * float("nan")} if part in bad.get(self.step, ()) else {})
+
+
+def test_steps_in_a_row_are_counted_over_parts_log_lines_and_restarts(tmp_path):
+    for steps in (5, 6):
+        run = trainer(tmp_path, task=NotFinite, steps=steps, log_every=2)
+        run.fit()
+        assert (run.skipped, run.skipped_in_a_row) == (steps - 2, steps - 4)
+    lines = [(line["step"], line["part"]) for line in read_lines(tmp_path / "bad_batches.jsonl")]
+    assert lines == [(2, "discriminator"), (3, "generator"), (5, "generator"), (6, "discriminator")]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +169,7 @@ def test_full_disk_is_one_line_and_the_last_checkpoint_is_whole(tmp_path, whole,
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill_the_disk():
-        run.checkpoints.close()  # that of step 10 is whole before, however slow the disk
+        run.checkpoints.wait()  # that of step 10 is whole before, however slow the disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
 
     run = trainer(tmp_path, ToySet(trouble_at=8 * 12 + 3, trouble=fill_the_disk))

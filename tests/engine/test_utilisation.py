@@ -10,9 +10,12 @@ def test_attention_on_a_processor_is_counted(heads):
     b, h, length, d = 2, 4, 64, 16
     q, use = torch.randn(b, h, length, d, requires_grad=True), Utilisation(peak=1e-6)
     k = torch.randn(b, heads, length, d, requires_grad=True)
-    with use.counting() as tokens:
-        tokens.append(1)
+
+    def step():
         torch.nn.functional.scaled_dot_product_attention(q, k, k, enable_gqa=heads < h).sum().backward()
+        return 1
+
+    use.count(step)
     forward = 2 * 2 * b * h * length * length * d  # two matrix products; five in the backward pass
     assert use.share(tokens=1, steps=1, seconds=7.0)["mfu"] == forward * 3.5 / 7.0 / 1e6
 
