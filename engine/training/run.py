@@ -13,7 +13,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from engine.config import build, plain, target
-from engine.device import pick_device
 from engine.errors import UserError, require
 from engine.files import refuse_links, require_space, writable
 from engine.hub import release_folder
@@ -72,7 +71,7 @@ def run(config: DictConfig, command: str) -> int:
 
 
 def check_inputs(config: DictConfig) -> None:
-    """Find releases, folders, packages and the device that the run needs, before hours of making data for it."""
+    """Find releases, folders and packages that the run needs, before hours of making data for it."""
     task, data, trainer = config.task, config.data, config.trainer
     if config.lora.rank and not task.get("init"):
         raise UserError(f"lora.rank={config.lora.rank} adapts a release: name it with init=FOLDER")
@@ -99,9 +98,6 @@ def check_inputs(config: DictConfig) -> None:
     if config.lora.rank:
         require("peft", "PEFT", "finetune")
     check_trackers(trainer.wandb, trainer.tensorboard)
-    pick_device(trainer.device)
-    if not made_folders(data):
-        check_validation(config)
 
 
 def made_folders(data: DictConfig) -> dict[str, str]:

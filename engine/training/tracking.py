@@ -9,13 +9,14 @@ import io
 import json
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import numpy as np
 import soundfile
 import torch
 from PIL import Image
@@ -63,8 +64,9 @@ class Tracker:
         self._file = path.open("a")
         self._wandb, self._events = _begin_wandb(run, wandb, config) if wandb != "off" else None, None
         if tensorboard:
-            writer = require("torch.utils.tensorboard", "TensorBoard", "tensorboard").SummaryWriter
-            self._events = writer(run / "tensorboard", purge_step=start[0] + 1 if start[0] else None)
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(run / "tensorboard", purge_step=start[0] + 1 if start[0] else None)
 
     def write(self, record: dict[str, Any]) -> None:
         """Store a record; it has a `step`."""
@@ -84,39 +86,31 @@ class Tracker:
         """
         for path in sorted(folder.rglob("*")) if self._wandb or self._events else ():
             name = f"validation/{path.relative_to(folder).with_suffix('').as_posix()}"
-            match path.suffix.lower():
-                case ".wav":
-                    wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
-                    self._to_wandb("Audio", f"{name}/sound", str(path), step)
-                    if self._events:
-                        self._events.add_audio(f"{name}/sound", wave.mean(1)[None], step, sample_rate=rate)
-                    picture = spectrogram(wave.mean(1), rate).repeat(3, 0).repeat(3, 1)
-                    self._picture(f"{name}/spectrogram", picture, step)
-                case ".mp4":
-                    self._video(f"{name}/video", path, step)
+            if path.suffix == ".wav":
+                wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
+                wave = wave.mean(1)
+                picture = spectrogram(wave, rate).repeat(3, 0).repeat(3, 1)  # (H, W, 3) bytes
+                if self._wandb:
+                    sound, image = self._wandb.Audio(str(path)), self._wandb.Image(picture)
+                    self._wandb.log({f"{name}/sound": sound, f"{name}/spectrogram": image, "step": step})
+                if self._events:
+                    self._events.add_audio(f"{name}/sound", wave[None], step, sample_rate=rate)
+                    self._events.add_image(f"{name}/spectrogram", picture, step, dataformats="HWC")
+            elif path.suffix == ".mp4":
+                if self._wandb:
+                    self._wandb.log({f"{name}/video": self._wandb.Video(str(path), format="mp4"), "step": step})
+                if self._events:
+                    self._add_gif(f"{name}/video", path, step)
 
-    def _picture(self, name: str, picture: np.ndarray, step: int) -> None:
-        """Show a picture (H, W, 3) uint8."""
-        self._to_wandb("Image", name, picture, step)
-        if self._events:
-            self._events.add_image(name, picture, step, dataformats="HWC")
+    def _add_gif(self, name: str, path: Path, step: int) -> None:
+        """Show a video in TensorBoard, which plays no video files."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
 
-    def _video(self, name: str, path: Path, step: int) -> None:
-        self._to_wandb("Video", name, str(path), step, format="mp4")
-        if self._events:
-            from tensorboard.compat.proto.summary_pb2 import Summary
-
-            frames, gif = [Image.fromarray(frame) for frame in read_video(path, GIF_FPS, GIF_SIDE)], io.BytesIO()
-            frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:], duration=1000 / GIF_FPS, loop=0)
-            width, height = frames[0].size
-            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif.getvalue())
-            self._events.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
-
-    def _to_wandb(self, kind: str, name: str, value: str | np.ndarray, step: int, **options: Any) -> None:
-        if self._wandb:
-            import wandb
-
-            self._wandb.log({name: getattr(wandb, kind)(value, **options), "step": step})
+        frames, gif = [Image.fromarray(frame) for frame in read_video(path, GIF_FPS, GIF_SIDE)], io.BytesIO()
+        frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:], duration=1000 / GIF_FPS, loop=0)
+        width, height = frames[0].size
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif.getvalue())
+        self._events.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
     def close(self) -> None:
         with suppress(OSError):  # the disk is full, which was already reported
@@ -127,8 +121,8 @@ class Tracker:
             self._events.close()
 
 
-def _begin_wandb(run: Path, mode: str, config: dict[str, Any]) -> Any:
-    """Begin or resume the wandb run of a folder.
+def _begin_wandb(run: Path, mode: str, config: dict[str, Any]) -> ModuleType:
+    """Begin or resume the wandb run of a folder; return the package, whose functions then log to it.
 
     `step` is logged as a metric, and is the axis of all others: wandb drops points older than its own counter after a
     resume, and with them the validation that a stopped run owes.
@@ -138,13 +132,13 @@ def _begin_wandb(run: Path, mode: str, config: dict[str, Any]) -> Any:
     file = run / "wandb_id"  # a folder's name is not unique
     if not file.is_file():
         file.write_text(f"{secrets.token_hex(6)}\n")
-    started = wandb.init(
+    wandb.init(
         project="speaking-faces", name=run.name, id=file.read_text().strip(), resume="allow", dir=run, mode=mode,
         config=config, settings=wandb.Settings(quiet=True),
     )  # fmt: skip
-    started.define_metric("step")
-    started.define_metric("*", step_metric="step")
-    return started
+    wandb.define_metric("step")
+    wandb.define_metric("*", step_metric="step")
+    return wandb
 
 
 class Window:
@@ -152,8 +146,8 @@ class Window:
 
     def __init__(self) -> None:
         self.start, self.wait, self.steps, self.tokens = time.perf_counter(), 0.0, 0, 0
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor | float] = defaultdict(float)  # of accepted steps
+        self._counts: dict[str, Tensor | float] = defaultdict(float)
 
     def next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
         """Return the next batch; the wait for it counts."""
@@ -172,9 +166,8 @@ class Window:
     def add(self, values: dict[str, Tensor], accepted: Tensor, prefix: str) -> None:
         """Add one step's scalars if the step was `accepted`, () bool."""
         for key, value in values.items():
-            key, value = prefix + key, torch.where(accepted, value.detach(), 0.0)
-            self._sums[key] = self._sums.get(key, 0) + value
-            self._counts[key] = self._counts.get(key, 0) + accepted.double()
+            self._sums[prefix + key] += torch.where(accepted, value.detach(), 0.0)
+            self._counts[prefix + key] += accepted.double()
 
     def means(self) -> dict[str, float]:
         """Return the means of the scalars over accepted steps. Synchronises with the device."""
