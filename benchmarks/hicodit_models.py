@@ -23,7 +23,7 @@ from hicodit.conditions import encoder_config
 from hicodit.conditions.types import Conditions, windows_of
 from hicodit.data import HiCoDiTDataset
 from hicodit.diffusion import LogLinearNoise, masked_at, weighted_score_entropy
-from hicodit.evaluate import stored_crops, stored_samples
+from hicodit.evaluate import stored_conditions, stored_samples
 from hicodit.model import HiCoDiT, ModelConfig, positions_of, rows_of
 from hicodit.pipeline import BUNDLED, HiCoDiTPipeline
 from hicodit.system import CODECS, HiCoDiTSystem
@@ -90,7 +90,7 @@ def losses_of(pipeline: HiCoDiTPipeline, samples: Sequence[tuple[dict[str, Any],
     groups = [order[first : first + BATCH] for first in range(0, len(order), BATCH)]
     other, conditions = derangement(len(clips), np.random.default_rng(0)), {}
     for group in groups:
-        own = pipeline.conditions([stored_crops(pipeline.system, clips[i]) for i in group])
+        own = stored_conditions(pipeline, [clips[i] for i in group])
         for row, i in enumerate(group):
             length = len(clips[i]["phoneme"])
             conditions[i] = own.lip[row, :length], own.identity[row], own.expression[row, : windows_of(length)]

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from engine.device import send
 from engine.errors import UserError
 from engine.evaluation.clips import Clip
 from engine.evaluation.generate import generate_missing, write_facts, write_take
@@ -23,12 +25,11 @@ from engine.metrics.metric import wave_of
 from engine.metrics.registry import metrics_of
 from engine.metrics.speaker import GE2EEncoder
 from engine.settings import override, require_choice
-from hicodit.conditions.types import Crops
+from hicodit.conditions.types import Conditions, Crops
 from hicodit.data import HiCoDiTDataset
 from hicodit.generation import windows
-from hicodit.pipeline import BUNDLED, FPS, Features, HiCoDiTPipeline
+from hicodit.pipeline import BUNDLED, FPS, HiCoDiTPipeline
 from hicodit.settings import with_preset
-from hicodit.system import HiCoDiTSystem
 
 WAVES, VIDEOS = 4, 2  # that a validation keeps of each split
 EXPRESSIONS = ("own", "shuffled", "exchanged")
@@ -129,22 +130,22 @@ def evaluate_clips(
     own, samples = share.range(len(samples)), share.pick(samples)
     if not own:
         return {}
-    crops = [stored_crops(pipeline.system, clip) for _, clip in samples]
-    order = sorted(range(len(crops)), key=lambda i: len(crops[i]))
-    spoken = {}
+    infos, stored = zip(*samples)
+    order = sorted(range(len(stored)), key=lambda i: len(stored[i]["phoneme"]))
+    spoken: dict[int, np.ndarray] = {}
     for start in range(0, len(order), 16):
         group = order[start : start + 16]
-        spoken |= zip(group, pipeline.run([crops[i] for i in group], [own.start + i for i in group]))
-    speeches = [spoken[i] for i in range(len(crops))]
-    for n, (info, clip), speech in zip(range(WAVES)[own.start :], samples, speeches):
-        write_wav(folder / f"{info['key']}.wav", speech.wave, speech.rate)
+        conditions = stored_conditions(pipeline, [stored[i] for i in group])
+        spoken |= zip(group, pipeline.speak(conditions, [own.start + i for i in group])[1])
+    waves, rate = [spoken[i] for i in range(len(stored))], pipeline.codec.sample_rate
+    for n, info, clip, wave in zip(range(WAVES)[own.start :], infos, stored, waves):
+        write_wav(folder / f"{info['key']}.wav", wave, rate)
         if n < VIDEOS and "mouth" in clip:
-            mouth = speech.crops.mouth.repeat(4, 1).repeat(4, 2)[..., None].repeat(3, 3)
-            write_video(folder / f"{info['key']}.mp4", mouth, FPS, speech.wave, speech.rate)
-    texts, waves = [info["text"] for info, _ in samples], [speech.wave for speech in speeches]
+            mouth = clip["mouth"].numpy().repeat(4, 1).repeat(4, 2)[..., None].repeat(3, 3)
+            write_video(folder / f"{info['key']}.mp4", mouth, FPS, wave, rate)
     compared = any(metric.pair for metric in metrics_of(metrics))
-    true = pipeline.decode_tokens([clip["tokens"].T for _, clip in samples]) if compared else None
-    rate, device = pipeline.codec.sample_rate, str(pipeline.device)
+    true = pipeline.decode_tokens([clip["tokens"].T for clip in stored]) if compared else None
+    texts, device = [info["text"] for info in infos], str(pipeline.device)
     return measure_clips(metrics, texts, waves, true, rate, recogniser, device=device, numbers=own)
 
 
@@ -155,14 +156,21 @@ def stored_samples(data: HiCoDiTDataset, clips: int) -> list[tuple[dict[str, Any
 
 
 @torch.inference_mode()
-def stored_crops(system: HiCoDiTSystem, clip: Mapping[str, Tensor]) -> Crops | Features:
-    """Return crops of a prepared clip (`HiCoDiTDataset.read`), or its features where it holds those.
+def stored_conditions(pipeline: HiCoDiTPipeline, clips: Sequence[Mapping[str, Tensor]]) -> Conditions:
+    """Encode prepared clips (`HiCoDiTDataset.read`): from their pictures, or from features where they hold those.
 
     Each frame whose expression is read takes the nearest of the stored face pictures.
     """
-    if "lip" in clip:
-        return Features(*(clip[name].numpy() for name in ("lip", "face_identity", "expression")))
-    frames, faces = len(clip["mouth"]), clip["faces"]
-    pictures = faces[torch.arange(0, frames, system.encoders.config.picture_every) * len(faces) // frames]
-    expression = system.window_classes(system.read_expressions(pictures.movedim(-1, 1)), frames)
-    return Crops(clip["mouth"].numpy(), pictures[system.voice_pictures(frames)].numpy(), expression)
+    system = pipeline.system
+    if "lip" in clips[0]:
+        parts = ([clip[name] for clip in clips] for name in ("lip", "face_identity", "expression"))
+        lip, faces, expression = (send(pad_sequence(part, True), pipeline.device) for part in parts)
+        identity = system.model.adapt_identity(faces.float().mean(1))
+        return Conditions(lip.float(), identity, expression, torch.tensor([len(clip["lip"]) for clip in clips]))
+    crops = []
+    for clip in clips:
+        frames, faces = len(clip["mouth"]), clip["faces"]
+        pictures = faces[torch.arange(0, frames, system.encoders.config.picture_every) * len(faces) // frames]
+        expression = system.window_classes(system.read_expressions(pictures.movedim(-1, 1)), frames)
+        crops.append(Crops(clip["mouth"].numpy(), pictures[system.voice_pictures(frames)].numpy(), expression))
+    return pipeline.conditions(crops)

@@ -1,7 +1,7 @@
 """A silent clip in, a waveform out.
 
-Axes: B batch, T video frames (25 a second), L = 2 T token frames, K token levels, N samples, J half seconds, F stored
-face pictures, H height, W width, S' side of face pictures, E lip feature width.
+Axes: B batch, T video frames (25 a second), L = 2 T token frames, K token levels, N samples, J half seconds, H height,
+W width, S' side of face pictures.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from engine.progress import stage
 from engine.publish import publish
 from engine.release import find_codec
 from hicodit.conditions.align import MOUTH_SIDE, mouth_poses
+from hicodit.conditions.encoders import unit
 from hicodit.conditions.types import FPS, MIN_FRAMES, Conditions, Crops, windows_of
 from hicodit.generation import generate, windows
 from hicodit.model import FLOAT32, TOKENS_PER_FRAME
@@ -45,25 +46,13 @@ DECODED = 1500  # token frames that are decoded at once, beside those that they 
 
 
 @dataclass(frozen=True)
-class Features:
-    """One clip as encoders that do not learn have read it: lip (T, E), faces (F, 512), expression (J,) classes."""
-
-    lip: np.ndarray
-    faces: np.ndarray
-    expression: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.lip)
-
-
-@dataclass(frozen=True)
 class Speech:
     """Generated speech: wave (N,) float32 at `rate` Hz, tokens (K, L), and the clip and classes it was made from."""
 
     wave: np.ndarray
     rate: int
     tokens: np.ndarray
-    crops: Crops | Features
+    crops: Crops
     expression: np.ndarray  # (J,) class of each half second
 
     def save(self, path: str | Path) -> None:
@@ -196,7 +185,16 @@ class HiCoDiTPipeline:
         label = f"{Path(name).name} ({stated / FPS:.1f} s)" if stated else Path(name).name
         try:
             with stage(f"{label}: finding the face", stated or None, "frames"):
-                tracks = self._tracks(frames, name, face, face_box)
+                if isinstance(self.landmarks, Path):
+                    if face_box is not None:
+                        raise UserError("face_box and a file of landmarks both say where the face is: give one of them")
+                    tracks = [place_landmarks(frames, *read_landmarks(self.landmarks, Path(name).name), FPS)]
+                elif face_box is None:
+                    tracks = find_faces(frames, FPS, face, self.detector)
+                else:
+                    tracks = [place_face(frames, face_box, FPS)]
+                if (count := len(tracks[0])) < MIN_FRAMES:
+                    raise FaceError(f"{count / FPS:.2f} s of video; at least {MIN_FRAMES / FPS:.1f} s is needed")
         except FaceError as error:
             raise UserError(f"{name}: {error}") from error
         for number, track in enumerate(tracks, 1):
@@ -210,21 +208,6 @@ class HiCoDiTPipeline:
                 track = track.scaled(clip.display_size[1] / clip.size[1])
                 write_faces(path.with_suffix(".json"), track, mouth_poses(track.best_points), MOUTH_SIDE, FPS)
             yield crops
-
-    def _tracks(self, clip: ClipFrames, name: str, face: str | int, face_box: Any) -> list[FaceTrack]:
-        """Return the tracks of the faces that are meant."""
-        if isinstance(self.landmarks, Path):
-            if face_box is not None:
-                raise UserError("face_box and a file of landmarks both say where the face is: give one of them")
-            tracks = [place_landmarks(clip, *read_landmarks(self.landmarks, Path(name).name), FPS)]
-        elif face_box is None:
-            tracks = find_faces(clip, FPS, face, self.detector)
-        else:
-            tracks = [place_face(clip, face_box, FPS)]
-        frames = len(tracks[0])
-        if frames < MIN_FRAMES:
-            raise FaceError(f"{frames / FPS:.2f} s of video; at least {MIN_FRAMES / FPS:.1f} s is needed")
-        return tracks
 
     @torch.inference_mode()
     def cut(self, blocks: Iterable[np.ndarray], track: FaceTrack, strip: str | Path | None = None) -> Crops:
@@ -256,22 +239,20 @@ class HiCoDiTPipeline:
         return Crops(mouth, np.concatenate(voices), expression, track)
 
     @torch.inference_mode()
-    def conditions(self, crops: Sequence[Crops] | Sequence[Features], identity: np.ndarray | None = None) -> Conditions:
+    def conditions(self, crops: Sequence[Crops], identity: np.ndarray | None = None) -> Conditions:
         """Encode a batch of clips; `identity` (256,) is a reference voice's GE2E vector for all of them."""
 
         def padded(part: str) -> Tensor:
-            rows = [torch.as_tensor(getattr(c, part)) for c in crops]
-            return send(pad_sequence(rows, batch_first=True), self.device)
+            return send(pad_sequence([torch.as_tensor(getattr(c, part)) for c in crops], True), self.device)
 
-        frames, expression = torch.tensor([len(c) for c in crops]), padded("expression")
-        if identity is not None:
-            identity = send(torch.as_tensor(identity, dtype=torch.float32), self.device).expand(len(crops), -1)
-        if isinstance(crops[0], Features):
-            if identity is None:
-                identity = self.system.model.adapt_identity(padded("faces").float().mean(1))
-            return Conditions(padded("lip").float(), identity, expression, frames)
-        voices = padded("voices").movedim(-1, 2)  # (B, 4, 3, S', S')
-        return self.system.conditions(padded("mouth"), voices, expression, frames, identity)
+        frames, system = torch.tensor([len(c) for c in crops]), self.system
+        lip = system.encoders.lip(padded("mouth"), frames)
+        if identity is None:
+            voices = padded("voices").movedim(-1, 2)  # (B, 4, 3, S', S')
+            voice = system.model.adapt_identity(system.encoders.identity(unit(voices)))
+        else:
+            voice = send(torch.as_tensor(identity, dtype=torch.float32), self.device).expand(len(crops), -1)
+        return Conditions(lip, voice, padded("expression"), frames)
 
     @torch.inference_mode()
     def decode_tokens(self, tokens: Sequence[Tensor]) -> list[np.ndarray]:
@@ -292,14 +273,14 @@ class HiCoDiTPipeline:
 
     def run(
         self,
-        crops: Sequence[Crops] | Sequence[Features],
+        crops: Sequence[Crops],
         seeds: Sequence[int],
         identity: np.ndarray | None = None,
         sampler: SamplerConfig | None = None,
         expressions: Sequence[np.ndarray] | None = None,
         on_step: Callable[[int], None] = lambda step: None,
     ) -> list[Speech]:
-        """Generate the speech of a batch of clips whose faces are already cut out, or already encoded.
+        """Generate the speech of a batch of clips whose faces are already cut out.
 
         Args:
             seeds: one a clip.
@@ -312,9 +293,24 @@ class HiCoDiTPipeline:
         if expressions is not None:
             classes = np.stack([np.resize(e, conditions.expression.shape[1]) for e in expressions])
             conditions = replace(conditions, expression=send(torch.from_numpy(classes).long(), self.device))
-        settings = sampler or self.sampler
-        steps = settings.steps * max(len(windows(len(c), settings)) for c in crops)
-        with stage(f"sampling {sum(map(len, crops)) / FPS:.1f} s of speech", steps, "steps") as count:
+        tokens, waves = self.speak(conditions, seeds, sampler, on_step)
+        expressions, rate = conditions.expression.cpu().numpy(), self.codec.sample_rate
+        return [
+            Speech(wave, rate, t.numpy(), c, e[: windows_of(len(c))])
+            for wave, t, c, e in zip(waves, tokens, crops, expressions)
+        ]
+
+    def speak(
+        self,
+        conditions: Conditions,
+        seeds: Sequence[int],
+        sampler: SamplerConfig | None = None,
+        on_step: Callable[[int], None] = lambda step: None,
+    ) -> tuple[list[Tensor], list[np.ndarray]]:
+        """Sample the tokens (K, L) of a batch of encoded clips, and decode their waves (N,); arguments as of `run`."""
+        settings, frames = sampler or self.sampler, conditions.frames.tolist()
+        steps = settings.steps * max(len(windows(n, settings)) for n in frames)
+        with stage(f"sampling {sum(frames) / FPS:.1f} s of speech", steps, "steps") as count:
 
             def after_step(step: int) -> None:
                 count()
@@ -323,12 +319,7 @@ class HiCoDiTPipeline:
             model, scales = self.system.model, self.guidance
             tokens = generate(model, conditions, settings, scales, seeds, on_step=after_step, graphs=self.graphs)
         with stage("decoding"):
-            waves = self.decode_tokens(tokens)
-        expressions = conditions.expression.cpu().numpy()
-        return [
-            Speech(wave, self.codec.sample_rate, t.numpy(), c, e[: windows_of(len(c))])
-            for wave, t, c, e in zip(waves, tokens, crops, expressions)
-        ]
+            return tokens, self.decode_tokens(tokens)
 
     def stream(
         self,

@@ -1,6 +1,6 @@
 """A HiCoDiT model with its condition encoders, which are trained, released and loaded together.
 
-Axes: B batch, T video frames, J half seconds, F face pictures, S picture side, E lip feature width.
+Axes: F face pictures, S' their side, J half seconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from engine.errors import UserError
 from engine.release import Released
 from hicodit.conditions import EncoderConfig, encoder_config, make_encoders
 from hicodit.conditions.encoders import unit
-from hicodit.conditions.types import EXPRESSIONS, Conditions, window_expressions
+from hicodit.conditions.types import EXPRESSIONS, window_expressions
 from hicodit.model import HiCoDiT, ModelConfig
 from rvq_codec import RVQCodec
 
@@ -56,21 +56,6 @@ class HiCoDiTSystem(Released):
     def window_classes(self, probabilities: Tensor, frames: int) -> Tensor:
         """Reduce what `read_expressions` returns to the class of each half second (J,) of a clip of so many frames."""
         return window_expressions(probabilities.repeat_interleave(self.encoders.config.picture_every, 0)[:frames])
-
-    def conditions(
-        self, mouth: Tensor, voices: Tensor, expression: Tensor, frames: Tensor, identity: Tensor | None = None
-    ) -> Conditions:
-        """Encode the pictures of a batch of clips.
-
-        Args:
-            mouth: (B, T, S, S) grey. voices: (B, 4, 3, S', S') the `voice_pictures`. Both in [0, 1], or uint8.
-            expression: (B, J) classes, see `window_classes`. frames: (B,) valid frames.
-            identity: (B, 256) GE2E embeddings of reference voices in place of the faces'.
-        """
-        lip = self.encoders.lip(mouth, frames)
-        if identity is None:
-            identity = self.model.adapt_identity(self.encoders.identity(unit(voices)))
-        return Conditions(lip, identity, expression, frames)
 
     def arguments(self) -> dict[str, Any]:
         return {"model": asdict(self.model.config), "encoders": asdict(self.encoders.config)}

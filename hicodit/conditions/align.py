@@ -55,40 +55,26 @@ def warp(picture: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
 
     The same numbers as OpenCV 5's `warpAffine`; OpenCV 4 rounds positions to 1/32 pixel.
     """
-    inverse = invert(matrix).astype(np.float32)
+    inverse = cv2.invertAffineTransform(np.asarray(matrix, np.float64)).astype(np.float32)
     x = np.arange(size, dtype=np.float32)
     # float32 throughout; the last multiply-add rounds once, as a fused instruction does
     sx, sy = (
         (x.astype(np.float64) * row[0] + (x * row[1] + row[2]).astype(np.float64)[:, None]).astype(np.float32)
         for row in inverse
     )
-    part, sx, sy = _seen_part(picture, sx, sy)
-    values = bilinear(part.astype(np.float32), sx, sy)
-    return np.rint(values).astype(np.uint8)
+    return np.rint(bilinear(picture, sx, sy)).astype(np.uint8)
 
 
-def invert(matrix: np.ndarray) -> np.ndarray:
-    """Return the inverse (2, 3) of an affine map (2, 3)."""
-    (a, b, tx), (c, d, ty) = np.asarray(matrix, np.float64)
-    scale = a * d - b * c
-    scale = 1 / scale if scale else 0.0
-    p, q, r, s = d * scale, -b * scale, -c * scale, a * scale
-    return np.array([[p, q, -p * tx - q * ty], [r, s, -r * tx - s * ty]])
-
-
-def _seen_part(picture: np.ndarray, sx: np.ndarray, sy: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the part of `picture` that sampling at sx, sy (S, S) touches, and the positions in it; saves time."""
-    left, top = (max(0, int(s.min())) for s in (sx, sy))
+def bilinear(picture: np.ndarray, sx: np.ndarray, sy: np.ndarray, unit: float = 1.0) -> np.ndarray:
+    """Sample bytes (H, W[, 3]), divided by `unit`, at sx, sy (S, S), in their type; a missing neighbour counts as 0."""
+    number = sx.dtype.type
+    left, top = (max(0, int(s.min())) for s in (sx, sy))  # only what is touched is converted
     right, bottom = (max(0, int(s.max()) + 2) for s in (sx, sy))
-    return picture[top:bottom, left:right], sx - sx.dtype.type(left), sy - sy.dtype.type(top)
-
-
-def bilinear(picture: np.ndarray, sx: np.ndarray, sy: np.ndarray) -> np.ndarray:
-    """Sample `picture` (H, W[, 3]) at positions sx, sy (S, S), in their type; a missing neighbour counts as 0."""
-    left, top = np.floor(sx), np.floor(sy)
-    fx, fy = sx - left, sy - top
+    picture, sx, sy = picture[top:bottom, left:right] / number(unit), sx - number(left), sy - number(top)
     height, width = picture.shape[:2]
     padded = np.pad(picture, [(2, 2), (2, 2), (0, 0)][: picture.ndim])
+    left, top = np.floor(sx), np.floor(sy)
+    fx, fy = sx - left, sy - top
     column = np.clip(left, -2, width).astype(np.intp) + 2
     row = np.clip(top, -2, height).astype(np.intp) + 2
     if picture.ndim == 3:
@@ -163,9 +149,8 @@ def avhubert_mouth(frames: np.ndarray, poses: np.ndarray) -> np.ndarray:
     """
     mouths, x = [], np.arange(MOUTH_SIDE, dtype=np.float64)
     for frame, matrix in zip(frames, poses, strict=True):
-        sx, sy = (row[0] * x + row[1] * x[:, None] + row[2] for row in invert(matrix))
-        part, sx, sy = _seen_part(frame, sx, sy)
-        values = bilinear(part / 255.0, sx, sy) * 255
+        sx, sy = (row[0] * x + row[1] * x[:, None] + row[2] for row in cv2.invertAffineTransform(matrix))
+        values = bilinear(frame, sx, sy, 255) * 255
         mouths.append(cv2.cvtColor(values.astype(np.uint8), cv2.COLOR_RGB2GRAY))  # the original cuts fractions off
     return np.stack(mouths)
 

@@ -9,6 +9,7 @@ Axes: n faces, C channels, H = W map side, N = H W positions, D token width.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -39,47 +40,42 @@ RULES = (  # names of the checkpoints -> ours; what the forward pass never uses 
 )
 
 
+def _named(**layers: nn.Module) -> nn.Sequential:
+    """Return layers, one after another, under names of their own."""
+    return nn.Sequential(OrderedDict(layers))
+
+
 # --- the landmark network: MobileFaceNet (Chen et al. 2018, arXiv:1804.07573) without its embedding ---
 
 
-class _ConvNorm(nn.Module):
-    """Convolution without bias, batch norm and, unless `linear`, PReLU."""
-
-    def __init__(
-        self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1, linear: bool = False
-    ):
-        super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
-        self.bn = nn.BatchNorm2d(outputs)
-        self.prelu = None if linear else nn.PReLU(outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.bn(self.conv(x))
-        return x if self.prelu is None else self.prelu(x)
+def _convolution(
+    inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1, linear: bool = False
+) -> nn.Sequential:
+    """Return a convolution without bias, batch norm and, unless `linear`, PReLU."""
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return _named(conv=conv, bn=nn.BatchNorm2d(outputs), **({} if linear else {"prelu": nn.PReLU(outputs)}))
 
 
-class _Bottleneck(nn.Module):
-    """Widen, filter every channel by itself, narrow; plus the input where `residual`."""
-
-    def __init__(self, inputs: int, outputs: int, middle: int, stride: int = 1, residual: bool = False):
-        super().__init__()
-        self.conv = _ConvNorm(inputs, middle)
-        self.conv_dw = _ConvNorm(middle, middle, 3, stride, groups=middle)
-        self.project = _ConvNorm(middle, outputs, linear=True)
-        self.residual = residual
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.project(self.conv_dw(self.conv(x)))
-        return x + y if self.residual else y
+def _bottleneck(inputs: int, outputs: int, middle: int, stride: int = 1) -> nn.Sequential:
+    """Return what widens, filters every channel by itself, and narrows."""
+    return _named(
+        conv=_convolution(inputs, middle),
+        conv_dw=_convolution(middle, middle, 3, stride, groups=middle),
+        project=_convolution(middle, outputs, linear=True),
+    )
 
 
 class _Bottlenecks(nn.Module):
+    """Bottlenecks, each of which adds to its input."""
+
     def __init__(self, width: int, middle: int, count: int):
         super().__init__()
-        self.model = nn.Sequential(*(_Bottleneck(width, width, middle, residual=True) for _ in range(count)))
+        self.model = nn.ModuleList(_bottleneck(width, width, middle) for _ in range(count))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
+        for bottleneck in self.model:
+            x = x + bottleneck(x)
+        return x
 
 
 class LandmarkBackbone(nn.Module):
@@ -87,15 +83,15 @@ class LandmarkBackbone(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv1 = _ConvNorm(3, 64, 3, 2)
-        self.conv2_dw = _ConvNorm(64, 64, 3, groups=64)
-        self.conv_23 = _Bottleneck(64, 64, 128, 2)
+        self.conv1 = _convolution(3, 64, 3, 2)
+        self.conv2_dw = _convolution(64, 64, 3, groups=64)
+        self.conv_23 = _bottleneck(64, 64, 128, 2)
         self.conv_3 = _Bottlenecks(64, 128, 4)
-        self.conv_34 = _Bottleneck(64, 128, 256, 2)
+        self.conv_34 = _bottleneck(64, 128, 256, 2)
         self.conv_4 = _Bottlenecks(128, 256, 6)
-        self.conv_45 = _Bottleneck(128, 128, 512, 2)
+        self.conv_45 = _bottleneck(128, 128, 512, 2)
         self.conv_5 = _Bottlenecks(128, 256, 2)
-        self.conv_6_sep = _ConvNorm(128, 512)
+        self.conv_6_sep = _convolution(128, 512)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         first = self.conv_3(self.conv_23(self.conv2_dw(self.conv1(x))))
@@ -156,38 +152,24 @@ class CrossAttention(nn.Module):
 
     def __init__(self, width: int, side: int):
         super().__init__()
-        self.heads = width // HEAD_WIDTH
+        self.heads, self.side = width // HEAD_WIDTH, side
         self.qkv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * side - 1) ** 2, self.heads))
-        position = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")).flatten(1)
-        offset = position[:, :, None] - position[:, None] + side - 1  # (2, N, N)
-        self.register_buffer("index", offset[0] * (2 * side - 1) + offset[1], persistent=False)
 
     def forward(self, image: Tensor, landmark: Tensor) -> Tensor:
         key, value = self.qkv(image).unflatten(-1, (2, self.heads, HEAD_WIDTH)).permute(2, 0, 3, 1, 4)
         query = landmark.unflatten(-1, (self.heads, HEAD_WIDTH)).transpose(1, 2)
-        bias = self.relative_position_bias_table[self.index].permute(2, 0, 1)
+        line = torch.arange(self.side, device=image.device)
+        offset = line[:, None] - line + self.side - 1  # along one axis; positions run over rows, then over columns
+        index = (2 * self.side - 1) * offset[:, None, :, None] + offset[:, None]  # (side, side, side, side)
+        bias = self.relative_position_bias_table[index.flatten(2).flatten(0, 1)].permute(2, 0, 1)
         out = F.scaled_dot_product_attention(query, key, value, bias.expand(len(query), -1, -1, -1))
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
-class _Norm(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x)
-
-
-class _MLP(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+def _mlp(width: int) -> nn.Sequential:
+    return _named(fc1=nn.Linear(width, 4 * width), gelu=nn.GELU(), fc2=nn.Linear(4 * width, width))
 
 
 class _GatedMLP(nn.Module):
@@ -196,7 +178,7 @@ class _GatedMLP(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.gamma1, self.gamma2 = (nn.Parameter(torch.full((width,), 1e-5)) for _ in range(2))
-        self.mlp, self.norm = _MLP(width), nn.LayerNorm(width)
+        self.mlp, self.norm = _mlp(width), nn.LayerNorm(width)
 
     def forward(self, x: Tensor, attention: Tensor) -> Tensor:
         x = x + self.gamma1 * attention
@@ -218,20 +200,11 @@ class _Block(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn, self.mlp = _Attention(width, heads), _MLP(width)
+        self.attn, self.mlp = _Attention(width, heads), _mlp(width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
-
-
-class _ChannelGate(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.linear1, self.linear2 = nn.Linear(width, width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.linear2(F.relu(self.linear1(x))).sigmoid()
 
 
 class TokenClassifier(nn.Module):
@@ -243,14 +216,16 @@ class TokenClassifier(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens + 1, width))
         self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(blocks))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.se_block = _ChannelGate(width)
-        self.head = nn.ModuleDict({"linear": nn.Linear(width, classes)})
+        gate = {"linear1": nn.Linear(width, width), "relu": nn.ReLU(), "linear2": nn.Linear(width, width)}
+        self.se_block = _named(**gate, sigmoid=nn.Sigmoid())
+        self.head = _named(linear=nn.Linear(width, classes))
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1) + self.pos_embed
         for block in self.blocks:
             x = block(x)
-        return self.head["linear"](self.se_block(self.norm(x)[:, 0]))
+        summary = self.norm(x)[:, 0]
+        return self.head(summary * self.se_block(summary))
 
 
 def _to_map(x: Tensor) -> Tensor:
@@ -277,12 +252,12 @@ class POSTER2(nn.Module):
         self.face_landback, self.ir_back = LandmarkBackbone(), ImageBackbone()
         self.last_face_conv = nn.Conv2d(512, 256, 3, padding=1)
         self.conv1, self.conv2, self.conv3 = (nn.Conv2d(c, c, 3, 2, 1) for c in (64, 128, 256))
-        self.window1, self.window2, self.window3 = (_Norm(c) for c in (64, 128, 256))
+        self.window1, self.window2, self.window3 = (_named(norm=nn.LayerNorm(c)) for c in (64, 128, 256))
         self.attn1, self.attn2, self.attn3 = (CrossAttention(c, s) for c, s in ((64, 28), (128, 14), (256, 7)))
         self.ffn1, self.ffn2, self.ffn3 = (_GatedMLP(c) for c in (64, 128, 256))
         self.embed_q = nn.Sequential(nn.Conv2d(64, 768, 3, 2, 1), nn.Conv2d(768, 768, 3, 2, 1))
         self.embed_k = nn.Sequential(nn.Conv2d(128, 768, 3, 2, 1))
-        self.embed_v = nn.ModuleDict({"proj": nn.Conv2d(256, 768, 1)})
+        self.embed_v = _named(proj=nn.Conv2d(256, 768, 1))
         self.VIT = TokenClassifier(classes=len(classes))
 
     @staticmethod
@@ -305,7 +280,7 @@ class POSTER2(nn.Module):
 
     def tokens(self, maps: list[Tensor]) -> Tensor:
         """Map the three maps -> tokens (n, 147, D)."""
-        embedded = self.embed_q(maps[0]), self.embed_k(maps[1]), self.embed_v["proj"](maps[2])
+        embedded = self.embed_q(maps[0]), self.embed_k(maps[1]), self.embed_v(maps[2])
         return torch.cat([_to_positions(x) for x in embedded], 1)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -332,10 +307,7 @@ class POSTER2(nn.Module):
         cls, state: Mapping[str, Tensor], classes: tuple[str, ...], source: str | Path = "POSTER V2"
     ) -> POSTER2:
         """Make the network with the tensors of a checkpoint's state dict, strict on all that the forward pass uses."""
-        model = build_with(lambda: cls(classes), rename_all(state, RULES), source)
-        for attention, side in zip((model.attn1, model.attn2, model.attn3), (28, 14, 7)):
-            attention.index = CrossAttention(HEAD_WIDTH, side).index  # a buffer that no checkpoint has
-        return model
+        return build_with(lambda: cls(classes), rename_all(state, RULES), source)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> POSTER2:

@@ -31,6 +31,7 @@ from hicodit.conditions.poster2 import POSTER2
 WINDOW_FRAMES = 500  # of a long clip that AV-HuBERT sees at once
 CONTEXT_FRAMES = 50  # of them at each inner end whose features are not used
 PICTURES = 16  # that POSTER V2 sees at once
+NETWORKS = {"lip": AVHubert, "identity": ArcFace, "expression": POSTER2}
 
 
 @dataclass(frozen=True)
@@ -95,31 +96,26 @@ class ReleasedEncoders:
         """Return the encoder "lip", "identity" or "expression", on a device."""
         if name not in self._networks:
             network = self._read(name).eval().requires_grad_(False)
-            expected = self.expected.get({"identity": "face_identity"}.get(name, name))
-            if expected is not None and weights_digest(network) != expected:
+            expected = self.expected.get("face_identity" if name == "identity" else name)
+            if expected is not None and (digest := weights_digest(network)) != expected:
                 raise UserError(
-                    f"{getattr(self.config, f'{name}_file')} makes other features ({weights_digest(network)}) than "
-                    f"those the model was trained on ({expected}): give the file that prepared its shards"
+                    f"{getattr(self.config, f'{name}_file')} makes other features ({digest}) than those the model was "
+                    f"trained on ({expected}): give the file that prepared its shards"
                 )
             self._networks[name] = network
         return self._networks[name].to(device)
 
     def _read(self, name: str) -> nn.Module:
-        c = self.config
-        kinds = {  # and what they are made of without a file
-            "lip": (AVHubert, [AVHubertConfig(**c.lip)]),
-            "identity": (ArcFace, [c.identity_blocks]),
-            "expression": (POSTER2, []),
-        }
-        kind, sizes = kinds[name]
+        c, file = self.config, getattr(self.config, f"{name}_file")
         if c.folder is None:
-            return kind(*sizes)
+            made = {"lip": lambda: AVHubert(AVHubertConfig(**c.lip)), "identity": lambda: ArcFace(c.identity_blocks)}
+            return made.get(name, POSTER2)()
         if not Path(c.folder).is_dir():
             raise UserError(f"no folder of encoder checkpoints: encoders.folder={c.folder}")
-        network = kind.from_pretrained(Path(c.folder) / getattr(c, f"{name}_file"))
+        network = NETWORKS[name].from_pretrained(Path(c.folder) / file)
         if name == "lip" and network.config.width != c.lip_dim:
             raise UserError(
-                f"{c.lip_file} gives lip features of width {network.config.width}, the model takes {c.lip_dim}: "
+                f"{file} gives lip features of width {network.config.width}, the model takes {c.lip_dim}: "
                 "give the checkpoint that the model was trained with"
             )
         return network

@@ -19,7 +19,7 @@ from hicodit.conditions.arcface import ArcFace
 from hicodit.conditions.avhubert import AVHubert, AVHubertConfig
 from hicodit.conditions.released import ReleasedEncoderConfig, ReleasedEncoders
 from hicodit.data import HiCoDiTDataset
-from hicodit.evaluate import evaluate_clips, stored_crops
+from hicodit.evaluate import evaluate_clips, stored_conditions
 from hicodit.model import ModelConfig
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import GuidanceScales, SamplerConfig
@@ -208,7 +208,7 @@ def test_validation_from_features_sees_what_the_pictures_show(system, release, s
     assert calls == [] and set(found) == ({"stoi"} if importlib.util.find_spec("pystoi") else set())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip0.wav", "clip1.wav", "clip2.wav"]
     pictures, features = (
-        pipeline.conditions([stored_crops(system, data.read(i)[1]) for i in range(3)])
+        stored_conditions(pipeline, [data.read(i)[1] for i in range(3)])
         for data in (HiCoDiTDataset(shards / "both", codec, kind) for kind in ("tiny", "released"))
     )
     assert torch.equal(features.frames, pictures.frames) and features.expression.shape == (3, 2)
