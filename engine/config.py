@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import Field, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import Field, dataclass, field, fields
 from functools import reduce
 from importlib import import_module
 from pathlib import Path
@@ -18,12 +18,12 @@ from typing import Any
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from engine.errors import UserError
-from engine.settings import KINDS, check_value, completed, is_a, kind_of, listed, make, nearest, require_choice
+from engine.settings import KINDS, NEEDED, check_value, hints_of, is_a, kind_of, make, nearest, require_choice
 
 PACKAGES = ("engine", "corpora", "hicodit", "talker_t2av", "rvq_codec", "whisperx_vae", "lia_x", "tests")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -48,14 +48,24 @@ def load(config_name: str, argv: Sequence[str], help_text: str) -> DictConfig:
         help_text: what the program does, then a line `Examples:` and examples. Overrides and choices go in between.
     """
     composed = _compose(config_name, [word for word in argv if word not in HELP_WORDS])
+    config, choices = composed.config, composed.choices
     if "--help" in argv or "-h" in argv:
         print(_help(config_name, help_text, composed))
         raise SystemExit(0)
     if "--cfg" in argv:
-        print(OmegaConf.to_yaml(composed.config), end="")
+        print(OmegaConf.to_yaml(config), end="")
         raise SystemExit(0)
-    _check_complete(composed)
-    return composed.config
+    missing = [key for key, value in _walk(config) if value == "???"]
+    if missing and "experiment" in choices and not choices["experiment"]:
+        raise UserError(f"choose a recipe with experiment=NAME; there are: {', '.join(_options('experiment'))}")
+    if missing:
+        raise UserError(f"missing: {' '.join(f'{key}=...' for key in sorted(missing))} (see --help)")
+    with _errors_in_one_line():
+        values = plain(config)
+    for key, schema in composed.schemas.items():
+        node = reduce(lambda node, name: node[name], key.split(".") if key else (), values)
+        make(schema, {name: value for name, value in node.items() if name != "_target_"}, f"{key}." if key else "")
+    return config
 
 
 def compose(config_name: str, words: Sequence[str]) -> DictConfig:
@@ -77,18 +87,24 @@ def read_preset(group: str, name: str) -> dict[str, dict[str, Any]]:
     return OmegaConf.to_container(OmegaConf.load(CONFIGS / group / f"{name}.yaml")) or {}
 
 
-def build(config: DictConfig, **extra: Any) -> Any:
-    """Call the `_target_` of a config node with its other keys as plain Python values, and `extra`."""
-    arguments = plain(config)
-    _check_targets(arguments)
+def build(node: Any, **extra: Any) -> Any:
+    """Call the `_target_` of a config node with its other keys as plain Python values, in which nodes with a `_target_`
+    are built too, and with `extra`.
+    """
+    node = plain(node) if OmegaConf.is_config(node) else node
+    if isinstance(node, list):
+        return [build(part) for part in node]
+    if not isinstance(node, dict):
+        return node
+    arguments = {name: build(part) for name, part in node.items() if name != "_target_"} | extra
+    if "_target_" not in node:
+        return arguments
     try:
-        return hydra.utils.instantiate(arguments, _convert_="all", **extra)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from error
-        if isinstance(error.__cause__, TypeError) and "argument" in str(error.__cause__):
-            raise UserError(f"{config.get('_target_')}: {error.__cause__}") from error
-        raise
+        return target(node["_target_"])(**arguments)
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        raise UserError(f"{node['_target_']}: {error}") from error
 
 
 def target(name: Any) -> Callable[..., Any]:
@@ -111,13 +127,6 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(config, resolve=True)
 
 
-def _check_targets(node: Any) -> None:
-    if isinstance(node, dict) and "_target_" in node:
-        target(node["_target_"])
-    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-        _check_targets(child)
-
-
 @dataclass
 class Composed:
     """A composed config, the choice of each group, and the dataclasses that describe it.
@@ -125,10 +134,10 @@ class Composed:
     schemas: dataclass by the key of its node, "" for the whole. described: field and type by dotted key.
     """
 
-    config: DictConfig
     choices: dict[str, str | None]
-    schemas: dict[str, type]
-    described: dict[str, tuple[Field, Any]]
+    config: DictConfig = field(default_factory=OmegaConf.create)
+    schemas: dict[str, type] = field(default_factory=dict)
+    described: dict[str, tuple[Field, Any]] = field(default_factory=dict)
 
 
 def _compose(config_name: str, words: Sequence[str]) -> Composed:
@@ -152,10 +161,8 @@ def _compose(config_name: str, words: Sequence[str]) -> Composed:
     early = [word for word in values if word[0] in "+~" or _name(word).endswith("_target_")]
     if early:  # these decide which settings there are
         base, choices = _hydra(config_name, groups + early)
-    schemas: dict[str, type] = {}
-    config = OmegaConf.create(_complete(base, "", schemas))
-    known = [row for node, schema in schemas.items() for row in listed(schema, f"{node}." if node else "")]
-    result = Composed(config, choices, schemas, {key: (field, hint) for key, field, hint in known})
+    result = Composed(choices)
+    config = result.config = OmegaConf.create(_complete(base, "", result))
     for word in values:
         if word not in early:
             _set(result, word)
@@ -165,33 +172,52 @@ def _compose(config_name: str, words: Sequence[str]) -> Composed:
     return result
 
 
-def _complete(node: dict[str, Any], key: str, schemas: dict[str, type]) -> dict[str, Any]:
+def _complete(node: dict[str, Any], key: str, composed: Composed, schema: type | None = None) -> dict[str, Any]:
     """Return the node of a dotted key with the defaults of its dataclass, if it has one, and so on inside of it.
 
-    The dataclass of a node is what `_schema_` names, or `Settings` of the class that `_target_` names.
+    The dataclass is `schema` for a group of another one, else what `_schema_` names, or `Settings` of the class that
+    `_target_` names. `composed` gets the dataclasses and their fields.
     """
-    schema = target(node.pop("_schema_")) if "_schema_" in node else None
-    if "_target_" in node:
-        schema = getattr(target(node["_target_"]), "Settings", None)
-    if schema is not None:
-        schemas[key] = schema
-        node = completed(schema, node)
-    inside = f"{key}." if key else ""
-    return {k: _complete(v, f"{inside}{k}", schemas) if isinstance(v, dict) else v for k, v in node.items()}
+    if schema is None:
+        schema = target(node.pop("_schema_")) if "_schema_" in node else None
+        if "_target_" in node:
+            schema = getattr(target(node["_target_"]), "Settings", None)
+        if schema is not None:
+            composed.schemas[key] = schema
+    inside, kinds, complete = f"{key}." if key else "", {}, {}
+    for each in fields(schema) if schema else ():
+        kind = kinds[each.name] = each.metadata.get("group")
+        composed.described[f"{inside}{each.name}"] = each, dict if kind else hints_of(schema)[each.name]
+        default = each.default if each.default_factory is NEEDED else each.default_factory()
+        if kind and not each.metadata["unset"]:
+            default = {}
+        value = node.get(each.name, "???" if default is NEEDED else default)
+        complete[each.name] = default | value if kind and isinstance(value, dict) else value
+    complete |= {name: value for name, value in node.items() if name not in complete}
+    for name, value in complete.items():
+        if isinstance(value, dict):
+            complete[name] = _complete(value, f"{inside}{name}", composed, kinds.get(name))
+    return complete
 
 
 def _hydra(config_name: str, overrides: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    try:
-        with hydra.initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
-            config = hydra.compose(config_name, overrides=overrides, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        if missing := re.match(r"You must specify '([^']+)'", str(error)):
-            raise MissingChoice(missing[1], _options(missing[1])) from error
-        raise UserError(f"configuration: {_one_line(error)}") from error
+    with _errors_in_one_line(), hydra.initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
+        config = hydra.compose(config_name, overrides=overrides, return_hydra_config=True)
     choices = {key: choice for key, choice in config.hydra.runtime.choices.items() if not key.startswith("hydra/")}
     values = OmegaConf.to_container(config, resolve=False)
     del values["hydra"]
     return values, choices
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        if missing := re.match(r"You must specify '([^']+)'", str(error)):
+            raise MissingChoice(missing[1], _options(missing[1])) from error
+        line = " ".join(str(error).split("\nset HYDRA_FULL_ERROR")[0].split())
+        raise UserError(f"configuration: {line}") from error
 
 
 def _name(word: str) -> str:
@@ -227,10 +253,8 @@ def _set(composed: Composed, word: str) -> None:
             check_value(key, value, hint, field.metadata)
         elif kind is not None and value is not None and not is_a(value, kind):
             raise UserError(f"{key}={text} must be {KINDS[kind]} (default: {_printed(defaults[key])})")
-    try:
+    with _errors_in_one_line():
         OmegaConf.update(config, key, value, merge=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"configuration: {_one_line(error)}") from error
 
 
 def _kind_of_default(config: DictConfig, key: str, default: Any) -> type | None:
@@ -251,27 +275,6 @@ def _walk(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield f"{prefix}{key}", value
         if isinstance(value, dict):
             yield from _walk(value, f"{prefix}{key}.")
-
-
-def _check_complete(composed: Composed) -> None:
-    config = composed.config
-    missing = [key for key, value in _walk(config) if value == "???"]
-    if missing and "experiment" in composed.choices and not composed.choices["experiment"]:
-        raise UserError(f"choose a recipe with experiment=NAME; there are: {', '.join(_options('experiment'))}")
-    if missing:
-        raise UserError(f"missing: {' '.join(f'{key}=...' for key in sorted(missing))} (see --help)")
-    try:
-        values = plain(config)
-    except OmegaConfBaseException as error:
-        raise UserError(f"configuration: {_one_line(error)}") from error
-    _check_targets(values)
-    for key, schema in composed.schemas.items():
-        node = reduce(lambda node, name: node[name], key.split(".") if key else (), values)
-        make(schema, {name: value for name, value in node.items() if name != "_target_"}, f"{key}." if key else "")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split("\nset HYDRA_FULL_ERROR")[0].split())
 
 
 # --- help ---

@@ -4,7 +4,7 @@
     class SamplerConfig(Group, prefix="sampler."):
         steps: int = setting(64, 1, 1000, "number of network calls (the paper: 64)")
 
-Command lines, `--help`, `--cfg`, requests of the service and lines of jobs use `listed`, `make` and `override`.
+Command lines, `--help` and `--cfg` (`engine.config`), requests of the service and lines of jobs are made from it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from types import NoneType, UnionType
@@ -21,7 +21,7 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 from engine.errors import UserError
 
 T = TypeVar("T")
-_hints = lru_cache(get_type_hints)  # type of each field of a dataclass
+hints_of = lru_cache(get_type_hints)  # type of each field of a dataclass
 NEEDED = dataclasses.MISSING  # the default of a setting that must be given
 DEVICES = ("auto", "cpu", "cuda", "mps")
 EXECUTORS = ("processes", "ray")
@@ -56,7 +56,7 @@ class Group:
         cls.prefix = prefix
 
     def __post_init__(self) -> None:
-        hints = _hints(type(self))
+        hints = hints_of(type(self))
         for field in dataclasses.fields(self):
             name, value, hint = field.name, getattr(self, field.name), hints[field.name]
             check_value(f"{self.prefix}{name}", value, hint, field.metadata)
@@ -74,62 +74,23 @@ def group(kind: type, unset: bool = False, about: str = "") -> Any:
     return dataclasses.field(default_factory=factory, metadata={"group": kind, "unset": unset, "about": about})
 
 
-def listed(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
-    """Yield (dotted key, field, type) of the settings of a dataclass and of its groups."""
-    for field in dataclasses.fields(schema):
-        if "group" in field.metadata:
-            yield f"{prefix}{field.name}", field, dict
-            yield from listed(field.metadata["group"], f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", field, _hints(schema)[field.name]
-
-
-def completed(schema: type, values: Mapping[str, Any], unset: bool = False) -> dict[str, Any]:
-    """Return the settings of a dataclass and of its groups: `values`, else defaults, "???" where there is none.
-
-    Args:
-        unset: values that are not given are None.
-    """
-    result = {}
-    for field in dataclasses.fields(schema):
-        value = values.get(field.name, NEEDED)
-        if "group" in field.metadata and (value is NEEDED or isinstance(value, Mapping)):
-            inner = {} if value is NEEDED else value
-            value = completed(field.metadata["group"], inner, unset or field.metadata["unset"])
-        elif value is NEEDED:
-            value = field.default if field.default_factory is NEEDED else field.default_factory()
-            value = None if unset else value
-        result[field.name] = "???" if value is NEEDED else value
-    return result | {name: value for name, value in values.items() if name not in result}
-
-
 def make(schema: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     """Return the dataclass with these values; those of groups are mappings or dataclasses."""
-    fields = _fields(schema, values, prefix)
-    missing = [n for n, f in fields.items() if f.default is f.default_factory is NEEDED and n not in values]
-    if missing:
-        raise UserError(f"missing: {' '.join(f'{prefix}{name}=...' for name in missing)}")
-    checked = dict(values)
-    for name, value in values.items():
-        about = fields[name].metadata
-        if "group" in about and isinstance(value, Mapping):
-            checked[name] = (check_changes if about["unset"] else make)(about["group"], value, f"{prefix}{name}.")
-    return schema(**checked)
+    made = dict(values)
+    for name, field in _fields(schema, values, prefix).items():
+        if "group" in field.metadata and isinstance(value := values.get(name), Mapping):
+            kind = field.metadata["group"]
+            if field.metadata["unset"]:
+                override(kind(), value)  # only checked: the values stay changes
+            else:
+                made[name] = make(kind, value, f"{prefix}{name}.")
+    return schema(**made)
 
 
 def override(settings: T, changes: Mapping[str, Any]) -> T:
-    """Return the dataclass `settings` with those fields changed whose new value is not None."""
-    changes = check_changes(type(settings), changes)
+    """Return the group `settings` with those fields changed whose new value is not None."""
+    _fields(type(settings), changes, settings.prefix)
     return dataclasses.replace(settings, **{name: value for name, value in changes.items() if value is not None})
-
-
-def check_changes(schema: type, changes: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return `changes` of settings of a dataclass, each None or a value of its field."""
-    fields, hints = _fields(schema, changes, prefix), _hints(schema)
-    for name, value in changes.items():
-        if value is not None:
-            check_value(f"{prefix}{name}", value, hints[name], fields[name].metadata)
-    return dict(changes)
 
 
 def check_value(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> None:
@@ -181,16 +142,17 @@ def kind_of(hint: Any) -> tuple[Any, bool]:
     return kind if kind in KINDS and len(options) - (NoneType in options) == 1 else None, NoneType in options
 
 
-def nearest(wrong: str, names: Sequence[str]) -> str:
+def nearest(wrong: str, names: Collection[str]) -> str:
     """Return a phrase with the names most like `wrong`; of a dotted key, names with a similar last word count too."""
-    names = list(dict.fromkeys(names))
-    close = difflib.get_close_matches(wrong, names, n=3, cutoff=0.6)
-    last_words = {name: name.rpartition(".")[2] for name in names}
-    near = difflib.get_close_matches(wrong.rpartition(".")[2], [*dict.fromkeys(last_words.values())], n=3, cutoff=0.7)
-    close += [name for name in names if last_words[name] in near and name not in close]
+
+    def likeness(name: str, parts: slice = slice(None)) -> float:
+        words = (".".join(key.split(".")[parts]) for key in (wrong, name))
+        return difflib.SequenceMatcher(None, *words).ratio()
+
+    last = slice(-1, None)
+    close = [name for name in dict.fromkeys(names) if likeness(name) >= 0.6 or likeness(name, last) >= 0.7]
     if close:
-        close.sort(key=lambda name: -difflib.SequenceMatcher(None, wrong, name).ratio())
-        return f"did you mean {' or '.join(close[:3])}?"
+        return f"did you mean {' or '.join(sorted(close, key=likeness, reverse=True)[:3])}?"
     return f"there are: {', '.join(sorted(names)[:12])}" if names else "there are none"
 
 

@@ -18,11 +18,12 @@ if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
 from engine.device import pick_device
 from engine.errors import UserError, require, run_cli
-from engine.settings import DEVICES, PRECISIONS, Limits, kind_of, listed, set_limits
+from engine.settings import DEVICES, PRECISIONS, Limits, set_limits
 from service.limits import MAX_PICTURE, ServeLimits
 
 
@@ -39,13 +40,13 @@ def main() -> None:
     add("--sampling", choices=("release", "fast"), default="release", help="of Talker-T2AV (default: %(default)s)")
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
-    for name, field, hint in listed(ServeLimits):
-        about = field.metadata["about"]
-        add(f"--{name}", type=kind_of(hint)[0], default=field.default, help=f"{about} (default: %(default)s)")
+    for limit in fields(ServeLimits):
+        about = f"{limit.metadata['about']} (default: %(default)s)"
+        add(f"--{limit.name}", type=type(limit.default), default=limit.default, help=about)
     args = parser.parse_args()
     if not 0 < args.port < 65_536:
         raise UserError(f"--port {args.port} must lie between 1 and 65535")
-    limits = ServeLimits(**{name: getattr(args, name) for name, *_ in listed(ServeLimits)})
+    limits = ServeLimits(**{limit.name: getattr(args, limit.name) for limit in fields(ServeLimits)})
     if args.voices is not None and not args.voices.is_dir():
         raise UserError(f"--voices {args.voices} is no folder: make it, or leave the option out")
     for package in ("fastapi", "uvicorn", "websockets", "prometheus_client", "python_multipart"):

@@ -5,12 +5,10 @@ import torch
 from omegaconf import OmegaConf
 from shard_files import write_split
 
-from engine.config import build, load
+from engine.config import _compose, build, load
 from engine.errors import UserError
-from engine.settings import kind_of, listed
+from engine.settings import kind_of
 from engine.training import run
-from hicodit import settings
-from talker_t2av import settings as talker
 
 FILES = {
     "main.yaml": """
@@ -121,11 +119,11 @@ def test_a_word_becomes_a_value_of_the_settings_kind(compose, setting, word, val
     assert compose(EXPERIMENT, f"{setting}={word}")[setting] == value
 
 
-@pytest.mark.parametrize(("name", "schema"), [("infer", settings.InferConfig), ("infer_talker", talker.InferConfig)])
-def test_every_text_setting_of_inference_can_be_set(name, schema):
+@pytest.mark.parametrize("name", ["infer", "infer_talker"])
+def test_every_text_setting_of_inference_can_be_set(name):
     words = {
         key: field.metadata["choices"][-1] if field.metadata["choices"] else "x"
-        for key, field, hint in listed(schema)
+        for key, (field, hint) in _compose(name, []).described.items()
         if kind_of(hint)[0] is str
     } | {"devices": "1", "executor": "processes"}  # a number, or all; Ray may not be installed
     config = load(name, [f"{key}={word}" for key, word in words.items()], "")
