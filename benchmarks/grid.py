@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import run_program, took
-from corpora.preparation.sources_studio import ADVERBS, ALIGNMENT_RATE, COLOURS, DIGITS, GRID, PREPOSITIONS, VERBS
+from corpora.preparation.sources_studio import ADVERBS, ALIGNMENT_RATE, COLOURS, DIGITS, PREPOSITIONS, UNSEEN, VERBS
 from corpora.synthetic.corpus import FRAME, RATE, loudness, speak
 from corpora.synthetic.expression import Pose, prosody
 from corpora.synthetic.face import Face, draw_motion
@@ -141,7 +141,7 @@ def render(root: Path, grammar: Path, args: argparse.Namespace) -> None:
     synthesizer, recogniser, times = Synthesizer(), Recogniser(grammar), WordTimes()
     seed = FIRST_VOICE
     for speaker in SPEAKERS[: args.speakers + 3]:
-        clips = args.test_clips if speaker in GRID.UNSEEN else args.clips
+        clips = args.test_clips if speaker in UNSEEN else args.clips
         while not understood(seed, synthesizer, recogniser):
             seed += 1
         rng, names = np.random.default_rng([seed, 0]), {}

@@ -62,7 +62,7 @@ def prepare(config: DictConfig) -> None:
     _check(config)
     set_limits(Limits(**config.limits))
     source: Source = build(config.source)
-    names = list(config.splits) if config.splits is not None else source.splits()
+    names = list(config.splits) if config.splits is not None else source.splits
     if not names:
         raise UserError(f"{source.root} has no splits: is source.root right?")
     listed = {name: source.clips(name)[: config.limit] for name in names}

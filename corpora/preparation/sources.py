@@ -1,4 +1,4 @@
-"""Where clips come from: a class for each folder layout, which lists the clips of a split in a fixed order.
+"""Where clips come from: a function for each folder layout, which finds the clips of each split in a fixed order.
 
 Data sets without a validation split of their own get one, `val`: all clips of some speakers (or videos, where speakers
 are not named), chosen by a digest of their names. Nothing of it is in another split.
@@ -11,8 +11,8 @@ import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from corpora.preparation.clip import SourceClip, make_key, with_digest
@@ -26,36 +26,26 @@ from talker_t2av.phonemes import SYMBOLS
 SOUNDS = (".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus")
 
 
+@dataclass(frozen=True)
 class Source:
     """A data set on disk.
 
-    Args:
-        root: its folder.
-
     Attributes:
-        frames: whether its clips have pictures. symbols: the phonemes of its labels, None without.
+        root: its folder. splits: the names of those that are there.
+        read: returns the clips of a split in a fixed order; their keys need not be unique yet.
+        frames: whether clips have pictures. symbols: the phonemes of its labels, None without.
     """
 
-    frames = True
+    root: Path
+    splits: list[str]
+    read: Callable[[str], Iterable[SourceClip]]
+    frames: bool = True
     symbols: list[str] | None = None
-
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
-        if not self.root.is_dir():
-            raise UserError(f"source.root={root} is not a folder")
-
-    def splits(self) -> list[str]:
-        """Return the names of the splits that are there."""
-        raise NotImplementedError
-
-    def read(self, split: str) -> Iterable[SourceClip]:
-        """Return the clips of a split in a fixed order; their keys need not be unique yet."""
-        raise NotImplementedError
 
     def clips(self, split: str) -> list[SourceClip]:
         """Return the clips of a split in a fixed order."""
-        if split not in self.splits():
-            raise UserError(f"{self.root} has no split {split}; there are: {', '.join(self.splits()) or 'none'}")
+        if split not in self.splits:
+            raise UserError(f"{self.root} has no split {split}; there are: {', '.join(self.splits) or 'none'}")
         clips = list(self.read(split))
         if not clips:
             raise UserError(f"{self.root}: no clips in split {split}")
@@ -66,57 +56,24 @@ class Source:
         return [replace(c, key=with_digest(c.key, c.source)) if c.key in shared else c for c in clips]
 
 
-class Unsplit(Source):
-    """A data set without splits of its own: `val` and `test` are groups of clips that are held out.
-
-    Args:
-        validation, test: shares of the groups (speakers, videos, or files where speakers are not named).
-        customary: groups that are customary for testing, if there are others, too.
-    """
-
-    def __init__(self, root: str | Path, validation: float, test: float = 0.0, customary: Sequence[str] = ()) -> None:
-        super().__init__(root)
-        self.found = list(self.walk())
-        groups = {group for group, _ in self.found}
-        tests = groups.intersection(customary if len(groups) > len(customary) else ())
-        self.own = dict.fromkeys(tests, "test") | held_out(groups - tests, {"test": test, "val": validation})
-
-    def walk(self) -> Iterator[tuple[str, SourceClip]]:
-        """Yield all clips in a fixed order, each with its group."""
-        raise NotImplementedError
-
-    def splits(self) -> list[str]:
-        names = {self.own.get(group, "train") for group, _ in self.found}
-        return [name for name in ("train", "val", "test") if name in names]
-
-    def read(self, split: str) -> Iterator[SourceClip]:
-        return (clip for group, clip in self.found if self.own.get(group, "train") == split)
-
-
-class Synthetic(Source):
-    """The corpus of make_synthetic_corpus.py: ROOT/SPLIT.jsonl, ROOT/SPLIT/ID.mp4 (not version 3) and .wav.
+def synthetic(root: str | Path, all_symbols: bool = False) -> Source:
+    """Find the corpus of make_synthetic_corpus.py: ROOT/SPLIT.jsonl, ROOT/SPLIT/ID.mp4 (not version 3) and .wav.
 
     Args:
         all_symbols: number the phonemes of every version alike, so that one model can learn from several; false: those
             that the corpus speaks, as the bundled HiCoDiT has them. Speech alone always has all.
     """
+    root = existing(root)
+    splits = sorted(path.stem for path in root.glob("*.jsonl"))
+    rows = read_manifest(root, "train" if "train" in splits else splits[0]) if splits else []  # tell of all splits
+    frames = any("face" in row for row in rows)
+    symbols = sorted({p[0] for row in rows for p in row["phonemes"]}) if frames and not all_symbols else SYMBOLS
 
-    def __init__(self, root: str | Path, all_symbols: bool = False) -> None:
-        super().__init__(root)
-        known = "train" if "train" in self.splits() else next(iter(self.splits()), None)
-        rows = read_manifest(self.root, known) if known else []
-        self.frames = any("face" in row for row in rows)
-        spoken = {p[0] for row in rows for p in row["phonemes"]}  # of one split, for all splits
-        self.symbols = sorted(spoken) if self.frames and not all_symbols else SYMBOLS
-
-    def splits(self) -> list[str]:
-        return sorted(path.stem for path in self.root.glob("*.jsonl"))
-
-    def read(self, split: str) -> Iterator[SourceClip]:
-        for row in read_manifest(self.root, split):
+    def read(split: str) -> Iterator[SourceClip]:
+        for row in read_manifest(root, split):
             yield SourceClip(
                 key=make_key(row["id"]),
-                video=f"{split}/{row['id']}.mp4" if self.frames else None,
+                video=f"{split}/{row['id']}.mp4" if frames else None,
                 audio=f"{split}/{row['id']}.wav",
                 text=row["text"],
                 speaker=str(row["voice"]),
@@ -125,112 +82,117 @@ class Synthetic(Source):
                 phonemes=row["phonemes"],
             )
 
+    return Source(root, splits, read, frames, symbols)
 
-class VoxCeleb2(Source):
-    """ROOT/{dev,test}/mp4/idXXXXX/VIDEO/00001.mp4; the sound of ROOT/{dev,test}/aac/... (.m4a) where that tree is.
+
+def voxceleb2(root: str | Path, validation: float = 0.01) -> Source:
+    """Find ROOT/{dev,test}/mp4/idXXXXX/VIDEO/00001.mp4; the sound of ROOT/{dev,test}/aac/... (.m4a) where that tree is.
 
     Args:
         validation: share of dev's speakers that make the split `val`; the official test speakers stay untouched.
     """
+    root = existing(root)
+    own = held_out(_folders(root / "dev" / "mp4"), {"val": validation})
 
-    def __init__(self, root: str | Path, validation: float = 0.01) -> None:
-        super().__init__(root)
-        self.own = held_out(_folders(self.root / "dev" / "mp4"), {"val": validation})
-
-    def splits(self) -> list[str]:
-        names = [name for name in ("dev", "test") if (self.root / name / "mp4").is_dir()]
-        return names[:1] + ["val"] * bool(self.own) + names[1:] if "dev" in names else names
-
-    def read(self, split: str) -> Iterator[SourceClip]:
+    def read(split: str) -> Iterator[SourceClip]:
         folder = "test" if split == "test" else "dev"
-        has_sounds = (self.root / folder / "aac").is_dir()  # spares a million looks where it is not
-        for name in _walk(self.root / folder / "mp4", 2, ".mp4"):
+        has_sounds = (root / folder / "aac").is_dir()  # spares a million looks where it is not
+        for name in _walk(root / folder / "mp4", 2, ".mp4"):
             speaker, sound = name.partition("/")[0], f"{folder}/aac/{name}.m4a"
-            if folder == "test" or self.own.get(speaker, "dev") == split:
+            if folder == "test" or own.get(speaker, "dev") == split:
                 yield SourceClip(
                     key=make_key(name),
                     video=f"{folder}/mp4/{name}.mp4",
-                    audio=sound if has_sounds and (self.root / sound).is_file() else None,
+                    audio=sound if has_sounds and (root / sound).is_file() else None,
                     speaker=speaker,
                 )
 
+    has = {"dev": (root / "dev" / "mp4").is_dir(), "val": bool(own), "test": (root / "test" / "mp4").is_dir()}
+    return Source(root, [name for name in has if has[name]], read)
 
-class LRS2(Source):
-    """ROOT/{main,pretrain}/VIDEO/00001.mp4 and .txt.
+
+def lrs2(root: str | Path) -> Source:
+    """Find ROOT/{main,pretrain}/VIDEO/00001.mp4 and .txt.
 
     ROOT/{train,val,test}.txt list clips of main, pretrain.txt those of pretrain (without that list: all of them). The
     folders may stand in ROOT/mvlrs_v1, as its archive unpacks, and the lists there or in ROOT.
     """
+    root = existing(root)
+    below = "mvlrs_v1/" if (root / "mvlrs_v1" / "main").is_dir() else ""
+    listings = {}
+    for name in ("pretrain", "train", "val", "test"):
+        paths = root / f"{name}.txt", root / below / f"{name}.txt"
+        listing = next((path for path in paths if path.is_file()), None)
+        if listing or (name == "pretrain" and (root / below / name).is_dir()):
+            listings[name] = listing
 
-    LISTS = ("pretrain", "train", "val", "test")
+    def read(split: str) -> Iterator[SourceClip]:
+        folder = below + ("pretrain" if split == "pretrain" else "main")
+        listing = listings[split]
+        for line in read_lines(listing) if listing else _walk(root / folder, 1, ".mp4"):
+            yield _with_text(folder, line.split()[0])  # the test list marks some clips after their names
 
-    def __init__(self, root: str | Path) -> None:
-        super().__init__(root)
-        self.below = "mvlrs_v1/" if (self.root / "mvlrs_v1" / "main").is_dir() else ""
-
-    def splits(self) -> list[str]:
-        found = {name: self._listing(name).is_file() for name in self.LISTS}
-        found["pretrain"] |= (self.root / self.below / "pretrain").is_dir()
-        return [name for name in self.LISTS if found[name]]
-
-    def _listing(self, split: str) -> Path:
-        path = self.root / f"{split}.txt"
-        return path if path.is_file() else self.root / self.below / f"{split}.txt"
-
-    def read(self, split: str) -> Iterator[SourceClip]:
-        folder = self.below + ("pretrain" if split == "pretrain" else "main")
-        listing = self._listing(split)
-        names = read_lines(listing) if listing.is_file() else _walk(self.root / folder, 1, ".mp4")
-        for name in names:
-            name = name.split()[0]  # the test list marks some clips after their names
-            yield _with_text(folder, name)
+    return Source(root, [*listings], read)
 
 
-class LRS3(Source):
-    """ROOT/{pretrain,trainval,test}/VIDEO/00001.mp4 and .txt.
+def lrs3(root: str | Path, validation: float = 0.02) -> Source:
+    """Find ROOT/{pretrain,trainval,test}/VIDEO/00001.mp4 and .txt.
 
     Args:
         validation: share of trainval's videos that make the split `val`; they are left out of pretrain, too.
     """
+    root = existing(root)
+    own = held_out(_folders(root / "trainval"), {"val": validation})
 
-    def __init__(self, root: str | Path, validation: float = 0.02) -> None:
-        super().__init__(root)
-        self.own = held_out(_folders(self.root / "trainval"), {"val": validation})
-
-    def splits(self) -> list[str]:
-        names = [name for name in ("pretrain", "trainval", "test") if (self.root / name).is_dir()]
-        return [*names, *["val"] * bool(self.own)]
-
-    def read(self, split: str) -> Iterator[SourceClip]:
+    def read(split: str) -> Iterator[SourceClip]:
         folder = "trainval" if split == "val" else split
-        for name in _walk(self.root / folder, 1, ".mp4"):
-            if split == "test" or (name.partition("/")[0] in self.own) == (split == "val"):
+        for name in _walk(root / folder, 1, ".mp4"):
+            if split == "test" or (name.partition("/")[0] in own) == (split == "val"):
                 yield _with_text(folder, name)
 
+    splits = [name for name in ("pretrain", "trainval", "test") if (root / name).is_dir()]
+    return Source(root, [*splits, "val"] if own else splits, read)
 
-class Folder(Source):
-    """Any folder with a table: a CSV file with a column `path`, and `audio`, `text`, `speaker`, `language`,
-    `expression`, `split` if they are known. A path to a sound file is a clip without pictures.
+
+def folder(root: str | Path, table: str = "clips.csv") -> Source:
+    """Find the clips of a CSV file with a column `path`, and `audio`, `text`, `speaker`, `language`, `expression`,
+    `split` if they are known. A path to a sound file is a clip without pictures.
 
     Args:
         root: folder of the relative paths.
         table: the CSV file; a relative path stands under `root`.
     """
+    root = existing(root)
+    clips: dict[str, list[SourceClip]] = {}
+    for row in read_table(root / table, ("path",)):
+        known = {name: row.get(name) or None for name in ("audio", "text", "speaker", "language", "expression")}
+        stem, suffix = os.path.splitext(row["path"])
+        known["audio" if suffix.lower() in SOUNDS else "video"] = row["path"]
+        clips.setdefault(row.get("split") or "train", []).append(SourceClip(make_key(stem), **known))
+    return Source(root, sorted(clips), clips.__getitem__)
 
-    def __init__(self, root: str | Path, table: str = "clips.csv") -> None:
-        super().__init__(root)
-        self.rows = read_table(self.root / table, ("path",))
 
-    def splits(self) -> list[str]:
-        return sorted({row.get("split") or "train" for row in self.rows})
+def existing(root: str | Path) -> Path:
+    """Return the folder of a data set, which must be there."""
+    if not Path(root).is_dir():
+        raise UserError(f"source.root={root} is not a folder")
+    return Path(root)
 
-    def read(self, split: str) -> Iterator[SourceClip]:
-        for row in self.rows:
-            if (row.get("split") or "train") == split:
-                known = {name: row.get(name) or None for name in ("audio", "text", "speaker", "language", "expression")}
-                stem, suffix = os.path.splitext(row["path"])
-                known["audio" if suffix.lower() in SOUNDS else "video"] = row["path"]
-                yield SourceClip(make_key(stem), **known)
+
+def divided(
+    root: Path, clips: list[tuple[str, SourceClip]], own: Mapping[str, str] | None = None, **shares: float
+) -> Source:
+    """Make a source of a data set without splits of its own: groups of clips are held out for `val` and `test`.
+
+    Args:
+        clips: all, in a fixed order, each with its group: a speaker, a video, or a file where speakers are not named.
+        own: the split of each group that does not train. None: by `held_out` with these `shares`.
+    """
+    own = held_out((group for group, _ in clips), shares) if own is None else own
+    splits: dict[str, list[SourceClip]] = {"train": [], "val": [], "test": []}
+    for group, clip in clips:
+        splits[own.get(group, "train")].append(clip)
+    return Source(root, [name for name, of_split in splits.items() if of_split], splits.__getitem__)
 
 
 def _with_text(folder: str, name: str) -> SourceClip:

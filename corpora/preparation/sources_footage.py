@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from corpora.preparation.clip import SourceClip, make_key
-from corpora.preparation.sources import Unsplit, read_lines
+from corpora.preparation.sources import Source, divided, existing, read_lines
 from engine.errors import UserError, printable
 from engine.untrusted import read_json, safe_name
 
@@ -23,8 +23,10 @@ Row = tuple[
 ]  # video, from, to, face, facts as they stand
 
 
-class YoutubeIds(Unsplit):
-    """Parts of downloaded videos. ROOT/VIDEOS/**/ID.mp4 (or .mkv, .webm, ...), and a list of ids, times and places.
+def youtube_ids(
+    root: str | Path, listing: str, videos: str = "videos", test: float = 0.02, validation: float = 0.01
+) -> Source:
+    """Find parts of downloaded videos: ROOT/VIDEOS/**/ID.mp4 (or .mkv, .webm, ...), by a list of ids, times and places.
 
     The face nearest to the given place is tracked. Clips whose video is not there (many are no longer to be had) or
     whose row makes no sense are left out and counted.
@@ -36,44 +38,34 @@ class YoutubeIds(Unsplit):
         videos: folder of the videos.
         test, validation: shares of the videos that make the splits `test` and `val`.
     """
-
-    def __init__(
-        self, root: str | Path, listing: str, videos: str = "videos", test: float = 0.02, validation: float = 0.01
-    ) -> None:
-        self.listing, self.videos = listing, videos
-        super().__init__(root, validation, test)
-
-    def walk(self) -> Iterator[tuple[str, SourceClip]]:
-        path, folder = self.root / self.listing, self.root / self.videos
-        if not folder.is_dir():
-            raise UserError(f"source.videos: {folder} is not a folder")
-        found = (f for f in sorted(folder.rglob("*")) if f.suffix.lower() in VIDEOS)
-        files = {f.stem: f.relative_to(self.root).as_posix() for f in found}
-        files = {re.sub("^(RD|WDA|WRA)_", "", name): path for name, path in files.items()} | files  # of HDTF's program
-        absent, bad, count = 0, [], 0
-        read = _hdtf if path.is_dir() else _json if path.suffix.lower() == ".json" else _csv
-        for number, row in enumerate(read(path), 1):
-            try:
-                video, start, end, face, facts = _checked(*row)
-            except UserError as error:
-                bad.append(f"clip {number}: {error}")
-                continue
-            if video in files:
-                key = make_key(f"{video}-{round(1000 * start):07d}-{round(1000 * end):07d}")
-                facts = {"speaker": video} | {name: value for name, value in facts.items() if value}
-                yield video, SourceClip(key, files[video], span=(start, end), face=face, **facts)
-                count += 1
-            else:
-                absent += 1
-        if absent:
-            print(f"{self.listing}: {absent} clips are left out, as {folder} lacks their videos")
-        if bad:
-            line = f"{self.listing}: {len(bad)} clips are left out, as their rows make no sense; the first: {bad[0]}"
-            print(printable(line))
-        if not count:
-            raise UserError(
-                f"{path}: none of its {absent + len(bad)} clips can be used: is source.videos={self.videos} right?"
-            )
+    root = existing(root)
+    path, folder = root / listing, root / videos
+    if not folder.is_dir():
+        raise UserError(f"source.videos: {folder} is not a folder")
+    found = (f for f in sorted(folder.rglob("*")) if f.suffix.lower() in VIDEOS)
+    files = {f.stem: f.relative_to(root).as_posix() for f in found}
+    files = {re.sub("^(RD|WDA|WRA)_", "", name): video for name, video in files.items()} | files  # of HDTF's program
+    clips, absent, bad = [], 0, []
+    read = _hdtf if path.is_dir() else _json if path.suffix.lower() == ".json" else _csv
+    for number, row in enumerate(read(path), 1):
+        try:
+            video, start, end, face, facts = _checked(*row)
+        except UserError as error:
+            bad.append(f"clip {number}: {error}")
+            continue
+        if video in files:
+            key = make_key(f"{video}-{round(1000 * start):07d}-{round(1000 * end):07d}")
+            facts = {"speaker": video} | {name: value for name, value in facts.items() if value}
+            clips.append((video, SourceClip(key, files[video], span=(start, end), face=face, **facts)))
+        else:
+            absent += 1
+    if absent:
+        print(f"{listing}: {absent} clips are left out, as {folder} lacks their videos")
+    if bad:
+        print(printable(f"{listing}: {len(bad)} clips are left out, as their rows make no sense; the first: {bad[0]}"))
+    if not clips:
+        raise UserError(f"{path}: none of its {absent + len(bad)} clips can be used: is source.videos={videos} right?")
+    return divided(root, clips, test=test, val=validation)
 
 
 def _csv(path: Path) -> Iterator[Row]:

@@ -5,17 +5,27 @@ from __future__ import annotations
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from corpora.preparation.clip import SourceClip, make_key
-from corpora.preparation.sources import Unsplit, read_lines, read_table
+from corpora.preparation.sources import Source, divided, existing, read_lines, read_table
 from engine.errors import UserError
 from engine.untrusted import safe_name
 
+EMILIA_NAME = re.compile(r"([A-Z]{2})_B\d+_S\d+(?=_W\d+$)")  # language, and with it the speaker
 
-class Listed(Unsplit):
-    """Sound that a table or a list names, without pictures: speech alone, or with the motion codes of Talker-T2AV-Data.
+
+def listed(
+    root: str | Path,
+    table: str | None = None,
+    listing: str | None = None,
+    sounds: str | None = None,
+    tars: str | None = None,
+    validation: float = 0.002,
+) -> Source:
+    """Find sound that a table or a list names, without pictures: speech alone, or with motion of Talker-T2AV-Data.
 
     The words are the table's, or the key `text` of STEM.json beside the sound.
 
@@ -27,47 +37,30 @@ class Listed(Unsplit):
         tars: pattern of tar files under `root`, such as "*.tar": paths that they hold are read there.
         validation: share of the clips that make the split `val`; nothing tells their speakers.
     """
-
-    frames = False
-
-    def __init__(
-        self,
-        root: str | Path,
-        table: str | None = None,
-        listing: str | None = None,
-        sounds: str | None = None,
-        tars: str | None = None,
-        validation: float = 0.002,
-    ) -> None:
-        if (table is None) == (listing is None):
-            raise UserError("give source.table=FILE.csv, or source.listing=FILE.txt with source.sounds=FOLDER")
-        self.table, self.listing, self.sounds, self.tars = table, listing, sounds, tars
-        super().__init__(root, validation)
-
-    def walk(self) -> Iterator[tuple[str, SourceClip]]:
-        members = tar_members(self.root, self.tars) if self.tars else {}
-        for wav, motion, text in self._rows():
-            stem = os.path.splitext(wav)[0]
-            text_file = f"{stem}.json"
-            has_text = text is None and (text_file in members or (self.root / text_file).is_file())
-            packed = {path: members[path] for path in (wav, motion, text_file) if path in members}
-            about = {"text": text, "text_file": text_file if has_text else None, "motion": motion, "packed": packed}
-            yield wav, SourceClip(make_key(stem), audio=wav, **about)
-
-    def _rows(self) -> Iterator[tuple[str, str | None, str | None]]:
-        """Yield (sound, motion file, text)."""
-        if self.table is not None:
-            for row in read_table(self.root / self.table, ("wav_path", "motion_pt_path")):
-                yield row["wav_path"], row["motion_pt_path"], row.get("text") or None
-        else:
-            for line in read_lines(self.root / self.listing):
-                if self.sounds is None and line.endswith(".pt"):
-                    raise UserError(f"source.listing={self.listing} lists motion files: give source.sounds=FOLDER, too")
-                yield (f"{self.sounds}/{Path(line).stem}.wav", line, None) if self.sounds else (line, None, None)
+    if (table is None) == (listing is None):
+        raise UserError("give source.table=FILE.csv, or source.listing=FILE.txt with source.sounds=FOLDER")
+    root = existing(root)
+    if table is not None:
+        rows = read_table(root / table, ("wav_path", "motion_pt_path"))
+        rows = [(row["wav_path"], row["motion_pt_path"], row.get("text") or None) for row in rows]
+    else:
+        lines = read_lines(root / listing)
+        if sounds is None and any(line.endswith(".pt") for line in lines):
+            raise UserError(f"source.listing={listing} lists motion files: give source.sounds=FOLDER, too")
+        rows = [(f"{sounds}/{Path(line).stem}.wav", line, None) if sounds else (line, None, None) for line in lines]
+    members, clips = tar_members(root, tars) if tars else {}, []
+    for wav, motion, text in rows:
+        stem = os.path.splitext(wav)[0]
+        text_file = f"{stem}.json"
+        has_text = text is None and (text_file in members or (root / text_file).is_file())
+        packed = {path: members[path] for path in (wav, motion, text_file) if path in members}
+        about = {"text": text, "text_file": text_file if has_text else None, "motion": motion, "packed": packed}
+        clips.append((wav, SourceClip(make_key(stem), audio=wav, **about)))
+    return replace(divided(root, clips, val=validation), frames=False)
 
 
-class Emilia(Unsplit):
-    """Emilia as it is published: speech in ROOT/**/EN-B000000.tar, sound EN_B00000_S00000_W000000.mp3 and its .json.
+def emilia(root: str | Path, languages: list[str] | None = None, validation: float = 0.002) -> Source:
+    """Find Emilia as it is published: speech in ROOT/**/EN-B000000.tar, sound EN_B00000_S00000_W000000.mp3 and .json.
 
     The name tells language and speaker, the JSON's `text` the words. Unpacked files of these names are read, too.
 
@@ -75,24 +68,18 @@ class Emilia(Unsplit):
         languages: two letters each, of the clips that are taken, such as [en]; None: all.
         validation: share of the speakers that make the split `val`.
     """
-
-    frames = False
-    NAME = re.compile(r"([A-Z]{2})_B\d+_S\d+(?=_W\d+$)")
-
-    def __init__(self, root: str | Path, languages: list[str] | None = None, validation: float = 0.002) -> None:
-        self.languages = None if languages is None else {language.lower() for language in languages}
-        super().__init__(root, validation)
-
-    def walk(self) -> Iterator[tuple[str, SourceClip]]:
-        members = tar_members(self.root, "**/*.tar") if next(self.root.glob("**/*.tar"), None) else {}
-        unpacked = (path.relative_to(self.root).as_posix() for path in self.root.glob("**/*.mp3"))
-        for sound in sorted({*(name for name in members if name.endswith(".mp3")), *unpacked}):
-            name, text = self.NAME.match(Path(sound).stem), f"{sound.removesuffix('.mp3')}.json"
-            if name is None or (self.languages is not None and name[1].lower() not in self.languages):
-                continue
-            packed = {path: members[path] for path in (sound, text) if path in members}
-            about = {"text_file": text, "speaker": name[0], "language": name[1].lower(), "packed": packed}
-            yield name[0], SourceClip(make_key(Path(sound).stem), None, sound, **about)
+    root, clips = existing(root), []
+    wanted = None if languages is None else {language.lower() for language in languages}
+    members = tar_members(root, "**/*.tar") if next(root.glob("**/*.tar"), None) else {}
+    unpacked = (path.relative_to(root).as_posix() for path in root.glob("**/*.mp3"))
+    for sound in sorted({*(name for name in members if name.endswith(".mp3")), *unpacked}):
+        name, text = EMILIA_NAME.match(Path(sound).stem), f"{sound.removesuffix('.mp3')}.json"
+        if name is None or (wanted is not None and name[1].lower() not in wanted):
+            continue
+        packed = {path: members[path] for path in (sound, text) if path in members}
+        about = {"text_file": text, "speaker": name[0], "language": name[1].lower(), "packed": packed}
+        clips.append((name[0], SourceClip(make_key(Path(sound).stem), None, sound, **about)))
+    return replace(divided(root, clips, val=validation), frames=False)
 
 
 def tar_members(root: Path, pattern: str) -> Mapping[str, tuple[str, int, int]]:

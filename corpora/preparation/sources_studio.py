@@ -7,17 +7,22 @@ emotion of the name is the clip's label, as one of HiCoDiT's seven classes.
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 from corpora.preparation.clip import SourceClip, make_key
-from corpora.preparation.sources import Unsplit, held_out, read_lines
+from corpora.preparation.sources import Source, divided, existing, held_out, read_lines
 from engine.errors import UserError
 from engine.settings import require_choice
 
 ALIGNMENT_RATE = 25_000  # units of GRID's alignments in a second
+PROTOCOLS = ("lipnet", "unseen", "seen")
+LIPNET = ("s1", "s2", "s20", "s22")  # test speakers
+UNSEEN = dict.fromkeys((f"s{i}" for i in (9, 20, 23, 27, 29, 30, 34)), "val") | dict.fromkeys(
+    (f"s{i}" for i in (2, 4, 11, 13, 15, 18, 19, 25, 31, 33)), "test"
+)
 # GRID's six letters
 VERBS = {"b": "bin", "l": "lay", "p": "place", "s": "set"}
 COLOURS = {"b": "blue", "g": "green", "r": "red", "w": "white"}
@@ -55,8 +60,14 @@ def find_files(root: Path, *suffixes: str) -> list[Path]:
     return sorted(files, key=Path.as_posix)
 
 
-class GRID(Unsplit):
-    """ROOT/**/s1/**/bbaf2n.mpg, as the archives s1.zip to s34.zip unpack; the name spells the sentence.
+def grid(
+    root: str | Path,
+    validation: float = 0.06,
+    protocol: str = "lipnet",
+    speakers: Sequence[str] | None = None,
+    expression: str | None = None,
+) -> Source:
+    """Find ROOT/**/s1/**/bbaf2n.mpg, as the archives s1.zip to s34.zip unpack; the name spells the sentence.
 
     The sound is the video's: the files of audio_25k.zip lack the silence at both ends and are shorter. Files
     s1/**/bbaf2n.align, as alignments.zip unpacks, tell when each word is spoken: its words are the `symbols`.
@@ -70,106 +81,89 @@ class GRID(Unsplit):
         speakers: those that are used; None: all.
         expression: label of all clips; None: none.
     """
+    require_choice("source.protocol", protocol, PROTOCOLS)
+    root, clips = existing(root), []
+    for path in find_files(root, ".mpg"):
+        speaker, text = _speaker(path), grid_sentence(path.stem)
+        if speaker and text and (speakers is None or speaker in speakers):
+            about = {"text": text, "speaker": speaker, "language": "en", "expression": expression}
+            clips.append(SourceClip(make_key(f"{speaker}-{path.stem}"), path.as_posix(), **about))
+    names = {clip.speaker for clip in clips}
+    if protocol == "lipnet":
+        tests = names.intersection(LIPNET if len(names) > len(LIPNET) else ())
+        own = dict.fromkeys(tests, "test") | held_out(names - tests, {"val": validation})
+    elif protocol == "unseen":
+        own = UNSEEN
+    else:
+        keys = defaultdict(list)
+        for clip in clips:
+            keys[clip.speaker].append(clip.key)
+        own = {
+            key: split for some in keys.values() for key, split in held_out(some, {"test": 0.05, "val": 0.05}).items()
+        }
+    source = divided(root, [(clip.key if protocol == "seen" else clip.speaker, clip) for clip in clips], own)
+    times = {(_speaker(path), path.stem): path for path in find_files(root, ".align") if grid_sentence(path.stem)}
+    if not times:
+        return source
 
-    PROTOCOLS = ("lipnet", "unseen", "seen")
-    UNSEEN: ClassVar = dict.fromkeys((f"s{i}" for i in (9, 20, 23, 27, 29, 30, 34)), "val") | dict.fromkeys(
-        (f"s{i}" for i in (2, 4, 11, 13, 15, 18, 19, 25, 31, 33)), "test"
-    )
+    def read(split: str) -> Iterator[SourceClip]:
+        for clip in source.read(split):
+            path = times.get((clip.speaker, Path(clip.video).stem))
+            yield clip if path is None else replace(clip, phonemes=_words(root / path))
 
-    def __init__(
-        self,
-        root: str | Path,
-        validation: float = 0.06,
-        protocol: str = "lipnet",
-        speakers: Sequence[str] | None = None,
-        expression: str | None = None,
-    ) -> None:
-        require_choice("source.protocol", protocol, self.PROTOCOLS)
-        self.protocol, self.speakers, self.expression = protocol, speakers, expression
-        super().__init__(root, validation, customary=("s1", "s2", "s20", "s22"))
-        if protocol == "unseen":
-            self.own = self.UNSEEN
-        if protocol == "seen":
-            clips: dict[str, list[str]] = {}
-            for key, clip in self.found:
-                clips.setdefault(clip.speaker, []).append(key)
-            self.own = {}
-            for keys in clips.values():
-                self.own |= held_out(keys, {"test": 0.05, "val": 0.05})
-        times = {(self._speaker(path), path.stem): path for path in find_files(self.root, ".align")}
-        self.times = {key: path for key, path in times.items() if self.sentence(key[1])}
-        if self.times:
-            tables = (VERBS, COLOURS, PREPOSITIONS, DIGITS, ADVERBS)
-            letters = set("abcdefghijklmnopqrstuvxyz")  # no w
-            self.symbols = sorted(letters.union(*(table.values() for table in tables)))
-
-    def walk(self) -> Iterator[tuple[str, SourceClip]]:
-        for path in find_files(self.root, ".mpg"):
-            speaker, text = self._speaker(path), self.sentence(path.stem)
-            if speaker and text and (self.speakers is None or speaker in self.speakers):
-                key, words = make_key(f"{speaker}-{path.stem}"), {"text": text, "expression": self.expression}
-                clip = SourceClip(key, path.as_posix(), **words, speaker=speaker, language="en")
-                yield (key if self.protocol == "seen" else speaker), clip
-
-    def read(self, split: str) -> Iterator[SourceClip]:
-        for clip in super().read(split):
-            path = self.times.get((clip.speaker, Path(clip.video).stem))
-            yield clip if path is None else replace(clip, phonemes=self._words(self.root / path))
-
-    @staticmethod
-    def _speaker(path: Path) -> str | None:
-        return next((part for part in path.parts if part[:1] == "s" and part[1:].isdigit()), None)
-
-    @staticmethod
-    def _words(path: Path) -> list[tuple[str, float, float]]:
-        """Return the words of a file of lines `23750 29500 bin`, times in seconds; a file unit is 1/25,000 s."""
-        rows = [line.split() for line in read_lines(path)]
-        if not all(len(row) == 3 and row[0].isdigit() and row[1].isdigit() for row in rows):
-            raise UserError(f"{path} is no list of lines `start end word`: unpack alignments.zip again")
-        return [(word, int(start) / ALIGNMENT_RATE, int(end) / ALIGNMENT_RATE) for start, end, word in rows]
-
-    @staticmethod
-    def sentence(name: str) -> str | None:
-        """Return the six words that a name such as bbaf2n stands for; None for another name."""
-        tables = (VERBS, COLOURS, PREPOSITIONS, None, DIGITS, ADVERBS)
-        words = [(letter if letter.isalpha() else None) if table is None else table.get(letter)
-                 for table, letter in zip(tables, name.lower())]  # fmt: skip
-        return " ".join(words) if len(name) == 6 and all(words) else None
+    letters = set("abcdefghijklmnopqrstuvxyz")  # no w
+    symbols = letters.union(VERBS.values(), COLOURS.values(), PREPOSITIONS.values(), DIGITS.values(), ADVERBS.values())
+    return replace(source, read=read, symbols=sorted(symbols))
 
 
-class CREMAD(Unsplit):
-    """ROOT/VideoFlash/1001_DFA_ANG_XX.flv, sound ROOT/AudioWAV/1001_DFA_ANG_XX.wav: actor, sentence, emotion, level."""
-
-    def __init__(self, root: str | Path, test: float = 0.1, validation: float = 0.07) -> None:
-        super().__init__(root, validation, test)
-
-    def walk(self) -> Iterator[tuple[str, SourceClip]]:
-        sounds = {path.stem: path.as_posix() for path in find_files(self.root, ".wav")}
-        for path in find_files(self.root, ".flv", ".mp4"):
-            actor, sentence, emotion, *_ = [*path.stem.split("_"), "", "", ""]
-            if actor.isdigit() and emotion in CREMA_D_EMOTIONS:
-                about = {"text": CREMA_D_SENTENCES.get(sentence), "expression": CREMA_D_EMOTIONS[emotion]}
-                names = make_key(path.stem), path.as_posix(), sounds.get(path.stem)
-                yield actor, SourceClip(*names, **about, speaker=actor, language="en")
+def _speaker(path: Path) -> str | None:
+    return next((part for part in path.parts if part[:1] == "s" and part[1:].isdigit()), None)
 
 
-class RAVDESS(Unsplit):
-    """ROOT/**/Actor_01/01-01-03-01-02-01-01.mp4: modality, channel, emotion, intensity, statement, repetition, actor.
+def _words(path: Path) -> list[tuple[str, float, float]]:
+    """Return the words of a file of lines `23750 29500 bin`, times in seconds; a file unit is 1/25,000 s."""
+    rows = [line.split() for line in read_lines(path)]
+    if not all(len(row) == 3 and row[0].isdigit() and row[1].isdigit() for row in rows):
+        raise UserError(f"{path} is no list of lines `start end word`: unpack alignments.zip again")
+    return [(word, int(start) / ALIGNMENT_RATE, int(end) / ALIGNMENT_RATE) for start, end, word in rows]
+
+
+def grid_sentence(name: str) -> str | None:
+    """Return the six words that a name such as bbaf2n stands for; None for another name."""
+    tables = (VERBS, COLOURS, PREPOSITIONS, None, DIGITS, ADVERBS)
+    words = [(letter if letter.isalpha() else None) if table is None else table.get(letter)
+             for table, letter in zip(tables, name.lower())]  # fmt: skip
+    return " ".join(words) if len(name) == 6 and all(words) else None
+
+
+def crema_d(root: str | Path, test: float = 0.1, validation: float = 0.07) -> Source:
+    """Find VideoFlash/1001_DFA_ANG_XX.flv, sound AudioWAV/1001_DFA_ANG_XX.wav: actor, sentence, emotion, level."""
+    root, clips = existing(root), []
+    sounds = {path.stem: path.as_posix() for path in find_files(root, ".wav")}
+    for path in find_files(root, ".flv", ".mp4"):
+        actor, sentence, emotion, *_ = [*path.stem.split("_"), "", "", ""]
+        if actor.isdigit() and emotion in CREMA_D_EMOTIONS:
+            about = {"text": CREMA_D_SENTENCES.get(sentence), "expression": CREMA_D_EMOTIONS[emotion]}
+            names = make_key(path.stem), path.as_posix(), sounds.get(path.stem)
+            clips.append((actor, SourceClip(*names, **about, speaker=actor, language="en")))
+    return divided(root, clips, test=test, val=validation)
+
+
+def ravdess(root: str | Path, test: float = 0.17, validation: float = 0.08, songs: bool = False) -> Source:
+    """Find **/Actor_01/01-01-03-01-02-01-01.mp4: modality, channel, emotion, intensity, statement, repetition, actor.
 
     Modality 01 has picture and sound. Calm counts as neutral.
 
     Args:
         songs: also take what is sung (channel 02).
     """
-
-    def __init__(self, root: str | Path, test: float = 0.17, validation: float = 0.08, songs: bool = False) -> None:
-        self.channels = ("01", "02") if songs else ("01",)
-        super().__init__(root, validation, test)
-
-    def walk(self) -> Iterator[tuple[str, SourceClip]]:
-        for path in find_files(self.root, ".mp4"):
-            parts = path.stem.split("-")
-            if len(parts) == 7 and parts[0] == "01" and parts[1] in self.channels and parts[2] in RAVDESS_EMOTIONS:
-                about = {"text": RAVDESS_STATEMENTS.get(parts[4]), "expression": RAVDESS_EMOTIONS[parts[2]]}
-                actor = f"Actor_{parts[6]}"
-                yield actor, SourceClip(make_key(path.stem), path.as_posix(), **about, speaker=actor, language="en")
+    root, clips = existing(root), []
+    for path in find_files(root, ".mp4"):
+        parts = path.stem.split("-")
+        channels = ("01", "02") if songs else ("01",)
+        if len(parts) == 7 and parts[0] == "01" and parts[1] in channels and parts[2] in RAVDESS_EMOTIONS:
+            about = {"text": RAVDESS_STATEMENTS.get(parts[4]), "expression": RAVDESS_EMOTIONS[parts[2]]}
+            actor = f"Actor_{parts[6]}"
+            clip = SourceClip(make_key(path.stem), path.as_posix(), **about, speaker=actor, language="en")
+            clips.append((actor, clip))
+    return divided(root, clips, test=test, val=validation)

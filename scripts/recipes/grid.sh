@@ -47,11 +47,11 @@ import json
 import sys
 from pathlib import Path
 
-from corpora.preparation.sources_studio import GRID
+from corpora.preparation.sources_studio import grid
 
 root, protocol, speakers = sys.argv[1:]
 chosen = None if speakers == "null" else [name.strip() for name in speakers.strip("[]").split(",")]
-for clip in GRID(root, protocol=protocol, speakers=chosen).clips("test"):
+for clip in grid(root, protocol=protocol, speakers=chosen).clips("test"):
     path = str((Path(root) / clip.video).resolve())
     print(json.dumps({"id": clip.key, "text": clip.text, "speaker": clip.speaker, "reference": path, "video": path}))
 EOF

@@ -62,7 +62,7 @@ def corpus(tmp_path_factory):
 
 def settings(root, output, **changes):
     config = {
-        "source": {"_target_": "corpora.preparation.sources.Synthetic", "root": str(root)},
+        "source": {"_target_": "corpora.preparation.sources.synthetic", "root": str(root)},
         "output": str(output), "splits": ["train"], "clips_per_shard": 4, "limit": None, "reuse": None, "workers": 0,
         "device": "cpu", "clip_timeout": 60, "patience": 25, "rank": 0, "world_size": 1, "executor": "processes",
         "limits": {},

@@ -11,7 +11,7 @@ from safetensors.torch import load
 
 from corpora.preparation.clip import SourceClip, WorkItem
 from corpora.preparation.job import chosen_stages, prepare
-from corpora.preparation.sources import Synthetic
+from corpora.preparation.sources import synthetic
 from corpora.preparation.steps import Steps
 from engine.config import load as load_config
 from engine.errors import UserError
@@ -32,7 +32,7 @@ def test_a_second_half_in_another_process_makes_the_same_sample(tmp_path):
     pytest.importorskip("resemblyzer")
     root = write_corpus(tmp_path / "corpus", ["a"])
     words = [f"source.root={root}", "output=x", "device=cpu", "stages.heard_expression.use=true"]
-    config, source = load_config("prepare", [*words, "stages.heard_expression.recogniser=null"], ""), Synthetic(root)
+    config, source = load_config("prepare", [*words, "stages.heard_expression.recogniser=null"], ""), synthetic(root)
     stages = chosen_stages(config, source)
     whole, front = (Steps(stages, "cpu", source.symbols, networks) for networks in (True, False))
     assert front.steps["motion"].codec is None
@@ -53,7 +53,7 @@ def test_a_clip_that_an_encoder_refuses_is_rejected(tmp_path):
     root = write_corpus(tmp_path / "corpus", ["nan"])
     stages = {"decode": {"_target_": "corpora.preparation.media.Decode"}, "mean": {"_target_": MEAN["_target_"]}}
     steps = Steps(stages, "cpu", None)
-    (clip,) = Synthetic(root).clips("train")
+    (clip,) = synthetic(root).clips("train")
     outcome = steps.do(steps.cut(WorkItem(clip, root, tmp_path)))
     assert (outcome.stage, outcome.reason) == ("mean", "not a number") and not list(tmp_path.glob("*.tar"))
 

@@ -11,10 +11,10 @@ from drawn_faces import scene
 
 from corpora.preparation.clip import WorkItem, make_key
 from corpora.preparation.media import Decode, Face, read_text
-from corpora.preparation.sources import LRS2, LRS3, Folder, VoxCeleb2, held_out
-from corpora.preparation.sources_footage import YoutubeIds
-from corpora.preparation.sources_listed import Emilia, Listed
-from corpora.preparation.sources_studio import CREMAD, GRID, RAVDESS
+from corpora.preparation.sources import folder, held_out, lrs2, lrs3, voxceleb2
+from corpora.preparation.sources_footage import youtube_ids
+from corpora.preparation.sources_listed import emilia, listed
+from corpora.preparation.sources_studio import crema_d, grid, ravdess
 from engine.errors import UserError
 from engine.media.audio import write_wav
 from engine.media.video import write_video
@@ -37,9 +37,9 @@ def write_csv(path, rows):
 def test_voxceleb2_with_and_without_its_sound(tmp_path):
     touch(tmp_path, "dev/mp4/id00017/b_-x/00002.mp4", "dev/mp4/id00017/b_-x/00001.mp4", "dev/mp4/id00012/a/00001.mp4")
     touch(tmp_path, "dev/aac/id00012/a/00001.m4a", "dev/mp4/id00012/a/notes.txt", "test/mp4/id00020/c/00001.mp4")
-    source = VoxCeleb2(tmp_path, validation=0)
+    source = voxceleb2(tmp_path, validation=0)
     clips = source.clips("dev")
-    assert source.splits() == ["dev", "test"]
+    assert source.splits == ["dev", "test"]
     assert [clip.key for clip in clips] == ["id00012-a-00001", "id00017-b_-x-00001", "id00017-b_-x-00002"]
     assert clips[0].audio == "dev/aac/id00012/a/00001.m4a" and clips[1].audio is None
     assert clips[1].video == clips[1].source == "dev/mp4/id00017/b_-x/00001.mp4"
@@ -51,8 +51,8 @@ def test_lrs2_by_its_lists_also_as_its_archive_unpacks(tmp_path, top):
     touch(tmp_path, *(f"{top}{name}.mp4" for name in ("main/63/00001", "main/63/00002", "pretrain/51/00007")))
     (tmp_path / "train.txt").write_text("63/00002\n")
     (tmp_path / "test.txt").write_text("63/00001 NF\n\n")
-    source = LRS2(tmp_path)
-    assert source.splits() == ["pretrain", "train", "test"]
+    source = lrs2(tmp_path)
+    assert source.splits == ["pretrain", "train", "test"]
     (clip,) = source.clips("test")
     assert (clip.key, clip.video, clip.text_file) == ("63-00001", f"{top}main/63/00001.mp4", f"{top}main/63/00001.txt")
     assert source.clips("train")[0].video == f"{top}main/63/00002.mp4"
@@ -62,7 +62,7 @@ def test_lrs2_by_its_lists_also_as_its_archive_unpacks(tmp_path, top):
 
 def test_lrs3_and_the_words_of_its_texts(tmp_path):
     touch(tmp_path, "trainval/0Fi83BHQsMA/00004.mp4", "trainval/0Fi83BHQsMA/00002.mp4", "test/x/00001.mp4")
-    (clip, _) = LRS3(tmp_path).clips("trainval")
+    (clip, _) = lrs3(tmp_path).clips("trainval")
     assert (clip.key, clip.text_file) == ("0Fi83BHQsMA-00002", "trainval/0Fi83BHQsMA/00002.txt")
     for content, words in (
         ("Text:  THAT'S  WHERE WE ARE \nConf:  4\n\nWORD START END\nTHAT'S 0.1 0.2\n", "THAT'S WHERE WE ARE"),
@@ -76,8 +76,8 @@ def test_a_folder_with_a_table(tmp_path):
     rows = [("a/1.mp4", "one", ""), ("b.mov", "", "val"), ("c.flac", "", "val")]
     rows = [{"path": path, "text": text, "speaker": "", "split": split} for path, text, split in rows]
     write_csv(tmp_path / "clips.csv", rows)
-    source = Folder(tmp_path)
-    assert source.splits() == ["train", "val"]
+    source = folder(tmp_path)
+    assert source.splits == ["train", "val"]
     (clip,) = source.clips("train")
     assert (clip.key, clip.text, clip.speaker, clip.audio) == ("a-1", "one", None, None)
     pictures, sound = source.clips("val")
@@ -86,15 +86,15 @@ def test_a_folder_with_a_table(tmp_path):
 
 def test_keys_are_unique_or_the_source_is_refused(tmp_path):
     write_csv(tmp_path / "clips.csv", [{"path": p} for p in ("a/1.mp4", "a-1.mp4", "ä 1.mp4")])
-    keys = [clip.key for clip in Folder(tmp_path).clips("train")]
+    keys = [clip.key for clip in folder(tmp_path).clips("train")]
     assert keys[0].startswith("a-1-") and keys[1].startswith("a-1-") and keys[0] != keys[1] and keys[2] == "1"
     assert len(make_key("x/" * 90)) <= 80
     write_csv(tmp_path / "clips.csv", [{"path": "a.mp4"}, {"path": "a.mp4"}])
     with pytest.raises(UserError, match=r"a\.mp4 is listed more than once"):
-        Folder(tmp_path).clips("train")
+        folder(tmp_path).clips("train")
     (tmp_path / "clips.csv").unlink()
     with pytest.raises(UserError, match=r"clips\.csv cannot be read"):
-        Folder(tmp_path)
+        folder(tmp_path)
 
 
 def test_talker_data_by_table_and_by_list_inside_tar_files(tmp_path):
@@ -108,8 +108,8 @@ def test_talker_data_by_table_and_by_list_inside_tar_files(tmp_path):
     (tmp_path / "list.txt").write_text("one.pt\n")
     write_csv(tmp_path / "t.csv", [{"motion_pt_path": "one.pt", "wav_path": "s/one.wav", "text": "from the table"}])
     for source, words in (
-        (Listed(tmp_path, listing="list.txt", sounds="s", tars="*.tar"), "hello there"),
-        (Listed(tmp_path, table="t.csv", tars="*.tar"), "from the table"),
+        (listed(tmp_path, listing="list.txt", sounds="s", tars="*.tar"), "hello there"),
+        (listed(tmp_path, table="t.csv", tars="*.tar"), "from the table"),
     ):
         (info,) = source.clips("train")
         clip = WorkItem(info, source.root)
@@ -118,25 +118,25 @@ def test_talker_data_by_table_and_by_list_inside_tar_files(tmp_path):
         assert clip.facts["text"] == words and clip.facts["frames"] == clip.length == 25
         assert torch.equal(clip.tensors["motion"], torch.ones(25, 40).half()) and len(clip.wave) == 25 * 960
     with pytest.raises(UserError, match=r"tars=\*\.zip"):
-        Listed(tmp_path, table="t.csv", tars="*.zip")
+        listed(tmp_path, table="t.csv", tars="*.zip")
     (tmp_path / "bad.tar").write_bytes(b"no tar" * 200)
     with pytest.raises(UserError, match=r"bad\.tar cannot be read"):
-        Listed(tmp_path, table="t.csv", tars="*.tar")
+        listed(tmp_path, table="t.csv", tars="*.tar")
 
 
 def test_a_list_of_sound_files(tmp_path):
     touch(tmp_path, "a/1.wav", "b.mp3")
     (tmp_path / "a" / "1.json").write_text('{"text": "hello"}')
     (tmp_path / "list.txt").write_text("a/1.wav\nb.mp3\n")
-    one, two = Listed(tmp_path, listing="list.txt", validation=0).clips("train")
+    one, two = listed(tmp_path, listing="list.txt", validation=0).clips("train")
     assert (one.key, one.audio, one.text_file, one.video) == ("a-1", "a/1.wav", "a/1.json", None)
     assert (two.key, two.audio, two.text_file) == ("b", "b.mp3", None)
     with pytest.raises(UserError, match=r"the list .*none\.txt cannot be read"):
-        Listed(tmp_path, listing="none.txt").clips("train")
+        listed(tmp_path, listing="none.txt").clips("train")
 
 
 def by_split(source):
-    return {split: source.clips(split) for split in source.splits()}
+    return {split: source.clips(split) for split in source.splits}
 
 
 def test_held_out_groups_are_a_function_of_their_names():
@@ -154,19 +154,19 @@ def test_validation_splits_of_videos_and_speakers_are_in_no_other_split(tmp_path
     touch(tmp_path, *(f"lrs3/{split}/video{i}/00001.mp4" for split in ("pretrain", "trainval") for i in range(9)))
     touch(tmp_path, "lrs3/test/video0/00001.mp4", *(f"vox/dev/mp4/id{i}/a/1.mp4" for i in range(9)))
     touch(tmp_path, "vox/test/mp4/id9/a/1.mp4")
-    clips = by_split(LRS3(tmp_path / "lrs3"))
+    clips = by_split(lrs3(tmp_path / "lrs3"))
     assert {split: len(found) for split, found in clips.items()} == {"pretrain": 8, "trainval": 8, "test": 1, "val": 1}
     (one,) = clips["val"]
     assert one.video.startswith("trainval/") and one.text_file.startswith("trainval/")
     assert one.speaker not in {clip.speaker for clip in clips["trainval"] + clips["pretrain"]}
-    clips = by_split(VoxCeleb2(tmp_path / "vox"))
+    clips = by_split(voxceleb2(tmp_path / "vox"))
     assert {split: len(found) for split, found in clips.items()} == {"dev": 8, "val": 1, "test": 1}
-    assert LRS3(tmp_path / "lrs3", validation=0).splits() == ["pretrain", "trainval", "test"]
+    assert lrs3(tmp_path / "lrs3", validation=0).splits == ["pretrain", "trainval", "test"]
 
 
 STUDIOS = {
     "grid": (
-        GRID,
+        grid,
         [*(f"s{i}/bbaf2n.mpg" for i in (1, 2, 3, 4, 5, 20, 22)), "s7/s7/video/mpg_6000/swwz9s.mpg", "s3/notes.mpg"],
         ["audio_25k/s3/bbaf2n.wav", "alignments/s3/bbaf2n.align"],
         {"train": 3, "val": 1, "test": 4},
@@ -176,7 +176,7 @@ STUDIOS = {
         },
     ),
     "crema_d": (
-        CREMAD,
+        crema_d,
         [f"VideoFlash/10{i:02d}_IEO_{e}_XX.flv" for i in range(1, 11) for e in ("ANG", "NEU")],
         ["AudioWAV/1001_IEO_ANG_XX.wav", "VideoFlash/README.flv"],
         {"train": 16, "val": 2, "test": 2},
@@ -186,7 +186,7 @@ STUDIOS = {
         },
     ),
     "ravdess": (
-        RAVDESS,
+        ravdess,
         [f"Actor_{i:02d}/01-01-06-01-02-01-{i:02d}.mp4" for i in range(1, 9)],
         ["Actor_01/02-01-06-01-02-01-01.mp4", "Actor_01/01-02-02-01-01-01-01.mp4", "Actor_01/03-01.wav"],
         {"train": 6, "val": 1, "test": 1},
@@ -215,10 +215,10 @@ def test_grid_is_split_as_the_field_does(tmp_path):
     touch(tmp_path, *(f"s{i}/{name}.mpg" for i in (1, 2, 4, 9, 29) for name in names))
     (tmp_path / "s1" / "align").mkdir()
     (tmp_path / "s1" / "align" / "bbbf1n.align").write_text("0 14750 sil\n14750 20000 bin\n20000 25000 blue\n")
-    unseen = by_split(GRID(tmp_path, protocol="unseen"))
+    unseen = by_split(grid(tmp_path, protocol="unseen"))
     speakers = {split: sorted({clip.speaker for clip in clips}) for split, clips in unseen.items()}
     assert speakers == {"train": ["s1"], "val": ["s29", "s9"], "test": ["s2", "s4"]}
-    source = GRID(tmp_path, protocol="seen", speakers=["s1", "s2"], expression="neutral")
+    source = grid(tmp_path, protocol="seen", speakers=["s1", "s2"], expression="neutral")
     seen = by_split(source)
     assert {split: len(clips) for split, clips in seen.items()} == {"train": 36, "val": 2, "test": 2}
     assert all({clip.speaker for clip in clips} == {"s1", "s2"} for clips in seen.values())
@@ -230,12 +230,12 @@ def test_grid_is_split_as_the_field_does(tmp_path):
     with pytest.raises(UserError, match=r"bbbf1n\.align is no list of lines"):
         by_split(source)
     with pytest.raises(UserError, match=r"source\.protocol=lips"):
-        GRID(tmp_path, protocol="lips")
+        grid(tmp_path, protocol="lips")
 
 
 def test_ravdess_may_be_sung(tmp_path):
     touch(tmp_path, *STUDIOS["ravdess"][1], *STUDIOS["ravdess"][2])
-    sung = [clip for found in by_split(RAVDESS(tmp_path, songs=True)).values() for clip in found]
+    sung = [clip for found in by_split(ravdess(tmp_path, songs=True)).values() for clip in found]
     assert len(sung) == 9 and {clip.expression for clip in sung} == {"fearful", "neutral"}  # calm counts as neutral
 
 
@@ -248,52 +248,52 @@ def test_emilia_in_tar_files_and_unpacked(tmp_path):
             (tmp_path / "files" / f"{name}.json").write_text('{"text": "words"}')
             for suffix in ("mp3", "json"):
                 tar.add(tmp_path / "files" / f"{name}.{suffix}", f"{name}.{suffix}")
-    packed, unpacked = by_split(Emilia(tmp_path / "data")), by_split(Emilia(tmp_path / "files"))
+    packed, unpacked = by_split(emilia(tmp_path / "data")), by_split(emilia(tmp_path / "files"))
     assert [len(found) for found in packed.values()] == [len(found) for found in unpacked.values()] == [3, 1]
     clip = packed["train"][0]
     assert set(clip.packed) == {clip.audio, clip.text_file} and clip.packed[clip.audio][0] == "EN/EN-B000000.tar"
     every = {clip.key: clip for found in packed.values() for clip in found}
     assert every[names[0]].speaker == "EN_B00000_S00000" and every[names[3]].language == "zh"
-    only = [clip for found in by_split(Emilia(tmp_path / "data", ["zh"])).values() for clip in found]
+    only = [clip for found in by_split(emilia(tmp_path / "data", ["zh"])).values() for clip in found]
     assert [clip.key for clip in only] == [names[3]]
 
 
-def listed(tmp_path, listing, *videos, **more):
+def parts(tmp_path, listing, *videos, **more):
     touch(tmp_path, *(f"videos/{name}" for name in videos))
-    return [clip for found in by_split(YoutubeIds(tmp_path, listing, **more)).values() for clip in found]
+    return [clip for found in by_split(youtube_ids(tmp_path, listing, **more)).values() for clip in found]
 
 
 def test_avspeech_without_a_header_and_a_table_with_one(tmp_path, capsys):
     rows = [["aaaaaaaaaaa", 0.5, 3.25, 0.5, 0.25], ["bbbbbbbbbbb", 1, 2, 0.1, 0.2], ["aaaaaaaaaaa", 5, 4, 0.1, 0.1]]
     with (tmp_path / "avspeech_train.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
-    (clip,) = listed(tmp_path, "avspeech_train.csv", "aaaaaaaaaaa.webm")
+    (clip,) = parts(tmp_path, "avspeech_train.csv", "aaaaaaaaaaa.webm")
     assert (clip.span, clip.face, clip.speaker) == ((0.5, 3.25), (0.5, 0.25, 0), "aaaaaaaaaaa")
     assert clip.video == "videos/aaaaaaaaaaa.webm" and clip.key == "aaaaaaaaaaa-0000500-0003250"
     said = capsys.readouterr().out
     assert "1 clips are left out, as" in said and "the first: clip 3: start=5 and end=4 are not two times" in said
     (tmp_path / "mine.csv").write_text("id,start,end,text\naaaaaaaaaaa,1,2,hello\naaaaaaaaaaa,3,4,\n")
-    one, two = listed(tmp_path, "mine.csv")
+    one, two = parts(tmp_path, "mine.csv")
     assert (one.text, one.face, two.text) == ("hello", None, None)
     with pytest.raises(UserError, match=r"none of its 2 clips can be used: is source\.videos=none right"):
         (tmp_path / "none").mkdir()
-        YoutubeIds(tmp_path, "mine.csv", videos="none")
+        youtube_ids(tmp_path, "mine.csv", videos="none")
 
 
 def test_talkvid_and_celebv_hq(tmp_path):
     info = {"Video Link": "https://www.youtube.com/watch?v=Tr6MMsoWAog", "Person ID": "597"}
     talkvid = [{"id": "x", "start-time": 0.1, "end-time": 5.1, "info": info}]
     (tmp_path / "input.json").write_text(json.dumps(talkvid))
-    (clip,) = listed(tmp_path, "input.json", "Tr6MMsoWAog.mp4")
+    (clip,) = parts(tmp_path, "input.json", "Tr6MMsoWAog.mp4")
     assert (clip.span, clip.speaker, clip.face) == ((0.1, 5.1), "597", None)
     box = {"top": 0.2, "bottom": 0.8, "left": 0.1, "right": 0.5}
     one = {"ytb_id": "Tr6MMsoWAog", "duration": {"start_sec": 1.0, "end_sec": 2.0}, "bbox": box}
     (tmp_path / "celebvhq.json").write_text(json.dumps({"meta_info": {}, "clips": {"Tr6MMsoWAog_0": one}}))
-    (clip,) = listed(tmp_path, "celebvhq.json")
+    (clip,) = parts(tmp_path, "celebvhq.json")
     assert clip.face == pytest.approx((0.3, 0.5, 0))
     (tmp_path / "other.json").write_text('[{"start": 1}]')
     with pytest.raises(UserError, match=r"other\.json is no list of TalkVid or CelebV-HQ"):
-        listed(tmp_path, "other.json")
+        parts(tmp_path, "other.json")
 
 
 def test_hdtf_by_its_lists(tmp_path):
@@ -306,7 +306,7 @@ def test_hdtf_by_its_lists(tmp_path):
     (tmp_path / "HDTF_dataset").mkdir()
     for name, text in files.items():
         (tmp_path / "HDTF_dataset" / name).write_text(text)
-    one, two = listed(tmp_path, "HDTF_dataset", "RD_Radio1.mp4")
+    one, two = parts(tmp_path, "HDTF_dataset", "RD_Radio1.mp4")
     assert one.video == "videos/RD_Radio1.mp4" and one.speaker == "Radio1"
     assert (one.span, one.face) == ((20.0, 95.0), (500.0, 200.0, 720)) and (two.span, two.face) == ((3600, 3605), None)
 
@@ -319,7 +319,7 @@ def test_a_part_of_a_video_with_the_face_at_the_named_place(tmp_path, place, lef
     wave = np.concatenate([np.full(24_000, level) for level in (0.1, 0.5, 0.9)])
     write_video(tmp_path / "videos" / "aaaaaaaaaaa.mp4", frames, 25, wave * np.sin(np.arange(72_000)), 24_000)
     (tmp_path / "list.csv").write_text(f"aaaaaaaaaaa,1.0,2.0,{place}\n")
-    source = YoutubeIds(tmp_path, "list.csv")
+    source = youtube_ids(tmp_path, "list.csv")
     clip = WorkItem(source.clips("train")[0], tmp_path)
     Decode()(clip)
     Face()(clip)
@@ -328,4 +328,4 @@ def test_a_part_of_a_video_with_the_face_at_the_named_place(tmp_path, place, lef
     assert (clip.track.boxes[:, 0].mean() < 150) == left
     (tmp_path / "list.csv").write_text("aaaaaaaaaaa,2.5,9.0,0.5,0.5\n")
     with pytest.raises(UserError, match=r"6\.48 s of the list: they must be of one length"):
-        Decode()(WorkItem(YoutubeIds(tmp_path, "list.csv").clips("train")[0], tmp_path))
+        Decode()(WorkItem(youtube_ids(tmp_path, "list.csv").clips("train")[0], tmp_path))

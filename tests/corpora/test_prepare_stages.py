@@ -13,7 +13,7 @@ from corpora.preparation.clip import SourceClip, WorkItem
 from corpora.preparation.job import chosen_stages
 from corpora.preparation.media import Decode, Face
 from corpora.preparation.networks import Crops, Expression, HeardExpression, phoneme_labels
-from corpora.preparation.sources import Synthetic
+from corpora.preparation.sources import synthetic
 from corpora.preparation.steps import Steps
 from engine.config import load as load_config
 from engine.errors import UserError
@@ -52,7 +52,7 @@ def test_mouths_are_cut_by_given_landmarks(corpus, tmp_path):
     landmarks = np.random.default_rng(0).normal((64, 70), 20, (68, 2)) + np.arange(FRAMES)[:, None, None] / 10
     (tmp_path / "train").mkdir()
     np.savez(tmp_path / "train" / "a.npz", landmarks)
-    info, made = Synthetic(corpus).clips("train")[0], {}
+    info, made = synthetic(corpus).clips("train")[0], {}
     for side in (128, 64):
         clip = WorkItem(info, corpus)
         for stage in (Decode(max_side=side), Face(face_landmarks=str(tmp_path)), Crops({"kind": "released"})):
@@ -67,7 +67,7 @@ def test_mouths_are_cut_by_given_landmarks(corpus, tmp_path):
 
 def test_the_stages_make_what_the_networks_make(corpus, tmp_path):
     pytest.importorskip("resemblyzer")
-    source = Synthetic(corpus)
+    source = synthetic(corpus)
     config = load_config("prepare", [f"source.root={corpus}", "output=x", "device=cpu"], "help")
     pipeline = Steps(chosen_stages(config, source), "cpu", source.symbols)
     outcome = pipeline.do(pipeline.cut(WorkItem(source.clips("train")[0], corpus, tmp_path)))
@@ -133,7 +133,7 @@ def test_features_of_the_released_encoders_are_those_of_their_pictures(corpus, t
     words = [f"source.root={corpus}", "output=x", "device=cpu", *(f"stages.{name}.use=false" for name in off)]
     words += ["stages.lip.use=true", "stages.face_identity.use=true", "stages.lip.encoders.folder=null"]
     words += [f"+stages.lip.encoders.lip={small}", "+stages.lip.encoders.identity_blocks=[1,1,1,1]"]
-    source = Synthetic(corpus)
+    source = synthetic(corpus)
     pipeline = Steps(chosen_stages(load_config("prepare", words, "help"), source), "cpu", None)
     outcome = pipeline.do(pipeline.cut(WorkItem(source.clips("train")[0], corpus, tmp_path)))
     assert outcome.stage == "", outcome.reason
@@ -161,9 +161,9 @@ def test_stages_that_need_the_face_are_refused_without_it(corpus):
     OmegaConf.update(config, "stages.lip.use", True)
     for name in ("crops", "lip", "expression", "motion"):
         with pytest.raises(UserError, match=rf"{name} needs the face: set stages\.{name}\.use=false too"):
-            chosen_stages(config, Synthetic(corpus))
+            chosen_stages(config, synthetic(corpus))
         OmegaConf.update(config, f"stages.{name}.use", False)
-    assert "motion" not in chosen_stages(config, Synthetic(corpus))
+    assert "motion" not in chosen_stages(config, synthetic(corpus))
 
 
 def heard(expression, recogniser, frames=38):

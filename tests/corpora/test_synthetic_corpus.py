@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from benchmarks import speaking
-from corpora.preparation.sources import Synthetic
+from corpora.preparation.sources import synthetic
 from corpora.synthetic import sentences
 from corpora.synthetic.corpus import FRAME, ClipMaker, resample, window_expressions
 from corpora.synthetic.expression import EXPRESSIONS, pose, prosody
@@ -148,7 +148,7 @@ def test_version_3_is_speech_alone_of_any_words(tmp_path):
             assert split == "plain" or split_of(entry["text"], 3) == split
             assert entry["seconds"] <= 8 and "face" not in entry
     assert [entry["text"] for entry in entries(tmp_path / "one", "plain")] == sentences.plain_sentences()[:3]
-    source = Synthetic(tmp_path / "one")
+    source = synthetic(tmp_path / "one")
     clip = source.clips("dev")[1]
     assert clip.video is None and {symbol for symbol, *_ in clip.phonemes} <= set(source.symbols) == set(SYMBOLS)
     rng = np.random.default_rng(0)
@@ -158,7 +158,7 @@ def test_version_3_is_speech_alone_of_any_words(tmp_path):
 
 
 def test_phonemes_of_all_versions_can_share_their_numbers(corpus):
-    assert Synthetic(corpus, all_symbols=True).symbols == SYMBOLS != Synthetic(corpus).symbols
+    assert synthetic(corpus, all_symbols=True).symbols == SYMBOLS != synthetic(corpus).symbols
 
 
 def test_splits_are_disjoint(corpus):
