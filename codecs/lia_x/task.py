@@ -139,24 +139,6 @@ class LiaXTask(Task):
             pairs = ((-1, real), (1, fake.detach()))
             of_real, of_fake = (F.softplus(sign * self.discriminator(x)).mean() for sign, x in pairs)
             return {"loss": of_real + of_fake, "real": of_real.detach(), "fake": of_fake.detach()}
-        return self._generator_losses(real, fake, motion, batch.get("tracks"))
-
-    def _under_way(self, stage: Mapping[str, float] | None) -> bool:
-        return stage is not None and self.step < stage["until"]
-
-    def _rebuild(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Rebuild frames (2 B, 3, S, S), pairs side by side, each from its partner; return them and motion (2 B, M)."""
-        codec = self.codec
-        style, maps = codec.encoder(frames)
-        motion = codec.encoder.to_motion(style)
-        if self._under_way(self.growth):
-            maps = maps[: -self.growth["levels"]]
-        partner = torch.arange(len(frames), device=frames.device) ^ 1
-        noisy = motion + self.motion_noise * torch.randn_like(motion)
-        style = codec.decoder.navigate(style[partner], noisy)
-        return codec.decoder(style, [level[partner] for level in maps]), motion
-
-    def _generator_losses(self, real: Tensor, fake: Tensor, motion: Tensor, tracks: Tensor | None) -> dict[str, Tensor]:
         real, fake = real.float(), fake.float()
         region = F.interpolate(self.region, real.shape[-2:], mode="area")
         losses = {"l1": pyramid_l1(fake, real, region, self.pyramid), "sparsity": motion.abs().mean()}
@@ -168,11 +150,23 @@ class LiaXTask(Task):
             self.discriminator.requires_grad_(False)  # its own update is over: only the way to the picture is needed
             losses["adversarial"] = F.softplus(-self.discriminator(fake)).mean()
         total = sum(self.weights[name] * value for name, value in losses.items())
-        if self._under_way(self.guide):
-            known = tracks.flatten(0, 1)
+        if self.guide and self.step < self.guide["until"]:
+            known = batch["tracks"].flatten(0, 1)
             losses["guide"] = (motion[:, : known.shape[1]].float() - known).square().mean()
             total = total + self.guide["weight"] * losses["guide"]
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
+
+    def _rebuild(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Rebuild frames (2 B, 3, S, S), pairs side by side, each from its partner; return them and motion (2 B, M)."""
+        codec = self.codec
+        style, maps = codec.encoder(frames)
+        motion = codec.encoder.to_motion(style)
+        if self.growth and self.step < self.growth["until"]:
+            maps = maps[: -self.growth["levels"]]
+        partner = torch.arange(len(frames), device=frames.device) ^ 1
+        noisy = motion + self.motion_noise * torch.randn_like(motion)
+        style = codec.decoder.navigate(style[partner], noisy)
+        return codec.decoder(style, [level[partner] for level in maps]), motion
 
     def measure(self, folder: Path, share: Share) -> dict[str, float | ByClip]:
         """Measure how well held-out clips, the first of each split, are rebuilt from one frame and their motion."""

@@ -75,16 +75,13 @@ def _set_conv(conv, weight: Tensor, bias: Tensor) -> None:
 
 
 @torch.no_grad()
-def restart_dead_codes(quantizer: ResidualQuantizer, pool: Tensor, counts: Tensor, seed: int) -> Tensor:
+def restart_dead_codes(quantizer: ResidualQuantizer, pool: Tensor, counts: Tensor, seed: int) -> None:
     """Move every code with a zero in `counts` (Q, K) to a random projected residual of the latents in `pool` (M, C).
 
     Rows of zeros are not filled yet. Neither how many codes are dead nor how many rows are filled is read on the host,
     which would wait for the device: it draws for every code, and the device takes what it needs. The draws are those of
     torch.randint and a generator of this seed: numbers of 32 bits of the same Mersenne Twister, of which the remainder
     of the division by the number of rows is taken.
-
-    Returns:
-        How many codes were moved, ().
     """
     filled = pool.abs().sum(1) > 0
     rows, count = (~filled).byte().argsort(stable=True), filled.sum()  # filled ones first
@@ -96,7 +93,6 @@ def restart_dead_codes(quantizer: ResidualQuantizer, pool: Tensor, counts: Tenso
         e = level.in_project(residual.T[None])[0].T
         level.codebook.weight.copy_(torch.where(dead[i, :, None], e[chosen[i]], level.codebook.weight))
         residual = residual - level(residual.T[None])[0][0].T
-    return dead.sum()
 
 
 def count_codes(codes: Tensor, codebook_size: int) -> Tensor:

@@ -23,14 +23,12 @@ class Quantized:
         latent: (B, C, T), the sum of the levels in use.
         codes: (B, Q, T) int64.
         commitment, codebook: (Q,) weighted losses of each level, mean over channels, time and batch.
-        levels: (Q, B, C, T), the out-projected vector of each level before quantiser dropout.
     """
 
     latent: Tensor
     codes: Tensor
     commitment: Tensor
     codebook: Tensor
-    levels: Tensor
 
 
 class VectorQuantizer(nn.Module):
@@ -55,19 +53,15 @@ class VectorQuantizer(nn.Module):
             e, rows = F.normalize(e, dim=-1), F.normalize(rows, dim=-1)
         return e.square().sum(-1, keepdim=True) - 2 * (e @ rows.T) + rows.square().sum(-1)
 
-    def lookup(self, codes: Tensor) -> Tensor:
-        """Codes (B, T) -> rows (B, D, T), before the output projection."""
-        return self.codebook(codes).transpose(1, 2)
-
     def embed(self, codes: Tensor) -> Tensor:
         """Codes (B, T) -> (B, C, T)."""
-        return self.out_project(self.lookup(codes))
+        return self.out_project(self.codebook(codes).transpose(1, 2))
 
     def forward(self, residual: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(B, C, T) -> quantised (B, C, T), codes (B, T), squared errors (B,) for the encoder and for the code book."""
         e = self.in_project(residual)
         codes = (-self.distances(e.detach())).argmax(-1)
-        rows = self.lookup(codes)
+        rows = self.codebook(codes).transpose(1, 2)
         to_encoder = (e - rows.detach()).square().mean((1, 2))
         to_codebook = (rows - e.detach()).square().mean((1, 2))
         return self.out_project(e + (rows - e).detach()), codes, to_encoder, to_codebook
@@ -118,7 +112,7 @@ class ResidualQuantizer(nn.Module):
             raise UserError(f"levels={levels}: this quantiser has levels 1..{len(self.quantizers)}")
         kept = self._levels_kept(z)
         residual, total = z, torch.zeros_like(z)
-        codes, commitment, codebook, vectors = [], [], [], []
+        codes, commitment, codebook = [], [], []
         for i, quantizer in enumerate(self.quantizers[:count]):
             q, index, to_encoder, to_codebook = quantizer(residual)
             use = (i < kept).to(z.dtype)
@@ -127,10 +121,7 @@ class ResidualQuantizer(nn.Module):
             codes.append(index)
             commitment.append(self.commitment * (to_encoder * use).mean())
             codebook.append(self.codebook * (to_codebook * use).mean())
-            vectors.append(q)
-        return Quantized(
-            total, torch.stack(codes, 1), torch.stack(commitment), torch.stack(codebook), torch.stack(vectors)
-        )
+        return Quantized(total, torch.stack(codes, 1), torch.stack(commitment), torch.stack(codebook))
 
     def _levels_kept(self, batch: Tensor) -> Tensor:
         """How many levels each item of a batch uses: (B,), all of them except for those that dropout chose."""

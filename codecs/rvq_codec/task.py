@@ -54,6 +54,12 @@ def _used(counts: list[Tensor]) -> list[float]:
     return [round(x, 3) for x in (sum(counts) > 0).double().mean(-1).tolist()]
 
 
+def _distance(z: Tensor, features: Tensor) -> Tensor:
+    """Average (latent - features)^2 over the frames that both have."""
+    length = min(z.shape[-1], features.shape[-1])
+    return (z[..., :length] - features[..., :length]).square().mean()
+
+
 class RVQCodecTask(GANTask):
     """Losses, schedule of stages, validation and release of an `RVQCodec`.
 
@@ -104,10 +110,13 @@ class RVQCodecTask(GANTask):
         self.codec = _load(init, config, decoder_only) if init else RVQCodec(config)
         self.discriminator = WaveDiscriminators(period, spectrogram)
         self.mel_loss = MultiScaleMelLoss(config.sample_rate, **mel)
-        self.stft_loss = MultiResolutionSTFTLoss()
-        self.spectrum_loss = CompressedSpectrumLoss()
-        self.disturbance_loss = DisturbanceLoss(config.sample_rate)
-        self.voice_loss = VoiceLoss(config.sample_rate) if weights.get("voice") else None
+        kinds = {
+            "stft": MultiResolutionSTFTLoss,
+            "spectrum": CompressedSpectrumLoss,
+            "disturbance": lambda: DisturbanceLoss(config.sample_rate),
+            "voice": lambda: VoiceLoss(config.sample_rate),
+        }
+        self.wave_losses = nn.ModuleDict({name: make() for name, make in kinds.items() if weights.get(name)})
         self.weights = dict(weights)
         if decoder_only:
             if not init:
@@ -155,55 +164,54 @@ class RVQCodecTask(GANTask):
         return losses
 
     def begin_step(self, step: int) -> None:
-        """Tend the code books."""
+        """Initialise code books at `quantizer_start`, restart dead codes later, keep the first levels to the mel bands.
+
+        The trainer sends buffers from rank 0 to all processes before a step, so every process does the same.
+        """
         super().begin_step(step)
-        if not self.decoder_only:
-            self.update_codebooks(step)
+        since = step - self.quantizer_start
+        if self.decoder_only or since < 0:
+            return
+        if self.keep and since > 0:
+            with torch.no_grad():
+                for level in self.codec.quantizer.quantizers[: self.envelope_levels]:
+                    level.in_project.weight_v[:, self.features.mel_bands :] = 0
+        if since > 0 and since % self.restart_every == 0:
+            restart_dead_codes(self.codec.quantizer, self.pooled, self.counts, step)
+            self.counts.zero_()
+        elif since == 0 and not self.warm_started:
+            latents = self.pooled[self.pooled.abs().sum(1) > 0]  # once in a run the host waits
+            if len(latents):
+                bands = self.features.mel_bands if self.features else 0
+                generator = torch.Generator().manual_seed(step)
+                warm_start(self.codec.quantizer, latents, generator, self.envelope_levels, bands)
 
     def run(self, batch: dict[str, Any]) -> dict[str, Any]:
-        wave, regression = batch["wave"], None
-        if self.step < self.features_until:
-            fake, z, quantized, regression = self._from_features(wave)
+        wave, codec, features_first = batch["wave"], self.codec, self.step < self.features_until
+        if features_first or self.keep:
+            with torch.no_grad(), torch.autocast(wave.device.type, enabled=False):
+                features = self.features(wave.float())  # (B, C, L)
+        quantized = regression = None
+        if features_first:
+            z = codec.encoder(wave)
+            regression = _distance(z, features)
+            # The decoder will see latents that are coarser than the features.
+            noise = 0.3 * torch.rand(len(features), 1, 1, device=z.device) * torch.randn_like(features)
+            fake = codec.decoder(features + noise)
         elif "codes" in batch:
-            fake, z, quantized = self.codec.decoder(self.codec.quantizer.embed(batch["codes"])), None, None
+            z, fake = None, codec.decoder(codec.quantizer.embed(batch["codes"]))
         else:
-            fake, z, quantized = self.codec(wave, quantize=self.step >= self.quantizer_start)
+            fake, z, quantized = codec(wave, quantize=self.step >= self.quantizer_start)
             if self.keep:
-                regression = self.keep * self._distance(z, self._target(wave), self.features.mel_bands)
+                bands = self.features.mel_bands
+                regression = self.keep * _distance(z[:, :bands], features[:, :bands])
         length = min(fake.shape[-1], wave.shape[-1])
         waves = {"fake": fake[..., :length], "real": wave[..., :length]}
         return waves | {"quantized": quantized, "regression": regression, "latent": z}
 
-    def _from_features(self, wave: Tensor) -> tuple[Tensor, Tensor, None, Tensor]:
-        """Return the wave decoded from the features, the latent, None, and the mean of (latent - features)^2."""
-        features, z = self._target(wave), self.codec.encoder(wave)
-        regression = self._distance(z, features)
-        # The decoder will see latents that are coarser than the features.
-        noise = 0.3 * torch.rand(len(features), 1, 1, device=z.device) * torch.randn_like(features)
-        return self.codec.decoder(features + noise), z, None, regression
-
-    def _target(self, wave: Tensor) -> Tensor:
-        """Compute the features (B, C, L) that the latent is taught."""
-        with torch.no_grad(), torch.autocast(wave.device.type, enabled=False):
-            return self.features(wave.float())
-
-    @staticmethod
-    def _distance(z: Tensor, features: Tensor, channels: int | None = None) -> Tensor:
-        """Average (latent - features)^2 over the first `channels` channels and the frames that both have."""
-        length = min(z.shape[-1], features.shape[-1])
-        return (z[:, :channels, :length] - features[:, :channels, :length]).square().mean()
-
     def reconstruction_losses(self, run: dict[str, Any]) -> dict[str, Tensor]:
-        fake, real = run["fake"], run["real"]
-        losses = {"mel": self.mel_loss(fake, real)}
-        if self.weights["stft"]:
-            losses["stft"] = self.stft_loss(fake, real)
-        if self.weights["spectrum"]:
-            losses["spectrum"] = self.spectrum_loss(fake, real)
-        if self.weights["disturbance"]:
-            losses["disturbance"] = self.disturbance_loss(fake, real)
-        if self.voice_loss is not None:
-            losses["voice"] = self.voice_loss(fake, real)
+        losses = {"mel": self.mel_loss(run["fake"], run["real"])}
+        losses |= {name: loss(run["fake"], run["real"]) for name, loss in self.wave_losses.items()}
         if run["regression"] is not None:
             losses["features"] = run["regression"]
         if run["quantized"] is not None and not self.decoder_only:
@@ -218,27 +226,6 @@ class RVQCodecTask(GANTask):
         self.pooled.copy_(torch.cat([self.pooled[len(vectors) :], vectors]))
         if quantized is not None:
             self.counts += count_codes(quantized.codes, self.codec.codes)
-
-    def update_codebooks(self, step: int) -> None:
-        """Initialise code books at `quantizer_start`, restart dead codes later, keep the first levels to the mel bands.
-
-        The trainer sends buffers from rank 0 to all processes before a step, so every process does the same.
-        """
-        if self.keep and step > self.quantizer_start:
-            with torch.no_grad():
-                for level in self.codec.quantizer.quantizers[: self.envelope_levels]:
-                    level.in_project.weight_v[:, self.features.mel_bands :] = 0
-        first = step == self.quantizer_start and not self.warm_started
-        due = step > self.quantizer_start and (step - self.quantizer_start) % self.restart_every == 0
-        if not (first or due):
-            return
-        if due:
-            restart_dead_codes(self.codec.quantizer, self.pooled, self.counts, step)
-        elif len(latents := self.pooled[self.pooled.abs().sum(1) > 0]):  # once in a run the host waits
-            bands = self.features.mel_bands if self.features else 0
-            generator = torch.Generator().manual_seed(step)
-            warm_start(self.codec.quantizer, latents, generator, self.envelope_levels, bands)
-        self.counts.zero_()
 
     def code_facts(self, code: Tensor) -> Tensor:
         """Count the codes of each level."""

@@ -93,7 +93,7 @@ def test_first_levels_keep_to_the_envelope():
     task = make_task(features=features, quantizer_start=1, gan_start=None)
     logs = train(task, WAVES, 5)
     assert all("features" in log["generator"] for log in logs)
-    task.update_codebooks(5)
+    task.begin_step(5)
     first, second = (level.in_project.weight_v for level in task.codec.quantizer.quantizers[:2])
     assert not first[:, 8:].any() and first[:, :8].all() and second.all()
 

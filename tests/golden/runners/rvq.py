@@ -94,7 +94,7 @@ def _run_decoder(case: Case) -> dict[str, Tensor]:
         "codes": quantizer.quantize(z).transpose(0, 1),
         "quantized": full.latent,
         "vq2emb": quantizer.embed(full.codes),
-        "all_quantized_0": full.levels[0],
+        "all_quantized_0": quantizer.quantizers[0](z)[0],
         "decode": decoder(quantizer.embed(full.codes)),
         "decode_z": decoder(z),
         "decode_T1": decoder(z[:, :, :1]),
