@@ -21,7 +21,7 @@ from corpora.synthetic.sentences import SLOTS, grammar, language_model
 from engine.device import pick_device
 from engine.errors import UserError, require
 from engine.evaluation.clips import read_rows, text_of
-from engine.evaluation.validation import WEIGHTS, words_by
+from engine.evaluation.validation import words_by
 from engine.faces.track import read_boxes
 from engine.media.audio import write_wav
 from engine.media.ffmpeg import probe
@@ -100,7 +100,7 @@ class ClipWords:
                 f"or {Path(silent[0]).stem}.txt beside it"
             )
         if recogniser is not None and Path(recogniser).is_dir():
-            WordErrors.check(words_by(recogniser)["wer"], WEIGHTS)
+            WordErrors(words_by(recogniser)["wer"]).check()
         else:
             require("pocketsphinx", "pocketsphinx")
 
@@ -139,7 +139,8 @@ class ClipWords:
         """The recogniser: a wave (N,) and its rate to words."""
         source = self.config.recogniser
         if source is not None and Path(source).is_dir():
-            whisper = WordErrors(words_by(source)["wer"], WEIGHTS, str(pick_device(self.device)))
+            whisper = WordErrors(words_by(source)["wer"], device=str(pick_device(self.device)))
+            whisper.load()
             return lambda wave, rate: whisper.transcribe(Take(Sound(wave, rate)))
         return corpus_recogniser(Path(self.folder.name)) if source is None else Recogniser(Path(source)).transcribe
 

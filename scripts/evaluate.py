@@ -30,6 +30,7 @@ from engine.evaluation.report import write_report
 from engine.evaluation.resynthesis import write_resynthesis
 from engine.evaluation.summary import comparison_lines, headline, summarise, table_lines
 from engine.files import writable, write_json
+from engine.metrics.metric import Metric
 from engine.metrics.registry import metrics_of, protocol_of
 from engine.record import origin, portable, write_record
 from engine.settings import ClusterConfig, Limits, check_place, make, require_choice, require_range, set_limits
@@ -99,11 +100,12 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
     set_limits(Limits(**config.limits))
     figures = plain(config)["metrics"] or list(config.columns)
     figures = [figures] if isinstance(figures, str) else [*dict.fromkeys(figures)]
-    protocols = choose_protocols(config, figures, split)
+    device = str(pick_device(config.device))
+    metrics = choose_metrics(config, figures, split, device)
     for name, value in (("clips", config.clips), ("workers", config.workers), ("resamples", config.resamples)):
         if value is not None:
             require_range(name, value, 1, 10**7)
-    device, systems = str(pick_device(config.device)), systems_of(config)
+    systems = systems_of(config)
     check_place(config.executor, str(config.devices))
     devices = count_devices(str(config.devices), config.device)
     ray = ClusterConfig(**config.ray) if config.executor == "ray" else None
@@ -132,13 +134,13 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
         workers = config.workers or len(os.sched_getaffinity(0))  # the cores that this process may use
         names = ", ".join(clips[0].takes) or "true speech alone"
         print(f"{len(clips)} clips, {names}, {workers} {'process' if workers == 1 else 'processes'} on {device}")
-        results = measure(clips, metrics_of(figures), protocols, Path(config.weights), device, workers, cache)
-        figures = with_free_words(figures, results)
-        summary = summarise(clips, results, figures, protocols, config.resamples, config.compare)
+        results = measure(clips, dict.fromkeys(metrics.values()), workers, cache)
+        metrics = with_free_words(metrics, results)
+        summary = summarise(clips, results, metrics, config.resamples, config.compare)
         if not summary["figures"]:
             tell_left_out(summary)
             raise UserError("no figure of the table could be computed, for the reasons above")
-        summary["notes"] += protocol_notes(config, protocols, summary["figures"], rows)
+        summary["notes"] += protocol_notes(metrics, summary["figures"], rows)
         summary |= about(config, clips, summary["figures"], rows, outputs, device)
         summary["output"] = str(output)
         write_json(output / "results.json", portable(summary))
@@ -207,13 +209,13 @@ def tell_left_out(summary: Mapping[str, Any]) -> None:
         print(f"left out: {len(files) - 20} more, listed in results.json", file=sys.stderr)
 
 
-def with_free_words(figures: list[str], results: Results) -> list[str]:
+def with_free_words(metrics: Mapping[str, Metric], results: Results) -> dict[str, Metric]:
     """Word errors of sentences outside the grammar stand beside those of the others, which do not count them."""
     rows = [row for by_clip in results.rows.get("WordErrors", {}).values() for row in by_clip.values()]
-    if "wer" not in figures or "wer_free" in figures or not any("wer_free" in row for row in rows):
-        return figures
-    at = figures.index("wer") + 1
-    return [*figures[:at], "wer_free", *figures[at:]]
+    if "wer" not in metrics or "wer_free" in metrics or not any("wer_free" in row for row in rows):
+        return dict(metrics)
+    figures = [name for figure in metrics for name in ((figure, "wer_free") if figure == "wer" else (figure,))]
+    return {figure: metrics.get(figure, metrics["wer"]) for figure in figures}
 
 
 def other_rows(config: DictConfig, split: str | None) -> dict[str, dict[str, float | None]]:
@@ -230,15 +232,13 @@ def other_rows(config: DictConfig, split: str | None) -> dict[str, dict[str, flo
     return ({"aim": dict(aim)} if aim else {}) | rows
 
 
-def protocol_notes(
-    config: DictConfig, protocols: Mapping[str, str], figures: Iterable[str], paper: Mapping[str, Any]
-) -> list[str]:
+def protocol_notes(metrics: Mapping[str, Metric], figures: Iterable[str], paper: Mapping[str, Any]) -> list[str]:
     """Which of the paper's figures were computed in another way than those of this evaluation."""
     words = [word for word in sys.argv[1:] if word.startswith("table=")]
     defaults, notes = compose("evaluate", words).protocol if paper else {}, []
+    stated = [row for name, row in paper.items() if name.startswith("paper: ")]
     for metric, names in metrics_of([*figures]).items():
-        own, here = protocol_of(metric, defaults), protocols[metric.__name__].partition(":")[0]
-        stated = [row for name, row in paper.items() if name.startswith("paper: ")]
+        own, here = protocol_of(metric, defaults), metrics[names[0]].kind
         titles = [metric.figures[f].title for f in names if any(row.get(f) is not None for row in stated)]
         if own != here and titles:
             which = f"the paper's {', '.join(titles)} by {own}, those above by {here}"
@@ -246,22 +246,22 @@ def protocol_notes(
     return notes
 
 
-def choose_protocols(config: DictConfig, figures: list[str], split: str | None) -> dict[str, str]:
-    """Protocol by class of metric, with what it needs after a colon."""
+def choose_metrics(config: DictConfig, figures: list[str], split: str | None, device: str) -> dict[str, Metric]:
+    """Return by figure the metric that measures it, with the protocol of the settings."""
     chosen, given = {}, plain(config.protocol)
     grammar = config.grammar or (f"{config.corpus}/grammar.jsgf" if config.corpus else "")
     arguments = {"grammar": grammar, "shards": config.voices.get(split or ""), **ARGUMENTS}
     given |= {"own_voice_first": "shards"} if arguments["shards"] else {}
-    for metric, (figure, *_) in metrics_of(figures).items():
+    for metric, names in metrics_of(figures).items():
         protocol = protocol_of(metric, given)
         if protocol not in metric.protocols:
-            raise UserError(f"protocol.{figure}={protocol} is unknown; choose {', '.join(metric.protocols)}")
+            raise UserError(f"protocol.{names[0]}={protocol} is unknown; choose {', '.join(metric.protocols)}")
         if protocol == "grammar" and not Path(grammar).is_file():
             why = f"grammar={grammar} is no file" if grammar else "none is given"
             raise UserError(f"protocol.wer=grammar needs grammar=FILE.jsgf: {why}")
         argument = f":{arguments[protocol]}" if protocol in arguments else ""
-        chosen[metric.__name__] = protocol + argument
-    return chosen
+        chosen |= dict.fromkeys(names, metric(protocol + argument, Path(config.weights), device))
+    return {figure: chosen[figure] for figure in figures}
 
 
 def output_folders(config: DictConfig, systems: Iterable[str]) -> dict[str, Path]:

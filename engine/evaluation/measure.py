@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -24,6 +24,7 @@ from engine.metrics.metric import Metric, Take, wave_of
 from engine.progress import track
 
 Row = dict[str, Any]  # a measurement
+Takes = tuple[Mapping[str, Take], Take]  # of one clip, by system, and the true one
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Results:
 
     Attributes:
         rows: measurements by metric, system and clip. failed: (clip, system, metric or file, why).
-        lengths: seconds of the takes by system and clip. missing: why a figure is left out.
+        lengths: seconds of the takes by system and clip. missing: by metric, why it has no measurements.
         seconds: wall time by metric, loading the network included.
         cached: how many measurements by metric were found.
     """
@@ -43,19 +44,6 @@ class Results:
     missing: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     cached: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ClipWork:
-    """One clip for one metric: its takes by system."""
-
-    metric: type[Metric]
-    protocol: str
-    weights: Path
-    device: str
-    takes: Mapping[str, Take]
-    truth: Take
-    cache: Path
 
 
 @lru_cache(4096)
@@ -77,19 +65,17 @@ def digest_of(values: Sequence[Any]) -> str:
     return hashlib.blake2b(json.dumps(values, default=file_digest).encode(), digest_size=16).hexdigest()
 
 
-def result_file(work: ClipWork, take: Take) -> Path:
+def result_file(cache: Path, metric: Metric, take: Take, truth: Take) -> Path:
     """Return where the measurement of a take is kept: its name is made of all that it depends on."""
 
     def inputs(one: Take) -> list[Any]:
-        return [getattr(one, name) for name in work.metric.inputs]
+        return [getattr(one, name) for name in metric.inputs]
 
-    states = [(file.name, file.stat()) for file in work.metric.files(work.protocol, work.weights)]
+    states = [(file.name, file.stat()) for file in metric.files]
     networks = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
-    about = [work.metric.__name__, work.metric.version, work.protocol, networks, inputs(take)]
-    about += [work.truth.text, take.language, work.truth.about]
-    if work.metric.pair:
-        about.append(inputs(work.truth))
-    return work.cache / work.metric.__name__ / f"{digest_of(about)}.npz"
+    about = [metric.name, metric.version, metric.protocol, networks, inputs(take)]
+    about += [truth.text, take.language, truth.about, *([inputs(truth)] if metric.pair else [])]
+    return cache / metric.name / f"{digest_of(about)}.npz"
 
 
 def _store(path: Path, row: Row) -> None:
@@ -108,27 +94,28 @@ def _load(path: Path) -> Row | None:
         return None
 
 
-_loaded: dict[tuple, Metric] = {}  # the one metric of this process
+_loaded: list[Metric] = []  # the one metric of this process
 
 
-def _metric(work: ClipWork) -> Metric:
-    key = (work.metric, work.protocol, work.weights, work.device)
-    if key not in _loaded:
-        _loaded.clear()
-        _loaded[key] = work.metric(work.protocol, work.weights, work.device)
-    return _loaded[key]
+def _load_once(metric: Metric) -> Metric:
+    if metric not in _loaded:
+        _loaded.clear()  # before the next network takes memory
+        own = replace(metric)  # the caller's one stays without a network
+        own.load()
+        _loaded.append(own)
+    return _loaded[0]
 
 
-def measure_clip(work: ClipWork) -> tuple[dict[str, Row | str], int]:
+def measure_clip(metric: Metric, cache: Path, clip: Takes) -> tuple[dict[str, Row | str], int]:
     """Return the measurement, or why there is none, by system, and how many were found in the cache."""
-    out, found = {}, 0
-    for name, take in work.takes.items():
+    (takes, truth), out, found = clip, {}, 0
+    for name, take in takes.items():
         try:
-            path = result_file(work, take)
+            path = result_file(cache, metric, take, truth)
             row = _load(path)
             if row is None:
-                row = _metric(work).measure(take, work.truth)
-                if not all(np.isfinite(row[figure]).all() for figure in work.metric.figures if figure in row):
+                row = _load_once(metric).measure(take, truth)
+                if not all(np.isfinite(row[figure]).all() for figure in metric.figures if figure in row):
                     raise UserError("the result is no finite number")
                 _store(path, row)
             else:
@@ -182,57 +169,45 @@ class Workers(processes.Processes):
                 number += 1
 
 
-def measure(
-    clips: Sequence[Clip],
-    metrics: Mapping[type[Metric], Sequence[str]],
-    protocols: Mapping[str, str],
-    weights: Path,
-    device: str,
-    workers: int,
-    cache: Path,
-) -> Results:
+def measure(clips: Sequence[Clip], metrics: Iterable[Metric], workers: int, cache: Path) -> Results:
     """Measure every take of every clip, and the true ones.
 
     A clip whose files cannot be read is left out for that system, and for all if its true files cannot.
-
-    Args:
-        metrics: classes, with the figures wanted of each.
-        protocols: by class name.
     """
     results, count = Results(), min(workers, len(clips))
     with Workers(count) if count > 1 else nullcontext() as pool:
         every = pool.map if pool else map
         good = _readable(clips, results, every)
-        for metric, figures in metrics.items():
-            protocol, name = protocols[metric.__name__], metric.__name__
-            start = time.monotonic()
+        for metric in metrics:
+            start, name = time.monotonic(), metric.name
             try:
-                metric.check(protocol, weights)
+                metric.check()
                 works, without = [], [TRUTH] if metric.outputs_only else []
                 for clip, takes in good:
                     own = {n: take for n, take in takes.items() if n not in without and metric.applies(take)}
-                    works.append(ClipWork(metric, protocol, weights, device, own, clip.truth, cache))
-                if not any(work.takes for work in works):  # such as a picture's figures for systems without pictures
+                    works.append((own, clip.truth))
+                if not any(takes for takes, _ in works):  # such as a picture's figures for systems without pictures
                     continue
-                calls = map if device.startswith("cuda") and not metric.parallel else every
-                done = list(track(calls(measure_clip, works), len(works), f"{name} clips"))
+                calls = map if metric.device.startswith("cuda") and not metric.parallel else every
+                done = track(calls(partial(measure_clip, metric, cache), works), len(works), f"{name} clips")
+                measured = [(clip.id, *outcome) for (clip, _), outcome in zip(good, done, strict=True)]
             except UserError as error:
-                results.missing |= dict.fromkeys(figures, str(error))
+                results.missing[name] = str(error)
                 continue
             rows, reasons = {}, []
-            measured = [(clip, *each) for (clip, _), (found, _) in zip(good, done) for each in found.items()]
-            for clip, system, row in measured:
-                if isinstance(row, str):
-                    reasons.append((clip.id, system, name, row))
-                else:
-                    rows.setdefault(system, {})[clip.id] = row
+            for clip, found, _ in measured:
+                for system, row in found.items():
+                    if isinstance(row, str):
+                        reasons.append((clip, system, name, row))
+                    else:
+                        rows.setdefault(system, {})[clip] = row
             if not rows:
-                results.missing |= dict.fromkeys(figures, reasons[0][3] if reasons else "nothing was measured")
+                results.missing[name] = reasons[0][3]
                 continue
             results.failed += reasons
             results.rows[name] = rows
             results.seconds[name] = time.monotonic() - start
-            results.cached[name] = sum(found for _, found in done)
+            results.cached[name] = sum(found for *_, found in measured)
     return results
 
 

@@ -10,73 +10,66 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.evaluation.clips import TRUTH, Clip
-from engine.evaluation.measure import Results, Row
+from engine.evaluation.measure import Results
 from engine.evaluation.statistics import STATISTICS, bootstrap_interval, holm, permutation_test
-from engine.metrics.metric import Figure
-from engine.metrics.registry import description, metric_of, metrics_of
+from engine.metrics.frechet import frechet_distance
+from engine.metrics.metric import Figure, Metric
 
+Found = Mapping[str, Mapping[str, Any]]  # what was measured for a figure, by system and clip
 SIGNIFICANT = 0.05
 HEADLINE = ("value", "interval", "interval_speakers", "clips")  # of a figure, in a record
 TOLERANCE = 0.2  # seconds between an output and the true speech that need no remark
 
 
 def summarise(
-    clips: Sequence[Clip],
-    results: Results,
-    figures: Sequence[str],
-    protocols: Mapping[str, str],
-    resamples: int,
-    compare: bool = True,
+    clips: Sequence[Clip], results: Results, metrics: Mapping[str, Metric], resamples: int, compare: bool = True
 ) -> dict[str, Any]:
     """Return the figures of every system, and if asked for tests of every two, as plain values for a JSON file.
 
-    `systems[name][figure]` has `value`, `interval` and `interval_speakers` (95 %, or None), `clips` (how many counted)
-    and `values`, those of single clips by id. Values are in the unit of the printed table.
+    `systems[name][figure]` has `value`, `interval` and `interval_speakers` (95 %, or None), `clips` (how many counted),
+    `values`, those of single clips by id, and `pairs`. Values are in the unit of the printed table.
+
+    Args:
+        metrics: by the figures that are wanted of them.
     """
-    missing = dict(results.missing)
-    speakers = {clip.id: clip.speaker for clip in clips}
+    missing = {figure: results.missing[m.name] for figure, m in metrics.items() if m.name in results.missing}
+    speakers, truths = {clip.id: clip.speaker for clip in clips}, {clip.id: clip.truth for clip in clips}
+    found: dict[str, Found] = {}
+    for metric in dict.fromkeys(metrics.values()):
+        rows = results.rows.get(metric.name, {})
+        finished = {system: metric.finish(own, rows.get(TRUTH, {}), truths) for system, own in rows.items()}
+        for figure in (name for name in metric.figures if metrics.get(name) == metric):
+            found[figure] = {
+                system: {clip: row[figure] for clip, row in own.items() if figure in row}
+                for system, own in finished.items()
+            }
     systems: dict[str, dict[str, Any]] = {}
-    ratios: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
-    truths, measured = {clip.id: clip.truth for clip in clips}, {}  # rows by metric, system and clip
-    for metric in metrics_of(figures):
-        name = metric.__name__
-        rows = results.rows.get(name, {})
-        true = rows.get(TRUTH, {})
-        measured[name] = {system: metric.finish(own, true, truths, protocols[name]) for system, own in rows.items()}
-    for figure in figures:
-        metric, about = metric_of(figure), description(figure)
-        rows = measured.get(metric.__name__, {})
-        for system, by_clip in rows.items():
-            found = {clip: row[figure] for clip, row in by_clip.items() if figure in row}
-            if not found:
-                continue
+    for figure, metric in metrics.items():
+        for system, measured in found[figure].items():
             try:
-                if isinstance(next(iter(found.values())), np.ndarray):
-                    cell = _set_figure(metric, figure, found, rows.get(TRUTH, {}))
-                else:
-                    ratios[figure, system], cell = found, _pair_figure(found, speakers, about, resamples)
+                if measured:
+                    cell = _cell(measured, found[figure].get(TRUTH, {}), speakers, metric.figures[figure], resamples)
+                    systems.setdefault(system, {})[figure] = cell
             except UserError as error:
                 missing[figure] = str(error)
-            else:
-                systems.setdefault(system, {})[figure] = cell
-        if rows and figure not in missing and not any(figure in cells for cells in systems.values()):
+        if found[figure] and figure not in missing and not any(figure in cells for cells in systems.values()):
             missing[figure] = "no clip has it"
-    shown = [figure for figure in figures if any(figure in cells for cells in systems.values())]
+    shown = {name: metric for name, metric in metrics.items() if any(name in cells for cells in systems.values())}
     return {
         "figures": {
-            figure: {
-                **{key: getattr(description(figure), key) for key in ("title", "better", "digits", "meaning")},
-                "protocol": protocols[metric_of(figure).__name__].partition(":")[0],
+            name: {
+                **{key: getattr(metric.figures[name], key) for key in ("title", "better", "digits", "meaning")},
+                "protocol": metric.kind,
             }
-            for figure in shown
+            for name, metric in shown.items()
         },
         "systems": {name: systems[name] for name in sorted(systems, key=lambda n: n == TRUTH)},
         "heard": {
             system: {clip: row["heard"] for clip, row in rows.items() if "heard" in row}
             for system, rows in results.rows.get("WordErrors", {}).items()
         },
-        "tests": _tests(shown, ratios, speakers, resamples) if compare else [],
-        "notes": _length_notes(shown, results.lengths) + _clip_notes(shown, measured),
+        "tests": _tests(shown, systems, speakers, resamples) if compare else [],
+        "notes": _length_notes(shown, results.lengths) + _clip_notes(shown, found),
         "left_out": {
             "figures": missing,
             "files": [dict(zip(("clip", "system", "where", "why"), row)) for row in results.failed],
@@ -92,16 +85,26 @@ def headline(summary: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]
     return {name: {f: {key: cell[key] for key in HEADLINE} for f, cell in cells.items()} for name, cells in systems}
 
 
-def _pair_figure(
-    found: Mapping[str, tuple[float, float]], speakers: Mapping[str, str | None], about: Figure, resamples: int
+def _cell(
+    measured: Mapping[str, Any],
+    true: Mapping[str, Any],
+    speakers: Mapping[str, str | None],
+    about: Figure,
+    resamples: int,
 ) -> dict[str, Any]:
-    pairs, single = np.array([*found.values()], float), about.statistic == "ratio"
+    """Return the figure of one system from what was measured by clip: pairs, or features of a set (F, D)."""
+    if isinstance(next(iter(measured.values())), np.ndarray):
+        if not true:
+            raise UserError("the true clips have no pictures to compare with")
+        value = frechet_distance(*(np.concatenate([*rows.values()]) for rows in (measured, true)))
+        return {"value": value, "interval": None, "interval_speakers": None, "clips": len(measured), "values": {}}
+    pairs, single = np.array([*measured.values()], float), about.statistic == "ratio"
     return {
         "value": about.scale * float(STATISTICS[about.statistic](pairs, 1.0)),
-        **_intervals(pairs, [speakers[clip] for clip in found], about, resamples),
-        "clips": len(found),
-        "values": {clip: about.scale * x / y for clip, (x, y) in found.items() if y} if single else {},
-        "pairs": {clip: [float(x) for x in pair] for clip, pair in found.items()},
+        **_intervals(pairs, [speakers[clip] for clip in measured], about, resamples),
+        "clips": len(measured),
+        "values": {clip: about.scale * x / y for clip, (x, y) in measured.items() if y} if single else {},
+        "pairs": {clip: [float(x) for x in pair] for clip, pair in measured.items()},
     }
 
 
@@ -117,17 +120,9 @@ def _intervals(
     return {name: ends and [about.scale * end for end in ends] for name, ends in intervals.items()}
 
 
-def _set_figure(metric: Any, figure: str, found: Mapping[str, np.ndarray], true: Mapping[str, Row]) -> dict[str, Any]:
-    truth = [row[figure] for row in true.values() if figure in row]
-    if not truth:
-        raise UserError("the true clips have no pictures to compare with")
-    value = metric.distance(np.concatenate(list(found.values())), np.concatenate(truth))
-    return {"value": value, "interval": None, "interval_speakers": None, "clips": len(found), "values": {}}
-
-
 def _tests(
-    figures: Sequence[str],
-    ratios: Mapping[tuple[str, str], Mapping[str, tuple[float, float]]],
+    metrics: Mapping[str, Metric],
+    systems: Mapping[str, Mapping[str, Any]],
     speakers: Mapping[str, str | None],
     resamples: int,
 ) -> list[dict[str, Any]]:
@@ -137,15 +132,14 @@ def _tests(
     systems could reach: each clip is exchanged or not, so few clips can show nothing.
     """
     tests = []
-    names = list(dict.fromkeys(system for _, system in ratios if system != TRUTH))
-    for figure in figures:
-        for one, two in combinations(names, 2):
-            first, second = ratios.get((figure, one), {}), ratios.get((figure, two), {})
+    for figure, metric in metrics.items():
+        about = metric.figures[figure]
+        for one, two in combinations([name for name in systems if name != TRUTH], 2):
+            first, second = (systems[name].get(figure, {}).get("pairs", {}) for name in (one, two))
             both = [clip for clip in first if clip in second]
-            if len(both) < 2 or metric_of(figure).outputs_only or not description(figure).better:
+            if len(both) < 2 or metric.outputs_only or not about.better:
                 continue
-            one_pairs, two_pairs = (np.array([x[c] for c in both], float) for x in (first, second))
-            about = description(figure)
+            one_pairs, two_pairs = (np.array([pairs[clip] for clip in both]) for pairs in (first, second))
             difference, p = permutation_test(one_pairs, two_pairs, resamples, statistic=STATISTICS[about.statistic])
             tests.append(
                 {
@@ -159,44 +153,39 @@ def _tests(
                 }
             )
     for test, p in zip(tests, holm([test["p"] for test in tests])):
-        ahead = test["difference"] * description(test["figure"]).better > 0
+        figure = test["figure"]
+        ahead = test["difference"] * metrics[figure].figures[figure].better > 0
         test["p_holm"] = p
         test["smallest_p"] = min(1.0, len(tests) * test["smallest_p"])
         test["better"] = test["systems"][0 if ahead else 1] if p < SIGNIFICANT else None
     return tests
 
 
-def _length_notes(figures: Sequence[str], lengths: Mapping[str, Mapping[str, float]]) -> list[str]:
+def _length_notes(metrics: Mapping[str, Metric], lengths: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Name systems that end early or late: figures see only what they have in common with the true speech."""
-    cut, true = [description(f).title for f in figures if metric_of(f).cuts], lengths.get(TRUTH, {})
-    notes = []
-    if not cut:
-        return []
-    for system, own in lengths.items():
+    cut = ", ".join(metric.figures[figure].title for figure, metric in metrics.items() if metric.cuts)
+    true, notes = lengths.get(TRUTH, {}), []
+    for system, own in lengths.items() if cut else ():
         other = [clip for clip in own if clip in true and abs(own[clip] - true[clip]) > TOLERANCE]
         if other:
             some = ", ".join(other[:3]) + (", ..." if len(other) > 3 else "")
             what = f"{len(other)} of {len(own)} outputs of {system} are over {TOLERANCE} s longer or shorter"
-            notes.append(
-                f"{what} than the true speech ({some}); for {', '.join(cut)} only the part that both have counts"
-            )
+            notes.append(f"{what} than the true speech ({some}); for {cut} only the part that both have counts")
     return notes
 
 
-def _clip_notes(figures: Sequence[str], measured: Mapping[str, Mapping[str, Mapping[str, Row]]]) -> list[str]:
+def _clip_notes(metrics: Mapping[str, Metric], found: Mapping[str, Found]) -> list[str]:
     """Name figures whose rows are of different clips, as of a system that has not all of them."""
     other, systems = [], 0
-    for figure in figures:
-        rows = measured[metric_of(figure).__name__]
-        sets = [{clip for clip, row in by_clip.items() if figure in row} for by_clip in rows.values()]
-        if any(own != sets[0] for own in sets):
-            other.append(description(figure).title)
-            systems = max(systems, len([name for name in rows if name != TRUTH]))
+    for figure, metric in metrics.items():
+        first, *more = (own.keys() for own in found[figure].values())
+        if any(own != first for own in more):
+            other.append(metric.figures[figure].title)
+            systems = max(systems, len(found[figure].keys() - {TRUTH}))
     if not other:
         return []
-    note = (
-        f"the rows' {', '.join(other)} {'is' if len(other) == 1 else 'are'} of different clips, as some were left out"
-    )
+    are = f"{', '.join(other)} {'is' if len(other) == 1 else 'are'}"
+    note = f"the rows' {are} of different clips, as some were left out"
     return [note + ("; the comparison of two systems counts the clips that both have" if systems > 1 else "")]
 
 
@@ -228,9 +217,8 @@ def comparison_lines(summary: Mapping[str, Any]) -> list[str]:
     """Return the comparison of systems for a terminal: a sentence for every two, then a line for each test."""
     lines = verdicts(summary)
     for test in summary["tests"]:
-        about = summary["figures"][test["figure"]]
-        value, interval = _cell({"value": test["difference"]}, about["digits"]), _interval(test, about["digits"])
-        one, two = test["systems"]
+        about, (one, two) = summary["figures"][test["figure"]], test["systems"]
+        value, interval = _texts({**test, "value": test["difference"]}, about)
         shown = f"{test['better']} better" if test["better"] else "no difference shown"
         head = f"  {about['title']}, {one} less {two}: {value} {interval}"
         lines.append(f"{head}, p {test['p_holm']:.4f}, {test['clips']} clips: {shown}")
@@ -244,25 +232,26 @@ def table_lines(summary: Mapping[str, Any], paper: Mapping[str, Mapping[str, flo
     """Return the table for a terminal: a row a system with intervals, then the rows of aims and of the paper."""
     figures = summary["figures"]
     arrows = {1: " ↑", -1: " ↓", 0: ""}
-    head = ["", *(f["title"] + arrows[f["better"]] for f in figures.values())]
-    rows = [head, ["", *(f["protocol"] for f in figures.values())]]
+    rows = [
+        ["", *(about["title"] + arrows[about["better"]] for about in figures.values())],
+        ["", *(about["protocol"] for about in figures.values())],
+    ]
     for system, cells in summary["systems"].items():
-        rows.append([system, *(_cell(cells.get(name), f["digits"]) for name, f in figures.items())])
-        rows.append(["", *(_interval(cells.get(name), f["digits"]) for name, f in figures.items())])
+        values, intervals = zip(*(_texts(cells.get(name), about) for name, about in figures.items()))
         counts = [cells[name]["clips"] if name in cells else summary["count"] for name in figures]
-        rows.append(["", *("" if n == summary["count"] else f"{n} clip{'s'[: n != 1]}" for n in counts)])
+        counts = ("" if n == summary["count"] else f"{n} clip{'s'[: n != 1]}" for n in counts)
+        rows += [[system, *values], ["", *intervals], ["", *counts]]
     for name, values in paper.items():
-        texts = (None if values.get(figure) is None else {"value": values[figure]} for figure in figures)
-        rows.append([name, *(_cell(c, f["digits"]) for c, f in zip(texts, figures.values()))])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        cells = {figure: {"value": value, "interval": None} for figure, value in values.items() if value is not None}
+        rows.append([name, *(_texts(cells.get(figure), about)[0] for figure, about in figures.items())])
+    widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [row[0].ljust(widths[0]) + "".join(f"  {t:>{w}}" for t, w in zip(row[1:], widths[1:])) for row in rows]
     return [line.rstrip() for line in lines if line.strip()]
 
 
-def _cell(cell: Mapping[str, Any] | None, digits: int) -> str:
-    return "-" if cell is None else f"{cell['value']:.{digits}f}"
-
-
-def _interval(cell: Mapping[str, Any] | None, digits: int) -> str:
-    interval = cell and cell["interval"]
-    return f"[{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else ""
+def _texts(cell: Mapping[str, Any] | None, about: Mapping[str, Any]) -> tuple[str, str]:
+    """Return value and interval of a figure as they are printed."""
+    if cell is None:
+        return "-", ""
+    value, *ends = (f"{number:.{about['digits']}f}" for number in (cell["value"], *(cell["interval"] or ())))
+    return value, f"[{', '.join(ends)}]" if ends else ""

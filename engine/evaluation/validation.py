@@ -17,11 +17,10 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.evaluation.statistics import ratio
-from engine.metrics.metric import Sound, Take, Unavailable
+from engine.metrics.metric import WEIGHTS, Sound, Take, Unavailable
 from engine.metrics.registry import metrics_of, protocol_of
 
 T = TypeVar("T")
-WEIGHTS = Path("checkpoints")  # as in configs/evaluate.yaml
 
 
 @dataclass(frozen=True)
@@ -124,12 +123,12 @@ def measure_clips(
         true = [Take(Sound(wave, rate), text=text) for wave, text in zip(truths, texts, strict=True)]
     made = [Take(Sound(wave, rate), text=text) for wave, text in zip(waves, texts, strict=True)]
     for metric, names in metrics_of(figures).items():
-        protocol = protocol_of(metric, words_by(recogniser))
+        measuring, rows = metric(protocol_of(metric, words_by(recogniser)), weights, device), {}
         try:
-            metric.check(protocol, weights)
+            measuring.check()
             if metric.pair and truths is None:
                 raise Unavailable("there is no true speech to compare with")
-            measuring, rows = metric(protocol, weights, device), {}
+            measuring.load()
         except (UserError, OSError) as error:  # files of a network that cannot be loaded: training goes on
             kind = "" if isinstance(error, Unavailable) else "cannot be measured: "
             if not numbers or numbers[0] == 0:  # one of many processes says so

@@ -43,23 +43,16 @@ def frechet_distance(one: np.ndarray, two: np.ndarray) -> float:
     return float(shift @ shift + spread - 2 * np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum())
 
 
-class FaceFeatures(Metric):
-    """Features of the squares of a clip's face."""
-
-    inputs = ("video",)
-    parallel = False
-
-    distance = staticmethod(frechet_distance)
-
-
-class FID(FaceFeatures):
+class FID(Metric):
     figures: ClassVar = {"fid": Figure("FID", -1, meaning="distance of the pictures' features from the true ones")}
     needs = ("torch_fidelity",)
     names = ("weights-inception-2015-12-05-6726825d.pth",)
+    inputs = ("video",)
+    parallel = False
 
     def load(self) -> None:
         package = require("torch_fidelity.feature_extractor_inceptionv3", "torch-fidelity", "metrics")
-        (file,) = self.files(self.protocol, self.weights)
+        (file,) = self.files
         with tempfile.NamedTemporaryFile(suffix=".pth") as plain:  # the package would run what a damaged file says
             torch.save(dict(read_checkpoint(file)), plain.name)
             self.network = package.FeatureExtractorInceptionV3("inception", ["2048"], plain.name).to(self.device)
@@ -72,12 +65,14 @@ class FID(FaceFeatures):
         return {"fid": features.float().cpu().numpy()}
 
 
-class FVD(FaceFeatures):
+class FVD(Metric):
     figures: ClassVar = {"fvd": Figure("FVD", -1, 1, meaning="distance of the videos' features from the true ones")}
     names = ("i3d_torchscript.pt",)
+    inputs = ("video",)
+    parallel = False
 
     def load(self) -> None:
-        (file,) = self.files(self.protocol, self.weights)
+        (file,) = self.files
         try:
             self.network = torch.jit.load(str(file), map_location=self.device).eval()
         except RuntimeError as error:

@@ -240,7 +240,7 @@ class LipSync(Metric):
     inputs = ("audio", "video", "source")
 
     def load(self) -> None:
-        self.network = SyncNet.from_pretrained(*self.files(self.protocol, self.weights)).to(self.device)
+        self.network = SyncNet.from_pretrained(*self.files).to(self.device)
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         score = self.network.score(face_video(take.video or take.source), wave_of(take.audio, RATE))

@@ -21,6 +21,7 @@ from engine.errors import UserError
 from engine.media.audio import read_audio, resample_wave
 
 Rows = Mapping[str, Mapping[str, Any]]  # measurements by clip
+WEIGHTS = Path("checkpoints")  # as in configs/evaluate.yaml
 CACHED = 8  # waves and videos of the last files, which several systems are compared with
 
 
@@ -85,25 +86,34 @@ class Figure:
     statistic: str = "ratio"
 
 
+@dataclass(unsafe_hash=True)
 class Metric:
-    """Measures single clips.
+    """Measures single clips, once it is loaded.
 
     A measurement maps the name of each figure to (a, b); the figure of many clips is sum(a) / sum(b), times its scale,
-    or their correlation. A mean over clips has b = 1, a word error rate (errors, words). A figure of a whole set gives
-    rows of features (F, D) instead, and `distance` compares two sets. Figures that need other clips, too, are made by
-    `finish` of the other values in the rows, of which a transcript is shown in the report.
+    or their correlation. A mean over clips has b = 1, a word error rate (errors, words). A figure of a whole set is the
+    Frechet distance of its features from the true ones: a measurement has rows of them (F, D) instead. Figures that
+    need other clips, too, are made by `finish` of the other values in the rows. A transcript is shown in the report.
 
     Attributes:
+        protocol: how to measure: one of `protocols`, with what that needs after a colon; see `kind` and `argument`.
+        weights: folder of the downloaded networks. device: where they run.
         figures: the columns that it fills.
         protocols: names of the ways to measure; the first one is the default.
         version: raised when the same inputs give other values, so that older results in a cache are not used.
         pair: whether the true take is needed besides the one that is measured.
         parallel: whether several processes may measure at once on a GPU; large networks may not.
         outputs_only: whether the true clips have no such figure.
+        pictured: whether takes without a picture have no such figure.
         cuts: whether the longer of an output and the true speech is cut to the other's length.
         inputs: attributes of the measured take that the result depends on.
-        needs: modules that must be installed. names: files below `weights`; see `packages` and `files`.
+        needs: modules that must be installed. names: files below `weights`; a result is not used again when one of them
+            changes. download: the group of configs/checkpoints.yaml that has them.
     """
+
+    protocol: str = ""
+    weights: Path = WEIGHTS
+    device: str = "cpu"
 
     figures: ClassVar[Mapping[str, Figure]] = {}
     protocols: ClassVar[tuple[str, ...]] = ("",)
@@ -111,85 +121,63 @@ class Metric:
     pair: ClassVar[bool] = False
     parallel: ClassVar[bool] = True
     outputs_only: ClassVar[bool] = False
+    pictured: ClassVar[bool] = False
     cuts: ClassVar[bool] = False
     inputs: ClassVar[tuple[str, ...]] = ("audio",)
     needs: ClassVar[tuple[str, ...]] = ()
     names: ClassVar[tuple[str, ...]] = ()
+    download: ClassVar[str] = "metrics"
 
-    def __init__(self, protocol: str, weights: Path, device: str = "cpu") -> None:
-        """
-        Args:
-            protocol: one of `protocols`.
-            weights: folder of the downloaded networks.
-        """
-        self.protocol, self.weights, self.device = protocol, weights, device
-        self.load()
+    @property
+    def name(self) -> str:
+        return type(self).__name__
 
-    def load(self) -> None:
-        """Load networks and packages."""
+    @property
+    def kind(self) -> str:
+        return self.protocol.partition(":")[0]
 
-    @classmethod
-    def files(cls, protocol: str, weights: Path) -> list[Path]:
-        """Return the files that a protocol needs; a result is not used again when one of them changes."""
-        return [weights / name for name in cls.names]
+    @property
+    def argument(self) -> str:
+        return self.protocol.partition(":")[2]
 
-    @classmethod
-    def download(cls, protocol: str) -> str:
-        """Return the group of configs/checkpoints.yaml that has the files."""
-        return "metrics"
+    @property
+    def files(self) -> list[Path]:
+        return [self.weights / name for name in self.names]
 
-    @classmethod
-    def packages(cls, protocol: str) -> list[str]:
-        """Return the modules that a protocol needs."""
-        return list(cls.needs)
-
-    @classmethod
-    def check(cls, protocol: str, weights: Path) -> None:
+    def check(self) -> None:
         """Raise `Unavailable` if a package or a file is missing."""
-        packages = [name for name in cls.packages(protocol) if find_spec(name) is None]
-        files = [str(file) for file in cls.files(protocol, weights) if not file.exists()]
+        packages = [name for name in self.needs if find_spec(name) is None]
+        files = [str(file) for file in self.files if not file.exists()]
         why = []
         if packages:
             why.append(f"not installed: {', '.join(packages)} (bash scripts/setup.sh metrics)")
         if files:
-            get = f"python scripts/download_checkpoints.py {cls.download(protocol)} --to {weights}"
+            get = f"python scripts/download_checkpoints.py {self.download} --to {self.weights}"
             why.append(f"not there: {', '.join(files)} ({get})")
         if why:
             raise Unavailable("; ".join(why))
 
-    @classmethod
-    def applies(cls, take: Take) -> bool:
+    def applies(self, take: Take) -> bool:
         """Return whether a take can have the figures: it has none of a stream that was given to its system."""
-        return take.given is None or bool({"audio", "video"} & {*cls.inputs} - {take.given})
+        picture = take.video or (take.source if "source" in self.inputs else None)
+        if self.pictured and picture is None:
+            return False
+        return take.given is None or bool({"audio", "video"} & {*self.inputs} - {take.given})
+
+    def load(self) -> None:
+        """Load networks and packages."""
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         """Return the measurement of a clip; raise UserError if it cannot be measured."""
         raise NotImplementedError
 
-    @classmethod
-    def finish(cls, rows: Rows, true: Rows, truths: Mapping[str, Take], protocol: str) -> Rows:
+    def finish(self, rows: Rows, true: Rows, truths: Mapping[str, Take]) -> Rows:
         """Return the rows of one system with the figures that need the rows of other clips, or of the true ones.
 
         Args:
             rows: measurements of a system by clip. true: of the true clips. truths: the true clips themselves.
         """
         return rows
-
-    @staticmethod
-    def distance(features: np.ndarray, true: np.ndarray) -> float:
-        """Return the figure of a whole set: features (F, D) of a system and of the truth."""
-        raise NotImplementedError
-
-
-class PictureMetric(Metric):
-    """Compares the picture that a system made with that of the true clip; outputs without one have no such figure."""
-
-    pair, outputs_only = True, True
-    inputs = ("video",)
-
-    @classmethod
-    def applies(cls, take: Take) -> bool:
-        return take.video is not None and take.given != "video"
 
 
 class Stated(Metric):
@@ -203,9 +191,8 @@ class Stated(Metric):
     inputs = ("about",)
     outputs_only = True
 
-    @classmethod
-    def applies(cls, take: Take) -> bool:
-        return any(name in take.about for name in cls.figures)
+    def applies(self, take: Take) -> bool:
+        return any(name in take.about for name in self.figures)
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         return {name: tuple(take.about[name]) for name in self.figures if name in take.about}

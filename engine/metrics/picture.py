@@ -19,7 +19,7 @@ from torch import Tensor
 from engine.device import send
 from engine.media.pictures import fit_frames
 from engine.media.video import read_video
-from engine.metrics.metric import Figure, PictureMetric, Take
+from engine.metrics.metric import Figure, Metric, Take
 from engine.metrics.speech import FPS
 
 WINDOW, SIGMA = 11, 1.5  # of SSIM's Gaussian, in pixels
@@ -68,7 +68,7 @@ def ssim(a: Tensor, b: Tensor) -> float:
     return ssim_map(a.double(), b.double()).mean().item()
 
 
-class Reconstruction(PictureMetric):
+class Reconstruction(Metric):
     figures: ClassVar = {
         "psnr": Figure("PSNR dB", 1, 2, meaning="of whole pictures"),
         "ssim": Figure("SSIM", 1, 4, meaning="of whole pictures"),
@@ -79,6 +79,8 @@ class Reconstruction(PictureMetric):
         "eyes_psnr": Figure("eyes PSNR dB", 1, 2, meaning="of the eyes' region"),
         "eyes_movement": Figure("eyes movement", 1, 3, meaning="share of the eyes' variance in time that is rebuilt"),
     }
+    pair, outputs_only, pictured = True, True, True
+    inputs = ("video",)
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         made, true = read_video(take.video, FPS), read_video(truth.video, FPS)

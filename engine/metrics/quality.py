@@ -61,7 +61,7 @@ class UTMOS(Metric):
 
     def load(self) -> None:
         package = require("utmos_pytorch.utmos_torch", "utmos-pytorch", "metrics")
-        (file,) = self.files(self.protocol, self.weights)
+        (file,) = self.files
         with torch.device("meta"):  # the package itself passes over tensors that are missing
             load_strict(package.UTMOSModel(), dict(read_checkpoint(file)), file, assign=True)
         self.network = package.UTMOSScoreTorch(str(file), self.device)

@@ -38,7 +38,6 @@ from engine.safe_pickle import read_checkpoint
 from engine.shards.reader import ShardSplit
 
 RATE = 16_000
-FILES = {"ecapa": "ecapa/embedding_model.ckpt", "wavlm": "wavlm_large_finetune.pth"}
 Voices = Mapping[str, Mapping[str, np.ndarray]]  # voice -> clip -> GE2E vector (256,)
 
 
@@ -84,30 +83,28 @@ class SpeakerSimilarity(Metric):
     pair, parallel = True, False
 
     def load(self) -> None:
-        kind, _, encoder = self.protocol.partition(":")
         embed: Callable[[np.ndarray], np.ndarray]
-        if kind == "ge2e":
+        if self.kind == "ge2e":
             ge2e = GE2EEncoder(self.device)
             embed = lambda wave: ge2e.embed(wave, RATE)  # noqa: E731
-        elif kind == "wavlm":
-            wavlm = target(encoder).from_pretrained(self.weights / FILES[kind]).to(self.device)
+        elif self.kind == "wavlm":
+            wavlm = target(self.argument).from_pretrained(*self.files).to(self.device)
             embed = lambda wave: wavlm.embed(torch.from_numpy(wave).to(self.device)).float().cpu().numpy()  # noqa: E731
         else:
-            embed = Ecapa(self.weights / FILES[kind], self.device).embed
+            embed = Ecapa(*self.files, self.device).embed
         self.embed = lru_cache(CACHED)(lambda path: embed(wave_of(path, RATE).copy()))
 
-    @classmethod
-    def files(cls, protocol: str, weights: Path) -> list[Path]:
-        kind = protocol.partition(":")[0]
-        return [weights / FILES[kind]] if kind in FILES else []
+    @property
+    def names(self) -> tuple[str, ...]:
+        return {"ecapa": ("ecapa/embedding_model.ckpt",), "wavlm": ("wavlm_large_finetune.pth",)}.get(self.kind, ())
 
-    @classmethod
-    def download(cls, protocol: str) -> str:
-        return "talker_t2av" if protocol.startswith("wavlm") else "metrics"
+    @property
+    def download(self) -> str:
+        return "talker_t2av" if self.kind == "wavlm" else "metrics"
 
-    @classmethod
-    def packages(cls, protocol: str) -> list[str]:
-        return {"ecapa": ["speechbrain"], "ge2e": ["resemblyzer"]}.get(protocol.partition(":")[0], [])
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return {"ecapa": ("speechbrain",), "ge2e": ("resemblyzer",)}.get(self.kind, ())
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         one, two = (self.embed(path).astype(np.float64) for path in (take.audio, truth.audio))
@@ -156,12 +153,10 @@ class OwnVoice(Metric):
     def load(self) -> None:
         self.encoder = GE2EEncoder(self.device)
 
-    @classmethod
-    def files(cls, protocol: str, weights: Path) -> list[Path]:
-        kind, _, shards = protocol.partition(":")
-        if kind == "shards" and not (Path(shards) / "index.json").is_file():
-            raise Unavailable(f"voices={shards} has no prepared shards (python scripts/prepare_data.py)")
-        return []
+    def check(self) -> None:
+        super().check()
+        if self.kind == "shards" and not (Path(self.argument) / "index.json").is_file():
+            raise Unavailable(f"voices={self.argument} has no prepared shards (python scripts/prepare_data.py)")
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         try:
@@ -169,13 +164,11 @@ class OwnVoice(Metric):
         except UserError:  # no speech: nobody's voice
             return {"vector": [0.0] * 256}
 
-    @classmethod
-    def finish(cls, rows: Rows, true: Rows, truths: Mapping[str, Take], protocol: str) -> Rows:
-        kind, _, shards = protocol.partition(":")
+    def finish(self, rows: Rows, true: Rows, truths: Mapping[str, Take]) -> Rows:
         known: dict[str, dict[str, np.ndarray]] = {}
-        for clip, row in true.items() if kind == "clips" else ():
+        for clip, row in true.items():
             known.setdefault(truths[clip].speaker, {})[clip] = np.array(row["vector"], np.float32)
-        found = nearest(rows, truths, known if kind == "clips" else stored_voices(shards))
+        found = nearest(rows, truths, known if self.kind == "clips" else stored_voices(self.argument))
         return {clip: {**row, **found.get(clip, {})} for clip, row in rows.items()}
 
 

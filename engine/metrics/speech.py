@@ -26,7 +26,7 @@ from engine.config import target
 from engine.errors import UserError, require_librosa
 from engine.media.audio import resample_wave
 from engine.media.video import read_video
-from engine.metrics.metric import CACHED, Figure, Metric, PictureMetric, Rows, Take, wave_of
+from engine.metrics.metric import CACHED, Figure, Metric, Rows, Take, wave_of
 
 RATE = 24_000
 FPS = 25  # video frames a second
@@ -121,8 +121,7 @@ class Prosody(Metric):
             parts.append((pitch_range(f0[int(start * FRAMES) : int(end * FRAMES)]), energy(part)))
         return {"whole": (pitch_range(f0), energy(wave)), "around_change": parts}
 
-    @classmethod
-    def finish(cls, rows: Rows, true: Rows, truths: Mapping[str, Take], protocol: str) -> Rows:
+    def finish(self, rows: Rows, true: Rows, truths: Mapping[str, Take]) -> Rows:
         finished = {clip: dict(row) for clip, row in rows.items()}
         means: dict[str, list[Any]] = {}
         for clip, row in true.items():
@@ -176,46 +175,40 @@ class Endings(Metric):
         }
 
 
-class MouthMetric(Metric):
-    """A metric of the mouth's opening."""
-
-    protocols = ("drawn",)
-    inputs = ("audio", "video", "source")
-
-    def load(self) -> None:
-        self.read = _reader(self.protocol.partition(":")[2])
-
-    @classmethod
-    def applies(cls, take: Take) -> bool:
-        return (take.video or take.source) is not None
-
-    def opening(self, take: Take) -> np.ndarray:
-        """Return the opening (T,) in a take's own picture, or in the one that its sound was made for."""
-        return self.read(take.video or take.source)
-
-
-class Synchrony(MouthMetric):
+class Synchrony(Metric):
     figures: ClassVar = {
         "synchrony": Figure("mouth and sound", 1, 3, meaning="correlation of mouth opening and loudness"),
         "synchrony_late": Figure("200 ms late", 0, 3, meaning="control: the same with the sound 200 ms late"),
         "synchrony_early": Figure("200 ms early", 0, 3, meaning="control: the same with the sound 200 ms early"),
     }
+    protocols = ("drawn",)
+    inputs = ("audio", "video", "source")
+    pictured = True
+
+    def load(self) -> None:
+        self.read_opening = _reader(self.argument)
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
-        opening, wave = self.opening(take), wave_of(take.audio, RATE)
+        opening, wave = self.read_opening(take.video or take.source), wave_of(take.audio, RATE)
         shifts = {"synchrony": 0, "synchrony_late": SHIFT, "synchrony_early": -SHIFT}
         return {name: (synchrony(opening, wave, RATE, shift), 1) for name, shift in shifts.items()}
 
 
-class MouthOpening(PictureMetric, MouthMetric):
+class MouthOpening(Metric):
     figures: ClassVar = {
         "mouth_opening": Figure(
             "mouth r", 1, 3, meaning="correlation in time of the opening with that of the true clip"
         )
     }
+    protocols = ("drawn",)
+    inputs = ("video",)
+    pair, outputs_only, pictured = True, True, True
+
+    def load(self) -> None:
+        self.read_opening = _reader(self.argument)
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
-        made, true = self.opening(take), self.opening(truth)
+        made, true = self.read_opening(take.video), self.read_opening(truth.video)
         length = min(len(made), len(true))
         if np.ptp(made[:length]) == 0 or np.ptp(true[:length]) == 0:
             raise UserError("the mouth does not move")

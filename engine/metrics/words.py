@@ -57,35 +57,33 @@ class WordErrors(Metric):
     inputs = ("audio", "heard", "language")
 
     def load(self) -> None:
-        kind, _, argument = self.protocol.partition(":")
-        self.kind = kind
-        if kind == "grammar":
-            self.recogniser = CorpusRecogniser(Path(argument))
-        elif kind != "auto-avsr":
-            folder = Path(argument) if argument else self.weights / FOLDERS[kind]
-            self.processor, self.model = load_speech_model(folder, self.device)
+        if self.kind == "grammar":
+            self.recogniser = CorpusRecogniser(Path(self.argument))
+        elif self.kind != "auto-avsr":
+            self.processor, self.model = load_speech_model(self.folder, self.device)
 
-    @classmethod
-    def files(cls, protocol: str, weights: Path) -> list[Path]:
-        kind, _, argument = protocol.partition(":")
-        if kind == "grammar":
-            if not argument:
+    @property
+    def folder(self) -> Path:
+        """That of a network."""
+        return Path(self.argument) if self.argument else self.weights / FOLDERS[self.kind]
+
+    @property
+    def files(self) -> list[Path]:
+        if self.kind == "grammar":
+            if not self.argument:
                 raise Unavailable("the recogniser needs a grammar: grammar=FILE.jsgf")
-            if not Path(argument).is_file():
-                raise Unavailable(f"grammar={argument}: there is no such file")
-            return CorpusRecogniser.files(Path(argument))
-        if kind not in FOLDERS:
-            return []
-        folder = Path(argument) if argument else weights / FOLDERS[kind]
-        return [folder / name for name in ("config.json", "model.safetensors")]
+            if not Path(self.argument).is_file():
+                raise Unavailable(f"grammar={self.argument}: there is no such file")
+            return CorpusRecogniser.files(Path(self.argument))
+        return [self.folder / name for name in ("config.json", "model.safetensors")] if self.kind in FOLDERS else []
 
-    @classmethod
-    def download(cls, protocol: str) -> str:
-        return "metrics" if protocol == "whisper-medium" else "metrics_large"
+    @property
+    def download(self) -> str:
+        return "metrics" if self.protocol == "whisper-medium" else "metrics_large"
 
-    @classmethod
-    def packages(cls, protocol: str) -> list[str]:
-        return ["pocketsphinx"] if protocol.startswith("grammar") else []
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("pocketsphinx",) if self.kind == "grammar" else ()
 
     def transcribe(self, take: Take) -> str:
         """Return what is heard in a take, as the recogniser writes it."""
@@ -131,8 +129,7 @@ class WordErrors(Metric):
             found["wer_free"] = found.pop("wer")
         return {**found, "heard": heard, "text": text, "words": words}
 
-    @classmethod
-    def finish(cls, rows: Rows, true: Rows, truths: Mapping[str, Take], protocol: str) -> Rows:
+    def finish(self, rows: Rows, true: Rows, truths: Mapping[str, Take]) -> Rows:
         """Count what was heard against the words of another clip, which the same recogniser hears: a control."""
         rng, finished = np.random.default_rng(0), {clip: dict(row) for clip, row in rows.items()}
         for figure in ("wer", "wer_free"):

@@ -25,7 +25,7 @@ def voices(true, made, speakers):
     """`own_voice_first` of made vectors, among the voices of the true ones."""
     truths = {str(i): Take(speaker=speaker) for i, speaker in enumerate(speakers)}
     rows, true = ({str(i): {"vector": v} for i, v in enumerate(vectors)} for vectors in (made, true))
-    found = OwnVoice.finish(rows, true, truths, "clips").values()
+    found = OwnVoice("clips").finish(rows, true, truths).values()
     return [
         (row["own_voice_first"][0], round(row["voice_similarity"][0], 5)) if len(row) > 1 else None for row in found
     ]
@@ -55,7 +55,7 @@ def test_a_change_is_right_where_prosody_moves_as_in_the_true_clips():
     }
     true = {"a": row(flat, lively), "b": row(lively, flat), "c": {"whole": flat, "around_change": []}}
     made = {"a": row(flat, lively), "b": row(flat, lively), "c": {"whole": lively, "around_change": []}}
-    found = Prosody.finish(made, true, truths, "")
+    found = Prosody().finish(made, true, truths)
     assert [found[name].get("energy_right_way") for name in "abc"] == [(1, 1), (0, 1), None]
     assert found["c"]["pitch_range_correlation"] == (1.0, 5.0)
     assert found["b"]["energy_correlation"] == (-20.0, -30.0)
@@ -68,10 +68,10 @@ def test_prosody_before_and_after_a_change_is_that_of_its_sound():
     time = np.arange(RATE) / RATE
     parts = [level * sum(np.sin(2 * np.pi * 150 * k * time) / k for k in range(1, 6)) for level in (0.01, 0.1)]
     truth = Take(about={"change": 1.0, "phonemes": [["a", 0.0, 0.9], ["b", 1.0, 1.9]], "expressions": ["sad", "happy"]})
-    row = Prosody("", None).measure(Take(Sound(np.concatenate(parts), RATE)), truth)
+    row = Prosody().measure(Take(Sound(np.concatenate(parts), RATE)), truth)
     (_, before), (_, after) = row["around_change"]
     assert after - before == pytest.approx(20, abs=0.5)  # dB
-    assert len(Prosody("", None).measure(Take(Sound(parts[1], RATE)), Take())["around_change"]) == 0
+    assert len(Prosody().measure(Take(Sound(parts[1], RATE)), Take())["around_change"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_prosody_before_and_after_a_change_is_that_of_its_sound():
 )
 def test_endings_tell_late_cut_and_endless_apart(quiet, stopped, figures):
     take = Take(Sound(hum((0.1, 1.0), seconds=1.0 + quiet), RATE), about={"stopped": stopped})
-    row = Endings("", None).measure(take, Take(Sound(hum(seconds=1.5), RATE)))
+    row = Endings().measure(take, Take(Sound(hum(seconds=1.5), RATE)))
     assert {name for name, (a, _) in row.items() if a == 1} == figures
     assert row["length_error"][0] == pytest.approx(0.5 - quiet, abs=1e-3)
 
@@ -112,7 +112,7 @@ def test_words_of_another_clip_are_a_control_of_their_own_kind():
         return {figure: (0, 2), "text": text, "words": text, "heard": text}
 
     rows = {"a": row("wer", "set red"), "b": row("wer_free", "my hotel"), "c": row("wer", "lay blue")}
-    found = WordErrors.finish(rows, {}, {}, "grammar")
+    found = WordErrors("grammar").finish(rows, {}, {})
     assert found["a"]["wer_shuffled"] == found["c"]["wer_shuffled"] == (2, 2)
     assert "wer_free_shuffled" not in found["b"]  # the only one of its kind
 
@@ -128,4 +128,4 @@ def test_words_of_another_clip_are_a_control_of_their_own_kind():
     ],
 )
 def test_a_given_stream_is_not_judged(figure, given, applies):
-    assert metric_of(figure).applies(Take(given=given)) == applies
+    assert metric_of(figure)().applies(Take(given=given)) == applies

@@ -37,7 +37,8 @@ def spoken():
 def test_phoneme_errors_tell_the_said_sentence_from_others(spoken):
     pytest.importorskip("pocketsphinx")
     rate, waves = spoken
-    metric = PhonemeErrors("", Path())
+    metric = PhonemeErrors()
+    metric.load()
     rates = np.zeros((3, 3))
     for i, wave in enumerate(waves):
         for j, text in enumerate(SENTENCES):
