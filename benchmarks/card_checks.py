@@ -253,11 +253,10 @@ def service(machine: Machine, size: str) -> Iterator[Line]:
         size="tiny",
         precision="auto",
         sampling="release",
-        interface="native",
         threads=torch.get_num_threads(),
         device=machine.device,
     )
-    least = 1 / serving.JOB["max_seconds"]
+    least = 1 / serving.SPEECH["max_seconds"]
     for result, _ in serving.run(args):
         name = f"service {result['clients']} clients"
         if result["answers"] != {"speech: as it should": requests} or result["left_inside"]:

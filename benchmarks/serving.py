@@ -1,13 +1,12 @@
 """The web service under load, over loopback: requests a second, latencies, and what becomes of bad requests.
 
 Starts `scripts/serve.py` with the bundled models. First, for each number of clients, requests for speech of half a
-second; then a longer run of 16 clients in which a tenth of the requests are wrong, a twentieth are cut off by the
-client, and a twentieth are clips for HiCoDiT. Every other request must get the answer that it deserves, and the
-server's memory must not grow. Server and clients share the machine.
+second through /v1; then a longer run of 16 clients of which a tenth of the requests are wrong, a twentieth are cut off
+by the client, a twentieth are videos by HiCoDiT, a twentieth server-sent events, and a twentieth upload a voice, use
+and delete it. Every other request must get the answer that it deserves, and the server's memory must not grow. Server
+and clients share the machine.
 
-With `--size base`, the server has a Talker-T2AV of the released size with random weights, and no HiCoDiT. With
-`--interface openai`, all go through /v1. Of the longer run, 15 % are bad: a tenth are wrong, a twentieth are cut
-off. A twentieth are videos by HiCoDiT, a twentieth server-sent events, a twentieth upload a voice, use and delete it.
+With `--size base`, the server has a Talker-T2AV of the released size with random weights, and no HiCoDiT.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,24 +39,16 @@ from talker_t2av.system import BUNDLED
 ROOT = Path(__file__).resolve().parents[1]
 CLIP, VOICE = (ROOT / "assets" / "demo" / name for name in ("silent.mp4", "voice.wav"))
 LEAST = {"clients": 1, "requests": 1, "mixed": 0}
-JOB = {
-    "mode": "tts", "text": "set red", "max_seconds": 0.48, "min_seconds": 0.48,
-    "voice": base64.b64encode(VOICE.read_bytes()).decode(),
+SPEECH = {
+    "model": "talker-t2av", "input": "set red", "response_format": "wav", "min_seconds": 0.48, "max_seconds": 0.48,
+    "reference_audio": base64.b64encode(VOICE.read_bytes()).decode(),
 }  # fmt: skip
-WRONG = (
-    {"mode": "sing", "text": "a"},
-    JOB | {"text": "x" * 5000},
-    JOB | {"seed": -1},
-    b"{",
-    [JOB],
-    JOB | {"voice": "?"},
-)
-SPEECH = {"model": "talker-t2av", "input": "red", "response_format": "wav"}
-WRONG_OF_OPENAI: tuple[tuple[str, dict[str, Any], int], ...] = (  # path, request, status
+WRONG: tuple[tuple[str, dict[str, Any], int], ...] = (  # path, request, status
     ("audio/speech", {"json": SPEECH | {"model": "tts-1"}}, 400),
-    ("audio/speech", {"json": SPEECH | {"voice": "../default"}}, 400),
+    ("audio/speech", {"json": SPEECH | {"reference_audio": "?"}}, 400),
     ("audio/speech", {"json": SPEECH | {"input": "x" * 5000}}, 400),
     ("audio/speech", {"json": SPEECH | {"speed": 0}}, 400),
+    ("audio/speech", {"json": SPEECH | {"seed": -1}}, 400),
     ("audio/speech", {"json": [SPEECH]}, 400),
     ("audio/speech", {"content": b'{"model": "talker-t2av", "inp'}, 400),
     ("audio/voices", {"data": {"name": "../../etc/voice"}, "files": {"audio_sample": b"RIFF"}}, 400),
@@ -74,7 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 4, 16], help="numbers of clients")
     parser.add_argument("--requests", type=int, default=48, help="requests for each number of clients")
     parser.add_argument("--mixed", type=int, default=1000, help="requests of the longer run")
-    parser.add_argument("--interface", choices=INTERFACES, default="native", help="/talker and /hicodit, or /v1")
     parser.add_argument("--rows", type=int, default=8, help="rows of the server's batches")
     parser.add_argument("--size", choices=("tiny", "base"), default="tiny", help="of Talker-T2AV; base has no --mixed")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto")
@@ -83,8 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     require("httpx", "httpx", "serve")
-    if args.size == "base" and (args.mixed or args.interface != "native"):
-        raise UserError("--size base serves Talker-T2AV alone, with random weights: give --mixed 0 --interface native")
+    if args.size == "base" and args.mixed:
+        raise UserError("--size base serves Talker-T2AV alone, with random weights: give --mixed 0")
     for result in asyncio.run(_measure(args)):
         yield result, ", ".join(f"{key} {value}" for key, value in result.items())
 
@@ -94,32 +84,20 @@ async def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     results = []
     async with _server(args) as address, httpx.AsyncClient(base_url=address, timeout=PATIENCE) as client:
-        send = INTERFACES[args.interface]
-        await asyncio.gather(*(send(client, number, "speech") for number in range(4)))  # warm up
+        await asyncio.gather(*(_send(client, number, "speech") for number in range(4)))  # warm up
         for clients in args.clients:
-            results.append({"clients": clients} | await _load(client, send, clients, ["speech"] * args.requests))
+            results.append({"clients": clients} | await _load(client, clients, ["speech"] * args.requests))
         if args.mixed:
-            others = {7: "cut", 11: "clip"} | ({1: "events", 17: "voice"} if args.interface == "openai" else {})
+            others = {7: "cut", 11: "clip", 1: "events", 17: "voice"}
             kinds = ["wrong" if i % 10 == 3 else others.get(i % 20, "speech") for i in range(args.mixed)]
-            results.append({"clients": 16, "mixed": True} | await _load(client, send, 16, kinds))
+            results.append({"clients": 16, "mixed": True} | await _load(client, 16, kinds))
     return results
 
 
-async def _native(client: Any, number: int, kind: str) -> tuple[Any, int]:
-    """Send a request to /talker or /hicodit; return the answer, and the status that it should have."""
-    if kind == "clip":
-        return await client.post(f"/hicodit?seed={number}", content=CLIP.read_bytes()), 200
-    if kind == "wrong":
-        body = WRONG[number % len(WRONG)]
-        return await client.post("/talker", **({"content": body} if isinstance(body, bytes) else {"json": body})), 400
-    changes = {"max_seconds": 8.0, "min_seconds": 8.0} if kind == "cut" else {"seed": number}
-    return await client.post("/talker", json=JOB | changes), 200
-
-
-async def _openai(client: Any, number: int, kind: str) -> tuple[Any, int]:
+async def _send(client: Any, number: int, kind: str) -> tuple[Any, int]:
     """Send a request to /v1; return the last answer, and the status that it should have."""
     if kind == "wrong":
-        path, request, status = WRONG_OF_OPENAI[number % len(WRONG_OF_OPENAI)]
+        path, request, status = WRONG[number % len(WRONG)]
         return await client.post(f"/v1/{path}", **request), status
     if kind == "clip":
         files = {"input_reference": ("clip.mp4", CLIP.read_bytes())}
@@ -132,11 +110,11 @@ async def _openai(client: Any, number: int, kind: str) -> tuple[Any, int]:
         return answer, 200
     body = SPEECH | {"seed": number}
     if kind == "cut":
-        body |= {"input": "set red in hotel three. " * 12}
+        body |= {"min_seconds": 8.0, "max_seconds": 8.0}
     if kind == "events":
         body |= {"response_format": "pcm", "stream_format": "sse"}
     if kind == "voice":
-        body |= {"voice": f"voice-{number}"}
+        body |= {"voice": f"voice-{number}", "reference_audio": None}
         files = {"audio_sample": ("voice.wav", VOICE.read_bytes())}
         answer = await client.post("/v1/audio/voices", data={"name": body["voice"]}, files=files)
         if answer.status_code != 200:
@@ -147,10 +125,7 @@ async def _openai(client: Any, number: int, kind: str) -> tuple[Any, int]:
     return answer, 200
 
 
-INTERFACES: dict[str, Callable[[Any, int, str], Awaitable[tuple[Any, int]]]] = {"native": _native, "openai": _openai}
-
-
-async def _load(client: Any, send: Callable, clients: int, kinds: list[str]) -> dict[str, Any]:
+async def _load(client: Any, clients: int, kinds: list[str]) -> dict[str, Any]:
     """Send all requests, as many at a time as there are clients."""
     waiting, seconds, answers = iter(enumerate(kinds)), [], Counter()
     memory, begin, every = [], time.monotonic(), max(1, len(kinds) // 10)
@@ -159,9 +134,9 @@ async def _load(client: Any, send: Callable, clients: int, kinds: list[str]) -> 
         start = time.monotonic()
         if kind == "cut":
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(send(client, number, kind), CUT)
+                await asyncio.wait_for(_send(client, number, kind), CUT)
             return "cut off"
-        answer, status = await send(client, number, kind)
+        answer, status = await _send(client, number, kind)
         seconds.append(time.monotonic() - start)
         is_error = status >= 400
         if answer.status_code != status or (is_error and list(answer.json()) != ["error"]):
@@ -187,10 +162,6 @@ async def _load(client: Any, send: Callable, clients: int, kinds: list[str]) -> 
     figures = {"requests": len(kinds), "requests_a_second": round(len(kinds) / took, 2)} | quantiles
     megabytes = [round(value / 2**20) for value in memory]
     return figures | {"answers": dict(answers), "left_inside": int(inside), "server_memory_mb": megabytes}
-
-
-def record_name(args: argparse.Namespace) -> str:
-    return "serving" if args.interface == "native" else f"serving-{args.interface}"
 
 
 async def _metric(client: Any, name: str) -> float:

@@ -1,10 +1,8 @@
 """Serve the models to other programs: `python scripts/serve.py` (needs the extra `serve`).
 
 POST /hicodit      a silent video as body -> speech as WAV. ?seed=0
-POST /talker       {"mode": "tts" or "t2av", "text": "...", "seed": 0, "voice": base64, "face": base64} -> WAV or MP4
 WS /hicodit/stream {"lookahead": 0.4}, then JPEG or PNG pictures, 25 a second, then a text -> sound in hops of 160 ms
-WS /talker/stream  the object of a tts job -> sound while it is generated
-/v1/...            OpenAI's interface: models, audio/speech, audio/voices, videos; see docs/service.md
+/v1/...            OpenAI's interface: audio/speech, audio/voices, videos, models; see docs/service.md
 GET /health, GET /metrics, GET /docs
 
 Requests of several clients share batches; Talker-T2AV's join and leave a running one. What there is no room for is
@@ -55,8 +53,8 @@ def main() -> None:
 
     from hicodit.pipeline import HiCoDiTPipeline
     from hicodit.settings import BUNDLED, with_preset
-    from service.admission import Service
     from service.app import make_app
+    from service.service import Service
     from talker_t2av.pipeline import TalkerPipeline
     from talker_t2av.settings import with_preset as with_sampling
     from talker_t2av.system import BUNDLED as BUNDLED_TALKER

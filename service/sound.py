@@ -1,4 +1,4 @@
-"""Waves as bytes of a sound format, piece by piece, by the ffmpeg binary that imageio-ffmpeg ships."""
+"""Sound of Talker-T2AV while it is generated, and waves as bytes of a sound format, by imageio-ffmpeg's binary."""
 
 from __future__ import annotations
 
@@ -7,12 +7,20 @@ import io
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import soundfile
 import torch
 
+from engine.codec import StreamDecoder
 from engine.media.ffmpeg import command
+from service.service import Service
+from service.workers import Ticket
+from talker_t2av.jobs import PreparedJob
+from talker_t2av.model import HOP
+from talker_t2av.pipeline import PAUSE
 
 FORMATS = {  # by name: media type, and what ffmpeg is told
     "wav": ("audio/wav", ["-f", "wav"]),
@@ -25,17 +33,36 @@ FORMATS = {  # by name: media type, and what ffmpeg is told
 BLOCK = 2**16  # bytes that are read from ffmpeg at once
 
 
+def parts_of(prepared: PreparedJob) -> list[PreparedJob]:
+    """Return a job for each part of a long text."""
+    return [replace(prepared, requests=(request,)) for request in prepared.requests]
+
+
+async def speak(service: Service, prepared: PreparedJob) -> AsyncIterator[torch.Tensor]:
+    """Yield the sound (1, 1, N) of a tts job as it is generated, with pauses between the parts of a long text."""
+    loop = asyncio.get_running_loop()
+    for number, part in enumerate(parts_of(prepared)):
+        if number:
+            yield torch.zeros(1, 1, PAUSE * HOP)
+        patches: asyncio.Queue[torch.Tensor | None] = asyncio.Queue()
+        put = partial(loop.call_soon_threadsafe, patches.put_nowait)
+        decoder, ticket = StreamDecoder(service.talker.system.speech), Ticket(part, on_patch=put)
+        service.workers["talker_t2av"].submit(ticket)
+        ticket.add_done_callback(lambda _, put=put: put(None))
+        try:
+            while (patch := await patches.get()) is not None:
+                if (wave := await asyncio.to_thread(decoder.push, patch)) is not None:
+                    yield wave.cpu()
+            ticket.result()  # raises what went wrong
+            if (wave := await asyncio.to_thread(decoder.finish)) is not None:
+                yield wave.cpu()
+        finally:
+            ticket.cancel()
+
+
 def samples(wave: torch.Tensor) -> bytes:
     """Return a wave (1, 1, N) in [-1, 1] as 16-bit samples, little-endian."""
-    return (wave[0, 0].clamp(-1, 1) * 32767).round().to(torch.int16).cpu().numpy().tobytes()
-
-
-def tempo(speed: float) -> list[str]:
-    """Return ffmpeg's arguments that change the speed and keep the pitch; its filter takes 0.5 and more at once."""
-    if speed == 1:
-        return []
-    factors = [0.5, speed / 0.5] if speed < 0.5 else [speed]
-    return ["-af", ",".join(f"atempo={factor:g}" for factor in factors)]
+    return (wave[0, 0].clamp(-1, 1) * 32767).round().to(torch.int16).numpy().tobytes()
 
 
 async def encode(waves: AsyncIterator[torch.Tensor], rate: int, kind: str, speed: float = 1.0) -> AsyncIterator[bytes]:
@@ -43,13 +70,16 @@ async def encode(waves: AsyncIterator[torch.Tensor], rate: int, kind: str, speed
 
     Args:
         kind: one of `FORMATS`; the header of a WAV stream cannot state its length.
+        speed: that of the sound is multiplied by this, and the pitch is kept.
     """
     if kind == "pcm" and speed == 1:
         async for wave in waves:
             yield samples(wave)
         return
+    factors = [0.5, speed / 0.5] if speed < 0.5 else [speed]  # ffmpeg's filter takes 0.5 and more at once
+    tempo = [] if speed == 1 else ["-af", ",".join(f"atempo={factor:g}" for factor in factors)]
     raw = ["-f", "s16le", "-ar", str(rate), "-ac", "1", "-i", "pipe:0"]
-    call = command("-v", "error", *raw, *tempo(speed), "-flush_packets", "1", *FORMATS[kind][1], "pipe:1")
+    call = command("-v", "error", *raw, *tempo, "-flush_packets", "1", *FORMATS[kind][1], "pipe:1")
     call.remove("-nostdin")
     process = await asyncio.create_subprocess_exec(*call, stdin=PIPE, stdout=PIPE)
 

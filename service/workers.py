@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Any
@@ -15,11 +15,17 @@ import torch
 from engine.errors import UserError
 from hicodit.pipeline import HiCoDiTPipeline
 from talker_t2av.generation import Row, Rows
-from talker_t2av.jobs import PreparedJob
 from talker_t2av.pipeline import TalkerPipeline
-from talker_t2av.request import MODES
+from talker_t2av.request import Mode
 
 GATHER = 0.02  # seconds that the first request of a batch waits for others
+
+
+class WorkerEnded(UserError):
+    """The worker has ended: the server is shutting down, or the worker's thread died."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
 
 
 class Ticket(Future):
@@ -30,7 +36,7 @@ class Ticket(Future):
         on_patch: called in the worker's thread with each new patch of speech (1, P, Ds).
     """
 
-    def __init__(self, job: Any, seed: int = 0, on_patch: Callable[[torch.Tensor], None] | None = None) -> None:
+    def __init__(self, job: Any, seed: int = 0, on_patch: Callable[[torch.Tensor], Any] = lambda patch: None) -> None:
         super().__init__()
         self.job, self.seed, self.on_patch = job, seed, on_patch
 
@@ -40,19 +46,14 @@ class Ticket(Future):
             self.set_exception(result) if isinstance(result, Exception) else self.set_result(result)
 
 
-class WorkerEnded(UserError):
-    """The worker has ended: the server is shutting down, or the worker's thread died."""
-
-    def __init__(self) -> None:
-        super().__init__("the server is shutting down")
-
-
 class Worker(threading.Thread):
-    """A model's thread and its queue. `running`: number of requests in the current batch."""
+    """A model's thread, the tickets that wait for it, and those that it works on (`running`)."""
+
+    running: Sequence[Ticket]
 
     def __init__(self, name: str, batch_size: int) -> None:
         super().__init__(name=name, daemon=True)
-        self.batch_size, self.running, self.stopping = batch_size, 0, False
+        self.batch_size, self.stopping = batch_size, False
         self.waiting: deque[Ticket] = deque()
         self.changed = threading.Condition()
 
@@ -70,7 +71,8 @@ class Worker(threading.Thread):
                 self.work()
         finally:
             self.stop()
-            self.fail()
+            for ticket in (*self.waiting, *self.running):
+                ticket.end(WorkerEnded())
 
     def work(self) -> None:
         """Wait for tickets and work on them for a while."""
@@ -93,46 +95,34 @@ class Worker(threading.Thread):
                     tickets.append(ticket)
             return tickets
 
-    def fail(self) -> None:
-        """End all tickets, because the worker ends."""
-        for ticket in self.waiting:
-            ticket.end(WorkerEnded())
-
 
 class HiCoDiTWorker(Worker):
     """Runs all waiting requests as one batch. If it fails, each request runs alone, to find the one at fault."""
 
     def __init__(self, pipeline: HiCoDiTPipeline, batch_size: int) -> None:
         super().__init__("hicodit", batch_size)
-        self.pipeline, self.batch = pipeline, list[Ticket]()
+        self.pipeline, self.running = pipeline, []
 
     def work(self) -> None:
-        self.batch = self.take(1, wait=True)
-        if self.batch and self.batch_size > 1:
+        self.running = self.take(1, wait=True)
+        if self.running and self.batch_size > 1:
             time.sleep(GATHER)
-            self.batch += self.take(self.batch_size - 1, wait=False)
-        self.running = len(self.batch)
-        if self.batch:
-            self._generate(self.batch)
-        self.batch, self.running = [], 0
+            self.running += self.take(self.batch_size - 1, wait=False)
+        if self.running:
+            self.generate(self.running)
+        self.running = []
 
-    def fail(self) -> None:
-        super().fail()
-        for ticket in self.batch:
-            ticket.end(WorkerEnded())
-
-    def _generate(self, tickets: list[Ticket]) -> None:
+    def generate(self, tickets: list[Ticket]) -> None:
         try:
             results = self.pipeline.run([ticket.job for ticket in tickets], [ticket.seed for ticket in tickets])
         except Exception as error:
-            if len(tickets) == 1:
-                tickets[0].end(error)
-            else:
+            if len(tickets) > 1:
                 for ticket in tickets:
-                    self._generate([ticket])
-            return
-        for ticket, speech in zip(tickets, results):
-            ticket.end(speech)
+                    self.generate([ticket])
+                return
+            results = [error]
+        for ticket, result in zip(tickets, results):
+            ticket.end(result)
 
 
 class TalkerWorker(Worker):
@@ -141,49 +131,41 @@ class TalkerWorker(Worker):
     def __init__(self, pipeline: TalkerPipeline, batch_size: int) -> None:
         super().__init__("talker", batch_size)
         self.pipeline = pipeline
-        self.batches: dict[str, Rows] = {}  # by mode
+        self.batches: dict[Mode, Rows] = {}
         self.rows: dict[Row, Ticket] = {}
+
+    @property
+    def running(self) -> list[Ticket]:
+        return list(self.rows.values())
 
     def work(self) -> None:
         for ticket in self.take(self.batch_size - len(self.rows), wait=not self.rows):
-            self._join(ticket)
+            self.join_batch(ticket)
         for batch in self.batches.values():
-            if batch.rows:
-                self._step(batch)
-        self.running = len(self.rows)
+            self.step(batch)
 
-    def fail(self) -> None:
-        super().fail()
-        for ticket in self.rows.values():
-            ticket.end(WorkerEnded())
-
-    def _join(self, ticket: Ticket) -> None:
-        job: PreparedJob = ticket.job
-        mode, pipeline = job.job.mode, self.pipeline
+    def join_batch(self, ticket: Ticket) -> None:
+        job, pipeline = ticket.job, self.pipeline
         try:
-            if mode not in self.batches:
-                self.batches[mode] = Rows(
-                    pipeline.system.model, MODES[mode], pipeline.sampling, self.batch_size, check_every=1,
+            if job.mode not in self.batches:
+                self.batches[job.mode] = Rows(
+                    pipeline.system.model, job.mode, pipeline.sampling, self.batch_size, check_every=1,
                     compile=pipeline.compile,
                 )  # fmt: skip
-            self.rows[self.batches[mode].join(job.request)] = ticket
+            self.rows[self.batches[job.mode].join(job.request)] = ticket
         except Exception as error:
             ticket.end(error)
 
-    def _step(self, batch: Rows) -> None:
-        cancelled = [row for row in batch.rows if self.rows[row].cancelled()]
-        batch.leave(*cancelled)
-        for row in cancelled:
+    def step(self, batch: Rows) -> None:
+        for row in [row for row in batch.rows if self.rows[row].cancelled()]:
+            batch.leave(row)
             del self.rows[row]
-        if not batch.rows:
+        if not (rows := [*batch.rows]):
             return
-        rows = [*batch.rows]
         try:
             ended = batch.step()
             for row in rows:
-                on_patch = self.rows[row].on_patch
-                if on_patch is not None and row.patches.get("speech"):
-                    on_patch(row.patches["speech"][-1][None])
+                self.rows[row].on_patch(row.patches["speech"][-1][None])
             for row in ended:
                 self.rows.pop(row).end(batch.result(row))
         except Exception as error:

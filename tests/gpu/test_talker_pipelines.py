@@ -113,16 +113,16 @@ def test_the_service_reads_once_a_patch(pipeline):
         audit.reads.clear()
         worker, heard = TalkerWorker(moved, 4), []
         one, two, three = (Ticket(job, on_patch=heard.append) for job in jobs)
-        worker._join(one)
+        worker.join_batch(one)
         (batch,) = worker.batches.values()
         for step in range(END + 4):
             if step == 1:
-                worker._join(two)
+                worker.join_batch(two)
             if step == 3:
                 two.cancel()
             if step == 4:
-                worker._join(three)
-            worker._step(batch)
+                worker.join_batch(three)
+            worker.step(batch)
     assert one.done() and three.done() and not worker.rows and len(heard) == END + 2 + END
     assert audit.reads == {STOP: END + 4} and not audit.waits
 

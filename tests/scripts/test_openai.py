@@ -7,6 +7,7 @@ import resource
 import socket
 import threading
 
+import cv2
 import numpy as np
 import pytest
 import soundfile
@@ -25,9 +26,9 @@ from engine.media.audio import read_audio
 from engine.media.ffmpeg import probe
 from engine.media.video import read_video, write_video
 from engine.word_times import Word, WordTimes
-from service.admission import Service
 from service.app import make_app
 from service.limits import ServeLimits
+from service.service import Service
 from service.voices import Voices
 from talker_t2av.pipeline import Job
 from tests.waiting import wait_until
@@ -129,7 +130,7 @@ def test_a_client_that_leaves_a_stream_frees_its_row(client, service):
         model="talker-t2av", input=TEXT * 4, voice="anna", response_format="pcm", stream_format="audio"
     ) as answer:
         next(answer.iter_bytes())
-    wait_until(lambda: not service.workers["talker_t2av"].rows and service.requests == 0)
+    wait_until(lambda: not service.workers["talker_t2av"].rows and not service.inside["requests"])
 
 
 def test_an_uploaded_voice_speaks_and_is_deleted(client, models, true_wave):
@@ -158,7 +159,13 @@ def test_an_uploaded_voice_speaks_and_is_deleted(client, models, true_wave):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"input": " "}, "the text is empty"),
         ({"voice": ["anna"]}, "voice"),
+        ({"reference_audio": "***"}, "reference_audio is empty"),
+        ({"reference_audio": "AAAA"}, "reference_audio is not a video or audio file"),
+        ({"reference_video": "/etc/passwd"}, "reference_video"),
+        ({"max_seconds": 31}, "max_seconds=31.0 must be a number from 0.16 to 30.0"),
+        ({"seed": -1}, "seed"),
         ({"seed": 10**30}, "seed"),
         ({"speed": "nan"}, "speed"),
         ({"timestamp_granularities": ["word"], "stream_format": "audio"}, "use sse"),
@@ -174,7 +181,7 @@ def test_wrong_speech_requests_get_one_sentence(client, fields, message):
     answer = client._client.post(f"{client.base_url}audio/speech", json=body)
     error = answer.json()["error"]
     assert answer.status_code == 400 and message in error["message"] and "\n" not in error["message"], answer.text
-    assert error["type"] == "invalid_request_error"
+    assert error["type"] == "invalid_request_error" and "/tmp" not in answer.text
 
 
 def test_words_come_with_their_times(client, service, monkeypatch):
@@ -207,7 +214,7 @@ def test_a_full_disk_is_told_in_one_sentence(client, models, service):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert answer.status_code == 507 and "cannot write files" in answer.json()["error"]["message"], answer.text
-    assert "/tmp" not in answer.text and service.requests == 0
+    assert "/tmp" not in answer.text and not service.inside["requests"]
     assert stored_voices(models) == ["anna.wav"]
 
 
@@ -242,9 +249,19 @@ def test_videos_are_made_fetched_and_deleted(client, models, service, tmp_path):
     assert client.videos.delete(dubbed.id).deleted
     with pytest.raises(openai.NotFoundError):
         client.videos.retrieve(dubbed.id)
-    with pytest.raises(openai.BadRequestError, match="seconds=4"):
+    with pytest.raises(openai.BadRequestError, match="seconds"):
         client.videos.create(model="hicodit", prompt="", seconds="4", input_reference=tmp_path / "head.mp4")
-    assert service.requests == 0
+    assert not service.inside["requests"]
+
+
+def test_a_face_is_a_picture_and_its_voice_a_recording_of_the_request(client, models, tmp_path):
+    cv2.imwrite(str(tmp_path / "face.png"), talking_head(1)[0][..., ::-1])
+    files = {"input_reference": (tmp_path / "face.png").open("rb"), "reference_audio": models[2].open("rb")}
+    data = {"prompt": TEXT, "min_seconds": 0.48, "max_seconds": 0.48}
+    answer = client._client.post(f"{client.base_url}videos", data=data, files=files).json()
+    assert finished(client, client.videos.retrieve(answer["id"])).status == "completed"
+    (tmp_path / "talk.mp4").write_bytes(client.videos.download_content(answer["id"]).content)
+    assert len(list(read_video(tmp_path / "talk.mp4", 25))) == 12
 
 
 def test_each_face_of_a_clip_gets_a_video(client, models, tmp_path):

@@ -1,0 +1,193 @@
+"""/v1/videos: talking faces from texts and speech for silent clips, as jobs that are begun, asked for, and fetched."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import Coroutine
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, Literal
+
+import torch
+from fastapi import APIRouter, Form, HTTPException, Query, UploadFile
+from fastapi.responses import FileResponse
+from pydantic import BaseModel, Field, PrivateAttr
+
+from engine.errors import UserError
+from engine.faces.track import read_face
+from engine.media.video import mux_audio, write_video
+from engine.settings import FACE
+from service.openai import OurFields, save_upload
+from service.service import FOLDER, TALKER, Service, explain
+from service.sound import parts_of
+from service.voices import DEFAULT
+from service.workers import Ticket
+from talker_t2av.pipeline import Job
+
+KEPT_SECONDS = 3600  # after which a finished video is deleted
+FIRST = "largest"  # of several faces
+
+
+class VideoRequest(OurFields):
+    """Form of POST /v1/videos."""
+
+    input_reference: Annotated[UploadFile, Field(description="talker-t2av: clip or picture of a face; hicodit: a clip")]
+    model: Literal["talker-t2av", "hicodit"] = TALKER
+    prompt: Annotated[str, Field(description="talker-t2av: the text to say; hicodit: not used")] = ""
+    voice: Annotated[str, Field(description="talker-t2av: one of /v1/audio/voices")] = DEFAULT
+    reference_audio: Annotated[UploadFile | None, Field(description="recording, in place of `voice`")] = None
+    face: Annotated[str, Field(description=f"hicodit: {FACE}; all: a video for each, see `faces`")] = FIRST
+
+
+class Video(BaseModel):
+    """A video that is being made, or is kept for its client.
+
+    faces: number of videos of a completed job, one a face; the folder has them as video1.mp4, ...
+    """
+
+    id: str = Field(default_factory=lambda: f"video_{uuid.uuid4().hex}")
+    object: Literal["video"] = "video"
+    model: str
+    prompt: str
+    status: Literal["queued", "in_progress", "completed", "failed"] = "queued"
+    progress: int = 0
+    created_at: int = Field(default_factory=lambda: int(time.time()))
+    completed_at: int | None = None
+    expires_at: int | None = None
+    error: dict[str, str] | None = None
+    warning: str | None = None
+    faces: int = 1
+    _folder: TemporaryDirectory = PrivateAttr(
+        default_factory=lambda: TemporaryDirectory(prefix=FOLDER, ignore_cleanup_errors=True)
+    )
+    _task: asyncio.Task | None = None
+
+    def path(self, name: str) -> Path:
+        return Path(self._folder.name, name)
+
+    async def save(self, name: str, upload: UploadFile) -> Path:
+        """Write an uploaded file into the folder and return its path; the suffix stays."""
+        return await save_upload(upload, self.path(f"{name}{Path(upload.filename or '').suffix.lower()[:8]}"))
+
+
+def video_routes(service: Service) -> APIRouter:
+    """Return the routes of /v1/videos."""
+    router = APIRouter(prefix="/v1/videos")
+    videos: dict[str, Video] = {}  # by id, in the order in which they came
+
+    def forget() -> None:
+        """Delete videos that are too old, or too many."""
+        finished = [video for video in videos.values() if video.completed_at]
+        surplus = len(finished) - service.limits.videos
+        for number, video in enumerate(finished):
+            if number < surplus or time.time() > video.expires_at:
+                delete(video)
+
+    def delete(video: Video) -> None:
+        del videos[video.id]
+        video._task.cancel()
+        video._folder.cleanup()
+
+    def find(name: str) -> Video:
+        forget()
+        if name not in videos:
+            raise HTTPException(404, f"video {name[:80]!r} is unknown, or was deleted")
+        return videos[name]
+
+    @router.post("")
+    async def make_video(body: Annotated[VideoRequest, Form()]) -> Video:
+        """Begin to make a talking face from a text (talker-t2av), or a clip with speech from a silent one (hicodit)."""
+        service.find(body.model)
+        forget()
+        with contextlib.ExitStack() as place:  # is held until the video is made
+            place.enter_context(service.admitted())
+            video = Video(model=body.model, prompt=body.prompt)
+            place.callback(lambda: video.status == "completed" or video._folder.cleanup())
+            reference = await video.save("input_reference", body.input_reference)
+            if body.model == TALKER:
+                if body.face != FIRST:
+                    raise UserError(f"face={body.face[:20]} is for hicodit: leave it out")
+                if body.reference_audio is None:
+                    voice = service.voices.find(body.voice)
+                else:
+                    voice = await video.save("reference_audio", body.reference_audio)
+                work = _talk(service, video, body.job(service, "t2av", body.prompt, voice, reference))
+            else:
+                work = _dub(service, video, reference, read_face(body.face), body.seed)
+            videos[video.id] = video
+            video._task = asyncio.create_task(_finish(video, work, place.pop_all()))
+            return video
+
+    @router.get("")
+    async def list_videos() -> dict[str, Any]:
+        """List the videos, the newest first."""
+        return {"object": "list", "data": list(reversed(videos.values())), "has_more": False}
+
+    @router.get("/{name}")
+    async def get_video(name: str) -> Video:
+        """Say how far a video is."""
+        return find(name)
+
+    @router.delete("/{name}")
+    async def delete_video(name: str) -> dict[str, Any]:
+        """Delete a video, or give it up."""
+        delete(find(name))
+        return {"id": name, "object": "video.deleted", "deleted": True}
+
+    @router.get("/{name}/content")
+    async def video_content(
+        name: str, variant: Literal["video"] = "video", face: Annotated[int, Query(description="of face=all")] = 1
+    ) -> FileResponse:
+        """Fetch a completed video as MP4."""
+        video = find(name)
+        if video.status != "completed":
+            raise HTTPException(409, f"{name} is {video.status}: {video.error['message'] if video.error else 'wait'}")
+        if not 1 <= face <= video.faces:
+            raise HTTPException(404, f"{name} has no face {face}: give 1 to {video.faces}")
+        return FileResponse(video.path(f"video{face}.mp4"), media_type="video/mp4")
+
+    return router
+
+
+async def _finish(video: Video, work: Coroutine, place: contextlib.ExitStack) -> None:
+    """Make a video; what goes wrong becomes its error."""
+    with place:
+        try:
+            video.status = "in_progress"
+            await work
+            video.status, video.progress = "completed", 100
+        except Exception as error:
+            video.status, video.error = "failed", {"code": "failed", "message": explain(error)[1]}
+        video.completed_at = int(time.time())
+        video.expires_at = video.completed_at + KEPT_SECONDS
+
+
+async def _talk(service: Service, video: Video, job: Job) -> None:
+    """Make a talking face."""
+    talker = service.talker
+    prepared = await asyncio.to_thread(talker.prepare, job)
+    video.warning = prepared.remark or None
+    most, patches = sum(request.max_patches for request in prepared.requests), 0
+
+    def count(_: torch.Tensor) -> None:
+        nonlocal patches
+        patches += 1
+        video.progress = min(90, 90 * patches // most)
+
+    tickets = [Ticket(part, on_patch=count) for part in parts_of(prepared)]
+    results = [await service.generate("talker_t2av", ticket) for ticket in tickets]
+    talk = await asyncio.to_thread(talker.complete, prepared, *results)
+    await asyncio.to_thread(write_video, video.path("video1.mp4"), talk.frames, talker.fps, talk.wave, talker.rate)
+
+
+async def _dub(service: Service, video: Video, clip: Path, face: str | int, seed: int) -> None:
+    """Make speech for a clip, or for each of its faces."""
+    crops = await asyncio.to_thread(lambda: list(service.hicodit.all_crops(clip, face)))
+    speeches = await asyncio.gather(*(service.generate("hicodit", Ticket(part, seed)) for part in crops))
+    video.progress = 90
+    for number, speech in enumerate(speeches, 1):
+        await asyncio.to_thread(mux_audio, clip, speech.wave, speech.rate, video.path(f"video{number}.mp4"))
+    video.faces = len(speeches)
