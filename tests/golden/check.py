@@ -1,10 +1,19 @@
-"""A golden case's outputs compared with the stored ones."""
+"""A golden case's outputs compared with the stored ones.
+
+`python -m tests.golden.check all FILE ...` prints a line a case and a summary, with `failed` those that do not pass
+alone; exit code 1 if there are such. `scripts/check_golden.py` calls it.
+"""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
+import time
+import traceback
+from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +27,7 @@ FORMULA, SMALL, FULL = 1e-5, 1e-4, 5e-4  # relative tolerance by kind of case
 ROUNDING = 2e-6  # of an output's largest magnitude, where a case measured how it amplifies rounding
 PICTURE = 1e-3  # share of a uint8 picture's values that rounding may leave one level off
 FULL_SIZE = 20_000_000  # weights from which a network counts as full-size
+VERDICTS = ("pass", "FAIL", "not built")
 
 
 class NoRunner(Exception):
@@ -102,3 +112,49 @@ def check(case: golden.Case) -> list[Comparison]:
     if missing:
         raise ValueError(f"outputs that nothing produced: {', '.join(sorted(missing))}")
     return [compare(case, name, produced[name]) for name in case.outputs if name in produced]
+
+
+def run(file: Path) -> tuple[str, str, Exception | None]:
+    """Run the case of a file; return its verdict, the line about it, and the error that ended it, if one did."""
+    start, skipped, results, caught = time.monotonic(), {}, [], None
+    try:
+        case = golden.load_case(file)
+        skipped = case.skipped
+        results = check(case)
+    except Exception as error:
+        caught = error
+    if isinstance(caught, NoRunner) or needs_extra(caught):
+        return "not built", f"not built  {file.stem}: {caught}", caught
+    failed = [result for result in results if not result.passed]
+    verdict, numbers = "FAIL" if failed or caught else "pass", "no numbers"
+    if results:
+        worst = max(results, key=lambda r: r.absolute / max(r.tolerance, 1e-30))
+        numbers = f"abs {worst.absolute:.2e} rel {worst.relative:.2e} floor {worst.floor:.1e} ({worst.output})"
+    line = f"{verdict}       {file.stem}: {numbers}, {len(results)} outputs"
+    line += f", {time.monotonic() - start:.1f} s"
+    line += "".join(f"; {r.output} off by {r.absolute:.2e}, allowed {r.tolerance:.2e}" for r in failed)
+    line += f"; {type(caught).__name__}: {' '.join(str(caught).split())}" if caught else ""
+    line += "".join(f"; {name} not compared: {why}" for name, why in skipped.items())
+    return verdict, line, caught
+
+
+def needs_extra(error: Exception | None) -> bool:
+    """Return whether the case needs a package that is not installed."""
+    return isinstance(getattr(error, "__cause__", None), ImportError)
+
+
+def main(shown: str, *files: str) -> int:
+    counts = Counter()
+    for file in files:
+        verdict, line, error = run(Path(file))
+        counts[verdict] += 1
+        if verdict != "pass" or shown == "all":
+            print(line, flush=True)
+        if verdict == "FAIL" and error and not isinstance(error, ValueError):
+            traceback.print_exception(error)
+    print("{} passed, {} failed, {} not built".format(*(counts[verdict] for verdict in VERDICTS)))
+    return int(counts["pass"] < len(files))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -20,26 +20,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-RUNNERS: dict[str, Callable] = {}  # prefix -> (case) -> {output name: tensor}
-META_RUNNERS: dict[str, Callable] = {}  # the same, by the word in a case's meta["runner"]
+RUNNERS: dict[str, Callable] = {}  # word -> (case) -> {output name: tensor}
 
 
-def runner(*prefixes: str) -> Callable:
-    """Register the decorated function for every case whose name starts with one of `prefixes`; the longest wins."""
-
-    def register(function: Callable) -> Callable:
-        for prefix in prefixes:
-            RUNNERS[prefix] = function
-        return function
-
-    return register
-
-
-def meta_runner(*words: str) -> Callable:
-    """Register the decorated function for every case whose `meta["runner"]` is one of `words`."""
+def runner(*words: str) -> Callable:
+    """Register the decorated function for the cases whose `meta["runner"]`, or begin of the name, is one of `words`."""
 
     def register(function: Callable) -> Callable:
-        META_RUNNERS.update(dict.fromkeys(words, function))
+        RUNNERS.update(dict.fromkeys(words, function))
         return function
 
     return register
@@ -48,7 +36,7 @@ def meta_runner(*words: str) -> Callable:
 def find_runner(name: str, meta: dict[str, Any]) -> Callable[[Case], dict[str, Any]] | None:
     """The runner that the case's metadata names; without such a word, the one with the longest prefix of `name`."""
     if "runner" in meta:
-        return META_RUNNERS.get(meta["runner"])
+        return RUNNERS.get(meta["runner"])
     matches = [prefix for prefix in RUNNERS if name.startswith(prefix)]
     return RUNNERS[max(matches, key=len)] if matches else None
 

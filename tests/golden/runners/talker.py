@@ -17,7 +17,7 @@ from talker_t2av.layers import Block, PatchEncoder, Rotary, rotate
 from talker_t2av.losses import IGNORED, stop_labels, training_forward, training_losses
 from talker_t2av.model import POSITIVE_SHARE, StopPredictor, TalkerConfig, TalkerT2AV
 from talker_t2av.released import LM_HEAD, complete
-from tests.golden.runners import Case, meta_runner
+from tests.golden.runners import Case, runner
 
 TRAINED_APART = "encoders run before training; its batches hold what they returned"
 
@@ -68,21 +68,21 @@ def talker(case: Case) -> TalkerT2AV:
     return TalkerT2AV.from_released(part_weights(case), config)
 
 
-@meta_runner("rope")
+@runner("rope")
 def run_rotary(case: Case) -> dict[str, Tensor]:
     c = case.config
     rotary, x = Rotary(c["head_dim"], c["max_len"], c["base"]), case.inputs["x"]
     return {"y": rotate(x, *rotary.factors(x.shape[1])), "w": rotary.w[: len(case.outputs["w"])]}
 
 
-@meta_runner("time_embedding")
+@runner("time_embedding")
 @torch.no_grad()
 def run_time_embedding(case: Case) -> dict[str, Tensor]:
     width, t = case.config["dim"], case.inputs["t"]
     return {"emb": time_features(t, width), "mlp": loaded(case, TimeMLP(width))(t)}
 
 
-@meta_runner("block")
+@runner("block")
 @torch.no_grad()
 def run_block(case: Case) -> dict[str, Tensor]:
     width, heads = case.config["n_embd"], case.config["n_head"]
@@ -97,7 +97,7 @@ def run_block(case: Case) -> dict[str, Tensor]:
     }
 
 
-@meta_runner("patch_encoder")
+@runner("patch_encoder")
 @torch.no_grad()
 def run_patch_encoder(case: Case) -> dict[str, Tensor]:
     c = case.config
@@ -105,14 +105,14 @@ def run_patch_encoder(case: Case) -> dict[str, Tensor]:
     return {"y": loaded(case, encoder)(case.inputs["x"])}
 
 
-@meta_runner("locdit")
+@runner("locdit")
 @torch.no_grad()
 def run_head(case: Case) -> dict[str, Tensor]:
     i = case.inputs
     return {"y": loaded(case, head_of(case))(i["x"], i["mu"], i["t"], i["cond"], i["global_cond"], i.get("dt"))}
 
 
-@meta_runner("cfm_sample")
+@runner("cfm_sample")
 @torch.no_grad()
 def run_sampler(case: Case) -> dict[str, Any]:
     """The sample as it is drawn, and the solver's path with both branches evaluated at every step."""
@@ -162,7 +162,7 @@ def gradient_norms(module: nn.Module, keys: list[str]) -> Tensor:
     return torch.stack([named[k].grad.norm() if named[k].grad is not None else torch.tensor(0.0) for k in keys])
 
 
-@meta_runner("cfm_loss")
+@runner("cfm_loss")
 def run_flow_loss(case: Case) -> dict[str, Tensor]:
     head, i = loaded(case, FlowHead(head_of(case), **drop_rates(case))), case.inputs
     draws = draws_of(case)
@@ -187,20 +187,20 @@ def run_flow_loss(case: Case) -> dict[str, Tensor]:
     }
 
 
-@meta_runner("stop_labels")
+@runner("stop_labels")
 def run_stop_labels(case: Case) -> dict[str, Tensor]:
     options = {k: v for k, v in case.meta["args"].items() if k != "T"}
     labels, weight = stop_labels(case.inputs["start"], case.inputs["length"], case.meta["args"]["T"], **options)
     return {"labels": labels, "pos_weight": weight}
 
 
-@meta_runner("stop_predictor")
+@runner("stop_predictor")
 @torch.no_grad()
 def run_stop_predictor(case: Case) -> dict[str, Tensor]:
     return {"logits": loaded(case, StopPredictor(case.config["dim"]))(case.inputs["x"])}
 
 
-@meta_runner("llm_forward")
+@runner("llm_forward")
 def run_training_forward(case: Case) -> dict[str, Any]:
     model, i = talker(case), case.inputs
     batch = {

@@ -18,7 +18,7 @@ from talker_t2av.model import HOP, HOP16, TalkerT2AV
 from talker_t2av.prompt import step_limit
 from talker_t2av.request import MODES, Mode, Request, Sampling
 from talker_t2av.system import MotionStats
-from tests.golden.runners import Case, meta_runner
+from tests.golden.runners import Case, runner
 from tests.golden.runners.talker import talker
 from tests.reference.official_dataset import cut_recording, repeated
 
@@ -26,7 +26,7 @@ WINDOW = 30 * RATE
 STALE_DELAY = 5  # the script counts its placeholders with a constant of its own; only the first one matters
 
 
-@meta_runner("dataset")
+@runner("dataset")
 def run_dataset(case: Case) -> dict[str, Any]:
     args, i = case.meta["args"], case.inputs
     format = SequenceFormat(
@@ -110,7 +110,7 @@ def run_loop(case: Case, model: TalkerT2AV, mode: Mode, request: Request) -> tup
     return out, rows.result(row)
 
 
-@meta_runner("gen_speech", "gen_speech_motion")
+@runner("gen_speech", "gen_speech_motion")
 def run_method(case: Case) -> dict[str, Any]:
     """The library's two methods: with and without motion."""
     i, model, seconds = case.inputs, talker(case), case.meta["args"]["kw"]["prefix_seconds"]
@@ -136,7 +136,7 @@ def run_method(case: Case) -> dict[str, Any]:
     return out | ({"motion": result.motion[None]} if moving else {"latents": whole})
 
 
-@meta_runner("gen_infer")
+@runner("gen_infer")
 def run_script(case: Case) -> dict[str, Any]:
     """The released inference script, from latents to latents."""
     i, model = case.inputs, talker(case)
