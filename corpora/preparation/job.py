@@ -161,7 +161,7 @@ def _writer(
     plan["stages"] = {stage["name"]: stage["settings"] for stage in about["stages"]}
     keys, folder = [clip.key for clip in clips], Path(config.output) / name
     replace = bool(config.reuse) and (Path(config.reuse) / name).resolve() == folder.resolve()
-    return SplitWriter(folder, keys, config.clips_per_shard, plan, "motion", rank, world, fingerprints, replace)
+    return SplitWriter(folder, keys, config.clips_per_shard, plan, rank, world, fingerprints, replace)
 
 
 def _items(

@@ -46,19 +46,8 @@ def dumps(value: Any) -> bytes:
     return (json.dumps(value, ensure_ascii=False, sort_keys=True) + "\n").encode()
 
 
-def sample_bytes(key: str, members: Mapping[str, bytes]) -> bytes:
-    """Return the members KEY.SUFFIX of a tar file, in the order given; no time, owner or other trace of the run."""
-    assert KEY.fullmatch(key), key
-    parts = []
-    for suffix, data in members.items():
-        info = tarfile.TarInfo(f"{key}.{suffix}")
-        info.size = len(data)
-        parts += [info.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % tarfile.BLOCKSIZE)]
-    return b"".join(parts)
-
-
 def read_members(data: bytes) -> Iterator[tuple[str, int, bytes]]:
-    """Return (suffix, offset of the data, data) of every member that `sample_bytes` packed."""
+    """Return (suffix, offset of the data, data) of every member of a sample that `write_sample` wrote."""
     with tarfile.open(fileobj=io.BytesIO(data + END)) as tar:
         for info in tar:
             start = info.offset_data
@@ -69,9 +58,8 @@ def _writing(path: Path) -> AbstractContextManager[None]:
     return report_os_errors(f"cannot write {path}", "; finished samples are kept, run the same command to continue")
 
 
-def write_whole(path: Path, chunks: Iterable[bytes], staging: Path | None = None) -> None:
-    """Write `path` by way of `staging` (KEY.part beside it if not given); both must lie on one disk."""
-    staging = staging or path.with_suffix(".part")
+def write_whole(path: Path, chunks: Iterable[bytes], staging: Path) -> None:
+    """Write `path` by way of `staging`, which lies on the same disk."""
     with _writing(path):
         with staging.open("wb") as file:
             for chunk in chunks:
@@ -82,8 +70,16 @@ def write_whole(path: Path, chunks: Iterable[bytes], staging: Path | None = None
 
 
 def write_sample(work: Path, key: str, members: Mapping[str, bytes]) -> None:
-    """Write a finished sample into the work folder of its shard."""
-    write_whole(work / f"{key}.tar", [sample_bytes(key, members)], _own_staging(work, key))
+    """Write a finished sample, the members KEY.SUFFIX of a tar file in the order given, into the work folder of its
+    shard; with no time, owner or other trace of the run.
+    """
+    assert KEY.fullmatch(key), key
+    parts = []
+    for suffix, data in members.items():
+        info = tarfile.TarInfo(f"{key}.{suffix}")
+        info.size = len(data)
+        parts += [info.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % tarfile.BLOCKSIZE)]
+    write_whole(work / f"{key}.tar", parts, _own_staging(work, key))
 
 
 def reject_sample(work: Path, key: str, source: str, stage: str, reason: str) -> None:
@@ -104,12 +100,12 @@ def _own_staging(work: Path, key: str) -> Path:
 class SplitWriter:
     """The shards of one split, of which this process makes every `world`-th.
 
+    The index gets the mean and standard deviation, over all frames, of the tensors `motion` (T, D).
+
     Args:
         folder: of the split.
         keys: of all samples of the split, in order; sample i belongs to shard i // per_shard.
         plan: what decides about the content of the shards, as JSON values.
-        moments: name of a tensor (T, D) in KEY.safetensors whose mean and standard deviation over all frames the index
-            gets, as NAME_mean and NAME_std.
         rank, world: of this process.
         stages: by name, the fingerprint of each stage that makes the samples; every shard's JSON gets them.
         replace: replace shards of another plan; without it they are an error.
@@ -121,13 +117,12 @@ class SplitWriter:
         keys: Sequence[str],
         per_shard: int,
         plan: Mapping[str, Any],
-        moments: str,
         rank: int = 0,
         world: int = 1,
         stages: Mapping[str, str] | None = None,
         replace: bool = False,
     ) -> None:
-        self.folder, self.keys, self.per_shard, self.moments = folder, keys, per_shard, moments
+        self.folder, self.keys, self.per_shard = folder, keys, per_shard
         self.stages, self.plan = dict(stages or {}), hashlib.sha256(dumps(dict(plan))).hexdigest()[:8]
         self.shards = range(-(-len(keys) // per_shard))
         self.mine = self.shards[rank::world]
@@ -214,7 +209,7 @@ class SplitWriter:
     def pack(self, shard: int) -> None:
         """Join the samples of a shard, none of which may be missing, and put its sidecar beside it."""
         name, work = f"{shard:06d}", self.work(shard)
-        samples, rejected, moments = [], [], _Moments()
+        samples, rejected, sums = [], [], []
         crc = size = 0
 
         def chunks() -> Iterator[bytes]:
@@ -224,7 +219,13 @@ class SplitWriter:
                     rejected.append(json.loads((work / f"{key}.json").read_bytes()))
                     continue
                 data = (work / f"{key}.tar").read_bytes()
-                samples.append(self._sample(key, data, size, moments))
+                members = {suffix: (size + offset, member) for suffix, offset, member in read_members(data)}
+                about, tensors = json.loads(members["json"][1]), load(members["safetensors"][1])
+                places = {suffix: [offset, len(member)] for suffix, (offset, member) in members.items()}
+                sample = {"key": key, "frames": about["frames"], "seconds": about["seconds"], "members": places}
+                samples.append(sample | {"tensors": list(tensors)})
+                if (rows := tensors.get("motion")) is not None:
+                    sums.append((len(rows), torch.stack([rows.double().sum(0), rows.double().square().sum(0)])))
                 crc, size = zlib.crc32(data, crc), size + len(data)
                 yield data
             crc, size = zlib.crc32(END, crc), size + len(END)
@@ -235,6 +236,7 @@ class SplitWriter:
         for sample in samples:  # most have all, so naming what one lacks is short
             lacks = sorted({*tensors}.difference(sample.pop("tensors")))
             sample |= {"lacks": lacks} if lacks else {}
+        count, (total, square) = _added(sums)
         sidecar = {
             "version": VERSION,
             "plan": self.plan,
@@ -243,26 +245,12 @@ class SplitWriter:
             "samples": samples,
             "rejected": dict(Counter(each["stage"] for each in rejected)),
             "quarantine": rejected,
-            self.moments: moments.value(),
+            "motion": {"count": count, "sum": total.tolist(), "square": square.tolist()} if count else None,
             "bytes": size,
             "crc32": crc,
         }
         write_whole(self.folder / f"{name}.json", [dumps(sidecar)], work / ".sidecar")
         shutil.rmtree(work, ignore_errors=True)
-
-    def _sample(self, key: str, data: bytes, start: int, moments: _Moments) -> dict[str, Any]:
-        places = {}
-        for suffix, offset, member in read_members(data):
-            places[suffix] = [start + offset, len(member)]
-            if suffix == "json":
-                about = json.loads(member)
-            elif suffix == "safetensors":
-                tensors = load(member)
-                if self.moments in tensors:
-                    rows = tensors[self.moments].double()
-                    moments.add(len(rows), torch.stack([rows.sum(0), rows.square().sum(0)]))
-        sizes = {"frames": about["frames"], "seconds": about["seconds"]}
-        return {"key": key, **sizes, "members": places, "tensors": list(tensors)}
 
     def finish(self, about: Mapping[str, Any]) -> dict[str, Any] | None:
         """Write the index if every shard exists; returns it, or None while other processes are at work.
@@ -284,21 +272,24 @@ class SplitWriter:
         return index
 
     def _index(self, sidecars: list[tuple[str, dict[str, Any]]], about: Mapping[str, Any]) -> dict[str, Any]:
-        moments, rejected, shards = _Moments(), Counter(), []
+        sums, rejected, shards = [], Counter(), []
         for name, sidecar in sidecars:
-            if part := sidecar[self.moments]:
-                moments.add(part["count"], torch.tensor([part["sum"], part["square"]], dtype=torch.float64))
+            if part := sidecar["motion"]:
+                sums.append((part["count"], torch.tensor([part["sum"], part["square"]], dtype=torch.float64)))
             rejected.update(sidecar["rejected"])
             samples = sidecar["samples"]
             seconds = round(sum(sample["seconds"] for sample in samples), 3)
             shards.append({"name": name, "clips": len(samples), "seconds": seconds})
             shards[-1] |= {"bytes": sidecar["bytes"], "crc32": sidecar["crc32"]}
-        mean, std = moments.mean_and_std()
+        count, (total, square) = _added(sums)
+        mean = total / max(1, count)
+        variance = (square - count * mean.square()) / max(1, count - 1)
+        std = variance.clamp_min(0).sqrt().clamp_min(MIN_STD)
         return {
             "version": VERSION,
             **about,
-            f"{self.moments}_mean": mean,
-            f"{self.moments}_std": std,
+            "motion_mean": mean.tolist() if count > 1 else None,
+            "motion_std": std.tolist() if count > 1 else None,
             "shards": shards,
             "clips": sum(shard["clips"] for shard in shards),
             "seconds": round(sum(shard["seconds"] for shard in shards), 3),
@@ -306,26 +297,12 @@ class SplitWriter:
         }
 
 
-class _Moments:
-    """Sums over the rows of tensors (T, D) in float64, and of their squares, added in the order of the samples."""
-
-    def __init__(self) -> None:
-        self.count, self.sums = 0, torch.zeros(2, 0, dtype=torch.float64)
-
-    def add(self, count: int, sums: torch.Tensor) -> None:
-        """Add the sums (2, D) of `count` rows and of their squares."""
-        self.count, self.sums = self.count + count, self.sums + sums if self.count else sums
-
-    def value(self) -> dict[str, Any] | None:
-        total, square = self.sums.tolist()
-        return {"count": self.count, "sum": total, "square": square} if self.count else None
-
-    def mean_and_std(self) -> tuple[list[float] | None, list[float] | None]:
-        if self.count < 2:
-            return None, None
-        mean = self.sums[0] / self.count
-        variance = (self.sums[1] - self.count * mean.square()) / (self.count - 1)
-        return mean.tolist(), variance.clamp_min(0).sqrt().clamp_min(MIN_STD).tolist()
+def _added(sums: Sequence[tuple[int, torch.Tensor]]) -> tuple[int, torch.Tensor]:
+    """Add numbers of rows, and sums (2, D) of rows and of their squares in float64, in the order of the samples."""
+    if not sums:
+        return 0, torch.zeros(2, 0)
+    counts, totals = zip(*sums)
+    return sum(counts), sum(totals[1:], totals[0])
 
 
 def _difference(there: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:

@@ -37,7 +37,7 @@ def write(writer, keys=KEYS, stop_before_packing=False):
 
 
 def make(folder, rank=0, world=1, plan=PLAN):
-    return SplitWriter(folder, KEYS, 3, plan, "motion", rank, world)
+    return SplitWriter(folder, KEYS, 3, plan, rank, world)
 
 
 def contents(folder):
