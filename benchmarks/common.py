@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from engine.config import CONFIGS
 from engine.errors import UserError
-from engine.precision import Int8Linear, pack_linear
+from engine.precision import Int8Linear, prepare_inference
 from engine.training.speed import counter, memory_gib
 
 T = TypeVar("T")
@@ -146,8 +146,8 @@ def matrix_rate(
     a = torch.randn(n, n, **kind)
     plain = nn.Sequential(nn.Linear(n, n, bias=False, **kind))
     best = 0.0
-    ways = [Int8Linear(plain[0])] if eight else [plain, pack_linear(copy.deepcopy(plain), device)]  # as in inference
-    for layer in ways:
+    packed = prepare_inference(copy.deepcopy(plain), device=device)
+    for layer in [Int8Linear(plain[0])] if eight else [plain, packed]:
         for _ in range(6):
             start = clock(device)
             layer(a)

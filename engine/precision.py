@@ -3,8 +3,8 @@
 In bfloat16, matrices and what they are multiplied with are in half precision: half of the bytes, and up to three times
 the speed on a processor that multiplies such numbers. Sums over layers, log posteriors, draws and codecs stay float32.
 
-On x86 processors, weights of inference are packed (`pack_linear`): put once into the memory layout of oneDNN, a library
-within PyTorch. Otherwise PyTorch gives float32 products to MKL, which is half as fast on processors of AMD, and
+On x86 processors, weights of inference are packed (`PackedLinear`): put once into the memory layout of oneDNN, a
+library within PyTorch. Otherwise PyTorch gives float32 products to MKL, which is half as fast on processors of AMD, and
 converts bfloat16 weights to that layout in each call.
 
 In 8 bits (`Int8Linear`), a block's weights take a quarter of the bytes of float32: at few rows, reading them is what a
@@ -19,7 +19,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import TypeVar
 
 import torch
@@ -91,22 +91,6 @@ def can_pack(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def pack_linear(network: M, device: torch.device | str = "cpu") -> M:
-    """Replace the linear layers by packed ones in place, on x86 processors; elsewhere nothing is done.
-
-    The result is for inference: it has no gradients and is not to be saved. Layers that share their weight with another
-    module stay as they are. Outputs change by rounding.
-    """
-    if torch.device(device).type != "cpu" or not can_pack(torch.float32):
-        return network
-    shared = Counter(p.data_ptr() for m in network.modules() for p in m.parameters(recurse=False))
-    for module in list(network.modules()):
-        for name, layer in list(module.named_children()):
-            if type(layer) is nn.Linear and shared[layer.weight.data_ptr()] == 1 and can_pack(layer.weight.dtype):
-                setattr(module, name, PackedLinear(layer))
-    return network
-
-
 class Int8Linear(nn.Module):
     """A float32 linear layer without gradients that multiplies 8-bit integers; its weight (M, N) is in FBGEMM's layout.
 
@@ -143,7 +127,7 @@ def can_int8(device: torch.device | str) -> bool:
 
 
 def uses_int8(precision: str, device: torch.device | str, compiled: bool = False) -> bool:
-    """Return whether `quantise_linear` is to be called; say so in one line if the processor cannot do what is asked."""
+    """Return whether layers are put into 8 bits; say so in one line if the processor cannot do what is asked."""
     if precision != "int8":
         return False
     if torch.device(device).type == "cuda":
@@ -157,39 +141,35 @@ def uses_int8(precision: str, device: torch.device | str, compiled: bool = False
     return True
 
 
-def quantise_linear(network: M, device: torch.device | str = "cpu") -> M:
-    """Put the linear layers of transformer blocks into 8 bits in place, for inference; the result is not to be saved.
-
-    On CUDA the weights alone are in 8 bits, by torchao: half of the memory of bfloat16, and no speed.
-    """
-    if torch.device(device).type == "cuda":
-        torchao = require("torchao.quantization", "torchao", "int8")
-        chosen = {id(layer) for _, _, layer in _block_layers(network)}
-        torchao.quantize_(network, torchao.Int8WeightOnlyConfig(), lambda layer, name: id(layer) in chosen)
-    else:
-        for module, name, layer in list(_block_layers(network)):
-            setattr(module, name, Int8Linear(layer))
-    return network
-
-
-def prepare_inference(network: M, int8: bool, device: torch.device | str, compiled: bool = False) -> M:
+def prepare_inference(network: M, int8: bool = False, device: torch.device | str = "cpu", compiled: bool = False) -> M:
     """Put the linear layers of a network into the layouts of inference, in place; the result is not to be saved.
 
+    It has no gradients, and outputs change by rounding. Layers that share their weight with another module are not
+    packed.
+
     Args:
-        int8: put those of transformer blocks into 8 bits; see `uses_int8`.
+        int8: put the layers of transformer blocks into 8 bits (see `uses_int8`). On CUDA the weights alone are, by
+            torchao: half of the memory of bfloat16, and no speed.
         compiled: whether `torch.compile` is applied, which does not take packed weights.
     """
-    if int8:
-        quantise_linear(network, device)
-    return network if compiled else pack_linear(network, device)
-
-
-def _block_layers(network: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Yield (parent, name, layer) of the linear layers of transformer blocks."""
-    for path, module in network.named_modules():
-        for name, layer in module.named_children():
-            if type(layer) is nn.Linear and set(path.split(".")) & set(BLOCKS):
-                yield module, name, layer
+    on_cpu, for_torchao = torch.device(device).type == "cpu", set()
+    packs = on_cpu and not compiled and can_pack(torch.float32)
+    uses = Counter(p.data_ptr() for m in network.modules() for p in m.parameters(recurse=False))
+    for path, module in list(network.named_modules()):
+        in_block = not set(BLOCKS).isdisjoint(path.split("."))
+        for name, layer in list(module.named_children()):
+            if type(layer) is not nn.Linear:
+                continue
+            if int8 and in_block and on_cpu:
+                setattr(module, name, Int8Linear(layer))
+            elif int8 and in_block:
+                for_torchao.add(layer)
+            elif packs and uses[layer.weight.data_ptr()] == 1 and can_pack(layer.weight.dtype):
+                setattr(module, name, PackedLinear(layer))
+    if for_torchao:
+        torchao = require("torchao.quantization", "torchao", "int8")
+        torchao.quantize_(network, torchao.Int8WeightOnlyConfig(), lambda layer, name: layer in for_torchao)
+    return network
 
 
 def half_precision(device: torch.device | str, dtype: torch.dtype) -> torch.autocast:

@@ -18,9 +18,8 @@ from engine.precision import (
     can_int8,
     can_pack,
     convert_matrices,
-    pack_linear,
     pick_dtype,
-    quantise_linear,
+    prepare_inference,
     uses_int8,
 )
 
@@ -38,7 +37,7 @@ def test_a_packed_layer_gives_the_same_numbers(dtype, shape):
     torch.manual_seed(0)
     for bias in (True, False):
         layer = nn.Linear(48, 96, bias=bias).to(dtype)
-        packed = pack_linear(nn.Sequential(layer))[0]
+        packed = prepare_inference(nn.Sequential(layer))[0]
         assert isinstance(packed, PackedLinear) and packed.weight.dtype == dtype
         assert torch.equal(packed.weight.to_dense(), layer.weight)
         x = torch.randn(shape, dtype=dtype)
@@ -55,20 +54,20 @@ def test_layers_that_share_a_weight_stay_as_they_are():
     table, tied, free = nn.Embedding(8, 16), nn.Linear(16, 8, bias=False), nn.Linear(16, 16)
     tied.weight = table.weight
     network = nn.ModuleDict({"table": table, "tied": tied, "free": free})
-    pack_linear(network)
+    prepare_inference(network)
     assert type(network["tied"]) is nn.Linear and type(network["free"]) is PackedLinear
     assert network["tied"].weight is table.weight
 
 
 def test_nothing_is_packed_for_another_device():
     network = nn.Sequential(nn.Linear(4, 4))
-    assert type(pack_linear(network, "cuda")[0]) is nn.Linear
+    assert type(prepare_inference(network, device="cuda")[0]) is nn.Linear
 
 
 @x86
 def test_half_of_a_network_in_half_precision_is_packed_as_it_is():
     network = nn.ModuleDict({"time": nn.Linear(4, 4), "out": nn.Linear(4, 4)})
-    pack_linear(convert_matrices(network, torch.bfloat16, without=("time",)))
+    prepare_inference(convert_matrices(network, torch.bfloat16, without=("time",)))
     assert type(network["time"]) is PackedLinear
     assert [network[name].weight.dtype for name in ("time", "out")] == [torch.float32, torch.bfloat16]
 
@@ -120,8 +119,7 @@ def test_an_int8_layer_has_a_kernel_of_its_own():
 def test_layers_of_blocks_alone_are_put_into_int8():
     block = nn.ModuleDict({"qkv": nn.Linear(8, 8), "norm": nn.LayerNorm(8)})
     network = nn.ModuleDict({"input": nn.Linear(8, 8), "blocks": nn.ModuleList([block]), "head": nn.Linear(8, 8)})
-    quantise_linear(network)
-    pack_linear(network)
+    prepare_inference(network, int8=True)
     assert type(block["qkv"]) is Int8Linear
     assert type(network["input"]) is PackedLinear and type(network["head"]) is PackedLinear
 
@@ -149,7 +147,7 @@ def test_weights_of_blocks_are_in_int8_by_torchao():
     network = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(64, 64)]), "head": nn.Linear(64, 64)})
     x, layer, head = torch.randn(3, 64), network["blocks"][0], network["head"].weight
     exact = layer(x)
-    quantise_linear(network, "cuda")  # torchao converts where the weights are, here on the processor
+    prepare_inference(network, True, "cuda")  # torchao converts where the weights are, here on the processor
     found = network["blocks"][0](x)
     assert network["head"].weight is head and not torch.equal(found, exact)
     assert (found - exact).norm() <= 0.02 * exact.norm()

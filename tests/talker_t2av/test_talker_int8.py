@@ -11,7 +11,7 @@ from talker_fixtures import face_file, request, save_talker, tiny_model, voice_f
 
 from benchmarks.common import Operators
 from engine.errors import UserError
-from engine.precision import Int8Linear, PackedLinear, can_int8, pack_linear, quantise_linear
+from engine.precision import Int8Linear, PackedLinear, can_int8, prepare_inference
 from talker_t2av.fused import fuse_layers
 from talker_t2av.generation import Rows
 from talker_t2av.model import TalkerT2AV
@@ -49,7 +49,7 @@ def test_operators_of_a_patch_in_int8():
     llm = config.llm | {"num_hidden_layers": 28}
     model = TalkerT2AV(replace(config, llm=llm, encoder_layers=4, head_layers=8)).eval()
     fuse_layers(model)
-    pack_linear(quantise_linear(model))
+    prepare_inference(model, int8=True)
     rows = Rows(model, MODES["t2av"], with_preset("fast", Sampling()))
     rows.join(request())
     with Operators() as counted:
