@@ -51,12 +51,13 @@ def load_waves(root: str | Path, split: str, count: int, rate: int) -> list[np.n
     if is_prepared(root, split):
         stored = StoredWaves(root, split, rate)
         return [stored.read(i).numpy() for i in range(min(count, len(stored)))]
-    waves, files = [], WavFiles(root, split, rate, count)
-    for index, name in enumerate(files.names):
+    names, waves = [row["id"] for row in read_manifest(root, split)[:count]], []
+    leave_out = leaving_out(join(root, split), len(names))
+    for name in names:
         try:
-            waves.append(read_audio(files.path(index), rate))
+            waves.append(read_audio(Path(root) / split / f"{name}.wav", rate))
         except UserError as error:
-            files.leave_out(name, error)
+            leave_out(name, error)
             last = error
     if not waves:
         raise last
@@ -64,43 +65,35 @@ def load_waves(root: str | Path, split: str, count: int, rate: int) -> list[np.n
 
 
 class WavFiles:
-    """The WAV files of ROOT/SPLIT that its manifest names, or the first `count` of them."""
+    """The WAV files of ROOT/SPLIT that its manifest names."""
 
     blocks = None
 
-    def __init__(self, root: str | Path, split: str, rate: int, count: int | None = None) -> None:
-        self.names = [row["id"] for row in read_manifest(root, split)[:count]]
+    def __init__(self, root: str | Path, split: str, rate: int) -> None:
+        self.names = [row["id"] for row in read_manifest(root, split)]
         self.rate, self.folder = rate, Path(root) / split
         self.leave_out = leaving_out(join(root, split), len(self.names))
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def path(self, index: int) -> Path:
-        return self.folder / f"{self.names[index]}.wav"
-
     def read(self, index: int, most: int | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Return a clip (N,), or a random part of at most `most` samples; the next one if it cannot be read."""
-        for at in range(index, index + len(self)):
+        for number in range(index, index + len(self)):
+            name = self.names[number % len(self)]
+            path = self.folder / f"{name}.wav"
             try:
-                return self._read(self.path(at % len(self)), most, generator)
-            except UserError as error:
-                self.leave_out(self.names[at % len(self)], error)
-                last = error
+                with soundfile.SoundFile(path) as file:
+                    if file.samplerate != self.rate or file.channels != 1:
+                        form = f"{file.channels} channels at {file.samplerate} Hz"
+                        raise UserError(f"{path} is not mono at {self.rate} Hz: {form}")
+                    if most is not None:
+                        file.seek(draw(file.frames - most, generator))
+                    return torch.from_numpy(file.read(-1 if most is None else most, dtype="float32"))
+            except (UserError, soundfile.LibsndfileError, OSError) as error:
+                last = error if isinstance(error, UserError) else UserError(f"{path} cannot be read ({error})")
+                self.leave_out(name, last)
         raise last
-
-    def _read(self, path: Path, most: int | None, generator: torch.Generator | None) -> Tensor:
-        try:
-            file = soundfile.SoundFile(path)
-        except (soundfile.LibsndfileError, OSError) as error:
-            raise UserError(f"{path} cannot be read ({error})") from error
-        with file:
-            if file.samplerate != self.rate or file.channels != 1:
-                found = f"{file.channels} channels at {file.samplerate} Hz"
-                raise UserError(f"{path} is not mono at {self.rate} Hz: {found}")
-            if most is not None:
-                file.seek(draw(file.frames - most, generator))
-            return torch.from_numpy(file.read(-1 if most is None else most, dtype="float32"))
 
 
 class StoredWaves:
