@@ -62,22 +62,24 @@ class MicroBatches(torch.utils.data.Dataset):
     Args:
         size: items of a batch.
         by_length: put items of like length in one batch.
+        streams: S, for a dataset of blocks; None: as many as there are processes.
     """
 
-    def __init__(self, dataset: TrainingSet, size: int, seed: int, by_length: bool = False):
+    def __init__(self, dataset: TrainingSet, size: int, seed: int, by_length: bool = False, streams: int | None = None):
         self.dataset, self.size, self.seed, self.by_length = dataset, size, seed, by_length
         if by_length:
             require_lengths(dataset)
         self.blocks: Blocks | None = getattr(dataset, "blocks", None)
-        self.streams = (self.blocks.streams or distributed.world_size()) if self.blocks else 1
+        self.streams = (self.blocks.streams or streams or distributed.world_size()) if self.blocks else 1
         if len(dataset) < self.streams:
             raise UserError(f"data.shards.streams={self.streams}, but there are only {len(dataset)} clips: lower it")
-        self._forget()
+        self._order = lru_cache(maxsize=2)(self._make_order)
+        self._cuts = lru_cache(maxsize=2 * self.streams)(self._cut)
+        self._ends = [[0] for _ in range(self.streams)]  # of each stream, batches in all epochs before each
 
-    def _forget(self) -> None:
-        self._order: Callable[[int], Order] | None = None
-        self._cuts: Callable[[int, int], list[Tensor]] | None = None
-        self._ends: list[list[int]] = []  # of each stream, batches in all epochs before each
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave the caches out of a pickle."""
+        return MicroBatches, (self.dataset, self.size, self.seed, self.by_length, self.streams)
 
     @property
     def fixed_shapes(self) -> bool:
@@ -89,16 +91,10 @@ class MicroBatches(torch.utils.data.Dataset):
         return {"batch_size": self.size, "streams": self.streams}
 
     def position(self, info: dict[str, Any]) -> int:
-        """Return the number of the next batch after a checkpoint, whose order of the data is taken over."""
-        if self.blocks is not None and self.blocks.streams is None:
-            self.streams = info.get("streams", self.streams)
-            self._forget()
+        """Return the number of the next batch after a checkpoint, whose batches may have had another size."""
         if self.by_length:
             return info["position"]
         return info["position"] * info.get("batch_size", self.size) // self.size
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_order": None, "_cuts": None, "_ends": []}
 
     def __getitem__(self, number: int) -> dict[str, Any] | UserError:
         """Make batch `number`. A worker process returns an error, which `load_batches` raises: it stays one line."""
@@ -121,15 +117,10 @@ class MicroBatches(torch.utils.data.Dataset):
         """Return the mean number of items in a batch."""
         if not self.by_length:
             return self.size
-        self._choose(0)
         return (len(self.dataset) // self.streams) / len(self._cuts(0, 0))
 
     def _choose(self, number: int) -> tuple[int, int, list[tuple[tuple, int]]]:
         """Return the epoch and the window of a batch, and its samples."""
-        if self._order is None:  # made when first used, as a cache cannot be pickled
-            self._order = lru_cache(maxsize=2)(self._make_order)
-            self._cuts = lru_cache(maxsize=2 * self.streams)(self._cut)
-            self._ends = [[0] for _ in range(self.streams)]
         turn, stream = divmod(number, self.streams)
         if self.by_length:
             ends = self._ends[stream]
@@ -157,12 +148,11 @@ class MicroBatches(torch.utils.data.Dataset):
         """Cut a stream's epoch into batches by length, as positions in its order."""
         order = self._order(epoch)
         lengths = torch.as_tensor(self.dataset.lengths)[order.items[stream]]
-        windows, batches = order.windows[stream], []
-        starts = torch.cat([torch.zeros(1, dtype=torch.long), (windows.diff() != 0).nonzero()[:, 0] + 1])
-        for window, (start, end) in enumerate(zip(starts.tolist(), [*starts[1:].tolist(), len(windows)])):
-            pools = torch.arange(start, end).split(POOL * self.size)
+        _, sizes = order.windows[stream].unique_consecutive(return_counts=True)
+        batches = []
+        for window, positions in enumerate(torch.arange(len(lengths)).split(sizes.tolist())):
             cuts = []
-            for pool in pools:
+            for pool in positions.split(POOL * self.size):
                 pool = pool[lengths[pool].argsort(descending=True, stable=True)]
                 cuts += pool.tensor_split(-(-len(pool) // self.size))
             draw = generator_for(self.seed, "batches", epoch, stream, window)

@@ -331,6 +331,8 @@ class Trainer:
             for name, p in self.parameters[part].items():
                 if f"optim.{part}.{name}.step" not in state:
                     del optimiser.state[p]
+        c, dataset = self.config, self.batches.dataset
+        self.batches = MicroBatches(dataset, c.batch_size, c.seed, c.by_length, info.get("streams"))
         self.step, self.position = info["step"], self.batches.position(info)
         self.skipped, self.skipped_in_a_row = info.get("skipped", 0), info.get("skipped_in_a_row", 0)
         if distributed.from_main((folder / checkpoint.RESULTS).is_file):
