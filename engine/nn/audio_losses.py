@@ -22,10 +22,10 @@ def _flat(wave: Tensor) -> Tensor:
     return wave.squeeze(1) if wave.ndim == 3 else wave
 
 
-def _magnitude(wave: Tensor, n_fft: int, hop: int, window: Tensor, floor: float) -> Tensor:
-    """Compute STFT magnitude (B, F, T), centred, reflect-padded; powers of `floor` and more keep gradients finite."""
+def _magnitude(wave: Tensor, n_fft: int, hop: int, window: Tensor) -> Tensor:
+    """Compute STFT magnitude (B, F, T), centred, reflect-padded; the least power keeps gradients finite."""
     spectrum = torch.stft(_flat(wave).to(window.dtype), n_fft, hop, window.numel(), window, return_complex=True)
-    return torch.view_as_real(spectrum).square().sum(-1).clamp_min(floor).sqrt()
+    return torch.view_as_real(spectrum).square().sum(-1).clamp_min(1e-20).sqrt()
 
 
 class MelSpectrogram(nn.Module):
@@ -38,7 +38,7 @@ class MelSpectrogram(nn.Module):
         self.register_buffer("filters", mel_filters(sample_rate, window, n_mels), persistent=False)
 
     def forward(self, wave: Tensor) -> Tensor:
-        return self.filters.T @ _magnitude(wave, self.n_fft, self.hop, self.window, 1e-20)
+        return self.filters.T @ _magnitude(wave, self.n_fft, self.hop, self.window)
 
 
 class MultiScaleMelLoss(nn.Module):
@@ -92,8 +92,8 @@ class MultiResolutionSTFTLoss(nn.Module):
             for i, (n_fft, hop, _) in enumerate(self.resolutions):
                 window = getattr(self, f"window_{i}")
                 with torch.no_grad():
-                    target = _magnitude(real, n_fft, hop, window, 1e-20)
-                output = _magnitude(fake, n_fft, hop, window, 1e-20)
+                    target = _magnitude(real, n_fft, hop, window)
+                output = _magnitude(fake, n_fft, hop, window)
                 convergence = torch.linalg.vector_norm(target - output) / torch.linalg.vector_norm(target)
                 total = total + convergence + ((output + 1e-7).log() - (target + 1e-7).log()).abs().mean()
         return total / len(self.resolutions)

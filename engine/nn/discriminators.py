@@ -7,6 +7,7 @@ sub-discriminator; an entry is the list of its activated feature maps with the l
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,9 +19,12 @@ from engine.nn.dac import WNConv2d
 
 
 class PeriodDiscriminator(nn.Module):
-    """Looks at every P-th sample: (B, 1, N) viewed as (B, 1, N / P, P), convolved along the long axis only."""
+    """Looks at every P-th sample: (B, 1, N) viewed as (B, 1, N / P, P), convolved along the long axis only.
 
-    def __init__(self, period: int, channels: int, growth: int, max_channels: int):
+    Widths are channels * growth^j, at most `max_channels`.
+    """
+
+    def __init__(self, period: int, channels: int = 16, growth: int = 4, max_channels: int = 512):
         super().__init__()
         self.period = period
         widths = [1] + [min(channels * growth**j, max_channels) for j in range(5)]
@@ -44,17 +48,11 @@ class PeriodDiscriminator(nn.Module):
 
 
 class MultiPeriodDiscriminator(nn.Module):
-    """One `PeriodDiscriminator` a period; widths are channels * growth^j, at most `max_channels`."""
+    """One `PeriodDiscriminator` a period; `sizes` are its further arguments."""
 
-    def __init__(
-        self,
-        periods: Sequence[int] = (2, 3, 5, 7, 11),
-        channels: int = 16,
-        growth: int = 4,
-        max_channels: int = 512,
-    ):
+    def __init__(self, periods: Sequence[int] = (2, 3, 5, 7, 11), **sizes: int):
         super().__init__()
-        self.discriminators = nn.ModuleList(PeriodDiscriminator(p, channels, growth, max_channels) for p in periods)
+        self.discriminators = nn.ModuleList(PeriodDiscriminator(period, **sizes) for period in periods)
 
     def forward(self, wave: Tensor) -> list[list[Tensor]]:
         return [discriminator(wave) for discriminator in self.discriminators]
@@ -75,29 +73,23 @@ class SpectrogramDiscriminator(nn.Module):
         n_fft: int,
         hop: int,
         window: int,
-        channels: int,
-        max_channels: int,
-        kernels: Sequence[int],
-        strides: Sequence[int],
+        channels: int = 32,
+        max_channels: int = 512,
+        kernels: Sequence[int] = (5, 3),
+        strides: Sequence[int] = (2, 2, 2),
     ):
         super().__init__()
         self.n_fft, self.hop = n_fft, hop
         self.register_buffer("window", torch.hann_window(window), persistent=False)
         first, last = kernels
-        self.model = nn.ModuleDict()
-        self._add(1, channels, first, 2)
-        width = channels
-        for stride in strides:
-            wider = min(2 * width, max_channels)
-            self._add(width, wider, 2 * stride + 1, stride)
-            width = wider
-        wider = min(2 * width, max_channels)
-        self._add(width, wider, last, 1)
-        self.model[f"layer_{len(self.model)}"] = WNConv2d(wider, 1, last, padding=last // 2)
-
-    def _add(self, in_channels: int, out_channels: int, kernel: int, stride: int) -> None:
-        conv = WNConv2d(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2)
-        self.model[f"layer_{len(self.model)}"] = nn.Sequential(conv, nn.LeakyReLU(0.2))
+        widths = [1, *(min(channels * 2**j, max_channels) for j in range(len(strides) + 2))]
+        kernels, strides = [first, *(2 * stride + 1 for stride in strides), last], [2, *strides, 1]
+        layers = [
+            nn.Sequential(WNConv2d(narrow, wide, kernel, stride=stride, padding=kernel // 2), nn.LeakyReLU(0.2))
+            for (narrow, wide), kernel, stride in zip(pairwise(widths), kernels, strides, strict=True)
+        ]
+        layers.append(WNConv2d(widths[-1], 1, last, padding=last // 2))
+        self.model = nn.ModuleDict({f"layer_{i}": layer for i, layer in enumerate(layers)})
 
     def forward(self, wave: Tensor) -> list[Tensor]:
         with torch.autocast(wave.device.type, enabled=False):
@@ -113,26 +105,24 @@ class SpectrogramDiscriminator(nn.Module):
 
 
 class MultiResolutionDiscriminator(nn.Module):
-    """One `SpectrogramDiscriminator` a resolution; `hop_sizes` defaults to half of each window."""
+    """One `SpectrogramDiscriminator` a resolution; `sizes` are its further arguments.
+
+    `win_lengths` defaults to `fft_sizes`, `hop_sizes` to half of each window.
+    """
 
     def __init__(
         self,
         fft_sizes: Sequence[int] = (78, 126, 206, 334, 542, 876, 1418, 2296),
         hop_sizes: Sequence[int] | None = None,
         win_lengths: Sequence[int] | None = None,
-        channels: int = 32,
-        max_channels: int = 512,
-        kernels: Sequence[int] = (5, 3),
-        strides: Sequence[int] = (2, 2, 2),
+        **sizes: Any,
     ):
         super().__init__()
         windows = win_lengths or fft_sizes
         hops = hop_sizes or [window // 2 for window in windows]
+        resolutions = enumerate(zip(fft_sizes, hops, windows, strict=True))
         self.model = nn.ModuleDict(
-            {
-                f"disc_{i}": SpectrogramDiscriminator(n_fft, hop, window, channels, max_channels, kernels, strides)
-                for i, (n_fft, hop, window) in enumerate(zip(fft_sizes, hops, windows, strict=True))
-            }
+            {f"disc_{i}": SpectrogramDiscriminator(*resolution, **sizes) for i, resolution in resolutions}
         )
 
     def forward(self, wave: Tensor) -> list[list[Tensor]]:
