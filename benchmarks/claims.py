@@ -26,8 +26,8 @@ from engine.config import load
 from engine.errors import UserError
 from engine.evaluation.charts import chart_curves, chart_differences
 from engine.evaluation.clips import TRUTH
-from engine.evaluation.statistics import STATISTICS, estimate
-from engine.metrics.registry import description
+from engine.evaluation.statistics import estimate, ratio
+from engine.metrics.registry import metric_of
 from engine.record import dated
 from scripts.evaluate import evaluate
 
@@ -171,8 +171,8 @@ def compare(
         for figure in figures:
             if not all(figure in pairs for pairs in models):
                 continue
-            about = None if figure in hicodit_models.LOSSES else description(figure)
-            statistic, scale = STATISTICS[about.statistic if about else "ratio"], about.scale if about else 1.0
+            about = None if figure in hicodit_models.LOSSES else metric_of(figure).figures[figure]
+            statistic, scale = (about.statistic, about.scale) if about else (ratio, 1.0)
             own = table(system, figure)
             row[figure] = [round(scale * value, 4) for value in estimate(statistic, own, speakers)]
             if system not in (first, TRUTH) and figure in measured[first][0]:

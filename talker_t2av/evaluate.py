@@ -82,12 +82,12 @@ def write_outputs(
     def write(batch: Sequence[tuple[int, Clip]]) -> None:
         if mode == "resynthesis":
             for _, clip in batch:
-                write_take(folder, clip.id, *resynthesise(pipeline, clip), FPS)
+                write_take(folder, clip.id, *resynthesise(pipeline, clip))
             return
         jobs = [job(i, clip) for i, clip in batch]
         for (_, clip), (_, origin), talk in zip(batch, jobs, pipeline.run([each for each, _ in jobs])):
             wave = wave_of(clip.truth.audio, RATE) if mode == "a2v" else talk.wave
-            write_take(folder, clip.id, wave, RATE, talk.frames, FPS, stopped=bool(talk.stopped), **origin)
+            write_take(folder, clip.id, wave, RATE, talk.frames, stopped=bool(talk.stopped), **origin)
 
     def inputs(clip: Clip) -> list[Path | str | None]:
         given = clip.truth.audio if mode in ("a2v", "resynthesis") else clip.prompt.audio

@@ -26,6 +26,7 @@ from engine.progress import track
 from engine.settings import ClusterConfig
 from engine.untrusted import read_json
 
+FPS = 25  # of pictures that are generated
 SHARE = [0, 1]  # of this process: it generates batch SHARE[0] of every SHARE[1]
 
 
@@ -125,17 +126,11 @@ def generate_missing(
 
 
 def write_take(
-    folder: Path,
-    name: str,
-    wave: np.ndarray,
-    rate: int,
-    frames: np.ndarray | None = None,
-    fps: float = 25,
-    **about: Any,
+    folder: Path, name: str, wave: np.ndarray, rate: int, frames: np.ndarray | None = None, **about: Any
 ) -> None:
     """Write an output as it is measured, without loss: NAME.mkv, NAME.json (`about`) and NAME.wav, if there are any."""
     if frames is not None:
-        write_video(folder / f"{name}.mkv", frames, fps, lossless=True)
+        write_video(folder / f"{name}.mkv", frames, FPS, lossless=True)
     if about:
         write_json(folder / f"{name}.json", about)
     write_wav(folder / f"{name}.wav", wave, rate, lossless=True)

@@ -17,13 +17,13 @@ from engine.codec import Codec, PortraitCodec
 from engine.device import send
 from engine.errors import UserError
 from engine.evaluation.clips import Clip
-from engine.evaluation.generate import generate_missing, write_facts, write_take
+from engine.evaluation.generate import FPS, generate_missing, write_facts, write_take
 from engine.media.pictures import identity_to_tensor, to_bytes, video_to_tensor
 from engine.media.video import read_video
 from engine.metrics.metric import wave_of
 from engine.settings import require_range
 
-RATE, PORTRAIT_FPS = 24_000, 25  # of the sound beside a drawn face, and of its frames
+RATE = 24_000  # of the sound beside a drawn face
 
 
 @torch.inference_mode()
@@ -53,10 +53,10 @@ def write_resynthesis(
             if portrait:
                 if clip.truth.source is None:
                     raise UserError("no picture to rebuild: ID.mp4 in references=, or video in the manifest")
-                frames = rebuild(codec, read_video(clip.truth.source, PORTRAIT_FPS))
+                frames = rebuild(codec, read_video(clip.truth.source, FPS))
             else:
                 wave = rebuild_wave(codec, wave, levels)
-            write_take(folder, clip.id, wave, rate, frames, PORTRAIT_FPS)
+            write_take(folder, clip.id, wave, rate, frames)
 
     generate_missing(clips, folder, 1, lambda clip: [clip.truth.source if portrait else clip.truth.audio], write)
 

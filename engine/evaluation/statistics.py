@@ -42,9 +42,6 @@ def correlation(pairs: np.ndarray, weights: np.ndarray | float = 1.0) -> np.ndar
     return np.where(scale > 1e-12, xy / np.maximum(scale, 1e-12), 0.0)
 
 
-STATISTICS: dict[str, Statistic] = {"ratio": ratio, "correlation": correlation}
-
-
 def bootstrap_interval(
     pairs: np.ndarray,
     groups: Sequence[str] | None = None,

@@ -11,7 +11,7 @@ import numpy as np
 from engine.errors import UserError
 from engine.evaluation.clips import TRUTH, Clip
 from engine.evaluation.measure import Results
-from engine.evaluation.statistics import STATISTICS, bootstrap_interval, holm, permutation_test
+from engine.evaluation.statistics import bootstrap_interval, holm, permutation_test, ratio
 from engine.metrics.frechet import frechet_distance
 from engine.metrics.metric import Figure, Metric
 
@@ -98,12 +98,13 @@ def _cell(
             raise UserError("the true clips have no pictures to compare with")
         value = frechet_distance(*(np.concatenate([*rows.values()]) for rows in (measured, true)))
         return {"value": value, "interval": None, "interval_speakers": None, "clips": len(measured), "values": {}}
-    pairs, single = np.array([*measured.values()], float), about.statistic == "ratio"
+    pairs = np.array([*measured.values()], float)
+    single = measured.items() if about.statistic is ratio else ()
     return {
-        "value": about.scale * float(STATISTICS[about.statistic](pairs, 1.0)),
+        "value": about.scale * float(about.statistic(pairs)),
         **_intervals(pairs, [speakers[clip] for clip in measured], about, resamples),
         "clips": len(measured),
-        "values": {clip: about.scale * x / y for clip, (x, y) in measured.items() if y} if single else {},
+        "values": {clip: about.scale * x / y for clip, (x, y) in single if y},
         "pairs": {clip: [float(x) for x in pair] for clip, pair in measured.items()},
     }
 
@@ -112,12 +113,12 @@ def _intervals(
     pairs: np.ndarray, speakers: Sequence[str | None], about: Figure, resamples: int, minus: np.ndarray | None = None
 ) -> dict[str, list[float] | None]:
     """Return the interval of a figure over clips, and over their speakers if all are known and some differ."""
-    statistic, several = STATISTICS[about.statistic], None not in speakers and len(set(speakers)) > 1
+    several = None not in speakers and len(set(speakers)) > 1
     intervals = {
-        "interval": bootstrap_interval(pairs, None, resamples, statistic, minus),
-        "interval_speakers": bootstrap_interval(pairs, speakers, resamples, statistic, minus) if several else None,
+        "interval": bootstrap_interval(pairs, None, resamples, about.statistic, minus),
+        "interval_speakers": several and bootstrap_interval(pairs, speakers, resamples, about.statistic, minus),
     }
-    return {name: ends and [about.scale * end for end in ends] for name, ends in intervals.items()}
+    return {name: [about.scale * end for end in ends] if ends else None for name, ends in intervals.items()}
 
 
 def _tests(
@@ -140,7 +141,7 @@ def _tests(
             if len(both) < 2 or metric.outputs_only or not about.better:
                 continue
             one_pairs, two_pairs = (np.array([pairs[clip] for clip in both]) for pairs in (first, second))
-            difference, p = permutation_test(one_pairs, two_pairs, resamples, statistic=STATISTICS[about.statistic])
+            difference, p = permutation_test(one_pairs, two_pairs, resamples, statistic=about.statistic)
             tests.append(
                 {
                     "figure": figure,

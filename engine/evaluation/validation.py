@@ -17,7 +17,7 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.evaluation.statistics import ratio
-from engine.metrics.metric import WEIGHTS, Sound, Take, Unavailable
+from engine.metrics.metric import Sound, Take, Unavailable
 from engine.metrics.registry import metrics_of, protocol_of
 
 T = TypeVar("T")
@@ -102,7 +102,6 @@ def measure_clips(
     truths: Sequence[np.ndarray] | None,
     rate: int,
     recogniser: str | Path | None = None,
-    weights: Path = WEIGHTS,
     device: str = "cpu",
     numbers: Sequence[int] | None = None,
 ) -> dict[str, ByClip]:
@@ -123,7 +122,7 @@ def measure_clips(
         true = [Take(Sound(wave, rate), text=text) for wave, text in zip(truths, texts, strict=True)]
     made = [Take(Sound(wave, rate), text=text) for wave, text in zip(waves, texts, strict=True)]
     for metric, names in metrics_of(figures).items():
-        measuring, rows = metric(protocol_of(metric, words_by(recogniser)), weights, device), {}
+        measuring, rows = metric(protocol_of(metric, words_by(recogniser)), device=device), {}
         try:
             measuring.check()
             if metric.pair and truths is None:
@@ -141,6 +140,6 @@ def measure_clips(
                 continue
         for name in names:
             pairs = {number: row[name] for number, row in rows.items() if name in row}
-            if pairs and not any(isinstance(pair, np.ndarray) for pair in pairs.values()):
+            if pairs:
                 results[name] = ByClip(pairs, ratio_of)
     return results

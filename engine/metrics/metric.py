@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from engine.errors import UserError
+from engine.evaluation.statistics import Statistic, ratio
 from engine.media.audio import read_audio, resample_wave
 
 Rows = Mapping[str, Mapping[str, Any]]  # measurements by clip
@@ -75,7 +76,7 @@ class Figure:
         scale: the printed value for a ratio of 1: 100 for per cent.
         digits: after the point.
         meaning: one line for the reader of a report.
-        statistic: ratio or correlation; what the pairs of all clips give, see `engine.evaluation.statistics`.
+        statistic: ratio or correlation of the pairs of all clips.
     """
 
     title: str
@@ -83,7 +84,7 @@ class Figure:
     digits: int = 2
     scale: float = 1.0
     meaning: str = ""
-    statistic: str = "ratio"
+    statistic: Statistic = ratio
 
 
 @dataclass(unsafe_hash=True)
@@ -181,7 +182,7 @@ class Metric:
 
 
 class Stated(Metric):
-    """What a system itself states of an output in ID.json: (a, b) by the name of the figure, such as its cost."""
+    """What a system itself states of an output in ID.json, as (a, b): its cost."""
 
     figures: ClassVar = {
         "evaluations": Figure(
@@ -192,10 +193,10 @@ class Stated(Metric):
     outputs_only = True
 
     def applies(self, take: Take) -> bool:
-        return any(name in take.about for name in self.figures)
+        return "evaluations" in take.about
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
-        return {name: tuple(take.about[name]) for name in self.figures if name in take.about}
+        return {"evaluations": tuple(take.about["evaluations"])}
 
 
 class Bitrate(Metric):

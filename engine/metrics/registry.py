@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 
 from engine.errors import UserError
-from engine.metrics.metric import Figure, Metric
+from engine.metrics.metric import Metric
 
 CLASSES = {  # the figures that each measures
     "words.WordErrors": "wer wer_free wer_shuffled wer_free_shuffled cer",
@@ -55,7 +55,3 @@ def metrics_of(figures: Sequence[str]) -> dict[type[Metric], list[str]]:
 def protocol_of(metric: type[Metric], given: Mapping[str, str]) -> str:
     """Return what `given` says for one of the metric's figures; where it says nothing, the metric's first protocol."""
     return next((given[figure] for figure in metric.figures if figure in given), metric.protocols[0])
-
-
-def description(figure: str) -> Figure:
-    return metric_of(figure).figures[figure]

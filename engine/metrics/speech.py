@@ -24,6 +24,7 @@ import numpy as np
 
 from engine.config import target
 from engine.errors import UserError, require_librosa
+from engine.evaluation.statistics import correlation
 from engine.media.audio import resample_wave
 from engine.media.video import read_video
 from engine.metrics.metric import CACHED, Figure, Metric, Rows, Take, wave_of
@@ -104,10 +105,8 @@ def speech_end(wave: np.ndarray, rate: int) -> float:
 
 class Prosody(Metric):
     figures: ClassVar = {
-        "pitch_range_correlation": Figure(
-            "pitch r", 1, 2, 1, "pitch range: correlation with true clips", "correlation"
-        ),
-        "energy_correlation": Figure("energy r", 1, 2, 1, "energy: correlation with true clips", "correlation"),
+        "pitch_range_correlation": Figure("pitch r", 1, 2, 1, "pitch range: correlation with true clips", correlation),
+        "energy_correlation": Figure("energy r", 1, 2, 1, "energy: correlation with true clips", correlation),
         "pitch_range_right_way": Figure("pitch right way %", 1, 1, 100, f"pitch range {WAY}"),
         "energy_right_way": Figure("energy right way %", 1, 1, 100, f"energy {WAY}"),
     }

@@ -54,7 +54,7 @@ def test_validation_measures_words_with_any_whisper(tiny_whisper, tmp_path, caps
     assert measure_clips(["wer"], [""] * 3, waves, None, 24_000, tiny_whisper) == {}
     (tmp_path / "empty").mkdir()
     assert measure_clips(["wer"], texts, waves, None, 24_000, tmp_path / "empty") == {}
-    assert measure_clips(["wer", "mcd"], texts, waves, None, 24_000, None, tmp_path) == {}
+    assert measure_clips(["wer", "mcd"], texts, waves, None, 24_000) == {}
     assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["no wer", "no wer", "no mcd"]
 
 

@@ -17,7 +17,7 @@ from engine.media.audio import write_wav
 from engine.metrics.frechet import FID
 from engine.metrics.lip_sync import LipSync
 from engine.metrics.quality import STOI
-from engine.metrics.registry import METRICS, description, metric_of
+from engine.metrics.registry import METRICS, metric_of
 from engine.metrics.words import WordErrors
 from scripts import evaluate
 
@@ -30,7 +30,7 @@ RATE = 16_000
 @pytest.mark.parametrize("name", METRICS)
 def test_every_metric_has_a_class_and_a_description(name):
     metric = metric_of(name)
-    assert name in metric.figures and description(name).meaning and description(name).better in (1, -1, 0)
+    assert metric.figures[name].meaning and metric.figures[name].better in (1, -1, 0)
     assert metric.protocols and (metric.__doc__ or sys.modules[metric.__module__].__doc__)
 
 
