@@ -221,7 +221,7 @@ def train_steps(machine: Machine, size: str) -> Iterator[Line]:
     for recipe in ("hicodit_paper", "talker_paper"):
         model, sizes, trainer, rows, total = read_recipe(recipe, [])
         if size == "tiny":
-            sizes = read_config(f"model/{training.MODELS[model][0]}_tiny")
+            sizes = read_config(f"model/{training.MODELS[model]}_tiny")
         most = min(trainer.batch_size, samples)
         pair = measure_samples(model, sizes, trainer, rows, seconds, max(2, most))
         samples = max(1, min(most, plan(*pair, "ddp", 1, card, 1, total).largest_batch))

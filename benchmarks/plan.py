@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from benchmarks.fake_step import Measured, Size, measure_fake
-from benchmarks.training import MODELS, build_task
+from benchmarks.training import MODELS, build_task, random_batch
 from engine.config import compose, plain
 from engine.errors import UserError
 from engine.evaluation.charts import chart_file
@@ -220,21 +220,20 @@ def measure_samples(
     Args:
         shards: also for FSDP.
     """
-    name, make_batch, _ = MODELS[model]
     lora = sizes.get("lora", {"rank": 0})
     sizes = {key: value for key, value in sizes.items() if key != "lora"}
 
     def make_task() -> Task:
         # HiCoDiT's task reads a tokenizer's files, and is small; a Talker may be larger than this machine's memory.
         with nullcontext() if model == "talker" else _disable_current_modes():
-            task = build_task(f"{name}_base", **sizes)
+            task = build_task(f"{MODELS[model]}_base", **sizes)
         if lora["rank"]:
             _adapt(task, lora)
         return task
 
     def run(samples: int, half: bool = False) -> Measured:
         print(f"{samples} sample{'s' * (samples > 1)} a process ...", file=sys.stderr, flush=True)
-        return measure_fake(make_task, trainer, lambda task: make_batch(task, samples * rows, seconds), half)
+        return measure_fake(make_task, trainer, lambda task: random_batch(task, samples * rows, seconds), half)
 
     one, many = run(1), run(most)
     if shards and trainer.precision == "bf16":

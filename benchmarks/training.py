@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.common import in_own_process, matrix_rate, nbytes, now, read_config, tiny_encoders
 from engine.training import distributed
@@ -33,6 +33,8 @@ from hicodit.task import HiCoDiTTask
 from rvq_codec import RVQCodec, RVQCodecConfig
 from talker_t2av.task import TalkerTask
 
+MODELS = {"hicodit": "hicodit", "talker": "talker_t2av"}  # and their packages
+PARTS = ("forward", "backward", "clip", "optimiser", "average")  # of a step
 SWITCH = {"off": (False,), "on": (True,), "both": (False, True)}
 LEAST = {"steps": 1, "batches": 1, "warmup": 0, "seconds": 0.2}
 
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
 def build_task(
     name: str, freeze_embeddings: bool = True, encoders: dict[str, Any] | None = None, **changes: Any
 ) -> Task:
-    """The training task of configs/model/NAME.yaml with random weights: speed does not depend on them.
+    """Return the training task of configs/model/NAME.yaml with random weights.
 
     HiCoDiT has the given encoders, else tiny ones; Talker's word embeddings are frozen or not, by default frozen as in
     the released recipe.
@@ -82,23 +84,22 @@ def build_task(
         return HiCoDiTTask(model, encoders, f"{folder}/codec", "", None)
 
 
-def hicodit_batch(task: Task, rows: int, seconds: float) -> dict[str, Tensor]:
-    frames, model, size = round(25 * seconds), task.system.model.config, task.system.encoders.config
-    return {
-        "mouth": torch.rand(rows, frames, size.mouth_size, size.mouth_size),
-        "face": torch.rand(rows, 3, size.face_size, size.face_size),
-        "tokens": torch.randint(model.codes, (rows, model.levels, TOKENS_PER_FRAME * frames)),
-        "ge2e": torch.rand(rows, 256),
-        "expression": torch.randint(7, (rows, windows_of(frames))),
-        "face_expression": torch.randint(7, (rows,)),
-        "phoneme": torch.randint(48, (rows, frames)),
-        "frames": torch.full((rows,), frames),
-    }
-
-
-def talker_batch(task: Task, rows: int, seconds: float) -> dict[str, Tensor]:
-    """Rows of T2AV (the first half) and of TTS, three words a second."""
-    c, frames, words = task.model.config, round(25 * seconds), max(1, round(3 * seconds))
+def random_batch(task: Task, rows: int, seconds: float) -> dict[str, Tensor]:
+    """Return a batch of a task. Talker's rows have three words a second; the first half are T2AV, the others TTS."""
+    frames = round(25 * seconds)
+    if isinstance(task, HiCoDiTTask):
+        model, size = task.system.model.config, task.system.encoders.config
+        return {
+            "mouth": torch.rand(rows, frames, size.mouth_size, size.mouth_size),
+            "face": torch.rand(rows, 3, size.face_size, size.face_size),
+            "tokens": torch.randint(model.codes, (rows, model.levels, TOKENS_PER_FRAME * frames)),
+            "ge2e": torch.rand(rows, 256),
+            "expression": torch.randint(7, (rows, windows_of(frames))),
+            "face_expression": torch.randint(7, (rows,)),
+            "phoneme": torch.randint(48, (rows, frames)),
+            "frames": torch.full((rows,), frames),
+        }
+    c, words = task.model.config, max(1, round(3 * seconds))
     patches = -(-frames // c.patch_size)
     with_motion = torch.arange(rows) < -(-rows // 2)
     return {
@@ -113,119 +114,63 @@ def talker_batch(task: Task, rows: int, seconds: float) -> dict[str, Tensor]:
     }
 
 
-MODELS: dict[str, tuple[str, Callable[..., dict[str, Tensor]], tuple[str, ...]]] = {
-    "hicodit": (
-        "hicodit",
-        hicodit_batch,
-        ("system.encoders.lip", "system.model.stages.0", "system.model.stages.1"),
-    ),
-    "talker": (
-        "talker_t2av",
-        talker_batch,
-        (
-            "model.llm.model", "model.speech_patch_encoder", "model.motion_patch_encoder",
-            "model.speech_cfm.estimator", "model.motion_cfm.estimator",
-        ),
-    ),
-}  # fmt: skip
-
-
-class Clock:
-    """Sums of seconds by name; waits for the device."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.sums, self.last = device, defaultdict(float), 0.0
-
-    def start(self) -> None:
-        self.last = now(self.device)
-
-    def stop(self, name: str) -> None:
-        """Time since the last start or stop goes to `name`."""
-        before, self.last = self.last, now(self.device)
-        self.sums[name] += self.last - before
-
-
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """One setting: seconds of each part of a step (mean), forward seconds by module, GiB by part, tokens/s, MFU."""
+    """Measure one setting: mean seconds of each part of a step, GiB by part, tokens/s and MFU."""
     device = distributed.init(job["device"])
-    name, make_batch, modules = MODELS[job["model"]]
     settings = {name: job[name] for name in ("precision", "device", "compile", "checkpointing", "ema_decay")}
     config = TrainerConfig(**settings)
-    task = build_task(f"{name}_{job['size']}", **job.get("changes", {})).to(device).train()
+    task = build_task(f"{MODELS[job['model']]}_{job['size']}", **job.get("changes", {})).to(device).train()
     parallel = ParallelTask(task, config, device)
     (part, module), *_ = task.parts().items()
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimiser, ema = adamw(parameters, config), ExponentialMovingAverage(task, config.ema_decay)
-    batch = {k: v.to(device) for k, v in make_batch(task, job["batch"], job["seconds"]).items()}
-    tokens, clock, use = task.tokens(batch), Clock(device), Utilisation(job["peak_tflops"])
-    losses: list[float] = []
-
-    def forward() -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            return parallel.losses(batch, part)["loss"]
+    batch = {k: v.to(device) for k, v in random_batch(task, job["batch"], job["seconds"]).items()}
+    tokens, use = task.tokens(batch), Utilisation(job["peak_tflops"])
+    durations: list[np.ndarray] = []
 
     def step() -> int:
-        clock.start()
-        loss = forward()
-        clock.stop("forward")
+        """Take a step, note the seconds of its `PARTS`, and return its tokens."""
+        times = [now(device)]
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            loss = parallel.losses(batch, part)["loss"]
+        times.append(now(device))
         loss.backward()
-        clock.stop("backward")
+        times.append(now(device))
         parallel.clip(parameters, 1.0)
-        clock.stop("clip")
+        times.append(now(device))
         optimiser.step()
-        clock.stop("optimiser")
+        times.append(now(device))
         ema.update(0)
         optimiser.zero_grad()
-        clock.stop("average")
-        losses.append(float(loss.detach()))
+        times.append(now(device))
+        durations.append(np.diff(times))
         return tokens
 
     try:
         use.count(step)
-        for _ in range(job["warmup"]):
+        for _ in range(job["warmup"] + job["steps"]):
             step()
-        clock.sums.clear()
-        for _ in range(job["steps"]):
-            step()
+        seconds = np.mean(durations[-job["steps"] :], 0).tolist()
         peak = memory_gib(device)
     except torch.cuda.OutOfMemoryError:
         return {**job, "out_of_memory": True}
-    seconds = {name: value / job["steps"] for name, value in clock.sums.items()}
-    whole = sum(seconds.values())
     memory = {
         "weights": nbytes(task.parameters()) / 2**30,
         "gradients": nbytes(parameters) / 2**30,
         "optimiser": nbytes(t for state in optimiser.state.values() for t in state.values()) / 2**30,
         "average": nbytes(ema.averages.values()) / 2**30,
     }
-    inside = Clock(device)
-    for name in modules:
-        _time_forward(task.get_submodule(name), name, inside)
-    with torch.no_grad():
-        forward()
     return {
         **job,
         "parameters_m": sum(p.numel() for p in task.parameters()) / 1e6,
         "tokens": tokens,
-        "loss": losses[-1],
-        "step_s": whole,
-        "tokens_per_s": tokens / whole,
-        **use.share(tokens, 1, whole),
-        "seconds_by_part": seconds,
-        "forward_seconds_by_module": dict(inside.sums),
+        "step_s": sum(seconds),
+        "tokens_per_s": tokens / sum(seconds),
+        **use.share(tokens, 1, sum(seconds)),
+        "seconds_by_part": dict(zip(PARTS, seconds)),
         "peak_gib": peak,
         "gib_by_part": memory | {"activations and the rest": peak - sum(memory.values())},
     }
-
-
-def _time_forward(module: nn.Module, name: str, clock: Clock) -> None:
-    begun: list[float] = []
-
-    def end(*_: Any) -> None:
-        clock.sums[name] += now(clock.device) - begun.pop()
-
-    module.register_forward_pre_hook(lambda *_: begun.append(now(clock.device)))
-    module.register_forward_hook(end)
 
 
 def line(r: dict[str, Any]) -> str:
