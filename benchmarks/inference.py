@@ -8,12 +8,12 @@ HiCoDiT: steps of the first window are timed; the time of a clip follows from it
 are left out. The reference loop follows the paper literally: it runs the guidance branches one by one, prepares their
 conditions in every step and computes all heads at all positions.
 Talker-T2AV: patches of t2av after a prompt of 40 tokens. The reference loop is shaped as the official program's.
-Streams and whole clips (`--minutes`) run the bundled HiCoDiT from pictures to sound.
+Streams run the bundled HiCoDiT from pictures to sound.
 
 step_ms: a step (HiCoDiT), a patch (Talker-T2AV) or a hop (stream). rtf: computing seconds for a second of speech.
 first_s: computing seconds before the first sound. of_rate: share of the machine's measured rate of matrix products.
-speed_up: against the reference loop in float32; slowest and fastest: the same of single rounds. The reference of
-Talker-T2AV takes 10 solver steps, whatever `--sampling` is. Operators and host reads are those of a step or patch.
+speed_up: against the reference loop in float32. That of Talker-T2AV takes 10 solver steps, whatever `--sampling` is.
+Operators and host reads are those of a step or patch.
 
     python scripts/benchmark.py inference              tiny models, a few minutes
     python scripts/benchmark.py inference --full       also released sizes, 60 s and batches of 8
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import os
 import statistics
 from collections import Counter
@@ -52,7 +53,7 @@ from engine.record import dated
 from engine.training.speed import counter
 from hicodit.conditions.encoders import TinyEncoderConfig
 from hicodit.conditions.released import ReleasedEncoderConfig
-from hicodit.conditions.types import FPS, Conditions, Crops, windows_of
+from hicodit.conditions.types import FPS, Conditions, windows_of
 from hicodit.diffusion import LogLinearNoise, log_expm1
 from hicodit.generation import generate, guided_posterior, windows
 from hicodit.guidance import combine
@@ -68,10 +69,11 @@ from talker_t2av.settings import with_preset as with_sampling
 
 GUIDANCE = GuidanceScales(2.5, 1.25, 1.5, 2.0, "D")  # the paper's for LRS3
 CLIP = BUNDLED.parent / "demo" / "silent.mp4"
-LEAST = {"timed_steps": 2, "patches": 2, "rounds": 1, "seconds": 1.0, "batch": 1, "lookahead": 0.04, "minutes": 0.1}
+LEAST = {"timed_steps": 2, "patches": 2, "rounds": 1, "seconds": 1.0, "batch": 1}
+LOOKAHEADS = 0.2, 0.4, 0.8  # seconds, of the streams
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 COLUMNS = ("model", "size", "batch", "seconds", "sampler", "precision", "step_ms", "rtf", "first_s", "evaluations",
-           "operators", "host_reads", "peak_memory_mb", "of_rate", "speed_up", "slowest", "fastest")  # fmt: skip
+           "operators", "host_reads", "peak_memory_mb", "of_rate", "speed_up")  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,54 +94,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timed-steps", type=int, default=3, help="steps of HiCoDiT's samplers to time")
     parser.add_argument("--patches", type=int, default=4, help="patches of Talker-T2AV to time")
     parser.add_argument("--rounds", type=int, default=3, help="turns that each way takes; the median counts")
-    parser.add_argument("--lookahead", nargs="+", type=float, default=[0.2, 0.4, 0.8], help="seconds, of the streams")
-    parser.add_argument("--minutes", nargs="*", type=float, default=[], help="of whole clips")
 
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     sizes = args.sizes or (["tiny", "base"] if args.full else ["tiny"])
     lengths = args.seconds or ([2.0, 10.0, 60.0] if args.full else [2.0, 10.0])
-    clock = now if args.wall else compute_time
     names = args.precisions or [name for name in TYPES if name != "int8" or can_int8(args.device)]
-    rates = {name: matrix_rate(args.device, TYPES[name], clock) for name in names}
-    shared = {k: getattr(args, k) for k in ("timed_steps", "patches", "rounds", "device")}
-    shared |= {"rates": rates, "clock": clock}
-    rows = []
+    rates = {name: matrix_rate(args.device, TYPES[name], now if args.wall else compute_time) for name in names}
     facts = {"matrix_rate_gflops": {k: round(v / 1e9) for k, v in rates.items()}, "load_average": os.getloadavg()}
     yield facts, f"{facts}\n{_line(dict(zip(COLUMNS, COLUMNS)))}"
-    jobs: list[tuple[Callable, dict[str, Any]]] = []
-    for size in sizes:
-        for batch in args.batch or ([1, 8] if args.full else [1]):
-            each = [shared | {"size": size, "batch": batch, "precision": name} for name in names]
-            if "hicodit" in args.models:
-                settings = [{"seconds": s, "sampler": k} for s in lengths for k in args.samplers]
-                jobs += [(hicodit, job | setting) for setting in settings for job in each]
-            if "talker_t2av" in args.models:
-                jobs += [(talker, job | {"sampling": preset}) for preset in args.sampling for job in each]
+    jobs: list[tuple[Any, ...]] = []  # a function and its arguments after `args`
+    for size, batch in itertools.product(sizes, args.batch or ([1, 8] if args.full else [1])):
+        if "hicodit" in args.models:
+            settings = itertools.product(lengths, args.samplers, rates.items())
+            jobs += [(hicodit, size, batch, *setting) for setting in settings]
+        if "talker_t2av" in args.models:
+            jobs += [(talker, size, batch, *setting) for setting in itertools.product(args.sampling, rates.items())]
     if "stream" in args.models:
-        jobs += [(stream, shared | {"lookahead": seconds}) for seconds in args.lookahead]
-    jobs += [(whole_clip, shared | {"minutes": minutes}) for minutes in args.minutes]
-    for measure, job in jobs:
-        row = in_own_process(measure, job)
+        jobs += [(stream, lookahead) for lookahead in LOOKAHEADS]
+    rows = []
+    for measure, *setting in jobs:
+        row = in_own_process(measure, args, *setting)
         rows.append(row)
         yield row, _line(row)
     chart(rows, dated(args.out, f"inference-{args.device.type}.png"))
 
 
-class PaperPosterior:
-    """HiCoDiT's reference loop: a forward for each branch, its conditions prepared in it, all heads everywhere."""
+def paper_posterior(model: HiCoDiT, conditions: Conditions, scales: GuidanceScales) -> Callable[..., Tensor]:
+    """Return HiCoDiT's reference: a forward for each branch, its conditions prepared in it, all heads everywhere."""
 
-    def __init__(self, model: HiCoDiT, conditions: Conditions, scales: GuidanceScales) -> None:
-        self.model, self.conditions, self.scales = model, conditions, scales
-
-    def __call__(self, tokens: Tensor, t: Tensor, where: Tensor | None) -> Tensor:
+    def posterior(tokens: Tensor, t: Tensor, where: Tensor | None) -> Tensor:
         branches, sigma = [], LogLinearNoise().sigma(t)
-        for branch in self.scales.branches:
-            log_q = self.model(tokens, sigma, self.model.prepare(self.conditions, (branch,)))[0]
+        for branch in scales.branches:
+            log_q = model(tokens, sigma, model.prepare(conditions, (branch,)))[0]
             if where is not None:
                 log_q = log_q.gather(2, where[..., None].expand(-1, -1, -1, log_q.shape[-1]))
             branches.append(log_q)
-        return combine(torch.stack(branches), self.scales, -log_expm1(sigma)[:, None, None, None])
+        return combine(torch.stack(branches), scales, -log_expm1(sigma)[:, None, None, None])
+
+    return posterior
 
 
 def build_hicodit(size: str) -> HiCoDiT:
@@ -164,15 +157,17 @@ def random_conditions(model: HiCoDiT, batch: int, seconds: float, device: torch.
 
 
 @torch.inference_mode()
-def hicodit(job: dict[str, Any]) -> dict[str, Any]:
-    """Measure one setting of HiCoDiT."""
-    device, batch, seconds = torch.device(job["device"]), job["batch"], job["seconds"]
-    sampler, guidance = with_preset(job["sampler"], SamplerConfig(), GUIDANCE)
-    plain, clock, precision = build_hicodit(job["size"]).to(device), job["clock"], job["precision"]
+def hicodit(
+    args: argparse.Namespace, size: str, batch: int, seconds: float, preset: str, rate: tuple[str, float]
+) -> dict[str, Any]:
+    """Measure one setting of HiCoDiT. rate: a precision, and the machine's rate of matrix products in it."""
+    device, (precision, peak) = args.device, rate
+    sampler, guidance = with_preset(preset, SamplerConfig(), GUIDANCE)
+    plain, clock = build_hicodit(size).to(device), now if args.wall else compute_time
     conditions = random_conditions(plain, batch, min(seconds, sampler.window), device)
 
     def first_window(
-        model: HiCoDiT, steps: int = job["timed_steps"], posterior: Callable = guided_posterior
+        model: HiCoDiT, steps: int = args.timed_steps, posterior: Callable = guided_posterior
     ) -> list[float]:
         """Generate the first window; return the seconds of each step."""
         times = [clock(device)]
@@ -188,9 +183,7 @@ def hicodit(job: dict[str, Any]) -> dict[str, Any]:
     if precision == "bf16":
         convert_matrices(model, torch.bfloat16, FLOAT32)
     prepare_inference(model, precision == "int8", device)
-    times = take_turns(
-        job["rounds"], lambda: first_window(model), lambda: first_window(plain, posterior=PaperPosterior)
-    )
+    times = take_turns(args.rounds, lambda: first_window(model), lambda: first_window(plain, posterior=paper_posterior))
     first, each = times[..., 0], times[..., 1:]  # the first step also prepares the conditions
     once = statistics.median(first[0] - np.median(each[0], 1))
     count, step, reference = len(windows(round(FPS * seconds), sampler)), *map(float, np.median(each, (1, 2)))
@@ -198,11 +191,10 @@ def hicodit(job: dict[str, Any]) -> dict[str, Any]:
     operators.subtract(_operators(lambda: first_window(model, 2)))
     window = max(0.0, once) + sampler.steps * step
     return {
-        "model": "hicodit", "size": job["size"], "batch": batch, "seconds": seconds, "sampler": job["sampler"],
+        "model": "hicodit", "size": size, "batch": batch, "seconds": seconds, "sampler": preset,
         "precision": precision, "step_ms": 1e3 * step, "rtf": count * window / seconds / batch, "first_s": window,
         "evaluations": count * sampler.steps * len(guidance.branches), **operators,
-        "peak_memory_mb": peak_memory_mb(device), "of_rate": flops / step / job["rates"][precision],
-        "speed_up": reference / step,
+        "peak_memory_mb": peak_memory_mb(device), "of_rate": flops / step / peak, "speed_up": reference / step,
     }  # fmt: skip
 
 
@@ -228,11 +220,11 @@ def random_request(model: TalkerT2AV, patches: int, seed: int) -> Request:
 
 
 @torch.inference_mode()
-def talker(job: dict[str, Any]) -> dict[str, Any]:
-    """Measure one setting of Talker-T2AV. The reference loop has one row alone."""
-    device, batch, patches, clock = torch.device(job["device"]), job["batch"], job["patches"], job["clock"]
-    sampling, precision = with_sampling(job["sampling"], Sampling()), job["precision"]
-    plain = build_talker(job["size"]).to(device)
+def talker(args: argparse.Namespace, size: str, batch: int, preset: str, rate: tuple[str, float]) -> dict[str, Any]:
+    """Measure one setting of Talker-T2AV. The reference loop has one row alone. rate: as in `hicodit`."""
+    device, patches, (precision, peak) = args.device, args.patches, rate
+    sampling, clock = with_sampling(preset, Sampling()), now if args.wall else compute_time
+    plain = build_talker(size).to(device)
     model = copy.deepcopy(plain)
     if precision == "bf16":
         model.to_precision(torch.bfloat16)
@@ -252,56 +244,35 @@ def talker(job: dict[str, Any]) -> dict[str, Any]:
         official_t2av(plain, requests[0], Sampling())
         return [(clock(device) - begin) / patches] * patches
 
-    own, theirs = take_turns(job["rounds"], lambda: loop(model), official)  # (rounds, patches)
+    own, theirs = take_turns(args.rounds, lambda: loop(model), official)  # (rounds, patches)
     took, reference = (float(np.median(times.mean(1))) for times in (own, theirs))
     flops, operators = _flops(lambda: loop(plain)) / patches, _operators(lambda: loop(model))
-    ratios = (theirs.sum(1) * batch / own.sum(1)).tolist()
     return {
-        "model": "talker_t2av", "size": job["size"], "batch": batch, "seconds": 0.16 * patches,
+        "model": "talker_t2av", "size": size, "batch": batch, "seconds": 0.16 * patches,
         "sampler": f"{sampling.steps} steps", "precision": precision, "step_ms": 1e3 * took,
         "rtf": took / 0.16 / batch, "first_s": float(np.median(own[:, 0])),
         "evaluations": 2 * (2 * (sampling.steps - 1) - sampling.unguided),
         **{k: round(v / patches) for k, v in operators.items()},
-        "peak_memory_mb": peak_memory_mb(device), "of_rate": flops / took / job["rates"][precision],
-        "speed_up": reference * batch / took, "slowest": min(ratios), "fastest": max(ratios),
-        "reference_step_ms": 1e3 * reference,
+        "peak_memory_mb": peak_memory_mb(device), "of_rate": flops / took / peak,
+        "speed_up": reference * batch / took, "reference_step_ms": 1e3 * reference,
     }  # fmt: skip
 
 
-def stream(job: dict[str, Any]) -> dict[str, Any]:
+def stream(args: argparse.Namespace, lookahead: float) -> dict[str, Any]:
     """Measure the bundled HiCoDiT on the demo clip while its pictures come."""
-    device = torch.device(job["device"])
-    pipeline = HiCoDiTPipeline.from_pretrained(device=device)
-    begin = firsts = hops = None
-    for turn in range(job["rounds"] + 1):  # the first turn warms up
-        if turn == 1:
-            begin, firsts, hops = compute_time(device), [], []
-        chunks = list(pipeline.stream(CLIP, lookahead=job["lookahead"]))
-        if turn:
-            firsts.append(chunks[0].compute)
-            hops += [chunk.compute for chunk in chunks[1:-1]]
+    pipeline = HiCoDiTPipeline.from_pretrained(device=args.device)
+    list(pipeline.stream(CLIP, lookahead=lookahead))  # warms up
+    begin, firsts, hops = compute_time(args.device), [], []
+    for _ in range(args.rounds):
+        chunks = list(pipeline.stream(CLIP, lookahead=lookahead))
+        firsts.append(chunks[0].compute)
+        hops += [chunk.compute for chunk in chunks[1:-1]]
     seconds = sum(len(chunk.wave) for chunk in chunks) / pipeline.codec.sample_rate
     return {
-        "model": "stream", "size": "bundled", "batch": 1, "seconds": seconds,
-        "sampler": f"{job['lookahead']:g} s ahead", "step_ms": 1e3 * statistics.median(hops),
-        "rtf": (compute_time(device) - begin) / job["rounds"] / seconds, "first_s": statistics.median(firsts),
-        "pictures_before_first_s": chunks[0].needed / FPS, "peak_memory_mb": peak_memory_mb(device),
-    }  # fmt: skip
-
-
-def whole_clip(job: dict[str, Any]) -> dict[str, Any]:
-    """Measure the bundled HiCoDiT on a long clip, from cut pictures to sound, with two steps a window."""
-    device = torch.device(job["device"])
-    pipeline = HiCoDiTPipeline.from_pretrained(device=device)
-    frames, rng = round(60 * FPS * job["minutes"]), np.random.default_rng(0)
-    mouth, voices = (rng.integers(0, 255, shape, np.uint8) for shape in ((frames, 48, 48), (4, 64, 64, 3)))
-    crops = Crops(mouth, voices, torch.zeros(windows_of(frames), dtype=torch.long))
-    begin = compute_time(device)
-    wave = pipeline.run([crops], [0], sampler=replace(pipeline.sampler, steps=2))[0].wave
-    took, seconds = compute_time(device) - begin, len(wave) / pipeline.codec.sample_rate
-    return {
-        "model": "whole clip", "size": "bundled", "batch": 1, "seconds": seconds, "sampler": "2 steps",
-        "rtf": took / seconds, "peak_memory_mb": peak_memory_mb(device),
+        "model": "stream", "size": "bundled", "batch": 1, "seconds": seconds, "sampler": f"{lookahead:g} s ahead",
+        "step_ms": 1e3 * statistics.median(hops), "rtf": (compute_time(args.device) - begin) / args.rounds / seconds,
+        "first_s": statistics.median(firsts), "pictures_before_first_s": chunks[0].needed / FPS,
+        "peak_memory_mb": peak_memory_mb(args.device),
     }  # fmt: skip
 
 
