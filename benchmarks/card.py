@@ -1,31 +1,58 @@
-"""A card under test: what is measured on it, and the ranges by which a line becomes PASS, WARN or FAIL.
+"""The checks of a card, by name; scripts/check_gpu.py runs them, and says what a line means.
 
-The checks are in benchmarks/card_checks.py. Their ranges come from `Card` (data sheets), or from the work that a call
-does: `Operators` counts it, and `Machine.bounds` turns it into seconds.
+The range of a line comes from the card's data sheet, or from the work that a call does: `Operators` counts it, and
+`Machine.bounds` turns it into seconds.
+
+Axes: B clips, K token levels, L token frames, N codes.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import math
 import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 import torch
 
-from benchmarks.common import Operators, copy_rate, in_own_process, matrix_rate, now, peak_memory_mb
-from benchmarks.plan import EFFICIENCY, Card, find_card
-from engine.cuda_graph import Backend
-from engine.errors import printable
+from benchmarks import common, serving, training
+from benchmarks.inference import CLIP, GUIDANCE, build_hicodit, build_talker, random_conditions, random_request
+from benchmarks.plan import EFFICIENCY, Card, find_card, measure_samples, plan, read_recipe
+from engine.cuda_graph import Backend, GraphedSteps
+from engine.errors import UserError, printable
+from engine.precision import convert_matrices
+from hicodit.conditions.types import Conditions
+from hicodit.generation import generate, guided_posterior, window
+from hicodit.layers import attend
+from hicodit.model import FLOAT32, TOKENS_PER_FRAME, HiCoDiT
+from hicodit.pipeline import HiCoDiTPipeline
+from hicodit.settings import BUNDLED as HICODIT
+from hicodit.settings import SamplerConfig, with_preset
+from hicodit.system import HiCoDiTSystem
+from talker_t2av.fused import fuse_layers
+from talker_t2av.generation import Rows
+from talker_t2av.request import MODES, Sampling
+from talker_t2av.system import BUNDLED, TalkerSystem
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST, MOST, STARTED = 1.5, 6.0, 3.0  # a loop at batch 1: times the roofline; at most, times what its kernels take
 REPLAYED = 2e-6  # seconds that a small kernel takes in a CUDA graph, at least: an assumption
 MIB = 2**20
+# Seconds of HiCoDiT's clip, patches of Talker-T2AV, seconds and most samples of a training step, number of steps.
+SCALE = {"base": (10.0, 25, 8.0, 64, 10), "tiny": (1.0, 3, 0.4, 2, 2)}
+TWO_CARDS = "two_cards or killed_rank"  # of tests/gpu/test_cards.py
+PATIENCE = 900  # seconds for the tests
+DRIFT, DIVERGENCE, DIFFERENCE = 1e-3, 0.004, 0.02  # bounds: latents of graphs, KL of bfloat16, flash-attn
 
 
 @dataclass(frozen=True)
@@ -60,8 +87,11 @@ def judge(value: float, low: float | None = None, high: float | None = None) -> 
     return "WARN" if near else "FAIL"
 
 
-@dataclass(frozen=True)
-class Rates:
+def line(name: str, value: float, unit: str, low: float | None, high: float | None, note: str = "") -> Line:
+    return Line(name, judge(value, low, high), value, unit, low, high, note)
+
+
+class Rates(NamedTuple):
     """Measured rates: matrix products in FLOP/s, and copies in bytes/s, read and written bytes counted."""
 
     bf16: float
@@ -78,6 +108,7 @@ class Machine:
     Args:
         device: a CUDA device.
         cards: how many take part.
+        size: of the models: base, or tiny for a trial.
 
     Attributes:
         backend: what captures graphs; None: `engine.cuda_graph.CudaGraphs`.
@@ -87,8 +118,9 @@ class Machine:
     backend: Backend | None = None
     tests: Path = ROOT / "tests" / "gpu"
 
-    def __init__(self, device: torch.device, cards: int = 1) -> None:
-        self.device, self.cards = device, cards
+    def __init__(self, device: torch.device, cards: int = 1, size: str = "base") -> None:
+        self.device, self.cards, self.size = device, cards, size
+        self.seconds, self.patches, self.step_seconds, self.samples, self.steps = SCALE[size]
 
     @cached_property
     def name(self) -> str:
@@ -116,8 +148,8 @@ class Machine:
 
     @cached_property
     def rates(self) -> Rates:
-        bf16, fp32 = (matrix_rate(self.device, dtype) for dtype in (torch.bfloat16, torch.float32))
-        return Rates(bf16, fp32, copy_rate(self.device))
+        bf16, fp32 = (common.matrix_rate(self.device, dtype) for dtype in (torch.bfloat16, torch.float32))
+        return Rates(bf16, fp32, common.copy_rate(self.device))
 
     def reading(self, name: str, measured: float) -> float:
         """Return the value of the measurement of a name."""
@@ -127,9 +159,9 @@ class Machine:
         """Return the median seconds of a call, after one call that does not count."""
         durations = []
         for _ in range(repeats + 1):
-            begin = now(self.device)
+            begin = common.now(self.device)
             call()
-            durations.append(now(self.device) - begin)
+            durations.append(common.now(self.device) - begin)
         return self.reading(f"{name} seconds", statistics.median(durations[1:]))
 
     def forget_peak(self) -> None:
@@ -140,14 +172,14 @@ class Machine:
 
     def peak(self, name: str) -> float:
         """Return the peak memory in MiB."""
-        return self.reading(f"{name} MiB", peak_memory_mb(self.device))
+        return self.reading(f"{name} MiB", common.peak_memory_mb(self.device))
 
     def in_process(self, measure: Callable[..., Any], *arguments: Any) -> Any:
         """Return the result of a call in a process that has the card's memory to itself."""
         self.forget_peak()
-        return in_own_process(measure, *arguments)
+        return common.in_own_process(measure, *arguments)
 
-    def bounds(self, work: Operators) -> tuple[float, float, str]:
+    def bounds(self, work: common.Operators) -> tuple[float, float, str]:
         """Return the range of the seconds of work that is replayed as CUDA graphs, and where the range comes from."""
         roofline = work.flops / self.rates.bf16 + work.weights / self.rates.copy
         kernels = work.kernels * REPLAYED
@@ -159,14 +191,215 @@ class Machine:
         return LEAST * roofline, max(MOST * roofline, STARTED * kernels), note
 
 
-Check = Callable[[Machine, str], Iterator[Line]]
+def versions(machine: Machine) -> Iterator[Line]:
+    driver, toolkit = machine.versions()
+    verdict = "PASS" if math.isfinite(toolkit) and driver >= int(toolkit) else "FAIL"
+    yield Line("driver", verdict, driver, "CUDA", None, None, f"PyTorch {torch.__version__} has CUDA {toolkit:g}")
 
 
-def run_checks(machine: Machine, size: str, checks: dict[str, Check]) -> Iterator[Line]:
-    """Yield the lines of all checks; one that raises becomes a FAIL, and the others go on."""
-    for name, check in checks.items():
-        try:
-            yield from check(machine, size)
-        except Exception as error:
-            yield Line(name, "FAIL", note=printable(f"{type(error).__name__}: {error}")[:300])
-        machine.forget_peak()
+def rates(machine: Machine) -> Iterator[Line]:
+    card, found = machine.card, machine.rates
+    for name, value, stated, unit, share in (
+        ("matrix rate bf16", found.bf16 / 1e12, card and card.peak, "TFLOP/s", 0.5),
+        ("matrix rate fp32", found.fp32 / 1e12, card and card.single, "TFLOP/s", 0.5),
+        ("copy rate", found.copy / 1e9, card and card.bandwidth / 1e9, "GB/s", 0.7),
+    ):
+        if stated is None:
+            yield Line(name, "WARN", value, unit, note=f"no data sheet of {machine.name} in benchmarks/plan.py")
+        else:
+            note = f"{share:.0%} to 105 % of the data sheet's {stated:g}"
+            yield line(name, value, unit, share * stated, 1.05 * stated, note)
+
+
+def card_tests(machine: Machine, name: str = "tests/gpu", expression: str = f"not ({TWO_CARDS})") -> Iterator[Line]:
+    """Tests of tests/gpu, by default all for one card; a skipped one counts as failed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", str(machine.tests), f"--junitxml={report}", "-k", expression]
+        done = subprocess.run(command, cwd=ROOT, timeout=PATIENCE, capture_output=True, text=True)
+        if not report.is_file():
+            raise UserError(f"pytest ended with exit code {done.returncode}: {(done.stderr or done.stdout)[-200:]}")
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    ways = ("failure", "error", "skipped")
+    bad = [case.get("name", "") for case in cases if any(case.find(way) is not None for way in ways)]
+    note = f"of {len(cases)}" + (f": {', '.join(bad[:8])}" if bad else "")
+    verdict = "FAIL" if bad or not cases else "PASS"
+    yield Line(name, verdict, len(bad), "failed or skipped", 0, 0, note)
+
+
+def two_cards(machine: Machine) -> Iterator[Line]:
+    """DDP and FSDP2 over NCCL, and a run that goes on after one of its processes was killed."""
+    if machine.cards > 1:
+        yield from card_tests(machine, "two cards", TWO_CARDS)
+
+
+def graphs(machine: Machine) -> Iterator[Line]:
+    """Steps replayed as CUDA graphs against the same steps called one by one, with the bundled models in float32."""
+    model, conditions, pipeline = _bundled(machine)
+    sampler = replace(pipeline.sampler, steps=4)
+    tokens = [
+        generate(model, conditions, sampler, pipeline.guidance, [0], graphs=graphs)[0]
+        for graphs in (GraphedSteps(), GraphedSteps(machine.device, backend=machine.backend))
+    ]
+    note = f"of {tokens[0].numel():,} of the bundled HiCoDiT, graphs against eager"
+    yield line("graphs hicodit", int((tokens[0] != tokens[1]).sum()), "tokens differ", 0, 0, note)
+    talker = TalkerSystem.load(BUNDLED, None, machine.device).model
+    results = []
+    for eager in (True, False):
+        rows = Rows(talker, MODES["t2av"], Sampling(4, guidance=2.0), use_stop=False, backend=machine.backend)
+        if eager:
+            rows.run_step.backend = None
+        results.append(rows.generate([random_request(talker, machine.patches, 0)])[0])
+    one, two = results
+    drift = max(float((getattr(one, s) - getattr(two, s)).abs().max()) for s in ("speech", "motion"))
+    yield line("graphs talker", drift, "", 0, DRIFT, "largest difference of latents of the bundled Talker-T2AV")
+
+
+def _bundled(machine: Machine) -> tuple[HiCoDiT, Conditions, HiCoDiTPipeline]:
+    """The bundled HiCoDiT in float32, and the conditions of the demo clip."""
+    pipeline = HiCoDiTPipeline.from_pretrained(device=machine.device, precision="fp32")
+    conditions = pipeline.conditions([pipeline.crops(CLIP)])
+    if machine.size == "tiny":
+        conditions = window(conditions, [0], [(0, 25)])
+    return pipeline.system.model, conditions, pipeline
+
+
+@torch.inference_mode()
+def posteriors(machine: Machine) -> Iterator[Line]:
+    """KL divergence of the bundled HiCoDiT's log posteriors in bfloat16 from those in float32."""
+    model, conditions, pipeline = _bundled(machine)
+    half = convert_matrices(HiCoDiTSystem.from_pretrained(HICODIT).model, torch.bfloat16, FLOAT32)
+    half.to(machine.device).eval()
+    c, frames = model.config, TOKENS_PER_FRAME * conditions.lip.shape[1]
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(c.codes, (1, c.levels, frames), generator=g)
+    tokens = tokens.masked_fill(torch.rand(tokens.shape, generator=g) < 0.5, model.mask_id).to(machine.device)
+    t = torch.full((1,), 0.5, device=machine.device)
+    one, two = (guided_posterior(m, conditions, pipeline.guidance)(tokens, t, None).float() for m in (model, half))
+    divergence = (one.exp() * (one - two)).nan_to_num(0.0, posinf=0.0, neginf=0.0).sum(-1).mean()
+    yield line("posteriors bf16", float(divergence), "nats", None, DIVERGENCE, "mean KL from float32, bundled HiCoDiT")
+
+
+def flash(machine: Machine) -> Iterator[Line]:
+    if find_spec("flash_attn") is None:
+        yield Line("flash-attn", "WARN", note="not installed: bash scripts/setup.sh flash")
+        return
+    g = torch.Generator(machine.device).manual_seed(0)
+    q, k, v = torch.randn(3, 2, 12, 500, 64, generator=g, device=machine.device).bfloat16()
+    difference = (attend(q, k, v, None, "flash") - attend(q, k, v, None)).abs().max()
+    yield line("flash-attn", float(difference), "", None, DIFFERENCE, "largest difference from sdpa in bfloat16")
+
+
+@torch.inference_mode()
+def hicodit(machine: Machine) -> Iterator[Line]:
+    """HiCoDiT with random weights: the sampler's steps of one window, without encoders and codec."""
+    model = convert_matrices(build_hicodit(machine.size), torch.bfloat16, FLOAT32)
+    machine.forget_peak()
+    model.to(machine.device)
+    sampler, guidance = with_preset("fast", SamplerConfig(), GUIDANCE)
+    graphs = GraphedSteps(machine.device, backend=machine.backend)
+    clips = {s: random_conditions(model, 1, s, machine.device) for s in (machine.seconds, machine.seconds / 5)}
+
+    def speak(seconds: float, eager: bool) -> None:
+        generate(model, clips[seconds], sampler, guidance, [0], graphs=GraphedSteps() if eager else graphs)
+
+    yield from _speed(machine, "hicodit", model, speak, *clips, machine.seconds)
+
+
+@torch.inference_mode()
+def talker(machine: Machine) -> Iterator[Line]:
+    """Talker-T2AV with random weights: t2av after a prompt of 40 tokens, one row, graphs on CUDA."""
+    model = build_talker(machine.size).to_precision(torch.bfloat16)
+    fuse_layers(model)
+    machine.forget_peak()
+    model.to(machine.device)
+    rows = Rows(model, MODES["t2av"], Sampling(), use_stop=False, backend=machine.backend)
+    graphs = rows.run_step.backend
+
+    def speak(patches: int, eager: bool) -> None:
+        rows.run_step.backend = None if eager else graphs
+        rows.generate([random_request(model, patches, 0)])
+
+    yield from _speed(machine, "talker", model, speak, machine.patches, 1, 0.16 * machine.patches)
+
+
+def _speed(
+    machine: Machine, name: str, model: torch.nn.Module, speak: Callable[[Any, bool], None], whole: Any, first: Any,
+    seconds: float,
+) -> Iterator[Line]:  # fmt: skip
+    """Judge the real-time factor of `speak(whole)`, so many seconds, the time of `speak(first)`, and the memory.
+
+    `speak` takes whether steps are called one by one, so that their work can be counted, or replayed as graphs.
+    """
+    weights = common.nbytes(model.parameters()) / MIB
+    took = machine.time(name, lambda: speak(whole, False))
+    sound = machine.time(f"{name} first sound", lambda: speak(first, False))
+    peak = machine.peak(name)
+    low, high, note = machine.bounds(common.Operators.of(model, lambda: speak(whole, True)))
+    yield line(f"{name} real-time factor", took / seconds, "", low / seconds, high / seconds, note)
+    low, high, note = machine.bounds(common.Operators.of(model, lambda: speak(first, True)))
+    yield line(f"{name} first sound", sound, "s", low, high, note)
+    yield line(f"{name} memory", peak, "MiB", weights, 2 * weights + 1024, "the weights, to twice those and 1 GiB")
+
+
+def train_steps(machine: Machine) -> Iterator[Line]:
+    """Ten steps of each paper's recipe beside the prediction for one card."""
+    seconds = machine.step_seconds
+    for recipe in ("hicodit_paper", "talker_paper"):
+        model, sizes, trainer, rows, total = read_recipe(recipe, [])
+        if machine.size == "tiny":
+            sizes = common.read_config(f"model/{training.MODELS[model]}_tiny")
+        most = min(trainer.batch_size, machine.samples)
+        pair = measure_samples(model, sizes, trainer, rows, seconds, max(2, most))
+        samples = max(1, min(most, plan(*pair, "ddp", 1, machine.stated, 1, total).largest_batch))
+        expected = plan(*pair, "ddp", 1, machine.stated, samples, total)
+        result = machine.in_process(training.measure, {
+            "model": model, "size": machine.size, "batch": samples * rows, "seconds": seconds, "precision": "bf16",
+            "device": machine.device.type, "compile": trainer.compile, "checkpointing": trainer.checkpointing,
+            "ema_decay": trainer.ema_decay, "warmup": 2, "steps": machine.steps,
+            "peak_tflops": machine.rates.bf16 / 1e12, "changes": sizes,
+        })  # fmt: skip
+        if result.get("out_of_memory"):
+            raise UserError(f"{recipe}: {samples} samples of {seconds:g} s do not fit the card")
+        step = machine.reading(f"{recipe} step seconds", result["step_s"])
+        how = f"{samples} samples of {seconds:g} s"
+        how += f", predicted {expected.step_s:.3g} s" + ("" if machine.card else ", of a card that is not known")
+        yield line(f"{recipe} step", step, "s", expected.step_s / 2, 2 * expected.step_s, f"{how}; half to twice that")
+        memory, gib = sum(expected.memory.values()) / 2**30, machine.reading(f"{recipe} GiB", result["peak_gib"])
+        yield line(f"{recipe} memory", gib, "GiB", memory / 2, LEAST * memory, f"predicted {memory:.3g} GiB")
+
+
+def service(machine: Machine) -> Iterator[Line]:
+    """Requests a second of the web service with the bundled models, each for half a second of speech."""
+    requests, parser = 48 if machine.size == "base" else 4, argparse.ArgumentParser()
+    serving.add_arguments(parser)
+    args = parser.parse_args(["--requests", str(requests), "--mixed", "0"])
+    args.threads, args.device = torch.get_num_threads(), machine.device
+    least = 1 / serving.SPEECH["max_seconds"]
+    for result, _ in serving.run(args):
+        name = f"service {result['clients']} clients"
+        if result["answers"] != {"speech: as it should": requests} or result["left_inside"]:
+            yield Line(name, "FAIL", note=f"answers {result['answers']}, {result['left_inside']} left inside")
+            continue
+        value = machine.reading(name, result["requests_a_second"])
+        note = f"at least {'real time' if result['clients'] == 1 else 'what fewer clients got'}; "
+        yield line(name, value, "requests/s", least, None, note + f"median {result['p50_s']:g} s")
+        least = max(least, 0.9 * value)
+
+
+CHECKS: dict[str, Callable[[Machine], Iterator[Line]]] = {
+    "driver": versions, "rates": rates, "tests": card_tests, "graphs": graphs, "posteriors": posteriors,
+    "flash": flash, "hicodit": hicodit, "talker": talker, "training": train_steps, "service": service,
+    "two_cards": two_cards,
+}  # fmt: skip
+
+
+def run_checks(machine: Machine, names: Collection[str]) -> Iterator[Line]:
+    """Yield the lines of checks; one that raises becomes a FAIL, and the others go on."""
+    for name, check in CHECKS.items():
+        if name in names:
+            try:
+                yield from check(machine)
+            except Exception as error:
+                yield Line(name, "FAIL", note=printable(f"{type(error).__name__}: {error}")[:300])
+            machine.forget_peak()

@@ -6,7 +6,7 @@
 
 Prints a line for each finding. PASS: the value is in its range. WARN: within a factor of two of it, or something is not
 installed or known. FAIL: neither, or the check raised an error. Writes OUT/DATE-check-gpu-CARD.json. Exit code 1 if a
-line is FAIL, 2 without a card. What is checked is in benchmarks/card_checks.py; weights are random or bundled.
+line is FAIL, 2 without a card. What is checked is in benchmarks/card.py; weights are random or bundled.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.card import Machine, run_checks
-from benchmarks.card_checks import CHECKS
+from benchmarks.card import CHECKS, Machine, run_checks
 from engine.errors import UserError, run_cli
 from engine.files import writable
 from engine.record import RESULTS, write_record
@@ -40,11 +39,11 @@ def main(machine: Machine | None = None) -> int:
     there = torch.cuda.device_count()
     if machine is None and there < args.cards:
         raise UserError(f"{args.cards} CUDA cards are needed, {there} here: run this on a machine with a GPU")
-    machine = machine or Machine(torch.device("cuda", 0), args.cards)
+    machine = machine or Machine(torch.device("cuda", 0), args.cards, args.size)
     begin, lines = time.monotonic(), []
     with writable(args.out, "--out"):
         print(machine.name, flush=True)
-        for line in run_checks(machine, args.size, {name: CHECKS[name] for name in CHECKS if name in args.only}):
+        for line in run_checks(machine, args.only):
             lines.append(line)
             print(line, flush=True)
         slug = re.sub(r"[^a-z0-9]+", "-", machine.name.lower()).strip("-")

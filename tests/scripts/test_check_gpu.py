@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import card_checks
+from benchmarks import card
 from benchmarks.card import Machine, Rates, judge
 from scripts import check_gpu
 from tests.gpu.dying_graphs import DyingOutputs
@@ -27,7 +27,7 @@ class Processor(Machine):
     rates = Rates(650e12, 50e12, 2.8e12)
 
     def __init__(self, tests, **readings):
-        super().__init__(torch.device("cpu"))
+        super().__init__(torch.device("cpu"), size="tiny")
         self.tests, self.readings, self.backend = tests, readings, DyingOutputs()
         tests.mkdir()
         (tests / "test_card.py").write_text(TESTED)
@@ -84,7 +84,7 @@ def test_a_wrong_value_and_an_error_fail(check, tmp_path, monkeypatch):
     def broken(size):
         raise RuntimeError("CUDA error:\nan illegal memory access")
 
-    monkeypatch.setattr(card_checks, "build_hicodit", broken)
+    monkeypatch.setattr(card, "build_hicodit", broken)
     machine = Processor(tmp_path / "tests", **{"talker seconds": 0.5, "talker MiB": 2000})
     code, lines, _ = check(machine, "hicodit", "talker")
     assert code == 1
