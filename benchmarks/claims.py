@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from benchmarks import hicodit_models
-from benchmarks.common import in_own_process
+from benchmarks.common import in_own_process, run_program
 from engine.config import load
 from engine.errors import UserError
 from engine.evaluation.charts import chart_curves, chart_differences
@@ -43,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variants", nargs="+", help="those that are measured; the first is compared with the others")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of what is trained")
     parser.add_argument("--corpus", type=Path, default=Path("data/synthetic_2"), help="folder of the corpus")
-    parser.add_argument("--shards", type=Path, help="its prepared shards; default: CORPUS/shards/RECIPE")
     parser.add_argument(
         "--evaluate", nargs="*", action="extend", default=[], metavar="SETTING", help="settings of evaluate.py for all"
     )
@@ -69,29 +67,27 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
             pairs, true, speakers = measure(args, claim, name, seed)
             measured.setdefault(name, []).append(pairs)
             measured[TRUTH], groups = [true], {**groups, **speakers}
-    rows = compare({name: measured[name] for name in [*chosen, TRUTH]}, figures_of(claim), groups)
+    figures, x = [*(hicodit_models.LOSSES if "losses" in claim else ()), *claim["figures"]], claim.get("x")
+    rows = compare({name: measured[name] for name in [*chosen, TRUTH]}, [*figures, x] if x else figures, groups)
     yield from ((row, line(row)) for row in rows)
     path = dated(args.out, f"claims-{args.claim}.png")
-    if x := claim.get("x"):
+    if x:
         chart_curves(rows, claim["figures"], x, path)
     elif len(chosen) > 1:
-        chart_differences([row for row in rows if row["variant"] != TRUTH], figures_of(claim), path)
+        chart_differences([row for row in rows if row["variant"] != TRUTH], figures, path)
     yield {"chart": path.name, "figures_are": "[mean over seeds, half of the 95 % interval]"}, str(path)
 
 
-def figures_of(claim: Mapping[str, Any]) -> list[str]:
-    losses = [*hicodit_models.LOSSES] if claim.get("losses") else []
-    return [*losses, *claim["figures"], *([claim["x"]] if "x" in claim else [])]
-
-
 def measure(
-    args: argparse.Namespace, claim: Mapping[str, Any], name: str, seed: int
+    args: argparse.Namespace, claim: dict[str, Any], name: str, seed: int
 ) -> tuple[Pairs, Pairs, dict[str, str]]:
     """Train and measure a variant, where that is missing; return its pairs, those of true clips, and the speakers."""
     variant, folder = claim["variants"][name], args.runs / args.claim / f"{name}-{seed}"
+    recipe = "talker" if "table=synthetic_talker" in claim["evaluate"] else "hicodit_tiny"
+    shards = args.corpus / "shards" / recipe
     settings = dict(variant.get("generate") or {})
-    if release := release_of(args, claim, name, seed, folder):
-        settings["weights"] = str(release)
+    if "train" in claim or "derive" in variant:
+        settings["weights"] = str(train(args, claim, variant, seed, folder, shards))
     if "model" in variant:
         settings["model"] = variant["model"]
     words = [*claim["evaluate"], f"corpus={args.corpus}", "media=false", f"output={folder}", *args.evaluate]
@@ -101,57 +97,42 @@ def measure(
     summary = evaluate(config, config.split[0], folder / "evaluation")
     cells = summary["systems"]
     pairs, true = ({f: c["pairs"] for f, c in cells.get(which, {}).items() if "pairs" in c} for which in (name, TRUTH))
-    if claim.get("losses"):
-        shards = shards_of(args, claim) / config.split[0]
+    if "losses" in claim:
         path = folder / "losses.json"
         if not path.is_file():
-            losses = in_own_process(hicodit_models.losses, settings["weights"], shards, config.clips)
+            losses = in_own_process(hicodit_models.losses, settings["weights"], shards / config.split[0], config.clips)
             path.write_text(json.dumps(losses))
         pairs |= json.loads(path.read_text())
     return pairs, true, summary["speakers"]
 
 
-def release_of(args: argparse.Namespace, claim: Mapping[str, Any], name: str, seed: int, folder: Path) -> Path | None:
-    """Return the release of a variant, trained or derived where it is missing; None: it needs none of its own."""
-    variant = claim["variants"][name]
-    source = variant.get("derive")
-    if "train" not in claim and source is None:
-        return None
-    settings = [
-        *claim.get("train", ()), f"data.corpus={args.corpus}", f"data.root={shards_of(args, claim)}",
-        f"trainer.seed={seed}", *args.train, *variant.get("train", ()),
-    ]  # fmt: skip
+def train(
+    args: argparse.Namespace,
+    claim: Mapping[str, Any],
+    variant: Mapping[str, Any],
+    seed: int,
+    folder: Path,
+    shards: Path,
+) -> Path:
+    """Train a variant, or derive it from another one, where that is missing; return its release."""
+    source, settings = variant.get("derive"), [*claim.get("train", ()), f"data.corpus={args.corpus}"]
+    settings += [f"data.root={shards}", f"trainer.seed={seed}", *args.train, *variant.get("train", ())]
     done, wanted = folder / "trained.json", json.dumps([source, settings])
     if done.is_file() and done.read_text() == wanted:
         return folder / "release"
     shutil.rmtree(folder, ignore_errors=True)  # also what was measured of an older model
+    folder.mkdir(parents=True)
     if source is not None:
-        trained = (
-            args.runs / args.claim / f"{source}-{seed}" / "release" if source in claim["variants"] else Path(source)
-        )
+        trained = folder.with_name(f"{source}-{seed}") / "release" if source in claim["variants"] else Path(source)
         hicodit_models.derive(trained, folder / "release", seed)
     else:
         if "start" in claim:
             start = hicodit_models.start(folder / "start", settings, seed, claim["start"])
             settings = [*settings, f"init={start}"]
-        train(folder, settings)
+        # In the user's working folder: what the settings name lies there.
+        run_program([sys.executable, str(ROOT / "train.py"), f"run={folder}", *NEVER, *settings], "train.py")
     done.write_text(wanted)
     return folder / "release"
-
-
-def shards_of(args: argparse.Namespace, claim: Mapping[str, Any]) -> Path:
-    talker = "table=synthetic_talker" in claim["evaluate"]
-    return args.shards or args.corpus / "shards" / ("talker" if talker else "hicodit_tiny")
-
-
-def train(folder: Path, settings: list[str]) -> None:
-    """Run train.py to its last step, in the user's working folder: what the settings name lies there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "training.log").open("a") as log:
-        command = [sys.executable, str(ROOT / "train.py"), f"run={folder}", *NEVER, *settings]
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-    if code != 0:
-        raise UserError(f"the training of {folder.name} failed (exit {code}), see {folder / 'training.log'}")
 
 
 def compare(

@@ -1,26 +1,23 @@
 """HiCoDiT models of a claim: with which weights they start, what is derived from them, and their losses by clip.
 
-Axes: B batch, N clips, K levels, L token frames.
+Axes: K levels, L token frames.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from engine.config import compose, plain
 from engine.evaluation.statistics import derangement
 from engine.release import find_codec
 from engine.seeding import generator_for
 from hicodit.conditions import encoder_config
-from hicodit.conditions.types import Conditions, windows_of
+from hicodit.conditions.types import Conditions
 from hicodit.data import HiCoDiTDataset
 from hicodit.diffusion import LogLinearNoise, masked_at, weighted_score_entropy
 from hicodit.evaluate import stored_conditions, stored_samples
@@ -30,7 +27,6 @@ from hicodit.system import CODECS, HiCoDiTSystem
 
 TIMES = (0.25, 0.75)  # of the loss: the middle of each half
 LOW = 2  # levels in `score_entropy_low` of every variant, as in the paper
-BATCH = 8
 LOSSES = ("score_entropy_low", "score_entropy_high", "expression_gain_high", "identity_gain_low")
 # The identity loss reaches these parts alone, and with the true voice as its input the score network does not see them:
 # without that loss it is trained exactly as in the full model.
@@ -73,56 +69,34 @@ def losses(release: str, shards: str | Path, clips: int) -> dict[str, dict[str, 
     pipeline = HiCoDiTPipeline.from_pretrained(release, precision="fp32")
     codec = find_codec(Path(release), pipeline.system.release.get("codec", "rvq_tiny"), CODECS, BUNDLED.parent)
     samples = stored_samples(HiCoDiTDataset(shards, codec, augment=False), clips)
-    table = losses_of(pipeline, samples).double()  # (N, 3 versions, 2 groups of levels)
-    own, expression, identity = table.unbind(1)
-    columns = own[:, 0], own[:, 1], (expression - own)[:, 1], (identity - own)[:, 0]
-    keys = [info["key"] for info, _ in samples]
-    return {n: {key: (value, 1.0) for key, value in zip(keys, c.tolist())} for n, c in zip(LOSSES, columns)}
+    conditions = [stored_conditions(pipeline, [clip]) for _, clip in samples]
+    others = derangement(len(samples), np.random.default_rng(0))
+    pairs: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in LOSSES}
+    for (info, clip), own, other in zip(samples, conditions, others):
+        expression = torch.from_numpy(np.resize(conditions[other].expression.numpy(), own.expression.shape))
+        versions = own, replace(own, expression=expression), replace(own, identity=conditions[other].identity)
+        tokens = clip["tokens"].T[None]
+        (low, high), (_, other_expression), (other_face, _) = (
+            entropy(pipeline.system.model, version, tokens, info["key"]).double().tolist() for version in versions
+        )
+        for name, value in zip(LOSSES, (low, high, other_expression - high, other_face - low)):
+            pairs[name][info["key"]] = value, 1.0
+    return pairs
 
 
-def losses_of(pipeline: HiCoDiTPipeline, samples: Sequence[tuple[dict[str, Any], dict[str, Tensor]]]) -> Tensor:
-    """Return losses (N, 3, 2): with own conditions, with other expressions, with another face; of both level groups.
+def entropy(model: HiCoDiT, conditions: Conditions, tokens: Tensor, key: str) -> Tensor:
+    """Return the loss (2,) of levels 1-2 and of the others, for one token of all levels, of the clip `key`.
 
-    samples: JSON and tensors, see `HiCoDiTDataset.read`.
+    tokens: (1, K, L).
     """
-    model, (infos, clips) = pipeline.system.model, zip(*samples)
-    order = sorted(range(len(clips)), key=lambda i: len(clips[i]["phoneme"]))
-    groups = [order[first : first + BATCH] for first in range(0, len(order), BATCH)]
-    other, conditions = derangement(len(clips), np.random.default_rng(0)), {}
-    for group in groups:
-        own = stored_conditions(pipeline, [clips[i] for i in group])
-        for row, i in enumerate(group):
-            length = len(clips[i]["phoneme"])
-            conditions[i] = own.lip[row, :length], own.identity[row], own.expression[row, : windows_of(length)]
-    found = {}
-    for group in groups:
-        frames = torch.tensor([len(clips[i]["phoneme"]) for i in group])
-        lip, identity, expression = zip(*(conditions[i] for i in group))
-        far = [conditions[other[i]] for i in group]
-        resized = [torch.from_numpy(np.resize(o[2].numpy(), len(e))) for o, e in zip(far, expression)]
-        lip, expression, resized = (pad_sequence(parts, batch_first=True) for parts in (lip, expression, resized))
-        own = Conditions(lip, torch.stack(identity), expression, frames)
-        versions = own, replace(own, expression=resized), replace(own, identity=torch.stack([o[1] for o in far]))
-        tokens = pad_sequence([clips[i]["tokens"] for i in group], batch_first=True).transpose(1, 2)
-        keys = [infos[i]["key"] for i in group]
-        found |= zip(group, torch.stack([_entropy(model, version, tokens, keys) for version in versions], 1))
-    return torch.stack([found[i] for i in range(len(clips))])
-
-
-def _entropy(model: HiCoDiT, conditions: Conditions, tokens: Tensor, keys: Sequence[str]) -> Tensor:
-    """Tokens (B, K, L) of clips `keys` -> loss (B, 2) of levels 1-2 and of the others, for one token of all levels."""
-    noise, conditioning, out = LogLinearNoise(), model.prepare(conditions), 0
-    valid = torch.arange(tokens.shape[2]) < 2 * conditions.frames[:, None]
+    noise, conditioning, out = LogLinearNoise(), model.prepare(conditions), torch.zeros(2)
     for number, moment in enumerate(TIMES):
-        t = torch.full((len(tokens),), moment)
-        drawn = [torch.rand(len(tokens[0]), int(2 * n), generator=generator_for(0, "claims", key, number))
-                 for n, key in zip(conditions.frames, keys)]  # fmt: skip
-        uniforms = pad_sequence([u.T for u in drawn], batch_first=True, padding_value=1.0).transpose(1, 2)
-        masked = masked_at(noise.sigma(t), uniforms) & valid[:, None]
+        t = torch.full((1,), moment)
+        uniforms = torch.rand(tokens.shape[1:], generator=generator_for(0, "claims", key, number))
+        masked = masked_at(noise.sigma(t), uniforms[None])
         where = positions_of(masked, tokens.device)
         log_q = model(torch.where(masked, model.mask_id, tokens), noise.sigma(t), conditioning, where)[0]
         clip, level, frame = rows_of(where)
-        entropy = weighted_score_entropy(log_q, tokens[clip, level, frame], t[clip], noise)
-        sums = torch.zeros(len(tokens), 2).index_put((clip, (level >= LOW).long()), entropy, accumulate=True)
-        out = out + sums / (valid.sum(1, keepdim=True) * len(tokens[0])) / len(TIMES)
-    return out
+        score = weighted_score_entropy(log_q, tokens[clip, level, frame], t[clip], noise)
+        out.index_put_(((level >= LOW).long(),), score, accumulate=True)
+    return out / tokens.numel() / len(TIMES)
