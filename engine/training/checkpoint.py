@@ -17,8 +17,8 @@ import shutil
 import subprocess
 import threading
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -73,10 +73,22 @@ class Checkpoints:
             info: what JSON can hold; the main process's counts.
         """
         self.wait()
-        copy = self._copy({key: tensor for key, tensor in state.items() if _is_first_copy(tensor)})
-        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # a thread has one of its own
+        copies: dict[str, Tensor] = {}
+        for key, tensor in state.items():
+            if not _is_first_copy(tensor):
+                continue
+            local = distributed.local(tensor)
+            if key not in self._copies:
+                self._copies[key] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
+            copy = self._copies[key].copy_(local, non_blocking=local.is_cuda)
+            # Sharded tensors stay sharded.
+            copies[key] = DTensor(copy, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else copy
+        device = None
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # once, after all copies are under way
+            device = torch.cuda.current_device()  # a thread has one of its own
         # A daemon, so that a process that fails while its peers are dead can leave.
-        self._thread = threading.Thread(target=self._write, args=(step, copy, info, device), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(step, copies, info, device), daemon=True)
         self._thread.start()
         return folder_of(self.root, step)
 
@@ -94,53 +106,41 @@ class Checkpoints:
         if (folder := folder_of(self.root, step)).is_dir():
             write_json(folder / RESULTS, results)
 
-    def _copy(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copy `state` to main memory; sharded tensors stay sharded."""
-        for key, tensor in state.items():
-            local = distributed.local(tensor)
-            if key not in self._copies:
-                self._copies[key] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
-            self._copies[key].copy_(local, non_blocking=local.is_cuda)
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # once, after all copies are under way
-        return {
-            key: DTensor(self._copies[key], tensor._spec, requires_grad=False)
-            if isinstance(tensor, DTensor)
-            else self._copies[key]
-            for key, tensor in state.items()
-        }
-
     def _write(self, step: int, state: dict[str, Tensor], info: dict[str, Any], device: int | None) -> None:
         final, staging = folder_of(self.root, step), self.root / f".step-{step:08d}.writing"
         if device is not None:
             torch.cuda.set_device(device)
         try:
-            self._together(self._make_room if distributed.is_main() else None)
+            with self._together():
+                if distributed.is_main():
+                    self.root.mkdir(parents=True, exist_ok=True)
+                    for leftover in self.root.glob(".step-*"):
+                        shutil.rmtree(leftover, ignore_errors=True)
             dcp.save(state, checkpoint_id=staging, process_group=self._group, no_dist=self._group is None)
-            files = self._together(lambda: _fingerprints(staging))
-            info = {**info, "step": step, "files": {name: of for part in files for name, of in part.items()}}
-            self._together((lambda: self._commit(staging, final, info)) if distributed.is_main() else None)
+            with self._together():  # each process reads what it wrote; the main one has written `.metadata`, too
+                own = [*staging.glob(f"__{distributed.rank()}_*"), *[staging / ".metadata"] * distributed.is_main()]
+                written = {path.name: _fingerprint(path) for path in own}
+            shares = distributed.gather(written, self._group)
+            info = info | {"step": step, "files": {name: of for share in shares for name, of in sorted(share.items())}}
+            with self._together():
+                if distributed.is_main():
+                    self._commit(staging, final, info)
         except (Exception, dcp.api.CheckpointException) as error:  # the latter is a BaseException
             if distributed.is_main():
                 shutil.rmtree(staging, ignore_errors=True)
             self.problem = f"checkpoint {final} cannot be written: {_cause(error)}; earlier checkpoints are intact"
 
-    def _together(self, action: Callable[[], Any] | None) -> list[Any]:
-        """Gather the results of every process's `action`; raise OSError in all of them if it failed in one."""
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Wait until every process has done the block; raise OSError in all of them if one of them failed in it."""
+        problem = None
         try:
-            outcome = (action() if action else None, None)
+            yield
         except OSError as error:
-            outcome = (None, str(error))
-        outcomes = distributed.gather(outcome, self._group)
-        for _, problem in outcomes:
-            if problem is not None:
-                raise OSError(problem)
-        return [result for result, _ in outcomes]
-
-    def _make_room(self) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
-        for leftover in self.root.glob(".step-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            problem = str(error)
+        for each in distributed.gather(problem, self._group):
+            if each is not None:
+                raise OSError(each)
 
     def _commit(self, staging: Path, final: Path, info: dict[str, Any]) -> None:
         with (staging / INFO).open("w") as file:
@@ -298,12 +298,6 @@ def code_version() -> str:
     with suppress(metadata.PackageNotFoundError):
         return metadata.version("speaking-faces")
     return "unknown"
-
-
-def _fingerprints(folder: Path) -> dict[str, list[int]]:
-    """Fingerprint the files that this process wrote; the main one writes `.metadata` too."""
-    paths = sorted(folder.glob(f"__{distributed.rank()}_*")) + [folder / ".metadata"] * distributed.is_main()
-    return {path.name: _fingerprint(path) for path in paths}
 
 
 def _fingerprint(path: Path) -> list[int]:

@@ -17,12 +17,13 @@ from engine.untrusted import safe_name
 
 # All that the pickled `.metadata` of a dict of tensors names. BytesStorageMetadata is left out for good: what it
 # describes, torch would unpickle with no such list.
-_METADATA = (dcp_metadata.Metadata, dcp_metadata.TensorStorageMetadata, dcp_metadata.TensorProperties)
-_METADATA += (dcp_metadata.ChunkStorageMetadata, dcp_metadata.MetadataIndex, dcp_metadata.StorageMeta)
-_METADATA += (dcp_metadata._MEM_FORMAT_ENCODING, filesystem._StorageInfo, torch.serialization._get_layout, torch.Size)
-_METADATA += (PosixPath, *{value for value in vars(torch).values() if isinstance(value, torch.dtype)})
-_GLOBALS = {(found.__module__, found.__qualname__): found for found in _METADATA if not isinstance(found, torch.dtype)}
-_GLOBALS |= {tuple(str(found).split(".")): found for found in _METADATA if isinstance(found, torch.dtype)}
+_NAMED = (
+    dcp_metadata.Metadata, dcp_metadata.TensorStorageMetadata, dcp_metadata.TensorProperties,
+    dcp_metadata.ChunkStorageMetadata, dcp_metadata.MetadataIndex, dcp_metadata.StorageMeta,
+    dcp_metadata._MEM_FORMAT_ENCODING, filesystem._StorageInfo, torch.serialization._get_layout, torch.Size, PosixPath,
+)  # fmt: skip
+_GLOBALS: dict[tuple[str, str], Any] = {(found.__module__, found.__qualname__): found for found in _NAMED}
+_GLOBALS |= {("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
 def _member(found: type, name: str) -> Any:
