@@ -1,7 +1,6 @@
 """The page of `scripts/demo.py`, by gradio (Apache-2.0): fields, buttons, and what they show while a model works."""
 
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -52,23 +51,6 @@ class Stopped(Exception):
     """The visitor pressed Stop, or closed the page."""
 
 
-class Runs:
-    """Which visitors want their run stopped, by the session of their page."""
-
-    def __init__(self) -> None:
-        self._flags: dict[str, threading.Event] = {}
-
-    def begin(self, request: gr.Request) -> None:
-        self._flags[request.session_hash] = threading.Event()
-
-    def stop(self, request: gr.Request) -> None:
-        self._flags.setdefault(request.session_hash, threading.Event()).set()
-
-    def check(self, session: str) -> None:
-        if self._flags.setdefault(session, threading.Event()).is_set():
-            raise Stopped
-
-
 def looks(mode: str, source: str) -> dict[str, dict[str, Any]]:
     """Return visibility and labels of the page's parts; `source` of the face is "a clip" or "a picture"."""
     file = {"a2v": "the sound", "v2a": "the clip"}.get(mode)
@@ -100,51 +82,54 @@ def text_for(mode: str, text: str, voice: str | None, clip: str | None) -> str:
 
 def page(demo: Demo) -> gr.Blocks:
     """Make the page, which `launch` opens."""
-    runs = Runs()
+    stopped: set[str] = set()  # sessions whose run shall end
     with gr.Blocks(title="speaking-faces", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
         gr.Markdown(f"# speaking-faces\n{KNOWN if demo.bundled else OTHERS}")
         with gr.Tab("Speech for a clip"):
-            _speech_tab(demo, runs)
+            _speech_tab(demo, stopped)
         with gr.Tab("Talking face"):
-            _talk_tab(demo, runs)
-        blocks.unload(runs.stop)
+            _talk_tab(demo, stopped)
+
+        def leave(request: gr.Request) -> None:
+            stopped.add(request.session_hash)
+
+        blocks.unload(leave)
     blocks.rules = CSS
     return blocks
 
 
-def _speech_tab(demo: Demo, runs: Runs) -> None:
+def _speech_tab(demo: Demo, stopped: set[str]) -> None:
     with gr.Row():
         with gr.Column():
-            clip = _clip_field("silent clip", CLIPS[0])
+            clip = gr.Video(CLIPS[0], height=280, sources=["upload"], label="silent clip")
             gr.Examples([[path] for path in CLIPS], clip, label="example clips")
             with gr.Accordion("Another voice than one that fits the face", open=False, visible=HAS_GE2E):
-                voice = gr.Audio(type="filepath", label="voice to speak with", buttons=[])
-                gr.Examples([[path] for path in VOICES], voice, label="example voices", example_labels=VOICE_NAMES)
-            settings = _settings(demo.hicodit.sampler, demo.hicodit.guidance.all, 128, 1.5, 5.0)
+                voice = _voice_field(None)
+            settings = _settings(demo.hicodit.sampler, demo.hicodit.guidance.all, 128, 1.5)
         with gr.Column():
             buttons, status, outputs = _results("Speak", "clip with its speech")
             figure = gr.Image(
                 label="mouth, spectrogram, tokens", show_label=False, interactive=False, buttons=["download"],
             )  # fmt: skip
-    _connect(runs, demo.speak, [clip, voice, *settings], buttons, status, [*outputs, figure], ["the clip", "the voice"])
+    files = {"the clip": 0, "the voice": 1}
+    _connect(stopped, demo.speak, [clip, voice, *settings], files, buttons, status, [*outputs, figure])
 
 
-def _talk_tab(demo: Demo, runs: Runs) -> None:
+def _talk_tab(demo: Demo, stopped: set[str]) -> None:
     with gr.Row():
         with gr.Column():
             mode = gr.Radio([(words, name) for name, words in MODES.items()], value="t2av", label="what happens")
             text = gr.Textbox(SENTENCES[0], label="text to say", max_length=1000)
             sentences = gr.Examples([[sentence] for sentence in SENTENCES], text, label="example sentences")
-            voice = gr.Audio(VOICES[0], type="filepath", label="voice to speak with", buttons=[])
-            gr.Examples([[path] for path in VOICES], voice, label="example voices", example_labels=VOICE_NAMES)
+            voice = _voice_field(VOICES[0])
             source = gr.Radio(["a clip", "a picture"], value="a clip", label="the face is in")
-            clip = _clip_field("face", CLIPS[0])
+            clip = gr.Video(CLIPS[0], height=280, sources=["upload"], label="face")
             picture = gr.Image(
                 PICTURE, type="filepath", image_mode=None, sources=["upload"], height=280, visible=False, label="face"
             )
             picture.preprocess = lambda file: file and file.path  # the reader of faces checks it, not gradio
             clips = gr.Examples([[path] for path in CLIPS], clip, label="example faces")
-            settings = _settings(demo.talker.sampling, demo.talker.sampling.guidance, 50, 1.0, 5.0)
+            settings = _settings(demo.talker.sampling, demo.talker.sampling.guidance, 50, 1.0)
         with gr.Column():
             buttons, status, outputs = _results("Talk", "talking face")
     parts = {
@@ -156,29 +141,29 @@ def _talk_tab(demo: Demo, runs: Runs) -> None:
         by_picture = source == "a picture" and mode in ("t2av", "a2v")
         return demo.talk(mode, text, voice, picture if by_picture else clip, *rest)
 
-    def adapt(mode: str, source: str, text: str, voice: str | None, clip: str | None) -> list[Any]:
+    def adapt(mode: str, source: str, text: str, voice: str | None, clip: str | None) -> dict[Any, Any]:
         updates = looks(mode, source)
         updates["text"]["value"] = text_for(mode, text, voice, clip)
-        return [gr.update(**look) for look in updates.values()]
+        return {parts[name]: gr.update(**look) for name, look in updates.items()}
 
-    fields = [parts[name] for name in looks("t2av", "a clip")]
     for field in (mode, source, voice, clip):  # an example brings its own label along
-        field.change(adapt, [mode, source, text, voice, clip], fields, **QUIET)
-    names = ["", "", "the sound", "", "the clip", "the picture"]
-    inputs = [mode, text, voice, source, clip, picture, *settings]
-    _connect(runs, talk, inputs, buttons, status, outputs, names)
+        field.change(adapt, [mode, source, text, voice, clip], [*parts.values()], **QUIET)
+    inputs, files = [mode, text, voice, source, clip, picture], {"the sound": 2, "the clip": 4, "the picture": 5}
+    _connect(stopped, talk, [*inputs, *settings], files, buttons, status, outputs)
 
 
-def _clip_field(label: str, value: str) -> gr.Video:
-    return gr.Video(value, height=280, sources=["upload"], label=label)
+def _voice_field(value: str | None) -> gr.Audio:
+    voice = gr.Audio(value, type="filepath", label="voice to speak with", buttons=[])
+    gr.Examples([[path] for path in VOICES], voice, label="example voices", example_labels=VOICE_NAMES)
+    return voice
 
 
-def _settings(sampler: Any, guidance: float, steps: int, temperature: float, most: float) -> list[Any]:
+def _settings(sampler: Any, guidance: float, steps: int, temperature: float) -> list[Any]:
     with gr.Accordion("Settings", open=False):
         return [
             gr.Slider(1, steps, sampler.steps, step=1, label="steps (more take longer)"),
             gr.Slider(0, temperature, sampler.temperature, step=0.05, label="temperature (0: always the likeliest)"),
-            gr.Slider(0, most, guidance, step=0.1, label="guidance (how closely the inputs are followed)"),
+            gr.Slider(0, 5.0, guidance, step=0.1, label="guidance (how closely the inputs are followed)"),
             gr.Number(0, precision=0, minimum=0, maximum=2**31 - 1, label="seed (another one, another result)"),
         ]
 
@@ -192,45 +177,40 @@ def _results(word: str, label: str) -> tuple[list[gr.Button], gr.Textbox, list[A
 
 
 def _connect(
-    runs: Runs, action: Callable, inputs: list[Any], buttons: list[Any], status: Any, outputs: list[Any],
-    names: list[str],
+    stopped: set[str], action: Callable, inputs: list[Any], files: dict[str, int], buttons: list[Any], status: Any,
+    outputs: list[Any],
 ) -> None:  # fmt: skip
-    """Let the buttons run and stop `action`; `names` are those of its first inputs if they are files."""
-
+    """Let the buttons run and stop `action`; `files` are its inputs that are files, by their names on the page."""
     idle = [gr.update(interactive=True), gr.update(interactive=False)]
 
     def begin(request: gr.Request) -> list[Any]:
-        runs.begin(request)
-        return [
-            gr.update(interactive=False),
-            gr.update(interactive=True),
-            "Waits for its turn.",
-            *[None] * len(outputs),
-        ]
+        stopped.discard(request.session_hash)
+        return [*reversed(idle), "Waits for its turn.", *[None] * len(outputs)]
 
     def run(request: gr.Request, progress=PROGRESS, *values: Any) -> list[Any]:
         def report(step: int, total: int, what: str) -> None:
-            runs.check(request.session_hash)
+            if request.session_hash in stopped:
+                raise Stopped
             progress((step, total or None), desc=what, unit="steps")
 
-        files = {name: path for name, path in zip(names, values) if name}
+        paths = {name: values[number] for name, number in files.items()}
         start, result = time.monotonic(), Made([])
         try:
             result = action(*values, report)
             notes = [*result.notes, f"done in {time.monotonic() - start:.1f} s"]
-            note = " ".join(in_page_words(note, files) for note in notes)
+            note = " ".join(in_page_words(note, paths) for note in notes)
         except Stopped:
             note = "Stopped."
         except UserError as error:
             print(printable(f"error shown on the page: {error}"), file=sys.stderr, flush=True)
-            note = f"This did not work. {in_page_words(str(error), files)}"
+            note = f"This did not work. {in_page_words(str(error), paths)}"
         except Exception:
             traceback.print_exc()
             note = "This did not work: a fault of the program. The terminal of the server says more."
         return [*idle, note, *[result.video, result.sound, result.figure][: len(outputs)]]
 
     def stop(request: gr.Request) -> list[Any]:
-        runs.stop(request)
+        stopped.add(request.session_hash)
         return [*idle, "Stopped."]
 
     everything = [*buttons, status, *outputs]
