@@ -17,22 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def blur_kernel(like: Tensor, gain: float = 1.0) -> Tensor:
-    """The (4, 4) low-pass kernel, summing to `gain`: the outer product of (1, 3, 3, 1) / 8, exact in any precision.
-
-    It is computed where `like` is: for a copy from the host the host would wait.
-    """
-    taps = 0.5 - (torch.arange(4, dtype=like.dtype, device=like.device) - 1.5).abs() / 4
-    return torch.outer(taps, taps) * gain
-
-
 def blur(x: Tensor, pad: tuple[int, int], gain: float = 1.0, stride: int = 1) -> Tensor:
-    """Zero-pad both axes by `pad` = (before, after), low-pass, keep every `stride`-th value.
+    """Zero-pad both axes by `pad` = (before, after), low-pass with a sum of `gain`, keep every `stride`-th value.
 
-    (B, C, H, W) -> (B, C, H', W') with H' = (H + before + after - 4) // stride + 1.
+    The kernel is the outer product of (1, 3, 3, 1) / 8, exact in any precision. It is computed where `x` is: for a copy
+    from the host the host would wait. (B, C, H, W) -> (B, C, H', W') with H' = (H + before + after - 4) // stride + 1.
     """
     channels = x.shape[1]
-    kernel = blur_kernel(x, gain).expand(channels, 1, 4, 4)
+    taps = 0.5 - (torch.arange(4, dtype=x.dtype, device=x.device) - 1.5).abs() / 4
+    kernel = (torch.outer(taps, taps) * gain).expand(channels, 1, 4, 4)
     return F.conv2d(F.pad(x, (*pad, *pad)), kernel, stride=stride, groups=channels)
 
 

@@ -14,14 +14,14 @@ from engine.device import send
 from rvq_codec.quantizer import ResidualQuantizer
 
 
-def kmeans(x: Tensor, count: int, normalize: bool, generator: torch.Generator, rounds: int = 20) -> Tensor:
-    """Centres (count, D) of vectors (M, D); by direction if `normalize`, but the centres are means of the vectors.
+def kmeans(x: Tensor, count: int, normalize: bool, generator: torch.Generator) -> Tensor:
+    """Find centres (count, D) of vectors (M, D); by direction if `normalize`, but the centres are means of the vectors.
 
     Empty clusters restart from random vectors.
     """
     keys = F.normalize(x, dim=-1) if normalize else x
     centres = x[torch.randint(len(x), (count,), generator=generator)]
-    for _ in range(rounds):
+    for _ in range(20):
         rows = F.normalize(centres, dim=-1) if normalize else centres
         nearest = (rows.square().sum(-1) - 2 * keys @ rows.T).argmin(-1)
         size = torch.bincount(nearest, minlength=count)

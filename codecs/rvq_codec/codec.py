@@ -6,7 +6,6 @@ Axes: B batch, N samples, C latent channels, Q levels, L frames. Waves (B, 1, N)
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,79 +17,16 @@ from engine.device import send
 from engine.errors import UserError
 from engine.nn.dac import DACDecoder, DACEncoder
 from engine.release import load_strict, weights_digest
-from engine.settings import Group, setting
+from rvq_codec.config import RVQCodecConfig
 from rvq_codec.quantizer import Quantized, ResidualQuantizer
 from rvq_codec.released import read_official
 from rvq_codec.vocos import VocosDecoder
 
 
-@dataclass(frozen=True)
-class RVQCodecConfig(Group):
-    """Constructor arguments of `RVQCodec`; the defaults are the released MaskGCT codec.
-
-    Attributes:
-        encoder_width, ratios, encoder_tanh: of the DAC encoder; the product of the ratios is the hop.
-        latent_channels: C.
-        levels, codebook_size, codebook_dim, normalize: of the residual quantiser.
-        quantizer_dropout, commitment, codebook: its training settings.
-        decoder: "vocos" (released) or "conv" (a DAC decoder with `conv_width` and `conv_ratios`).
-        vocos_dim, vocos_intermediate, vocos_layers, n_fft, hop: of the Vocos decoder.
-    """
-
-    sample_rate: int = setting(24_000, 1, 2**20)
-    encoder_width: int = setting(96, 1, 2**14)
-    ratios: tuple[int, ...] = setting((3, 4, 5, 8), 1, 2**10)
-    encoder_tanh: bool = False
-    latent_channels: int = setting(256, 1, 2**14)
-    levels: int = setting(12, 1, 256)
-    codebook_size: int = setting(1024, 1, 2**16)
-    codebook_dim: int = setting(8, 1, 2**12)
-    normalize: bool = True
-    quantizer_dropout: float = setting(0.5, 0.0, 1.0)
-    commitment: float = setting(0.25, 0.0, 1e6)
-    codebook: float = setting(1.0, 0.0, 1e6)
-    decoder: str = setting("vocos", choices=("vocos", "conv"))
-    vocos_dim: int = setting(512, 1, 2**14)
-    vocos_intermediate: int = setting(4096, 1, 2**16)
-    vocos_layers: int = setting(30, 1, 256)
-    n_fft: int = setting(1920, 2, 2**16)
-    hop: int = setting(480, 1, 2**16)
-    conv_width: int = setting(1536, 1, 2**16)
-    conv_ratios: tuple[int, ...] = setting((8, 5, 4, 3), 1, 2**10)
-
-    @property
-    def decoder_hop(self) -> int:
-        return self.hop if self.decoder == "vocos" else math.prod(self.conv_ratios)
-
-
-def build_encoder(config: RVQCodecConfig) -> DACEncoder:
-    return DACEncoder(config.encoder_width, config.ratios, config.latent_channels, config.encoder_tanh)
-
-
-def build_quantizer(config: RVQCodecConfig) -> ResidualQuantizer:
-    return ResidualQuantizer(
-        config.latent_channels,
-        config.levels,
-        config.codebook_size,
-        config.codebook_dim,
-        config.normalize,
-        config.quantizer_dropout,
-        config.commitment,
-        config.codebook,
-    )
-
-
 def build_decoder(config: RVQCodecConfig) -> VocosDecoder | DACDecoder:
     if config.decoder == "conv":
         return DACDecoder(config.latent_channels, config.conv_width, config.conv_ratios)
-    return VocosDecoder(
-        config.latent_channels,
-        config.vocos_dim,
-        config.vocos_intermediate,
-        config.vocos_layers,
-        config.n_fft,
-        config.hop,
-    )
+    return VocosDecoder(config)
 
 
 class RVQCodec(Codec):
@@ -107,8 +43,8 @@ class RVQCodec(Codec):
                 f"ratios {list(config.ratios)} make a hop of {math.prod(config.ratios)}, but the decoder's hop is "
                 f"{config.decoder_hop}: they must be equal"
             )
-        self.encoder = build_encoder(config)
-        self.quantizer = build_quantizer(config)
+        self.encoder = DACEncoder(config.encoder_width, config.ratios, config.latent_channels, config.encoder_tanh)
+        self.quantizer = ResidualQuantizer(config)
         self.decoder = build_decoder(config)
         self.hop, self.sample_rate = config.decoder_hop, config.sample_rate
         self.levels, self.codes = config.levels, config.codebook_size

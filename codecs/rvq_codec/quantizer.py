@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.nn.dac import WNConv1d
+from rvq_codec.config import RVQCodecConfig
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,13 @@ class VectorQuantizer(nn.Module):
     D == C there are no projections.
     """
 
-    def __init__(self, channels: int, codebook_size: int, codebook_dim: int, normalize: bool = True):
+    def __init__(self, config: RVQCodecConfig):
         super().__init__()
-        self.normalize = normalize
-        self.projected = channels != codebook_dim
-        self.in_project = WNConv1d(channels, codebook_dim, 1) if self.projected else nn.Identity()
-        self.out_project = WNConv1d(codebook_dim, channels, 1) if self.projected else nn.Identity()
-        self.codebook = nn.Embedding(codebook_size, codebook_dim)
+        self.normalize, channels, dim = config.normalize, config.latent_channels, config.codebook_dim
+        self.projected = channels != dim
+        self.in_project = WNConv1d(channels, dim, 1) if self.projected else nn.Identity()
+        self.out_project = WNConv1d(dim, channels, 1) if self.projected else nn.Identity()
+        self.codebook = nn.Embedding(config.codebook_size, dim)
 
     def distances(self, e: Tensor) -> Tensor:
         """Squared distances (B, T, K) of projected vectors (B, D, T) to all rows, in the released expanded form."""
@@ -70,30 +71,13 @@ class VectorQuantizer(nn.Module):
 class ResidualQuantizer(nn.Module):
     """Q levels, each quantising what the ones before left over.
 
-    Args:
-        channels: of the latent.
-        levels, codebook_size, codebook_dim: Q, K, D.
-        normalize: search with L2-normalised vectors.
-        dropout: share of a training batch that keeps only its first n levels, n uniform in 1..Q.
-        commitment, codebook: weights of the two losses.
+    In training, a share `dropout` of a batch keeps only its first n levels, n uniform in 1..Q.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        levels: int,
-        codebook_size: int,
-        codebook_dim: int,
-        normalize: bool = True,
-        dropout: float = 0.0,
-        commitment: float = 0.25,
-        codebook: float = 1.0,
-    ):
+    def __init__(self, config: RVQCodecConfig):
         super().__init__()
-        self.dropout, self.commitment, self.codebook = dropout, commitment, codebook
-        self.quantizers = nn.ModuleList(
-            VectorQuantizer(channels, codebook_size, codebook_dim, normalize) for _ in range(levels)
-        )
+        self.dropout, self.commitment, self.codebook = config.quantizer_dropout, config.commitment, config.codebook
+        self.quantizers = nn.ModuleList(VectorQuantizer(config) for _ in range(config.levels))
 
     def forward(self, z: Tensor, levels: int | None = None) -> Quantized:
         """Quantise (B, C, T) with the first `levels` levels.
@@ -103,24 +87,21 @@ class ResidualQuantizer(nn.Module):
         their residual is still updated. It runs in float32 under autocast, too: in half precision, the nearest code of
         many a frame is another one.
         """
-        with torch.autocast(z.device.type, enabled=False):
-            return self._quantize(z.float(), levels)
-
-    def _quantize(self, z: Tensor, levels: int | None) -> Quantized:
         count = len(self.quantizers) if self.training or levels is None else levels
         if not 1 <= count <= len(self.quantizers):
             raise UserError(f"levels={levels}: this quantiser has levels 1..{len(self.quantizers)}")
         kept = self._levels_kept(z)
-        residual, total = z, torch.zeros_like(z)
+        residual, total = z.float(), torch.zeros_like(z, dtype=torch.float32)
         codes, commitment, codebook = [], [], []
-        for i, quantizer in enumerate(self.quantizers[:count]):
-            q, index, to_encoder, to_codebook = quantizer(residual)
-            use = (i < kept).to(z.dtype)
-            total = total + q * use[:, None, None]
-            residual = residual - q
-            codes.append(index)
-            commitment.append(self.commitment * (to_encoder * use).mean())
-            codebook.append(self.codebook * (to_codebook * use).mean())
+        with torch.autocast(z.device.type, enabled=False):
+            for i, quantizer in enumerate(self.quantizers[:count]):
+                q, index, to_encoder, to_codebook = quantizer(residual)
+                use = (i < kept).float()
+                total = total + q * use[:, None, None]
+                residual = residual - q
+                codes.append(index)
+                commitment.append(self.commitment * (to_encoder * use).mean())
+                codebook.append(self.codebook * (to_codebook * use).mean())
         return Quantized(total, torch.stack(codes, 1), torch.stack(commitment), torch.stack(codebook))
 
     def _levels_kept(self, batch: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ from engine.nn.discriminators import WaveDiscriminators
 from engine.training.gan import GANTask
 from engine.training.task import Release
 from rvq_codec.codebooks import count_codes, perplexity, restart_dead_codes, warm_start
-from rvq_codec.codec import RVQCodec, RVQCodecConfig
+from rvq_codec.codec import RVQCodec
+from rvq_codec.config import RVQCodecConfig
 from rvq_codec.latent_targets import SpeechFeatures
 from rvq_codec.vocos import ConvNeXtBlock
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rvq_codec.config import RVQCodecConfig
+
 
 class ConvNeXtBlock(nn.Module):
     """Depthwise conv k7, LayerNorm, two linear layers with GELU between, a learned scale, plus the input. (B, C, T)."""
@@ -30,13 +32,14 @@ class ConvNeXtBlock(nn.Module):
 
 
 class VocosBackbone(nn.Module):
-    """(B, in_channels, T) -> (B, T, dim)."""
+    """(B, latent channels, T) -> (B, T, C)."""
 
-    def __init__(self, in_channels: int, dim: int, intermediate: int, layers: int):
+    def __init__(self, config: RVQCodecConfig):
         super().__init__()
-        self.embed = nn.Conv1d(in_channels, dim, 7, padding=3)
+        dim, layers = config.vocos_dim, config.vocos_layers
+        self.embed = nn.Conv1d(config.latent_channels, dim, 7, padding=3)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.convnext = nn.ModuleList(ConvNeXtBlock(dim, intermediate, 1 / layers) for _ in range(layers))
+        self.convnext = nn.ModuleList(ConvNeXtBlock(dim, config.vocos_intermediate, 1 / layers) for _ in range(layers))
         self.final_layer_norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,7 +75,7 @@ class ISTFT(nn.Module):
 
 
 class ISTFTHead(nn.Module):
-    """Log-magnitude and phase of every bin from a frame's features, then the inverse STFT. (B, T, dim) -> (B, N)."""
+    """Log-magnitude and phase of every bin from a frame's features, then the inverse STFT. (B, T, C) -> (B, N)."""
 
     def __init__(self, dim: int, n_fft: int, hop: int):
         super().__init__()
@@ -87,19 +90,15 @@ class ISTFTHead(nn.Module):
 
 
 class VocosDecoder(nn.Module):
-    """(B, in_channels, T) -> (B, 1, T * hop), not clamped.
+    """(B, latent channels, T) -> (B, 1, T * hop), not clamped. `n_fft` - `hop` must be even."""
 
-    Args:
-        in_channels, dim, intermediate, layers: of the ConvNeXt backbone.
-        n_fft, hop: of the inverse STFT; n_fft - hop must be even.
-    """
-
-    def __init__(self, in_channels: int, dim: int, intermediate: int, layers: int, n_fft: int, hop: int):
+    def __init__(self, config: RVQCodecConfig):
         super().__init__()
-        self.backbone = VocosBackbone(in_channels, dim, intermediate, layers)
-        self.head = ISTFTHead(dim, n_fft, hop)
+        n_fft, hop = config.n_fft, config.hop
+        self.backbone = VocosBackbone(config)
+        self.head = ISTFTHead(config.vocos_dim, n_fft, hop)
         # Frames on each side that a frame's sound depends on: convolutions over seven frames, and windows that overlap.
-        self.reach = 3 * (layers + 1) + math.ceil((n_fft - hop) / 2 / hop)
+        self.reach = 3 * (config.vocos_layers + 1) + math.ceil((n_fft - hop) / 2 / hop)
         for module in self.modules():
             if isinstance(module, (nn.Conv1d, nn.Linear)):
                 nn.init.trunc_normal_(module.weight, std=0.02)

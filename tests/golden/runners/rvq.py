@@ -15,10 +15,13 @@ from engine.nn.audio_losses import (
     generator_loss,
     mel_filters,
 )
+from engine.nn.dac import DACEncoder
 from engine.nn.discriminators import MultiPeriodDiscriminator, MultiResolutionDiscriminator
 from engine.official import rename_all
 from engine.release import load_strict
-from rvq_codec.codec import RVQCodecConfig, build_decoder, build_encoder, build_quantizer
+from rvq_codec.codec import build_decoder
+from rvq_codec.config import RVQCodecConfig
+from rvq_codec.quantizer import ResidualQuantizer
 from rvq_codec.released import RULES
 from tests.golden.runners import Case, runner
 
@@ -70,7 +73,8 @@ def run_codec(case: Case) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _run_encoder(case: Case) -> dict[str, Tensor]:
-    encoder = build_encoder(config_of(case.config)).eval()
+    config = config_of(case.config)
+    encoder = DACEncoder(config.encoder_width, config.ratios, config.latent_channels, config.encoder_tanh).eval()
     load_strict(encoder, _strip(rename_all(case.weights(), RULES), "encoder."), case.name)
     out = {}
     for name, wave in case.inputs.items():
@@ -83,7 +87,7 @@ def _run_encoder(case: Case) -> dict[str, Tensor]:
 @torch.no_grad()
 def _run_decoder(case: Case) -> dict[str, Tensor]:
     config = config_of(case.config)
-    quantizer, decoder = build_quantizer(config).eval(), build_decoder(config).eval()
+    quantizer, decoder = ResidualQuantizer(config).eval(), build_decoder(config).eval()
     state = rename_all(case.weights(), RULES if config.decoder == "vocos" else ((r"^model", "decoder.model"),))
     load_strict(quantizer, _strip(state, "quantizer."), case.name)
     load_strict(decoder, _strip(state, "decoder."), case.name)
@@ -122,7 +126,7 @@ def _margin(quantizer, z: Tensor) -> Tensor:
 
 
 def _run_quantizer_training(case: Case) -> dict[str, Tensor]:
-    quantizer = build_quantizer(config_of(case.config)).train()
+    quantizer = ResidualQuantizer(config_of(case.config)).train()
     load_strict(quantizer, case.weights(), case.name)
     z = case.inputs["z"].clone().requires_grad_()
     result = quantizer(z)
