@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
@@ -45,7 +46,6 @@ class WordTimes:
         self._sphinx = require("pocketsphinx", "pocketsphinx")
         self._aligner: Any = None
         self._added = 0  # words that the aligner's dictionary lacked
-        self._recogniser: Any = None
 
     def align(self, text: str, wave: np.ndarray, rate: int) -> list[Word]:
         """Place the words of `text` in a wave (N,) in [-1, 1] at `rate` Hz; none if they cannot be found in it.
@@ -72,19 +72,21 @@ class WordTimes:
 
     def recognise(self, wave: np.ndarray, rate: int) -> list[Word]:
         """Recognise the words of a wave (N,) by pocketsphinx's own language model, and place them."""
-        if self._recogniser is None:
-            self._recogniser = self._sphinx.Decoder(self._config())
         return self._spans(self._recogniser, wave, rate)
+
+    @cached_property
+    def _recogniser(self) -> Any:
+        return self._sphinx.Decoder(self._config())
 
     def _config(self, **settings: Any) -> Any:
         return self._sphinx.Config(loglevel="FATAL", bestpath=False, remove_noise=False, **settings)
 
     def _spans(self, decoder: Any, wave: np.ndarray, rate: int) -> list[Word]:
         wave = resample_wave(wave, rate, RATE)
-        hear(decoder, np.pad(wave, round(QUIET * RATE)))
         words, last = [], len(wave) / RATE
         if not np.abs(wave).max(initial=0) > SILENT:
             return []
+        hear(decoder, np.pad(wave, round(QUIET * RATE)))
         for segment in (decoder.seg() or ()) if decoder.hyp() else ():
             name = re.sub(r"\(\d+\)$", "", segment.word)  # a second pronunciation
             begin, end = segment.start_frame * FRAME - QUIET, (segment.end_frame + 1) * FRAME - QUIET

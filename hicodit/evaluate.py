@@ -63,12 +63,11 @@ def write_outputs(
     settings, scales = with_preset(sampler, pipeline.sampler, pipeline.guidance)
     pipeline.sampler, pipeline.guidance = override(settings, sampling or {}), override(scales, guidance or {})
     tokens, ge2e = pipeline.codec, GE2EEncoder(device) if voice else None
-    numbers = {clip.id: i for i, clip in enumerate(clips)}
     facts = {"sampler": asdict(pipeline.sampler), "guidance": asdict(pipeline.guidance), "precision": precision}
     facts |= {"voice": bool(voice), "expressions": expressions, "seed": seed}
     bits = tokens.levels * np.log2(tokens.codes) * tokens.frame_rate
     write_facts(folder, "hicodit", weights, bits_per_second=float(bits), **facts)
-    others = derangement(len(clips), np.random.default_rng(0)) if expressions == "shuffled" else range(len(clips))
+    others = derangement(len(clips), np.random.default_rng(0))
 
     def classes(number: int, crops: Crops) -> np.ndarray:
         """Return the classes (J,) of half seconds that a clip is told in place of its own."""
@@ -85,7 +84,7 @@ def write_outputs(
             if batch[0][1].prompt.audio is None:
                 raise UserError("no other clip of its speaker: give reference_audio in the manifest")
             identity = ge2e.embed(wave_of(batch[0][1].prompt.audio, 16_000).copy(), 16_000)
-        told = None if expressions == "own" else [classes(numbers[clip.id], c) for (_, clip), c in zip(batch, crops)]
+        told = None if expressions == "own" else [classes(i, c) for (i, _), c in zip(batch, crops)]
         hook = pipeline.system.model.register_forward_hook(lambda model, given, out: rows.append(out.shape[:2].numel()))
         speeches = pipeline.run(crops, [seed + i for i, _ in batch], identity, expressions=told)
         hook.remove()

@@ -71,8 +71,11 @@ def read_clips(
     for name, folder in {"references": references, **{f"outputs.{k}": v for k, v in outputs.items()}}.items():
         if folder is not None and not folder.is_dir():
             raise UserError(f"{name}={folder} is no folder")
+    base = Path()
     if manifest is not None:
-        rows = read_rows(manifest)
+        rows, base = read_rows(manifest), manifest.parent
+        if not outputs and any(row.get("output") for row in rows):
+            outputs = {"output": base}
     elif references is not None:
         found = sorted(p for p in references.rglob("*") if p.suffix.lower() in SOUND + VIDEO and p.is_file())
         names = dict.fromkeys(p.relative_to(references).with_suffix("").as_posix() for p in found)
@@ -81,9 +84,6 @@ def read_clips(
             raise UserError(f"references={references} holds no sound or video files")
     else:
         raise UserError("give the true files: references=FOLDER, or manifest=FILE.jsonl that names them")
-    if manifest is not None and not outputs and any(row.get("output") for row in rows):
-        outputs = {"output": manifest.parent}
-    base = manifest.parent if manifest is not None else Path()
     clips = [_clip(row, base, references, outputs) for row in rows]
     chosen = np.linspace(0, len(rows) - 1, min(count or len(rows), len(rows))).round().astype(int)
     return [replace(c, prompt=_prompt(c, clips)) if c.prompt == Take() else c for c in (clips[i] for i in chosen)]

@@ -159,10 +159,6 @@ class SyncNet(nn.Module):
             sounds.append(self.audio(torch.stack([sound[None, :, 4 * i : 4 * i + STEPS] for i in at]).to(device)))
         return torch.cat(lips), torch.cat(sounds)
 
-    def score(self, frames: np.ndarray, wave: np.ndarray) -> SyncScore:
-        """Return LSE-C, LSE-D and offset of a clip; arguments and errors are those of `embed`."""
-        return sync_score(*self.embed(frames, wave))
-
     @classmethod
     def from_pretrained(cls, path: str | Path) -> SyncNet:
         """Load the released `syncnet_v2.model`. Nothing in the file is executed."""
@@ -243,5 +239,5 @@ class LipSync(Metric):
         self.network = SyncNet.from_pretrained(*self.files).to(self.device)
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
-        score = self.network.score(face_video(take.video or take.source), wave_of(take.audio, RATE))
+        score = sync_score(*self.network.embed(face_video(take.video or take.source), wave_of(take.audio, RATE)))
         return {"lse_c": (score.confidence, 1), "lse_d": (score.distance, 1), "offset": score.offset}

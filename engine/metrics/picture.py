@@ -9,7 +9,6 @@ Axes: B pictures, T frames, C channels, H height, W width, S side.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,11 +22,8 @@ from engine.metrics.metric import Figure, Metric, Take
 from engine.metrics.speech import FPS
 
 WINDOW, SIGMA = 11, 1.5  # of SSIM's Gaussian, in pixels
-Box = Mapping[str, float]  # left, top, right, bottom, in shares of the side
-REGIONS: dict[str, Box] = {
-    "eyes": {"left": 0.27, "top": 0.36, "right": 0.73, "bottom": 0.58},
-    "mouth": {"left": 0.30, "top": 0.63, "right": 0.70, "bottom": 0.92},
-}
+# Left, top, right, bottom, in shares of the side.
+REGIONS = {"eyes": (0.27, 0.36, 0.73, 0.58), "mouth": (0.30, 0.63, 0.70, 0.92)}
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -94,15 +90,10 @@ def reconstruction(true: np.ndarray, rebuilt: np.ndarray) -> dict[str, float]:
     pictures = [torch.from_numpy(frames).permute(0, 3, 1, 2) for frames in (true, rebuilt)]
     found = {"psnr": psnr(*pictures), "ssim": ssim(*pictures)}
     for name, box in REGIONS.items():
-        a, b = (region(frames, box).astype(np.float64) for frames in (true, rebuilt))
+        left, top, right, bottom = (round(share * true.shape[1]) for share in box)
+        a, b = (frames[:, top:bottom, left:right].astype(np.float64) for frames in (true, rebuilt))
         found[f"{name}_psnr"] = psnr(torch.from_numpy(a), torch.from_numpy(b))
         variance = np.square(a - a.mean(0)).sum()
         if variance > 0:
             found[f"{name}_movement"] = float(1 - np.square(a - b).sum() / variance)
     return found
-
-
-def region(frames: np.ndarray, box: Box) -> np.ndarray:
-    """Cut (T, S, S, 3) to a box given in shares of the side."""
-    left, top, right, bottom = (round(box[side] * frames.shape[1]) for side in ("left", "top", "right", "bottom"))
-    return frames[:, top:bottom, left:right]

@@ -21,13 +21,14 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from engine.config import target
 from engine.errors import UserError, require, require_librosa
@@ -46,7 +47,6 @@ class GE2EEncoder:
 
     Attributes:
         network: Resemblyzer's encoder of mel spectrograms, an `nn.Module`.
-        audio: Resemblyzer's module for preprocessing waves.
     """
 
     def __init__(self, device: str | torch.device = "cpu"):
@@ -83,16 +83,19 @@ class SpeakerSimilarity(Metric):
     pair, parallel = True, False
 
     def load(self) -> None:
-        embed: Callable[[np.ndarray], np.ndarray]
         if self.kind == "ge2e":
-            ge2e = GE2EEncoder(self.device)
-            embed = lambda wave: ge2e.embed(wave, RATE)  # noqa: E731
+            self.encoder = GE2EEncoder(self.device)
         elif self.kind == "wavlm":
-            wavlm = target(self.argument).from_pretrained(*self.files).to(self.device)
-            embed = lambda wave: wavlm.embed(torch.from_numpy(wave).to(self.device)).float().cpu().numpy()  # noqa: E731
+            self.encoder = target(self.argument).from_pretrained(*self.files).to(self.device)
         else:
-            embed = Ecapa(*self.files, self.device).embed
-        self.embed = lru_cache(CACHED)(lambda path: embed(wave_of(path, RATE).copy()))
+            self.encoder = Ecapa(*self.files, self.device)
+        self.embed = lru_cache(CACHED)(self._embed)
+
+    def _embed(self, path: Path | None) -> np.ndarray:
+        wave = wave_of(path, RATE).copy()
+        if self.kind == "ge2e":
+            return self.encoder.embed(wave, RATE).astype(np.float64)
+        return self.encoder.embed(torch.from_numpy(wave).to(self.device)).float().cpu().numpy().astype(np.float64)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -107,8 +110,7 @@ class SpeakerSimilarity(Metric):
         return {"ecapa": ("speechbrain",), "ge2e": ("resemblyzer",)}.get(self.kind, ())
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
-        one, two = (self.embed(path).astype(np.float64) for path in (take.audio, truth.audio))
-        return {"speaker_similarity": (cosine(one, two), 1)}
+        return {"speaker_similarity": (cosine(self.embed(take.audio), self.embed(truth.audio)), 1)}
 
 
 class Ecapa:
@@ -121,7 +123,6 @@ class Ecapa:
         lobes = require("speechbrain.lobes.models.ECAPA_TDNN", "speechbrain", "metrics")
         features = require("speechbrain.lobes.features", "speechbrain", "metrics")
         processing = require("speechbrain.processing.features", "speechbrain", "metrics")
-        self.device = device
         self.bands = features.Fbank(n_mels=80).to(device)
         self.normalise = processing.InputNormalization(norm_type="sentence", std_norm=False).to(device)
         self.network = lobes.ECAPA_TDNN(
@@ -136,10 +137,10 @@ class Ecapa:
         self.network.to(device).eval()
 
     @torch.inference_mode()
-    def embed(self, wave: np.ndarray) -> np.ndarray:
+    def embed(self, wave: Tensor) -> Tensor:
         """Embed a wave (N,) at 16 kHz: (192,)."""
-        wave, whole = torch.from_numpy(wave)[None].to(self.device), torch.ones(1, device=self.device)
-        return self.network(self.normalise(self.bands(wave), whole), whole)[0, 0].cpu().numpy()
+        whole = torch.ones(1, device=wave.device)
+        return self.network(self.normalise(self.bands(wave[None]), whole), whole)[0, 0]
 
 
 class OwnVoice(Metric):

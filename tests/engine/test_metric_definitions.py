@@ -326,6 +326,35 @@ def test_faces_are_cut_as_syncnets_program_cuts_them():
         lip_sync.face_video(None)
 
 
+@pytest.mark.parametrize("early", [-4, 0, 7])
+def test_offset_is_the_shift_of_the_sound(early):
+    torch.manual_seed(0)
+    lip = torch.randn(60, 16)
+    score = lip_sync.sync_score(lip, torch.roll(lip, -early, 0))
+    assert score.offset == early and score.confidence > 1
+    assert lip_sync.sync_score(lip, torch.roll(lip, -early, 0), shift=8).offset == early
+    assert score.distances.shape == (60, 2 * lip_sync.SHIFT + 1)
+
+
+def test_silence_and_short_sounds_have_finite_mfcc():
+    assert np.isfinite(lip_sync.mfcc(np.zeros(1600))).all()
+    for samples, frames in ((100, 1), (560, 2), (561, 3)):
+        assert lip_sync.mfcc(np.ones(samples)).shape == (13, frames)
+
+
+def test_a_clip_is_cut_into_windows_and_turned_to_bgr():
+    torch.manual_seed(0)
+    model, rng = lip_sync.SyncNet().eval(), np.random.default_rng(0)
+    frames = rng.integers(0, 255, (8, 40, 40, 3), dtype=np.uint8)
+    wave = 0.1 * rng.standard_normal(640 * 7 + 100).astype(np.float32)
+    lip, audio = model.embed(frames, wave)
+    assert lip.shape == audio.shape == (2, 1024)
+    other, _ = model.embed(frames[..., ::-1], wave)
+    assert not torch.allclose(lip, other)
+    with pytest.raises(UserError, match="more than 5 frames"):
+        model.embed(frames[:5], wave)
+
+
 # --- what is missing is said ---
 
 
