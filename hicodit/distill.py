@@ -25,7 +25,7 @@ from engine.training.task import Release
 from hicodit.conditions.types import Conditions
 from hicodit.diffusion import LogLinearNoise, sample_categorical
 from hicodit.guidance import combine_rows
-from hicodit.model import BRANCHES, Conditioning, HiCoDiT, rows_of
+from hicodit.model import BRANCHES, HiCoDiT, rows_of
 from hicodit.settings import stored_guidance
 from hicodit.system import HiCoDiTSystem
 from hicodit.task import MIN_TIME, HiCoDiTTask
@@ -51,27 +51,6 @@ class Teacher:
     def __deepcopy__(self, memo: dict) -> Teacher:
         return self
 
-    def prepare(self, conditions: Conditions, scales: Tensor) -> Conditioning:
-        """Compute what `log_q` needs from conditions and scales (B, 4) and does not depend on tokens or time."""
-        model = self.model.to(scales.device)
-        if model.config.guidance_limit is not None:
-            return model.prepare(conditions, scales=scales)
-        return model.prepare(conditions, tuple(BRANCHES))
-
-    def log_q(
-        self,
-        tokens: Tensor,
-        t: Tensor,
-        conditioning: Conditioning,
-        scales: Tensor,
-        where: Sequence[tuple[Tensor, Tensor]],
-    ) -> Tensor:
-        """Compute guided log posteriors (M, N) at positions of tokens (B, K, L) at times (B,), with scales (B, 4)."""
-        log_p = self.model(tokens, self.noise.sigma(t), conditioning, where)
-        if self.model.config.guidance_limit is not None:
-            return log_p[0].log_softmax(-1)
-        return combine_rows(log_p, scales[rows_of(where)[0]])
-
     @torch.no_grad()
     def targets(
         self,
@@ -81,18 +60,28 @@ class Teacher:
         scales: Tensor,
         where: Sequence[tuple[Tensor, Tensor]],
     ) -> Tensor:
-        """Compute the student's targets (M, N) at the masked positions of tokens (B, K, L) at times (B,), without
-        synchronising with the host."""
-        conditioning = self.prepare(conditions, scales)
-        out = self.log_q(tokens, t, conditioning, scales, where)
-        (clip, level, frame), tokens = rows_of(where), tokens.clone()
-        masked, log_q = torch.ones_like(clip, dtype=torch.bool), out
+        """Compute the student's targets, guided log posteriors (M, N) with scales (B, 4), at the masked positions of
+        tokens (B, K, L) at times (B,), without synchronising with the host.
+        """
+        model, (clip, level, frame) = self.model.to(t.device), rows_of(where)
+        takes_scales = model.config.guidance_limit is not None
+        if takes_scales:
+            conditioning = model.prepare(conditions, scales=scales)
+        else:
+            conditioning = model.prepare(conditions, tuple(BRANCHES))
+
+        def guided(tokens: Tensor, t: Tensor) -> Tensor:
+            log_p = model(tokens, self.noise.sigma(t), conditioning, where)
+            return log_p[0].log_softmax(-1) if takes_scales else combine_rows(log_p, scales[clip])
+
+        out = log_q = guided(tokens, t)
+        tokens, masked = tokens.clone(), torch.ones_like(clip, dtype=torch.bool)
         for _ in range(self.substeps - 1):
             drawn = sample_categorical(log_q.exp(), torch.rand_like(log_q))
             reveal = masked & (torch.rand(len(clip), device=t.device) * self.steps * t[clip] < 1)  # as Euler does
             tokens[clip, level, frame] = torch.where(reveal, drawn, tokens[clip, level, frame])
             masked, t = masked & ~reveal, (t - 1 / self.steps).clamp(min=MIN_TIME)
-            log_q = self.log_q(tokens, t, conditioning, scales, where)
+            log_q = guided(tokens, t)
             out = torch.where(masked[:, None], log_q, out)
         return out
 

@@ -96,21 +96,25 @@ def generate(
     for turn in range(max(map(len, windows_by_clip))):
         clips = [b for b, spans in enumerate(windows_by_clip) if turn < len(spans)]
         spans = [windows_by_clip[b][turn] for b in clips]
-        part = window(conditions, clips, spans)
-        prompt = pad_sequence(
-            [tokens[b][:, TOKENS_PER_FRAME * s : TOKENS_PER_FRAME * e].T for b, (s, e) in zip(clips, spans)],
-            batch_first=True,
-            padding_value=mask_id,
-        ).transpose(1, 2)
+        lips, classes, prompts = [], [], []
+        for b, (start, end) in zip(clips, spans):
+            lips.append(conditions.lip[b, start:end])
+            classes.append(conditions.expression[b, windows_of(start) : windows_of(end)])
+            prompts.append(tokens[b][:, TOKENS_PER_FRAME * start : TOKENS_PER_FRAME * end].T)
+        part = Conditions(
+            pad_sequence(lips, batch_first=True),
+            conditions.identity[send(torch.tensor(clips), device)],
+            pad_sequence(classes, batch_first=True),
+            torch.tensor([end - start for start, end in spans]),
+        )
         samples = sample(
             posterior_of(model, part, scales),
-            TOKENS_PER_FRAME * torch.tensor([end - start for start, end in spans]),
-            levels,
+            pad_sequence(prompts, batch_first=True, padding_value=mask_id).transpose(1, 2),
+            TOKENS_PER_FRAME * part.frames,
             mask_id,
             sampler,
             [generators[b] for b in clips],
             normalised=scales.reading in "CD",
-            known=prompt,
             on_step=on_step,
             device=device,
             graphs=graphs,
@@ -127,12 +131,3 @@ def windows(frames: int, sampler: SamplerConfig) -> list[tuple[int, int]]:
     most = int(FPS) * sampler.window
     starts = range(0, max(1, frames - OVERLAP), most - OVERLAP)
     return [(start, min(start + most, frames)) for start in starts]
-
-
-def window(conditions: Conditions, clips: list[int], spans: list[tuple[int, int]]) -> Conditions:
-    """Cut out the conditions of video frames [start, end) of some clips; `start` is a whole second."""
-    lip = pad_sequence([conditions.lip[b, s:e] for b, (s, e) in zip(clips, spans)], batch_first=True)
-    expression = [conditions.expression[b, windows_of(s) : windows_of(e)] for b, (s, e) in zip(clips, spans)]
-    frames = torch.tensor([e - s for s, e in spans])
-    identity = conditions.identity[send(torch.tensor(clips), lip.device)]
-    return Conditions(lip, identity, pad_sequence(expression, batch_first=True), frames)

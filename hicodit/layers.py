@@ -51,15 +51,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str = 
 class TimeEmbedding(nn.Module):
     """Noise level (B,) -> (B, E): 128 cosines and 128 sines of sigma itself, then an MLP (SEDD)."""
 
-    def __init__(self, cond_dim: int, frequencies: int = 256) -> None:
+    FREQUENCIES = 128
+
+    def __init__(self, cond_dim: int) -> None:
         super().__init__()
-        self.frequencies = frequencies
-        self.mlp = nn.Sequential(nn.Linear(frequencies, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
+        self.mlp = nn.Sequential(nn.Linear(2 * self.FREQUENCIES, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
 
     def forward(self, sigma: Tensor) -> Tensor:
-        half = self.frequencies // 2
-        steps = torch.arange(half, device=sigma.device, dtype=torch.float32)
-        angles = sigma.float()[:, None] * torch.exp(-math.log(10000.0) * steps / half)
+        steps = torch.arange(self.FREQUENCIES, device=sigma.device, dtype=torch.float32)
+        angles = sigma.float()[:, None] * torch.exp(-math.log(10000.0) * steps / self.FREQUENCIES)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
 
 
@@ -102,15 +102,13 @@ class AdaLNBlock(nn.Module):
 
     PARTS = 6  # vectors of width C in its modulation: shift, scale and gate, of attention and of the MLP
 
-    def __init__(
-        self, width: int, heads: int, mlp_ratio: int = 4, dropout: float = 0.0, attention: str = "sdpa"
-    ) -> None:
+    def __init__(self, width: int, heads: int, dropout: float = 0.0, attention: str = "sdpa") -> None:
         super().__init__()
         self.heads, self.attention = heads, attention
         self.norm1, self.norm2 = ScaleNorm(width), ScaleNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), TanhGELU(), nn.Linear(mlp_ratio * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), TanhGELU(), nn.Linear(4 * width, width))
         self.dropout = nn.Dropout(dropout)
 
     def forward(

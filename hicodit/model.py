@@ -256,7 +256,7 @@ class HiCoDiT(nn.Module):
         mask = None if bool(valid.all()) else send(valid, device)[:, None, None]
         rotary = rotary_table(length, self.config.width // self.config.heads, device)
         if keep is None:
-            low, high, low_index = self._rows(branches, conditions.batch, device)
+            low, high, low_index = self._rows(branches, len(ends), device)
         else:
             low, high, low_index = keep[None], keep[None], None
         lip = self.lip_proj(torch.where(low[..., 0, None, None], conditions.lip, self.null_lip).flatten(0, 1))
@@ -281,7 +281,7 @@ class HiCoDiT(nn.Module):
         if self.config.guidance_limit is not None:
             scales = conditions.identity.new_tensor([UNGUIDED.values]) if scales is None else scales
             guidance = self.guidance_proj(scales / self.config.guidance_limit)  # (B, E) or (1, E)
-            conds = [(cond.unflatten(0, (-1, conditions.batch)) + guidance).flatten(0, 1) for cond in conds]
+            conds = [(cond.unflatten(0, (-1, len(ends))) + guidance).flatten(0, 1) for cond in conds]
         lip = lip + inputs[0] if inputs else lip
         return Conditioning(lip, tuple(conds), windows, inputs[1] if len(inputs) > 1 else None, low_index, rotary, mask)
 

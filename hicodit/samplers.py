@@ -127,7 +127,7 @@ def entropy_step(
     """Reveal the surest tokens up to a bound (B,) on their entropy, but at least `due` (B,) of them."""
     log_q = posterior(tokens, t, None)
     nats = torch.special.entr(log_q.exp()).sum(-1)
-    _, order, place = _ranked((-nats - config.level_delay * _levels(nats)).masked_fill(~masked, -math.inf))
+    order, place = _ranked((-nats - config.level_delay * _levels(nats)).masked_fill(~masked, -math.inf))
     taken = nats.flatten(1).gather(1, order)
     allowed = (taken.cumsum(1) - taken.cummax(1).values <= bound[:, None]).gather(1, place).view(masked.shape)
     reveal = masked & (allowed | (place < due[:, None]).view(masked.shape))
@@ -204,34 +204,30 @@ assert tuple(FUNCTIONS) == METHODS
 
 def sample(
     posterior: Posterior,
+    tokens: Tensor,
     lengths: Tensor,
-    levels: int,
     mask_id: int,
     config: SamplerConfig,
     generators: list[torch.Generator],
     normalised: bool = True,
-    known: Tensor | None = None,
     on_step: Callable[[int], None] = lambda step: None,
     device: torch.device | str = "cpu",
     graphs: GraphedSteps | None = None,
 ) -> Tensor:
-    """Tokens (B, K, max L) on `device`, for frame counts `lengths` (B,). Positions past a clip's end stay `mask_id`.
+    """Replace `mask_id` in tokens (B, K, L) of `lengths` (B,) frames; return them on `device`. Padding stays `mask_id`.
 
     Args:
-        normalised: the posterior sums to one, so that which tokens to reveal can be drawn without it.
+        tokens, lengths: on the CPU.
         generators: one a clip, on `device`.
-        known: (B, K, max L) tokens that are kept, `mask_id` where one is wanted. It and `lengths` lie on the CPU.
+        normalised: the posterior sums to one, so that which tokens to reveal can be drawn without it.
         on_step: called with the number of steps that are done.
         graphs: runs the functions of steps; by default as they are.
     """
-    valid = (torch.arange(int(lengths.max())) < lengths[:, None])[:, None].expand(-1, levels, -1)
-    x = torch.full(valid.shape, mask_id) if known is None else known.clone()
-    masked = (x == mask_id) & valid
-    place = torch.device(device)
-    total = masked.flatten(1).sum(1)
+    device = torch.device(device)
+    masked = (tokens == mask_id) & (torch.arange(tokens.shape[2]) < lengths[:, None])[:, None]
     state = SamplerState(
-        posterior, send(x, place), send(masked, place), total, lengths, config, generators, normalised,
-        graphs or GraphedSteps(),
+        posterior, send(tokens, device), send(masked, device), masked.flatten(1).sum(1), lengths, config, generators,
+        normalised, graphs or GraphedSteps(),
     )  # fmt: skip
     for step, _ in enumerate(FUNCTIONS[config.method](state), 1):
         on_step(step)
@@ -287,7 +283,7 @@ def _levels(like: Tensor) -> Tensor:
     return torch.arange(like.shape[1], device=like.device)[:, None]
 
 
-def _ranked(score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores (B, K, L) from high to low (B, K * L), which position each is from, and each position's place."""
-    ranked, order = score.flatten(1).sort(dim=1, descending=True, stable=True)
-    return ranked, order, order.argsort(1)
+def _ranked(score: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort scores (B, K, L) from high to low: return the positions in that order, and each one's place, (B, K * L)."""
+    order = score.flatten(1).argsort(dim=1, descending=True, stable=True)
+    return order, order.argsort(1)

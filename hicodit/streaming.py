@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.codec import StreamDecoder
@@ -73,7 +74,7 @@ class SpeechStream:
         self.faces: dict[int, np.ndarray] = {}  # those detected in every fifth of them, by number of the frame
         self.first = self.received = 0  # `received`: number of frames so far
         self.settled = 0  # video frames whose tokens are settled
-        self.tokens: Tensor | None = None  # (K, L) settled tokens of the frames from `first` on
+        self.tokens = torch.zeros(pipeline.codec.levels, 0, dtype=torch.long)  # (K, L) settled, from frame `first` on
         self.track: FaceTrack | None = None
         self._moved = 0  # frames that were forgotten since the face was followed last
 
@@ -98,12 +99,11 @@ class SpeechStream:
 
     @torch.inference_mode()
     def _advance(self, last: bool) -> SpeechChunk:
-        begin, levels = time.perf_counter(), self.pipeline.codec.levels
+        begin, new = time.perf_counter(), self.tokens[:, :0]
         settle = self.received if last else self.settled + HOP
-        new = torch.zeros(levels, 0, dtype=torch.long)
         if settle > self.settled:
             new = self._sample()[:, : TOKENS_PER_FRAME * (settle - self.settled)]
-            self.tokens = new if self.tokens is None else torch.cat([self.tokens, new], 1)
+            self.tokens = torch.cat([self.tokens, new], 1)
             self.settled = settle
             self._forget()
         sound = self.sound.push(new[None], last)
@@ -117,14 +117,11 @@ class SpeechStream:
         conditions = pipeline.conditions([self._crops()], None if self.identity is None else self.identity.numpy())
         if self.identity is None:
             self.identity = conditions.identity[0].float().cpu()
-        mask_id = pipeline.system.model.mask_id
-        prompt = torch.full((1, pipeline.codec.levels, length), mask_id)
-        before = 0 if self.tokens is None else self.tokens.shape[1]
-        if before:
-            prompt[0, :, :before] = self.tokens
+        model, before = pipeline.system.model, self.tokens.shape[1]
+        prompt = F.pad(self.tokens, (0, length - before), value=model.mask_id)[None]
         tokens = sample(
-            guided_posterior(pipeline.system.model, conditions, self.guidance), torch.tensor([length]), prompt.shape[1],
-            mask_id, self.sampler, [self.generator], known=prompt, device=pipeline.device, graphs=pipeline.graphs,
+            guided_posterior(model, conditions, self.guidance), prompt, torch.tensor([length]), model.mask_id,
+            self.sampler, [self.generator], device=pipeline.device, graphs=pipeline.graphs,
         )  # fmt: skip
         return tokens[0, :, before:].cpu()
 

@@ -154,14 +154,22 @@ class HiCoDiTTask(Task):
         return TOKENS_PER_FRAME * int(batch["frames"].sum()) * self.system.model.config.levels
 
     def forward(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-        """Losses of a batch; identity and expression come from the sound's side, as the paper trains them.
+        """Compute the losses of a batch of `hicodit.data.HiCoDiTDataset.collate`.
 
-        A batch is that of `hicodit.data.HiCoDiTDataset.collate`. With the features of encoders that do not learn, it
-        runs no encoder.
+        They are score entropy by group of levels, with one t a clip and masks independent by level and frame; the
+        distance of the voice that the face predicts from the heard one; and those of the tiny encoders.
+
+        Identity and expression come from the sound's side, as the paper trains them. With the features of encoders that
+        do not learn, no encoder runs.
         """
         conditions, voice = self.conditions(batch)
-        lip, encoders = conditions.lip, self.system.encoders
-        losses = self.diffusion_losses(conditions, batch["tokens"])
+        lip, encoders, model, tokens = conditions.lip, self.system.encoders, self.system.model, batch["tokens"]
+        t, noisy, where = self.mask(tokens, conditions.frames)
+        conditioning = model.prepare(conditions, keep=model.draw_keep(len(tokens), tokens.device))
+        log_q = model(noisy, self.noise.sigma(t), conditioning, where)[0]
+        clip, level, frame = rows_of(where)
+        entropy = weighted_score_entropy(log_q, tokens[clip, level, frame], t[clip], self.noise)
+        losses = self.by_stage("dse", entropy, where, conditions.frames)
         losses["identity"] = self.identity_weight * F.l1_loss(voice, batch["ge2e"])
         if encoders.learns:
             shown = encoders.expression(batch["face"]).float()
@@ -202,26 +210,15 @@ class HiCoDiTTask(Task):
     def by_stage(
         self, name: str, values: Tensor, where: Sequence[tuple[Tensor, Tensor]], frames: Tensor
     ) -> dict[str, Tensor]:
-        """Sum the losses (M,) of the masked tokens over each group of levels, for one token of all."""
+        """Sum the losses (M,) of the masked tokens over each group of levels, for one token of all.
+
+        The paper's sum is divided by the number of tokens, so that batch size and clip length do not change the scale
+        that gradient clipping sees.
+        """
         c = self.system.model.config
         low = sum(len(clip) for clip, _ in where[: c.low_levels])
         count = TOKENS_PER_FRAME * frames.sum() * c.levels
         return {f"{name}_low": values[:low].sum() / count, f"{name}_high": values[low:].sum() / count}
-
-    def diffusion_losses(self, conditions: Conditions, tokens: Tensor) -> dict[str, Tensor]:
-        """Compute score entropy by group of levels. tokens (B, K, L); one t a clip, masks independent by level and
-        frame.
-
-        The paper's sum over tokens is divided by their number, so that batch size and clip length do not change the
-        scale that gradient clipping sees.
-        """
-        model = self.system.model
-        t, noisy, where = self.mask(tokens, conditions.frames)
-        conditioning = model.prepare(conditions, keep=model.draw_keep(len(tokens), tokens.device))
-        log_q = model(noisy, self.noise.sigma(t), conditioning, where)[0]
-        clip, level, frame = rows_of(where)
-        entropy = weighted_score_entropy(log_q, tokens[clip, level, frame], t[clip], self.noise)
-        return self.by_stage("dse", entropy, where, conditions.frames)
 
     def measure(self, folder: Path, share: Share) -> dict[str, float | ByClip]:
         """Losses of held-out clips; `validate_metrics` of speech made from their pictures alone.

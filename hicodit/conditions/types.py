@@ -41,10 +41,6 @@ class Conditions:
     expression: Tensor
     frames: Tensor
 
-    @property
-    def batch(self) -> int:
-        return len(self.frames)
-
 
 def window_expressions(probabilities: Tensor) -> Tensor:
     """Reduce class probabilities of frames (T, classes), 25 a second, to one class a half second (J,), J =

@@ -36,8 +36,9 @@ def run(method, lengths, log_q=None, known=None, seed=0, **settings):
     posterior = Closed(torch.zeros(K, N).log_softmax(-1) if log_q is None else log_q)
     normalised = bool((posterior.log_q.exp().sum(-1) - 1).abs().max() < 1e-5)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(lengths))]
-    config, lengths = SamplerConfig(method, **settings), torch.tensor(lengths)
-    posterior.tokens = sample(posterior, lengths, K, N, config, generators, normalised, known=known)
+    config, tokens = SamplerConfig(method, **settings), torch.full((len(lengths), K, max(lengths)), N)
+    tokens = tokens if known is None else known
+    posterior.tokens = sample(posterior, tokens, torch.tensor(lengths), N, config, generators, normalised)
     return posterior
 
 

@@ -59,9 +59,9 @@ def test_euler_sampler_draws_from_the_distribution_of_sedds_race(predictor, exce
 
     random = torch.Generator().manual_seed(2)
     config, lengths = SamplerConfig("euler", steps=STEPS), torch.tensor([2 * PAIRS])
-    ours = sample(Pairs(), lengths, 1, N, config, [random], normalised=excess == 0)
+    start = torch.full((1, 2 * PAIRS), N)
+    ours = sample(Pairs(), start[:, None], lengths, N, config, [random], normalised=excess == 0)
     columns = [N + 1] * STEPS + [N]
     uniforms = (torch.rand(1, 2 * PAIRS, c, generator=random, dtype=torch.float64) for c in columns)
-    start = torch.full((1, 2 * PAIRS), N)
     theirs, _, _ = sedd.race_sampler(score, start, STEPS, NOISE, N, predictor, uniforms)
     torch.testing.assert_close(frequencies(ours), frequencies(theirs), atol=0.008, rtol=0)
