@@ -53,12 +53,7 @@ class Teacher:
 
     @torch.no_grad()
     def targets(
-        self,
-        tokens: Tensor,
-        t: Tensor,
-        conditions: Conditions,
-        scales: Tensor,
-        where: Sequence[tuple[Tensor, Tensor]],
+        self, tokens: Tensor, t: Tensor, conditions: Conditions, scales: Tensor, where: Sequence[tuple[Tensor, Tensor]]
     ) -> Tensor:
         """Compute the student's targets, guided log posteriors (M, N) with scales (B, 4), at the masked positions of
         tokens (B, K, L) at times (B,), without synchronising with the host.

@@ -16,7 +16,7 @@ from engine.batch_runner import Jobs, run_batches
 from engine.device import count_devices, pick_device
 from engine.faces.detectors import YuNetDetector
 from engine.faces.landmarks import landmark_source
-from engine.faces.track import read_boxes, read_face
+from engine.faces.track import MOST_FACES, read_boxes, read_face
 from engine.files import all_or_none, writable
 from engine.media.audio import read_voice, write_wav
 from engine.media.video import mux_audio
@@ -26,8 +26,8 @@ from engine.settings import override
 from engine.word_times import WordTimes, write_words
 from hicodit.figure import draw
 from hicodit.pipeline import FPS, Crops, HiCoDiTPipeline, Speech
-from hicodit.settings import BUNDLED, FACE, InferConfig, face_name
-from hicodit.streaming import SpeechChunk, StreamSettings
+from hicodit.settings import BUNDLED, FACE, InferConfig, stem_of
+from hicodit.streaming import SpeechChunk
 
 
 def run(c: InferConfig, clips: list[Path]) -> int:
@@ -67,8 +67,9 @@ class ClipJobs(Jobs):
 
     def prepare(self, clip: Path) -> list[Crops]:
         """Find the face, or all, and cut out mouth and face."""
-        strip = partial(self._strip, clip) if self.config.debug else None
-        return list(self.pipeline.all_crops(clip, read_face(self.config.face), self.box, strip))
+        c, folder = self.config, Path(self.scratch.name)
+        strips = [folder / f"{stem_of(clip, number, c)}{FACE[0]}" for number in range(1, MOST_FACES + 1)]
+        return list(self.pipeline.all_crops(clip, read_face(c.face), self.box, strips if c.debug else None))
 
     def generate(self, batch: list[list[Crops]]) -> list[list[Speech]]:
         """Generate the speech of a batch."""
@@ -81,11 +82,9 @@ class ClipJobs(Jobs):
         clip, unseen, total = Path(name), [], 0.0
         with all_or_none(self.output) as staging:
             for number, (crops, speech) in enumerate(zip(faces, speeches, strict=True), 1):
-                stem = self._stem(clip, number)
-                if self.config.debug:
-                    strip = self._strip(clip, number)
-                    for path in (strip, strip.with_suffix(".json")):
-                        shutil.copyfile(path, staging / path.name)
+                stem = stem_of(clip, number, self.config)
+                for ending in FACE if self.config.debug else ():
+                    shutil.copyfile(Path(self.scratch.name) / f"{stem}{ending}", staging / f"{stem}{ending}")
                 write_speech(clip, speech, staging, stem, self.config.figure)
                 if self.times is not None:
                     words = self.times.recognise(speech.wave, speech.rate)
@@ -96,27 +95,18 @@ class ClipJobs(Jobs):
             files = [path.name for path in sorted(staging.iterdir())]
         return f"{name}, {total:.1f} s -> {', '.join(files)}{''.join(unseen)}", total
 
-    def _stem(self, clip: Path, number: int) -> str:
-        return face_name(clip, number) if self.config.face == "all" else clip.stem
-
-    def _strip(self, clip: Path, number: int) -> Path:
-        return Path(self.scratch.name) / f"{self._stem(clip, number)}{FACE[0]}"
-
 
 class StreamJobs(ClipJobs):
     """The same for clips that are read as streams."""
-
-    def __init__(self, c: InferConfig) -> None:
-        super().__init__(c)
-        steps = c.sampler.get("steps")
-        self.settings = StreamSettings(c.lookahead, **({} if steps is None else {"steps": steps}))
 
     def prepare(self, clip: Path) -> Path:
         return clip
 
     def generate(self, batch: list[Path]) -> list[list[SpeechChunk]]:
-        seed, identity, settings = self.config.seed, self.identity, vars(self.settings)
-        return [list(self.pipeline.stream(clip, seed, identity, **settings)) for clip in batch]
+        c, settings = self.config, {"lookahead": self.config.lookahead}
+        if c.sampler.get("steps") is not None:
+            settings["steps"] = c.sampler["steps"]
+        return [list(self.pipeline.stream(clip, c.seed, self.identity, **settings)) for clip in batch]
 
     def write(self, name: str, clip: Path, chunks: list[SpeechChunk]) -> tuple[str, float]:
         wave, rate = np.concatenate([chunk.wave for chunk in chunks]), chunks[0].rate

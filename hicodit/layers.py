@@ -112,12 +112,7 @@ class AdaLNBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self,
-        h: Tensor,
-        modulation: Tensor,
-        rotary: Tensor,
-        mask: Tensor | None = None,
-        temporal: Tensor | None = None,
+        self, h: Tensor, modulation: Tensor, rotary: Tensor, mask: Tensor | None = None, temporal: Tensor | None = None
     ) -> Tensor:
         """Map h (B, L, C) to (B, L, C).
 

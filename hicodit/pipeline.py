@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ class HiCoDiTPipeline:
         video: str | Path | np.ndarray,
         face: str | int = "all",
         face_box: Any = None,
-        strip: Callable[[int], str | Path] | None = None,
+        strips: Sequence[Path] | None = None,
     ) -> Iterator[Crops]:
         """Find faces in a clip and cut out the pictures of mouth and face of each.
 
@@ -169,8 +170,8 @@ class HiCoDiTPipeline:
             face: which of several; see `engine.faces.track.follow_faces`.
             face_box: position of the face, in place of detection; see `engine.faces.track.track_of_boxes`. Pixels are
                 those of the clip as a player shows it.
-            strip: by the face's number, from 1 on, the PNG file for a picture of its track, for a person to check; a
-                JSON file beside it has the numbers.
+            strips: for each face, the PNG file for a picture of its track, for a person to check; a JSON file beside it
+                has the numbers.
 
         Raises:
             UserError: not a readable video, shorter than 0.2 s, or no face found.
@@ -197,12 +198,11 @@ class HiCoDiTPipeline:
                     raise FaceError(f"{count / FPS:.2f} s of video; at least {MIN_FRAMES / FPS:.1f} s is needed")
         except FaceError as error:
             raise UserError(f"{name}: {error}") from error
-        for number, track in enumerate(tracks, 1):
+        for path, track in zip(strips or repeat(None), tracks):
             with stage(f"{label}: cutting out the face", len(track), "frames"):
                 clip, track = frames.sharper(track)
                 if callable(self.landmarks):
                     track = add_landmarks(clip, track, self.landmarks)
-                path = None if strip is None else Path(strip(number))
                 crops = self.cut(clip, track, path)
             if path is not None:
                 track = track.scaled(clip.display_size[1] / clip.size[1])
@@ -343,11 +343,7 @@ class HiCoDiTPipeline:
             yield chunk
 
     def __call__(
-        self,
-        video: str | Path | np.ndarray,
-        seed: int = 0,
-        identity: np.ndarray | None = None,
-        **sampler: object,
+        self, video: str | Path | np.ndarray, seed: int = 0, identity: np.ndarray | None = None, **sampler: object
     ) -> Speech:
         """Generate the speech of a clip; keyword arguments override fields of the sampler, as in `steps=16`."""
         return self.run([self.crops(video)], [seed], identity, replace(self.sampler, **sampler))[0]

@@ -38,10 +38,7 @@ class SamplerConfig(Group, prefix="sampler."):
     )
     temperature: float = setting(1.0, 0.0, 100.0, "temperature of token sampling; 0: always the most likely token")
     choice_noise: float = setting(
-        4.5,
-        0.0,
-        1000.0,
-        "scale of the Gumbel noise with which confidence (less and less) and ordered rank positions",
+        4.5, 0.0, 1000.0, "scale of the Gumbel noise with which confidence (less and less) and ordered rank positions"
     )
     level_delay: float = setting(
         5.0, 0.0, 1000.0, "ordered and entropy: subtracted from a token's log probability once for each coarser level"
@@ -51,10 +48,7 @@ class SamplerConfig(Group, prefix="sampler."):
     )
     entropy: float = setting(4.0, 0.0, 1000.0, "entropy: how many nats of tokens per frame one step may reveal")
     window: int = setting(
-        3,
-        2,
-        60,
-        "seconds sampled at once; longer clips are sampled in windows that overlap by one second",
+        3, 2, 60, "seconds sampled at once; longer clips are sampled in windows that overlap by one second"
     )
     end: float = setting(1e-5, 1e-9, 0.5, "diffusion time at which euler ends; no method shows the network less")
 
@@ -144,10 +138,7 @@ class ClipConfig:
         False, about="sound in hops of 160 ms while the pictures come, without access to the whole clip; no figure"
     )
     lookahead: float = setting(*LOOKAHEAD)
-    face: str = setting(
-        "largest",
-        about=f"{WHICH_FACE}; all: NAME_face1.wav and so on for each face",
-    )
+    face: str = setting("largest", about=f"{WHICH_FACE}; all: NAME_face1.wav and so on for each face")
     face_box: str | None = setting(None, about=FACE_BOX)
     detector: str | None = setting(
         None, about="path of YuNet's file face_detection_yunet_2023mar.onnx; null: OpenCV's cascade"
@@ -238,10 +229,10 @@ def find_clips(c: InferConfig) -> list[Path]:
 def outputs_of(clip: Path, c: InferConfig) -> list[Path]:
     """Return the files that a clip may be given."""
     suffixes = (".mp4", ".png", ".wav", *(FACE if c.debug else ()), *(WORD_FILES if c.timestamps else ()))
-    stems = [face_name(clip, n) for n in range(1, MOST_FACES + 1)] if c.face == "all" else [clip.stem]
+    stems = dict.fromkeys(stem_of(clip, number, c) for number in range(1, MOST_FACES + 1))
     return [Path(c.output) / f"{stem}{suffix}" for stem in stems for suffix in suffixes]
 
 
-def face_name(clip: Path, number: int) -> str:
-    """Return the name, without an ending, of the files of one of all faces."""
-    return f"{clip.stem}_face{number}"
+def stem_of(clip: Path, number: int, c: InferConfig) -> str:
+    """Return the name, without an ending, of the files of a face of a clip; `number` counts if all are wanted."""
+    return f"{clip.stem}_face{number}" if c.face == "all" else clip.stem

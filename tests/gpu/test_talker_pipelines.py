@@ -128,8 +128,7 @@ def test_the_service_reads_once_a_patch(pipeline):
 
 
 @pytest.mark.parametrize(
-    ("mode", "expected"),
-    [("resynthesis", {DECODED: 2, PICTURES: 2}), ("v2a", {VOICE: 2, MOTION: 2, WAVE: 4})],
+    ("mode", "expected"), [("resynthesis", {DECODED: 2, PICTURES: 2}), ("v2a", {VOICE: 2, MOTION: 2, WAVE: 4})]
 )
 def test_an_evaluation_reads_what_its_clips_do(pipeline, tmp_path, mode, expected):
     voice, face = pipeline.jobs["tts"].reference_audio, pipeline.jobs["v2a"].video

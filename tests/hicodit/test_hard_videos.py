@@ -145,7 +145,7 @@ REFUSALS = {
 def test_track(pipeline, base, tmp_path, kind):
     make, least, most, first, last, share = TRACKS[kind]
     path = make(base, tmp_path)
-    crops = next(pipeline.all_crops(path, "largest", strip=lambda _: tmp_path / "strip.png"))
+    crops = next(pipeline.all_crops(path, "largest", strips=[tmp_path / "strip.png"]))
     track = crops.track
     assert least <= len(track) == len(crops.mouth) <= most
     assert abs(track.coverage - share) < 0.06
