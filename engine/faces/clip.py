@@ -5,6 +5,7 @@ Axes: T frames, H height, W width, n frames of a block, P landmarks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -86,11 +87,13 @@ class ClipFrames:
 
 
 class ArrayFrames(ClipFrames):
-    """Frames (T, H, W, 3) in memory, as one block.
+    """Frames (T, H, W, 3) in memory, as one block; there are no larger ones.
 
     Args:
         display_size: height and width of the picture as a player shows it; None: those of the frames.
     """
+
+    max_side = math.inf
 
     def __init__(self, frames: np.ndarray, display_size: tuple[int, int] | None = None) -> None:
         self.array, self.size = frames, frames.shape[1:3]
@@ -98,10 +101,6 @@ class ArrayFrames(ClipFrames):
 
     def __iter__(self) -> Iterator[np.ndarray]:
         yield self.array
-
-    def sharper(self, track: FaceTrack) -> tuple[ClipFrames, FaceTrack]:
-        """Return these frames and their track: there are no larger ones."""
-        return self, track
 
 
 def find_faces(

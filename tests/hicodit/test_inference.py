@@ -66,14 +66,7 @@ def test_a_bad_clip_in_a_folder_does_not_stop_the_rest(release, clip, tmp_path, 
     assert "b.mp4" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "place",
-    [{"devices": "2"}, pytest.param({"executor": "ray", "ray": {"encoders": 2}}, marks=pytest.mark.slow)],
-    ids=["processes", "ray"],
-)
-def test_two_processes_give_the_files_of_one(release, clip, tmp_path, capsys, place):
-    if "executor" in place:
-        ray = pytest.importorskip("ray")
+def test_two_processes_give_the_files_of_one(release, clip, tmp_path, capsys):
     source, names = tmp_path / "clips", [f"clip{i}" for i in range(4)]
     source.mkdir()
     for name in names:
@@ -81,13 +74,8 @@ def test_two_processes_give_the_files_of_one(release, clip, tmp_path, capsys, pl
     changes = {"batch_size": 1, "device": "cpu", "figure": False}
     assert run(config(release, source, tmp_path / "one", **changes)) == 0
     capsys.readouterr()
-    try:
-        assert run(config(release, source, tmp_path / "many", **place, **changes)) == 0
-    finally:
-        if "executor" in place:
-            ray.shutdown()
-    said = capsys.readouterr().out.splitlines()
-    lines = [line for line in said if line.startswith(str(source)) or " clips in " in line]  # Ray has some of its own
+    assert run(config(release, source, tmp_path / "many", devices="2", **changes)) == 0
+    lines = capsys.readouterr().out.splitlines()
     assert sorted(line.partition(",")[0] for line in lines[:-1]) == [str(source / f"{name}.mp4") for name in names]
     assert lines[-1].startswith("4 of 4 clips") and lines[-1].endswith("on 2 processes, cpu")
     for name in names:
