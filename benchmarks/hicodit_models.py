@@ -20,7 +20,7 @@ from hicodit.conditions import encoder_config
 from hicodit.conditions.types import Conditions
 from hicodit.data import HiCoDiTDataset
 from hicodit.diffusion import LogLinearNoise, masked_at, weighted_score_entropy
-from hicodit.evaluate import stored_conditions, stored_samples
+from hicodit.evaluate import stored_conditions
 from hicodit.model import HiCoDiT, ModelConfig, positions_of, rows_of
 from hicodit.pipeline import BUNDLED, HiCoDiTPipeline
 from hicodit.system import CODECS, HiCoDiTSystem
@@ -68,7 +68,8 @@ def losses(release: str, shards: str | Path, clips: int) -> dict[str, dict[str, 
     """
     pipeline = HiCoDiTPipeline.from_pretrained(release, precision="fp32")
     codec = find_codec(Path(release), pipeline.system.release.get("codec", "rvq_tiny"), CODECS, BUNDLED.parent)
-    samples = stored_samples(HiCoDiTDataset(shards, codec, augment=False), clips)
+    data = HiCoDiTDataset(shards, codec, augment=False)
+    samples = [data.read(index) for index in data.spread(clips)]
     conditions = [stored_conditions(pipeline, [clip]) for _, clip in samples]
     others = derangement(len(samples), np.random.default_rng(0))
     pairs: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in LOSSES}

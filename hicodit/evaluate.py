@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -125,8 +124,8 @@ def evaluate_clips(
         recogniser: for word errors, see `words_by`.
         metrics: names of `engine.metrics.registry`. The true speech is what the tokenizer makes of the true tokens.
     """
-    samples = stored_samples(data, clips)
-    own, samples = share.range(len(samples)), share.pick(samples)
+    chosen = data.spread(clips)
+    own, samples = share.range(len(chosen)), [data.read(index) for index in share.pick(chosen)]
     if not own:
         return {}
     infos, stored = zip(*samples)
@@ -146,12 +145,6 @@ def evaluate_clips(
     true = pipeline.decode_tokens([clip["tokens"].T for clip in stored]) if compared else None
     texts, device = [info["text"] for info in infos], str(pipeline.device)
     return measure_clips(metrics, texts, waves, true, rate, recogniser, device=device, numbers=own)
-
-
-def stored_samples(data: HiCoDiTDataset, clips: int) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
-    """Read `clips` clips, evenly spread over a prepared split, as `HiCoDiTDataset.read` does."""
-    chosen = torch.linspace(0, len(data) - 1, min(clips, len(data))).round().long().tolist()
-    return [data.read(index) for index in chosen]
 
 
 @torch.inference_mode()

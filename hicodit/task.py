@@ -247,15 +247,14 @@ class HiCoDiTTask(Task):
         heard = "heard" if "heard_expression" in (read_index(source).get("digests") or ()) else "seen"
         data = HiCoDiTDataset(source, self.codec, encoders.config.kind, expression=heard, augment=False)
         data.shards.check_made_with({name: made for name, made in self.features.items() if name in FEATURES})
-        count, device, sums = min(self.validate_clips, len(data)), self.system.model.null_lip.device, Counter()
-        chosen = torch.linspace(0, len(data) - 1, count).round().long().tolist()
-        for start in range(0, count, VALIDATION_BATCH):
+        chosen, device, sums = data.spread(self.validate_clips), self.system.model.null_lip.device, Counter()
+        for start in range(0, len(chosen), VALIDATION_BATCH):
             clips = chosen[start : start + VALIDATION_BATCH]
             batch = data.collate([data.__getitem__(i, generator_for(0, "held out", i)) for i in clips])
             losses = self({k: v if k in self.on_host else v.to(device) for k, v in batch.items()}, "model")
             sums["loss"] += len(clips) * float(losses["loss"])
             sums[name] += len(clips) * float(losses[f"{name}_low"] + losses[f"{name}_high"])
-        return {name: value / count for name, value in sums.items()}
+        return {name: value / len(chosen) for name, value in sums.items()}
 
     def adapted(self) -> nn.Module:
         """The score network; the condition encoders stay as they are."""

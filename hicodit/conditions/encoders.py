@@ -93,6 +93,15 @@ WINDOW_FRAMES = 100  # of a long clip that the tiny lip encoder sees at once; it
 CONTEXT_FRAMES = 20
 
 
+def _trunk(channels: int, *widths: int) -> list[nn.Module]:
+    """Return the strided convolutions of a picture (n, C, H, W) to values (n, C' * H / 16 * W / 16)."""
+    layers, sizes = [], ((6, 4), (4, 2), (4, 2))  # kernel and stride
+    for width, (kernel, stride) in zip(widths, sizes, strict=True):
+        layers += [nn.Conv2d(channels, width, kernel, stride, padding=1), nn.GELU()]
+        channels = width
+    return [*layers, nn.Flatten()]
+
+
 class TinyLipEncoder(nn.Module):
     """Grey mouth pictures (B, T, H, W) in [0, 1] to lip features (B, T, E). Long clips are encoded in windows.
 
@@ -103,15 +112,7 @@ class TinyLipEncoder(nn.Module):
         super().__init__()
         c = config
         w, side = c.lip_width, c.mouth_size // 16
-        self.frame = nn.Sequential(
-            nn.Conv2d(1, w, 6, stride=4, padding=1),
-            nn.GELU(),
-            nn.Conv2d(w, 2 * w, 4, stride=2, padding=1),
-            nn.GELU(),
-            nn.Conv2d(2 * w, 4 * w, 4, stride=2, padding=1),
-            nn.GELU(),
-            nn.Flatten(),
-        )
+        self.frame = nn.Sequential(*_trunk(1, w, 2 * w, 4 * w))
         self.project = nn.Linear(4 * w * side * side, c.lip_dim)
         self.norm = nn.LayerNorm(c.lip_dim)
         self.context = nn.Conv1d(c.lip_dim, c.lip_dim, 5, padding=2, groups=c.lip_heads)
@@ -144,43 +145,24 @@ class TinyLipEncoder(nn.Module):
         return h
 
 
-class _FaceTrunk(nn.Module):
+class TinyFaceEncoder(nn.Module):
     """Face pictures (n, 3, H, W) in [0, 1] to (n, E)."""
 
     def __init__(self, config: TinyEncoderConfig, out: int) -> None:
         super().__init__()
         w, side = config.face_width, config.face_size // 16
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, w, 6, stride=4, padding=1),
-            nn.GELU(),
-            nn.Conv2d(w, 2 * w, 4, stride=2, padding=1),
-            nn.GELU(),
-            nn.Conv2d(2 * w, 2 * w, 4, stride=2, padding=1),
-            nn.GELU(),
-            nn.Flatten(),
-            nn.Linear(2 * w * side * side, out),
-        )
+        self.layers = nn.Sequential(*_trunk(3, w, 2 * w, 2 * w), nn.Linear(2 * w * side * side, out))
 
     def forward(self, faces: Tensor) -> Tensor:
         return self.layers(2 * faces - 1)
 
 
-class TinyIdentityEncoder(_FaceTrunk):
+class TinyIdentityEncoder(TinyFaceEncoder):
     """Face pictures (B, F, 3, H, W) in [0, 1] to one embedding a clip (B, E): the mean of unit vectors."""
-
-    def __init__(self, config: TinyEncoderConfig) -> None:
-        super().__init__(config, config.face_dim)
 
     def forward(self, faces: Tensor) -> Tensor:
         each = super().forward(faces.flatten(0, 1)).unflatten(0, faces.shape[:2])
         return F.normalize(each, dim=-1).mean(1) * each.shape[-1] ** 0.5
-
-
-class TinyExpressionEncoder(_FaceTrunk):
-    """Face pictures (n, 3, H, W) in [0, 1] to expression logits (n, 7)."""
-
-    def __init__(self, config: TinyEncoderConfig) -> None:
-        super().__init__(config, len(EXPRESSIONS))
 
 
 class ConditionEncoders(nn.Module):
@@ -192,5 +174,5 @@ class ConditionEncoders(nn.Module):
         super().__init__()
         self.config = config
         self.lip = TinyLipEncoder(config)
-        self.identity = TinyIdentityEncoder(config)
-        self.expression = TinyExpressionEncoder(config)
+        self.identity = TinyIdentityEncoder(config, config.face_dim)
+        self.expression = TinyFaceEncoder(config, len(EXPRESSIONS))
