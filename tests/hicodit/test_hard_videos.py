@@ -6,6 +6,7 @@ damaged files tests/hostile's. Made here with ffmpeg from drawn faces; the real 
 
 import re
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,17 +42,20 @@ def base(tmp_path_factory):
     return folder
 
 
-def remade(*options, name="b.mp4", before=()):
-    """A kind that ffmpeg makes of the plain clip."""
+def remade(*options, name="b.mp4", before=(), source=None):
+    """A kind that ffmpeg makes of the plain clip, or of another one."""
 
     def make(base, folder):
-        ffmpeg(*before, "-i", base / "plain.mp4", *options, folder / name)
+        ffmpeg(*before, "-i", source or base / "plain.mp4", *options, folder / name)
         return folder / name
 
     return make
 
 
-def drawn(frames, heads, size=SIZE, side=HEAD):
+bundled = partial(remade, source=DEMO)  # its face is drawn with more care
+
+
+def drawn(frames, heads, size=SIZE):
     """A kind that is drawn: heads as `scene` takes them."""
 
     def make(base, folder):
@@ -82,16 +86,6 @@ def changing_size(base, folder):
         ffmpeg("-i", base / "plain.mp4", "-s", size, "-t", 0.6, folder / f"{name}.ts")
     (folder / "both.ts").write_bytes((folder / "a.ts").read_bytes() + (folder / "b.ts").read_bytes())
     return folder / "both.ts"
-
-
-def bundled(*options):
-    """A kind that ffmpeg makes of the bundled clip, whose face is drawn with more care."""
-
-    def make(base, folder):
-        ffmpeg("-i", DEMO, *options, folder / "b.mp4")
-        return folder / "b.mp4"
-
-    return make
 
 
 def profile(base, folder):
