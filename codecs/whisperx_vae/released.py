@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.official import numbered, rename_all, sizes_of, strides
-from engine.safe_pickle import read_checkpoint
+from engine.safe_pickle import read_state
 
 HEAD_SIZE = 64  # of every published Whisper
 RULES = (
@@ -63,9 +63,5 @@ def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None
         return None
     if len(files) > 1:
         raise UserError(f"{path} holds {len(files)} checkpoints ({', '.join(p.name for p in files)}): name one")
-    content = read_checkpoint(files[0])
-    state = content.get("state_dict", content)
-    if not isinstance(state, dict):
-        raise UserError(f"{path} has no state_dict: it is not a WhisperX-VAE checkpoint")
-    state = rename_all({key: value for key, value in state.items() if isinstance(value, Tensor)}, RULES)
+    state = rename_all(read_state(files[0], "state_dict"), RULES)
     return config_of(state), state

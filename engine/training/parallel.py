@@ -14,6 +14,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -216,13 +217,11 @@ def _training_forward(block: nn.Module, compiled: bool, recomputed: bool) -> Cal
     """Make a block's forward of training; validation, whose lengths vary, takes the plain one."""
     plain = block.forward
     fast = torch.compile(plain) if compiled else plain
+    if recomputed:
+        fast = partial(checkpoint, fast, use_reentrant=False, context_fn=recomputing)
 
     def forward(*arguments: Any, **options: Any) -> Any:
-        if not (block.training and torch.is_grad_enabled()):
-            return plain(*arguments, **options)
-        if not recomputed:
-            return fast(*arguments, **options)
-        return checkpoint(fast, *arguments, use_reentrant=False, context_fn=recomputing, **options)
+        return (fast if block.training and torch.is_grad_enabled() else plain)(*arguments, **options)
 
     return forward
 

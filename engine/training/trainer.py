@@ -203,8 +203,10 @@ class Trainer:
             self.task.zero_grad(set_to_none=True)
             means, losses = defaultdict(lambda: torch.zeros((), device=self.device)), []
             for micro, number in enumerate(numbers):
-                batch = window.next(batches) if part == first else stored[micro]
-                if part == first:
+                if part != first:
+                    batch = stored[micro]
+                else:
+                    batch = window.next(batches)
                     tokens += self.task.tokens(batch)
                     keys.append(batch.get("keys"))
                     stored += [batch] if several else []
