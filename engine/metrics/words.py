@@ -29,7 +29,6 @@ import jiwer
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
 from engine.errors import UserError
 from engine.evaluation.statistics import derangement
@@ -117,6 +116,8 @@ class WordErrors(Metric):
     def normalise(self, text: str, language: str) -> str:
         if self.kind == "grammar":
             return " ".join(text.lower().split())
+        from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer  # 3 s
+
         if language == "en":
             return EnglishTextNormalizer(self.spellings)(text)
         return BasicTextNormalizer()(text).strip()
