@@ -97,7 +97,7 @@ class WorkItem:
         track: of the face in the frames.
         transcripts: by recogniser. inputs: by name of an encoder, what it reads besides the sound.
         facts: for KEY.json; earlier_facts: those taken over. tensors: for KEY.safetensors. length: T.
-        waiting: encoders that are to run. seconds: as in `Outcome`. outcome: of a clip that is rejected.
+        seconds: as in `Outcome`. outcome: of a clip that is rejected.
     """
 
     info: SourceClip
@@ -116,7 +116,6 @@ class WorkItem:
     transcripts: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
     length: int = 0
-    waiting: list[str] = field(default_factory=list)
     seconds: dict[str, tuple[float, float]] = field(default_factory=dict)
     outcome: Outcome | None = None
     unpacked: tempfile.TemporaryDirectory | None = None
@@ -170,14 +169,13 @@ class Step:
 
 
 class Encoder(Step):
-    """A step whose network computes features. It has two parts, which may run in two processes: `cut` takes from the
-    pictures what the network reads, and needs no network; `encode` runs the network.
+    """A step whose network computes features, in two halves that may run in two processes.
 
     Args:
-        device: of the network; None: for `cut` alone, without a network.
+        device: of the network; None: for the first half alone.
 
     Attributes:
-        settings: those that are networks, which `cut` does without.
+        settings: those that are networks, which the first half does without.
     """
 
     settings: ClassVar[tuple[str, ...]] = ()
@@ -185,16 +183,12 @@ class Encoder(Step):
     def __init__(self, device: torch.device | None) -> None:
         self.device = device
 
-    def cut(self, clip: WorkItem) -> None:
-        """Put what the network reads, besides the sound, into the clip's `inputs`."""
+    def __call__(self, clip: WorkItem) -> None:
+        """Put what the network reads, besides the sound, into the clip's `inputs`; this half uses no network."""
 
     def encode(self, clip: WorkItem) -> None:
-        """Add the features to a clip that was cut."""
+        """Run the network and add the features."""
         raise NotImplementedError
-
-    def __call__(self, clip: WorkItem) -> None:
-        self.cut(clip)
-        self.encode(clip)
 
 
 def make_key(path: str) -> str:

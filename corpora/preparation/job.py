@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from corpora.preparation.clip import FPS, Outcome, SourceClip, WorkItem
+from corpora.preparation.clip import FPS, Outcome, WorkItem
 from corpora.preparation.sources import Source
 from corpora.preparation.steps import earlier_samples, start_steps, without_device
 from engine.cluster import Cluster
@@ -25,35 +25,6 @@ from engine.processes import Lost, Processes
 from engine.progress import track
 from engine.settings import EXECUTORS, ClusterConfig, Limits, check_place, require_choice, set_limits
 from engine.shards.writer import SplitWriter, dumps, reject_sample
-
-
-class Report:
-    """Counts and times of a run.
-
-    Attributes:
-        clips: by folder of the split and whether they were rejected. frames: of all clips.
-        steps: by step, its clips, and the seconds of the workers on the clock and of the processor.
-    """
-
-    def __init__(self) -> None:
-        self.clips, self.frames = Counter[tuple[Path, bool]](), 0
-        self.steps: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))
-
-    def add(self, outcome: Outcome, folder: Path) -> None:
-        self.clips[folder, bool(outcome.stage)] += 1
-        self.frames += outcome.frames
-        for name, seconds in outcome.seconds.items():
-            self.steps[name] += (1, *seconds)
-
-    def print(self, seconds: float, workers: int) -> None:
-        count, total = self.clips.total(), max(sum(wall for _, wall, _ in self.steps.values()), 1e-9)
-        if not count:
-            return
-        print(f"{'stage':<14}{'clips':>8}{'s/clip':>10}{'CPU s/clip':>12}{'share':>8}")
-        for name, (clips, wall, processor) in self.steps.items():
-            print(f"{name:<14}{clips:>8.0f}{wall / clips:>10.4f}{processor / clips:>12.4f}{wall / total:>8.1%}")
-        speed = f"{count / seconds:.2f} clips/s, {self.frames / FPS / seconds:.2f} s of clips a second"
-        print(f"{count} clips in {seconds:.1f} s, workers={workers}: {speed}")
 
 
 def prepare(config: DictConfig) -> None:
@@ -67,30 +38,49 @@ def prepare(config: DictConfig) -> None:
         raise UserError(f"{source.root} has no splits: is source.root right?")
     listed = {name: source.clips(name)[: config.limit] for name in names}
     stages = chosen_stages(config, source)
-    start = partial(start_steps, stages, config.device, source.symbols)
-    with writable(config.output), _executor(config, start) as executor:
+    settings = {name: without_device(stage) for name, stage in stages.items()}
+    for stage in settings.values():
+        del stage["_target_"]
+    output, reuse = Path(config.output), Path(config.reuse) if config.reuse else None
+    clips, frames, steps = Counter[tuple[Path, bool]](), 0, defaultdict(lambda: np.zeros(3))
+    with writable(output), _executor(config, partial(start_steps, stages, config.device, source.symbols)) as executor:
         digests, fingerprints = executor.about
-        made_by = {name: without_device(stage) for name, stage in stages.items()}
-        settings = {name: {k: v for k, v in stage.items() if k != "_target_"} for name, stage in made_by.items()}
-        listing = [{"name": name, "settings": stage} for name, stage in settings.items()]
-        about = {"stages": listing, "digests": digests, "symbols": source.symbols}
-        writers = {
-            name: _writer(config, name, clips, {"split": name, **about}, fingerprints, rank, world)
-            for name, clips in listed.items()
-        }
+        about = {"digests": digests, "symbols": source.symbols}
+        writers = {}
+        for name, described in listed.items():
+            listing = dumps([[clip.key, clip.source, clip.text] for clip in described])
+            plan = {"split": name, "stages": settings, "clips_per_shard": config.clips_per_shard, **about}
+            plan |= {"clips": len(described), "listing": hashlib.sha256(listing).hexdigest()[:16]}
+            in_place = reuse is not None and (reuse / name).resolve() == (output / name).resolve()
+            settled = config.clips_per_shard, plan, rank, world, fingerprints, in_place
+            writers[name] = SplitWriter(output / name, [clip.key for clip in described], *settled)
+
+        def items() -> Iterator[WorkItem]:
+            """Yield the clips that are to be done, shard by shard."""
+            for name, writer in writers.items():
+                described = {clip.key: clip for clip in listed[name]}
+                for shard in writer.mine:
+                    work, keys = writer.begin(shard)
+                    earlier = earlier_samples(reuse / name, shard, fingerprints) if reuse and keys else {}
+                    for key in keys:
+                        yield WorkItem(described[key], source.root, work, **earlier.get(key, {}))
+
         count = sum(len(writer.missing(shard)) for writer in writers.values() for shard in writer.mine)
-        items = _items(config, source.root, listed, writers, fingerprints)
-        started, report = time.monotonic(), Report()
-        for item, outcome in _patient(track(executor.run(items), count, "clips"), config.patience):
+        started = time.monotonic()
+        for item, outcome in _patient(track(executor.run(items()), count, "clips"), config.patience):
             if outcome.stage:
                 reject_sample(item.work, item.info.key, item.info.source, outcome.stage, outcome.reason)
             writers[item.work.parent.name].settle(item.work)
-            report.add(outcome, item.work.parent)
-        report.print(time.monotonic() - started, config.workers)
+            clips[item.work.parent, bool(outcome.stage)] += 1
+            frames += outcome.frames
+            for name, seconds in outcome.seconds.items():
+                steps[name] += (1, *seconds)
+        if clips:
+            _print_speed(steps, clips.total(), frames / FPS, time.monotonic() - started, config.workers)
+    about = {"stages": [{"name": name, "settings": stage} for name, stage in settings.items()], **about}
     for name, writer in writers.items():
         index = writer.finish({"split": name, **about})
-        new, rejected = (report.clips[writer.folder, each] for each in (False, True))
-        made = f"{new} clips made now, {rejected} rejected"
+        made = f"{clips[writer.folder, False]} clips made now, {clips[writer.folder, True]} rejected"
         if index is None:
             print(f"{writer.folder}: {made}; the index comes with the last process")
         else:
@@ -98,6 +88,16 @@ def prepare(config: DictConfig) -> None:
                 f"{writer.folder}: {made}; complete: {index['clips']} clips, {index['seconds']:.1f} s, "
                 f"{len(index['shards'])} shards, rejected: {index['rejected'] or 'none'}"
             )
+
+
+def _print_speed(steps: dict[str, np.ndarray], count: int, duration: float, seconds: float, workers: int) -> None:
+    """Print the time of each step: its clips, and the seconds of the workers on the clock and of the processor."""
+    total = max(sum(wall for _, wall, _ in steps.values()), 1e-9)
+    print(f"{'stage':<14}{'clips':>8}{'s/clip':>10}{'CPU s/clip':>12}{'share':>8}")
+    for name, (clips, wall, processor) in steps.items():
+        print(f"{name:<14}{clips:>8.0f}{wall / clips:>10.4f}{processor / clips:>12.4f}{wall / total:>8.1%}")
+    speed = f"{count / seconds:.2f} clips/s, {duration / seconds:.2f} s of clips a second"
+    print(f"{count} clips in {seconds:.1f} s, workers={workers}: {speed}")
 
 
 def place(config: DictConfig) -> tuple[int, int]:
@@ -145,40 +145,6 @@ def _executor(config: DictConfig, start: partial) -> Processes | Cluster:
         return Processes(config.workers, partial(start, True), config.clip_timeout)
     starts = partial(start, True), partial(start, False)
     return Cluster(ClusterConfig(**config.ray), *starts, config.clip_timeout, config.workers)
-
-
-def _writer(
-    config: DictConfig,
-    name: str,
-    clips: list[SourceClip],
-    about: Mapping[str, Any],
-    fingerprints: Mapping[str, str],
-    rank: int,
-    world: int,
-) -> SplitWriter:
-    listing = hashlib.sha256(dumps([[clip.key, clip.source, clip.text] for clip in clips])).hexdigest()[:16]
-    plan = {"clips_per_shard": config.clips_per_shard, "clips": len(clips), "listing": listing, **about}
-    plan["stages"] = {stage["name"]: stage["settings"] for stage in about["stages"]}
-    keys, folder = [clip.key for clip in clips], Path(config.output) / name
-    replace = bool(config.reuse) and (Path(config.reuse) / name).resolve() == folder.resolve()
-    return SplitWriter(folder, keys, config.clips_per_shard, plan, rank, world, fingerprints, replace)
-
-
-def _items(
-    config: DictConfig,
-    root: Path,
-    listed: Mapping[str, list[SourceClip]],
-    writers: Mapping[str, SplitWriter],
-    fingerprints: Mapping[str, str],
-) -> Iterator[WorkItem]:
-    """Yield the clips that are to be done, shard by shard."""
-    for name, writer in writers.items():
-        clips = {clip.key: clip for clip in listed[name]}
-        for shard in writer.mine:
-            work, keys = writer.begin(shard)
-            earlier = earlier_samples(Path(config.reuse) / name, shard, fingerprints) if config.reuse and keys else {}
-            for key in keys:
-                yield WorkItem(clips[key], root, work, **earlier.get(key, {}))
 
 
 def _patient(results: Iterable[tuple[WorkItem, Outcome | Lost]], patience: int) -> Iterator[tuple[WorkItem, Outcome]]:

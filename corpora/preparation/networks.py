@@ -76,7 +76,7 @@ class Lip(Encoder):
     def digests(self) -> dict[str, str]:
         return {self.tensors[0]: weights_digest(self.encoders.network(self.encoder, self.device))}
 
-    def cut(self, clip: WorkItem) -> None:
+    def __call__(self, clip: WorkItem) -> None:
         clip.inputs["lip"] = clip.cut_face(self.encoders.config.cut_mouth)
 
     def encode(self, clip: WorkItem) -> None:
@@ -99,7 +99,7 @@ class FaceIdentity(Lip):
         super().__init__(encoders, device)
         self.pictures = pictures
 
-    def cut(self, clip: WorkItem) -> None:
+    def __call__(self, clip: WorkItem) -> None:
         at = picture_frames(clip.length, self.pictures)
         clip.inputs["face_identity"] = clip.cut_face(self.encoders.config.cut_faces, at)
 
@@ -141,30 +141,24 @@ class Expression(Encoder):
 
     def __init__(self, weights: str, device: torch.device | None, every: int = 5) -> None:
         super().__init__(device)
-        self.every, self.network = every, None
-        if Path(weights).suffix in (".pth", ".pt"):
-            config = encoder_config({"kind": "released"})
-            if device is not None:
-                self.network = POSTER2.from_pretrained(weights).to(device).eval()
-        else:
-            encoders = HiCoDiTSystem.from_pretrained(weights).encoders
-            if not encoders.learns:
-                raise UserError(f"stages.expression.weights={weights} has released encoders: name POSTER V2's file")
-            config = encoders.config
-            if device is not None:
-                self.network = encoders.expression.to(device).eval()
-        self.cut_faces = config.cut_faces
+        self.every, is_poster = every, Path(weights).suffix in (".pth", ".pt")
+        encoders = None if is_poster else HiCoDiTSystem.from_pretrained(weights).encoders
+        if encoders is not None and not encoders.learns:
+            raise UserError(f"stages.expression.weights={weights} has released encoders: name POSTER V2's file")
+        self.cut_faces = (encoder_config({"kind": "released"}) if is_poster else encoders.config).cut_faces
+        if device is not None:
+            network = POSTER2.from_pretrained(weights) if is_poster else encoders.expression
+            self.network = network.to(device).eval()
 
     def digests(self) -> dict[str, str]:
         return {"expression": weights_digest(self.network)}
 
-    def cut(self, clip: WorkItem) -> None:
+    def __call__(self, clip: WorkItem) -> None:
         classes = expression_labels(clip.info.expression, windows_of(clip.length))
         if classes is not None:
             clip.tensors["expression"] = classes.to(torch.uint8)
             return
-        at = slice(0, clip.length, self.every)
-        clip.inputs["expression"] = clip.cut_face(self.cut_faces, at)
+        clip.inputs["expression"] = clip.cut_face(self.cut_faces, slice(0, clip.length, self.every))
 
     def encode(self, clip: WorkItem) -> None:
         if "expression" not in clip.inputs:  # it has labels
@@ -280,7 +274,7 @@ class Motion(CodecEncoder):
         super().__init__(codec, device)
         self.crop = crop
 
-    def cut(self, clip: WorkItem) -> None:
+    def __call__(self, clip: WorkItem) -> None:
         if "motion" not in clip.tensors:
             clip.inputs["motion"] = face_square(clip, self.crop).cut(clip.frames)
 

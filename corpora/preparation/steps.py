@@ -13,7 +13,8 @@ import inspect
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -66,14 +67,20 @@ class Steps(Work[WorkItem, WorkItem, Outcome]):
             extra = {key: value for key, value in offered.items() if key in parameters}
             without = {} if networks else dict.fromkeys(getattr(kind, "settings", ()))
             step = self.steps[name] = build(OmegaConf.create(dict(config) | without), **extra)
-            if not networks:
-                continue
-            digests = step.digests()
-            self.digests |= digests
-            made_by = [name, without_device(config), digests, symbols if "symbols" in extra else None]
-            self.fingerprints[name] = hashlib.sha256(dumps([*before, made_by])).hexdigest()[:8]
-            if not step.reusable:
-                before.append(made_by)
+            if networks:
+                digests = step.digests()
+                self.digests |= digests
+                made_by = [name, without_device(config), digests, symbols if "symbols" in extra else None]
+                self.fingerprints[name] = hashlib.sha256(dumps([*before, made_by])).hexdigest()[:8]
+                before += [] if step.reusable else [made_by]
+
+    def _due(self, clip: WorkItem) -> Iterator[tuple[str, Step]]:
+        """Yield the steps that a clip needs: not those whose results are taken over, unless others read theirs."""
+        needed = {step.needs for name, step in self.steps.items() if step.reusable and name not in clip.unchanged}
+        for name, step in self.steps.items():
+            skipped = name in clip.unchanged and (step.reusable or step.needs not in {"", *needed})
+            if not skipped and (step.needs != "frames" or clip.info.video is not None):
+                yield name, step
 
     @torch.inference_mode()
     def cut(self, clip: WorkItem) -> WorkItem:
@@ -81,19 +88,9 @@ class Steps(Work[WorkItem, WorkItem, Outcome]):
         try:
             if clip.unchanged:
                 self._take_over(clip)
-            needed = {step.needs for name, step in self.steps.items() if step.reusable and name not in clip.unchanged}
-            for name, step in self.steps.items():
-                if step.needs == "frames" and clip.info.video is None:
-                    continue
-                if name in clip.unchanged and (step.reusable or step.needs not in {"", *needed}):
-                    continue
-                if isinstance(step, Encoder):
-                    clip.waiting.append(name)
-                    _run(name, step.cut, clip)
-                else:
+            for name, step in self._due(clip):
+                if clip.outcome is None:
                     _run(name, step, clip)
-                if clip.outcome is not None:
-                    break
         finally:
             clip.close()
         clip.frames = clip.track = None
@@ -102,31 +99,28 @@ class Steps(Work[WorkItem, WorkItem, Outcome]):
     @torch.inference_mode()
     def do(self, clip: WorkItem) -> Outcome:
         """Run the encoders over a clip that was cut, and write its sample."""
-        for name in clip.waiting:
-            if clip.outcome is None:
-                _run(name, self.steps[name].encode, clip)
-        return clip.outcome or self._write(clip)
-
-    def _write(self, clip: WorkItem) -> Outcome:
-        start = _clocks()
-        facts = {"key": clip.info.key, **clip.facts, **clip.earlier_facts, "input": input_digest(clip.info)}
-        members = {"json": dumps(facts | {"text": facts["text"] or ""})}  # readers want a string
-        members["safetensors"] = save({name: tensor.contiguous() for name, tensor in clip.tensors.items()})
-        write_sample(clip.work, clip.info.key, members)
-        clip.seconds["write"] = _since(start)
+        for name, step in self._due(clip):
+            if isinstance(step, Encoder) and clip.outcome is None:
+                _run(name, step.encode, clip)
+        if clip.outcome is not None:
+            return clip.outcome
+        with _timed("write", clip):
+            facts = {"key": clip.info.key, **clip.facts, **clip.earlier_facts, "input": input_digest(clip.info)}
+            members = {"json": dumps(facts | {"text": facts["text"] or ""})}  # readers want a string
+            members["safetensors"] = save({name: tensor.contiguous() for name, tensor in clip.tensors.items()})
+            write_sample(clip.work, clip.info.key, members)
         return Outcome(seconds=clip.seconds, frames=clip.length)
 
     def _take_over(self, clip: WorkItem) -> None:
         """Put the tensors of an earlier shard into a clip; nothing is unchanged if its source describes it anew."""
-        start, steps = _clocks(), [self.steps[name] for name in clip.unchanged]
-        with clip.shard.open("rb", buffering=0) as file:
+        with _timed("reuse", clip), clip.shard.open("rb", buffering=0) as file:
+            steps = [self.steps[name] for name in clip.unchanged]
             facts, tensors = read_sample(file, clip.places, {name for step in steps for name in step.tensors})
-        if facts.get("input") != input_digest(clip.info):
-            clip.unchanged = frozenset()
-            return
-        clip.tensors |= tensors
-        clip.earlier_facts = {name: facts[name] for step in steps for name in step.facts}
-        clip.seconds["reuse"] = _since(start)
+            if facts.get("input") != input_digest(clip.info):
+                clip.unchanged = frozenset()
+                return
+            clip.tensors |= tensors
+            clip.earlier_facts = {name: facts[name] for step in steps for name in step.facts}
 
 
 def start_steps(
@@ -173,36 +167,30 @@ def without_device(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _clocks() -> tuple[float, float]:
-    """Return wall-clock time, and processor time of this process and its finished children."""
-    return time.perf_counter(), sum(os.times()[:4])
+@contextmanager
+def _timed(name: str, clip: WorkItem) -> Iterator[None]:
+    """Add the seconds of a block on the clock, and of the processor for this process and its finished children."""
+    start = time.perf_counter(), sum(os.times()[:4])
+    yield
+    wall, processor = clip.seconds.get(name, (0.0, 0.0))
+    clip.seconds[name] = wall + time.perf_counter() - start[0], processor + sum(os.times()[:4]) - start[1]
 
 
-def _since(start: tuple[float, float]) -> tuple[float, float]:
-    wall, processor = _clocks()
-    return wall - start[0], processor - start[1]
-
-
-def _run(name: str, work: Callable[[WorkItem], None], clip: WorkItem) -> None:
-    """Do a step, or a half of it, and add its seconds; an error becomes the clip's outcome."""
-    start = _clocks()
-    try:
-        work(clip)
-    except Exception as error:
-        clip.outcome = _rejection(name, error, clip)
-    clip.seconds[name] = tuple(map(sum, zip(clip.seconds.get(name, (0.0, 0.0)), _since(start))))
-
-
-def _rejection(name: str, error: Exception, clip: WorkItem) -> Outcome:
-    """Return the outcome of a clip that a step refuses or fails at; what no clip can cause ends the job."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in FATAL:
-            raise UserError(f"{cause.strerror} ({error}); finished clips are kept, run the same command to continue")
-        cause = cause.__cause__ or cause.__context__
-    known = isinstance(error, UserError)
-    reason = _one_line(str(error) if known else f"{type(error).__name__}: {error}", clip)
-    return Outcome(name, reason, isinstance(error, MachineFault) or not known, clip.seconds)
+def _run(name: str, half: Callable[[WorkItem], None], clip: WorkItem) -> None:
+    """Do a half of a step; an error becomes the clip's outcome, but what no clip can cause ends the job."""
+    with _timed(name, clip):
+        try:
+            half(clip)
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None:
+                if isinstance(cause, OSError) and cause.errno in FATAL:
+                    advice = "finished clips are kept, run the same command to continue"
+                    raise UserError(f"{cause.strerror} ({error}); {advice}") from error
+                cause = cause.__cause__ or cause.__context__
+            known = isinstance(error, UserError)
+            reason = _one_line(str(error) if known else f"{type(error).__name__}: {error}", clip)
+            clip.outcome = Outcome(name, reason, isinstance(error, MachineFault) or not known, clip.seconds)
 
 
 def _one_line(reason: str, clip: WorkItem) -> str:

@@ -68,7 +68,7 @@ class Mean(Encoder):
     def __init__(self, device: torch.device | None):
         super().__init__(device)
 
-    def cut(self, clip):
+    def __call__(self, clip):
         clip.inputs["mean"] = clip.wave16[::640].copy()
 
     def encode(self, clip):

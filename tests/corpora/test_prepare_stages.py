@@ -119,8 +119,10 @@ def test_expressions_are_seen_where_the_source_has_no_label(corpus):
     every = pipeline.system.encoders.config.picture_every
     clip = WorkItem(SourceClip("a", "train/a.mp4", "train/a.wav"), corpus)
     with torch.inference_mode():
-        for stage in (Decode(), Face(), Expression("assets/hicodit_tiny", torch.device("cpu"), every)):
+        stages = Decode(), Face(), Expression("assets/hicodit_tiny", torch.device("cpu"), every)
+        for stage in stages:
             stage(clip)
+        stages[-1].encode(clip)
     faces = torch.from_numpy(encoder_config({}).cut_faces(clip.frames, clip.track)[::every])
     classes = pipeline.system.window_classes(pipeline.system.read_expressions(faces.permute(0, 3, 1, 2)), FRAMES)
     assert clip.tensors["expression"].dtype == torch.uint8 and len(classes) == 3
@@ -170,7 +172,7 @@ def heard(expression, recogniser, frames=38):
     """What the stage makes of a clip whose sound counts its half seconds."""
     wave = np.repeat(np.arange(4), 8_000).astype(np.float32)[: frames * 640]
     clip = WorkItem(SourceClip("a", "a.mp4", expression=expression), None, wave16=wave, length=frames)
-    HeardExpression(recogniser, seconds=0.5)(clip)
+    HeardExpression(recogniser, seconds=0.5).encode(clip)
     return clip.tensors["heard_expression"].tolist()
 
 
