@@ -29,7 +29,7 @@ from engine.metrics.metric import Sound, Take
 from engine.metrics.recogniser import Recogniser
 from engine.metrics.words import WordErrors
 from engine.untrusted import read_text
-from hicodit.pipeline import BUNDLED, HiCoDiTPipeline, Speech
+from hicodit.pipeline import BUNDLED, HiCoDiTPipeline
 from talker_t2av.jobs import check_given
 from talker_t2av.model import FPS
 from talker_t2av.settings import AutoConfig, InferConfig, Job
@@ -75,9 +75,15 @@ class ClipWords:
 
     def __call__(self, job: Job) -> tuple[Job, dict[str, str]]:
         """Return the job with words and a voice, and where they come from: text, text_origin, voice_origin."""
-        found, voice = self.written(job.video), job.find_voice()
-        speech = self.speak(job) if found is None or voice is None else None
-        text, origin = found or self.recognise(speech)
+        words, voice = self.written(job.video), job.find_voice()
+        if words is None or voice is None:
+            check_given(int(probe(job.video).seconds * FPS), f"video={job.video}")
+            crops = self.hicodit.crops(job.video, face_box=read_boxes(job.face_box) if job.face_box else None)
+            speech = self.hicodit.run([crops], [job.seed])[0]
+        if words is None:
+            name = Path(self.config.recogniser).name if self.config.recogniser else "the corpus's recogniser"
+            words = self.transcribe(speech.wave, speech.rate).strip(), f"{name}, on HiCoDiT's speech"
+        text, origin = words
         about = {"text": text, "text_origin": origin, "voice_origin": Path(voice).name if voice else FACE}
         if voice is None:
             self.voices += 1
@@ -120,19 +126,11 @@ class ClipWords:
         else:
             texts = iter([read_text(source)])
         text = next(filter(None, texts), None)
-        return text and (_lip_reader_text(text), f"lip reader, {source.name}")
-
-    def speak(self, job: Job) -> Speech:
-        """Generate the speech of a job's clip by HiCoDiT."""
-        check_given(int(probe(job.video).seconds * FPS), f"video={job.video}")
-        crops = self.hicodit.crops(job.video, face_box=read_boxes(job.face_box) if job.face_box else None)
-        return self.hicodit.run([crops], [job.seed])[0]
-
-    def recognise(self, speech: Speech) -> tuple[str, str]:
-        """Return the words of generated speech, and which recogniser heard them."""
-        text = self.transcribe(speech.wave, speech.rate)
-        name = Path(self.config.recogniser).name if self.config.recogniser else "the corpus's recogniser"
-        return text.strip(), f"{name}, on HiCoDiT's speech"
+        if text is None:
+            return None
+        line = re.search(r"\b(?:transcript|hyp): *(.*)", text)  # as Auto-AVSR prints them; else the words alone
+        words = " ".join((line[1] if line else text).split())
+        return words.lower() if words.isupper() else words, f"lip reader, {source.name}"
 
     @cached_property
     def transcribe(self) -> Callable[[np.ndarray, int], str]:
@@ -170,10 +168,3 @@ def corpus_recogniser(folder: Path) -> Callable[[np.ndarray, int], str]:
         return closed.transcribe(wave, rate) if 4 * sum(known) > 3 * len(known) else text
 
     return transcribe
-
-
-def _lip_reader_text(text: str) -> str:
-    """Return the words in an output of Auto-AVSR: `transcript: WORDS` or `hyp: WORDS`, or the words alone."""
-    line = re.search(r"\b(?:transcript|hyp): *(.*)", text)
-    words = " ".join((line[1] if line else text).split())
-    return words.lower() if words.isupper() else words
