@@ -167,58 +167,48 @@ class ClipMaker:
         rng = np.random.default_rng(key if version == 1 else [*key, version])
         voice = self._voices[split][index % len(self._voices[split])]
         stem = self._root / split / clip_id(split, index)
-        text, speech, expression, intensity, more = (
-            self._speech_clip(rng, split, voice, index) if version == 3 else self._talking_clip(rng, split, voice, stem)
-        )
-        frames = len(speech.wave) // FRAME
+        free, changing = (version == 2 and bool(rng.random() < 0.5) for _ in range(2))
+        text = None if version == 3 else draw_sentence(rng, split, version, free)
+        expression, intensity = draw_expression(rng)
+        if version == 3 and rng.random() >= 0.5:
+            expression, intensity = "neutral", 0.0
+        shown = draw_change(rng) if changing else (expression,)
+        styles = [prosody(name, intensity, version) for name in shown]
+        while True:
+            if version == 3:
+                text = plain_sentences()[index] if split == "plain" else draw_open_sentence(rng, split)
+            speech = speak(self._synthesizer, text, voice.lines, styles, rng)
+            frames = len(speech.wave) // FRAME
+            if version < 3 or frames <= LONGEST:
+                break
+        windows = window_expressions(frames, shown[0], shown[-1], speech.change)
         entry = {"id": stem.name, "split": split, "text": text, "phonemes": speech.phonemes, "voice": voice.number}
-        entry |= {"expression": expression, "intensity": round(intensity, 4), "frames": frames}
-        entry |= {"seconds": frames / FPS, **more, "seed": self._seed}
+        entry |= {"expression": max(shown, key=windows.count), "intensity": round(intensity, 4), "frames": frames}
+        entry["seconds"] = frames / FPS
+        if version < 3:
+            entry |= self._draw(rng, voice, speech, shown, intensity, stem)
+        if version == 2:
+            entry |= {"grammar": "free" if free else "closed", "expressions": windows, "change": speech.change}
+            entry |= {"traits": vars(voice.traits)}
+        entry["seed"] = self._seed
         write_wave(stem.with_suffix(".wav"), speech.wave)
         write_text(stem.with_suffix(".json"), json.dumps(entry))
         return entry
 
-    def _speech_clip(
-        self, rng: np.random.Generator, split: str, voice: Voice, index: int
-    ) -> tuple[str, Speech, str, float, dict]:
-        """Speak a clip without pictures: words, speech, expression, its intensity, and no more."""
-        expression, intensity = draw_expression(rng)
-        intensity = intensity if rng.random() < 0.5 else 0.0
-        style = prosody(expression, intensity, self._version)
-        while True:
-            text = plain_sentences()[index] if split == "plain" else draw_open_sentence(rng, split)
-            speech = speak(self._synthesizer, text, voice.lines, [style], rng)
-            if len(speech.wave) // FRAME <= LONGEST:
-                return text, speech, expression if intensity else "neutral", intensity, {}
-
-    def _talking_clip(
-        self, rng: np.random.Generator, split: str, voice: Voice, stem: Path
-    ) -> tuple[str, Speech, str, float, dict]:
-        """Speak a clip and draw its face: as `_speech_clip`, and what the description says of the pictures."""
-        version = self._version
-        free, changing = (version == 2 and bool(rng.random() < 0.5) for _ in range(2))
-        text = draw_sentence(rng, split, version, free)
-        expression, intensity = draw_expression(rng)
-        shown = draw_change(rng) if changing else (expression,)
-        styles = [prosody(name, intensity, version) for name in shown]
-        speech = speak(self._synthesizer, text, voice.lines, styles, rng)
+    def _draw(
+        self, rng: np.random.Generator, voice: Voice, speech: Speech, shown: Sequence[str], intensity: float, stem: Path
+    ) -> dict:
+        """Write the video of a face that speaks, with one expression or two; return what the .json says of it."""
         frames = len(speech.wave) // FRAME
         light = float(rng.uniform(0.93, 1.07))
         mouth = mouth_track(speech.phonemes, frames)
         mouth[:, MOUTH.index("open")] *= rng.uniform(0.93, 1.05)
         motion = draw_motion(rng, frames, loudness(speech.wave))
-        poses = [pose(name, intensity) for name in shown]
-        if changing:
-            poses = ease((np.arange(frames) + 0.5) / FPS, speech.change, *poses)
-        video = Face(voice.face, light).render(mouth, poses if changing else poses[0], motion)
-        windows = window_expressions(frames, shown[0], shown[-1], speech.change)
+        looks = [pose(name, intensity) for name in shown]
+        looks = looks[0] if len(looks) == 1 else ease((np.arange(frames) + 0.5) / FPS, speech.change, *looks)
+        write_video(stem.with_suffix(".mp4"), Face(voice.face, light).render(mouth, looks, motion))
         mouth = {key: [round(float(v), 3) for v in column] for key, column in zip(MOUTH, mouth.T)}
-        more = {"face": vars(voice.face) | {"light": round(light, 4)}, "mouth": mouth, "pose": pose_tracks(motion)}
-        if version == 2:
-            more |= {"grammar": "free" if free else "closed", "expressions": windows, "change": speech.change}
-            more |= {"traits": vars(voice.traits)}
-        write_video(stem.with_suffix(".mp4"), video)
-        return text, speech, max(shown, key=windows.count), intensity, more
+        return {"face": vars(voice.face) | {"light": round(light, 4)}, "mouth": mouth, "pose": pose_tracks(motion)}
 
 
 def is_done(root: Path, split: str, index: int, version: int) -> bool:
