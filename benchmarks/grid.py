@@ -26,8 +26,8 @@ from corpora.synthetic.expression import Pose, prosody
 from corpora.synthetic.face import Face, draw_motion
 from corpora.synthetic.sentences import SLOTS, draw_sentence
 from corpora.synthetic.speech import Synthesizer
-from corpora.synthetic.traits import draw_traits, looks, voice_lines
 from corpora.synthetic.visemes import FPS, mouth_track
+from corpora.synthetic.voices import draw_traits, looks, voice_lines
 from engine.errors import require
 from engine.evaluation.summary import headline
 from engine.files import atomic_output, write_text

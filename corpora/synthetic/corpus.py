@@ -1,7 +1,7 @@
 """Clips of the corpus: each is a function of (version, seed, split, index) alone, whatever process makes it, in any
 order.
 
-Version 2 has a development split, a rule from face to voice (`traits`), expressions that change within a clip, and free
+Version 2 has a development split, a rule from face to voice, expressions that change within a clip, and free
 sentences beside those of a closed vocabulary, each for half of the clips. Version 3 is speech alone, without pictures,
 by the voices of version 2: open sentences in one style, half of them neutral.
 

@@ -30,9 +30,8 @@ from corpora.synthetic.expression import EXPRESSIONS, pose, prosody
 from corpora.synthetic.face import Face, draw_motion
 from corpora.synthetic.sentences import SLOTS, SPLITS, draw_open_sentence, draw_sentence, free_words, split_of
 from corpora.synthetic.speech import Synthesizer
-from corpora.synthetic.traits import Traits, looks, voice_lines
 from corpora.synthetic.visemes import FPS, MOUTH, mouth_track, shapes_of
-from corpora.synthetic.voices import load_voices
+from corpora.synthetic.voices import Traits, load_voices, looks, voice_lines
 from engine.media.audio import read_audio
 from engine.metrics.recogniser import Recogniser
 from hicodit.conditions.types import windows_of
