@@ -25,7 +25,7 @@ import imageio_ffmpeg
 import numpy as np
 
 from corpora.synthetic.expression import Prosody, draw_change, draw_expression, ease, pose, prosody
-from corpora.synthetic.face import Face, Motion, draw_motion
+from corpora.synthetic.face import Face, draw_motion
 from corpora.synthetic.portrait import SIZE
 from corpora.synthetic.sentences import SPLITS, draw_open_sentence, draw_sentence, plain_sentences
 from corpora.synthetic.speech import Synthesizer, Utterance
@@ -126,15 +126,6 @@ def loudness(wave: np.ndarray) -> np.ndarray:
     return level / max(1e-6, level.max())
 
 
-def pose_tracks(motion: Motion) -> dict[str, list[float]]:
-    """Head and eye motion by name, one number a frame: pixels, degrees, shares; see `Motion`."""
-    x, y = motion.shift.T
-    gaze_x, gaze_y = motion.gaze.T
-    tracks = {"shift_x": x, "shift_y": y, "turn": motion.turn, "blink": motion.blink}
-    tracks |= {"gaze_x": gaze_x, "gaze_y": gaze_y, "brow": motion.brow}
-    return {name: [round(float(value), 3) for value in values] for name, values in tracks.items()}
-
-
 def clip_id(split: str, index: int) -> str:
     return f"{split}_{index:06d}"
 
@@ -207,8 +198,10 @@ class ClipMaker:
         looks = [pose(name, intensity) for name in shown]
         looks = looks[0] if len(looks) == 1 else ease((np.arange(frames) + 0.5) / FPS, speech.change, *looks)
         write_video(stem.with_suffix(".mp4"), Face(voice.face, light).render(mouth, looks, motion))
-        mouth = {key: [round(float(v), 3) for v in column] for key, column in zip(MOUTH, mouth.T)}
-        return {"face": vars(voice.face) | {"light": round(light, 4)}, "mouth": mouth, "pose": pose_tracks(motion)}
+        facts = {"face": vars(voice.face) | {"light": round(light, 4)}}
+        for name, tracks in {"mouth": dict(zip(MOUTH, mouth.T)), "pose": motion}.items():  # a number a frame
+            facts[name] = {key: [round(float(value), 3) for value in track] for key, track in tracks.items()}
+        return facts
 
 
 def is_done(root: Path, split: str, index: int, version: int) -> bool:

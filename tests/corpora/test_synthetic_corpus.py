@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import wave
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations
@@ -21,6 +22,7 @@ import imageio_ffmpeg
 import jiwer
 import numpy as np
 import pytest
+import soundfile
 
 from benchmarks import speaking
 from corpora.preparation.sources import synthetic
@@ -33,6 +35,7 @@ from corpora.synthetic.speech import Synthesizer
 from corpora.synthetic.visemes import FPS, MOUTH, mouth_track, shapes_of
 from corpora.synthetic.voices import Traits, load_voices, looks, voice_lines
 from engine.media.audio import read_audio
+from engine.media.video import read_video
 from engine.metrics.recogniser import Recogniser
 from hicodit.conditions.types import windows_of
 from talker_t2av.phonemes import SYMBOLS
@@ -57,50 +60,61 @@ def entries(root: Path, split: str) -> list[dict]:
     return [json.loads(line) for line in (root / f"{split}.jsonl").read_text().splitlines()]
 
 
-SECOND = ("--version", "2", "--test-clips", "4", "--seed", "3")
-SMALL = ("--clips", "6", "--test-clips", "2", "--seed", "3")
+ARGUMENTS = {  # by version
+    1: ("--seed", "3", "--clips", "6", "--test-clips", "2"),
+    2: ("--seed", "3", "--clips", "16", "--test-clips", "4", "--version", "2"),
+    3: ("--seed", "3", "--speech", "8", "--test-clips", "3", "--version", "3"),
+}
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("corpus") / "two_workers"
-    make(root, *SMALL, "--workers", "2")
-    return root
+def corpora(tmp_path_factory):
+    """Corpora of the three versions, each made by two workers when it is first asked for."""
+
+    @functools.cache
+    def made(version: int) -> Path:
+        root = tmp_path_factory.mktemp("corpus") / str(version)
+        make(root, *ARGUMENTS[version])
+        return root
+
+    return made
 
 
 @pytest.fixture(scope="module")
-def second(tmp_path_factory) -> Path:
-    """A corpus of version 2."""
-    root = tmp_path_factory.mktemp("corpus") / "second"
-    make(root, *SECOND, "--clips", "16")
-    return root
+def corpus(corpora) -> Path:
+    return corpora(1)
 
 
-def test_worker_count_changes_no_byte(corpus, tmp_path):
-    make(tmp_path / "one", *SMALL, "--workers", "1")
-    one, two = digests(tmp_path / "one"), digests(corpus)
-    assert one == two
-    assert len(one) == 10 * 3 + 3 + 2  # clips; manifests; grammar, corpus.json
+@pytest.fixture(scope="module")
+def second(corpora) -> Path:
+    return corpora(2)
 
 
-def test_an_interrupted_corpus_is_finished_the_same(corpus, tmp_path):
-    root = tmp_path / "copy"
-    subprocess.run(["cp", "-a", str(corpus), str(root)], check=True)
-    (root / "train" / "train_000001.json").unlink()  # killed before the last file was written
-    (root / "train" / "train_000002.wav").unlink()
+@pytest.mark.parametrize("version", [1, 3])
+def test_worker_count_changes_no_byte(version, corpora, tmp_path):
+    make(tmp_path / "one", *ARGUMENTS[version], "--workers", "1")
+    one = digests(tmp_path / "one")
+    assert one == digests(corpora(version))
+    assert len(one) == (10 * 3 + 3 + 2 if version == 1 else 20 * 2 + 5 + 3)  # clips; manifests; grammars, corpus.json
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_an_interrupted_corpus_is_finished_the_same(version, corpora, tmp_path):
+    root = Path(shutil.copytree(corpora(version), tmp_path / "copy"))
+    for name in ("train/train_000001.json", "seen/seen_000000.wav", "train.jsonl"):  # .json is written last
+        (root / name).unlink()
     (root / "seen" / ".seen_000000-part.mp4").write_bytes(b"half a file")
-    (root / "train.jsonl").unlink()
-    kept = (root / "train" / "train_000003.mp4").stat().st_mtime_ns
-    assert "8 there already, 2 to make" in make(root, *SMALL, "--workers", "1").stdout
-    assert digests(root) == digests(corpus)
-    assert (root / "train" / "train_000003.mp4").stat().st_mtime_ns == kept
+    kept = (root / "train" / "train_000003.wav").stat().st_mtime_ns
+    assert "there already, 2 to make" in make(root, *ARGUMENTS[version], "--workers", "1").stdout
+    assert digests(root) == digests(corpora(version))
+    assert (root / "train" / "train_000003.wav").stat().st_mtime_ns == kept
 
 
 def test_another_seed_makes_another_corpus_elsewhere_only(corpus):
-    said = make(corpus, *SMALL, "--seed", "4", code=2).stderr
+    said = make(corpus, *ARGUMENTS[1], "--seed", "4", code=2).stderr
     assert "seed 3" in said and len(said.strip().splitlines()) == 1
-    assert "version 1" in make(corpus, *SMALL, "--version", "2", code=2).stderr and not (corpus / "dev").exists()
-    assert "40 voices alone" in make(corpus, *SMALL, "--more-voices", "1", code=2).stderr
+    assert "version 1" in make(corpus, *ARGUMENTS[1], "--version", "2", code=2).stderr and not (corpus / "dev").exists()
+    assert "40 voices alone" in make(corpus, *ARGUMENTS[1], "--more-voices", "1", code=2).stderr
 
 
 def test_more_voices_speak_in_training_clips_alone(second, tmp_path):
@@ -112,7 +126,7 @@ def test_more_voices_speak_in_training_clips_alone(second, tmp_path):
         (tmp_path / split).mkdir()
         assert json.loads(json.dumps(wide.make(split, 1))) == entries(second, split)[1]
     assert [wide.make("train", i)["voice"] for i in (399, 401, 402)] == [399, 461, 0]
-    assert "0 more voices" in make(second, *SECOND, "--more-voices", "2", code=2).stderr
+    assert "0 more voices" in make(second, *ARGUMENTS[2], "--more-voices", "2", code=2).stderr
 
 
 def test_an_interrupt_ends_all_processes_and_leaves_no_parts(tmp_path):
@@ -133,41 +147,31 @@ def test_an_interrupt_ends_all_processes_and_leaves_no_parts(tmp_path):
     assert not list(root.rglob(".*")) and not (root / "train.jsonl").exists()
 
 
-def test_version_3_is_speech_alone_of_any_words(tmp_path):
-    arguments = ("--version", "3", "--speech", "8", "--test-clips", "3", "--seed", "3")
-    make(tmp_path / "one", *arguments, "--workers", "1")
-    make(tmp_path / "two", *arguments)
-    made = digests(tmp_path / "one")
-    assert made == digests(tmp_path / "two") and not [name for name in made if name.endswith((".mp4", ".png"))]
-    (tmp_path / "two" / "dev" / "dev_000001.wav").unlink()
-    make(tmp_path / "two", *arguments)
-    assert made == digests(tmp_path / "two")
+def test_version_3_is_speech_alone_of_any_words(corpora, corpus):
+    third = corpora(3)
+    assert {path.suffix for path in third.glob("*/*")} == {".wav", ".json"}
     for split in SPLITS[3]:
-        for entry in entries(tmp_path / "one", split):
+        for entry in entries(third, split):
             assert split == "plain" or split_of(entry["text"], 3) == split
             assert entry["seconds"] <= 8 and "face" not in entry
-    assert [entry["text"] for entry in entries(tmp_path / "one", "plain")] == sentences.plain_sentences()[:3]
-    source = synthetic(tmp_path / "one")
+    assert [entry["text"] for entry in entries(third, "plain")] == sentences.plain_sentences()[:3]
+    source = synthetic(third)
     clip = source.clips("dev")[1]
     assert clip.video is None and {symbol for symbol, *_ in clip.phonemes} <= set(source.symbols) == set(SYMBOLS)
+    assert synthetic(corpus, all_symbols=True).symbols == SYMBOLS != synthetic(corpus).symbols
     rng = np.random.default_rng(0)
     texts = [draw_open_sentence(rng, "train") for _ in range(2000)]
     lengths = [len(text.split()) for text in texts]
     assert min(lengths) == 1 and max(lengths) == 20 and len({word for text in texts for word in text.split()}) > 5000
 
 
-def test_phonemes_of_all_versions_can_share_their_numbers(corpus):
-    assert synthetic(corpus, all_symbols=True).symbols == SYMBOLS != synthetic(corpus).symbols
-
-
 def test_splits_are_disjoint(corpus):
-    texts = {split: {entry["text"] for entry in entries(corpus, split)} for split in SPLITS[1]}
-    voices = {split: {entry["voice"] for entry in entries(corpus, split)} for split in SPLITS[1]}
-    for a, b in (("train", "seen"), ("train", "unseen"), ("seen", "unseen")):
-        assert not texts[a] & texts[b]
-    assert voices["seen"] <= {v.number for v in load_voices() if v.group == "train"}
-    assert not voices["unseen"] & (voices["train"] | voices["seen"])
-    assert voices["unseen"] <= {v.number for v in load_voices() if v.group == "unseen"}
+    texts, voices = (
+        {split: {entry[name] for entry in entries(corpus, split)} for split in SPLITS[1]} for name in ("text", "voice")
+    )
+    assert not any(texts[a] & texts[b] for a, b in combinations(SPLITS[1], 2))
+    groups = {group: {v.number for v in load_voices() if v.group == group} for group in ("train", "unseen")}
+    assert voices["train"] | voices["seen"] <= groups["train"] and voices["unseen"] <= groups["unseen"]
 
 
 @pytest.mark.parametrize(("version", "free"), [(1, False), (2, False), (2, True)])
@@ -198,9 +202,9 @@ def test_clip_files_agree(corpus):
         for entry in entries(corpus, split):
             stem = corpus / split / entry["id"]
             assert json.loads(stem.with_suffix(".json").read_text()) == entry
-            with wave.open(str(stem.with_suffix(".wav"))) as file:
-                assert (file.getnchannels(), file.getsampwidth(), file.getframerate()) == (1, 2, 24000)
-                assert file.getnframes() == entry["frames"] * 960
+            sound = soundfile.info(stem.with_suffix(".wav"))
+            assert (sound.channels, sound.subtype, sound.samplerate) == (1, "PCM_16", 24_000)
+            assert sound.frames == entry["frames"] * 960
             reader = imageio_ffmpeg.read_frames(str(stem.with_suffix(".mp4")))
             about = next(reader)
             assert about["size"] == (128, 128) and about["fps"] == FPS and about["codec"] == "h264"
@@ -305,15 +309,12 @@ def test_a_change_is_heard_and_seen_at_once(second):
     changing = [e for e in entries(second, "train") if e["change"]]
     for entry in changing:
         first, last = entry["expressions"][0], entry["expressions"][-1]
-        with wave.open(str(second / "train" / f"{entry['id']}.wav")) as file:
-            samples = np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768
+        samples = read_audio(second / "train" / f"{entry['id']}.wav", 24_000)
         cut = int(entry["change"] * 24_000)
         begin, end = (int(24_000 * t) for t in (entry["phonemes"][0][1], entry["phonemes"][-1][2]))
         before, after = (np.sqrt(np.mean(part**2)) for part in (samples[begin:cut], samples[cut:end]))
         assert (after > before) == (prosody(last, 1.0, 2).gain > prosody(first, 1.0, 2).gain)
-        reader = imageio_ffmpeg.read_frames(str(second / "train" / f"{entry['id']}.mp4"))
-        next(reader)
-        brows = np.stack([np.frombuffer(f, np.uint8).reshape(128, 128, 3)[36:58] for f in reader]).astype(float)
+        brows = read_video(second / "train" / f"{entry['id']}.mp4", FPS)[:, 36:58].astype(float)
         middle = cut // FRAME
         inside = np.abs(brows[: middle - 3] - np.median(brows[: middle - 3], 0)).mean()
         across = np.abs(np.median(brows[middle + 3 :], 0) - np.median(brows[: middle - 3], 0)).mean()
