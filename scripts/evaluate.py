@@ -102,9 +102,9 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
     figures = [figures] if isinstance(figures, str) else [*dict.fromkeys(figures)]
     device = str(pick_device(config.device))
     metrics = choose_metrics(config, figures, split, device)
-    for name, value in (("clips", config.clips), ("workers", config.workers), ("resamples", config.resamples)):
-        if value is not None:
-            require_range(name, value, 1, 10**7)
+    for name in ("clips", "workers", "resamples"):
+        if config[name] is not None:
+            require_range(name, config[name], 1, 10**7)
     systems = systems_of(config)
     check_place(config.executor, str(config.devices))
     devices = count_devices(str(config.devices), config.device)
@@ -129,8 +129,9 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
             outputs = {**outputs, name: folder}
         if systems:
             clips = read()
-        if config.video == "output":
-            clips = [own_pictures(clip) for clip in clips]
+        if config.video == "output":  # the source's pictures would be compared with themselves
+            for i, clip in enumerate(clips):
+                clips[i] = replace(clip, takes={name: replace(take, source=None) for name, take in clip.takes.items()})
         workers = config.workers or len(os.sched_getaffinity(0))  # the cores that this process may use
         names = ", ".join(clips[0].takes) or "true speech alone"
         print(f"{len(clips)} clips, {names}, {workers} {'process' if workers == 1 else 'processes'} on {device}")
@@ -141,8 +142,17 @@ def evaluate(config: DictConfig, split: str | None, output: Path) -> dict[str, A
             tell_left_out(summary)
             raise UserError("no figure of the table could be computed, for the reasons above")
         summary["notes"] += protocol_notes(metrics, summary["figures"], rows)
-        summary |= about(config, clips, summary["figures"], rows, outputs, device)
-        summary["output"] = str(output)
+        settings = plain(config)
+        summary |= {
+            "title": config.title or f"Evaluation: {', '.join(clips[0].takes) or 'true speech'}",
+            "paper": {n: row for n, row in rows.items() if any(row.get(f) is not None for f in summary["figures"])},
+            "count": len(clips),
+            "speakers": {clip.id: clip.speaker for clip in clips},
+            "about_systems": {name: system_facts(folder) for name, folder in outputs.items()},
+            **origin(device),
+            "settings": {k: settings[k] for k in ("columns", "protocol", "clips", "resamples", "model", "generate")},
+            "output": str(output),
+        }
         write_json(output / "results.json", portable(summary))
         write_report(output / "report.html", summary, clips, config.media)
     if config.record:
@@ -210,7 +220,7 @@ def tell_left_out(summary: Mapping[str, Any]) -> None:
 
 
 def with_free_words(metrics: Mapping[str, Metric], results: Results) -> dict[str, Metric]:
-    """Word errors of sentences outside the grammar stand beside those of the others, which do not count them."""
+    """Put word errors of sentences outside the grammar beside those of the others, which do not count them."""
     rows = [row for by_clip in results.rows.get("WordErrors", {}).values() for row in by_clip.values()]
     if "wer" not in metrics or "wer_free" in metrics or not any("wer_free" in row for row in rows):
         return dict(metrics)
@@ -233,16 +243,16 @@ def other_rows(config: DictConfig, split: str | None) -> dict[str, dict[str, flo
 
 
 def protocol_notes(metrics: Mapping[str, Metric], figures: Iterable[str], paper: Mapping[str, Any]) -> list[str]:
-    """Which of the paper's figures were computed in another way than those of this evaluation."""
-    words = [word for word in sys.argv[1:] if word.startswith("table=")]
-    defaults, notes = compose("evaluate", words).protocol if paper else {}, []
-    stated = [row for name, row in paper.items() if name.startswith("paper: ")]
+    """Return which of the paper's figures were computed in another way than those of this evaluation."""
+    stated = {f for name, row in paper.items() if name.startswith("paper: ") for f in row if row[f] is not None}
+    if not stated:
+        return []
+    defaults, notes = compose("evaluate", [word for word in sys.argv[1:] if word.startswith("table=")]).protocol, []
     for metric, names in metrics_of([*figures]).items():
         own, here = protocol_of(metric, defaults), metrics[names[0]].kind
-        titles = [metric.figures[f].title for f in names if any(row.get(f) is not None for row in stated)]
+        titles = ", ".join(metric.figures[f].title for f in names if f in stated)
         if own != here and titles:
-            which = f"the paper's {', '.join(titles)} by {own}, those above by {here}"
-            notes.append(f"{which}: the two cannot be compared")
+            notes.append(f"the paper's {titles} by {own}, those above by {here}: the two cannot be compared")
     return notes
 
 
@@ -265,45 +275,19 @@ def choose_metrics(config: DictConfig, figures: list[str], split: str | None, de
 
 
 def output_folders(config: DictConfig, systems: Iterable[str]) -> dict[str, Path]:
-    """Folder of each system whose outputs are there."""
+    """Return the folder of each system whose outputs are there."""
     outputs = config.outputs
     if outputs is None:
         return {}
-    if isinstance(outputs, str) and outputs.startswith("{"):
-        raise UserError(f"outputs={outputs} cannot be read: quote names and folders with special characters")
     if isinstance(outputs, str):
+        if outputs.startswith("{"):
+            raise UserError(f"outputs={outputs} cannot be read: quote names and folders with special characters")
         return {Path(outputs).name or "output": Path(outputs)}
     if not isinstance(outputs, DictConfig) or not all(isinstance(value, str) for value in outputs.values()):
         raise UserError("outputs must be a folder, or several as {name: folder, other: folder}")
     if both := [name for name in systems if name in outputs]:
         raise UserError(f"outputs: {both[0]} is the name of model=; give the folder another one")
     return {str(name): Path(folder) for name, folder in outputs.items()}
-
-
-def own_pictures(clip: Clip) -> Clip:
-    """Without the source's pictures where a system has its own: they would be compared with themselves."""
-    return replace(clip, takes={name: replace(take, source=None) for name, take in clip.takes.items()})
-
-
-def about(
-    config: DictConfig,
-    clips: list[Clip],
-    figures: Iterable[str],
-    paper: Mapping[str, Mapping[str, Any]],
-    outputs: Mapping[str, Path],
-    device: str,
-) -> dict[str, Any]:
-    """What was evaluated, how, and where."""
-    settings = plain(config)
-    return {
-        "title": config.title or f"Evaluation: {', '.join(clips[0].takes) or 'true speech'}",
-        "paper": {name: row for name, row in paper.items() if any(row.get(f) is not None for f in figures)},
-        "count": len(clips),
-        "speakers": {clip.id: clip.speaker for clip in clips},
-        "about_systems": {name: system_facts(folder) for name, folder in outputs.items()},
-        **origin(device),
-        "settings": {key: settings[key] for key in ("columns", "protocol", "clips", "resamples", "model", "generate")},
-    }
 
 
 if __name__ == "__main__":
