@@ -28,11 +28,11 @@ from engine.evaluation.clips import TRUTH
 from engine.evaluation.statistics import estimate, ratio
 from engine.metrics.registry import metric_of
 from engine.record import dated
+from scripts.arguments import within
 from scripts.evaluate import evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS: dict[str, dict[str, Any]] = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("claims.yaml")))
-LEAST = {"seeds": 0}
 NEVER = ["trainer.checkpoint_every=1000000", "trainer.validate_every=1000000"]
 Pairs = dict[str, dict[str, Sequence[float]]]  # figure -> clip -> (a, b)
 
@@ -40,7 +40,7 @@ Pairs = dict[str, dict[str, Sequence[float]]]  # figure -> clip -> (a, b)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("claim", choices=CLAIMS, help="entry of benchmarks/claims.yaml")
     parser.add_argument("--variants", nargs="+", help="those that are measured; the first is compared with the others")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of what is trained")
+    parser.add_argument("--seeds", type=within(0), nargs="+", default=[0, 1, 2], help="of what is trained")
     parser.add_argument("--corpus", type=Path, default=Path("data/synthetic_2"), help="folder of the corpus")
     parser.add_argument(
         "--evaluate", nargs="*", action="extend", default=[], metavar="SETTING", help="settings of evaluate.py for all"

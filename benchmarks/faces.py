@@ -30,16 +30,16 @@ from hicodit.model import ModelConfig
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig
 from hicodit.system import CODECS, HiCoDiTSystem
+from scripts.arguments import within
 
 ENCODERS = {"tiny": TinyEncoderConfig, "released": ReleasedEncoderConfig}
 CLIP = BUNDLED.parent / "demo" / "silent.mp4"  # which is repeated
 PARTS = ("track", *ENCODERS, "encoded")
-LEAST = {"seconds": 1, "heights": 16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seconds", nargs="+", type=float, default=[10.0, 60.0, 600.0], help="lengths of the clips")
-    parser.add_argument("--heights", nargs="+", type=int, default=[128], help="frame heights in pixels")
+    parser.add_argument("--seconds", nargs="+", type=within(1, kind=float), default=[10, 60, 600], help="of the clips")
+    parser.add_argument("--heights", nargs="+", type=within(16), default=[128], help="frame heights in pixels")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured")
 
 

@@ -29,7 +29,6 @@ from omegaconf import OmegaConf
 from benchmarks.common import run_program, took
 from corpora.synthetic.corpus import RATE, ClipMaker, clip_id, is_done
 from corpora.synthetic.sentences import grammar, language_model
-from engine.errors import UserError
 from engine.evaluation.summary import headline
 from engine.files import atomic_output, write_json, write_text
 from engine.media.audio import read_audio
@@ -37,9 +36,9 @@ from engine.media.pictures import spectrogram
 from engine.media.video import read_video
 from engine.progress import track
 from engine.untrusted import read_json
+from scripts.arguments import within
 
 ROOT = Path(__file__).resolve().parents[1]
-LEAST = {"person": 0, "clips": 8, "val_clips": 2, "test_clips": 2, "steps": 1, "rank": 1}
 VOICES, SEED = 40, 1  # voices that the bundled weights never saw; seed of the footage, the corpus has 0
 BUNDLED = ROOT / "assets" / "talker_t2av_tiny"
 FIGURES = "[wer,wer_free,voice_similarity,synchrony,ends_in_time,length_error]"
@@ -53,19 +52,17 @@ trainer.ema_decay=0 trainer.by_length=false trainer.batch_size=8 trainer.log_eve
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/finetune_stand_in"), help="folder of all that is made")
-    parser.add_argument("--person", type=int, default=0, help="which of the corpus's 40 held-out voices")
-    parser.add_argument("--clips", type=int, default=100, help="clips in training")
-    parser.add_argument("--val-clips", type=int, default=20, help="clips by which settings may be chosen")
-    parser.add_argument("--test-clips", type=int, default=30, help="clips of the figures")
-    parser.add_argument("--steps", type=int, default=400, help="training steps of 8 clips")
-    parser.add_argument("--rank", type=int, default=16, help="of the low-rank updates")
+    parser.add_argument("--person", type=within(0, VOICES - 1), default=0, help="which of the held-out voices")
+    parser.add_argument("--clips", type=within(8), default=100, help="clips in training")
+    parser.add_argument("--val-clips", type=within(2), default=20, help="clips by which settings may be chosen")
+    parser.add_argument("--test-clips", type=within(2), default=30, help="clips of the figures")
+    parser.add_argument("--steps", type=within(1), default=400, help="training steps of 8 clips")
+    parser.add_argument("--rank", type=within(1), default=16, help="of the low-rank updates")
     parser.add_argument("--lr", type=float, default=2e-4, help="learning rate")
     parser.add_argument("--split", choices=("val", "test"), default="test", help="clips of the figures")
 
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
-    if args.person >= VOICES:
-        raise UserError(f"--person {args.person} must be below {VOICES}")
     footage, shards = args.work / "footage", args.work / "shards"
     run = args.work / f"rank_{args.rank}_lr_{args.lr}_steps_{args.steps}"
     begin = time.monotonic()

@@ -39,9 +39,9 @@ from engine.progress import track
 from engine.training.export import read_log
 from engine.untrusted import read_json
 from engine.word_times import WordTimes
+from scripts.arguments import within
 
 ROOT = Path(__file__).resolve().parents[1]
-LEAST = {"speakers": 3, "clips": 1, "test_clips": 1, "steps": 1, "every": 1}
 SPEAKERS = "s1", "s2", "s3", "s4", "s5", "s9", "s6", "s7", "s8", "s10", "s12"  # of GRID, in the order of their voices
 FIRST_VOICE = 10_000  # seed; those of the bundled weights are smaller
 TRIALS, MOST_WRONG = 25, 1  # sentences by which a voice is tried, and words that a recogniser may miss in them
@@ -57,11 +57,11 @@ task.guidance.identity=0.0 task.guidance.expression=1.0 task.guidance.lip=0.0"""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/grid_stand_in"), help="folder of all that is made")
-    parser.add_argument("--speakers", type=int, default=3, help="speakers in training; one validates, two test")
-    parser.add_argument("--clips", type=int, default=100, help="clips of each speaker in training")
-    parser.add_argument("--test-clips", type=int, default=100, help="clips of each other speaker")
-    parser.add_argument("--steps", type=int, default=240, help="training steps of 16 clips from each start")
-    parser.add_argument("--every", type=int, default=80, help="steps between validations")
+    parser.add_argument("--speakers", type=within(3), default=3, help="speakers in training; one validates, two test")
+    parser.add_argument("--clips", type=within(1), default=100, help="clips of each speaker in training")
+    parser.add_argument("--test-clips", type=within(1), default=100, help="clips of each other speaker")
+    parser.add_argument("--steps", type=within(1), default=240, help="training steps of 16 clips from each start")
+    parser.add_argument("--every", type=within(1), default=80, help="steps between validations")
 
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:

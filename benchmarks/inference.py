@@ -61,6 +61,7 @@ from hicodit.model import FLOAT32, HiCoDiT, ModelConfig
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import BUNDLED, GuidanceScales, SamplerConfig, with_preset
 from hicodit.system import HiCoDiTSystem
+from scripts.arguments import within
 from talker_t2av.fused import fuse_layers
 from talker_t2av.generation import Rows
 from talker_t2av.model import TalkerConfig, TalkerT2AV
@@ -69,7 +70,6 @@ from talker_t2av.settings import with_preset as with_sampling
 
 GUIDANCE = GuidanceScales(2.5, 1.25, 1.5, 2.0, "D")  # the paper's for LRS3
 CLIP = BUNDLED.parent / "demo" / "silent.mp4"
-LEAST = {"timed_steps": 2, "patches": 2, "rounds": 1, "seconds": 1.0, "batch": 1}
 LOOKAHEADS = 0.2, 0.4, 0.8  # seconds, of the streams
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 COLUMNS = ("model", "size", "batch", "seconds", "sampler", "precision", "step_ms", "rtf", "first_s", "evaluations",
@@ -80,20 +80,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = ("hicodit", "talker_t2av", "stream")
     parser.add_argument("--full", action="store_true", help="also released sizes, 60 s, batches of 8")
     parser.add_argument("--models", nargs="*", choices=kinds, default=list(kinds), help="what to measure")
-    parser.add_argument("--sizes", nargs="+", choices=("tiny", "base"), help="(None: tiny, with --full both)")
-    parser.add_argument("--seconds", nargs="+", type=float, help="of HiCoDiT's clips (None: 2 10, with --full 2 10 60)")
-    parser.add_argument("--batch", nargs="+", type=int, help="(None: 1, with --full 1 8)")
+    parser.add_argument("--sizes", nargs="+", choices=("tiny", "base"), help="(default: tiny, with --full both)")
+    parser.add_argument("--seconds", nargs="+", type=within(1, kind=float), help="(default: 2 10, with --full 2 10 60)")
+    parser.add_argument("--batch", nargs="+", type=within(1), help="(default: 1, with --full 1 8)")
     parser.add_argument("--samplers", nargs="+", choices=("paper", "fast"), default=["paper", "fast"], help="HiCoDiT's")
     parser.add_argument(
         "--sampling", nargs="+", choices=("release", "fast"), default=["release", "fast"], help="Talker-T2AV's"
     )
-    parser.add_argument("--precisions", nargs="+", choices=TYPES, help="(None: those that the device has)")
+    parser.add_argument("--precisions", nargs="+", choices=TYPES, help="(default: those that the device has)")
     parser.add_argument(
         "--wall", action="store_true", help="measure wall-clock time: for several threads, on idle cores"
     )
-    parser.add_argument("--timed-steps", type=int, default=3, help="steps of HiCoDiT's samplers to time")
-    parser.add_argument("--patches", type=int, default=4, help="patches of Talker-T2AV to time")
-    parser.add_argument("--rounds", type=int, default=3, help="turns that each way takes; the median counts")
+    parser.add_argument("--timed-steps", type=within(2), default=3, help="steps of HiCoDiT's samplers to time")
+    parser.add_argument("--patches", type=within(2), default=4, help="patches of Talker-T2AV to time")
+    parser.add_argument("--rounds", type=within(1), default=3, help="turns that each way takes; the median counts")
 
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:

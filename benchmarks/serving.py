@@ -33,12 +33,12 @@ import numpy as np
 from benchmarks.inference import build_talker
 from engine.errors import UserError, require
 from engine.settings import PRECISIONS
+from scripts.arguments import within
 from talker_t2av.model import TalkerT2AV
 from talker_t2av.system import BUNDLED
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIP, VOICE = (ROOT / "assets" / "demo" / name for name in ("silent.mp4", "voice.wav"))
-LEAST = {"clients": 1, "requests": 1, "mixed": 0}
 SPEECH = {
     "model": "talker-t2av", "input": "set red", "response_format": "wav", "min_seconds": 0.48, "max_seconds": 0.48,
     "reference_audio": base64.b64encode(VOICE.read_bytes()).decode(),
@@ -62,9 +62,9 @@ PATIENCE = 600.0  # seconds for an answer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--clients", nargs="+", type=int, default=[1, 4, 16], help="numbers of clients")
-    parser.add_argument("--requests", type=int, default=48, help="requests for each number of clients")
-    parser.add_argument("--mixed", type=int, default=1000, help="requests of the longer run")
+    parser.add_argument("--clients", nargs="+", type=within(1), default=[1, 4, 16], help="numbers of clients")
+    parser.add_argument("--requests", type=within(1), default=48, help="requests for each number of clients")
+    parser.add_argument("--mixed", type=within(0), default=1000, help="requests of the longer run")
     parser.add_argument("--rows", type=int, default=8, help="rows of the server's batches")
     parser.add_argument("--size", choices=("tiny", "base"), default="tiny", help="of Talker-T2AV; base has no --mixed")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto")

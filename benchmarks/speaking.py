@@ -29,8 +29,8 @@ from engine.faces.track import FaceTrack
 from engine.media.audio import read_audio
 from engine.media.video import read_video, write_video
 from engine.shards.recordings import read_manifest
+from scripts.arguments import within
 
-LEAST = {"clips": 1}
 RATE, HEIGHT = 24_000, 160
 GREY = 150  # of the wall behind them
 SCALES = 0.8, 1.2  # of the two heads
@@ -39,7 +39,7 @@ SCALES = 0.8, 1.2  # of the two heads
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corpus", type=Path, default=Path("data/synthetic_2"), help="synthetic corpus, version 2")
     parser.add_argument("--split", default="dev", help="split of the corpus")
-    parser.add_argument("--clips", type=int, default=100, help="number of clips of each kind")
+    parser.add_argument("--clips", type=within(1), default=100, help="number of clips of each kind")
     parser.add_argument("--seed", type=int, default=0, help="of sizes, positions and movements")
 
 

@@ -31,25 +31,25 @@ from hicodit.conditions.types import windows_of
 from hicodit.model import TOKENS_PER_FRAME
 from hicodit.task import HiCoDiTTask
 from rvq_codec import RVQCodec, RVQCodecConfig
+from scripts.arguments import within
 from talker_t2av.task import TalkerTask
 
 MODELS = {"hicodit": "hicodit", "talker": "talker_t2av"}  # and their packages
 PARTS = ("forward", "backward", "clip", "optimiser", "average")  # of a step
 SWITCH = {"off": (False,), "on": (True,), "both": (False, True)}
-LEAST = {"steps": 1, "batches": 1, "warmup": 0, "seconds": 0.2}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="models to measure")
     parser.add_argument("--size", default="base", choices=("tiny", "base"), help="size of the models")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1], help="batch sizes")
-    parser.add_argument("--seconds", type=float, default=2.4, help="seconds of each row")
+    parser.add_argument("--batches", nargs="+", type=within(1), default=[1], help="batch sizes")
+    parser.add_argument("--seconds", type=within(0.2, kind=float), default=2.4, help="seconds of each row")
     parser.add_argument("--compile", choices=SWITCH, default="off", help="torch.compile")
     parser.add_argument("--checkpointing", choices=SWITCH, default="off", help="recompute activations")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="precision of the networks")
     parser.add_argument("--ema-decay", type=float, default=0.0, help="decay of the averaged weights; 0: no averaging")
-    parser.add_argument("--warmup", type=int, default=1, help="untimed steps after the first one")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps")
+    parser.add_argument("--warmup", type=within(0), default=1, help="untimed steps after the first one")
+    parser.add_argument("--steps", type=within(1), default=3, help="timed steps")
     parser.add_argument("--peak-tflops", type=float, help="peak of the device, for the utilisation")
 
 

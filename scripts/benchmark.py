@@ -11,7 +11,6 @@ from __future__ import annotations
 if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
-import argparse
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -19,34 +18,26 @@ from pathlib import Path
 import torch
 
 from engine.device import pick_device
-from engine.errors import UserError, run_cli
+from engine.errors import run_cli
 from engine.files import writable
 from engine.record import RESULTS, write_record
 from engine.settings import DEVICES
+from scripts.arguments import Parser, within
 
 NAMES = ("claims", "faces", "finetune", "grid", "inference", "serving", "speaking", "training")
 
 
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the line breaks of descriptions and shows defaults."""
-
-
 def main() -> None:
-    names = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names.add_argument("name", choices=NAMES, help="what to measure")
-    name = names.parse_args(sys.argv[1:2]).name
+    first = Parser(__doc__)
+    first.add_argument("name", choices=NAMES, help="what to measure")
+    name = first.parse_args(sys.argv[1:2]).name
     benchmark = import_module(f"benchmarks.{name}")
-    parser = argparse.ArgumentParser(f"benchmark.py {name}", description=benchmark.__doc__, formatter_class=Help)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser = Parser(benchmark.__doc__, f"benchmark.py {name}")
+    parser.add_argument("--threads", type=within(1), default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="where to measure")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON record")
     benchmark.add_arguments(parser)
     args = parser.parse_args(sys.argv[2:])
-    for option, least in {"threads": 1, **benchmark.LEAST}.items():
-        value = getattr(args, option)
-        for number in value if isinstance(value, list) else [value]:
-            if number is not None and number < least:
-                raise UserError(f"--{option.replace('_', '-')} {number} must be at least {least}")
     torch.set_num_threads(args.threads)
     args.device = pick_device(args.device)
     results = []

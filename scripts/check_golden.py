@@ -11,7 +11,6 @@ from __future__ import annotations
 if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
-import argparse
 import json
 import os
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from engine.errors import UserError, run_cli
+from scripts.arguments import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,7 +39,7 @@ def check_file(path: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folder with CASE.safetensors files")
     parser.add_argument("--only", default="", metavar="PREFIX", help="run only cases whose name starts with PREFIX")
     parser.add_argument("--quiet", action="store_true", help="print failures and the summary only")

@@ -14,7 +14,6 @@ from __future__ import annotations
 if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
-import argparse
 import re
 import time
 from collections import Counter
@@ -27,13 +26,14 @@ from benchmarks.card import CHECKS, Machine, run_checks
 from engine.errors import UserError, run_cli
 from engine.files import writable
 from engine.record import RESULTS, write_record
+from scripts.arguments import Parser
 
 
 def main(machine: Machine | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cards", type=int, choices=(1, 2), default=1, help="cards that take part (default: 1)")
+    parser = Parser(__doc__)
+    parser.add_argument("--cards", type=int, choices=(1, 2), default=1, help="cards that take part")
     parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), help="checks to run (default: all)")
-    parser.add_argument("--size", choices=("tiny", "base"), default="base", help="of the models (default: base)")
+    parser.add_argument("--size", choices=("tiny", "base"), default="base", help="of the models")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
     args = parser.parse_args()
     there = torch.cuda.device_count()

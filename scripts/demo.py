@@ -10,7 +10,6 @@ from __future__ import annotations
 if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
-import argparse
 import os
 import signal
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from engine.errors import UserError, require, run_cli
 from engine.settings import DEVICES, Limits, set_limits
 from hicodit.pipeline import BUNDLED
+from scripts.arguments import Parser, within
 from service.demo_actions import Demo
 from talker_t2av.system import BUNDLED as BUNDLED_TALKER
 
@@ -27,16 +27,14 @@ LONGEST = 60.0  # seconds of a clip or a sound
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--weights", default=BUNDLED, help="HiCoDiT's release folder (default: the bundled one)")
     add("--talker", default=BUNDLED_TALKER, help="Talker-T2AV's release folder (default: the bundled one)")
-    add("--device", choices=DEVICES, default="auto", help="default: %(default)s")
-    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    add("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
+    add("--device", choices=DEVICES, default="auto", help="where the models run")
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--port", type=within(1, 65_535), default=7860, help="port to listen on")
     args = parser.parse_args()
-    if not 0 < args.port < 65_536:
-        raise UserError(f"--port {args.port} must lie between 1 and 65535")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else the folder of uploads would stay
     set_limits(Limits(seconds=LONGEST))
     with tempfile.TemporaryDirectory(prefix="speaking-faces-") as folder:

@@ -11,7 +11,6 @@ from __future__ import annotations
 if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from engine.download import DamagedError, NoNetworkError, RemoteFile, check, fet
 from engine.errors import UserError, run_cli
 from engine.files import writable
 from engine.untrusted import read_yaml
+from scripts.arguments import Parser
 
 CATALOGUE = CONFIGS / "checkpoints.yaml"
 
@@ -85,21 +85,17 @@ def process(checkpoints: list[Checkpoint], folder: Path, only_list: bool, retry_
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("group", nargs="?", help="talker_t2av, hicodit, metrics or all (with --list, default: all)")
-    parser.add_argument(
-        "--catalogue", type=Path, default=CATALOGUE, help="list of the files, e.g. of a mirror (default: %(default)s)"
-    )
-    parser.add_argument("--to", type=Path, default=Path("checkpoints"), help="download folder (default: %(default)s)")
-    parser.add_argument(
-        "--list", action="store_true", help="list the files and whether they are present, without downloading"
-    )
+    parser.add_argument("--catalogue", type=Path, default=CATALOGUE, help="list of the files, e.g. of a mirror")
+    parser.add_argument("--to", type=Path, default=Path("checkpoints"), help="download folder")
+    parser.add_argument("--list", action="store_true", help="list the files and which are present; no download")
     args = parser.parse_args()
     catalogue = read_catalogue(args.catalogue)
     if args.group not in (None, "all", *catalogue):
-        parser.error(f"{args.group} is no group: there are {', '.join([*catalogue, 'all'])}")
+        raise UserError(f"{args.group} is no group: there are {', '.join([*catalogue, 'all'])}")
     if args.group is None and not args.list:
-        parser.error(f"name a group: {', '.join([*catalogue, 'all'])}")
+        raise UserError(f"name a group: {', '.join([*catalogue, 'all'])}")
     if not args.list:
         with writable(args.to, "--to"):
             pass

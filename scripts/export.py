@@ -23,7 +23,6 @@ from __future__ import annotations
 if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
-import argparse
 import re
 from pathlib import Path
 
@@ -33,10 +32,11 @@ from engine.errors import UserError, run_cli
 from engine.release import average, compact, read_release, release_kind, rewrite_release, to_float16
 from engine.training import checkpoint
 from engine.training.export import export
+from scripts.arguments import Parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument(
         "source", nargs="+", metavar="SOURCE", help="a run; with --average RELEASE:WEIGHT ...; with --compact a release"
     )
@@ -46,12 +46,8 @@ def main() -> None:
     how.add_argument("--compact", action="store_true", help="store a release in 8 bits")
     how.add_argument("--step", type=int, help="export this checkpoint of the run (default: the newest)")
     how.add_argument("--best", metavar="RULE", help="export the best checkpoint by 'min NAME' or 'max NAME'")
-    parser.add_argument(
-        "--only", nargs="+", metavar="PREFIX", help="average only tensors whose names start with PREFIX"
-    )
-    parser.add_argument(
-        "--exact", nargs="+", metavar="PREFIX", help="keep tensors whose names start with PREFIX in half precision"
-    )
+    parser.add_argument("--only", nargs="+", metavar="PREFIX", help="average only tensors whose names start so")
+    parser.add_argument("--exact", nargs="+", metavar="PREFIX", help="keep tensors with such names in half precision")
     args = parser.parse_args()
     if args.only and not args.average:
         raise UserError("--only belongs to --average")

@@ -32,6 +32,7 @@ from engine.errors import UserError, run_cli
 from engine.files import require_space, writable, write_json, write_text
 from engine.processes import end_with_parent, without_interrupts
 from engine.progress import track
+from scripts.arguments import Parser, within
 
 _maker = lru_cache(ClipMaker)  # one for a process
 
@@ -41,34 +42,22 @@ def _make(corpus: tuple[Path, int, int, int], split: str, index: int) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python scripts/make_synthetic_corpus.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the corpus; made if it does not exist")
-    parser.add_argument("--clips", type=int, default=4000, help="training clips (default: %(default)s)")
-    parser.add_argument("--speech", type=int, help="training clips of version 3, without pictures (default: --clips)")
-    parser.add_argument(
-        "--test-clips", type=int, default=240, help="clips in each held-out split (default: %(default)s)"
-    )
-    parser.add_argument("--version", type=int, choices=SPLITS, default=1, help="of the corpus (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the corpus (default: %(default)s)")
-    parser.add_argument(
-        "--more-voices", type=int, default=0, help="further voices of training clips, beside the 400 (default: 0)"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=2, help="number of processes; does not change the result (default: %(default)s)"
-    )
+    parser = Parser(__doc__, "python scripts/make_synthetic_corpus.py")
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder of the corpus; made if it does not exist")
+    add("--clips", type=within(1), default=4000, help="training clips")
+    add("--speech", type=within(1), help="training clips of version 3, without pictures (default: --clips)")
+    add("--test-clips", type=within(0), default=240, help="clips in each held-out split")
+    add("--version", type=int, choices=SPLITS, default=1, help="of the corpus")
+    add("--seed", type=within(0), default=0, help="seed of the corpus")
+    add("--more-voices", type=within(0), default=0, help="further voices of training clips, beside the 400")
+    add("--workers", type=within(1), default=2, help="number of processes; does not change the result")
     args = parser.parse_args()
     if args.speech is not None and args.version != 3:
         raise UserError(f"--speech is for --version 3, which has no pictures: give version {args.version} --clips")
     args.clips = args.clips if args.speech is None else args.speech
     if args.more_voices and args.version == 1:
         raise UserError("--more-voices: version 1 has its 40 voices alone, give --version 2 or 3")
-    for name, least in (("clips", 1), ("test_clips", 0), ("seed", 0), ("more_voices", 0), ("workers", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give {least} or more")
     return args
 
 

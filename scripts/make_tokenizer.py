@@ -8,24 +8,20 @@ from __future__ import annotations
 if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
-import argparse
 from pathlib import Path
 
 from engine.errors import run_cli
 from engine.files import writable
 from engine.shards.recordings import read_manifest
+from scripts.arguments import Parser, within
 from talker_t2av.text import byte_tokenizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--corpus", type=Path, default=Path("data/synthetic"), help="folder of the corpus (default: %(default)s)"
-    )
+    parser = Parser(__doc__)
+    parser.add_argument("--corpus", type=Path, default=Path("data/synthetic"), help="folder of the corpus")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the tokenizer to")
-    parser.add_argument(
-        "--merges", type=int, default=240, help="largest number of merges; 0: bytes only (default: %(default)s)"
-    )
+    parser.add_argument("--merges", type=within(0), default=240, help="largest number of merges; 0: bytes only")
     args = parser.parse_args()
     with writable(args.out, "--out"):
         texts = [row["text"] for row in read_manifest(args.corpus, "train")] if args.merges else []

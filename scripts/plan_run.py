@@ -19,7 +19,6 @@ from __future__ import annotations
 if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
-import argparse
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +27,7 @@ from benchmarks.plan import CARDS, EFFICIENCY, PARTS, WAYS, Plan, draw, measure_
 from engine.errors import UserError, run_cli
 from engine.files import write_json
 from engine.record import portable, record
+from scripts.arguments import Parser, within
 
 
 def line(p: Plan) -> str:
@@ -43,17 +43,15 @@ def line(p: Plan) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("recipe", help="name in configs/experiment")
     parser.add_argument("settings", nargs="*", help="key=value of the recipe")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[8], help="numbers of GPUs (default: 8)")
-    parser.add_argument("--device", choices=CARDS, default="h200", help="the card (default: h200)")
-    parser.add_argument("--seconds", type=float, default=8.0, help="length of a clip (default: 8)")
+    parser.add_argument("--gpus", type=within(1, 2**17), nargs="+", default=[8], help="numbers of GPUs")
+    parser.add_argument("--device", choices=CARDS, default="h200", help="the card")
+    parser.add_argument("--seconds", type=within(0.5, 30, float), default=8.0, help="length of a clip")
     parser.add_argument("--json", type=Path, help="write the plans to this file")
     parser.add_argument("--figure", type=Path, help="draw memory and days into this PNG file")
     args = parser.parse_intermixed_args()
-    if min(args.gpus) < 1 or max(args.gpus) > 2**17 or not 0.5 <= args.seconds <= 30:
-        raise UserError(f"--gpus {args.gpus} --seconds {args.seconds}: give 1 to 131072 GPUs and 0.5 to 30 seconds")
     for option, path in (("--json", args.json), ("--figure", args.figure)):
         if path and (path.is_dir() or not os.access(path.parent, os.W_OK) or not path.parent.is_dir()):
             raise UserError(f"{option} {path} cannot be written: name a file in a folder that exists")

@@ -13,7 +13,6 @@ from __future__ import annotations
 if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
-import argparse
 import math
 import re
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from matplotlib.ticker import MaxNLocator
 from engine.errors import UserError, run_cli
 from engine.evaluation.charts import chart_file
 from engine.training.export import read_log
+from scripts.arguments import Parser, within
 
 LEFT_OUT = re.compile(r"step|samples_per_s|data_wait|step_s|mfu|memory_gib|skipped")
 COLUMNS, WIDTH, HEIGHT = 4, 4.2, 2.7  # of the grid; inches of a panel
@@ -42,20 +42,16 @@ Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or their log.jsonl files")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="figure to write: .png, .svg or .pdf")
+    parser.add_argument("--only", default="", help="draw panels whose name has a match of this regular expression")
     parser.add_argument(
-        "--only", default="", help="draw only panels whose name contains a match of this regular expression"
-    )
-    parser.add_argument(
-        "--smooth", type=int, help="logged points per smoothed value; 1: no smoothing (default: 1/25 of all points)"
+        "--smooth", type=within(1), help="logged points per smoothed value; 1: none (default: 1/25 of all points)"
     )
     args = parser.parse_args()
     if args.out.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"--out {args.out}: its name must end in .png, .svg or .pdf")
-    if args.smooth is not None and args.smooth < 1:
-        raise UserError(f"--smooth {args.smooth}: give 1 or more points")
     try:
         only = re.compile(args.only)
     except re.error as error:

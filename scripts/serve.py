@@ -15,35 +15,33 @@ from __future__ import annotations
 if __name__ == "__main__":
     import environment  # noqa: F401 -- before anything that may be missing
 
-import argparse
 from dataclasses import fields
 from pathlib import Path
 
 from engine.device import pick_device
 from engine.errors import UserError, require, run_cli
 from engine.settings import DEVICES, PRECISIONS, Limits, set_limits
+from scripts.arguments import Parser, within
 from service.limits import MAX_PICTURE, ServeLimits
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--models", nargs="+", choices=("hicodit", "talker_t2av"), default=["hicodit", "talker_t2av"])
     add("--weights", help="HiCoDiT's release folder (default: the bundled one)")
     add("--talker", help="Talker-T2AV's release folder (default: the bundled one)")
     add("--voices", type=Path, help="folder of recordings, each a voice of /v1; uploaded voices are saved there")
-    add("--device", choices=DEVICES, default="auto", help="default: %(default)s")
-    add("--precision", choices=PRECISIONS, default="auto", help="default: %(default)s")
-    add("--sampler", choices=("release", "fast", "paper"), default="fast", help="of HiCoDiT (default: %(default)s)")
-    add("--sampling", choices=("release", "fast"), default="release", help="of Talker-T2AV (default: %(default)s)")
-    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    add("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    add("--device", choices=DEVICES, default="auto", help="where the models run")
+    add("--precision", choices=PRECISIONS, default="auto", help="of the models' matrices")
+    add("--sampler", choices=("release", "fast", "paper"), default="fast", help="of HiCoDiT")
+    add("--sampling", choices=("release", "fast"), default="release", help="of Talker-T2AV")
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--port", type=within(1, 65_535), default=8000, help="port to listen on")
     for limit in fields(ServeLimits):
-        about = f"{limit.metadata['about']} (default: %(default)s)"
+        about = f"{limit.metadata['about']}"
         add(f"--{limit.name}", type=type(limit.default), default=limit.default, help=about)
     args = parser.parse_args()
-    if not 0 < args.port < 65_536:
-        raise UserError(f"--port {args.port} must lie between 1 and 65535")
     limits = ServeLimits(**{limit.name: getattr(args, limit.name) for limit in fields(ServeLimits)})
     if args.voices is not None and not args.voices.is_dir():
         raise UserError(f"--voices {args.voices} is no folder: make it, or leave the option out")

@@ -18,7 +18,6 @@ from scripts import benchmark
 def test_every_benchmark_fits_the_frame(name):
     module = importlib.import_module(f"benchmarks.{name}")
     assert module.__doc__ and callable(module.add_arguments) and callable(module.run)
-    assert min(module.LEAST.values(), default=0) >= 0
 
 
 def test_results_are_recorded(tmp_path, monkeypatch, capsys):
@@ -30,7 +29,7 @@ def test_results_are_recorded(tmp_path, monkeypatch, capsys):
         parser.add_argument("--steps", type=int, nargs="+", default=[1])
 
     about = "Something measured.\n\nMore."
-    module = SimpleNamespace(__doc__=about, LEAST={"steps": 1}, add_arguments=add_arguments, run=run)
+    module = SimpleNamespace(__doc__=about, add_arguments=add_arguments, run=run)
     monkeypatch.setattr(benchmark, "import_module", lambda name: module)
     arguments = ["faces", "--device", "cpu", "--threads", "1", "--out", str(tmp_path), "--steps", "2"]
     monkeypatch.setattr("sys.argv", ["scripts/benchmark.py", *arguments, "3"])
