@@ -117,16 +117,16 @@ class LiaX(PortraitCodec):
     @torch.no_grad()
     def identity(self, picture: Tensor) -> Identity:
         """(3, S, S) -> what every frame of this face is rendered from."""
-        style, maps = self.encoder(self._pictures(picture[None] if picture.ndim == 3 else picture, "picture", one=True))
-        return Identity(style, maps)
+        picture = picture[None] if picture.ndim == 3 else picture
+        self._check(picture, "picture", one=True)
+        return Identity(*self.encoder(send(picture, self._device())))
 
     @torch.no_grad()
     def encode(self, video: Tensor, chunk: int = 8) -> Tensor:
         """(T, 3, S, S) -> absolute motion codes (T, M)."""
-        video = self._pictures(video, "video", move=False)
+        self._check(video, "video")
         require_range("chunk", chunk, 1, 2**20)
-        parts, device = video.split(chunk), self._device()
-        return torch.cat([self.encoder.motion(send(part, device)) for part in parts])
+        return torch.cat([self.encoder.motion(send(part, self._device())) for part in video.split(chunk)])
 
     def decode(self, motion: Tensor, identity: Tensor | Identity, chunk: int = 8) -> Tensor:
         """Absolute motion codes (T, M) and an identity, or its picture (3, S, S) -> (T, 3, S, S), not clamped."""
@@ -215,20 +215,19 @@ class LiaX(PortraitCodec):
     def _device(self) -> torch.device:
         return self.decoder.constant.device
 
-    def _pictures(self, pictures: Tensor, what: str, one: bool = False, move: bool = True) -> Tensor:
+    def _check(self, pictures: Tensor, what: str, one: bool = False) -> None:
+        """Refuse what are no pictures of this model's size: any number of them, or exactly `one`."""
         side = self.config.size
-        if pictures.ndim != 4 or pictures.shape[1:] != (3, side, side) or (one and len(pictures) != 1):
+        fits = pictures.ndim == 4 and pictures.shape[1:] == (3, side, side) and len(pictures) > 0
+        if not fits or (one and len(pictures) > 1):
             raise UserError(
-                f"{what} of shape {tuple(pictures.shape)}: this model takes {'one' if one else ''} RGB pictures of "
-                f"{side} x {side} (engine.media.pictures resizes them)"
+                f"{what} of shape {tuple(pictures.shape)}: this model takes {'one' if one else 'one or more'} RGB "
+                f"pictures of {side} x {side} (engine.media.pictures resizes them)"
             )
-        if not len(pictures):
-            raise UserError(f"{what} without frames: give one or more")
         if not pictures.is_floating_point():
             raise UserError(
                 f"{what} of {pictures.dtype}: give floats in [-1, 1] (engine.media.pictures converts bytes)"
             )
-        return send(pictures, self._device()) if move else pictures
 
     def digest(self) -> str:
         return weights_digest(self.encoder)

@@ -39,12 +39,8 @@ def upsample(x: Tensor) -> Tensor:
     return x[..., 2:-2, 2:-2]
 
 
+SLOPE = 0.2  # of leaky ReLUs
 ACTIVATION_GAIN = math.sqrt(2)  # keeps the variance of a normal input near one; goes through the leaky ReLU
-
-
-def leaky_relu(x: Tensor) -> Tensor:
-    """Slope 0.2, in place; the gain is the caller's."""
-    return F.leaky_relu(x, 0.2, inplace=True)
 
 
 class EqualConv2d(nn.Module):
@@ -99,7 +95,7 @@ class ConvLayer(nn.Module):
             x = F.conv2d(blur(x, ((pad + 1) // 2, pad // 2)), weight, bias, stride=2)
         else:
             x = F.conv2d(upsample(x) if self.resample == "up" else x, weight, bias, padding=self.kernel // 2)
-        return x if self.bias is None else leaky_relu(x)
+        return x if self.bias is None else F.leaky_relu(x, SLOPE, inplace=True)
 
 
 class ModulatedConv2d(nn.Module):
@@ -157,7 +153,8 @@ class StyledConv(nn.Module):
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         x, norm = self.conv.convolve(x, style)
         bias = (self.bias * ACTIVATION_GAIN)[:, None, None].to(x.dtype)
-        return leaky_relu(torch.addcmul(bias, x, (norm * ACTIVATION_GAIN).to(x.dtype)))
+        x = torch.addcmul(bias, x, (norm * ACTIVATION_GAIN).to(x.dtype))
+        return F.leaky_relu(x, SLOPE, inplace=True)
 
 
 class ResBlock(nn.Module):

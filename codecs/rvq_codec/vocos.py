@@ -49,15 +49,17 @@ class VocosBackbone(nn.Module):
         return self.final_layer_norm(x.transpose(1, 2))
 
 
-class ISTFT(nn.Module):
-    """Overlap-add with a periodic Hann window that returns exactly T * hop samples.
+class ISTFTHead(nn.Module):
+    """Log-magnitude and phase of every bin from a frame's features, then the inverse STFT. (B, T, C) -> (B, T * hop).
 
-    (n_fft - hop) / 2 samples are cut from both ends of sum and envelope before one is divided by the other.
+    Frames are overlapped and added with a periodic Hann window. (n_fft - hop) / 2 samples are cut from both ends of sum
+    and envelope before one is divided by the other.
     """
 
-    def __init__(self, n_fft: int, hop: int):
+    def __init__(self, dim: int, n_fft: int, hop: int):
         super().__init__()
         self.n_fft, self.hop = n_fft, hop
+        self.out = nn.Linear(dim, n_fft + 2)
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
 
     def _overlap_add(self, frames: Tensor) -> Tensor:
@@ -67,26 +69,14 @@ class ISTFT(nn.Module):
         cut = (self.n_fft - self.hop) // 2
         return wave[:, cut : length - cut]
 
-    def forward(self, spectrum: Tensor) -> Tensor:
-        """Complex (B, F, T) -> (B, T * hop)."""
+    def forward(self, x: Tensor) -> Tensor:
+        magnitude, phase = self.out(x).to(self.window.dtype).transpose(1, 2).chunk(2, dim=1)
+        # No spectrum of a wave in [-1, 1] needs more than 100: a guard against exp running away early in training.
+        magnitude = magnitude.exp().clamp_max(100)
+        spectrum = torch.complex(magnitude * phase.cos(), magnitude * phase.sin())  # (B, F, T)
         frames = torch.fft.irfft(spectrum, self.n_fft, dim=1) * self.window[:, None]
         envelope = self.window.square()[None, :, None].expand(1, -1, frames.shape[-1])
         return self._overlap_add(frames) / self._overlap_add(envelope)
-
-
-class ISTFTHead(nn.Module):
-    """Log-magnitude and phase of every bin from a frame's features, then the inverse STFT. (B, T, C) -> (B, N)."""
-
-    def __init__(self, dim: int, n_fft: int, hop: int):
-        super().__init__()
-        self.out = nn.Linear(dim, n_fft + 2)
-        self.istft = ISTFT(n_fft, hop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        magnitude, phase = self.out(x).to(self.istft.window.dtype).transpose(1, 2).chunk(2, dim=1)
-        # No spectrum of a wave in [-1, 1] needs more than 100: a guard against exp running away early in training.
-        magnitude = magnitude.exp().clamp_max(100)
-        return self.istft(torch.complex(magnitude * phase.cos(), magnitude * phase.sin()))
 
 
 class VocosDecoder(nn.Module):
