@@ -11,17 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from lia_x.ops import (
-    ConvLayer,
-    EqualConv2d,
-    EqualLinear,
-    FlowResBlock,
-    MotionBasis,
-    ResBlock,
-    StyledConv,
-    ToFlow,
-    ToRGB,
-)  # fmt: skip
+from lia_x import ops
 
 
 class Encoder(nn.Module):
@@ -36,10 +26,10 @@ class Encoder(nn.Module):
     def __init__(self, widths: Sequence[int], base: int, style_dim: int, motion_dim: int):
         super().__init__()
         fine_to_coarse = [*reversed(widths), widths[0]]
-        self.stem = ConvLayer(3, fine_to_coarse[0], 1)
-        self.blocks = nn.ModuleList(ResBlock(a, b, down=True) for a, b in pairwise(fine_to_coarse))
-        self.head = EqualConv2d(widths[0], style_dim, base)
-        self.to_motion = EqualLinear(style_dim, motion_dim)
+        self.stem = ops.ConvLayer(3, fine_to_coarse[0], 1)
+        self.blocks = nn.ModuleList(ops.ResBlock(a, b, down=True) for a, b in pairwise(fine_to_coarse))
+        self.head = ops.EqualConv2d(widths[0], style_dim, base)
+        self.to_motion = ops.EqualLinear(style_dim, motion_dim)
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Pictures (B, 3, S, S) in [-1, 1] -> style (B, D) and the feature maps, coarsest (side 2 * base) first."""
@@ -62,12 +52,12 @@ class Level(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, style_dim: int, depth: int, first: bool):
         super().__init__()
-        self.grow = StyledConv(in_channels, channels, style_dim, up=True)
-        self.flow_blocks = nn.ModuleList(FlowResBlock(channels, channels, style_dim) for _ in range(depth))
-        self.to_flow = ToFlow(channels, style_dim)
-        self.carry = None if first else ConvLayer(in_channels, channels, 3, "up")
-        self.refine_blocks = nn.Sequential(*(ResBlock(channels, channels) for _ in range(depth)))
-        self.to_rgb = ToRGB(channels)
+        self.grow = ops.StyledConv(in_channels, channels, style_dim, up=True)
+        self.flow_blocks = nn.ModuleList(ops.FlowResBlock(channels, channels, style_dim) for _ in range(depth))
+        self.to_flow = ops.ToFlow(channels, style_dim)
+        self.carry = None if first else ops.ConvLayer(in_channels, channels, 3, "up")
+        self.refine_blocks = nn.Sequential(*(ops.ResBlock(channels, channels) for _ in range(depth)))
+        self.to_rgb = ops.ToRGB(channels)
 
     def forward(
         self,
@@ -108,9 +98,9 @@ class Decoder(nn.Module):
 
     def __init__(self, widths: Sequence[int], base: int, style_dim: int, motion_dim: int, depth: int):
         super().__init__()
-        self.directions = MotionBasis(style_dim, motion_dim)
+        self.directions = ops.MotionBasis(style_dim, motion_dim)
         self.constant = nn.Parameter(torch.randn(1, widths[0], base, base))
-        self.first = StyledConv(widths[0], widths[0], style_dim)
+        self.first = ops.StyledConv(widths[0], widths[0], style_dim)
         self.levels = nn.ModuleList(
             Level(below, width, style_dim, depth, first=i == 0)
             for i, (below, width) in enumerate(pairwise([widths[0], *widths]))

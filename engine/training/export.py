@@ -21,10 +21,11 @@ from engine.files import report_os_errors, write_json
 from engine.publish import front_matter
 from engine.release import save_release, to_float16
 from engine.training import checkpoint
-from engine.training.task import Release, Task, merged
+from engine.training.task import Release, Task
 from engine.untrusted import parse_json, read_json
 
 DESCRIPTION, FILES = "release.json", "release_files"  # in a run's folder
+BASE, A, B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"  # PEFT's names
 
 
 def describe(run: Path, task: Task) -> None:
@@ -74,6 +75,19 @@ def write(folder: str | Path, release: Release, state: Mapping[str, Tensor], tex
         own = merged(own, release.lora_scale)
     kept = {k: v for k, v in own.items() if k not in release.left_out}
     save_release(folder, release.kind, release.config, to_float16(kept), text, files)
+
+
+def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Add the low-rank updates of a state dict to the weights they update, under the original names."""
+    out = {}
+    for key, value in state.items():
+        if key.endswith((A, B)):
+            continue
+        stem, inside, last = key.rpartition(BASE)
+        if inside and last == "weight" and stem + A in state:
+            value = value + scale * (state[stem + B].float() @ state[stem + A].float()).to(value.dtype)
+        out[f"{stem}.{last}" if inside else key] = value
+    return out
 
 
 def last_validation(log: Path, step: int) -> tuple[dict[str, float], int]:

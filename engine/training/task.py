@@ -5,7 +5,6 @@ Of linear layers W becomes W + scale * B A with B (out, rank) zero at the start;
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from torch import Tensor, nn
 
 from engine.errors import UserError, require
 from engine.evaluation.validation import ByClip, Share
-
-BASE, A, B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"  # PEFT's names
 
 
 @dataclass(frozen=True)
@@ -120,45 +117,23 @@ class Task(nn.Module):
         return None
 
     def adapt(self, rank: int, alpha: float) -> None:
-        """Train nothing but low-rank updates of the linear layers of `adapted`; see `add_lora`."""
+        """Train nothing but low-rank updates, times `alpha` / `rank`, of the linear layers of `adapted`.
+
+        Layers that are no wider than `rank` on one side are left as they are: the update would hold more than they do.
+        """
         module = self.adapted()
         if module is None:
             raise UserError(
                 f"lora.rank={rank}: {type(self).__name__} has no low-rank training; use lora.rank=0 (all weights)"
             )
+        peft = require("peft", "PEFT", "finetune")
+        layers = [
+            name
+            for name, layer in module.named_modules()
+            if isinstance(layer, nn.Linear) and min(layer.weight.shape) > rank and not name.endswith("lm_head")
+        ]
+        if not layers:
+            raise UserError(f"lora.rank={rank} is as wide as every layer of the model: give a lower rank")
         self.requires_grad_(False)
-        self.lora_scale = add_lora(module, rank, alpha)
-
-
-def add_lora(module: nn.Module, rank: int, alpha: float) -> float:
-    """Give the linear layers of `module` low-rank updates of `rank`, the only parameters of it that learn.
-
-    Layers that are no wider than `rank` on one side are left as they are: the update would hold more than they do.
-
-    Returns:
-        The factor of the updates, `alpha` / `rank`.
-    """
-    peft = require("peft", "PEFT", "finetune")
-    layers = [
-        name
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear) and min(layer.weight.shape) > rank and not name.endswith("lm_head")
-    ]
-    if not layers:
-        raise UserError(f"lora.rank={rank} is as wide as every layer of the model: give a lower rank")
-    module.requires_grad_(False)
-    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers), module)
-    return alpha / rank
-
-
-def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Add the low-rank updates of a state dict to the weights they update, under the original names."""
-    out = {}
-    for key, value in state.items():
-        if key.endswith((A, B)):
-            continue
-        stem, inside, last = key.rpartition(BASE)
-        if inside and last == "weight" and stem + A in state:
-            value = value + scale * (state[stem + B].float() @ state[stem + A].float()).to(value.dtype)
-        out[f"{stem}.{last}" if inside else key] = value
-    return out
+        peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers), module)
+        self.lora_scale = alpha / rank
