@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from io import StringIO
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -35,44 +36,39 @@ _CURRENT: ContextVar[Progress | None] = ContextVar("progress", default=None)
 current = _CURRENT.get  # the progress of the running command, or None
 
 
-class _Lines:
-    """The stream of bars where there is no terminal: of all that they write, a line every `LINE_EVERY` seconds."""
-
-    def __init__(self) -> None:
-        self.last = time.monotonic()
-
-    def write(self, text: str) -> None:
-        text, now = text.strip(), time.monotonic()
-        if text and now - self.last > LINE_EVERY:
-            self.last = now
-            print(text, file=sys.stderr, flush=True)
-
-    def flush(self) -> None:
-        """Do nothing: lines are flushed."""
-
-
-_LINES = _Lines()
-
-
 class _Bar(tqdm):
-    """A bar with a label; without a `unit`, the label alone."""
+    """A bar with a label; without a `unit`, the label alone.
+
+    Where there is no terminal, all bars together print a line every `LINE_EVERY` seconds.
+    """
 
     monitor_interval = 0  # no thread that redraws
+    last_line = time.monotonic()
 
     def __init__(self, label: str, total: int | None, unit: str, items: Iterable[T] | None = None) -> None:
         settings = {"total": total, "unit": f" {unit}", "leave": False, "miniters": 1}
         if not unit:
             settings["bar_format"] = "{desc} ..."
-        if not sys.stderr.isatty():
+        self.lines = not sys.stderr.isatty()
+        if self.lines:
             line = "{desc}: " + LINE if label else LINE
-            settings = {"bar_format": line, **settings, "file": _LINES, "position": 0}
+            settings = {"bar_format": line, **settings, "file": StringIO()}
         super().__init__(items, label, **settings)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Draw the bar, or print it as a line if it is time for one."""
+        if not self.lines:
+            return super().display(msg, pos)
+        if msg is None and time.monotonic() - _Bar.last_line > LINE_EVERY:
+            _Bar.last_line = time.monotonic()
+            print(str(self).strip(), file=sys.stderr, flush=True)
+        return True
 
 
 @contextmanager
 def showing() -> Iterator[Progress]:
     """Show the stages of the work in this block."""
-    _LINES.last = time.monotonic()  # a command that ends within seconds writes no line
+    _Bar.last_line = time.monotonic()  # a command that ends within seconds writes no line
     token = _CURRENT.set(Progress())
     try:
         yield current()
