@@ -57,8 +57,7 @@ class Cluster:
         self.ray, self.config, self.build, self.build_cut = ray, config, build, build_cut
         self.timeout, self.processors = timeout, processors
         self.about: Any = None
-        self.flying: dict[Any, tuple[Any, int]] = {}  # the item of a call, and how often it was given up, see `_again`
-        self.suspects: list[Any] = []
+        self.flying: dict[Any, tuple[Any, int]] = {}  # the item of a call, and how often Ray gave it up before
         self._size, self._looked = 0, -LOOK_EVERY
         self.ours = False
 
@@ -78,18 +77,17 @@ class Cluster:
         # without a processor of its own: on a cluster that has shrunk to one, it would leave none to `_cut`
         lasting = {"max_restarts": -1, "max_task_retries": RETRIES}
         kind = ray.remote(_Encoders).options(num_cpus=0, num_gpus=config.gpus, **lasting)
-        place = (os.getcwd(), LIMITS)
+        self.cut = ray.remote(_cut).options(num_cpus=1, max_retries=RETRIES, name="cut")
+        self.starts = [ray.put((os.urandom(8), build, os.getcwd(), LIMITS)) for build in (self.build, self.build_cut)]
         try:
-            actors = [kind.remote(self.build, *place) for _ in range(config.encoders)]
-            self.about = ray.get([each.about.remote() for each in actors])[0]
+            actors = [kind.remote() for _ in range(config.encoders)]
+            self.about = ray.get([each.about.remote(self.starts[0]) for each in actors])[0]
         except BaseException as error:
             self.__exit__()
             if isinstance(self._cause(error), UserError):
                 raise UserError(str(self._cause(error))) from error
             raise
         self.actors = itertools.cycle(actors)
-        self.cut = ray.remote(_cut).options(num_cpus=1, max_retries=RETRIES, name="cut")
-        self.shared = ray.put((os.urandom(8), self.build_cut, place, self.timeout))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -98,12 +96,12 @@ class Cluster:
 
     def run(self, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
         """Yield every item with its result, or `Lost`, in the order in which they are done."""
-        ray, fresh = self.ray, iter(items)
+        ray, fresh, suspects = self.ray, iter(items), []
         while True:
             for item in itertools.islice(fresh, max(0, self._most() - len(self.flying))):
                 self._start(item)
-            if not self.flying and self.suspects:
-                self._start(self.suspects.pop(), given_up=2)
+            if not self.flying and suspects:
+                self._start(suspects.pop(), given_up=2)
             if not self.flying:
                 return
             for call in ray.wait(list(self.flying), num_returns=1, timeout=60)[0]:
@@ -116,31 +114,19 @@ class Cluster:
                         raise UserError(str(cause)) from error
                     if not isinstance(cause, ray.exceptions.RayError):
                         raise
-                    if self._again(item, given_up, cause):
+                    kinds = ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError
+                    if given_up == 0 or isinstance(cause, kinds) or "node has died" in str(cause):
+                        self._start(item, max(1, given_up))  # a machine that went away is no item's fault
+                        continue
+                    if given_up == 1 and isinstance(cause, ray.exceptions.RayActorError):
+                        suspects.append(item)  # an actor that dies fails all calls that wait for it: try it alone
                         continue
                     result = Lost("its process died again and again")
                 yield item, result
 
     def _start(self, item: Any, given_up: int = 0) -> None:
-        half = item if self.build_cut is None else self.cut.remote(self.shared, item)
-        self.flying[next(self.actors).do.remote(half)] = item, given_up
-
-    def _again(self, item: Any, given_up: int, error: Exception) -> bool:
-        """Return whether an item that Ray gave up is tried again. A machine that went away is no item's fault.
-
-        Args:
-            given_up: how often Ray did so before. An actor that dies fails all calls that wait for it, so the third try
-                comes while nothing else is on its way.
-        """
-        kinds = self.ray.exceptions
-        lost = isinstance(error, kinds.NodeDiedError | kinds.ObjectLostError) or "node has died" in str(error)
-        if given_up == 0 or lost:
-            self._start(item, max(1, given_up))
-        elif given_up == 1 and isinstance(error, kinds.RayActorError):
-            self.suspects.append(item)
-        else:
-            return False
-        return True
+        half = item if self.build_cut is None else self.cut.remote(self.starts[1], item, self.timeout)
+        self.flying[next(self.actors).do.remote(self.starts[0], half)] = item, given_up
 
     def _most(self) -> int:
         """Return how many items may be on their way, by the processors that the cluster has now."""
@@ -155,38 +141,38 @@ class Cluster:
         return error
 
 
+Start = tuple[bytes, Callable[[int], Work], str, Limits]  # a name of the work, what makes it, and where
+_WORK: dict[bytes, Work] = {}  # of this process: Ray uses a process for many tasks
+
+
+def _work(start: Start) -> Work:
+    """Return the work of this process, made when it is first needed."""
+    key, build, folder, limits = start
+    if key not in _WORK:
+        os.chdir(folder)  # paths in settings are relative to where the command was typed
+        set_limits(limits)
+        _WORK[key] = build(0)
+    return _WORK[key]
+
+
 class _Encoders:
     """An actor with the networks: second halves."""
 
-    def __init__(self, build: Callable[[int], Work], folder: str, limits: Limits) -> None:
-        self.error, self.work = "", None
-        try:
-            self.work = _built(build, folder, limits)
-        except UserError as error:  # from a constructor Ray would tell it as the death of the actor
-            self.error = str(error)
+    def about(self, start: Start) -> Any:
+        return _work(start).about
 
-    def about(self) -> Any:
-        if self.error:
-            raise UserError(self.error)
-        return self.work.about
-
-    def do(self, half: Any) -> Any:
+    def do(self, start: Start, half: Any) -> Any:
         """Do the second half of an item; one that was lost in its first half stays so."""
-        return half if isinstance(half, Lost) else self.work.do(half)
+        return half if isinstance(half, Lost) else _work(start).do(half)
 
 
-_BUILT: dict[bytes, Work] = {}  # of this process: Ray uses a process for many tasks
-
-
-def _cut(shared: tuple[bytes, Callable[[int], Work], tuple[str, Limits], float], item: Any) -> Any:
+def _cut(start: Start, item: Any, timeout: float) -> Any:
     """Do the first half of an item; of one that takes too long the answer goes out, then its process ends."""
-    key, build, place, timeout = shared
-    if key not in _BUILT:
-        _BUILT[key] = _built(build, *place)
+    cut = _work(start).cut
     if timeout == math.inf:
-        return _BUILT[key].cut(item)
+        return cut(item)
     thread = ThreadPoolExecutor(1)
-    half = thread.submit(_BUILT[key].cut, item)
+    half = thread.submit(cut, item)
     try:
         return half.result(timeout)
     except TimeoutError:
@@ -196,9 +182,3 @@ def _cut(shared: tuple[bytes, Callable[[int], Work], tuple[str, Limits], float],
         return Lost(f"it took longer than {timeout:g} s")
     finally:
         thread.shutdown(wait=False)
-
-
-def _built(build: Callable[[int], Work], folder: str, limits: Limits) -> Work:
-    os.chdir(folder)  # paths in settings are relative to where the command was typed
-    set_limits(limits)
-    return build(0)

@@ -14,7 +14,7 @@ What a step function must keep to:
   `fixed` tensors, such as a cache, at positions that arguments give; other state goes in and out as tensors.
 - Random numbers come in as arguments.
 
-Bounds: a step keeps at most `limit` graphs, of which the least recently used is dropped. A pool holds the intermediate
+Bounds: a step keeps at most `LIMIT` graphs, of which the least recently used is dropped. A pool holds the intermediate
 tensors of the largest of them, as they share memory; a graph's own inputs come on top.
 """
 
@@ -82,7 +82,6 @@ class GraphedStep:
         compile: compile the function as one graph with `torch.compile`, which takes minutes when it first runs.
         backend: what captures; by default `CudaGraphs` on CUDA and nothing elsewhere. Steps that never run at the same
             time may share one.
-        limit: most graphs that are kept.
     """
 
     def __init__(
@@ -91,12 +90,10 @@ class GraphedStep:
         device: torch.device | str = "cpu",
         compile: bool = False,
         backend: Backend | None = None,
-        limit: int = LIMIT,
     ) -> None:
         self.step = torch.compile(step, fullgraph=True) if compile else step
         device = torch.device(device)
         self.backend = backend or (CudaGraphs(device) if device.type == "cuda" else None)
-        self.limit = limit
         self.graphs: OrderedDict[Hashable, tuple[list[Tensor], Any, Callable[[], Any]]] = OrderedDict()
 
     def __call__(self, *inputs: Any, fixed: Any = ()) -> Any:
@@ -120,7 +117,7 @@ class GraphedStep:
             arguments = map_tensors(lambda _: next(rest), inputs)
             # `fixed` is kept, so that its addresses are not given to other tensors.
             self.graphs[key] = own, fixed, self.backend.capture(lambda: self.step(*arguments, *fixed))
-            if len(self.graphs) > self.limit:
+            if len(self.graphs) > LIMIT:
                 self.graphs.popitem(last=False)
         self.graphs.move_to_end(key)
         own, _, replay = self.graphs[key]

@@ -112,9 +112,6 @@ class ShardSplit:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_handles": OrderedDict()}
 
-    def __getitem__(self, index: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return self.read(index)
-
     def read(self, index: int, names: Collection[str] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the JSON of a sample, and those of its tensors that are named and present (None: all)."""
         if not 0 <= index < len(self):
@@ -130,6 +127,8 @@ class ShardSplit:
         except (OSError, ValueError, KeyError, TypeError) as error:
             path = self.files.tar(self.shards[shard])
             raise UserError(f"shard {path} is damaged ({error}): copy it or prepare it again") from error
+
+    __getitem__ = read
 
     def require(self, *names: str) -> None:
         """Leave out samples that lack one of these tensors, as a clip without pictures does; a line says how many."""
