@@ -9,14 +9,14 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from engine.errors import UserError
 from engine.hub import release_folder
-from engine.release import Released, build_with, release_kind
+from engine.release import Released, release_kind
 
 
 class Codec(Released):
@@ -44,24 +44,6 @@ class Codec(Released):
     def frame_rate(self) -> float:
         """Code frames a second."""
         return self.sample_rate / self.hop
-
-    @staticmethod
-    def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """Read the fields of `Config`, and the tensors under our names, of official files at `path`; None: it has none.
-
-        `path` is a file or a folder.
-        """
-        return None
-
-    @classmethod
-    def from_official(cls, path: Path) -> Self | None:
-        found = cls.read_official(path)
-        return None if found is None else cls.from_tensors(*found, path)
-
-    @classmethod
-    def from_tensors(cls, sizes: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> Self:
-        """Make a codec with these fields of its config and the tensors of `state`: nothing is initialised or copied."""
-        return build_with(lambda: cls(cls.Config(**sizes)), state, source)
 
     def frames(self, samples: int) -> int:
         """Count the code frames of a wave of so many samples."""
@@ -188,8 +170,8 @@ def load_codec(folder: str | Path, codecs: Mapping[str, type[C]]) -> C:
     folder = release_folder(folder)
     if not (folder / "config.yaml").is_file():
         for codec in codecs.values():
-            if (official := codec.from_official(folder)) is not None:
-                return official
+            if (official := codec.read_official(folder)) is not None:
+                return codec.from_tensors(*official, folder)
     kind = release_kind(folder)
     if kind not in codecs:
         raise UserError(f"weights folder {folder} holds a model of kind {kind!r}, but {' or '.join(codecs)} is needed")

@@ -90,9 +90,8 @@ class Released(nn.Module):
             UserError: the folder or a file is missing or damaged, or its tensors do not fit its config.
         """
         folder = release_folder(folder)
-        official = None if (folder / "config.yaml").is_file() else cls.from_official(folder)
-        if official is not None:
-            return official
+        if not (folder / "config.yaml").is_file() and (official := cls.read_official(folder)) is not None:
+            return cls.from_tensors(*official, folder)
         config, state = read_release(folder, cls.kind)
         try:
             with _no_larger_than(state, *cls.beyond):
@@ -105,10 +104,17 @@ class Released(nn.Module):
         network.release = config
         return network.eval()
 
-    @classmethod
-    def from_official(cls, path: Path) -> Self | None:
-        """Load the official files at `path`, a file or a folder; None if `path` does not hold them."""
+    @staticmethod
+    def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Read the fields of `Config`, and the tensors under our names, of official files at `path`, a file or a
+        folder; None: it has none.
+        """
         return None
+
+    @classmethod
+    def from_tensors(cls, sizes: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> Self:
+        """Make a network with these fields of its config and the tensors of `state`; none is initialised or copied."""
+        return build_with(lambda: cls(cls.Config(**sizes)), state, source)
 
     def digest(self) -> str:
         """Return the first eight hex digits of the SHA-256 of all weights."""
