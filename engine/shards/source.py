@@ -203,9 +203,17 @@ def _get(url: str, path: Path, size: int | None = None) -> None:
         except UserError as error:
             raise UserError(f"{url} could not be fetched: {error}") from error
         return
+    import fsspec  # slow to import, and most runs do without
+
+    most = MAX_JSON if size is None else size
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return _copy(url, path, MAX_JSON if size is None else size)
+            with fsspec.open(url, "rb") as stream, atomic_output(path) as staging, staging.open("wb") as out:
+                while block := stream.read(BLOCK):
+                    if out.tell() + len(block) > most:
+                        raise UserError(f"{url} sends more bytes than were expected")
+                    out.write(block)
+            return
         except ImportError as error:
             raise UserError(
                 f"{url}: {error}; `bash scripts/setup.sh remote` installs what s3:// and gs:// need"
@@ -216,13 +224,3 @@ def _get(url: str, path: Path, size: int | None = None) -> None:
             if attempt == ATTEMPTS or isinstance(error, FileNotFoundError | PermissionError):
                 raise UserError(f"{url} could not be fetched: {error}") from error
             time.sleep(RETRY_DELAY * 2 ** (attempt - 1))
-
-
-def _copy(url: str, path: Path, most: int) -> None:
-    import fsspec  # slow to import, and most runs do without
-
-    with fsspec.open(url, "rb") as stream, atomic_output(path) as staging, staging.open("wb") as out:
-        while block := stream.read(BLOCK):
-            if out.tell() + len(block) > most:
-                raise UserError(f"{url} sends more bytes than were expected")
-            out.write(block)

@@ -50,26 +50,19 @@ def test_a_packed_layer_gives_the_same_numbers(dtype, shape):
 
 
 @x86
-def test_layers_that_share_a_weight_stay_as_they_are():
-    table, tied, free = nn.Embedding(8, 16), nn.Linear(16, 8, bias=False), nn.Linear(16, 16)
+def test_layers_keep_their_type_and_those_that_share_a_weight_stay_as_they_are():
+    table, tied = nn.Embedding(8, 16), nn.Linear(16, 8, bias=False)
     tied.weight = table.weight
-    network = nn.ModuleDict({"table": table, "tied": tied, "free": free})
-    prepare_inference(network)
-    assert type(network["tied"]) is nn.Linear and type(network["free"]) is PackedLinear
-    assert network["tied"].weight is table.weight
+    network = nn.ModuleDict({"table": table, "tied": tied, "time": nn.Linear(4, 4), "out": nn.Linear(4, 4)})
+    prepare_inference(convert_matrices(network, torch.bfloat16, without=("time", "tied")))
+    assert type(network["tied"]) is nn.Linear and network["tied"].weight is table.weight
+    assert type(network["time"]) is type(network["out"]) is PackedLinear
+    assert [network[name].weight.dtype for name in ("time", "out")] == [torch.float32, torch.bfloat16]
 
 
 def test_nothing_is_packed_for_another_device():
     network = nn.Sequential(nn.Linear(4, 4))
     assert type(prepare_inference(network, device="cuda")[0]) is nn.Linear
-
-
-@x86
-def test_half_of_a_network_in_half_precision_is_packed_as_it_is():
-    network = nn.ModuleDict({"time": nn.Linear(4, 4), "out": nn.Linear(4, 4)})
-    prepare_inference(convert_matrices(network, torch.bfloat16, without=("time",)))
-    assert type(network["time"]) is PackedLinear
-    assert [network[name].weight.dtype for name in ("time", "out")] == [torch.float32, torch.bfloat16]
 
 
 @vnni

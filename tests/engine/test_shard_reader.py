@@ -194,14 +194,7 @@ def test_several_processes_fetch_a_shard_once(server, tmp_path):
     assert sorted(tars) == [f"{i:06d}.tar" for i in range(5)]
 
 
-def test_other_schemes_come_through_fsspec(folder, tmp_path):
-    fsspec = pytest.importorskip("fsspec")
-    memory = fsspec.filesystem("memory")
-    memory.put(str(folder), "/there/train", recursive=True)
-    check_all(ShardSplit("memory://there/train", Reading(cache=str(tmp_path))))
-
-
-def test_a_store_that_fails_now_and_then_is_asked_again(folder, tmp_path, monkeypatch):
+def test_other_schemes_come_through_fsspec_and_are_asked_again_if_they_fail(folder, tmp_path, monkeypatch):
     fsspec = pytest.importorskip("fsspec")
     memory = fsspec.filesystem("memory")
     memory.put(str(folder), "/flaky/train", recursive=True)
