@@ -8,8 +8,10 @@ import pickle
 import sys
 import tarfile
 import zlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -50,6 +52,29 @@ BAD_NAMES = {
 NAME = r"must be a (file name|path)|must be a file name|cannot be read as JSON \(it holds a null"
 
 
+def file(name: str, content: Any, read: Callable[[Path], Any]) -> Callable[[Path], None]:
+    """Write bytes, a text, or what torch saves, to a file, and read it; None: there is no such file."""
+
+    def call(folder: Path) -> None:
+        path = folder / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif isinstance(content, str):
+            path.write_text(content, encoding="utf-8")
+        elif content is not None:
+            torch.save(content, path)
+        read(path)
+
+    return call
+
+
+def edit(path: Path, change: Callable[[Any], object]) -> None:
+    """Change what a JSON file holds."""
+    about = json.loads(path.read_text())
+    change(about)
+    path.write_text(json.dumps(about))
+
+
 class Payload:
     """What runs when it is unpickled."""
 
@@ -76,9 +101,8 @@ def forged(folder: Path, forge, use) -> None:
     metadata = pickle.loads((step / ".metadata").read_bytes())
     changed = forge(metadata, step)
     (step / ".metadata").write_bytes(pickle.dumps(metadata if changed is None else changed))
-    info = json.loads((step / "info.json").read_text())
-    info["files"] = {path.name: checkpoint._fingerprint(path) for path in step.iterdir() if path.name != "info.json"}
-    (step / "info.json").write_text(json.dumps(info))
+    sums = {path.name: checkpoint._fingerprint(path) for path in step.iterdir() if path.name != "info.json"}
+    edit(step / "info.json", lambda info: info.update(files=sums))
     use(folder / "run")
 
 
@@ -149,18 +173,13 @@ FORGED = {
 
 def index_with(folder: Path, change, remote: bool = False) -> None:
     split = random_split(folder / "made" / "train", 3, 3)
-    index = json.loads((split / "index.json").read_text())
-    change(index)
-    (split / "index.json").write_text(json.dumps(index))
-    found = ShardSplit(f"file://{split}" if remote else split, Reading(cache=str(folder / "cache")))
-    found.read(0)
+    edit(split / "index.json", change)
+    ShardSplit(f"file://{split}" if remote else split, Reading(cache=str(folder / "cache"))).read(0)
 
 
 def sidecar_with(folder: Path, change) -> None:
     split = random_split(folder / "train", 3, 3)
-    sidecar = json.loads((split / "000000.json").read_text())
-    change(sidecar["samples"][0])
-    (split / "000000.json").write_text(json.dumps(sidecar))
+    edit(split / "000000.json", lambda sidecar: change(sidecar["samples"][0]))
     ShardSplit(split).read(0)
 
 
@@ -174,10 +193,8 @@ def sample_with(folder: Path, old: bytes, new: bytes) -> None:
     data = (split / "000000.tar").read_bytes()
     assert len(old) == len(new) and old in data
     (split / "000000.tar").write_bytes(data := data.replace(old, new))
-    for name in ("000000.json", "index.json"):
-        about = json.loads((split / name).read_text())
-        (about if "crc32" in about else about["shards"][0])["crc32"] = zlib.crc32(data)
-        (split / name).write_text(json.dumps(about))
+    edit(split / "000000.json", lambda sidecar: sidecar.update(crc32=zlib.crc32(data)))
+    edit(split / "index.json", lambda index: index["shards"][0].update(crc32=zlib.crc32(data)))
     ShardSplit(split).read(0)
 
 
@@ -188,8 +205,7 @@ def rename(name, index) -> None:
 def config_of(folder: Path, text: str) -> None:
     save_release(folder / "release", "toy", {"width": 3}, {"w": torch.ones(2)}, "")
     (folder / "release" / "config.yaml").write_text(text)
-    config, _ = read_release(folder / "release", "toy")
-    raise AssertionError(f"it was taken: {str(config)[:200]}")
+    read_release(folder / "release", "toy")
 
 
 def tar_with(folder: Path, name: str) -> None:
@@ -200,14 +216,12 @@ def tar_with(folder: Path, name: str) -> None:
     tar_members(folder, "*.tar")
 
 
-def manifest_with(folder: Path, text: str) -> None:
-    (folder / "train.jsonl").write_text(text)
-    read_manifest(folder, "train")
+def manifest_of(path: Path) -> None:
+    read_manifest(path.parent, "train")
 
 
-def clips_with(folder: Path, text: str) -> None:
-    (folder / "clips.jsonl").write_text(text)
-    read_clips(folder / "clips.jsonl", None, {})
+def clips_of(path: Path) -> None:
+    read_clips(path, None, {})
 
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
@@ -298,8 +312,8 @@ CASES = [
     *((f"sample: {new}", partial(sample_with, old=old, new=new), line) for old, new, line in SAMPLES),
     *((f"config: {k[:50]}", partial(config_of, text=k), line) for k, line in CONFIGS.items()),
     *((f"json: {k[:50]}", lambda _, k=k: parse_json(k, "it"), line) for k, line in JSON.items()),
-    *((f"manifest: {k}", partial(manifest_with, text=k), line) for k, line in MANIFESTS.items()),
-    *((f"clips: {k}", partial(clips_with, text=k), line) for k, line in CLIPS.items()),
+    *((f"manifest: {k}", file("train.jsonl", k, manifest_of), line) for k, line in MANIFESTS.items()),
+    *((f"clips: {k}", file("clips.jsonl", k, clips_of), line) for k, line in CLIPS.items()),
     *((f"tar: {name}", partial(tar_with, name=name), NAME) for name in ("../../../ran", "a/../../../b", "a\nb")),
     *((f"target: {n}", lambda _, n=n: target({"_target_": n}), "is not a class or function") for n in TARGETS),
     ("target: deep inside", lambda _: target(DEEP), "_target_=os.getcwd is not a class or function"),

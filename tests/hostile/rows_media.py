@@ -37,6 +37,7 @@ from talker_t2av.settings import InferConfig, read_jobs
 from talker_t2av.system import MotionStats, TalkerSystem
 from talker_t2av.text import TalkerTokenizer
 from tests.engine.toy_task import CONFIG
+from tests.hostile.rows_files import file
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 CLIP, VOICE = ASSETS / "demo" / "silent.mp4", ASSETS / "demo" / "voice.wav"
@@ -87,11 +88,6 @@ def sound(folder: Path, samples, read=read_audio) -> None:
     read(folder / "a.wav", 24_000)
 
 
-def named(folder: Path, name: str, content: bytes, read) -> None:
-    (folder / name).write_bytes(content)
-    read(folder / name)
-
-
 def loop(folder: Path, name: str, read) -> None:
     (folder / name).symlink_to(folder / name)
     read(folder / name)
@@ -99,11 +95,6 @@ def loop(folder: Path, name: str, read) -> None:
 
 def find_clip(path: Path) -> None:
     hicodit_settings.find_clips(hicodit_settings.InferConfig(input=str(path), output=str(path.parent)))
-
-
-def matrix(folder: Path, value) -> None:
-    torch.save(value, folder / "m.pt")
-    read_matrix(folder / "m.pt", 4)
 
 
 def release(folder: Path, name: str, change, load_it) -> None:
@@ -133,9 +124,12 @@ def template(text: str, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(text)
 
 
-def job(folder: Path, line: str) -> None:
-    (folder / "jobs.jsonl").write_text(line, encoding="utf-8")
-    read_jobs(InferConfig(jobs=str(folder / "jobs.jsonl"), mode="tts", reference_audio="v.wav"))
+def motion_of(path: Path) -> None:
+    read_matrix(path, 4)
+
+
+def jobs_of(path: Path) -> None:
+    read_jobs(InferConfig(jobs=str(path), mode="tts", reference_audio="v.wav"))
 
 
 def command(folder: Path, config: str, words: str) -> None:
@@ -146,11 +140,6 @@ def released(folder: Path) -> None:
     write(folder / "out", Release("toy", {}, "net", "T", "A.", "x"), {"net.w": torch.tensor([1.0, 7e4])}, "", None)
 
 
-def expanded(folder: Path) -> None:
-    torch.save({"state": torch.zeros(1).expand(10**6, 10**6)}, folder / "c.pt")
-    read_checkpoint(folder / "c.pt")
-
-
 HICODIT, TALKER, RVQ, SYSTEM, WORDS = (
     ("hicodit_tiny", HiCoDiTSystem.from_pretrained),
     ("talker_t2av_tiny", TalkerT2AV.from_pretrained),
@@ -159,6 +148,7 @@ HICODIT, TALKER, RVQ, SYSTEM, WORDS = (
     ("talker_t2av_tiny", TalkerTokenizer.from_pretrained),
 )
 NAN, INF = float("nan"), float("inf")
+HUGE = {"state": torch.zeros(1).expand(10**6, 10**6)}  # of four bytes
 RANDOM = np.random.default_rng(0).bytes(100_000)
 STATED, FIRST = "ends after .* of the .* bytes that it states", "only the first .* of its sound"
 
@@ -304,14 +294,14 @@ def bytes_of(data: bytes | int):
 
 
 CASES = [
-    *((f"file: {k}", partial(named, name="a.mp4", content=c, read=r), line) for k, (c, r, line) in MEDIA.items()),
+    *((f"file: {k}", file("a.mp4", c, r), line) for k, (c, r, line) in MEDIA.items()),
     *((f"sound: {k}", partial(sound, samples=v, read=read_voice), line) for k, (v, line) in SOUNDS.items()),
     *((f"limit: {k}", partial(limited, limits=v, call=c), line) for k, (v, c, line) in LIMITED.items()),
-    *((f"motion: {k}", partial(matrix, value=v), line) for k, (v, line) in MATRICES.items()),
+    *((f"motion: {k}", file("m.pt", v, motion_of), line) for k, (v, line) in MATRICES.items()),
     *((f"release: {k}={v}", changed(of, partial(setting, k, v)), line) for of, k, v, line in SETTINGS),
     *((f"release: {k}", changed(RVQ, partial(weights, change)), line) for k, (change, line) in WEIGHTS.items()),
     *((f"template: {k}", changed(WORDS, partial(template, k)), line) for k, line in TEMPLATES.items()),
-    *((f"job: {k[:50]}", partial(job, line=k), line) for k, line in JOBS.items()),
+    *((f"job: {k[:50]}", file("jobs.jsonl", k, jobs_of), line) for k, line in JOBS.items()),
     *((f"command: {words}", partial(command, config=of, words=words), line) for of, words, line in COMMANDS),
     *((k, lambda _, make=make: make(), line) for k, (make, line) in VALUES.items()),
     *(
@@ -322,7 +312,7 @@ CASES = [
     ("release: weights out of half precision", released, "weights that are not finite numbers .w."),
     ("release: cut", bytes_of(999), "model.safetensors is damaged"),
     ("release: one giant header", bytes_of(b"\xff" * 64), "model.safetensors is damaged"),
-    ("checkpoint: larger than its data", expanded, "larger than its data"),
+    ("checkpoint: larger than its data", file("c.pt", HUGE, read_checkpoint), "larger than its data"),
     ("video: 8k", lambda f: video(f, ".mp4", "scale=7680:4320,trim=end_frame=2"), "more than 16,777,216 pixels"),
     ("video: a jump of an hour", lambda f: video(f, ".mp4", jump(1)), "damaged time stamps"),
     ("video: a jump of a day", lambda f: video(f, ".mkv", jump(27)), "damaged time stamps"),
@@ -347,6 +337,6 @@ CASES = [
         lambda f: (cv2.imwrite(str(f / "a.png"), np.zeros((16_000, 16_000), np.uint8)), read_picture(f / "a.png")),
         "more than 67,108,864",
     ),
-    ("boxes: deep", lambda f: named(f, "b.json", b"[" * 10**5, lambda path: read_boxes(str(path))), "nested too deep"),
+    ("boxes: deep", file("b.json", "[" * 10**5, lambda path: read_boxes(str(path))), "nested too deep"),
     ("jobs: a folder", lambda f: read_jobs(InferConfig(jobs=str(f))), "cannot be read: Is a directory"),
 ]

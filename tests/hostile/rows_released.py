@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,6 +16,7 @@ from hicodit.conditions.poster2 import POSTER2
 from lia_x import LiaX
 from talker_t2av.speaker.encoder import WavLMEncoder
 from talker_t2av.system import TalkerSystem
+from tests.hostile.rows_files import file
 from whisperx_vae import WhisperXVAE
 
 A = {"a": torch.zeros(1)}
@@ -44,14 +43,6 @@ FILES = [  # what reads a file, its name, its content, and the line; None: there
 ]
 
 
-def read(read: Callable[[Path], Any], name: str, content: Any, folder: Path) -> None:
-    if isinstance(content, bytes):
-        (folder / name).write_bytes(content)
-    elif content is not None:
-        torch.save(content, folder / name)
-    read(folder / name)
-
-
 def torch_script(folder: Path) -> None:
     torch.save([1], folder / "a.ckpt")
     with zipfile.ZipFile(folder / "a.ckpt", "a") as archive:
@@ -71,8 +62,8 @@ def of_a_line(folder: Path, state: dict[str, torch.Tensor]) -> None:
 
 CASES = [
     *(
-        (f"released: {name or 'folder'}, {number}", partial(read, reader, name, content), line)
-        for number, (reader, name, content, line) in enumerate(FILES)
+        (f"released: {name or 'folder'}, {number}", file(name, content, read), line)
+        for number, (read, name, content, line) in enumerate(FILES)
     ),
     (
         "released: a tensor too many",
