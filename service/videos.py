@@ -98,7 +98,7 @@ def video_routes(service: Service) -> APIRouter:
         return videos[name]
 
     @router.post("")
-    async def make_video(body: Annotated[VideoRequest, Form()]) -> Video:
+    async def make_video(body: Annotated[VideoRequest, Form(media_type="multipart/form-data")]) -> Video:
         """Begin to make a talking face from a text (talker-t2av), or a clip with speech from a silent one (hicodit)."""
         service.find(body.model)
         forget()

@@ -72,6 +72,10 @@ def speak(client, voice="anna", kind="wav", **more):
     )
 
 
+def events_of(answer):
+    return [json.loads(line.removeprefix("data: ")) for line in answer.text.split("\n\n") if line]
+
+
 def upload(client, models, name, content=None):
     """Upload a recording as a voice: anna's, if no `content` is given."""
     files = {"audio_sample": ("any.wav", models[2].read_bytes() if content is None else content)}
@@ -106,22 +110,11 @@ def test_speed_changes_the_length(client, true_wave, speed):
     assert len(wave) == pytest.approx(len(true_wave) / speed, abs=0.1 * 24_000)
 
 
-def test_streams_give_the_same_sound(client, true_wave):
-    with client.audio.speech.with_streaming_response.create(
-        model="talker-t2av",
-        input=TEXT,
-        voice="anna",
-        response_format="pcm",
-        stream_format="audio",
-        extra_body={"seed": 3},
-    ) as answer:
-        pieces = list(answer.iter_bytes(2**20))
-    np.testing.assert_allclose(np.frombuffer(b"".join(pieces), np.int16) / 32767, true_wave, atol=2e-4)
-    lines = speak(client, kind="pcm", stream_format="sse").text.split("\n\n")
-    events = [json.loads(line.removeprefix("data: ")) for line in lines if line]
-    assert len(events) > 2 and {event["type"] for event in events[:-1]} == {"speech.audio.delta"}
-    assert events[-1]["type"] == "speech.audio.done" and events[-1]["usage"]["input_tokens"] > 0
-    content = b"".join(base64.b64decode(event["audio"]) for event in events[:-1])
+def test_events_give_the_same_sound(client, true_wave):
+    *events, done = events_of(speak(client, kind="pcm", stream_format="sse"))
+    assert len(events) > 1 and {event["type"] for event in events} == {"speech.audio.delta"}
+    assert done["type"] == "speech.audio.done" and done["usage"]["input_tokens"] > 0
+    content = b"".join(base64.b64decode(event["audio"]) for event in events)
     np.testing.assert_allclose(np.frombuffer(content, np.int16) / 32767, true_wave, atol=2e-4)
 
 
@@ -199,8 +192,8 @@ def test_words_come_with_their_times(client, service, monkeypatch):
     assert answer["words"] == [{"word": "Hi.", "start": 0.1, "end": 0.3}] and answer["format"] == "wav"
     assert answer["duration"] == pytest.approx(calls[0][1] / 2, abs=1e-3)
     assert answer["duration"] == pytest.approx(len(wave) / rate, abs=0.1)
-    lines = speak(client, kind="pcm", stream_format="sse", extra_body=timed).text.split("\n\n")
-    assert json.loads(lines[-2].removeprefix("data: "))["words"] == [{"word": "Hi.", "start": 0.2, "end": 0.6}]
+    *_, done = events_of(speak(client, kind="pcm", stream_format="sse", extra_body=timed))
+    assert done["words"] == [{"word": "Hi.", "start": 0.2, "end": 0.6}]
     assert [text for text, _ in calls] == [TEXT, TEXT]
 
 
