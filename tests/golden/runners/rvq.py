@@ -162,15 +162,18 @@ def _discriminate(case: Case, discriminator: torch.nn.Module, step: int = 997) -
 
 @runner("disc_mpd")
 def run_period_discriminator(case: Case) -> dict[str, Tensor]:
-    sizes = ("periods", "channels", "channel_increasing_factor", "max_downsample_channels")
-    return _discriminate(case, MultiPeriodDiscriminator(*(case.config[name] for name in sizes)))
+    c = case.config
+    sizes = {"growth": c["channel_increasing_factor"], "max_channels": c["max_downsample_channels"]}
+    return _discriminate(case, MultiPeriodDiscriminator(c["periods"], channels=c["channels"], **sizes))
 
 
 @runner("disc_spec")
 def run_spectrogram_discriminator(case: Case) -> dict[str, Tensor]:
-    windows = [case.config["stft_params"][name] for name in ("fft_sizes", "hop_sizes", "win_lengths")]
-    sizes = ("channels", "max_downsample_channels", "kernel_sizes", "downsample_scales")
-    return _discriminate(case, MultiResolutionDiscriminator(*windows, *(case.config[name] for name in sizes)))
+    c, stft = case.config, case.config["stft_params"]
+    sizes = {"max_channels": c["max_downsample_channels"], "strides": c["downsample_scales"]}
+    sizes |= {"channels": c["channels"], "kernels": c["kernel_sizes"]}
+    windows = stft["fft_sizes"], stft["hop_sizes"], stft["win_lengths"]
+    return _discriminate(case, MultiResolutionDiscriminator(*windows, **sizes))
 
 
 def _learning_rate(step: int) -> float:
