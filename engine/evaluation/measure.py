@@ -32,14 +32,14 @@ class Results:
     """What was measured.
 
     Attributes:
-        rows: measurements by metric, system and clip. failed: (clip, system, metric or file, why).
+        rows: measurements by metric, system and clip. failed: `clip`, `system`, `where` (metric or file) and `why`.
         lengths: seconds of the takes by system and clip. missing: by metric, why it has no measurements.
         seconds: wall time by metric, loading the network included.
         cached: how many measurements by metric were found.
     """
 
     rows: dict[str, dict[str, dict[str, Row]]] = field(default_factory=dict)
-    failed: list[tuple[str, str, str, str]] = field(default_factory=list)
+    failed: list[dict[str, str]] = field(default_factory=list)
     lengths: dict[str, dict[str, float]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -198,14 +198,15 @@ def measure(clips: Sequence[Clip], metrics: Iterable[Metric], workers: int, cach
             for clip, found, _ in measured:
                 for system, row in found.items():
                     if isinstance(row, str):
-                        reasons.append((clip, system, name, row))
+                        reasons.append({"clip": clip, "system": system, "where": name, "why": row})
                     else:
                         rows.setdefault(system, {})[clip] = row
             if not rows:
-                results.missing[name] = reasons[0][3]
+                results.missing[name] = reasons[0]["why"]
                 continue
             results.failed += reasons
-            results.rows[name] = rows
+            true, truths = rows.get(TRUTH, {}), {clip.id: clip.truth for clip in clips}
+            results.rows[name] = {system: metric.finish(own, true, truths) for system, own in rows.items()}
             results.seconds[name] = time.monotonic() - start
             results.cached[name] = sum(found for *_, found in measured)
     return results
@@ -215,7 +216,7 @@ def _readable(clips: Sequence[Clip], results: Results, every: Callable) -> list[
     pairs = [(clip, name, take) for clip in clips for name, take in {TRUTH: clip.truth, **clip.takes}.items()]
     for (clip, name, _), found in zip(pairs, every(check_files, [take for _, _, take in pairs])):
         if isinstance(found, str):
-            results.failed.append((clip.id, name, "file", found))
+            results.failed.append({"clip": clip.id, "system": name, "where": "file", "why": found})
         else:
             results.lengths.setdefault(name, {})[clip.id] = found
     good = []
@@ -224,6 +225,6 @@ def _readable(clips: Sequence[Clip], results: Results, every: Callable) -> list[
         if clip.id in results.lengths.get(TRUTH, ()) and (readable or not clip.takes):
             good.append((clip, {TRUTH: clip.truth, **readable}))
     if not good:
-        clip, name, _, reason = results.failed[0]
-        raise UserError(f"none of the {len(clips)} clips can be measured; the first: {clip} ({name}): {reason}")
+        first = "the first: {clip} ({system}): {why}".format(**results.failed[0])
+        raise UserError(f"none of the {len(clips)} clips can be measured; {first}")
     return good

@@ -80,18 +80,22 @@ def _card(clip: Clip, summary: Mapping[str, Any], systems: Sequence[str], media:
             if clip.id in cells.get(figure, {}).get("values", {})
         ]
         heard = summary["heard"].get(name, {}).get(clip.id)
-        takes.append({"name": name, "values": values, "heard": heard, "media": _media(take) if media and take else ""})
+        takes.append({"name": name, "values": values, "heard": heard, "media": _media(take) if media else ""})
     return {"id": clip.id, "text": clip.truth.text, "speaker": clip.speaker, "takes": takes}
 
 
-def _media(take: Take) -> str:
-    """Return a player and a spectrogram; "" where the file cannot be shown."""
-    if take.audio is None:
+def _media(take: Take | None) -> str:
+    """Return a player and a spectrogram of the first 20 s; "" where the file cannot be shown."""
+    if take is None or take.audio is None:
         return ""
     try:
-        return player(take.audio, take.video) + spectrogram_image(take.audio)
+        wave = read_audio(take.audio, RATE)[: int(SECONDS * RATE)]
+        shown = _player(take.audio, take.video)
     except UserError:
         return ""
+    picture = cv2.resize(spectrogram(wave, RATE), (480, 120), interpolation=cv2.INTER_AREA)
+    _, content = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
+    return f'{shown}<img alt="spectrogram" src="{_url(content.tobytes(), "image/jpeg")}">'
 
 
 def _url(content: Path | bytes, kind: str) -> str:
@@ -99,8 +103,8 @@ def _url(content: Path | bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def player(audio: Path, video: Path | None) -> str:
-    """Return an <audio> or <video> element that holds the first 20 s of the files; "" if ffmpeg cannot convert them."""
+def _player(audio: Path, video: Path | None) -> str:
+    """Return an <audio> or <video> element; "" if ffmpeg cannot convert the files."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "clip.mp4"
         files = [*source(audio), *(source(video) if video else [])]
@@ -113,11 +117,3 @@ def player(audio: Path, video: Path | None) -> str:
         if video:
             return f'<video controls preload="metadata" playsinline src="{_url(out, "video/mp4")}"></video>'
         return f'<audio controls preload="metadata" src="{_url(out, "audio/mp4")}"></audio>'
-
-
-def spectrogram_image(path: Path) -> str:
-    """Return an <img> with the spectrogram of a file's first 20 s."""
-    picture = spectrogram(read_audio(path, RATE)[: int(SECONDS * RATE)], RATE)
-    picture = cv2.resize(picture, (480, 120), interpolation=cv2.INTER_AREA)
-    _, content = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
-    return f'<img alt="spectrogram" src="{_url(content.tobytes(), "image/jpeg")}">'

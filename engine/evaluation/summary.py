@@ -33,18 +33,14 @@ def summarise(
         metrics: by the figures that are wanted of them.
     """
     missing = {figure: results.missing[m.name] for figure, m in metrics.items() if m.name in results.missing}
-    speakers, truths = {clip.id: clip.speaker for clip in clips}, {clip.id: clip.truth for clip in clips}
+    speakers = {clip.id: clip.speaker for clip in clips}
     found: dict[str, Found] = {}
-    for metric in dict.fromkeys(metrics.values()):
-        rows = results.rows.get(metric.name, {})
-        finished = {system: metric.finish(own, rows.get(TRUTH, {}), truths) for system, own in rows.items()}
-        for figure in (name for name in metric.figures if metrics.get(name) == metric):
-            found[figure] = {
-                system: {clip: row[figure] for clip, row in own.items() if figure in row}
-                for system, own in finished.items()
-            }
     systems: dict[str, dict[str, Any]] = {}
     for figure, metric in metrics.items():
+        rows = results.rows.get(metric.name, {})
+        found[figure] = {
+            system: {clip: row[figure] for clip, row in own.items() if figure in row} for system, own in rows.items()
+        }
         for system, measured in found[figure].items():
             try:
                 if measured:
@@ -52,7 +48,7 @@ def summarise(
                     systems.setdefault(system, {})[figure] = cell
             except UserError as error:
                 missing[figure] = str(error)
-        if found[figure] and figure not in missing and not any(figure in cells for cells in systems.values()):
+        if rows and figure not in missing and not any(figure in cells for cells in systems.values()):
             missing[figure] = "no clip has it"
     shown = {name: metric for name, metric in metrics.items() if any(name in cells for cells in systems.values())}
     return {
@@ -70,10 +66,7 @@ def summarise(
         },
         "tests": _tests(shown, systems, speakers, resamples) if compare else [],
         "notes": _length_notes(shown, results.lengths) + _clip_notes(shown, found),
-        "left_out": {
-            "figures": missing,
-            "files": [dict(zip(("clip", "system", "where", "why"), row)) for row in results.failed],
-        },
+        "left_out": {"figures": missing, "files": results.failed},
         "seconds": {name: round(value, 2) for name, value in results.seconds.items()},
         "found_in_cache": results.cached,
     }

@@ -78,13 +78,9 @@ def synchrony(opening: np.ndarray, wave: np.ndarray, rate: int, shift: int = 0) 
     Args:
         shift: frames by which the sound is moved against the mouth; positive: it comes later.
     """
-    level = loudness(wave, rate)
-    if shift >= 0:
-        level = np.pad(level, (shift, 0))
-    else:
-        level = level[-shift:]
-    length = min(len(level), len(opening))
-    mouth, level = opening[max(shift, 0) : length], level[max(shift, 0) : length]
+    mouth, level = opening[max(shift, 0) :], loudness(wave, rate)[max(-shift, 0) :]
+    length = min(len(mouth), len(level))
+    mouth, level = mouth[:length], level[:length]
     if len(mouth) < 2 or np.ptp(mouth) == 0 or np.ptp(level) == 0:
         return 0.0
     return float(np.corrcoef(mouth, level)[0, 1])
