@@ -28,9 +28,10 @@ from talker_t2av.alignment import align, token_classes
 from talker_t2av.model import MAX_FRAMES
 from talker_t2av.request import tokens_per_patch
 from talker_t2av.system import MotionStats, codec_digests
-from talker_t2av.text import MAX_TOKENS, assemble, load_tokenizer
+from talker_t2av.text import load_tokenizer
 
 TASKS = ("t2av", "tts")
+MAX_TOKENS = 1000  # of a sequence; longer ones are cut on the right
 _codec_digests = lru_cache(codec_digests)
 STAGES = {"speech": "whisperx_vae", "motion": "lia_x", "speaker": "speaker"}  # stream -> its digest's name in an index
 
@@ -58,15 +59,18 @@ class SequenceFormat:
         return patches * tokens_per_patch(self.order, motion_frames > 0)
 
     def example(self, prompt: list[int], speech: Tensor, speech_frames: int, motion: Tensor, speaker: Tensor) -> dict:
-        """An item for `collate`: speech (F, Ds), motion (Fm, Dm) normalised (Fm = 0: TTS), speaker (G,)."""
+        """Return an item for `collate`: speech (F, Ds), motion (Fm, Dm) normalised (Fm = 0: TTS), speaker (G,).
+
+        The span of the placeholders is (-1, -1) where none is left within the limit.
+        """
         whole = len(motion) // self.patch_size * self.patch_size
         motion_frames = max(whole, self.patch_size) if len(motion) else 0  # one patch at least, if there is motion
         motion = motion[:whole] if whole else motion
-        slots = self.slots(speech_frames, motion_frames)
-        ids, span = assemble(prompt, self.tail, self.speech_id, slots, self.limit)
+        slots, start = self.slots(speech_frames, motion_frames), len(prompt)
+        ids, end = [*prompt, *[self.speech_id] * slots, *self.tail], min(start + slots, self.limit)
         return {
-            "input_ids": torch.tensor(ids, dtype=torch.int32),
-            "speech_span": torch.tensor(span),
+            "input_ids": torch.tensor(ids[: self.limit], dtype=torch.int32),
+            "speech_span": torch.tensor((start, end) if end > start else (-1, -1)),
             "speech": speech,
             "speech_frames": torch.tensor(speech_frames),
             "motion": motion,

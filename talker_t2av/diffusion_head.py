@@ -44,31 +44,16 @@ def time_features(u: Tensor, width: int) -> Tensor:
 
 
 class TimeMLP(nn.Module):
-    """A scalar time (N,) to a vector (N, D)."""
+    """Scalars (N,) from 0 to 1, such as a time, to a vector (N, D)."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, scalars: int = 1) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(width, width)
+        self.linear_1 = nn.Linear(scalars * width, width)
         self.linear_2 = nn.Linear(width, width)
 
-    def forward(self, u: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(time_features(u, self.linear_1.in_features))))
-
-
-class StepMLP(nn.Module):
-    """A guidance scale and a step's length (N,), both from 0 to 1, to a vector (N, D), which is zero at first."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(2 * width, width)
-        self.linear_2 = nn.Linear(width, width)
-        nn.init.zeros_(self.linear_2.weight)
-        nn.init.zeros_(self.linear_2.bias)
-
-    def forward(self, guidance: Tensor, length: Tensor) -> Tensor:
+    def forward(self, *scalars: Tensor) -> Tensor:
         width = self.linear_2.in_features
-        features = torch.cat([time_features(guidance, width), time_features(length, width)], -1)
-        return self.linear_2(F.silu(self.linear_1(features)))
+        return self.linear_2(F.silu(self.linear_1(torch.cat([time_features(u, width) for u in scalars], -1))))
 
 
 class DiffusionHead(nn.Module):
@@ -96,7 +81,9 @@ class DiffusionHead(nn.Module):
         self.time_mlp = TimeMLP(width)
         self.delta_time_mlp = TimeMLP(width)
         if student:
-            self.step_mlp = StepMLP(width)
+            self.step_mlp = TimeMLP(width, 2)  # of the guidance scale and the step's length
+            nn.init.zeros_(self.step_mlp.linear_2.weight)
+            nn.init.zeros_(self.step_mlp.linear_2.bias)
         self.decoder = Transformer(width, width, layers, heads, max_positions)
 
     def time(self, t: Tensor, dt: Tensor | None = None) -> Tensor:
@@ -113,9 +100,8 @@ class DiffusionHead(nn.Module):
         patch = self.decoder.input_proj(self.in_proj(x.transpose(1, 2)))
         sequence = torch.cat([first[:, None], context, patch], 1)
         length = sequence.shape[1]
-        return (
-            self.out_proj(self.decoder.run(sequence, slice(length - x.shape[-1], length))).transpose(1, 2).to(x.dtype)
-        )
+        states = self.decoder.run(sequence, slice(length - x.shape[-1], length))
+        return self.out_proj(states).transpose(1, 2).to(x.dtype)
 
     def forward(
         self, x: Tensor, mu: Tensor, t: Tensor, cond: Tensor, global_cond: Tensor, dt: Tensor | None = None

@@ -3,7 +3,7 @@
 A patch of the teacher takes n solver steps of two branches each. Its path from noise to data is a broken line, so that
 its mean velocity over any step of a coarser schedule is known exactly. The student begins as the teacher's conditional
 branch and learns that velocity from the point where the step begins; the guidance scale and the step's length enter
-through `diffusion_head.StepMLP` (as in progressive distillation, arXiv 2202.00512, and for the scale 2210.03142). One
+through the heads' `step_mlp` (as in progressive distillation, arXiv 2202.00512, and for the scale 2210.03142). One
 evaluation a step is left: 4 in place of 18. All but the two heads stays as it is.
 
 Axes: N examples, C channels, P frames of a patch, K context frames, D width, n solver steps, m steps of the student.
@@ -26,7 +26,7 @@ from engine.settings import require_range
 from engine.training.task import Release
 from talker_t2av.data import TalkerExamples, collate
 from talker_t2av.diffusion_head import FlowHead
-from talker_t2av.flow_matching import guide, solver_times, zero_steps
+from talker_t2av.flow_matching import euler, guide, solver_times, zero_steps
 from talker_t2av.losses import Examples, training_forward
 from talker_t2av.model import TalkerT2AV
 from talker_t2av.task import VALIDATION_BATCH, TalkerTask, load_start
@@ -54,14 +54,16 @@ class Teacher:
     ) -> Tensor:
         """Where the solver comes by (n + 1, N, C, P) from noise (N, C, P), with guidance (N,); with CFG-Zero*."""
         head = self.heads[stream].to(noise.device)
-        schedule, x = head.schedule(steps or self.steps), noise
+        schedule = head.schedule(steps or self.steps)
         evaluate = head.branches(examples.mu, examples.cond, examples.global_cond, schedule, True)
-        places, skip = [x], zero_steps(len(schedule.lengths))
-        for i, length in enumerate(schedule.lengths):
-            if i >= skip:
-                x = x - length * guide(*evaluate(x, i), guidance[:, None, None])
+        skip = zero_steps(len(schedule.lengths))
+        places = [noise] * skip
+
+        def velocity(x: Tensor, i: int) -> Tensor:
             places.append(x)
-        return torch.stack(places)
+            return guide(*evaluate(x, i), guidance[:, None, None])
+
+        return torch.stack([*places, euler(velocity, noise, schedule.lengths, skip)])
 
 
 def at_times(path: Tensor, times: Tensor, wanted: Tensor) -> Tensor:
@@ -176,7 +178,7 @@ class TalkerDistillTask(TalkerTask):
 
     @torch.no_grad()
     def examples(self, batch: dict[str, Tensor]) -> dict[str, Examples]:
-        """What the heads are asked for in a batch; the true latents `x1` are not learned from."""
+        """Return what the heads get in a batch, by stream; the true latents `x1` are not learned from."""
         forward = training_forward(self.model, batch)
         return {"speech": forward.speech, "motion": forward.motion}
 

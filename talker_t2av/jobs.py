@@ -115,10 +115,6 @@ class Reference:
         wave = self.wave16 if frames is None else pad_or_trim(self.wave16, frames * HOP16)
         return self.system.speaker.embed(send(wave, self.system.device)).cpu()
 
-    def speech(self) -> Tensor:
-        """Encode the voice to latents (F, Ds)."""
-        return encode_speech(self.system, self.wave)
-
     def prefix_alone(self, frames: int) -> tuple[Tensor, Tensor]:
         """Encode the voice as if it ended after `frames`: embedding (G,), latents (frames, Ds); see `official`."""
         speech = torch.zeros(0, self.system.model.config.speech_dim)
@@ -149,6 +145,49 @@ class Reference:
         blocks = read_square(self.job.reference_video, self.square, 1, self.square.first)
         return identity_to_tensor(next(blocks)[0], self.system.motion.size)
 
+    def paper_request(self, prompt: list[int]) -> tuple[Request, Tensor, int]:
+        """Make the request as in training.
+
+        Return the reference's motion (F, Dm), of one frame without a prefix, and the frames of the prefix, too.
+        """
+        job, c, normalise = self.job, self.system.model.config, self.system.stats.normalise
+        mode, seconds, motion = MODES[job.mode], job.prefix_seconds, torch.zeros(0, c.motion_dim)
+        speech = encode_speech(self.system, self.wave) if seconds else torch.zeros(0, c.speech_dim)
+        frames = len(speech)
+        if mode.motion == "generated" or (seconds and mode.motion == "given"):
+            motion = self.motion(MAX_FRAMES if seconds else 1)
+            frames = min(frames, len(motion))
+        frames = min(round(seconds * FPS), frames) // c.patch_size * c.patch_size
+        request = Request(
+            prompt,
+            # Not used if no speech is generated.
+            self.speaker() if mode.speech == "generated" else torch.zeros(c.speaker_dim),
+            speech[:frames],
+            normalise(motion[:frames]),
+            normalise(motion[0]) if len(motion) else None,
+            frames // c.patch_size,
+        )
+        return request, motion, frames
+
+    def official_request(self, prompt: list[int]) -> tuple[Request, Tensor, int]:
+        """Make the request of an official routine; return as `paper_request` does."""
+        job, c, stats = self.job, self.system.model.config, self.system.stats
+        seconds, motion = job.prefix_seconds, torch.zeros(0, c.motion_dim)
+        if MODES[job.mode].motion == "absent":
+            frames = official.prefix_frames(seconds, self.frames)
+            speaker, speech = self.prefix_alone(frames)
+            return official.generate_speech(c, prompt, speaker, speech, self.frames), motion, frames
+        if job.compat == "library":
+            frames = official.whole_prefix_frames(seconds, self.frames, c.patch_size)
+            speaker, speech = self.prefix_alone(frames)
+            motion = self.motion(max(1, frames))
+            first = stats.normalise(motion[0])
+            request = official.generate_speech_motion(c, prompt, speaker, speech, first, self.frames)
+            return request, motion, frames
+        motion, speech = self.motion(), encode_speech(self.system, self.wave)
+        request = official.inference_script(c, stats, prompt, self.speaker(), speech, motion, seconds)
+        return request, motion, len(request.motion)
+
     def _say_if_cut(self, path: str, seconds: float) -> None:
         if seconds > MAX_FRAMES / FPS:
             self.remarks.append(f"{path} lasts {seconds:.0f} s: only its first {MAX_FRAMES // FPS} s are used")
@@ -164,13 +203,12 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int) -> PreparedJob:
     if job.is_auto:
         raise UserError("text=auto is for infer.py, which finds the words: give the text, or none")
     mode, size, reference = MODES[job.mode], system.model.config.patch_size, Reference(job, system)
-    texts = [job.text]
-    if mode.open_ended and job.compat == "paper":
-        texts = split_text(job.text, text_bytes)
+    split = mode.open_ended and job.compat == "paper"
+    texts = split_text(job.text, text_bytes) if split else [job.text]
     system.require(job.mode)
     prompts = [system.tokenizer.prompt(f"{job.reference_text} {text}".strip()) for text in texts]
-    make = _paper_request if job.compat == "paper" else _official_request
-    request, motion, frames = make(job, system, reference, prompts[0])
+    make = reference.paper_request if job.compat == "paper" else reference.official_request
+    request, motion, frames = make(prompts[0])
     if job.prefix_seconds and not frames:
         raise UserError(f"prefix_seconds={job.prefix_seconds}: the reference gives no whole patch of {size / FPS} s")
     prefix_speech, wave, total = request.speech, None, None
@@ -203,55 +241,6 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int) -> PreparedJob:
     reference.remarks += [f"{name}= is not used by mode={job.mode}" for name in job.unused]
     remark = "; ".join(dict.fromkeys(reference.remarks))
     return PreparedJob(job, requests, prefix_speech, motion[:frames], picture, wave, total, remark)
-
-
-def _official_request(
-    job: Job, system: TalkerSystem, reference: Reference, prompt: list[int]
-) -> tuple[Request, Tensor, int]:
-    """Make the request of an official routine. Return the reference's motion (F, Dm) and the prefix's frames, too."""
-    c, seconds, motion = system.model.config, job.prefix_seconds, torch.zeros(0, system.model.config.motion_dim)
-    if MODES[job.mode].motion == "absent":
-        frames = official.prefix_frames(seconds, reference.frames)
-        speaker, speech = reference.prefix_alone(frames)
-        return official.generate_speech(c, prompt, speaker, speech, reference.frames), motion, frames
-    if job.compat == "library":
-        frames = official.whole_prefix_frames(seconds, reference.frames, c.patch_size)
-        speaker, speech = reference.prefix_alone(frames)
-        motion = reference.motion(max(1, frames))
-        first = system.stats.normalise(motion[0])
-        request = official.generate_speech_motion(c, prompt, speaker, speech, first, reference.frames)
-        return request, motion, frames
-    motion = reference.motion()
-    request = official.inference_script(
-        c, system.stats, prompt, reference.speaker(), reference.speech(), motion, seconds
-    )
-    return request, motion, len(request.motion)
-
-
-def _paper_request(
-    job: Job, system: TalkerSystem, reference: Reference, prompt: list[int]
-) -> tuple[Request, Tensor, int]:
-    """Make the request as in training. Return the reference's motion, of one frame without a prefix, and the frames of
-    the prefix, too.
-    """
-    mode, c, seconds = MODES[job.mode], system.model.config, job.prefix_seconds
-    motion = torch.zeros(0, c.motion_dim)
-    speech = reference.speech() if seconds else torch.zeros(0, c.speech_dim)
-    frames = len(speech)
-    if mode.motion == "generated" or (seconds and mode.motion == "given"):
-        motion = reference.motion(MAX_FRAMES if seconds else 1)
-        frames = min(frames, len(motion))
-    frames = min(round(seconds * FPS), frames) // c.patch_size * c.patch_size
-    request = Request(
-        prompt,
-        # Not used if no speech is generated.
-        reference.speaker() if mode.speech == "generated" else torch.zeros(c.speaker_dim),
-        speech[:frames],
-        system.stats.normalise(motion[:frames]),
-        system.stats.normalise(motion[0]) if len(motion) else None,
-        frames // c.patch_size,
-    )
-    return request, motion, frames
 
 
 def max_patches(text: str, job: Job, system: TalkerSystem) -> int:

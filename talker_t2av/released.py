@@ -173,48 +173,44 @@ WARM_STARTS = {  # kind of checkpoint -> rules from its names to ours
 }
 
 
-def warm_start(model: nn.Module, source: str | Path | dict[str, Tensor], kind: str) -> list[str]:
-    """Copy the tensors that fit from a checkpoint of `kind`; returns their names in `model`.
+def warm_start(model: nn.Module, folder: str | Path, kind: str) -> list[str]:
+    """Copy the tensors that fit from the safetensors of a checkpoint of `kind`; return their names in `model`.
 
     Args:
-        kind: "qwen", a folder of Qwen3 in the Hugging Face format, which has to hold the whole language model; "tts",
-            the speech-only predecessor; or "projector". A joint checkpoint cannot be used as "tts": its motion head
-            would be copied into the speech head.
+        kind: "qwen", Qwen3 in the Hugging Face format, which has to hold the whole language model; "tts", the
+            speech-only predecessor; or "projector". A joint checkpoint cannot be used as "tts": its motion head would
+            be copied into the speech head.
     """
     if kind not in WARM_STARTS:
         raise UserError(f"warm start kind {kind!r} is unknown; choose {', '.join(WARM_STARTS)}")
-    state = source if isinstance(source, dict) else read_safetensors(source)
-    label = "the state dict" if isinstance(source, dict) else source
+    state, own = read_safetensors(folder), model.state_dict()
     if kind == "tts" and any(key.startswith("speech_cfm.") for key in state):
-        raise UserError(f"{label} is not a speech-only checkpoint: it has a speech head beside the motion head")
-    own = model.state_dict()
+        raise UserError(f"{folder} is not a speech-only checkpoint: it has a speech head beside the motion head")
     if kind == "qwen":
-        _check_qwen(model, source, state)
+        _check_qwen(model, Path(folder), state)
     renamed = rename_all(state, WARM_STARTS[kind])
     fits = {key: value for key, value in renamed.items() if key in own and own[key].shape == value.shape}
     if not fits:
-        raise UserError(f"{label} shares no tensor with the model: it is not a {kind} checkpoint of these sizes")
+        raise UserError(f"{folder} shares no tensor with the model: it is not a {kind} checkpoint of these sizes")
     model.load_state_dict(fits, strict=False)
     return sorted(fits)
 
 
-def _check_qwen(model: nn.Module, source: str | Path | dict[str, Tensor], state: dict[str, Tensor]) -> None:
+def _check_qwen(model: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
     """Refuse a language model that lacks a tensor, or has other sizes or another base of rotary positions."""
-    label = "the state dict" if isinstance(source, dict) else source
     for key, value in model.llm.model.state_dict().items():
         found = state.get(f"model.{key}")
         if found is None:
-            raise UserError(f"{label} is no Qwen3 in the Hugging Face format: it has no tensor model.{key}")
+            raise UserError(f"{folder} is no Qwen3 in the Hugging Face format: it has no tensor model.{key}")
         if found.shape != value.shape:
             raise UserError(
-                f"{label}: model.{key} is of {list(found.shape)}, task.model.llm asks for {list(value.shape)}: set "
+                f"{folder}: model.{key} is of {list(found.shape)}, task.model.llm asks for {list(value.shape)}: set "
                 "task.model.llm to the sizes in its config.json"
             )
-    config = None if isinstance(source, dict) else Path(source) / "config.json"
-    if config is not None and config.is_file():
-        said, own = parse_json(config.read_bytes(), config), model.llm.config
+    config = folder / "config.json"
+    if config.is_file():
+        said, ours = parse_json(config.read_bytes(), config), model.llm.config.rope_parameters["rope_theta"]
         base = said.get("rope_theta") or (said.get("rope_parameters") or {}).get("rope_theta")
-        ours = own.rope_parameters["rope_theta"]
         if base is not None and base != ours:
             raise UserError(
                 f"{config} has rope_theta={base}, task.model.llm has {ours:g}: set task.model.llm.rope_theta"

@@ -261,7 +261,10 @@ def read_jobs(c: InferConfig) -> list[tuple[str, Job | UserError]]:
     for number, line in enumerate(read_lines(path, f"jobs={path}"), 1):
         try:
             if line.strip():
-                jobs.append(_job_of_line(line, common, f"{number:04d}"))
+                row = parse_object(line, "the line", {"name", *JOB_FIELDS}, '{"text": "hello"}')
+                name = row.pop("name", f"{number:04d}")
+                name = safe_name(str(name) if type(name) is int else name, "name=")
+                jobs.append((name, _make_job({**common, **row})))
         except UserError as error:
             jobs.append((f"line {number}", UserError(f"jobs={path}, line {number}: {error}")))
     if not jobs:
@@ -311,13 +314,6 @@ def is_voice(path: str | Path | None) -> bool:
 
 def is_picture(path: str | Path) -> bool:
     return Path(path).suffix.lower() in PICTURES
-
-
-def _job_of_line(line: str, common: dict[str, Any], number: str) -> tuple[str, Job]:
-    row = parse_object(line, "the line", {"name", *JOB_FIELDS}, '{"text": "hello"}')
-    name = row.pop("name", number)
-    name = safe_name(str(name) if type(name) is int else name, "name=")
-    return name, _make_job({**common, **row})
 
 
 def _make_job(values: dict[str, Any]) -> Job:

@@ -182,16 +182,21 @@ class TalkerSystem:
         folder = release_folder(folder)
         if not folder.is_dir():
             raise UserError(f"weights folder not found: {folder}")
-        ours = (folder / "config.yaml").is_file()
-        return (cls._load_ours if ours else cls._load_released)(folder, codecs or {}, device)
+        codecs = codecs or {}
+        if not (folder / "config.yaml").is_file():
+            model, words = find_released(folder, "model"), find_released(folder, "tokenizer").parent
 
-    @classmethod
-    def _load_ours(cls, folder: Path, codecs: Mapping[str, str | Path], device: torch.device | str) -> TalkerSystem:
-        model = TalkerT2AV.from_pretrained(folder)
-        config, kinds = model.release, {**CODECS, "speaker": (VoiceEncoder.kind,)}
+            def find(part: str) -> str | Path:
+                return codecs.get(part) or find_released(folder, part)
+
+            network, tokenizer = TalkerT2AV.from_released(model), TalkerTokenizer.from_pretrained(words)
+            return cls(network.to(device), tokenizer, MotionStats.read(None), find, Sampling(), {})
+
+        network = TalkerT2AV.from_pretrained(folder)
+        config, kinds = network.release, {**CODECS, "speaker": (VoiceEncoder.kind,)}
         names = BUNDLED_CODECS | (config.get("codecs") or {})
 
-        def find(part: str) -> str | Path:
+        def find_ours(part: str) -> str | Path:
             return codecs.get(part) or find_codec(folder, names[part], kinds[part], ASSETS)
 
         try:
@@ -201,20 +206,10 @@ class TalkerSystem:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{folder / 'config.yaml'} lacks or misspells {error}: make the release again") from error
-        words = TalkerTokenizer.from_pretrained(folder)
-        system = cls(model.to(device), words, stats, find, sampling, config.get("digests") or {})
+        tokenizer = TalkerTokenizer.from_pretrained(folder)
+        system = cls(network.to(device), tokenizer, stats, find_ours, sampling, config.get("digests") or {})
         system.folder, system.part_names = folder, names
         return system
-
-    @classmethod
-    def _load_released(cls, folder: Path, codecs: Mapping[str, str | Path], device: torch.device | str) -> TalkerSystem:
-        def find(part: str) -> str | Path:
-            return codecs.get(part) or find_released(folder, part)
-
-        model, words = find_released(folder, "model"), find_released(folder, "tokenizer")
-        stats = MotionStats.read(None)
-        model = TalkerT2AV.from_released(model).to(device)
-        return cls(model, TalkerTokenizer.from_pretrained(words.parent), stats, find, Sampling(), {})
 
 
 def load_speech(folder: str | Path) -> Codec:

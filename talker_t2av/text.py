@@ -24,7 +24,6 @@ from engine.untrusted import read_yaml
 from talker_t2av.phonemes import LANGUAGES, phonemizer
 
 SPEECH, MOTION = "<SPEECH_FRAME>", "<MOTION_FRAME>"  # the second is in the released vocabulary, but in no sequence
-MAX_TOKENS = 1000  # of a training sequence; longer ones are cut on the right
 FILES = ("tokenizer.json", "tokenizer_config.json")
 BYTE_TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|end|>"
 MARK = "the words that are said"  # stands for them in a rendered chat
@@ -162,18 +161,6 @@ def split_text(text: str, most: int) -> list[str]:
             parts.append("")
         parts[-1] += piece
     return [part.strip() for part in parts]
-
-
-def assemble(
-    prompt: list[int], tail: list[int], speech_id: int, patches: int, limit: int = MAX_TOKENS
-) -> tuple[list[int], tuple[int, int]]:
-    """Return (prompt, placeholders, tail) cut to `limit` tokens, and the span of the remaining placeholders.
-
-    The span is (-1, -1) where none is left.
-    """
-    ids = [*prompt, *[speech_id] * patches, *tail][:limit]
-    start, end = len(prompt), min(len(prompt) + patches, limit)
-    return ids, (start, end) if end > start else (-1, -1)
 
 
 def phoneme_tokenizer(language: str) -> TalkerTokenizer:

@@ -66,10 +66,12 @@ def test_stop_labels_mark_the_last_patch_and_leave_two_before_it(start, length, 
     assert weight == 3
 
 
-def test_sequences_have_two_slots_a_patch_where_there_is_motion():
-    plain, turns = SequenceFormat(7, []), SequenceFormat(7, [], order="va")
+def test_placeholders_are_one_span_of_two_a_patch_where_streams_take_turns():
+    plain, turns = SequenceFormat(7, [8, 9]), SequenceFormat(7, [8, 9], order="va")
     assert (plain.slots(17, 16), turns.slots(17, 16)) == (5, 10)
     assert plain.slots(17, 0) == turns.slots(17, 0) == 5
+    example = plain.example([1, 2], torch.zeros(17, DS), 17, torch.zeros(0, DM), torch.zeros(256))
+    assert example["input_ids"].tolist() == [1, 2, *[7] * 5, 8, 9] and example["speech_span"].tolist() == [2, 7]
 
 
 def test_stop_loss_weighs_positives_and_skips_unlabelled_positions():

@@ -129,21 +129,26 @@ def test_a_speech_only_checkpoint_warms_the_speech_head(tmp_path):
         assert (key in names) == (not kept and key != LM_HEAD)
 
 
-def test_a_warm_start_that_cannot_be_meant_is_refused():
-    model = tiny_model()
-    with pytest.raises(UserError, match="speech head beside the motion head"):
-        warm_start(model, released_state(model), "tts")
-    with pytest.raises(UserError, match="shares no tensor"):
-        warm_start(model, {"x": torch.zeros(1)}, "projector")
-    with pytest.raises(UserError, match="'other' is unknown"):
-        warm_start(model, {}, "other")
+@pytest.mark.parametrize(
+    ("kind", "tensor", "message"),
+    [
+        ("tts", "speech_cfm.x", "speech head beside the motion head"),
+        ("projector", "x", "shares no tensor"),
+        ("other", "x", "'other' is unknown"),
+    ],
+)
+def test_a_warm_start_that_cannot_be_meant_is_refused(tmp_path, kind, tensor, message):
+    save_file({tensor: torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=message):
+        warm_start(tiny_model(), tmp_path, kind)
 
 
-def test_a_projector_checkpoint_renames():
+def test_a_projector_checkpoint_renames(tmp_path):
     model = tiny_model()
     bias = torch.full_like(model.motion_cfm.estimator.global_cond_proj.bias, 7.0)
-    state = {"motion_cfm.estimator.first_motion_proj.bias": bias, "patch_encoder.norm.scale": bias}
-    assert warm_start(model, state, "projector") == [
+    state = {"motion_cfm.estimator.first_motion_proj.bias": bias, "patch_encoder.norm.scale": bias.clone()}
+    save_file(state, tmp_path / "model.safetensors")
+    assert warm_start(model, tmp_path, "projector") == [
         "motion_cfm.estimator.global_cond_proj.bias",
         "speech_patch_encoder.norm.scale",
     ]
