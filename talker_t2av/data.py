@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from engine.errors import UserError, leaving_out
 from engine.settings import require_choice, require_range
 from engine.shards.reader import Blocks, Reading, ShardSplit
-from engine.shards.source import join, read_json
+from engine.shards.source import join
 from talker_t2av.alignment import align, token_classes
 from talker_t2av.model import MAX_FRAMES
 from talker_t2av.request import tokens_per_patch
@@ -106,17 +106,6 @@ def collate(
     missing = -batch["motion"].shape[1] % patch_size
     batch["motion"] = torch.nn.functional.pad(batch["motion"], (0, 0, 0, missing))
     return batch
-
-
-def digests_of(index: str | Path) -> dict[str, str]:
-    """By stream, the digest of the weights that made it, from the index of prepared shards."""
-    made = read_json(index).get("digests") or {}
-    return {stream: made[name] for stream, name in STAGES.items() if made.get(name)}
-
-
-def holds_motion(source: str | Path) -> bool:
-    """Whether a split of prepared shards was prepared with motion codes."""
-    return bool(read_json(join(source, "index.json")).get("motion_mean"))
 
 
 class TalkerExamples:

@@ -21,15 +21,13 @@ from torch import Tensor, nn
 
 from engine.device import send
 from engine.errors import UserError
-from engine.seeding import generator_for
 from engine.settings import require_range
 from engine.training.task import Release
-from talker_t2av.data import TalkerExamples, collate
 from talker_t2av.diffusion_head import FlowHead
 from talker_t2av.flow_matching import euler, guide, solver_times, zero_steps
 from talker_t2av.losses import Examples, training_forward
 from talker_t2av.model import TalkerT2AV
-from talker_t2av.task import VALIDATION_BATCH, TalkerTask, load_start
+from talker_t2av.task import TalkerTask, load_start
 
 
 class Teacher:
@@ -49,12 +47,10 @@ class Teacher:
         return self
 
     @torch.no_grad()
-    def path(
-        self, stream: str, examples: Examples, noise: Tensor, guidance: Tensor, steps: int | None = None
-    ) -> Tensor:
-        """Where the solver comes by (n + 1, N, C, P) from noise (N, C, P), with guidance (N,); with CFG-Zero*."""
+    def path(self, stream: str, examples: Examples, noise: Tensor, guidance: Tensor) -> Tensor:
+        """Return where the solver comes by (n + 1, N, C, P) from noise (N, C, P), with guidance (N,) and CFG-Zero*."""
         head = self.heads[stream].to(noise.device)
-        schedule = head.schedule(steps or self.steps)
+        schedule = head.schedule(self.steps)
         evaluate = head.branches(examples.mu, examples.cond, examples.global_cond, schedule, True)
         skip = zero_steps(len(schedule.lengths))
         places = [noise] * skip
@@ -63,29 +59,20 @@ class Teacher:
             places.append(x)
             return guide(*evaluate(x, i), guidance[:, None, None])
 
-        return torch.stack([*places, euler(velocity, noise, schedule.lengths, skip)])
+        end = euler(velocity, noise, schedule.lengths, skip)
+        return torch.stack([*places, end])
 
 
-def at_times(path: Tensor, times: Tensor, wanted: Tensor) -> Tensor:
-    """Points (m + 1, N, C, P) of a broken line (n + 1, N, C, P), whose corners are at `times`, at the times `wanted`.
-
-    Both are descending, from 1 to 0, on the CPU.
-    """
-    after = torch.searchsorted(-times, -wanted).clamp(1, len(times) - 1)
-    share = (times[after - 1] - wanted) / (times[after - 1] - times[after])
-    share, after = send(share.to(path.dtype), path.device)[:, None, None, None], send(after, path.device)
-    return path[after - 1].lerp(path[after], share)
-
-
-def distillation_loss(
-    head: FlowHead, path: Tensor, times: Tensor, examples: Examples, guidance: Tensor, steps: int
-) -> Tensor:
+def distillation_loss(head: FlowHead, path: Tensor, examples: Examples, guidance: Tensor, steps: int) -> Tensor:
     """Squared error (scalar) of the student's mean velocity over each of `steps` steps of the teacher's path.
 
     It is averaged over steps, examples (N may be 0), channels and frames. The host waits for nothing.
     """
-    own = solver_times(steps)
-    places = at_times(path, times, own)
+    times, own = solver_times(len(path) - 1), solver_times(steps)  # descending, from 1 to 0, on the CPU
+    after = torch.searchsorted(-times, -own).clamp(1, len(times) - 1)
+    share = send(((times[after - 1] - own) / (times[after - 1] - times[after])).to(path.dtype), path.device)
+    after = send(after, path.device)
+    places = path[after - 1].lerp(path[after], share[:, None, None, None])  # (m + 1, N, C, P), on the broken line
     starts, lengths = send(torch.stack([own[:-1], own[:-1] - own[1:]]).to(path.dtype), path.device)  # (m,) each
     target = (places[:-1] - places[1:]) / lengths[:, None, None, None]  # (m, N, C, P)
 
@@ -171,8 +158,7 @@ class TalkerDistillTask(TalkerTask):
         for stream, examples in self.examples(batch).items():
             noise, guidance = self.draw(examples.x1)
             path = self.teacher.path(stream, examples, noise, guidance)
-            times = solver_times(self.teacher.steps)
-            losses[stream] = distillation_loss(self.heads[stream], path, times, examples, guidance, steps)
+            losses[stream] = distillation_loss(self.heads[stream], path, examples, guidance, steps)
         losses["motion"] = self.model.config.motion_weight * losses["motion"]
         return losses | {"loss": losses["speech"] + losses["motion"]}
 
@@ -186,36 +172,6 @@ class TalkerDistillTask(TalkerTask):
         """Noise (N, C, P) of a temperature from 0 to the limit, and guidance (N,) from 1 to the limit."""
         u, limit = torch.rand(2, len(like), device=like.device), self.model.config.guidance_limit
         return u[0, :, None, None] * self.temperature_limit * torch.randn_like(like), 1 + (limit - 1) * u[1]
-
-    @torch.no_grad()
-    def compare(self, batch: dict[str, Tensor], steps: int) -> dict[str, float]:
-        """Squared distances from the teacher's patches, at the guidance and temperature of the release.
-
-        Returns:
-            `student_STREAM` and `teacher_STREAM`: of the student's, and of the teacher's own, in `steps` steps; both
-            divided by the patches' mean square, so that 1 is as far as silence.
-        """
-        found = {}
-        for stream, examples in self.examples(batch).items():
-            noise, head = self.sampling.temperature * torch.randn_like(examples.x1), self.heads[stream]
-            scale = self.sampling.guidance
-            guidance = torch.full_like(noise[:, 0, 0], scale)
-            wanted = self.teacher.path(stream, examples, noise, guidance)[-1]
-            schedule = head.schedule(steps, guidance=scale)
-            student = head.sample(examples.mu, examples.cond, examples.global_cond, noise, schedule)
-            teacher = self.teacher.path(stream, examples, noise, guidance, steps)[-1]
-            for name, patch in (("student", student), ("teacher", teacher)):
-                found[f"{name}_{stream}"] = float((patch - wanted).square().mean() / wanted.square().mean())
-        return found
-
-    def _held_out_losses(self, examples: TalkerExamples, chosen: list[int]) -> dict[str, float]:
-        """With distances from the teacher's patches, of the first clips."""
-        losses = super()._held_out_losses(examples, chosen)
-        clips = [examples.__getitem__(i, generator_for(0, "held out", i)) for i in chosen[:VALIDATION_BATCH]]
-        batch = collate(clips, examples.words.pad_id, examples.format.patch_size)
-        batch = {k: v if k in self.on_host else v.to(self.model.device) for k, v in batch.items()}
-        distances = self.compare(batch, self.student_steps[0])
-        return losses | {f"distance_{name}": value for name, value in distances.items()}
 
     def release_info(self) -> Release:
         info = super().release_info()

@@ -26,7 +26,7 @@ from talker_t2av import official
 from talker_t2av.faces import Square, find_square, read_square
 from talker_t2av.model import FPS, HOP, HOP16, MAX_FRAMES, RATE, RATE16
 from talker_t2av.request import MODES, Mode, Request
-from talker_t2av.settings import Job, is_picture, is_voice
+from talker_t2av.settings import Job, is_voice
 from talker_t2av.speaker.voice import read_voice as read_saved_voice
 from talker_t2av.system import TalkerSystem
 from talker_t2av.text import split_text
@@ -220,8 +220,6 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int) -> PreparedJob:
         new = encode_speech(system, np.pad(wave, (0, total * HOP - len(wave))))
         request = replace(request, speech=torch.cat([prefix_speech, new]))
     if mode.motion == "given":
-        if is_picture(job.video):
-            raise UserError(f"video={job.video} is a picture: give the clip that is to get a voice")
         square = find_square(job.video, MAX_FRAMES, job.crop, job.face_box)
         new = encode_motion(system, read_square(job.video, square, MAX_FRAMES + 1))
         total = len(new)

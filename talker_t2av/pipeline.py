@@ -100,12 +100,7 @@ class TalkerPipeline:
     rate = RATE
     fps = FPS
 
-    def __init__(
-        self,
-        system: TalkerSystem,
-        sampling: Sampling | None = None,
-        compile: bool = False,
-    ) -> None:
+    def __init__(self, system: TalkerSystem, sampling: Sampling | None = None, compile: bool = False) -> None:
         self.system, self.compile = system, compile
         self.sampling = sampling or system.sampling
         self._idle: dict[Any, Rows] = {}
@@ -316,21 +311,19 @@ class TalkerPipeline:
                 moved.append(result.motion)
         with stage("decoding"):
             if wave is None:
+                before = send(prepared.prefix_speech, self.system.device)
+                begin = 0 if prepared.job.keeps_prefix else len(before) * HOP
+                end = begin + prepared.frames * HOP if prepared.frames else None
                 pause, waves = torch.zeros(PAUSE * HOP, device=self.system.device), []
                 for result in results:
-                    waves += [pause, self._wave(prepared, result)] if waves else [self._wave(prepared, result)]
+                    decoded = self.system.speech.decode(torch.cat([before, result.speech])[None])[0, 0]
+                    waves += [pause] if waves else []
+                    waves.append(decoded.clamp(-1, 1)[begin:end])
                 wave = torch.cat(waves).cpu().numpy()
             frames = Face(self.system, prepared).show(moved)
         motion = self.system.stats.restore(torch.cat(moved)).cpu() if moved else None
         speech = None if results[0].speech is None else torch.cat([result.speech for result in results]).cpu()
         return Talk(np.asarray(wave), frames, speech, motion, all(result.stopped for result in results))
-
-    def _wave(self, prepared: PreparedJob, result: Result) -> Tensor:
-        """Decode what was generated for a request of a job to samples (N,)."""
-        before = send(prepared.prefix_speech, self.system.device)
-        wave = self.system.speech.decode(torch.cat([before, result.speech])[None])[0, 0].clamp(-1, 1)
-        wave = wave if prepared.job.keeps_prefix else wave[len(before) * HOP :]
-        return wave[: prepared.frames * HOP] if prepared.frames else wave
 
 
 def bridge(start: Tensor, end: Tensor) -> Tensor:

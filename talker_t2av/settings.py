@@ -98,6 +98,8 @@ class Job(Group):
         for name in NEEDED[self.mode]:
             if not getattr(self, name):
                 raise UserError(f"mode={self.mode} needs {name}=FILE")
+        if self.mode == "v2a" and is_picture(self.video):
+            raise UserError(f"video={self.video} is a picture: give the clip that is to get a voice")
         if not (self.reference_audio or self.mode == "a2v" or self.reference_video or self.video):
             raise UserError(f"mode={self.mode} needs reference_audio=FILE, the voice to speak with")
         if is_voice(self.reference_audio) and (self.prefix_seconds or self.compat != "paper"):
@@ -154,8 +156,6 @@ class Job(Group):
             path = getattr(self, name)
             if (name == "reference_video" and is_picture(path)) or (name == "reference_audio" and is_voice(path)):
                 check_readable(path)
-            elif name == "video" and is_picture(path):
-                raise UserError(f"video={path} is a picture: give the clip that is to get a voice")
             else:
                 require_stream(path, kinds[name])
         if self.reference_motion and "reference_motion" not in self.unused:

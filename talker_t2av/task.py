@@ -25,12 +25,12 @@ from engine.media.video import write_video
 from engine.release import load_strict
 from engine.seeding import generator_for
 from engine.settings import require_range
-from engine.shards.source import join
+from engine.shards.source import join, read_json
 from engine.training import distributed
 from engine.training.task import Release, Task
 from talker_t2av import released
 from talker_t2av.alignment import Alignment
-from talker_t2av.data import TalkerExamples, collate, digests_of, holds_motion
+from talker_t2av.data import STAGES, TalkerExamples, collate
 from talker_t2av.faces import find_square, read_square
 from talker_t2av.generation import Result, Rows
 from talker_t2av.layers import Block
@@ -118,10 +118,10 @@ class TalkerTask(Task):
         if any(not 0 <= layer < layers for layer in guided_layers):
             raise UserError(f"task.guided_layers={list(guided_layers)}: give layers from 0 to {layers - 1}")
         require_range("task.head_share", head_share, 0.0, 1.0)
-        self.codecs, self.tokenizer, self.stats_file, self.digests = dict(codecs), tokenizer, stats, {}
+        self.codecs, self.tokenizer, self.stats_file = dict(codecs), tokenizer, stats
         self.stats = MotionStats.read(stats)
-        if stats:
-            self.digests = digests_of(stats)
+        made = (read_json(stats).get("digests") or {}) if stats else {}
+        self.digests = {stream: made[name] for stream, name in STAGES.items() if made.get(name)}
         channels = self.model.config.motion_dim
         if len(self.stats.mean) != channels:
             raise UserError(
@@ -183,13 +183,13 @@ class TalkerTask(Task):
         rates if there is a recogniser. One process measures the losses: their random draws follow one another."""
         if self.validation is None:
             return {}
-        device = self.model.device
+        device, c = self.model.device, self.model.config
         codec = load_speech(self.codecs["speech"]).to(device)
         results: dict[str, float | ByClip] = {}
-        c = self.model.config
         for split in self.validation["splits"]:
             source = join(self.validation["root"], split)
-            task = "t2av" if self.codecs.get("motion") and holds_motion(source) else "tts"
+            moving = self.codecs.get("motion") and read_json(join(source, "index.json")).get("motion_mean")
+            task = "t2av" if moving else "tts"
             sizes = {name: getattr(c, name) for name in ("patch_size", "delay", "order", "phonemes")}
             examples = TalkerExamples(source, task, stats=self.stats_file, tokenizer=self.tokenizer, **sizes)
             count = min(self.validation["clips"], len(examples))

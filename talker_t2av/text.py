@@ -24,7 +24,6 @@ from engine.untrusted import read_yaml
 from talker_t2av.phonemes import LANGUAGES, phonemizer
 
 SPEECH, MOTION = "<SPEECH_FRAME>", "<MOTION_FRAME>"  # the second is in the released vocabulary, but in no sequence
-FILES = ("tokenizer.json", "tokenizer_config.json")
 BYTE_TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|end|>"
 MARK = "the words that are said"  # stands for them in a rendered chat
 # Places after the end of a sentence, a clause, a word.
@@ -85,8 +84,8 @@ class TalkerTokenizer:
     def from_pretrained(cls, folder: str | Path) -> TalkerTokenizer:
         """Load the tokenizer of a folder, ours or the released checkpoint's."""
         folder = release_folder(folder)
-        if not any((folder / name).is_file() for name in (FILES[0], "vocab.json")):
-            raise UserError(f"{folder} has no tokenizer ({FILES[0]}): copy or download the whole folder")
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise UserError(f"{folder} has no tokenizer (tokenizer.json): copy or download the whole folder")
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # a damaged file raises whatever its parser raises

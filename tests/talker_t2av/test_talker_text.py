@@ -4,7 +4,7 @@ import pytest
 
 from engine.errors import UserError
 from talker_t2av.settings import Job
-from talker_t2av.text import SPEECH, TalkerTokenizer, byte_tokenizer, split_text
+from talker_t2av.text import TalkerTokenizer, byte_tokenizer, split_text
 
 WORDS = ["bin blue at alpha one now", "lay green by bravo two soon", "set red in alpha two please"]
 
@@ -21,11 +21,6 @@ def test_words_of_its_texts_become_single_tokens_and_any_other_text_still_fits(t
     learned.save(tmp_path)
     again = TalkerTokenizer.from_pretrained(tmp_path)
     assert again.prompt(WORDS[1]) == learned.prompt(WORDS[1]) and again.speech_id == learned.speech_id
-
-
-def test_control_tokens_are_refused():
-    with pytest.raises(UserError, match="control token"):
-        byte_tokenizer(WORDS).prompt(f"one {SPEECH} two")
 
 
 @pytest.mark.parametrize(
