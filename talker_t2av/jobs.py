@@ -172,18 +172,13 @@ class Reference:
     def official_request(self, prompt: list[int]) -> tuple[Request, Tensor, int]:
         """Make the request of an official routine; return as `paper_request` does."""
         job, c, stats = self.job, self.system.model.config, self.system.stats
-        seconds, motion = job.prefix_seconds, torch.zeros(0, c.motion_dim)
-        if MODES[job.mode].motion == "absent":
-            frames = official.prefix_frames(seconds, self.frames)
+        seconds, moving = job.prefix_seconds, MODES[job.mode].motion != "absent"
+        if job.compat == "library" or not moving:
+            frames = official.prefix_frames(seconds, self.frames, c.patch_size if moving else 1)
             speaker, speech = self.prefix_alone(frames)
-            return official.generate_speech(c, prompt, speaker, speech, self.frames), motion, frames
-        if job.compat == "library":
-            frames = official.whole_prefix_frames(seconds, self.frames, c.patch_size)
-            speaker, speech = self.prefix_alone(frames)
-            motion = self.motion(max(1, frames))
-            first = stats.normalise(motion[0])
-            request = official.generate_speech_motion(c, prompt, speaker, speech, first, self.frames)
-            return request, motion, frames
+            motion = self.motion(max(1, frames)) if moving else torch.zeros(0, c.motion_dim)
+            first = stats.normalise(motion[0]) if moving else None
+            return official.library_method(c, prompt, speaker, speech, self.frames, first), motion, frames
         motion, speech = self.motion(), encode_speech(self.system, self.wave)
         request = official.inference_script(c, stats, prompt, self.speaker(), speech, motion, seconds)
         return request, motion, len(request.motion)

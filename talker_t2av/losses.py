@@ -105,7 +105,21 @@ def training_forward(model: TalkerT2AV, batch: Mapping[str, Tensor], share: floa
     filled = torch.where(with_motion, torch.maximum(speech.patches, motion.patches + c.delay), speech.patches)
     filled = torch.minimum(filled, slots // step)
     turns = {s: with_motion * (c.order in ORDERS and s == ORDERS[c.order][1]) for s in ("speech", "motion")}
-    embeds = _fill_slots(model, embeds, start, step, turns, filled, speech, motion, with_motion)
+
+    # The tokens of the first `filled` patches replace the placeholders. Slot j begins at start + step * j; a stream's
+    # token of it is `turns` further. Tokens of both streams at one position are added.
+    place = torch.arange(embeds.shape[1], device=start.device)
+    row, slot = (place < filled[:, None]).nonzero(as_tuple=True)
+    moving = with_motion[row]
+    tokens = model.speech_tokens(*speech.gather(row, slot))
+    tokens = tokens + model.motion_pad_emb[0] * send(~moving[:, None], device)
+    moves = model.motion_tokens(*motion.gather(row[moving], slot[moving] - c.delay))
+    replaced = (place >= start[:, None]) & (place < (start + step * filled)[:, None])
+    embeds = embeds.masked_fill(send(replaced, device)[..., None], 0)
+    for stream, value, which in (("speech", tokens, slice(None)), ("motion", moves, moving)):
+        at = torch.stack([row, start[row] + step[row] * slot + turns[stream][row]])[:, which]
+        embeds = embeds.index_put(tuple(send(at, device)), value.to(embeds.dtype), accumulate=True)
+
     hidden = model.padded_backbone(embeds, mask)
     labels = stop_labels(start, span[:, 1] - start, embeds.shape[1], c.patch_size, FPS, step=step)
     frames = batch["motion"]
@@ -115,8 +129,8 @@ def training_forward(model: TalkerT2AV, batch: Mapping[str, Tensor], share: floa
         embeds,
         mask,
         hidden,
-        _examples(hidden, begin["speech"], step, slots, speech, batch["speaker"], c, share),
-        _examples(hidden, begin["motion"], step, slots, motion, first_motion, c, share),
+        _examples(c, hidden, begin["speech"], step, slots, speech, batch["speaker"], share),
+        _examples(c, hidden, begin["motion"], step, slots, motion, first_motion, share),
         *(send(x, device) for x in labels),
     )
 
@@ -159,11 +173,8 @@ def stop_labels(
     Returns:
         Labels, and the mean number of zeros of the rows that have a 1 (1.0 if none has).
     """
-    ignored, end, step = (
-        max(1, round(ignore_seconds * fps / patch_size)),
-        start + length,
-        step + torch.zeros_like(start),
-    )
+    ignored = max(1, round(ignore_seconds * fps / patch_size))
+    end, step = start + length, step + torch.zeros_like(start)
     first, stop = start.clamp(min=0), end.clamp(max=tokens)
     valid = (length > 0) & (first < stop)
     ends = valid & (end <= tokens) & (length // step <= LONGEST_SPAN)
@@ -209,53 +220,22 @@ def phoneme_loss(model: TalkerT2AV, hidden: Tensor, batch: Mapping[str, Tensor])
     return F.cross_entropy(logits.flatten(0, 2), labels.flatten(), ignore_index=-100)
 
 
-def _fill_slots(
-    model: TalkerT2AV,
-    embeds: Tensor,
-    start: Tensor,
-    step: Tensor,
-    turns: Mapping[str, Tensor],
-    filled: Tensor,
-    speech: PatchStream,
-    motion: PatchStream,
-    with_motion: Tensor,
-) -> Tensor:
-    """Put the tokens of the first `filled` (B,) patches into each row's slots; other slots keep their embedding.
-
-    Slot j begins at token start + step * j; a stream's token of it is `turns` further. Tokens of both streams at one
-    position are added.
-    """
-    device = embeds.device
-    place = torch.arange(embeds.shape[1], device=start.device)
-    row, slot = (place < filled[:, None]).nonzero(as_tuple=True)
-    moving = with_motion[row]
-    tokens = model.speech_tokens(*speech.gather(row, slot))
-    tokens = tokens + model.motion_pad_emb[0] * send(~moving[:, None], device)
-    moves = model.motion_tokens(*motion.gather(row[moving], slot[moving] - model.config.delay))
-    slots = (place >= start[:, None]) & (place < (start + step * filled)[:, None])
-    embeds = embeds.masked_fill(send(slots, device)[..., None], 0)
-    for stream, value, which in (("speech", tokens, slice(None)), ("motion", moves, moving)):
-        at = torch.stack([row, start[row] + step[row] * slot + turns[stream][row]])[:, which]
-        embeds = embeds.index_put(tuple(send(at, device)), value.to(embeds.dtype), accumulate=True)
-    return embeds
-
-
 def _examples(
+    c: TalkerConfig,
     hidden: Tensor,
     start: Tensor,
     step: Tensor,
     slots: Tensor,
     stream: PatchStream,
-    global_cond: Tensor,
-    config: TalkerConfig,
+    given: Tensor,
     share: float,
 ) -> Examples:
-    """Patch j of a row is predicted from position start + step * j - 1 and the frames before it.
+    """Collect examples: patch j of a row is predicted from position start + step * j - 1 and the frames before it.
 
     Rows with one patch or without slots give no example. Padded frames of the last patch are targets, too. Rows whose
     span was cut off give examples up to the last position. All this is as in the official program.
     """
-    count, tokens, context, repeats = stream.latents.shape[1], hidden.shape[1], config.context, config.repeats
+    count, tokens = stream.latents.shape[1], hidden.shape[1]
     place = torch.arange(count, device=start.device)
     position = start[:, None] + step[:, None] * place - 1
     rows = (slots > 0) & (stream.patches > 1)
@@ -263,16 +243,15 @@ def _examples(
     if share < 1:
         chosen &= torch.rand(chosen.shape, device=chosen.device) < share
     row, patch = chosen.nonzero(as_tuple=True)
-    row, patch = row.repeat_interleave(repeats), patch.repeat_interleave(repeats)
+    row, patch = row.repeat_interleave(c.repeats), patch.repeat_interleave(c.repeats)
 
-    padded = F.pad(stream.latents, (0, 0, 0, 0, context, 0))  # patches before the first are zeros
+    padded = F.pad(stream.latents, (0, 0, 0, 0, c.context, 0))  # patches before the first are zeros
     places = torch.stack([row, patch, position[row, patch].clamp(max=tokens - 1)])
     row, patch, before = send(places, hidden.device)
-    window = patch[:, None] + torch.arange(context, device=patch.device)
-    mu = hidden[row, before]
+    window = patch[:, None] + torch.arange(c.context, device=patch.device)
     return Examples(
         x1=stream.latents[row, patch].transpose(1, 2),
-        mu=mu,
+        mu=hidden[row, before],
         cond=padded[row[:, None], window].flatten(1, 2).transpose(1, 2),  # (N, p, P, C) before
-        global_cond=global_cond[row],
+        global_cond=given[row],
     )

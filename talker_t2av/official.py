@@ -33,14 +33,12 @@ MIN_FRAMES = 25  # of `generate_speech`, before its first stop test
 EXTRA_SPEECH, EXTRA = 25, 15  # patches that may exceed the reference's length
 
 
-def prefix_frames(seconds: float, reference: int) -> int:
-    """Count the frames of the prefix that `generate_speech` encodes, for a reference of `reference` frames."""
-    return min(round(seconds * FPS), reference)
+def prefix_frames(seconds: float, reference: int, size: int = 1) -> int:
+    """Count the frames of the prefix that a method encodes, for a reference of `reference` frames.
 
-
-def whole_prefix_frames(seconds: float, reference: int, patch_size: int) -> int:
-    """Count the frames of the prefix that `generate_speech_motion` encodes."""
-    return prefix_frames(seconds, reference) // patch_size * patch_size
+    size: of a patch in `generate_speech_motion`, of which there are whole ones.
+    """
+    return min(round(seconds * FPS), reference) // size * size
 
 
 def voice_frames(prefix: int) -> int:
@@ -48,35 +46,24 @@ def voice_frames(prefix: int) -> int:
     return prefix or MAX_FRAMES
 
 
-def generate_speech(
-    config: TalkerConfig, prompt: Sequence[int], speaker: Tensor, speech: Tensor, reference: int
+def library_method(
+    config: TalkerConfig,
+    prompt: Sequence[int],
+    speaker: Tensor,
+    speech: Tensor,
+    reference: int,
+    first_motion: Tensor | None = None,
 ) -> Request:
-    """Make the request of the library's text to speech.
+    """Make the request of `generate_speech` or, with `first_motion`, of `generate_speech_motion`.
 
     Args:
         speaker: (G,), see `voice_frames`.
-        speech: (F, Ds) latents of the prefix alone; F need not be a multiple of the patch size.
+        speech: (F, Ds) latents of the prefix alone, see `prefix_frames`.
         reference: frames of the whole reference.
-    """
-    size = config.patch_size
-    prefix = -(-len(speech) // size)
-    limit = -(-reference // size) - prefix + EXTRA_SPEECH
-    motion = speech.new_zeros(0, config.motion_dim)
-    rules = LoopRules(HITS, MIN_FRAMES // size)
-    return Request(prompt, speaker, speech, motion, prefix=prefix, max_patches=limit, rules=rules)
-
-
-def generate_speech_motion(
-    config: TalkerConfig, prompt: Sequence[int], speaker: Tensor, speech: Tensor, first_motion: Tensor, reference: int
-) -> Request:
-    """Make the request of the library's text to speech and motion; arguments as those of `generate_speech`.
-
-    Args:
-        speech: (F, Ds), a whole number of patches.
         first_motion: (Dm,) normalised.
     """
-    size = config.patch_size
-    prefix = len(speech) // size
+    size, moving = config.patch_size, first_motion is not None
+    prefix, extra = -(-len(speech) // size), EXTRA - config.delay if moving else EXTRA_SPEECH
     return Request(
         prompt,
         speaker,
@@ -84,9 +71,9 @@ def generate_speech_motion(
         speech.new_zeros(0, config.motion_dim),
         first_motion,
         prefix,
-        max_patches=-(-reference // size) - prefix + EXTRA - config.delay,
-        prefix_has_motion=False,
-        rules=WAITING,
+        max_patches=-(-reference // size) - prefix + extra,
+        prefix_has_motion=not moving,
+        rules=WAITING if moving else LoopRules(HITS, MIN_FRAMES // size),
     )
 
 

@@ -12,7 +12,7 @@ SIZE, SPEECH, MOTION = 4, 32, 40  # frames of a patch, channels
 
 @pytest.mark.parametrize(("prefix", "reference", "limit"), [(0, 41, 11 + 25), (9, 41, 11 - 3 + 25), (8, 8, 0 + 25)])
 def test_speech_may_exceed_its_reference_by_25_patches(prefix, reference, limit):
-    request = official.generate_speech(
+    request = official.library_method(
         tiny_model().config, [1, 2], torch.zeros(256), torch.zeros(prefix, SPEECH), reference
     )
     assert (request.prefix, request.max_patches) == (-(-prefix // SIZE), limit)
@@ -21,9 +21,7 @@ def test_speech_may_exceed_its_reference_by_25_patches(prefix, reference, limit)
 
 def test_speech_and_motion_may_exceed_their_reference_by_15_patches_less_the_delay():
     config = tiny_model(delay=2).config
-    request = official.generate_speech_motion(
-        config, [1], torch.zeros(256), torch.zeros(8, SPEECH), torch.zeros(MOTION), 41
-    )
+    request = official.library_method(config, [1], torch.zeros(256), torch.zeros(8, SPEECH), 41, torch.zeros(MOTION))
     assert (request.prefix, request.max_patches) == (2, 11 - 2 + 15 - 2)
     stats = MotionStats(torch.zeros(MOTION), torch.ones(MOTION))
     request = official.inference_script(

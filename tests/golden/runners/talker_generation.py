@@ -117,14 +117,9 @@ def run_method(case: Case) -> dict[str, Any]:
     reference, speaker = int(i["mel_len"][0]), i["speaker_emb"][0]
     prompt = i["input_ids"][0, : int(i["speech_span"][0, 0])].tolist()
     moving = case.meta["runner"] == "gen_speech_motion"
-    if moving:
-        frames = official.whole_prefix_frames(seconds, reference, model.config.patch_size)
-        speech = i["speech_latent"][0, :frames]
-        request = official.generate_speech_motion(model.config, prompt, speaker, speech, i["first_motion"], reference)
-    else:
-        frames = official.prefix_frames(seconds, reference)
-        speech = i["speech_latent"][0, :frames]
-        request = official.generate_speech(model.config, prompt, speaker, speech, reference)
+    frames = official.prefix_frames(seconds, reference, model.config.patch_size if moving else 1)
+    speech, first = i["speech_latent"][0, :frames], i["first_motion"] if moving else None
+    request = official.library_method(model.config, prompt, speaker, speech, reference, first)
     out, result = run_loop(case, model, MODES["t2av" if moving else "tts"], request)
     whole = torch.cat([speech, result.speech])[None]
     parts = [whole, speech[None], result.speech[None]] if frames else [whole, result.speech[None]]
