@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.cuda_graph import Backend, GraphedStep, map_tensors
@@ -37,7 +38,7 @@ from engine.device import send
 from engine.errors import UserError
 from engine.precision import half_precision
 from talker_t2av.model import KeyValues, TalkerT2AV
-from talker_t2av.prompt import known_tokens, last_frames, seeded_noise, step_limit
+from talker_t2av.prompt import known_tokens, seeded_noise, step_limit
 from talker_t2av.request import ORDERS, Mode, Request, Sampling, Stream, tokens_per_patch
 
 BUCKET = 64  # tokens: lengths of the cache are multiples of it
@@ -236,7 +237,9 @@ class Rows:
         for s in self.streams:
             self.plan.noise[s][place, : len(noise[s])] = send(noise[s], self.device)
             self.plan.condition[s][place] = condition[s]
-            self.state.context[s][place] = last_frames(getattr(request, s), c.context * size, size)
+            frames = getattr(request, s)  # of the prefix, in whole patches; zeros where there are fewer than needed
+            frames = F.pad(frames, (0, 0, c.context * size, -len(frames) % size))
+            self.state.context[s][place] = frames[len(frames) - c.context * size :]
         if like is None:
             position = torch.arange(len(prompt), device=prompt.device)[None]
             cache = KeyValues(self.cache[place : place + 1, ..., : len(prompt), :], position)

@@ -115,14 +115,6 @@ class Reference:
         wave = self.wave16 if frames is None else pad_or_trim(self.wave16, frames * HOP16)
         return self.system.speaker.embed(send(wave, self.system.device)).cpu()
 
-    def prefix_alone(self, frames: int) -> tuple[Tensor, Tensor]:
-        """Encode the voice as if it ended after `frames`: embedding (G,), latents (frames, Ds); see `official`."""
-        speech = torch.zeros(0, self.system.model.config.speech_dim)
-        if frames:
-            wave = send(self.wave[None, None], self.system.device)
-            speech = self.system.speech.encode_beginning(wave, frames)[0].cpu()
-        return self.speaker(official.voice_frames(frames)), speech
-
     def motion(self, count: int = MAX_FRAMES) -> Tensor:
         """Encode the first `count` frames of the face to motion (F, Dm), not normalised.
 
@@ -175,7 +167,11 @@ class Reference:
         seconds, moving = job.prefix_seconds, MODES[job.mode].motion != "absent"
         if job.compat == "library" or not moving:
             frames = official.prefix_frames(seconds, self.frames, c.patch_size if moving else 1)
-            speaker, speech = self.prefix_alone(frames)
+            speech = torch.zeros(0, c.speech_dim)
+            if frames:
+                wave = send(self.wave[None, None], self.system.device)
+                speech = self.system.speech.encode_beginning(wave, frames)[0].cpu()
+            speaker = self.speaker(official.voice_frames(frames))
             motion = self.motion(max(1, frames)) if moving else torch.zeros(0, c.motion_dim)
             first = stats.normalise(motion[0]) if moving else None
             return official.library_method(c, prompt, speaker, speech, self.frames, first), motion, frames

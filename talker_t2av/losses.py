@@ -120,7 +120,11 @@ def training_forward(model: TalkerT2AV, batch: Mapping[str, Tensor], share: floa
         at = torch.stack([row, start[row] + step[row] * slot + turns[stream][row]])[:, which]
         embeds = embeds.index_put(tuple(send(at, device)), value.to(embeds.dtype), accumulate=True)
 
-    hidden = model.padded_backbone(embeds, mask)
+    attended = None  # transformers would synchronise with a device to see whether there is padding; this is on the host
+    if not bool(mask.all()):
+        causal = torch.ones(embeds.shape[1], embeds.shape[1], dtype=torch.bool, device=device).tril()
+        attended = causal & send(mask.bool(), device)[:, None, None]
+    hidden = model.backbone(embeds, {"full_attention": attended})
     labels = stop_labels(start, span[:, 1] - start, embeds.shape[1], c.patch_size, FPS, step=step)
     frames = batch["motion"]
     first_motion = frames[:, 0] if frames.shape[1] else frames.new_zeros(len(task), c.motion_dim)

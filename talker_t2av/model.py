@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from engine.device import send
 from engine.errors import UserError
 from engine.precision import convert_matrices
 from engine.release import Released, load_strict
@@ -163,18 +162,6 @@ class TalkerT2AV(Released):
     def motion_tokens(self, motion: Tensor, valid: Tensor | None = None) -> Tensor:
         """Normalised motion (..., P, Dm) -> tokens (..., D), as `speech_tokens`."""
         return self.motion_patch_encoder(_masked(self.projector_motion(motion), valid))
-
-    def padded_backbone(self, embeds: Tensor, mask: Tensor) -> Tensor:
-        """Run `backbone` on a right-padded batch, without a cache.
-
-        mask (B, T), 1 at real tokens, lies on the host: transformers would synchronise with a device to see whether
-        there is padding.
-        """
-        length, attended = embeds.shape[1], None
-        if not bool(mask.all()):
-            causal = torch.ones(length, length, dtype=torch.bool, device=embeds.device).tril()
-            attended = causal & send(mask.bool(), embeds.device)[:, None, None]
-        return self.backbone(embeds, {"full_attention": attended})
 
     @property
     def dtype(self) -> torch.dtype:

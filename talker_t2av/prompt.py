@@ -76,9 +76,3 @@ def patch_tokens(encode: Callable[[Tensor, Tensor], Tensor], frames: Tensor, num
     valid = torch.arange(len(padded), device=frames.device) < len(frames)
     tokens = encode(padded.unflatten(0, (-1, size)), valid.unflatten(0, (-1, size)))
     return tokens[torch.where((numbers < 0) | (numbers >= count), count, numbers)]
-
-
-def last_frames(frames: Tensor, count: int, size: int) -> Tensor:
-    """Return the last frames (count, C) of frames (F, C), in whole patches of `size`; zeros where there are fewer."""
-    whole = F.pad(frames, (0, 0, count, -len(frames) % size))
-    return whole[len(whole) - count :]

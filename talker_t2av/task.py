@@ -6,7 +6,6 @@ Axes: B batch, T frames, Ds / Dm speech / motion channels.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -210,26 +209,19 @@ class TalkerTask(Task):
                 "stopped": ByClip({n: r.stopped for n, r in zip(own, spoken)}),
                 "length_error": ByClip(late),  # seconds; a sentence may well be said at another pace
             }
-            if share.first:
-                scores |= self._held_out_losses(examples, chosen)
+            for start in range(0, count if share.first else 0, VALIDATION_BATCH):
+                clips = chosen[start : start + VALIDATION_BATCH]
+                items = [examples.__getitem__(i, generator_for(0, "held out", i)) for i in clips]
+                batch = collate(items, examples.words.pad_id, c.patch_size, examples.classes)
+                losses = self({k: v if k in self.on_host else v.to(device) for k, v in batch.items()}, "model")
+                for name, value in losses.items():
+                    name = name if name == "loss" else f"loss_{name}"
+                    scores[name] = scores.get(name, 0.0) + len(clips) * float(value) / count
             texts, rate = [info["text"] for info in infos], codec.sample_rate
             metrics, grammar = self.validation["metrics"], self.validation["grammar"]
             scores |= measure_clips(metrics, texts, waves, None, rate, grammar, device=str(device), numbers=own)
             results |= {f"{name}_{split}": value for name, value in scores.items()}
         return results
-
-    def _held_out_losses(self, examples: TalkerExamples, chosen: list[int]) -> dict[str, float]:
-        """Losses of clips as in training."""
-        sums: Counter[str] = Counter()
-        for start in range(0, len(chosen), VALIDATION_BATCH):
-            clips = chosen[start : start + VALIDATION_BATCH]
-            items = [examples.__getitem__(i, generator_for(0, "held out", i)) for i in clips]
-            batch = collate(items, examples.words.pad_id, examples.format.patch_size, examples.classes)
-            device = self.model.device
-            losses = self({k: v if k in self.on_host else v.to(device) for k, v in batch.items()}, "model")
-            for name, value in losses.items():
-                sums[name if name == "loss" else f"loss_{name}"] += len(clips) * float(value) / len(chosen)
-        return dict(sums)
 
     def _draw(
         self, folder: Path, infos: list[dict[str, Any]], spoken: list[Result], waves: list[np.ndarray], rate: int

@@ -25,7 +25,7 @@ from tests.talker_t2av.talker_fixtures import face_file, save_talker, voice_file
 STOP = "talker_t2av/generation.py:step"  # the stop tests of all rows, every fourth patch; in a stream, each patch
 VOICE = "talker_t2av/jobs.py:speaker"  # the embedding: requests wait on the host for their batch
 GIVEN = "talker_t2av/jobs.py:encode_speech"  # latents of a given sound, or of a prefix
-EARLY = "talker_t2av/jobs.py:prefix_alone"  # latents of a prefix, as the official routines encode it
+EARLY = "talker_t2av/jobs.py:official_request"  # latents of a prefix, as the official routines encode it
 MOTION = "talker_t2av/jobs.py:encode_motion"  # motion of the face, or of a given clip
 WAVE = "talker_t2av/pipeline.py:complete"  # sound, latents and motion, each once
 HOP = "talker_t2av/pipeline.py:_waves"  # sound of a hop
