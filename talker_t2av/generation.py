@@ -205,12 +205,7 @@ class Rows:
         return limit, tokens
 
     @torch.no_grad()
-    def join(
-        self,
-        request: Request,
-        noise: Mapping[Stream, Tensor] | None = None,
-        like: Row | None = None,
-    ) -> Row:
+    def join(self, request: Request, noise: Mapping[Stream, Tensor] | None = None, like: Row | None = None) -> Row:
         """Compute a request's prompt; the row takes part from the next step on.
 
         Args:
@@ -319,9 +314,7 @@ class Rows:
         return Result(frames.get("speech"), frames.get("motion"), row.end < row.limit)
 
     def generate(
-        self,
-        requests: Sequence[Request],
-        on_step: Callable[[Patch], None] = lambda patch: None,
+        self, requests: Sequence[Request], on_step: Callable[[Patch], None] = lambda patch: None
     ) -> list[Result]:
         """Generate requests from beginning to end, in their order; those without a place wait until one is free."""
         for request in requests:

@@ -44,7 +44,6 @@ class PreparedJob:
 
     Attributes:
         requests: what the loop generates, one for each part of the text.
-        prefix_speech: (F, Ds) latents of the prefix, which the decoder needs before the new ones.
         prefix_motion: (F, Dm) motion of the prefix, not normalised.
         picture: (3, S, S) in [-1, 1], the face; None if none is generated.
         wave: (N,) given sound at 24 kHz (a2v). frames: length of the result if a given stream sets it.
@@ -54,7 +53,6 @@ class PreparedJob:
 
     job: Job
     requests: tuple[Request, ...]
-    prefix_speech: Tensor
     prefix_motion: Tensor
     picture: Tensor | None
     wave: np.ndarray | None
@@ -68,7 +66,7 @@ class PreparedJob:
 
     @property
     def request(self) -> Request:
-        """Request of the first part of the text."""
+        """Request of the first part of the text. Where speech is generated, its own is the prefix before it."""
         return self.requests[0]
 
 
@@ -202,14 +200,14 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int) -> PreparedJob:
     request, motion, frames = make(prompts[0])
     if job.prefix_seconds and not frames:
         raise UserError(f"prefix_seconds={job.prefix_seconds}: the reference gives no whole patch of {size / FPS} s")
-    prefix_speech, wave, total = request.speech, None, None
+    wave, total = None, None
     if mode.speech == "given":
         with stage("reading"):
             wave = read_audio(job.audio, RATE)
         total = -(-len(wave) // HOP)
         check_given(total, f"audio={job.audio}")
         new = encode_speech(system, np.pad(wave, (0, total * HOP - len(wave))))
-        request = replace(request, speech=torch.cat([prefix_speech, new]))
+        request = replace(request, speech=torch.cat([request.speech, new]))
     if mode.motion == "given":
         square = find_square(job.video, MAX_FRAMES, job.crop, job.face_box)
         new = encode_motion(system, read_square(job.video, square, MAX_FRAMES + 1))
@@ -229,7 +227,7 @@ def prepare_job(job: Job, system: TalkerSystem, text_bytes: int) -> PreparedJob:
     )
     reference.remarks += [f"{name}= is not used by mode={job.mode}" for name in job.unused]
     remark = "; ".join(dict.fromkeys(reference.remarks))
-    return PreparedJob(job, requests, prefix_speech, motion[:frames], picture, wave, total, remark)
+    return PreparedJob(job, requests, motion[:frames], picture, wave, total, remark)
 
 
 def max_patches(text: str, job: Job, system: TalkerSystem) -> int:

@@ -255,12 +255,7 @@ class TalkerPipeline:
                         yield Chunk(wave, frames)
 
     def _waves(
-        self,
-        rows: Rows,
-        prepared: PreparedJob,
-        request: Request,
-        fresh: list[Tensor],
-        on_step: Callable[[Patch], None],
+        self, rows: Rows, prepared: PreparedJob, request: Request, fresh: list[Tensor], on_step: Callable[[Patch], None]
     ) -> Iterator[np.ndarray]:
         """Yield sound (n,) as patches arrive, and append their motion to `fresh`."""
         size = self.system.model.config.patch_size
@@ -277,8 +272,8 @@ class TalkerPipeline:
         waiting: deque[Tensor] = deque()  # speech whose motion is yet to come
 
         def latents() -> Iterator[Tensor]:
-            if len(prepared.prefix_speech):
-                yield send(prepared.prefix_speech[None], self.system.device)
+            if len(request.speech):
+                yield send(request.speech[None], self.system.device)
             for step in steps:
                 on_step(step)
                 waiting.append(step.speech)
@@ -289,7 +284,7 @@ class TalkerPipeline:
             if not request.rules.trim:
                 yield from waiting
 
-        skip = 0 if prepared.job.keeps_prefix else len(prepared.prefix_speech) * HOP
+        skip = 0 if prepared.job.keeps_prefix else len(request.speech) * HOP
         for piece in self.system.speech.decode_stream(latents()):
             wave = piece[0, 0].clamp(-1, 1).cpu().numpy()
             yield wave[skip:]
@@ -311,7 +306,7 @@ class TalkerPipeline:
                 moved.append(result.motion)
         with stage("decoding"):
             if wave is None:
-                before = send(prepared.prefix_speech, self.system.device)
+                before = send(prepared.request.speech, self.system.device)  # the decoder needs the prefix
                 begin = 0 if prepared.job.keeps_prefix else len(before) * HOP
                 end = begin + prepared.frames * HOP if prepared.frames else None
                 pause, waves = torch.zeros(PAUSE * HOP, device=self.system.device), []

@@ -19,10 +19,7 @@ Stream = Literal["speech", "motion"]
 # Streams that take turns: the ablation of Table 4 (arXiv 2604.23586). With order=add, the paper's own, a patch of
 # 160 ms is one token, the sum of both streams'. Else it is two, one of each stream, each predicted from the one before
 # it: the second stream is drawn with the first one's patch of the same time known. A row of speech alone has one token.
-ORDERS: dict[str, tuple[Stream, Stream]] = {
-    "av": ("speech", "motion"),
-    "va": ("motion", "speech"),
-}
+ORDERS: dict[str, tuple[Stream, Stream]] = {"av": ("speech", "motion"), "va": ("motion", "speech")}
 
 
 def tokens_per_patch(order: str, moving: bool) -> int:

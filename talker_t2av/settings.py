@@ -46,8 +46,7 @@ class Job(Group):
         about="t2av: text to talking face; tts: text to speech; a2v: audio to face; v2a: face to audio",
     )
     text: str = setting(
-        "",
-        about="text to speak, up to 2,000 bytes; a2v, v2a: what the given audio or video says; v2a: auto finds it",
+        "", about="text to speak, up to 2,000 bytes; a2v, v2a: what the given audio or video says; v2a: auto finds it"
     )
     reference_audio: str | None = setting(
         None,
@@ -58,8 +57,7 @@ class Job(Group):
         None, about="video or image of the face; its first frame with a face is animated (t2av, a2v)"
     )
     reference_motion: str | None = setting(
-        None,
-        about="motion codes of reference_video as a torch file (frames, 40); null: computed from its frames",
+        None, about="motion codes of reference_video as a torch file (frames, 40); null: computed from its frames"
     )
     reference_text: str = setting("", about="transcript of the reference's beginning, where prefix_seconds is used")
     audio: str | None = setting(None, about="a2v: the audio that the face moves to")

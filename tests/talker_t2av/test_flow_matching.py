@@ -4,16 +4,7 @@ import pytest
 import torch
 
 from talker_t2av.diffusion_head import DiffusionHead, FlowHead
-from talker_t2av.flow_matching import (
-    FlowDraws,
-    euler,
-    flow_loss,
-    guide,
-    noised,
-    solver_times,
-    step_lengths,
-    zero_steps,
-)
+from talker_t2av.flow_matching import FlowDraws, euler, flow_loss, guide, noised, solver_times, step_lengths, zero_steps
 
 
 def head(width: int = 16) -> FlowHead:

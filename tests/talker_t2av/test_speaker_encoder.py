@@ -9,12 +9,7 @@ from transformers import WavLMConfig
 from engine.errors import UserError
 from engine.evaluation.validation import ALONE, figures_of
 from engine.media.audio import write_wav
-from talker_t2av.speaker.encoder import (
-    LARGE,
-    VoiceEncoder,
-    VoiceEncoderConfig,
-    WavLMEncoder,
-)
+from talker_t2av.speaker.encoder import LARGE, VoiceEncoder, VoiceEncoderConfig, WavLMEncoder
 from talker_t2av.speaker.task import VoiceClips, VoiceEncoderTask
 from tests.reference import released_names
 from tests.releases import write_release
