@@ -29,7 +29,6 @@ from talker_t2av.flow_matching import (
     guide,
     noised,
     solver_times,
-    step_lengths,
     zero_steps,
 )
 from talker_t2av.layers import Transformer
@@ -151,14 +150,15 @@ class FlowHead(nn.Module):
             UserError: a student did not learn this guidance.
         """
         net, times = self.estimator, solver_times(steps, sway)
-        device = net.in_proj.weight.device
+        device, lengths = net.in_proj.weight.device, times[:-1] - times[1:]
         vectors = net.time(send(times[:-1], device))
         if self.limit is not None:
             if not 1 <= guidance <= self.limit:
                 raise UserError(f"sampling.guidance={guidance:g}: this model learned scales from 1 to {self.limit:g}")
-            lengths = send(times[:-1] - times[1:], device)
-            vectors = vectors + net.step_mlp(torch.full_like(lengths, guidance / self.limit), lengths)
-        return Schedule(times, step_lengths(times), F.linear(vectors, net.decoder.input_proj.weight.to_dense().float()))
+            scales = torch.full((steps,), guidance / self.limit, device=device)
+            vectors = vectors + net.step_mlp(scales, send(lengths, device))
+        shifts = F.linear(vectors, net.decoder.input_proj.weight.to_dense().float())
+        return Schedule(times, lengths.tolist(), shifts)
 
     def mean_velocity(
         self, x: Tensor, mu: Tensor, t: Tensor, length: Tensor, guidance: Tensor, cond: Tensor, global_cond: Tensor

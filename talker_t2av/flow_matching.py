@@ -45,17 +45,12 @@ def guide(conditional: Tensor, unconditional: Tensor, guidance: float | Tensor, 
     return unconditional + guidance * (conditional - unconditional)
 
 
-def step_lengths(times: Tensor) -> list[float]:
-    """Lengths of the n steps between times (n + 1,)."""
-    return (times[:-1] - times[1:]).tolist()
-
-
 def euler(velocity: Callable[[Tensor, int], Tensor], x: Tensor, lengths: Sequence[float], skip: int = 0) -> Tensor:
     """Integrate from noise to data.
 
     Args:
         velocity: (x, i) -> dx/dt at the beginning of step i.
-        lengths: of the steps, see `step_lengths`.
+        lengths: of the steps.
         skip: number of first steps that leave x as it is and do not call `velocity`.
     """
     for i in range(skip, len(lengths)):

@@ -24,7 +24,7 @@ from engine.shards.source import read_json
 from lia_x.codec import LiaX
 from talker_t2av.model import FPS, RATE, TalkerT2AV
 from talker_t2av.released import MOTION_MEAN, MOTION_STD, find_released
-from talker_t2av.request import Sampling
+from talker_t2av.request import MODES, Sampling
 from talker_t2av.settings import ASSETS
 from talker_t2av.speaker.encoder import VoiceEncoder, WavLMEncoder
 from talker_t2av.text import TalkerTokenizer
@@ -35,12 +35,6 @@ BUNDLED_CODECS = {"speech": "whisperx_vae_tiny", "motion": "lia_x_tiny", "speake
 CODECS: dict[str, dict[str, type[Codec]]] = {  # the codecs of each stream that can be chosen, by kind
     "speech": {WhisperXVAE.kind: WhisperXVAE},
     "motion": {LiaX.kind: LiaX},
-}
-NEEDS = {
-    "t2av": ("speech", "motion", "speaker"),
-    "tts": ("speech", "speaker"),
-    "a2v": ("speech", "motion"),
-    "v2a": ("speech", "motion", "speaker"),
 }
 
 
@@ -149,7 +143,9 @@ class TalkerSystem:
 
     def require(self, mode: str) -> None:
         """Load what a mode needs."""
-        for part in NEEDS[mode]:
+        uses = MODES[mode]
+        needed = {"speech": True, "motion": uses.motion != "absent", "speaker": uses.speech == "generated"}
+        for part in (part for part in needed if needed[part]):
             try:
                 getattr(self, part)
             except UserError as error:

@@ -178,8 +178,10 @@ class TalkerTask(Task):
 
     @torch.no_grad()
     def measure(self, folder: Path, share: Share) -> dict[str, float | ByClip]:
-        """Losses of held-out clips; their sentences synthesised: how well the stop head finds the end, and word error
-        rates if there is a recogniser. One process measures the losses: their random draws follow one another."""
+        """Measure losses of held-out clips, how well the stop head ends their sentences, and word error rates.
+
+        One process measures the losses: their random draws follow one another.
+        """
         if self.validation is None:
             return {}
         device, c = self.model.device, self.model.config
@@ -197,14 +199,28 @@ class TalkerTask(Task):
             if not own:
                 continue
             infos = [examples.info(chosen[n]) for n in own]
-            spoken, frames = speak(self.model, examples, chosen, self.sampling, own)
+            # All clips are read: where a long one is cut is drawn, and later draws must not depend on the share.
+            items = [examples[i] for i in chosen]
+            requests = [
+                Request(
+                    prompt=examples.words.prompt(info["text"]),
+                    speaker=items[n]["speaker"],
+                    speech=items[n]["speech"][:0],
+                    motion=items[n]["motion"][:0],
+                    first_motion=items[n]["motion"][0] if task == "t2av" else None,
+                    max_patches=2 * -(-len(items[n]["speech"]) // c.patch_size),
+                    seed=chosen[n],
+                )
+                for n, info in zip(own, infos)
+            ]
+            spoken = Rows(self.model, MODES[task], self.sampling, len(requests)).generate(requests)
             waves = [codec.decode(r.speech[None])[0, 0].cpu().numpy() for r in spoken]
             for _, info, wave in zip(range(WAVES)[own.start :], infos, waves):
                 write_wav(folder / f"{info['key']}.wav", wave, codec.sample_rate)
             drawn = len(range(VIDEOS)[own.start :])
-            if self.validation.get("corpus") and examples.task == "t2av":
+            if self.validation.get("corpus") and task == "t2av":
                 self._draw(folder, infos[:drawn], spoken, waves, codec.sample_rate)
-            late = {n: abs(len(r.speech) - true) / FPS for n, r, true in zip(own, spoken, frames)}
+            late = {n: abs(len(r.speech) - len(items[n]["speech"])) / FPS for n, r in zip(own, spoken)}
             scores: dict[str, float | ByClip] = {
                 "stopped": ByClip({n: r.stopped for n, r in zip(own, spoken)}),
                 "length_error": ByClip(late),  # seconds; a sentence may well be said at another pace
@@ -263,32 +279,3 @@ class TalkerTask(Task):
     def release_files(self, folder: Path) -> None:
         """The tokenizer's."""
         self.words.save(folder)
-
-
-def speak(
-    model: TalkerT2AV, examples: TalkerExamples, chosen: list[int], sampling: Sampling, own: range
-) -> tuple[list[Result], list[int]]:
-    """Synthesise the sentences of some clips with their voices and first motion frames.
-
-    Args:
-        own: which of the chosen clips. All are read: where a long clip is cut is drawn, and the draws after that must
-            not depend on how many processes share the clips.
-
-    Returns:
-        The results, and the true lengths of the clips in frames.
-    """
-    items, size = [examples[i] for i in chosen], model.config.patch_size
-    requests = [
-        Request(
-            prompt=examples.words.prompt(examples.info(chosen[n])["text"]),
-            speaker=items[n]["speaker"],
-            speech=items[n]["speech"][:0],
-            motion=items[n]["motion"][:0],
-            first_motion=items[n]["motion"][0] if examples.task == "t2av" else None,
-            max_patches=2 * -(-len(items[n]["speech"]) // size),
-            seed=chosen[n],
-        )
-        for n in own
-    ]
-    spoken = Rows(model, MODES[examples.task], sampling, len(requests)).generate(requests)
-    return spoken, [len(items[n]["speech"]) for n in own]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -48,34 +47,21 @@ def test_launches_and_casts_of_a_patch_of_the_talker_in_half_precision():
     model = TalkerT2AV(replace(config, llm=config.llm | {"num_hidden_layers": 28}, encoder_layers=4, head_layers=8))
     fuse_layers(model.eval().to_precision(torch.bfloat16))
     rows = Rows(model, MODES["t2av"], Sampling(10, guidance=2.0), 2)
+    for asked in (request(), request(9)):
+        rows.join(asked)
+    shapes = map_tensors(lambda x: x.shape, rows.state)
 
     def attend(q, k, v, **_):  # one kernel on CUDA; fake tensors would show the operators that compute it elsewhere
         attention.append(1)
         return torch.empty_like(q)
 
-    @contextmanager
-    def counted():
-        attention.clear()  # that of the prompts
-        with launches:
-            yield
-
     with (
         mock.patch("torch.inference_mode", lambda mode=True: torch.no_grad()),  # it hides operators
         mock.patch("torch.nn.functional.scaled_dot_product_attention", attend),
+        mock.patch.object(FakeTensor, "cpu", lambda x: SimpleNamespace(tolist=lambda: [99] * len(x))),  # no row ends
+        fake_cuda() as operators,
+        torch.inference_mode(),
     ):
-        run_patches(rows, [request(), request(9)], counted)
-    assert len(attention) == 3 * (28 + 2 * 4 + 2 * 8 * 9)
-    total, casts = (launches.kernels + len(attention)) / 3, launches.names["_to_copy"] / 3
-    assert total < 3550 and casts < 72
-
-
-def run_patches(rows, requests, mode):
-    """Run three steps of `rows` on the fake device, in the context `mode`; no read of the stop tests finds an end."""
-    going = mock.patch.object(FakeTensor, "cpu", lambda x: SimpleNamespace(tolist=lambda: [99] * len(x)))
-    for asked in requests:
-        rows.join(asked)
-    shapes, model = map_tensors(lambda x: x.shape, rows.state), rows.model
-    with fake_cuda() as operators, torch.inference_mode(), going:
         rows.device, rows.model = CUDA, faked(model)
         rows.heads = {"speech": rows.model.speech_cfm, "motion": rows.model.motion_cfm}
         rows.encoders = {"speech": rows.model.speech_tokens, "motion": rows.model.motion_tokens}
@@ -84,9 +70,12 @@ def run_patches(rows, requests, mode):
         for schedule in rows.schedules.values():
             object.__setattr__(schedule, "shifts", faked(schedule.shifts))
         operators.types.clear()
-        with mode():
+        with launches:
             for _ in range(3):
                 rows.step()
     assert {dtype for name, dtype in operators.types if name in ("mm", "addmm")} == {torch.bfloat16, torch.float32}
     assert all(patch.shape[1] == 4 for patch in (rows.patch.speech, rows.patch.motion))
     assert map_tensors(lambda x: x.shape, rows.state) == shapes
+    assert len(attention) == 3 * (28 + 2 * 4 + 2 * 8 * 9)
+    total, casts = (launches.kernels + len(attention)) / 3, launches.names["_to_copy"] / 3
+    assert total < 3550 and casts < 72
