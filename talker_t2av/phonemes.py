@@ -71,7 +71,9 @@ class Phonemizer:
         with self._lock:
             for _ in range(2):
                 if self._process is None or self._owner != os.getpid():  # a fork must not share the pipes
-                    self._start()
+                    command, pipe = [sys.executable, "-I", str(HELPER), self.language], subprocess.PIPE
+                    self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, encoding="utf-8")
+                    self._owner = os.getpid()
                 try:
                     self._process.stdin.write(json.dumps(text) + "\n")
                     self._process.stdin.flush()
@@ -84,11 +86,6 @@ class Phonemizer:
                 self._process.communicate()
                 self._process = None
         raise UserError(f"espeak-ng cannot read {text[:60]!r}: write it in other words")
-
-    def _start(self) -> None:
-        command = [sys.executable, "-I", str(HELPER), self.language]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
-        self._owner = os.getpid()
 
 
 phonemizer = lru_cache(Phonemizer)  # one process for each language
