@@ -61,10 +61,8 @@ def read_clips(
     """Return the clips of a manifest, or of all files of `references`; `count` of them, evenly spread.
 
     Paths in a manifest count from its folder. A file that is not there stays None, and is told when it is measured.
-    Without a manifest, texts are those of ID.txt beside the true files, and folders are speakers.
-
-    Args:
-        outputs: folder of each system.
+    Without a manifest, texts are those of ID.txt beside the true files, and folders are speakers. `outputs` are the
+    folders of the systems.
     """
     if TRUTH in outputs:
         raise UserError(f"outputs: {TRUTH!r} is the name of the true row; give the system another one")

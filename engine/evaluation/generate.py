@@ -54,9 +54,6 @@ def generate_shares(
     """Generate missing outputs with a process for each device, or on a cluster; batches are those of one process.
 
     A share whose process dies goes on in another one, from the files that are there.
-
-    Args:
-        generate, device: see `Shares`.
     """
     if devices == 1 and not ray:
         generate(str(pick_device(device)))
@@ -90,9 +87,8 @@ def generate_missing(
 ) -> None:
     """Call `write` with batches of (index, clip) whose output is missing; a clip that fails is named and left out.
 
-    Batches are made of all clips, so they are the same for each process and in a run that goes on.
-
-    FOLDER/inputs.json keeps what each output is made of.
+    Batches are made of all clips, so they are the same for each process and in a run that goes on. FOLDER/inputs.json
+    keeps what each output is made of.
 
     Args:
         inputs: of a clip the files and texts that its output depends on.

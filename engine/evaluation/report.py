@@ -30,8 +30,7 @@ VIDEO_SIDE, RATE = 224, 16_000
 def write_report(path: Path, summary: Mapping[str, Any], clips: Sequence[Clip], media: bool = True) -> None:
     """Write the table, the comparison of systems, and the ten best and worst clips of the first system.
 
-    Args:
-        media: with players and spectrograms.
+    With `media`, clips have players and spectrograms.
     """
     systems = [name for name in summary["systems"] if name != TRUTH]
     ranking, best, worst = rank(summary, systems)
@@ -40,14 +39,10 @@ def write_report(path: Path, summary: Mapping[str, Any], clips: Sequence[Clip], 
         title: [_card(by_id[name], summary, systems, media) for name in names]
         for title, names in (("best", best), ("worst", worst))
     }
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["figure"] = lambda value, digits: f"{value:.{digits}f}".replace("-", "−")
-    page = environment.from_string(TEMPLATE.read_text()).render(
-        s=summary, systems=systems, comparison=comparison_lines(summary), cards=cards, ranking=ranking
-    )
-    write_text(path, page)
+    strict = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    strict.filters["figure"] = lambda value, digits: f"{value:.{digits}f}".replace("-", "−")
+    content = {"systems": systems, "comparison": comparison_lines(summary), "cards": cards, "ranking": ranking}
+    write_text(path, strict.from_string(TEMPLATE.read_text()).render(s=summary, **content))
 
 
 def rank(summary: Mapping[str, Any], systems: Sequence[str]) -> tuple[str, list[str], list[str]]:

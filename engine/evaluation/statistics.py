@@ -120,7 +120,7 @@ def estimate(
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """p values made larger so that one wrong rejection among all of them is as rare as in a single test (Holm 1979)."""
+    """Raise p values so that one wrong rejection among all of them is as rare as in a single test (Holm 1979)."""
     order, out, worst = np.argsort(values), [0.0] * len(values), 0.0
     for rank, i in enumerate(order):
         worst = max(worst, min(1.0, values[i] * (len(values) - rank)))

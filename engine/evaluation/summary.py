@@ -27,10 +27,8 @@ def summarise(
     """Return the figures of every system, and if asked for tests of every two, as plain values for a JSON file.
 
     `systems[name][figure]` has `value`, `interval` and `interval_speakers` (95 %, or None), `clips` (how many counted),
-    `values`, those of single clips by id, and `pairs`. Values are in the unit of the printed table.
-
-    Args:
-        metrics: by the figures that are wanted of them.
+    `values`, those of single clips by id, and `pairs`. Values are in the unit of the printed table. `metrics` are given
+    by the figures that are wanted of them.
     """
     missing = {figure: results.missing[m.name] for figure, m in metrics.items() if m.name in results.missing}
     speakers = {clip.id: clip.speaker for clip in clips}

@@ -210,9 +210,6 @@ class VoiceLoss(nn.Module):
 
     The network is Resemblyzer's (extra eval), which carries its weights and belongs to no checkpoint. It sees a crop as
     one piece; it was trained on pieces of 1.6 s. Volume and silence stay as they are.
-
-    Args:
-        sample_rate: of both waves.
     """
 
     def __init__(self, sample_rate: int):

@@ -166,30 +166,33 @@ def test_a_result_that_is_no_number_is_no_measurement(run, monkeypatch):
     assert results["systems"]["good"]["stoi"]["value"] > 0.5
 
 
-def test_words_outside_the_grammar_stand_beside_the_others(run, monkeypatch, folders):
+@pytest.fixture
+def run_grammar(run, folders):
+    """Run the command with a grammar."""
     pytest.importorskip("pocketsphinx")
     (folders / "g.jsgf").write_text("#JSGF V1.0;\ngrammar g;\npublic <s> = set blue;\n")
+    return partial(run, "protocol.wer=grammar", f"grammar={folders}/g.jsgf", metrics="wer", table=None)
+
+
+def test_words_outside_the_grammar_stand_beside_the_others(run_grammar, monkeypatch):
     texts = iter(["set blue", "set free", "set blue"] * 2)
     measured = {"set blue": {"wer": (0, 2)}, "set free": {"wer_free": (1, 2)}}
     words = dict.fromkeys(("heard", "text", "words"), "set blue")
     monkeypatch.setattr(WordErrors, "measure", lambda *_: measured[next(texts)] | words)
-    code, results, out, *_ = run("protocol.wer=grammar", f"grammar={folders}/g.jsgf", metrics="wer", table=None)
+    code, results, out, *_ = run_grammar()
     cells = results["systems"]["good"]
     assert code == 0 and cells["wer"]["value"] == 0 and cells["wer_free"]["value"] > 0
     assert "WER free %" in out and "2 clips" in out
     assert "the paper's WER % by whisper-medium, those above by grammar" in out
 
 
-def test_words_are_recognised_again_when_a_file_of_the_recogniser_changes(run, monkeypatch, folders):
-    pytest.importorskip("pocketsphinx")
+def test_words_are_recognised_again_when_a_file_of_the_recogniser_changes(run_grammar, monkeypatch, folders):
     monkeypatch.setattr(WordErrors, "load", lambda self: None)
     monkeypatch.setattr(WordErrors, "measure", lambda *_: {"wer": (0, 2), "heard": "", "text": "set", "words": "set"})
-    (folders / "g.jsgf").write_text("#JSGF V1.0;\ngrammar g;\npublic <s> = set blue;\n")
-    grammar = partial(run, "protocol.wer=grammar", f"grammar={folders}/g.jsgf", metrics="wer", table=None)
-    grammar()
+    run_grammar()
     for name in ("free.arpa", "free.dict", "g.dict"):
         (folders / name).write_text("of a corpus that was made anew")
-        assert [grammar().results["found_in_cache"] for _ in range(2)] == [{"WordErrors": 0}, {"WordErrors": 6}]
+        assert [run_grammar().results["found_in_cache"] for _ in range(2)] == [{"WordErrors": 0}, {"WordErrors": 6}]
 
 
 def test_a_second_run_measures_nothing_again(run, monkeypatch, folders):
