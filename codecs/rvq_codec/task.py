@@ -157,11 +157,14 @@ class RVQCodecTask(GANTask):
     def forward(self, batch: dict[str, Any], part: str) -> dict[str, Tensor]:
         """As `GANTask.forward`; batch["wave"] is (B, 1, N). With its own "codes" (B, Q, L) only the decoder runs.
 
-        The latents are kept, for the code books.
+        The latents are kept in the pool, and codes are counted, for the code books.
         """
         losses = super().forward(batch, part)
         if part == "discriminator" and self.training and not self.decoder_only:
-            self.store_latents(batch["_run"]["latent"].detach(), batch["_run"]["quantized"])
+            vectors = batch["_run"]["latent"].detach().transpose(1, 2).flatten(0, 1).float()[: len(self.pooled)]
+            self.pooled.copy_(torch.cat([self.pooled[len(vectors) :], vectors]))  # in place of the oldest
+            if (quantized := batch["_run"]["quantized"]) is not None:
+                self.counts += count_codes(quantized.codes, self.codec.codes)
         return losses
 
     def begin_step(self, step: int) -> None:
@@ -219,14 +222,6 @@ class RVQCodecTask(GANTask):
             losses["commitment"] = run["quantized"].commitment.sum()
             losses["codebook"] = run["quantized"].codebook.sum()
         return losses
-
-    @torch.no_grad()
-    def store_latents(self, z: Tensor, quantized) -> None:
-        """Move the batch's latents into the pool, in place of the oldest, and count its codes."""
-        vectors = z.transpose(1, 2).flatten(0, 1).float()[: len(self.pooled)]
-        self.pooled.copy_(torch.cat([self.pooled[len(vectors) :], vectors]))
-        if quantized is not None:
-            self.counts += count_codes(quantized.codes, self.codec.codes)
 
     def code_facts(self, code: Tensor) -> Tensor:
         """Count the codes of each level."""

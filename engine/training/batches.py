@@ -140,9 +140,10 @@ class MicroBatches(torch.utils.data.Dataset):
 
     def _make_order(self, epoch: int) -> Order:
         draw = generator_for(self.seed, "epoch", epoch)
-        if self.blocks is None:
-            return Order.free(len(self.dataset), draw)
-        return Order.of_blocks(replace(self.blocks, streams=self.streams), draw)
+        if self.blocks is not None:
+            return Order.of_blocks(replace(self.blocks, streams=self.streams), draw)
+        items = torch.randperm(len(self.dataset), generator=draw)[None]
+        return Order(items, torch.zeros_like(items), lambda stream, window: [])
 
     def _cut(self, epoch: int, stream: int) -> list[Tensor]:
         """Cut a stream's epoch into batches by length, as positions in its order."""
@@ -167,11 +168,6 @@ class Order:
     items: Tensor
     windows: Tensor
     spans: Callable[[int, int], list[tuple[int, int]]]
-
-    @classmethod
-    def free(cls, count: int, draw: torch.Generator) -> Order:
-        items = torch.randperm(count, generator=draw)[None]
-        return cls(items, torch.zeros_like(items), lambda stream, window: [])
 
     @classmethod
     def of_blocks(cls, blocks: Blocks, draw: torch.Generator) -> Order:

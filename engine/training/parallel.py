@@ -54,9 +54,7 @@ class ParallelTask:
         self._whole: list[nn.Parameter] = []
         self._losses: nn.Module = _Losses(task)
         if self.sharded:
-            weights = {name: _take_weights(p) for name, p in task.named_parameters()}
-            self._shard(_mesh(config.parallel, device), config.precision == "bf16")
-            self._fill(weights, device)
+            self._shard(_mesh(config.parallel, device), config.precision == "bf16", device)
         elif distributed.world_size() > 1:
             # Buffers are sent by the trainer: DDP would overwrite those that a stored result's backward needs.
             self._losses = _SteadyDDP(
@@ -66,19 +64,20 @@ class ParallelTask:
                 gradient_as_bucket_view=True,
             )
 
-    def _shard(self, mesh: DeviceMesh, bf16: bool) -> None:
+    def _shard(self, mesh: DeviceMesh, bf16: bool, device: torch.device) -> None:
+        """Give every process its shards of the main one's weights, one tensor at a time: no device holds all."""
+        weights = {}
+        for name, p in self.task.named_parameters():
+            weights[name] = _empty(p)
+            torch.utils.swap_tensors(p, weights[name])  # on the meta device, p stays the same object
         self._whole = [p for module in self.task.whole() for p in module.parameters()]
         # Weights travel in half precision; autocast decides about everything else, as it does without shards.
         half = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in self.task.blocks():
             fully_shard(block, mesh=mesh, mp_policy=half if bf16 else MixedPrecisionPolicy())
         fully_shard(self._losses, mesh=mesh, ignored_params=set(self._whole))
-
-    def _fill(self, weights: dict[str, Tensor], device: torch.device) -> None:
-        """Give every process its shards of the main one's weights, one tensor at a time: no device holds all."""
-        parameters = dict(self.task.named_parameters())
-        for name in list(weights):
-            p, whole = parameters[name], weights.pop(name)
+        for name, p in list(self.task.named_parameters()):
+            whole = weights.pop(name).detach()
             whole = whole.to(device) if distributed.is_main() else torch.empty(p.shape, dtype=p.dtype, device=device)
             dist.broadcast(whole, 0)
             if isinstance(p, DTensor):
@@ -236,13 +235,6 @@ def build_once(make: Callable[[], Task]) -> Task:
 
     empty = distributed.from_main(build)
     return built[0] if built else empty
-
-
-def _take_weights(p: nn.Parameter) -> Tensor:
-    """Return the data of a parameter, which moves to the meta device and stays the same object."""
-    weights = _empty(p)
-    torch.utils.swap_tensors(p, weights)
-    return weights.detach()
 
 
 def without_weights(task: Task) -> Task:
