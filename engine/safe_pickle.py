@@ -9,7 +9,6 @@ from __future__ import annotations
 import pickle
 import tarfile
 import types
-import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -76,8 +75,8 @@ def _load(file: Any, **kwargs: Any) -> Any:
     return _Unpickler(file, **kwargs).load()
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the dict that `torch.save` wrote to `path`, with stand-ins for foreign objects.
+def read_torch(path: str | Path) -> Any:
+    """Return what `torch.save` wrote to `path`, with stand-ins for foreign objects.
 
     Tensors of the zip format stay on disk until used; those of the format used until PyTorch 1.5 are read at once.
     """
@@ -90,13 +89,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
                 members = archive.infolist()
             if any(info.filename.endswith("constants.pkl") for info in members):  # torch.load would run its interpreter
                 raise ValueError("it is a TorchScript program, not a checkpoint")
-            if sum(info.file_size for info in members) > path.stat().st_size:  # torch.save never packs
+            if sum(info.file_size for info in members) > Path(path).stat().st_size:  # torch.save never packs
                 raise ValueError("it is compressed")
-        content = torch.load(path, map_location="cpu", mmap=not old, weights_only=False, pickle_module=restricted)
+        return torch.load(path, map_location="cpu", mmap=not old, weights_only=False, pickle_module=restricted)
     except FileNotFoundError:
         raise UserError(f"no such checkpoint: {path}") from None
     except Exception as error:  # a damaged archive or pickle can raise nearly anything
         raise UserError(f"{path} is not a readable checkpoint ({error!r}); download it again") from error
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Return the dict that `torch.save` wrote to `path`, as `read_torch` does."""
+    content = read_torch(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint's dict")
     return content
@@ -104,23 +108,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def read_state(path: str | Path, key: str = "") -> dict[str, torch.Tensor]:
     """Return the tensors of a state dict that `torch.save` wrote to `path`, at its entry `key` if it has one."""
-    content = read_checkpoint(Path(path))
+    content = read_checkpoint(path)
     state = content.get(key, content)
     if not isinstance(state, dict):
         raise UserError(f"{path} has no state dict under {key!r}: it is another kind of checkpoint")
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-
-
-def read_tensors(path: str | Path) -> Any:
-    """Return the tensors in dicts and lists that `torch.save` wrote to `path`. Other objects are refused."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of sparse tensors, which nothing here takes
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        for value in content.values() if isinstance(content, dict) else [content]:
-            _check_size(value)
-        return content
-    except Exception as error:  # torch.load raises many types for a damaged file
-        raise UserError(f"{path} cannot be read as tensors ({load_problem(error)})") from error
 
 
 def load_problem(error: BaseException) -> str:
@@ -132,7 +124,7 @@ def load_problem(error: BaseException) -> str:
 
 def read_matrix(path: str | Path, columns: int | None = None) -> torch.Tensor:
     """Return the finite numbers (rows, `columns`) of a torch file; None: any number of columns."""
-    value = read_tensors(path)
+    value = read_torch(path)
     if (
         not isinstance(value, torch.Tensor)
         or value.layout != torch.strided

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError, require
 from engine.metrics.picture import ssim_map
-from engine.safe_pickle import read_tensors
+from engine.safe_pickle import read_state
 from lia_x.ops import ConvLayer, EqualLinear, ResBlock
 
 VGG_TAPS = (1, 6, 11, 20, 29)  # torchvision's indices of relu1_1, relu2_1, relu3_1, relu4_1, relu5_1
@@ -67,11 +67,11 @@ class Perceptual(nn.Module):
         with torch.device("meta"):  # random weights of the whole network would take seconds
             features = require("torchvision", "the perceptual loss").models.vgg19().features
         try:
-            state = read_tensors(weights)
+            state = read_state(weights)
             features.load_state_dict(
                 {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}, assign=True
             )
-        except (RuntimeError, AttributeError) as error:
+        except RuntimeError as error:
             raise UserError(f"task.vgg={weights} is not torchvision's vgg19 weights: {error}") from error
         cuts = [0, *(tap + 1 for tap in VGG_TAPS)]
         self.stages = nn.ModuleList(features[a:b] for a, b in pairwise(cuts))

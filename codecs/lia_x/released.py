@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.official import numbered, rename_all, sizes_of
-from engine.safe_pickle import read_tensors
+from engine.safe_pickle import read_checkpoint
 
 FILE = "lia-x.pt"
 WIDTH = 64  # channels at full size before `scale`, the same in every published network
@@ -53,8 +53,8 @@ def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None
     path = path / FILE if (path / FILE).is_file() else path
     if not path.is_file():
         return None
-    state = read_tensors(path)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    state = read_checkpoint(path)
+    if not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} is not a flat state dict: give the official {FILE}")
     ours = our_state(state)
     return config_of(ours), ours

@@ -31,7 +31,7 @@ from engine.errors import UserError
 from engine.faces.landmarks import read_landmarks
 from engine.media.audio import read_audio
 from engine.media.video import read_video
-from engine.safe_pickle import read_checkpoint, read_tensors
+from engine.safe_pickle import read_checkpoint, read_matrix
 from engine.shards.reader import Reading, ShardSplit
 from engine.shards.recordings import read_manifest
 from engine.training import checkpoint
@@ -80,7 +80,7 @@ def targets(root: Path) -> list[tuple[Path, Callable[[Path], object]]]:
         ("a.mp4 a.wav a.flac a.mp3 a.ogg", media, lambda path: read_audio(path, 16_000)),
         ("a.png", media, read_picture),
         ("a.pt", media, read_checkpoint),
-        ("m.pt", media, read_tensors),
+        ("m.pt", media, read_matrix),
         ("p.npz p.pkl p.json", media, lambda path: read_landmarks(path, "")),
         ("jobs.jsonl", media, lambda path: read_jobs(InferConfig(jobs=str(path), mode="tts"))),
         ("train.jsonl", media, lambda path: read_manifest(path.parent, "train")),

@@ -30,7 +30,7 @@ FILES = [  # what reads a file, its name, its content, and the line; None: there
     (POSTER2.from_pretrained, "raf-db-model_best.pth", {"state_dict": A}, "lacks tensor"),
     (WavLMEncoder.from_pretrained, "", None, "download_checkpoints"),
     (WavLMEncoder.from_pretrained, "a.pth", {"model": A}, "not a WavLM-ECAPA speaker encoder"),
-    (LiaX.from_pretrained, "lia-x.pt", b"not a checkpoint", "cannot be read as tensors"),
+    (LiaX.from_pretrained, "lia-x.pt", b"not a checkpoint", "not a readable checkpoint"),
     (LiaX.from_pretrained, "lia-x.pt", {"state_dict": A}, "flat"),
     (LiaX.from_pretrained, "lia-x.pt", A, "not a LIA-X"),
     (LiaX.from_pretrained, "lia-x.pt", {"dec.rgb2.up.kernel": torch.zeros(4, 4)}, "low-pass"),

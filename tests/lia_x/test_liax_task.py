@@ -189,5 +189,5 @@ def test_perceptual_loss_takes_torchvision_weights(tmp_path):
     value.backward()
     assert value > 0 and x.grad.abs().sum() > 0
     assert loss(x, x.detach(), levels=2) == 0
-    with pytest.raises(UserError, match="cannot be read as tensors"):
+    with pytest.raises(UserError, match="no such checkpoint"):
         Perceptual(tmp_path / "missing.pth")
