@@ -173,7 +173,7 @@ def hicodit(
         times = [clock(device)]
         generate(
             model, conditions, replace(sampler, steps=steps), guidance, range(batch), posterior,
-            lambda _: times.append(clock(device)),
+            lambda: times.append(clock(device)),
         )  # fmt: skip
         return np.diff(times).tolist()
 

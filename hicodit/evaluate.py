@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -68,24 +68,26 @@ def write_outputs(
     write_facts(folder, "hicodit", weights, bits_per_second=float(bits), **facts)
     others = derangement(len(clips), np.random.default_rng(0))
 
-    def classes(number: int, crops: Crops) -> np.ndarray:
-        """Return the classes (J,) of half seconds that a clip is told in place of its own."""
-        if expressions == "shuffled":
-            crops = pipeline.crops(clips[others[number]].truth.source)
-        own = crops.expression.cpu().numpy()
-        return exchange(own) if expressions == "exchanged" else own
+    def crops_of(number: int, clip: Clip) -> Crops:
+        """Return the crops of a clip, with the classes of half seconds that it is to be spoken with."""
+        crops = pipeline.crops(clip.truth.source)
+        if expressions == "own":
+            return crops
+        other = pipeline.crops(clips[others[number]].truth.source) if expressions == "shuffled" else crops
+        classes = other.expression.cpu().numpy()
+        classes = exchange(classes) if expressions == "exchanged" else np.resize(classes, len(crops.expression))
+        return replace(crops, expression=torch.from_numpy(classes))
 
     def write(batch: Sequence[tuple[int, Clip]]) -> None:
         if any(clip.truth.source is None for _, clip in batch):
             raise UserError("no picture to speak for: ID.mp4 in references=, or video in the manifest")
-        crops, identity, rows = [pipeline.crops(clip.truth.source) for _, clip in batch], None, []
+        crops, identity, rows = [crops_of(i, clip) for i, clip in batch], None, []
         if ge2e is not None:  # one voice a call
             if batch[0][1].prompt.audio is None:
                 raise UserError("no other clip of its speaker: give reference_audio in the manifest")
             identity = ge2e.embed(wave_of(batch[0][1].prompt.audio, 16_000).copy(), 16_000)
-        told = None if expressions == "own" else [classes(i, c) for (i, _), c in zip(batch, crops)]
         hook = pipeline.system.model.register_forward_hook(lambda model, given, out: rows.append(out.shape[:2].numel()))
-        speeches = pipeline.run(crops, [seed + i for i, _ in batch], identity, expressions=told)
+        speeches = pipeline.run(crops, [seed + i for i, _ in batch], identity)
         hook.remove()
         spans = [len(windows(len(c), pipeline.sampler)) for c in crops]
         for (_, clip), speech, span in zip(batch, speeches, spans):

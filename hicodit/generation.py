@@ -77,7 +77,7 @@ def generate(
     scales: GuidanceScales,
     seeds: Sequence[int],
     posterior_of: Callable[[HiCoDiT, Conditions, GuidanceScales], Posterior] = guided_posterior,
-    on_step: Callable[[int], None] = lambda step: None,
+    on_step: Callable[[], object] = lambda: None,
     graphs: GraphedSteps | None = None,
 ) -> list[Tensor]:
     """Sample the tokens (K, L) of each clip; return them on the CPU. A clip's draws depend on its seed alone.

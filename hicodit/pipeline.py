@@ -277,22 +277,17 @@ class HiCoDiTPipeline:
         seeds: Sequence[int],
         identity: np.ndarray | None = None,
         sampler: SamplerConfig | None = None,
-        expressions: Sequence[np.ndarray] | None = None,
-        on_step: Callable[[int], None] = lambda step: None,
+        on_step: Callable[[], object] = lambda: None,
     ) -> list[Speech]:
         """Generate the speech of a batch of clips whose faces are already cut out.
 
         Args:
             seeds: one a clip.
             identity: (256,) GE2E vector of a voice, in place of those of the faces.
-            expressions: (J,) classes of each clip, repeated to its length, in place of those of the faces.
             on_step: called after each step of the sampler.
         """
         with stage("conditions"):
             conditions = self.conditions(crops, identity)
-        if expressions is not None:
-            classes = np.stack([np.resize(e, conditions.expression.shape[1]) for e in expressions])
-            conditions = replace(conditions, expression=send(torch.from_numpy(classes).long(), self.device))
         tokens, waves = self.speak(conditions, seeds, sampler, on_step)
         expressions, rate = conditions.expression.cpu().numpy(), self.codec.sample_rate
         return [
@@ -305,16 +300,16 @@ class HiCoDiTPipeline:
         conditions: Conditions,
         seeds: Sequence[int],
         sampler: SamplerConfig | None = None,
-        on_step: Callable[[int], None] = lambda step: None,
+        on_step: Callable[[], object] = lambda: None,
     ) -> tuple[list[Tensor], list[np.ndarray]]:
         """Sample the tokens (K, L) of a batch of encoded clips, and decode their waves (N,); arguments as of `run`."""
         settings, frames = sampler or self.sampler, conditions.frames.tolist()
         steps = settings.steps * max(len(windows(n, settings)) for n in frames)
         with stage(f"sampling {sum(frames) / FPS:.1f} s of speech", steps, "steps") as count:
 
-            def after_step(step: int) -> None:
+            def after_step() -> None:
                 count()
-                on_step(step)
+                on_step()
 
             model, scales = self.system.model, self.guidance
             tokens = generate(model, conditions, settings, scales, seeds, on_step=after_step, graphs=self.graphs)

@@ -210,7 +210,7 @@ def sample(
     config: SamplerConfig,
     generators: list[torch.Generator],
     normalised: bool = True,
-    on_step: Callable[[int], None] = lambda step: None,
+    on_step: Callable[[], object] = lambda: None,
     device: torch.device | str = "cpu",
     graphs: GraphedSteps | None = None,
 ) -> Tensor:
@@ -220,7 +220,7 @@ def sample(
         tokens, lengths: on the CPU.
         generators: one a clip, on `device`.
         normalised: the posterior sums to one, so that which tokens to reveal can be drawn without it.
-        on_step: called with the number of steps that are done.
+        on_step: called after each step.
         graphs: runs the functions of steps; by default as they are.
     """
     device = torch.device(device)
@@ -229,8 +229,8 @@ def sample(
         posterior, send(tokens, device), send(masked, device), masked.flatten(1).sum(1), lengths, config, generators,
         normalised, graphs or GraphedSteps(),
     )  # fmt: skip
-    for step, _ in enumerate(FUNCTIONS[config.method](state), 1):
-        on_step(step)
+    for _ in FUNCTIONS[config.method](state):
+        on_step()
     return state.tokens
 
 

@@ -82,7 +82,7 @@ class Demo:
         crops, count = self.hicodit.crops(clip), 0
         total = sampler.steps * len(windows(len(crops), sampler))
 
-        def on_step(_: int) -> None:
+        def on_step() -> None:
             nonlocal count
             count += 1
             report(count, total, "generating speech")
