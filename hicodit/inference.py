@@ -16,7 +16,7 @@ from engine.batch_runner import Jobs, run_batches
 from engine.device import count_devices, pick_device
 from engine.faces.detectors import YuNetDetector
 from engine.faces.landmarks import landmark_source
-from engine.faces.track import MOST_FACES, read_boxes, read_face
+from engine.faces.track import MOST_FACES, read_boxes
 from engine.files import all_or_none, writable
 from engine.media.audio import read_voice, write_wav
 from engine.media.video import mux_audio
@@ -69,7 +69,7 @@ class ClipJobs(Jobs):
         """Find the face, or all, and cut out mouth and face."""
         c, folder = self.config, Path(self.scratch.name)
         strips = [folder / f"{stem_of(clip, number, c)}{FACE[0]}" for number in range(1, MOST_FACES + 1)]
-        return list(self.pipeline.all_crops(clip, read_face(c.face), self.box, strips if c.debug else None))
+        return list(self.pipeline.all_crops(clip, c.face, self.box, strips if c.debug else None))
 
     def generate(self, batch: list[list[Crops]]) -> list[list[Speech]]:
         """Generate the speech of a batch."""

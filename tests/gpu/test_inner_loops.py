@@ -23,14 +23,14 @@ from talker_t2av.request import MODES, Sampling
 from tests.gpu import fakes
 from tests.gpu.fakes import CUDA, fake_cuda, faked
 from tests.talker_t2av.talker_fixtures import request, tiny_model
+from tests.tiny import HICODIT
 
 
 def test_half_precision_of_hicodits_steps_is_where_it_is_meant():
     torch.manual_seed(0)
-    sizes = {"width": 32, "heads": 4, "low_blocks": 2, "high_blocks": 2, "cond_dim": 16, "lip_dim": 8, "face_dim": 8}
-    model, steps = convert_matrices(HiCoDiT(ModelConfig(codes=16, **sizes)).eval(), torch.bfloat16, FLOAT32), 3
+    model, steps = convert_matrices(HiCoDiT(ModelConfig(**HICODIT)).eval(), torch.bfloat16, FLOAT32), 3
     frames = torch.tensor([20, 15])
-    conditions = Conditions(torch.randn(2, 20, 8), torch.rand(2, 256), torch.tensor([[1, 4], [2, 0]]), frames)
+    conditions = Conditions(torch.randn(2, 20, 32), torch.rand(2, 256), torch.tensor([[1, 4], [2, 0]]), frames)
     sampler, guidance = SamplerConfig("ordered", steps), GuidanceScales(2.5, 1.25, 1.5, 2.0)
     with fakes.Operators() as operators, torch.inference_mode():
         generate(model, conditions, sampler, guidance, [0, 1])

@@ -13,6 +13,7 @@ from hicodit.model import HiCoDiT, ModelConfig
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.settings import METHODS, GuidanceScales, SamplerConfig
 from tests.gpu.dying_graphs import DyingOutputs
+from tests.tiny import HICODIT
 
 SCALES = GuidanceScales(2.5, 1.25, 1.5, 2.0)
 
@@ -20,8 +21,7 @@ SCALES = GuidanceScales(2.5, 1.25, 1.5, 2.0)
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    sizes = {"width": 32, "heads": 4, "low_blocks": 2, "high_blocks": 2, "cond_dim": 16, "lip_dim": 8, "face_dim": 8}
-    model = HiCoDiT(ModelConfig(codes=16, **sizes)).eval()
+    model = HiCoDiT(ModelConfig(**HICODIT)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
@@ -29,7 +29,7 @@ def model():
 
 def clips(seed):
     g, frames = torch.Generator().manual_seed(seed), torch.tensor([20, 15])
-    lip, identity = torch.randn(2, 20, 8, generator=g), torch.rand(2, 256, generator=g)
+    lip, identity = torch.randn(2, 20, 32, generator=g), torch.rand(2, 256, generator=g)
     return Conditions(lip, identity, torch.randint(0, 7, (2, 2), generator=g), frames)
 
 

@@ -28,6 +28,7 @@ from hicodit.task import HiCoDiTTask
 from rvq_codec import RVQCodec
 from tests.rehearsal.stand_ins import official
 from tests.releases import write_release
+from tests.tiny import HICODIT
 
 SMALL = {"width": 16, "layers": 2, "heads": 2, "hidden": 32, "conv_kernel": 8, "conv_groups": 4}
 
@@ -106,10 +107,7 @@ class Expression(nn.Module):
 def system():
     torch.manual_seed(0)
     config = ReleasedEncoderConfig(lip=SMALL, identity_blocks=(1, 1, 1, 1))
-    model = ModelConfig(
-        codes=16, width=32, heads=4, low_blocks=1, high_blocks=1, cond_dim=16, lip_dim=16, face_dim=512, dropout=0.0
-    )
-    system = HiCoDiTSystem(model, config)
+    system = HiCoDiTSystem(ModelConfig(**HICODIT | {"lip_dim": 16, "face_dim": 512}), config)
     system.encoders._networks["expression"] = Expression()
     return system.eval()
 

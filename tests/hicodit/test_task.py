@@ -15,8 +15,7 @@ from hicodit.data import HiCoDiTDataset
 from hicodit.pipeline import HiCoDiTPipeline
 from hicodit.system import HiCoDiTSystem
 from hicodit.task import HiCoDiTTask
-from tests import tiny
-from tests.tiny import ENCODERS, HICODIT
+from tests.tiny import ENCODERS, HICODIT, batch_of
 
 
 def make_task(corpus, release, **changes):
@@ -26,12 +25,14 @@ def make_task(corpus, release, **changes):
     return HiCoDiTTask(**(arguments | {"grammar": "none.jsgf"} | changes))
 
 
-def make_data(corpus, release):
+@pytest.fixture
+def data(corpus, release):
     return HiCoDiTDataset(corpus / "train", release.parent / "codec")
 
 
-def batch_of(corpus, release):
-    return tiny.batch_of(make_data(corpus, release), 4)
+@pytest.fixture
+def batch(data):
+    return batch_of(data, 4)
 
 
 @pytest.mark.parametrize(
@@ -45,9 +46,9 @@ def batch_of(corpus, release):
     ],
     ids=["full", "flat", "single_scale", "no_identity_loss_voice", "no_identity_loss_face"],
 )
-def test_every_parameter_learns_and_the_loss_falls(corpus, release, changes):
+def test_every_parameter_learns_and_the_loss_falls(corpus, release, batch, changes):
     task = make_task(corpus, release, **changes)
-    batch, optimiser, losses = batch_of(corpus, release), torch.optim.Adam(task.parameters(), 3e-3), []
+    optimiser, losses = torch.optim.Adam(task.parameters(), 3e-3), []
     for step in range(40):
         torch.manual_seed(step % 4)
         out = task(batch, "model")
@@ -61,9 +62,9 @@ def test_every_parameter_learns_and_the_loss_falls(corpus, release, changes):
     assert silent == untrained and bool(untrained) == (changes == {"identity_weight": 0.0})
 
 
-def test_a_padded_batch_has_the_loss_of_its_clips(corpus, release):
+def test_a_padded_batch_has_the_loss_of_its_clips(corpus, release, batch):
     """Padding takes no part: tokens and pictures past a clip's end can be anything."""
-    task, batch = make_task(corpus, release).eval(), batch_of(corpus, release)
+    task = make_task(corpus, release).eval()
     torch.manual_seed(3)
     before = task(batch, "model")["loss"]
     for i, n in enumerate(batch["frames"].tolist()):
@@ -75,13 +76,13 @@ def test_a_padded_batch_has_the_loss_of_its_clips(corpus, release):
 
 
 def test_low_rank_updates_learn_alone_and_end_up_in_the_weights(
-    corpus, release, low_rank_updates_end_up_in_the_weights
+    corpus, release, batch, low_rank_updates_end_up_in_the_weights
 ):
     pytest.importorskip("peft")
     old = HiCoDiTPipeline.from_pretrained(release).system
     sizes = {"model": asdict(old.model.config), "encoders": asdict(old.encoders.config)}
     task, read = make_task(corpus, release, init=str(release), **sizes), HiCoDiTSystem.from_pretrained
-    learns = low_rank_updates_end_up_in_the_weights(task, batch_of(corpus, release), "system", read)
+    learns = low_rank_updates_end_up_in_the_weights(task, batch, "system", read)
     assert learns and all("lora_" in name and name.startswith("system.model.") for name in learns)
 
 
@@ -116,9 +117,8 @@ def test_a_start_takes_all_but_what_is_new(corpus, release, tmp_path, changes, n
         assert "fuse_expression" not in key or not ours[key].any()  # adds nothing at first
 
 
-def test_expressions_change_within_a_clip(corpus, release):
+def test_expressions_change_within_a_clip(data):
     """Each half second has its own class; that of the face picture is the class of its half second."""
-    data = make_data(corpus, release)
     items = [data.__getitem__(4, torch.Generator().manual_seed(seed)) for seed in range(20)]
     assert items[0]["expression"].tolist() == [4, 5, 6]
     assert {int(item["face_expression"]) for item in items} == {4, 5}  # pictures of frames 6, 12, 17 and 23
@@ -139,11 +139,10 @@ def heard_corpus(corpus, release, tmp_path_factory):
     return root
 
 
-def test_the_heard_expression_is_the_condition_and_the_seen_one_the_classifiers_target(corpus, heard_corpus, release):
+def test_the_heard_expression_is_the_condition_and_the_seen_one_the_target(data, corpus, heard_corpus, release):
     codec = release.parent / "codec"
-    seen = HiCoDiTDataset(corpus / "train", codec)
     heard = HiCoDiTDataset(heard_corpus / "train", codec, expression="heard")
-    items = [data.__getitem__(4, torch.Generator().manual_seed(0)) for data in (seen, heard)]
+    items = [clips.__getitem__(4, torch.Generator().manual_seed(0)) for clips in (data, heard)]
     assert items[0]["expression"].tolist() == [4, 5, 6] and items[1]["expression"].tolist() == [0, 1, NO_EXPRESSION]
     assert items[0]["face_expression"] == items[1]["face_expression"]
     with pytest.raises(UserError, match=r"no heard expressions: add them .* or set data.expression=seen"):
