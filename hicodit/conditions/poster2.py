@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from engine.device import send
@@ -26,7 +27,9 @@ from hicodit.conditions.types import EXPRESSIONS
 
 SIDE, BACKBONE_SIDE = 224, 112
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HEAD_WIDTH = 32
+HEAD_WIDTH = 32  # of cross attention
+WIDTH, HEADS = 768, 8  # of the transformer
+POSITIONS = "n c h w -> n (h w) c"
 
 # The expressions in the order of the classes of each checkpoint.
 CLASSES = {
@@ -185,58 +188,38 @@ class _GatedMLP(nn.Module):
         return x + self.gamma2 * self.mlp(self.norm(x))
 
 
-class _Attention(nn.Module):
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
-
-
 class _Block(nn.Module):
-    def __init__(self, width: int, heads: int):
+    """Pre-norm transformer block (n, N, D) -> (n, N, D)."""
+
+    def __init__(self):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn, self.mlp = _Attention(width, heads), _mlp(width)
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH, eps=1e-6), nn.LayerNorm(WIDTH, eps=1e-6)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(WIDTH, 3 * WIDTH), "proj": nn.Linear(WIDTH, WIDTH)})
+        self.mlp = _mlp(WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
+        query, key, value = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.attn["proj"](F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
 
 class TokenClassifier(nn.Module):
     """Tokens (n, 147, D) and a class token through two transformer blocks to logits (n, classes)."""
 
-    def __init__(self, tokens: int = 147, width: int = 768, heads: int = 8, blocks: int = 2, classes: int = 7):
+    def __init__(self, classes: int):
         super().__init__()
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, tokens + 1, width))
-        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(blocks))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        gate = {"linear1": nn.Linear(width, width), "relu": nn.ReLU(), "linear2": nn.Linear(width, width)}
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, WIDTH))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + 147, WIDTH))
+        self.blocks = nn.Sequential(_Block(), _Block())
+        self.norm = nn.LayerNorm(WIDTH, eps=1e-6)
+        gate = {"linear1": nn.Linear(WIDTH, WIDTH), "relu": nn.ReLU(), "linear2": nn.Linear(WIDTH, WIDTH)}
         self.se_block = _named(**gate, sigmoid=nn.Sigmoid())
-        self.head = _named(linear=nn.Linear(width, classes))
+        self.head = _named(linear=nn.Linear(WIDTH, classes))
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1) + self.pos_embed
-        for block in self.blocks:
-            x = block(x)
-        summary = self.norm(x)[:, 0]
+        summary = self.norm(self.blocks(x))[:, 0]
         return self.head(summary * self.se_block(summary))
-
-
-def _to_map(x: Tensor) -> Tensor:
-    """Reshape (n, N, C) -> (n, C, H, W) of a square map."""
-    side = round(x.shape[1] ** 0.5)
-    return x.transpose(1, 2).unflatten(-1, (side, side))
-
-
-def _to_positions(x: Tensor) -> Tensor:
-    """Reshape (n, C, H, W) -> (n, N, C)."""
-    return x.flatten(2).transpose(1, 2)
 
 
 class POSTER2(nn.Module):
@@ -255,10 +238,10 @@ class POSTER2(nn.Module):
         self.window1, self.window2, self.window3 = (_named(norm=nn.LayerNorm(c)) for c in (64, 128, 256))
         self.attn1, self.attn2, self.attn3 = (CrossAttention(c, s) for c, s in ((64, 28), (128, 14), (256, 7)))
         self.ffn1, self.ffn2, self.ffn3 = (_GatedMLP(c) for c in (64, 128, 256))
-        self.embed_q = nn.Sequential(nn.Conv2d(64, 768, 3, 2, 1), nn.Conv2d(768, 768, 3, 2, 1))
-        self.embed_k = nn.Sequential(nn.Conv2d(128, 768, 3, 2, 1))
-        self.embed_v = _named(proj=nn.Conv2d(256, 768, 1))
-        self.VIT = TokenClassifier(classes=len(classes))
+        self.embed_q = nn.Sequential(nn.Conv2d(64, WIDTH, 3, 2, 1), nn.Conv2d(WIDTH, WIDTH, 3, 2, 1))
+        self.embed_k = nn.Sequential(nn.Conv2d(128, WIDTH, 3, 2, 1))
+        self.embed_v = _named(proj=nn.Conv2d(256, WIDTH, 1))
+        self.VIT = TokenClassifier(len(classes))
 
     @staticmethod
     def shrink(x: Tensor) -> Tensor:
@@ -272,16 +255,17 @@ class POSTER2(nn.Module):
         landmarks = first, second, self.last_face_conv(third)
         maps = []
         for i, (landmark, image) in enumerate(zip(landmarks, self.ir_back(small)), 1):
-            image = _to_positions(getattr(self, f"conv{i}")(image))
+            image = rearrange(getattr(self, f"conv{i}")(image), POSITIONS)
             image = getattr(self, f"window{i}")(image)
-            attention = getattr(self, f"attn{i}")(image, _to_positions(landmark))
-            maps.append(_to_map(getattr(self, f"ffn{i}")(image, attention)))
+            attention = getattr(self, f"attn{i}")(image, rearrange(landmark, POSITIONS))
+            positions = getattr(self, f"ffn{i}")(image, attention)
+            maps.append(rearrange(positions, "n (h w) c -> n c h w", h=landmark.shape[-2]))
         return maps
 
     def tokens(self, maps: list[Tensor]) -> Tensor:
         """Map the three maps -> tokens (n, 147, D)."""
         embedded = self.embed_q(maps[0]), self.embed_k(maps[1]), self.embed_v(maps[2])
-        return torch.cat([_to_positions(x) for x in embedded], 1)
+        return torch.cat([rearrange(x, POSITIONS) for x in embedded], 1)
 
     def logits(self, x: Tensor) -> Tensor:
         """Map normalised pictures (n, 3, 224, 224) -> logits (n, classes) in the network's own order."""
