@@ -89,7 +89,7 @@ class LiaXTask(Task):
         growth = None if init else growth
         if growth:
             require_range("task.growth.levels", growth["levels"], 1, len(self.codec.decoder.levels) - 1)
-        if growth:  # levels that wait add nothing to the enlarged picture, then little by little
+            # Levels that wait add nothing to the enlarged picture, then little by little.
             for level in self.codec.decoder.levels[-growth["levels"] :]:
                 nn.init.zeros_(level.to_rgb.conv.weight)
         if decoder_only:

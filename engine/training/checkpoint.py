@@ -57,8 +57,8 @@ class Checkpoints:
         best: `min NAME` or `max NAME`: the one whose `results.json` has the best NAME stays too.
     """
 
-    def __init__(self, root: str | Path, keep: int, best: str | None = None):
-        self.root, self.keep, self.best = Path(root), keep, best
+    def __init__(self, root: Path, keep: int, best: str | None = None):
+        self.root, self.keep, self.best = root, keep, best
         # Of its own: collective calls of the thread must not mix with those of training.
         self._group = distributed.patient_group() if dist.is_initialized() else None
         self._thread: threading.Thread | None = None
@@ -175,18 +175,18 @@ def _is_first_copy(tensor: Tensor) -> bool:
     return all(place == 0 for place, placement in places if placement.is_replicate())
 
 
-def folder_of(root: str | Path, step: int) -> Path:
+def folder_of(root: Path, step: int) -> Path:
     """Return the folder of the checkpoint of a step."""
-    return Path(root) / f"step-{step:08d}"
+    return root / f"step-{step:08d}"
 
 
-def steps(root: str | Path) -> list[int]:
+def steps(root: Path) -> list[int]:
     """Return the steps of the checkpoint folders in `root`, ascending."""
-    names = (re.fullmatch(r"step-(\d+)", path.name) for path in Path(root).glob("step-*") if path.is_dir())
+    names = (re.fullmatch(r"step-(\d+)", path.name) for path in root.glob("step-*") if path.is_dir())
     return sorted(int(name[1]) for name in names if name)
 
 
-def best(root: str | Path, rule: str) -> int | None:
+def best(root: Path, rule: str) -> int | None:
     """Return the step of the best checkpoint by `rule` (`min NAME` or `max NAME`); None: none has such a result."""
     (direction, name), found = rule.split(), {}
     for step in steps(root):
@@ -196,7 +196,7 @@ def best(root: str | Path, rule: str) -> int | None:
     return (min if direction == "min" else max)(numbers, key=found.__getitem__, default=None)
 
 
-def newest(root: str | Path, say: Callable[[str], None] = print) -> Path | None:
+def newest(root: Path, say: Callable[[str], None] = print) -> Path | None:
     """Return the newest checkpoint whose files are all as they were written; `say` gets a line for each one skipped."""
     for step in reversed(steps(root)):
         folder = folder_of(root, step)
@@ -223,11 +223,10 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def load(folder: str | Path, state: dict[str, Tensor]) -> dict[str, Any]:
+def load(folder: Path, state: dict[str, Tensor]) -> dict[str, Any]:
     """Fill the tensors of `state` in place and return the info. Keys that the checkpoint lacks are removed from `state`
     if they are of an optimiser (`optim.`): a parameter that never had a gradient has no optimiser state.
     """
-    folder = Path(folder)
     shapes = _shapes(folder)
     for key in [key for key in state if key.startswith("optim.") and key not in shapes]:
         del state[key]
@@ -259,9 +258,8 @@ def _require_equal(folder: Path, stored: dict[str, tuple[int, ...]], own: dict[s
             raise UserError(f"checkpoint {folder} has {key!r} with shape {stored[key]}, the model has {shape}; {hint}")
 
 
-def read(folder: str | Path, prefixes: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(folder: Path, prefixes: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read whole tensors whose keys begin with one of `prefixes`, and the info, in one process."""
-    folder = Path(folder)
     stored = Reader(folder).read_metadata().state_dict_metadata
     state = {
         key: torch.empty(tuple(entry.size), dtype=entry.properties.dtype)

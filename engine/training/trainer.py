@@ -104,9 +104,8 @@ class Trainer:
         c = self.config
         self._resume()
         distributed.from_main(lambda: describe(self.run, self.task))
-        start, tracker, window, stopping = (self.step, self.validated == self.step), None, Window(), False
-        if distributed.is_main():
-            tracker = Tracker(self.run, start, c.wandb, c.tensorboard, self.record)
+        start, window, stopping = (self.step, self.validated == self.step), Window(), False
+        tracker = Tracker(self.run, start, c.wandb, c.tensorboard, self.record) if distributed.is_main() else None
         self._say(first_line(self.parameters, self.step, c, self.device.type, distributed.world_size()))
         self.task.train()
         try:
