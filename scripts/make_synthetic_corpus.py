@@ -77,13 +77,6 @@ def prepare(root: Path, seed: int, version: int, more: int) -> None:
         require_space(root, "--out")
         for split in SPLITS[version]:
             (root / split).mkdir(parents=True, exist_ok=True)
-        remove_parts(root)
-
-
-def remove_parts(root: Path) -> None:
-    """Delete what processes that were killed began to write."""
-    for part in root.glob("*/.*_*-*.*"):
-        part.unlink(missing_ok=True)
 
 
 def generate(jobs: list[tuple[str, int]], corpus: tuple[Path, int, int, int], workers: int) -> None:
@@ -102,6 +95,13 @@ def generate(jobs: list[tuple[str, int]], corpus: tuple[Path, int, int, int], wo
     finally:  # a worker that is killed would leave its ffmpeg writing: each ends its clip and leaves by itself
         with without_interrupts():  # a second Ctrl-C must not stop the stopping
             pool.shutdown(wait=True, cancel_futures=True)
+        remove_parts(corpus[0])
+
+
+def remove_parts(root: Path) -> None:
+    """Delete what processes that were killed began to write."""
+    for part in root.glob("*/.*_*-*.*"):
+        part.unlink(missing_ok=True)
 
 
 def main() -> None:
@@ -126,11 +126,9 @@ def main() -> None:
     jobs = [(split, i) for split in splits for i in range(counts[split]) if not is_done(root, split, i, args.version)]
     total = sum(counts.values())
     print(f"{total} clips in {root}: {total - len(jobs)} there already, {len(jobs)} to make", flush=True)
-    try:
-        if jobs:
-            generate(jobs, (root, args.seed, args.version, args.more_voices), args.workers)
-    finally:
-        remove_parts(root)
+    remove_parts(root)
+    if jobs:
+        generate(jobs, (root, args.seed, args.version, args.more_voices), args.workers)
     for split in splits:
         lines = ((root / split / clip_id(split, i)).with_suffix(".json").read_text() for i in range(counts[split]))
         write_text(root / f"{split}.jsonl", "".join(line + "\n" for line in lines))

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from corpora.preparation.clip import FPS, Outcome, WorkItem
 from corpora.preparation.sources import Source
-from corpora.preparation.steps import earlier_samples, start_steps, without_device
+from corpora.preparation.steps import Steps, earlier_samples, without_device
 from engine.cluster import Cluster
 from engine.config import build, plain, target
 from engine.errors import UserError
@@ -43,7 +43,7 @@ def prepare(config: DictConfig) -> None:
         del stage["_target_"]
     output, reuse = Path(config.output), Path(config.reuse) if config.reuse else None
     clips, frames, steps = Counter[tuple[Path, bool]](), 0, defaultdict(lambda: np.zeros(3))
-    with writable(output), _executor(config, partial(start_steps, stages, config.device, source.symbols)) as executor:
+    with writable(output), _executor(config, partial(Steps, stages, config.device, source.symbols)) as executor:
         digests, fingerprints = executor.about
         about = {"digests": digests, "symbols": source.symbols}
         writers = {}

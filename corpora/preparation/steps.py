@@ -45,6 +45,7 @@ class Steps(Work[WorkItem, WorkItem, Outcome]):
     Args:
         stages: their settings by name. device: of the networks. symbols: phonemes of the source.
         networks: false for steps that can `cut` alone, and load no networks.
+        number: of the worker process, which uses one thread, as more processes use a machine better; None: no worker.
 
     Attributes:
         steps: by name. digests: of the weights of their networks. fingerprints: by step, eight hex digits that change
@@ -53,14 +54,20 @@ class Steps(Work[WorkItem, WorkItem, Outcome]):
     """
 
     def __init__(
-        self, stages: Mapping[str, Mapping[str, Any]], device: str, symbols: list[str] | None, networks: bool = True
+        self,
+        stages: Mapping[str, Mapping[str, Any]],
+        device: str,
+        symbols: list[str] | None,
+        networks: bool = True,
+        number: int | None = None,
     ) -> None:
+        if number is not None:
+            torch.set_num_threads(1)
+            cv2.setNumThreads(1)
         offered = {"device": pick_device(device) if networks else None, "symbols": symbols}
         self.steps: dict[str, Step] = {}
-        self.digests: dict[str, str] = {}
-        self.fingerprints: dict[str, str] = {}
-        self.about = self.digests, self.fingerprints
-        before: list[Any] = []
+        self.about = self.digests, self.fingerprints = {}, {}
+        before = []
         for name, config in stages.items():
             kind = target(config["_target_"])
             parameters = inspect.signature(kind).parameters
@@ -121,16 +128,6 @@ class Steps(Work[WorkItem, WorkItem, Outcome]):
                 return
             clip.tensors |= tensors
             clip.earlier_facts = {name: facts[name] for step in steps for name in step.facts}
-
-
-def start_steps(
-    stages: Mapping[str, Mapping[str, Any]], device: str, symbols: list[str] | None, networks: bool, number: int | None
-) -> Steps:
-    """Make the steps of a process; a worker (not None) uses one thread, as more processes use a machine better."""
-    if number is not None:
-        torch.set_num_threads(1)
-        cv2.setNumThreads(1)
-    return Steps(stages, device, symbols, networks)
 
 
 def earlier_samples(folder: Path, shard: int, fingerprints: Mapping[str, str]) -> dict[str, dict[str, Any]]:

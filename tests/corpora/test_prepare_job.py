@@ -11,21 +11,19 @@ import pytest
 from drawn_faces import draw_face
 from omegaconf import OmegaConf
 
-from corpora.preparation.clip import SourceClip, WorkItem
 from corpora.preparation.job import prepare
-from corpora.preparation.steps import Steps
 from engine import processes
 from engine.errors import UserError
 from engine.media.audio import write_wav
 from engine.media.video import write_video
 from engine.settings import LIMITS
-from engine.shards.writer import read_members
 from tests import forked
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 FRAMES = 14
 SYMBOLS = ["a", "b"]
+MEAN = {"use": True, "_target_": "tests.corpora.preparation_fakes.Mean"}
 
 
 def clip_row(name, number=0):
@@ -136,12 +134,12 @@ def test_killed_processes_go_on_and_end_in_the_same_bytes(corpus, tmp_path):
 def test_bad_clips_are_listed_with_their_reasons_and_the_others_prepared(tmp_path):
     """A broken and a missing file, and stages that refuse, raise, crash and hang."""
     root, output, split = tmp_path / "corpus", tmp_path / "shards", tmp_path / "corpus" / "train"
-    names = ["good0", "truncated", "good1", "missing", "noface", "refuse", "segfault", "good2", "bug", "hang", "good3"]
+    names = ["good0", "truncated", "nan", "missing", "noface", "refuse", "segfault", "good1", "bug", "hang", "good2"]
     write_corpus(root, names)
     whole = (split / "truncated.mp4").read_bytes()
     (split / "truncated.mp4").write_bytes(whole[: len(whole) // 2])
     (split / "missing.mp4").unlink()
-    stages = {"face": {"use": True, "_target_": "corpora.preparation.media.Face"}}
+    stages = {"face": {"use": True, "_target_": "corpora.preparation.media.Face"}, "mean": MEAN}
     config = settings(root, output, workers=2, clip_timeout=10, stages=stages)
     prepare(config)
     index = json.loads((output / "train" / "index.json").read_text())
@@ -161,10 +159,11 @@ def test_bad_clips_are_listed_with_their_reasons_and_the_others_prepared(tmp_pat
         "refuse": ("brightness", "train/refuse.mp4: not wanted"),
         "segfault": ("crash", "its process died, 2 times (signal 11)"),
         "bug": ("brightness", "ZeroDivisionError: at 0x"),
+        "nan": ("mean", "not a number"),
         "hang": ("crash", "took longer than 10 s"),
     }.items():
         assert said[name][0] == stage and words in said[name][1], (name, said[name])
-    assert index["rejected"] == {"brightness": 2, "crash": 2, "decode": 2, "face": 1}
+    assert index["rejected"] == {"brightness": 2, "crash": 2, "decode": 2, "face": 1, "mean": 1}
     assert {line["source"] for line in lines} == {f"train/{line['key']}.mp4" for line in lines}
 
 
@@ -227,12 +226,3 @@ def test_tasks_of_a_slurm_array_are_processes_of_the_job():
     script = ROOT / "scripts" / "cluster" / "prepare_slurm.sbatch"
     done = subprocess.run(["bash", script, "output=a b"], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "scripts/prepare_data.py rank=3 world_size=8 workers=3 output=a b\n"
-
-
-def test_a_clip_of_which_nobody_tells_the_text_has_an_empty_one(corpus, tmp_path):
-    clip = SourceClip("a", "train/clip0.mp4", "train/clip0.wav")
-    stages = {"decode": {"_target_": "corpora.preparation.media.Decode"}}
-    steps = Steps(stages, "cpu", None)
-    assert steps.do(steps.cut(WorkItem(clip, corpus, tmp_path))).stage == ""
-    facts = next(json.loads(data) for suffix, _, data in read_members((tmp_path / "a.tar").read_bytes()))
-    assert facts["text"] == "" and facts["frames"] == FRAMES and facts["expression"] is None

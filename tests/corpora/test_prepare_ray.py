@@ -16,15 +16,15 @@ from corpora.preparation.steps import Steps
 from engine.config import load as load_config
 from engine.errors import UserError
 from engine.shards.writer import read_members
-from tests.corpora.test_prepare_job import clips_done, contents, settings, write_corpus
+from tests.corpora.test_prepare_job import FRAMES, MEAN, clips_done, contents, settings, write_corpus
 
 RAY = {"address": None, "encoders": 1, "gpus": 0.0}
-MEAN = {"use": True, "_target_": "tests.corpora.preparation_fakes.Mean"}
 
 
-def tensors(folder):
-    (members,) = [read_members(path.read_bytes()) for path in folder.glob("*.tar")]
-    return load(next(data for suffix, _, data in members if suffix == "safetensors"))
+def sample(folder):
+    (path,) = folder.glob("*.tar")
+    members = {suffix: data for suffix, _, data in read_members(path.read_bytes())}
+    return json.loads(members["json"]), load(members["safetensors"])
 
 
 def test_a_second_half_in_another_process_makes_the_same_sample(tmp_path):
@@ -36,7 +36,7 @@ def test_a_second_half_in_another_process_makes_the_same_sample(tmp_path):
     stages = chosen_stages(config, source)
     whole, front = (Steps(stages, "cpu", source.symbols, networks) for networks in (True, False))
     assert front.steps["motion"].codec is None
-    clip = SourceClip("a", "train/a.mp4", "train/a.wav")  # it has no label
+    clip = SourceClip("a", "train/a.mp4", "train/a.wav")  # it has no label and no text
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
     here = whole.do(whole.cut(WorkItem(clip, root, tmp_path / "here")))
@@ -44,18 +44,10 @@ def test_a_second_half_in_another_process_makes_the_same_sample(tmp_path):
     there = whole.do(pickle.loads(half))
     assert len(half) < 1e6  # without the pictures
     assert here.stage == there.stage == "" and there.seconds.keys() == {*whole.steps, "write"}
-    one, two = tensors(tmp_path / "here"), tensors(tmp_path / "there")
+    (facts, one), (_, two) = sample(tmp_path / "here"), sample(tmp_path / "there")
+    assert facts["text"] == "" and facts["frames"] == FRAMES and facts["expression"] is None
     assert one.keys() >= {"expression", "motion", "tokens", "speech", "ge2e", "heard_expression"}
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
-def test_a_clip_that_an_encoder_refuses_is_rejected(tmp_path):
-    root = write_corpus(tmp_path / "corpus", ["nan"])
-    stages = {"decode": {"_target_": "corpora.preparation.media.Decode"}, "mean": {"_target_": MEAN["_target_"]}}
-    steps = Steps(stages, "cpu", None)
-    (clip,) = synthetic(root).clips("train")
-    outcome = steps.do(steps.cut(WorkItem(clip, root, tmp_path)))
-    assert (outcome.stage, outcome.reason) == ("mean", "not a number") and not list(tmp_path.glob("*.tar"))
 
 
 def test_wrong_settings_of_the_executor_are_one_line(tmp_path):
