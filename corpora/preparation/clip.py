@@ -20,6 +20,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.faces.track import FaceTrack
+from engine.release import weights_digest
 
 FPS, RATE, RATE16 = 25, 24_000, 16_000
 HOP, HOP16 = RATE // FPS, RATE16 // FPS
@@ -175,13 +176,18 @@ class Encoder(Step):
         device: of the network; None: for the first half alone.
 
     Attributes:
+        network: None for the first half alone.
         settings: those that are networks, which the first half does without.
     """
 
     settings: ClassVar[tuple[str, ...]] = ()
+    network: torch.nn.Module | None = None
 
     def __init__(self, device: torch.device | None) -> None:
         self.device = device
+
+    def digests(self) -> dict[str, str]:
+        return {} if self.network is None else {self.tensors[0]: weights_digest(self.network)}
 
     def __call__(self, clip: WorkItem) -> None:
         """Put what the network reads, besides the sound, into the clip's `inputs`; this half uses no network."""

@@ -29,8 +29,7 @@ from engine.shards.writer import SplitWriter, dumps, reject_sample
 
 def prepare(config: DictConfig) -> None:
     """Run the job that `configs/prepare.yaml` describes."""
-    rank, world = place(config)
-    _check(config)
+    rank, world = _check(config)
     set_limits(Limits(**config.limits))
     source: Source = build(config.source)
     names = list(config.splits) if config.splits is not None else source.splits
@@ -100,24 +99,21 @@ def _print_speed(steps: dict[str, np.ndarray], count: int, duration: float, seco
     print(f"{count} clips in {seconds:.1f} s, workers={workers}: {speed}")
 
 
-def place(config: DictConfig) -> tuple[int, int]:
-    """Return (rank, world size) of this process: as set, else from torchrun's environment."""
+def _check(config: DictConfig) -> tuple[int, int]:
+    """Check the numbers; return (rank, world size) of this process, as set or from torchrun's environment."""
     rank = int(os.environ.get("RANK", 0)) if config.rank is None else config.rank
     world = int(os.environ.get("WORLD_SIZE", 1)) if config.world_size is None else config.world_size
     if not 0 <= rank < world:
         raise UserError(f"rank={rank} must be in 0..world_size-1, and world_size is {world}")
-    return rank, world
-
-
-def _check(config: DictConfig) -> None:
     require_choice("executor", config.executor, EXECUTORS)
     check_place(config.executor)
-    if config.executor == "ray" and place(config)[1] > 1:
+    if config.executor == "ray" and world > 1:
         raise UserError("executor=ray: one process is enough, the cluster does the work; start it without torchrun")
     for name in ("clips_per_shard", "workers", "clip_timeout", "patience", "limit"):
         least = 0 if name == "workers" and config.executor == "processes" else 1
         if config[name] is not None and config[name] < least:
             raise UserError(f"{name}={config[name]}: give {least} or more")
+    return rank, world
 
 
 def chosen_stages(config: DictConfig, source: Source) -> dict[str, dict[str, Any]]:

@@ -22,7 +22,6 @@ from engine.faces.crops import centre_square, portrait_square
 from engine.media.audio import resample
 from engine.media.pictures import video_to_tensor
 from engine.metrics.speaker import GE2EEncoder
-from engine.release import weights_digest
 from engine.settings import require_choice, require_range
 from hicodit.conditions import encoder_config, make_encoders
 from hicodit.conditions.poster2 import POSTER2
@@ -72,9 +71,7 @@ class Lip(Encoder):
     def __init__(self, encoders: dict[str, Any], device: torch.device | None) -> None:
         super().__init__(device)
         self.encoders = make_encoders(encoder_config(encoders | {"kind": "released"}))
-
-    def digests(self) -> dict[str, str]:
-        return {self.tensors[0]: weights_digest(self.encoders.network(self.encoder, self.device))}
+        self.network = None if device is None else self.encoders.network(self.encoder, device)
 
     def __call__(self, clip: WorkItem) -> None:
         clip.inputs["lip"] = clip.cut_face(self.encoders.config.cut_mouth)
@@ -150,9 +147,6 @@ class Expression(Encoder):
             network = POSTER2.from_pretrained(weights) if is_poster else encoders.expression
             self.network = network.to(device).eval()
 
-    def digests(self) -> dict[str, str]:
-        return {"expression": weights_digest(self.network)}
-
     def __call__(self, clip: WorkItem) -> None:
         classes = expression_labels(clip.info.expression, windows_of(clip.length))
         if classes is not None:
@@ -215,9 +209,7 @@ class GE2E(Encoder):
     def __init__(self, device: torch.device | None) -> None:
         super().__init__(device)
         self.encoder = None if device is None else GE2EEncoder(device)
-
-    def digests(self) -> dict[str, str]:
-        return {"ge2e": weights_digest(self.encoder.network)}
+        self.network = self.encoder and self.encoder.network
 
     def encode(self, clip: WorkItem) -> None:
         clip.tensors["ge2e"] = torch.from_numpy(np.asarray(self.encoder.embed(clip.wave16, RATE16), np.float32))

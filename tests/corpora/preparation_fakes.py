@@ -1,14 +1,25 @@
-"""Stages for tests: quick, and bad in all the ways in which a clip can be."""
+"""Stages for tests: quick, and bad in all the ways in which a clip can be. And the sample that stages made."""
 
 import errno
+import json
 import os
 import signal
 import time
 
 import torch
+from safetensors.torch import load
 
 from corpora.preparation.clip import Encoder, Step
 from engine.errors import UserError
+from engine.shards.writer import read_members
+
+
+def read_sample(folder):
+    """Return the JSON's values and the tensors of the one sample in a work folder."""
+    (path,) = folder.glob("*.tar")
+    members = {suffix: data for suffix, _, data in read_members(path.read_bytes())}
+    assert list(members) == ["json", "safetensors"]
+    return json.loads(members["json"]), load(members["safetensors"])
 
 
 class Brightness(Step):

@@ -7,7 +7,6 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load
 
 from corpora.preparation.clip import SourceClip, WorkItem
 from corpora.preparation.job import chosen_stages, prepare
@@ -15,16 +14,10 @@ from corpora.preparation.sources import synthetic
 from corpora.preparation.steps import Steps
 from engine.config import load as load_config
 from engine.errors import UserError
-from engine.shards.writer import read_members
+from tests.corpora.preparation_fakes import read_sample
 from tests.corpora.test_prepare_job import FRAMES, MEAN, clips_done, contents, settings, write_corpus
 
 RAY = {"address": None, "encoders": 1, "gpus": 0.0}
-
-
-def sample(folder):
-    (path,) = folder.glob("*.tar")
-    members = {suffix: data for suffix, _, data in read_members(path.read_bytes())}
-    return json.loads(members["json"]), load(members["safetensors"])
 
 
 def test_a_second_half_in_another_process_makes_the_same_sample(tmp_path):
@@ -44,7 +37,7 @@ def test_a_second_half_in_another_process_makes_the_same_sample(tmp_path):
     there = whole.do(pickle.loads(half))
     assert len(half) < 1e6  # without the pictures
     assert here.stage == there.stage == "" and there.seconds.keys() == {*whole.steps, "write"}
-    (facts, one), (_, two) = sample(tmp_path / "here"), sample(tmp_path / "there")
+    (facts, one), (_, two) = read_sample(tmp_path / "here"), read_sample(tmp_path / "there")
     assert facts["text"] == "" and facts["frames"] == FRAMES and facts["expression"] is None
     assert one.keys() >= {"expression", "motion", "tokens", "speech", "ge2e", "heard_expression"}
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

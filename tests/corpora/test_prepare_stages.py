@@ -7,7 +7,6 @@ import pytest
 import torch
 from drawn_faces import draw_face
 from omegaconf import OmegaConf
-from safetensors.torch import load
 
 from corpora.preparation.clip import SourceClip, WorkItem
 from corpora.preparation.job import chosen_stages
@@ -21,7 +20,6 @@ from engine.faces.clip import find_faces
 from engine.media.audio import read_audio, resample, write_wav
 from engine.media.video import read_video, write_video
 from engine.metrics.speaker import GE2EEncoder
-from engine.shards.writer import read_members
 from hicodit.conditions import encoder_config
 from hicodit.conditions.align import avhubert_mouth, mouth_poses
 from hicodit.conditions.types import EXPRESSIONS, NO_EXPRESSION
@@ -29,6 +27,7 @@ from hicodit.pipeline import HiCoDiTPipeline
 from rvq_codec import RVQCodec
 from talker_t2av.speaker.encoder import VoiceEncoder
 from talker_t2av.system import codec_digests
+from tests.corpora.preparation_fakes import read_sample
 from whisperx_vae.codec import WhisperXVAE
 
 FRAMES = 30
@@ -73,9 +72,7 @@ def test_the_stages_make_what_the_networks_make(corpus, tmp_path):
     outcome = pipeline.do(pipeline.cut(WorkItem(source.clips("train")[0], corpus, tmp_path)))
     assert outcome.stage == "", outcome.reason
     assert set(outcome.seconds) == {*pipeline.steps, "write"} and outcome.frames == FRAMES
-    members = {suffix: data for suffix, _, data in read_members((tmp_path / "a.tar").read_bytes())}
-    assert list(members) == ["json", "safetensors"]
-    facts, made = json.loads(members["json"]), load(members["safetensors"])
+    facts, made = read_sample(tmp_path)
     assert facts["frames"] == FRAMES and facts["seconds"] == FRAMES / 25 and facts["speaker"] == "3"
 
     codec, ge2e = RVQCodec.from_pretrained("assets/rvq_tiny"), GE2EEncoder()
@@ -139,7 +136,7 @@ def test_features_of_the_released_encoders_are_those_of_their_pictures(corpus, t
     pipeline = Steps(chosen_stages(load_config("prepare", words, "help"), source), "cpu", None)
     outcome = pipeline.do(pipeline.cut(WorkItem(source.clips("train")[0], corpus, tmp_path)))
     assert outcome.stage == "", outcome.reason
-    made = load({s: data for s, _, data in read_members((tmp_path / "a.tar").read_bytes())}["safetensors"])
+    _, made = read_sample(tmp_path)
     clip = WorkItem(SourceClip("a", "train/a.mp4", "train/a.wav"), corpus)
     for stage in (Decode(), Face(), Crops({"kind": "released"})):
         stage(clip)
