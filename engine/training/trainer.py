@@ -34,7 +34,7 @@ from engine.training.ema import ExponentialMovingAverage
 from engine.training.export import describe, export
 from engine.training.parallel import ParallelTask, adamw, begin_state, clipping_groups, update
 from engine.training.settings import TrainerConfig
-from engine.training.signals import StopRequest
+from engine.training.signals import stop_requests
 from engine.training.speed import Utilisation, memory_gib, peak_tflops, steady, tracing
 from engine.training.task import Task
 from engine.training.tracking import Tracker, Window, first_line, progress_line, validation_line
@@ -110,7 +110,7 @@ class Trainer:
         self.task.train()
         try:
             with (
-                StopRequest() as stop,
+                stop_requests() as stops,
                 tracing(self.run / "profile", c.profile, distributed.rank()) as trace,
                 steady(self.device, c.precision, self.batches.fixed_shapes) as settings,
             ):
@@ -126,7 +126,7 @@ class Trainer:
                     if trace:
                         trace.step()
                     failing = bool(self.write_error or self.checkpoints.problem)
-                    stopping, failed = self.agreement.reach(stop.asked, failing)  # in any process
+                    stopping, failed = self.agreement.reach(bool(stops), failing)  # in any process
                     if failed:
                         self._stop_on_write_error()
                     if window.steps == 1:
