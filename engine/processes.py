@@ -54,11 +54,9 @@ class Lost:
 
 
 class _Process:
-    """A process and this end of its pipe.
+    """A process, this end of its pipe, and its task: an item and the number of the attempt.
 
-    Attributes:
-        task: its item and the number of the attempt. since: time at which it began; infinity while the process loads.
-        starts: how often a process of this number was started.
+    since: time at which the task began; infinity while the process loads. starts: how often it was started.
     """
 
     def __init__(self, number: int, build: Callable[[int], Work]) -> None:
@@ -73,6 +71,25 @@ class _Process:
         self.process.start()
         theirs.close()
         self.since, self.starts = math.inf, self.starts + 1
+
+    def give(self, task: tuple[Any, int]) -> None:
+        self.task = task
+        if self.since < math.inf:
+            self.since = time.monotonic()
+        with suppress(BrokenPipeError, ConnectionResetError):  # it died while idle; `receive` will notice
+            self.connection.send(task[0])
+
+    def receive(self) -> tuple[str, Any]:
+        """Return what `_serve` sends next, or ("died", how)."""
+        try:
+            return self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            code = self.process.exitcode
+            how = f"signal {-code}" if code and code < 0 else f"exit code {code}"
+            if self.since < math.inf:
+                return "died", how
+            return "refused", f"a process ended with {how} while it loaded: use fewer if memory is short"
 
     def end(self) -> None:
         self.process.kill()
@@ -97,15 +114,17 @@ class Processes(Generic[Item, Result]):
     ) -> None:
         self.build, self.timeout, self.about = build, timeout, None
         self.processes = [_Process(number, build) for number in range(count)]
-        self._again: list[tuple[Item, int]] = []
 
     def __enter__(self) -> Processes[Item, Result]:
         if not self.processes:
             self._work = self.build(None)
             self.about = self._work.about
         try:
-            for process in self.processes:
-                self._receive(process)
+            for each in self.processes:
+                word, self.about = each.receive()
+                if word != "ready":
+                    raise UserError(self.about)
+                each.since = time.monotonic()
         except BaseException:
             self.__exit__()
             raise
@@ -127,67 +146,43 @@ class Processes(Generic[Item, Result]):
             for item in items:
                 yield item, self._work.do(self._work.cut(item))
             return
-        fresh = ((item, 1) for item in items)
+        fresh, again = ((item, 1) for item in items), []
         while True:
             for each in self.processes:
-                if each.task is None:
-                    self._give(each, self._again.pop() if self._again else next(fresh, None))
+                if each.task is None and (task := again.pop() if again else next(fresh, None)):
+                    each.give(task)
             busy = [each for each in self.processes if each.task]
             if not busy:
                 return
             left = min(each.since for each in busy) + self.timeout - time.monotonic()
             wait([each.connection for each in busy], timeout=min(max(0.05, left), 60))
             for each in busy:
-                item, results = each.task[0], []
+                item, attempt = each.task
                 if each.connection.poll():
-                    results = self._receive(each)
+                    word, result = each.receive()
                 elif time.monotonic() - each.since > self.timeout:
+                    word, result = "late", Lost(f"it took longer than {self.timeout:g} s")
+                else:
+                    continue
+                if word == "ready":
+                    each.since = time.monotonic()
+                    continue
+                if word == "refused" and each.starts > 1 and len(self.processes) > 1:
+                    print(f"{result}; {len(self.processes) - 1} processes go on", file=sys.stderr, flush=True)
+                    self.processes.remove(each)
+                    each.end()
+                    again.append(each.task)
+                    continue
+                if word in ("refused", "error"):
+                    raise UserError(result)
+                each.task = None
+                if word in ("died", "late"):
                     each.end()
                     each.start()
-                    results = [Lost(f"it took longer than {self.timeout:g} s")]
-                for result in results:
-                    each.task = None
-                    yield item, result
-
-    def _give(self, each: _Process, task: tuple[Item, int] | None) -> None:
-        each.task = task
-        if each.since < math.inf:
-            each.since = time.monotonic()
-        if task is not None:
-            with suppress(BrokenPipeError, ConnectionResetError):  # it died while idle; `_receive` will notice
-                each.connection.send(task[0])
-
-    def _receive(self, each: _Process) -> list[Result | Lost]:
-        """Return the result that a process sends; nothing if it is ready now, or died and its item is tried again."""
-        try:
-            word, answer = each.connection.recv()
-        except (EOFError, ConnectionResetError):
-            each.process.join()
-            code = each.process.exitcode
-            word, answer = "died", f"signal {-code}" if code and code < 0 else f"exit code {code}"
-            if each.since == math.inf:
-                word, answer = "refused", f"a process ended with {answer} while it loaded: use fewer if memory is short"
-        match word:
-            case "done":
-                return [answer]
-            case "ready":
-                self.about, each.since = answer, time.monotonic()
-            case "died":
-                (item, attempt), each.task = each.task, None
-                each.end()
-                each.start()
-                if attempt >= ATTEMPTS:
-                    return [Lost(f"its process died, {ATTEMPTS} times ({answer})")]
-                self._again.append((item, attempt + 1))
-            case "refused" if each.starts > 1 and len(self.processes) > 1:
-                print(f"{answer}; {len(self.processes) - 1} processes go on", file=sys.stderr, flush=True)
-                self.processes.remove(each)
-                each.end()
-                if each.task:
-                    self._again.append(each.task)
-            case _:
-                raise UserError(answer)
-        return []
+                if word == "died" and attempt < ATTEMPTS:
+                    again.append((item, attempt + 1))
+                    continue
+                yield item, Lost(f"its process died, {ATTEMPTS} times ({result})") if word == "died" else result
 
 
 def _serve(connection: Connection, build: Callable[[int], Work], number: int, limits: Limits) -> None:
