@@ -236,7 +236,7 @@ class SplitWriter:
         for sample in samples:  # most have all, so naming what one lacks is short
             lacks = sorted({*tensors}.difference(sample.pop("tensors")))
             sample |= {"lacks": lacks} if lacks else {}
-        count, (total, square) = _added(sums)
+        count, (total, square) = _total(sums)
         sidecar = {
             "version": VERSION,
             "plan": self.plan,
@@ -281,7 +281,7 @@ class SplitWriter:
             seconds = round(sum(sample["seconds"] for sample in samples), 3)
             shards.append({"name": name, "clips": len(samples), "seconds": seconds})
             shards[-1] |= {"bytes": sidecar["bytes"], "crc32": sidecar["crc32"]}
-        count, (total, square) = _added(sums)
+        count, (total, square) = _total(sums)
         mean = total / max(1, count)
         variance = (square - count * mean.square()) / max(1, count - 1)
         std = variance.clamp_min(0).sqrt().clamp_min(MIN_STD)
@@ -297,7 +297,7 @@ class SplitWriter:
         }
 
 
-def _added(sums: Sequence[tuple[int, torch.Tensor]]) -> tuple[int, torch.Tensor]:
+def _total(sums: Sequence[tuple[int, torch.Tensor]]) -> tuple[int, torch.Tensor]:
     """Add numbers of rows, and sums (2, D) of rows and of their squares in float64, in the order of the samples."""
     if not sums:
         return 0, torch.zeros(2, 0)
