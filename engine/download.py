@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import os
@@ -20,6 +19,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers, tqdm
 
 from engine.errors import UserError, printable
+from engine.files import report_os_errors
 
 TIMEOUT = 30.0  # seconds without a byte
 ATTEMPTS = 4  # at a server with errors (5xx)
@@ -82,18 +82,16 @@ def fetch(file: RemoteFile, folder: str | Path, retry_delay: float = 1.0, progre
             check(target, file)
             return False
     check_reachable("{0.scheme}://{0.netloc}".format(urlsplit(file.url)))
-    try:
+    with report_os_errors(f"cannot write {target}"):
         part.parent.mkdir(parents=True, exist_ok=True)
         _append(part, file, retry_delay, progress)
-        check(part, file)
+        try:
+            check(part, file)
+        except DamagedError as error:
+            part.unlink()
+            raise DamagedError(f"the download of {file.url} was deleted: {error}") from error
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(part, target)
-    except DamagedError as error:
-        part.unlink()
-        raise DamagedError(f"the download of {file.url} was deleted: {error}") from error
-    except OSError as error:
-        full = error.errno == errno.ENOSPC
-        raise UserError(f"cannot write {target}: {'the disk is full' if full else error}") from error
     return True
 
 
