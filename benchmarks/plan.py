@@ -26,7 +26,6 @@ from engine.training.speed import PEAKS
 from engine.training.task import Task
 
 WAYS = ("ddp", "fsdp", "hybrid")
-PARTS = ("weights", "gradients", "optimiser", "average", "activations")
 
 
 @dataclass(frozen=True)
@@ -104,12 +103,10 @@ def network_seconds(measured: Measured, parallel: str, gpus: int, card: Card) ->
     GPUs. `hybrid` shards within a machine, and reduces between machines in as many rings at once as one has GPUs."""
     seconds = 0.0
     for kind, size in measured.sent.items():
-        ranks = gpus
-        if parallel == "hybrid":
-            ranks = max(1, gpus // card.machine) if kind == "allreduce" else min(gpus, card.machine)
         if parallel == "hybrid" and kind == "allreduce":
-            rate = card.network
+            ranks, rate = max(1, gpus // card.machine), card.network
         else:
+            ranks = min(gpus, card.machine) if parallel == "hybrid" else gpus
             rate = card.link if ranks <= card.machine else min(card.link, card.machine * card.network)
         seconds += (2 if kind == "allreduce" else 1) * (ranks - 1) / ranks * size / (rate * EFFICIENCY["network"])
         seconds += measured.calls[kind] * EFFICIENCY["latency"] * math.log2(max(2, ranks))
@@ -227,8 +224,9 @@ def measure_samples(
         # HiCoDiT's task reads a tokenizer's files, and is small; a Talker may be larger than this machine's memory.
         with nullcontext() if model == "talker" else _disable_current_modes():
             task = build_task(f"{MODELS[model]}_base", **sizes)
-        if lora["rank"]:
-            _adapt(task, lora)
+        if lora["rank"]:  # PEFT would move the updates to the device on which a model without data is
+            with mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
+                task.adapt(**lora)
         return task
 
     def run(samples: int, half: bool = False) -> Measured:
@@ -245,12 +243,6 @@ def measure_samples(
     memory = one.memory | {"activations": two(one.memory["activations"], many.memory["activations"])}
     counts = {name: two(getattr(one, name), getattr(many, name)) for name in ("flops", "touched", "beside")}
     return one, replace(one, memory=memory, **counts, sharded=one.sharded + counts["beside"] - one.beside)
-
-
-def _adapt(task: Task, lora: dict[str, Any]) -> None:
-    """Give a task without data low-rank updates, where PEFT would move them to the device on which they are."""
-    with mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
-        task.adapt(**lora)
 
 
 def draw(plans: list[Plan], room: float, title: str, path: Path) -> None:

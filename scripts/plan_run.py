@@ -23,7 +23,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.plan import CARDS, EFFICIENCY, PARTS, WAYS, Plan, draw, measure_samples, plan, read_recipe
+from benchmarks.plan import CARDS, EFFICIENCY, WAYS, Plan, draw, measure_samples, plan, read_recipe
 from engine.errors import UserError, run_cli
 from engine.files import write_json
 from engine.record import portable, record
@@ -31,7 +31,7 @@ from scripts.arguments import Parser, within
 
 
 def line(p: Plan) -> str:
-    memory = ", ".join(f"{name} {p.memory[name] / 2**30:.2f}" for name in PARTS)
+    memory = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in p.memory.items())
     sent = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in p.sent.items()) or "nothing"
     return (
         f"{p.gpus:>5} GPUs {p.parallel:<6} {p.samples} samples: {sum(p.memory.values()) / 2**30:.1f} GiB ({memory})"
