@@ -9,6 +9,7 @@ grows with the clip, as the model needs all of them.
 from __future__ import annotations
 
 import argparse
+import itertools
 import resource
 import subprocess
 import tempfile
@@ -19,10 +20,8 @@ from typing import Any
 
 from benchmarks.common import in_own_process, peak_memory_mb, read_config
 from engine.codec import load_codec
-from engine.errors import UserError
 from engine.faces.clip import ClipFrames, find_faces
-from engine.media.ffmpeg import command, last_line
-from hicodit.conditions import EncoderConfig
+from engine.media.ffmpeg import command
 from hicodit.conditions.encoders import TinyEncoderConfig
 from hicodit.conditions.released import ReleasedEncoderConfig
 from hicodit.conditions.types import FPS
@@ -45,42 +44,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     with tempfile.TemporaryDirectory() as scratch:
-        for height in args.heights:
-            for seconds in args.seconds:
-                clip = repeat(CLIP, seconds, height, Path(scratch) / f"{height}-{seconds:g}.mp4")
-                for part in args.parts:
-                    result = in_own_process(measure, str(clip), part)
-                    line = (
-                        f"{seconds:g} s, {height} pixels high, {part}: peak {result['peak_mb']:.0f} MB "
-                        f"({result['before_mb']:.0f} MB before; crops are {result['crops_mb']:.0f} MB), "
-                        f"{result['cpu_seconds'] + result['decoder_cpu_seconds']:.1f} s of CPU time"
-                    )
-                    yield {"seconds": seconds, "height": height, "part": part, **result}, line
-                clip.unlink()
-
-
-def repeat(source: Path, seconds: float, height: int, out: Path) -> Path:
-    """Write `source` repeated to a length of `seconds`, scaled to a height of `height` pixels."""
-    options = f"-t {seconds} -vf scale=-2:{height} -an -preset ultrafast -threads 1".split()
-    call = command("-v", "error", "-stream_loop", "-1", "-i", str(source), *options, str(out))
-    done = subprocess.run(call, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{source}: {last_line(done.stderr)}")
-    return out
-
-
-def random_pipeline(encoders: EncoderConfig) -> HiCoDiTPipeline:
-    """The bundled model's sizes and tokenizer, with these encoders: all that cuts crops, with random weights."""
-    sizes = read_config("model/hicodit_tiny") | {"lip_dim": encoders.lip_dim, "face_dim": encoders.face_dim}
-    codec = load_codec(BUNDLED.parent / "rvq_tiny", CODECS)
-    return HiCoDiTPipeline(HiCoDiTSystem(ModelConfig(**sizes), encoders), codec, SamplerConfig(), GuidanceScales())
+        clip = Path(scratch) / "clip.mp4"
+        for height, seconds in itertools.product(args.heights, args.seconds):
+            options = f"-t {seconds} -vf scale=-2:{height} -an -preset ultrafast -threads 1".split()
+            repeat = ["-v", "error", "-y", "-stream_loop", "-1", "-i", str(CLIP), *options, str(clip)]
+            subprocess.run(command(*repeat), check=True)
+            for part in args.parts:
+                result = in_own_process(measure, str(clip), part)
+                line = (
+                    f"{seconds:g} s, {height} pixels high, {part}: peak {result['peak_mb']:.0f} MB "
+                    f"({result['before_mb']:.0f} MB before; crops are {result['crops_mb']:.0f} MB), "
+                    f"{result['cpu_seconds'] + result['decoder_cpu_seconds']:.1f} s of CPU time"
+                )
+                yield {"seconds": seconds, "height": height, "part": part, **result}, line
 
 
 def measure(clip: str, part: str) -> dict[str, float]:
-    """Peak memory in MB and CPU seconds of one part; the decoder is a separate process."""
+    """Return peak memory in MB and CPU seconds of one part; the decoder is a separate process."""
     pipeline = None
-    if part in ENCODERS:
-        pipeline = random_pipeline(ENCODERS[part]())
+    if part in ENCODERS:  # with the bundled model's sizes and tokenizer, and random weights
+        encoders = ENCODERS[part]()
+        sizes = read_config("model/hicodit_tiny") | {"lip_dim": encoders.lip_dim, "face_dim": encoders.face_dim}
+        system = HiCoDiTSystem(ModelConfig(**sizes), encoders)
+        codec = load_codec(BUNDLED.parent / "rvq_tiny", CODECS)
+        pipeline = HiCoDiTPipeline(system, codec, SamplerConfig(), GuidanceScales())
     elif part == "encoded":
         pipeline = HiCoDiTPipeline.from_pretrained()
     start, before, stored = time.process_time(), peak_memory_mb(), 0
