@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
-    rows = read_manifest(args.corpus, args.split)
+    rows, folder = read_manifest(args.corpus, args.split), args.corpus / args.split
     if not all("face" in row for row in rows):
         raise UserError(f"--corpus {args.corpus} has no faces")
     faces = {voice.number: voice.face for voice in load_voices(2)}
@@ -53,33 +53,28 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
         for number in range(args.clips):
             rng = np.random.default_rng([args.seed, number])
             one, two = (rows[i] for i in rng.choice(len(rows), 2, replace=False))
-            speaker, wave = _frames(args, one), read_audio(args.corpus / args.split / f"{one['id']}.wav", RATE)
-            length, other = len(speaker), _frames(args, two)
+            speaker, other = (read_video(folder / f"{row['id']}.mp4", FPS) for row in (one, two))
+            wave, length = read_audio(folder / f"{one['id']}.wav", RATE), len(speaker)
             looks = pose(str(rng.choice(EXPRESSIONS)), 0.9)
             motion = draw_motion(rng, length, np.zeros(length))
             listener = DrawnFace(faces[two["voice"]]).render(mouth_track([], length), looks, motion)
             path = Path(scratch) / f"{number}.mp4"
-            for kind, second in (("sound", np.resize(other, (length, *other.shape[1:]))), ("silent", listener)):
-                frames, spoken = side_by_side(speaker, second, rng)
-                write_video(path, frames, FPS, wave if kind == "sound" else None, RATE)
-                track = prepared(path) if kind == "sound" else find_faces(ClipFrames(path, FPS), FPS, "speaking")[0]
-                middle = float(np.median(track.boxes[:, 0] + track.boxes[:, 2] / 2))
-                counts[kind] += spoken[0] < middle < spoken[1]
+            frames, spoken = side_by_side(speaker, np.resize(other, (length, *other.shape[1:])), rng)
+            write_video(path, frames, FPS, wave, RATE)
+            clip = WorkItem(SourceClip("clip", video=path.name), path.parent)
+            for stage in (Decode(), Face()):
+                stage(clip)
+            counts["sound"] += is_within(clip.track, spoken)
+            frames, spoken = side_by_side(speaker, listener, rng)
+            write_video(path, frames, FPS)
+            counts["silent"] += is_within(find_faces(ClipFrames(path, FPS), FPS, "speaking")[0], spoken)
     for kind, right in counts.items():
         yield {"kind": kind, "clips": args.clips, "right": right}, f"{kind}: right in {right} of {args.clips} clips"
 
 
-def _frames(args: argparse.Namespace, row: dict[str, Any]) -> np.ndarray:
-    return read_video(args.corpus / args.split / f"{row['id']}.mp4", FPS)
-
-
-def prepared(path: Path) -> FaceTrack:
-    """Return the track that preparation chooses in a clip with sound."""
-    clip = WorkItem(SourceClip("clip", video=path.name), path.parent)
-    for step in (Decode(), Face()):
-        step(clip)
-    assert clip.track is not None
-    return clip.track
+def is_within(track: FaceTrack, columns: tuple[int, int]) -> bool:
+    """Return whether the face of a track is between two columns of the picture, mostly."""
+    return columns[0] < float(np.median(track.boxes[:, 0] + track.boxes[:, 2] / 2)) < columns[1]
 
 
 def side_by_side(
