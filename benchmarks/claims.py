@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ from engine.record import dated
 from scripts.arguments import within
 from scripts.evaluate import evaluate
 
-ROOT = Path(__file__).resolve().parents[1]
 CLAIMS: dict[str, dict[str, Any]] = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("claims.yaml")))
 NEVER = ["trainer.checkpoint_every=1000000", "trainer.validate_every=1000000"]
 Pairs = dict[str, dict[str, Sequence[float]]]  # figure -> clip -> (a, b)
@@ -130,7 +128,7 @@ def train(
             start = hicodit_models.start(folder / "start", settings, seed, claim["start"])
             settings = [*settings, f"init={start}"]
         # In the user's working folder: what the settings name lies there.
-        run_program([sys.executable, str(ROOT / "train.py"), f"run={folder}", *NEVER, *settings], "train.py")
+        run_program(args.threads, "train.py", f"run={folder}", *NEVER, *settings)
     done.write_text(wanted)
     return folder / "release"
 

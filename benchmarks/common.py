@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import os
 import subprocess
+import sys
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +27,7 @@ from engine.errors import UserError
 from engine.precision import Int8Linear, prepare_inference
 from engine.training.speed import counter, memory_gib
 
+ROOT = Path(__file__).resolve().parents[1]
 T = TypeVar("T")
 
 
@@ -176,10 +179,12 @@ def tiny_encoders(model: dict[str, Any]) -> dict[str, int]:
     return {"lip_dim": model["lip_dim"], "lip_heads": model["lip_dim"] // 32, "face_dim": model["face_dim"]}
 
 
-def run_program(call: Sequence[str], name: str, **environment: str) -> None:
-    """Run a program in this environment with more variables."""
-    if code := subprocess.run(call, env=os.environ | environment).returncode:
-        raise UserError(f"{name} ended with {code}, its last lines say why; the same command goes on")
+def run_program(threads: int, program: str, *words: str, **environment: str) -> None:
+    """Run a program or shell script of the repository with words, and with more variables of the environment."""
+    settings = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'codecs'}", "OMP_NUM_THREADS": str(threads)} | environment
+    call = ["bash" if program.endswith(".sh") else sys.executable, str(ROOT / program), *words]
+    if code := subprocess.run(call, env=os.environ | settings).returncode:
+        raise UserError(f"{program} ended with {code}, its last lines say why; the same command goes on")
 
 
 def took(part: str, begin: float, **more: float) -> tuple[dict[str, Any], str]:

@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +24,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from omegaconf import OmegaConf
 
-from benchmarks.common import run_program, took
+from benchmarks.common import ROOT, run_program, took
 from corpora.synthetic.corpus import RATE, ClipMaker, clip_id, is_done
 from corpora.synthetic.sentences import grammar, language_model
 from engine.evaluation.summary import headline
@@ -38,7 +36,6 @@ from engine.progress import track
 from engine.untrusted import read_json
 from scripts.arguments import within
 
-ROOT = Path(__file__).resolve().parents[1]
 VOICES, SEED = 40, 1  # voices that the bundled weights never saw; seed of the footage, the corpus has 0
 BUNDLED = ROOT / "assets" / "talker_t2av_tiny"
 FIGURES = "[wer,wer_free,voice_similarity,synchrony,ends_in_time,length_error]"
@@ -73,7 +70,7 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     codecs = {stream: ROOT / "assets" / name for stream, name in codecs.items()}
     stages = [f"stages.{s}.{'encoder' if s == 'speaker' else 'codec'}={folder}" for s, folder in codecs.items()]
     where = [f"source.root={footage}", f"output={shards}", f"reuse={shards}", f"device={args.device}"]
-    program(args, "scripts/prepare_data.py", *PREPARE.split(), "splits=[train]", *where, *stages)
+    run_program(args.threads, "scripts/prepare_data.py", *PREPARE.split(), "splits=[train]", *where, *stages)
     yield took("preparation", begin)
     begin = time.monotonic()
     if not (run / "release").is_dir():
@@ -81,14 +78,21 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
         settings += [f"task.codecs.{stream}={folder}" for stream, folder in codecs.items()]
         settings += [f"lora.rank={args.rank}", f"lora.alpha={args.rank}", f"trainer.lr={args.lr}"]
         settings += [f"trainer.steps={args.steps}", f"trainer.device={args.device}", f"run={run}"]
-        program(args, "train.py", *TRAIN.split(), *settings)
+        run_program(args.threads, "train.py", *TRAIN.split(), *settings)
     yield took("training", begin)
     begin, report = time.monotonic(), args.work / f"{run.name}_{args.split}"
     systems = f"{{before:{{mode:t2av}},after:{{mode:t2av,weights:{run / 'release'}}},codecs:{{mode:resynthesis}}}}"
     settings = f"""only=[before,after,codecs] clips=null split=[] corpus=null compare=true media=false workers=1
     references={footage / "unseen"} manifest={footage / args.split}.jsonl grammar={footage / "grammar.jsgf"}
-    output={report} device={args.device}"""
-    program(args, "scripts/evaluate.py", "talker_t2av", *settings.split(), f"systems={systems}", f"metrics={FIGURES}")
+    output={report} device={args.device} systems={systems} metrics={FIGURES}"""
+    run_program(
+        args.threads,
+        "scripts/evaluate.py",
+        "talker_t2av",
+        *settings.split(),
+        f"systems={systems}",
+        f"metrics={FIGURES}",
+    )
     yield took("evaluation", begin)
     found = read_json(report / "results.json")
     for system, cells in headline(found).items():
@@ -96,12 +100,6 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     tests = [test for test in found["tests"] if set(test["systems"]) == {"before", "after"}]
     yield {"tests": tests}, f"tests: {tests}"
     draw(footage, report / "outputs", args.work / f"{args.split}.jpg")
-
-
-def program(args: argparse.Namespace, *words: str) -> None:
-    """Run a command of the repository."""
-    settings = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'codecs'}", "OMP_NUM_THREADS": str(args.threads)}
-    run_program([sys.executable, str(ROOT / words[0]), *words[1:]], words[0], **settings)
 
 
 def film(root: Path, args: argparse.Namespace) -> float:

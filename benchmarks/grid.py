@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import run_program, took
+from benchmarks.common import ROOT, run_program, took
 from corpora.preparation.sources_studio import ADVERBS, ALIGNMENT_RATE, COLOURS, DIGITS, PREPOSITIONS, UNSEEN, VERBS
 from corpora.synthetic.corpus import FRAME, RATE, loudness, speak
 from corpora.synthetic.expression import Pose, prosody
@@ -41,7 +41,6 @@ from engine.untrusted import read_json
 from engine.word_times import WordTimes
 from scripts.arguments import within
 
-ROOT = Path(__file__).resolve().parents[1]
 SPEAKERS = "s1", "s2", "s3", "s4", "s5", "s9", "s6", "s7", "s8", "s10", "s12"  # of GRID, in the order of their voices
 FIRST_VOICE = 10_000  # seed; those of the bundled weights are smaller
 TRIALS, MOST_WRONG = 25, 1  # sentences by which a voice is tried, and words that a recogniser may miss in them
@@ -107,9 +106,8 @@ def recipe(args: argparse.Namespace, start: str, **settings: str) -> None:
         f"device={args.device} workers=1 media=false cache={(args.work / 'cache').resolve()} "
         f"protocol.wer=grammar grammar={(args.work / 'grid.jsgf').resolve()}"
     )
-    settings |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": str(args.threads)}
-    script = ["bash", str(ROOT / "scripts" / "recipes" / "grid.sh"), "tokens", "train", "evaluate"]
-    run_program(script, "the recipe", **settings)
+    steps = "tokens", "train", "evaluate"
+    run_program(args.threads, "scripts/recipes/grid.sh", *steps, PYTHON=sys.executable, **settings)
 
 
 def write_grammar(folder: Path) -> Path:
@@ -170,13 +168,7 @@ def understood(seed: int, synthesizer: Synthesizer, recogniser: Recogniser) -> b
 
 
 def write_clip(
-    path: Path,
-    align: Path,
-    seed: int,
-    text: str,
-    synthesizer: Synthesizer,
-    times: WordTimes,
-    rng: np.random.Generator,
+    path: Path, align: Path, seed: int, text: str, synthesizer: Synthesizer, times: WordTimes, rng: np.random.Generator
 ) -> None:
     """Speak and draw a sentence; write it as MPEG-1 of GRID's size, and its words in GRID's unit of time."""
     traits = draw_traits(seed)
