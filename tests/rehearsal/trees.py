@@ -7,7 +7,6 @@ import io
 import json
 import subprocess
 import tarfile
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from tests.drawn_faces import draw_face
 ROOT = Path(__file__).resolve().parents[2]
 RATE, FPS, FRAMES = 24_000, 25, 30
 SENTENCE = "set blue by hotel four now"
+VIDEOS = ("Tr6MMsoWAog", "zSIcHhxeKbM", "0ABCdefGHij")  # of YouTube
 
 
 @cache
@@ -51,6 +51,7 @@ def write_clip(path: Path, number: int, frames: int = FRAMES, silent: bool = Fal
 
 def write_sound(path: Path, number: int) -> bytes:
     """Write a sound file of the kind of its suffix and return its bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     wav = path.with_suffix(".wav")
     write_wav(wav, sound(number), RATE)
     if wav != path:
@@ -73,29 +74,6 @@ def write_tar(path: Path, files: dict[str, bytes]) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-
-
-def lrs3(root: Path) -> None:
-    videos = ("pretrain/00j9bKdiOjk", "trainval/0Fi83BHQsMA", "trainval/0af00UcTOSc", "trainval/1H0vWuBNzUI", "test/a")
-    for number, video in enumerate(videos):
-        write_clip(root / video / "00001.mp4", number, text=SENTENCE)
-
-
-def lrs2(root: Path) -> None:
-    for number, name in enumerate(("train", "val", "test")):
-        write_clip(root / "main" / name / "00001.mp4", number, text=SENTENCE)
-        (root / f"{name}.txt").write_text(f"{name}/00001\n")
-
-
-def voxceleb2(root: Path) -> None:
-    for number, speaker in enumerate(("id00012", "id00015", "id00016")):
-        write_clip(root / "dev" / "mp4" / speaker / "21Uxsk56VDQ" / "00001.mp4", number)
-    write_clip(root / "test" / "mp4" / "id00017" / "01dfn2spqyE" / "00001.mp4", 4)
-
-
-def grid(root: Path) -> None:
-    for number, name in enumerate(("s3/lbbc1a", "s4/pgwi9s", "s5/prav6s", "s1/bbaf2n")):
-        write_clip(root / f"{name}.mpg", number)
 
 
 def talker_data(root: Path) -> None:
@@ -121,34 +99,36 @@ def emilia(root: Path) -> None:
     write_tar(root / "EN" / "EN-B000000.tar", files)
 
 
-def youtube(root: Path) -> None:
-    names = ("Tr6MMsoWAog", "zSIcHhxeKbM", "0ABCdefGHij")
-    for number, name in enumerate(names):
-        write_clip(root / "videos" / f"{name}.mp4", number, frames=60)
-    rows = [f"{name},{start},{start + 1.2},0.5,0.5\n" for name in names for start in (0.0, 1.0)]
-    (root / "avspeech_train.csv").write_text("".join(rows))
-
-
-def footage(root: Path) -> None:
-    rows = [{"path": f"clip{i}.mp4", "text": SENTENCE, "split": "val" * (i == 2)} for i in range(3)]
-    for number, row in enumerate(rows):
-        write_clip(root / row["path"], number)
-    write_rows(root / "clips.csv", rows)
-
-
-TREES: dict[str, Callable[[Path], None]] = {  # by folder below the documentation's /data
-    "lrs3": lrs3, "lrs2": lrs2, "vox2": voxceleb2, "grid": grid, "talker_t2av_data": talker_data, "emilia": emilia,
-    "youtube": youtube, "footage": footage,
+# Clips by folder below the documentation's /data, in the layouts of the data sets.
+CLIPS = {
+    "lrs3": [f"{video}/00001.mp4" for video in ("pretrain/00j9bKdiOjk", "trainval/0Fi83BHQsMA", "trainval/0af00UcTOSc",
+                                                "trainval/1H0vWuBNzUI", "test/a")],
+    "lrs2": [f"main/{split}/00001.mp4" for split in ("train", "val", "test")],
+    "vox2": [f"{speaker}/00001.mp4" for speaker in ("dev/mp4/id00012/21Uxsk56VDQ", "dev/mp4/id00015/21Uxsk56VDQ",
+                                                    "dev/mp4/id00016/21Uxsk56VDQ", "test/mp4/id00017/01dfn2spqyE")],
+    "grid": ["s3/lbbc1a.mpg", "s4/pgwi9s.mpg", "s5/prav6s.mpg", "s1/bbaf2n.mpg"],
+    "youtube": [f"videos/{name}.mp4" for name in VIDEOS],
+    "footage": ["clip0.mp4", "clip1.mp4", "clip2.mp4"],
+    "..": ["clip.mp4", "clips/one.mp4", "clips/two.mp4", "F.mp4", "C.mp4"],  # beside it, of the examples
 }  # fmt: skip
 
 
 def write(work: Path) -> None:
     """Write the trees below WORK/data, and the files that the documentation's examples name."""
-    for name, make in TREES.items():
-        (work / "data" / name).mkdir(parents=True)
-        make(work / "data" / name)
-    for number, name in enumerate(("clip.mp4", "clips/one.mp4", "clips/two.mp4", "F.mp4", "C.mp4")):
-        write_clip(work / name, number, silent=number == 0)
+    data = work / "data"
+    for folder, paths in CLIPS.items():
+        for number, path in enumerate(paths):
+            text, frames = SENTENCE if folder in ("lrs2", "lrs3") else "", 60 if folder == "youtube" else FRAMES
+            write_clip(data / folder / path, number, frames, path == "clip.mp4", text)
+    for split in ("train", "val", "test"):
+        (data / "lrs2" / f"{split}.txt").write_text(f"{split}/00001\n")
+    rows = [f"{name},{start},{start + 1.2},0.5,0.5\n" for name in VIDEOS for start in (0.0, 1.0)]
+    (data / "youtube" / "avspeech_train.csv").write_text("".join(rows))
+    write_rows(data / "footage" / "clips.csv", [
+        {"path": path, "text": SENTENCE, "split": "val" * (path == "clip2.mp4")} for path in CLIPS["footage"]
+    ])  # fmt: skip
+    talker_data(data / "talker_t2av_data")
+    emilia(data / "emilia")
     for number, name in enumerate(("voice.wav", "V.wav", "S.wav")):
         write_sound(work / name, number)
     jobs = [{"mode": "tts", "text": "hello", "reference_audio": "V.wav"}]
