@@ -215,21 +215,20 @@ class HiCoDiTPipeline:
 
         strip: a file for the picture of the track.
         """
-        config, mouth, voices, probabilities, start, count = self.system.encoders.config, None, [], [], 0, 0
-        voice_pictures = self.system.voice_pictures(len(track))
+        config, mouth, voices, probabilities, start = self.system.encoders.config, None, [], [], 0
+        every, voice_pictures = config.picture_every, self.system.voice_pictures(len(track))
         drawing = Strip(track, FPS) if strip is not None else None
         for block in blocks:
-            part = track[start : start + len(block)]
             mouths = config.cut_mouth(block, track, start)
             if mouth is None:
                 mouth = np.empty((len(track), *mouths.shape[1:]), mouths.dtype)
             mouth[start : start + len(block)] = mouths
-            index = np.arange(-start % config.picture_every, len(block), config.picture_every)
+            first = -(-start // every)  # number of the block's first face picture
+            index = np.arange(first * every - start, len(block), every)
             if len(index):
-                pictures = config.cut_faces(block[index], part[index])
+                pictures = config.cut_faces(block[index], track[start + index])
                 probabilities.append(self.system.read_expressions(torch.from_numpy(pictures).movedim(-1, 1)))
-                voices.append(pictures[[n - count for n in voice_pictures if count <= n < count + len(index)]])
-                count += len(index)
+                voices.append(pictures[[n - first for n in voice_pictures if first <= n < first + len(index)]])
             if drawing is not None:
                 drawing.add(block, mouths, start)
             start += len(block)

@@ -5,6 +5,8 @@ Axes: T frames, H height, W width. Boxes are (x, y, w, h) in pixels.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import cv2
 import numpy as np
 
@@ -20,38 +22,33 @@ SQUARE_SIDE, RAISE = 1.78, 0.16
 CROPPED = 0.85  # share of a square picture from which on the face fills it: it has been cropped already
 
 
-def _crop(frame: np.ndarray, centre: np.ndarray, side: float, roll: float, size: int) -> np.ndarray:
-    """Cut a square of `side` pixels around `centre`, turned by `roll`, as (size, size); outside pixels repeat the
-    border.
-    """
-    scale = size / side
-    cos, sin = scale * np.cos(roll), scale * np.sin(roll)
-    turn = np.array([[cos, sin], [-sin, cos]])
-    shift = size / 2 - turn @ centre - 0.5 * (1 - turn.sum(1))
-    if scale < 0.5:  # bilinear sampling alone would skip pixels
-        blur = 0.5 / scale
-        frame = cv2.GaussianBlur(frame, (0, 0), blur * 0.5)
-    matrix = np.column_stack([turn, shift])
-    return cv2.warpAffine(frame, matrix, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-
-
 def crop_mouth(frames: np.ndarray, track: FaceTrack, size: int) -> np.ndarray:
     """Cut grey mouth pictures (T, size, size) uint8 from frames (T, H, W, 3), upright also if the head is tilted."""
-    out = np.empty((len(frames), size, size), np.uint8)
-    for i, (frame, (x, y, w, h), roll) in enumerate(zip(frames, track.boxes, track.roll, strict=True)):
-        right, down = (MOUTH_CENTRE[0] - 0.5) * w, (MOUTH_CENTRE[1] - 0.5) * h
-        cos, sin = np.cos(roll), np.sin(roll)
-        centre = np.array([x + w / 2 + cos * right - sin * down, y + h / 2 + sin * right + cos * down])
-        out[i] = _crop(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), centre, MOUTH_SIDE * w, roll, size)
-    return out
+    grey = (cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames)
+    return _crop(grey, track, MOUTH_CENTRE, MOUTH_SIDE, size)
 
 
 def crop_face(frames: np.ndarray, track: FaceTrack, size: int) -> np.ndarray:
     """Cut face pictures (T, size, size, 3) uint8 RGB from frames (T, H, W, 3), upright also if the head is tilted."""
-    out = np.empty((len(frames), size, size, 3), np.uint8)
-    for i, (frame, (x, y, w, h), roll) in enumerate(zip(frames, track.boxes, track.roll, strict=True)):
-        out[i] = _crop(frame, np.array([x + w / 2, y + h / 2]), FACE_SIDE * w, roll, size)
-    return out
+    return _crop(frames, track, (0.5, 0.5), FACE_SIDE, size)
+
+
+def _crop(
+    frames: Iterable[np.ndarray], track: FaceTrack, centre: tuple[float, float], side: float, size: int
+) -> np.ndarray:
+    """Cut squares round `centre` of the boxes; it and `side` are shares of a box. Outside, pixels repeat the border."""
+    out = []
+    for frame, (x, y, w, h), roll in zip(frames, track.boxes, track.roll, strict=True):
+        right, down = (centre[0] - 0.5) * w, (centre[1] - 0.5) * h
+        cos, sin = np.cos(roll), np.sin(roll)
+        middle = np.array([x + w / 2 + cos * right - sin * down, y + h / 2 + sin * right + cos * down])
+        scale = size / (side * w)
+        turn = scale * np.array([[cos, sin], [-sin, cos]])
+        matrix = np.column_stack([turn, size / 2 - turn @ middle - 0.5 * (1 - turn.sum(1))])
+        if scale < 0.5:  # bilinear sampling alone would skip pixels
+            frame = cv2.GaussianBlur(frame, (0, 0), 0.25 / scale)
+        out.append(cv2.warpAffine(frame, matrix, (size, size), borderMode=cv2.BORDER_REPLICATE))
+    return np.stack(out)
 
 
 def portrait_square(box: np.ndarray, height: int, width: int) -> tuple[int, int, int]:
