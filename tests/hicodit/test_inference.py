@@ -161,6 +161,3 @@ def test_landmarks_of_a_folder_are_in_pixels_of_the_clip_as_it_is_shown(release,
         assert x < 849 and x + w > 879 and y < 108 and y + h > 140 and w < 128
     with pytest.raises(UserError, match="face_box and a file of landmarks"):
         run(config(release, tmp_path / "wide.mp4", tmp_path / "two", face_box="1,2,30,40", **given))
-    (tmp_path / "points" / "wide.json").write_text(json.dumps([points.tolist()] * 20))
-    with pytest.raises(UserError, match=r"wide\.mp4: landmarks of 20 frames, but the clip has 30"):
-        run(config(release, tmp_path / "wide.mp4", tmp_path / "two", **given))
