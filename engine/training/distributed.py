@@ -33,10 +33,8 @@ def init(name: str) -> torch.device:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         for name, value in FLIGHT_RECORDER.items():
             os.environ.setdefault(name, value)
-        if device.type == "cuda":
-            dist.init_process_group("nccl", timeout=PATIENT, device_id=device)
-        else:
-            dist.init_process_group("gloo", timeout=PATIENT)
+        cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENT, device_id=device if cuda else None)
     return device
 
 

@@ -346,8 +346,7 @@ class Trainer:
         self._report_skipped()
         means = distributed.mean(window.means(), self.device)
         rates = window.rates(c.accumulate * self.batches.mean_size() * world, world, self.use)
-        memory = torch.tensor(memory_gib(self.device), device=self.device)
-        rates["memory_gib"] = distributed.maximum_(memory).item()
+        rates["memory_gib"] = max(distributed.gather(memory_gib(self.device)))
         if tracker:
             lr = c.lr_at(self.step - 1)
             with self._record_write_error():
