@@ -6,8 +6,9 @@ Lists of AVSpeech, HDTF, TalkVid and CelebV-HQ are read as they are published, o
 from __future__ import annotations
 
 import csv
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,8 @@ from engine.untrusted import read_json, safe_name
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".flv")
 ID = re.compile(r"(?:v=|youtu\.be/|shorts/|embed/)([\w-]{11})")
-Row = tuple[
-    str, Any, Any, tuple[Any, Any, Any] | None, dict[str, str | None]
-]  # video, from, to, face, facts as they stand
+FACTS = ("text", "speaker", "language", "expression")
+Row = Mapping[str, Any]  # as it stands: id, start, end; if known, x, y with a height (0: fractions), and FACTS
 
 
 def youtube_ids(
@@ -49,13 +49,13 @@ def youtube_ids(
     read = _hdtf if path.is_dir() else _json if path.suffix.lower() == ".json" else _csv
     for number, row in enumerate(read(path), 1):
         try:
-            video, start, end, face, facts = _checked(*row)
+            video, start, end, face = _checked(row)
         except UserError as error:
             bad.append(f"clip {number}: {error}")
             continue
         if video in files:
             key = make_key(f"{video}-{round(1000 * start):07d}-{round(1000 * end):07d}")
-            facts = {"speaker": video} | {name: value for name, value in facts.items() if value}
+            facts = {"speaker": video} | {name: row[name] for name in FACTS if row.get(name)}
             clips.append((video, SourceClip(key, files[video], span=(start, end), face=face, **facts)))
         else:
             absent += 1
@@ -68,14 +68,11 @@ def youtube_ids(
     return divided(root, clips, test=test, val=validation)
 
 
-def _csv(path: Path) -> Iterator[Row]:
+def _csv(path: Path) -> Iterable[Row]:
     """Read AVSpeech's rows without a header, or a table with one."""
     lines = read_lines(path)
     has_header = bool(lines) and {"id", "start", "end"} <= set(next(csv.reader(lines[:1])))
-    for row in csv.DictReader(lines, None if has_header else ("id", "start", "end", "x", "y")):
-        face = (row["x"], row["y"], 0) if row.get("x") and row.get("y") else None
-        facts = {name: row.get(name) for name in ("text", "speaker", "language", "expression")}
-        yield row["id"], row["start"], row["end"], face, facts
+    return csv.DictReader(lines, None if has_header else ("id", "start", "end", "x", "y"))
 
 
 def _json(path: Path) -> Iterator[Row]:
@@ -85,13 +82,13 @@ def _json(path: Path) -> Iterator[Row]:
         if isinstance(content, dict):
             for clip in content["clips"].values():
                 box, times = clip["bbox"], clip["duration"]
-                face = ((box["left"] + box["right"]) / 2, (box["top"] + box["bottom"]) / 2, 0)
-                yield clip["ytb_id"], times["start_sec"], times["end_sec"], face, {}
+                middle = {"x": (box["left"] + box["right"]) / 2, "y": (box["top"] + box["bottom"]) / 2}
+                yield {"id": clip["ytb_id"], "start": times["start_sec"], "end": times["end_sec"], **middle}
             return
         for clip in content:
             found = ID.search(clip["info"]["Video Link"])
-            facts = {"speaker": str(clip["info"].get("Person ID") or "") or None}
-            yield found and found[1], clip["start-time"], clip["end-time"], None, facts
+            speaker = str(clip["info"].get("Person ID") or "")
+            yield {"id": found and found[1], "start": clip["start-time"], "end": clip["end-time"], "speaker": speaker}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no list of TalkVid or CelebV-HQ: it lacks or misspells {error}") from error
 
@@ -107,12 +104,13 @@ def _hdtf(folder: Path) -> Iterator[Row]:
         for name, times in _by_name(path).items():
             video = name.removesuffix(".mp4")
             for number, time in enumerate(times):
-                crop, face = crops.get(f"{video}_{number}.mp4", []), None  # left, width, top, height in pixels
+                begin, _, end = time.partition("-")
+                row = {"id": video, "start": _clock(begin), "end": _clock(end)}
+                crop = crops.get(f"{video}_{number}.mp4", [])  # left, width, top, height in pixels
                 if len(crop) == 4 and len(heights.get(name, [])) == 1:
                     x, width, y, height = map(_number, crop)
-                    face = (x + width / 2, y + height / 2, heights[name][0])
-                begin, _, end = time.partition("-")
-                yield video, _clock(begin), _clock(end), face, {}
+                    row |= {"x": x + width / 2, "y": y + height / 2, "height": heights[name][0]}
+                yield row
 
 
 def _by_name(path: Path) -> dict[str, list[str]]:
@@ -127,22 +125,21 @@ def _clock(text: str) -> float:
 
 
 def _number(value: Any) -> float:
-    """Return the number that a text is; -1 for something else."""
+    """Return the finite number that a text is; -1 for something else."""
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError):
         return -1.0
+    return number if math.isfinite(number) else -1.0
 
 
-def _checked(
-    video: Any, start: Any, end: Any, face: tuple[Any, Any, Any] | None, facts: dict[str, str | None]
-) -> tuple[str, float, float, tuple[float, float, int] | None, dict[str, str | None]]:
-    """Return a row as numbers, if it makes sense."""
-    begin, stop = _number(start), _number(end)
-    if not 0 <= begin < stop < 1e6:
-        raise UserError(f"start={start} and end={end} are not two times in seconds, one after the other")
-    if face is not None:
-        face = (_number(face[0]), _number(face[1]), int(_number(face[2])))
+def _checked(row: Row) -> tuple[str, float, float, tuple[float, float, int] | None]:
+    """Return id, start, end and the place of the face of a row, if it makes sense."""
+    start, end, face = _number(row["start"]), _number(row["end"]), None
+    if not 0 <= start < end < 1e6:
+        raise UserError(f"start={row['start']} and end={row['end']} are not two times in seconds, one after the other")
+    if not {row.get("x"), row.get("y")} & {None, ""}:
+        face = (_number(row["x"]), _number(row["y"]), int(_number(row.get("height", 0))))
         if not (min(face) >= 0 and (face[2] or max(face[:2]) <= 1) and max(face) < 1e5):
             raise UserError(f"the position of the face, {face[:2]}, lies outside the picture or is no pair of numbers")
-    return safe_name(video, "its id"), begin, stop, face, facts
+    return safe_name(row["id"], "its id"), start, end, face

@@ -265,13 +265,15 @@ def parts(tmp_path, listing, *videos, **more):
 
 def test_avspeech_without_a_header_and_a_table_with_one(tmp_path, capsys):
     rows = [["aaaaaaaaaaa", 0.5, 3.25, 0.5, 0.25], ["bbbbbbbbbbb", 1, 2, 0.1, 0.2], ["aaaaaaaaaaa", 5, 4, 0.1, 0.1]]
+    rows.append(["aaaaaaaaaaa", 5, 6, 0.1, "nan"])
     with (tmp_path / "avspeech_train.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
     (clip,) = parts(tmp_path, "avspeech_train.csv", "aaaaaaaaaaa.webm")
     assert (clip.span, clip.face, clip.speaker) == ((0.5, 3.25), (0.5, 0.25, 0), "aaaaaaaaaaa")
     assert clip.video == "videos/aaaaaaaaaaa.webm" and clip.key == "aaaaaaaaaaa-0000500-0003250"
     said = capsys.readouterr().out
-    assert "1 clips are left out, as" in said and "the first: clip 3: start=5 and end=4 are not two times" in said
+    assert "1 clips are left out, as" in said and "2 clips are left out, as their rows make no sense" in said
+    assert "the first: clip 3: start=5 and end=4 are not two times" in said
     (tmp_path / "mine.csv").write_text("id,start,end,text\naaaaaaaaaaa,1,2,hello\naaaaaaaaaaa,3,4,\n")
     one, two = parts(tmp_path, "mine.csv")
     assert (one.text, one.face, two.text) == ("hello", None, None)
