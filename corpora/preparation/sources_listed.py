@@ -1,20 +1,31 @@
-"""Data sets that a list or tar files describe: sound and motion of Talker-T2AV-Data, and speech alone."""
+"""Data sets that a list or tar files describe: parts of footage, sound and motion of Talker-T2AV-Data, speech alone.
+
+Lists of AVSpeech, HDTF, TalkVid and CelebV-HQ name a video by its id, times and the place of a face; the videos were
+downloaded before. They are read as they are published, other ones as CSV with a header.
+"""
 
 from __future__ import annotations
 
+import csv
+import math
 import os
 import re
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from corpora.preparation.clip import SourceClip, make_key
 from corpora.preparation.sources import Source, divided, existing, read_lines, read_table
-from engine.errors import UserError
-from engine.untrusted import safe_name
+from engine.errors import UserError, printable
+from engine.untrusted import read_json, safe_name
 
 EMILIA_NAME = re.compile(r"([A-Z]{2})_B\d+_S\d+(?=_W\d+$)")  # language, and with it the speaker
+VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".flv")
+ID = re.compile(r"(?:v=|youtu\.be/|shorts/|embed/)([\w-]{11})")
+FACTS = ("text", "speaker", "language", "expression")
+Row = Mapping[str, Any]  # as it stands: id, start, end; if known, x, y with a height (0: fractions), and FACTS
 
 
 def listed(
@@ -97,3 +108,125 @@ def tar_members(root: Path, pattern: str) -> Mapping[str, tuple[str, int, int]]:
     if not members:
         raise UserError(f"source.tars={pattern}: no files in tar files of that name in {root}")
     return members
+
+
+def youtube_ids(
+    root: str | Path, listing: str, videos: str = "videos", test: float = 0.02, validation: float = 0.01
+) -> Source:
+    """Find parts of downloaded videos: ROOT/VIDEOS/**/ID.mp4 (or .mkv, .webm, ...), by a list of ids, times and places.
+
+    The face nearest to the given place is tracked. Clips whose video is not there (many are no longer to be had) or
+    whose row makes no sense are left out and counted.
+
+    Args:
+        listing: AVSpeech's CSV (id, start, end, x, y without a header); a JSON file of TalkVid or CelebV-HQ; the folder
+            HDTF_dataset; or a CSV with a header: id, start, end in seconds, and optionally x, y (centre of the face as
+            fractions of width and height), text, speaker, language, expression.
+        videos: folder of the videos.
+        test, validation: shares of the videos that make the splits `test` and `val`.
+    """
+    root = existing(root)
+    path, folder = root / listing, root / videos
+    if not folder.is_dir():
+        raise UserError(f"source.videos: {folder} is not a folder")
+    found = (f for f in sorted(folder.rglob("*")) if f.suffix.lower() in VIDEOS)
+    files = {f.stem: f.relative_to(root).as_posix() for f in found}
+    files = {re.sub("^(RD|WDA|WRA)_", "", name): video for name, video in files.items()} | files  # of HDTF's program
+    clips, absent, bad = [], 0, []
+    read = _hdtf if path.is_dir() else _json if path.suffix.lower() == ".json" else _csv
+    for number, row in enumerate(read(path), 1):
+        try:
+            video, start, end, face = _checked(row)
+        except UserError as error:
+            bad.append(f"clip {number}: {error}")
+            continue
+        if video in files:
+            key = make_key(f"{video}-{round(1000 * start):07d}-{round(1000 * end):07d}")
+            facts = {"speaker": video} | {name: row[name] for name in FACTS if row.get(name)}
+            clips.append((video, SourceClip(key, files[video], span=(start, end), face=face, **facts)))
+        else:
+            absent += 1
+    if absent:
+        print(f"{listing}: {absent} clips are left out, as {folder} lacks their videos")
+    if bad:
+        print(printable(f"{listing}: {len(bad)} clips are left out, as their rows make no sense; the first: {bad[0]}"))
+    if not clips:
+        raise UserError(f"{path}: none of its {absent + len(bad)} clips can be used: is source.videos={videos} right?")
+    return divided(root, clips, test=test, val=validation)
+
+
+def _csv(path: Path) -> Iterable[Row]:
+    """Read AVSpeech's rows without a header, or a table with one."""
+    lines = read_lines(path)
+    has_header = bool(lines) and {"id", "start", "end"} <= set(next(csv.reader(lines[:1])))
+    return csv.DictReader(lines, None if has_header else ("id", "start", "end", "x", "y"))
+
+
+def _json(path: Path) -> Iterator[Row]:
+    """Read TalkVid: a list of clips with a link and times. CelebV-HQ: `clips` by name, with a box in fractions."""
+    content = read_json(path, f"the list {path}")
+    try:
+        if isinstance(content, dict):
+            for clip in content["clips"].values():
+                box, times = clip["bbox"], clip["duration"]
+                middle = {"x": (box["left"] + box["right"]) / 2, "y": (box["top"] + box["bottom"]) / 2}
+                yield {"id": clip["ytb_id"], "start": times["start_sec"], "end": times["end_sec"], **middle}
+            return
+        for clip in content:
+            found = ID.search(clip["info"]["Video Link"])
+            speaker = str(clip["info"].get("Person ID") or "")
+            yield {"id": found and found[1], "start": clip["start-time"], "end": clip["end-time"], "speaker": speaker}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no list of TalkVid or CelebV-HQ: it lacks or misspells {error}") from error
+
+
+def _hdtf(folder: Path) -> Iterator[Row]:
+    """Read NAME_annotion_time.txt, NAME_crop_wh.txt and NAME_resolution.txt of HDTF_dataset; videos are named so."""
+    lists = sorted(folder.glob("*_annotion_time.txt"))
+    if not lists:
+        raise UserError(f"{folder} holds no *_annotion_time.txt: name HDTF's folder HDTF_dataset")
+    for path in lists:
+        start = path.name.removesuffix("annotion_time.txt")
+        crops, heights = (_by_name(folder / f"{start}{name}.txt") for name in ("crop_wh", "resolution"))
+        for name, times in _by_name(path).items():
+            video = name.removesuffix(".mp4")
+            for number, time in enumerate(times):
+                begin, _, end = time.partition("-")
+                row = {"id": video, "start": _clock(begin), "end": _clock(end)}
+                crop = crops.get(f"{video}_{number}.mp4", [])  # left, width, top, height in pixels
+                if len(crop) == 4 and len(heights.get(name, [])) == 1:
+                    x, width, y, height = map(_number, crop)
+                    row |= {"x": x + width / 2, "y": y + height / 2, "height": heights[name][0]}
+                yield row
+
+
+def _by_name(path: Path) -> dict[str, list[str]]:
+    """Return lines of words by their first word; {} where the file is not."""
+    return {line.split()[0]: line.split()[1:] for line in read_lines(path)} if path.is_file() else {}
+
+
+def _clock(text: str) -> float:
+    """Return the seconds of 1:05 or 01:02:05; -1 for something else."""
+    parts = [_number(part) for part in text.split(":")]
+    return sum(60**i * part for i, part in enumerate(reversed(parts))) if min(parts) >= 0 else -1.0
+
+
+def _number(value: Any) -> float:
+    """Return the finite number that a text is; -1 for something else."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return -1.0
+    return number if math.isfinite(number) else -1.0
+
+
+def _checked(row: Row) -> tuple[str, float, float, tuple[float, float, int] | None]:
+    """Return id, start, end and the place of the face of a row, if it makes sense."""
+    start, end, face = _number(row["start"]), _number(row["end"]), None
+    if not 0 <= start < end < 1e6:
+        raise UserError(f"start={row['start']} and end={row['end']} are not two times in seconds, one after the other")
+    if not {row.get("x"), row.get("y")} & {None, ""}:
+        face = (_number(row["x"]), _number(row["y"]), int(_number(row.get("height", 0))))
+        if not (min(face) >= 0 and (face[2] or max(face[:2]) <= 1) and max(face) < 1e5):
+            raise UserError(f"the position of the face, {face[:2]}, lies outside the picture or is no pair of numbers")
+    return safe_name(row["id"], "its id"), start, end, face

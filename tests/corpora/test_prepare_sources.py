@@ -12,8 +12,7 @@ from drawn_faces import scene
 from corpora.preparation.clip import WorkItem, make_key
 from corpora.preparation.media import Decode, Face, read_text
 from corpora.preparation.sources import folder, held_out, lrs2, lrs3, voxceleb2
-from corpora.preparation.sources_footage import youtube_ids
-from corpora.preparation.sources_listed import emilia, listed
+from corpora.preparation.sources_listed import emilia, listed, youtube_ids
 from corpora.preparation.sources_studio import crema_d, grid, ravdess
 from engine.errors import UserError
 from engine.media.audio import write_wav
