@@ -1,6 +1,7 @@
 """Progress of long work on standard error: bars on a terminal, plain lines with rate and remaining time elsewhere.
 
-A command opens `showing`; what it calls names its stages with `stage`, without which nothing is shown.
+A command opens `showing`; what it calls names its stages with `stage`, without which nothing is shown. A page gives
+`showing` a function, which is called in place of a bar.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ LINE = "{n_fmt}/{total_fmt}{unit}, {rate_noinv_fmt}, {remaining} left"
 LINE_EVERY = 10.0  # seconds
 
 
+Report = Callable[[int, int | None, str], object]  # of steps that are done, their total if it is known, and the label
+
+
 @dataclass
 class Progress:
-    """What a command shows. prefix: put before the labels of stages. bar: the open one."""
+    """What a command shows. prefix: put before the labels of stages. bar: the open one. report: in place of bars."""
 
     prefix: str = ""
-    bar: tqdm | None = None
+    bar: _Bar | _Reported | None = None
+    report: Report | None = None
 
 
 _CURRENT: ContextVar[Progress | None] = ContextVar("progress", default=None)
@@ -65,11 +70,31 @@ class _Bar(tqdm):
         return True
 
 
+class _Reported:
+    """In place of a bar: calls `report` when it opens and after each step."""
+
+    def __init__(self, report: Report, label: str, total: int | None) -> None:
+        self.report, self.label, self.total, self.done = report, label, total, 0
+
+    def __enter__(self) -> _Reported:
+        self.update(0)
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def update(self, steps: int = 1) -> None:
+        self.done += steps
+        self.report(self.done, self.total, self.label)
+
+    def reset(self) -> None:
+        self.done = 0
+
+
 @contextmanager
-def showing() -> Iterator[Progress]:
-    """Show the stages of the work in this block."""
+def showing(report: Report | None = None) -> Iterator[Progress]:
+    """Show the stages of the work in this block; with `report`, it is called instead."""
     _Bar.last_line = time.monotonic()  # a command that ends within seconds writes no line
-    token = _CURRENT.set(Progress())
+    token = _CURRENT.set(Progress(report=report))
     try:
         yield current()
     finally:
@@ -89,7 +114,9 @@ def stage(label: str, total: int | None = None, unit: str = "") -> Iterator[Call
     if progress is None or (outer is not None and not unit):
         yield lambda steps=1: None
         return
-    with _Bar(printable(progress.prefix + label), total, unit) as progress.bar:
+    label = printable(progress.prefix + label)
+    bar = _Bar(label, total, unit) if progress.report is None else _Reported(progress.report, label, total)
+    with bar as progress.bar:
         try:
             yield progress.bar.update
         finally:

@@ -6,7 +6,7 @@ W width, S' side of face pictures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
@@ -276,18 +276,16 @@ class HiCoDiTPipeline:
         seeds: Sequence[int],
         identity: np.ndarray | None = None,
         sampler: SamplerConfig | None = None,
-        on_step: Callable[[], object] = lambda: None,
     ) -> list[Speech]:
         """Generate the speech of a batch of clips whose faces are already cut out.
 
         Args:
             seeds: one a clip.
             identity: (256,) GE2E vector of a voice, in place of those of the faces.
-            on_step: called after each step of the sampler.
         """
         with stage("conditions"):
             conditions = self.conditions(crops, identity)
-        tokens, waves = self.speak(conditions, seeds, sampler, on_step)
+        tokens, waves = self.speak(conditions, seeds, sampler)
         expressions, rate = conditions.expression.cpu().numpy(), self.codec.sample_rate
         return [
             Speech(wave, rate, t.numpy(), c, e[: windows_of(len(c))])
@@ -295,23 +293,14 @@ class HiCoDiTPipeline:
         ]
 
     def speak(
-        self,
-        conditions: Conditions,
-        seeds: Sequence[int],
-        sampler: SamplerConfig | None = None,
-        on_step: Callable[[], object] = lambda: None,
+        self, conditions: Conditions, seeds: Sequence[int], sampler: SamplerConfig | None = None
     ) -> tuple[list[Tensor], list[np.ndarray]]:
         """Sample the tokens (K, L) of a batch of encoded clips, and decode their waves (N,); arguments as of `run`."""
         settings, frames = sampler or self.sampler, conditions.frames.tolist()
         steps = settings.steps * max(len(windows(n, settings)) for n in frames)
         with stage(f"sampling {sum(frames) / FPS:.1f} s of speech", steps, "steps") as count:
-
-            def after_step() -> None:
-                count()
-                on_step()
-
             model, scales = self.system.model, self.guidance
-            tokens = generate(model, conditions, settings, scales, seeds, on_step=after_step, graphs=self.graphs)
+            tokens = generate(model, conditions, settings, scales, seeds, on_step=count, graphs=self.graphs)
         with stage("decoding"):
             return tokens, self.decode_tokens(tokens)
 

@@ -6,7 +6,6 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,20 +16,18 @@ from engine.errors import UserError
 from engine.media.audio import read_voice
 from engine.media.ffmpeg import probe
 from engine.metrics.speaker import GE2EEncoder
+from engine.progress import stage
 from engine.seeding import check_seed
-from hicodit.generation import windows
 from hicodit.inference import write_speech
 from hicodit.pipeline import BUNDLED, FPS, HiCoDiTPipeline
 from talker_t2av.faces import is_picture
 from talker_t2av.inference import describe, write_talk
 from talker_t2av.jobs import Job
 from talker_t2av.pipeline import TalkerPipeline
-from talker_t2av.prompt import step_limit
 from talker_t2av.settings import AUTO, AutoConfig
 from talker_t2av.system import BUNDLED as BUNDLED_TALKER
 
 KEPT = 3600.0  # seconds for which results can be downloaded
-Report = Callable[[int, int, str], None]  # steps, their total (0: unknown), the activity
 
 
 @dataclass(frozen=True)
@@ -68,30 +65,20 @@ class Demo:
         return Path(tempfile.mkdtemp(prefix="made-", dir=self.folder))
 
     def speak(
-        self, clip: str | None, voice: str | None, steps: int, temperature: float, guidance: float, seed: int | None,
-        report: Report,
-    ) -> Made:  # fmt: skip
+        self, clip: str | None, voice: str | None, steps: int, temperature: float, guidance: float, seed: int | None
+    ) -> Made:
         """Make the clip with its new sound, the sound alone, and a figure of mouth, spectrogram and tokens."""
         if not clip:
             raise UserError("Give a clip of a talking face.")
         check_seed(seed := int(seed or 0))
         sampler = replace(self.hicodit.sampler, steps=int(steps), temperature=float(temperature))
         self.hicodit.guidance = replace(self.hicodit.guidance, all=float(guidance))
-        report(0, 0, "looking for the face")
         identity = GE2EEncoder().embed(read_voice(voice, 16_000), 16_000) if voice else None
-        crops, count = self.hicodit.crops(clip), 0
-        total = sampler.steps * len(windows(len(crops), sampler))
-
-        def on_step() -> None:
-            nonlocal count
-            count += 1
-            report(count, total, "generating speech")
-
-        report(0, total, "generating speech")
-        speech = self.hicodit.run([crops], [seed], identity, sampler, on_step=on_step)[0]
-        report(0, 0, "writing the files")
+        crops = self.hicodit.crops(clip)
+        speech = self.hicodit.run([crops], [seed], identity, sampler)[0]
         folder, stem = self._new_folder(), Path(clip).stem
-        write_speech(Path(clip), speech, folder, stem, figure=True)
+        with stage("writing the files"):
+            write_speech(Path(clip), speech, folder, stem, figure=True)
         video, figure, sound = (str(folder / f"{stem}.{kind}") for kind in ("mp4", "png", "wav"))
         unseen = crops.track.unseen(FPS)
         notes = [f"{len(speech.wave) / speech.rate:.1f} s of speech"]
@@ -101,7 +88,7 @@ class Demo:
 
     def talk(
         self, mode: str, text: str, voice: str | None, face: str | None, steps: int, temperature: float,
-        guidance: float, seed: int | None, report: Report,
+        guidance: float, seed: int | None,
     ) -> Made:  # fmt: skip
         """Make the video, and the sound alone where it was generated.
 
@@ -131,19 +118,16 @@ class Demo:
         text = AUTO if auto else text or ""
         job, notes = Job(mode, text, seed=seed, **{name: path for name, path in fields.items() if path}), []
         if auto:
-            report(0, 0, "reading the lips")
-            job, origin = self.clip_words(job)
+            with stage("reading the lips"):
+                job, origin = self.clip_words(job)
             notes.append(describe(origin))
         changes = {"steps": int(steps), "temperature": float(temperature), "guidance": float(guidance)}
         self.talker.sampling = replace(self.talker.sampling, **changes)
-        report(0, 0, "reading the files")
         prepared = self.talker.prepare(job)
-        total = max(step_limit(self.talker.system.model, request, prepared.mode) for request in prepared.requests)
-        report(0, total, "generating")
-        talk = self.talker.finish([prepared], lambda step: report(step.index + 1, total, "generating"))[0]
-        report(0, 0, "writing the files")
+        talk = self.talker.finish([prepared])[0]
         folder = self._new_folder()
-        write_talk(job, mode, talk, folder)
+        with stage("writing the files"):
+            write_talk(job, mode, talk, folder)
         sound = str(folder / f"{mode}.wav") if mode != "a2v" else None
         video = str(folder / f"{mode}.mp4") if mode != "tts" else None
         notes += [f"{len(talk.wave) / self.talker.rate:.1f} s of speech", *filter(None, prepared.remark.split("; "))]

@@ -12,6 +12,7 @@ import gradio as gr
 
 from corpora.synthetic.sentences import plain_sentences
 from engine.errors import UserError, printable
+from engine.progress import showing
 from hicodit.pipeline import BUNDLED
 from service.demo_actions import Demo, Made, in_page_words
 
@@ -188,15 +189,16 @@ def _connect(
         return [*reversed(idle), "Waits for its turn.", *[None] * len(outputs)]
 
     def run(request: gr.Request, progress=PROGRESS, *values: Any) -> list[Any]:
-        def report(step: int, total: int, what: str) -> None:
+        def report(step: int, total: int | None, what: str) -> None:
             if request.session_hash in stopped:
                 raise Stopped
-            progress((step, total or None), desc=what, unit="steps")
+            progress((step, total), desc=what, unit="steps")
 
         paths = {name: values[number] for name, number in files.items()}
         start, result = time.monotonic(), Made([])
         try:
-            result = action(*values, report)
+            with showing(report):
+                result = action(*values)
             notes = [*result.notes, f"done in {time.monotonic() - start:.1f} s"]
             note = " ".join(in_page_words(note, paths) for note in notes)
         except Stopped:

@@ -12,7 +12,7 @@ channels.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -32,7 +32,7 @@ from engine.precision import pick_dtype, prepare_inference, uses_int8
 from engine.progress import stage
 from engine.publish import publish
 from talker_t2av.fused import fuse_layers
-from talker_t2av.generation import Patch, Result, Rows
+from talker_t2av.generation import Result, Rows
 from talker_t2av.jobs import Job, PreparedJob, Reference, prepare_job
 from talker_t2av.model import FPS, HOP, RATE
 from talker_t2av.prompt import step_limit
@@ -196,9 +196,7 @@ class TalkerPipeline:
             for other in [*self._idle][:-KEPT]:
                 self._idle.pop(other, None)
 
-    def finish(
-        self, prepared: Sequence[PreparedJob], on_step: Callable[[Patch], None] = lambda patch: None
-    ) -> list[Talk]:
+    def finish(self, prepared: Sequence[PreparedJob]) -> list[Talk]:
         """Generate prepared jobs, those of one mode as a batch; the results in the given order."""
         groups: dict[tuple[str, str], list[int]] = {}
         for i, each in enumerate(prepared):
@@ -213,18 +211,13 @@ class TalkerPipeline:
                 stage(f"sampling at most {seconds:.1f} s", most, "patches") as count,
                 self.rows(first.mode, places) as rows,
             ):
-
-                def after_step(patch: Patch, count: Callable[[int], None] = count) -> None:
-                    count(patch.running)
-                    on_step(patch)
-
-                results = iter(rows.generate(requests, after_step))
+                results = iter(rows.generate(requests, lambda patch, count=count: count(patch.running)))
             talks |= {i: self.complete(prepared[i], *islice(results, len(prepared[i].requests))) for i in jobs}
         return [talks[i] for i in range(len(prepared))]
 
     @torch.no_grad()
-    def stream(self, job: Job, on_step: Callable[[Patch], None] = lambda patch: None) -> Iterator[Chunk]:
-        """Generate a job and yield its result in chunks as patches arrive; `on_step` is called after each patch.
+    def stream(self, job: Job) -> Iterator[Chunk]:
+        """Generate a job and yield its result in chunks as patches arrive.
 
         The concatenated chunks equal the result of `run`: samples to 1e-4, pictures to one level of 255. The sound of a
         frame comes as soon as the later frames that the decoder needs for it are there. V2A is streamed from a single
@@ -241,7 +234,7 @@ class TalkerPipeline:
         with self.rows(prepared.mode, 1, single=True) as rows:
             for number, request in enumerate(prepared.requests):
                 sound_begins = motion_begins = number > 0  # after a pause
-                for wave in self._waves(rows, prepared, request, fresh, on_step):
+                for wave in self._waves(rows, prepared, request, fresh):
                     wave = wave[: limit - done] if limit is not None else wave
                     if sound_begins and len(wave):
                         wave, sound_begins = np.concatenate([np.zeros(PAUSE * HOP, np.float32), wave]), False
@@ -254,16 +247,13 @@ class TalkerPipeline:
                     if len(wave) or frames is not None:
                         yield Chunk(wave, frames)
 
-    def _waves(
-        self, rows: Rows, prepared: PreparedJob, request: Request, fresh: list[Tensor], on_step: Callable[[Patch], None]
-    ) -> Iterator[np.ndarray]:
+    def _waves(self, rows: Rows, prepared: PreparedJob, request: Request, fresh: list[Tensor]) -> Iterator[np.ndarray]:
         """Yield sound (n,) as patches arrive, and append their motion to `fresh`."""
         size = self.system.model.config.patch_size
         steps = rows.stream(request)
         if prepared.wave is not None:
             position = 0
             for step in steps:
-                on_step(step)
                 if step.motion is not None:
                     fresh.append(step.motion[0])
                     yield prepared.wave[position : position + size * HOP]
@@ -275,7 +265,6 @@ class TalkerPipeline:
             if len(request.speech):
                 yield send(request.speech[None], self.system.device)
             for step in steps:
-                on_step(step)
                 waiting.append(step.speech)
                 if step.motion is not None:
                     fresh.append(step.motion[0])

@@ -16,16 +16,13 @@ import soundfile
 from imageio_ffmpeg import count_frames_and_secs
 
 from engine.errors import UserError
+from engine.progress import showing, stage
 from service import demo_actions as actions
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "assets" / "demo"
 CLIP, VOICE, PICTURE = (str(EXAMPLES / name) for name in ("silent.mp4", "voice.wav", "face.png"))
 SENTENCE = "Would you like some tea, or maybe coffee?"  # an example of the page
-
-
-def ignore(done, total, what):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -45,23 +42,24 @@ def page_of(tmp_path_factory):
 
 def test_a_clip_speaks(demo):
     seen = []
-    made = demo.speak(CLIP, None, 2, 0.7, 2.5, 1, lambda *step: seen.append(step))
+    with showing(lambda *step: seen.append(step)):
+        made = demo.speak(CLIP, None, 2, 0.7, 2.5, 1)
     assert count_frames_and_secs(made.video)[0] == count_frames_and_secs(CLIP)[0]
     assert Path(made.figure).stat().st_size > 10_000
-    assert [step[:2] for step in seen if "generating" in step[2]] == [(0, 2), (1, 2), (2, 2)]
-    again, other = (demo.speak(CLIP, None, 2, 0.7, guidance, 1, ignore) for guidance in (2.5, 0.5))
+    assert [step[:2] for step in seen if "sampling" in step[2]] == [(0, 2), (1, 2), (2, 2)]
+    again, other = (demo.speak(CLIP, None, 2, 0.7, guidance, 1) for guidance in (2.5, 0.5))
     waves = [soundfile.read(result.sound)[0] for result in (made, again, other)]
     assert again.sound != made.sound and (waves[0] == waves[1]).all() and (waves[0] != waves[2]).any()
 
 
 @pytest.mark.parametrize("face", [CLIP, PICTURE])
 def test_a_text_becomes_a_talking_face(demo, face):
-    made = demo.talk("t2av", SENTENCE, VOICE, face, 2, 0.3, 2.0, 0, ignore)
+    made = demo.talk("t2av", SENTENCE, VOICE, face, 2, 0.3, 2.0, 0)
     assert count_frames_and_secs(made.video)[1] == pytest.approx(soundfile.info(made.sound).duration, abs=0.1) != 0
 
 
 def test_each_mode_makes_its_streams(demo):
-    settings = 2, 0.3, 2.0, None, ignore
+    settings = 2, 0.3, 2.0, None
     made = demo.talk("tts", "hello four", VOICE, None, *settings)
     assert made.video is None and soundfile.info(made.sound).duration > 0.3
     made = demo.talk("a2v", "", VOICE, PICTURE, *settings)
@@ -72,11 +70,11 @@ def test_each_mode_makes_its_streams(demo):
 
 def test_a_silent_clip_alone_gets_words_and_a_voice(demo, monkeypatch):
     pytest.importorskip("pocketsphinx")
-    made = demo.talk("v2a", " ", None, CLIP, 2, 0.3, 2.0, 0, ignore)
+    made = demo.talk("v2a", " ", None, CLIP, 2, 0.3, 2.0, 0)
     assert made.sound and "recogniser, on HiCoDiT's speech" in made.notes[0] and "place" in made.notes[0]
     monkeypatch.setattr(demo, "clip_words", None)  # as with other weights, or without pocketsphinx
     with pytest.raises(UserError, match="Write what the clip says"):
-        demo.talk("v2a", "", None, CLIP, 2, 0.3, 2.0, 0, ignore)
+        demo.talk("v2a", "", None, CLIP, 2, 0.3, 2.0, 0)
 
 
 @pytest.mark.parametrize(
@@ -98,9 +96,9 @@ def test_errors_name_no_paths_and_no_settings(demo, tmp_path, mode, text, voice,
     voice, face = (str(folder / name) if name else name for name in (voice, face))
     with pytest.raises(UserError) as caught:
         if mode == "speak":
-            demo.speak(face, voice, 2, 0.7, 2.5, 0, ignore)
+            demo.speak(face, voice, 2, 0.7, 2.5, 0)
         else:
-            demo.talk(mode, text, voice, face, 2, 0.3, 2.0, 0, ignore)
+            demo.talk(mode, text, voice, face, 2, 0.3, 2.0, 0)
     words = actions.in_page_words(str(caught.value), {"the sound": voice, "the face": face})
     assert shown in words and not re.search(r"/\w|\w=|_", words), words
 
@@ -128,11 +126,13 @@ class SlowDemo:
 
     def speak(self, *given):
         self.calls += 1
+        count = 3000 if self.calls == 1 else 1
         try:
-            for step in range(3000 if self.calls == 1 else 1):
-                given[-1](step, 3000, "working")
-                self.begun.set()
-                time.sleep(0.02)
+            with stage("working", count, "steps") as step:
+                for _ in range(count):
+                    step()
+                    self.begun.set()
+                    time.sleep(0.02)
         finally:
             self.ended.set()
         return actions.Made(["it worked"])
