@@ -79,27 +79,24 @@ class Summary:
     """Results of all jobs, or of those of a batch.
 
     Attributes:
-        jobs: their number. failed: error of each job that failed.
-        lines: for the output (1) and the error output (2).
+        jobs: their number. failed: name and error of each that failed; the name is empty if the error tells it.
+        lines: about the others.
         speech_seconds: duration of the speech in the files.
         device: of the computations.
     """
 
     jobs: int
-    failed: list[str] = field(default_factory=list)
-    lines: list[tuple[int, str]] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
     speech_seconds: float = 0.0
     device: str = ""
 
-    def fail(self, name: str, reason: str) -> None:
-        """Count a failed job; `name` is empty if the reason tells it."""
-        self.failed.append(" ".join(reason.split()))
-        self.lines.append((2, f"failed: {f'{name}: ' if name else ''}{self.failed[-1]}"))
-
     def add(self, part: Summary) -> None:
         """Print the lines of a batch, and count its jobs."""
-        for stream, line in part.lines:
-            print(printable(line), file=sys.stderr if stream == 2 else sys.stdout, flush=True)
+        for name, error in part.failed:
+            print(printable(f"failed: {f'{name}: ' if name else ''}{error}"), file=sys.stderr, flush=True)
+        for line in part.lines:
+            print(printable(line), flush=True)
         self.failed += part.failed
         self.speech_seconds += part.speech_seconds
 
@@ -111,7 +108,7 @@ class Summary:
         """
         count = self.jobs - len(self.failed)
         if not count:
-            raise UserError(f"none of the {self.jobs} {kind}{origin} could be done; the first: {self.failed[0]}")
+            raise UserError(f"none of the {self.jobs} {kind}{origin} could be done; the first: {self.failed[0][1]}")
         speech = f"{self.speech_seconds:.1f} s of speech in {time.perf_counter() - STARTED:.1f} s on {self.device}"
         print(printable(f"{count} of {self.jobs} {kind} in {output}: {speech}"))
         return 1 if self.failed else 0
@@ -157,7 +154,7 @@ class Jobs(Work[Batch, Batch, Summary]):
                 if alone:
                     raise
                 line = str(error) if isinstance(error, UserError) else f"unforeseen {type(error).__name__}: {error}"
-                summary.fail(name if self.name_errors else "", line)
+                summary.failed.append((name if self.name_errors else "", line))
 
         for number, (name, job) in enumerate(jobs, first):
             if not alone and (progress := current()):
@@ -176,7 +173,7 @@ class Jobs(Work[Batch, Batch, Summary]):
                 with stage("writing"):
                     line, seconds = self.write(name, prepared, *result)
                 summary.speech_seconds += seconds
-                summary.lines.append((1, line))
+                summary.lines.append(line)
         return summary
 
 
@@ -216,9 +213,7 @@ def run_batches(
             summary.device = f"{count} processes, {executor.about}"
             for batch, part in executor.run(batches):
                 if isinstance(part, Lost):
-                    reason, part = part.reason, Summary(len(batch[0]))
-                    for name, _ in batch[0]:
-                        part.fail(name, reason)
+                    part = Summary(len(batch[0]), [(name, part.reason) for name, _ in batch[0]])
                 summary.add(part)
                 step()
     return summary

@@ -55,7 +55,8 @@ def test_failures_are_reported_and_the_rest_is_written(tmp_path, capsys, monkeyp
     summary, batches = run([1, 2, 4, 6, 5, 7, 15, 11])
     assert batches == [[1], [5, 7], [11]]  # nothing is left of the second batch
     unforeseen = "unforeseen ZeroDivisionError: by nothing"
-    assert summary.failed == ["2 is even", "4 is even", "6 is even", "the disk is full", unforeseen]
+    errors = ["2 is even", "4 is even", "6 is even", "the disk is full", unforeseen]
+    assert summary.failed == [*zip(["job2", "job4", "job6", "job7", "job15"], errors)]
     out, err = capsys.readouterr()
     assert out == "job1: batch [1]\njob5: batch [5, 7]\njob11: batch [11]\n"
     assert err.splitlines()[0] == "failed: job2: 2 is even" and len(err.splitlines()) == 5
