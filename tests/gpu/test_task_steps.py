@@ -1,15 +1,18 @@
 """Training steps of every task on a CUDA device that is not there: losses come without a host read.
 
-Lengths are on the host, as the trainer leaves them there (`Task.on_host`).
+Lengths are on the host, as the trainer leaves them there (`Task.on_host`). The voice encoder's validation is here too.
 """
 
 import copy
+import shutil
 
 import pytest
 import torch
 
+from engine.evaluation.validation import Share
+from engine.media.audio import write_wav
 from tests.golden.golden_runs import RUNS
-from tests.gpu.fakes import CUDA, fake_cuda, faked
+from tests.gpu.fakes import CUDA, audited, fake_cuda, faked
 from tests.tiny import batch_of
 from whisperx_vae.latent_targets import LatentTargets
 
@@ -72,3 +75,14 @@ def test_backward_passes_read_nothing(name, step, tmp_path):
     """
     operators = take_step(*made(name, tmp_path), step, "cpu", update)
     assert operators.counts["_fused_adamw_"] > 0
+
+
+def test_validation_of_the_voice_encoder_sends_its_clips_to_the_device(tmp_path):
+    task, data = made("voice_encoder", tmp_path)
+    for number in range(len(data)):
+        write_wav(tmp_path / "train" / f"c{number}.wav", torch.zeros(8_000), 16_000)
+    for split in ("seen", "unseen"):
+        shutil.copytree(tmp_path / "train", tmp_path / split)
+    with audited() as audit:
+        faked(task).eval().measure(tmp_path, Share())
+    assert dict(audit.reads) == {"talker_t2av/speaker/task.py:measure": 3 * len(data)}
