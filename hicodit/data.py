@@ -47,7 +47,7 @@ def augment_mouth(mouth: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def picture_frames(length: int, count: int) -> np.ndarray:
-    """The video frames (F,) of a clip's stored face pictures: `count` of them, evenly spread between its ends."""
+    """Return the frames (F,) of a clip's stored face pictures: `count` of them, evenly spread between its ends."""
     return np.linspace(0, length - 1, count + 2).round().astype(int)[1:-1]
 
 
@@ -129,7 +129,7 @@ class HiCoDiTDataset:
         return (frames if self.most is None else frames.clamp(max=self.most)) * TOKENS_PER_FRAME * self.levels
 
     def prefetch(self, spans: list[tuple[int, int]]) -> None:
-        """Clips [first, last) come next."""
+        """Announce that the clips [first, last) come next."""
         self.shards.prefetch(spans)
 
     def __len__(self) -> int:
@@ -140,7 +140,7 @@ class HiCoDiTDataset:
         return torch.linspace(0, len(self) - 1, min(count, len(self))).round().long().tolist()
 
     def __getitem__(self, index: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Clip `index`: mouth (T, S, S) and face (3, S', S') in [0, 1], or lip (T, E) and face_identity (512,);
+        """Return clip `index`: mouth (T, S, S) and face (3, S', S') in [0, 1], or lip (T, E) and face_identity (512,);
         tokens (2 T, K), ge2e (256,), phoneme (T,), expression (J,) of each half second, heard or seen, and
         face_expression (), seen in the one that the face is from.
         """
@@ -180,8 +180,8 @@ class HiCoDiTDataset:
 
     @staticmethod
     def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Padded: mouth (B, T, S, S) or lip (B, T, E), tokens (B, K, L), phoneme (B, T), expression (B, J); face
-        (B, 3, S', S') or face_identity (B, 512), ge2e (B, 256), face_expression (B,), frames (B,).
+        """Pad mouth (B, T, S, S) or lip (B, T, E), tokens (B, K, L), phoneme (B, T), expression (B, J); stack face
+        (B, 3, S', S') or face_identity (B, 512), ge2e (B, 256), face_expression (B,); add frames (B,).
         """
         padded = {"mouth", "lip", "tokens", "phoneme", "expression"}
         batch = {

@@ -23,11 +23,11 @@ class LogLinearNoise:
     eps: float = 1e-3
 
     def sigma(self, t: Tensor) -> Tensor:
-        """Total noise at time t in [0, 1]; the network's time input is sigma, not t."""
+        """Return the total noise at time t in [0, 1]; the network's time input is sigma, not t."""
         return -torch.log1p(-(1 - self.eps) * t)
 
     def rate(self, t: Tensor) -> Tensor:
-        """Time derivative of `sigma`."""
+        """Return the time derivative of `sigma`."""
         return (1 - self.eps) / (1 - (1 - self.eps) * t)
 
 
@@ -37,17 +37,17 @@ def expand(value: Tensor, like: Tensor) -> Tensor:
 
 
 def masked_at(sigma: Tensor, u: Tensor) -> Tensor:
-    """Which tokens are masked: where the uniform u (B, ...) falls below 1 - exp(-sigma); sigma is (B,)."""
+    """Return which tokens are masked: where the uniform u (B, ...) falls below 1 - exp(-sigma); sigma is (B,)."""
     return u < -torch.expm1(-expand(sigma, u))
 
 
 def log_expm1(sigma: Tensor) -> Tensor:
-    """log(exp(sigma) - 1), exact for small sigma; its negative is the log odds of a token being still unmasked."""
+    """Return log(exp(sigma) - 1), exact for small sigma; its negative is the log odds of a token being unmasked."""
     return torch.log(torch.expm1(sigma))
 
 
 def weighted_score_entropy(log_q: Tensor, x0: Tensor, t: Tensor, noise: LogLinearNoise) -> Tensor:
-    """sigma'(t) times the score entropy of masked tokens, from their log posterior: (M, N), (M,), (M,) -> (M,).
+    """Compute sigma'(t) times the score entropy of masked tokens from their log posterior: (M, N), (M,), (M,) -> (M,).
 
     SEDD's equation 5 for the scores `q / (exp(sigma) - 1)`, written so that a normalised posterior (sum q = 1) gives
     exactly cross entropy over t.
@@ -58,13 +58,13 @@ def weighted_score_entropy(log_q: Tensor, x0: Tensor, t: Tensor, noise: LogLinea
 
 
 def stratified_times(batch: int, low: float) -> Tensor:
-    """`batch` times in [low, 1], one in each of `batch` equal slices, in random order: the 1/t weight stays tame."""
+    """Draw `batch` times in [low, 1], one in each of `batch` equal slices, at random: the 1/t weight stays tame."""
     u = (torch.randperm(batch) + torch.rand(batch)) / batch
     return low + (1 - low) * u
 
 
 def sample_categorical(weights: Tensor, u: Tensor) -> Tensor:
-    """Index drawn in proportion to weights (..., V), by an exponential race on uniforms u of the same shape.
+    """Draw an index in proportion to weights (..., V), by an exponential race on uniforms u of the same shape.
 
     Weights need not sum to one; a negative weight never wins.
     """
@@ -72,5 +72,5 @@ def sample_categorical(weights: Tensor, u: Tensor) -> Tensor:
 
 
 def exponential_noise(u: Tensor) -> Tensor:
-    """The race's exponential draws from uniforms, with the small constants of the reference program."""
+    """Return the race's exponential draws from uniforms, with the small constants of the reference program."""
     return 1e-10 - torch.log(u + 1e-10)

@@ -32,7 +32,7 @@ from hicodit.task import MIN_TIME, HiCoDiTTask
 
 
 def draw_scales(batch: int, limit: float, device: torch.device | str = "cpu") -> Tensor:
-    """Guidance scales (B, 4): of all conditions from 1 to `limit`; each single one is 0, or up to `limit`, evenly."""
+    """Draw guidance scales (B, 4): of all conditions from 1 to `limit`; each single one is 0 or, as often, up to it."""
     u, single = torch.rand(batch, 4, device=device), torch.rand(batch, 3, device=device) < 0.5
     return torch.cat([1 + (limit - 1) * u[:, :1], limit * u[:, 1:] * single], 1)
 
@@ -134,9 +134,9 @@ class DistillTask(HiCoDiTTask):
         return []
 
     def forward(self, batch: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-        """KL divergence of the student's posterior from the teacher's, by group of levels; a batch as `HiCoDiTTask`'s.
+        """Compute the KL divergence of the student's posterior from the teacher's, by group of levels.
 
-        It is summed over the masked tokens and divided by the number of all.
+        A batch is that of `HiCoDiTTask`. The sum over the masked tokens is divided by the number of all.
         """
         model = self.system.model
         with torch.no_grad():

@@ -41,8 +41,8 @@ def combine(log_p: Tensor, scales: GuidanceScales, log_odds: Tensor | None = Non
 
 
 def combine_rows(log_p: Tensor, scales: Tensor) -> Tensor:
-    """As `combine` with reading D, by other scales at each position: log posteriors (G, M, N) of all five branches, in
-    the order of `hicodit.model.BRANCHES`, and `GuidanceScales.values` (M, 4) -> normalised log posterior (M, N).
+    """Combine with reading D by other scales at each position: log posteriors (G, M, N) of all five branches, in the
+    order of `hicodit.model.BRANCHES`, and `GuidanceScales.values` (M, 4) -> normalised log posterior (M, N).
     """
     exponents = torch.cat([1 - scales.sum(-1, keepdim=True), scales], -1).T[..., None]  # (G, M, 1)
     out = exponents[0] * log_p[0]

@@ -65,7 +65,7 @@ class SamplerState:
 
 
 def invert(log_q: Tensor, u: Tensor, temperature: float) -> Tensor:
-    """Tokens (...) from log q (..., N), which need not be normalised, at the uniforms u (...)."""
+    """Draw tokens (...) from log q (..., N), which need not be normalised, at the uniforms u (...)."""
     if temperature == 0:
         return log_q.argmax(-1)
     cdf = (log_q / temperature).softmax(-1).cumsum(-1)
@@ -76,7 +76,7 @@ def invert(log_q: Tensor, u: Tensor, temperature: float) -> Tensor:
 def planned_step(
     posterior: Posterior, tokens: Tensor, t: Tensor, frames: Tensor, u: Tensor, temperature: float
 ) -> Tensor:
-    """Tokens (B, K, L) with some revealed: the frames (B, K, M) of each level. A frame of L reveals nothing."""
+    """Reveal the frames (B, K, M) of each level of tokens (B, K, L). A frame of L reveals nothing."""
     length = tokens.shape[-1]
     asked = frames.clamp(max=length - 1)
     drawn = invert(posterior(tokens, t, asked), u.gather(2, asked), temperature)
@@ -87,7 +87,7 @@ def planned_step(
 def thinned_step(
     posterior: Posterior, tokens: Tensor, masked: Tensor, t: Tensor, rate: Tensor, u: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Tokens and what is still masked, after a step that reveals a position with probability rate (B,) times sum q.
+    """Reveal a position with probability rate (B,) times sum q; return the tokens and what is still masked.
 
     u: (2, B, K, L) uniforms, for whether to reveal and for the token.
     """
@@ -135,7 +135,7 @@ def entropy_step(
 
 
 def euler(state: SamplerState) -> Iterator[None]:
-    """The paper's: from t to t - h every masked token is revealed with probability h / t; at the end the rest.
+    """Reveal every masked token from t to t - h with probability h / t, at the end the rest (the paper's sampler).
 
     Time starts at the masked share: at 1, or lower where some tokens are known. If the posterior sums to one, the time
     at which a position is revealed depends on nothing else, and is uniform: it is drawn beforehand.
@@ -146,7 +146,7 @@ def euler(state: SamplerState) -> Iterator[None]:
         when, u = state.noise(2)
         scale = send((c.steps * start / (start - c.end).clamp(min=1e-12)).to(when.dtype), when.device)[:, None, None]
         step = ((1 - when) * scale).long().clamp(max=c.steps)
-        yield from _planned(state, revealed_frames(step, state.masked, len(times)), u, times)
+        yield from _planned(state, step, u, times)
         return
     step, tokens, masked = state.graphs(thinned_step), state.tokens, state.masked
     rates = torch.cat([(times[:-1] - times[1:]) / times[:-1], torch.full_like(times[:1], math.inf)])  # at last all
@@ -157,29 +157,29 @@ def euler(state: SamplerState) -> Iterator[None]:
 
 
 def fixed_count(state: SamplerState) -> Iterator[None]:
-    """The number of tokens that Euler reveals on average in a step, in random order."""
+    """Reveal the number of tokens that Euler does on average in a step, in random order."""
     steps, total = state.config.steps, state.total
     done = torch.stack([total - torch.floor(total * (1 - step / steps)) for step in range(steps + 1)])  # (S + 1, B)
     order, u = state.noise(2)
     place = _ranked((-order).masked_fill(~state.masked, -math.inf))[-1]
     ends = send(done[1:].T.contiguous().to(place.dtype), place.device)
     step = torch.searchsorted(ends, place, right=True).view(order.shape)
-    yield from _planned(state, revealed_frames(step, state.masked, steps), u, state.share(total - done[:-1]))
+    yield from _planned(state, step, u, state.share(total - done[:-1]))
 
 
 def confidence(state: SamplerState) -> Iterator[None]:
-    """The most probable of drawn candidates first, on a cosine schedule (MaskGIT), with noise annealed to 0 with t."""
+    """Reveal the most probable of drawn candidates first, on a cosine schedule (MaskGIT); noise falls to 0 with t."""
     return _surest_first(state, lambda done: math.cos(math.pi / 2 * done), 0.0, annealed=True)
 
 
 def ordered(state: SamplerState) -> Iterator[None]:
-    """The most probable tokens of coarse levels first, few in early steps and many in late ones (OmniVoice)."""
+    """Reveal the most probable tokens of coarse levels first, few in early steps and many in late ones (OmniVoice)."""
     shift = state.config.shift
     return _surest_first(state, lambda done: (1 - done) / (1 - (1 - shift) * done), state.config.level_delay)
 
 
 def entropy(state: SamplerState) -> Iterator[None]:
-    """As many of the surest tokens, coarse levels first, as a bound on their entropy allows (arXiv 2505.24857).
+    """Reveal as many of the surest tokens, coarse levels first, as a bound on entropy allows (arXiv 2505.24857).
 
     Tokens that are drawn at once are drawn independently; the sum of their entropies without the largest bounds what
     that loses. A step reveals at least the share that is due for `steps` to suffice. Whether all is revealed is known
@@ -252,9 +252,9 @@ def revealed_frames(step: Tensor, masked: Tensor, steps: int) -> Tensor:
     return frames.permute(2, 0, 1, 3)[:used].contiguous()
 
 
-def _planned(state: SamplerState, frames: Tensor, u: Tensor, times: Tensor) -> Iterator[None]:
-    """Reveal frames[i] (B, K, M) in step i, at the time times[i] (B,). u: uniforms (B, K, L) for the tokens."""
-    run = state.graphs(planned_step)
+def _planned(state: SamplerState, step: Tensor, u: Tensor, times: Tensor) -> Iterator[None]:
+    """Reveal each masked position in its step (B, K, L), of time times[i] (B,). u: uniforms (B, K, L) of tokens."""
+    run, frames = state.graphs(planned_step), revealed_frames(step, state.masked, len(times))
     for t, revealed in zip(send(times.float(), frames.device), frames):
         state.tokens = run(state.posterior, state.tokens, t, revealed, u, state.config.temperature)
         yield
@@ -279,7 +279,7 @@ def _surest_first(
 
 
 def _levels(like: Tensor) -> Tensor:
-    """The level (K, 1) of each position of (B, K, L)."""
+    """Return the level (K, 1) of each position of (B, K, L)."""
     return torch.arange(like.shape[1], device=like.device)[:, None]
 
 

@@ -146,7 +146,7 @@ class HiCoDiTTask(Task):
         return [module for module in self.modules() if isinstance(module, AdaLNBlock)]
 
     def clipped_apart(self) -> list[nn.Module]:
-        """What the identity loss trains: with its weight of 100, a common norm would be that of its gradient."""
+        """Return what the identity loss trains: with its weight of 100, a common norm would be that of its gradient."""
         encoders = self.system.encoders
         return [self.system.model.identity_adapter, *([encoders.identity] if encoders.learns else [])]
 
@@ -183,7 +183,7 @@ class HiCoDiTTask(Task):
         return losses
 
     def conditions(self, batch: dict[str, Tensor]) -> tuple[Conditions, Tensor]:
-        """The conditions in training, and the voice (B, 256) that is predicted from the face."""
+        """Return the conditions in training, and the voice (B, 256) that is predicted from the face."""
         frames, encoders = batch["frames"], self.system.encoders
         if "lip" in batch:
             lip, face = batch["lip"].float(), batch["face_identity"].float()
@@ -221,7 +221,7 @@ class HiCoDiTTask(Task):
         return {f"{name}_low": values[:low].sum() / count, f"{name}_high": values[low:].sum() / count}
 
     def measure(self, folder: Path, share: Share) -> dict[str, float | ByClip]:
-        """Losses of held-out clips; `validate_metrics` of speech made from their pictures alone.
+        """Measure losses of held-out clips, and `validate_metrics` of speech made from their pictures alone.
 
         One process measures the losses: their random draws follow one another.
         """
@@ -242,7 +242,7 @@ class HiCoDiTTask(Task):
         return results
 
     def held_out_losses(self, split: str) -> dict[str, float]:
-        """`loss`, and the part of it that `tokens_loss` names (`dse`), of the clips that are synthesised."""
+        """Return `loss`, and the part of it that `tokens_loss` names (`dse`), of the clips that are synthesised."""
         source, encoders, name = join(self.shards, split), self.system.encoders, self.tokens_loss
         heard = "heard" if "heard_expression" in (read_index(source).get("digests") or ()) else "seen"
         data = HiCoDiTDataset(source, self.codec, encoders.config.kind, expression=heard, augment=False)
@@ -257,7 +257,7 @@ class HiCoDiTTask(Task):
         return {name: value / len(chosen) for name, value in sums.items()}
 
     def adapted(self) -> nn.Module:
-        """The score network; the condition encoders stay as they are."""
+        """Return the score network; the condition encoders stay as they are."""
         return self.system.model
 
     def release_info(self) -> Release:
