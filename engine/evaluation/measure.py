@@ -29,21 +29,14 @@ Takes = tuple[Mapping[str, Take], Take]  # of one clip, by system, and the true 
 
 @dataclass
 class Results:
-    """What was measured.
+    """What was measured."""
 
-    Attributes:
-        rows: measurements by metric, system and clip. failed: `clip`, `system`, `where` (metric or file) and `why`.
-        lengths: seconds of the takes by system and clip. missing: by metric, why it has no measurements.
-        seconds: wall time by metric, loading the network included.
-        cached: how many measurements by metric were found.
-    """
-
-    rows: dict[str, dict[str, dict[str, Row]]] = field(default_factory=dict)
-    failed: list[dict[str, str]] = field(default_factory=list)
-    lengths: dict[str, dict[str, float]] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    cached: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, dict[str, dict[str, Row]]] = field(default_factory=dict)  # by metric, system and clip
+    failed: list[dict[str, str]] = field(default_factory=list)  # `clip`, `system`, `where` (metric or file), `why`
+    lengths: dict[str, dict[str, float]] = field(default_factory=dict)  # seconds of the takes, by system and clip
+    missing: dict[str, str] = field(default_factory=dict)  # by metric, why it has no measurements
+    seconds: dict[str, float] = field(default_factory=dict)  # by metric, loading its network included
+    cached: dict[str, int] = field(default_factory=dict)  # by metric, how many measurements were found
 
 
 @lru_cache(4096)

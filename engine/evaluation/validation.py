@@ -17,7 +17,7 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.evaluation.statistics import ratio
-from engine.metrics.metric import Sound, Take, Unavailable
+from engine.metrics.metric import Sound, Take
 from engine.metrics.registry import metrics_of, protocol_of
 
 T = TypeVar("T")
@@ -58,15 +58,10 @@ def mean_of(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class ByClip:
-    """A figure that all clips have together.
+    """A figure that all clips have together."""
 
-    Attributes:
-        values: number of a clip -> what was measured of it.
-        figure: of the values of all clips in their order; a function that pickle knows by name.
-    """
-
-    values: Mapping[int, Any]
-    figure: Callable[[list[Any]], Any] = mean_of
+    values: Mapping[int, Any]  # what was measured of a clip, by its number
+    figure: Callable[[list[Any]], Any] = mean_of  # of the values of all clips in order; pickle knows it by name
 
     def __call__(self) -> Any:
         return self.figure([self.values[clip] for clip in sorted(self.values)])
@@ -126,12 +121,11 @@ def measure_clips(
         try:
             measuring.check()
             if metric.pair and truths is None:
-                raise Unavailable("there is no true speech to compare with")
+                raise UserError("there is no true speech to compare with")
             measuring.load()
         except (UserError, OSError) as error:  # files of a network that cannot be loaded: training goes on
-            kind = "" if isinstance(error, Unavailable) else "cannot be measured: "
             if not numbers or numbers[0] == 0:  # one of many processes says so
-                print(f"no {', '.join(names)}: {kind}{error}", flush=True)
+                print(f"no {', '.join(names)}: {error}", flush=True)
             continue
         for number, take, truth in zip(numbers or range(len(made)), made, true):
             try:

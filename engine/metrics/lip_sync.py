@@ -170,18 +170,12 @@ class SyncNet(nn.Module):
 
 @dataclass(frozen=True)
 class SyncScore:
-    """How well lips and sound agree.
+    """How well lips and sound agree."""
 
-    confidence: LSE-C, the median over shifts of the mean distance less the smallest one; larger is better.
-    distance: LSE-D, the smallest mean distance; smaller is better.
-    offset: video frames by which the sound comes early at the best shift.
-    distances: (W, S) of every lip window to the sound at every shift.
-    """
-
-    confidence: float
-    distance: float
-    offset: int
-    distances: Tensor
+    confidence: float  # LSE-C, the median over shifts of the mean distance less the smallest one; larger is better
+    distance: float  # LSE-D, the smallest mean distance; smaller is better
+    offset: int  # video frames by which the sound comes early at the best shift
+    distances: Tensor  # (W, S) of every lip window to the sound at every shift
 
 
 def sync_score(lip: Tensor, audio: Tensor, shift: int = SHIFT) -> SyncScore:

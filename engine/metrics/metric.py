@@ -26,10 +26,6 @@ WEIGHTS = Path("checkpoints")  # as in configs/evaluate.yaml
 CACHED = 8  # waves and videos of the last files, which several systems are compared with
 
 
-class Unavailable(UserError):
-    """A metric cannot be computed here: a package or a file is missing. The message says how to get it."""
-
-
 @dataclass(frozen=True, eq=False)
 class Sound:
     """A wave in memory (N,) at `rate` Hz, in place of a file."""
@@ -40,51 +36,31 @@ class Sound:
 
 @dataclass(frozen=True)
 class Take:
-    """One clip as one system gives it, or as it was recorded.
+    """One clip as one system gives it, or as it was recorded."""
 
-    Attributes:
-        audio: the file with its speech, or its wave. video: the file with the picture that belongs to this take.
-        source: the picture that the speech was made for, where the take has none of its own.
-        text: the words. heard: a transcript made elsewhere.
-        language: of the words, as in `en` or `zh`.
-        speaker: who speaks.
-        about: what else is known: of the true clip its row of the manifest, of an output what its system wrote in
-            ID.json.
-        given: audio or video if that stream was given to the system and is not its own work.
-        bits: a second of the code that the speech was decoded from.
-    """
-
-    audio: Path | Sound | None = None
-    video: Path | None = None
-    source: Path | None = None
-    text: str | None = None
-    heard: str | None = None
-    language: str = "en"
+    audio: Path | Sound | None = None  # the file with its speech, or its wave
+    video: Path | None = None  # the file with the picture that belongs to this take
+    source: Path | None = None  # the picture that the speech was made for, where the take has none of its own
+    text: str | None = None  # the words
+    heard: str | None = None  # a transcript made elsewhere
+    language: str = "en"  # of the words
     speaker: str | None = None
+    # What else is known: of the true clip its row of the manifest, of an output what its system wrote in ID.json.
     about: Mapping[str, Any] = field(default_factory=dict)
-    given: str | None = None
-    bits: float | None = None
+    given: str | None = None  # audio or video if that stream was given to the system and is not its own work
+    bits: float | None = None  # a second of the code that the speech was decoded from
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One column of a table.
+    """One column of a table."""
 
-    Attributes:
-        title: head of the column.
-        better: 1 if larger is better, -1 if smaller is, 0 if neither.
-        scale: the printed value for a ratio of 1: 100 for per cent.
-        digits: after the point.
-        meaning: one line for the reader of a report.
-        statistic: ratio or correlation of the pairs of all clips.
-    """
-
-    title: str
-    better: int
-    digits: int = 2
-    scale: float = 1.0
-    meaning: str = ""
-    statistic: Statistic = ratio
+    title: str  # head of the column
+    better: int  # 1 if larger is better, -1 if smaller is, 0 if neither
+    digits: int = 2  # after the point
+    scale: float = 1.0  # the printed value for a ratio of 1: 100 for per cent
+    meaning: str = ""  # one line for the reader of a report
+    statistic: Statistic = ratio  # or correlation, of the pairs of all clips
 
 
 @dataclass(unsafe_hash=True)
@@ -95,39 +71,24 @@ class Metric:
     or their correlation. A mean over clips has b = 1, a word error rate (errors, words). A figure of a whole set is the
     Frechet distance of its features from the true ones: a measurement has rows of them (F, D) instead. Figures that
     need other clips, too, are made by `finish` of the other values in the rows. A transcript is shown in the report.
-
-    Attributes:
-        protocol: how to measure: one of `protocols`, with what that needs after a colon; see `kind` and `argument`.
-        weights: folder of the downloaded networks. device: where they run.
-        figures: the columns that it fills.
-        protocols: names of the ways to measure; the first one is the default.
-        version: raised when the same inputs give other values, so that older results in a cache are not used.
-        pair: whether the true take is needed besides the one that is measured.
-        parallel: whether several processes may measure at once on a GPU; large networks may not.
-        outputs_only: whether the true clips have no such figure.
-        pictured: whether takes without a picture have no such figure.
-        cuts: whether the longer of an output and the true speech is cut to the other's length.
-        inputs: attributes of the measured take that the result depends on.
-        needs: modules that must be installed. names: files below `weights`; a result is not used again when one of them
-            changes. download: the group of configs/checkpoints.yaml that has them.
     """
 
-    protocol: str = ""
-    weights: Path = WEIGHTS
+    protocol: str = ""  # one of `protocols`, with what that needs after a colon: see `kind` and `argument`
+    weights: Path = WEIGHTS  # folder of the downloaded networks
     device: str = "cpu"
 
-    figures: ClassVar[Mapping[str, Figure]] = {}
-    protocols: ClassVar[tuple[str, ...]] = ("",)
-    version: ClassVar[int] = 1
-    pair: ClassVar[bool] = False
-    parallel: ClassVar[bool] = True
-    outputs_only: ClassVar[bool] = False
-    pictured: ClassVar[bool] = False
-    cuts: ClassVar[bool] = False
-    inputs: ClassVar[tuple[str, ...]] = ("audio",)
-    needs: ClassVar[tuple[str, ...]] = ()
-    names: ClassVar[tuple[str, ...]] = ()
-    download: ClassVar[str] = "metrics"
+    figures: ClassVar[Mapping[str, Figure]] = {}  # the columns that it fills
+    protocols: ClassVar[tuple[str, ...]] = ("",)  # names of the ways to measure; the first one is the default
+    version: ClassVar[int] = 1  # raised when the same inputs give other values, which are not taken from a cache then
+    pair: ClassVar[bool] = False  # whether the true take is needed besides the one that is measured
+    parallel: ClassVar[bool] = True  # whether several processes may measure at once on a GPU; large networks may not
+    outputs_only: ClassVar[bool] = False  # whether the true clips have no such figure
+    pictured: ClassVar[bool] = False  # whether takes without a picture have no such figure
+    cuts: ClassVar[bool] = False  # whether the longer of an output and the true speech is cut to the other's length
+    inputs: ClassVar[tuple[str, ...]] = ("audio",)  # attributes of the measured take that the result depends on
+    needs: ClassVar[tuple[str, ...]] = ()  # modules that must be installed
+    names: ClassVar[tuple[str, ...]] = ()  # files below `weights`; a result holds until one of them changes
+    download: ClassVar[str] = "metrics"  # the group of configs/checkpoints.yaml that has them
 
     @property
     def name(self) -> str:
@@ -146,7 +107,7 @@ class Metric:
         return [self.weights / name for name in self.names]
 
     def check(self) -> None:
-        """Raise `Unavailable` if a package or a file is missing."""
+        """Raise UserError if a package or a file is missing; the message says how to get it."""
         packages = [name for name in self.needs if find_spec(name) is None]
         files = [str(file) for file in self.files if not file.exists()]
         why = []
@@ -156,7 +117,7 @@ class Metric:
             get = f"python scripts/download_checkpoints.py {self.download} --to {self.weights}"
             why.append(f"not there: {', '.join(files)} ({get})")
         if why:
-            raise Unavailable("; ".join(why))
+            raise UserError("; ".join(why))
 
     def applies(self, take: Take) -> bool:
         """Return whether a take can have the figures: it has none of a stream that was given to its system."""

@@ -7,7 +7,6 @@ Axes: N samples.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from engine.errors import UserError, require
 from engine.media.audio import resample_wave
 
 RATE = 16_000
-MODEL = "free.arpa"  # name of a language model beside a grammar
 
 # The default beams lose the right path of a grammar search; these keep every hypothesis that matters.
 SETTINGS = {
@@ -61,32 +59,3 @@ class Recogniser:
         hear(self._decoder, resample_wave(wave, rate, RATE))
         hypothesis = self._decoder.hyp()
         return hypothesis.hypstr.lower() if hypothesis else ""
-
-
-class CorpusRecogniser:
-    """Recognises the sentences of a corpus: by its grammar, or by a language model where the grammar lacks a word.
-
-    Args:
-        grammar: path of the grammar file. A language model `free.arpa` beside it is used for sentences with words that
-            the grammar does not have; without that file, the grammar is used for all.
-    """
-
-    def __init__(self, grammar: Path) -> None:
-        self._closed, model = Recogniser(grammar), grammar.with_name(MODEL)
-        self._words = set(re.findall(r"[\w'-]+", grammar.read_text()))
-        self._free = Recogniser(model) if model.is_file() else None
-
-    @staticmethod
-    def files(grammar: Path) -> list[Path]:
-        """Return the grammar and those of the language model and the pronunciations that lie beside it."""
-        models = grammar, grammar.with_name(MODEL)
-        beside = (models[1], *(model.with_suffix(".dict") for model in models))
-        return [grammar, *(file for file in beside if file.is_file())]
-
-    def is_free(self, text: str) -> bool:
-        """Return whether the language model recognises this sentence."""
-        return self._free is not None and not set(text.lower().split()) <= self._words
-
-    def transcribe(self, text: str, wave: np.ndarray, rate: int) -> str:
-        """Return what was recognised in a wave that says, or should say, `text`."""
-        return (self._free if self.is_free(text) else self._closed).transcribe(wave, rate)

@@ -33,7 +33,7 @@ from torch import Tensor
 from engine.config import target
 from engine.errors import UserError, require, require_librosa
 from engine.media.audio import resample_wave
-from engine.metrics.metric import CACHED, Figure, Metric, Rows, Take, Unavailable, cosine, wave_of
+from engine.metrics.metric import CACHED, Figure, Metric, Rows, Take, cosine, wave_of
 from engine.release import load_strict
 from engine.safe_pickle import read_checkpoint
 from engine.shards.reader import ShardSplit
@@ -157,7 +157,7 @@ class OwnVoice(Metric):
     def check(self) -> None:
         super().check()
         if self.kind == "shards" and not (Path(self.argument) / "index.json").is_file():
-            raise Unavailable(f"voices={self.argument} has no prepared shards (python scripts/prepare_data.py)")
+            raise UserError(f"voices={self.argument} has no prepared shards (python scripts/prepare_data.py)")
 
     def measure(self, take: Take, truth: Take) -> dict[str, Any]:
         try:

@@ -20,6 +20,7 @@ Axes: N samples.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -32,11 +33,12 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.evaluation.statistics import derangement
-from engine.metrics.metric import Figure, Metric, Rows, Take, Unavailable, text_of, wave_of
-from engine.metrics.recogniser import CorpusRecogniser
+from engine.metrics.metric import Figure, Metric, Rows, Take, text_of, wave_of
+from engine.metrics.recogniser import Recogniser
 from engine.untrusted import read_json
 
 RATE = 16_000
+MODEL = "free.arpa"  # name of a language model beside a grammar
 LONG = 30  # seconds that Whisper hears at once
 FOLDERS = {"whisper-medium": "whisper-medium", "whisper-large-v3": "whisper-large-v3", "qwen3-asr": "Qwen3-ASR-1.7B-hf"}
 WITHOUT_SPACES = ("zh", "ja", "th", "yue")
@@ -54,10 +56,14 @@ class WordErrors(Metric):
     version = 2
     parallel = False
     inputs = ("audio", "heard", "language")
+    free = None  # the recogniser of sentences outside the grammar
 
     def load(self) -> None:
         if self.kind == "grammar":
-            self.recogniser = CorpusRecogniser(Path(self.argument))
+            grammar, model, *_ = self._recogniser_files
+            self.closed = Recogniser(grammar)
+            self.free = Recogniser(model) if model.is_file() else None
+            self.vocabulary = set(re.findall(r"[\w'-]+", grammar.read_text()))
         elif self.kind != "auto-avsr":
             self.processor, self.model = load_speech_model(self.folder, self.device)
 
@@ -67,13 +73,19 @@ class WordErrors(Metric):
         return Path(self.argument) if self.argument else self.weights / FOLDERS[self.kind]
 
     @property
+    def _recogniser_files(self) -> list[Path]:
+        """The grammar, the language model that may lie beside it, and pronunciations of both."""
+        models = Path(self.argument), Path(self.argument).with_name(MODEL)
+        return [*models, *(model.with_suffix(".dict") for model in models)]
+
+    @property
     def files(self) -> list[Path]:
         if self.kind == "grammar":
             if not self.argument:
-                raise Unavailable("the recogniser needs a grammar: grammar=FILE.jsgf")
+                raise UserError("the recogniser needs a grammar: grammar=FILE.jsgf")
             if not Path(self.argument).is_file():
-                raise Unavailable(f"grammar={self.argument}: there is no such file")
-            return CorpusRecogniser.files(Path(self.argument))
+                raise UserError(f"grammar={self.argument}: there is no such file")
+            return [file for file in self._recogniser_files if file.is_file()]
         return [self.folder / name for name in ("config.json", "model.safetensors")] if self.kind in FOLDERS else []
 
     @property
@@ -84,6 +96,10 @@ class WordErrors(Metric):
     def needs(self) -> tuple[str, ...]:
         return ("pocketsphinx",) if self.kind == "grammar" else ()
 
+    def is_free(self, text: str) -> bool:
+        """Return whether the language model recognises a sentence, as the grammar lacks a word of it."""
+        return self.free is not None and not set(text.lower().split()) <= self.vocabulary
+
     def transcribe(self, take: Take) -> str:
         """Return what is heard in a take, as the recogniser writes it."""
         if self.kind == "auto-avsr":
@@ -92,7 +108,7 @@ class WordErrors(Metric):
             return take.heard
         wave = wave_of(take.audio, RATE)
         if self.kind == "grammar":
-            return self.recogniser.transcribe(take.text or "", wave, RATE)
+            return (self.free if self.is_free(take.text or "") else self.closed).transcribe(wave, RATE)
         if self.kind == "qwen3-asr":
             return self._qwen(wave, take.language)
         return hear_words(self.processor, self.model, wave, take.language)[0]
@@ -126,7 +142,7 @@ class WordErrors(Metric):
         spoken, heard = text_of(truth), self.transcribe(take)
         text, words = (self.normalise(part, take.language) for part in (spoken, heard))
         found = count_errors(text, words, take.language)
-        if self.kind == "grammar" and self.recogniser.is_free(spoken):
+        if self.is_free(spoken):
             found["wer_free"] = found.pop("wer")
         return {**found, "heard": heard, "text": text, "words": words}
 

@@ -16,7 +16,7 @@ from engine.errors import UserError
 from engine.media.audio import read_audio
 from engine.metrics import lip_sync
 from engine.metrics.frechet import frechet_distance
-from engine.metrics.metric import Sound, Take, Unavailable
+from engine.metrics.metric import Sound, Take
 from engine.metrics.registry import metric_of
 from engine.metrics.words import count_errors
 from engine.safe_pickle import read_checkpoint
@@ -87,7 +87,7 @@ def test_the_recogniser_with_a_grammar(voice, tmp_path):
     (tmp_path / "g.dict").write_text("".join(f"{a} {b}\n" for a, b in words.items()) + "four F AO R\nagain AH G EH N\n")
     said = Take(text="set g at m four again")
     assert figures("wer", take(voice), said, f"grammar:{tmp_path / 'g.jsgf'}")["wer"] == (0, 6)
-    with pytest.raises(Unavailable, match=r"grammar=FILE\.jsgf"):
+    with pytest.raises(UserError, match=r"grammar=FILE\.jsgf"):
         metric_of("wer")("grammar:", tmp_path).check()
 
 
@@ -361,13 +361,13 @@ def test_a_clip_is_cut_into_windows_and_turned_to_bgr():
 @pytest.mark.parametrize("name", ["utmos", "lse_c", "fid", "fvd", "speaker_similarity", "emotion_accuracy", "wer"])
 def test_missing_files_are_named_with_the_command_that_gets_them(tmp_path, name):
     metric = metric_of(name)
-    with pytest.raises(Unavailable, match=rf"not there: {tmp_path}.*python scripts/download_checkpoints.py metrics"):
+    with pytest.raises(UserError, match=rf"not there: {tmp_path}.*python scripts/download_checkpoints.py metrics"):
         metric(metric.protocols[0], tmp_path).check()
 
 
 def test_missing_packages_are_named_with_the_command_that_gets_them(monkeypatch):
     monkeypatch.setitem(sys.modules, "pystoi", None)
-    with pytest.raises(Unavailable, match=r"not installed: pystoi \(bash scripts/setup.sh metrics\)"):
+    with pytest.raises(UserError, match=r"not installed: pystoi \(bash scripts/setup.sh metrics\)"):
         metric_of("stoi")().check()
 
 

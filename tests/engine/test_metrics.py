@@ -13,9 +13,10 @@ from engine.evaluation import validation
 from engine.evaluation.validation import figures_of
 from engine.metrics.metric import Figure, Metric, Sound, Take
 from engine.metrics.phonemes import PhonemeErrors
-from engine.metrics.recogniser import CorpusRecogniser, Recogniser
+from engine.metrics.recogniser import Recogniser
 from engine.metrics.speaker import GE2EEncoder
 from engine.metrics.speech import pitch
+from engine.metrics.words import WordErrors
 from tests.spoken import speak
 
 RATE = 24_000
@@ -77,15 +78,16 @@ def test_sentences_outside_the_grammar_are_recognised_by_the_language_model(spok
     pytest.importorskip("pocketsphinx")
     rate, waves = spoken
     (tmp_path / "grammar.jsgf").write_text(GRAMMAR.replace("two | three", "two"))  # the first sentence says three
-    everything_closed = CorpusRecogniser(tmp_path / "grammar.jsgf")
-    assert not everything_closed.is_free(SENTENCES[0])
+    metric = WordErrors(f"grammar:{tmp_path}/grammar.jsgf")
+    metric.load()
+    assert not metric.is_free(SENTENCES[0])  # everything is recognised by the grammar
     words = sorted({word for text in SENTENCES for word in text.split()})
     rows = [f"-1.0 {word} 0.0" for word in ["<s>", "</s>", *words]]
     model = ["\\data\\", f"ngram 1={len(rows)}", "", "\\1-grams:", *rows, "", "\\end\\", ""]
     (tmp_path / "free.arpa").write_text("\n".join(model))
-    recogniser = CorpusRecogniser(tmp_path / "grammar.jsgf")
-    assert [recogniser.is_free(text) for text in SENTENCES] == [True, False, False]
-    heard = [recogniser.transcribe(text, wave, rate) for text, wave in zip(SENTENCES, waves)]
+    metric.load()
+    assert [metric.is_free(text) for text in SENTENCES] == [True, False, False]
+    heard = [metric.transcribe(Take(Sound(wave, rate), text=text)) for text, wave in zip(SENTENCES, waves)]
     assert "three" in heard[0] and jiwer.wer(SENTENCES[:1], heard[:1]) < 0.5
     assert jiwer.wer(SENTENCES[1:], heard[1:]) < 0.1
 
