@@ -162,16 +162,17 @@ class Jobs(Work[Batch, Batch, Summary]):
             with failing(name):
                 ready.append((name, self.prepare(job)))
         try:
-            results = [[each] for each in self.generate([prepared for _, prepared in ready])] if ready else []
+            results = self.generate([prepared for _, prepared in ready]) if ready else []
         except Exception:
             if alone:
                 raise
-            results = [[] for _ in ready]  # one by one, to find the job that ends its batch
+            results = [None] * len(ready)  # one by one, to find the job that ends its batch
         for (name, prepared), result in zip(ready, results, strict=True):
             with failing(name):
-                result = result or self.generate([prepared])
+                if result is None:
+                    (result,) = self.generate([prepared])
                 with stage("writing"):
-                    line, seconds = self.write(name, prepared, *result)
+                    line, seconds = self.write(name, prepared, result)
                 summary.speech_seconds += seconds
                 summary.lines.append(line)
         return summary

@@ -141,7 +141,7 @@ class ShardSplit:
         """Return the shards as blocks; None if all samples are shuffled at once."""
         if self.reading.window is None:
             return None
-        return Blocks(np.diff(self._ends, prepend=0).tolist(), self.reading.window, self.reading.streams)
+        return Blocks(self.sizes, self.reading.window, self.reading.streams)
 
     def prefetch(self, items: Iterable[tuple[int, int]]) -> None:
         """Fetch the shards of samples [first, last) in the background, if they are remote."""
