@@ -214,8 +214,10 @@ def find_clips(c: InferConfig) -> list[Path]:
         raise UserError(f"input={source} is neither a file nor a folder")
     owners: dict[Path, Path] = {}
     inputs = {os.path.realpath(clip): clip for clip in clips}
+    suffixes = (".mp4", ".png", ".wav", *(FACE if c.debug else ()), *(WORD_FILES if c.timestamps else ()))
     for clip in clips:
-        for target in outputs_of(clip, c):
+        stems = {stem_of(clip, number, c) for number in range(1, MOST_FACES + 1)}
+        for target in (Path(c.output) / f"{stem}{suffix}" for stem in sorted(stems) for suffix in suffixes):
             other = owners.setdefault(target, clip)
             if other != clip:
                 raise UserError(f"{other} and {clip} would both be written to {target}: rename one")
@@ -224,13 +226,6 @@ def find_clips(c: InferConfig) -> list[Path]:
             if target.is_dir():
                 raise UserError(f"cannot write {target}: it is a folder")
     return clips
-
-
-def outputs_of(clip: Path, c: InferConfig) -> list[Path]:
-    """Return the files that a clip may be given."""
-    suffixes = (".mp4", ".png", ".wav", *(FACE if c.debug else ()), *(WORD_FILES if c.timestamps else ()))
-    stems = dict.fromkeys(stem_of(clip, number, c) for number in range(1, MOST_FACES + 1))
-    return [Path(c.output) / f"{stem}{suffix}" for stem in stems for suffix in suffixes]
 
 
 def stem_of(clip: Path, number: int, c: InferConfig) -> str:
