@@ -78,11 +78,7 @@ class RunConfig(Group):
 class Summary:
     """Results of all jobs, or of those of a batch.
 
-    Attributes:
-        jobs: their number. failed: name and error of each that failed; the name is empty if the error tells it.
-        lines: about the others.
-        speech_seconds: duration of the speech in the files.
-        device: of the computations.
+    failed: name and error of each that failed; the name is empty if the error tells it. lines: about the others.
     """
 
     jobs: int
@@ -117,9 +113,7 @@ class Summary:
 class Jobs(Work[Batch, Batch, Summary]):
     """The work on jobs of one kind, made once in each process: load (the constructor), prepare, generate, write.
 
-    Attributes:
-        device: for the computations.
-        name_errors: put a job's name before its error; not needed if the name is a path that the error contains.
+    name_errors: put a job's name before its error; not needed if the name is a path that the error contains.
     """
 
     device: object
@@ -191,13 +185,10 @@ def run_batches(
     devices: int = 1,
     ray: ClusterConfig | None = None,
 ) -> Summary:
-    """Do named jobs, `batch_size` at a time, and print a line for each; failures go to standard error.
+    """Do (name, job) pairs, `batch_size` at a time, and print a line for each; failures go to standard error.
 
     Args:
-        jobs: (name, job) pairs.
-        start: makes the `Jobs`. It can be pickled if other processes do the work.
-        devices: number of processes, each with its own device; with one, this process does the work.
-        ray: settings of a cluster that does the work instead.
+        start: makes the `Jobs`, in this process, or in one for each device or actor, to which it is pickled.
     """
     firsts = range(0, len(jobs), batch_size)
     batches = [(jobs[first : first + batch_size], first + 1, len(jobs)) for first in firsts]

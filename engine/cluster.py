@@ -34,14 +34,10 @@ class Cluster:
     """The cluster at work. A context: leaving it ends what this process has running there.
 
     Args:
-        config: address and actors.
         build: makes the work in an actor, from 0, as each actor sees its own GPUs only.
         build_cut: makes work that can `cut` alone, on any processor; None: items go to the actors as they are.
         timeout: seconds that the first half of an item may take.
         processors: to use where no cluster is named.
-
-    Attributes:
-        about: that of the work.
     """
 
     def __init__(

@@ -164,8 +164,7 @@ C = TypeVar("C", bound=Codec)
 def load_codec(folder: str | Path, codecs: Mapping[str, type[C]]) -> C:
     """Load the codec of a release folder, here or on the hub, or of official files, in eval mode.
 
-    Args:
-        codecs: the classes to choose from, by kind. A model that takes a further codec has it in its table.
+    `codecs` are the classes to choose from, by kind. A model that takes a further codec has it in its table.
     """
     folder = release_folder(folder)
     if not (folder / "config.yaml").is_file():

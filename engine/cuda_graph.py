@@ -131,9 +131,6 @@ class GraphedSteps:
 
     A model's loops that never run at the same time share one, so that a loop finds the graphs of earlier ones. Such a
     function must be the same object each time: one of a module, not a closure.
-
-    Args:
-        device, compile, backend: as of `GraphedStep`.
     """
 
     def __init__(
@@ -163,10 +160,9 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 
 
 def _key(value: Any, tensors: list[Tensor] | None) -> Hashable:
-    """Return what two arguments must have in common to share a graph, and collect their tensors.
+    """Return what two arguments must have in common to share a graph.
 
-    Args:
-        tensors: takes the tensors, in the order of `map_tensors`; None: they are told apart by address.
+    Their tensors are collected in `tensors`, in the order of `map_tensors`; None: they are told apart by address.
     """
     if isinstance(value, Tensor):
         if tensors is not None:

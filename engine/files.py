@@ -82,11 +82,7 @@ def refuse_links(folder: Path) -> None:
 
 @contextmanager
 def writable(folder: str | Path, setting: str = "output") -> Iterator[None]:
-    """Make `folder` and fail before any work if it cannot be written; new folders that stay empty are removed.
-
-    Args:
-        setting: the setting that names the folder, for the error.
-    """
+    """Make the folder that `setting` names, or fail before any work; new folders that stay empty are removed."""
     if not str(folder):
         raise UserError(f"{setting}= is empty: name a folder")
     folder = Path(folder)

@@ -31,8 +31,7 @@ ATTEMPTS = 2  # at an item whose process dies
 class Work(Generic[Item, Half, Result]):
     """What is done with each item, in two halves that an executor may run on two machines.
 
-    Attributes:
-        about: what the caller needs to know of it, such as digests of weights.
+    about: what the caller needs to know of it, such as digests of weights.
     """
 
     about: Any = None
@@ -104,9 +103,6 @@ class Processes(Generic[Item, Result]):
         count: number of processes; 0: this one, without a timeout.
         build: makes the work in a process from its number, 0 to `count` - 1, or None in this one.
         timeout: seconds that an item may take.
-
-    Attributes:
-        about: that of the work.
     """
 
     def __init__(

@@ -105,9 +105,7 @@ def showing(report: Report | None = None) -> Iterator[Progress]:
 def stage(label: str, total: int | None = None, unit: str = "") -> Iterator[Callable[..., object]]:
     """Show a part of a command's work. Give a function to call after each step.
 
-    Args:
-        label: text to show.
-        total, unit: of the steps; without a unit, only the label is shown, and only if nothing else is.
+    Without a `unit` of the steps, only the label is shown, and only if nothing else is.
     """
     progress = current()
     outer = progress and progress.bar

@@ -25,8 +25,7 @@ TASKS = {  # by kind of release: the hub's name of its task, and tags
 def front_matter(kind: str | None, title: str, results: Mapping[str, float], dataset: str) -> str:
     """Return the metadata of a model card, as YAML between lines of dashes.
 
-    Args:
-        results: figures by name, which become the card's model-index. dataset: what they were measured on.
+    The figures `results`, by name, which were measured on `dataset`, become the card's model-index.
     """
     task, tags = TASKS.get(kind, (None, ()))
     figures = [
@@ -50,7 +49,6 @@ def publish(
     Args:
         folder: the release; None: the model was loaded from other files.
         parts: by name, the releases of its codecs, which become folders of the repository.
-        repository: OWNER/NAME.
         license: the hub's name of the weights' licence, as apache-2.0; None: the card's.
 
     Raises:

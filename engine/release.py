@@ -43,9 +43,8 @@ class Released(nn.Module):
 
     Attributes:
         kind: names the class in config.yaml.
-        Config: dataclass of the constructor's argument.
+        Config: dataclass of the constructor's argument, which is `config`.
         beyond: tensors and numbers that the network may have beyond those of its release, such as tables.
-        config: that argument.
         release: the whole config.yaml of the folder that the network was loaded from, but for the kind; else {}.
     """
 
@@ -234,8 +233,7 @@ def average(
 ) -> dict[str, Tensor]:
     """Return the first state dict, with floating-point tensors whose names begin with a prefix averaged over all.
 
-    Args:
-        shares: weight of each state dict; divided by their sum.
+    `shares` are the weights of the state dicts, and are divided by their sum.
     """
     first = states[0]
     shapes = [{name: value.shape for name, value in state.items()} for state in states]

@@ -67,8 +67,7 @@ class Group:
 def group(kind: type, unset: bool = False, about: str = "") -> Any:
     """Describe a group of settings, the dataclass `kind`.
 
-    Args:
-        unset: the field is a dict of changes to settings that stand elsewhere; each is None, no change, by default.
+    If `unset`, it is a dict of changes to settings that stand elsewhere; each is None, no change, by default.
     """
     factory = partial(dict.fromkeys, [field.name for field in dataclasses.fields(kind)]) if unset else kind
     return dataclasses.field(default_factory=factory, metadata={"group": kind, "unset": unset, "about": about})

@@ -98,11 +98,7 @@ def parse_json(text: str | bytes, what: Any) -> Any:
 
 
 def parse_object(text: str | bytes, what: Any, names: Collection[str], example: str) -> dict[str, Any]:
-    """Return the JSON object of a text, all of whose names are among `names`.
-
-    Args:
-        what: the text's name in errors. example: an object, for errors.
-    """
+    """Return the JSON object of a text, all of whose names are among `names`; `what` and `example` are for errors."""
     value = parse_json(text, what)
     if not isinstance(value, dict):
         raise UserError(f"give an object, as in {example}")
@@ -114,8 +110,7 @@ def parse_object(text: str | bytes, what: Any, names: Collection[str], example: 
 def check_numbers(value: Any, source: Any, key: str = "") -> None:
     """Raise UserError unless all floats in the plain containers `value` are finite and all integers 0 to `MAX_SIZE`.
 
-    Args:
-        source, key: file and setting in which the value stands, for the error.
+    `source` and `key` are the file and the setting in which it stands.
     """
     if isinstance(value, dict | list):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):

@@ -149,11 +149,7 @@ class ShardSplit:
         self.files.prefetch(self.shards[i] for first, last in spans for i in range(first, last + 1))
 
     def check_made_with(self, digests: dict[str, str]) -> None:
-        """Compare the weights that made the features with those in use.
-
-        Args:
-            digests: by feature (a name in the index), the digest of the weights in use.
-        """
+        """Compare the digests, by feature, of the weights in use with those of the weights that made the features."""
         self.check_holds(*digests)
         for name, digest in digests.items():
             if (stored := self.index["digests"][name]) != digest:

@@ -103,7 +103,6 @@ class SplitWriter:
     The index gets the mean and standard deviation, over all frames, of the tensors `motion` (T, D).
 
     Args:
-        folder: of the split.
         keys: of all samples of the split, in order; sample i belongs to shard i // per_shard.
         plan: what decides about the content of the shards, as JSON values.
         rank, world: of this process.
@@ -253,11 +252,7 @@ class SplitWriter:
         shutil.rmtree(work, ignore_errors=True)
 
     def finish(self, about: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Write the index if every shard exists; returns it, or None while other processes are at work.
-
-        Args:
-            about: of the whole split, goes into the index.
-        """
+        """Write the index, with `about` in it, if every shard exists; returns it, or None while others are at work."""
         index = None
         if all(self.is_made(shard) for shard in self.shards):
             sidecars = [(f"{i:06d}", json.loads((self.folder / f"{i:06d}.json").read_bytes())) for i in self.shards]
