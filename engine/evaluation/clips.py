@@ -160,9 +160,7 @@ def _take(path: Path, other: Take) -> Take:
 
 
 def find_take(folder: Path, name: str) -> Take:
-    """Return FOLDER/NAME.wav (or another sound) and FOLDER/NAME.mp4 (or another video); without a sound file, the
-    video's.
-    """
+    """Return FOLDER/NAME.wav, or another sound or the video's, and FOLDER/NAME.mp4, or another video."""
 
     def first(suffixes: tuple[str, ...]) -> Path | None:
         return next((path for s in suffixes if (path := folder / f"{name}{s}").is_file()), None)

@@ -103,16 +103,10 @@ class UpBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
+        steps = {"stride": stride, "padding": math.ceil(stride / 2), "output_padding": stride % 2}
         self.block = nn.Sequential(
             Snake(in_channels),
-            WNConvTranspose1d(
-                in_channels,
-                out_channels,
-                2 * stride,
-                stride=stride,
-                padding=math.ceil(stride / 2),
-                output_padding=stride % 2,
-            ),
+            WNConvTranspose1d(in_channels, out_channels, 2 * stride, **steps),
             *(ResidualUnit(out_channels, dilation) for dilation in (1, 3, 9)),
         )
 

@@ -19,9 +19,7 @@ N_FFT, HOP = 400, 160
 
 
 def mel_filters(rate: int, n_fft: int, bands: int) -> Tensor:
-    """Return (F, M) triangles on the Slaney mel scale from 0 Hz to half of `rate`, each of unit area; F = n_fft // 2 +
-    1.
-    """
+    """Return (F, M) triangles of unit area on the Slaney mel scale, from 0 Hz to half of `rate`; F = n_fft // 2 + 1."""
     filters = mel_filter_bank(n_fft // 2 + 1, bands, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney")
     return torch.from_numpy(filters).float()
 
