@@ -28,7 +28,7 @@ import torch
 from benchmarks import common, serving, training
 from benchmarks.inference import CLIP, GUIDANCE, build_hicodit, build_talker, random_conditions, random_request
 from benchmarks.plan import EFFICIENCY, Card, find_card, measure_samples, plan, read_recipe
-from engine.cuda_graph import Backend, GraphedSteps
+from engine.cuda_graph import CudaGraphs, GraphedSteps
 from engine.errors import UserError, printable
 from engine.precision import convert_matrices
 from hicodit.conditions.types import Conditions
@@ -115,7 +115,7 @@ class Machine:
         tests: folder of the tests of cards.
     """
 
-    backend: Backend | None = None
+    backend: CudaGraphs | None = None
     tests: Path = ROOT / "tests" / "gpu"
 
     def __init__(self, device: torch.device, cards: int = 1, size: str = "base") -> None:

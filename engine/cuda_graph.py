@@ -24,7 +24,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,17 +33,11 @@ LIMIT = 16  # graphs of a step
 WARM_UP = 3  # runs before a capture, in which libraries set themselves up
 
 
-class Backend(Protocol):
-    """What captures; see `CudaGraphs`. Tests put in one that runs on a CPU and destroys outputs as a card would."""
-
-    def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
-        """Capture `run`; return what replays it and gives its outputs, which die at the next replay."""
-
-
 class CudaGraphs:
     """Captures of one device, in one memory pool.
 
-    Replays of graphs of one pool must not overlap: use an object of this class from one stream alone.
+    Replays of graphs of one pool must not overlap: use an object of this class from one stream alone. Tests put in
+    another class, which runs on a CPU and destroys outputs as a card would.
     """
 
     _lock = threading.Lock()
@@ -53,6 +47,7 @@ class CudaGraphs:
         self.pool = torch.cuda.graph_pool_handle()
 
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """Capture `run`; return what replays it and gives its outputs, which die at the next replay."""
         with self._lock, torch.cuda.device(self.device):
             current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
             stream.wait_stream(current)
@@ -89,7 +84,7 @@ class GraphedStep:
         step: Callable[..., Any],
         device: torch.device | str = "cpu",
         compile: bool = False,
-        backend: Backend | None = None,
+        backend: CudaGraphs | None = None,
     ) -> None:
         self.step = torch.compile(step, fullgraph=True) if compile else step
         device = torch.device(device)
@@ -134,7 +129,7 @@ class GraphedSteps:
     """
 
     def __init__(
-        self, device: torch.device | str = "cpu", compile: bool = False, backend: Backend | None = None
+        self, device: torch.device | str = "cpu", compile: bool = False, backend: CudaGraphs | None = None
     ) -> None:
         self.backend = backend or (CudaGraphs(torch.device(device)) if torch.device(device).type == "cuda" else None)
         self.arguments = device, compile, self.backend

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.cuda_graph import Backend, GraphedStep, map_tensors
+from engine.cuda_graph import CudaGraphs, GraphedStep, map_tensors
 from engine.device import send
 from engine.errors import UserError
 from engine.precision import half_precision
@@ -159,7 +159,7 @@ class Rows:
         use_stop: bool = True,
         check_every: int | None = None,
         compile: bool = False,
-        backend: Backend | None = None,
+        backend: CudaGraphs | None = None,
     ) -> None:
         c, self.device = model.config, model.device
         self.model, self.mode, self.sampling, self.places = model, mode, sampling, places
