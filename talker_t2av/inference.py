@@ -78,7 +78,7 @@ class TalkJobs(Jobs):
                 draw(talk, job.text, staging / f"{name}.png")
             if self.times is not None:
                 words = self.times.align(job.text, talk.wave, rate)
-                write_words(staging / name, words, "text", subtitles=job.mode != "tts", **(origin or {}))
+                write_words(staging / name, words, "text", subtitles=job.mode != "tts", **origin)
             elif origin:
                 write_json(staging / f"{name}.json", origin)
         files = outputs_of(job, name, c.figure, c.timestamps)

@@ -38,12 +38,6 @@ def stored_voices(source: str | Path) -> tuple[list[str], Tensor, Tensor]:
     return [info["key"] for info, _ in rows], voices, torch.stack([tensors["ge2e"] for _, tensors in rows])
 
 
-def voice_means(embeddings: Tensor, voices: Tensor) -> Tensor:
-    """Return unit-length mean embedding (V, D) of each voice number that occurs, in ascending order."""
-    units = F.normalize(embeddings, dim=-1)
-    return F.normalize(torch.stack([units[voices == v].mean(0) for v in voices.unique()]), dim=-1)
-
-
 class VoiceClips:
     """Random log-mel crops of the clips of a split, with their GE2E embeddings and voices.
 
@@ -125,7 +119,9 @@ class VoiceEncoderTask(Task):
         self.corpus, self.shards, self.recipe = corpus, shards, recipe
         self.voice_weight, self.temperature, self.noise = voice_weight, temperature, noise
         _, voices, ge2e = stored_voices(join(shards, "train"))
-        self.register_buffer("means", voice_means(ge2e, voices), persistent=False)
+        units = F.normalize(ge2e, dim=-1)
+        means = torch.stack([units[voices == voice].mean(0) for voice in voices.unique()])
+        self.register_buffer("means", F.normalize(means, dim=-1), persistent=False)  # (V, D), in ascending order
 
     def parts(self) -> dict[str, nn.Module]:
         return {"encoder": self.encoder}

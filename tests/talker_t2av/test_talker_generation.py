@@ -66,25 +66,16 @@ def test_patches_are_drawn_from_the_states_of_training(mode, kind, prefix, monke
 
 @pytest.mark.parametrize("delay", [0, 1])
 @pytest.mark.parametrize("mode", MODES)
-def test_eight_rows_at_once_are_eight_rows_one_by_one(mode, delay):
+def test_eight_rows_that_take_turns_in_five_places_are_eight_rows_alone(mode, delay):
     model = tiny_model(delay, context=2)
     rows = []
     for seed in range(8):
         prefix = seed % 3
         streams = {"t2av": (prefix, prefix), "tts": (prefix, 0), "a2v": (prefix + 2 + seed, prefix)}
-        speech, motion = streams.get(mode, (prefix, prefix + 9 - seed))
-        rows.append(
-            request(
-                3 + 2 * seed,
-                seed,
-                4 * speech,
-                4 * motion,
-                prefix=prefix,
-                max_patches=4 + seed,
-                min_patches=1 + seed % 4,
-            )
-        )
-    together = generate(model, rows, MODES[mode], SAMPLING)
+        speech, motion = (4 * patches for patches in streams.get(mode, (prefix, prefix + 9 - seed)))
+        limits = {"prefix": prefix, "max_patches": 4 + seed, "min_patches": 1 + seed % 4}
+        rows.append(request(3 + 2 * seed, seed, speech, motion, **limits))
+    together = Rows(model, MODES[mode], SAMPLING, 5).generate(rows)
     lengths = set()
     for row, result in zip(rows, together):
         alone = generate(model, [row], MODES[mode], SAMPLING)[0]

@@ -67,13 +67,6 @@ def test_a_row_that_is_given_up_changes_nothing_and_memory_does_not_grow():
     assert rows.cache is cache and rows.length == BUCKET
 
 
-def test_more_requests_than_places_take_turns():
-    model = tiny_model()
-    asked = [request(4 + seed, seed, max_patches=2 + seed) for seed in range(5)]
-    for one, result in zip(asked, Rows(model, MODES["t2av"], SAMPLING, 2).generate(asked)):
-        assert_close(generate(model, [one], MODES["t2av"], SAMPLING)[0], result, 1e-4)
-
-
 class TestOutputsThatDie:
     """A graph's outputs are destroyed by the next replay: nothing may read them after that."""
 
