@@ -243,7 +243,7 @@ def graphs(machine: Machine) -> Iterator[Line]:
     ]
     note = f"of {tokens[0].numel():,} of the bundled HiCoDiT, graphs against eager"
     yield line("graphs hicodit", int((tokens[0] != tokens[1]).sum()), "tokens differ", 0, 0, note)
-    talker = TalkerSystem.load(BUNDLED, None, machine.device).model
+    talker = TalkerSystem(BUNDLED, None, machine.device).model
     results = []
     for eager in (True, False):
         rows = Rows(talker, MODES["t2av"], Sampling(4, guidance=2.0), use_stop=False, backend=machine.backend)

@@ -114,7 +114,7 @@ class TalkerPipeline:
         precision: str = "auto",
         compile: bool = False,
     ) -> TalkerPipeline:
-        """Load a release folder of ours, or a folder with the released files; see `TalkerSystem.load`.
+        """Load a release folder of ours, or a folder with the released files; see `TalkerSystem`.
 
         Args:
             precision: of the model, and in which faces are drawn: auto, fp32, bf16 or int8; see `engine.precision`.
@@ -122,7 +122,7 @@ class TalkerPipeline:
             compile: compile the steps with `torch.compile`, which takes minutes when they first run.
         """
         dtype, int8 = pick_dtype(precision, device), uses_int8(precision, device, compile)
-        system = TalkerSystem.load(folder, codecs, device)
+        system = TalkerSystem(folder, codecs, device)
         fuse_layers(system.model.to_precision(dtype))
         prepare_inference(system.model, int8, device, compile)
         if int8:
@@ -135,7 +135,8 @@ class TalkerPipeline:
         Args:
             repository: OWNER/NAME. license: of the weights, as apache-2.0; None: that of the release's card.
         """
-        return publish(self.system.folder, self.system.parts, repository, license, private)
+        folder = self.system.folder if self.system.part_names else None
+        return publish(folder, self.system.parts, repository, license, private)
 
     def t2av(self, text: str, reference_audio: str | None, reference_video: str, **more: Any) -> Talk:
         """Say a text with a voice and a face; `more` are fields of `Job`. The voice may be the video's sound."""

@@ -5,7 +5,7 @@ Two kinds of folder can be loaded: a release of ours, and a folder with the rele
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -75,32 +75,50 @@ class TalkerSystem:
     """The networks, all in eval mode on one device. Codecs and speaker encoder are loaded when they are first used.
 
     Args:
-        find: gives the folder or file of `speech`, `motion` or `speaker`.
-        digests: of the weights that made the model's training features, by the same names; one that is absent is not
-            checked.
+        folder: a release of ours, here or on the hub, or a folder (with subfolders) that holds the released files.
+        codecs: folders or files of `speech`, `motion`, `speaker` to use instead of those of the release. Those are
+            looked for in the release, beside it, among the bundled ones, and where they were in training. Among
+            released files each part is found by the names of its tensors.
 
     Attributes:
+        part_names: of codecs and speaker encoder, as in training; none for released files.
+        digests: of the weights that made the model's training features; one that is absent is not checked.
         picture_dtype: in which faces are drawn; None: as the model's.
     """
 
     def __init__(
         self,
-        model: TalkerT2AV,
-        tokenizer: TalkerTokenizer,
-        stats: MotionStats,
-        find: Callable[[str], str | Path],
-        sampling: Sampling,
-        digests: Mapping[str, str],
+        folder: str | Path = BUNDLED,
+        codecs: Mapping[str, str | Path] | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.model, self.tokenizer, self.stats, self.sampling = model, tokenizer, stats, sampling
-        self._find, self._digests = find, digests
-        self.folder: Path | None = None  # of the release, if it is one of ours
-        self.part_names: dict[str, str] = {}  # of codecs and speaker encoder, as in training
+        self.folder, self.codecs = release_folder(folder), codecs or {}
         self.picture_dtype: torch.dtype | None = None
+        if not self.folder.is_dir():
+            raise UserError(f"weights folder not found: {self.folder}")
+        if (self.folder / "config.yaml").is_file():
+            model, words = TalkerT2AV.from_pretrained(self.folder), self.folder
+            config = model.release
+            self.part_names = BUNDLED_CODECS | (config.get("codecs") or {})
+            try:
+                self.stats = MotionStats(*(torch.tensor(config["motion"][name]) for name in ("mean", "std")))
+                self.sampling = Sampling(**config.get("sampling", {}))
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:  # torch's, of what is no number
+                if isinstance(error, UserError):
+                    raise
+                raise UserError(
+                    f"{words / 'config.yaml'} lacks or misspells {error}: make the release again"
+                ) from error
+        else:
+            weights, words = (find_released(self.folder, part) for part in ("model", "tokenizer"))
+            model, words, config = TalkerT2AV.from_released(weights), words.parent, {}
+            self.part_names, self.stats, self.sampling = {}, MotionStats.read(None), Sampling()
+        self.digests = config.get("digests") or {}
+        self.tokenizer, self.model = TalkerTokenizer.from_pretrained(words), model.to(device)
         rows = model.llm.config.vocab_size
-        if tokenizer.vocab_size > rows:
-            raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {rows}: use its own")
-        _check_channels("motion statistics", model.config.motion_dim, len(stats.mean))
+        if self.tokenizer.vocab_size > rows:
+            raise UserError(f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model only {rows}: use its own")
+        _check_channels("motion statistics", model.config.motion_dim, len(self.stats.mean))
 
     @property
     def device(self) -> torch.device:
@@ -109,7 +127,16 @@ class TalkerSystem:
     @property
     def parts(self) -> dict[str, str | Path]:
         """Folders of the codecs and the speaker encoder, by the names by which the release looks for them."""
-        return {Path(name).name: self._find(part) for part, name in self.part_names.items()}
+        return {Path(name).name: self.find(part) for part, name in self.part_names.items()}
+
+    def find(self, part: str) -> str | Path:
+        """Return the folder or file of `speech`, `motion` or `speaker`."""
+        if self.codecs.get(part):
+            return self.codecs[part]
+        if not self.part_names:
+            return find_released(self.folder, part)
+        kinds = CODECS.get(part, (VoiceEncoder.kind,))
+        return find_codec(self.folder, self.part_names[part], kinds, ASSETS)
 
     @cached_property
     def speech(self) -> Codec:
@@ -152,60 +179,13 @@ class TalkerSystem:
                 raise UserError(f"mode={mode}: {error}") from error
 
     def _load(self, part: str) -> Any:
-        path = self._find(part)
+        path = self.find(part)
         # Whoever asks first: weights made in inference mode are of no use outside of it.
         with stage("loading"), torch.inference_mode(False):
             network = LOADERS[part](path)
-            if self._digests.get(part, None) not in (None, network.digest()):
+            if self.digests.get(part, None) not in (None, network.digest()):
                 raise UserError(f"{path} makes other features than those the model was trained on: use the model's own")
             return network.to(self.device)
-
-    @classmethod
-    def load(
-        cls,
-        folder: str | Path = BUNDLED,
-        codecs: Mapping[str, str | Path] | None = None,
-        device: torch.device | str = "cpu",
-    ) -> TalkerSystem:
-        """Load a release folder of ours, here or on the hub, or a folder (with subfolders) that holds the released
-        files.
-
-        Args:
-            codecs: folders or files of `speech`, `motion`, `speaker` to use instead of those of the release. Those are
-                looked for in the release, beside it, among the bundled ones, and where they were in training. Among
-                released files each part is found by the names of its tensors.
-        """
-        folder = release_folder(folder)
-        if not folder.is_dir():
-            raise UserError(f"weights folder not found: {folder}")
-        codecs = codecs or {}
-        if not (folder / "config.yaml").is_file():
-            model, words = find_released(folder, "model"), find_released(folder, "tokenizer").parent
-
-            def find(part: str) -> str | Path:
-                return codecs.get(part) or find_released(folder, part)
-
-            network, tokenizer = TalkerT2AV.from_released(model), TalkerTokenizer.from_pretrained(words)
-            return cls(network.to(device), tokenizer, MotionStats.read(None), find, Sampling(), {})
-
-        network = TalkerT2AV.from_pretrained(folder)
-        config, kinds = network.release, {**CODECS, "speaker": (VoiceEncoder.kind,)}
-        names = BUNDLED_CODECS | (config.get("codecs") or {})
-
-        def find_ours(part: str) -> str | Path:
-            return codecs.get(part) or find_codec(folder, names[part], kinds[part], ASSETS)
-
-        try:
-            stats = MotionStats(*(torch.tensor(config["motion"][name]) for name in ("mean", "std")))
-            sampling = Sampling(**config.get("sampling", {}))
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:  # torch's, of statistics that are no numbers
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{folder / 'config.yaml'} lacks or misspells {error}: make the release again") from error
-        tokenizer = TalkerTokenizer.from_pretrained(folder)
-        system = cls(network.to(device), tokenizer, stats, find_ours, sampling, config.get("digests") or {})
-        system.folder, system.part_names = folder, names
-        return system
 
 
 def load_speech(folder: str | Path) -> Codec:

@@ -144,7 +144,7 @@ HICODIT, TALKER, RVQ, SYSTEM, WORDS = (
     ("hicodit_tiny", HiCoDiTSystem.from_pretrained),
     ("talker_t2av_tiny", TalkerT2AV.from_pretrained),
     ("rvq_tiny", RVQCodec.from_pretrained),
-    ("talker_t2av_tiny", TalkerSystem.load),
+    ("talker_t2av_tiny", TalkerSystem),
     ("talker_t2av_tiny", TalkerTokenizer.from_pretrained),
 )
 NAN, INF = float("nan"), float("inf")

@@ -39,7 +39,7 @@ FILES = [  # what reads a file, its name, its content, and the line; None: there
     (WhisperXVAE.from_pretrained, "a.ckpt", [1, 2], "holds a list"),
     (WhisperXVAE.from_pretrained, "a.ckpt", {"state_dict": A}, "not a WhisperX-VAE"),
     (WhisperXVAE.from_pretrained, "absent", None, "weights folder not found"),
-    (TalkerSystem.load, "absent", None, "weights folder not found"),
+    (TalkerSystem, "absent", None, "weights folder not found"),
 ]
 
 

@@ -181,7 +181,7 @@ def test_folders_are_checked(tmp_path):
     save_file({"encoder.weight": torch.zeros(1)}, released / "acoustic_codec" / "model.safetensors")
     (released / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"lacks the Talker-T2AV model.*download_checkpoints") as error:
-        TalkerSystem.load(released)
+        TalkerSystem(released)
     assert "\n" not in str(error.value)
 
 
