@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from engine.errors import UserError, leaving_out
-from engine.settings import require_choice, require_range
+from engine.settings import require_range
 from engine.shards.reader import Blocks, Reading, ShardSplit
 from engine.shards.source import join
 from talker_t2av.alignment import align, token_classes
@@ -135,7 +135,6 @@ class TalkerExamples:
         order: str = "add",
         phonemes: int = 0,
     ) -> None:
-        require_choice("task", task, TASKS)
         require_range("data.train.delay", delay, 0, 256)
         self.shards = ShardSplit(source, reading, least_frames=patch_size + 1)  # one patch alone gives no example
         self.task, self.streams = task, ["speech", "speaker", *(["motion"] if task == "t2av" else [])]

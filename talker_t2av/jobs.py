@@ -66,7 +66,7 @@ class PreparedJob:
 
     @property
     def request(self) -> Request:
-        """Request of the first part of the text. Where speech is generated, its own is the prefix before it."""
+        """Request of the first part of the text; its `speech` is the prefix, where speech is generated."""
         return self.requests[0]
 
 
@@ -79,7 +79,6 @@ class Reference:
 
     def __init__(self, job: Job, system: TalkerSystem) -> None:
         self.job, self.system, self.remarks = job, system, []
-        self.whole = bool(job.prefix_seconds) or job.compat != "paper"  # else one picture of the face is enough
 
     @cached_property
     def wave(self) -> Tensor:
@@ -103,8 +102,10 @@ class Reference:
     @cached_property
     def square(self) -> Square:
         """Square round the face in its video."""
-        box = None if self.job.mode == "v2a" else self.job.face_box
-        return find_square(self.job.reference_video, MAX_FRAMES if self.whole else 1, self.job.crop, box)
+        job = self.job
+        box = None if job.mode == "v2a" else job.face_box
+        count = MAX_FRAMES if job.prefix_seconds or job.compat != "paper" else 1  # one picture of the face is enough
+        return find_square(job.reference_video, count, job.crop, box)
 
     def speaker(self, frames: int | None = None) -> Tensor:
         """Embed the voice, or its first `frames`, padded with silence, as (G,)."""
