@@ -27,7 +27,8 @@ from talker_t2av.diffusion_head import FlowHead
 from talker_t2av.flow_matching import euler, guide, solver_times, zero_steps
 from talker_t2av.losses import Examples, training_forward
 from talker_t2av.model import TalkerT2AV
-from talker_t2av.task import TalkerTask, load_start
+from talker_t2av.system import load_model
+from talker_t2av.task import TalkerTask
 
 
 class Teacher:
@@ -125,10 +126,10 @@ class TalkerDistillTask(TalkerTask):
             require_range("task.student_steps", steps, 1, 1000)
         require_range("task.guidance_limit", float(guidance_limit), 1.0, 20.0)
         require_range("task.temperature_limit", float(temperature_limit), 0.0, 2.0)
-        teacher, words = load_start(init)
+        teacher, words = load_model(init)
         if teacher.config.guidance_limit is not None:
             raise UserError(f"init={init} is a student itself: name its teacher")
-        own = dict((teacher.release or {}).get("sampling") or {}) | {"steps": student_steps[0]}
+        own = dict(teacher.release.get("sampling") or {}) | {"steps": student_steps[0]}
         own |= {name: value for name, value in (sampling or {}).items() if value is not None}
         model = asdict(replace(teacher.config, guidance_limit=float(guidance_limit), repeats=1, phonemes=0))
         super().__init__(model, codecs, tokenizer=tokenizer or str(words), init=init, sampling=own, **others)

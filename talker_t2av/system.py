@@ -96,9 +96,9 @@ class TalkerSystem:
         self.picture_dtype: torch.dtype | None = None
         if not self.folder.is_dir():
             raise UserError(f"weights folder not found: {self.folder}")
-        if (self.folder / "config.yaml").is_file():
-            model, words = TalkerT2AV.from_pretrained(self.folder), self.folder
-            config = model.release
+        model, words = load_model(self.folder)
+        config = model.release
+        if config:
             self.part_names = BUNDLED_CODECS | (config.get("codecs") or {})
             try:
                 self.stats = MotionStats(*(torch.tensor(config["motion"][name]) for name in ("mean", "std")))
@@ -106,12 +106,9 @@ class TalkerSystem:
             except (KeyError, TypeError, ValueError, RuntimeError) as error:  # torch's, of what is no number
                 if isinstance(error, UserError):
                     raise
-                raise UserError(
-                    f"{words / 'config.yaml'} lacks or misspells {error}: make the release again"
-                ) from error
+                stated = self.folder / "config.yaml"
+                raise UserError(f"{stated} lacks or misspells {error}: make the release again") from error
         else:
-            weights, words = (find_released(self.folder, part) for part in ("model", "tokenizer"))
-            model, words, config = TalkerT2AV.from_released(weights), words.parent, {}
             self.part_names, self.stats, self.sampling = {}, MotionStats.read(None), Sampling()
         self.digests = config.get("digests") or {}
         self.tokenizer, self.model = TalkerTokenizer.from_pretrained(words), model.to(device)
@@ -186,6 +183,15 @@ class TalkerSystem:
             if self.digests.get(part, None) not in (None, network.digest()):
                 raise UserError(f"{path} makes other features than those the model was trained on: use the model's own")
             return network.to(self.device)
+
+
+def load_model(folder: str | Path) -> tuple[TalkerT2AV, Path]:
+    """Load the model of a release of ours, or of released files; return the folder of its tokenizer, too."""
+    folder = release_folder(folder)
+    if (folder / "config.yaml").is_file():
+        return TalkerT2AV.from_pretrained(folder), folder
+    weights, words = (find_released(folder, part) for part in ("model", "tokenizer"))
+    return TalkerT2AV.from_released(weights), words.parent
 
 
 def load_speech(folder: str | Path) -> Codec:

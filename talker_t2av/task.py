@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.evaluation.validation import ByClip, Share, measure_clips
-from engine.hub import release_folder
 from engine.media.audio import write_wav
 from engine.media.pictures import identity_to_tensor, to_bytes
 from engine.media.video import write_video
@@ -37,21 +36,12 @@ from talker_t2av.losses import phoneme_loss, training_forward, training_losses
 from talker_t2av.model import FPS, TalkerConfig, TalkerT2AV
 from talker_t2av.particles import why_not
 from talker_t2av.request import MODES, Request, Sampling
-from talker_t2av.system import MotionStats, check_codecs, load_motion, load_speech
+from talker_t2av.system import MotionStats, check_codecs, load_model, load_motion, load_speech
 from talker_t2av.text import TalkerTokenizer, load_tokenizer
 
 VALIDATION_BATCH = 4
 NEW_WEIGHTS = re.compile(r"\.step_mlp\.|^head_phoneme\.")  # that `init` may lack: of a student, of an auxiliary loss
 WAVES, VIDEOS = 4, 2  # saved by a validation, of each split
-
-
-def load_start(init: str) -> tuple[TalkerT2AV, Path]:
-    """Load the model that a training starts from, a release of ours or released files, and its tokenizer's folder."""
-    folder = release_folder(init)
-    if (folder / "config.yaml").is_file():
-        return TalkerT2AV.from_pretrained(init), folder
-    words = released.find_released(folder, "tokenizer").parent
-    return TalkerT2AV.from_released(released.find_released(folder, "model")), words
 
 
 class TalkerTask(Task):
@@ -105,7 +95,7 @@ class TalkerTask(Task):
             self.sampling = replace(self.sampling, particles=1)
         if distributed.is_main():
             check_codecs(codecs)
-        start = load_start(init) if init else None
+        start = load_model(init) if init else None
         self.words = load_tokenizer(tokenizer)
         rows = self.model.llm.config.vocab_size
         if self.words.vocab_size > rows:
