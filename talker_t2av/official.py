@@ -36,7 +36,7 @@ EXTRA_SPEECH, EXTRA = 25, 15  # patches that may exceed the reference's length
 def prefix_frames(seconds: float, reference: int, size: int = 1) -> int:
     """Count the frames of the prefix that a method encodes, for a reference of `reference` frames.
 
-    size: of a patch in `generate_speech_motion`, of which there are whole ones.
+    size: `generate_speech_motion` cuts the prefix to whole patches of this size.
     """
     return min(round(seconds * FPS), reference) // size * size
 
