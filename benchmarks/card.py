@@ -31,8 +31,8 @@ from benchmarks.plan import EFFICIENCY, Card, find_card, measure_samples, plan, 
 from engine.cuda_graph import CudaGraphs, GraphedSteps
 from engine.errors import UserError, printable
 from engine.precision import convert_matrices
-from hicodit.conditions.types import Conditions
-from hicodit.generation import generate, guided_posterior, window
+from hicodit.conditions.types import Conditions, windows_of
+from hicodit.generation import generate, guided_posterior
 from hicodit.layers import attend
 from hicodit.model import FLOAT32, TOKENS_PER_FRAME, HiCoDiT
 from hicodit.pipeline import HiCoDiTPipeline
@@ -260,7 +260,8 @@ def _bundled(machine: Machine) -> tuple[HiCoDiT, Conditions, HiCoDiTPipeline]:
     pipeline = HiCoDiTPipeline.from_pretrained(device=machine.device, precision="fp32")
     conditions = pipeline.conditions([pipeline.crops(CLIP)])
     if machine.size == "tiny":
-        conditions = window(conditions, [0], [(0, 25)])
+        lip, expression = conditions.lip[:, :25], conditions.expression[:, : windows_of(25)]
+        conditions = replace(conditions, lip=lip, expression=expression, frames=torch.tensor([25]))
     return pipeline.system.model, conditions, pipeline
 
 
