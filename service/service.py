@@ -8,14 +8,13 @@ import errno
 import re
 import tempfile
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-import prometheus_client as prometheus
 from fastapi.exceptions import RequestValidationError
+from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, Summary, disable_created_metrics
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
@@ -60,7 +59,7 @@ class Service:
             self.voices = Voices(talker, voices, DEMO / "voice.wav" if demo else None)
         if hicodit is not None:
             self.served[HICODIT], self.workers["hicodit"] = hicodit, HiCoDiTWorker(hicodit, limits.rows)
-        self.inside = Counter({"requests": 0, "streams": 0})  # admitted, without an answer yet
+        self.inside = {"requests": 0, "streams": 0}  # admitted, without an answer yet
         self.closing = False
         self.words_lock = asyncio.Lock()  # the aligner has one state
         self._add_metrics()
@@ -70,26 +69,19 @@ class Service:
         return WordTimes()
 
     def _add_metrics(self) -> None:
-        prometheus.disable_created_metrics()
-        self.metrics = prometheus.CollectorRegistry()
-        prometheus.ProcessCollector(registry=self.metrics)
-        by_path = {"labelnames": ["path"], "registry": self.metrics}
-        by_model = {"labelnames": ["model"], "registry": self.metrics}
-        self.answers = prometheus.Counter(
-            "requests", "Answers by path and status.", ["path", "status"], registry=self.metrics
-        )
-        self.seconds = prometheus.Summary("request_seconds", "Seconds from request to answer.", **by_path)
-        running = prometheus.Gauge("running", "Requests in the current batch of a model.", **by_model)
-        waiting = prometheus.Gauge("waiting", "Requests in the queue of a model.", **by_model)
+        disable_created_metrics()
+        self.metrics = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self.answers = Counter("requests", "Answers by path and status.", ["path", "status"], registry=registry)
+        self.seconds = Summary("request_seconds", "Seconds from request to answer.", ["path"], registry=registry)
+        running = Gauge("running", "Requests in the current batch of a model.", ["model"], registry=registry)
+        waiting = Gauge("waiting", "Requests in the queue of a model.", ["model"], registry=registry)
         for name, worker in self.workers.items():
             running.labels(name).set_function(lambda worker=worker: len(worker.running))
             waiting.labels(name).set_function(lambda worker=worker: len(worker.waiting))
-        inside = prometheus.Gauge(
-            "requests_inside", "Admitted requests that have no answer yet.", registry=self.metrics
-        )
+        inside = Gauge("requests_inside", "Admitted requests that have no answer yet.", registry=registry)
         inside.set_function(lambda: self.inside["requests"])
-        streams = prometheus.Gauge("streams_open", "Open WebSockets.", registry=self.metrics)
-        streams.set_function(lambda: self.inside["streams"])
+        Gauge("streams_open", "Open WebSockets.", registry=registry).set_function(lambda: self.inside["streams"])
 
     def count(self, path: str, status: int, begin: float) -> None:
         """Count an answer to a request that came at `begin`, by time.monotonic."""

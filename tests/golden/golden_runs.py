@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from engine.training.settings import TrainerConfig
 from engine.training.task import Task
@@ -60,19 +61,14 @@ NOT_LOSSES = ("samples_per_s", "tokens_per_s", "data_wait", "step_s", "mfu", "me
 class Made:
     """A training set of items that are there already, taken `batch` at once."""
 
-    def __init__(
-        self, items: list[Any], collate: Callable[[list[Any]], dict[str, Tensor]] | None = None, batch: int = 2
-    ) -> None:
-        self.items, self.own, self.batch = items, collate, batch
+    def __init__(self, items: list[Any], collate: Callable = default_collate, batch: int = 2) -> None:
+        self.items, self.collate, self.batch = items, collate, batch
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int, generator: torch.Generator) -> Any:
         return self.items[index]
-
-    def collate(self, items: list[Any]) -> dict[str, Tensor]:
-        return self.own(items) if self.own else {k: torch.stack([item[k] for item in items]) for k in items[0]}
 
 
 def waves(count: int, samples: int) -> Tensor:
