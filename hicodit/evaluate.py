@@ -127,7 +127,8 @@ def evaluate_clips(
         metrics: names of `engine.metrics.registry`. The true speech is what the tokenizer makes of the true tokens.
     """
     chosen = data.spread(clips)
-    own, samples = share.range(len(chosen)), [data.read(index) for index in share.pick(chosen)]
+    own = share.range(len(chosen))
+    samples = [data.read(chosen[i]) for i in own]
     if not own:
         return {}
     infos, stored = zip(*samples)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -19,8 +19,6 @@ from engine.errors import UserError
 from engine.evaluation.statistics import ratio
 from engine.metrics.metric import Sound, Take
 from engine.metrics.registry import metrics_of, protocol_of
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,9 +39,6 @@ class Share:
             return range(0)
         return range(self.rank * items // parts, (self.rank + 1) * items // parts)
 
-    def pick(self, items: Sequence[T]) -> list[T]:
-        return [items[i] for i in self.range(len(items))]
-
     @property
     def first(self) -> bool:
         return self.rank == 0
@@ -63,19 +58,23 @@ class ByClip:
     values: Mapping[int, Any]  # what was measured of a clip, by its number
     figure: Callable[[list[Any]], Any] = mean_of  # of the values of all clips in order; pickle knows it by name
 
-    def __call__(self) -> Any:
-        return self.figure([self.values[clip] for clip in sorted(self.values)])
-
 
 def figures_of(shares: Sequence[Mapping[str, float | ByClip]]) -> dict[str, float]:
     """Return the figures of all shares. A figure of several values is their mean; one that no clip has is left out."""
     found: dict[str, float | ByClip] = {}
-    for name, value in ((name, value) for share in shares for name, value in share.items()):
-        if isinstance(before := found.get(name), ByClip):
-            value = ByClip({**before.values, **value.values}, value.figure)
-        found[name] = value
-    ready = {k: v() if isinstance(v, ByClip) else v for k, v in found.items() if getattr(v, "values", True)}
-    return {name: float(np.mean(value)) for name, value in ready.items()}
+    for share in shares:
+        for name, value in share.items():
+            if isinstance(value, ByClip) and name in found:
+                value = ByClip({**found[name].values, **value.values}, value.figure)
+            found[name] = value
+    figures = {}
+    for name, value in found.items():
+        if isinstance(value, ByClip):
+            if not value.values:
+                continue
+            value = value.figure([value.values[clip] for clip in sorted(value.values)])
+        figures[name] = float(np.mean(value))
+    return figures
 
 
 def words_by(recogniser: str | Path | None) -> dict[str, str]:
