@@ -35,19 +35,14 @@ class HostOrFake(FakeTensorMode):
         tensors = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)]
         fake = any(isinstance(x, FakeTensor) for x in tensors)
         if fake and func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default):
-            args = (args[0], _positions(args[1]), *args[2:])  # a real mask tells how many are chosen
+            indices: list[Tensor | None] = []
+            for index in args[1]:  # a real mask tells how many are chosen
+                is_mask = index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor)
+                indices += index.nonzero(as_tuple=True) if is_mask else [index]
+            args = (args[0], indices, *args[2:])
         if fake or (not tensors and func._opname.startswith("empty")):
             return super().dispatch(func, types, args, kwargs or {})
         return func(*args, **(kwargs or {}))
-
-
-def _positions(indices: Any) -> list[Tensor | None]:
-    """Replace real masks in indices by the positions that they choose."""
-    positions: list[Tensor | None] = []
-    for index in indices:
-        mask = index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor)
-        positions += index.nonzero(as_tuple=True) if mask else [index]
-    return positions
 
 
 Size = tuple[int, int, bool]  # of a parameter: first dimension, product of the others, whether it is trained

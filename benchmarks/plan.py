@@ -138,10 +138,11 @@ def plan(
     busy = max(compute + moved, host)
     step = busy + max(0.0, network - EFFICIENCY["hidden"] * busy)
     steps = total / (samples * gpus)
-    fits, days = sum(memory.values()) <= card.memory * EFFICIENCY["full"], steps * step / 86_400
-    flops, sent = at(one.flops, two.flops), dict(one.sent)
-    costs = compute, moved, host, network, step, steps, days
-    return Plan(parallel, gpus, samples, memory, fits, max(0, largest), sent, flops, *costs)
+    return Plan(
+        parallel, gpus, samples, memory, fits=sum(memory.values()) <= card.memory * EFFICIENCY["full"],
+        largest_batch=max(0, largest), sent=dict(one.sent), flops=at(one.flops, two.flops), compute_s=compute,
+        memory_s=moved, host_s=host, network_s=network, step_s=step, steps=steps, days=steps * step / 86_400,
+    )  # fmt: skip
 
 
 def spread(one: Measured, parallel: str, gpus: int, machine: int, half: bool = False) -> Measured:

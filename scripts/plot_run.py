@@ -163,15 +163,12 @@ def fill(axis: Axes, name: str, runs: dict[str, dict[str, Curve]], colours: dict
     for label, style, wider, steps, values in lines:
         line = {"color": colours[label], "lw": 1.4 + wider, "ls": style}
         if name.startswith("validation/") or len(steps) < FEW:  # a line through one point cannot be seen
-            axis.plot(steps, values, **line, marker="o", ms=4 + wider, mfc="white" if style == "--" else None)
-            continue
-        if name == "lr":
-            axis.plot(steps, values, **line)
-            continue
-        axis.plot(steps, values, color=colours[label], lw=0.6, alpha=0.35)
-        points = smooth if smooth is not None else max(1, len(values) // 25)
-        mean = np.exp(smoothed(np.log(values), points)) if logarithmic else smoothed(values, points)
-        axis.plot(steps, mean, **line)
+            line |= {"marker": "o", "ms": 4 + wider, "mfc": "white" if style == "--" else None}
+        elif name != "lr":
+            axis.plot(steps, values, color=colours[label], lw=0.6, alpha=0.35)
+            points = smooth or max(1, len(values) // 25)
+            values = np.exp(smoothed(np.log(values), points)) if logarithmic else smoothed(values, points)
+        axis.plot(steps, values, **line)
     if lowest >= 0 and name.startswith("validation/") and not logarithmic:
         axis.set_ylim(0, 1.08 * highest or 1)
     title = name.replace("tokens_per_s", "tokens/s").replace("grad_norm", "gradient norm").replace("_", " ")
