@@ -17,16 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from omegaconf import OmegaConf
 
 from benchmarks.common import ROOT, run_program, took
 from corpora.synthetic.corpus import RATE, ClipMaker, clip_id, is_done
 from corpora.synthetic.sentences import grammar, language_model
+from engine.evaluation.charts import chart_file
 from engine.evaluation.summary import headline
 from engine.files import atomic_output, write_json, write_text
 from engine.media.audio import read_audio
@@ -148,17 +145,14 @@ def draw(footage: Path, outputs: Path, path: Path) -> None:
     for name in ("before", "after"):
         stem = outputs / name / row["id"]
         takes[f"{name} fine-tuning"] = stem.with_suffix(".wav"), stem.with_suffix(".mkv")
-    figure, axes = plt.subplots(2, 3, figsize=(12, 3.4), height_ratios=(1, 1.6), constrained_layout=True)
-    for (name, (wav, video)), (top, bottom) in zip(takes.items(), axes.T):
-        wave, frames = read_audio(wav, RATE), read_video(video)
-        picks = ((np.arange(FACES) + 0.5) * len(frames) / FACES).astype(int)
-        top.imshow(np.concatenate(frames[picks], 1))
-        top.axis("off")
-        top.set_title(name)
-        bottom.imshow(spectrogram(wave, RATE), aspect="auto", extent=(0, len(wave) / RATE, 0, 80))
-        bottom.set_xlabel("seconds")
-    axes[1, 0].set_ylabel("mel band")
-    figure.suptitle(row["text"])
-    with atomic_output(path) as part:
-        figure.savefig(part, dpi=90, format="jpg", pil_kwargs={"quality": 85})
-    plt.close(figure)
+    how = {"figsize": (12, 3.4), "height_ratios": (1, 1.6)}
+    with chart_file(path, 6, 3, row["text"], grid=False, dpi=90, **how) as axes:
+        for (name, (wav, video)), top, bottom in zip(takes.items(), axes[:3], axes[3:]):
+            wave, frames = read_audio(wav, RATE), read_video(video)
+            picks = ((np.arange(FACES) + 0.5) * len(frames) / FACES).astype(int)
+            top.imshow(np.concatenate(frames[picks], 1))
+            top.axis("off")
+            top.set_title(name)
+            bottom.imshow(spectrogram(wave, RATE), aspect="auto", extent=(0, len(wave) / RATE, 0, 80))
+            bottom.set_xlabel("seconds")
+        axes[3].set_ylabel("mel band")

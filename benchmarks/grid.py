@@ -70,11 +70,21 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     tokenizer = args.work / "rvq" / "release"  # the bundled one knows such sound, so that none is trained
     shutil.copytree(ROOT / "assets" / "rvq_tiny", tokenizer, dirs_exist_ok=True)
     shutil.copytree(BUNDLED, args.work / "untrained" / "release", dirs_exist_ok=True)  # the recipe only evaluates it
+    prepare = f"""device={args.device} splits=[train,val] stages.wave.use=false
+        stages.crops.encoders.mouth_size=48 stages.crops.encoders.face_size=64"""
+    evaluate = f"""device={args.device} workers=1 media=false cache={(args.work / "cache").resolve()}
+        protocol.wer=grammar grammar={grammar.resolve()}"""
     for start in STARTS:
-        train = [*TRAIN.split(), f"trainer.steps={args.steps}", f"trainer.validate_every={args.every}"]
-        train += [f"data.grammar={grammar.resolve()}", f"trainer.device={args.device}"]
+        train = f"{TRAIN} trainer.steps={args.steps} trainer.validate_every={args.every}"
+        train += f" data.grammar={grammar.resolve()} trainer.device={args.device}"
+        train += f" init={BUNDLED}" if start == "bundled" else ""
+        paths = {"GRID": "grid", "SHARDS": "shards", "TOKENIZER": "rvq", "RUN": start, "REPORT": f"{start}_report"}
         begin = time.monotonic()
-        recipe(args, start, TRAIN=" ".join([*train, f"init={BUNDLED}"] if start == "bundled" else train))
+        run_program(
+            args.threads, "scripts/recipes/grid.sh", "tokens", "train", "evaluate", PYTHON=sys.executable,
+            PROTOCOL="unseen", PREPARE=prepare, TRAIN=train, EVALUATE=evaluate,
+            **{name: str((args.work / path).resolve()) for name, path in paths.items()},
+        )  # fmt: skip
         yield took(f"recipe, {start}", begin)
         yield from curve(args.work / start / "log.jsonl", start)
         for system, cells in headline(read_json(args.work / f"{start}_report" / "results.json")).items():
@@ -91,23 +101,6 @@ def curve(log: Path, start: str) -> Iterator[tuple[dict[str, Any], str]]:
             row = {"start": start, "step": record["step"], "seconds": round(seconds)}
             row["wer"] = round(100 * record["validation/wer_val"], 2)
             yield row, f"{start}: step {row['step']}, {row['seconds']} s, words {row['wer']} % (validation)"
-
-
-def recipe(args: argparse.Namespace, start: str, **settings: str) -> None:
-    """Run all steps of the recipe for one start; both starts share the shards."""
-    paths = {"GRID": "grid", "SHARDS": "shards", "TOKENIZER": "rvq", "RUN": start, "REPORT": f"{start}_report"}
-    settings |= {name: str((args.work / path).resolve()) for name, path in paths.items()}
-    settings["PROTOCOL"] = "unseen"
-    settings["PREPARE"] = (
-        f"device={args.device} splits=[train,val] stages.wave.use=false "
-        "stages.crops.encoders.mouth_size=48 stages.crops.encoders.face_size=64"
-    )
-    settings["EVALUATE"] = (
-        f"device={args.device} workers=1 media=false cache={(args.work / 'cache').resolve()} "
-        f"protocol.wer=grammar grammar={(args.work / 'grid.jsgf').resolve()}"
-    )
-    steps = "tokens", "train", "evaluate"
-    run_program(args.threads, "scripts/recipes/grid.sh", *steps, PYTHON=sys.executable, **settings)
 
 
 def write_grammar(folder: Path) -> Path:
