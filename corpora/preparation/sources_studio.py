@@ -7,7 +7,6 @@ emotion of the name is the clip's label, as one of HiCoDiT's seven classes.
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -89,18 +88,14 @@ def grid(
             about = {"text": text, "speaker": speaker, "language": "en", "expression": expression}
             clips.append(SourceClip(make_key(f"{speaker}-{path.stem}"), path.as_posix(), **about))
     names = {clip.speaker for clip in clips}
-    if protocol == "lipnet":
-        tests = names.intersection(LIPNET if len(names) > len(LIPNET) else ())
-        own = dict.fromkeys(tests, "test") | held_out(names - tests, {"val": validation})
-    elif protocol == "unseen":
+    tests = names.intersection(LIPNET if len(names) > len(LIPNET) else ())
+    own = dict.fromkeys(tests, "test") | held_out(names - tests, {"val": validation})
+    if protocol == "unseen":
         own = UNSEEN
-    else:
-        keys = defaultdict(list)
-        for clip in clips:
-            keys[clip.speaker].append(clip.key)
-        own = {
-            key: split for some in keys.values() for key, split in held_out(some, {"test": 0.05, "val": 0.05}).items()
-        }
+    if protocol == "seen":
+        own = {}
+        for name in names:
+            own |= held_out((clip.key for clip in clips if clip.speaker == name), {"test": 0.05, "val": 0.05})
     source = divided(root, [(clip.key if protocol == "seen" else clip.speaker, clip) for clip in clips], own)
     times = {(_speaker(path), path.stem): path for path in find_files(root, ".align") if grid_sentence(path.stem)}
     if not times:
