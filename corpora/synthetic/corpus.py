@@ -59,7 +59,7 @@ class Speech:
 def speak(
     synthesizer: Synthesizer, text: str, lines: str, styles: Sequence[Prosody], rng: np.random.Generator
 ) -> Speech:
-    """`text` in one style, or in a first and, from a word in its middle on, a second one.
+    """Speak `text` in one style, or in a first and, from a word in its middle on, a second one.
 
     Args:
         lines: of the espeak-ng voice file.
@@ -92,7 +92,7 @@ def speak(
 def splice(
     first: Utterance, second: Utterance, rng: np.random.Generator
 ) -> tuple[np.ndarray, list[tuple[str, float, float]], float]:
-    """Two takes of one text joined at a word in the middle of the first: wave, phonemes, second of the change."""
+    """Join two takes of one text at a word in the middle of the first: wave, phonemes, second of the change."""
     starts = np.array([first.phonemes[i][1] for i in first.words])
     share = starts * first.rate / len(first.wave)
     near = np.flatnonzero((share > 0.3) & (share < 0.65))
@@ -108,7 +108,7 @@ def splice(
 
 
 def resample(wave: np.ndarray, rate: int, to: int) -> np.ndarray:
-    """Band-limited resampling of a clip that begins and ends in silence, through its spectrum."""
+    """Resample a clip that begins and ends in silence through its spectrum."""
     step = math.gcd(rate, to)
     size = math.ceil((len(wave) + rate // 50) / (rate // step)) * (rate // step)
     length = size * to // rate
@@ -120,7 +120,7 @@ def resample(wave: np.ndarray, rate: int, to: int) -> np.ndarray:
 
 
 def loudness(wave: np.ndarray) -> np.ndarray:
-    """Smooth loudness of each frame, (T,), 0 to 1."""
+    """Return the smooth loudness (T,) of each frame, 0 to 1."""
     level = np.sqrt(np.mean(wave.reshape(-1, FRAME) ** 2, 1))
     level = np.convolve(np.pad(level, 3, mode="edge"), np.hanning(9)[1:-1] / 4, "valid")
     return level / max(1e-6, level.max())
@@ -131,7 +131,7 @@ def clip_id(split: str, index: int) -> str:
 
 
 def window_expressions(frames: int, first: str, second: str, change: float | None) -> list[str]:
-    """The expression at the middle of each half second (J,), the last of which may be cut short."""
+    """Return the expression at the middle of each half second (J,), the last of which may be cut short."""
     ends = [min(0.5 * (j + 1), frames / FPS) for j in range(-(-2 * frames // FPS))]
     middles = [0.5 * (0.5 * j + end) for j, end in enumerate(ends)]
     return [first if change is None or middle < change else second for middle in middles]
@@ -205,14 +205,14 @@ class ClipMaker:
 
 
 def is_done(root: Path, split: str, index: int, version: int) -> bool:
-    """Whether a clip is complete: its .json is written last."""
+    """Return whether a clip is complete: its .json is written last."""
     stem = root / split / clip_id(split, index)
     suffixes = (".json", ".wav") if version == 3 else (".json", ".mp4", ".wav")
     return all(stem.with_suffix(suffix).is_file() for suffix in suffixes)
 
 
 def write_wave(path: Path, wave: np.ndarray) -> None:
-    """(N,) float to mono 16-bit PCM."""
+    """Write (N,) floats as mono 16-bit PCM."""
     content = io.BytesIO()
     with wave_file.open(content, "wb") as file:
         file.setparams((1, 2, RATE, 0, "NONE", ""))
@@ -222,7 +222,7 @@ def write_wave(path: Path, wave: np.ndarray) -> None:
 
 
 def write_video(path: Path, frames: np.ndarray) -> None:
-    """(T, 128, 128, 3) uint8 RGB to H.264, one thread, no time stamps or other traces of the run."""
+    """Write (T, 128, 128, 3) uint8 RGB as H.264: one thread, no time stamps or other traces of the run."""
     take = f"-f rawvideo -pix_fmt rgb24 -s {SIZE}x{SIZE} -r {FPS} -i - -an".split()
     code = ["-c:v", "libx264", "-preset", "veryfast", "-crf", "18", "-pix_fmt", "yuv420p", "-threads", "1"]
     plain = ["-fflags", "+bitexact", "-flags:v", "+bitexact", "-f", "mp4"]

@@ -69,33 +69,33 @@ POSES = {
 
 
 def draw_expression(rng: np.random.Generator) -> tuple[str, float]:
-    """An expression and its intensity (0.75 to 1), which scales both the voice and the face."""
+    """Draw an expression and its intensity (0.75 to 1), which scales both the voice and the face."""
     return EXPRESSIONS[rng.choice(len(EXPRESSIONS), p=SHARES)], float(rng.uniform(0.75, 1.0))
 
 
 def draw_change(rng: np.random.Generator) -> tuple[str, str]:
-    """Two expressions of one clip, in order: one of a narrow and one of a wide pitch range."""
+    """Draw two expressions of one clip, in order: one of a narrow and one of a wide pitch range."""
     flat = _FLAT[rng.choice(4, p=(0.4, 0.2, 0.2, 0.2))]
     lively = _LIVELY[rng.integers(3)]
     return (flat, lively) if rng.random() < 0.5 else (lively, flat)
 
 
 def blend(first, second, share: float):
-    """Two prosodies or two poses mixed: `share` of the second."""
+    """Mix two prosodies or two poses: `share` of the second."""
     return type(first)(*(a + (b - a) * share for a, b in zip(vars(first).values(), vars(second).values())))
 
 
 def prosody(expression: str, intensity: float, version: int = 1) -> Prosody:
-    """The expression's prosody at an intensity of 0 (neutral) to 1."""
+    """Return the expression's prosody at an intensity of 0 (neutral) to 1."""
     return blend(_PROSODY[version]["neutral"], _PROSODY[version][expression], intensity)
 
 
 def pose(expression: str, intensity: float) -> Pose:
-    """The expression's facial pose at an intensity of 0 (neutral) to 1."""
+    """Return the expression's facial pose at an intensity of 0 (neutral) to 1."""
     return Pose(*(value * intensity for value in vars(POSES[expression]).values()))
 
 
 def ease(times: np.ndarray, change: float, first: Pose, second: Pose) -> list[Pose]:
-    """The pose at each of the times (T,) in seconds: the first turns into the second within a quarter second."""
+    """Return the pose at each of the times (T,) in seconds: the first turns into the second within a quarter second."""
     share = 0.5 - 0.5 * np.cos(np.pi * np.clip((times - change) / 0.24 + 0.5, 0, 1))
     return [blend(first, second, float(value)) for value in share]

@@ -32,6 +32,7 @@ from corpora.synthetic.visemes import FPS, MOUTH
 
 _OPENING = 19.0  # pixels between the lips at open = 1
 _T = np.linspace(-1, 1, 25)
+_PIVOT = 64.0, 104.0  # where the head turns
 
 
 def draw_motion(rng: np.random.Generator, frames: int, loudness: np.ndarray) -> dict[str, np.ndarray]:
@@ -91,10 +92,11 @@ class Face:
     def _frame(self, mouth: dict[str, float], look: Pose, motion: dict[str, float]) -> np.ndarray:
         angle = np.radians(motion["turn"])
         c, s = float(np.cos(angle)), float(np.sin(angle))
-        ox, oy = 64.0 + motion["shift_x"], 104.0 + motion["shift_y"]
+        x0, y0 = _PIVOT
+        ox, oy = x0 + motion["shift_x"], y0 + motion["shift_y"]
 
         def place(points: np.ndarray) -> np.ndarray:
-            x, y = points[:, 0] - 64.0, points[:, 1] - 104.0
+            x, y = points[:, 0] - x0, points[:, 1] - y0
             placed = np.empty((len(points), 2))
             placed[:, 0], placed[:, 1] = c * x - s * y + ox, s * x + c * y + oy
             return placed
@@ -102,8 +104,8 @@ class Face:
         drop = 7.5 * mouth["open"] ** 1.1 - 1.2 * mouth["tuck"] - 0.8 * mouth["press"]  # of the chin
         px, py = ox * SCALE, oy * SCALE
         dx, dy = self._x - np.float32(px), self._y - np.float32(py)
-        map_x = c * dx + s * dy + np.float32(64.0 * SCALE)
-        map_y = c * dy - s * dx + np.float32(104.0 * SCALE) - np.float32(drop * SCALE) * self._fall
+        map_x = c * dx + s * dy + np.float32(x0 * SCALE)
+        map_y = c * dy - s * dx + np.float32(y0 * SCALE) - np.float32(drop * SCALE) * self._fall
         map_x, map_y = cv2.convertMaps(map_x, map_y, cv2.CV_16SC2)
         moved = cv2.remap(self._art, map_x, map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         bare = cv2.cvtColor(cv2.extractChannel(moved, 3), cv2.COLOR_GRAY2RGB)
@@ -227,7 +229,7 @@ class Face:
                 fill(canvas, place(dimple), shade(self._skin, 0.82))
 
     def _folds(self, canvas: np.ndarray, place, half: float, y0: float, look: Pose, mouth: dict[str, float]) -> None:
-        """Lines from the nose to the mouth's corners: with a smile, a sneer or spread lips."""
+        """Draw lines from the nose to the mouth's corners: with a smile, a sneer or spread lips."""
         depth = 0.1 + 0.16 * max(0.0, look.corner) + 0.16 * look.sneer + 0.05 * max(0.0, mouth["width"])
         for side in (-1, 1):
             x = 64 + side * (half + 3.4)
@@ -243,7 +245,7 @@ class Face:
     def _cavity(
         self, canvas: np.ndarray, place, points, half: float, top: np.ndarray, low: np.ndarray, mouth: dict[str, float]
     ) -> None:
-        """Teeth and tongue, seen through the opening between the lips only."""
+        """Draw teeth and tongue, seen through the opening between the lips only."""
         opening = np.zeros((CANVAS, CANVAS), np.uint8)
         shape = place(np.concatenate([points(half, top), points(half, low)[::-1]]))
         fill(opening, shape, 255)

@@ -27,7 +27,7 @@ _RIDGE = 10.0
 
 
 def _features(frames: np.ndarray) -> np.ndarray:
-    """Frames (T, H, W, 3) uint8 RGB -> (T, F): the mouth's surroundings in units of the clip's skin colour."""
+    """Return the mouth's surroundings (T, F) in frames (T, H, W, 3) uint8 RGB, in units of the clip's skin colour."""
     if frames.shape[1:3] != (SIZE, SIZE):
         frames = np.stack([cv2.resize(frame, (SIZE, SIZE), interpolation=cv2.INTER_AREA) for frame in frames])
     rows, sides = _CHEEKS
@@ -60,7 +60,7 @@ class MouthReader:
 
 
 def _drawn_clip(voice: Voice, index: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Features (T, F) and true openings (T,) of one drawn clip."""
+    """Draw a clip; return its features (T, F) and true openings (T,)."""
     rng = np.random.default_rng([seed, index])
     ends = np.cumsum(rng.uniform(0.05, 0.2, 14)) + 0.1
     phonemes = [(str(rng.choice(_SOUNDS)), a, b) for a, b in pairwise(ends)]

@@ -55,8 +55,8 @@ class Identity:
 
 
 def design(seed: int, pitch: float, formants: float) -> Identity:
-    """An identity from a voice: a low pitch and low formants make a long, broad, square-jawed face with heavy brows;
-    a high pitch and high formants a small, round one with fuller lips. The rest is drawn from the seed."""
+    """Draw an identity for a voice: a low pitch and low formants make a long, broad, square-jawed face with heavy
+    brows; a high pitch and high formants a small, round one with fuller lips. The rest is drawn from the seed."""
     rng = np.random.default_rng([seed, 0xFACE])
     size = float(np.clip((1.2 - formants) / 0.36, 0, 1))  # 1: a long vocal tract
     deep = float(np.clip((235 - pitch) / 163, 0, 1))  # 1: a low voice
@@ -111,17 +111,17 @@ def _hsv(h: float, s: float, v: float) -> tuple[int, int, int]:
 
 
 def shade(colour, factor: float) -> tuple[int, int, int]:
-    """A colour made darker (below 1) or lighter (above 1)."""
+    """Make a colour darker (below 1) or lighter (above 1)."""
     return _rgb([value * factor for value in colour])
 
 
 def mix(a, b, share: float) -> tuple[int, int, int]:
-    """`share` of colour `b` in colour `a`."""
+    """Mix `share` of colour `b` into colour `a`."""
     return _rgb([x * (1 - share) + y * share for x, y in zip(a, b)])
 
 
 def fixed(points: ArrayLike) -> np.ndarray:
-    """Points (N, 2) in picture pixels to OpenCV's fixed-point drawing coordinates."""
+    """Turn points (N, 2) in picture pixels into OpenCV's fixed-point drawing coordinates."""
     return np.rint(np.asarray(points) * (SCALE << _SHIFT)).astype(np.int32)
 
 
@@ -145,7 +145,7 @@ def composite(canvas: np.ndarray, view: np.ndarray, mask: np.ndarray, part: tupl
 
 
 def ellipse(cx: float, cy: float, rx: float, ry: float, start: float = 0, end: float = 360, n: int = 40) -> np.ndarray:
-    """Points of an elliptic arc, angles in degrees, clockwise from the right."""
+    """Return points (n, 2) of an elliptic arc, angles in degrees, clockwise from the right."""
     cosine, sine = _arc(start, end, n)
     points = np.empty((n, 2))
     points[:, 0], points[:, 1] = cx + rx * cosine, cy + ry * sine
@@ -159,7 +159,7 @@ def _arc(start: float, end: float, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def outline(who: Identity) -> np.ndarray:
-    """The face's outline, (N, 2), clockwise from the right temple."""
+    """Return the face's outline (N, 2), clockwise from the right temple."""
     middle = 0.5 * (who.top + who.chin) - 1
     angle = np.radians(np.linspace(0, 360, 90, endpoint=False))
     c, s = np.cos(angle), np.sin(angle)
@@ -171,7 +171,7 @@ def outline(who: Identity) -> np.ndarray:
 
 
 def backdrop(who: Identity, light: float) -> np.ndarray:
-    """Background, shoulders and neck, (CANVAS, CANVAS, 3) uint8."""
+    """Draw background, shoulders and neck, (CANVAS, CANVAS, 3) uint8."""
     y, x = np.mgrid[0:CANVAS, 0:CANVAS].astype(np.float32) / CANVAS
     glow = 1.1 * light - 0.28 * y - 0.25 * ((x - 0.5 + 0.15 * light) ** 2)
     canvas = np.clip(np.array(who.back, np.float32) * glow[..., None], 0, 255).astype(np.uint8)
@@ -184,13 +184,13 @@ def backdrop(who: Identity, light: float) -> np.ndarray:
 
 
 def _neck(canvas: np.ndarray, half: float, y: tuple[int, int, int], wider: int, colour) -> None:
-    """The neck from y[0] down to y[1] at its sides, where it is `wider`, and to y[2] in the middle."""
+    """Draw the neck from y[0] down to y[1] at its sides, where it is `wider`, and to y[2] in the middle."""
     left, right = 64 - half, 64 + half
     fill(canvas, [[left, y[0]], [left - wider, y[1]], [64, y[2]], [right + wider, y[1]], [right, y[0]]], colour)
 
 
 def head(who: Identity, back: np.ndarray, light: float) -> tuple[np.ndarray, np.ndarray]:
-    """The still head on the backdrop, (CANVAS, CANVAS, 3) uint8, and its coverage (CANVAS, CANVAS) uint8."""
+    """Draw the still head on the backdrop, (CANVAS, CANVAS, 3) uint8, and its coverage (CANVAS, CANVAS) uint8."""
     rng = np.random.default_rng(who.detail_seed)
     canvas, cover = back.copy(), np.zeros((CANVAS, CANVAS), np.uint8)
     face = outline(who)
@@ -222,7 +222,7 @@ def head(who: Identity, back: np.ndarray, light: float) -> tuple[np.ndarray, np.
 
 
 def _shading(who: Identity, canvas: np.ndarray, inside: np.ndarray, light: float) -> None:
-    """Soft light from one side, darker towards the outline, warm cheeks."""
+    """Draw soft light from one side, darker towards the outline, warm cheeks."""
     y, x = np.mgrid[0:CANVAS, 0:CANVAS].astype(np.float32) / SCALE
     u, v = (x - 64) / who.half_width, (y - 66) / 44
     level = 1.06 - 0.17 * (u**2 + 0.6 * v**2) - 0.07 * u - 0.03 * v
@@ -276,7 +276,7 @@ def _hair_behind(who: Identity, paint, middle: float) -> None:
 
 
 def _hair_front(who: Identity, paint, canvas: np.ndarray, rng: np.random.Generator) -> None:
-    """The hair over the forehead: an outer curve above the skull and a hairline that leaves the forehead free."""
+    """Draw the hair over the forehead: an outer curve above the skull and a hairline that leaves the forehead free."""
     if who.hair_style == "bald":
         fill(canvas, ellipse(56, who.top + 8, 6, 3.2), shade(who.skin, 1.12))
         return

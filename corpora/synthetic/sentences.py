@@ -78,7 +78,7 @@ _RARE = 0.15  # share of words that pocketsphinx's language model does not have:
 
 
 def split_of(text: str, version: int = 1) -> str:
-    """The split that owns a sentence, by hash: 10 % each the splits after `train`, which owns the rest. No sentence
+    """Return the split that owns a sentence, by hash: each split after `train` 10 %, `train` the rest. No sentence
     belongs to two splits."""
     bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 10
     splits = SPLITS[min(version, 2)]
@@ -91,7 +91,7 @@ def plain_sentences() -> list[str]:
 
 
 def draw_sentence(rng: np.random.Generator, split: str, version: int = 1, free: bool = False) -> str:
-    """A sentence drawn evenly from those that `split` owns, of the closed vocabulary or a free one."""
+    """Draw a sentence evenly from those that `split` owns, of the closed vocabulary or a free one."""
 
     def pick(words: tuple[str, ...]) -> str:
         return words[rng.integers(len(words))]
@@ -106,8 +106,8 @@ def draw_sentence(rng: np.random.Generator, split: str, version: int = 1, free: 
 
 
 def draw_open_sentence(rng: np.random.Generator, split: str) -> str:
-    """A sentence of version 3 that `split` owns: a fifth of version 2's, three tenths templates with any words, the
-    rest 1 to 20 words in random order, short ones more often."""
+    """Draw a sentence of version 3 that `split` owns: a fifth of version 2's, three tenths templates with any words,
+    the rest 1 to 20 words in random order, short ones more often."""
     while True:
         kind = rng.random()
         if kind < 0.2:
@@ -153,7 +153,7 @@ def _open_slot(rng: np.random.Generator, name: str) -> str:
 
 @functools.cache
 def open_words() -> tuple[list[str], np.ndarray]:
-    """The words of pocketsphinx's dictionary, and their cumulative weights (n,).
+    """Return the words of pocketsphinx's dictionary, and their cumulative weights (n,).
 
     A word weighs the root of its frequency in pocketsphinx's language model; words that the model lacks share `_RARE`.
     """
@@ -171,21 +171,21 @@ def open_words() -> tuple[list[str], np.ndarray]:
 
 @functools.cache
 def free_words() -> dict[str, tuple[str, ...]]:
-    """The words of each slot of `TEMPLATES`, by its name."""
+    """Return the words of each slot of `TEMPLATES`, by its name."""
     lines = Path(__file__).with_name("words.txt").read_text().splitlines()
     return {name: tuple(words.split()) for name, words in (line.split(": ") for line in lines)}
 
 
 def grammar() -> str:
-    """The sentences as a JSGF grammar for a recogniser."""
+    """Return the sentences as a JSGF grammar for a recogniser."""
     rules = [f"<{name}> = {' | '.join(words)};" for name, words in zip(SLOT_NAMES, SLOTS)]
     whole = " ".join(f"<{name}>" for name in SLOT_NAMES)
     return "\n".join(["#JSGF V1.0;", "grammar grid;", f"public <sentence> = {whole};", *rules, ""])
 
 
 def language_model(count: int = 20_000, closed: bool = False) -> str:
-    """A bigram model of free training sentences in ARPA format, for a recogniser without a grammar: after each word
-    every other may follow (Witten-Bell smoothing: Witten and Bell 1991, "The zero-frequency problem").
+    """Return a bigram model of free training sentences in ARPA format, for a recogniser without a grammar: after each
+    word every other may follow (Witten-Bell smoothing: Witten and Bell 1991, "The zero-frequency problem").
 
     Args:
         closed: every second sentence is of the closed vocabulary, for a recogniser that is not told the kind.

@@ -130,7 +130,7 @@ class Synthesizer:
 def _phonemes(
     events: list[tuple[str, int]], samples: int, rate: int
 ) -> tuple[list[tuple[str, float, float]], list[int]]:
-    """Events (symbol, start sample) to intervals, without stress marks and pauses, and the words' first intervals.
+    """Turn events (symbol, start sample) into intervals, without stress and pauses, and the words' first intervals.
 
     A coda /l/ has no samples of its own (the vowel glides into it); it gets the last third of the sound before it."""
     sounds = [event for event in events if event[0] != _WORD]

@@ -73,7 +73,7 @@ _HOLD, _EASE = 0.024, 0.045  # s: half the least time a firm shape stands (more 
 
 
 def shapes_of(symbol: str) -> list[str]:
-    """The one or two mouth shapes of an espeak-ng phoneme."""
+    """Return the one or two mouth shapes of an espeak-ng phoneme."""
     for name in (symbol, symbol.rstrip(":#2"), symbol[:2], symbol[:1]):
         if name in _VISEMES:
             return list(_VISEMES[name])
@@ -81,7 +81,7 @@ def shapes_of(symbol: str) -> list[str]:
 
 
 def mouth_track(phonemes: list[tuple[str, float, float]], frames: int) -> np.ndarray:
-    """Phonemes (symbol, start s, end s) to mouth parameters at the frames' centres, (T, P) float32.
+    """Turn phonemes (symbol, start s, end s) into mouth parameters (T, P) float32 at the frames' centres.
 
     Targets are smoothed by a raised cosine; firm shapes are then blended in so that at least one frame shows them in
     full."""

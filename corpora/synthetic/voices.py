@@ -46,12 +46,12 @@ class Traits:
 
 
 def draw_traits(seed: int) -> Traits:
-    """Traits of one voice, drawn evenly."""
+    """Draw traits of one voice evenly."""
     return Traits(*np.random.default_rng([seed, 0x7EA17]).random(5).round(4).tolist())
 
 
 def voice_lines(traits: Traits) -> str:
-    """The lines of an espeak-ng voice file."""
+    """Return the lines of an espeak-ng voice file."""
     pitch = 200 * (75 / 200) ** traits.depth
     formants = 100 * (1.16 - 0.28 * traits.tract)
     spread = 0.12 * (traits.front - 0.6)
@@ -64,7 +64,7 @@ def voice_lines(traits: Traits) -> str:
 
 
 def looks(traits: Traits, seed: int) -> Identity:
-    """A face that shows the traits; the rest of it is drawn from the seed."""
+    """Draw a face that shows the traits, and its other looks from the seed."""
     rng = np.random.default_rng([seed, 0x100C5])
     plain = design(seed, pitch=150.0, formants=1.02)  # its traits do not depend on the voice
     depth, tract, age = traits.depth, traits.tract, traits.age
@@ -114,7 +114,7 @@ class Voice:
 
 
 def load_voices(version: int = 1, more: int = 0) -> list[Voice]:
-    """All voices of a version, in the order of their numbers.
+    """Return all voices of a version in the order of their numbers.
 
     Args:
         more: number of further voices of versions 2 and 3, group "more", of the next seeds. They are not checked: some
