@@ -14,6 +14,7 @@ import traceback
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,20 +82,21 @@ def compare(case: golden.Case, name: str, value: object) -> Comparison:
     same_infinity = (expected == actual) & expected.isinf()
     error = torch.where(same_infinity, 0.0, (expected - actual).abs())
     worst = error.max().item() if error.numel() else 0.0
-    scale = expected[~expected.isinf()].abs().mean().item() if expected.numel() else 0.0
-    floor = (case.meta.get("noise_f32") or {}).get(name) or {}
-    floor = float(floor.get("max_abs", 0.0)) if isinstance(floor, dict) else float(floor)
-    sensitivity = case.meta.get("sensitivity") or 0.0
+    magnitude = expected[~expected.isinf()].abs()
+    scale = magnitude.mean().item() if expected.numel() else 0.0
+    floor, sensitivity = stated(case.meta.get("noise_f32"), name), case.meta.get("sensitivity")
     if isinstance(sensitivity, dict) and "max_abs_change" in sensitivity:
-        largest = expected[~expected.isinf()].abs().max().item() if expected.numel() else 0.0
-        change = float(sensitivity["max_abs_change"].get(name, 0.0))
-        tolerance = max(FORMULA, 10 * change, ROUNDING * largest)
-        return Comparison(name, worst, worst / max(scale, 1e-30), tolerance if worst == worst else -1.0, change)
-    sensitivity = sensitivity.get(name, 0.0) if isinstance(sensitivity, dict) else sensitivity
-    if isinstance(sensitivity, dict):
-        sensitivity = sensitivity.get("max_abs", 0.0)
-    tolerance = max(relative_tolerance(case) * scale, 20 * floor, 10 * float(sensitivity), 1e-12)
+        floor = stated(sensitivity["max_abs_change"], name)
+        tolerance = max(FORMULA, 10 * floor, ROUNDING * magnitude.max().item() if expected.numel() else 0.0)
+    else:
+        tolerance = max(relative_tolerance(case) * scale, 20 * floor, 10 * stated(sensitivity, name), 1e-12)
     return Comparison(name, worst, worst / max(scale, 1e-30), tolerance if worst == worst else -1.0, floor)
+
+
+def stated(metadata: Any, name: str) -> float:
+    """Return the number that metadata state for an output, if they do: for all, by output, or as its `max_abs`."""
+    value = metadata.get(name) if isinstance(metadata, dict) else metadata
+    return float((value.get("max_abs") if isinstance(value, dict) else value) or 0.0)
 
 
 def check(case: golden.Case) -> list[Comparison]:
