@@ -79,12 +79,10 @@ class Line:
 
 def judge(value: float, low: float | None = None, high: float | None = None) -> str:
     """Return PASS for a value in the range, WARN for one within a factor of two of it, FAIL for others."""
-    if not math.isfinite(value):
+    least, most = -math.inf if low is None else low, math.inf if high is None else high
+    if not math.isfinite(value) or 2 * value < least or value > 2 * most:
         return "FAIL"
-    if (low is None or value >= low) and (high is None or value <= high):
-        return "PASS"
-    near = (low is None or 2 * value >= low) and (high is None or value <= 2 * high)
-    return "WARN" if near else "FAIL"
+    return "PASS" if least <= value <= most else "WARN"
 
 
 def line(name: str, value: float, unit: str, low: float | None, high: float | None, note: str = "") -> Line:

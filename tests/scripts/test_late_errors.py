@@ -178,6 +178,8 @@ SCRIPTS = [
     ("make_synthetic_corpus --out corpus --workers 0", "--workers 0: give 1 or more"),
     ("make_synthetic_corpus --out corpus --speech 9", "--speech is for --version 3"),
     ("make_tokenizer --out file --merges 0", "cannot write to --out=file"),
+    ("make_tokenizer --out tokenizer --merges x", "--merges invalid int value: 'x'"),
+    ("make_tokenizer", "the following arguments are required: --out"),
     ("make_tokenizer --out tokenizer", "no manifest data/synthetic/train.jsonl"),
     ("download_checkpoints hicodit --to file", "cannot write to --to=file"),
     ("download_checkpoints hicodit --catalogue file", "file is no list of files"),
