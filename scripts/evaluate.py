@@ -199,7 +199,7 @@ def generate(model: str, clips: Sequence[Clip], folder: Path, device: str, setti
 
 def tell(summary: Mapping[str, Any]) -> None:
     """Print the table and the comparison of its systems, and on the error output what was left out."""
-    print(*table_lines(summary, summary["paper"]), *comparison_lines(summary), sep="\n")
+    print(*table_lines(summary), *comparison_lines(summary), sep="\n")
     for note in summary["notes"]:
         print(printable(f"note: {note}"))
     tell_left_out(summary)

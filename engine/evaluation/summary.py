@@ -220,7 +220,7 @@ def comparison_lines(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def table_lines(summary: Mapping[str, Any], paper: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+def table_lines(summary: Mapping[str, Any]) -> list[str]:
     """Return the table for a terminal: a row a system with intervals, then the rows of aims and of the paper."""
     figures = summary["figures"]
     arrows = {1: " ↑", -1: " ↓", 0: ""}
@@ -233,7 +233,7 @@ def table_lines(summary: Mapping[str, Any], paper: Mapping[str, Mapping[str, flo
         counts = [cells[name]["clips"] if name in cells else summary["count"] for name in figures]
         counts = ("" if n == summary["count"] else f"{n} clip{'s'[: n != 1]}" for n in counts)
         rows += [[system, *values], ["", *intervals], ["", *counts]]
-    for name, values in paper.items():
+    for name, values in summary["paper"].items():
         cells = {figure: {"value": value, "interval": None} for figure, value in values.items() if value is not None}
         rows.append([name, *(_texts(cells.get(figure), about)[0] for figure, about in figures.items())])
     widths = [max(map(len, column)) for column in zip(*rows)]

@@ -81,8 +81,6 @@ class WordErrors(Metric):
     @property
     def files(self) -> list[Path]:
         if self.kind == "grammar":
-            if not self.argument:
-                raise UserError("the recogniser needs a grammar: grammar=FILE.jsgf")
             if not Path(self.argument).is_file():
                 raise UserError(f"grammar={self.argument}: there is no such file")
             return [file for file in self._recogniser_files if file.is_file()]
