@@ -49,15 +49,11 @@ class Patch:
     """What one step drew for all rows, in the order of `Rows.rows` before the step.
 
     Attributes:
-        index: number of the step, counted by the row that has run for longest.
-        running: requests that had not ended before it, as far as the host knows.
         speech, motion: (B, P, C) new frames; None for a stream that is not generated, or not yet for any row.
         token: (B, D) last input of the backbone.
         stop: (B,) probability that the utterance ends with this step; None where a given stream sets the length.
     """
 
-    index: int
-    running: int
     speech: Tensor | None
     motion: Tensor | None
     token: Tensor
@@ -185,11 +181,6 @@ class Rows:
         """How many requests may join now."""
         return (self.places - len(self.rows)) // self.drafts
 
-    @property
-    def running(self) -> int:
-        """How many requests have not ended, as far as the host knows."""
-        return sum(row.end is None for row in self.rows) // self.drafts
-
     def needs(self, request: Request) -> tuple[int, int]:
         """Return the steps after which a request ends at the latest, and its tokens in the cache by then.
 
@@ -263,7 +254,7 @@ class Rows:
 
         ask: read the stop tests now, whatever `check_every` is.
         """
-        rows, running = [*self.rows], self.running
+        rows = [*self.rows]
         # Where there are graphs, a power of two rows are computed, so that there are few graphs.
         count = len(rows) if self.run_step.backend is None else min(self.places, 1 << (len(rows) - 1).bit_length())
         self.before_step()
@@ -275,8 +266,7 @@ class Rows:
         self.steps_taken += 1
         drawn = {s: patch[: len(rows)] for s, patch in patches.items()}
         stop = None if stop is None else stop[: len(rows)]
-        index = max(row.index for row in rows)
-        self.patch = Patch(index, running, drawn.get("speech"), drawn.get("motion"), token[: len(rows)], stop)
+        self.patch = Patch(drawn.get("speech"), drawn.get("motion"), token[: len(rows)], stop)
         for place, row in enumerate(rows):
             for s in streams:
                 if row.index >= self.lag[s]:
@@ -314,9 +304,12 @@ class Rows:
         return Result(frames.get("speech"), frames.get("motion"), row.end < row.limit)
 
     def generate(
-        self, requests: Sequence[Request], on_step: Callable[[Patch], None] = lambda patch: None
+        self, requests: Sequence[Request], on_step: Callable[[int], None] = lambda running: None
     ) -> list[Result]:
-        """Generate requests from beginning to end, in their order; those without a place wait until one is free."""
+        """Generate requests from beginning to end, in their order; those without a place wait until one is free.
+
+        on_step: called after each step with the number of requests that had not ended before it, as the host knows.
+        """
         for request in requests:
             self.needs(request)
         waiting, joined = deque(requests), []
@@ -324,8 +317,9 @@ class Rows:
             while waiting or self.rows:
                 for _ in range(min(self.free, len(waiting))):
                     joined.append(self.join(waiting.popleft()))
+                running = sum(row.end is None for row in self.rows) // self.drafts
                 self.step()
-                on_step(self.patch)
+                on_step(running)
         finally:
             self.rows.clear()
         return [self.result(row) for row in joined]

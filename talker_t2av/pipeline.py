@@ -212,7 +212,7 @@ class TalkerPipeline:
                 stage(f"sampling at most {seconds:.1f} s", most, "patches") as count,
                 self.rows(first.mode, places) as rows,
             ):
-                results = iter(rows.generate(requests, lambda patch, count=count: count(patch.running)))
+                results = iter(rows.generate(requests, count))
             talks |= {i: self.complete(prepared[i], *islice(results, len(prepared[i].requests))) for i in jobs}
         return [talks[i] for i in range(len(prepared))]
 

@@ -96,7 +96,7 @@ def run_loop(case: Case, model: TalkerT2AV, mode: Mode, request: Request) -> tup
         hidden.append(rows.state.hidden.clone())
         rows.step()
         steps.append(rows.patch)
-    stops = [step.stop for step in steps[:-1] if step.stop is not None and step.index + 1 >= request.rules.first_test]
+    stops = [step.stop for step in steps[request.rules.first_test - 1 : -1] if step.stop is not None]
     if row.end < row.limit:
         stops.append(steps[-1].stop)
     out = {
