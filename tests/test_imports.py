@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import os
 import subprocess
+import symtable
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -73,6 +74,21 @@ def test_no_modules_import_each_other():
         places = {name if name in modules else name.rpartition(".")[0] for name in imported_names(file)}
         imports[module] = places & modules.keys() - {module}
     TopologicalSorter(imports).prepare()  # raises CycleError, which names a circle
+
+
+def test_imported_names_exist():
+    """Also those that only a program without tests imports, such as one for a card."""
+    modules, known = product_modules(), set()
+    for module, file in modules.items():
+        table = symtable.symtable(file.read_text(), str(file), "exec")
+        names = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
+        known |= {module, *(f"{module}.{name}" for name in names)}
+    assert [
+        f"{module} imports {name}"
+        for module, file in modules.items()
+        for name in sorted(imported_names(file) - known)
+        if name.split(".")[0] in ALL and name.rpartition(".")[0] in modules
+    ] == []
 
 
 def test_models_know_codecs_by_their_table_alone():
