@@ -104,7 +104,7 @@ def check_value(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -
         if choices:
             require_choice(name, item, choices)
         elif bounds:
-            require_range(name, item, *bounds)
+            require_range(name, item, *(map(float, bounds) if kind is float else bounds))
         elif kind not in (None, list) and not is_a(item, kind):
             raise UserError(f"{name}={str(item)[:40]} must be {KINDS[kind]}")
 

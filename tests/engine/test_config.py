@@ -7,7 +7,7 @@ from shard_files import write_split
 
 from engine.config import _compose, build, load
 from engine.errors import UserError
-from engine.settings import kind_of
+from engine.settings import check_value, kind_of
 from engine.training import run
 
 FILES = {
@@ -178,3 +178,9 @@ def test_a_validation_split_that_is_missing_is_found_before_training(tmp_path):
         with pytest.raises(UserError, match=r"data.held_out has val: make that split, or set data.held_out=\[\]"):
             check(root=str(tmp_path), held_out=["val"], shards=shards)
     check(held_out=["val"])
+
+
+def test_whole_bounds_make_no_whole_number():
+    check_value("ratio", 0.5, float, {"bounds": (0, 1)})
+    with pytest.raises(UserError, match="ratio=2 must be a number"):
+        check_value("ratio", 2, float, {"bounds": (0, 1)})
