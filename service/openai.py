@@ -119,7 +119,7 @@ def openai_routes(service: Service) -> APIRouter:
         media, rate, whole = FORMATS[body.response_format][0], service.talker.rate, list[torch.Tensor]()
 
         async def waves() -> AsyncIterator[torch.Tensor]:
-            async for wave in speak(service, prepared):
+            async for wave in speak(service, prepared, body.stream_format is not None):
                 whole.append(wave)
                 yield wave
 

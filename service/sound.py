@@ -38,8 +38,11 @@ def parts_of(prepared: PreparedJob) -> list[PreparedJob]:
     return [replace(prepared, requests=(request,)) for request in prepared.requests]
 
 
-async def speak(service: Service, prepared: PreparedJob) -> AsyncIterator[torch.Tensor]:
-    """Yield the sound (1, 1, N) of a tts job as it is generated, with pauses between the parts of a long text."""
+async def speak(service: Service, prepared: PreparedJob, stream: bool) -> AsyncIterator[torch.Tensor]:
+    """Yield the sound (1, 1, N) of a tts job, with pauses between the parts of a long text.
+
+    stream: as it is generated; else each part when it is done, which takes less work.
+    """
     loop = asyncio.get_running_loop()
     for number, part in enumerate(parts_of(prepared)):
         if number:
@@ -50,11 +53,12 @@ async def speak(service: Service, prepared: PreparedJob) -> AsyncIterator[torch.
         service.workers["talker_t2av"].submit(ticket)
         ticket.add_done_callback(lambda _, put=put: put(None))
         try:
-            while (patch := await patches.get()) is not None:
+            while stream and (patch := await patches.get()) is not None:
                 if (wave := await asyncio.to_thread(decoder.push, patch)) is not None:
                     yield wave.cpu()
-            ticket.result()  # raises what went wrong
-            if (wave := await asyncio.to_thread(decoder.finish)) is not None:
+            speech = (await asyncio.wrap_future(ticket)).speech[None]  # or raises what went wrong
+            finish = decoder.finish if stream else partial(decoder.push, speech, last=True)
+            if (wave := await asyncio.to_thread(finish)) is not None:
                 yield wave.cpu()
         finally:
             ticket.cancel()
