@@ -385,8 +385,7 @@ class Rows:
         channels = {"speech": c.speech_dim, "motion": c.motion_dim}
         conditions = {"speech": c.speaker_dim, "motion": c.motion_dim}
         before = tensors_of((self.state, self.plan, self.cache)) if self.rows else []
-        self.run_step.graphs.clear()  # they are of the former tensors
-        self.length = length = -(-tokens // BUCKET) * BUCKET
+        length = -(-tokens // BUCKET) * BUCKET
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(self.places, *shape, dtype=dtype, device=self.device)
@@ -394,15 +393,18 @@ class Rows:
         with torch.inference_mode(False):  # others could not be written to outside of inference mode
             index, total, hits, end, first_test, stop_hits = (zeros(dtype=torch.long) for _ in range(6))
             context = {s: zeros(c.context * size, channels[s]) for s in self.streams}
-            self.state = State(zeros(self.model.width), context, index, total, hits, end)
+            state = State(zeros(self.model.width), context, index, total, hits, end)
             noise = {s: zeros(length, channels[s], size) for s in self.streams}
             condition = {s: zeros(conditions[s]) for s in self.streams}
             known = zeros(length, self.per_patch, self.model.width)
-            self.plan = Plan(known, noise, condition, first_test, stop_hits)
+            plan = Plan(known, noise, condition, first_test, stop_hits)
             shape = llm.num_hidden_layers, 2, llm.num_key_value_heads, length, llm.head_dim
-            self.cache = zeros(*shape, dtype=self.model.dtype)
-        for old, new in zip(before, tensors_of((self.state, self.plan, self.cache))):
+            cache = zeros(*shape, dtype=self.model.dtype)
+        for old, new in zip(before, tensors_of((state, plan, cache))):
             new[tuple(slice(0, size) for size in old.shape)] = old
+        # Only now: if there is no memory for the above, the rows that run go on as they are.
+        self.state, self.plan, self.cache, self.length = state, plan, cache, length
+        self.run_step.graphs.clear()  # they are of the former tensors
 
 
 def tensors_of(value: Any) -> list[Tensor]:

@@ -46,6 +46,29 @@ def test_rows_that_come_and_go_are_what_they_are_alone(mode, delay, order):
         assert_close(generate(model, [one], MODES[mode], SAMPLING)[0], result, 1e-4)
 
 
+def test_rows_go_on_if_there_is_no_memory_for_another(monkeypatch):
+    model = tiny_model()
+    asked = request(5, 1, max_patches=6, min_patches=6)
+    alone = generate(model, [asked], MODES["tts"], SAMPLING)[0]
+    rows = Rows(model, MODES["tts"], SAMPLING, 2)
+    row, length, zeros = rows.join(asked), rows.length, torch.zeros
+
+    def without_memory(*shape, **how):
+        if len(shape) == 6:  # the cache
+            raise torch.OutOfMemoryError
+        return zeros(*shape, **how)
+
+    rows.step()
+    monkeypatch.setattr("torch.zeros", without_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        rows.join(request(3 * BUCKET, 2, max_patches=6))
+    monkeypatch.undo()
+    assert rows.length == length
+    while rows.rows:
+        rows.step()
+    assert_close(alone, rows.result(row), 1e-4)
+
+
 def test_a_row_that_is_given_up_changes_nothing_and_memory_does_not_grow():
     model = tiny_model()
     model.head_stop.head.weight.data.zero_()  # sigmoid(0) = 0.5 would stop at once
