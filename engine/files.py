@@ -74,7 +74,7 @@ def checksum(path: Path) -> int:
 
 def refuse_links(folder: Path) -> None:
     """Raise UserError if `folder` holds a link, by which another person could make us write elsewhere."""
-    for parent, folders, files in os.walk(folder):  # a folder that another rank has just removed is passed over
+    for parent, folders, files in os.walk(folder):
         for path in (Path(parent, name) for name in folders + files):
             if path.is_symlink():
                 raise UserError(f"{path} is a link: put the file or folder itself there")
@@ -99,9 +99,17 @@ def writable(folder: str | Path, setting: str = "output") -> Iterator[None]:
 
 
 def require_space(folder: str | Path, setting: str) -> None:
-    """Check that the disk of `folder`, which the setting names, has `SPACE` megabytes free."""
+    """Check that the folder which the setting names could be written, on a disk with `SPACE` megabytes free.
+
+    It is not made: of several processes that check it, one would remove it while another writes.
+    """
+    if not str(folder):
+        raise UserError(f"{setting}= is empty: name a folder")
     path = Path(folder).absolute()
-    free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free / 1e6
+    with report_os_errors(f"cannot write to {setting}={folder}"):
+        there = next(p for p in (path, *path.parents) if p.exists())
+        tempfile.TemporaryFile(dir=there).close()
+        free = shutil.disk_usage(there).free / 1e6
     if free < SPACE:
         raise UserError(f"{setting}={folder}: {free:,.0f} MB are free, this needs {SPACE} MB: choose another disk")
 

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from engine.config import build, plain, target
 from engine.errors import UserError, require
-from engine.files import refuse_links, require_space, writable
+from engine.files import refuse_links, require_space
 from engine.hub import release_folder
 from engine.metrics.registry import metrics_of
 from engine.release import check_replaceable
@@ -87,12 +86,10 @@ def check_inputs(config: DictConfig) -> None:
     for split in (data.get("held_out") or ()) if splits else ():
         if split not in splits:
             raise UserError(f"data.held_out has {split}: these data have {', '.join(splits)}")
-    with ExitStack() as stack:
-        for key, folder in {"run": config.run, **made_folders(data)}.items():
-            stack.enter_context(writable(folder, key))
-            require_space(folder, key)
-        refuse_links(Path(config.run))
-        check_replaceable(Path(config.run) / "release")
+    for key, folder in {"run": config.run, **made_folders(data)}.items():
+        require_space(folder, key)
+    refuse_links(Path(config.run))
+    check_replaceable(Path(config.run) / "release")
     for package in data.get("needs") or ():
         require(package, package)
     if config.lora.rank:
