@@ -117,16 +117,13 @@ async def _follow(socket: WebSocket, model: HiCoDiTPipeline) -> None:
 
     Send the rate, then sound (16-bit samples) in hops of 160 ms.
     """
-    first, example = await socket.receive(), '{"lookahead": 0.4, "seed": 0}'
+    first, example = await _receive(socket), '{"lookahead": 0.4, "seed": 0}'
     fields = parse_object(first.get("text") or "", "the first message", ("lookahead", "seed"), example)
     check_seed(seed := fields.pop("seed", 0))
     stream, sent, frames = SpeechStream(model, StreamSettings(**fields), seed), 0, 0
     await socket.send_json({"rate": model.codec.sample_rate, "format": "s16le"})
     while True:
-        message = await socket.receive()
-        if message["type"] == "websocket.disconnect":
-            raise WebSocketDisconnect
-        picture = message.get("bytes")
+        picture = (await _receive(socket)).get("bytes")
         if picture is not None:
             frames += 1
             if frames > FPS * LIMITS.seconds:
@@ -142,6 +139,14 @@ async def _follow(socket: WebSocket, model: HiCoDiTPipeline) -> None:
         if picture is None:
             await socket.send_json({"done": True, "seconds": sent / model.codec.sample_rate})
             return
+
+
+async def _receive(socket: WebSocket) -> dict[str, Any]:
+    """Return the next message, or raise WebSocketDisconnect."""
+    message = await socket.receive()
+    if message["type"] == "websocket.disconnect":
+        raise WebSocketDisconnect
+    return message
 
 
 def _push(stream: SpeechStream, data: bytes) -> SpeechChunk | None:

@@ -192,7 +192,7 @@ def _connect(
         def report(step: int, total: int | None, what: str) -> None:
             if request.session_hash in stopped:
                 raise Stopped
-            progress((step, total), desc=what, unit="steps")
+            progress((step, total), desc=what, unit="")
 
         paths = {name: values[number] for name, number in files.items()}
         start, result = time.monotonic(), Made([])

@@ -11,13 +11,14 @@ import base64
 import json
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from fastapi import APIRouter, Depends, Form, HTTPException, Request, Response, UploadFile
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from engine.errors import UserError, require
 from engine.settings import SEEDS
@@ -60,7 +61,7 @@ class SpeechRequest(OurFields):
     model: Literal["talker-t2av"]
     input: str
     voice: str | dict[Literal["id"], str] = DEFAULT
-    reference_audio: Annotated[Base64Bytes | None, Field(description="recording, in place of `voice`")] = None
+    reference_audio: Annotated[str | None, Field(description="recording as base64, in place of `voice`")] = None
     response_format: Literal["mp3", "opus", "aac", "flac", "wav", "pcm"] = "mp3"
     speed: Annotated[float, Field(ge=0.25, le=4.0)] = 1.0
     stream_format: Literal["audio", "sse"] | None = None
@@ -110,7 +111,10 @@ def openai_routes(service: Service) -> APIRouter:
             require("pocketsphinx", "pocketsphinx")
         if body.reference_audio is not None:
             voice = folder / "reference_audio"
-            voice.write_bytes(body.reference_audio)
+            try:
+                voice.write_bytes(base64.b64decode(body.reference_audio, validate=True))
+            except ValueError as error:
+                raise UserError("reference_audio must be a file encoded as base64") from error
         else:
             voice = service.voices.find(body.voice if isinstance(body.voice, str) else body.voice.get("id", ""))
         prepared = await asyncio.to_thread(service.talker.prepare, body.job(service, "tts", body.input, voice))
@@ -127,8 +131,8 @@ def openai_routes(service: Service) -> APIRouter:
             if not timed:
                 return {}
             wave = torch.cat(whole, -1)[0, 0].numpy()
-            async with service.words_lock:
-                found = await asyncio.to_thread(service.word_times.align, body.input, wave, rate)
+            align = partial(service.word_times.align, body.input, wave, rate)
+            found = await asyncio.get_running_loop().run_in_executor(service.words_pool, align)
             times = [(word.text, word.begin / body.speed, word.end / body.speed) for word in found]
             return {"words": [{"word": w, "start": round(start, 3), "end": round(end, 3)} for w, start, end in times]}
 

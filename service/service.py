@@ -9,6 +9,7 @@ import re
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,7 +62,7 @@ class Service:
             self.served[HICODIT], self.workers["hicodit"] = hicodit, HiCoDiTWorker(hicodit, limits.rows)
         self.inside = {"requests": 0, "streams": 0}  # admitted, without an answer yet
         self.closing = False
-        self.words_lock = asyncio.Lock()  # the aligner has one state
+        self.words_pool = ThreadPoolExecutor(1, "words")  # the aligner has one state
         self._add_metrics()
 
     @cached_property

@@ -115,6 +115,8 @@ def video_routes(service: Service) -> APIRouter:
                 else:
                     voice = await video.save("reference_audio", body.reference_audio)
                 work = _talk(service, video, body.job(service, "t2av", body.prompt, voice, reference))
+            elif given := body.model_fields_set & {"voice", "reference_audio", "min_seconds", "max_seconds"}:
+                raise UserError(f"{', '.join(sorted(given))} is for talker-t2av: leave it out")
             else:
                 work = _dub(service, video, reference, read_face(body.face), body.seed)
             videos[video.id] = video

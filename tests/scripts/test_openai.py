@@ -154,7 +154,7 @@ def test_an_uploaded_voice_speaks_and_is_deleted(client, models, true_wave):
     [
         ({"input": " "}, "the text is empty"),
         ({"voice": ["anna"]}, "voice"),
-        ({"reference_audio": "***"}, "reference_audio is empty"),
+        ({"reference_audio": "***"}, "reference_audio must be a file encoded as base64"),
         ({"reference_audio": "AAAA"}, "reference_audio is not a video or audio file"),
         ({"reference_video": "/etc/passwd"}, "reference_video"),
         ({"max_seconds": 31}, "max_seconds=31.0 must be a number from 0.16 to 30.0"),
@@ -284,6 +284,8 @@ def test_each_face_of_a_clip_gets_a_video(client, models, tmp_path):
     for face, fields in (("nose", {}), ("9" * 5000, {}), ("../1", {}), ("left", talk)):
         with pytest.raises(openai.BadRequestError, match=r"face=.{1,40} is (unknown|for hicodit)"):
             dub(face, **fields)
+    with pytest.raises(openai.BadRequestError, match="min_seconds, voice is for talker-t2av"):
+        dub("1", extra_body={"voice": "anna", "min_seconds": 1})
 
 
 @pytest.mark.parametrize(
