@@ -86,6 +86,7 @@ def judge(value: float, low: float | None = None, high: float | None = None) -> 
 
 
 def line(name: str, value: float, unit: str, low: float | None, high: float | None, note: str = "") -> Line:
+    """Return the line of a value, judged by its range."""
     return Line(name, judge(value, low, high), value, unit, low, high, note)
 
 
@@ -236,8 +237,8 @@ def graphs(machine: Machine) -> Iterator[Line]:
     model, conditions, pipeline = _bundled(machine)
     sampler = replace(pipeline.sampler, steps=4)
     tokens = [
-        generate(model, conditions, sampler, pipeline.guidance, [0], graphs=graphs)[0]
-        for graphs in (GraphedSteps(), GraphedSteps(machine.device, backend=machine.backend))
+        generate(model, conditions, sampler, pipeline.guidance, [0], graphs=steps)[0]
+        for steps in (GraphedSteps(), GraphedSteps(machine.device, backend=machine.backend))
     ]
     note = f"of {tokens[0].numel():,} of the bundled HiCoDiT, graphs against eager"
     yield line("graphs hicodit", int((tokens[0] != tokens[1]).sum()), "tokens differ", 0, 0, note)

@@ -20,8 +20,9 @@ from typing import Any
 
 from benchmarks.common import in_own_process, peak_memory_mb, read_config
 from engine.codec import load_codec
+from engine.errors import UserError
 from engine.faces.clip import ClipFrames, find_faces
-from engine.media.ffmpeg import command
+from engine.media.ffmpeg import command, last_line
 from hicodit.conditions.encoders import TinyEncoderConfig
 from hicodit.conditions.released import ReleasedEncoderConfig
 from hicodit.conditions.types import FPS
@@ -48,7 +49,9 @@ def run(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
         for height, seconds in itertools.product(args.heights, args.seconds):
             options = f"-t {seconds} -vf scale=-2:{height} -an -preset ultrafast -threads 1".split()
             repeat = ["-v", "error", "-y", "-stream_loop", "-1", "-i", str(CLIP), *options, str(clip)]
-            subprocess.run(command(*repeat), check=True)
+            done = subprocess.run(command(*repeat), capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"{CLIP}: {last_line(done.stderr)}")
             for part in args.parts:
                 result = in_own_process(measure, str(clip), part)
                 line = (

@@ -97,7 +97,7 @@ def generate(
         clips = [b for b, spans in enumerate(windows_by_clip) if turn < len(spans)]
         spans = [windows_by_clip[b][turn] for b in clips]
         lips, classes, prompts = [], [], []
-        for b, (start, end) in zip(clips, spans):
+        for b, (start, end) in zip(clips, spans):  # a start is a whole second, so that its window is exact
             lips.append(conditions.lip[b, start:end])
             classes.append(conditions.expression[b, windows_of(start) : windows_of(end)])
             prompts.append(tokens[b][:, TOKENS_PER_FRAME * start : TOKENS_PER_FRAME * end].T)

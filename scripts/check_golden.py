@@ -54,8 +54,8 @@ def main() -> int:
     for path in files:
         check_file(path)
     command = [sys.executable, "-m", "tests.golden.check", "failed" if args.quiet else "all", *map(str, files)]
-    paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'codecs'}"}
-    return subprocess.run(command, cwd=ROOT, env=os.environ | paths).returncode and 1
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "codecs"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}).returncode and 1
 
 
 if __name__ == "__main__":

@@ -39,8 +39,7 @@ def main() -> None:
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=within(1, 65_535), default=8000, help="port to listen on")
     for limit in fields(ServeLimits):
-        about = f"{limit.metadata['about']}"
-        add(f"--{limit.name}", type=type(limit.default), default=limit.default, help=about)
+        add(f"--{limit.name}", type=type(limit.default), default=limit.default, help=limit.metadata["about"])
     args = parser.parse_args()
     limits = ServeLimits(**{limit.name: getattr(args, limit.name) for limit in fields(ServeLimits)})
     if args.voices is not None and not args.voices.is_dir():

@@ -217,8 +217,8 @@ class TalkerTask(Task):
             }
             for start in range(0, count if share.first else 0, VALIDATION_BATCH):
                 clips = chosen[start : start + VALIDATION_BATCH]
-                items = [examples.__getitem__(i, generator_for(0, "held out", i)) for i in clips]
-                batch = collate(items, examples.words.pad_id, c.patch_size, examples.classes)
+                held_out = [examples.__getitem__(i, generator_for(0, "held out", i)) for i in clips]
+                batch = collate(held_out, examples.words.pad_id, c.patch_size, examples.classes)
                 losses = self({k: v if k in self.on_host else v.to(device) for k, v in batch.items()}, "model")
                 for name, value in losses.items():
                     name = name if name == "loss" else f"loss_{name}"
